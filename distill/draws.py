@@ -1,0 +1,91 @@
+"""All randomness. Training draws are keyed by (seed, step, turn, name), sample draws by (seed, index): neither has a
+state to lose, so (seed, step) is the whole of it and any number of processes sees the same numbers.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def key(*parts: int | str) -> int:
+    """63 bits that depend on all parts: the seed of a generator that is used once."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(*parts: int | str) -> torch.Generator:
+    """A CPU generator keyed by parts. CPU always: the numbers must not depend on the device."""
+    return torch.Generator("cpu").manual_seed(key(*parts))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """This micro-batch's rows [start, stop) of a global batch of `total`."""
+
+    start: int
+    stop: int
+    total: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop <= self.total:
+            raise ValueError(
+                f"rows [{self.start}, {self.stop}) are not within a global batch of {self.total}"
+            )
+
+
+@dataclass(frozen=True)
+class StepDraw:
+    """Draws of one turn of one step: made for the GLOBAL batch, sliced to `rows`. Fits `protocols.Draw`."""
+
+    seed: int
+    step: int
+    turn: int
+    rows: Rows
+
+    def normal(self, name: str, like: Tensor) -> Tensor:
+        """Standard normal in the shape, dtype and on the device of `like` [B, ...]; drawn in float32."""
+        shape = (self.rows.total, *self._checked(name, like).shape[1:])
+        return self._slice(torch.randn(shape, generator=self._generator(name))).to(like.device, like.dtype)
+
+    def uniform(self, name: str, like: Tensor) -> Tensor:
+        """Uniform on [0, 1), [B], float32 whatever the dtype of `like` [B, ...] (times are never bf16)."""
+        self._checked(name, like)
+        return self._slice(torch.rand(self.rows.total, generator=self._generator(name))).to(like.device)
+
+    def _checked(self, name: str, like: Tensor) -> Tensor:
+        if like.shape[0] != self.rows.stop - self.rows.start:
+            raise ValueError(f"draw '{name}': {like.shape[0]} rows given, this micro-batch has {self.rows}")
+        return like
+
+    def _generator(self, name: str) -> torch.Generator:
+        return generator(self.seed, self.step, self.turn, name)
+
+    def _slice(self, drawn: Tensor) -> Tensor:
+        return drawn[self.rows.start : self.rows.stop]
+
+
+def sample_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise of samples `indices`, [len(indices), *shape] float32 on the CPU.
+
+    Row i depends on (seed, index) alone: Philox 4x64 keyed by the seed, with the index in the counter's highest word.
+    The one function for pairs, sampling and evaluation.
+    """
+    out = np.empty((len(indices), *shape), dtype=np.float32)
+    for row, index in enumerate(indices):
+        stream = np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, index]))
+        out[row] = stream.standard_normal(shape, dtype=np.float32)
+    return torch.from_numpy(out)
+
+
+def sample_labels(indices: Sequence[int], num_classes: int) -> Tensor:
+    """Class of each sample [len(indices)] int64: index mod num_classes, so that any consecutive range is balanced."""
+    return torch.tensor([i % num_classes for i in indices], dtype=torch.int64)
+
+
+def permutation(n: int, *parts: int | str) -> Tensor:
+    """A permutation of range(n) keyed by parts, [n] int64: the order of an epoch."""
+    return torch.randperm(n, generator=generator("order", *parts))

