@@ -32,9 +32,7 @@ class Rows:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.stop <= self.total:
-            raise ValueError(
-                f"rows [{self.start}, {self.stop}) are not within a global batch of {self.total}"
-            )
+            raise ValueError(f"rows [{self.start}, {self.stop}) are not within a global batch of {self.total}")
 
 
 @dataclass(frozen=True)

@@ -70,17 +70,13 @@ class Interpolant:
         row_data, row_noise = self._row(t, kind)
         return like(row_data, data) * data + like(row_noise, noise) * noise
 
-    def split(
-        self, x_t: Tensor, prediction: Tensor, t: Tensor, kind: Prediction = "velocity"
-    ) -> tuple[Tensor, Tensor]:
+    def split(self, x_t: Tensor, prediction: Tensor, t: Tensor, kind: Prediction = "velocity") -> tuple[Tensor, Tensor]:
         """(x_t, prediction of `kind`) -> (data, noise): the 2x2 solve."""
         alpha, sigma, _, _ = self.path(t)
         row_data, row_noise = self._row(t, kind)
         determinant = alpha * row_noise - sigma * row_data  # [B]
         if (determinant == 0).any():
-            raise ValueError(
-                f"a {kind} prediction does not determine the data at the given t on the {self.name} path"
-            )
+            raise ValueError(f"a {kind} prediction does not determine the data at the given t on the {self.name} path")
         data = like(row_noise / determinant, x_t) * x_t - like(sigma / determinant, x_t) * prediction
         noise = like(alpha / determinant, x_t) * prediction - like(row_data / determinant, x_t) * x_t
         return data, noise
@@ -154,15 +150,8 @@ def vp(alphas_cumprod: Tensor) -> Interpolant:
     treating the last entry as 1e-8, far below float32's resolution of x_t.
     """
     cumulative = alphas_cumprod.detach().to("cpu", torch.float64)
-    if (
-        cumulative.ndim != 1
-        or cumulative.numel() < 2
-        or not (cumulative.diff() < 0).all()
-        or cumulative[0] >= 1
-    ):
-        raise ValueError(
-            f"alphas_cumprod must be [N >= 2], decreasing, below 1; got shape {list(cumulative.shape)}"
-        )
+    if cumulative.ndim != 1 or cumulative.numel() < 2 or not (cumulative.diff() < 0).all() or cumulative[0] >= 1:
+        raise ValueError(f"alphas_cumprod must be [N >= 2], decreasing, below 1; got shape {list(cumulative.shape)}")
     cumulative = cumulative.clamp(min=1e-8)
     log_ratio = 0.5 * (torch.log1p(-cumulative) - torch.log(cumulative))  # [N], increasing
     last = log_ratio.numel() - 1

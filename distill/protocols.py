@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from distill.draws import Rows
 from distill.interpolants import Interpolant
 
 Cond = Mapping[str, Tensor]  # e.g. {"class_labels": [B] int64}; empty for an unconditional network
@@ -67,6 +68,12 @@ class Batch:
     data: Tensor | None
     pairs: Pairs | None
     cond: Cond
+
+
+class Source(Protocol):
+    """Where batches come from; stateless, so that (seed, step) is the whole position."""
+
+    def batch(self, step: int, rows: Rows) -> Batch: ...  # these rows of step's global batch, on the CPU
 
 
 class Draw(Protocol):

@@ -21,7 +21,7 @@ class Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-# --- teachers ---------------------------------------------------------------------------------------------------
+# --- teachers ---
 
 
 class GaussianTeacher(Frozen):
@@ -64,7 +64,7 @@ class CheckpointTeacher(Frozen):
 
 TeacherSpec = Annotated[GaussianTeacher | MixtureTeacher | CheckpointTeacher, Field(discriminator="kind")]
 
-# --- data -------------------------------------------------------------------------------------------------------
+# --- data ---
 
 
 class NoData(Frozen):
@@ -118,7 +118,7 @@ class HfData(ImageOptions):
 
 DataSpec = Annotated[NoData | DigitsData | MnistData | ImagesData | HfData, Field(discriminator="kind")]
 
-# --- networks ---------------------------------------------------------------------------------------------------
+# --- networks ---
 
 
 class UNetSpec(Frozen):
@@ -144,7 +144,7 @@ class MlpSpec(Frozen):
 
 NetworkSpec = Annotated[UNetSpec | MlpSpec, Field(discriminator="kind")]
 
-# --- stages -----------------------------------------------------------------------------------------------------
+# --- stages ---
 
 
 class OptimizerSpec(Frozen):

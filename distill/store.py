@@ -1,4 +1,4 @@
-"""Where things lie. A run is a directory; state appears complete (temporary name, fsync, rename) or not at all."""
+"""Where things lie. A run is a directory; state appears complete (write, fsync, rename) or not at all."""
 
 import json
 import os
