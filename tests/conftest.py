@@ -1,4 +1,4 @@
-"""Types are checked at run time, under test only: every call into distill goes through beartype."""
+"""Types are checked at run time, under test only; parts and skips of the suite are decided here."""
 
 import os
 
@@ -9,6 +9,30 @@ from beartype.claw import beartype_packages
 
 beartype_packages(("distill", "recipes"))
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--part", default="1/1", help="run part i of n, as i/n: whole test files, dealt in turn")
+    parser.addoption("--fail-on-skip", action="store_true", help="a skipped test fails the run (CI)")
+
+
+def pytest_collection_modifyitems(config, items):
+    part, parts = map(int, config.getoption("--part").split("/"))
+    if not 1 <= part <= parts:
+        raise pytest.UsageError(f"--part {part}/{parts}: the part must lie between 1 and {parts}")
+    files = sorted({item.path for item in items})
+    mine = set(files[part - 1 :: parts])
+    config.hook.pytest_deselected(items=[item for item in items if item.path not in mine])
+    items[:] = [item for item in items if item.path in mine]
+
+
+def pytest_sessionfinish(session, exitstatus):
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    if session.config.getoption("--fail-on-skip") and skipped:
+        reporter.write_line(f"{len(skipped)} tests were skipped where none may be", red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

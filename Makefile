@@ -1,0 +1,48 @@
+# Two commands set up everything they need: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PART   ?= 1/1
+
+.PHONY: quickstart test check test-all bench format clean
+
+quickstart: $(VENV)/.train ## from nothing to a one-step student
+	$(BIN)/distill quickstart
+
+test: check ## what CI runs
+	$(BIN)/pytest -m "(process or train) and not long" $(PYTEST_ARGS)
+
+check: $(VENV)/.test ## format, lint, types, tests without processes
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not process and not train and not long" $(PYTEST_ARGS)
+
+test-all: check ## everything, in parts: make test-all PART=2/4
+	$(BIN)/pytest -m "process or train or long" --part $(PART) $(PYTEST_ARGS)
+
+bench: $(VENV)/.test ## measurements of tests/benchmarks, as ratios within one run
+	$(BIN)/python -m tests.benchmarks
+
+format: $(VENV)/.test
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean: ## the environment and caches; never runs
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "distill needs Python 3.11 or newer; set PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
+	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -qy python3-venv; \
+	  else echo "missing: venv for $(PYTHON). Run: sudo apt-get install -y python3-venv"; exit 1; fi; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.train: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.[train]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e '.[test]'
+	@touch $@ $(VENV)/.train
