@@ -1,0 +1,69 @@
+"""Fresh networks from a spec; the same spec and seed give bit-equal weights, whatever ran before."""
+
+import torch
+from diffusers import ModelMixin, UNet2DModel
+
+from distill.draws import key
+from distill.guard import InputError
+from distill.spec import MlpSpec, NetworkSpec, UNetSpec
+from distill.students.velocity_mlp import VelocityMLP
+
+
+def build(spec: NetworkSpec, shape: tuple[int, ...], num_classes: int | None, seed: int) -> ModelMixin:
+    """A float32 network for samples of `shape`, on the CPU.
+
+    K classes give K + 1 embeddings: class K is the null class of the unconditional call. The weights depend on
+    (spec, seed) alone; the global generator is neither used nor moved.
+    """
+    embeddings = None if num_classes is None else num_classes + 1
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(key(seed, "network"))  # the CPU's alone: torch.manual_seed moves CUDA's too
+        if isinstance(spec, MlpSpec):
+            return _mlp(spec, shape, embeddings)
+        return _unet(spec, shape, embeddings)
+
+
+def _mlp(spec: MlpSpec, shape: tuple[int, ...], embeddings: int | None) -> VelocityMLP:
+    if len(shape) != 1:
+        raise InputError(
+            f"network.kind=mlp is for vectors, but samples have shape {list(shape)}; use network.kind=unet"
+        )
+    return VelocityMLP(dim=shape[0], width=spec.width, depth=spec.depth, num_class_embeds=embeddings)
+
+
+def _unet(spec: UNetSpec, shape: tuple[int, ...], embeddings: int | None) -> UNet2DModel:
+    if len(shape) != 3:
+        raise InputError(
+            f"network.kind=unet is for images [channels, height, width], but samples have shape {list(shape)}; "
+            "use network.kind=mlp"
+        )
+    if not spec.channels:
+        raise InputError("network.channels is empty; give one number per resolution, finest first, like [32, 64]")
+    indivisible = [c for c in spec.channels if c % spec.norm_groups]
+    if indivisible:
+        raise InputError(
+            f"network.channels={spec.channels}: {indivisible} are not multiples of norm_groups={spec.norm_groups}; "
+            "change either"
+        )
+    levels = len(spec.channels)
+    unit = 2 ** (levels - 1)
+    if shape[1] % unit or shape[2] % unit:
+        raise InputError(
+            f"network.channels={spec.channels} halves the image {levels - 1} times, but {shape[1]}x{shape[2]} is not a "
+            f"multiple of {unit}; give fewer channels or another image size"
+        )
+    attentive = spec.attention
+    return UNet2DModel(
+        sample_size=shape[1] if shape[1] == shape[2] else shape[1:],
+        in_channels=shape[0],
+        out_channels=shape[0],
+        block_out_channels=tuple(spec.channels),
+        down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D" if attentive else "DownBlock2D",),
+        up_block_types=("AttnUpBlock2D" if attentive else "UpBlock2D",) + ("UpBlock2D",) * (levels - 1),
+        layers_per_block=spec.layers_per_block,
+        norm_num_groups=spec.norm_groups,
+        attention_head_dim=min(8, spec.channels[-1]),
+        add_attention=attentive,
+        dropout=spec.dropout,
+        num_class_embeds=embeddings,
+    )

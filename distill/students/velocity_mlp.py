@@ -1,0 +1,54 @@
+"""An MLP that is called like a diffusers U-Net: a velocity field over vectors.
+
+This file is shipped inside student folders: it imports torch and diffusers only.
+"""
+
+import math
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+
+
+class VelocityMLP(ModelMixin, ConfigMixin):
+    """v(x_t, t, class) of the linear path for x_t [B, dim]: `depth` hidden layers of `width`, SiLU.
+
+    Time enters as cos and sin of k pi/2 t, k = 1 ... frequencies: smooth, and no two t in [0, 1] look alike.
+    num_class_embeds counts the null class, if there is one.
+    """
+
+    @register_to_config
+    def __init__(
+        self, dim: int, width: int = 192, depth: int = 3, num_class_embeds: int | None = None, frequencies: int = 16
+    ) -> None:
+        super().__init__()
+        self.class_embedding = nn.Embedding(num_class_embeds, width) if num_class_embeds is not None else None
+        embedded = 2 * frequencies + (width if num_class_embeds is not None else 0)
+        layers: list[nn.Module] = []
+        for i in range(depth):
+            layers += [nn.Linear(dim + embedded if i == 0 else width, width), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(width, dim))
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[Tensor]:
+        """sample [B, dim], timestep = 1000 t (a number or [B]), class_labels [B] int64 -> velocity [B, dim]."""
+        t = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(sample.shape[0]) / 1000
+        k = torch.arange(1, self.config.frequencies + 1, dtype=torch.float32, device=sample.device)
+        angle = t[:, None] * k * (math.pi / 2)  # [B, frequencies]
+        inputs = [sample, angle.cos().to(sample.dtype), angle.sin().to(sample.dtype)]
+        if self.class_embedding is None:
+            if class_labels is not None:
+                raise ValueError("class_labels were given to an unconditional network")
+        elif class_labels is None:
+            raise ValueError("a class-conditional network needs class_labels")
+        else:
+            inputs.append(self.class_embedding(class_labels).to(sample.dtype))
+        velocity = self.layers(torch.cat(inputs, dim=1))
+        return UNet2DOutput(sample=velocity) if return_dict else (velocity,)

@@ -1,0 +1,153 @@
+"""Networks of students: deterministic, of the right form, refused where they cannot work."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from distill.guard import InputError
+from distill.spec import MlpSpec, UNetSpec
+from distill.students.init import StudentInit
+from distill.students.networks import build
+from distill.students.velocity import VelocityStudent
+from distill.students.velocity_mlp import VelocityMLP
+from distill.teachers.loaded import LoadedTeacher
+
+UNET = UNetSpec(kind="unet", channels=[8, 16], norm_groups=4, attention=True)
+MLP = MlpSpec(kind="mlp", width=16, depth=2)
+
+
+def equal(a: nn.Module, b: nn.Module) -> bool:
+    x, y = a.state_dict(), b.state_dict()
+    return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+# --- fresh networks ---
+
+
+@pytest.mark.parametrize(("spec", "shape"), [(UNET, (1, 8, 8)), (MLP, (3,))])
+def test_weights_depend_on_spec_and_seed_alone(spec, shape):
+    torch.manual_seed(1)
+    first = build(spec, shape, 10, seed=5)
+    after_first = torch.rand(1)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(1), after_first)  # the global generator did not move
+    assert equal(first, build(spec, shape, 10, seed=5))
+    assert not equal(first, build(spec, shape, 10, seed=6))
+
+
+def test_k_classes_give_k_plus_one_embeddings():
+    assert build(UNET, (1, 8, 8), 10, 0).class_embedding.weight.shape[0] == 11
+    assert build(MLP, (2,), 3, 0).class_embedding.weight.shape[0] == 4
+    assert build(UNET, (1, 8, 8), None, 0).class_embedding is None
+
+
+def test_attention_stands_at_the_coarsest_resolution_only():
+    network = build(UNET, (1, 8, 8), None, 0)
+    assert list(network.config.down_block_types) == ["DownBlock2D", "AttnDownBlock2D"]
+    assert list(network.config.up_block_types) == ["AttnUpBlock2D", "UpBlock2D"]
+    plain = build(UNET.model_copy(update={"attention": False}), (1, 8, 8), None, 0)
+    assert not [name for name, _ in plain.named_modules() if "attentions.0." in name]
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "message"),
+    [
+        (MLP, (1, 8, 8), "network.kind=mlp is for vectors, but samples have shape [1, 8, 8]; use network.kind=unet"),
+        (UNET, (2,), "network.kind=unet is for images [channels, height, width], but samples have shape [2]"),
+        (
+            UNetSpec(kind="unet", channels=[12, 16], norm_groups=8),
+            (1, 8, 8),
+            "network.channels=[12, 16]: [12] are not multiples of norm_groups=8; change either",
+        ),
+        (
+            UNetSpec(kind="unet", channels=[8, 8, 8]),
+            (1, 10, 8),
+            "network.channels=[8, 8, 8] halves the image 2 times, but 10x8 is not a multiple of 4",
+        ),
+        (UNetSpec(kind="unet", channels=[]), (1, 8, 8), "network.channels is empty"),
+    ],
+)
+def test_networks_that_cannot_be_built_are_refused(spec, shape, message):
+    with pytest.raises(InputError) as error:
+        build(spec, shape, None, 0)
+    assert message in str(error.value)
+
+
+# --- the student as a velocity field ---
+
+
+def test_student_calls_the_network_with_thousand_t_and_keeps_the_dtype():
+    network = build(UNET, (1, 8, 8), 10, 0).eval()
+    student = VelocityStudent(network)
+    x, t, labels = torch.randn(3, 1, 8, 8), torch.tensor([0.0, 0.25, 1.0]), torch.tensor([0, 9, 10])
+    with torch.no_grad():
+        v = student(x, t, {"class_labels": labels})
+        assert torch.equal(v, network(x, torch.tensor([0.0, 250.0, 1000.0]), class_labels=labels).sample)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert student(x, t, {"class_labels": labels}).dtype == torch.float32
+    assert student.interpolant.name == "linear"
+    assert student.t_range == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("t", [torch.tensor(0.5), torch.full((2, 1), 0.5), torch.full((3,), 0.5)])
+def test_student_refuses_a_time_that_is_not_one_per_row(t):
+    student = VelocityStudent(build(MLP, (2,), None, 0))
+    with pytest.raises(ValueError, match=r"a time must have shape \[B\] = \[2\]"):
+        student(torch.randn(2, 2), t, {})
+
+
+def test_mlp_wants_labels_exactly_if_it_is_conditional():
+    x, t = torch.randn(2, 2), torch.tensor([100.0, 900.0])
+    with pytest.raises(ValueError, match="a class-conditional network needs class_labels"):
+        build(MLP, (2,), 3, 0)(x, t)
+    with pytest.raises(ValueError, match="class_labels were given to an unconditional network"):
+        build(MLP, (2,), None, 0)(x, t, class_labels=torch.tensor([0, 1]))
+
+
+def test_mlp_survives_save_and_load_bitwise(tmp_path):
+    network = build(MLP, (2,), 3, 0).eval()
+    network.save_pretrained(tmp_path)
+    loaded = VelocityMLP.from_pretrained(tmp_path)
+    x, t, labels = torch.randn(4, 2), torch.rand(4) * 1000, torch.tensor([0, 1, 2, 3])
+    assert torch.equal(network(x, t, labels).sample, loaded(x, t, labels, return_dict=False)[0])
+
+
+def test_mlp_time_features_are_smooth_and_tell_all_times_apart():
+    network = VelocityMLP(dim=1, width=8, depth=1)
+    with torch.no_grad():
+        network.layers[0].weight.zero_()
+        network.layers[0].weight[0, 1] = 1.0  # the slowest cosine: cos(pi/2 t), one to one on [0, 1]
+        network.layers[0].bias.zero_()
+        network.layers[2].weight.zero_()
+        network.layers[2].weight[0, 0] = 1.0
+        network.layers[2].bias.zero_()
+        t = torch.tensor([0.0, 0.5, 1.0])
+        out = network(torch.zeros(3, 1), 1000 * t).sample[:, 0]
+    expected = torch.nn.functional.silu(torch.tensor([1.0, math.cos(math.pi / 4), 0.0]))
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
+
+
+# --- where the weights come from ---
+
+
+def test_a_fresh_network_is_the_same_at_every_call():
+    init = StudentInit(None, UNET, (1, 8, 8), 10, seed=3)
+    assert equal(init.velocity_field(), init.velocity_field())
+    assert equal(init.velocity_field().network, build(UNET, (1, 8, 8), 10, 3))
+    labels = torch.tensor([0, 4])
+    assert torch.equal(init.null({"class_labels": labels})["class_labels"], torch.tensor([10, 10]))
+
+
+def test_no_weights_to_start_from_is_refused():
+    with pytest.raises(InputError, match="no teacher or init is given, so there are no weights .* `network`"):
+        StudentInit(None, None, (2,), None, 0)
+    field = VelocityStudent(build(MLP, (2,), None, 0))  # any field will do: it is the network that is missing
+    closed_form = LoadedTeacher(field, (2,), None, None, "0" * 64, "the Gaussian teacher")
+    with pytest.raises(InputError, match="the Gaussian teacher has no network, so there are no weights to start from"):
+        StudentInit(closed_form, None, (2,), None, 0)
+
+
+def test_null_of_an_unconditional_student_changes_nothing():
+    assert StudentInit(None, MLP, (2,), None, 0).null({}) == {}
