@@ -70,12 +70,14 @@ class Batch:
     cond: Cond
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where batches come from; stateless, so that (seed, step) is the whole position."""
 
     def batch(self, step: int, rows: Rows) -> Batch: ...  # these rows of step's global batch, on the CPU
 
 
+@runtime_checkable
 class Draw(Protocol):
     """The only randomness of a recipe: keyed (seed, step, turn, name), the same for any number of ranks."""
 
@@ -83,6 +85,7 @@ class Draw(Protocol):
     def uniform(self, name: str, like: Tensor) -> Tensor: ...  # [B] in [0, 1), float32
 
 
+@runtime_checkable
 class Context(Protocol):
     """What a loss may know of the run."""
 
@@ -133,6 +136,7 @@ class Frozen:
 Role = Trained | Frozen
 
 
+@runtime_checkable
 class Init(Protocol):
     """Where a recipe's networks come from: the teacher's weights, another stage's student, or fresh ones."""
 
@@ -140,6 +144,7 @@ class Init(Protocol):
     def null(self, cond: Cond) -> Cond: ...  # the condition of the unconditional call
 
 
+@runtime_checkable
 class Recipe(Protocol):
     """An objective. Its module has a docstring naming the paper, `class Config(BaseModel)` and `class Recipe`.
 

@@ -102,8 +102,11 @@ class RunPaths:
 def append_event(run: RunPaths, event: str, **fields: Any) -> None:  # noqa: ANN401
     """One flushed JSON line in the run's events: {"time": unix seconds, "event": event, ...}."""
     line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
-    with run.events.open("a") as file:
-        file.write(line + "\n")
+    try:
+        with run.events.open("a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise RunError(f"cannot write {run.events}: {error.strerror}") from error
 
 
 def read_events(run: RunPaths) -> Iterator[dict[str, Any]]:
