@@ -39,7 +39,7 @@ class Coefficients(NamedTuple):
 
 
 def like(t: Tensor, x: Tensor) -> Tensor:
-    """t [B] -> [B, 1, ..., 1] to broadcast over x [B, ...]. The only way to broadcast a time; refuses any other shape."""
+    """t [B] -> [B, 1, ..., 1] to broadcast over x [B, ...]. The only way to broadcast a time; refuses other shapes."""
     if t.ndim != 1 or x.ndim < 1 or t.shape[0] != x.shape[0]:
         raise ValueError(
             f"a time must have shape [B] = [{x.shape[0] if x.ndim else '?'}] for x of shape {list(x.shape)}, "
@@ -84,6 +84,7 @@ class Interpolant:
     def convert(self, x_t: Tensor, prediction: Tensor, t: Tensor, kind: Prediction, to: Prediction) -> Tensor:
         """A prediction of one kind as another, at the same (x_t, t)."""
         if kind == to:
+            like(t, x_t)  # a wrong t is refused here too
             return prediction
         return self.predict(*self.split(x_t, prediction, t, kind), t, to)
 
@@ -129,7 +130,7 @@ def edm() -> Interpolant:
 def trig(sigma_data: float = 1.0) -> Interpolant:
     """alpha = cos(angle), sigma = sigma_data sin(angle), angle = t pi/2 (TrigFlow, Lu & Song 2024, arXiv 2410.11081).
 
-    Their z is sigma_data noise. The v-prediction of a VP network is this path's velocity per unit angle at sigma_data 1.
+    Their z is sigma_data noise. A VP network's v-prediction is this path's velocity per unit angle at sigma_data 1.
     """
     half_pi = math.pi / 2
 

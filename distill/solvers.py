@@ -1,0 +1,128 @@
+"""Solvers of dx/dt = v(x, t, cond) from noise to data, and the straightness of its paths.
+
+A solver takes x at t_grid[0] along t_grid [N+1], decreasing in the field's own time, to t_grid[N]. The field is called
+with t in float64, the state keeps its dtype. The last time may lie below the field's range: no call is made there.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from distill.fields import Rescheduled, inside, start
+from distill.guard import InputError, suggest
+from distill.interpolants import linear
+from distill.protocols import Cond, VelocityField
+from distill.times import uniform_grid
+
+
+@dataclass(frozen=True)
+class Solver:
+    """`function(field, x, t_grid, cond)`, its order of convergence, and its field calls for N steps to t = 0."""
+
+    function: Callable[[VelocityField, Tensor, Tensor, Cond], Tensor]
+    order: int
+    nfe: Callable[[int], int]
+
+
+def euler(field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Tensor:
+    """x <- x + (t_next - t) v. On the linear path this is DDIM (Song et al. 2020, arXiv 2010.02502)."""
+    for t, t_next in pairwise(_times(field, t_grid)):
+        x = x + (t_next - t) * _velocity(field, x, t, cond)
+    return x
+
+
+def heun(field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Tensor:
+    """The trapezoidal rule on an Euler step (Karras et al. 2022, arXiv 2206.00364, alg. 1).
+
+    A step to sigma = 0, or to below the field's range, is Euler's: one such step keeps the order of the whole.
+    """
+    for t, t_next in pairwise(_times(field, t_grid)):
+        v = _velocity(field, x, t, cond)
+        x_next = x + (t_next - t) * v
+        if t_next >= field.t_range[0] and _coefficients(field, t_next)[1] > 0:
+            x_next = x + (t_next - t) * (v + _velocity(field, x_next, t_next, cond)) / 2
+        x = x_next
+    return x
+
+
+def dpm_solver_pp_2m(field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, alg. 2): multistep in lambda = ln(alpha/sigma).
+
+    First and last step are of first order. With e^-h = (alpha sigma_next)/(sigma alpha_next) nothing diverges where
+    lambda does (alpha = 0 at pure noise, sigma = 0 at data).
+    """
+    times = _times(field, t_grid)
+    data_prev, h_prev = torch.zeros_like(x), math.inf
+    for i, (t, t_next) in enumerate(pairwise(times)):
+        at_t = torch.full((x.shape[0],), t, dtype=torch.float64, device=x.device)
+        data = field.interpolant.split(x, _velocity(field, x, t, cond), at_t)[0].to(x.dtype)
+        (alpha, sigma), (alpha_next, sigma_next) = _coefficients(field, t), _coefficients(field, t_next)
+        h = math.inf if alpha * sigma_next == 0 else math.log((alpha_next * sigma) / (alpha * sigma_next))
+        slope = 0.0 if i in (0, len(times) - 2) or math.isinf(h_prev) else h / (2 * h_prev)
+        estimate = data + slope * (data - data_prev)
+        x = (sigma_next / sigma) * x + (alpha_next - alpha * sigma_next / sigma) * estimate
+        data_prev, h_prev = data, h
+    return x
+
+
+SOLVERS = {
+    "euler": Solver(euler, 1, lambda steps: steps),
+    "heun": Solver(heun, 2, lambda steps: 2 * steps - 1),
+    "dpm_solver_pp_2m": Solver(dpm_solver_pp_2m, 2, lambda steps: steps),
+}
+
+
+def sample(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, steps: int) -> Tensor:
+    """Noise [B, ...] -> data [B, ...] along the field's ODE, on a uniform grid of linear time, without gradients."""
+    if solver not in SOLVERS:
+        raise InputError(f"unknown solver '{solver}': {suggest(solver, SOLVERS)}")
+    field = _on_linear_path(field)
+    t_min, t_max = field.t_range
+    t_grid = uniform_grid(steps, t_max, t_min)
+    with torch.no_grad():
+        return SOLVERS[solver].function(field, start(field, noise), t_grid, cond)
+
+
+def straightness(field: VelocityField, noise: Tensor, cond: Cond, steps: int) -> float:
+    """S_N, the mean square of v minus the mean velocity of its path (Liu et al. 2022, arXiv 2209.03003, eq. 8).
+
+    Over N Euler steps of equal length in linear time and over the elements of noise [B, ...]; 0: straight paths.
+    """
+    field = _on_linear_path(field)
+    t_min, t_max = field.t_range
+    x = first = start(field, noise)
+    velocities = []
+    times = _times(field, uniform_grid(steps, t_max, t_min))
+    with torch.no_grad():
+        for t, t_next in pairwise(times):
+            velocities.append(_velocity(field, x, t, cond))
+            x = x + (t_next - t) * velocities[-1]
+    mean_velocity = (first - x) / t_max
+    squares = [(v - mean_velocity).double().square().mean().item() for v in velocities]
+    return sum((t - t_next) / t_max * s for (t, t_next), s in zip(pairwise(times), squares, strict=True))
+
+
+def _on_linear_path(field: VelocityField) -> VelocityField:
+    return field if field.interpolant.name == "linear" else Rescheduled(field, linear())
+
+
+def _times(field: VelocityField, t_grid: Tensor) -> list[float]:
+    if t_grid.ndim != 1 or t_grid.numel() < 2 or not (t_grid.diff() < 0).all():
+        raise ValueError(f"t_grid must be [N+1 >= 2] and decreasing, got {t_grid.tolist()}")
+    inside(t_grid[:-1].double(), field.t_range)
+    return t_grid.double().tolist()
+
+
+def _velocity(field: VelocityField, x: Tensor, t: float, cond: Cond) -> Tensor:
+    v = field(x, torch.full((x.shape[0],), t, dtype=torch.float64, device=x.device), cond)
+    assert v.shape == x.shape, f"a field of shape {list(v.shape)} for x of shape {list(x.shape)}"
+    return v.to(x.dtype)
+
+
+def _coefficients(field: VelocityField, t: float) -> tuple[float, float]:
+    c = field.interpolant.path(torch.tensor([t], dtype=torch.float64))
+    return c.alpha.item(), c.sigma.item()

@@ -1,0 +1,106 @@
+"""Training times and sampling grids. All times are t in [0, 1], t = 0 data, t = 1 noise.
+
+A law takes uniform draws u [B] to times t [B], increasing, by its inverse distribution function: so stratified draws
+make stratified times. Grids are float64, decreasing, and end at 0.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from distill.draws import Rows
+
+# --- grids ---
+
+
+def uniform_grid(steps: int, t_max: float = 1.0, t_min: float = 0.0) -> Tensor:
+    """[steps + 1] from t_max to 0 in equal steps, such that a field is called at t_min or above only.
+
+    t_min: the lowest time at which the field is defined. If t_max/steps is below it, the last time before 0 is t_min
+    and the others are spread evenly above it; the last step, to 0, is the jump to the data prediction.
+    """
+    _check_steps(steps)
+    if not 0 <= t_min < t_max <= 1:
+        raise ValueError(f"times must satisfy 0 <= t_min < t_max <= 1, got t_min={t_min}, t_max={t_max}")
+    if t_max / steps >= t_min:
+        return t_max * (torch.arange(steps, -1, -1, dtype=torch.float64) / steps)
+    return _ending_at_zero(torch.linspace(t_max, t_min, steps, dtype=torch.float64))
+
+
+def karras_grid(steps: int, sigma_max: float = 80.0, sigma_min: float = 0.002, rho: float = 7.0) -> Tensor:
+    """[steps + 1]: EDM's noise levels in linear time t = sigma/(1 + sigma), then 0 (Karras et al. 2022, eq. 5)."""
+    _check_steps(steps)
+    if not 0 < sigma_min < sigma_max or rho <= 0:
+        raise ValueError(f"need 0 < sigma_min < sigma_max and rho > 0, got {sigma_min}, {sigma_max}, {rho}")
+    i = torch.linspace(0, 1, steps, dtype=torch.float64)  # i / (steps - 1)
+    sigma = (sigma_max ** (1 / rho) + i * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    return _ending_at_zero(sigma / (1 + sigma))
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """t' = S t / (1 + (S - 1) t): sigma/alpha times S (Esser et al. 2024, arXiv 2403.03206, sec. 5.3.2). Any shape."""
+    if shift <= 0:
+        raise ValueError(f"shift must be positive, got {shift}")
+    return shift * t / (1 + (shift - 1) * t)
+
+
+# --- laws ---
+
+
+def uniform(u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """t uniform on [low, high]."""
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"need 0 <= low < high <= 1, got low={low}, high={high}")
+    return _as_time(low + (high - low) * _checked(u), u)
+
+
+def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """logit t ~ N(mean, std^2) (Esser et al. 2024), which is ln(sigma/alpha) ~ N(mean, std^2): EDM is (-1.2, 1.2)."""
+    if std <= 0:
+        raise ValueError(f"std must be positive, got {std}")
+    return _as_time(torch.sigmoid(mean + std * torch.special.ndtri(_checked(u))), u)
+
+
+def u_shaped(u: Tensor, sharpness: float = 4.0, margin: float = 1e-5) -> Tensor:
+    """p(t) ~ cosh(A (t - 1/2)), A the sharpness, squeezed into [margin, 1 - margin] (Lee et al. 2024, 2405.20320)."""
+    if sharpness <= 0 or not 0 <= margin < 0.5:
+        raise ValueError(f"need sharpness > 0 and 0 <= margin < 0.5, got {sharpness}, {margin}")
+    half = math.sinh(sharpness / 2)
+    t = 0.5 + torch.asinh((2 * _checked(u) - 1) * half) / sharpness
+    return _as_time(margin + t * (1 - 2 * margin), u)
+
+
+def exp10(u: Tensor) -> Tensor:
+    """p(t) = ln(10) 10^t / 9: towards the noise."""
+    return _as_time(torch.log10(1 + 9 * _checked(u)), u)
+
+
+def stratified(u: Tensor, rows: Rows) -> Tensor:
+    """Uniform draws u [B] of `rows` of a global batch -> one in each of its `total` equal strata, row i in the i-th."""
+    if u.shape != (rows.stop - rows.start,):
+        raise ValueError(f"u must have shape [{rows.stop - rows.start}] for {rows}, got {list(u.shape)}")
+    stratum = torch.arange(rows.start, rows.stop, dtype=torch.float64, device=u.device)
+    below_one = torch.nextafter(torch.ones((), dtype=u.dtype), torch.zeros((), dtype=u.dtype))
+    return ((stratum + _checked(u)) / rows.total).to(u.dtype).clamp(max=below_one.item())  # rounding must not reach 1
+
+
+def _checked(u: Tensor) -> Tensor:
+    if u.ndim != 1 or u.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"u must be [B] in float32 or float64, got {list(u.shape)} in {u.dtype}")
+    if not ((u >= 0) & (u <= 1)).all():
+        raise ValueError(f"u must be within [0, 1], got [{u.min():.6g}, {u.max():.6g}]")
+    return u.double()
+
+
+def _as_time(t: Tensor, u: Tensor) -> Tensor:
+    return t.clamp(0, 1).to(u.dtype)  # rounding only: every law maps [0, 1] into [0, 1]
+
+
+def _ending_at_zero(t: Tensor) -> Tensor:
+    return torch.cat([t, t.new_zeros(1)])
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
