@@ -1,0 +1,167 @@
+"""The compute plane's entry: turn one stage of a spec into files of its run. A stage that is done is never redone."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from distill import data as datasets
+from distill import engine, evaluate, pairs, registry, report, teachers
+from distill.draws import key
+from distill.export import StudentCard, export
+from distill.guard import InputError
+from distill.progress import Progress
+from distill.protocols import Source
+from distill.spec import CheckpointTeacher, EvaluateStage, LaunchSpec, PairsStage, RunSpec, TrainStage
+from distill.stop import StopRequest
+from distill.store import RunPaths, append_event, write_json
+from distill.students.init import StudentInit
+from distill.teachers import LoadedTeacher
+
+
+@dataclass(frozen=True)
+class Work:
+    """One stage of one run, and where it is computed."""
+
+    run: RunPaths
+    spec: RunSpec
+    name: str
+    device: torch.device
+    stop: StopRequest
+
+    @property
+    def seed(self) -> int:
+        """Every stage draws from a stream of its own."""
+        return key(self.spec.seed, self.name)
+
+    def progress(self, total: int, unit: str) -> Progress:
+        return Progress(self.name, total, unit, self.run)
+
+
+def run(paths: RunPaths, spec: RunSpec, names: list[str]) -> None:
+    """Compute the stages `names` of a run, in order; each appears done only when it is complete."""
+    device = place(spec.launch)
+    with StopRequest() as stop:
+        for name in names:
+            stage_paths = paths.stage(name)
+            if stage_paths.done.exists():
+                continue
+            stage_paths.root.mkdir(parents=True, exist_ok=True)
+            stage = spec.stages[name]
+            work = Work(paths, spec, name, device, stop)
+            append_event(paths, "stage started", stage=name, kind=stage.kind, threads=torch.get_num_threads())
+            if isinstance(stage, TrainStage):
+                result = _train(work, stage)
+            elif isinstance(stage, PairsStage):
+                result = _pairs(work, stage)
+            else:
+                result = _evaluate(work, stage)
+            write_json(stage_paths.done, {"stage": name, "kind": stage.kind, **result})
+            append_event(paths, "stage done", stage=name)
+
+
+def place(launch: LaunchSpec) -> torch.device:
+    """The device of this process, with its CPU threads set."""
+    torch.set_num_threads(launch.threads or len(os.sched_getaffinity(0)))
+    if launch.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("launch.device=cuda, but torch sees no GPU here; use launch.device=auto or cpu")
+    if launch.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(launch.device)
+
+
+def check(spec: RunSpec) -> None:
+    """Load the teacher and the data of a spec and refuse what does not fit, before anything is written."""
+    data = datasets.load(spec.data, spec.seed)
+    if spec.teacher is None:
+        return
+    teacher = teachers.load(spec.teacher, torch.device("cpu"))
+    if data is None:
+        return
+    if data.shape != teacher.shape:
+        raise InputError(
+            f"data '{data.name}' has samples of shape {list(data.shape)}, the teacher ({teacher.description}) makes "
+            f"{list(teacher.shape)}; use data of the teacher's shape (data.size, data.channels) or another teacher"
+        )
+    if teacher.num_classes is not None and data.num_classes != teacher.num_classes:
+        raise InputError(
+            f"data '{data.name}' has {data.num_classes or 'no'} classes, the teacher ({teacher.description}) has "
+            f"{teacher.num_classes}; give labelled data with the teacher's classes, or an unconditional teacher"
+        )
+
+
+def _teacher(work: Work, stage: str | None) -> LoadedTeacher | None:
+    """The student of a stage, or the spec's teacher where no stage is named; None if there is neither."""
+    if stage is not None:
+        return teachers.load(CheckpointTeacher(path=str(work.run.student(stage))), work.device)
+    return None if work.spec.teacher is None else teachers.load(work.spec.teacher, work.device)
+
+
+def _train(work: Work, stage: TrainStage) -> dict[str, object]:
+    module = registry.load(stage.recipe, work.run.root)
+    config = module.Config(**stage.options)
+    needs: frozenset[str] = config.needs
+    teacher = _teacher(work, stage.teacher) if "teacher" in needs else None
+    origin = _teacher(work, stage.init) if stage.init else teacher
+    source, shape, num_classes = _source(work, stage, needs, origin)
+    init = StudentInit(origin, stage.network, shape, num_classes, work.seed)
+    recipe = module.Recipe(config, teacher)
+    with work.progress(stage.images, "images") as progress:
+        result = engine.train(
+            recipe,
+            init,
+            source,
+            stage,
+            seed=work.seed,
+            device=work.device,
+            micro_batch=work.spec.launch.micro_batch or stage.batch_size,
+            paths=work.run.stage(work.name),
+            progress=progress,
+            stop=work.stop,
+            run=work.run,
+        )
+    student = result.networks["student"]
+    if stage.export != "raw":
+        student.load_state_dict(result.ema["student"][stage.export])
+    card = StudentCard(
+        name=f"{work.spec.name}-{work.name}",
+        recipe=stage.recipe,
+        spec_digest=work.spec.digest(),
+        teacher_digest=None if teacher is None else teacher.digest,
+        sampler=recipe.sampler,
+        shape=shape,
+        num_classes=num_classes,
+        null_class=num_classes if origin is None or stage.network else origin.null_class,
+        weights=stage.export,
+        images=result.images,
+    )
+    export(student, work.run.student(work.name), card)
+    return {"images": result.images, "steps": result.step, "student": str(work.run.student(work.name))}
+
+
+def _source(
+    work: Work, stage: TrainStage, needs: frozenset[str], origin: LoadedTeacher | None
+) -> tuple[Source, tuple[int, ...], int | None]:
+    """Where the stage's batches come from, the shape of a sample and the number of classes."""
+    if "pairs" in needs:
+        assert stage.pairs is not None and origin is not None, "workflow.check lets no such stage through"
+        pair_set = pairs.PairSet.open(work.run.stage(stage.pairs).pairs, None)
+        return pairs.PairSource(pair_set, stage.batch_size, work.seed), origin.shape, origin.num_classes
+    data = datasets.load(work.spec.data, work.seed)
+    assert data is not None, "workflow.check lets no such stage through"
+    return datasets.DataSource(data, stage.batch_size, work.seed), data.shape, data.num_classes
+
+
+def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
+    teacher = _teacher(work, stage.teacher)
+    assert teacher is not None, "workflow.check lets no such stage through"
+    folder = work.run.stage(work.name).pairs
+    with work.progress(stage.count, "pairs") as progress:
+        pairs.generate(teacher, stage, folder, seed=work.seed, device=work.device, progress=progress, stop=work.stop)
+    return {"count": stage.count, "pairs": str(folder)}
+
+
+def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
+    with work.progress(stage.samples, "samples") as progress:
+        evaluate.evaluate(work.run, work.spec, work.name, device=work.device, progress=progress, stop=work.stop)
+    return {"results": str(work.run.stage(work.name).root / "results.json"), "report": str(report.write(work.run))}

@@ -1,0 +1,189 @@
+"""The rules of the house that matter, as tests: each message names the offender and the rule."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted((ROOT / "distill").rglob("*.py"))
+RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.py") if p.name != "__init__.py")
+PYTHON = MODULES + RECIPES
+
+# The compute plane's layers: a module imports from its own layer or an earlier one.
+LAYERS = [
+    {"interpolants", "protocols", "draws"},
+    {"times", "fields", "solvers", "samplers", "autodiff", "distances", "couplings"},
+    {"teachers", "students", "latents", "conditions", "data", "pairs", "ema", "metrics"},
+    {"trainable", "checkpoint", "export"},
+    {"evaluate", "report", "engine"},
+    {"stages"},
+    {"cli"},
+]
+ANYWHERE = {"guard", "spec", "store", "progress", "stop", "results"}  # no torch in them, usable by both planes
+CONTROL = ANYWHERE | {"overrides", "schema", "specfile", "workflow", "launch", "registry", "presets"}
+TORCH = {"torch", "numpy", "diffusers", "accelerate", "deepspeed", "safetensors", "torchmetrics", "sklearn", "datasets"}
+
+
+def top(path):
+    """distill/teachers/analytic.py -> teachers; distill/draws.py -> draws."""
+    return path.relative_to(ROOT / "distill").parts[0].removesuffix(".py")
+
+
+def parse(path):
+    return ast.parse(path.read_text(), str(path))
+
+
+def imports(tree, *, anywhere=True):
+    """Dotted names imported by a module; only at its top level if not `anywhere`."""
+    for node in ast.walk(tree) if anywhere else tree.body:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == "distill":
+                yield from (f"distill.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def show(path):
+    return str(path.relative_to(ROOT))
+
+
+def test_modules_are_short():
+    for path in MODULES:
+        lines = len(path.read_text().splitlines())
+        assert lines <= 400, f"{show(path)} has {lines} lines; a module has at most 400: split it by role"
+    for path in RECIPES:
+        lines = len(path.read_text().splitlines())
+        assert lines <= 120, f"{show(path)} has {lines} lines; a recipe has at most 120"
+
+
+def test_layers():
+    rank = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    for path in MODULES:
+        mine = top(path)
+        if mine not in rank:
+            assert mine in CONTROL | {"__init__", "__main__"}, (
+                f"{show(path)} stands in no layer; add '{mine}' to LAYERS"
+            )
+            continue
+        for name in imports(parse(path)):
+            if not name.startswith("distill."):
+                continue
+            other = name.split(".")[1]
+            if other in ANYWHERE or (other in CONTROL and mine in ("stages", "cli")):
+                continue
+            assert other in rank, f"{show(path)} imports {name}, of the control plane"
+            assert rank[other] <= rank[mine], f"{show(path)} imports {name}, which lies above it"
+
+
+def test_control_plane_has_no_torch():
+    for path in MODULES:
+        if top(path) not in CONTROL | {"cli", "__init__", "__main__"}:
+            continue
+        for name in imports(parse(path), anywhere=False):
+            assert name.split(".")[0] not in TORCH, f"{show(path)} imports {name} on the control plane"
+            compute = name.startswith("distill.") and name.split(".")[1] not in CONTROL | {"cli"}
+            assert not compute, f"{show(path)} imports {name} of the compute plane at its top level"
+
+
+def test_recipes_see_mathematics_only():
+    for path in RECIPES:
+        for name in imports(parse(path)):
+            parts = name.split(".")
+            if parts[0] == "distill":
+                allowed = LAYERS[0] | LAYERS[1] | {"guard"}
+                assert parts[1] in allowed, f"{show(path)} imports {name}; recipes import only {sorted(allowed)}"
+            else:
+                allowed = {"torch", "pydantic", "math", "typing", "collections"}
+                assert parts[0] in allowed, f"{show(path)} imports {name}; recipes import only {sorted(allowed)}"
+
+
+def test_the_engine_names_no_objective():
+    for path in MODULES:
+        assert not any(n.split(".")[0] == "recipes" for n in imports(parse(path))), f"{show(path)} imports recipes"
+
+
+def test_shipped_files_stand_alone():
+    shipped = [ROOT / "distill" / "students" / n for n in ("pipeline.py", "velocity_mlp.py", "velocity_unet.py")]
+    for path in shipped + sorted((ROOT / "distill" / "samplers").glob("*.py")):
+        for name in imports(parse(path)):
+            assert not name.startswith("distill"), f"{show(path)} is shipped with students and imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "allowed", "rule"),
+    [
+        (r"\btorch\.rand(?!om)|\.normal_\(|\.uniform_\(", {"draws"}, "randomness comes from draws"),
+        (r"\bos\.environ|\bgetenv\(", {"cli", "launch"}, "the environment is read only in cli and launch"),
+        (r"\bsubprocess\b", {"launch"}, "processes are started only in launch"),
+        (r"\bpickle\b|torch\.load\(|allow_pickle=True|weights_only=False", set(), "nothing is unpickled"),
+        (r"load_state_dict\(.*strict=False|nan_to_num|ignore_errors=True", set(), "nothing is silently repaired"),
+        (r"\bhasattr\(", set(), "no probing: say what is needed in a Protocol"),
+        (r"except Exception|except BaseException|except:", set(), "except names its type"),
+        (r"\baccelerate\b|\bdeepspeed\b", {"trainable", "engine", "checkpoint"}, "sharding stays in the engine"),
+    ],
+)
+def test_forbidden(pattern, allowed, rule):
+    for path in PYTHON:
+        if path in MODULES and top(path) in allowed:
+            continue
+        tree = parse(path)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call | ast.Import | ast.ImportFrom | ast.ExceptHandler | ast.Attribute):
+                text = ast.unparse(node).splitlines()[0]
+                assert not re.search(pattern, text), f"{show(path)}:{node.lineno}: {text}: {rule}"
+
+
+def test_public_functions_take_no_kwargs_and_no_mutable_defaults():
+    for path in PYTHON:
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                if not node.name.startswith("_"):
+                    keywords = node.args.kwarg is not None and path.name != "store.py"  # fields of an event
+                    assert not keywords, f"{show(path)}:{node.lineno}: {node.name} takes **{node.args.kwarg.arg}"
+                defaults = [*node.args.defaults, *(d for d in node.args.kw_defaults if d)]
+                mutable = any(isinstance(d, ast.List | ast.Dict | ast.Set) for d in defaults)
+                assert not mutable, f"{show(path)}:{node.lineno}: {node.name} has a mutable default"
+
+
+def test_inheritance_is_flat():
+    local = {n.name for p in PYTHON for n in ast.walk(parse(p)) if isinstance(n, ast.ClassDef)}
+    bases = {}
+    for path in PYTHON:
+        if path.name == "spec.py":
+            continue  # data, not behaviour
+        for node in ast.walk(parse(path)):
+            if isinstance(node, ast.ClassDef):
+                bases[node.name] = [b.id for b in node.bases if isinstance(b, ast.Name) and b.id in local]
+    for name, parents in bases.items():
+        for parent in parents:
+            assert not bases.get(parent), f"{name} -> {parent} -> {bases.get(parent)}: inheritance is at most one deep"
+
+
+def test_recipe_modules_have_the_parts():
+    for path in RECIPES:
+        tree = parse(path)
+        names = {n.name for n in tree.body if isinstance(n, ast.ClassDef)}
+        assert {"Config", "Recipe"} <= names, f"{show(path)} lacks class Config or class Recipe"
+        doc = ast.get_docstring(tree) or ""
+        assert re.search(r"\d{4}, arXiv \d{4}\.\d{4,5}", doc), (
+            f"{show(path)}: the docstring names no paper (year, arXiv id)"
+        )
+
+
+def test_no_machine_paths_or_hosts():
+    this = Path(__file__)
+    for path in [
+        *PYTHON,
+        *sorted((ROOT / "tests").rglob("*.py")),
+        *ROOT.glob("*.md"),
+        *ROOT.glob("*.toml"),
+        ROOT / "Makefile",
+    ]:
+        if path == this or not path.exists():
+            continue
+        found = re.search(r"/work/|/opt/|\.library|bash_jobs", path.read_text())
+        assert not found, f"{show(path)} names a path of one machine: {found.group() if found else ''}"
