@@ -5,11 +5,14 @@ make stratified times. Grids are float64, decreasing, and end at 0.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from distill.draws import Rows
+from distill.guard import suggest
 
 # --- grids ---
 
@@ -74,6 +77,18 @@ def u_shaped(u: Tensor, sharpness: float = 4.0, margin: float = 1e-5) -> Tensor:
 def exp10(u: Tensor) -> Tensor:
     """p(t) = ln(10) 10^t / 9: towards the noise."""
     return _as_time(torch.log10(1 + 9 * _checked(u)), u)
+
+
+def law(name: str, mean: float | None = None, std: float | None = None) -> Callable[[Tensor], Tensor]:
+    """The law of that name; mean (null: 0) and std (null: 1) are those of logit_normal."""
+    laws: dict[str, Callable[[Tensor], Tensor]] = {"uniform": uniform, "u_shaped": u_shaped, "exp10": exp10}
+    if name == "logit_normal":
+        return partial(logit_normal, mean=0.0 if mean is None else mean, std=1.0 if std is None else std)
+    if name not in laws:
+        raise ValueError(f"unknown time law '{name}': {suggest(name, [*laws, 'logit_normal'])}")
+    if mean is not None or std is not None:
+        raise ValueError(f"mean and std have no effect on the time law {name}")
+    return laws[name]
 
 
 def stratified(u: Tensor, rows: Rows) -> Tensor:
