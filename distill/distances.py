@@ -1,0 +1,117 @@
+"""Distances per sample: prediction and target [B, ...] -> [B]. Zero exactly where the two are equal."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distill.guard import InputError
+
+Trunk = Literal["squeeze", "alex", "vgg"]
+
+
+def mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """||prediction - target||^2 / d, d the elements of one sample."""
+    return (prediction - target).square().flatten(1).mean(1)
+
+
+def pseudo_huber(prediction: Tensor, target: Tensor, scale: float = 0.00054) -> Tensor:
+    """(sqrt(||prediction - target||^2 + c^2) - c) / d with c = scale d (Lee et al. 2024, arXiv 2405.20320).
+
+    Not the constant of iCT, which is 0.00054 sqrt(d).
+    """
+    squares = (prediction - target).square().flatten(1)  # [B, ...] -> [B, d]
+    d = squares.shape[1]
+    return _huber(squares.sum(1), scale * d) / d
+
+
+def pseudo_huber_elementwise(prediction: Tensor, target: Tensor, c: float = 1e-3) -> Tensor:
+    """Mean over elements of sqrt(difference^2 + c^2) - c (Wang et al. 2024, arXiv 2410.07303)."""
+    return _huber((prediction - target).square(), c).flatten(1).mean(1)
+
+
+def _huber(square: Tensor, c: float) -> Tensor:
+    """sqrt(square + c^2) - c, in the form that keeps its digits where square << c^2."""
+    return square / ((square + c * c).sqrt() + c)
+
+
+class Lpips(nn.Module):
+    """LPIPS (Zhang et al. 2018, arXiv 1801.03924): images [B, 1 or 3, H, W] in [-1, 1] -> [B].
+
+    The trunk's weights come from `path`: safetensors of torchvision's squeezenet1_1, alexnet or vgg16 (layers after
+    the features are passed over). `heads`: the channels are weighted by the package's calibrated heads; False: they
+    are summed, for a trunk to which the heads were not fitted. Grey is replicated; a shorter side below 64 is resized
+    to 64 (bilinear). Frozen, in eval, and float32 whatever the autocast: features are divided by their norm.
+    """
+
+    smallest_side = 64
+
+    def __init__(self, trunk: Trunk, path: Path, *, heads: bool = True) -> None:
+        super().__init__()
+        import lpips  # takes two seconds, and only this distance needs it
+
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # random weights, replaced below
+            warnings.simplefilter("ignore", UserWarning)  # torchvision: the package's way to ask for no weights is old
+            self.metric = lpips.LPIPS(net=trunk, pnet_rand=True, lpips=heads, verbose=False)
+        self.metric.net.load_state_dict(self._trunk_weights(trunk, path))
+        self.requires_grad_(False).eval()
+
+    def _trunk_weights(self, trunk: Trunk, path: Path) -> dict[str, Tensor]:
+        """torchvision's `features.N.rest` under the package's names `sliceK.N.rest`."""
+        if not path.is_file():
+            raise InputError(
+                f"LPIPS trunk {path} does not exist; give a safetensors file of torchvision's {trunk} weights"
+            )
+        try:
+            given = load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"LPIPS trunk {path} is not a complete safetensors file ({error})") from error
+        expected = self.metric.net.state_dict()
+        sources = {name: "features." + name.split(".", 1)[1] for name in expected}
+        wrong = [f"{source} is missing" for source in sources.values() if source not in given]
+        for name, source in sources.items():
+            if source in given and given[source].shape != expected[name].shape:
+                wrong.append(f"{source} is {list(given[source].shape)}, not {list(expected[name].shape)}")
+        if wrong:
+            raise InputError(f"LPIPS trunk {path} is not torchvision's {trunk}: {', '.join(wrong)}")
+        return {name: given[source] for name, source in sources.items()}
+
+    def train(self, mode: bool = True) -> "Lpips":
+        """Always in eval: the heads have a dropout."""
+        return super().train(False)
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast(prediction.device.type, enabled=False):
+            layers = zip(self._features(prediction), self._features(target), self._heads(), strict=True)
+            distances = [head((a - b).square()).flatten(1).mean(1) for a, b, head in layers]
+            return torch.stack(distances).sum(0)
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        """Each layer's features, of unit length over the channels [B, C, h, w]."""
+        features = self.metric.net(self.metric.scaling_layer(self._prepare(images)))
+        # The package takes the root of an exact zero where no channel is active: its gradient is then not finite.
+        norms = [f.square().sum(1, keepdim=True).clamp(min=torch.finfo(f.dtype).tiny).sqrt() for f in features]
+        return [f / (norm + 1e-10) for f, norm in zip(features, norms, strict=True)]
+
+    def _heads(self) -> list[Callable[[Tensor], Tensor]]:
+        """Each layer's weighting of its channels, [B, C, h, w] -> [B, 1, h, w]."""
+        if self.metric.lpips:
+            return list(self.metric.lins)
+        return [lambda squares: squares.sum(1, keepdim=True)] * self.metric.L
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        """[B, 1 or 3, H, W] -> [B, 3, >= 64, >= 64] float32."""
+        if images.ndim != 4 or images.shape[1] not in (1, 3):
+            raise ValueError(f"LPIPS compares images [B, 1 or 3, H, W], got {list(images.shape)}")
+        images = images.float().expand(-1, 3, -1, -1)
+        shorter = min(images.shape[2:])
+        if shorter >= self.smallest_side:
+            return images
+        size = [round(side * self.smallest_side / shorter) for side in images.shape[2:]]
+        return F.interpolate(images, size, mode="bilinear", align_corners=False)

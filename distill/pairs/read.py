@@ -1,0 +1,150 @@
+"""Reading pairs: a verified set, and a source of batches that holds a few shards at a time."""
+
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from distill import draws
+from distill.draws import Rows
+from distill.guard import InputError, RunError
+from distill.pairs.manifest import Manifest, fault, foreign, noise_sha256, read
+from distill.protocols import Batch, Pairs
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Consecutive pairs from index `start` on; data [n, ...] in the stored dtype, labels [n] or None."""
+
+    start: int
+    data: Tensor
+    labels: Tensor | None
+
+
+class PairSet:
+    """A complete folder of pairs. `open` reads every byte once to compare checksums (about a second per gigabyte)."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.names = list(manifest.layout())
+        self.sizes = [len(indices) for indices in manifest.layout().values()]
+
+    @classmethod
+    def open(cls, folder: Path, teacher_digest: str | None) -> Self:
+        """The set in `folder`, verified; `teacher_digest`: whose pairs they must be, None if anybody's will do."""
+        manifest = read(folder)
+        if manifest is None:
+            raise InputError(f"{folder} holds no pairs (no manifest.json); run the pairs stage first")
+        if not manifest.done:
+            made, all_ = len(manifest.shards), len(manifest.layout())
+            raise InputError(f"{folder} is incomplete, {made} of {all_} shards; run its pairs stage again to finish it")
+        if teacher_digest not in (None, manifest.teacher_digest):
+            raise InputError(
+                f"{folder} holds pairs of another teacher: {manifest.teacher}, digest {manifest.teacher_digest[:12]}, "
+                f"not {str(teacher_digest)[:12]}; make pairs of this teacher"
+            )
+        faults = [f"{name} is {fault(folder / name, file)}" for name, file in manifest.shards.items()]
+        faults = [line for line in faults if not line.endswith(" is None")]
+        faults += [f"{name} is not of this set" for name in foreign(folder, manifest)]
+        if faults:
+            raise InputError(f"{folder}: {', '.join(faults)}; run its pairs stage again, it makes what is missing")
+        if noise_sha256(manifest.seed, manifest.shape) != manifest.noise_sha256:
+            raise InputError(
+                f"{folder}: this machine draws other noise from seed {manifest.seed} than the pairs were solved from "
+                "(another numpy?); make the pairs again"
+            )
+        return cls(folder, manifest)
+
+    def __len__(self) -> int:
+        return self.manifest.count
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.manifest.shape
+
+    def load(self, number: int) -> Shard:
+        """Shard `number`, read whole."""
+        path = self.folder / self.names[number]
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise RunError(f"{path} was complete at the start and cannot be read now: {error}") from error
+        return Shard(number * self.manifest.shard, tensors["data"], tensors.get("class_labels"))
+
+
+@dataclass(frozen=True)
+class Group:
+    """Some shards of an epoch, and the order in which their pairs come."""
+
+    shards: list[int]
+    order: Tensor  # [n, 2] int64: shard, row
+
+
+class PairSource:
+    """Batches of pairs. Position p of the stream is in epoch p // len(pairs), in which every pair comes once.
+
+    An epoch permutes the shards, cuts them into groups, and permutes the pairs within a group. At most one group is in
+    memory, whatever the size of the set. Stateless but for that cache: any step can be asked for at any time.
+    Fits `protocols.Source`.
+    """
+
+    def __init__(self, pairs: PairSet, batch_size: int, seed: int, group: int = 4) -> None:
+        self.pairs, self.batch_size, self.seed, self.group = pairs, batch_size, seed, group
+        self.held: dict[int, Shard] = {}
+        self._layout: tuple[int, list[list[int]], list[int]] = (-1, [], [])  # epoch, its groups, where they start
+        self._group: tuple[int, int, Group] | None = None  # epoch, number, group
+
+    def batch(self, step: int, rows: Rows) -> Batch:
+        """These rows of step's batch: noise and data [B, ...] float32, class_labels [B] if there are classes."""
+        assert rows.total == self.batch_size
+        position, stop = (step * self.batch_size + row for row in (rows.start, rows.stop))
+        parts: list[tuple[list[int], Tensor, Tensor | None]] = []
+        while position < stop:
+            group, offset = self._find(position)
+            chosen = group.order[offset : offset + stop - position]
+            parts.append(self._gather(group, chosen))
+            position += len(chosen)
+        indices = [index for part, _, _ in parts for index in part]
+        noise = draws.sample_noise(self.pairs.manifest.seed, indices, self.pairs.shape)
+        labels = [label for _, _, label in parts if label is not None]
+        cond = {"class_labels": torch.cat(labels)} if labels else {}
+        return Batch(data=None, pairs=Pairs(noise, torch.cat([data for _, data, _ in parts])), cond=cond)
+
+    def _find(self, position: int) -> tuple[Group, int]:
+        """The group that position is in, and where in its order."""
+        epoch, offset = divmod(position, len(self.pairs))
+        if self._layout[0] != epoch:
+            shards = draws.permutation(len(self.pairs.sizes), self.seed, "pairs", epoch, "shards").tolist()
+            groups = [shards[i : i + self.group] for i in range(0, len(shards), self.group)]
+            starts = list(accumulate((sum(self.pairs.sizes[s] for s in group) for group in groups), initial=0))
+            self._layout = epoch, groups, starts
+        _, groups, starts = self._layout
+        number = bisect_right(starts, offset) - 1
+        if self._group is None or self._group[:2] != (epoch, number):
+            rows = [(shard, row) for shard in groups[number] for row in range(self.pairs.sizes[shard])]
+            order = torch.tensor(rows)[draws.permutation(len(rows), self.seed, "pairs", epoch, number)]
+            self._group = epoch, number, Group(groups[number], order)
+        return self._group[2], offset - starts[number]
+
+    def _gather(self, group: Group, chosen: Tensor) -> tuple[list[int], Tensor, Tensor | None]:
+        """(indices, data float32, labels) of the chosen (shard, row) [n, 2], in that order."""
+        self.held = {number: shard for number, shard in self.held.items() if number in group.shards}  # before loading
+        indices = torch.empty(len(chosen), dtype=torch.int64)
+        data = torch.empty(len(chosen), *self.pairs.shape)
+        labels = None if self.pairs.manifest.num_classes is None else torch.empty(len(chosen), dtype=torch.int64)
+        for number in chosen[:, 0].unique().tolist():
+            if number not in self.held:
+                self.held[number] = self.pairs.load(number)
+            shard, at = self.held[number], chosen[:, 0] == number
+            rows = chosen[at, 1]
+            indices[at] = shard.start + rows
+            data[at] = shard.data[rows].float()
+            if labels is not None and shard.labels is not None:
+                labels[at] = shard.labels[rows]
+        return indices.tolist(), data, labels

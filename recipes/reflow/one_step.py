@@ -1,0 +1,110 @@
+"""One-step distillation of a rectified flow (Liu et al. 2022, arXiv 2209.03003): jump from noise to the teacher's data.
+
+Minimises E D( v(x_t, t), noise - data ) with data = ODE(noise), x_t = (1 - t) data + t noise and t uniform on the
+student's own grid {1, (k-1)/k, ..., 1/k}, the only times at which it is valid. At k = 1, t is 1 and x_t the noise; the
+perceptual distance then compares images, LPIPS( noise - v(noise, 1), data ).
+
+Deviations: t = 1 exactly, where the authors' code stops at 0.999 and so shows the student 0.1 % of its target;
+pseudo-Huber (rf++, Lee et al. 2024, arXiv 2405.20320) as another choice.
+"""
+
+from collections.abc import Iterator
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, FilePath, PositiveFloat, PositiveInt, model_validator
+
+from distill import distances
+from distill.guard import InputError
+from distill.protocols import Batch, Context, Frozen, Init, Loss, Nets, Role, Teacher, Trained, Turn
+
+
+class Config(BaseModel):
+    """Options of reflow/one_step."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    steps: PositiveInt = 1
+    """Euler steps of the student, k"""
+    distance: Literal["l2", "pseudo_huber", "lpips", "l2+lpips"] = "l2"
+    """between prediction and target, per sample; with lpips at steps: 1 only"""
+    lpips_weight: PositiveFloat | None = None
+    """weight of LPIPS beside L2 under l2+lpips; null: 1"""
+    lpips_trunk: Literal["squeeze", "alex", "vgg"] | None = None
+    """network whose features LPIPS compares"""
+    lpips_path: FilePath | None = None
+    """safetensors file of the trunk: torchvision's squeezenet1_1, alexnet or vgg16"""
+    lpips_heads: bool | None = None
+    """weigh the features by LPIPS' calibrated heads; null: true; false for a trunk they were not fitted to"""
+
+    @property
+    def perceptual(self) -> bool:
+        return self.distance in ("lpips", "l2+lpips")
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        options = {
+            "lpips_weight": self.lpips_weight,
+            "lpips_trunk": self.lpips_trunk,
+            "lpips_path": self.lpips_path,
+            "lpips_heads": self.lpips_heads,
+        }
+        given = [name for name, value in options.items() if value is not None]
+        if given and not self.perceptual:
+            raise ValueError(f"{', '.join(given)}: no effect with distance: {self.distance}; remove, or use l2+lpips")
+        if self.perceptual and (self.lpips_trunk is None or self.lpips_path is None):
+            raise ValueError(f"distance: {self.distance} needs lpips_trunk and lpips_path")
+        if self.perceptual and self.steps > 1:
+            raise ValueError(
+                f"distance: {self.distance} compares images, which are known at steps: 1 only, not {self.steps}"
+            )
+        if self.lpips_weight is not None and self.distance == "lpips":
+            raise ValueError("lpips_weight has no effect with distance: lpips; remove, or use l2+lpips")
+        return self
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"teacher", "pairs"})
+
+    @property
+    def student(self) -> str:
+        return "velocity"
+
+
+class Recipe:
+    sampler = "euler"
+
+    def __init__(self, config: Config, teacher: Teacher | None) -> None:
+        if config.perceptual and teacher is not None and (len(teacher.shape) != 3 or teacher.shape[0] not in (1, 3)):
+            raise InputError(f"distance: {config.distance} compares images, the teacher makes {teacher.shape}; use l2")
+        self.config = config
+
+    def networks(self, init: Init) -> dict[str, Role]:
+        c = self.config
+        roles: dict[str, Role] = {"student": Trained(init.velocity_field())}
+        if c.lpips_trunk is not None and c.lpips_path is not None:
+            lpips = distances.Lpips(c.lpips_trunk, c.lpips_path, heads=c.lpips_heads is not False)
+            roles["lpips"] = Frozen(lpips)
+        return roles
+
+    def turns(self, step: int, images: int) -> Iterator[Turn]:
+        yield Turn("student", self.loss)
+
+    def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
+        assert batch.pairs is not None
+        data, noise = batch.pairs.data, batch.pairs.noise
+        k = self.config.steps
+        t = 1 - (ctx.draw.uniform("t", data) * k).floor() / k  # [B], uniform on {1, (k-1)/k, ..., 1/k}
+        student = nets["student"]
+        x_t, velocity = student.interpolant.mix(data, noise, t), student.interpolant.velocity(data, noise, t)
+        v = student(x_t, t, batch.cond)
+        match self.config.distance:
+            case "l2":
+                return Loss(distances.mse(v, velocity).mean())
+            case "pseudo_huber":
+                return Loss(distances.pseudo_huber(v, velocity).mean())
+            case "lpips":
+                return Loss(nets["lpips"](noise - v, data).mean())
+            case "l2+lpips":
+                l2, lpips = distances.mse(v, velocity).mean(), nets["lpips"](noise - v, data).mean()
+                weight = 1.0 if self.config.lpips_weight is None else self.config.lpips_weight
+                return Loss(l2 + weight * lpips, {"l2": l2.detach(), "lpips": lpips.detach()})
