@@ -1,0 +1,180 @@
+"""Measurements, as ratios within one run: python -m tests.benchmarks [step pairs start digits]. No assertion here.
+
+Machines are noisy: contenders take turns, medians are compared. `digits` (the bar, mean of three seeds) takes ~25
+minutes on 2 cores and runs only when named.
+"""
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from distill import engine, pairs, registry
+from distill.data import DataSource
+from distill.data import load as load_data
+from distill.draws import Rows
+from distill.progress import Progress
+from distill.protocols import Batch
+from distill.spec import DigitsData, OptimizerSpec, PairsStage, TrainStage, UNetSpec
+from distill.stop import StopRequest
+from distill.store import RunPaths, StagePaths, read_json
+from distill.students.init import StudentInit
+from distill.students.velocity import VelocityStudent
+from distill.teachers.loaded import LoadedTeacher
+
+CPU = torch.device("cpu")
+SHAPE, CLASSES, BATCH = (1, 8, 8), 10, 128
+
+
+def student() -> VelocityStudent:
+    return StudentInit(None, UNetSpec(kind="unet", channels=[32, 64]), SHAPE, CLASSES, 0).velocity_field()
+
+
+class Clocked:
+    """A source that notes when it is asked."""
+
+    def __init__(self, source: DataSource) -> None:
+        self.source, self.times = source, []
+
+    def batch(self, step: int, rows: Rows) -> Batch:
+        self.times.append(time.perf_counter())
+        return self.source.batch(step, rows)
+
+
+def durations(times: list[float]) -> list[float]:
+    return [b - a for a, b in zip(times, times[1:], strict=False)][3:]  # the first steps warm up
+
+
+def bare_loop(network: nn.Module, source: Clocked, steps: int) -> None:
+    """What one would write by hand for flow matching, with the same batches, clipping and optimizer."""
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-3, (0.9, 0.99), weight_decay=0, fused=True)
+    network.train()
+    for step in range(steps):
+        batch = source.batch(step, Rows(0, BATCH, BATCH))
+        noise, t = torch.randn_like(batch.data), torch.rand(BATCH)
+        labels = torch.where(torch.rand(BATCH) < 0.1, CLASSES, batch.cond["class_labels"])
+        at = t.view(-1, 1, 1, 1)
+        x_t = (1 - at) * batch.data + at * noise
+        v = network(x_t, 1000 * t, class_labels=labels).sample
+        loss = (v - (noise - batch.data)).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def bench_step(steps: int = 40) -> str:
+    """The trainer's step against a bare PyTorch loop with the same network."""
+    data = load_data(DigitsData(kind="digits"), 0)
+    module = registry.load("pretrain/flow_matching", Path())
+    ours, theirs = [], []
+    for round_ in range(3):
+        clock = Clocked(DataSource(data, BATCH, 0))
+        bare_loop(student().network, clock, steps)
+        theirs += durations(clock.times)
+        with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
+            clock = Clocked(DataSource(data, BATCH, 0))
+            stage = TrainStage(
+                kind="train", recipe="pretrain/flow_matching", images=steps * BATCH, optimizer=OptimizerSpec()
+            )
+            init = StudentInit(None, UNetSpec(kind="unet", channels=[32, 64]), SHAPE, CLASSES, round_)
+            with Progress("bench", stage.images, "images", None) as progress:
+                engine.train(
+                    module.Recipe(module.Config(), None), init, clock, stage, seed=0, device=CPU, micro_batch=BATCH,
+                    paths=StagePaths(Path(folder)), progress=progress, stop=stop,
+                )  # fmt: skip
+            ours += durations(clock.times)
+    a, b = statistics.median(ours), statistics.median(theirs)
+    return f"step    trainer {1000 * a:.0f} ms, bare loop {1000 * b:.0f} ms: ratio {a / b:.3f} (goal <= 1.05)"
+
+
+@torch.no_grad()
+def bare_heun(network: nn.Module, noise: Tensor, labels: Tensor, steps: int) -> Tensor:
+    def velocity(x: Tensor, t: float) -> Tensor:
+        return network(x, torch.full((len(x),), 1000 * t), class_labels=labels).sample
+
+    x = noise
+    for i in range(steps):
+        t, t_next = 1 - i / steps, 1 - (i + 1) / steps
+        v = velocity(x, t)
+        x_next = x + (t_next - t) * v
+        x = x_next if t_next == 0 else x + (t_next - t) * (v + velocity(x_next, t_next)) / 2
+    return x
+
+
+def bench_pairs(count: int = 1024, block: int = 256, steps: int = 6) -> str:
+    """Pairs on disk against the bare sampler loop."""
+    field = student().eval()
+    teacher = LoadedTeacher(field, SHAPE, CLASSES, CLASSES, "0" * 64, "random U-Net", field.network, None)
+    stage = PairsStage(kind="pairs", count=count, steps=steps, block=block, shard=2 * block)
+    ours, theirs = [], []
+    for _ in range(3):
+        began = time.perf_counter()
+        for first in range(0, count, block):
+            bare_heun(field.network, torch.randn(block, *SHAPE), torch.arange(first, first + block) % CLASSES, steps)
+        theirs.append(count / (time.perf_counter() - began))
+        with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
+            with Progress("bench", count, "pairs", None) as progress:
+                began = time.perf_counter()
+                pairs.generate(teacher, stage, Path(folder), seed=0, device=CPU, progress=progress, stop=stop)
+            ours.append(count / (time.perf_counter() - began))
+    a, b = statistics.median(ours), statistics.median(theirs)
+    return f"pairs   ours {a:.0f} pairs/s, bare loop {b:.0f} pairs/s: ratio {a / b:.3f} (goal >= 0.95)"
+
+
+def bench_start() -> str:
+    """Start of commands that need no torch, against `python -c pass`."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def seconds(*command: str) -> float:
+            began = time.perf_counter()
+            subprocess.run([sys.executable, *command], cwd=folder, check=False, capture_output=True)
+            return time.perf_counter() - began
+
+        commands = {"pass": ["-c", "pass"], "--help": ["-m", "distill", "--help"], "list": ["-m", "distill", "list"]}
+        taken = {name: [] for name in commands}
+        for _ in range(7):
+            for name, command in commands.items():
+                taken[name].append(seconds(*command))
+    best = {name: min(times) for name, times in taken.items()}
+    rows = [f"distill {n} {best[n]:.2f} s ({best[n] / best['pass']:.0f}x)" for n in ("--help", "list")]
+    return f"start   {', '.join(rows)}; python -c pass {best['pass']:.3f} s (goal <= 0.5 s)"
+
+
+def bench_digits(seeds: int = 3) -> str:
+    """The bar of the digits preset, 10,000 samples, mean of the seeds."""
+    values: dict[str, list[float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for seed in range(seeds):
+            name = f"digits-{seed}"
+            command = ["-m", "distill", "run", "digits", f"seed={seed}", "--name", name, "--store", "runs"]
+            subprocess.run([sys.executable, *command, "stages.evaluate.samples=10000"], cwd=folder, check=True)
+            for row in read_json(RunPaths(Path(folder) / "runs" / name).stage("evaluate").root / "results.json")[
+                "rows"
+            ]:
+                values.setdefault(row["label"], []).append(row["metrics"]["FD-digits"])
+    lines = [f"    {label:22s} {statistics.mean(v):8.2f}   {[round(x, 2) for x in v]}" for label, v in values.items()]
+    return f"digits  FD-digits, 10,000 samples, mean of {seeds} seeds\n" + "\n".join(lines)
+
+
+BENCHES: dict[str, Callable[[], str]] = {
+    "step": bench_step,
+    "pairs": bench_pairs,
+    "start": bench_start,
+    "digits": bench_digits,
+}
+
+if __name__ == "__main__":
+    chosen = sys.argv[1:] or ["step", "pairs", "start"]
+    unknown = [name for name in chosen if name not in BENCHES]
+    if unknown:
+        sys.exit(f"unknown {unknown}; valid: {list(BENCHES)}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    for name in chosen:
+        print(BENCHES[name](), flush=True)

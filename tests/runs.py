@@ -1,0 +1,61 @@
+"""Runs of the real command in processes of their own: start, kill, start again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "NO_COLOR": "1"}
+
+
+def distill(*args: str, cwd: Path, timeout: float = 900, env: dict[str, str] | None = None):
+    """`distill ARGS` to its end: its CompletedProcess with text output."""
+    return subprocess.run(
+        [sys.executable, "-m", "distill", *args],
+        cwd=cwd,
+        env={**ENV, **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+
+
+def start(*args: str, cwd: Path, log: Path) -> subprocess.Popen:
+    """`distill ARGS` in a process group of its own, its output in `log`."""
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            [sys.executable, "-m", "distill", *args],
+            cwd=cwd,
+            env=ENV,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+
+def kill(process: subprocess.Popen, number: int = signal.SIGKILL) -> int:
+    """Send the whole process group a signal and wait: the exit code."""
+    os.killpg(process.pid, number)
+    return process.wait(timeout=120)
+
+
+def wait_for(condition, process: subprocess.Popen, *, timeout: float = 300) -> bool:
+    """Until `condition()` holds or the process ends: whether it held."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        if condition():
+            return True
+        if process.poll() is not None:
+            return condition()
+        time.sleep(0.02)
+    raise TimeoutError(f"nothing happened for {timeout:.0f} s")
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by relative name."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
