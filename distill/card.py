@@ -1,0 +1,123 @@
+"""What a student folder says of itself: distill.json for programs, README.md for people. No torch here."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+from pydantic import Field, ValidationError
+
+from distill.guard import InputError
+from distill.spec import Frozen
+
+FILE_NAME = "distill.json"
+
+
+class FileRecord(Frozen):
+    """One file of the folder."""
+
+    sha256: str
+    size: int
+
+
+class StudentCard(Frozen):
+    """The content of distill.json. Depends on nothing but the student: no dates, no places."""
+
+    format: Literal[1] = 1
+    name: str
+    recipe: str
+    """name of the recipe, like reflow/reflow"""
+    summary: str = ""
+    """first sentence of the recipe: the method and its paper"""
+    spec_digest: str
+    teacher_digest: str | None
+    """null: trained on data alone"""
+    teacher: str = ""
+    """one line for people"""
+    data: str = ""
+    """name of the data set; empty: none"""
+    license: str = ""
+    """terms of the weights, if known"""
+    kind: Literal["velocity"] = "velocity"
+    prediction: Literal["velocity"] = "velocity"
+    interpolant: Literal["linear"] = "linear"
+    sampler: str = "euler"
+    """a name in samplers/"""
+    t_grid: Literal["uniform"] = "uniform"
+    """1, (N-1)/N, ..., 1/N, 0 for N steps"""
+    num_classes: int | None
+    null_class: int | None
+    """class id of the unconditional call"""
+    shape: tuple[int, ...]
+    """of one sample"""
+    guidance_scale: float = 1.0
+    """classifier-free guidance that is baked in; 1 = none"""
+    weights: Literal["raw"] | float
+    """raw, or the half-life of the average in images"""
+    images: int
+    """samples shown to the optimizer"""
+    metrics: dict[str, float] = {}
+    files: dict[str, FileRecord] = Field(default_factory=dict)
+    """every other file of the folder; filled in by the export"""
+
+
+def record(folder: Path) -> dict[str, FileRecord]:
+    """sha256 and size of every file of a student folder but distill.json, by relative name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / FILE_NAME)
+    records = {}
+    for path in files:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        records[path.relative_to(folder).as_posix()] = FileRecord(sha256=digest, size=path.stat().st_size)
+    return records
+
+
+def read(folder: Path) -> StudentCard:
+    """The card of a student folder."""
+    path = folder / FILE_NAME
+    if not path.is_file():
+        raise InputError(
+            f"{folder} is not a student folder: it has no {FILE_NAME}; give a folder that `distill export` "
+            "or a train stage has written"
+        )
+    try:
+        return StudentCard.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "its JSON"
+        raise InputError(f"{path} cannot be used: {where}: {first['msg']}; export the student again") from error
+
+
+def verify(folder: Path) -> StudentCard:
+    """The card, once every file it names is there, whole and unchanged, and no other file is."""
+    card = read(folder)
+    found = record(folder)
+    for name, expected in card.files.items():
+        if name not in found:
+            raise InputError(f"{folder}: {name} is missing; copy or export the student again")
+        if found[name] != expected:
+            raise InputError(
+                f"{folder}: {name} is damaged: {found[name].size} bytes with sha256 {found[name].sha256[:12]}, "
+                f"expected {expected.size} with {expected.sha256[:12]}; copy or export the student again"
+            )
+    strange = sorted(found.keys() - card.files.keys())
+    if strange:
+        raise InputError(
+            f"{folder}: {', '.join(strange)} is not listed in {FILE_NAME}; remove what does not belong there"
+        )
+    return card
+
+
+def to_json(card: StudentCard) -> str:
+    """The bytes of distill.json."""
+    return json.dumps(card.model_dump(mode="json"), indent=2) + "\n"
+
+
+def readme(card: StudentCard) -> str:
+    """The model card."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("distill"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    facts: dict[str, Any] = card.model_dump()
+    return environment.get_template("model_card.md.j2").render(card=facts, vector=len(card.shape) == 1)

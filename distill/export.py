@@ -1,0 +1,177 @@
+"""Export: a student becomes a folder that plain diffusers loads, checked before it appears under its name.
+
+The same weights and card give the same bytes, so that students can be compared by their files.
+"""
+
+import contextlib
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler
+from diffusers.utils import logging as diffusers_logging
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from distill import card as cards
+from distill.card import StudentCard
+from distill.draws import sample_labels, sample_noise
+from distill.guard import RunError
+from distill.samplers import euler
+from distill.store import sync_dir
+from distill.students.velocity import TIME_SCALE, VelocityStudent
+from distill.times import uniform_grid
+
+STUDENTS = Path(__file__).parent / "students"
+# Networks that diffusers does not have: class -> the module that is shipped beside their weights.
+SHIPPED = {"VelocityMLP": "velocity_mlp", "VelocityUNet2DModel": "velocity_unet"}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+CHECK_STEPS, CHECK_BATCH, CHECK_SEED = (1, 2, 4), 2, 0
+TOLERANCE = 1e-5
+
+
+def export(student: VelocityStudent, folder: Path, card: StudentCard) -> None:
+    """Write the student folder, reload it with plain diffusers, compare, and only then give it its name.
+
+    A folder that is there already is replaced. Whatever goes wrong, `folder` is what it was.
+    """
+    folder = folder.absolute()
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    reference = copy.deepcopy(student).to("cpu").eval()
+    for name, tensor in _state(reference.network):
+        if not tensor.isfinite().all():
+            raise RunError(f"export failed: {name} holds numbers that are not finite; nothing was exported")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _recover(folder)
+        _write(reference.network, temporary, card)
+        _compare(reference, temporary, card)
+        _rename(temporary, folder)
+    except OSError as error:
+        raise RunError(f"cannot write the student to {folder}: {error.strerror}; nothing was changed") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
+    for part in ("unet", "scheduler"):
+        (folder / part).mkdir(parents=True)
+    class_name = type(network).__name__
+    library = SHIPPED.get(class_name, "diffusers")
+    if library == "diffusers":
+        assert type(network).__module__.startswith("diffusers."), f"{class_name} is neither stock nor shipped"
+    else:
+        shutil.copyfile(STUDENTS / f"{library}.py", folder / "unet" / f"{library}.py")
+    shutil.copyfile(STUDENTS / "pipeline.py", folder / "pipeline.py")
+
+    config = json.loads(network.to_json_string())
+    config.pop("_name_or_path", None)  # where the weights once came from is not part of the student
+    _write_json(folder / "unet" / "config.json", config)
+    weights = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in _state(network)}
+    save_file(weights, folder / "unet" / WEIGHTS, metadata={"format": "pt"})
+    version = {"_diffusers_version": diffusers.__version__}
+    scheduler = FlowMapEulerDiscreteScheduler.__name__
+    _write_json(
+        folder / "scheduler" / "scheduler_config.json",
+        {"_class_name": scheduler, **version, "num_train_timesteps": int(TIME_SCALE), "shift": 1.0},
+    )
+    _write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": ["pipeline", "DistilledPipeline"],
+            **version,
+            "num_classes": card.num_classes,
+            "scheduler": ["diffusers", scheduler],
+            "unet": [library, class_name],
+        },
+    )
+    (folder / "README.md").write_text(cards.readme(card))
+    (folder / cards.FILE_NAME).write_text(cards.to_json(card.model_copy(update={"files": cards.record(folder)})))
+    _sync(folder)
+
+
+def _compare(student: VelocityStudent, folder: Path, card: StudentCard) -> None:
+    """Plain diffusers must read the same weights, bitwise, and make the same samples from the same noise."""
+    with _quiet(), torch.random.fork_rng(devices=[]):  # networks are initialised before their weights are read
+        pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, low_cpu_mem_usage=False)
+    written, read = dict(_state(student.network)), dict(_state(pipeline.unet))
+    for name, tensor in written.items():
+        if name not in read or tensor.dtype != read[name].dtype or not torch.equal(tensor, read[name]):
+            raise RunError(f"export failed: diffusers does not read {name} as it was written; nothing was exported")
+    indices = range(CHECK_BATCH)
+    noise = sample_noise(CHECK_SEED, indices, card.shape)
+    labels = None if card.num_classes is None else sample_labels(indices, card.num_classes)
+    cond = {} if labels is None else {"class_labels": labels}
+    for steps in CHECK_STEPS:
+        with torch.no_grad():
+            ours = euler.sample(student, noise, uniform_grid(steps), cond)
+        theirs = pipeline(steps, class_labels=labels, latents=noise, output_type="pt").images
+        error = (ours - theirs).abs().max().item()
+        if not error <= TOLERANCE:  # not (nan <= x)
+            raise RunError(
+                f"export failed: at {steps} steps diffusers makes other samples from the same noise, max difference "
+                f"{error:.3g} (allowed {TOLERANCE:.0e}); nothing was exported"
+            )
+
+
+def _rename(temporary: Path, folder: Path) -> None:
+    """Put a complete folder in place of the old one, if any."""
+    aside = _aside(folder)
+    if folder.exists():
+        folder.rename(aside)
+    temporary.rename(folder)
+    sync_dir(folder.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _recover(folder: Path) -> None:
+    """Undo what a killed export left: unfinished folders go, and an old one it had moved aside comes back."""
+    for left in folder.parent.glob(f".{folder.name}.tmp-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    aside = _aside(folder)
+    if aside.exists():
+        if folder.exists():
+            shutil.rmtree(aside)
+        else:
+            aside.rename(folder)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _state(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from network.state_dict().items()
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def _sync(folder: Path) -> None:
+    """Make a new folder durable, files first."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            sync_dir(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_dir(folder)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading four files needs no progress bar."""
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+        diffusers_logging.enable_progress_bar()

@@ -1,0 +1,118 @@
+"""The pipeline of a distilled student: noise to samples in one, two or four network calls.
+
+This file is shipped inside student folders: it imports torch and diffusers only. Load a folder with
+`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, ImagePipelineOutput, ModelMixin
+from diffusers.utils.torch_utils import randn_tensor
+
+
+class DistilledPipeline(DiffusionPipeline):
+    """Euler steps along the network's velocity on the linear path, at t = 1, (N-1)/N, ..., 1/N."""
+
+    model_cpu_offload_seq = "unet"
+
+    def __init__(
+        self, unet: ModelMixin, scheduler: FlowMapEulerDiscreteScheduler, num_classes: int | None = None
+    ) -> None:
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(num_classes=num_classes)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Of one sample: (dim,) or (channels, height, width)."""
+        config = self.unet.config
+        if "dim" in config:
+            return (config["dim"],)
+        size = config["sample_size"]
+        return (config["in_channels"], *((size, size) if isinstance(size, int) else size))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        num_inference_steps: int = 1,
+        class_labels: Sequence[int] | torch.Tensor | None = None,
+        batch_size: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Samples, as `.images`.
+
+        latents: the noise, [B, *sample_shape], standard normal; None: drawn from `generator`.
+        class_labels: B class ids, needed where the student has classes.
+        batch_size: number of samples; None: as many as latents, else class_labels, else 1.
+        output_type: "pil" and "np" ([B, H, W, C] in [0, 1]) are clamped; "pt" is the tensor [B, *sample_shape] as the
+        last step left it, around [-1, 1]. Vectors are returned as they are: "np" an array, otherwise a tensor.
+        """
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps}; give 1 or more")
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type={output_type!r}; valid: 'pil', 'np', 'pt'")
+        shape, device, dtype = self.sample_shape, self._execution_device, self.unet.dtype
+        batch_size = self._batch_size(batch_size, latents, class_labels)
+        labels = self._labels(class_labels, batch_size, device)
+        if latents is None:
+            x_t = randn_tensor((batch_size, *shape), generator=generator, device=device, dtype=dtype)
+        elif tuple(latents.shape[1:]) != shape:
+            raise ValueError(f"latents have shape {list(latents.shape)}; valid: [batch, {', '.join(map(str, shape))}]")
+        else:
+            x_t = latents.to(device=device, dtype=dtype)
+
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        scale = self.scheduler.config.num_train_timesteps
+        for timestep, t in zip(self.scheduler.timesteps, self.scheduler.sigmas, strict=False):  # sigmas end with 0
+            times = (t.to(torch.float32) * scale).expand(batch_size)  # the network is called with 1000 t, [B]
+            velocity = self.unet(x_t, times, class_labels=labels).sample
+            x_t = self.scheduler.step(velocity, timestep, x_t, return_dict=False)[0]
+
+        images = self._finish(x_t, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _batch_size(
+        self, batch_size: int | None, latents: torch.Tensor | None, class_labels: Sequence[int] | torch.Tensor | None
+    ) -> int:
+        if latents is not None:
+            rows = latents.shape[0]
+            if batch_size not in (None, rows):
+                raise ValueError(f"batch_size={batch_size}, but latents have {rows} rows; leave batch_size out")
+            return rows
+        if batch_size is not None:
+            return batch_size
+        return 1 if class_labels is None else len(class_labels)
+
+    def _labels(
+        self, class_labels: Sequence[int] | torch.Tensor | None, batch_size: int, device: torch.device
+    ) -> torch.Tensor | None:
+        classes = self.config["num_classes"]
+        if classes is None:
+            if class_labels is not None:
+                raise ValueError("class_labels were given, but this student is unconditional; leave them out")
+            return None
+        if class_labels is None:
+            raise ValueError(
+                f"this student needs class_labels: {batch_size} ids from 0 to {classes - 1}, one per sample"
+            )
+        labels = torch.as_tensor(class_labels, dtype=torch.int64, device=device)
+        if labels.ndim != 1 or len(labels) != batch_size:
+            raise ValueError(
+                f"class_labels have shape {list(labels.shape)}, but {batch_size} samples are asked for; "
+                "give one id per sample"
+            )
+        if ((labels < 0) | (labels >= self.unet.config["num_class_embeds"])).any():
+            raise ValueError(f"class_labels {labels.tolist()} are not all valid; this student knows 0 to {classes - 1}")
+        return labels
+
+    def _finish(self, x: torch.Tensor, output_type: str) -> object:
+        if output_type == "pt":
+            return x
+        if x.ndim != 4:
+            return x.float().cpu().numpy() if output_type == "np" else x
+        array = (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()  # [B, H, W, C]
+        return array if output_type == "np" else self.numpy_to_pil(array)

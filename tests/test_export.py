@@ -1,0 +1,313 @@
+"""A student folder: the same bytes for the same weights, plain diffusers loads it, and nothing half-written is left."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from distill import card as cards
+from distill import export as exporter
+from distill.card import StudentCard
+from distill.draws import sample_labels, sample_noise
+from distill.export import export
+from distill.guard import InputError, RunError
+from distill.samplers import euler
+from distill.spec import CheckpointTeacher, MlpSpec, UNetSpec
+from distill.students.init import StudentInit
+from distill.students.networks import build
+from distill.students.velocity import VelocityStudent
+from distill.teachers import load
+from distill.times import uniform_grid
+
+UNET = UNetSpec(kind="unet", channels=[8, 16])
+MLP = MlpSpec(kind="mlp", width=16)
+KINDS = {"unet": (UNET, (1, 8, 8), None), "unet-classes": (UNET, (3, 8, 8), 4), "mlp": (MLP, (2,), None)}
+KINDS["mlp-classes"] = (MLP, (3,), 2)
+
+
+def make(kind: str, seed: int = 0) -> tuple[VelocityStudent, StudentCard]:
+    network, shape, classes = KINDS[kind]
+    student = VelocityStudent(build(network, shape, classes, seed))
+    return student, describe(shape, classes)
+
+
+def describe(shape: tuple[int, ...], classes: int | None) -> StudentCard:
+    return StudentCard(
+        name="a-student",
+        recipe="reflow/reflow",
+        summary="Reflow (Liu et al. 2022, arXiv 2209.03003)",
+        spec_digest="5" * 64,
+        teacher_digest="7" * 64,
+        num_classes=classes,
+        null_class=classes,
+        shape=shape,
+        weights="raw",
+        images=12_800,
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def ours(student: VelocityStudent, card: StudentCard, noise: torch.Tensor, steps: int) -> torch.Tensor:
+    labels = {} if card.num_classes is None else {"class_labels": sample_labels(range(len(noise)), card.num_classes)}
+    with torch.no_grad():
+        return euler.sample(student.eval(), noise, uniform_grid(steps), labels)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_folder_loads_in_plain_diffusers_with_equal_weights_and_samples(tmp_path, kind):
+    student, card = make(kind)
+    export(student, tmp_path / "s", card)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "s", trust_remote_code=True)
+    for name, value in student.network.state_dict().items():
+        assert torch.equal(value, pipeline.unet.state_dict()[name])
+    noise = sample_noise(1, range(3), card.shape)
+    labels = None if card.num_classes is None else sample_labels(range(3), card.num_classes)
+    for steps in (1, 2, 3, 4):
+        theirs = pipeline(steps, class_labels=labels, latents=noise, output_type="pt").images
+        assert (theirs - ours(student, card, noise, steps)).abs().max() <= 1e-5
+    assert pipeline.unet.training is False
+
+
+def export_vp(folder: Path) -> tuple[VelocityStudent, StudentCard]:
+    """A student that starts from, and here still is, a DDPM checkpoint; exported to `folder`."""
+    checkpoint = folder.parent / "ddpm"
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
+    DDPMPipeline(unet, DDPMScheduler(prediction_type="epsilon")).save_pretrained(checkpoint)
+    teacher = load(CheckpointTeacher(path=str(checkpoint)), torch.device("cpu"))
+    student = StudentInit(teacher, None, teacher.shape, None, 0).velocity_field()
+    card = describe((1, 8, 8), None)
+    export(student, folder, card)
+    return student, card
+
+
+def test_vp_network_ships_its_wrapper(tmp_path):
+    student, card = export_vp(tmp_path / "s")
+    assert (tmp_path / "s" / "unet" / "velocity_unet.py").is_file()
+    assert str(tmp_path).encode() not in b"".join(contents(tmp_path / "s").values()), "says where its teacher lay"
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "s", trust_remote_code=True)
+    noise = sample_noise(1, range(2), (1, 8, 8))
+    for steps in (1, 2, 4):
+        theirs = pipeline(steps, latents=noise, output_type="pt").images
+        assert (theirs - ours(student, card, noise, steps)).abs().max() <= 1e-5
+
+
+def test_student_is_a_teacher_again(tmp_path):
+    student, card = make("unet-classes")
+    export(student, tmp_path / "s", card)
+    teacher = load(CheckpointTeacher(path=str(tmp_path / "s")), torch.device("cpu"))
+    x_t, t, labels = torch.randn(5, 3, 8, 8), torch.rand(5), {"class_labels": torch.arange(5) % 4}
+    with torch.no_grad():
+        assert torch.equal(teacher.field(x_t, t, labels), student.eval()(x_t, t, labels))
+    assert (teacher.num_classes, teacher.null_class, teacher.shape) == (4, 4, (3, 8, 8))
+
+
+def test_same_weights_same_bytes_wherever_they_lie(tmp_path):
+    for place in ("one", "elsewhere"):
+        export(*_swap(make("unet-classes"), tmp_path / place / "s"))
+    assert contents(tmp_path / "one" / "s") == contents(tmp_path / "elsewhere" / "s")
+    export(*_swap(make("unet-classes", seed=1), tmp_path / "other" / "s"))
+    first, other = contents(tmp_path / "one" / "s"), contents(tmp_path / "other" / "s")
+    differ = {name for name in first if first[name] != other[name]}
+    assert differ == {"unet/diffusion_pytorch_model.safetensors", "distill.json"}
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["s"]
+
+
+def _swap(made: tuple[VelocityStudent, StudentCard], folder: Path) -> tuple[VelocityStudent, Path, StudentCard]:
+    return made[0], folder, made[1]
+
+
+def test_weights_do_not_depend_on_training_mode_or_global_random_state(tmp_path):
+    student, card = make("unet")
+    student.train()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    export(student, tmp_path / "s", card)
+    assert torch.equal(before, torch.get_rng_state())
+    assert student.training
+
+
+def test_existing_student_is_replaced_and_a_failed_export_changes_nothing(tmp_path):
+    student, card = make("mlp")
+    export(student, tmp_path / "s", card)
+    first = contents(tmp_path / "s")
+    with torch.no_grad():
+        student.network.layers[0].weight[0, 0] = float("nan")
+    with pytest.raises(RunError, match="layers.0.weight holds numbers that are not finite; nothing was exported"):
+        export(student, tmp_path / "s", card)
+    assert contents(tmp_path / "s") == first
+    export(make("mlp", seed=1)[0], tmp_path / "s", card)
+    assert contents(tmp_path / "s") != first
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+
+
+def test_disagreement_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+    student, card = make("mlp")
+    monkeypatch.setattr(exporter, "uniform_grid", lambda steps: torch.linspace(1, 0, steps + 1).square())
+    with pytest.raises(RunError, match="at 2 steps diffusers makes other samples from the same noise, max difference"):
+        export(student, tmp_path / "s", card)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_export_left_is_cleared_and_the_old_student_comes_back(tmp_path):
+    student, card = make("mlp")
+    export(student, tmp_path / "s", card)
+    first = contents(tmp_path / "s")
+    (tmp_path / "s").rename(tmp_path / ".s.old")  # killed between the two renames
+    shutil.copytree(tmp_path / ".s.old", tmp_path / ".s.tmp-12345")
+    exporter._recover(tmp_path / "s")
+    assert [p.name for p in tmp_path.iterdir()] == ["s"]
+    assert contents(tmp_path / "s") == first
+
+
+def test_parent_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="cannot write the student to .*Not a directory|File exists"):
+        export(*_swap(make("mlp"), tmp_path / "file" / "s"))
+
+
+def test_card_lists_every_file_and_damage_is_named(tmp_path):
+    export(*_swap(make("mlp"), tmp_path / "s"))
+    card = cards.verify(tmp_path / "s")
+    assert set(card.files) == set(contents(tmp_path / "s")) - {"distill.json"}
+    assert {"pipeline.py", "unet/velocity_mlp.py", "scheduler/scheduler_config.json"} < set(card.files)
+    weights = tmp_path / "s" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["layers.0.weight"] = tensors["layers.0.weight"] + 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(InputError, match="diffusion_pytorch_model.safetensors is damaged: .* sha256"):
+        cards.verify(tmp_path / "s")
+    weights.unlink()
+    with pytest.raises(InputError, match="diffusion_pytorch_model.safetensors is missing"):
+        cards.verify(tmp_path / "s")
+
+
+def test_files_that_do_not_belong_and_folders_that_are_no_students_are_refused(tmp_path):
+    export(*_swap(make("mlp"), tmp_path / "s"))
+    (tmp_path / "s" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="notes.txt is not listed in distill.json"):
+        cards.verify(tmp_path / "s")
+    with pytest.raises(InputError, match="is not a student folder: it has no distill.json"):
+        cards.read(tmp_path)
+    (tmp_path / "s" / "distill.json").write_text('{"format": 2}')
+    with pytest.raises(InputError, match="cannot be used: format"):
+        cards.read(tmp_path / "s")
+
+
+def test_model_card_says_what_is_known(tmp_path):
+    text = cards.readme(make("unet-classes")[1])
+    assert "library_name: diffusers" in text
+    assert "Reflow (Liu et al. 2022, arXiv 2209.03003)" in text
+    assert "class_labels=list(range(4))" in text
+    assert "12,800 images" in text
+    assert "`777777777777`" in text
+    assert "Terms of use: not stated" in text
+    licensed = cards.readme(make("mlp")[1].model_copy(update={"license": "cc-by-4.0"}))
+    assert "license: cc-by-4.0" in licensed
+    assert "Terms of use" not in licensed
+
+
+# --- the pipeline's own manners ---
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory):
+    loaded = {}
+    for kind in KINDS:
+        folder = tmp_path_factory.mktemp(kind) / "s"
+        export(*_swap(make(kind), folder))
+        loaded[kind] = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        ("unet-classes", {}, "needs class_labels: 1 ids from 0 to 3"),
+        ("unet-classes", {"class_labels": [1], "batch_size": 2}, r"class_labels have shape \[1\], but 2 samples"),
+        ("unet-classes", {"class_labels": [5]}, r"class_labels \[5\] are not all valid; this student knows 0 to 3"),
+        ("unet-classes", {"class_labels": [-1]}, r"class_labels \[-1\] are not all valid"),
+        ("unet", {"class_labels": [1]}, "this student is unconditional; leave them out"),
+        ("unet", {"num_inference_steps": 0}, "num_inference_steps=0; give 1 or more"),
+        ("unet", {"output_type": "latent"}, "output_type='latent'; valid: 'pil', 'np', 'pt'"),
+        ("unet", {"latents": torch.zeros(2, 1, 8, 9)}, r"latents have shape \[2, 1, 8, 9\]; valid: \[batch, 1, 8, 8\]"),
+        ("unet", {"latents": torch.zeros(2, 1, 8, 8), "batch_size": 3}, "batch_size=3, but latents have 2 rows"),
+    ],
+)
+def test_pipeline_refuses_what_cannot_work(pipelines, kind, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        pipelines[kind](**arguments)
+
+
+def test_pipeline_output_types(pipelines):
+    noise, labels = 3 * sample_noise(0, range(4), (3, 8, 8)), [0, 1, 2, 3]
+    raw, array, images = (
+        pipelines["unet-classes"](2, labels, latents=noise, output_type=kind).images for kind in ("pt", "np", "pil")
+    )
+    assert raw.abs().max() > 1, "pt is not clamped"
+    np.testing.assert_allclose(array, (raw / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy(), atol=1e-6)
+    assert np.array_equal(np.asarray(images[2]), (array[2] * 255).round().astype("uint8"))
+    assert pipelines["unet"](batch_size=2).images[1].mode == "L"
+    vectors = pipelines["mlp"](2, latents=noise[:, 0, 0, :2]).images
+    assert isinstance(vectors, torch.Tensor)
+    assert vectors.shape == (4, 2)
+    (single,) = pipelines["mlp"](latents=noise[:1, 0, 0, :2], return_dict=False)
+    assert torch.equal(single, pipelines["mlp"](latents=noise[:1, 0, 0, :2]).images)
+
+
+def test_pipeline_draws_its_noise_from_the_generator(pipelines):
+    first, again, other = (
+        pipelines["unet"](batch_size=3, generator=torch.Generator().manual_seed(s), output_type="pt").images
+        for s in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    noise = torch.randn((3, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(first, pipelines["unet"](latents=noise, output_type="pt").images)
+    assert len(pipelines["mlp-classes"](class_labels=torch.tensor([0, 1, 2])).images) == 3
+
+
+# --- the proof: a process that has never heard of distill ---
+
+
+@pytest.mark.process
+def test_a_process_without_distill_makes_the_same_samples(tmp_path):
+    made = {kind: make(kind) for kind in KINDS}
+    for kind, (student, card) in made.items():
+        export(student, tmp_path / kind, card)
+    made["vp"] = export_vp(tmp_path / "vp")
+    noise = {kind: sample_noise(2, range(5), card.shape) for kind, (_, card) in made.items()}
+    for kind, (_, card) in made.items():
+        inputs = {"latents": noise[kind]}
+        if card.num_classes is not None:
+            inputs["class_labels"] = sample_labels(range(5), card.num_classes)
+        save_file(inputs, tmp_path / f"{kind}.in.safetensors")
+    program = Path(__file__).parent / "programs" / "plain_diffusers.py"
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-P", program, tmp_path, *made]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for kind, (student, card) in made.items():
+        theirs = load_file(tmp_path / f"{kind}.out.safetensors")
+        assert set(theirs) == {"1", "2", "4"}
+        for steps, samples in theirs.items():
+            assert (samples - ours(student, card, noise[kind], int(steps))).abs().max() <= 1e-5, (kind, steps)
