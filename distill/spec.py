@@ -89,11 +89,13 @@ class ImageOptions(Frozen):
     """How images become tensors in [-1, 1]."""
 
     path: str
+    """folder, file or hub id of the images"""
     size: PositiveInt
     """side in pixels: the shorter side is resized to it, then cropped"""
     channels: Literal[1, 3] = 3
+    """1: grey, 3: RGB; images are converted"""
     crop: Literal["center", "random"] = "center"
-    """random: keyed by (seed, epoch, index), the same on any number of processes"""
+    """where the square is cut; random: keyed by (seed, epoch, index), the same on any number of processes"""
     flip: bool = False
     """flip left-right at random, half of the time"""
     max_unreadable: int = Field(0, ge=0)
@@ -111,7 +113,9 @@ class HfData(ImageOptions):
 
     kind: Literal["hf"]
     split: str = "train"
+    """part of the data set"""
     image_column: str = "image"
+    """column of the images"""
     label_column: str | None = None
     """column of class ids; null: unconditional"""
 
@@ -128,10 +132,13 @@ class UNetSpec(Frozen):
     channels: list[PositiveInt]
     """channels of each resolution, finest first"""
     layers_per_block: PositiveInt = 1
+    """residual blocks at each resolution"""
     attention: bool = False
     """self-attention at the coarsest resolution"""
     norm_groups: PositiveInt = 8
+    """groups of the group norms; divides every entry of channels"""
     dropout: Fraction = 0.0
+    """probability of dropping a feature in training"""
 
 
 class MlpSpec(Frozen):
@@ -139,7 +146,9 @@ class MlpSpec(Frozen):
 
     kind: Literal["mlp"]
     width: PositiveInt = 192
+    """units of a hidden layer"""
     depth: PositiveInt = 3
+    """hidden layers"""
 
 
 NetworkSpec = Annotated[UNetSpec | MlpSpec, Field(discriminator="kind")]
@@ -151,13 +160,17 @@ class OptimizerSpec(Frozen):
     """AdamW."""
 
     lr: PositiveFloat = 1e-3
+    """learning rate after the warm-up"""
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    """decay of the averages of gradient and squared gradient"""
     eps: PositiveFloat = 1e-8
+    """added to the denominator"""
     weight_decay: float = Field(0.0, ge=0)
+    """decoupled weight decay"""
     warmup_images: int = Field(0, ge=0)
     """linear warm-up, in images"""
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    """from the end of the warm-up to the end of the stage"""
+    """of the learning rate, from the end of the warm-up to the end of the stage"""
     clip: PositiveFloat | None = 1.0
     """largest gradient norm per network; null: no clipping"""
 
@@ -212,6 +225,7 @@ class PairsStage(Frozen):
     count: PositiveInt
     """number of pairs"""
     solver: Literal["euler", "heun", "dpm_solver_pp_2m"] = "heun"
+    """solver of the teacher's ODE"""
     steps: PositiveInt = 16
     """solver steps (heun calls the network twice a step but the last)"""
     guidance_scale: float = Field(1.0, ge=0)
@@ -235,8 +249,9 @@ class EvaluateStage(Frozen):
     teacher_steps: list[PositiveInt] = [1, 2, 4, 8, 16]
     """Euler steps of the teacher"""
     fine_solver: Literal["heun", "dpm_solver_pp_2m"] = "heun"
+    """solver whose endpoint counts as the teacher's own"""
     fine_steps: PositiveInt = 16
-    """steps of the solver whose endpoint counts as the teacher's own"""
+    """its steps"""
     students: dict[Name, list[PositiveInt]]
     """train stage: numbers of steps to measure its student at"""
     samples: Annotated[int, Field(ge=16)] = 2500
@@ -265,10 +280,13 @@ class RunSpec(Frozen):
     """A whole run."""
 
     name: Name
+    """of the run; outside the digest"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """of everything drawn: same spec, same seed, same numbers"""
     teacher: TeacherSpec | None = None
     """the teacher of every stage that names no other"""
     data: DataSpec = NoData(kind="none")
+    """real data, for recipes that need it and for the evaluation"""
     stages: dict[Name, Stage]
     """in the order in which they run"""
     launch: LaunchSpec = LaunchSpec()

@@ -1,0 +1,206 @@
+"""Finds recipes by name: a file of the package `recipes`, an entry point of the group `distill.recipes`, or ./file.py
+beside the spec. Nothing is registered by hand, and listing them imports none.
+"""
+
+import ast
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from pydantic import BaseModel, ValidationError
+
+from distill import schema
+from distill.guard import InputError, suggest
+
+GROUP = "distill.recipes"
+PARTS = ("Config", "Recipe")
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a recipe, as its source says."""
+
+    name: str
+    type: str
+    choices: list[str]
+    """the words that are valid, if it is a choice of words"""
+    default: Any
+    """None also where it must be given"""
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the source of a recipe says, read without importing it."""
+
+    name: str
+    summary: str
+    paper: str
+    """the whole docstring of its module"""
+    needs: list[str]
+    options: list[Option]
+
+
+class RecipeConfig(Protocol):
+    """What every recipe's Config says of itself, its options considered."""
+
+    @property
+    def needs(self) -> frozenset[str]: ...  # "data", "pairs", "teacher"
+    @property
+    def student(self) -> str: ...  # "velocity", "flow_map", "generator"
+
+
+def package_folder() -> Path:
+    """The folder of the package `recipes`, found without importing it."""
+    found = importlib.util.find_spec("recipes")
+    if found is None or not found.submodule_search_locations:
+        raise InputError("the package `recipes` is missing from this installation; install distill again")
+    return Path(next(iter(found.submodule_search_locations)))
+
+
+def names() -> list[str]:
+    """All recipes that can be named, ./files aside."""
+    folder = package_folder()
+    files = [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.glob("*/*.py"))]
+    return [name for name in files if not name.endswith("/__init__")] + sorted(_entry_points())
+
+
+def own_file(name: str, base: Path) -> Path | None:
+    """The file of a recipe that lies beside its spec; None: the name is not a path."""
+    if not name.endswith(".py"):
+        return None
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"recipe '{name}': a recipe of your own lies beside its spec or below; write ./file.py")
+    path = base / name
+    if not path.is_file():
+        raise InputError(f"recipe '{name}': there is no file {path}")
+    return path
+
+
+def source(name: str, base: Path) -> Path:
+    """The file of a recipe, found without importing it."""
+    own = own_file(name, base)
+    if own is not None:
+        return own
+    path = package_folder() / f"{name}.py"
+    if name.count("/") == 1 and path.is_file() and not name.endswith("/__init__"):
+        return path
+    point = _entry_points().get(name)
+    if point is None:
+        raise InputError(f"there is no recipe '{name}'; {suggest(name, names())}; or a file of your own: ./file.py")
+    found = importlib.util.find_spec(point.module)
+    if found is None or found.origin is None:
+        raise InputError(f"recipe '{name}': its module {point.module} is not installed")
+    return Path(found.origin)
+
+
+def load(name: str, base: Path) -> ModuleType:
+    """The module of a recipe: it has a docstring, `Config` and `Recipe`."""
+    path = source(name, base)
+    try:
+        if name.endswith(".py"):
+            module = _load_file(path)
+        else:
+            point = _entry_points().get(name)
+            is_ours = path.is_relative_to(package_folder())
+            module = importlib.import_module(
+                f"recipes.{name.replace('/', '.')}" if is_ours or point is None else point.module
+            )
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"recipe '{name}' needs the package {error.name}; pip install 'distill[train]' brings those of our recipes"
+        ) from error
+    except (SyntaxError, ImportError) as error:
+        raise InputError(f"recipe '{name}' cannot be imported: {error}") from error
+    missing = [part for part in PARTS if part not in vars(module)]
+    if missing or not module.__doc__:
+        what = " and ".join(f"class {part}" for part in missing) or "docstring that names its paper"
+        raise InputError(f"recipe '{name}' ({path}) has no {what}")
+    return module
+
+
+def configure(name: str, module: ModuleType, options: dict[str, Any], where: str) -> RecipeConfig:
+    """A recipe's options as its Config; InputError with one line per mistake."""
+    model: type[BaseModel] = module.Config
+    try:
+        config: Any = model.model_validate(options)
+    except ValidationError as error:
+        raise InputError("\n  ".join(schema.explain(error, model, options, where))) from None
+    return config
+
+
+def describe(name: str, base: Path) -> Description:
+    """What a recipe's source says of itself."""
+    tree = ast.parse(source(name, base).read_text(encoding="utf-8"))
+    paper = ast.get_docstring(tree) or ""
+    config = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config"), None)
+    body = config.body if config is not None else []
+    needs = next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == "needs"), None)
+    return Description(name, paper.split("\n")[0], paper, _strings(needs), _options(body))
+
+
+def _load_file(path: Path) -> ModuleType:
+    """A module from a file, once per content: pydantic looks its names up in sys.modules."""
+    name = f"distill_recipe_{sha256(path.read_bytes()).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None and found.loader is not None, path
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module
+    try:
+        found.loader.exec_module(module)
+    finally:
+        if sys.exception() is not None:
+            del sys.modules[name]
+    return module
+
+
+def _entry_points() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def _strings(needs: ast.FunctionDef | None) -> list[str]:
+    """The words that a `needs` property can return."""
+    if needs is None:
+        return []
+    returned = [node for statement in needs.body for node in ast.walk(statement) if isinstance(node, ast.Return)]
+    constants = [node for r in returned for node in ast.walk(r) if isinstance(node, ast.Constant)]
+    return sorted({node.value for node in constants if isinstance(node.value, str)})
+
+
+def _options(body: Sequence[ast.stmt]) -> list[Option]:
+    found = []
+    for statement, after in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        meaning = ""
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+            meaning = " ".join(after.value.value.split())
+        name, type_name = statement.target.id, ast.unparse(statement.annotation)
+        found.append(Option(name, type_name, _choices(statement.annotation), _value(statement.value), meaning))
+    return found
+
+
+def _choices(annotation: ast.expr) -> list[str]:
+    for node in ast.walk(annotation):
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal":
+            return [str(word.value) for word in ast.walk(node.slice) if isinstance(word, ast.Constant)]
+    return []
+
+
+def _value(node: ast.expr | None) -> Any:  # noqa: ANN401
+    """A default as a value; where it is computed, as its source text."""
+    if node is None:
+        return None
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)

@@ -1,0 +1,237 @@
+"""A spec as a DAG of stages: what refers to what, what has no effect, what is to do. No tensors, nothing written."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from distill import registry, schema, specfile
+from distill.guard import InputError, suggest
+from distill.spec import (
+    CheckpointTeacher,
+    EvaluateStage,
+    GaussianTeacher,
+    HfData,
+    ImagesData,
+    MixtureTeacher,
+    MlpSpec,
+    NoData,
+    PairsStage,
+    RunSpec,
+    Stage,
+    TrainStage,
+    UNetSpec,
+)
+from distill.store import RunPaths
+
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+
+
+def check(spec: RunSpec, base: Path) -> None:
+    """Refuse a spec that cannot work or says something without effect: one InputError, one line per mistake.
+
+    Imports the recipes it names. What only the teacher and the data themselves can tell is checked by `stages.check`.
+    """
+    mistakes = list(_mistakes(spec, base))
+    if mistakes:
+        raise InputError(specfile.join(f"spec '{spec.name}'", mistakes))
+
+
+def pending(run: RunPaths, spec: RunSpec) -> list[str]:
+    """The stages still to do, in order."""
+    return [name for name in spec.stages if not run.stage(name).done.exists()]
+
+
+def locate_options(spec: RunSpec, base: Path) -> RunSpec:
+    """Paths among recipes' options made absolute, as `specfile.load` does for all others."""
+    stages: dict[str, Stage] = dict(spec.stages)
+    for name, stage in spec.stages.items():
+        if not isinstance(stage, TrainStage) or not stage.options:
+            continue
+        fields = registry.load(stage.recipe, base).Config.model_fields
+        options = {
+            key: specfile.absolute(value, [base, Path.cwd()])
+            if isinstance(value, str) and key in fields and Path in schema.alternatives(fields[key].annotation)
+            else value
+            for key, value in stage.options.items()
+        }
+        stages[name] = stage.model_copy(update={"options": options})
+    return spec.model_copy(update={"stages": stages})
+
+
+def recipe_config(stage: TrainStage, base: Path, where: str = "options") -> registry.RecipeConfig:
+    """A train stage's options as its recipe's Config; imports the recipe."""
+    return registry.configure(stage.recipe, registry.load(stage.recipe, base), stage.options, where)
+
+
+def network_calls(stage: PairsStage) -> int:
+    """Calls of the teacher's network for one pair, guidance counted."""
+    calls = 2 * stage.steps - 1 if stage.solver == "heun" else stage.steps
+    return calls if stage.guidance_scale == 1 else 2 * calls
+
+
+def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
+    if not spec.stages:
+        yield "stages: empty; a run has at least one stage"
+    yield from _teacher(spec)
+    used: set[str] = set()
+    for name, stage in spec.stages.items():
+        where = f"stages.{name}"
+        yield from _references(spec, name, stage)
+        if isinstance(stage, TrainStage):
+            try:
+                needs = recipe_config(stage, base, f"{where}.options").needs
+            except InputError as error:
+                message = str(error)
+                yield message if message.startswith(where) else f"{where}.recipe: {message}"
+                used |= {"data", "teacher"}  # it may well use them
+                continue
+            used |= needs if stage.teacher is None else needs - {"teacher"}
+            yield from _train(spec, stage, needs, where)
+            yield from _lengths(spec, stage, where)
+        elif isinstance(stage, PairsStage):
+            used |= {"teacher"} if stage.teacher is None else set()
+            yield from _pairs(spec, stage, where)
+        else:
+            used |= {"data", "teacher"} if stage.teacher is None else {"data"}
+            yield from _evaluate(spec, stage, where)
+    if spec.teacher is not None and "teacher" not in used:
+        yield "teacher: no stage uses it, so it has no effect; remove it"
+    if not isinstance(spec.data, NoData) and "data" not in used:
+        yield "data: no stage uses it, so it has no effect; remove it"
+
+
+def _references(spec: RunSpec, name: str, stage: Stage) -> Iterator[str]:
+    """Every reference is to an earlier stage of the right kind, so that there are no cycles."""
+    references: list[tuple[str, str | None, str]] = [("teacher", stage.teacher, "train")]
+    if isinstance(stage, TrainStage):
+        references += [("init", stage.init, "train"), ("pairs", stage.pairs, "pairs")]
+    if isinstance(stage, EvaluateStage):
+        references += [(f"students.{student}", student, "train") for student in stage.students]
+    order = list(spec.stages)
+    earlier = order[: order.index(name)]
+    for field, target, kind in references:
+        if target is None or (target in earlier and spec.stages[target].kind == kind):
+            continue
+        fitting = [other for other in earlier if spec.stages[other].kind == kind]
+        valid = suggest(target, fitting) if fitting else f"no {kind} stage comes before '{name}'"
+        if target not in spec.stages:
+            yield f"stages.{name}.{field}: there is no stage '{target}'; {valid}"
+        elif target not in earlier:
+            itself = "itself" if target == name else f"'{target}', which comes later"
+            yield f"stages.{name}.{field}: refers to {itself}; a stage refers to earlier ones; {valid}"
+        else:
+            yield f"stages.{name}.{field}: '{target}' is a {spec.stages[target].kind} stage, not {kind}; {valid}"
+
+
+def _teacher(spec: RunSpec) -> Iterator[str]:
+    teacher = spec.teacher
+    size: int | None = None
+    if isinstance(teacher, GaussianTeacher):
+        size = len(teacher.mean)
+        if not teacher.mean or len(teacher.std) != size:
+            yield f"teacher.std: {len(teacher.std)} values given for a mean of {size}; give one per coordinate"
+    elif isinstance(teacher, MixtureTeacher):
+        size = len(teacher.means[0]) if teacher.means else 0
+        lengths = {len(row) for row in teacher.means}
+        if not size or len(lengths) != 1:
+            yield f"teacher.means: rows of {sorted(lengths)} coordinates given; all need the same number, at least 1"
+        if teacher.weights is not None and len(teacher.weights) != len(teacher.means):
+            yield f"teacher.weights: {len(teacher.weights)} given for {len(teacher.means)} components"
+    elif isinstance(teacher, CheckpointTeacher):
+        local = Path(teacher.path).expanduser()
+        if not local.exists() and not HUB_ID.match(teacher.path):
+            yield f"teacher.path: there is no folder {teacher.path}; give a checkpoint's folder or a hub id (org/name)"
+    if size and not isinstance(spec.data, NoData):
+        yield (
+            f"data: kind {spec.data.kind} has images, the {spec.teacher.kind if spec.teacher else ''} teacher makes "
+            f"vectors of {size}; use data: {{kind: none}} or another teacher"
+        )
+
+
+def _train(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: str) -> Iterator[str]:
+    recipe = stage.recipe
+    if "data" in needs and isinstance(spec.data, NoData):
+        yield f"{where}: {recipe} needs data, the spec has none; give data, e.g. data: {{kind: digits}}"
+    if "pairs" in needs and stage.pairs is None:
+        known = [name for name, other in spec.stages.items() if isinstance(other, PairsStage)]
+        yield f"{where}: {recipe} needs pairs; name a pairs stage in {where}.pairs ({', '.join(known) or 'none yet'})"
+    if "pairs" not in needs and stage.pairs is not None:
+        yield f"{where}.pairs: {recipe} needs no pairs, so this has no effect; remove it"
+    teacher = stage.teacher or ("the spec's" if spec.teacher is not None else None)
+    if "teacher" in needs and teacher is None:
+        yield f"{where}: {recipe} needs a teacher; give {where}.teacher (a train stage), or the spec's teacher"
+    if "teacher" not in needs and stage.teacher is not None:
+        yield f"{where}.teacher: {recipe} needs no teacher, so this has no effect; remove it"
+    if stage.init is not None and stage.network is not None:
+        yield f"{where}: init and network are both given, but a network starts from one of them; remove one"
+    if stage.init is None and stage.network is None:
+        if "teacher" not in needs:
+            yield f"{where}: nothing to start from; give network (fresh weights) or init (an earlier train stage)"
+        elif stage.teacher is None and isinstance(spec.teacher, GaussianTeacher | MixtureTeacher):
+            yield f"{where}: the {spec.teacher.kind} teacher has no weights to start from; give network, e.g. kind: mlp"
+    if stage.network is not None:
+        yield from _network(spec, stage, stage.network, f"{where}.network")
+
+
+def _network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, where: str) -> Iterator[str]:
+    vectors = stage.teacher is None and isinstance(spec.teacher, GaussianTeacher | MixtureTeacher)
+    side = {"digits": 8, "mnist": 28}.get(spec.data.kind)
+    if isinstance(spec.data, ImagesData | HfData):
+        side = spec.data.size
+    if isinstance(network, MlpSpec):
+        if side is not None:
+            yield f"{where}: an mlp makes vectors, data of kind {spec.data.kind} has images; use kind: unet"
+        return
+    if vectors:
+        yield f"{where}: a unet makes images, the teacher makes vectors; use kind: mlp"
+    if not network.channels:
+        yield f"{where}.channels: empty; give the channels of each resolution, finest first"
+    for channels in network.channels:
+        if channels % network.norm_groups:
+            yield f"{where}.channels: {channels} is not a multiple of norm_groups ({network.norm_groups})"
+    if side is not None and network.channels and side % 2 ** (len(network.channels) - 1):
+        halvings = len(network.channels) - 1
+        yield (
+            f"{where}.channels: {halvings + 1} resolutions halve the images {halvings} times, "
+            f"and their side of {side} cannot be; give fewer"
+        )
+
+
+def _lengths(spec: RunSpec, stage: TrainStage, where: str) -> Iterator[str]:
+    batch, micro, optimizer = stage.batch_size, spec.launch.micro_batch, stage.optimizer
+    if stage.images % batch:
+        nearest = max(batch, round(stage.images / batch) * batch)
+        yield f"{where}.images: {stage.images} is not a multiple of batch_size ({batch}); nearest: {nearest}"
+    if micro is not None and batch % micro:
+        yield f"launch.micro_batch: {micro} does not divide {where}.batch_size ({batch})"
+    if optimizer.warmup_images >= stage.images:
+        yield (
+            f"{where}.optimizer.warmup_images: {optimizer.warmup_images} of {stage.images} images; "
+            "the warm-up must end before the training does"
+        )
+    if 1 in optimizer.betas:
+        yield f"{where}.optimizer.betas: 1 never forgets; give values below 1"
+    halves = stage.ema_half_lives
+    if len(set(halves)) != len(halves):
+        yield f"{where}.ema_half_lives: {halves} holds a value twice"
+    if stage.export != "raw" and stage.export not in halves:
+        valid = ", ".join(["raw", *(f"{half:g}" for half in halves)])
+        yield f"{where}.export: {stage.export:g} is none of ema_half_lives; valid: {valid}"
+    if stage.checkpoint.images is None and stage.checkpoint.minutes is None:
+        yield f"{where}.checkpoint: images and minutes are both null, so nothing would be saved; give one"
+
+
+def _pairs(spec: RunSpec, stage: PairsStage, where: str) -> Iterator[str]:
+    if stage.teacher is None and spec.teacher is None:
+        yield f"{where}: pairs need a teacher; give {where}.teacher (a train stage), or the spec's teacher"
+    if stage.shard % stage.block:
+        nearest = max(stage.block, round(stage.shard / stage.block) * stage.block)
+        yield f"{where}.shard: {stage.shard} is not a multiple of block ({stage.block}); nearest: {nearest}"
+
+
+def _evaluate(spec: RunSpec, stage: EvaluateStage, where: str) -> Iterator[str]:
+    if stage.teacher is None and spec.teacher is None:
+        yield f"{where}: an evaluation needs a teacher; give {where}.teacher (a train stage), or the spec's teacher"
+    for student, steps in stage.students.items():
+        if not steps:
+            yield f"{where}.students.{student}: no numbers of steps given, e.g. [1, 2, 4]"
