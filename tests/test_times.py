@@ -1,0 +1,181 @@
+"""Time laws against their stated densities, stratification, and the grids of samplers."""
+
+import math
+
+import pytest
+import torch
+from scipy.stats import kstest, norm
+
+from distill import times
+from distill.draws import Rows, StepDraw
+
+
+def draws(count=20000, name="u"):
+    return StepDraw(0, 0, 0, Rows(0, count, count)).uniform(name, torch.zeros(count)).double()
+
+
+def logit_normal_cdf(mean, std):
+    return lambda t: norm.cdf((torch.logit(torch.as_tensor(t)).numpy() - mean) / std)
+
+
+def u_shaped_cdf(t):
+    t = (t - 1e-5) / (1 - 2e-5)
+    return (torch.sinh(4 * (torch.as_tensor(t) - 0.5)).numpy() + math.sinh(2)) / (2 * math.sinh(2))
+
+
+LAWS = {
+    "uniform": (times.uniform, lambda t: t),
+    "uniform to 0.999": (lambda u: times.uniform(u, 0.0, 0.999), lambda t: t / 0.999),
+    "logit-normal": (times.logit_normal, logit_normal_cdf(0, 1)),
+    "EDM": (lambda u: times.logit_normal(u, -1.2, 1.2), logit_normal_cdf(-1.2, 1.2)),
+    "u-shaped": (times.u_shaped, u_shaped_cdf),
+    "exp10": (times.exp10, lambda t: (10**t - 1) / 9),
+}
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_laws_follow_their_densities(name):  # T09
+    law, cdf = LAWS[name]
+    assert kstest(law(draws(name=name)).numpy(), cdf).pvalue > 0.01
+
+
+@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_laws_are_increasing_and_stay_within_zero_and_one(name, dtype):
+    law, cdf = LAWS[name]
+    below_one = torch.nextafter(torch.tensor(1.0, dtype=dtype), torch.tensor(0.0, dtype=dtype))
+    u = torch.cat([torch.linspace(0, 0.9999, 1000, dtype=dtype), below_one[None], torch.ones(1, dtype=dtype)])
+    t = law(u)
+    assert t.dtype == dtype and (t.diff() >= 0).all() and t.min() >= 0 and t.max() <= 1
+    inner = slice(1, 1000)
+    assert torch.as_tensor(cdf(t[inner].double())).sub(u[inner]).abs().max() < (
+        1e-4 if dtype is torch.float32 else 1e-9
+    )
+
+
+def test_u_shaped_has_the_density_of_its_sampler():  # reflow 0.7: t = w or 1 - w, w = ln(1 + U (e^A - 1)) / A
+    w = torch.log1p(draws(name="w") * math.expm1(4)) / 4
+    t = torch.where(draws(name="side") < 0.5, w, 1 - w)
+    assert kstest(t.numpy(), lambda t: u_shaped_cdf(t * (1 - 2e-5) + 1e-5)).pvalue > 0.01
+
+
+def test_logit_normal_is_normal_in_log_sigma():
+    t = times.logit_normal(draws(), -1.2, 1.2)
+    log_sigma = (t / (1 - t)).log()
+    assert kstest(((log_sigma + 1.2) / 1.2).numpy(), "norm").pvalue > 0.01
+
+
+@pytest.mark.parametrize(
+    "u", [torch.tensor(0.5), torch.full((2, 1), 0.5), torch.full((2,), 0.5, dtype=torch.bfloat16)], ids=str
+)
+def test_laws_refuse_other_shapes_and_half_precision(u):
+    for law, _ in LAWS.values():
+        with pytest.raises(ValueError, match=r"u must be \[B\] in float32 or float64, got"):
+            law(u)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, float("nan")])
+def test_laws_refuse_what_is_no_uniform_draw(value):
+    for law, _ in LAWS.values():
+        with pytest.raises(ValueError, match=r"u must be within \[0, 1\], got \["):
+            law(torch.tensor([0.5, value]))
+
+
+def test_laws_refuse_wrong_parameters():
+    u = torch.full((2,), 0.5)
+    with pytest.raises(ValueError, match="std must be positive, got 0"):
+        times.logit_normal(u, 0.0, 0.0)
+    with pytest.raises(ValueError, match="need 0 <= low < high <= 1, got low=0.5, high=0.2"):
+        times.uniform(u, 0.5, 0.2)
+    with pytest.raises(ValueError, match="need sharpness > 0 and 0 <= margin < 0.5, got -1"):
+        times.u_shaped(u, -1.0)
+
+
+def test_a_law_by_name_is_that_law():
+    u = draws(100)
+    for name in ("uniform", "u_shaped", "exp10"):
+        assert torch.equal(times.law(name)(u), getattr(times, name)(u))
+    assert torch.equal(times.law("logit_normal", -1.2, 1.2)(u), times.logit_normal(u, -1.2, 1.2))
+    assert torch.equal(times.law("logit_normal")(u), times.logit_normal(u))
+    with pytest.raises(ValueError, match="unknown time law 'exp': did you mean 'exp10'"):
+        times.law("exp")
+    with pytest.raises(ValueError, match="mean and std have no effect on the time law uniform"):
+        times.law("uniform", 0.0)
+
+
+# --- stratified ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_stratified_draws_are_one_per_stratum_and_uniform(dtype):
+    total = 5000
+    u = times.stratified(draws(total).to(dtype), Rows(0, total, total))
+    assert u.dtype == dtype
+    low = torch.arange(total, dtype=torch.float64) / total
+    assert (u.double() >= low - 1e-7).all() and (u.double() <= low + 1 / total + 1e-7).all()
+    offsets = u.double() * total - torch.arange(total)
+    assert kstest(offsets.numpy(), "uniform").pvalue > 0.01
+
+
+def test_stratified_is_the_same_for_any_number_of_ranks_and_never_reaches_one():
+    u = draws(12).float()
+    whole = times.stratified(u, Rows(0, 12, 12))
+    parts = [times.stratified(u[a:b], Rows(a, b, 12)) for a, b in ((0, 5), (5, 6), (6, 12))]
+    assert torch.equal(whole, torch.cat(parts))
+    almost = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
+    assert times.stratified(almost.expand(1), Rows(999, 1000, 1000)).item() < 1
+    with pytest.raises(ValueError, match=r"u must have shape \[3\] for Rows"):
+        times.stratified(u, Rows(0, 3, 12))
+
+
+# --- grids ---
+
+
+def test_uniform_grid_is_one_minus_i_over_n():
+    for steps in (1, 2, 4, 16, 1000):
+        grid = times.uniform_grid(steps)
+        assert grid.tolist() == [(steps - i) / steps for i in range(steps + 1)]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 16, 33, 34, 100])
+def test_uniform_grid_calls_no_field_below_its_range(steps):
+    t_min, t_max = 0.028341, 0.935958
+    grid = times.uniform_grid(steps, t_max, t_min)
+    assert len(grid) == steps + 1 and grid[0] == t_max and grid[-1] == 0 and (grid.diff() < 0).all()
+    assert grid[-2] >= t_min
+    spacing = grid[:-1].diff()
+    assert steps == 1 or (spacing - spacing[0]).abs().max() < 1e-15
+    if t_max / steps >= t_min:  # equal steps down to 0
+        assert (grid.diff() + t_max / steps).abs().max() < 1e-15
+
+
+def test_karras_grid_is_edms_noise_levels():
+    grid = times.karras_grid(18)
+    sigma = grid[:-1] / (1 - grid[:-1])
+    expected = [(80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(18)]
+    assert sigma.tolist() == pytest.approx(expected, rel=1e-10)
+    assert grid[0].item() == pytest.approx(80 / 81) and grid[-2].item() == pytest.approx(0.001996, abs=5e-7)
+    assert grid[-1] == 0 and (grid.diff() < 0).all() and len(grid) == 19
+    assert times.karras_grid(1).tolist() == pytest.approx([80 / 81, 0])
+
+
+def test_shift_multiplies_sigma_and_its_inverse_is_the_inverse_shift():
+    t = times.uniform_grid(10)
+    moved = times.shifted(t, 3.0)
+    assert moved[0] == 1 and moved[-1] == 0
+    inner = slice(1, 10)
+    assert (moved[inner] / (1 - moved[inner])).tolist() == pytest.approx((3 * t[inner] / (1 - t[inner])).tolist())
+    assert (times.shifted(moved, 1 / 3) - t).abs().max() < 1e-15 and torch.equal(times.shifted(t, 1.0), t)
+
+
+def test_grids_refuse_what_is_no_grid():
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        times.uniform_grid(0)
+    with pytest.raises(ValueError, match="steps must be at least 1, got -1"):
+        times.karras_grid(-1)
+    with pytest.raises(ValueError, match="0 <= t_min < t_max <= 1, got t_min=0.5, t_max=0.4"):
+        times.uniform_grid(4, 0.4, 0.5)
+    with pytest.raises(ValueError, match="need 0 < sigma_min < sigma_max and rho > 0, got 2.0, 1.0, 7.0"):
+        times.karras_grid(4, 1.0, 2.0)
+    with pytest.raises(ValueError, match="shift must be positive, got 0"):
+        times.shifted(times.uniform_grid(2), 0.0)
