@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
-from torch import Tensor
 
 from distill import distances, times
 from distill.fields import drop_condition
@@ -56,6 +55,7 @@ class Recipe:
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
         self.config = config
+        self.law = times.law(config.time_law, config.mu, config.sigma)
 
     def networks(self, init: Init) -> dict[str, Role]:
         self.null = init.null
@@ -64,16 +64,10 @@ class Recipe:
     def turns(self, step: int, images: int) -> Iterator[Turn]:
         yield Turn("student", self.loss)
 
-    def time(self, u: Tensor) -> Tensor:
-        c = self.config
-        if c.time_law == "uniform":
-            return times.uniform(u)
-        return times.logit_normal(u, 0.0 if c.mu is None else c.mu, 1.0 if c.sigma is None else c.sigma)
-
     def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
         assert batch.data is not None
         data, noise = batch.data, ctx.draw.normal("noise", batch.data)
-        t = self.time(ctx.draw.uniform("t", data))  # [B]
+        t = self.law(ctx.draw.uniform("t", data))  # [B]
         student, cond = nets["student"], batch.cond
         if cond:
             cond = drop_condition(cond, self.null(cond), ctx.draw.uniform("dropped", data) < self.config.label_dropout)

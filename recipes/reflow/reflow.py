@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict
 from distill import distances, times
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
-LAWS = {"uniform": times.uniform, "u_shaped": times.u_shaped, "exp10": times.exp10}
 DISTANCES = {"l2": distances.mse, "pseudo_huber": distances.pseudo_huber}
 
 
@@ -42,7 +41,7 @@ class Recipe:
     sampler = "euler"
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
-        self.law, self.distance = LAWS[config.time_law], DISTANCES[config.distance]
+        self.law, self.distance = times.law(config.time_law), DISTANCES[config.distance]
 
     def networks(self, init: Init) -> dict[str, Role]:
         return {"student": Trained(init.velocity_field())}
