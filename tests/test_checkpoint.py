@@ -1,0 +1,264 @@
+"""Checkpoints: whole or absent, verified, kept, and what is said when one cannot be read or written."""
+
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from programs.train_vector import train
+
+from distill import checkpoint
+from distill.checkpoint import Checkpoints, complete, differences, latest, weights
+from distill.guard import InputError, RunError
+from distill.spec import CheckpointSpec
+
+
+def make(folder, warn=None, *, keep=2, images=None, minutes=None, settings=None):
+    spec = CheckpointSpec(keep=keep, images=images, minutes=minutes)
+    return Checkpoints(folder, spec, settings or {"seed": 0}, {"threads": 1}, warn or refuse_warning)
+
+
+def refuse_warning(text):
+    raise AssertionError(text)
+
+
+def groups(value, size=1000):
+    yield "network.student", {"w": torch.full((size,), float(value)), "n": torch.tensor(value)}
+    yield "optimizer.student", {"w/exp_avg": torch.full((size,), -float(value))}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_was_saved_is_loaded(tmp_path):
+    half = torch.randn(2, 3, 4).to(torch.bfloat16)
+    tied = torch.randn(5)
+    tensors = {"half": half, "strided": torch.arange(6.0).reshape(2, 3).T, "a": tied, "b": tied, "none": torch.ones(0)}
+    saver = make(tmp_path / "checkpoints", settings={"seed": 7, "stage": {"betas": (0.9, 0.99)}})
+    saver.save(12, 345, [("network.student", tensors)])
+    found = latest(tmp_path / "checkpoints", refuse_warning)
+    assert (found.path.name, found.meta.step, found.meta.images) == ("step-00000012", 12, 345)
+    assert found.meta.settings == {"seed": 7, "stage": {"betas": [0.9, 0.99]}}
+    loaded = found.tensors("network.student")
+    assert loaded.keys() == tensors.keys()
+    assert all(torch.equal(loaded[k], v) and loaded[k].dtype == v.dtype for k, v in tensors.items())
+    with pytest.raises(RunError, match=r"step-00000012 has no 'network\.critic'; it has network\.student"):
+        found.tensors("network.critic")
+
+
+def test_the_newest_are_kept_and_nothing_else_lies_about(tmp_path):
+    saver = make(tmp_path, keep=3)
+    for step in (1, 2, 30, 100_000_000, 99_999_999):
+        saver.save(step, step, groups(step))
+    assert names(tmp_path) == ["step-00000030", "step-100000000", "step-99999999"]
+    assert [path.name for path in complete(tmp_path)] == ["step-100000000", "step-99999999", "step-00000030"]
+
+
+def test_leftovers_of_kills_are_cleared_and_other_files_are_not(tmp_path):
+    make(tmp_path).save(3, 48, groups(3))
+    for name in ("step-00000004.tmp-123", "step-00000002.trash-99"):
+        shutil.copytree(tmp_path / "step-00000003", tmp_path / name)
+    (tmp_path / "step-00000004.tmp-123" / "meta.json").unlink()
+    (tmp_path / "notes").mkdir()
+    assert make(tmp_path).resume().meta.step == 3
+    assert names(tmp_path) == ["notes", "step-00000003"]
+
+
+def test_there_is_nothing_to_resume_at_first(tmp_path):
+    assert make(tmp_path / "checkpoints").resume() is None
+    (tmp_path / "checkpoints").mkdir()
+    assert make(tmp_path / "checkpoints").resume() is None
+
+
+def flip(path, at=-5):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "flipped": (lambda d: flip(d / "network.student.safetensors"), r"network\.student\.safetensors: wrong checksum"),
+    "truncated": (
+        lambda d: (d / "optimizer.student.safetensors").write_bytes(b"x" * 100),
+        r"optimizer\.student\.safetensors: 100 bytes instead of 4,080",
+    ),
+    "missing": (
+        lambda d: (d / "network.student.safetensors").unlink(),
+        r"network\.student\.safetensors: No such file or directory",
+    ),
+    "no meta": (lambda d: (d / "meta.json").unlink(), r"meta\.json: No such file or directory"),
+    "half a meta": (lambda d: (d / "meta.json").write_text('{"format": 1,'), r"meta\.json: Invalid JSON.*"),
+    "edited meta": (
+        lambda d: (d / "meta.json").write_text((d / "meta.json").read_text().replace('"images": 200', '"images": 300')),
+        r"meta\.json: wrong checksum",
+    ),
+    "other format": (
+        lambda d: (d / "meta.json").write_text((d / "meta.json").read_text().replace('"format": 1', '"format": 2')),
+        r"meta\.json: Input should be 1",
+    ),
+    "empty": (lambda d: [f.unlink() for f in d.iterdir()], r"meta\.json: No such file or directory"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_newest_falls_back_with_a_warning(tmp_path, kind):
+    damage, reason = DAMAGE[kind]
+    saver = make(tmp_path)
+    saver.save(1, 100, groups(1))
+    newest = saver.save(2, 200, groups(2))
+    damage(newest)
+    said = []
+    assert latest(tmp_path, said.append).meta.step == 1
+    [text] = said
+    assert re.fullmatch(rf"checkpoint {newest} is damaged \({reason}\); going back to step-00000001", text)
+    assert weights(tmp_path, warn=said.append)["n"] == 1
+
+    again = make(tmp_path, said.append, keep=1)
+    assert again.resume().path.name == "step-00000001"
+    assert names(tmp_path) == ["step-00000001", "step-00000002.damaged"]  # no longer the newest, not yet deleted
+    again.save(2, 200, groups(5))  # the same step once more
+    assert names(tmp_path) == ["step-00000002"]
+    assert latest(tmp_path, refuse_warning).tensors("network.student")["n"] == 5
+
+
+def test_all_damaged_is_an_error_and_never_step_zero(tmp_path):
+    saver = make(tmp_path)
+    for step in (1, 2):
+        flip(saver.save(step, step, groups(step)) / "network.student.safetensors")
+    message = (
+        rf"every checkpoint in {tmp_path} is damaged \(step-00000002: network\.student\.safetensors: wrong checksum; "
+        r"step-00000001: .*\); put one back from a backup, or remove that folder to start this stage again from step 0"
+    )
+    with pytest.raises(RunError, match=message):
+        make(tmp_path).resume()
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
+
+
+def test_when_saving_is_due(tmp_path, monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    saver = make(tmp_path, images=100, minutes=2.0)
+    assert [saver.due(n) for n in (0, 99, 100, 250)] == [False, False, True, True]
+    saver.save(1, 130, groups(1))
+    assert [saver.due(n) for n in (199, 200)] == [False, True]
+    now = 119.9
+    assert not saver.due(130)
+    now = 120.0
+    assert saver.due(130)
+    saver.save(2, 130, groups(1))
+    assert not saver.due(130)
+    never = make(tmp_path)
+    now = 1e9
+    assert not never.due(10**12)
+
+
+def test_differences_name_the_field():
+    old = {"seed": 1, "stage": {"images": 5, "clip": None, "gone": "x"}}
+    new = {"seed": 1, "stage": {"images": 6, "clip": 1.0}}
+    assert differences(old, new) == [
+        "stage.images was 5, now is 6",
+        "stage.clip was null, now is 1.0",
+        'stage.gone was "x", now is null',
+    ]
+
+
+def test_weights_for_export(tmp_path):
+    with pytest.raises(InputError, match=r"no checkpoint in .*checkpoints yet; wait for the first one"):
+        weights(tmp_path / "stages/train/checkpoints")
+    result = train(tmp_path)
+    folder = tmp_path / "stages/train/checkpoints"
+    for half_life, expected in ((None, result.networks["student"].state_dict()), *result.ema["student"].items()):
+        given = weights(folder, half_life=half_life)
+        assert given.keys() == expected.keys() and all(torch.equal(given[k], expected[k]) for k in expected)
+    with pytest.raises(
+        InputError, match=r"has no 'ema\.student\.5\.0'; it has ema\.student\.1000\.0, ema\.student\.64\.0"
+    ):
+        weights(folder, half_life=5.0)
+    with pytest.raises(InputError, match=r"has no 'network\.critic'; it has .*network\.student, optimizer\.student"):
+        weights(folder, "critic")
+
+
+def assert_survives_a_full_disk(folder, error):
+    """`folder` has room for a few checkpoints; then there is one message, and the last good one loads."""
+    with pytest.raises(RunError) as caught:
+        train(folder, images=1024, checkpoint={"images": 16, "minutes": None, "keep": 100})
+    here = folder / "stages/train/checkpoints"
+    good = latest(here, refuse_warning)
+    step = good.meta.step
+    assert 0 < step < 64
+    assert str(caught.value) == (
+        f"cannot save checkpoint {here}/step-{step + 1:08d}: {error}; last good checkpoint: {good.path}"
+    )
+    assert not [name for name in names(here) if ".tmp" in name]
+    assert weights(here).keys() == {f"layers.{i}.{kind}" for i in (0, 3) for kind in ("weight", "bias")} | {"calls"}
+
+
+@pytest.mark.process
+def test_a_full_disk_is_one_message_and_loses_nothing(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"needs the right to mount a tmpfs (root): {mounted.stderr.strip()}")
+    try:
+        assert_survives_a_full_disk(disk, "No space left on device")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_file_over_the_quota_is_one_message(tmp_path):
+    """The limit on a file's size stands in for a quota where nothing may be mounted."""
+    saver = make(tmp_path)
+    good = saver.save(1, 1, groups(1))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(RunError) as caught:
+            saver.save(2, 2, groups(2, size=100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    step = tmp_path / "step-00000002"
+    assert str(caught.value) == f"cannot save checkpoint {step}: File too large; last good checkpoint: {good}"
+    assert names(tmp_path) == ["step-00000001"]
+    assert latest(tmp_path, refuse_warning).meta.step == 1
+
+
+def test_a_store_that_cannot_be_written_is_one_message(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"cannot save checkpoint .*Not a directory; last good checkpoint: none yet"):
+        make(tmp_path / "file" / "checkpoints").save(1, 1, groups(1))
+
+
+def test_reading_while_a_trainer_replaces(tmp_path):
+    """Whatever is read between two saves is whole: weights() never fails and never goes back."""
+    import threading
+
+    saver = make(tmp_path, keep=1)
+    saver.save(1, 1, groups(1))
+    enough = threading.Event()
+
+    def save():
+        step = 1
+        while not enough.is_set():
+            step += 1
+            saver.save(step, step, groups(step))
+
+    trainer = threading.Thread(target=save)
+    trainer.start()
+    seen, until = [], time.monotonic() + 1
+    try:
+        while time.monotonic() < until:
+            given = weights(tmp_path, warn=lambda text: None)
+            assert (given["w"] == float(given["n"])).all()
+            seen.append(int(given["n"]))
+    finally:
+        enough.set()
+        trainer.join()
+    assert seen == sorted(seen) and len(set(seen)) > 3

@@ -1,0 +1,382 @@
+"""The loop: the same bits as a bare PyTorch loop, whose turn it is, where it stops, and how it resumes."""
+
+import math
+import re
+
+import pytest
+import torch
+from programs.train_vector import Alternating, FlowMatching, Ring, Vector, stage, train
+from torch import nn
+
+from distill import checkpoint
+from distill.draws import Rows, StepDraw, key
+from distill.guard import InputError, RunError
+from distill.interpolants import linear
+from distill.protocols import Frozen, Loss, Trained, Turn
+from distill.spec import OptimizerSpec
+from distill.store import RunPaths, read_events
+from distill.trainable import Trainable, learning_rate
+
+
+def bits(result):
+    """All that training leaves, as one state dict."""
+    out = {f"{name}/{k}": v.clone() for name, net in result.networks.items() for k, v in net.state_dict().items()}
+    for half_life, average in result.ema["student"].items():
+        out.update({f"{half_life}/{k}": v.clone() for k, v in average.items()})
+    return out
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different
+
+
+def saved(folder):
+    """Bytes of the newest checkpoint's tensors, by group."""
+    newest = checkpoint.complete(folder / "stages" / "train" / "checkpoints")[0]
+    return {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
+
+
+def bare_loop(steps, batch_size, accumulate=1):
+    """What the engine does, written out by hand."""
+    student, spec = Vector().train(), stage().optimizer
+    optimizer = torch.optim.AdamW(
+        student.parameters(), betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay, fused=True
+    )
+    for step in range(steps):
+        for part in range(accumulate):
+            size = batch_size // accumulate
+            rows = Rows(part * size, (part + 1) * size, batch_size)
+            data, draw = Ring().batch(step, rows).data, StepDraw(0, step, 0, rows)
+            noise, t = draw.normal("noise", data), draw.uniform("t", data)
+            x_t, v = linear().mix(data, noise, t), noise - data
+            ((student(x_t, t, {}) - v).square().flatten(1).mean(1).mean() / accumulate).backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), spec.clip)
+        images = step * batch_size + batch_size / 2
+        ramp = min(images / 32, 1.0)
+        fall = 0.5 * (1 + math.cos(math.pi * max(0.0, images - 32) / (steps * batch_size - 32)))
+        optimizer.param_groups[0]["lr"] = spec.lr * ramp * fall
+        optimizer.step()
+        optimizer.zero_grad()
+    return student.state_dict()
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_five_steps_are_those_of_a_bare_loop(tmp_path, accumulate):
+    result = train(tmp_path, images=120, batch_size=24, micro_batch=24 // accumulate)
+    assert (result.images, result.step) == (120, 5)
+    assert_same(dict(result.networks["student"].state_dict()), dict(bare_loop(5, 24, accumulate)))
+
+
+def test_accumulation_does_not_change_numbers(tmp_path):
+    whole = train(tmp_path / "whole", images=640, batch_size=128)
+    parts = train(tmp_path / "parts", images=640, batch_size=128, micro_batch=32)
+    for name, value in whole.networks["student"].named_parameters():
+        torch.testing.assert_close(parts.networks["student"].get_parameter(name), value, rtol=0, atol=1e-6)
+
+
+def test_micro_batches_see_slices_of_the_same_draws(tmp_path):
+    class Recording(FlowMatching):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def loss(self, nets, batch, ctx):
+            self.seen.append(torch.cat([batch.data, ctx.draw.normal("noise", batch.data)], 1))
+            return super().loss(nets, batch, ctx)
+
+    whole, parts = Recording(), Recording()
+    train(tmp_path / "whole", whole, images=48)
+    train(tmp_path / "parts", parts, images=48, micro_batch=4)
+    assert len(whole.seen) == 3 and len(parts.seen) == 12
+    assert torch.equal(torch.cat(whole.seen), torch.cat(parts.seen))
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        ("constant", [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.0, 0.5, 1.0, 0.75, 0.5, 0.0]),
+        ("cosine", [0.0, 0.5, 1.0, 0.5 + 0.5**1.5, 0.5, 0.0]),
+    ],
+)
+def test_learning_rates(decay, expected):
+    spec = OptimizerSpec(lr=2.0, warmup_images=200, decay=decay)
+    rates = [learning_rate(spec, float(images), 1000) for images in (0, 100, 200, 400, 600, 1000)]
+    assert rates == pytest.approx([2 * e for e in expected], abs=1e-12)
+
+
+def test_a_quadratic_follows_adamw_by_hand():
+    """x^2 / 2 with weight decay: Loshchilov & Hutter 2017, Alg. 2, in float64."""
+    layer = nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+    spec = OptimizerSpec(lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.05, clip=None)
+    trainable = Trainable("student", layer, spec)
+    trainable.activate(True)
+    x, m, v = 1.0, 0.0, 0.0
+    for n in range(1, 21):
+        trainable.backward(layer.weight.square().sum() / 2)
+        norm = trainable.gradient_norm()
+        assert norm.item() == pytest.approx(abs(x), rel=1e-5)
+        trainable.step(0.1, norm)
+        m, v = 0.9 * m + 0.1 * x, 0.99 * v + 0.01 * x * x
+        x = x - 0.1 * 0.05 * x - 0.1 * (m / (1 - 0.9**n)) / (math.sqrt(v / (1 - 0.99**n)) + 1e-8)
+        assert layer.weight.item() == pytest.approx(x, rel=1e-5)
+
+
+def test_clipping_scales_the_gradient_to_the_limit():
+    layer = nn.Linear(2, 1, bias=False)
+    trainable = Trainable("student", layer, OptimizerSpec(clip=0.5))
+    trainable.activate(True)
+    trainable.backward((layer.weight * torch.tensor([[3.0, 4.0]])).sum())
+    norm = trainable.gradient_norm()
+    assert norm.item() == 5.0
+    trainable.step(0.0, norm)
+    first_moment = trainable.state()["weight/exp_avg"]
+    torch.testing.assert_close(first_moment, 0.1 * torch.tensor([[0.3, 0.4]]), rtol=1e-5, atol=0)
+
+
+def test_turns_move_only_whose_turn_it_is(tmp_path):
+    class Watched(Alternating):
+        """Checks, inside each loss, who is trainable."""
+
+        def watch(self, nets, active):
+            for name, net in nets.items():
+                assert net.training == (name == active)
+                assert {p.requires_grad for p in net.parameters()} == {name == active}
+                assert all(p.grad is None or name == active for p in net.parameters())
+
+        def critic_loss(self, nets, batch, ctx):
+            self.watch(nets, "critic")
+            self.before = [p.detach().clone() for p in nets["student"].parameters()]
+            self.carry = ctx.carry
+            return super().critic_loss(nets, batch, ctx)
+
+        def student_loss(self, nets, batch, ctx):
+            self.watch(nets, "student")
+            assert ctx.carry is self.carry  # one carry for the turns of a step
+            assert all(map(torch.equal, self.before, nets["student"].parameters()))
+            return super().student_loss(nets, batch, ctx)
+
+    result = train(tmp_path, Watched(), images=32)
+    assert (result.images, result.step) == (32, 6)  # images count the student's steps
+    assert_same(dict(result.networks["teacher"].state_dict()), dict(Vector(3).state_dict()))
+    for name, start, calls in (("student", 1, 2), ("critic", 2, 6)):
+        network = result.networks[name]
+        assert not torch.equal(network.layers[0].weight, Vector(start).layers[0].weight)
+        assert network.calls == calls
+    assert not any(net.training for net in result.networks.values())
+
+
+def test_gradients_flow_through_the_others(tmp_path):
+    """With critic = teacher the student's gap is zero whatever it does; with the critic moved it is not."""
+    result = train(tmp_path, Alternating(), images=16)
+    logs = [e["logs"] for e in read_events(RunPaths(tmp_path)) if e["event"] == "progress"]
+    assert any(e["grad_norm"] > 1e-3 for e in logs if "grad_norm" in e)
+    assert all("critic.loss" in e for e in logs) and result.images == 16
+
+
+@pytest.mark.parametrize("kind", ["data", "gradient"])
+def test_a_non_finite_loss_stops_before_the_optimizer_moves(tmp_path, kind):
+    class Faulty(FlowMatching):
+        def networks(self, init):
+            self.student = Vector()
+            return {"student": Trained(self.student)}
+
+        def loss(self, nets, batch, ctx):
+            self.before = {k: v.clone() for k, v in nets["student"].state_dict().items() if k != "calls"}
+            loss = super().loss(nets, batch, ctx)
+            if kind == "gradient" and ctx.step == 3:  # the root of zero has an infinite slope
+                return Loss(loss.total + (nets["student"].layers[0].weight * 0).sum().sqrt())
+            return loss
+
+    recipe, source = Faulty(), Ring(fault=3 if kind == "data" else None)
+    values = {"data": "loss nan, gradient norm nan", "gradient": r"loss \d\.\d+, gradient norm nan"}[kind]
+    last = tmp_path / "stages/train/checkpoints/step-00000003"
+    message = rf"step 3, turn 0, network 'student': {values}; its weights did not move; last good checkpoint: {last}"
+    with pytest.raises(RunError, match=message):
+        train(tmp_path, recipe, source, micro_batch=8)
+    after = {k: v for k, v in recipe.student.state_dict().items() if k != "calls"}
+    assert_same(recipe.before, after)
+    stored = checkpoint.weights(last.parent)
+    assert_same({k: stored[k] for k in after}, after)
+
+
+def test_a_non_finite_first_step_says_there_is_no_checkpoint(tmp_path):
+    with pytest.raises(RunError, match="step 0, .* last good checkpoint: none yet"):
+        train(tmp_path, source=Ring(fault=0))
+
+
+@pytest.mark.parametrize(("recipe", "images"), [(FlowMatching(dropout=0.3), 96), (Alternating(dropout=0.3), 48)])
+def test_resuming_after_any_step_changes_no_bit(tmp_path, recipe, images):
+    class KilledError(Exception):
+        pass
+
+    class KilledAt(Ring):
+        def batch(self, step, rows):
+            if step == self.fault:
+                raise KilledError
+            return Ring.batch(Ring(), step, rows)
+
+    whole = train(tmp_path / "whole", recipe, micro_batch=8, images=images)
+    for step in range(1, whole.step):
+        folder = tmp_path / str(step)
+        with pytest.raises(KilledError):
+            train(folder, recipe, KilledAt(fault=step), micro_batch=8, images=images)
+        torch.manual_seed(step)  # a new process has another global generator
+        again = train(folder, recipe, micro_batch=8, images=images)
+        assert (again.images, again.step) == (whole.images, whole.step)
+        assert_same(bits(again), bits(whole))
+        assert saved(folder) == saved(tmp_path / "whole")  # moments too
+        resumed = [e["step"] for e in read_events(RunPaths(folder)) if e["event"] == "resumed"]
+        every = 3 if isinstance(recipe, Alternating) else 1  # steps between saves: images count the student's
+        assert resumed == ([step // every * every] if step >= every else [])
+
+
+def test_a_finished_training_loads_and_does_nothing(tmp_path):
+    class Empty(Ring):
+        def batch(self, step, rows):
+            raise AssertionError
+
+    whole = train(tmp_path)
+    before = saved(tmp_path)
+    assert_same(bits(train(tmp_path, source=Empty())), bits(whole))
+    assert saved(tmp_path) == before
+
+
+def test_images_are_rounded_up_to_whole_batches(tmp_path):
+    result = train(tmp_path, images=40)
+    assert (result.images, result.step) == (48, 3)
+
+
+def test_dropout_is_keyed_by_seed_and_step(tmp_path):
+    a = train(tmp_path / "a", FlowMatching(dropout=0.5))
+    torch.rand(7)
+    b = train(tmp_path / "b", FlowMatching(dropout=0.5))
+    assert_same(bits(a), bits(b))
+    assert torch.initial_seed() == key(0, "dropout", 7)
+
+
+def test_bf16_stays_near_fp32_with_fp32_weights(tmp_path):
+    class Spying(FlowMatching):
+        def loss(self, nets, batch, ctx):
+            inner = nets["student"].layers[0](torch.cat([batch.data, batch.data[:, :1]], 1))
+            self.inner = inner.dtype
+            return super().loss(nets, batch, ctx)
+
+    recipe = Spying()
+    full, half = train(tmp_path / "full"), train(tmp_path / "half", recipe, precision="bf16")
+    assert recipe.inner == torch.bfloat16
+    moved = False
+    for name, value in full.networks["student"].named_parameters():
+        other = half.networks["student"].get_parameter(name)
+        assert other.dtype == torch.float32
+        torch.testing.assert_close(other, value, rtol=3e-2, atol=3e-2)
+        moved |= not torch.equal(other, value)
+    assert moved
+
+
+def test_a_network_without_grad_keeps_a_parameter_that_came_frozen(tmp_path):
+    class Partly(FlowMatching):
+        def networks(self, init):
+            student = Vector()
+            student.layers[0].bias.requires_grad_(False)
+            return {"student": Trained(student)}
+
+    result = train(tmp_path, Partly())
+    assert torch.equal(result.networks["student"].layers[0].bias, Vector().layers[0].bias)
+    assert not torch.equal(result.networks["student"].layers[3].bias, Vector().layers[3].bias)
+    assert result.ema["student"][64.0].keys() == result.networks["student"].state_dict().keys()
+
+
+def test_tied_weights_are_averaged_under_both_names(tmp_path):
+    class Tied(Vector):
+        def __init__(self):
+            super().__init__(width=3)
+            self.layers.insert(3, nn.Linear(3, 3))
+            self.layers[3].weight = self.layers[0].weight
+
+    class TiedRecipe(FlowMatching):
+        def networks(self, init):
+            return {"student": Trained(Tied())}
+
+    result = train(tmp_path, TiedRecipe(), ema_half_lives=[1e6])
+    average = result.ema["student"][1e6]
+    assert torch.equal(average["layers.0.weight"], average["layers.3.weight"])
+    assert not torch.equal(average["layers.0.weight"], result.networks["student"].layers[0].weight)
+    again = train(tmp_path, TiedRecipe(), ema_half_lives=[1e6])
+    assert_same(bits(again), bits(result))
+
+
+def recipe_of(networks, turn="student"):
+    class Odd(FlowMatching):
+        def networks(self, init):
+            return networks
+
+        def turns(self, step, images):
+            yield Turn(turn, self.loss)
+
+    return Odd()
+
+
+def test_what_a_recipe_may_not_do(tmp_path):
+    shared = Vector()
+    cases = [
+        ({"critic": Trained(Vector())}, "student", "trains no network named 'student'; it trains ['critic']"),
+        ({"student": Trained(Vector())}, "studnet", "a turn to 'studnet', which it does not train; did you mean 'stud"),
+        ({"student": Trained(shared), "old": Frozen(shared)}, "student", "'student' and 'old' share weights"),
+        ({"student": Trained(Vector().requires_grad_(False))}, "student", "none of its parameters has requires_grad"),
+        ({"student": Trained(Vector().double())}, "student", "layers.0.weight is torch.float64; trained weights are"),
+    ]
+    for networks, turn, message in cases:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            train(tmp_path, recipe_of(networks, turn))
+    assert checkpoint.complete(tmp_path / "stages/train/checkpoints") == []
+
+
+def test_progress_says_losses_and_rate(tmp_path, capsys):
+    train(tmp_path)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        r"train  128/128 images  [\d,.]+ images/s  ETA 0:00  loss \S+  error_max \S+  grad_norm \S+", line
+    )
+    events = [e for e in read_events(RunPaths(tmp_path)) if e["event"] == "progress"]
+    assert [e["done"] for e in events] == list(range(16, 129, 16))
+    rows = Rows(0, 16, 16)
+    data, draw = Ring().batch(0, rows).data, StepDraw(0, 0, 0, rows)
+    noise, t = draw.normal("noise", data), draw.uniform("t", data)
+    first = (Vector()(linear().mix(data, noise, t), t, {}) - (noise - data)).square().mean()
+    assert events[0]["logs"]["loss"] == pytest.approx(first.item(), rel=1e-6)
+
+
+def test_settings_of_a_resume_may_not_change(tmp_path):
+    train(tmp_path, images=64)
+    with pytest.raises(
+        InputError, match=r"trained with other settings: stage\.images was 64, now is 128; give the old"
+    ):
+        train(tmp_path, images=128)
+    with pytest.raises(
+        InputError, match=r"settings: seed was 0, now is 3; stage\.optimizer\.lr was 0\.01, now is 0\.1"
+    ):
+        train(tmp_path, images=64, seed=3, optimizer={**stage().optimizer.model_dump(), "lr": 0.1})
+
+
+def test_another_micro_batch_is_said_to_end_bit_identity(tmp_path, capsys):
+    with pytest.raises(RunError):
+        train(tmp_path, source=Ring(fault=4))
+    train(tmp_path, micro_batch=8)
+    text = "resuming step-00000004 with micro_batch was 16, now is 8: the result will not be bit-identical"
+    assert text in capsys.readouterr().err
+    assert any(e["event"] == "warning" and text in e["text"] for e in read_events(RunPaths(tmp_path)))
+
+
+def test_a_checkpoint_of_another_network_is_one_message(tmp_path):
+    class Wider(FlowMatching):
+        def networks(self, init):
+            return {"student": Trained(Vector(width=20))}
+
+    train(tmp_path)
+    with pytest.raises(RunError, match=r"does not fit recipe 'reflow/reflow': .*size mismatch for layers\.0\.weight"):
+        train(tmp_path, Wider())
