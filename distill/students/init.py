@@ -6,11 +6,14 @@ import torch
 from torch import nn
 
 from distill.guard import InputError
+from distill.interpolants import Interpolant
 from distill.protocols import Cond
 from distill.spec import NetworkSpec
 from distill.students.networks import build
-from distill.students.velocity import VelocityStudent
+from distill.students.velocity import TIME_SCALE, VelocityStudent
+from distill.students.velocity_unet import VelocityUNet2DModel
 from distill.teachers.loaded import LoadedTeacher
+from distill.teachers.network_field import EdmField, NetworkField
 
 
 class StudentInit:
@@ -42,9 +45,7 @@ class StudentInit:
         if self.network is not None:
             return VelocityStudent(build(self.network, self.shape, self.num_classes, self.seed))
         assert self.source is not None
-        network = copy.deepcopy(self.source.network)
-        assert network is not None
-        return VelocityStudent(network.requires_grad_(True).train())
+        return VelocityStudent(_on_linear_path(self.source).requires_grad_(True).train())
 
     def null(self, cond: Cond) -> Cond:
         """The condition of the unconditional call; an unconditional network's is its only one."""
@@ -56,3 +57,35 @@ class StudentInit:
                 "dropping the condition"
             )
         return {**cond, "class_labels": torch.full_like(cond["class_labels"], self.null_class)}
+
+
+def _on_linear_path(source: LoadedTeacher) -> nn.Module:
+    """A copy of the source's network that is called as a velocity network of the linear path."""
+    match source.field:
+        case NetworkField(network, Interpolant(name="linear"), "velocity", time_scale):
+            if time_scale != TIME_SCALE:
+                raise InputError(
+                    f"{source.description} was trained with num_train_timesteps={time_scale:g}; students of the linear "
+                    f"path are called with {TIME_SCALE:g} t, so start from a fresh `network`"
+                )
+            return copy.deepcopy(network)
+        case NetworkField(network, path, prediction, last):
+            n = torch.arange(int(last) + 1, dtype=torch.float64)
+            table = path.path(n / last).alpha.square()  # alphas_cumprod [N]
+            wrapped = VelocityUNet2DModel.from_config(
+                network.config, path="vp", prediction=prediction, alphas_cumprod=table.tolist()
+            )
+        case EdmField(network, sigma_data, sign, t_range):
+            sigma_min, sigma_max = (t / (1 - t) for t in t_range)
+            wrapped = VelocityUNet2DModel.from_config(
+                network.config,
+                path="edm",
+                prediction="epsilon" if sign > 0 else "v_prediction",
+                sigma_data=sigma_data,
+                sigma_min=sigma_min,
+                sigma_max=sigma_max,
+            )
+        case _:
+            raise InputError(f"{source.description} cannot be continued as a student; describe a fresh `network`")
+    wrapped.load_state_dict(network.state_dict(), strict=True)
+    return wrapped.to(network.device)

@@ -1,0 +1,150 @@
+"""A U-Net trained on a VP or EDM path, called as a velocity network of the linear path.
+
+This file is shipped inside student folders: it imports torch and diffusers only.
+"""
+
+import torch
+from diffusers import UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor
+
+
+class VelocityUNet2DModel(UNet2DModel):
+    """v(x, t) of x = (1 - t) data + t noise from a network of another schedule, finite for all t in [0, 1].
+
+    path "vp": alphas_cumprod [N] and prediction (epsilon, sample or v_prediction) are the network's own. With
+    sigma = t / (1 - t) it is called at n(sigma), linear in log sigma between the table's entries and held at its ends,
+    on c x with c = 1 / sqrt((1 - t)^2 + t^2), as it was trained.
+    path "edm": sigma_data, sigma_min, sigma_max and prediction (epsilon: F as in Karras et al. 2022; v_prediction: its
+    negative) are the network's own.
+    The state dict is that of the UNet2DModel; the other arguments are UNet2DModel's.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        path: str,
+        prediction: str,
+        alphas_cumprod: list[float] | None = None,
+        sigma_data: float = 0.5,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sample_size: int | tuple[int, int] | None = None,
+        in_channels: int = 3,
+        out_channels: int = 3,
+        center_input_sample: bool = False,
+        time_embedding_type: str = "positional",
+        time_embedding_dim: int | None = None,
+        freq_shift: int = 0,
+        flip_sin_to_cos: bool = True,
+        down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        mid_block_type: str | None = "UNetMidBlock2D",
+        up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels: tuple[int, ...] = (224, 448, 672, 896),
+        layers_per_block: int = 2,
+        mid_block_scale_factor: float = 1,
+        downsample_padding: int = 1,
+        downsample_type: str = "conv",
+        upsample_type: str = "conv",
+        dropout: float = 0.0,
+        act_fn: str = "silu",
+        attention_head_dim: int | None = 8,
+        norm_num_groups: int = 32,
+        attn_norm_num_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        resnet_time_scale_shift: str = "default",
+        add_attention: bool = True,
+        class_embed_type: str | None = None,
+        num_class_embeds: int | None = None,
+        num_train_timesteps: int | None = None,
+    ) -> None:
+        super().__init__(
+            sample_size=sample_size,
+            in_channels=in_channels,
+            out_channels=out_channels,
+            center_input_sample=center_input_sample,
+            time_embedding_type=time_embedding_type,
+            time_embedding_dim=time_embedding_dim,
+            freq_shift=freq_shift,
+            flip_sin_to_cos=flip_sin_to_cos,
+            down_block_types=down_block_types,
+            mid_block_type=mid_block_type,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            mid_block_scale_factor=mid_block_scale_factor,
+            downsample_padding=downsample_padding,
+            downsample_type=downsample_type,
+            upsample_type=upsample_type,
+            dropout=dropout,
+            act_fn=act_fn,
+            attention_head_dim=attention_head_dim,
+            norm_num_groups=norm_num_groups,
+            attn_norm_num_groups=attn_norm_num_groups,
+            norm_eps=norm_eps,
+            resnet_time_scale_shift=resnet_time_scale_shift,
+            add_attention=add_attention,
+            class_embed_type=class_embed_type,
+            num_class_embeds=num_class_embeds,
+            num_train_timesteps=num_train_timesteps,
+        )
+        valid = {"vp": ("epsilon", "sample", "v_prediction"), "edm": ("epsilon", "v_prediction")}
+        if prediction not in valid.get(path, ()) or (path == "vp") != (alphas_cumprod is not None):
+            raise ValueError(f"path={path}, prediction={prediction}: valid {valid}; vp alone has alphas_cumprod")
+        # Not a buffer: it must stay float64 whatever the network is cast to.
+        self._log_sigma = torch.empty(0, dtype=torch.float64, device="cpu")
+        if alphas_cumprod is not None:
+            table = torch.tensor(alphas_cumprod, dtype=torch.float64, device="cpu").clamp(min=1e-8)  # zero-SNR ends
+            self._log_sigma = 0.5 * (torch.log1p(-table) - torch.log(table))  # [N], increasing
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[Tensor]:
+        """sample [B, C, H, W] on the linear path, timestep = 1000 t (a number or [B]) -> velocity [B, C, H, W]."""
+        t = torch.as_tensor(timestep, dtype=torch.float64, device=sample.device).expand(sample.shape[0]) / 1000
+        velocity = (self._vp if self.config.path == "vp" else self._edm)(sample, t, class_labels)
+        return UNet2DOutput(sample=velocity) if return_dict else (velocity,)
+
+    def _native(self, x: Tensor, scale: Tensor, time: Tensor, class_labels: Tensor | None) -> Tensor:
+        """The network as it was trained: on scale x, at its own time."""
+        return super().forward(_over(scale, x) * x, time.float(), class_labels).sample.to(x.dtype)
+
+    def _vp(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        table = self._log_sigma.to(x.device)
+        log_sigma = (torch.log(t) - torch.log1p(-t)).clamp(table[0], table[-1])  # [B]; infinite at the ends before
+        below = (torch.searchsorted(table, log_sigma) - 1).clamp(0, len(table) - 2)
+        n = below + (log_sigma - table[below]) / (table[below + 1] - table[below])
+        alpha, sigma = torch.sigmoid(-2 * log_sigma).sqrt(), torch.sigmoid(2 * log_sigma).sqrt()
+        scale = 1 / ((1 - t).square() + t.square()).sqrt()
+        output = self._native(x, scale, n, class_labels)
+        c, d = {
+            "epsilon": (torch.zeros_like(t), torch.ones_like(t)),
+            "sample": (torch.ones_like(t), torch.zeros_like(t)),
+            "v_prediction": (-sigma, alpha),
+        }[self.config.prediction]
+        # scale x = alpha data + sigma noise, output = c data + d noise:
+        #   data = (d scale x - sigma output) / det,  noise = (alpha output - c scale x) / det
+        # v = (x - data) / t = (noise - x) / (1 - t): for each t the one that does not divide by a small number
+        det, late = alpha * d - sigma * c, t >= 0.5
+        of_x = torch.where(late, (1 - d * scale / det) / t, (-c * scale / det - 1) / (1 - t))
+        of_output = torch.where(late, sigma / det / t, alpha / det / (1 - t))
+        return _over(of_x, x) * x + _over(of_output, x) * output
+
+    def _edm(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+        # D = c_skip x_edm + c_out F with x_edm = x / (1 - t), sigma = t / (1 - t), put into v = (x - D) / t: t cancels
+        sigma_data = self.config.sigma_data
+        q = t.square() + (sigma_data * (1 - t)).square()
+        sigma = (t / (1 - t)).clamp(self.config.sigma_min, self.config.sigma_max)
+        output = self._native(x, q.rsqrt(), torch.log(sigma) / 4, class_labels)
+        sign = 1 if self.config.prediction == "epsilon" else -1
+        return _over((t - sigma_data**2 * (1 - t)) / q, x) * x - _over(sign * sigma_data * q.rsqrt(), x) * output
+
+
+def _over(coefficient: Tensor, x: Tensor) -> Tensor:
+    """[B] float64 -> [B, 1, 1, 1] in x's dtype."""
+    return coefficient.to(x.dtype).reshape(-1, 1, 1, 1)

@@ -1,0 +1,285 @@
+"""Teachers from diffusers checkpoints: a pipeline folder, a hub id or a single model folder. Only safetensors is read,
+and no code of the folder is run: student folders' own network classes are loaded from this package.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    FlowMapEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ModelMixin,
+    SchedulerMixin,
+    UNet2DModel,
+)
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
+
+from distill.guard import InputError, suggest
+from distill.interpolants import Prediction, linear, vp
+from distill.protocols import VelocityField
+from distill.spec import CheckpointTeacher
+from distill.students.velocity import TIME_SCALE
+from distill.students.velocity_mlp import VelocityMLP
+from distill.students.velocity_unet import VelocityUNet2DModel
+from distill.teachers.loaded import LoadedTeacher
+from distill.teachers.network_field import EdmField, NetworkField
+
+Config = dict[str, Any]  # parsed JSON
+
+NETWORKS: dict[str, type[ModelMixin]] = {c.__name__: c for c in (UNet2DModel, VelocityUNet2DModel, VelocityMLP)}
+VP = (DDPMScheduler, DDIMScheduler)
+LINEAR = (FlowMatchEulerDiscreteScheduler, FlowMapEulerDiscreteScheduler)
+SCHEDULERS: dict[str, type[SchedulerMixin]] = {c.__name__: c for c in (*VP, *LINEAR, EDMEulerScheduler)}
+PREDICTIONS: dict[str, tuple[Prediction, ...]] = {  # by schedule
+    "vp": ("epsilon", "sample", "v_prediction"),
+    "linear": ("velocity",),
+    "edm": ("epsilon", "v_prediction"),
+}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The files of a checkpoint."""
+
+    model: Path  # folder of config.json and the weights
+    scheduler: Config | None
+    student: Config  # distill.json of an exported student, or empty
+
+
+def load(spec: CheckpointTeacher, device: torch.device) -> LoadedTeacher:
+    """The network of a checkpoint, frozen, in float32 and evaluation mode, as a velocity field of its own schedule."""
+    parts = _parts(spec, _folder(spec))
+    config = _json(parts.model / "config.json")
+    network, weights = _network(parts.model, config)
+    network = network.to(device).eval().requires_grad_(False)
+    scheduler = parts.scheduler
+    if isinstance(network, VelocityMLP | VelocityUNet2DModel):
+        scheduler = None  # velocity networks of the linear path by construction
+        field: VelocityField = NetworkField(network, linear(), "velocity", TIME_SCALE)
+    else:
+        field = _field(network, scheduler, spec)
+    num_classes, null_class = _classes(config, parts.student, spec)
+    identity = {
+        "config": {k: v for k, v in config.items() if k not in ("_diffusers_version", "_name_or_path")},
+        "scheduler": {k: v for k, v in (scheduler or {}).items() if k != "_diffusers_version"},
+        "prediction": spec.prediction,
+        "null_class": null_class,
+        "weights": weights,
+    }
+    return LoadedTeacher(
+        field=field,
+        shape=_shape(parts.model, config),
+        num_classes=num_classes,
+        null_class=null_class,
+        digest=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
+        description=f"{config['_class_name']} from {spec.path}",
+        network=network,
+    )
+
+
+def _folder(spec: CheckpointTeacher) -> Path:
+    """The local folder of a path or hub id."""
+    path = Path(spec.path)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"teacher.path={spec.path} is a file; give the folder that holds config.json and safetensors")
+    hub = spec.path.count("/") == 1 and spec.path[0] not in "./~"
+    if not hub:
+        raise InputError(f"teacher.path={spec.path} does not exist; give a folder, or a hub id like org/name")
+    try:
+        return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        at = f" at revision {spec.revision}" if spec.revision else ""
+        raise InputError(
+            f"teacher.path={spec.path}{at} is neither a folder here nor a hub id that can be fetched or is cached "
+            f"({type(error).__name__}); check the name and the network, or download it and give the folder"
+        ) from error
+
+
+def _parts(spec: CheckpointTeacher, folder: Path) -> Parts:
+    """Where network and scheduler of a pipeline or of a single model folder lie."""
+    student = _json(folder / "distill.json") if (folder / "distill.json").is_file() else {}
+    if student.get("kind", "velocity") != "velocity":
+        raise InputError(f"teacher.path={spec.path} is a student of kind {student['kind']}; valid teachers: velocity")
+    if (folder / "model_index.json").is_file():
+        index = _json(folder / "model_index.json")
+        parts = sorted(k for k, v in index.items() if not k.startswith("_") and isinstance(v, list) and v[0])
+        if parts != ["scheduler", "unet"]:
+            raise InputError(
+                f"teacher.path={spec.path} is a pipeline of {', '.join(parts) or 'nothing'}; valid: pixel pipelines of "
+                "scheduler and unet"
+            )
+        model, nearby = folder / "unet", [folder / "scheduler"]
+    elif (folder / "config.json").is_file():
+        model, nearby = folder, [folder / "scheduler", folder.parent / "scheduler"]
+    else:
+        raise InputError(
+            f"teacher.path={spec.path} has neither model_index.json nor config.json, but {_listing(folder)}; give a "
+            "diffusers pipeline folder or model folder"
+        )
+    if spec.scheduler is not None:
+        nearby = [Path(spec.scheduler)]
+        if not (nearby[0] / "scheduler_config.json").is_file():
+            raise InputError(f"teacher.scheduler={spec.scheduler} has no scheduler_config.json; give its folder")
+    found = next((path for path in (n / "scheduler_config.json" for n in nearby) if path.is_file()), None)
+    return Parts(model, _json(found) if found else None, student)
+
+
+def _network(folder: Path, config: Config) -> tuple[ModelMixin, list[str]]:
+    """The network, every weight of which came from the files, and the sha256 of the files."""
+    name = str(config.get("_class_name"))
+    if name not in NETWORKS:
+        raise InputError(f"{folder / 'config.json'}: network class {name} is not supported; {suggest(name, NETWORKS)}")
+    if config.get("time_embedding_type") == "learned":
+        raise InputError(
+            f"{folder / 'config.json'}: time_embedding_type learned knows whole steps only; valid: positional"
+        )
+    files = _weight_files(folder)
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                broken = [k for k in tensors.keys() if not tensors.get_tensor(k).isfinite().all()]  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} is truncated or damaged ({error}); copy or download it again") from error
+        if broken:
+            raise InputError(f"{path} holds NaN or infinity in {', '.join(broken[:3])}; give sound weights")
+    try:
+        # low_cpu_mem_usage off: it would leave a missing weight without memory before it can be reported
+        network, report = NETWORKS[name].from_pretrained(
+            str(folder),
+            torch_dtype=torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise InputError(f"{folder}: config.json and the weights do not fit together: {error}") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if report.get(kind):
+            names = ", ".join(str(k) for k in report[kind][:3])
+            raise InputError(f"{folder}: config.json and the weights do not fit together: {kind} {names}")
+    network.register_to_config(_name_or_path="")  # a student that starts here must not carry this machine's paths
+    return network, [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder: one, or the shards of an index."""
+    index = folder / f"{WEIGHTS}.index.json"
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if index.is_file():
+        files = [folder / name for name in sorted(set(_json(index)["weight_map"].values()))]
+        missing = [path.name for path in files if not path.is_file()]
+        if missing:
+            raise InputError(f"{index} names {', '.join(missing)}, which are not there; copy or download them")
+        return files
+    raise InputError(
+        f"{folder} has no {WEIGHTS}, but {_listing(folder)}; only safetensors is loaded. Where you trust a pickled "
+        f"file, convert it: python -c \"from diffusers import UNet2DModel as M; M.from_pretrained('{folder}', "
+        "use_safetensors=False).save_pretrained('NEW')\""
+    )
+
+
+def _field(network: ModelMixin, scheduler: Config | None, spec: CheckpointTeacher) -> VelocityField:
+    """The network in the schedule of its scheduler config."""
+    if scheduler is None:
+        if spec.prediction == "velocity":
+            return NetworkField(network, linear(), "velocity", TIME_SCALE)
+        raise InputError(
+            f"teacher.path={spec.path} has no scheduler config, so its schedule is unknown; give its folder as "
+            "teacher.scheduler, or teacher.prediction=velocity for a network of the linear path"
+        )
+    name = str(scheduler.get("_class_name"))
+    if name not in SCHEDULERS:
+        raise InputError(
+            f"teacher.path={spec.path}: scheduler class {name} is not supported; {suggest(name, SCHEDULERS)}. "
+            "Give the folder of one that fits as teacher.scheduler"
+        )
+    schedule = SCHEDULERS[name].from_config(scheduler)
+    config = schedule.config
+    if isinstance(schedule, LINEAR):
+        _prediction(spec, "linear", "velocity")
+        return NetworkField(network, linear(), "velocity", float(config.num_train_timesteps))
+    kind = "vp" if isinstance(schedule, VP) else "edm"
+    prediction = _prediction(spec, kind, config.prediction_type)
+    if kind == "edm":
+        t_range = tuple(sigma / (1 + sigma) for sigma in (config.sigma_min, config.sigma_max))
+        return EdmField(network, config.sigma_data, 1 if prediction == "epsilon" else -1, (t_range[0], t_range[1]))
+    if prediction == "epsilon" and config.rescale_betas_zero_snr:
+        raise InputError(
+            f"teacher.path={spec.path}: a noise prediction says nothing about the data at zero terminal SNR; "
+            "valid with rescale_betas_zero_snr: sample, v_prediction"
+        )
+    return NetworkField(network, vp(schedule.alphas_cumprod), prediction, float(config.num_train_timesteps - 1))
+
+
+def _prediction(spec: CheckpointTeacher, schedule: str, configured: Prediction) -> Prediction:
+    """What the network predicts, among what its schedule allows."""
+    given = spec.prediction or configured
+    if given not in PREDICTIONS[schedule]:
+        raise InputError(
+            f"teacher.prediction={given} does not exist on the {schedule} path; "
+            f"valid: {', '.join(PREDICTIONS[schedule])}"
+        )
+    return given
+
+
+def _classes(config: Config, student: Config, spec: CheckpointTeacher) -> tuple[int | None, int | None]:
+    """(number of real classes, null class): the null class, if there is one, is the last embedding."""
+    if config.get("class_embed_type") is not None:
+        raise InputError(
+            f"teacher.path={spec.path}: class_embed_type {config['class_embed_type']} is not supported; "
+            "valid: networks with num_class_embeds alone"
+        )
+    embeddings = config.get("num_class_embeds")
+    null_class = spec.null_class if spec.null_class is not None else student.get("null_class")
+    if null_class is None:
+        return embeddings, None
+    if embeddings is None:
+        raise InputError(f"teacher.null_class={null_class}, but {spec.path} has no class embeddings; leave it out")
+    if null_class != embeddings - 1:
+        raise InputError(
+            f"teacher.null_class={null_class}: {spec.path} has {embeddings} class embeddings, valid: the last, "
+            f"{embeddings - 1}"
+        )
+    return embeddings - 1, null_class
+
+
+def _shape(folder: Path, config: Config) -> tuple[int, ...]:
+    """Of one sample."""
+    if "dim" in config:
+        return (config["dim"],)
+    size, channels = config.get("sample_size"), config.get("in_channels", 3)
+    if size is None or channels != config.get("out_channels", 3):
+        raise InputError(
+            f"{folder / 'config.json'}: sample_size={size}, in_channels={channels}, "
+            f"out_channels={config.get('out_channels', 3)}; valid: a sample_size and equal channels"
+        )
+    return (channels, size, size) if isinstance(size, int) else (channels, *size)
+
+
+def _json(path: Path) -> Config:
+    try:
+        parsed = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}); copy or download it again") from error
+    if not isinstance(parsed, dict):
+        raise InputError(f"{path} holds no JSON object; copy or download it again")
+    return parsed
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "nothing"

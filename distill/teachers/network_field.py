@@ -1,0 +1,63 @@
+"""A network with its calling convention, as a velocity field in the schedule it was trained on."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from distill.interpolants import Interpolant, Prediction, edm, like
+from distill.protocols import Cond
+
+
+@dataclass(frozen=True)
+class NetworkField:
+    """network(x_t, time_scale t, class_labels) predicts `prediction` on `interpolant`.
+
+    It is converted to velocity in float64. The network is called like diffusers' UNet2DModel: VP networks with
+    n = t (N - 1), those of the linear path with 1000 t. A scheduler's clipping or thresholding of samples is no part of
+    the network and is left out.
+    """
+
+    network: nn.Module
+    interpolant: Interpolant
+    prediction: Prediction
+    time_scale: float
+    t_range: tuple[float, float] = (0.0, 1.0)
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """x_t [B, ...], t [B] in t_range -> dx_t/dt [B, ...] in x_t's dtype."""
+        like(t, x_t)
+        output = self.network(x_t, self.time_scale * t, class_labels=cond.get("class_labels")).sample
+        if self.prediction == "velocity":
+            return output.to(x_t.dtype)
+        velocity = self.interpolant.convert(x_t.double(), output.double(), t.double(), self.prediction, "velocity")
+        return velocity.to(x_t.dtype)
+
+
+@dataclass(frozen=True)
+class EdmField:
+    """D = c_skip x + c_out F(c_in x, c_noise), Karras et al. 2022 (arXiv 2206.00364), eq. (7) and table 1, on `edm()`.
+
+    `sign` is -1 for networks that diffusers' EDMEulerScheduler calls v_prediction (their F is the negative), else 1.
+    """
+
+    network: nn.Module
+    sigma_data: float
+    sign: int
+    t_range: tuple[float, float]
+
+    @property
+    def interpolant(self) -> Interpolant:
+        return edm()
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """x_t [B, ...] = data + sigma noise, t = sigma / (1 + sigma) [B] -> dx_t/dt [B, ...] in x_t's dtype."""
+        path, x = self.interpolant, x_t.double()
+        sigma = path.ratio(t.double())
+        norm = (sigma.square() + self.sigma_data**2).sqrt()
+        c_skip, c_out, c_in = self.sigma_data**2 / norm.square(), sigma * self.sigma_data / norm, 1 / norm
+        c_noise = torch.log(sigma) / 4
+        scaled = (like(c_in, x) * x).to(x_t.dtype)
+        output = self.network(scaled, c_noise.to(t.dtype), class_labels=cond.get("class_labels")).sample.double()
+        data = like(c_skip, x) * x + self.sign * like(c_out, x) * output
+        return path.convert(x, data, t.double(), "sample", "velocity").to(x_t.dtype)
