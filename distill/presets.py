@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from distill import registry, schema, specfile
+from distill import registry, schema, yamltext
 from distill.guard import InputError, suggest
 from distill.spec import RunSpec
 
@@ -33,7 +33,7 @@ def find(name: str) -> Path:
 def head(name: str) -> list[str]:
     """The comment at the top of a preset: the command, what it makes, how long it takes."""
     lines = []
-    for line in specfile.read_text(find(name)).splitlines():
+    for line in yamltext.read(find(name)).splitlines():
         if not line.startswith("#"):
             break
         lines.append(line.removeprefix("#").strip())
@@ -101,7 +101,7 @@ def _options(given: Mapping[str, Any], recipe: str, indent: str, base: Path) -> 
 
 def _plain(value: object) -> str:
     """A value on one line of YAML."""
-    text = specfile.dump_line(value)
+    text = yamltext.dump_line(value)
     return text.removesuffix("...").strip()
 
 

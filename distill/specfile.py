@@ -1,75 +1,18 @@
-"""A run spec as a YAML file: read strictly, explained when wrong, written so that it reads back the same.
-
-YAML here is version 1.2's core: 1e-3 is a number, yes and on are words, 012 is twelve, a key stands once.
-"""
+"""A run spec as a file: read strictly, explained when wrong, written so that it reads back the same."""
 
 import json
-import math
-import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from distill import overrides, schema
+from distill import overrides, schema, yamltext
 from distill.guard import InputError
 from distill.overrides import Override
 from distill.spec import CheckpointTeacher, HfData, ImagesData, RunSpec
 from distill.store import RunPaths
-
-_SCALARS = [
-    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
-    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
-    ("int", r"^[-+]?[0-9][0-9_]*$", list("-+0123456789")),
-    ("float", r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$", list("-+.0123456789")),
-    ("merge", r"^<<$", ["<"]),
-]
-
-
-class _Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  # type: ignore[misc]
-    """Safe, and a key that stands twice is an error."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                _refuse(key, f"key '{key.value}' stands twice")
-            seen.add(str(key.value))
-        mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
-        return mapping
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes exactly what the loader would take for something else than text."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}
-
-
-def _whole(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(node.value.replace("_", ""))
-
-
-def _refuse(node: yaml.Node, problem: str) -> NoReturn:
-    raise yaml.constructor.ConstructorError(None, None, f"line {node.start_mark.line + 1}: {problem}")
-
-
-def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | int:
-    value = float(node.value.replace("_", ""))
-    if math.isinf(value):
-        _refuse(node, f"{node.value} is too large for a number")
-    return int(value) if value.is_integer() and "." not in node.value else value  # 1e6 images are a whole number
-
-
-for _tag, _pattern, _first in _SCALARS:
-    for _user in (_Loader, _Dumper):
-        _user.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", _whole)
-_Loader.add_constructor("tag:yaml.org,2002:float", _number)
 
 
 @dataclass(frozen=True)
@@ -83,46 +26,12 @@ class SpecSource:
     """as messages name it"""
 
 
-def parse(text: str, source: str) -> Any:  # noqa: ANN401  (whatever YAML holds)
-    """The content of a YAML text; InputError with the line of the mistake."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader)
-    except yaml.constructor.ConstructorError as error:
-        raise InputError(f"{source}: {error.problem}") from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
-        raise InputError(f"{source}: not YAML:{where} {error.problem or error.context}") from None
-    except yaml.YAMLError as error:  # e.g. a control character
-        raise InputError(f"{source}: not YAML: {str(error).splitlines()[0]}") from None
-
-
-def dump(content: Any) -> str:  # noqa: ANN401
-    """YAML that `parse` reads back to the same content."""
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
-
-
-def dump_line(content: Any) -> str:  # noqa: ANN401
-    """The same on one line."""
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=float("inf"), default_flow_style=True).strip()
-
-
 def change_from(text: str) -> Override:
     """An override from its text `a.b=c`."""
     path, equals, value = text.partition("=")
     if not equals or "" in path.split("."):
         raise InputError(f"'{text}' is not a change of the spec; write path=value, like stages.teach.images=64000")
-    return Override(text, path.split("."), parse(value, text))
-
-
-def read_text(path: Path) -> str:
-    """A text file that a user named."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{path}: not a text file (UTF-8); a spec is a YAML file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+    return Override(text, path.split("."), yamltext.parse(value, text))
 
 
 def validate(content: Any, source: str) -> RunSpec:  # noqa: ANN401
@@ -154,7 +63,7 @@ def join(source: str, mistakes: Sequence[str]) -> str:
 def load(path: Path, changes: Sequence[str] = (), *, name: str | None = None, source: str | None = None) -> SpecSource:
     """The spec in a file, with overrides `a.b=c` applied and paths made absolute."""
     source = source or str(path)
-    content = parse(read_text(path), source)
+    content = yamltext.parse(yamltext.read(path), source)
     if isinstance(content, dict):
         content = overrides.apply(content, [change_from(text) for text in changes])
         if name is not None:
@@ -165,12 +74,12 @@ def load(path: Path, changes: Sequence[str] = (), *, name: str | None = None, so
 
 def load_run(run: RunPaths) -> RunSpec:
     """The spec of an existing run."""
-    return validate(parse(read_text(run.spec), str(run.spec)), str(run.spec))
+    return validate(yamltext.parse(yamltext.read(run.spec), str(run.spec)), str(run.spec))
 
 
 def resolved(spec: RunSpec) -> str:
     """The whole spec as YAML, every default written out; reads back to the same spec."""
-    return dump(spec.model_dump(mode="json"))
+    return yamltext.dump(spec.model_dump(mode="json"))
 
 
 def differences(old: RunSpec, new: RunSpec) -> list[str]:

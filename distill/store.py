@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.guard import RunError
+from distill.guard import InputError, RunError, suggest
 
 
 def sync_dir(path: Path) -> None:
@@ -88,6 +89,15 @@ class RunPaths:
         return self.root / "events.jsonl"
 
     @property
+    def running(self) -> Path:
+        """Exists while a process executes the run; says which (see `claims`)."""
+        return self.root / "running"
+
+    @property
+    def students(self) -> Path:
+        return self.root / "students"
+
+    @property
     def report(self) -> Path:
         return self.root / "report.html"
 
@@ -96,25 +106,83 @@ class RunPaths:
 
     def student(self, stage: str) -> Path:
         """The student exported by a train stage."""
-        return self.root / "students" / stage
+        return self.students / stage
+
+
+def runs(store: Path) -> list[RunPaths]:
+    """All runs of a store, by name."""
+    if not store.is_dir():
+        return []
+    return [RunPaths(path.parent) for path in sorted(store.glob("*/spec.yaml")) if not path.parent.name.startswith(".")]
+
+
+def find_run(store: Path, given: str) -> RunPaths:
+    """The run that a user names: by its name in the store, or by the path of its folder."""
+    for root in (store / given, Path(given)):
+        if (root / "spec.yaml").is_file():
+            return RunPaths(root.absolute())
+    names = [run.name for run in runs(store)]
+    hint = suggest(given, names) if names else "the store is empty; `distill run digits` makes a first run"
+    raise InputError(f"there is no run '{given}' in {store}; {hint}")
+
+
+def create_run(store: Path, name: str, files: Mapping[str, str | bytes]) -> RunPaths:
+    """A new run with these files, complete or not at all: written under a hidden name, then renamed."""
+    run = RunPaths(store.absolute() / name)
+    temporary = store.absolute() / f".{name}.new-{os.getpid()}-{time.time_ns()}"
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise InputError(
+            f"cannot make a run in the store {store}: {error.strerror}; choose another by --store"
+        ) from None
+    try:
+        for relative, content in files.items():
+            path = temporary / relative
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, content)
+        temporary.rename(run.root)  # refused where a run of this name is: its folder is not empty
+    except OSError as error:
+        taken = run.root.exists()
+        raise InputError(name_in_use(run) if taken else f"cannot make {run.root}: {error.strerror}") from None
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+    sync_dir(store)
+    return run
+
+
+def name_in_use(run: RunPaths) -> str:
+    """What to say when a run's name is taken, with both ways out."""
+    return (
+        f"there is a run '{run.name}' in {run.root.parent} already; "
+        "go on with it by --resume, or start another by --name OTHER"
+    )
 
 
 def append_event(run: RunPaths, event: str, **fields: Any) -> None:  # noqa: ANN401
-    """One flushed JSON line in the run's events: {"time": unix seconds, "event": event, ...}."""
-    line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
-    try:
-        with run.events.open("a") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        raise RunError(f"cannot write {run.events}: {error.strerror}") from error
+    """One JSON line in the run's events: {"time": unix seconds, "event": event, ...}."""
+    line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n"
+    with run.events.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a kill cut the line before
+                line = "\n" + line
+        file.write(line.encode())
 
 
-def read_events(run: RunPaths) -> Iterator[dict[str, Any]]:
-    """The run's events, oldest first; a line cut short by a kill is passed over."""
+def read_events(run: RunPaths, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    """The run's events, oldest first, or those within its last bytes; a line cut short by a kill is passed over."""
     if not run.events.exists():
         return
-    for line in run.events.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    with run.events.open("rb") as file:
+        if last_bytes is not None:
+            file.seek(max(0, run.events.stat().st_size - last_bytes))
+        for line in file:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict):
+                yield event

@@ -22,7 +22,7 @@ LAYERS = [
     {"cli"},
 ]
 ANYWHERE = {"guard", "spec", "store", "progress", "stop", "results"}  # no torch in them, usable by both planes
-CONTROL = ANYWHERE | {"overrides", "schema", "specfile", "workflow", "launch", "registry", "presets"}
+CONTROL = ANYWHERE | {"claims", "status", "yamltext", "overrides", "schema", "specfile", "workflow", "launch", "registry", "presets"}
 TORCH = {"torch", "numpy", "diffusers", "accelerate", "deepspeed", "safetensors", "torchmetrics", "sklearn", "datasets"}
 
 

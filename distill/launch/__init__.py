@@ -1,0 +1,1 @@
+"""Starts the compute plane: as processes of this machine."""

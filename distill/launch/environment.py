@@ -1,0 +1,57 @@
+"""What a run was made with: versions, machine, threads. Read without importing what is recorded."""
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+import distill
+
+ROOT = Path(distill.__file__).parent.parent
+
+
+def record() -> dict[str, Any]:
+    """The content of a run's env.json."""
+    return {
+        "distill": distill.__version__,
+        "git": git_state(ROOT),
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "cpus": cpus(),
+        "threads": threads(),
+        "command": sys.argv,
+        "packages": dict(sorted((package.name, package.version) for package in distributions() if package.name)),
+    }
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of a checkout and whether files differ from it; None: not a checkout, or git is not installed."""
+    if not (folder / ".git").exists():
+        return None
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "changed": bool(changed)}
+
+
+def cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def threads() -> int:
+    """CPU threads of a process where the spec names none: OMP_NUM_THREADS, else the CPUs it may use."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) > 0 else cpus()
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

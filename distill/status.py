@@ -1,0 +1,98 @@
+"""How runs stand, from their files alone: state, stages, progress, losses. Reads little, so that lists are quick."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from distill import claims
+from distill.store import RunPaths, read_events, read_json
+
+TAIL = 64 * 1024  # bytes of events that say how a run stands now
+STATES = ("running", "done", "stopped", "failed", "new")
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage: "done", "begun" or "waiting", and how far it is."""
+
+    name: str
+    kind: str
+    state: str
+    done: int | None = None
+    total: int | None = None
+    unit: str = ""
+    logs: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """One run."""
+
+    name: str
+    path: str
+    state: str
+    message: str
+    """why it stopped or failed"""
+    created: float | None
+    """unix seconds"""
+    changed: float | None
+    """unix seconds of the last event"""
+    stages: list[StageStatus]
+
+
+def read(run: RunPaths) -> RunStatus:
+    """How a run stands."""
+    first = next(read_events(run), {})
+    kinds: dict[str, str] = first.get("stages", {})
+    last: dict[str, Any] = {}
+    message, changed = "", None
+    progress: dict[str, dict[str, Any]] = {}
+    for event in read_events(run, TAIL):
+        changed = event.get("time", changed)
+        if event.get("event") in ("started", "stopped", "failed", "finished"):
+            last, message = event, str(event.get("message", ""))
+        elif event.get("event") == "progress":
+            progress[str(event.get("label"))] = event
+    stages = [_stage(run, name, kind, progress.get(name, {})) for name, kind in kinds.items()]
+    state, message = _state(run, stages, str(last.get("event", "created")), message)
+    return RunStatus(run.name, str(run.root), state, message, first.get("time"), changed, stages)
+
+
+def _state(run: RunPaths, stages: list[StageStatus], last: str, message: str) -> tuple[str, str]:
+    if (held := claims.executing(run)) is not None:
+        return "running", f"process {held.pid} on {held.host}"
+    if stages and all(stage.state == "done" for stage in stages):
+        return "done", ""
+    if last == "started":  # and nothing after it
+        return "stopped", "its process was killed"
+    return {"failed": ("failed", message), "created": ("new", "")}.get(last, ("stopped", message))
+
+
+def _stage(run: RunPaths, name: str, kind: str, progress: dict[str, Any]) -> StageStatus:
+    paths = run.stage(name)
+    state = "done" if paths.done.exists() else "begun" if paths.root.exists() else "waiting"
+    counts = {key: progress.get(key) for key in ("done", "total")}
+    return StageStatus(name, kind, state, **counts, unit=str(progress.get("unit", "")), logs=progress.get("logs", {}))
+
+
+def students(run: RunPaths) -> dict[str, dict[str, Any]]:
+    """distill.json of every student of a run, by stage."""
+    cards = sorted(run.students.glob("*/distill.json"))
+    return {path.parent.name: read_json(path) for path in cards}
+
+
+def results(run: RunPaths) -> dict[str, dict[str, Any]]:
+    """results.json of every evaluate stage that has one, by stage."""
+    found = sorted((run.root / "stages").glob("*/results.json"))
+    return {path.parent.name: read_json(path) for path in found}
+
+
+def age(then: float | None) -> str:
+    """How long ago, for people."""
+    if then is None:
+        return ""
+    seconds = max(0.0, time.time() - then)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"
