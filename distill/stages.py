@@ -2,13 +2,15 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from distill import data as datasets
-from distill import engine, evaluate, pairs, registry, report, teachers
+from distill import engine, evaluate, pairs, registry, report, teachers, workflow
+from distill.card import StudentCard
 from distill.draws import key
-from distill.export import StudentCard, export
+from distill.export import export
 from distill.guard import InputError
 from distill.progress import Progress
 from distill.protocols import Source
@@ -97,10 +99,22 @@ def _teacher(work: Work, stage: str | None) -> LoadedTeacher | None:
     return None if work.spec.teacher is None else teachers.load(work.spec.teacher, work.device)
 
 
+def _teacher_name(spec: RunSpec, stage: TrainStage) -> str:
+    """For the model card: which teacher, without the places of this machine."""
+    if stage.teacher is not None:
+        return f"the student of stage {stage.teacher}"
+    assert spec.teacher is not None
+    return (
+        Path(spec.teacher.path).name
+        if isinstance(spec.teacher, CheckpointTeacher)
+        else f"{spec.teacher.kind} in closed form"
+    )
+
+
 def _train(work: Work, stage: TrainStage) -> dict[str, object]:
     module = registry.load(stage.recipe, work.run.root)
-    config = module.Config(**stage.options)
-    needs: frozenset[str] = config.needs
+    config = workflow.recipe_config(stage, work.run.root)
+    needs = config.needs
     teacher = _teacher(work, stage.teacher) if "teacher" in needs else None
     origin = _teacher(work, stage.init) if stage.init else teacher
     source, shape, num_classes = _source(work, stage, needs, origin)
@@ -124,10 +138,13 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
     if stage.export != "raw":
         student.load_state_dict(result.ema["student"][stage.export])
     card = StudentCard(
-        name=f"{work.spec.name}-{work.name}",
+        name=work.name,
         recipe=stage.recipe,
+        summary=(module.__doc__ or "").strip().split("\n")[0],
         spec_digest=work.spec.digest(),
         teacher_digest=None if teacher is None else teacher.digest,
+        teacher="" if teacher is None else _teacher_name(work.spec, stage),
+        data=work.spec.data.kind if "data" in needs else "",
         sampler=recipe.sampler,
         shape=shape,
         num_classes=num_classes,
@@ -162,6 +179,6 @@ def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
 
 
 def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
-    with work.progress(stage.samples, "samples") as progress:
+    with work.progress(evaluate.total(stage), "samples") as progress:
         evaluate.evaluate(work.run, work.spec, work.name, device=work.device, progress=progress, stop=work.stop)
     return {"results": str(work.run.stage(work.name).root / "results.json"), "report": str(report.write(work.run))}

@@ -3,7 +3,8 @@
 import pytest
 from runs import distill
 
-from distill.store import RunPaths, read_json
+from distill.results import load
+from distill.store import RunPaths
 
 pytestmark = [pytest.mark.process, pytest.mark.train]
 
@@ -20,11 +21,12 @@ def test_one_step_student_reaches_the_bar(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     run = RunPaths(tmp_path / "runs" / "digits")
-    results = read_json(run.stage("evaluate").root / "results.json")
-    fd = {row["label"]: row["metrics"]["FD-digits"] for row in results["rows"]}
-    print(fd)
-    student, coarse, fine = fd["one_step, 1 step"], fd["teacher, 16 steps"], fd["teacher, fine"]
-    assert student <= coarse, fd
-    assert student <= 2 * fine, fd
-    assert fd["teacher, 16 steps"] < fd["teacher, 4 steps"], fd
+    results = load(run.stage("evaluate"))
+    student = results.row("one_step", 1).distance
+    coarse, fine = results.row("teacher", 16).distance, results.row("teacher", 16, fine=True).distance
+    print(f"FD-digits: student {student:.2f}, teacher at 16 Euler steps {coarse:.2f}, by its fine solver {fine:.2f}")
+    assert results.distance == "FD-digits"
+    assert student <= coarse
+    assert student <= 2 * fine
+    assert coarse < results.row("teacher", 4).distance
     assert run.report.exists()

@@ -21,9 +21,10 @@ from distill.data import load as load_data
 from distill.draws import Rows
 from distill.progress import Progress
 from distill.protocols import Batch
+from distill.results import load as load_results
 from distill.spec import DigitsData, OptimizerSpec, PairsStage, TrainStage, UNetSpec
 from distill.stop import StopRequest
-from distill.store import RunPaths, StagePaths, read_json
+from distill.store import RunPaths, StagePaths
 from distill.students.init import StudentInit
 from distill.students.velocity import VelocityStudent
 from distill.teachers.loaded import LoadedTeacher
@@ -155,10 +156,9 @@ def bench_digits(seeds: int = 3) -> str:
             name = f"digits-{seed}"
             command = ["-m", "distill", "run", "digits", f"seed={seed}", "--name", name, "--store", "runs"]
             subprocess.run([sys.executable, *command, "stages.evaluate.samples=10000"], cwd=folder, check=True)
-            for row in read_json(RunPaths(Path(folder) / "runs" / name).stage("evaluate").root / "results.json")[
-                "rows"
-            ]:
-                values.setdefault(row["label"], []).append(row["metrics"]["FD-digits"])
+            results = load_results(RunPaths(Path(folder) / "runs" / name).stage("evaluate"))
+            for row in results.rows:
+                values.setdefault(f"{row.label} {row.steps}", []).append(row.distance)
     lines = [f"    {label:22s} {statistics.mean(v):8.2f}   {[round(x, 2) for x in v]}" for label, v in values.items()]
     return f"digits  FD-digits, 10,000 samples, mean of {seeds} seeds\n" + "\n".join(lines)
 
