@@ -111,9 +111,10 @@ class MixtureField:
         c = alpha.square() * variance + sigma.square()  # [B, K]: the variance of x_t from component k
         offset = x_t.double().flatten(1)[:, None] - alpha[:, :, None] * means  # [B, K, d]
         logits = self._log_weights(x_t, cond) - means.shape[1] / 2 * c.log() - offset.square().sum(2) / (2 * c)
-        posterior = logits.softmax(1)  # [B, K]: probability of component k given x_t
-        data = posterior @ means + torch.einsum("bk,bkd->bd", posterior * alpha * variance / c, offset)
-        noise = torch.einsum("bk,bkd->bd", posterior * sigma / c, offset)
+        # [B, K]: probability of component k given x_t; not softmax, which wakes all threads for a few numbers
+        posterior = (logits - logits.logsumexp(1, keepdim=True)).exp()
+        data = posterior @ means + ((posterior * alpha * variance / c)[:, :, None] * offset).sum(1)
+        noise = ((posterior * sigma / c)[:, :, None] * offset).sum(1)
         return (d_alpha * data + d_sigma * noise).reshape(x_t.shape).to(x_t.dtype)
 
     def _log_weights(self, x_t: Tensor, cond: Cond) -> Tensor:
