@@ -1,6 +1,5 @@
 """The compute plane's entry: turn one stage of a spec into files of its run. A stage that is done is never redone."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,8 +62,9 @@ def run(paths: RunPaths, spec: RunSpec, names: list[str]) -> None:
 
 
 def place(launch: LaunchSpec) -> torch.device:
-    """The device of this process, with its CPU threads set."""
-    torch.set_num_threads(launch.threads or len(os.sched_getaffinity(0)))
+    """The device of this process; its CPU threads are those of OMP_NUM_THREADS, which the launcher sets."""
+    if launch.threads is not None:
+        torch.set_num_threads(launch.threads)
     if launch.device == "cuda" and not torch.cuda.is_available():
         raise InputError("launch.device=cuda, but torch sees no GPU here; use launch.device=auto or cpu")
     if launch.device == "auto":

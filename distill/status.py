@@ -81,12 +81,6 @@ def students(run: RunPaths) -> dict[str, dict[str, Any]]:
     return {path.parent.name: read_json(path) for path in cards}
 
 
-def results(run: RunPaths) -> dict[str, dict[str, Any]]:
-    """results.json of every evaluate stage that has one, by stage."""
-    found = sorted((run.root / "stages").glob("*/results.json"))
-    return {path.parent.name: read_json(path) for path in found}
-
-
 def age(then: float | None) -> str:
     """How long ago, for people."""
     if then is None:

@@ -161,9 +161,14 @@ def name_in_use(run: RunPaths) -> str:
     )
 
 
+def event_line(event: str, **fields: Any) -> str:  # noqa: ANN401
+    """A JSON line of a run's events: {"time": unix seconds, "event": event, ...}."""
+    return json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n"
+
+
 def append_event(run: RunPaths, event: str, **fields: Any) -> None:  # noqa: ANN401
-    """One JSON line in the run's events: {"time": unix seconds, "event": event, ...}."""
-    line = json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n"
+    """One line in the run's events."""
+    line = event_line(event, **fields)
     with run.events.open("ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)

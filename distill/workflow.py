@@ -72,7 +72,7 @@ def network_calls(stage: PairsStage) -> int:
 def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
     if not spec.stages:
         yield "stages: empty; a run has at least one stage"
-    yield from _teacher(spec)
+    yield from teacher_mistakes(spec)
     used: set[str] = set()
     for name, stage in spec.stages.items():
         where = f"stages.{name}"
@@ -123,7 +123,8 @@ def _references(spec: RunSpec, name: str, stage: Stage) -> Iterator[str]:
             yield f"stages.{name}.{field}: '{target}' is a {spec.stages[target].kind} stage, not {kind}; {valid}"
 
 
-def _teacher(spec: RunSpec) -> Iterator[str]:
+def teacher_mistakes(spec: RunSpec) -> Iterator[str]:
+    """What is wrong with a spec's own teacher."""
     teacher = spec.teacher
     size: int | None = None
     if isinstance(teacher, GaussianTeacher):
@@ -224,9 +225,14 @@ def _lengths(spec: RunSpec, stage: TrainStage, where: str) -> Iterator[str]:
 def _pairs(spec: RunSpec, stage: PairsStage, where: str) -> Iterator[str]:
     if stage.teacher is None and spec.teacher is None:
         yield f"{where}: pairs need a teacher; give {where}.teacher (a train stage), or the spec's teacher"
+    yield from shard_mistakes(stage, f"{where}.")
+
+
+def shard_mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
+    """Whether shards hold whole blocks."""
     if stage.shard % stage.block:
         nearest = max(stage.block, round(stage.shard / stage.block) * stage.block)
-        yield f"{where}.shard: {stage.shard} is not a multiple of block ({stage.block}); nearest: {nearest}"
+        yield f"{prefix}shard: {stage.shard} is not a multiple of block ({stage.block}); nearest: {nearest}"
 
 
 def _evaluate(spec: RunSpec, stage: EvaluateStage, where: str) -> Iterator[str]:

@@ -15,14 +15,14 @@ PYTHON = MODULES + RECIPES
 LAYERS = [
     {"interpolants", "protocols", "draws"},
     {"times", "fields", "solvers", "samplers", "autodiff", "distances", "couplings"},
-    {"teachers", "students", "latents", "conditions", "data", "pairs", "ema", "metrics"},
-    {"trainable", "checkpoint", "export"},
+    {"teachers", "students", "latents", "conditions", "data", "pairs", "ema", "metrics", "grids"},
+    {"trainable", "checkpoint", "export", "sampling"},
     {"evaluate", "report", "engine"},
     {"stages"},
     {"cli"},
 ]
-ANYWHERE = {"guard", "spec", "store", "progress", "stop", "results"}  # no torch in them, usable by both planes
-CONTROL = ANYWHERE | {"claims", "status", "yamltext", "overrides", "schema", "specfile", "workflow", "launch", "registry", "presets"}
+ANYWHERE = {"guard", "spec", "store", "progress", "stop", "results", "card"}  # no torch in them, usable by both planes
+CONTROL = ANYWHERE | {"claims", "planning", "status", "yamltext", "overrides", "schema", "specfile", "workflow", "launch", "registry", "presets"}
 TORCH = {"torch", "numpy", "diffusers", "accelerate", "deepspeed", "safetensors", "torchmetrics", "sklearn", "datasets"}
 
 

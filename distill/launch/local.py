@@ -39,9 +39,9 @@ class _Child:
 
 
 def run_stages(run: RunPaths, stages: list[str]) -> int:
-    """Compute stages of a run in a process of their own: its exit code, 75 if it was stopped before it began.
+    """Compute stages of a run in a process of their own: its exit code; 128 + number if a signal killed it.
 
-    A process that was killed gives 128 + the signal's number.
+    It says itself why it stopped, unless it could not: then we do.
     """
     ours, theirs = os.pipe()[::-1]  # we hold the writing end, and never write
     child = _Child()
@@ -58,9 +58,17 @@ def run_stages(run: RunPaths, stages: list[str]) -> int:
             code = child.process.wait()
     finally:
         os.close(ours)
-    if code < 0 and signal.Signals(-code) in child.asked:
+    if code >= 0:
+        return code
+    if signal.Signals(-code) in child.asked:
+        print(f"stopped before it began; go on with: distill run {run.root} --resume", file=sys.stderr)
         return EXIT_STOPPED
-    return 128 - code if code < 0 else code
+    print(
+        f"error: the process of run '{run.name}' was killed by {signal.Signals(-code).name} (out of memory?); "
+        f"what it saved is intact; go on with: distill run {run.root} --resume",
+        file=sys.stderr,
+    )
+    return 128 - code
 
 
 def watch(lifeline: int) -> None:

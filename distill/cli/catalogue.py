@@ -1,0 +1,67 @@
+"""`distill init` and `distill recipes`: what there is to begin with."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distill.cli.common import JsonOption, print_json, print_table
+from distill.guard import InputError
+
+
+def init(
+    preset: Annotated[str | None, typer.Argument(help="Name of a preset; without one, they are listed.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File to write; by default PRESET.yaml.")] = None,
+) -> None:
+    """Write a spec to begin with: every field of a preset, with its meaning as a comment."""
+    from distill import presets, specfile
+
+    if preset is None:
+        print_table(["preset", "what it makes"], [[name, " ".join(presets.head(name)[1:])] for name in presets.names()])
+        print("write one with: distill init PRESET")
+        return
+    source = specfile.load(presets.find(preset))
+    path = out or Path(f"{preset}.yaml")
+    if path.exists():
+        raise InputError(f"{path} exists already; name another file by --out")
+    head = [f"# distill run {path}", *(f"# {line}" for line in presets.head(preset)[1:])]
+    text = "\n".join([*head, "", presets.annotated(source.spec, source.base)])
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    print(f"wrote {path}; change what you like, then: distill plan {path}")
+
+
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="A recipe, for its options and its paper.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """List the recipes, or say what one needs and which options it has."""
+    from distill import registry
+
+    here = Path.cwd()
+    if name is None:
+        found = [registry.describe(each, here) for each in registry.names()]
+        if json:
+            print_json([{"name": d.name, "summary": d.summary, "needs": d.needs} for d in found])
+        else:
+            print_table(["recipe", "needs", "what it is"], [[d.name, ", ".join(d.needs), d.summary] for d in found])
+            print("options of one: distill recipes NAME")
+        return
+    module = registry.load(name, here)  # so that what is shown can also be run
+    described = registry.describe(name, here)
+    if json:
+        print_json(asdict(described) | {"sampler": module.Recipe.sampler})
+        return
+    print(f"{name}\n\n{described.paper}\n")
+    print(f"needs: {', '.join(described.needs)}\nsampler: {module.Recipe.sampler}\n")
+    rows = [[o.name, ", ".join(o.choices) or o.type, _default(o.default), o.meaning] for o in described.options]
+    print_table(["option", "valid", "default", "meaning"], rows)
+    print(f"in a spec: stages: {{STAGE: {{kind: train, recipe: {name}, options: {{...}}}}}}")
+
+
+def _default(value: object) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

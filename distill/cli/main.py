@@ -1,0 +1,77 @@
+"""The command `distill`: its commands, and what an error looks like to a user."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+import distill
+from distill.cli import catalogue, doctor, runs, tools, work
+from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, InputError, RunError, Stopped
+
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    help="Distil diffusion and flow teachers into students of one, two or four network calls.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+MAKE, LOOK, TOOLS = "Run", "Look", "Tools"
+app.command(rich_help_panel=MAKE)(work.quickstart)
+app.command(rich_help_panel=MAKE)(work.run)
+app.command(rich_help_panel=MAKE)(work.plan)
+app.command(rich_help_panel=MAKE)(catalogue.init)
+app.command(rich_help_panel=MAKE)(catalogue.recipes)
+app.command("list", rich_help_panel=LOOK)(runs.list_runs)
+app.command(rich_help_panel=LOOK)(runs.show)
+app.command(rich_help_panel=LOOK)(tools.report)
+app.command(rich_help_panel=LOOK)(doctor.doctor)
+app.command(rich_help_panel=LOOK)(runs.clean)
+app.command(rich_help_panel=TOOLS)(tools.sample)
+app.command("eval", rich_help_panel=TOOLS)(tools.evaluate)
+app.command(rich_help_panel=TOOLS)(tools.pairs)
+app.command(rich_help_panel=TOOLS)(tools.export)
+app.command(hidden=True)(work.stage)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"distill {distill.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command: its exit code. What a user can cause is one message, anything else keeps its traceback."""
+    try:
+        app(arguments, prog_name="distill")
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else 0
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except InputError as error:
+        _say(f"error: {error}")
+        return EXIT_INPUT
+    except RunError as error:
+        _say(f"error: {error}")
+        return EXIT_FAILED
+    except Stopped as stopped:
+        _say(stopped)
+        return EXIT_STOPPED
+    return 0
+
+
+def _say(message: object) -> None:
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)

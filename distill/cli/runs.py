@@ -1,0 +1,158 @@
+"""`distill list`, `show` and `clean`: what lies in the store. No torch, nothing computed."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from distill.cli.common import JsonOption, StoreOption, console, human, near, print_json, print_table, size, store_path
+from distill.guard import InputError
+from distill.store import RunPaths
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run in the store, or its folder.")]
+
+
+def list_runs(store: StoreOption = None, json: JsonOption = False) -> None:
+    """List the runs of the store with their state and progress."""
+    from distill import status
+    from distill import store as stores
+
+    folder = store_path(store)
+    found = [status.read(run) for run in stores.runs(folder)]
+    if json:
+        print_json([asdict(each) for each in found])
+        return
+    if not found:
+        print(f"no runs in {near(folder.absolute())}; make the first: distill run digits")
+        return
+    rows = []
+    for each in found:
+        done = sum(stage.state == "done" for stage in each.stages)
+        current = next((stage for stage in each.stages if stage.state == "begun"), None)
+        at = "" if current is None else f"{current.name} {_percent(current)}".strip()
+        rows.append([each.name, each.state, f"{done}/{len(each.stages)}", at, status.age(each.changed)])
+    print_table(["run", "state", "stages", "at", "last event"], rows)
+
+
+def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) -> None:
+    """Show a run: its spec in short, its stages, losses, students, and where the files lie."""
+    from distill import status
+    from distill import store as stores
+
+    paths = stores.find_run(store_path(store), run)
+    each, students = status.read(paths), status.students(paths)
+    evaluations = sorted(paths.root.glob("stages/*/results.json"))
+    if json:
+        found = {path.parent.name: stores.read_json(path) for path in evaluations}
+        print_json(asdict(each) | {"students": students, "results": found, "spec": str(paths.spec)})
+        return
+    print(f"{each.name}  {each.state}{f': {each.message}' if each.message else ''}  {status.age(each.changed)}")
+    for line in _summary(_plain_spec(paths.spec)):
+        print(f"  {line}")
+    rows = []
+    for stage in each.stages:
+        losses = "  ".join(f"{name} {value:.4g}" for name, value in stage.logs.items())
+        rows.append([stage.name, stage.kind, stage.state, _percent(stage), _count(stage), losses])
+    print_table(["stage", "kind", "state", "", "progress", "last losses"], rows)
+    for name, card in students.items():
+        metrics = "  ".join(f"{key} {value:.4g}" for key, value in card.get("metrics", {}).items())
+        print(f"student {name}: {near(paths.student(name))}  {metrics}")
+    if evaluations:
+        print_results(paths)
+    print(f"spec    {near(paths.spec)}\nevents  {near(paths.events)}")
+    if paths.report.exists():
+        print(f"report  {near(paths.report)}")
+    if each.state != "done" and each.state != "running":
+        print(f"go on with: distill run {near(paths.root)} --resume")
+
+
+def print_results(run: RunPaths) -> None:
+    """The table of each evaluation that a run has."""
+    from distill import results
+
+    for found in results.of_run(run).values():
+        console().print(results.table(found))
+
+
+def clean(
+    run: RunArgument,
+    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Checkpoints of stages that are done.")] = False,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="Pairs; stages that are not done may need them again.")
+    ] = False,
+    everything: Annotated[bool, typer.Option("--all", help="The whole run, students included.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    store: StoreOption = None,
+) -> None:
+    """Delete what a run no longer needs; says what and how much, and asks first."""
+    from distill import claims
+    from distill import store as stores
+
+    paths = stores.find_run(store_path(store), run)
+    if not (checkpoints or pairs or everything):
+        raise InputError("say what to delete: --checkpoints, --pairs, or --all")
+    claims.refuse_if_executing(paths)
+    found = [paths.root] if everything else _waste(paths.root, checkpoints, pairs)
+    if not found:
+        print(f"nothing to delete in {near(paths.root)}")
+        return
+    for path in found:
+        print(f"{human(size(path)):>10}  {near(path)}")
+    if not yes and not typer.confirm(f"delete {len(found)} of these?" if len(found) > 1 else "delete it?"):
+        print("nothing was deleted")
+        return
+    with claims.claim(paths):
+        for path in found:
+            if path != paths.root:
+                shutil.rmtree(path)
+    if everything:
+        shutil.rmtree(paths.root)
+    print(f"deleted {len(found)} folder{'s' if len(found) > 1 else ''}")
+
+
+def _waste(root: Path, checkpoints: bool, pairs: bool) -> list[Path]:
+    """Folders that may go: checkpoints of done stages, pairs, claims of processes that were killed."""
+    found = list(root.glob(".dead-*"))
+    for stage in sorted((root / "stages").glob("*")):
+        if checkpoints and (stage / "done.json").exists() and (stage / "checkpoints").is_dir():
+            found.append(stage / "checkpoints")
+        if pairs and (stage / "pairs").is_dir():
+            found.append(stage / "pairs")
+    return found
+
+
+def _percent(stage: Any) -> str:  # noqa: ANN401  (a StageStatus; its module is imported late)
+    if stage.state == "done":
+        return "100%"
+    return f"{100 * stage.done / stage.total:.0f}%" if stage.done is not None and stage.total else ""
+
+
+def _count(stage: Any) -> str:  # noqa: ANN401
+    return f"{stage.done:,}/{stage.total:,} {stage.unit}" if stage.done is not None and stage.total else ""
+
+
+def _plain_spec(path: Path) -> dict[str, Any]:
+    from distill import yamltext
+
+    content = yamltext.parse(yamltext.read(path), str(path))
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: not the spec of a run")
+    return content
+
+
+def _summary(spec: dict[str, Any]) -> list[str]:
+    """A spec in a few lines."""
+    teacher, data = spec.get("teacher"), spec.get("data") or {}
+    lines = [f"seed {spec.get('seed')}, data {data.get('kind')}"]
+    if teacher:
+        lines[0] += f", teacher {teacher.get('path') or teacher.get('kind')}"
+    for name, stage in spec.get("stages", {}).items():
+        if stage["kind"] == "train":
+            lines.append(f"{name}: {stage['recipe']}, {stage['images']:,} images, batch {stage['batch_size']}")
+        elif stage["kind"] == "pairs":
+            lines.append(f"{name}: {stage['count']:,} pairs, {stage['solver']} {stage['steps']} steps")
+        else:
+            lines.append(f"{name}: {stage['samples']:,} samples of {', '.join(['teacher', *stage['students']])}")
+    return lines

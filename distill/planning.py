@@ -1,0 +1,93 @@
+"""What a run would do, stage by stage, before anything is done."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from distill import workflow
+from distill.spec import EvaluateStage, PairsStage, RunSpec, TrainStage
+from distill.store import RunPaths
+
+CHECKS = (
+    "every field of the spec",
+    "references between stages",
+    "recipes, their options and needs",
+    "teacher and data fit",
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage, as a person wants to know it beforehand."""
+
+    name: str
+    kind: str
+    what: str
+    work: str
+    needs: list[str]
+    """stages that come before it, and what it takes from the spec"""
+    network_calls: int | None
+    """samples through a network; null: that is up to the recipe"""
+    writes: list[str]
+    """files and folders, relative to the run"""
+
+
+def steps(spec: RunSpec, base: Path) -> list[Step]:
+    """All stages in their order; the spec has passed `workflow.check`."""
+    return [
+        _train(name, stage, base)
+        if isinstance(stage, TrainStage)
+        else _pairs(name, stage)
+        if isinstance(stage, PairsStage)
+        else _evaluate(name, stage)
+        for name, stage in spec.stages.items()
+    ]
+
+
+def as_json(spec: RunSpec, paths: RunPaths, planned: list[Step]) -> dict[str, Any]:
+    """The plan for programs."""
+    return {
+        "name": spec.name,
+        "digest": spec.digest(),
+        "run": str(paths.root),
+        "exists": paths.root.exists(),
+        "stages": [asdict(step) for step in planned],
+        "checked": list(CHECKS),
+    }
+
+
+def _train(name: str, stage: TrainStage, base: Path) -> Step:
+    needs = workflow.recipe_config(stage, base).needs
+    sources = {"pairs": stage.pairs or "", "data": "data", "teacher": stage.teacher or "the spec's teacher"}
+    taken = [sources[need] for need in sorted(needs)] + ([stage.init] if stage.init else [])
+    start = f"a fresh {stage.network.kind}" if stage.network else f"the weights of {stage.init or sources['teacher']}"
+    work = f"{stage.images:,} images = {stage.images // stage.batch_size:,} steps of {stage.batch_size}"
+    writes = [f"stages/{name}/checkpoints/", f"students/{name}/"]
+    return Step(name, stage.kind, f"{stage.recipe} from {start}", work, _unique(taken), None, writes)
+
+
+def _pairs(name: str, stage: PairsStage) -> Step:
+    calls = workflow.network_calls(stage)
+    what = f"{stage.solver}, {stage.steps} steps, guidance {stage.guidance_scale:g}"
+    work = f"{stage.count:,} pairs x {calls} network calls = {stage.count * calls:,}"
+    shards = math.ceil(stage.count / stage.shard)
+    writes = [f"stages/{name}/pairs/ ({shards} shard{'s' if shards > 1 else ''})"]
+    return Step(name, stage.kind, what, work, [stage.teacher or "the spec's teacher"], stage.count * calls, writes)
+
+
+def _evaluate(name: str, stage: EvaluateStage) -> Step:
+    fine = 2 * stage.fine_steps - 1 if stage.fine_solver == "heun" else stage.fine_steps
+    teacher = (sum(stage.teacher_steps) + fine) * (1 if stage.guidance_scale == 1 else 2)
+    students = sum(sum(counts) for counts in stage.students.values())
+    rows = len(stage.teacher_steps) + 1 + sum(len(counts) for counts in stage.students.values())
+    calls = stage.samples * (teacher + students)
+    work = f"{rows} rows x {stage.samples:,} samples; {calls:,} network calls"
+    needs = _unique([stage.teacher or "the spec's teacher", *stage.students])
+    what = f"teacher at {', '.join(map(str, stage.teacher_steps))} steps and {stage.fine_solver} {stage.fine_steps}"
+    writes = [f"stages/{name}/results.json", f"stages/{name}/pictures/", "report.html"]
+    return Step(name, stage.kind, what, work, needs, calls, writes)
+
+
+def _unique(names: list[str]) -> list[str]:
+    return list(dict.fromkeys(names))
