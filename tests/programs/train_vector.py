@@ -1,4 +1,4 @@
-"""A small training in a process of its own, to be killed: FOLDER IMAGES SEED. Also the networks and recipes of tests.
+"""A small training in a process of its own, to be killed: FOLDER IMAGES SAVE_EVERY; and the networks of engine tests.
 
 Exit codes are the command line's: 0 done, 1 failed, 75 stopped by a signal after saving.
 """
@@ -152,12 +152,12 @@ def train(folder, recipe=None, source=None, *, seed=0, micro_batch=None, stop=No
         )
 
 
-def main(folder, images, seed):
+def main(folder, images, every):
     torch.set_num_threads(1)
+    recipe, saving = Alternating(dropout=0.2), {"images": int(every), "minutes": None, "keep": 2}
     with StopRequest() as stop:
-        print("ready", flush=True)
         try:
-            train(folder, Alternating(dropout=0.2), seed=int(seed), images=int(images), micro_batch=8, stop=stop)
+            train(folder, recipe, images=int(images), micro_batch=8, stop=stop, checkpoint=saving)
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             return EXIT_STOPPED
