@@ -148,12 +148,12 @@ def vp(alphas_cumprod: Tensor) -> Interpolant:
     """DDPM's discrete schedule made continuous: t = n/(N-1), log(sigma/alpha) linear in n between the N entries.
 
     alphas_cumprod: [N], decreasing in (0, 1). A zero terminal SNR (last entry 0) keeps log(sigma/alpha) finite by
-    treating the last entry as 1e-8, far below float32's resolution of x_t.
+    treating the last entry as 1e-12, far below float32's resolution of x_t.
     """
     cumulative = alphas_cumprod.detach().to("cpu", torch.float64)
     if cumulative.ndim != 1 or cumulative.numel() < 2 or not (cumulative.diff() < 0).all() or cumulative[0] >= 1:
         raise ValueError(f"alphas_cumprod must be [N >= 2], decreasing, below 1; got shape {list(cumulative.shape)}")
-    cumulative = cumulative.clamp(min=1e-8)
+    cumulative = cumulative.clamp(min=1e-12)
     log_ratio = 0.5 * (torch.log1p(-cumulative) - torch.log(cumulative))  # [N], increasing
     last = log_ratio.numel() - 1
 

@@ -95,7 +95,9 @@ class VelocityUNet2DModel(UNet2DModel):
         # Not a buffer: it must stay float64 whatever the network is cast to.
         self._log_sigma = torch.empty(0, dtype=torch.float64, device="cpu")
         if alphas_cumprod is not None:
-            table = torch.tensor(alphas_cumprod, dtype=torch.float64, device="cpu").clamp(min=1e-8)  # zero-SNR ends
+            table = torch.tensor(alphas_cumprod, dtype=torch.float64, device="cpu").clamp(
+                min=1e-12
+            )  # zero terminal SNR
             self._log_sigma = 0.5 * (torch.log1p(-table) - torch.log(table))  # [N], increasing
 
     def forward(
