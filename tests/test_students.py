@@ -4,15 +4,20 @@ import math
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import nn
 
+from distill.fields import Rescheduled
 from distill.guard import InputError
+from distill.interpolants import linear, vp
 from distill.spec import MlpSpec, UNetSpec
 from distill.students.init import StudentInit
 from distill.students.networks import build
 from distill.students.velocity import VelocityStudent
 from distill.students.velocity_mlp import VelocityMLP
+from distill.students.velocity_unet import VelocityUNet2DModel
 from distill.teachers.loaded import LoadedTeacher
+from distill.teachers.network_field import EdmField, NetworkField
 
 UNET = UNetSpec(kind="unet", channels=[8, 16], norm_groups=4, attention=True)
 MLP = MlpSpec(kind="mlp", width=16, depth=2)
@@ -21,6 +26,15 @@ MLP = MlpSpec(kind="mlp", width=16, depth=2)
 def equal(a: nn.Module, b: nn.Module) -> bool:
     x, y = a.state_dict(), b.state_dict()
     return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Networks this small run tenfold slower on threads that wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 # --- fresh networks ---
@@ -151,3 +165,98 @@ def test_no_weights_to_start_from_is_refused():
 
 def test_null_of_an_unconditional_student_changes_nothing():
     assert StudentInit(None, MLP, (2,), None, 0).null({}) == {}
+
+
+# --- teachers of other schedules, continued on the linear path ---
+
+ALPHAS = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012).alphas_cumprod
+
+
+def teacher(kind: str) -> LoadedTeacher:
+    network = build(UNET, (1, 8, 8), 3, seed=1).eval().requires_grad_(False)
+    field = {
+        "velocity": lambda: NetworkField(network, linear(), "velocity", 1000.0),
+        "edm epsilon": lambda: EdmField(network, 0.6, 1, (0.002 / 1.002, 80 / 81)),
+        "edm v_prediction": lambda: EdmField(network, 0.5, -1, (0.01 / 1.01, 20 / 21)),
+    }.get(kind, lambda: NetworkField(network, vp(ALPHAS), kind, 999.0))()
+    return LoadedTeacher(field, (1, 8, 8), 3, 3, "0" * 64, "a teacher", network)
+
+
+def started(kind: str) -> VelocityStudent:
+    return StudentInit(teacher(kind), None, (1, 8, 8), 3, 0).velocity_field()
+
+
+COND = {"class_labels": torch.tensor([0, 1, 2, 3, 0])}
+WRAPPED = ["epsilon", "sample", "v_prediction", "edm epsilon", "edm v_prediction"]
+
+
+def test_a_linear_teacher_is_continued_bitwise_and_apart():
+    source = teacher("velocity")
+    init = StudentInit(source, None, (1, 8, 8), 3, 0)
+    student, x, t = init.velocity_field().eval(), torch.randn(5, 1, 8, 8), torch.linspace(0, 1, 5)
+    assert torch.equal(student(x, t, COND), source.field(x, t, COND))
+    assert (init.num_classes, init.null_class) == (3, 3)
+    assert torch.equal(init.null(COND)["class_labels"], torch.full((5,), 3))
+    assert student.network is not source.network
+    assert all(p.requires_grad for p in student.parameters())
+    assert init.velocity_field().training
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_inside_its_range_a_wrapped_teacher_is_the_teacher(kind):
+    source, student = teacher(kind), started(kind).eval()
+    assert isinstance(student.network, VelocityUNet2DModel)
+    assert equal(student.network, source.network)  # exactly the teacher's weights, under the same names
+    reference = Rescheduled(source.field, linear())
+    low, high = reference.t_range
+    t = torch.tensor([low, 0.3, 0.5, 0.7, high], dtype=torch.float64)
+    x = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        v = reference(x, t, COND)
+        difference = (student(x, t, COND) - v).abs().amax((1, 2, 3)) / v.abs().amax((1, 2, 3)).clamp(min=1)
+    assert difference.max() <= 1e-5
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_a_wrapped_teacher_is_finite_and_continuous_up_to_both_ends(kind):
+    student = started(kind)
+    low, high = Rescheduled(teacher(kind).field, linear()).t_range
+    x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(3)).expand(5, -1, -1, -1)
+    for point in (0.0, low, 0.5, high, 1.0):
+        near = [point + d for d in (-1e-3, -1e-6, 0.0, 1e-6, 1e-3)]
+        t = torch.tensor(near, dtype=torch.float64).clamp(0, 1)
+        v = student(x, t, {"class_labels": torch.zeros(5, dtype=torch.int64)})
+        assert v.isfinite().all()
+        scale = v.detach().abs().max()
+        # a millionth of time moves v by less than a hundredth of its size: no jump, no pole
+        assert (v[1] - v[2]).abs().max() <= 1e-2 * scale
+        assert (v[3] - v[2]).abs().max() <= 1e-2 * scale
+        student.zero_grad()
+        v.square().mean().backward()
+        assert all(p.grad.isfinite().all() for p in student.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("kind", ["v_prediction", "edm epsilon"])
+def test_a_wrapped_teacher_survives_save_and_load_bitwise(kind, tmp_path):
+    student = started(kind).eval()
+    student.network.save_pretrained(tmp_path)
+    loaded = VelocityStudent(VelocityUNet2DModel.from_pretrained(tmp_path))
+    x, t = torch.randn(5, 1, 8, 8), torch.linspace(0, 1, 5)
+    with torch.no_grad():
+        assert torch.equal(student(x, t, COND), loaded(x, t, COND))
+        number = student.network(x, 250, COND["class_labels"], return_dict=False)[0]  # as a pipeline calls it
+        assert torch.equal(number, student(x, torch.full((5,), 0.25), COND))
+
+
+def test_wrapped_networks_refuse_what_does_not_exist():
+    with pytest.raises(ValueError, match="path=vp, prediction=velocity: valid .*; vp alone has alphas_cumprod"):
+        VelocityUNet2DModel("vp", "velocity", alphas_cumprod=[0.9, 0.1])
+    with pytest.raises(ValueError, match="vp alone has alphas_cumprod"):
+        VelocityUNet2DModel("edm", "epsilon", alphas_cumprod=[0.9, 0.1])
+
+
+def test_a_field_of_another_kind_cannot_be_continued():
+    source = teacher("velocity")
+    foreign = LoadedTeacher(VelocityStudent(source.network), (1, 8, 8), 3, 3, "0" * 64, "a foreign one", source.network)
+    with pytest.raises(InputError, match="a foreign one cannot be continued as a student; describe a fresh `network`"):
+        StudentInit(foreign, None, (1, 8, 8), 3, 0).velocity_field()
