@@ -169,12 +169,15 @@ def event_line(event: str, **fields: Any) -> str:  # noqa: ANN401
 def append_event(run: RunPaths, event: str, **fields: Any) -> None:  # noqa: ANN401
     """One line in the run's events."""
     line = event_line(event, **fields)
-    with run.events.open("ab+") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":  # a kill cut the line before
-                line = "\n" + line
-        file.write(line.encode())
+    try:
+        with run.events.open("ab+") as file:
+            if file.tell() > 0:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a kill cut the line before
+                    line = "\n" + line
+            file.write(line.encode())
+    except OSError as error:
+        raise RunError(f"cannot write {run.events}: {error.strerror}") from error
 
 
 def read_events(run: RunPaths, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
