@@ -2,17 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
+from distill import checkpoint, engine, evaluate, pairs, registry, report, teachers, workflow
 from distill import data as datasets
-from distill import engine, evaluate, pairs, registry, report, teachers, workflow
 from distill.card import StudentCard
 from distill.draws import key
 from distill.export import export
 from distill.guard import InputError
 from distill.progress import Progress
-from distill.protocols import Source
+from distill.protocols import Recipe, Source
 from distill.spec import CheckpointTeacher, EvaluateStage, LaunchSpec, PairsStage, RunSpec, TrainStage
 from distill.stop import StopRequest
 from distill.store import RunPaths, append_event, write_json
@@ -111,20 +112,49 @@ def _teacher_name(spec: RunSpec, stage: TrainStage) -> str:
     )
 
 
-def _train(work: Work, stage: TrainStage) -> dict[str, object]:
+@dataclass(frozen=True)
+class Training:
+    """What a train stage trains: its recipe, where networks and batches come from, and what its student will say."""
+
+    recipe: Recipe
+    init: StudentInit
+    source: Source
+    card: StudentCard
+
+
+def _training(work: Work, stage: TrainStage) -> Training:
     module = registry.load(stage.recipe, work.run.root)
     config = workflow.recipe_config(stage, work.run.root)
-    needs = config.needs
-    teacher = _teacher(work, stage.teacher) if "teacher" in needs else None
+    teacher = _teacher(work, stage.teacher) if "teacher" in config.needs else None
     origin = _teacher(work, stage.init) if stage.init else teacher
-    source, shape, num_classes = _source(work, stage, needs, origin)
+    source, shape, num_classes = _source(work, stage, config.needs, origin)
     init = StudentInit(origin, stage.network, shape, num_classes, work.seed)
     recipe = module.Recipe(config, teacher)
+    card = StudentCard(
+        name=work.name,
+        recipe=stage.recipe,
+        summary=(module.__doc__ or "").strip().split("\n")[0],
+        spec_digest=work.spec.digest(),
+        teacher_digest=None if teacher is None else teacher.digest,
+        teacher="" if teacher is None else _teacher_name(work.spec, stage),
+        data=work.spec.data.kind if "data" in config.needs else "",
+        sampler=recipe.sampler,
+        shape=shape,
+        num_classes=init.num_classes,
+        null_class=init.null_class,
+        weights=stage.export,
+        images=stage.images,
+    )
+    return Training(recipe, init, source, card)
+
+
+def _train(work: Work, stage: TrainStage) -> dict[str, object]:
+    training = _training(work, stage)
     with work.progress(stage.images, "images") as progress:
         result = engine.train(
-            recipe,
-            init,
-            source,
+            training.recipe,
+            training.init,
+            training.source,
             stage,
             seed=work.seed,
             device=work.device,
@@ -137,23 +167,25 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
     student = result.networks["student"]
     if stage.export != "raw":
         student.load_state_dict(result.ema["student"][stage.export])
-    card = StudentCard(
-        name=work.name,
-        recipe=stage.recipe,
-        summary=(module.__doc__ or "").strip().split("\n")[0],
-        spec_digest=work.spec.digest(),
-        teacher_digest=None if teacher is None else teacher.digest,
-        teacher="" if teacher is None else _teacher_name(work.spec, stage),
-        data=work.spec.data.kind if "data" in needs else "",
-        sampler=recipe.sampler,
-        shape=shape,
-        num_classes=num_classes,
-        null_class=num_classes if origin is None or stage.network else origin.null_class,
-        weights=stage.export,
-        images=result.images,
-    )
-    export(student, work.run.student(work.name), card)
+    export(student, work.run.student(work.name), training.card)
     return {"images": result.images, "steps": result.step, "student": str(work.run.student(work.name))}
+
+
+def export_checkpoint(paths: RunPaths, spec: RunSpec, name: str, weights: Literal["raw"] | float, folder: Path) -> None:
+    """Export the student of a train stage from its newest checkpoint, of a run in progress too, to `folder`.
+
+    weights: raw, or one of the stage's half-lives in images.
+    """
+    stage = spec.stages[name]
+    assert isinstance(stage, TrainStage)
+    found = checkpoint.latest(paths.stage(name).checkpoints, checkpoint.to_stderr)
+    if found is None:
+        raise InputError(f"stage '{name}' of run '{paths.name}' has no checkpoint yet; wait for the first one")
+    training = _training(Work(paths, spec, name, place(spec.launch), StopRequest()), stage)
+    student = training.recipe.networks(training.init)["student"].module
+    half_life = None if weights == "raw" else weights
+    student.load_state_dict(checkpoint.weights(paths.stage(name).checkpoints, "student", half_life))
+    export(student, folder, training.card.model_copy(update={"weights": weights, "images": found.meta.images}))
 
 
 def _source(
