@@ -34,9 +34,9 @@ def generate(
     """Make what `folder` lacks of the stage's pairs. On the same device kind the files are the same bytes, whatever
     interrupted them: each block of consecutive indices is solved whole, and appears in a complete shard or not at all.
     """
-    field = teacher.guided(stage.guidance_scale)
+    field, planned = teacher.guided(stage.guidance_scale), _plan(teacher, stage, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = _resume(folder, _plan(teacher, stage, seed), progress)
+    manifest = _resume(folder, planned, progress)
     done = sum(file.stop - file.start for file in manifest.shards.values())
     progress.start(done)
     for name, indices in manifest.layout().items():
@@ -55,8 +55,8 @@ def generate(
         write_atomic(folder / name, content)
         sha256 = hashlib.sha256(content).hexdigest()
         file = ShardFile(start=indices.start, stop=indices.stop, size=len(content), sha256=sha256)
-        shards = {n: f for n in manifest.layout() if (f := {**manifest.shards, name: file}.get(n)) is not None}
-        manifest = manifest.model_copy(update={"shards": shards})
+        shards = {**manifest.shards, name: file}
+        manifest = manifest.model_copy(update={"shards": dict(sorted(shards.items()))})
         manifest.save(folder)
     if not manifest.done:
         manifest.model_copy(update={"done": True}).save(folder)

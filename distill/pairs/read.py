@@ -42,15 +42,17 @@ class PairSet:
         if manifest is None:
             raise InputError(f"{folder} holds no pairs (no manifest.json); run the pairs stage first")
         if not manifest.done:
-            made, all_ = len(manifest.shards), len(manifest.layout())
-            raise InputError(f"{folder} is incomplete, {made} of {all_} shards; run its pairs stage again to finish it")
+            raise InputError(
+                f"{folder} is incomplete, {len(manifest.shards)} of {len(manifest.layout())} shards; "
+                "run its pairs stage again to finish it"
+            )
         if teacher_digest not in (None, manifest.teacher_digest):
             raise InputError(
                 f"{folder} holds pairs of another teacher: {manifest.teacher}, digest {manifest.teacher_digest[:12]}, "
                 f"not {str(teacher_digest)[:12]}; make pairs of this teacher"
             )
-        faults = [f"{name} is {fault(folder / name, file)}" for name, file in manifest.shards.items()]
-        faults = [line for line in faults if not line.endswith(" is None")]
+        files = manifest.shards.items()
+        faults = [f"{name} is {wrong}" for name, file in files if (wrong := fault(folder / name, file))]
         faults += [f"{name} is not of this set" for name in foreign(folder, manifest)]
         if faults:
             raise InputError(f"{folder}: {', '.join(faults)}; run its pairs stage again, it makes what is missing")

@@ -1,0 +1,69 @@
+"""kill -9 at random moments of a process that makes pairs: what is there is whole, and the end is byte-identical."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parent / "programs" / "make_pairs.py"
+KILLS = 10
+
+pytestmark = pytest.mark.process
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def listed(folder):
+    """Shards of the manifest, if there is one."""
+    manifest = folder / "manifest.json"
+    return json.loads(manifest.read_text())["shards"] if manifest.exists() else {}
+
+
+@pytest.fixture
+def run():
+    """run(folder, seconds) makes pairs in a process that is killed after so many seconds: its exit code."""
+    server = subprocess.Popen([sys.executable, PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def make(folder, seconds=None):
+        print(folder, file=server.stdin, flush=True)
+        process = int(server.stdout.readline())
+        if seconds is not None:
+            time.sleep(seconds)
+            with contextlib.suppress(ProcessLookupError):  # at its end already
+                os.kill(process, signal.SIGKILL)
+        return int(server.stdout.readline())
+
+    yield make
+    server.stdin.close()
+    assert server.wait(timeout=60) == 0
+
+
+def test_ten_kills_leave_the_bytes_of_an_undisturbed_run(tmp_path, run):
+    assert run(tmp_path / "warm") == 0  # imports and caches
+    began = time.monotonic()
+    assert run(tmp_path / "whole") == 0
+    duration = time.monotonic() - began
+    whole = contents(tmp_path / "whole")
+    assert len(whole) == 33 and json.loads(whole["manifest.json"])["done"]
+
+    moments, folder, codes, inodes = random.Random(0), tmp_path / "killed", [], {}
+    for _ in range(KILLS):
+        codes.append(run(folder, moments.uniform(0, 1.6 * duration / KILLS)))
+        for path in folder.glob("shard-*"):
+            assert path.read_bytes() == whole[path.name], f"{path.name} is not whole"
+        for name, inode in inodes.items():
+            assert (folder / name).stat().st_ino == inode, f"{name} was complete and was made again"
+        inodes = {name: (folder / name).stat().st_ino for name in listed(folder)}
+    assert codes.count(-signal.SIGKILL) >= KILLS / 2, f"too few kills came before the end: {codes}"
+    assert inodes, "nothing survived the kills"
+    assert run(folder) == 0
+    assert contents(folder) == whole
