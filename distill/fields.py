@@ -104,8 +104,8 @@ def drop_condition(cond: Cond, null: Cond, mask: Tensor) -> Cond:
     """The rows where mask [B] bool is true take the null condition."""
     if cond.keys() != null.keys():
         raise ValueError(f"cond has {sorted(cond)}, its null condition {sorted(null)}")
-    if mask.dtype != torch.bool:
-        raise ValueError(f"a mask of rows must be bool, got {mask.dtype}")
+    if mask.dtype != torch.bool or any(mask.shape != value.shape[:1] for value in cond.values()):
+        raise ValueError(f"a mask of rows must be bool [B], got {list(mask.shape)} in {mask.dtype}")
     return {name: torch.where(like(mask, value), null[name], value) for name, value in cond.items()}
 
 

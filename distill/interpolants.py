@@ -151,7 +151,10 @@ def vp(alphas_cumprod: Tensor) -> Interpolant:
     treating the last entry as 1e-12, far below float32's resolution of x_t.
     """
     cumulative = alphas_cumprod.detach().to("cpu", torch.float64)
-    if cumulative.ndim != 1 or cumulative.numel() < 2 or not (cumulative.diff() < 0).all() or cumulative[0] >= 1:
+    decreasing = (
+        cumulative.ndim == 1 and cumulative.numel() > 1 and bool((cumulative.clamp(min=1e-12).diff() < 0).all())
+    )
+    if not decreasing or cumulative[0] >= 1 or cumulative[-1] < 0:
         raise ValueError(f"alphas_cumprod must be [N >= 2], decreasing, below 1; got shape {list(cumulative.shape)}")
     cumulative = cumulative.clamp(min=1e-12)
     log_ratio = 0.5 * (torch.log1p(-cumulative) - torch.log(cumulative))  # [N], increasing

@@ -237,7 +237,7 @@ def test_a_class_of_the_mixture_is_its_component_and_null_is_all():
 @pytest.mark.parametrize("path", [linear(), trig(0.5)], ids=["linear", "trig-0.5"])
 def test_the_quantile_map_is_runge_kutta(path):  # consistency 0.4
     p = mixture(path)
-    steps, x = 1000, torch.linspace(-3, 3, 25, dtype=torch.float64)[:, None]
+    steps, x = 300, torch.linspace(-3, 3, 25, dtype=torch.float64)[:, None]
     high, low = 0.95, 0.02
     h, state = (low - high) / steps, x
     for i in range(steps):
@@ -247,7 +247,7 @@ def test_the_quantile_map_is_runge_kutta(path):  # consistency 0.4
         c = p.v(state + h / 2 * b, t + h / 2, {})
         state = state + h / 6 * (a + 2 * b + 2 * c + p.v(state + h * c, t + h, {}))
     ends = [torch.full((25,), end, dtype=torch.float64) for end in (high, low)]
-    assert (p.u.jump(x, *ends) - state).abs().max() < 1e-9
+    assert (p.u.jump(x, *ends) - state).abs().max() < 1e-8
 
 
 def test_the_quantile_map_takes_noise_to_data_in_distribution_and_far_into_the_tails():

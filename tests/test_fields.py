@@ -205,9 +205,9 @@ def test_drop_condition_changes_exactly_the_masked_rows():
     assert drop_condition({}, {}, mask) == {}
     with pytest.raises(ValueError, match=r"cond has \['a'\], its null condition \[\]"):
         drop_condition({"a": mask}, {}, mask)
-    with pytest.raises(ValueError, match="a mask of rows must be bool, got torch.float32"):
+    with pytest.raises(ValueError, match=r"a mask of rows must be bool \[B\], got \[4\] in torch.float32"):
         drop_condition(cond, null, mask.float())
-    with pytest.raises(ValueError, match=r"a time must have shape \[B\]"):
+    with pytest.raises(ValueError, match=r"a mask of rows must be bool \[B\], got \[3\] in torch.bool"):
         drop_condition(cond, null, mask[:3])
 
 
