@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from distill.guard import InputError, RunError
@@ -97,7 +98,7 @@ class Checkpoint:
         file = self.path / f"{group}.safetensors"
         if file.name not in self.meta.files:
             raise RunError(f"checkpoint {self.path} has no '{group}'; it has {self.groups}")
-        return safetensors.torch.load(file.read_bytes())
+        return from_bytes(file.read_bytes())
 
     @property
     def groups(self) -> str:
@@ -280,7 +281,7 @@ def _step(path: Path) -> int:
 
 def _serialised(tensors: Mapping[str, Tensor]) -> bytes:
     # Copied: safetensors refuses tied weights, which are two names of one memory.
-    return safetensors.torch.save({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()})
+    return to_bytes({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()})
 
 
 def _write(path: Path, content: bytes) -> FileMeta:

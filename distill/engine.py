@@ -101,7 +101,8 @@ def train(
                 )
             trainable.step(learning_rate(stage.optimizer, images + batch_size / 2, stage.images), norm)
             moved[turn.network] = logs
-        assert moved, f"the recipe gave no turn at step {step}"
+        if not moved:
+            raise InputError(f"recipe '{stage.recipe}' gave no turn at step {step}; turns() must yield at least one")
         step += 1
         if "student" in moved:
             state.ema.update(images, batch_size)

@@ -69,6 +69,14 @@ def test_leftovers_of_kills_are_cleared_and_other_files_are_not(tmp_path):
     assert names(tmp_path) == ["notes", "step-00000003"]
 
 
+def test_leftovers_that_cannot_be_cleared_are_one_message(tmp_path):
+    good = make(tmp_path).save(3, 48, groups(3))
+    odd = tmp_path / "step-00000004.tmp-123"
+    odd.write_text("a file, where a kill leaves a folder")
+    with pytest.raises(RunError, match=f"cannot clear {odd}: Not a directory; last good: {good}"):
+        make(tmp_path).resume()
+
+
 def test_there_is_nothing_to_resume_at_first(tmp_path):
     assert make(tmp_path / "checkpoints").resume() is None
     (tmp_path / "checkpoints").mkdir()

@@ -42,7 +42,7 @@ class Vector(nn.Module):
 
 
 class Ring:
-    """Points near a ring, by (seed, step): a Source. Rows beyond float: `fault` puts a NaN at that step."""
+    """Points near a ring, by (seed, step): a Source. `fault`: the step whose data has a NaN."""
 
     def __init__(self, seed=0, fault=None):
         self.seed, self.fault = seed, fault
