@@ -12,7 +12,7 @@ from hashlib import sha256
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ValidationError
 
@@ -48,6 +48,7 @@ class Description:
     options: list[Option]
 
 
+@runtime_checkable
 class RecipeConfig(Protocol):
     """What every recipe's Config says of itself, its options considered."""
 

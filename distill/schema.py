@@ -191,7 +191,7 @@ def _one(
         return context["expected"], True
     if kind in BOUNDS:
         words, bound = BOUNDS[kind]
-        return f"{words} {context[bound]}", True
+        return f"{words} {context[bound]:g}", True
     if kind == "string_pattern_mismatch":
         return NAME_RULE, True
     if kind == "int_from_float":

@@ -23,7 +23,7 @@ from distill.spec import (
 )
 from distill.store import RunPaths
 
-HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
 
 
 def check(spec: RunSpec, base: Path) -> None:

@@ -43,7 +43,7 @@ class _Dumper(yaml.SafeDumper):
     yaml_implicit_resolvers: dict[str, Any] = {}
 
 
-def _whole(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+def _whole(loader: _Loader, node: yaml.ScalarNode) -> int:
     return int(node.value.replace("_", ""))
 
 
@@ -51,7 +51,7 @@ def _refuse(node: yaml.Node, problem: str) -> NoReturn:
     raise yaml.constructor.ConstructorError(None, None, f"line {node.start_mark.line + 1}: {problem}")
 
 
-def _number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float | int:
+def _number(loader: _Loader, node: yaml.ScalarNode) -> float | int:
     value = float(node.value.replace("_", ""))
     if math.isinf(value):
         _refuse(node, f"{node.value} is too large for a number")

@@ -22,7 +22,8 @@ LAYERS = [
     {"cli"},
 ]
 ANYWHERE = {"guard", "spec", "store", "progress", "stop", "results", "card"}  # no torch in them, usable by both planes
-CONTROL = ANYWHERE | {"claims", "planning", "status", "yamltext", "overrides", "schema", "specfile", "workflow", "launch", "registry", "presets"}
+CONTROL = ANYWHERE | {"overrides", "schema", "yamltext", "specfile", "workflow", "planning", "launch", "registry"}
+CONTROL |= {"presets", "claims", "status"}
 TORCH = {"torch", "numpy", "diffusers", "accelerate", "deepspeed", "safetensors", "torchmetrics", "sklearn", "datasets"}
 
 

@@ -1,0 +1,344 @@
+"""A spec as a DAG: every impossible or effectless combination has its message, and the presets have none."""
+
+from pathlib import Path
+
+import pytest
+
+from distill import planning, presets, registry, specfile, workflow
+from distill.guard import InputError
+from distill.store import RunPaths, write_json
+
+MLP = {"kind": "mlp"}
+UNET = {"kind": "unet", "channels": [8, 16]}
+GAUSSIAN = {"kind": "gaussian", "mean": [0, 0], "std": [1, 1]}
+PAIRS = {"kind": "pairs", "count": 100, "block": 50, "shard": 100}
+REFLOW = {"kind": "train", "recipe": "reflow/reflow", "network": MLP, "pairs": "p", "images": 1280}
+TEACH = {"kind": "train", "recipe": "pretrain/flow_matching", "network": UNET, "images": 1280}
+EVALUATE = {"kind": "evaluate", "students": {"r": [1]}}
+
+
+def vectors(**changes):
+    """A right spec over vectors, stages merged or replaced by `changes`."""
+    stages = {"p": PAIRS, "r": REFLOW, "e": EVALUATE}
+    for name, change in changes.items():
+        stages[name] = {**stages.get(name, {}), **change}
+    return {"name": "x", "teacher": GAUSSIAN, "stages": stages}
+
+
+def images(**changes):
+    stages = {"t": TEACH}
+    for name, change in changes.items():
+        stages[name] = {**stages.get(name, {}), **change}
+    return {"name": "x", "data": {"kind": "digits"}, "stages": stages}
+
+
+def mistakes(content, base=Path()):
+    try:
+        workflow.check(specfile.validate(content, "f"), base)
+    except InputError as error:
+        lines = str(error).splitlines()
+        return [lines[0].removeprefix("spec 'x': ")] if len(lines) == 1 else [line.strip() for line in lines[1:]]
+    return []
+
+
+def test_right_specs_pass():
+    assert mistakes(vectors()) == []
+    assert mistakes(images()) == []
+    for name in presets.names():
+        source = specfile.load(presets.find(name))
+        workflow.check(source.spec, source.base)
+
+
+CASES = {
+    "no stages": ({"name": "x", "stages": {}}, "stages: empty; a run has at least one stage"),
+    "unknown reference": (
+        vectors(r={"pairs": "pp"}),
+        "stages.r.pairs: there is no stage 'pp'; did you mean 'p'? valid: p",
+    ),
+    "later reference": (
+        vectors(r={"network": None, "init": "s"}, s=REFLOW),
+        "stages.r.init: refers to 's', which comes later; a stage refers to earlier ones; no train stage comes "
+        "before 'r'",
+    ),
+    "itself": (
+        vectors(r={"network": None, "init": "r"}),
+        "stages.r.init: refers to itself; a stage refers to earlier ones; no train stage comes before 'r'",
+    ),
+    "wrong kind": (
+        vectors(e={"students": {"p": [1]}}),
+        "stages.e.students.p: 'p' is a pairs stage, not train; valid: r",
+    ),
+    "evaluation of nothing": (
+        vectors(e={"students": {"r": []}}),
+        "stages.e.students.r: no numbers of steps given, e.g. [1, 2, 4]",
+    ),
+    "no such recipe": (
+        vectors(r={"recipe": "reflow/reflw"}),
+        "stages.r.recipe: there is no recipe 'reflow/reflw'; did you mean 'reflow/reflow'? valid: "
+        "pretrain/flow_matching, reflow/one_step, reflow/reflow; or a file of your own: ./file.py",
+    ),
+    "no such file": (
+        vectors(r={"recipe": "./mine.py"}),
+        "stages.r.recipe: recipe './mine.py': there is no file mine.py",
+    ),
+    "file elsewhere": (
+        vectors(r={"recipe": "../mine.py"}),
+        "stages.r.recipe: recipe '../mine.py': a recipe of your own lies beside its spec or below; write ./file.py",
+    ),
+    "unknown option": (
+        vectors(r={"options": {"distanse": "l2"}}),
+        "stages.r.options.distanse: unknown key; did you mean 'distance'? valid: distance, time_law",
+    ),
+    "wrong option": (
+        vectors(r={"options": {"distance": "l3"}}),
+        "stages.r.options.distance: 'l3' given; must be 'l2' or 'pseudo_huber'",
+    ),
+    "needs data": (
+        vectors(t={**TEACH, "network": MLP}),
+        "stages.t: pretrain/flow_matching needs data, the spec has none; give data, e.g. data: {kind: digits}",
+    ),
+    "needs pairs": (
+        vectors(r={"pairs": None}),
+        "stages.r: reflow/reflow needs pairs; name a pairs stage in stages.r.pairs (p)",
+    ),
+    "needs a teacher": (
+        images(p={**PAIRS, "teacher": "t"}, r={**REFLOW, "network": UNET}),
+        "stages.r: reflow/reflow needs a teacher; give stages.r.teacher (a train stage), or the spec's teacher",
+    ),
+    "pairs need a teacher": (
+        images(p=PAIRS),
+        "stages.p: pairs need a teacher; give stages.p.teacher (a train stage), or the spec's teacher",
+    ),
+    "evaluation needs a teacher": (
+        images(e={"kind": "evaluate", "students": {"t": [1]}}),
+        "stages.e: an evaluation needs a teacher; give stages.e.teacher (a train stage), or the spec's teacher",
+    ),
+    "pairs without effect": (
+        images(p={**PAIRS, "teacher": "t"}, u={**TEACH, "pairs": "p"}),
+        "stages.u.pairs: pretrain/flow_matching needs no pairs, so this has no effect; remove it",
+    ),
+    "teacher without effect": (
+        images(u={**TEACH, "teacher": "t"}),
+        "stages.u.teacher: pretrain/flow_matching needs no teacher, so this has no effect; remove it",
+    ),
+    "spec's teacher without effect": (
+        images() | {"teacher": {"kind": "diffusers", "path": "org/name"}},
+        "teacher: no stage uses it, so it has no effect; remove it",
+    ),
+    "data without effect": (
+        {
+            "name": "x",
+            "teacher": {"kind": "diffusers", "path": "org/name"},
+            "data": {"kind": "digits"},
+            "stages": {"p": PAIRS},
+        },
+        "data: no stage uses it, so it has no effect; remove it",
+    ),
+    "init and network": (
+        vectors(s={**REFLOW, "init": "r"}),
+        "stages.s: init and network are both given, but a network starts from one of them; remove one",
+    ),
+    "nothing to start from": (
+        images(t={"network": None}),
+        "stages.t: nothing to start from; give network (fresh weights) or init (an earlier train stage)",
+    ),
+    "teacher without weights": (
+        vectors(r={"network": None}),
+        "stages.r: the gaussian teacher has no weights to start from; give network, e.g. kind: mlp",
+    ),
+    "unknown half-life": (
+        vectors(r={"ema_half_lives": [500, 1000], "export": 600}),
+        "stages.r.export: 600 is none of ema_half_lives; valid: raw, 500, 1000",
+    ),
+    "half-life twice": (
+        vectors(r={"ema_half_lives": [500, 500]}),
+        "stages.r.ema_half_lives: [500.0, 500.0] holds a value twice",
+    ),
+    "long warm-up": (
+        vectors(r={"optimizer": {"warmup_images": 1280}}),
+        "stages.r.optimizer.warmup_images: 1280 of 1280 images; the warm-up must end before the training does",
+    ),
+    "beta of one": (
+        vectors(r={"optimizer": {"betas": [0.9, 1]}}),
+        "stages.r.optimizer.betas: 1 never forgets; give values below 1",
+    ),
+    "images not divisible": (
+        vectors(r={"images": 1300}),
+        "stages.r.images: 1300 is not a multiple of batch_size (128); nearest: 1280",
+    ),
+    "fewer images than a batch": (
+        vectors(r={"images": 5}),
+        "stages.r.images: 5 is not a multiple of batch_size (128); nearest: 128",
+    ),
+    "batch not divisible": (
+        vectors() | {"launch": {"micro_batch": 48}},
+        "launch.micro_batch: 48 does not divide stages.r.batch_size (128)",
+    ),
+    "shard of half a block": (
+        vectors(p={"shard": 120}),
+        "stages.p.shard: 120 is not a multiple of block (50); nearest: 100",
+    ),
+    "never saved": (
+        vectors(r={"checkpoint": {"minutes": None}}),
+        "stages.r.checkpoint: images and minutes are both null, so nothing would be saved; give one",
+    ),
+    "std too long": (
+        vectors() | {"teacher": {**GAUSSIAN, "std": [1, 1, 1]}},
+        "teacher.std: 3 values given for a mean of 2; give one per coordinate",
+    ),
+    "ragged means": (
+        vectors() | {"teacher": {"kind": "mixture", "means": [[0, 0], [1]], "std": 1}},
+        "teacher.means: rows of [1, 2] coordinates given; all need the same number, at least 1",
+    ),
+    "weights missing": (
+        vectors() | {"teacher": {"kind": "mixture", "means": [[0, 0], [1, 1]], "std": 1, "weights": [1]}},
+        "teacher.weights: 1 given for 2 components",
+    ),
+    "no teacher folder": (
+        vectors(r={"network": None}) | {"teacher": {"kind": "diffusers", "path": "./nowhere"}},
+        "teacher.path: there is no folder ./nowhere; give a checkpoint's folder or a hub id (org/name)",
+    ),
+    "images for vectors": (
+        vectors() | {"data": {"kind": "digits"}},
+        "data: kind digits has images, the gaussian teacher makes vectors of 2; use data: {kind: none} or another "
+        "teacher",
+    ),
+    "mlp for images": (
+        images(t={"network": MLP}),
+        "stages.t.network: an mlp makes vectors, data of kind digits has images; use kind: unet",
+    ),
+    "unet for vectors": (
+        vectors(r={"network": UNET}),
+        "stages.r.network: a unet makes images, the teacher makes vectors; use kind: mlp",
+    ),
+    "groups do not divide": (
+        images(t={"network": {"kind": "unet", "channels": [8, 12]}}),
+        "stages.t.network.channels: 12 is not a multiple of norm_groups (8)",
+    ),
+    "no channels": (
+        images(t={"network": {"kind": "unet", "channels": []}}),
+        "stages.t.network.channels: empty; give the channels of each resolution, finest first",
+    ),
+    "too many resolutions": (
+        images(t={"network": {"kind": "unet", "channels": [8, 8, 8, 8, 8]}}),
+        "stages.t.network.channels: 5 resolutions halve the images 4 times, and their side of 8 cannot be; give fewer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_mistakes(case):
+    content, said = CASES[case]
+    assert said in mistakes(content)
+
+
+def test_one_wrong_recipe_hides_no_other_mistake():
+    found = mistakes(images(t={"recipe": "nope", "images": 5}, u={**TEACH, "images": 5}))
+    assert len(found) == 2, "and data is not called useless because of a recipe that could not be asked"
+    assert found[0].startswith("stages.t.recipe: there is no recipe 'nope'; valid: ")
+    assert found[1].startswith("stages.u.images: 5 is not")
+
+
+def test_pending_are_the_stages_that_are_not_done(tmp_path):
+    spec = specfile.validate(vectors(), "f")
+    run = RunPaths(tmp_path)
+    assert workflow.pending(run, spec) == ["p", "r", "e"]
+    run.stage("p").root.mkdir(parents=True)
+    assert workflow.pending(run, spec) == ["p", "r", "e"]
+    write_json(run.stage("p").done, {})
+    assert workflow.pending(run, spec) == ["r", "e"]
+
+
+# --- recipes of one's own ---
+
+OWN = '''"""Mine (Me 2026, arXiv 2601.00001): nothing."""
+from pathlib import Path
+from pydantic import BaseModel, ConfigDict
+
+class Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    weight: float = 0.5
+    """how much"""
+    table: Path | None = None
+    """a file"""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"pairs"}) if self.weight else frozenset()
+
+    @property
+    def student(self) -> str:
+        return "velocity"
+
+class Recipe:
+    sampler = "euler"
+'''
+
+
+def test_a_recipe_beside_the_spec(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    content = vectors(r={"recipe": "./mine.py", "options": {"weight": 2.0}})
+    assert mistakes(content, tmp_path) == []
+    assert mistakes(vectors(r={"recipe": "./mine.py", "options": {"weight": "x"}}), tmp_path) == [
+        "stages.r.options.weight: 'x' given; must be a number"
+    ]
+    no_pairs = vectors(r={"recipe": "./mine.py", "options": {"weight": 0}})
+    said = "stages.r.pairs: ./mine.py needs no pairs, so this has no effect; remove it"
+    assert said in mistakes(no_pairs, tmp_path), "needs may depend on the options"
+
+
+def test_paths_among_a_recipes_options_are_made_absolute(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    (tmp_path / "t.csv").write_text("")
+    spec = specfile.validate(vectors(r={"recipe": "./mine.py", "options": {"table": "t.csv"}}), "f")
+    assert workflow.locate_options(spec, tmp_path).stages["r"].options == {"table": str(tmp_path / "t.csv")}
+
+
+def test_what_is_wrong_with_a_recipe_of_ones_own(tmp_path):
+    for content, said in [
+        ("x = (", "cannot be imported"),
+        ("import nonexistent_package", "needs the package nonexistent_package"),
+        ('"""Doc."""\nclass Config: ...', "has no class Recipe"),
+        ("class Config: ...\nclass Recipe: ...", "has no docstring that names its paper"),
+    ]:
+        (tmp_path / "mine.py").write_text(content)
+        with pytest.raises(InputError, match=said):
+            registry.load("./mine.py", tmp_path)
+
+
+def test_entry_points_are_recipes_too(tmp_path, monkeypatch):
+    package = tmp_path / "other_distill-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: other-distill\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[distill.recipes]\nother/mine = other_mine\n")
+    (tmp_path / "other_mine.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "other/mine" in registry.names()
+    assert registry.load("other/mine", Path()).__name__ == "other_mine"
+    assert registry.describe("other/mine", Path()).needs == ["pairs"]
+
+
+def test_descriptions_are_read_and_agree_with_what_is_imported():
+    for name in registry.names():
+        described, module = registry.describe(name, Path()), registry.load(name, Path())
+        assert {option.name for option in described.options} == set(module.Config.model_fields)
+        assert set(described.needs) >= set(module.Config().needs)
+        assert described.summary and described.summary in module.__doc__
+        for option in described.options:
+            field = module.Config.model_fields[option.name]
+            assert option.meaning == " ".join(field.description.split())
+            assert option.default == field.default
+
+
+# --- the plan ---
+
+
+def test_plan_counts_work_and_network_calls():
+    spec = specfile.validate(vectors(p={"steps": 5}), "f")
+    pairs, train, evaluation = planning.steps(spec, Path())
+    assert pairs.network_calls == 100 * 9, "heun calls twice a step but the last"
+    assert train.work == "1,280 images = 10 steps of 128"
+    assert train.needs == ["p", "the spec's teacher"]
+    assert evaluation.network_calls == 2500 * (1 + 2 + 4 + 8 + 16 + 31 + 1)
+    guided = specfile.validate(vectors(p={"steps": 5, "solver": "euler", "guidance_scale": 2}), "f")
+    assert planning.steps(guided, Path())[0].network_calls == 100 * 10
