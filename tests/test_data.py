@@ -13,6 +13,7 @@ from PIL import Image
 from distill import data
 from distill.data import DataSource
 from distill.data.arrays import ArrayData, read_mnist
+from distill.data.images import ImageData
 from distill.draws import Rows
 from distill.guard import InputError
 from distill.spec import DigitsData, HfData, ImagesData, MnistData, NoData
@@ -333,7 +334,15 @@ def test_columns_and_splits_that_do_not_fit(tmp_path):
     datasets.DatasetDict({"train": table()}).save_to_disk(tmp_path / "splits")
     refused(hf(tmp_path / "splits", split="tran"), "data.split=tran: no such split; did you mean 'train'? valid: train")
     table().select([]).to_parquet(tmp_path / "empty.parquet")
-    refused(hf(tmp_path / "empty.parquet"), "split 'train' holds no rows")
+    refused(hf(tmp_path / "empty.parquet"), "(split 'train') cannot be read: ", "no data")
+    table().select([]).save_to_disk(tmp_path / "empty")
+    refused(hf(tmp_path / "empty"), "(split 'train') cannot be read: it holds no rows")
+
+
+def test_a_set_without_rows_is_refused():
+    options = ImagesData(kind="images", path="x", size=8)
+    with pytest.raises(InputError, match="data 'x' holds no rows"):
+        ImageData("x", datasets.Dataset.from_dict({"image": []}), None, None, options, 0)
 
 
 def test_paths_that_are_no_data_set(tmp_path):

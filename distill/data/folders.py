@@ -57,8 +57,6 @@ def hugging_face(spec: HfData, seed: int) -> ImageData:
     for field, column in (("image_column", spec.image_column), ("label_column", spec.label_column)):
         if column is not None and column not in columns:
             raise InputError(f"data.{field}={column}: no such column; {suggest(column, columns)}")
-    if len(rows) == 0:
-        raise InputError(f"data.path={spec.path}: split '{spec.split}' holds no rows")
     key = (spec.model_dump_json(), seed, rows._fingerprint)
     if key not in _LOADED:
         labels, num_classes = _class_ids(rows, spec.label_column) if spec.label_column else (None, None)
@@ -84,8 +82,9 @@ def _open(spec: HfData) -> Dataset:
         return datasets.load_dataset(spec.path, split=spec.split)
     except InputError:
         raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:
+        empty = isinstance(error, IndexError)  # what load_from_disk makes of a set without rows
+        reason = "it holds no rows" if empty else (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"data.path={spec.path} (split '{spec.split}') cannot be read: {reason}; valid: a parquet file, a folder "
             "of parquet, a folder of save_to_disk, or a hub id that can be reached or is cached"

@@ -40,6 +40,8 @@ class ImageData:
         options: ImageOptions,
         seed: int,
     ) -> None:
+        if len(rows) == 0:
+            raise InputError(f"data '{name}' holds no rows")
         self.name, self.num_classes = name, num_classes
         self.shape = (options.channels, options.size, options.size)
         self._rows, self._options, self._seed = rows, options, seed
