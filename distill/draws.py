@@ -90,3 +90,8 @@ def sample_labels(indices: Sequence[int], num_classes: int) -> Tensor:
 def permutation(n: int, *parts: int | str) -> Tensor:
     """A permutation of range(n) keyed by parts, [n] int64: the order of an epoch."""
     return torch.randperm(n, generator=generator("order", *parts))
+
+
+def uniforms(count: int, *parts: int | str) -> list[float]:
+    """`count` uniform numbers on [0, 1) keyed by parts: the crop and flip of a sample."""
+    return torch.rand(count, generator=generator("uniforms", *parts)).tolist()

@@ -1,6 +1,7 @@
 """Data sets small enough to lie in memory: digits and MNIST."""
 
 import hashlib
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,9 +44,10 @@ class ArrayData:
     def __len__(self) -> int:
         return len(self._images)
 
-    def items(self, epoch: int, indices: list[int]) -> tuple[Tensor, Tensor | None]:
+    def items(self, epoch: int, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """The same in every epoch."""
-        return self._images[indices], None if self._labels is None else self._labels[indices]
+        rows = list(indices)
+        return self._images[rows], None if self._labels is None else self._labels[rows]
 
 
 def digits() -> ArrayData:

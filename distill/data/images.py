@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from distill.draws import generator
+from distill.draws import uniforms
 from distill.guard import InputError
 from distill.spec import ImageOptions
 
@@ -68,16 +68,16 @@ class ImageData:
     def __len__(self) -> int:
         return len(self._readable)
 
-    def items(self, epoch: int, indices: list[int]) -> tuple[Tensor, Tensor | None]:
+    def items(self, epoch: int, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """Images [n, C, S, S] float32 in [-1, 1] and labels; crop and flip keyed by (seed, epoch, row)."""
         images = torch.stack([self._sample(self._readable[i], epoch) for i in indices])
-        return images, None if self._labels is None else self._labels[indices]
+        return images, None if self._labels is None else self._labels[list(indices)]
 
     def _sample(self, row: int, epoch: int) -> Tensor:
         pixels = self._decoded(row)  # [C, H, W], min(H, W) = size
         size = self._options.size
         spare_y, spare_x = pixels.shape[1] - size, pixels.shape[2] - size
-        u = torch.rand(3, generator=generator(self._seed, "augment", epoch, row)).tolist()
+        u = uniforms(3, self._seed, epoch, row)
         if self._options.crop == "random":
             y, x = int(u[0] * (spare_y + 1)), int(u[1] * (spare_x + 1))
         else:

@@ -1,5 +1,6 @@
 """Batches of real data: one endless stream, any number of readers."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
@@ -23,7 +24,7 @@ class DataSet(Protocol):
     @property
     def digest(self) -> str: ...  # sha256 over samples, labels and the options that change them
     def __len__(self) -> int: ...
-    def items(self, epoch: int, indices: list[int]) -> tuple[Tensor, Tensor | None]: ...
+    def items(self, epoch: int, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]: ...
 
     # -> images [n, ...] float32 in [-1, 1], labels [n] int64
 
