@@ -12,7 +12,7 @@ import typer
 from distill.guard import InputError, suggest
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    import rich.console
 
 StoreOption = Annotated[
     Path | None,
@@ -64,7 +64,7 @@ def _configured() -> Path | None:
     return Path(store)
 
 
-def console() -> "Console":
+def console() -> "rich.console.Console":
     """Where tables go."""
     from rich.console import Console
 
@@ -98,7 +98,7 @@ def size(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and not file.is_symlink())
 
 
-def human(count: float) -> str:
+def human(count: int | float) -> str:
     """A number of bytes for people."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:

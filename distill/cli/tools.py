@@ -1,8 +1,7 @@
 """`distill pairs`, `sample`, `eval`, `report` and `export`: single steps, with a folder instead of a spec."""
 
-import json as jsons
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated
 
 import typer
 
@@ -10,13 +9,6 @@ from distill.cli.common import JsonOption, StoreOption, console, near, print_jso
 from distill.guard import InputError, suggest
 from distill.store import find_run
 
-if TYPE_CHECKING:
-    import torch
-    from pydantic import BaseModel
-
-    from distill.spec import DataSpec, TeacherSpec
-
-StageModel = TypeVar("StageModel", bound="BaseModel")
 StudentArgument = Annotated[str, typer.Argument(metavar="STUDENT", help="A student folder, or RUN/STAGE of the store.")]
 TeacherHelp = "A diffusers folder or hub id, a student, RUN/STAGE, or YAML such as '{kind: gaussian, ...}'."
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -39,18 +31,19 @@ def pairs(
     """Solve a teacher's ODE from noise to data and store the ends, without a spec."""
     content = {"kind": "pairs", "count": count, "solver": solver, "steps": steps, "block": block, "shard": shard}
     from distill import workflow
+    from distill.cli import given
     from distill.spec import PairsStage
 
-    stage = _stage(PairsStage, content | {"guidance_scale": guidance_scale, "dtype": dtype})
+    stage = given.stage(PairsStage, content | {"guidance_scale": guidance_scale, "dtype": dtype})
     for mistake in workflow.shard_mistakes(stage, "--"):
         raise InputError(mistake)
-    where = _teacher(teacher, store_path(store))
+    where = given.teacher(teacher, store_path(store))
     from distill import pairs as pair_sets
     from distill import teachers
     from distill.progress import Progress
     from distill.stop import StopRequest
 
-    place = _device(device)
+    place = given.device(device)
     with StopRequest() as stop, Progress("pairs", count, "pairs", None) as progress:
         loaded = teachers.load(where, place)
         pair_sets.generate(loaded, stage, out, seed=seed, device=place, progress=progress, stop=stop)
@@ -68,11 +61,13 @@ def sample(
     store: StoreOption = None,
 ) -> None:
     """Sample a student into a picture."""
-    labels = _numbers("--classes", classes) if classes else None
-    folder = _student(student, store_path(store))
+    from distill.cli import given
+
+    labels = given.numbers("--classes", classes) if classes else None
+    folder = given.student(student, store_path(store))
     from distill import sampling
 
-    sampling.sample(folder, out, steps=steps, seed=seed, count=count, labels=labels, device=_device(device))
+    sampling.sample(folder, out, steps=steps, seed=seed, count=count, labels=labels, device=given.device(device))
     print(f"wrote {near(out.absolute())}: {count} samples at {steps} step{'s' if steps > 1 else ''}, seed {seed}")
 
 
@@ -90,21 +85,23 @@ def evaluate(
     json: JsonOption = False,
 ) -> None:
     """Measure a student beside its teacher, from the same noise."""
+    from distill.cli import given
+
     runs = store_path(store)
-    folder = _student(student, runs)
+    folder = given.student(student, runs)
     from distill.spec import CheckpointTeacher, EvaluateStage
 
-    content = {"kind": "evaluate", "students": {"student": _numbers("--steps", steps)}, "samples": samples}
-    stage = _stage(EvaluateStage, content | {"teacher_steps": _numbers("--teacher-steps", teacher_steps)})
-    teacher_spec = _teacher(teacher, runs) if teacher else _teacher_of(folder)
-    data_spec = _data(data) if data else _data_of(folder)
+    content = {"kind": "evaluate", "students": {"student": given.numbers("--steps", steps)}, "samples": samples}
+    stage = given.stage(EvaluateStage, content | {"teacher_steps": given.numbers("--teacher-steps", teacher_steps)})
+    teacher_spec = given.teacher(teacher, runs) if teacher else given.teacher_of(folder)
+    data_spec = given.data(data) if data else given.data_of(folder)
     from distill import data as datasets
     from distill import evaluate as evaluation
     from distill import results, teachers
     from distill.progress import Progress
     from distill.stop import StopRequest
 
-    place = _device(device)
+    place = given.device(device)
     total = evaluation.total(stage)
     with StopRequest() as stop, Progress("evaluate", total, "samples", None) as progress:
         loaded = teachers.load(teacher_spec, place)
@@ -161,109 +158,3 @@ def export(
 
     stages.export_checkpoint(paths, spec, name, "raw" if raw else half_life or trained[name].export, folder)
     print(f"exported {near(folder.absolute())}")
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts):
-        raise InputError(f"{option} {text}: whole numbers with commas between them are expected, like 1,2,4")
-    return [int(part) for part in parts]
-
-
-def _stage(model: type[StageModel], content: dict[str, Any]) -> StageModel:
-    """A stage from options, checked as if it stood in a spec; messages name the options."""
-    from pydantic import ValidationError
-
-    from distill import schema
-
-    try:
-        return model.model_validate_json(jsons.dumps(content), strict=True)
-    except ValidationError as error:
-        mistakes = schema.explain(error, model, content)
-    raise InputError("\n  ".join(f"--{mistake.replace('_', '-', 1)}" for mistake in mistakes))
-
-
-def _device(name: str) -> "torch.device":
-    from distill import stages
-    from distill.spec import LaunchSpec
-
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device {name}: {suggest(name, ['auto', 'cpu', 'cuda'])}")
-    return stages.place(LaunchSpec.model_validate({"device": name}))
-
-
-def _student(given: str, store: Path) -> Path:
-    """A student folder by its path, or by RUN/STAGE."""
-    run, _, stage = given.rpartition("/")
-    for folder in (Path(given), store / run / "students" / stage) if run else (Path(given),):
-        if (folder / "distill.json").is_file():
-            return folder.absolute()
-    if (store / given / "spec.yaml").is_file():
-        names = sorted(path.parent.name for path in (store / given).glob("students/*/distill.json"))
-        raise InputError(f"'{given}' is a run; name one of its students: {', '.join(f'{given}/{n}' for n in names)}")
-    raise InputError(f"there is no student '{given}'; give a student folder, or RUN/STAGE of a run in {store}")
-
-
-def _teacher(given: str, store: Path) -> "TeacherSpec":
-    """A teacher by YAML, by RUN/STAGE, or by a checkpoint's folder or hub id."""
-    run, _, stage = given.rpartition("/")
-    content: object = {"kind": "diffusers", "path": given}
-    if given.lstrip().startswith("{"):
-        from distill import yamltext
-
-        content = yamltext.parse(given, "TEACHER")
-    elif Path(given).exists():
-        content = {"kind": "diffusers", "path": str(Path(given).absolute())}
-    elif run and (store / run / "students" / stage / "distill.json").is_file():
-        content = {"kind": "diffusers", "path": str((store / run / "students" / stage).absolute())}
-    spec = _part({"teacher": content})
-    assert spec.teacher is not None
-    return spec.teacher
-
-
-def _data(given: str) -> "DataSpec":
-    from distill import yamltext
-
-    content = yamltext.parse(given, "--data") if given.lstrip().startswith("{") else {"kind": given}
-    data: DataSpec = _part({"data": content}).data
-    return data
-
-
-def _part(content: dict[str, object]) -> Any:  # noqa: ANN401  (a RunSpec; the type is imported late)
-    """A spec that has one part only, checked."""
-    from distill import specfile, workflow
-
-    spec = specfile.validate({"name": "options", "stages": {}, **content}, "options")
-    mistakes = list(workflow.teacher_mistakes(spec))
-    if mistakes:
-        raise InputError("\n  ".join(mistakes))
-    return spec
-
-
-def _teacher_of(student: Path) -> "TeacherSpec":
-    """The teacher in the spec of the run that the student lies in."""
-    from distill.spec import CheckpointTeacher, TrainStage
-
-    spec, run = _spec_of(student, "--teacher")
-    stage = spec.stages.get(student.name)
-    if isinstance(stage, TrainStage) and stage.teacher is not None:
-        return CheckpointTeacher(kind="diffusers", path=str(run / "students" / stage.teacher))
-    if spec.teacher is None:
-        raise InputError(f"{student} was trained without a teacher; give one by --teacher")
-    teacher: TeacherSpec = spec.teacher
-    return teacher
-
-
-def _data_of(student: Path) -> "DataSpec":
-    data: DataSpec = _spec_of(student, "--data")[0].data
-    return data
-
-
-def _spec_of(student: Path, option: str) -> tuple[Any, Path]:
-    from distill import specfile
-    from distill.store import RunPaths
-
-    run = RunPaths(student.parent.parent)
-    if student.parent.name != "students" or not run.spec.is_file():
-        raise InputError(f"{student} does not lie in a run, so its {option[2:]} is not known; give {option}")
-    return specfile.load_run(run), run.root

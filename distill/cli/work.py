@@ -17,8 +17,8 @@ from distill.guard import EXIT_INPUT, InputError, Stopped, suggest
 from distill.store import RunPaths, append_event, create_run, event_line, find_run, name_in_use, write_atomic
 
 if TYPE_CHECKING:
-    from distill.spec import RunSpec
-    from distill.specfile import SpecSource
+    import distill.spec
+    import distill.specfile
 
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, or the name of a preset.")]
 Changes = Annotated[
@@ -130,7 +130,7 @@ def _brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
-def _find(given: str, changes: Sequence[str], name: str | None) -> "SpecSource":
+def _find(given: str, changes: Sequence[str], name: str | None) -> "distill.specfile.SpecSource":
     """A spec by the path of its file, or by the name of a preset."""
     from distill import presets, specfile
 
@@ -146,7 +146,7 @@ def _find(given: str, changes: Sequence[str], name: str | None) -> "SpecSource":
     return specfile.load(presets.find(given), changes, name=name, source=f"preset '{given}'")
 
 
-def _checked(source: "SpecSource") -> "SpecSource":
+def _checked(source: "distill.specfile.SpecSource") -> "distill.specfile.SpecSource":
     """The spec, once everything is known to fit that can be known before it runs."""
     from dataclasses import replace
 
@@ -160,7 +160,7 @@ def _checked(source: "SpecSource") -> "SpecSource":
     return replace(source, spec=spec)
 
 
-def _start(folder: Path, source: "SpecSource") -> RunPaths:
+def _start(folder: Path, source: "distill.specfile.SpecSource") -> RunPaths:
     """A new run in the store, complete or not at all."""
     from distill import specfile
     from distill.launch import environment
@@ -179,7 +179,7 @@ def _start(folder: Path, source: "SpecSource") -> RunPaths:
     return create_run(folder, source.spec.name, files)
 
 
-def _own_recipes(source: "SpecSource") -> dict[str, str | bytes]:
+def _own_recipes(source: "distill.specfile.SpecSource") -> dict[str, str | bytes]:
     """The user's own recipe files, which a run keeps a copy of."""
     from distill import registry
     from distill.spec import TrainStage
@@ -189,7 +189,9 @@ def _own_recipes(source: "SpecSource") -> dict[str, str | bytes]:
     return {str(Path(name)): path.read_bytes() for name, path in found.items() if path is not None}
 
 
-def _resume(folder: Path, given: str, changes: Sequence[str], name: str | None) -> tuple[RunPaths, "RunSpec"]:
+def _resume(
+    folder: Path, given: str, changes: Sequence[str], name: str | None
+) -> tuple[RunPaths, "distill.spec.RunSpec"]:
     """An existing run, once the spec given is the run's own in all but `launch`."""
     from distill import claims, specfile, workflow
 
@@ -225,7 +227,7 @@ def _resume(folder: Path, given: str, changes: Sequence[str], name: str | None) 
     return paths, source.spec
 
 
-def _execute(paths: RunPaths, spec: "RunSpec", *, fresh: bool = False) -> None:
+def _execute(paths: RunPaths, spec: "distill.spec.RunSpec", *, fresh: bool = False) -> None:
     """Compute what is not done; leave with the exit code of the process that did it.
 
     fresh: the run was made just now, so that nothing of it stays if its process refuses it before any work.

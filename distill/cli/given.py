@@ -1,0 +1,108 @@
+"""What users name on the command line, as the things meant: students, teachers, data, devices, lists of numbers."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from distill import schema, specfile, workflow, yamltext
+from distill.guard import InputError, suggest
+from distill.spec import CheckpointTeacher, DataSpec, LaunchSpec, RunSpec, TeacherSpec, TrainStage
+from distill.store import RunPaths
+
+if TYPE_CHECKING:
+    import torch
+
+StageModel = TypeVar("StageModel", bound=BaseModel)
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Whole numbers with commas between them."""
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise InputError(f"{option} {text}: whole numbers with commas between them are expected, like 1,2,4")
+    return [int(part) for part in parts]
+
+
+def stage(model: type[StageModel], content: dict[str, Any]) -> StageModel:
+    """A stage from options, checked as if it stood in a spec; messages name the options."""
+    try:
+        return model.model_validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        mistakes = schema.explain(error, model, content)
+    raise InputError("\n  ".join(f"--{mistake.replace('_', '-', 1)}" for mistake in mistakes))
+
+
+def device(name: str) -> "torch.device":
+    """The device that --device names."""
+    from distill import stages
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {name}: {suggest(name, ['auto', 'cpu', 'cuda'])}")
+    return stages.place(LaunchSpec.model_validate({"device": name}))
+
+
+def student(given: str, store: Path) -> Path:
+    """A student folder by its path, or by RUN/STAGE."""
+    run, _, stage = given.rpartition("/")
+    for folder in (Path(given), store / run / "students" / stage) if run else (Path(given),):
+        if (folder / "distill.json").is_file():
+            return folder.absolute()
+    if (store / given / "spec.yaml").is_file():
+        names = sorted(path.parent.name for path in (store / given).glob("students/*/distill.json"))
+        raise InputError(f"'{given}' is a run; name one of its students: {', '.join(f'{given}/{n}' for n in names)}")
+    raise InputError(f"there is no student '{given}'; give a student folder, or RUN/STAGE of a run in {store}")
+
+
+def teacher(given: str, store: Path) -> TeacherSpec:
+    """A teacher by YAML, by RUN/STAGE, or by a checkpoint's folder or hub id."""
+    run, _, stage = given.rpartition("/")
+    content: object = {"kind": "diffusers", "path": given}
+    if given.lstrip().startswith("{"):
+        content = yamltext.parse(given, "TEACHER")
+    elif Path(given).exists():
+        content = {"kind": "diffusers", "path": str(Path(given).absolute())}
+    elif run and (store / run / "students" / stage / "distill.json").is_file():
+        content = {"kind": "diffusers", "path": str((store / run / "students" / stage).absolute())}
+    spec = _part({"teacher": content})
+    assert spec.teacher is not None
+    return spec.teacher
+
+
+def data(given: str) -> DataSpec:
+    """Data by the name of their kind, or by YAML."""
+    content = yamltext.parse(given, "--data") if given.lstrip().startswith("{") else {"kind": given}
+    return _part({"data": content}).data
+
+
+def _part(content: dict[str, object]) -> RunSpec:
+    """A spec that has one part only, checked."""
+    spec = specfile.validate({"name": "options", "stages": {}, **content}, "options")
+    mistakes = list(workflow.teacher_mistakes(spec))
+    if mistakes:
+        raise InputError("\n  ".join(mistakes))
+    return spec
+
+
+def teacher_of(student: Path) -> TeacherSpec:
+    """The teacher in the spec of the run that the student lies in."""
+    spec, run = _spec_of(student, "--teacher")
+    stage = spec.stages.get(student.name)
+    if isinstance(stage, TrainStage) and stage.teacher is not None:
+        return CheckpointTeacher(kind="diffusers", path=str(run / "students" / stage.teacher))
+    if spec.teacher is None:
+        raise InputError(f"{student} was trained without a teacher; give one by --teacher")
+    return spec.teacher
+
+
+def data_of(student: Path) -> DataSpec:
+    """The data in the spec of the run that the student lies in."""
+    return _spec_of(student, "--data")[0].data
+
+
+def _spec_of(student: Path, option: str) -> tuple[RunSpec, Path]:
+    run = RunPaths(student.parent.parent)
+    if student.parent.name != "students" or not run.spec.is_file():
+        raise InputError(f"{student} does not lie in a run, so its {option[2:]} is not known; give {option}")
+    return specfile.load_run(run), run.root

@@ -1,0 +1,348 @@
+"""The commands that look and prepare, and how the parent of a run behaves: exit codes, signals, its own death."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import command, snapshot
+from runs import wait_for
+
+import distill as package
+from distill import presets, specfile
+from distill.cli import common
+from distill.guard import InputError
+from distill.launch import environment
+from distill.store import append_event, create_run, event_line, write_json
+
+COMMANDS = ["quickstart", "run", "plan", "init", "recipes", "list", "show", "report", "doctor", "clean"]
+COMMANDS += ["sample", "eval", "pairs", "export"]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    """Every command starts in an empty folder, without settings of the user."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DISTILL_STORE", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path.parent / "no-config"))
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+def make(store, name="one", preset="digits"):
+    spec = specfile.load(presets.find(preset), name=name).spec
+    kinds = {stage: each.kind for stage, each in spec.stages.items()}
+    files = {
+        "spec.yaml": specfile.resolved(spec),
+        "env.json": json.dumps({"threads": 1}),
+        "events.jsonl": event_line("created", digest=spec.digest(), stages=kinds),
+    }
+    return create_run(store, name, files)
+
+
+# --- the frame ---
+
+
+def test_help_names_every_command_but_the_hidden_one(capfd):
+    done = command(capfd, "--help")
+    assert done.code == 0
+    for name in COMMANDS:
+        assert f" {name} " in done.out, name
+        assert command(capfd, name, "--help").code == 0
+    assert " stage " not in done.out
+
+
+def test_version(capfd):
+    assert command(capfd, "--version").out == f"distill {package.__version__}\n"
+
+
+def test_usage_errors_end_with_2(capfd):
+    assert command(capfd, "lisst").code == 2
+    done = command(capfd, "run")
+    assert done.code == 2
+    assert "Missing argument 'SPEC'" in done.err
+    assert command(capfd, "sample", "x", "--steps", "0", "--out", "x.png").code == 2
+
+
+def test_unexpected_errors_keep_their_traceback(capfd, monkeypatch):
+    def broken(option):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("distill.cli.runs.store_path", broken)
+    with pytest.raises(ZeroDivisionError):
+        command(capfd, "list")
+
+
+# --- the store ---
+
+
+def test_the_store_is_an_option_then_the_environment_then_the_settings_then_here(tmp_path, monkeypatch):
+    assert str(common.store_path(None)) == "runs"
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "distill").mkdir()
+    (tmp_path / "distill" / "config.yaml").write_text("store: /a/b\n")
+    assert str(common.store_path(None)) == "/a/b"
+    monkeypatch.setenv("DISTILL_STORE", "/c")
+    assert str(common.store_path(None)) == "/c"
+    assert common.store_path(tmp_path) == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("stoer: /a\n", "unknown setting 'stoer'; did you mean 'store'? valid: store"),
+        ("store: a\n", "store: 'a' given; must be an absolute path"),
+        ("store: 5\n", "store: 5 given; must be an absolute path"),
+        ("[1]\n", "a mapping of settings is expected; valid: store"),
+    ],
+)
+def test_wrong_settings(tmp_path, monkeypatch, text, said):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    (tmp_path / "distill").mkdir()
+    path = tmp_path / "distill" / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        common.store_path(None)
+    assert str(caught.value) == f"{path}: {said}"
+
+
+# --- init and recipes ---
+
+
+def test_init_writes_a_spec_that_is_the_preset(capfd, tmp_path):
+    for name in presets.names():
+        done = command(capfd, "init", name)
+        assert done.code == 0
+        assert done.out == f"wrote {name}.yaml; change what you like, then: distill plan {name}.yaml\n"
+        written = specfile.load(tmp_path / f"{name}.yaml")
+        assert written.spec.digest() == specfile.load(presets.find(name)).spec.digest()
+        assert (tmp_path / f"{name}.yaml").read_text().startswith(f"# distill run {name}.yaml\n# ")
+    done = command(capfd, "init", "digits")
+    assert (done.code, done.err) == (2, "error: digits.yaml exists already; name another file by --out\n")
+    assert command(capfd, "init", "digits", "--out", "other.yaml").code == 0
+
+
+def test_init_lists_the_presets(capfd, tmp_path):
+    done = command(capfd, "init")
+    assert done.code == 0
+    assert all(name in done.out for name in presets.names())
+    assert snapshot(tmp_path) == {}
+
+
+def test_recipes(capfd):
+    done = command(capfd, "recipes", "--json")
+    found = {each["name"]: each["needs"] for each in json.loads(done.out)}
+    assert found == {
+        "pretrain/flow_matching": ["data"],
+        "reflow/one_step": ["pairs", "teacher"],
+        "reflow/reflow": ["pairs", "teacher"],
+    }
+    assert "arXiv 2209.03003, Alg. 1" in command(capfd, "recipes").out
+    one = json.loads(command(capfd, "recipes", "reflow/reflow", "--json").out)
+    assert one["sampler"] == "euler"
+    assert one["options"][1]["choices"] == ["l2", "pseudo_huber"]
+    done = command(capfd, "recipes", "reflow")
+    assert done.code == 2
+    assert done.err.startswith("error: there is no recipe 'reflow'; did you mean 'reflow/reflow'? valid: ")
+
+
+# --- list, show, clean ---
+
+
+def test_list_and_show(capfd, tmp_path):
+    assert command(capfd, "list").out == "no runs in runs; make the first: distill run digits\n"
+    run = make(tmp_path / "runs")
+    run.stage("teach").root.mkdir(parents=True)
+    write_json(run.stage("teach").done, {})
+    run.stage("pairs").root.mkdir()
+    append_event(run, "started", pid=1)
+    logs = {"loss": 0.25}
+    append_event(run, "progress", label="pairs", unit="pairs", done=1250, total=5000, per_second=1, logs=logs)
+    append_event(run, "stopped", message="stopped by SIGTERM")
+
+    (listed,) = json.loads(command(capfd, "list", "--json").out)
+    assert (listed["name"], listed["state"], len(listed["stages"])) == ("one", "stopped", 5)
+    text = " ".join(command(capfd, "list").out.split())
+    assert "one stopped 1/5 pairs 25% 0 s ago" in text
+
+    shown = json.loads(command(capfd, "show", "one", "--json").out)
+    assert shown["stages"][1] == {
+        "name": "pairs", "kind": "pairs", "state": "begun", "done": 1250, "total": 5000, "unit": "pairs", "logs": logs
+    }  # fmt: skip
+    text = " ".join(command(capfd, "show", "runs/one").out.split())
+    assert text.startswith("one stopped: stopped by SIGTERM 0 s ago seed 0, data digits")
+    assert "teach: pretrain/flow_matching, 102,400 images, batch 128" in text
+    assert "pairs pairs begun 25% 1,250/5,000 pairs loss 0.25" in text
+    assert text.endswith("go on with: distill run runs/one --resume")
+    assert command(capfd, "show", "two").err == "error: there is no run 'two' in runs; valid: one\n"
+
+
+def test_clean_says_asks_and_deletes(capfd, tmp_path, monkeypatch):
+    run = make(tmp_path / "runs")
+    for stage in ("teach", "reflow"):
+        run.stage(stage).checkpoints.mkdir(parents=True)
+        (run.stage(stage).checkpoints / "file").write_bytes(b"x" * 1500)
+    write_json(run.stage("teach").done, {})
+    run.stage("pairs").pairs.mkdir(parents=True)
+    run.student("teach").mkdir(parents=True)
+    before = snapshot(tmp_path)
+
+    done = command(capfd, "clean", "one")
+    assert (done.code, done.err) == (2, "error: say what to delete: --checkpoints, --pairs, or --all\n")
+    monkeypatch.setattr("typer.confirm", lambda question: False)
+    done = command(capfd, "clean", "one", "--checkpoints")
+    assert done.out == "    1.5 kB  runs/one/stages/teach/checkpoints\nnothing was deleted\n"
+    assert snapshot(tmp_path) == before
+
+    assert command(capfd, "clean", "one", "--checkpoints", "--pairs", "--yes").out.endswith("deleted 2 folders\n")
+    assert not run.stage("teach").checkpoints.exists()
+    assert not run.stage("pairs").pairs.exists()
+    assert run.stage("reflow").checkpoints.exists(), "of a stage that is not done: it goes on from there"
+    assert run.student("teach").exists()
+    assert command(capfd, "clean", "one", "--checkpoints", "-y").out == "nothing to delete in runs/one\n"
+    assert command(capfd, "clean", "one", "--all", "-y").code == 0
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_doctor(capfd, tmp_path):
+    done = command(capfd, "doctor", "--json")
+    found = {each["what"]: each for each in json.loads(done.out)}
+    assert done.code == 0
+    assert found["torch"]["state"] == "ok"
+    assert found["store"]["found"] == f"{tmp_path}/runs (not made yet)"
+    assert snapshot(tmp_path) == {}, "it looks, and makes nothing"
+
+
+# --- the environment that a run records ---
+
+
+def test_the_environment_is_recorded(tmp_path):
+    found = environment.record()
+    assert found["distill"] == package.__version__
+    assert found["packages"]["pydantic"]
+    assert found["threads"] >= 1
+    assert environment.git_state(tmp_path) is None
+
+
+# --- the parent of a run ---
+
+FAKE = """
+import os, signal, sys, time
+from pathlib import Path
+folder = Path({folder!r})
+mode = (folder / "mode").read_text()
+def stopped(number, frame):
+    (folder / "signals").open("a").write(signal.Signals(number).name + " ")
+    time.sleep(0.3)
+    sys.exit(75)
+if mode != "deaf":
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, stopped)
+    signal.signal(signal.SIGINT, lambda number, frame: (folder / "signals").open("a").write("SIGINT "))
+from distill.launch import local
+local.watch(int(sys.argv[sys.argv.index("--lifeline") + 1]))
+(folder / "threads").write_text(os.environ["OMP_NUM_THREADS"])
+(folder / "pid").write_text(str(os.getpid()))
+if mode.isdigit():
+    sys.exit(int(mode))
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def fake_stage(tmp_path, monkeypatch):
+    """A process in the place of `distill stage`, that does what the file `mode` says: the parent is what is tested."""
+    run = make(tmp_path / "runs")
+    folder = tmp_path / "fake"
+    (folder / "package" / "distill").mkdir(parents=True)
+    (folder / "stage.py").write_text(FAKE.format(folder=str(folder)))
+    starter = (
+        "import sys, subprocess\nfrom pathlib import Path\nfrom distill.launch import local\n"
+        "from distill.store import RunPaths\n"
+        "real = subprocess.Popen\n"
+        f"stage = {str(folder / 'stage.py')!r}\n"
+        "def popen(command, **options): return real([command[0], stage, *command[4:]], **options)\n"
+        "local.subprocess.Popen = popen\n"
+        f"sys.exit(local.run_stages(RunPaths(Path({str(run.root)!r})), ['teach']))\n"
+    )
+
+    def launch(mode):
+        import subprocess
+
+        (folder / "mode").write_text(mode)
+        (folder / "pid").unlink(missing_ok=True)
+        return subprocess.Popen(
+            [sys.executable, "-c", starter], stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+
+    return folder, launch
+
+
+def alive(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+@pytest.mark.process
+def test_the_parent_returns_the_childs_code_and_sets_its_threads(fake_stage):
+    folder, launch = fake_stage
+    for code in (0, 1, 2, 75):
+        assert launch(str(code)).wait(30) == code
+    assert (folder / "threads").read_text() == "1", "as the run recorded them"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("to_all", [True, False])
+def test_the_parent_passes_signals_on(fake_stage, number, to_all):
+    """A terminal tells both processes of Ctrl-C, a scheduler tells one: either way the child stops once, and saves."""
+    folder, launch = fake_stage
+    parent = launch("listen")
+    assert wait_for((folder / "pid").exists, parent)
+    (os.killpg if to_all else os.kill)(parent.pid, number)
+    assert parent.wait(30) == 75
+    heard = (folder / "signals").read_text().split()
+    assert heard.count("SIGINT") == (1 if to_all and number == signal.SIGINT else 0), "never a second one"
+    expected = "SIGTERM" if number == signal.SIGINT else number.name
+    assert expected in heard
+
+
+@pytest.mark.process
+def test_a_child_that_had_not_begun_counts_as_stopped(fake_stage):
+    folder, launch = fake_stage
+    parent = launch("deaf")
+    assert wait_for((folder / "pid").exists, parent)
+    parent.send_signal(signal.SIGTERM)
+    assert parent.wait(30) == 75
+    assert "stopped before it began; go on with: distill run " in parent.stderr.read()
+
+
+@pytest.mark.process
+def test_a_child_that_was_killed_is_named(fake_stage):
+    folder, launch = fake_stage
+    parent = launch("deaf")
+    assert wait_for((folder / "pid").exists, parent)
+    os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
+    assert parent.wait(30) == 128 + 9
+    assert "error: the process of run 'one' was killed by SIGKILL" in parent.stderr.read()
+
+
+@pytest.mark.process
+def test_a_child_whose_parent_is_killed_stops(fake_stage):
+    folder, launch = fake_stage
+    parent = launch("listen")
+    assert wait_for((folder / "pid").exists, parent)
+    child = int((folder / "pid").read_text())
+    parent.kill()
+    parent.wait(30)
+    deadline = time.monotonic() + 20
+    while alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(child)
+    assert (folder / "signals").read_text() == "SIGTERM ", "it was asked to stop, and could save"
