@@ -1,0 +1,264 @@
+"""Evaluation: teacher and students from the same noise, every sample set made once and used for all columns.
+
+A finished row is kept as a file of its own, keyed by everything its numbers depend on, so that a kill costs one row.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from distill import data as datasets
+from distill import teachers
+from distill.data import DataSet
+from distill.draws import key, sample_noise
+from distill.grids import columns_for, images_png, scatter_png
+from distill.guard import InputError
+from distill.metrics.reference import Reference, of_exact, of_images
+from distill.progress import Progress
+from distill.results import FILE_NAME, Results, Row
+from distill.sampling import Method, blocks, condition, of_student, of_teacher
+from distill.solvers import straightness
+from distill.spec import CheckpointTeacher, EvaluateStage, RunSpec
+from distill.stop import StopRequest
+from distill.store import RunPaths, read_json, write_atomic, write_json
+from distill.teachers import LoadedTeacher
+
+VERSION = 1  # of the measurements: part of a row's key
+PICTURE_ROWS, PICTURE_POINTS = 6, 2000
+STRAIGHTNESS_STEPS, STRAIGHTNESS_SAMPLES = 16, 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One row to measure."""
+
+    network: str
+    role: Literal["teacher", "student"]
+    solver: str
+    steps: int
+    fine: bool = False
+
+    @property
+    def slug(self) -> str:
+        name = "teacher" if self.role == "teacher" else f"student-{self.network}"
+        return f"{name}-{self.solver}-{self.steps}"
+
+
+def plans(stage: EvaluateStage) -> list[Plan]:
+    """The rows of a stage: teacher by Euler, teacher by the fine solver, students."""
+    rows = [Plan("teacher", "teacher", "euler", steps) for steps in stage.teacher_steps]
+    rows.append(_fine(stage))
+    return rows + [Plan(name, "student", "euler", n) for name, steps in stage.students.items() for n in steps]
+
+
+def total(stage: EvaluateStage) -> int:
+    """Samples that the stage makes: the length of its progress."""
+    return stage.samples * len(plans(stage))
+
+
+def evaluate(
+    run: RunPaths, spec: RunSpec, name: str, *, device: torch.device, progress: Progress, stop: StopRequest
+) -> Results:
+    """The evaluate stage `name` of a run: results.json and pictures in its folder."""
+    stage = spec.stages[name]
+    assert isinstance(stage, EvaluateStage)
+    own = None if spec.teacher is None else teachers.load(spec.teacher, device)
+    teacher = _student(run.student(stage.teacher), device) if stage.teacher is not None else own
+    if teacher is None:
+        raise InputError(f"stages.{name}.teacher is not given and the spec has no teacher; name a train stage")
+    data = datasets.load(spec.data, spec.seed)
+    seed = key(spec.seed, name)
+    exact = teacher.exact_data or (own.exact_data if own else None)
+    folder = run.stage(name).root
+    reference = of_exact(exact, stage.samples, seed) if exact and data is None else _of_data(data, teacher, folder)
+    students = {student: _student(run.student(student), device) for student in stage.students}
+    return measure(folder, name, stage, teacher, students, reference, seed, device, progress, stop)
+
+
+def measure(
+    folder: Path,
+    name: str,
+    stage: EvaluateStage,
+    teacher: LoadedTeacher,
+    students: Mapping[str, LoadedTeacher],
+    reference: Reference | None,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+    stop: StopRequest,
+) -> Results:
+    """Measure every row of `stage`; results.json, rows and pictures go to `folder`. Goes on where it was killed."""
+    for student, loaded in students.items():
+        if (loaded.shape, loaded.num_classes) != (teacher.shape, teacher.num_classes):
+            raise InputError(
+                f"student {student} makes samples of shape {list(loaded.shape)} with {loaded.num_classes or 'no'} "
+                f"classes, the teacher {list(teacher.shape)} with {teacher.num_classes or 'no'}; "
+                "compare a student with its own teacher"
+            )
+    for part in ("rows", "pictures"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    work = _Work(folder, stage, teacher, students, reference, seed, device, progress, stop)
+    fine, endpoint = work.fine()
+    rows = [fine if plan.fine else work.row(plan, endpoint) for plan in plans(stage)]
+    results = Results(
+        stage=name,
+        samples=stage.samples,
+        seed=seed,
+        block=stage.block,
+        device=device.type,
+        guidance_scale=stage.guidance_scale,
+        distance=reference.name if reference else None,
+        features=reference.network if reference else None,
+        reference=len(reference.values) if reference else 0,
+        floor=reference.floor if reference else None,
+        vector=len(teacher.shape) == 1,
+        rows=rows,
+    )
+    write_json(folder / FILE_NAME, results.model_dump(mode="json"))
+    work.endpoint_path.unlink(missing_ok=True)
+    return results
+
+
+def _fine(stage: EvaluateStage) -> Plan:
+    return Plan("teacher", "teacher", stage.fine_solver, stage.fine_steps, fine=True)
+
+
+def _student(folder: Path, device: torch.device) -> LoadedTeacher:
+    return teachers.load(CheckpointTeacher(path=str(folder)), device)
+
+
+def _of_data(data: DataSet | None, teacher: LoadedTeacher, folder: Path) -> Reference | None:
+    if data is None:
+        return None
+    if data.shape != teacher.shape:
+        raise InputError(
+            f"data '{data.name}' has samples of shape {list(data.shape)}, the teacher ({teacher.description}) makes "
+            f"{list(teacher.shape)}; evaluate on data of the teacher's shape"
+        )
+    return of_images(data, folder)
+
+
+@dataclass(frozen=True)
+class _Work:
+    folder: Path
+    stage: EvaluateStage
+    teacher: LoadedTeacher
+    students: Mapping[str, LoadedTeacher]
+    reference: Reference | None
+    seed: int
+    device: torch.device
+    progress: Progress
+    stop: StopRequest
+
+    @property
+    def endpoint_path(self) -> Path:
+        return self.folder / "endpoint.safetensors"
+
+    def fine(self) -> tuple[Row, Tensor]:
+        """The row of the fine solver and its samples [N, ...], which are kept until all rows are measured."""
+        plan, path = _fine(self.stage), self.endpoint_path
+        kept, stamp = self._kept(plan), {"key": self._key(plan)}
+        if kept is not None and path.exists():
+            with safetensors.safe_open(path, framework="pt") as file:
+                if file.metadata() == stamp:
+                    self._skip()
+                    return kept, load_file(path)["samples"]
+        samples, seconds = self._samples(plan)
+        write_atomic(path, save({"samples": samples}, metadata=stamp))
+        return self._measure(plan, samples, seconds, samples), samples
+
+    def row(self, plan: Plan, endpoint: Tensor) -> Row:
+        """A row, measured now or by an earlier process."""
+        kept = self._kept(plan)
+        if kept is None:
+            return self._measure(plan, *self._samples(plan), endpoint)
+        self._skip()
+        return kept
+
+    def _skip(self) -> None:
+        self.progress.start(self.progress.done + self.stage.samples)
+
+    def _network(self, plan: Plan) -> LoadedTeacher:
+        return self.teacher if plan.role == "teacher" else self.students[plan.network]
+
+    def _method(self, plan: Plan, steps: int) -> Method:
+        if plan.role == "teacher":
+            return of_teacher(self.teacher, plan.solver, steps, self.stage.guidance_scale)
+        return of_student(self.students[plan.network], steps)
+
+    def _samples(self, plan: Plan) -> tuple[Tensor, float]:
+        """All samples of a row, and the mean seconds for one."""
+        network, block = self._network(plan), self.stage.block
+        for _ in blocks(self._method(plan, 1), network, seed=self.seed, count=1, block=block, device=self.device):
+            pass  # the first call pays for allocations and the choice of kernels; the rate should not
+        method, before = self._method(plan, plan.steps), self.progress.done
+        found, seconds = [], 0.0
+        for made in blocks(method, network, seed=self.seed, count=self.stage.samples, block=block, device=self.device):
+            found.append(made.samples)
+            seconds += made.seconds * len(made.samples)
+            self.progress.update(before + sum(map(len, found)), {})
+            self.stop.raise_if_requested("the finished rows of the evaluation")
+        return torch.cat(found), seconds / self.stage.samples
+
+    def _measure(self, plan: Plan, samples: Tensor, seconds: float, endpoint: Tensor) -> Row:
+        laws = self.reference.measure(samples) if self.reference else {}
+        picture = Path("pictures") / f"{plan.slug}.png"
+        write_atomic(self.folder / picture, self._picture(plan, samples))
+        row = Row(
+            network=plan.network,
+            role=plan.role,
+            solver=plan.solver,
+            steps=plan.steps,
+            fine=plan.fine,
+            nfe=self._method(plan, plan.steps).nfe,
+            distance=laws.get("distance"),
+            kid=laws.get("kid"),
+            precision=laws.get("precision"),
+            recall=laws.get("recall"),
+            rms=(samples.double() - endpoint.double()).square().mean().sqrt().item(),
+            images_per_second=1 / seconds,
+            straightness=self._straightness(plan),
+            picture=picture.as_posix(),
+        )
+        write_json(self._path(plan), {"key": self._key(plan), "row": row.model_dump(mode="json")})
+        return row
+
+    def _straightness(self, plan: Plan) -> float:
+        """Of the network's own paths, by a fixed number of Euler steps over the first samples."""
+        network = self._network(plan)
+        field = network.guided(self.stage.guidance_scale) if plan.role == "teacher" else network.field
+        indices = range(min(STRAIGHTNESS_SAMPLES, self.stage.samples))
+        noise = sample_noise(self.seed, indices, network.shape).to(self.device)
+        return straightness(field, noise, condition(network, indices, self.device), STRAIGHTNESS_STEPS)
+
+    def _picture(self, plan: Plan, samples: Tensor) -> bytes:
+        if samples.ndim == 2:
+            return scatter_png(samples[:PICTURE_POINTS], self.reference.points if self.reference else None)
+        columns = columns_for(10 * PICTURE_ROWS, self._network(plan).num_classes)
+        return images_png(samples[: columns * PICTURE_ROWS], columns)
+
+    def _path(self, plan: Plan) -> Path:
+        return self.folder / "rows" / f"{plan.slug}.json"
+
+    def _key(self, plan: Plan) -> str:
+        """Everything that the numbers of a row depend on."""
+        stage, reference = self.stage, self.reference
+        facts = [VERSION, stage.samples, stage.block, self.seed, self.device.type, stage.guidance_scale, repr(plan)]
+        facts += [self.teacher.digest, self._network(plan).digest, repr(_fine(stage))]
+        facts += [reference.identity if reference else None]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def _kept(self, plan: Plan) -> Row | None:
+        path = self._path(plan)
+        if not path.exists():
+            return None
+        kept = read_json(path)
+        return Row.model_validate(kept["row"]) if kept["key"] == self._key(plan) else None

@@ -1,0 +1,1 @@
+"""Distances between sample sets, and the features some of them need."""

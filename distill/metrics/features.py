@@ -1,0 +1,142 @@
+"""Features of images: a small classifier trained on the run's own data, which names the distance "FD-<data>".
+
+Labelled data: its classes. Unlabelled data: which of four rotations was applied (Gidaris et al. 2018, arXiv
+1803.07728). Training is on the CPU, keyed by the data alone, and cached: every run on the same data measures with the
+same network. It takes seconds, needs no download, and sees what matters in these data; its values can be compared only
+with values of the same name.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distill.data import DataSet
+from distill.draws import key, permutation
+from distill.store import write_atomic
+
+VERSION = 1  # of the network and its training: part of the cache's key
+DIM = 64
+BATCH = 128
+TRAIN_IMAGES = 40_000
+HELD_OUT = 10  # every tenth image measures the accuracy
+MAX_HELD_OUT = 6_000
+MAX_REFERENCE = 60_000
+CHUNK = 512
+LEARNING_RATE = 8e-3
+
+
+class Classifier(nn.Module):
+    """Convolutions down to 4x4, a layer of DIM features, one linear layer of logits."""
+
+    def __init__(self, channels: int, side: int, classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(channels, 32, 3, stride=2 if side > 16 else 1, padding=1), nn.SiLU()]
+        side, width = -(-side // 2) if side > 16 else side, 32
+        while side > 4:
+            layers += [nn.Conv2d(width, 64, 3, stride=2, padding=1), nn.SiLU()]
+            side, width = -(-side // 2), 64
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * side * side, DIM), nn.SiLU())
+        self.head = nn.Linear(DIM, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1] -> logits [B, classes]."""
+        return self.head(self.trunk(images))
+
+
+@dataclass(frozen=True)
+class Features:
+    """A trained feature network and the features of the real data."""
+
+    name: str  # "FD-digits"
+    digest: str  # of the data and the recipe of the network
+    task: str  # "classes" | "rotations"
+    accuracy: float  # of the classifier, on held-out images
+    network: Classifier
+    reference: Tensor  # [N, DIM] float32, in an order that any first part represents the whole
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images [N, C, H, W], clamped to [-1, 1] as a viewer sees them -> features [N, DIM] on the CPU."""
+        return _features(self.network, images)
+
+
+def prepare(data: DataSet, folder: Path) -> Features:
+    """The feature network of `data`, from `folder` if it is there, else trained and put there."""
+    digest = hashlib.sha256(f"{VERSION}/{data.digest}".encode()).hexdigest()[:16]
+    path = folder / f"features-{digest}.safetensors"
+    task = "classes" if data.num_classes else "rotations"
+    channels, side, _ = data.shape
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(key("features", digest))
+        network = Classifier(channels, side, data.num_classes or 4)
+    if path.exists():
+        tensors = load_file(path)
+        with safetensors.safe_open(path, framework="pt") as file:
+            accuracy = float(file.metadata()["accuracy"])
+    else:
+        accuracy = _train(network, data, digest)
+        chunks = _chunks(permutation(len(data), "reference", digest)[:MAX_REFERENCE].tolist())
+        reference = torch.cat([_features(network, data.items(0, indices)[0]) for indices in chunks])
+        tensors = {**network.state_dict(), "reference": reference}
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, save(tensors, metadata={"accuracy": repr(accuracy)}))
+    reference = tensors.pop("reference")
+    network.load_state_dict(tensors)
+    return Features(f"FD-{data.name}", digest, task, accuracy, network.eval(), reference)
+
+
+def _features(network: Classifier, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([network.trunk(rows.float().cpu().clamp(-1, 1)) for rows in images.split(CHUNK)])
+
+
+def _chunks(indices: list[int]) -> Iterator[list[int]]:
+    for start in range(0, len(indices), CHUNK):
+        yield indices[start : start + CHUNK]
+
+
+def _train(network: Classifier, data: DataSet, digest: str) -> float:
+    """Train in place; accuracy on the images that were held out."""
+    order = permutation(len(data), "features", digest)
+    is_held_out = torch.arange(len(data)) % HELD_OUT == 0
+    train, held_out = order[~is_held_out], order[is_held_out]
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=1e-2)
+    steps = TRAIN_IMAGES // BATCH
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    for images, labels in _stream(data, train, steps, digest):
+        loss = F.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    right = total = 0
+    with torch.no_grad():
+        for indices in _chunks(held_out[:MAX_HELD_OUT].tolist()):
+            images, labels = _with_task(*data.items(0, indices))
+            right += int((network(images).argmax(1) == labels).sum())
+            total += len(labels)
+    return right / total
+
+
+def _stream(data: DataSet, indices: Tensor, steps: int, digest: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """`steps` full batches over keyed epochs; a set smaller than a batch is one batch."""
+    size = min(BATCH, len(indices))
+    per_epoch = len(indices) // size
+    for step in range(steps):
+        epoch, position = divmod(step, per_epoch)
+        if position == 0:
+            order = indices[permutation(len(indices), "features", digest, epoch)]
+        yield _with_task(*data.items(epoch, order[position * size : (position + 1) * size].tolist()))
+
+
+def _with_task(images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    if labels is not None:
+        return images, labels
+    turns = torch.arange(len(images)) % 4
+    return torch.stack([image.rot90(int(k), (1, 2)) for image, k in zip(images, turns, strict=True)]), turns

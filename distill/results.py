@@ -1,0 +1,150 @@
+"""What an evaluation found, as data and as a table. No torch here."""
+
+from typing import Literal
+
+from pydantic import Field
+from rich.table import Table
+
+from distill.guard import InputError
+from distill.spec import Frozen
+from distill.store import RunPaths, StagePaths
+
+FILE_NAME = "results.json"
+
+
+class Row(Frozen):
+    """One way to make samples, measured."""
+
+    network: str
+    """"teacher", or the name of a student"""
+    role: Literal["teacher", "student"]
+    solver: str
+    steps: int
+    fine: bool = False
+    """the solver whose endpoint counts as the teacher's own"""
+    nfe: int
+    """network evaluations per sample, guidance counted"""
+    distance: float | None
+    """the distance that `Results.distance` names; null: no reference"""
+    kid: float | None
+    precision: float | None
+    recall: float | None
+    rms: float
+    """root mean square difference to the teacher's fine endpoint from the same noise"""
+    images_per_second: float
+    """generation alone"""
+    straightness: float
+    """of the network's own paths, 0 = straight; the same in all rows of a network"""
+    picture: str
+    """file of the first samples, beside the results"""
+
+    @property
+    def label(self) -> str:
+        """For people: teacher, heun 16."""
+        return f"{self.network}, {self.solver}" if self.role == "teacher" else self.network
+
+
+class FeatureNet(Frozen):
+    """The network whose features the Frechet distance compares."""
+
+    task: str
+    accuracy: float
+    dim: int
+
+
+class Results(Frozen):
+    """The content of results.json."""
+
+    format: Literal[1] = 1
+    stage: str
+    samples: int
+    """per row"""
+    seed: int
+    block: int
+    device: str
+    guidance_scale: float
+    distance: str | None
+    """FD-<data>, SW2, or null where there is nothing to compare with"""
+    features: FeatureNet | None
+    reference: int
+    """samples of the real data, or exact samples, compared with"""
+    floor: float | None = None
+    """distance of two sets of exact samples"""
+    vector: bool
+    rows: list[Row] = Field(min_length=1)
+
+    def row(self, network: str, steps: int, *, fine: bool = False) -> Row:
+        """The row of a network at a number of steps."""
+        for row in self.rows:
+            if (row.network, row.steps, row.fine) == (network, steps, fine):
+                return row
+        raise InputError(
+            f"no row for {network} at {steps} steps; there are {[(r.network, r.steps) for r in self.rows]}"
+        )
+
+
+def load(stage: StagePaths) -> Results | None:
+    """The results of an evaluate stage, once it has any."""
+    path = stage.root / FILE_NAME
+    return Results.model_validate_json(path.read_bytes()) if path.exists() else None
+
+
+def of_run(run: RunPaths) -> dict[str, Results]:
+    """Results by stage, of the stages that have any, in the order of their names."""
+    found = {
+        path.parent.name: load(run.stage(path.parent.name)) for path in sorted(run.root.glob(f"stages/*/{FILE_NAME}"))
+    }
+    return {name: results for name, results in found.items() if results is not None}
+
+
+def number(value: float | None) -> str:
+    """Four digits at most, so that columns can be compared by eye."""
+    if value is None:
+        return "-"
+    if value != 0 and abs(value) < 1e-4:
+        return f"{value:.1e}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) < 1 else f"{value:.2f}"
+
+
+def columns(results: Results) -> list[str]:
+    """Heads of the numbers of a row, in the order of `cells`."""
+    distance = [results.distance, "KID", "precision", "recall"] if results.distance else []
+    return ["NFE", *distance, "RMS to teacher", "samples/s" if results.vector else "images/s"]
+
+
+def cells(results: Results, row: Row) -> list[str]:
+    """The numbers of a row, as text."""
+    measured = [number(v) for v in (row.distance, row.kid, row.precision, row.recall)] if results.distance else []
+    return [str(row.nfe), *measured, number(row.rms), f"{row.images_per_second:,.0f}"]
+
+
+def describe(results: Results) -> str:
+    """What the numbers are of, in one sentence or two."""
+    said = [f"{results.samples:,} samples a row, noise seed {results.seed}"]
+    net = results.features
+    if net is not None:
+        said.append(
+            f"{results.distance}: Frechet distance to {results.reference:,} real images, {net.dim} features of a "
+            f"classifier of {net.task} ({net.accuracy:.1%} right on held-out images)"
+        )
+    elif results.distance is not None:
+        floor = f"; {number(results.floor)} between two exact sets" if results.floor is not None else ""
+        said.append(f"{results.distance}: sliced Wasserstein-2 to {results.reference:,} exact samples{floor}")
+    return ". ".join(said) + "."
+
+
+def table(results: Results) -> Table:
+    """The results as a table for a terminal."""
+    shown = Table(title=f"evaluation '{results.stage}'", caption=describe(results), title_justify="left")
+    shown.add_column("network")
+    shown.add_column("steps", justify="right")
+    for name in columns(results):
+        shown.add_column(name, justify="right")
+    previous = results.rows[0].network
+    for row in results.rows:
+        if row.network != previous:
+            shown.add_section()
+        previous = row.network
+        style = "bold" if row.role == "student" else None
+        shown.add_row(row.label, str(row.steps), *cells(results, row), style=style)
+    return shown

@@ -1,0 +1,148 @@
+"""Samples of teachers and students from noise that depends on (seed, index) alone, made in blocks."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from distill import teachers
+from distill.draws import sample_labels, sample_noise
+from distill.grids import columns_for, images_png, scatter_png
+from distill.guard import InputError, RunError
+from distill.protocols import Cond
+from distill.samplers import euler
+from distill.solvers import SOLVERS
+from distill.solvers import sample as solve
+from distill.spec import CheckpointTeacher
+from distill.store import write_atomic
+from distill.teachers import LoadedTeacher
+from distill.times import uniform_grid
+
+Generate = Callable[[Tensor, Cond], Tensor]  # noise [B, ...] and its condition -> samples [B, ...]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to make samples, and what it costs."""
+
+    generate: Generate
+    nfe: int  # network evaluations per sample, guidance counted
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive samples, and the seconds that it took to make one of them."""
+
+    samples: Tensor  # [n, ...] on the CPU, as the last step left them
+    seconds: float
+
+
+def of_teacher(teacher: LoadedTeacher, solver: str, steps: int, guidance_scale: float) -> Method:
+    """The teacher's ODE by a solver."""
+    field = teacher.guided(guidance_scale)
+
+    def generate(noise: Tensor, cond: Cond) -> Tensor:
+        return solve(field, noise, cond, solver=solver, steps=steps)
+
+    return Method(generate, SOLVERS[solver].nfe(steps) * (1 if guidance_scale == 1 else 2))
+
+
+def of_student(student: LoadedTeacher, steps: int) -> Method:
+    """A student by the sampler that its folder ships."""
+    t_grid = uniform_grid(steps)
+
+    def generate(noise: Tensor, cond: Cond) -> Tensor:
+        with torch.no_grad():
+            return euler.sample(student.field, noise, t_grid, cond)
+
+    return Method(generate, steps)
+
+
+def blocks(
+    method: Method, like: LoadedTeacher, *, seed: int, count: int, block: int, device: torch.device
+) -> Iterator[Block]:
+    """Samples 0 to count - 1, `block` at a time, in the shape and with the classes of `like`.
+
+    The last block is filled up with further indices that are thrown away: a sample's numbers must not depend on how
+    many were asked for.
+    """
+    for start in range(0, count, block):
+        indices = range(start, start + block)
+        noise = sample_noise(seed, indices, like.shape).to(device)
+        cond = condition(like, indices, device)
+        _wait(device)
+        before = time.perf_counter()
+        samples = method.generate(noise, cond)
+        _wait(device)
+        seconds = (time.perf_counter() - before) / block
+        samples = samples[: count - start].cpu()
+        if not samples.isfinite().all():
+            bad = start + int((~samples.isfinite()).flatten(1).any(1).nonzero()[0])
+            raise RunError(f"sample {bad} of {like.description} holds numbers that are not finite")
+        yield Block(samples, seconds)
+
+
+def condition(network: LoadedTeacher, indices: Sequence[int], device: torch.device) -> Cond:
+    """Classes by index, in turn; nothing for an unconditional network."""
+    if network.num_classes is None:
+        return {}
+    return {"class_labels": sample_labels(indices, network.num_classes).to(device)}
+
+
+def sample(
+    folder: Path,
+    out: Path,
+    *,
+    steps: int,
+    seed: int,
+    count: int,
+    labels: Sequence[int] | None,
+    device: torch.device,
+) -> None:
+    """Samples of a student folder as a picture (.png), or as noise, samples and labels (.safetensors).
+
+    labels: one class, one for each sample, or None for all classes in turn.
+    """
+    if out.suffix not in (".png", ".safetensors"):
+        raise InputError(f"--out {out}: the name must end in .png (a picture) or .safetensors (the numbers)")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: {out.absolute().parent} is not a folder; create it first")
+    student = teachers.load(CheckpointTeacher(path=str(folder)), device)
+    noise = sample_noise(seed, range(count), student.shape)
+    classes = _labels(student, count, labels)
+    cond = {} if classes is None else {"class_labels": classes.to(device)}
+    samples = of_student(student, steps).generate(noise.to(device), cond).cpu()
+    if not samples.isfinite().all():
+        raise RunError(f"{folder} makes numbers that are not finite; nothing was written")
+    if out.suffix == ".safetensors":
+        tensors = {"latents": noise, "samples": samples.contiguous()}
+        write_atomic(out, save(tensors if classes is None else {**tensors, "class_labels": classes}))
+    elif samples.ndim == 4:
+        columns = columns_for(count, student.num_classes if labels is None else None)
+        write_atomic(out, images_png(samples, min(columns, count)))
+    else:
+        write_atomic(out, scatter_png(samples, None))
+
+
+def _labels(student: LoadedTeacher, count: int, labels: Sequence[int] | None) -> Tensor | None:
+    if student.num_classes is None:
+        if labels is not None:
+            raise InputError("--class was given, but this student is unconditional; leave it out")
+        return None
+    if labels is None:
+        return sample_labels(range(count), student.num_classes)
+    if len(labels) not in (1, count):
+        raise InputError(f"{len(labels)} classes for {count} samples; give one class, or one for each sample")
+    wrong = sorted({label for label in labels if not 0 <= label < student.num_classes})
+    if wrong:
+        raise InputError(f"class {wrong[0]} does not exist; this student knows 0 to {student.num_classes - 1}")
+    return torch.tensor(list(labels) if len(labels) == count else [labels[0]] * count, dtype=torch.int64)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

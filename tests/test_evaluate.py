@@ -1,0 +1,357 @@
+"""Evaluation: known answers for a teacher in closed form, one noise for all rows, and a kill costs one row."""
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import load_file
+
+from distill import evaluate as evaluation
+from distill import results, sampling
+from distill.card import StudentCard
+from distill.draws import key, sample_labels, sample_noise
+from distill.evaluate import evaluate, total
+from distill.export import export
+from distill.grids import columns_for, images_png, scatter_png
+from distill.guard import InputError, RunError, Stopped
+from distill.metrics import features
+from distill.progress import Progress
+from distill.spec import CheckpointTeacher, RunSpec, UNetSpec
+from distill.stop import StopRequest
+from distill.store import RunPaths
+from distill.students.networks import build
+from distill.students.velocity import VelocityStudent
+from distill.students.velocity_mlp import VelocityMLP
+from distill.teachers import load
+
+CPU = torch.device("cpu")
+STD, MEAN = 0.5, [1.0, -2.0]
+
+
+def card(shape: tuple[int, ...], classes: int | None) -> StudentCard:
+    return StudentCard(
+        name="s", recipe="reflow/reflow", spec_digest="0" * 64, teacher_digest=None, num_classes=classes,
+        null_class=classes, shape=shape, weights="raw", images=1,
+    )  # fmt: skip
+
+
+def one_step_student() -> VelocityStudent:
+    """The exact velocity at t = 1 of the straight coupling: data = MEAN + STD noise, so v = noise - data there."""
+    network = VelocityMLP(dim=2, width=4, depth=1)
+    for parameter in network.parameters():
+        parameter.data.zero_()
+    # SiLU(a) - SiLU(-a) = a for every a: a linear layer of width 4 passes both coordinates through
+    with torch.no_grad():
+        for i in range(2):
+            network.layers[0].weight[2 * i, i], network.layers[0].weight[2 * i + 1, i] = 1, -1
+            network.layers[2].weight[i, 2 * i], network.layers[2].weight[i, 2 * i + 1] = 1 - STD, STD - 1
+            network.layers[2].bias[i] = -MEAN[i]
+    return VelocityStudent(network)
+
+
+def vector_spec(**changes) -> RunSpec:
+    stage = {"kind": "evaluate", "students": {"exact": [1, 2]}, "teacher_steps": [1, 8], "samples": 300, "block": 100}
+    return RunSpec.model_validate(
+        {
+            "name": "r",
+            "teacher": {"kind": "gaussian", "mean": MEAN, "std": [STD, STD]},
+            "stages": {"evaluate": {**stage, "fine_steps": 32, **changes}},
+        }
+    )
+
+
+@pytest.fixture
+def vector_run(tmp_path) -> RunPaths:
+    run = RunPaths(tmp_path / "r")
+    export(one_step_student(), run.student("exact"), card((2,), None))
+    return run
+
+
+def go(run: RunPaths, spec: RunSpec, stop: StopRequest | None = None) -> results.Results:
+    run.stage("evaluate").root.mkdir(parents=True, exist_ok=True)
+    stage = spec.stages["evaluate"]
+    with Progress("evaluate", total(stage), "samples", run) as progress:
+        found = evaluate(run, spec, "evaluate", device=CPU, progress=progress, stop=stop or StopRequest())
+        assert progress.done == total(stage)
+    return found
+
+
+def test_gaussian_teacher_has_its_known_numbers(vector_run):
+    found = go(vector_run, vector_spec())
+    assert [(row.network, row.steps, row.nfe) for row in found.rows] == [
+        ("teacher", 1, 1), ("teacher", 8, 8), ("teacher", 32, 63), ("exact", 1, 1), ("exact", 2, 2),
+    ]  # fmt: skip
+    one, eight, fine = found.row("teacher", 1), found.row("teacher", 8), found.row("teacher", 32, fine=True)
+    student = found.row("exact", 1)
+    assert fine.rms == 0
+    # One Euler step of a Gaussian's velocity goes to the mean: x = MEAN, whatever the noise. The ODE's own end is
+    # MEAN + STD noise.
+    noise = sample_noise(key(0, "evaluate"), range(300), (2,))
+    assert one.rms == pytest.approx((STD * noise).double().square().mean().sqrt().item(), rel=0.01)
+    assert one.recall == 0
+    assert student.rms < 2e-3, "the student knows the coupling exactly; what is left is the fine solver's error"
+    assert eight.rms > 10 * student.rms
+    # Straightness of the Gaussian's ODE: per coordinate STD (2 - pi/2); the straight student's is 0 for its own steps
+    assert one.straightness == fine.straightness == pytest.approx(STD * (2 - math.pi / 2), rel=0.15)
+    assert found.distance == "SW2"
+    assert found.floor is not None
+    assert student.distance < 3 * found.floor + 0.02
+    assert one.distance == pytest.approx(STD, rel=0.2)  # of a point from N(., STD^2)
+    assert abs(student.kid) < abs(one.kid) / 5
+    assert found.vector
+    on_disk = results.load(vector_run.stage("evaluate"))
+    assert on_disk == found
+    assert results.of_run(vector_run) == {"evaluate": found}
+
+
+def test_samples_do_not_depend_on_the_block_and_rows_share_their_noise(vector_run):
+    teacher = load(vector_spec().teacher, CPU)
+    method = sampling.of_teacher(teacher, "euler", 4, 1.0)
+    whole, parts = (
+        torch.cat([b.samples for b in sampling.blocks(method, teacher, seed=3, count=10, block=n, device=CPU)])
+        for n in (10, 4)
+    )
+    torch.testing.assert_close(whole, parts, atol=1e-6, rtol=0)
+    noise = sample_noise(3, range(10), (2,))
+    torch.testing.assert_close(whole, sampling.of_teacher(teacher, "euler", 4, 1.0).generate(noise, {}))
+
+
+def test_a_stop_costs_one_row_and_the_rest_is_the_same(vector_run, tmp_path):
+    spec, folder = vector_spec(), vector_run.stage("evaluate").root
+    undisturbed = go(vector_run, spec)
+    for left in ("results.json", "rows/student-exact-euler-2.json"):
+        (folder / left).unlink()
+    kept = {path.name: path.stat().st_mtime_ns for path in (folder / "rows").iterdir()}
+    request = StopRequest()
+    request.signal = "SIGTERM"
+    with pytest.raises(Stopped, match="SIGTERM; saved: the finished rows of the evaluation"):
+        go(vector_run, spec, request)  # the endpoint was dropped at the end: it is made again
+    assert not (folder / "results.json").exists()
+    again = go(vector_run, spec)
+    changed = {p.name for p in (folder / "rows").iterdir() if kept.get(p.name) != p.stat().st_mtime_ns}
+    assert changed == {"teacher-heun-32.json", "student-exact-euler-2.json"}
+    assert [timeless(row) for row in again.rows] == [timeless(row) for row in undisturbed.rows]
+    assert not (folder / "endpoint.safetensors").exists()
+
+
+def test_a_row_is_measured_again_when_its_student_changes(vector_run):
+    before = go(vector_run, vector_spec())
+    changed = one_step_student()
+    with torch.no_grad():
+        changed.network.layers[2].bias[0] += 1
+    export(changed, vector_run.student("exact"), card((2,), None))
+    after = go(vector_run, vector_spec())
+    assert timeless(after.row("teacher", 8)) == timeless(before.row("teacher", 8))
+    assert after.row("exact", 1).rms == pytest.approx(math.sqrt(0.5), rel=0.01)
+
+
+def timeless(row: results.Row) -> dict:
+    return row.model_dump(exclude={"images_per_second"})
+
+
+def test_student_that_makes_no_numbers_is_named(vector_run):
+    teacher = load(CheckpointTeacher(path=str(vector_run.student("exact"))), CPU)
+    teacher.network.layers[2].bias.data[1] = float("inf")
+    blocks = sampling.blocks(sampling.of_student(teacher, 1), teacher, seed=0, count=4, block=4, device=CPU)
+    with pytest.raises(RunError, match="sample 0 of VelocityMLP from .* holds numbers that are not finite"):
+        next(blocks)
+
+
+def test_guided_teacher_counts_twice():
+    network = build(UNetSpec(kind="unet", channels=[8]), (1, 8, 8), 2, 0)
+    student = VelocityStudent(network)
+    teacher = load_student(student, (1, 8, 8), 2)
+    assert sampling.of_teacher(teacher, "heun", 4, 2.0).nfe == 14
+    assert sampling.of_teacher(teacher, "heun", 4, 1.0).nfe == 7
+
+
+def load_student(student: VelocityStudent, shape, classes):
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        export(student, Path(folder) / "s", card(shape, classes))
+        return load(CheckpointTeacher(path=str(Path(folder) / "s")), CPU)
+
+
+# --- images ---
+
+
+@pytest.fixture(scope="module")
+def image_run(tmp_path_factory):
+    """A run whose teach and student stages are untrained networks of digits."""
+    run = RunPaths(tmp_path_factory.mktemp("images") / "r")
+    for name, seed in (("teach", 0), ("student", 1)):
+        export(
+            VelocityStudent(build(UNetSpec(kind="unet", channels=[8]), (1, 8, 8), 10, seed)),
+            run.student(name),
+            card((1, 8, 8), 10),
+        )
+    spec = RunSpec.model_validate(
+        {
+            "name": "r",
+            "data": {"kind": "digits"},
+            "stages": {
+                "evaluate": {
+                    "kind": "evaluate", "teacher": "teach", "students": {"student": [1]}, "teacher_steps": [1],
+                    "fine_steps": 2, "samples": 70, "block": 32,
+                }
+            },
+        }
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "TRAIN_IMAGES", 12_800)
+        return run, spec, go(run, spec)
+
+
+def test_images_are_compared_by_named_features(image_run):
+    run, _, found = image_run
+    assert found.distance == "FD-digits"
+    assert found.features.accuracy > 0.9
+    assert found.reference == 1797
+    for row in found.rows:
+        assert row.distance > 100, "untrained networks make no digits"
+        assert 0 <= row.precision <= 1
+    assert (
+        "FD-digits: Frechet distance to 1,797 real images, 64 features of a classifier of classes"
+        in results.describe(found)
+    )
+
+
+def test_pictures_show_the_first_samples_in_columns_of_classes(image_run):
+    run, spec, found = image_run
+    row = found.row("student", 1)
+    sheet = np.asarray(Image.open(run.stage("evaluate").root / row.picture))
+    assert sheet.shape == (6 * 9 - 1, 10 * 9 - 1)
+    student = load(CheckpointTeacher(path=str(run.student("student"))), CPU)
+    noise = sample_noise(found.seed, range(32), (1, 8, 8))
+    with torch.no_grad():
+        images = sampling.of_student(student, 1).generate(noise, {"class_labels": sample_labels(range(32), 10)})
+    expected = ((images[13, 0] / 2 + 0.5).clamp(0, 1) * 255).round().numpy()
+    np.testing.assert_allclose(sheet[9:17, 27:35].astype(float), expected, atol=1)  # sample 13: row 1, column 3
+
+
+def test_table_has_a_line_for_every_row_and_says_what_was_measured(image_run):
+    _, _, found = image_run
+    console = Console(width=140, record=True, file=io.StringIO())
+    console.print(results.table(found))
+    text = console.export_text()
+    for word in ("NFE", "FD-digits", "KID", "precision", "recall", "RMS to teacher", "images/s", "teacher, heun"):
+        assert word in text
+    assert "70 samples a row" in text
+    assert results.number(0.00001234) == "1.2e-05"
+    assert [results.number(v) for v in (None, 1481.3, 10.123, 0.98765, 0.0)] == ["-", "1481", "10.12", "0.9877", "0"]
+
+
+def test_what_does_not_fit_is_refused(image_run, vector_run):
+    run, spec, _ = image_run
+    other = RunSpec.model_validate({**spec.model_dump(), "data": {"kind": "none"}})
+    found = go(RunPaths(run.root), other)
+    assert found.distance is None
+    assert found.rows[0].distance is None
+    assert results.columns(found) == ["NFE", "RMS to teacher", "images/s"]
+    teacher = load(CheckpointTeacher(path=str(run.student("teach"))), CPU)
+    students = {"vectors": load(CheckpointTeacher(path=str(vector_run.student("exact"))), CPU)}
+    with (
+        Progress("x", 1, "samples", None) as progress,
+        pytest.raises(
+            InputError,
+            match=r"student vectors makes samples of shape \[2\] with no classes, the teacher \[1, 8, 8\] with 10",
+        ),
+    ):
+        evaluation.measure(
+            run.root, "x", spec.stages["evaluate"], teacher, students, None, 0, CPU, progress, StopRequest()
+        )
+    with pytest.raises(InputError, match="no row for student at 3 steps"):
+        found.row("student", 3)
+
+
+def test_evaluation_without_a_teacher_is_refused(vector_run):
+    spec = RunSpec.model_validate({"name": "r", "stages": {"evaluate": {"kind": "evaluate", "students": {}}}})
+    with pytest.raises(InputError, match=r"stages.evaluate.teacher is not given and the spec has no teacher"):
+        go(vector_run, spec)
+
+
+# --- distill sample ---
+
+
+def test_sample_is_what_plain_diffusers_makes(image_run, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    run, _, _ = image_run
+    folder = run.student("student")
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    for steps in (1, 2, 4):
+        out = tmp_path / f"{steps}.safetensors"
+        sampling.sample(folder, out, steps=steps, seed=7, count=12, labels=None, device=CPU)
+        found = load_file(out)
+        theirs = pipeline(steps, found["class_labels"], latents=found["latents"], output_type="pt").images
+        assert (theirs - found["samples"]).abs().max() <= 1e-5
+    sampling.sample(folder, tmp_path / "g.png", steps=1, seed=7, count=20, labels=None, device=CPU)
+    assert Image.open(tmp_path / "g.png").size == (10 * 9 - 1, 2 * 9 - 1)
+    sampling.sample(folder, tmp_path / "c.safetensors", steps=1, seed=7, count=3, labels=[4], device=CPU)
+    assert load_file(tmp_path / "c.safetensors")["class_labels"].tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("out", "labels", "message"),
+    [
+        ("grid.jpg", None, r"the name must end in .png \(a picture\) or .safetensors"),
+        ("nowhere/grid.png", None, "nowhere is not a folder; create it first"),
+        ("grid.png", [10], "class 10 does not exist; this student knows 0 to 9"),
+        ("grid.png", [1, 2], "2 classes for 3 samples; give one class, or one for each sample"),
+    ],
+)
+def test_sample_refuses_what_cannot_work(image_run, tmp_path, out, labels, message):
+    with pytest.raises(InputError, match=message):
+        sampling.sample(
+            image_run[0].student("student"), tmp_path / out, steps=1, seed=0, count=3, labels=labels, device=CPU
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sample_of_vectors(vector_run, tmp_path):
+    folder = vector_run.student("exact")
+    sampling.sample(folder, tmp_path / "v.png", steps=1, seed=0, count=50, labels=None, device=CPU)
+    assert Image.open(tmp_path / "v.png").size == (720, 720)
+    sampling.sample(folder, tmp_path / "v.safetensors", steps=1, seed=0, count=50, labels=None, device=CPU)
+    found = load_file(tmp_path / "v.safetensors")
+    torch.testing.assert_close(found["samples"], torch.tensor(MEAN) + STD * found["latents"], atol=1e-5, rtol=0)
+    with pytest.raises(InputError, match="--class was given, but this student is unconditional"):
+        sampling.sample(folder, tmp_path / "v.png", steps=1, seed=0, count=2, labels=[0], device=CPU)
+
+
+# --- pictures ---
+
+
+def test_grid_places_images_row_by_row_clamped():
+    images = torch.tensor([-2.0, -1.0, 0.0, 1.0, 5.0])[:, None, None, None].expand(5, 1, 3, 2)
+    sheet = np.asarray(Image.open(io.BytesIO(images_png(images, 3))))
+    assert sheet.shape == (7, 8)
+    assert [sheet[0, 0], sheet[0, 3], sheet[0, 6], sheet[4, 0], sheet[4, 3]] == [0, 0, 128, 255, 255]
+    assert (sheet[3] == 255).all(), "a white gap"
+    colour = torch.zeros(1, 3, 2, 2)
+    colour[0, 0] = 1
+    assert Image.open(io.BytesIO(images_png(colour, 1))).getpixel((0, 0)) == (255, 128, 128)
+    with pytest.raises(ValueError, match="images have 4 channels"):
+        images_png(torch.zeros(1, 4, 2, 2), 1)
+    assert images_png(images, 3) == images_png(images, 3)
+    assert (columns_for(60, 10), columns_for(60, None), columns_for(9, 1000), columns_for(1, None)) == (10, 8, 3, 1)
+
+
+def test_scatter_of_one_dimension_and_several():
+    for dim in (1, 2, 5):
+        png = scatter_png(torch.randn(40, dim), torch.randn(40, dim))
+        assert Image.open(io.BytesIO(png)).size == (720, 720)
+        assert scatter_png(torch.zeros(4, dim), None) == scatter_png(torch.zeros(4, dim), None)
+
+
+def test_rows_on_disk_are_plain_json(image_run):
+    run, _, found = image_run
+    row = json.loads((run.stage("evaluate").root / "rows" / "student-student-euler-1.json").read_text())
+    assert row["row"]["network"] == "student"
