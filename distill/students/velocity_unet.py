@@ -59,6 +59,9 @@ class VelocityUNet2DModel(UNet2DModel):
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
     ) -> None:
+        valid = {"vp": ("epsilon", "sample", "v_prediction"), "edm": ("epsilon", "v_prediction")}
+        if prediction not in valid.get(path, ()) or (path == "vp") != (alphas_cumprod is not None):
+            raise ValueError(f"path={path}, prediction={prediction}: valid {valid}; vp alone has alphas_cumprod")
         super().__init__(
             sample_size=sample_size,
             in_channels=in_channels,
@@ -89,9 +92,6 @@ class VelocityUNet2DModel(UNet2DModel):
             num_class_embeds=num_class_embeds,
             num_train_timesteps=num_train_timesteps,
         )
-        valid = {"vp": ("epsilon", "sample", "v_prediction"), "edm": ("epsilon", "v_prediction")}
-        if prediction not in valid.get(path, ()) or (path == "vp") != (alphas_cumprod is not None):
-            raise ValueError(f"path={path}, prediction={prediction}: valid {valid}; vp alone has alphas_cumprod")
         # Not a buffer: it must stay float64 whatever the network is cast to.
         self._log_sigma = torch.empty(0, dtype=torch.float64, device="cpu")
         if alphas_cumprod is not None:
