@@ -10,9 +10,6 @@ from beartype.claw import beartype_packages
 beartype_packages(("distill", "recipes"))
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
-
-torch.set_num_threads(max(1, len(os.sched_getaffinity(0))))
 
 
 def pytest_addoption(parser):
