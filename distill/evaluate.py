@@ -5,7 +5,7 @@ A finished row is kept as a file of its own, keyed by everything its numbers dep
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -74,13 +74,14 @@ def evaluate(
     teacher = _student(run.student(stage.teacher), device) if stage.teacher is not None else own
     if teacher is None:
         raise InputError(f"stages.{name}.teacher is not given and the spec has no teacher; name a train stage")
-    data = datasets.load(spec.data, spec.seed)
-    seed = key(spec.seed, name)
-    exact = teacher.exact_data or (own.exact_data if own else None)
-    folder = run.stage(name).root
-    reference = of_exact(exact, stage.samples, seed) if exact and data is None else _of_data(data, teacher, folder)
     students = {student: _student(run.student(student), device) for student in stage.students}
-    return measure(folder, name, stage, teacher, students, reference, seed, device, progress, stop)
+    data = datasets.load(spec.data, spec.seed)
+    exact = teacher.exact_data or (own.exact_data if own else None)
+    folder, seed = run.stage(name).root, key(spec.seed, name)
+    return measure(
+        folder, name, stage, teacher, students, data,
+        seed=seed, device=device, progress=progress, stop=stop, exact=exact,
+    )  # fmt: skip
 
 
 def measure(
@@ -89,20 +90,24 @@ def measure(
     stage: EvaluateStage,
     teacher: LoadedTeacher,
     students: Mapping[str, LoadedTeacher],
-    reference: Reference | None,
+    data: DataSet | None,
+    *,
     seed: int,
     device: torch.device,
     progress: Progress,
     stop: StopRequest,
+    exact: Callable[[int, Sequence[int]], Tensor] | None = None,
 ) -> Results:
-    """Measure every row of `stage`; results.json, rows and pictures go to `folder`. Goes on where it was killed."""
-    for student, loaded in students.items():
-        if (loaded.shape, loaded.num_classes) != (teacher.shape, teacher.num_classes):
-            raise InputError(
-                f"student {student} makes samples of shape {list(loaded.shape)} with {loaded.num_classes or 'no'} "
-                f"classes, the teacher {list(teacher.shape)} with {teacher.num_classes or 'no'}; "
-                "compare a student with its own teacher"
-            )
+    """Measure every row of `stage`; results.json, rows and pictures go to `folder`. Goes on where it was killed.
+
+    Without data, samples are compared with `exact` ones, (seed, indices) -> samples; by default the teacher's, if any.
+    """
+    _check(teacher, students, data)
+    exact = exact or teacher.exact_data
+    if data is not None:
+        reference: Reference | None = of_images(data, folder)
+    else:
+        reference = of_exact(exact, stage.samples, seed) if exact is not None else None
     for part in ("rows", "pictures"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     work = _Work(folder, stage, teacher, students, reference, seed, device, progress, stop)
@@ -135,15 +140,20 @@ def _student(folder: Path, device: torch.device) -> LoadedTeacher:
     return teachers.load(CheckpointTeacher(path=str(folder)), device)
 
 
-def _of_data(data: DataSet | None, teacher: LoadedTeacher, folder: Path) -> Reference | None:
-    if data is None:
-        return None
-    if data.shape != teacher.shape:
+def _check(teacher: LoadedTeacher, students: Mapping[str, LoadedTeacher], data: DataSet | None) -> None:
+    """Refuse what cannot be compared, before anything is written."""
+    for student, loaded in students.items():
+        if (loaded.shape, loaded.num_classes) != (teacher.shape, teacher.num_classes):
+            raise InputError(
+                f"student {student} makes samples of shape {list(loaded.shape)} with {loaded.num_classes or 'no'} "
+                f"classes, the teacher {list(teacher.shape)} with {teacher.num_classes or 'no'}; "
+                "compare a student with its own teacher"
+            )
+    if data is not None and data.shape != teacher.shape:
         raise InputError(
             f"data '{data.name}' has samples of shape {list(data.shape)}, the teacher ({teacher.description}) makes "
             f"{list(teacher.shape)}; evaluate on data of the teacher's shape"
         )
-    return of_images(data, folder)
 
 
 @dataclass(frozen=True)

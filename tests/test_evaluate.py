@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from distill import evaluate as evaluation
 from distill import results, sampling
 from distill.card import StudentCard
+from distill.data.arrays import ArrayData
 from distill.draws import key, sample_labels, sample_noise
 from distill.evaluate import evaluate, total
 from distill.export import export
@@ -255,6 +256,7 @@ def test_what_does_not_fit_is_refused(image_run, vector_run):
     assert found.distance is None
     assert found.rows[0].distance is None
     assert results.columns(found) == ["NFE", "RMS to teacher", "images/s"]
+    stage = spec.stages["evaluate"]
     teacher = load(CheckpointTeacher(path=str(run.student("teach"))), CPU)
     students = {"vectors": load(CheckpointTeacher(path=str(vector_run.student("exact"))), CPU)}
     with (
@@ -265,7 +267,15 @@ def test_what_does_not_fit_is_refused(image_run, vector_run):
         ),
     ):
         evaluation.measure(
-            run.root, "x", spec.stages["evaluate"], teacher, students, None, 0, CPU, progress, StopRequest()
+            run.root, "x", stage, teacher, students, None, seed=0, device=CPU, progress=progress, stop=StopRequest()
+        )
+    mnist_like = ArrayData("big", torch.zeros(4, 1, 28, 28), None, None)
+    with (
+        Progress("x", 1, "samples", None) as progress,
+        pytest.raises(InputError, match=r"data 'big' has samples of shape \[1, 28, 28\].* makes \[1, 8, 8\]"),
+    ):
+        evaluation.measure(
+            run.root, "x", stage, teacher, {}, mnist_like, seed=0, device=CPU, progress=progress, stop=StopRequest()
         )
     with pytest.raises(InputError, match="no row for student at 3 steps"):
         found.row("student", 3)
