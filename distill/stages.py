@@ -79,6 +79,9 @@ def check(spec: RunSpec) -> None:
     if spec.teacher is None:
         return
     teacher = teachers.load(spec.teacher, torch.device("cpu"))
+    for stage in spec.stages.values():
+        if isinstance(stage, PairsStage | EvaluateStage) and stage.teacher is None:
+            teacher.guided(stage.guidance_scale)  # refused where there is no unconditional call
     if data is None:
         return
     if data.shape != teacher.shape:

@@ -75,8 +75,8 @@ def parse(text: str, source: str) -> Any:  # noqa: ANN401  (whatever YAML holds)
         mark = error.problem_mark
         where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
         raise InputError(f"{source}: not YAML:{where} {error.problem or error.context}") from None
-    except yaml.YAMLError as error:  # e.g. a control character
-        raise InputError(f"{source}: not YAML: {str(error).splitlines()[0]}") from None
+    except yaml.reader.ReaderError as error:
+        raise InputError(f"{source}: not YAML: character {error.character:#x} cannot stand in it") from None
 
 
 def dump(content: Any) -> str:  # noqa: ANN401

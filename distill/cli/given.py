@@ -31,7 +31,8 @@ def stage(model: type[StageModel], content: dict[str, Any]) -> StageModel:
         return model.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         mistakes = schema.explain(error, model, content)
-    raise InputError("\n  ".join(f"--{mistake.replace('_', '-', 1)}" for mistake in mistakes))
+    parts = [mistake.partition(":") for mistake in mistakes]
+    raise InputError("\n  ".join(f"--{field.replace('_', '-')}:{rest}" for field, _, rest in parts))
 
 
 def device(name: str) -> "torch.device":

@@ -156,6 +156,7 @@ def _checked(source: "distill.specfile.SpecSource") -> "distill.specfile.SpecSou
     spec = workflow.locate_options(source.spec, source.base)
     from distill import stages  # torch comes with it
 
+    stages.place(spec.launch)
     stages.check(spec)
     return replace(source, spec=spec)
 
