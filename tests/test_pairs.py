@@ -277,6 +277,7 @@ def flip(path: Path, at: int) -> None:
             r"manifest\.json is damaged or foreign \(the file: Invalid JSON",
         ),
         (lambda f: edit_manifest(f, done=False), r"is incomplete, 3 of 3 shards"),
+        (lambda f: edit_manifest(f, shards={}), r"is incomplete, 0 of 3 shards"),
     ],
 )
 def test_open_names_what_is_wrong(tmp_path, damage, message):

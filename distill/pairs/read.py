@@ -20,9 +20,9 @@ from distill.protocols import Batch, Pairs
 
 @dataclass(frozen=True)
 class Shard:
-    """Consecutive pairs from index `start` on; data [n, ...] in the stored dtype, labels [n] or None."""
+    """Consecutive pairs: noise [n, ...] float32, data [n, ...] in the stored dtype, labels [n] or None."""
 
-    start: int
+    noise: Tensor
     data: Tensor
     labels: Tensor | None
 
@@ -41,7 +41,7 @@ class PairSet:
         manifest = read(folder)
         if manifest is None:
             raise InputError(f"{folder} holds no pairs (no manifest.json); run the pairs stage first")
-        if not manifest.done:
+        if not manifest.done or manifest.shards.keys() != manifest.layout().keys():
             raise InputError(
                 f"{folder} is incomplete, {len(manifest.shards)} of {len(manifest.layout())} shards; "
                 "run its pairs stage again to finish it"
@@ -71,13 +71,15 @@ class PairSet:
         return self.manifest.shape
 
     def load(self, number: int) -> Shard:
-        """Shard `number`, read whole."""
+        """Shard `number`, read whole, and its noise, drawn again."""
         path = self.folder / self.names[number]
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise RunError(f"{path} was complete at the start and cannot be read now: {error}") from error
-        return Shard(number * self.manifest.shard, tensors["data"], tensors.get("class_labels"))
+        indices = self.manifest.layout()[self.names[number]]
+        noise = draws.sample_noise(self.manifest.seed, indices, self.shape)
+        return Shard(noise, tensors["data"], tensors.get("class_labels"))
 
 
 @dataclass(frozen=True)
@@ -106,17 +108,15 @@ class PairSource:
         """These rows of step's batch: noise and data [B, ...] float32, class_labels [B] if there are classes."""
         assert rows.total == self.batch_size
         position, stop = (step * self.batch_size + row for row in (rows.start, rows.stop))
-        parts: list[tuple[list[int], Tensor, Tensor | None]] = []
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
         while position < stop:
             group, offset = self._find(position)
             chosen = group.order[offset : offset + stop - position]
             parts.append(self._gather(group, chosen))
             position += len(chosen)
-        indices = [index for part, _, _ in parts for index in part]
-        noise = draws.sample_noise(self.pairs.manifest.seed, indices, self.pairs.shape)
-        labels = [label for _, _, label in parts if label is not None]
-        cond = {"class_labels": torch.cat(labels)} if labels else {}
-        return Batch(data=None, pairs=Pairs(noise, torch.cat([data for _, data, _ in parts])), cond=cond)
+        noise, data, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        conditional = self.pairs.manifest.num_classes is not None
+        return Batch(data=None, pairs=Pairs(noise, data), cond={"class_labels": labels} if conditional else {})
 
     def _find(self, position: int) -> tuple[Group, int]:
         """The group that position is in, and where in its order."""
@@ -134,19 +134,17 @@ class PairSource:
             self._group = epoch, number, Group(groups[number], order)
         return self._group[2], offset - starts[number]
 
-    def _gather(self, group: Group, chosen: Tensor) -> tuple[list[int], Tensor, Tensor | None]:
-        """(indices, data float32, labels) of the chosen (shard, row) [n, 2], in that order."""
+    def _gather(self, group: Group, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(noise, data, labels) of the chosen (shard, row) [n, 2], in that order."""
         self.held = {number: shard for number, shard in self.held.items() if number in group.shards}  # before loading
-        indices = torch.empty(len(chosen), dtype=torch.int64)
-        data = torch.empty(len(chosen), *self.pairs.shape)
-        labels = None if self.pairs.manifest.num_classes is None else torch.empty(len(chosen), dtype=torch.int64)
+        shape = (len(chosen), *self.pairs.shape)
+        noise, data, labels = torch.empty(shape), torch.empty(shape), torch.empty(len(chosen), dtype=torch.int64)
         for number in chosen[:, 0].unique().tolist():
             if number not in self.held:
                 self.held[number] = self.pairs.load(number)
             shard, at = self.held[number], chosen[:, 0] == number
             rows = chosen[at, 1]
-            indices[at] = shard.start + rows
-            data[at] = shard.data[rows].float()
-            if labels is not None and shard.labels is not None:
+            noise[at], data[at] = shard.noise[rows], shard.data[rows].float()
+            if shard.labels is not None:
                 labels[at] = shard.labels[rows]
-        return indices.tolist(), data, labels
+        return noise, data, labels

@@ -1,0 +1,142 @@
+"""A mixture in the plane, recovered through the real engine: from pairs by reflow and one step, and from data."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from distill import draws, solvers
+from distill.data import DataSource
+from distill.engine import train
+from distill.interpolants import linear
+from distill.metrics.wasserstein import sliced_wasserstein
+from distill.pairs import PairSet, PairSource, generate
+from distill.progress import Progress
+from distill.samplers import euler
+from distill.spec import MixtureTeacher, MlpSpec, OptimizerSpec, PairsStage, TrainStage
+from distill.stop import StopRequest
+from distill.store import StagePaths
+from distill.students.init import StudentInit
+from distill.teachers.analytic import mixture_teacher
+from distill.teachers.network_field import NetworkField
+from distill.times import uniform_grid
+from recipes.pretrain import flow_matching
+from recipes.reflow import one_step, reflow
+
+pytestmark = pytest.mark.train
+
+CPU = torch.device("cpu")
+RING = [[3 * math.cos(k * math.pi / 4), 3 * math.sin(k * math.pi / 4)] for k in range(8)]
+TEACHER = mixture_teacher(MixtureTeacher(kind="mixture", means=RING, std=0.2))
+NETWORK = MlpSpec(kind="mlp", width=96, depth=3)
+HELD_OUT = range(100_000, 108_192)  # indices of no pair
+NOISE = draws.sample_noise(1, HELD_OUT, (2,))
+TRUTH = TEACHER.exact_data(2, range(8192))
+FLOOR = sliced_wasserstein(TEACHER.exact_data(3, range(8192)), TRUTH)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small matrices: a second thread only waits, and beside other processes it waits long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def excess(samples):
+    """Sliced Wasserstein-2 to the mixture, less what two samples of the mixture itself are apart."""
+    return sliced_wasserstein(samples, TRUTH) - FLOOR
+
+
+def run(recipe, source, init, folder, *, images, batch_size, lr):
+    """The student that the engine trains."""
+    optimizer = OptimizerSpec(lr=lr, warmup_images=images // 30, decay="cosine")
+    stage = TrainStage(kind="train", recipe="any", images=images, batch_size=batch_size, optimizer=optimizer)
+    with Progress("train", images, "images", None) as progress:
+        result = train(
+            recipe,
+            init,
+            source,
+            stage,
+            seed=0,
+            device=CPU,
+            micro_batch=batch_size,
+            paths=StagePaths(folder),
+            progress=progress,
+            stop=StopRequest(),
+        )
+    return result.networks["student"].eval()
+
+
+def fresh():
+    return StudentInit(None, NETWORK, (2,), None, seed=0)
+
+
+def jump(student):
+    """One Euler step from the held-out noise."""
+    with torch.no_grad():
+        return euler.sample(student, NOISE, uniform_grid(1), {})
+
+
+def test_reflow_and_one_step_recover_a_ring(tmp_path):
+    stage = PairsStage(kind="pairs", count=16384, solver="heun", steps=24, block=2048, shard=2048)
+    with Progress("pairs", stage.count, "pairs", None) as progress:
+        generate(TEACHER, stage, tmp_path / "pairs", seed=4, device=CPU, progress=progress, stop=StopRequest())
+    pairs = PairSet.open(tmp_path / "pairs", TEACHER.digest)
+
+    recipe = reflow.Recipe(reflow.Config(), TEACHER)
+    source = PairSource(pairs, 512, 5)
+    straight = run(recipe, source, fresh(), tmp_path / "reflow", images=768_000, batch_size=512, lr=3e-3)
+    field = NetworkField(straight.network, linear(), "velocity", 1000.0)
+    init = StudentInit(dataclasses.replace(TEACHER, field=field, network=straight.network), None, (2,), None, seed=0)
+    recipe = one_step.Recipe(one_step.Config(), TEACHER)
+    source = PairSource(pairs, 512, 6)
+    student = run(recipe, source, init, tmp_path / "one_step", images=512_000, batch_size=512, lr=1e-3)
+
+    fine = solvers.sample(TEACHER.field, NOISE, {}, solver="heun", steps=64)
+    jumps = {
+        "teacher": solvers.sample(TEACHER.field, NOISE, {}, solver="euler", steps=1),
+        "reflow": jump(straight),
+        "one_step": jump(student),
+    }
+    far = {name: excess(samples) for name, samples in jumps.items()}
+    rms = {name: (samples - fine).square().mean().sqrt().item() for name, samples in jumps.items()}
+    print(f"floor {FLOOR:.3f}, excess {far}, RMS to the teacher's endpoint {rms}")
+    assert far["teacher"] > 1.5  # the teacher's one step is the mean of the data: it knows nothing of the ring
+    assert far["one_step"] <= 0.15 * far["teacher"]
+    assert rms["one_step"] < rms["reflow"] < 0.15 * rms["teacher"]
+    bent, straightened = (solvers.straightness(f, NOISE[:2048], {}, 32) for f in (TEACHER.field, straight))
+    assert straightened < 0.02 * bent
+
+
+@dataclasses.dataclass(frozen=True)
+class Exact:
+    """Exact samples of the teacher as a data set. Fits `data.DataSet`."""
+
+    data: torch.Tensor
+    name = "ring"
+    shape = (2,)
+    num_classes = None
+    digest = TEACHER.digest
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def items(self, epoch: int, indices: list[int]) -> tuple[torch.Tensor, None]:
+        return self.data[indices], None
+
+
+def test_flow_matching_learns_a_ring_from_its_data(tmp_path):
+    source = DataSource(Exact(TEACHER.exact_data(7, range(20_000))), 512, 8)
+    recipe = flow_matching.Recipe(flow_matching.Config(), None)
+    student = run(recipe, source, fresh(), tmp_path, images=768_000, batch_size=512, lr=3e-3)
+
+    def fine(field):
+        return excess(solvers.sample(field, NOISE, {}, solver="heun", steps=24))
+
+    with torch.no_grad():
+        untrained, trained = fine(fresh().velocity_field()), fine(student)
+    print(f"floor {FLOOR:.4f}, excess: untrained {untrained:.4f} trained {trained:.4f}")
+    assert trained <= 0.15 * untrained
