@@ -5,20 +5,23 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from torchvision.models import squeezenet1_1
 
 from distill import draws, solvers
 from distill.data import DataSource
+from distill.distances import Lpips
 from distill.engine import train
 from distill.interpolants import linear
 from distill.metrics.wasserstein import sliced_wasserstein
 from distill.pairs import PairSet, PairSource, generate
 from distill.progress import Progress
 from distill.samplers import euler
-from distill.spec import MixtureTeacher, MlpSpec, OptimizerSpec, PairsStage, TrainStage
+from distill.spec import MixtureTeacher, MlpSpec, OptimizerSpec, PairsStage, TrainStage, UNetSpec
 from distill.stop import StopRequest
 from distill.store import StagePaths
 from distill.students.init import StudentInit
-from distill.teachers.analytic import mixture_teacher
+from distill.teachers.analytic import class_gaussian_teacher, mixture_teacher
 from distill.teachers.network_field import NetworkField
 from distill.times import uniform_grid
 from recipes.pretrain import flow_matching
@@ -140,3 +143,34 @@ def test_flow_matching_learns_a_ring_from_its_data(tmp_path):
         untrained, trained = fine(fresh().velocity_field()), fine(student)
     print(f"floor {FLOOR:.4f}, excess: untrained {untrained:.4f} trained {trained:.4f}")
     assert trained <= 0.15 * untrained
+
+
+def test_lpips_trains_through_the_engine(tmp_path):
+    """Images towards their pairs by a frozen network, which is no part of the checkpoints."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_file(squeezenet1_1(weights=None).state_dict(), tmp_path / "trunk.safetensors")
+    means = torch.linspace(-0.8, 0.8, 64).reshape(1, 1, 8, 8)
+    teacher = class_gaussian_teacher(torch.cat([means, -means]), torch.zeros(1, 8, 8), torch.full((1, 8, 8), 0.05))
+    stage = PairsStage(kind="pairs", count=64, solver="heun", steps=4, block=32, shard=32)
+    with Progress("pairs", stage.count, "pairs", None) as progress:
+        generate(teacher, stage, tmp_path / "pairs", seed=4, device=CPU, progress=progress, stop=StopRequest())
+    source = PairSource(PairSet.open(tmp_path / "pairs", teacher.digest), 16, 5)
+    network = UNetSpec(kind="unet", channels=[16, 16], norm_groups=8)
+    init = StudentInit(None, network, (1, 8, 8), 2, seed=0)
+    trunk = {"lpips_trunk": "squeeze", "lpips_path": tmp_path / "trunk.safetensors"}
+    recipe = one_step.Recipe(one_step.Config(distance="lpips", **trunk), teacher)
+    student = run(recipe, source, init, tmp_path, images=16 * 60, batch_size=16, lr=3e-3)
+
+    batch = source.batch(1000, draws.Rows(0, 16, 16))
+    metric = Lpips("squeeze", tmp_path / "trunk.safetensors")
+
+    def distance(field):
+        with torch.no_grad():
+            images = euler.sample(field.eval(), batch.pairs.noise, uniform_grid(1), batch.cond)
+            return metric(images, batch.pairs.data).mean().item()
+
+    before, after = distance(init.velocity_field()), distance(student)
+    print(f"LPIPS {before:.4f} -> {after:.4f}")
+    assert after < 0.5 * before
+    assert not [path for path in (tmp_path / "checkpoints").rglob("*") if "lpips" in path.name]
