@@ -27,6 +27,7 @@ class Row(Frozen):
     distance: float | None
     """the distance that `Results.distance` names; null: no reference"""
     kid: float | None
+    """of features in units of the real ones' root mean square"""
     precision: float | None
     recall: float | None
     rms: float
@@ -37,6 +38,11 @@ class Row(Frozen):
     """of the network's own paths, 0 = straight; the same in all rows of a network"""
     picture: str
     """file of the first samples, beside the results"""
+
+    @property
+    def value(self) -> float:
+        """The distance, or the RMS where there is nothing to compare with."""
+        return self.rms if self.distance is None else self.distance
 
     @property
     def label(self) -> str:
@@ -97,35 +103,36 @@ def of_run(run: RunPaths) -> dict[str, Results]:
     return {name: results for name, results in found.items() if results is not None}
 
 
-def number(value: float | None) -> str:
+def number(value: float) -> str:
     """Four digits at most, so that columns can be compared by eye."""
-    if value is None:
-        return "-"
     if value != 0 and abs(value) < 1e-4:
         return f"{value:.1e}"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}" if abs(value) < 1 else f"{value:.2f}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
 
 
 def columns(results: Results) -> list[str]:
     """Heads of the numbers of a row, in the order of `cells`."""
-    distance = [results.distance, "KID", "precision", "recall"] if results.distance else []
+    distance = [results.distance, "KID x 1000", "precision", "recall"] if results.distance else []
     return ["NFE", *distance, "RMS to teacher", "samples/s" if results.vector else "images/s"]
 
 
 def cells(results: Results, row: Row) -> list[str]:
-    """The numbers of a row, as text."""
-    measured = [number(v) for v in (row.distance, row.kid, row.precision, row.recall)] if results.distance else []
-    return [str(row.nfe), *measured, number(row.rms), f"{row.images_per_second:,.0f}"]
+    """The numbers of a row, as text that lines up below each other."""
+    measured = []
+    if row.distance is not None and row.kid is not None and row.precision is not None and row.recall is not None:
+        distance = f"{row.distance:.4f}" if results.vector else number(row.distance)
+        measured = [distance, f"{1000 * row.kid:.2f}", f"{row.precision:.3f}", f"{row.recall:.3f}"]
+    return [str(row.nfe), *measured, f"{row.rms:.4f}", f"{row.images_per_second:,.0f}"]
 
 
 def describe(results: Results) -> str:
     """What the numbers are of, in one sentence or two."""
-    said = [f"{results.samples:,} samples a row, noise seed {results.seed}"]
+    said = [f"{results.samples:,} samples a row"]
     net = results.features
     if net is not None:
         said.append(
             f"{results.distance}: Frechet distance to {results.reference:,} real images, {net.dim} features of a "
-            f"classifier of {net.task} ({net.accuracy:.1%} right on held-out images)"
+            f"classifier of their {net.task} ({net.accuracy:.1%} right on held-out images)"
         )
     elif results.distance is not None:
         floor = f"; {number(results.floor)} between two exact sets" if results.floor is not None else ""

@@ -17,7 +17,7 @@ LAYERS = [
     {"times", "fields", "solvers", "samplers", "autodiff", "distances", "couplings"},
     {"teachers", "students", "latents", "conditions", "data", "pairs", "ema", "metrics", "grids"},
     {"trainable", "checkpoint", "export", "sampling"},
-    {"evaluate", "report", "engine"},
+    {"evaluate", "report", "charts", "engine"},
     {"stages"},
     {"cli"},
 ]

@@ -37,7 +37,9 @@ class Reference:
         real, some = self.values[:MAX_COMPARED], found[:MAX_COMPARED]
         precision, recall = precision_recall(real, some)
         distance = self.distance(found, self.values)
-        return {"distance": distance, "kid": kid(some, real), "precision": precision, "recall": recall}
+        scale = self.values.square().mean().sqrt()  # the cubic kernel is made for features of about 1
+        kernel = kid(some / scale, real / scale)
+        return {"distance": distance, "kid": kernel, "precision": precision, "recall": recall}
 
 
 def of_images(data: DataSet, folder: Path) -> Reference:

@@ -1,0 +1,119 @@
+"""The report's charts, as SVG without dates or random names: the same numbers give the same bytes."""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
+
+from distill.results import Results, number
+
+INK, FAINT, GRID = "#33363b", "#8a8d91", "#e7e6e2"
+TEACHER = "#8a8d91"
+STUDENTS = ("#b4472e", "#2f5d8a", "#5b7f3b", "#8a5a9e", "#b08a2e")
+STYLE = {
+    "svg.fonttype": "none",  # text stays text, in the reader's own sans-serif
+    "svg.hashsalt": "distill",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": "#c9c9c4",
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One logged number of a stage."""
+
+    name: str
+    images: Sequence[float]
+    values: Sequence[float]
+
+
+def quality(results: Results) -> str:
+    """Distance (or, without a reference, RMS to the teacher) against network calls, both logarithmic."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(6.4, 3.9)
+        lowest = {row.nfe: min(r.value for r in results.rows if r.nfe == row.nfe) for row in results.rows}
+        for network, colour in colours_of(results).items():
+            rows = [row for row in results.rows if row.network == network and row.value > 0]  # 0 has no logarithm
+            line = [row for row in rows if not row.fine]
+            axes.plot([r.nfe for r in line], [r.value for r in line], "-o", color=colour, ms=5, lw=1.6, label=network)
+            for row in rows:
+                if row.fine:
+                    label = f"{network}, {row.solver}"
+                    axes.plot([row.nfe], [row.value], "D", color=colour, ms=5.5, mfc="white", label=label)
+                # Teacher beside its falling line; the best student of a column below its point, others to the right.
+                place, align = (5, 4), "left"
+                if row.role == "student":
+                    place, align = ((0, -14), "center") if row.value == lowest[row.nfe] else ((8, -1), "left")
+                axes.annotate(
+                    number(row.value), (row.nfe, row.value), place, textcoords="offset points", ha=align, color=colour,
+                    fontsize=8,
+                )  # fmt: skip
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.margins(x=0.07, y=0.16)
+        axes.set_xlabel("network calls per sample (NFE)")
+        axes.set_ylabel(results.distance or "RMS to the teacher's endpoint")
+        axes.legend(frameon=False, fontsize=9)
+        return _svg(figure)
+
+
+def losses(curves: Sequence[Curve], unit: str) -> str:
+    """The numbers that a stage logged, each in a panel of its own."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.3 * len(curves), 2.3), layout="constrained")
+        FigureCanvasSVG(figure)
+        for i, curve in enumerate(curves):
+            axes = figure.add_subplot(1, len(curves), i + 1)
+            axes.plot(curve.images, curve.values, color=STUDENTS[1], lw=1.3)
+            if min(curve.values) > 0 and max(curve.values) > 20 * min(curve.values):
+                axes.set_yscale("log")
+            axes.set_title(curve.name, fontsize=9, loc="left", color=INK)
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.set_xlabel(unit, fontsize=8)
+            axes.set_xlim(left=0)
+            axes.tick_params(labelsize=8)
+        return _svg(figure)
+
+
+def colours_of(results: Results) -> Mapping[str, str]:
+    """A colour for each network, the teacher's grey."""
+    students = dict.fromkeys(row.network for row in results.rows if row.role == "student")
+    colours = {name: STUDENTS[i % len(STUDENTS)] for i, name in enumerate(students)}
+    return {results.rows[0].network: TEACHER, **colours}
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasSVG(figure)
+    return figure, figure.add_subplot()
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -1,0 +1,206 @@
+"""The report: one HTML file with everything in it, written from a run's files, finished or not. No torch."""
+
+import base64
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+
+from distill import charts
+from distill import results as evaluations
+from distill.charts import Curve
+from distill.results import Results, Row, number
+from distill.store import RunPaths, read_events, read_json, write_atomic
+
+LIBRARIES = ("torch", "diffusers", "safetensors", "numpy", "scipy", "scikit-learn", "pot", "datasets", "pydantic")
+MAX_CURVES = 3  # per stage
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How one stage stands."""
+
+    name: str
+    kind: str
+    state: str
+    amount: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The first samples of a row."""
+
+    title: str
+    note: str
+    source: str
+    role: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the page shows of an evaluate stage."""
+
+    headline: str
+    description: str
+    columns: list[str]
+    rows: list[tuple[Row, list[str]]]
+    chart: str
+    pictures: list[Picture]
+    straightness: list[tuple[str, str, float]]  # network, value, width of its bar in percent
+    pixelated: bool
+
+
+@dataclass
+class Training:
+    """The logged numbers of a stage, as they are read."""
+
+    unit: str = "images"
+    done: int = 0
+    total: int = 0
+    points: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+
+
+def write(run: RunPaths) -> Path:
+    """Write the run's report.html and say where it is."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("distill"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    kinds, trainings, warnings = _events(run)
+    found = evaluations.of_run(run)
+    page = environment.get_template("report.html.j2").render(
+        name=run.name,
+        stages=[_stage(run, name, kind, trainings.get(name)) for name, kind in kinds.items()],
+        evaluations={name: _evaluation(run.stage(name).root, results) for name, results in found.items()},
+        losses={name: _losses(training) for name, training in trainings.items() if training.points},
+        warnings=warnings,
+        spec=run.spec.read_text() if run.spec.exists() else "",
+        environment=_environment(run),
+        files=_files(run),
+    )
+    write_atomic(run.report, page)
+    return run.report
+
+
+def headline(results: Results) -> str:
+    """The result in one sentence: the student of fewest calls (the best of those) beside its teacher."""
+    students = [row for row in results.rows if row.role == "student"]
+    fine = next(row for row in results.rows if row.fine)
+    what = results.distance or "RMS to the teacher"
+
+    if not students:
+        return f"The teacher reaches {what} {number(fine.value)} in {fine.nfe} network calls."
+    best = min(students, key=lambda row: (row.nfe, row.value))
+    calls = "one network call" if best.nfe == 1 else f"{best.nfe} network calls"
+    said = f"In {calls} {best.network} reaches {what} {number(best.value)}"
+    coarse = [row for row in results.rows if row.role == "teacher" and not row.fine]
+    if results.distance is not None:
+        as_good = [row for row in coarse if row.value <= best.value]
+        if as_good:
+            first = min(as_good, key=lambda row: row.nfe)
+            said += f"; the teacher needs {first.nfe} Euler steps for {number(first.value)}"
+        elif coarse:
+            last = max(coarse, key=lambda row: row.nfe)
+            said += f"; the teacher is at {number(last.value)} after {last.nfe} Euler steps"
+        said += f" and reaches {number(fine.value)} in {fine.nfe} calls of {fine.solver}"
+    faster = best.images_per_second / fine.images_per_second
+    return f"{said}. It makes {f'{faster:.1f}' if faster < 10 else round(faster)} times as many samples a second."
+
+
+def _evaluation(folder: Path, results: Results) -> Evaluation:
+    straight: dict[str, float] = {row.network: row.straightness for row in results.rows}
+    widest = max(straight.values()) or 1.0
+    shown = [row for row in results.rows if (folder / row.picture).exists()]
+    what = results.distance or "RMS"
+    return Evaluation(
+        headline=headline(results),
+        description=evaluations.describe(results),
+        columns=evaluations.columns(results),
+        rows=[(row, evaluations.cells(results, row)) for row in results.rows],
+        chart=_image(charts.quality(results).encode(), "svg+xml"),
+        pictures=[
+            Picture(
+                row.label,
+                f"{row.nfe} call{'s' if row.nfe > 1 else ''}, {what} {number(row.value)}",
+                _image((folder / row.picture).read_bytes(), "png"),
+                row.role,
+            )
+            for row in shown
+        ],
+        straightness=[(name, number(value), 100 * value / widest) for name, value in straight.items()],
+        pixelated=not results.vector,
+    )
+
+
+def _events(run: RunPaths) -> tuple[dict[str, str], dict[str, Training], list[str]]:
+    """Kind of each stage, what each has logged, and warnings, from the run's events."""
+    kinds: dict[str, str] = {}
+    trainings: dict[str, Training] = {}
+    warnings: list[str] = []
+    for event in read_events(run):
+        match event.get("event"):
+            case "created":
+                kinds.update(event.get("stages", {}))
+            case "stage started":
+                kinds.setdefault(event["stage"], event["kind"])
+            case "warning":
+                warnings.append(f"{event['label']}: {event['text']}")
+            case "progress":
+                training = trainings.setdefault(event["label"], Training())
+                training.unit, training.done, training.total = event["unit"], event["done"], event["total"]
+                for name, value in event["logs"].items():
+                    points = training.points.setdefault(name, [])
+                    # A resumed run repeats what came after its checkpoint; the later numbers count.
+                    while points and points[-1][0] >= event["done"]:
+                        points.pop()
+                    points.append((float(event["done"]), float(value)))
+    return kinds, trainings, warnings
+
+
+def _stage(run: RunPaths, name: str, kind: str, training: Training | None) -> Stage:
+    paths = run.stage(name)
+    if paths.done.exists() or evaluations.load(paths) is not None:
+        state = "done"
+    else:
+        state = "begun" if training is not None else "waiting"
+    amount = f"{training.done:,} of {training.total:,} {training.unit}" if training else ""
+    return Stage(name, kind, state, amount)
+
+
+def _losses(training: Training) -> str:
+    names = sorted(training.points, key=lambda name: ("loss" not in name, list(training.points).index(name)))
+    curves = [Curve(name, *zip(*training.points[name], strict=True)) for name in names[:MAX_CURVES]]
+    return _image(charts.losses(curves, training.unit).encode(), "svg+xml")
+
+
+def _environment(run: RunPaths) -> list[tuple[str, str]]:
+    """The lines of env.json that matter to whoever reads the numbers."""
+    if not run.env.exists():
+        return []
+    env = read_json(run.env)
+    lines = [(name, str(env[name])) for name in ("distill", "python", "platform", "cpus", "threads") if name in env]
+    git = env.get("git")
+    if git:
+        lines.insert(1, ("commit", f"{git['commit'][:12]}{' (with changes)' if git.get('changed') else ''}"))
+    packages = {name.lower(): version for name, version in env.get("packages", {}).items()}
+    return lines + [(name, packages[name]) for name in LIBRARIES if name in packages]
+
+
+def _files(run: RunPaths) -> list[tuple[str, str]]:
+    """What lies where, of what exists; relative to the run."""
+    named = [
+        ("spec", run.spec),
+        ("events", run.events),
+        ("environment", run.env),
+        *((f"student {path.name}", path) for path in _folders(run.root / "students")),
+        *((f"stage {path.name}", path) for path in _folders(run.root / "stages")),
+    ]
+    return [(label, str(path.relative_to(run.root))) for label, path in named if path.exists()]
+
+
+def _folders(parent: Path) -> Iterable[Path]:
+    return sorted(path for path in parent.glob("*") if path.is_dir() and not path.name.startswith("."))
+
+
+def _image(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,0 +1,192 @@
+"""The report is one file that says what the run's files say, at any moment of a run."""
+
+import base64
+import html
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from distill import report
+from distill.grids import images_png
+from distill.results import FILE_NAME, FeatureNet, Results, Row
+from distill.store import RunPaths, append_event, write_json
+
+VOID = {"meta", "img", "br", "hr", "link", "input"}
+
+
+class Page(HTMLParser):
+    """What a page refers to, its text, and whether its tags close."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.references, self.texts, self.open, self.tags = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.references += [v for k, v in attrs if k in ("src", "href", "srcset", "data", "action", "poster")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.texts))
+
+
+def row(network: str, role: str, solver: str, steps: int, nfe: int, distance: float | None, **changes) -> Row:
+    values = {"kid": 0.001, "precision": 0.8, "recall": 0.7} if distance is not None else {}
+    content = {
+        "network": network, "role": role, "solver": solver, "steps": steps, "nfe": nfe, "distance": distance,
+        "kid": None, "precision": None, "recall": None, "rms": 0.1 * steps, "images_per_second": 1000 / nfe,
+        "straightness": 0.5 if role == "teacher" else 0.1, "picture": f"pictures/{network}-{solver}-{steps}.png",
+    }  # fmt: skip
+    return Row.model_validate({**content, **values, **changes})
+
+
+def make_results(*, with_distance: bool = True) -> Results:
+    d = (lambda value: value) if with_distance else (lambda value: None)
+    return Results(
+        stage="evaluate", samples=2500, seed=1, block=250, device="cpu", guidance_scale=1.0,
+        distance="FD-digits" if with_distance else None, reference=1797, vector=False,
+        features=FeatureNet(task="classes", accuracy=0.983, dim=64) if with_distance else None,
+        rows=[
+            row("teacher", "teacher", "euler", 1, 1, d(1481.0)),
+            row("teacher", "teacher", "euler", 4, 4, d(54.0)),
+            row("teacher", "teacher", "euler", 16, 16, d(8.0)),
+            row("teacher", "teacher", "heun", 16, 31, d(5.3), fine=True, rms=0.0),
+            row("one_step", "student", "euler", 1, 1, d(8.6)),
+            row("reflow", "student", "euler", 1, 1, d(11.7)),
+        ],
+    )  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path) -> RunPaths:
+    paths = RunPaths(tmp_path / "a <b> & c")
+    paths.root.mkdir()
+    paths.spec.write_text("name: r\n# <script>alert(1)</script>\n")
+    write_json(
+        paths.env,
+        {
+            "distill": "0.1.0", "git": {"commit": "0123456789abcdef", "changed": True}, "python": "3.11.7",
+            "platform": "Linux", "cpus": 2, "threads": 2, "packages": {"torch": "2.14.1", "POT": "0.9.7"},
+        },
+    )  # fmt: skip
+    append_event(paths, "created", digest="0", stages={"teach": "train", "one_step": "train", "evaluate": "evaluate"})
+    for done, loss in ((128, 2.0), (256, 1.5), (384, 99.0), (256, 1.5), (384, 1.2), (512, 1.0)):
+        logs = {"grad_norm": 1.0, "loss": loss}
+        append_event(paths, "progress", label="teach", unit="images", done=done, total=1024, per_second=1.0, logs=logs)
+    append_event(paths, "warning", label="teach", text="checkpoint 3 is damaged")
+    return paths
+
+
+def finish(paths: RunPaths, results: Results) -> None:
+    import torch
+
+    folder = paths.stage("evaluate").root
+    (folder / "pictures").mkdir(parents=True)
+    for each in results.rows:
+        (folder / each.picture).write_bytes(images_png(torch.zeros(4, 1, 8, 8), 2))
+    write_json(folder / FILE_NAME, results.model_dump(mode="json"))
+    (paths.root / "students" / "one_step").mkdir(parents=True)
+
+
+def read(paths: RunPaths) -> Page:
+    assert report.write(paths) == paths.report
+    page = Page(paths.report.read_text())
+    assert page.open == []
+    return page
+
+
+def test_page_refers_to_nothing_outside_itself(run):
+    finish(run, make_results())
+    page = read(run)
+    assert len(page.references) == 1 + 6 + 1  # chart, pictures, losses
+    for reference in page.references:
+        assert re.match(r"data:image/(png|svg\+xml);base64,", reference)
+        content = base64.b64decode(reference.partition(",")[2])
+        if content.startswith(b"<svg"):
+            outside = re.findall(rb'(?:href|src)="(?!#)[^"]*"|url\((?!#)|@import', content)
+            assert outside == []
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "base"}
+    style = run.report.read_text().partition("<style>")[2].partition("</style>")[0]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert "http" not in re.sub(r"data:[^\"]*", "", run.report.read_text()).replace("http-equiv", "")
+
+
+def test_page_says_what_the_files_say(run):
+    finish(run, make_results())
+    page = read(run)
+    text = page.text
+    assert (
+        "In one network call one_step reaches FD-digits 8.60; the teacher needs 16 Euler steps for 8.00 and reaches "
+        "5.30 in 31 calls of heun. It makes 31 times as many samples a second." in text
+    )
+    for said in (
+        "a <b> & c", "<script>alert(1)</script>", "0123456789ab (with changes)", "2.14.1", "0.9.7", "students/one_step",
+        "teach: checkpoint 3 is damaged", "512 of 1,024 images", "1,481", "Straightness", "2,500 samples a row",
+    ):  # fmt: skip
+        assert said in text, said
+    rows = [attributes.get("class") for tag, attributes in page.tags if tag == "tr" and attributes.get("class")]
+    assert rows == ["teacher"] * 4 + ["student"] * 2
+    pixelated = [a for tag, a in page.tags if tag == "img" and a.get("class") == "pixelated"]
+    assert [image["alt"] for image in pixelated][4] == "Samples of one_step, 1 call, FD-digits 8.60"
+
+
+def test_headlines():
+    full = make_results()
+    worse = full.model_copy(update={"rows": [r for r in full.rows if r.steps != 16 or r.fine]})
+    assert "; the teacher is at 54.00 after 4 Euler steps and reaches 5.30 in 31 calls" in report.headline(worse)
+    teacher_only = full.model_copy(update={"rows": full.rows[:4]})
+    assert report.headline(teacher_only) == "The teacher reaches FD-digits 5.30 in 31 network calls."
+    blind = make_results(with_distance=False)
+    assert report.headline(blind).startswith("In one network call one_step reaches RMS to the teacher 0.1000. It makes")
+
+
+def test_a_resumed_run_shows_each_image_once(run):
+    _, trainings, _ = report._events(run)
+    assert trainings["teach"].points["loss"] == [(128, 2.0), (256, 1.5), (384, 1.2), (512, 1.0)]
+
+
+def test_unfinished_runs_show_what_there_is(run, tmp_path):
+    page = read(run)
+    assert "No evaluation has finished yet." in page.text
+    assert "teach train begun" in page.text
+    assert "one_step train waiting" in page.text
+    assert len(page.references) == 1
+    bare = RunPaths(tmp_path / "bare")
+    bare.root.mkdir()
+    assert "No evaluation has finished yet." in read(bare).text
+    write_json(run.stage("teach").root.mkdir(parents=True) or run.stage("teach").done, {})
+    assert "teach train done" in read(run).text
+
+
+def test_a_missing_picture_is_left_out(run):
+    finish(run, make_results())
+    (run.stage("evaluate").root / make_results().rows[2].picture).unlink()
+    assert len(read(run).references) == 1 + 5 + 1
+
+
+def test_without_reference_the_chart_shows_rms(run):
+    finish(run, make_results(with_distance=False))
+    page = read(run)
+    chart = base64.b64decode(page.references[0].partition(",")[2]).decode()
+    assert "RMS to the teacher" in html.unescape(chart)
+    assert "KID" not in page.text
+
+
+def test_same_files_same_page(run):
+    finish(run, make_results())
+    read(run)
+    first = run.report.read_bytes()
+    read(run)
+    assert run.report.read_bytes() == first
