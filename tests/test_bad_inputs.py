@@ -306,12 +306,15 @@ def test_a_run_that_another_process_executes(capfd, tmp_path, monkeypatch):
 
 
 def test_export_of_what_is_not_there(capfd, tmp_path):
-    make_run(tmp_path / "runs")
+    run = make_run(tmp_path / "runs")
+    run.stage("reflow").root.mkdir(parents=True)
+    run.stage("reflow").done.write_text("{}")
     for arguments, said in [
         ([], "run 'one' has 3 train stages; name one: teach, reflow, one_step"),
         (["reflw"], "run 'one' has no train stage 'reflw'; did you mean 'reflow'? valid: one_step, reflow, teach"),
         (["teach", "--half-life", "5"], "--half-life 5 is none of the stage's; valid: 8000"),
         (["teach", "--half-life", "8000", "--raw"], "--raw and --half-life exclude each other"),
+        (["reflow"], "the checkpoints of 'reflow' were deleted; what was exported is runs/one/students/reflow"),
         (["teach"], "stage 'teach' of run 'one' has no checkpoint yet; wait for the first one"),
     ]:
         refuse(capfd, tmp_path, ["export", "one", *arguments], said)
@@ -389,13 +392,13 @@ CHECKPOINTS = {
     "guidance without classes": (
         sound,
         ["stages.pairs.guidance_scale=2"],
-        "UNet2DModel from {tmp}/teacher has no unconditional call, so it cannot be guided; use guidance_scale: 1, or "
+        "UNet2DModel from teacher has no unconditional call, so it cannot be guided; use guidance_scale: 1, or "
         "name the class id of its unconditional call in teacher.null_class",
     ),
     "data of another shape": (
         sound,
         ["data={kind: images, path: pictures, size: 4, channels: 1}", "stages.e={kind: evaluate, students: {r: [1]}}"],
-        "data 'pictures' has samples of shape [1, 4, 4], the teacher (UNet2DModel from {tmp}/teacher) makes [1, 8, 8]; "
+        "data 'pictures' has samples of shape [1, 4, 4], the teacher (UNet2DModel from teacher) makes [1, 8, 8]; "
         "use data of the teacher's shape (data.size, data.channels) or another teacher",
     ),
 }
@@ -475,6 +478,9 @@ def test_numbers_that_are_none_are_refused_by_the_process_of_the_stage(tmp_path)
     teach += "channels: [8]}}}"
     done = distill("run", "digits", teach, "data={kind: images, path: pictures, size: 8, channels: 1}", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert "2.tiff has values from nan to nan; floating-point images must be finite and lie in 0 to 1" in done.stderr
+    assert (
+        "2.tiff (row 2) has values from nan to nan; floating-point images must be finite and lie in 0 to 1"
+        in done.stderr
+    )
     assert "Traceback" not in done.stderr
     assert not RunPaths(tmp_path / "runs" / "digits").root.exists()

@@ -325,7 +325,7 @@ def test_network_is_frozen_in_evaluation_mode_and_float32(tmp_path):
     teacher = load(write(tmp_path, network, DDIMScheduler()))
     assert not teacher.network.training
     assert teacher.shape == (1, 8, 8)
-    assert teacher.description == f"UNet2DModel from {tmp_path}"
+    assert teacher.description == f"UNet2DModel from {tmp_path.name}"
     for name, weight in teacher.network.named_parameters():
         assert weight.dtype == torch.float32 and not weight.requires_grad
         assert torch.equal(weight.half(), network.state_dict()[name])

@@ -154,6 +154,8 @@ def export(
     folder = out or Path(f"{paths.name}-{name}")
     if folder.exists():
         raise InputError(f"{folder} exists already; name another folder by --out")
+    if paths.stage(name).done.exists() and not paths.stage(name).checkpoints.is_dir():
+        raise InputError(f"the checkpoints of '{name}' were deleted; what was exported is {near(paths.student(name))}")
     from distill import stages
 
     stages.export_checkpoint(paths, spec, name, "raw" if raw else half_life or trained[name].export, folder)

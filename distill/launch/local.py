@@ -79,7 +79,10 @@ def watch(lifeline: int) -> None:
         os.read(lifeline, 1)  # returns only when the pipe is closed
         os.kill(os.getpid(), signal.SIGTERM)
 
+    # The thread takes no signals: one that woke it would leave the main thread, which handles them all, asleep.
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     threading.Thread(target=wait, name="lifeline", daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
 
 
 def _environment(run: RunPaths) -> dict[str, str]:

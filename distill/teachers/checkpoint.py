@@ -82,7 +82,8 @@ def load(spec: CheckpointTeacher, device: torch.device) -> LoadedTeacher:
         num_classes=num_classes,
         null_class=null_class,
         digest=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
-        description=f"{config['_class_name']} from {spec.path}",
+        # a hub id, or the folder's name alone: what is made with a teacher must not depend on where the teacher lies
+        description=f"{config['_class_name']} from {Path(spec.path).name if Path(spec.path).is_dir() else spec.path}",
         network=network,
     )
 
