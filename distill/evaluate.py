@@ -103,13 +103,16 @@ def measure(
     Without data, samples are compared with `exact` ones, (seed, indices) -> samples; by default the teacher's, if any.
     """
     _check(teacher, students, data)
+    try:
+        for part in ("rows", "pictures"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"results cannot be written to {folder}: {error.strerror}; name another folder") from error
     exact = exact or teacher.exact_data
     if data is not None:
         reference: Reference | None = of_images(data, folder)
     else:
         reference = of_exact(exact, stage.samples, seed) if exact is not None else None
-    for part in ("rows", "pictures"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
     work = _Work(folder, stage, teacher, students, reference, seed, device, progress, stop)
     fine, endpoint = work.fine()
     rows = [fine if plan.fine else work.row(plan, endpoint) for plan in plans(stage)]

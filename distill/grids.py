@@ -44,8 +44,10 @@ def scatter_png(points: Tensor, reference: Tensor | None, pixels: int = 360) -> 
     points = points.float().cpu()
     shown = points if reference is None else reference.float().cpu()
     low, high = shown.quantile(0.001, dim=0), shown.quantile(0.999, dim=0)
-    margin = 0.15 * (high - low) + 1e-6
-    low, high = (low - margin).tolist(), (high + margin).tolist()
+    centre, reach = (low + high) / 2, 0.65 * (high - low) + 1e-6
+    if points.shape[1] > 1:
+        reach = reach[:2].max().expand(points.shape[1])  # a square, so that both axes have one scale
+    low, high = (centre - reach).tolist(), (centre + reach).tolist()
     axes.set_xlim(low[0], high[0])
     if points.shape[1] == 1:
         bins = np.linspace(low[0], high[0], 61).tolist()
@@ -58,7 +60,7 @@ def scatter_png(points: Tensor, reference: Tensor | None, pixels: int = 360) -> 
             axes.scatter(reference[:, 0].tolist(), reference[:, 1].tolist(), s=2, color="#c9c9c4", linewidths=0)
         axes.scatter(points[:, 0].tolist(), points[:, 1].tolist(), s=2, color="#2f5d8a", linewidths=0, alpha=0.7)
         axes.set_ylim(low[1], high[1])
-        axes.set_aspect("equal", adjustable="datalim")
+        axes.set_aspect("equal")
     axes.tick_params(labelsize=7, length=2)
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()

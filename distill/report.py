@@ -104,7 +104,8 @@ def headline(results: Results) -> str:
             said += f"; the teacher is at {number(last.value)} after {last.nfe} Euler steps"
         said += f" and reaches {number(fine.value)} in {fine.nfe} calls of {fine.solver}"
     faster = best.images_per_second / fine.images_per_second
-    return f"{said}. It makes {f'{faster:.1f}' if faster < 10 else round(faster)} times as many samples a second."
+    times = f"{faster:.1f}" if faster < 10 else f"{faster:.0f}"
+    return f"{said}. {best.network} makes {times} times as many samples a second."
 
 
 def _evaluation(folder: Path, results: Results) -> Evaluation:

@@ -282,6 +282,13 @@ def test_what_does_not_fit_is_refused(image_run, vector_run):
         found.row("student", 3)
 
 
+def test_results_go_into_a_folder(vector_run):
+    vector_run.stage("evaluate").root.mkdir(parents=True)
+    (vector_run.stage("evaluate").root / "rows").write_text("")
+    with pytest.raises(InputError, match="results cannot be written to .*evaluate: File exists; name another folder"):
+        go(vector_run, vector_spec())
+
+
 def test_evaluation_without_a_teacher_is_refused(vector_run):
     spec = RunSpec.model_validate({"name": "r", "stages": {"evaluate": {"kind": "evaluate", "students": {}}}})
     with pytest.raises(InputError, match=r"stages.evaluate.teacher is not given and the spec has no teacher"):
