@@ -12,8 +12,8 @@ from commands import command, snapshot
 from runs import wait_for
 
 import distill as package
-from distill import presets, specfile
-from distill.cli import common
+from distill import claims, presets, specfile
+from distill.cli import common, work
 from distill.guard import InputError
 from distill.launch import environment
 from distill.store import append_event, create_run, event_line, write_json
@@ -214,6 +214,29 @@ def test_doctor(capfd, tmp_path):
     assert found["torch"]["state"] == "ok"
     assert found["store"]["found"] == f"{tmp_path}/runs (not made yet)"
     assert snapshot(tmp_path) == {}, "it looks, and makes nothing"
+
+
+# --- quickstart ---
+
+
+def test_quickstart_goes_on_with_what_was_stopped_and_repeats_nothing(tmp_path):
+    store = tmp_path / "runs"
+
+    def choice():
+        paths, unfinished = work.choose_quickstart(store)
+        return paths.name, unfinished is not None
+
+    assert choice() == ("quickstart", False)
+    run = make(store, "quickstart")
+    assert choice() == ("quickstart", True)
+    with claims.claim(run):
+        assert choice() == ("quickstart-2", False)
+    for stage in specfile.load_run(run).stages:
+        run.stage(stage).root.mkdir(parents=True)
+        write_json(run.stage(stage).done, {})
+    assert choice() == ("quickstart-2", False)
+    make(store, "quickstart-2", preset="mixture-2d")  # somebody's own run of that name
+    assert choice() == ("quickstart-3", False)
 
 
 # --- the environment that a run records ---

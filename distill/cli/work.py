@@ -1,5 +1,6 @@
 """`distill quickstart`, `run`, `plan` and the hidden `stage`: from a spec to a run."""
 
+import itertools
 import json as jsons
 import os
 import platform
@@ -29,24 +30,33 @@ PRESET, FIRST_NAME = "digits", "quickstart"
 
 def quickstart(store: StoreOption = None) -> None:
     """From handwritten digits to a one-step student with a report, in a few minutes on a CPU."""
-    from distill import claims, presets, specfile, workflow
+    from distill import presets, specfile
 
     folder = store_path(store)
-    source = specfile.load(presets.find(PRESET))
-    for number in range(1, 1000):
-        name = FIRST_NAME if number == 1 else f"{FIRST_NAME}-{number}"
-        paths = RunPaths(folder.absolute() / name)
-        mine = specfile.load(presets.find(PRESET), name=name)
+    paths, unfinished = choose_quickstart(folder)
+    if unfinished is not None:
+        print(f"going on with {near(paths.root)}")
+        _execute(paths, unfinished)
+    else:
+        source = specfile.load(presets.find(PRESET), name=paths.name)
+        _execute(_start(folder, source), source.spec, fresh=True)
+
+
+def choose_quickstart(folder: Path) -> tuple[RunPaths, "distill.spec.RunSpec | None"]:
+    """The quickstart that was stopped, with its spec; or the first name that is free: quickstart, quickstart-2, ..."""
+    from distill import claims, presets, specfile, workflow
+
+    digest = specfile.load(presets.find(PRESET)).spec.digest()
+    for number in itertools.count(1):
+        paths = RunPaths(folder.absolute() / (FIRST_NAME if number == 1 else f"{FIRST_NAME}-{number}"))
         if not paths.root.exists():
-            _execute(_start(folder, mine), mine.spec, fresh=True)
-            return
+            return paths, None
         if not paths.spec.exists() or claims.executing(paths):
             continue
-        theirs = specfile.load_run(paths)
-        if theirs.digest() == source.spec.digest() and workflow.pending(paths, theirs):
-            print(f"going on with {near(paths.root)}")
-            _execute(paths, theirs)
-            return
+        spec = specfile.load_run(paths)
+        if spec.digest() == digest and workflow.pending(paths, spec):
+            return paths, spec
+    raise AssertionError
 
 
 def run(

@@ -1,0 +1,90 @@
+"""A run from its spec to its students, by the real command: small, over vectors, with a recipe of the user's own."""
+
+import json
+
+import pytest
+from runs import distill, folder_bytes
+
+from distill import presets
+from distill.store import RunPaths, read_events, read_json
+
+SPEC = """
+name: one
+teacher: {kind: gaussian, mean: [1, 2], std: [0.5, 0.25]}
+stages:
+  pairs: {kind: pairs, count: 96, block: 32, shard: 64, steps: 4}
+  straight:
+    kind: train
+    recipe: ./mine.py
+    options: {distance: pseudo_huber}
+    network: {kind: mlp, width: 8, depth: 1}
+    pairs: pairs
+    images: 96
+    batch_size: 32
+    ema_half_lives: [32]
+    export: 32
+"""
+
+
+@pytest.mark.process
+def test_a_run_with_a_recipe_of_ones_own(tmp_path):
+    (tmp_path / "mine.py").write_text((presets.folder().parent / "reflow" / "reflow.py").read_text())
+    (tmp_path / "s.yaml").write_text(SPEC)
+    env = {"OMP_NUM_THREADS": "1"}
+    done = distill("run", "s.yaml", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "run 'one' in runs/one: pairs, straight",
+        "run                  runs/one",
+        "student straight     runs/one/students/straight",
+    ]
+    run = RunPaths(tmp_path / "runs" / "one")
+    kinds = [event["event"] for event in read_events(run) if event["event"] != "progress"]
+    assert kinds[:2] == ["created", "started"]
+    assert kinds[-1] == "finished"
+    assert read_json(run.env)["threads"] == 1
+    assert (run.root / "mine.py").read_text() == (tmp_path / "mine.py").read_text()
+    assert not run.running.exists()
+    assert json.loads(distill("list", "--json", cwd=tmp_path).stdout)[0]["state"] == "done"
+
+    # what is done is not done again, from wherever it is asked, the spec file gone or not
+    (tmp_path / "mine.py").unlink()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    before = folder_bytes(run.root)
+    done = distill("run", str(run.root), "--resume", cwd=elsewhere)
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, "all stages of run 'one' are done")
+    assert folder_bytes(run.root) == before
+
+    # a change of launch is noted; a stage whose result is gone is computed again, to the same bytes
+    student = folder_bytes(run.student("straight"))
+    run.stage("straight").done.unlink()
+    done = distill("run", "one", "launch.micro_batch=32", "--resume", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert folder_bytes(run.student("straight")) == student
+    (changed,) = [event for event in read_events(run) if event["event"] == "launch changed"]
+    assert changed["changes"] == ["launch.micro_batch: null -> 32"]
+
+    # the resolved spec is itself a spec: the same digest, the same student
+    done = distill("run", "runs/one/spec.yaml", "--name", "two", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    two = RunPaths(tmp_path / "runs" / "two")
+    assert folder_bytes(two.student("straight")) == student
+    digests = [next(read_events(each))["digest"] for each in (run, two)]
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.process
+def test_two_starts_of_one_name(tmp_path):
+    """Whoever comes second is told so, and disturbs nothing."""
+    from runs import start
+
+    (tmp_path / "mine.py").write_text((presets.folder().parent / "reflow" / "reflow.py").read_text())
+    (tmp_path / "s.yaml").write_text(SPEC)
+    logs = [tmp_path / f"log-{i}" for i in range(3)]
+    codes = [process.wait(300) for process in [start("run", "s.yaml", cwd=tmp_path, log=log) for log in logs]]
+    assert sorted(codes) == [0, 2, 2], [log.read_text() for log in logs]
+    for code, log in zip(codes, logs, strict=True):
+        if code == 2:
+            assert "there is a run 'one' in" in log.read_text()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["one"]
