@@ -130,7 +130,7 @@ def _training(work: Work, stage: TrainStage) -> Training:
     config = workflow.recipe_config(stage, work.run.root)
     teacher = _teacher(work, stage.teacher) if "teacher" in config.needs else None
     origin = _teacher(work, stage.init) if stage.init else teacher
-    source, shape, num_classes = _source(work, stage, config.needs, origin)
+    source, shape, num_classes = _source(work, stage, config.needs, teacher)
     init = StudentInit(origin, stage.network, shape, num_classes, work.seed)
     recipe = module.Recipe(config, teacher)
     card = StudentCard(
@@ -192,13 +192,13 @@ def export_checkpoint(paths: RunPaths, spec: RunSpec, name: str, weights: Litera
 
 
 def _source(
-    work: Work, stage: TrainStage, needs: frozenset[str], origin: LoadedTeacher | None
+    work: Work, stage: TrainStage, needs: frozenset[str], teacher: LoadedTeacher | None
 ) -> tuple[Source, tuple[int, ...], int | None]:
     """Where the stage's batches come from, the shape of a sample and the number of classes."""
     if "pairs" in needs:
-        assert stage.pairs is not None and origin is not None, "workflow.check lets no such stage through"
-        pair_set = pairs.PairSet.open(work.run.stage(stage.pairs).pairs, None)
-        return pairs.PairSource(pair_set, stage.batch_size, work.seed), origin.shape, origin.num_classes
+        assert stage.pairs is not None and teacher is not None, "workflow.check lets no such stage through"
+        pair_set = pairs.PairSet.open(work.run.stage(stage.pairs).pairs, teacher.digest)
+        return pairs.PairSource(pair_set, stage.batch_size, work.seed), teacher.shape, teacher.num_classes
     data = datasets.load(work.spec.data, work.seed)
     assert data is not None, "workflow.check lets no such stage through"
     return datasets.DataSource(data, stage.batch_size, work.seed), data.shape, data.num_classes

@@ -74,6 +74,8 @@ def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
         yield "stages: empty; a run has at least one stage"
     yield from teacher_mistakes(spec)
     used: set[str] = set()
+    if "teacher" in spec.stages:
+        yield "stages.teacher: the name 'teacher' stands for the teacher in tables; name the stage otherwise"
     for name, stage in spec.stages.items():
         where = f"stages.{name}"
         yield from _references(spec, name, stage)
@@ -158,6 +160,10 @@ def _train(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: str) 
         yield f"{where}: {recipe} needs pairs; name a pairs stage in {where}.pairs ({', '.join(known) or 'none yet'})"
     if "pairs" not in needs and stage.pairs is not None:
         yield f"{where}.pairs: {recipe} needs no pairs, so this has no effect; remove it"
+    solved = spec.stages.get(stage.pairs or "")
+    if "pairs" in needs and isinstance(solved, PairsStage) and solved.teacher != stage.teacher:
+        theirs, ours = (name or "the spec's teacher" for name in (solved.teacher, stage.teacher))
+        yield f"{where}.pairs: '{stage.pairs}' has pairs of {theirs}, this stage's teacher is {ours}; make them agree"
     teacher = stage.teacher or ("the spec's" if spec.teacher is not None else None)
     if "teacher" in needs and teacher is None:
         yield f"{where}: {recipe} needs a teacher; give {where}.teacher (a train stage), or the spec's teacher"

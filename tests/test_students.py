@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, UNet2DModel
 from torch import nn
 
+from distill import teachers
 from distill.fields import Rescheduled
 from distill.guard import InputError
 from distill.interpolants import linear, vp
-from distill.spec import MlpSpec, UNetSpec
+from distill.spec import CheckpointTeacher, MlpSpec, UNetSpec
 from distill.students.init import StudentInit
 from distill.students.networks import build
 from distill.students.velocity import VelocityStudent
@@ -260,3 +261,18 @@ def test_a_field_of_another_kind_cannot_be_continued():
     foreign = LoadedTeacher(VelocityStudent(source.network), (1, 8, 8), 3, 3, "0" * 64, "a foreign one", source.network)
     with pytest.raises(InputError, match="a foreign one cannot be continued as a student; describe a fresh `network`"):
         StudentInit(foreign, None, (1, 8, 8), 3, 0).velocity_field()
+
+
+def test_what_a_network_class_keeps_frozen_stays_frozen(tmp_path):
+    # diffusers' Fourier embedding has fixed frequencies as a Parameter: a student must not train them.
+    options = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    network = UNet2DModel(8, 1, 1, time_embedding_type="fourier", add_attention=False, **options, **blocks)
+    network.save_pretrained(tmp_path)
+    teacher = teachers.load(CheckpointTeacher(path=str(tmp_path), prediction="velocity"), torch.device("cpu"))
+    student = StudentInit(teacher, None, (1, 8, 8), None, 0).velocity_field().network
+    frozen = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"time_proj.weight"}
+    assert all(
+        torch.equal(a, b) for a, b in zip(student.state_dict().values(), network.state_dict().values(), strict=True)
+    )

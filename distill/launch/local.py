@@ -89,6 +89,8 @@ def _environment(run: RunPaths) -> dict[str, str]:
     """Ours, with the run's number of threads, and this very copy of the package."""
     threads = specfile.load_run(run).launch.threads or read_json(run.env)["threads"]
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    # diffusers copies a student's pipeline.py there before it imports it, not atomically: one folder for each run
+    env.setdefault("HF_MODULES_CACHE", str(run.root / ".modules"))
     installed = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}
     if environment.ROOT not in installed:  # -P leaves the current folder, where we may have come from, out of the path
         env["PYTHONPATH"] = os.pathsep.join([str(environment.ROOT), *filter(None, [env.get("PYTHONPATH")])])

@@ -1,7 +1,5 @@
 """Where a recipe's networks come from: a source's weights, or fresh ones."""
 
-import copy
-
 import torch
 from torch import nn
 
@@ -45,7 +43,7 @@ class StudentInit:
         if self.network is not None:
             return VelocityStudent(build(self.network, self.shape, self.num_classes, self.seed))
         assert self.source is not None
-        return VelocityStudent(_on_linear_path(self.source).requires_grad_(True).train())
+        return VelocityStudent(_on_linear_path(self.source).train())
 
     def null(self, cond: Cond) -> Cond:
         """The condition of the unconditional call; an unconditional network's is its only one."""
@@ -60,7 +58,10 @@ class StudentInit:
 
 
 def _on_linear_path(source: LoadedTeacher) -> nn.Module:
-    """A copy of the source's network that is called as a velocity network of the linear path."""
+    """A trainable copy of the source's network that is called as a velocity network of the linear path.
+
+    Built from its config, not copied: the source is frozen, and what its class keeps frozen must stay so.
+    """
     match source.field:
         case NetworkField(network, Interpolant(name="linear"), "velocity", time_scale):
             if time_scale != TIME_SCALE:
@@ -68,16 +69,16 @@ def _on_linear_path(source: LoadedTeacher) -> nn.Module:
                     f"{source.description} was trained with num_train_timesteps={time_scale:g}; students of the linear "
                     f"path are called with {TIME_SCALE:g} t, so start from a fresh `network`"
                 )
-            return copy.deepcopy(network)
+            copied = type(network).from_config(network.config)
         case NetworkField(network, path, prediction, last):
             n = torch.arange(int(last) + 1, dtype=torch.float64)
             table = path.path(n / last).alpha.square()  # alphas_cumprod [N]
-            wrapped = VelocityUNet2DModel.from_config(
+            copied = VelocityUNet2DModel.from_config(
                 network.config, path="vp", prediction=prediction, alphas_cumprod=table.tolist()
             )
         case EdmField(network, sigma_data, sign, t_range):
             sigma_min, sigma_max = (t / (1 - t) for t in t_range)
-            wrapped = VelocityUNet2DModel.from_config(
+            copied = VelocityUNet2DModel.from_config(
                 network.config,
                 path="edm",
                 prediction="epsilon" if sign > 0 else "v_prediction",
@@ -87,5 +88,5 @@ def _on_linear_path(source: LoadedTeacher) -> nn.Module:
             )
         case _:
             raise InputError(f"{source.description} cannot be continued as a student; describe a fresh `network`")
-    wrapped.load_state_dict(network.state_dict(), strict=True)
-    return wrapped.to(network.device)
+    copied.load_state_dict(network.state_dict(), strict=True)
+    return copied.to(network.device)
