@@ -72,6 +72,14 @@ CASES = {
         vectors(e={"students": {"r": []}}),
         "stages.e.students.r: no numbers of steps given, e.g. [1, 2, 4]",
     ),
+    "pairs of another teacher": (
+        vectors(p2={**PAIRS, "teacher": "r"}, r2={**REFLOW, "pairs": "p2"}),
+        "stages.r2.pairs: 'p2' has pairs of r, this stage's teacher is the spec's teacher; make them agree",
+    ),
+    "a stage that tables would take for the teacher": (
+        images(teacher=TEACH),
+        "stages.teacher: the name 'teacher' stands for the teacher in tables; name the stage otherwise",
+    ),
     "no such recipe": (
         vectors(r={"recipe": "reflow/reflw"}),
         "stages.r.recipe: there is no recipe 'reflow/reflw'; did you mean 'reflow/reflow'? valid: "
