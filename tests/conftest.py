@@ -27,9 +27,13 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item.path in mine]
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session, exitstatus):
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    config = session.config
+    if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and config.getoption("--part") != "1/1":
+        session.exitstatus = pytest.ExitCode.OK  # more parts than files
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
     skipped = reporter.stats.get("skipped", []) if reporter else []
-    if session.config.getoption("--fail-on-skip") and skipped:
+    if config.getoption("--fail-on-skip") and skipped:
         reporter.write_line(f"{len(skipped)} tests were skipped where none may be", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

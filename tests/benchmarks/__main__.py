@@ -34,7 +34,7 @@ SHAPE, CLASSES, BATCH = (1, 8, 8), 10, 128
 
 
 def student() -> VelocityStudent:
-    return StudentInit(None, UNetSpec(kind="unet", channels=[32, 64]), SHAPE, CLASSES, 0).velocity_field()
+    return StudentInit(None, UNetSpec(kind="unet", channels=[32, 48]), SHAPE, CLASSES, 0).velocity_field()
 
 
 class Clocked:
@@ -84,7 +84,7 @@ def bench_step(steps: int = 40) -> str:
             stage = TrainStage(
                 kind="train", recipe="pretrain/flow_matching", images=steps * BATCH, optimizer=OptimizerSpec()
             )
-            init = StudentInit(None, UNetSpec(kind="unet", channels=[32, 64]), SHAPE, CLASSES, round_)
+            init = StudentInit(None, UNetSpec(kind="unet", channels=[32, 48]), SHAPE, CLASSES, round_)
             with Progress("bench", stage.images, "images", None) as progress:
                 engine.train(
                     module.Recipe(module.Config(), None), init, clock, stage, seed=0, device=CPU, micro_batch=BATCH,

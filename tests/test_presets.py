@@ -1,0 +1,49 @@
+"""The presets as they ship, through the real command: the bar on digits, recovery on the ring."""
+
+import pytest
+from runs import distill
+
+from distill.results import load
+from distill.store import RunPaths
+
+pytestmark = [pytest.mark.process, pytest.mark.train]
+
+
+def evaluated(folder, *arguments):
+    """The results of a run of a preset."""
+    done = distill("run", *arguments, "--name", "one", "--store", "runs", cwd=folder, timeout=1500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = RunPaths(folder / "runs" / "one")
+    assert run.report.exists()
+    return load(run.stage("evaluate"))
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.long), pytest.param(2, marks=pytest.mark.long)])
+def test_the_one_step_student_of_digits_reaches_the_bar(tmp_path, seed):
+    # Measured on 10,000 samples; the rows that the bar does not need are left out.
+    results = evaluated(
+        tmp_path,
+        "digits",
+        f"seed={seed}",
+        "stages.evaluate.samples=10000",
+        "stages.evaluate.teacher_steps=[4, 16]",
+        "stages.evaluate.students={one_step: [1]}",
+    )
+    student, coarse = results.row("one_step", 1).distance, results.row("teacher", 16).distance
+    fine = results.row("teacher", 24, fine=True).distance
+    print(f"FD-digits: student {student:.2f}, teacher at 16 Euler steps {coarse:.2f}, by its fine solver {fine:.2f}")
+    assert (results.distance, results.samples) == ("FD-digits", 10000)
+    assert student <= coarse
+    assert student <= 2 * fine
+    assert coarse < results.row("teacher", 4).distance
+
+
+@pytest.mark.timeout(900)
+def test_the_one_step_student_of_the_ring_recovers_it(tmp_path):
+    results = evaluated(tmp_path, "mixture-2d", "stages.evaluate.students={one_step: [1]}")
+    student, coarse = results.row("one_step", 1), results.row("teacher", 1)
+    fine = results.row("teacher", 64, fine=True)
+    assert results.distance == "SW2"
+    assert student.distance - fine.distance <= 0.15 * (coarse.distance - fine.distance)
+    assert student.rms <= 0.15 * coarse.rms
