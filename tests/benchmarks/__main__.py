@@ -1,7 +1,7 @@
-"""Measurements, as ratios within one run: python -m tests.benchmarks [step pairs start digits]. No assertion here.
+"""Measurements, as ratios within one run: python -m tests.benchmarks [step pairs start quickstart digits].
 
-Machines are noisy: contenders take turns, medians are compared. `digits` (the bar, mean of three seeds) takes ~25
-minutes on 2 cores and runs only when named.
+Nothing is asserted: machines are noisy. Contenders take turns, medians are compared. `quickstart` (5 minutes on 2
+cores) and `digits` (the bar, mean of three seeds, 20 minutes) run only when named.
 """
 
 import statistics
@@ -151,22 +151,32 @@ def bench_start() -> str:
 def bench_digits(seeds: int = 3) -> str:
     """The bar of the digits preset, 10,000 samples, mean of the seeds."""
     values: dict[str, list[float]] = {}
+    needed = ["teacher_steps=[1, 4, 16]", "students={one_step: [1], reflow: [1]}", "samples=10000"]
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(seeds):
-            name = f"digits-{seed}"
-            command = ["-m", "distill", "run", "digits", f"seed={seed}", "--name", name, "--store", "runs"]
-            subprocess.run([sys.executable, *command, "stages.evaluate.samples=10000"], cwd=folder, check=True)
-            results = load_results(RunPaths(Path(folder) / "runs" / name).stage("evaluate"))
+            command = ["-m", "distill", "run", "digits", f"seed={seed}", "--name", f"digits-{seed}", "--store", "runs"]
+            command += [f"stages.evaluate.{change}" for change in needed]
+            subprocess.run([sys.executable, *command], cwd=folder, check=True, stdout=subprocess.DEVNULL)
+            results = load_results(RunPaths(Path(folder) / "runs" / f"digits-{seed}").stage("evaluate"))
             for row in results.rows:
-                values.setdefault(f"{row.label} {row.steps}", []).append(row.distance)
-    lines = [f"    {label:22s} {statistics.mean(v):8.2f}   {[round(x, 2) for x in v]}" for label, v in values.items()]
+                values.setdefault(f"{row.label}, {row.steps}", []).append(row.distance)
+    lines = [f"    {label:30s} {statistics.mean(v):7.2f}   {[round(x, 2) for x in v]}" for label, v in values.items()]
     return f"digits  FD-digits, 10,000 samples, mean of {seeds} seeds\n" + "\n".join(lines)
+
+
+def bench_quickstart() -> str:
+    """Wall time of the quickstart, installation aside."""
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "distill", "quickstart"], cwd=folder, check=True)
+        return f"quickstart  {time.perf_counter() - began:.0f} s (goal <= 300 s)"
 
 
 BENCHES: dict[str, Callable[[], str]] = {
     "step": bench_step,
     "pairs": bench_pairs,
     "start": bench_start,
+    "quickstart": bench_quickstart,
     "digits": bench_digits,
 }
 
