@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-GAP = 1  # pixels between images
+GAP = 1  # pixels between images, before they are magnified
+MIN_SIDE = 48  # pixels of a shown image: smaller ones are magnified by a whole factor
 WHITE = 255
 
 
@@ -20,7 +21,10 @@ def columns_for(count: int, num_classes: int | None) -> int:
 
 
 def images_png(images: Tensor, columns: int) -> bytes:
-    """Images [N, C, H, W] in [-1, 1], clamped, C = 1 or 3, row by row with `columns` in a row, at their own size."""
+    """Images [N, C, H, W] in [-1, 1], clamped, C = 1 or 3, row by row with `columns` in a row.
+
+    Small ones are magnified without smoothing, so that digits of 8x8 can be judged by eye.
+    """
     count, channels, height, width = images.shape
     if channels not in (1, 3):
         raise ValueError(f"images have {channels} channels; only 1 (grey) and 3 (colour) can be shown")
@@ -30,6 +34,8 @@ def images_png(images: Tensor, columns: int) -> bytes:
     for i in range(count):
         top, left = (i // columns) * (height + GAP), (i % columns) * (width + GAP)
         sheet[top : top + height, left : left + width] = pixels[i]
+    factor = math.ceil(MIN_SIDE / max(height, width))
+    sheet = sheet.repeat(factor, axis=0).repeat(factor, axis=1)
     return _png(Image.fromarray(sheet[..., 0] if channels == 1 else sheet))
 
 

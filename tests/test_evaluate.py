@@ -349,8 +349,10 @@ def test_sample_of_vectors(vector_run, tmp_path):
 
 def test_grid_places_images_row_by_row_clamped():
     images = torch.tensor([-2.0, -1.0, 0.0, 1.0, 5.0])[:, None, None, None].expand(5, 1, 3, 2)
-    sheet = np.asarray(Image.open(io.BytesIO(images_png(images, 3))))
-    assert sheet.shape == (7, 8)
+    magnified = np.asarray(Image.open(io.BytesIO(images_png(images, 3))))
+    assert magnified.shape == (7 * 16, 8 * 16), "3 pixels become 48"
+    sheet = magnified[::16, ::16]
+    assert (sheet.repeat(16, 0).repeat(16, 1) == magnified).all(), "and nothing is smoothed"
     assert [sheet[0, 0], sheet[0, 3], sheet[0, 6], sheet[4, 0], sheet[4, 3]] == [0, 0, 128, 255, 255]
     assert (sheet[3] == 255).all(), "a white gap"
     colour = torch.zeros(1, 3, 2, 2)
