@@ -24,6 +24,8 @@ from distill.store import RunPaths, create_run, event_line
 RECIPES = "pretrain/flow_matching, reflow/one_step, reflow/reflow"
 PRESETS = ", ".join(presets.names())
 TOP = "data, launch, name, seed, stages, teacher"
+TEACH, PAIRS = (specfile.load(presets.find("digits")).spec.stages[name] for name in ("teach", "pairs"))
+HALVES = ", ".join(f"{half:g}" for half in TEACH.ema_half_lives)
 
 
 @pytest.fixture(autouse=True)
@@ -112,12 +114,12 @@ FIELDS = {
         SPEC + "launch.micro_batch: 48 does not divide stages.teach.batch_size (128)",
     ),
     "images not divisible": (
-        ["stages.teach.images=10000"],
+        ["stages.teach.images=10000", "stages.teach.batch_size=128"],
         SPEC + "stages.teach.images: 10000 is not a multiple of batch_size (128); nearest: 9984",
     ),
     "unknown half-life": (
-        ["stages.teach.export=9000"],
-        SPEC + "stages.teach.export: 9000 is none of ema_half_lives; valid: raw, 8000",
+        ["stages.teach.export=9000.5"],
+        SPEC + f"stages.teach.export: 9000.5 is none of ema_half_lives; valid: raw, {HALVES}",
     ),
     "needs data": (
         ["data={kind: none}"],
@@ -136,10 +138,10 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("case", FIELDS)
-def test_fields(capfd, tmp_path, case):
+def test_fields(capfd, tmp_path, monkeypatch, case):
     changes, said = FIELDS[case]
-    if case == "no GPU" and torch.cuda.is_available():
-        pytest.skip("there is one")
+    if case == "no GPU":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # also where there is one
     refuse(capfd, tmp_path, ["run", "digits", *changes], said)
 
 
@@ -272,7 +274,7 @@ def test_resume_with_a_changed_spec(capfd, tmp_path):
     make_run(tmp_path / "runs")
     said = (
         "run 'one' cannot go on with a changed spec (only launch may change):\n"
-        "  seed: 0 -> 3\n  stages.pairs.count: 5000 -> 100\n"
+        f"  seed: 0 -> 3\n  stages.pairs.count: {PAIRS.count} -> 100\n"
         "start another run by --name OTHER, or undo the change"
     )
     changes = ["seed=3", "stages.pairs.count=100"]
@@ -312,8 +314,8 @@ def test_export_of_what_is_not_there(capfd, tmp_path):
     for arguments, said in [
         ([], "run 'one' has 3 train stages; name one: teach, reflow, one_step"),
         (["reflw"], "run 'one' has no train stage 'reflw'; did you mean 'reflow'? valid: one_step, reflow, teach"),
-        (["teach", "--half-life", "5"], "--half-life 5 is none of the stage's; valid: 8000"),
-        (["teach", "--half-life", "8000", "--raw"], "--raw and --half-life exclude each other"),
+        (["teach", "--half-life", "5"], f"--half-life 5 is none of the stage's; valid: {HALVES}"),
+        (["teach", "--half-life", f"{TEACH.ema_half_lives[0]:g}", "--raw"], "--raw and --half-life exclude each other"),
         (["reflow"], "the checkpoints of 'reflow' were deleted; what was exported is runs/one/students/reflow"),
         (["teach"], "stage 'teach' of run 'one' has no checkpoint yet; wait for the first one"),
     ]:

@@ -174,7 +174,8 @@ def test_list_and_show(capfd, tmp_path):
     }  # fmt: skip
     text = " ".join(command(capfd, "show", "runs/one").out.split())
     assert text.startswith("one stopped: stopped by SIGTERM 0 s ago seed 0, data digits")
-    assert "teach: pretrain/flow_matching, 102,400 images, batch 128" in text
+    teach = specfile.load_run(run).stages["teach"]
+    assert f"teach: pretrain/flow_matching, {teach.images:,} images, batch {teach.batch_size}" in text
     assert "pairs pairs begun 25% 1,250/5,000 pairs loss 0.25" in text
     assert text.endswith("go on with: distill run runs/one --resume")
     assert command(capfd, "show", "two").err == "error: there is no run 'two' in runs; valid: one\n"
