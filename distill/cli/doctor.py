@@ -17,7 +17,7 @@ from distill.cli.common import JsonOption, StoreOption, human, print_json, print
 
 TRAIN = (
     *("torch", "torchvision", "diffusers", "datasets", "safetensors", "numpy", "scipy", "scikit-learn"),
-    *("torchmetrics", "lpips", "matplotlib", "pillow", "pot"),
+    *("lpips", "matplotlib", "pillow", "pot"),
 )
 FREE = 2e9  # bytes that a quickstart and a few checkpoints take with ease
 

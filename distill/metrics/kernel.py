@@ -1,4 +1,7 @@
-"""Kernel distance: the unbiased MMD^2 of two feature sets (Binkowski et al. 2018, arXiv 1801.01401, "KID")."""
+"""Kernel distance: the unbiased MMD^2 of two feature sets (Binkowski et al. 2018, arXiv 1801.01401, "KID").
+
+Own code for the reason given in `frechet`: torchmetrics' KID takes images and draws random subsets of its own.
+"""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,7 @@
-"""Improved precision and recall by nearest neighbours (Kynkaanniemi et al. 2019, arXiv 1904.06991)."""
+"""Improved precision and recall by nearest neighbours (Kynkaanniemi et al. 2019, arXiv 1904.06991).
+
+Own code: torchmetrics has none, and features are computed once for all metrics.
+"""
 
 import torch
 from torch import Tensor
