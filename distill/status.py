@@ -8,7 +8,6 @@ from distill import claims
 from distill.store import RunPaths, read_events, read_json
 
 TAIL = 64 * 1024  # bytes of events that say how a run stands now
-STATES = ("running", "done", "stopped", "failed", "new")
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,7 @@ class RunStatus:
     name: str
     path: str
     state: str
+    """running, done, stopped, failed or new"""
     message: str
     """why it stopped or failed"""
     created: float | None
@@ -54,7 +54,9 @@ def read(run: RunPaths) -> RunStatus:
         elif event.get("event") == "progress":
             progress[str(event.get("label"))] = event
     stages = [_stage(run, name, kind, progress.get(name, {})) for name, kind in kinds.items()]
-    state, message = _state(run, stages, str(last.get("event", "created")), message)
+    # A run that has come far since it was started says so before the tail.
+    unknown = "started" if run.events.exists() and run.events.stat().st_size > TAIL else "created"
+    state, message = _state(run, stages, str(last.get("event", unknown)), message)
     return RunStatus(run.name, str(run.root), state, message, first.get("time"), changed, stages)
 
 

@@ -21,7 +21,7 @@ from distill.spec import (
     TrainStage,
     UNetSpec,
 )
-from distill.store import RunPaths
+from distill.store import RunPaths, read_json
 
 HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
 
@@ -37,8 +37,33 @@ def check(spec: RunSpec, base: Path) -> None:
 
 
 def pending(run: RunPaths, spec: RunSpec) -> list[str]:
-    """The stages still to do, in order."""
-    return [name for name in spec.stages if not run.stage(name).done.exists()]
+    """The stages still to do, in order; done ones are among them where `lost_pairs` says so."""
+    lost = lost_pairs(run, spec)
+    return [name for name in spec.stages if name in lost or not run.stage(name).done.exists()]
+
+
+def wanted_pairs(run: RunPaths, spec: RunSpec) -> set[str]:
+    """The pairs stages that a stage still to do trains on."""
+    return {
+        stage.pairs
+        for name, stage in spec.stages.items()
+        if isinstance(stage, TrainStage) and stage.pairs is not None and not run.stage(name).done.exists()
+    }
+
+
+def lost_pairs(run: RunPaths, spec: RunSpec) -> list[str]:
+    """Pairs stages that are done, but whose files are no longer there, or cut short, while they are still wanted."""
+    done = [name for name in wanted_pairs(run, spec) if run.stage(name).done.exists()]
+    return sorted(name for name in done if not _are_whole(run.stage(name).pairs))
+
+
+def _are_whole(folder: Path) -> bool:
+    """Whether the manifest is there, and each file that it lists at its size; checksums are for whoever reads them."""
+    try:
+        shards = read_json(folder / "manifest.json")["shards"]
+        return all((folder / name).stat().st_size == file["size"] for name, file in shards.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent, or not a manifest
+        return False
 
 
 def locate_options(spec: RunSpec, base: Path) -> RunSpec:

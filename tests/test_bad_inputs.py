@@ -182,6 +182,7 @@ def test_a_binary_file_is_no_spec(capfd, tmp_path):
 
 # --- commands ---
 
+GAUSSIAN = "{kind: gaussian, mean: [0], std: [1]}"
 COMMANDS = {
     "no such file": (["run", "nope.yaml"], f"there is no spec nope.yaml; give a YAML file or a preset: {PRESETS}"),
     "no such preset": (
@@ -218,6 +219,14 @@ COMMANDS = {
         ["pairs", "a", "--shard", "300", "--out", "p"],
         "--shard: 300 is not a multiple of block (256); nearest: 256",
     ),
+    "pairs into a file": (
+        ["pairs", GAUSSIAN, "--out", __file__],
+        f"--out {__file__}: {__file__} is a file; name a folder",
+    ),
+    "pairs below a file": (
+        ["pairs", GAUSSIAN, "--out", f"{__file__}/p"],
+        f"--out {__file__}/p: {__file__} is a file; name a folder",
+    ),
     "unknown solver": (
         ["pairs", "a", "--solver", "huen", "--out", "p"],
         "--solver: 'huen' given; must be 'euler', 'heun' or 'dpm_solver_pp_2m'",
@@ -228,6 +237,29 @@ COMMANDS = {
 @pytest.mark.parametrize("case", COMMANDS)
 def test_commands(capfd, tmp_path, case):
     refuse(capfd, tmp_path, *COMMANDS[case])
+
+
+@pytest.mark.skipif(not Path("/proc/sys").exists(), reason="needs a folder that even root cannot write")
+def test_pairs_where_nothing_can_be_written(capfd, tmp_path):
+    done = command(capfd, "pairs", GAUSSIAN, "--out", "/proc/sys/pairs")
+    assert done.code == 2
+    assert done.err.startswith("error: --out /proc/sys/pairs: cannot write there: ")
+    assert done.err.endswith("; name another folder\n")
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63)])
+def test_a_seed_out_of_range(capfd, tmp_path, seed):
+    for arguments in (
+        ["pairs", GAUSSIAN, "--out", "p"],
+        ["sample", "s", "--out", "a.png"],
+        ["eval", "s", "--out", "e"],
+    ):
+        done = command(capfd, *arguments, f"--seed={seed}")
+        assert done.code == 2
+        said = " ".join(done.err.replace("│", " ").split())
+        assert "Invalid value for '--seed': " in said
+        assert seed in said
+    assert snapshot(tmp_path) == {}
 
 
 # --- the store and runs in it ---
@@ -412,7 +444,8 @@ def test_checkpoints(capfd, tmp_path, sound_teacher, case):
     shutil.copytree(sound_teacher, tmp_path / "teacher")
     harm(tmp_path / "teacher")
     (tmp_path / "pictures").mkdir()
-    Image.new("L", (4, 4)).save(tmp_path / "pictures" / "a.png")
+    for i in range(4):
+        Image.new("L", (4, 4), i).save(tmp_path / "pictures" / f"{i}.png")
     spec = {
         "name": "x",
         "teacher": {"kind": "diffusers", "path": "teacher"},
@@ -427,7 +460,7 @@ def test_checkpoints(capfd, tmp_path, sound_teacher, case):
 
 def test_pairs_of_another_teacher(capfd, tmp_path):
     arguments = ["--count", "8", "--block", "8", "--shard", "8", "--steps", "1", "--device", "cpu", "--out", "p"]
-    assert command(capfd, "pairs", "{kind: gaussian, mean: [0], std: [1]}", *arguments).code == 0
+    assert command(capfd, "pairs", GAUSSIAN, *arguments).code == 0
     before = snapshot(tmp_path)
     done = command(capfd, "pairs", "{kind: gaussian, mean: [1], std: [1]}", *arguments)
     assert done.code == 2

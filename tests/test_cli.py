@@ -12,7 +12,7 @@ from commands import command, snapshot
 from runs import wait_for
 
 import distill as package
-from distill import claims, presets, specfile
+from distill import claims, presets, specfile, status
 from distill.cli import common, work
 from distill.guard import InputError
 from distill.launch import environment
@@ -181,6 +181,28 @@ def test_list_and_show(capfd, tmp_path):
     assert command(capfd, "show", "two").err == "error: there is no run 'two' in runs; valid: one\n"
 
 
+def test_a_run_that_was_killed_far_from_its_start_is_not_new(tmp_path):
+    run = make(tmp_path / "runs")
+    assert status.read(run).state == "new"
+    append_event(run, "started", pid=1)
+    for done in range(0, 10**6, 1000):
+        append_event(run, "progress", label="teach", unit="images", done=done, total=10**6, per_second=1, logs={})
+    assert run.events.stat().st_size > status.TAIL
+    found = status.read(run)
+    assert (found.state, found.message) == ("stopped", "its process was killed")
+
+
+def test_a_line_break_among_the_arguments_leaves_the_spec_whole(tmp_path, monkeypatch):
+    """The command stands in a comment of the run's spec; \\x1b and \\u2028 would harm a YAML file as well."""
+    change = "stages.reflow.options={distance:\n l2}"
+    monkeypatch.setattr(sys, "argv", ["distill", "run", "digits", change, "--name", "a\u2028\x1bb"])
+    source = specfile.load(presets.find("digits"), [change], name="one")
+    run = work._start(tmp_path / "runs", source)
+    assert specfile.load_run(run).digest() == source.spec.digest()
+    first = run.spec.read_text().splitlines()[0]
+    assert first == "# distill run digits 'stages.reflow.options={distance:  l2}' --name 'a  b'"
+
+
 def test_clean_says_asks_and_deletes(capfd, tmp_path, monkeypatch):
     run = make(tmp_path / "runs")
     for stage in ("teach", "reflow"):
@@ -206,6 +228,30 @@ def test_clean_says_asks_and_deletes(capfd, tmp_path, monkeypatch):
     assert command(capfd, "clean", "one", "--checkpoints", "-y").out == "nothing to delete in runs/one\n"
     assert command(capfd, "clean", "one", "--all", "-y").code == 0
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_pairs_that_a_stage_still_needs_are_to_do_again_once_deleted(capfd, tmp_path):
+    run = make(tmp_path / "runs")
+    for stage in ("teach", "pairs"):
+        run.stage(stage).pairs.mkdir(parents=True)
+        write_json(run.stage(stage).done, {})
+    assert command(capfd, "clean", "one", "--pairs", "--yes").out.endswith(
+        "stage 'pairs' is to do again: a stage that is not done needs its pairs\ndeleted 2 folders\n"
+    )
+    assert not run.stage("pairs").done.exists()
+    for stage in ("pairs", "reflow", "one_step"):
+        run.stage(stage).pairs.mkdir(parents=True)
+        write_json(run.stage(stage).done, {})
+    assert command(capfd, "clean", "one", "--pairs", "--yes").out.endswith("deleted 3 folders\n")
+    assert run.stage("pairs").done.exists(), "nobody needs them any more"
+
+
+def test_clean_takes_what_killed_processes_left(capfd, tmp_path):
+    run = make(tmp_path / "runs")
+    for name in (".dead-host-1-2", ".running-host-3-4"):
+        (run.root / name).mkdir()
+    assert command(capfd, "clean", "one", "--pairs", "--yes").out.endswith("deleted 2 folders\n")
+    assert {path.name for path in run.root.iterdir()} == {"spec.yaml", "env.json", "events.jsonl"}
 
 
 def test_doctor(capfd, tmp_path):

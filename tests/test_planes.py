@@ -44,6 +44,7 @@ def make_run(store):
         ["show", "one"],
         ["show", "one", "--json"],
         ["clean", "one", "--checkpoints"],
+        ["clean", "one", "--pairs"],
         ["init"],
         ["init", "digits"],
         ["recipes"],

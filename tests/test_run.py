@@ -56,12 +56,19 @@ def test_a_run_with_a_recipe_of_ones_own(tmp_path):
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, "all stages of run 'one' are done")
     assert folder_bytes(run.root) == before
 
-    # a change of launch is noted; a stage whose result is gone is computed again, to the same bytes
-    student = folder_bytes(run.student("straight"))
+    # a change of launch is noted; a stage whose result is gone is computed again, to the same bytes,
+    # and the pairs that it needs are made again where one of their files is gone
+    student, pairs = folder_bytes(run.student("straight")), folder_bytes(run.stage("pairs").pairs)
     run.stage("straight").done.unlink()
+    (run.stage("pairs").pairs / "shard-00001.safetensors").unlink()
     done = distill("run", "one", "launch.micro_batch=32", "--resume", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:2] == [
+        "the pairs of stage 'pairs' are gone or damaged, and still needed: they are made again",
+        "run 'one' in runs/one: pairs, straight",
+    ]
     assert folder_bytes(run.student("straight")) == student
+    assert folder_bytes(run.stage("pairs").pairs) == pairs
     (changed,) = [event for event in read_events(run) if event["event"] == "launch changed"]
     assert changed["changes"] == ["launch.micro_batch: null -> 32"]
 

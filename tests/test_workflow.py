@@ -253,8 +253,37 @@ def test_pending_are_the_stages_that_are_not_done(tmp_path):
     assert workflow.pending(run, spec) == ["p", "r", "e"]
     run.stage("p").root.mkdir(parents=True)
     assert workflow.pending(run, spec) == ["p", "r", "e"]
+    run.stage("p").pairs.mkdir()
+    write_json(run.stage("p").pairs / "manifest.json", {"shards": {}})
     write_json(run.stage("p").done, {})
     assert workflow.pending(run, spec) == ["r", "e"]
+
+
+def test_pairs_that_are_gone_are_pending_as_long_as_a_stage_needs_them(tmp_path):
+    spec, run = specfile.validate(vectors(), "f"), RunPaths(tmp_path)
+    folder = run.stage("p").pairs
+    folder.mkdir(parents=True)
+
+    def make():
+        (folder / "a").write_bytes(b"123")
+        write_json(folder / "manifest.json", {"shards": {"a": {"size": 3}}})
+
+    make()
+    write_json(run.stage("p").done, {})
+    assert (workflow.pending(run, spec), workflow.lost_pairs(run, spec)) == (["r", "e"], [])
+    for harm in [
+        lambda: (folder / "a").unlink(),
+        lambda: (folder / "a").write_bytes(b"12"),
+        lambda: (folder / "manifest.json").unlink(),
+        lambda: (folder / "manifest.json").write_text("{"),
+        lambda: (folder / "manifest.json").write_text("[]"),
+    ]:
+        make()
+        harm()
+        assert (workflow.pending(run, spec), workflow.lost_pairs(run, spec)) == (["p", "r", "e"], ["p"])
+    run.stage("r").root.mkdir(parents=True)
+    write_json(run.stage("r").done, {})
+    assert (workflow.pending(run, spec), workflow.lost_pairs(run, spec)) == (["e"], []), "nobody needs them any more"
 
 
 # --- recipes of one's own ---

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.common import JsonOption, print_json, print_table
+from distill.cli.common import JsonOption, one_line, print_json, print_table
 from distill.guard import InputError
 
 
@@ -25,7 +25,7 @@ def init(
     path = out or Path(f"{preset}.yaml")
     if path.exists():
         raise InputError(f"{path} exists already; name another file by --out")
-    head = [f"# distill run {path}", *(f"# {line}" for line in presets.head(preset)[1:])]
+    head = [f"# distill run {one_line(str(path))}", *(f"# {line}" for line in presets.head(preset)[1:])]
     text = "\n".join([*head, "", presets.annotated(source.spec, source.base)])
     try:
         with path.open("x", encoding="utf-8") as file:

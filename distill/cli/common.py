@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,6 +85,23 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Se
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console().print(table)
+
+
+def one_line(text: str) -> str:
+    """Text that can stand in a comment of a file: what cannot be printed, line breaks among it, becomes a space."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+def check_out(out: Path) -> None:
+    """InputError unless the folder --out can be written, or made; nothing is made yet."""
+    try:
+        existing = next(path for path in [out.absolute(), *out.absolute().parents] if path.exists())
+        if not existing.is_dir():
+            raise InputError(f"--out {out}: {existing} is a file; name a folder")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot write there: {error.strerror}; name another folder") from None
 
 
 def print_json(content: Any) -> None:  # noqa: ANN401

@@ -14,6 +14,7 @@ from typing import Literal
 import typer
 
 from distill.cli.common import JsonOption, StoreOption, human, print_json, print_table, store_path
+from distill.launch import environment
 
 TRAIN = (
     *("torch", "torchvision", "diffusers", "datasets", "safetensors", "numpy", "scipy", "scikit-learn"),
@@ -59,8 +60,7 @@ def _packages() -> list[Finding]:
 
 
 def _devices() -> list[Finding]:
-    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    findings = [Finding("CPUs", "ok", f"{cpus} that this process may use")]
+    findings = [Finding("CPUs", "ok", f"{environment.cpus()} that this process may use")]
     if importlib.util.find_spec("torch") is not None:
         import torch
 

@@ -80,7 +80,7 @@ def clean(
     run: RunArgument,
     checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Checkpoints of stages that are done.")] = False,
     pairs: Annotated[
-        bool, typer.Option("--pairs", help="Pairs; stages that are not done may need them again.")
+        bool, typer.Option("--pairs", help="Pairs; where a stage still needs them, they are made again.")
     ] = False,
     everything: Annotated[bool, typer.Option("--all", help="The whole run, students included.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
@@ -95,6 +95,7 @@ def clean(
         raise InputError("say what to delete: --checkpoints, --pairs, or --all")
     claims.refuse_if_executing(paths)
     found = [paths.root] if everything else _waste(paths.root, checkpoints, pairs)
+    wanted = _wanted_pairs(paths) if pairs and not everything else []
     if not found:
         print(f"nothing to delete in {near(paths.root)}")
         return
@@ -104,6 +105,9 @@ def clean(
         print("nothing was deleted")
         return
     with claims.claim(paths):
+        for name in wanted:  # first, so that whatever happens no stage counts as done without its pairs
+            paths.stage(name).done.unlink()
+            print(f"stage '{name}' is to do again: a stage that is not done needs its pairs")
         for path in found:
             if path != paths.root:
                 shutil.rmtree(path)
@@ -112,9 +116,16 @@ def clean(
     print(f"deleted {len(found)} folder{'s' if len(found) > 1 else ''}")
 
 
+def _wanted_pairs(run: RunPaths) -> list[str]:
+    """The pairs stages that are done, and that a stage still to do trains on."""
+    from distill import specfile, workflow
+
+    return sorted(name for name in workflow.wanted_pairs(run, specfile.load_run(run)) if run.stage(name).done.exists())
+
+
 def _waste(root: Path, checkpoints: bool, pairs: bool) -> list[Path]:
     """Folders that may go: checkpoints of done stages, pairs, claims of processes that were killed."""
-    found = list(root.glob(".dead-*"))
+    found = [*root.glob(".dead-*"), *root.glob(".running-*")]  # the second of a kill while it claimed the run
     for stage in sorted((root / "stages").glob("*")):
         if checkpoints and (stage / "done.json").exists() and (stage / "checkpoints").is_dir():
             found.append(stage / "checkpoints")

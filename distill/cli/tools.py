@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.common import JsonOption, StoreOption, console, near, print_json, store_path
+from distill.cli.common import JsonOption, StoreOption, check_out, console, near, print_json, store_path
 from distill.guard import InputError, suggest
 from distill.store import find_run
 
 StudentArgument = Annotated[str, typer.Argument(metavar="STUDENT", help="A student folder, or RUN/STAGE of the store.")]
 TeacherHelp = "A diffusers folder or hub id, a student, RUN/STAGE, or YAML such as '{kind: gaussian, ...}'."
+SeedOption = Annotated[int, typer.Option(help="Of the noise.", min=0, max=2**63 - 1)]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
@@ -21,7 +22,7 @@ def pairs(
     solver: Annotated[str, typer.Option(help="euler, heun or dpm_solver_pp_2m.")] = "heun",
     steps: Annotated[int, typer.Option(help="Solver steps.")] = 16,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 = none.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: SeedOption = 0,
     block: Annotated[int, typer.Option(help="Pairs solved at once.")] = 256,
     shard: Annotated[int, typer.Option(help="Pairs per file, a multiple of --block.")] = 4096,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16, as stored.")] = "float32",
@@ -37,6 +38,7 @@ def pairs(
     stage = given.stage(PairsStage, content | {"guidance_scale": guidance_scale, "dtype": dtype})
     for mistake in workflow.shard_mistakes(stage, "--"):
         raise InputError(mistake)
+    check_out(out)
     where = given.teacher(teacher, store_path(store))
     from distill import pairs as pair_sets
     from distill import teachers
@@ -54,7 +56,7 @@ def sample(
     student: StudentArgument,
     out: Annotated[Path, typer.Option("--out", help="A picture (.png), or the numbers (.safetensors).")],
     steps: Annotated[int, typer.Option(help="Steps, one network call each.", min=1)] = 1,
-    seed: Annotated[int, typer.Option(help="Of the noise.", min=0)] = 0,
+    seed: SeedOption = 0,
     count: Annotated[int, typer.Option(help="Number of samples.", min=1)] = 64,
     classes: Annotated[str, typer.Option(help="One class, or one a sample: 3 or 0,1,2; by default all in turn.")] = "",
     device: DeviceOption = "auto",
@@ -79,7 +81,7 @@ def evaluate(
     steps: Annotated[str, typer.Option(help="Numbers of steps of the student.")] = "1,2,4",
     teacher_steps: Annotated[str, typer.Option(help="Euler steps of the teacher.")] = "1,2,4,8,16",
     samples: Annotated[int, typer.Option(help="Samples a row.")] = 2500,
-    seed: Annotated[int, typer.Option(help="Of the noise.", min=0)] = 0,
+    seed: SeedOption = 0,
     device: DeviceOption = "auto",
     store: StoreOption = None,
     json: JsonOption = False,
@@ -95,6 +97,7 @@ def evaluate(
     stage = given.stage(EvaluateStage, content | {"teacher_steps": given.numbers("--teacher-steps", teacher_steps)})
     teacher_spec = given.teacher(teacher, runs) if teacher else given.teacher_of(folder)
     data_spec = given.data(data) if data else given.data_of(folder)
+    check_out(out)
     from distill import data as datasets
     from distill import evaluate as evaluation
     from distill import results, teachers

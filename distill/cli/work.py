@@ -4,6 +4,7 @@ import itertools
 import json as jsons
 import os
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill.cli.common import JsonOption, StoreOption, near, print_json, print_table, store_path
+from distill.cli.common import JsonOption, StoreOption, near, one_line, print_json, print_table, store_path
 from distill.cli.runs import print_results
 from distill.guard import EXIT_INPUT, InputError, Stopped, suggest
 from distill.store import RunPaths, append_event, create_run, event_line, find_run, name_in_use, write_atomic
@@ -123,7 +124,7 @@ def stage(
             from distill import stages  # torch comes with it
 
             stop.raise_if_requested("nothing had begun")
-            stages.run(paths, spec, names)
+            stages.run(paths, spec, names, stop)
             outcome = "finished"
         except Stopped as stopped:
             outcome, message = "stopped", str(stopped)
@@ -167,7 +168,7 @@ def _checked(source: "distill.specfile.SpecSource") -> "distill.specfile.SpecSou
     from distill import stages  # torch comes with it
 
     stages.place(spec.launch)
-    stages.check(spec)
+    stages.check(spec, source.base)
     return replace(source, spec=spec)
 
 
@@ -183,7 +184,7 @@ def _start(folder: Path, source: "distill.specfile.SpecSource") -> RunPaths:
     kinds = {name: each.kind for name, each in source.spec.stages.items()}
     files: dict[str, str | bytes] = {
         "events.jsonl": event_line("created", digest=source.spec.digest(), stages=kinds),
-        "spec.yaml": f"# distill {' '.join(sys.argv[1:])}\n{specfile.resolved(source.spec)}",
+        "spec.yaml": f"# distill {one_line(shlex.join(sys.argv[1:]))}\n{specfile.resolved(source.spec)}",
         "env.json": jsons.dumps(environment.record(), indent=2) + "\n",
         **_own_recipes(source),
     }
@@ -247,6 +248,9 @@ def _execute(paths: RunPaths, spec: "distill.spec.RunSpec", *, fresh: bool = Fal
     from distill.launch import local
 
     pending = workflow.pending(paths, spec)
+    for name in workflow.lost_pairs(paths, spec):
+        print(f"the pairs of stage '{name}' are gone or damaged, and still needed: they are made again")
+        paths.stage(name).done.unlink()
     if pending:
         print(f"run '{paths.name}' in {near(paths.root)}: {', '.join(pending)}", flush=True)
         code = local.run_stages(paths, pending)
