@@ -69,7 +69,7 @@ class Meta(BaseModel):
     """completed steps: the next to do"""
     images: int
     settings: dict[str, Any]
-    """seed and stage spec: a resume may not change them"""
+    """seed, stage spec and digests of the inputs: a resume may not change them"""
     environment: dict[str, str | int]
     """torch, device, threads, micro-batch: a resume may change them, which ends bit-identity"""
     files: dict[str, FileMeta]
@@ -148,8 +148,8 @@ def to_stderr(text: str) -> None:
 
 def weights(
     folder: Path, network: str = "student", half_life: float | None = None, warn: Warn = to_stderr
-) -> dict[str, Tensor]:
-    """A network's state dict from the newest checkpoint in `folder`, of a run in progress too.
+) -> tuple[dict[str, Tensor], int]:
+    """A network's state dict from the newest checkpoint in `folder`, of a run in progress too, and its images.
 
     half_life: None for the raw weights, else one of the stage's half-lives in images.
     """
@@ -160,7 +160,7 @@ def weights(
     if f"{group}.safetensors" not in found.meta.files:
         raise InputError(f"checkpoint {found.path} has no '{group}'; it has {found.groups}")
     try:
-        return found.tensors(group)
+        return found.tensors(group), found.meta.images
     except FileNotFoundError:  # a running trainer removed it meanwhile, so there is a newer one
         return weights(folder, network, half_life, warn)
 

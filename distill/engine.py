@@ -57,15 +57,17 @@ def train(
     progress: Progress,
     stop: StopRequest,
     run: RunPaths | None = None,
+    inputs: Mapping[str, str] | None = None,
 ) -> TrainResult:
     """Train a recipe's networks for `stage.images` images (rounded up to whole batches), from the newest checkpoint
     in `paths.checkpoints` if there is one. A signal noted by `stop` saves after the step and raises `Stopped`.
+    inputs: digests of what is trained on, by name; a resume with others is refused.
     """
     batch_size = stage.batch_size
     assert batch_size % micro_batch == 0, f"batch_size {batch_size} is not a multiple of micro_batch {micro_batch}"
     slices = [Rows(start, start + micro_batch, batch_size) for start in range(0, batch_size, micro_batch)]
     state = _State(recipe.networks(init), stage, device)
-    settings = {"seed": seed, "stage": stage.model_dump(mode="json")}
+    settings = {"seed": seed, "stage": stage.model_dump(mode="json"), "inputs": dict(inputs or {})}
     environment = _environment(device, micro_batch)
     checkpoints = Checkpoints(paths.checkpoints, stage.checkpoint, settings, environment, progress.warn)
     found = checkpoints.resume()

@@ -21,6 +21,7 @@ from distill.data import DataSet
 from distill.draws import key, sample_noise
 from distill.grids import columns_for, images_png, scatter_png
 from distill.guard import InputError
+from distill.metrics.manifold import NEIGHBOURS
 from distill.metrics.reference import Reference, of_exact, of_images
 from distill.progress import Progress
 from distill.results import FILE_NAME, Results, Row
@@ -135,6 +136,15 @@ def measure(
     return results
 
 
+def refuse_few(data: DataSet) -> None:
+    """Refuse data that nothing can be compared with."""
+    if len(data) <= NEIGHBOURS:
+        raise InputError(
+            f"data '{data.name}' has {len(data)} images; an evaluation compares each with its {NEIGHBOURS} nearest "
+            f"others, so give at least {NEIGHBOURS + 1}"
+        )
+
+
 def _fine(stage: EvaluateStage) -> Plan:
     return Plan("teacher", "teacher", stage.fine_solver, stage.fine_steps, fine=True)
 
@@ -152,6 +162,8 @@ def _check(teacher: LoadedTeacher, students: Mapping[str, LoadedTeacher], data: 
                 f"classes, the teacher {list(teacher.shape)} with {teacher.num_classes or 'no'}; "
                 "compare a student with its own teacher"
             )
+    if data is not None:
+        refuse_few(data)
     if data is not None and data.shape != teacher.shape:
         raise InputError(
             f"data '{data.name}' has samples of shape {list(data.shape)}, the teacher ({teacher.description}) makes "
@@ -246,11 +258,15 @@ class _Work:
 
     def _straightness(self, plan: Plan) -> float:
         """Of the network's own paths, by a fixed number of Euler steps over the first samples."""
-        network = self._network(plan)
+        network, count = self._network(plan), min(STRAIGHTNESS_SAMPLES, self.stage.samples)
         field = network.guided(self.stage.guidance_scale) if plan.role == "teacher" else network.field
-        indices = range(min(STRAIGHTNESS_SAMPLES, self.stage.samples))
-        noise = sample_noise(self.seed, indices, network.shape).to(self.device)
-        return straightness(field, noise, condition(network, indices, self.device), STRAIGHTNESS_STEPS)
+        total = 0.0
+        for start in range(0, count, self.stage.block):
+            indices = range(start, min(start + self.stage.block, count))
+            noise = sample_noise(self.seed, indices, network.shape).to(self.device)
+            cond = condition(network, indices, self.device)
+            total += len(indices) * straightness(field, noise, cond, STRAIGHTNESS_STEPS)
+        return total / count
 
     def _picture(self, plan: Plan, samples: Tensor) -> bytes:
         if samples.ndim == 2:

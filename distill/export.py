@@ -90,7 +90,7 @@ def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
             "unet": [library, class_name],
         },
     )
-    (folder / "README.md").write_text(cards.readme(card))
+    (folder / cards.README).write_text(cards.readme(card))
     (folder / cards.FILE_NAME).write_text(cards.to_json(card.model_copy(update={"files": cards.record(folder)})))
     _sync(folder)
 

@@ -89,6 +89,20 @@ class Results(Frozen):
         )
 
 
+def card_metrics(results: Results, student: str) -> dict[str, float]:
+    """What a student's model card says: its numbers that the same spec gives again, as NAME@STEPS, to six digits.
+
+    Further digits may depend on where in memory a sum began.
+    """
+    found: dict[str, float] = {}
+    for row in results.rows:
+        if row.role == "student" and row.network == student:
+            columns = {results.distance or "": row.distance, "KID": row.kid, "precision": row.precision,
+                       "recall": row.recall, "rms": row.rms, "straightness": row.straightness}  # fmt: skip
+            found |= {f"{name}@{row.steps}": float(f"{x:.6g}") for name, x in columns.items() if x is not None}
+    return found
+
+
 def load(stage: StagePaths) -> Results | None:
     """The results of an evaluate stage, once it has any."""
     path = stage.root / FILE_NAME

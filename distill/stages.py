@@ -6,12 +6,14 @@ from typing import Literal
 
 import torch
 
-from distill import checkpoint, engine, evaluate, pairs, registry, report, teachers, workflow
+from distill import card as cards
+from distill import checkpoint, engine, evaluate, pairs, registry, report, results, teachers, workflow
 from distill import data as datasets
 from distill.card import StudentCard
+from distill.data import DataSet
 from distill.draws import key
 from distill.export import export
-from distill.guard import InputError
+from distill.guard import InputError, RunError
 from distill.progress import Progress
 from distill.protocols import Recipe, Source
 from distill.spec import CheckpointTeacher, EvaluateStage, LaunchSpec, PairsStage, RunSpec, TrainStage
@@ -40,26 +42,30 @@ class Work:
         return Progress(self.name, total, unit, self.run)
 
 
-def run(paths: RunPaths, spec: RunSpec, names: list[str]) -> None:
+def run(paths: RunPaths, spec: RunSpec, names: list[str], stop: StopRequest) -> None:
     """Compute the stages `names` of a run, in order; each appears done only when it is complete."""
-    device = place(spec.launch)
-    with StopRequest() as stop:
-        for name in names:
-            stage_paths = paths.stage(name)
-            if stage_paths.done.exists():
-                continue
+    device, saved = place(spec.launch), "nothing had begun"
+    for name in names:
+        stop.raise_if_requested(saved)
+        saved = f"stage {name}, which is done"
+        stage_paths = paths.stage(name)
+        if stage_paths.done.exists():
+            continue
+        try:
             stage_paths.root.mkdir(parents=True, exist_ok=True)
-            stage = spec.stages[name]
-            work = Work(paths, spec, name, device, stop)
-            append_event(paths, "stage started", stage=name, kind=stage.kind, threads=torch.get_num_threads())
-            if isinstance(stage, TrainStage):
-                result = _train(work, stage)
-            elif isinstance(stage, PairsStage):
-                result = _pairs(work, stage)
-            else:
-                result = _evaluate(work, stage)
-            write_json(stage_paths.done, {"stage": name, "kind": stage.kind, **result})
-            append_event(paths, "stage done", stage=name)
+        except OSError as error:
+            raise RunError(f"cannot make {stage_paths.root}: {error.strerror}; earlier stages are intact") from error
+        stage = spec.stages[name]
+        work = Work(paths, spec, name, device, stop)
+        append_event(paths, "stage started", stage=name, kind=stage.kind, threads=torch.get_num_threads())
+        if isinstance(stage, TrainStage):
+            result = _train(work, stage)
+        elif isinstance(stage, PairsStage):
+            result = _pairs(work, stage)
+        else:
+            result = _evaluate(work, stage)
+        write_json(stage_paths.done, {"stage": name, "kind": stage.kind, **result})
+        append_event(paths, "stage done", stage=name)
 
 
 def place(launch: LaunchSpec) -> torch.device:
@@ -68,22 +74,46 @@ def place(launch: LaunchSpec) -> torch.device:
         torch.set_num_threads(launch.threads)
     if launch.device == "cuda" and not torch.cuda.is_available():
         raise InputError("launch.device=cuda, but torch sees no GPU here; use launch.device=auto or cpu")
-    if launch.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(launch.device)
+    if launch.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Same numbers from the same spec: fp32 means fp32, and no kernel is chosen by timing or sums in a varying order.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    return torch.device("cuda")
 
 
-def check(spec: RunSpec) -> None:
-    """Load the teacher and the data of a spec and refuse what does not fit, before anything is written."""
-    data = datasets.load(spec.data, spec.seed)
-    if spec.teacher is None:
-        return
-    teacher = teachers.load(spec.teacher, torch.device("cpu"))
+def check(spec: RunSpec, base: Path) -> None:
+    """Load the teacher and the data of a spec and refuse what does not fit, before anything is written.
+
+    Builds the networks of every train stage that starts from nothing but them. base: where own recipes lie.
+    """
+    data = datasets.load(spec.data, spec.seed, keep=False)  # whoever checks may wait for the run and need no images
+    teacher = None if spec.teacher is None else teachers.load(spec.teacher, torch.device("cpu"))
     for stage in spec.stages.values():
-        if isinstance(stage, PairsStage | EvaluateStage) and stage.teacher is None:
+        if isinstance(stage, PairsStage | EvaluateStage) and stage.teacher is None and teacher is not None:
             teacher.guided(stage.guidance_scale)  # refused where there is no unconditional call
-    if data is None:
-        return
+        if isinstance(stage, EvaluateStage) and data is not None:
+            evaluate.refuse_few(data)
+    if teacher is not None and data is not None:
+        _check_shapes(teacher, data)
+    for name, stage in spec.stages.items():
+        if isinstance(stage, TrainStage) and stage.teacher is None and stage.init is None:
+            try:
+                _check_networks(stage, teacher, data, base)
+            except InputError as error:
+                raise InputError(f"stages.{name}: {error}") from error
+
+
+def _check_networks(stage: TrainStage, teacher: LoadedTeacher | None, data: DataSet | None, base: Path) -> None:
+    module, config = registry.load(stage.recipe, base), workflow.recipe_config(stage, base)
+    samples = teacher if "pairs" in config.needs or data is None else data
+    assert samples is not None, "workflow.check lets no such spec through"
+    given = teacher if "teacher" in config.needs else None
+    init = StudentInit(given, stage.network, samples.shape, samples.num_classes, seed=0)
+    module.Recipe(config, given).networks(init)
+
+
+def _check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
     if data.shape != teacher.shape:
         raise InputError(
             f"data '{data.name}' has samples of shape {list(data.shape)}, the teacher ({teacher.description}) makes "
@@ -117,12 +147,13 @@ def _teacher_name(spec: RunSpec, stage: TrainStage) -> str:
 
 @dataclass(frozen=True)
 class Training:
-    """What a train stage trains: its recipe, where networks and batches come from, and what its student will say."""
+    """What a train stage trains: its recipe, where networks come from, and what its student will say."""
 
     recipe: Recipe
     init: StudentInit
-    source: Source
     card: StudentCard
+    data: DataSet | None  # what batches are made of, if not of pairs
+    inputs: dict[str, str]  # digests
 
 
 def _training(work: Work, stage: TrainStage) -> Training:
@@ -130,8 +161,10 @@ def _training(work: Work, stage: TrainStage) -> Training:
     config = workflow.recipe_config(stage, work.run.root)
     teacher = _teacher(work, stage.teacher) if "teacher" in config.needs else None
     origin = _teacher(work, stage.init) if stage.init else teacher
-    source, shape, num_classes = _source(work, stage, config.needs, teacher)
-    init = StudentInit(origin, stage.network, shape, num_classes, work.seed)
+    data = None if "pairs" in config.needs else datasets.load(work.spec.data, work.spec.seed)
+    samples = teacher if data is None else data
+    assert samples is not None, "workflow.check lets no such stage through"
+    init = StudentInit(origin, stage.network, samples.shape, samples.num_classes, work.seed)
     recipe = module.Recipe(config, teacher)
     card = StudentCard(
         name=work.name,
@@ -142,22 +175,33 @@ def _training(work: Work, stage: TrainStage) -> Training:
         teacher="" if teacher is None else _teacher_name(work.spec, stage),
         data=work.spec.data.kind if "data" in config.needs else "",
         sampler=recipe.sampler,
-        shape=shape,
+        shape=samples.shape,
         num_classes=init.num_classes,
         null_class=init.null_class,
+        guidance_scale=_guidance(work.spec, stage, teacher),
         weights=stage.export,
         images=stage.images,
     )
-    return Training(recipe, init, source, card)
+    inputs = {"teacher": teacher, "init": origin, "data": data}
+    return Training(recipe, init, card, data, {name: each.digest for name, each in inputs.items() if each is not None})
+
+
+def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -> float:
+    """What the student will contain: null + a (null + b (cond - null) - null) = null + a b (cond - null)."""
+    if teacher is None:
+        return 1.0
+    solved = spec.stages[stage.pairs] if stage.pairs is not None else None
+    return teacher.guidance_scale * (solved.guidance_scale if isinstance(solved, PairsStage) else 1.0)
 
 
 def _train(work: Work, stage: TrainStage) -> dict[str, object]:
     training = _training(work, stage)
+    source, inputs = _source(work, stage, training)
     with work.progress(stage.images, "images") as progress:
         result = engine.train(
             training.recipe,
             training.init,
-            training.source,
+            source,
             stage,
             seed=work.seed,
             device=work.device,
@@ -166,6 +210,7 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
             progress=progress,
             stop=work.stop,
             run=work.run,
+            inputs=inputs,
         )
     student = result.networks["student"]
     if stage.export != "raw":
@@ -181,27 +226,24 @@ def export_checkpoint(paths: RunPaths, spec: RunSpec, name: str, weights: Litera
     """
     stage = spec.stages[name]
     assert isinstance(stage, TrainStage)
-    found = checkpoint.latest(paths.stage(name).checkpoints, checkpoint.to_stderr)
-    if found is None:
+    checkpoints, half_life = paths.stage(name).checkpoints, None if weights == "raw" else weights
+    if not checkpoint.complete(checkpoints):
         raise InputError(f"stage '{name}' of run '{paths.name}' has no checkpoint yet; wait for the first one")
-    training = _training(Work(paths, spec, name, place(spec.launch), StopRequest()), stage)
+    training = _training(Work(paths, spec, name, torch.device("cpu"), StopRequest()), stage)
     student = training.recipe.networks(training.init)["student"].module
-    half_life = None if weights == "raw" else weights
-    student.load_state_dict(checkpoint.weights(paths.stage(name).checkpoints, "student", half_life))
-    export(student, folder, training.card.model_copy(update={"weights": weights, "images": found.meta.images}))
+    tensors, images = checkpoint.weights(checkpoints, "student", half_life)
+    student.load_state_dict(tensors)
+    export(student, folder, training.card.model_copy(update={"weights": weights, "images": images}))
 
 
-def _source(
-    work: Work, stage: TrainStage, needs: frozenset[str], teacher: LoadedTeacher | None
-) -> tuple[Source, tuple[int, ...], int | None]:
-    """Where the stage's batches come from, the shape of a sample and the number of classes."""
-    if "pairs" in needs:
-        assert stage.pairs is not None and teacher is not None, "workflow.check lets no such stage through"
-        pair_set = pairs.PairSet.open(work.run.stage(stage.pairs).pairs, teacher.digest)
-        return pairs.PairSource(pair_set, stage.batch_size, work.seed), teacher.shape, teacher.num_classes
-    data = datasets.load(work.spec.data, work.seed)
-    assert data is not None, "workflow.check lets no such stage through"
-    return datasets.DataSource(data, stage.batch_size, work.seed), data.shape, data.num_classes
+def _source(work: Work, stage: TrainStage, training: Training) -> tuple[Source, dict[str, str]]:
+    """Where the stage's batches come from, and the digests of all that it trains on."""
+    if training.data is not None:
+        return datasets.DataSource(training.data, stage.batch_size, work.seed), training.inputs
+    assert stage.pairs is not None, "workflow.check lets no such stage through"
+    pair_set = pairs.PairSet.open(work.run.stage(stage.pairs).pairs, training.card.teacher_digest)
+    source = pairs.PairSource(pair_set, stage.batch_size, work.seed)
+    return source, {**training.inputs, "pairs": pair_set.manifest.digest}
 
 
 def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
@@ -215,5 +257,7 @@ def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
 
 def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
     with work.progress(evaluate.total(stage), "samples") as progress:
-        evaluate.evaluate(work.run, work.spec, work.name, device=work.device, progress=progress, stop=work.stop)
+        found = evaluate.evaluate(work.run, work.spec, work.name, device=work.device, progress=progress, stop=work.stop)
+    for student in stage.students:
+        cards.add_metrics(work.run.student(student), results.card_metrics(found, student))
     return {"results": str(work.run.stage(work.name).root / "results.json"), "report": str(report.write(work.run))}

@@ -126,7 +126,7 @@ def test_a_damaged_newest_falls_back_with_a_warning(tmp_path, kind):
     assert latest(tmp_path, said.append).meta.step == 1
     [text] = said
     assert re.fullmatch(rf"checkpoint {newest} is damaged \({reason}\); going back to step-00000001", text)
-    assert weights(tmp_path, warn=said.append)["n"] == 1
+    assert weights(tmp_path, warn=said.append)[0]["n"] == 1
 
     again = make(tmp_path, said.append, keep=1)
     assert again.resume().path.name == "step-00000001"
@@ -183,7 +183,8 @@ def test_weights_for_export(tmp_path):
     result = train(tmp_path)
     folder = tmp_path / "stages/train/checkpoints"
     for half_life, expected in ((None, result.networks["student"].state_dict()), *result.ema["student"].items()):
-        given = weights(folder, half_life=half_life)
+        given, images = weights(folder, half_life=half_life)
+        assert images == 128
         assert given.keys() == expected.keys() and all(torch.equal(given[k], expected[k]) for k in expected)
     with pytest.raises(
         InputError, match=r"has no 'ema\.student\.5\.0'; it has ema\.student\.1000\.0, ema\.student\.64\.0"
@@ -205,7 +206,7 @@ def assert_survives_a_full_disk(folder, error):
         f"cannot save checkpoint {here}/step-{step + 1:08d}: {error}; last good checkpoint: {good.path}"
     )
     assert not [name for name in names(here) if ".tmp" in name]
-    assert weights(here).keys() == {f"layers.{i}.{kind}" for i in (0, 3) for kind in ("weight", "bias")} | {"calls"}
+    assert weights(here)[0].keys() == {f"layers.{i}.{kind}" for i in (0, 3) for kind in ("weight", "bias")} | {"calls"}
 
 
 @contextmanager
@@ -288,7 +289,8 @@ def test_reading_while_a_trainer_replaces(tmp_path):
     seen, until = [], time.monotonic() + 1
     try:
         while time.monotonic() < until:
-            given = weights(tmp_path, warn=lambda text: None)
+            given, images = weights(tmp_path, warn=lambda text: None)
+            assert images == int(given["n"])  # of the same checkpoint
             assert (given["w"] == float(given["n"])).all()
             seen.append(int(given["n"]))
     finally:

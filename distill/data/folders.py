@@ -14,7 +14,7 @@ from distill.spec import HfData, ImagesData
 _LOADED: dict[tuple[str, int, str], ImageData] = {}  # checking a large set takes long; stages of one process share it
 
 
-def images(spec: ImagesData, seed: int) -> ImageData:
+def images(spec: ImagesData, seed: int, keep: bool) -> ImageData:
     """A folder of images in alphabetical order; its sub-folders, if any, are the classes."""
     root = Path(spec.path)
     if not root.is_dir():
@@ -44,13 +44,13 @@ def images(spec: ImagesData, seed: int) -> ImageData:
         labels = [ids[name] for name in names]
     stamp = repr([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files])
     key = (spec.model_dump_json(), seed, stamp)
-    if key not in _LOADED:
-        rows = Dataset.from_dict({"image": [{"bytes": None, "path": str(path)} for path in files]})
-        _LOADED[key] = ImageData(root.name, rows, labels, len(classes) or None, spec, seed)
-    return _LOADED[key]
+    if key in _LOADED:
+        return _LOADED[key]
+    rows = Dataset.from_dict({"image": [{"bytes": None, "path": str(path)} for path in files]})
+    return _kept(key, ImageData(root.name, rows, labels, len(classes) or None, spec, seed), keep)
 
 
-def hugging_face(spec: HfData, seed: int) -> ImageData:
+def hugging_face(spec: HfData, seed: int, keep: bool) -> ImageData:
     """A data set of the `datasets` library: a hub id, parquet, or a folder of save_to_disk."""
     rows = _open(spec)
     columns = rows.column_names
@@ -58,10 +58,17 @@ def hugging_face(spec: HfData, seed: int) -> ImageData:
         if column is not None and column not in columns:
             raise InputError(f"data.{field}={column}: no such column; {suggest(column, columns)}")
     key = (spec.model_dump_json(), seed, rows._fingerprint)
-    if key not in _LOADED:
-        labels, num_classes = _class_ids(rows, spec.label_column) if spec.label_column else (None, None)
-        _LOADED[key] = ImageData(Path(spec.path).stem, _as_encoded(rows, spec), labels, num_classes, spec, seed)
-    return _LOADED[key]
+    if key in _LOADED:
+        return _LOADED[key]
+    labels, num_classes = _class_ids(rows, spec.label_column) if spec.label_column else (None, None)
+    encoded = _as_encoded(rows, spec)
+    return _kept(key, ImageData(Path(spec.path).stem, encoded, labels, num_classes, spec, seed), keep)
+
+
+def _kept(key: tuple[str, int, str], loaded: ImageData, keep: bool) -> ImageData:
+    if keep:
+        _LOADED[key] = loaded
+    return loaded
 
 
 def _open(spec: HfData) -> Dataset:

@@ -6,10 +6,11 @@ Own code: torchmetrics has none, and features are computed once for all metrics.
 import torch
 from torch import Tensor
 
+NEIGHBOURS = 3
 CHUNK = 2048  # rows of a distance matrix held at once
 
 
-def precision_recall(real: Tensor, generated: Tensor, k: int = 3) -> tuple[float, float]:
+def precision_recall(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
     """Fractions of generated [N, D] within the real manifold, and of real [M, D] within the generated one.
 
     A manifold is the union of balls around its samples that reach to each one's k-th nearest other. The larger set is

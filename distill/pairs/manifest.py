@@ -64,6 +64,11 @@ class Manifest(Frozen):
         starts = range(0, self.count, self.shard)
         return {f"shard-{n:05}.safetensors": range(i, min(i + self.shard, self.count)) for n, i in enumerate(starts)}
 
+    @property
+    def digest(self) -> str:
+        """sha256 over all that it says, the checksums of the shards included."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
     def differences(self, other: "Manifest") -> list[str]:
         """What is not the same in two sets' numbers, "name mine (other's)"."""
         mine, others = (m.model_dump(exclude={"teacher", "shards", "done"}) for m in (self, other))

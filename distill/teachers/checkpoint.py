@@ -36,6 +36,7 @@ from distill.teachers.network_field import EdmField, NetworkField
 Config = dict[str, Any]  # parsed JSON
 
 NETWORKS: dict[str, type[ModelMixin]] = {c.__name__: c for c in (UNet2DModel, VelocityUNet2DModel, VelocityMLP)}
+LINEAR_NETWORKS = (VelocityUNet2DModel.__name__, VelocityMLP.__name__)  # of the linear path by construction
 VP = (DDPMScheduler, DDIMScheduler)
 LINEAR = (FlowMatchEulerDiscreteScheduler, FlowMapEulerDiscreteScheduler)
 SCHEDULERS: dict[str, type[SchedulerMixin]] = {c.__name__: c for c in (*VP, *LINEAR, EDMEulerScheduler)}
@@ -60,11 +61,12 @@ def load(spec: CheckpointTeacher, device: torch.device) -> LoadedTeacher:
     """The network of a checkpoint, frozen, in float32 and evaluation mode, as a velocity field of its own schedule."""
     parts = _parts(spec, _folder(spec))
     config = _json(parts.model / "config.json")
+    _refuse_without_effect(spec, str(config.get("_class_name")))
     network, weights = _network(parts.model, config)
     network = network.to(device).eval().requires_grad_(False)
     scheduler = parts.scheduler
     if isinstance(network, VelocityMLP | VelocityUNet2DModel):
-        scheduler = None  # velocity networks of the linear path by construction
+        scheduler = None
         field: VelocityField = NetworkField(network, linear(), "velocity", TIME_SCALE)
     else:
         field = _field(network, scheduler, spec)
@@ -85,7 +87,23 @@ def load(spec: CheckpointTeacher, device: torch.device) -> LoadedTeacher:
         # a hub id, or the folder's name alone: what is made with a teacher must not depend on where the teacher lies
         description=f"{config['_class_name']} from {Path(spec.path).name if Path(spec.path).is_dir() else spec.path}",
         network=network,
+        guidance_scale=parts.student.get("guidance_scale", 1.0),
     )
+
+
+def _refuse_without_effect(spec: CheckpointTeacher, class_name: str) -> None:
+    if spec.revision is not None and Path(spec.path).is_dir():
+        raise InputError(
+            f"teacher.revision={spec.revision} has no effect: {spec.path} is a folder here, not a hub id; remove it"
+        )
+    given = {"prediction": spec.prediction, "scheduler": spec.scheduler}
+    if class_name in LINEAR_NETWORKS:
+        for name, value in given.items():
+            if value is not None:
+                raise InputError(
+                    f"teacher.{name}={value} has no effect: {spec.path} is a {class_name}, which predicts the velocity "
+                    "of the linear path by construction; remove it"
+                )
 
 
 def _folder(spec: CheckpointTeacher) -> Path:

@@ -23,6 +23,7 @@ class LoadedTeacher:
     description: str  # one line for people
     network: nn.Module | None = None  # the ModelMixin behind a checkpoint; None: closed form
     exact_data: Callable[[int, Sequence[int]], Tensor] | None = None  # (seed, indices) -> exact samples
+    guidance_scale: float = 1.0  # classifier-free guidance that the network was trained to contain; 1: none
 
     def null(self, cond: Cond) -> Cond:
         """The condition of the unconditional call, for as many rows as `cond` has."""

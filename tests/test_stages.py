@@ -1,0 +1,251 @@
+"""Stages of a run within this process: where it stops, what students say of themselves, what a resume refuses."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from runs import folder_bytes
+from safetensors.torch import load_file
+
+from distill import card as cards
+from distill import results, stages
+from distill.card import StudentCard
+from distill.data import folders
+from distill.export import export
+from distill.guard import InputError, RunError, Stopped
+from distill.spec import MlpSpec, RunSpec
+from distill.stop import StopRequest
+from distill.store import RunPaths
+from distill.students.networks import build
+from distill.students.velocity import VelocityStudent
+
+GAUSSIAN = {"kind": "gaussian", "mean": [1.0, 2.0], "std": [0.5, 0.25]}
+PAIRS = {"kind": "pairs", "count": 32, "block": 16, "shard": 16, "steps": 2}
+REFLOW = {
+    "kind": "train", "recipe": "reflow/reflow", "pairs": "pairs", "network": {"kind": "mlp", "width": 8, "depth": 1},
+    "images": 48, "batch_size": 16, "ema_half_lives": [16.0], "checkpoint": {"images": 16, "minutes": None},
+}  # fmt: skip
+TEACH = {
+    **REFLOW, "recipe": "pretrain/flow_matching", "pairs": None, "images": 16, "batch_size": 8,
+    "network": {"kind": "unet", "channels": [8]},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def spec(teacher=GAUSSIAN, data=None, **given):
+    content = {"name": "r", "teacher": teacher, "stages": given, **({"data": data} if data else {})}
+    return RunSpec.model_validate(content)
+
+
+def go(tmp_path, given, stop=None):
+    run = RunPaths(tmp_path / given.name)
+    run.root.mkdir(exist_ok=True)
+    stages.run(run, given, list(given.stages), stop or StopRequest())
+    return run
+
+
+# --- stopping ---
+
+
+class StopOnceDone(StopRequest):
+    """A signal that comes when a stage is done and before the next begins."""
+
+    def __init__(self, stage):
+        super().__init__()
+        self.stage = stage
+
+    def raise_if_requested(self, saved):
+        if self.stage.done.exists():
+            self.signal = "SIGTERM"
+        super().raise_if_requested(saved)
+
+
+def test_a_signal_between_two_stages_is_not_lost(tmp_path):
+    given, run = spec(first=PAIRS, second=PAIRS), RunPaths(tmp_path / "r")
+    with pytest.raises(Stopped, match="stopped by SIGTERM; saved: stage first, which is done; run the same command"):
+        go(tmp_path, given, StopOnceDone(run.stage("first")))
+    assert run.stage("first").done.exists()
+    assert not run.stage("second").root.exists()
+    go(tmp_path, given, StopOnceDone(run.stage("second")))  # after the last one there is nothing left to stop
+    assert run.stage("second").done.exists()
+
+
+def test_a_stage_whose_folder_cannot_be_made_is_one_message(tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "stages").write_text("")
+    with pytest.raises(RunError, match=r"cannot make .*r/stages/first: Not a directory; earlier stages are intact"):
+        go(tmp_path, spec(first=PAIRS))
+
+
+# --- export from a checkpoint ---
+
+
+def test_a_checkpoint_is_exported_without_pairs_or_the_runs_device(tmp_path):
+    given = spec(pairs=PAIRS, straight=REFLOW)
+    run = go(tmp_path, given)
+    shutil.rmtree(run.stage("pairs").root)
+    elsewhere = given.model_copy(update={"launch": given.launch.model_copy(update={"device": "cuda"})})
+    stages.export_checkpoint(run, elsewhere, "straight", "raw", tmp_path / "raw")
+    assert folder_bytes(tmp_path / "raw") == folder_bytes(run.student("straight"))
+    stages.export_checkpoint(run, elsewhere, "straight", 16.0, tmp_path / "averaged")
+    card = cards.verify(tmp_path / "averaged")
+    assert (card.weights, card.images) == (16.0, 48)
+    average = load_file(next(iter(sorted(run.stage("straight").checkpoints.glob("*3/ema.*")))))
+    exported = load_file(tmp_path / "averaged" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(value, average[f"network.{name}"]) for name, value in exported.items())
+    with pytest.raises(InputError, match="stage 'straight' of run 'other' has no checkpoint yet; wait for the first"):
+        stages.export_checkpoint(RunPaths(tmp_path / "other"), given, "straight", "raw", tmp_path / "none")
+
+
+# --- what a student says of itself ---
+
+
+@pytest.fixture
+def conditional(tmp_path):
+    """A teacher's folder: an MLP of two classes and a null class."""
+    network = build(MlpSpec(kind="mlp", width=8, depth=1), (2,), 2, seed=0)
+    card = StudentCard(
+        name="t", recipe="r", spec_digest="0" * 64, teacher_digest=None, num_classes=2, null_class=2, shape=(2,),
+        weights="raw", images=1,
+    )  # fmt: skip
+    export(VelocityStudent(network), tmp_path / "teacher", card)
+    return {"kind": "diffusers", "path": str(tmp_path / "teacher")}
+
+
+def test_a_student_says_the_guidance_that_is_in_it(tmp_path, conditional):
+    student = {**REFLOW, "network": None}
+    run = go(tmp_path, spec(
+        conditional,
+        plain_pairs=PAIRS, plain={**student, "pairs": "plain_pairs"},
+        pairs={**PAIRS, "guidance_scale": 1.5}, guided=student,
+        again_pairs={**PAIRS, "teacher": "guided"}, again={**student, "teacher": "guided", "pairs": "again_pairs"},
+        more_pairs={**PAIRS, "teacher": "again", "guidance_scale": 2.0},
+        more={**student, "teacher": "again", "pairs": "more_pairs"},
+    ))  # fmt: skip
+    said = {name: cards.read(run.student(name)).guidance_scale for name in ("plain", "guided", "again", "more")}
+    assert said == {"plain": 1.0, "guided": 1.5, "again": 1.5, "more": 3.0}
+    assert "| guidance | scale 1.5, baked in |" in (run.student("again") / "README.md").read_text()
+
+
+def test_a_student_says_what_was_measured(tmp_path):
+    evaluate = {
+        "kind": "evaluate", "students": {"straight": [1, 2]}, "teacher_steps": [1], "samples": 32, "fine_steps": 2,
+    }  # fmt: skip
+    given = spec(pairs=PAIRS, straight=REFLOW, evaluate=evaluate)
+    run = go(tmp_path, given)
+    folder, row = run.student("straight"), results.load(run.stage("evaluate")).row("straight", 2)
+    card = cards.verify(folder)  # the checksum of the new README among them
+    assert card.metrics["SW2@2"] == pytest.approx(row.distance, rel=1e-5)
+    assert card.metrics["rms@2"] == pytest.approx(row.rms, rel=1e-5)
+    assert set(card.metrics) == {
+        f"{name}@{steps}" for name in ("SW2", "KID", "precision", "recall", "rms", "straightness") for steps in (1, 2)
+    }
+    assert f"| SW2, steps: 2 | {card.metrics['SW2@2']:.4g} |" in (folder / "README.md").read_text()
+
+    # killed while writing it, resumed: the same bytes, nothing beside them
+    whole = folder_bytes(folder)
+    (folder / "README.md").write_text("")
+    (folder / ".distill.json.tmp-1").write_text("{")
+    run.stage("evaluate").done.unlink()
+    go(tmp_path, given)
+    assert folder_bytes(folder) == whole
+
+
+# --- data ---
+
+
+def pictures(folder, count=6):
+    folder.mkdir()
+    for i in range(count):
+        Image.fromarray(np.full((8, 8), 20 * i, np.uint8)).save(folder / f"{i}.png")
+    return {"kind": "images", "path": str(folder), "size": 8, "channels": 1}
+
+
+def test_images_are_decoded_once_a_run_and_kept_by_no_check(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "_LOADED", {})
+    evaluate = {"kind": "evaluate", "teacher": "a", "students": {"b": [1]}, "samples": 16, "teacher_steps": [1]}
+    given = spec(None, pictures(tmp_path / "images"), a=TEACH, b=TEACH, evaluate={**evaluate, "fine_steps": 1})
+    stages.check(given, tmp_path)
+    assert not folders._LOADED
+    monkeypatch.setattr("distill.metrics.features.TRAIN_IMAGES", 256)
+    go(tmp_path, given)
+    assert len(folders._LOADED) == 1
+
+
+def test_a_resume_refuses_changed_data(tmp_path):
+    given = spec(None, pictures(tmp_path / "images"), teach=TEACH)
+    run = go(tmp_path, given)
+    run.stage("teach").done.unlink()
+    go(tmp_path, given)
+    run.stage("teach").done.unlink()
+    Image.new("L", (8, 8), 99).save(tmp_path / "images" / "3.png")
+    with pytest.raises(InputError, match=r'other settings: inputs\.data was "\w{64}", now is "\w{64}"; give the old'):
+        go(tmp_path, given)
+
+
+def test_a_resume_refuses_another_teacher_and_its_pairs(tmp_path, conditional):
+    given = spec(conditional, pairs=PAIRS, straight={**REFLOW, "network": None})
+    run = go(tmp_path, given)
+    saved = json.loads(next(run.stage("straight").checkpoints.glob("*3/meta.json")).read_text())
+    assert saved["settings"]["inputs"].keys() == {"teacher", "init", "pairs"}
+    run.stage("straight").done.unlink()
+    shutil.rmtree(run.stage("pairs").root)
+    changed = given.model_copy(update={"stages": {**given.stages, "pairs": given.stages["pairs"].model_copy(
+        update={"steps": 3})}})  # fmt: skip
+    with pytest.raises(InputError, match=r"other settings: inputs\.pairs was [^;]*; give the old ones back"):
+        go(tmp_path, changed)
+
+
+# --- before anything runs ---
+
+
+@pytest.fixture
+def image_teacher(tmp_path):
+    network = VelocityStudent(build(RunSpec.model_validate({"name": "x", "stages": {"t": TEACH}}).stages["t"].network,
+                                    (1, 8, 8), None, seed=0))  # fmt: skip
+    card = StudentCard(
+        name="t", recipe="r", spec_digest="0" * 64, teacher_digest=None, num_classes=None, null_class=None,
+        shape=(1, 8, 8), weights="raw", images=1,
+    )  # fmt: skip
+    export(network, tmp_path / "teacher", card)
+    return {"kind": "diffusers", "path": str(tmp_path / "teacher")}
+
+
+def test_what_only_the_networks_can_refuse_is_refused_first(tmp_path, image_teacher):
+    trunk = tmp_path / "trunk.safetensors"
+    trunk.write_bytes(b"no trunk")
+    lpips = {"distance": "lpips", "lpips_trunk": "alex", "lpips_path": str(trunk)}
+    one_step = {**REFLOW, "recipe": "reflow/one_step", "options": lpips}
+    unet = {"kind": "unet", "channels": [8, 16, 16, 16, 16]}
+    for given, said in (
+        (spec(pairs=PAIRS, jump=one_step), r"stages\.jump: distance: lpips compares images, the teacher makes \(2,\)"),
+        (
+            spec(image_teacher, pairs=PAIRS, jump={**one_step, "network": None}),
+            r"stages\.jump: .*trunk\.safetensors",
+        ),
+        (spec(image_teacher, pairs=PAIRS, straight=REFLOW), r"stages\.straight: network\.kind=mlp is for vectors"),
+        (
+            spec(image_teacher, pairs=PAIRS, straight={**REFLOW, "network": unet}),
+            r"stages\.straight: .*halves the image 4 times, but 8x8 is not a multiple of 16",
+        ),
+    ):
+        with pytest.raises(InputError, match=said):
+            stages.check(given, tmp_path)
+    stages.check(spec(image_teacher, pairs=PAIRS, straight={**REFLOW, "network": None}), tmp_path)
+
+
+def test_an_evaluation_with_too_few_images_is_refused_first(tmp_path):
+    evaluate = {"kind": "evaluate", "teacher": "a", "students": {"a": [1]}}
+    given = spec(None, pictures(tmp_path / "images", count=3), a=TEACH, evaluate=evaluate)
+    with pytest.raises(InputError, match="data 'images' has 3 images; an evaluation .* give at least 4"):
+        stages.check(given, tmp_path)
