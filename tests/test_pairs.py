@@ -174,6 +174,25 @@ def test_a_signal_stops_after_the_block_and_the_rest_is_made_later(tmp_path):
     assert contents(make(folder)) == whole
 
 
+def test_a_signal_in_a_shards_last_block_comes_after_the_shard(tmp_path):
+    class Interrupting(Counted):
+        def __call__(self, x_t, t, cond):
+            if self.calls == 7 + 3:  # the second of the first shard's two blocks
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__call__(x_t, t, cond)
+
+    with StopRequest() as stop, pytest.raises(Stopped, match="SIGTERM; saved: 1 of 3 shards in"):
+        make(tmp_path, dataclasses.replace(VECTOR, field=Interrupting(VECTOR.field)), stop=stop)
+    assert shard(tmp_path, 0).exists()
+
+
+@pytest.mark.parametrize("below", ["", "folder"])
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, below):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"pairs cannot be written to .*file.*: (File exists|Not a directory); name"):
+        make(tmp_path / "file" / below)
+
+
 def test_a_full_disk_leaves_complete_shards(tmp_path):
     """A limit on the size of files stands in for the disk: the write itself fails."""
     whole = contents(make(tmp_path / "whole", CLASSES, count=4000, block=1000, shard=1000))

@@ -35,7 +35,10 @@ def generate(
     interrupted them: each block of consecutive indices is solved whole, and appears in a complete shard or not at all.
     """
     field, planned = teacher.guided(stage.guidance_scale), _plan(teacher, stage, seed)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"pairs cannot be written to {folder}: {error.strerror}; name another folder") from error
     manifest = _resume(folder, planned, progress)
     done = sum(file.stop - file.start for file in manifest.shards.values())
     progress.start(done)
@@ -44,13 +47,13 @@ def generate(
             continue
         blocks = []
         for start in range(indices.start, indices.stop, manifest.block):
+            stop.raise_if_requested(f"{len(manifest.shards)} of {len(manifest.layout())} shards in {folder}")
             block = range(start, start + manifest.block)  # whole, even where the count ends
             data = _solve(field, manifest, block, device)[: indices.stop - start].to(DTYPES[manifest.dtype])
             _refuse_non_finite(data, start, name, manifest)
             blocks.append(data)
             done += len(data)
             progress.update(done, {})
-            stop.raise_if_requested(f"{len(manifest.shards)} of {len(manifest.layout())} shards in {folder}")
         content = _encode(torch.cat(blocks), indices, manifest)
         write_atomic(folder / name, content)
         sha256 = hashlib.sha256(content).hexdigest()
