@@ -183,11 +183,12 @@ def test_features_are_trained_the_same_again_whatever_the_global_random_state(di
     assert first.accuracy == second.accuracy
 
 
-def test_unlabelled_images_are_told_apart_by_rotation(digits, tmp_path, monkeypatch):
+@pytest.mark.parametrize("classes", [None, 1])
+def test_images_without_several_classes_are_told_apart_by_rotation(digits, tmp_path, monkeypatch, classes):
     monkeypatch.setattr(feature_module, "TRAIN_IMAGES", 12_800)
     labelled = digits[0]
     images, _ = labelled.items(0, range(len(labelled)))
-    unlabelled = ArrayData("plain", images, None, None)
+    unlabelled = ArrayData("plain", images, torch.zeros(len(images), dtype=torch.int64) if classes else None, classes)
     features = prepare(unlabelled, tmp_path)
     assert (features.name, features.task) == ("FD-plain", "rotations")
     assert features.accuracy > 0.85  # of four; chance is 0.25

@@ -1,6 +1,6 @@
 """Features of images: a small classifier trained on the run's own data, which names the distance "FD-<data>".
 
-Labelled data: its classes. Unlabelled data: which of four rotations was applied (Gidaris et al. 2018, arXiv
+Data of several classes: which class. Other data: which of four rotations was applied (Gidaris et al. 2018, arXiv
 1803.07728). Training is on the CPU, keyed by the data alone, and cached: every run on the same data measures with the
 same network. It takes seconds, needs no download, and sees what matters in these data; its values can be compared only
 with values of the same name.
@@ -70,11 +70,11 @@ def prepare(data: DataSet, folder: Path) -> Features:
     """The feature network of `data`, from `folder` if it is there, else trained and put there."""
     digest = hashlib.sha256(f"{VERSION}/{data.digest}".encode()).hexdigest()[:16]
     path = folder / f"features-{digest}.safetensors"
-    task = "classes" if data.num_classes else "rotations"
+    classes = _classes(data)
     channels, side, _ = data.shape
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(key("features", digest))
-        network = Classifier(channels, side, data.num_classes or 4)
+        network = Classifier(channels, side, classes or 4)
     if path.exists():
         tensors = load_file(path)
         with safetensors.safe_open(path, framework="pt") as file:
@@ -88,7 +88,9 @@ def prepare(data: DataSet, folder: Path) -> Features:
         write_atomic(path, save(tensors, metadata={"accuracy": repr(accuracy)}))
     reference = tensors.pop("reference")
     network.load_state_dict(tensors)
-    return Features(f"FD-{data.name}", digest, task, accuracy, network.eval(), reference)
+    return Features(
+        f"FD-{data.name}", digest, "classes" if classes else "rotations", accuracy, network.eval(), reference
+    )
 
 
 def _features(network: Classifier, images: Tensor) -> Tensor:
@@ -118,7 +120,7 @@ def _train(network: Classifier, data: DataSet, digest: str) -> float:
     right = total = 0
     with torch.no_grad():
         for indices in _chunks(held_out[:MAX_HELD_OUT].tolist()):
-            images, labels = _with_task(*data.items(0, indices))
+            images, labels = _with_task(data, 0, indices)
             right += int((network(images).argmax(1) == labels).sum())
             total += len(labels)
     return right / total
@@ -132,11 +134,17 @@ def _stream(data: DataSet, indices: Tensor, steps: int, digest: str) -> Iterator
         epoch, position = divmod(step, per_epoch)
         if position == 0:
             order = indices[permutation(len(indices), "features", digest, epoch)]
-        yield _with_task(*data.items(epoch, order[position * size : (position + 1) * size].tolist()))
+        yield _with_task(data, epoch, order[position * size : (position + 1) * size].tolist())
 
 
-def _with_task(images: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    if labels is not None:
+def _classes(data: DataSet) -> int | None:
+    """How many there are to tell apart, if there are."""
+    return data.num_classes if data.num_classes is not None and data.num_classes > 1 else None
+
+
+def _with_task(data: DataSet, epoch: int, indices: list[int]) -> tuple[Tensor, Tensor]:
+    images, labels = data.items(epoch, indices)
+    if labels is not None and _classes(data):
         return images, labels
     turns = torch.arange(len(images)) % 4
     return torch.stack([image.rot90(int(k), (1, 2)) for image, k in zip(images, turns, strict=True)]), turns
