@@ -22,6 +22,7 @@ from distill.store import write_atomic
 from distill.teachers import LoadedTeacher
 from distill.times import uniform_grid
 
+BLOCK = 250  # samples of `distill sample` that are made at once
 Generate = Callable[[Tensor, Cond], Tensor]  # noise [B, ...] and its condition -> samples [B, ...]
 
 
@@ -114,8 +115,12 @@ def sample(
     student = teachers.load(CheckpointTeacher(path=str(folder)), device)
     noise = sample_noise(seed, range(count), student.shape)
     classes = _labels(student, count, labels)
-    cond = {} if classes is None else {"class_labels": classes.to(device)}
-    samples = of_student(student, steps).generate(noise.to(device), cond).cpu()
+    method, parts = of_student(student, steps), []
+    for start in range(0, count, BLOCK):
+        rows = slice(start, start + BLOCK)
+        cond = {} if classes is None else {"class_labels": classes[rows].to(device)}
+        parts.append(method.generate(noise[rows].to(device), cond).cpu())
+    samples = torch.cat(parts)
     if not samples.isfinite().all():
         raise RunError(f"{folder} makes numbers that are not finite; nothing was written")
     if out.suffix == ".safetensors":

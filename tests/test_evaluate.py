@@ -155,6 +155,12 @@ def timeless(row: results.Row) -> dict:
     return row.model_dump(exclude={"images_per_second"})
 
 
+def test_straightness_is_measured_in_blocks(vector_run):
+    """The mean over all of the first 256, whatever the block; no more than a block is in memory."""
+    whole, parts = (go(vector_run, vector_spec(block=block)).row("teacher", 1).straightness for block in (300, 100))
+    assert parts == pytest.approx(whole, rel=1e-5)
+
+
 def test_student_that_makes_no_numbers_is_named(vector_run):
     teacher = load(CheckpointTeacher(path=str(vector_run.student("exact"))), CPU)
     teacher.network.layers[2].bias.data[1] = float("inf")
@@ -278,6 +284,14 @@ def test_what_does_not_fit_is_refused(image_run, vector_run):
         evaluation.measure(
             run.root, "x", stage, teacher, {}, mnist_like, seed=0, device=CPU, progress=progress, stop=StopRequest()
         )
+    few = ArrayData("few", torch.zeros(3, 1, 8, 8), None, None)
+    with (
+        Progress("x", 1, "samples", None) as progress,
+        pytest.raises(InputError, match="data 'few' has 3 images; an evaluation .* so give at least 4"),
+    ):
+        evaluation.measure(
+            run.root, "x", stage, teacher, {}, few, seed=0, device=CPU, progress=progress, stop=StopRequest()
+        )
     with pytest.raises(InputError, match="no row for student at 3 steps"):
         found.row("student", 3)
 
@@ -331,6 +345,16 @@ def test_sample_refuses_what_cannot_work(image_run, tmp_path, out, labels, messa
             image_run[0].student("student"), tmp_path / out, steps=1, seed=0, count=3, labels=labels, device=CPU
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_are_made_in_blocks(image_run, tmp_path, monkeypatch):
+    folder, found = image_run[0].student("student"), {}
+    for block in (12, 5):
+        monkeypatch.setattr(sampling, "BLOCK", block)
+        sampling.sample(folder, tmp_path / "s.safetensors", steps=2, seed=7, count=12, labels=None, device=CPU)
+        found[block] = load_file(tmp_path / "s.safetensors")
+    assert torch.equal(found[12]["latents"], found[5]["latents"])
+    torch.testing.assert_close(found[12]["samples"], found[5]["samples"], atol=1e-5, rtol=0)
 
 
 def test_sample_of_vectors(vector_run, tmp_path):
