@@ -503,3 +503,13 @@ def test_a_teacher_with_another_time_scale_is_refused_as_a_start(tmp_path):
         InputError, match="trained with num_train_timesteps=500; students .* start from a fresh `network`"
     ):
         init.velocity_field()
+
+
+def test_settings_without_effect_are_refused(tmp_path):
+    write(tmp_path / "stock", unet(), DDIMScheduler())
+    refused(tmp_path / "stock", "teacher.revision=abc has no effect:", "is a folder here, not a hub id", revision="abc")
+    VelocityMLP(dim=2, width=4, depth=1).save_pretrained(tmp_path / "mlp")
+    said = "is a VelocityMLP, which predicts the velocity of the linear path by construction; remove it"
+    for name, value in (("prediction", "epsilon"), ("scheduler", str(tmp_path / "stock" / "scheduler"))):
+        refused(tmp_path / "mlp", f"teacher.{name}={value} has no effect: ", said, **{name: value})
+    assert load(tmp_path / "mlp").field.interpolant.name == "linear"
