@@ -164,6 +164,7 @@ def main(folder, images, every):
         except RunError as error:
             print(error, file=sys.stderr)
             return EXIT_FAILED
+    assert "deepspeed" not in sys.modules, "the plain path needs no DeepSpeed"
     return 0
 
 
