@@ -68,7 +68,7 @@ def _train(name: str, stage: TrainStage, base: Path) -> Step:
 
 
 def _pairs(name: str, stage: PairsStage) -> Step:
-    calls = workflow.network_calls(stage)
+    calls = workflow.network_calls(stage.solver, stage.steps, stage.guidance_scale)
     what = f"{stage.solver}, {stage.steps} steps, guidance {stage.guidance_scale:g}"
     work = f"{stage.count:,} pairs x {calls} network calls = {stage.count * calls:,}"
     shards = math.ceil(stage.count / stage.shard)
@@ -77,8 +77,8 @@ def _pairs(name: str, stage: PairsStage) -> Step:
 
 
 def _evaluate(name: str, stage: EvaluateStage) -> Step:
-    fine = 2 * stage.fine_steps - 1 if stage.fine_solver == "heun" else stage.fine_steps
-    teacher = (sum(stage.teacher_steps) + fine) * (1 if stage.guidance_scale == 1 else 2)
+    ways = [*(("euler", count) for count in stage.teacher_steps), (stage.fine_solver, stage.fine_steps)]
+    teacher = sum(workflow.network_calls(solver, count, stage.guidance_scale) for solver, count in ways)
     students = sum(sum(counts) for counts in stage.students.values())
     rows = len(stage.teacher_steps) + 1 + sum(len(counts) for counts in stage.students.values())
     calls = stage.samples * (teacher + students)

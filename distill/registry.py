@@ -5,6 +5,7 @@ beside the spec. Nothing is registered by hand, and listing them imports none.
 import ast
 import importlib
 import importlib.util
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,16 +125,20 @@ def load(name: str, base: Path) -> ModuleType:
     if missing or not module.__doc__:
         what = " and ".join(f"class {part}" for part in missing) or "docstring that names its paper"
         raise InputError(f"recipe '{name}' ({path}) has no {what}")
+    if "sampler" not in dir(module.Recipe):
+        raise InputError(f"recipe '{name}' ({path}): its Recipe does not say its sampler; write sampler = \"euler\"")
     return module
 
 
 def configure(name: str, module: ModuleType, options: dict[str, Any], where: str) -> RecipeConfig:
-    """A recipe's options as its Config; InputError with one line per mistake."""
+    """A recipe's options as its Config, types taken strictly; InputError with one line per mistake."""
     model: type[BaseModel] = module.Config
     try:
-        config: Any = model.model_validate(options)
+        config = model.model_validate_json(json.dumps(options), strict=True)
     except ValidationError as error:
         raise InputError("\n  ".join(schema.explain(error, model, options, where))) from None
+    if not isinstance(config, RecipeConfig):
+        raise InputError(f"recipe '{name}': its Config lacks the properties needs and student; see reflow/reflow")
     return config
 
 

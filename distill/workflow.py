@@ -88,10 +88,10 @@ def recipe_config(stage: TrainStage, base: Path, where: str = "options") -> regi
     return registry.configure(stage.recipe, registry.load(stage.recipe, base), stage.options, where)
 
 
-def network_calls(stage: PairsStage) -> int:
-    """Calls of the teacher's network for one pair, guidance counted."""
-    calls = 2 * stage.steps - 1 if stage.solver == "heun" else stage.steps
-    return calls if stage.guidance_scale == 1 else 2 * calls
+def network_calls(solver: str, steps: int, guidance_scale: float) -> int:
+    """Calls of the teacher's network for one sample, guidance counted."""
+    calls = 2 * steps - 1 if solver == "heun" else steps
+    return calls if guidance_scale == 1 else 2 * calls
 
 
 def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
@@ -106,21 +106,25 @@ def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
         yield from _references(spec, name, stage)
         if isinstance(stage, TrainStage):
             try:
-                needs = recipe_config(stage, base, f"{where}.options").needs
+                config = recipe_config(stage, base, f"{where}.options")
             except InputError as error:
                 message = str(error)
                 yield message if message.startswith(where) else f"{where}.recipe: {message}"
                 used |= {"data", "teacher"}  # it may well use them
                 continue
+            needs = config.needs
             used |= needs if stage.teacher is None else needs - {"teacher"}
+            yield from _recipe(stage, config, registry.load(stage.recipe, base).Recipe.sampler, where)
             yield from _train(spec, stage, needs, where)
             yield from _lengths(spec, stage, where)
         elif isinstance(stage, PairsStage):
             used |= {"teacher"} if stage.teacher is None else set()
             yield from _pairs(spec, stage, where)
+            yield from _guidance(spec, stage, base, where)
         else:
             used |= {"data", "teacher"} if stage.teacher is None else {"data"}
             yield from _evaluate(spec, stage, where)
+            yield from _guidance(spec, stage, base, where)
     if spec.teacher is not None and "teacher" not in used:
         yield "teacher: no stage uses it, so it has no effect; remove it"
     if not isinstance(spec.data, NoData) and "data" not in used:
@@ -174,6 +178,48 @@ def teacher_mistakes(spec: RunSpec) -> Iterator[str]:
             f"data: kind {spec.data.kind} has images, the {spec.teacher.kind if spec.teacher else ''} teacher makes "
             f"vectors of {size}; use data: {{kind: none}} or another teacher"
         )
+
+
+def _recipe(stage: TrainStage, config: registry.RecipeConfig, sampler: str, where: str) -> Iterator[str]:
+    """What a recipe may say of itself, but the rest of the package has no answer to."""
+    if config.student != "velocity":
+        yield f"{where}: {stage.recipe} makes a {config.student} student, which is not built yet; valid: velocity"
+    if sampler != "euler":
+        yield f"{where}: {stage.recipe} samples by {sampler}, which no student folder ships yet; valid: euler"
+    if "pairs" in config.needs and "teacher" not in config.needs:
+        yield f"{where}: {stage.recipe} needs pairs, which are a teacher's; its Config.needs must name teacher as well"
+
+
+def _guidance(spec: RunSpec, stage: PairsStage | EvaluateStage, base: Path, where: str) -> Iterator[str]:
+    """Guidance by a student of this run: it must have learnt the unconditional velocity. (The spec's own teacher says
+    itself whether it has.)
+    """
+    teacher = spec.stages.get(stage.teacher or "")
+    if stage.guidance_scale == 1 or not isinstance(teacher, TrainStage):
+        return
+    try:
+        needs = recipe_config(teacher, base).needs
+    except InputError:
+        return  # said where that stage is checked
+    given = f"{where}.guidance_scale: {stage.guidance_scale:g} given, but"
+    if "data" not in needs:
+        yield (
+            f"{given} the student of '{stage.teacher}' has learnt from its teacher only, whose unconditional velocity "
+            "it was never shown; use 1, or a teacher trained on data"
+        )
+    elif teacher.network is not None and not _has_classes(spec):
+        yield (
+            f"{given} the data has no classes, so '{stage.teacher}' has no unconditional velocity beside its own; "
+            "use 1, or labelled data"
+        )
+
+
+def _has_classes(spec: RunSpec) -> bool:
+    data = spec.data
+    if isinstance(data, ImagesData):
+        folder = Path(data.path)
+        return not folder.is_dir() or any(p.is_dir() and not p.name.startswith(".") for p in folder.iterdir())
+    return data.label_column is not None if isinstance(data, HfData) else not isinstance(data, NoData)
 
 
 def _train(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: str) -> Iterator[str]:

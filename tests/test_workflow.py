@@ -301,7 +301,7 @@ class Config(BaseModel):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"pairs"}) if self.weight else frozenset()
+        return frozenset({"pairs", "teacher"}) if self.weight else frozenset()
 
     @property
     def student(self) -> str:
@@ -319,9 +319,62 @@ def test_a_recipe_beside_the_spec(tmp_path):
     assert mistakes(vectors(r={"recipe": "./mine.py", "options": {"weight": "x"}}), tmp_path) == [
         "stages.r.options.weight: 'x' given; must be a number"
     ]
+    assert mistakes(vectors(r={"recipe": "./mine.py", "options": {"weight": "2.0"}}), tmp_path) == [
+        "stages.r.options.weight: '2.0' given; must be a number"
+    ], "as strict as the spec itself"
     no_pairs = vectors(r={"recipe": "./mine.py", "options": {"weight": 0}})
     said = "stages.r.pairs: ./mine.py needs no pairs, so this has no effect; remove it"
     assert said in mistakes(no_pairs, tmp_path), "needs may depend on the options"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('return "velocity"', 'return "flow_map"', "makes a flow_map student, which is not built yet; valid: velocity"),
+        ('sampler = "euler"', 'sampler = "jump"', "samples by jump, which no student folder ships yet; valid: euler"),
+        (
+            '{"pairs", "teacher"}',
+            '{"pairs"}',
+            "needs pairs, which are a teacher's; its Config.needs must name teacher as well",
+        ),
+    ],
+)
+def test_what_a_recipe_asks_for_and_is_not_there(tmp_path, old, new, said):
+    assert old in OWN
+    (tmp_path / "mine.py").write_text(OWN.replace(old, new))
+    assert f"stages.r: ./mine.py {said}" in mistakes(vectors(r={"recipe": "./mine.py"}), tmp_path)
+
+
+def test_a_config_says_what_it_needs(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN.partition("    @property")[0] + '\nclass Recipe:\n    sampler = "euler"\n')
+    said = "stages.r.recipe: recipe './mine.py': its Config lacks the properties needs and student; see reflow/reflow"
+    assert said in mistakes(vectors(r={"recipe": "./mine.py"}), tmp_path)
+
+
+# --- guidance by a student of the run ---
+
+SHOWN = "has learnt from its teacher only, whose unconditional velocity it was never shown; use 1, or a teacher trained"
+
+
+def test_guidance_needs_an_unconditional_velocity(tmp_path):
+    evaluation = {"kind": "evaluate", "teacher": "t", "students": {"t": [1]}, "guidance_scale": 2}
+    guided = {**PAIRS, "teacher": "t", "guidance_scale": 2}
+    assert mistakes(images(p=guided, e=evaluation)) == [], "of labelled data"
+
+    pictures = {"kind": "images", "path": str(tmp_path), "size": 8}
+    said = "given, but the data has no classes, so 't' has no unconditional velocity beside its own; use 1, or labelled"
+    expected = [f"stages.p.guidance_scale: 2 {said} data", f"stages.e.guidance_scale: 2 {said} data"]
+    for data in (pictures, {**pictures, "kind": "hf"}):
+        assert mistakes(images(p=guided, e=evaluation) | {"data": data}) == expected
+    (tmp_path / "class").mkdir()
+    assert mistakes(images(p=guided, e=evaluation) | {"data": pictures}) == []
+    assert mistakes(images(p=guided) | {"data": {**pictures, "kind": "hf", "label_column": "label"}}) == []
+
+    again = mistakes(vectors(p2={**PAIRS, "teacher": "r", "guidance_scale": 0.5}))
+    assert again == [f"stages.p2.guidance_scale: 0.5 given, but the student of 'r' {SHOWN} on data"]
+    reflow = {**REFLOW, "network": None, "teacher": "t"}
+    found = mistakes(images(p=guided, r=reflow, e={**evaluation, "teacher": "r"}))
+    assert found == [f"stages.e.guidance_scale: 2 given, but the student of 'r' {SHOWN} on data"], "images too"
 
 
 def test_paths_among_a_recipes_options_are_made_absolute(tmp_path):
@@ -337,6 +390,7 @@ def test_what_is_wrong_with_a_recipe_of_ones_own(tmp_path):
         ("import nonexistent_package", "needs the package nonexistent_package"),
         ('"""Doc."""\nclass Config: ...', "has no class Recipe"),
         ("class Config: ...\nclass Recipe: ...", "has no docstring that names its paper"),
+        ('"""Doc."""\nclass Config: ...\nclass Recipe: ...', "its Recipe does not say its sampler; write sampler = "),
     ]:
         (tmp_path / "mine.py").write_text(content)
         with pytest.raises(InputError, match=said):
@@ -352,7 +406,7 @@ def test_entry_points_are_recipes_too(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     assert "other/mine" in registry.names()
     assert registry.load("other/mine", Path()).__name__ == "other_mine"
-    assert registry.describe("other/mine", Path()).needs == ["pairs"]
+    assert registry.describe("other/mine", Path()).needs == ["pairs", "teacher"]
 
 
 def test_descriptions_are_read_and_agree_with_what_is_imported():
@@ -377,5 +431,7 @@ def test_plan_counts_work_and_network_calls():
     assert train.work == "1,280 images = 10 steps of 128"
     assert train.needs == ["p", "the spec's teacher"]
     assert evaluation.network_calls == 2500 * (1 + 2 + 4 + 8 + 16 + 31 + 1)
-    guided = specfile.validate(vectors(p={"steps": 5, "solver": "euler", "guidance_scale": 2}), "f")
-    assert planning.steps(guided, Path())[0].network_calls == 100 * 10
+    changes = {"p": {"steps": 5, "solver": "euler", "guidance_scale": 2}, "e": {"guidance_scale": 2}}
+    guided = planning.steps(specfile.validate(vectors(**changes), "f"), Path())
+    assert guided[0].network_calls == 100 * 10
+    assert guided[2].network_calls == 2500 * (2 * (1 + 2 + 4 + 8 + 16 + 31) + 1)

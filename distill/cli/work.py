@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -159,8 +160,6 @@ def _find(given: str, changes: Sequence[str], name: str | None) -> "distill.spec
 
 def _checked(source: "distill.specfile.SpecSource") -> "distill.specfile.SpecSource":
     """The spec, once everything is known to fit that can be known before it runs."""
-    from dataclasses import replace
-
     from distill import workflow
 
     workflow.check(source.spec, source.base)
@@ -223,6 +222,8 @@ def _resume(
     old = specfile.load_run(paths)
     if workflow.pending(paths, old):
         source = _checked(source)
+    else:
+        source = replace(source, spec=workflow.locate_options(source.spec, source.base))
     changed = [line for line in specfile.differences(old, source.spec) if not line.startswith(("launch.", "name:"))]
     for recipe, content in _own_recipes(source).items():
         if content != (paths.root / recipe).read_bytes():
