@@ -216,6 +216,10 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
     if stage.export != "raw":
         student.load_state_dict(result.ema["student"][stage.export])
     export(student, work.run.student(work.name), training.card)
+    for name in work.spec.stages:
+        found = results.load(work.run.stage(name))
+        if found is not None:  # an evaluation that was done before the student was lost
+            _say_measured(work.run, found, work.name)
     return {"images": result.images, "steps": result.step, "student": str(work.run.student(work.name))}
 
 
@@ -259,5 +263,11 @@ def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
     with work.progress(evaluate.total(stage), "samples") as progress:
         found = evaluate.evaluate(work.run, work.spec, work.name, device=work.device, progress=progress, stop=work.stop)
     for student in stage.students:
-        cards.add_metrics(work.run.student(student), results.card_metrics(found, student))
+        _say_measured(work.run, found, student)
     return {"results": str(work.run.stage(work.name).root / "results.json"), "report": str(report.write(work.run))}
+
+
+def _say_measured(run: RunPaths, found: results.Results, student: str) -> None:
+    measured = results.card_metrics(found, student)
+    if measured:
+        cards.add_metrics(run.student(student), measured)

@@ -160,6 +160,12 @@ def test_a_student_says_what_was_measured(tmp_path):
     go(tmp_path, given)
     assert folder_bytes(folder) == whole
 
+    # lost and exported again, with what was measured before
+    shutil.rmtree(folder)
+    run.stage("straight").done.unlink()
+    go(tmp_path, given)
+    assert folder_bytes(folder) == whole
+
 
 # --- data ---
 
