@@ -41,16 +41,15 @@ def test_killed_in_each_stage(tmp_path):
     assert whole.returncode == 0, whole.stdout + whole.stderr
 
     killed = RunPaths(tmp_path / "runs" / "killed")
-    log = tmp_path / "log"
+    log, hit = tmp_path / "log", []
     for number, stage in enumerate(STAGES):
         again = ["run", "killed", "--resume"] if number else ["run", "digits", *SMALL, "--name", "killed"]
         process = start(*again, "--store", "runs", cwd=tmp_path, log=log)
         assert wait_for(lambda stage=stage: under_way(killed, stage), process), log.read_text()
+        kill(process)
         if not killed.stage(stage).done.exists():
-            kill(process)
-        else:  # the stage was too fast for us: its end is as good a moment
-            kill(process)
-        assert not killed.stage("evaluate").done.exists(), "killed too late to prove anything"
+            hit.append(stage)
+    assert len(hit) >= 4 and {"teach", "pairs", "evaluate"} <= set(hit), f"killed in {hit} only; the rest was too fast"
     end = distill("run", "killed", "--resume", "--store", "runs", cwd=tmp_path)
     assert end.returncode == 0, end.stdout + end.stderr
 
