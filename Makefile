@@ -16,7 +16,7 @@ check: $(VENV)/.test ## format, lint, types, tests without processes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not process and not train and not long" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not process and not train and not long" $(PYTEST_ARGS)
 
 test-all: check ## everything, in parts: make test-all PART=2/4
 	$(BIN)/pytest -m "process or train or long" --part $(PART) $(PYTEST_ARGS)
