@@ -55,7 +55,10 @@ class PairSet:
         faults = [f"{name} is {wrong}" for name, file in files if (wrong := fault(folder / name, file))]
         faults += [f"{name} is not of this set" for name in foreign(folder, manifest)]
         if faults:
-            raise InputError(f"{folder}: {', '.join(faults)}; run its pairs stage again, it makes what is missing")
+            raise InputError(
+                f"{folder}: {', '.join(faults)}; delete what is damaged or foreign and go on with the run (--resume): "
+                "what is missing is made again"
+            )
         if noise_sha256(manifest.seed, manifest.shape) != manifest.noise_sha256:
             raise InputError(
                 f"{folder}: this machine draws other noise from seed {manifest.seed} than the pairs were solved from "
