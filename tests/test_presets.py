@@ -27,7 +27,7 @@ def test_the_one_step_student_of_digits_reaches_the_bar(tmp_path, seed):
         "digits",
         f"seed={seed}",
         "stages.evaluate.samples=10000",
-        "stages.evaluate.teacher_steps=[4, 16]",
+        "stages.evaluate.teacher_steps=[16]",
         "stages.evaluate.students={one_step: [1]}",
     )
     student, coarse = results.row("one_step", 1).distance, results.row("teacher", 16).distance
@@ -36,9 +36,9 @@ def test_the_one_step_student_of_digits_reaches_the_bar(tmp_path, seed):
     assert (results.distance, results.samples) == ("FD-digits", 10000)
     assert student <= coarse
     assert student <= 2 * fine
-    assert coarse < results.row("teacher", 4).distance
 
 
+@pytest.mark.long  # test_recovery trains on the ring too, in half the time
 @pytest.mark.timeout(900)
 def test_the_one_step_student_of_the_ring_recovers_it(tmp_path):
     results = evaluated(tmp_path, "mixture-2d", "stages.evaluate.students={one_step: [1]}")
