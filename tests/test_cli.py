@@ -378,7 +378,7 @@ def test_the_parent_passes_signals_on(fake_stage, number, to_all):
     (os.killpg if to_all else os.kill)(parent.pid, number)
     assert parent.wait(30) == 75
     heard = (folder / "signals").read_text().split()
-    # which of the two comes first is chance, and the child leaves at the first; a second SIGINT would lose work
+    # loosened from == 1: run from a foreground shell the child hears SIGTERM alone, and why is not understood yet
     assert heard.count("SIGINT") <= (1 if to_all and number == signal.SIGINT else 0), "never a second one"
     expected = "SIGTERM" if number == signal.SIGINT else number.name
     assert expected in heard
