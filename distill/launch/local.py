@@ -80,9 +80,9 @@ def watch(lifeline: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     # The thread takes no signals: one that woke it would leave the main thread, which handles them all, asleep.
-    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     threading.Thread(target=wait, name="lifeline", daemon=True).start()
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _environment(run: RunPaths) -> dict[str, str]:
