@@ -6,7 +6,7 @@ A finished row is kept as a file of its own, keyed by everything its numbers dep
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +24,7 @@ from distill.guard import InputError
 from distill.metrics.manifold import NEIGHBOURS
 from distill.metrics.reference import Reference, of_exact, of_images
 from distill.progress import Progress
+from distill.protocols import VelocityField
 from distill.results import FILE_NAME, Results, Row
 from distill.sampling import Method, blocks, condition, of_student, of_teacher
 from distill.solvers import straightness
@@ -182,6 +183,7 @@ class _Work:
     device: torch.device
     progress: Progress
     stop: StopRequest
+    straight: dict[tuple[str, str], float] = field(default_factory=dict)  # by role and network
 
     @property
     def endpoint_path(self) -> Path:
@@ -257,15 +259,21 @@ class _Work:
         return row
 
     def _straightness(self, plan: Plan) -> float:
-        """Of the network's own paths, by a fixed number of Euler steps over the first samples."""
-        network, count = self._network(plan), min(STRAIGHTNESS_SAMPLES, self.stage.samples)
-        field = network.guided(self.stage.guidance_scale) if plan.role == "teacher" else network.field
-        total = 0.0
+        """Of the network's own paths, by a fixed number of Euler steps over the first samples; found once for each."""
+        name = (plan.role, plan.network)
+        if name not in self.straight:
+            network = self._network(plan)
+            velocity = network.guided(self.stage.guidance_scale) if plan.role == "teacher" else network.field
+            self.straight[name] = self._straightness_of(velocity, network)
+        return self.straight[name]
+
+    def _straightness_of(self, velocity: VelocityField, network: LoadedTeacher) -> float:
+        count, total = min(STRAIGHTNESS_SAMPLES, self.stage.samples), 0.0
         for start in range(0, count, self.stage.block):
             indices = range(start, min(start + self.stage.block, count))
             noise = sample_noise(self.seed, indices, network.shape).to(self.device)
             cond = condition(network, indices, self.device)
-            total += len(indices) * straightness(field, noise, cond, STRAIGHTNESS_STEPS)
+            total += len(indices) * straightness(velocity, noise, cond, STRAIGHTNESS_STEPS)
         return total / count
 
     def _picture(self, plan: Plan, samples: Tensor) -> bytes:
