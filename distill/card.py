@@ -51,6 +51,8 @@ class StudentCard(Frozen):
     num_classes: int | None
     null_class: int | None
     """class id of the unconditional call"""
+    unconditional: bool = True
+    """whether it has learnt the unconditional velocity; one trained on guided or labelled pairs alone has not"""
     shape: tuple[int, ...]
     """of one sample"""
     guidance_scale: float = 1.0

@@ -116,8 +116,10 @@ def measure(
     else:
         reference = of_exact(exact, stage.samples, seed) if exact is not None else None
     work = _Work(folder, stage, teacher, students, reference, seed, device, progress, stop)
-    fine, endpoint = work.fine()
-    rows = [fine if plan.fine else work.row(plan, endpoint) for plan in plans(stage)]
+    rows = [row for plan in plans(stage) if (row := work.kept(plan))]
+    if len(rows) < len(plans(stage)):
+        fine, endpoint = work.fine()
+        rows = [fine if plan.fine else work.row(plan, endpoint) for plan in plans(stage)]
     results = Results(
         stage=name,
         samples=stage.samples,
@@ -192,7 +194,7 @@ class _Work:
     def fine(self) -> tuple[Row, Tensor]:
         """The row of the fine solver and its samples [N, ...], which are kept until all rows are measured."""
         plan, path = _fine(self.stage), self.endpoint_path
-        kept, stamp = self._kept(plan), {"key": self._key(plan)}
+        kept, stamp = self.kept(plan), {"key": self._key(plan)}
         if kept is not None and path.exists():
             with safetensors.safe_open(path, framework="pt") as file:
                 if file.metadata() == stamp:
@@ -204,7 +206,7 @@ class _Work:
 
     def row(self, plan: Plan, endpoint: Tensor) -> Row:
         """A row, measured now or by an earlier process."""
-        kept = self._kept(plan)
+        kept = self.kept(plan)
         if kept is None:
             return self._measure(plan, *self._samples(plan), endpoint)
         self._skip()
@@ -293,7 +295,8 @@ class _Work:
         facts += [reference.identity if reference else None]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def _kept(self, plan: Plan) -> Row | None:
+    def kept(self, plan: Plan) -> Row | None:
+        """A row that an earlier process has measured."""
         path = self._path(plan)
         if not path.exists():
             return None

@@ -140,6 +140,8 @@ Role = Trained | Frozen
 class Init(Protocol):
     """Where a recipe's networks come from: the teacher's weights, another stage's student, or fresh ones."""
 
+    @property
+    def num_classes(self) -> int | None: ...  # of the networks it makes; None: unconditional
     def velocity_field(self) -> nn.Module: ...  # a module that is a VelocityField on the linear path
     def null(self, cond: Cond) -> Cond: ...  # the condition of the unconditional call
 

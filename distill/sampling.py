@@ -136,7 +136,7 @@ def sample(
 def _labels(student: LoadedTeacher, count: int, labels: Sequence[int] | None) -> Tensor | None:
     if student.num_classes is None:
         if labels is not None:
-            raise InputError("--class was given, but this student is unconditional; leave it out")
+            raise InputError("--classes was given, but this student is unconditional; leave it out")
         return None
     if labels is None:
         return sample_labels(range(count), student.num_classes)

@@ -178,6 +178,7 @@ def _training(work: Work, stage: TrainStage) -> Training:
         shape=samples.shape,
         num_classes=init.num_classes,
         null_class=init.null_class,
+        unconditional="data" in config.needs,
         guidance_scale=_guidance(work.spec, stage, teacher),
         weights=stage.export,
         images=stage.images,

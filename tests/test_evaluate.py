@@ -364,7 +364,7 @@ def test_sample_of_vectors(vector_run, tmp_path):
     sampling.sample(folder, tmp_path / "v.safetensors", steps=1, seed=0, count=50, labels=None, device=CPU)
     found = load_file(tmp_path / "v.safetensors")
     torch.testing.assert_close(found["samples"], torch.tensor(MEAN) + STD * found["latents"], atol=1e-5, rtol=0)
-    with pytest.raises(InputError, match="--class was given, but this student is unconditional"):
+    with pytest.raises(InputError, match="--classes was given, but this student is unconditional"):
         sampling.sample(folder, tmp_path / "v.png", steps=1, seed=0, count=2, labels=[0], device=CPU)
 
 

@@ -55,6 +55,8 @@ class Affine(Student):
 class Init:
     """Hands out a given network; the null class is 10."""
 
+    num_classes = 10
+
     def __init__(self, network):
         self.network = network
 
@@ -327,6 +329,14 @@ def test_lpips_is_refused_for_vectors(lpips_options):
     config = one_step.Config(**lpips_options, distance="lpips")
     with pytest.raises(InputError, match=r"distance: lpips compares images, the teacher makes \(2,\); use l2"):
         one_step.Recipe(config, teacher)
+
+
+def test_label_dropout_without_classes_is_refused():
+    init = Init(Student(v1))
+    init.num_classes = None
+    flow_matching.Recipe(flow_matching.Config(), None).networks(init)  # the default says nothing
+    with pytest.raises(InputError, match="label_dropout has no effect without classes; remove it, or give labelled"):
+        flow_matching.Recipe(flow_matching.Config(label_dropout=0.2), None).networks(init)
 
 
 # --- options ---

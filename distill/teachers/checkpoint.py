@@ -88,6 +88,7 @@ def load(spec: CheckpointTeacher, device: torch.device) -> LoadedTeacher:
         description=f"{config['_class_name']} from {Path(spec.path).name if Path(spec.path).is_dir() else spec.path}",
         network=network,
         guidance_scale=parts.student.get("guidance_scale", 1.0),
+        unconditional=parts.student.get("unconditional", True),
     )
 
 

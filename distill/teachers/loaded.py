@@ -24,6 +24,7 @@ class LoadedTeacher:
     network: nn.Module | None = None  # the ModelMixin behind a checkpoint; None: closed form
     exact_data: Callable[[int, Sequence[int]], Tensor] | None = None  # (seed, indices) -> exact samples
     guidance_scale: float = 1.0  # classifier-free guidance that the network was trained to contain; 1: none
+    unconditional: bool = True  # whether the null class, if there is one, was trained
 
     def null(self, cond: Cond) -> Cond:
         """The condition of the unconditional call, for as many rows as `cond` has."""
@@ -40,4 +41,9 @@ class LoadedTeacher:
             return self.field
         if self.null_class is None:
             self.null({})  # the same refusal, before any work
+        if not self.unconditional:
+            raise InputError(
+                f"{self.description} has learnt from its teacher only, whose unconditional velocity it was never "
+                "shown; use guidance_scale: 1, or guide a teacher trained on data"
+            )
         return Guided(self.field, self.null, guidance_scale)

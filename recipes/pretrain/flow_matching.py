@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validato
 
 from distill import distances, times
 from distill.fields import drop_condition
+from distill.guard import InputError
 from distill.protocols import Batch, Cond, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
 
@@ -30,7 +31,7 @@ class Config(BaseModel):
     sigma: PositiveFloat | None = None
     """standard deviation of logit(t) under logit_normal; null: 1"""
     label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """probability of training a sample without its class; nothing to drop where the data has no classes"""
+    """probability of training a sample without its class; only where there are classes"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
@@ -58,6 +59,8 @@ class Recipe:
         self.law = times.law(config.time_law, config.mu, config.sigma)
 
     def networks(self, init: Init) -> dict[str, Role]:
+        if init.num_classes is None and "label_dropout" in self.config.model_fields_set:
+            raise InputError("label_dropout has no effect without classes; remove it, or give labelled data")
         self.null = init.null
         return {"student": Trained(init.velocity_field())}
 

@@ -58,6 +58,8 @@ class Ring:
 class NoInit:
     """Networks of these tests are made by their recipes."""
 
+    num_classes = None
+
     def velocity_field(self):
         raise AssertionError
 

@@ -1,0 +1,197 @@
+"""Hub ids, over real HTTP: what the hub serves from a folder is what the folder itself gives, and the cache gives the
+same when the hub is gone. Processes of their own, since the environment is read when the libraries are imported.
+"""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from commands import snapshot
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from hub import Hub
+from PIL import Image
+from runs import ENV, folder_bytes
+
+pytestmark = pytest.mark.process
+
+REVISIONS = ("main", "v2")
+TINY = {"main": "org/tiny", "v2": "{kind: diffusers, path: org/tiny, revision: v2}"}
+
+
+def python(program: str, *arguments: str, hub: Hub, cwd: Path, offline: bool = False) -> subprocess.CompletedProcess:
+    """A process that reaches no host but the hub; its cache is `home`, beside its folder."""
+    env = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(cwd.parent / "home"),
+        "HF_HUB_OFFLINE": str(int(offline)),
+        "HF_DATASETS_OFFLINE": str(int(offline)),
+        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
+        "http_proxy": hub.url,
+        "https_proxy": hub.url,
+        "no_proxy": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+    }
+    cwd.mkdir(exist_ok=True)
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=cwd,
+        env={**ENV, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def commands(*given: list[str], hub: Hub, cwd: Path, offline: bool = False) -> tuple[list[int], str]:
+    """`distill ...` for each of them in turn, in one process, which spares imports: exit codes and stderr."""
+    program = "import json, sys; from distill.cli.main import main; print([main(a) for a in json.loads(sys.argv[1])])"
+    done = python(program, json.dumps(given), hub=hub, cwd=cwd, offline=offline)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+# --- teachers ---
+
+
+def pairs(teacher: str, out: str) -> list[str]:
+    options = ["--count", "8", "--block", "4", "--shard", "4", "--steps", "2", "--device", "cpu"]
+    return ["pairs", teacher, "--out", out, *options]
+
+
+def pipeline(folder: Path, seed: int) -> Path:
+    """What diffusers saves, beside files that nobody wants."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = UNet2DModel(
+            sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4,
+            layers_per_block=1, down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(folder)
+    (folder / "README.md").write_text("A tiny teacher.")
+    (folder / "pipeline.py").write_text("raise RuntimeError('code of the hub was run')")
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"pickled")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory) -> dict[str, Path]:
+    """Two revisions of a pipeline, in folders of one name."""
+    root = tmp_path_factory.mktemp("teachers")
+    return {revision: pipeline(root / revision / "tiny", seed) for seed, revision in enumerate(REVISIONS)}
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Pairs of each revision in `hub-REVISION` and `folder-REVISION` of `cwd`; the hub they came from, gone since."""
+
+    cwd: Path
+    hub: Hub
+
+    def manifest(self, name: str) -> dict[str, object]:
+        return json.loads((self.cwd / name / "manifest.json").read_text())
+
+    def shards(self, name: str) -> dict[str, bytes]:
+        return {file: content for file, content in folder_bytes(self.cwd / name).items() if file != "manifest.json"}
+
+
+@pytest.fixture(scope="module")
+def solved(teachers, tmp_path_factory) -> Solved:
+    cwd = tmp_path_factory.mktemp("solved") / "work"
+    by_id = [pairs(TINY[revision], f"hub-{revision}") for revision in REVISIONS]
+    by_folder = [pairs(str(teachers[revision]), f"folder-{revision}") for revision in REVISIONS]
+    with Hub({"models/org/tiny": teachers}) as hub:
+        codes, err = commands(*by_id, *by_folder, hub=hub, cwd=cwd)
+    assert codes == [0, 0, 0, 0], err
+    return Solved(cwd, hub)
+
+
+@pytest.mark.parametrize("revision", REVISIONS)
+def test_a_hub_id_gives_the_pairs_of_its_folder(solved, revision):
+    by_id, by_folder = f"hub-{revision}", f"folder-{revision}"
+    assert len(solved.shards(by_id)) == 2
+    assert solved.shards(by_id) == solved.shards(by_folder)
+    told = {"teacher": "UNet2DModel from org/tiny"}
+    assert solved.manifest(by_id) == solved.manifest(by_folder) | told != solved.manifest(by_folder)
+
+
+def test_a_revision_has_weights_of_its_own(solved):
+    main, v2 = (solved.shards(f"hub-{revision}") for revision in REVISIONS)
+    assert main.keys() == v2.keys()
+    assert all(main[name] != v2[name] for name in main)
+
+
+def test_only_json_and_safetensors_are_asked_for_and_no_other_host(solved):
+    asked = [request.split()[1] for request in solved.hub.requests]
+    assert {Path(path).suffix for path in asked if "/resolve/" in path} == {".json", ".safetensors"}
+    assert [path for path in asked if not path.startswith("/")] == []
+
+
+def test_without_the_hub_the_cache_gives_the_same_pairs(solved):
+    """By default, by name, and by the commit that the name stood for."""
+    sha = solved.hub.commit("models", "org/tiny", "v2").sha
+    ids = {"again-main": TINY["main"], "again-v2": TINY["v2"], "again-sha": TINY["v2"].replace("v2", sha)}
+    codes, err = commands(*(pairs(v, k) for k, v in ids.items()), hub=solved.hub, cwd=solved.cwd, offline=True)
+    assert codes == [0, 0, 0], err
+    for again, before in (("again-main", "hub-main"), ("again-v2", "hub-v2"), ("again-sha", "hub-v2")):
+        assert folder_bytes(solved.cwd / again) == folder_bytes(solved.cwd / before)
+
+
+def test_what_the_hub_does_not_have_is_refused(teachers, tmp_path):
+    v3 = "{kind: diffusers, path: org/tiny, revision: v3}"
+    data = "data={kind: hf, path: org/nothing, size: 8, channels: 1}"
+    refused = [pairs(v3, "p"), pairs("org/nothing", "p"), ["plan", "digits", data]]
+    with Hub({"models/org/tiny": teachers}) as hub:
+        codes, err = commands(*refused, hub=hub, cwd=tmp_path / "work")
+    assert codes == [2, 2, 2]
+    neither = "is neither a folder here nor a hub id that can be fetched or is cached"
+    said = [
+        f"error: teacher.path=org/tiny at revision v3 {neither} (RevisionNotFoundError); check the name",
+        f"error: teacher.path=org/nothing {neither} (RepositoryNotFoundError); check the name",
+        "error: data.path=org/nothing (split 'train') cannot be read: Dataset 'org/nothing' doesn't exist on the Hub",
+    ]
+    assert len(err.splitlines()) == len(said), err
+    for line, start in zip(err.splitlines(), said, strict=True):
+        assert line.startswith(start)
+    assert snapshot(tmp_path / "work") == {}, "something was written"
+
+
+# --- data ---
+
+DESCRIBE = """
+import hashlib, sys
+from distill import data
+from distill.cli import given
+
+for path in sys.argv[1:]:
+    found = data.load(given.data(f"{{kind: hf, path: {path}, size: 8, label_column: label}}"), seed=0)
+    images, labels = found.items(0, range(len(found)))
+    print(found.digest, hashlib.sha256(images.numpy().tobytes()).hexdigest(), labels.tolist(), found.num_classes)
+"""
+
+
+def test_pictures_by_hub_id_are_those_of_the_folder_and_of_the_cache(tmp_path):
+    labels, names = [0, 2, 1, 0, 2], ["cat", "dog", "owl", "fox"]
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
+    images = [Image.effect_noise((8, 8), 50).convert("RGB") for _ in labels]
+    folder = tmp_path / "pictures"
+    file = folder / "data" / "train-00000-of-00001.parquet"
+    file.parent.mkdir(parents=True)
+    datasets.Dataset.from_dict({"image": images, "label": labels}, features).to_parquet(file)
+    with Hub({"datasets/org/pictures": {"main": folder}}) as hub:
+        online = python(DESCRIBE, "org/pictures", str(folder), hub=hub, cwd=tmp_path / "work")
+        assert (
+            f"GET /datasets/org/pictures/resolve/{hub.commit('datasets', 'org/pictures', 'main').sha}/data/{file.name}"
+            in hub.requests
+        )
+    by_id, by_folder = online.stdout.splitlines()
+    assert by_id == by_folder
+    assert by_id.endswith(f" {labels} {len(names)}")
+    offline = python(DESCRIBE, "org/pictures", hub=hub, cwd=tmp_path / "work", offline=True)
+    assert offline.stdout.splitlines() == [by_id], offline.stderr
