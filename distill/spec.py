@@ -112,6 +112,8 @@ class HfData(ImageOptions):
     """A data set of the `datasets` library: a hub id, a folder or file of parquet, or a folder saved to disk."""
 
     kind: Literal["hf"]
+    revision: str | None = None
+    """branch, tag or commit of a hub id; null: the newest"""
     split: str = "train"
     """part of the data set"""
     image_column: str = "image"

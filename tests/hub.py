@@ -12,79 +12,93 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-FILE = re.compile(r"/(?:(?P<kind>datasets)/)?(?P<id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
-TREE = re.compile(r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?")
-INFO = re.compile(r"/api/(?P<kind>models|datasets)/(?P<id>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?")
+# /api/models/ID[/revision/REVISION], /api/models/ID/tree/REVISION[/FOLDER], /ID/resolve/REVISION/FILE
+ASKED = re.compile(r"(?:/api)?/(?:(models|datasets)/)?([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?")
+
+MUTE = "org/mute"  # who asks for this repository is hung up on
+
+
+def sha1(content: bytes) -> str:
+    return hashlib.sha1(content).hexdigest()
 
 
 class Commit:
     """What lies in a folder, by name. Its sha follows from the content."""
 
     def __init__(self, folder: Path) -> None:
-        self.paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
-        self.files = {name: path for name, path in self.paths.items() if path.is_file()}
-        self.sha = hashlib.sha1("".join(name + oid(path) for name, path in self.paths.items()).encode()).hexdigest()
+        paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+        self.files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
+        self.folders = {name: b"" for name in paths if name not in self.files}
+        self.sha = sha1(repr(self.files).encode())
 
-    def tree(self, folder: str, recursive: bool) -> list[dict[str, object]]:
-        """The entries of a folder, "" being the root."""
-        above = f"{folder}/" if folder else ""
+    def info(self, name: str) -> bytes:
+        siblings = [{"rfilename": file} for file in self.files]
+        return json.dumps({"id": name, "sha": self.sha, "siblings": siblings}).encode()
+
+    def tree(self, folder: str, recursive: bool) -> bytes:
+        above = folder and f"{folder}/"
         found = [
-            {"type": "file", "path": name, "size": path.stat().st_size, "oid": oid(path)}
-            if name in self.files
-            else {"type": "directory", "path": name, "oid": oid(path)}
-            for name, path in self.paths.items()
-            if name.startswith(above) and (recursive or "/" not in name[len(above) :])
+            {"type": kind, "path": name, "oid": sha1(content), "size": len(content)}
+            for kind, contents in (("directory", self.folders), ("file", self.files))
+            for name, content in contents.items()
+            if name.startswith(above) and (recursive or "/" not in name.removeprefix(above))
         ]
         if not found:
             raise LookupError("EntryNotFound")
-        return found
+        return json.dumps(found).encode()
 
-
-def oid(path: Path) -> str:
-    return hashlib.sha1(path.read_bytes() if path.is_file() else b"").hexdigest()
+    def file(self, name: str) -> bytes:
+        if name not in self.files:
+            raise LookupError("EntryNotFound")
+        return self.files[name]
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves {"models/org/name" or "datasets/org/name": {revision: folder}} as a context, whose end ends it."""
+    """Serves {"models/org/name" or "datasets/org/name": {revision: folder}} until its context is left."""
 
     def __init__(self, repositories: dict[str, dict[str, Path]]) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
         self.url = f"http://127.0.0.1:{self.server_port}"
-        self.requests: list[str] = []
-        self.repositories = {
-            name: {revision: Commit(folder) for revision, folder in folders.items()}
-            for name, folders in repositories.items()
-        }
+        self.requests: list[str] = []  # METHOD path
+        self.commits = {name: {ref: Commit(at) for ref, at in refs.items()} for name, refs in repositories.items()}
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def __exit__(self, *_) -> None:
         self.shutdown()
         self.server_close()
 
-    def commit(self, kind: str, name: str, revision: str) -> Commit:
-        """Of a branch, a tag or a sha."""
-        commits = self.repositories.get(f"{kind}/{name}")
-        if commits is None:
+    def answer(self, path: str, query: str) -> tuple[bytes, str]:
+        """The body and the commit it is of; LookupError with the hub's word for what there is not."""
+        if (match := ASKED.fullmatch(path)) is None:
+            raise LookupError("EntryNotFound")
+        kind, name, verb, revision, path = (unquote(group or "") for group in match.groups())
+        if (commits := self.commits.get(f"{kind or 'models'}/{name}")) is None:
             raise LookupError("RepoNotFound")
-        found = [commit for ref, commit in commits.items() if revision in (ref, commit.sha)]
-        if not found:
+        by_sha = {commit.sha: commit for commit in commits.values()}
+        if (commit := (by_sha | commits).get(revision or "main")) is None:
             raise LookupError("RevisionNotFound")
-        return found[0]
+        if verb == "resolve":
+            return commit.file(path), commit.sha
+        if verb == "tree":
+            return commit.tree(path, "recursive=true" in query), commit.sha
+        return commit.info(name), commit.sha
 
 
 class Answer(BaseHTTPRequestHandler):
-    """One request and its answer."""
-
     server: Hub
 
     def do_GET(self) -> None:
+        if MUTE in self.path:
+            return
+        url = urlsplit(self.path)
         try:
-            status, body, headers = 200, *self._found()
+            body, sha = self.server.answer(url.path, url.query)
+            status, headers = 200, {"ETag": f'"{sha1(body)}"', "X-Repo-Commit": sha}
         except LookupError as missing:
-            status, body, headers = 404, b"", {"X-Error-Code": str(missing)}
+            status, headers, body = 404, {"X-Error-Code": str(missing)}, b""
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
+        for header in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(*header)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body)
@@ -95,21 +109,3 @@ class Answer(BaseHTTPRequestHandler):
         self.server.requests.append(f"{self.command} {self.path}")
 
     def log_message(self, *_) -> None: ...
-
-    def _found(self) -> tuple[bytes, dict[str, str]]:
-        """Body and headers; LookupError with the hub's code of what there is not."""
-        url = urlsplit(self.path)
-        match = FILE.fullmatch(url.path) or TREE.fullmatch(url.path) or INFO.fullmatch(url.path)
-        if match is None:
-            raise LookupError("EntryNotFound")
-        given = {key: unquote(value or "") for key, value in match.groupdict().items()}
-        commit = self.server.commit(given["kind"] or "models", given["id"], given["revision"] or "main")
-        if match.re is FILE:
-            path = commit.files.get(given["path"])
-            if path is None:
-                raise LookupError("EntryNotFound")
-            return path.read_bytes(), {"ETag": f'"{oid(path)}"', "X-Repo-Commit": commit.sha}
-        if match.re is TREE:
-            return json.dumps(commit.tree(given["path"], recursive="recursive=true" in url.query)).encode(), {}
-        files = [{"rfilename": name} for name in commit.files]
-        return json.dumps({"id": given["id"], "sha": commit.sha, "siblings": files}).encode(), {}

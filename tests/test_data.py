@@ -263,6 +263,13 @@ def table(labels: list[int] | None = None, values: tuple[int, ...] = (51, 102, 2
     return datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
 
 
+def test_a_revision_of_what_lies_here_has_no_effect(tmp_path):
+    with pytest.raises(
+        InputError, match=r"data\.revision=v2 has no effect: .* lies here and is not a hub id; remove it"
+    ):
+        data.load(hf(tmp_path, revision="v2"), 0)
+
+
 def hf(path: Path | str, **fields) -> HfData:
     return HfData(kind="hf", path=str(path), **{"size": 8, **fields})
 

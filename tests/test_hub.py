@@ -7,13 +7,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import datasets
 import pytest
 import torch
 from commands import snapshot
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from hub import Hub
+from hub import MUTE, Hub
 from PIL import Image
 from runs import ENV, folder_bytes
 
@@ -25,12 +26,11 @@ TINY = {"main": "org/tiny", "v2": "{kind: diffusers, path: org/tiny, revision: v
 
 def python(program: str, *arguments: str, hub: Hub, cwd: Path, offline: bool = False) -> subprocess.CompletedProcess:
     """A process that reaches no host but the hub; its cache is `home`, beside its folder."""
-    env = {
+    env = {name: value for name, value in ENV.items() if not name.startswith("HF_")} | {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(cwd.parent / "home"),
         "HF_HUB_OFFLINE": str(int(offline)),
         "HF_DATASETS_OFFLINE": str(int(offline)),
-        "HF_UPDATE_DOWNLOAD_COUNTS": "0",
         "http_proxy": hub.url,
         "https_proxy": hub.url,
         "no_proxy": "127.0.0.1",
@@ -40,7 +40,7 @@ def python(program: str, *arguments: str, hub: Hub, cwd: Path, offline: bool = F
     return subprocess.run(
         [sys.executable, "-c", program, *arguments],
         cwd=cwd,
-        env={**ENV, **env},
+        env=env,
         capture_output=True,
         text=True,
         timeout=300,
@@ -135,7 +135,7 @@ def test_only_json_and_safetensors_are_asked_for_and_no_other_host(solved):
 
 def test_without_the_hub_the_cache_gives_the_same_pairs(solved):
     """By default, by name, and by the commit that the name stood for."""
-    sha = solved.hub.commit("models", "org/tiny", "v2").sha
+    sha = solved.hub.commits["models/org/tiny"]["v2"].sha
     ids = {"again-main": TINY["main"], "again-v2": TINY["v2"], "again-sha": TINY["v2"].replace("v2", sha)}
     codes, err = commands(*(pairs(v, k) for k, v in ids.items()), hub=solved.hub, cwd=solved.cwd, offline=True)
     assert codes == [0, 0, 0], err
@@ -143,18 +143,23 @@ def test_without_the_hub_the_cache_gives_the_same_pairs(solved):
         assert folder_bytes(solved.cwd / again) == folder_bytes(solved.cwd / before)
 
 
-def test_what_the_hub_does_not_have_is_refused(teachers, tmp_path):
+def data(path: str) -> list[str]:
+    return ["plan", "digits", f"data={{kind: hf, path: {path}, size: 8, channels: 1}}"]
+
+
+def test_what_the_hub_does_not_have_and_a_hub_that_hangs_up_are_one_message(teachers, tmp_path):
     v3 = "{kind: diffusers, path: org/tiny, revision: v3}"
-    data = "data={kind: hf, path: org/nothing, size: 8, channels: 1}"
-    refused = [pairs(v3, "p"), pairs("org/nothing", "p"), ["plan", "digits", data]]
+    refused = [pairs(v3, "p"), pairs("org/nothing", "p"), pairs(MUTE, "p"), data("org/nothing"), data(MUTE)]
     with Hub({"models/org/tiny": teachers}) as hub:
         codes, err = commands(*refused, hub=hub, cwd=tmp_path / "work")
-    assert codes == [2, 2, 2]
+    assert codes == [2, 2, 2, 2, 2]
     neither = "is neither a folder here nor a hub id that can be fetched or is cached"
     said = [
         f"error: teacher.path=org/tiny at revision v3 {neither} (RevisionNotFoundError); check the name",
         f"error: teacher.path=org/nothing {neither} (RepositoryNotFoundError); check the name",
+        f"error: teacher.path={MUTE} {neither} (RemoteProtocolError); check the name",
         "error: data.path=org/nothing (split 'train') cannot be read: Dataset 'org/nothing' doesn't exist on the Hub",
+        f"error: data.path={MUTE} (split 'train') cannot be read: Server disconnected without sending a response",
     ]
     assert len(err.splitlines()) == len(said), err
     for line, start in zip(err.splitlines(), said, strict=True):
@@ -181,17 +186,29 @@ def test_pictures_by_hub_id_are_those_of_the_folder_and_of_the_cache(tmp_path):
     features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=names))
     images = [Image.effect_noise((8, 8), 50).convert("RGB") for _ in labels]
     folder = tmp_path / "pictures"
-    file = folder / "data" / "train-00000-of-00001.parquet"
-    file.parent.mkdir(parents=True)
-    datasets.Dataset.from_dict({"image": images, "label": labels}, features).to_parquet(file)
-    with Hub({"datasets/org/pictures": {"main": folder}}) as hub:
-        online = python(DESCRIBE, "org/pictures", str(folder), hub=hub, cwd=tmp_path / "work")
-        assert (
-            f"GET /datasets/org/pictures/resolve/{hub.commit('datasets', 'org/pictures', 'main').sha}/data/{file.name}"
-            in hub.requests
-        )
-    by_id, by_folder = online.stdout.splitlines()
-    assert by_id == by_folder
-    assert by_id.endswith(f" {labels} {len(names)}")
-    offline = python(DESCRIBE, "org/pictures", hub=hub, cwd=tmp_path / "work", offline=True)
-    assert offline.stdout.splitlines() == [by_id], offline.stderr
+    rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features)
+    for revision, kept in (folder, rows), (tmp_path / "old", rows.select(range(2))):
+        file = revision / "data" / "train-00000-of-00001.parquet"
+        file.parent.mkdir(parents=True)
+        kept.to_parquet(file)
+    with Hub({"datasets/org/pictures": {"main": folder, "old": tmp_path / "old"}}) as hub:
+
+        def described(*paths: str, offline: bool = False) -> list[str]:
+            done = python(DESCRIBE, *paths, hub=hub, cwd=tmp_path / "work", offline=offline)
+            assert done.returncode == 0, done.stderr
+            return done.stdout.splitlines()
+
+        by_id, by_folder = described("org/pictures", str(folder))
+        assert by_id == by_folder
+        assert by_id.endswith(f" {labels} {len(names)}")
+        assert described("org/pictures", offline=True) == [by_id]
+
+        sha = hub.commits["datasets/org/pictures"]["main"].sha
+        (old,) = described("org/pictures, revision: old")
+        assert old.endswith(f" {labels[:2]} {len(names)}")
+        refused = python(DESCRIBE, f"org/pictures, revision: {sha}", hub=hub, cwd=tmp_path / "work", offline=True)
+        assert f"without the hub there is another revision than {sha} in the cache" in refused.stderr
+        assert described(f"org/pictures, revision: {sha}") == [by_id]
+    assert [request for request in hub.requests if request.startswith("GET ") and request.endswith(file.name)]
+    others = [request for request in hub.requests if not request.split()[1].startswith("/")]
+    assert [request for request in others if f".{urlsplit(hub.url).netloc}/" not in request] == [], "of another host"

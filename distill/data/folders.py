@@ -1,16 +1,22 @@
 """Where images come from: a folder of files, or a data set of the `datasets` library."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
 from datasets import Dataset, DatasetDict
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError
 from PIL import Image
 
 from distill.data.images import ImageData
 from distill.guard import InputError, suggest
 from distill.spec import HfData, ImagesData
 
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or every load, of local files too, would tell a host of it
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _LOADED: dict[tuple[str, int, str], ImageData] = {}  # checking a large set takes long; stages of one process share it
 
 
@@ -73,6 +79,10 @@ def _kept(key: tuple[str, int, str], loaded: ImageData, keep: bool) -> ImageData
 
 def _open(spec: HfData) -> Dataset:
     path = Path(spec.path)
+    if spec.revision is not None and path.exists():
+        raise InputError(
+            f"data.revision={spec.revision} has no effect: {spec.path} lies here and is not a hub id; remove it"
+        )
     try:
         if path.is_file():
             return datasets.load_dataset("parquet", data_files={spec.split: str(path)}, split=spec.split)
@@ -86,16 +96,28 @@ def _open(spec: HfData) -> Dataset:
                     "use data.kind=images for a folder of images"
                 )
             return datasets.load_dataset("parquet", data_dir=str(path), split=spec.split)
-        return datasets.load_dataset(spec.path, split=spec.split)
+        return _of_the_hub(spec)
     except InputError:
         raise
-    except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:
+    except (HTTPError, OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:
         empty = isinstance(error, IndexError)  # what load_from_disk makes of a set without rows
         reason = "it holds no rows" if empty else (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"data.path={spec.path} (split '{spec.split}') cannot be read: {reason}; valid: a parquet file, a folder "
             "of parquet, a folder of save_to_disk, or a hub id that can be reached or is cached"
         ) from error
+
+
+def _of_the_hub(spec: HfData) -> Dataset:
+    """The revision that was asked for, or nothing: without the hub, the library takes the last one it has seen."""
+    if spec.revision is None:
+        return datasets.load_dataset(spec.path, split=spec.split)
+    named = not COMMIT.fullmatch(spec.revision)
+    commit = HfApi().dataset_info(spec.path, revision=spec.revision).sha if named else spec.revision
+    rows = datasets.load_dataset(spec.path, revision=commit, split=spec.split)
+    if not any(commit in Path(file["filename"]).parts for file in rows.cache_files):
+        raise ValueError(f"without the hub there is another revision than {spec.revision} in the cache")
+    return rows
 
 
 def _split_of(saved: Dataset | DatasetDict, spec: HfData) -> Dataset:

@@ -20,7 +20,7 @@ from diffusers import (
     UNet2DModel,
 )
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import HTTPError  # of httpx from version 1 on: no OSError, unlike the rest
 from safetensors import SafetensorError, safe_open
 
 from distill.guard import InputError, suggest
@@ -119,7 +119,7 @@ def _folder(spec: CheckpointTeacher) -> Path:
         raise InputError(f"teacher.path={spec.path} does not exist; give a folder, or a hub id like org/name")
     try:
         return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=["*.json", "*.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         at = f" at revision {spec.revision}" if spec.revision else ""
         raise InputError(
             f"teacher.path={spec.path}{at} is neither a folder here nor a hub id that can be fetched or is cached "
