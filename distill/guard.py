@@ -6,6 +6,7 @@ from collections.abc import Iterable
 EXIT_FAILED = 1  # the work failed; what was saved is intact
 EXIT_INPUT = 2  # the user gave something that cannot work; nothing was written
 EXIT_STOPPED = 75  # stopped by a signal after saving; run again to go on (EX_TEMPFAIL)
+EXIT_PEER = 76  # a rank that lost contact with another: not the cause
 
 
 class InputError(ValueError):
@@ -18,6 +19,10 @@ class RunError(RuntimeError):
 
 class Stopped(Exception):  # noqa: N818  (not an error: the run was asked to stop and saved first)
     """A signal asked the work to stop; it has saved and can go on later. Exit code 75."""
+
+
+class PeerLost(Exception):  # noqa: N818  (the error is another rank's)
+    """Another rank is gone or hangs. Exit code 76."""
 
 
 def suggest(given: str, valid: Iterable[str]) -> str:

@@ -28,6 +28,11 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    def share(self, asked: bool) -> None:
+        """Take over that a rank was asked, so that all of them stop at the same step."""
+        if asked and self.signal is None:
+            self.signal = "a signal to another rank"
+
     def raise_if_requested(self, saved: str) -> None:
         """Leave if a signal has come; call it where nothing would be lost. `saved`: where the work stands."""
         if self.signal is not None:

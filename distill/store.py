@@ -101,6 +101,10 @@ class RunPaths:
     def report(self) -> Path:
         return self.root / "report.html"
 
+    def log(self, rank: int) -> Path:
+        """What a rank says that is not the first: that one speaks on the terminal."""
+        return self.root / "logs" / f"rank-{rank}.log"
+
     def stage(self, name: str) -> StagePaths:
         return StagePaths(self.root / "stages" / name)
 

@@ -1,5 +1,6 @@
-"""Runs of the real command in processes of their own: start, kill, start again."""
+"""Runs: made without being executed; and of the real command in processes of their own: start, kill, start again."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,7 +8,22 @@ import sys
 import time
 from pathlib import Path
 
+from distill import presets, specfile
+from distill.store import RunPaths, create_run, event_line
+
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "NO_COLOR": "1"}
+
+
+def make(store: Path, name: str = "one", preset: str = "digits", *changes: str, threads: int = 1) -> RunPaths:
+    """A new run of a preset, of which nothing is done yet."""
+    spec = specfile.load(presets.find(preset), changes, name=name).spec
+    kinds = {stage: each.kind for stage, each in spec.stages.items()}
+    files = {
+        "spec.yaml": specfile.resolved(spec),
+        "env.json": json.dumps({"threads": threads}),
+        "events.jsonl": event_line("created", digest=spec.digest(), stages=kinds),
+    }
+    return create_run(store, name, files)
 
 
 def distill(*args: str, cwd: Path, timeout: float = 900, env: dict[str, str] | None = None):

@@ -1,22 +1,18 @@
-"""The commands that look and prepare, and how the parent of a run behaves: exit codes, signals, its own death."""
+"""The commands that look and prepare: what they print, what they leave behind, how they refuse."""
 
 import json
-import os
-import signal
 import sys
-import time
-from pathlib import Path
 
 import pytest
 from commands import command, snapshot
-from runs import wait_for
+from runs import make
 
 import distill as package
 from distill import claims, presets, specfile, status
 from distill.cli import common, work
 from distill.guard import InputError
 from distill.launch import environment
-from distill.store import append_event, create_run, event_line, write_json
+from distill.store import append_event, write_json
 
 COMMANDS = ["quickstart", "run", "plan", "init", "recipes", "list", "show", "report", "doctor", "clean"]
 COMMANDS += ["sample", "eval", "pairs", "export"]
@@ -30,17 +26,6 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path.parent / "no-config"))
     monkeypatch.setenv("COLUMNS", "200")
     return tmp_path
-
-
-def make(store, name="one", preset="digits"):
-    spec = specfile.load(presets.find(preset), name=name).spec
-    kinds = {stage: each.kind for stage, each in spec.stages.items()}
-    files = {
-        "spec.yaml": specfile.resolved(spec),
-        "env.json": json.dumps({"threads": 1}),
-        "events.jsonl": event_line("created", digest=spec.digest(), stages=kinds),
-    }
-    return create_run(store, name, files)
 
 
 # --- the frame ---
@@ -295,126 +280,3 @@ def test_the_environment_is_recorded(tmp_path):
     assert found["packages"]["pydantic"]
     assert found["threads"] >= 1
     assert environment.git_state(tmp_path) is None
-
-
-# --- the parent of a run ---
-
-FAKE = """
-import os, signal, sys, time
-from pathlib import Path
-folder = Path({folder!r})
-mode = (folder / "mode").read_text()
-heard = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
-if mode == "listen":  # held back and taken one by one: a handler that is interrupted by another could lose its note
-    signal.pthread_sigmask(signal.SIG_BLOCK, heard)
-from distill.launch import local
-local.watch(int(sys.argv[sys.argv.index("--lifeline") + 1]))
-(folder / "threads").write_text(os.environ["OMP_NUM_THREADS"])
-(folder / "pid").write_text(str(os.getpid()))
-if mode.isdigit():
-    sys.exit(int(mode))
-leave = time.monotonic() + 60
-while (left := leave - time.monotonic()) > 0:
-    if taken := signal.sigtimedwait(heard if mode == "listen" else [], left):
-        with (folder / "signals").open("a") as notes:
-            notes.write(signal.Signals(taken.si_signo).name + " ")
-        if taken.si_signo != signal.SIGINT:
-            leave = time.monotonic() + 0.5  # as if it saved; what else comes is noted too
-sys.exit(75)
-"""
-
-
-@pytest.fixture
-def fake_stage(tmp_path, monkeypatch):
-    """A process in the place of `distill stage`, that does what the file `mode` says: the parent is what is tested."""
-    run = make(tmp_path / "runs")
-    folder = tmp_path / "fake"
-    (folder / "package" / "distill").mkdir(parents=True)
-    (folder / "stage.py").write_text(FAKE.format(folder=str(folder)))
-    starter = (
-        "import sys, subprocess\nfrom pathlib import Path\nfrom distill.launch import local\n"
-        "from distill.store import RunPaths\n"
-        "real = subprocess.Popen\n"
-        f"stage = {str(folder / 'stage.py')!r}\n"
-        "def popen(command, **options): return real([command[0], stage, *command[4:]], **options)\n"
-        "local.subprocess.Popen = popen\n"
-        f"sys.exit(local.run_stages(RunPaths(Path({str(run.root)!r})), ['teach']))\n"
-    )
-
-    def launch(mode):
-        import subprocess
-
-        (folder / "mode").write_text(mode)
-        (folder / "pid").unlink(missing_ok=True)
-        return subprocess.Popen(
-            [sys.executable, "-c", starter], stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-
-    return folder, launch
-
-
-def alive(pid):
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-@pytest.mark.process
-def test_the_parent_returns_the_childs_code_and_sets_its_threads(fake_stage):
-    folder, launch = fake_stage
-    for code in (0, 1, 2, 75):
-        assert launch(str(code)).wait(30) == code
-    assert (folder / "threads").read_text() == "1", "as the run recorded them"
-
-
-@pytest.mark.process
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-@pytest.mark.parametrize("to_all", [True, False])
-def test_the_parent_passes_signals_on(fake_stage, number, to_all):
-    """A terminal tells both processes of Ctrl-C, a scheduler tells one: either way the child stops once, and saves."""
-    folder, launch = fake_stage
-    parent = launch("listen")
-    assert wait_for((folder / "pid").exists, parent)
-    (os.killpg if to_all else os.kill)(parent.pid, number)
-    assert parent.wait(30) == 75
-    heard = (folder / "signals").read_text().split()
-    expected = "SIGTERM" if number == signal.SIGINT else number.name
-    assert expected in heard
-    assert heard.count("SIGINT") == (1 if to_all and number == signal.SIGINT else 0), "a second one means: do not save"
-
-
-@pytest.mark.process
-def test_a_child_that_had_not_begun_counts_as_stopped(fake_stage):
-    folder, launch = fake_stage
-    parent = launch("deaf")
-    assert wait_for((folder / "pid").exists, parent)
-    parent.send_signal(signal.SIGTERM)
-    assert parent.wait(30) == 75
-    assert "stopped before it began; go on with: distill run " in parent.stderr.read()
-
-
-@pytest.mark.process
-def test_a_child_that_was_killed_is_named(fake_stage):
-    folder, launch = fake_stage
-    parent = launch("deaf")
-    assert wait_for((folder / "pid").exists, parent)
-    os.kill(int((folder / "pid").read_text()), signal.SIGKILL)
-    assert parent.wait(30) == 128 + 9
-    assert "error: the process of run 'one' was killed by SIGKILL" in parent.stderr.read()
-
-
-@pytest.mark.process
-def test_a_child_whose_parent_is_killed_stops(fake_stage):
-    folder, launch = fake_stage
-    parent = launch("listen")
-    assert wait_for((folder / "pid").exists, parent)
-    child = int((folder / "pid").read_text())
-    parent.kill()
-    parent.wait(30)
-    deadline = time.monotonic() + 20
-    while alive(child) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not alive(child)
-    assert (folder / "signals").read_text() == "SIGTERM ", "it was asked to stop, and could save"

@@ -8,7 +8,7 @@ import typer
 
 import distill
 from distill.cli import catalogue, doctor, runs, tools, work
-from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, InputError, RunError, Stopped
+from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, InputError, PeerLost, RunError, Stopped
 
 EXIT_INTERRUPTED = 130
 
@@ -69,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         _say(stopped)
         return EXIT_STOPPED
+    except PeerLost as lost:
+        _say(lost)
+        return EXIT_PEER
     return 0
 
 

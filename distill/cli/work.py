@@ -7,7 +7,8 @@ import platform
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,6 +23,7 @@ from distill.store import RunPaths, append_event, create_run, event_line, find_r
 if TYPE_CHECKING:
     import distill.spec
     import distill.specfile
+    import distill.stop
 
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, or the name of a preset.")]
 Changes = Annotated[
@@ -68,14 +70,18 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run of this name; SPEC may be the run itself.")
     ] = False,
+    procs: Annotated[
+        int | None, typer.Option("--procs", min=1, help="Processes that train together; short for launch.procs=N.")
+    ] = None,
     store: StoreOption = None,
 ) -> None:
     """Execute a spec: train, solve pairs, export, evaluate. What is done is never redone."""
     folder = store_path(store)
+    changes = [*(changes or []), *([] if procs is None else [f"launch.procs={procs}"])]
     if resume:
-        _execute(*_resume(folder, spec, changes or [], name))
+        _execute(*_resume(folder, spec, changes, name))
     else:
-        source = _find(spec, changes or [], name)
+        source = _find(spec, changes, name)
         _execute(_start(folder, source), source.spec, fresh=True)
 
 
@@ -105,7 +111,7 @@ def stage(
     names: Annotated[list[str], typer.Argument(metavar="STAGE...")],
     lifeline: Annotated[int | None, typer.Option(help="A pipe whose other end is held by whoever started us.")] = None,
 ) -> None:
-    """Compute stages of a run in this process."""
+    """Compute stages of a run in this process; with RANK and WORLD_SIZE set, as one of several that train together."""
     from distill import claims, specfile
     from distill.launch import environment, local
     from distill.stop import StopRequest
@@ -116,26 +122,52 @@ def stage(
     if unknown:
         raise InputError(f"run '{paths.name}' has no stage '{unknown[0]}'; valid: {', '.join(spec.stages)}")
     os.environ.setdefault("OMP_NUM_THREADS", str(spec.launch.threads or environment.threads()))
-    with StopRequest() as stop, claims.claim(paths):
+    with StopRequest() as stop:
         if lifeline is not None:
             local.watch(lifeline)
-        append_event(paths, "started", pid=os.getpid(), host=platform.node(), stages=names)
-        outcome, message = "failed", ""
-        try:
-            from distill import stages  # torch comes with it
+        if int(os.environ.get("RANK", "0")) == 0:
+            with claims.claim(paths), _in_events(paths, names):
+                _compute(paths, spec, names, stop)
+        else:  # the first speaks and writes for all
+            _compute(paths, spec, names, stop)
 
-            stop.raise_if_requested("nothing had begun")
-            stages.run(paths, spec, names, stop)
-            outcome = "finished"
-        except Stopped as stopped:
-            outcome, message = "stopped", str(stopped)
-            raise Stopped(f"{stopped}: distill run {near(paths.root)} --resume") from None
-        except KeyboardInterrupt:
-            outcome, message = "stopped", "interrupted without saving"
-            raise
-        finally:
-            error = sys.exception()
-            append_event(paths, outcome, message=message or ("" if error is None else _brief(error)))
+
+@contextmanager
+def _in_events(paths: RunPaths, names: list[str]) -> Iterator[None]:
+    """The run's events say what began here, and how it ended."""
+    append_event(paths, "started", pid=os.getpid(), host=platform.node(), stages=names)
+    outcome, message = "failed", ""
+    try:
+        yield
+        outcome = "finished"
+    except Stopped as stopped:
+        outcome, message = "stopped", str(stopped)
+        raise Stopped(f"{stopped}: distill run {near(paths.root)} --resume") from None
+    except KeyboardInterrupt:
+        outcome, message = "stopped", "interrupted without saving"
+        raise
+    finally:
+        error = sys.exception()
+        append_event(paths, outcome, message=message or ("" if error is None else _brief(error)))
+
+
+def _compute(paths: RunPaths, spec: "distill.spec.RunSpec", names: list[str], stop: "distill.stop.StopRequest") -> None:
+    from distill import stages  # torch comes with it
+
+    if "WORLD_SIZE" not in os.environ:
+        stop.raise_if_requested("nothing had begun")
+        stages.run(paths, spec, names, stop)
+    else:  # none leaves before all have met: the others would wait for it
+        from distill.world import World
+
+        def lost(message: str) -> None:
+            if int(os.environ["RANK"]) == 0:
+                append_event(paths, "failed", message=message)
+
+        os.environ.setdefault("DS_ACCELERATOR", stages.place(spec.launch).type)
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # it would end us before we have said where
+        world = World.join(spec.launch.collective_minutes, int(os.environ["LOCAL_RANK"]), lost)
+        stages.run(paths, spec, names, stop, world)
 
 
 def _brief(error: BaseException) -> str:

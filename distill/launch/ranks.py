@@ -1,0 +1,168 @@
+"""Processes that do the same work: one alone, or ranks that train together. They are told as one and end as one.
+
+Signals: TERM and USR1 are passed on. INT is passed on as TERM, because a terminal's Ctrl-C reaches every process by
+itself, and a second INT would mean "now, without saving".
+
+Ends: ranks wait for each other, so that none can go on where one has failed. The others have a moment to say what they
+lost, and are killed. The cause is the first that failed for a reason of its own, and its code is the code of all.
+"""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+from distill.guard import EXIT_PEER, EXIT_STOPPED, RunError
+from distill.stop import Handler
+from distill.store import RunPaths, append_event
+
+PASSED_ON = {signal.SIGTERM: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1, signal.SIGINT: signal.SIGTERM}
+STOPPING = 120.0  # seconds that the others have to save and leave once a rank has stopped
+FAILING = 10.0  # seconds that they have to leave by themselves once a rank has failed
+POLL = 0.02  # seconds
+WEIGHTS = {EXIT_STOPPED: 1, EXIT_PEER: 2, 0: 3}  # of how a rank may end; any other code is its own fault, and weighs 0
+LAST_LINES, LAST_BYTES = 20, 64 * 1024  # of a log, at most
+
+
+class Relay:
+    """While entered: passes signals on to the processes of the moment, and to those that start later."""
+
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.asked: list[signal.Signals] = []
+        self._previous: dict[signal.Signals, Handler] = {}
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._ask) for number in PASSED_ON}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def add(self, process: subprocess.Popen[bytes]) -> None:
+        self.processes.append(process)
+        for passed in list(self.asked):  # what came before there was a process
+            process.send_signal(passed)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        passed = PASSED_ON[signal.Signals(number)]
+        self.asked.append(passed)
+        for process in self.processes:
+            process.send_signal(passed)
+
+
+@dataclass(frozen=True)
+class Log:
+    """What a process says from `begin` on."""
+
+    path: Path
+    begin: int
+
+    @classmethod
+    def open(cls, path: Path) -> "Log":
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+            return cls(path, path.stat().st_size)
+        except OSError as error:
+            raise RunError(f"cannot write {path}: {error.strerror}; nothing was changed") from error
+
+    def last_lines(self) -> list[str]:
+        with self.path.open("rb") as file:
+            file.seek(max(self.begin, self.path.stat().st_size - LAST_BYTES))
+            return file.read().decode(errors="replace").strip().splitlines()[-LAST_LINES:]
+
+
+def run(paths: RunPaths, command: Sequence[str], lifeline: int, envs: Sequence[Mapping[str, str]], relay: Relay) -> int:
+    """Run a command in one process for each of `envs`, to the end of all: its exit code, 128 + number for a signal.
+
+    lifeline: an open file that they inherit. The first speaks for all; what the others say goes to logs.
+    """
+    logs = {rank: Log.open(paths.log(rank)) for rank in range(1, len(envs))}
+    relay.processes = []
+    try:
+        for rank, env in enumerate(envs):
+            relay.add(_start(command, env, lifeline, logs.get(rank)))
+    except OSError as error:
+        for process in relay.processes:
+            process.kill()
+        raise RunError(f"cannot start a process: {error.strerror}; what was saved is intact") from error
+    ended = _wait(relay)
+    # Whoever died of a signal that we passed on had not begun to listen: it did stop.
+    meant = {rank: EXIT_STOPPED if -code in relay.asked else code for rank, code in ended.items()}
+    rank = min(meant, key=lambda rank: WEIGHTS.get(meant[rank], 0))  # the first of those that ended worst
+    code = meant[rank]
+    if code == EXIT_STOPPED and ended.get(0) != EXIT_STOPPED:
+        _say_stopped(paths, began=meant == ended)
+    if code not in (0, EXIT_STOPPED) and rank > 0:
+        _say_failed(paths, rank, code, logs[rank])
+    if code >= 0:
+        return code
+    print(
+        f"error: {'the process' if len(envs) == 1 else f'rank {rank}'} of run '{paths.name}' was killed by "
+        f"{signal.Signals(-code).name} (out of memory?); what it saved is intact; "
+        f"go on with: distill run {paths.root} --resume",
+        file=sys.stderr,
+    )
+    return 128 - code
+
+
+def say_not_begun(paths: RunPaths) -> None:
+    """For processes that were asked to stop before they could hear it."""
+    print(f"stopped before it began; go on with: distill run {paths.root} --resume", file=sys.stderr)
+
+
+def _start(command: Sequence[str], env: Mapping[str, str], lifeline: int, log: Log | None) -> subprocess.Popen[bytes]:
+    if log is None:
+        return subprocess.Popen(command, env=env, pass_fds=[lifeline])
+    with log.path.open("ab") as out:
+        return subprocess.Popen(command, env=env, pass_fds=[lifeline], stdout=out, stderr=subprocess.STDOUT)
+
+
+def _wait(relay: Relay) -> dict[int, int]:
+    """Codes by rank, in the order in which they ended; those that had to be killed are not among them."""
+    ended: dict[int, int] = {}
+    deadline = inf
+    while len(ended) < len(relay.processes):
+        for rank, process in enumerate(relay.processes):
+            code = process.poll()
+            if code is not None and rank not in ended:
+                ended[rank] = code
+                deadline = min(deadline, time.monotonic() + _patience(code))
+        if time.monotonic() > deadline:
+            for process in relay.processes:
+                process.kill()
+            for process in relay.processes:
+                process.wait()
+            break
+        time.sleep(POLL)
+    return ended
+
+
+def _patience(code: int) -> float:
+    return {0: inf, EXIT_STOPPED: STOPPING}.get(code, FAILING)
+
+
+def _say_stopped(paths: RunPaths, *, began: bool) -> None:
+    """Where rank 0 could not."""
+    if not began:
+        say_not_begun(paths)
+        return
+    append_event(paths, "stopped", message="rank 0 did not end by itself")
+    print(f"stopped; what was saved is intact; go on with: distill run {paths.root} --resume", file=sys.stderr)
+
+
+def _say_failed(paths: RunPaths, rank: int, code: int, log: Log) -> None:
+    """A failure that rank 0 can at best have felt."""
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    lines = log.last_lines()
+    if lines or code >= 0:
+        print(f"rank {rank}: " + ("\n".join(lines) or f"{how} and said nothing"), file=sys.stderr)
+    append_event(paths, "failed", message=f"rank {rank}: {lines[-1] if lines else how}")
