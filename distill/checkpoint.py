@@ -37,6 +37,9 @@ Warn = Callable[[str], None]
 Group = tuple[str, Mapping[str, Tensor]]  # its name, its tensors
 
 
+RECIPE_GROUP = "recipe"  # group of what the recipe itself remembers
+
+
 def network_group(network: str) -> str:
     """Group of a network's own weights."""
     return f"network.{network}"
@@ -211,7 +214,7 @@ class Checkpoints:
 
     def save(self, step: int, images: int, groups: Iterable[Group]) -> Path:
         """Write a checkpoint after `step` steps; it appears whole or not at all. Then remove the oldest."""
-        path = self.folder / f"step-{step:08d}"
+        path = self._path(step)
         temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         try:
             if not self.folder.is_dir():
@@ -228,13 +231,20 @@ class Checkpoints:
             sync_dir(temporary)
             temporary.rename(path)
             sync_dir(self.folder)
-            self.last, self._images, self._time = path, images, time.monotonic()
+            self.saved(step, images)
             self._prune()
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             last = self.last or "none yet"
             raise RunError(f"cannot save checkpoint {path}: {error.strerror}; last good checkpoint: {last}") from error
         return path
+
+    def saved(self, step: int, images: int) -> None:
+        """There is one of this step now: ours, or what another rank has written for all."""
+        self.last, self._images, self._time = self._path(step), images, time.monotonic()
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
 
     def _clear(self, newer_than: int | None) -> None:
         """Remove what a kill left; put aside the damaged, which would pass for the newest at the next start."""

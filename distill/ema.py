@@ -34,6 +34,6 @@ class Ema:
             torch._foreach_lerp_(list(average.values()), weights, 1 - decay(half_life, images, batch))
 
     def load(self, half_life: float, state: dict[str, Tensor]) -> None:
-        """Take the averages from `state`, which may hold more (buffers)."""
+        """Take the averages from `state`."""
         for name, average in self.averages[half_life].items():
             average.copy_(state[name])

@@ -133,7 +133,21 @@ class Frozen:
     module: nn.Module
 
 
-Role = Trained | Frozen
+@dataclass(frozen=True)
+class Copy:
+    """A target network, frozen, with full weights on every rank: it starts as the trained network `of`, and after each
+    of its optimizer steps becomes decay copy + (1 - decay) of. Decay 0: its last weights, always.
+    """
+
+    of: str
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"a copy with decay {self.decay} would never follow '{self.of}'; valid: 0 <= decay < 1")
+
+
+Role = Trained | Frozen | Copy
 
 
 @runtime_checkable
@@ -150,7 +164,7 @@ class Init(Protocol):
 class Recipe(Protocol):
     """An objective. Its module has a docstring naming the paper, `class Config(BaseModel)` and `class Recipe`.
 
-    `Config` has the properties `needs` (a set of "data", "pairs", "teacher") and `student`
+    `Config` has the properties `needs` (a set of "data", "pairs", "teacher", "jvp") and `student`
     ("velocity" | "flow_map" | "generator"), which may depend on its options.
     """
 
@@ -158,3 +172,10 @@ class Recipe(Protocol):
 
     def networks(self, init: Init) -> dict[str, Role]: ...
     def turns(self, step: int, images: int) -> Iterator[Turn]: ...  # the same on every rank
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A recipe that remembers something from step to step."""
+
+    def state(self) -> dict[str, Tensor]: ...  # small, equal on all ranks; a resume copies the saved ones into these

@@ -54,7 +54,7 @@ class RecipeConfig(Protocol):
     """What every recipe's Config says of itself, its options considered."""
 
     @property
-    def needs(self) -> frozenset[str]: ...  # "data", "pairs", "teacher"
+    def needs(self) -> frozenset[str]: ...  # "data", "pairs", "teacher", "jvp"
     @property
     def student(self) -> str: ...  # "velocity", "flow_map", "generator"
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -272,10 +272,24 @@ class LaunchSpec(Frozen):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one"""
+    procs: PositiveInt = 1
+    """processes that train together on this machine"""
     threads: PositiveInt | None = None
-    """CPU threads of a process; null: the CPUs this process may use"""
+    """CPU threads of a process; null: the CPUs this process may use, divided among procs"""
     micro_batch: PositiveInt | None = None
-    """samples per forward pass; divides batch_size, the rest is accumulated; null: the whole batch"""
+    """samples per forward pass of a process; the rest of its part of batch_size is accumulated; null: the whole part"""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
+    """DeepSpeed divides 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights; null: is not used"""
+    zero_persistence_threshold: NonNegativeInt | None = None
+    """of divided weights, those of fewer elements stay whole on each process; null: DeepSpeed's own choice"""
+    offload_optimizer: bool = False
+    """zero_stage 1-3: optimizer state lies in the CPU's memory and is updated there"""
+    divide_teacher: bool = False
+    """divide the weights of the frozen teacher as zero_stage 3 does; false: each process has all of them"""
+    activation_checkpointing: bool = False
+    """compute activations again in the backward pass instead of keeping them: less memory, about a third more time"""
+    collective_minutes: PositiveFloat = 10.0
+    """how long a process waits for the others, or stays in one forward and backward pass, before it gives up"""
 
 
 class RunSpec(Frozen):

@@ -1,6 +1,7 @@
 """The compute plane's entry: turn one stage of a spec into files of its run. A stage that is done is never redone."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,12 +16,16 @@ from distill.draws import key
 from distill.export import export
 from distill.guard import InputError, RunError
 from distill.progress import Progress
-from distill.protocols import Recipe, Source
+from distill.protocols import Recipe, Source, Trained
+from distill.sharded import Zero
 from distill.spec import CheckpointTeacher, EvaluateStage, LaunchSpec, PairsStage, RunSpec, TrainStage
 from distill.stop import StopRequest
 from distill.store import RunPaths, append_event, write_json
 from distill.students.init import StudentInit
 from distill.teachers import LoadedTeacher
+from distill.world import ALONE, World
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Work:
     name: str
     device: torch.device
     stop: StopRequest
+    world: World = ALONE
 
     @property
     def seed(self) -> int:
@@ -39,13 +45,17 @@ class Work:
         return key(self.spec.seed, self.name)
 
     def progress(self, total: int, unit: str) -> Progress:
-        return Progress(self.name, total, unit, self.run)
+        return Progress(self.name, total, unit, self.run if self.world.first else None)
 
 
-def run(paths: RunPaths, spec: RunSpec, names: list[str], stop: StopRequest) -> None:
-    """Compute the stages `names` of a run, in order; each appears done only when it is complete."""
+def run(paths: RunPaths, spec: RunSpec, names: list[str], stop: StopRequest, world: World = ALONE) -> None:
+    """Compute the stages `names` of a run, in order; each appears done only when it is complete.
+
+    Of several ranks, which train together, the first writes.
+    """
     device, saved = place(spec.launch), "nothing had begun"
     for name in names:
+        stop.share(*world.meet(f"before stage {name}", stop.signal is not None))
         stop.raise_if_requested(saved)
         saved = f"stage {name}, which is done"
         stage_paths = paths.stage(name)
@@ -56,16 +66,18 @@ def run(paths: RunPaths, spec: RunSpec, names: list[str], stop: StopRequest) -> 
         except OSError as error:
             raise RunError(f"cannot make {stage_paths.root}: {error.strerror}; earlier stages are intact") from error
         stage = spec.stages[name]
-        work = Work(paths, spec, name, device, stop)
-        append_event(paths, "stage started", stage=name, kind=stage.kind, threads=torch.get_num_threads())
+        work = Work(paths, spec, name, device, stop, world)
+        if world.first:
+            append_event(paths, "stage started", stage=name, kind=stage.kind, threads=torch.get_num_threads())
         if isinstance(stage, TrainStage):
             result = _train(work, stage)
         elif isinstance(stage, PairsStage):
             result = _pairs(work, stage)
         else:
             result = _evaluate(work, stage)
-        write_json(stage_paths.done, {"stage": name, "kind": stage.kind, **result})
-        append_event(paths, "stage done", stage=name)
+        if world.first:
+            write_json(stage_paths.done, {"stage": name, "kind": stage.kind, **result})
+            append_event(paths, "stage done", stage=name)
 
 
 def place(launch: LaunchSpec) -> torch.device:
@@ -126,11 +138,11 @@ def _check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
         )
 
 
-def _teacher(work: Work, stage: str | None) -> LoadedTeacher | None:
+def _teacher(work: Work, stage: str | None, device: torch.device) -> LoadedTeacher | None:
     """The student of a stage, or the spec's teacher where no stage is named; None if there is neither."""
     if stage is not None:
-        return teachers.load(CheckpointTeacher(path=str(work.run.student(stage))), work.device)
-    return None if work.spec.teacher is None else teachers.load(work.spec.teacher, work.device)
+        return teachers.load(CheckpointTeacher(path=str(work.run.student(stage))), device)
+    return None if work.spec.teacher is None else teachers.load(work.spec.teacher, device)
 
 
 def _teacher_name(spec: RunSpec, stage: TrainStage) -> str:
@@ -150,17 +162,19 @@ class Training:
     """What a train stage trains: its recipe, where networks come from, and what its student will say."""
 
     recipe: Recipe
+    teacher: LoadedTeacher | None
     init: StudentInit
     card: StudentCard
     data: DataSet | None  # what batches are made of, if not of pairs
     inputs: dict[str, str]  # digests
 
 
-def _training(work: Work, stage: TrainStage) -> Training:
+def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
+    """device: of the teacher, and of weights that start as its."""
     module = registry.load(stage.recipe, work.run.root)
     config = workflow.recipe_config(stage, work.run.root)
-    teacher = _teacher(work, stage.teacher) if "teacher" in config.needs else None
-    origin = _teacher(work, stage.init) if stage.init else teacher
+    teacher = _teacher(work, stage.teacher, device) if "teacher" in config.needs else None
+    origin = _teacher(work, stage.init, device) if stage.init else teacher
     data = None if "pairs" in config.needs else datasets.load(work.spec.data, work.spec.seed)
     samples = teacher if data is None else data
     assert samples is not None, "workflow.check lets no such stage through"
@@ -184,7 +198,8 @@ def _training(work: Work, stage: TrainStage) -> Training:
         images=stage.images,
     )
     inputs = {"teacher": teacher, "init": origin, "data": data}
-    return Training(recipe, init, card, data, {name: each.digest for name, each in inputs.items() if each is not None})
+    digests = {name: each.digest for name, each in inputs.items() if each is not None}
+    return Training(recipe, teacher, init, card, data, digests)
 
 
 def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -> float:
@@ -196,7 +211,8 @@ def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -
 
 
 def _train(work: Work, stage: TrainStage) -> dict[str, object]:
-    training = _training(work, stage)
+    launch = work.spec.launch
+    training = _training(work, stage, CPU if launch.divide_teacher else work.device)  # whole, it might not fit there
     source, inputs = _source(work, stage, training)
     with work.progress(stage.images, "images") as progress:
         result = engine.train(
@@ -206,22 +222,29 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
             stage,
             seed=work.seed,
             device=work.device,
-            micro_batch=work.spec.launch.micro_batch or stage.batch_size,
+            micro_batch=launch.micro_batch or stage.batch_size // work.world.size,
             paths=work.run.stage(work.name),
             progress=progress,
             stop=work.stop,
-            run=work.run,
+            run=work.run if work.world.first else None,
             inputs=inputs,
+            world=work.world,
+            zero=Zero(
+                launch.zero_stage, launch.divide_teacher, launch.zero_persistence_threshold, launch.offload_optimizer
+            ),
+            teacher=None if training.teacher is None else training.teacher.network,
+            recompute=launch.activation_checkpointing,
         )
-    student = result.networks["student"]
-    if stage.export != "raw":
-        student.load_state_dict(result.ema["student"][stage.export])
-    export(student, work.run.student(work.name), training.card)
+    work.world.alone("export", partial(_publish, work, stage))
+    return {"images": result.images, "steps": result.step, "student": str(work.run.student(work.name))}
+
+
+def _publish(work: Work, stage: TrainStage) -> None:
+    _export(work, stage, stage.export, work.run.student(work.name))
     for name in work.spec.stages:
         found = results.load(work.run.stage(name))
         if found is not None:  # an evaluation that was done before the student was lost
             _say_measured(work.run, found, work.name)
-    return {"images": result.images, "steps": result.step, "student": str(work.run.student(work.name))}
 
 
 def export_checkpoint(paths: RunPaths, spec: RunSpec, name: str, weights: Literal["raw"] | float, folder: Path) -> None:
@@ -231,14 +254,21 @@ def export_checkpoint(paths: RunPaths, spec: RunSpec, name: str, weights: Litera
     """
     stage = spec.stages[name]
     assert isinstance(stage, TrainStage)
-    checkpoints, half_life = paths.stage(name).checkpoints, None if weights == "raw" else weights
+    checkpoints = paths.stage(name).checkpoints
     if not checkpoint.complete(checkpoints):
         raise InputError(f"stage '{name}' of run '{paths.name}' has no checkpoint yet; wait for the first one")
-    training = _training(Work(paths, spec, name, torch.device("cpu"), StopRequest()), stage)
-    student = training.recipe.networks(training.init)["student"].module
-    tensors, images = checkpoint.weights(checkpoints, "student", half_life)
-    student.load_state_dict(tensors)
-    export(student, folder, training.card.model_copy(update={"weights": weights, "images": images}))
+    _export(Work(paths, spec, name, CPU, StopRequest()), stage, weights, folder)
+
+
+def _export(work: Work, stage: TrainStage, weights: Literal["raw"] | float, folder: Path) -> None:
+    """The student of the newest checkpoint, built anew: teacher and student may lie divided among the ranks."""
+    training = _training(work, stage, CPU)
+    student = training.recipe.networks(training.init)["student"]
+    assert isinstance(student, Trained)
+    half_life = None if weights == "raw" else weights
+    tensors, images = checkpoint.weights(work.run.stage(work.name).checkpoints, "student", half_life)
+    student.module.load_state_dict(tensors)
+    export(student.module, folder, training.card.model_copy(update={"weights": weights, "images": images}))
 
 
 def _source(work: Work, stage: TrainStage, training: Training) -> tuple[Source, dict[str, str]]:
@@ -252,7 +282,7 @@ def _source(work: Work, stage: TrainStage, training: Training) -> tuple[Source, 
 
 
 def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
-    teacher = _teacher(work, stage.teacher)
+    teacher = _teacher(work, stage.teacher, work.device)
     assert teacher is not None, "workflow.check lets no such stage through"
     folder = work.run.stage(work.name).pairs
     with work.progress(stage.count, "pairs") as progress:

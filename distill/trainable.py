@@ -1,15 +1,18 @@
 """A network with an optimizer of its own: backward, gradient norm, clipped step, and its state by parameter name.
 
-The one place that will know of DeepSpeed; the engine sees only these methods.
+The engine sees only these methods. Here every rank holds all of it; `sharded.Sharded` divides it.
 """
 
 import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from distill.guard import RunError
 from distill.spec import OptimizerSpec
+from distill.world import ALONE, World
 
 
 def learning_rate(spec: OptimizerSpec, images: float, total: int) -> float:
@@ -31,10 +34,14 @@ def learning_rate(spec: OptimizerSpec, images: float, total: int) -> float:
 
 
 class Trainable:
-    """`module` under AdamW, on its device in fp32. Parameters that come with requires_grad=False stay as they are."""
+    """`module` under AdamW, on its device in fp32. Parameters that come with requires_grad=False stay as they are.
 
-    def __init__(self, name: str, module: nn.Module, spec: OptimizerSpec) -> None:
-        self.name, self.module, self.spec = name, module, spec
+    Ranks average their gradients before the step. What waits for all ranks: `backward`, `gradient_norm`, `step`,
+    `whole`, `gather`, `weights`, `state`.
+    """
+
+    def __init__(self, name: str, module: nn.Module, spec: OptimizerSpec, world: World = ALONE) -> None:
+        self.name, self.module, self.spec, self.world = name, module, spec, world
         # Tied weights keep both names: a state dict holds both, and an average must not lack one.
         named = dict(module.named_parameters(remove_duplicate=False))
         self._parameters = {key: p for key, p in named.items() if p.requires_grad}
@@ -44,6 +51,7 @@ class Trainable:
             if p.dtype != torch.float32:
                 raise ValueError(f"network '{name}': {key} is {p.dtype}; trained weights are torch.float32")
         self._unique = list(dict.fromkeys(self._parameters.values()))
+        self.numel = sum(p.numel() for p in self._unique)
         device = self._unique[0].device
         fused = device.type in ("cpu", "cuda")
         self._optimizer = torch.optim.AdamW(
@@ -56,6 +64,11 @@ class Trainable:
             foreach=None if fused else True,
         )
         self._active: bool | None = None
+
+    @property
+    def callable(self) -> nn.Module:
+        """What the loss of its own turn calls."""
+        return self.module
 
     def activate(self, active: bool) -> None:
         """Active: in train() with gradients; else in eval() and frozen, though gradients may flow through it."""
@@ -71,8 +84,13 @@ class Trainable:
         loss.backward()
 
     def gradient_norm(self) -> Tensor:
-        """Global norm of the gradients, before clipping."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self._unique if p.grad is not None])
+        """Global norm of the gradients, before clipping; they are the means over the ranks from now on."""
+        grads = [p.grad for p in self._unique if p.grad is not None]
+        if self.world.size > 1 and grads:
+            mean = self.world.mean(torch.cat([grad.view(-1) for grad in grads]))
+            for grad, part in zip(grads, mean.split([grad.numel() for grad in grads]), strict=True):
+                grad.copy_(part.view_as(grad))
+        return torch.nn.utils.get_total_norm(grads)
 
     def step(self, lr: float, norm: Tensor) -> None:
         """Clip, move the weights, clear the gradients."""
@@ -84,8 +102,25 @@ class Trainable:
         self._optimizer.zero_grad(set_to_none=True)
 
     def masters(self) -> dict[str, Tensor]:
-        """The fp32 weights that move, by name."""
+        """The fp32 weights that move, by name: what this rank has of them."""
         return dict(self._parameters)
+
+    def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors by name from tensors that are divided as `masters`; on rank 0 at least."""
+        return dict(parts)
+
+    def scatter(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors divided as `masters` from whole ones."""
+        return {key: whole[key] for key in self._parameters}
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """While entered, the module's own parameters are whole, on every rank."""
+        yield
+
+    def weights(self) -> dict[str, Tensor]:
+        """The whole state dict; on rank 0 at least."""
+        return self.module.state_dict()
 
     def state(self) -> dict[str, Tensor]:
         """The optimizer's tensors as "PARAMETER/MOMENT"; a parameter that never had a gradient has none."""
@@ -103,3 +138,11 @@ class Trainable:
             moments.setdefault(number[self._parameters[key]], {})[name] = tensor
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+    def live(self) -> dict[str, list[Tensor]]:
+        """The tensors of this rank by kind: "parameters", "gradients", "optimizer" (master weights are among them)."""
+        return {
+            "parameters": list(self.module.parameters()),
+            "gradients": [p.grad for p in self._unique if p.grad is not None],
+            "optimizer": [t for moments in self._optimizer.state.values() for t in moments.values()],
+        }

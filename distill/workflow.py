@@ -98,6 +98,7 @@ def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
     if not spec.stages:
         yield "stages: empty; a run has at least one stage"
     yield from teacher_mistakes(spec)
+    yield from _launch(spec)
     used: set[str] = set()
     if "teacher" in spec.stages:
         yield "stages.teacher: the name 'teacher' stands for the teacher in tables; name the stage otherwise"
@@ -125,6 +126,9 @@ def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
             used |= {"data", "teacher"} if stage.teacher is None else {"data"}
             yield from _evaluate(spec, stage, where)
             yield from _guidance(spec, stage, base, where)
+    teaching = [name for name, stage in spec.stages.items() if isinstance(stage, TrainStage) and stage.teacher]
+    if spec.launch.divide_teacher and "teacher" not in used and not teaching:
+        yield "launch.divide_teacher: no stage has a teacher, so it has no effect; remove it"
     if spec.teacher is not None and "teacher" not in used:
         yield "teacher: no stage uses it, so it has no effect; remove it"
     if not isinstance(spec.data, NoData) and "data" not in used:
@@ -224,6 +228,11 @@ def _has_classes(spec: RunSpec) -> bool:
 
 def _train(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: str) -> Iterator[str]:
     recipe = stage.recipe
+    if "jvp" in needs and spec.launch.zero_stage == 3:
+        yield (
+            f"{where}: {recipe} takes forward-mode derivatives (jvp), which cannot pass through the hooks by which "
+            "launch.zero_stage 3 gathers weights; use 0, 1 or 2"
+        )
     if "data" in needs and isinstance(spec.data, NoData):
         yield f"{where}: {recipe} needs data, the spec has none; give data, e.g. data: {{kind: digits}}"
     if "pairs" in needs and stage.pairs is None:
@@ -275,13 +284,34 @@ def _network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, wher
         )
 
 
+def _launch(spec: RunSpec) -> Iterator[str]:
+    launch = spec.launch
+    trains = [stage for stage in spec.stages.values() if isinstance(stage, TrainStage)]
+    if launch.zero_persistence_threshold is not None and launch.zero_stage != 3 and not launch.divide_teacher:
+        yield "launch.zero_persistence_threshold: only zero_stage 3 divides weights, so it has no effect; remove it"
+    if launch.offload_optimizer and not launch.zero_stage:
+        yield "launch.offload_optimizer: only zero_stage 1 to 3 move the optimizer, so it has no effect; remove it"
+    if launch.divide_teacher and launch.procs == 1:
+        yield "launch.divide_teacher: one process has all of the teacher, so it has no effect; remove it, or give procs"
+    if launch.activation_checkpointing and trains and all(isinstance(each.network, MlpSpec) for each in trains):
+        yield "launch.activation_checkpointing: an mlp has no blocks to compute again, so it has no effect; remove it"
+    given = launch.model_dump(exclude_defaults=True)
+    for name in ("procs", "zero_stage", "activation_checkpointing", "divide_teacher", "micro_batch"):
+        if name in given and not trains:
+            yield f"launch.{name}: {given[name]} given for training, but no stage trains; remove it"
+
+
 def _lengths(spec: RunSpec, stage: TrainStage, where: str) -> Iterator[str]:
-    batch, micro, optimizer = stage.batch_size, spec.launch.micro_batch, stage.optimizer
+    batch, procs, optimizer = stage.batch_size, spec.launch.procs, stage.optimizer
+    micro = spec.launch.micro_batch
     if stage.images % batch:
         nearest = max(batch, round(stage.images / batch) * batch)
         yield f"{where}.images: {stage.images} is not a multiple of batch_size ({batch}); nearest: {nearest}"
-    if micro is not None and batch % micro:
-        yield f"launch.micro_batch: {micro} does not divide {where}.batch_size ({batch})"
+    if batch % procs:
+        yield f"launch.procs: {procs} processes cannot share {where}.batch_size ({batch}) evenly; change either"
+    elif micro is not None and batch // procs % micro:
+        each = f"{batch}" if procs == 1 else f"{batch} / {procs} processes = {batch // procs}"
+        yield f"launch.micro_batch: {micro} does not divide {where}.batch_size ({each})"
     if optimizer.warmup_images >= stage.images:
         yield (
             f"{where}.optimizer.warmup_images: {optimizer.warmup_images} of {stage.images} images; "

@@ -182,7 +182,10 @@ def test_weights_for_export(tmp_path):
         weights(tmp_path / "stages/train/checkpoints")
     result = train(tmp_path)
     folder = tmp_path / "stages/train/checkpoints"
-    for half_life, expected in ((None, result.networks["student"].state_dict()), *result.ema["student"].items()):
+    for half_life, expected in (
+        (None, result.roles.networks["student"].state_dict()),
+        *result.roles.averages().items(),
+    ):
         given, images = weights(folder, half_life=half_life)
         assert images == 128
         assert given.keys() == expected.keys() and all(torch.equal(given[k], expected[k]) for k in expected)

@@ -20,8 +20,8 @@ from distill.trainable import Trainable, learning_rate
 
 def bits(result):
     """All that training leaves, as one state dict."""
-    out = {f"{name}/{k}": v.clone() for name, net in result.networks.items() for k, v in net.state_dict().items()}
-    for half_life, average in result.ema["student"].items():
+    out = {f"{name}/{k}": v.clone() for name, net in result.roles.networks.items() for k, v in net.state_dict().items()}
+    for half_life, average in result.roles.averages().items():
         out.update({f"{half_life}/{k}": v.clone() for k, v in average.items()})
     return out
 
@@ -66,14 +66,14 @@ def bare_loop(steps, batch_size, accumulate=1):
 def test_five_steps_are_those_of_a_bare_loop(tmp_path, accumulate):
     result = train(tmp_path, images=120, batch_size=24, micro_batch=24 // accumulate)
     assert (result.images, result.step) == (120, 5)
-    assert_same(dict(result.networks["student"].state_dict()), dict(bare_loop(5, 24, accumulate)))
+    assert_same(dict(result.roles.networks["student"].state_dict()), dict(bare_loop(5, 24, accumulate)))
 
 
 def test_accumulation_does_not_change_numbers(tmp_path):
     whole = train(tmp_path / "whole", images=640, batch_size=128)
     parts = train(tmp_path / "parts", images=640, batch_size=128, micro_batch=32)
-    for name, value in whole.networks["student"].named_parameters():
-        torch.testing.assert_close(parts.networks["student"].get_parameter(name), value, rtol=0, atol=1e-6)
+    for name, value in whole.roles.networks["student"].named_parameters():
+        torch.testing.assert_close(parts.roles.networks["student"].get_parameter(name), value, rtol=0, atol=1e-6)
 
 
 def test_micro_batches_see_slices_of_the_same_draws(tmp_path):
@@ -162,12 +162,12 @@ def test_turns_move_only_whose_turn_it_is(tmp_path):
 
     result = train(tmp_path, Watched(), images=32)
     assert (result.images, result.step) == (32, 6)  # images count the student's steps
-    assert_same(dict(result.networks["teacher"].state_dict()), dict(Vector(3).state_dict()))
+    assert_same(dict(result.roles.networks["teacher"].state_dict()), dict(Vector(3).state_dict()))
     for name, start, calls in (("student", 1, 2), ("critic", 2, 6)):
-        network = result.networks[name]
+        network = result.roles.networks[name]
         assert not torch.equal(network.layers[0].weight, Vector(start).layers[0].weight)
         assert network.calls == calls
-    assert not any(net.training for net in result.networks.values())
+    assert not any(net.training for net in result.roles.networks.values())
 
 
 def test_gradients_flow_through_the_others(tmp_path):
@@ -279,7 +279,7 @@ def test_dropout_is_keyed_by_seed_and_step(tmp_path):
     torch.rand(7)
     b = train(tmp_path / "b", FlowMatching(dropout=0.5))
     assert_same(bits(a), bits(b))
-    assert torch.initial_seed() == key(0, "dropout", 7)
+    assert torch.initial_seed() == key(0, "dropout", 7, 0)
 
 
 def test_bf16_stays_near_fp32_with_fp32_weights(tmp_path):
@@ -293,8 +293,8 @@ def test_bf16_stays_near_fp32_with_fp32_weights(tmp_path):
     full, half = train(tmp_path / "full"), train(tmp_path / "half", recipe, precision="bf16")
     assert recipe.inner == torch.bfloat16
     moved = False
-    for name, value in full.networks["student"].named_parameters():
-        other = half.networks["student"].get_parameter(name)
+    for name, value in full.roles.networks["student"].named_parameters():
+        other = half.roles.networks["student"].get_parameter(name)
         assert other.dtype == torch.float32
         torch.testing.assert_close(other, value, rtol=3e-2, atol=3e-2)
         moved |= not torch.equal(other, value)
@@ -309,9 +309,9 @@ def test_a_network_without_grad_keeps_a_parameter_that_came_frozen(tmp_path):
             return {"student": Trained(student)}
 
     result = train(tmp_path, Partly())
-    assert torch.equal(result.networks["student"].layers[0].bias, Vector().layers[0].bias)
-    assert not torch.equal(result.networks["student"].layers[3].bias, Vector().layers[3].bias)
-    assert result.ema["student"][64.0].keys() == result.networks["student"].state_dict().keys()
+    assert torch.equal(result.roles.networks["student"].layers[0].bias, Vector().layers[0].bias)
+    assert not torch.equal(result.roles.networks["student"].layers[3].bias, Vector().layers[3].bias)
+    assert result.roles.averages()[64.0].keys() == result.roles.networks["student"].state_dict().keys()
 
 
 def test_tied_weights_are_averaged_under_both_names(tmp_path):
@@ -326,9 +326,9 @@ def test_tied_weights_are_averaged_under_both_names(tmp_path):
             return {"student": Trained(Tied())}
 
     result = train(tmp_path, TiedRecipe(), ema_half_lives=[1e6])
-    average = result.ema["student"][1e6]
+    average = result.roles.averages()[1e6]
     assert torch.equal(average["layers.0.weight"], average["layers.3.weight"])
-    assert not torch.equal(average["layers.0.weight"], result.networks["student"].layers[0].weight)
+    assert not torch.equal(average["layers.0.weight"], result.roles.networks["student"].layers[0].weight)
     again = train(tmp_path, TiedRecipe(), ema_half_lives=[1e6])
     assert_same(bits(again), bits(result))
 

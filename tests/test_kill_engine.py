@@ -1,7 +1,5 @@
 """Real processes that train two networks, killed and stopped at random moments: the end is the undisturbed one's."""
 
-import multiprocessing
-import os
 import random
 import re
 import signal
@@ -11,6 +9,7 @@ import time
 
 import pytest
 from programs import train_vector
+from programs.forked import Forked
 
 from distill import checkpoint
 from distill.guard import EXIT_STOPPED
@@ -21,44 +20,16 @@ pytestmark = pytest.mark.process
 IMAGES = 16 * 64  # 64 steps of the student, 192 of the loop
 LAST = "step-00000192"
 ALWAYS, NEVER = 16, 10**9  # images between saves
-# Forked from a server that has imported torch once (and what the first optimizer imports): seconds saved at each start.
-forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["distill.engine", "torch._dynamo"])
 
 
-class Training:
-    """A training in a process of its own."""
-
-    def __init__(self, folder, every=ALWAYS):
-        self.errors = folder.with_suffix(".stderr")
-        self.process = forkserver.Process(target=_child, args=(self.errors, folder, every))
-        self.process.start()
-
-    def wait_until(self, reached):
-        until = time.monotonic() + 60
-        while not reached():
-            assert self.process.is_alive(), self.errors.read_text()
-            assert time.monotonic() < until
-            time.sleep(0.001)
-
-    def send(self, number):
-        os.kill(self.process.pid, number)
-
-    def end(self):
-        """(exit code, what it said)."""
-        self.process.join(60)
-        return self.process.exitcode, self.errors.read_text()
-
-
-def _child(errors, folder, every):
-    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    sys.exit(train_vector.main(folder, IMAGES, every))
+def start(folder, every=ALWAYS):
+    return Forked(train_vector.main, folder, IMAGES, every, log=folder.with_suffix(".stderr"))
 
 
 def finish(folder, every=ALWAYS):
-    code, said = Training(folder, every).end()
-    assert code == 0, said
-    return said
+    training = start(folder, every)
+    assert training.end() == 0, training.said
+    return training.said
 
 
 def checkpoints(folder):
@@ -96,11 +67,11 @@ def test_kill_9_at_ten_random_moments_changes_no_bit(folder, undisturbed):
     while_saving = 0
     for _ in range(10):
         target = newest(folder) + 3 * chance.randint(1, 5)
-        training = Training(folder)
+        training = start(folder)
         training.wait_until(lambda target=target: newest(folder) >= target)
         time.sleep(chance.uniform(0, 0.03))
         training.send(signal.SIGKILL)
-        assert training.end()[0] == -signal.SIGKILL
+        assert training.end() == -signal.SIGKILL
         while_saving += any("." in path.name for path in checkpoints(folder).iterdir())  # .tmp-PID or .trash-PID
     assert while_saving >= 1
     said = finish(folder)
@@ -117,13 +88,14 @@ def test_signals_finish_the_step_save_and_leave_with_75(folder, undisturbed):
     steps = [0]
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         before = sum(1 for _ in read_events(run))
-        training = Training(folder, NEVER)
+        training = start(folder, NEVER)
         training.wait_until(lambda before=before: sum(1 for _ in read_events(run)) > before + 4)
         training.send(number)
-        code, said = training.end()
-        assert code == EXIT_STOPPED == 75, said
+        assert training.end() == EXIT_STOPPED == 75, training.said
         last = checkpoint.latest(checkpoints(folder), pytest.fail)
-        assert re.search(rf"stopped by {number.name}; saved: {last.path}; run the same command again to go on\n", said)
+        assert re.search(
+            rf"stopped by {number.name}; saved: {last.path}; run the same command again to go on\n", training.said
+        )
         assert steps[-1] < last.meta.step < 192
         steps.append(last.meta.step)
     finish(folder, NEVER)
@@ -131,10 +103,10 @@ def test_signals_finish_the_step_save_and_leave_with_75(folder, undisturbed):
 
 
 def test_a_damaged_newest_checkpoint_costs_some_steps_and_no_bit(folder, undisturbed):
-    training = Training(folder)
+    training = start(folder)
     training.wait_until(lambda: newest(folder) >= 30)
     training.send(signal.SIGTERM)
-    assert training.end()[0] == EXIT_STOPPED
+    assert training.end() == EXIT_STOPPED
     last, before = checkpoint.complete(checkpoints(folder))
     moments = last / "optimizer.critic.safetensors"
     moments.write_bytes(moments.read_bytes()[:-7])

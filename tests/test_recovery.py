@@ -70,7 +70,7 @@ def run(recipe, source, init, folder, *, images, batch_size, lr):
             progress=progress,
             stop=StopRequest(),
         )
-    return result.networks["student"].eval()
+    return result.roles.networks["student"].eval()
 
 
 def fresh():

@@ -166,9 +166,10 @@ def main(folder, images, every):
         except RunError as error:
             print(error, file=sys.stderr)
             return EXIT_FAILED
-    assert "deepspeed" not in sys.modules, "the plain path needs no DeepSpeed"
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(*sys.argv[1:]))
+    code = main(*sys.argv[1:])
+    assert "deepspeed" not in sys.modules, "the plain path needs no DeepSpeed"
+    raise SystemExit(code)

@@ -1,0 +1,223 @@
+"""Ranks that train case after case: main(OUT, MINUTES, CASE ...), with RANK etc. in the environment.
+
+A case is RECIPE-ZERO-PRECISION and options, e.g. "two-3-fp32" or "one-2-fp32-offload"; ZERO "none" is without
+DeepSpeed. Rank 0 writes OUT/CASE.json, the numbers of each step since this start; checkpoints lie in OUT/CASE.
+
+Options: offload, recompute, divide (launch.*); often (a checkpoint of every step); once (stop after the first step and
+go on in the same process: its checkpoint holds the gradients); masters (hold all that leaves against DeepSpeed's own
+reading of its master weights).
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from distill import engine
+from distill.draws import generator
+from distill.guard import EXIT_FAILED, EXIT_PEER, EXIT_STOPPED, PeerLost, RunError, Stopped
+from distill.interpolants import linear
+from distill.progress import Progress
+from distill.protocols import Batch, Copy, Frozen, Loss, Pairs, Trained, Turn
+from distill.sharded import Zero
+from distill.spec import CheckpointSpec, OptimizerSpec, TrainStage, UNetSpec
+from distill.stop import StopRequest
+from distill.store import StagePaths
+from distill.students.networks import build
+from distill.students.velocity import VelocityStudent
+from distill.world import World
+
+BATCH, MICRO, STEPS, SHAPE = 16, 4, 20, (1, 8, 8)
+RECIPES = {}
+
+
+class Source:
+    """Pairs of noise and a fixed function of it."""
+
+    def batch(self, step, rows):
+        noise = torch.randn(rows.total, *SHAPE, generator=generator("noise", step))
+        labels = torch.arange(step, step + rows.total) % 10
+        data = noise.flip(-1).tanh() + 0.1 * labels.view(-1, 1, 1, 1)
+        rows = slice(rows.start, rows.stop)
+        return Batch(None, Pairs(noise[rows], data[rows]), {"class_labels": labels[rows]})
+
+
+class Init:
+    num_classes = 10
+
+    def velocity_field(self, seed=0):
+        return VelocityStudent(build(UNetSpec(kind="unet", channels=[32]), SHAPE, 10, seed))
+
+    def null(self, cond):
+        return cond
+
+
+class Reflow:
+    """One network. The recipe remembers the mean of its losses."""
+
+    sampler = "euler"
+
+    def __init__(self):
+        self.memory = {"sum": torch.zeros(())}
+
+    def networks(self, init):
+        return {"student": Trained(init.velocity_field())}
+
+    def turns(self, step, images):
+        self.memory["sum"] += step
+        yield Turn("student", self.regress)
+
+    def state(self):
+        return self.memory
+
+    def regress(self, nets, batch, ctx):
+        pairs, student = batch.pairs, nets["student"]
+        t = ctx.draw.uniform("t", pairs.data)
+        x_t = linear().mix(pairs.data, pairs.noise, t)
+        error = (student(x_t, t, batch.cond) - (pairs.noise - pairs.data)).square().mean()
+        return Loss(error, {"memory": self.memory["sum"]})
+
+
+class Target(Reflow):
+    """The student follows a slow copy of itself at an earlier time, and a frozen network."""
+
+    def networks(self, init):
+        return {
+            "student": Trained(init.velocity_field()),
+            "slow": Copy("student", 0.9),
+            "teacher": Frozen(init.velocity_field(seed=1)),
+        }
+
+    def turns(self, step, images):
+        yield Turn("student", self.follow)
+
+    def follow(self, nets, batch, ctx):
+        pairs, student = batch.pairs, nets["student"]
+        t = ctx.draw.uniform("t", pairs.data)
+        x_t = linear().mix(pairs.data, pairs.noise, t)
+        with torch.no_grad():
+            target = nets["slow"](x_t, t / 2, batch.cond)
+        v = student(x_t, t, batch.cond)
+        through = nets["teacher"](x_t - t.view(-1, 1, 1, 1) * v, t / 2, batch.cond)  # gradients flow through it
+        return Loss((v - target).square().mean() + (through - pairs.noise).square().mean())
+
+
+class Adversarial(Reflow):
+    """Two networks: the student's loss goes through the frozen critic."""
+
+    def networks(self, init):
+        torch.manual_seed(5)
+        critic = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
+        return {"student": Trained(init.velocity_field()), "critic": Trained(critic)}
+
+    def turns(self, step, images):
+        yield Turn("critic", self.judge)
+        yield Turn("student", self.deceive)
+
+    def made(self, nets, batch):
+        noise = batch.pairs.noise
+        return noise - nets["student"](noise, torch.ones(len(noise)), batch.cond)
+
+    def judge(self, nets, batch, ctx):
+        with torch.no_grad():
+            made = self.made(nets, batch)
+        real, fake = nets["critic"](batch.pairs.data), nets["critic"](made)
+        return Loss(nn.functional.softplus(-real).mean() + nn.functional.softplus(fake).mean())
+
+    def deceive(self, nets, batch, ctx):
+        fooled = nn.functional.softplus(-nets["critic"](self.made(nets, batch))).mean()
+        return Loss(self.regress(nets, batch, ctx).total + 0.1 * fooled)
+
+
+class Astray(Adversarial):
+    """From step 3 on, rank 1 takes another branch."""
+
+    def turns(self, step, images):
+        yield from list(super().turns(step, images))[step >= 3 and os.environ["RANK"] == "1" :]
+
+
+class Hung(Reflow):
+    """At step 3, rank 1 never comes back."""
+
+    def regress(self, nets, batch, ctx):
+        if ctx.step == 3 and os.environ["RANK"] == "1":
+            time.sleep(3600)
+        return super().regress(nets, batch, ctx)
+
+
+RECIPES = {"one": Reflow, "copy": Target, "two": Adversarial, "astray": Astray, "hung": Hung}
+
+
+class Recorder(Progress):
+    """Keeps the numbers of every step."""
+
+    def __init__(self, stop):
+        super().__init__("parity", STEPS * BATCH, "images", None)
+        self.steps, self.stop = [], stop
+
+    def update(self, done, logs):
+        self.steps.append(dict(logs))
+        if done == BATCH and self.stop is not None:
+            self.stop.signal = "the test"
+
+
+def train(out, ours, case):
+    recipe, stage, precision, *options = case.split("-")
+    spec = TrainStage(
+        kind="train", recipe="r", images=STEPS * BATCH, batch_size=BATCH, precision=precision,
+        optimizer=OptimizerSpec(lr=1e-4, clip=0.5), ema_half_lives=[2.0, 64.0], export=2.0,
+        checkpoint=CheckpointSpec(images=BATCH * (1 if "often" in options else STEPS // 2), keep=STEPS),
+    )  # fmt: skip
+    zero = Zero(None if stage == "none" else int(stage), "divide" in options, 0, "offload" in options)
+    with StopRequest() as stop:
+        recorder = Recorder(stop if "once" in options else None)
+
+        def start():
+            return engine.train(
+                RECIPES[recipe](), Init(), Source(), spec,
+                seed=0, device=torch.device("cpu"), micro_batch=MICRO, paths=StagePaths(Path(out) / case),
+                progress=recorder, stop=stop, world=ours, zero=zero, recompute="recompute" in options,
+            )  # fmt: skip
+
+        try:
+            result = start()
+        except Stopped:
+            if "once" not in options:
+                raise
+            stop.signal = None
+            result = start()
+    if ours.first:
+        (Path(out) / f"{case}.json").write_text(json.dumps(recorder.steps))
+    if "masters" in options:
+        hold(result.roles.student)
+
+
+def hold(student):
+    """What leaves the trainable is, bit for bit, what DeepSpeed itself says of its master weights."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weights = student.weights()
+    student.activate(True)  # else it says nothing
+    for name, parameter in student.module.named_parameters():
+        theirs = parameter.detach() if student.stage == 0 else safe_get_full_fp32_param(parameter)
+        if student.world.first:
+            assert torch.equal(weights[name], theirs), name
+
+
+def main(out, minutes, *cases):
+    """The exit codes of the command line."""
+    torch.set_num_threads(1)
+    try:
+        ours = World.join(float(minutes), int(os.environ["LOCAL_RANK"]), lambda message: None)
+        for case in cases:
+            began = time.monotonic()
+            train(out, ours, case)
+            print(f"{case}: {time.monotonic() - began:.1f} s", flush=True)
+    except (PeerLost, RunError, Stopped) as error:
+        print(error, file=sys.stderr, flush=True)
+        return {PeerLost: EXIT_PEER, RunError: EXIT_FAILED, Stopped: EXIT_STOPPED}[type(error)]
+    return 0

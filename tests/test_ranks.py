@@ -1,0 +1,266 @@
+"""Ranks that train together over gloo, as real processes: the numbers of one process, whatever is divided; killed and
+told to stop at any moment, they end in the undisturbed run's bits.
+"""
+
+import json
+import random
+import re
+import shutil
+import signal
+import socket
+import time
+
+import pytest
+import torch
+from programs import parity
+from programs.forked import Forked
+from runs import folder_bytes
+from safetensors.torch import load_file
+
+from distill.guard import EXIT_FAILED, EXIT_PEER, EXIT_STOPPED
+
+pytestmark = pytest.mark.process
+ZERO = ("none", "0", "1", "2", "3")
+RECIPES = ("one", "copy", "two")
+STEPS = parity.STEPS
+
+
+def start(out, *cases, procs=2, minutes=2.0):
+    """The ranks, each with what it says in OUT/rank-N.log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    out.mkdir(exist_ok=True)
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(procs), "DS_ACCELERATOR": "cpu"}
+    return [
+        Forked(
+            parity.main, str(out), minutes, *cases,
+            log=out / f"rank-{rank}.log", env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(procs)
+    ]  # fmt: skip
+
+
+def train(out, *cases, procs=2):
+    ranks = start(out, *cases, procs=procs)
+    assert [rank.end(300) for rank in ranks] == [0] * procs, ranks[0].said[-3000:] + ranks[-1].said[-3000:]
+    return out
+
+
+def losses(out, case):
+    """Of every step since the last start, the critic's among them."""
+    steps = json.loads((out / f"{case}.json").read_text())
+    return [step[name] for step in steps for name in sorted(step) if name.endswith(("loss", "memory"))]
+
+
+def checkpoint(out, case, step):
+    return out / case / "checkpoints" / f"step-{step:08d}"
+
+
+def newest(out, case):
+    """Step of the newest checkpoint; 0 before the first."""
+    found = (out / case / "checkpoints").glob("step-*")
+    return max((int(path.name[5:]) for path in found if re.fullmatch(r"step-\d+", path.name)), default=0)
+
+
+def tensors(folder):
+    files = sorted(folder.glob("*.safetensors"))
+    return {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def bits(folder):
+    """Weights, moments, averages, the recipe's memory: byte for byte."""
+    files = folder_bytes(folder)
+    assert files.pop("meta.json")
+    return files
+
+
+def close(found, expected, tolerance):
+    assert len(found) == len(expected) > 0
+    for ours, theirs in zip(found, expected, strict=True):
+        assert abs(ours - theirs) <= tolerance * max(1, abs(theirs))
+
+
+# --- the same numbers ---
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process, without DeepSpeed; it takes the micro-batches of two ranks one after the other."""
+    return train(tmp_path_factory.mktemp("alone"), *(f"{recipe}-none-fp32-once" for recipe in RECIPES), procs=1)
+
+
+def options(recipe, zero):
+    """A matrix is tried out with all that goes with it."""
+    return "once" + ("-masters" if recipe == "one" and zero != "none" else "")
+
+
+MATRIX = [f"{recipe}-{zero}-fp32-{options(recipe, zero)}" for zero in ZERO for recipe in RECIPES]
+BF16 = [f"two-{zero}-bf16" for zero in ZERO]
+SPECIAL = ["copy-2-fp32-divide-recompute", "copy-3-fp32-divide-recompute", "copy-none-fp32-divide"]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """Two processes, one start for the whole matrix."""
+    return train(tmp_path_factory.mktemp("together"), *MATRIX, *BF16, *SPECIAL)
+
+
+@pytest.mark.parametrize("case", MATRIX)
+def test_two_ranks_train_as_one_process(alone, together, case):
+    reference = f"{case.split('-')[0]}-none-fp32-once"
+    close(losses(together, case), losses(alone, reference), 1e-5)
+    assert len(json.loads((together / f"{case}.json").read_text())) == STEPS
+    ours, theirs = (tensors(checkpoint(*where, 1)) for where in ((together, case), (alone, reference)))
+    assert ours.keys() == theirs.keys(), "a checkpoint says nothing of who trained"
+    gradients = [name for name in theirs if name.endswith("/exp_avg")]  # after one step: a tenth of the gradient
+    assert len(gradients) > 4
+    for name in gradients:
+        assert (ours[name] - theirs[name]).norm() <= 1e-5 * theirs[name].norm(), name
+
+
+@pytest.mark.parametrize("case", SPECIAL)
+def test_divided_teachers_and_activations_computed_again_change_nothing(alone, together, case):
+    close(losses(together, case), losses(alone, "copy-none-fp32-once"), 1e-5)
+
+
+@pytest.mark.parametrize("case", BF16)
+def test_two_ranks_train_in_bf16(alone, together, case):
+    found, expected = losses(together, case), losses(alone, "two-none-fp32-once")
+    close(found, expected, 3e-2)
+    assert found != expected
+    weights = tensors(checkpoint(together, case, STEPS))
+    assert {tensor.dtype for name, tensor in weights.items() if name.startswith(("network", "ema"))} == {torch.float32}
+
+
+@pytest.mark.parametrize("case", [case for case in MATRIX if case.startswith("copy")])
+def test_a_target_copy_is_the_average_of_the_weights(together, case):
+    """After one step from equal weights w0: 0.9 w0 + 0.1 w1; later it is what no other step would give."""
+    student, copy = (
+        {name.removeprefix(f"network.{who}/"): t for name, t in tensors(folder).items() if f"network.{who}/" in name}
+        for folder, who in ((checkpoint(together, case, 1), "student"), (checkpoint(together, case, 1), "slow"))
+    )
+    fresh = dict(parity.Init().velocity_field().named_parameters())
+    assert student.keys() == copy.keys() >= fresh.keys()
+    for name, start_ in fresh.items():
+        assert torch.equal(copy[name], torch.lerp(start_.detach(), student[name], 0.1)), name
+
+
+@pytest.mark.long
+def test_offloaded_optimizer_states_change_nothing(alone, tmp_path):
+    for case in ("two-2-fp32-offload", "two-3-fp32-offload"):
+        train(tmp_path, case, procs=1)
+        close(losses(tmp_path, case), losses(alone, "two-none-fp32-once"), 1e-5)
+    train(tmp_path, "two-1-fp32-offload")
+    close(losses(tmp_path, "two-1-fp32-offload"), losses(alone, "two-none-fp32-once"), 1e-5)
+
+
+# --- going on elsewhere ---
+
+MOVES = [("3", "none", 1), ("none", "2", 2), ("1", "3", 2), ("2", "0", 1), ("0", "1", 2)]
+
+
+def test_a_checkpoint_fits_any_number_of_ranks_and_any_stage(alone, together, tmp_path):
+    for before, after, procs in MOVES:
+        where = alone if (before, procs) == ("none", 2) else together
+        case = f"two-{after}-fp32"
+        shutil.copytree(checkpoint(where, f"two-{before}-fp32-once", 10), checkpoint(tmp_path, case, 10))
+    for procs in (1, 2):
+        train(tmp_path, *(f"two-{after}-fp32" for _, after, many in MOVES if many == procs), procs=procs)
+    for before, after, procs in MOVES:
+        expected = losses(alone, "two-none-fp32-once")
+        close(losses(tmp_path, f"two-{after}-fp32"), expected[len(expected) // 2 :], 1e-5)
+        warned = f"zero_stage was {json.dumps(before if before == 'none' else int(before))}, now is "
+        said = (tmp_path / "rank-0.log").read_text()
+        assert warned in said and "will not be bit-identical" in said, (before, after, procs)
+
+
+@pytest.mark.parametrize("piece", ["network.critic", "optimizer.student", "ema.student.64.0", "recipe", "network.slow"])
+def test_a_missing_piece_is_named(together, tmp_path, piece):
+    recipe = "copy" if piece == "network.slow" else "two"
+    case = f"{recipe}-none-fp32"
+    ours = checkpoint(tmp_path, case, 10)
+    shutil.copytree(checkpoint(together, f"{recipe}-none-fp32-once", 10), ours)
+    (ours / f"{piece}.safetensors").unlink()
+    (rank,) = start(tmp_path, case, procs=1)
+    assert rank.end() == EXIT_FAILED
+    assert f"step-00000010: {piece}.safetensors: No such file or directory" in rank.said
+
+
+# --- kills and signals ---
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_kills_at_random_moments_change_no_bit(together, tmp_path, zero):
+    """One rank, the other, both; in a step or while a checkpoint is gathered or written."""
+    case, chance = f"two-{zero}-fp32-often", random.Random(zero)
+    for victims in ((1,), (0,), (0, 1)):
+        ranks = start(tmp_path, case)
+        target = newest(tmp_path, case) + chance.randint(1, 4)
+        ranks[0].wait_until(lambda target=target: newest(tmp_path, case) >= target)
+        time.sleep(chance.uniform(0, 0.2))
+        for victim in victims:
+            ranks[victim].send(signal.SIGKILL)
+        began = time.monotonic()
+        codes = [rank.end(30) for rank in ranks]
+        assert time.monotonic() - began < 30
+        assert codes == [-signal.SIGKILL if rank in victims else EXIT_PEER for rank in range(2)]
+        for rank, survivor in enumerate(ranks):
+            if rank not in victims:
+                place = rf"rank {rank}, (step \d+, turn [01], network '\w+'|after step \d+.*|saving step \d+ by rank 0)"
+                assert re.search(rf"^{place}: another rank is gone or hangs \(", survivor.said, re.MULTILINE)
+    assert newest(tmp_path, case) < STEPS
+    train(tmp_path, case)
+    undisturbed = checkpoint(together, f"two-{zero}-fp32-once", STEPS)
+    assert bits(checkpoint(tmp_path, case, STEPS)) == bits(undisturbed)
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(together, tmp_path, zero):
+    case = f"copy-{zero}-fp32-often"
+    ranks = start(tmp_path, case)
+    ranks[0].wait_until(lambda: newest(tmp_path, case) >= 3)
+    ranks[1].send(signal.SIGUSR1)
+    before = newest(tmp_path, case)
+    assert [rank.end(30) for rank in ranks] == [EXIT_STOPPED, EXIT_STOPPED]
+    assert newest(tmp_path, case) <= before + 2, "within one step"
+    said = [rank.said.splitlines()[-1] for rank in ranks]
+    assert said[0].startswith("stopped by a signal to another rank; saved: ")
+    assert said[1] == said[0].replace("a signal to another rank", "SIGUSR1")
+    train(tmp_path, case)
+    undisturbed = checkpoint(together, f"copy-{zero}-fp32-once", STEPS)
+    assert bits(checkpoint(tmp_path, case, STEPS)) == bits(undisturbed)
+
+
+# --- ranks that do not follow ---
+
+
+def test_a_rank_that_takes_another_branch_is_told_at_once(tmp_path):
+    ranks = start(tmp_path, "astray-none-fp32")
+    assert [rank.end(30) for rank in ranks] == [EXIT_FAILED, EXIT_FAILED]
+    for rank in ranks:
+        assert rank.said.splitlines()[-1] == (
+            "the ranks do different things: rank 0 is at step 3, turn 0, network 'critic'; "
+            "rank 1 is at step 3, turn 0, network 'student'; a recipe must take the same turns on every rank"
+        )
+
+
+def test_a_rank_that_hangs_is_given_up_and_says_itself_where_it_is(tmp_path):
+    ranks = start(tmp_path, "hung-none-fp32", minutes=0.05)
+    assert ranks[0].end(60) == EXIT_PEER
+    lost = r"rank 0, step 3, turn 0, network 'student': another rank is gone or hangs \(.*[Tt]imed out.*\)"
+    assert re.fullmatch(lost, ranks[0].said.splitlines()[-1])
+    assert ranks[1].end(60) == EXIT_PEER
+    *_, last = ranks[1].said.splitlines()
+    assert last.startswith("rank 1, step 3, turn 0, network 'student': has been there for 6 s; its stack stands above;")
+    assert re.search(r'File ".*parity\.py", line \d+ in regress', ranks[1].said)
+
+
+def test_a_rank_that_is_held_is_given_up(tmp_path):
+    ranks = start(tmp_path, "one-none-fp32-often", minutes=0.05)
+    ranks[0].wait_until(lambda: newest(tmp_path, "one-none-fp32-often") >= 3)
+    ranks[1].send(signal.SIGSTOP)
+    assert ranks[0].end(60) == EXIT_PEER
+    assert re.search(r"^rank 0, .*step \d+.*: another rank is gone or hangs", ranks[0].said, re.MULTILINE)
+    ranks[1].send(signal.SIGKILL)
+    ranks[1].end()
