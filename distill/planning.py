@@ -1,12 +1,13 @@
 """What a run would do, stage by stage, before anything is done."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from distill import workflow
-from distill.spec import EvaluateStage, PairsStage, RunSpec, TrainStage
+from distill.spec import EvaluateStage, PairsStage, RunSpec, Stage, TrainStage
 from distill.store import RunPaths
 
 CHECKS = (
@@ -55,6 +56,34 @@ def as_json(spec: RunSpec, paths: RunPaths, planned: list[Step]) -> dict[str, An
         "stages": [asdict(step) for step in planned],
         "checked": list(CHECKS),
     }
+
+
+def miniature(spec: RunSpec) -> RunSpec:
+    """The same run with two steps of each training, on as few pairs as a block has; it is not worth evaluating."""
+    stages: dict[str, Stage] = {}
+    for name, stage in spec.stages.items():
+        stages[name] = stage
+        if isinstance(stage, TrainStage):
+            images = min(stage.images, 2 * stage.batch_size)
+            optimizer = stage.optimizer.model_copy(update={"warmup_images": 0})
+            stages[name] = stage.model_copy(update={"images": images, "optimizer": optimizer})
+        elif isinstance(stage, PairsStage):
+            few = {"count": min(stage.count, stage.block), "solver": "euler", "steps": 1}
+            stages[name] = stage.model_copy(update=few)
+    return spec.model_copy(update={"stages": stages})
+
+
+def memory_rows(memory: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, str, int | None, list[int]]]:
+    """(stage, what, bytes predicted, bytes of each rank), from what `memory.Probe` reports of each stage's ranks."""
+    for stage, ranks in memory.items():
+        predicted, counted = ranks[0]["predicted"], [rank["counted"] for rank in ranks]
+        for kind, expected in predicted.items():
+            yield stage, kind, expected, [each[kind] for each in counted]
+        yield stage, "all four", sum(predicted.values()), [sum(each.values()) for each in counted]
+        for label, key in (("activations", "activations"), ("other tensors", "other"), ("process", "process")):
+            yield stage, label, None, [rank[key] for rank in ranks]
+        if ranks[0]["device"] is not None:
+            yield stage, "GPU", None, [rank["device"] for rank in ranks]
 
 
 def _train(name: str, stage: TrainStage, base: Path) -> Step:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, distributed, nn
 
 from distill.draws import Rows
-from distill.guard import RunError
 from distill.spec import OptimizerSpec
 from distill.trainable import Trainable
 from distill.world import World
@@ -74,7 +73,7 @@ class Sharded(Trainable):
         assert zero.stage is not None
         self.stage, self.accumulate, self._micro_steps = zero.stage, len(slices), 0
         self.shapes = {key: p.shape for key, p in self._parameters.items()}  # stage 3 empties the parameters themselves
-        self.engine = _initialize(module, _config(self.numel, spec, zero, slices, bf16), self._optimizer)
+        self.engine = _initialize(module, _config(sum(self.sizes), spec, zero, slices, bf16), self._optimizer)
         self._flats, self._parts = self._layout()
 
     @property
@@ -170,9 +169,7 @@ class Sharded(Trainable):
         return out
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        unknown = {full.rpartition("/")[0] for full in tensors} - self.shapes.keys()
-        if unknown:
-            raise RunError(f"the optimizer state of network '{self.name}' has '{min(unknown)}', the network does not")
+        self._refuse_unknown(tensors)
         if not tensors:
             return
         steps = torch.stack([tensor for key, tensor in tensors.items() if key.endswith("/step")])

@@ -1,5 +1,9 @@
-"""The compute plane's entry: turn one stage of a spec into files of its run. A stage that is done is never redone."""
+"""The compute plane's entry: turn one stage of a spec into files of its run. A stage that is done is never redone.
 
+What evaluates is imported where it is used: the libraries of its metrics take seconds, which every rank would spend.
+"""
+
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -8,7 +12,7 @@ from typing import Literal
 import torch
 
 from distill import card as cards
-from distill import checkpoint, engine, evaluate, pairs, registry, report, results, teachers, workflow
+from distill import checkpoint, engine, memory, pairs, registry, results, teachers, workflow
 from distill import data as datasets
 from distill.card import StudentCard
 from distill.data import DataSet
@@ -38,6 +42,7 @@ class Work:
     device: torch.device
     stop: StopRequest
     world: World = ALONE
+    measure: bool = False
 
     @property
     def seed(self) -> int:
@@ -48,10 +53,12 @@ class Work:
         return Progress(self.name, total, unit, self.run if self.world.first else None)
 
 
-def run(paths: RunPaths, spec: RunSpec, names: list[str], stop: StopRequest, world: World = ALONE) -> None:
+def run(
+    paths: RunPaths, spec: RunSpec, names: list[str], stop: StopRequest, world: World = ALONE, *, measure: bool = False
+) -> None:
     """Compute the stages `names` of a run, in order; each appears done only when it is complete.
 
-    Of several ranks, which train together, the first writes.
+    Of several ranks, which train together, the first writes. measure: each rank notes what training takes of memory.
     """
     device, saved = place(spec.launch), "nothing had begun"
     for name in names:
@@ -66,7 +73,7 @@ def run(paths: RunPaths, spec: RunSpec, names: list[str], stop: StopRequest, wor
         except OSError as error:
             raise RunError(f"cannot make {stage_paths.root}: {error.strerror}; earlier stages are intact") from error
         stage = spec.stages[name]
-        work = Work(paths, spec, name, device, stop, world)
+        work = Work(paths, spec, name, device, stop, world, measure)
         if world.first:
             append_event(paths, "stage started", stage=name, kind=stage.kind, threads=torch.get_num_threads())
         if isinstance(stage, TrainStage):
@@ -105,6 +112,8 @@ def check(spec: RunSpec, base: Path) -> None:
         if isinstance(stage, PairsStage | EvaluateStage) and stage.teacher is None and teacher is not None:
             teacher.guided(stage.guidance_scale)  # refused where there is no unconditional call
         if isinstance(stage, EvaluateStage) and data is not None:
+            from distill import evaluate
+
             evaluate.refuse_few(data)
     if teacher is not None and data is not None:
         _check_shapes(teacher, data)
@@ -213,8 +222,10 @@ def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -
 def _train(work: Work, stage: TrainStage) -> dict[str, object]:
     launch = work.spec.launch
     training = _training(work, stage, CPU if launch.divide_teacher else work.device)  # whole, it might not fit there
+    zero = Zero(launch.zero_stage, launch.divide_teacher, launch.zero_persistence_threshold, launch.offload_optimizer)
+    probe = memory.Probe(zero, work.world.size) if work.measure else None
     source, inputs = _source(work, stage, training)
-    with work.progress(stage.images, "images") as progress:
+    with work.progress(stage.images, "images") as progress, probe.activations if probe else nullcontext():
         result = engine.train(
             training.recipe,
             training.init,
@@ -229,12 +240,13 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
             run=work.run if work.world.first else None,
             inputs=inputs,
             world=work.world,
-            zero=Zero(
-                launch.zero_stage, launch.divide_teacher, launch.zero_persistence_threshold, launch.offload_optimizer
-            ),
+            zero=zero,
             teacher=None if training.teacher is None else training.teacher.network,
             recompute=launch.activation_checkpointing,
+            probe=probe,
         )
+    if probe:
+        write_json(work.run.stage(work.name).memory(work.world.rank), probe.report(work.world.rank))
     work.world.alone("export", partial(_publish, work, stage))
     return {"images": result.images, "steps": result.step, "student": str(work.run.student(work.name))}
 
@@ -291,6 +303,8 @@ def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
 
 
 def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
+    from distill import evaluate, report
+
     with work.progress(evaluate.total(stage), "samples") as progress:
         found = evaluate.evaluate(work.run, work.spec, work.name, device=work.device, progress=progress, stop=work.stop)
     for student in stage.students:

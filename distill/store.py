@@ -60,6 +60,10 @@ class StagePaths:
     def pairs(self) -> Path:
         return self.root / "pairs"
 
+    def memory(self, rank: int) -> Path:
+        """What a rank's memory held, where it was measured."""
+        return self.root / f"memory-{rank}.json"
+
     @property
     def done(self) -> Path:
         """JSON with the stage's result; exists only once the stage is complete."""

@@ -51,7 +51,7 @@ class Trainable:
             if p.dtype != torch.float32:
                 raise ValueError(f"network '{name}': {key} is {p.dtype}; trained weights are torch.float32")
         self._unique = list(dict.fromkeys(self._parameters.values()))
-        self.numel = sum(p.numel() for p in self._unique)
+        self.sizes = [p.numel() for p in self._unique]
         device = self._unique[0].device
         fused = device.type in ("cpu", "cuda")
         self._optimizer = torch.optim.AdamW(
@@ -129,15 +129,19 @@ class Trainable:
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Take back what `state` gave."""
+        self._refuse_unknown(tensors)
         moments: dict[int, dict[str, Tensor]] = {}
         number = {p: i for i, p in enumerate(self._unique)}
         for full, tensor in tensors.items():
             key, _, name = full.rpartition("/")
-            if key not in self._parameters:
-                raise RunError(f"the optimizer state of network '{self.name}' has '{key}', the network does not")
             moments.setdefault(number[self._parameters[key]], {})[name] = tensor
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+    def _refuse_unknown(self, tensors: Mapping[str, Tensor]) -> None:
+        for full in tensors:
+            if (key := full.rpartition("/")[0]) not in self._parameters:
+                raise RunError(f"the optimizer state of network '{self.name}' has '{key}', the network does not")
 
     def live(self) -> dict[str, list[Tensor]]:
         """The tensors of this rank by kind: "parameters", "gradients", "optimizer" (master weights are among them)."""

@@ -17,7 +17,7 @@ LAYERS = [
     {"times", "fields", "solvers", "samplers", "autodiff", "distances", "couplings"},
     {"teachers", "students", "latents", "conditions", "data", "pairs", "ema", "metrics", "grids"},
     {"world", "trainable", "sharded", "checkpoint", "roles", "export", "sampling"},
-    {"evaluate", "report", "charts", "engine"},
+    {"evaluate", "report", "charts", "engine", "memory"},
     {"stages"},
     {"cli"},
 ]

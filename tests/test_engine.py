@@ -12,7 +12,7 @@ from distill import checkpoint
 from distill.draws import Rows, StepDraw, key
 from distill.guard import InputError, RunError
 from distill.interpolants import linear
-from distill.protocols import Frozen, Loss, Trained, Turn
+from distill.protocols import Copy, Frozen, Loss, Trained, Turn
 from distill.spec import OptimizerSpec
 from distill.store import RunPaths, read_events
 from distill.trainable import Trainable, learning_rate
@@ -352,6 +352,11 @@ def test_what_a_recipe_may_not_do(tmp_path):
         ({"student": Trained(shared), "old": Frozen(shared)}, "student", "'student' and 'old' share weights"),
         ({"student": Trained(Vector().requires_grad_(False))}, "student", "none of its parameters has requires_grad"),
         ({"student": Trained(Vector().double())}, "student", "layers.0.weight is torch.float64; trained weights are"),
+        (
+            {"student": Trained(Vector()), "ema": Copy("teacher")},
+            "student",
+            "'ema' is a copy of 'teacher', which it does",
+        ),
     ]
     for networks, turn, message in cases:
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -364,6 +369,84 @@ def test_what_a_recipe_may_not_do(tmp_path):
     with pytest.raises(InputError, match=r"gave no turn at step 0; turns\(\) must yield at least one"):
         train(tmp_path, Idle())
     assert checkpoint.complete(tmp_path / "stages/train/checkpoints") == []
+
+
+def test_a_copy_that_would_never_follow_is_refused():
+    for decay in (1.0, -0.1):
+        with pytest.raises(ValueError, match=rf"decay {decay} would never follow 'student'; valid: 0 <= decay < 1"):
+            Copy("student", decay)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.75])
+def test_a_copy_follows_the_weights_after_each_step(tmp_path, decay):
+    """And a resume in the middle changes no bit of it."""
+
+    class Following(FlowMatching):
+        def __init__(self):
+            super().__init__(dropout=0.3)
+            self.expected, self.seen = None, 0
+
+        def networks(self, init):
+            return {**super().networks(init), "slow": Copy("student", decay)}
+
+        def loss(self, nets, batch, ctx):
+            weights = [p.detach().clone() for p in nets["student"].parameters()]
+            if self.expected is None:
+                assert ctx.step > 0 or all(map(torch.equal, nets["slow"].parameters(), weights))
+                self.expected = [p.clone() for p in nets["slow"].parameters()]
+            else:
+                torch._foreach_lerp_(self.expected, weights, 1 - decay)
+            assert all(map(torch.equal, nets["slow"].parameters(), self.expected))
+            assert not nets["slow"].training and not any(p.requires_grad for p in nets["slow"].parameters())
+            self.seen += 1
+            return super().loss(nets, batch, ctx)
+
+    whole = train(tmp_path / "whole", Following())
+    with pytest.raises(RunError):
+        train(tmp_path / "again", Following(), source=Ring(fault=4))
+    recipe = Following()
+    again = train(tmp_path / "again", recipe)
+    assert recipe.seen == 4
+    assert_same(bits(again), bits(whole))
+    assert "network.slow.safetensors" in saved(tmp_path / "again")
+    assert saved(tmp_path / "again") == saved(tmp_path / "whole")
+
+
+class Counting(FlowMatching):
+    """Remembers a sum over all steps."""
+
+    def __init__(self, name="sum"):
+        super().__init__()
+        self.memory = {name: torch.zeros(2, dtype=torch.float64)}
+
+    def state(self):
+        return self.memory
+
+    def loss(self, nets, batch, ctx):
+        for tensor in self.memory.values():
+            tensor += 1.5 ** torch.tensor([ctx.step, -ctx.step])
+        return super().loss(nets, batch, ctx)
+
+
+def test_what_a_recipe_remembers_is_resumed(tmp_path):
+    whole = Counting()
+    train(tmp_path / "whole", whole)
+    with pytest.raises(RunError):
+        train(tmp_path / "again", Counting(), source=Ring(fault=4))
+    again = Counting()
+    train(tmp_path / "again", again)
+    assert torch.equal(again.memory["sum"], whole.memory["sum"]) and whole.memory["sum"][0] > 20
+    message = r"has the recipe state \['sum'\], recipe 'reflow/reflow' has \['total'\]"
+    with pytest.raises(RunError, match=message):
+        train(tmp_path / "again", Counting("total"))
+    with pytest.raises(RunError, match=r"has no 'recipe'; it has ema\.student\.1000\.0"):
+        train(tmp_path / "plain")
+        train(tmp_path / "plain", Counting())
+
+
+def test_activations_are_computed_again_where_there_are_blocks(tmp_path):
+    with pytest.raises(InputError, match=r"launch\.activation_checkpointing: no network that recipe 'reflow/reflow'"):
+        train(tmp_path, recompute=True)
 
 
 def test_progress_says_losses_and_rate(tmp_path, capsys):

@@ -227,6 +227,38 @@ CASES = {
         images(t={"network": {"kind": "unet", "channels": []}}),
         "stages.t.network.channels: empty; give the channels of each resolution, finest first",
     ),
+    "ranks share a batch": (
+        images() | {"launch": {"procs": 3}},
+        "launch.procs: 3 processes cannot share stages.t.batch_size (128) evenly; change either",
+    ),
+    "micro-batches of ranks": (
+        images() | {"launch": {"procs": 2, "micro_batch": 48}},
+        "launch.micro_batch: 48 does not divide stages.t.batch_size (128 / 2 processes = 64)",
+    ),
+    "ranks without training": (
+        vectors() | {"stages": {"p": PAIRS}, "launch": {"procs": 2}},
+        "launch.procs: 2 given for training, but no stage trains; remove it",
+    ),
+    "whole weights": (
+        images() | {"launch": {"zero_stage": 2, "zero_persistence_threshold": 0}},
+        "launch.zero_persistence_threshold: only zero_stage 3 divides weights, so it has no effect; remove it",
+    ),
+    "nothing to offload": (
+        images() | {"launch": {"zero_stage": 0, "offload_optimizer": True}},
+        "launch.offload_optimizer: only zero_stage 1 to 3 move the optimizer, so it has no effect; remove it",
+    ),
+    "one process": (
+        vectors() | {"launch": {"divide_teacher": True}},
+        "launch.divide_teacher: one process has all of the teacher, so it has no effect; remove it, or give procs",
+    ),
+    "no teacher to divide": (
+        images() | {"launch": {"divide_teacher": True, "procs": 2}},
+        "launch.divide_teacher: no stage has a teacher, so it has no effect; remove it",
+    ),
+    "nothing to compute again": (
+        vectors() | {"launch": {"activation_checkpointing": True}},
+        "launch.activation_checkpointing: an mlp has no blocks to compute again, so it has no effect; remove it",
+    ),
     "too many resolutions": (
         images(t={"network": {"kind": "unet", "channels": [8, 8, 8, 8, 8]}}),
         "stages.t.network.channels: 5 resolutions halve the images 4 times, and their side of 8 cannot be; give fewer",
@@ -345,6 +377,17 @@ def test_what_a_recipe_asks_for_and_is_not_there(tmp_path, old, new, said):
     assert f"stages.r: ./mine.py {said}" in mistakes(vectors(r={"recipe": "./mine.py"}), tmp_path)
 
 
+def test_derivatives_do_not_pass_where_weights_are_divided(tmp_path):
+    (tmp_path / "mine.py").write_text(OWN.replace('{"pairs", "teacher"}', '{"pairs", "teacher", "jvp"}'))
+    for zero_stage, refused in ((None, False), (0, False), (2, False), (3, True)):
+        content = vectors(r={"recipe": "./mine.py"}) | {"launch": {"zero_stage": zero_stage}}
+        said = (
+            "stages.r: ./mine.py takes forward-mode derivatives (jvp), which cannot pass through the hooks by which "
+            "launch.zero_stage 3 gathers weights; use 0, 1 or 2"
+        )
+        assert mistakes(content, tmp_path) == ([said] if refused else [])
+
+
 def test_a_config_says_what_it_needs(tmp_path):
     (tmp_path / "mine.py").write_text(OWN.partition("    @property")[0] + '\nclass Recipe:\n    sampler = "euler"\n')
     said = "stages.r.recipe: recipe './mine.py': its Config lacks the properties needs and student; see reflow/reflow"
@@ -422,6 +465,14 @@ def test_descriptions_are_read_and_agree_with_what_is_imported():
 
 
 # --- the plan ---
+
+
+def test_a_miniature_trains_all_stages_for_two_steps():
+    warm = {"optimizer": {"warmup_images": 1000}, "images": 128_000, "batch_size": 64}
+    spec = planning.miniature(specfile.validate(vectors(p={"steps": 5}, r=warm), "f"))
+    assert (spec.stages["r"].images, spec.stages["r"].optimizer.warmup_images) == (128, 0)
+    assert (spec.stages["p"].count, spec.stages["p"].solver, spec.stages["p"].steps) == (50, "euler", 1)
+    workflow.check(spec, Path())
 
 
 def test_plan_counts_work_and_network_calls():

@@ -18,7 +18,7 @@ from distill.launch import environment
 
 TRAIN = (
     *("torch", "torchvision", "diffusers", "datasets", "safetensors", "numpy", "scipy", "scikit-learn"),
-    *("lpips", "matplotlib", "pillow", "pot"),
+    *("deepspeed", "lpips", "matplotlib", "pillow", "pot"),
 )
 FREE = 2e9  # bytes that a quickstart and a few checkpoints take with ease
 

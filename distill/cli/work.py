@@ -7,18 +7,19 @@ import platform
 import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distill.cli.common import JsonOption, StoreOption, near, one_line, print_json, print_table, store_path
+from distill.cli.common import JsonOption, StoreOption, human, near, one_line, print_json, print_table, store_path
 from distill.cli.runs import print_results
 from distill.guard import EXIT_INPUT, InputError, Stopped, suggest
-from distill.store import RunPaths, append_event, create_run, event_line, find_run, name_in_use, write_atomic
+from distill.store import RunPaths, append_event, create_run, event_line, find_run, name_in_use, read_json, write_atomic
 
 if TYPE_CHECKING:
     import distill.spec
@@ -85,7 +86,15 @@ def run(
         _execute(_start(folder, source), source.spec, fresh=True)
 
 
-def plan(spec: SpecArgument, changes: Changes = None, store: StoreOption = None, json: JsonOption = False) -> None:
+def plan(
+    spec: SpecArgument,
+    changes: Changes = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Also make two steps of each training, and count the memory it takes.")
+    ] = False,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
     """Say everything that a run would do, after all its checks; changes nothing."""
     from distill import planning
 
@@ -93,8 +102,10 @@ def plan(spec: SpecArgument, changes: Changes = None, store: StoreOption = None,
     source = _checked(_find(spec, changes or [], None))
     steps = planning.steps(source.spec, source.base)
     paths = RunPaths(folder.absolute() / source.spec.name)
+    memory = _measured(source) if measure else {}
     if json:
-        print_json(planning.as_json(source.spec, paths, steps))
+        measured = {"memory": memory} if measure else {}
+        print_json({**planning.as_json(source.spec, paths, steps), **measured})
         return
     taken = "  (a run of this name exists: --name or --resume)" if paths.root.exists() else ""
     print(f"run {source.spec.name}, seed {source.spec.seed}, spec {source.spec.digest()[:12]}\n")
@@ -104,12 +115,40 @@ def plan(spec: SpecArgument, changes: Changes = None, store: StoreOption = None,
     )
     print(f"writes into {near(paths.root)}{taken}")
     print(f"checked: {'; '.join(planning.CHECKS)}")
+    if measure:
+        columns = ["memory of a process", "", "predicted", "counted, least", "most"]
+        rows = [
+            [stage, what, "-" if expected is None else human(expected), human(min(found)), human(max(found))]
+            for stage, what, expected, found in planning.memory_rows(memory)
+        ]
+        print_table(columns, rows, right=columns[2:])
+
+
+def _measured(source: "distill.specfile.SpecSource") -> dict[str, list[dict[str, Any]]]:
+    """What training takes of memory, by stage and rank, from a run of two steps that is thrown away."""
+    from distill import planning
+    from distill.launch import local
+    from distill.spec import EvaluateStage, TrainStage
+
+    with tempfile.TemporaryDirectory(prefix="distill-") as folder:
+        run = _start(Path(folder), replace(source, spec=planning.miniature(source.spec)))
+        stages = source.spec.stages.items()
+        names = [name for name, each in stages if not isinstance(each, EvaluateStage)]
+        code = local.run_stages(run, names, measure=True)
+        if code:
+            raise typer.Exit(code)
+        return {
+            name: [read_json(run.stage(name).memory(rank)) for rank in range(source.spec.launch.procs)]
+            for name, each in stages
+            if isinstance(each, TrainStage)
+        }
 
 
 def stage(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")],
     names: Annotated[list[str], typer.Argument(metavar="STAGE...")],
     lifeline: Annotated[int | None, typer.Option(help="A pipe whose other end is held by whoever started us.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Note what training takes of memory.")] = False,
 ) -> None:
     """Compute stages of a run in this process; with RANK and WORLD_SIZE set, as one of several that train together."""
     from distill import claims, specfile
@@ -127,9 +166,9 @@ def stage(
             local.watch(lifeline)
         if int(os.environ.get("RANK", "0")) == 0:
             with claims.claim(paths), _in_events(paths, names):
-                _compute(paths, spec, names, stop)
+                _compute(paths, spec, names, stop, measure)
         else:  # the first speaks and writes for all
-            _compute(paths, spec, names, stop)
+            _compute(paths, spec, names, stop, measure)
 
 
 @contextmanager
@@ -151,12 +190,14 @@ def _in_events(paths: RunPaths, names: list[str]) -> Iterator[None]:
         append_event(paths, outcome, message=message or ("" if error is None else _brief(error)))
 
 
-def _compute(paths: RunPaths, spec: "distill.spec.RunSpec", names: list[str], stop: "distill.stop.StopRequest") -> None:
+def _compute(
+    paths: RunPaths, spec: "distill.spec.RunSpec", names: list[str], stop: "distill.stop.StopRequest", measure: bool
+) -> None:
     from distill import stages  # torch comes with it
 
     if "WORLD_SIZE" not in os.environ:
         stop.raise_if_requested("nothing had begun")
-        stages.run(paths, spec, names, stop)
+        stages.run(paths, spec, names, stop, measure=measure)
     else:  # none leaves before all have met: the others would wait for it
         from distill.world import World
 
@@ -167,7 +208,7 @@ def _compute(paths: RunPaths, spec: "distill.spec.RunSpec", names: list[str], st
         os.environ.setdefault("DS_ACCELERATOR", stages.place(spec.launch).type)
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # it would end us before we have said where
         world = World.join(spec.launch.collective_minutes, int(os.environ["LOCAL_RANK"]), lost)
-        stages.run(paths, spec, names, stop, world)
+        stages.run(paths, spec, names, stop, world, measure=measure)
 
 
 def _brief(error: BaseException) -> str:

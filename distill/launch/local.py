@@ -23,10 +23,10 @@ from distill.store import RunPaths, read_json
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def run_stages(run: RunPaths, stages: list[str]) -> int:
+def run_stages(run: RunPaths, stages: list[str], *, measure: bool = False) -> int:
     """Compute stages of a run in processes of their own: an exit code, of the first that did not end well.
 
-    They say themselves why they stopped, unless they could not: then we do.
+    They say themselves why they stopped, unless they could not: then we do. measure: they note their memory.
     """
     with ranks.Relay() as relay:
         spec = specfile.load_run(run)
@@ -36,6 +36,7 @@ def run_stages(run: RunPaths, stages: list[str]) -> int:
                 return EXIT_STOPPED
             theirs, ours = os.pipe()  # we hold the writing end, and never write
             command = [sys.executable, "-P", "-m", "distill", "stage", str(run.root), *names, "--lifeline", str(theirs)]
+            command += ["--measure"] if measure else []
             try:
                 code = ranks.run(run, command, theirs, _environments(run, spec, size), relay)
             finally:

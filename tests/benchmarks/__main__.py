@@ -1,7 +1,8 @@
-"""Measurements, as ratios within one run: python -m tests.benchmarks [step pairs start quickstart digits].
+"""Measurements, as ratios within one run: python -m tests.benchmarks [step pairs start quickstart digits zero
+checkpoint].
 
 Nothing is asserted: machines are noisy. Contenders take turns, medians are compared. `quickstart` (5 minutes on 2
-cores) and `digits` (the bar, mean of three seeds, 20 minutes) run only when named.
+cores), `digits` (the bar, mean of three seeds, 20 minutes), `zero` (15 minutes) and `checkpoint` run only when named.
 """
 
 import statistics
@@ -28,6 +29,7 @@ from distill.store import RunPaths, StagePaths
 from distill.students.init import StudentInit
 from distill.students.velocity import VelocityStudent
 from distill.teachers.loaded import LoadedTeacher
+from tests.benchmarks.ranks import bench_checkpoint, bench_zero
 
 CPU = torch.device("cpu")
 SHAPE, CLASSES, BATCH = (1, 8, 8), 10, 128
@@ -178,6 +180,8 @@ BENCHES: dict[str, Callable[[], str]] = {
     "start": bench_start,
     "quickstart": bench_quickstart,
     "digits": bench_digits,
+    "zero": bench_zero,
+    "checkpoint": bench_checkpoint,
 }
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ DeepSpeed. Rank 0 writes OUT/CASE.json, the numbers of each step since this star
 
 Options: offload, recompute, divide (launch.*); often (a checkpoint of every step); once (stop after the first step and
 go on in the same process: its checkpoint holds the gradients); masters (hold all that leaves against DeepSpeed's own
-reading of its master weights).
+reading of its master weights); memory (each rank writes OUT/CASE.memory-RANK.json).
 """
 
 import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from distill import engine
 from distill.draws import generator
 from distill.guard import EXIT_FAILED, EXIT_PEER, EXIT_STOPPED, PeerLost, RunError, Stopped
 from distill.interpolants import linear
+from distill.memory import Probe
 from distill.progress import Progress
 from distill.protocols import Batch, Copy, Frozen, Loss, Pairs, Trained, Turn
 from distill.sharded import Zero
@@ -173,14 +175,15 @@ def train(out, ours, case):
         checkpoint=CheckpointSpec(images=BATCH * (1 if "often" in options else STEPS // 2), keep=STEPS),
     )  # fmt: skip
     zero = Zero(None if stage == "none" else int(stage), "divide" in options, 0, "offload" in options)
-    with StopRequest() as stop:
+    probe = Probe(zero, ours.size) if "memory" in options else None
+    with StopRequest() as stop, probe.activations if probe else nullcontext():
         recorder = Recorder(stop if "once" in options else None)
 
         def start():
             return engine.train(
                 RECIPES[recipe](), Init(), Source(), spec,
                 seed=0, device=torch.device("cpu"), micro_batch=MICRO, paths=StagePaths(Path(out) / case),
-                progress=recorder, stop=stop, world=ours, zero=zero, recompute="recompute" in options,
+                progress=recorder, stop=stop, world=ours, zero=zero, recompute="recompute" in options, probe=probe,
             )  # fmt: skip
 
         try:
@@ -192,6 +195,8 @@ def train(out, ours, case):
             result = start()
     if ours.first:
         (Path(out) / f"{case}.json").write_text(json.dumps(recorder.steps))
+    if probe:
+        (Path(out) / f"{case}.memory-{ours.rank}.json").write_text(json.dumps(probe.report(ours.rank)))
     if "masters" in options:
         hold(result.roles.student)
 

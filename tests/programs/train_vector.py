@@ -133,7 +133,7 @@ def stage(**changes):
     return TrainStage.model_validate({**content, **changes})
 
 
-def train(folder, recipe=None, source=None, *, seed=0, micro_batch=None, stop=None, **changes):
+def train(folder, recipe=None, source=None, *, seed=0, micro_batch=None, stop=None, recompute=False, **changes):
     """`engine.train` into `folder`."""
     settings = stage(**changes)
     run = RunPaths(Path(folder))
@@ -151,6 +151,7 @@ def train(folder, recipe=None, source=None, *, seed=0, micro_batch=None, stop=No
             progress=progress,
             stop=stop or StopRequest(),
             run=run,
+            recompute=recompute,
         )
 
 

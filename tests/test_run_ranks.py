@@ -1,0 +1,119 @@
+"""`distill run --procs N`, as a user types it: killed, told to stop, gone on with in other numbers of processes."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from runs import distill, folder_bytes, start, wait_for
+from safetensors.torch import load_file
+
+from distill.store import RunPaths
+
+pytestmark = pytest.mark.process
+
+SPEC = """
+name: small
+data: {kind: digits}
+stages:
+  teach:
+    kind: train
+    recipe: pretrain/flow_matching
+    network: {kind: unet, channels: [32]}
+    images: 640
+    batch_size: 32
+    optimizer: {lr: 1.0e-4}
+    ema_half_lives: [100]
+    export: 100
+    checkpoint: {images: 32, minutes: null}
+launch: {micro_batch: 8, zero_stage: 2, procs: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the spec lies, and an undisturbed run of it."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "small.yaml").write_text(SPEC)
+    done = distill("run", "small.yaml", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr and "WARNING" not in done.stderr, "what libraries say is not for users"
+    return folder
+
+
+def run_paths(folder, name):
+    return RunPaths(folder / "runs" / name)
+
+
+def begin(folder, name, *changes, steps=3):
+    """A run under way, once it has made some steps."""
+    process = start("run", "small.yaml", *changes, "--name", name, cwd=folder, log=folder / f"{name}.log")
+    teach = run_paths(folder, name).stage("teach").checkpoints
+    assert wait_for(lambda: (teach / f"step-{steps:08d}").exists(), process), (folder / f"{name}.log").read_text()
+    return process
+
+
+def ranks_of(process):
+    """Process ids of the ranks, in their order."""
+    return sorted(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+
+
+def student(folder, name):
+    return folder_bytes(run_paths(folder, name).student("teach") / "unet")
+
+
+def test_kill_9_of_a_rank_is_named_and_costs_no_bit(folder):
+    process = begin(folder, "killed")
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    assert process.wait(30) == 128 + signal.SIGKILL
+    said = (folder / "killed.log").read_text()
+    assert re.search(r"^rank 0, .*step \d+.*: another rank is gone or hangs", said, re.MULTILINE)
+    assert "error: rank 1 of run 'killed' was killed by SIGKILL (out of memory?); what it saved is intact" in said
+    done = distill("run", "killed", "--resume", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "not be bit-identical" not in done.stderr
+    assert student(folder, "killed") == student(folder, "small")
+
+
+def test_a_signal_to_the_launcher_saves_once_and_other_processes_go_on(folder):
+    process = begin(folder, "moved")
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 75
+    said = (folder / "moved.log").read_text()
+    stopped = re.search(r"^stopped by SIGUSR1; saved: \S+/step-0*(\d+); run the same command again", said, re.MULTILINE)
+    assert stopped and said.count("stopped by") == 1
+    done = distill("run", "moved", "--resume", "--procs", "1", "launch.zero_stage=null", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "procs was 2, now is 1; zero_stage was 2, now is" in done.stderr
+    ours, theirs = (
+        load_file(run_paths(folder, name).student("teach") / "unet" / "diffusion_pytorch_model.safetensors")
+        for name in ("moved", "small")
+    )
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).abs().max() < 1e-4, name
+    refused = distill("run", "moved", "--resume", "stages.teach.batch_size=64", cwd=folder)
+    assert refused.returncode == 2 and "only launch may change" in refused.stderr
+
+
+def test_what_a_user_gets_wrong_is_one_message(folder):
+    for changes, message in (
+        (["--procs", "3"], "launch.procs: 3 processes cannot share stages.teach.batch_size (32) evenly; change either"),
+        (["launch.zero_stage=4"], "launch.zero_stage"),
+        (["launch.zero_persistence_threshold=0"], "only zero_stage 3 divides weights, so it has no effect; remove it"),
+    ):
+        refused = distill("run", "small.yaml", "--name", "wrong", *changes, cwd=folder)
+        assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
+        assert not run_paths(folder, "wrong").root.exists()
+
+
+def test_plan_measures_memory_and_leaves_nothing(folder):
+    before = sorted(path.name for path in (folder / "runs").iterdir())
+    done = distill("plan", "small.yaml", "--measure", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    ranks = json.loads(done.stdout)["memory"]["teach"]
+    assert [found["rank"] for found in ranks] == [0, 1]
+    for found in ranks:
+        assert sum(found["predicted"].values()) == pytest.approx(sum(found["counted"].values()), rel=0.1)
+    assert sorted(path.name for path in (folder / "runs").iterdir()) == before
