@@ -18,6 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -290,16 +291,28 @@ def _step(path: Path) -> int:
 
 
 def _serialised(tensors: Mapping[str, Tensor]) -> bytes:
-    # Copied: safetensors refuses tied weights, which are two names of one memory.
-    return to_bytes({name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()})
+    seen: set[int] = set()
+    own: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu().contiguous()
+        own[name] = here.clone() if here.data_ptr() in seen else here  # safetensors refuses two names of one memory
+        seen.add(here.data_ptr())
+    return to_bytes(own)
 
 
 def _write(path: Path, content: bytes) -> FileMeta:
+    with ThreadPoolExecutor(1) as thread:  # training stands still meanwhile: the checksum takes as long as the disk
+        stored = thread.submit(_store, path, content)
+        digest = hashlib.sha256(content).hexdigest()
+        stored.result()
+    return FileMeta(sha256=digest, size=len(content))
+
+
+def _store(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    return FileMeta(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
 
 
 def _verified(path: Path) -> Meta:

@@ -44,7 +44,7 @@ def predict(
         shared = {name: 3 * numel for name, numel in own.items()}
         gradients = sum(own.values()) if zero.stage == 3 else max(own.values())  # of stage 3 they are never given back
     held = sum(total.values())
-    if zero.stage == 3:
+    if zero.stage == 3 and procs > 1:  # alone, what is whole is the part
         least = PERSISTENT if zero.persistence_threshold is None else zero.persistence_threshold
         held = sum(own.values()) + sum(size for each in sizes.values() for size in each if size < least)
     elements = {

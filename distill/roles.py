@@ -2,6 +2,7 @@
 checkpoint holds besides the position.
 """
 
+import gc
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from functools import partial
@@ -110,6 +111,15 @@ class Roles:
         """Every network in eval() and frozen."""
         for trainable in self.trainables.values():
             trainable.activate(False)
+
+    def close(self) -> None:
+        """Let go of all memory, for the stages that follow in this process."""
+        for trainable in self.trainables.values():
+            trainable.close()
+        self.trainables.clear()
+        self.networks.clear()
+        self.ema.averages.clear()
+        gc.collect()
 
     def averages(self) -> dict[float, dict[str, Tensor]]:
         """Whole state dicts of the student: averaged weights, and buffers as they are; on rank 0 at least."""

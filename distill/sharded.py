@@ -182,6 +182,9 @@ class Sharded(Trainable):
                 if (moment := tensors.get(f"{key}/{name}")) is not None:
                     part.of(flats).copy_(moment.reshape(-1)[part.start : part.start + part.numel])
 
+    def close(self) -> None:
+        self.engine.destroy()
+
     def _moments(self, flat: Tensor) -> dict[str, Any]:
         return self._optimizer.state[flat]
 

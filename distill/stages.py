@@ -247,6 +247,7 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
         )
     if probe:
         write_json(work.run.stage(work.name).memory(work.world.rank), probe.report(work.world.rank))
+    result.roles.close()
     work.world.alone("export", partial(_publish, work, stage))
     return {"images": result.images, "steps": result.step, "student": str(work.run.student(work.name))}
 

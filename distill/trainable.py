@@ -138,6 +138,9 @@ class Trainable:
         groups = self._optimizer.state_dict()["param_groups"]
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
+    def close(self) -> None:
+        """Let go of what would outlive this object."""
+
     def _refuse_unknown(self, tensors: Mapping[str, Tensor]) -> None:
         for full in tensors:
             if (key := full.rpartition("/")[0]) not in self._parameters:

@@ -457,7 +457,8 @@ def test_one_rank_claims_the_run_and_speaks_for_all(capfd, tmp_path, monkeypatch
     before = run.events.read_bytes()
     seen, endings = [], [None, Stopped("stopped by SIGTERM; on we go"), PeerLost("rank 1, step 3: lost")]
 
-    def fake(paths, spec, names, stop, world):
+    def fake(paths, spec, names, stop, world, measure):
+        assert not measure
         seen.append((names, world.rank, world.size, claims.executing(paths) is not None))
         if endings[0] is not None:
             raise endings[0]

@@ -25,7 +25,7 @@ from distill.world import World
 from tests.programs.forked import Forked
 
 ZERO = ("plain", "0", "1", "2", "3")
-SIZES = {"0.3 M": [32, 48], "20 M": [256, 320]}
+SIZES = {"0.3 M": [32, 40], "20 M": [256, 320]}
 BATCH, MICRO, STEPS, WARM = 32, 8, 8, 3
 
 
