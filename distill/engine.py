@@ -96,7 +96,8 @@ def train(
     while images < stage.images:
         # The global generator serves dropout alone, and resumes with it.
         torch.manual_seed(key(seed, "dropout", step, world.rank))
-        batches = [_to(source.batch(step, rows), device) for rows in slices]
+        with world.contact(f"step {step}, reading its batch"):
+            batches = [_to(source.batch(step, rows), device) for rows in slices]
         carries: list[dict[str, Tensor]] = [{} for _ in slices]
         moved: dict[str, dict[str, float]] = {}
         for index, turn in enumerate(recipe.turns(step, images)):
@@ -153,6 +154,7 @@ def _environment(device: torch.device, micro_batch: int, world: World, zero: Zer
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     where = {"device": device.type, "device_name": name, "threads": torch.get_num_threads()}
     ranks = {"procs": world.size, "zero_stage": "none" if zero.stage is None else zero.stage}
+    ranks |= {"offload_optimizer": zero.offload_optimizer}
     return {"torch": str(torch.__version__), **where, "micro_batch": micro_batch, **ranks}
 
 

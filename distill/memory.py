@@ -1,7 +1,9 @@
 """What the memory of a rank holds while it trains: predicted from shapes, counted in its live tensors.
 
-Four kinds are predicted: parameters, gradients, optimizer (master weights included), EMA. What depends on more than
-shapes is only counted: activations, everything else, and what the system says of the process.
+Four kinds are predicted: parameters, gradients, optimizer (master weights included), EMA, as they are just before an
+optimizer step. While the last backward pass runs, there is more: stage 1 has not divided the gradients yet, stages 2
+and 3 hold a bucket of those that they send, stage 3 also the weights that it has gathered. What depends on more than
+shapes is only counted: activations, everything else (teachers among it), and what the system says of the process.
 """
 
 import gc
@@ -22,7 +24,7 @@ from distill.sharded import Zero
 
 KINDS = ("parameters", "gradients", "optimizer", "ema")
 FLOAT = 4  # bytes
-PERSISTENT = 100_000  # elements from which DeepSpeed divides a parameter in stage 3, unless told otherwise
+PERSISTENT = 100_000  # elements up to which DeepSpeed leaves a parameter whole in stage 3, unless told otherwise
 
 
 def predict(
@@ -46,7 +48,7 @@ def predict(
     held = sum(total.values())
     if zero.stage == 3 and procs > 1:  # alone, what is whole is the part
         least = PERSISTENT if zero.persistence_threshold is None else zero.persistence_threshold
-        held = sum(own.values()) + sum(size for each in sizes.values() for size in each if size < least)
+        held = sum(own.values()) + sum(size for each in sizes.values() for size in each if size <= least)
     elements = {
         "parameters": held + copied,
         "gradients": gradients,
@@ -134,5 +136,5 @@ class Probe:
             "activations": self.activations.peak,
             "other": self.other,
             "process": usage if sys.platform == "darwin" else 1024 * usage,
-            "device": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            "device": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None,
         }

@@ -3,7 +3,7 @@ checkpoint holds besides the position.
 """
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from functools import partial
 
@@ -57,24 +57,28 @@ class Roles:
                     f"{suggest(copy.of, trained)}"
                 )
             frozen[name] = deepcopy(trained[copy.of])
-        apart = [module for name, module in frozen.items() if name not in self.copies] if zero.frozen else []
         self.networks = {**trained, **frozen}
+        apart = [module for name, module in frozen.items() if name not in self.copies] if zero.frozen else []
+        in_parts = [*apart, *(trained.values() if zero.stage == 3 else [])]  # they move to the device when divided
         for module in self.networks.values():
-            if module not in apart:  # else part by part
+            if module not in in_parts:
                 module.to(device)
         _refuse_sharing(self.networks, list(trained))
         for name in frozen:
             self.networks[name].requires_grad_(False).eval()
         if found is not None:
             self._load_weights(found, [*trained, *self.copies])  # before they are divided
+        for module in self.networks.values():  # a recipe may have drawn some of them otherwise than we think
+            world.share([*module.parameters(), *module.buffers()])
         if recompute:
             _recompute(self.name, list(trained.values()))
         if zero.frozen and teacher is not None:
             apart.append(teacher)
         for network in apart:
-            divide(network, device, zero.persistence_threshold)
-        whole = zero.stage is None
-        make = Trainable if whole else partial(Sharded, zero=zero, slices=slices, bf16=stage.precision == "bf16")
+            divide(network, device, world, zero.persistence_threshold)
+        make: Callable[..., Trainable] = Trainable
+        if zero.stage is not None:
+            make = partial(Sharded, device=device, zero=zero, slices=slices, bf16=stage.precision == "bf16")
         self.trainables = {name: make(name, module, stage.optimizer, world) for name, module in trained.items()}
         self.student = self.trainables["student"]
         self.ema = Ema(self.student.masters(), stage.ema_half_lives)
@@ -139,7 +143,7 @@ class Roles:
             yield RECIPE_GROUP, self.recipe.state()
 
     def live(self) -> dict[str, list[Tensor]]:
-        """The tensors of this rank by kind: those of `Trainable.live`, and "ema", "copies", "frozen"."""
+        """The tensors of this rank by kind: those of `Trainable.live`, and "ema", "copies"."""
         found = [trainable.live() for trainable in self.trainables.values()]
         kinds = {kind: [tensor for each in found for tensor in each[kind]] for kind in found[0]}
         copies = [p for name in self.copies for p in self.networks[name].parameters()]

@@ -18,11 +18,10 @@ from torch import Tensor, distributed, nn
 
 from distill.draws import Rows
 from distill.spec import OptimizerSpec
-from distill.trainable import Trainable
+from distill.trainable import BUCKET, Trainable, buckets
 from distill.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BUCKET = 50_000_000  # elements that are sent at once, at most
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,7 @@ class Zero:
 
 
 WHOLE = Zero()
+QUIET = {"steps_per_print": 10**9, "timers": {"throughput": {"enabled": False}}}  # these would wait for the GPU
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Part:
 
 
 class Sharded(Trainable):
-    """`module` under AdamW in a DeepSpeed engine. Every method is a collective, except `activate` and `masters`."""
+    """`module` under AdamW in a DeepSpeed engine; in stage 3 it may come on the CPU, and is moved part by part."""
 
     def __init__(
         self,
@@ -65,6 +65,7 @@ class Sharded(Trainable):
         spec: OptimizerSpec,
         world: World,
         *,
+        device: torch.device,
         zero: Zero,
         slices: list[Rows],
         bf16: bool,
@@ -73,7 +74,10 @@ class Sharded(Trainable):
         assert zero.stage is not None
         self.stage, self.accumulate, self._micro_steps = zero.stage, len(slices), 0
         self.shapes = {key: p.shape for key, p in self._parameters.items()}  # stage 3 empties the parameters themselves
-        self.engine = _initialize(module, _config(sum(self.sizes), spec, zero, slices, bf16), self._optimizer)
+        config = _config(sum(self.sizes), spec, zero, slices, bf16)
+        if self.stage == 3:
+            _divide(module, device, config)
+        self.engine = _initialize(module, config, world, self._optimizer)
         self._flats, self._parts = self._layout()
 
     @property
@@ -92,13 +96,17 @@ class Sharded(Trainable):
         if self.stage == 0:
             return torch.nn.utils.get_total_norm([p.grad for p in self._unique if p.grad is not None])
         if self.stage == 3:
-            return torch.linalg.vector_norm(torch.stack([norm.float() for norm in optimizer._get_norm_groups()]))
+            from deepspeed.runtime.utils import combine_grad_norm_groups
+
+            return combine_grad_norm_groups(optimizer._get_norm_groups()).float()  # infinite where a part says -1
         return optimizer.scaled_global_norm().float()
 
     def step(self, lr: float, norm: Tensor) -> None:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
+        if self.stage == 3:
+            self.engine.optimizer.grad_partitions_flat_buffer.zero_()  # or what a turn does not reach moves by the last
         self._micro_steps = 0
 
     def masters(self) -> dict[str, Tensor]:
@@ -109,7 +117,7 @@ class Sharded(Trainable):
     def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole tensors of all ranks' parts, on rank 0; nothing on the others."""
         whole: dict[str, Tensor] = {}
-        for keys in _buckets(self.shapes):
+        for keys in buckets({key: shape.numel() for key, shape in self.shapes.items()}):
             sizes = [self.shapes[key].numel() for key in keys]
             full = torch.zeros(sum(sizes), device=self.engine.device)
             for key, target in zip(keys, full.split(sizes), strict=True):
@@ -212,7 +220,7 @@ class Sharded(Trainable):
         return list(optimizer.fp32_partitioned_groups_flat), parts
 
 
-def divide(network: nn.Module, device: torch.device, persistence_threshold: int | None) -> None:
+def divide(network: nn.Module, device: torch.device, world: World, persistence_threshold: int | None) -> None:
     """Divide a frozen network's weights among the ranks, in place: a call gathers them, layer by layer, on all ranks.
 
     Gradients flow through it to its input. It may lie on the CPU: whole weights come to the device one by one.
@@ -220,16 +228,21 @@ def divide(network: nn.Module, device: torch.device, persistence_threshold: int 
     division = {"stage": 3, **_division(sum(p.numel() for p in network.parameters())), "stage3_max_reuse_distance": 0}
     if persistence_threshold is not None:
         division["stage3_param_persistence_threshold"] = persistence_threshold
-    config = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 10**9, "zero_optimization": division}
+    config = {"train_micro_batch_size_per_gpu": 1, **QUIET, "zero_optimization": division}
+    _divide(network, device, config)
+    _initialize(network, config, world)
+
+
+def _divide(network: nn.Module, device: torch.device, config: dict[str, Any]) -> None:
     _deepspeed().zero.Init(module=network, config_dict_or_path=config)
     for buffer in network.buffers():
         buffer.data = buffer.to(device)
-    _initialize(network, config)
 
 
 def _division(numel: int) -> dict[str, Any]:
     # Buffers of DeepSpeed's own choice take 2 GB, however small the network. Its own linear layer would replace torch's
-    # in the whole process, the teacher's networks included.
+    # in the whole process, the teacher's networks included; torch's keeps gathered weights for the backward pass, which
+    # launch.activation_checkpointing avoids.
     bucket = min(numel + numel % 2, BUCKET)  # even, or DeepSpeed refuses it
     return {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "memory_efficient_linear": False}
 
@@ -247,14 +260,21 @@ def _config(numel: int, spec: OptimizerSpec, zero: Zero, slices: list[Rows], bf1
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": division,
-        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16"},
-        "steps_per_print": 10**9,
+        # No safe modules: their weights and gradients would be sent in bf16.
+        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+        **QUIET,
     }
 
 
-def _initialize(module: nn.Module, config: dict[str, Any], optimizer: torch.optim.Optimizer | None = None) -> Any:  # noqa: ANN401
-    made = _deepspeed().initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
-    return made[0]
+def _initialize(
+    module: nn.Module, config: dict[str, Any], world: World, optimizer: torch.optim.Optimizer | None = None
+) -> Any:  # noqa: ANN401
+    from deepspeed.utils import groups
+
+    deepspeed = _deepspeed()
+    if groups._WORLD_GROUP is None:  # else it makes one that waits for half an hour, whatever ours does
+        groups._WORLD_GROUP = distributed.new_group(timeout=world.timeout)
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
 
 
 @cache
@@ -267,14 +287,3 @@ def _deepspeed() -> ModuleType:
     # An operator for memory that ranks of one host share: nothing here uses it, and it would be compiled at the start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def _buckets(shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
-    """Names in order, in groups of at most `BUCKET` elements, or of one tensor."""
-    group: list[str] = []
-    for key, shape in shapes.items():
-        if group and sum(shapes[other].numel() for other in group) + shape.numel() > BUCKET:
-            yield group
-            group = []
-        group.append(key)
-    yield group

@@ -95,6 +95,10 @@ def place(launch: LaunchSpec) -> torch.device:
         raise InputError("launch.device=cuda, but torch sees no GPU here; use launch.device=auto or cpu")
     if launch.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    if launch.procs > (found := torch.cuda.device_count()):
+        raise InputError(
+            f"launch.procs={launch.procs}, but there are {found} GPUs here, one for each process; give fewer"
+        )
     # Same numbers from the same spec: fp32 means fp32, and no kernel is chosen by timing or sums in a varying order.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
@@ -253,7 +257,7 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
 
 
 def _publish(work: Work, stage: TrainStage) -> None:
-    _export(work, stage, stage.export, work.run.student(work.name))
+    _export(work, stage, stage.export, work.run.student(work.name), stage.images)
     for name in work.spec.stages:
         found = results.load(work.run.stage(name))
         if found is not None:  # an evaluation that was done before the student was lost
@@ -273,13 +277,19 @@ def export_checkpoint(paths: RunPaths, spec: RunSpec, name: str, weights: Litera
     _export(Work(paths, spec, name, CPU, StopRequest()), stage, weights, folder)
 
 
-def _export(work: Work, stage: TrainStage, weights: Literal["raw"] | float, folder: Path) -> None:
-    """The student of the newest checkpoint, built anew: teacher and student may lie divided among the ranks."""
+def _export(work: Work, stage: TrainStage, weights: Literal["raw"] | float, folder: Path, least: int = 0) -> None:
+    """The student of the newest checkpoint, of at least `least` images, built anew: the one that was trained may lie
+    divided among the ranks, and its teacher too.
+    """
     training = _training(work, stage, CPU)
     student = training.recipe.networks(training.init)["student"]
     assert isinstance(student, Trained)
     half_life = None if weights == "raw" else weights
     tensors, images = checkpoint.weights(work.run.stage(work.name).checkpoints, "student", half_life)
+    if images < least:
+        raise RunError(
+            f"the last checkpoint of stage '{work.name}' cannot be read; distill run {work.run.root} --resume"
+        )
     student.module.load_state_dict(tensors)
     export(student.module, folder, training.card.model_copy(update={"weights": weights, "images": images}))
 

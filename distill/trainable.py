@@ -6,6 +6,7 @@ The engine sees only these methods. Here every rank holds all of it; `sharded.Sh
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from distill.guard import RunError
 from distill.spec import OptimizerSpec
 from distill.world import ALONE, World
+
+BUCKET = 50_000_000  # elements that are sent at once, at most
+Key = TypeVar("Key", int, str)
 
 
 def learning_rate(spec: OptimizerSpec, images: float, total: int) -> float:
@@ -31,6 +35,17 @@ def learning_rate(spec: OptimizerSpec, images: float, total: int) -> float:
             return spec.lr * (1 - progress)
         case "cosine":
             return spec.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def buckets(sizes: Mapping[Key, int]) -> Iterator[list[Key]]:
+    """Keys in order, in groups of at most `BUCKET` elements, or of one tensor."""
+    group: list[Key] = []
+    for key, size in sizes.items():
+        if group and sum(sizes[other] for other in group) + size > BUCKET:
+            yield group
+            group = []
+        group.append(key)
+    yield group
 
 
 class Trainable:
@@ -84,12 +99,19 @@ class Trainable:
         loss.backward()
 
     def gradient_norm(self) -> Tensor:
-        """Global norm of the gradients, before clipping; they are the means over the ranks from now on."""
+        """Global norm of the gradients, before clipping; they are the means over the ranks from now on.
+
+        What a turn does not reach has gradient 0, as where gradients are divided: moments and weight decay go on.
+        """
+        for p in self._unique:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
         grads = [p.grad for p in self._unique if p.grad is not None]
-        if self.world.size > 1 and grads:
-            mean = self.world.mean(torch.cat([grad.view(-1) for grad in grads]))
-            for grad, part in zip(grads, mean.split([grad.numel() for grad in grads]), strict=True):
-                grad.copy_(part.view_as(grad))
+        if self.world.size > 1:
+            for bucket in buckets({i: grad.numel() for i, grad in enumerate(grads)}):
+                mean = self.world.mean(torch.cat([grads[i].reshape(-1) for i in bucket]))
+                for i, part in zip(bucket, mean.split([grads[i].numel() for i in bucket]), strict=True):
+                    grads[i].copy_(part.view_as(grads[i]))
         return torch.nn.utils.get_total_norm(grads)
 
     def step(self, lr: float, norm: Tensor) -> None:
@@ -123,7 +145,7 @@ class Trainable:
         return self.module.state_dict()
 
     def state(self) -> dict[str, Tensor]:
-        """The optimizer's tensors as "PARAMETER/MOMENT"; a parameter that never had a gradient has none."""
+        """The optimizer's tensors as "PARAMETER/MOMENT"; none before the first step."""
         moments = self._optimizer.state
         return {f"{key}/{name}": t for key, p in self._parameters.items() for name, t in moments.get(p, {}).items()}
 

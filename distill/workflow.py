@@ -126,9 +126,10 @@ def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
             used |= {"data", "teacher"} if stage.teacher is None else {"data"}
             yield from _evaluate(spec, stage, where)
             yield from _guidance(spec, stage, base, where)
-    teaching = [name for name, stage in spec.stages.items() if isinstance(stage, TrainStage) and stage.teacher]
-    if spec.launch.divide_teacher and "teacher" not in used and not teaching:
-        yield "launch.divide_teacher: no stage has a teacher, so it has no effect; remove it"
+    trained = [stage.teacher for stage in spec.stages.values() if isinstance(stage, TrainStage) and stage.teacher]
+    loaded = isinstance(spec.teacher, CheckpointTeacher) and "teacher" in used
+    if spec.launch.divide_teacher and not loaded and not trained:
+        yield "launch.divide_teacher: no stage has a teacher with weights, so it has no effect; remove it"
     if spec.teacher is not None and "teacher" not in used:
         yield "teacher: no stage uses it, so it has no effect; remove it"
     if not isinstance(spec.data, NoData) and "data" not in used:
@@ -296,6 +297,8 @@ def _launch(spec: RunSpec) -> Iterator[str]:
     if launch.activation_checkpointing and trains and all(isinstance(each.network, MlpSpec) for each in trains):
         yield "launch.activation_checkpointing: an mlp has no blocks to compute again, so it has no effect; remove it"
     given = launch.model_dump(exclude_defaults=True)
+    if "collective_minutes" in given and launch.procs == 1:
+        yield "launch.collective_minutes: one process waits for no other, so it has no effect; remove it"
     for name in ("procs", "zero_stage", "activation_checkpointing", "divide_teacher", "micro_batch"):
         if name in given and not trains:
             yield f"launch.{name}: {given[name]} given for training, but no stage trains; remove it"

@@ -5,13 +5,15 @@ A rank that waits too long, or for one that is gone, ends with `PeerLost`, which
 
 import faulthandler
 import os
+import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import count
 from math import inf
 from typing import Self, TypeVar
 
@@ -25,6 +27,9 @@ T = TypeVar("T")
 PLACE = 120  # bytes of what a rank says of its place when all meet
 FLAGS = 8
 GRACE = 3.0  # seconds between the timeout of a collective, which raises, and the end of a process that it cannot reach
+PATIENCE = 6  # times the timeout of a collective: what rank 0 may take for work of its own, such as saving
+POLL = 0.02  # seconds
+LOST = re.compile(r"gloo|[Tt]imed out|[Tt]imeout|remote process exited|[Cc]onnection|Broken pipe")
 Lost = Callable[[str], None]
 
 
@@ -61,6 +66,10 @@ class World:
     rank: int = 0
     size: int = 1
     watch: Watch | None = None
+    store: distributed.Store | None = None
+    timeout: timedelta = timedelta(minutes=10)
+    """of a collective"""
+    works: Iterator[int] = field(default_factory=count)  # of `alone`, the same on all ranks
 
     @property
     def first(self) -> bool:
@@ -80,13 +89,13 @@ class World:
             return values
         total = values.detach().clone()
         distributed.all_reduce(total)
-        return total / self.size
+        return total.div_(self.size)
 
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Make these tensors what they are on rank 0."""
         if self.size > 1:
             for tensor in tensors:
-                distributed.broadcast(tensor, 0)
+                distributed.broadcast(tensor.detach(), 0)
 
     def meet(self, place: str, *flags: bool) -> list[bool]:
         """For each flag, whether a rank has it. RunError unless all ranks are at the same place of the program."""
@@ -105,20 +114,38 @@ class World:
         return [any(text[i] for text in texts) for i in range(len(flags))]
 
     def alone(self, what: str, work: Callable[[], T]) -> T | None:
-        """What rank 0 returns from `work`, None on the others, once it is done."""
-        found = work() if self.first else None
-        self.meet(f"{what} by rank 0")
-        return found
+        """What rank 0 returns from `work`, None on the others, once it is done: that may take longer than a collective.
+
+        If it raises there, the others lose contact with a rank that ends.
+        """
+        self.meet(what)
+        if self.size == 1:
+            return work()
+        assert self.store is not None
+        key = f"{what}, {next(self.works)}"
+        if self.first:
+            found = work()
+            self.store.set(key, b"done")
+            self.meet(f"after {what}")  # the store ends with this process: not before all have seen it
+            return found
+        deadline = time.monotonic() + PATIENCE * self.timeout.total_seconds()
+        with self.contact(f"waiting for rank 0: {what}", watched=False):
+            while not self.store.check([key]):
+                if time.monotonic() > deadline:
+                    raise PeerLost(f"rank {self.rank}, waiting for rank 0: {what}: it has taken too long")
+                time.sleep(POLL)
+        self.meet(f"after {what}")
+        return None
 
     @contextmanager
-    def contact(self, place: str) -> Iterator[None]:
+    def contact(self, place: str, *, watched: bool = True) -> Iterator[None]:
         """Where this rank may wait for others: names the place if one of them cannot be reached."""
-        if self.watch is not None:
+        if self.watch is not None and watched:
             self.watch.arm(place)
         try:
             yield
         except RuntimeError as error:
-            if "gloo" not in str(error) and not isinstance(error, distributed.DistError):
+            if not LOST.search(str(error)):
                 raise
             reason = str(error).strip().splitlines()[0][:160]
             raise PeerLost(f"rank {self.rank}, {place}: another rank is gone or hangs ({reason})") from error
@@ -127,19 +154,26 @@ class World:
                 self.watch.disarm()
 
     @classmethod
-    def join(cls, timeout_minutes: float, local_rank: int, lost: Lost) -> Self:
-        """Meet the other ranks of the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT); each has a GPU, if any.
+    def join(cls, device: torch.device, timeout_minutes: float, local_rank: int, lost: Lost) -> Self:
+        """Meet the other ranks of the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
+        device: what all of them compute on; on a GPU host rank `local_rank` takes that GPU.
         lost: is told where this rank was, if the process must end without an exception.
         """
-        backend = "gloo"
-        if torch.cuda.is_available():
+        backend, timeout = "gloo", timedelta(minutes=timeout_minutes)
+        if device.type == "cuda":
             backend = "cpu:gloo,cuda:nccl"  # what the ranks say to each other needs no synchronisation of a GPU
-            torch.cuda.set_device(local_rank % torch.cuda.device_count())
+            torch.cuda.set_device(local_rank)
         with cls(local_rank).contact("meeting the others"):
-            distributed.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
-        rank = distributed.get_rank()
-        return cls(rank, distributed.get_world_size(), Watch(rank, 60 * timeout_minutes + GRACE, lost))
+            store, rank, size = next(distributed.rendezvous("env://", timeout=timeout))
+            works = distributed.PrefixStore("works", store)
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        watch = Watch(rank, timeout.total_seconds() + GRACE, lost)
+        return cls(rank, size, watch, works, timeout)
+
+    def leave(self) -> None:
+        """After the last collective."""
+        distributed.destroy_process_group()
 
 
 ALONE = World()

@@ -467,7 +467,8 @@ def test_one_rank_claims_the_run_and_speaks_for_all(capfd, tmp_path, monkeypatch
     monkeypatch.setenv("LOCAL_RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(stages, "run", fake)
-    monkeypatch.setattr(World, "join", lambda minutes, local_rank, lost: World(rank, 2))
+    monkeypatch.setattr(World, "join", lambda device, minutes, local_rank, lost: World(rank, 2))
+    monkeypatch.setattr(World, "leave", lambda self: None)
     stage = ["stage", str(run.root), "teach"]
     hint = "" if rank else f": distill run {run.root} --resume"
     for code, said in ((0, ""), (75, f"stopped by SIGTERM; on we go{hint}\n"), (76, "rank 1, step 3: lost\n")):

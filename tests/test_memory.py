@@ -18,7 +18,7 @@ SIZES = {"student": [100, 7], "critic": [20]}
         (Zero(1), 2, (127 + 107, 54, 3 * 64, 2 * 54)),  # the odd parameter is padded
         (Zero(2), 4, (127 + 107, 27, 3 * 32, 2 * 27)),
         (Zero(3, persistence_threshold=0), 2, (64 + 107, 64, 3 * 64, 2 * 54)),
-        (Zero(3, persistence_threshold=20), 2, (64 + 7 + 107, 64, 3 * 64, 2 * 54)),
+        (Zero(3, persistence_threshold=20), 2, (64 + 27 + 107, 64, 3 * 64, 2 * 54)),
         (Zero(2), 1, (127 + 107, 127 - 20, 3 * 127, 2 * 107)),
         (Zero(3), 1, (127 + 107, 127, 3 * 127, 2 * 107)),
         (Zero(3), 2, (64 + 127 + 107, 64, 3 * 64, 2 * 54)),  # all are small: whole beside their parts

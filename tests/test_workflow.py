@@ -253,11 +253,19 @@ CASES = {
     ),
     "no teacher to divide": (
         images() | {"launch": {"divide_teacher": True, "procs": 2}},
-        "launch.divide_teacher: no stage has a teacher, so it has no effect; remove it",
+        "launch.divide_teacher: no stage has a teacher with weights, so it has no effect; remove it",
     ),
     "nothing to compute again": (
         vectors() | {"launch": {"activation_checkpointing": True}},
         "launch.activation_checkpointing: an mlp has no blocks to compute again, so it has no effect; remove it",
+    ),
+    "closed forms have no weights": (
+        vectors() | {"launch": {"divide_teacher": True, "procs": 2}},
+        "launch.divide_teacher: no stage has a teacher with weights, so it has no effect; remove it",
+    ),
+    "nobody to wait for": (
+        images() | {"launch": {"collective_minutes": 3}},
+        "launch.collective_minutes: one process waits for no other, so it has no effect; remove it",
     ),
     "too many resolutions": (
         images(t={"network": {"kind": "unet", "channels": [8, 8, 8, 8, 8]}}),

@@ -205,10 +205,12 @@ def _compute(
             if int(os.environ["RANK"]) == 0:
                 append_event(paths, "failed", message=message)
 
-        os.environ.setdefault("DS_ACCELERATOR", stages.place(spec.launch).type)
+        device = stages.place(spec.launch)
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # it would end us before we have said where
-        world = World.join(spec.launch.collective_minutes, int(os.environ["LOCAL_RANK"]), lost)
+        world = World.join(device, spec.launch.collective_minutes, int(os.environ["LOCAL_RANK"]), lost)
         stages.run(paths, spec, names, stop, world, measure=measure)
+        world.leave()
 
 
 def _brief(error: BaseException) -> str:

@@ -82,6 +82,7 @@ def _environments(run: RunPaths, spec: RunSpec, size: int) -> list[dict[str, str
         env["PYTHONPATH"] = os.pathsep.join([str(environment.ROOT), *filter(None, [env.get("PYTHONPATH")])])
     if size == 1 and spec.launch.zero_stage is None:
         return [env]
+    env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is said once, without a stack of C++
     modules, port = Path(env["HF_MODULES_CACHE"]), _free_port()
     return [
         {

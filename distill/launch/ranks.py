@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
-from distill.guard import EXIT_PEER, EXIT_STOPPED, RunError
+from distill.guard import EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, RunError
 from distill.stop import Handler
 from distill.store import RunPaths, append_event
 
@@ -97,8 +97,11 @@ def run(paths: RunPaths, command: Sequence[str], lifeline: int, envs: Sequence[M
     ended = _wait(relay)
     # Whoever died of a signal that we passed on had not begun to listen: it did stop.
     meant = {rank: EXIT_STOPPED if -code in relay.asked else code for rank, code in ended.items()}
-    rank = min(meant, key=lambda rank: WEIGHTS.get(meant[rank], 0))  # the first of those that ended worst
+    # The first of those that ended worst; what all refuse alike, rank 0 has said.
+    rank = min(meant, key=lambda rank: (WEIGHTS.get(meant[rank], 0), meant[rank] == EXIT_INPUT and rank > 0))
     code = meant[rank]
+    if code == EXIT_PEER:
+        print(f"what the other ranks said: {logs[1].path.parent}", file=sys.stderr)
     if code == EXIT_STOPPED and ended.get(0) != EXIT_STOPPED:
         _say_stopped(paths, began=meant == ended)
     if code not in (0, EXIT_STOPPED) and rank > 0:
@@ -147,7 +150,7 @@ def _wait(relay: Relay) -> dict[int, int]:
 
 
 def _patience(code: int) -> float:
-    return {0: inf, EXIT_STOPPED: STOPPING}.get(code, FAILING)
+    return STOPPING if code in (0, EXIT_STOPPED) else FAILING
 
 
 def _say_stopped(paths: RunPaths, *, began: bool) -> None:

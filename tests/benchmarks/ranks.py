@@ -42,7 +42,7 @@ def rank(out, rounds, save, *cases):
     """One rank: trains case after case, and writes what each took."""
     procs, me = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // procs))
-    world = World.join(10, me, print) if procs > 1 or cases != ("plain",) else World()
+    world = World.join(torch.device("cpu"), 10, me, print) if procs > 1 or cases != ("plain",) else World()
     module = registry.load("pretrain/flow_matching", Path())
     found = {}
     for number in range(rounds):

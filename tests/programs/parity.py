@@ -3,9 +3,10 @@
 A case is RECIPE-ZERO-PRECISION and options, e.g. "two-3-fp32" or "one-2-fp32-offload"; ZERO "none" is without
 DeepSpeed. Rank 0 writes OUT/CASE.json, the numbers of each step since this start; checkpoints lie in OUT/CASE.
 
-Options: offload, recompute, divide (launch.*); often (a checkpoint of every step); once (stop after the first step and
-go on in the same process: its checkpoint holds the gradients); masters (hold all that leaves against DeepSpeed's own
-reading of its master weights); memory (each rank writes OUT/CASE.memory-RANK.json).
+Options: offload, recompute, divide (launch.*); persist (in stage 3, small parameters stay whole); often (a checkpoint
+of every step); once (stop after the first step and go on in the same process: its checkpoint holds the gradients);
+masters (hold all that leaves against DeepSpeed's own reading of its master weights); memory (each rank writes
+OUT/CASE.memory-RANK.json).
 """
 
 import json
@@ -80,8 +81,11 @@ class Reflow:
         pairs, student = batch.pairs, nets["student"]
         t = ctx.draw.uniform("t", pairs.data)
         x_t = linear().mix(pairs.data, pairs.noise, t)
-        error = (student(x_t, t, batch.cond) - (pairs.noise - pairs.data)).square().mean()
+        error = self.error(student(x_t, t, batch.cond), pairs.noise - pairs.data, ctx)
         return Loss(error, {"memory": self.memory["sum"]})
+
+    def error(self, v, true, ctx):
+        return (v - true).square().mean()
 
 
 class Target(Reflow):
@@ -135,6 +139,43 @@ class Adversarial(Reflow):
         return Loss(self.regress(nets, batch, ctx).total + 0.1 * fooled)
 
 
+class Headed(nn.Module):
+    """A field with a second head, which only some turns call."""
+
+    interpolant = linear()
+    t_range = (0.0, 1.0)
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.head = body, nn.Conv2d(1, 1, 1)
+
+    def forward(self, x_t, t, cond):
+        return self.body(x_t, t, cond)
+
+
+class Headstrong(Reflow):
+    """Every third step reaches the second head."""
+
+    def networks(self, init):
+        torch.manual_seed(3)
+        return {"student": Trained(Headed(init.velocity_field()))}
+
+    def turns(self, step, images):
+        yield Turn("student", self.both if step % 3 == 0 else self.regress)
+
+    def both(self, nets, batch, ctx):
+        head = nets["student"].head(batch.pairs.data).square().mean() if ctx.step % 3 == 0 else 0
+        return Loss(self.regress(nets, batch, ctx).total + head)
+
+
+class Faulty(Reflow):
+    """At step 3 the gradient of rank 1 is no number, though its loss is."""
+
+    def error(self, v, true, ctx):
+        faulty = ctx.step == 3 and os.environ["RANK"] == "1"  # the root of zero has an infinite slope
+        return super().error(v, true, ctx) + ((0 * v).sum().sqrt() if faulty else 0)
+
+
 class Astray(Adversarial):
     """From step 3 on, rank 1 takes another branch."""
 
@@ -151,7 +192,8 @@ class Hung(Reflow):
         return super().regress(nets, batch, ctx)
 
 
-RECIPES = {"one": Reflow, "copy": Target, "two": Adversarial, "astray": Astray, "hung": Hung}
+RECIPES = {"one": Reflow, "copy": Target, "two": Adversarial, "heads": Headstrong}
+RECIPES |= {"faulty": Faulty, "astray": Astray, "hung": Hung}
 
 
 class Recorder(Progress):
@@ -174,7 +216,8 @@ def train(out, ours, case):
         optimizer=OptimizerSpec(lr=1e-4, clip=0.5), ema_half_lives=[2.0, 64.0], export=2.0,
         checkpoint=CheckpointSpec(images=BATCH * (1 if "often" in options else STEPS // 2), keep=STEPS),
     )  # fmt: skip
-    zero = Zero(None if stage == "none" else int(stage), "divide" in options, 0, "offload" in options)
+    threshold = None if "persist" in options else 0
+    zero = Zero(None if stage == "none" else int(stage), "divide" in options, threshold, "offload" in options)
     probe = Probe(zero, ours.size) if "memory" in options else None
     with StopRequest() as stop, probe.activations if probe else nullcontext():
         recorder = Recorder(stop if "once" in options else None)
@@ -217,7 +260,7 @@ def main(out, minutes, *cases):
     """The exit codes of the command line."""
     torch.set_num_threads(1)
     try:
-        ours = World.join(float(minutes), int(os.environ["LOCAL_RANK"]), lambda message: None)
+        ours = World.join(torch.device("cpu"), float(minutes), int(os.environ["LOCAL_RANK"]), lambda message: None)
         for case in cases:
             began = time.monotonic()
             train(out, ours, case)
