@@ -17,8 +17,8 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -222,13 +222,11 @@ class Checkpoints:
                 self.folder.mkdir(parents=True)
                 sync_dir(self.folder.parent)
             temporary.mkdir()
-            files = {}
-            for group, tensors in groups:
-                files[f"{group}.safetensors"] = _write(temporary / f"{group}.safetensors", _serialised(tensors))
+            files = dict(_write(temporary, groups))
             meta = Meta(
                 step=step, images=images, settings=self.settings, environment=self.environment, files=files
             ).sealed()
-            _write(temporary / "meta.json", meta.model_dump_json(indent=2).encode())
+            _store(temporary / "meta.json", meta.model_dump_json(indent=2).encode())
             sync_dir(temporary)
             temporary.rename(path)
             sync_dir(self.folder)
@@ -300,12 +298,18 @@ def _serialised(tensors: Mapping[str, Tensor]) -> bytes:
     return to_bytes(own)
 
 
-def _write(path: Path, content: bytes) -> FileMeta:
-    with ThreadPoolExecutor(1) as thread:  # training stands still meanwhile: the checksum takes as long as the disk
-        stored = thread.submit(_store, path, content)
-        digest = hashlib.sha256(content).hexdigest()
-        stored.result()
-    return FileMeta(sha256=digest, size=len(content))
+def _write(folder: Path, groups: Iterable[Group]) -> Iterator[tuple[str, FileMeta]]:
+    """A file for each group. Training stands still: the next is prepared while the disk takes the last."""
+    with ThreadPoolExecutor(1) as disk:
+        stored: Future[None] | None = None
+        for group, tensors in groups:
+            name, content = f"{group}.safetensors", _serialised(tensors)
+            if stored is not None:
+                stored.result()  # at most two are in memory
+            stored = disk.submit(_store, folder / name, content)
+            yield name, FileMeta(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
+        if stored is not None:
+            stored.result()
 
 
 def _store(path: Path, content: bytes) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distill import workflow
-from distill.spec import EvaluateStage, PairsStage, RunSpec, Stage, TrainStage
+from distill.spec import EvaluateStage, LaunchSpec, PairsStage, RunSpec, Stage, TrainStage
 from distill.store import RunPaths
 
 CHECKS = (
@@ -37,7 +37,7 @@ class Step:
 def steps(spec: RunSpec, base: Path) -> list[Step]:
     """All stages in their order; the spec has passed `workflow.check`."""
     return [
-        _train(name, stage, base)
+        _train(name, stage, spec.launch, base)
         if isinstance(stage, TrainStage)
         else _pairs(name, stage)
         if isinstance(stage, PairsStage)
@@ -86,12 +86,16 @@ def memory_rows(memory: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, 
             yield stage, "GPU", None, [rank["device"] for rank in ranks]
 
 
-def _train(name: str, stage: TrainStage, base: Path) -> Step:
+def _train(name: str, stage: TrainStage, launch: LaunchSpec, base: Path) -> Step:
     needs = workflow.recipe_config(stage, base).needs
     sources = {"pairs": stage.pairs or "", "data": "data", "teacher": stage.teacher or "the spec's teacher"}
     taken = [sources[need] for need in sorted(needs)] + ([stage.init] if stage.init else [])
     start = f"a fresh {stage.network.kind}" if stage.network else f"the weights of {stage.init or sources['teacher']}"
     work = f"{stage.images:,} images = {stage.images // stage.batch_size:,} steps of {stage.batch_size}"
+    share = stage.batch_size // launch.procs
+    micro = launch.micro_batch or share
+    if micro < stage.batch_size:
+        work += f": {launch.procs} x {share // micro} x {micro} (processes, micro-batches, samples)"
     writes = [f"stages/{name}/checkpoints/", f"students/{name}/"]
     return Step(name, stage.kind, f"{stage.recipe} from {start}", work, _unique(taken), None, writes)
 

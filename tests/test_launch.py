@@ -407,7 +407,16 @@ def test_where_all_lost_each_other_the_first_counts(parent):
     one.launch("later 76 lost too", r2="leave 76 lost")
     assert gone(one.begun(3)[2:])
     one.go()
-    assert one.end() == (76, "lost too\nrank 2: lost\n")
+    assert one.end() == (76, f"lost too\nrank 2: lost\nwhat other ranks said last: {one.run.root / 'logs'}\n")
+
+
+@pytest.mark.process
+def test_what_all_refuse_is_said_once(parent):
+    one = parent(3)
+    one.launch("leave 2 refused", r0="later 2 refused")
+    assert gone(one.begun(3)[1:])
+    one.go()
+    assert one.end() == (2, "refused\n")
 
 
 # --- what cannot be started ---

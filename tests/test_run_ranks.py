@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from runs import distill, folder_bytes, start, wait_for
 from safetensors.torch import load_file
 
@@ -62,6 +63,14 @@ def ranks_of(process):
 
 def student(folder, name):
     return folder_bytes(run_paths(folder, name).student("teach") / "unet")
+
+
+def test_the_student_is_the_average_of_the_last_checkpoint(folder):
+    run = run_paths(folder, "small")
+    ours = load_file(run.student("teach") / "unet" / "diffusion_pytorch_model.safetensors")
+    theirs = load_file(run.stage("teach").checkpoints / "step-00000020" / "ema.student.100.0.safetensors")
+    assert {f"network.{name}" for name in ours} == theirs.keys()
+    assert all(torch.equal(tensor, theirs[f"network.{name}"]) for name, tensor in ours.items())
 
 
 def test_kill_9_of_a_rank_is_named_and_costs_no_bit(folder):

@@ -100,12 +100,12 @@ def run(paths: RunPaths, command: Sequence[str], lifeline: int, envs: Sequence[M
     # The first of those that ended worst; what all refuse alike, rank 0 has said.
     rank = min(meant, key=lambda rank: (WEIGHTS.get(meant[rank], 0), meant[rank] == EXIT_INPUT and rank > 0))
     code = meant[rank]
-    if code == EXIT_PEER:
-        print(f"what the other ranks said: {logs[1].path.parent}", file=sys.stderr)
     if code == EXIT_STOPPED and ended.get(0) != EXIT_STOPPED:
         _say_stopped(paths, began=meant == ended)
     if code not in (0, EXIT_STOPPED) and rank > 0:
         _say_failed(paths, rank, code, logs[rank])
+    if code == EXIT_PEER:
+        print(f"what other ranks said last: {logs[1].path.parent}", file=sys.stderr)
     if code >= 0:
         return code
     print(

@@ -62,11 +62,12 @@ def rank(out, rounds, save, *cases):
             measured = probe if number == rounds - 1 and not save else None
             counting = probe.activations if measured else nullcontext()
             with Progress("bench", spec.images, "images", None) as progress, StopRequest() as stop, counting:
-                engine.train(
+                result = engine.train(
                     module.Recipe(module.Config(), None), init, source, spec, seed=0, device=torch.device("cpu"),
                     micro_batch=MICRO, paths=run.stage("train"), progress=progress, stop=stop, world=world,
                     run=run if me == 0 else None, zero=zero, probe=measured,
                 )  # fmt: skip
+            result.roles.close()
             begun = [at for _, at in source.times][WARM:]
             seconds = [b - a for a, b in zip(begun, begun[1:], strict=False)]
             saves = [event["seconds"] for event in read_events(run) if event["event"] == "saved"] if me == 0 else []
@@ -131,10 +132,10 @@ def bench_checkpoint() -> str:
             last = sorted(Path(folder).glob("run-*/*/stages/train/checkpoints/step-*"))[-1]
             files = [path.read_bytes() for path in sorted(last.iterdir())]
             taken = []
-            for _ in range(3):
+            for round_ in range(3):
                 began = time.perf_counter()
                 for number, content in enumerate(files):
-                    with Path(folder, f"plain-{number}").open("wb") as file:
+                    with Path(folder, f"plain-{round_}-{number}").open("wb") as file:
                         file.write(content)
                         file.flush()
                         os.fsync(file.fileno())
