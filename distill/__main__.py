@@ -1,8 +1,6 @@
 """`python -m distill`."""
 
-import sys
-
-from distill.cli.main import main
+from distill.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

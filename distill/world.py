@@ -171,9 +171,5 @@ class World:
         watch = Watch(rank, timeout.total_seconds() + GRACE, lost)
         return cls(rank, size, watch, works, timeout)
 
-    def leave(self) -> None:
-        """After the last collective."""
-        distributed.destroy_process_group()
-
 
 ALONE = World()

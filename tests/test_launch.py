@@ -16,6 +16,7 @@ import pytest
 from commands import command
 from runs import make, wait_for
 
+import distill as package
 from distill import claims, specfile, stages
 from distill.guard import PeerLost, RunError, Stopped
 from distill.launch import local, ranks
@@ -443,6 +444,26 @@ def test_where_one_process_cannot_be_started_none_stays(tmp_path):
 # --- the command ---
 
 
+@pytest.mark.process
+def test_a_rank_ends_with_all_that_it_said_and_its_code(tmp_path):
+    """It takes no interpreter down: what is registered for that is not called."""
+    (tmp_path / "sitecustomize.py").write_text("import atexit\natexit.register(print, 'taken down')\n")
+    for ranks_, ending in (({"WORLD_SIZE": "2"}, ""), ({}, "taken down\n")):
+        for arguments, code, said in ((["--version"], 0, "distill 0"), (["nope"], 2, "No such command")):
+            done = subprocess.run(
+                [sys.executable, "-m", "distill", *arguments], capture_output=True, text=True, check=False,
+                env={**os.environ, **ranks_, "PYTHONPATH": f"{tmp_path}:{Path(package.__file__).parent.parent}"},
+            )  # fmt: skip
+            assert done.returncode == code and said in done.stdout + done.stderr
+            assert done.stdout.endswith(ending) and ("taken down" in done.stdout) == bool(ending)
+    crash = "import sys; from distill.cli import main; main.main = lambda: 1 / 0; main.run()"
+    done = subprocess.run(
+        [sys.executable, "-c", crash], capture_output=True, text=True, check=False,
+        env={**os.environ, "WORLD_SIZE": "2", "PYTHONPATH": f"{tmp_path}:{Path(package.__file__).parent.parent}"},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "") and done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
 def test_procs_is_short_for_launch_procs(capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no-config"))
@@ -477,7 +498,6 @@ def test_one_rank_claims_the_run_and_speaks_for_all(capfd, tmp_path, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(stages, "run", fake)
     monkeypatch.setattr(World, "join", lambda device, minutes, local_rank, lost: World(rank, 2))
-    monkeypatch.setattr(World, "leave", lambda self: None)
     stage = ["stage", str(run.root), "teach"]
     hint = "" if rank else f": distill run {run.root} --resume"
     for code, said in ((0, ""), (75, f"stopped by SIGTERM; on we go{hint}\n"), (76, "rank 1, step 3: lost\n")):

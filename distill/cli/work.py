@@ -210,7 +210,6 @@ def _compute(
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # it would end us before we have said where
         world = World.join(device, spec.launch.collective_minutes, int(os.environ["LOCAL_RANK"]), lost)
         stages.run(paths, spec, names, stop, world, measure=measure)
-        world.leave()
 
 
 def _brief(error: BaseException) -> str:
