@@ -54,6 +54,19 @@ class StepDraw:
         self._checked(name, like)
         return self._slice(torch.rand(self.rows.total, generator=self._generator(name))).to(like.device)
 
+    def integer(self, name: str, below: int) -> int:
+        """One number in 0 ... below - 1, the same for all ranks and micro-batches of the turn."""
+        return int(torch.randint(below, (), generator=self._generator(name)))
+
+    def every(self, fraction: float, like: Tensor) -> Tensor:
+        """[B] bool on the device of `like`: `fraction` of the rows of the global batch, rounded down, spread evenly.
+
+        Which rows is no matter of chance: what they hold is.
+        """
+        rows = torch.arange(self.rows.total + 1, dtype=torch.float64)
+        counts = (rows * fraction + 1e-9).floor()  # 0.29 x 100 is below 29
+        return self._slice(counts[1:] > counts[:-1]).to(self._checked("every", like).device)
+
     def _checked(self, name: str, like: Tensor) -> Tensor:
         if like.shape[0] != self.rows.stop - self.rows.start:
             raise ValueError(f"draw '{name}': {like.shape[0]} rows given, this micro-batch has {self.rows}")

@@ -39,7 +39,7 @@ class FlowMap(Protocol):
 
 @runtime_checkable
 class Teacher(Protocol):
-    """A frozen velocity field and what must be known to use it."""
+    """A frozen velocity field and what must be known to use it. A recipe is given one on the linear path."""
 
     @property
     def field(self) -> VelocityField: ...
@@ -83,6 +83,8 @@ class Draw(Protocol):
 
     def normal(self, name: str, like: Tensor) -> Tensor: ...  # like's shape, dtype and device
     def uniform(self, name: str, like: Tensor) -> Tensor: ...  # [B] in [0, 1), float32
+    def integer(self, name: str, below: int) -> int: ...  # one in 0 ... below - 1, for all ranks and micro-batches
+    def every(self, fraction: float, like: Tensor) -> Tensor: ...  # [B] bool: this part of the global batch, evenly
 
 
 @runtime_checkable
@@ -157,6 +159,8 @@ class Init(Protocol):
     @property
     def num_classes(self) -> int | None: ...  # of the networks it makes; None: unconditional
     def velocity_field(self) -> nn.Module: ...  # a module that is a VelocityField on the linear path
+    def flow_map(self) -> nn.Module: ...  # a module that is a FlowMap on the linear path; at first v, whatever s
+    def critic(self) -> nn.Module: ...  # (x_t, t, cond) -> velocity and logit [B]: `velocity_field` with a second head
     def null(self, cond: Cond) -> Cond: ...  # the condition of the unconditional call
 
 

@@ -7,7 +7,9 @@ from distill.guard import InputError
 from distill.interpolants import Interpolant
 from distill.protocols import Cond
 from distill.spec import NetworkSpec
-from distill.students.networks import build
+from distill.students.critic import Critic
+from distill.students.flow_map import FlowMapStudent
+from distill.students.networks import FLOW_MAPS, build, two_times
 from distill.students.velocity import TIME_SCALE, VelocityStudent
 from distill.students.velocity_unet import VelocityUNet2DModel
 from distill.teachers.loaded import LoadedTeacher
@@ -40,10 +42,25 @@ class StudentInit:
 
     def velocity_field(self) -> nn.Module:
         """A trainable VelocityStudent on the linear path; every call gives the same weights."""
+        return VelocityStudent(self._network())
+
+    def flow_map(self) -> nn.Module:
+        """A trainable FlowMapStudent on the linear path: whatever s, it is the velocity of `velocity_field`, until it is
+        trained; or a copy of the source, where that is a flow map.
+        """
+        network = self._network()
+        return FlowMapStudent(network if isinstance(network, FLOW_MAPS) else two_times(network, self.seed))
+
+    def critic(self) -> nn.Module:
+        """A trainable Critic: `velocity_field`, and a logit per sample from its innermost features."""
+        return Critic(self.velocity_field(), self.seed)
+
+    def _network(self) -> nn.Module:
+        """On the linear path."""
         if self.network is not None:
-            return VelocityStudent(build(self.network, self.shape, self.num_classes, self.seed))
+            return build(self.network, self.shape, self.num_classes, self.seed)
         assert self.source is not None
-        return VelocityStudent(_on_linear_path(self.source).train())
+        return _on_linear_path(self.source).train()
 
     def null(self, cond: Cond) -> Cond:
         """The condition of the unconditional call; an unconditional network's is its only one."""

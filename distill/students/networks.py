@@ -1,12 +1,20 @@
 """Fresh networks from a spec; the same spec and seed give bit-equal weights, whatever ran before."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from diffusers import ModelMixin, UNet2DModel
 
 from distill.draws import key
 from distill.guard import InputError
 from distill.spec import MlpSpec, NetworkSpec, UNetSpec
+from distill.students.flow_map_mlp import FlowMapMLP
+from distill.students.flow_map_unet import FlowMapUNet2DModel
 from distill.students.velocity_mlp import VelocityMLP
+from distill.students.velocity_unet import VelocityUNet2DModel
+
+FLOW_MAPS = (FlowMapMLP, FlowMapUNet2DModel)
 
 
 def build(spec: NetworkSpec, shape: tuple[int, ...], num_classes: int | None, seed: int) -> ModelMixin:
@@ -16,11 +24,37 @@ def build(spec: NetworkSpec, shape: tuple[int, ...], num_classes: int | None, se
     (spec, seed) alone; the global generator is neither used nor moved.
     """
     embeddings = None if num_classes is None else num_classes + 1
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(key(seed, "network"))  # the CPU's alone: torch.manual_seed moves CUDA's too
+    with drawn(seed, "network"):
         if isinstance(spec, MlpSpec):
             return _mlp(spec, shape, embeddings)
         return _unet(spec, shape, embeddings)
+
+
+def two_times(network: ModelMixin, seed: int) -> ModelMixin:
+    """A flow map u(x_t, t, s) with the weights of a velocity network of the linear path, which it equals for all s.
+
+    Only what takes in t - s is drawn, keyed by `seed`.
+    """
+    with drawn(seed, "second time"):
+        if isinstance(network, VelocityMLP):
+            grown: ModelMixin = FlowMapMLP.from_config(network.config)
+        elif isinstance(network, VelocityUNet2DModel):
+            grown = FlowMapUNet2DModel.from_config(network.config)
+        else:
+            grown = FlowMapUNet2DModel.from_config(network.config, path="linear", prediction="velocity")
+    weights = {name.replace("class_embedding.weight", grown.class_weight): t for name, t in network.state_dict().items()}
+    added = {name: t for name, t in grown.state_dict().items() if name not in weights}
+    assert all("gap." in name for name in added), sorted(added)
+    grown.load_state_dict({**weights, **added})
+    return grown.to(next(network.parameters()).device).train(network.training)
+
+
+@contextmanager
+def drawn(seed: int, name: str) -> Iterator[None]:
+    """While entered, the CPU's generator is keyed by (seed, name); afterwards it is what it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(key(seed, name))  # the CPU's alone: torch.manual_seed moves CUDA's too
+        yield
 
 
 def _mlp(spec: MlpSpec, shape: tuple[int, ...], embeddings: int | None) -> VelocityMLP:

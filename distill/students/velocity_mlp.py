@@ -39,10 +39,12 @@ class VelocityMLP(ModelMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
         """sample [B, dim], timestep = 1000 t (a number or [B]), class_labels [B] int64 -> velocity [B, dim]."""
-        t = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(sample.shape[0]) / 1000
-        k = torch.arange(1, self.config.frequencies + 1, dtype=torch.float32, device=sample.device)
-        angle = t[:, None] * k * (math.pi / 2)  # [B, frequencies]
-        inputs = [sample, angle.cos().to(sample.dtype), angle.sin().to(sample.dtype)]
+        velocity = self.layers(self.inputs(sample, timestep, class_labels))
+        return UNet2DOutput(sample=velocity) if return_dict else (velocity,)
+
+    def inputs(self, sample: Tensor, timestep: Tensor | float | int, class_labels: Tensor | None) -> Tensor:
+        """What the first layer sees, [B, dim + 2 frequencies + width of a class]."""
+        inputs = [sample, self.times(sample, timestep)]
         if self.class_embedding is None:
             if class_labels is not None:
                 raise ValueError("class_labels were given to an unconditional network")
@@ -50,5 +52,11 @@ class VelocityMLP(ModelMixin, ConfigMixin):
             raise ValueError("a class-conditional network needs class_labels")
         else:
             inputs.append(self.class_embedding(class_labels).to(sample.dtype))
-        velocity = self.layers(torch.cat(inputs, dim=1))
-        return UNet2DOutput(sample=velocity) if return_dict else (velocity,)
+        return torch.cat(inputs, dim=1)
+
+    def times(self, sample: Tensor, timestep: Tensor | float | int) -> Tensor:
+        """[B, 2 frequencies] in the dtype of sample."""
+        t = torch.as_tensor(timestep, dtype=torch.float32, device=sample.device).expand(sample.shape[0]) / 1000
+        k = torch.arange(1, self.config.frequencies + 1, dtype=torch.float32, device=sample.device)
+        angle = t[:, None] * k * (math.pi / 2)  # [B, frequencies]
+        return torch.cat([angle.cos(), angle.sin()], dim=1).to(sample.dtype)

@@ -16,6 +16,7 @@ class VelocityUNet2DModel(UNet2DModel):
     path "vp": alphas_cumprod [N] and prediction (epsilon, sample or v_prediction) are the network's own. With
     sigma = t / (1 - t) it is called at n(sigma), linear in log sigma between the table's entries and held at its ends,
     on c x with c = 1 / sqrt((1 - t)^2 + t^2), as it was trained.
+    path "linear": a plain UNet2DModel of the linear path, prediction "velocity".
     path "edm": sigma_data, sigma_min, sigma_max and prediction (epsilon: F as in Karras et al. 2022; v_prediction: its
     negative) are the network's own.
     The state dict is that of the UNet2DModel; the other arguments are UNet2DModel's.
@@ -59,7 +60,11 @@ class VelocityUNet2DModel(UNet2DModel):
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
     ) -> None:
-        valid = {"vp": ("epsilon", "sample", "v_prediction"), "edm": ("epsilon", "v_prediction")}
+        valid = {
+            "vp": ("epsilon", "sample", "v_prediction"),
+            "edm": ("epsilon", "v_prediction"),
+            "linear": ("velocity",),
+        }
         if prediction not in valid.get(path, ()) or (path == "vp") != (alphas_cumprod is not None):
             raise ValueError(f"path={path}, prediction={prediction}: valid {valid}; vp alone has alphas_cumprod")
         super().__init__(
@@ -109,7 +114,13 @@ class VelocityUNet2DModel(UNet2DModel):
     ) -> UNet2DOutput | tuple[Tensor]:
         """sample [B, C, H, W] on the linear path, timestep = 1000 t (a number or [B]) -> velocity [B, C, H, W]."""
         t = torch.as_tensor(timestep, dtype=torch.float64, device=sample.device).expand(sample.shape[0]) / 1000
-        velocity = (self._vp if self.config.path == "vp" else self._edm)(sample, t, class_labels)
+        match self.config.path:
+            case "vp":
+                velocity = self._vp(sample, t, class_labels)
+            case "edm":
+                velocity = self._edm(sample, t, class_labels)
+            case _:
+                velocity = super().forward(sample, 1000 * t.float(), class_labels).sample
         return UNet2DOutput(sample=velocity) if return_dict else (velocity,)
 
     def _native(self, x: Tensor, scale: Tensor, time: Tensor, class_labels: Tensor | None) -> Tensor:

@@ -1,0 +1,26 @@
+"""A network as a student that knows two times: the flow map of the linear path."""
+
+from torch import Tensor, nn
+
+from distill.interpolants import like, linear
+from distill.protocols import Cond
+from distill.students.velocity import TIME_SCALE
+
+
+class FlowMapStudent(nn.Module):
+    """u(x_t, t, s, cond), the average velocity from t to s <= t, from network(x_t, 1000 t, 1000 s, class_labels).
+
+    x_s = x_t + (s - t) u. At s = t, u is the velocity. The result has the dtype of x_t.
+    """
+
+    interpolant = linear()
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+        """x_t [B, ...], t and s [B] in [0, 1] -> average velocity [B, ...]."""
+        like(t, x_t), like(s, x_t)  # refuses any other shape
+        labels = cond.get("class_labels")
+        return self.network(x_t, TIME_SCALE * t, TIME_SCALE * s, class_labels=labels).sample.to(x_t.dtype)

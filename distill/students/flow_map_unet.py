@@ -1,0 +1,71 @@
+"""A U-Net that knows two times: a flow map of the linear path.
+
+This file is shipped inside student folders: it imports torch and diffusers only.
+"""
+
+import functools
+import math
+
+import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from torch import Tensor, nn
+
+from .velocity_unet import VelocityUNet2DModel
+
+
+class Conditions(nn.Module):
+    """Embedding of (class_labels, t - s), to be added to that of t; that of t - s is zero until it is trained.
+
+    t - s enters as cos and sin of k pi/2 (t - s), k = 1 ... frequencies: smooth, for derivatives with respect to it.
+    """
+
+    frequencies = 16
+
+    def __init__(self, classes: nn.Module | None, dim: int) -> None:
+        super().__init__()
+        self.classes = classes
+        self.gap = nn.Sequential(nn.Linear(2 * self.frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+        nn.init.zeros_(self.gap[2].weight)
+        nn.init.zeros_(self.gap[2].bias)
+
+    def forward(self, given: tuple[Tensor | None, Tensor]) -> Tensor:
+        """(class_labels [B] or None, t - s [B]) -> [B, dim]."""
+        class_labels, gap = given
+        k = torch.arange(1, self.frequencies + 1, dtype=torch.float32, device=gap.device)
+        angle = gap.float()[:, None] * k * (math.pi / 2)  # [B, frequencies]
+        embedded = self.gap(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.gap[0].weight.dtype))
+        if self.classes is None:
+            if class_labels is not None:
+                raise ValueError("class_labels were given to an unconditional network")
+            return embedded
+        if class_labels is None:
+            raise ValueError("a class-conditional network needs class_labels")
+        return embedded + self.classes(class_labels)
+
+
+class FlowMapUNet2DModel(VelocityUNet2DModel):
+    """u(x_t, t, s, class) of x_t = (1 - t) data + t noise, the average velocity from t to s.
+
+    A VelocityUNet2DModel, or with path "linear" a UNet2DModel of the linear path, whose time embedding is joined by one
+    of t - s. Without it, it is the velocity.
+    """
+
+    class_weight = "class_embedding.classes.weight"  # where class_embedding.weight of the velocity network lies
+
+    @functools.wraps(VelocityUNet2DModel.__init__)  # diffusers reads the arguments off the signature
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.class_embedding = Conditions(self.class_embedding, self.time_embedding.linear_2.out_features)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor | float | int,
+        target_timestep: Tensor | float | int,
+        class_labels: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple[Tensor]:
+        """sample [B, C, H, W], timestep = 1000 t, target_timestep = 1000 s (numbers or [B]) -> velocity [B, C, H, W]."""
+        gap = torch.as_tensor(timestep, dtype=torch.float64) - torch.as_tensor(target_timestep, dtype=torch.float64)
+        gap = gap.to(sample.device).expand(sample.shape[0]) / 1000
+        return super().forward(sample, timestep, (class_labels, gap), return_dict)
