@@ -8,13 +8,14 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from distill.fields import Rescheduled, inside, start
 from distill.guard import InputError, suggest
-from distill.interpolants import linear
+from distill.interpolants import like, linear
 from distill.protocols import Cond, VelocityField
 from distill.times import uniform_grid
 
@@ -86,6 +87,15 @@ def sample(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, step
     t_grid = uniform_grid(steps, t_max, t_min)
     with torch.no_grad():
         return SOLVERS[solver].function(field, start(field, noise), t_grid, cond)
+
+
+def step(
+    field: VelocityField, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond, solver: Literal["euler", "heun"]
+) -> Tensor:
+    """x_s [B, ...] by one step of each sample from its own t to its own s <= t, both [B]."""
+    gap, v = like(s - t, x_t), field(x_t, t, cond)
+    x_s = x_t + gap * v
+    return x_s if solver == "euler" else x_t + gap * (v + field(x_s, s, cond)) / 2
 
 
 def straightness(field: VelocityField, noise: Tensor, cond: Cond, steps: int) -> float:

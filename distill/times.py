@@ -79,6 +79,16 @@ def exp10(u: Tensor) -> Tensor:
     return _as_time(torch.log10(1 + 9 * _checked(u)), u)
 
 
+def nearer(t: Tensor, closeness: float, k: float = 8.0, b: float = 1.0) -> Tensor:
+    """s < t [B]: with the ratio of noise to data r = t / (1 - t), r_s = r (1 - closeness (1 + k sigmoid(-b r))), or 0.
+
+    The mapping of Easy Consistency Tuning (Geng et al. 2024, arXiv 2406.14548), closeness = q^-(stage + 1).
+    """
+    ratio = t / (1 - t)
+    ratio = (ratio * (1 - closeness * (1 + k * torch.sigmoid(-b * ratio)))).clamp(min=0)
+    return ratio / (1 + ratio)
+
+
 def law(name: str, mean: float | None = None, std: float | None = None) -> Callable[[Tensor], Tensor]:
     """The law of that name; mean (null: 0) and std (null: 1) are those of logit_normal."""
     laws: dict[str, Callable[[Tensor], Tensor]] = {"uniform": uniform, "u_shaped": u_shaped, "exp10": exp10}

@@ -4,7 +4,6 @@ This file is shipped inside student folders: it imports torch and diffusers only
 """
 
 import functools
-import math
 
 import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput

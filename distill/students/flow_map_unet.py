@@ -65,7 +65,7 @@ class FlowMapUNet2DModel(VelocityUNet2DModel):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
-        """sample [B, C, H, W], timestep = 1000 t, target_timestep = 1000 s (numbers or [B]) -> velocity [B, C, H, W]."""
+        """sample [B, C, H, W], timestep = 1000 t, target_timestep = 1000 s (numbers or [B]) -> u [B, C, H, W]."""
         gap = torch.as_tensor(timestep, dtype=torch.float64) - torch.as_tensor(target_timestep, dtype=torch.float64)
         gap = gap.to(sample.device).expand(sample.shape[0]) / 1000
         return super().forward(sample, timestep, (class_labels, gap), return_dict)

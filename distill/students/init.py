@@ -45,7 +45,7 @@ class StudentInit:
         return VelocityStudent(self._network())
 
     def flow_map(self) -> nn.Module:
-        """A trainable FlowMapStudent on the linear path: whatever s, it is the velocity of `velocity_field`, until it is
+        """A trainable FlowMapStudent on the linear path: the velocity of `velocity_field`, whatever s, until it is
         trained; or a copy of the source, where that is a flow map.
         """
         network = self._network()

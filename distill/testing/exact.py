@@ -1,0 +1,119 @@
+"""What closed-form checks are made of: exact networks and teachers in float64, and draws that can be held fixed.
+
+A recipe is given the exact solution as its network. Its loss, or the gradient of it, is then a known number.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from distill.draws import Rows, StepDraw, generator
+from distill.engine import StepContext
+from distill.interpolants import linear
+from distill.protocols import Batch, Cond, Copy, Frozen, Nets, Recipe, Trained, VelocityField
+from distill.teachers.analytic import GaussianField, GaussianFlowMap
+from distill.teachers.loaded import LoadedTeacher
+
+MEAN = torch.tensor([0.7, -1.1, 0.4], dtype=torch.float64)
+STD = torch.tensor([0.5, 1.3, 0.2], dtype=torch.float64)  # unequal: at 1 everywhere, mistakes cancel
+FIELD, FLOW_MAP = GaussianField(MEAN, STD), GaussianFlowMap(MEAN, STD)
+
+
+def teacher(velocity: VelocityField, shape: tuple[int, ...] = (3,)) -> LoadedTeacher:
+    """An unconditional teacher around any field."""
+    return LoadedTeacher(velocity, shape, None, None, digest="0" * 64, description="an exact teacher")
+
+
+class Network(nn.Module):
+    """A network of the linear path from a function: of (x_t, t, cond) or (x_t, t, s, cond)."""
+
+    interpolant = linear()
+    t_range = (0.0, 1.0)
+
+    def __init__(self, function: Callable[..., Tensor | tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *given: Tensor | Cond) -> Tensor | tuple[Tensor, Tensor]:
+        return self.function(*given)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Hands out given networks. Fits `protocols.Init`."""
+
+    student: nn.Module
+    judge: nn.Module = field(default_factory=lambda: Network(lambda x_t, t, cond: (x_t, t)))
+    num_classes: int | None = None
+
+    def velocity_field(self) -> nn.Module:
+        return self.student
+
+    def flow_map(self) -> nn.Module:
+        return self.student
+
+    def critic(self) -> nn.Module:
+        return self.judge
+
+    def null(self, cond: Cond) -> Cond:
+        return {name: torch.full_like(value, self.num_classes or 0) for name, value in cond.items()}
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The draws of a step, but for those that are given by name. Fits `protocols.Draw`."""
+
+    draw: StepDraw
+    normals: Mapping[str, Tensor]
+    uniforms: Mapping[str, float]
+
+    def normal(self, name: str, like: Tensor) -> Tensor:
+        return self.normals[name] if name in self.normals else self.draw.normal(name, like)
+
+    def uniform(self, name: str, like: Tensor) -> Tensor:
+        drawn = self.draw.uniform(name, like)
+        return torch.full_like(drawn, self.uniforms[name]) if name in self.uniforms else drawn
+
+    def integer(self, name: str, below: int) -> int:
+        return self.draw.integer(name, below)
+
+    def every(self, fraction: float, like: Tensor) -> Tensor:
+        return self.draw.every(fraction, like)
+
+
+def context(
+    count: int,
+    *,
+    step: int = 0,
+    images: int = 0,
+    normals: Mapping[str, Tensor] | None = None,
+    uniforms: Mapping[str, float] | None = None,
+) -> StepContext:
+    """The context of a step with a batch of `count`, all in one micro-batch."""
+    draw = Draws(StepDraw(0, step, 0, Rows(0, count, count)), normals or {}, uniforms or {})
+    return StepContext(step, images, draw, {})
+
+
+def batch(count: int, *, seed: int = 0) -> Batch:
+    """Data of `FIELD`, [count, 3]."""
+    latent = torch.randn(count, 3, generator=generator("exact", seed), dtype=torch.float64)
+    return Batch(MEAN + STD * latent, None, {})
+
+
+def posterior(x_t: Tensor, t: float, count: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """(data, noise), each [count, 3], as they may have been where x_t [3] is what became of them at t."""
+    q_squared = (1 - t) ** 2 * STD.square() + t**2
+    mean = MEAN + (1 - t) * STD.square() / q_squared * (x_t - (1 - t) * MEAN)  # E[data | x_t]
+    std = STD * t / q_squared.sqrt()
+    latent = torch.randn(count, 3, generator=generator("posterior", seed), dtype=torch.float64)
+    data = mean + std * latent
+    return data, (x_t - (1 - t) * data) / t
+
+
+def nets(recipe: Recipe, init: Given) -> Nets:
+    """The networks of a recipe's roles; a copy is what it copies."""
+    roles = recipe.networks(init)
+    own = {name: role.module for name, role in roles.items() if isinstance(role, Trained | Frozen)}
+    return own | {name: own[role.of] for name, role in roles.items() if isinstance(role, Copy)}

@@ -1,0 +1,128 @@
+"""Consistency models (Song et al. 2023, arXiv 2303.01469): every point of a path is mapped to the path's clean end.
+
+f(x_t, t) = x_t - t u(x_t, t, 0) is regressed on itself at an earlier point: D( f(x_t, t), f-(x_s, s) ) / (t - s). The
+boundary f(x, 0) = x is built in. `point` says where x_s comes from: a Heun or Euler step of the teacher (distillation,
+alg. 2), or the same data and noise (training, alg. 3). `times` says which t and s: neighbours on a grid, or those of
+Easy Consistency Tuning (Geng et al. 2024, arXiv 2406.14548), ln(t / (1 - t)) ~ N(mu, sigma^2) and s nearer and nearer.
+
+Deviations: on the linear path, from t = 1 exactly. The grid is uniform in t, where theirs is EDM's. The weight is that
+of iCT (Song & Dhariwal 2023, arXiv 2310.14189) in t; in noise levels it vanishes at t = 1, where sampling starts.
+pseudo-Huber is iCT's, of the whole sample; diffusers' example applies it to each element. The student's own target sees
+other dropout masks than its prediction: give networks with dropout a target_decay, whose copy drops nothing.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor, nn
+
+from distill import distances, solvers, times
+from distill.interpolants import like
+from distill.protocols import Batch, Cond, Context, Copy, Init, Loss, Nets, Role, Teacher, Trained, Turn, VelocityField
+
+FIRST, LAST = 0.002, 80 / 81  # EDM's cleanest and noisiest times, sigma 0.002 and 80; the last is stretched to t = 1
+
+
+class Config(BaseModel):
+    """Options of consistency/consistency."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    point: Literal["heun", "euler", "data"] = "heun"
+    """the earlier point: by a step of the teacher, or of the same data and noise, which needs no teacher"""
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    """of the teacher, baked into the student; 1 = none"""
+    times: Literal["grid", "continuous"] = "grid"
+    """grid: neighbours on a grid; continuous: Easy Consistency Tuning"""
+    levels: PositiveInt | None = None
+    """steps of the grid, at first; null: 18"""
+    mu: float | None = None
+    """mean of logit(t) under continuous; null: -1.1"""
+    sigma: PositiveFloat | None = None
+    """standard deviation of logit(t) under continuous; null: 2"""
+    halving_images: PositiveInt | None = None
+    """images after which t and s are twice as near, again and again; null: never"""
+    target_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """per step, of the copy that is the target; null: the student's own weights"""
+    distance: Literal["l2", "pseudo_huber", "pseudo_huber_elementwise"] = "pseudo_huber"
+    """between the two clean ends"""
+    huber_c: PositiveFloat | None = None
+    """c of the pseudo-Huber distances; null: 0.00054 sqrt(d)"""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        unused = ["levels"] if self.times == "continuous" else ["mu", "sigma"]
+        if given := [name for name in unused if self.model_dump()[name] is not None]:
+            raise ValueError(f"{', '.join(given)}: no effect with times: {self.times}; remove")
+        if self.point == "data" and self.guidance_scale != 1:
+            raise ValueError("guidance_scale has no effect with point: data; remove it, or use heun or euler")
+        if self.distance == "l2" and self.huber_c is not None:
+            raise ValueError("huber_c has no effect with distance: l2; remove it, or use a pseudo-Huber distance")
+        return self
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"data"} if self.point == "data" else {"data", "teacher"})
+
+    @property
+    def student(self) -> str:
+        return "flow_map"
+
+
+class Recipe:
+    sampler = "renoise"
+
+    def __init__(self, config: Config, teacher: Teacher | None) -> None:
+        self.config = config
+        self.teacher = None if teacher is None or config.point == "data" else teacher.guided(config.guidance_scale)
+
+    def networks(self, init: Init) -> dict[str, Role]:
+        decay, roles = self.config.target_decay, dict[str, Role](student=Trained(init.flow_map()))
+        return roles if decay is None else roles | {"target": Copy("student", decay)}
+
+    def turns(self, step: int, images: int) -> Iterator[Turn]:
+        yield Turn("student", self.loss)
+
+    def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
+        assert batch.data is not None
+        data, noise, student = batch.data, ctx.draw.normal("noise", batch.data), nets["student"]
+        t, s = self.neighbours(ctx.draw.uniform("t", data), ctx.images)  # [B], 0 <= s < t <= 1
+        x_t, x_s = (student.interpolant.mix(data, noise, time) for time in (t, s))
+        with torch.no_grad():
+            if self.teacher is not None:
+                x_s = self.step(self.teacher, x_t, t, s, batch.cond)
+            target = end(nets.get("target", student), x_s, s, batch.cond)
+        return Loss((self.distance(end(student, x_t, t, batch.cond), target) / (t - s)).mean())
+
+    def step(self, teacher: VelocityField, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+        return solvers.step(teacher, x_t, t, s, cond, "euler" if self.config.point == "euler" else "heun")
+
+    def neighbours(self, u: Tensor, images: int) -> tuple[Tensor, Tensor]:
+        """t and s [B] from uniform draws u [B]."""
+        c, halvings = self.config, images // (self.config.halving_images or images + 1)
+        if c.times == "continuous":
+            t = times.logit_normal(u, -1.1 if c.mu is None else c.mu, c.sigma or 2.0).clamp(FIRST, LAST)
+            return t / LAST, times.nearer(t, 0.5 ** (halvings + 1)) / LAST
+        levels = (c.levels or 18) * 2**halvings
+        t = (u * levels).floor() + 1  # 1 ... levels
+        return t / levels, (t - 1) / levels
+
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """[B]"""
+        d = target[0].numel()
+        c = self.config.huber_c or 0.00054 * math.sqrt(d)
+        match self.config.distance:
+            case "l2":
+                return distances.mse(prediction, target)
+            case "pseudo_huber":
+                return distances.pseudo_huber(prediction, target, scale=c / d)
+            case "pseudo_huber_elementwise":
+                return distances.pseudo_huber_elementwise(prediction, target, c)
+
+
+def end(network: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """f(x_t, t) = x_t - t u(x_t, t, 0)."""
+    return x_t - like(t, x_t) * network(x_t, t, torch.zeros_like(t), cond)

@@ -1,0 +1,122 @@
+"""DMD2 (Yin et al. 2024, arXiv 2405.14867): match the law of the student's samples to the teacher's by two scores.
+
+The student's turn moves its samples along x0_fake - x0_teacher at x_t, the gradient of the KL divergence KL(fake_t ||
+teacher_t), each normalised by the mean of |sample - x0_teacher|, and fools a discriminator. The critic learns the
+velocity of the samples, `ratio` turns to one of the student, and on the same features tells noised samples from noised
+data. Students of several steps are trained on their own intermediate states (backward simulation), with gradients
+through the last step; sampling adds fresh noise between steps.
+
+Deviations: flow form, x0 = x_t - t v; the noisiest input is exactly noise at t = 1. The critic moves in every step and
+judges the states on which it learns the velocity: one call instead of two. t is uniform, between 0.02 and 0.98 for the
+student. `weight: kl`, ((1 - t)/t)^2 without the normaliser, gives the exact gradient of the KL divergence.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from distill import distances, times
+from distill.interpolants import like
+from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
+
+
+class Config(BaseModel):
+    """Options of score/dmd2."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    steps: PositiveInt = 1
+    """steps of the student, N"""
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    """of the teacher, baked into the student; 1 = none"""
+    ratio: PositiveInt = 5
+    """turns of the critic to one of the student"""
+    gan_weight: Annotated[float, Field(ge=0)] = 3e-3
+    """of the student's adversarial loss; 0: scores alone"""
+    critic_gan_weight: Annotated[float, Field(gt=0)] | None = None
+    """of the discriminator's loss beside the critic's score loss; null: 0.01"""
+    weight: Literal["normalised", "kl"] = "normalised"
+    """of the difference of the scores"""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if self.gan_weight == 0 and self.critic_gan_weight is not None:
+            raise ValueError("critic_gan_weight has no effect with gan_weight: 0; remove it")
+        return self
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"data", "teacher"})
+
+    @property
+    def student(self) -> str:
+        return "flow_map"
+
+
+class Recipe:
+    sampler = "renoise"
+
+    def __init__(self, config: Config, teacher: Teacher | None) -> None:
+        self.config, self.t_grid = config, times.uniform_grid(config.steps).tolist()
+        self.teacher = None if teacher is None else teacher.guided(config.guidance_scale)
+
+    def networks(self, init: Init) -> dict[str, Role]:
+        return {"student": Trained(init.flow_map()), "critic": Trained(init.critic())}
+
+    def turns(self, step: int, images: int) -> Iterator[Turn]:
+        yield Turn("critic", self.criticise)
+        if step % self.config.ratio == self.config.ratio - 1:
+            yield Turn("student", self.deceive)
+
+    def deceive(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
+        """The student's turn."""
+        assert self.teacher is not None
+        c, cond, samples = self.config, batch.cond, self.generate(nets, batch, ctx)
+        t = times.uniform(ctx.draw.uniform("t", samples), 0.02, 0.98)
+        x_t = nets["student"].interpolant.mix(samples, ctx.draw.normal("noise_t", samples), t)
+        v_fake, logit = nets["critic"](x_t, t, cond)
+        with torch.no_grad():
+            v_real = self.teacher(x_t, t, cond)
+            towards_fake = like(t, x_t) * (v_real - v_fake)  # x0_fake - x0_teacher
+            weight = ((1 - t) / t).square()
+            if c.weight == "normalised":
+                weight = 1 / (samples - x_t + like(t, x_t) * v_real).abs().flatten(1).mean(1)  # |sample - x0_teacher|
+            g = like(weight, x_t) * towards_fake
+        match = distances.mse(samples, samples.detach() - g).mean() / 2  # d match / d samples = g / (B d)
+        if c.gan_weight == 0:
+            return Loss(match)
+        deceived = softplus(-logit).mean()
+        return Loss(match + c.gan_weight * deceived, {"match": match.detach(), "deceived": deceived.detach()})
+
+    def criticise(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
+        """The critic's turn."""
+        assert batch.data is not None
+        path = nets["student"].interpolant
+        with torch.no_grad():
+            samples = self.generate(nets, batch, ctx)
+        t, noise = ctx.draw.uniform("t", samples), ctx.draw.normal("noise_t", samples)
+        v_fake, logit = nets["critic"](path.mix(samples, noise, t), t, batch.cond)
+        score = distances.mse(v_fake, path.velocity(samples, noise, t)).mean()
+        if self.config.gan_weight == 0:
+            return Loss(score)
+        t, noise = ctx.draw.uniform("t_real", samples), ctx.draw.normal("noise_t_real", samples)
+        _, logit_real = nets["critic"](path.mix(batch.data, noise, t), t, batch.cond)
+        told_apart = (softplus(logit) + softplus(-logit_real)).mean()
+        logs = {"score": score.detach(), "told_apart": told_apart.detach()}
+        return Loss(score + (self.config.critic_gan_weight or 0.01) * told_apart, logs)
+
+    def generate(self, nets: Nets, batch: Batch, ctx: Context) -> Tensor:
+        """Samples of the student at one of its steps, from its own states before; gradients through the last call."""
+        assert batch.data is not None
+        x, last = ctx.draw.normal("noise", batch.data), ctx.draw.integer("steps", self.config.steps)
+        for step, t in enumerate(self.t_grid[: last + 1]):
+            if step > 0:
+                x = (1 - t) * x + t * ctx.draw.normal(f"noise {step}", x)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and step == last):
+                at_t = torch.full((len(x),), t, device=x.device)
+                x = x - t * nets["student"](x, at_t, torch.zeros_like(at_t), batch.cond)  # x0 = x_t - t u(x_t, t, 0)
+        return x

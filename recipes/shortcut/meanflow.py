@@ -1,0 +1,105 @@
+"""MeanFlow (Geng et al. 2025, arXiv 2505.13447): regress the average velocity on the identity that defines it.
+
+u(x_t, t, s) = v - (t - s) Du, with Du its derivative along (v, 1, 0), eq. (6): one forward-mode call, stopped. On a
+fixed part of the batch s = t: flow matching. Where v is noise - data, a sample, the identity holds in the mean.
+
+Deviations: with a teacher, v is its velocity at the points of real data's paths, as in NVIDIA's FastGen. The paper's
+guidance while training on data alone (omega, kappa) is left out: guide a teacher. The error is the mean over elements,
+so that c does not depend on their number; theirs is the sum, with c = 0.01.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from torch import Tensor, nn
+
+from distill import autodiff, distances, times
+from distill.interpolants import like
+from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
+
+
+class Config(BaseModel):
+    """Options of shortcut/meanflow."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    velocity: Literal["teacher", "data"] = "teacher"
+    """of the paths: the teacher's, or noise - data, which needs no teacher"""
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    """of the teacher, baked into the student; 1 = none"""
+    diagonal: Annotated[float, Field(ge=0, lt=1)] = 0.75
+    """part of the batch with s = t"""
+    mu: float = -0.4
+    """mean of the logit of both times"""
+    sigma: PositiveFloat = 1.0
+    """standard deviation of the logit of both times"""
+    power: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """p of the weight 1 / (error + c)^p of a sample; 0: plain squares"""
+    c: PositiveFloat | None = None
+    """c of that weight; null: 0.001"""
+    derivative: autodiff.Derivative = "forward"
+    """forward: exact; central: by differences, for networks without forward derivatives"""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if self.velocity == "data" and self.guidance_scale != 1:
+            raise ValueError("guidance_scale has no effect with velocity: data; remove it, or use velocity: teacher")
+        if self.power == 0 and self.c is not None:
+            raise ValueError("c has no effect with power: 0; remove it")
+        return self
+
+    @property
+    def needs(self) -> frozenset[str]:
+        needs = {"data"} | ({"teacher"} if self.velocity == "teacher" else set())
+        return frozenset(needs | ({"jvp"} if self.derivative == "forward" else set()))
+
+    @property
+    def student(self) -> str:
+        return "flow_map"
+
+
+class Recipe:
+    sampler = "jump"
+
+    def __init__(self, config: Config, teacher: Teacher | None) -> None:
+        self.config = config
+        self.teacher = None
+        if config.velocity == "teacher" and teacher is not None:
+            self.teacher = teacher.guided(config.guidance_scale)
+        self.law = times.law("logit_normal", config.mu, config.sigma)
+
+    def networks(self, init: Init) -> dict[str, Role]:
+        return {"student": Trained(init.flow_map())}
+
+    def turns(self, step: int, images: int) -> Iterator[Turn]:
+        yield Turn("student", self.loss)
+
+    def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
+        assert batch.data is not None
+        c, data, student = self.config, batch.data, nets["student"]
+        noise, path = ctx.draw.normal("noise", data), student.interpolant
+        one, other = (self.law(ctx.draw.uniform(name, data)) for name in ("t", "s"))
+        t, on_diagonal = torch.maximum(one, other), ctx.draw.every(c.diagonal, data)
+        s = torch.where(on_diagonal, t, torch.minimum(one, other))  # [B], s <= t
+        x_t, v = path.mix(data, noise, t), path.velocity(data, noise, t)
+        if self.teacher is not None:
+            with torch.no_grad():
+                v = self.teacher(x_t, t, batch.cond)
+        target = self.target(student, x_t, t, s, v, batch, ~on_diagonal)
+        error = distances.mse(student(x_t, t, s, batch.cond), target)  # [B]
+        weight = (error.detach() + (c.c or 1e-3)) ** -c.power
+        return Loss((weight * error).mean(), {"error": error.detach().mean()})
+
+    def target(
+        self, student: nn.Module, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, batch: Batch, rows: Tensor
+    ) -> Tensor:
+        """v - (t - s) Du, eq. (10); Du is asked for where it counts, in `rows` [B] bool."""
+        cond = {name: value[rows] for name, value in batch.cond.items()}
+        x, at, to, along = x_t[rows], t[rows], s[rows], v[rows]
+        zero, one = torch.zeros_like(at), torch.ones_like(at)
+        _, slope = autodiff.jvp(
+            lambda *point: student(*point, cond), (x, at, to), (along, one, zero), method=self.config.derivative
+        )
+        return v.index_put((rows,), along - like(at - to, x) * slope)

@@ -1,0 +1,146 @@
+"""consistency at its exact solution (sheet consistency 1.8): zero at the flow map, the order of a teacher's step."""
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from distill.interpolants import like
+from distill.protocols import Batch
+from distill.teachers.analytic import GaussianFlowMap, class_gaussian_teacher
+from distill.testing import exact
+from recipes.consistency import consistency
+from recipes.consistency.consistency import Config, Recipe, end
+
+CONTINUOUS = {"times": "continuous", "halving_images": 1000}
+DISTANCES = ["l2", "pseudo_huber", "pseudo_huber_elementwise"]
+
+
+def jump(x_t, t, s, cond):
+    return x_t + like(s - t, x_t).double() * exact.FLOW_MAP(x_t, t, s, cond)
+
+
+def recipe(**options):
+    return Recipe(Config(**options), exact.teacher(exact.FIELD))
+
+
+def loss(made, network, count=64, batch=None, **context):
+    nets = exact.nets(made, exact.Given(exact.Network(network)))
+    (turn,) = made.turns(0, 0)
+    return turn.loss(nets, batch or exact.batch(count), exact.context(count, **context)).total
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("options", [{}, {"target_decay": 0.9}, CONTINUOUS])
+def test_the_exact_flow_map_has_no_loss_under_an_exact_step(monkeypatch, options, distance):  # T1
+    made = recipe(distance=distance, **options)
+    monkeypatch.setattr(made, "step", lambda teacher, x_t, t, s, cond: jump(x_t, t, s, cond))
+    assert loss(made, exact.FLOW_MAP, images=2500) < 1e-12
+    assert loss(made, lambda x_t, t, s, cond: exact.FIELD(x_t, t, cond), images=2500) > 1e-4
+
+
+@pytest.mark.parametrize(("point", "order"), [("euler", 2), ("heun", 3)])
+def test_the_teachers_step_is_wrong_by_its_order(point, order):  # T1b
+    def gap(levels):
+        """Mean difference of the two ends; the loss is divided by t - s."""
+        return loss(recipe(point=point, levels=levels, huber_c=1e-12), exact.FLOW_MAP, 4096) / levels
+
+    errors = [gap(levels).item() for levels in (32, 64, 128)]
+    for coarse, fine in zip(errors, errors[1:], strict=False):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.25)
+
+
+@pytest.mark.parametrize("t", [0.25, 0.5, 1.0])
+def test_without_a_teacher_the_target_is_in_the_mean_that_of_an_euler_step(monkeypatch, t):  # T2
+    """f is affine, so the mean of f(x_s) over the data that x_t may come from is f at the mean of x_s."""
+    count, x_t = 200_000, torch.tensor([0.3, -0.8, 0.9], dtype=torch.float64)
+    data, noise = exact.posterior(x_t, t, count)
+    made, seen = recipe(point="data", levels=4), {}
+
+    def record(prediction, target):
+        seen["prediction"], seen["target"] = prediction, target
+        return (prediction - target).square().mean(1)
+
+    monkeypatch.setattr(made, "distance", record)
+    batch, fixed = Batch(data, None, {}), {"normals": {"noise": noise}, "uniforms": {"t": t - 0.125}}
+    loss(made, exact.FLOW_MAP, count, batch, **fixed)
+    at, to = torch.tensor([t], dtype=torch.float64), torch.tensor([t - 0.25], dtype=torch.float64)
+    x_s = x_t + (to - at) * exact.FIELD(x_t[None], at, {})
+    expected = end(exact.Network(exact.FLOW_MAP), x_s, to, {})[0]
+    spread = seen["target"].std(0) / math.sqrt(count)
+    assert ((seen["target"].mean(0) - expected).abs() < 5 * spread + 1e-12).all()
+    assert torch.allclose(seen["prediction"], jump(x_t[None], at, 0 * at, {}).expand(count, 3))
+
+
+def test_the_end_of_a_clean_sample_is_itself():  # T1c
+    x = exact.batch(5).data
+    anything = exact.Network(lambda x_t, t, s, cond: x_t.square() + 17)
+    assert torch.equal(end(anything, x, torch.zeros(5), {}), x)
+
+
+def test_pseudo_huber_lies_between_the_norm_and_the_square():
+    prediction, target = exact.batch(6).data, exact.batch(6, seed=1).data
+    norm = (prediction - target).norm(dim=1)
+    small, large = (recipe(huber_c=c).distance(prediction, target) for c in (1e-9, 1e5))
+    assert torch.allclose(3 * small, norm, rtol=1e-7)
+    assert torch.allclose(3 * large, norm.square() / 2e5, rtol=1e-7)
+    every = recipe(distance="pseudo_huber_elementwise", huber_c=1e-9).distance(prediction, target)
+    assert torch.allclose(every, (prediction - target).abs().mean(1), rtol=1e-7)
+    assert torch.equal(
+        recipe().distance(prediction, target), recipe(huber_c=0.00054 * math.sqrt(3)).distance(prediction, target)
+    )
+
+
+def test_a_guided_teacher_gives_the_flow_map_of_the_guided_law():  # oracle C
+    means = torch.stack([exact.MEAN, -exact.MEAN])
+    null, scale, labels = 0.5 * exact.MEAN, 2.5, torch.arange(64) % 2
+    guided = torch.cat([null + scale * (means - null), null[None]])
+    made = Recipe(Config(guidance_scale=scale, levels=512), class_gaussian_teacher(means, null, exact.STD))
+    batch = Batch(exact.batch(64).data, None, {"class_labels": labels})
+    right, wrong = (
+        GaussianFlowMap(rows, exact.STD, conditional=True) for rows in (guided, torch.cat([means, null[None]]))
+    )
+    assert loss(made, right, batch=batch) < 1e-4 < 1e-1 < loss(made, wrong, batch=batch)
+
+
+def test_times_close_in_on_each_other():
+    u = torch.linspace(0, 1, 1000)
+    assert recipe(levels=4).neighbours(u[:-1], 0)[0].unique().tolist() == [0.25, 0.5, 0.75, 1.0]
+    for options in ({"levels": 4, "halving_images": 100}, {"times": "continuous", "halving_images": 100}):
+        before = None
+        for images in (0, 99, 100, 250):
+            t, s = recipe(**options).neighbours(u[:-1], images)
+            assert ((s >= 0) & (s < t) & (t <= 1)).all()
+            gap = (t - s).mean().item()
+            if before is not None:
+                assert gap == pytest.approx(before, rel=1e-6) if images == 99 else gap < 0.75 * before
+            before = gap
+    t, s = recipe(times="continuous").neighbours(u[:-1], 10**9)  # never halved
+    ratio, nearer = t * 80 / 81 / (1 - t * 80 / 81), s * 80 / 81 / (1 - s * 80 / 81)
+    expected = (ratio * (1 - 0.5 * (1 + 8 * torch.sigmoid(-ratio)))).clamp(min=0)
+    assert torch.allclose(nearer, expected, rtol=1e-3, atol=1e-6)
+    assert t.max() == 1  # what is as noisy as EDM's sigma 80 counts as noise
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"times": "continuous", "levels": 4}, "levels: no effect with times: continuous; remove"),
+        ({"mu": -1.0, "sigma": 1.0}, "mu, sigma: no effect with times: grid; remove"),
+        ({"point": "data", "guidance_scale": 2.0}, "guidance_scale has no effect with point: data; remove it"),
+        ({"distance": "l2", "huber_c": 0.1}, "huber_c has no effect with distance: l2; remove it"),
+        ({"target_decay": 1.0}, "less than 1"),
+    ],
+)
+def test_options_without_effect_are_refused(options, message):
+    with pytest.raises(ValidationError) as caught:
+        Config(**options)
+    assert message in str(caught.value)
+
+
+def test_it_needs_a_teacher_only_to_step():
+    assert Config().needs == Config(point="euler").needs == {"data", "teacher"} and Config(point="data").needs == {
+        "data"
+    }
+    assert consistency.Recipe.sampler == "renoise" and Config().student == "flow_map"
