@@ -4,7 +4,6 @@ This file is shipped inside student folders: it imports torch and diffusers only
 """
 
 import functools
-import math
 
 import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
@@ -20,14 +19,15 @@ class FlowMapMLP(VelocityMLP):
 
     class_weight = "class_embedding.weight"  # where that of the velocity network lies
 
-    @functools.wraps(VelocityMLP.__init__)  # diffusers reads the arguments off the signature
+    # diffusers reads the arguments off the signature
+    @functools.wraps(VelocityMLP.__init__)  # type: ignore[misc]
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.gap = nn.Linear(2 * self.config.frequencies, self.config.width)
         nn.init.zeros_(self.gap.weight)
         nn.init.zeros_(self.gap.bias)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         sample: Tensor,
         timestep: Tensor | float | int,
