@@ -42,7 +42,9 @@ def two_times(network: ModelMixin, seed: int) -> ModelMixin:
             grown = FlowMapUNet2DModel.from_config(network.config)
         else:
             grown = FlowMapUNet2DModel.from_config(network.config, path="linear", prediction="velocity")
-    weights = {name.replace("class_embedding.weight", grown.class_weight): t for name, t in network.state_dict().items()}
+    weights = {
+        name.replace("class_embedding.weight", grown.class_weight): t for name, t in network.state_dict().items()
+    }
     added = {name: t for name, t in grown.state_dict().items() if name not in weights}
     assert all("gap." in name for name in added), sorted(added)
     grown.load_state_dict({**weights, **added})

@@ -85,15 +85,15 @@ class DistilledPipeline(DiffusionPipeline):
         for step, timestep in enumerate(self.scheduler.timesteps):
             t, s = times[step], times[step + 1]
             known = {"euler": [t], "jump": [t, s], "renoise": [t, torch.zeros_like(s)]}[sampler]
-            known = [
-                (time.to(torch.float32) * 1000).expand(batch_size) for time in known
-            ]  # as networks are called, [B]
+            known = [(1000 * time.to(torch.float32)).expand(batch_size) for time in known]  # the network takes 1000 t
             velocity = self.unet(x_t, *known, class_labels=labels).sample
-            end = 0.0 if sampler == "renoise" else None  # None: s
-            x_t = self.scheduler.step(velocity, timestep, x_t, r_timestep=end, return_dict=False)[0]
-            if sampler == "renoise" and step < steps - 1:
-                noise = randn_tensor(x_t.shape, generator, device, dtype) if fresh is None else fresh[step].to(x_t)
-                x_t = (1 - s) * x_t + s * noise
+            if sampler == "renoise":
+                x_t = x_t - t * velocity
+                if step < steps - 1:
+                    noise = randn_tensor(x_t.shape, generator, device, dtype) if fresh is None else fresh[step].to(x_t)
+                    x_t = (1 - s) * x_t + s * noise
+            else:
+                x_t = self.scheduler.step(velocity, timestep, x_t, return_dict=False)[0]
 
         images = self._finish(x_t, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
