@@ -4,16 +4,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import jinja2
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from distill.guard import InputError
 from distill.spec import Frozen
 from distill.store import write_atomic
 
 FILE_NAME, README = "distill.json", "README.md"
+SAMPLERS = {"velocity": ("euler",), "flow_map": ("jump", "renoise")}  # what a student of each kind can be sampled by
 
 
 class FileRecord(Frozen):
@@ -41,10 +42,12 @@ class StudentCard(Frozen):
     """name of the data set; empty: none"""
     license: str = ""
     """terms of the weights, if known"""
-    kind: Literal["velocity"] = "velocity"
+    kind: Literal["velocity", "flow_map"] = "velocity"
+    """v(x_t, t), or u(x_t, t, s)"""
     prediction: Literal["velocity"] = "velocity"
+    """of a flow map: its average from t to s"""
     interpolant: Literal["linear"] = "linear"
-    sampler: str = "euler"
+    sampler: Literal["euler", "jump", "renoise"] = "euler"
     """a name in samplers/"""
     t_grid: Literal["uniform"] = "uniform"
     """1, (N-1)/N, ..., 1/N, 0 for N steps"""
@@ -65,6 +68,13 @@ class StudentCard(Frozen):
     """what an evaluation of its run measured, NAME@STEPS like FD-digits@1"""
     files: dict[str, FileRecord] = Field(default_factory=dict)
     """every other file of the folder; filled in by the export"""
+
+    @model_validator(mode="after")
+    def _can_be_sampled(self) -> Self:
+        if self.sampler not in SAMPLERS[self.kind]:
+            valid = ", ".join(SAMPLERS[self.kind])
+            raise ValueError(f"sampler {self.sampler} does not fit a student of kind {self.kind}; valid: {valid}")
+        return self
 
 
 def record(folder: Path) -> dict[str, FileRecord]:

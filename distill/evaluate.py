@@ -31,6 +31,9 @@ from distill.solvers import straightness
 from distill.spec import CheckpointTeacher, EvaluateStage, RunSpec
 from distill.stop import StopRequest
 from distill.store import RunPaths, read_json, write_atomic, write_json
+from distill.students import loaded
+from distill.students.loaded import LoadedStudent
+from distill.students.velocity import VelocityStudent
 from distill.teachers import LoadedTeacher
 
 VERSION = 1  # of the measurements: part of a row's key
@@ -54,16 +57,9 @@ class Plan:
         return f"{name}-{self.solver}-{self.steps}"
 
 
-def plans(stage: EvaluateStage) -> list[Plan]:
-    """The rows of a stage: teacher by Euler, teacher by the fine solver, students."""
-    rows = [Plan("teacher", "teacher", "euler", steps) for steps in stage.teacher_steps]
-    rows.append(_fine(stage))
-    return rows + [Plan(name, "student", "euler", n) for name, steps in stage.students.items() for n in steps]
-
-
 def total(stage: EvaluateStage) -> int:
     """Samples that the stage makes: the length of its progress."""
-    return stage.samples * len(plans(stage))
+    return stage.samples * (len(stage.teacher_steps) + 1 + sum(map(len, stage.students.values())))
 
 
 def evaluate(
@@ -73,10 +69,11 @@ def evaluate(
     stage = spec.stages[name]
     assert isinstance(stage, EvaluateStage)
     own = None if spec.teacher is None else teachers.load(spec.teacher, device)
-    teacher = _student(run.student(stage.teacher), device) if stage.teacher is not None else own
+    of_run = None if stage.teacher is None else CheckpointTeacher(path=str(run.student(stage.teacher)))
+    teacher = own if of_run is None else teachers.load(of_run, device)
     if teacher is None:
         raise InputError(f"stages.{name}.teacher is not given and the spec has no teacher; name a train stage")
-    students = {student: _student(run.student(student), device) for student in stage.students}
+    students = {student: loaded.load(run.student(student), device) for student in stage.students}
     data = datasets.load(spec.data, spec.seed)
     exact = teacher.exact_data or (own.exact_data if own else None)
     folder, seed = run.stage(name).root, key(spec.seed, name)
@@ -91,7 +88,7 @@ def measure(
     name: str,
     stage: EvaluateStage,
     teacher: LoadedTeacher,
-    students: Mapping[str, LoadedTeacher],
+    students: Mapping[str, LoadedStudent],
     data: DataSet | None,
     *,
     seed: int,
@@ -116,10 +113,11 @@ def measure(
     else:
         reference = of_exact(exact, stage.samples, seed) if exact is not None else None
     work = _Work(folder, stage, teacher, students, reference, seed, device, progress, stop)
-    rows = [row for plan in plans(stage) if (row := work.kept(plan))]
-    if len(rows) < len(plans(stage)):
+    plans = work.plans()
+    rows = [row for plan in plans if (row := work.kept(plan))]
+    if len(rows) < len(plans):
         fine, endpoint = work.fine()
-        rows = [fine if plan.fine else work.row(plan, endpoint) for plan in plans(stage)]
+        rows = [fine if plan.fine else work.row(plan, endpoint) for plan in plans]
     results = Results(
         stage=name,
         samples=stage.samples,
@@ -152,16 +150,12 @@ def _fine(stage: EvaluateStage) -> Plan:
     return Plan("teacher", "teacher", stage.fine_solver, stage.fine_steps, fine=True)
 
 
-def _student(folder: Path, device: torch.device) -> LoadedTeacher:
-    return teachers.load(CheckpointTeacher(path=str(folder)), device)
-
-
-def _check(teacher: LoadedTeacher, students: Mapping[str, LoadedTeacher], data: DataSet | None) -> None:
+def _check(teacher: LoadedTeacher, students: Mapping[str, LoadedStudent], data: DataSet | None) -> None:
     """Refuse what cannot be compared, before anything is written."""
-    for student, loaded in students.items():
-        if (loaded.shape, loaded.num_classes) != (teacher.shape, teacher.num_classes):
+    for name, student in students.items():
+        if (student.shape, student.num_classes) != (teacher.shape, teacher.num_classes):
             raise InputError(
-                f"student {student} makes samples of shape {list(loaded.shape)} with {loaded.num_classes or 'no'} "
+                f"student {name} makes samples of shape {list(student.shape)} with {student.num_classes or 'no'} "
                 f"classes, the teacher {list(teacher.shape)} with {teacher.num_classes or 'no'}; "
                 "compare a student with its own teacher"
             )
@@ -179,13 +173,20 @@ class _Work:
     folder: Path
     stage: EvaluateStage
     teacher: LoadedTeacher
-    students: Mapping[str, LoadedTeacher]
+    students: Mapping[str, LoadedStudent]
     reference: Reference | None
     seed: int
     device: torch.device
     progress: Progress
     stop: StopRequest
-    straight: dict[tuple[str, str], float] = field(default_factory=dict)  # by role and network
+    straight: dict[tuple[str, str], float | None] = field(default_factory=dict)  # by role and network
+
+    def plans(self) -> list[Plan]:
+        """The rows of the stage: teacher by Euler, teacher by the fine solver, students by their own samplers."""
+        rows = [Plan("teacher", "teacher", "euler", steps) for steps in self.stage.teacher_steps]
+        rows.append(_fine(self.stage))
+        students = self.stage.students.items()
+        return rows + [Plan(name, "student", self.students[name].sampler, n) for name, steps in students for n in steps]
 
     @property
     def endpoint_path(self) -> Path:
@@ -215,7 +216,7 @@ class _Work:
     def _skip(self) -> None:
         self.progress.start(self.progress.done + self.stage.samples)
 
-    def _network(self, plan: Plan) -> LoadedTeacher:
+    def _network(self, plan: Plan) -> LoadedTeacher | LoadedStudent:
         return self.teacher if plan.role == "teacher" else self.students[plan.network]
 
     def _method(self, plan: Plan, steps: int) -> Method:
@@ -260,16 +261,23 @@ class _Work:
         write_json(self._path(plan), {"key": self._key(plan), "row": row.model_dump(mode="json")})
         return row
 
-    def _straightness(self, plan: Plan) -> float:
-        """Of the network's own paths, by a fixed number of Euler steps over the first samples; found once for each."""
+    def _straightness(self, plan: Plan) -> float | None:
+        """Of the network's own paths, by a fixed number of Euler steps over the first samples; found once for each.
+
+        A flow map has none: not every recipe trains u(x_t, t, t), and where it does not, its paths would mean nothing.
+        """
         name = (plan.role, plan.network)
         if name not in self.straight:
-            network = self._network(plan)
-            velocity = network.guided(self.stage.guidance_scale) if plan.role == "teacher" else network.field
-            self.straight[name] = self._straightness_of(velocity, network)
+            velocity = self._velocity(self._network(plan))
+            self.straight[name] = None if velocity is None else self._straightness_of(velocity, self._network(plan))
         return self.straight[name]
 
-    def _straightness_of(self, velocity: VelocityField, network: LoadedTeacher) -> float:
+    def _velocity(self, network: LoadedTeacher | LoadedStudent) -> VelocityField | None:
+        if isinstance(network, LoadedTeacher):
+            return network.guided(self.stage.guidance_scale)
+        return network.student if isinstance(network.student, VelocityStudent) else None
+
+    def _straightness_of(self, velocity: VelocityField, network: LoadedTeacher | LoadedStudent) -> float:
         count, total = min(STRAIGHTNESS_SAMPLES, self.stage.samples), 0.0
         for start in range(0, count, self.stage.block):
             indices = range(start, min(start + self.stage.block, count))

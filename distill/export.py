@@ -7,6 +7,7 @@ import contextlib
 import copy
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,24 +23,30 @@ from distill import card as cards
 from distill.card import StudentCard
 from distill.draws import sample_labels, sample_noise
 from distill.guard import RunError
-from distill.samplers import euler
+from distill.sampling import by_sampler, fresh_noises, num_fresh
 from distill.store import sync_dir
+from distill.students.flow_map import FlowMapStudent
 from distill.students.velocity import TIME_SCALE, VelocityStudent
-from distill.times import uniform_grid
 
 STUDENTS = Path(__file__).parent / "students"
 # Networks that diffusers does not have: class -> the module that is shipped beside their weights.
-SHIPPED = {"VelocityMLP": "velocity_mlp", "VelocityUNet2DModel": "velocity_unet"}
+SHIPPED = {
+    "VelocityMLP": "velocity_mlp",
+    "VelocityUNet2DModel": "velocity_unet",
+    "FlowMapMLP": "flow_map_mlp",
+    "FlowMapUNet2DModel": "flow_map_unet",
+}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CHECK_STEPS, CHECK_BATCH, CHECK_SEED = (1, 2, 4), 2, 0
 TOLERANCE = 1e-5
 
 
-def export(student: VelocityStudent, folder: Path, card: StudentCard) -> None:
+def export(student: VelocityStudent | FlowMapStudent, folder: Path, card: StudentCard) -> None:
     """Write the student folder, reload it with plain diffusers, compare, and only then give it its name.
 
     A folder that is there already is replaced. Whatever goes wrong, `folder` is what it was.
     """
+    assert isinstance(student, FlowMapStudent) == (card.kind == "flow_map"), f"{type(student)} is no {card.kind}"
     folder = folder.absolute()
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     reference = copy.deepcopy(student).to("cpu").eval()
@@ -66,7 +73,7 @@ def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
     if library == "diffusers":
         assert type(network).__module__.startswith("diffusers."), f"{class_name} is neither stock nor shipped"
     else:
-        shutil.copyfile(STUDENTS / f"{library}.py", folder / "unet" / f"{library}.py")
+        (folder / "unet" / f"{library}.py").write_text(source(library))
     shutil.copyfile(STUDENTS / "pipeline.py", folder / "pipeline.py")
 
     config = json.loads(network.to_json_string())
@@ -86,6 +93,7 @@ def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
             "_class_name": ["pipeline", "DistilledPipeline"],
             **version,
             "num_classes": card.num_classes,
+            "sampler": card.sampler,
             "scheduler": ["diffusers", scheduler],
             "unet": [library, class_name],
         },
@@ -95,7 +103,17 @@ def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
     _sync(folder)
 
 
-def _compare(student: VelocityStudent, folder: Path, card: StudentCard) -> None:
+def source(module: str) -> str:
+    """The text of a shipped module, what it imports from beside it written in its place.
+
+    From a hub, diffusers fetches one file of a network's code; and what a process has once imported by a relative
+    import, it takes for that of every later folder.
+    """
+    text = (STUDENTS / f"{module}.py").read_text()
+    return re.sub(r"^from \.(\w+) import \w+\n", lambda found: source(found[1]), text, flags=re.MULTILINE)
+
+
+def _compare(student: VelocityStudent | FlowMapStudent, folder: Path, card: StudentCard) -> None:
     """Plain diffusers must read the same weights, bitwise, and make the same samples from the same noise."""
     with _quiet(), torch.random.fork_rng(devices=[]):  # networks are initialised before their weights are read
         pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, low_cpu_mem_usage=False)
@@ -108,9 +126,9 @@ def _compare(student: VelocityStudent, folder: Path, card: StudentCard) -> None:
     labels = None if card.num_classes is None else sample_labels(indices, card.num_classes)
     cond = {} if labels is None else {"class_labels": labels}
     for steps in CHECK_STEPS:
-        with torch.no_grad():
-            ours = euler.sample(student, noise, uniform_grid(steps), cond)
-        theirs = pipeline(steps, class_labels=labels, latents=noise, output_type="pt").images
+        fresh = fresh_noises(CHECK_SEED, indices, card.shape, num_fresh(card.sampler, steps))
+        ours = by_sampler(student, card.sampler, noise, steps, cond, fresh)
+        theirs = pipeline(steps, class_labels=labels, latents=noise, fresh=fresh, output_type="pt").images
         error = (ours - theirs).abs().max().item()
         if not error <= TOLERANCE:  # not (nan <= x)
             raise RunError(

@@ -47,7 +47,7 @@ class Evaluation:
     rows: list[tuple[Row, list[str]]]
     chart: str
     pictures: list[Picture]
-    straightness: list[tuple[str, str, float]]  # network, value, width of its bar in percent
+    straightness: list[tuple[str, str, float]]  # network, value or a dash, width of its bar in percent
     pixelated: bool
 
 
@@ -109,8 +109,8 @@ def headline(results: Results) -> str:
 
 
 def _evaluation(folder: Path, results: Results) -> Evaluation:
-    straight: dict[str, float] = {row.network: row.straightness for row in results.rows}
-    widest = max(straight.values()) or 1.0
+    straight = {row.network: row.straightness for row in results.rows}
+    widest = max((value for value in straight.values() if value is not None), default=0.0) or 1.0
     shown = [row for row in results.rows if (folder / row.picture).exists()]
     what = results.distance or "RMS"
     return Evaluation(
@@ -128,7 +128,10 @@ def _evaluation(folder: Path, results: Results) -> Evaluation:
             )
             for row in shown
         ],
-        straightness=[(name, number(value), 100 * value / widest) for name, value in straight.items()],
+        straightness=[
+            (name, "\u2013", 0.0) if value is None else (name, number(value), 100 * value / widest)
+            for name, value in straight.items()
+        ],
         pixelated=not results.vector,
     )
 

@@ -34,8 +34,8 @@ class Row(Frozen):
     """root mean square difference to the teacher's fine endpoint from the same noise"""
     images_per_second: float
     """generation alone"""
-    straightness: float
-    """of the network's own paths, 0 = straight; the same in all rows of a network"""
+    straightness: float | None
+    """of the network's own paths, 0 = straight; the same in all rows of a network; null: a flow map, which has none"""
     picture: str
     """file of the first samples, beside the results"""
 

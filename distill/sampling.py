@@ -9,21 +9,24 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from distill import teachers
-from distill.draws import sample_labels, sample_noise
+from distill.draws import key, sample_labels, sample_noise
 from distill.grids import columns_for, images_png, scatter_png
 from distill.guard import InputError, RunError
 from distill.protocols import Cond
-from distill.samplers import euler
+from distill.samplers import euler, jump, renoise
 from distill.solvers import SOLVERS
 from distill.solvers import sample as solve
-from distill.spec import CheckpointTeacher
 from distill.store import write_atomic
+from distill.students import loaded
+from distill.students.flow_map import FlowMapStudent
+from distill.students.loaded import LoadedStudent
+from distill.students.velocity import VelocityStudent
 from distill.teachers import LoadedTeacher
 from distill.times import uniform_grid
 
 BLOCK = 250  # samples of `distill sample` that are made at once
-Generate = Callable[[Tensor, Cond], Tensor]  # noise [B, ...] and its condition -> samples [B, ...]
+# Noise [B, ...], its condition, and the fresh noises that the method takes -> samples [B, ...]
+Generate = Callable[[Tensor, Cond, Sequence[Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Method:
 
     generate: Generate
     nfe: int  # network evaluations per sample, guidance counted
+    fresh: int = 0  # noises that it takes beside the first
 
 
 @dataclass(frozen=True)
@@ -46,25 +50,53 @@ def of_teacher(teacher: LoadedTeacher, solver: str, steps: int, guidance_scale: 
     """The teacher's ODE by a solver."""
     field = teacher.guided(guidance_scale)
 
-    def generate(noise: Tensor, cond: Cond) -> Tensor:
+    def generate(noise: Tensor, cond: Cond, fresh: Sequence[Tensor]) -> Tensor:
         return solve(field, noise, cond, solver=solver, steps=steps)
 
     return Method(generate, SOLVERS[solver].nfe(steps) * (1 if guidance_scale == 1 else 2))
 
 
-def of_student(student: LoadedTeacher, steps: int) -> Method:
+def of_student(student: LoadedStudent, steps: int) -> Method:
     """A student by the sampler that its folder ships."""
+
+    def generate(noise: Tensor, cond: Cond, fresh: Sequence[Tensor]) -> Tensor:
+        return by_sampler(student.student, student.sampler, noise, steps, cond, fresh)
+
+    return Method(generate, steps, num_fresh(student.sampler, steps))
+
+
+@torch.no_grad()
+def by_sampler(
+    student: VelocityStudent | FlowMapStudent,
+    sampler: str,
+    noise: Tensor,
+    steps: int,
+    cond: Cond,
+    fresh: Sequence[Tensor],
+) -> Tensor:
+    """The sampler of that name on the uniform grid. fresh: `num_fresh` noises like `noise` [B, ...]."""
     t_grid = uniform_grid(steps)
+    match sampler:
+        case "euler":
+            return euler.sample(student, noise, t_grid, cond)
+        case "jump":
+            return jump.sample(student, noise, t_grid, cond)
+        case _:
+            return renoise.sample(student, noise, t_grid, cond, fresh)
 
-    def generate(noise: Tensor, cond: Cond) -> Tensor:
-        with torch.no_grad():
-            return euler.sample(student.field, noise, t_grid, cond)
 
-    return Method(generate, steps)
+def num_fresh(sampler: str, steps: int) -> int:
+    """How many noises a sampler takes beside the first."""
+    return steps - 1 if sampler == "renoise" else 0
+
+
+def fresh_noises(seed: int, indices: Sequence[int], shape: tuple[int, ...], count: int) -> list[Tensor]:
+    """Each [len(indices), *shape] on the CPU; that of step k of sample i depends on (seed, i, k) alone."""
+    return [sample_noise(key(seed, "renoise", k), indices, shape) for k in range(count)]
 
 
 def blocks(
-    method: Method, like: LoadedTeacher, *, seed: int, count: int, block: int, device: torch.device
+    method: Method, like: LoadedTeacher | LoadedStudent, *, seed: int, count: int, block: int, device: torch.device
 ) -> Iterator[Block]:
     """Samples 0 to count - 1, `block` at a time, in the shape and with the classes of `like`.
 
@@ -74,10 +106,11 @@ def blocks(
     for start in range(0, count, block):
         indices = range(start, start + block)
         noise = sample_noise(seed, indices, like.shape).to(device)
+        fresh = [each.to(device) for each in fresh_noises(seed, indices, like.shape, method.fresh)]
         cond = condition(like, indices, device)
         _wait(device)
         before = time.perf_counter()
-        samples = method.generate(noise, cond)
+        samples = method.generate(noise, cond, fresh)
         _wait(device)
         seconds = (time.perf_counter() - before) / block
         samples = samples[: count - start].cpu()
@@ -87,7 +120,7 @@ def blocks(
         yield Block(samples, seconds)
 
 
-def condition(network: LoadedTeacher, indices: Sequence[int], device: torch.device) -> Cond:
+def condition(network: LoadedTeacher | LoadedStudent, indices: Sequence[int], device: torch.device) -> Cond:
     """Classes by index, in turn; nothing for an unconditional network."""
     if network.num_classes is None:
         return {}
@@ -104,7 +137,7 @@ def sample(
     labels: Sequence[int] | None,
     device: torch.device,
 ) -> None:
-    """Samples of a student folder as a picture (.png), or as noise, samples and labels (.safetensors).
+    """Samples of a student folder as a picture (.png), or as all noises, samples and labels (.safetensors).
 
     labels: one class, one for each sample, or None for all classes in turn.
     """
@@ -112,20 +145,26 @@ def sample(
         raise InputError(f"--out {out}: the name must end in .png (a picture) or .safetensors (the numbers)")
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out {out}: {out.absolute().parent} is not a folder; create it first")
-    student = teachers.load(CheckpointTeacher(path=str(folder)), device)
-    noise = sample_noise(seed, range(count), student.shape)
-    classes = _labels(student, count, labels)
+    student = loaded.load(folder, device)
     method, parts = of_student(student, steps), []
+    noise = sample_noise(seed, range(count), student.shape)
+    fresh = fresh_noises(seed, range(count), student.shape, method.fresh)
+    classes = _labels(student, count, labels)
     for start in range(0, count, BLOCK):
         rows = slice(start, start + BLOCK)
         cond = {} if classes is None else {"class_labels": classes[rows].to(device)}
-        parts.append(method.generate(noise[rows].to(device), cond).cpu())
+        further = [each[rows].to(device) for each in fresh]
+        parts.append(method.generate(noise[rows].to(device), cond, further).cpu())
     samples = torch.cat(parts)
     if not samples.isfinite().all():
         raise RunError(f"{folder} makes numbers that are not finite; nothing was written")
     if out.suffix == ".safetensors":
         tensors = {"latents": noise, "samples": samples.contiguous()}
-        write_atomic(out, save(tensors if classes is None else {**tensors, "class_labels": classes}))
+        if fresh:
+            tensors["fresh"] = torch.stack(fresh)  # [N - 1, count, ...], as the student's pipeline takes them
+        if classes is not None:
+            tensors["class_labels"] = classes
+        write_atomic(out, save(tensors))
     elif samples.ndim == 4:
         columns = columns_for(count, student.num_classes if labels is None else None)
         write_atomic(out, images_png(samples, min(columns, count)))
@@ -133,7 +172,7 @@ def sample(
         write_atomic(out, scatter_png(samples, None))
 
 
-def _labels(student: LoadedTeacher, count: int, labels: Sequence[int] | None) -> Tensor | None:
+def _labels(student: LoadedStudent, count: int, labels: Sequence[int] | None) -> Tensor | None:
     if student.num_classes is None:
         if labels is not None:
             raise InputError("--classes was given, but this student is unconditional; leave it out")

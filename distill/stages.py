@@ -25,7 +25,8 @@ from distill.sharded import Zero
 from distill.spec import CheckpointTeacher, EvaluateStage, LaunchSpec, PairsStage, RunSpec, TrainStage
 from distill.stop import StopRequest
 from distill.store import RunPaths, append_event, write_json
-from distill.students.init import StudentInit
+from distill.students import loaded
+from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.teachers import LoadedTeacher
 from distill.world import ALONE, World
 
@@ -133,7 +134,7 @@ def _check_networks(stage: TrainStage, teacher: LoadedTeacher | None, data: Data
     module, config = registry.load(stage.recipe, base), workflow.recipe_config(stage, base)
     samples = teacher if "pairs" in config.needs or data is None else data
     assert samples is not None, "workflow.check lets no such spec through"
-    given = teacher if "teacher" in config.needs else None
+    given = teacher_on_linear_path(teacher) if "teacher" in config.needs and teacher is not None else None
     init = StudentInit(given, stage.network, samples.shape, samples.num_classes, seed=0)
     module.Recipe(config, given).networks(init)
 
@@ -187,7 +188,9 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
     module = registry.load(stage.recipe, work.run.root)
     config = workflow.recipe_config(stage, work.run.root)
     teacher = _teacher(work, stage.teacher, device) if "teacher" in config.needs else None
-    origin = _teacher(work, stage.init, device) if stage.init else teacher
+    if teacher is not None:
+        teacher = teacher_on_linear_path(teacher)
+    origin = loaded.load(work.run.student(stage.init), device) if stage.init is not None else teacher
     data = None if "pairs" in config.needs else datasets.load(work.spec.data, work.spec.seed)
     samples = teacher if data is None else data
     assert samples is not None, "workflow.check lets no such stage through"
@@ -201,6 +204,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
         teacher_digest=None if teacher is None else teacher.digest,
         teacher="" if teacher is None else _teacher_name(work.spec, stage),
         data=work.spec.data.kind if "data" in config.needs else "",
+        kind=config.student,
         sampler=recipe.sampler,
         shape=samples.shape,
         num_classes=init.num_classes,

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill import registry, schema, specfile
+from distill.card import SAMPLERS
 from distill.guard import InputError, suggest
 from distill.spec import (
     CheckpointTeacher,
@@ -105,6 +106,7 @@ def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
     for name, stage in spec.stages.items():
         where = f"stages.{name}"
         yield from _references(spec, name, stage)
+        yield from _kinds(spec, stage, base, where)
         if isinstance(stage, TrainStage):
             try:
                 config = recipe_config(stage, base, f"{where}.options")
@@ -187,12 +189,38 @@ def teacher_mistakes(spec: RunSpec) -> Iterator[str]:
 
 def _recipe(stage: TrainStage, config: registry.RecipeConfig, sampler: str, where: str) -> Iterator[str]:
     """What a recipe may say of itself, but the rest of the package has no answer to."""
-    if config.student != "velocity":
-        yield f"{where}: {stage.recipe} makes a {config.student} student, which is not built yet; valid: velocity"
-    if sampler != "euler":
-        yield f"{where}: {stage.recipe} samples by {sampler}, which no student folder ships yet; valid: euler"
+    kinds = ", ".join(SAMPLERS)
+    if config.student not in SAMPLERS:
+        yield f"{where}: {stage.recipe} makes a {config.student} student, which is not built yet; valid: {kinds}"
+    elif sampler not in SAMPLERS[config.student]:
+        valid = ", ".join(SAMPLERS[config.student])
+        yield f"{where}: {stage.recipe} samples a {config.student} student by {sampler}; valid: {valid}"
     if "pairs" in config.needs and "teacher" not in config.needs:
         yield f"{where}: {stage.recipe} needs pairs, which are a teacher's; its Config.needs must name teacher as well"
+
+
+def _kinds(spec: RunSpec, stage: Stage, base: Path, where: str) -> Iterator[str]:
+    """A flow map is no velocity field: neither a teacher, nor what a velocity student starts from."""
+    if _kind(spec.stages.get(stage.teacher or ""), base) == "flow_map":
+        yield (
+            f"{where}.teacher: the student of '{stage.teacher}' is a flow map, which knows no path to follow; name a "
+            "stage with a velocity student"
+        )
+    if not isinstance(stage, TrainStage) or _kind(stage, base) != "velocity":
+        return
+    if _kind(spec.stages.get(stage.init or ""), base) == "flow_map":
+        yield (
+            f"{where}.init: the student of '{stage.init}' is a flow map, {stage.recipe} makes a velocity student; "
+            "name a stage with a velocity student"
+        )
+
+
+def _kind(stage: Stage | None, base: Path) -> str | None:
+    """Of the student of a train stage; None where that cannot be told, which is said elsewhere."""
+    try:
+        return recipe_config(stage, base).student if isinstance(stage, TrainStage) else None
+    except InputError:
+        return None
 
 
 def _guidance(spec: RunSpec, stage: PairsStage | EvaluateStage, base: Path, where: str) -> Iterator[str]:

@@ -108,10 +108,15 @@ def test_the_engine_names_no_objective():
 
 
 def test_shipped_files_stand_alone():
-    shipped = [ROOT / "distill" / "students" / n for n in ("pipeline.py", "velocity_mlp.py", "velocity_unet.py")]
-    for path in shipped + sorted((ROOT / "distill" / "samplers").glob("*.py")):
+    """What students' folders hold imports torch and diffusers, or another shipped file from beside it."""
+    names = {"pipeline", "velocity_mlp", "velocity_unet", "flow_map_mlp", "flow_map_unet"}
+    for path in [ROOT / "distill" / "students" / f"{name}.py" for name in sorted(names)]:
         for name in imports(parse(path)):
-            assert not name.startswith("distill"), f"{show(path)} is shipped with students and imports {name}"
+            allowed = {"torch", "diffusers", "collections", "functools", "math"} | names
+            assert name.split(".")[0] in allowed, f"{show(path)} is shipped with students and imports {name}"
+    for path in sorted((ROOT / "distill" / "samplers").glob("*.py")):
+        for name in imports(parse(path)):
+            assert not name.startswith("distill"), f"{show(path)} is a sampler and imports {name}"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from distill import evaluate as evaluation
-from distill import results, sampling
+from distill import report, results, sampling
 from distill.card import StudentCard
 from distill.data.arrays import ArrayData
 from distill.draws import key, sample_labels, sample_noise
@@ -22,13 +22,17 @@ from distill.grids import columns_for, images_png, scatter_png
 from distill.guard import InputError, RunError, Stopped
 from distill.metrics import features
 from distill.progress import Progress
+from distill.samplers import renoise
 from distill.spec import CheckpointTeacher, RunSpec, UNetSpec
 from distill.stop import StopRequest
 from distill.store import RunPaths
-from distill.students.networks import build
+from distill.students import loaded as students
+from distill.students.flow_map import FlowMapStudent
+from distill.students.networks import build, two_times
 from distill.students.velocity import VelocityStudent
 from distill.students.velocity_mlp import VelocityMLP
 from distill.teachers import load
+from distill.times import uniform_grid
 
 CPU = torch.device("cpu")
 STD, MEAN = 0.5, [1.0, -2.0]
@@ -119,7 +123,7 @@ def test_samples_do_not_depend_on_the_block_and_rows_share_their_noise(vector_ru
     )
     torch.testing.assert_close(whole, parts, atol=1e-6, rtol=0)
     noise = sample_noise(3, range(10), (2,))
-    torch.testing.assert_close(whole, sampling.of_teacher(teacher, "euler", 4, 1.0).generate(noise, {}))
+    torch.testing.assert_close(whole, sampling.of_teacher(teacher, "euler", 4, 1.0).generate(noise, {}, []))
 
 
 def test_a_stop_costs_one_row_and_the_rest_is_the_same(vector_run, tmp_path):
@@ -162,9 +166,9 @@ def test_straightness_is_measured_in_blocks(vector_run):
 
 
 def test_student_that_makes_no_numbers_is_named(vector_run):
-    teacher = load(CheckpointTeacher(path=str(vector_run.student("exact"))), CPU)
-    teacher.network.layers[2].bias.data[1] = float("inf")
-    blocks = sampling.blocks(sampling.of_student(teacher, 1), teacher, seed=0, count=4, block=4, device=CPU)
+    student = students.load(vector_run.student("exact"), CPU)
+    student.network.layers[2].bias.data[1] = float("inf")
+    blocks = sampling.blocks(sampling.of_student(student, 1), student, seed=0, count=4, block=4, device=CPU)
     with pytest.raises(RunError, match="sample 0 of VelocityMLP from .* holds numbers that are not finite"):
         next(blocks)
 
@@ -184,6 +188,89 @@ def load_student(student: VelocityStudent, shape, classes):
     with tempfile.TemporaryDirectory() as folder:
         export(student, Path(folder) / "s", card(shape, classes))
         return load(CheckpointTeacher(path=str(Path(folder) / "s")), CPU)
+
+
+# --- flow maps ---
+
+
+def flow_map_card(sampler: str) -> StudentCard:
+    return StudentCard.model_validate(card((2,), None).model_dump() | {"kind": "flow_map", "sampler": sampler})
+
+
+@pytest.fixture
+def flow_map_run(tmp_path) -> RunPaths:
+    """The exact student as a flow map, once for each sampler: from t = 1 it is exact, whatever s."""
+    run = RunPaths(tmp_path / "r")
+    for sampler in ("jump", "renoise"):
+        student = FlowMapStudent(two_times(one_step_student().network, 0))
+        export(student, run.student(sampler), flow_map_card(sampler))
+    return run
+
+
+def test_flow_maps_are_measured_by_their_own_samplers(flow_map_run):
+    found = go(flow_map_run, vector_spec(students={"jump": [1, 2], "renoise": [1, 2]}))
+    rows = [(row.network, row.solver, row.steps, row.nfe) for row in found.rows if row.role == "student"]
+    assert rows == [
+        ("jump", "jump", 1, 1),
+        ("jump", "jump", 2, 2),
+        ("renoise", "renoise", 1, 1),
+        ("renoise", "renoise", 2, 2),
+    ]
+    for name in ("jump", "renoise"):
+        assert found.row(name, 1).rms < 2e-3
+    # From the data m + s n the fresh noise z makes x = (m + s n + z) / 2, and x - u / 2 = (m + (1 + s) x) / 2
+    noise = sample_noise(found.seed, range(300), (2,)).double()
+    (fresh,) = sampling.fresh_noises(found.seed, range(300), (2,), 1)
+    mean = torch.tensor(MEAN, dtype=torch.float64)
+    expected = (mean + (1 + STD) * (mean + STD * noise + fresh) / 2) / 2
+    rms = (expected - mean - STD * noise).square().mean().sqrt().item()
+    assert found.row("renoise", 2).rms == pytest.approx(rms, rel=1e-3)
+    assert {row.straightness for row in found.rows if row.role == "student"} == {None}, "their velocity is not known"
+    assert found.row("teacher", 1).straightness > 0.1
+    assert "straightness@1" not in results.card_metrics(found, "jump")
+    assert results.load(flow_map_run.stage("evaluate")) == found
+    assert "\u2013" in report.write(flow_map_run).read_text()
+
+
+def test_fresh_noise_depends_on_seed_index_and_step_alone(flow_map_run, tmp_path, monkeypatch):
+    """The same samples whatever the block, in an evaluation and by `distill sample`."""
+    student = students.load(flow_map_run.student("renoise"), CPU)
+    method = sampling.of_student(student, 3)
+    whole, parts, shifted = (
+        torch.cat([b.samples for b in sampling.blocks(method, student, seed=s, count=10, block=n, device=CPU)])
+        for s, n in ((7, 10), (7, 4), (8, 10))
+    )
+    torch.testing.assert_close(whole, parts, atol=1e-6, rtol=0)
+    assert not torch.allclose(whole, shifted)
+    first, second = sampling.fresh_noises(7, range(10), (2,), 2)
+    for k, noises in enumerate((first, second)):
+        for i in range(10):
+            assert torch.equal(noises[i : i + 1], sample_noise(key(7, "renoise", k), [i], (2,)))
+    noise = sample_noise(7, range(10), (2,))
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, noise)
+    torch.testing.assert_close(whole, renoise.sample(student.student, noise, uniform_grid(3), {}, [first, second]))
+    for block in (10, 4):
+        monkeypatch.setattr(sampling, "BLOCK", block)
+        out = tmp_path / f"{block}.safetensors"
+        sampling.sample(flow_map_run.student("renoise"), out, steps=3, seed=7, count=10, labels=None, device=CPU)
+        found = load_file(out)
+        torch.testing.assert_close(found["samples"], whole, atol=1e-6, rtol=0)
+        assert torch.equal(found["fresh"], torch.stack([first, second]))
+
+
+@pytest.mark.parametrize("sampler", ["jump", "renoise"])
+def test_a_flow_maps_sample_is_what_plain_diffusers_makes(flow_map_run, tmp_path, sampler):
+    from diffusers import DiffusionPipeline
+
+    folder = flow_map_run.student(sampler)
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    for steps in (1, 2, 4):
+        out = tmp_path / f"{steps}.safetensors"
+        sampling.sample(folder, out, steps=steps, seed=7, count=12, labels=None, device=CPU)
+        found = load_file(out)
+        theirs = pipeline(steps, latents=found["latents"], fresh=found.get("fresh"), output_type="pt").images
+        assert (theirs - found["samples"]).abs().max() <= 1e-5
 
 
 # --- images ---
@@ -235,10 +322,10 @@ def test_pictures_show_the_first_samples_in_columns_of_classes(image_run):
     row = found.row("student", 1)
     sheet = np.asarray(Image.open(run.stage("evaluate").root / row.picture))[::6, ::6]  # 8 pixels are shown as 48
     assert sheet.shape == (6 * 9 - 1, 10 * 9 - 1)
-    student = load(CheckpointTeacher(path=str(run.student("student"))), CPU)
+    student = students.load(run.student("student"), CPU)
     noise = sample_noise(found.seed, range(32), (1, 8, 8))
     with torch.no_grad():
-        images = sampling.of_student(student, 1).generate(noise, {"class_labels": sample_labels(range(32), 10)})
+        images = sampling.of_student(student, 1).generate(noise, {"class_labels": sample_labels(range(32), 10)}, [])
     expected = ((images[13, 0] / 2 + 0.5).clamp(0, 1) * 255).round().numpy()
     np.testing.assert_allclose(sheet[9:17, 27:35].astype(float), expected, atol=1)  # sample 13: row 1, column 3
 
@@ -265,7 +352,7 @@ def test_what_does_not_fit_is_refused(image_run, vector_run):
     assert results.columns(found) == ["NFE", "RMS to teacher", "images/s"]
     stage = spec.stages["evaluate"]
     teacher = load(CheckpointTeacher(path=str(run.student("teach"))), CPU)
-    students = {"vectors": load(CheckpointTeacher(path=str(vector_run.student("exact"))), CPU)}
+    others = {"vectors": students.load(vector_run.student("exact"), CPU)}
     with (
         Progress("x", 1, "samples", None) as progress,
         pytest.raises(
@@ -274,7 +361,7 @@ def test_what_does_not_fit_is_refused(image_run, vector_run):
         ),
     ):
         evaluation.measure(
-            run.root, "x", stage, teacher, students, None, seed=0, device=CPU, progress=progress, stop=StopRequest()
+            run.root, "x", stage, teacher, others, None, seed=0, device=CPU, progress=progress, stop=StopRequest()
         )
     mnist_like = ArrayData("big", torch.zeros(4, 1, 28, 28), None, None)
     with (

@@ -1,6 +1,7 @@
 """A student folder: the same bytes for the same weights, plain diffusers loads it, and nothing half-written is left."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,32 +15,57 @@ from safetensors.torch import load_file, save_file
 
 from distill import card as cards
 from distill import export as exporter
+from distill import sampling
 from distill.card import StudentCard
-from distill.draws import sample_labels, sample_noise
+from distill.draws import generator, sample_labels, sample_noise
 from distill.export import export
 from distill.guard import InputError, RunError
-from distill.samplers import euler
+from distill.samplers import euler, jump, renoise
 from distill.spec import CheckpointTeacher, MlpSpec, UNetSpec
+from distill.students import loaded as students
+from distill.students.flow_map import FlowMapStudent
 from distill.students.init import StudentInit
-from distill.students.networks import build
+from distill.students.networks import build, two_times
 from distill.students.velocity import VelocityStudent
 from distill.teachers import load
 from distill.times import uniform_grid
 
 UNET = UNetSpec(kind="unet", channels=[8, 16])
 MLP = MlpSpec(kind="mlp", width=16)
-KINDS = {"unet": (UNET, (1, 8, 8), None), "unet-classes": (UNET, (3, 8, 8), 4), "mlp": (MLP, (2,), None)}
-KINDS["mlp-classes"] = (MLP, (3,), 2)
+KINDS = {
+    "unet": (UNET, (1, 8, 8), None, "euler"),
+    "unet-classes": (UNET, (3, 8, 8), 4, "euler"),
+    "mlp": (MLP, (2,), None, "euler"),
+    "mlp-classes": (MLP, (3,), 2, "euler"),
+    "unet-jump": (UNET, (1, 8, 8), None, "jump"),
+    "unet-classes-renoise": (UNET, (3, 8, 8), 4, "renoise"),
+    "mlp-renoise": (MLP, (2,), None, "renoise"),
+    "mlp-classes-jump": (MLP, (3,), 2, "jump"),
+}
+Student = VelocityStudent | FlowMapStudent
 
 
-def make(kind: str, seed: int = 0) -> tuple[VelocityStudent, StudentCard]:
-    network, shape, classes = KINDS[kind]
+def make(kind: str, seed: int = 0) -> tuple[Student, StudentCard]:
+    network, shape, classes, sampler = KINDS[kind]
+    card = describe(shape, classes, sampler)
     student = VelocityStudent(build(network, shape, classes, seed))
-    return student, describe(shape, classes)
+    return (student if sampler == "euler" else two_timed(student)), card
 
 
-def describe(shape: tuple[int, ...], classes: int | None) -> StudentCard:
+def two_timed(student: VelocityStudent) -> FlowMapStudent:
+    """The flow map of its network, as if it had been trained: t - s has an effect."""
+    network = two_times(student.network, 0)
+    for name, parameter in network.named_parameters():
+        if "gap." in name:
+            drawn = torch.randn(parameter.shape, generator=generator("gap", name))
+            parameter.data = 0.1 * drawn.to(parameter.device)
+    return FlowMapStudent(network)
+
+
+def describe(shape: tuple[int, ...], classes: int | None, sampler: str = "euler") -> StudentCard:
     return StudentCard(
+        kind="velocity" if sampler == "euler" else "flow_map",
+        sampler=sampler,
         name="a-student",
         recipe="reflow/reflow",
         summary="Reflow (Liu et al. 2022, arXiv 2209.03003)",
@@ -57,10 +83,22 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def ours(student: VelocityStudent, card: StudentCard, noise: torch.Tensor, steps: int) -> torch.Tensor:
+def fresh(card: StudentCard, count: int, steps: int) -> list[torch.Tensor]:
+    noises = steps - 1 if card.sampler == "renoise" else 0
+    return [sample_noise(100 + k, range(count), card.shape) for k in range(noises)]
+
+
+def ours(student: Student, card: StudentCard, noise: torch.Tensor, steps: int) -> torch.Tensor:
     labels = {} if card.num_classes is None else {"class_labels": sample_labels(range(len(noise)), card.num_classes)}
+    given = (student.eval(), noise, uniform_grid(steps), labels)
     with torch.no_grad():
-        return euler.sample(student.eval(), noise, uniform_grid(steps), labels)
+        match card.sampler:
+            case "euler":
+                return euler.sample(*given)
+            case "jump":
+                return jump.sample(*given)
+            case _:
+                return renoise.sample(*given, fresh(card, len(noise), steps))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,12 +111,67 @@ def test_folder_loads_in_plain_diffusers_with_equal_weights_and_samples(tmp_path
     noise = sample_noise(1, range(3), card.shape)
     labels = None if card.num_classes is None else sample_labels(range(3), card.num_classes)
     for steps in (1, 2, 3, 4):
-        theirs = pipeline(steps, class_labels=labels, latents=noise, output_type="pt").images
+        more = fresh(card, 3, steps)
+        theirs = pipeline(steps, class_labels=labels, latents=noise, fresh=more, output_type="pt").images
         assert (theirs - ours(student, card, noise, steps)).abs().max() <= 1e-5
     assert pipeline.unet.training is False
 
 
-def export_vp(folder: Path) -> tuple[VelocityStudent, StudentCard]:
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_loaded_again_is_the_student_bitwise(tmp_path, kind):
+    student, card = make(kind)
+    export(student, tmp_path / "s", card)
+    found = students.load(tmp_path / "s", torch.device("cpu"))
+    assert type(found.student) is type(student)
+    assert (found.sampler, found.shape) == (card.sampler, card.shape)
+    assert (found.num_classes, found.null_class) == (card.num_classes, card.null_class)
+    assert not any(parameter.requires_grad for parameter in found.student.parameters())
+    noise = sample_noise(1, range(3), card.shape)
+    for steps in (1, 3):
+        assert torch.equal(ours(found.student, card, noise, steps), ours(student, card, noise, steps))
+
+
+def test_a_flow_map_is_no_teacher(tmp_path):
+    export(*_swap(make("unet-jump"), tmp_path / "s"))
+    with pytest.raises(InputError, match="s is a student of kind flow_map; valid teachers: velocity"):
+        load(CheckpointTeacher(path=str(tmp_path / "s")), torch.device("cpu"))
+    with pytest.raises(InputError, match="network class FlowMapUNet2DModel is not supported; .*VelocityUNet2DModel"):
+        load(CheckpointTeacher(path=str(tmp_path / "s" / "unet")), torch.device("cpu"))
+
+
+def test_a_student_whose_card_is_of_another_kind_is_refused(tmp_path):
+    export(*_swap(make("mlp-classes-jump"), tmp_path / "s"))
+    path = tmp_path / "s" / "distill.json"
+    path.write_text(path.read_text().replace('"flow_map"', '"velocity"').replace('"jump"', '"euler"'))
+    with pytest.raises(InputError, match="network class FlowMapMLP is not supported; .*VelocityMLP"):
+        students.load(tmp_path / "s", torch.device("cpu"))
+    path.write_text(path.read_text().replace('"euler"', '"jump"'))
+    with pytest.raises(InputError, match="sampler jump does not fit a student of kind velocity; valid: euler"):
+        students.load(tmp_path / "s", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("module", exporter.SHIPPED.values())
+def test_a_shipped_network_is_one_file(module):
+    """A hub is asked for no second one."""
+    text = exporter.source(module)
+    assert not re.search(r"^\s*(from|import) +\.", text, flags=re.MULTILINE)
+    compile(text, module, "exec")
+
+
+def test_a_folder_that_names_no_sampler_is_sampled_by_euler(tmp_path):
+    student, card = make("mlp")
+    export(student, tmp_path / "s", card)
+    index = tmp_path / "s" / "model_index.json"
+    index.write_text(index.read_text().replace('  "sampler": "euler",\n', ""))
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "s", trust_remote_code=True)
+    noise = sample_noise(1, range(3), card.shape)
+    assert (pipeline(2, latents=noise).images - ours(student, card, noise, 2)).abs().max() <= 1e-5
+    index.write_text(index.read_text().replace("{", '{\n  "sampler": "heun",', 1))
+    with pytest.raises(ValueError, match="sampler='heun'; valid: 'euler', 'jump', 'renoise'"):
+        DiffusionPipeline.from_pretrained(tmp_path / "s", trust_remote_code=True)
+
+
+def export_vp(folder: Path, sampler: str = "euler") -> tuple[Student, StudentCard]:
     """A student that starts from, and here still is, a DDPM checkpoint; exported to `folder`."""
     checkpoint = folder.parent / "ddpm"
     torch.manual_seed(0)
@@ -94,8 +187,8 @@ def export_vp(folder: Path) -> tuple[VelocityStudent, StudentCard]:
     )
     DDPMPipeline(unet, DDPMScheduler(prediction_type="epsilon")).save_pretrained(checkpoint)
     teacher = load(CheckpointTeacher(path=str(checkpoint)), torch.device("cpu"))
-    student = StudentInit(teacher, None, teacher.shape, None, 0).velocity_field()
-    card = describe((1, 8, 8), None)
+    init, card = StudentInit(teacher, None, teacher.shape, None, 0), describe((1, 8, 8), None, sampler)
+    student = init.velocity_field() if sampler == "euler" else init.flow_map()
     export(student, folder, card)
     return student, card
 
@@ -109,6 +202,26 @@ def test_vp_network_ships_its_wrapper(tmp_path):
     for steps in (1, 2, 4):
         theirs = pipeline(steps, latents=noise, output_type="pt").images
         assert (theirs - ours(student, card, noise, steps)).abs().max() <= 1e-5
+
+
+def test_a_flow_map_of_a_vp_network_is_exported_as_the_velocity_it_starts_as(tmp_path):
+    """Jumps with an untrained second time are Euler steps: in the folder, and in what is loaded again."""
+    velocity, _ = export_vp(tmp_path / "v")
+    flow_map, card = export_vp(tmp_path / "u", "jump")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "u", trust_remote_code=True)
+    again = students.load(tmp_path / "u", torch.device("cpu")).student
+    noise, t, s = sample_noise(1, range(3), (1, 8, 8)), torch.tensor([0.1, 0.5, 1.0]), torch.tensor([0.0, 0.5, 0.3])
+    with torch.no_grad():
+        v = velocity.eval()(noise, t, {})
+        for u in (
+            flow_map.eval()(noise, t, s, {}),
+            again(noise, t, s, {}),
+            pipeline.unet(noise, 1000 * t, 1000 * s)[0],
+        ):
+            assert (u - v).abs().max() <= 1e-6 * v.abs().max()
+    for steps in (1, 2, 4):
+        theirs = pipeline(steps, latents=noise, output_type="pt").images
+        assert (theirs - euler.sample(velocity, noise, uniform_grid(steps), {})).abs().max() <= 1e-5
 
 
 def test_student_is_a_teacher_again(tmp_path):
@@ -132,7 +245,7 @@ def test_same_weights_same_bytes_wherever_they_lie(tmp_path):
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["s"]
 
 
-def _swap(made: tuple[VelocityStudent, StudentCard], folder: Path) -> tuple[VelocityStudent, Path, StudentCard]:
+def _swap(made: tuple[Student, StudentCard], folder: Path) -> tuple[Student, Path, StudentCard]:
     return made[0], folder, made[1]
 
 
@@ -162,7 +275,7 @@ def test_existing_student_is_replaced_and_a_failed_export_changes_nothing(tmp_pa
 
 def test_disagreement_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
     student, card = make("mlp")
-    monkeypatch.setattr(exporter, "uniform_grid", lambda steps: torch.linspace(1, 0, steps + 1).square())
+    monkeypatch.setattr(sampling, "uniform_grid", lambda steps: torch.linspace(1, 0, steps + 1).square())
     with pytest.raises(RunError, match="at 2 steps diffusers makes other samples from the same noise, max difference"):
         export(student, tmp_path / "s", card)
     assert list(tmp_path.iterdir()) == []
@@ -221,9 +334,29 @@ def test_model_card_says_what_is_known(tmp_path):
     assert "12,800 images" in text
     assert "`777777777777`" in text
     assert "Terms of use: not stated" in text
+    assert "called with timestep = 1000 t |" in text
+    assert "| sampler | Euler at t = 1, (N-1)/N, ..., 1/N |" in text
     licensed = cards.readme(make("mlp")[1].model_copy(update={"license": "cc-by-4.0"}))
     assert "license: cc-by-4.0" in licensed
     assert "Terms of use" not in licensed
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("unet-jump", "| sampler | jumps x_s = x_t + (s - t) u(x_t, t, s) along 1, (N-1)/N, ..., 0 |"),
+        (
+            "mlp-renoise",
+            "| sampler | jumps to data = x_t - t u(x_t, t, 0), each but the last followed by x_s = (1 - s) data",
+        ),
+    ],
+)
+def test_model_card_of_a_flow_map(kind, said):
+    text = cards.readme(make(kind)[1])
+    assert said in text
+    assert "| network | average velocity u(x_t, t, s) from t to s of" in text
+    assert "called with timestep = 1000 t, target_timestep = 1000 s |" in text
+    assert "Euler" not in text
 
 
 # --- the pipeline's own manners ---
@@ -251,6 +384,21 @@ def pipelines(tmp_path_factory):
         ("unet", {"output_type": "latent"}, "output_type='latent'; valid: 'pil', 'np', 'pt'"),
         ("unet", {"latents": torch.zeros(2, 1, 8, 9)}, r"latents have shape \[2, 1, 8, 9\]; valid: \[batch, 1, 8, 8\]"),
         ("unet", {"latents": torch.zeros(2, 1, 8, 8), "batch_size": 3}, "batch_size=3, but latents have 2 rows"),
+        (
+            "unet-jump",
+            {"num_inference_steps": 2, "fresh": torch.zeros(1, 1, 1, 8, 8)},
+            r"fresh holds noises of shape \[\[1, 1, 8, 8\]\]; by the sampler jump this student takes 0 of",
+        ),
+        (
+            "mlp-renoise",
+            {"num_inference_steps": 3, "fresh": [torch.zeros(1, 2)]},
+            r"shape \[\[1, 2\]\]; by the sampler renoise this student takes 2 of \[1, 2\]",
+        ),
+        (
+            "mlp-renoise",
+            {"num_inference_steps": 2, "fresh": [torch.zeros(1, 3)]},
+            r"shape \[\[1, 3\]\]; .* 1 of \[1, 2\]",
+        ),
     ],
 )
 def test_pipeline_refuses_what_cannot_work(pipelines, kind, arguments, message):
@@ -286,6 +434,20 @@ def test_pipeline_draws_its_noise_from_the_generator(pipelines):
     assert len(pipelines["mlp-classes"](class_labels=torch.tensor([0, 1, 2])).images) == 3
 
 
+def test_pipeline_draws_fresh_noise_from_the_generator(pipelines):
+    student, noise = pipelines["mlp-renoise"], sample_noise(0, range(5), (2,))
+
+    def drawn(steps, seed):
+        return student(steps, latents=noise, generator=torch.Generator().manual_seed(seed)).images
+
+    assert torch.equal(drawn(1, 0), drawn(1, 1)), "one step takes none"
+    assert torch.equal(drawn(3, 0), drawn(3, 0))
+    assert not torch.equal(drawn(3, 0), drawn(3, 1))
+    given = torch.Generator().manual_seed(0)
+    more = [torch.randn(5, 2, generator=given) for _ in range(2)]
+    assert torch.equal(drawn(3, 0), student(3, latents=noise, fresh=more).images)
+
+
 # --- the proof: a process that has never heard of distill ---
 
 
@@ -295,11 +457,14 @@ def test_a_process_without_distill_makes_the_same_samples(tmp_path):
     for kind, (student, card) in made.items():
         export(student, tmp_path / kind, card)
     made["vp"] = export_vp(tmp_path / "vp")
+    made["vp-jump"] = export_vp(tmp_path / "vp-jump", "jump")
     noise = {kind: sample_noise(2, range(5), card.shape) for kind, (_, card) in made.items()}
     for kind, (_, card) in made.items():
         inputs = {"latents": noise[kind]}
         if card.num_classes is not None:
             inputs["class_labels"] = sample_labels(range(5), card.num_classes)
+        if card.sampler == "renoise":
+            inputs["fresh"] = torch.stack(fresh(card, 5, 4))
         save_file(inputs, tmp_path / f"{kind}.in.safetensors")
     program = Path(__file__).parent / "programs" / "plain_diffusers.py"
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}

@@ -17,6 +17,12 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hub import MUTE, Hub
 from PIL import Image
 from runs import ENV, folder_bytes
+from safetensors.torch import load_file
+
+from distill.card import StudentCard
+from distill.export import export
+from distill.spec import UNetSpec
+from distill.students.init import StudentInit
 
 pytestmark = pytest.mark.process
 
@@ -165,6 +171,36 @@ def test_what_the_hub_does_not_have_and_a_hub_that_hangs_up_are_one_message(teac
     for line, start in zip(err.splitlines(), said, strict=True):
         assert line.startswith(start)
     assert snapshot(tmp_path / "work") == {}, "something was written"
+
+
+# --- students ---
+
+PLAIN = """
+import sys, torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import save_file
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+images = pipeline(2, batch_size=3, generator=torch.Generator().manual_seed(0), output_type="pt").images
+save_file({"images": images}, sys.argv[2])
+"""
+
+
+def test_a_flow_map_is_loaded_from_a_hub_by_plain_diffusers(tmp_path):
+    """Of a network's code it fetches one file, so there must be no second one."""
+    init = StudentInit(None, UNetSpec(kind="unet", channels=[8]), (1, 8, 8), None, seed=0)
+    card = StudentCard(
+        name="s", recipe="r", spec_digest="0" * 64, teacher_digest=None, kind="flow_map", sampler="jump",
+        num_classes=None, null_class=None, shape=(1, 8, 8), weights="raw", images=1,
+    )  # fmt: skip
+    export(init.flow_map(), tmp_path / "s", card)
+    with Hub({"models/org/map": {"main": tmp_path / "s"}}) as hub:
+        done = python(PLAIN, "org/map", str(tmp_path / "hub"), hub=hub, cwd=tmp_path / "work")
+        assert done.returncode == 0, done.stderr
+        asked = {Path(request.split()[1]).name for request in hub.requests}
+        assert {"pipeline.py", "flow_map_unet.py", "diffusion_pytorch_model.safetensors"} < asked
+        done = python(PLAIN, str(tmp_path / "s"), str(tmp_path / "folder"), hub=hub, cwd=tmp_path / "work")
+        assert done.returncode == 0, done.stderr
+    assert torch.equal(load_file(tmp_path / "hub")["images"], load_file(tmp_path / "folder")["images"])
 
 
 # --- data ---

@@ -142,6 +142,23 @@ def test_page_says_what_the_files_say(run):
     assert [image["alt"] for image in pixelated][4] == "Samples of one_step, 1 call, FD-digits 8.60"
 
 
+def test_a_flow_map_has_no_straightness(run):
+    full = make_results()
+    finish(
+        run,
+        full.model_copy(
+            update={"rows": [*full.rows[:-1], row("map", "student", "jump", 1, 1, 9.0, straightness=None)]}
+        ),
+    )
+    page = read(run)
+    assert re.search(r"Straightness teacher 0.5000 one_step 0.1000 map \u2013 Mean square", page.text)
+    assert "A flow map jumps and has no paths: \u2013." in page.text
+    widths = [attributes["style"] for tag, attributes in page.tags if tag == "i"]
+    assert widths == ["width: 100.0%", "width: 20.0%", "width: 0.0%"]
+    only = full.model_copy(update={"rows": [r.model_copy(update={"straightness": None}) for r in full.rows]})
+    assert {value for _, value, _ in report._evaluation(run.root, only).straightness} == {"\u2013"}
+
+
 def test_headlines():
     full = make_results()
     worse = full.model_copy(update={"rows": [r for r in full.rows if r.steps != 16 or r.fine]})

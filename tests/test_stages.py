@@ -6,23 +6,26 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMPipeline, DDPMScheduler
 from PIL import Image
 from runs import folder_bytes
 from safetensors.torch import load_file
 
 from distill import card as cards
-from distill import results, stages
+from distill import results, stages, workflow
 from distill.card import StudentCard
 from distill.data import folders
 from distill.export import export
 from distill.guard import InputError, RunError, Stopped
-from distill.spec import CheckpointTeacher, MlpSpec, RunSpec
+from distill.spec import CheckpointTeacher, MlpSpec, RunSpec, UNetSpec
 from distill.stop import StopRequest
 from distill.store import RunPaths
+from distill.students import loaded as students
 from distill.students.networks import build
 from distill.students.velocity import VelocityStudent
 from distill.teachers import load
 
+CPU = torch.device("cpu")
 GAUSSIAN = {"kind": "gaussian", "mean": [1.0, 2.0], "std": [0.5, 0.25]}
 PAIRS = {"kind": "pairs", "count": 32, "block": 16, "shard": 16, "steps": 2}
 REFLOW = {
@@ -167,6 +170,96 @@ def test_a_student_says_what_was_measured(tmp_path):
     run.stage("straight").done.unlink()
     go(tmp_path, given)
     assert folder_bytes(folder) == whole
+
+
+# --- flow maps ---
+
+MAP = '''"""Map (Me 2026, arXiv 2601.00001): jumps to the data of pairs."""
+import torch
+from pydantic import BaseModel, ConfigDict
+from distill.protocols import Loss, Trained, Turn
+
+class Config(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @property
+    def needs(self):
+        return frozenset({"teacher", "pairs"})
+
+    @property
+    def student(self):
+        return "flow_map"
+
+class Recipe:
+    sampler = "renoise"
+
+    def __init__(self, config, teacher):
+        assert (teacher.field.interpolant.name, teacher.field.t_range) == ("linear", (0.0, 1.0))
+        self.teacher = teacher
+
+    def networks(self, init):
+        return {"student": Trained(init.flow_map())}
+
+    def turns(self, step, images):
+        yield Turn("student", self.loss)
+
+    def loss(self, nets, batch, ctx):
+        noise, data, t = batch.pairs.noise, batch.pairs.data, ctx.draw.uniform("t", batch.pairs.data)
+        assert self.teacher.field(noise, torch.ones_like(t), batch.cond).isfinite().all()
+        x_t = nets["student"].interpolant.mix(data, noise, t)
+        u = nets["student"](x_t, t, torch.zeros_like(t), batch.cond)
+        return Loss((u - (noise - data)).square().mean())
+'''
+
+
+def with_map(tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "map.py").write_text(MAP)
+    return {**REFLOW, "recipe": "./map.py"}
+
+
+def test_flow_maps_are_trained_continued_exported_and_measured(tmp_path):
+    jumps = with_map(tmp_path)
+    evaluate = {"kind": "evaluate", "students": {"map": [1, 2], "again": [2]}, "samples": 16, "fine_steps": 2}
+    given = spec(
+        pairs=PAIRS,
+        map=jumps,
+        again={**jumps, "network": None, "init": "map"},
+        evaluate={**evaluate, "teacher_steps": [1]},
+    )
+    workflow.check(given, tmp_path / "r")
+    stages.check(given, tmp_path / "r")
+    run = go(tmp_path, given)
+    card, folder = cards.verify(run.student("map")), run.student("map")
+    assert (card.kind, card.sampler) == ("flow_map", "renoise")
+    assert {"rms@1", "rms@2"} < set(card.metrics)
+    assert not any(name.startswith("straightness") for name in card.metrics)
+    first, again = students.load(folder, CPU), students.load(run.student("again"), CPU)
+    assert first.network.gap.weight.abs().max() > 0, "the second time is trained"
+    saved = json.loads(next(run.stage("again").checkpoints.glob("*3/meta.json")).read_text())
+    assert saved["settings"]["inputs"]["init"] == first.digest
+    moved = (again.network.gap.weight - first.network.gap.weight).abs().max()
+    assert 0 < moved < first.network.gap.weight.abs().max() * 2, "it went on from there"
+    row = results.load(run.stage("evaluate")).row("again", 2)
+    assert (row.solver, row.nfe) == ("renoise", 2)
+    stages.export_checkpoint(run, given, "again", "raw", tmp_path / "raw")
+    averaged_and_measured = {"distill.json", "README.md"}
+    theirs, ours = folder_bytes(run.student("again")), folder_bytes(tmp_path / "raw")
+    assert {name for name in ours if ours[name] != theirs[name]} <= averaged_and_measured
+
+
+def test_a_recipe_is_given_its_teacher_on_the_linear_path(tmp_path):
+    jumps = with_map(tmp_path)
+    network = build(UNetSpec(kind="unet", channels=[8]), (1, 8, 8), None, seed=0)
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    teacher = {"kind": "diffusers", "path": str(tmp_path / "ddpm")}
+    given = spec(teacher, pairs=PAIRS, map={**jumps, "network": None, "images": 16})
+    stages.check(given, tmp_path / "r")
+    run = go(tmp_path, given)
+    student = students.load(run.student("map"), CPU)
+    assert (type(student.network).__name__, student.network.config.path) == ("FlowMapUNet2DModel", "vp")
+    loaded = load(CheckpointTeacher(path=str(tmp_path / "ddpm")), CPU)
+    assert cards.read(run.student("map")).teacher_digest == loaded.digest, "of what it is, not of how it is called"
 
 
 # --- data ---

@@ -1,6 +1,7 @@
 """Networks of students: deterministic, of the right form, refused where they cannot work."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,15 +9,23 @@ from diffusers import DDIMScheduler, UNet2DModel
 from torch import nn
 
 from distill import teachers
+from distill.card import StudentCard
+from distill.draws import generator
+from distill.export import export
 from distill.fields import Rescheduled
 from distill.guard import InputError
 from distill.interpolants import linear, vp
-from distill.spec import CheckpointTeacher, MlpSpec, UNetSpec
-from distill.students.init import StudentInit
+from distill.spec import CheckpointTeacher, GaussianTeacher, MlpSpec, UNetSpec
+from distill.students.flow_map import FlowMapStudent
+from distill.students.flow_map_mlp import FlowMapMLP
+from distill.students.flow_map_unet import FlowMapUNet2DModel
+from distill.students.init import StudentInit, teacher_on_linear_path
+from distill.students.loaded import LoadedStudent, load
 from distill.students.networks import build
 from distill.students.velocity import VelocityStudent
 from distill.students.velocity_mlp import VelocityMLP
 from distill.students.velocity_unet import VelocityUNet2DModel
+from distill.teachers.analytic import gaussian_teacher
 from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import EdmField, NetworkField
 
@@ -247,6 +256,136 @@ def test_a_wrapped_teacher_survives_save_and_load_bitwise(kind, tmp_path):
         assert torch.equal(student(x, t, COND), loaded(x, t, COND))
         number = student.network(x, 250, COND["class_labels"], return_dict=False)[0]  # as a pipeline calls it
         assert torch.equal(number, student(x, torch.full((5,), 0.25), COND))
+
+
+# --- flow maps ---
+
+FLOW_MAP_STARTS = ["velocity", *WRAPPED]
+
+
+def pairs_of_times(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """t over [0, 1], its ends too, and s <= t."""
+    t = torch.linspace(0, 1, count)
+    return t, t * torch.tensor([0.0, 1.0, 0.3, 0.9, 0.0])[:count]
+
+
+@pytest.mark.parametrize("kind", FLOW_MAP_STARTS)
+def test_a_flow_map_starts_as_the_velocity_whatever_s_and_stays_so_when_saved(kind, tmp_path):
+    init = StudentInit(teacher(kind), None, (1, 8, 8), 3, 0)
+    velocity, flow_map = init.velocity_field().eval(), init.flow_map()
+    assert flow_map.training and all(p.requires_grad for p in flow_map.parameters())
+    flow_map.eval().network.save_pretrained(tmp_path)
+    loaded = FlowMapStudent(FlowMapUNet2DModel.from_pretrained(tmp_path))
+    x, (t, s) = torch.randn(5, 1, 8, 8), pairs_of_times(5)
+    with torch.no_grad():
+        v, u = velocity(x, t, COND), flow_map(x, t, s, COND)
+        assert (u - v).abs().max() <= 1e-6 * v.abs().max()
+        assert torch.equal(loaded(x, t, s, COND), u)
+
+
+@pytest.mark.parametrize("classes", [None, 3])
+def test_a_flow_map_of_an_mlp_starts_as_the_velocity_whatever_s_and_stays_so_when_saved(classes, tmp_path):
+    init = StudentInit(None, MLP, (2,), classes, 0)
+    flow_map = init.flow_map().eval()
+    flow_map.network.save_pretrained(tmp_path)
+    loaded = FlowMapStudent(FlowMapMLP.from_pretrained(tmp_path))
+    x, (t, s), cond = torch.randn(5, 2), pairs_of_times(5), COND if classes else {}
+    with torch.no_grad():
+        v, u = init.velocity_field().eval()(x, t, cond), flow_map(x, t, s, cond)
+        assert (u - v).abs().max() <= 1e-6 * v.abs().max()
+        assert torch.equal(loaded(x, t, s, cond), u)
+
+
+def exported(student: FlowMapStudent, folder: Path, shape: tuple[int, ...], classes: int | None) -> LoadedStudent:
+    """The student once its second time has moved, through its folder."""
+    with torch.no_grad():
+        for name, parameter in student.named_parameters():
+            if "gap." in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator("gap", name))
+    card = StudentCard(
+        name="s", recipe="r", spec_digest="0" * 64, teacher_digest=None, kind="flow_map", sampler="jump",
+        num_classes=classes, null_class=classes, shape=shape, weights="raw", images=1,
+    )  # fmt: skip
+    export(student, folder, card)
+    return load(folder, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("kind", "shape"), [("velocity", (1, 8, 8)), ("v_prediction", (1, 8, 8)), ("mlp", (2,))])
+def test_a_trained_flow_map_is_continued_bitwise_and_as_nothing_else(kind, shape, tmp_path):
+    first = StudentInit(None, MLP, shape, 3, 0) if kind == "mlp" else StudentInit(teacher(kind), None, shape, 3, 0)
+    student = first.flow_map()
+    source = exported(student, tmp_path / "s", shape, 3)
+    init = StudentInit(source, None, shape, 3, seed=9)
+    again = init.flow_map()
+    assert (init.num_classes, init.null_class) == (3, 3)
+    assert equal(again, student), "the second time too"
+    assert again.training and all(p.requires_grad for p in again.parameters())
+    assert again.network is not source.network
+    x, (t, s) = torch.randn(5, *shape), pairs_of_times(5)
+    with torch.no_grad():
+        u = student.eval()(x, t, s, COND)
+        assert torch.equal(again.eval()(x, t, s, COND), u)
+        assert not torch.allclose(u, first.velocity_field().eval()(x, t, COND)), "t - s has an effect by now"
+    for wanted in (init.velocity_field, init.critic):
+        with pytest.raises(
+            InputError, match="from s is a flow map, which no velocity field can start from: .* student"
+        ):
+            wanted()
+
+
+def test_a_velocity_student_is_continued_bitwise(tmp_path):
+    student = StudentInit(teacher("epsilon"), None, (1, 8, 8), 3, 0).velocity_field()
+    card = StudentCard(
+        name="s", recipe="r", spec_digest="0" * 64, teacher_digest=None, num_classes=3, null_class=3, shape=(1, 8, 8),
+        weights="raw", images=1,
+    )  # fmt: skip
+    export(student, tmp_path / "s", card)
+    init = StudentInit(load(tmp_path / "s", torch.device("cpu")), None, (1, 8, 8), 3, 0)
+    x, t = torch.randn(5, 1, 8, 8), torch.linspace(0, 1, 5)
+    with torch.no_grad():
+        v = student.eval()(x, t, COND)
+        assert torch.equal(init.velocity_field().eval()(x, t, COND), v)
+        u = init.flow_map().eval()(x, t, 0 * t, COND)
+        assert (u - v).abs().max() <= 1e-6 * v.abs().max()
+
+
+# --- a recipe's teacher ---
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_a_recipes_teacher_is_on_the_linear_path_with_the_very_same_weights(kind):
+    source = teacher(kind)
+    given = teacher_on_linear_path(source)
+    assert (given.digest, given.description, given.shape) == (source.digest, source.description, source.shape)
+    assert (given.field.interpolant.name, given.field.t_range) == ("linear", (0.0, 1.0))
+    assert given.field.network is given.network
+    assert not given.network.training
+    weights = dict(given.network.named_parameters())
+    for name, parameter in source.network.named_parameters():
+        assert weights[name].data_ptr() == parameter.data_ptr(), "no second copy"
+        assert not weights[name].requires_grad
+    reference = Rescheduled(source.field, linear())
+    low, high = reference.t_range
+    t = torch.tensor([low, 0.3, 0.5, 0.7, high], dtype=torch.float64)
+    x = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for scale in (1.0, 2.0):
+            v = Rescheduled(source.guided(scale), linear())(x, t, COND)
+            difference = (given.guided(scale)(x, t, COND) - v).abs().amax((1, 2, 3)) / v.abs().amax((1, 2, 3)).clamp(
+                min=1
+            )
+            assert difference.max() <= 1e-5
+        assert given.field(x, torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]), COND).isfinite().all()
+    student = StudentInit(given, None, (1, 8, 8), 3, 0).velocity_field()
+    assert equal(student, started(kind))
+    assert student.network.config.alphas_cumprod == started(kind).network.config.alphas_cumprod
+
+
+def test_a_teacher_of_the_linear_path_is_given_as_it_is():
+    source = teacher("velocity")
+    assert teacher_on_linear_path(source) is source
+    closed_form = gaussian_teacher(GaussianTeacher(kind="gaussian", mean=[0.0], std=[1.0]))
+    assert teacher_on_linear_path(closed_form) is closed_form
 
 
 def test_wrapped_networks_refuse_what_does_not_exist():

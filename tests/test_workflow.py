@@ -370,8 +370,13 @@ def test_a_recipe_beside_the_spec(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ('return "velocity"', 'return "flow_map"', "makes a flow_map student, which is not built yet; valid: velocity"),
-        ('sampler = "euler"', 'sampler = "jump"', "samples by jump, which no student folder ships yet; valid: euler"),
+        (
+            'return "velocity"',
+            'return "generator"',
+            "makes a generator student, which is not built yet; valid: velocity, flow_map",
+        ),
+        ('return "velocity"', 'return "flow_map"', "samples a flow_map student by euler; valid: jump, renoise"),
+        ('sampler = "euler"', 'sampler = "jump"', "samples a velocity student by jump; valid: euler"),
         (
             '{"pairs", "teacher"}',
             '{"pairs"}',
@@ -383,6 +388,36 @@ def test_what_a_recipe_asks_for_and_is_not_there(tmp_path, old, new, said):
     assert old in OWN
     (tmp_path / "mine.py").write_text(OWN.replace(old, new))
     assert f"stages.r: ./mine.py {said}" in mistakes(vectors(r={"recipe": "./mine.py"}), tmp_path)
+
+
+FLOW_MAP = OWN.replace('return "velocity"', 'return "flow_map"')
+
+
+@pytest.mark.parametrize("sampler", ["jump", "renoise"])
+def test_a_flow_map_is_a_student_and_no_teacher(tmp_path, sampler):
+    (tmp_path / "map.py").write_text(FLOW_MAP.replace('sampler = "euler"', f'sampler = "{sampler}"'))
+    flow_map = {**REFLOW, "recipe": "./map.py"}
+    assert mistakes(vectors(r=flow_map), tmp_path) == []
+    again = {**flow_map, "network": None, "init": "r"}
+    assert mistakes(vectors(r=flow_map, again=again), tmp_path) == [], "of one flow map another is made"
+    assert mistakes(vectors(again=again), tmp_path) == [], "and of a velocity student"
+
+    no_path = "the student of 'r' is a flow map, which knows no path to follow; name a stage with a velocity student"
+    pairs, student = {**PAIRS, "teacher": "r"}, {**REFLOW, "teacher": "r", "pairs": "p2"}
+    evaluation = {**EVALUATE, "teacher": "r"}
+    found = mistakes(vectors(r=flow_map, p2=pairs, s=student, e=evaluation), tmp_path)
+    assert found == [f"stages.{name}.teacher: {no_path}" for name in ("e", "p2", "s")]
+
+    velocity = {**REFLOW, "network": None, "init": "r"}
+    assert mistakes(vectors(r=flow_map, s=velocity), tmp_path) == [
+        "stages.s.init: the student of 'r' is a flow map, reflow/reflow makes a velocity student; "
+        "name a stage with a velocity student"
+    ]
+    unknown = {**flow_map, "recipe": "./map.py", "options": {"weight": "x"}}
+    found = mistakes(vectors(r=unknown, s=velocity, e=evaluation), tmp_path)
+    assert found == ["stages.r.options.weight: 'x' given; must be a number"], "said once, where it stands"
+    wrong = {**velocity, "options": {"time_law": 1}}
+    assert len(mistakes(vectors(r=flow_map, s=wrong), tmp_path)) == 1
 
 
 def test_derivatives_do_not_pass_where_weights_are_divided(tmp_path):

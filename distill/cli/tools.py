@@ -91,7 +91,7 @@ def evaluate(
 
     runs = store_path(store)
     folder = given.student(student, runs)
-    from distill.spec import CheckpointTeacher, EvaluateStage
+    from distill.spec import EvaluateStage
 
     content = {"kind": "evaluate", "students": {"student": given.numbers("--steps", steps)}, "samples": samples}
     stage = given.stage(EvaluateStage, content | {"teacher_steps": given.numbers("--teacher-steps", teacher_steps)})
@@ -103,12 +103,13 @@ def evaluate(
     from distill import results, teachers
     from distill.progress import Progress
     from distill.stop import StopRequest
+    from distill.students import loaded as student_folders
 
     place = given.device(device)
     total = evaluation.total(stage)
     with StopRequest() as stop, Progress("evaluate", total, "samples", None) as progress:
         loaded = teachers.load(teacher_spec, place)
-        students = {"student": teachers.load(CheckpointTeacher(path=str(folder)), place)}
+        students = {"student": student_folders.load(folder, place)}
         real = datasets.load(data_spec, seed)
         found = evaluation.measure(
             out, "eval", stage, loaded, students, real, seed=seed, device=place, progress=progress, stop=stop

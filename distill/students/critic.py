@@ -1,4 +1,4 @@
-"""The critic of distribution matching: a velocity field of samples that also tells them from real data."""
+"""The critic of distribution matching: a velocity field of the student's samples that also tells them from data."""
 
 import torch
 from diffusers import UNet2DModel

@@ -19,14 +19,15 @@ class FlowMapMLP(VelocityMLP):
 
     class_weight = "class_embedding.weight"  # where that of the velocity network lies
 
-    @functools.wraps(VelocityMLP.__init__)  # diffusers reads the arguments off the signature
+    # diffusers reads the arguments off the signature
+    @functools.wraps(VelocityMLP.__init__)  # type: ignore[misc]
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.gap = nn.Linear(2 * self.config.frequencies, self.config.width)
         nn.init.zeros_(self.gap.weight)
         nn.init.zeros_(self.gap.bias)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         sample: Tensor,
         timestep: Tensor | float | int,

@@ -51,13 +51,15 @@ class FlowMapUNet2DModel(VelocityUNet2DModel):
     """
 
     class_weight = "class_embedding.classes.weight"  # where class_embedding.weight of the velocity network lies
+    class_embedding: nn.Module | None
 
-    @functools.wraps(VelocityUNet2DModel.__init__)  # diffusers reads the arguments off the signature
+    # diffusers reads the arguments off the signature
+    @functools.wraps(VelocityUNet2DModel.__init__)  # type: ignore[misc]
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
         self.class_embedding = Conditions(self.class_embedding, self.time_embedding.linear_2.out_features)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         sample: Tensor,
         timestep: Tensor | float | int,
@@ -65,7 +67,8 @@ class FlowMapUNet2DModel(VelocityUNet2DModel):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
-        """sample [B, C, H, W], timestep = 1000 t, target_timestep = 1000 s (numbers or [B]) -> u [B, C, H, W]."""
+        """sample [B, C, H, W], timestep = 1000 t, target_timestep = 1000 s (numbers or [B]) -> velocity like sample."""
         gap = torch.as_tensor(timestep, dtype=torch.float64) - torch.as_tensor(target_timestep, dtype=torch.float64)
         gap = gap.to(sample.device).expand(sample.shape[0]) / 1000
-        return super().forward(sample, timestep, (class_labels, gap), return_dict)
+        velocity = self.velocity(sample, timestep, (class_labels, gap))
+        return UNet2DOutput(sample=velocity) if return_dict else (velocity,)

@@ -1,14 +1,18 @@
 """Where a recipe's networks come from: a source's weights, or fresh ones."""
 
+from dataclasses import replace
+
 import torch
+from diffusers import ModelMixin
 from torch import nn
 
 from distill.guard import InputError
-from distill.interpolants import Interpolant
+from distill.interpolants import Interpolant, linear
 from distill.protocols import Cond
 from distill.spec import NetworkSpec
 from distill.students.critic import Critic
 from distill.students.flow_map import FlowMapStudent
+from distill.students.loaded import LoadedStudent
 from distill.students.networks import FLOW_MAPS, build, two_times
 from distill.students.velocity import TIME_SCALE, VelocityStudent
 from distill.students.velocity_unet import VelocityUNet2DModel
@@ -24,7 +28,7 @@ class StudentInit:
 
     def __init__(
         self,
-        source: LoadedTeacher | None,
+        source: LoadedTeacher | LoadedStudent | None,
         network: NetworkSpec | None,
         shape: tuple[int, ...],
         num_classes: int | None,
@@ -42,11 +46,18 @@ class StudentInit:
 
     def velocity_field(self) -> nn.Module:
         """A trainable VelocityStudent on the linear path; every call gives the same weights."""
-        return VelocityStudent(self._network())
+        network = self._network()
+        if self.source is not None and isinstance(network, FLOW_MAPS):
+            raise InputError(
+                f"{self.source.description} is a flow map, which no velocity field can start from: it was trained for "
+                "jumps, not for its velocity; start from a student of kind velocity, from the teacher, or from a fresh "
+                "`network`"
+            )
+        return VelocityStudent(network)
 
     def flow_map(self) -> nn.Module:
-        """A trainable FlowMapStudent on the linear path: the velocity of `velocity_field`, whatever s, until it is
-        trained; or a copy of the source, where that is a flow map.
+        """A trainable FlowMapStudent on the linear path: until it is trained it is, whatever s, the velocity of
+        `velocity_field`; or a copy of the source, where that is a flow map.
         """
         network = self._network()
         return FlowMapStudent(network if isinstance(network, FLOW_MAPS) else two_times(network, self.seed))
@@ -55,12 +66,14 @@ class StudentInit:
         """A trainable Critic: `velocity_field`, and a logit per sample from its innermost features."""
         return Critic(self.velocity_field(), self.seed)
 
-    def _network(self) -> nn.Module:
+    def _network(self) -> ModelMixin:
         """On the linear path."""
         if self.network is not None:
             return build(self.network, self.shape, self.num_classes, self.seed)
-        assert self.source is not None
-        return _on_linear_path(self.source).train()
+        assert self.source is not None and self.source.network is not None
+        network = _of_linear_path(self.source)
+        network.load_state_dict(self.source.network.state_dict(), strict=True)
+        return network.to(self.source.network.device).train()
 
     def null(self, cond: Cond) -> Cond:
         """The condition of the unconditional call; an unconditional network's is its only one."""
@@ -74,11 +87,27 @@ class StudentInit:
         return {**cond, "class_labels": torch.full_like(cond["class_labels"], self.null_class)}
 
 
-def _on_linear_path(source: LoadedTeacher) -> nn.Module:
-    """A trainable copy of the source's network that is called as a velocity network of the linear path.
+def teacher_on_linear_path(teacher: LoadedTeacher) -> LoadedTeacher:
+    """The same teacher, as a recipe calls it: a network of a VP or EDM schedule is called as a velocity network of the
+    linear path, finite at both ends, around the very same weights.
+    """
+    if not isinstance(teacher.field, EdmField | NetworkField) or teacher.field.interpolant.name == "linear":
+        return teacher
+    assert teacher.network is not None
+    with torch.device("meta"):
+        network = _of_linear_path(teacher)
+    network.load_state_dict(teacher.network.state_dict(), strict=True, assign=True)
+    network.eval().requires_grad_(False)
+    return replace(teacher, field=NetworkField(network, linear(), "velocity", TIME_SCALE), network=network)
+
+
+def _of_linear_path(source: LoadedTeacher | LoadedStudent) -> ModelMixin:
+    """A network with the source's weight names, called as a network of the linear path; its weights are still its own.
 
     Built from its config, not copied: the source is frozen, and what its class keeps frozen must stay so.
     """
+    if isinstance(source, LoadedStudent):
+        return type(source.network).from_config(source.network.config)
     match source.field:
         case NetworkField(network, Interpolant(name="linear"), "velocity", time_scale):
             if time_scale != TIME_SCALE:
@@ -86,16 +115,16 @@ def _on_linear_path(source: LoadedTeacher) -> nn.Module:
                     f"{source.description} was trained with num_train_timesteps={time_scale:g}; students of the linear "
                     f"path are called with {TIME_SCALE:g} t, so start from a fresh `network`"
                 )
-            copied = type(network).from_config(network.config)
+            return type(network).from_config(network.config)
         case NetworkField(network, path, prediction, last):
-            n = torch.arange(int(last) + 1, dtype=torch.float64)
+            n = torch.arange(int(last) + 1, dtype=torch.float64, device="cpu")
             table = path.path(n / last).alpha.square()  # alphas_cumprod [N]
-            copied = VelocityUNet2DModel.from_config(
+            return VelocityUNet2DModel.from_config(
                 network.config, path="vp", prediction=prediction, alphas_cumprod=table.tolist()
             )
         case EdmField(network, sigma_data, sign, t_range):
             sigma_min, sigma_max = (t / (1 - t) for t in t_range)
-            copied = VelocityUNet2DModel.from_config(
+            return VelocityUNet2DModel.from_config(
                 network.config,
                 path="edm",
                 prediction="epsilon" if sign > 0 else "v_prediction",
@@ -105,5 +134,3 @@ def _on_linear_path(source: LoadedTeacher) -> nn.Module:
             )
         case _:
             raise InputError(f"{source.description} cannot be continued as a student; describe a fresh `network`")
-    copied.load_state_dict(network.state_dict(), strict=True)
-    return copied.to(network.device)

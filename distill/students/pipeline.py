@@ -12,16 +12,27 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 class DistilledPipeline(DiffusionPipeline):
-    """Euler steps along the network's velocity on the linear path, at t = 1, (N-1)/N, ..., 1/N."""
+    """Steps on the linear path along t = 1, (N-1)/N, ..., 0, by what the network knows:
+
+    sampler "euler": its velocity v(x_t, t), x_s = x_t + (s - t) v.
+    sampler "jump": its average velocity u(x_t, t, s) from t to s, x_s = x_t + (s - t) u.
+    sampler "renoise": data = x_t - t u(x_t, t, 0), x_s = (1 - s) data + s fresh noise.
+    """
 
     model_cpu_offload_seq = "unet"
 
     def __init__(
-        self, unet: ModelMixin, scheduler: FlowMapEulerDiscreteScheduler, num_classes: int | None = None
+        self,
+        unet: ModelMixin,
+        scheduler: FlowMapEulerDiscreteScheduler,
+        num_classes: int | None = None,
+        sampler: str = "euler",
     ) -> None:
         super().__init__()
+        if sampler not in ("euler", "jump", "renoise"):
+            raise ValueError(f"sampler={sampler!r}; valid: 'euler', 'jump', 'renoise'")
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(num_classes=num_classes)
+        self.register_to_config(num_classes=num_classes, sampler=sampler)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -42,6 +53,7 @@ class DistilledPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        fresh: Sequence[torch.Tensor] | torch.Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Samples, as `.images`.
 
@@ -50,6 +62,7 @@ class DistilledPipeline(DiffusionPipeline):
         batch_size: number of samples; None: as many as latents, else class_labels, else 1.
         output_type: "pil" and "np" ([B, H, W, C] in [0, 1]) are clamped; "pt" is the tensor [B, *sample_shape] as the
         last step left it, around [-1, 1]. Vectors are returned as they are: "np" an array, otherwise a tensor.
+        fresh: the further noises of sampler "renoise", N - 1 like latents; None: drawn from `generator`.
         """
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={num_inference_steps}; give 1 or more")
@@ -65,15 +78,34 @@ class DistilledPipeline(DiffusionPipeline):
         else:
             x_t = latents.to(device=device, dtype=dtype)
 
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        scale = self.scheduler.config.num_train_timesteps
-        for timestep, t in zip(self.scheduler.timesteps, self.scheduler.sigmas, strict=False):  # sigmas end with 0
-            times = (t.to(torch.float32) * scale).expand(batch_size)  # the network is called with 1000 t, [B]
-            velocity = self.unet(x_t, times, class_labels=labels).sample
-            x_t = self.scheduler.step(velocity, timestep, x_t, return_dict=False)[0]
+        sampler, steps = self.config["sampler"], num_inference_steps
+        self._check_fresh(fresh, steps - 1 if sampler == "renoise" else 0, x_t)
+        self.scheduler.set_timesteps(steps, device=device)
+        times = self.scheduler.sigmas  # [N + 1], 1 ... 0
+        for step, timestep in enumerate(self.scheduler.timesteps):
+            t, s = times[step], times[step + 1]
+            known = {"euler": [t], "jump": [t, s], "renoise": [t, torch.zeros_like(s)]}[sampler]
+            known = [(1000 * time.to(torch.float32)).expand(batch_size) for time in known]  # the network takes 1000 t
+            velocity = self.unet(x_t, *known, class_labels=labels).sample
+            if sampler == "renoise":
+                x_t = x_t - t * velocity
+                if step < steps - 1:
+                    noise = randn_tensor(x_t.shape, generator, device, dtype) if fresh is None else fresh[step].to(x_t)
+                    x_t = (1 - s) * x_t + s * noise
+            else:
+                x_t = self.scheduler.step(velocity, timestep, x_t, return_dict=False)[0]
 
         images = self._finish(x_t, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _check_fresh(
+        self, fresh: Sequence[torch.Tensor] | torch.Tensor | None, count: int, latents: torch.Tensor
+    ) -> None:
+        if fresh is not None and [list(noise.shape) for noise in fresh] != count * [list(latents.shape)]:
+            raise ValueError(
+                f"fresh holds noises of shape {[list(noise.shape) for noise in fresh]}; by the sampler "
+                f"{self.config['sampler']} this student takes {count} of {list(latents.shape)}"
+            )
 
     def _batch_size(
         self, batch_size: int | None, latents: torch.Tensor | None, class_labels: Sequence[int] | torch.Tensor | None

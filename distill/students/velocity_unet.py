@@ -113,28 +113,32 @@ class VelocityUNet2DModel(UNet2DModel):
         return_dict: bool = True,
     ) -> UNet2DOutput | tuple[Tensor]:
         """sample [B, C, H, W] on the linear path, timestep = 1000 t (a number or [B]) -> velocity [B, C, H, W]."""
+        velocity = self.velocity(sample, timestep, class_labels)
+        return UNet2DOutput(sample=velocity) if return_dict else (velocity,)
+
+    def velocity(self, sample: Tensor, timestep: Tensor | float | int, condition: object) -> Tensor:
+        """condition: what `class_embedding` embeds."""
         t = torch.as_tensor(timestep, dtype=torch.float64, device=sample.device).expand(sample.shape[0]) / 1000
         match self.config.path:
             case "vp":
-                velocity = self._vp(sample, t, class_labels)
+                return self._vp(sample, t, condition)
             case "edm":
-                velocity = self._edm(sample, t, class_labels)
+                return self._edm(sample, t, condition)
             case _:
-                velocity = super().forward(sample, 1000 * t.float(), class_labels).sample
-        return UNet2DOutput(sample=velocity) if return_dict else (velocity,)
+                return super().forward(sample, 1000 * t.float(), condition).sample
 
-    def _native(self, x: Tensor, scale: Tensor, time: Tensor, class_labels: Tensor | None) -> Tensor:
+    def _native(self, x: Tensor, scale: Tensor, time: Tensor, condition: object) -> Tensor:
         """The network as it was trained: on scale x, at its own time."""
-        return super().forward(_over(scale, x) * x, time.float(), class_labels).sample.to(x.dtype)
+        return super().forward(_over(scale, x) * x, time.float(), condition).sample.to(x.dtype)
 
-    def _vp(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+    def _vp(self, x: Tensor, t: Tensor, condition: object) -> Tensor:
         table = self._log_sigma.to(x.device)
         log_sigma = (torch.log(t) - torch.log1p(-t)).clamp(table[0], table[-1])  # [B]; infinite at the ends before
         below = (torch.searchsorted(table, log_sigma) - 1).clamp(0, len(table) - 2)
         n = below + (log_sigma - table[below]) / (table[below + 1] - table[below])
         alpha, sigma = torch.sigmoid(-2 * log_sigma).sqrt(), torch.sigmoid(2 * log_sigma).sqrt()
         scale = 1 / ((1 - t).square() + t.square()).sqrt()
-        output = self._native(x, scale, n, class_labels)
+        output = self._native(x, scale, n, condition)
         c, d = {
             "epsilon": (torch.zeros_like(t), torch.ones_like(t)),
             "sample": (torch.ones_like(t), torch.zeros_like(t)),
@@ -148,12 +152,12 @@ class VelocityUNet2DModel(UNet2DModel):
         of_output = torch.where(late, sigma / det / t, alpha / det / (1 - t))
         return _over(of_x, x) * x + _over(of_output, x) * output
 
-    def _edm(self, x: Tensor, t: Tensor, class_labels: Tensor | None) -> Tensor:
+    def _edm(self, x: Tensor, t: Tensor, condition: object) -> Tensor:
         # D = c_skip x_edm + c_out F with x_edm = x / (1 - t), sigma = t / (1 - t), put into v = (x - D) / t: t cancels
         sigma_data = self.config.sigma_data
         q = t.square() + (sigma_data * (1 - t)).square()
         sigma = (t / (1 - t)).clamp(self.config.sigma_min, self.config.sigma_max)
-        output = self._native(x, q.rsqrt(), torch.log(sigma) / 4, class_labels)
+        output = self._native(x, q.rsqrt(), torch.log(sigma) / 4, condition)
         sign = 1 if self.config.prediction == "epsilon" else -1
         return _over((t - sigma_data**2 * (1 - t)) / q, x) * x - _over(sign * sigma_data * q.rsqrt(), x) * output
 

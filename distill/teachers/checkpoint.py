@@ -1,12 +1,14 @@
 """Teachers from diffusers checkpoints: a pipeline folder, a hub id or a single model folder. Only safetensors is read,
-and no code of the folder is run: student folders' own network classes are loaded from this package.
+and no code of the folder is run: student folders' own network classes are loaded from this package. Students are read
+here too (`students.loaded`).
 """
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import (
@@ -27,6 +29,8 @@ from distill.guard import InputError, suggest
 from distill.interpolants import Prediction, linear, vp
 from distill.protocols import VelocityField
 from distill.spec import CheckpointTeacher
+from distill.students.flow_map_mlp import FlowMapMLP
+from distill.students.flow_map_unet import FlowMapUNet2DModel
 from distill.students.velocity import TIME_SCALE
 from distill.students.velocity_mlp import VelocityMLP
 from distill.students.velocity_unet import VelocityUNet2DModel
@@ -35,8 +39,11 @@ from distill.teachers.network_field import EdmField, NetworkField
 
 Config = dict[str, Any]  # parsed JSON
 
-NETWORKS: dict[str, type[ModelMixin]] = {c.__name__: c for c in (UNet2DModel, VelocityUNet2DModel, VelocityMLP)}
-LINEAR_NETWORKS = (VelocityUNet2DModel.__name__, VelocityMLP.__name__)  # of the linear path by construction
+NETWORKS: dict[str, tuple[type[ModelMixin], ...]] = {  # by what they are
+    "velocity": (UNet2DModel, VelocityUNet2DModel, VelocityMLP),
+    "flow_map": (FlowMapUNet2DModel, FlowMapMLP),
+}
+LINEAR_NETWORKS = (VelocityUNet2DModel, VelocityMLP)  # of the linear path by construction
 VP = (DDPMScheduler, DDIMScheduler)
 LINEAR = (FlowMatchEulerDiscreteScheduler, FlowMapEulerDiscreteScheduler)
 SCHEDULERS: dict[str, type[SchedulerMixin]] = {c.__name__: c for c in (*VP, *LINEAR, EDMEulerScheduler)}
@@ -57,19 +64,48 @@ class Parts:
     student: Config  # distill.json of an exported student, or empty
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint's network, frozen, in float32 and evaluation mode, and what its files say of it."""
+
+    network: ModelMixin
+    scheduler: Config | None  # None: there is none, or the network is of the linear path by construction
+    student: Config
+    shape: tuple[int, ...]  # of one sample
+    num_classes: int | None
+    null_class: int | None
+    digest: str
+    description: str
+
+
 def load(spec: CheckpointTeacher, device: torch.device) -> LoadedTeacher:
-    """The network of a checkpoint, frozen, in float32 and evaluation mode, as a velocity field of its own schedule."""
+    """The network of a checkpoint as a velocity field of its own schedule."""
+    found = read(spec, device, "velocity")
+    return LoadedTeacher(
+        field=_field(found.network, found.scheduler, spec),
+        shape=found.shape,
+        num_classes=found.num_classes,
+        null_class=found.null_class,
+        digest=found.digest,
+        description=found.description,
+        network=found.network,
+        guidance_scale=found.student.get("guidance_scale", 1.0),
+        unconditional=found.student.get("unconditional", True),
+    )
+
+
+def read(spec: CheckpointTeacher, device: torch.device, kind: Literal["velocity", "flow_map"]) -> Checkpoint:
+    """A checkpoint whose network is of this kind; any other is refused."""
     parts = _parts(spec, _folder(spec))
+    found = parts.student.get("kind", "velocity")
+    if found != kind:
+        raise InputError(f"teacher.path={spec.path} is a student of kind {found}; valid teachers: {kind}")
     config = _json(parts.model / "config.json")
-    _refuse_without_effect(spec, str(config.get("_class_name")))
-    network, weights = _network(parts.model, config)
+    classes = {c.__name__: c for c in NETWORKS[kind]}
+    _refuse_without_effect(spec, classes.get(str(config.get("_class_name"))))
+    network, weights = _network(parts.model, config, classes)
     network = network.to(device).eval().requires_grad_(False)
-    scheduler = parts.scheduler
-    if isinstance(network, VelocityMLP | VelocityUNet2DModel):
-        scheduler = None
-        field: VelocityField = NetworkField(network, linear(), "velocity", TIME_SCALE)
-    else:
-        field = _field(network, scheduler, spec)
+    scheduler = None if isinstance(network, LINEAR_NETWORKS) else parts.scheduler
     num_classes, null_class = _classes(config, parts.student, spec)
     identity = {
         "config": {k: v for k, v in config.items() if k not in ("_diffusers_version", "_name_or_path")},
@@ -78,32 +114,31 @@ def load(spec: CheckpointTeacher, device: torch.device) -> LoadedTeacher:
         "null_class": null_class,
         "weights": weights,
     }
-    return LoadedTeacher(
-        field=field,
+    return Checkpoint(
+        network=network,
+        scheduler=scheduler,
+        student=parts.student,
         shape=_shape(parts.model, config),
         num_classes=num_classes,
         null_class=null_class,
         digest=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         # a hub id, or the folder's name alone: what is made with a teacher must not depend on where the teacher lies
         description=f"{config['_class_name']} from {Path(spec.path).name if Path(spec.path).is_dir() else spec.path}",
-        network=network,
-        guidance_scale=parts.student.get("guidance_scale", 1.0),
-        unconditional=parts.student.get("unconditional", True),
     )
 
 
-def _refuse_without_effect(spec: CheckpointTeacher, class_name: str) -> None:
+def _refuse_without_effect(spec: CheckpointTeacher, network: type[ModelMixin] | None) -> None:
     if spec.revision is not None and Path(spec.path).is_dir():
         raise InputError(
             f"teacher.revision={spec.revision} has no effect: {spec.path} is a folder here, not a hub id; remove it"
         )
     given = {"prediction": spec.prediction, "scheduler": spec.scheduler}
-    if class_name in LINEAR_NETWORKS:
+    if network is not None and network in LINEAR_NETWORKS:
         for name, value in given.items():
             if value is not None:
                 raise InputError(
-                    f"teacher.{name}={value} has no effect: {spec.path} is a {class_name}, which predicts the velocity "
-                    "of the linear path by construction; remove it"
+                    f"teacher.{name}={value} has no effect: {spec.path} is a {network.__name__}, which predicts the "
+                    "velocity of the linear path by construction; remove it"
                 )
 
 
@@ -130,8 +165,6 @@ def _folder(spec: CheckpointTeacher) -> Path:
 def _parts(spec: CheckpointTeacher, folder: Path) -> Parts:
     """Where network and scheduler of a pipeline or of a single model folder lie."""
     student = _json(folder / "distill.json") if (folder / "distill.json").is_file() else {}
-    if student.get("kind", "velocity") != "velocity":
-        raise InputError(f"teacher.path={spec.path} is a student of kind {student['kind']}; valid teachers: velocity")
     if (folder / "model_index.json").is_file():
         index = _json(folder / "model_index.json")
         parts = sorted(k for k, v in index.items() if not k.startswith("_") and isinstance(v, list) and v[0])
@@ -156,11 +189,11 @@ def _parts(spec: CheckpointTeacher, folder: Path) -> Parts:
     return Parts(model, _json(found) if found else None, student)
 
 
-def _network(folder: Path, config: Config) -> tuple[ModelMixin, list[str]]:
+def _network(folder: Path, config: Config, classes: Mapping[str, type[ModelMixin]]) -> tuple[ModelMixin, list[str]]:
     """The network, every weight of which came from the files, and the sha256 of the files."""
     name = str(config.get("_class_name"))
-    if name not in NETWORKS:
-        raise InputError(f"{folder / 'config.json'}: network class {name} is not supported; {suggest(name, NETWORKS)}")
+    if name not in classes:
+        raise InputError(f"{folder / 'config.json'}: network class {name} is not supported; {suggest(name, classes)}")
     if config.get("time_embedding_type") == "learned":
         raise InputError(
             f"{folder / 'config.json'}: time_embedding_type learned knows whole steps only; valid: positional"
@@ -176,7 +209,7 @@ def _network(folder: Path, config: Config) -> tuple[ModelMixin, list[str]]:
             raise InputError(f"{path} holds NaN or infinity in {', '.join(broken[:3])}; give sound weights")
     try:
         # low_cpu_mem_usage off: it would leave a missing weight without memory before it can be reported
-        network, report = NETWORKS[name].from_pretrained(
+        network, report = classes[name].from_pretrained(
             str(folder),
             torch_dtype=torch.float32,
             use_safetensors=True,
@@ -215,7 +248,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _field(network: ModelMixin, scheduler: Config | None, spec: CheckpointTeacher) -> VelocityField:
     """The network in the schedule of its scheduler config."""
     if scheduler is None:
-        if spec.prediction == "velocity":
+        if isinstance(network, LINEAR_NETWORKS) or spec.prediction == "velocity":
             return NetworkField(network, linear(), "velocity", TIME_SCALE)
         raise InputError(
             f"teacher.path={spec.path} has no scheduler config, so its schedule is unknown; give its folder as "

@@ -1,7 +1,7 @@
 """Load student folders where `distill` and `recipes` cannot be imported, and sample them: FOLDER STUDENT...
 
-Student FOLDER/S reads its noise (and labels) from FOLDER/S.in.safetensors; its samples at 1, 2 and 4 steps go to
-FOLDER/S.out.safetensors.
+Student FOLDER/S reads its noise (labels, fresh noises) from FOLDER/S.in.safetensors; its samples at 1, 2 and 4 steps
+go to FOLDER/S.out.safetensors.
 """
 
 import importlib
@@ -33,8 +33,9 @@ folder = Path(sys.argv[1])
 for student in sys.argv[2:]:
     pipeline = DiffusionPipeline.from_pretrained(folder / student, trust_remote_code=True)
     inputs = load_file(folder / f"{student}.in.safetensors")
+    fresh = inputs.pop("fresh", ())  # of the most steps
     outputs = {
-        str(steps): pipeline(num_inference_steps=steps, **inputs, output_type="pt").images.contiguous()
+        str(steps): pipeline(steps, **inputs, fresh=fresh[: steps - 1], output_type="pt").images.contiguous()
         for steps in (1, 2, 4)
     }
     save_file(outputs, folder / f"{student}.out.safetensors")

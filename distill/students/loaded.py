@@ -1,0 +1,46 @@
+"""A student folder, loaded: its network as its sampler calls it, and what must be known to use it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+
+from distill import card as cards
+from distill.spec import CheckpointTeacher
+from distill.students.flow_map import FlowMapStudent
+from distill.students.velocity import VelocityStudent
+from distill.teachers import checkpoint
+
+
+@dataclass(frozen=True)
+class LoadedStudent:
+    """What both kinds of student become: frozen, in float32 and evaluation mode."""
+
+    student: VelocityStudent | FlowMapStudent
+    sampler: str  # a name in samplers/
+    shape: tuple[int, ...]  # of one sample
+    num_classes: int | None  # real classes; None: unconditional
+    null_class: int | None
+    digest: str  # sha256 over configuration and weights
+    description: str  # one line for people
+
+    @property
+    def network(self) -> ModelMixin:
+        return self.student.network
+
+
+def load(folder: Path, device: torch.device) -> LoadedStudent:
+    """The student of a folder that an export has written."""
+    card = cards.read(folder)
+    found = checkpoint.read(CheckpointTeacher(path=str(folder)), device, card.kind)
+    wrap = VelocityStudent if card.kind == "velocity" else FlowMapStudent
+    return LoadedStudent(
+        student=wrap(found.network).eval(),
+        sampler=card.sampler,
+        shape=found.shape,
+        num_classes=found.num_classes,
+        null_class=found.null_class,
+        digest=found.digest,
+        description=found.description,
+    )
