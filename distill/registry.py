@@ -22,6 +22,7 @@ from distill.guard import InputError, suggest
 
 GROUP = "distill.recipes"
 PARTS = ("Config", "Recipe")
+NEEDS = ("data", "pairs", "teacher", "jvp")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class RecipeConfig(Protocol):
     """What every recipe's Config says of itself, its options considered."""
 
     @property
-    def needs(self) -> frozenset[str]: ...  # "data", "pairs", "teacher", "jvp"
+    def needs(self) -> frozenset[str]: ...  # of NEEDS
     @property
     def student(self) -> str: ...  # "velocity", "flow_map", "generator"
 
@@ -149,7 +150,7 @@ def describe(name: str, base: Path) -> Description:
     config = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config"), None)
     body = config.body if config is not None else []
     needs = next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == "needs"), None)
-    return Description(name, paper.split("\n")[0], paper, _strings(needs), _options(body))
+    return Description(name, paper.split("\n")[0], paper, _needs(needs), _options(body))
 
 
 def _load_file(path: Path) -> ModuleType:
@@ -173,13 +174,10 @@ def _entry_points() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP)}
 
 
-def _strings(needs: ast.FunctionDef | None) -> list[str]:
-    """The words that a `needs` property can return."""
-    if needs is None:
-        return []
-    returned = [node for statement in needs.body for node in ast.walk(statement) if isinstance(node, ast.Return)]
-    constants = [node for r in returned for node in ast.walk(r) if isinstance(node, ast.Constant)]
-    return sorted({node.value for node in constants if isinstance(node.value, str)})
+def _needs(needs: ast.FunctionDef | None) -> list[str]:
+    """What a `needs` property can name."""
+    constants = [node for node in ast.walk(needs) if isinstance(node, ast.Constant)] if needs else []
+    return [need for need in NEEDS if need in [constant.value for constant in constants]]
 
 
 def _options(body: Sequence[ast.stmt]) -> list[Option]:

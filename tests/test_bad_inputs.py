@@ -17,11 +17,11 @@ from PIL import Image
 from runs import distill
 from safetensors.torch import load_file, save_file
 
-from distill import presets, specfile, workflow
+from distill import presets, registry, specfile, workflow
 from distill.schema import NAME_RULE
 from distill.store import RunPaths, create_run, event_line
 
-RECIPES = "pretrain/flow_matching, reflow/one_step, reflow/reflow"
+RECIPES = ", ".join(registry.names())
 PRESETS = ", ".join(presets.names())
 TOP = "data, launch, name, seed, stages, teacher"
 TEACH, PAIRS = (specfile.load(presets.find("digits")).spec.stages[name] for name in ("teach", "pairs"))

@@ -1,13 +1,12 @@
 """flow_matching, reflow and one_step at their exact solutions (reflow sheet T04, T06, T07), on the Gaussian oracle."""
 
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from torchvision.models import squeezenet1_1
 
 from distill import draws
@@ -19,6 +18,7 @@ from distill.protocols import Batch, Frozen, Pairs, Trained
 from distill.samplers import euler
 from distill.spec import GaussianTeacher
 from distill.teachers.analytic import GaussianField, gaussian_teacher
+from distill.testing import exact
 from distill.times import uniform_grid
 from recipes.pretrain import flow_matching
 from recipes.reflow import one_step, reflow
@@ -52,33 +52,8 @@ class Affine(Student):
         self.parameter = nn.Parameter(torch.zeros(2, dtype=torch.float64))
 
 
-class Init:
-    """Hands out a given network; the null class is 10."""
-
-    num_classes = 10
-
-    def __init__(self, network):
-        self.network = network
-
-    def velocity_field(self):
-        return self.network
-
-    def null(self, cond):
-        return {"class_labels": torch.full_like(cond["class_labels"], 10)}
-
-
-@dataclass(frozen=True)
-class At:
-    """Draws of a real step, but for the uniform ones, which are all `u`."""
-
-    draw: StepDraw
-    u: float
-
-    def normal(self, name: str, like: Tensor) -> Tensor:
-        return self.draw.normal(name, like)
-
-    def uniform(self, name: str, like: Tensor) -> Tensor:
-        return torch.full_like(self.draw.uniform(name, like), self.u)
+def given(network, num_classes=10):
+    return exact.Given(network, num_classes=num_classes)
 
 
 def v1(x, t):
@@ -109,12 +84,13 @@ def oracle_data(shape, seed=7):
 
 def context(rows, step=3, u=None):
     draw = StepDraw(0, step, 0, rows if isinstance(rows, Rows) else Rows(0, rows, rows))
-    return StepContext(step, 0, draw if u is None else At(draw, u), {})
+    every = dict.fromkeys(("t", "dropped"), u) if u is not None else {}
+    return StepContext(step, 0, exact.Draws(draw, {}, every), {})
 
 
 def loss(module, options, student, batch, ctx, **nets):
     recipe = module.Recipe(module.Config(**options), None)
-    recipe.networks(Init(student))
+    recipe.networks(given(student))
     turns = list(recipe.turns(0, 0))
     assert [turn.network for turn in turns] == ["student"]
     return turns[0].loss({"student": student, **nets}, batch, ctx).total
@@ -309,7 +285,7 @@ def test_one_step_lpips_compares_images(lpips_options):
     options = {**lpips_options, "distance": "l2+lpips", "lpips_weight": 0.5, "lpips_heads": False}
     recipe = one_step.Recipe(one_step.Config(**options), None)
     student = Student(v1)
-    roles = recipe.networks(Init(student))
+    roles = recipe.networks(given(student))
     assert roles["student"] == Trained(student) and isinstance(roles["lpips"], Frozen)
     metric = roles["lpips"].module
     nets = {"student": student, "lpips": metric}
@@ -318,7 +294,7 @@ def test_one_step_lpips_compares_images(lpips_options):
     assert lpips > 0 and made.logs["lpips"] == lpips
     assert made.total.item() == pytest.approx(made.logs["l2"].item() + 0.5 * lpips.item(), rel=1e-9)
     alone = one_step.Recipe(one_step.Config(**lpips_options, distance="lpips"), None)
-    metric = alone.networks(Init(student))["lpips"].module
+    metric = alone.networks(given(student))["lpips"].module
     jump = {"student": Student(lambda x, t: x - target(x)), "lpips": metric}
     assert alone.loss(jump, batch, context(2)).total < 1e-10
     assert alone.loss({**jump, "student": student}, batch, context(2)).total > 1e-3
@@ -332,8 +308,7 @@ def test_lpips_is_refused_for_vectors(lpips_options):
 
 
 def test_label_dropout_without_classes_is_refused():
-    init = Init(Student(v1))
-    init.num_classes = None
+    init = given(Student(v1), None)
     flow_matching.Recipe(flow_matching.Config(), None).networks(init)  # the default says nothing
     with pytest.raises(InputError, match="label_dropout has no effect without classes; remove it, or give labelled"):
         flow_matching.Recipe(flow_matching.Config(label_dropout=0.2), None).networks(init)

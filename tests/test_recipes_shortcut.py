@@ -135,7 +135,7 @@ def test_the_weight_leaves_the_direction_of_a_samples_gradient():
     gradients = {}
     for power in (0.0, 0.5, 1.0):
         shift = torch.full((1,), 0.1, dtype=torch.float64, requires_grad=True)
-        found = loss(make(meanflow, power=power), lambda x, t, s, cond: exact.FLOW_MAP(x, t, s, cond) + shift, 1)
+        found = loss(make(meanflow, power=power), lambda x, t, s, cond, by=shift: exact.FLOW_MAP(x, t, s, cond) + by, 1)
         found.total.backward()
         gradients[power] = shift.grad.item() * (found.logs["error"].item() + 1e-3) ** power
     assert gradients[0.5] == pytest.approx(gradients[0.0]) and gradients[1.0] == pytest.approx(gradients[0.0])

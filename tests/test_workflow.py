@@ -83,7 +83,7 @@ CASES = {
     "no such recipe": (
         vectors(r={"recipe": "reflow/reflw"}),
         "stages.r.recipe: there is no recipe 'reflow/reflw'; did you mean 'reflow/reflow'? valid: "
-        "pretrain/flow_matching, reflow/one_step, reflow/reflow; or a file of your own: ./file.py",
+        f"{', '.join(registry.names())}; or a file of your own: ./file.py",
     ),
     "no such file": (
         vectors(r={"recipe": "./mine.py"}),

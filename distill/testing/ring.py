@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -55,18 +55,18 @@ class Solved:
         return Batch(None, Pairs(self.noise[order], self.data[order]), {})
 
 
-@cache
+@lru_cache(maxsize=1)
 def _data() -> Tensor:
     return TEACHER.exact_data(7, range(65536))
 
 
-@cache
+@lru_cache(maxsize=1)
 def _pairs() -> tuple[Tensor, Tensor]:
     noise = sample_noise(4, range(16384), (2,))
     return noise, solvers.sample(TEACHER.field, noise, {}, solver="heun", steps=24)
 
 
-@cache
+@lru_cache(maxsize=1)
 def _truth() -> tuple[Tensor, Tensor]:
     return TEACHER.exact_data(2, range(SAMPLES)), TEACHER.exact_data(3, range(SAMPLES))
 

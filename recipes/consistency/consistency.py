@@ -1,14 +1,11 @@
 """Consistency models (Song et al. 2023, arXiv 2303.01469): every point of a path is mapped to the path's clean end.
 
-f(x_t, t) = x_t - t u(x_t, t, 0) is regressed on itself at an earlier point: D( f(x_t, t), f-(x_s, s) ) / (t - s). The
-boundary f(x, 0) = x is built in. `point` says where x_s comes from: a Heun or Euler step of the teacher (distillation,
-alg. 2), or the same data and noise (training, alg. 3). `times` says which t and s: neighbours on a grid, or those of
-Easy Consistency Tuning (Geng et al. 2024, arXiv 2406.14548), ln(t / (1 - t)) ~ N(mu, sigma^2) and s nearer and nearer.
+f(x_t, t) = x_t - t u(x_t, t, 0) is regressed on itself at an earlier point: D( f(x_t, t), f-(x_s, s) ) / (t - s). x_s
+comes from a step of the teacher (distillation, alg. 2), or is of the same data and noise (training, alg. 3). t and s
+are neighbours on a grid, or Easy Consistency Tuning's (Geng et al. 2024, arXiv 2406.14548), nearer and nearer.
 
-Deviations: on the linear path, from t = 1 exactly. The grid is uniform in t, where theirs is EDM's. The weight is that
-of iCT (Song & Dhariwal 2023, arXiv 2310.14189) in t; in noise levels it vanishes at t = 1, where sampling starts.
-pseudo-Huber is iCT's, of the whole sample; diffusers' example applies it to each element. The student's own target sees
-other dropout masks than its prediction: give networks with dropout a target_decay, whose copy drops nothing.
+Deviations: linear path, t = 1 exactly. The grid is uniform in t, theirs is EDM's. Weight and pseudo-Huber are iCT's (Song
+& Dhariwal 2023, arXiv 2310.14189), in t: gaps of noise levels are infinite at 1. Only target_decay's copy drops nothing.
 """
 
 import math
@@ -21,7 +18,7 @@ from torch import Tensor, nn
 
 from distill import distances, solvers, times
 from distill.interpolants import like
-from distill.protocols import Batch, Cond, Context, Copy, Init, Loss, Nets, Role, Teacher, Trained, Turn, VelocityField
+from distill.protocols import Batch, Cond, Context, Copy, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
 FIRST, LAST = 0.002, 80 / 81  # EDM's cleanest and noisiest times, sigma 0.002 and 80; the last is stretched to t = 1
 
@@ -37,12 +34,12 @@ class Config(BaseModel):
     """of the teacher, baked into the student; 1 = none"""
     times: Literal["grid", "continuous"] = "grid"
     """grid: neighbours on a grid; continuous: Easy Consistency Tuning"""
-    levels: PositiveInt | None = None
-    """steps of the grid, at first; null: 18"""
-    mu: float | None = None
-    """mean of logit(t) under continuous; null: -1.1"""
-    sigma: PositiveFloat | None = None
-    """standard deviation of logit(t) under continuous; null: 2"""
+    levels: PositiveInt = 18
+    """steps of the grid, at first"""
+    mu: float = -1.1
+    """mean of logit(t) under continuous"""
+    sigma: PositiveFloat = 2.0
+    """standard deviation of logit(t) under continuous"""
     halving_images: PositiveInt | None = None
     """images after which t and s are twice as near, again and again; null: never"""
     target_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -54,8 +51,8 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
-        unused = ["levels"] if self.times == "continuous" else ["mu", "sigma"]
-        if given := [name for name in unused if self.model_dump()[name] is not None]:
+        unused = {"levels"} if self.times == "continuous" else {"mu", "sigma"}
+        if given := sorted(unused & self.model_fields_set):
             raise ValueError(f"{', '.join(given)}: no effect with times: {self.times}; remove")
         if self.point == "data" and self.guidance_scale != 1:
             raise ValueError("guidance_scale has no effect with point: data; remove it, or use heun or euler")
@@ -80,8 +77,8 @@ class Recipe:
         self.teacher = None if teacher is None or config.point == "data" else teacher.guided(config.guidance_scale)
 
     def networks(self, init: Init) -> dict[str, Role]:
-        decay, roles = self.config.target_decay, dict[str, Role](student=Trained(init.flow_map()))
-        return roles if decay is None else roles | {"target": Copy("student", decay)}
+        decay, student = self.config.target_decay, Trained(init.flow_map())
+        return {"student": student} if decay is None else {"student": student, "target": Copy("student", decay)}
 
     def turns(self, step: int, images: int) -> Iterator[Turn]:
         yield Turn("student", self.loss)
@@ -92,35 +89,30 @@ class Recipe:
         t, s = self.neighbours(ctx.draw.uniform("t", data), ctx.images)  # [B], 0 <= s < t <= 1
         x_t, x_s = (student.interpolant.mix(data, noise, time) for time in (t, s))
         with torch.no_grad():
-            if self.teacher is not None:
-                x_s = self.step(self.teacher, x_t, t, s, batch.cond)
+            if self.teacher is not None and self.config.point != "data":
+                x_s = solvers.step(self.teacher, x_t, t, s, batch.cond, self.config.point)
             target = end(nets.get("target", student), x_s, s, batch.cond)
         return Loss((self.distance(end(student, x_t, t, batch.cond), target) / (t - s)).mean())
-
-    def step(self, teacher: VelocityField, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
-        return solvers.step(teacher, x_t, t, s, cond, "euler" if self.config.point == "euler" else "heun")
 
     def neighbours(self, u: Tensor, images: int) -> tuple[Tensor, Tensor]:
         """t and s [B] from uniform draws u [B]."""
         c, halvings = self.config, images // (self.config.halving_images or images + 1)
         if c.times == "continuous":
-            t = times.logit_normal(u, -1.1 if c.mu is None else c.mu, c.sigma or 2.0).clamp(FIRST, LAST)
+            t = times.logit_normal(u, c.mu, c.sigma).clamp(FIRST, LAST)
             return t / LAST, times.nearer(t, 0.5 ** (halvings + 1)) / LAST
-        levels = (c.levels or 18) * 2**halvings
+        levels = c.levels * 2**halvings
         t = (u * levels).floor() + 1  # 1 ... levels
         return t / levels, (t - 1) / levels
 
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         """[B]"""
+        if self.config.distance == "l2":
+            return distances.mse(prediction, target)
         d = target[0].numel()
         c = self.config.huber_c or 0.00054 * math.sqrt(d)
-        match self.config.distance:
-            case "l2":
-                return distances.mse(prediction, target)
-            case "pseudo_huber":
-                return distances.pseudo_huber(prediction, target, scale=c / d)
-            case "pseudo_huber_elementwise":
-                return distances.pseudo_huber_elementwise(prediction, target, c)
+        if self.config.distance == "pseudo_huber_elementwise":
+            return distances.pseudo_huber_elementwise(prediction, target, c)
+        return distances.pseudo_huber(prediction, target, scale=c / d)
 
 
 def end(network: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:

@@ -6,9 +6,9 @@ velocity of the samples, `ratio` turns to one of the student, and on the same fe
 data. Students of several steps are trained on their own intermediate states (backward simulation), with gradients
 through the last step; sampling adds fresh noise between steps.
 
-Deviations: flow form, x0 = x_t - t v; the noisiest input is exactly noise at t = 1. The critic moves in every step and
-judges the states on which it learns the velocity: one call instead of two. t is uniform, between 0.02 and 0.98 for the
-student. `weight: kl`, ((1 - t)/t)^2 without the normaliser, gives the exact gradient of the KL divergence.
+Deviations: flow form, x0 = x_t - t v, from exactly noise at t = 1. The critic moves in every step and judges the states
+on which it learns the velocity. t is uniform, between 0.02 and 0.98 for the student. `weight: kl`, ((1 - t)/t)^2
+without the normaliser, gives the exact gradient of the KL divergence.
 """
 
 from collections.abc import Iterator
@@ -87,8 +87,6 @@ class Recipe:
                 weight = 1 / (samples - x_t + like(t, x_t) * v_real).abs().flatten(1).mean(1)  # |sample - x0_teacher|
             g = like(weight, x_t) * towards_fake
         match = distances.mse(samples, samples.detach() - g).mean() / 2  # d match / d samples = g / (B d)
-        if c.gan_weight == 0:
-            return Loss(match)
         deceived = softplus(-logit).mean()
         return Loss(match + c.gan_weight * deceived, {"match": match.detach(), "deceived": deceived.detach()})
 

@@ -31,10 +31,12 @@ class Config(BaseModel):
     """of the teacher, baked into the student; 1 = none"""
     diagonal: Annotated[float, Field(ge=0, lt=1)] = 0.75
     """part of the batch with s = t"""
+    time_law: Literal["logit_normal", "uniform"] = "logit_normal"
+    """of both times, before the later one becomes t"""
     mu: float = -0.4
-    """mean of the logit of both times"""
+    """mean of logit(t) under logit_normal"""
     sigma: PositiveFloat = 1.0
-    """standard deviation of the logit of both times"""
+    """standard deviation of logit(t) under logit_normal"""
     power: Annotated[float, Field(ge=0, le=1)] = 1.0
     """p of the weight 1 / (error + c)^p of a sample; 0: plain squares"""
     c: PositiveFloat | None = None
@@ -46,6 +48,8 @@ class Config(BaseModel):
     def _has_effect(self) -> Self:
         if self.velocity == "data" and self.guidance_scale != 1:
             raise ValueError("guidance_scale has no effect with velocity: data; remove it, or use velocity: teacher")
+        if self.time_law == "uniform" and (given := sorted({"mu", "sigma"} & self.model_fields_set)):
+            raise ValueError(f"{', '.join(given)}: no effect with time_law: uniform; remove")
         if self.power == 0 and self.c is not None:
             raise ValueError("c has no effect with power: 0; remove it")
         return self
@@ -68,7 +72,7 @@ class Recipe:
         self.teacher = None
         if config.velocity == "teacher" and teacher is not None:
             self.teacher = teacher.guided(config.guidance_scale)
-        self.law = times.law("logit_normal", config.mu, config.sigma)
+        self.law = times.uniform if config.time_law == "uniform" else times.law("logit_normal", config.mu, config.sigma)
 
     def networks(self, init: Init) -> dict[str, Role]:
         return {"student": Trained(init.flow_map())}
