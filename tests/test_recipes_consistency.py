@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from distill import testing
 from distill.interpolants import like
 from distill.protocols import Batch
 from distill.teachers.analytic import GaussianFlowMap, class_gaussian_teacher
@@ -33,11 +34,12 @@ def loss(made, network, count=64, batch=None, **context):
 
 @pytest.mark.parametrize("distance", DISTANCES)
 @pytest.mark.parametrize("options", [{}, {"target_decay": 0.9}, CONTINUOUS])
-def test_the_exact_flow_map_has_no_loss_under_an_exact_step(monkeypatch, options, distance):  # T1
+def test_the_exact_flow_map_has_no_loss_under_an_exact_step(options, distance):  # T1
     made = recipe(distance=distance, **options)
-    monkeypatch.setattr(consistency.solvers, "step", lambda teacher, x_t, t, s, cond, solver: jump(x_t, t, s, cond))
-    assert loss(made, exact.FLOW_MAP, images=2500) < 1e-12
-    assert loss(made, lambda x_t, t, s, cond: exact.FIELD(x_t, t, cond), images=2500) > 1e-4
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(consistency.solvers, "step", lambda teacher, x_t, t, s, cond, solver: jump(x_t, t, s, cond))
+        assert loss(made, exact.FLOW_MAP, images=2500) < 1e-12
+        assert loss(made, lambda x_t, t, s, cond: exact.FIELD(x_t, t, cond), images=2500) > 1e-4
 
 
 @pytest.mark.parametrize(("point", "order"), [("euler", 2), ("heun", 3)])
@@ -52,7 +54,7 @@ def test_the_teachers_step_is_wrong_by_its_order(point, order):  # T1b
 
 
 @pytest.mark.parametrize("t", [0.25, 0.5, 1.0])
-def test_without_a_teacher_the_target_is_in_the_mean_that_of_an_euler_step(monkeypatch, t):  # T2
+def test_without_a_teacher_the_target_is_in_the_mean_that_of_an_euler_step(t):  # T2
     """f is affine, so the mean of f(x_s) over the data that x_t may come from is f at the mean of x_s."""
     count, x_t = 200_000, torch.tensor([0.3, -0.8, 0.9], dtype=torch.float64)
     data, noise = exact.posterior(x_t, t, count)
@@ -62,7 +64,7 @@ def test_without_a_teacher_the_target_is_in_the_mean_that_of_an_euler_step(monke
         seen["prediction"], seen["target"] = prediction, target
         return (prediction - target).square().mean(1)
 
-    monkeypatch.setattr(made, "distance", record)
+    made.distance = record
     batch, fixed = Batch(data, None, {}), {"normals": {"noise": noise}, "uniforms": {"t": t - 0.125}}
     loss(made, exact.FLOW_MAP, count, batch, **fixed)
     at, to = torch.tensor([t], dtype=torch.float64), torch.tensor([t - 0.25], dtype=torch.float64)
@@ -144,3 +146,22 @@ def test_it_needs_a_teacher_only_to_step():
         "data"
     }
     assert consistency.Recipe.sampler == "renoise" and Config().student == "flow_map"
+
+
+def steps_are_wrong_by_their_order():
+    test_the_teachers_step_is_wrong_by_its_order("euler", 2)
+    test_the_teachers_step_is_wrong_by_its_order("heun", 3)
+
+
+SUBJECTS = [
+    testing.Subject(
+        "consistency/consistency",
+        ring={"levels": 18},
+        steps=(1, 2),
+        closed_form=(
+            lambda: test_the_exact_flow_map_has_no_loss_under_an_exact_step({}, "l2"),
+            steps_are_wrong_by_their_order,
+            lambda: test_without_a_teacher_the_target_is_in_the_mean_that_of_an_euler_step(0.5),
+        ),
+    )
+]

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import squeezenet1_1
 
-from distill import draws
+from distill import draws, testing
 from distill.draws import Rows, StepDraw
 from distill.engine import StepContext
 from distill.guard import InputError
@@ -362,3 +362,30 @@ def test_configs_say_what_they_need_and_survive_being_written_out(module, needs)
     assert module.Config(**config.model_dump(mode="json")) == config  # a resolved spec can be run again
     for name, field in module.Config.model_fields.items():
         assert field.description, f"option {name} says nothing of itself"
+
+
+SUBJECTS = [
+    testing.Subject(
+        "pretrain/flow_matching",
+        closed_form=(
+            lambda: test_flow_matching_regresses_to_the_velocity_of_the_marginals(0.5),
+            test_flow_matching_gradient_is_zero_in_the_mean_at_the_exact_field_only,
+        ),
+    ),
+    testing.Subject(
+        "reflow/reflow",
+        steps=(1, 2),
+        closed_form=(
+            lambda: test_reflow_loss_is_zero_at_the_straight_field_only((7, 3), "l2", "uniform"),
+            lambda: test_one_round_of_reflow_recovers_the_straight_field(0.25),
+        ),
+    ),
+    testing.Subject(
+        "reflow/one_step",
+        closed_form=(
+            lambda: test_one_step_loss_is_zero_at_the_jump((7, 3), "l2"),
+            test_one_step_fit_is_the_jump,
+            test_one_step_shows_the_student_nothing_but_noise,
+        ),
+    ),
+]

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from torch import nn
 from torch.nn.functional import softplus
 
+from distill import testing
 from distill.draws import generator
 from distill.interpolants import like, linear
 from distill.protocols import Batch
@@ -237,3 +238,18 @@ def test_options_without_effect_or_sense_are_refused(options, message):
     with pytest.raises(ValidationError) as caught:
         Config(**options)
     assert message in str(caught.value)
+
+
+SUBJECTS = [
+    testing.Subject(
+        "score/dmd2",
+        short=testing.Training(100_000),
+        long=testing.Training(256_000),
+        closed_form=(
+            lambda: test_the_gradient_is_that_of_the_kl_divergence(0.5),
+            lambda: test_nothing_moves_where_the_laws_agree("normalised"),
+            test_the_critic_learns_the_velocity_of_the_samples,
+            test_the_discriminator_is_at_rest_at_the_exact_logit,
+        ),
+    )
+]

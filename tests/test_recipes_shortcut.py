@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from distill import solvers
+from distill import solvers, testing
 from distill.interpolants import like
 from distill.protocols import Batch
 from distill.teachers.analytic import GaussianFlowMap, class_gaussian_teacher
@@ -188,3 +188,28 @@ def test_what_they_need():
     assert meanflow.Config(velocity="data", derivative="central").needs == {"data"}
     assert shortcut.Config().needs == {"data", "teacher"} and shortcut.Config(base="data").needs == {"data"}
     assert {meanflow.Recipe.sampler, shortcut.Recipe.sampler} == {"jump"}
+
+
+SUBJECTS = [
+    testing.Subject(
+        "shortcut/shortcut",
+        ring={"target_decay": 0.99},
+        steps=(1, 2),
+        closed_form=(
+            lambda: test_the_optimum_composes_the_steps_of_its_base("velocity", "euler", None),
+            lambda: test_the_optimum_composes_the_steps_of_its_base("step", "heun", None),
+            test_the_optimum_comes_near_the_flow_map_as_the_grid_is_refined,
+            test_two_half_steps_of_the_flow_map_are_the_flow_map,
+            lambda: test_the_finest_step_from_data_is_in_the_mean_the_velocity(0.25),
+        ),
+    ),
+    testing.Subject(
+        "shortcut/meanflow",
+        ring={"time_law": "uniform", "diagonal": 0.5},
+        steps=(1, 2),
+        closed_form=(
+            lambda: test_the_identity_holds_at_the_flow_map({}),
+            lambda: test_sampled_velocities_satisfy_the_identity_in_the_mean(0.6, 0.2),
+        ),
+    ),
+]

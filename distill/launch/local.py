@@ -12,6 +12,7 @@ import socket
 import sys
 import sysconfig
 import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distill import specfile
@@ -34,17 +35,27 @@ def run_stages(run: RunPaths, stages: list[str], *, measure: bool = False) -> in
             if relay.asked:
                 ranks.say_not_begun(run)
                 return EXIT_STOPPED
-            theirs, ours = os.pipe()  # we hold the writing end, and never write
-            command = [sys.executable, "-P", "-m", "distill", "stage", str(run.root), *names, "--lifeline", str(theirs)]
-            command += ["--measure"] if measure else []
-            try:
-                code = ranks.run(run, command, theirs, _environments(run, spec, size), relay)
-            finally:
-                os.close(ours)
-                os.close(theirs)
+            command = ["distill", "stage", str(run.root), *names, *(["--measure"] if measure else [])]
+            code = _run(run, command, _environments(run, spec, size), relay)
             if code:
                 return code
     return 0
+
+
+def run_ranks(folder: Path, module: str, *arguments: str, size: int) -> int:
+    """`python -m module ARGUMENTS --lifeline N` in ranks of one thread: an exit code. Their logs lie in `folder`."""
+    with ranks.Relay() as relay:
+        return _run(RunPaths(folder), [module, *arguments], _of_ranks(_own(folder, threads=1), size), relay)
+
+
+def _run(run: RunPaths, command: Sequence[str], envs: Sequence[Mapping[str, str]], relay: ranks.Relay) -> int:
+    theirs, ours = os.pipe()  # we hold the writing end, and never write
+    try:
+        python = [sys.executable, "-P", "-m", *command, "--lifeline", str(theirs)]
+        return ranks.run(run, python, theirs, envs, relay)
+    finally:
+        os.close(ours)
+        os.close(theirs)
 
 
 def groups(spec: RunSpec, stages: list[str]) -> list[tuple[int, list[str]]]:
@@ -71,21 +82,28 @@ def watch(lifeline: int) -> None:
 
 
 def _environments(run: RunPaths, spec: RunSpec, size: int) -> list[dict[str, str]]:
-    """Of each process of a group: ours, with its share of the threads, its rank, and this very copy of the package."""
-    threads = spec.launch.threads or max(1, read_json(run.env)["threads"] // size)
+    """Of each process of a group, with its share of the threads."""
+    env = _own(run.root, spec.launch.threads or max(1, read_json(run.env)["threads"] // size))
+    return [env] if size == 1 and spec.launch.zero_stage is None else _of_ranks(env, size)
+
+
+def _own(folder: Path, threads: int) -> dict[str, str]:
+    """Our environment, for a process with this very copy of the package."""
     env = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     env["OMP_NUM_THREADS"] = str(threads)
     # diffusers copies a student's pipeline.py there before it imports it, not atomically: one folder for each process
-    env.setdefault("HF_MODULES_CACHE", str(run.root / ".modules"))
+    env.setdefault("HF_MODULES_CACHE", str(folder / ".modules"))
     installed = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}
     if environment.ROOT not in installed:  # -P leaves the current folder, where we may have come from, out of the path
         env["PYTHONPATH"] = os.pathsep.join([str(environment.ROOT), *filter(None, [env.get("PYTHONPATH")])])
-    if size == 1 and spec.launch.zero_stage is None:
-        return [env]
-    env.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost connection is said once, without a stack of C++
+    return env
+
+
+def _of_ranks(env: Mapping[str, str], size: int) -> list[dict[str, str]]:
     modules, port = Path(env["HF_MODULES_CACHE"]), _free_port()
     return [
         {
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # a lost connection is said once, without a stack of C++
             **env,
             "HF_MODULES_CACHE": str(modules / f"rank-{rank}"),
             **dict(zip(RANK_VARIABLES, map(str, (rank, rank, size, size, "127.0.0.1", port)), strict=True)),

@@ -1,22 +1,28 @@
 """Eight modes on a ring in the plane, with their exact velocity as the teacher: does a recipe recover them?"""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from distill import solvers
+from distill import engine, sampling, solvers
 from distill.data import DataSource
 from distill.draws import Rows, permutation, sample_noise
 from distill.metrics.wasserstein import sliced_wasserstein
-from distill.protocols import Batch, Pairs, Source
-from distill.spec import MixtureTeacher, MlpSpec
+from distill.progress import Progress
+from distill.protocols import Batch, Pairs, Source, VelocityField
+from distill.spec import MixtureTeacher, MlpSpec, OptimizerSpec, TrainStage
+from distill.stop import StopRequest
+from distill.store import StagePaths
+from distill.students.init import StudentInit
 from distill.teachers.analytic import mixture_teacher
+from distill.testing.subject import Subject, Training
 
-CPU = torch.device("cpu")
 MEANS = [[3 * math.cos(k * math.pi / 4), 3 * math.sin(k * math.pi / 4)] for k in range(8)]
 TEACHER = mixture_teacher(MixtureTeacher(kind="mixture", means=MEANS, std=0.2))
 NETWORK = MlpSpec(kind="mlp", width=192, depth=3)
@@ -55,9 +61,10 @@ class Solved:
         return Batch(None, Pairs(self.noise[order], self.data[order]), {})
 
 
-@lru_cache(maxsize=1)
-def _data() -> Tensor:
-    return TEACHER.exact_data(7, range(65536))
+def exact(seed: int, count: int) -> Tensor:
+    """Samples of the ring itself."""
+    assert TEACHER.exact_data is not None
+    return TEACHER.exact_data(seed, range(count))
 
 
 @lru_cache(maxsize=1)
@@ -67,18 +74,72 @@ def _pairs() -> tuple[Tensor, Tensor]:
 
 
 @lru_cache(maxsize=1)
-def _truth() -> tuple[Tensor, Tensor]:
-    return TEACHER.exact_data(2, range(SAMPLES)), TEACHER.exact_data(3, range(SAMPLES))
+def _truths() -> tuple[list[Tensor], float]:
+    """Sets of exact samples, and how far they are from each other on average."""
+    sets = [exact(seed, SAMPLES) for seed in range(20, 25)]
+    apart = [sliced_wasserstein(a, b) for a, b in itertools.combinations(sets, 2)]
+    return sets, sum(apart) / len(apart)
 
 
 def source(needs: frozenset[str], batch_size: int) -> Source:
     """Batches of the ring for a recipe that needs these."""
-    if "pairs" in needs:
-        return Solved(*_pairs(), batch_size)
-    return DataSource(Exact(_data()), batch_size, 8)
+    return Solved(*_pairs(), batch_size) if "pairs" in needs else DataSource(Exact(exact(7, 65536)), batch_size, 8)
 
 
 def excess(samples: Tensor) -> float:
-    """Sliced Wasserstein-2 to the ring, less what two samples of the ring itself are apart."""
-    truth, again = _truth()
-    return sliced_wasserstein(samples, truth) - sliced_wasserstein(again, truth)
+    """Sliced Wasserstein-2 to the ring, less what sets of the ring itself are apart."""
+    sets, floor = _truths()
+    return sum(sliced_wasserstein(samples, each) for each in sets) / len(sets) - floor
+
+
+def noise() -> Tensor:
+    """Of the samples that are compared; of no pair."""
+    return sample_noise(1, range(100_000, 100_000 + SAMPLES), (2,))
+
+
+def of_field(field: VelocityField, solver: str, steps: int) -> float:
+    """The excess of a field's samples."""
+    return excess(solvers.sample(field, noise(), {}, solver=solver, steps=steps))
+
+
+def trained(subject: Subject, training: Training, folder: Path) -> nn.Module:
+    """The student of the real engine, from a fresh network."""
+    config = subject.config(subject.ring)
+    recipe, batch = subject.module.Recipe(config, TEACHER), training.batch_size
+    stage = TrainStage(
+        kind="train",
+        recipe=subject.recipe,
+        images=training.images // batch * batch,
+        batch_size=batch,
+        optimizer=OptimizerSpec(lr=training.lr, warmup_images=training.images // 30, decay="cosine"),
+    )
+    with Progress("ring", stage.images, "images", None) as progress:
+        result = engine.train(
+            recipe,
+            StudentInit(None, NETWORK, (2,), None, seed=0),
+            source(config.needs, batch),
+            stage,
+            seed=0,
+            device=torch.device("cpu"),
+            micro_batch=batch,
+            paths=StagePaths(folder),
+            progress=progress,
+            stop=StopRequest(),
+        )
+    return result.roles.networks["student"].eval()
+
+
+def recovers(subject: Subject, training: Training, folder: Path) -> dict[str, dict[int, float]]:
+    """The excess of {"student": ..., "teacher": ...} by number of steps: of Euler's for the teacher.
+
+    For a recipe that makes a teacher, of the trained and the untrained network's, both by a fine solver.
+    """
+    student = trained(subject, training, folder)
+    if subject.makes_teacher:
+        untrained = StudentInit(None, NETWORK, (2,), None, seed=0).velocity_field().eval()
+        return {"student": {24: of_field(student, "heun", 24)}, "teacher": {24: of_field(untrained, "heun", 24)}}
+    sampler, found = subject.module.Recipe.sampler, {}
+    for steps in subject.steps:
+        fresh = sampling.fresh_noises(1, range(SAMPLES), (2,), sampling.num_fresh(sampler, steps))
+        found[steps] = excess(sampling.by_sampler(student, sampler, noise(), steps, {}, fresh))
+    return {"student": found, "teacher": {n: of_field(TEACHER.field, "euler", n) for n in {1, *subject.steps}}}

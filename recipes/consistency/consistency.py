@@ -4,8 +4,8 @@ f(x_t, t) = x_t - t u(x_t, t, 0) is regressed on itself at an earlier point: D( 
 comes from a step of the teacher (distillation, alg. 2), or is of the same data and noise (training, alg. 3). t and s
 are neighbours on a grid, or Easy Consistency Tuning's (Geng et al. 2024, arXiv 2406.14548), nearer and nearer.
 
-Deviations: linear path, t = 1 exactly. The grid is uniform in t, theirs is EDM's. Weight and pseudo-Huber are iCT's (Song
-& Dhariwal 2023, arXiv 2310.14189), in t: gaps of noise levels are infinite at 1. Only target_decay's copy drops nothing.
+Deviations: linear path, t = 1 exactly. The grid is uniform in t, theirs is EDM's. Weight and pseudo-Huber are of iCT
+(Song & Dhariwal 2023, arXiv 2310.14189), the gap in t, not in noise levels. Dropout masks only agree by target_decay.
 """
 
 import math

@@ -31,6 +31,8 @@ class Config(BaseModel):
     """of the teacher, baked into the student; 1 = none"""
     diagonal: Annotated[float, Field(ge=0, lt=1)] = 0.75
     """part of the batch with s = t"""
+    to_data: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """part of the rest with s = 0, the jump that a single step makes"""
     time_law: Literal["logit_normal", "uniform"] = "logit_normal"
     """of both times, before the later one becomes t"""
     mu: float = -0.4
@@ -42,7 +44,9 @@ class Config(BaseModel):
     c: PositiveFloat | None = None
     """c of that weight; null: 0.001"""
     derivative: autodiff.Derivative = "forward"
-    """forward: exact; central: by differences, for networks without forward derivatives"""
+    """forward: exact; central: by differences, for networks without forward derivatives or with a restless one"""
+    h: Annotated[float, Field(gt=0, lt=0.5)] | None = None
+    """half the time that central differences span; null: 0.01"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
@@ -50,6 +54,8 @@ class Config(BaseModel):
             raise ValueError("guidance_scale has no effect with velocity: data; remove it, or use velocity: teacher")
         if self.time_law == "uniform" and (given := sorted({"mu", "sigma"} & self.model_fields_set)):
             raise ValueError(f"{', '.join(given)}: no effect with time_law: uniform; remove")
+        if self.derivative == "forward" and self.h is not None:
+            raise ValueError("h has no effect with derivative: forward; remove it, or use derivative: central")
         if self.power == 0 and self.c is not None:
             raise ValueError("c has no effect with power: 0; remove it")
         return self
@@ -86,7 +92,8 @@ class Recipe:
         noise, path = ctx.draw.normal("noise", data), student.interpolant
         one, other = (self.law(ctx.draw.uniform(name, data)) for name in ("t", "s"))
         t, on_diagonal = torch.maximum(one, other), ctx.draw.every(c.diagonal, data)
-        s = torch.where(on_diagonal, t, torch.minimum(one, other))  # [B], s <= t
+        s = torch.minimum(one, other) * (ctx.draw.uniform("to_data", data) >= c.to_data)
+        s = torch.where(on_diagonal, t, s)  # [B], s <= t
         x_t, v = path.mix(data, noise, t), path.velocity(data, noise, t)
         if self.teacher is not None:
             with torch.no_grad():
@@ -102,8 +109,10 @@ class Recipe:
         """v - (t - s) Du, eq. (10); Du is asked for where it counts, in `rows` [B] bool."""
         cond = {name: value[rows] for name, value in batch.cond.items()}
         x, at, to, along = x_t[rows], t[rows], s[rows], v[rows]
-        zero, one = torch.zeros_like(at), torch.ones_like(at)
+        zero, one, h = torch.zeros_like(at), torch.ones_like(at), self.config.h or 0.01
+        back = (1 - h - at).clamp(max=0) if self.config.derivative == "central" else zero  # differences end at t = 1
+        point = (x + like(back, x) * along, at + back, to)
         _, slope = autodiff.jvp(
-            lambda *point: student(*point, cond), (x, at, to), (along, one, zero), method=self.config.derivative
+            lambda *given: student(*given, cond), point, (along, one, zero), method=self.config.derivative, step=h
         )
         return v.index_put((rows,), along - like(at - to, x) * slope)

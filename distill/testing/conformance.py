@@ -1,0 +1,152 @@
+"""What is asked of every recipe. Each check takes a `Subject` and a scratch folder, and raises AssertionError.
+
+@pytest.mark.parametrize("check", testing.CHECKS)
+def test_mine(check, tmp_path):
+    check(testing.Subject("./mine.py", base=HERE, closed_form=(zero_at_the_solution,)), tmp_path)
+"""
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel
+
+from distill import registry
+from distill.card import SAMPLERS, StudentCard
+from distill.checkpoint import latest
+from distill.draws import Rows, StepDraw, sample_labels, sample_noise
+from distill.engine import StepContext
+from distill.export import export
+from distill.protocols import Copy, Frozen, Trained
+from distill.roles import Roles
+from distill.sampling import by_sampler, fresh_noises, num_fresh
+from distill.students.loaded import load
+from distill.testing.pair import Numbers
+from distill.testing.subject import CLASSES, SHAPE, Noise, Subject, bits, start
+from distill.testing.training import BATCH, MOVES, train
+
+Check = Callable[[Subject, Path], None]
+RANDOM = {"rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "normal_", "uniform_"}
+RANDOM |= {"random_", "exponential_", "bernoulli", "bernoulli_", "multinomial", "Generator", "manual_seed"}
+
+
+def builds(subject: Subject, folder: Path) -> None:
+    """From its defaults; what it says of itself is possible, true, and survives being written out."""
+    config, described = subject.config(), registry.describe(subject.recipe, subject.base)
+    assert config.needs <= set(described.needs) <= set(registry.NEEDS), f"needs {config.needs}"
+    assert subject.module.Recipe.sampler in SAMPLERS[config.student], (
+        f"{config.student} by {subject.module.Recipe.sampler}"
+    )
+    assert all(option.meaning for option in described.options), "an option says nothing of itself"
+    assert isinstance(config, BaseModel)
+    written = config.model_dump(mode="json", exclude_unset=True)
+    assert registry.configure(subject.recipe, subject.module, written, "again") == config
+    recipe, init, _ = start(subject)
+    roles = recipe.networks(init)
+    assert isinstance(roles.get("student"), Trained), f"roles {roles}"
+    assert all(isinstance(role, Trained | Frozen | Copy) for role in roles.values())
+
+
+def is_right(subject: Subject, folder: Path) -> None:
+    """The closed-form checks that it declares; it declares some."""
+    assert subject.closed_form, f"{subject.recipe} declares no closed-form check: give its Subject(closed_form=...)"
+    for check in subject.closed_form:
+        check()
+
+
+def learns(subject: Subject, folder: Path) -> None:
+    """Finite losses in fp32 and bf16; every gradient is its own network's, and every weight of it has one."""
+    moved: dict[str, set[str]] = {}
+
+    def look(roles: Roles) -> None:
+        active = [
+            name for name, each in roles.trainables.items() if any(p.requires_grad for p in each.module.parameters())
+        ]
+        assert len(active) == 1, f"active: {active}"
+        for name, network in roles.networks.items():
+            for key, parameter in network.named_parameters():
+                if name != active[0]:
+                    assert parameter.grad is None, f"the turn of {active[0]} left a gradient in {name}.{key}"
+                elif parameter.grad is not None and parameter.grad.any():
+                    moved.setdefault(name, set()).add(key)
+
+    result, steps = train(subject, folder / "fp32", probe=look)
+    for name, each in result.roles.trainables.items():
+        still = {key for key, p in each.module.named_parameters()} - moved[name]
+        assert not still, f"nothing reaches these weights of {name}: {sorted(still)}"
+    _, rough = train(subject, folder / "bf16", precision="bf16")
+    for step, other in zip(steps, rough, strict=True):
+        for name, value in step.items():
+            if name.endswith("loss"):
+                assert abs(other[name] - value) <= 0.1 * max(1, abs(value)), (
+                    f"{name}: {value} in fp32, {other[name]} in bf16"
+                )
+
+
+def draws_only_what_it_is_given(subject: Subject, folder: Path) -> None:
+    """No generator but the context's: the same loss whatever the global one holds, which does not move."""
+    tree = ast.parse(registry.source(subject.recipe, subject.base).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in RANDOM, f"line {node.lineno}: .{node.attr}; draw from ctx.draw"
+    recipe, init, _ = start(subject)
+    roles = recipe.networks(init)
+    own = {name: role.module.eval() for name, role in roles.items() if isinstance(role, Trained | Frozen)}
+    nets = own | {name: own[role.of] for name, role in roles.items() if isinstance(role, Copy)}
+    rows, losses = Rows(0, BATCH, BATCH), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        for step in range(10):
+            for index, turn in enumerate(recipe.turns(step, step * BATCH)):
+                context = StepContext(step, step * BATCH, StepDraw(0, step, index, rows), {})
+                losses.append(turn.loss(nets, Noise(BATCH).batch(step, rows), context).total.item())
+        assert torch.equal(before, torch.get_rng_state()), "the global generator has moved"
+    assert losses[: len(losses) // 2] == losses[len(losses) // 2 :], "the loss depends on the global generator"
+
+
+def resumes(subject: Subject, folder: Path) -> None:
+    """Stopped and resumed at half, it ends in the bits of the undisturbed run: networks, optimizers, all."""
+    train(subject, folder / "whole")
+    train(subject, folder / "halves", stop_at=MOVES * BATCH // 2)
+    whole, halves = (latest(folder / name / "checkpoints", print) for name in ("whole", "halves"))
+    assert whole is not None and halves is not None
+    assert whole.groups == halves.groups
+    for group in whole.groups.split(", "):
+        assert bits(whole.tensors(group)) == bits(halves.tensors(group)), f"{group} differs after a resume"
+
+
+def travels(subject: Subject, folder: Path) -> None:
+    """Exported and loaded again, the student makes the same samples, at every number of steps it is made for."""
+    result, _ = train(subject, folder / "run")
+    student, sampler = result.roles.networks["student"].eval(), subject.module.Recipe.sampler
+    card = StudentCard(
+        name="student", recipe=subject.recipe, spec_digest="", teacher_digest=None, kind=subject.config().student,
+        sampler=sampler, num_classes=CLASSES, null_class=CLASSES, shape=SHAPE, weights="raw", images=MOVES * BATCH,
+    )  # fmt: skip
+    export(student, folder / "student", card)
+    loaded = load(folder / "student", torch.device("cpu"))
+    noise, cond = sample_noise(0, range(4), SHAPE), {"class_labels": sample_labels(range(4), CLASSES)}
+    for steps in subject.steps:
+        fresh = fresh_noises(0, range(4), SHAPE, num_fresh(sampler, steps))
+        ours, theirs = (by_sampler(each, sampler, noise, steps, cond, fresh) for each in (student, loaded.student))
+        assert torch.equal(ours, theirs), f"other samples at {steps} steps"
+
+
+def agrees(subject: Subject, folder: Path, numbers: Numbers) -> None:
+    """Two processes find the losses of one. numbers: what `pair.train_together` found."""
+    _, alone = train(subject, folder / "alone")
+    together = numbers[subject.recipe]
+    assert len(alone) == len(together)
+    for number, (one, two) in enumerate(zip(alone, together, strict=True)):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            if name.endswith("loss"):
+                difference = abs(two[name] - value)
+                assert difference <= 1e-5 * max(1, abs(value)), (
+                    f"step {number}, {name}: {value} alone, {two[name]} together"
+                )
+
+
+CHECKS: tuple[Check, ...] = (builds, is_right, learns, draws_only_what_it_is_given, resumes, travels)

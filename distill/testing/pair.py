@@ -1,0 +1,48 @@
+"""Two ranks that train recipe after recipe: `python -m distill.testing.pair FOLDER`, started by `train_together`."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from distill.launch import local
+from distill.testing.subject import Subject
+from distill.testing.training import train
+from distill.world import World
+
+GIVEN, FOUND = "subjects.json", "numbers.json"
+Numbers = dict[str, list[dict[str, float]]]  # by recipe, of each step
+
+
+def train_together(subjects: Sequence[Subject], folder: Path) -> Numbers:
+    """What one pair of processes finds, for all subjects."""
+    given = [
+        {"recipe": each.recipe, "options": dict(each.options), "base": str(each.base.absolute())} for each in subjects
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / GIVEN).write_text(json.dumps(given))
+    code = local.run_ranks(folder, "distill.testing.pair", str(folder), size=2)
+    assert code == 0, f"the pair ended with code {code}; its logs are in {folder}"
+    return json.loads((folder / FOUND).read_text())
+
+
+def main(folder: Path, lifeline: int) -> None:
+    local.watch(lifeline)
+    given = json.loads((folder / GIVEN).read_text())
+    torch.set_num_threads(1)
+    world = World.join(torch.device("cpu"), 2.0, 0, lambda message: None)
+    found: Numbers = {}
+    for number, each in enumerate(given):
+        subject = Subject(each["recipe"], each["options"], base=Path(each["base"]))
+        _, found[subject.recipe] = train(subject, folder / str(number), world=world)
+    if world.first:
+        (folder / FOUND).write_text(json.dumps(found))
+    sys.stdout.flush()
+    os._exit(0)  # as ranks end: threads of gloo would abort the interpreter's end
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[3]))

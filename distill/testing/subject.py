@@ -1,0 +1,112 @@
+"""A recipe under test, and small things for it to train on."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill import registry
+from distill.draws import Rows, generator, sample_labels
+from distill.interpolants import linear
+from distill.protocols import Batch, Pairs, Recipe
+from distill.spec import UNetSpec
+from distill.students.init import StudentInit
+from distill.students.networks import build
+from distill.students.velocity import TIME_SCALE
+from distill.teachers.loaded import LoadedTeacher
+from distill.teachers.network_field import NetworkField
+
+SHAPE, CLASSES = (1, 8, 8), 10
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long to train on the ring."""
+
+    images: int
+    batch_size: int = 512
+    lr: float = 3e-3
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A recipe, and what its test file declares of it.
+
+    options: what it is tested with beside its defaults. ring: options that suit the ring.
+    steps: the numbers of steps that its students are made for.
+    short, long: trainings on the ring of about 15 and 90 seconds of one CPU core.
+    closed_form: checks at its exact solution, which raise AssertionError.
+    base: where a recipe ./file.py lies.
+    """
+
+    recipe: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    ring: Mapping[str, Any] = field(default_factory=dict)
+    steps: tuple[int, ...] = (1,)
+    short: Training = Training(512_000)
+    long: Training = Training(3_000_000)
+    closed_form: tuple[Callable[[], None], ...] = ()
+    base: Path = Path()
+
+    @cached_property
+    def module(self) -> ModuleType:
+        return registry.load(self.recipe, self.base)
+
+    def config(self, options: Mapping[str, Any] | None = None) -> registry.RecipeConfig:
+        return registry.configure(self.recipe, self.module, {**self.options, **(options or {})}, self.recipe)
+
+    @property
+    def makes_teacher(self) -> bool:
+        """Whether it needs none, and its student is what a teacher is."""
+        return self.config().student == "velocity" and not self.config().needs & {"teacher", "pairs"}
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Images and pairs of noise, with classes: nothing to learn, but like anything else. Fits `protocols.Source`."""
+
+    batch_size: int
+
+    def batch(self, step: int, rows: Rows) -> Batch:
+        data, noise, ends = (
+            torch.randn(self.batch_size, *SHAPE, generator=generator("subject", step, name))[rows.start : rows.stop]
+            for name in ("data", "noise", "ends")
+        )
+        labels = sample_labels(range(step + rows.start, step + rows.stop), CLASSES)
+        return Batch(data.tanh(), Pairs(noise, ends.tanh()), {"class_labels": labels})
+
+
+def unet_teacher() -> LoadedTeacher:
+    """An untrained U-Net of 8x8 images and ten classes."""
+    spec = UNetSpec(kind="unet", channels=[8, 16], norm_groups=4, attention=True)
+    network = build(spec, SHAPE, CLASSES, seed=1).eval().requires_grad_(False)
+    generators = ((parameter, generator("teacher", index)) for index, parameter in enumerate(network.parameters()))
+    with torch.no_grad():
+        for parameter, numbers in generators:  # a fresh network's last layers are nearly zero
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=numbers))
+    return LoadedTeacher(
+        field=NetworkField(network, linear(), "velocity", TIME_SCALE),
+        shape=SHAPE,
+        num_classes=CLASSES,
+        null_class=CLASSES,
+        digest="1" * 64,
+        description="an untrained U-Net",
+        network=network,
+    )
+
+
+def start(subject: Subject) -> tuple[Recipe, StudentInit, LoadedTeacher]:
+    """The recipe and its networks on images: from the teacher, or fresh where it makes one."""
+    teacher = unet_teacher()
+    recipe = subject.module.Recipe(subject.config(), teacher)
+    return recipe, StudentInit(teacher, None, SHAPE, CLASSES, seed=0), teacher
+
+
+def bits(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
+    """For comparisons to the last bit."""
+    return {name: tensor.detach().contiguous().numpy().tobytes() for name, tensor in tensors.items()}

@@ -1,0 +1,85 @@
+"""A few steps of a recipe on images that are noise, through the real engine."""
+
+import contextlib
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from distill import engine
+from distill.engine import TrainResult
+from distill.guard import Stopped
+from distill.progress import Progress
+from distill.roles import Roles
+from distill.spec import CheckpointSpec, OptimizerSpec, TrainStage
+from distill.stop import StopRequest
+from distill.store import StagePaths
+from distill.testing.subject import Noise, Subject, start
+from distill.world import ALONE, World
+
+BATCH, MICRO, MOVES = 8, 4, 4  # the student moves four times, whatever else does
+
+
+class Recorder(Progress):
+    """Keeps the numbers of every step; asks to stop where it is told to."""
+
+    def __init__(self, stop: StopRequest, stop_at: int | None) -> None:
+        super().__init__("test", MOVES * BATCH, "images", None)
+        self.steps: list[dict[str, float]] = []
+        self.stop, self.stop_at = stop, stop_at
+
+    def update(self, done: int, logs: Mapping[str, float]) -> None:
+        self.steps.append(dict(logs))
+        if done == self.stop_at:
+            self.stop.signal, self.stop_at = "the test", None
+
+
+def train(
+    subject: Subject,
+    folder: Path,
+    *,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    stop_at: int | None = None,
+    world: World = ALONE,
+    probe: Callable[[Roles], None] | None = None,
+) -> tuple[TrainResult, list[dict[str, float]]]:
+    """The trained networks, and the numbers of every step. stop_at: stop and resume at so many images."""
+    recipe, init, teacher = start(subject)
+    stage = TrainStage(
+        kind="train",
+        recipe=subject.recipe,
+        images=MOVES * BATCH,
+        batch_size=BATCH,
+        precision=precision,
+        optimizer=OptimizerSpec(lr=1e-3),
+        ema_half_lives=[16.0],
+        checkpoint=CheckpointSpec(images=MOVES * BATCH),
+    )
+    stop = StopRequest()
+    recorder = Recorder(stop, stop_at)
+
+    def go() -> TrainResult:
+        return engine.train(
+            recipe if stop_at is None else start(subject)[0],
+            init,
+            Noise(BATCH),
+            stage,
+            seed=0,
+            device=torch.device("cpu"),
+            micro_batch=MICRO,
+            paths=StagePaths(folder),
+            progress=recorder,
+            stop=stop,
+            world=world,
+            teacher=teacher.network,
+            probe=probe,
+        )
+
+    with contextlib.redirect_stderr(io.StringIO()):
+        try:
+            return go(), recorder.steps
+        except Stopped:
+            stop.signal = None
+            return go(), recorder.steps
