@@ -22,6 +22,7 @@ from distill.guard import InputError, suggest
 
 GROUP = "distill.recipes"
 PARTS = ("Config", "Recipe")
+COSTS = "costs.json"  # of a step of our recipes, beside them; written by tests/benchmarks
 NEEDS = ("data", "pairs", "teacher", "jvp")
 
 
@@ -48,6 +49,8 @@ class Description:
     """the whole docstring of its module"""
     needs: list[str]
     options: list[Option]
+    cost: float | None
+    """seconds of a step relative to flow matching; None: not measured"""
 
 
 @runtime_checkable
@@ -150,7 +153,11 @@ def describe(name: str, base: Path) -> Description:
     config = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config"), None)
     body = config.body if config is not None else []
     needs = next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == "needs"), None)
-    return Description(name, paper.split("\n")[0], paper, _needs(needs), _options(body))
+    return Description(name, paper.split("\n")[0], paper, _needs(needs), _options(body), _costs().get(name))
+
+
+def _costs() -> dict[str, float]:
+    return json.loads((package_folder() / COSTS).read_text(encoding="utf-8"))
 
 
 def _load_file(path: Path) -> ModuleType:

@@ -3,7 +3,10 @@ and its closed-form checks, is declared as SUBJECTS in the test file of its fold
 """
 
 import importlib
+import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,3 +84,47 @@ def test_a_long_training_recovers_the_ring(name, tmp_path):
     worst = found["teacher"][1] if 1 in found["teacher"] else max(found["teacher"].values())
     for distance in found["student"].values():
         assert distance <= 0.15 * worst
+
+
+@pytest.mark.process
+def test_somebody_elses_package_is_installed_and_conforms(tmp_path):
+    shutil.copytree(HERE / "outside", tmp_path / "source")
+    site, python = tmp_path / "site", [sys.executable, "-m"]
+    install = ["pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--target", str(site)]
+    subprocess.run([*python, *install, str(tmp_path / "source")], check=True, timeout=300)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(site), str(HERE.parent)]), "OMP_NUM_THREADS": "1"}
+
+    def run(*command):
+        return subprocess.run(
+            [*python, *command], cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=300
+        )
+
+    done = run("pytest", "-q", "--rootdir", str(tmp_path), "-c", os.devnull, str(tmp_path / "source" / "checks.py"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(testing.CHECKS) + 1} passed" in done.stdout
+    assert "outside/velocity" in run("distill", "recipes").stdout
+
+
+# What each check is for: a recipe that is wrong in one way, and what is said of it.
+WRONG = {
+    "builds": ('frozenset({"teacher", "pairs"})', 'frozenset({"images"})', "needs"),
+    "is_right": ("", "", "declares no closed-form check"),
+    "learns": (
+        "student(x_t, t, batch.cond)",
+        "student(x_t, t, batch.cond).detach().requires_grad_()",
+        "nothing reaches",
+    ),
+    "draws_only_what_it_is_given": ('ctx.draw.uniform("t", data)', "__import__('torch').rand(len(data))", "ctx.draw"),
+    "resumes": ("v).mean()", 'v).mean() * vars(self).setdefault("seen", ctx.step + 1)', "differs after a resume"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_found(name, tmp_path):
+    old, new, message = WRONG[name]
+    text = (HERE.parent / "recipes" / "reflow" / "reflow.py").read_text()
+    assert old in text
+    (tmp_path / "wrong.py").write_text(text.replace(old, new))
+    check = next(each for each in testing.CHECKS if each.__name__ == name)
+    with pytest.raises(AssertionError, match=message):
+        check(testing.Subject("./wrong.py", base=tmp_path), tmp_path)

@@ -205,7 +205,7 @@ SUBJECTS = [
     ),
     testing.Subject(
         "shortcut/meanflow",
-        ring={"time_law": "uniform", "diagonal": 0.5},
+        ring={"time_law": "uniform", "diagonal": 0.25, "to_data": 0.5, "power": 0.5},
         steps=(1, 2),
         closed_form=(
             lambda: test_the_identity_holds_at_the_flow_map({}),

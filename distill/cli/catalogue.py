@@ -57,7 +57,10 @@ def recipes(
         print_json(asdict(described) | {"sampler": module.Recipe.sampler})
         return
     print(f"{name}\n\n{described.paper}\n")
-    print(f"needs: {', '.join(described.needs)}\nsampler: {module.Recipe.sampler}\n")
+    cost = (
+        "not measured" if described.cost is None else f"{described.cost:g} x flow matching's, measured on two CPU cores"
+    )
+    print(f"needs: {', '.join(described.needs)}\nsampler: {module.Recipe.sampler}\na step costs: {cost}\n")
     rows = [[o.name, ", ".join(o.choices) or o.type, _default(o.default), o.meaning] for o in described.options]
     print_table(["option", "valid", "default", "meaning"], rows)
     print(f"in a spec: stages: {{STAGE: {{kind: train, recipe: {name}, options: {{...}}}}}}")

@@ -22,6 +22,7 @@ from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import NetworkField
 
 SHAPE, CLASSES = (1, 8, 8), 10
+UNET = UNetSpec(kind="unet", channels=[8, 16], norm_groups=4, attention=True)
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,7 @@ class Noise:
 
 def unet_teacher() -> LoadedTeacher:
     """An untrained U-Net of 8x8 images and ten classes."""
-    spec = UNetSpec(kind="unet", channels=[8, 16], norm_groups=4, attention=True)
-    network = build(spec, SHAPE, CLASSES, seed=1).eval().requires_grad_(False)
+    network = build(UNET, SHAPE, CLASSES, seed=1).eval().requires_grad_(False)
     generators = ((parameter, generator("teacher", index)) for index, parameter in enumerate(network.parameters()))
     with torch.no_grad():
         for parameter, numbers in generators:  # a fresh network's last layers are nearly zero
@@ -101,10 +101,9 @@ def unet_teacher() -> LoadedTeacher:
 
 
 def start(subject: Subject) -> tuple[Recipe, StudentInit, LoadedTeacher]:
-    """The recipe and its networks on images: from the teacher, or fresh where it makes one."""
+    """The recipe and its networks on images: fresh ones, as some recipes have nothing to learn at their teacher."""
     teacher = unet_teacher()
-    recipe = subject.module.Recipe(subject.config(), teacher)
-    return recipe, StudentInit(teacher, None, SHAPE, CLASSES, seed=0), teacher
+    return subject.module.Recipe(subject.config(), teacher), StudentInit(None, UNET, SHAPE, CLASSES, seed=0), teacher
 
 
 def bits(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:

@@ -1,5 +1,5 @@
-"""Measurements, as ratios within one run: python -m tests.benchmarks [step pairs start quickstart digits zero
-checkpoint].
+"""Measurements, as ratios within one run: python -m tests.benchmarks [step pairs start recipes quickstart digits
+zero checkpoint].
 
 Nothing is asserted: machines are noisy. Contenders take turns, medians are compared. `quickstart` (5 minutes on 2
 cores), `digits` (the bar, mean of three seeds, 20 minutes), `zero` (15 minutes) and `checkpoint` run only when named.
@@ -30,6 +30,7 @@ from distill.students.init import StudentInit
 from distill.students.velocity import VelocityStudent
 from distill.teachers.loaded import LoadedTeacher
 from tests.benchmarks.ranks import bench_checkpoint, bench_zero
+from tests.benchmarks.recipes import bench_recipes
 
 CPU = torch.device("cpu")
 SHAPE, CLASSES, BATCH = (1, 8, 8), 10, 128
@@ -178,6 +179,7 @@ BENCHES: dict[str, Callable[[], str]] = {
     "step": bench_step,
     "pairs": bench_pairs,
     "start": bench_start,
+    "recipes": bench_recipes,
     "quickstart": bench_quickstart,
     "digits": bench_digits,
     "zero": bench_zero,
