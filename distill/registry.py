@@ -63,6 +63,19 @@ class RecipeConfig(Protocol):
     def student(self) -> str: ...  # "velocity", "flow_map", "generator"
 
 
+@runtime_checkable
+class Guiding(Protocol):
+    """A Config by which a guided teacher is baked into the student."""
+
+    @property
+    def guidance_scale(self) -> float: ...  # 1 = none
+
+
+def guidance_scale(config: RecipeConfig) -> float:
+    """The classifier-free guidance that a recipe asks of its teacher."""
+    return config.guidance_scale if isinstance(config, Guiding) else 1.0
+
+
 def package_folder() -> Path:
     """The folder of the package `recipes`, found without importing it."""
     found = importlib.util.find_spec("recipes")

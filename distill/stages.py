@@ -135,7 +135,7 @@ def _check_networks(stage: TrainStage, teacher: LoadedTeacher | None, data: Data
     samples = teacher if "pairs" in config.needs or data is None else data
     assert samples is not None, "workflow.check lets no such spec through"
     given = teacher_on_linear_path(teacher) if "teacher" in config.needs and teacher is not None else None
-    init = StudentInit(given, stage.network, samples.shape, samples.num_classes, seed=0)
+    init = StudentInit(given, stage.network, samples.shape, samples.num_classes, 0, given)
     module.Recipe(config, given).networks(init)
 
 
@@ -194,7 +194,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
     data = None if "pairs" in config.needs else datasets.load(work.spec.data, work.spec.seed)
     samples = teacher if data is None else data
     assert samples is not None, "workflow.check lets no such stage through"
-    init = StudentInit(origin, stage.network, samples.shape, samples.num_classes, work.seed)
+    init = StudentInit(origin, stage.network, samples.shape, samples.num_classes, work.seed, teacher)
     recipe = module.Recipe(config, teacher)
     card = StudentCard(
         name=work.name,
@@ -209,8 +209,8 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
         shape=samples.shape,
         num_classes=init.num_classes,
         null_class=init.null_class,
-        unconditional="data" in config.needs,
-        guidance_scale=_guidance(work.spec, stage, teacher),
+        unconditional="teacher" not in config.needs,
+        guidance_scale=_guidance(work.spec, stage, teacher) * registry.guidance_scale(config),
         weights=stage.export,
         images=stage.images,
     )

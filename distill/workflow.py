@@ -119,15 +119,16 @@ def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
             used |= needs if stage.teacher is None else needs - {"teacher"}
             yield from _recipe(stage, config, registry.load(stage.recipe, base).Recipe.sampler, where)
             yield from _train(spec, stage, needs, where)
+            yield from _guidance(spec, stage, registry.guidance_scale(config), base, f"{where}.options")
             yield from _lengths(spec, stage, where)
         elif isinstance(stage, PairsStage):
             used |= {"teacher"} if stage.teacher is None else set()
             yield from _pairs(spec, stage, where)
-            yield from _guidance(spec, stage, base, where)
+            yield from _guidance(spec, stage, stage.guidance_scale, base, where)
         else:
             used |= {"data", "teacher"} if stage.teacher is None else {"data"}
             yield from _evaluate(spec, stage, where)
-            yield from _guidance(spec, stage, base, where)
+            yield from _guidance(spec, stage, stage.guidance_scale, base, where)
     trained = [stage.teacher for stage in spec.stages.values() if isinstance(stage, TrainStage) and stage.teacher]
     loaded = isinstance(spec.teacher, CheckpointTeacher) and "teacher" in used
     if spec.launch.divide_teacher and not loaded and not trained:
@@ -223,19 +224,19 @@ def _kind(stage: Stage | None, base: Path) -> str | None:
         return None
 
 
-def _guidance(spec: RunSpec, stage: PairsStage | EvaluateStage, base: Path, where: str) -> Iterator[str]:
+def _guidance(spec: RunSpec, stage: Stage, guidance_scale: float, base: Path, where: str) -> Iterator[str]:
     """Guidance by a student of this run: it must have learnt the unconditional velocity. (The spec's own teacher says
     itself whether it has.)
     """
     teacher = spec.stages.get(stage.teacher or "")
-    if stage.guidance_scale == 1 or not isinstance(teacher, TrainStage):
+    if guidance_scale == 1 or not isinstance(teacher, TrainStage):
         return
     try:
         needs = recipe_config(teacher, base).needs
     except InputError:
         return  # said where that stage is checked
-    given = f"{where}.guidance_scale: {stage.guidance_scale:g} given, but"
-    if "data" not in needs:
+    given = f"{where}.guidance_scale: {guidance_scale:g} given, but"
+    if "teacher" in needs:
         yield (
             f"{given} the student of '{stage.teacher}' has learnt from its teacher only, whose unconditional velocity "
             "it was never shown; use 1, or a teacher trained on data"

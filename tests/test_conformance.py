@@ -64,6 +64,17 @@ def test_two_processes_agree_with_one(name, pair, tmp_path):
     testing.agrees(SUBJECTS[name], tmp_path, pair)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_processes_that_divide_their_networks_agree_with_one(zero_stage, tmp_path):
+    """Forward-mode derivatives stop at stage 2: what gathers weights has none."""
+    subjects = [each for each in SUBJECTS.values() if zero_stage < 3 or "jvp" not in each.config().needs]
+    assert len(subjects) >= len(SUBJECTS) - 1
+    numbers = testing.train_together(subjects, tmp_path / "pair", zero_stage=zero_stage)
+    for subject in subjects:
+        testing.agrees(subject, tmp_path / subject.recipe, numbers)
+
+
 @pytest.mark.train
 @pytest.mark.parametrize("name", some())
 def test_a_short_training_beats_the_teacher_on_the_ring(name, tmp_path):

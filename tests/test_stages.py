@@ -142,6 +142,19 @@ def test_a_student_says_the_guidance_that_is_in_it(tmp_path, conditional):
         straight.guided(2.0)
 
 
+@pytest.mark.parametrize("recipe", ["consistency/consistency", "shortcut/shortcut", "shortcut/meanflow", "score/dmd2"])
+def test_a_recipe_bakes_guidance_in_too(tmp_path, recipe):
+    student = {
+        **TEACH, "recipe": recipe, "network": None, "teacher": "teach", "images": 8, "options": {"guidance_scale": 2.0},
+    }  # fmt: skip
+    run = go(tmp_path, spec(None, {"kind": "digits"}, teach=TEACH, student=student))
+    card = cards.verify(run.student("student"))
+    assert (card.kind, card.guidance_scale, card.unconditional) == ("flow_map", 2.0, False)
+    assert cards.read(run.student("teach")).unconditional
+    text = (run.student("student") / "README.md").read_text()
+    assert "| guidance | scale 2.0, baked in |" in text and f"`{recipe}`" in text
+
+
 def test_a_student_says_what_was_measured(tmp_path):
     evaluate = {
         "kind": "evaluate", "students": {"straight": [1, 2]}, "teacher_steps": [1], "samples": 32, "fine_steps": 2,

@@ -333,6 +333,27 @@ def test_a_trained_flow_map_is_continued_bitwise_and_as_nothing_else(kind, shape
             wanted()
 
 
+def test_the_critic_starts_as_the_teacher_whatever_the_student_starts_as(tmp_path):
+    """And its head is its own, the same for the same seed."""
+    given, spec = teacher("velocity"), UNetSpec(kind="unet", channels=[8], norm_groups=4)
+    flow_map = exported(StudentInit(given, None, (1, 8, 8), 3, 0).flow_map(), tmp_path / "s", (1, 8, 8), 3)
+    x, t = torch.randn(5, 1, 8, 8), torch.linspace(0.1, 1, 5)
+    starts = [
+        StudentInit(source, network, (1, 8, 8), 3, 0, given) for source, network in ((flow_map, None), (None, spec))
+    ]
+    with torch.no_grad():
+        expected = given.field(x, t, COND)
+        for init in starts:
+            (velocity, logit), (_, again) = (init.critic().eval()(x, t, COND) for _ in range(2))
+            assert torch.allclose(velocity, expected, atol=1e-6) and torch.equal(logit, again)
+            assert logit.shape == (5,) and logit.std() > 0
+        fresh = StudentInit(None, spec, (1, 8, 8), 3, 0)  # a teacher in closed form has nothing to start from
+        assert torch.equal(fresh.critic().eval()(x, t, COND)[0], fresh.velocity_field().eval()(x, t, COND))
+    critic = starts[0].critic()
+    assert critic.training and all(parameter.requires_grad for parameter in critic.parameters())
+    assert not any(parameter.requires_grad for parameter in given.network.parameters())
+
+
 def test_a_velocity_student_is_continued_bitwise(tmp_path):
     student = StudentInit(teacher("epsilon"), None, (1, 8, 8), 3, 0).velocity_field()
     card = StudentCard(

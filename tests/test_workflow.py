@@ -461,6 +461,10 @@ def test_guidance_needs_an_unconditional_velocity(tmp_path):
     reflow = {**REFLOW, "network": None, "teacher": "t"}
     found = mistakes(images(p=guided, r=reflow, e={**evaluation, "teacher": "r"}))
     assert found == [f"stages.e.guidance_scale: 2 given, but the student of 'r' {SHOWN} on data"], "images too"
+    flow_map = {**TEACH, "network": None, "recipe": "consistency/consistency", "options": {"guidance_scale": 2.0}}
+    assert mistakes(images(c={**flow_map, "teacher": "t"})) == [], "a recipe may guide its teacher too"
+    found = mistakes(images(p={**guided, "guidance_scale": 1}, r=reflow, c={**flow_map, "teacher": "r"}))
+    assert found == [f"stages.c.options.guidance_scale: 2 given, but the student of 'r' {SHOWN} on data"]
 
 
 def test_paths_among_a_recipes_options_are_made_absolute(tmp_path):

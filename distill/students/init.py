@@ -23,6 +23,7 @@ from distill.teachers.network_field import EdmField, NetworkField
 class StudentInit:
     """Fits `protocols.Init`. `network` given: fresh weights keyed by `seed`; else a copy of the source's.
 
+    The critic starts as the teacher, if that has weights, whatever the student starts as.
     `num_classes` and `null_class` are those of the networks it makes: K classes of a fresh one have null class K.
     """
 
@@ -33,8 +34,9 @@ class StudentInit:
         shape: tuple[int, ...],
         num_classes: int | None,
         seed: int,
+        teacher: LoadedTeacher | None = None,
     ) -> None:
-        self.source, self.network, self.shape, self.seed = source, network, shape, seed
+        self.source, self.network, self.shape, self.seed, self.teacher = source, network, shape, seed, teacher
         self.num_classes: int | None = num_classes
         self.null_class: int | None = num_classes
         if network is not None:
@@ -63,17 +65,17 @@ class StudentInit:
         return FlowMapStudent(network if isinstance(network, FLOW_MAPS) else two_times(network, self.seed))
 
     def critic(self) -> nn.Module:
-        """A trainable Critic: `velocity_field`, and a logit per sample from its innermost features."""
-        return Critic(self.velocity_field(), self.seed)
+        """A trainable Critic: the teacher's velocity, or else that of `velocity_field`, and a logit per sample."""
+        if self.teacher is None or self.teacher.network is None:
+            return Critic(self.velocity_field(), self.seed)
+        return Critic(VelocityStudent(_copied(self.teacher)), self.seed)
 
     def _network(self) -> ModelMixin:
         """On the linear path."""
         if self.network is not None:
             return build(self.network, self.shape, self.num_classes, self.seed)
-        assert self.source is not None and self.source.network is not None
-        network = _of_linear_path(self.source)
-        network.load_state_dict(self.source.network.state_dict(), strict=True)
-        return network.to(self.source.network.device).train()
+        assert self.source is not None
+        return _copied(self.source)
 
     def null(self, cond: Cond) -> Cond:
         """The condition of the unconditional call; an unconditional network's is its only one."""
@@ -85,6 +87,14 @@ class StudentInit:
                 "dropping the condition"
             )
         return {**cond, "class_labels": torch.full_like(cond["class_labels"], self.null_class)}
+
+
+def _copied(source: LoadedTeacher | LoadedStudent) -> ModelMixin:
+    """A trainable copy of its network, of the linear path."""
+    assert source.network is not None
+    network = _of_linear_path(source)
+    network.load_state_dict(source.network.state_dict(), strict=True)
+    return network.to(source.network.device).train()
 
 
 def teacher_on_linear_path(teacher: LoadedTeacher) -> LoadedTeacher:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from distill.launch import local
+from distill.sharded import Zero
 from distill.testing.subject import Subject
 from distill.testing.training import train
 from distill.world import World
@@ -17,13 +18,13 @@ GIVEN, FOUND = "subjects.json", "numbers.json"
 Numbers = dict[str, list[dict[str, float]]]  # by recipe, of each step
 
 
-def train_together(subjects: Sequence[Subject], folder: Path) -> Numbers:
-    """What one pair of processes finds, for all subjects."""
+def train_together(subjects: Sequence[Subject], folder: Path, *, zero_stage: int | None = None) -> Numbers:
+    """What one pair of processes finds, for all subjects. zero_stage: what DeepSpeed divides; 3: every weight."""
     given = [
         {"recipe": each.recipe, "options": dict(each.options), "base": str(each.base.absolute())} for each in subjects
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / GIVEN).write_text(json.dumps(given))
+    (folder / GIVEN).write_text(json.dumps({"zero_stage": zero_stage, "subjects": given}))
     code = local.run_ranks(folder, "distill.testing.pair", str(folder), size=2)
     assert code == 0, f"the pair ended with code {code}; its logs are in {folder}"
     return json.loads((folder / FOUND).read_text())
@@ -34,10 +35,10 @@ def main(folder: Path, lifeline: int) -> None:
     given = json.loads((folder / GIVEN).read_text())
     torch.set_num_threads(1)
     world = World.join(torch.device("cpu"), 2.0, 0, lambda message: None)
-    found: Numbers = {}
-    for number, each in enumerate(given):
+    zero, found = Zero(given["zero_stage"], persistence_threshold=0), Numbers()
+    for number, each in enumerate(given["subjects"]):
         subject = Subject(each["recipe"], each["options"], base=Path(each["base"]))
-        _, found[subject.recipe] = train(subject, folder / str(number), world=world)
+        _, found[subject.recipe] = train(subject, folder / str(number), world=world, zero=zero)
     if world.first:
         (folder / FOUND).write_text(json.dumps(found))
     sys.stdout.flush()

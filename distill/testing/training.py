@@ -13,6 +13,7 @@ from distill.engine import TrainResult
 from distill.guard import Stopped
 from distill.progress import Progress
 from distill.roles import Roles
+from distill.sharded import WHOLE, Zero
 from distill.spec import CheckpointSpec, OptimizerSpec, TrainStage
 from distill.stop import StopRequest
 from distill.store import StagePaths
@@ -43,6 +44,7 @@ def train(
     precision: Literal["fp32", "bf16"] = "fp32",
     stop_at: int | None = None,
     world: World = ALONE,
+    zero: Zero = WHOLE,
     probe: Callable[[Roles], None] | None = None,
 ) -> tuple[TrainResult, list[dict[str, float]]]:
     """The trained networks, and the numbers of every step. stop_at: stop and resume at so many images."""
@@ -73,6 +75,7 @@ def train(
             progress=recorder,
             stop=stop,
             world=world,
+            zero=zero,
             teacher=teacher.network,
             probe=probe,
         )
