@@ -102,6 +102,21 @@ def choices(annotation: Annotation) -> list[str]:
     return [str(word) for member in found for word in get_args(member)]
 
 
+def valid(described: Mapping[str, Any]) -> str:
+    """What may stand in a field, for people: from its part of `model_json_schema()`."""
+    if "anyOf" in described:
+        return " or ".join(valid(member) for member in described["anyOf"])
+    if "enum" in described or "const" in described:
+        return ", ".join(map(str, described.get("enum", [described.get("const")])))
+    if described.get("format") == "file-path":
+        return "a file"
+    words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
+    kind = str(described.get("type"))
+    signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+    bounds = [f"{sign} {described[bound]:g}" for bound, sign in signs.items() if bound in described]
+    return ", ".join([words.get(kind, kind), *bounds])
+
+
 def dotted(path: Sequence[str | int]) -> str:
     """stages.teach.images"""
     return ".".join(str(part) for part in path)

@@ -143,11 +143,46 @@ def test_the_weight_leaves_the_direction_of_a_samples_gradient():
 
 def test_only_rows_off_the_diagonal_are_differentiated(monkeypatch):
     jvp, rows = meanflow.autodiff.jvp, []
-    monkeypatch.setattr(
-        meanflow.autodiff, "jvp", lambda f, at, along, method: rows.append(len(at[0])) or jvp(f, at, along)
-    )
+
+    def count(function, at, along, *, method, step):
+        rows.append(len(at[0]))
+        return jvp(function, at, along, method=method, step=step)
+
+    monkeypatch.setattr(meanflow.autodiff, "jvp", count)
     loss(make(meanflow), exact.FLOW_MAP, 64)
     assert rows == [16]
+
+
+def test_times_are_those_asked_for():
+    def seen(**options):
+        calls = []
+
+        def record(x_t, t, s, cond):
+            calls.append((t, s))
+            return velocity(x_t, t, s, cond)
+
+        loss(make(meanflow, derivative="central", **options), record, 4000)
+        return calls[-1]
+
+    t, s = seen()
+    assert (s <= t).all() and ((s == t).sum() == 3000) and not (s == 0).any()
+    assert t.logit().mean() > -0.4  # the later of two
+    t, s = seen(time_law="uniform", diagonal=0.0, to_data=0.5)
+    assert ((s == 0).sum() - 2000).abs() < 4 * math.sqrt(1000)
+    assert (t.square().mean() - 0.5).abs() < 0.03  # the later of two uniform ones has density 2 t
+    assert t.max() <= 1 and t.min() > 0
+
+
+def test_differences_end_at_the_noise(monkeypatch):
+    """They are taken a little earlier on the path where t + h lies beyond t = 1."""
+    made, latest = make(meanflow, derivative="central", h=0.1, diagonal=0.0, time_law="uniform"), []
+
+    def record(x_t, t, s, cond):
+        latest.append(t.max().item())
+        return exact.FLOW_MAP(x_t, t, s, cond)
+
+    assert loss(made, record, 4000).logs["error"] < 0.02
+    assert max(latest) <= 1 + 1e-6 < max(latest) + 0.01
 
 
 # --- both ---
@@ -172,6 +207,8 @@ def test_a_guided_teacher_gives_the_flow_map_of_the_guided_law(module, options):
     [
         (meanflow, {"velocity": "data", "guidance_scale": 2.0}, "guidance_scale has no effect with velocity: data"),
         (meanflow, {"power": 0.0, "c": 0.1}, "c has no effect with power: 0; remove it"),
+        (meanflow, {"h": 0.1}, "h has no effect with derivative: forward; remove it, or use derivative: central"),
+        (meanflow, {"time_law": "uniform", "mu": 0.0}, "mu: no effect with time_law: uniform; remove"),
         (shortcut, {"grid": 12}, "grid: 12 is not a power of two; valid: 2, 4, 8, ..."),
         (shortcut, {"grid": 1}, "grid: 1 is not a power of two"),
         (shortcut, {"base": "data", "guidance_scale": 2.0}, "guidance_scale has no effect with base: data; remove it"),

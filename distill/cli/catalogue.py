@@ -39,8 +39,8 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="A recipe, for its options and its paper.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """List the recipes, or say what one needs and which options it has."""
-    from distill import registry
+    """List the recipes, or say what one needs, which options it has and what a step of it costs."""
+    from distill import registry, schema
 
     here = Path.cwd()
     if name is None:
@@ -61,7 +61,8 @@ def recipes(
         "not measured" if described.cost is None else f"{described.cost:g} x flow matching's, measured on two CPU cores"
     )
     print(f"needs: {', '.join(described.needs)}\nsampler: {module.Recipe.sampler}\na step costs: {cost}\n")
-    rows = [[o.name, ", ".join(o.choices) or o.type, _default(o.default), o.meaning] for o in described.options]
+    fields = module.Config.model_json_schema()["properties"] if described.options else {}
+    rows = [[o.name, schema.valid(fields[o.name]), _default(o.default), o.meaning] for o in described.options]
     print_table(["option", "valid", "default", "meaning"], rows)
     print(f"in a spec: stages: {{STAGE: {{kind: train, recipe: {name}, options: {{...}}}}}}")
 

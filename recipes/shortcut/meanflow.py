@@ -43,7 +43,7 @@ class Config(BaseModel):
     """p of the weight 1 / (error + c)^p of a sample; 0: plain squares"""
     c: PositiveFloat | None = None
     """c of that weight; null: 0.001"""
-    derivative: autodiff.Derivative = "forward"
+    derivative: Literal["forward", "central"] = "forward"
     """forward: exact; central: by differences, for networks without forward derivatives or with a restless one"""
     h: Annotated[float, Field(gt=0, lt=0.5)] | None = None
     """half the time that central differences span; null: 0.01"""

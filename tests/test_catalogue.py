@@ -1,0 +1,38 @@
+"""recipes/README.md says what the recipes' docstrings say, and `distill recipes NAME` what a step costs."""
+
+import json
+
+from commands import command
+from programs import catalogue
+
+from distill import registry, schema
+from recipes.reflow import one_step
+
+
+def test_the_generated_parts_of_the_readme_are_up_to_date():
+    text = catalogue.README.read_text()
+    assert text == catalogue.generated(text), "run: python -m tests.programs.catalogue"
+    assert all(f"| `{name}` |" in text for name in registry.names())
+
+
+def test_every_recipe_of_ours_has_a_measured_cost(capfd):
+    costs = json.loads((registry.package_folder() / registry.COSTS).read_text())
+    assert list(costs) == registry.names() and costs["pretrain/flow_matching"] == 1
+    assert all(cost >= 0.5 for cost in costs.values())
+    shown = command(capfd, "recipes", "score/dmd2").out
+    assert f"a step costs: {costs['score/dmd2']:g} x flow matching's, measured on two CPU cores" in shown
+
+
+def test_a_recipe_of_ones_own_has_none(capfd, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text((registry.package_folder() / "reflow" / "reflow.py").read_text())
+    monkeypatch.chdir(tmp_path)
+    assert "a step costs: not measured" in command(capfd, "recipes", "./mine.py").out
+
+
+def test_valid_values_are_said_in_words():
+    fields = one_step.Config.model_json_schema()["properties"]
+    said = {name: schema.valid(field) for name, field in fields.items()}
+    assert said["steps"] == "a whole number, > 0"
+    assert said["distance"] == "l2, pseudo_huber, lpips, l2+lpips"
+    assert said["lpips_weight"] == "a number, > 0 or null" and said["lpips_path"] == "a file or null"
+    assert said["lpips_heads"] == "true or false or null"
