@@ -109,6 +109,14 @@ def drop_condition(cond: Cond, null: Cond, mask: Tensor) -> Cond:
     return {name: torch.where(like(mask, value), null[name], value) for name, value in cond.items()}
 
 
+def rows_to_call(mask: Tensor) -> Tensor:
+    """Indices [n >= 1] of the rows where mask [B] bool is true; the first row where it is nowhere: networks take no
+    empty batches, and ranks that divide one must call it together. The caller leaves out what that row gives.
+    """
+    found = mask.nonzero().squeeze(1)
+    return found if len(found) else torch.zeros(1, dtype=torch.int64, device=mask.device)
+
+
 def inside(t: Tensor, t_range: tuple[float, float]) -> Tensor:
     """t, refused outside t_range; a time that only rounding carried past an end is that end."""
     low, high = t_range

@@ -126,6 +126,7 @@ WRONG = {
         "nothing reaches",
     ),
     "draws_only_what_it_is_given": ('ctx.draw.uniform("t", data)', "__import__('torch').rand(len(data))", "ctx.draw"),
+    "splits": (".mean())", ".mean().sqrt())", "sample by sample"),
     "resumes": ("v).mean()", 'v).mean() * vars(self).setdefault("seen", ctx.step + 1)', "differs after a resume"),
 }
 

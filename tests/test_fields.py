@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from distill.draws import generator
-from distill.fields import Counted, Guided, Rescheduled, calls_per_sample, drop_condition, start
+from distill.fields import Counted, Guided, Rescheduled, calls_per_sample, drop_condition, rows_to_call, start
 from distill.interpolants import edm, like, linear, trig, vp
 from distill.protocols import VelocityField
 from distill.teachers.analytic import GaussianField, MixtureField, class_gaussian_teacher
@@ -223,3 +223,8 @@ def test_every_field_refuses_another_shape_of_time(t):
     for field in (gaussian, mixture, Guided(mixture, dict, 2.0), Rescheduled(gaussian, trig()), Counted(gaussian)):
         with pytest.raises(ValueError, match=r"a time must have shape \[B\] = \[32\] for x of shape \[32, 3, 32, 32\]"):
             field(x, t, cond)
+
+
+def test_a_network_is_called_for_one_row_at_least():
+    assert rows_to_call(torch.tensor([False, True, True])).tolist() == [1, 2]
+    assert rows_to_call(torch.tensor([False, False])).tolist() == [0]

@@ -118,6 +118,7 @@ def test_times_close_in_on_each_other():
             if before is not None:
                 assert gap == pytest.approx(before, rel=1e-6) if images == 99 else gap < 0.75 * before
             before = gap
+        assert torch.equal(recipe(**options).neighbours(u, 1000)[1], recipe(**options).neighbours(u, 10**9)[1])
     t, s = recipe(times="continuous").neighbours(u[:-1], 10**9)  # never halved
     ratio, nearer = t * 80 / 81 / (1 - t * 80 / 81), s * 80 / 81 / (1 - s * 80 / 81)
     expected = (ratio * (1 - 0.5 * (1 + 8 * torch.sigmoid(-ratio)))).clamp(min=0)

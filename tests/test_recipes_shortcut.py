@@ -124,7 +124,9 @@ def test_sampled_velocities_satisfy_the_identity_in_the_mean(t, s):  # T2
     data, noise = exact.posterior(x_t, t, count)
     at, to = (torch.full((count,), time, dtype=torch.float64) for time in (t, s))
     made, network = make(meanflow, velocity="data"), exact.Network(exact.FLOW_MAP)
-    target = made.target(network, x_t.expand(count, 3), at, to, noise - data, Batch(data, None, {}), at > 0)
+    target = made.target(
+        network, x_t.expand(count, 3), at, to, noise - data, Batch(data, None, {}), torch.arange(count)
+    )
     expected = exact.FLOW_MAP(x_t[None], at[:1], to[:1], {})[0]
     assert ((target.mean(0) - expected).abs() < 5 * target.std(0) / math.sqrt(count)).all()
     assert (target - expected).square().mean().sqrt() > 0.3  # one sample is far from it

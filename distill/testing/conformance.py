@@ -27,6 +27,7 @@ from distill.testing.subject import CLASSES, SHAPE, Noise, Subject, bits, start
 from distill.testing.training import BATCH, MOVES, train
 
 Check = Callable[[Subject, Path], None]
+Steps = list[dict[str, float]]
 RANDOM = {"rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "normal_", "uniform_"}
 RANDOM |= {"random_", "exponential_", "bernoulli", "bernoulli_", "multinomial", "Generator", "manual_seed"}
 
@@ -134,19 +135,27 @@ def travels(subject: Subject, folder: Path) -> None:
         assert torch.equal(ours, theirs), f"other samples at {steps} steps"
 
 
+def splits(subject: Subject, folder: Path) -> None:
+    """The losses of micro-batches, of one sample each, are those of the batch."""
+    _, whole = train(subject, folder / "whole", micro_batch=BATCH)
+    _, single = train(subject, folder / "single", micro_batch=1)
+    _same_losses(whole, single, "in one batch", "sample by sample")
+
+
 def agrees(subject: Subject, folder: Path, numbers: Numbers) -> None:
     """Two processes find the losses of one. numbers: what `pair.train_together` found."""
     _, alone = train(subject, folder / "alone")
-    together = numbers[subject.recipe]
-    assert len(alone) == len(together)
-    for number, (one, two) in enumerate(zip(alone, together, strict=True)):
-        assert one.keys() == two.keys()
+    _same_losses(alone, numbers[subject.recipe], "alone", "together")
+
+
+def _same_losses(ours: Steps, theirs: Steps, here: str, there: str) -> None:
+    assert len(ours) == len(theirs)
+    for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        assert one.keys() == other.keys()
         for name, value in one.items():
             if name.endswith("loss"):
-                difference = abs(two[name] - value)
-                assert difference <= 1e-5 * max(1, abs(value)), (
-                    f"step {number}, {name}: {value} alone, {two[name]} together"
-                )
+                same = abs(other[name] - value) <= 1e-5 * max(1, abs(value))
+                assert same, f"step {number}, {name}: {value} {here}, {other[name]} {there}"
 
 
-CHECKS: tuple[Check, ...] = (builds, is_right, learns, draws_only_what_it_is_given, resumes, travels)
+CHECKS: tuple[Check, ...] = (builds, is_right, learns, draws_only_what_it_is_given, splits, resumes, travels)

@@ -41,7 +41,7 @@ class Config(BaseModel):
     sigma: PositiveFloat = 2.0
     """standard deviation of logit(t) under continuous"""
     halving_images: PositiveInt | None = None
-    """images after which t and s are twice as near, again and again; null: never"""
+    """images after which t and s are twice as near, up to ten times; null: never"""
     target_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     """per step, of the copy that is the target; null: the student's own weights"""
     distance: Literal["l2", "pseudo_huber", "pseudo_huber_elementwise"] = "pseudo_huber"
@@ -96,7 +96,7 @@ class Recipe:
 
     def neighbours(self, u: Tensor, images: int) -> tuple[Tensor, Tensor]:
         """t and s [B] from uniform draws u [B]."""
-        c, halvings = self.config, images // (self.config.halving_images or images + 1)
+        c, halvings = self.config, min(images // (self.config.halving_images or images + 1), 10)
         if c.times == "continuous":
             t = times.logit_normal(u, c.mu, c.sigma).clamp(FIRST, LAST)
             return t / LAST, times.nearer(t, 0.5 ** (halvings + 1)) / LAST

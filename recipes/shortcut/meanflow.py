@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validato
 from torch import Tensor, nn
 
 from distill import autodiff, distances, times
+from distill.fields import rows_to_call
 from distill.interpolants import like
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
@@ -98,7 +99,7 @@ class Recipe:
         if self.teacher is not None:
             with torch.no_grad():
                 v = self.teacher(x_t, t, batch.cond)
-        target = self.target(student, x_t, t, s, v, batch, ~on_diagonal)
+        target = self.target(student, x_t, t, s, v, batch, rows_to_call(~on_diagonal))
         error = distances.mse(student(x_t, t, s, batch.cond), target)  # [B]
         weight = (error.detach() + (c.c or 1e-3)) ** -c.power
         return Loss((weight * error).mean(), {"error": error.detach().mean()})
@@ -106,7 +107,7 @@ class Recipe:
     def target(
         self, student: nn.Module, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, batch: Batch, rows: Tensor
     ) -> Tensor:
-        """v - (t - s) Du, eq. (10); Du is asked for where it counts, in `rows` [B] bool."""
+        """v - (t - s) Du, eq. (10); Du is asked for where it counts, in these rows."""
         cond = {name: value[rows] for name, value in batch.cond.items()}
         x, at, to, along = x_t[rows], t[rows], s[rows], v[rows]
         zero, one, h = torch.zeros_like(at), torch.ones_like(at), self.config.h or 0.01

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from distill import distances, solvers
+from distill.fields import rows_to_call
 from distill.interpolants import like
 from distill.protocols import Batch, Cond, Context, Copy, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
@@ -83,9 +84,10 @@ class Recipe:
         x_t = path.mix(data, noise, t)
         with torch.no_grad():
             target = path.velocity(data, noise, t) if self.teacher is None else self.finest_step(x_t, t, batch.cond)
-            cond = {name: value[taught] for name, value in batch.cond.items()}
-            copy = nets["target"] if c.target_decay is not None else student
-            target[taught] = self.two_half_steps(copy, x_t[taught], t[taught], d[taught], cond)
+            rows, copy = rows_to_call(taught), nets.get("target", student)
+            cond = {name: value[rows] for name, value in batch.cond.items()}
+            halves = self.two_half_steps(copy, x_t[rows], t[rows], d[rows], cond)
+            target[rows] = torch.where(like(taught[rows], halves), halves, target[rows])
         return Loss(distances.mse(student(x_t, t, t - self.told(d), batch.cond), target).mean())
 
     def told(self, d: Tensor) -> Tensor:
