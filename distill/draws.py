@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill.guard import InputError
+
 
 def key(*parts: int | str) -> int:
     """63 bits that depend on all parts: the seed of a generator that is used once."""
@@ -65,6 +67,8 @@ class StepDraw:
         """
         rows = torch.arange(self.rows.total + 1, dtype=torch.float64)
         counts = (rows * fraction + 1e-9).floor()  # 0.29 x 100 is below 29
+        if 0 < fraction < 1 and counts[-1] in (0, self.rows.total):
+            raise InputError(f"a part of {fraction:g} of batch_size={self.rows.total} is none or all; use more samples")
         return self._slice(counts[1:] > counts[:-1]).to(self._checked("every", like).device)
 
     def _checked(self, name: str, like: Tensor) -> Tensor:

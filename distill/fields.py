@@ -6,7 +6,7 @@ A field takes t in float32 or float64 whatever the dtype of x_t, and returns a v
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.interpolants import Interpolant, like
 from distill.protocols import Cond, VelocityField
@@ -98,6 +98,11 @@ def start(field: VelocityField, noise: Tensor) -> Tensor:
     """
     c = field.interpolant.path(torch.tensor([field.t_range[1]], dtype=torch.float64))
     return (c.alpha.square() + c.sigma.square()).sqrt().item() * noise
+
+
+def jump_to_data(flow_map: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """f(x_t, t) = x_t - t u(x_t, t, 0): the end at t = 0 of the path through x_t [B, ...], t [B]."""
+    return x_t - like(t, x_t) * flow_map(x_t, t, torch.zeros_like(t), cond)
 
 
 def drop_condition(cond: Cond, null: Cond, mask: Tensor) -> Cond:

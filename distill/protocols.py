@@ -154,13 +154,17 @@ Role = Trained | Frozen | Copy
 
 @runtime_checkable
 class Init(Protocol):
-    """Where a recipe's networks come from: the teacher's weights, another stage's student, or fresh ones."""
+    """Where a recipe's networks come from: the teacher's weights, another stage's student, or fresh ones.
+
+    A flow map that starts from a velocity network is that velocity, whatever s. A critic starts as the teacher, if that
+    has weights.
+    """
 
     @property
     def num_classes(self) -> int | None: ...  # of the networks it makes; None: unconditional
     def velocity_field(self) -> nn.Module: ...  # a module that is a VelocityField on the linear path
-    def flow_map(self) -> nn.Module: ...  # a module that is a FlowMap on the linear path; at first v, whatever s
-    def critic(self) -> nn.Module: ...  # (x_t, t, cond) -> velocity and logit [B]: `velocity_field` with a second head
+    def flow_map(self) -> nn.Module: ...  # a module that is a FlowMap on the linear path
+    def critic(self) -> nn.Module: ...  # (x_t, t, cond) -> velocity [B, ...] and logit [B]
     def null(self, cond: Cond) -> Cond: ...  # the condition of the unconditional call
 
 

@@ -22,7 +22,7 @@ from distill.guard import InputError, suggest
 
 GROUP = "distill.recipes"
 PARTS = ("Config", "Recipe")
-COSTS = "costs.json"  # of a step of our recipes, beside them; written by tests/benchmarks
+COSTS = "costs.json"  # of our recipes, beside them; written by tests/benchmarks
 NEEDS = ("data", "pairs", "teacher", "jvp")
 
 
@@ -50,7 +50,7 @@ class Description:
     needs: list[str]
     options: list[Option]
     cost: float | None
-    """seconds of a step relative to flow matching; None: not measured"""
+    """seconds until the student has moved once, relative to flow matching; None: not measured"""
 
 
 @runtime_checkable

@@ -123,9 +123,12 @@ def check(spec: RunSpec, base: Path) -> None:
     if teacher is not None and data is not None:
         _check_shapes(teacher, data)
     for name, stage in spec.stages.items():
-        if isinstance(stage, TrainStage) and stage.teacher is None and stage.init is None:
+        if isinstance(stage, TrainStage) and stage.teacher is None:
             try:
-                _check_networks(stage, teacher, data, base)
+                if teacher is not None:
+                    teacher.guided(registry.guidance_scale(workflow.recipe_config(stage, base)))
+                if stage.init is None:
+                    _check_networks(stage, teacher, data, base)
             except InputError as error:
                 raise InputError(f"stages.{name}: {error}") from error
 

@@ -264,7 +264,10 @@ def _train(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: str) 
             "launch.zero_stage 3 gathers weights; use 0, 1 or 2"
         )
     if "data" in needs and isinstance(spec.data, NoData):
-        yield f"{where}: {recipe} needs data, the spec has none; give data, e.g. data: {{kind: digits}}"
+        exact = isinstance(spec.teacher, GaussianTeacher | MixtureTeacher)
+        vectors = exact and "teacher" in needs and stage.teacher is None
+        hint = "and there is none of vectors; use reflow" if vectors else "the spec has none; e.g. data: {kind: digits}"
+        yield f"{where}: {recipe} needs data, {hint}"
     if "pairs" in needs and stage.pairs is None:
         known = [name for name, other in spec.stages.items() if isinstance(other, PairsStage)]
         yield f"{where}: {recipe} needs pairs; name a pairs stage in {where}.pairs ({', '.join(known) or 'none yet'})"

@@ -123,7 +123,7 @@ FIELDS = {
     ),
     "needs data": (
         ["data={kind: none}"],
-        SPEC + "stages.teach: pretrain/flow_matching needs data, the spec has none; give data, e.g. "
+        SPEC + "stages.teach: pretrain/flow_matching needs data, the spec has none; e.g. "
         "data: {kind: digits}",
     ),
     "no such pairs": (

@@ -6,10 +6,20 @@ import pytest
 import torch
 
 from distill.draws import generator
-from distill.fields import Counted, Guided, Rescheduled, calls_per_sample, drop_condition, rows_to_call, start
+from distill.fields import (
+    Counted,
+    Guided,
+    Rescheduled,
+    calls_per_sample,
+    drop_condition,
+    jump_to_data,
+    rows_to_call,
+    start,
+)
 from distill.interpolants import edm, like, linear, trig, vp
 from distill.protocols import VelocityField
 from distill.teachers.analytic import GaussianField, MixtureField, class_gaussian_teacher
+from distill.testing import exact
 
 MEAN, VARIANCE = 0.7, 0.3
 MEANS = torch.tensor([[1.0, -2.0, 0.5], [0.3, 0.1, -1.0]], dtype=torch.float64)
@@ -228,3 +238,9 @@ def test_every_field_refuses_another_shape_of_time(t):
 def test_a_network_is_called_for_one_row_at_least():
     assert rows_to_call(torch.tensor([False, True, True])).tolist() == [1, 2]
     assert rows_to_call(torch.tensor([False, False])).tolist() == [0]
+
+
+def test_the_jump_of_a_clean_sample_is_itself():
+    x = torch.randn(5, 3, generator=generator("jump"))
+    anything = exact.Network(lambda x_t, t, s, cond: x_t.square() + 17)
+    assert torch.equal(jump_to_data(anything, x, torch.zeros(5), {}), x)

@@ -9,9 +9,9 @@ from distill.store import RunPaths
 pytestmark = [pytest.mark.process, pytest.mark.train]
 
 
-def evaluated(folder, *arguments):
+def evaluated(folder, *arguments, timeout=1500):
     """The results of a run of a preset."""
-    done = distill("run", *arguments, "--name", "one", "--store", "runs", cwd=folder, timeout=1500)
+    done = distill("run", *arguments, "--name", "one", "--store", "runs", cwd=folder, timeout=timeout)
     assert done.returncode == 0, done.stdout + done.stderr
     run = RunPaths(folder / "runs" / "one")
     assert run.report.exists()
@@ -45,3 +45,17 @@ def test_the_one_step_student_of_the_ring_recovers_it(tmp_path):
     assert results.distance == "SW2"
     assert student.distance - fine.distance <= 0.15 * (coarse.distance - fine.distance)
     assert student.rms <= 0.15 * coarse.rms
+
+
+@pytest.mark.long
+@pytest.mark.timeout(4000)
+def test_six_recipes_beat_their_teacher_on_digits(tmp_path):
+    results = evaluated(tmp_path, "digits-recipes", timeout=3900)
+    rows = {(row.network, row.steps): row.distance for row in results.rows if not row.fine}
+    students = {name for name, _ in rows} - {"teacher"}
+    print({f"{name}, {steps}": round(distance, 2) for (name, steps), distance in rows.items()})
+    assert len(students) == 6
+    for name in students:
+        assert rows[name, 1] <= rows["teacher", 8]
+    for (name, steps), distance in rows.items():
+        assert name == "teacher" or distance < rows["teacher", steps]

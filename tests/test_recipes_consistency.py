@@ -7,12 +7,13 @@ import torch
 from pydantic import ValidationError
 
 from distill import testing
+from distill.fields import jump_to_data
 from distill.interpolants import like
 from distill.protocols import Batch
 from distill.teachers.analytic import GaussianFlowMap, class_gaussian_teacher
 from distill.testing import exact
 from recipes.consistency import consistency
-from recipes.consistency.consistency import Config, Recipe, end
+from recipes.consistency.consistency import Config, Recipe
 
 CONTINUOUS = {"times": "continuous", "halving_images": 1000}
 DISTANCES = ["l2", "pseudo_huber", "pseudo_huber_elementwise"]
@@ -69,16 +70,26 @@ def test_without_a_teacher_the_target_is_in_the_mean_that_of_an_euler_step(t):  
     loss(made, exact.FLOW_MAP, count, batch, **fixed)
     at, to = torch.tensor([t], dtype=torch.float64), torch.tensor([t - 0.25], dtype=torch.float64)
     x_s = x_t + (to - at) * exact.FIELD(x_t[None], at, {})
-    expected = end(exact.Network(exact.FLOW_MAP), x_s, to, {})[0]
+    expected = jump_to_data(exact.Network(exact.FLOW_MAP), x_s, to, {})[0]
     spread = seen["target"].std(0) / math.sqrt(count)
     assert ((seen["target"].mean(0) - expected).abs() < 5 * spread + 1e-12).all()
     assert torch.allclose(seen["prediction"], jump(x_t[None], at, 0 * at, {}).expand(count, 3))
 
 
-def test_the_end_of_a_clean_sample_is_itself():  # T1c
-    x = exact.batch(5).data
-    anything = exact.Network(lambda x_t, t, s, cond: x_t.square() + 17)
-    assert torch.equal(end(anything, x, torch.zeros(5), {}), x)
+def test_easy_tuning_goes_to_the_data_itself_where_s_is_0():
+    """And not to where one long step of the teacher leads."""
+    made, seen = recipe(times="continuous", halving_images=1), {}
+
+    def record(prediction, target):
+        seen["target"] = target
+        return (prediction - target).square().mean(1)
+
+    made.distance = record
+    data = exact.batch(64).data
+    loss(made, exact.FLOW_MAP, 64, Batch(data, None, {}), uniforms={"t": 0.5})  # sigmoid(-1.1): a ratio of 1/3
+    assert torch.equal(seen["target"], data)
+    loss(made, exact.FLOW_MAP, 64, Batch(data, None, {}), uniforms={"t": 0.5}, images=5)
+    assert (seen["target"] - data).abs().min() > 1e-6
 
 
 def test_pseudo_huber_lies_between_the_norm_and_the_square():
@@ -119,7 +130,7 @@ def test_times_close_in_on_each_other():
                 assert gap == pytest.approx(before, rel=1e-6) if images == 99 else gap < 0.75 * before
             before = gap
         assert torch.equal(recipe(**options).neighbours(u, 1000)[1], recipe(**options).neighbours(u, 10**9)[1])
-    t, s = recipe(times="continuous").neighbours(u[:-1], 10**9)  # never halved
+    t, s = recipe(times="continuous", halving_images=10).neighbours(u[:-1], 0)
     ratio, nearer = t * 80 / 81 / (1 - t * 80 / 81), s * 80 / 81 / (1 - s * 80 / 81)
     expected = (ratio * (1 - 0.5 * (1 + 8 * torch.sigmoid(-ratio)))).clamp(min=0)
     assert torch.allclose(nearer, expected, rtol=1e-3, atol=1e-6)
@@ -129,6 +140,7 @@ def test_times_close_in_on_each_other():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"times": "continuous"}, "times: continuous needs halving_images; at first, most of s are 0"),
         ({"times": "continuous", "levels": 4}, "levels: no effect with times: continuous; remove"),
         ({"mu": -1.0, "sigma": 1.0}, "mu, sigma: no effect with times: grid; remove"),
         ({"point": "data", "guidance_scale": 2.0}, "guidance_scale has no effect with point: data; remove it"),

@@ -198,6 +198,15 @@ def test_gradients_flow_through_the_last_step_alone():
     assert len(depths) > 1
 
 
+def test_scores_alone_leave_the_discriminator_alone():
+    logit = nn.Parameter(torch.zeros((), dtype=torch.float64))
+    judge = critic(gaussian(B, A @ A.T), lambda x_t, t: logit.expand(len(x_t)))
+    found = student_turn(Generator(A, B), judge, 16, **SCORES)
+    found.total.backward()
+    assert logit.grad is None and found.logs == {}
+    assert set(student_turn(Generator(A, B), judge, 16).logs) == {"match", "deceived"}
+
+
 def test_guidance_is_the_teachers():  # oracle C
     means, null, scale = torch.stack([exact.MEAN, -exact.MEAN]), 0.5 * exact.MEAN, 2.5
     labels = torch.arange(512) % 2

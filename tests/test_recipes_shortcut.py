@@ -30,19 +30,17 @@ def velocity(x_t, t, s, cond):
 
 
 class Composed:
-    """The average velocity over t - s of the steps of 1/M by which a solver goes there; at s = t the velocity."""
+    """The average velocity over t - s of the steps of 1/M by which a solver goes there."""
 
     def __init__(self, grid, solver):
         self.grid, self.solver = grid, solver
 
     def __call__(self, x_t, t, s, cond):
-        x, at, gap = x_t, t.double(), (t - s).double()
+        x, at = x_t, t.double()
         for _ in range(self.grid):
             to = torch.maximum(at - 1 / self.grid, s.double())
             x, at = solvers.step(exact.FIELD, x, at, to, cond, self.solver), to
-        still = gap == 0
-        mean = (x_t - x) / like(torch.where(still, 1, gap), x)
-        return torch.where(like(still, x), exact.FIELD(x_t, t, cond), mean)
+        return (x_t - x) / like((t - s).double(), x)
 
 
 # --- shortcut ---
@@ -78,7 +76,7 @@ def test_the_finest_step_from_data_is_in_the_mean_the_velocity(t):  # T2
     count, x_t = 100_000, torch.tensor([0.3, -0.8, 0.9], dtype=torch.float64)
     data, noise = exact.posterior(x_t, t, count)
     shift = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    made = make(shortcut, base="data", grid=4, bootstrap=1e-9)
+    made = make(shortcut, base="data", grid=4, bootstrap=1e-5)
     fixed = {"normals": {"noise": noise}, "uniforms": {"t": t - 1e-3}}
     loss(
         made, lambda x, t, s, cond: velocity(x, t, s, cond) + shift, count, Batch(data, None, {}), **fixed
@@ -87,22 +85,35 @@ def test_the_finest_step_from_data_is_in_the_mean_the_velocity(t):  # T2
 
 
 def test_steps_are_those_of_the_paper():
-    """Dyadic sizes equally often, times at their multiples, a quarter of the batch."""
-    count, seen = 4000, {}
+    """Dyadic sizes equally often, times at their multiples, a quarter of the batch; all that jumps will use."""
+    count, calls = 4000, []
 
     def record(x_t, t, s, cond):
-        seen.setdefault("calls", []).append((t, s))
+        calls.append((t, s))
         return velocity(x_t, t, s, cond)
 
     loss(make(shortcut, grid=8), record, count)
-    (first, _), (second, _), (t, s) = seen["calls"]
+    (first, to), (second, _), (t, s) = calls
     d = (t - s).double()
     sizes, counts = d.unique(return_counts=True)
-    assert sizes.tolist() == [0, 0.25, 0.5, 1]
+    assert sizes.tolist() == [0.125, 0.25, 0.5, 1]
     assert counts[0] == 3000 and ((counts[1:] - 1000 / 3).abs() < 4 * math.sqrt(1000 / 3)).all()
-    grid = torch.where(d == 0, 1 / 8, d)
-    assert ((t / grid) == (t / grid).round()).all() and t.min() > 0 and t.max() == 1
-    assert torch.equal(first - second, (d / 2)[d > 0].float())
+    assert ((t / d) == (t / d).round()).all() and t.min() > 0 and t.max() == 1
+    assert torch.equal(first - to, (d[d > 0.125] / 2).float()) and torch.equal(first - second, first - to)
+
+
+def test_the_teacher_is_asked_about_the_finest_steps_alone():
+    asked = []
+
+    def field(x_t, t, cond):
+        asked.append(len(x_t))
+        return exact.FIELD(x_t, t, cond)
+
+    field.interpolant, field.t_range = exact.FIELD.interpolant, (0.0, 1.0)
+    for base, expected in (("velocity", [48]), ("step", [48, 48]), ("two_steps", [48, 16, 16])):
+        asked.clear()
+        loss(shortcut.Recipe(shortcut.Config(base=base), exact.teacher(field)), exact.FLOW_MAP, 64)
+        assert asked == expected
 
 
 # --- meanflow ---
@@ -137,7 +148,11 @@ def test_the_weight_leaves_the_direction_of_a_samples_gradient():
     gradients = {}
     for power in (0.0, 0.5, 1.0):
         shift = torch.full((1,), 0.1, dtype=torch.float64, requires_grad=True)
-        found = loss(make(meanflow, power=power), lambda x, t, s, cond, by=shift: exact.FLOW_MAP(x, t, s, cond) + by, 1)
+        found = loss(
+            make(meanflow, power=power, diagonal=0.0),
+            lambda x, t, s, cond, by=shift: exact.FLOW_MAP(x, t, s, cond) + by,
+            1,
+        )
         found.total.backward()
         gradients[power] = shift.grad.item() * (found.logs["error"].item() + 1e-3) ** power
     assert gradients[0.5] == pytest.approx(gradients[0.0]) and gradients[1.0] == pytest.approx(gradients[0.0])
@@ -175,16 +190,21 @@ def test_times_are_those_asked_for():
     assert t.max() <= 1 and t.min() > 0
 
 
-def test_differences_end_at_the_noise(monkeypatch):
-    """They are taken a little earlier on the path where t + h lies beyond t = 1."""
-    made, latest = make(meanflow, derivative="central", h=0.1, diagonal=0.0, time_law="uniform"), []
+def test_differences_stay_between_s_and_the_noise():
+    """A little earlier on the path where t + h lies beyond t = 1, and over less where t - s is less than 2 h."""
+    made, times = make(meanflow, derivative="central", h=0.1, diagonal=0.0, time_law="uniform"), []
 
     def record(x_t, t, s, cond):
-        latest.append(t.max().item())
+        times.append((t, s))
         return exact.FLOW_MAP(x_t, t, s, cond)
 
     assert loss(made, record, 4000).logs["error"] < 0.02
-    assert max(latest) <= 1 + 1e-6 < max(latest) + 0.01
+    t, s = (torch.cat(each) for each in zip(*times, strict=True))
+    assert t.max() <= 1 + 1e-6 < t.max() + 0.01 and t.min() >= 0
+    assert (t - s).min() > -2e-4  # the least h is 1e-4
+    (forth, _), (back, _), (middle, _), _ = times
+    assert ((forth - back) / 2).max() == pytest.approx(0.1, abs=1e-6)
+    assert torch.allclose((forth + back) / 2, middle, atol=1e-6)
 
 
 # --- both ---

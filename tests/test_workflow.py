@@ -101,9 +101,13 @@ CASES = {
         vectors(r={"options": {"distance": "l3"}}),
         "stages.r.options.distance: 'l3' given; must be 'l2' or 'pseudo_huber'",
     ),
+    "needs data of vectors": (
+        vectors(c={**TEACH, "recipe": "consistency/consistency", "network": {"kind": "mlp"}}),
+        "stages.c: consistency/consistency needs data, and there is none of vectors; use reflow",
+    ),
     "needs data": (
         vectors(t={**TEACH, "network": MLP}),
-        "stages.t: pretrain/flow_matching needs data, the spec has none; give data, e.g. data: {kind: digits}",
+        "stages.t: pretrain/flow_matching needs data, the spec has none; e.g. data: {kind: digits}",
     ),
     "needs pairs": (
         vectors(r={"pairs": None}),

@@ -57,10 +57,10 @@ def recipes(
         print_json(asdict(described) | {"sampler": module.Recipe.sampler})
         return
     print(f"{name}\n\n{described.paper}\n")
-    cost = (
-        "not measured" if described.cost is None else f"{described.cost:g} x flow matching's, measured on two CPU cores"
+    cost = "not measured" if described.cost is None else f"{described.cost:g} x flow matching (two CPU cores)"
+    print(
+        f"needs: {', '.join(described.needs)}\nsampler: {module.Recipe.sampler}\na move of the student costs: {cost}\n"
     )
-    print(f"needs: {', '.join(described.needs)}\nsampler: {module.Recipe.sampler}\na step costs: {cost}\n")
     fields = module.Config.model_json_schema()["properties"] if described.options else {}
     rows = [[o.name, schema.valid(fields[o.name]), _default(o.default), o.meaning] for o in described.options]
     print_table(["option", "valid", "default", "meaning"], rows)

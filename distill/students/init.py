@@ -67,6 +67,11 @@ class StudentInit:
     def critic(self) -> nn.Module:
         """A trainable Critic: the teacher's velocity, or else that of `velocity_field`, and a logit per sample."""
         if self.teacher is None or self.teacher.network is None:
+            if self.network is None and self.source is not None and isinstance(self.source.network, FLOW_MAPS):
+                raise InputError(
+                    f"there is no velocity network for the critic to start from: the teacher has none, and "
+                    f"{self.source.description} is a flow map; use a teacher with weights, or a fresh `network`"
+                )
             return Critic(self.velocity_field(), self.seed)
         return Critic(VelocityStudent(_copied(self.teacher)), self.seed)
 

@@ -5,7 +5,7 @@ comes from a step of the teacher (distillation, alg. 2), or is of the same data 
 are neighbours on a grid, or Easy Consistency Tuning's (Geng et al. 2024, arXiv 2406.14548), nearer and nearer.
 
 Deviations: linear path, t = 1 exactly. The grid is uniform in t, theirs is EDM's. Weight and pseudo-Huber are of iCT
-(Song & Dhariwal 2023, arXiv 2310.14189), the gap in t, not in noise levels. Dropout masks only agree by target_decay.
+(Song & Dhariwal 2023, arXiv 2310.14189), the gap in t, not in noise levels. Under dropout the two ends see other masks.
 """
 
 import math
@@ -14,11 +14,12 @@ from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill import distances, solvers, times
+from distill.fields import jump_to_data
 from distill.interpolants import like
-from distill.protocols import Batch, Cond, Context, Copy, Init, Loss, Nets, Role, Teacher, Trained, Turn
+from distill.protocols import Batch, Context, Copy, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
 FIRST, LAST = 0.002, 80 / 81  # EDM's cleanest and noisiest times, sigma 0.002 and 80; the last is stretched to t = 1
 
@@ -54,6 +55,8 @@ class Config(BaseModel):
         unused = {"levels"} if self.times == "continuous" else {"mu", "sigma"}
         if given := sorted(unused & self.model_fields_set):
             raise ValueError(f"{', '.join(given)}: no effect with times: {self.times}; remove")
+        if self.times == "continuous" and self.halving_images is None:
+            raise ValueError("times: continuous needs halving_images; at first, most of s are 0")
         if self.point == "data" and self.guidance_scale != 1:
             raise ValueError("guidance_scale has no effect with point: data; remove it, or use heun or euler")
         if self.distance == "l2" and self.huber_c is not None:
@@ -90,9 +93,11 @@ class Recipe:
         x_t, x_s = (student.interpolant.mix(data, noise, time) for time in (t, s))
         with torch.no_grad():
             if self.teacher is not None and self.config.point != "data":
-                x_s = solvers.step(self.teacher, x_t, t, s, batch.cond, self.config.point)
-            target = end(nets.get("target", student), x_s, s, batch.cond)
-        return Loss((self.distance(end(student, x_t, t, batch.cond), target) / (t - s)).mean())
+                stepped = solvers.step(self.teacher, x_t, t, s, batch.cond, self.config.point)
+                is_data = (s == 0) & (self.config.times == "continuous")
+                x_s = torch.where(like(is_data, x_s), x_s, stepped)
+            target = jump_to_data(nets.get("target", student), x_s, s, batch.cond)
+        return Loss((self.distance(jump_to_data(student, x_t, t, batch.cond), target) / (t - s)).mean())
 
     def neighbours(self, u: Tensor, images: int) -> tuple[Tensor, Tensor]:
         """t and s [B] from uniform draws u [B]."""
@@ -105,7 +110,6 @@ class Recipe:
         return t / levels, (t - 1) / levels
 
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """[B]"""
         if self.config.distance == "l2":
             return distances.mse(prediction, target)
         d = target[0].numel()
@@ -113,8 +117,3 @@ class Recipe:
         if self.config.distance == "pseudo_huber_elementwise":
             return distances.pseudo_huber_elementwise(prediction, target, c)
         return distances.pseudo_huber(prediction, target, scale=c / d)
-
-
-def end(network: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """f(x_t, t) = x_t - t u(x_t, t, 0)."""
-    return x_t - like(t, x_t) * network(x_t, t, torch.zeros_like(t), cond)

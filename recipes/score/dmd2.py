@@ -1,14 +1,13 @@
 """DMD2 (Yin et al. 2024, arXiv 2405.14867): match the law of the student's samples to the teacher's by two scores.
 
-The student's turn moves its samples along x0_fake - x0_teacher at x_t, the gradient of the KL divergence KL(fake_t ||
-teacher_t), each normalised by the mean of |sample - x0_teacher|, and fools a discriminator. The critic learns the
-velocity of the samples, `ratio` turns to one of the student, and on the same features tells noised samples from noised
-data. Students of several steps are trained on their own intermediate states (backward simulation), with gradients
-through the last step; sampling adds fresh noise between steps.
+The student's turn moves its samples along x0_fake - x0_teacher at x_t, the gradient of KL(fake_t || teacher_t), each
+normalised by the mean of |sample - x0_teacher|, and fools a discriminator. The critic learns the velocity of samples,
+`ratio` turns to one of the student, and on the same features tells noised samples from noised data. Students of several
+steps train on their own states (backward simulation), with gradients through the last; between steps comes fresh noise.
 
-Deviations: flow form, x0 = x_t - t v, from exactly noise at t = 1. The critic moves in every step and judges the states
-on which it learns the velocity. t is uniform, between 0.02 and 0.98 for the student. `weight: kl`, ((1 - t)/t)^2
-without the normaliser, gives the exact gradient of the KL divergence.
+Deviations: flow form, x0 = x_t - t v, from exactly noise at t = 1. Every turn makes new samples, the critic's first,
+judged where scores are compared; the head is one convolution and a mean. t is uniform, between 0.02 and 0.98 for the
+student. `weight: kl`, ((1 - t)/t)^2 without the normaliser, gives the exact gradient of the KL divergence.
 """
 
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from distill import distances, times
+from distill.fields import jump_to_data
 from distill.interpolants import like
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
@@ -68,17 +68,17 @@ class Recipe:
         return {"student": Trained(init.flow_map()), "critic": Trained(init.critic())}
 
     def turns(self, step: int, images: int) -> Iterator[Turn]:
-        yield Turn("critic", self.criticise)
+        yield Turn("critic", self.critic_turn)
         if step % self.config.ratio == self.config.ratio - 1:
-            yield Turn("student", self.deceive)
+            yield Turn("student", self.student_turn)
 
-    def deceive(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
-        """The student's turn."""
+    def student_turn(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
         assert self.teacher is not None
         c, cond, samples = self.config, batch.cond, self.generate(nets, batch, ctx)
         t = times.uniform(ctx.draw.uniform("t", samples), 0.02, 0.98)
         x_t = nets["student"].interpolant.mix(samples, ctx.draw.normal("noise_t", samples), t)
-        v_fake, logit = nets["critic"](x_t, t, cond)
+        with torch.set_grad_enabled(c.gan_weight > 0):
+            v_fake, logit = nets["critic"](x_t, t, cond)
         with torch.no_grad():
             v_real = self.teacher(x_t, t, cond)
             towards_fake = like(t, x_t) * (v_real - v_fake)  # x0_fake - x0_teacher
@@ -87,11 +87,12 @@ class Recipe:
                 weight = 1 / (samples - x_t + like(t, x_t) * v_real).abs().flatten(1).mean(1)  # |sample - x0_teacher|
             g = like(weight, x_t) * towards_fake
         match = distances.mse(samples, samples.detach() - g).mean() / 2  # d match / d samples = g / (B d)
+        if c.gan_weight == 0:
+            return Loss(match)
         deceived = softplus(-logit).mean()
         return Loss(match + c.gan_weight * deceived, {"match": match.detach(), "deceived": deceived.detach()})
 
-    def criticise(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
-        """The critic's turn."""
+    def critic_turn(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
         assert batch.data is not None
         path = nets["student"].interpolant
         with torch.no_grad():
@@ -115,6 +116,5 @@ class Recipe:
             if step > 0:
                 x = (1 - t) * x + t * ctx.draw.normal(f"noise {step}", x)
             with torch.set_grad_enabled(torch.is_grad_enabled() and step == last):
-                at_t = torch.full((len(x),), t, device=x.device)
-                x = x - t * nets["student"](x, at_t, torch.zeros_like(at_t), batch.cond)  # x0 = x_t - t u(x_t, t, 0)
+                x = jump_to_data(nets["student"], x, torch.full((len(x),), t, device=x.device), batch.cond)
         return x

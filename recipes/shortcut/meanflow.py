@@ -3,9 +3,10 @@
 u(x_t, t, s) = v - (t - s) Du, with Du its derivative along (v, 1, 0), eq. (6): one forward-mode call, stopped. On a
 fixed part of the batch s = t: flow matching. Where v is noise - data, a sample, the identity holds in the mean.
 
-Deviations: with a teacher, v is its velocity at the points of real data's paths, as in NVIDIA's FastGen. The paper's
-guidance while training on data alone (omega, kappa) is left out: guide a teacher. The error is the mean over elements,
-so that c does not depend on their number; theirs is the sum, with c = 0.01.
+Deviations: with a teacher, v is its velocity on real data's paths, as in NVIDIA's FastGen. The paper's guidance while
+training on data alone (omega, kappa) is left out: guide a teacher. The error is the mean over elements, so that c does
+not depend on their number; theirs is the sum, with c = 0.01. Central differences stay within [s, 1], a little earlier
+than t where that is 1. Under dropout, the derivative sees other masks than the prediction.
 """
 
 from collections.abc import Iterator
@@ -47,7 +48,7 @@ class Config(BaseModel):
     derivative: Literal["forward", "central"] = "forward"
     """forward: exact; central: by differences, for networks without forward derivatives or with a restless one"""
     h: Annotated[float, Field(gt=0, lt=0.5)] | None = None
-    """half the time that central differences span; null: 0.01"""
+    """half the time that differences span, at most half of t - s; null: 0.01"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
@@ -108,12 +109,11 @@ class Recipe:
         self, student: nn.Module, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, batch: Batch, rows: Tensor
     ) -> Tensor:
         """v - (t - s) Du, eq. (10); Du is asked for where it counts, in these rows."""
-        cond = {name: value[rows] for name, value in batch.cond.items()}
+        c, cond = self.config, {name: value[rows] for name, value in batch.cond.items()}
         x, at, to, along = x_t[rows], t[rows], s[rows], v[rows]
-        zero, one, h = torch.zeros_like(at), torch.ones_like(at), self.config.h or 0.01
-        back = (1 - h - at).clamp(max=0) if self.config.derivative == "central" else zero  # differences end at t = 1
-        point = (x + like(back, x) * along, at + back, to)
-        _, slope = autodiff.jvp(
-            lambda *given: student(*given, cond), point, (along, one, zero), method=self.config.derivative, step=h
-        )
+        h = torch.minimum((at - to) / 2, torch.full_like(at, c.h or 0.01)).clamp(min=1e-4)
+        middle = at if c.derivative == "forward" else torch.maximum(torch.minimum(at, 1 - h), h)
+        point = (x + like(middle - at, x) * along, middle, to)
+        direction = (along, torch.ones_like(at), torch.zeros_like(at))
+        _, slope = autodiff.jvp(lambda *p: student(*p, cond), point, direction, method=c.derivative, step=h)
         return v.index_put((rows,), along - like(at - to, x) * slope)

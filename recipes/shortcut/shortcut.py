@@ -6,12 +6,12 @@ step is `base`: velocity, the teacher's velocity at x_t, so that the optimum is 
 Heun step of 1/M, which is nearer its ODE; two_steps, its velocity, and d = 2/M from two Euler steps of the teacher
 itself, so that the bootstrap starts with one guess less.
 
-Deviations: d is told by the two times t and s = t - d (the finest step of velocity by s = t). The authors clip states
-and targets at 4, which suits latents of unit variance; we do not. Their guidance while training on data alone is left
-out: guide a teacher.
+Deviations: the network is told d by two times, t and s = t - d. Sizes d are drawn, not dealt out equally. The authors
+clip states and targets at 4, which suits latents of unit variance; we do not. Their guidance while training on data
+alone is left out: guide a teacher. Under dropout without target_decay, the half steps see other masks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Literal, Self
 
 import torch
@@ -81,32 +81,32 @@ class Recipe:
         d = torch.where(taught, 2**-level, self.finest)  # 1, 1/2, ..., 2/M; or 1/M
         t = d * ((ctx.draw.uniform("t", data) / d).floor() + 1)  # a multiple of d in (0, 1]
         noise = ctx.draw.normal("noise", data)
-        x_t = path.mix(data, noise, t)
+        x_t, target = path.mix(data, noise, t), path.velocity(data, noise, t)
+
+        def teach(mask: Tensor, lesson: Callable[[Tensor, Tensor, Tensor, Cond], Tensor]) -> None:
+            rows = rows_to_call(mask)
+            u = lesson(x_t[rows], t[rows], d[rows], {name: value[rows] for name, value in batch.cond.items()})
+            target[rows] = torch.where(like(mask[rows], u), u, target[rows])
+
         with torch.no_grad():
-            target = path.velocity(data, noise, t) if self.teacher is None else self.finest_step(x_t, t, batch.cond)
-            rows, copy = rows_to_call(taught), nets.get("target", student)
-            cond = {name: value[rows] for name, value in batch.cond.items()}
-            halves = self.two_half_steps(copy, x_t[rows], t[rows], d[rows], cond)
-            target[rows] = torch.where(like(taught[rows], halves), halves, target[rows])
-        return Loss(distances.mse(student(x_t, t, t - self.told(d), batch.cond), target).mean())
+            if self.teacher is not None:
+                teach(~taught, self.finest_step)
+            teach(taught, lambda *given: self.two_half_steps(nets.get("target", student), *given))
+        return Loss(distances.mse(student(x_t, t, t - d, batch.cond), target).mean())
 
-    def told(self, d: Tensor) -> Tensor:
-        """The step as the network is told it: the finest one is 0, where it is the velocity itself."""
-        return d if self.config.base == "step" else torch.where(d > self.finest, d, 0)
-
-    def finest_step(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """The teacher's velocity at x_t, or its average over 1/M."""
+    def finest_step(self, x_t: Tensor, t: Tensor, d: Tensor, cond: Cond) -> Tensor:
+        """The teacher's velocity at x_t, or its average over d = 1/M."""
         assert self.teacher is not None
         if self.config.base != "step":
             return self.teacher(x_t, t, cond)
-        return (x_t - solvers.step(self.teacher, x_t, t, t - self.finest, cond, "heun")) / self.finest
+        return (x_t - solvers.step(self.teacher, x_t, t, t - d, cond, "heun")) / self.finest
 
     def two_half_steps(self, copy: nn.Module, x_t: Tensor, t: Tensor, d: Tensor, cond: Cond) -> Tensor:
         """The mean of two average velocities over d/2 each, eq. (5)."""
         half = d / 2
 
         def average(x: Tensor, at: Tensor) -> Tensor:
-            u = copy(x, at, at - self.told(half), cond)
+            u = copy(x, at, at - half, cond)
             if self.config.base != "two_steps" or self.teacher is None:
                 return u
             return torch.where(like(half > self.finest, x), u, self.teacher(x, at, cond))

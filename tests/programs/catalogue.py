@@ -11,9 +11,10 @@ SMALLEST = "reflow/reflow"
 
 def table() -> str:
     """All recipes, from their docstrings."""
-    lines = ["| recipe | what it is | needs | a step costs |", "|---|---|---|---:|"]
+    lines = ["| recipe | what it is | needs | a move costs |", "|---|---|---|---:|"]
     for name in registry.names():
         found = registry.describe(name, Path())
+        assert found.cost is not None, f"{name} has no cost yet; run: python -m tests.benchmarks recipes"
         lines.append(f"| `{name}` | {found.summary} | {', '.join(found.needs)} | {found.cost:g} |")
     return "\n".join(lines) + "\n"
 
