@@ -16,7 +16,9 @@ from distill import registry, testing
 
 HERE = Path(__file__).parent
 DECLARING = sorted(path.stem for path in HERE.glob("test_recipes_*.py"))
-DECLARED = {each.recipe: each for module in DECLARING for each in importlib.import_module(module).SUBJECTS}
+ALL_DECLARED = [each for module in DECLARING for each in importlib.import_module(module).SUBJECTS]
+DECLARED = {each.recipe: each for each in ALL_DECLARED}
+assert len(DECLARED) == len(ALL_DECLARED), "a recipe is declared twice"
 SUBJECTS = {name: DECLARED.get(name, testing.Subject(name)) for name in registry.names()}
 
 
@@ -48,6 +50,26 @@ def one_thread():
 @pytest.mark.parametrize("name", SUBJECTS)
 def test_recipe(name, check, tmp_path):
     check(SUBJECTS[name], tmp_path)
+
+
+OTHER_OPTIONS = [
+    ("consistency/consistency", {"times": "continuous", "halving_images": 16, "target_decay": 0.9}),
+    ("consistency/consistency", {"point": "data", "distance": "l2"}),
+    ("shortcut/shortcut", {"base": "two_steps", "grid": 4, "target_decay": None}),
+    ("shortcut/shortcut", {"base": "step", "bootstrap": 0.75}),
+    ("shortcut/shortcut", {"base": "data"}),
+    ("shortcut/meanflow", {"derivative": "central", "h": 0.1, "time_law": "uniform", "to_data": 0.5, "power": 0.5}),
+    ("shortcut/meanflow", {"velocity": "data"}),
+    ("score/dmd2", {"steps": 4, "weight": "kl", "ratio": 2}),
+]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("check", ["learns", "draws_only_what_it_is_given", "splits", "resumes", "travels"])
+@pytest.mark.parametrize(("name", "options"), OTHER_OPTIONS)
+def test_recipe_with_other_options(name, options, check, tmp_path):
+    subject = testing.Subject(name, options, steps=(1, 2, 4))
+    next(each for each in testing.CHECKS if each.__name__ == check)(subject, tmp_path)
 
 
 @pytest.fixture(scope="module")
