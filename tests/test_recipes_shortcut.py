@@ -264,8 +264,9 @@ SUBJECTS = [
     ),
     testing.Subject(
         "shortcut/meanflow",
-        ring={"time_law": "uniform", "diagonal": 0.25, "to_data": 0.5, "power": 0.5},
+        ring={"velocity": "data", "to_data": 0.25},
         steps=(1, 2),
+        long=testing.Training(3_000_000, lr=2e-3),
         closed_form=(
             lambda: test_the_identity_holds_at_the_flow_map({}),
             lambda: test_sampled_velocities_satisfy_the_identity_in_the_mean(0.6, 0.2),
