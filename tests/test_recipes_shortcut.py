@@ -264,9 +264,10 @@ SUBJECTS = [
     ),
     testing.Subject(
         "shortcut/meanflow",
-        ring={"velocity": "data", "to_data": 0.25},
+        ring={"velocity": "data", "diagonal": 0.5, "to_data": 0.1},
         steps=(1, 2),
-        long=testing.Training(3_000_000, lr=2e-3),
+        short=testing.Training(512_000, lr=1e-3),
+        long=testing.Training(2_500_000, lr=1e-3),
         closed_form=(
             lambda: test_the_identity_holds_at_the_flow_map({}),
             lambda: test_sampled_velocities_satisfy_the_identity_in_the_mean(0.6, 0.2),
