@@ -3,6 +3,9 @@
 A claim is the folder `running`, renamed into place with its owner's record inside, which succeeds for one process only.
 The claim of a dead process is renamed away to a name made from that very process, and left there: whoever comes late
 with the same intention finds that name taken, and cannot remove a claim that is newer than the one it judged.
+
+Jobs of a cluster execute units of a run (a stage, a part of one) side by side: each claims its unit. A run is not
+claimed while a unit is, nor a unit while the run is.
 """
 
 import os
@@ -28,10 +31,14 @@ class Owner:
     boot: str
     pid: int
     start: str
+    job: str = ""
+    """of the cluster, that the process belongs to"""
+    restart: int = 0
+    """how often that job had been started before"""
 
     @classmethod
-    def this(cls) -> "Owner":
-        return cls(platform.node(), _boot(), os.getpid(), _start(os.getpid()) or "")
+    def this(cls, job: str = "", restart: int = 0) -> "Owner":
+        return cls(platform.node(), _boot(), os.getpid(), _start(os.getpid()) or "", job, restart)
 
     @property
     def is_here(self) -> bool:
@@ -44,79 +51,102 @@ class Owner:
         return self.boot == _boot() and _start(self.pid) == self.start
 
 
-def owner(run: RunPaths) -> Owner | None:
-    """Who holds the run, dead or alive; None: nobody."""
+def owner(place: Path) -> Owner | None:
+    """Who holds a claim, dead or alive; None: nobody."""
     try:
-        return Owner(**read_json(run.running / "owner.json"))
+        return Owner(**read_json(place / "owner.json"))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        raise InputError(
-            f"{run.running} cannot be read; if no process executes this run, remove that folder"
-        ) from error
+        raise InputError(f"{place} cannot be read; if no process executes this run, remove that folder") from error
+
+
+def held(run: RunPaths) -> dict[Path, Owner]:
+    """Every claim on the run or a unit of it, dead or alive."""
+    found = {place: owner(place) for place in (run.running, *sorted(run.units.glob("[!.]*")))}
+    return {place: each for place, each in found.items() if each is not None}
 
 
 def executing(run: RunPaths) -> Owner | None:
-    """The process that executes the run now; None: nobody does."""
-    held = owner(run)
-    return held if held is not None and held.is_alive() else None
+    """A process that executes the run, or a unit of it, now; None: nobody does."""
+    return next((each for each in held(run).values() if each.is_alive()), None)
+
+
+def bury(run: RunPaths, place: Path, dead: Owner) -> None:
+    """Take a claim away from an owner that is known to be gone."""
+    with suppress(OSError):  # another process has done so before
+        place.rename(run.root / f".dead-{_token(dead)}")
 
 
 def refuse_if_executing(run: RunPaths) -> None:
     """InputError if another process executes the run."""
     deadline = time.monotonic() + GRACE
-    while (held := executing(run)) is not None:
-        if time.monotonic() > deadline or not held.is_here:
-            raise InputError(_held_by(run, held))
+    while (other := executing(run)) is not None:
+        if time.monotonic() > deadline or not other.is_here:
+            raise InputError(_held_by(run, other))
         time.sleep(0.1)
 
 
 @contextmanager
-def claim(run: RunPaths) -> Iterator[None]:
-    """Hold the run while entered; InputError if another process does."""
-    me = Owner.this()
+def claim(run: RunPaths, unit: str | None = None, me: Owner | None = None) -> Iterator[None]:
+    """Hold the run while entered, or a unit of it; InputError if another process does, or holds what overlaps.
+
+    me: the process that is to hold it, if it is one of a job.
+    """
+    me = me or Owner.this()
+    place = run.running if unit is None else run.units / unit
     mine = run.root / f".running-{_token(me)}"
     try:
+        place.parent.mkdir(parents=True, exist_ok=True)
         mine.mkdir(exist_ok=True)
         write_json(mine / "owner.json", asdict(me))
     except OSError as error:
         raise RunError(f"cannot write into {run.root}: {error.strerror}; nothing was changed") from error
     try:
-        _take(run, mine)
+        _take(run, place, mine, me)
     finally:
         if mine.exists():
             shutil.rmtree(mine)
     try:
+        _refuse_overlap(run, place)
         yield
     finally:
-        run.running.rename(mine)
+        place.rename(mine)
         shutil.rmtree(mine)
 
 
-def _take(run: RunPaths, mine: Path) -> None:
+def _take(run: RunPaths, place: Path, mine: Path, me: Owner) -> None:
     deadline = time.monotonic() + GRACE
     while True:
         with suppress(OSError):  # the folder is there and not empty
-            mine.rename(run.running)
+            mine.rename(place)
             return
-        held = owner(run)
-        if held is None:  # it was given back between the two lines above
+        found = owner(place)
+        if found is None:  # it was given back between the two lines above
             if time.monotonic() > deadline:
-                raise InputError(f"{run.running} says nothing of who made it; if nobody executes the run, remove it")
-        elif not held.is_alive():
-            with suppress(OSError):  # another process has done so before
-                run.running.rename(run.root / f".dead-{_token(held)}")
-        elif time.monotonic() > deadline or not held.is_here:
-            raise InputError(_held_by(run, held))
+                raise InputError(f"{place} says nothing of who made it; if nobody executes the run, remove it")
+        elif not found.is_alive() or (found.job == me.job != "" and found.restart < me.restart):
+            bury(run, place, found)
+        elif time.monotonic() > deadline or not found.is_here:
+            raise InputError(_held_by(run, found))
         else:
             time.sleep(0.1)
 
 
-def _held_by(run: RunPaths, held: Owner) -> str:
-    if held.is_here:
-        return f"run '{run.name}' is being executed by process {held.pid}; wait for it, or stop it: kill {held.pid}"
+def _refuse_overlap(run: RunPaths, mine: Path) -> None:
+    """Two that claim what overlaps at once both look after they have claimed: at least one of them leaves."""
+    for place, found in held(run).items():
+        if place != mine and run.running in (place, mine) and found.is_alive():
+            raise InputError(_held_by(run, found))
+
+
+def _held_by(run: RunPaths, found: Owner) -> str:
+    if found.job:
+        return f"run '{run.name}' is being executed by job {found.job}; wait for it, or: distill cancel {run.name}"
+    if found.is_here:
+        return f"run '{run.name}' is being executed by process {found.pid}; wait for it, or stop it: kill {found.pid}"
     return (
-        f"run '{run.name}' is being executed by process {held.pid} on {held.host}; "
+        f"run '{run.name}' is being executed by process {found.pid} on {found.host}; "
         f"if that process is gone, remove {run.running}"
     )
 

@@ -92,10 +92,10 @@ def _train(name: str, stage: TrainStage, launch: LaunchSpec, base: Path) -> Step
     taken = [sources[need] for need in sorted(needs)] + ([stage.init] if stage.init else [])
     start = f"a fresh {stage.network.kind}" if stage.network else f"the weights of {stage.init or sources['teacher']}"
     work = f"{stage.images:,} images = {stage.images // stage.batch_size:,} steps of {stage.batch_size}"
-    share = stage.batch_size // launch.procs
+    share = stage.batch_size // launch.world_size
     micro = launch.micro_batch or share
     if micro < stage.batch_size:
-        work += f": {launch.procs} x {share // micro} x {micro} (processes, micro-batches, samples)"
+        work += f": {launch.world_size} x {share // micro} x {micro} (processes, micro-batches, samples)"
     writes = [f"stages/{name}/checkpoints/", f"students/{name}/"]
     return Step(name, stage.kind, f"{stage.recipe} from {start}", work, _unique(taken), None, writes)
 

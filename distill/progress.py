@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
@@ -35,7 +36,7 @@ class PlainLine:
         self.say(f"{self.label}  {text}")
 
     def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(f"{stamp()}  {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None: ...
 
@@ -79,6 +80,11 @@ class Means:
         means = {name: total / count for name, (total, count) in self._sums.items()}
         self._sums = {}
         return means
+
+
+def stamp() -> str:
+    """Now, as a line of a log begins."""
+    return datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def duration(seconds: float) -> str:

@@ -267,13 +267,46 @@ class EvaluateStage(Frozen):
 Stage = Annotated[TrainStage | PairsStage | EvaluateStage, Field(discriminator="kind")]
 
 
+class SlurmSpec(Frozen):
+    """What `distill submit` asks Slurm for, for each job; `distill run` takes no notice of it."""
+
+    partition: str | None = None
+    """null: the site's, else Slurm's default"""
+    account: str | None = None
+    """null: the site's, else Slurm's default"""
+    qos: str | None = None
+    """null: the site's, else Slurm's default"""
+    time: str | None = None
+    """limit of a job: H:MM:SS, D-HH, D-HH:MM:SS, or minutes in quotes; null: the partition's default"""
+    gpus_per_node: NonNegativeInt = 0
+    """GPUs of each node, one for each process; 0: the processes compute on CPUs"""
+    cpus_per_task: PositiveInt | None = None
+    """CPUs of each process; null: Slurm's default"""
+    memory: str | None = None
+    """of each node, like 120G; null: Slurm's default"""
+    options: list[str] = []
+    """further options of sbatch as they stand, like --constraint=h100"""
+    lead_seconds: PositiveInt = 180
+    """how long before the time limit the processes are asked to save and leave"""
+    max_crashes: NonNegativeInt = 3
+    """how often a job that has crashed is queued again; never after a crash at the step of the last one"""
+    pairs_jobs: PositiveInt = 1
+    """jobs of an array that share the shards of each pairs stage"""
+    one_job: bool = False
+    """compute all stages in one job, one after the other, instead of a job for each"""
+    container: str | None = None
+    """image to compute in, as the site's container runtime names it; null: none"""
+
+
 class LaunchSpec(Frozen):
     """How the run is executed. Outside the digest: a resume may change it, which is recorded."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one"""
+    nodes: PositiveInt = 1
+    """machines that train together, under `distill submit`"""
     procs: PositiveInt = 1
-    """processes that train together on this machine"""
+    """processes of each machine that train together"""
     threads: PositiveInt | None = None
     """CPU threads of a process; null: the CPUs this process may use, divided among procs"""
     micro_batch: PositiveInt | None = None
@@ -290,6 +323,12 @@ class LaunchSpec(Frozen):
     """compute activations again in the backward pass instead of keeping them: less memory, about a third more time"""
     collective_minutes: PositiveFloat = 10.0
     """how long a process waits for the others, or stays in one forward and backward pass, before it gives up"""
+    slurm: SlurmSpec = SlurmSpec()
+
+    @property
+    def world_size(self) -> int:
+        """Processes that train together, on all machines."""
+        return self.nodes * self.procs
 
 
 class RunSpec(Frozen):

@@ -44,6 +44,7 @@ class Work:
     stop: StopRequest
     world: World = ALONE
     measure: bool = False
+    part: tuple[int, int] | None = None
 
     @property
     def seed(self) -> int:
@@ -51,15 +52,23 @@ class Work:
         return key(self.spec.seed, self.name)
 
     def progress(self, total: int, unit: str) -> Progress:
-        return Progress(self.name, total, unit, self.run if self.world.first else None)
+        return Progress(self.name, total, unit, self.run if self.world.first and self.part is None else None)
 
 
 def run(
-    paths: RunPaths, spec: RunSpec, names: list[str], stop: StopRequest, world: World = ALONE, *, measure: bool = False
+    paths: RunPaths,
+    spec: RunSpec,
+    names: list[str],
+    stop: StopRequest,
+    world: World = ALONE,
+    *,
+    measure: bool = False,
+    part: tuple[int, int] | None = None,
 ) -> None:
     """Compute the stages `names` of a run, in order; each appears done only when it is complete.
 
     Of several ranks, which train together, the first writes. measure: each rank notes what training takes of memory.
+    part: (i, n), of a pairs stage, its shards i, i + n, ... alone; then it is not done yet, and no event is written.
     """
     device, saved = place(spec.launch), "nothing had begun"
     for name in names:
@@ -74,7 +83,11 @@ def run(
         except OSError as error:
             raise RunError(f"cannot make {stage_paths.root}: {error.strerror}; earlier stages are intact") from error
         stage = spec.stages[name]
-        work = Work(paths, spec, name, device, stop, world, measure)
+        work = Work(paths, spec, name, device, stop, world, measure, part)
+        if part is not None:
+            assert isinstance(stage, PairsStage)
+            _pairs(work, stage)
+            continue
         if world.first:
             append_event(paths, "stage started", stage=name, kind=stage.kind, threads=torch.get_num_threads())
         if isinstance(stage, TrainStage):
@@ -315,8 +328,17 @@ def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
     teacher = _teacher(work, stage.teacher, work.device)
     assert teacher is not None, "workflow.check lets no such stage through"
     folder = work.run.stage(work.name).pairs
-    with work.progress(stage.count, "pairs") as progress:
-        pairs.generate(teacher, stage, folder, seed=work.seed, device=work.device, progress=progress, stop=work.stop)
+    with work.progress(pairs.size(stage, work.part), "pairs") as progress:
+        pairs.generate(
+            teacher,
+            stage,
+            folder,
+            seed=work.seed,
+            device=work.device,
+            progress=progress,
+            stop=work.stop,
+            part=work.part,
+        )
     return {"count": stage.count, "pairs": str(folder)}
 
 

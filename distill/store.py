@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ def sync_dir(path: Path) -> None:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write `content` so that `path` holds either the old or the new whole, whatever happens."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")  # hosts may share a number
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -44,6 +45,16 @@ def write_json(path: Path, content: Any) -> None:  # noqa: ANN401  (anything jso
 def read_json(path: Path) -> Any:  # noqa: ANN401
     """Parsed JSON of a file that must exist."""
     return json.loads(path.read_text())
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """A file of a folder of pairs."""
+    return folder / f"shard-{number:05}.safetensors"
+
+
+def shard_record(shard: Path) -> Path:
+    """Where who makes a part of the pairs says that a shard is complete; who makes the whole takes it over."""
+    return shard.with_suffix(".json")
 
 
 @dataclass(frozen=True)
@@ -98,6 +109,25 @@ class RunPaths:
         return self.root / "running"
 
     @property
+    def jobs(self) -> Path:
+        """What was submitted to a cluster, and how it ended (see `jobs`)."""
+        return self.root / "jobs"
+
+    @property
+    def units(self) -> Path:
+        """Like `running`, of parts of the run that jobs of a cluster execute side by side."""
+        return self.jobs / "running"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def code(self) -> Path:
+        """The package as it was when the run was submitted."""
+        return self.root / "code"
+
+    @property
     def students(self) -> Path:
         return self.root / "students"
 
@@ -107,7 +137,7 @@ class RunPaths:
 
     def log(self, rank: int) -> Path:
         """What a rank says that is not the first: that one speaks on the terminal."""
-        return self.root / "logs" / f"rank-{rank}.log"
+        return self.logs / f"rank-{rank}.log"
 
     def stage(self, name: str) -> StagePaths:
         return StagePaths(self.root / "stages" / name)
@@ -176,25 +206,34 @@ def event_line(event: str, **fields: Any) -> str:  # noqa: ANN401
 
 def append_event(run: RunPaths, event: str, **fields: Any) -> None:  # noqa: ANN401
     """One line in the run's events."""
-    line = event_line(event, **fields)
+    append_line(run.events, event_line(event, **fields))
+
+
+def append_line(path: Path, line: str) -> None:
+    """One line more in a file of lines."""
     try:
-        with run.events.open("ab+") as file:
+        with path.open("ab+") as file:
             if file.tell() > 0:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a kill cut the line before
                     line = "\n" + line
             file.write(line.encode())
     except OSError as error:
-        raise RunError(f"cannot write {run.events}: {error.strerror}") from error
+        raise RunError(f"cannot write {path}: {error.strerror}") from error
 
 
 def read_events(run: RunPaths, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
-    """The run's events, oldest first, or those within its last bytes; a line cut short by a kill is passed over."""
-    if not run.events.exists():
+    """The run's events, oldest first, or those within its last bytes."""
+    return read_lines(run.events, last_bytes)
+
+
+def read_lines(path: Path, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file of lines; a line cut short by a kill is passed over."""
+    if not path.exists():
         return
-    with run.events.open("rb") as file:
+    with path.open("rb") as file:
         if last_bytes is not None:
-            file.seek(max(0, run.events.stat().st_size - last_bytes))
+            file.seek(max(0, path.stat().st_size - last_bytes))
         for line in file:
             try:
                 event = json.loads(line)

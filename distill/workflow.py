@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill import registry, schema, specfile
+from distill import jobs, registry, schema, specfile
 from distill.card import SAMPLERS
 from distill.guard import InputError, suggest
 from distill.spec import (
@@ -100,6 +100,7 @@ def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
         yield "stages: empty; a run has at least one stage"
     yield from teacher_mistakes(spec)
     yield from _launch(spec)
+    yield from jobs.mistakes(spec)
     used: set[str] = set()
     if "teacher" in spec.stages:
         yield "stages.teacher: the name 'teacher' stands for the teacher in tables; name the stage otherwise"
@@ -139,17 +140,22 @@ def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
         yield "data: no stage uses it, so it has no effect; remove it"
 
 
+def references(stage: Stage) -> list[tuple[str, str, str]]:
+    """(field, the stage it names, the kind that must be) of everything a stage needs of others."""
+    found: list[tuple[str, str | None, str]] = [("teacher", stage.teacher, "train")]
+    if isinstance(stage, TrainStage):
+        found += [("init", stage.init, "train"), ("pairs", stage.pairs, "pairs")]
+    if isinstance(stage, EvaluateStage):
+        found += [(f"students.{student}", student, "train") for student in stage.students]
+    return [(field, target, kind) for field, target, kind in found if target is not None]
+
+
 def _references(spec: RunSpec, name: str, stage: Stage) -> Iterator[str]:
     """Every reference is to an earlier stage of the right kind, so that there are no cycles."""
-    references: list[tuple[str, str | None, str]] = [("teacher", stage.teacher, "train")]
-    if isinstance(stage, TrainStage):
-        references += [("init", stage.init, "train"), ("pairs", stage.pairs, "pairs")]
-    if isinstance(stage, EvaluateStage):
-        references += [(f"students.{student}", student, "train") for student in stage.students]
     order = list(spec.stages)
     earlier = order[: order.index(name)]
-    for field, target, kind in references:
-        if target is None or (target in earlier and spec.stages[target].kind == kind):
+    for field, target, kind in references(stage):
+        if target in earlier and spec.stages[target].kind == kind:
             continue
         fitting = [other for other in earlier if spec.stages[other].kind == kind]
         valid = suggest(target, fitting) if fitting else f"no {kind} stage comes before '{name}'"
@@ -324,26 +330,27 @@ def _launch(spec: RunSpec) -> Iterator[str]:
         yield "launch.zero_persistence_threshold: only zero_stage 3 divides weights, so it has no effect; remove it"
     if launch.offload_optimizer and not launch.zero_stage:
         yield "launch.offload_optimizer: only zero_stage 1 to 3 move the optimizer, so it has no effect; remove it"
-    if launch.divide_teacher and launch.procs == 1:
+    if launch.divide_teacher and launch.world_size == 1:
         yield "launch.divide_teacher: one process has all of the teacher, so it has no effect; remove it, or give procs"
     if launch.activation_checkpointing and trains and all(isinstance(each.network, MlpSpec) for each in trains):
         yield "launch.activation_checkpointing: an mlp has no blocks to compute again, so it has no effect; remove it"
     given = launch.model_dump(exclude_defaults=True)
-    if "collective_minutes" in given and launch.procs == 1:
+    if "collective_minutes" in given and launch.world_size == 1:
         yield "launch.collective_minutes: one process waits for no other, so it has no effect; remove it"
-    for name in ("procs", "zero_stage", "activation_checkpointing", "divide_teacher", "micro_batch"):
+    for name in ("nodes", "procs", "zero_stage", "activation_checkpointing", "divide_teacher", "micro_batch"):
         if name in given and not trains:
             yield f"launch.{name}: {given[name]} given for training, but no stage trains; remove it"
 
 
 def _lengths(spec: RunSpec, stage: TrainStage, where: str) -> Iterator[str]:
-    batch, procs, optimizer = stage.batch_size, spec.launch.procs, stage.optimizer
+    batch, procs, optimizer = stage.batch_size, spec.launch.world_size, stage.optimizer
     micro = spec.launch.micro_batch
     if stage.images % batch:
         nearest = max(batch, round(stage.images / batch) * batch)
         yield f"{where}.images: {stage.images} is not a multiple of batch_size ({batch}); nearest: {nearest}"
     if batch % procs:
-        yield f"launch.procs: {procs} processes cannot share {where}.batch_size ({batch}) evenly; change either"
+        field = "launch.procs" if spec.launch.nodes == 1 else "launch.nodes"
+        yield f"{field}: {procs} processes cannot share {where}.batch_size ({batch}) evenly; change either"
     elif micro is not None and batch // procs % micro:
         each = f"{batch}" if procs == 1 else f"{batch} / {procs} processes = {batch // procs}"
         yield f"launch.micro_batch: {micro} does not divide {where}.batch_size ({each})"

@@ -20,7 +20,7 @@ StoreOption = Annotated[
     typer.Option("--store", help="Folder of the runs. Otherwise $DISTILL_STORE, the user's config, or ./runs."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-SETTINGS = ("store",)
+SETTINGS = ("store", "site")
 
 
 def config_path() -> Path:
@@ -35,7 +35,7 @@ def store_path(option: Path | None) -> Path:
         path, source = option, "--store"
     elif os.environ.get("DISTILL_STORE"):
         path, source = Path(os.environ["DISTILL_STORE"]), "$DISTILL_STORE"
-    elif (configured := _configured()) is not None:
+    elif (configured := _configured("store")) is not None:
         path, source = configured, str(config_path())
     else:
         path, source = Path("runs"), "the default"
@@ -45,7 +45,17 @@ def store_path(option: Path | None) -> Path:
     return path
 
 
-def _configured() -> Path | None:
+def site_path(option: Path | None) -> Path:
+    """The cluster's file: --site, else $DISTILL_SITE, else `site` of the user's config, else the example."""
+    from distill.launch import site
+
+    variable = os.environ.get("DISTILL_SITE")
+    path = option or (Path(variable) if variable else None) or _configured("site") or site.EXAMPLE
+    return path.expanduser()
+
+
+def _configured(name: str) -> Path | None:
+    """A path among the user's settings."""
     path = config_path()
     if not path.is_file():
         return None
@@ -57,12 +67,12 @@ def _configured() -> Path | None:
     for key in content:
         if key not in SETTINGS:
             raise InputError(f"{path}: unknown setting '{key}'; {suggest(str(key), SETTINGS)}")
-    store = content.get("store")
-    if store is None:
+    found = content.get(name)
+    if found is None:
         return None
-    if not isinstance(store, str) or not Path(store).expanduser().is_absolute():
-        raise InputError(f"{path}: store: {store!r} given; must be an absolute path")
-    return Path(store)
+    if not isinstance(found, str) or not Path(found).expanduser().is_absolute():
+        raise InputError(f"{path}: {name}: {found!r} given; must be an absolute path")
+    return Path(found)
 
 
 def console() -> "rich.console.Console":

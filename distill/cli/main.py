@@ -2,15 +2,17 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Annotated, NoReturn
 
 import typer
 
 import distill
-from distill.cli import catalogue, doctor, runs, tools, work
+from distill.cli import catalogue, doctor, jobs, runs, stage, tools, work
 from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, InputError, PeerLost, RunError, Stopped
+from distill.launch import tasks
+from distill.progress import stamp
 
 EXIT_INTERRUPTED = 130
 
@@ -25,6 +27,8 @@ MAKE, LOOK, TOOLS = "Run", "Look", "Tools"
 app.command(rich_help_panel=MAKE)(work.quickstart)
 app.command(rich_help_panel=MAKE)(work.run)
 app.command(rich_help_panel=MAKE)(work.plan)
+app.command(rich_help_panel=MAKE)(jobs.submit)
+app.command(rich_help_panel=MAKE)(jobs.cancel)
 app.command(rich_help_panel=MAKE)(catalogue.init)
 app.command(rich_help_panel=MAKE)(catalogue.recipes)
 app.command("list", rich_help_panel=LOOK)(runs.list_runs)
@@ -36,7 +40,8 @@ app.command(rich_help_panel=TOOLS)(tools.sample)
 app.command("eval", rich_help_panel=TOOLS)(tools.evaluate)
 app.command(rich_help_panel=TOOLS)(tools.pairs)
 app.command(rich_help_panel=TOOLS)(tools.export)
-app.command(hidden=True)(work.stage)
+app.command(hidden=True)(stage.stage)
+app.command(hidden=True)(stage.job)
 
 
 def _version(wanted: bool) -> None:
@@ -54,8 +59,9 @@ def _options(
     pass
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, say: Callable[[object], None] | None = None) -> int:
     """Run a command: its exit code. What a user can cause is one message, anything else keeps its traceback."""
+    say = say or _say
     try:
         app(arguments, prog_name="distill")
     except SystemExit as leaving:
@@ -63,16 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except InputError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return EXIT_INPUT
     except RunError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return EXIT_FAILED
     except Stopped as stopped:
-        _say(stopped)
+        say(stopped)
         return EXIT_STOPPED
     except PeerLost as lost:
-        _say(lost)
+        say(lost)
         return EXIT_PEER
     return 0
 
@@ -81,18 +87,31 @@ def run() -> NoReturn:
     """`main`, and the end of its process.
 
     A rank ends at once, without taking the interpreter down: threads of gloo and NCCL that are still there abort it
-    (one time in ten with torch 2.14) after all the work is done.
+    (one time in ten with torch 2.14) after all the work is done. One of a cluster's job leaves word of its end.
     """
-    if "WORLD_SIZE" in os.environ:
-        show = sys.excepthook
+    in_job = tasks.is_task()
+    if in_job:
+        tasks.adopt()
+    if not in_job and "WORLD_SIZE" not in os.environ:
+        sys.exit(main())
+    show, said = sys.excepthook, [""]
 
-        def end(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
-            show(kind, error, at)
-            _leave(EXIT_FAILED)
+    def say(message: object) -> None:
+        _say(message)
+        said.append(str(message))
 
-        sys.excepthook = end
-        _leave(main())
-    sys.exit(main())
+    def end(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
+        print(f"{stamp()}  rank {os.environ.get('RANK', 0)} failed:", file=sys.stderr)
+        show(kind, error, at)
+        leave(EXIT_FAILED, f"{kind.__name__}: {error}")
+
+    def leave(code: int, message: str) -> NoReturn:
+        if in_job:
+            tasks.leave_word(code, message)
+        _leave(code)
+
+    sys.excepthook = end
+    leave(main(say=say), said[-1])
 
 
 def _leave(code: int) -> NoReturn:

@@ -33,13 +33,14 @@ LAST_LINES, LAST_BYTES = 20, 64 * 1024  # of a log, at most
 class Relay:
     """While entered: passes signals on to the processes of the moment, and to those that start later."""
 
-    def __init__(self) -> None:
+    def __init__(self, passed_on: Mapping[signal.Signals, signal.Signals] = PASSED_ON) -> None:
+        self.passed_on = passed_on
         self.processes: list[subprocess.Popen[bytes]] = []
         self.asked: list[signal.Signals] = []
         self._previous: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._ask) for number in PASSED_ON}
+        self._previous = {number: signal.signal(number, self._ask) for number in self.passed_on}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -52,7 +53,7 @@ class Relay:
             process.send_signal(passed)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        passed = PASSED_ON[signal.Signals(number)]
+        passed = self.passed_on[signal.Signals(number)]
         self.asked.append(passed)
         for process in self.processes:
             process.send_signal(passed)

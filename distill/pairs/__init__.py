@@ -1,7 +1,7 @@
 """Pairs (noise, data = ODE(noise)) of a teacher: solved once, stored in shards, streamed in constant memory."""
 
-from distill.pairs.generate import generate
+from distill.pairs.generate import generate, size
 from distill.pairs.manifest import Manifest
 from distill.pairs.read import PairSet, PairSource
 
-__all__ = ["Manifest", "PairSet", "PairSource", "generate"]
+__all__ = ["Manifest", "PairSet", "PairSource", "generate", "size"]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor
 
 from distill import draws, solvers
 from distill.guard import InputError, RunError
-from distill.pairs.manifest import Manifest, ShardFile, fault, foreign, noise_sha256, read
+from distill.pairs.manifest import Manifest, ShardFile, fault, foreign, noise_sha256, read, records
 from distill.progress import Progress
 from distill.protocols import VelocityField
 from distill.spec import PairsStage
 from distill.stop import StopRequest
-from distill.store import write_atomic
+from distill.store import shard_record, write_atomic
 from distill.teachers.loaded import LoadedTeacher
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -30,24 +31,30 @@ def generate(
     device: torch.device,
     progress: Progress,
     stop: StopRequest,
+    part: tuple[int, int] | None = None,
 ) -> None:
     """Make what `folder` lacks of the stage's pairs. On the same device kind the files are the same bytes, whatever
     interrupted them: each block of consecutive indices is solved whole, and appears in a complete shard or not at all.
+
+    part: (i, n) makes the shards i, i + n, ... alone, beside others that make the rest; the set is complete once it is
+    then made whole.
     """
     field, planned = teacher.guided(stage.guidance_scale), _plan(teacher, stage, seed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"pairs cannot be written to {folder}: {error.strerror}; name another folder") from error
-    manifest = _resume(folder, planned, progress)
-    done = sum(file.stop - file.start for file in manifest.shards.values())
+    ours = planned.layout() if part is None else planned.part(*part)
+    manifest = _resume(folder, planned, ours, progress)
+    done = sum(len(indices) for name, indices in ours.items() if name in manifest.shards)
     progress.start(done)
-    for name, indices in manifest.layout().items():
+    for name, indices in ours.items():
         if name in manifest.shards:
             continue
         blocks = []
         for start in range(indices.start, indices.stop, manifest.block):
-            stop.raise_if_requested(f"{len(manifest.shards)} of {len(manifest.layout())} shards in {folder}")
+            made = sum(name in manifest.shards for name in ours)
+            stop.raise_if_requested(f"{made} of {len(ours)} shards in {folder}")
             block = range(start, start + manifest.block)  # whole, even where the count ends
             data = _solve(field, manifest, block, device)[: indices.stop - start].to(DTYPES[manifest.dtype])
             _refuse_non_finite(data, start, name, manifest)
@@ -60,9 +67,22 @@ def generate(
         file = ShardFile(start=indices.start, stop=indices.stop, size=len(content), sha256=sha256)
         shards = {**manifest.shards, name: file}
         manifest = manifest.model_copy(update={"shards": dict(sorted(shards.items()))})
-        manifest.save(folder)
-    if not manifest.done:
-        manifest.model_copy(update={"done": True}).save(folder)
+        if part is None:
+            manifest.save(folder)
+        else:
+            write_atomic(shard_record(folder / name), file.model_dump_json())
+    if part is None:
+        if not manifest.done:
+            manifest.model_copy(update={"done": True}).save(folder)
+        for name in ours:
+            shard_record(folder / name).unlink(missing_ok=True)
+
+
+def size(stage: PairsStage, part: tuple[int, int] | None) -> int:
+    """Pairs of a stage, or of the shards of one part (i, n)."""
+    first, step = part or (0, 1)
+    starts = range(first * stage.shard, stage.count, step * stage.shard)
+    return sum(min(stage.shard, stage.count - start) for start in starts)
 
 
 def _plan(teacher: LoadedTeacher, stage: PairsStage, seed: int) -> Manifest:
@@ -89,8 +109,10 @@ def _plan(teacher: LoadedTeacher, stage: PairsStage, seed: int) -> Manifest:
     )
 
 
-def _resume(folder: Path, planned: Manifest, progress: Progress) -> Manifest:
-    """The folder's manifest without shards that are gone or damaged, or the planned one, saved, if there is none."""
+def _resume(folder: Path, planned: Manifest, ours: Mapping[str, range], progress: Progress) -> Manifest:
+    """The folder's manifest, or the planned one, saved, if there is none; with what parts have made, and of our shards
+    without those that are gone or damaged.
+    """
     found = read(folder)
     strangers = foreign(folder, planned) if found else sorted(path.name for path in folder.glob("*.safetensors"))
     if found and (differences := found.differences(planned)):
@@ -101,14 +123,17 @@ def _resume(folder: Path, planned: Manifest, progress: Progress) -> Manifest:
     if strangers:
         raise InputError(f"{folder} holds shards that are not of this set: {', '.join(strangers)}; remove them")
     for left_over in folder.glob(".*.tmp-*"):  # of a process that was killed
-        left_over.unlink()
+        if ours == planned.layout() or any(left_over.name.startswith(f".{Path(name).stem}.") for name in ours):
+            left_over.unlink()
     if found is None:
         planned.save(folder)
-        return planned
-    faults = {name: wrong for name, file in found.shards.items() if (wrong := fault(folder / name, file))}
+        found = planned
+    listed = {**found.shards, **records(folder, found)}
+    mine = {name: file for name, file in listed.items() if name in ours}
+    faults = {name: wrong for name, file in mine.items() if (wrong := fault(folder / name, file))}
     for name, wrong in faults.items():
         progress.warn(f"{folder / name} is {wrong}; it is made again")
-    kept = {name: file for name, file in found.shards.items() if name not in faults}
+    kept = {name: file for name, file in sorted(listed.items()) if name not in faults}
     return found.model_copy(update={"shards": kept, "done": found.done and not faults})
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from distill import draws
 from distill.guard import InputError
 from distill.spec import Frozen
-from distill.store import write_json
+from distill.store import shard_path, shard_record, write_json
 
 CHECKED_NOISE = range(16)
 
@@ -62,7 +62,12 @@ class Manifest(Frozen):
     def layout(self) -> dict[str, range]:
         """Every shard's name and its indices, whether made or not."""
         starts = range(0, self.count, self.shard)
-        return {f"shard-{n:05}.safetensors": range(i, min(i + self.shard, self.count)) for n, i in enumerate(starts)}
+        ranges = (range(start, min(start + self.shard, self.count)) for start in starts)
+        return {shard_path(Path(), number).name: indices for number, indices in enumerate(ranges)}
+
+    def part(self, number: int, parts: int) -> dict[str, range]:
+        """The layout of one of several processes that share the shards."""
+        return dict(list(self.layout().items())[number::parts])
 
     @property
     def digest(self) -> str:
@@ -91,6 +96,12 @@ def read(folder: Path) -> Manifest | None:
         raise InputError(
             f"{path} is damaged or foreign ({place}: {first['msg']}); delete {folder} and make it again"
         ) from error
+
+
+def records(folder: Path, manifest: Manifest) -> dict[str, ShardFile]:
+    """The shards that parts have made and no manifest lists yet."""
+    paths = {name: shard_record(folder / name) for name in manifest.layout() if name not in manifest.shards}
+    return {name: ShardFile.model_validate_json(at.read_bytes()) for name, at in paths.items() if at.exists()}
 
 
 def noise_sha256(seed: int, shape: tuple[int, ...]) -> str:

@@ -1,0 +1,226 @@
+"""`distill submit` and `cancel`: a run as jobs in Slurm's queue."""
+
+import os
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distill.cli import start
+from distill.cli.common import StoreOption, near, print_table, site_path, store_path
+from distill.cli.runs import RunArgument
+from distill.cli.work import Changes, SpecArgument
+from distill.guard import InputError, suggest
+from distill.store import RunPaths, find_run
+
+if TYPE_CHECKING:
+    import distill.spec
+    import distill.specfile
+    from distill.launch.site import SiteSource
+    from distill.launch.submit import Where
+
+JOB = "The job"
+SiteOption = Annotated[
+    Path | None,
+    typer.Option("--site", help="The cluster's file. Otherwise $DISTILL_SITE, the user's config, or the example."),
+]
+
+
+def submit(
+    spec: SpecArgument,
+    changes: Changes = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="launch.nodes", rich_help_panel=JOB)] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=0, help="launch.slurm.gpus_per_node, and launch.procs", rich_help_panel=JOB)
+    ] = None,
+    procs_per_node: Annotated[int | None, typer.Option(min=1, help="launch.procs", rich_help_panel=JOB)] = None,
+    partition: Annotated[str | None, typer.Option(help="launch.slurm.partition", rich_help_panel=JOB)] = None,
+    account: Annotated[str | None, typer.Option(help="launch.slurm.account", rich_help_panel=JOB)] = None,
+    qos: Annotated[str | None, typer.Option(help="launch.slurm.qos", rich_help_panel=JOB)] = None,
+    time: Annotated[str | None, typer.Option(help="launch.slurm.time", rich_help_panel=JOB)] = None,
+    container: Annotated[str | None, typer.Option(help="launch.slurm.container", rich_help_panel=JOB)] = None,
+    pairs_jobs: Annotated[int | None, typer.Option(min=1, help="launch.slurm.pairs_jobs", rich_help_panel=JOB)] = None,
+    one_job: Annotated[bool, typer.Option("--one-job", help="launch.slurm.one_job", rich_help_panel=JOB)] = False,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run of this name: submit what is neither done nor queued.")
+    ] = False,
+    site: SiteOption = None,
+    code: Annotated[
+        str,
+        typer.Option(help="run: as the package is now, copied into the run; current: as it is then."),
+    ] = "run",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the scripts; nothing is written and no Slurm is needed.")
+    ] = False,
+    store: StoreOption = None,
+) -> None:
+    """Submit a spec to Slurm: check it, make the run, and queue its stages as jobs, each after those that it needs."""
+    if code not in ("run", "current"):
+        raise InputError(f"--code {code}: {suggest(code, ['run', 'current'])}")
+    given = {
+        "launch.nodes": nodes,
+        "launch.slurm.gpus_per_node": gpus_per_node,
+        "launch.procs": procs_per_node or gpus_per_node or None,
+        "launch.slurm.partition": partition,
+        "launch.slurm.account": account,
+        "launch.slurm.qos": qos,
+        "launch.slurm.time": None if time is None else f"'{time}'",
+        "launch.slurm.container": container,
+        "launch.slurm.pairs_jobs": pairs_jobs,
+        "launch.slurm.one_job": "true" if one_job else None,
+    }
+    options = [f"{field}={value}" for field, value in given.items() if value is not None]
+    changes = [*options, *(changes or [])]
+    from distill.launch import site as sites
+
+    where = sites.load(site_path(site))
+    folder = store_path(store)
+    if dry_run:
+        _dry_run(folder, spec, changes, name, where, resume, code)
+    elif resume:
+        _resubmit(folder, spec, changes, name, where, code)
+    else:
+        _submit_new(folder, spec, changes, name, where, code)
+
+
+def _submit_new(folder: Path, spec: str, changes: list[str], name: str | None, site: "SiteSource", code: str) -> None:
+    from distill import claims, inputs
+    from distill.launch import snapshot
+    from distill.launch import submit as queue
+
+    source = start.find(spec, changes, name)
+    start.refuse_taken(folder, source)
+    queue.check(source.spec, site)
+    source = start.checked(source, here=False)
+    _say_memory(source)
+    found = inputs.resolve(source.spec, folder)
+    more = {f"code/{path}": content for path, content in snapshot.files().items()} if code == "run" else {}
+    run = start.create(folder, source, {**more, **inputs.record(found)})
+    inputs.link(run)
+    try:
+        with claims.claim(run, "submit"):
+            _queue(run, source.spec, list(source.spec.stages), site, code)
+    except InputError:
+        shutil.rmtree(run.root)
+        raise
+
+
+def _resubmit(folder: Path, spec: str, changes: list[str], name: str | None, site: "SiteSource", code: str) -> None:
+    from distill import claims, jobs, workflow
+    from distill.launch import submit as queue
+
+    run, source = start.find_again(folder, spec, changes, name)
+    queue.check(source.spec, site)
+    with claims.claim(run, "submit"):
+        live = queue.live_jobs(run)
+        lead = round(jobs.lead_needed(run))
+        slurm = source.spec.launch.slurm
+        if lead > slurm.lead_seconds and not live:
+            print(f"saving has taken {lead - jobs.SPARE:.0f} s for two: launch.slurm.lead_seconds={lead} from now on")
+            longer = source.spec.launch.model_copy(update={"slurm": slurm.model_copy(update={"lead_seconds": lead})})
+            source = replace(source, spec=source.spec.model_copy(update={"launch": longer}))
+        content = start.go_on(run, source, here=False, live=[job.id for job in live])
+        under_way = {name for job in live for name in job.stages}
+        todo = [name for name in workflow.pending(run, content) if name not in under_way]
+        for name in workflow.lost_pairs(run, content):
+            print(f"the pairs of stage '{name}' are gone or damaged, and still needed: they are made again")
+            run.stage(name).done.unlink()
+        for job in live:
+            print(f"job {job.id} is under way: {', '.join(job.stages)}")
+        if not todo:
+            print(f"there is nothing to submit for run '{run.name}'" + ("" if live else ": all stages are done"))
+            return
+        _keep_code(run, code)
+        _queue(run, content, todo, site, code)
+
+
+def _queue(run: RunPaths, spec: "distill.spec.RunSpec", stages: list[str], site: "SiteSource", code: str) -> None:
+    from distill.launch import submit as queue
+
+    where = _where(run, site, code)
+    planned = queue.plans(run, spec, stages)
+    sent = queue.submit(run, spec, planned, where)
+    print(f"run '{run.name}' in {near(run.root)}")
+    rows = [[sent[plan.name], *queue.described(plan, spec)] for plan in planned]
+    print_table(["job", "name", "computes", "nodes x processes", "after"], rows)
+    print(f"follow it: distill status {run.name}    distill logs {run.name} -f")
+
+
+def _where(run: RunPaths, site: "SiteSource", code: str) -> "Where":
+    from distill import inputs
+    from distill.launch import environment
+    from distill.launch.submit import Where
+
+    found = inputs.environment(inputs.read(run), run.root)
+    return Where(site, run.code if code == "run" else environment.ROOT, found)
+
+
+def _keep_code(run: RunPaths, code: str) -> None:
+    """The package in a run that was made without it."""
+    from distill.launch import snapshot
+
+    if code != "run" or run.code.exists():
+        return
+    snapshot.write(run.code)
+
+
+def _dry_run(
+    folder: Path, spec: str, changes: list[str], name: str | None, site: "SiteSource", resume: bool, code: str
+) -> None:
+    from distill import workflow
+    from distill.launch import submit as queue
+
+    if resume:
+        run, source = start.find_again(folder, spec, changes, name)
+    else:
+        source = start.find(spec, changes, name)
+        start.refuse_taken(folder, source)
+        run = RunPaths(folder.absolute() / source.spec.name)
+    queue.check_container(source.spec, site)
+    source = start.checked(source, here=False)
+    todo = workflow.pending(run, source.spec)
+    where = _where(run, site, code)
+    for plan in queue.plans(run, source.spec, todo):
+        waits = f"  (after {', '.join(plan.after)})" if plan.after else ""
+        print(f"# --- {plan.name}.sbatch{waits} ---")
+        print(queue.script(run, source.spec, plan, where))
+
+
+def _say_memory(source: "distill.specfile.SpecSource") -> None:
+    """What training will hold, as far as it is known before anything runs."""
+
+
+def cancel(
+    run: RunArgument,
+    now: Annotated[bool, typer.Option("--now", help="At once: what was not saved is lost.")] = False,
+    store: StoreOption = None,
+) -> None:
+    """Stop a run, on the cluster or here: what computes saves first, what waits is taken out of the queue."""
+    from distill import claims
+    from distill.launch import slurm
+    from distill.launch import submit as queue
+
+    paths = find_run(store_path(store), run)
+    told = False
+    for place, owner in claims.held(paths).items():
+        if place == paths.running and owner.is_here and owner.is_alive():
+            os.kill(owner.pid, signal.SIGKILL if now else signal.SIGTERM)
+            print(f"process {owner.pid}: {'killed' if now else 'asked to save and leave'}")
+            told = True
+    live = queue.live_jobs(paths) if paths.jobs.is_dir() else []
+    states = slurm.states([member for job in live for member in job.members])
+    waiting = [name for name, state in states.items() if state.state != "RUNNING" or now]
+    slurm.cancel(waiting)
+    for name, state in states.items():
+        if name in waiting:
+            print(f"job {name}: cancelled")
+        else:
+            (paths.jobs / f"{name}.cancel").touch()
+            print(f"job {name}: {'asked to save and leave' if slurm.ask(name) else f'not reached ({state.state})'}")
+        told = True
+    if not told:
+        print(f"nothing of run '{paths.name}' is under way")

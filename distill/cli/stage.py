@@ -1,0 +1,147 @@
+"""The hidden `distill stage` and `distill job`: what launchers start, on this machine and on a cluster's nodes."""
+
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distill.cli.common import near
+from distill.guard import InputError, Stopped
+from distill.store import RunPaths, append_event, find_run
+
+if TYPE_CHECKING:
+    import distill.spec
+    import distill.stop
+
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
+StageNames = Annotated[list[str], typer.Argument(metavar="STAGE...")]
+PartOption = Annotated[str | None, typer.Option("--part", metavar="I/N", help="Of a pairs stage, shards I, I + N, ...")]
+
+
+def stage(
+    run: RunFolder,
+    names: StageNames,
+    lifeline: Annotated[int | None, typer.Option(help="A pipe whose other end is held by whoever started us.")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Note what training takes of memory.")] = False,
+    part: PartOption = None,
+) -> None:
+    """Compute stages of a run in this process; with RANK and WORLD_SIZE set, as one of several that train together."""
+    from distill import claims
+    from distill.launch import environment, local, tasks
+    from distill.stop import StopRequest
+
+    paths, spec = _found(run, names)
+    share = None if part is None else _part(part)
+    os.environ.setdefault("OMP_NUM_THREADS", str(spec.launch.threads or environment.threads()))
+    with StopRequest() as stop:
+        if lifeline is not None:
+            local.watch(lifeline)
+        if int(os.environ.get("RANK", "0")) > 0:  # the first speaks and writes for all
+            _compute(paths, spec, names, stop, measure)
+        elif share is not None:
+            with claims.claim(paths, os.environ.get(tasks.UNIT), claims.Owner.this(*tasks.identity())):
+                _compute_part(paths, spec, names, stop, share)
+        elif tasks.is_task():
+            with (
+                claims.claim(paths, os.environ[tasks.UNIT], claims.Owner.this(*tasks.identity())),
+                _in_events(paths, names),
+            ):
+                _compute(paths, spec, names, stop, measure)
+        else:
+            with claims.claim(paths), _in_events(paths, names):
+                _compute(paths, spec, names, stop, measure)
+
+
+def job(
+    run: RunFolder,
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...")],
+    stages: Annotated[list[str], typer.Option("--stage")],
+    part: PartOption = None,
+) -> None:
+    """Be the process of a job in Slurm's queue: COMMAND, then a stage's name, starts its processes."""
+    from distill.launch import job as batch
+
+    paths, _ = _found(run, stages)
+    code = batch.execute(paths, stages, None if part is None else _part(part), command)
+    if code:
+        raise typer.Exit(code)
+
+
+def _found(run: Path, names: Sequence[str]) -> tuple[RunPaths, "distill.spec.RunSpec"]:
+    from distill import specfile
+
+    paths = find_run(run.parent, str(run))
+    spec = specfile.load_run(paths)
+    unknown = [name for name in names if name not in spec.stages]
+    if unknown:
+        raise InputError(f"run '{paths.name}' has no stage '{unknown[0]}'; valid: {', '.join(spec.stages)}")
+    return paths, spec
+
+
+def _part(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise InputError(f"--part {text}: I/N is expected, I from 0 to N - 1")
+    return int(index), int(count)
+
+
+@contextmanager
+def _in_events(paths: RunPaths, names: list[str]) -> Iterator[None]:
+    """The run's events say what began here, and how it ended."""
+    append_event(paths, "started", pid=os.getpid(), host=platform.node(), stages=names)
+    outcome, message = "failed", ""
+    try:
+        yield
+        outcome = "finished"
+    except Stopped as stopped:
+        outcome, message = "stopped", str(stopped)
+        raise Stopped(f"{stopped}: distill run {near(paths.root)} --resume") from None
+    except KeyboardInterrupt:
+        outcome, message = "stopped", "interrupted without saving"
+        raise
+    finally:
+        error = sys.exception()
+        append_event(paths, outcome, message=message or ("" if error is None else _brief(error)))
+
+
+def _compute(
+    paths: RunPaths, spec: "distill.spec.RunSpec", names: list[str], stop: "distill.stop.StopRequest", measure: bool
+) -> None:
+    from distill import stages  # torch comes with it
+
+    if "WORLD_SIZE" not in os.environ:
+        stop.raise_if_requested("nothing had begun")
+        stages.run(paths, spec, names, stop, measure=measure)
+    else:  # none leaves before all have met: the others would wait for it
+        from distill.world import World
+
+        def lost(message: str) -> None:
+            if int(os.environ["RANK"]) == 0:
+                append_event(paths, "failed", message=message)
+
+        device = stages.place(spec.launch)
+        os.environ.setdefault("DS_ACCELERATOR", device.type)
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # it would end us before we have said where
+        world = World.join(device, spec.launch.collective_minutes, int(os.environ["LOCAL_RANK"]), lost)
+        stages.run(paths, spec, names, stop, world, measure=measure)
+
+
+def _compute_part(
+    paths: RunPaths,
+    spec: "distill.spec.RunSpec",
+    names: list[str],
+    stop: "distill.stop.StopRequest",
+    part: tuple[int, int],
+) -> None:
+    from distill import stages
+
+    stages.run(paths, spec, names, stop, part=part)
+
+
+def _brief(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

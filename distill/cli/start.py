@@ -1,0 +1,162 @@
+"""From what a user names to a run in the store: found, checked, begun or gone on with. Nothing is computed here."""
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distill.cli.common import one_line
+from distill.guard import InputError, suggest
+from distill.store import RunPaths, append_event, create_run, event_line, find_run, name_in_use, write_atomic
+
+if TYPE_CHECKING:
+    import distill.spec
+    import distill.specfile
+
+
+def find(given: str, changes: Sequence[str], name: str | None) -> "distill.specfile.SpecSource":
+    """A spec by the path of its file, or by the name of a preset."""
+    from distill import presets, specfile
+
+    if "=" in given and not Path(given).exists():
+        raise InputError(f"'{given}' stands where the spec is expected; write: distill run SPEC {given}")
+    path = Path(given)
+    if path.suffix in (".yaml", ".yml") or "/" in given or path.is_file():
+        if not path.exists():
+            raise InputError(f"there is no spec {path}; give a YAML file or a preset: {', '.join(presets.names())}")
+        return specfile.load(path, changes, name=name)
+    if given not in presets.names():
+        raise InputError(f"there is no spec file and no preset '{given}'; {suggest(given, presets.names())}")
+    return specfile.load(presets.find(given), changes, name=name, source=f"preset '{given}'")
+
+
+def checked(source: "distill.specfile.SpecSource", *, here: bool = True) -> "distill.specfile.SpecSource":
+    """The spec, once everything is known to fit that can be known before it runs.
+
+    here: it is to run on this machine, whose devices must do.
+    """
+    from distill import workflow
+
+    workflow.check(source.spec, source.base)
+    spec = workflow.locate_options(source.spec, source.base)
+    if here and spec.launch.nodes > 1:
+        raise InputError(
+            f"launch.nodes={spec.launch.nodes}: here is one machine; use distill submit, or launch.nodes=1"
+        )
+    from distill import stages  # torch comes with it
+
+    if here:
+        stages.place(spec.launch)
+    stages.check(spec, source.base)
+    return replace(source, spec=spec)
+
+
+def begin(folder: Path, source: "distill.specfile.SpecSource") -> RunPaths:
+    """A new run in the store, complete or not at all, that this machine can execute."""
+    refuse_taken(folder, source)
+    return create(folder, checked(source))
+
+
+def refuse_taken(folder: Path, source: "distill.specfile.SpecSource") -> None:
+    """InputError if the store has a run of the spec's name."""
+    paths = RunPaths(folder.absolute() / source.spec.name)
+    if paths.root.exists():
+        raise InputError(name_in_use(paths))
+
+
+def create(
+    folder: Path, source: "distill.specfile.SpecSource", more: Mapping[str, str | bytes] | None = None
+) -> RunPaths:
+    """A new run of a checked spec, complete or not at all; with more files than every run has."""
+    from distill import specfile
+    from distill.launch import environment
+
+    kinds = {name: each.kind for name, each in source.spec.stages.items()}
+    files: dict[str, str | bytes] = {
+        "events.jsonl": event_line("created", digest=source.spec.digest(), stages=kinds),
+        "spec.yaml": f"# distill {one_line(shlex.join(sys.argv[1:]))}\n{specfile.resolved(source.spec)}",
+        "env.json": json.dumps(environment.record(), indent=2) + "\n",
+        **_own_recipes(source),
+        **(more or {}),
+    }
+    return create_run(folder, source.spec.name, files)
+
+
+def _own_recipes(source: "distill.specfile.SpecSource") -> dict[str, str | bytes]:
+    """The user's own recipe files, which a run keeps a copy of."""
+    from distill import registry
+    from distill.spec import TrainStage
+
+    names = {stage.recipe for stage in source.spec.stages.values() if isinstance(stage, TrainStage)}
+    found = {name: registry.own_file(name, source.base) for name in sorted(names)}
+    return {str(Path(name)): path.read_bytes() for name, path in found.items() if path is not None}
+
+
+def resume(
+    folder: Path, given: str, changes: Sequence[str], name: str | None
+) -> tuple[RunPaths, "distill.spec.RunSpec"]:
+    """An existing run that this machine is to execute, once the spec given is the run's own in all but `launch`."""
+    from distill import claims
+
+    paths, source = find_again(folder, given, changes, name)
+    claims.refuse_if_executing(paths)
+    return paths, go_on(paths, source)
+
+
+def find_again(
+    folder: Path, given: str, changes: Sequence[str], name: str | None
+) -> tuple[RunPaths, "distill.specfile.SpecSource"]:
+    """An existing run, and the spec that it is to go on with."""
+    from distill import specfile
+
+    if (folder / given / "spec.yaml").is_file() or (Path(given) / "spec.yaml").is_file():
+        paths = find_run(folder, given)
+        if name not in (None, paths.name):
+            raise InputError(f"--name {name} has no effect when run '{paths.name}' is resumed; leave it out")
+        source = specfile.load(paths.spec, changes)
+    else:
+        source = find(given, changes, name)
+        paths = RunPaths(folder.absolute() / source.spec.name)
+        if not paths.spec.is_file():
+            raise InputError(
+                f"there is no run '{source.spec.name}' in {folder} to go on with; leave --resume out to start it"
+            )
+    return paths, source
+
+
+def go_on(
+    paths: RunPaths, source: "distill.specfile.SpecSource", *, here: bool = True, live: Sequence[str] = ()
+) -> "distill.spec.RunSpec":
+    """The spec of an existing run, once it is the old one in all but `launch`, which is then written.
+
+    live: jobs that have begun, or will, with the old `launch`; then nothing may change.
+    """
+    from distill import specfile, workflow
+
+    old = specfile.load_run(paths)
+    if workflow.pending(paths, old):
+        source = checked(source, here=here)
+    else:
+        source = replace(source, spec=workflow.locate_options(source.spec, source.base))
+    changed = [line for line in specfile.differences(old, source.spec) if not line.startswith(("launch.", "name:"))]
+    for recipe, content in _own_recipes(source).items():
+        if content != (paths.root / recipe).read_bytes():
+            changed.append(f"recipe ./{recipe}: its file has changed")
+    if changed:
+        raise InputError(
+            "\n  ".join([f"run '{paths.name}' cannot go on with a changed spec (only launch may change):", *changed])
+            + "\nstart another run by --name OTHER, or undo the change"
+        )
+    moved = specfile.differences(old, source.spec.model_copy(update={"name": old.name}))
+    if moved and live:
+        raise InputError(
+            f"jobs of run '{paths.name}' are under way ({', '.join(live)}), so nothing of launch can change "
+            f"({'; '.join(moved)}); wait for them, or: distill cancel {paths.name}"
+        )
+    if moved:
+        write_atomic(paths.spec, specfile.resolved(source.spec.model_copy(update={"name": old.name})))
+        append_event(paths, "launch changed", changes=moved)
+    return source.spec

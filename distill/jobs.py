@@ -1,0 +1,155 @@
+"""What a run keeps of its jobs on a cluster: what was submitted, how each ended, why it was queued again.
+
+A job has a file of its own, `jobs/JOB.jsonl`, in which one process writes at a time: who submits it, then the job.
+Nothing here asks Slurm.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distill.spec import LaunchSpec, PairsStage, RunSpec, TrainStage
+from distill.store import RunPaths, append_line, event_line, read_events, read_lines, shard_path, shard_record
+
+TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+ATTEMPT = 2  # how many saves the lead must have room for
+SPARE = 60.0  # seconds of the lead beside them
+STEP = re.compile(r"step (\d+)")
+QUEUED_AGAIN = ("preempted", "time limit", "node failure", "crash", "asked")  # why a job may begin more than once
+
+
+@dataclass(frozen=True)
+class Job:
+    """One submission: a job, or an array of them."""
+
+    id: str
+    stages: list[str]
+    parts: list[int] | None
+    """of a pairs stage, one a job of the array; null: not an array"""
+    script: str
+    after: list[str]
+    """jobs that must end well before it begins"""
+    time: float
+    """of the submission, unix seconds"""
+
+    @property
+    def members(self) -> list[str]:
+        """Names of the jobs themselves: those of an array are ID_PART."""
+        return [self.id] if self.parts is None else [f"{self.id}_{part}" for part in self.parts]
+
+
+def append(run: RunPaths, job: str, event: str, **fields: Any) -> None:  # noqa: ANN401
+    """One line in a job's file."""
+    append_line(run.jobs / f"{job}.jsonl", event_line(event, **fields))
+
+
+def events(run: RunPaths, job: str) -> list[dict[str, Any]]:
+    """What is known of a job, oldest first."""
+    return list(read_lines(run.jobs / f"{job}.jsonl"))
+
+
+def submitted(run: RunPaths) -> list[Job]:
+    """Every submission of a run, oldest first."""
+    found = []
+    for path in run.jobs.glob("*.jsonl"):
+        for line in read_lines(path):
+            if line.get("event") == "submitted":
+                fields = {name: line[name] for name in ("stages", "parts", "script", "after", "time")}
+                found.append(Job(path.stem, **fields))
+    return sorted(found, key=lambda job: (job.time, len(job.id), job.id))
+
+
+def restarts(run: RunPaths, members: Iterable[str]) -> dict[str, int]:
+    """How often these jobs were queued again, by reason."""
+    lines = (line for member in members for line in events(run, member))
+    counts = Counter(str(line["why"]) for line in lines if line.get("event") == "ended" and line.get("again"))
+    return dict(counts)
+
+
+def open_attempt(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The beginning of the newest attempt, if nothing is known of its end."""
+    last = next((line for line in reversed(lines) if line.get("event") in ("began", "ended")), None)
+    return last if last is not None and last["event"] == "began" else None
+
+
+def position(run: RunPaths, stage: str, message: str) -> int | None:
+    """The step a stage had come to when it failed: the one that its message names, else the last that was saved."""
+    if (found := STEP.search(message)) is not None:
+        return int(found[1])
+    steps = [line["step"] for line in read_events(run) if line.get("event") == "saved" and line.get("stage") == stage]
+    return steps[-1] if steps else None
+
+
+def crashed_before(run: RunPaths, lines: list[dict[str, Any]], stage: str, step: int | None) -> bool:
+    """Whether the last crash of this stage was at this very step."""
+    crashes = [line for line in lines if line.get("event") == "ended" and line.get("why") == "crash"]
+    return any(line.get("stage") == stage and line.get("step") == step for line in crashes[-1:])
+
+
+def lead_needed(run: RunPaths) -> float:
+    """Seconds of warning that saving takes, as this run's slowest save tells; 0: nothing was saved yet."""
+    slowest = max((float(line["seconds"]) for line in read_events(run) if line.get("event") == "saved"), default=0.0)
+    return 0.0 if slowest == 0 else ATTEMPT * slowest + SPARE
+
+
+def limit_seconds(text: str) -> int | None:
+    """A time limit in Slurm's notation (MINUTES, M:SS, H:MM:SS, D-HH, D-HH:MM:SS) in seconds; None: it is none."""
+    match = TIME.fullmatch(text)
+    if match is None:
+        return None
+    days, *numbers = match.groups()
+    first, second, third = (None if number is None else int(number) for number in numbers)
+    if days is not None:
+        return 86400 * int(days) + 3600 * (first or 0) + 60 * (second or 0) + (third or 0)
+    if second is None:
+        return 60 * (first or 0)
+    return 60 * (first or 0) + second if third is None else 3600 * (first or 0) + 60 * second + third
+
+
+def num_shards(stage: PairsStage) -> int:
+    """Files of a pairs stage."""
+    return -(-stage.count // stage.shard)
+
+
+def missing_parts(stage: PairsStage, folder: Path, parts: int) -> list[int]:
+    """Those of the jobs of an array that still have shards to make."""
+    todo = (n for n in range(num_shards(stage)) if not shard_record(shard_path(folder, n)).exists())
+    return sorted({number % parts for number in todo})
+
+
+def mistakes(spec: RunSpec) -> Iterator[str]:
+    """What is wrong with what a spec asks of a cluster."""
+    launch, slurm = spec.launch, spec.launch.slurm
+    if slurm.time is not None:
+        limit = limit_seconds(slurm.time)
+        if limit is None:
+            yield f"launch.slurm.time: '{slurm.time}' is no time limit; valid: MINUTES, H:MM:SS, D-HH or D-HH:MM:SS"
+        elif slurm.lead_seconds >= limit:
+            yield (
+                f"launch.slurm.lead_seconds: {slurm.lead_seconds} s before a limit of {limit} s (time: {slurm.time}) "
+                "is no time to compute in; give a longer time or a smaller lead"
+            )
+    yield from _processes(spec, launch)
+    parts = [(name, num_shards(stage)) for name, stage in spec.stages.items() if isinstance(stage, PairsStage)]
+    if slurm.pairs_jobs > 1 and not parts:
+        yield f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} given, but no stage makes pairs; remove it"
+    if slurm.pairs_jobs > 1 and slurm.one_job:
+        yield f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} given, but one_job computes all in one job; remove either"
+    for name, shards in parts:
+        if slurm.pairs_jobs > shards:
+            yield (
+                f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} jobs cannot share the {shards} shards of stage '{name}'; "
+                f"give fewer jobs, or a smaller stages.{name}.shard"
+            )
+
+
+def _processes(spec: RunSpec, launch: LaunchSpec) -> Iterator[str]:
+    trains = any(isinstance(stage, TrainStage) for stage in spec.stages.values())
+    gpus = launch.slurm.gpus_per_node
+    if gpus and trains and gpus != launch.procs:
+        yield f"launch.slurm.gpus_per_node: {gpus} GPUs for {launch.procs} processes of a node; give one for each"
+    if gpus and launch.device == "cpu":
+        yield f"launch.slurm.gpus_per_node: {gpus} given, but launch.device=cpu leaves them idle; remove either"

@@ -1,0 +1,246 @@
+"""The process of a job itself, on its first node: it starts the stages' processes by srun, passes signals on, and
+decides whether Slurm is to queue the job again.
+
+It takes the place of the script's shell, so that signals reach it whatever it waits for. Signals, and what they mean:
+Slurm sends USR1 some time before the limit, and at a preemption; TERM when the job is cancelled or requeued, or to the
+processes alone in a preempted job's grace period. Each time all ranks finish the same step, save and leave with code
+75. Then the job must queue itself again: one that just ends, whatever its code, counts as ended.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from distill import claims, jobs, specfile
+from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED
+from distill.launch import ranks, slurm, tasks
+from distill.launch.local import RANK_VARIABLES
+from distill.launch.slurm import NoAnswer
+from distill.progress import stamp
+from distill.spec import RunSpec, TrainStage
+from distill.store import RunPaths, append_event
+
+PORTS = range(61000, 65500)  # above those that the kernel gives to outgoing connections
+NEAR = 90.0  # seconds beside the lead in which a signal is taken for that of the time limit: Slurm looks now and then
+LOOK = 60.0  # seconds between two looks at how long saving takes
+PASSED_ON = dict.fromkeys((signal.SIGUSR1, signal.SIGTERM, signal.SIGINT), signal.SIGUSR1)  # srun has uses for the rest
+ATTEMPTS = 3  # to queue a job again
+FOREIGN = re.compile(r"CANCELLED|COMPLETING|REQUEUED")  # states in which Slurm ends the job by itself
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a stage of the job ended."""
+
+    why: str
+    """done, refused, crash, cancelled, or one of jobs.QUEUED_AGAIN"""
+    code: int
+    message: str = ""
+    again: bool = False
+    """whether the job is to be queued again"""
+
+
+class Batch:
+    """One attempt of one job."""
+
+    def __init__(self, run: RunPaths, stages: list[str], part: tuple[int, int] | None, command: Sequence[str]) -> None:
+        self.run, self.stages, self.part, self.command = run, stages, part, list(command)
+        self.spec: RunSpec = specfile.load_run(run)
+        self.job, self.restart = tasks.identity()
+        self.number = os.environ["SLURM_JOB_ID"]  # of an array, each has one of its own
+        self.slurm = self.spec.launch.slurm
+        self._warned = False
+
+    def execute(self, relay: ranks.Relay) -> int:
+        """Compute the stages, one after the other: the job's exit code."""
+        lines = jobs.events(self.run, self.job)
+        if jobs.open_attempt(lines) is not None and self.restart > 0:  # it was ended without a word to us
+            jobs.append(self.run, self.job, "ended", why=self._lost(), again=True, message="ended from outside")
+        self._note("began", nodes=os.environ.get("SLURM_JOB_NODELIST", ""), stages=self.stages)
+        self._bury()
+        for index, name in enumerate(self.stages):
+            if self.part is None and self.run.stage(name).done.exists():
+                continue
+            verdict = self._stage(name, index, relay)
+            if verdict.why != "done":
+                return self._end(name, verdict)
+        self._note("ended", why="done", again=False, code=0)
+        return 0
+
+    def _stage(self, name: str, index: int, relay: ranks.Relay) -> Verdict:
+        if relay.asked:
+            return self._stopped("nothing had begun")
+        ends = self.run.jobs / "ends" / f"{self.job}.{self.restart}.{name}"
+        ends.mkdir(parents=True, exist_ok=True)
+        relay.processes = []
+        tail = [str(self.run.root), name, *([] if self.part is None else [f"--part={self.part[0]}/{self.part[1]}"])]
+        env = self._environment(name, index, ends)
+        size = int(env["SLURM_NTASKS"])
+        self._say(f"stage {name}: {size} process{'es' if size > 1 else ''} on {os.environ.get('SLURM_JOB_NODELIST')}")
+        process = subprocess.Popen([*self.command, *tail], env=env)
+        relay.add(process)
+        looked = time.monotonic()
+        while process.poll() is None:
+            time.sleep(0.1)
+            if time.monotonic() - looked > LOOK:
+                looked = time.monotonic()
+                self._watch_lead()
+        self._watch_lead()
+        return self._judge(name, process.returncode, size, tasks.read(ends), bool(relay.asked))
+
+    def _environment(self, name: str, index: int, ends: Path) -> dict[str, str]:
+        """Of srun, and through it of every process. How many there are, srun takes from it."""
+        launch = self.spec.launch
+        train = isinstance(self.spec.stages[name], TrainStage)
+        procs, nodes = (launch.procs, launch.nodes) if train else (1, 1)
+        unit = name if self.part is None else f"{name}.{self.part[0]}"
+        env = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
+        env |= {"SLURM_NTASKS": str(nodes * procs), "SLURM_NPROCS": str(nodes * procs), "SLURM_NNODES": str(nodes)}
+        env |= {"SLURM_NTASKS_PER_NODE": str(procs), tasks.ENDS: str(ends), tasks.UNIT: unit}
+        for key in ("SLURM_TASKS_PER_NODE", "SLURM_DISTRIBUTION"):
+            env.pop(key, None)
+        cpus = launch.slurm.cpus_per_task
+        env["OMP_NUM_THREADS"] = str(launch.threads or cpus or max(1, int(env["SLURM_CPUS_ON_NODE"]) // procs))
+        if cpus is not None:
+            env["SRUN_CPUS_PER_TASK"] = str(cpus)
+        env.setdefault("HF_MODULES_CACHE", str(self.run.root / ".modules"))
+        if train and (nodes * procs > 1 or launch.zero_stage is not None):
+            port = (int(self.number) * 64 + self.restart * 8 + index) % len(PORTS)
+            env |= {"MASTER_ADDR": slurm.address(env["SLURM_JOB_NODELIST"]), "MASTER_PORT": str(PORTS[port])}
+        return env
+
+    def _judge(self, name: str, code: int, size: int, ends: list[tasks.End], asked: bool) -> Verdict:
+        """What the ends of a stage's processes say together: the first that failed for a reason of its own decides."""
+        if code == 0:
+            return Verdict("done", 0)
+        failed = [end for end in ends if end.code not in (0, EXIT_STOPPED, EXIT_PEER)]
+        refused = next((end for end in failed if end.code == EXIT_INPUT), None)
+        if refused is not None:
+            return Verdict("refused", EXIT_INPUT, refused.message)
+        if failed:
+            return self._crash(name, failed[0].code, f"rank {failed[0].rank}: {failed[0].message}")
+        stopped = next((end for end in ends if end.code == EXIT_STOPPED), None)
+        if asked or stopped is not None:
+            return self._stopped(stopped.message if stopped else "before it could hear it")
+        silent = sorted(set(range(size)) - {end.rank for end in ends})
+        lost = next((end.message for end in ends if end.code == EXIT_PEER), "")
+        killed = f"rank {', '.join(map(str, silent))} ended without a word (killed? out of memory?)" if silent else ""
+        message = "; ".join(filter(None, [killed, lost])) or f"srun ended with code {code}"
+        return self._crash(name, EXIT_FAILED, message)
+
+    def _crash(self, name: str, code: int, message: str) -> Verdict:
+        step = jobs.position(self.run, name, message)
+        lines = jobs.events(self.run, self.job)
+        before = jobs.restarts(self.run, [self.job]).get("crash", 0)
+        if jobs.crashed_before(self.run, lines, name, step):
+            return Verdict("crash", code, f"{message}; at step {step}, as the last time: not queued again")
+        if before >= self.slurm.max_crashes:
+            return Verdict("crash", code, f"{message}; launch.slurm.max_crashes={before} is reached: not queued again")
+        return Verdict("crash", code, message, again=True)
+
+    def _stopped(self, message: str) -> Verdict:
+        if (self.run.jobs / f"{self.job}.cancel").exists():
+            return Verdict("cancelled", EXIT_STOPPED, message)
+        why = self._why()
+        return Verdict(why, EXIT_STOPPED, message, again=why != "cancelled")
+
+    def _why(self) -> str:
+        """Why Slurm, or somebody, has asked the job to stop."""
+        try:
+            fields = slurm.show(self.number)
+        except NoAnswer:
+            return "asked"
+        state = fields.get("JobState", "")
+        if state == "CANCELLED":
+            return "cancelled"
+        if state == "PREEMPTED" or fields.get("PreemptTime", "None") not in ("None", "N/A", "Unknown"):
+            return "preempted"
+        end = fields.get("EndTime", "")
+        if re.fullmatch(r"[\d-]+T[\d:]+", end):
+            left = (datetime.fromisoformat(end) - datetime.now()).total_seconds()  # Slurm's times are local
+            if state == "RUNNING" and left < self.lead + NEAR:
+                return "time limit"
+        return "asked"
+
+    def _lost(self) -> str:
+        """Why the last attempt ended without a word."""
+        reason = os.environ.get("SLURM_JOB_REASON", "")
+        try:
+            state = slurm.previous_state(self.number)
+        except NoAnswer:
+            state = ""
+        return {"PREEMPTED": "preempted", "NODE_FAIL": "node failure"}.get(state, reason or "node failure")
+
+    def _end(self, name: str, verdict: Verdict) -> int:
+        step = jobs.position(self.run, name, verdict.message)
+        fields = {"why": verdict.why, "code": verdict.code, "message": verdict.message, "again": verdict.again}
+        self._note("ended", stage=name, step=step, **fields)
+        self._say(f"stage {name}: {verdict.why}: {verdict.message}")
+        if verdict.again:
+            trouble = self._queue_again()
+            if trouble:
+                command = f"distill submit {self.run.root} --resume"
+                self._say(f"the job could not be queued again ({trouble}); go on with: {command}")
+            else:
+                self._say("queued again")
+        return verdict.code
+
+    def _queue_again(self) -> str:
+        """ "" once the job is queued again, by us or by Slurm; else why it is not."""
+        trouble = "Slurm was not asked"
+        for attempt in range(ATTEMPTS):
+            time.sleep(attempt)
+            try:
+                if FOREIGN.search(slurm.show(self.number).get("JobState", "")):
+                    return ""
+            except NoAnswer as error:
+                trouble = str(error)
+            trouble = slurm.requeue(self.number)
+            if not trouble:
+                return ""
+        return trouble
+
+    @property
+    def lead(self) -> float:
+        return float(self.slurm.lead_seconds)
+
+    def _watch_lead(self) -> None:
+        """Warn, once, where a save takes so long that the warning before a limit would not do."""
+        needed = jobs.lead_needed(self.run)
+        if needed > self.lead and not self._warned:
+            self._warned = True
+            text = (
+                f"saving has taken {(needed - jobs.SPARE) / jobs.ATTEMPT:.0f} s, so that launch.slurm.lead_seconds="
+                f"{self.slurm.lead_seconds} is short; the next submission asks for {needed:.0f}"
+            )
+            self._say(f"warning: {text}")
+            append_event(self.run, "warning", label=self.job, text=text)
+
+    def _bury(self) -> None:
+        """Take away the claims of jobs that Slurm says are over: their processes may have been on other hosts."""
+        for place, owner in claims.held(self.run).items():
+            if owner.job and owner.job != self.job and not owner.is_here:
+                try:
+                    over = not slurm.states([owner.job]).get(owner.job, slurm.JobState("COMPLETED")).is_live
+                except NoAnswer:
+                    over = False
+                if over:
+                    claims.bury(self.run, place, owner)
+
+    def _note(self, event: str, **fields: object) -> None:
+        jobs.append(self.run, self.job, event, restart=self.restart, **fields)
+
+    def _say(self, text: str) -> None:
+        print(f"{stamp()}  job {self.job}: {text}", flush=True)
+
+
+def execute(run: RunPaths, stages: list[str], part: tuple[int, int] | None, command: Sequence[str]) -> int:
+    """Be the process of a job; `command` starts the processes of a stage, whose name is put after it."""
+    with ranks.Relay(PASSED_ON) as relay:
+        return Batch(run, stages, part, command).execute(relay)

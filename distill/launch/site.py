@@ -1,0 +1,82 @@
+"""A cluster as all its users see it: one file, site.yaml, in place of lines copied from script to script."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from distill import schema, specfile, yamltext
+from distill.guard import InputError
+from distill.launch import environment
+from distill.spec import Frozen
+
+EXAMPLE = environment.ROOT / "slurm" / "site.example.yaml"
+
+
+class CacheSite(Frozen):
+    """Where libraries keep files between jobs; null: their own choice, often the home directory and its small quota."""
+
+    HF_HOME: str | None = None
+    TORCH_EXTENSIONS_DIR: str | None = None
+    TRITON_CACHE_DIR: str | None = None
+    TMPDIR: str | None = None
+
+
+class ContainerSite(Frozen):
+    """How `launch.slurm.container` is run."""
+
+    runtime: Literal["none", "pyxis", "apptainer"] = "none"
+    """pyxis: srun --container-image; apptainer: srun apptainer exec"""
+    mounts: list[str] = []
+    """folders that are seen inside under the same path, beside the store"""
+    options: list[str] = []
+    """further options of the runtime, like --nv"""
+    python: str = "python3"
+    """the interpreter inside"""
+
+
+class Site(Frozen):
+    """One cluster."""
+
+    modules: list[str] = []
+    """loaded before anything else"""
+    setup: list[str] = []
+    """lines of bash after that"""
+    environment: dict[str, str] = {}
+    """variables of every process, like NCCL_SOCKET_IFNAME"""
+    caches: CacheSite = CacheSite()
+    partition: str | None = None
+    """where jobs go that name none; null: Slurm's default"""
+    partitions: list[str] = []
+    """those that may be named; empty: all that Slurm has"""
+    account: str | None = None
+    """null: Slurm's default"""
+    qos: str | None = None
+    """null: Slurm's default"""
+    options: list[str] = []
+    """further options of sbatch for every job"""
+    python: str | None = None
+    """the interpreter on the nodes; null: the one that submits"""
+    container: ContainerSite = ContainerSite()
+
+
+@dataclass(frozen=True)
+class SiteSource:
+    """A site and the file it stands in."""
+
+    site: Site
+    path: Path
+
+
+def load(path: Path) -> SiteSource:
+    """The site in a file, types taken strictly; InputError with one line per mistake."""
+    if not path.is_file():
+        raise InputError(f"there is no site file {path}; write one beginning with {EXAMPLE}")
+    content = yamltext.parse(yamltext.read(path), str(path)) or {}
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: holds {schema.show(content)}, not a site; {EXAMPLE} shows one")
+    try:
+        return SiteSource(Site.model_validate(content, strict=True), path)
+    except ValidationError as error:
+        raise InputError(specfile.join(str(path), schema.explain(error, Site, content))) from None

@@ -1,0 +1,196 @@
+"""Slurm's commands: the few we use, each with a limit on how long it may take. Nothing here knows of runs.
+
+States come from the accounting (sacct) where there is one, else from the controller, which forgets a job some minutes
+after its end, else from the log of ended jobs, where the site keeps one that can be read.
+"""
+
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill.guard import InputError, RunError
+
+PATIENCE = 4.5  # seconds that a command may take: a controller that is gone lets its clients wait for minutes
+LONG = 60.0  # of what changes something: a busy controller may take its time
+LOG_BYTES = 4 * 1024 * 1024  # of the log of ended jobs, from its end
+LIVE = frozenset({"PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "STOPPED", "REQUEUED", "SIGNALING"})
+
+
+class NoAnswer(RunError):  # noqa: N818  (like `guard`'s)
+    """Slurm could not be asked."""
+
+
+@dataclass(frozen=True)
+class JobState:
+    """How a job stands."""
+
+    state: str
+    """Slurm's word: PENDING, RUNNING, COMPLETED, FAILED, TIMEOUT, PREEMPTED, NODE_FAIL, OUT_OF_MEMORY, CANCELLED"""
+    reason: str = ""
+    """why it waits"""
+    exit_code: str = ""
+    """CODE:SIGNAL"""
+    nodes: str = ""
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it waits or runs."""
+        return self.state in LIVE
+
+
+def require() -> None:
+    """InputError where Slurm's commands are not installed."""
+    if shutil.which("sbatch") is None:
+        raise InputError("there is no Slurm here (no command sbatch); use a login node, or --dry-run to see the script")
+
+
+def submit(script: Path, options: Sequence[str] = ()) -> str:
+    """The number of a new job."""
+    done = _call("sbatch", "--parsable", *options, str(script), patience=LONG)
+    if done.returncode:
+        raise InputError(f"Slurm refuses {script.name}: {_said(done)}")
+    return done.stdout.strip().split(";")[0]
+
+
+def cancel(jobs: Sequence[str]) -> None:
+    """End jobs at once; one that has ended is no error."""
+    if jobs:
+        _call("scancel", "--quiet", *jobs, patience=LONG)
+
+
+def ask(job: str) -> bool:
+    """Send a running job's script USR1: it saves and leaves; whether it could be told."""
+    return _call("scancel", "--batch", "--signal=USR1", job).returncode == 0
+
+
+def requeue(job: str) -> str:
+    """Queue this job again: "" or why it could not be."""
+    try:
+        done = _call("scontrol", "requeue", job, patience=LONG)
+    except NoAnswer as error:
+        return str(error)
+    return _said(done) if done.returncode else ""
+
+
+def partitions() -> list[str]:
+    """Their names."""
+    return sorted(set(_ask("sinfo", "--noheader", "--format=%R").split()))
+
+
+def show(job: str) -> dict[str, str]:
+    """What the controller knows of a job, by Slurm's names of the fields; {}: it knows it no more."""
+    done = _call("scontrol", "show", "job", "--oneliner", job)
+    if done.returncode:
+        if "Invalid job id" in done.stderr:
+            return {}
+        raise NoAnswer(f"scontrol show job {job}: {_said(done)}")
+    return _fields(done.stdout.splitlines()[0] if done.stdout.strip() else "")
+
+
+def address(nodes: str) -> str:
+    """Where the first of some nodes is reached: its address, as names need not resolve on other nodes."""
+    head = _ask("scontrol", "show", "hostnames", nodes).split()[0]
+    found = re.search(r"\bNodeAddr=(\S+)", _ask("scontrol", "show", "node", head))
+    return found[1] if found else head
+
+
+def queued(comment: str) -> dict[str, str]:
+    """Names of our jobs that wait or run and carry this comment, by number."""
+    lines = _ask("squeue", "--me", "--noheader", "--format=%F|%j|%k").splitlines()
+    found = (line.split("|", 2) for line in lines)
+    return {job: name for job, name, theirs in found if theirs == comment}
+
+
+def states(jobs: Sequence[str]) -> dict[str, JobState]:
+    """How these jobs stand (ID or ARRAY_PART); those that nobody knows are left out. NoAnswer if Slurm is not there."""
+    if not jobs:
+        return {}
+    found = _from_accounting(jobs)
+    missing = [job for job in jobs if job not in found or found[job].state == "PENDING"]  # why, the controller knows
+    for job in missing:
+        fields = show(job)
+        if fields:
+            found[job] = JobState(*(fields.get(name, "") for name in ("JobState", "Reason", "ExitCode", "NodeList")))
+    return {**_from_log([job for job in jobs if job not in found]), **found}
+
+
+def previous_state(job: str) -> str:
+    """How the last attempt of a job that runs again ended; "" where nothing says so."""
+    if shutil.which("sacct") is not None:
+        done = _call("sacct", "-X", "--duplicates", "--noheader", "--parsable2", "--format=State", f"--jobs={job}")
+        ended = [state for state in done.stdout.split() if state not in LIVE]
+        if done.returncode == 0 and ended:
+            return ended[-1]
+    found = _from_log([job]).get(job)
+    return "" if found is None else found.state
+
+
+def _from_accounting(jobs: Sequence[str]) -> dict[str, JobState]:
+    if shutil.which("sacct") is None:
+        return {}
+    names = ("JobID", "State", "Reason", "ExitCode", "NodeList")
+    roots = ",".join(sorted({job.split("_")[0] for job in jobs}))
+    try:
+        done = _call("sacct", "-X", "--noheader", "--parsable2", f"--format={','.join(names)}", f"--jobs={roots}")
+    except NoAnswer:  # its database may be gone while the controller is there
+        return {}
+    if done.returncode:  # there is no accounting here
+        return {}
+    rows = (line.split("|") for line in done.stdout.splitlines())
+    return {row[0]: JobState(row[1].split()[0], *row[2:5]) for row in rows if row[0] in jobs}
+
+
+def _from_log(jobs: Sequence[str]) -> dict[str, JobState]:
+    """From the log of ended jobs; the last line of a job counts."""
+    if not jobs:
+        return {}
+    config = _ask("scontrol", "show", "config")
+    kind, place = (re.search(rf"^{name}\s*= (\S+)", config, re.MULTILINE) for name in ("JobCompType", "JobCompLoc"))
+    if kind is None or kind[1] != "jobcomp/filetxt" or place is None:
+        return {}
+    found = {}
+    try:
+        with Path(place[1]).open("rb") as file:
+            file.seek(max(0, Path(place[1]).stat().st_size - LOG_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return {}
+    for line in lines:
+        fields = _fields(line)
+        names = {fields.get("JobId", ""), f"{fields.get('ArrayJobId')}_{fields.get('ArrayTaskId')}"}
+        for job in names.intersection(jobs):
+            found[job] = JobState(
+                fields.get("JobState", ""), "", fields.get("ExitCode", ""), fields.get("NodeList", "")
+            )
+    return found
+
+
+def _fields(line: str) -> dict[str, str]:
+    return dict(re.findall(r"(\S+?)=(\S*)", line))
+
+
+def _ask(*command: str) -> str:
+    done = _call(*command)
+    if done.returncode:
+        raise NoAnswer(f"{command[0]}: {_said(done)}")
+    return done.stdout
+
+
+def _call(*command: str, patience: float = PATIENCE) -> subprocess.CompletedProcess[str]:
+    began = time.monotonic()
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=patience, check=False)
+    except FileNotFoundError:
+        raise NoAnswer(f"there is no command {command[0]} here; Slurm is not installed on this machine") from None
+    except subprocess.TimeoutExpired:
+        took = time.monotonic() - began
+        raise NoAnswer(f"Slurm does not answer ({command[0]} took more than {took:.0f} s); try again later") from None
+
+
+def _said(done: subprocess.CompletedProcess[str]) -> str:
+    lines = (done.stderr or done.stdout).strip().splitlines()
+    return lines[-1] if lines else f"exit code {done.returncode}"

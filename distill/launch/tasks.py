@@ -1,0 +1,69 @@
+"""One process of a job: it takes its rank from Slurm, and leaves word of how it ended for the job's own process.
+
+A file for each rank: srun's exit code is that of the last task it had to end, not that of the one that failed.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ENDS = "DISTILL_ENDS"  # folder of the files; set for every process of a job, and by it alone
+UNIT = "DISTILL_UNIT"  # what of the run the process computes, as `claims` names it
+
+
+@dataclass(frozen=True)
+class End:
+    """How a rank ended."""
+
+    rank: int
+    code: int
+    message: str
+    time: float
+    """unix seconds"""
+
+
+def is_task() -> bool:
+    """Whether this process is one of a job."""
+    return ENDS in os.environ
+
+
+def identity() -> tuple[str, int]:
+    """The job of this process, and how often that had been started before."""
+    array, part = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{part}" if array else os.environ.get("SLURM_JOB_ID", "")
+    return job, int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+def adopt() -> None:
+    """Set what the ranks of one machine are given by their launcher (see `local`), from what Slurm says."""
+    names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
+    if os.environ.get("MASTER_ADDR"):  # the process trains together with others
+        os.environ.update({name: os.environ[slurm] for name, slurm in names.items()})
+        os.environ["LOCAL_WORLD_SIZE"] = os.environ["SLURM_NTASKS_PER_NODE"]
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    modules = Path(os.environ.get("HF_MODULES_CACHE", ".modules"))
+    os.environ["HF_MODULES_CACHE"] = str(modules / f"{identity()[0]}-{os.environ['SLURM_PROCID']}")
+
+
+def leave_word(code: int, message: str) -> None:
+    """Note how this process ends."""
+    rank = int(os.environ["SLURM_PROCID"])
+    path = Path(os.environ[ENDS]) / f"rank-{rank}"
+    temporary = path.with_name(f".rank-{rank}")
+    temporary.write_text(json.dumps({"rank": rank, "code": code, "message": message, "time": time.time()}))
+    temporary.replace(path)
+
+
+def read(folder: Path) -> list[End]:
+    """The ends of a job's processes, in the order of their time; a process that was killed has none."""
+    found = (End(**each) for each in _contents(folder))
+    return sorted(found, key=lambda end: end.time)
+
+
+def _contents(folder: Path) -> Iterator[dict[str, Any]]:
+    for path in folder.glob("rank-*"):
+        yield json.loads(path.read_text())
