@@ -21,6 +21,17 @@ def sync_dir(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Make a new folder durable, files first."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            sync_dir(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_dir(folder)
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write `content` so that `path` holds either the old or the new whole, whatever happens."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
@@ -44,6 +55,15 @@ def write_json(path: Path, content: Any) -> None:  # noqa: ANN401  (anything jso
 def read_json(path: Path) -> Any:  # noqa: ANN401
     """Parsed JSON of a file that must exist."""
     return json.loads(path.read_text())
+
+
+def human(count: int | float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
 
 
 @dataclass(frozen=True)
@@ -136,6 +156,10 @@ def find_run(store: Path, given: str) -> RunPaths:
 
 def create_run(store: Path, name: str, files: Mapping[str, str | bytes]) -> RunPaths:
     """A new run with these files, complete or not at all: written under a hidden name, then renamed."""
+    if name == "inputs":
+        raise InputError(
+            "a run cannot be called 'inputs': a store keeps there what runs read from the hub; give --name"
+        )
     run = RunPaths(store.absolute() / name)
     temporary = store.absolute() / f".{name}.new-{os.getpid()}-{time.time_ns()}"
     try:
