@@ -24,7 +24,7 @@ from distill.card import StudentCard
 from distill.draws import sample_labels, sample_noise
 from distill.guard import RunError
 from distill.sampling import by_sampler, fresh_noises, num_fresh
-from distill.store import sync_dir
+from distill.store import sync_dir, sync_tree
 from distill.students.flow_map import FlowMapStudent
 from distill.students.velocity import TIME_SCALE, VelocityStudent
 
@@ -100,7 +100,7 @@ def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
     )
     (folder / cards.README).write_text(cards.readme(card))
     (folder / cards.FILE_NAME).write_text(cards.to_json(card.model_copy(update={"files": cards.record(folder)})))
-    _sync(folder)
+    sync_tree(folder)
 
 
 def source(module: str) -> str:
@@ -169,17 +169,6 @@ def _state(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _write_json(path: Path, content: dict[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def _sync(folder: Path) -> None:
-    """Make a new folder durable, files first."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir():
-            sync_dir(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    sync_dir(folder)
 
 
 @contextlib.contextmanager

@@ -1,26 +1,238 @@
-"""Stub until the branch is merged."""
+"""What a run reads from the hub, fetched before its job is queued: jobs run without a network.
 
-from collections.abc import Sequence
+STORE/inputs/DIGEST holds one input, of any number of runs: `content` (the files of a commit, or the rows of a data
+set's split) and `input.json`. It appears complete or not at all, and never changes. A run keeps a list of its inputs,
+and links to them where the libraries look: its jobs are given `hub` and `datasets` in place of the user's caches. The
+links are relative, so that a store may be moved, or lie elsewhere in a container.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from distill.spec import RunSpec
-from distill.store import RunPaths
+from distill.guard import InputError, RunError
+from distill.spec import CheckpointTeacher, HfData, RunSpec
+from distill.store import RunPaths, human, read_json, runs, sync_dir, sync_tree, write_atomic, write_json
 
-
-def resolve(spec: RunSpec, store: Path, before: Sequence[str] = ()) -> list[str]:
-    return []
-
-
-def record(inputs: Sequence[str]) -> dict[str, str]:
-    return {}
+RECORD = "inputs/inputs.json"  # of a run
+UNUSED_SECONDS = 86400.0  # what was asked for within the last day may be of a run that is being made
 
 
-def read(run: RunPaths) -> list[str]:
-    return []
+@dataclass(frozen=True)
+class Input:
+    """A commit of a repository of the hub, or a part of it, that lies in the store."""
+
+    what: Literal["teacher", "data"]
+    id: str
+    revision: str | None  # as the spec says
+    commit: str  # what the revision was when it was fetched
+    digest: str  # of what, id, commit and which part
+    link: str  # where the run has it, below its `inputs`
+    bytes: int = 0
+
+    def folder(self, store: Path) -> Path:
+        return store / "inputs" / self.digest
+
+    def content(self, store: Path) -> Path:
+        return self.folder(store) / "content"
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.id}@{self.commit[:12]}"
 
 
-def link(run: RunPaths) -> None: ...
+# --- before a run is made ---
 
 
-def environment(inputs: Sequence[str], root: Path) -> dict[str, str]:
-    return {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+def resolve(spec: RunSpec, store: Path, before: Sequence[Input] = ()) -> list[Input]:
+    """Everything that the spec names by hub id, in the store, each told on stderr: InputError if it cannot be had.
+
+    A revision is what it stands for now; `before` are the inputs of a run that goes on, which keeps its commits.
+    """
+    found = []
+    for wanted, fetch in _wanted(spec, store, before):
+        found.append(_in_store(wanted, store, fetch))
+        print(f"{wanted}: {human(found[-1].bytes)} in {wanted.folder(store)}", file=sys.stderr, flush=True)
+    return found
+
+
+Fetch = Callable[[Path], object]  # makes this folder, which does not exist yet
+
+
+def _wanted(spec: RunSpec, store: Path, before: Sequence[Input]) -> Iterator[tuple[Input, Fetch]]:
+    """What the spec names by hub id, and how to get it."""
+    pinned = {(each.what, each.id, each.revision): each.commit for each in before}
+    teacher, data = spec.teacher, spec.data
+    if isinstance(teacher, CheckpointTeacher):
+        from distill.teachers import by_id
+
+        if by_id.is_id(teacher.path):
+            commit = pinned.get(("teacher", teacher.path, teacher.revision)) or by_id.commit(teacher)
+            link = f"hub/models--{teacher.path.replace('/', '--')}/snapshots/{commit}"
+            digest = _digest("teacher", teacher.path, commit, *by_id.FILES)
+            yield (
+                Input("teacher", teacher.path, teacher.revision, commit, digest, link),
+                lambda folder: _fetch_teacher(teacher.model_copy(update={"revision": commit}), store, folder),
+            )
+    if isinstance(data, HfData):
+        from distill.data import folders
+
+        if folders.is_id(data):
+            at = pinned.get(("data", data.path, data.revision)) or folders.commit(data)
+            digest = _digest("data", data.path, at, data.split)
+            yield (
+                Input("data", data.path, data.revision, at, digest, f"datasets/{folders.fetched(data)}"),
+                lambda folder: _fetch_data(data.model_copy(update={"revision": at}), store, folder),
+            )
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _fetch_teacher(teacher: CheckpointTeacher, store: Path, folder: Path) -> None:
+    """Through the library's cache, which goes on with a download that was cut short, and has what a plan has read."""
+    from huggingface_hub import constants
+
+    from distill.teachers import by_id
+
+    files = by_id.files(teacher)
+    missing = sum(file.bytes for file in files if not file.cached)
+    needs = [(Path(constants.HF_HUB_CACHE), missing), (store, sum(file.bytes for file in files))]
+    _refuse_without_room(f"teacher.path={teacher.path}", needs)
+    snapshot = by_id.snapshot(teacher)
+    folder.mkdir(parents=True)
+    for path in sorted(snapshot.rglob("*")):
+        name = path.relative_to(snapshot)
+        if path.is_file() and by_id.is_read(name.as_posix()):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, folder / name)
+
+
+def _fetch_data(data: HfData, store: Path, folder: Path) -> None:
+    """Rows with their images in them: those of the library's cache may be paths into it, and are read under a lock."""
+    import datasets
+    from huggingface_hub import constants
+
+    from distill.data import folders
+
+    files = folders.files(data)
+    missing = sum(file.bytes for file in files if not file.cached)
+    rows = sum(file.bytes for file in files)  # at least: files may be compressed
+    needs = [(Path(constants.HF_HUB_CACHE), missing), (Path(datasets.config.HF_DATASETS_CACHE), rows), (store, rows)]
+    _refuse_without_room(f"data.path={data.path}", needs)
+    folders.open_rows(data).save_to_disk(str(folder))
+
+
+def _refuse_without_room(what: str, needs: Sequence[tuple[Path, int]]) -> None:
+    """InputError where less is free than will be written; places on one file system share what is free."""
+    shared: dict[int, list[tuple[Path, int]]] = {}
+    for place, count in needs:
+        existing = next(path for path in [place.absolute(), *place.absolute().parents] if path.exists())
+        shared.setdefault(existing.stat().st_dev, []).append((existing, count))
+    for places in shared.values():
+        count, free = sum(count for _, count in places), shutil.disk_usage(places[0][0]).free
+        if count > free:
+            raise InputError(
+                f"{what} needs {human(count)} in {' and '.join(str(path) for path, _ in places)}, "
+                f"and {human(free)} are free; make room, or give other places by --store and HF_HOME"
+            )
+
+
+def _in_store(wanted: Input, store: Path, fetch: Fetch) -> Input:
+    """The input, fetched unless it is there; under a name of its own until it is whole, so that others never see it."""
+    folder = wanted.folder(store)
+    if folder.is_dir():
+        with suppress(OSError):  # it is another user's
+            os.utime(folder)
+        return _with_size(wanted, folder)
+    temporary = folder.with_name(f".{wanted.digest}.new-{platform.node()}-{os.getpid()}-{time.time_ns()}")
+    try:
+        try:
+            fetch(temporary / "content")
+            size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
+            write_json(temporary / "input.json", asdict(replace(wanted, bytes=size)))
+            sync_tree(temporary)
+            _rename(temporary, folder)
+        finally:
+            if temporary.exists():
+                shutil.rmtree(temporary)
+        sync_dir(folder.parent)
+    except OSError as error:
+        raise RunError(f"cannot write {folder}: {error.strerror or error}; nothing of it was kept") from error
+    return _with_size(wanted, folder)
+
+
+def _rename(temporary: Path, folder: Path) -> None:
+    """Unless another process was first: its folder is as good."""
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+
+
+def _with_size(wanted: Input, folder: Path) -> Input:
+    return replace(wanted, bytes=read_json(folder / "input.json")["bytes"])
+
+
+# --- of a run ---
+
+
+def record(inputs: Sequence[Input]) -> dict[str, str]:
+    """What `create_run` is given, so that the run knows its inputs from the first."""
+    return {RECORD: json.dumps([asdict(each) for each in inputs], indent=2) + "\n"}
+
+
+def read(run: RunPaths) -> list[Input]:
+    """The inputs of a run; none where they were not fetched beforehand."""
+    path = run.root / RECORD
+    if not path.is_file():
+        return []
+    try:
+        return [Input(**each) for each in read_json(path)]
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{path} cannot be read ({error}); start the run again under another name") from error
+
+
+def link(run: RunPaths) -> None:
+    """Put the run's inputs where its jobs look for them; what is there already stays."""
+    store = run.root.parent
+    for each in read(run):
+        content, place = each.content(store), run.root / "inputs" / each.link
+        if not content.is_dir():
+            raise RunError(f"the {each} is not in {each.folder(store)} any more; submit the run again with --resume")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        target = os.path.relpath(content, place.parent)
+        if not (place.is_symlink() and str(place.readlink()) == target):
+            temporary = place.with_name(f".{place.name}.new-{platform.node()}-{os.getpid()}")
+            temporary.symlink_to(target)
+            temporary.replace(place)
+        if each.what == "teacher":  # the cache of a hub keeps what a name stands for in a file
+            name = place.parent.parent / "refs" / (each.revision or "main")
+            if not name.is_file():
+                name.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(name, each.commit)
+
+
+def environment(inputs: Sequence[Input], root: Path) -> dict[str, str]:
+    """What a job of the run sets before it starts python; root: the run's folder, as the job sees it."""
+    caches = {"teacher": ("HF_HUB_CACHE", "hub"), "data": ("HF_DATASETS_CACHE", "datasets")}
+    places = {variable: str(root / "inputs" / name) for variable, name in (caches[each.what] for each in inputs)}
+    return {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", **places}
+
+
+def unused(store: Path) -> list[Path]:
+    """Folders of inputs that no run names, and what was left of killed downloads; nothing that was asked for lately."""
+    used = {each.digest for run in runs(store) for each in read(run)}
+    before = time.time() - UNUSED_SECONDS
+    found = sorted((store / "inputs").glob("*")) if (store / "inputs").is_dir() else []
+    return [path for path in found if path.name not in used and path.stat().st_mtime < before]

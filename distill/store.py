@@ -22,6 +22,17 @@ def sync_dir(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """Make a new folder durable, files first."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir():
+            sync_dir(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    sync_dir(folder)
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write `content` so that `path` holds either the old or the new whole, whatever happens."""
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")  # hosts may share a number
@@ -55,6 +66,15 @@ def shard_path(folder: Path, number: int) -> Path:
 def shard_record(shard: Path) -> Path:
     """Where who makes a part of the pairs says that a shard is complete; who makes the whole takes it over."""
     return shard.with_suffix(".json")
+
+
+def human(count: int | float) -> str:
+    """A number of bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
 
 
 @dataclass(frozen=True)
@@ -166,6 +186,10 @@ def find_run(store: Path, given: str) -> RunPaths:
 
 def create_run(store: Path, name: str, files: Mapping[str, str | bytes]) -> RunPaths:
     """A new run with these files, complete or not at all: written under a hidden name, then renamed."""
+    if name == "inputs":
+        raise InputError(
+            "a run cannot be called 'inputs': a store keeps there what runs read from the hub; give --name"
+        )
     run = RunPaths(store.absolute() / name)
     temporary = store.absolute() / f".{name}.new-{os.getpid()}-{time.time_ns()}"
     try:

@@ -1,21 +1,32 @@
 """A stand-in for the Hugging Face hub: folders served as repositories, over HTTP, on this machine alone.
 
-It answers what `snapshot_download` and `load_dataset` ask. It is a proxy that leads nowhere, too: a process that has it
-as its proxy reaches no other host, and what it asks of others stands among the requests.
+It answers what `snapshot_download` and `load_dataset` ask, and fails in some of the ways in which a hub does. It is a
+proxy that leads nowhere, too: a process that has it as its proxy reaches no other host, and what it asks of others
+stands among the requests.
 """
 
 import hashlib
 import json
 import re
+import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import datasets
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+from runs import ENV
+
 # /api/models/ID[/revision/REVISION], /api/models/ID/tree/REVISION[/FOLDER], /ID/resolve/REVISION/FILE
 ASKED = re.compile(r"(?:/api)?/(?:(models|datasets)/)?([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?")
 
 MUTE = "org/mute"  # who asks for this repository is hung up on
+GATED = "org/gated"  # of this one, and it must be among those served, all can be seen but the files
+CLASSES = ["cat", "dog", "owl", "fox"]
 
 
 def sha1(content: bytes) -> str:
@@ -28,11 +39,14 @@ class Commit:
     def __init__(self, folder: Path) -> None:
         paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
         self.files = {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
+        self.said: dict[str, int] = {}  # sizes that are not true
         self.folders = {name: b"" for name in paths if name not in self.files}
-        self.sha = sha1(repr(self.files).encode())
+        self.sha = sha1(repr({name: sha1(content) for name, content in self.files.items()}).encode())
 
     def info(self, name: str) -> bytes:
-        siblings = [{"rfilename": file} for file in self.files]
+        siblings = [
+            {"rfilename": file, "size": self.said.get(file, len(content))} for file, content in self.files.items()
+        ]
         return json.dumps({"id": name, "sha": self.sha, "siblings": siblings}).encode()
 
     def tree(self, folder: str, recursive: bool) -> bytes:
@@ -60,10 +74,13 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answer)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.requests: list[str] = []  # METHOD path
+        self.held = ""  # half of the files of this name is sent, and the rest when the hub closes
+        self.closing = threading.Event()
         self.commits = {name: {ref: Commit(at) for ref, at in refs.items()} for name, refs in repositories.items()}
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     def __exit__(self, *_) -> None:
+        self.closing.set()
         self.shutdown()
         self.server_close()
 
@@ -78,6 +95,8 @@ class Hub(ThreadingHTTPServer):
         if (commit := (by_sha | commits).get(revision or "main")) is None:
             raise LookupError("RevisionNotFound")
         if verb == "resolve":
+            if name == GATED:
+                raise LookupError("GatedRepo")
             return commit.file(path), commit.sha
         if verb == "tree":
             return commit.tree(path, "recursive=true" in query), commit.sha
@@ -95,13 +114,18 @@ class Answer(BaseHTTPRequestHandler):
             body, sha = self.server.answer(url.path, url.query)
             status, headers = 200, {"ETag": f'"{sha1(body)}"', "X-Repo-Commit": sha}
         except LookupError as missing:
-            status, headers, body = 404, {"X-Error-Code": str(missing)}, b""
+            status = 403 if str(missing) == "GatedRepo" else 404
+            headers, body = {"X-Error-Code": str(missing)}, b""
         self.send_response(status)
         for header in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(*header)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body)
+            half = len(body) // 2 if self.server.held and url.path.endswith(self.server.held) else len(body)
+            self.wfile.write(body[:half])
+            if half < len(body):
+                self.server.closing.wait()
+            self.wfile.write(body[half:])
 
     do_HEAD = do_GET  # noqa: N815
 
@@ -109,3 +133,60 @@ class Answer(BaseHTTPRequestHandler):
         self.server.requests.append(f"{self.command} {self.path}")
 
     def log_message(self, *_) -> None: ...
+
+
+# --- what it serves, and who asks ---
+
+
+def pipeline(folder: Path, seed: int) -> Path:
+    """What diffusers saves, beside files that nobody wants."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = UNet2DModel(
+            sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4,
+            layers_per_block=1, down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+        )  # fmt: skip
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(folder)
+    (folder / "README.md").write_text("A tiny teacher.")
+    (folder / "pipeline.py").write_text("raise RuntimeError('code of the hub was run')")
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"pickled")
+    return folder
+
+
+def pictures(folder: Path, labels: list[int]) -> Path:
+    """A data set of grey noise, as parquet."""
+    features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=CLASSES))
+    images = [Image.effect_noise((8, 8), 50).convert("RGB") for _ in labels]
+    file = folder / "data" / "train-00000-of-00001.parquet"
+    file.parent.mkdir(parents=True)
+    datasets.Dataset.from_dict({"image": images, "label": labels}, features).to_parquet(file)
+    return folder
+
+
+def environment(hub: Hub, home: Path, offline: bool = False) -> dict[str, str]:
+    """Of a process that reaches no host but the hub, and whose caches lie in `home`."""
+    return {name: value for name, value in ENV.items() if not name.startswith("HF_")} | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": str(int(offline)),
+        "HF_DATASETS_OFFLINE": str(int(offline)),
+        "http_proxy": hub.url,
+        "https_proxy": hub.url,
+        "no_proxy": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def python(program: str, *arguments: str, hub: Hub, cwd: Path, offline: bool = False) -> subprocess.CompletedProcess:
+    """A program to its end; its caches are `home`, beside its folder."""
+    cwd.mkdir(exist_ok=True)
+    return subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=cwd,
+        env=environment(hub, cwd.parent / "home", offline),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )

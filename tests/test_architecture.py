@@ -15,7 +15,7 @@ PYTHON = MODULES + RECIPES
 LAYERS = [
     {"interpolants", "protocols", "draws"},
     {"times", "fields", "solvers", "samplers", "autodiff", "distances", "couplings"},
-    {"teachers", "students", "latents", "conditions", "data", "pairs", "ema", "metrics", "grids"},
+    {"hub", "teachers", "students", "latents", "conditions", "data", "pairs", "ema", "metrics", "grids"},
     {"world", "trainable", "sharded", "checkpoint", "roles", "export", "sampling"},
     {"evaluate", "report", "charts", "engine", "memory"},
     {"stages"},
@@ -23,7 +23,7 @@ LAYERS = [
 ]
 ANYWHERE = {"guard", "spec", "store", "progress", "stop", "results", "card"}  # no torch in them, usable by both planes
 CONTROL = ANYWHERE | {"overrides", "schema", "yamltext", "specfile", "workflow", "planning", "launch", "registry"}
-CONTROL |= {"presets", "claims", "status"}
+CONTROL |= {"presets", "claims", "status", "inputs"}
 TORCH = {"torch", "numpy", "diffusers", "accelerate", "deepspeed", "safetensors", "torchmetrics", "sklearn", "datasets"}
 
 

@@ -1,22 +1,21 @@
 """Where images come from: a folder of files, or a data set of the `datasets` library."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import quote
 
 import datasets
 from datasets import Dataset, DatasetDict
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HTTPError
 from PIL import Image
 
+from distill import hub
 from distill.data.images import ImageData
 from distill.guard import InputError, suggest
 from distill.spec import HfData, ImagesData
 
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or every load, of local files too, would tell a host of it
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
 _LOADED: dict[tuple[str, int, str], ImageData] = {}  # checking a large set takes long; stages of one process share it
 
 
@@ -58,7 +57,7 @@ def images(spec: ImagesData, seed: int, keep: bool) -> ImageData:
 
 def hugging_face(spec: HfData, seed: int, keep: bool) -> ImageData:
     """A data set of the `datasets` library: a hub id, parquet, or a folder of save_to_disk."""
-    rows = _open(spec)
+    rows = open_rows(spec)
     columns = rows.column_names
     for field, column in (("image_column", spec.image_column), ("label_column", spec.label_column)):
         if column is not None and column not in columns:
@@ -77,13 +76,14 @@ def _kept(key: tuple[str, int, str], loaded: ImageData, keep: bool) -> ImageData
     return loaded
 
 
-def _open(spec: HfData) -> Dataset:
+def open_rows(spec: HfData) -> Dataset:
+    """The rows of a split, as they lie there."""
     path = Path(spec.path)
     if spec.revision is not None and path.exists():
         raise InputError(
             f"data.revision={spec.revision} has no effect: {spec.path} lies here and is not a hub id; remove it"
         )
-    try:
+    with _readable(spec):
         if path.is_file():
             return datasets.load_dataset("parquet", data_files={spec.split: str(path)}, split=spec.split)
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -97,23 +97,61 @@ def _open(spec: HfData) -> Dataset:
                 )
             return datasets.load_dataset("parquet", data_dir=str(path), split=spec.split)
         return _of_the_hub(spec)
+
+
+@contextmanager
+def _readable(spec: HfData) -> Iterator[None]:
+    """Says what cannot be read, and why."""
+    try:
+        yield
     except InputError:
         raise
-    except (HTTPError, OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:
+    except (*hub.UNREACHABLE, IndexError, datasets.exceptions.DatasetsError) as error:
         empty = isinstance(error, IndexError)  # what load_from_disk makes of a set without rows
-        reason = "it holds no rows" if empty else (str(error).strip() or type(error).__name__).splitlines()[0]
+        at = f" at revision {spec.revision}" if spec.revision else ""
         raise InputError(
-            f"data.path={spec.path} (split '{spec.split}') cannot be read: {reason}; valid: a parquet file, a folder "
+            f"data.path={spec.path}{at} (split '{spec.split}') cannot be read: "
+            f"{'it holds no rows' if empty else hub.reason(error)}; valid: a parquet file, a folder "
             "of parquet, a folder of save_to_disk, or a hub id that can be reached or is cached"
         ) from error
 
 
+# --- by hub id ---
+
+
+def is_id(spec: HfData) -> bool:
+    """Whether the path is no place here."""
+    return not Path(spec.path).exists()
+
+
+def commit(spec: HfData) -> str:
+    """What its revision stands for now."""
+    with _readable(spec):
+        return hub.commit("dataset", spec.path, spec.revision)
+
+
+def files(spec: HfData) -> list[hub.File]:
+    """Of the commit that is the spec's revision, what is read before there are rows: the files of all splits."""
+    assert spec.revision is not None
+    with _readable(spec):
+        found = datasets.load_dataset_builder(spec.path, revision=spec.revision).config.data_files or {}
+        names = {url.partition(f"@{spec.revision}/")[2] for urls in found.values() for url in urls}
+        return [file for file in hub.files("dataset", spec.path, spec.revision) if file.name in names]
+
+
+def fetched(spec: HfData) -> str:
+    """Where a job finds the rows that were fetched for it, below its cache (see `inputs`)."""
+    return "/".join(("fetched", *(quote(part, safe="") for part in (spec.path, spec.revision or "newest", spec.split))))
+
+
 def _of_the_hub(spec: HfData) -> Dataset:
     """The revision that was asked for, or nothing: without the hub, the library takes the last one it has seen."""
+    here = Path(datasets.config.HF_DATASETS_CACHE) / fetched(spec)
+    if here.is_dir():
+        return datasets.load_from_disk(str(here))
     if spec.revision is None:
         return datasets.load_dataset(spec.path, split=spec.split)
-    named = not COMMIT.fullmatch(spec.revision)
-    commit = HfApi().dataset_info(spec.path, revision=spec.revision).sha if named else spec.revision
+    commit = hub.commit("dataset", spec.path, spec.revision)
     rows = datasets.load_dataset(spec.path, revision=commit, split=spec.split)
     if not any(commit in Path(file["filename"]).parts for file in rows.cache_files):
         raise ValueError(f"without the hub there is another revision than {spec.revision} in the cache")

@@ -21,8 +21,6 @@ from diffusers import (
     SchedulerMixin,
     UNet2DModel,
 )
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HTTPError  # of httpx from version 1 on: no OSError, unlike the rest
 from safetensors import SafetensorError, safe_open
 
 from distill.guard import InputError, suggest
@@ -34,6 +32,7 @@ from distill.students.flow_map_unet import FlowMapUNet2DModel
 from distill.students.velocity import TIME_SCALE
 from distill.students.velocity_mlp import VelocityMLP
 from distill.students.velocity_unet import VelocityUNet2DModel
+from distill.teachers import by_id
 from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import EdmField, NetworkField
 
@@ -149,17 +148,9 @@ def _folder(spec: CheckpointTeacher) -> Path:
         return path
     if path.exists():
         raise InputError(f"teacher.path={spec.path} is a file; give the folder that holds config.json and safetensors")
-    hub = spec.path.count("/") == 1 and spec.path[0] not in "./~"
-    if not hub:
+    if not by_id.is_id(spec.path):
         raise InputError(f"teacher.path={spec.path} does not exist; give a folder, or a hub id like org/name")
-    try:
-        return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=["*.json", "*.safetensors"]))
-    except (HTTPError, OSError, ValueError) as error:
-        at = f" at revision {spec.revision}" if spec.revision else ""
-        raise InputError(
-            f"teacher.path={spec.path}{at} is neither a folder here nor a hub id that can be fetched or is cached "
-            f"({type(error).__name__}); check the name and the network, or download it and give the folder"
-        ) from error
+    return by_id.snapshot(spec)
 
 
 def _parts(spec: CheckpointTeacher, folder: Path) -> Parts:

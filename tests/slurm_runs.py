@@ -1,0 +1,87 @@
+"""Runs on a cluster: submitted, followed by their files, disturbed."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from cluster import Cluster
+from runs import distill
+
+from distill import jobs
+from distill.store import RunPaths, read_events
+
+SPEC = """
+name: small
+data: {kind: digits}
+stages:
+  teach:
+    kind: train
+    recipe: pretrain/flow_matching
+    network: {kind: unet, channels: [16, 32]}
+    images: 1920
+    batch_size: 32
+    ema_half_lives: [100]
+    checkpoint: {images: 32, minutes: null}
+launch: {micro_batch: 8, zero_stage: 2, threads: 1}
+"""
+TWO_BY_TWO = ("--nodes=2", "--procs-per-node=2")
+
+
+def submit(cluster: Cluster, folder: Path, *arguments: str, code: int = 0):
+    """`distill submit ARGUMENTS` in a folder: its output."""
+    done = distill("submit", *arguments, cwd=folder, env=cluster.env)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def last_job(run: RunPaths) -> str:
+    return jobs.submitted(run)[-1].id
+
+
+def steps(run: RunPaths) -> int:
+    """The newest step that was saved."""
+    return max((line["step"] for line in read_events(run) if line.get("event") == "saved"), default=0)
+
+
+def ends(run: RunPaths, job: str) -> list[tuple[str, bool]]:
+    """(why, whether it was queued again) of a job's attempts, in order."""
+    return [(line["why"], line["again"]) for line in jobs.events(run, job) if line["event"] == "ended"]
+
+
+def wait_steps(cluster: Cluster, run: RunPaths, more: int, seconds: float = 180) -> None:
+    """Until some more steps are saved than now."""
+    begin = steps(run)
+    cluster.wait(lambda: steps(run) >= begin + more, seconds, f"step {begin + more} of {said(run)}")
+
+
+def rank_pid(cluster: Cluster, rank: int) -> int:
+    """The process of a rank of whatever the cluster trains."""
+    mark, number = f"SLURM_CONF={cluster.folder}/".encode(), f"\0SLURM_PROCID={rank}\0".encode()
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = b"\0" + (path / "environ").read_bytes()
+            if mark in environment and number in environment and b"stage" in (path / "cmdline").read_bytes():
+                return int(path.name)
+        except OSError:
+            continue
+    raise AssertionError(f"no process has rank {rank}")
+
+
+def kill_rank(cluster: Cluster, rank: int) -> None:
+    os.kill(rank_pid(cluster, rank), signal.SIGKILL)
+
+
+def said(run: RunPaths) -> str:
+    """All logs, for messages."""
+    return "\n".join(f"--- {path.name}\n{path.read_text()[-1500:]}" for path in sorted(run.logs.glob("*.log")))
+
+
+def finish(cluster: Cluster, run: RunPaths, job: str, seconds: float = 400) -> None:
+    """Until the job has ended well."""
+    state = cluster.wait_state(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", seconds=seconds)
+    assert state == "COMPLETED", f"{state}\n{said(run)}"
+
+
+def pause(seconds: float) -> None:
+    time.sleep(seconds)
