@@ -18,7 +18,6 @@ TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 ATTEMPT = 2  # how many saves the lead must have room for
 SPARE = 60.0  # seconds of the lead beside them
 STEP = re.compile(r"step (\d+)")
-QUEUED_AGAIN = ("preempted", "time limit", "node failure", "crash", "asked")  # why a job may begin more than once
 
 
 @dataclass(frozen=True)
@@ -62,11 +61,21 @@ def submitted(run: RunPaths) -> list[Job]:
     return sorted(found, key=lambda job: (job.time, len(job.id), job.id))
 
 
+def ends(run: RunPaths, job: str) -> list[dict[str, Any]]:
+    """How each attempt of a job ended, in order. What only the next attempt could tell of one is filled in."""
+    found: dict[int, dict[str, Any]] = {}
+    for line in events(run, job):
+        if line.get("event") == "ended":
+            found[line["restart"]] = line
+        elif line.get("event") == "explained":
+            found[line["restart"]]["why"] = line["why"]
+    return list(found.values())
+
+
 def restarts(run: RunPaths, members: Iterable[str]) -> dict[str, int]:
     """How often these jobs were queued again, by reason."""
-    lines = (line for member in members for line in events(run, member))
-    counts = Counter(str(line["why"]) for line in lines if line.get("event") == "ended" and line.get("again"))
-    return dict(counts)
+    lines = (line for member in members for line in ends(run, member))
+    return dict(Counter(str(line["why"]) for line in lines if line.get("again")))
 
 
 def open_attempt(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -83,9 +92,9 @@ def position(run: RunPaths, stage: str, message: str) -> int | None:
     return steps[-1] if steps else None
 
 
-def crashed_before(run: RunPaths, lines: list[dict[str, Any]], stage: str, step: int | None) -> bool:
+def crashed_before(run: RunPaths, job: str, stage: str, step: int | None) -> bool:
     """Whether the last crash of this stage was at this very step."""
-    crashes = [line for line in lines if line.get("event") == "ended" and line.get("why") == "crash"]
+    crashes = [line for line in ends(run, job) if line["why"] == "crash"]
     return any(line.get("stage") == stage and line.get("step") == step for line in crashes[-1:])
 
 

@@ -20,7 +20,20 @@ class StageStatus:
     done: int | None = None
     total: int | None = None
     unit: str = ""
+    per_second: float | None = None
+    """units that its process has done in a second"""
+    saved_step: int | None = None
+    """of the last checkpoint"""
+    saved: float | None = None
+    """when that was, unix seconds"""
     logs: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the rate so far; None where that is not known."""
+        if self.state == "done" or self.done is None or self.total is None or not self.per_second:
+            return None
+        return (self.total - self.done) / self.per_second
 
 
 @dataclass(frozen=True)
@@ -47,13 +60,16 @@ def read(run: RunPaths) -> RunStatus:
     last: dict[str, Any] = {}
     message, changed = "", None
     progress: dict[str, dict[str, Any]] = {}
+    saves: dict[str, dict[str, Any]] = {}
     for event in read_events(run, TAIL):
         changed = event.get("time", changed)
         if event.get("event") in ("started", "stopped", "failed", "finished"):
             last, message = event, str(event.get("message", ""))
         elif event.get("event") == "progress":
             progress[str(event.get("label"))] = event
-    stages = [_stage(run, name, kind, progress.get(name, {})) for name, kind in kinds.items()]
+        elif event.get("event") == "saved":
+            saves[str(event.get("stage"))] = event
+    stages = [_stage(run, name, kind, progress.get(name, {}), saves.get(name, {})) for name, kind in kinds.items()]
     # A run that has come far since it was started says so before the tail.
     unknown = "started" if run.events.exists() and run.events.stat().st_size > TAIL else "created"
     state, message = _state(run, stages, str(last.get("event", unknown)), message)
@@ -70,11 +86,20 @@ def _state(run: RunPaths, stages: list[StageStatus], last: str, message: str) ->
     return {"failed": ("failed", message), "created": ("new", "")}.get(last, ("stopped", message))
 
 
-def _stage(run: RunPaths, name: str, kind: str, progress: dict[str, Any]) -> StageStatus:
+def _stage(run: RunPaths, name: str, kind: str, progress: dict[str, Any], save: dict[str, Any]) -> StageStatus:
     paths = run.stage(name)
-    state = "done" if paths.done.exists() else "begun" if paths.root.exists() else "waiting"
-    counts = {key: progress.get(key) for key in ("done", "total")}
-    return StageStatus(name, kind, state, **counts, unit=str(progress.get("unit", "")), logs=progress.get("logs", {}))
+    return StageStatus(
+        name,
+        kind,
+        "done" if paths.done.exists() else "begun" if paths.root.exists() else "waiting",
+        progress.get("done"),
+        progress.get("total"),
+        str(progress.get("unit", "")),
+        progress.get("per_second"),
+        save.get("step"),
+        save.get("time"),
+        progress.get("logs", {}),
+    )
 
 
 def students(run: RunPaths) -> dict[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
@@ -63,7 +64,7 @@ AccountingStorageType=accounting_storage/none
 GresTypes=gpu
 {nodes}
 PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=10 PreemptMode=OFF
-PartitionName=low Nodes=ALL MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
+PartitionName=low Nodes=ALL DefaultTime=60 State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace}
 PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=20 PreemptMode=OFF
 """
 
@@ -71,7 +72,7 @@ PartitionName=high Nodes=ALL MaxTime=INFINITE DefaultTime=60 State=UP PriorityTi
 class Cluster:
     """Nodes n1 ... nN. grace: seconds that a preempted job has; user_signal: whether its script is told at once."""
 
-    def __init__(self, nodes: int = 2, *, gpus: int = 2, grace: int = 0, user_signal: bool = True, forgets: int = 3600):
+    def __init__(self, nodes=2, *, gpus=2, grace=0, user_signal=True, forgets=3600):
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # a short name: sockets' paths end at 108 characters
         self.names = [f"n{i}" for i in range(1, nodes + 1)]
         self.port = _free_ports(nodes + 1)
@@ -82,7 +83,7 @@ class Cluster:
         self.folder.chmod(0o755)
         with_gpus = f" Gres=gpu:{gpus}" if gpus and self._write_gpus(gpus) else ""
         lines = [
-            f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={self.port + i} CPUs=4 RealMemory=32000"
+            f"NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={self.port + i} CPUs=4 RealMemory=32000 "
             f"{with_gpus} State=UNKNOWN"
             for i, name in enumerate(self.names, start=1)
         ]
@@ -201,10 +202,8 @@ class Cluster:
 
 
 def _kill(pid: int, number: int) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
 
 
 def _free_ports(count: int) -> int:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from pathlib import Path
 
 from cluster import Cluster
@@ -46,11 +45,17 @@ def steps(run: RunPaths) -> int:
 
 def ends(run: RunPaths, job: str) -> list[tuple[str, bool]]:
     """(why, whether it was queued again) of a job's attempts, in order."""
-    return [(line["why"], line["again"]) for line in jobs.events(run, job) if line["event"] == "ended"]
+    return [(line["why"], line["again"]) for line in jobs.ends(run, job)]
 
 
-def wait_steps(cluster: Cluster, run: RunPaths, more: int, seconds: float = 180) -> None:
-    """Until some more steps are saved than now."""
+def wait_steps(cluster: Cluster, run: RunPaths, attempt: int, more: int = 2, seconds: float = 180) -> None:
+    """Until an attempt of the newest job, counted from 0, has saved some steps."""
+
+    def begun() -> bool:
+        lines = jobs.events(run, last_job(run))
+        return any(line["event"] == "began" and line["restart"] >= attempt for line in lines)
+
+    cluster.wait(begun, seconds, f"attempt {attempt} of {said(run)}")
     begin = steps(run)
     cluster.wait(lambda: steps(run) >= begin + more, seconds, f"step {begin + more} of {said(run)}")
 
@@ -81,7 +86,3 @@ def finish(cluster: Cluster, run: RunPaths, job: str, seconds: float = 400) -> N
     """Until the job has ended well."""
     state = cluster.wait_state(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", seconds=seconds)
     assert state == "COMPLETED", f"{state}\n{said(run)}"
-
-
-def pause(seconds: float) -> None:
-    time.sleep(seconds)

@@ -9,13 +9,17 @@ import tempfile
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from distill.cli.common import JsonOption, StoreOption, print_json, print_table, store_path
+from distill.cli.common import JsonOption, StoreOption, print_json, print_table, site_path, store_path
+from distill.guard import InputError
 from distill.launch import environment
 from distill.store import human
+
+if TYPE_CHECKING:
+    from distill.launch.sitecheck import Seen
 
 TRAIN = (
     *("torch", "torchvision", "diffusers", "datasets", "safetensors", "numpy", "scipy", "scikit-learn"),
@@ -34,8 +38,25 @@ class Finding:
     fix: str = ""
 
 
-def doctor(store: StoreOption = None, json: JsonOption = False) -> None:
-    """Check this machine: packages, devices, threads, the store; each trouble with its remedy."""
+def doctor(
+    site: Annotated[bool, typer.Option("--site", help="Check the cluster instead, with a job of a minute.")] = False,
+    path: Annotated[
+        Path | None, typer.Argument(metavar="[SITE]", help="With --site: the cluster's file; by default as for submit.")
+    ] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="With --site: on how many nodes; by default 2.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="With --site: GPUs to ask for on each.")] = None,
+    partition: Annotated[str | None, typer.Option(help="With --site: by default the site's.")] = None,
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Check this machine: packages, devices, threads, the store; each trouble with its remedy. Or the cluster."""
+    if site:
+        _cluster(path, store_path(store), nodes or 2, gpus_per_node or 0, partition, json)
+        return
+    given = {"SITE": path, "--nodes": nodes, "--gpus-per-node": gpus_per_node, "--partition": partition}
+    without_effect = [name for name, value in given.items() if value is not None]
+    if without_effect:
+        raise InputError(f"{', '.join(without_effect)} given, but only --site looks at a cluster; add it")
     findings = [_python(), *_packages(), *_devices(), _threads(), *_store(store_path(store))]
     if json:
         print_json([asdict(finding) for finding in findings])
@@ -43,6 +64,56 @@ def doctor(store: StoreOption = None, json: JsonOption = False) -> None:
         print_table(["", "state", "found", "what to do"], [[f.what, f.state, f.found, f.fix] for f in findings])
     if any(finding.state == "missing" for finding in findings):
         raise typer.Exit(1)
+
+
+def _cluster(path: Path | None, store: Path, nodes: int, gpus: int, partition: str | None, json: bool) -> None:
+    """What each process of a small job sees, and what is wrong with it."""
+    from distill.launch import site as sites
+    from distill.launch import sitecheck
+    from distill.launch import submit as queue
+    from distill.spec import SlurmSpec
+
+    where = sites.load(site_path(path))
+    options = SlurmSpec(partition=partition, gpus_per_node=gpus)
+    queue.check_partition(options, where)
+    if not json:
+        print(f"site {where.path}: a job of a minute on {nodes} node{'s' if nodes > 1 else ''}", flush=True)
+    said = (lambda text: None) if json else (lambda text: print(text, flush=True))
+    found = sitecheck.run(store, where, options, nodes, said)
+    troubles = [f"rank {seen.rank} on {seen.node}: {trouble}" for seen in found for trouble in _troubles(seen, gpus)]
+    missing = sorted(set(range(found[0].size)) - {seen.rank for seen in found})
+    troubles += [f"rank {rank}: has written nothing into the store" for rank in missing]
+    if json:
+        print_json({"ranks": [asdict(seen) for seen in found], "troubles": troubles})
+    else:
+        rows = [
+            [str(seen.rank), seen.node, seen.address, str(seen.cpus), ", ".join(seen.devices) or "none", seen.store,
+             human(seen.free), seen.quota, seen.peers, seen.torch]
+            for seen in found
+        ]  # fmt: skip
+        columns = ["rank", "node", "meets at", "CPUs", "GPUs", "store", "free", "quota", "hears the others", "torch"]
+        print_table(columns, rows)
+        print("\n".join(troubles) or "all is well")
+    if troubles:
+        raise typer.Exit(1)
+
+
+def _troubles(seen: "Seen", gpus: int) -> list[str]:
+    found = [f"store: {seen.store}"] if seen.store != "ok" else []
+    found += [f"{name}: {state}" for name, state in seen.caches.items() if state != "ok"]
+    found += [f"does not hear the others: {seen.peers}"] if seen.peers != "ok" else []
+    if gpus and len(seen.devices) < gpus:
+        found.append(f"torch sees {len(seen.devices)} of {gpus} GPUs; is it a CUDA build, and the driver there?")
+    if seen.free < FREE:
+        found.append(f"only {human(seen.free)} are free in the store")
+    return found
+
+
+def probe(folder: Annotated[Path, typer.Argument()]) -> None:
+    """Look around, as a process of the job of `doctor --site`."""
+    from distill.launch import sitecheck
+
+    sitecheck.probe(folder)
 
 
 def _python() -> Finding:

@@ -19,8 +19,8 @@ from distill.store import RunPaths, find_run
 if TYPE_CHECKING:
     import distill.spec
     import distill.specfile
+    from distill.launch.script import Where
     from distill.launch.site import SiteSource
-    from distill.launch.submit import Where
 
 JOB = "The job"
 SiteOption = Annotated[
@@ -153,7 +153,7 @@ def _queue(run: RunPaths, spec: "distill.spec.RunSpec", stages: list[str], site:
 def _where(run: RunPaths, site: "SiteSource", code: str) -> "Where":
     from distill import inputs
     from distill.launch import environment
-    from distill.launch.submit import Where
+    from distill.launch.script import Where
 
     found = inputs.environment(inputs.read(run), run.root)
     return Where(site, run.code if code == "run" else environment.ROOT, found)
@@ -172,6 +172,7 @@ def _dry_run(
     folder: Path, spec: str, changes: list[str], name: str | None, site: "SiteSource", resume: bool, code: str
 ) -> None:
     from distill import workflow
+    from distill.launch import script
     from distill.launch import submit as queue
 
     if resume:
@@ -187,7 +188,7 @@ def _dry_run(
     for plan in queue.plans(run, source.spec, todo):
         waits = f"  (after {', '.join(plan.after)})" if plan.after else ""
         print(f"# --- {plan.name}.sbatch{waits} ---")
-        print(queue.script(run, source.spec, plan, where))
+        print(script.job(run, source.spec, plan, where))
 
 
 def _say_memory(source: "distill.specfile.SpecSource") -> None:

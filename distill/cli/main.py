@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import distill
-from distill.cli import catalogue, doctor, jobs, runs, stage, tools, work
+from distill.cli import catalogue, doctor, follow, jobs, runs, stage, tools, work
 from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, InputError, PeerLost, RunError, Stopped
 from distill.launch import tasks
 from distill.progress import stamp
@@ -32,6 +32,8 @@ app.command(rich_help_panel=MAKE)(jobs.cancel)
 app.command(rich_help_panel=MAKE)(catalogue.init)
 app.command(rich_help_panel=MAKE)(catalogue.recipes)
 app.command("list", rich_help_panel=LOOK)(runs.list_runs)
+app.command(rich_help_panel=LOOK)(follow.status)
+app.command(rich_help_panel=LOOK)(follow.logs)
 app.command(rich_help_panel=LOOK)(runs.show)
 app.command(rich_help_panel=LOOK)(tools.report)
 app.command(rich_help_panel=LOOK)(doctor.doctor)
@@ -42,6 +44,7 @@ app.command(rich_help_panel=TOOLS)(tools.pairs)
 app.command(rich_help_panel=TOOLS)(tools.export)
 app.command(hidden=True)(stage.stage)
 app.command(hidden=True)(stage.job)
+app.command(hidden=True)(doctor.probe)
 
 
 def _version(wanted: bool) -> None:

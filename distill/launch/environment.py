@@ -41,6 +41,20 @@ def git_state(folder: Path) -> dict[str, Any] | None:
     return {"commit": commit, "changed": bool(changed)}
 
 
+def host() -> str:
+    """The name of this machine."""
+    return platform.node()
+
+
+def quota() -> str:
+    """What the file systems allow this user, as far as the command `quota` knows; "" where it knows nothing."""
+    try:
+        done = subprocess.run(["quota", "-w", "-s", "-Q"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return "; ".join(" ".join(line.split()) for line in done.stdout.splitlines()[2:])
+
+
 def cpus() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

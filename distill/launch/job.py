@@ -19,18 +19,21 @@ from pathlib import Path
 
 from distill import claims, jobs, specfile
 from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED
-from distill.launch import ranks, slurm, tasks
+from distill.launch import ranks, script, slurm, tasks
 from distill.launch.local import RANK_VARIABLES
 from distill.launch.slurm import NoAnswer
 from distill.progress import stamp
 from distill.spec import RunSpec, TrainStage
 from distill.store import RunPaths, append_event
 
-PORTS = range(61000, 65500)  # above those that the kernel gives to outgoing connections
 NEAR = 90.0  # seconds beside the lead in which a signal is taken for that of the time limit: Slurm looks now and then
 LOOK = 60.0  # seconds between two looks at how long saving takes
 PASSED_ON = dict.fromkeys((signal.SIGUSR1, signal.SIGTERM, signal.SIGINT), signal.SIGUSR1)  # srun has uses for the rest
 ATTEMPTS = 3  # to queue a job again
+ASKED, LOST = "asked", "lost"  # by somebody who did not say why; without a word
+BY_STATE = {"PREEMPTED": "preempted", "PREEMPTION": "preempted", "NODE_FAIL": "node failure", "NODE": "node failure"}
+BY_STATE |= {"TIMEOUT": "time limit", "TIME": "time limit"}  # the last attempt's state, or what its log says of it
+ENDED_FOR = re.compile(r"CANCELLED AT \S+ DUE TO (PREEMPTION|NODE|TIME)")
 FOREIGN = re.compile(r"CANCELLED|COMPLETING|REQUEUED")  # states in which Slurm ends the job by itself
 
 
@@ -39,7 +42,7 @@ class Verdict:
     """How a stage of the job ended."""
 
     why: str
-    """done, refused, crash, cancelled, or one of jobs.QUEUED_AGAIN"""
+    """done, refused, cancelled, crash, preempted, time limit, node failure, or ASKED"""
     code: int
     message: str = ""
     again: bool = False
@@ -59,9 +62,7 @@ class Batch:
 
     def execute(self, relay: ranks.Relay) -> int:
         """Compute the stages, one after the other: the job's exit code."""
-        lines = jobs.events(self.run, self.job)
-        if jobs.open_attempt(lines) is not None and self.restart > 0:  # it was ended without a word to us
-            jobs.append(self.run, self.job, "ended", why=self._lost(), again=True, message="ended from outside")
+        self._explain()
         self._note("began", nodes=os.environ.get("SLURM_JOB_NODELIST", ""), stages=self.stages)
         self._bury()
         for index, name in enumerate(self.stages):
@@ -111,8 +112,8 @@ class Batch:
             env["SRUN_CPUS_PER_TASK"] = str(cpus)
         env.setdefault("HF_MODULES_CACHE", str(self.run.root / ".modules"))
         if train and (nodes * procs > 1 or launch.zero_stage is not None):
-            port = (int(self.number) * 64 + self.restart * 8 + index) % len(PORTS)
-            env |= {"MASTER_ADDR": slurm.address(env["SLURM_JOB_NODELIST"]), "MASTER_PORT": str(PORTS[port])}
+            port = script.port(int(self.number), self.restart, index)
+            env |= {"MASTER_ADDR": slurm.address(env["SLURM_JOB_NODELIST"]), "MASTER_PORT": str(port)}
         return env
 
     def _judge(self, name: str, code: int, size: int, ends: list[tasks.End], asked: bool) -> Verdict:
@@ -136,9 +137,8 @@ class Batch:
 
     def _crash(self, name: str, code: int, message: str) -> Verdict:
         step = jobs.position(self.run, name, message)
-        lines = jobs.events(self.run, self.job)
         before = jobs.restarts(self.run, [self.job]).get("crash", 0)
-        if jobs.crashed_before(self.run, lines, name, step):
+        if jobs.crashed_before(self.run, self.job, name, step):
             return Verdict("crash", code, f"{message}; at step {step}, as the last time: not queued again")
         if before >= self.slurm.max_crashes:
             return Verdict("crash", code, f"{message}; launch.slurm.max_crashes={before} is reached: not queued again")
@@ -155,7 +155,7 @@ class Batch:
         try:
             fields = slurm.show(self.number)
         except NoAnswer:
-            return "asked"
+            return ASKED
         state = fields.get("JobState", "")
         if state == "CANCELLED":
             return "cancelled"
@@ -166,16 +166,26 @@ class Batch:
             left = (datetime.fromisoformat(end) - datetime.now()).total_seconds()  # Slurm's times are local
             if state == "RUNNING" and left < self.lead + NEAR:
                 return "time limit"
-        return "asked"
+        return ASKED
 
-    def _lost(self) -> str:
-        """Why the last attempt ended without a word."""
-        reason = os.environ.get("SLURM_JOB_REASON", "")
+    def _explain(self) -> None:
+        """Say why the last attempt was ended, where it could not tell, or left no word: now Slurm knows."""
+        before = jobs.open_attempt(jobs.events(self.run, self.job))
+        if before is not None:
+            message = "ended without a word"
+            jobs.append(self.run, self.job, "ended", restart=before["restart"], why=LOST, again=True, message=message)
+        last = next(reversed(jobs.ends(self.run, self.job)), None)
+        if last is None or last["why"] not in (ASKED, LOST):
+            return
         try:
             state = slurm.previous_state(self.number)
         except NoAnswer:
             state = ""
-        return {"PREEMPTED": "preempted", "NODE_FAIL": "node failure"}.get(state, reason or "node failure")
+        logs = sorted(self.run.logs.glob(f"*.{self.job}.job.log"))
+        said = ENDED_FOR.findall(logs[0].read_text(errors="replace")) if logs else []
+        why = BY_STATE.get(state) or BY_STATE.get(said[-1] if said else "")
+        if why is not None:
+            jobs.append(self.run, self.job, "explained", restart=last["restart"], why=why)
 
     def _end(self, name: str, verdict: Verdict) -> int:
         step = jobs.position(self.run, name, verdict.message)

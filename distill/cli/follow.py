@@ -1,0 +1,260 @@
+"""`distill status` and `logs`: how runs stand, here and on a cluster, and what their processes say."""
+
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from distill.cli.common import JsonOption, StoreOption, console, near, print_json, print_table, store_path
+from distill.cli.runs import RunArgument
+from distill.guard import InputError
+from distill.progress import duration
+from distill.store import RunPaths, find_run, runs
+
+if TYPE_CHECKING:
+    from distill.launch.standing import StageJob, Standing
+    from distill.status import StageStatus
+
+WATCH_SECONDS = 5.0
+POLL = 0.5  # seconds between looks at a log
+STAMP = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ")
+FAILED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  rank (\d+) failed:")
+RANK_LOG = re.compile(r"(?:(?P<stage>.+?)(?:\.parts(?:\.\d+)?)?\.)?rank-(?P<rank>\d+)\.log")  # of a machine: no stage
+JOB_LOG = re.compile(r"(?P<stage>.+?)(?:\.parts)?\.\d+(?:_\d+)?\.job\.log")
+AGO = re.compile(r"(\d+)(s|min|m|h|d)")
+UNITS = {"s": "seconds", "m": "minutes", "min": "minutes", "h": "hours", "d": "days"}
+
+
+def status(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run; without one, all of the store.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Look again every few seconds until Ctrl-C.")] = False,
+    json: JsonOption = False,
+    store: StoreOption = None,
+) -> None:
+    """Say how runs stand: jobs, stages, rate, time left, checkpoints, restarts and why."""
+    folder = store_path(store)
+    while True:
+        if watch and not json:
+            console().clear()
+        _status(folder, run, json)
+        if not watch:
+            return
+        time.sleep(WATCH_SECONDS)
+
+
+def _status(folder: Path, run: str | None, json: bool) -> None:
+    from distill.launch import standing
+
+    found = standing.read([find_run(folder, run)] if run is not None else runs(folder))
+    if json:
+        print_json([_as_json(each) for each in found] if run is None else _as_json(found[0]))
+    elif run is None:
+        _print_all(folder, found)
+    else:
+        _print_one(find_run(folder, run), found[0])
+    if found and (trouble := next((each.trouble for each in found if each.trouble), "")) and not json:
+        print(f"warning: {trouble}; what stands above is what the runs themselves have noted")
+
+
+def _as_json(standing: "Standing") -> dict[str, Any]:
+    jobs = [asdict(job) | {"state": job.state, "reason": job.reason} for job in standing.jobs]
+    state = {"state": standing.state, "message": standing.message}
+    return asdict(standing.run) | state | {"jobs": jobs, "trouble": standing.trouble}
+
+
+def _print_all(folder: Path, found: "list[Standing]") -> None:
+    from distill import status as statuses
+
+    if not found:
+        print(f"no runs in {near(folder.absolute())}; make the first: distill run digits")
+        return
+    rows = []
+    for each in found:
+        done = sum(stage.state == "done" for stage in each.run.stages)
+        current = next((stage for stage in each.run.stages if stage.state == "begun"), None)
+        at = "" if current is None else f"{current.name} {_progress(current)}".strip()
+        restarts = sum(sum(job.restarts.values()) for job in each.jobs)
+        ago = statuses.age(each.run.changed)
+        rows.append([each.run.name, each.state, f"{done}/{len(each.run.stages)}", at, str(restarts or ""), ago])
+    print_table(["run", "state", "stages", "at", "restarts", "last event"], rows)
+
+
+def _print_one(paths: RunPaths, standing: "Standing") -> None:
+    from distill import status as statuses
+
+    message = f": {standing.message}" if standing.message else ""
+    print(f"{standing.run.name}  {standing.state}{message}  {statuses.age(standing.run.changed)}")
+    rows = []
+    for stage in standing.run.stages:
+        mine = [job for job in standing.jobs if stage.name in job.stages]
+        left = stage.seconds_left
+        saved = "" if stage.saved is None else f"step {stage.saved_step}, {statuses.age(stage.saved)}"
+        losses = "  ".join(f"{name} {value:.4g}" for name, value in stage.logs.items())
+        progress = _shards(paths, stage.name) if stage.kind == "pairs" and stage.done is None else _progress(stage)
+        rate = "" if stage.per_second is None else f"{stage.per_second:,.1f}/s"
+        eta = "" if left is None else duration(left)
+        rows.append([stage.name, stage.kind, stage.state, _jobs(mine), progress, rate, eta, saved, losses])
+    columns = ["stage", "kind", "state", "job", "progress", "rate", "ETA", "last checkpoint", "last losses"]
+    used = [i for i in range(len(columns)) if i < 3 or any(row[i] for row in rows)]
+    print_table([columns[i] for i in used], [[row[i] for i in used] for row in rows])
+    for job in standing.jobs:
+        if job.restarts:
+            counts = ", ".join(f"{count} x {why}" for why, count in job.restarts.items())
+            print(f"job {job.job} was queued again: {counts}")
+
+
+def _jobs(jobs: "list[StageJob]") -> str:
+    return "\n".join(f"{job.job} {job.state}{f' ({job.reason})' if job.reason else ''}" for job in jobs)
+
+
+def _shards(paths: RunPaths, stage: str) -> str:
+    from distill.launch import standing
+
+    count = standing.shards(paths, stage)
+    return f"{count} shard{'s' if count > 1 else ''}" if count else ""
+
+
+def _progress(stage: "StageStatus") -> str:
+    return "" if stage.done is None or not stage.total else f"{stage.done:,}/{stage.total:,} {stage.unit}"
+
+
+# --- logs ---
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A traceback in a log."""
+
+    time: str
+    rank: int
+    path: Path
+    text: str
+
+
+def logs(
+    run: RunArgument,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as lines come, until nothing runs.")] = False,
+    rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
+    stage: Annotated[str | None, typer.Option(help="Of which stage; by default the one that spoke last.")] = None,
+    since: Annotated[
+        str | None, typer.Option(help="Only what came since: 90s, 10m, 2h, 1d ago, or 2026-11-25 17:40:00.")
+    ] = None,
+    store: StoreOption = None,
+) -> None:
+    """Print what a run's processes say: the first traceback of any of them, then the job's lines and a rank's."""
+    paths = find_run(store_path(store), run)
+    begin = None if since is None else _moment(since)
+    chosen = _choose(paths, rank, stage)
+    first = _first_failure(paths)
+    if first is not None:
+        print(f"--- the first failure: rank {first.rank} at {first.time}, {near(first.path)}")
+        print(first.text, end="" if first.text.endswith("\n") else "\n")
+    at: dict[Path, int] = {}
+    for path in chosen:
+        print(f"--- {near(path)}")
+        at[path] = _print_from(path, 0, begin)
+    if follow:
+        _follow(paths, rank, stage, at)
+
+
+def _choose(paths: RunPaths, rank: int, stage: str | None) -> list[Path]:
+    """The newest log of a job, and the rank's, of one stage."""
+    ranks = {path: match for path in paths.logs.glob("*.log") if (match := RANK_LOG.fullmatch(path.name))}
+    jobs = {path: match for path in paths.logs.glob("*.log") if (match := JOB_LOG.fullmatch(path.name))}
+    stages = {path: match["stage"] or "" for path, match in (ranks | jobs).items()}
+    if stage is not None and stage not in stages.values():
+        known = ", ".join(sorted(set(stages.values()) - {""})) or "none yet"
+        raise InputError(f"stage '{stage}' of run '{paths.name}' has no logs in {near(paths.logs)}; valid: {known}")
+    if not stages:
+        raise InputError(
+            f"run '{paths.name}' has no logs in {near(paths.logs)}; on this machine rank 0 speaks on the terminal"
+        )
+
+    def age(path: Path) -> float:
+        return path.stat().st_mtime
+
+    name = stages[max(stages, key=age)] if stage is None else stage
+    of_rank = [path for path, match in ranks.items() if stages[path] == name and int(match["rank"]) == rank]
+    numbers = sorted({int(match["rank"]) for path, match in ranks.items() if stages[path] == name})
+    if numbers and not of_rank:
+        raise InputError(f"--rank {rank}: there are logs of ranks {', '.join(map(str, numbers))}")
+    return sorted((path for path in jobs if stages[path] == name), key=age)[-1:] + sorted(of_rank)
+
+
+def _first_failure(paths: RunPaths) -> Failure | None:
+    """The earliest traceback that the logs hold of the newest attempt that has one."""
+    from distill import jobs
+
+    began = [line["time"] for job in jobs.submitted(paths) for name in job.members for line in jobs.events(paths, name)
+             if line.get("event") == "began"]  # fmt: skip
+    newest = datetime.fromtimestamp(max(began)).strftime("%Y-%m-%d %H:%M:%S") if began else ""  # noqa: DTZ006
+    found = [
+        failure for path in paths.logs.glob("*rank-*.log") for failure in _failures(path) if failure.time >= newest
+    ]
+    return min(found, key=lambda failure: (failure.time, failure.rank), default=None)
+
+
+def _failures(path: Path) -> Iterator[Failure]:
+    text = path.read_text(errors="replace")
+    for match in FAILED.finditer(text):
+        end = STAMP.search(text, match.end())
+        yield Failure(match[1], int(match[2]), path, text[match.end() : end.start() if end else None].lstrip("\n"))
+
+
+def _print_from(path: Path, at: int, since: datetime | None = None) -> int:
+    """Print a log from a place on, or from a moment: the place that it has come to."""
+    with path.open("rb") as file:
+        file.seek(at)
+        content = file.read()
+    lines = content.decode(errors="replace").splitlines(keepends=True)
+    if since is not None:
+        text = since.strftime("%Y-%m-%d %H:%M:%S")
+        begin = next((i for i, line in enumerate(lines) if (m := STAMP.match(line)) and m[1] >= text), len(lines))
+        lines = lines[begin:]
+    print("".join(lines), end="", flush=True)
+    return at + len(content)
+
+
+def _follow(paths: RunPaths, rank: int, stage: str | None, at: dict[Path, int]) -> None:
+    looked = time.monotonic()
+    while True:
+        live = time.monotonic() - looked < WATCH_SECONDS or _is_live(paths)
+        if time.monotonic() - looked >= WATCH_SECONDS:
+            looked = time.monotonic()
+        for path in _choose(paths, rank, stage):
+            if path not in at:
+                print(f"--- {near(path)}")
+            at[path] = _print_from(path, at.get(path, 0))
+        if not live:
+            return
+        time.sleep(POLL)
+
+
+def _is_live(paths: RunPaths) -> bool:
+    from distill import claims
+    from distill.launch import slurm
+    from distill.launch import submit as queue
+
+    if claims.executing(paths) is not None:
+        return True
+    try:
+        return bool(paths.jobs.is_dir() and queue.live_jobs(paths))
+    except slurm.NoAnswer:
+        return True
+
+
+def _moment(text: str) -> datetime:
+    match = AGO.fullmatch(text.strip())
+    if match is not None:
+        return datetime.now() - timedelta(**{UNITS[match[2]]: int(match[1])})  # noqa: DTZ005
+    try:
+        return datetime.fromisoformat(text.strip())
+    except ValueError:
+        raise InputError(
+            f"--since {text}: 90s, 10m, 2h, 1d, or a moment like 2026-11-25 17:40:00 is expected"
+        ) from None

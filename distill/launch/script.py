@@ -1,0 +1,172 @@
+"""The scripts that Slurm runs, rendered from the templates in slurm/: long names, to be read."""
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jinja2
+
+from distill.launch import environment
+from distill.launch.site import Site, SiteSource
+from distill.spec import RunSpec, SlurmSpec, TrainStage
+from distill.store import RunPaths
+
+TEMPLATES = environment.ROOT / "slurm"
+PORTS = range(61000, 65500)  # above those that the kernel gives to outgoing connections
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A job to be submitted."""
+
+    name: str
+    """of its script and logs"""
+    stages: list[str]
+    parts: list[int] | None
+    """of the array; null: one job"""
+    after: list[str]
+    """names of jobs of the same submission that must end well first"""
+
+
+@dataclass(frozen=True)
+class Where:
+    """What the jobs of a submission share."""
+
+    site: SiteSource
+    code: Path
+    """the folder that holds the package"""
+    inputs: dict[str, str]
+    """variables that lead to what the run reads from a hub"""
+
+
+def job(run: RunPaths, spec: RunSpec, plan: Plan, where: Where) -> str:
+    """The script of a job of a run."""
+    options = spec.launch.slurm
+    parts = f", parts {', '.join(map(str, plan.parts))} of {options.pairs_jobs}" if plan.parts else ""
+    return _render(
+        "job.sbatch",
+        _header(run, spec, plan, where.site.site),
+        where,
+        options.container,
+        run.root.parent,
+        run=run,
+        what=f"{', '.join(plan.stages)}{parts}",
+        code_comment="the package as it was when this was submitted"
+        if where.code == run.code
+        else "the package as it is when the job begins (--code current)",
+        inputs=where.inputs,
+        stages=plan.stages,
+        part="" if plan.parts is None else f' --part="$SLURM_ARRAY_TASK_ID/{options.pairs_jobs}"',
+        log=run.logs / f"{plan.name}{'.%a' if plan.parts else ''}.rank-%t.log",
+    )
+
+
+def doctor(folder: Path, options: SlurmSpec, nodes: int, where: Where) -> str:
+    """The script of a job that looks around, and writes what it finds into a folder."""
+    given = {
+        "job-name": "distill.doctor",
+        "nodes": nodes,
+        "ntasks-per-node": max(1, options.gpus_per_node),
+        "gpus-per-node": options.gpus_per_node or None,
+        **_ours(options, where.site.site),
+        "time": "1",
+        "output": folder / "job.log",
+    }
+    lines = [*_lines(given), *where.site.site.options, *options.options]
+    comment = "the package that asks"
+    return _render("doctor.sbatch", lines, where, options.container, folder.parent, folder=folder, code_comment=comment)
+
+
+def port(job: int, restart: int, launch: int) -> int:
+    """Where the ranks of a job meet: jobs that share a host, and launches of one job, meet elsewhere."""
+    return PORTS[(job * 64 + restart * 8 + launch) % len(PORTS)]
+
+
+def comment(run: RunPaths) -> str:
+    """What the jobs of a run carry, so that they are found even by who does not know their numbers."""
+    return f"distill:{run.root}"
+
+
+def _render(template: str, lines: list[str], where: Where, image: str | None, store: Path, **fields: object) -> str:
+    site = where.site.site
+    loader = jinja2.FileSystemLoader(TEMPLATES)
+    templates = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    templates.undefined = jinja2.StrictUndefined
+    templates.filters |= {"quote": _quote, "double_quote": _double_quote}
+    python = site.python or sys.executable
+    caches = {name: path for name, path in site.caches.model_dump().items() if path is not None}
+    mask = os.umask(0)
+    os.umask(mask)
+    return templates.get_template(template).render(
+        options=lines,
+        umask=f"{mask:04o}",
+        site=site,
+        site_path=where.site.path,
+        variables={**site.environment, **caches},
+        code=where.code,
+        python=python,
+        inner_python=python if image is None else site.container.python,
+        container=_container(image, site, store),
+        **fields,
+    )
+
+
+def _header(run: RunPaths, spec: RunSpec, plan: Plan, site: Site) -> list[str]:
+    options, launch = spec.launch.slurm, spec.launch
+    trains = any(isinstance(spec.stages[name], TrainStage) for name in plan.stages)
+    gpus = options.gpus_per_node if trains else min(1, options.gpus_per_node)
+    given = {
+        "job-name": f"{run.name}.{plan.name}",
+        "comment": comment(run),
+        "array": None if plan.parts is None else ",".join(map(str, plan.parts)),
+        "nodes": launch.nodes if trains else 1,
+        "ntasks-per-node": launch.procs if trains else 1,
+        "cpus-per-task": options.cpus_per_task,
+        "gpus-per-node": gpus or None,
+        "mem": options.memory,
+        **_ours(options, site),
+        "time": options.time,
+        "signal": f"B:USR1@{options.lead_seconds}",
+        "output": run.logs / f"{plan.name}.{'%A_%a' if plan.parts else '%j'}.job.log",
+        "open-mode": "append",
+    }
+    return [*_lines(given), "--requeue", *site.options, *options.options]
+
+
+def _ours(options: SlurmSpec, site: Site) -> dict[str, object]:
+    """Where a job goes, and on whose account."""
+    return {
+        "partition": options.partition or site.partition,
+        "account": options.account or site.account,
+        "qos": options.qos or site.qos,
+    }
+
+
+def _lines(given: Mapping[str, object]) -> list[str]:
+    return [f"--{name}={_quote(value)}" for name, value in given.items() if value is not None]
+
+
+def _container(image: str | None, site: Site, store: Path) -> str:
+    """What stands between srun and the interpreter."""
+    if image is None:
+        return ""
+    folders = list(dict.fromkeys([str(store), *site.container.mounts]))
+    if site.container.runtime == "pyxis":
+        mounts = ",".join(f"{folder}:{folder}" for folder in folders)
+        words = [f"--container-image={image}", f"--container-mounts={mounts}", *site.container.options]
+    else:
+        binds = [f"--bind={folder}" for folder in folders]
+        words = ["apptainer", "exec", *binds, *site.container.options, image]
+    return shlex.join(words)
+
+
+def _quote(value: object) -> str:
+    return shlex.quote(str(value))
+
+
+def _double_quote(value: object) -> str:
+    """Quoted, but for variables, which the shell still fills in: /scratch/$USER."""
+    return '"' + "".join(f"\\{c}" if c in '"\\`' else c for c in str(value)) + '"'

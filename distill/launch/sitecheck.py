@@ -1,0 +1,151 @@
+"""Trying a cluster out: a job of a minute on some nodes, each process of which writes down what it sees."""
+
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from distill.guard import RunError
+from distill.launch import environment, script, slurm
+from distill.launch.script import Where
+from distill.launch.site import SiteSource
+from distill.spec import SlurmSpec
+from distill.store import sync_dir, write_atomic
+
+TOKEN = "token"  # a file that the processes must find with the content that was written here
+CACHES = ("HF_HOME", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TMPDIR")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one process found where it ran."""
+
+    rank: int
+    size: int
+    node: str
+    host: str
+    address: str
+    cpus: int
+    store: str
+    """ok, or what is wrong with the folder of the runs there"""
+    free: int
+    """bytes that may be written to the store"""
+    quota: str
+    """what the command quota says, if it is there"""
+    caches: dict[str, str]
+    """by variable: ok, or what is wrong"""
+    devices: list[str]
+    torch: str
+    """its version, or why it cannot be imported"""
+    peers: str
+    """ok: the processes have exchanged their ranks; else why not"""
+
+
+def run(store: Path, site: SiteSource, options: SlurmSpec, nodes: int, say: Callable[[str], None]) -> list[Seen]:
+    """Submit the job, wait for its end, and read what its processes have written. The folder goes again."""
+    store.mkdir(parents=True, exist_ok=True)
+    folder = store.absolute() / f".doctor-{secrets.token_hex(4)}"
+    folder.mkdir()
+    job = ""
+    try:
+        (folder / TOKEN).write_text(folder.name)
+        sync_dir(folder)
+        where = Where(site, environment.ROOT, {})
+        write_atomic(folder / "doctor.sbatch", script.doctor(folder, options, nodes, where))
+        job = slurm.submit(folder / "doctor.sbatch")
+        state = _wait(job, say)
+        found = [Seen(**json.loads(path.read_text())) for path in sorted(folder.glob("rank-*.json"))]
+        if state.state != "COMPLETED" or not found:
+            log = folder / "job.log"
+            text = (
+                log.read_text(errors="replace").strip()
+                if log.exists()
+                else "it has no log: the nodes do not see the store"
+            )
+            raise RunError(f"job {job} ended as {state.state} ({state.exit_code}); it said:\n{text[-3000:]}")
+        return found
+    finally:
+        if job:
+            slurm.cancel([job])
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait(job: str, say: Callable[[str], None]) -> slurm.JobState:
+    said = ""
+    while True:
+        state = slurm.states([job]).get(job, slurm.JobState("PENDING"))
+        if not state.is_live:
+            return state
+        text = f"job {job}: {state.state}" + (f" ({state.reason})" if state.reason not in ("", "None") else "")
+        if text != said:
+            say(text)
+            said = text
+        time.sleep(1)
+
+
+def probe(folder: Path) -> Seen:
+    """Look around, as one process of the job, and write it down."""
+    rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+    address = slurm.address(os.environ["SLURM_JOB_NODELIST"])
+    devices, version, peers = _torch(rank, size, address)
+    seen = Seen(
+        rank=rank,
+        size=size,
+        node=os.environ.get("SLURMD_NODENAME", ""),
+        host=environment.host(),
+        address=address,
+        cpus=environment.cpus(),
+        store=_store(folder),
+        free=shutil.disk_usage(folder).free,
+        quota=environment.quota(),
+        caches={name: _writable(Path(os.environ[name])) for name in CACHES if os.environ.get(name)},
+        devices=devices,
+        torch=version,
+        peers=peers,
+    )
+    write_atomic(folder / f"rank-{rank}.json", json.dumps(asdict(seen)))
+    return seen
+
+
+def _store(folder: Path) -> str:
+    try:
+        told = (folder / TOKEN).read_text()
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
+    return _writable(folder) if told == folder.name else f"{folder}: holds something else than what was written there"
+
+
+def _writable(folder: Path) -> str:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f".probe-{os.environ['SLURM_PROCID']}"
+        path.write_text("")
+        path.unlink()
+    except OSError as error:
+        return f"{folder}: {error.strerror}"
+    return "ok"
+
+
+def _torch(rank: int, size: int, address: str) -> tuple[list[str], str, str]:
+    """(devices, version, whether the others are heard)"""
+    try:
+        import torch
+        from torch import distributed
+    except ImportError as error:
+        return [], str(error), "torch is missing"
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    port = script.port(int(os.environ["SLURM_JOB_ID"]), 0, 0)
+    try:
+        distributed.init_process_group("gloo", init_method=f"tcp://{address}:{port}", rank=rank, world_size=size)
+        heard = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
+        distributed.all_gather(heard, torch.tensor([rank]))
+        peers = "ok" if [int(each) for each in heard] == list(range(size)) else f"heard {heard}"
+        distributed.barrier()
+        distributed.destroy_process_group()
+    except RuntimeError as error:
+        peers = str(error).splitlines()[0]
+    return devices, str(torch.__version__), peers

@@ -1,0 +1,107 @@
+"""How a run stands on a cluster: what Slurm says of its jobs, beside what the run itself has noted."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from distill import jobs, status
+from distill.launch import slurm
+from distill.launch.slurm import JobState, NoAnswer
+from distill.status import RunStatus
+from distill.store import RunPaths, read_json
+
+ENDED = {"COMPLETED": "done", "CANCELLED": "cancelled"}  # any other end is a failure, under Slurm's own name
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """The newest submission that computes a stage, or a part of one."""
+
+    job: str
+    stages: list[str]
+    states: dict[str, JobState]
+    """of its jobs, as far as Slurm knows them"""
+    restarts: dict[str, int]
+    """how often they were queued again, by reason"""
+    last: str
+    """how the last attempt ended; "": none has, or all is well"""
+
+    @property
+    def state(self) -> str:
+        """In Slurm's words, with numbers where its jobs differ."""
+        counts = Counter(each.state for each in self.states.values())
+        if len(counts) <= 1:
+            return next(iter(counts), "unknown")
+        return ", ".join(f"{count} {state}" for state, count in counts.items())
+
+    @property
+    def reason(self) -> str:
+        """Why it waits."""
+        return next((s.reason for s in self.states.values() if s.state == "PENDING" and s.reason != "None"), "")
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A run and its jobs."""
+
+    run: RunStatus
+    jobs: list[StageJob] = field(default_factory=list)
+    trouble: str = ""
+    """why Slurm could not be asked"""
+
+    @property
+    def state(self) -> str:
+        """queued, running, or what the run's own files say; a job that Slurm has ended is named as Slurm does."""
+        found = [state for job in self.jobs for state in job.states.values()]
+        if self.run.state == "done" or not found:
+            return self.run.state
+        if any(state.is_live and state.state != "PENDING" for state in found):
+            return "running"
+        if any(state.state == "PENDING" for state in found):
+            return "queued"
+        bad = [state.state for state in found if state.state != "COMPLETED"]
+        return ENDED.get(bad[0], bad[0]) if bad else self.run.state
+
+    @property
+    def message(self) -> str:
+        """Why it does not go on."""
+        if self.state in ("running", "queued", "done"):
+            return ""
+        return next((job.last for job in reversed(self.jobs) if job.last), self.run.message)
+
+
+def read(runs: Sequence[RunPaths]) -> list[Standing]:
+    """How these runs stand, with as few questions to Slurm as do."""
+    newest = {run.root: _newest(run) for run in runs}
+    members = [member for found in newest.values() for job in found for member in job.members]
+    states: dict[str, JobState] = {}
+    trouble = ""
+    try:
+        states = slurm.states(members)
+    except NoAnswer as error:
+        trouble = str(error)
+    return [
+        Standing(
+            status.read(run), [_job(run, job, states) for job in newest[run.root]], trouble if newest[run.root] else ""
+        )
+        for run in runs
+    ]
+
+
+def _newest(run: RunPaths) -> list[jobs.Job]:
+    """Of each script the last submission."""
+    return list({job.script: job for job in jobs.submitted(run)}.values())
+
+
+def _job(run: RunPaths, job: jobs.Job, states: dict[str, JobState]) -> StageJob:
+    found = {member: states[member] for member in job.members if member in states}
+    last = [line for member in job.members for line in jobs.ends(run, member)[-1:]]
+    bad = [f"{line['why']}: {line['message']}" for line in last if line["why"] != "done" and not line["again"]]
+    return StageJob(job.id, job.stages, found, jobs.restarts(run, job.members), bad[-1] if bad else "")
+
+
+def shards(run: RunPaths, stage: str) -> int:
+    """Shards of a pairs stage that are there."""
+    folder = run.stage(stage).pairs
+    listed = read_json(folder / "manifest.json")["shards"] if (folder / "manifest.json").exists() else {}
+    return len({*listed, *(path.with_suffix(".safetensors").name for path in folder.glob("shard-*.json"))})

@@ -1,0 +1,85 @@
+"""Runs on a real Slurm of two nodes: whatever disturbs a run, it ends by itself in the same student, to the bit."""
+
+import pytest
+import slurm_runs
+from cluster import Cluster, missing
+from runs import distill, folder_bytes
+from slurm_runs import ends, finish, kill_rank, last_job, said, steps, submit, wait_steps
+
+from distill.store import RunPaths
+
+pytestmark = [pytest.mark.process, pytest.mark.skipif(bool(missing), reason=f"Slurm lacks here: {', '.join(missing)}")]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with Cluster(2) as found:
+        yield found
+
+
+def specs(folder):
+    (folder / "small.yaml").write_text(slurm_runs.SPEC)
+    return folder
+
+
+def student(run):
+    return folder_bytes(run.student("teach") / "unet")
+
+
+def disturb(cluster, run, job):
+    """Everything that ends a job, one after the other, each once the run has come some steps further."""
+    wait_steps(cluster, run, 0)
+    cluster.run("scontrol", "requeue", job)
+    wait_steps(cluster, run, 1)
+    high = cluster.run("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--wrap", "sleep 1")
+    wait_steps(cluster, run, 2)
+    assert cluster.show(high.strip())["JobState"] == "COMPLETED"
+    kill_rank(cluster, 1)
+    wait_steps(cluster, run, 3)
+    cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=a test")
+    wait_steps(cluster, run, 4)
+
+
+@pytest.mark.parametrize(
+    ("procs", "zero"),
+    [(1, "null"), pytest.param(2, "2", marks=pytest.mark.long)],
+    ids=["2 x 1", "2 x 2, ZeRO-2"],
+)
+def test_whatever_ends_a_job_the_student_is_the_same(cluster, tmp_path, procs, zero):
+    specs(tmp_path)
+    changes = (f"launch.zero_stage={zero}", "stages.teach.images=960" if procs == 1 else "stages.teach.images=1920")
+    local = distill("run", "small.yaml", *changes, f"--procs={2 * procs}", "--name=local", cwd=tmp_path)
+    assert local.returncode == 0, local.stderr
+    submit(cluster, tmp_path, "small.yaml", *changes, "--nodes=2", f"--procs-per-node={procs}", "--partition=low")
+    run = RunPaths(tmp_path / "runs" / "small")
+    job = last_job(run)
+    disturb(cluster, run, job)
+    finish(cluster, run, job)
+    assert ends(run, job) == [
+        ("asked", True),
+        ("preempted", True),
+        ("crash", True),
+        ("node failure", True),
+        ("done", False),
+    ], said(run)
+    assert student(run) == student(RunPaths(tmp_path / "runs" / "local"))
+    shown = distill("status", "small", cwd=tmp_path, env=cluster.env).stdout
+    assert "small  done" in shown
+    assert f"job {job} was queued again: 1 x asked, 1 x preempted, 1 x crash, 1 x node failure" in shown
+
+
+@pytest.mark.long
+def test_the_time_limit_costs_no_step(cluster, tmp_path):
+    """A limit of a minute, which Slurm notes every half minute: three or more jobs' worth of steps."""
+    specs(tmp_path)
+    changes = ("stages.teach.images=19200", "stages.teach.checkpoint.images=1600")
+    local = distill("run", "small.yaml", *changes, "--procs=4", "--name=local", cwd=tmp_path)
+    assert local.returncode == 0, local.stderr
+    options = ("--time=1", "launch.slurm.lead_seconds=40")
+    submit(cluster, tmp_path, "small.yaml", *changes, "--nodes=2", "--procs-per-node=2", *options)
+    run = RunPaths(tmp_path / "runs" / "small")
+    job = last_job(run)
+    finish(cluster, run, job, seconds=900)
+    assert {why for why, _ in ends(run, job)} == {"time limit", "done"}, said(run)
+    assert student(run) == student(RunPaths(tmp_path / "runs" / "local"))
+    assert steps(run) == 600
