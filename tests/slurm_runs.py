@@ -1,11 +1,13 @@
 """Runs on a cluster: submitted, followed by their files, disturbed."""
 
+import getpass
 import os
 import shutil
 import signal
 from pathlib import Path
 
 from cluster import Cluster
+from commands import Done, command
 from runs import distill
 
 from distill import jobs
@@ -56,6 +58,24 @@ def enter(cluster: Cluster, folder: Path, monkeypatch) -> Path:
     (folder / "mix.yaml").write_text(MIXTURE)
     (folder / "solve.yaml").write_text(SOLVE)
     return folder
+
+
+def command_line(capfd, *arguments: str, code: int = 0) -> Done:
+    """`distill ARGUMENTS` in this process, to an exit code."""
+    done = command(capfd, *arguments)
+    assert done.code == code, done.out + done.err
+    return done
+
+
+def named(name: str) -> RunPaths:
+    """A run of the current folder's store."""
+    return RunPaths(Path.cwd() / "runs" / name)
+
+
+def end_jobs(cluster: Cluster) -> None:
+    """Empty the queue, whatever is in it."""
+    cluster.run("scancel", "--quiet", f"--user={getpass.getuser()}", check=False)
+    cluster.wait(lambda: not queue(cluster), 60, "an empty queue")
 
 
 def queue(cluster: Cluster) -> list[str]:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, missing
-from commands import command, snapshot
+from commands import snapshot
 from runs import ENV
-from slurm_runs import HELD, enter, last_job, program, queue, said
+from slurm_runs import HELD, command_line, end_jobs, enter, last_job, named, program, queue, said
 
 from distill import jobs, specfile
 from distill.store import RunPaths, append_event, read_events
@@ -30,18 +30,11 @@ def cluster():
 @pytest.fixture(autouse=True)
 def here(cluster, tmp_path, monkeypatch):
     yield enter(cluster, tmp_path, monkeypatch)
-    cluster.run("scancel", "--quiet", "--user", str(os.getuid()), check=False)
-    cluster.wait(lambda: not queue(cluster), 60, "an empty queue")
+    end_jobs(cluster)
 
 
 def submit(capfd, *arguments, code=0):
-    done = command(capfd, "submit", *arguments)
-    assert done.code == code, done.out + done.err
-    return done
-
-
-def of(name):
-    return RunPaths(Path.cwd() / "runs" / name)
+    return command_line(capfd, "submit", *arguments, code=code)
 
 
 def start(*arguments):
@@ -79,7 +72,10 @@ REFUSED = {
         "key.yaml: modles: unknown key; did you mean 'modules'? valid: account, caches, container, environment, "
         "modules, options, partition, partitions, python, qos, setup",
     ),
-    "no mapping": (["--site=list.yaml"], f"list.yaml: holds ['cuda'], not a site; {ROOT}/slurm/site.example.yaml shows one"),
+    "no mapping": (
+        ["--site=list.yaml"],
+        f"list.yaml: holds ['cuda'], not a site; {ROOT}/slurm/site.example.yaml shows one",
+    ),
     "no site": (
         ["--site=none.yaml"],
         f"there is no site file none.yaml; write one beginning with {ROOT}/slurm/site.example.yaml",
@@ -141,7 +137,7 @@ def test_without_slurm_the_script_can_be_seen_and_is_the_one_that_is_submitted(c
     submit(capfd, *arguments)
     heads = ["solve.parts", "solve", "reflow", "evaluate"]
     waits = ["", "  (after solve.parts)", "  (after solve)", "  (after reflow)"]
-    scripts = [(of("mix").jobs / f"{name}.sbatch").read_text() for name in heads]
+    scripts = [(named("mix").jobs / f"{name}.sbatch").read_text() for name in heads]
     expected = [
         f"# --- {head}.sbatch{wait} ---\n{text}\n" for head, wait, text in zip(heads, waits, scripts, strict=True)
     ]
@@ -205,7 +201,7 @@ def test_odd_names_and_paths_come_through(capfd, cluster, here):
 
 def test_a_name_that_is_taken_is_refused_and_what_is_queued_is_not_queued_again(capfd, cluster, here):
     submit(capfd, "mix.yaml", HELD)
-    run = of("mix")
+    run = named("mix")
     assert queue(cluster) == ["mix.evaluate", "mix.reflow", "mix.solve"]
     first, second, third = (job.id for job in jobs.submitted(run))
     assert cluster.show(second)["Dependency"] == f"afterok:{first}(unfulfilled)"
@@ -238,7 +234,7 @@ def test_a_name_that_is_taken_is_refused_and_what_is_queued_is_not_queued_again(
 
 def test_two_that_resume_at_once_submit_once(capfd, cluster, here):
     submit(capfd, "mix.yaml", HELD)
-    cluster.run("scancel", *(job.id for job in jobs.submitted(of("mix"))))
+    cluster.run("scancel", *(job.id for job in jobs.submitted(named("mix"))))
     both = [start("submit", "mix", "--resume") for _ in range(2)]
     said = [process.communicate(timeout=120)[0] for process in both]
     assert {process.returncode for process in both} <= {0, 2}, said
@@ -252,9 +248,9 @@ def test_a_submitter_that_is_killed_in_between_leaves_nothing_to_be_queued_twice
         changed.setenv("PATH", f"{fake}:{os.environ['PATH']}")
         assert start("submit", "mix.yaml", HELD).wait(timeout=120) == -9
     assert queue(cluster) == ["mix.solve"]
-    assert jobs.submitted(of("mix")) == []
+    assert jobs.submitted(named("mix")) == []
     submit(capfd, "mix", "--resume")
-    first, second, _ = (job.id for job in jobs.submitted(of("mix")))
+    first, second, _ = (job.id for job in jobs.submitted(named("mix")))
     assert queue(cluster) == ["mix.evaluate", "mix.reflow", "mix.solve"]
     assert cluster.show(second)["Dependency"] == f"afterok:{first}(unfulfilled)"
 
@@ -289,17 +285,17 @@ def test_an_edited_package_does_not_change_a_queued_job(cluster, here):
         )  # fmt: skip
     (copy / "distill" / "__main__.py").write_text('raise SystemExit("this copy was edited")\n')
     for name in names:
-        cluster.run("scontrol", "release", last_job(of(name)))
-    states = {name: cluster.wait_state(last_job(of(name)), "COMPLETED", "FAILED") for name in names}
-    assert states == {"kept": "COMPLETED", "current": "FAILED"}, said(of("kept"))
-    assert "this copy was edited" in said(of("current"))
-    noted = {name: next(e for e in read_events(of(name)) if e["event"] == "submitted").get("code") for name in names}
+        cluster.run("scontrol", "release", last_job(named(name)))
+    states = {name: cluster.wait_state(last_job(named(name)), "COMPLETED", "FAILED") for name in names}
+    assert states == {"kept": "COMPLETED", "current": "FAILED"}, said(named("kept"))
+    assert "this copy was edited" in said(named("current"))
+    noted = {name: next(e for e in read_events(named(name)) if e["event"] == "submitted").get("code") for name in names}
     assert noted == {"kept": None, "current": str(copy)}
 
 
 def test_the_lead_grows_with_the_saves(capfd, cluster, here):
     submit(capfd, "solve.yaml", "--time=5", HELD)
-    run = of("mix")
+    run = named("mix")
     append_event(run, "saved", stage="other", step=1, seconds=100.0)
     first = last_job(run)
     cluster.run("scontrol", "release", first)
