@@ -78,12 +78,6 @@ def restarts(run: RunPaths, members: Iterable[str]) -> dict[str, int]:
     return dict(Counter(str(line["why"]) for line in lines if line.get("again")))
 
 
-def open_attempt(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The beginning of the newest attempt, if nothing is known of its end."""
-    last = next((line for line in reversed(lines) if line.get("event") in ("began", "ended")), None)
-    return last if last is not None and last["event"] == "began" else None
-
-
 def position(run: RunPaths, stage: str, message: str) -> int | None:
     """The step a stage had come to when it failed: the one that its message names, else the last that was saved."""
     if (found := STEP.search(message)) is not None:

@@ -4,11 +4,13 @@ import getpass
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 from cluster import Cluster
 from commands import Done, command
-from runs import distill
+from runs import ENV, distill
 
 from distill import jobs
 from distill.store import RunPaths, read_events
@@ -44,6 +46,19 @@ stages:
 launch: {threads: 1}
 """
 SOLVE = MIXTURE[: MIXTURE.index("  reflow:")] + "launch: {threads: 1}\n"
+TEACH = """
+name: teach
+data: {kind: digits}
+stages:
+  teach:
+    kind: train
+    recipe: pretrain/flow_matching
+    network: {kind: unet, channels: [8, 8]}
+    images: 3200
+    batch_size: 16
+    checkpoint: {images: 16, minutes: null}
+launch: {threads: 1}
+"""
 HELD = "launch.slurm.options=[--hold]"  # a job that waits for whoever releases it
 
 
@@ -57,6 +72,7 @@ def enter(cluster: Cluster, folder: Path, monkeypatch) -> Path:
     monkeypatch.setenv("PATH", cluster.env["PATH"])
     (folder / "mix.yaml").write_text(MIXTURE)
     (folder / "solve.yaml").write_text(SOLVE)
+    (folder / "teach.yaml").write_text(TEACH)
     return folder
 
 
@@ -76,6 +92,13 @@ def end_jobs(cluster: Cluster) -> None:
     """Empty the queue, whatever is in it."""
     cluster.run("scancel", "--quiet", f"--user={getpass.getuser()}", check=False)
     cluster.wait(lambda: not queue(cluster), 60, "an empty queue")
+
+
+def begin(*arguments: str) -> subprocess.Popen[str]:
+    """`distill ARGUMENTS` in a process of its own, which goes on."""
+    command = [sys.executable, "-m", "distill", *arguments]
+    env = {**ENV, **os.environ, "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def queue(cluster: Cluster) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 from cluster import Cluster, missing
 from commands import snapshot
 from runs import ENV
-from slurm_runs import HELD, command_line, end_jobs, enter, last_job, named, program, queue, said
+from slurm_runs import HELD, begin, command_line, end_jobs, enter, last_job, named, program, queue, said
 
 from distill import jobs, specfile
 from distill.store import RunPaths, append_event, read_events
@@ -35,14 +35,6 @@ def here(cluster, tmp_path, monkeypatch):
 
 def submit(capfd, *arguments, code=0):
     return command_line(capfd, "submit", *arguments, code=code)
-
-
-def start(*arguments):
-    """`distill ARGUMENTS` in a process of its own, which goes on."""
-    command = [sys.executable, "-m", "distill", *arguments]
-    return subprocess.Popen(
-        command, env={**ENV, **os.environ}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
 
 
 # --- refused before anything is queued ---
@@ -232,10 +224,22 @@ def test_a_name_that_is_taken_is_refused_and_what_is_queued_is_not_queued_again(
     assert cluster.show(last_job(run))["Dependency"] == f"afterok:{second}(unfulfilled)"
 
 
+def test_what_waits_for_parts_that_have_failed_is_not_queued_beside_the_others(capfd, cluster, here):
+    submit(capfd, "mix.yaml", "--pairs-jobs=2", HELD)
+    array, *others = (job.id for job in jobs.submitted(named("mix")))
+    cluster.run("scancel", f"{array}_0", *others)
+    done = submit(capfd, "mix", "--resume", code=2)
+    assert done.err == (
+        f"error: job {array} still makes parts of stage 'solve', of which others have failed; wait for it, or: "
+        "distill cancel mix\n"
+    )
+    assert queue(cluster) == ["mix.solve.parts"]
+
+
 def test_two_that_resume_at_once_submit_once(capfd, cluster, here):
     submit(capfd, "mix.yaml", HELD)
     cluster.run("scancel", *(job.id for job in jobs.submitted(named("mix"))))
-    both = [start("submit", "mix", "--resume") for _ in range(2)]
+    both = [begin("submit", "mix", "--resume") for _ in range(2)]
     said = [process.communicate(timeout=120)[0] for process in both]
     assert {process.returncode for process in both} <= {0, 2}, said
     assert queue(cluster) == ["mix.evaluate", "mix.reflow", "mix.solve"], said
@@ -246,7 +250,7 @@ def test_a_submitter_that_is_killed_in_between_leaves_nothing_to_be_queued_twice
     fake = program(here / "bin", "sbatch", 'REAL "$@"; kill -9 $PPID')
     with monkeypatch.context() as changed:
         changed.setenv("PATH", f"{fake}:{os.environ['PATH']}")
-        assert start("submit", "mix.yaml", HELD).wait(timeout=120) == -9
+        assert begin("submit", "mix.yaml", HELD).wait(timeout=120) == -9
     assert queue(cluster) == ["mix.solve"]
     assert jobs.submitted(named("mix")) == []
     submit(capfd, "mix", "--resume")

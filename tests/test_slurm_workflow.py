@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -24,22 +23,9 @@ from slurm_runs import (
 )
 
 from distill import jobs, registry
-from distill.store import RunPaths, read_events
+from distill.store import RunPaths
 
 pytestmark = [pytest.mark.process, pytest.mark.skipif(bool(missing), reason=f"Slurm lacks here: {', '.join(missing)}")]
-FAILING = """
-name: failing
-data: {kind: digits}
-stages:
-  teach:
-    kind: train
-    recipe: ./mine.py
-    network: {kind: unet, channels: [8, 8]}
-    images: 320
-    batch_size: 16
-    checkpoint: {images: 16, minutes: null}
-launch: {threads: 1}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +116,7 @@ def test_cancelled_it_saves_first_and_goes_on_to_the_same_bytes(capfd, cluster, 
     assert f"step-{last['step']:08}" in last["message"] and last["step"] == steps(run) < 20, last
     assert queue(cluster) == []
     shown = command_line(capfd, "status", "mix").out
-    assert shown.startswith("mix  cancelled: "), shown
+    assert shown.startswith("mix  cancelled: stopped by SIGUSR1; saved: "), shown
     submit(capfd, "mix", "--resume")
     finish(cluster, run, last_job(run))
     same(run, local)
@@ -165,6 +151,7 @@ def test_what_fails_for_good_takes_those_that_wait_for_it_and_only_what_is_missi
 
 # --- recipes that fail ---
 
+FAILING = ("stages.teach.recipe=./mine.py", "stages.teach.images=320")
 RAISES = {
     "twice": "if ctx.step == 5 and os.environ['SLURM_PROCID'] == '1': raise ZeroDivisionError('the fifth')",
     "once": "if ctx.step == 5 and not int(os.environ.get('SLURM_RESTART_COUNT', 0)): raise ZeroDivisionError('once')",
@@ -176,13 +163,12 @@ RAISES = {
 def test_recipes_that_fail(capfd, cluster, here):
     """All at the same time: they wait most of it."""
     text = (registry.package_folder() / "pretrain" / "flow_matching.py").read_text()
-    (here / "failing.yaml").write_text(FAILING)
     for name, line in RAISES.items():
         mine = text.replace("from collections.abc", "import os\nfrom collections.abc", 1)
         place = "        assert batch.data is not None\n"
         (here / "mine.py").write_text(mine.replace(place, f"        {line}\n{place}", 1))
         more = ("--nodes=2",) if name == "twice" else ("launch.slurm.max_crashes=1",)
-        submit(capfd, "failing.yaml", f"--name={name}", *more)
+        submit(capfd, "teach.yaml", *FAILING, f"--name={name}", *more)
     runs = {name: named(name) for name in RAISES}
     found = {name: cluster.wait_state(last_job(run), "COMPLETED", "FAILED") for name, run in runs.items()}
     assert found == {"twice": "FAILED", "once": "COMPLETED", "often": "FAILED", "refuses": "FAILED"}
@@ -207,4 +193,4 @@ def test_recipes_that_fail(capfd, cluster, here):
     assert lines[0].endswith(", runs/twice/logs/teach.rank-1.log")
     assert lines[1] == "Traceback (most recent call last):"
     assert lines.index("ZeroDivisionError: the fifth") < lines.index("--- runs/twice/logs/teach.rank-0.log")
-    assert said(run).count("ZeroDivisionError") >= 2 and read_events(run) and time
+    assert "rank 0 failed" not in said(run)

@@ -109,11 +109,13 @@ def _troubles(seen: "distill.launch.sitecheck.Seen", gpus: int) -> list[str]:
     return found
 
 
-def probe(folder: Annotated[Path, typer.Argument()]) -> None:
-    """Look around, as a process of the job of `doctor --site`."""
+def probe(
+    folder: Annotated[Path, typer.Argument()], caches: Annotated[list[str] | None, typer.Argument()] = None
+) -> None:
+    """Look around, as a process of the job of `doctor --site`; CACHES: the site's, NAME=FOLDER."""
     from distill.launch import sitecheck
 
-    sitecheck.probe(folder)
+    sitecheck.probe(folder, dict(cache.split("=", 1) for cache in caches or []))
 
 
 def _python() -> Finding:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 WATCH_SECONDS = 5.0
 POLL = 0.5  # seconds between looks at a log
+MOMENT = "%Y-%m-%d %H:%M:%S"
 STAMP = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ")
 FAILED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  rank (\d+) failed:")
 RANK_LOG = re.compile(r"(?:(?P<stage>.+?)(?:\.parts(?:\.\d+)?)?\.)?rank-(?P<rank>\d+)\.log")  # of a machine: no stage
@@ -149,6 +150,8 @@ def logs(
     """Print what a run's processes say: the first traceback of any of them, then the job's lines and a rank's."""
     paths = find_run(store_path(store), run)
     begin = None if since is None else _moment(since)
+    if follow:
+        _await(paths)
     chosen = _choose(paths, rank, stage)
     first = _first_failure(paths)
     if first is not None:
@@ -187,14 +190,21 @@ def _choose(paths: RunPaths, rank: int, stage: str | None) -> list[Path]:
 
 
 def _first_failure(paths: RunPaths) -> Failure | None:
-    """The earliest traceback that the logs hold of the newest attempt that has one."""
+    """The earliest traceback that the logs hold of the jobs' newest attempts."""
     from distill import jobs
 
-    began = [line["time"] for job in jobs.submitted(paths) for name in job.members for line in jobs.events(paths, name)
-             if line.get("event") == "began"]  # fmt: skip
-    newest = datetime.fromtimestamp(max(began)).strftime("%Y-%m-%d %H:%M:%S") if began else ""  # noqa: DTZ006
+    began: dict[str, str] = {}  # by the logs' names up to the rank
+    for job in jobs.submitted(paths):
+        for part, member in zip(job.parts or [None], job.members, strict=True):
+            logs = f"{job.script.removesuffix('.sbatch')}{'' if part is None else f'.{part}'}."
+            for line in jobs.events(paths, member):
+                if line.get("event") == "began":
+                    began[logs] = datetime.fromtimestamp(line["time"]).strftime(MOMENT)  # noqa: DTZ006
     found = [
-        failure for path in paths.logs.glob("*rank-*.log") for failure in _failures(path) if failure.time >= newest
+        failure
+        for path in paths.logs.glob("*rank-*.log")
+        for failure in _failures(path)
+        if failure.time >= began.get(path.name.rpartition("rank-")[0], "")
     ]
     return min(found, key=lambda failure: (failure.time, failure.rank), default=None)
 
@@ -213,11 +223,17 @@ def _print_from(path: Path, at: int, since: datetime | None = None) -> int:
         content = file.read()
     lines = content.decode(errors="replace").splitlines(keepends=True)
     if since is not None:
-        text = since.strftime("%Y-%m-%d %H:%M:%S")
+        text = since.strftime(MOMENT)
         begin = next((i for i, line in enumerate(lines) if (m := STAMP.match(line)) and m[1] >= text), len(lines))
         lines = lines[begin:]
     print("".join(lines), end="", flush=True)
     return at + len(content)
+
+
+def _await(paths: RunPaths) -> None:
+    """Until there is a log, or nothing that would write one."""
+    while not any(paths.logs.glob("*.log")) and _is_live(paths):
+        time.sleep(WATCH_SECONDS)
 
 
 def _follow(paths: RunPaths, rank: int, stage: str | None, at: dict[Path, int]) -> None:

@@ -127,8 +127,14 @@ def _resubmit(
             print(f"saving has taken {lead - jobs.SPARE:.0f} s for two: launch.slurm.lead_seconds={lead} from now on")
             longer = source.spec.launch.model_copy(update={"slurm": slurm.model_copy(update={"lead_seconds": lead})})
             source = replace(source, spec=source.spec.model_copy(update={"launch": longer}))
+        under_way = {name for job in live if job.parts is None for name in job.stages}
+        for job in live:
+            if not under_way.issuperset(job.stages):
+                raise InputError(
+                    f"job {job.id} still makes parts of stage '{job.stages[0]}', of which others have failed; "
+                    f"wait for it, or: distill cancel {run.name}"
+                )
         content = start.go_on(run, source, here=False, live=[job.id for job in live])
-        under_way = {name for job in live for name in job.stages}
         todo = [name for name in workflow.pending(run, content) if name not in under_way]
         for name in workflow.lost_pairs(run, content):
             print(f"the pairs of stage '{name}' are gone or damaged, and still needed: they are made again")
@@ -226,13 +232,15 @@ def cancel(
             told = True
     live = queue.live_jobs(paths) if paths.jobs.is_dir() else []
     states = slurm.states([member for job in live for member in job.members])
+    states = {name: state for name, state in states.items() if state.is_live}
+    for name in states:
+        (paths.jobs / f"{name}.cancel").touch()  # so that it is not queued again
     waiting = [name for name, state in states.items() if state.state != "RUNNING" or now]
     slurm.cancel(waiting)
     for name, state in states.items():
         if name in waiting:
             print(f"job {name}: cancelled")
         else:
-            (paths.jobs / f"{name}.cancel").touch()
             print(f"job {name}: {'asked to save and leave' if slurm.ask(name) else f'not reached ({state.state})'}")
         told = True
     if not told:

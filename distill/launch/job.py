@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 
 from distill import claims, jobs, specfile
-from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED
+from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, RunError
 from distill.launch import ranks, script, slurm, tasks
 from distill.launch.local import RANK_VARIABLES
 from distill.launch.slurm import NoAnswer
@@ -33,8 +33,8 @@ ATTEMPTS = 3  # to queue a job again
 ASKED, LOST = "asked", "lost"  # by somebody who did not say why; without a word
 BY_STATE = {"PREEMPTED": "preempted", "PREEMPTION": "preempted", "NODE_FAIL": "node failure", "NODE": "node failure"}
 BY_STATE |= {"TIMEOUT": "time limit", "TIME": "time limit"}  # the last attempt's state, or what its log says of it
-ENDED_FOR = re.compile(r"CANCELLED AT \S+ DUE TO (PREEMPTION|NODE|TIME)")
-FOREIGN = re.compile(r"CANCELLED|COMPLETING|REQUEUED")  # states in which Slurm ends the job by itself
+BY_STATE |= {"JOB": ASKED}
+ENDED_FOR = re.compile(r"CANCELLED AT \S+ DUE TO (PREEMPTION|NODE|TIME|JOB)")  # JOB REQUEUE: by a person, or by us
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,6 @@ class Batch:
         self.run, self.stages, self.part, self.command = run, stages, part, list(command)
         self.spec: RunSpec = specfile.load_run(run)
         self.job, self.restart = tasks.identity()
-        self.number = os.environ["SLURM_JOB_ID"]  # of an array, each has one of its own
         self.slurm = self.spec.launch.slurm
         self._warned = False
 
@@ -68,7 +67,10 @@ class Batch:
         for index, name in enumerate(self.stages):
             if self.part is None and self.run.stage(name).done.exists():
                 continue
-            verdict = self._stage(name, index, relay)
+            try:
+                verdict = self._stage(name, index, relay)
+            except (RunError, OSError) as error:
+                verdict = self._crash(name, EXIT_FAILED, str(error))
             if verdict.why != "done":
                 return self._end(name, verdict)
         self._note("ended", why="done", again=False, code=0)
@@ -112,7 +114,7 @@ class Batch:
             env["SRUN_CPUS_PER_TASK"] = str(cpus)
         env.setdefault("HF_MODULES_CACHE", str(self.run.root / ".modules"))
         if train and (nodes * procs > 1 or launch.zero_stage is not None):
-            port = script.port(int(self.number), self.restart, index)
+            port = script.port(int(env["SLURM_JOB_ID"]), self.restart, index)
             env |= {"MASTER_ADDR": slurm.address(env["SLURM_JOB_NODELIST"]), "MASTER_PORT": str(port)}
         return env
 
@@ -139,7 +141,8 @@ class Batch:
         step = jobs.position(self.run, name, message)
         before = jobs.restarts(self.run, [self.job]).get("crash", 0)
         if jobs.crashed_before(self.run, self.job, name, step):
-            return Verdict("crash", code, f"{message}; at step {step}, as the last time: not queued again")
+            where = "" if step is None else f"at step {step}, "
+            return Verdict("crash", code, f"{message}; {where}as the last time: not queued again")
         if before >= self.slurm.max_crashes:
             return Verdict("crash", code, f"{message}; launch.slurm.max_crashes={before} is reached: not queued again")
         return Verdict("crash", code, message, again=True)
@@ -153,12 +156,13 @@ class Batch:
     def _why(self) -> str:
         """Why Slurm, or somebody, has asked the job to stop."""
         try:
-            fields = slurm.show(self.number)
+            fields = slurm.show(self.job)
         except NoAnswer:
             return ASKED
         state = fields.get("JobState", "")
-        if state == "CANCELLED":
-            return "cancelled"
+        if state == "COMPLETING" and not self._is_queued_again(fields):
+            ran, limit = (jobs.limit_seconds(fields.get(name, "")) for name in ("RunTime", "TimeLimit"))
+            return "time limit" if ran is not None and limit is not None and ran >= limit else "cancelled"
         if state == "PREEMPTED" or fields.get("PreemptTime", "None") not in ("None", "N/A", "Unknown"):
             return "preempted"
         end = fields.get("EndTime", "")
@@ -170,15 +174,15 @@ class Batch:
 
     def _explain(self) -> None:
         """Say why the last attempt was ended, where it could not tell, or left no word: now Slurm knows."""
-        before = jobs.open_attempt(jobs.events(self.run, self.job))
-        if before is not None:
+        known = {line["restart"] for line in jobs.ends(self.run, self.job)}
+        for restart in sorted(set(range(self.restart)) - known):
             message = "ended without a word"
-            jobs.append(self.run, self.job, "ended", restart=before["restart"], why=LOST, again=True, message=message)
+            jobs.append(self.run, self.job, "ended", restart=restart, why=LOST, again=True, message=message)
         last = next(reversed(jobs.ends(self.run, self.job)), None)
         if last is None or last["why"] not in (ASKED, LOST):
             return
         try:
-            state = slurm.previous_state(self.number)
+            state = slurm.previous_state(self.job)
         except NoAnswer:
             state = ""
         logs = sorted(self.run.logs.glob(f"*.{self.job}.job.log"))
@@ -195,8 +199,9 @@ class Batch:
         if verdict.again:
             trouble = self._queue_again()
             if trouble:
-                command = f"distill submit {self.run.root} --resume"
-                self._say(f"the job could not be queued again ({trouble}); go on with: {command}")
+                message = f"could not be queued again ({trouble}); go on with: distill submit {self.run.root} --resume"
+                self._note("ended", stage=name, step=step, **fields | {"message": message, "again": False})
+                self._say(f"the job {message}")
             else:
                 self._say("queued again")
         return verdict.code
@@ -207,14 +212,18 @@ class Batch:
         for attempt in range(ATTEMPTS):
             time.sleep(attempt)
             try:
-                if FOREIGN.search(slurm.show(self.number).get("JobState", "")):
+                if self._is_queued_again(slurm.show(self.job)):
                     return ""
             except NoAnswer as error:
                 trouble = str(error)
-            trouble = slurm.requeue(self.number)
+            trouble = slurm.requeue(self.job)
             if not trouble:
                 return ""
         return trouble
+
+    def _is_queued_again(self, fields: dict[str, str]) -> bool:
+        """Whether Slurm has queued the job again while we were still there."""
+        return int(fields.get("Restarts", "0")) > self.restart
 
     @property
     def lead(self) -> float:

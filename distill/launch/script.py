@@ -106,6 +106,7 @@ def _render(template: str, lines: list[str], where: Where, image: str | None, st
         site=site,
         site_path=where.site.path,
         variables={**site.environment, **caches},
+        caches=caches,
         code=where.code,
         python=python,
         inner_python=python if image is None else site.container.python,

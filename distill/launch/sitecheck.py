@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -87,8 +87,11 @@ def _wait(job: str, say: Callable[[str], None]) -> slurm.JobState:
         time.sleep(1)
 
 
-def probe(folder: Path) -> Seen:
-    """Look around, as one process of the job, and write it down."""
+def probe(folder: Path, caches: Mapping[str, str]) -> Seen:
+    """Look around, as one process of the job, and write it down.
+
+    caches: the site's own; a TMPDIR that cannot be made, Slurm replaces by /tmp.
+    """
     rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     address = slurm.address(os.environ["SLURM_JOB_NODELIST"])
     devices, version, peers = _torch(rank, size, address)
@@ -102,13 +105,17 @@ def probe(folder: Path) -> Seen:
         store=_store(folder),
         free=shutil.disk_usage(folder).free,
         quota=environment.quota(),
-        caches={name: _writable(Path(os.environ[name])) for name in CACHES if os.environ.get(name)},
+        caches={name: _writable(Path(path)) for name, path in {**_caches(), **caches}.items()},
         devices=devices,
         torch=version,
         peers=peers,
     )
     write_atomic(folder / f"rank-{rank}.json", json.dumps(asdict(seen)))
     return seen
+
+
+def _caches() -> dict[str, str]:
+    return {name: os.environ[name] for name in CACHES if os.environ.get(name)}
 
 
 def _store(folder: Path) -> str:

@@ -4,11 +4,12 @@ States come from the accounting (sacct) where there is one, else from the contro
 after its end, else from the log of ended jobs, where the site keeps one that can be read.
 """
 
+import os
 import re
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from distill.guard import InputError, RunError
 PATIENCE = 4.5  # seconds that a command may take: a controller that is gone lets its clients wait for minutes
 LONG = 60.0  # of what changes something: a busy controller may take its time
 LOG_BYTES = 4 * 1024 * 1024  # of the log of ended jobs, from its end
+UNDIVIDED = "4294967294"
 LIVE = frozenset({"PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "STOPPED", "REQUEUED", "SIGNALING"})
 
 
@@ -83,12 +85,7 @@ def partitions() -> list[str]:
 
 def show(job: str) -> dict[str, str]:
     """What the controller knows of a job, by Slurm's names of the fields; {}: it knows it no more."""
-    done = _call("scontrol", "show", "job", "--oneliner", job)
-    if done.returncode:
-        if "Invalid job id" in done.stderr:
-            return {}
-        raise NoAnswer(f"scontrol show job {job}: {_said(done)}")
-    return _fields(done.stdout.splitlines()[0] if done.stdout.strip() else "")
+    return next(iter(_records(job)), {})
 
 
 def address(nodes: str) -> str:
@@ -111,10 +108,8 @@ def states(jobs: Sequence[str]) -> dict[str, JobState]:
         return {}
     found = _from_accounting(jobs)
     missing = [job for job in jobs if job not in found or found[job].state == "PENDING"]  # why, the controller knows
-    for job in missing:
-        fields = show(job)
-        if fields:
-            found[job] = JobState(*(fields.get(name, "") for name in ("JobState", "Reason", "ExitCode", "NodeList")))
+    for root in dict.fromkeys(_root(job) for job in missing):
+        found |= _by_job(_records(root), missing)
     return {**_from_log([job for job in jobs if job not in found]), **found}
 
 
@@ -133,7 +128,7 @@ def _from_accounting(jobs: Sequence[str]) -> dict[str, JobState]:
     if shutil.which("sacct") is None:
         return {}
     names = ("JobID", "State", "Reason", "ExitCode", "NodeList")
-    roots = ",".join(sorted({job.split("_")[0] for job in jobs}))
+    roots = ",".join(sorted({_root(job) for job in jobs}))
     try:
         done = _call("sacct", "-X", "--noheader", "--parsable2", f"--format={','.join(names)}", f"--jobs={roots}")
     except NoAnswer:  # its database may be gone while the controller is there
@@ -152,21 +147,56 @@ def _from_log(jobs: Sequence[str]) -> dict[str, JobState]:
     kind, place = (re.search(rf"^{name}\s*= (\S+)", config, re.MULTILINE) for name in ("JobCompType", "JobCompLoc"))
     if kind is None or kind[1] != "jobcomp/filetxt" or place is None:
         return {}
-    found = {}
     try:
         with Path(place[1]).open("rb") as file:
             file.seek(max(0, Path(place[1]).stat().st_size - LOG_BYTES))
             lines = file.read().decode(errors="replace").splitlines()
     except OSError:
         return {}
-    for line in lines:
-        fields = _fields(line)
-        names = {fields.get("JobId", ""), f"{fields.get('ArrayJobId')}_{fields.get('ArrayTaskId')}"}
-        for job in names.intersection(jobs):
-            found[job] = JobState(
-                fields.get("JobState", ""), "", fields.get("ExitCode", ""), fields.get("NodeList", "")
-            )
+    return _by_job([_fields(line) for line in lines], jobs)
+
+
+def _records(job: str) -> list[dict[str, str]]:
+    """What the controller knows of a job, of an array one for each of its jobs; none: it knows it no more."""
+    done = _call("scontrol", "show", "job", "--oneliner", job)
+    if done.returncode:
+        if "Invalid job id" in done.stderr or "not found" in done.stderr:
+            return []
+        raise NoAnswer(f"scontrol show job {job}: {_said(done)}")
+    return [_fields(line) for line in done.stdout.splitlines() if line.strip()]
+
+
+def _by_job(records: Sequence[dict[str, str]], jobs: Sequence[str]) -> dict[str, JobState]:
+    """The states that records tell of these jobs; of two that are about the same, the later counts."""
+    found: dict[str, JobState] = {}
+    for fields in sorted(records, key=_is_divided):
+        state = JobState(*(fields.get(name, "") for name in ("JobState", "Reason", "ExitCode", "NodeList")))
+        found |= dict.fromkeys(_about(fields, jobs), state)
     return found
+
+
+def _is_divided(fields: dict[str, str]) -> bool:
+    """Whether a record tells which jobs of an array it is about; one that was cancelled as a whole does not."""
+    return fields.get("ArrayTaskId", UNDIVIDED) != UNDIVIDED
+
+
+def _about(fields: dict[str, str], jobs: Sequence[str]) -> list[str]:
+    if not _is_divided(fields):
+        return [job for job in jobs if _root(job) == fields.get("ArrayJobId", fields.get("JobId"))]
+    named = {f"{fields['ArrayJobId']}_{number}" for number in _numbers(fields["ArrayTaskId"])}
+    return [job for job in jobs if job in named]
+
+
+def _numbers(text: str) -> Iterator[int]:
+    """0-2,5,8-12:2%4 -> 0, 1, 2, 5, 8, 10, 12"""
+    for part in text.split("%")[0].split(","):
+        ends, _, step = part.partition(":")
+        first, _, last = ends.partition("-")
+        yield from range(int(first), int(last or first) + 1, int(step or 1))
+
+
+def _root(job: str) -> str:
+    return job.split("_")[0]
 
 
 def _fields(line: str) -> dict[str, str]:
@@ -183,7 +213,8 @@ def _ask(*command: str) -> str:
 def _call(*command: str, patience: float = PATIENCE) -> subprocess.CompletedProcess[str]:
     began = time.monotonic()
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=patience, check=False)
+        env = {**os.environ, "SLURM_BITSTR_LEN": "0"}  # numbers of an array are not cut short
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=patience, check=False)
     except FileNotFoundError:
         raise NoAnswer(f"there is no command {command[0]} here; Slurm is not installed on this machine") from None
     except subprocess.TimeoutExpired:

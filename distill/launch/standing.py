@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from distill import jobs, status
 from distill.launch import slurm
@@ -94,9 +94,17 @@ def _newest(run: RunPaths) -> list[jobs.Job]:
 
 
 def _job(run: RunPaths, job: jobs.Job, states: dict[str, JobState]) -> StageJob:
+    ends = {member: line for member in job.members for line in jobs.ends(run, member)[-1:] if not line["again"]}
+    cancelled = [member for member, line in ends.items() if line["why"] == "cancelled"]
     found = {member: states[member] for member in job.members if member in states}
-    last = [line for member in job.members for line in jobs.ends(run, member)[-1:]]
-    bad = [f"{line['why']}: {line['message']}" for line in last if line["why"] != "done" and not line["again"]]
+    found |= {
+        member: replace(found[member], state="CANCELLED") for member in cancelled if member in found
+    }  # not FAILED
+    bad = [
+        line["message"] if member in cancelled else f"{line['why']}: {line['message']}"
+        for member, line in ends.items()
+        if line["why"] != "done"
+    ]
     return StageJob(job.id, job.stages, found, jobs.restarts(run, job.members), bad[-1] if bad else "")
 
 
