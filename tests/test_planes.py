@@ -29,7 +29,8 @@ print(code, *[name for name in {heavy} if name in sys.modules], file=sys.stderr)
 def make_run(store):
     spec = specfile.load(presets.find("digits"), name="one").spec
     created = event_line("created", stages={name: stage.kind for name, stage in spec.stages.items()})
-    return create_run(store, "one", {"spec.yaml": specfile.resolved(spec), "events.jsonl": created})
+    files = {"spec.yaml": specfile.resolved(spec), "events.jsonl": created, "logs/rank-0.log": "a line\n"}
+    return create_run(store, "one", files)
 
 
 @pytest.mark.process
@@ -48,6 +49,12 @@ def make_run(store):
         ["init"],
         ["init", "digits"],
         ["recipes"],
+        ["status"],
+        ["status", "one", "--json"],
+        ["logs", "one"],
+        ["submit", "--help"],
+        ["cancel", "one"],
+        ["doctor", "--site", "--help"],
     ],
     ids=" ".join,
 )

@@ -195,11 +195,11 @@ def _first_failure(paths: RunPaths) -> Failure | None:
 
     began: dict[str, str] = {}  # by the logs' names up to the rank
     for job in jobs.submitted(paths):
-        for part, member in zip(job.parts or [None], job.members, strict=True):
-            logs = f"{job.script.removesuffix('.sbatch')}{'' if part is None else f'.{part}'}."
+        for member in job.members:
+            names = [job.script.removesuffix(".sbatch"), *member.split("_")[1:], ""]
             for line in jobs.events(paths, member):
                 if line.get("event") == "began":
-                    began[logs] = datetime.fromtimestamp(line["time"]).strftime(MOMENT)  # noqa: DTZ006
+                    began[".".join(names)] = datetime.fromtimestamp(line["time"]).strftime(MOMENT)  # noqa: DTZ006
     found = [
         failure
         for path in paths.logs.glob("*rank-*.log")

@@ -1,0 +1,248 @@
+"""What a run keeps of its jobs, without Slurm: limits, ends, leads, claims of units, parts of pairs."""
+
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from runs import folder_bytes, make
+
+from distill import claims, jobs
+from distill.guard import InputError, Stopped
+from distill.launch import slurm
+from distill.pairs import generate
+from distill.progress import Progress
+from distill.spec import GaussianTeacher, PairsStage
+from distill.stop import StopRequest
+from distill.store import append_event, write_json
+from distill.teachers.analytic import gaussian_teacher
+
+# --- limits ---
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30", 1800),
+        ("0:45", 45),
+        ("90:00", 5400),
+        ("1:30:15", 5415),
+        ("2-0", 2 * 86400),
+        ("1-12", 36 * 3600),
+        ("1-12:30", 36 * 3600 + 1800),
+        ("1-12:30:05", 36 * 3600 + 1805),
+        ("1-06:00:00", 30 * 3600),
+        ("", None),
+        ("1:2:3:4", None),
+        ("soon", None),
+        ("-5", None),
+        ("1h", None),
+        ("UNLIMITED", None),
+    ],
+)
+def test_a_limit_in_slurms_notation(text, seconds):
+    assert jobs.limit_seconds(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [("4", [4]), ("0-3", [0, 1, 2, 3]), ("1,3-4", [1, 3, 4]), ("0-8:4%2", [0, 4, 8]), ("0,2%1", [0, 2])],
+)
+def test_numbers_of_an_array(text, numbers):
+    assert list(slurm._numbers(text)) == numbers
+
+
+# --- ends ---
+
+
+def ended(run, job, restart, why, again, **more):
+    jobs.append(run, job, "ended", restart=restart, why=why, again=again, message="", **more)
+
+
+def test_ends_and_restarts_by_reason(tmp_path):
+    run = make(tmp_path)
+    run.jobs.mkdir()
+    for restart, why in enumerate(["asked", "crash", "asked"]):
+        jobs.append(run, "7", "began", restart=restart, nodes="n1", stages=["teach"])
+        ended(run, "7", restart, why, True)
+    jobs.append(run, "7", "explained", restart=0, why="preempted")
+    ended(run, "7", 3, "done", False)
+    assert [(line["why"], line["again"]) for line in jobs.ends(run, "7")] == [
+        ("preempted", True),
+        ("crash", True),
+        ("asked", True),
+        ("done", False),
+    ]
+    ended(run, "8_1", 0, "crash", True)
+    assert jobs.restarts(run, ["7", "8_0", "8_1"]) == {"preempted": 1, "crash": 2, "asked": 1}
+
+
+def test_an_end_that_is_said_twice_counts_as_the_second_says(tmp_path):
+    """A job that could not be queued again says so after it has said that it will be."""
+    run = make(tmp_path)
+    run.jobs.mkdir()
+    ended(run, "7", 0, "asked", True)
+    ended(run, "7", 0, "asked", False)
+    assert [line["again"] for line in jobs.ends(run, "7")] == [False]
+    assert jobs.restarts(run, ["7"]) == {}
+
+
+def test_a_crash_at_the_step_of_the_last_one(tmp_path):
+    run = make(tmp_path)
+    run.jobs.mkdir()
+    assert not jobs.crashed_before(run, "7", "teach", 5)
+    ended(run, "7", 0, "crash", True, stage="teach", step=5)
+    ended(run, "7", 1, "preempted", True, stage="teach", step=9)
+    assert jobs.crashed_before(run, "7", "teach", 5)
+    assert not jobs.crashed_before(run, "7", "teach", 6)
+    assert not jobs.crashed_before(run, "7", "reflow", 5)
+    ended(run, "7", 2, "crash", True, stage="teach", step=6)
+    assert not jobs.crashed_before(run, "7", "teach", 5), "it has come further since"
+
+
+def test_the_position_of_a_failure_and_the_lead_that_saves_need(tmp_path):
+    run = make(tmp_path)
+    assert jobs.position(run, "teach", "no place") is None
+    assert jobs.lead_needed(run) == 0
+    for step, seconds in ((3, 1.5), (6, 20.0)):
+        append_event(run, "saved", stage="teach", step=step, seconds=seconds)
+    assert jobs.position(run, "teach", "no place") == 6
+    assert jobs.position(run, "teach", "step 8, turn 0: not finite") == 8
+    assert jobs.position(run, "reflow", "no place") is None
+    assert jobs.lead_needed(run) == 100
+
+
+# --- claims of units ---
+
+
+def held_by(run, unit, owner):
+    place = run.running if unit is None else run.units / unit
+    place.mkdir(parents=True)
+    write_json(place / "owner.json", owner.__dict__)
+    return place
+
+
+def test_units_are_claimed_side_by_side_but_not_beside_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "GRACE", 0.1)
+    run = make(tmp_path)
+    with claims.claim(run, "teach"), claims.claim(run, "solve.0"):
+        with pytest.raises(InputError, match="run 'one' is being executed by process"):
+            claims.claim(run).__enter__()
+        with pytest.raises(InputError, match="run 'one' is being executed by process"):
+            claims.claim(run, "teach").__enter__()
+        with pytest.raises(InputError, match="run 'one' is being executed by process"):
+            claims.refuse_if_executing(run)
+    with claims.claim(run), pytest.raises(InputError, match="run 'one' is being executed by process"):
+        claims.claim(run, "teach").__enter__()
+    assert claims.held(run) == {}
+    with claims.claim(run):
+        pass
+
+
+def test_a_later_attempt_of_a_job_takes_over_from_another_host(tmp_path):
+    run = make(tmp_path)
+    first = claims.Owner("elsewhere", "b", 7, "1", "12", 0)
+    place = held_by(run, "teach", first)
+    me = claims.Owner.this("12", 0)
+    said = "run 'one' is being executed by job 12; wait for it, or: distill cancel one"
+    for other in (me, claims.Owner.this("13", 5), claims.Owner.this()):
+        with pytest.raises(InputError) as caught:
+            claims.claim(run, "teach", other).__enter__()
+        assert str(caught.value) == said
+    with claims.claim(run, "teach", replace(me, restart=1)):
+        assert claims.owner(place) == replace(me, restart=1)
+    assert claims.owner(place) is None
+
+
+TAKE = """
+import sys, time
+from pathlib import Path
+from distill import claims
+from distill.store import RunPaths
+claims.GRACE = 0.5
+with claims.claim(RunPaths(Path(sys.argv[1])), "teach", claims.Owner.this("12", int(sys.argv[2]))):
+    print("taken", flush=True)
+    time.sleep(float(sys.argv[3]))
+"""
+
+
+def take(run, restart, seconds):
+    command = [sys.executable, "-c", TAKE, str(run.root), str(restart), str(seconds)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+@pytest.mark.process
+def test_of_several_that_take_over_exactly_one_does(tmp_path):
+    run = make(tmp_path)
+    held_by(run, "teach", claims.Owner("elsewhere", "b", 7, "1", "12", 0))
+    for _ in range(2):
+        racers = [take(run, 1, 1.5) for _ in range(5)]
+        assert sorted(racer.communicate()[0] for racer in racers) == [""] * 4 + ["taken\n"]
+        killed = take(run, 1, 60)
+        assert killed.stdout.readline() == "taken\n"
+        killed.send_signal(signal.SIGKILL)
+        killed.communicate()
+
+
+# --- parts of pairs ---
+
+STAGE = PairsStage(kind="pairs", count=44, solver="euler", steps=2, block=4, shard=8)  # six shards, the last is short
+TEACHER = gaussian_teacher(GaussianTeacher(kind="gaussian", mean=[0.7, -1.0], std=[0.5, 2.0]))
+
+
+class After(StopRequest):
+    """Asks to stop after some blocks."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.blocks = blocks
+
+    def raise_if_requested(self, saved):
+        self.blocks -= 1
+        if self.blocks < 0:
+            raise Stopped(saved)
+
+
+def solve(folder, part=None, stop=None):
+    with Progress("pairs", STAGE.count, "pairs", None) as progress:
+        generate(
+            TEACHER,
+            STAGE,
+            folder,
+            seed=3,
+            device=torch.device("cpu"),
+            progress=progress,
+            stop=stop or StopRequest(),
+            part=part,
+        )
+    return folder_bytes(folder)
+
+
+def test_parts_in_any_order_and_stopped_make_the_undivided_set(tmp_path):
+    whole = solve(tmp_path / "whole")
+    folder = tmp_path / "parts"
+    assert jobs.missing_parts(STAGE, folder, 4) == [0, 1, 2, 3]
+    for number in (2, 0):
+        solve(folder, (number, 4))
+    with pytest.raises(Stopped):
+        solve(folder, (1, 4), After(2))  # one of its two shards
+    assert jobs.missing_parts(STAGE, folder, 4) == [1, 3]
+    found = folder_bytes(folder)
+    assert {name for name in found if name.endswith("safetensors")} == {
+        f"shard-{number:05}.safetensors" for number in (0, 1, 2, 4)
+    }
+    (folder / "shard-00004.safetensors").write_bytes(b"cut short")  # and its record says otherwise
+    solve(folder, (1, 4))
+    assert jobs.missing_parts(STAGE, folder, 4) == [3]
+    assert solve(folder) == whole
+    assert solve(folder, (3, 4)) == whole, "late, it changes nothing"
+
+
+def test_more_parts_than_are_left_have_nothing_to_do(tmp_path):
+    whole = solve(tmp_path / "whole")
+    for number in range(6):
+        solve(tmp_path / "parts", (number, 6))
+    assert jobs.missing_parts(STAGE, tmp_path / "parts", 6) == []
+    assert solve(tmp_path / "parts") == whole
