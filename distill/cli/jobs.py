@@ -14,7 +14,7 @@ from distill.cli.common import StoreOption, near, print_table, site_path, store_
 from distill.cli.runs import RunArgument
 from distill.cli.work import Changes, SpecArgument
 from distill.guard import InputError, suggest
-from distill.store import RunPaths, find_run
+from distill.store import RunPaths, find_run, human
 
 if TYPE_CHECKING:
     import distill.spec
@@ -193,6 +193,18 @@ def _dry_run(
 
 def _say_memory(source: "distill.specfile.SpecSource") -> None:
     """What training will hold, as far as it is known before anything runs."""
+    from distill.estimate import estimate
+
+    found = estimate(source.spec, source.base)
+    kinds = list(dict.fromkeys(kind for each in found.values() for kind in each))
+    rows = [
+        [name, *(human(each[kind]) if kind in each else "-" for kind in kinds), human(sum(each.values()))]
+        for name, each in found.items()
+    ]
+    if rows:
+        columns = ["memory of a process", *kinds, "together"]
+        print_table(columns, rows, right=columns[1:])
+        print("activations come on top; `distill plan SPEC --measure` counts them in two real steps")
 
 
 def cancel(
