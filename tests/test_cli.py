@@ -9,7 +9,7 @@ from runs import make
 
 import distill as package
 from distill import claims, presets, specfile, status
-from distill.cli import common, work
+from distill.cli import common, start, work
 from distill.guard import InputError
 from distill.launch import environment
 from distill.store import append_event, write_json
@@ -78,10 +78,10 @@ def test_the_store_is_an_option_then_the_environment_then_the_settings_then_here
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("stoer: /a\n", "unknown setting 'stoer'; did you mean 'store'? valid: store"),
+        ("stoer: /a\n", "unknown setting 'stoer'; did you mean 'store'? valid: site, store"),
         ("store: a\n", "store: 'a' given; must be an absolute path"),
         ("store: 5\n", "store: 5 given; must be an absolute path"),
-        ("[1]\n", "a mapping of settings is expected; valid: store"),
+        ("[1]\n", "a mapping of settings is expected; valid: site, store"),
     ],
 )
 def test_wrong_settings(tmp_path, monkeypatch, text, said):
@@ -159,7 +159,8 @@ def test_list_and_show(capfd, tmp_path):
 
     shown = json.loads(command(capfd, "show", "one", "--json").out)
     assert shown["stages"][1] == {
-        "name": "pairs", "kind": "pairs", "state": "begun", "done": 1250, "total": 5000, "unit": "pairs", "logs": logs
+        "name": "pairs", "kind": "pairs", "state": "begun", "done": 1250, "total": 5000, "unit": "pairs",
+        "per_second": 1.0, "saved_step": None, "saved": None, "logs": logs,
     }  # fmt: skip
     text = " ".join(command(capfd, "show", "runs/one").out.split())
     assert text.startswith("one stopped: stopped by SIGTERM 0 s ago seed 0, data digits")
@@ -186,7 +187,7 @@ def test_a_line_break_among_the_arguments_leaves_the_spec_whole(tmp_path, monkey
     change = "stages.reflow.options={distance:\n l2}"
     monkeypatch.setattr(sys, "argv", ["distill", "run", "digits", change, "--name", "a\u2028\x1bb"])
     source = specfile.load(presets.find("digits"), [change], name="one")
-    run = work._start(tmp_path / "runs", source)
+    run = start.begin(tmp_path / "runs", source)
     assert specfile.load_run(run).digest() == source.spec.digest()
     first = run.spec.read_text().splitlines()[0]
     assert first == "# distill run digits 'stages.reflow.options={distance:  l2}' --name 'a  b'"

@@ -20,7 +20,7 @@ StoreOption = Annotated[
     typer.Option("--store", help="Folder of the runs. Otherwise $DISTILL_STORE, the user's config, or ./runs."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-SETTINGS = ("store", "site")
+SETTINGS = ("site", "store")
 
 
 def config_path() -> Path:
