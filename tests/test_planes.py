@@ -91,7 +91,7 @@ def wheel(tmp_path_factory):
     """The wheel, built offline from a copy of the sources, so that nothing is left behind in them."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    for name in ("distill", "recipes"):
+    for name in ("distill", "recipes", "slurm"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source / name)
@@ -106,7 +106,7 @@ def wheel(tmp_path_factory):
 @pytest.mark.process
 def test_the_wheel_holds_what_it_needs(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for folder, pattern in [("distill", "*.py"), ("recipes", "*.py"), ("recipes/presets", "*.yaml")]:
+    for folder, pattern in [("distill", "*.py"), ("recipes", "*.py"), ("recipes/presets", "*.yaml"), ("slurm", "*")]:
         for path in (ROOT / folder).rglob(pattern):
             assert str(path.relative_to(ROOT)) in names
     templates = [path for path in (ROOT / "distill" / "templates").iterdir() if path.is_file()]
