@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import jinja2
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
 from distill.guard import InputError
 from distill.spec import Frozen
@@ -20,8 +20,8 @@ SAMPLERS = {"velocity": ("euler",), "flow_map": ("jump", "renoise")}  # what a s
 class FileRecord(Frozen):
     """One file of the folder."""
 
-    sha256: str
-    size: int
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    size: NonNegativeInt
 
 
 class StudentCard(Frozen):
@@ -96,12 +96,17 @@ def read(folder: Path) -> StudentCard:
             f"{folder} is not a student folder: it has no {FILE_NAME}; give a folder that `distill export` "
             "or a train stage has written"
         )
+    return parse(path.read_bytes(), str(path))
+
+
+def parse(content: bytes, where: str) -> StudentCard:
+    """The card that a distill.json holds."""
     try:
-        return StudentCard.model_validate_json(path.read_bytes())
+        return StudentCard.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "its JSON"
-        raise InputError(f"{path} cannot be used: {where}: {first['msg']}; export the student again") from error
+        field = ".".join(map(str, first["loc"])) or "its JSON"
+        raise InputError(f"{where} cannot be used: {field}: {first['msg']}; export the student again") from error
 
 
 def verify(folder: Path) -> StudentCard:

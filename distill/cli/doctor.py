@@ -13,8 +13,9 @@ from typing import Literal
 
 import typer
 
-from distill.cli.common import JsonOption, StoreOption, human, print_json, print_table, store_path
+from distill.cli.common import JsonOption, StoreOption, print_json, print_table, store_path
 from distill.launch import environment
+from distill.space import human
 
 TRAIN = (
     *("torch", "torchvision", "diffusers", "datasets", "safetensors", "numpy", "scipy", "scikit-learn"),

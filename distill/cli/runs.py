@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from distill.cli.common import JsonOption, StoreOption, console, human, near, print_json, print_table, size, store_path
+from distill.cli.common import JsonOption, StoreOption, console, near, print_json, print_table, size, store_path
 from distill.guard import InputError
+from distill.space import human
 from distill.store import RunPaths
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run in the store, or its folder.")]

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distill.cli.common import JsonOption, StoreOption, human, near, one_line, print_json, print_table, store_path
+from distill.cli.common import JsonOption, StoreOption, near, one_line, print_json, print_table, store_path
 from distill.cli.runs import print_results
 from distill.guard import EXIT_INPUT, InputError, Stopped, suggest
+from distill.space import human
 from distill.store import RunPaths, append_event, create_run, event_line, find_run, name_in_use, read_json, write_atomic
 
 if TYPE_CHECKING:
