@@ -150,14 +150,30 @@ def to_stderr(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
+def of_step(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint after `step` steps."""
+    for path in complete(folder):
+        if _step(path) == step:
+            try:
+                return Checkpoint(path, _verified(path))
+            except Damaged as reason:
+                raise InputError(f"checkpoint {path} is damaged ({reason}); name another") from reason
+    steps = ", ".join(f"step-{_step(path)}" for path in complete(folder)) or "none yet"
+    raise InputError(f"there is no checkpoint of step {step} in {folder}; there are: {steps}")
+
+
 def weights(
-    folder: Path, network: str = "student", half_life: float | None = None, warn: Warn = to_stderr
+    folder: Path,
+    network: str = "student",
+    half_life: float | None = None,
+    step: int | None = None,
+    warn: Warn = to_stderr,
 ) -> tuple[dict[str, Tensor], int]:
     """A network's state dict from the newest checkpoint in `folder`, of a run in progress too, and its images.
 
-    half_life: None for the raw weights, else one of the stage's half-lives in images.
+    half_life: None for the raw weights, else one of the stage's half-lives in images. step: of another checkpoint.
     """
-    found = latest(folder, warn)
+    found = latest(folder, warn) if step is None else of_step(folder, step)
     if found is None:
         raise InputError(f"no checkpoint in {folder} yet; wait for the first one, or train the stage")
     group = network_group(network) if half_life is None else ema_group(network, half_life)
@@ -166,7 +182,7 @@ def weights(
     try:
         return found.tensors(group), found.meta.images
     except FileNotFoundError:  # a running trainer removed it meanwhile, so there is a newer one
-        return weights(folder, network, half_life, warn)
+        return weights(folder, network, half_life, step, warn)
 
 
 class Checkpoints:

@@ -123,11 +123,11 @@ def _is_here(dest: Path, content: bytes, show: Show | None) -> bool:
     return True
 
 
-def fetch_all(source: Source, card: StudentCard, here: Path) -> None:
+def fetch_all(source: Source, card: StudentCard, here: Path, label: str = "pull") -> None:
     """Every listed file, the largest first."""
     files = sorted(card.files.items(), key=lambda item: -item[1].size)
     total, tally = sum(record.size for _, record in files), Tally()
-    with Progress("pull", total // 1000, "kB", None) as progress, ThreadPoolExecutor(source.parallel) as pool:
+    with Progress(label, total // 1000, "kB", None) as progress, ThreadPoolExecutor(source.parallel) as pool:
         waiting = {pool.submit(fetch, source, name, record, here / name, tally) for name, record in files}
         try:
             while waiting:

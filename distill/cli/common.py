@@ -5,11 +5,13 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from distill import transports
 from distill.guard import InputError, suggest
 
 if TYPE_CHECKING:
@@ -18,6 +20,10 @@ if TYPE_CHECKING:
 StoreOption = Annotated[
     Path | None,
     typer.Option("--store", help="Folder of the runs. Otherwise $DISTILL_STORE, the user's config, or ./runs."),
+]
+AnyStoreOption = Annotated[
+    str | None,
+    typer.Option("--store", help="Folder or URL of the store. Otherwise $DISTILL_STORE, the user's config, or ./runs."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 SETTINGS = ("store",)
@@ -29,40 +35,69 @@ def config_path() -> Path:
     return (Path(home) if home else Path.home() / ".config") / "distill" / "config.yaml"
 
 
-def store_path(option: Path | None) -> Path:
-    """The store: --store, else $DISTILL_STORE, else `store` of the user's config, else ./runs."""
+@dataclass(frozen=True)
+class Setting:
+    """What holds, and who said so."""
+
+    value: str
+    source: str
+
+
+def store_setting(option: str | None) -> Setting:
+    """The store: --store, else $DISTILL_STORE, else `store` of the user's config, else ./runs. A folder or a URL."""
     if option is not None:
-        path, source = option, "--store"
-    elif os.environ.get("DISTILL_STORE"):
-        path, source = Path(os.environ["DISTILL_STORE"]), "$DISTILL_STORE"
-    elif (configured := _configured()) is not None:
-        path, source = configured, str(config_path())
-    else:
-        path, source = Path("runs"), "the default"
-    path = path.expanduser()
+        return Setting(option, "--store")
+    if os.environ.get("DISTILL_STORE"):
+        return Setting(os.environ["DISTILL_STORE"], "$DISTILL_STORE")
+    if (configured := configuration().get("store")) is not None:
+        return Setting(configured, str(config_path()))
+    return Setting("runs", "the default")
+
+
+def store_path(option: Path | None) -> Path:
+    """The store as a folder; InputError if it is a URL."""
+    return _folder(store_setting(None if option is None else str(option)))
+
+
+def store_source(option: str | None) -> transports.Source:
+    """The store, a folder or a URL, for reading."""
+    setting = store_setting(option)
+    return transports.at(setting.value if transports.is_url(setting.value) else _folder(setting))
+
+
+def _folder(setting: Setting) -> Path:
+    if transports.is_url(setting.value):
+        raise InputError(
+            f"the store {setting.value} (from {setting.source}) is a URL, from which students are pulled; this needs "
+            "a folder: give one by --store"
+        )
+    path = Path(setting.value).expanduser()
     if path.exists() and not path.is_dir():
-        raise InputError(f"the store {path} (from {source}) is a file; name a folder")
+        raise InputError(f"the store {path} (from {setting.source}) is a file; name a folder")
     return path
 
 
-def _configured() -> Path | None:
+def configuration() -> dict[str, str]:
+    """The user's settings."""
     path = config_path()
     if not path.is_file():
-        return None
+        return {}
     from distill import yamltext
 
     content = yamltext.parse(yamltext.read(path), str(path)) or {}
     if not isinstance(content, dict):
         raise InputError(f"{path}: a mapping of settings is expected; valid: {', '.join(SETTINGS)}")
-    for key in content:
+    for key, value in content.items():
         if key not in SETTINGS:
             raise InputError(f"{path}: unknown setting '{key}'; {suggest(str(key), SETTINGS)}")
-    store = content.get("store")
-    if store is None:
-        return None
-    if not isinstance(store, str) or not Path(store).expanduser().is_absolute():
-        raise InputError(f"{path}: store: {store!r} given; must be an absolute path")
-    return Path(store)
+        if value is not None and not is_place(value):
+            raise InputError(f"{path}: {key}: {value!r} given; must be an absolute path or a URL")
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def is_place(value: object) -> bool:
+    """Whether it is an absolute path or a URL."""
+    return isinstance(value, str) and (transports.is_url(value) or Path(value).expanduser().is_absolute())
 
 
 def console() -> "rich.console.Console":
