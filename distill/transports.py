@@ -13,8 +13,8 @@ from urllib.parse import unquote, urlsplit
 from distill.guard import InputError
 
 if TYPE_CHECKING:
+    import fsspec
     import requests
-    from fsspec import AbstractFileSystem
 
 URL = re.compile(r"([a-z][a-z0-9+.-]*):/", re.IGNORECASE)
 SCHEMES = "file, http, https, s3, hf, ssh"
@@ -251,7 +251,7 @@ class Fsspec:
     """Files of an object store."""
 
     where: str
-    system: "AbstractFileSystem"
+    system: "fsspec.AbstractFileSystem"
     path: str
     errors: tuple[type[Exception], ...]
     parallel: int = 4

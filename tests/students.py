@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 from distill import card as cards
-from distill.card import StudentCard
+from distill import publish
+from distill.card import Publication, StudentCard
+from distill.published import Entry
 
 PIPELINE = Path(cards.__file__).parent / "students" / "pipeline.py"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -66,3 +68,9 @@ def edit_card(folder: Path, edit) -> None:
 
 def copy(folder: Path, to: Path) -> Path:
     return Path(shutil.copytree(folder, to, symlinks=True))
+
+
+def put(student: Path, store: Path, name: str, version: str | None = None, picture: bytes = b"") -> Entry:
+    """Publish a student that no run knows of."""
+    about = Publication(name, publish.PICTURE if picture else "", "", [], [], [])
+    return publish.publish(student, store, name, version, about, picture)[0]

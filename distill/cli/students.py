@@ -26,9 +26,9 @@ from distill.space import human
 from distill.store import RunPaths
 
 if TYPE_CHECKING:
-    from distill import publish as publishing
-    from distill import published
-    from distill.transports import Source
+    import distill.publish
+    import distill.published
+    import distill.transports
 
 TrustOption = Annotated[
     bool,
@@ -130,7 +130,7 @@ def verify(
     print(f"{near(folder.absolute())} is whole: '{one_line(card.name)}', {len(card.files) + 1} files")
 
 
-def _chosen(given: str, store: Path) -> "publishing.Chosen | Path":
+def _chosen(given: str, store: Path) -> "distill.publish.Chosen | Path":
     """A student of a run, or a student folder that lies in none."""
     from distill import publish as publishing
 
@@ -151,7 +151,7 @@ def _chosen(given: str, store: Path) -> "publishing.Chosen | Path":
     raise InputError(f"there is no run or student '{base}'; give RUN or RUN/STAGE of {store}, or a student's folder")
 
 
-def _student(chosen: "publishing.Chosen", temporary: Path) -> Path:
+def _student(chosen: "distill.publish.Chosen", temporary: Path) -> Path:
     """The folder of a run's student; that of a checkpoint is exported first."""
     folder, stage = chosen.run.student(chosen.stage), chosen.stage
     if chosen.step is None:
@@ -182,7 +182,7 @@ def _drawn(student: Path, out: Path) -> bytes:
     return out.read_bytes()
 
 
-def _source(given: str, store: str | None) -> "tuple[Source, str, str | None]":
+def _source(given: str, store: str | None) -> "tuple[distill.transports.Source, str, str | None]":
     """What is to be pulled: where it is, a name for its folder, and its digest if the store says it."""
     from distill import published, transports
 
@@ -210,7 +210,7 @@ def _source(given: str, store: str | None) -> "tuple[Source, str, str | None]":
     return place, name if version is None else f"{name}-{version}", digest
 
 
-def _best(entry: "published.Entry") -> str:
+def _best(entry: "distill.published.Entry") -> str:
     """The distance at the fewest steps, which comes first among its metrics."""
     return next((f"{key} {value:.4g}" for key, value in entry.metrics.items()), "-")
 
