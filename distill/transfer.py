@@ -112,15 +112,18 @@ def _complete(source: Source, name: str, record: FileRecord, part: Part, tally: 
                 found = part.finish()
                 if found == record.sha256:
                     return
-                why = f"{name} arrives damaged: sha256 {found[:12]} instead of {record.sha256[:12]}"
+                why = f"it arrives damaged: sha256 {found[:12]} instead of {record.sha256[:12]}"
             tally.add(-part.size)
             part.restart()
             damaged += 1
             if damaged > min(CORRUPT, source.retries):
-                raise RunError(f"{source.where}: {why}; nothing was kept of it")
+                raise RunError(f"{source.where}: {name}: {why}; nothing was kept of it")
         failures = 0 if part.size - before >= LEAST else failures + 1
         if failures > source.retries:
-            raise RunError(f"{source.where}: {why}; what came is kept, the same command goes on from there")
+            hope = (
+                "what came is kept, the same command goes on from there" if source.retries else "it is not whole there"
+            )
+            raise RunError(f"{source.where}: {name}: {why}; {hope}")
         tally.stop.wait(PAUSES[min(failures, len(PAUSES)) - 1] if failures else 0)
 
 

@@ -127,7 +127,7 @@ def test_a_changed_byte_is_fetched_again_and_a_lasting_one_is_an_error(tmp_path,
         server.faults = [Fault(WEIGHTS, change=flip)]
         said = refused(f"{server.url}/student", tmp_path / "t", RunError)
         assert re.fullmatch(
-            rf"{server.url}/student: {WEIGHTS} arrives damaged: sha256 \w{{12}} instead of \w{{12}}; "
+            rf"{server.url}/student: {WEIGHTS}: it arrives damaged: sha256 \w{{12}} instead of \w{{12}}; "
             "nothing was kept of it", said
         )  # fmt: skip
         server.faults = []
