@@ -22,10 +22,16 @@ def free(folder: Path) -> int:
     return disk.f_bavail * disk.f_frsize
 
 
+def shortage(folder: Path, need: int) -> str:
+    """What is missing for `need` bytes below `folder`; empty: nothing."""
+    left = free(folder)
+    return f"{human(need)} needed, but {human(left)} are free for {folder}" if need > left else ""
+
+
 def require(folder: Path, need: int, what: str) -> None:
-    """RunError unless `need` bytes can be written below `folder`. what: "40 pairs", as in "40 pairs need 1 MB"."""
-    if need > (left := free(folder)):
+    """RunError unless `need` bytes can be written below `folder`."""
+    if missing := shortage(folder, need):
         raise RunError(
-            f"{what} need {human(need)}, but {human(left)} are free for {folder}; "
-            "make room (`distill clean RUN` says what a run no longer needs), or use another store"
+            f"no room for {what}: {missing}; make some (`distill clean RUN` says what a run no longer needs), "
+            "or use another store"
         )

@@ -382,4 +382,6 @@ def test_passwords_of_urls_are_not_shown(tmp_path, student):
 def test_a_full_disk_is_said_before_anything_is_fetched(tmp_path, student, monkeypatch):
     monkeypatch.setattr("distill.space.free", lambda folder: 1000)
     said = refused(student, tmp_path / "s", RunError)
-    assert said.startswith(f"the files of {student} need 1.0 MB, but 1.0 kB are free for {tmp_path}; make room")
+    assert said.startswith(
+        f"no room for the files of {student}: 1.0 MB needed, but 1.0 kB are free for {tmp_path}; make some"
+    )

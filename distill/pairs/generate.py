@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from distill import draws, solvers
+from distill import draws, solvers, space
 from distill.guard import InputError, RunError
 from distill.pairs.manifest import Manifest, ShardFile, fault, foreign, noise_sha256, read
 from distill.progress import Progress
@@ -41,6 +42,9 @@ def generate(
         raise InputError(f"pairs cannot be written to {folder}: {error.strerror}; name another folder") from error
     manifest = _resume(folder, planned, progress)
     done = sum(file.stop - file.start for file in manifest.shards.values())
+    left = stage.count - done
+    need = left * math.prod(teacher.shape) * DTYPES[stage.dtype].itemsize
+    space.require(folder, need, f"{left:,} pairs")
     progress.start(done)
     for name, indices in manifest.layout().items():
         if name in manifest.shards:
