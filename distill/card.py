@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -162,13 +162,13 @@ class Publication:
     """What the model card of a published student says beyond the student: its run knows it."""
 
     name: str
-    picture: str
+    picture: str = ""
     """file of samples in the folder; empty: none"""
-    measured: str
+    measured: str = ""
     """what the table below is of"""
-    columns: list[str]
-    rows: list[list[str]]
-    costs: list[Cost]
+    columns: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

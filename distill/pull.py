@@ -49,9 +49,9 @@ def read(source: Source, name: str, limit: int) -> bytes:
             if failures > source.retries:
                 raise RunError(f"{source.where} cannot be read: {broken}; try again later") from broken
             Tally().stop.wait(PAUSES[min(failures, len(PAUSES)) - 1])
+        except Missing:
+            raise
         except Refused as refused:
-            if isinstance(refused, Missing):
-                raise
             raise InputError(str(refused)) from refused
 
 
@@ -156,8 +156,8 @@ def workplace(dest: Path, digest: str) -> Iterator[Path]:
     mine = free.with_name(f"{free.name}.{Owner.this().label}")
     dest.parent.mkdir(parents=True, exist_ok=True)
     for left in sorted(dest.parent.iterdir()):
-        if left.name.startswith(free.name) and _is_left(left, free):
-            with suppress(OSError):  # another process was faster
+        with suppress(OSError):  # another process was faster
+            if left.name.startswith(free.name) and _is_left(left, free):
                 left.rename(mine)
                 break
     mine.mkdir(exist_ok=True)

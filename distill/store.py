@@ -163,6 +163,8 @@ def create_run(store: Path, name: str, files: Mapping[str, str | bytes]) -> RunP
 
 def name_in_use(run: RunPaths) -> str:
     """What to say when a run's name is taken, with both ways out."""
+    if not run.spec.is_file():  # the students that were published, for one
+        return f"{run.root} is there already, and no run; choose another name by --name OTHER"
     return (
         f"there is a run '{run.name}' in {run.root.parent} already; "
         "go on with it by --resume, or start another by --name OTHER"

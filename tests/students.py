@@ -72,5 +72,5 @@ def copy(folder: Path, to: Path) -> Path:
 
 def put(student: Path, store: Path, name: str, version: str | None = None, picture: bytes = b"") -> Entry:
     """Publish a student that no run knows of."""
-    about = Publication(name, publish.PICTURE if picture else "", "", [], [], [])
+    about = Publication(name, publish.PICTURE if picture else "")
     return publish.publish(student, store, name, version, about, picture)[0]

@@ -4,16 +4,18 @@ import hashlib
 import json
 import platform
 import re
+import resource
+import signal
 import subprocess
 import sys
 import threading
 import time
 
 import pytest
-from commands import snapshot
+from commands import command, snapshot
 from flaky import Fault, Flaky
 from runs import folder_bytes
-from students import WEIGHTS, copy, edit_card, make
+from students import WEIGHTS, copy, edit_card, make, put
 
 from distill import card as cards
 from distill import manifest, pull, transfer, transports
@@ -385,3 +387,65 @@ def test_a_full_disk_is_said_before_anything_is_fetched(tmp_path, student, monke
     assert said.startswith(
         f"no room for the files of {student}: 1.0 MB needed, but 1.0 kB are free for {tmp_path}; make some"
     )
+
+
+def test_a_disk_that_is_full_keeps_what_came(tmp_path, student, monkeypatch):
+    """A limit on the size of files stands in for the disk: the write itself fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
+    try:
+        said = refused(student, tmp_path / "s", RunError)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert re.fullmatch(rf"cannot write \S+/{WEIGHTS}: File too large; what came is kept there", said)
+    get(student, tmp_path / "s")
+    same(tmp_path / "s", student)
+
+
+# --- the commands ---
+
+
+def test_commands_say_what_they_did(capfd, tmp_path, student, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    digest = manifest.digest((student / DISTILL).read_bytes())[:12]
+    use = 'use it: DiffusionPipeline.from_pretrained("s", trust_remote_code=True)\n'
+    done = command(capfd, "pull", str(student), "s")
+    assert done.out == f"pulled s: 1.0 MB in 6 files, sha256 {digest}\n{use}"
+    assert command(capfd, "pull", str(student), "s").out == f"s is here already, and whole: sha256 {digest}\n{use}"
+    assert command(capfd, "verify", "s").out == "s is whole: 'reflow', 6 files\n"
+    (tmp_path / "s" / WEIGHTS).write_bytes(b"x")
+    done = command(capfd, "verify", "s")
+    assert done.code == 2
+    assert done.err.startswith(f"error: s: {WEIGHTS} is damaged: 1 bytes with sha256 ")
+    assert command(capfd, "verify", "none").err.startswith("error: none is no student folder: it has no distill.json (")
+
+
+def test_code_on_trust_is_printed_without_what_moves_the_cursor(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "student", files={"pipeline.py": b"import os\n# \x1b[2J clear\n"})
+    done = command(capfd, "pull", "student", "s")
+    assert (done.code, (tmp_path / "s").exists()) == (2, False)
+    assert "--trust-code shows the code and takes it" in done.err
+    done = command(capfd, "pull", "student", "s", "--trust-code")
+    assert done.out.startswith("--- pipeline.py\nimport os\n#  [2J clear\n---\npulled s: ")
+    assert command(capfd, "verify", "s").code == 2
+    assert command(capfd, "verify", "s", "--trust-code").code == 0
+
+
+def test_what_cannot_be_pulled_is_said_with_what_can(capfd, tmp_path, student, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("DISTILL_STORE", raising=False)
+    assert command(capfd, "students").out == "no students in runs; publish one: distill publish RUN NAME\n"
+    put(student, tmp_path / "runs", "digits")
+    for given, said in [
+        ("digits:v2", "'digits' has no version 'v2'; valid: v1"),
+        ("digit:v1", "runs has no published student 'digit'; did you mean 'digits'? valid: digits"),
+        ("other", "there is no run or student 'other'; give RUN or RUN/STAGE of runs, or a student's folder"),
+        ("a:b:c", "'a:b:c': NAME or NAME:VERSION is expected; a version is letters, digits, '.', '_' and '-', begins "
+         "with a letter or digit, and has at most 64"),
+    ]:  # fmt: skip
+        done = command(capfd, "pull", given)
+        assert (done.code, done.err) == (2, f"error: {said}\n")

@@ -61,8 +61,9 @@ def publish(
         picture = b"" if isinstance(chosen, Path) else publishing.samples(chosen)
         picture = picture or _drawn(found, Path(temporary) / "samples.png")
         shown = publishing.PICTURE if picture else ""
-        about = cards.Publication(title, shown, "", [], [], [])
-        if not isinstance(chosen, Path):
+        if isinstance(chosen, Path):
+            about = cards.Publication(title, shown)
+        else:
             about = publishing.describe(title, chosen, cards.read(found).images, shown)
         entry, new = publishing.publish(found, folder, title, version, about, picture)
     where = near(folder.absolute() / published.REGISTRY / entry.name / entry.version)

@@ -2,8 +2,8 @@
 zero checkpoint pull].
 
 Nothing is asserted: machines are noisy. Contenders take turns, medians are compared. `quickstart` (5 minutes on 2
-cores), `digits` (the bar, mean of three seeds, 20 minutes), `zero` (15 minutes), `checkpoint` and `pull` (4 GB of disk) run
-only when named.
+cores), `digits` (the bar, mean of three seeds, 20 minutes), `zero` (15 minutes), `checkpoint` and
+`pull` (4 GB of disk) run only when named.
 """
 
 import statistics
