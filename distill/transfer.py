@@ -38,7 +38,7 @@ class Part:
     """
 
     def __init__(self, path: Path, size: int) -> None:
-        self.path, self.goal, self.size = path, size, 0
+        self.size = 0
         self._digest, self._hashing = hashlib.sha256(), Future[None]()
         self._hashing.set_result(None)
         self._hasher = ThreadPoolExecutor(1)
@@ -120,10 +120,8 @@ def _complete(source: Source, name: str, record: FileRecord, part: Part, tally: 
                 raise RunError(f"{source.where}: {name}: {why}; nothing was kept of it")
         failures = 0 if part.size - before >= LEAST else failures + 1
         if failures > source.retries:
-            hope = (
-                "what came is kept, the same command goes on from there" if source.retries else "it is not whole there"
-            )
-            raise RunError(f"{source.where}: {name}: {why}; {hope}")
+            hint = "what came is kept, go on by the same command" if source.retries else "it is not whole there"
+            raise RunError(f"{source.where}: {name}: {why}; {hint}")
         tally.stop.wait(PAUSES[min(failures, len(PAUSES)) - 1] if failures else 0)
 
 

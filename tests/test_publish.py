@@ -122,6 +122,13 @@ def test_a_run_that_lies_where_students_belong(tmp_path, store):
         put(make(tmp_path / "s"), store, "digits")
 
 
+def test_a_run_cannot_take_the_place_of_students(capfd, tmp_path, store):
+    put(make(tmp_path / "s"), store, "digits")
+    done = command(capfd, "run", "digits", "--name", "registry")
+    assert done.code == 2
+    assert done.err == f"error: {store}/registry is there already, and no run; choose another name by --name OTHER\n"
+
+
 @pytest.mark.process
 def test_publishers_and_pullers_at_once_lose_nothing(tmp_path, store):
     """Four processes publish three students each under one name, while two pull the newest again and again."""

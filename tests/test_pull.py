@@ -142,7 +142,7 @@ def test_lies_about_sizes(tmp_path, student):
     with Flaky(tmp_path / "there") as server:
         place = place.format(server.url)
         server.faults = [Fault(WEIGHTS, change=lambda content: content[:700_000])]  # the file itself is cut
-        assert "ends before byte 700,000; what came is kept, the same command goes on" in refused(
+        assert "ends before byte 700,000; what came is kept, go on by the same command" in refused(
             place, tmp_path / "s", RunError
         )
         server.faults = [Fault(WEIGHTS, change=lambda content: content + b"more")]

@@ -95,7 +95,7 @@ def pull(
     given: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="NAME[:VERSION] as published, RUN, RUN/STAGE, RUN@best, a folder or URL."
+            metavar="SOURCE", help="NAME[:VERSION] as published, else RUN, RUN/STAGE, RUN@best; a folder or URL."
         ),
     ],
     dest: Annotated[
