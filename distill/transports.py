@@ -66,9 +66,12 @@ def at(place: str | Path) -> Source:
     text = str(place)
     if not isinstance(place, str) or not is_url(text):
         return Folder(Path(place))
-    url = urlsplit(text)
+    try:
+        url = urlsplit(text)
+    except ValueError as error:
+        raise InputError(f"{text}: {error}") from None
     scheme = url.scheme.lower()
-    if url.query or url.fragment or "::" in text:
+    if url.query or url.fragment or re.search(r"::\w+:", text):  # fsspec would go from one to the next
         raise InputError(f"{text}: a plain URL of a folder is expected, without '?', '#' and '::'")
     if scheme == "file":
         if url.netloc not in ("", "localhost"):
@@ -78,7 +81,7 @@ def at(place: str | Path) -> Source:
         raise InputError(f"{text}: names no host; write {scheme}://HOST/PATH")
     base = text.rstrip("/")
     if scheme in ("http", "https"):
-        shown = base.replace(f"{url.netloc}", url.netloc.rpartition("@")[2], 1)
+        shown = base.replace(url.netloc, url.netloc.rpartition("@")[2], 1)
         return Http(shown, base)
     if scheme == "hf":
         return _hub(base)

@@ -422,3 +422,4 @@ def test_what_is_pulled_is_a_pipeline_of_plain_diffusers(capfd, run, tmp_path):
 def test_at_takes_a_folder_or_a_url(tmp_path):
     assert at(tmp_path).where == str(tmp_path)
     assert at("https://me:secret@host/a/").below("b").where == "https://host/a/b"
+    assert at("http://[::1]:8000/a").where == "http://[::1]:8000/a"

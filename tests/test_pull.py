@@ -359,6 +359,7 @@ def test_every_shipped_file_is_known():
     ("url", "said"),
     [
         ("ftpx://host/s", "unknown scheme 'ftpx'; valid: file, http, https, s3, hf, ssh"),
+        ("http://[::1/s", "Invalid IPv6 URL"),
         ("http:///s", "names no host; write http://HOST/PATH"),
         ("https://host/s?token=1", "without '?', '#' and '::'"),
         ("s3://bucket/s::file://x", "without '?', '#' and '::'"),
