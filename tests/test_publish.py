@@ -14,6 +14,7 @@ import torch
 from commands import command, snapshot
 from flaky import Fault, Flaky
 from runs import distill, folder_bytes
+from runs import make as make_run
 from students import make, put
 
 from distill import card as cards
@@ -309,6 +310,27 @@ def test_settings_say_where_they_come_from(capfd, tmp_path, monkeypatch):
 
 
 # --- students of runs ---
+
+
+def test_the_time_of_a_stage_is_that_of_its_processes(store):
+    """Not what lay between a kill and the next start, nor the other stages; of a checkpoint up to its save."""
+    run = make_run(store)
+    events = [
+        (0, "started", {}), (10, "stage started", {"stage": "teach", "device": "H100"}),
+        (20, "saved", {"stage": "teach", "step": 100}), (25, "progress", {"label": "teach"}),
+        (1000, "started", {}), (1010, "stage started", {"stage": "teach", "device": "H100"}),
+        (1015, "stopped", {}), (2000, "stage started", {"stage": "teach", "device": "H200"}),
+        (2007, "saved", {"stage": "teach", "step": 200}), (2008, "stage done", {"stage": "teach"}),
+        (2009, "stage started", {"stage": "pairs", "device": "H200"}), (2050, "stage done", {"stage": "pairs"}),
+    ]  # fmt: skip
+    run.events.write_text("".join(json.dumps({"time": at, "event": what, **more}) + "\n" for at, what, more in events))
+    chosen = publish.Chosen(run, "reflow", None)
+    costs = {cost.stage: cost for cost in publish.describe("x", chosen, 640, "").costs}
+    assert list(costs) == ["teach", "pairs", "reflow"]
+    assert (costs["teach"].time, costs["teach"].place) == ("0:23", "1 process, H200")
+    assert (costs["pairs"].time, costs["reflow"].work) == ("0:41", "640 images")
+    early = publish.describe("x", publish.Chosen(run, "teach", 100), 100, "").costs
+    assert [(cost.stage, cost.work, cost.time) for cost in early] == [("teach", "100 images", "0:10")]
 
 
 @pytest.fixture(scope="module")
