@@ -88,7 +88,8 @@ def train(
         roles = Roles(
             recipe, init, stage, device, world, slices, found=found, zero=zero, teacher=teacher, recompute=recompute
         )
-    world.alone("looking for room", partial(checkpoints.require_room, roles.checkpoint_bytes()))
+    if probe is None:  # which makes two steps, somewhere else
+        world.alone("looking for room", partial(checkpoints.require_room, roles.checkpoint_bytes()))
     step, images = (0, 0) if found is None else (found.meta.step, found.meta.images)
     if found is not None and run is not None:
         append_event(run, "resumed", stage=paths.root.name, step=step, images=images, **environment)
