@@ -44,6 +44,17 @@ class Owner:
     def is_here(self) -> bool:
         return self.host == platform.node()
 
+    @property
+    def label(self) -> str:
+        """In one word, for the names of folders that are its own."""
+        return f"{self.pid},{self.start},{self.boot},{self.host}"
+
+    @classmethod
+    def of_label(cls, label: str) -> "Owner | None":
+        """None: this is no label."""
+        pid, start, boot, host = (*label.split(",", 3), "", "", "")[:4]
+        return cls(host, boot, int(pid), start) if pid.isdigit() and host else None
+
     def is_alive(self) -> bool:
         """False once it is known to be gone; a process on another host counts as alive."""
         if not self.is_here:

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Literal
 
 from distill.guard import InputError, RunError
+from distill.space import human
 from distill.spec import CheckpointTeacher, HfData, RunSpec
-from distill.store import RunPaths, human, read_json, runs, sync_dir, sync_tree, write_atomic, write_json
+from distill.store import RunPaths, read_json, runs, sync_dir, sync_tree, write_atomic, write_json
 
 RECORD = "inputs/inputs.json"  # of a run
 UNUSED_SECONDS = 86400.0  # what was asked for within the last day may be of a run that is being made

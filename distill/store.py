@@ -68,15 +68,6 @@ def shard_record(shard: Path) -> Path:
     return shard.with_suffix(".json")
 
 
-def human(count: int | float) -> str:
-    """A number of bytes for people."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
 @dataclass(frozen=True)
 class StagePaths:
     """The files of one stage of a run."""
@@ -217,6 +208,8 @@ def create_run(store: Path, name: str, files: Mapping[str, str | bytes]) -> RunP
 
 def name_in_use(run: RunPaths) -> str:
     """What to say when a run's name is taken, with both ways out."""
+    if not run.spec.is_file():  # the students that were published, for one
+        return f"{run.root} is there already, and no run; choose another name by --name OTHER"
     return (
         f"there is a run '{run.name}' in {run.root.parent} already; "
         "go on with it by --resume, or start another by --name OTHER"

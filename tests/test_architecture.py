@@ -21,9 +21,19 @@ LAYERS = [
     {"stages", "estimate"},
     {"cli", "testing"},
 ]
-ANYWHERE = {"guard", "spec", "store", "progress", "stop", "results", "card"}  # no torch in them, usable by both planes
+ANYWHERE = {
+    "guard",
+    "spec",
+    "store",
+    "progress",
+    "stop",
+    "results",
+    "card",
+    "space",
+}  # no torch in them, usable by both planes
 CONTROL = ANYWHERE | {"overrides", "schema", "yamltext", "specfile", "workflow", "planning", "launch", "registry"}
 CONTROL |= {"presets", "claims", "status", "jobs", "inputs"}
+CONTROL |= {"manifest", "transports", "ssh", "transfer", "pull", "publish", "published"}
 TORCH = {"torch", "numpy", "diffusers", "accelerate", "deepspeed", "safetensors", "torchmetrics", "sklearn", "datasets"}
 
 
@@ -124,7 +134,7 @@ def test_shipped_files_stand_alone():
     [
         (r"\btorch\.rand(?!om)|\.normal_\(|\.uniform_\(", {"draws", "testing"}, "randomness comes from draws"),
         (r"\bos\.environ|\bgetenv\(", {"cli", "launch"}, "the environment is read only in cli and launch"),
-        (r"\bsubprocess\b", {"launch"}, "processes are started only in launch"),
+        (r"\bsubprocess\b", {"launch", "ssh"}, "processes are started only in launch, and ssh"),
         (r"\bpickle\b|torch\.load\(|allow_pickle=True|weights_only=False", set(), "nothing is unpickled"),
         (r"load_state_dict\(.*strict=False|nan_to_num", set(), "nothing is silently repaired"),
         (r"\bhasattr\(", set(), "no probing: say what is needed in a Protocol"),

@@ -15,7 +15,7 @@ from distill.launch import environment
 from distill.store import append_event, write_json
 
 COMMANDS = ["quickstart", "run", "plan", "init", "recipes", "list", "show", "report", "doctor", "clean"]
-COMMANDS += ["sample", "eval", "pairs", "export"]
+COMMANDS += ["sample", "eval", "pairs", "export", "publish", "students", "pull", "verify", "config"]
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +79,8 @@ def test_the_store_is_an_option_then_the_environment_then_the_settings_then_here
     ("text", "said"),
     [
         ("stoer: /a\n", "unknown setting 'stoer'; did you mean 'store'? valid: site, store"),
-        ("store: a\n", "store: 'a' given; must be an absolute path"),
-        ("store: 5\n", "store: 5 given; must be an absolute path"),
+        ("store: a\n", "store: 'a' given; must be an absolute path or a URL"),
+        ("store: 5\n", "store: 5 given; must be an absolute path or a URL"),
         ("[1]\n", "a mapping of settings is expected; valid: site, store"),
     ],
 )
@@ -193,7 +193,7 @@ def test_a_line_break_among_the_arguments_leaves_the_spec_whole(tmp_path, monkey
     assert first == "# distill run digits 'stages.reflow.options={distance:  l2}' --name 'a  b'"
 
 
-def test_clean_says_asks_and_deletes(capfd, tmp_path, monkeypatch):
+def test_clean_says_what_it_would_free_and_deletes_when_told(capfd, tmp_path):
     run = make(tmp_path / "runs")
     for stage in ("teach", "reflow"):
         run.stage(stage).checkpoints.mkdir(parents=True)
@@ -203,14 +203,19 @@ def test_clean_says_asks_and_deletes(capfd, tmp_path, monkeypatch):
     run.student("teach").mkdir(parents=True)
     before = snapshot(tmp_path)
 
-    done = command(capfd, "clean", "one")
+    done = command(capfd, "clean", "one", "--yes")
     assert (done.code, done.err) == (2, "error: say what to delete: --checkpoints, --pairs, or --all\n")
-    monkeypatch.setattr("typer.confirm", lambda question: False)
+    kept = "    1.5 kB  runs/one/stages/teach/checkpoints\n"
     done = command(capfd, "clean", "one", "--checkpoints")
-    assert done.out == "    1.5 kB  runs/one/stages/teach/checkpoints\nnothing was deleted\n"
+    assert done.out == f"{kept}1.5 kB would be free; nothing was deleted: add --yes\n"
+    done = command(capfd, "clean", "one")
+    add = "nothing was deleted: add --checkpoints, --pairs or --all, and --yes\n"
+    assert done.out == f"       0 B  runs/one/stages/pairs/pairs\n{kept}1.5 kB would be free; {add}"
     assert snapshot(tmp_path) == before
 
-    assert command(capfd, "clean", "one", "--checkpoints", "--pairs", "--yes").out.endswith("deleted 2 folders\n")
+    assert command(capfd, "clean", "one", "--checkpoints", "--pairs", "--yes").out.endswith(
+        "deleted 2 folders, 1.5 kB\n"
+    )
     assert not run.stage("teach").checkpoints.exists()
     assert not run.stage("pairs").pairs.exists()
     assert run.stage("reflow").checkpoints.exists(), "of a stage that is not done: it goes on from there"
@@ -225,14 +230,17 @@ def test_pairs_that_a_stage_still_needs_are_to_do_again_once_deleted(capfd, tmp_
     for stage in ("teach", "pairs"):
         run.stage(stage).pairs.mkdir(parents=True)
         write_json(run.stage(stage).done, {})
+    said = command(capfd, "clean", "one", "--pairs").out
+    assert "stage 'pairs' would be to do again: a stage that is not done needs its pairs\n" in said
+    assert run.stage("pairs").done.exists()
     assert command(capfd, "clean", "one", "--pairs", "--yes").out.endswith(
-        "stage 'pairs' is to do again: a stage that is not done needs its pairs\ndeleted 2 folders\n"
+        "stage 'pairs' is to do again: a stage that is not done needs its pairs\ndeleted 2 folders, 0 B\n"
     )
     assert not run.stage("pairs").done.exists()
     for stage in ("pairs", "reflow", "one_step"):
         run.stage(stage).pairs.mkdir(parents=True)
         write_json(run.stage(stage).done, {})
-    assert command(capfd, "clean", "one", "--pairs", "--yes").out.endswith("deleted 3 folders\n")
+    assert command(capfd, "clean", "one", "--pairs", "--yes").out.endswith("deleted 3 folders, 0 B\n")
     assert run.stage("pairs").done.exists(), "nobody needs them any more"
 
 
@@ -240,7 +248,7 @@ def test_clean_takes_what_killed_processes_left(capfd, tmp_path):
     run = make(tmp_path / "runs")
     for name in (".dead-host-1-2", ".running-host-3-4"):
         (run.root / name).mkdir()
-    assert command(capfd, "clean", "one", "--pairs", "--yes").out.endswith("deleted 2 folders\n")
+    assert command(capfd, "clean", "one", "--pairs", "--yes").out.endswith("deleted 2 folders, 0 B\n")
     assert {path.name for path in run.root.iterdir()} == {"spec.yaml", "env.json", "events.jsonl"}
 
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from distill.cli.common import JsonOption, StoreOption, print_json, print_table, site_path, store_path
+from distill.cli.common import JsonOption, StoreOption, print_json, print_table, site_setting, store_path
 from distill.guard import InputError
 from distill.launch import environment
-from distill.store import human
+from distill.space import human
 
 if TYPE_CHECKING:
     from distill.launch.sitecheck import Seen
@@ -73,7 +73,7 @@ def _cluster(path: Path | None, store: Path, nodes: int, gpus: int, partition: s
     from distill.launch import submit as queue
     from distill.spec import SlurmSpec
 
-    where = sites.load(site_path(path))
+    where = sites.load(Path(site_setting(path).value).expanduser())
     options = SlurmSpec(partition=partition, gpus_per_node=gpus)
     queue.check_partition(options, where)
     if not json:

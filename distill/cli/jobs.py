@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill.cli import start
-from distill.cli.common import StoreOption, near, print_table, site_path, store_path
+from distill.cli.common import StoreOption, near, print_table, site_setting, store_path
 from distill.cli.runs import RunArgument
 from distill.cli.work import Changes, SpecArgument
 from distill.guard import InputError, suggest
-from distill.store import RunPaths, find_run, human
+from distill.space import human
+from distill.store import RunPaths, find_run
 
 if TYPE_CHECKING:
     import distill.spec
@@ -77,7 +78,7 @@ def submit(
     changes = [*options, *(changes or [])]
     from distill.launch import site as sites
 
-    where = sites.load(site_path(site))
+    where = sites.load(Path(site_setting(site).value).expanduser())
     folder = store_path(store)
     if dry_run:
         _dry_run(folder, spec, changes, name, where, resume, code)
