@@ -61,10 +61,14 @@ user=$(in_storage run "$container" -- id --user --name)
 [ "$user" = distill ] || refuse "the image runs as $user, not as distill"
 
 step "$entry doctor, as $user"
-if ! in_storage run "$container" -- "$entry" doctor; then
-  in_storage run "$container" -- python3 -c 'import torchvision' 2>/dev/null && refuse "doctor found a trouble"
+in_storage run "$container" -- "$entry" doctor 2>"$work/log" || true
+missing=$({ in_storage run "$container" -- "$entry" doctor --json 2>"$work/log" || true; } | "$PYTHON" -c \
+  'import json, sys; print(*[found["what"] for found in json.load(sys.stdin) if found["state"] == "missing"], sep="; ")')
+if [ "$missing" = "torch, torchvision" ]; then
   step "torchvision came from another index than torch's CPU wheel: both lpips and it leave this container, untried"
   in_storage run --user root "$container" -- pip uninstall --quiet --yes torchvision lpips
+elif [ -n "$missing" ]; then
+  refuse "doctor misses: $missing"
 fi
 
 step "a run as Slurm's jobs do it: a user unknown to the image, the code in the store, the store under its own path"
@@ -73,8 +77,8 @@ mkdir --parents "$store/code"
 cp --recursive distill recipes "$store/code"
 sed --in-place 's/^__version__ = .*/__version__ = "copied"/' "$store/code/distill/__init__.py"
 chown --recursive 4242:4242 "$store"
-in_storage run --user 4242:4242 --env HOME=/tmp --env PYTHONPATH="$store/code" --volume "$store:$store" "$container" -- \
-  python3 -P -m distill run mixture-2d $SHORT --procs 2 --store "$store"
+in_storage run --user 4242:4242 --env HOME=/tmp --env PYTHONPATH="$store/code" --volume "$store:$store" \
+  "$container" -- python3 -P -m distill run mixture-2d $SHORT --procs 2 launch.zero_stage=2 --store "$store"
 "$PYTHON" - "$store/mixture-2d" <<'END'
 import json, pathlib, sys
 run = pathlib.Path(sys.argv[1])
@@ -85,4 +89,4 @@ student, teacher = distance["one_step", 1], distance["teacher", 1]
 assert student < teacher / 4, f"SW2 at one step: student {student}, teacher {teacher}"
 END
 
-step "passed; $work is deleted"
+step "passed; deleting $work"

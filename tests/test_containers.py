@@ -122,6 +122,12 @@ def test_every_argument_of_the_definition_is_declared():
     assert set(re.findall(r"{{ *(\w+) *}}", text)) == set(arguments())
 
 
+def test_the_readme_explains_every_argument():
+    text = (FOLDER / "README.md").read_text()
+    for name in arguments():
+        assert f"`{name}" in text, f"containers/README.md does not explain {name}"
+
+
 # --- what is copied in ---
 
 
@@ -184,12 +190,14 @@ def bare_path(tmp_path):
     return free
 
 
+@pytest.mark.process
 def test_too_little_space_is_refused_first(bare_path, tmp_path):
     done = bare_path(10)
     assert done.stdout == f"needs 11 GB in {tmp_path}; 10 GB are free\n"
     assert done.stderr == "container-test: too little space: free some, or set TMPDIR to a folder elsewhere\n"
 
 
+@pytest.mark.process
 def test_missing_tools_are_named_with_the_line_that_installs_them(bare_path):
     assert bare_path(11).stderr == (
         "container-test: buildah or debootstrap is missing. "
