@@ -63,7 +63,7 @@ user=$(in_storage run "$container" -- id --user --name)
 step "$entry doctor, as $user"
 in_storage run "$container" -- "$entry" doctor 2>"$work/log" || true
 missing=$({ in_storage run "$container" -- "$entry" doctor --json 2>"$work/log" || true; } | "$PYTHON" -c \
-  'import json, sys; print(*[found["what"] for found in json.load(sys.stdin) if found["state"] == "missing"], sep="; ")')
+  'import json, sys; print(*[f["what"] for f in json.load(sys.stdin) if f["state"] == "missing"], sep="; ")')
 if [ "$missing" = "torch, torchvision" ]; then
   step "torchvision came from another index than torch's CPU wheel: both lpips and it leave this container, untried"
   in_storage run --user root "$container" -- pip uninstall --quiet --yes torchvision lpips
