@@ -140,7 +140,7 @@ def copied():
 def test_only_what_the_package_is_made_of_is_copied_in():
     setuptools = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
     made_of = [*(name.removesuffix("*") for name in setuptools), PROJECT["project"]["readme"]]
-    made_of += [*PROJECT["project"]["license-files"], "pyproject.toml", "containers/*.lock", "slurm"]
+    made_of += [*PROJECT["project"]["license-files"], "pyproject.toml", "containers/*.lock"]
     assert sorted(copied()) == sorted(made_of)
     locks = "containers/requirements-{{ VARIANT }}.lock"
     files = [locks if name == "containers/*.lock" else name for name in copied()]
