@@ -8,7 +8,7 @@ PART   ?= 1/1
 DAEMONS := munged slurmctld slurmd sbatch sshd
 SYSTEM  := munge slurm-wlm openssh-server
 
-.PHONY: quickstart test check test-all bench format clean system
+.PHONY: quickstart test check test-all bench container-test lock format clean system
 
 quickstart: $(VENV)/.train ## from nothing to a one-step student
 	$(BIN)/distill quickstart
@@ -27,6 +27,16 @@ test-all: check system ## everything, in parts: make test-all PART=2/4
 
 bench: $(VENV)/.test ## measurements of tests/benchmarks, as ratios within one run
 	$(BIN)/python -m tests.benchmarks
+
+container-test: ## builds the CPU image and distils in it, about 8 minutes; as root, see containers/README.md
+	PYTHON=$(PYTHON) containers/test.sh
+
+lock: | $(BIN)/python ## containers/*.lock after a change of pyproject.toml; what is pinned stays
+	$(BIN)/python -m pip install -q pip-tools
+	for variant in cpu cuda; do \
+	  CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile -q --extra train --build-deps-for wheel --allow-unsafe \
+	    --strip-extras --no-emit-index-url --no-emit-find-links --no-annotate \
+	    -o containers/requirements-$$variant.lock pyproject.toml || exit 1; done
 
 format: $(VENV)/.test
 	$(BIN)/ruff format .

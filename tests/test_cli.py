@@ -1,7 +1,10 @@
 """The commands that look and prepare: what they print, what they leave behind, how they refuse."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from commands import command, snapshot
@@ -259,6 +262,21 @@ def test_doctor(capfd, tmp_path):
     assert found["torch"]["state"] == "ok"
     assert found["store"]["found"] == f"{tmp_path}/runs (not made yet)"
     assert snapshot(tmp_path) == {}, "it looks, and makes nothing"
+
+
+@pytest.mark.process
+def test_doctor_finds_a_torchvision_of_another_torch(tmp_path):
+    """As PyPI's torchvision beside torch's CPU wheel: its metadata are in order, and no run starts."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms is unknown')")
+    env = os.environ | {"PYTHONPATH": str(Path(package.__file__).parent.parent)}
+    arguments = [sys.executable, "-m", "distill", "doctor", "--json"]
+    done = subprocess.run(arguments, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    found = {each["what"]: each for each in json.loads(done.stdout)}["torch, torchvision"]
+    assert found["state"] == "missing"
+    assert found["found"].endswith(": operator torchvision::nms is unknown")
+    assert found["fix"] == "install both from one index, in one pip install"
 
 
 # --- quickstart ---

@@ -57,7 +57,7 @@ def doctor(
     without_effect = [name for name, value in given.items() if value is not None]
     if without_effect:
         raise InputError(f"{', '.join(without_effect)} given, but only --site looks at a cluster; add it")
-    findings = [_python(), *_packages(), *_devices(), _threads(), *_store(store_path(store))]
+    findings = [_python(), *_packages(), *_partners(), *_devices(), _threads(), *_store(store_path(store))]
     if json:
         print_json([asdict(finding) for finding in findings])
     else:
@@ -129,6 +129,18 @@ def _packages() -> list[Finding]:
         except PackageNotFoundError:
             findings.append(Finding(name, "missing", "", "pip install 'distill[train]'"))
     return findings
+
+
+def _partners() -> list[Finding]:
+    """Trouble where torchvision was built for another torch: diffusers, and so every run, fails with it."""
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "torchvision")):
+        return []
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, OSError, RuntimeError) as error:
+        found = f"torchvision does not load beside torch {version('torch')}: {error}"
+        return [Finding("torch, torchvision", "missing", found, "install both from one index, in one pip install")]
+    return []
 
 
 def _devices() -> list[Finding]:
