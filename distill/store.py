@@ -13,6 +13,9 @@ from typing import Any
 from distill.guard import InputError, RunError, suggest
 
 
+RESERVED = {"inputs": "what runs read from the hub", "registry": "the students that are published"}
+
+
 def sync_dir(path: Path) -> None:
     """Make renames within `path` durable."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -177,10 +180,8 @@ def find_run(store: Path, given: str) -> RunPaths:
 
 def create_run(store: Path, name: str, files: Mapping[str, str | bytes]) -> RunPaths:
     """A new run with these files, complete or not at all: written under a hidden name, then renamed."""
-    if name == "inputs":
-        raise InputError(
-            "a run cannot be called 'inputs': a store keeps there what runs read from the hub; give --name"
-        )
+    if name in RESERVED:
+        raise InputError(f"a run cannot be called '{name}': a store keeps there {RESERVED[name]}; give --name")
     run = RunPaths(store.absolute() / name)
     temporary = store.absolute() / f".{name}.new-{os.getpid()}-{time.time_ns()}"
     try:

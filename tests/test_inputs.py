@@ -390,6 +390,10 @@ def test_a_spec_without_hub_ids_has_no_inputs(tmp_path):
 def test_no_run_is_called_as_the_folder_of_inputs(tmp_path):
     with pytest.raises(InputError, match="a run cannot be called 'inputs': a store keeps there what runs read from"):
         make(tmp_path, "inputs")
+    with pytest.raises(
+        InputError, match="a run cannot be called 'registry': a store keeps there the students that are"
+    ):
+        make(tmp_path, "registry")
     assert list(tmp_path.iterdir()) == []
 
 
