@@ -74,7 +74,7 @@ fi
 step "a run as Slurm's jobs do it: a user unknown to the image, the code in the store, the store under its own path"
 store=$work/store
 mkdir --parents "$store/code"
-cp --recursive distill recipes "$store/code"
+cp --recursive distill recipes slurm "$store/code"
 sed --in-place 's/^__version__ = .*/__version__ = "copied"/' "$store/code/distill/__init__.py"
 chown --recursive 4242:4242 "$store"
 in_storage run --user 4242:4242 --env HOME=/tmp --env PYTHONPATH="$store/code" --volume "$store:$store" \
