@@ -193,6 +193,14 @@ def record(inputs: Sequence[Input]) -> dict[str, str]:
     return {RECORD: json.dumps([asdict(each) for each in inputs], indent=2) + "\n"}
 
 
+def keep(run: RunPaths, inputs: Sequence[Input]) -> None:
+    """The same for a run that is there already, made before there was talk of a cluster, perhaps."""
+    for name, text in record(inputs).items():
+        (run.root / name).parent.mkdir(exist_ok=True)
+        write_atomic(run.root / name, text)
+    link(run)
+
+
 def read(run: RunPaths) -> list[Input]:
     """The inputs of a run; none where they were not fetched beforehand."""
     path = run.root / RECORD

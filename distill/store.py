@@ -12,7 +12,6 @@ from typing import Any
 
 from distill.guard import InputError, RunError, suggest
 
-
 RESERVED = {"inputs": "what runs read from the hub", "registry": "the students that are published"}
 
 

@@ -111,7 +111,7 @@ def _submit_new(folder: Path, spec: str, changes: list[str], name: str | None, s
 
 
 def _resubmit(folder: Path, spec: str, changes: list[str], name: str | None, site: "SiteSource", code: str) -> None:
-    from distill import claims, jobs, workflow
+    from distill import claims, inputs, jobs, workflow
     from distill.launch import submit as queue
 
     run, source = start.find_again(folder, spec, changes, name)
@@ -136,6 +136,7 @@ def _resubmit(folder: Path, spec: str, changes: list[str], name: str | None, sit
             print(f"there is nothing to submit for run '{run.name}'" + ("" if live else ": all stages are done"))
             return
         _keep_code(run, code)
+        inputs.keep(run, inputs.resolve(content, folder, inputs.read(run)))
         _queue(run, content, todo, site, code)
 
 
