@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill import card as cards
-from distill import manifest, published, pull, results, space, specfile
+from distill import jobs, manifest, published, pull, results, space, specfile
 from distill.card import Cost, FileRecord, Publication, StudentCard
 from distill.guard import InputError, RunError, suggest
 from distill.progress import duration
@@ -226,4 +226,16 @@ def _time(run: RunPaths, stage: str, until: int | None) -> tuple[float, str]:
             total, began = total + last - began, None
         if until is not None and (kind, of, event.get("step")) == ("saved", stage, until):
             break
-    return total + (last - began if began is not None else 0.0), place
+    return total + (last - began if began is not None else 0.0) + _time_of_parts(run, stage), place
+
+
+def _time_of_parts(run: RunPaths, stage: str) -> float:
+    """Seconds that the jobs of an array were at a pairs stage, which write no events of the run."""
+    total, began = 0.0, None
+    members = (m for job in jobs.submitted(run) if job.parts is not None and stage in job.stages for m in job.members)
+    for line in (line for member in members for line in jobs.events(run, member)):
+        if line["event"] == "began":
+            began = line["time"]
+        elif line["event"] == "ended" and began is not None:
+            total, began = total + line["time"] - began, None
+    return total
