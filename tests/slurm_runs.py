@@ -1,10 +1,13 @@
 """Runs on a cluster: submitted, followed by their files, disturbed."""
 
+import getpass
 import os
+import shutil
 import signal
 from pathlib import Path
 
 from cluster import Cluster
+from commands import Done, command
 from runs import distill
 
 from distill import jobs
@@ -24,7 +27,69 @@ stages:
     checkpoint: {images: 32, minutes: null}
 launch: {micro_batch: 8, zero_stage: 2, threads: 1}
 """
-TWO_BY_TWO = ("--nodes=2", "--procs-per-node=2")
+MIXTURE = """
+name: mix
+teacher: {kind: mixture, means: [[1, 1], [-1, 1], [0, -1]], std: 0.2}
+stages:
+  solve: {kind: pairs, count: 64, block: 8, shard: 8, steps: 4}
+  reflow:
+    kind: train
+    recipe: reflow/reflow
+    network: {kind: mlp, width: 16, depth: 2}
+    pairs: solve
+    images: 320
+    batch_size: 16
+    checkpoint: {images: 16, minutes: null}
+  evaluate: {kind: evaluate, students: {reflow: [1]}, samples: 64, block: 32, teacher_steps: [1], fine_steps: 2}
+launch: {threads: 1}
+"""
+SOLVE = MIXTURE[: MIXTURE.index("  reflow:")] + "launch: {threads: 1}\n"
+HELD = "launch.slurm.options=[--hold]"  # a job that waits for whoever releases it
+
+
+def enter(cluster: Cluster, folder: Path, monkeypatch) -> Path:
+    """Make this process one of a login node's, in a folder with the spec `mix.yaml` and no settings of a user."""
+    monkeypatch.chdir(folder)
+    for name in ("DISTILL_STORE", "DISTILL_SITE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
+    monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
+    monkeypatch.setenv("PATH", cluster.env["PATH"])
+    (folder / "mix.yaml").write_text(MIXTURE)
+    (folder / "solve.yaml").write_text(SOLVE)
+    return folder
+
+
+def command_line(capfd, *arguments: str, code: int = 0) -> Done:
+    """`distill ARGUMENTS` in this process, to an exit code."""
+    done = command(capfd, *arguments)
+    assert done.code == code, done.out + done.err
+    return done
+
+
+def named(name: str) -> RunPaths:
+    """A run of the current folder's store."""
+    return RunPaths(Path.cwd() / "runs" / name)
+
+
+def end_jobs(cluster: Cluster) -> None:
+    """Empty the queue, whatever is in it."""
+    cluster.run("scancel", "--quiet", f"--user={getpass.getuser()}", check=False)
+    cluster.wait(lambda: not queue(cluster), 60, "an empty queue")
+
+
+def queue(cluster: Cluster) -> list[str]:
+    """Names of the jobs that wait or run."""
+    return sorted(cluster.run("squeue", "--noheader", "--format=%j").split())
+
+
+def program(folder: Path, name: str, text: str) -> Path:
+    """A command of ours in a folder for PATH; REAL stands for the one that it hides."""
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/bash\n{text.replace('REAL', shutil.which(name) or 'false')}\n")
+    path.chmod(0o755)
+    return folder
 
 
 def submit(cluster: Cluster, folder: Path, *arguments: str, code: int = 0):

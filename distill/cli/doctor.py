@@ -19,7 +19,7 @@ from distill.launch import environment
 from distill.space import human
 
 if TYPE_CHECKING:
-    from distill.launch.sitecheck import Seen
+    import distill.launch.sitecheck
 
 TRAIN = (
     *("torch", "torchvision", "diffusers", "datasets", "safetensors", "numpy", "scipy", "scikit-learn"),
@@ -98,7 +98,7 @@ def _cluster(path: Path | None, store: Path, nodes: int, gpus: int, partition: s
         raise typer.Exit(1)
 
 
-def _troubles(seen: "Seen", gpus: int) -> list[str]:
+def _troubles(seen: "distill.launch.sitecheck.Seen", gpus: int) -> list[str]:
     found = [f"store: {seen.store}"] if seen.store != "ok" else []
     found += [f"{name}: {state}" for name, state in seen.caches.items() if state != "ok"]
     found += [f"does not hear the others: {seen.peers}"] if seen.peers != "ok" else []

@@ -17,8 +17,8 @@ from distill.progress import duration
 from distill.store import RunPaths, find_run, runs
 
 if TYPE_CHECKING:
-    from distill.launch.standing import StageJob, Standing
-    from distill.status import StageStatus
+    import distill.launch.standing
+    import distill.status
 
 WATCH_SECONDS = 5.0
 POLL = 0.5  # seconds between looks at a log
@@ -61,13 +61,13 @@ def _status(folder: Path, run: str | None, json: bool) -> None:
         print(f"warning: {trouble}; what stands above is what the runs themselves have noted")
 
 
-def _as_json(standing: "Standing") -> dict[str, Any]:
+def _as_json(standing: "distill.launch.standing.Standing") -> dict[str, Any]:
     jobs = [asdict(job) | {"state": job.state, "reason": job.reason} for job in standing.jobs]
     state = {"state": standing.state, "message": standing.message}
     return asdict(standing.run) | state | {"jobs": jobs, "trouble": standing.trouble}
 
 
-def _print_all(folder: Path, found: "list[Standing]") -> None:
+def _print_all(folder: Path, found: "list[distill.launch.standing.Standing]") -> None:
     from distill import status as statuses
 
     if not found:
@@ -84,7 +84,7 @@ def _print_all(folder: Path, found: "list[Standing]") -> None:
     print_table(["run", "state", "stages", "at", "restarts", "last event"], rows)
 
 
-def _print_one(paths: RunPaths, standing: "Standing") -> None:
+def _print_one(paths: RunPaths, standing: "distill.launch.standing.Standing") -> None:
     from distill import status as statuses
 
     message = f": {standing.message}" if standing.message else ""
@@ -108,7 +108,7 @@ def _print_one(paths: RunPaths, standing: "Standing") -> None:
             print(f"job {job.job} was queued again: {counts}")
 
 
-def _jobs(jobs: "list[StageJob]") -> str:
+def _jobs(jobs: "list[distill.launch.standing.StageJob]") -> str:
     return "\n".join(f"{job.job} {job.state}{f' ({job.reason})' if job.reason else ''}" for job in jobs)
 
 
@@ -119,7 +119,7 @@ def _shards(paths: RunPaths, stage: str) -> str:
     return f"{count} shard{'s' if count > 1 else ''}" if count else ""
 
 
-def _progress(stage: "StageStatus") -> str:
+def _progress(stage: "distill.status.StageStatus") -> str:
     return "" if stage.done is None or not stage.total else f"{stage.done:,}/{stage.total:,} {stage.unit}"
 
 

@@ -18,10 +18,10 @@ from distill.space import human
 from distill.store import RunPaths, find_run
 
 if TYPE_CHECKING:
+    import distill.launch.script
+    import distill.launch.site
     import distill.spec
     import distill.specfile
-    from distill.launch.script import Where
-    from distill.launch.site import SiteSource
 
 JOB = "The job"
 SiteOption = Annotated[
@@ -88,7 +88,9 @@ def submit(
         _submit_new(folder, spec, changes, name, where, code)
 
 
-def _submit_new(folder: Path, spec: str, changes: list[str], name: str | None, site: "SiteSource", code: str) -> None:
+def _submit_new(
+    folder: Path, spec: str, changes: list[str], name: str | None, site: "distill.launch.site.SiteSource", code: str
+) -> None:
     from distill import claims, inputs
     from distill.launch import snapshot
     from distill.launch import submit as queue
@@ -110,7 +112,9 @@ def _submit_new(folder: Path, spec: str, changes: list[str], name: str | None, s
         raise
 
 
-def _resubmit(folder: Path, spec: str, changes: list[str], name: str | None, site: "SiteSource", code: str) -> None:
+def _resubmit(
+    folder: Path, spec: str, changes: list[str], name: str | None, site: "distill.launch.site.SiteSource", code: str
+) -> None:
     from distill import claims, inputs, jobs, workflow
     from distill.launch import submit as queue
 
@@ -140,7 +144,9 @@ def _resubmit(folder: Path, spec: str, changes: list[str], name: str | None, sit
         _queue(run, content, todo, site, code)
 
 
-def _queue(run: RunPaths, spec: "distill.spec.RunSpec", stages: list[str], site: "SiteSource", code: str) -> None:
+def _queue(
+    run: RunPaths, spec: "distill.spec.RunSpec", stages: list[str], site: "distill.launch.site.SiteSource", code: str
+) -> None:
     from distill.launch import submit as queue
 
     where = _where(run, site, code)
@@ -152,7 +158,7 @@ def _queue(run: RunPaths, spec: "distill.spec.RunSpec", stages: list[str], site:
     print(f"follow it: distill status {run.name}    distill logs {run.name} -f")
 
 
-def _where(run: RunPaths, site: "SiteSource", code: str) -> "Where":
+def _where(run: RunPaths, site: "distill.launch.site.SiteSource", code: str) -> "distill.launch.script.Where":
     from distill import inputs
     from distill.launch import environment
     from distill.launch.script import Where
@@ -171,7 +177,13 @@ def _keep_code(run: RunPaths, code: str) -> None:
 
 
 def _dry_run(
-    folder: Path, spec: str, changes: list[str], name: str | None, site: "SiteSource", resume: bool, code: str
+    folder: Path,
+    spec: str,
+    changes: list[str],
+    name: str | None,
+    site: "distill.launch.site.SiteSource",
+    resume: bool,
+    code: str,
 ) -> None:
     from distill import workflow
     from distill.launch import script

@@ -2,8 +2,8 @@
 
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Annotated, NoReturn
 
 import typer
@@ -102,24 +102,26 @@ def run() -> NoReturn:
         tasks.adopt()
     if not in_job and "WORLD_SIZE" not in os.environ:
         sys.exit(main())
-    show, said = sys.excepthook, [""]
+    said = [""]
 
     def say(message: object) -> None:
         _say(message)
         said.append(str(message))
-
-    def end(kind: type[BaseException], error: BaseException, at: TracebackType | None) -> None:
-        print(f"{stamp()}  rank {os.environ.get('RANK', 0)} failed:", file=sys.stderr)
-        show(kind, error, at)
-        leave(EXIT_FAILED, f"{kind.__name__}: {error}")
 
     def leave(code: int, message: str) -> NoReturn:
         if in_job:
             tasks.leave_word(code, message)
         _leave(code)
 
-    sys.excepthook = end
-    leave(main(say=say), said[-1])
+    try:  # not by sys.excepthook, which both Typer and torch make theirs
+        code = main(say=say)
+    finally:
+        error = sys.exception()
+        if error is not None:
+            print(f"{stamp()}  rank {os.environ.get('RANK', 0)} failed:", file=sys.stderr)
+            traceback.print_exception(error)
+            leave(EXIT_FAILED, f"{type(error).__name__}: {error}")
+    leave(code, said[-1])
 
 
 def _leave(code: int) -> NoReturn:

@@ -60,7 +60,7 @@ def job(run: RunPaths, spec: RunSpec, plan: Plan, where: Where) -> str:
         inputs=where.inputs,
         stages=plan.stages,
         part="" if plan.parts is None else f' --part="$SLURM_ARRAY_TASK_ID/{options.pairs_jobs}"',
-        log=run.logs / f"{plan.name}{'.%a' if plan.parts else ''}.rank-%t.log",
+        log=_pattern(run.logs) / f"{plan.name}{'.%a' if plan.parts else ''}.rank-%t.log",
     )
 
 
@@ -73,7 +73,7 @@ def doctor(folder: Path, options: SlurmSpec, nodes: int, where: Where) -> str:
         "gpus-per-node": options.gpus_per_node or None,
         **_ours(options, where.site.site),
         "time": "1",
-        "output": folder / "job.log",
+        "output": _pattern(folder) / "job.log",
     }
     lines = [*_lines(given), *where.site.site.options, *options.options]
     comment = "the package that asks"
@@ -130,7 +130,7 @@ def _header(run: RunPaths, spec: RunSpec, plan: Plan, site: Site) -> list[str]:
         **_ours(options, site),
         "time": options.time,
         "signal": f"B:USR1@{options.lead_seconds}",
-        "output": run.logs / f"{plan.name}.{'%A_%a' if plan.parts else '%j'}.job.log",
+        "output": _pattern(run.logs) / f"{plan.name}.{'%A_%a' if plan.parts else '%j'}.job.log",
         "open-mode": "append",
     }
     return [*_lines(given), "--requeue", *site.options, *options.options]
@@ -162,6 +162,11 @@ def _container(image: str | None, site: Site, store: Path) -> str:
         binds = [f"--bind={folder}" for folder in folders]
         words = ["apptainer", "exec", *binds, *site.container.options, image]
     return shlex.join(words)
+
+
+def _pattern(folder: Path) -> Path:
+    """A folder as Slurm's names of files want it, in which % begins a pattern."""
+    return Path(str(folder).replace("%", "%%"))
 
 
 def _quote(value: object) -> str:

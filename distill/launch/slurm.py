@@ -192,5 +192,5 @@ def _call(*command: str, patience: float = PATIENCE) -> subprocess.CompletedProc
 
 
 def _said(done: subprocess.CompletedProcess[str]) -> str:
-    lines = (done.stderr or done.stdout).strip().splitlines()
-    return lines[-1] if lines else f"exit code {done.returncode}"
+    lines = [line for line in (done.stderr or done.stdout).splitlines() if line.strip() and not line.startswith("Try ")]
+    return "; ".join(lines) or f"exit code {done.returncode}"

@@ -94,7 +94,7 @@ def live_jobs(run: RunPaths) -> list[jobs.Job]:
             jobs.append(run, number, "submitted", **read_json(path.with_suffix(".json")), script=path.name, after=[])
             known = {job.id: job for job in jobs.submitted(run)}
         found.append(known[number])
-    return found
+    return sorted(found, key=lambda job: (job.time, len(job.id), job.id))
 
 
 def described(plan: Plan, spec: RunSpec) -> Sequence[str]:

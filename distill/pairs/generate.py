@@ -117,8 +117,9 @@ def _resume(folder: Path, planned: Manifest, ours: Mapping[str, range], progress
     """The folder's manifest, or the planned one, saved, if there is none; with what parts have made, and of our shards
     without those that are gone or damaged.
     """
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))  # before the manifest, as others may make both
     found = read(folder)
-    strangers = foreign(folder, planned) if found else sorted(path.name for path in folder.glob("*.safetensors"))
+    strangers = foreign(folder, planned) if found else shards
     if found and (differences := found.differences(planned)):
         raise InputError(
             f"{folder} holds other pairs than this stage asks for: {', '.join(differences)} (asked for in brackets); "

@@ -1,0 +1,210 @@
+"""Workflows on a real Slurm: the same bytes as on one machine, whatever fails or is stopped on the way."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from cluster import Cluster, missing
+from runs import distill, folder_bytes
+from slurm_runs import (
+    HELD,
+    MIXTURE,
+    command_line,
+    end_jobs,
+    ends,
+    enter,
+    finish,
+    last_job,
+    named,
+    queue,
+    said,
+    steps,
+)
+
+from distill import jobs, registry
+from distill.store import RunPaths, read_events
+
+pytestmark = [pytest.mark.process, pytest.mark.skipif(bool(missing), reason=f"Slurm lacks here: {', '.join(missing)}")]
+FAILING = """
+name: failing
+data: {kind: digits}
+stages:
+  teach:
+    kind: train
+    recipe: ./mine.py
+    network: {kind: unet, channels: [8, 8]}
+    images: 320
+    batch_size: 16
+    checkpoint: {images: 16, minutes: null}
+launch: {threads: 1}
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with Cluster(2) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """The workflow on this machine, by two processes."""
+    folder = tmp_path_factory.mktemp("local")
+    (folder / "mix.yaml").write_text(MIXTURE)
+    done = distill("run", "mix.yaml", "--procs=2", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return RunPaths(folder / "runs" / "mix")
+
+
+@pytest.fixture(autouse=True)
+def here(cluster, tmp_path, monkeypatch):
+    yield enter(cluster, tmp_path, monkeypatch)
+    end_jobs(cluster)
+
+
+def submit(capfd, *arguments, code=0):
+    return command_line(capfd, "submit", *arguments, code=code)
+
+
+def same(run, other):
+    """Whether pairs and students are the same bytes."""
+    pairs, theirs = (folder_bytes(each.stage("solve").pairs) for each in (run, other))
+    assert {name: content == pairs.get(name) for name, content in theirs.items()} == dict.fromkeys(pairs, True)
+    assert folder_bytes(run.student("reflow") / "unet") == folder_bytes(other.student("reflow") / "unet")
+
+
+def process_of(job):
+    """The process that computes in a job, by the name that Slurm gives this job; None: not yet."""
+    array, _, part = job.partition("_")
+    mark = f"SLURM_ARRAY_JOB_ID={array}\0" if part else f"SLURM_JOB_ID={array}\0"
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (path / "environ").read_bytes()
+            if (
+                mark.encode() in environment
+                and (not part or f"SLURM_ARRAY_TASK_ID={part}\0".encode() in environment)
+                and b"SLURM_STEP_ID=" in environment  # not the job's own process, nor srun
+                and b"\0stage\0" in (path / "cmdline").read_bytes()
+            ):
+                return int(path.name)
+        except OSError:
+            continue
+    return None
+
+
+# --- the same workflow, here and there ---
+
+
+def test_a_workflow_makes_the_same_bytes_as_on_one_machine(capfd, cluster, local):
+    """While one part of the array is queued again, and the process of the other is killed."""
+    submit(capfd, "mix.yaml", "--nodes=2", "--pairs-jobs=2")
+    run = named("mix")
+    array, *_, last = (job.id for job in jobs.submitted(run))
+    cluster.wait_state(f"{array}_0", "RUNNING")
+    cluster.run("scontrol", "requeue", f"{array}_0")
+    os.kill(cluster.wait(lambda: process_of(f"{array}_1"), 60, "a process"), signal.SIGKILL)
+    finish(cluster, run, last)
+    assert [ends(run, f"{array}_{part}") for part in (0, 1)] == [
+        [("asked", True), ("done", False)],
+        [("crash", True), ("done", False)],
+    ]
+    same(run, local)
+    shown = command_line(capfd, "status", "mix").out
+    assert "mix  done" in shown
+    assert f"job {array} was queued again: 1 x asked, 1 x crash" in shown
+    assert (run.stage("evaluate").root / "results.json").exists()
+
+
+def test_cancelled_it_saves_first_and_goes_on_to_the_same_bytes(capfd, cluster, local):
+    """All stages in one job, which `cancel` ends in the middle of the training."""
+    submit(capfd, "mix.yaml", "--nodes=2", "--one-job")
+    run = named("mix")
+    job = last_job(run)
+    cluster.wait(lambda: steps(run) >= 3, 120, "some steps")
+    assert command_line(capfd, "cancel", "mix").out == f"job {job}: asked to save and leave\n"
+    assert cluster.wait_state(job, "FAILED", "CANCELLED", "COMPLETED", "PENDING") in ("FAILED", "CANCELLED"), said(run)
+    assert ends(run, job) == [("cancelled", False)]
+    (last,) = jobs.ends(run, job)
+    assert f"step-{last['step']:08}" in last["message"] and last["step"] == steps(run) < 20, last
+    assert queue(cluster) == []
+    shown = command_line(capfd, "status", "mix").out
+    assert shown.startswith("mix  cancelled: "), shown
+    submit(capfd, "mix", "--resume")
+    finish(cluster, run, last_job(run))
+    same(run, local)
+    assert command_line(capfd, "cancel", "mix").out == "nothing of run 'mix' is under way\n"
+
+
+def test_what_fails_for_good_takes_those_that_wait_for_it_and_only_what_is_missing_is_made(capfd, cluster, here, local):
+    (here / "two.yaml").write_text(MIXTURE[: MIXTURE.index("  evaluate:")] + "launch: {threads: 1}\n")
+    submit(capfd, "two.yaml", "--pairs-jobs=2", "launch.slurm.max_crashes=0", HELD)
+    run = named("mix")
+    array, merge, train = (job.id for job in jobs.submitted(run))
+    cluster.run("scontrol", "release", f"{array}_0", merge, train)
+    assert cluster.wait_state(f"{array}_0", "COMPLETED", "FAILED") == "COMPLETED"
+    in_the_way = run.stage("solve").pairs / "shard-00003.safetensors"
+    in_the_way.mkdir()
+    cluster.run("scontrol", "release", f"{array}_1")
+    assert cluster.wait_state(f"{array}_1", "COMPLETED", "FAILED") == "FAILED"
+    for job in (merge, train):
+        assert cluster.wait_state(job, "CANCELLED", "COMPLETED", seconds=30) == "CANCELLED"
+    shown = command_line(capfd, "status", "mix").out
+    assert shown.startswith(f"mix  FAILED: crash: rank 0: error: cannot write {in_the_way}: Is a directory; "), shown
+    assert "5 shards" in shown and "1 COMPLETED, 1 FAILED" in shown
+    in_the_way.rmdir()
+    again = submit(capfd, "mix", "--resume", "launch.slurm.options=[]")
+    assert "array of 1" in again.out
+    assert [job.parts for job in jobs.submitted(run)] == [[0, 1], None, None, [1], None, None]
+    finish(cluster, run, last_job(run))
+    pairs, theirs = (folder_bytes(each.stage("solve").pairs) for each in (run, local))
+    assert pairs == theirs
+    assert command_line(capfd, "status", "mix").out.startswith("mix  done")
+
+
+# --- recipes that fail ---
+
+RAISES = {
+    "twice": "if ctx.step == 5 and os.environ['SLURM_PROCID'] == '1': raise ZeroDivisionError('the fifth')",
+    "once": "if ctx.step == 5 and not int(os.environ.get('SLURM_RESTART_COUNT', 0)): raise ZeroDivisionError('once')",
+    "often": "if ctx.step == 5 + int(os.environ.get('SLURM_RESTART_COUNT', 0)): raise ZeroDivisionError('often')",
+    "refuses": "if ctx.step == 5: raise InputError('no such step')",
+}
+
+
+def test_recipes_that_fail(capfd, cluster, here):
+    """All at the same time: they wait most of it."""
+    text = (registry.package_folder() / "pretrain" / "flow_matching.py").read_text()
+    (here / "failing.yaml").write_text(FAILING)
+    for name, line in RAISES.items():
+        mine = text.replace("from collections.abc", "import os\nfrom collections.abc", 1)
+        place = "        assert batch.data is not None\n"
+        (here / "mine.py").write_text(mine.replace(place, f"        {line}\n{place}", 1))
+        more = ("--nodes=2",) if name == "twice" else ("launch.slurm.max_crashes=1",)
+        submit(capfd, "failing.yaml", f"--name={name}", *more)
+    runs = {name: named(name) for name in RAISES}
+    found = {name: cluster.wait_state(last_job(run), "COMPLETED", "FAILED") for name, run in runs.items()}
+    assert found == {"twice": "FAILED", "once": "COMPLETED", "often": "FAILED", "refuses": "FAILED"}
+    assert {name: ends(run, last_job(run)) for name, run in runs.items()} == {
+        "twice": [("crash", True), ("crash", False)],
+        "once": [("crash", True), ("done", False)],
+        "often": [("crash", True), ("crash", False)],
+        "refuses": [("refused", False)],
+    }
+    heads = {name: command_line(capfd, "status", name).out.splitlines()[0] for name in RAISES}
+    assert heads["twice"].startswith(
+        "twice  FAILED: crash: rank 1: ZeroDivisionError: the fifth; at step 5, as the last time: not queued again  "
+    )
+    assert heads["once"].startswith("once  done  ")
+    assert heads["often"].startswith(
+        "often  FAILED: crash: rank 0: ZeroDivisionError: often; launch.slurm.max_crashes=1 is reached: not queued "
+    )
+    assert heads["refuses"].startswith("refuses  FAILED: refused: error: no such step  ")
+    run = runs["twice"]
+    lines = command_line(capfd, "logs", "twice").out.splitlines()
+    assert lines[0].startswith("--- the first failure: rank 1 at 20")
+    assert lines[0].endswith(", runs/twice/logs/teach.rank-1.log")
+    assert lines[1] == "Traceback (most recent call last):"
+    assert lines.index("ZeroDivisionError: the fifth") < lines.index("--- runs/twice/logs/teach.rank-0.log")
+    assert said(run).count("ZeroDivisionError") >= 2 and read_events(run) and time
