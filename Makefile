@@ -4,12 +4,16 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PART   ?= 1/1
 
-.PHONY: quickstart test check test-all bench format clean
+# Real daemons that the tests start for themselves; SYSTEM is what they come in.
+DAEMONS := munged slurmctld slurmd sbatch sshd
+SYSTEM  := munge slurm-wlm openssh-server
+
+.PHONY: quickstart test check test-all bench container-test lock format clean system
 
 quickstart: $(VENV)/.train ## from nothing to a one-step student
 	$(BIN)/distill quickstart
 
-test: check ## what CI runs
+test: check system ## what CI runs
 	$(BIN)/pytest -m "(process or train) and not long" $(PYTEST_ARGS)
 
 check: $(VENV)/.test ## format, lint, types, tests without processes
@@ -18,11 +22,21 @@ check: $(VENV)/.test ## format, lint, types, tests without processes
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not process and not train and not long" $(PYTEST_ARGS)
 
-test-all: check ## everything, in parts: make test-all PART=2/4
+test-all: check system ## everything, in parts: make test-all PART=2/4
 	$(BIN)/pytest -m "process or train or long" --part $(PART) $(PYTEST_ARGS)
 
 bench: $(VENV)/.test ## measurements of tests/benchmarks, as ratios within one run
 	$(BIN)/python -m tests.benchmarks
+
+container-test: ## builds the CPU image and distils in it, about 8 minutes; as root, see containers/README.md
+	PYTHON=$(PYTHON) containers/test.sh
+
+lock: | $(BIN)/python ## containers/*.lock after a change of pyproject.toml; what is pinned stays
+	$(BIN)/python -m pip install -q pip-tools
+	for variant in cpu cuda; do \
+	  CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile -q --extra train --build-deps-for wheel --allow-unsafe \
+	    --strip-extras --no-emit-index-url --no-emit-find-links --no-annotate \
+	    -o containers/requirements-$$variant.lock pyproject.toml || exit 1; done
 
 format: $(VENV)/.test
 	$(BIN)/ruff format .
@@ -30,6 +44,13 @@ format: $(VENV)/.test
 
 clean: ## the environment and caches; never runs
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+system: ## what tests of Slurm and ssh need; without it they are skipped
+	@for daemon in $(DAEMONS); do \
+	  PATH="$$PATH:/usr/sbin:/sbin" command -v $$daemon >/dev/null || missing=1; \
+	done; [ -z "$$missing" ] || { \
+	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -qy --no-install-recommends $(SYSTEM); \
+	  else echo "missing: Slurm or sshd; their tests are skipped. Run: sudo apt-get install -y --no-install-recommends $(SYSTEM)"; fi; }
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -3,11 +3,12 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import jinja2
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
 from distill.guard import InputError
 from distill.spec import Frozen
@@ -20,8 +21,8 @@ SAMPLERS = {"velocity": ("euler",), "flow_map": ("jump", "renoise")}  # what a s
 class FileRecord(Frozen):
     """One file of the folder."""
 
-    sha256: str
-    size: int
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    size: NonNegativeInt
 
 
 class StudentCard(Frozen):
@@ -96,12 +97,17 @@ def read(folder: Path) -> StudentCard:
             f"{folder} is not a student folder: it has no {FILE_NAME}; give a folder that `distill export` "
             "or a train stage has written"
         )
+    return parse(path.read_bytes(), str(path))
+
+
+def parse(content: bytes, where: str) -> StudentCard:
+    """The card that a distill.json holds."""
     try:
-        return StudentCard.model_validate_json(path.read_bytes())
+        return StudentCard.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "its JSON"
-        raise InputError(f"{path} cannot be used: {where}: {first['msg']}; export the student again") from error
+        field = ".".join(map(str, first["loc"])) or "its JSON"
+        raise InputError(f"{where} cannot be used: {field}: {first['msg']}; export the student again") from error
 
 
 def verify(folder: Path) -> StudentCard:
@@ -141,10 +147,54 @@ def to_json(card: StudentCard) -> str:
     return json.dumps(card.model_dump(mode="json"), indent=2) + "\n"
 
 
-def readme(card: StudentCard) -> str:
+@dataclass(frozen=True)
+class Cost:
+    """What a stage took on the way to a student."""
+
+    stage: str
+    work: str
+    time: str
+    place: str
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What the model card of a published student says beyond the student: its run knows it."""
+
+    name: str
+    picture: str = ""
+    """file of samples in the folder; empty: none"""
+    measured: str = ""
+    """what the table below is of"""
+    columns: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+    costs: list[Cost] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A card's metrics as a table by NFE."""
+
+    names: list[str]
+    rows: list[tuple[int, list[str]]]
+
+
+def _measured(card: StudentCard) -> Measured | None:
+    found: dict[int, dict[str, str]] = {}
+    for key, value in card.metrics.items():
+        name, _, steps = key.partition("@")
+        found.setdefault(int(steps) if steps.isdigit() else 0, {})[name] = f"{value:.4g}"
+    names = list(dict.fromkeys(key.partition("@")[0] for key in card.metrics))
+    rows = [(steps, [values.get(name, "") for name in names]) for steps, values in sorted(found.items())]
+    return Measured(names, rows) if rows else None
+
+
+def readme(card: StudentCard, published: Publication | None = None) -> str:
     """The model card."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("distill"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     facts: dict[str, Any] = card.model_dump()
-    return environment.get_template("model_card.md.j2").render(card=facts, vector=len(card.shape) == 1)
+    return environment.get_template("model_card.md.j2").render(
+        card=facts, vector=len(card.shape) == 1, measured=_measured(card), published=published
+    )

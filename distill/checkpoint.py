@@ -28,6 +28,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from distill import space
 from distill.guard import InputError, RunError
 from distill.spec import CheckpointSpec
 from distill.store import sync_dir
@@ -150,14 +151,30 @@ def to_stderr(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
+def of_step(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint after `step` steps."""
+    for path in complete(folder):
+        if _step(path) == step:
+            try:
+                return Checkpoint(path, _verified(path))
+            except Damaged as reason:
+                raise InputError(f"checkpoint {path} is damaged ({reason}); name another") from reason
+    steps = ", ".join(f"step-{_step(path)}" for path in complete(folder)) or "none yet"
+    raise InputError(f"there is no checkpoint of step {step} in {folder}; there are: {steps}")
+
+
 def weights(
-    folder: Path, network: str = "student", half_life: float | None = None, warn: Warn = to_stderr
+    folder: Path,
+    network: str = "student",
+    half_life: float | None = None,
+    step: int | None = None,
+    warn: Warn = to_stderr,
 ) -> tuple[dict[str, Tensor], int]:
     """A network's state dict from the newest checkpoint in `folder`, of a run in progress too, and its images.
 
-    half_life: None for the raw weights, else one of the stage's half-lives in images.
+    half_life: None for the raw weights, else one of the stage's half-lives in images. step: of another checkpoint.
     """
-    found = latest(folder, warn)
+    found = latest(folder, warn) if step is None else of_step(folder, step)
     if found is None:
         raise InputError(f"no checkpoint in {folder} yet; wait for the first one, or train the stage")
     group = network_group(network) if half_life is None else ema_group(network, half_life)
@@ -166,7 +183,7 @@ def weights(
     try:
         return found.tensors(group), found.meta.images
     except FileNotFoundError:  # a running trainer removed it meanwhile, so there is a newer one
-        return weights(folder, network, half_life, warn)
+        return weights(folder, network, half_life, step, warn)
 
 
 class Checkpoints:
@@ -187,7 +204,7 @@ class Checkpoints:
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.environment = dict(environment)
         self.last: Path | None = None  # the newest that is whole
-        self._images, self._time = 0, time.monotonic()
+        self._images, self._time, self._size = 0, time.monotonic(), 0
 
     def resume(self) -> Checkpoint | None:
         """The checkpoint to go on from, or None to begin; clears away what a kill left behind."""
@@ -200,12 +217,18 @@ class Checkpoints:
                     f"resuming {found.path.name} with {'; '.join(changed)}: "
                     "the result will not be bit-identical to that of an undisturbed run"
                 )
-            self.last, self._images = found.path, found.meta.images
+            self.last, self._images, self._size = found.path, found.meta.images, _bytes(found.meta)
         try:
             self._clear(newer_than=None if found is None else found.meta.step)
         except OSError as error:
             raise RunError(f"cannot clear {error.filename}: {error.strerror}; last good: {self.last}") from error
         return found
+
+    def require_room(self, size: int) -> None:
+        """RunError unless there is room for all checkpoints of `size` bytes that are there at once."""
+        held = len(complete(self.folder))
+        left = max(self.spec.keep + 1 - held, 1)
+        space.require(self.folder, left * size, f"{left} checkpoint{'s' if left > 1 else ''}")
 
     def due(self, images: int) -> bool:
         """Whether it is time to save: by images or by minutes since the last save."""
@@ -217,6 +240,8 @@ class Checkpoints:
         """Write a checkpoint after `step` steps; it appears whole or not at all. Then remove the oldest."""
         path = self._path(step)
         temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+        if missing := space.shortage(self.folder, self._size):  # as much as the last one
+            raise RunError(f"cannot save checkpoint {path}: {missing}; last good checkpoint: {self.last or 'none yet'}")
         try:
             if not self.folder.is_dir():
                 self.folder.mkdir(parents=True)
@@ -231,6 +256,7 @@ class Checkpoints:
             temporary.rename(path)
             sync_dir(self.folder)
             self.saved(step, images)
+            self._size = _bytes(meta)
             self._prune()
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -282,6 +308,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         elif before != after:
             out.append(f"{prefix}{name} was {json.dumps(before)}, now is {json.dumps(after)}")
     return out
+
+
+def _bytes(meta: Meta) -> int:
+    return sum(file.size for file in meta.files.values())
 
 
 def _step(path: Path) -> int:

@@ -44,6 +44,17 @@ class Owner:
     def is_here(self) -> bool:
         return self.host == platform.node()
 
+    @property
+    def label(self) -> str:
+        """In one word, for the names of folders that are its own."""
+        return f"{self.pid},{self.start},{self.boot},{self.host}"
+
+    @classmethod
+    def of_label(cls, label: str) -> "Owner | None":
+        """None: this is no label."""
+        pid, start, boot, host = (*label.split(",", 3), "", "", "")[:4]
+        return cls(host, boot, int(pid), start) if pid.isdigit() and host else None
+
     def is_alive(self) -> bool:
         """False once it is known to be gone; a process on another host counts as alive."""
         if not self.is_here:
@@ -69,7 +80,11 @@ def held(run: RunPaths) -> dict[Path, Owner]:
 
 def executing(run: RunPaths) -> Owner | None:
     """A process that executes the run, or a unit of it, now; None: nobody does."""
-    return next((each for each in held(run).values() if each.is_alive()), None)
+    return next((each for each in _alive(run).values()), None)
+
+
+def _alive(run: RunPaths) -> dict[Path, Owner]:
+    return {place: each for place, each in held(run).items() if each.is_alive()}
 
 
 def bury(run: RunPaths, place: Path, dead: Owner) -> None:
@@ -81,9 +96,10 @@ def bury(run: RunPaths, place: Path, dead: Owner) -> None:
 def refuse_if_executing(run: RunPaths) -> None:
     """InputError if another process executes the run."""
     deadline = time.monotonic() + GRACE
-    while (other := executing(run)) is not None:
+    while alive := _alive(run):
+        place, other = next(iter(alive.items()))
         if time.monotonic() > deadline or not other.is_here:
-            raise InputError(_held_by(run, other))
+            raise InputError(_held_by(run, other, place))
         time.sleep(0.1)
 
 
@@ -128,26 +144,26 @@ def _take(run: RunPaths, place: Path, mine: Path, me: Owner) -> None:
         elif not found.is_alive() or (found.job == me.job != "" and found.restart < me.restart):
             bury(run, place, found)
         elif time.monotonic() > deadline or not found.is_here:
-            raise InputError(_held_by(run, found))
+            raise InputError(_held_by(run, found, place))
         else:
             time.sleep(0.1)
 
 
 def _refuse_overlap(run: RunPaths, mine: Path) -> None:
     """Two that claim what overlaps at once both look after they have claimed: at least one of them leaves."""
-    for place, found in held(run).items():
-        if place != mine and run.running in (place, mine) and found.is_alive():
-            raise InputError(_held_by(run, found))
+    for place, found in _alive(run).items():
+        if place != mine and run.running in (place, mine):
+            raise InputError(_held_by(run, found, place))
 
 
-def _held_by(run: RunPaths, found: Owner) -> str:
+def _held_by(run: RunPaths, found: Owner, place: Path) -> str:
     if found.job:
         return f"run '{run.name}' is being executed by job {found.job}; wait for it, or: distill cancel {run.name}"
     if found.is_here:
         return f"run '{run.name}' is being executed by process {found.pid}; wait for it, or stop it: kill {found.pid}"
     return (
         f"run '{run.name}' is being executed by process {found.pid} on {found.host}; "
-        f"if that process is gone, remove {run.running}"
+        f"if that process is gone, remove {place}"
     )
 
 

@@ -88,6 +88,8 @@ def train(
         roles = Roles(
             recipe, init, stage, device, world, slices, found=found, zero=zero, teacher=teacher, recompute=recompute
         )
+    if probe is None:  # which makes two steps, somewhere else
+        world.alone("looking for room", partial(checkpoints.require_room, roles.checkpoint_bytes()))
     step, images = (0, 0) if found is None else (found.meta.step, found.meta.images)
     if found is not None and run is not None:
         append_event(run, "resumed", stage=paths.root.name, step=step, images=images, **environment)
@@ -150,9 +152,14 @@ def train(
     return TrainResult(roles, images, step)
 
 
-def _environment(device: torch.device, micro_batch: int, world: World, zero: Zero) -> dict[str, str | int]:
+def device_name(device: torch.device) -> str:
+    """Its model, or what its CPU's vectors are."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    where = {"device": device.type, "device_name": name, "threads": torch.get_num_threads()}
+    return str(name)
+
+
+def _environment(device: torch.device, micro_batch: int, world: World, zero: Zero) -> dict[str, str | int]:
+    where = {"device": device.type, "device_name": device_name(device), "threads": torch.get_num_threads()}
     ranks = {"procs": world.size, "zero_stage": "none" if zero.stage is None else zero.stage}
     ranks |= {"offload_optimizer": zero.offload_optimizer}
     return {"torch": str(torch.__version__), **where, "micro_batch": micro_batch, **ranks}

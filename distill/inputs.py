@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Literal
 
 from distill.guard import InputError, RunError
+from distill.space import human
 from distill.spec import CheckpointTeacher, HfData, RunSpec
-from distill.store import RunPaths, human, read_json, runs, sync_dir, sync_tree, write_atomic, write_json
+from distill.store import RunPaths, read_json, runs, sync_dir, sync_tree, write_atomic, write_json
 
 RECORD = "inputs/inputs.json"  # of a run
 UNUSED_SECONDS = 86400.0  # what was asked for within the last day may be of a run that is being made
@@ -190,6 +191,14 @@ def _with_size(wanted: Input, folder: Path) -> Input:
 def record(inputs: Sequence[Input]) -> dict[str, str]:
     """What `create_run` is given, so that the run knows its inputs from the first."""
     return {RECORD: json.dumps([asdict(each) for each in inputs], indent=2) + "\n"}
+
+
+def keep(run: RunPaths, inputs: Sequence[Input]) -> None:
+    """The same for a run that is there already, made before there was talk of a cluster, perhaps."""
+    for name, text in record(inputs).items():
+        (run.root / name).parent.mkdir(exist_ok=True)
+        write_atomic(run.root / name, text)
+    link(run)
 
 
 def read(run: RunPaths) -> list[Input]:

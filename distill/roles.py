@@ -142,6 +142,13 @@ class Roles:
         if isinstance(self.recipe, Stateful):
             yield RECIPE_GROUP, self.recipe.state()
 
+    def checkpoint_bytes(self) -> int:
+        """About what the tensors of `groups` take: float32 weights, two moments each, averages and copies."""
+        trained = 3 * sum(sum(trainable.sizes) for trainable in self.trainables.values())
+        averages = len(self.ema.averages) * sum(self.student.sizes)
+        copies = sum(sum(self.trainables[role.of].sizes) for role in self.copies.values())
+        return 4 * (trained + averages + copies)
+
     def live(self) -> dict[str, list[Tensor]]:
         """The tensors of this rank by kind: those of `Trainable.live`, and "ema", "copies"."""
         found = [trainable.live() for trainable in self.trainables.values()]

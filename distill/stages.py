@@ -89,7 +89,8 @@ def run(
             _pairs(work, stage)
             continue
         if world.first:
-            append_event(paths, "stage started", stage=name, kind=stage.kind, threads=torch.get_num_threads())
+            threads, where = torch.get_num_threads(), engine.device_name(device)
+            append_event(paths, "stage started", stage=name, kind=stage.kind, threads=threads, device=where)
         if isinstance(stage, TrainStage):
             result = _train(work, stage)
         elif isinstance(stage, PairsStage):
@@ -220,6 +221,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
         teacher_digest=None if teacher is None else teacher.digest,
         teacher="" if teacher is None else _teacher_name(work.spec, stage),
         data=work.spec.data.kind if "data" in config.needs else "",
+        license="" if teacher is None else teacher.license,
         kind=config.student,
         sampler=recipe.sampler,
         shape=samples.shape,
@@ -284,28 +286,42 @@ def _publish(work: Work, stage: TrainStage) -> None:
             _say_measured(work.run, found, work.name)
 
 
-def export_checkpoint(paths: RunPaths, spec: RunSpec, name: str, weights: Literal["raw"] | float, folder: Path) -> None:
+def export_checkpoint(
+    paths: RunPaths,
+    spec: RunSpec,
+    name: str,
+    weights: Literal["raw"] | float,
+    folder: Path,
+    step: int | None = None,
+) -> None:
     """Export the student of a train stage from its newest checkpoint, of a run in progress too, to `folder`.
 
-    weights: raw, or one of the stage's half-lives in images.
+    weights: raw, or one of the stage's half-lives in images. step: of another checkpoint than the newest.
     """
     stage = spec.stages[name]
     assert isinstance(stage, TrainStage)
     checkpoints = paths.stage(name).checkpoints
     if not checkpoint.complete(checkpoints):
         raise InputError(f"stage '{name}' of run '{paths.name}' has no checkpoint yet; wait for the first one")
-    _export(Work(paths, spec, name, CPU, StopRequest()), stage, weights, folder)
+    _export(Work(paths, spec, name, CPU, StopRequest()), stage, weights, folder, step=step)
 
 
-def _export(work: Work, stage: TrainStage, weights: Literal["raw"] | float, folder: Path, least: int = 0) -> None:
-    """The student of the newest checkpoint, of at least `least` images, built anew: the one that was trained may lie
-    divided among the ranks, and its teacher too.
+def _export(
+    work: Work,
+    stage: TrainStage,
+    weights: Literal["raw"] | float,
+    folder: Path,
+    least: int = 0,
+    step: int | None = None,
+) -> None:
+    """The student of the newest checkpoint, of at least `least` images, or of that of `step`; built anew: the one that
+    was trained may lie divided among the ranks, and its teacher too.
     """
     training = _training(work, stage, CPU)
     student = training.recipe.networks(training.init)["student"]
     assert isinstance(student, Trained)
     half_life = None if weights == "raw" else weights
-    tensors, images = checkpoint.weights(work.run.stage(work.name).checkpoints, "student", half_life)
+    tensors, images = checkpoint.weights(work.run.stage(work.name).checkpoints, "student", half_life, step)
     if images < least:
         raise RunError(
             f"the last checkpoint of stage '{work.name}' cannot be read; distill run {work.run.root} --resume"

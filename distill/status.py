@@ -95,7 +95,7 @@ def _stage(run: RunPaths, name: str, kind: str, progress: dict[str, Any], save: 
         progress.get("done"),
         progress.get("total"),
         str(progress.get("unit", "")),
-        progress.get("per_second"),
+        float(progress["per_second"]) if "per_second" in progress else None,
         save.get("step"),
         save.get("time"),
         progress.get("logs", {}),

@@ -12,6 +12,8 @@ from typing import Any
 
 from distill.guard import InputError, RunError, suggest
 
+RESERVED = {"inputs": "what runs read from the hub", "registry": "the students that are published"}
+
 
 def sync_dir(path: Path) -> None:
     """Make renames within `path` durable."""
@@ -66,15 +68,6 @@ def shard_path(folder: Path, number: int) -> Path:
 def shard_record(shard: Path) -> Path:
     """Where who makes a part of the pairs says that a shard is complete; who makes the whole takes it over."""
     return shard.with_suffix(".json")
-
-
-def human(count: int | float) -> str:
-    """A number of bytes for people."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 @dataclass(frozen=True)
@@ -186,10 +179,8 @@ def find_run(store: Path, given: str) -> RunPaths:
 
 def create_run(store: Path, name: str, files: Mapping[str, str | bytes]) -> RunPaths:
     """A new run with these files, complete or not at all: written under a hidden name, then renamed."""
-    if name == "inputs":
-        raise InputError(
-            "a run cannot be called 'inputs': a store keeps there what runs read from the hub; give --name"
-        )
+    if name in RESERVED:
+        raise InputError(f"a run cannot be called '{name}': a store keeps there {RESERVED[name]}; give --name")
     run = RunPaths(store.absolute() / name)
     temporary = store.absolute() / f".{name}.new-{os.getpid()}-{time.time_ns()}"
     try:
@@ -217,6 +208,8 @@ def create_run(store: Path, name: str, files: Mapping[str, str | bytes]) -> RunP
 
 def name_in_use(run: RunPaths) -> str:
     """What to say when a run's name is taken, with both ways out."""
+    if not run.spec.is_file():  # the students that were published, for one
+        return f"{run.root} is there already, and no run; choose another name by --name OTHER"
     return (
         f"there is a run '{run.name}' in {run.root.parent} already; "
         "go on with it by --resume, or start another by --name OTHER"

@@ -236,7 +236,8 @@ def files_limited_once(condition):
 
 
 @pytest.mark.process
-def test_a_full_disk_is_one_message_and_loses_nothing(tmp_path):
+def test_a_full_disk_is_one_message_and_loses_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.space.free", lambda folder: 1 << 40)  # as where a quota is not to be read
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, text=True)
@@ -248,6 +249,26 @@ def test_a_full_disk_is_one_message_and_loses_nothing(tmp_path):
         assert_survives_a_full_disk(disk, "No space left on device")
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_room_is_looked_for_before_training_and_before_each_save(tmp_path, monkeypatch):
+    left = 1000
+    monkeypatch.setattr("distill.space.free", lambda folder: left)
+    with pytest.raises(RunError, match=r"no room for 3 checkpoints: \d+\.\d [kM]B needed, but 1.0 kB are free for"):
+        train(tmp_path, checkpoint={"images": 16, "minutes": None, "keep": 2})
+    assert not (tmp_path / "stages/train/checkpoints").exists()
+    saver = make(tmp_path)
+    good = saver.save(1, 1, groups(1, size=1000))
+    with pytest.raises(RunError) as caught:
+        saver.save(2, 2, groups(2, size=1000))
+    step = tmp_path / "step-00000002"
+    assert re.fullmatch(
+        rf"cannot save checkpoint {step}: \S+ kB needed, but 1.0 kB are free for {tmp_path}; "
+        rf"last good checkpoint: {good}", str(caught.value)
+    )  # fmt: skip
+    assert latest(tmp_path, refuse_warning).meta.step == 1
+    left = 1 << 40
+    saver.save(2, 2, groups(2, size=1000))
 
 
 def test_a_file_over_the_quota_is_one_message(tmp_path):

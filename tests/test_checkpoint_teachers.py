@@ -513,3 +513,21 @@ def test_settings_without_effect_are_refused(tmp_path):
     for name, value in (("prediction", "epsilon"), ("scheduler", str(tmp_path / "stock" / "scheduler"))):
         refused(tmp_path / "mlp", f"teacher.{name}={value} has no effect: ", said, **{name: value})
     assert load(tmp_path / "mlp").field.interpolant.name == "linear"
+
+
+@pytest.mark.parametrize(
+    ("head", "known"),
+    [
+        ("---\nlibrary_name: diffusers\nlicense: cc-by-nc-4.0\ntags:\n- x\n---\n# A\n", "cc-by-nc-4.0"),
+        ("---\nlicense: other\nlicense_name: my-terms\n---\n", "my-terms"),
+        ("---\nlicense: 'apache-2.0'\n---\n", "apache-2.0"),
+        ("---\nlicense: other\n---\n", ""),
+        ("# A\n\n---\nlicense: mit\n---\n", ""),
+        ('---\nlicense: "x | y [click](http://a)"\n---\n', ""),
+        ("", ""),
+    ],
+)
+def test_the_terms_of_a_teacher_are_those_of_its_model_card(tmp_path, head, known):
+    write(tmp_path, unet(), DDPMScheduler())
+    (tmp_path / "README.md").write_text(head)
+    assert load(tmp_path).license == known

@@ -1,7 +1,10 @@
 """The commands that look and prepare: what they print, what they leave behind, how they refuse."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from commands import command, snapshot
@@ -9,13 +12,13 @@ from runs import make
 
 import distill as package
 from distill import claims, presets, specfile, status
-from distill.cli import common, work
+from distill.cli import common, start, work
 from distill.guard import InputError
 from distill.launch import environment
 from distill.store import append_event, write_json
 
 COMMANDS = ["quickstart", "run", "plan", "init", "recipes", "list", "show", "report", "doctor", "clean"]
-COMMANDS += ["sample", "eval", "pairs", "export"]
+COMMANDS += ["sample", "eval", "pairs", "export", "publish", "students", "pull", "verify", "config"]
 
 
 @pytest.fixture(autouse=True)
@@ -78,10 +81,10 @@ def test_the_store_is_an_option_then_the_environment_then_the_settings_then_here
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("stoer: /a\n", "unknown setting 'stoer'; did you mean 'store'? valid: store"),
-        ("store: a\n", "store: 'a' given; must be an absolute path"),
-        ("store: 5\n", "store: 5 given; must be an absolute path"),
-        ("[1]\n", "a mapping of settings is expected; valid: store"),
+        ("stoer: /a\n", "unknown setting 'stoer'; did you mean 'store'? valid: site, store"),
+        ("store: a\n", "store: 'a' given; must be an absolute path or a URL"),
+        ("store: 5\n", "store: 5 given; must be an absolute path or a URL"),
+        ("[1]\n", "a mapping of settings is expected; valid: site, store"),
     ],
 )
 def test_wrong_settings(tmp_path, monkeypatch, text, said):
@@ -159,7 +162,8 @@ def test_list_and_show(capfd, tmp_path):
 
     shown = json.loads(command(capfd, "show", "one", "--json").out)
     assert shown["stages"][1] == {
-        "name": "pairs", "kind": "pairs", "state": "begun", "done": 1250, "total": 5000, "unit": "pairs", "logs": logs
+        "name": "pairs", "kind": "pairs", "state": "begun", "done": 1250, "total": 5000, "unit": "pairs",
+        "per_second": 1.0, "saved_step": None, "saved": None, "logs": logs,
     }  # fmt: skip
     text = " ".join(command(capfd, "show", "runs/one").out.split())
     assert text.startswith("one stopped: stopped by SIGTERM 0 s ago seed 0, data digits")
@@ -186,13 +190,13 @@ def test_a_line_break_among_the_arguments_leaves_the_spec_whole(tmp_path, monkey
     change = "stages.reflow.options={distance:\n l2}"
     monkeypatch.setattr(sys, "argv", ["distill", "run", "digits", change, "--name", "a\u2028\x1bb"])
     source = specfile.load(presets.find("digits"), [change], name="one")
-    run = work._start(tmp_path / "runs", source)
+    run = start.begin(tmp_path / "runs", source)
     assert specfile.load_run(run).digest() == source.spec.digest()
     first = run.spec.read_text().splitlines()[0]
     assert first == "# distill run digits 'stages.reflow.options={distance:  l2}' --name 'a  b'"
 
 
-def test_clean_says_asks_and_deletes(capfd, tmp_path, monkeypatch):
+def test_clean_says_what_it_would_free_and_deletes_when_told(capfd, tmp_path):
     run = make(tmp_path / "runs")
     for stage in ("teach", "reflow"):
         run.stage(stage).checkpoints.mkdir(parents=True)
@@ -202,14 +206,19 @@ def test_clean_says_asks_and_deletes(capfd, tmp_path, monkeypatch):
     run.student("teach").mkdir(parents=True)
     before = snapshot(tmp_path)
 
-    done = command(capfd, "clean", "one")
+    done = command(capfd, "clean", "one", "--yes")
     assert (done.code, done.err) == (2, "error: say what to delete: --checkpoints, --pairs, or --all\n")
-    monkeypatch.setattr("typer.confirm", lambda question: False)
+    kept = "    1.5 kB  runs/one/stages/teach/checkpoints\n"
     done = command(capfd, "clean", "one", "--checkpoints")
-    assert done.out == "    1.5 kB  runs/one/stages/teach/checkpoints\nnothing was deleted\n"
+    assert done.out == f"{kept}1.5 kB would be free; nothing was deleted: add --yes\n"
+    done = command(capfd, "clean", "one")
+    add = "nothing was deleted: add --checkpoints, --pairs or --all, and --yes\n"
+    assert done.out == f"       0 B  runs/one/stages/pairs/pairs\n{kept}1.5 kB would be free; {add}"
     assert snapshot(tmp_path) == before
 
-    assert command(capfd, "clean", "one", "--checkpoints", "--pairs", "--yes").out.endswith("deleted 2 folders\n")
+    assert command(capfd, "clean", "one", "--checkpoints", "--pairs", "--yes").out.endswith(
+        "deleted 2 folders, 1.5 kB\n"
+    )
     assert not run.stage("teach").checkpoints.exists()
     assert not run.stage("pairs").pairs.exists()
     assert run.stage("reflow").checkpoints.exists(), "of a stage that is not done: it goes on from there"
@@ -224,14 +233,17 @@ def test_pairs_that_a_stage_still_needs_are_to_do_again_once_deleted(capfd, tmp_
     for stage in ("teach", "pairs"):
         run.stage(stage).pairs.mkdir(parents=True)
         write_json(run.stage(stage).done, {})
+    said = command(capfd, "clean", "one", "--pairs").out
+    assert "stage 'pairs' would be to do again: a stage that is not done needs its pairs\n" in said
+    assert run.stage("pairs").done.exists()
     assert command(capfd, "clean", "one", "--pairs", "--yes").out.endswith(
-        "stage 'pairs' is to do again: a stage that is not done needs its pairs\ndeleted 2 folders\n"
+        "stage 'pairs' is to do again: a stage that is not done needs its pairs\ndeleted 2 folders, 0 B\n"
     )
     assert not run.stage("pairs").done.exists()
     for stage in ("pairs", "reflow", "one_step"):
         run.stage(stage).pairs.mkdir(parents=True)
         write_json(run.stage(stage).done, {})
-    assert command(capfd, "clean", "one", "--pairs", "--yes").out.endswith("deleted 3 folders\n")
+    assert command(capfd, "clean", "one", "--pairs", "--yes").out.endswith("deleted 3 folders, 0 B\n")
     assert run.stage("pairs").done.exists(), "nobody needs them any more"
 
 
@@ -239,7 +251,7 @@ def test_clean_takes_what_killed_processes_left(capfd, tmp_path):
     run = make(tmp_path / "runs")
     for name in (".dead-host-1-2", ".running-host-3-4"):
         (run.root / name).mkdir()
-    assert command(capfd, "clean", "one", "--pairs", "--yes").out.endswith("deleted 2 folders\n")
+    assert command(capfd, "clean", "one", "--pairs", "--yes").out.endswith("deleted 2 folders, 0 B\n")
     assert {path.name for path in run.root.iterdir()} == {"spec.yaml", "env.json", "events.jsonl"}
 
 
@@ -250,6 +262,21 @@ def test_doctor(capfd, tmp_path):
     assert found["torch"]["state"] == "ok"
     assert found["store"]["found"] == f"{tmp_path}/runs (not made yet)"
     assert snapshot(tmp_path) == {}, "it looks, and makes nothing"
+
+
+@pytest.mark.process
+def test_doctor_finds_a_torchvision_of_another_torch(tmp_path):
+    """As PyPI's torchvision beside torch's CPU wheel: its metadata are in order, and no run starts."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms is unknown')")
+    env = os.environ | {"PYTHONPATH": str(Path(package.__file__).parent.parent)}
+    arguments = [sys.executable, "-m", "distill", "doctor", "--json"]
+    done = subprocess.run(arguments, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    found = {each["what"]: each for each in json.loads(done.stdout)}["torch, torchvision"]
+    assert found["state"] == "missing"
+    assert found["found"].endswith(": operator torchvision::nms is unknown")
+    assert found["fix"] == "install both from one index, in one pip install"
 
 
 # --- quickstart ---

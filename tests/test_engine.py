@@ -453,7 +453,8 @@ def test_progress_says_losses_and_rate(tmp_path, capsys):
     train(tmp_path)
     line = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(
-        r"train  128/128 images  [\d,.]+ images/s  ETA 0:00  loss \S+  error_max \S+  grad_norm \S+", line
+        r"[\d-]+ [\d:]+  train  128/128 images  [\d,.]+ images/s  ETA 0:00  loss \S+  error_max \S+  grad_norm \S+",
+        line,
     )
     events = [e for e in read_events(RunPaths(tmp_path)) if e["event"] == "progress"]
     assert [e["done"] for e in events] == list(range(16, 129, 16))

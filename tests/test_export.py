@@ -338,7 +338,12 @@ def test_model_card_says_what_is_known(tmp_path):
     assert "| sampler | Euler at t = 1, (N-1)/N, ..., 1/N |" in text
     licensed = cards.readme(make("mlp")[1].model_copy(update={"license": "cc-by-4.0"}))
     assert "license: cc-by-4.0" in licensed
-    assert "Terms of use" not in licensed
+    assert "cc-by-4.0: the teacher's terms, passed on." in licensed and "not stated" not in licensed
+    measured = cards.readme(
+        make("mlp")[1].model_copy(update={"metrics": {"SW2@1": 0.25, "SW2@2": 0.125, "KID@2": 1.5}})
+    )
+    assert "| NFE | SW2 | KID |\n|---:|---:|---:|\n| 1 | 0.25 |  |\n| 2 | 0.125 | 1.5 |\n" in measured
+    assert "Its samples were not measured" in text and "not measured" not in measured
 
 
 @pytest.mark.parametrize(

@@ -88,9 +88,9 @@ def test_a_revision_has_weights_of_its_own(solved):
     assert all(main[name] != v2[name] for name in main)
 
 
-def test_only_json_and_safetensors_are_asked_for_and_no_other_host(solved):
+def test_only_json_safetensors_and_the_card_are_asked_for_and_no_other_host(solved):
     asked = [request.split()[1] for request in solved.hub.requests]
-    assert {Path(path).suffix for path in asked if "/resolve/" in path} == {".json", ".safetensors"}
+    assert {Path(path).suffix for path in asked if "/resolve/" in path} == {".json", ".safetensors", ".md"}
     assert [path for path in asked if not path.startswith("/")] == []
 
 

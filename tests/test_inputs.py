@@ -24,6 +24,7 @@ from distill.guard import InputError, RunError
 from distill.inputs import Input
 from distill.spec import RunSpec
 from distill.store import RunPaths, read_json, write_atomic
+from distill.teachers import by_id
 
 DAY = 86400
 PAIRS = {"kind": "pairs", "count": 8, "block": 4, "shard": 4, "steps": 2}
@@ -367,7 +368,7 @@ def kept(store: Path, name: str, what: str = "teacher") -> Input:
 def test_a_run_that_goes_on_keeps_its_commits(tmp_path, capfd):
     """What was fetched lies there, so that nothing is asked of the hub, which no test can reach."""
     commit = "c" * 40
-    digest = hashlib.sha256(json.dumps(["teacher", "org/tiny", commit, "*.json", "*.safetensors"]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(["teacher", "org/tiny", commit, *by_id.FILES]).encode()).hexdigest()
     link = f"hub/models--org--tiny/snapshots/{commit}"
     before = Input("teacher", "org/tiny", "v2", commit, digest, link, 5)
     before.content(tmp_path).mkdir(parents=True)
@@ -389,6 +390,10 @@ def test_a_spec_without_hub_ids_has_no_inputs(tmp_path):
 def test_no_run_is_called_as_the_folder_of_inputs(tmp_path):
     with pytest.raises(InputError, match="a run cannot be called 'inputs': a store keeps there what runs read from"):
         make(tmp_path, "inputs")
+    with pytest.raises(
+        InputError, match="a run cannot be called 'registry': a store keeps there the students that are"
+    ):
+        make(tmp_path, "registry")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -193,6 +193,15 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, below):
         make(tmp_path / "file" / below)
 
 
+def test_pairs_without_room_are_not_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.space.free", lambda folder: 100)
+    with pytest.raises(
+        RunError, match=r"no room for \d+ pairs: \S+ k?B needed, but 100 B are free for .*distill clean RUN"
+    ):
+        make(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 def test_a_full_disk_leaves_complete_shards(tmp_path):
     """A limit on the size of files stands in for the disk: the write itself fails."""
     whole = contents(make(tmp_path / "whole", CLASSES, count=4000, block=1000, shard=1000))

@@ -2,9 +2,11 @@
 
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -13,6 +15,8 @@ from distill.guard import RunError, Stopped
 from distill.progress import Means, Progress, duration
 from distill.stop import StopRequest
 from distill.store import RunPaths, read_events
+
+STAMPED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  (.*)", re.DOTALL)
 
 
 @pytest.fixture
@@ -70,8 +74,10 @@ def test_plain_lines_are_throttled_averaged_and_exclude_the_resumed_part(clock, 
         for step in range(1, 5):
             clock.now += 4
             progress.update(500 + 40 * step, {"loss": float(step)})
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
+    said = [STAMPED.fullmatch(line).groups() for line in capsys.readouterr().err.splitlines()]
+    for moment, _ in said:
+        assert abs(datetime.now() - datetime.fromisoformat(moment)) < timedelta(seconds=30)
+    assert [line for _, line in said] == [
         "teach  620/1,000 images  10.0 images/s  ETA 0:38  loss 2",  # mean of 1, 2, 3; 120 images in 12 s
         "teach  660/1,000 images  10.0 images/s  ETA 0:34  loss 4",
     ]
@@ -103,7 +109,7 @@ def test_long_runs_wait_longer_between_events(tmp_path, clock, capsys):
 def test_a_warning_is_said_and_noted(tmp_path, capsys):
     with Progress("teach", 10, "images", RunPaths(tmp_path)) as progress:
         progress.warn("[bold]checkpoint[/] damaged")
-    assert capsys.readouterr().err == "warning: [bold]checkpoint[/] damaged\n"
+    assert STAMPED.fullmatch(capsys.readouterr().err)[2] == "warning: [bold]checkpoint[/] damaged\n"
     assert [e["text"] for e in read_events(RunPaths(tmp_path))] == ["[bold]checkpoint[/] damaged"]
 
 

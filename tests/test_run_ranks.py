@@ -11,6 +11,8 @@ import torch
 from runs import distill, folder_bytes, start, wait_for
 from safetensors.torch import load_file
 
+from distill import specfile
+from distill.estimate import estimate
 from distill.store import RunPaths
 
 pytestmark = pytest.mark.process
@@ -123,6 +125,7 @@ def test_plan_measures_memory_and_leaves_nothing(folder):
     assert done.returncode == 0, done.stderr
     ranks = json.loads(done.stdout)["memory"]["teach"]
     assert [found["rank"] for found in ranks] == [0, 1]
+    assert ranks[0]["predicted"] == estimate(specfile.load(folder / "small.yaml").spec, folder)["teach"]
     for found in ranks:
         assert sum(found["predicted"].values()) == pytest.approx(sum(found["counted"].values()), rel=0.1)
     assert sorted(path.name for path in (folder / "runs").iterdir()) == before

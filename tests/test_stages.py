@@ -155,6 +155,29 @@ def test_a_recipe_bakes_guidance_in_too(tmp_path, recipe):
     assert "| guidance | scale 2.0, baked in |" in text and f"`{recipe}`" in text
 
 
+def test_the_terms_of_a_teacher_pass_on_to_its_students(tmp_path):
+    """From the model card of a checkpoint to its student, and from that to the student's own."""
+    teacher = tmp_path / "teacher"
+    DDPMPipeline(build(UNetSpec(kind="unet", channels=[8, 8]), (1, 8, 8), None, 0), DDPMScheduler()).save_pretrained(
+        teacher
+    )
+    (teacher / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    train = {**REFLOW, "network": None, "images": 16}
+    given = spec(
+        {"kind": "diffusers", "path": str(teacher)},
+        pairs=PAIRS,
+        first=train,
+        more={**PAIRS, "teacher": "first"},
+        second={**train, "teacher": "first", "pairs": "more"},
+    )
+    run = go(tmp_path, given)
+    for stage in ("first", "second"):
+        assert cards.verify(run.student(stage)).license == "cc-by-nc-4.0"
+        text = (run.student(stage) / "README.md").read_text()
+        assert "\nlicense: cc-by-nc-4.0\n" in text
+        assert "\ncc-by-nc-4.0: the teacher's terms, passed on.\n" in text
+
+
 def test_a_student_says_what_was_measured(tmp_path):
     evaluate = {
         "kind": "evaluate", "students": {"straight": [1, 2]}, "teacher_steps": [1], "samples": 32, "fine_steps": 2,
@@ -168,7 +191,9 @@ def test_a_student_says_what_was_measured(tmp_path):
     assert set(card.metrics) == {
         f"{name}@{steps}" for name in ("SW2", "KID", "precision", "recall", "rms", "straightness") for steps in (1, 2)
     }
-    assert f"| SW2, steps: 2 | {card.metrics['SW2@2']:.4g} |" in (folder / "README.md").read_text()
+    text = (folder / "README.md").read_text()
+    assert "| NFE | SW2 | KID | precision | recall | rms | straightness |" in text
+    assert f"| 2 | {card.metrics['SW2@2']:.4g} | " in text
 
     # killed while writing it, resumed: the same bytes, nothing beside them
     whole = folder_bytes(folder)

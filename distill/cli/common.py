@@ -5,11 +5,13 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from distill import transports
 from distill.guard import InputError, suggest
 
 if TYPE_CHECKING:
@@ -19,8 +21,12 @@ StoreOption = Annotated[
     Path | None,
     typer.Option("--store", help="Folder of the runs. Otherwise $DISTILL_STORE, the user's config, or ./runs."),
 ]
+AnyStoreOption = Annotated[
+    str | None,
+    typer.Option("--store", help="Folder or URL of the store. Otherwise $DISTILL_STORE, the user's config, or ./runs."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-SETTINGS = ("store", "site")
+SETTINGS = ("site", "store")
 
 
 def config_path() -> Path:
@@ -29,50 +35,86 @@ def config_path() -> Path:
     return (Path(home) if home else Path.home() / ".config") / "distill" / "config.yaml"
 
 
-def store_path(option: Path | None) -> Path:
-    """The store: --store, else $DISTILL_STORE, else `store` of the user's config, else ./runs."""
-    if option is not None:
-        path, source = option, "--store"
-    elif os.environ.get("DISTILL_STORE"):
-        path, source = Path(os.environ["DISTILL_STORE"]), "$DISTILL_STORE"
-    elif (configured := _configured("store")) is not None:
-        path, source = configured, str(config_path())
-    else:
-        path, source = Path("runs"), "the default"
-    path = path.expanduser()
-    if path.exists() and not path.is_dir():
-        raise InputError(f"the store {path} (from {source}) is a file; name a folder")
-    return path
+@dataclass(frozen=True)
+class Setting:
+    """What holds, and who said so."""
+
+    value: str
+    source: str
 
 
-def site_path(option: Path | None) -> Path:
+def site_setting(option: Path | None) -> Setting:
     """The cluster's file: --site, else $DISTILL_SITE, else `site` of the user's config, else the example."""
     from distill.launch import site
 
-    variable = os.environ.get("DISTILL_SITE")
-    path = option or (Path(variable) if variable else None) or _configured("site") or site.EXAMPLE
-    return path.expanduser()
+    if option is not None:
+        return Setting(str(option), "--site")
+    if os.environ.get("DISTILL_SITE"):
+        return Setting(os.environ["DISTILL_SITE"], "$DISTILL_SITE")
+    if (configured := configuration().get("site")) is not None:
+        return Setting(configured, str(config_path()))
+    return Setting(str(site.EXAMPLE), "the default")
 
 
-def _configured(name: str) -> Path | None:
-    """A path among the user's settings."""
+def store_setting(option: str | None) -> Setting:
+    """The store: --store, else $DISTILL_STORE, else `store` of the user's config, else ./runs. A folder or a URL."""
+    if option is not None:
+        return Setting(option, "--store")
+    if os.environ.get("DISTILL_STORE"):
+        return Setting(os.environ["DISTILL_STORE"], "$DISTILL_STORE")
+    if (configured := configuration().get("store")) is not None:
+        return Setting(configured, str(config_path()))
+    return Setting("runs", "the default")
+
+
+def store_path(option: Path | None) -> Path:
+    """The store as a folder; InputError if it is a URL."""
+    return _folder(store_setting(None if option is None else str(option)))
+
+
+def store_source(option: str | None) -> transports.Source:
+    """The store, a folder or a URL, for reading."""
+    setting = store_setting(option)
+    return transports.at(setting.value if transports.is_url(setting.value) else _folder(setting))
+
+
+def _folder(setting: Setting) -> Path:
+    if transports.is_url(setting.value):
+        raise InputError(
+            f"the store {setting.value} (from {setting.source}) is a URL, from which students are pulled; this needs "
+            "a folder: give one by --store"
+        )
+    path = Path(setting.value).expanduser()
+    if path.exists() and not path.is_dir():
+        raise InputError(f"the store {path} (from {setting.source}) is a file; name a folder")
+    return path
+
+
+def configuration() -> dict[str, str]:
+    """The user's settings."""
     path = config_path()
     if not path.is_file():
-        return None
+        return {}
     from distill import yamltext
 
     content = yamltext.parse(yamltext.read(path), str(path)) or {}
     if not isinstance(content, dict):
         raise InputError(f"{path}: a mapping of settings is expected; valid: {', '.join(SETTINGS)}")
-    for key in content:
+    for key, value in content.items():
         if key not in SETTINGS:
             raise InputError(f"{path}: unknown setting '{key}'; {suggest(str(key), SETTINGS)}")
-    found = content.get(name)
-    if found is None:
-        return None
-    if not isinstance(found, str) or not Path(found).expanduser().is_absolute():
-        raise InputError(f"{path}: {name}: {found!r} given; must be an absolute path")
-    return Path(found)
+        if value is not None and not is_place(value, key):
+            raise InputError(
+                f"{path}: {key}: {value!r} given; must be an absolute path{' or a URL' if key == 'store' else ''}"
+            )
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def is_place(value: object, setting: str = "store") -> bool:
+    """Whether it is an absolute path or, of the store, a URL."""
+    if not isinstance(value, str):
+        return False
+    return (setting == "store" and transports.is_url(value)) or Path(value).expanduser().is_absolute()
 
 
 def console() -> "rich.console.Console":

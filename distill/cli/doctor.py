@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from distill.cli.common import JsonOption, StoreOption, print_json, print_table, site_path, store_path
+from distill.cli.common import JsonOption, StoreOption, print_json, print_table, site_setting, store_path
 from distill.guard import InputError
 from distill.launch import environment
-from distill.store import human
+from distill.space import human
 
 if TYPE_CHECKING:
     import distill.launch.sitecheck
@@ -57,7 +57,7 @@ def doctor(
     without_effect = [name for name, value in given.items() if value is not None]
     if without_effect:
         raise InputError(f"{', '.join(without_effect)} given, but only --site looks at a cluster; add it")
-    findings = [_python(), *_packages(), *_devices(), _threads(), *_store(store_path(store))]
+    findings = [_python(), *_packages(), *_partners(), *_devices(), _threads(), *_store(store_path(store))]
     if json:
         print_json([asdict(finding) for finding in findings])
     else:
@@ -73,7 +73,7 @@ def _cluster(path: Path | None, store: Path, nodes: int, gpus: int, partition: s
     from distill.launch import submit as queue
     from distill.spec import SlurmSpec
 
-    where = sites.load(site_path(path))
+    where = sites.load(Path(site_setting(path).value).expanduser())
     options = SlurmSpec(partition=partition, gpus_per_node=gpus)
     queue.check_partition(options, where)
     if not json:
@@ -131,6 +131,18 @@ def _packages() -> list[Finding]:
         except PackageNotFoundError:
             findings.append(Finding(name, "missing", "", "pip install 'distill[train]'"))
     return findings
+
+
+def _partners() -> list[Finding]:
+    """Trouble where torchvision was built for another torch: diffusers, and so every run, fails with it."""
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "torchvision")):
+        return []
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, OSError, RuntimeError) as error:
+        found = f"torchvision does not load beside torch {version('torch')}: {error}"
+        return [Finding("torch, torchvision", "missing", found, "install both from one index, in one pip install")]
+    return []
 
 
 def _devices() -> list[Finding]:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill.cli import start
-from distill.cli.common import StoreOption, near, print_table, site_path, store_path
+from distill.cli.common import StoreOption, near, print_table, site_setting, store_path
 from distill.cli.runs import RunArgument
 from distill.cli.work import Changes, SpecArgument
 from distill.guard import InputError, suggest
+from distill.space import human
 from distill.store import RunPaths, find_run
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def submit(
     changes = [*options, *(changes or [])]
     from distill.launch import site as sites
 
-    where = sites.load(site_path(site))
+    where = sites.load(Path(site_setting(site).value).expanduser())
     folder = store_path(store)
     if dry_run:
         _dry_run(folder, spec, changes, name, where, resume, code)
@@ -114,7 +115,7 @@ def _submit_new(
 def _resubmit(
     folder: Path, spec: str, changes: list[str], name: str | None, site: "distill.launch.site.SiteSource", code: str
 ) -> None:
-    from distill import claims, jobs, workflow
+    from distill import claims, inputs, jobs, workflow
     from distill.launch import submit as queue
 
     run, source = start.find_again(folder, spec, changes, name)
@@ -145,6 +146,7 @@ def _resubmit(
             print(f"there is nothing to submit for run '{run.name}'" + ("" if live else ": all stages are done"))
             return
         _keep_code(run, code)
+        inputs.keep(run, inputs.resolve(content, folder, inputs.read(run)))
         _queue(run, content, todo, site, code)
 
 
@@ -211,6 +213,18 @@ def _dry_run(
 
 def _say_memory(source: "distill.specfile.SpecSource") -> None:
     """What training will hold, as far as it is known before anything runs."""
+    from distill.estimate import estimate
+
+    found = estimate(source.spec, source.base)
+    kinds = list(dict.fromkeys(kind for each in found.values() for kind in each))
+    rows = [
+        [name, *(human(each[kind]) if kind in each else "-" for kind in kinds), human(sum(each.values()))]
+        for name, each in found.items()
+    ]
+    if rows:
+        columns = ["memory of a process", *kinds, "together"]
+        print_table(columns, rows, right=columns[1:])
+        print("activations come on top; `distill plan SPEC --measure` counts them in two real steps")
 
 
 def cancel(

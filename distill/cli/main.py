@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import distill
-from distill.cli import catalogue, doctor, follow, jobs, runs, stage, tools, work
+from distill.cli import catalogue, doctor, follow, jobs, runs, settings, stage, students, tools, work
 from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, InputError, PeerLost, RunError, Stopped
 from distill.launch import tasks
 from distill.progress import stamp
@@ -23,7 +23,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-MAKE, LOOK, TOOLS = "Run", "Look", "Tools"
+MAKE, LOOK, STUDENTS, TOOLS = "Run", "Look", "Students", "Tools"
 app.command(rich_help_panel=MAKE)(work.quickstart)
 app.command(rich_help_panel=MAKE)(work.run)
 app.command(rich_help_panel=MAKE)(work.plan)
@@ -38,6 +38,11 @@ app.command(rich_help_panel=LOOK)(runs.show)
 app.command(rich_help_panel=LOOK)(tools.report)
 app.command(rich_help_panel=LOOK)(doctor.doctor)
 app.command(rich_help_panel=LOOK)(runs.clean)
+app.command(rich_help_panel=LOOK)(settings.config)
+app.command(rich_help_panel=STUDENTS)(students.publish)
+app.command(rich_help_panel=STUDENTS)(students.students)
+app.command(rich_help_panel=STUDENTS)(students.pull)
+app.command(rich_help_panel=STUDENTS)(students.verify)
 app.command(rich_help_panel=TOOLS)(tools.sample)
 app.command("eval", rich_help_panel=TOOLS)(tools.evaluate)
 app.command(rich_help_panel=TOOLS)(tools.pairs)

@@ -9,7 +9,8 @@ import typer
 
 from distill.cli.common import JsonOption, StoreOption, console, near, print_json, print_table, size, store_path
 from distill.guard import InputError
-from distill.store import RunPaths, human
+from distill.space import human
+from distill.store import RunPaths
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run in the store, or its folder.")]
 
@@ -83,26 +84,31 @@ def clean(
         bool, typer.Option("--pairs", help="Pairs; where a stage still needs them, they are made again.")
     ] = False,
     everything: Annotated[bool, typer.Option("--all", help="The whole run, students included.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do it.")] = False,
     store: StoreOption = None,
 ) -> None:
-    """Delete what a run no longer needs; says what and how much, and asks first."""
+    """Say what a run no longer needs, and how much that would free; with --yes, delete it."""
     from distill import claims
     from distill import store as stores
 
     paths = stores.find_run(store_path(store), run)
-    if not (checkpoints or pairs or everything):
+    chosen = checkpoints or pairs or everything
+    if yes and not chosen:
         raise InputError("say what to delete: --checkpoints, --pairs, or --all")
     claims.refuse_if_executing(paths)
-    found = [paths.root] if everything else _waste(paths.root, checkpoints, pairs)
-    wanted = _wanted_pairs(paths) if pairs and not everything else []
+    found = [paths.root] if everything else _waste(paths.root, checkpoints or not chosen, pairs or not chosen)
+    wanted = _wanted_pairs(paths) if (pairs or not chosen) and not everything else []
     if not found:
         print(f"nothing to delete in {near(paths.root)}")
         return
-    for path in found:
-        print(f"{human(size(path)):>10}  {near(path)}")
-    if not yes and not typer.confirm(f"delete {len(found)} of these?" if len(found) > 1 else "delete it?"):
-        print("nothing was deleted")
+    sizes = {path: size(path) for path in found}
+    for path, count in sizes.items():
+        print(f"{human(count):>10}  {near(path)}")
+    if not yes:
+        for name in wanted:
+            print(f"stage '{name}' would be to do again: a stage that is not done needs its pairs")
+        options = "--yes" if chosen else "--checkpoints, --pairs or --all, and --yes"
+        print(f"{human(sum(sizes.values()))} would be free; nothing was deleted: add {options}")
         return
     with claims.claim(paths):
         for name in wanted:  # first, so that whatever happens no stage counts as done without its pairs
@@ -113,7 +119,8 @@ def clean(
                 shutil.rmtree(path)
     if everything:
         shutil.rmtree(paths.root)
-    print(f"deleted {len(found)} folder{'s' if len(found) > 1 else ''}")
+    folders = f"{len(found)} folder{'s' if len(found) > 1 else ''}"
+    print(f"deleted {folders}, {human(sum(sizes.values()))}")
 
 
 def _wanted_pairs(run: RunPaths) -> list[str]:

@@ -43,17 +43,13 @@ def stage(
             local.watch(lifeline)
         if int(os.environ.get("RANK", "0")) > 0:  # the first speaks and writes for all
             _compute(paths, spec, names, stop, measure)
-        elif share is not None:
-            with claims.claim(paths, os.environ.get(tasks.UNIT), claims.Owner.this(*tasks.identity())):
+            return
+        me = claims.Owner.this(*tasks.identity()) if tasks.is_task() else claims.Owner.this()
+        with claims.claim(paths, os.environ.get(tasks.UNIT), me):
+            if share is not None:
                 _compute_part(paths, spec, names, stop, share)
-        elif tasks.is_task():
-            with (
-                claims.claim(paths, os.environ[tasks.UNIT], claims.Owner.this(*tasks.identity())),
-                _in_events(paths, names),
-            ):
-                _compute(paths, spec, names, stop, measure)
-        else:
-            with claims.claim(paths), _in_events(paths, names):
+                return
+            with _in_events(paths, names):
                 _compute(paths, spec, names, stop, measure)
 
 
@@ -93,6 +89,8 @@ def _part(text: str) -> tuple[int, int]:
 @contextmanager
 def _in_events(paths: RunPaths, names: list[str]) -> Iterator[None]:
     """The run's events say what began here, and how it ended."""
+    from distill.launch import tasks
+
     append_event(paths, "started", pid=os.getpid(), host=platform.node(), stages=names)
     outcome, message = "failed", ""
     try:
@@ -100,7 +98,7 @@ def _in_events(paths: RunPaths, names: list[str]) -> Iterator[None]:
         outcome = "finished"
     except Stopped as stopped:
         outcome, message = "stopped", str(stopped)
-        raise Stopped(f"{stopped}: distill run {near(paths.root)} --resume") from None
+        raise Stopped(message if tasks.is_task() else f"{message}: distill run {near(paths.root)} --resume") from None
     except KeyboardInterrupt:
         outcome, message = "stopped", "interrupted without saving"
         raise

@@ -13,7 +13,8 @@ from distill.cli import start
 from distill.cli.common import JsonOption, StoreOption, near, print_json, print_table, store_path
 from distill.cli.runs import print_results
 from distill.guard import EXIT_INPUT
-from distill.store import RunPaths, human, read_json
+from distill.space import human
+from distill.store import RunPaths, read_json
 
 if TYPE_CHECKING:
     import distill.spec

@@ -31,10 +31,9 @@ LOOK = 60.0  # seconds between two looks at how long saving takes
 PASSED_ON = dict.fromkeys((signal.SIGUSR1, signal.SIGTERM, signal.SIGINT), signal.SIGUSR1)  # srun has uses for the rest
 ATTEMPTS = 3  # to queue a job again
 ASKED, LOST = "asked", "lost"  # by somebody who did not say why; without a word
-BY_STATE = {"PREEMPTED": "preempted", "PREEMPTION": "preempted", "NODE_FAIL": "node failure", "NODE": "node failure"}
-BY_STATE |= {"TIMEOUT": "time limit", "TIME": "time limit"}  # the last attempt's state, or what its log says of it
-BY_STATE |= {"JOB": ASKED}
-ENDED_FOR = re.compile(r"CANCELLED AT \S+ DUE TO (PREEMPTION|NODE|TIME|JOB)")  # JOB REQUEUE: by a person, or by us
+BY_STATE = {"PREEMPTED": "preempted", "NODE_FAIL": "node failure", "TIMEOUT": "time limit"}  # of an attempt that ended
+BY_WORDS = {"PREEMPTION": "preempted", "NODE FAILURE": "node failure", "TIME LIMIT": "time limit", "JOB REQUEUE": ASKED}
+ENDED_FOR = re.compile(r"\*\*\* JOB \S+ ON \S+ CANCELLED AT [\w:-]+(?: DUE TO ([A-Z ]+[A-Z]))?")
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,26 @@ class Verdict:
     """whether the job is to be queued again"""
 
 
+class OwnLog:
+    """Where Slurm says, beside our own words, why it ends a job."""
+
+    def __init__(self) -> None:
+        here = Path("/proc/self/fd/1")
+        self.path = here.resolve() if here.exists() and here.resolve().is_file() else None
+        self.begin = 0 if self.path is None else self.path.stat().st_size
+
+    def reason(self, *, before: bool = False) -> str | None:
+        """Of this attempt, or of the last one before it; None: it has not said."""
+        if self.path is None:
+            return None
+        content = self.path.read_bytes()
+        text = (content[: self.begin] if before else content[self.begin :]).decode(errors="replace")
+        found = ENDED_FOR.findall(text)
+        if not found:
+            return None
+        return BY_WORDS.get(found[-1], ASKED) if found[-1] else "cancelled"
+
+
 class Batch:
     """One attempt of one job."""
 
@@ -57,6 +76,7 @@ class Batch:
         self.spec: RunSpec = specfile.load_run(run)
         self.job, self.restart = tasks.identity()
         self.slurm = self.spec.launch.slurm
+        self.log = OwnLog()
         self._warned = False
 
     def execute(self, relay: ranks.Relay) -> int:
@@ -130,7 +150,9 @@ class Batch:
             return self._crash(name, failed[0].code, f"rank {failed[0].rank}: {failed[0].message}")
         stopped = next((end for end in ends if end.code == EXIT_STOPPED), None)
         if asked or stopped is not None:
-            return self._stopped(stopped.message if stopped else "before it could hear it")
+            return self._stopped(
+                stopped.message.partition("; run the same")[0] if stopped else "before it could hear it"
+            )
         silent = sorted(set(range(size)) - {end.rank for end in ends})
         lost = next((end.message for end in ends if end.code == EXIT_PEER), "")
         killed = f"rank {', '.join(map(str, silent))} ended without a word (killed? out of memory?)" if silent else ""
@@ -155,6 +177,9 @@ class Batch:
 
     def _why(self) -> str:
         """Why Slurm, or somebody, has asked the job to stop."""
+        said = self.log.reason()
+        if said is not None:
+            return said
         try:
             fields = slurm.show(self.job)
         except NoAnswer:
@@ -185,10 +210,8 @@ class Batch:
             state = slurm.previous_state(self.job)
         except NoAnswer:
             state = ""
-        logs = sorted(self.run.logs.glob(f"*.{self.job}.job.log"))
-        said = ENDED_FOR.findall(logs[0].read_text(errors="replace")) if logs else []
-        why = BY_STATE.get(state) or BY_STATE.get(said[-1] if said else "")
-        if why is not None:
+        why = BY_STATE.get(state) or self.log.reason(before=True)
+        if why is not None and why != last["why"]:
             jobs.append(self.run, self.job, "explained", restart=last["restart"], why=why)
 
     def _end(self, name: str, verdict: Verdict) -> int:

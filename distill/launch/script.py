@@ -157,7 +157,8 @@ def _container(image: str | None, site: Site, store: Path) -> str:
     folders = list(dict.fromkeys([str(store), *site.container.mounts]))
     if site.container.runtime == "pyxis":
         mounts = ",".join(f"{folder}:{folder}" for folder in folders)
-        words = [f"--container-image={image}", f"--container-mounts={mounts}", *site.container.options]
+        words = [f"--container-image={image}", f"--container-mounts={mounts}", "--no-container-entrypoint"]
+        words += site.container.options
     else:
         binds = [f"--bind={folder}" for folder in folders]
         words = ["apptainer", "exec", *binds, *site.container.options, image]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from distill import draws, solvers
+from distill import draws, solvers, space
 from distill.guard import InputError, RunError
 from distill.pairs.manifest import Manifest, ShardFile, fault, foreign, noise_sha256, read, records
 from distill.progress import Progress
@@ -47,6 +48,9 @@ def generate(
     ours = planned.layout() if part is None else planned.part(*part)
     manifest = _resume(folder, planned, ours, progress)
     done = sum(len(indices) for name, indices in ours.items() if name in manifest.shards)
+    left = sum(len(indices) for indices in ours.values()) - done
+    need = left * math.prod(teacher.shape) * DTYPES[stage.dtype].itemsize
+    space.require(folder, need, f"{left:,} pairs")
     progress.start(done)
     for name, indices in ours.items():
         if name in manifest.shards:

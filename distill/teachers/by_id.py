@@ -11,7 +11,7 @@ from distill import hub
 from distill.guard import InputError
 from distill.spec import CheckpointTeacher
 
-FILES = ["*.json", "*.safetensors"]  # all that is read of a repository
+FILES = ["*.json", "*.safetensors", "README.md"]  # all that is read of a repository; the last for its licence
 
 
 def is_id(path: str) -> bool:

@@ -5,6 +5,7 @@ here too (`students.loaded`).
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ PREDICTIONS: dict[str, tuple[Prediction, ...]] = {  # by schedule
     "edm": ("epsilon", "v_prediction"),
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Checkpoint:
     null_class: int | None
     digest: str
     description: str
+    license: str  # as its files say; empty: they do not
 
 
 def load(spec: CheckpointTeacher, device: torch.device) -> LoadedTeacher:
@@ -90,12 +93,14 @@ def load(spec: CheckpointTeacher, device: torch.device) -> LoadedTeacher:
         network=found.network,
         guidance_scale=found.student.get("guidance_scale", 1.0),
         unconditional=found.student.get("unconditional", True),
+        license=found.license,
     )
 
 
 def read(spec: CheckpointTeacher, device: torch.device, kind: Literal["velocity", "flow_map"]) -> Checkpoint:
     """A checkpoint whose network is of this kind; any other is refused."""
-    parts = _parts(spec, _folder(spec))
+    folder = _folder(spec)
+    parts = _parts(spec, folder)
     found = parts.student.get("kind", "velocity")
     if found != kind:
         raise InputError(f"teacher.path={spec.path} is a student of kind {found}; valid teachers: {kind}")
@@ -123,6 +128,7 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: Literal["velocity"
         digest=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         # a hub id, or the folder's name alone: what is made with a teacher must not depend on where the teacher lies
         description=f"{config['_class_name']} from {Path(spec.path).name if Path(spec.path).is_dir() else spec.path}",
+        license=_license(folder, parts.student),
     )
 
 
@@ -278,6 +284,16 @@ def _prediction(spec: CheckpointTeacher, schedule: str, configured: Prediction) 
             f"valid: {', '.join(PREDICTIONS[schedule])}"
         )
     return given
+
+
+def _license(folder: Path, student: Config) -> str:
+    """The terms that a checkpoint's distill.json or the head of its model card names, if they are one plain word."""
+    found, path = student.get("license"), folder / "README.md"
+    if not found and path.is_file():
+        head = path.read_text(errors="replace").partition("\n---")[0]
+        told = dict(re.findall(r"^(license|license_name):[ \"']*([^\"'\n]*?)[ \"']*$", head, re.MULTILINE))
+        found = told.get("license_name") if told.get("license") == "other" else told.get("license")
+    return found if isinstance(found, str) and LICENSE.fullmatch(found) else ""
 
 
 def _classes(config: Config, student: Config, spec: CheckpointTeacher) -> tuple[int | None, int | None]:

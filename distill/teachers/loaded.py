@@ -25,6 +25,7 @@ class LoadedTeacher:
     exact_data: Callable[[int, Sequence[int]], Tensor] | None = None  # (seed, indices) -> exact samples
     guidance_scale: float = 1.0  # classifier-free guidance that the network was trained to contain; 1: none
     unconditional: bool = True  # whether the null class, if there is one, was trained
+    license: str = ""  # its terms, which pass on to its students; empty: not known
 
     def null(self, cond: Cond) -> Cond:
         """The condition of the unconditional call, for as many rows as `cond` has."""

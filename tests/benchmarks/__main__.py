@@ -1,8 +1,9 @@
 """Measurements, as ratios within one run: python -m tests.benchmarks [step pairs start recipes quickstart digits
-zero checkpoint].
+zero checkpoint pull].
 
 Nothing is asserted: machines are noisy. Contenders take turns, medians are compared. `quickstart` (5 minutes on 2
-cores), `digits` (the bar, mean of three seeds, 20 minutes), `zero` (15 minutes) and `checkpoint` run only when named.
+cores), `digits` (the bar, mean of three seeds, 20 minutes), `zero` (15 minutes), `checkpoint` and
+`pull` (4 GB of disk) run only when named.
 """
 
 import statistics
@@ -31,6 +32,7 @@ from distill.students.velocity import VelocityStudent
 from distill.teachers.loaded import LoadedTeacher
 from tests.benchmarks.ranks import bench_checkpoint, bench_zero
 from tests.benchmarks.recipes import bench_recipes
+from tests.benchmarks.students import bench_pull
 
 CPU = torch.device("cpu")
 SHAPE, CLASSES, BATCH = (1, 8, 8), 10, 128
@@ -184,6 +186,7 @@ BENCHES: dict[str, Callable[[], str]] = {
     "digits": bench_digits,
     "zero": bench_zero,
     "checkpoint": bench_checkpoint,
+    "pull": bench_pull,
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,53 @@
+"""`distill config`: the user's settings, and where each comes from."""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distill import transports
+from distill.cli.common import SETTINGS, config_path, configuration, print_table, site_setting, store_setting
+from distill.guard import InputError, suggest
+
+
+def config(
+    key: Annotated[str | None, typer.Argument(metavar="[KEY]", help=f"One of: {', '.join(SETTINGS)}.")] = None,
+    value: Annotated[
+        str | None, typer.Argument(metavar="[VALUE]", help="store: a folder, or a URL to pull from; site: a file.")
+    ] = None,
+) -> None:
+    """Show the settings, or set one in the user's config file."""
+    if key is not None and key not in SETTINGS:
+        raise InputError(f"there is no setting '{key}'; {suggest(key, SETTINGS)}")
+    if value is not None:
+        assert key is not None
+        print(f"{key}: {_set(key, value)}, in {config_path()}")
+        return
+    found = {"site": site_setting(None), "store": store_setting(None)}
+    print_table(["setting", "value", "from"], [[name, each.value, each.source] for name, each in found.items()])
+
+
+def _set(key: str, value: str) -> str:
+    """Write a setting; other lines of the file, comments among them, stay as they are."""
+    from distill import yamltext
+    from distill.launch import site
+    from distill.store import write_atomic
+
+    if key == "site":
+        value = str(Path(value).expanduser().absolute())
+        site.load(Path(value))  # refused unless it is one
+    elif transports.is_url(value):
+        transports.at(value)  # refused if it can be none
+    else:
+        value = str(Path(value).expanduser().absolute())
+        if Path(value).exists() and not Path(value).is_dir():
+            raise InputError(f"{key}: {value} is a file; name a folder or a URL")
+    configuration()  # refused as long as the file is not in order
+    path = config_path()
+    lines = path.read_text().splitlines() if path.is_file() else []
+    line = yamltext.dump({key: value}).strip()
+    kept = [each for each in lines if not re.match(rf"{key}\s*:", each)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, "\n".join([*kept, line]) + "\n")
+    return value

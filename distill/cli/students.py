@@ -1,0 +1,223 @@
+"""`distill publish`, `students`, `pull` and `verify`: students on their way to other people. No torch, but to export a
+checkpoint and to draw samples where no evaluation has.
+"""
+
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distill.cli.common import (
+    AnyStoreOption,
+    JsonOption,
+    StoreOption,
+    near,
+    one_line,
+    print_json,
+    print_table,
+    store_path,
+    store_source,
+)
+from distill.guard import InputError
+from distill.space import human
+from distill.store import RunPaths
+
+if TYPE_CHECKING:
+    import distill.publish
+    import distill.published
+    import distill.transports
+
+TrustOption = Annotated[
+    bool,
+    typer.Option("--trust-code", help="Take code that distill has never shipped, too; shows it first."),
+]
+WHICH = (
+    "RUN is its last train stage; RUN/STAGE another; RUN@best the student with the smallest measured distance at the "
+    "fewest steps that any was measured at"
+)
+
+
+def publish(
+    student: Annotated[
+        str,
+        typer.Argument(metavar="RUN[@best|@step-N]", help=f"{WHICH}; @step-N a checkpoint's. Or a student's folder."),
+    ],
+    name: Annotated[str, typer.Argument(metavar="NAME[:VERSION]", help="By default the next free of v1, v2, ...")],
+    store: StoreOption = None,
+) -> None:
+    """Publish a student in the store, with its whole model card. What is published never changes."""
+    from distill import card as cards
+    from distill import publish as publishing
+    from distill import published
+
+    folder = store_path(store)
+    title, version = published.split(name)
+    chosen = _chosen(student, folder)
+    with tempfile.TemporaryDirectory(prefix="distill-") as temporary:
+        found = chosen if isinstance(chosen, Path) else _student(chosen, Path(temporary) / "student")
+        picture = b"" if isinstance(chosen, Path) else publishing.samples(chosen)
+        picture = picture or _drawn(found, Path(temporary) / "samples.png")
+        shown = publishing.PICTURE if picture else ""
+        if isinstance(chosen, Path):
+            about = cards.Publication(title, shown)
+        else:
+            about = publishing.describe(title, chosen, cards.read(found).images, shown)
+        entry, new = publishing.publish(found, folder, title, version, about, picture)
+    where = near(folder.absolute() / published.REGISTRY / entry.name / entry.version)
+    print(f"published {entry.label}: {where}" if new else f"the same student is published already: {entry.label}")
+    print(f"get it with: distill pull {entry.label}")
+
+
+def students(store: AnyStoreOption = None, json: JsonOption = False) -> None:
+    """List the published students of the store, the newest version last."""
+    from distill import published, status
+
+    source = store_source(store)
+    found = published.entries(source)
+    if json:
+        print_json([entry.model_dump(mode="json") for entry in found])
+        return
+    if not found:
+        print(f"no students in {source.where}; publish one: distill publish RUN NAME")
+        return
+    rows = [
+        [e.label, e.recipe, _best(e), human(e.size), e.license or "-", status.age(e.published), e.digest[:12]]
+        for e in found
+    ]
+    heads = ["student", "recipe", "measured", "size", "licence", "published", "sha256"]
+    print_table(heads, [[one_line(cell) for cell in row] for row in rows], right=["size"])
+
+
+def pull(
+    given: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="NAME[:VERSION] as published, else RUN, RUN/STAGE, RUN@best; a folder or URL."
+        ),
+    ],
+    dest: Annotated[
+        Path | None, typer.Argument(metavar="[DEST]", help="Folder to make; by default named alike.")
+    ] = None,
+    trust_code: TrustOption = False,
+    store: AnyStoreOption = None,
+) -> None:
+    """Fetch a student, whole and checked or not at all, from a store or a URL: file, http(s), ssh, s3 or hf."""
+    from distill import pull as pulling
+
+    source, name, digest = _source(given, store)
+    folder = dest or Path(name)
+    pulled = pulling.pull(source, folder, digest=digest, show=_show if trust_code else None)
+    here = near(folder.absolute())
+    if pulled.fetched:
+        print(
+            f"pulled {here}: {human(pulled.fetched)} in {len(pulled.card.files) + 1} files, sha256 {pulled.digest[:12]}"
+        )
+    else:
+        print(f"{here} is here already, and whole: sha256 {pulled.digest[:12]}")
+    print(f'use it: DiffusionPipeline.from_pretrained("{here}", trust_remote_code=True)')
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A student folder.")],
+    trust_code: TrustOption = False,
+) -> None:
+    """Check a student folder: every checksum, nothing that does not belong there, no code that is unknown."""
+    from distill import pull as pulling
+
+    card = pulling.verify(folder, _show if trust_code else None)
+    print(f"{near(folder.absolute())} is whole: '{one_line(card.name)}', {len(card.files) + 1} files")
+
+
+def _chosen(given: str, store: Path) -> "distill.publish.Chosen | Path":
+    """A student of a run, or a student folder that lies in none."""
+    from distill import publish as publishing
+
+    base, at, which = given.rpartition("@") if "@" in given else (given, "", "")
+    folder = Path(base)
+    if (folder / "distill.json").is_file():
+        run = RunPaths(folder.absolute().parent.parent)
+        if folder.absolute().parent == run.students and run.spec.is_file():
+            return publishing.choose(run, folder.absolute().name, which)
+        if at:
+            raise InputError(f"'{given}': {base} is a student's folder, so @{which} has no effect; leave it out")
+        return folder
+    above, _, stage = base.rpartition("/")
+    for name, part in ((base, None), (above, stage)):
+        for root in (store / name, Path(name)) if name else ():
+            if (root / "spec.yaml").is_file():
+                return publishing.choose(RunPaths(root.absolute()), part, which)
+    raise InputError(f"there is no run or student '{base}'; give RUN or RUN/STAGE of {store}, or a student's folder")
+
+
+def _student(chosen: "distill.publish.Chosen", temporary: Path) -> Path:
+    """The folder of a run's student; that of a checkpoint is exported first."""
+    folder, stage = chosen.run.student(chosen.stage), chosen.stage
+    if chosen.step is None:
+        if not (folder / "distill.json").is_file():
+            raise InputError(
+                f"stage '{stage}' of run '{chosen.run.name}' has no student yet; wait until it is done, or name a "
+                f"checkpoint: {chosen.run.name}/{stage}@step-N"
+            )
+        return folder
+    from distill import specfile, stages
+    from distill.spec import TrainStage
+
+    spec = specfile.load_run(chosen.run)
+    each = spec.stages[stage]
+    assert isinstance(each, TrainStage)
+    stages.export_checkpoint(chosen.run, spec, stage, each.export, temporary, chosen.step)
+    return temporary
+
+
+def _drawn(student: Path, out: Path) -> bytes:
+    """Samples of a student that no evaluation has drawn; nothing where torch is not installed."""
+    if find_spec("torch") is None:
+        print("without a picture of samples: no evaluation has drawn one, and torch is not installed", file=sys.stderr)
+        return b""
+    from distill import sampling, stages
+
+    sampling.sample(student, out, steps=1, seed=0, count=64, labels=None, device=stages.CPU)
+    return out.read_bytes()
+
+
+def _source(given: str, store: str | None) -> "tuple[distill.transports.Source, str, str | None]":
+    """What is to be pulled: where it is, a name for its folder, and its digest if the store says it."""
+    from distill import published, transports
+
+    if transports.is_url(given):
+        return transports.at(given), given.rstrip("/").rpartition("/")[2].partition("@")[0] or "student", None
+    if (Path(given) / "distill.json").is_file():
+        return transports.at(Path(given)), Path(given).absolute().name, None
+    source = store_source(store)
+    here = source.path if isinstance(source, transports.Folder) else None
+    run, _, stage = given.rpartition("/")
+    if here is None and run and ":" not in given:
+        return source.below(run).below("students").below(stage), f"{run}-{stage}", None
+    name = given.partition(":")[0]
+    if here is not None and ":" not in given and not (here / published.REGISTRY / name).is_dir():
+        chosen = _chosen(given, here)
+        if isinstance(chosen, Path) or chosen.step is None:
+            folder = chosen if isinstance(chosen, Path) else _student(chosen, Path())
+            label = folder.name if isinstance(chosen, Path) else f"{chosen.run.name}-{chosen.stage}"
+            return transports.at(folder), label, None
+        raise InputError(
+            f"'{given}': a checkpoint is no student yet; distill export or distill publish makes one of it"
+        )
+    name, version = published.split(given)
+    place, digest = published.locate(source, name, version)
+    return place, name if version is None else f"{name}-{version}", digest
+
+
+def _best(entry: "distill.published.Entry") -> str:
+    """The distance at the fewest steps, which comes first among its metrics."""
+    return next((f"{key} {value:.4g}" for key, value in entry.metrics.items()), "-")
+
+
+def _show(name: str, text: str) -> None:
+    """Code that is taken on trust, before it is."""
+    print(f"--- {name}")
+    print("\n".join(one_line(line) for line in text.splitlines()))
+    print("---")

@@ -1,0 +1,241 @@
+"""Publishing: a student of a run, with all that its run knows of it, becomes a version in the store's registry.
+
+A version appears by the rename of a complete folder, which fails where it exists: of two publishers at once one has it.
+"""
+
+import itertools
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill import card as cards
+from distill import jobs, manifest, published, pull, results, space, specfile
+from distill.card import Cost, FileRecord, Publication, StudentCard
+from distill.guard import InputError, RunError, suggest
+from distill.progress import duration
+from distill.published import REGISTRY, Entry
+from distill.results import Results, Row
+from distill.spec import PairsStage, RunSpec, TrainStage
+from distill.store import RunPaths, read_events, sync_dir, write_atomic
+from distill.transports import Folder
+
+PICTURE = "samples.png"
+ENDS = ("started", "finished", "stopped", "failed")  # events after which no stage is being computed
+NUMBERED = re.compile(r"v(\d+)")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is to be published."""
+
+    run: RunPaths
+    stage: str
+    step: int | None = None
+    """of the checkpoint that it is exported from; null: the stage's own student"""
+
+
+def choose(run: RunPaths, stage: str | None, which: str) -> Chosen:
+    """A student of a run. which: "" (of its last train stage), "best", or "step-N"."""
+    spec = specfile.load_run(run)
+    trained = [name for name, each in spec.stages.items() if isinstance(each, TrainStage)]
+    if stage is not None and stage not in trained:
+        raise InputError(f"run '{run.name}' has no train stage '{stage}'; {suggest(stage, trained)}")
+    if which == "best":
+        if stage is not None:
+            raise InputError(f"'{run.name}/{stage}@best': best is one of all students of a run; write {run.name}@best")
+        return Chosen(run, best(run))
+    if not trained:
+        raise InputError(f"run '{run.name}' has no train stage, so it has no student")
+    step = re.fullmatch(r"step-(\d+)", which)
+    if which and step is None:
+        raise InputError(f"'@{which}': {suggest(which, ['best', 'step-N'])}, N the step of a checkpoint")
+    return Chosen(run, stage or trained[-1], int(step[1]) if step else None)
+
+
+def best(run: RunPaths) -> str:
+    """The student with the smallest distance at the smallest number of steps that any was measured at.
+
+    Where several evaluations measured, the last stage of the spec counts.
+    """
+    measured = [found for found in _evaluations(run) if found.distance is not None]
+    rows = [row for row in measured[-1].rows if row.role == "student"] if measured else []
+    if not rows:
+        raise InputError(f"run '{run.name}' has measured no student yet; name one: {run.name}/STAGE")
+    fewest = min(row.steps for row in rows)
+    return min((row for row in rows if row.steps == fewest), key=lambda row: row.value).network
+
+
+def _evaluations(run: RunPaths) -> list[Results]:
+    """In the order of the spec."""
+    found = results.of_run(run)
+    return [found[name] for name in specfile.load_run(run).stages if name in found]
+
+
+def publish(
+    student: Path, store: Path, name: str, version: str | None, about: Publication, picture: bytes
+) -> tuple[Entry, bool]:
+    """The student folder as NAME:VERSION, by default the next free v1, v2, ...; as an older one if it is the same.
+
+    Returns the version, and whether it is new.
+    """
+    home = store.absolute() / REGISTRY / name
+    if (store / REGISTRY / "spec.yaml").exists():
+        raise InputError(f"{store / REGISTRY} is a run, where published students belong; move that run elsewhere")
+    source = Folder(student)
+    old, _ = pull.describe(source)
+    try:
+        with pull.workplace(home / "new", "publish") as here:
+            shutil.rmtree(here)  # of a publisher that was killed
+            here.mkdir()
+            try:
+                space.require(home, sum(record.size for record in old.files.values()), f"the files of {student}")
+                pull.fetch_all(source, old, here, "publish")
+                manifest.refuse_content(here, old)
+                content = cards.to_json(_dress(here, old, about, picture)).encode()
+                same = [entry for entry in published.scan(store) if entry.name == name and _is(entry, content, version)]
+                found = same[0].version if same else _claim(here, home, version, content)
+            finally:
+                shutil.rmtree(here, ignore_errors=True)
+        published.write_index(store)
+    except OSError as error:
+        raise RunError(f"cannot publish in {home}: {error.strerror}; nothing was published") from error
+    entry = next(entry for entry in published.scan(store) if (entry.name, entry.version) == (name, found))
+    return entry, not same
+
+
+def _is(entry: Entry, content: bytes, version: str | None) -> bool:
+    return entry.digest == manifest.digest(content) and version in (None, entry.version)
+
+
+def _claim(here: Path, home: Path, version: str | None, content: bytes) -> str:
+    """Rename the complete folder to its version, or to the first number that is free: which it became."""
+    write_atomic(here / cards.FILE_NAME, content)
+    for path in (*here.rglob("*"), here):
+        if path.is_dir():
+            sync_dir(path)
+    for wanted in [version] if version is not None else _numbers(home):
+        try:
+            here.rename(home / wanted)
+        except OSError:
+            if not (home / wanted).exists():
+                raise
+            continue  # another publisher has it
+        sync_dir(home)
+        return wanted
+    raise InputError(
+        f"{home.name}:{version} is published already, with other bytes, and never changes; "
+        f"publish it as another version, or leave the version out: {home.name}"
+    )
+
+
+def _numbers(home: Path) -> Iterator[str]:
+    taken = [int(match[1]) for path in home.iterdir() if (match := NUMBERED.fullmatch(path.name))]
+    return (f"v{number}" for number in itertools.count(max(taken, default=0) + 1))
+
+
+def _dress(here: Path, old: StudentCard, about: Publication, picture: bytes) -> StudentCard:
+    """The student's folder with its whole model card and its samples: what distill.json now says."""
+    card = old.model_copy(update={"name": about.name})
+    new = {cards.README: cards.readme(card, about).encode(), **({PICTURE: picture} if picture else {})}
+    for name, content in new.items():
+        write_atomic(here / name, content)
+    records = {name: FileRecord(sha256=manifest.digest(content), size=len(content)) for name, content in new.items()}
+    return card.model_copy(update={"files": dict(sorted({**old.files, **records}.items()))})
+
+
+# --- what the run knows ---
+
+
+def describe(name: str, chosen: Chosen, images: int, picture: str) -> Publication:
+    """What the model card says beyond the student, which has seen `images`.
+
+    A checkpoint's student is not the one that was measured.
+    """
+    spec = specfile.load_run(chosen.run)
+    found = _measured(chosen) if chosen.step is None else None
+    rows = [] if found is None else [row for row in found.rows if row.role == "teacher" or row.network == chosen.stage]
+    return Publication(
+        name=name,
+        picture=picture,
+        measured="" if found is None else f"NFE: calls of a network per sample. {results.describe(found)}",
+        columns=[] if found is None else ["", "steps", *results.columns(found)],
+        rows=[] if found is None else [_cells(found, row, chosen.stage) for row in rows],
+        costs=[_cost(chosen, spec, each, images) for each in _ancestry(spec, chosen.stage)],
+    )
+
+
+def _cells(found: Results, row: Row, stage: str) -> list[str]:
+    label = "**this student**" if row.role == "student" else row.label
+    return [label, str(row.steps), *results.cells(found, row)]
+
+
+def _measured(chosen: Chosen) -> Results | None:
+    """The last evaluation of the run that has the student among its rows."""
+    with_it = [f for f in _evaluations(chosen.run) if any(row.network == chosen.stage for row in f.rows)]
+    return with_it[-1] if with_it else None
+
+
+def samples(chosen: Chosen) -> bytes:
+    """The picture of its samples at the fewest steps that its evaluation drew; nothing where there is none."""
+    found = _measured(chosen) if chosen.step is None else None
+    rows = [row for row in found.rows if row.role == "student" and row.network == chosen.stage] if found else []
+    if found is None or not rows:
+        return b""
+    path = chosen.run.stage(found.stage).root / min(rows, key=lambda row: row.steps).picture
+    return path.read_bytes() if path.is_file() else b""
+
+
+def _ancestry(spec: RunSpec, stage: str) -> list[str]:
+    """The stages that a student comes from, itself the last."""
+    wanted = {stage}
+    for name in reversed(spec.stages):
+        if name in wanted:
+            each = spec.stages[name]
+            named = [each.teacher, *([each.init, each.pairs] if isinstance(each, TrainStage) else [])]
+            wanted |= {other for other in named if other is not None}
+    return [name for name in spec.stages if name in wanted]
+
+
+def _cost(chosen: Chosen, spec: RunSpec, name: str, images: int) -> Cost:
+    stage = spec.stages[name]
+    procs = spec.launch.world_size if isinstance(stage, TrainStage) else 1
+    until = chosen.step if name == chosen.stage else None
+    seconds, place = _time(chosen.run, name, until)
+    if isinstance(stage, TrainStage):
+        work = f"{images if name == chosen.stage else stage.images:,} images"
+    else:
+        assert isinstance(stage, PairsStage), "nothing else leads to a student"
+        work = f"{stage.count:,} pairs"
+    processes = f"{procs} process{'es' if procs > 1 else ''}"
+    return Cost(name, work, duration(seconds), f"{processes}, {place}" if place else processes)
+
+
+def _time(run: RunPaths, stage: str, until: int | None) -> tuple[float, str]:
+    """Seconds that processes were at a stage, up to its checkpoint of step `until`, and on which device."""
+    total, began, last, place = 0.0, None, 0.0, ""
+    for event in read_events(run):
+        kind, of = event.get("event"), event.get("stage", event.get("label"))
+        if began is not None and of == stage:
+            last = event["time"]
+        if kind == "stage started" and of == stage:
+            began = last = event["time"]
+            place = event.get("device", place)
+        elif began is not None and (kind in ENDS or (kind, of) == ("stage done", stage)):
+            total, began = total + last - began, None
+        if until is not None and (kind, of, event.get("step")) == ("saved", stage, until):
+            break
+    return total + (last - began if began is not None else 0.0) + _time_of_parts(run, stage), place
+
+
+def _time_of_parts(run: RunPaths, stage: str) -> float:
+    """Seconds that the jobs of an array were at a pairs stage, which write no events of the run."""
+    total, began = 0.0, None
+    members = (m for job in jobs.submitted(run) if job.parts is not None and stage in job.stages for m in job.members)
+    for line in (line for member in members for line in jobs.events(run, member)):
+        if line["event"] == "began":
+            began = line["time"]
+        elif line["event"] == "ended" and began is not None:
+            total, began = total + line["time"] - began, None
+    return total

@@ -1,0 +1,76 @@
+"""Student folders made in no time: right in every way that does not need a network to be loaded."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+from distill import card as cards
+from distill import publish
+from distill.card import Publication, StudentCard
+from distill.published import Entry
+
+PIPELINE = Path(cards.__file__).parent / "students" / "pipeline.py"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+def card(name: str = "reflow", **fields) -> StudentCard:
+    facts = {
+        "recipe": "reflow/reflow",
+        "spec_digest": "5" * 64,
+        "teacher_digest": "7" * 64,
+        "num_classes": None,
+        "null_class": None,
+        "shape": (1, 8, 8),
+        "weights": "raw",
+        "images": 12_800,
+        "metrics": {"FD-digits@1": 12.5, "FD-digits@2": 8.25},
+    }
+    return StudentCard(**{"name": name, **facts, **fields})
+
+
+def tensors(size: int, seed: int) -> bytes:
+    """A safetensors file of `size` bytes."""
+    header = json.dumps({"w": {"dtype": "U8", "shape": [size - 128], "data_offsets": [0, size - 128]}}).ljust(120)
+    return (120).to_bytes(8, "little") + header.encode() + random.Random(seed).randbytes(size - 128)
+
+
+def make(folder: Path, *, size: int = 4096, seed: int = 0, files: dict[str, bytes] | None = None, **fields) -> Path:
+    """A student whose weights have `size` bytes, and `files` beside them."""
+    index = {"_class_name": ["pipeline", "DistilledPipeline"], "unet": ["diffusers", "UNet2DModel"], "sampler": "euler"}
+    content = {
+        "model_index.json": json.dumps(index).encode(),
+        "pipeline.py": PIPELINE.read_bytes(),
+        "unet/config.json": b'{"_class_name": "UNet2DModel"}',
+        WEIGHTS: tensors(size, seed),
+        **(files or {}),
+    }
+    facts = card(**fields)
+    content["README.md"] = cards.readme(facts).encode()
+    for name, data in content.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    relist(folder, facts)
+    return folder
+
+
+def relist(folder: Path, facts: StudentCard) -> None:
+    """distill.json for what lies there now."""
+    (folder / cards.FILE_NAME).write_text(cards.to_json(facts.model_copy(update={"files": cards.record(folder)})))
+
+
+def edit_card(folder: Path, edit) -> None:
+    """distill.json changed by `edit(content)`, and nothing else."""
+    content = json.loads((folder / cards.FILE_NAME).read_text())
+    edit(content)
+    (folder / cards.FILE_NAME).write_text(json.dumps(content))
+
+
+def copy(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to, symlinks=True))
+
+
+def put(student: Path, store: Path, name: str, version: str | None = None, picture: bytes = b"") -> Entry:
+    """Publish a student that no run knows of."""
+    about = Publication(name, publish.PICTURE if picture else "")
+    return publish.publish(student, store, name, version, about, picture)[0]
