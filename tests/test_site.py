@@ -89,7 +89,8 @@ def test_each_runtime_in_its_own_words(tmp_path):
     text = render(tmp_path, Where(load(tmp_path, pyxis), tmp_path / "code", {}), **run)
     mounts = f"--container-mounts={tmp_path}:{tmp_path},/data:/data"
     assert (
-        f"    '--container-image=my image.sif' {mounts} --no-container-entrypoint \\\n    /site/bin/python -P -m distill stage\n"
+    words = f"'--container-image=my image.sif' {mounts} --no-container-entrypoint"
+        f"    {words} \\\n    /site/bin/python -P -m distill stage\n"
         in text
     )
 

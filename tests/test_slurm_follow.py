@@ -256,8 +256,9 @@ def test_where_the_node_cannot_ask_for_another_attempt(capfd, cluster, here):
     assert trouble in said(run)
     shown = command_line(capfd, "status", "teach").out
     assert "could not be queued again" in shown.splitlines()[0], shown
-    command_line(capfd, "submit", str(run.root), "--resume", "stages.teach.images=3200")
-    finish(cluster, run, last_job(run))
+    before = steps(run)
+    command_line(capfd, "submit", str(run.root), "--resume")
+    cluster.wait(lambda: steps(run) > before, 120, "more steps")
 
 
 def test_a_node_without_slurms_commands_is_named(capfd, cluster, here):
