@@ -88,11 +88,8 @@ def test_each_runtime_in_its_own_words(tmp_path):
     pyxis = "container: {runtime: pyxis, mounts: [/data], python: /site/bin/python}"
     text = render(tmp_path, Where(load(tmp_path, pyxis), tmp_path / "code", {}), **run)
     mounts = f"--container-mounts={tmp_path}:{tmp_path},/data:/data"
-    assert (
     words = f"'--container-image=my image.sif' {mounts} --no-container-entrypoint"
-        f"    {words} \\\n    /site/bin/python -P -m distill stage\n"
-        in text
-    )
+    assert f"    {words} \\\n    /site/bin/python -P -m distill stage\n" in text
 
 
 @pytest.mark.parametrize(

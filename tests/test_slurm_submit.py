@@ -37,6 +37,10 @@ def submit(capfd, *arguments, code=0):
     return command_line(capfd, "submit", *arguments, code=code)
 
 
+def _waiting(cluster):
+    return cluster.run("squeue", "--noheader", "--format=%F").split()
+
+
 # --- refused before anything is queued ---
 
 SITES = {
@@ -227,11 +231,17 @@ def test_a_name_that_is_taken_is_refused_and_what_is_queued_is_not_queued_again(
 def test_what_waits_for_parts_that_have_failed_is_not_queued_beside_the_others(capfd, cluster, here):
     submit(capfd, "mix.yaml", "--pairs-jobs=2", HELD)
     array, *others = (job.id for job in jobs.submitted(named("mix")))
+    cluster.run("scancel", *others)
+    submit(capfd, "mix", "--resume")  # as if whoever submitted had been killed after the array
+    assert queue(cluster) == ["mix.evaluate", "mix.reflow", "mix.solve", "mix.solve.parts"]
+    array_, *others = (job.id for job in jobs.submitted(named("mix")) if job.id in _waiting(cluster))
+    assert array_ == array
+    assert cluster.show(others[0])["Dependency"].startswith(f"afterok:{array}_*(")
     cluster.run("scancel", f"{array}_0", *others)
     done = submit(capfd, "mix", "--resume", code=2)
     assert done.err == (
-        f"error: job {array} still makes parts of stage 'solve', of which others have failed; wait for it, or: "
-        "distill cancel mix\n"
+        f"error: job {array} still makes parts of stage 'solve', but {array}_0 has failed; wait for the others, "
+        "or: distill cancel mix\n"
     )
     assert queue(cluster) == ["mix.solve.parts"]
 

@@ -106,7 +106,7 @@ def _submit_new(
     inputs.link(run)
     try:
         with claims.claim(run, "submit"):
-            _queue(run, source.spec, list(source.spec.stages), site, code)
+            _queue(run, source.spec, queue.plans(run, source.spec, list(source.spec.stages)), site, code)
     except InputError:
         shutil.rmtree(run.root)
         raise
@@ -128,13 +128,8 @@ def _resubmit(
             print(f"saving has taken {lead - jobs.SPARE:.0f} s for two: launch.slurm.lead_seconds={lead} from now on")
             longer = source.spec.launch.model_copy(update={"slurm": slurm.model_copy(update={"lead_seconds": lead})})
             source = replace(source, spec=source.spec.model_copy(update={"launch": longer}))
-        under_way = {name for job in live if job.parts is None for name in job.stages}
-        for job in live:
-            if not under_way.issuperset(job.stages):
-                raise InputError(
-                    f"job {job.id} still makes parts of stage '{job.stages[0]}', of which others have failed; "
-                    f"wait for it, or: distill cancel {run.name}"
-                )
+        parted = queue.parted(run, source.spec, live)
+        under_way = {name for job in live for name in job.stages}.difference(parted)
         content = start.go_on(run, source, here=False, live=[job.id for job in live])
         todo = [name for name in workflow.pending(run, content) if name not in under_way]
         for name in workflow.lost_pairs(run, content):
@@ -147,16 +142,19 @@ def _resubmit(
             return
         _keep_code(run, code)
         inputs.keep(run, inputs.resolve(content, folder, inputs.read(run)))
-        _queue(run, content, todo, site, code)
+        _queue(run, content, queue.plans(run, content, todo, parted), site, code)
 
 
 def _queue(
-    run: RunPaths, spec: "distill.spec.RunSpec", stages: list[str], site: "distill.launch.site.SiteSource", code: str
+    run: RunPaths,
+    spec: "distill.spec.RunSpec",
+    planned: "list[distill.launch.script.Plan]",
+    site: "distill.launch.site.SiteSource",
+    code: str,
 ) -> None:
     from distill.launch import submit as queue
 
     where = _where(run, site, code)
-    planned = queue.plans(run, spec, stages)
     sent = queue.submit(run, spec, planned, where)
     print(f"run '{run.name}' in {near(run.root)}")
     rows = [[sent[plan.name], *queue.described(plan, spec)] for plan in planned]

@@ -97,9 +97,8 @@ def _job(run: RunPaths, job: jobs.Job, states: dict[str, JobState]) -> StageJob:
     ends = {member: line for member in job.members for line in jobs.ends(run, member)[-1:] if not line["again"]}
     cancelled = [member for member, line in ends.items() if line["why"] == "cancelled"]
     found = {member: states[member] for member in job.members if member in states}
-    found |= {
-        member: replace(found[member], state="CANCELLED") for member in cancelled if member in found
-    }  # not FAILED
+    for member in found.keys() & cancelled:  # it has saved and left, for Slurm a failure
+        found[member] = replace(found[member], state="CANCELLED")
     bad = [
         line["message"] if member in cancelled else f"{line['why']}: {line['message']}"
         for member, line in ends.items()

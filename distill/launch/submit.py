@@ -1,6 +1,6 @@
 """From the stages that a run still has to do to jobs in Slurm's queue: their scripts, and in which order."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from distill import jobs, workflow
 from distill.guard import InputError, suggest
@@ -11,8 +11,11 @@ from distill.spec import PairsStage, RunSpec, SlurmSpec, TrainStage
 from distill.store import RunPaths, append_event, read_json, write_atomic, write_json
 
 
-def plans(run: RunPaths, spec: RunSpec, stages: Sequence[str]) -> list[Plan]:
-    """The jobs that compute these stages, each after those that it needs."""
+def plans(run: RunPaths, spec: RunSpec, stages: Sequence[str], parted: Collection[str] = ()) -> list[Plan]:
+    """The jobs that compute these stages, each after those that it needs.
+
+    parted: pairs stages whose parts are under way already.
+    """
     options = spec.launch.slurm
     if options.one_job:
         return [Plan("all", list(stages), None, [])] if stages else []
@@ -20,7 +23,7 @@ def plans(run: RunPaths, spec: RunSpec, stages: Sequence[str]) -> list[Plan]:
     for name in stages:
         stage = spec.stages[name]
         after = [target for _, target, _ in workflow.references(stage) if target in stages]
-        if isinstance(stage, PairsStage) and options.pairs_jobs > 1:
+        if isinstance(stage, PairsStage) and options.pairs_jobs > 1 and name not in parted:
             missing = jobs.missing_parts(stage, run.stage(name).pairs, options.pairs_jobs)
             if missing:
                 found.append(Plan(f"{name}.parts", [name], missing, after))
@@ -72,6 +75,7 @@ def submit(run: RunPaths, spec: RunSpec, planned: Sequence[Plan], where: Where) 
             write_json(path.with_suffix(".json"), {"stages": plan.stages, "parts": plan.parts})
             after = [sent[name] for name in plan.after if name in sent]
             needs = {target for name in plan.stages for _, target, _ in workflow.references(spec.stages[name])}
+            needs |= set(plan.stages)  # parts of its own
             after += [job.id for job in live if needs & set(job.stages)]
             waits = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
             sent[plan.name] = job = slurm.submit(path, waits)
@@ -95,6 +99,24 @@ def live_jobs(run: RunPaths) -> list[jobs.Job]:
             known = {job.id: job for job in jobs.submitted(run)}
         found.append(known[number])
     return sorted(found, key=lambda job: (job.time, len(job.id), job.id))
+
+
+def parted(run: RunPaths, spec: RunSpec, live: Sequence[jobs.Job]) -> list[str]:
+    """Pairs stages of which only parts are under way; InputError where another part has ended before it was made."""
+    whole = {name for job in live if job.parts is None for name in job.stages}
+    found = {job.stages[0]: job for job in live if job.parts is not None and not whole.issuperset(job.stages)}
+    states = slurm.states([member for job in found.values() for member in job.members])
+    for name, job in found.items():
+        stage = spec.stages[name]
+        assert isinstance(stage, PairsStage) and job.parts is not None
+        missing = jobs.missing_parts(stage, run.stage(name).pairs, spec.launch.slurm.pairs_jobs)
+        for part, member in zip(job.parts, job.members, strict=True):
+            if part in missing and not (member in states and states[member].is_live):
+                raise InputError(
+                    f"job {job.id} still makes parts of stage '{name}', but {member} has failed; wait for the others, "
+                    f"or: distill cancel {run.name}"
+                )
+    return list(found)
 
 
 def described(plan: Plan, spec: RunSpec) -> Sequence[str]:
