@@ -12,6 +12,9 @@ beartype_packages(("distill", "recipes"))
 import pytest  # noqa: E402
 
 
+LONGEST = ("test_presets.py", "test_conformance.py")  # files
+
+
 def pytest_addoption(parser):
     parser.addoption("--part", default="1/1", help="run part i of n, as i/n: whole test files, dealt in turn")
     parser.addoption("--fail-on-skip", action="store_true", help="a skipped test fails the run (CI)")
@@ -25,6 +28,7 @@ def pytest_collection_modifyitems(config, items):
     mine = set(files[part - 1 :: parts])
     config.hook.pytest_deselected(items=[item for item in items if item.path not in mine])
     items[:] = [item for item in items if item.path in mine]
+    items.sort(key=lambda item: item.path.name not in LONGEST)  # first, so that the other workers are not done before
 
 
 @pytest.hookimpl(trylast=True)
