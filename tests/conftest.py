@@ -11,7 +11,6 @@ beartype_packages(("distill", "recipes"))
 
 import pytest  # noqa: E402
 
-
 LONGEST = ("test_presets.py", "test_conformance.py")  # files
 
 

@@ -63,9 +63,13 @@ def _status(folder: Path, run: str | None, json: bool) -> None:
 
 
 def _as_json(standing: "distill.launch.standing.Standing") -> dict[str, Any]:
+    from distill import status as statuses
+
     jobs = [asdict(job) | {"state": job.state, "reason": job.reason} for job in standing.jobs]
+    cards = statuses.students(RunPaths(Path(standing.run.path)))
+    metrics = {name: card.get("metrics", {}) for name, card in cards.items()}
     state = {"state": standing.state, "message": standing.message}
-    return asdict(standing.run) | state | {"jobs": jobs, "trouble": standing.trouble}
+    return asdict(standing.run) | state | {"jobs": jobs, "metrics": metrics, "trouble": standing.trouble}
 
 
 def _print_all(folder: Path, found: "list[distill.launch.standing.Standing]") -> None:
@@ -103,6 +107,9 @@ def _print_one(paths: RunPaths, standing: "distill.launch.standing.Standing") ->
     columns = ["stage", "kind", "state", "job", "progress", "rate", "ETA", "last checkpoint", "last losses"]
     used = [i for i in range(len(columns)) if i < 3 or any(row[i] for row in rows)]
     print_table([columns[i] for i in used], [[row[i] for i in used] for row in rows])
+    for name, card in statuses.students(paths).items():
+        measured = next((f"{key} {value:.4g}" for key, value in card.get("metrics", {}).items()), "not measured yet")
+        print(f"student {name}: {measured}")
     for job in standing.jobs:
         if job.restarts:
             counts = ", ".join(f"{count} x {why}" for why, count in job.restarts.items())

@@ -214,12 +214,15 @@ def _call(*command: str, patience: float = PATIENCE) -> subprocess.CompletedProc
     began = time.monotonic()
     try:
         env = {**os.environ, "SLURM_BITSTR_LEN": "0"}  # numbers of an array are not cut short
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=patience, check=False)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=patience, check=False)
     except FileNotFoundError:
         raise NoAnswer(f"there is no command {command[0]} here; Slurm is not installed on this machine") from None
     except subprocess.TimeoutExpired:
         took = time.monotonic() - began
         raise NoAnswer(f"Slurm does not answer ({command[0]} took more than {took:.0f} s); try again later") from None
+    if "configuration source" in done.stderr:
+        raise NoAnswer("Slurm's commands are here, but no cluster is configured; use a login node")
+    return done
 
 
 def _said(done: subprocess.CompletedProcess[str]) -> str:
