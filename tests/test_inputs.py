@@ -209,7 +209,7 @@ def test_the_store_holds_what_is_read_and_nothing_else(fetched):
     assert (teacher.what, teacher.id, teacher.revision) == ("teacher", "org/tiny", None)
     assert (data.what, data.id, data.revision) == ("data", "org/pictures", None)
     files = folder_bytes(teacher.content(fetched.store))
-    assert {Path(name).suffix for name in files} == {".json", ".safetensors"}
+    assert {Path(name).suffix for name in files} == {".json", ".md", ".safetensors"}  # README.md: for its licence
     assert teacher.bytes == sum(len(content) for content in files.values())
     named = {each.digest for run in fetched.store.glob("*/inputs") for each in inputs.read(RunPaths(run.parent))}
     assert folders(fetched.store) == sorted(named)
@@ -315,7 +315,7 @@ def test_a_kill_while_it_downloads_or_copies_leaves_nothing_that_counts(site):
     assert made(site.store, spec("whole", teacher=TINY), hub=site.hub)[0] == []
     (whole,) = inputs.read(RunPaths(site.store / "whole"))
     assert folders(site.store) == sorted([left, whole.digest])
-    assert len(folder_bytes(whole.content(site.store))) == 5
+    assert len(folder_bytes(whole.content(site.store))) == 6
     assert inputs.unused(site.store) == [], "it may be at work still"
     os.utime(site.store / "inputs" / left, (0, 0))
     assert [path.name for path in inputs.unused(site.store)] == [left]
@@ -331,7 +331,7 @@ def test_two_at_once_lose_nothing(site):
     assert folders(site.store) == [of_one[0].digest]
     files = folder_bytes(of_one[0].content(site.store))
     served = site.hub.commits["models/org/tiny"]["main"].files
-    assert files == {name: served[name] for name in served if name.endswith((".json", ".safetensors"))}
+    assert files == {name: served[name] for name in served if name.endswith((".json", ".safetensors", "README.md"))}
 
 
 LIMITED = """
