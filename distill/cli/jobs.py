@@ -128,9 +128,9 @@ def _resubmit(
             print(f"saving has taken {lead - jobs.SPARE:.0f} s for two: launch.slurm.lead_seconds={lead} from now on")
             longer = source.spec.launch.model_copy(update={"slurm": slurm.model_copy(update={"lead_seconds": lead})})
             source = replace(source, spec=source.spec.model_copy(update={"launch": longer}))
-        parted = queue.parted(run, source.spec, live)
-        under_way = {name for job in live for name in job.stages}.difference(parted)
         content = start.go_on(run, source, here=False, live=[job.id for job in live])
+        parted = queue.parted(run, content, live)
+        under_way = {name for job in live for name in job.stages}.difference(parted)
         todo = [name for name in workflow.pending(run, content) if name not in under_way]
         for name in workflow.lost_pairs(run, content):
             print(f"the pairs of stage '{name}' are gone or damaged, and still needed: they are made again")
