@@ -11,9 +11,10 @@ from commands import command, snapshot
 from runs import make
 
 import distill as package
-from distill import claims, presets, specfile, status
+from distill import claims, inputs, presets, specfile, status
 from distill.cli import common, start, work
 from distill.guard import InputError
+from distill.inputs import Input
 from distill.launch import environment
 from distill.store import append_event, write_json
 
@@ -253,6 +254,29 @@ def test_clean_takes_what_killed_processes_left(capfd, tmp_path):
         (run.root / name).mkdir()
     assert command(capfd, "clean", "one", "--pairs", "--yes").out.endswith("deleted 2 folders, 0 B\n")
     assert {path.name for path in run.root.iterdir()} == {"spec.yaml", "env.json", "events.jsonl"}
+
+
+def test_clean_takes_inputs_that_no_run_names(capfd, tmp_path):
+    folders = [tmp_path / "runs" / "inputs" / name for name in ("used", "unused", "fresh")]
+    for folder in folders:
+        (folder / "content").mkdir(parents=True)
+        (folder / "content" / "file").write_text("1234")
+    for folder in folders[:2]:
+        os.utime(folder, (0, 0))
+    run = make(tmp_path / "runs")
+    record = Input("teacher", "org/tiny", None, "c" * 40, "used", "hub/x")
+    inputs.keep(run, [record])
+    said = command(capfd, "clean", "--inputs").out
+    assert "4 B  runs/inputs/unused\n4 B would be free; nothing was deleted: add --yes\n"
+    assert folders[1].exists()
+    assert command(capfd, "clean", "--inputs", "--yes").out.endswith("deleted 1 folder, 4 B\n")
+    assert [folder.exists() for folder in folders] == [True, False, True]
+    for arguments, message in (
+        (["one", "--inputs"], "--inputs looks at the whole store; leave RUN and the other options out"),
+        ([], "name a run, or give --inputs; `distill list` lists the runs"),
+    ):
+        done = command(capfd, "clean", *arguments)
+        assert (done.code, done.err) == (2, f"error: {message}\n")
 
 
 def test_doctor(capfd, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, missing
-from commands import snapshot
+from commands import command, snapshot
 from runs import ENV
 from slurm_runs import HELD, begin, command_line, end_jobs, enter, last_job, named, program, queue, said
 
@@ -220,6 +220,11 @@ def test_a_name_that_is_taken_is_refused_and_what_is_queued_is_not_queued_again(
     assert done.err == (
         f"error: jobs of run 'mix' are under way ({first}, {second}, {third}), so nothing of launch can change "
         "(launch.nodes: 1 -> 2); wait for them, or: distill cancel mix\n"
+    )
+    done = command(capfd, "clean", "mix", "--all", "--yes")
+    assert (done.code, done.err) == (
+        2,
+        f"error: jobs of run 'mix' are under way ({first}, {second}, {third}); wait for them, or: distill cancel mix\n",
     )
     assert snapshot(here) == before
     cluster.run("scancel", third)

@@ -78,12 +78,17 @@ def print_results(run: RunPaths) -> None:
 
 
 def clean(
-    run: RunArgument,
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="Name of a run in the store, or its folder.")
+    ] = None,
     checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Checkpoints of stages that are done.")] = False,
     pairs: Annotated[
         bool, typer.Option("--pairs", help="Pairs; where a stage still needs them, they are made again.")
     ] = False,
     everything: Annotated[bool, typer.Option("--all", help="The whole run, students included.")] = False,
+    inputs: Annotated[
+        bool, typer.Option("--inputs", help="What was fetched for runs that are no more; no RUN.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do it.")] = False,
     store: StoreOption = None,
 ) -> None:
@@ -91,6 +96,13 @@ def clean(
     from distill import claims
     from distill import store as stores
 
+    if inputs:
+        if run is not None or checkpoints or pairs or everything:
+            raise InputError("--inputs looks at the whole store; leave RUN and the other options out")
+        _clean_inputs(store_path(store), yes)
+        return
+    if run is None:
+        raise InputError("name a run, or give --inputs; `distill list` lists the runs")
     paths = stores.find_run(store_path(store), run)
     chosen = checkpoints or pairs or everything
     if yes and not chosen:
@@ -110,6 +122,7 @@ def clean(
         options = "--yes" if chosen else "--checkpoints, --pairs or --all, and --yes"
         print(f"{human(sum(sizes.values()))} would be free; nothing was deleted: add {options}")
         return
+    _refuse_if_queued(paths)
     with claims.claim(paths):
         for name in wanted:  # first, so that whatever happens no stage counts as done without its pairs
             paths.stage(name).done.unlink()
@@ -121,6 +134,42 @@ def clean(
         shutil.rmtree(paths.root)
     folders = f"{len(found)} folder{'s' if len(found) > 1 else ''}"
     print(f"deleted {folders}, {human(sum(sizes.values()))}")
+
+
+def _clean_inputs(folder: Path, yes: bool) -> None:
+    from distill import inputs
+
+    sizes = {path: size(path) for path in inputs.unused(folder)}
+    for path, count in sizes.items():
+        print(f"{human(count):>10}  {near(path)}")
+    total = human(sum(sizes.values()))
+    if not sizes:
+        print(f"nothing to delete in {near(folder.absolute() / 'inputs')}: runs need it, or it was asked for lately")
+    elif not yes:
+        print(f"{total} would be free; nothing was deleted: add --yes")
+    else:
+        for path in sizes:
+            shutil.rmtree(path)
+        print(f"deleted {len(sizes)} folder{'s' if len(sizes) > 1 else ''}, {total}")
+
+
+def _refuse_if_queued(paths: RunPaths) -> None:
+    """InputError while jobs of the run wait in a queue: they need what is there. Where there is no Slurm, none do."""
+    from distill.launch import slurm
+    from distill.launch import submit as queue
+
+    if not paths.jobs.is_dir():
+        return
+    try:
+        live = queue.live_jobs(paths)
+    except slurm.NoAnswer as error:
+        print(f"warning: {error}; so it is not known whether jobs of this run wait in a queue")
+        return
+    if live:
+        names = ", ".join(job.id for job in live)
+        raise InputError(
+            f"jobs of run '{paths.name}' are under way ({names}); wait for them, or: distill cancel {paths.name}"
+        )
 
 
 def _wanted_pairs(run: RunPaths) -> list[str]:
