@@ -33,18 +33,43 @@ SiteOption = Annotated[
 def submit(
     spec: SpecArgument,
     changes: Changes = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="launch.nodes", rich_help_panel=JOB)] = None,
-    gpus_per_node: Annotated[
-        int | None, typer.Option(min=0, help="launch.slurm.gpus_per_node, and launch.procs", rich_help_panel=JOB)
+    nodes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Machines that train together; short for launch.nodes.", rich_help_panel=JOB),
     ] = None,
-    procs_per_node: Annotated[int | None, typer.Option(min=1, help="launch.procs", rich_help_panel=JOB)] = None,
-    partition: Annotated[str | None, typer.Option(help="launch.slurm.partition", rich_help_panel=JOB)] = None,
-    account: Annotated[str | None, typer.Option(help="launch.slurm.account", rich_help_panel=JOB)] = None,
-    qos: Annotated[str | None, typer.Option(help="launch.slurm.qos", rich_help_panel=JOB)] = None,
-    time: Annotated[str | None, typer.Option(help="launch.slurm.time", rich_help_panel=JOB)] = None,
-    container: Annotated[str | None, typer.Option(help="launch.slurm.container", rich_help_panel=JOB)] = None,
-    pairs_jobs: Annotated[int | None, typer.Option(min=1, help="launch.slurm.pairs_jobs", rich_help_panel=JOB)] = None,
-    one_job: Annotated[bool, typer.Option("--one-job", help="launch.slurm.one_job", rich_help_panel=JOB)] = False,
+    gpus_per_node: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="GPUs of each, one for each process: launch.slurm.gpus_per_node, launch.procs.",
+            rich_help_panel=JOB,
+        ),
+    ] = None,
+    procs_per_node: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes of each, where they compute on CPUs: launch.procs.", rich_help_panel=JOB),
+    ] = None,
+    partition: Annotated[
+        str | None, typer.Option(help="Where the jobs go: launch.slurm.partition.", rich_help_panel=JOB)
+    ] = None,
+    account: Annotated[str | None, typer.Option(help="Who pays: launch.slurm.account.", rich_help_panel=JOB)] = None,
+    qos: Annotated[str | None, typer.Option(help="Quality of service: launch.slurm.qos.", rich_help_panel=JOB)] = None,
+    time: Annotated[
+        str | None,
+        typer.Option(help="Limit of each job, like 4:00:00 or 2-12: launch.slurm.time.", rich_help_panel=JOB),
+    ] = None,
+    container: Annotated[
+        str | None, typer.Option(help="Image to compute in: launch.slurm.container.", rich_help_panel=JOB)
+    ] = None,
+    pairs_jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Jobs of an array that share each pairs stage: launch.slurm.pairs_jobs.", rich_help_panel=JOB
+        ),
+    ] = None,
+    one_job: Annotated[
+        bool, typer.Option("--one-job", help="All stages in one job: launch.slurm.one_job.", rich_help_panel=JOB)
+    ] = False,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run of this name: submit what is neither done nor queued.")
