@@ -13,7 +13,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -62,6 +62,20 @@ def resolve(spec: RunSpec, store: Path, before: Sequence[Input] = ()) -> list[In
     for wanted, fetch in _wanted(spec, store, before):
         found.append(_in_store(wanted, store, fetch))
         print(f"{wanted}: {human(found[-1].bytes)} in {wanted.folder(store)}", file=sys.stderr, flush=True)
+    return found
+
+
+def kinds(spec: RunSpec) -> set[str]:
+    """What of a spec is named by hub id: "teacher", "data"; nobody is asked."""
+    found = set()
+    if isinstance(spec.teacher, CheckpointTeacher):
+        from distill.teachers import by_id
+
+        found |= {"teacher"} if by_id.is_id(spec.teacher.path) else set()
+    if isinstance(spec.data, HfData):
+        from distill.data import folders
+
+        found |= {"data"} if folders.is_id(spec.data) else set()
     return found
 
 
@@ -232,10 +246,10 @@ def link(run: RunPaths) -> None:
                 write_atomic(name, each.commit)
 
 
-def environment(inputs: Sequence[Input], root: Path) -> dict[str, str]:
+def environment(kinds: Collection[str], root: Path) -> dict[str, str]:
     """What a job of the run sets before it starts python; root: the run's folder, as the job sees it."""
     caches = {"teacher": ("HF_HUB_CACHE", "hub"), "data": ("HF_DATASETS_CACHE", "datasets")}
-    places = {variable: str(root / "inputs" / name) for variable, name in (caches[each.what] for each in inputs)}
+    places = {variable: str(root / "inputs" / name) for variable, name in (caches[kind] for kind in sorted(kinds))}
     return {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", **places}
 
 

@@ -88,7 +88,7 @@ def made(store: Path, *specs: dict[str, object], hub: Hub) -> tuple[list[str], s
 
 def job(run: Path, hub: Hub, home: Path) -> dict[str, str]:
     """The environment of a job of a run, on a machine whose own caches are empty."""
-    return environment(hub, home) | inputs.environment(inputs.read(RunPaths(run)), run)
+    return environment(hub, home) | inputs.environment({each.what for each in inputs.read(RunPaths(run))}, run)
 
 
 def read_by_job(run: Path, hub: Hub) -> dict[str, list]:
@@ -375,6 +375,7 @@ def test_a_run_that_goes_on_keeps_its_commits(tmp_path, capfd):
     write_atomic(before.folder(tmp_path) / "input.json", '{"bytes": 5}')
     os.utime(before.folder(tmp_path), (0, 0))
     given = RunSpec.model_validate(spec("one", teacher=TINY | {"revision": "v2"}))
+    assert inputs.kinds(given) == {"teacher"}
     assert inputs.resolve(given, tmp_path, [before]) == [before]
     assert capfd.readouterr().err == f"teacher org/tiny@cccccccccccc: 5 B in {tmp_path}/inputs/{digest}\n"
     assert inputs.unused(tmp_path) == [], "it was asked for lately"
@@ -384,7 +385,8 @@ def test_a_spec_without_hub_ids_has_no_inputs(tmp_path):
     given = RunSpec.model_validate(spec("one", teacher={"kind": "diffusers", "path": str(tmp_path)}))
     assert inputs.resolve(given, tmp_path / "store") == []
     assert not (tmp_path / "store").exists()
-    assert inputs.environment([], tmp_path) == {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    assert inputs.kinds(given) == set()
+    assert inputs.environment(set(), tmp_path) == {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
 def test_no_run_is_called_as_the_folder_of_inputs(tmp_path):

@@ -179,7 +179,7 @@ def _queue(
 ) -> None:
     from distill.launch import submit as queue
 
-    where = _where(run, site, code)
+    where = _where(run, spec, site, code)
     sent = queue.submit(run, spec, planned, where)
     print(f"run '{run.name}' in {near(run.root)}")
     rows = [[sent[plan.name], *queue.described(plan, spec)] for plan in planned]
@@ -187,12 +187,14 @@ def _queue(
     print(f"follow it: distill status {run.name}    distill logs {run.name} -f")
 
 
-def _where(run: RunPaths, site: "distill.launch.site.SiteSource", code: str) -> "distill.launch.script.Where":
+def _where(
+    run: RunPaths, spec: "distill.spec.RunSpec", site: "distill.launch.site.SiteSource", code: str
+) -> "distill.launch.script.Where":
     from distill import inputs
     from distill.launch import environment
     from distill.launch.script import Where
 
-    found = inputs.environment(inputs.read(run), run.root)
+    found = inputs.environment(inputs.kinds(spec), run.root)
     return Where(site, run.code if code == "run" else environment.ROOT, found)
 
 
@@ -227,7 +229,7 @@ def _dry_run(
     queue.check_container(source.spec, site)
     source = start.checked(source, here=False)
     todo = workflow.pending(run, source.spec)
-    where = _where(run, site, code)
+    where = _where(run, source.spec, site, code)
     for plan in queue.plans(run, source.spec, todo):
         waits = f"  (after {', '.join(plan.after)})" if plan.after else ""
         print(f"# --- {plan.name}.sbatch{waits} ---")
