@@ -133,7 +133,10 @@ def test_the_scripts_of_jobs_ask_for_what_the_spec_says(tmp_path):
 
 def test_ports_differ_between_jobs_attempts_and_launches():
     ports = [
-        script.port(job, restart, launch) for job in range(100, 108) for restart in range(4) for launch in range(8)
+        script.port("one", job, restart, launch)
+        for job in range(100, 108)
+        for restart in range(4)
+        for launch in range(8)
     ]
     assert len(set(ports)) == len(ports)
     assert set(ports) <= set(script.PORTS)

@@ -134,7 +134,7 @@ class Batch:
             env["SRUN_CPUS_PER_TASK"] = str(cpus)
         env.setdefault("HF_MODULES_CACHE", str(self.run.root / ".modules"))
         if train and (nodes * procs > 1 or launch.zero_stage is not None):
-            port = script.port(int(env["SLURM_JOB_ID"]), self.restart, index)
+            port = script.port(env.get("SLURM_CLUSTER_NAME", ""), int(env["SLURM_JOB_ID"]), self.restart, index)
             env |= {"MASTER_ADDR": slurm.address(env["SLURM_JOB_NODELIST"]), "MASTER_PORT": str(port)}
         return env
 

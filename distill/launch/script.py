@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,9 +81,11 @@ def doctor(folder: Path, options: SlurmSpec, nodes: int, where: Where) -> str:
     return _render("doctor.sbatch", lines, where, options.container, folder.parent, folder=folder, code_comment=comment)
 
 
-def port(job: int, restart: int, launch: int) -> int:
-    """Where the ranks of a job meet: jobs that share a host, and launches of one job, meet elsewhere."""
-    return PORTS[(job * 64 + restart * 8 + launch) % len(PORTS)]
+def port(cluster: str, job: int, restart: int, launch: int) -> int:
+    """Where the ranks of a job meet: jobs that share a host, also of two clusters, and launches of one job, do so
+    elsewhere.
+    """
+    return PORTS[(zlib.crc32(cluster.encode()) + job * 64 + restart * 8 + launch) % len(PORTS)]
 
 
 def comment(run: RunPaths) -> str:

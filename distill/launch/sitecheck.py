@@ -145,7 +145,7 @@ def _torch(rank: int, size: int, address: str) -> tuple[list[str], str, str]:
     except ImportError as error:
         return [], str(error), "torch is missing"
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    port = script.port(int(os.environ["SLURM_JOB_ID"]), 0, 0)
+    port = script.port(os.environ.get("SLURM_CLUSTER_NAME", ""), int(os.environ["SLURM_JOB_ID"]), 0, 0)
     try:
         distributed.init_process_group("gloo", init_method=f"tcp://{address}:{port}", rank=rank, world_size=size)
         heard = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]

@@ -73,11 +73,11 @@ class Standing:
 def read(runs: Sequence[RunPaths]) -> list[Standing]:
     """How these runs stand, with as few questions to Slurm as do."""
     newest = {run.root: _newest(run) for run in runs}
-    members = [member for found in newest.values() for job in found for member in job.members]
+    members = [(run, member) for run in runs for job in newest[run.root] for member in job.members]
     states: dict[str, JobState] = {}
     trouble = ""
     try:
-        states = slurm.states(members)
+        states = slurm.states([member for run, member in members if not _is_done(run, member)])
     except NoAnswer as error:
         trouble = str(error)
     return [
@@ -86,6 +86,11 @@ def read(runs: Sequence[RunPaths]) -> list[Standing]:
         )
         for run in runs
     ]
+
+
+def _is_done(run: RunPaths, member: str) -> bool:
+    """Whether a job has said itself that all is well: Slurm forgets it, and need not be asked."""
+    return any(line["why"] == "done" for line in jobs.ends(run, member)[-1:])
 
 
 def _newest(run: RunPaths) -> list[jobs.Job]:
@@ -97,6 +102,7 @@ def _job(run: RunPaths, job: jobs.Job, states: dict[str, JobState]) -> StageJob:
     ends = {member: line for member in job.members for line in jobs.ends(run, member)[-1:] if not line["again"]}
     cancelled = [member for member, line in ends.items() if line["why"] == "cancelled"]
     found = {member: states[member] for member in job.members if member in states}
+    found |= {member: JobState("COMPLETED", exit_code="0:0") for member in job.members if _is_done(run, member)}
     for member in found.keys() & cancelled:  # it has saved and left, for Slurm a failure
         found[member] = replace(found[member], state="CANCELLED")
     bad = [
