@@ -101,8 +101,9 @@ def _newest(run: RunPaths) -> list[jobs.Job]:
 def _job(run: RunPaths, job: jobs.Job, states: dict[str, JobState]) -> StageJob:
     ends = {member: line for member in job.members for line in jobs.ends(run, member)[-1:] if not line["again"]}
     cancelled = [member for member, line in ends.items() if line["why"] == "cancelled"]
-    found = {member: states[member] for member in job.members if member in states}
-    found |= {member: JobState("COMPLETED", exit_code="0:0") for member in job.members if _is_done(run, member)}
+    done = JobState("COMPLETED", exit_code="0:0")
+    known = {member: done if _is_done(run, member) else states.get(member) for member in job.members}
+    found = {member: state for member, state in known.items() if state is not None}
     for member in found.keys() & cancelled:  # it has saved and left, for Slurm a failure
         found[member] = replace(found[member], state="CANCELLED")
     bad = [
