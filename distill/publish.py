@@ -97,7 +97,8 @@ def publish(
                 same = [entry for entry in published.scan(store) if entry.name == name and _is(entry, content, version)]
                 found = same[0].version if same else _claim(here, home, version, content)
             finally:
-                shutil.rmtree(here, ignore_errors=True)
+                if here.exists():
+                    shutil.rmtree(here)
         published.write_index(store)
     except OSError as error:
         raise RunError(f"cannot publish in {home}: {error.strerror}; nothing was published") from error

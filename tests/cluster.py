@@ -185,9 +185,12 @@ class Cluster:
         end = time.monotonic() + 10
         while self._ours() and time.monotonic() < end:
             time.sleep(0.1)
-        for pid in self._ours():
-            _kill(pid, signal.SIGKILL)
-        shutil.rmtree(self.folder, ignore_errors=True)
+        while left := self._ours():
+            assert time.monotonic() < end + 20, f"processes {left} do not end"
+            for pid in left:
+                _kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+        shutil.rmtree(self.folder)
 
     def _ours(self) -> list[int]:
         """Daemons and what jobs have left, by the configuration in their environment."""

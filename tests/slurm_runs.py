@@ -8,13 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-from cluster import Cluster
+import pytest
+from cluster import Cluster, missing
 from commands import Done, command
 from runs import ENV, distill
 
 from distill import jobs
 from distill.store import RunPaths, read_events
 
+NEEDS_SLURM = [  # where it is not installed; CI fails on any skip
+    pytest.mark.process,
+    pytest.mark.skipif(bool(missing), reason=f"Slurm lacks here: {', '.join(missing)}"),
+]
 SPEC = """
 name: small
 data: {kind: digits}

@@ -2,13 +2,13 @@
 
 import pytest
 import slurm_runs
-from cluster import Cluster, missing
+from cluster import Cluster
 from runs import distill, folder_bytes
-from slurm_runs import ends, finish, kill_rank, last_job, said, steps, submit, wait_steps
+from slurm_runs import NEEDS_SLURM, ends, finish, kill_rank, last_job, said, steps, submit, wait_steps
 
 from distill.store import RunPaths
 
-pytestmark = [pytest.mark.process, pytest.mark.skipif(bool(missing), reason=f"Slurm lacks here: {', '.join(missing)}")]
+pytestmark = NEEDS_SLURM
 
 
 @pytest.fixture(scope="module")

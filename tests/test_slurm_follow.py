@@ -7,10 +7,11 @@ import signal
 import time
 
 import pytest
-from cluster import Cluster, missing
+from cluster import Cluster
 from runs import wait_for
 from slurm_runs import (
     HELD,
+    NEEDS_SLURM,
     begin,
     command_line,
     end_jobs,
@@ -28,7 +29,7 @@ from slurm_runs import (
 from distill import jobs
 from distill.launch import slurm, standing
 
-pytestmark = [pytest.mark.process, pytest.mark.skipif(bool(missing), reason=f"Slurm lacks here: {', '.join(missing)}")]
+pytestmark = NEEDS_SLURM
 
 
 @pytest.fixture(scope="module")

@@ -5,15 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-from cluster import Cluster, missing
+from cluster import Cluster
 from hub import Hub, environment, pipeline
 from runs import folder_bytes
-from slurm_runs import finish, last_job, said
+from slurm_runs import NEEDS_SLURM, finish, last_job, said
 
 from distill.store import RunPaths, read_json
 
-pytestmark = [pytest.mark.process, pytest.mark.skipif(bool(missing), reason=f"Slurm lacks here: {', '.join(missing)}")]
+pytestmark = NEEDS_SLURM
 
 SPEC = """
 name: {name}

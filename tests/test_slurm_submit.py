@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, missing
+from cluster import Cluster
 from commands import command, snapshot
 from runs import ENV
-from slurm_runs import HELD, begin, command_line, end_jobs, enter, last_job, named, program, queue, said
+from slurm_runs import HELD, NEEDS_SLURM, begin, command_line, end_jobs, enter, last_job, named, program, queue, said
 
 from distill import jobs, specfile
 from distill.store import RunPaths, append_event, read_events
 
 ROOT = Path(__file__).parent.parent
-pytestmark = [pytest.mark.process, pytest.mark.skipif(bool(missing), reason=f"Slurm lacks here: {', '.join(missing)}")]
+pytestmark = NEEDS_SLURM
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,12 @@ import signal
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, missing
+from cluster import Cluster
 from runs import distill, folder_bytes
 from slurm_runs import (
     HELD,
     MIXTURE,
+    NEEDS_SLURM,
     command_line,
     end_jobs,
     ends,
@@ -25,7 +26,7 @@ from slurm_runs import (
 from distill import jobs, registry
 from distill.store import RunPaths
 
-pytestmark = [pytest.mark.process, pytest.mark.skipif(bool(missing), reason=f"Slurm lacks here: {', '.join(missing)}")]
+pytestmark = NEEDS_SLURM
 
 
 @pytest.fixture(scope="module")

@@ -53,15 +53,17 @@ def job(run: RunPaths, spec: RunSpec, plan: Plan, where: Where) -> str:
         where,
         options.container,
         run.root.parent,
-        run=run,
-        what=f"{', '.join(plan.stages)}{parts}",
-        code_comment="the package as it was when this was submitted"
-        if where.code == run.code
-        else "the package as it is when the job begins (--code current)",
-        inputs=where.inputs,
-        stages=plan.stages,
-        part="" if plan.parts is None else f' --part="$SLURM_ARRAY_TASK_ID/{options.pairs_jobs}"',
-        log=_pattern(run.logs) / f"{plan.name}{'.%a' if plan.parts else ''}.rank-%t.log",
+        {
+            "run": run,
+            "what": f"{', '.join(plan.stages)}{parts}",
+            "code_comment": "the package as it was when this was submitted"
+            if where.code == run.code
+            else "the package as it is when the job begins (--code current)",
+            "inputs": where.inputs,
+            "stages": plan.stages,
+            "part": "" if plan.parts is None else f' --part="$SLURM_ARRAY_TASK_ID/{options.pairs_jobs}"',
+            "log": _pattern(run.logs) / f"{plan.name}{'.%a' if plan.parts else ''}.rank-%t.log",
+        },
     )
 
 
@@ -77,8 +79,8 @@ def doctor(folder: Path, options: SlurmSpec, nodes: int, where: Where) -> str:
         "output": _pattern(folder) / "job.log",
     }
     lines = [*_lines(given), *where.site.site.options, *options.options]
-    comment = "the package that asks"
-    return _render("doctor.sbatch", lines, where, options.container, folder.parent, folder=folder, code_comment=comment)
+    fields = {"folder": folder, "code_comment": "the package that asks"}
+    return _render("doctor.sbatch", lines, where, options.container, folder.parent, fields)
 
 
 def port(cluster: str, job: int, restart: int, launch: int) -> int:
@@ -93,7 +95,9 @@ def comment(run: RunPaths) -> str:
     return f"distill:{run.root}"
 
 
-def _render(template: str, lines: list[str], where: Where, image: str | None, store: Path, **fields: object) -> str:
+def _render(
+    template: str, lines: list[str], where: Where, image: str | None, store: Path, fields: Mapping[str, object]
+) -> str:
     site = where.site.site
     loader = jinja2.FileSystemLoader(TEMPLATES)
     templates = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)

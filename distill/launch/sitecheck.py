@@ -71,7 +71,10 @@ def run(store: Path, site: SiteSource, options: SlurmSpec, nodes: int, say: Call
     finally:
         if job:
             slurm.cancel([job])
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:  # a job that dies may still write there
+            say(f"{folder} could not be removed ({error.strerror}); remove it yourself")
 
 
 def _wait(job: str, say: Callable[[str], None]) -> slurm.JobState:

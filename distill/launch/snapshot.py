@@ -25,4 +25,5 @@ def write(folder: Path) -> None:
             (temporary / name).write_bytes(content)
         temporary.rename(folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.exists():
+            shutil.rmtree(temporary)

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 
 from distill import jobs, workflow
-from distill.guard import InputError, suggest
+from distill.guard import InputError, RunError, suggest
 from distill.launch import script, slurm
 from distill.launch.script import Plan, Where
 from distill.launch.site import SiteSource
@@ -83,6 +83,9 @@ def submit(run: RunPaths, spec: RunSpec, planned: Sequence[Plan], where: Where) 
     except InputError:
         slurm.cancel(list(sent.values()))
         raise
+    except slurm.NoAnswer as error:
+        queued = ", ".join(sent.values()) or "no job"
+        raise RunError(f"{error}; queued so far: {queued}; go on with: distill submit {run.root} --resume") from error
     current = {"code": str(where.code)} if where.code != run.code else {}
     append_event(run, "submitted", jobs=sent, **current)
     return sent
