@@ -17,7 +17,7 @@ from distill.checkpoint import Checkpoints
 from distill.draws import StepDraw, key
 from distill.guard import InputError, RunError
 from distill.progress import Progress
-from distill.protocols import Batch, Draw, Init, Loss, Pairs, Recipe, Source
+from distill.protocols import Batch, Cond, Draw, Init, Loss, Pairs, Recipe, Source
 from distill.roles import Roles
 from distill.sharded import WHOLE, Zero
 from distill.spec import TrainStage
@@ -169,9 +169,15 @@ def _to(batch: Batch, device: torch.device) -> Batch:
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, non_blocking=True)
 
-    pairs = None if batch.pairs is None else Pairs(noise=move(batch.pairs.noise), data=move(batch.pairs.data))
-    cond = {name: move(tensor) for name, tensor in batch.cond.items()}
-    return Batch(data=None if batch.data is None else move(batch.data), pairs=pairs, cond=cond)
+    def moved(cond: Cond) -> Cond:
+        return {name: move(tensor) for name, tensor in cond.items()}
+
+    pairs = batch.pairs
+    if pairs is not None:
+        states, times = (None if each is None else move(each) for each in (pairs.states, pairs.times))
+        pairs = Pairs(move(pairs.noise), move(pairs.data), states, times)
+    data = None if batch.data is None else move(batch.data)
+    return Batch(data, pairs, moved(batch.cond), moved(batch.data_cond))
 
 
 def _means(losses: list[Loss], norm: Tensor, world: World) -> dict[str, float]:

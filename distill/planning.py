@@ -88,9 +88,11 @@ def memory_rows(memory: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, 
 
 def _train(name: str, stage: TrainStage, launch: LaunchSpec, base: Path) -> Step:
     needs = workflow.recipe_config(stage, base).needs
-    sources = {"pairs": stage.pairs or "", "data": "data", "teacher": stage.teacher or "the spec's teacher"}
-    taken = [sources[need] for need in sorted(needs)] + ([stage.init] if stage.init else [])
-    start = f"a fresh {stage.network.kind}" if stage.network else f"the weights of {stage.init or sources['teacher']}"
+    teacher = stage.teacher or "the spec's teacher"
+    sources = {"pairs": [*stage.pair_shares], "data": ["data"], "teacher": [teacher]}
+    taken = [each for need in sorted(needs & sources.keys()) for each in sources[need]]
+    taken += [stage.init] if stage.init else []
+    start = f"a fresh {stage.network.kind}" if stage.network else f"the weights of {stage.init or teacher}"
     work = f"{stage.images:,} images = {stage.images // stage.batch_size:,} steps of {stage.batch_size}"
     share = stage.batch_size // launch.world_size
     micro = launch.micro_batch or share

@@ -5,7 +5,7 @@ velocity field v(x_t, t, cond) and a flow map u(x_t, t, s, cond), the average ve
 x_s = x_t + (s - t) u. Nothing here has an implementation; a module that fits the shape fits the framework.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -55,10 +55,17 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class Pairs:
-    """Ends of the teacher's own paths: data = ODE(noise). Both [B, ...]."""
+    """Ends of the teacher's own paths: data = ODE(noise). Both [B, ...]. Where they were kept, also `states`
+    [B, K, ...] of each path at its decreasing `times` [B, K], float32.
+
+    States of a trajectory begin with noise at t = 1 and end with data at t = 0; of a segment there are two: noised real
+    data, x_t = (1 - t) data + t noise, and where the teacher's ODE takes it.
+    """
 
     noise: Tensor
     data: Tensor
+    states: Tensor | None = None
+    times: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,8 @@ class Batch:
 
     data: Tensor | None
     pairs: Pairs | None
-    cond: Cond
+    cond: Cond  # of the pairs; where there are none, of the data
+    data_cond: Cond = field(default_factory=dict)  # of the data, where it comes beside pairs
 
 
 @runtime_checkable
@@ -172,8 +180,8 @@ class Init(Protocol):
 class Recipe(Protocol):
     """An objective. Its module has a docstring naming the paper, `class Config(BaseModel)` and `class Recipe`.
 
-    `Config` has the properties `needs` (a set of "data", "pairs", "teacher", "jvp") and `student`
-    ("velocity" | "flow_map" | "generator"), which may depend on its options.
+    `Config` has the properties `needs` (a set of "data", "pairs", "states", "teacher", "jvp"; "states" beside "pairs":
+    those with states) and `student` ("velocity" | "flow_map" | "generator"), which may depend on its options.
     """
 
     sampler: str  # a name in distill/samplers/
@@ -187,3 +195,12 @@ class Stateful(Protocol):
     """A recipe that remembers something from step to step."""
 
     def state(self) -> dict[str, Tensor]: ...  # small, equal on all ranks; a resume copies the saved ones into these
+
+
+@runtime_checkable
+class Gridded(Protocol):
+    """A recipe whose student is sampled along times of its own, and at some numbers of steps only."""
+
+    def t_grids(self, times: Sequence[float] | None) -> Mapping[int, Sequence[float]]: ...
+
+    # N -> its times [N + 1], 1 ... 0; none: uniform, any N. times: of the states of its pairs, if all have the same.

@@ -194,7 +194,7 @@ def _ancestry(spec: RunSpec, stage: str) -> list[str]:
     for name in reversed(spec.stages):
         if name in wanted:
             each = spec.stages[name]
-            named = [each.teacher, *([each.init, each.pairs] if isinstance(each, TrainStage) else [])]
+            named = [each.teacher, *([each.init, *each.pair_shares] if isinstance(each, TrainStage) else [])]
             wanted |= {other for other in named if other is not None}
     return [name for name in spec.stages if name in wanted]
 

@@ -23,7 +23,7 @@ from distill.guard import InputError, suggest
 GROUP = "distill.recipes"
 PARTS = ("Config", "Recipe")
 COSTS = "costs.json"  # of our recipes, beside them; written by tests/benchmarks
-NEEDS = ("data", "pairs", "teacher", "jvp")
+NEEDS = ("data", "pairs", "states", "teacher", "jvp")
 
 
 @dataclass(frozen=True)

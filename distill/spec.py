@@ -202,8 +202,8 @@ class TrainStage(Frozen):
     """stage whose student's weights to start from; null: the teacher's, or `network`"""
     network: NetworkSpec | None = None
     """a fresh network; null: in the shape of, and with the weights of, init or the teacher"""
-    pairs: Name | None = None
-    """stage whose pairs to train on"""
+    pairs: Name | dict[Name, Fraction] | None = None
+    """stage whose pairs to train on; or several, with the part of each in every batch: {pairs: 0.8, forward: 0.2}"""
     images: PositiveInt
     """training length in images"""
     batch_size: PositiveInt = 128
@@ -217,15 +217,27 @@ class TrainStage(Frozen):
     """bf16: autocast of the networks; weights, optimizer and losses stay fp32"""
     checkpoint: CheckpointSpec = CheckpointSpec()
 
+    @property
+    def pair_shares(self) -> dict[str, float]:
+        """The pairs stages that it trains on, and the part of each in a batch."""
+        if self.pairs is None:
+            return {}
+        return {self.pairs: 1.0} if isinstance(self.pairs, str) else dict(self.pairs)
+
 
 class PairsStage(Frozen):
-    """Solve the teacher's ODE from noise to data and store the ends."""
+    """Solve the teacher's ODE and store the ends of its paths."""
 
     kind: Literal["pairs"]
     teacher: Name | None = None
     """stage whose student is the teacher; null: the spec's teacher"""
     count: PositiveInt
     """number of pairs"""
+    paths: Literal["backward", "forward", "segments", "trajectories"] = "backward"
+    """backward: noise to data; forward: real data to noise; trajectories: backward, with the states at `times`;
+    segments: real data, noised to one of `times`, to the next of them"""
+    times: list[Fraction] | None = None
+    """of trajectories and segments: decreasing from 1 to 0, of the solver's own, like [1, 0.75, 0.5, 0.25, 0]"""
     solver: Literal["euler", "heun", "dpm_solver_pp_2m"] = "heun"
     """solver of the teacher's ODE"""
     steps: PositiveInt = 16
@@ -236,8 +248,10 @@ class PairsStage(Frozen):
     """samples solved at once; part of the numbers, so it is fixed here and not in launch"""
     shard: PositiveInt = 4096
     """pairs per file, a multiple of block"""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """of the stored data"""
+    dtype: Literal["float32", "float16", "bfloat16", "uint8"] = "float32"
+    """of the stored data; uint8: pixels in [-1, 1], rounded to 1/127.5"""
+    store_noise: bool = False
+    """store the noise too, in float32; false: it is drawn again from the seed. Inverted noise is always stored"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the teacher"""
 

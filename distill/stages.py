@@ -241,8 +241,9 @@ def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -
     """What the student will contain: null + a (null + b (cond - null) - null) = null + a b (cond - null)."""
     if teacher is None:
         return 1.0
-    solved = spec.stages[stage.pairs] if stage.pairs is not None else None
-    return teacher.guidance_scale * (solved.guidance_scale if isinstance(solved, PairsStage) else 1.0)
+    solved = [spec.stages[name] for name in stage.pair_shares]
+    scales = {each.guidance_scale for each in solved if isinstance(each, PairsStage)}
+    return teacher.guidance_scale * (scales.pop() if scales else 1.0)
 
 
 def _train(work: Work, stage: TrainStage) -> dict[str, object]:
@@ -334,7 +335,7 @@ def _source(work: Work, stage: TrainStage, training: Training) -> tuple[Source, 
     """Where the stage's batches come from, and the digests of all that it trains on."""
     if training.data is not None:
         return datasets.DataSource(training.data, stage.batch_size, work.seed), training.inputs
-    assert stage.pairs is not None, "workflow.check lets no such stage through"
+    assert isinstance(stage.pairs, str), "workflow.check lets no such stage through"
     pair_set = pairs.PairSet.open(work.run.stage(stage.pairs).pairs, training.card.teacher_digest)
     source = pairs.PairSource(pair_set, stage.batch_size, work.seed)
     return source, {**training.inputs, "pairs": pair_set.manifest.digest}

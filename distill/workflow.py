@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill import jobs, registry, schema, specfile
+from distill import jobs, pairspec, registry, schema, specfile
 from distill.card import SAMPLERS
 from distill.guard import InputError, suggest
 from distill.spec import (
@@ -46,9 +46,10 @@ def pending(run: RunPaths, spec: RunSpec) -> list[str]:
 def wanted_pairs(run: RunPaths, spec: RunSpec) -> set[str]:
     """The pairs stages that a stage still to do trains on."""
     return {
-        stage.pairs
+        pairs
         for name, stage in spec.stages.items()
-        if isinstance(stage, TrainStage) and stage.pairs is not None and not run.stage(name).done.exists()
+        if isinstance(stage, TrainStage) and not run.stage(name).done.exists()
+        for pairs in stage.pair_shares
     }
 
 
@@ -124,6 +125,7 @@ def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
             yield from _lengths(spec, stage, where)
         elif isinstance(stage, PairsStage):
             used |= {"teacher"} if stage.teacher is None else set()
+            used |= {"data"} if stage.paths in pairspec.OF_DATA else set()
             yield from _pairs(spec, stage, where)
             yield from _guidance(spec, stage, stage.guidance_scale, base, where)
         else:
@@ -144,7 +146,7 @@ def references(stage: Stage) -> list[tuple[str, str, str]]:
     """(field, the stage it names, the kind that must be) of everything a stage needs of others."""
     found: list[tuple[str, str | None, str]] = [("teacher", stage.teacher, "train")]
     if isinstance(stage, TrainStage):
-        found += [("init", stage.init, "train"), ("pairs", stage.pairs, "pairs")]
+        found += [("init", stage.init, "train"), *(("pairs", pairs, "pairs") for pairs in stage.pair_shares)]
     if isinstance(stage, EvaluateStage):
         found += [(f"students.{student}", student, "train") for student in stage.students]
     return [(field, target, kind) for field, target, kind in found if target is not None]
@@ -274,15 +276,13 @@ def _train(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: str) 
         vectors = exact and "teacher" in needs and stage.teacher is None
         hint = "and there is none of vectors; use reflow" if vectors else "the spec has none; e.g. data: {kind: digits}"
         yield f"{where}: {recipe} needs data, {hint}"
-    if "pairs" in needs and stage.pairs is None:
+    if "pairs" in needs and not stage.pair_shares:
         known = [name for name, other in spec.stages.items() if isinstance(other, PairsStage)]
         yield f"{where}: {recipe} needs pairs; name a pairs stage in {where}.pairs ({', '.join(known) or 'none yet'})"
     if "pairs" not in needs and stage.pairs is not None:
         yield f"{where}.pairs: {recipe} needs no pairs, so this has no effect; remove it"
-    solved = spec.stages.get(stage.pairs or "")
-    if "pairs" in needs and isinstance(solved, PairsStage) and solved.teacher != stage.teacher:
-        theirs, ours = (name or "the spec's teacher" for name in (solved.teacher, stage.teacher))
-        yield f"{where}.pairs: '{stage.pairs}' has pairs of {theirs}, this stage's teacher is {ours}; make them agree"
+    if "pairs" in needs:
+        yield from pairspec.of_training(spec, stage, needs, f"{where}.pairs")
     teacher = stage.teacher or ("the spec's" if spec.teacher is not None else None)
     if "teacher" in needs and teacher is None:
         yield f"{where}: {recipe} needs a teacher; give {where}.teacher (a train stage), or the spec's teacher"
@@ -374,14 +374,11 @@ def _lengths(spec: RunSpec, stage: TrainStage, where: str) -> Iterator[str]:
 def _pairs(spec: RunSpec, stage: PairsStage, where: str) -> Iterator[str]:
     if stage.teacher is None and spec.teacher is None:
         yield f"{where}: pairs need a teacher; give {where}.teacher (a train stage), or the spec's teacher"
-    yield from shard_mistakes(stage, f"{where}.")
-
-
-def shard_mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
-    """Whether shards hold whole blocks."""
-    if stage.shard % stage.block:
-        nearest = max(stage.block, round(stage.shard / stage.block) * stage.block)
-        yield f"{prefix}shard: {stage.shard} is not a multiple of block ({stage.block}); nearest: {nearest}"
+    if stage.paths in pairspec.OF_DATA and isinstance(spec.data, NoData):
+        exact = stage.teacher is None and isinstance(spec.teacher, GaussianTeacher | MixtureTeacher)
+        if not exact:
+            yield f"{where}.paths: {stage.paths} begin with real data; the spec has none; e.g. data: {{kind: digits}}"
+    yield from pairspec.mistakes(stage, f"{where}.")
 
 
 def _evaluate(spec: RunSpec, stage: EvaluateStage, where: str) -> Iterator[str]:

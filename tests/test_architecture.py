@@ -31,7 +31,17 @@ ANYWHERE = {
     "card",
     "space",
 }  # no torch in them, usable by both planes
-CONTROL = ANYWHERE | {"overrides", "schema", "yamltext", "specfile", "workflow", "planning", "launch", "registry"}
+CONTROL = ANYWHERE | {
+    "overrides",
+    "schema",
+    "yamltext",
+    "specfile",
+    "workflow",
+    "pairspec",
+    "planning",
+    "launch",
+    "registry",
+}
 CONTROL |= {"presets", "claims", "status", "jobs", "inputs"}
 CONTROL |= {"manifest", "transports", "ssh", "transfer", "pull", "publish", "published"}
 TORCH = {"torch", "numpy", "diffusers", "accelerate", "deepspeed", "safetensors", "torchmetrics", "sklearn", "datasets"}

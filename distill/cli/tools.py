@@ -31,12 +31,12 @@ def pairs(
 ) -> None:
     """Solve a teacher's ODE from noise to data and store the ends, without a spec."""
     content = {"kind": "pairs", "count": count, "solver": solver, "steps": steps, "block": block, "shard": shard}
-    from distill import workflow
+    from distill import pairspec
     from distill.cli import given
     from distill.spec import PairsStage
 
     stage = given.stage(PairsStage, content | {"guidance_scale": guidance_scale, "dtype": dtype})
-    for mistake in workflow.shard_mistakes(stage, "--"):
+    for mistake in pairspec.mistakes(stage, "--"):
         raise InputError(mistake)
     check_out(out)
     where = given.teacher(teacher, store_path(store))

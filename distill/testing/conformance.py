@@ -100,7 +100,7 @@ def draws_only_what_it_is_given(subject: Subject, folder: Path) -> None:
         for step in range(10):
             for index, turn in enumerate(recipe.turns(step, step * BATCH)):
                 context = StepContext(step, step * BATCH, StepDraw(0, step, index, rows), {})
-                losses.append(turn.loss(nets, Noise(BATCH).batch(step, rows), context).total.item())
+                losses.append(turn.loss(nets, Noise(BATCH, subject.times).batch(step, rows), context).total.item())
         assert torch.equal(before, torch.get_rng_state()), "the global generator has moved"
     assert losses[: len(losses) // 2] == losses[len(losses) // 2 :], "the loss depends on the global generator"
 

@@ -48,17 +48,23 @@ class Exact:
 
 @dataclass(frozen=True)
 class Solved:
-    """Pairs of the teacher, in one order after another. Fits `protocols.Source`."""
+    """Paths of the teacher, in one order after another. Fits `protocols.Source`.
 
-    noise: Tensor
-    data: Tensor
+    states: [N, K, ...] at times [K], 1 ... 0. real: a source of the data that comes beside them.
+    """
+
+    states: Tensor
+    times: Tensor
     batch_size: int
+    real: Source | None
 
     def batch(self, step: int, rows: Rows) -> Batch:
-        per_epoch = len(self.noise) // self.batch_size
+        per_epoch = len(self.states) // self.batch_size
         epoch, within = divmod(step, per_epoch)
-        order = permutation(len(self.noise), "ring", epoch)[within * self.batch_size :][rows.start : rows.stop]
-        return Batch(None, Pairs(self.noise[order], self.data[order]), {})
+        order = permutation(len(self.states), "ring", epoch)[within * self.batch_size :][rows.start : rows.stop]
+        states = self.states[order]
+        pairs = Pairs(states[:, 0], states[:, -1], states, self.times.expand(len(states), -1))
+        return Batch(None if self.real is None else self.real.batch(step, rows).data, pairs, {})
 
 
 def exact(seed: int, count: int) -> Tensor:
@@ -67,10 +73,15 @@ def exact(seed: int, count: int) -> Tensor:
     return TEACHER.exact_data(seed, range(count))
 
 
-@lru_cache(maxsize=1)
-def _pairs() -> tuple[Tensor, Tensor]:
-    noise = sample_noise(4, range(16384), (2,))
-    return noise, solvers.sample(TEACHER.field, noise, {}, solver="heun", steps=24)
+@lru_cache(maxsize=2)
+def _paths(times: tuple[float, ...]) -> Tensor:
+    """States of 16,384 paths at times, [N, K, 2], by 24 steps of Heun between any two of them."""
+    states = [sample_noise(4, range(16384), (2,))]
+    with torch.no_grad():
+        for t, s in itertools.pairwise(times):
+            t_grid = torch.linspace(t, s, 25, dtype=torch.float64)
+            states.append(solvers.heun(TEACHER.field, states[-1], t_grid, {}))
+    return torch.stack(states, dim=1)
 
 
 @lru_cache(maxsize=1)
@@ -81,9 +92,13 @@ def _truths() -> tuple[list[Tensor], float]:
     return sets, sum(apart) / len(apart)
 
 
-def source(needs: frozenset[str], batch_size: int) -> Source:
-    """Batches of the ring for a recipe that needs these."""
-    return Solved(*_pairs(), batch_size) if "pairs" in needs else DataSource(Exact(exact(7, 65536)), batch_size, 8)
+def source(needs: frozenset[str], times: tuple[float, ...], batch_size: int) -> Source:
+    """Batches of the ring for a recipe that needs these; times: of the states of pairs."""
+    real = DataSource(Exact(exact(7, 65536)), batch_size, 8)
+    if "pairs" not in needs:
+        return real
+    kept = times if "states" in needs else (1.0, 0.0)
+    return Solved(_paths(kept), torch.tensor(kept), batch_size, real if "data" in needs else None)
 
 
 def excess(samples: Tensor) -> float:
@@ -117,7 +132,7 @@ def trained(subject: Subject, training: Training, folder: Path) -> nn.Module:
         result = engine.train(
             recipe,
             StudentInit(None, NETWORK, (2,), None, seed=0),
-            source(config.needs, batch),
+            source(config.needs, subject.times, batch),
             stage,
             seed=0,
             device=torch.device("cpu"),

@@ -39,7 +39,7 @@ class Subject:
     """A recipe, and what its test file declares of it.
 
     options: what it is tested with beside its defaults. ring: options that suit the ring.
-    steps: the numbers of steps that its students are made for.
+    steps: the numbers of steps that its students are made for. times: of the states of its pairs, where it needs them.
     short, long: trainings on the ring of about 15 and 90 seconds of one CPU core.
     closed_form: checks at its exact solution, which raise AssertionError.
     base: where a recipe ./file.py lies.
@@ -49,6 +49,7 @@ class Subject:
     options: Mapping[str, Any] = field(default_factory=dict)
     ring: Mapping[str, Any] = field(default_factory=dict)
     steps: tuple[int, ...] = (1,)
+    times: tuple[float, ...] = (1.0, 0.5, 0.0)
     short: Training = Training(512_000)
     long: Training = Training(3_000_000)
     closed_form: tuple[Callable[[], None], ...] = ()
@@ -69,17 +70,27 @@ class Subject:
 
 @dataclass(frozen=True)
 class Noise:
-    """Images and pairs of noise, with classes: nothing to learn, but like anything else. Fits `protocols.Source`."""
+    """Images and pairs of noise, with classes: nothing to learn, but like anything else. Fits `protocols.Source`.
+
+    times: of the states of the pairs, 1 ... 0.
+    """
 
     batch_size: int
+    times: tuple[float, ...] = (1.0, 0.5, 0.0)
 
     def batch(self, step: int, rows: Rows) -> Batch:
-        data, noise, ends = (
+        names = ("data", "noise", "ends", *map(str, self.times[1:-1]))
+        data, noise, ends, *between = (
             torch.randn(self.batch_size, *SHAPE, generator=generator("subject", step, name))[rows.start : rows.stop]
-            for name in ("data", "noise", "ends")
+            for name in names
         )
-        labels = sample_labels(range(step + rows.start, step + rows.stop), CLASSES)
-        return Batch(data.tanh(), Pairs(noise, ends.tanh()), {"class_labels": labels})
+        states = torch.stack([noise, *between, ends.tanh()], dim=1)  # [B, K, ...]
+        times = torch.tensor(self.times).expand(len(states), -1)
+        labels, others = (
+            {"class_labels": sample_labels(range(first + rows.start, first + rows.stop), CLASSES)}
+            for first in (step, step + 3)
+        )
+        return Batch(data.tanh(), Pairs(noise, ends.tanh(), states, times), labels, others)
 
 
 def unet_teacher() -> LoadedTeacher:

@@ -67,7 +67,7 @@ def train(
         return engine.train(
             recipe if stop_at is None else start(subject)[0],
             init,
-            Noise(BATCH),
+            Noise(BATCH, subject.times),
             stage,
             seed=0,
             device=torch.device("cpu"),

@@ -1,0 +1,65 @@
+"""What is wrong with a pairs stage, and with the pairs of a train stage. No tensors."""
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+
+from distill.spec import PairsStage, RunSpec, TrainStage
+
+OF_DATA, WITH_STATES = ("forward", "segments"), ("trajectories", "segments")  # paths of a pairs stage
+
+
+def mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
+    """What is wrong with a pairs stage by itself."""
+    if stage.paths in WITH_STATES:
+        yield from _times(stage, prefix)
+    elif stage.times is not None:
+        yield f"{prefix}times: {stage.paths} paths keep their ends alone, so this has no effect; remove it"
+    if stage.store_noise and stage.paths == "forward":
+        yield f"{prefix}store_noise: inverted noise is always stored, so this has no effect; remove it"
+    if stage.shard % stage.block:
+        nearest = max(stage.block, round(stage.shard / stage.block) * stage.block)
+        yield f"{prefix}shard: {stage.shard} is not a multiple of block ({stage.block}); nearest: {nearest}"
+
+
+def _times(stage: PairsStage, prefix: str) -> Iterator[str]:
+    times = stage.times or []
+    if len(times) < 2 or times[0] != 1 or times[-1] != 0 or any(a <= b for a, b in pairwise(times)):
+        yield f"{prefix}times: {stage.times} given; {stage.paths} need times from 1 down to 0, like [1, 0.5, 0]"
+        return
+    strange = [t for t in times if not math.isclose(t * stage.steps, round(t * stage.steps), abs_tol=1e-6)]
+    if strange:
+        yield (
+            f"{prefix}times: {', '.join(f'{t:g}' for t in strange)} are none of the solver's own, the multiples of "
+            f"1/steps = 1/{stage.steps}"
+        )
+
+
+def of_training(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: str) -> Iterator[str]:
+    """Whether the pairs of a train stage are its teacher's, of the kind that its recipe takes, in parts that add up."""
+    shares, found = stage.pair_shares, []
+    if not (math.isclose(sum(shares.values()), 1) and all(shares.values())):
+        parts = ", ".join(f"{name}: {share:g}" for name, share in shares.items())
+        yield f"{where}: the parts {{{parts}}} must be above 0 and add up to 1"
+    for name in shares:
+        solved = spec.stages.get(name)
+        if not isinstance(solved, PairsStage):
+            continue  # said where references are
+        found.append(solved)
+        if solved.teacher != stage.teacher:
+            theirs, ours = (each or "the spec's teacher" for each in (solved.teacher, stage.teacher))
+            yield f"{where}: '{name}' has pairs of {theirs}, this stage's teacher is {ours}; make them agree"
+        if "states" in needs and solved.paths not in WITH_STATES:
+            yield (
+                f"{where}: {stage.recipe} needs states along the paths, '{name}' has ends alone (paths: "
+                f"{solved.paths}); use paths: {' or '.join(WITH_STATES)}"
+            )
+        if "states" not in needs and solved.paths == "segments":
+            yield (
+                f"{where}: '{name}' has segments, which begin with noised data and do not end at data; {stage.recipe} "
+                "takes whole paths; use paths: backward, forward or trajectories"
+            )
+    if len({each.guidance_scale for each in found}) > 1:
+        yield f"{where}: pairs of different guidance_scale would teach two things at once; make them agree"
+    if "states" in needs and len({len(each.times or []) if each.paths == "trajectories" else 2 for each in found}) > 1:
+        yield f"{where}: paths of different numbers of states do not fit into one batch; give them the same times"
