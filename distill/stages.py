@@ -19,6 +19,8 @@ from distill.data import DataSet
 from distill.draws import key
 from distill.export import export
 from distill.guard import InputError, RunError
+from distill.pairs import mixed
+from distill.pairs import paths as pair_paths
 from distill.progress import Progress
 from distill.protocols import Recipe, Source, Trained
 from distill.sharded import Zero
@@ -207,7 +209,7 @@ class Training:
     teacher: LoadedTeacher | None
     init: StudentInit
     card: StudentCard
-    data: DataSet | None  # what batches are made of, if not of pairs
+    data: DataSet | None  # real data of the batches
     inputs: dict[str, str]  # digests
 
 
@@ -219,8 +221,8 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
     if teacher is not None:
         teacher = teacher_on_linear_path(teacher)
     origin = loaded.load(work.run.student(stage.init), device) if stage.init is not None else teacher
-    data = None if "pairs" in config.needs else datasets.load(work.spec.data, work.spec.seed)
-    samples = teacher if data is None else data
+    data = datasets.load(work.spec.data, work.spec.seed) if "data" in config.needs else None
+    samples = teacher if "pairs" in config.needs or data is None else data
     assert samples is not None, "workflow.check lets no such stage through"
     init = StudentInit(origin, stage.network, samples.shape, samples.num_classes, work.seed, teacher)
     recipe = module.Recipe(config, teacher)
@@ -345,18 +347,25 @@ def _export(
 
 def _source(work: Work, stage: TrainStage, training: Training) -> tuple[Source, dict[str, str]]:
     """Where the stage's batches come from, and the digests of all that it trains on."""
-    if training.data is not None:
-        return datasets.DataSource(training.data, stage.batch_size, work.seed), training.inputs
-    assert isinstance(stage.pairs, str), "workflow.check lets no such stage through"
-    pair_set = pairs.PairSet.open(work.run.stage(stage.pairs).pairs, training.card.teacher_digest)
-    source = pairs.PairSource(pair_set, stage.batch_size, work.seed)
-    return source, {**training.inputs, "pairs": pair_set.manifest.digest}
+    data = None if training.data is None else datasets.DataSource(training.data, stage.batch_size, work.seed)
+    if not stage.pair_shares:
+        assert data is not None, "workflow.check lets no such stage through"
+        return data, training.inputs
+    names, counts = list(stage.pair_shares), mixed.parts(stage.batch_size, list(stage.pair_shares.values()))
+    sets = [pairs.PairSet.open(work.run.stage(name).pairs, training.card.teacher_digest) for name in names]
+    sources = [pairs.PairSource(each, count, work.seed) for each, count in zip(sets, counts, strict=True)]
+    source = sources[0] if len(sources) == 1 else pairs.Mixed(sources, counts)
+    digests = {f"pairs {name}": each.manifest.digest for name, each in zip(names, sets, strict=True)}
+    return source if data is None else pairs.Beside(source, data), {**training.inputs, **digests}
 
 
 def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
     teacher = _teacher(work, stage.teacher, work.device)
     assert teacher is not None, "workflow.check lets no such stage through"
-    folder = work.run.stage(work.name).pairs
+    folder, real, digest = work.run.stage(work.name).pairs, None, None
+    if stage.paths in pairspec.OF_DATA:
+        data = datasets.load(work.spec.data, work.spec.seed)
+        real, digest = pair_paths.of_data(data, _teacher(work, None, CPU), seed=work.seed, block=stage.block)
     with work.progress(pairs.size(stage, work.part), "pairs") as progress:
         pairs.generate(
             teacher,
@@ -367,6 +376,8 @@ def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
             progress=progress,
             stop=work.stop,
             part=work.part,
+            real=real,
+            data_digest=digest,
         )
     return {"count": stage.count, "pairs": str(folder)}
 
