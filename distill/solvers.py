@@ -32,7 +32,7 @@ class Solver:
 
 def euler(field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Tensor:
     """x <- x + (t_next - t) v. On the linear path this is DDIM (Song et al. 2020, arXiv 2010.02502)."""
-    for t, t_next in pairwise(_times(field, t_grid)):
+    for t, t_next in pairwise(_times(field, t_grid, up=True)):
         x = x + (t_next - t) * _velocity(field, x, t, cond)
     return x
 
@@ -42,7 +42,7 @@ def heun(field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Tensor:
 
     A step to sigma = 0, or to below the field's range, is Euler's: one such step keeps the order of the whole.
     """
-    for t, t_next in pairwise(_times(field, t_grid)):
+    for t, t_next in pairwise(_times(field, t_grid, up=True)):
         v = _velocity(field, x, t, cond)
         x_next = x + (t_next - t) * v
         if t_next >= field.t_range[0] and _coefficients(field, t_next)[1] > 0:
@@ -140,9 +140,12 @@ def on_linear_path(field: VelocityField) -> VelocityField:
     return field if field.interpolant.name == "linear" else Rescheduled(field, linear())
 
 
-def _times(field: VelocityField, t_grid: Tensor) -> list[float]:
-    if t_grid.ndim != 1 or t_grid.numel() < 2 or not ((t_grid.diff() < 0).all() or (t_grid.diff() > 0).all()):
-        raise ValueError(f"t_grid must be [N+1 >= 2] and go one way, got {t_grid.tolist()}")
+def _times(field: VelocityField, t_grid: Tensor, *, up: bool = False) -> list[float]:
+    """The times of a grid. up: one from data to noise will do too."""
+    steps = t_grid.diff()
+    if t_grid.ndim != 1 or t_grid.numel() < 2 or not ((steps < 0).all() or (up and (steps > 0).all())):
+        ways = "increasing or decreasing" if up else "decreasing"
+        raise ValueError(f"t_grid must be [N+1 >= 2] and {ways}, got {t_grid.tolist()}")
     inside(t_grid[:-1].double(), field.t_range)
     return t_grid.double().tolist()
 

@@ -234,9 +234,9 @@ class PairsStage(Frozen):
     count: PositiveInt
     """number of pairs"""
     paths: Literal["backward", "forward", "segments", "trajectories"] = "backward"
-    """backward: from noise; forward: from real data to noise; trajectories, segments: with states at `times`"""
+    """forward: from real data to noise; the last two keep states"""
     times: list[Fraction] | None = None
-    """1 to 0 in steps of the solver: of a trajectory's states; a segment goes from noised data to the next time"""
+    """from 1 to 0, of a trajectory's states; a segment goes from data, noised to one of them, to the next"""
     solver: Literal["euler", "heun", "dpm_solver_pp_2m"] = "heun"
     """solver of the teacher's ODE"""
     steps: PositiveInt = 16

@@ -351,12 +351,12 @@ def _source(work: Work, stage: TrainStage, training: Training) -> tuple[Source, 
     if not stage.pair_shares:
         assert data is not None, "workflow.check lets no such stage through"
         return data, training.inputs
-    names, counts = list(stage.pair_shares), mixed.parts(stage.batch_size, list(stage.pair_shares.values()))
-    sets = [pairs.PairSet.open(work.run.stage(name).pairs, training.card.teacher_digest) for name in names]
+    counts, digest = mixed.parts(stage.batch_size, list(stage.pair_shares.values())), training.card.teacher_digest
+    sets = [pairs.PairSet.open(work.run.stage(name).pairs, digest) for name in stage.pair_shares]
     sources = [pairs.PairSource(each, count, work.seed) for each, count in zip(sets, counts, strict=True)]
     source = sources[0] if len(sources) == 1 else pairs.Mixed(sources, counts)
-    digests = {f"pairs {name}": each.manifest.digest for name, each in zip(names, sets, strict=True)}
-    return source if data is None else pairs.Beside(source, data), {**training.inputs, **digests}
+    inputs = {**training.inputs, "pairs": " ".join(each.manifest.digest for each in sets)}
+    return source if data is None else pairs.Beside(source, data), inputs
 
 
 def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:

@@ -30,6 +30,7 @@ ANYWHERE = {
     "results",
     "card",
     "space",
+    "pairspec",
 }  # no torch in them, usable by both planes
 CONTROL = ANYWHERE | {
     "overrides",
@@ -37,7 +38,6 @@ CONTROL = ANYWHERE | {
     "yamltext",
     "specfile",
     "workflow",
-    "pairspec",
     "planning",
     "launch",
     "registry",
