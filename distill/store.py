@@ -12,7 +12,11 @@ from typing import Any
 
 from distill.guard import InputError, RunError, suggest
 
-RESERVED = {"inputs": "what runs read from the hub", "registry": "the students that are published"}
+RESERVED = {
+    "inputs": "what runs read from the hub",
+    "registry": "the students that are published",
+    "schedules": "step times that were found",
+}
 
 
 def sync_dir(path: Path) -> None:
@@ -47,6 +51,21 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise RunError(f"cannot write {path}: {error.strerror}; nothing was changed") from error
+    sync_dir(path.parent)
+
+
+def write_first(path: Path, content: str | bytes) -> None:
+    """`write_atomic`, unless another process has been first: then its content stays."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    write_atomic(temporary, content)
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}; nothing was changed") from error
+    finally:
+        temporary.unlink()
     sync_dir(path.parent)
 
 
