@@ -12,17 +12,27 @@ from typing import Literal
 import torch
 
 from distill import card as cards
-from distill import checkpoint, engine, memory, pairs, pairspec, registry, results, sampling, teachers, workflow
+from distill import (
+    checkpoint,
+    engine,
+    memory,
+    pairs,
+    pairspec,
+    registry,
+    results,
+    sampling,
+    sources,
+    teachers,
+    workflow,
+)
 from distill import data as datasets
 from distill.card import StudentCard
 from distill.data import DataSet
 from distill.draws import key
 from distill.export import export
 from distill.guard import InputError, RunError
-from distill.pairs import mixed
-from distill.pairs import paths as pair_paths
 from distill.progress import Progress
-from distill.protocols import Recipe, Source, Trained
+from distill.protocols import Recipe, Trained
 from distill.sharded import Zero
 from distill.spec import CheckpointTeacher, EvaluateStage, LaunchSpec, PairsStage, RunSpec, TrainStage
 from distill.stop import StopRequest
@@ -182,13 +192,6 @@ def _check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
         )
 
 
-def _teacher(work: Work, stage: str | None, device: torch.device) -> LoadedTeacher | None:
-    """The student of a stage, or the spec's teacher where no stage is named; None if there is neither."""
-    if stage is not None:
-        return teachers.load(CheckpointTeacher(path=str(work.run.student(stage))), device)
-    return None if work.spec.teacher is None else teachers.load(work.spec.teacher, device)
-
-
 def _teacher_name(spec: RunSpec, stage: TrainStage) -> str:
     """For the model card: which teacher, without the places of this machine."""
     if stage.teacher is not None:
@@ -217,7 +220,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
     """device: of the teacher, and of weights that start as its."""
     module = registry.load(stage.recipe, work.run.root)
     config = workflow.recipe_config(stage, work.run.root)
-    teacher = _teacher(work, stage.teacher, device) if "teacher" in config.needs else None
+    teacher = sources.teacher(work.run, work.spec, stage.teacher, device) if "teacher" in config.needs else None
     if teacher is not None:
         teacher = teacher_on_linear_path(teacher)
     origin = loaded.load(work.run.student(stage.init), device) if stage.init is not None else teacher
@@ -265,7 +268,9 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
     training = _training(work, stage, CPU if launch.divide_teacher else work.device)  # whole, it might not fit there
     zero = Zero(launch.zero_stage, launch.divide_teacher, launch.zero_persistence_threshold, launch.offload_optimizer)
     probe = memory.Probe(zero, work.world.size) if work.measure else None
-    source, inputs = _source(work, stage, training)
+    source, digests = sources.batches(
+        work.run, stage, seed=work.seed, data=training.data, teacher_digest=training.card.teacher_digest
+    )
     with work.progress(stage.images, "images") as progress, probe.activations if probe else nullcontext():
         result = engine.train(
             training.recipe,
@@ -279,7 +284,7 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
             progress=progress,
             stop=work.stop,
             run=work.run if work.world.first else None,
-            inputs=inputs,
+            inputs={**training.inputs, **digests},
             world=work.world,
             zero=zero,
             teacher=None if training.teacher is None else training.teacher.network,
@@ -345,39 +350,11 @@ def _export(
     export(student.module, folder, training.card.model_copy(update={"weights": weights, "images": images}))
 
 
-def _source(work: Work, stage: TrainStage, training: Training) -> tuple[Source, dict[str, str]]:
-    """Where the stage's batches come from, and the digests of all that it trains on."""
-    data = None if training.data is None else datasets.DataSource(training.data, stage.batch_size, work.seed)
-    if not stage.pair_shares:
-        assert data is not None, "workflow.check lets no such stage through"
-        return data, training.inputs
-    counts, digest = mixed.parts(stage.batch_size, list(stage.pair_shares.values())), training.card.teacher_digest
-    sets = [pairs.PairSet.open(work.run.stage(name).pairs, digest) for name in stage.pair_shares]
-    sources = [pairs.PairSource(each, count, work.seed) for each, count in zip(sets, counts, strict=True)]
-    source = sources[0] if len(sources) == 1 else pairs.Mixed(sources, counts)
-    inputs = {**training.inputs, "pairs": " ".join(each.manifest.digest for each in sets)}
-    return source if data is None else pairs.Beside(source, data), inputs
-
-
 def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
-    teacher = _teacher(work, stage.teacher, work.device)
-    assert teacher is not None, "workflow.check lets no such stage through"
-    folder, real, digest = work.run.stage(work.name).pairs, None, None
-    if stage.paths in pairspec.OF_DATA:
-        data = datasets.load(work.spec.data, work.spec.seed)
-        real, digest = pair_paths.of_data(data, _teacher(work, None, CPU), seed=work.seed, block=stage.block)
+    folder = work.run.stage(work.name).pairs
     with work.progress(pairs.size(stage, work.part), "pairs") as progress:
-        pairs.generate(
-            teacher,
-            stage,
-            folder,
-            seed=work.seed,
-            device=work.device,
-            progress=progress,
-            stop=work.stop,
-            part=work.part,
-            real=real,
-            data_digest=digest,
+        sources.Solving.of_run(work.run, work.spec, work.name, work.device).generate(
+            folder, progress, work.stop, work.part
         )
     return {"count": stage.count, "pairs": str(folder)}
 

@@ -17,7 +17,7 @@ LAYERS = [
     {"times", "fields", "solvers", "samplers", "autodiff", "distances", "couplings"},
     {"hub", "teachers", "students", "latents", "conditions", "data", "pairs", "ema", "metrics", "grids"},
     {"world", "trainable", "sharded", "checkpoint", "roles", "export", "sampling", "schedules"},
-    {"evaluate", "report", "charts", "engine", "memory"},
+    {"evaluate", "report", "charts", "engine", "memory", "sources"},
     {"stages", "estimate"},
     {"cli", "testing"},
 ]

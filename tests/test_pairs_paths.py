@@ -13,7 +13,7 @@ from distill.draws import Rows
 from distill.fields import Counted
 from distill.guard import InputError
 from distill.interpolants import linear
-from distill.pairs import Beside, Mixed, PairSet, PairSource, accuracy, generate, mixed
+from distill.pairs import Beside, Mixed, PairSet, PairSource, accuracy, generate, mixed, plan
 from distill.pairs.numbers import Rounding, Whiteness, restored, stored
 from distill.pairs.paths import of_data
 from distill.progress import Progress
@@ -207,9 +207,7 @@ def test_inverted_noise_that_is_none_is_said(tmp_path, capsys):
 
 def measured(solver, steps):
     stage = PairsStage(kind="pairs", count=1000, solver=solver, steps=steps, block=250, shard=1000)
-    from distill.pairs.generate import _plan
-
-    return accuracy.measure(TEACHER.field, _plan(TEACHER, stage, 0, None), None, CPU)
+    return accuracy.measure(TEACHER.field, plan(TEACHER, stage, 0, None), None, CPU)
 
 
 def test_the_steps_that_are_enough_are_found():

@@ -42,7 +42,7 @@ def generate(
     part: (i, n) makes the shards i, i + n, ... alone, beside others that make the rest. real: what paths begin with
     that begin with data; data_digest is of all of it.
     """
-    field, planned = teacher.guided(stage.guidance_scale), _plan(teacher, stage, seed, data_digest)
+    field, planned = teacher.guided(stage.guidance_scale), plan(teacher, stage, seed, data_digest)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -113,7 +113,8 @@ def _judge(manifest: Manifest, progress: Progress) -> None:
         )
 
 
-def _plan(teacher: LoadedTeacher, stage: PairsStage, seed: int, data_digest: str | None) -> Manifest:
+def plan(teacher: LoadedTeacher, stage: PairsStage, seed: int, data_digest: str | None) -> Manifest:
+    """What the set will be, before any of it is made; InputError for a stage that cannot be."""
     for mistake in pairspec.mistakes(stage, ""):
         raise InputError(mistake)
     times = None if stage.times is None else paths.actual_times(teacher.field, stage.steps, stage.times)
