@@ -32,7 +32,7 @@ from distill.fields import start
 from distill.guard import InputError
 from distill.protocols import Cond, VelocityField
 from distill.sampling import condition
-from distill.spec import Frozen
+from distill.spec import Frozen, PairsStage
 from distill.store import write_first
 from distill.students.loaded import LoadedStudent
 from distill.students.velocity import VelocityStudent
@@ -176,6 +176,17 @@ def find(
         return Costs.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise InputError(f"{path} does not hold step times; delete it, and they are found again") from error
+
+
+def with_times(stage: PairsStage, teacher: LoadedTeacher, store: Path, device: torch.device) -> PairsStage:
+    """The stage with the times that its `optimal_times` asks for."""
+    if stage.optimal_times is None:
+        return stage
+    costs = find(
+        teacher, store, device=device, solver=stage.solver, fine=stage.steps, guidance_scale=stage.guidance_scale
+    )
+    times = [1 - i / stage.steps for i in costs.best(stage.optimal_times).indices]
+    return stage.model_copy(update={"times": times, "optimal_times": None})
 
 
 def _measured(network: LoadedTeacher | LoadedStudent, facts: Costs, device: torch.device) -> Costs:

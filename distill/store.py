@@ -103,6 +103,11 @@ class StagePaths:
     def pairs(self) -> Path:
         return self.root / "pairs"
 
+    @property
+    def times(self) -> Path:
+        """JSON with the times of the states that a train stage's pairs had; the pairs may be deleted."""
+        return self.root / "times.json"
+
     def memory(self, rank: int) -> Path:
         """What a rank's memory held, where it was measured."""
         return self.root / f"memory-{rank}.json"
