@@ -21,6 +21,7 @@ from distill.spec import (
     Stage,
     TrainStage,
     UNetSpec,
+    is_path,
 )
 from distill.store import RunPaths, read_json
 
@@ -130,7 +131,7 @@ def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
             yield from _guidance(spec, stage, stage.guidance_scale, base, where)
         else:
             used |= {"data", "teacher"} if stage.teacher is None else {"data"}
-            yield from _evaluate(spec, stage, where)
+            yield from _evaluate(spec, stage, base, where)
             yield from _guidance(spec, stage, stage.guidance_scale, base, where)
     trained = [stage.teacher for stage in spec.stages.values() if isinstance(stage, TrainStage) and stage.teacher]
     loaded = isinstance(spec.teacher, CheckpointTeacher) and "teacher" in used
@@ -380,9 +381,18 @@ def _pairs(spec: RunSpec, stage: PairsStage, where: str) -> Iterator[str]:
     yield from pairspec.mistakes(stage, f"{where}.")
 
 
-def _evaluate(spec: RunSpec, stage: EvaluateStage, where: str) -> Iterator[str]:
+def _evaluate(spec: RunSpec, stage: EvaluateStage, base: Path, where: str) -> Iterator[str]:
     if stage.teacher is None and spec.teacher is None:
         yield f"{where}: an evaluation needs a teacher; give {where}.teacher (a train stage), or the spec's teacher"
     for student, steps in stage.students.items():
         if not steps:
             yield f"{where}.students.{student}: no numbers of steps given, e.g. [1, 2, 4]"
+    for network, ways in stage.times.items():
+        here = f"{where}.times.{network}"
+        if network not in ("teacher", *stage.students):
+            yield f"{here}: not measured here; {suggest(network, ['teacher', *stage.students])}"
+        if _kind(spec.stages.get(network), base) == "flow_map":
+            yield f"{here}: a flow map, which is made for uniform steps; remove it"
+        for times in ways:
+            if times != "optimal" and not is_path(times):
+                yield f"{here}: {times} given; times go from 1 down to 0, like [1, 0.6, 0]"

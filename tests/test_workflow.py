@@ -247,6 +247,18 @@ CASES = {
         images() | {"launch": {"zero_stage": 2, "zero_persistence_threshold": 0}},
         "launch.zero_persistence_threshold: only zero_stage 3 divides weights, so it has no effect; remove it",
     ),
+    "times of nobody": (
+        vectors(e={"times": {"s": ["optimal"]}}),
+        "stages.e.times.s: not measured here; valid: r, teacher",
+    ),
+    "times that lead nowhere": (
+        vectors(e={"times": {"teacher": [[1, 0.5]]}}),
+        "stages.e.times.teacher: [1.0, 0.5] given; times go from 1 down to 0, like [1, 0.6, 0]",
+    ),
+    "times by another word": (
+        vectors(e={"times": {"teacher": ["best"]}}),
+        "f: stages.e.times.teacher.0: 'best' given; must be 'optimal' or a list",
+    ),
     "nothing to offload": (
         images() | {"launch": {"zero_stage": 0, "offload_optimizer": True}},
         "launch.offload_optimizer: only zero_stage 1 to 3 move the optimizer, so it has no effect; remove it",
@@ -402,6 +414,8 @@ def test_a_flow_map_is_a_student_and_no_teacher(tmp_path, sampler):
     (tmp_path / "map.py").write_text(FLOW_MAP.replace('sampler = "euler"', f'sampler = "{sampler}"'))
     flow_map = {**REFLOW, "recipe": "./map.py"}
     assert mistakes(vectors(r=flow_map), tmp_path) == []
+    along = vectors(r=flow_map, e={"times": {"r": ["optimal"]}})
+    assert mistakes(along, tmp_path) == ["stages.e.times.r: a flow map, which is made for uniform steps; remove it"]
     again = {**flow_map, "network": None, "init": "r"}
     assert mistakes(vectors(r=flow_map, again=again), tmp_path) == [], "of one flow map another is made"
     assert mistakes(vectors(again=again), tmp_path) == [], "and of a velocity student"
@@ -540,3 +554,7 @@ def test_plan_counts_work_and_network_calls():
     guided = planning.steps(specfile.validate(vectors(**changes), "f"), Path())
     assert guided[0].network_calls == 100 * 10
     assert guided[2].network_calls == 2500 * (2 * (1 + 2 + 4 + 8 + 16 + 31) + 1)
+    times = {"teacher": ["optimal", [1, 0.5, 0.2, 0]], "r": [[1, 0.6, 0]]}
+    along = planning.steps(specfile.validate(vectors(e={"times": times}), "f"), Path())[2]
+    assert along.network_calls == 2500 * (2 * (1 + 2 + 4 + 8 + 16) + 31 + 3 + 1 + 2)
+    assert along.work.startswith("14 rows x 2,500 samples")
