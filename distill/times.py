@@ -89,15 +89,15 @@ def nearer(t: Tensor, closeness: float, k: float = 8.0, b: float = 1.0) -> Tenso
     return ratio / (1 + ratio)
 
 
-def law(name: str, mean: float | None = None, std: float | None = None) -> Callable[[Tensor], Tensor]:
-    """The law of that name; mean (null: 0) and std (null: 1) are those of logit_normal."""
+def law(name: str, mu: float | None = None, sigma: float | None = None) -> Callable[[Tensor], Tensor]:
+    """The law of that name; mu (null: 0) and sigma (null: 1) are mean and standard deviation of logit_normal."""
     laws: dict[str, Callable[[Tensor], Tensor]] = {"uniform": uniform, "u_shaped": u_shaped, "exp10": exp10}
     if name == "logit_normal":
-        return partial(logit_normal, mean=0.0 if mean is None else mean, std=1.0 if std is None else std)
+        return partial(logit_normal, mean=0.0 if mu is None else mu, std=1.0 if sigma is None else sigma)
     if name not in laws:
         raise ValueError(f"unknown time law '{name}': {suggest(name, [*laws, 'logit_normal'])}")
-    if mean is not None or std is not None:
-        raise ValueError(f"mean and std have no effect on the time law {name}")
+    if mu is not None or sigma is not None:
+        raise ValueError(f"mu and sigma have no effect with time_law: {name}; remove them or use logit_normal")
     return laws[name]
 
 

@@ -99,7 +99,9 @@ def test_a_law_by_name_is_that_law():
     assert torch.equal(times.law("logit_normal")(u), times.logit_normal(u))
     with pytest.raises(ValueError, match="unknown time law 'exp': did you mean 'exp10'"):
         times.law("exp")
-    with pytest.raises(ValueError, match="mean and std have no effect on the time law uniform"):
+    with pytest.raises(
+        ValueError, match="mu and sigma have no effect with time_law: uniform; remove them or use logit_normal"
+    ):
         times.law("uniform", 0.0)
 
 
