@@ -300,6 +300,8 @@ def _train(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: str) 
 
 
 def _network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, where: str) -> Iterator[str]:
+    if stage.dropout is not None:
+        yield f"{where}: a fresh network has its own dropout, so that of the stage has no effect; remove it"
     vectors = stage.teacher is None and isinstance(spec.teacher, GaussianTeacher | MixtureTeacher)
     side = {"digits": 8, "mnist": 28}.get(spec.data.kind)
     if isinstance(spec.data, ImagesData | HfData):

@@ -27,7 +27,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     time_law: Literal["uniform", "u_shaped", "exp10", "logit_normal"] = "uniform"
-    """density of the training times: u_shaped prefers both ends, exp10 the noise, logit_normal the middle"""
+    """density of the training times; u_shaped: at both ends, exp10: at the noise"""
     mu: float | None = None
     """mean of logit(t) under logit_normal; null: 0"""
     sigma: PositiveFloat | None = None
@@ -35,7 +35,7 @@ class Config(BaseModel):
     distance: Literal["l2", "pseudo_huber"] = "l2"
     """between predicted and true velocity, per sample"""
     data_weight: PositiveFloat | None = None
-    """weight of flow matching on real data beside the pairs, which fights straightness: at most 0.1; null: none"""
+    """of flow matching on real data beside the pairs; it fights straightness, so at most 0.1; null: none"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:

@@ -40,7 +40,7 @@ class Config(BaseModel):
     lpips_over_t: bool | None = None
     """weigh LPIPS by 1/t, configuration F; null: false, configuration E"""
     sampler: Literal["euler", "same_noise"] = "euler"
-    """of the student: straight steps, or data predicted and mixed with the first noise; they differ from 3 steps on"""
+    """of the student; same_noise: the new update rule, which is Euler's in 1 and 2 steps"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
