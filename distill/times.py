@@ -41,6 +41,18 @@ def karras_grid(steps: int, sigma_max: float = 80.0, sigma_min: float = 0.002, r
     return _ending_at_zero(sigma / (1 + sigma))
 
 
+def sigmoid_grid(steps: int, sharpness: float) -> Tensor:
+    """[steps + 1] from 1 to 0, t_i = (s(k/2 - k i/N) - s(-k/2)) / (s(k/2) - s(-k/2)), s the logistic function and k the
+    sharpness: dense at both ends, uniform as k goes to 0 (Kim et al. 2024, arXiv 2410.07815).
+    """
+    _check_steps(steps)
+    if sharpness <= 0:
+        raise ValueError(f"sharpness must be positive, got {sharpness}")
+    i = torch.arange(steps + 1, dtype=torch.float64)
+    bent = torch.tanh(sharpness / 4 * (steps - 2 * i) / steps)  # s(x) = 1/2 + tanh(x/2)/2: symmetric to the last bit
+    return (1 + bent / bent[0]) / 2
+
+
 def shifted(t: Tensor, shift: float) -> Tensor:
     """t' = S t / (1 + (S - 1) t): sigma/alpha times S (Esser et al. 2024, arXiv 2403.03206, sec. 5.3.2). Any shape."""
     if shift <= 0:
