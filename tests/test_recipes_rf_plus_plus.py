@@ -7,10 +7,23 @@ import torch
 from diffusers import UNet2DModel
 from pydantic import ValidationError
 from scipy.stats import kstest
-from test_recipes_reflow import LAMBDA, SHAPES, M, Student, context, given, loss, lpips_options, oracle_pairs, v1, v2
+from test_recipes_reflow import (
+    LAMBDA,
+    SHAPES,
+    M,
+    Student,
+    context,
+    given,
+    loss,
+    lpips_options,
+    oracle_pairs,
+    target,
+    v1,
+    v2,
+)
 from test_times import u_shaped_cdf
 
-from distill import testing
+from distill import sampling, testing
 from distill.guard import InputError
 from distill.protocols import Frozen, Trained
 from distill.spec import GaussianTeacher, UNetSpec
@@ -19,6 +32,7 @@ from distill.students.networks import build
 from distill.teachers.analytic import gaussian_teacher
 from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import EdmField
+from distill.times import uniform_grid
 from recipes.reflow import rf_plus_plus
 from recipes.reflow.rf_plus_plus import Config, Recipe
 
@@ -105,6 +119,22 @@ def test_an_edm_network_starts_as_the_velocity_of_its_denoiser(monkeypatch):
     # beyond 80 the student is called too: it holds what the network knew at 80
     t = torch.linspace(80 / 81, 1, 50, dtype=torch.float64)
     assert (student(x[:50], t, {}) - v1(x[:50], t)).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+def test_the_new_update_rule_is_euler_along_the_straight_field_and_in_two_steps(steps):  # T08, check (ii)
+    noise, grid = oracle_pairs((64, 3)).pairs.noise, uniform_grid(steps)
+
+    def samples(sampler, velocity):
+        student = Recipe(Config(sampler=sampler), None)
+        assert Recipe.sampler == "euler" and not sampling.own_grids(student, None)
+        return sampling.by_sampler(Student(velocity), student.sampler, noise, grid, {}, [])
+
+    straight = samples("same_noise", v2)
+    assert (straight - target(noise)).abs().max() < 1e-12
+    assert (straight - samples("euler", v2)).abs().max() < 1e-12
+    apart = (samples("same_noise", v1) - samples("euler", v1)).abs().max()
+    assert apart < 1e-12 if steps <= 2 else apart > 1e-2
 
 
 def test_lpips_is_refused_for_vectors(lpips_options):
