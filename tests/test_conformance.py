@@ -55,6 +55,7 @@ def test_recipe(name, check, tmp_path):
 OTHER_OPTIONS = [
     ("reflow/reflow", {"data_weight": 0.1, "time_law": "logit_normal", "distance": "pseudo_huber"}),
     ("reflow/rf_plus_plus", {"sampler": "same_noise"}),
+    ("reflow/simple_reflow", {"project_block": 4, "sharpness": None, "high_pass_weight": 0.0}),
     ("consistency/consistency", {"times": "continuous", "halving_images": 16, "target_decay": 0.9}),
     ("consistency/consistency", {"point": "data", "distance": "l2"}),
     ("shortcut/shortcut", {"base": "two_steps", "grid": 4, "target_decay": None}),
