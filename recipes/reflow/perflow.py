@@ -39,8 +39,8 @@ class Config(BaseModel):
     """its steps in each window"""
     parameterisation: Literal["velocity", "diff_eps", "ddim_eps"] = "velocity"
     """of the regression, which decides the weight of a time; the student is a velocity field in each"""
-    discrete_times: PositiveInt | None = None
-    """train at so many times only, a multiple of windows: 1/n, 2/n ... 1; null: at all times"""
+    times_per_window: PositiveInt | None = None
+    """train at so many times of a window, equally far apart, its start the first; 1: for K steps only; null: at all"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     """of the teacher, baked into the student; 1 = none"""
     label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -50,14 +50,9 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
-        levels, k = self.discrete_times, self.windows
-        if levels is not None and levels % k:
+        if self.times_per_window == 1 and self.parameterisation != "velocity":
             raise ValueError(
-                f"discrete_times: {levels} is not a multiple of windows: {k}; nearest: {-(-levels // k) * k}"
-            )
-        if levels == k and self.parameterisation != "velocity":
-            raise ValueError(
-                f"{self.parameterisation} has no weight at t = 1, the first window's only time; use velocity"
+                f"times_per_window: 1 is the start of each, where {self.parameterisation} has no weight at t = 1"
             )
         if self.guidance_sync and self.guidance_scale != 1:
             raise ValueError("guidance_scale has no effect with guidance_sync: true; remove one of them")
@@ -92,13 +87,13 @@ class Recipe:
         yield Turn("student", self.loss)
 
     def t_grids(self, times: Sequence[float] | None) -> Mapping[int, Sequence[float]]:
-        return window_grids(self.borders)
+        return window_grids(self.borders, most=1 if self.config.times_per_window == 1 else 16)
 
     def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
         assert batch.data is not None and self.teacher is not None
         c, data, cond = self.config, batch.data, batch.cond
         u, noise = ctx.draw.uniform("t", data), ctx.draw.normal("noise", data)
-        t = uniform(u) if c.discrete_times is None else discrete(u, c.discrete_times)  # [B]
+        t = uniform(u) if c.times_per_window is None else discrete(u, c.windows * c.times_per_window)  # [B]
         if c.label_dropout > 0:
             cond = drop_condition(cond, self.null(cond), ctx.draw.uniform("dropped", data) < c.label_dropout)
         seen = cond if c.guidance_sync else batch.cond

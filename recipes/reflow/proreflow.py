@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from distill import distances, windows
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
-from distill.times import uniform, uniform_grid, window_grids
+from distill.times import discrete, uniform, uniform_grid, window_grids
 
 
 class Config(BaseModel):
@@ -29,6 +29,8 @@ class Config(BaseModel):
 
     windows: PositiveInt = 4
     """equal windows of time in this stage, K; the student takes K steps or more"""
+    times_per_window: PositiveInt | None = None
+    """train at so many times of a window, equally far apart, its start the first; 1: for K steps only; null: at all"""
     solver: Literal["euler", "heun"] = "euler"
     """of the teacher, within a window"""
     teacher_steps: PositiveInt = 32
@@ -68,12 +70,13 @@ class Recipe:
         yield Turn("student", self.loss)
 
     def t_grids(self, times: Sequence[float] | None) -> Mapping[int, Sequence[float]]:
-        return window_grids(self.borders)
+        return window_grids(self.borders, most=1 if self.config.times_per_window == 1 else 16)
 
     def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
         assert batch.data is not None and self.teacher is not None
         c, data, noise = self.config, batch.data, ctx.draw.normal("noise", batch.data)
-        t, steps = uniform(ctx.draw.uniform("t", data)), c.teacher_steps // c.windows
+        u, steps = ctx.draw.uniform("t", data), c.teacher_steps // c.windows
+        t = uniform(u) if c.times_per_window is None else discrete(u, c.windows * c.times_per_window)  # [B]
         with torch.no_grad():
             segment = windows.solve(
                 self.teacher, data, noise, t, batch.cond, borders=self.borders, solver=c.solver, steps=steps

@@ -2,7 +2,8 @@
 
 Minimises E || v(x_t, t) - (x_s - x_e)/(t_s - t_e) ||^2 / d over segments, with x_e = ODE(x_s) from t_s to t_e < t_s and
 x_t on the line between the two, t uniform. Paths that bend less within a segment have a smaller error over all; where
-the minimum is zero, one Euler step a segment is the teacher's map. `at: start` is the distillation of each segment.
+the minimum is zero, one Euler step a segment is the teacher's map. `times_per_segment: 1` is their distillation of
+each segment to one step.
 
 Deviations: which starts the authors use is unverified. Both are possible, by the pairs: `paths: segments` begin with
 noised real data, `paths: trajectories` lie on the teacher's own paths, of which each sample takes one segment at
@@ -10,14 +11,13 @@ random. All segments are as likely, whatever their length. The number of segment
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from distill import distances
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
-from distill.times import window_grids
+from distill.times import discrete, window_grids
 from distill.windows import Segment
 
 
@@ -26,8 +26,8 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    at: Literal["all", "start"] = "all"
-    """times of a segment to train at: all; start: its first only, for one step a segment and no more"""
+    times_per_segment: PositiveInt | None = None
+    """train at so many times of a segment, equally far apart, its start the first; 1: for K steps only; null: at all"""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -54,7 +54,7 @@ class Recipe:
         if times is None:
             return {}
         borders = torch.tensor(times, dtype=torch.float64)
-        return window_grids(borders, most=16 if self.config.at == "all" else 1)
+        return window_grids(borders, most=1 if self.config.times_per_segment == 1 else 16)
 
     def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
         assert batch.pairs is not None and batch.pairs.states is not None and batch.pairs.times is not None
@@ -62,7 +62,8 @@ class Recipe:
         num_segments, rows = states.shape[1] - 1, torch.arange(len(states), device=states.device)
         k = (ctx.draw.uniform("segment", times) * num_segments).long().clamp(max=num_segments - 1)  # [B]
         segment = Segment(states[rows, k], states[rows, k + 1], times[rows, k], times[rows, k + 1])
-        t = segment.t_s
-        if self.config.at == "all":
-            t = torch.lerp(segment.t_s, segment.t_e, ctx.draw.uniform("t", times))  # [B], t_e < t <= t_s
+        u, levels = ctx.draw.uniform("t", times), self.config.times_per_segment
+        t = torch.lerp(
+            segment.t_e, segment.t_s, 1 - u if levels is None else discrete(u, levels)
+        )  # [B], t_e < t <= t_s
         return Loss(distances.mse(student(segment.at(t), t, batch.cond), segment.velocity).mean())
