@@ -17,7 +17,7 @@ LAYERS = [
     {"times", "fields", "solvers", "samplers", "autodiff", "distances", "couplings", "windows"},
     {"hub", "teachers", "students", "latents", "conditions", "data", "pairs", "ema", "metrics", "grids"},
     {"world", "trainable", "sharded", "checkpoint", "roles", "export", "sampling"},
-    {"evaluate", "report", "charts", "engine", "memory"},
+    {"evaluate", "report", "charts", "engine", "memory", "sources"},
     {"stages", "estimate"},
     {"cli", "testing"},
 ]
@@ -30,6 +30,7 @@ ANYWHERE = {
     "results",
     "card",
     "space",
+    "pairspec",
 }  # no torch in them, usable by both planes
 CONTROL = ANYWHERE | {
     "overrides",
@@ -37,7 +38,6 @@ CONTROL = ANYWHERE | {
     "yamltext",
     "specfile",
     "workflow",
-    "pairspec",
     "planning",
     "launch",
     "registry",

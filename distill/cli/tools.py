@@ -1,10 +1,11 @@
-"""`distill pairs`, `sample`, `eval`, `report` and `export`: single steps, with a folder instead of a spec."""
+"""`distill sample`, `eval`, `report` and `export`: single steps, with a folder instead of a spec."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from distill import card as cards
 from distill.cli.common import JsonOption, StoreOption, check_out, console, near, print_json, store_path
 from distill.guard import InputError, suggest
 from distill.store import find_run
@@ -15,47 +16,12 @@ SeedOption = Annotated[int, typer.Option(help="Of the noise.", min=0, max=2**63 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
-def pairs(
-    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help=TeacherHelp)],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the pairs; one that was interrupted is gone on with.")],
-    count: Annotated[int, typer.Option(help="Number of pairs.")] = 10000,
-    solver: Annotated[str, typer.Option(help="euler, heun or dpm_solver_pp_2m.")] = "heun",
-    steps: Annotated[int, typer.Option(help="Solver steps.")] = 16,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 = none.")] = 1.0,
-    seed: SeedOption = 0,
-    block: Annotated[int, typer.Option(help="Pairs solved at once.")] = 256,
-    shard: Annotated[int, typer.Option(help="Pairs per file, a multiple of --block.")] = 4096,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16, as stored.")] = "float32",
-    device: DeviceOption = "auto",
-    store: StoreOption = None,
-) -> None:
-    """Solve a teacher's ODE from noise to data and store the ends, without a spec."""
-    content = {"kind": "pairs", "count": count, "solver": solver, "steps": steps, "block": block, "shard": shard}
-    from distill import pairspec
-    from distill.cli import given
-    from distill.spec import PairsStage
-
-    stage = given.stage(PairsStage, content | {"guidance_scale": guidance_scale, "dtype": dtype})
-    for mistake in pairspec.mistakes(stage, "--"):
-        raise InputError(mistake)
-    check_out(out)
-    where = given.teacher(teacher, store_path(store))
-    from distill import pairs as pair_sets
-    from distill import teachers
-    from distill.progress import Progress
-    from distill.stop import StopRequest
-
-    place = given.device(device)
-    with StopRequest() as stop, Progress("pairs", count, "pairs", None) as progress:
-        loaded = teachers.load(where, place)
-        pair_sets.generate(loaded, stage, out, seed=seed, device=place, progress=progress, stop=stop)
-    print(f"{count:,} pairs of {loaded.description} in {near(out.absolute())}")
-
-
 def sample(
     student: StudentArgument,
     out: Annotated[Path, typer.Option("--out", help="A picture (.png), or the numbers (.safetensors).")],
-    steps: Annotated[int, typer.Option(help="Steps, one network call each.", min=1)] = 1,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps, one network call each; by default the fewest it is made for.", min=1)
+    ] = None,
     seed: SeedOption = 0,
     count: Annotated[int, typer.Option(help="Number of samples.", min=1)] = 64,
     classes: Annotated[str, typer.Option(help="One class, or one a sample: 3 or 0,1,2; by default all in turn.")] = "",
@@ -67,6 +33,7 @@ def sample(
 
     labels = given.numbers("--classes", classes) if classes else None
     folder = given.student(student, store_path(store))
+    steps = steps or cards.read(folder).fewest_steps
     from distill import sampling
 
     sampling.sample(folder, out, steps=steps, seed=seed, count=count, labels=labels, device=given.device(device))
@@ -78,7 +45,9 @@ def evaluate(
     out: Annotated[Path, typer.Option("--out", help="Folder of results.json and pictures.")],
     teacher: Annotated[str | None, typer.Option(help=f"{TeacherHelp} By default the one of the student's run.")] = None,
     data: Annotated[str | None, typer.Option(help="Real data: digits, mnist, or YAML; by default the run's.")] = None,
-    steps: Annotated[str, typer.Option(help="Numbers of steps of the student.")] = "1,2,4",
+    steps: Annotated[
+        str | None, typer.Option(help="Numbers of steps of the student; by default 1,2,4 or all it is made for.")
+    ] = None,
     teacher_steps: Annotated[str, typer.Option(help="Euler steps of the teacher.")] = "1,2,4,8,16",
     samples: Annotated[int, typer.Option(help="Samples a row.")] = 2500,
     seed: SeedOption = 0,
@@ -93,7 +62,8 @@ def evaluate(
     folder = given.student(student, runs)
     from distill.spec import EvaluateStage
 
-    content = {"kind": "evaluate", "students": {"student": given.numbers("--steps", steps)}, "samples": samples}
+    counts = given.numbers("--steps", steps) if steps else sorted(cards.read(folder).t_grids) or [1, 2, 4]
+    content = {"kind": "evaluate", "students": {"student": counts}, "samples": samples}
     stage = given.stage(EvaluateStage, content | {"teacher_steps": given.numbers("--teacher-steps", teacher_steps)})
     teacher_spec = given.teacher(teacher, runs) if teacher else given.teacher_of(folder)
     data_spec = given.data(data) if data else given.data_of(folder)
