@@ -26,7 +26,7 @@ from distill.metrics.reference import Reference, of_exact, of_images
 from distill.progress import Progress
 from distill.protocols import VelocityField
 from distill.results import FILE_NAME, Results, Row
-from distill.sampling import Method, blocks, condition, of_student, of_teacher
+from distill.sampling import Method, blocks, condition, grid, of_student, of_teacher, refuse_steps
 from distill.solvers import straightness
 from distill.spec import CheckpointTeacher, EvaluateStage, RunSpec
 from distill.stop import StopRequest
@@ -35,6 +35,7 @@ from distill.students import loaded
 from distill.students.loaded import LoadedStudent
 from distill.students.velocity import VelocityStudent
 from distill.teachers import LoadedTeacher
+from distill.times import uniform_grid
 
 VERSION = 1  # of the measurements: part of a row's key
 PICTURE_ROWS, PICTURE_POINTS = 6, 2000
@@ -101,7 +102,7 @@ def measure(
 
     Without data, samples are compared with `exact` ones, (seed, indices) -> samples; by default the teacher's, if any.
     """
-    _check(teacher, students, data)
+    _check(stage, teacher, students, data)
     try:
         for part in ("rows", "pictures"):
             (folder / part).mkdir(parents=True, exist_ok=True)
@@ -150,7 +151,9 @@ def _fine(stage: EvaluateStage) -> Plan:
     return Plan("teacher", "teacher", stage.fine_solver, stage.fine_steps, fine=True)
 
 
-def _check(teacher: LoadedTeacher, students: Mapping[str, LoadedStudent], data: DataSet | None) -> None:
+def _check(
+    stage: EvaluateStage, teacher: LoadedTeacher, students: Mapping[str, LoadedStudent], data: DataSet | None
+) -> None:
     """Refuse what cannot be compared, before anything is written."""
     for name, student in students.items():
         if (student.shape, student.num_classes) != (teacher.shape, teacher.num_classes):
@@ -159,6 +162,7 @@ def _check(teacher: LoadedTeacher, students: Mapping[str, LoadedStudent], data: 
                 f"classes, the teacher {list(teacher.shape)} with {teacher.num_classes or 'no'}; "
                 "compare a student with its own teacher"
             )
+        refuse_steps(student.t_grids, stage.students[name], f"students.{name}")
     if data is not None:
         refuse_few(data)
     if data is not None and data.shape != teacher.shape:
@@ -219,17 +223,19 @@ class _Work:
     def _network(self, plan: Plan) -> LoadedTeacher | LoadedStudent:
         return self.teacher if plan.role == "teacher" else self.students[plan.network]
 
-    def _method(self, plan: Plan, steps: int) -> Method:
+    def _method(self, plan: Plan, steps: int | None = None) -> Method:
+        """steps: uniform ones, in place of the plan's."""
         if plan.role == "teacher":
-            return of_teacher(self.teacher, plan.solver, steps, self.stage.guidance_scale)
-        return of_student(self.students[plan.network], steps)
+            return of_teacher(self.teacher, plan.solver, steps or plan.steps, self.stage.guidance_scale)
+        student = self.students[plan.network]
+        return of_student(student, uniform_grid(steps) if steps else grid(student.t_grids, plan.steps))
 
     def _samples(self, plan: Plan) -> tuple[Tensor, float]:
         """All samples of a row, and the mean seconds for one."""
         network, block = self._network(plan), self.stage.block
-        for _ in blocks(self._method(plan, 1), network, seed=self.seed, count=1, block=block, device=self.device):
+        for _ in blocks(self._method(plan, steps=1), network, seed=self.seed, count=1, block=block, device=self.device):
             pass  # the first call pays for allocations and the choice of kernels; the rate should not
-        method, before = self._method(plan, plan.steps), self.progress.done
+        method, before = self._method(plan), self.progress.done
         found, seconds = [], 0.0
         for made in blocks(method, network, seed=self.seed, count=self.stage.samples, block=block, device=self.device):
             found.append(made.samples)
@@ -248,7 +254,7 @@ class _Work:
             solver=plan.solver,
             steps=plan.steps,
             fine=plan.fine,
-            nfe=self._method(plan, plan.steps).nfe,
+            nfe=self._method(plan).nfe,
             distance=laws.get("distance"),
             kid=laws.get("kid"),
             precision=laws.get("precision"),
@@ -301,6 +307,8 @@ class _Work:
         facts = [VERSION, stage.samples, stage.block, self.seed, self.device.type, stage.guidance_scale, repr(plan)]
         facts += [self.teacher.digest, self._network(plan).digest, repr(_fine(stage))]
         facts += [reference.identity if reference else None]
+        if plan.role == "student":
+            facts += [{str(n): [*times] for n, times in self.students[plan.network].t_grids.items() if n == plan.steps}]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def kept(self, plan: Plan) -> Row | None:

@@ -22,6 +22,13 @@ def mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
         yield f"{prefix}shard: {stage.shard} is not a multiple of block ({stage.block}); nearest: {nearest}"
 
 
+def times_of(spec: RunSpec, stage: TrainStage) -> list[float] | None:
+    """The times of the states that a train stage's paths have, where all have the same."""
+    solved = [spec.stages[name] for name in stage.pair_shares]
+    found = [each.times for each in solved if isinstance(each, PairsStage)]
+    return found[0] if found and all(times == found[0] for times in found) else None
+
+
 def _times(stage: PairsStage, prefix: str) -> Iterator[str]:
     times = stage.times or []
     if len(times) < 2 or times[0] != 1 or times[-1] != 0 or any(a <= b for a, b in pairwise(times)):

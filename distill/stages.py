@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from distill import card as cards
-from distill import checkpoint, engine, memory, pairs, registry, results, teachers, workflow
+from distill import checkpoint, engine, memory, pairs, pairspec, registry, results, sampling, teachers, workflow
 from distill import data as datasets
 from distill.card import StudentCard
 from distill.data import DataSet
@@ -142,18 +142,29 @@ def check(spec: RunSpec, base: Path) -> None:
                 if teacher is not None:
                     teacher.guided(registry.guidance_scale(workflow.recipe_config(stage, base)))
                 if stage.init is None:
-                    _check_networks(stage, teacher, data, base)
+                    _t_grids(spec, name, stage, _check_networks(stage, teacher, data, base))
             except InputError as error:
                 raise InputError(f"stages.{name}: {error}") from error
 
 
-def _check_networks(stage: TrainStage, teacher: LoadedTeacher | None, data: DataSet | None, base: Path) -> None:
+def _check_networks(stage: TrainStage, teacher: LoadedTeacher | None, data: DataSet | None, base: Path) -> Recipe:
     module, config = registry.load(stage.recipe, base), workflow.recipe_config(stage, base)
     samples = teacher if "pairs" in config.needs or data is None else data
     assert samples is not None, "workflow.check lets no such spec through"
     given = teacher_on_linear_path(teacher) if "teacher" in config.needs and teacher is not None else None
     init = StudentInit(given, stage.network, samples.shape, samples.num_classes, 0, given)
-    module.Recipe(config, given).networks(init)
+    recipe: Recipe = module.Recipe(config, given)
+    recipe.networks(init)
+    return recipe
+
+
+def _t_grids(spec: RunSpec, name: str, stage: TrainStage, recipe: Recipe) -> dict[int, list[float]]:
+    """The times of its student's own; refuses, before hours are spent, evaluations that it will not be made for."""
+    t_grids = sampling.own_grids(recipe, pairspec.times_of(spec, stage))
+    for evaluation, each in spec.stages.items():
+        if isinstance(each, EvaluateStage) and name in each.students:
+            sampling.refuse_steps(t_grids, each.students[name], f"stages.{evaluation}.students.{name}")
+    return t_grids
 
 
 def _check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
@@ -224,6 +235,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
         license="" if teacher is None else teacher.license,
         kind=config.student,
         sampler=recipe.sampler,
+        t_grids=_t_grids(work.spec, work.name, stage, recipe),
         shape=samples.shape,
         num_classes=init.num_classes,
         null_class=init.null_class,
