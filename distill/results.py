@@ -35,7 +35,7 @@ class Row(Frozen):
     images_per_second: float
     """generation alone"""
     straightness: float | None
-    """of the network's own paths, 0 = straight; the same in all rows of a network; null: a flow map, which has none"""
+    """of the network's own paths, 0 = straight; the same in all rows of a network; null: a flow map and the like"""
     picture: str
     """file of the first samples, beside the results"""
 
