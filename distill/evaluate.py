@@ -6,7 +6,7 @@ A finished row is kept as a file of its own, keyed by everything its numbers dep
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,7 @@ from distill.metrics.reference import Reference, of_exact, of_images
 from distill.progress import Progress
 from distill.protocols import VelocityField
 from distill.results import FILE_NAME, Results, Row
-from distill.sampling import Method, blocks, condition, of_student, of_teacher
+from distill.sampling import Method, blocks, condition, of_field, of_student, of_teacher
 from distill.solvers import straightness
 from distill.spec import CheckpointTeacher, EvaluateStage, RunSpec
 from distill.stop import StopRequest
@@ -36,7 +36,7 @@ from distill.students.loaded import LoadedStudent
 from distill.students.velocity import VelocityStudent
 from distill.teachers import LoadedTeacher
 
-VERSION = 1  # of the measurements: part of a row's key
+VERSION = 2  # of the measurements: part of a row's key
 PICTURE_ROWS, PICTURE_POINTS = 6, 2000
 STRAIGHTNESS_STEPS, STRAIGHTNESS_SAMPLES = 16, 256
 
@@ -59,7 +59,8 @@ class Plan:
 
 def total(stage: EvaluateStage) -> int:
     """Samples that the stage makes: the length of its progress."""
-    return stage.samples * (len(stage.teacher_steps) + 1 + sum(map(len, stage.students.values())))
+    by_students = sum(map(len, stage.students.values())) + len(stage.fine_students)
+    return stage.samples * (len(stage.teacher_steps) + 1 + by_students)
 
 
 def evaluate(
@@ -101,7 +102,7 @@ def measure(
 
     Without data, samples are compared with `exact` ones, (seed, indices) -> samples; by default the teacher's, if any.
     """
-    _check(teacher, students, data)
+    _check(stage, teacher, students, data)
     try:
         for part in ("rows", "pictures"):
             (folder / part).mkdir(parents=True, exist_ok=True)
@@ -117,7 +118,7 @@ def measure(
     rows = [row for plan in plans if (row := work.kept(plan))]
     if len(rows) < len(plans):
         fine, endpoint = work.fine()
-        rows = [fine if plan.fine else work.row(plan, endpoint) for plan in plans]
+        rows = [fine if plan == _fine(stage) else work.row(plan, endpoint) for plan in plans]
     results = Results(
         stage=name,
         samples=stage.samples,
@@ -150,8 +151,11 @@ def _fine(stage: EvaluateStage) -> Plan:
     return Plan("teacher", "teacher", stage.fine_solver, stage.fine_steps, fine=True)
 
 
-def _check(teacher: LoadedTeacher, students: Mapping[str, LoadedStudent], data: DataSet | None) -> None:
+def _check(
+    stage: EvaluateStage, teacher: LoadedTeacher, students: Mapping[str, LoadedStudent], data: DataSet | None
+) -> None:
     """Refuse what cannot be compared, before anything is written."""
+    assert all(isinstance(students[name].student, VelocityStudent) for name in stage.fine_students), "workflow.check"
     for name, student in students.items():
         if (student.shape, student.num_classes) != (teacher.shape, teacher.num_classes):
             raise InputError(
@@ -185,8 +189,11 @@ class _Work:
         """The rows of the stage: teacher by Euler, teacher by the fine solver, students by their own samplers."""
         rows = [Plan("teacher", "teacher", "euler", steps) for steps in self.stage.teacher_steps]
         rows.append(_fine(self.stage))
-        students = self.stage.students.items()
-        return rows + [Plan(name, "student", self.students[name].sampler, n) for name, steps in students for n in steps]
+        for name, steps in self.stage.students.items():
+            rows += [Plan(name, "student", self.students[name].sampler, count) for count in steps]
+            if name in self.stage.fine_students:
+                rows.append(replace(_fine(self.stage), network=name, role="student"))
+        return rows
 
     @property
     def endpoint_path(self) -> Path:
@@ -222,6 +229,8 @@ class _Work:
     def _method(self, plan: Plan, steps: int) -> Method:
         if plan.role == "teacher":
             return of_teacher(self.teacher, plan.solver, steps, self.stage.guidance_scale)
+        if plan.fine:
+            return of_field(self.students[plan.network].student, plan.solver, steps)
         return of_student(self.students[plan.network], steps)
 
     def _samples(self, plan: Plan) -> tuple[Tensor, float]:
@@ -256,10 +265,20 @@ class _Work:
             rms=(samples.double() - endpoint.double()).square().mean().sqrt().item(),
             images_per_second=1 / seconds,
             straightness=self._straightness(plan),
+            transport=self._transport(samples),
             picture=picture.as_posix(),
         )
         write_json(self._path(plan), {"key": self._key(plan), "row": row.model_dump(mode="json")})
         return row
+
+    def _transport(self, samples: Tensor) -> float:
+        """E || sample - noise ||^2 / d, of the noises that they were made from."""
+        total = 0.0
+        for start in range(0, len(samples), self.stage.block):
+            part = samples[start : start + self.stage.block]
+            noise = sample_noise(self.seed, range(start, start + len(part)), self.teacher.shape)
+            total += (part - noise).double().square().sum().item()
+        return total / samples.numel()
 
     def _straightness(self, plan: Plan) -> float | None:
         """Of the network's own paths, by a fixed number of Euler steps over the first samples; found once for each.

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 from distill import card as cards
-from distill import checkpoint, engine, memory, pairs, registry, results, teachers, workflow
+from distill import checkpoint, engine, memory, pairs, registry, results, straightened, teachers, workflow
 from distill import data as datasets
 from distill.card import StudentCard
 from distill.data import DataSet
@@ -364,6 +364,11 @@ def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
 
     with work.progress(evaluate.total(stage), "samples") as progress:
         found = evaluate.evaluate(work.run, work.spec, work.name, device=work.device, progress=progress, stop=work.stop)
+        measured = straightened.round_of(found)
+        if measured is not None and measured.warning is not None:
+            progress.warn(measured.warning)
+    if measured is not None:
+        straightened.show(straightened.rounds(results.of_run(work.run)))
     for student in stage.students:
         _say_measured(work.run, found, student)
     return {"results": str(work.run.stage(work.name).root / "results.json"), "report": str(report.write(work.run))}
