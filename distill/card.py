@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,7 +16,8 @@ from distill.spec import Frozen
 from distill.store import write_atomic
 
 FILE_NAME, README = "distill.json", "README.md"
-SAMPLERS = {"velocity": ("euler",), "flow_map": ("jump", "renoise")}  # what a student of each kind can be sampled by
+# What a student of each kind can be sampled by.
+SAMPLERS = {"velocity": ("euler", "same_noise"), "flow_map": ("jump", "renoise")}
 
 
 class FileRecord(Frozen):
@@ -48,10 +50,10 @@ class StudentCard(Frozen):
     prediction: Literal["velocity"] = "velocity"
     """of a flow map: its average from t to s"""
     interpolant: Literal["linear"] = "linear"
-    sampler: Literal["euler", "jump", "renoise"] = "euler"
+    sampler: Literal["euler", "same_noise", "jump", "renoise"] = "euler"
     """a name in samplers/"""
-    t_grid: Literal["uniform"] = "uniform"
-    """1, (N-1)/N, ..., 1/N, 0 for N steps"""
+    t_grids: dict[int, list[float]] = {}
+    """number of steps N: its N + 1 times from 1 to 0, and it has no other N; empty: 1, (N-1)/N, ..., 0 for any N"""
     num_classes: int | None
     null_class: int | None
     """class id of the unconditional call"""
@@ -70,12 +72,31 @@ class StudentCard(Frozen):
     files: dict[str, FileRecord] = Field(default_factory=dict)
     """every other file of the folder; filled in by the export"""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_before(cls, content: Any) -> Any:  # noqa: ANN401  (whatever a file holds)
+        """Cards said t_grid: uniform, before there were others."""
+        if isinstance(content, dict) and content.get("t_grid") == "uniform":
+            return {name: value for name, value in content.items() if name != "t_grid"}
+        return content
+
     @model_validator(mode="after")
     def _can_be_sampled(self) -> Self:
         if self.sampler not in SAMPLERS[self.kind]:
             valid = ", ".join(SAMPLERS[self.kind])
             raise ValueError(f"sampler {self.sampler} does not fit a student of kind {self.kind}; valid: {valid}")
+        for steps, times in self.t_grids.items():
+            falling = all(t > s for t, s in pairwise(times))
+            if len(times) != steps + 1 or steps < 1 or times[0] != 1 or times[-1] != 0 or not falling:
+                raise ValueError(
+                    f"t_grids: {steps} steps go along {steps + 1} times from 1 down to 0, not along {times}"
+                )
         return self
+
+    @property
+    def fewest_steps(self) -> int:
+        """The smallest number of steps that it is made for."""
+        return min(self.t_grids, default=1)
 
 
 def record(folder: Path) -> dict[str, FileRecord]:
@@ -196,5 +217,5 @@ def readme(card: StudentCard, published: Publication | None = None) -> str:
     )
     facts: dict[str, Any] = card.model_dump()
     return environment.get_template("model_card.md.j2").render(
-        card=facts, vector=len(card.shape) == 1, measured=_measured(card), published=published
+        card=facts, steps=card.fewest_steps, vector=len(card.shape) == 1, measured=_measured(card), published=published
     )

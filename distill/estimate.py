@@ -104,7 +104,7 @@ def _pretend(student: torch.nn.Module, init: StudentInit) -> Student:
     """An untrained student, as the stages that follow would load it."""
     facts = (init.shape, init.num_classes, init.null_class, "", "a student")
     if isinstance(student, FlowMapStudent):
-        return LoadedStudent(student, "jump", *facts)
+        return LoadedStudent(student, "jump", {}, *facts)
     assert isinstance(student, VelocityStudent)
     network = student.network.eval().requires_grad_(False)
     return LoadedTeacher(NetworkField(network, linear(), "velocity", TIME_SCALE), *facts, network)

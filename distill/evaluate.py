@@ -26,7 +26,7 @@ from distill.metrics.reference import Reference, of_exact, of_images
 from distill.progress import Progress
 from distill.protocols import VelocityField
 from distill.results import FILE_NAME, Results, Row
-from distill.sampling import Method, blocks, condition, of_field, of_student, of_teacher
+from distill.sampling import Method, blocks, condition, grid, of_field, of_student, of_teacher, refuse_steps
 from distill.solvers import straightness
 from distill.spec import CheckpointTeacher, EvaluateStage, RunSpec
 from distill.stop import StopRequest
@@ -35,6 +35,7 @@ from distill.students import loaded
 from distill.students.loaded import LoadedStudent
 from distill.students.velocity import VelocityStudent
 from distill.teachers import LoadedTeacher
+from distill.times import uniform_grid
 
 VERSION = 2  # of the measurements: part of a row's key
 PICTURE_ROWS, PICTURE_POINTS = 6, 2000
@@ -163,6 +164,7 @@ def _check(
                 f"classes, the teacher {list(teacher.shape)} with {teacher.num_classes or 'no'}; "
                 "compare a student with its own teacher"
             )
+        refuse_steps(student.t_grids, stage.students[name], f"students.{name}")
     if data is not None:
         refuse_few(data)
     if data is not None and data.shape != teacher.shape:
@@ -226,19 +228,21 @@ class _Work:
     def _network(self, plan: Plan) -> LoadedTeacher | LoadedStudent:
         return self.teacher if plan.role == "teacher" else self.students[plan.network]
 
-    def _method(self, plan: Plan, steps: int) -> Method:
+    def _method(self, plan: Plan, steps: int | None = None) -> Method:
+        """steps: uniform ones, in place of the plan's."""
         if plan.role == "teacher":
-            return of_teacher(self.teacher, plan.solver, steps, self.stage.guidance_scale)
+            return of_teacher(self.teacher, plan.solver, steps or plan.steps, self.stage.guidance_scale)
+        student = self.students[plan.network]
         if plan.fine:
-            return of_field(self.students[plan.network].student, plan.solver, steps)
-        return of_student(self.students[plan.network], steps)
+            return of_field(student.student, plan.solver, steps or plan.steps)
+        return of_student(student, uniform_grid(steps) if steps else grid(student.t_grids, plan.steps))
 
     def _samples(self, plan: Plan) -> tuple[Tensor, float]:
         """All samples of a row, and the mean seconds for one."""
         network, block = self._network(plan), self.stage.block
-        for _ in blocks(self._method(plan, 1), network, seed=self.seed, count=1, block=block, device=self.device):
+        for _ in blocks(self._method(plan, steps=1), network, seed=self.seed, count=1, block=block, device=self.device):
             pass  # the first call pays for allocations and the choice of kernels; the rate should not
-        method, before = self._method(plan, plan.steps), self.progress.done
+        method, before = self._method(plan), self.progress.done
         found, seconds = [], 0.0
         for made in blocks(method, network, seed=self.seed, count=self.stage.samples, block=block, device=self.device):
             found.append(made.samples)
@@ -257,7 +261,7 @@ class _Work:
             solver=plan.solver,
             steps=plan.steps,
             fine=plan.fine,
-            nfe=self._method(plan, plan.steps).nfe,
+            nfe=self._method(plan).nfe,
             distance=laws.get("distance"),
             kid=laws.get("kid"),
             precision=laws.get("precision"),
@@ -320,6 +324,8 @@ class _Work:
         facts = [VERSION, stage.samples, stage.block, self.seed, self.device.type, stage.guidance_scale, repr(plan)]
         facts += [self.teacher.digest, self._network(plan).digest, repr(_fine(stage))]
         facts += [reference.identity if reference else None]
+        if plan.role == "student":
+            facts += [{str(n): [*times] for n, times in self.students[plan.network].t_grids.items() if n == plan.steps}]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def kept(self, plan: Plan) -> Row | None:

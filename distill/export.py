@@ -23,7 +23,7 @@ from distill import card as cards
 from distill.card import StudentCard
 from distill.draws import sample_labels, sample_noise
 from distill.guard import RunError
-from distill.sampling import by_sampler, fresh_noises, num_fresh
+from distill.sampling import by_sampler, fresh_noises, grid, num_fresh
 from distill.store import sync_dir, sync_tree
 from distill.students.flow_map import FlowMapStudent
 from distill.students.velocity import TIME_SCALE, VelocityStudent
@@ -95,6 +95,7 @@ def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
             "num_classes": card.num_classes,
             "sampler": card.sampler,
             "scheduler": ["diffusers", scheduler],
+            **({"t_grids": card.t_grids} if card.t_grids else {}),
             "unet": [library, class_name],
         },
     )
@@ -125,9 +126,9 @@ def _compare(student: VelocityStudent | FlowMapStudent, folder: Path, card: Stud
     noise = sample_noise(CHECK_SEED, indices, card.shape)
     labels = None if card.num_classes is None else sample_labels(indices, card.num_classes)
     cond = {} if labels is None else {"class_labels": labels}
-    for steps in CHECK_STEPS:
+    for steps in card.t_grids or CHECK_STEPS:
         fresh = fresh_noises(CHECK_SEED, indices, card.shape, num_fresh(card.sampler, steps))
-        ours = by_sampler(student, card.sampler, noise, steps, cond, fresh)
+        ours = by_sampler(student, card.sampler, noise, grid(card.t_grids, steps), cond, fresh)
         theirs = pipeline(steps, class_labels=labels, latents=noise, fresh=fresh, output_type="pt").images
         error = (ours - theirs).abs().max().item()
         if not error <= TOLERANCE:  # not (nan <= x)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from distill import estimate, memory, registry, stages, teachers, workflow
+from distill import estimate, memory, pairspec, registry, stages, teachers, workflow
 from distill.draws import sample_noise
 from distill.estimate import Built, Student
 from distill.guard import InputError
@@ -25,8 +25,7 @@ from distill.teachers.loaded import LoadedTeacher
 
 PATIENCE, LONGEST = 0.2, 2.0  # seconds for a measurement; of a first call after which there is one more
 FORWARDS = 3  # of a forward and a backward pass
-WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}  # bytes of an element
-LABEL, NOISE = 8, 4
+LABEL = 8  # bytes
 
 
 @dataclass(frozen=True)
@@ -81,13 +80,9 @@ class _Forecast:
 
     def pairs(self, stage: PairsStage) -> Cost:
         teacher = self._teacher(stage.teacher)
-        calls = workflow.network_calls(stage.solver, stage.steps, stage.guidance_scale)
-        seconds = stage.count * calls * self._seconds(teacher, stage.block)
-        elements = math.prod(teacher.shape)
-        states = len(stage.times) if stage.times is not None else 1
-        noise = NOISE if stage.store_noise or stage.paths == "forward" else 0
+        seconds = stage.count * pairspec.calls(stage) * self._seconds(teacher, stage.block)
         label = LABEL if teacher.num_classes is not None else 0
-        return Cost(seconds, stage.count * (elements * (states * WIDTHS[stage.dtype] + noise) + label))
+        return Cost(seconds, stage.count * (pairspec.bytes_per_pair(stage, teacher.shape) + label))
 
     def evaluate(self, stage: EvaluateStage) -> Cost:
         teacher = self._teacher(stage.teacher)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distill import workflow
+from distill import pairspec, workflow
 from distill.spec import EvaluateStage, LaunchSpec, PairsStage, RunSpec, Stage, TrainStage
 from distill.store import RunPaths
 
@@ -103,12 +103,15 @@ def _train(name: str, stage: TrainStage, launch: LaunchSpec, base: Path) -> Step
 
 
 def _pairs(name: str, stage: PairsStage) -> Step:
-    calls = workflow.network_calls(stage.solver, stage.steps, stage.guidance_scale)
+    calls = pairspec.calls(stage)
     what = f"{stage.solver}, {stage.steps} steps, guidance {stage.guidance_scale:g}"
-    work = f"{stage.count:,} pairs x {calls} network calls = {stage.count * calls:,}"
+    what += "" if stage.paths == "backward" else f", {stage.paths}"
+    total = round(stage.count * calls)
+    work = f"{stage.count:,} pairs x {calls:g} network calls = {total:,}"
     shards = math.ceil(stage.count / stage.shard)
     writes = [f"stages/{name}/pairs/ ({shards} shard{'s' if shards > 1 else ''})"]
-    return Step(name, stage.kind, what, work, [stage.teacher or "the spec's teacher"], stage.count * calls, writes)
+    needs = [stage.teacher or "the spec's teacher"] + (["data"] if stage.paths in pairspec.OF_DATA else [])
+    return Step(name, stage.kind, what, work, needs, total, writes)
 
 
 def _evaluate(name: str, stage: EvaluateStage) -> Step:

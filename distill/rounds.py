@@ -188,10 +188,8 @@ def _round(template: Template, number: int, teacher: str | None, plan: Plan) -> 
     found: dict[str, Stage] = {f"{template.pairs_name}-{number}": pairs}
     shares = {f"{template.pairs_name}-{number}": 1.0}
     if plan.forward is not None:
-        share = plan.forward
-        inverted = {"paths": "forward", "times": None, "store_noise": False}
-        found[f"forward-{number}"] = pairs.model_copy(update=inverted)
-        shares = {**dict.fromkeys(shares, 1 - share), f"forward-{number}": share}
+        found[f"forward-{number}"] = _inverted(pairs, plan.forward)
+        shares = {**dict.fromkeys(shares, 1 - plan.forward), f"forward-{number}": plan.forward}
     options = template.flow.options
     if plan.data_weight is not None:
         options = {**options, DATA_WEIGHT: plan.data_weight}
@@ -206,6 +204,14 @@ def _round(template: Template, number: int, teacher: str | None, plan: Plan) -> 
         update={**_of(teacher, first=first), **measured}
     )
     return list(found.items())
+
+
+def _inverted(pairs: PairsStage, share: float) -> PairsStage:
+    """Pairs from real data to noise, as many as are seen as often as the others at this share of a batch."""
+    count = max(1, round(pairs.count * share / (1 - share)))
+    solver = "heun" if pairs.solver == "dpm_solver_pp_2m" else pairs.solver  # which begins at noise only
+    changes = {"paths": "forward", "times": None, "store_noise": False, "count": count, "solver": solver}
+    return pairs.model_copy(update=changes)
 
 
 def _of(teacher: str | None, *, first: bool) -> dict[str, object]:

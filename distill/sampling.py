@@ -1,7 +1,7 @@
 """Samples of teachers and students from noise that depends on (seed, index) alone, made in blocks."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from distill.draws import key, sample_labels, sample_noise
 from distill.grids import columns_for, images_png, scatter_png
 from distill.guard import InputError, RunError
-from distill.protocols import Cond, VelocityField
-from distill.samplers import euler, jump, renoise
+from distill.protocols import Cond, Gridded, Recipe, VelocityField
+from distill.samplers import euler, jump, renoise, same_noise
 from distill.solvers import SOLVERS
 from distill.solvers import sample as solve
 from distill.store import write_atomic
@@ -60,13 +60,37 @@ def of_field(field: VelocityField, solver: str, steps: int, calls: int = 1) -> M
     return Method(generate, calls * SOLVERS[solver].nfe(steps))
 
 
-def of_student(student: LoadedStudent, steps: int) -> Method:
+def of_student(student: LoadedStudent, t_grid: Tensor) -> Method:
     """A student by the sampler that its folder ships."""
+    steps = len(t_grid) - 1
 
     def generate(noise: Tensor, cond: Cond, fresh: Sequence[Tensor]) -> Tensor:
-        return by_sampler(student.student, student.sampler, noise, steps, cond, fresh)
+        return by_sampler(student.student, student.sampler, noise, t_grid, cond, fresh)
 
     return Method(generate, steps, num_fresh(student.sampler, steps))
+
+
+def own_grids(recipe: Recipe, times: Sequence[float] | None) -> dict[int, list[float]]:
+    """The t_grids of a recipe's students; empty: it has none. times: of the states of its pairs, if known."""
+    given = recipe.t_grids(times) if isinstance(recipe, Gridded) else {}
+    return {steps: list(grid) for steps, grid in given.items()}
+
+
+def grid(t_grids: Mapping[int, Sequence[float]], steps: int) -> Tensor:
+    """The times [steps + 1] of a student: its own, or uniform where it has none."""
+    if not t_grids:
+        return uniform_grid(steps)
+    refuse_steps(t_grids, [steps], "steps")
+    return torch.tensor(t_grids[steps], dtype=torch.float64)
+
+
+def refuse_steps(t_grids: Mapping[int, Sequence[float]], asked: Sequence[int], where: str) -> None:
+    """Refuse numbers of steps that a student is not made for."""
+    wrong = [steps for steps in asked if t_grids and steps not in t_grids]
+    if wrong:
+        *others, last = map(str, sorted(t_grids))
+        made = f"{', '.join(others)} and {last} steps" if others else f"{last} step{'s' if last != '1' else ''}"
+        raise InputError(f"{where}: this student is made for {made}, not {wrong[0]}")
 
 
 @torch.no_grad()
@@ -74,15 +98,16 @@ def by_sampler(
     student: VelocityStudent | FlowMapStudent,
     sampler: str,
     noise: Tensor,
-    steps: int,
+    t_grid: Tensor,
     cond: Cond,
     fresh: Sequence[Tensor],
 ) -> Tensor:
-    """The sampler of that name on the uniform grid. fresh: `num_fresh` noises like `noise` [B, ...]."""
-    t_grid = uniform_grid(steps)
+    """The sampler of that name along t_grid. fresh: `num_fresh` noises like `noise` [B, ...]."""
     match sampler:
         case "euler":
             return euler.sample(student, noise, t_grid, cond)
+        case "same_noise":
+            return same_noise.sample(student, noise, t_grid, cond)
         case "jump":
             return jump.sample(student, noise, t_grid, cond)
         case _:
@@ -150,7 +175,7 @@ def sample(
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out {out}: {out.absolute().parent} is not a folder; create it first")
     student = loaded.load(folder, device)
-    method, parts = of_student(student, steps), []
+    method, parts = of_student(student, grid(student.t_grids, steps)), []
     noise = sample_noise(seed, range(count), student.shape)
     fresh = fresh_noises(seed, range(count), student.shape, method.fresh)
     classes = _labels(student, count, labels)

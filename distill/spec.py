@@ -234,10 +234,9 @@ class PairsStage(Frozen):
     count: PositiveInt
     """number of pairs"""
     paths: Literal["backward", "forward", "segments", "trajectories"] = "backward"
-    """backward: noise to data; forward: real data to noise; trajectories: backward, with the states at `times`;
-    segments: real data, noised to one of `times`, to the next of them"""
+    """forward: from real data to noise; the last two keep states"""
     times: list[Fraction] | None = None
-    """of trajectories and segments: decreasing from 1 to 0, of the solver's own, like [1, 0.75, 0.5, 0.25, 0]"""
+    """from 1 to 0, of a trajectory's states; a segment goes from data, noised to one of them, to the next"""
     solver: Literal["euler", "heun", "dpm_solver_pp_2m"] = "heun"
     """solver of the teacher's ODE"""
     steps: PositiveInt = 16

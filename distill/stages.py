@@ -12,13 +12,15 @@ from typing import Literal
 import torch
 
 from distill import card as cards
-from distill import checkpoint, engine, memory, pairs, registry, results, straightened, teachers, workflow
+from distill import checkpoint, engine, memory, pairs, pairspec, registry, results, sampling, teachers, workflow
 from distill import data as datasets
 from distill.card import StudentCard
 from distill.data import DataSet
 from distill.draws import key
 from distill.export import export
 from distill.guard import InputError, RunError
+from distill.pairs import mixed
+from distill.pairs import paths as pair_paths
 from distill.progress import Progress
 from distill.protocols import Recipe, Source, Trained
 from distill.sharded import Zero
@@ -142,18 +144,29 @@ def check(spec: RunSpec, base: Path) -> None:
                 if teacher is not None:
                     teacher.guided(registry.guidance_scale(workflow.recipe_config(stage, base)))
                 if stage.init is None:
-                    _check_networks(stage, teacher, data, base)
+                    _t_grids(spec, name, stage, _check_networks(stage, teacher, data, base))
             except InputError as error:
                 raise InputError(f"stages.{name}: {error}") from error
 
 
-def _check_networks(stage: TrainStage, teacher: LoadedTeacher | None, data: DataSet | None, base: Path) -> None:
+def _check_networks(stage: TrainStage, teacher: LoadedTeacher | None, data: DataSet | None, base: Path) -> Recipe:
     module, config = registry.load(stage.recipe, base), workflow.recipe_config(stage, base)
     samples = teacher if "pairs" in config.needs or data is None else data
     assert samples is not None, "workflow.check lets no such spec through"
     given = teacher_on_linear_path(teacher) if "teacher" in config.needs and teacher is not None else None
     init = StudentInit(given, stage.network, samples.shape, samples.num_classes, 0, given)
-    module.Recipe(config, given).networks(init)
+    recipe: Recipe = module.Recipe(config, given)
+    recipe.networks(init)
+    return recipe
+
+
+def _t_grids(spec: RunSpec, name: str, stage: TrainStage, recipe: Recipe) -> dict[int, list[float]]:
+    """The times of its student's own; refuses, before hours are spent, evaluations that it will not be made for."""
+    t_grids = sampling.own_grids(recipe, pairspec.times_of(spec, stage))
+    for evaluation, each in spec.stages.items():
+        if isinstance(each, EvaluateStage) and name in each.students:
+            sampling.refuse_steps(t_grids, each.students[name], f"stages.{evaluation}.students.{name}")
+    return t_grids
 
 
 def _check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
@@ -196,7 +209,7 @@ class Training:
     teacher: LoadedTeacher | None
     init: StudentInit
     card: StudentCard
-    data: DataSet | None  # what batches are made of, if not of pairs
+    data: DataSet | None  # real data of the batches
     inputs: dict[str, str]  # digests
 
 
@@ -208,8 +221,8 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
     if teacher is not None:
         teacher = teacher_on_linear_path(teacher)
     origin = loaded.load(work.run.student(stage.init), device) if stage.init is not None else teacher
-    data = None if "pairs" in config.needs else datasets.load(work.spec.data, work.spec.seed)
-    samples = teacher if data is None else data
+    data = datasets.load(work.spec.data, work.spec.seed) if "data" in config.needs else None
+    samples = teacher if "pairs" in config.needs or data is None else data
     assert samples is not None, "workflow.check lets no such stage through"
     init = StudentInit(origin, stage.network, samples.shape, samples.num_classes, work.seed, teacher)
     recipe = module.Recipe(config, teacher)
@@ -224,6 +237,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
         license="" if teacher is None else teacher.license,
         kind=config.student,
         sampler=recipe.sampler,
+        t_grids=_t_grids(work.spec, work.name, stage, recipe),
         shape=samples.shape,
         num_classes=init.num_classes,
         null_class=init.null_class,
@@ -333,18 +347,25 @@ def _export(
 
 def _source(work: Work, stage: TrainStage, training: Training) -> tuple[Source, dict[str, str]]:
     """Where the stage's batches come from, and the digests of all that it trains on."""
-    if training.data is not None:
-        return datasets.DataSource(training.data, stage.batch_size, work.seed), training.inputs
-    assert isinstance(stage.pairs, str), "workflow.check lets no such stage through"
-    pair_set = pairs.PairSet.open(work.run.stage(stage.pairs).pairs, training.card.teacher_digest)
-    source = pairs.PairSource(pair_set, stage.batch_size, work.seed)
-    return source, {**training.inputs, "pairs": pair_set.manifest.digest}
+    data = None if training.data is None else datasets.DataSource(training.data, stage.batch_size, work.seed)
+    if not stage.pair_shares:
+        assert data is not None, "workflow.check lets no such stage through"
+        return data, training.inputs
+    counts, digest = mixed.parts(stage.batch_size, list(stage.pair_shares.values())), training.card.teacher_digest
+    sets = [pairs.PairSet.open(work.run.stage(name).pairs, digest) for name in stage.pair_shares]
+    sources = [pairs.PairSource(each, count, work.seed) for each, count in zip(sets, counts, strict=True)]
+    source = sources[0] if len(sources) == 1 else pairs.Mixed(sources, counts)
+    inputs = {**training.inputs, "pairs": " ".join(each.manifest.digest for each in sets)}
+    return source if data is None else pairs.Beside(source, data), inputs
 
 
 def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
     teacher = _teacher(work, stage.teacher, work.device)
     assert teacher is not None, "workflow.check lets no such stage through"
-    folder = work.run.stage(work.name).pairs
+    folder, real, digest = work.run.stage(work.name).pairs, None, None
+    if stage.paths in pairspec.OF_DATA:
+        data = datasets.load(work.spec.data, work.spec.seed)
+        real, digest = pair_paths.of_data(data, _teacher(work, None, CPU), seed=work.seed, block=stage.block)
     with work.progress(pairs.size(stage, work.part), "pairs") as progress:
         pairs.generate(
             teacher,
@@ -355,20 +376,18 @@ def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
             progress=progress,
             stop=work.stop,
             part=work.part,
+            real=real,
+            data_digest=digest,
         )
     return {"count": stage.count, "pairs": str(folder)}
 
 
 def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
-    from distill import evaluate, report
+    from distill import evaluate, report, straightened
 
     with work.progress(evaluate.total(stage), "samples") as progress:
         found = evaluate.evaluate(work.run, work.spec, work.name, device=work.device, progress=progress, stop=work.stop)
-        measured = straightened.round_of(found)
-        if measured is not None and measured.warning is not None:
-            progress.warn(measured.warning)
-    if measured is not None:
-        straightened.show(straightened.rounds(results.of_run(work.run)))
+        straightened.say(found, work.run, progress)
     for student in stage.students:
         _say_measured(work.run, found, student)
     return {"results": str(work.run.stage(work.name).root / "results.json"), "report": str(report.write(work.run))}

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from distill.results import Results, Row, number
+from distill.progress import Progress
+from distill.results import Results, Row, number, of_run
+from distill.store import RunPaths
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,13 @@ def table(found: Sequence[Round]) -> Table:
     return shown
 
 
-def show(found: Sequence[Round]) -> None:
-    """Print the table where the process prints."""
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table(found))
+def say(measured: Results, run: RunPaths, progress: Progress) -> None:
+    """If an evaluation of the run was of a round: the table of the rounds so far, and a warning if it has one."""
+    if (last := round_of(measured)) is None:
+        return
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table(rounds(of_run(run))))
+    if last.warning is not None:
+        progress.warn(last.warning)
 
 
 def _steps(found: Sequence[Round]) -> list[int]:

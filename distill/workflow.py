@@ -374,10 +374,9 @@ def _lengths(spec: RunSpec, stage: TrainStage, where: str) -> Iterator[str]:
 def _pairs(spec: RunSpec, stage: PairsStage, where: str) -> Iterator[str]:
     if stage.teacher is None and spec.teacher is None:
         yield f"{where}: pairs need a teacher; give {where}.teacher (a train stage), or the spec's teacher"
-    if stage.paths in pairspec.OF_DATA and isinstance(spec.data, NoData):
-        exact = stage.teacher is None and isinstance(spec.teacher, GaussianTeacher | MixtureTeacher)
-        if not exact:
-            yield f"{where}.paths: {stage.paths} begin with real data; the spec has none; e.g. data: {{kind: digits}}"
+    known = isinstance(spec.teacher, GaussianTeacher | MixtureTeacher) or not isinstance(spec.data, NoData)
+    if stage.paths in pairspec.OF_DATA and not known:
+        yield f"{where}.paths: {stage.paths} begin with real data; the spec has none; e.g. data: {{kind: digits}}"
     yield from pairspec.mistakes(stage, f"{where}.")
 
 

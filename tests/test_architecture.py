@@ -31,6 +31,7 @@ ANYWHERE = {
     "straightened",
     "card",
     "space",
+    "pairspec",
 }  # no torch in them, usable by both planes
 CONTROL = ANYWHERE | {
     "overrides",
@@ -38,7 +39,6 @@ CONTROL = ANYWHERE | {
     "yamltext",
     "specfile",
     "workflow",
-    "pairspec",
     "planning",
     "launch",
     "registry",

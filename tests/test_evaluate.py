@@ -155,6 +155,24 @@ def test_a_row_is_measured_again_when_its_student_changes(vector_run):
     assert after.row("exact", 1).rms == pytest.approx(math.sqrt(0.5), rel=0.01)
 
 
+def test_a_student_is_measured_along_its_own_times(vector_run):
+    spec, own = vector_spec(students={"exact": [2]}), card((2,), None)
+    uniform = go(vector_run, spec).row("exact", 2)
+    for times in ([1.0, 0.9, 0.0], [1.0, 0.4, 0.0]):  # the same weights, other numbers
+        export(one_step_student(), vector_run.student("exact"), own.model_copy(update={"t_grids": {2: times}}))
+        found = go(vector_run, spec).row("exact", 2)
+        # v = (1 - STD) x - MEAN at every t, so a step from t to s is affine
+        noise = sample_noise(key(0, "evaluate"), range(300), (2,)).double()
+        mean, gap = torch.tensor(MEAN, dtype=torch.float64), times[1] - 1
+        x = noise + gap * ((1 - STD) * noise - mean)
+        x = x - times[1] * ((1 - STD) * x - mean)
+        expected = (x - (mean + STD * noise)).square().mean().sqrt().item()
+        assert found.rms == pytest.approx(expected, abs=1e-3), "the fine solver's error aside"
+        assert abs(found.rms - uniform.rms) > 5e-3
+    with pytest.raises(InputError, match="^students.exact: this student is made for 2 steps, not 3"):
+        go(vector_run, vector_spec(students={"exact": [2, 3]}))
+
+
 def timeless(row: results.Row) -> dict:
     return row.model_dump(exclude={"images_per_second"})
 
@@ -168,7 +186,9 @@ def test_straightness_is_measured_in_blocks(vector_run):
 def test_student_that_makes_no_numbers_is_named(vector_run):
     student = students.load(vector_run.student("exact"), CPU)
     student.network.layers[2].bias.data[1] = float("inf")
-    blocks = sampling.blocks(sampling.of_student(student, 1), student, seed=0, count=4, block=4, device=CPU)
+    blocks = sampling.blocks(
+        sampling.of_student(student, uniform_grid(1)), student, seed=0, count=4, block=4, device=CPU
+    )
     with pytest.raises(RunError, match="sample 0 of VelocityMLP from .* holds numbers that are not finite"):
         next(blocks)
 
@@ -235,7 +255,7 @@ def test_flow_maps_are_measured_by_their_own_samplers(flow_map_run):
 def test_fresh_noise_depends_on_seed_index_and_step_alone(flow_map_run, tmp_path, monkeypatch):
     """The same samples whatever the block, in an evaluation and by `distill sample`."""
     student = students.load(flow_map_run.student("renoise"), CPU)
-    method = sampling.of_student(student, 3)
+    method = sampling.of_student(student, uniform_grid(3))
     whole, parts, shifted = (
         torch.cat([b.samples for b in sampling.blocks(method, student, seed=s, count=10, block=n, device=CPU)])
         for s, n in ((7, 10), (7, 4), (8, 10))
@@ -325,7 +345,8 @@ def test_pictures_show_the_first_samples_in_columns_of_classes(image_run):
     student = students.load(run.student("student"), CPU)
     noise = sample_noise(found.seed, range(32), (1, 8, 8))
     with torch.no_grad():
-        images = sampling.of_student(student, 1).generate(noise, {"class_labels": sample_labels(range(32), 10)}, [])
+        method, cond = sampling.of_student(student, uniform_grid(1)), {"class_labels": sample_labels(range(32), 10)}
+        images = method.generate(noise, cond, [])
     expected = ((images[13, 0] / 2 + 0.5).clamp(0, 1) * 255).round().numpy()
     np.testing.assert_allclose(sheet[9:17, 27:35].astype(float), expected, atol=1)  # sample 13: row 1, column 3
 

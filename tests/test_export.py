@@ -20,7 +20,7 @@ from distill.card import StudentCard
 from distill.draws import generator, sample_labels, sample_noise
 from distill.export import export
 from distill.guard import InputError, RunError
-from distill.samplers import euler, jump, renoise
+from distill.samplers import euler, jump, renoise, same_noise
 from distill.spec import CheckpointTeacher, MlpSpec, UNetSpec
 from distill.students import loaded as students
 from distill.students.flow_map import FlowMapStudent
@@ -32,24 +32,30 @@ from distill.times import uniform_grid
 
 UNET = UNetSpec(kind="unet", channels=[8, 16])
 MLP = MlpSpec(kind="mlp", width=16)
+OWN = {1: [1.0, 0.0], 2: [1.0, 0.6, 0.0], 4: [1.0, 0.9, 0.55, 0.2, 0.0]}
 KINDS = {
-    "unet": (UNET, (1, 8, 8), None, "euler"),
-    "unet-classes": (UNET, (3, 8, 8), 4, "euler"),
-    "mlp": (MLP, (2,), None, "euler"),
-    "mlp-classes": (MLP, (3,), 2, "euler"),
-    "unet-jump": (UNET, (1, 8, 8), None, "jump"),
-    "unet-classes-renoise": (UNET, (3, 8, 8), 4, "renoise"),
-    "mlp-renoise": (MLP, (2,), None, "renoise"),
-    "mlp-classes-jump": (MLP, (3,), 2, "jump"),
+    "unet": (UNET, (1, 8, 8), None, "euler", {}),
+    "unet-classes": (UNET, (3, 8, 8), 4, "euler", {}),
+    "mlp": (MLP, (2,), None, "euler", {}),
+    "mlp-classes": (MLP, (3,), 2, "euler", {}),
+    "mlp-same-noise": (MLP, (3,), None, "same_noise", {}),
+    "unet-jump": (UNET, (1, 8, 8), None, "jump", {}),
+    "unet-classes-renoise": (UNET, (3, 8, 8), 4, "renoise", {}),
+    "mlp-renoise": (MLP, (2,), None, "renoise", {}),
+    "mlp-classes-jump": (MLP, (3,), 2, "jump", {}),
+    "unet-own": (UNET, (1, 8, 8), None, "euler", OWN),
+    "mlp-classes-same-noise-own": (MLP, (3,), 2, "same_noise", OWN),
+    "mlp-jump-own": (MLP, (2,), None, "jump", OWN),
+    "mlp-renoise-own": (MLP, (2,), None, "renoise", OWN),
 }
 Student = VelocityStudent | FlowMapStudent
 
 
 def make(kind: str, seed: int = 0) -> tuple[Student, StudentCard]:
-    network, shape, classes, sampler = KINDS[kind]
-    card = describe(shape, classes, sampler)
+    network, shape, classes, sampler, t_grids = KINDS[kind]
+    card = describe(shape, classes, sampler, t_grids)
     student = VelocityStudent(build(network, shape, classes, seed))
-    return (student if sampler == "euler" else two_timed(student)), card
+    return (student if card.kind == "velocity" else two_timed(student)), card
 
 
 def two_timed(student: VelocityStudent) -> FlowMapStudent:
@@ -62,10 +68,13 @@ def two_timed(student: VelocityStudent) -> FlowMapStudent:
     return FlowMapStudent(network)
 
 
-def describe(shape: tuple[int, ...], classes: int | None, sampler: str = "euler") -> StudentCard:
+def describe(
+    shape: tuple[int, ...], classes: int | None, sampler: str = "euler", t_grids: dict[int, list[float]] | None = None
+) -> StudentCard:
     return StudentCard(
-        kind="velocity" if sampler == "euler" else "flow_map",
+        kind="velocity" if sampler in ("euler", "same_noise") else "flow_map",
         sampler=sampler,
+        t_grids=t_grids or {},
         name="a-student",
         recipe="reflow/reflow",
         summary="Reflow (Liu et al. 2022, arXiv 2209.03003)",
@@ -90,11 +99,14 @@ def fresh(card: StudentCard, count: int, steps: int) -> list[torch.Tensor]:
 
 def ours(student: Student, card: StudentCard, noise: torch.Tensor, steps: int) -> torch.Tensor:
     labels = {} if card.num_classes is None else {"class_labels": sample_labels(range(len(noise)), card.num_classes)}
-    given = (student.eval(), noise, uniform_grid(steps), labels)
+    t_grid = torch.tensor(card.t_grids[steps], dtype=torch.float64) if card.t_grids else uniform_grid(steps)
+    given = (student.eval(), noise, t_grid, labels)
     with torch.no_grad():
         match card.sampler:
             case "euler":
                 return euler.sample(*given)
+            case "same_noise":
+                return same_noise.sample(*given)
             case "jump":
                 return jump.sample(*given)
             case _:
@@ -110,7 +122,7 @@ def test_folder_loads_in_plain_diffusers_with_equal_weights_and_samples(tmp_path
         assert torch.equal(value, pipeline.unet.state_dict()[name])
     noise = sample_noise(1, range(3), card.shape)
     labels = None if card.num_classes is None else sample_labels(range(3), card.num_classes)
-    for steps in (1, 2, 3, 4):
+    for steps in card.t_grids or (1, 2, 3, 4):
         more = fresh(card, 3, steps)
         theirs = pipeline(steps, class_labels=labels, latents=noise, fresh=more, output_type="pt").images
         assert (theirs - ours(student, card, noise, steps)).abs().max() <= 1e-5
@@ -123,11 +135,11 @@ def test_what_is_loaded_again_is_the_student_bitwise(tmp_path, kind):
     export(student, tmp_path / "s", card)
     found = students.load(tmp_path / "s", torch.device("cpu"))
     assert type(found.student) is type(student)
-    assert (found.sampler, found.shape) == (card.sampler, card.shape)
+    assert (found.sampler, found.t_grids, found.shape) == (card.sampler, card.t_grids, card.shape)
     assert (found.num_classes, found.null_class) == (card.num_classes, card.null_class)
     assert not any(parameter.requires_grad for parameter in found.student.parameters())
     noise = sample_noise(1, range(3), card.shape)
-    for steps in (1, 3):
+    for steps in card.t_grids or (1, 3):
         assert torch.equal(ours(found.student, card, noise, steps), ours(student, card, noise, steps))
 
 
@@ -146,7 +158,9 @@ def test_a_student_whose_card_is_of_another_kind_is_refused(tmp_path):
     with pytest.raises(InputError, match="network class FlowMapMLP is not supported; .*VelocityMLP"):
         students.load(tmp_path / "s", torch.device("cpu"))
     path.write_text(path.read_text().replace('"euler"', '"jump"'))
-    with pytest.raises(InputError, match="sampler jump does not fit a student of kind velocity; valid: euler"):
+    with pytest.raises(
+        InputError, match="sampler jump does not fit a student of kind velocity; valid: euler, same_noise"
+    ):
         students.load(tmp_path / "s", torch.device("cpu"))
 
 
@@ -167,7 +181,7 @@ def test_a_folder_that_names_no_sampler_is_sampled_by_euler(tmp_path):
     noise = sample_noise(1, range(3), card.shape)
     assert (pipeline(2, latents=noise).images - ours(student, card, noise, 2)).abs().max() <= 1e-5
     index.write_text(index.read_text().replace("{", '{\n  "sampler": "heun",', 1))
-    with pytest.raises(ValueError, match="sampler='heun'; valid: 'euler', 'jump', 'renoise'"):
+    with pytest.raises(ValueError, match="sampler='heun'; valid: 'euler', 'same_noise', 'jump', 'renoise'"):
         DiffusionPipeline.from_pretrained(tmp_path / "s", trust_remote_code=True)
 
 
@@ -335,7 +349,9 @@ def test_model_card_says_what_is_known(tmp_path):
     assert "`777777777777`" in text
     assert "Terms of use: not stated" in text
     assert "called with timestep = 1000 t |" in text
-    assert "| sampler | Euler at t = 1, (N-1)/N, ..., 1/N |" in text
+    assert "| sampler | Euler, x_s = x_t + (s - t) v(x_t, t) |" in text
+    assert "| times | 1, (N-1)/N, ..., 1/N, 0 for N steps |" in text
+    assert "pipeline(num_inference_steps=1, class_labels" in text
     licensed = cards.readme(make("mlp")[1].model_copy(update={"license": "cc-by-4.0"}))
     assert "license: cc-by-4.0" in licensed
     assert "cc-by-4.0: the teacher's terms, passed on." in licensed and "not stated" not in licensed
@@ -349,7 +365,7 @@ def test_model_card_says_what_is_known(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("unet-jump", "| sampler | jumps x_s = x_t + (s - t) u(x_t, t, s) along 1, (N-1)/N, ..., 0 |"),
+        ("unet-jump", "| sampler | jumps x_s = x_t + (s - t) u(x_t, t, s) |"),
         (
             "mlp-renoise",
             "| sampler | jumps to data = x_t - t u(x_t, t, 0), each but the last followed by x_s = (1 - s) data",
@@ -362,6 +378,60 @@ def test_model_card_of_a_flow_map(kind, said):
     assert "| network | average velocity u(x_t, t, s) from t to s of" in text
     assert "called with timestep = 1000 t, target_timestep = 1000 s |" in text
     assert "Euler" not in text
+
+
+def test_model_card_of_a_student_with_times_of_its_own():
+    student = make("mlp-classes-same-noise-own")[1].model_copy(update={"t_grids": {4: OWN[4], 2: [1.0, 2 / 3, 0.0]}})
+    text = cards.readme(student)
+    assert "| sampler | data = x_t - t v(x_t, t), x_s = (1 - s) data + s noise, with the noise that it began" in text
+    own = "2 steps along 1, 0.6667, 0; 4 steps along 1, 0.9, 0.55, 0.2, 0 |"
+    assert f"| times | its own, and no other number of steps is possible: {own}" in text
+    assert "pipeline(num_inference_steps=2, class_labels" in text
+
+
+@pytest.mark.parametrize("times", [[1.0, 0.0], [1.0, 0.5, 0.5, 0.0], [0.9, 0.5, 0.2, 0.0], [1.0, 0.5, 0.2, 0.1]])
+def test_times_that_are_no_path_from_noise_to_data_are_refused(times):
+    with pytest.raises(ValueError, match=r"t_grids: 3 steps go along 4 times from 1 down to 0, not along \[.*\]"):
+        describe((2,), None, t_grids={3: times})
+
+
+def test_a_card_from_before_there_were_times_is_read(tmp_path):
+    student, card = make("mlp")
+    export(student, tmp_path / "s", card)
+    path = tmp_path / "s" / "distill.json"
+    assert '"t_grids": {}' in path.read_text()
+    path.write_text(path.read_text().replace('"t_grids": {}', '"t_grid": "uniform"'))
+    assert cards.verify(tmp_path / "s").t_grids == {}
+    path.write_text(path.read_text().replace('"t_grid": "uniform"', '"t_grid": "cosine"'))
+    with pytest.raises(InputError, match="distill.json cannot be used: t_grid: Extra inputs are not permitted"):
+        cards.read(tmp_path / "s")
+
+
+def test_numbers_of_steps_that_a_student_is_not_made_for_are_refused(tmp_path):
+    student, card = make("mlp-jump-own")
+    export(student, tmp_path / "s", card)
+    with pytest.raises(InputError, match="steps: this student is made for 1, 2 and 4 steps, not 3"):
+        sampling.sample(
+            tmp_path / "s", tmp_path / "a.png", steps=3, seed=0, count=4, labels=None, device=torch.device("cpu")
+        )
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "s", trust_remote_code=True)
+    with pytest.raises(ValueError, match="num_inference_steps=3; this student is made for: 1, 2, 4"):
+        pipeline(3)
+    for made, said in (({4: OWN[4]}, "4 steps"), ({1: OWN[1]}, "1 step"), ({4: OWN[4], 2: OWN[2]}, "2 and 4 steps")):
+        with pytest.raises(InputError, match=f"students.one: this student is made for {said}, not 3"):
+            sampling.refuse_steps(made, [*made, 3, 7], "students.one")
+    sampling.refuse_steps({}, [1, 2, 3], "any")
+
+
+def test_by_default_a_student_takes_the_fewest_steps_that_it_is_made_for(tmp_path):
+    student, card = make("unet-own")
+    export(student, tmp_path / "s", card.model_copy(update={"t_grids": {4: OWN[4], 2: OWN[2]}}))
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "s", trust_remote_code=True)
+    noise = sample_noise(1, range(3), card.shape)
+    found = pipeline(latents=noise, output_type="pt").images
+    assert torch.equal(found, pipeline(2, latents=noise, output_type="pt").images)
+    assert (found - ours(student, card, noise, 2)).abs().max() <= 1e-5
+    assert cards.read(tmp_path / "s").fewest_steps == 2
 
 
 # --- the pipeline's own manners ---

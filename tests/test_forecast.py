@@ -1,16 +1,13 @@
 """What a run would cost, said before it runs: disk as it will be, time as calls of a network."""
 
-import json
 
 import pytest
 import torch
-from commands import command, snapshot
 from test_rounds import GAUSSIAN, MLP, PAIRS
 
-from distill import checkpoint, forecast, pairs, planning, specfile, stages, teachers
-from distill.progress import Progress
+from distill import checkpoint, forecast, planning, specfile, stages
 from distill.stop import StopRequest
-from distill.store import RunPaths, StagePaths
+from distill.store import RunPaths
 
 TRAIN = {
     "kind": "train", "recipe": "reflow/reflow", "network": MLP, "pairs": "solve", "images": 512, "batch_size": 64,
@@ -59,7 +56,7 @@ def test_the_disk_that_pairs_and_training_take(tmp_path):
         ({"dtype": "uint8"}, 2),
         ({"store_noise": True}, 2 * 4 + 2 * 4),
         ({"paths": "forward"}, 2 * 4 + 2 * 4),
-        ({"paths": "trajectories", "times": [1, 0.5, 0]}, 3 * 2 * 4),
+        ({"paths": "trajectories", "times": [1, 0.5, 0]}, 2 * 2 * 4),
     ],
 )
 def test_bytes_of_a_pair(tmp_path, changes, each):

@@ -107,8 +107,10 @@ def test_real_data_against_drift():
     for number, teacher in ((1, "teach"), (2, "reflow-1")):
         assert found[f"reflow-{number}"].pair_shares == {f"pairs-{number}": 0.75, f"forward-{number}": 0.25}
         inverted, solved = found[f"forward-{number}"], found[f"pairs-{number}"]
-        assert (inverted.paths, inverted.teacher) == ("forward", teacher)
-        assert inverted.model_copy(update={"paths": "backward", "count": solved.count}) == solved
+        assert (inverted.paths, inverted.teacher, inverted.solver) == ("forward", teacher, "heun")
+        assert inverted.count == round(14000 / 3), "each pair is seen as often"
+        again = {"paths": "backward", "count": solved.count, "solver": solved.solver}
+        assert inverted.model_copy(update=again) == solved
     assert found["one_step"].pair_shares == {"pairs-distill": 1}
 
 

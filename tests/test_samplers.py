@@ -5,7 +5,7 @@ import torch
 
 from distill import solvers
 from distill.draws import generator
-from distill.samplers import euler, jump, renoise
+from distill.samplers import euler, jump, renoise, same_noise
 from distill.teachers.analytic import GaussianField, GaussianFlowMap
 from distill.times import uniform_grid
 
@@ -35,6 +35,9 @@ def test_n_steps_are_n_calls_the_first_at_noise_the_last_to_data(steps, dtype): 
     assert torch.allclose(euler.sample(network, noise, grid, cond), 0 * noise, atol=1e-6)
     assert [t for (t,) in calls] == starts
     calls.clear()
+    assert torch.allclose(same_noise.sample(network, noise, grid, cond), 0 * noise, atol=1e-6)
+    assert [t for (t,) in calls] == starts
+    calls.clear()
     assert torch.allclose(jump.sample(network, noise, grid, cond), 0 * noise, atol=1e-6)
     assert [t for t, _ in calls] == starts and [s for _, s in calls] == [*starts[1:], 0.0]
     calls.clear()
@@ -47,6 +50,30 @@ def test_euler_is_the_solver_of_the_same_name(steps):
     noise = randn("euler", 10, 3)
     expected = solvers.sample(FIELD, noise, {}, solver="euler", steps=steps)
     assert torch.equal(euler.sample(FIELD, noise, uniform_grid(steps), {}), expected)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
+def test_going_back_to_the_same_noise_is_euler_in_two_steps_and_on_straight_paths(steps):  # T08
+    noise, grid = randn("same", 10, 3), uniform_grid(steps)
+
+    def straight(x_t, t, cond):  # the velocity of the paths between noise and MEAN + STD noise
+        t = t[:, None]
+        return (STD - 1) * (MEAN * (1 - t) - x_t) / ((1 - t) * STD + t) - MEAN
+
+    euler_straight = euler.sample(straight, noise, grid, {})
+    assert (euler_straight - (MEAN + STD * noise)).abs().max() < 1e-12
+    assert (same_noise.sample(straight, noise, grid, {}) - euler_straight).abs().max() < 1e-12
+    apart = (same_noise.sample(FIELD, noise, grid, {}) - euler.sample(FIELD, noise, grid, {})).abs().max()
+    assert apart < 1e-12 if steps <= 2 else apart > 1e-3
+
+
+def test_going_back_to_the_same_noise_along_any_times():
+    noise, x = randn("same", 10, 3), randn("same", 10, 3)
+    grid = torch.tensor([1.0, 0.9, 0.3, 0.0], dtype=torch.float64)
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        data = FIELD.interpolant.split(x, FIELD(x, t.expand(10), {}), t.expand(10))[0]
+        x = FIELD.interpolant.mix(data, noise, s.expand(10))
+    assert (same_noise.sample(FIELD, noise, grid, {}) - x).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 9])

@@ -255,10 +255,14 @@ def test_float32_stays_float32_and_near_float64_without_gradients(name):
 
 def test_wrong_grids_and_names_are_refused():
     x = torch.zeros(2, 1)
-    for grid in (torch.tensor([0.0, 1.0]), torch.tensor([1.0]), torch.tensor([[1.0, 0.0]]), torch.tensor([1.0, 1.0])):
-        for solver in SOLVERS.values():
-            with pytest.raises(ValueError, match=r"t_grid must be \[N\+1 >= 2\] and decreasing, got \["):
+    wrong = [[0.0, 0.5, 0.2], [1.0], [[1.0, 0.0]], [1.0, 1.0]]
+    for grid in map(torch.tensor, wrong):
+        for name, solver in SOLVERS.items():
+            ways = "decreasing" if name == "dpm_solver_pp_2m" else "increasing or decreasing"
+            with pytest.raises(ValueError, match=rf"t_grid must be \[N\+1 >= 2\] and {ways}, got \["):
                 solver.function(V1, x, grid, {})
+    with pytest.raises(ValueError, match=r"and decreasing, got \[0.0, 1.0\]"):
+        SOLVERS["dpm_solver_pp_2m"].function(V1, x, torch.tensor([0.0, 1.0]), {})
     field = GaussianField(MEAN, STD, edm(), (0.002, 0.98))
     for grid in (torch.tensor([0.99, 0.5, 0.0]), torch.tensor([0.9, 0.001, 0.0])):
         for solver in SOLVERS.values():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from distill.students import loaded as students
 from distill.students.networks import build
 from distill.students.velocity import VelocityStudent
 from distill.teachers import load
+from recipes.reflow import reflow
 
 CPU = torch.device("cpu")
 GAUSSIAN = {"kind": "gaussian", "mean": [1.0, 2.0], "std": [0.5, 0.25]}
@@ -284,6 +286,29 @@ def test_flow_maps_are_trained_continued_exported_and_measured(tmp_path):
     averaged_and_measured = {"distill.json", "README.md"}
     theirs, ours = folder_bytes(run.student("again")), folder_bytes(tmp_path / "raw")
     assert {name for name in ours if ours[name] != theirs[name]} <= averaged_and_measured
+
+
+def test_a_student_is_made_for_times_of_its_own(tmp_path):
+    """They stand in its folder, it is measured along them, and what it is not made for is refused before it begins."""
+    text = Path(reflow.__file__).read_text() + "\n    def t_grids(self, times):\n        return {2: [1.0, 0.75, 0.0]}\n"
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "own.py").write_text(text)
+    evaluate = {"kind": "evaluate", "samples": 16, "fine_steps": 2, "teacher_steps": [1]}
+    student = {**REFLOW, "recipe": "./own.py"}
+    given = spec(pairs=PAIRS, own=student, evaluate={**evaluate, "students": {"own": [2]}})
+    stages.check(given, tmp_path / "r")
+    run = go(tmp_path, given)
+    card = cards.verify(run.student("own"))
+    assert card.t_grids == {2: [1.0, 0.75, 0.0]} and "rms@2" in card.metrics
+    wrong = spec(pairs=PAIRS, own=student, evaluate={**evaluate, "students": {"own": [2, 4]}})
+    said = "stages.evaluate.students.own: this student is made for 2 steps, not 4"
+    with pytest.raises(InputError, match=f"^stages.own: {said}"):
+        stages.check(wrong, tmp_path / "r")
+    (tmp_path / "later").mkdir()
+    (tmp_path / "later" / "own.py").write_text(text)
+    with pytest.raises(InputError, match=f"^{said}"):
+        go(tmp_path, wrong.model_copy(update={"name": "later"}))
+    assert not RunPaths(tmp_path / "later").stage("own").checkpoints.exists(), "refused before it is trained"
 
 
 def test_a_recipe_is_given_its_teacher_on_the_linear_path(tmp_path):

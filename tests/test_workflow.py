@@ -380,7 +380,7 @@ def test_a_recipe_beside_the_spec(tmp_path):
             "makes a generator student, which is not built yet; valid: velocity, flow_map",
         ),
         ('return "velocity"', 'return "flow_map"', "samples a flow_map student by euler; valid: jump, renoise"),
-        ('sampler = "euler"', 'sampler = "jump"', "samples a velocity student by jump; valid: euler"),
+        ('sampler = "euler"', 'sampler = "jump"', "samples a velocity student by jump; valid: euler, same_noise"),
         (
             '{"pairs", "teacher"}',
             '{"pairs"}',

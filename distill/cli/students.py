@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distill import card as cards
 from distill.cli.common import (
     AnyStoreOption,
     JsonOption,
@@ -179,7 +180,9 @@ def _drawn(student: Path, out: Path) -> bytes:
         return b""
     from distill import sampling, stages
 
-    sampling.sample(student, out, steps=1, seed=0, count=64, labels=None, device=stages.CPU)
+    sampling.sample(
+        student, out, steps=cards.read(student).fewest_steps, seed=0, count=64, labels=None, device=stages.CPU
+    )
     return out.read_bytes()
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from distill import card as cards
 from distill.cli.common import JsonOption, StoreOption, check_out, console, near, print_json, store_path
 from distill.guard import InputError, suggest
 from distill.store import find_run
@@ -55,7 +56,9 @@ def pairs(
 def sample(
     student: StudentArgument,
     out: Annotated[Path, typer.Option("--out", help="A picture (.png), or the numbers (.safetensors).")],
-    steps: Annotated[int, typer.Option(help="Steps, one network call each.", min=1)] = 1,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps, one network call each; by default the fewest it is made for.", min=1)
+    ] = None,
     seed: SeedOption = 0,
     count: Annotated[int, typer.Option(help="Number of samples.", min=1)] = 64,
     classes: Annotated[str, typer.Option(help="One class, or one a sample: 3 or 0,1,2; by default all in turn.")] = "",
@@ -67,6 +70,7 @@ def sample(
 
     labels = given.numbers("--classes", classes) if classes else None
     folder = given.student(student, store_path(store))
+    steps = steps or cards.read(folder).fewest_steps
     from distill import sampling
 
     sampling.sample(folder, out, steps=steps, seed=seed, count=count, labels=labels, device=given.device(device))
@@ -78,7 +82,9 @@ def evaluate(
     out: Annotated[Path, typer.Option("--out", help="Folder of results.json and pictures.")],
     teacher: Annotated[str | None, typer.Option(help=f"{TeacherHelp} By default the one of the student's run.")] = None,
     data: Annotated[str | None, typer.Option(help="Real data: digits, mnist, or YAML; by default the run's.")] = None,
-    steps: Annotated[str, typer.Option(help="Numbers of steps of the student.")] = "1,2,4",
+    steps: Annotated[
+        str | None, typer.Option(help="Numbers of steps of the student; by default 1,2,4 or all it is made for.")
+    ] = None,
     teacher_steps: Annotated[str, typer.Option(help="Euler steps of the teacher.")] = "1,2,4,8,16",
     samples: Annotated[int, typer.Option(help="Samples a row.")] = 2500,
     seed: SeedOption = 0,
@@ -93,7 +99,8 @@ def evaluate(
     folder = given.student(student, runs)
     from distill.spec import EvaluateStage
 
-    content = {"kind": "evaluate", "students": {"student": given.numbers("--steps", steps)}, "samples": samples}
+    counts = given.numbers("--steps", steps) if steps else sorted(cards.read(folder).t_grids) or [1, 2, 4]
+    content = {"kind": "evaluate", "students": {"student": counts}, "samples": samples}
     stage = given.stage(EvaluateStage, content | {"teacher_steps": given.numbers("--teacher-steps", teacher_steps)})
     teacher_spec = given.teacher(teacher, runs) if teacher else given.teacher_of(folder)
     data_spec = given.data(data) if data else given.data_of(folder)

@@ -2,6 +2,7 @@
 
 from distill.pairs.generate import generate, size
 from distill.pairs.manifest import Manifest
+from distill.pairs.mixed import Beside, Mixed
 from distill.pairs.read import PairSet, PairSource
 
-__all__ = ["Manifest", "PairSet", "PairSource", "generate", "size"]
+__all__ = ["Beside", "Manifest", "Mixed", "PairSet", "PairSource", "generate", "size"]

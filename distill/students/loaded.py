@@ -1,5 +1,6 @@
 """A student folder, loaded: its network as its sampler calls it, and what must be known to use it."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ class LoadedStudent:
 
     student: VelocityStudent | FlowMapStudent
     sampler: str  # a name in samplers/
+    t_grids: Mapping[int, Sequence[float]]  # number of steps -> times, 1 ... 0; empty: uniform, any number
     shape: tuple[int, ...]  # of one sample
     num_classes: int | None  # real classes; None: unconditional
     null_class: int | None
@@ -38,6 +40,7 @@ def load(folder: Path, device: torch.device) -> LoadedStudent:
     return LoadedStudent(
         student=wrap(found.network).eval(),
         sampler=card.sampler,
+        t_grids=card.t_grids,
         shape=found.shape,
         num_classes=found.num_classes,
         null_class=found.null_class,

@@ -12,9 +12,10 @@ from diffusers.utils.torch_utils import randn_tensor
 
 
 class DistilledPipeline(DiffusionPipeline):
-    """Steps on the linear path along t = 1, (N-1)/N, ..., 0, by what the network knows:
+    """Steps on the linear path along t = 1, (N-1)/N, ..., 0, or along times of its own, by what the network knows:
 
     sampler "euler": its velocity v(x_t, t), x_s = x_t + (s - t) v.
+    sampler "same_noise": data = x_t - t v(x_t, t), x_s = (1 - s) data + s noise, with the noise that it began from.
     sampler "jump": its average velocity u(x_t, t, s) from t to s, x_s = x_t + (s - t) u.
     sampler "renoise": data = x_t - t u(x_t, t, 0), x_s = (1 - s) data + s fresh noise.
     """
@@ -27,12 +28,13 @@ class DistilledPipeline(DiffusionPipeline):
         scheduler: FlowMapEulerDiscreteScheduler,
         num_classes: int | None = None,
         sampler: str = "euler",
+        t_grids: dict[str, list[float]] | None = None,
     ) -> None:
         super().__init__()
-        if sampler not in ("euler", "jump", "renoise"):
-            raise ValueError(f"sampler={sampler!r}; valid: 'euler', 'jump', 'renoise'")
+        if sampler not in ("euler", "same_noise", "jump", "renoise"):
+            raise ValueError(f"sampler={sampler!r}; valid: 'euler', 'same_noise', 'jump', 'renoise'")
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(num_classes=num_classes, sampler=sampler)
+        self.register_to_config(num_classes=num_classes, sampler=sampler, t_grids=t_grids)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -46,7 +48,7 @@ class DistilledPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        num_inference_steps: int = 1,
+        num_inference_steps: int | None = None,
         class_labels: Sequence[int] | torch.Tensor | None = None,
         batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -57,6 +59,7 @@ class DistilledPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Samples, as `.images`.
 
+        num_inference_steps: network calls; None: the fewest that the student is made for.
         latents: the noise, [B, *sample_shape], standard normal; None: drawn from `generator`.
         class_labels: B class ids, needed where the student has classes.
         batch_size: number of samples; None: as many as latents, else class_labels, else 1.
@@ -64,8 +67,7 @@ class DistilledPipeline(DiffusionPipeline):
         last step left it, around [-1, 1]. Vectors are returned as they are: "np" an array, otherwise a tensor.
         fresh: the further noises of sampler "renoise", N - 1 like latents; None: drawn from `generator`.
         """
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps={num_inference_steps}; give 1 or more")
+        steps = self._set_times(num_inference_steps)
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type={output_type!r}; valid: 'pil', 'np', 'pt'")
         shape, device, dtype = self.sample_shape, self._execution_device, self.unet.dtype
@@ -78,13 +80,12 @@ class DistilledPipeline(DiffusionPipeline):
         else:
             x_t = latents.to(device=device, dtype=dtype)
 
-        sampler, steps = self.config["sampler"], num_inference_steps
+        sampler, start = self.config["sampler"], x_t
         self._check_fresh(fresh, steps - 1 if sampler == "renoise" else 0, x_t)
-        self.scheduler.set_timesteps(steps, device=device)
         times = self.scheduler.sigmas  # [N + 1], 1 ... 0
         for step, timestep in enumerate(self.scheduler.timesteps):
             t, s = times[step], times[step + 1]
-            known = {"euler": [t], "jump": [t, s], "renoise": [t, torch.zeros_like(s)]}[sampler]
+            known = {"jump": [t, s], "renoise": [t, torch.zeros_like(s)]}.get(sampler, [t])
             known = [(1000 * time.to(torch.float32)).expand(batch_size) for time in known]  # the network takes 1000 t
             velocity = self.unet(x_t, *known, class_labels=labels).sample
             if sampler == "renoise":
@@ -92,11 +93,27 @@ class DistilledPipeline(DiffusionPipeline):
                 if step < steps - 1:
                     noise = randn_tensor(x_t.shape, generator, device, dtype) if fresh is None else fresh[step].to(x_t)
                     x_t = (1 - s) * x_t + s * noise
+            elif sampler == "same_noise":
+                x_t = (1 - s) * (x_t - t * velocity) + s * start
             else:
                 x_t = self.scheduler.step(velocity, timestep, x_t, return_dict=False)[0]
 
         images = self._finish(x_t, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _set_times(self, steps: int | None) -> int:
+        """The scheduler's, for so many steps; returns their number."""
+        grids, device = self.config["t_grids"] or {}, self._execution_device
+        if steps is None:
+            steps = min(map(int, grids), default=1)
+        if steps < 1:
+            raise ValueError(f"num_inference_steps={steps}; give 1 or more")
+        if grids and str(steps) not in grids:
+            made = ", ".join(map(str, sorted(map(int, grids))))
+            raise ValueError(f"num_inference_steps={steps}; this student is made for: {made}")
+        own = grids[str(steps)][:-1] if grids else None  # the scheduler appends 0 itself
+        self.scheduler.set_timesteps(steps, device=device, sigmas=own)
+        return steps
 
     def _check_fresh(
         self, fresh: Sequence[torch.Tensor] | torch.Tensor | None, count: int, latents: torch.Tensor

@@ -20,7 +20,7 @@ from distill.engine import StepContext
 from distill.export import export
 from distill.protocols import Copy, Frozen, Trained
 from distill.roles import Roles
-from distill.sampling import by_sampler, fresh_noises, num_fresh
+from distill.sampling import by_sampler, fresh_noises, grid, num_fresh, own_grids
 from distill.students.loaded import load
 from distill.testing.pair import Numbers
 from distill.testing.subject import CLASSES, SHAPE, Noise, Subject, bits, start
@@ -120,16 +120,19 @@ def travels(subject: Subject, folder: Path) -> None:
     """Exported and loaded again, the student makes the same samples, at every number of steps it is made for."""
     result, _ = train(subject, folder / "run")
     student, sampler = result.roles.networks["student"].eval(), subject.module.Recipe.sampler
+    t_grids = own_grids(start(subject)[0], subject.times)
     card = StudentCard(
         name="student", recipe=subject.recipe, spec_digest="", teacher_digest=None, kind=subject.config().student,
-        sampler=sampler, num_classes=CLASSES, null_class=CLASSES, shape=SHAPE, weights="raw", images=MOVES * BATCH,
+        sampler=sampler, t_grids=t_grids, num_classes=CLASSES, null_class=CLASSES, shape=SHAPE, weights="raw",
+        images=MOVES * BATCH,
     )  # fmt: skip
     export(student, folder / "student", card)
     loaded = load(folder / "student", torch.device("cpu"))
     noise, cond = sample_noise(0, range(4), SHAPE), {"class_labels": sample_labels(range(4), CLASSES)}
     for steps in subject.steps:
         fresh = fresh_noises(0, range(4), SHAPE, num_fresh(sampler, steps))
-        ours, theirs = (by_sampler(each, sampler, noise, steps, cond, fresh) for each in (student, loaded.student))
+        t_grid = grid(t_grids, steps)
+        ours, theirs = (by_sampler(each, sampler, noise, t_grid, cond, fresh) for each in (student, loaded.student))
         assert torch.equal(ours, theirs), f"other samples at {steps} steps"
 
 

@@ -153,8 +153,10 @@ def recovers(subject: Subject, training: Training, folder: Path) -> dict[str, di
     if subject.makes_teacher:
         untrained = StudentInit(None, NETWORK, (2,), None, seed=0).velocity_field().eval()
         return {"student": {24: of_field(student, "heun", 24)}, "teacher": {24: of_field(untrained, "heun", 24)}}
-    sampler, found = subject.module.Recipe.sampler, {}
+    recipe = subject.module.Recipe(subject.config(subject.ring), TEACHER)
+    t_grids, sampler, found = sampling.own_grids(recipe, subject.times), recipe.sampler, {}
     for steps in subject.steps:
         fresh = sampling.fresh_noises(1, range(SAMPLES), (2,), sampling.num_fresh(sampler, steps))
-        found[steps] = excess(sampling.by_sampler(student, sampler, noise(), steps, {}, fresh))
+        t_grid = sampling.grid(t_grids, steps)
+        found[steps] = excess(sampling.by_sampler(student, sampler, noise(), t_grid, {}, fresh))
     return {"student": found, "teacher": {n: of_field(TEACHER.field, "euler", n) for n in {1, *subject.steps}}}
