@@ -26,7 +26,16 @@ from distill.metrics.reference import Reference, of_exact, of_images
 from distill.progress import Progress
 from distill.protocols import VelocityField
 from distill.results import FILE_NAME, Results, Row, steps_of_rows
-from distill.sampling import Method, blocks, condition, of_student, of_teacher, refuse_other_times, refuse_steps
+from distill.sampling import (
+    Method,
+    blocks,
+    condition,
+    of_field,
+    of_student,
+    of_teacher,
+    refuse_other_times,
+    refuse_steps,
+)
 from distill.solvers import straightness
 from distill.spec import CheckpointTeacher, EvaluateStage, RunSpec
 from distill.stop import StopRequest
@@ -37,7 +46,7 @@ from distill.students.velocity import VelocityStudent
 from distill.teachers import LoadedTeacher
 from distill.times import uniform_grid
 
-VERSION = 1  # of the measurements: part of a row's key
+VERSION = 2  # of the measurements: part of a row's key
 PICTURE_ROWS, PICTURE_POINTS = 6, 2000
 STRAIGHTNESS_STEPS, STRAIGHTNESS_SAMPLES = 16, 256
 
@@ -67,7 +76,8 @@ def _short(text: str) -> str:
 
 def total(stage: EvaluateStage) -> int:
     """Samples that the stage makes: the length of its progress."""
-    return stage.samples * (1 + sum(map(len, steps_of_rows(stage).values())))
+    rows = 1 + sum(map(len, steps_of_rows(stage).values())) + len(stage.fine_students)
+    return stage.samples * rows
 
 
 def evaluate(
@@ -127,7 +137,7 @@ def measure(
     rows = [row for plan in plans if (row := work.kept(plan))]
     if len(rows) < len(plans):
         fine, endpoint = work.fine()
-        rows = [fine if plan.fine else work.row(plan, endpoint) for plan in plans]
+        rows = [fine if plan == _fine(stage) else work.row(plan, endpoint) for plan in plans]
     results = Results(
         stage=name,
         samples=stage.samples,
@@ -164,6 +174,7 @@ def _check(
     stage: EvaluateStage, teacher: LoadedTeacher, students: Mapping[str, LoadedStudent], data: DataSet | None
 ) -> None:
     """Refuse what cannot be compared, before anything is written."""
+    assert all(isinstance(students[name].student, VelocityStudent) for name in stage.fine_students), "workflow.check"
     for name, student in students.items():
         if (student.shape, student.num_classes) != (teacher.shape, teacher.num_classes):
             raise InputError(
@@ -207,6 +218,8 @@ class _Work:
             student, own = self.students[name], self.students[name].t_grids
             usual = [Plan(name, "student", student.sampler, n, times=tuple(own[n]) if own else None) for n in steps]
             rows += [*usual, *self._along(usual, student)]
+            if name in self.stage.fine_students:
+                rows.append(replace(_fine(self.stage), network=name, role="student"))
         return rows
 
     def _along(self, usual: list[Plan], network: LoadedTeacher | LoadedStudent) -> Iterator[Plan]:
@@ -257,8 +270,11 @@ class _Work:
         times = None if steps else plan.times
         if plan.role == "teacher":
             return of_teacher(self.teacher, plan.solver, steps or plan.steps, self.stage.guidance_scale, times)
+        student = self.students[plan.network]
+        if plan.fine:
+            return of_field(student.student, plan.solver, steps or plan.steps)
         given = uniform_grid(steps or plan.steps) if times is None else torch.tensor(times, dtype=torch.float64)
-        return of_student(self.students[plan.network], given)
+        return of_student(student, given)
 
     def _samples(self, plan: Plan) -> tuple[Tensor, float]:
         """All samples of a row, and the mean seconds for one."""
@@ -293,15 +309,26 @@ class _Work:
             rms=(samples.double() - endpoint.double()).square().mean().sqrt().item(),
             images_per_second=1 / seconds,
             straightness=self._straightness(plan),
+            transport=self._transport(samples),
             picture=picture.as_posix(),
         )
         write_json(self._path(plan), {"key": self._key(plan), "row": row.model_dump(mode="json")})
         return row
 
+    def _transport(self, samples: Tensor) -> float:
+        """E || sample - noise ||^2 / d, of the noises that they were made from."""
+        total = 0.0
+        for start in range(0, len(samples), self.stage.block):
+            part = samples[start : start + self.stage.block]
+            noise = sample_noise(self.seed, range(start, start + len(part)), self.teacher.shape)
+            total += (part - noise).double().square().sum().item()
+        return total / samples.numel()
+
     def _straightness(self, plan: Plan) -> float | None:
         """Of the network's own paths, by a fixed number of Euler steps over the first samples; found once for each.
 
         A flow map has none: not every recipe trains u(x_t, t, t), and where it does not, its paths would mean nothing.
+        Paths of constant acceleration are bent by design.
         """
         name = (plan.role, plan.network)
         if name not in self.straight:

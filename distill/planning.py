@@ -120,10 +120,13 @@ def _evaluate(name: str, stage: EvaluateStage) -> Step:
     ways = [*(("euler", count) for count in counts.pop("teacher")), (stage.fine_solver, stage.fine_steps)]
     teacher = sum(workflow.network_calls(solver, count, stage.guidance_scale) for solver, count in ways)
     students = sum(map(sum, counts.values()))
+    students += len(stage.fine_students) * workflow.network_calls(stage.fine_solver, stage.fine_steps, 1.0)
     calls = stage.samples * (teacher + students)
     work = f"{rows} rows x {stage.samples:,} samples; {calls:,} network calls"
     needs = _unique([stage.teacher or "the spec's teacher", *stage.students])
-    what = f"teacher at {', '.join(map(str, stage.teacher_steps))} steps and {stage.fine_solver} {stage.fine_steps}"
+    coarse = f"at {', '.join(map(str, stage.teacher_steps))} steps and " if stage.teacher_steps else "by "
+    fine = f"{stage.fine_solver} {stage.fine_steps}"
+    what = f"teacher {coarse}{fine}" + "".join(f"; {student} by {fine}" for student in stage.fine_students)
     writes = [f"stages/{name}/results.json", f"stages/{name}/pictures/", "report.html"]
     return Step(name, stage.kind, what, work, needs, calls, writes)
 

@@ -60,7 +60,7 @@ class RecipeConfig(Protocol):
     @property
     def needs(self) -> frozenset[str]: ...  # of NEEDS
     @property
-    def student(self) -> str: ...  # "velocity", "flow_map", "generator"
+    def student(self) -> str: ...  # "velocity", "flow_map", "acceleration", "generator"
 
 
 @runtime_checkable
@@ -74,6 +74,19 @@ class Guiding(Protocol):
 def guidance_scale(config: RecipeConfig) -> float:
     """The classifier-free guidance that a recipe asks of its teacher."""
     return config.guidance_scale if isinstance(config, Guiding) else 1.0
+
+
+@runtime_checkable
+class Coupling(Protocol):
+    """A Config under which a loss looks at blocks of consecutive samples of the global batch, and needs them whole."""
+
+    @property
+    def rows_together(self) -> int: ...  # samples of a block; 1: each by itself
+
+
+def rows_together(config: RecipeConfig) -> int:
+    """The samples that a micro-batch must hold, or a multiple of them."""
+    return config.rows_together if isinstance(config, Coupling) else 1
 
 
 def package_folder() -> Path:

@@ -9,17 +9,17 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from distill.card import network_calls
 from distill.draws import key, sample_labels, sample_noise
 from distill.grids import columns_for, images_png, scatter_png
 from distill.guard import InputError, RunError
-from distill.protocols import Cond, Gridded, Recipe
-from distill.samplers import euler, jump, renoise, same_noise
+from distill.protocols import Cond, Gridded, Recipe, VelocityField
+from distill.samplers import accelerated, euler, jump, renoise, same_noise
 from distill.solvers import SOLVERS, sample_along
 from distill.solvers import sample as solve
 from distill.store import write_atomic
 from distill.students import loaded
-from distill.students.flow_map import FlowMapStudent
-from distill.students.loaded import LoadedStudent
+from distill.students.loaded import LoadedStudent, Student
 from distill.students.velocity import VelocityStudent
 from distill.teachers import LoadedTeacher
 from distill.times import uniform_grid
@@ -50,14 +50,20 @@ def of_teacher(
     teacher: LoadedTeacher, solver: str, steps: int, guidance_scale: float, times: Sequence[float] | None = None
 ) -> Method:
     """The teacher's ODE by a solver, in steps that are uniform, or along these times (see `sample_along`)."""
-    field = teacher.guided(guidance_scale)
+    return of_field(teacher.guided(guidance_scale), solver, steps, 1 if guidance_scale == 1 else 2, times)
+
+
+def of_field(
+    field: VelocityField, solver: str, steps: int, calls: int = 1, times: Sequence[float] | None = None
+) -> Method:
+    """The ODE of a velocity field by a solver; calls: of a network, for one of the field."""
 
     def generate(noise: Tensor, cond: Cond, fresh: Sequence[Tensor]) -> Tensor:
         if times is not None:
             return sample_along(field, noise, cond, solver=solver, times=times)
         return solve(field, noise, cond, solver=solver, steps=steps)
 
-    return Method(generate, SOLVERS[solver].nfe(steps) * (1 if guidance_scale == 1 else 2))
+    return Method(generate, calls * SOLVERS[solver].nfe(steps))
 
 
 def of_student(student: LoadedStudent, t_grid: Tensor) -> Method:
@@ -67,7 +73,7 @@ def of_student(student: LoadedStudent, t_grid: Tensor) -> Method:
     def generate(noise: Tensor, cond: Cond, fresh: Sequence[Tensor]) -> Tensor:
         return by_sampler(student.student, student.sampler, noise, t_grid, cond, fresh)
 
-    return Method(generate, steps, num_fresh(student.sampler, steps))
+    return Method(generate, network_calls(student.sampler, steps), num_fresh(student.sampler, steps))
 
 
 def own_grids(recipe: Recipe, times: Sequence[float] | None) -> dict[int, list[float]]:
@@ -86,8 +92,8 @@ def grid(t_grids: Mapping[int, Sequence[float]], steps: int) -> Tensor:
 
 def refuse_other_times(student: LoadedStudent, where: str) -> None:
     """Refuse a student that has reasons for its times: only a velocity field knows how far it moves from t to any s."""
-    why = "has times of its own" if student.t_grids else "is a flow map, made for uniform steps"
-    if student.t_grids or isinstance(student.student, FlowMapStudent):
+    why = "has times of its own" if student.t_grids else "is no velocity field and made for uniform steps"
+    if student.t_grids or not isinstance(student.student, VelocityStudent):
         raise InputError(f"{where}: this student {why}, so others are not for it; leave them out")
 
 
@@ -102,7 +108,7 @@ def refuse_steps(t_grids: Mapping[int, Sequence[float]], asked: Sequence[int], w
 
 @torch.no_grad()
 def by_sampler(
-    student: VelocityStudent | FlowMapStudent,
+    student: Student,
     sampler: str,
     noise: Tensor,
     t_grid: Tensor,
@@ -117,6 +123,8 @@ def by_sampler(
             return same_noise.sample(student, noise, t_grid, cond)
         case "jump":
             return jump.sample(student, noise, t_grid, cond)
+        case "accelerated":
+            return accelerated.sample(student, noise, t_grid, cond)
         case _:
             return renoise.sample(student, noise, t_grid, cond, fresh)
 

@@ -209,6 +209,8 @@ class TrainStage(Frozen):
     """stage whose student's weights to start from; null: the teacher's, or `network`"""
     network: NetworkSpec | None = None
     """a fresh network; null: in the shape of, and with the weights of, init or the teacher"""
+    dropout: Fraction | None = None
+    """of the student's features in training, where it starts from init or the teacher; null: as theirs"""
     pairs: Name | dict[Name, Fraction] | None = None
     """stage whose pairs to train on; or several, with the part of each in every batch: {pairs: 0.8, forward: 0.2}"""
     images: PositiveInt
@@ -271,7 +273,7 @@ class EvaluateStage(Frozen):
     teacher: Name | None = None
     """stage whose student is the teacher; null: the spec's teacher"""
     teacher_steps: list[PositiveInt] = [1, 2, 4, 8, 16]
-    """Euler steps of the teacher"""
+    """Euler steps of the teacher, beside its fine solver"""
     fine_solver: Literal["heun", "dpm_solver_pp_2m"] = "heun"
     """solver whose endpoint counts as the teacher's own"""
     fine_steps: PositiveInt = 16
@@ -280,6 +282,8 @@ class EvaluateStage(Frozen):
     """train stage: numbers of steps to measure its student at"""
     times: dict[Name, list[Literal["optimal"] | list[Fraction]]] = {}
     """further rows along other times: {teacher: [optimal, [1, 0.6, 0]]}; optimal: where its steps err least"""
+    fine_students: list[Name] = []
+    """those of students that are measured by the fine solver too: velocity fields that may be the next teacher"""
     samples: Annotated[int, Field(ge=16)] = 2500
     """samples per row; each set is generated once for all columns"""
     block: PositiveInt = 250

@@ -165,7 +165,7 @@ def _check_networks(stage: TrainStage, teacher: LoadedTeacher | None, data: Data
     samples = teacher if "pairs" in config.needs or data is None else data
     assert samples is not None, "workflow.check lets no such spec through"
     given = teacher_on_linear_path(teacher) if "teacher" in config.needs and teacher is not None else None
-    init = StudentInit(given, stage.network, samples.shape, samples.num_classes, 0, given)
+    init = StudentInit(given, stage.network, samples.shape, samples.num_classes, 0, given, stage.dropout)
     recipe: Recipe = module.Recipe(config, given)
     recipe.networks(init)
     return recipe
@@ -231,7 +231,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
     data = datasets.load(work.spec.data, work.spec.seed) if "data" in config.needs else None
     samples = teacher if "pairs" in config.needs or data is None else data
     assert samples is not None, "workflow.check lets no such stage through"
-    init = StudentInit(origin, stage.network, samples.shape, samples.num_classes, work.seed, teacher)
+    init = StudentInit(origin, stage.network, samples.shape, samples.num_classes, work.seed, teacher, stage.dropout)
     recipe = module.Recipe(config, teacher)
     card = StudentCard(
         name=work.name,
@@ -367,10 +367,11 @@ def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
 
 
 def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
-    from distill import evaluate, report
+    from distill import evaluate, report, straightened
 
     with work.progress(evaluate.total(stage), "samples") as progress:
         found = evaluate.evaluate(work.run, work.spec, work.name, device=work.device, progress=progress, stop=work.stop)
+        straightened.say(found, work.run, progress)
     for student in stage.students:
         _say_measured(work.run, found, student)
     return {"results": str(work.run.stage(work.name).root / "results.json"), "report": str(report.write(work.run))}

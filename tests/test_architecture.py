@@ -14,11 +14,11 @@ PYTHON = MODULES + RECIPES
 # The compute plane's layers: a module imports from its own layer or an earlier one.
 LAYERS = [
     {"interpolants", "protocols", "draws"},
-    {"times", "fields", "solvers", "samplers", "autodiff", "distances", "couplings"},
+    {"times", "fields", "solvers", "samplers", "autodiff", "distances", "couplings", "windows"},
     {"hub", "teachers", "students", "latents", "conditions", "data", "pairs", "ema", "metrics", "grids"},
     {"world", "trainable", "sharded", "checkpoint", "roles", "export", "sampling", "schedules"},
     {"evaluate", "report", "charts", "engine", "memory", "sources"},
-    {"stages", "estimate"},
+    {"stages", "estimate", "forecast"},
     {"cli", "testing"},
 ]
 ANYWHERE = {
@@ -28,6 +28,7 @@ ANYWHERE = {
     "progress",
     "stop",
     "results",
+    "straightened",
     "card",
     "space",
     "pairspec",
@@ -38,11 +39,12 @@ CONTROL = ANYWHERE | {
     "yamltext",
     "specfile",
     "workflow",
+    "trainspec",
     "planning",
     "launch",
     "registry",
 }
-CONTROL |= {"presets", "claims", "status", "jobs", "inputs"}
+CONTROL |= {"presets", "claims", "status", "jobs", "inputs", "rounds"}
 CONTROL |= {"manifest", "transports", "ssh", "transfer", "pull", "publish", "published"}
 TORCH = {"torch", "numpy", "diffusers", "accelerate", "deepspeed", "safetensors", "torchmetrics", "sklearn", "datasets"}
 
@@ -94,7 +96,7 @@ def test_layers():
             if not name.startswith("distill."):
                 continue
             other = name.split(".")[1]
-            if other in ANYWHERE or (other in CONTROL and mine in ("stages", "estimate", "cli", "testing")):
+            if other in ANYWHERE or (other in CONTROL and mine in ("stages", "estimate", "forecast", "cli", "testing")):
                 continue
             assert other in rank, f"{show(path)} imports {name}, of the control plane"
             assert rank[other] <= rank[mine], f"{show(path)} imports {name}, which lies above it"
@@ -130,6 +132,7 @@ def test_the_engine_names_no_objective():
 def test_shipped_files_stand_alone():
     """What students' folders hold imports torch and diffusers, or another shipped file from beside it."""
     names = {"pipeline", "velocity_mlp", "velocity_unet", "flow_map_mlp", "flow_map_unet"}
+    names |= {"acceleration_mlp", "acceleration_unet"}
     for path in [ROOT / "distill" / "students" / f"{name}.py" for name in sorted(names)]:
         for name in imports(parse(path)):
             allowed = {"torch", "diffusers", "collections", "functools", "math"} | names

@@ -11,6 +11,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
+from distill import card as cards
 from distill import evaluate as evaluation
 from distill import report, results, sampling, schedules, solvers
 from distill.card import StudentCard
@@ -27,8 +28,9 @@ from distill.spec import CheckpointTeacher, RunSpec, UNetSpec
 from distill.stop import StopRequest
 from distill.store import RunPaths
 from distill.students import loaded as students
+from distill.students.acceleration import AccelerationStudent
 from distill.students.flow_map import FlowMapStudent
-from distill.students.networks import build, two_times
+from distill.students.networks import accelerated, build, two_times
 from distill.students.velocity import VelocityStudent
 from distill.students.velocity_mlp import VelocityMLP
 from distill.teachers import load
@@ -202,6 +204,38 @@ def test_rows_along_other_times(vector_run):
         go(vector_run, spec)
 
 
+def test_a_flow_is_measured_by_the_fine_solver_too(vector_run):
+    found = go(vector_run, vector_spec(fine_students=["exact"], teacher_steps=[]))
+    assert [(row.label, row.role, row.steps, row.nfe, row.fine) for row in found.rows] == [
+        ("teacher, heun", "teacher", 32, 63, True), ("exact", "student", 1, 1, False),
+        ("exact", "student", 2, 2, False),
+        ("exact, heun", "student", 32, 63, True),
+    ]  # fmt: skip
+    own, one, _, fine = found.rows
+    # dx/dt = a x - MEAN with a = 1 - STD from t = 1 to 0
+    noise, mean, a = sample_noise(key(0, "evaluate"), range(300), (2,)).double(), torch.tensor(MEAN).double(), 1 - STD
+    end, exact = math.exp(-a) * noise + mean * (1 - math.exp(-a)) / a, mean + STD * noise
+    assert fine.rms == pytest.approx((end - exact).square().mean().sqrt().item(), rel=1e-3)
+    assert one.transport == pytest.approx((exact - noise).square().mean().item(), rel=1e-5)
+    assert own.transport == pytest.approx(one.transport, rel=2e-3), "the fine solver's error aside"
+    assert fine.transport == pytest.approx((end - noise).square().mean().item(), rel=1e-3)
+    assert fine.straightness == one.straightness
+
+
+def test_rows_of_an_earlier_version_can_be_read(vector_run):
+    found = go(vector_run, vector_spec())
+    path = vector_run.stage("evaluate").root / results.FILE_NAME
+    content = json.loads(path.read_text())
+    for row in content["rows"]:
+        del row["transport"]
+    path.write_text(json.dumps(content))
+    again = results.load(vector_run.stage("evaluate"))
+    assert {row.transport for row in again.rows} == {None}
+    assert [timeless(row) | {"transport": 0} for row in again.rows] == [
+        timeless(row) | {"transport": 0} for row in found.rows
+    ]
+
+
 def timeless(row: results.Row) -> dict:
     return row.model_dump(exclude={"images_per_second"})
 
@@ -279,6 +313,21 @@ def test_flow_maps_are_measured_by_their_own_samplers(flow_map_run):
     assert "straightness@1" not in results.card_metrics(found, "jump")
     assert results.load(flow_map_run.stage("evaluate")) == found
     assert "\u2013" in report.write(flow_map_run).read_text()
+
+
+def test_a_velocity_with_its_acceleration_costs_one_call_more_than_it_has_steps(tmp_path):
+    """With the exact first velocity and no acceleration it is exact."""
+    run, network = RunPaths(tmp_path / "r"), accelerated(one_step_student().network, 0)
+    with torch.no_grad():
+        for parameter in network.acceleration.parameters():
+            parameter.zero_()
+    facts = card((2,), None).model_dump() | {"kind": "acceleration", "sampler": "accelerated"}
+    export(AccelerationStudent(network), run.student("bent"), StudentCard.model_validate(facts))
+    found = go(run, vector_spec(students={"bent": [1, 2, 4]}))
+    rows = [(row.solver, row.steps, row.nfe) for row in found.rows if row.role == "student"]
+    assert rows == [("accelerated", 1, 2), ("accelerated", 2, 3), ("accelerated", 4, 5)]
+    assert all(row.rms < 2e-3 and row.straightness is None for row in found.rows if row.role == "student")
+    assert "| 2 |" in cards.readme(cards.read(run.student("bent")).model_copy(update={"metrics": {"SW2@1": 1.0}}))
 
 
 def test_fresh_noise_depends_on_seed_index_and_step_alone(flow_map_run, tmp_path, monkeypatch):

@@ -72,6 +72,11 @@ CASES = {
         vectors(e={"students": {"r": []}}),
         "stages.e.students.r: no numbers of steps given, e.g. [1, 2, 4]",
     ),
+    "a flow that is not evaluated": (
+        vectors(e={"fine_students": ["rr"]}),
+        "stages.e.fine_students: 'rr' is none of stages.e.students; did you mean 'r'? valid: r",
+    ),
+    "a flow twice": (vectors(e={"fine_students": ["r", "r"]}), "stages.e.fine_students: 'r' stands there twice"),
     "pairs of another teacher": (
         vectors(p2={**PAIRS, "teacher": "r"}, r2={**REFLOW, "pairs": "p2"}),
         "stages.r2.pairs: 'p2' has pairs of r, this stage's teacher is the spec's teacher; make them agree",
@@ -95,7 +100,8 @@ CASES = {
     ),
     "unknown option": (
         vectors(r={"options": {"distanse": "l2"}}),
-        "stages.r.options.distanse: unknown key; did you mean 'distance'? valid: distance, time_law",
+        "stages.r.options.distanse: unknown key; did you mean 'distance'? valid: data_weight, distance, mu, "
+        "sigma, time_law",
     ),
     "wrong option": (
         vectors(r={"options": {"distance": "l3"}}),
@@ -153,6 +159,10 @@ CASES = {
     "nothing to start from": (
         images(t={"network": None}),
         "stages.t: nothing to start from; give network (fresh weights) or init (an earlier train stage)",
+    ),
+    "dropout of a fresh network": (
+        vectors(r={"dropout": 0.1}),
+        "stages.r.network: a fresh network has its own dropout, so that of the stage has no effect; remove it",
     ),
     "teacher without weights": (
         vectors(r={"network": None}),
@@ -389,7 +399,7 @@ def test_a_recipe_beside_the_spec(tmp_path):
         (
             'return "velocity"',
             'return "generator"',
-            "makes a generator student, which is not built yet; valid: velocity, flow_map",
+            "makes a generator student, which is not built yet; valid: velocity, flow_map, acceleration",
         ),
         ('return "velocity"', 'return "flow_map"', "samples a flow_map student by euler; valid: jump, renoise"),
         ('sampler = "euler"', 'sampler = "jump"', "samples a velocity student by jump; valid: euler, same_noise"),
@@ -415,21 +425,39 @@ def test_a_flow_map_is_a_student_and_no_teacher(tmp_path, sampler):
     flow_map = {**REFLOW, "recipe": "./map.py"}
     assert mistakes(vectors(r=flow_map), tmp_path) == []
     along = vectors(r=flow_map, e={"times": {"r": ["optimal"]}})
-    assert mistakes(along, tmp_path) == ["stages.e.times.r: a flow map, which is made for uniform steps; remove it"]
+    assert mistakes(along, tmp_path) == [
+        "stages.e.times.r: its student is a flow map, made for uniform steps; remove it"
+    ]
     again = {**flow_map, "network": None, "init": "r"}
     assert mistakes(vectors(r=flow_map, again=again), tmp_path) == [], "of one flow map another is made"
     assert mistakes(vectors(again=again), tmp_path) == [], "and of a velocity student"
 
-    no_path = "the student of 'r' is a flow map, which knows no path to follow; name a stage with a velocity student"
+    no_path = "the student of 'r' is a flow map, no velocity field; name a stage with a velocity student"
     pairs, student = {**PAIRS, "teacher": "r"}, {**REFLOW, "teacher": "r", "pairs": "p2"}
     evaluation = {**EVALUATE, "teacher": "r"}
     found = mistakes(vectors(r=flow_map, p2=pairs, s=student, e=evaluation), tmp_path)
     assert found == [f"stages.{name}.teacher: {no_path}" for name in ("e", "p2", "s")]
 
+    assert mistakes(vectors(r=flow_map, e={"fine_students": ["r"]}), tmp_path) == [
+        "stages.e.fine_students: the student of 'r' is a flow map, which no solver follows; remove it"
+    ]
     velocity = {**REFLOW, "network": None, "init": "r"}
     assert mistakes(vectors(r=flow_map, s=velocity), tmp_path) == [
-        "stages.s.init: the student of 'r' is a flow map, reflow/reflow makes a velocity student; "
+        "stages.s.init: the student of 'r' is a flow map, reflow/reflow makes one of kind velocity; "
         "name a stage with a velocity student"
+    ]
+    (tmp_path / "bent.py").write_text(OWN.replace('"velocity"', '"acceleration"').replace('"euler"', '"accelerated"'))
+    bent = {**flow_map, "recipe": "./bent.py"}
+    assert mistakes(vectors(r=bent, again={**bent, "network": None, "init": "r"}), tmp_path) == []
+    assert mistakes(vectors(r=flow_map, s={**bent, "network": None, "init": "r"}), tmp_path) == [
+        "stages.s.init: the student of 'r' is a flow map, ./bent.py makes one of kind acceleration; "
+        "name a stage with a velocity student"
+    ]
+    assert mistakes(vectors(r=bent, s={**again, "init": "r"}, e=evaluation), tmp_path) == [
+        "stages.e.teacher: the student of 'r' is a velocity with its acceleration, no velocity field; name a stage "
+        "with a velocity student",
+        "stages.s.init: the student of 'r' is a velocity with its acceleration, ./map.py makes one of kind flow_map; "
+        "name a stage with a velocity student",
     ]
     unknown = {**flow_map, "recipe": "./map.py", "options": {"weight": "x"}}
     found = mistakes(vectors(r=unknown, s=velocity, e=evaluation), tmp_path)

@@ -20,9 +20,7 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 def sample(
     student: StudentArgument,
     out: Annotated[Path, typer.Option("--out", help="A picture (.png), or the numbers (.safetensors).")],
-    steps: Annotated[
-        int | None, typer.Option(help="Steps, one network call each; by default the fewest it is made for.", min=1)
-    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps; by default the fewest it is made for.", min=1)] = None,
     schedule: Annotated[
         str, typer.Option(help="uniform; or optimal: at the times where they err least (see `schedule`).")
     ] = "uniform",
