@@ -61,6 +61,7 @@ OTHER_OPTIONS = [
     ("shortcut/meanflow", {"derivative": "central", "h": 0.1, "time_law": "uniform", "to_data": 0.5, "power": 0.5}),
     ("shortcut/meanflow", {"velocity": "data"}),
     ("score/dmd2", {"steps": 4, "weight": "kl", "ratio": 2}),
+    ("reflow/slimflow", {"phase": "anneal", "anneal_images": 16, "flip": True}),
 ]
 
 
