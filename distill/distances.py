@@ -1,7 +1,7 @@
 """Distances per sample: prediction and target [B, ...] -> [B]. Zero exactly where the two are equal."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +34,15 @@ def pseudo_huber(prediction: Tensor, target: Tensor, scale: float = 0.00054) -> 
 def pseudo_huber_elementwise(prediction: Tensor, target: Tensor, c: float = 1e-3) -> Tensor:
     """Mean over elements of sqrt(difference^2 + c^2) - c (Wang et al. 2024, arXiv 2410.07303)."""
     return _huber((prediction - target).square(), c).flatten(1).mean(1)
+
+
+def direction(prediction: Tensor, target: Tensor) -> Tensor:
+    """1 - cos of the angle between the two, each sample one vector; zero wherever they point the same way.
+
+    As half the square between unit vectors, which keeps its digits where the angle is small.
+    """
+    a, b = (F.normalize(each.flatten(1), dim=1, eps=1e-6) for each in (prediction, target))  # [B, d]
+    return (a - b).square().sum(1) / 2
 
 
 def _huber(square: Tensor, c: float) -> Tensor:
@@ -82,6 +91,11 @@ class Lpips(nn.Module):
             raise InputError(f"LPIPS trunk {path} is not torchvision's {trunk}: {', '.join(wrong)}")
         return {name: given[source] for name, source in sources.items()}
 
+    @staticmethod
+    def takes(shape: Sequence[int]) -> bool:
+        """Whether it compares samples of this shape: images of one or three channels."""
+        return len(shape) == 3 and shape[0] in (1, 3)
+
     def train(self, mode: bool = True) -> "Lpips":
         """Always in eval: the heads have a dropout."""
         return super().train(False)
@@ -107,7 +121,7 @@ class Lpips(nn.Module):
 
     def _prepare(self, images: Tensor) -> Tensor:
         """[B, 1 or 3, H, W] -> [B, 3, >= 64, >= 64] float32."""
-        if images.ndim != 4 or images.shape[1] not in (1, 3):
+        if not self.takes(images.shape[1:]):
             raise ValueError(f"LPIPS compares images [B, 1 or 3, H, W], got {list(images.shape)}")
         images = images.float().expand(-1, 3, -1, -1)
         shorter = min(images.shape[2:])

@@ -1,25 +1,45 @@
 """What is wrong with a pairs stage, and with the pairs of a train stage. No tensors."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from distill.spec import PairsStage, RunSpec, TrainStage
 
 OF_DATA, WITH_STATES = ("forward", "segments"), ("trajectories", "segments")  # paths of a pairs stage
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
+
+
+def calls(stage: PairsStage) -> float:
+    """Calls of the teacher's network for one pair, guidance counted; of segments on average."""
+    number = 2.0 * stage.steps - 1 if stage.solver == "heun" else float(stage.steps)
+    if stage.solver == "heun" and stage.paths == "forward":
+        number += 1  # no step ends at data, where the last one is Euler's
+    if stage.paths == "segments":
+        number /= max(1, len(stage.times or []) - 1)
+    return number if stage.guidance_scale == 1 else 2 * number
+
+
+def bytes_per_pair(stage: PairsStage, shape: Sequence[int]) -> int:
+    """On disk, headers and labels aside."""
+    states = {"trajectories": len(stage.times or [0, 0]) - 2, "segments": 1}.get(stage.paths, 0)
+    stored = (1 + states) * BYTES[stage.dtype]
+    return math.prod(shape) * (stored + (4 if stage.store_noise or stage.paths == "forward" else 0))
 
 
 def mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
     """What is wrong with a pairs stage by itself."""
+    if stage.shard % stage.block:
+        nearest = max(stage.block, round(stage.shard / stage.block) * stage.block)
+        yield f"{prefix}shard: {stage.shard} is not a multiple of block ({stage.block}); nearest: {nearest}"
+    if stage.paths == "forward" and stage.solver not in ("euler", "heun"):
+        yield f"{prefix}solver: {stage.solver} solves from noise to data only; paths: forward take euler or heun"
     if stage.paths in WITH_STATES:
         yield from _times(stage, prefix)
     elif stage.times is not None:
         yield f"{prefix}times: {stage.paths} paths keep their ends alone, so this has no effect; remove it"
     if stage.store_noise and stage.paths == "forward":
         yield f"{prefix}store_noise: inverted noise is always stored, so this has no effect; remove it"
-    if stage.shard % stage.block:
-        nearest = max(stage.block, round(stage.shard / stage.block) * stage.block)
-        yield f"{prefix}shard: {stage.shard} is not a multiple of block ({stage.block}); nearest: {nearest}"
 
 
 def times_of(spec: RunSpec, stage: TrainStage) -> list[float] | None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distill import workflow
+from distill import pairspec, workflow
 from distill.spec import EvaluateStage, LaunchSpec, PairsStage, RunSpec, Stage, TrainStage
 from distill.store import RunPaths
 
@@ -103,23 +103,29 @@ def _train(name: str, stage: TrainStage, launch: LaunchSpec, base: Path) -> Step
 
 
 def _pairs(name: str, stage: PairsStage) -> Step:
-    calls = workflow.network_calls(stage.solver, stage.steps, stage.guidance_scale)
+    calls = pairspec.calls(stage)
     what = f"{stage.solver}, {stage.steps} steps, guidance {stage.guidance_scale:g}"
-    work = f"{stage.count:,} pairs x {calls} network calls = {stage.count * calls:,}"
+    what += "" if stage.paths == "backward" else f", {stage.paths}"
+    total = round(stage.count * calls)
+    work = f"{stage.count:,} pairs x {calls:g} network calls = {total:,}"
     shards = math.ceil(stage.count / stage.shard)
     writes = [f"stages/{name}/pairs/ ({shards} shard{'s' if shards > 1 else ''})"]
-    return Step(name, stage.kind, what, work, [stage.teacher or "the spec's teacher"], stage.count * calls, writes)
+    needs = [stage.teacher or "the spec's teacher"] + (["data"] if stage.paths in pairspec.OF_DATA else [])
+    return Step(name, stage.kind, what, work, needs, total, writes)
 
 
 def _evaluate(name: str, stage: EvaluateStage) -> Step:
     ways = [*(("euler", count) for count in stage.teacher_steps), (stage.fine_solver, stage.fine_steps)]
     teacher = sum(workflow.network_calls(solver, count, stage.guidance_scale) for solver, count in ways)
     students = sum(sum(counts) for counts in stage.students.values())
-    rows = len(stage.teacher_steps) + 1 + sum(len(counts) for counts in stage.students.values())
+    students += len(stage.fine_students) * workflow.network_calls(stage.fine_solver, stage.fine_steps, 1.0)
+    rows = len(ways) + sum(len(counts) for counts in stage.students.values()) + len(stage.fine_students)
     calls = stage.samples * (teacher + students)
     work = f"{rows} rows x {stage.samples:,} samples; {calls:,} network calls"
     needs = _unique([stage.teacher or "the spec's teacher", *stage.students])
-    what = f"teacher at {', '.join(map(str, stage.teacher_steps))} steps and {stage.fine_solver} {stage.fine_steps}"
+    coarse = f"at {', '.join(map(str, stage.teacher_steps))} steps and " if stage.teacher_steps else "by "
+    fine = f"{stage.fine_solver} {stage.fine_steps}"
+    what = f"teacher {coarse}{fine}" + "".join(f"; {student} by {fine}" for student in stage.fine_students)
     writes = [f"stages/{name}/results.json", f"stages/{name}/pictures/", "report.html"]
     return Step(name, stage.kind, what, work, needs, calls, writes)
 

@@ -2,6 +2,7 @@
 
 A solver takes x at t_grid[0] along t_grid [N+1], decreasing in the field's own time, to t_grid[N]. The field is called
 with t in float64, the state keeps its dtype. The last time may lie below the field's range: no call is made there.
+Euler and Heun also go from data to noise, along an increasing grid.
 """
 
 import math
@@ -31,7 +32,7 @@ class Solver:
 
 def euler(field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Tensor:
     """x <- x + (t_next - t) v. On the linear path this is DDIM (Song et al. 2020, arXiv 2010.02502)."""
-    for t, t_next in pairwise(_times(field, t_grid)):
+    for t, t_next in pairwise(_times(field, t_grid, up=True)):
         x = x + (t_next - t) * _velocity(field, x, t, cond)
     return x
 
@@ -41,7 +42,7 @@ def heun(field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Tensor:
 
     A step to sigma = 0, or to below the field's range, is Euler's: one such step keeps the order of the whole.
     """
-    for t, t_next in pairwise(_times(field, t_grid)):
+    for t, t_next in pairwise(_times(field, t_grid, up=True)):
         v = _velocity(field, x, t, cond)
         x_next = x + (t_next - t) * v
         if t_next >= field.t_range[0] and _coefficients(field, t_next)[1] > 0:
@@ -82,11 +83,28 @@ def sample(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, step
     """Noise [B, ...] -> data [B, ...] along the field's ODE, on a uniform grid of linear time, without gradients."""
     if solver not in SOLVERS:
         raise InputError(f"unknown solver '{solver}': {suggest(solver, SOLVERS)}")
-    field = _on_linear_path(field)
+    field = on_linear_path(field)
     t_min, t_max = field.t_range
     t_grid = uniform_grid(steps, t_max, t_min)
     with torch.no_grad():
         return SOLVERS[solver].function(field, start(field, noise), t_grid, cond)
+
+
+def invert(
+    field: VelocityField, data: Tensor, cond: Cond, *, solver: Literal["euler", "heun"], steps: int, noise: Tensor
+) -> Tensor:
+    """Data [B, ...] -> the noise [B, ...] from which `sample` would come to it, along the field's ODE.
+
+    Where the field is not defined at t = 0, the path starts at its lowest time, from (1 - t) data + t noise with the
+    given noise (Lee et al. 2024, arXiv 2405.20320, do so at t = 0.001).
+    """
+    field = on_linear_path(field)
+    t_min, t_max = field.t_range
+    t_grid = torch.linspace(t_min, t_max, steps + 1, dtype=torch.float64)
+    x = data if t_min == 0 else (1 - t_min) * data + t_min * noise
+    with torch.no_grad():
+        x = SOLVERS[solver].function(field, x, t_grid, cond)
+    return x / start(field, torch.ones((), dtype=torch.float64)).item()
 
 
 def step(
@@ -98,12 +116,22 @@ def step(
     return x_s if solver == "euler" else x_t + gap * (v + field(x_s, s, cond)) / 2
 
 
+def march(
+    field: VelocityField, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond, solver: Literal["euler", "heun"], steps: int
+) -> Tensor:
+    """x_s [B, ...] by `steps` equal steps of each sample from its own t to its own s <= t, both [B]."""
+    times = [torch.lerp(t, s, i / steps) for i in range(steps + 1)]
+    for now, then in pairwise(times):
+        x_t = step(field, x_t, now, then, cond, solver)
+    return x_t
+
+
 def straightness(field: VelocityField, noise: Tensor, cond: Cond, steps: int) -> float:
     """S_N, the mean square of v minus the mean velocity of its path (Liu et al. 2022, arXiv 2209.03003, eq. 8).
 
     Over N Euler steps of equal length in linear time and over the elements of noise [B, ...]; 0: straight paths.
     """
-    field = _on_linear_path(field)
+    field = on_linear_path(field)
     t_min, t_max = field.t_range
     x = first = start(field, noise)
     velocities = []
@@ -117,13 +145,17 @@ def straightness(field: VelocityField, noise: Tensor, cond: Cond, steps: int) ->
     return sum((t - t_next) / t_max * s for (t, t_next), s in zip(pairwise(times), squares, strict=True))
 
 
-def _on_linear_path(field: VelocityField) -> VelocityField:
+def on_linear_path(field: VelocityField) -> VelocityField:
+    """The field, its ODE in the time and scale of the linear path."""
     return field if field.interpolant.name == "linear" else Rescheduled(field, linear())
 
 
-def _times(field: VelocityField, t_grid: Tensor) -> list[float]:
-    if t_grid.ndim != 1 or t_grid.numel() < 2 or not (t_grid.diff() < 0).all():
-        raise ValueError(f"t_grid must be [N+1 >= 2] and decreasing, got {t_grid.tolist()}")
+def _times(field: VelocityField, t_grid: Tensor, *, up: bool = False) -> list[float]:
+    """The times of a grid. up: one from data to noise will do too."""
+    steps = t_grid.diff()
+    if t_grid.ndim != 1 or t_grid.numel() < 2 or not ((steps < 0).all() or (up and (steps > 0).all())):
+        ways = "increasing or decreasing" if up else "decreasing"
+        raise ValueError(f"t_grid must be [N+1 >= 2] and {ways}, got {t_grid.tolist()}")
     inside(t_grid[:-1].double(), field.t_range)
     return t_grid.double().tolist()
 

@@ -202,6 +202,8 @@ class TrainStage(Frozen):
     """stage whose student's weights to start from; null: the teacher's, or `network`"""
     network: NetworkSpec | None = None
     """a fresh network; null: in the shape of, and with the weights of, init or the teacher"""
+    dropout: Fraction | None = None
+    """of the student's features in training, where it starts from init or the teacher; null: as theirs"""
     pairs: Name | dict[Name, Fraction] | None = None
     """stage whose pairs to train on; or several, with the part of each in every batch: {pairs: 0.8, forward: 0.2}"""
     images: PositiveInt
@@ -234,10 +236,9 @@ class PairsStage(Frozen):
     count: PositiveInt
     """number of pairs"""
     paths: Literal["backward", "forward", "segments", "trajectories"] = "backward"
-    """backward: noise to data; forward: real data to noise; trajectories: backward, with the states at `times`;
-    segments: real data, noised to one of `times`, to the next of them"""
+    """forward: from real data to noise; the last two keep states"""
     times: list[Fraction] | None = None
-    """of trajectories and segments: decreasing from 1 to 0, of the solver's own, like [1, 0.75, 0.5, 0.25, 0]"""
+    """from 1 to 0, of a trajectory's states; a segment goes from data, noised to one of them, to the next"""
     solver: Literal["euler", "heun", "dpm_solver_pp_2m"] = "heun"
     """solver of the teacher's ODE"""
     steps: PositiveInt = 16
@@ -263,13 +264,15 @@ class EvaluateStage(Frozen):
     teacher: Name | None = None
     """stage whose student is the teacher; null: the spec's teacher"""
     teacher_steps: list[PositiveInt] = [1, 2, 4, 8, 16]
-    """Euler steps of the teacher"""
+    """Euler steps of the teacher, beside its fine solver"""
     fine_solver: Literal["heun", "dpm_solver_pp_2m"] = "heun"
     """solver whose endpoint counts as the teacher's own"""
     fine_steps: PositiveInt = 16
     """its steps"""
     students: dict[Name, list[PositiveInt]]
     """train stage: numbers of steps to measure its student at"""
+    fine_students: list[Name] = []
+    """those of students that are measured by the fine solver too: velocity fields that may be the next teacher"""
     samples: Annotated[int, Field(ge=16)] = 2500
     """samples per row; each set is generated once for all columns"""
     block: PositiveInt = 250

@@ -12,7 +12,19 @@ from typing import Literal
 import torch
 
 from distill import card as cards
-from distill import checkpoint, engine, memory, pairs, pairspec, registry, results, sampling, teachers, workflow
+from distill import (
+    checkpoint,
+    engine,
+    memory,
+    pairs,
+    pairspec,
+    registry,
+    results,
+    sampling,
+    sources,
+    teachers,
+    workflow,
+)
 from distill import data as datasets
 from distill.card import StudentCard
 from distill.data import DataSet
@@ -20,7 +32,7 @@ from distill.draws import key
 from distill.export import export
 from distill.guard import InputError, RunError
 from distill.progress import Progress
-from distill.protocols import Recipe, Source, Trained
+from distill.protocols import Recipe, Trained
 from distill.sharded import Zero
 from distill.spec import CheckpointTeacher, EvaluateStage, LaunchSpec, PairsStage, RunSpec, TrainStage
 from distill.stop import StopRequest
@@ -152,7 +164,7 @@ def _check_networks(stage: TrainStage, teacher: LoadedTeacher | None, data: Data
     samples = teacher if "pairs" in config.needs or data is None else data
     assert samples is not None, "workflow.check lets no such spec through"
     given = teacher_on_linear_path(teacher) if "teacher" in config.needs and teacher is not None else None
-    init = StudentInit(given, stage.network, samples.shape, samples.num_classes, 0, given)
+    init = StudentInit(given, stage.network, samples.shape, samples.num_classes, 0, given, stage.dropout)
     recipe: Recipe = module.Recipe(config, given)
     recipe.networks(init)
     return recipe
@@ -180,13 +192,6 @@ def _check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
         )
 
 
-def _teacher(work: Work, stage: str | None, device: torch.device) -> LoadedTeacher | None:
-    """The student of a stage, or the spec's teacher where no stage is named; None if there is neither."""
-    if stage is not None:
-        return teachers.load(CheckpointTeacher(path=str(work.run.student(stage))), device)
-    return None if work.spec.teacher is None else teachers.load(work.spec.teacher, device)
-
-
 def _teacher_name(spec: RunSpec, stage: TrainStage) -> str:
     """For the model card: which teacher, without the places of this machine."""
     if stage.teacher is not None:
@@ -207,7 +212,7 @@ class Training:
     teacher: LoadedTeacher | None
     init: StudentInit
     card: StudentCard
-    data: DataSet | None  # what batches are made of, if not of pairs
+    data: DataSet | None  # real data of the batches
     inputs: dict[str, str]  # digests
 
 
@@ -215,14 +220,14 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
     """device: of the teacher, and of weights that start as its."""
     module = registry.load(stage.recipe, work.run.root)
     config = workflow.recipe_config(stage, work.run.root)
-    teacher = _teacher(work, stage.teacher, device) if "teacher" in config.needs else None
+    teacher = sources.teacher(work.run, work.spec, stage.teacher, device) if "teacher" in config.needs else None
     if teacher is not None:
         teacher = teacher_on_linear_path(teacher)
     origin = loaded.load(work.run.student(stage.init), device) if stage.init is not None else teacher
-    data = None if "pairs" in config.needs else datasets.load(work.spec.data, work.spec.seed)
-    samples = teacher if data is None else data
+    data = datasets.load(work.spec.data, work.spec.seed) if "data" in config.needs else None
+    samples = teacher if "pairs" in config.needs or data is None else data
     assert samples is not None, "workflow.check lets no such stage through"
-    init = StudentInit(origin, stage.network, samples.shape, samples.num_classes, work.seed, teacher)
+    init = StudentInit(origin, stage.network, samples.shape, samples.num_classes, work.seed, teacher, stage.dropout)
     recipe = module.Recipe(config, teacher)
     card = StudentCard(
         name=work.name,
@@ -263,7 +268,9 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
     training = _training(work, stage, CPU if launch.divide_teacher else work.device)  # whole, it might not fit there
     zero = Zero(launch.zero_stage, launch.divide_teacher, launch.zero_persistence_threshold, launch.offload_optimizer)
     probe = memory.Probe(zero, work.world.size) if work.measure else None
-    source, inputs = _source(work, stage, training)
+    source, digests = sources.batches(
+        work.run, stage, seed=work.seed, data=training.data, teacher_digest=training.card.teacher_digest
+    )
     with work.progress(stage.images, "images") as progress, probe.activations if probe else nullcontext():
         result = engine.train(
             training.recipe,
@@ -277,7 +284,7 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
             progress=progress,
             stop=work.stop,
             run=work.run if work.world.first else None,
-            inputs=inputs,
+            inputs={**training.inputs, **digests},
             world=work.world,
             zero=zero,
             teacher=None if training.teacher is None else training.teacher.network,
@@ -343,39 +350,21 @@ def _export(
     export(student.module, folder, training.card.model_copy(update={"weights": weights, "images": images}))
 
 
-def _source(work: Work, stage: TrainStage, training: Training) -> tuple[Source, dict[str, str]]:
-    """Where the stage's batches come from, and the digests of all that it trains on."""
-    if training.data is not None:
-        return datasets.DataSource(training.data, stage.batch_size, work.seed), training.inputs
-    assert isinstance(stage.pairs, str), "workflow.check lets no such stage through"
-    pair_set = pairs.PairSet.open(work.run.stage(stage.pairs).pairs, training.card.teacher_digest)
-    source = pairs.PairSource(pair_set, stage.batch_size, work.seed)
-    return source, {**training.inputs, "pairs": pair_set.manifest.digest}
-
-
 def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
-    teacher = _teacher(work, stage.teacher, work.device)
-    assert teacher is not None, "workflow.check lets no such stage through"
     folder = work.run.stage(work.name).pairs
     with work.progress(pairs.size(stage, work.part), "pairs") as progress:
-        pairs.generate(
-            teacher,
-            stage,
-            folder,
-            seed=work.seed,
-            device=work.device,
-            progress=progress,
-            stop=work.stop,
-            part=work.part,
+        sources.Solving.of_run(work.run, work.spec, work.name, work.device).generate(
+            folder, progress, work.stop, work.part
         )
     return {"count": stage.count, "pairs": str(folder)}
 
 
 def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
-    from distill import evaluate, report
+    from distill import evaluate, report, straightened
 
     with work.progress(evaluate.total(stage), "samples") as progress:
         found = evaluate.evaluate(work.run, work.spec, work.name, device=work.device, progress=progress, stop=work.stop)
+        straightened.say(found, work.run, progress)
     for student in stage.students:
         _say_measured(work.run, found, student)
     return {"results": str(work.run.stage(work.name).root / "results.json"), "report": str(report.write(work.run))}

@@ -1,4 +1,4 @@
-"""Training times and sampling grids. All times are t in [0, 1], t = 0 data, t = 1 noise.
+"""Training times, windows of time and sampling grids. All times are t in [0, 1], t = 0 data, t = 1 noise.
 
 A law takes uniform draws u [B] to times t [B], increasing, by its inverse distribution function: so stratified draws
 make stratified times. Grids are float64, decreasing, and end at 0.
@@ -7,6 +7,7 @@ make stratified times. Grids are float64, decreasing, and end at 0.
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -41,11 +42,50 @@ def karras_grid(steps: int, sigma_max: float = 80.0, sigma_min: float = 0.002, r
     return _ending_at_zero(sigma / (1 + sigma))
 
 
+def sigmoid_grid(steps: int, sharpness: float) -> Tensor:
+    """[steps + 1] from 1 to 0, t_i = (s(k/2 - k i/N) - s(-k/2)) / (s(k/2) - s(-k/2)), s the logistic function and k the
+    sharpness: dense at both ends, uniform as k goes to 0 (Kim et al. 2024, arXiv 2410.07815).
+    """
+    _check_steps(steps)
+    if sharpness <= 0:
+        raise ValueError(f"sharpness must be positive, got {sharpness}")
+    i = torch.arange(steps + 1, dtype=torch.float64)
+    bent = torch.tanh(sharpness / 4 * (steps - 2 * i) / steps)  # s(x) = 1/2 + tanh(x/2)/2: symmetric to the last bit
+    return (1 + bent / bent[0]) / 2
+
+
 def shifted(t: Tensor, shift: float) -> Tensor:
     """t' = S t / (1 + (S - 1) t): sigma/alpha times S (Esser et al. 2024, arXiv 2403.03206, sec. 5.3.2). Any shape."""
     if shift <= 0:
         raise ValueError(f"shift must be positive, got {shift}")
     return shift * t / (1 + (shift - 1) * t)
+
+
+# --- windows: borders are [K + 1], 1 ... 0, as of `uniform_grid(K)`; window k lies between the k-th and the next ---
+
+
+def window(t: Tensor, borders: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the window of each t [B] starts and ends, t_e < t <= t_s, both [B]: a border is the start of the window
+    below it, even if rounding has moved it by 1e-6. t = 0 belongs to the last window.
+    """
+    ascending = borders.flip(0).to(t.device)
+    above = torch.searchsorted(ascending, t.double() - 1e-6).clamp(1, len(ascending) - 1)
+    return ascending[above].to(t.dtype), ascending[above - 1].to(t.dtype)
+
+
+def window_grids(borders: Tensor, most: int = 16) -> dict[int, list[float]]:
+    """Grids of N = K ... `most` steps through all borders: N // K steps in each window and one more in the first N % K,
+    equal within a window (PeRFlow, Yan et al. 2024, arXiv 2405.07510). N = K alone, where K is more than `most`.
+    """
+    num_windows, grids = len(borders) - 1, {}
+    for steps in range(num_windows, max(num_windows, most) + 1):
+        each, extra = divmod(steps, num_windows)
+        inside = (
+            torch.linspace(t_s, t_e, each + (k < extra) + 1, dtype=torch.float64)[:-1]
+            for k, (t_s, t_e) in enumerate(pairwise(borders.tolist()))
+        )
+        grids[steps] = _ending_at_zero(torch.cat([*inside])).tolist()
+    return grids
 
 
 # --- laws ---
@@ -56,6 +96,11 @@ def uniform(u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     if not 0 <= low < high <= 1:
         raise ValueError(f"need 0 <= low < high <= 1, got low={low}, high={high}")
     return _as_time(low + (high - low) * _checked(u), u)
+
+
+def discrete(u: Tensor, levels: int) -> Tensor:
+    """t uniform on {1/levels, 2/levels, ..., 1}."""
+    return _as_time(((_checked(u) * levels).floor() + 1) / levels, u)
 
 
 def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
@@ -89,15 +134,15 @@ def nearer(t: Tensor, closeness: float, k: float = 8.0, b: float = 1.0) -> Tenso
     return ratio / (1 + ratio)
 
 
-def law(name: str, mean: float | None = None, std: float | None = None) -> Callable[[Tensor], Tensor]:
-    """The law of that name; mean (null: 0) and std (null: 1) are those of logit_normal."""
+def law(name: str, mu: float | None = None, sigma: float | None = None) -> Callable[[Tensor], Tensor]:
+    """The law of that name; mu (null: 0) and sigma (null: 1) are mean and standard deviation of logit_normal."""
     laws: dict[str, Callable[[Tensor], Tensor]] = {"uniform": uniform, "u_shaped": u_shaped, "exp10": exp10}
     if name == "logit_normal":
-        return partial(logit_normal, mean=0.0 if mean is None else mean, std=1.0 if std is None else std)
+        return partial(logit_normal, mean=0.0 if mu is None else mu, std=1.0 if sigma is None else sigma)
     if name not in laws:
         raise ValueError(f"unknown time law '{name}': {suggest(name, [*laws, 'logit_normal'])}")
-    if mean is not None or std is not None:
-        raise ValueError(f"mean and std have no effect on the time law {name}")
+    if mu is not None or sigma is not None:
+        raise ValueError(f"mu and sigma have no effect with time_law: {name}; remove them or use logit_normal")
     return laws[name]
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill import jobs, pairspec, registry, schema, specfile
+from distill import jobs, pairspec, registry, schema, specfile, trainspec
 from distill.card import NO_FIELDS, SAMPLERS
 from distill.guard import InputError, suggest
 from distill.spec import (
@@ -20,7 +20,6 @@ from distill.spec import (
     RunSpec,
     Stage,
     TrainStage,
-    UNetSpec,
 )
 from distill.store import RunPaths, read_json
 
@@ -122,7 +121,7 @@ def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
             yield from _recipe(stage, config, registry.load(stage.recipe, base).Recipe.sampler, where)
             yield from _train(spec, stage, needs, where)
             yield from _guidance(spec, stage, registry.guidance_scale(config), base, f"{where}.options")
-            yield from _lengths(spec, stage, where)
+            yield from trainspec.lengths(spec, stage, registry.rows_together(config), where)
         elif isinstance(stage, PairsStage):
             used |= {"teacher"} if stage.teacher is None else set()
             used |= {"data"} if stage.paths in pairspec.OF_DATA else set()
@@ -130,7 +129,7 @@ def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
             yield from _guidance(spec, stage, stage.guidance_scale, base, where)
         else:
             used |= {"data", "teacher"} if stage.teacher is None else {"data"}
-            yield from _evaluate(spec, stage, where)
+            yield from _evaluate(spec, stage, base, where)
             yield from _guidance(spec, stage, stage.guidance_scale, base, where)
     trained = [stage.teacher for stage in spec.stages.values() if isinstance(stage, TrainStage) and stage.teacher]
     loaded = isinstance(spec.teacher, CheckpointTeacher) and "teacher" in used
@@ -298,31 +297,7 @@ def _train(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: str) 
         elif stage.teacher is None and isinstance(spec.teacher, GaussianTeacher | MixtureTeacher):
             yield f"{where}: the {spec.teacher.kind} teacher has no weights to start from; give network, e.g. kind: mlp"
     if stage.network is not None:
-        yield from _network(spec, stage, stage.network, f"{where}.network")
-
-
-def _network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, where: str) -> Iterator[str]:
-    vectors = stage.teacher is None and isinstance(spec.teacher, GaussianTeacher | MixtureTeacher)
-    side = {"digits": 8, "mnist": 28}.get(spec.data.kind)
-    if isinstance(spec.data, ImagesData | HfData):
-        side = spec.data.size
-    if isinstance(network, MlpSpec):
-        if side is not None:
-            yield f"{where}: an mlp makes vectors, data of kind {spec.data.kind} has images; use kind: unet"
-        return
-    if vectors:
-        yield f"{where}: a unet makes images, the teacher makes vectors; use kind: mlp"
-    if not network.channels:
-        yield f"{where}.channels: empty; give the channels of each resolution, finest first"
-    for channels in network.channels:
-        if channels % network.norm_groups:
-            yield f"{where}.channels: {channels} is not a multiple of norm_groups ({network.norm_groups})"
-    if side is not None and network.channels and side % 2 ** (len(network.channels) - 1):
-        halvings = len(network.channels) - 1
-        yield (
-            f"{where}.channels: {halvings + 1} resolutions halve the images {halvings} times, "
-            f"and their side of {side} cannot be; give fewer"
-        )
+        yield from trainspec.network(spec, stage, stage.network, f"{where}.network")
 
 
 def _launch(spec: RunSpec) -> Iterator[str]:
@@ -344,48 +319,25 @@ def _launch(spec: RunSpec) -> Iterator[str]:
             yield f"launch.{name}: {given[name]} given for training, but no stage trains; remove it"
 
 
-def _lengths(spec: RunSpec, stage: TrainStage, where: str) -> Iterator[str]:
-    batch, procs, optimizer = stage.batch_size, spec.launch.world_size, stage.optimizer
-    micro = spec.launch.micro_batch
-    if stage.images % batch:
-        nearest = max(batch, round(stage.images / batch) * batch)
-        yield f"{where}.images: {stage.images} is not a multiple of batch_size ({batch}); nearest: {nearest}"
-    if batch % procs:
-        field = "launch.procs" if spec.launch.nodes == 1 else "launch.nodes"
-        yield f"{field}: {procs} processes cannot share {where}.batch_size ({batch}) evenly; change either"
-    elif micro is not None and batch // procs % micro:
-        each = f"{batch}" if procs == 1 else f"{batch} / {procs} processes = {batch // procs}"
-        yield f"launch.micro_batch: {micro} does not divide {where}.batch_size ({each})"
-    if optimizer.warmup_images >= stage.images:
-        yield (
-            f"{where}.optimizer.warmup_images: {optimizer.warmup_images} of {stage.images} images; "
-            "the warm-up must end before the training does"
-        )
-    if 1 in optimizer.betas:
-        yield f"{where}.optimizer.betas: 1 never forgets; give values below 1"
-    halves = stage.ema_half_lives
-    if len(set(halves)) != len(halves):
-        yield f"{where}.ema_half_lives: {halves} holds a value twice"
-    if stage.export != "raw" and stage.export not in halves:
-        valid = ", ".join(["raw", *(f"{half:g}" for half in halves)])
-        yield f"{where}.export: {stage.export:g} is none of ema_half_lives; valid: {valid}"
-    if stage.checkpoint.images is None and stage.checkpoint.minutes is None:
-        yield f"{where}.checkpoint: images and minutes are both null, so nothing would be saved; give one"
-
-
 def _pairs(spec: RunSpec, stage: PairsStage, where: str) -> Iterator[str]:
     if stage.teacher is None and spec.teacher is None:
         yield f"{where}: pairs need a teacher; give {where}.teacher (a train stage), or the spec's teacher"
-    if stage.paths in pairspec.OF_DATA and isinstance(spec.data, NoData):
-        exact = stage.teacher is None and isinstance(spec.teacher, GaussianTeacher | MixtureTeacher)
-        if not exact:
-            yield f"{where}.paths: {stage.paths} begin with real data; the spec has none; e.g. data: {{kind: digits}}"
+    known = isinstance(spec.teacher, GaussianTeacher | MixtureTeacher) or not isinstance(spec.data, NoData)
+    if stage.paths in pairspec.OF_DATA and not known:
+        yield f"{where}.paths: {stage.paths} begin with real data; the spec has none; e.g. data: {{kind: digits}}"
     yield from pairspec.mistakes(stage, f"{where}.")
 
 
-def _evaluate(spec: RunSpec, stage: EvaluateStage, where: str) -> Iterator[str]:
+def _evaluate(spec: RunSpec, stage: EvaluateStage, base: Path, where: str) -> Iterator[str]:
     if stage.teacher is None and spec.teacher is None:
         yield f"{where}: an evaluation needs a teacher; give {where}.teacher (a train stage), or the spec's teacher"
     for student, steps in stage.students.items():
         if not steps:
             yield f"{where}.students.{student}: no numbers of steps given, e.g. [1, 2, 4]"
+    for student in stage.fine_students:
+        if student not in stage.students:
+            yield f"{where}.fine_students: '{student}' is none of {where}.students; {suggest(student, stage.students)}"
+        elif stage.fine_students.count(student) > 1:
+            yield f"{where}.fine_students: '{student}' stands there twice"
+        elif _kind(spec.stages.get(student), base) == "flow_map":
+            yield f"{where}.fine_students: the student of '{student}' is a flow map, which no solver follows; remove it"

@@ -14,11 +14,11 @@ PYTHON = MODULES + RECIPES
 # The compute plane's layers: a module imports from its own layer or an earlier one.
 LAYERS = [
     {"interpolants", "protocols", "draws"},
-    {"times", "fields", "solvers", "samplers", "autodiff", "distances", "couplings"},
+    {"times", "fields", "solvers", "samplers", "autodiff", "distances", "couplings", "windows"},
     {"hub", "teachers", "students", "latents", "conditions", "data", "pairs", "ema", "metrics", "grids"},
     {"world", "trainable", "sharded", "checkpoint", "roles", "export", "sampling"},
-    {"evaluate", "report", "charts", "engine", "memory"},
-    {"stages", "estimate"},
+    {"evaluate", "report", "charts", "engine", "memory", "sources"},
+    {"stages", "estimate", "forecast"},
     {"cli", "testing"},
 ]
 ANYWHERE = {
@@ -28,8 +28,10 @@ ANYWHERE = {
     "progress",
     "stop",
     "results",
+    "straightened",
     "card",
     "space",
+    "pairspec",
 }  # no torch in them, usable by both planes
 CONTROL = ANYWHERE | {
     "overrides",
@@ -37,12 +39,12 @@ CONTROL = ANYWHERE | {
     "yamltext",
     "specfile",
     "workflow",
-    "pairspec",
+    "trainspec",
     "planning",
     "launch",
     "registry",
 }
-CONTROL |= {"presets", "claims", "status", "jobs", "inputs"}
+CONTROL |= {"presets", "claims", "status", "jobs", "inputs", "rounds"}
 CONTROL |= {"manifest", "transports", "ssh", "transfer", "pull", "publish", "published"}
 TORCH = {"torch", "numpy", "diffusers", "accelerate", "deepspeed", "safetensors", "torchmetrics", "sklearn", "datasets"}
 
@@ -94,7 +96,7 @@ def test_layers():
             if not name.startswith("distill."):
                 continue
             other = name.split(".")[1]
-            if other in ANYWHERE or (other in CONTROL and mine in ("stages", "estimate", "cli", "testing")):
+            if other in ANYWHERE or (other in CONTROL and mine in ("stages", "estimate", "forecast", "cli", "testing")):
                 continue
             assert other in rank, f"{show(path)} imports {name}, of the control plane"
             assert rank[other] <= rank[mine], f"{show(path)} imports {name}, which lies above it"

@@ -247,10 +247,10 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"solver": "euler"}, r"solver heun \(euler\), nfe 7 \(4\)"),
-        ({"steps": 5}, r"steps 4 \(5\), nfe 7 \(9\)"),
+        ({"solver": "euler"}, r"solver heun \(euler\), nfe 7\.0 \(4\.0\)"),
+        ({"steps": 5}, r"steps 4 \(5\), nfe 7\.0 \(9\.0\)"),
         ({"seed": 12}, r"seed 11 \(12\), noise_sha256 "),
-        ({"guidance_scale": 2.0}, r"nfe 7 \(14\), guidance_scale 1\.0 \(2\.0\)"),
+        ({"guidance_scale": 2.0}, r"nfe 7\.0 \(14\.0\), guidance_scale 1\.0 \(2\.0\)"),
         ({"count": 30}, r"count 22 \(30\)"),
         ({"teacher": VECTOR}, r"teacher_digest .*, shape \(4,\) \(\(2,\)\), num_classes 3 \(None\)"),
     ],
@@ -263,7 +263,7 @@ def test_a_folder_of_other_pairs_is_refused(tmp_path, change, named):
 
 
 def test_generate_refuses_strangers_and_blocks_that_do_not_fit(tmp_path):
-    with pytest.raises(InputError, match="shard=10 is not a multiple of block=4; nearest is 8"):
+    with pytest.raises(InputError, match=r"shard: 10 is not a multiple of block \(4\); nearest: 8"):
         make(tmp_path / "odd", shard=10)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "other.safetensors").write_bytes(b"")

@@ -122,7 +122,7 @@ def test_pairs_of_a_student_are_those_of_any_other_start(capfd, run, tmp_path):
     for name in ("a", "b"):
         done = command(capfd, "pairs", "one/reflow", "--out", str(tmp_path / name), *options)
         assert done.code == 0, done.err
-        assert done.out == f"64 pairs of UNet2DModel from reflow in {tmp_path / name}\n"
+        assert done.out.startswith(f"64 pairs of UNet2DModel from reflow in {tmp_path / name}\n")
     assert folder_bytes(tmp_path / "a") == folder_bytes(tmp_path / "b")
     manifest = json.loads((tmp_path / "a" / "manifest.json").read_text())
     assert (manifest["nfe"], manifest["done"], len(manifest["shards"])) == (2, True, 2)

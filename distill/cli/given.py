@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from distill import schema, specfile, workflow, yamltext
+from distill import presets, schema, specfile, workflow, yamltext
 from distill.guard import InputError, suggest
 from distill.spec import CheckpointTeacher, DataSpec, LaunchSpec, RunSpec, TeacherSpec, TrainStage
 from distill.store import RunPaths
@@ -23,6 +23,22 @@ def numbers(option: str, text: str) -> list[int]:
     if not all(part.strip().isdigit() for part in parts):
         raise InputError(f"{option} {text}: whole numbers with commas between them are expected, like 1,2,4")
     return [int(part) for part in parts]
+
+
+def fractions(option: str, text: str) -> list[float]:
+    """Numbers with commas between them."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} {text}: numbers with commas between them are expected, like 1,0.5,0") from None
+
+
+def is_spec(given: str, store: Path) -> bool:
+    """Whether a spec is named: its file, a preset, or a run; not a teacher."""
+    path = Path(given)
+    if path.suffix in (".yaml", ".yml") or any((p / "spec.yaml").is_file() for p in (path, store / given)):
+        return True
+    return given in presets.names() and not path.exists()
 
 
 def stage(model: type[StageModel], content: dict[str, Any]) -> StageModel:

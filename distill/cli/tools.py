@@ -1,4 +1,4 @@
-"""`distill pairs`, `sample`, `eval`, `report` and `export`: single steps, with a folder instead of a spec."""
+"""`distill sample`, `eval`, `report` and `export`: single steps, with a folder instead of a spec."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,43 +14,6 @@ StudentArgument = Annotated[str, typer.Argument(metavar="STUDENT", help="A stude
 TeacherHelp = "A diffusers folder or hub id, a student, RUN/STAGE, or YAML such as '{kind: gaussian, ...}'."
 SeedOption = Annotated[int, typer.Option(help="Of the noise.", min=0, max=2**63 - 1)]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-
-
-def pairs(
-    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help=TeacherHelp)],
-    out: Annotated[Path, typer.Option("--out", help="Folder of the pairs; one that was interrupted is gone on with.")],
-    count: Annotated[int, typer.Option(help="Number of pairs.")] = 10000,
-    solver: Annotated[str, typer.Option(help="euler, heun or dpm_solver_pp_2m.")] = "heun",
-    steps: Annotated[int, typer.Option(help="Solver steps.")] = 16,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 = none.")] = 1.0,
-    seed: SeedOption = 0,
-    block: Annotated[int, typer.Option(help="Pairs solved at once.")] = 256,
-    shard: Annotated[int, typer.Option(help="Pairs per file, a multiple of --block.")] = 4096,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16, as stored.")] = "float32",
-    device: DeviceOption = "auto",
-    store: StoreOption = None,
-) -> None:
-    """Solve a teacher's ODE from noise to data and store the ends, without a spec."""
-    content = {"kind": "pairs", "count": count, "solver": solver, "steps": steps, "block": block, "shard": shard}
-    from distill import pairspec
-    from distill.cli import given
-    from distill.spec import PairsStage
-
-    stage = given.stage(PairsStage, content | {"guidance_scale": guidance_scale, "dtype": dtype})
-    for mistake in pairspec.mistakes(stage, "--"):
-        raise InputError(mistake)
-    check_out(out)
-    where = given.teacher(teacher, store_path(store))
-    from distill import pairs as pair_sets
-    from distill import teachers
-    from distill.progress import Progress
-    from distill.stop import StopRequest
-
-    place = given.device(device)
-    with StopRequest() as stop, Progress("pairs", count, "pairs", None) as progress:
-        loaded = teachers.load(where, place)
-        pair_sets.generate(loaded, stage, out, seed=seed, device=place, progress=progress, stop=stop)
-    print(f"{count:,} pairs of {loaded.description} in {near(out.absolute())}")
 
 
 def sample(

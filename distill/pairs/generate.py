@@ -1,4 +1,4 @@
-"""Solving the teacher's ODE from noise to data, shard by shard. A kill costs the shard in hand and nothing else."""
+"""Solving the teacher's ODE shard by shard. A kill costs the shard in hand and nothing else."""
 
 import hashlib
 import json
@@ -10,17 +10,17 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from distill import draws, solvers, space
+from distill import draws, pairspec, space
 from distill.guard import InputError, RunError
+from distill.pairs import accuracy, paths
 from distill.pairs.manifest import Manifest, ShardFile, fault, foreign, noise_sha256, read, records
+from distill.pairs.numbers import TOLERATED, Rounding, Whiteness, restored, stored
+from distill.pairs.paths import Real
 from distill.progress import Progress
-from distill.protocols import VelocityField
 from distill.spec import PairsStage
 from distill.stop import StopRequest
 from distill.store import shard_record, write_atomic
 from distill.teachers.loaded import LoadedTeacher
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def generate(
@@ -33,14 +33,16 @@ def generate(
     progress: Progress,
     stop: StopRequest,
     part: tuple[int, int] | None = None,
+    real: Real | None = None,
+    data_digest: str | None = None,
 ) -> None:
     """Make what `folder` lacks of the stage's pairs. On the same device kind the files are the same bytes, whatever
     interrupted them: each block of consecutive indices is solved whole, and appears in a complete shard or not at all.
 
-    part: (i, n) makes the shards i, i + n, ... alone, beside others that make the rest; the set is complete once it is
-    then made whole.
+    part: (i, n) makes the shards i, i + n, ... alone, beside others that make the rest. real: what paths begin with
+    that begin with data; data_digest is of all of it.
     """
-    field, planned = teacher.guided(stage.guidance_scale), _plan(teacher, stage, seed)
+    field, planned = teacher.guided(stage.guidance_scale), plan(teacher, stage, seed, data_digest)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -49,35 +51,40 @@ def generate(
     manifest = _resume(folder, planned, ours, progress)
     done = sum(len(indices) for name, indices in ours.items() if name in manifest.shards)
     left = sum(len(indices) for indices in ours.values()) - done
-    need = left * math.prod(teacher.shape) * DTYPES[stage.dtype].itemsize
-    space.require(folder, need, f"{left:,} pairs")
+    space.require(folder, left * pairspec.bytes_per_pair(stage, teacher.shape), f"{left:,} pairs")
+    if part is None or part[0] == 0:
+        accuracy.advise(field, manifest, real, device, folder, progress)
     progress.start(done)
     for name, indices in ours.items():
         if name in manifest.shards:
             continue
-        blocks = []
+        blocks: list[dict[str, Tensor]] = []
         for start in range(indices.start, indices.stop, manifest.block):
             made = sum(name in manifest.shards for name in ours)
             stop.raise_if_requested(f"{made} of {len(ours)} shards in {folder}")
             block = range(start, start + manifest.block)  # whole, even where the count ends
-            data = _solve(field, manifest, block, device)[: indices.stop - start].to(DTYPES[manifest.dtype])
-            _refuse_non_finite(data, start, name, manifest)
-            blocks.append(data)
-            done += len(data)
+            solved = paths.solve(field, manifest, block, real, device)
+            solved = {key: values[: indices.stop - start] for key, values in solved.items()}
+            _refuse_non_finite(solved, start, name, manifest)
+            blocks.append(solved)
+            done += len(solved["data"])
             progress.update(done, {})
-        content = _encode(torch.cat(blocks), indices, manifest)
+        content, file = _encode(blocks, indices, manifest)
         write_atomic(folder / name, content)
-        sha256 = hashlib.sha256(content).hexdigest()
-        file = ShardFile(start=indices.start, stop=indices.stop, size=len(content), sha256=sha256)
         shards = {**manifest.shards, name: file}
         manifest = manifest.model_copy(update={"shards": dict(sorted(shards.items()))})
         if part is None:
             manifest.save(folder)
         else:
             write_atomic(shard_record(folder / name), file.model_dump_json())
+    listed = dict(sorted({**manifest.shards, **records(folder, manifest)}.items()))
+    if (
+        listed.keys() == manifest.layout().keys() and not manifest.done
+    ):  # of parts, the last one to end finishes the set
+        manifest = manifest.model_copy(update={"shards": listed, "done": True})
+        manifest.save(folder)
+        _judge(manifest, progress)
     if part is None:
-        if not manifest.done:
-            manifest.model_copy(update={"done": True}).save(folder)
         for name in ours:
             shard_record(folder / name).unlink(missing_ok=True)
 
@@ -89,27 +96,50 @@ def size(stage: PairsStage, part: tuple[int, int] | None) -> int:
     return sum(min(stage.shard, stage.count - start) for start in starts)
 
 
-def _plan(teacher: LoadedTeacher, stage: PairsStage, seed: int) -> Manifest:
-    if stage.shard % stage.block:
-        nearest = max(1, round(stage.shard / stage.block)) * stage.block
-        raise InputError(f"shard={stage.shard} is not a multiple of block={stage.block}; nearest is {nearest}")
-    calls = 1 if stage.guidance_scale == 1 else 2
+def _judge(manifest: Manifest, progress: Progress) -> None:
+    """Say what a finished set's numbers are worth, where that is little."""
+    if (rounding := manifest.rounding.relative) > TOLERATED:
+        fits = "is for pixels in [-1, 1]" if manifest.dtype == "uint8" else "does not hold such numbers well"
+        progress.warn(
+            f"storing the data as {manifest.dtype} changed it by {rounding:.2%} (RMS); {manifest.dtype} {fits}; "
+            "use dtype: float32"
+        )
+    whiteness = manifest.whiteness
+    faults = whiteness.faults(manifest.count * math.prod(manifest.shape)) if whiteness else []
+    if faults:
+        progress.warn(
+            f"the inverted noise is not standard normal noise: {', '.join(faults)}; a student trained on it will be "
+            "sampled from other noise; use more steps, or a teacher that fits its data better"
+        )
+
+
+def plan(teacher: LoadedTeacher, stage: PairsStage, seed: int, data_digest: str | None) -> Manifest:
+    """What the set will be, before any of it is made; InputError for a stage that cannot be."""
+    for mistake in pairspec.mistakes(stage, ""):
+        raise InputError(mistake)
+    times = None if stage.times is None else paths.actual_times(teacher.field, stage.steps, stage.times)
+    if times is not None and stage.paths == "trajectories":
+        times[0] = 1.0  # there the state is the noise, wherever the teacher's own range ends
     return Manifest(
         teacher=teacher.description,
         teacher_digest=teacher.digest,
         solver=stage.solver,
         steps=stage.steps,
-        nfe=solvers.SOLVERS[stage.solver].nfe(stage.steps) * calls,
+        nfe=pairspec.calls(stage),
         guidance_scale=stage.guidance_scale,
         seed=seed,
         count=stage.count,
         block=stage.block,
         shard=stage.shard,
+        paths=stage.paths,
+        times=times,
+        data_digest=data_digest,
         dtype=stage.dtype,
+        store_noise=stage.store_noise or stage.paths == "forward",
         precision=stage.precision,
         shape=teacher.shape,
         num_classes=teacher.num_classes,
-        noise_sha256=noise_sha256(seed, teacher.shape),
+        noise_sha256=noise_sha256(seed, stage.count, teacher.shape),
     )
 
 
@@ -142,30 +172,35 @@ def _resume(folder: Path, planned: Manifest, ours: Mapping[str, range], progress
     return found.model_copy(update={"shards": kept, "done": found.done and not faults})
 
 
-def _solve(field: VelocityField, manifest: Manifest, indices: range, device: torch.device) -> Tensor:
-    """The data ends of pairs `indices`, [len(indices), *shape] on the CPU."""
-    noise = draws.sample_noise(manifest.seed, indices, manifest.shape).to(device)
-    cond = {}
-    if manifest.num_classes is not None:
-        cond = {"class_labels": draws.sample_labels(indices, manifest.num_classes).to(device)}
-    bf16 = manifest.precision == "bf16"
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        return solvers.sample(field, noise, cond, solver=manifest.solver, steps=manifest.steps).cpu()
+def _refuse_non_finite(solved: Mapping[str, Tensor], start: int, name: str, manifest: Manifest) -> None:
+    for key in solved.keys() - {"class_labels"}:
+        kept = solved[key] if key == "noise" else restored(stored(solved[key], manifest.dtype))
+        finite = (solved[key].isfinite() & kept.isfinite()).flatten(1).all(1)
+        if not finite.all():
+            raise RunError(
+                f"pair {start + int(finite.int().argmin())} of {name} is not finite as {manifest.dtype} after "
+                f"{manifest.steps} steps of {manifest.solver}; the shard was not written, earlier shards are intact"
+            )
 
 
-def _refuse_non_finite(data: Tensor, start: int, name: str, manifest: Manifest) -> None:
-    finite = data.isfinite().flatten(1).all(1)
-    if not finite.all():
-        raise RunError(
-            f"pair {start + int(finite.int().argmin())} of {name} is not finite as {manifest.dtype} after "
-            f"{manifest.steps} steps of {manifest.solver}; the shard was not written, earlier shards are intact"
-        )
-
-
-def _encode(data: Tensor, indices: range, manifest: Manifest) -> bytes:
-    """A shard as safetensors. One key of metadata: with more, their order in the file is not fixed."""
-    tensors = {"data": data}
-    if manifest.num_classes is not None:
-        tensors["class_labels"] = draws.sample_labels(indices, manifest.num_classes)
+def _encode(blocks: list[dict[str, Tensor]], indices: range, manifest: Manifest) -> tuple[bytes, ShardFile]:
+    """A shard as safetensors, and what the manifest says of it."""
+    found = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+    rounded = [found[name] for name in ("data", "states") if name in found]
+    rounding = Rounding.of(torch.cat([values.flatten() for values in rounded]), manifest.dtype)
+    whiteness = Whiteness.of(found["noise"]) if "noise" in found else None
+    tensors = {"data": stored(found["data"], manifest.dtype)}
+    if "states" in found:
+        tensors["states"] = stored(found["states"], manifest.dtype)
+    if manifest.store_noise:
+        drawn = None if "noise" in found else draws.sample_noise(manifest.seed, indices, manifest.shape)
+        tensors["noise"] = found["noise"] if drawn is None else drawn
+    if "class_labels" in found:
+        tensors["class_labels"] = found["class_labels"]
+    # One key of metadata: with more, their order in the file is not fixed.
     metadata = {"start": indices.start, "stop": indices.stop, "seed": manifest.seed, "teacher": manifest.teacher_digest}
-    return save(tensors, {"distill": json.dumps(metadata)})
+    content = save(tensors, {"distill": json.dumps(metadata)})
+    sha256 = hashlib.sha256(content).hexdigest()
+    return content, ShardFile(
+        start=indices.start, stop=indices.stop, size=len(content), sha256=sha256, rounding=rounding, whiteness=whiteness
+    )

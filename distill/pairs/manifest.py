@@ -1,10 +1,11 @@
 """What a folder of pairs holds: `manifest.json`, which fixes every number of it, and shards of consecutive indices.
 
-Only the data ends are stored. The noise of pair i is drawn again from (seed, i); the manifest's checksum of the first
-sixteen proves that it is the same noise. A shard counts once the manifest lists it with its checksum.
+The noise of pair i is drawn again from (seed, i), if it is not stored; the manifest's checksum of sixteen all over the
+set proves that it is the same noise. A shard counts once the manifest lists it with its checksum.
 """
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -12,10 +13,11 @@ from pydantic import ValidationError
 
 from distill import draws
 from distill.guard import InputError
+from distill.pairs.numbers import Rounding, Whiteness
 from distill.spec import Frozen
 from distill.store import shard_path, shard_record, write_json
 
-CHECKED_NOISE = range(16)
+CHECKED_NOISE = 16
 
 
 class ShardFile(Frozen):
@@ -26,19 +28,23 @@ class ShardFile(Frozen):
     size: int
     """bytes"""
     sha256: str
+    rounding: Rounding
+    """of the data and states"""
+    whiteness: Whiteness | None = None
+    """of inverted noise"""
 
 
 class Manifest(Frozen):
     """Everything that the numbers of a pair set depend on, and its shards."""
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     teacher: str
     """the teacher's description, for people"""
     teacher_digest: str
     solver: str
     steps: int
-    nfe: int
-    """network calls per pair, guidance counted"""
+    nfe: float
+    """network calls per pair, guidance counted; of segments on average"""
     guidance_scale: float
     seed: int
     count: int
@@ -46,16 +52,23 @@ class Manifest(Frozen):
     """samples solved at once"""
     shard: int
     """pairs per file"""
-    dtype: Literal["float32", "float16", "bfloat16"]
-    """of the stored data"""
+    paths: Literal["backward", "forward", "segments", "trajectories"]
+    times: list[float] | None
+    """of the states, as the solver's grid has them"""
+    data_digest: str | None
+    """of the real data that paths begin with"""
+    dtype: Literal["float32", "float16", "bfloat16", "uint8"]
+    """of the stored data and states"""
+    store_noise: bool
+    """whether the noise is in the shards, in float32"""
     precision: Literal["fp32", "bf16"]
     """of the teacher's networks"""
     shape: tuple[int, ...]
     """of one sample"""
     num_classes: int | None
-    """class of pair i: i mod num_classes; null: unconditional"""
+    """class of pair i: that of its real data, or i mod num_classes; null: unconditional"""
     noise_sha256: str
-    """of the noise of pairs 0 ... 15, float32, little endian"""
+    """of the drawn noise of sixteen pairs all over the set, float32, little endian"""
     shards: dict[str, ShardFile] = {}
     done: bool = False
 
@@ -68,6 +81,24 @@ class Manifest(Frozen):
     def part(self, number: int, parts: int) -> dict[str, range]:
         """The layout of one of several processes that share the shards."""
         return dict(list(self.layout().items())[number::parts])
+
+    @property
+    def rounding(self) -> Rounding:
+        """Of the whole set."""
+        parts = [(file.stop - file.start, file.rounding) for file in self.shards.values()]
+        return Rounding(signal=_mean((n, r.signal) for n, r in parts), error=_mean((n, r.error) for n, r in parts))
+
+    @property
+    def whiteness(self) -> Whiteness | None:
+        """Of the whole set; None where no noise is inverted."""
+        parts = [(file.stop - file.start, file.whiteness) for file in self.shards.values() if file.whiteness]
+        if not parts:
+            return None
+        return Whiteness(
+            mean=_mean((n, w.mean) for n, w in parts),
+            square=_mean((n, w.square) for n, w in parts),
+            neighbours=_mean((n, w.neighbours) for n, w in parts),
+        )
 
     @property
     def digest(self) -> str:
@@ -101,11 +132,24 @@ def read(folder: Path) -> Manifest | None:
 def records(folder: Path, manifest: Manifest) -> dict[str, ShardFile]:
     """The shards that parts have made and no manifest lists yet."""
     paths = {name: shard_record(folder / name) for name in manifest.layout() if name not in manifest.shards}
-    return {name: ShardFile.model_validate_json(at.read_bytes()) for name, at in paths.items() if at.exists()}
+    found = {}
+    for name, path in paths.items():
+        try:
+            found[name] = ShardFile.model_validate_json(path.read_bytes())
+        except FileNotFoundError:  # not made yet; or listed, and removed, while we looked
+            continue
+    return found
 
 
-def noise_sha256(seed: int, shape: tuple[int, ...]) -> str:
-    return hashlib.sha256(draws.sample_noise(seed, CHECKED_NOISE, shape).numpy().astype("<f4").tobytes()).hexdigest()
+def noise_sha256(seed: int, count: int, shape: tuple[int, ...]) -> str:
+    indices = [count * i // CHECKED_NOISE for i in range(CHECKED_NOISE)]
+    return hashlib.sha256(draws.sample_noise(seed, indices, shape).numpy().astype("<f4").tobytes()).hexdigest()
+
+
+def _mean(parts: Iterable[tuple[int, float]]) -> float:
+    """Of numbers, each with how often it counts."""
+    weights, values = zip(*parts, strict=True)
+    return sum(n * value for n, value in zip(weights, values, strict=True)) / sum(weights)
 
 
 def file_sha256(path: Path) -> str:

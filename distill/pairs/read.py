@@ -15,16 +15,22 @@ from distill import draws
 from distill.draws import Rows
 from distill.guard import InputError, RunError
 from distill.pairs.manifest import Manifest, fault, foreign, noise_sha256, read
+from distill.pairs.numbers import restored
+from distill.pairs.paths import segment_starts
 from distill.protocols import Batch, Pairs
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Consecutive pairs: noise [n, ...] float32, data [n, ...] in the stored dtype, labels [n] or None."""
+    """Consecutive pairs `indices`: noise [n, ...] float32, data [n, ...] in the stored dtype, labels [n] or None, and
+    where states are kept, those of the file [n, K, ...] in the stored dtype.
+    """
 
     noise: Tensor
     data: Tensor
     labels: Tensor | None
+    states: Tensor | None
+    indices: range
 
 
 class PairSet:
@@ -59,10 +65,11 @@ class PairSet:
                 f"{folder}: {', '.join(faults)}; delete what is damaged or foreign and go on with the run (--resume): "
                 "what is missing is made again"
             )
-        if noise_sha256(manifest.seed, manifest.shape) != manifest.noise_sha256:
+        drawn = noise_sha256(manifest.seed, manifest.count, manifest.shape)
+        if not manifest.store_noise and drawn != manifest.noise_sha256:
             raise InputError(
                 f"{folder}: this machine draws other noise from seed {manifest.seed} than the pairs were solved from "
-                "(another numpy?); make the pairs again"
+                "(another numpy?); make the pairs again, or store their noise (store_noise: true)"
             )
         return cls(folder, manifest)
 
@@ -81,8 +88,28 @@ class PairSet:
         except (SafetensorError, OSError) as error:
             raise RunError(f"{path} was complete at the start and cannot be read now: {error}") from error
         indices = self.manifest.layout()[self.names[number]]
-        noise = draws.sample_noise(self.manifest.seed, indices, self.shape)
-        return Shard(noise, tensors["data"], tensors.get("class_labels"))
+        drawn = None if "noise" in tensors else draws.sample_noise(self.manifest.seed, indices, self.shape)
+        noise = tensors["noise"] if drawn is None else drawn
+        return Shard(noise, tensors["data"], tensors.get("class_labels"), tensors.get("states"), indices)
+
+    def fields(self, shard: Shard, rows: Tensor) -> dict[str, Tensor]:
+        """The fields of `protocols.Pairs` of these rows [n] of a shard, in float32, and labels if there are any."""
+        noise, data = shard.noise[rows], restored(shard.data[rows])
+        found = {"noise": noise, "data": data}
+        if shard.labels is not None:
+            found["class_labels"] = shard.labels[rows]
+        if shard.states is None:
+            return found
+        assert self.manifest.times is not None
+        kept = restored(shard.states[rows])
+        if self.manifest.paths == "segments":
+            first = torch.tensor(shard.indices)[rows].tolist()
+            begin, times = segment_starts(data, noise, first, self.manifest.times)
+            states = torch.cat([begin[:, None], kept], dim=1)
+        else:
+            times = torch.tensor(self.manifest.times).expand(len(rows), -1)
+            states = torch.cat([noise[:, None], kept, data[:, None]], dim=1)
+        return found | {"states": states, "times": times}
 
 
 @dataclass(frozen=True)
@@ -111,15 +138,15 @@ class PairSource:
         """These rows of step's batch: noise and data [B, ...] float32, class_labels [B] if there are classes."""
         assert rows.total == self.batch_size
         position, stop = (step * self.batch_size + row for row in (rows.start, rows.stop))
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        parts: list[dict[str, Tensor]] = []
         while position < stop:
             group, offset = self._find(position)
             chosen = group.order[offset : offset + stop - position]
             parts.append(self._gather(group, chosen))
             position += len(chosen)
-        noise, data, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        conditional = self.pairs.manifest.num_classes is not None
-        return Batch(data=None, pairs=Pairs(noise, data), cond={"class_labels": labels} if conditional else {})
+        found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        labels = found.pop("class_labels", None)
+        return Batch(data=None, pairs=Pairs(**found), cond={} if labels is None else {"class_labels": labels})
 
     def _find(self, position: int) -> tuple[Group, int]:
         """The group that position is in, and where in its order."""
@@ -137,17 +164,14 @@ class PairSource:
             self._group = epoch, number, Group(groups[number], order)
         return self._group[2], offset - starts[number]
 
-    def _gather(self, group: Group, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(noise, data, labels) of the chosen (shard, row) [n, 2], in that order."""
+    def _gather(self, group: Group, chosen: Tensor) -> dict[str, Tensor]:
+        """The fields of `Pairs`, and labels if there are any, of the chosen (shard, row) [n, 2], in that order."""
         self.held = {number: shard for number, shard in self.held.items() if number in group.shards}  # before loading
-        shape = (len(chosen), *self.pairs.shape)
-        noise, data, labels = torch.empty(shape), torch.empty(shape), torch.empty(len(chosen), dtype=torch.int64)
-        for number in chosen[:, 0].unique().tolist():
+        numbers = chosen[:, 0].unique().tolist()
+        back = torch.argsort(torch.cat([(chosen[:, 0] == number).nonzero().squeeze(1) for number in numbers]))
+        parts = []
+        for number in numbers:
             if number not in self.held:
                 self.held[number] = self.pairs.load(number)
-            shard, at = self.held[number], chosen[:, 0] == number
-            rows = chosen[at, 1]
-            noise[at], data[at] = shard.noise[rows], shard.data[rows].float()
-            if shard.labels is not None:
-                labels[at] = shard.labels[rows]
-        return noise, data, labels
+            parts.append(self.pairs.fields(self.held[number], chosen[chosen[:, 0] == number, 1]))
+        return {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}

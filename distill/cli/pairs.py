@@ -1,0 +1,217 @@
+"""`distill pairs`: the paths of a teacher, solved and stored; those of a spec's stage also by many processes."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distill.cli import start
+from distill.cli.common import StoreOption, check_out, near, store_path
+from distill.cli.stage import stage as compute
+from distill.guard import InputError, suggest
+from distill.store import RunPaths
+
+if TYPE_CHECKING:
+    import distill.spec
+
+
+def pairs(
+    given: Annotated[
+        str,
+        typer.Argument(metavar="TEACHER|SPEC", help="A teacher as for `eval`; or a spec, a preset, or a run."),
+    ],
+    changes: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Changes of the spec.")] = None,
+    shards: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Only shards I, I + N, ...: the I-th of N such processes.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Solve none, but 1,000 pairs twice: are the steps enough?")
+    ] = False,
+    stage: Annotated[str | None, typer.Option(help="Of a spec: by default its only pairs stage.")] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Of a spec: name of the run.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Of a teacher: folder of the pairs; an interrupted one is gone on with."),
+    ] = None,
+    count: Annotated[int | None, typer.Option(help="Of a teacher: number of pairs [10000].")] = None,
+    paths: Annotated[str | None, typer.Option(help="backward, forward, segments, trajectories [backward].")] = None,
+    times: Annotated[str | None, typer.Option(help="Of states: 1,0.5,0.")] = None,
+    data: Annotated[str | None, typer.Option(help="Real data of forward paths and segments: digits, or YAML.")] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, heun or dpm_solver_pp_2m [heun].")] = None,
+    steps: Annotated[int | None, typer.Option(help="Solver steps [16].")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 = none [1].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the noise [0].", min=0, max=2**63 - 1)] = None,
+    block: Annotated[int | None, typer.Option(help="Pairs solved at once [256].")] = None,
+    shard: Annotated[int | None, typer.Option(help="Pairs per file, a multiple of --block [4096].")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16, uint8, as stored [float32].")] = None,
+    store_noise: Annotated[bool | None, typer.Option("--store-noise", help="Store the noise too.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda [auto].")] = None,
+    store: StoreOption = None,
+) -> None:
+    """Solve a teacher's ODE and store the ends of its paths: of a teacher into --out, of a spec into its run.
+
+    N processes, on as many machines as you like, share a set by --shards 1/N ... N/N; the files are the same bytes.
+    """
+    from distill.cli import given as meant
+
+    share = None if shards is None else _share(shards)
+    options = {
+        "count": count, "paths": paths, "solver": solver, "steps": steps, "block": block, "shard": shard,
+        "guidance_scale": guidance_scale, "dtype": dtype, "store_noise": store_noise,
+        "times": None if times is None else meant.fractions("--times", times),
+    }  # fmt: skip
+    options = {key: value for key, value in options.items() if value is not None}
+    if meant.is_spec(given, store_path(store)):
+        others = {**options, "out": out, "data": data, "seed": seed, "device": device}
+        _refuse(others, "of a spec they stand in it: write changes like stages.pairs.count=5000")
+        _of_spec(store_path(store), given, changes or [], name, stage, share, check)
+        return
+    _refuse({"stage": stage, "name": name, "changes": changes}, f"'{given}' is a teacher, not a spec")
+    if out is None and not check:
+        raise InputError("--out is missing: the folder that the pairs of this teacher shall lie in")
+    _of_teacher(store_path(store), given, options, out, data, seed or 0, device or "auto", share, check)
+
+
+def _refuse(options: Mapping[str, object], why: str) -> None:
+    found = [key.replace("_", "-") for key, value in options.items() if value]
+    if found:
+        raise InputError(f"{', '.join(f'--{key}' for key in found)}: no effect here; {why}")
+
+
+def _share(text: str) -> tuple[int, int]:
+    number, _, total = text.partition("/")
+    if not (number.isdigit() and total.isdigit() and 1 <= int(number) <= int(total)):
+        raise InputError(f"--shards {text}: I/N is expected, I from 1 to N, like 1/4")
+    return int(number) - 1, int(total)
+
+
+def _of_teacher(
+    store: Path,
+    given: str,
+    options: Mapping[str, object],
+    out: Path | None,
+    data: str | None,
+    seed: int,
+    device: str,
+    share: tuple[int, int] | None,
+    check: bool,
+) -> None:
+    from distill import pairspec
+    from distill.cli import given as meant
+    from distill.spec import NoData, PairsStage
+
+    stage = meant.stage(PairsStage, {"kind": "pairs", "count": 10000, **options})
+    for mistake in pairspec.mistakes(stage, "--"):
+        raise InputError(mistake)
+    if data is not None and stage.paths not in pairspec.OF_DATA:
+        raise InputError(f"--data: {stage.paths} paths begin with noise, so it has no effect; remove it")
+    real = NoData(kind="none") if data is None else meant.data(data)
+    if out is not None:
+        check_out(out)
+    where = meant.teacher(given, store)
+    from distill import data as datasets
+    from distill import pairs as pair_sets
+    from distill import teachers
+    from distill.progress import Progress
+    from distill.sources import Solving
+    from distill.stop import StopRequest
+
+    place = meant.device(device)
+    teacher, real_data = teachers.load(where, place), datasets.load(real, seed)
+    if stage.paths in pairspec.OF_DATA and real_data is None and teacher.exact_data is None:
+        raise InputError(f"--data is missing: {stage.paths} paths begin with real data, e.g. --data digits")
+    solving = Solving.of(teacher, stage, seed=seed, device=place, data=real_data, law=teacher)
+    if check:
+        print(solving.accuracy().describe())
+        return
+    assert out is not None
+    with StopRequest() as stop, Progress("pairs", pair_sets.size(stage, share), "pairs", None) as progress:
+        solving.generate(out, progress, stop, share)
+    which = "" if share is None else f" (part {share[0] + 1} of {share[1]})"
+    print(f"{pair_sets.size(stage, share):,} pairs of {teacher.description} in {near(out.absolute())}{which}")
+    print(_told(out))
+
+
+def _of_spec(
+    store: Path,
+    given: str,
+    changes: list[str],
+    name: str | None,
+    stage: str | None,
+    share: tuple[int, int] | None,
+    check: bool,
+) -> None:
+    run, spec = _run(store, given, changes, name)
+    chosen = _stage(spec, stage)
+    of = spec.stages[chosen].teacher
+    if of is not None and not run.stage(of).done.exists():
+        raise InputError(
+            f"stage '{chosen}' solves the paths of the student of '{of}', which is not trained yet; "
+            f"distill run {near(run.root)} --resume"
+        )
+    if check:
+        from distill import stages
+        from distill.sources import Solving
+
+        print(Solving.of_run(run, spec, chosen, stages.place(spec.launch)).accuracy().describe())
+        return
+    from distill.launch import tasks
+
+    if share is not None:
+        os.environ[tasks.UNIT] = f"{chosen}.part-{share[0] + 1}-of-{share[1]}"
+    compute(run.root, [chosen], part=None if share is None else f"{share[0]}/{share[1]}")
+    folder = run.stage(chosen).pairs
+    print(f"pairs of stage '{chosen}' in {near(folder)}")
+    print(f"{_told(folder)}; the rest of the run: distill run {near(run.root)} --resume")
+
+
+def _told(folder: Path) -> str:
+    """How far a set is, and what its numbers are worth."""
+    from distill.pairs import manifest
+
+    found = manifest.read(folder)
+    assert found is not None
+    made = {*found.shards, *manifest.records(folder, found)}
+    if not found.done:
+        return f"{len(made)} of {len(found.layout())} shards are there"
+    said = [f"the set of {found.count:,} is complete"]
+    if found.rounding.error:
+        said.append(f"storing it as {found.dtype} changed it by {found.rounding.relative:.2%} (RMS)")
+    if found.whiteness:
+        w = found.whiteness
+        said.append(
+            f"its noise has mean {w.mean:.3f}, variance {w.variance:.3f}, correlation of neighbours {w.correlation:.3f}"
+        )
+    return "; ".join(said)
+
+
+def _run(store: Path, given: str, changes: list[str], name: str | None) -> tuple[RunPaths, "distill.spec.RunSpec"]:
+    """The run of a spec: there already, or made now, by whichever of several processes comes first."""
+    is_run = (store / given / "spec.yaml").is_file() or (Path(given) / "spec.yaml").is_file()
+    if not is_run:
+        source = start.find(given, changes, name)
+        if not RunPaths(store.absolute() / source.spec.name).root.exists():
+            try:
+                return start.begin(store, source), source.spec
+            except InputError:
+                if not RunPaths(store.absolute() / source.spec.name).spec.is_file():
+                    raise  # it was not that another process has made it
+    paths, again = start.find_again(store, given, changes, name)
+    return paths, start.go_on(paths, again)
+
+
+def _stage(spec: "distill.spec.RunSpec", given: str | None) -> str:
+    from distill.spec import PairsStage
+
+    names = [name for name, stage in spec.stages.items() if isinstance(stage, PairsStage)]
+    if given is None and len(names) == 1:
+        return names[0]
+    if not names:
+        raise InputError(f"run '{spec.name}' has no pairs stage; its stages: {', '.join(spec.stages)}")
+    if given is None:
+        raise InputError(f"run '{spec.name}' has {len(names)} pairs stages; name one by --stage: {', '.join(names)}")
+    if given not in names:
+        raise InputError(f"--stage {given}: run '{spec.name}' has no such pairs stage; {suggest(given, names)}")
+    return given

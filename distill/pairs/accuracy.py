@@ -1,0 +1,82 @@
+"""Is the solver accurate enough? Pairs of a coarse solver straighten another map than the teacher's."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distill.pairs import paths
+from distill.pairs.manifest import Manifest
+from distill.pairs.paths import Real
+from distill.progress import Progress
+from distill.protocols import VelocityField
+from distill.spec import Frozen
+from distill.store import write_json
+
+BIG = 50_000  # pairs: from here on, a thousand of them are solved beforehand, unasked
+SAMPLE = 1000  # pairs to compare
+TOLERATED = 0.01  # RMS difference at twice the steps, relative to the pairs' own RMS
+DOUBLINGS = 6
+
+
+class Accuracy(Frozen):
+    """The ends of the first pairs at a number of steps, compared with those at twice as many."""
+
+    steps: int
+    pairs: int
+    differences: dict[int, float]
+    """relative RMS difference between N and 2 N steps, by N"""
+
+    @property
+    def enough(self) -> int | None:
+        """The fewest steps found with a difference that is tolerated; None: none of those tried."""
+        return next((steps for steps, found in sorted(self.differences.items()) if found <= TOLERATED), None)
+
+    def describe(self) -> str:
+        """The finding in one sentence."""
+        given = self.differences[self.steps]
+        said = (
+            f"at {self.steps} steps the ends of {self.pairs:,} pairs are {given:.2%} (RMS) from those at twice as many"
+        )
+        if self.enough == self.steps:
+            return f"{said}; {self.steps} steps are enough"
+        if self.enough is None:
+            return f"{said}, and at {max(self.differences)} still {self.differences[max(self.differences)]:.2%}"
+        return (
+            f"{said}, more than {TOLERATED:.0%}; {self.enough} steps are enough ({self.differences[self.enough]:.2%})"
+        )
+
+
+def measure(field: VelocityField, manifest: Manifest, real: Real | None, device: torch.device) -> Accuracy:
+    """Compare N and 2 N steps, then 2 N and 4 N, ..., until they agree."""
+    count, steps, found = min(SAMPLE, manifest.count), manifest.steps, dict[int, float]()
+    coarse = _ends(field, manifest, real, device, count)
+    for _ in range(DOUBLINGS):
+        fine = _ends(field, manifest.model_copy(update={"steps": 2 * steps}), real, device, count)
+        rms = fine.double().square().mean().sqrt()
+        found[steps] = ((fine.double() - coarse.double()).square().mean().sqrt() / rms).item()
+        if found[steps] <= TOLERATED:
+            break
+        coarse, steps = fine, 2 * steps
+    return Accuracy(steps=manifest.steps, pairs=count, differences=found)
+
+
+def advise(
+    field: VelocityField, manifest: Manifest, real: Real | None, device: torch.device, folder: Path, progress: Progress
+) -> None:
+    """Before a big set is begun: measure once, keep it in `accuracy.json`, and warn where the steps are too few."""
+    path = folder / "accuracy.json"
+    if manifest.count < BIG or manifest.shards or path.exists():
+        return
+    found = measure(field, manifest, real, device)
+    write_json(path, found.model_dump(mode="json"))
+    if found.enough != manifest.steps:
+        progress.warn(found.describe())
+
+
+def _ends(field: VelocityField, manifest: Manifest, real: Real | None, device: torch.device, count: int) -> Tensor:
+    """What the solver made of the first paths, [count, ...]."""
+    key = {"forward": "noise", "segments": "states"}.get(manifest.paths, "data")
+    starts = range(0, count, manifest.block)
+    blocks = [paths.solve(field, manifest, range(i, i + manifest.block), real, device)[key] for i in starts]
+    return torch.cat(blocks)[:count]

@@ -1,0 +1,137 @@
+"""The paths of one block: solved from noise, or from real data. What is returned is what a shard stores."""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from distill import draws, solvers
+from distill.data import DataSet, DataSource
+from distill.draws import Rows
+from distill.fields import start
+from distill.interpolants import linear
+from distill.pairs.manifest import Manifest
+from distill.pairs.numbers import restored, stored
+from distill.protocols import Cond, VelocityField
+from distill.teachers.loaded import LoadedTeacher
+from distill.times import uniform_grid
+
+# Indices of a block -> real data [n, ...] and its condition, on the CPU.
+Real = Callable[[range], tuple[Tensor, Cond]]
+
+
+def of_data(data: DataSet | None, law: LoadedTeacher | None, *, seed: int, block: int) -> tuple[Real, str]:
+    """What paths that begin with data begin with, and its digest: path i with sample i of the set, in the keyed order
+    of its epochs; without a set, with exact sample i of a teacher in closed form.
+    """
+    if data is None:
+        assert law is not None and law.exact_data is not None, "workflow.check lets no such stage through"
+        return _exact(law.exact_data, law.num_classes, seed), law.digest
+    source = DataSource(data, block, seed)
+
+    def read(indices: range) -> tuple[Tensor, Cond]:
+        batch = source.batch(indices.start // block, Rows(0, block, block))
+        assert batch.data is not None
+        return batch.data, batch.cond
+
+    return read, data.digest
+
+
+def _exact(exact: Callable[[int, Sequence[int]], Tensor], num_classes: int | None, seed: int) -> Real:
+    def read(indices: range) -> tuple[Tensor, Cond]:
+        cond = {} if num_classes is None else {"class_labels": draws.sample_labels(indices, num_classes)}
+        return exact(seed, indices), cond
+
+    return read
+
+
+def solve(
+    field: VelocityField, manifest: Manifest, indices: range, real: Real | None, device: torch.device
+) -> dict[str, Tensor]:
+    """Paths `indices`, a whole block, each [n, ...] on the CPU, as float32 but for labels:
+
+    data: the end of the path, or the real data that it is of, already as the file rounds it.
+    noise: inverted from the data.
+    states: of trajectories those at times[1:-1] [n, K - 2, ...], of segments their end [n, 1, ...].
+    class_labels: of the path, if there are classes.
+    """
+    noise = draws.sample_noise(manifest.seed, indices, manifest.shape)
+    found: dict[str, Tensor] = {}
+    cond: Cond = {}
+    if real is not None:
+        data, cond = real(indices)
+        found["data"] = restored(stored(data, manifest.dtype))  # the path begins at what can be read again
+    elif manifest.num_classes is not None:
+        cond = {"class_labels": draws.sample_labels(indices, manifest.num_classes)}
+    if manifest.num_classes is None:
+        cond = {}  # labels that the teacher does not know
+    on_device = {name: value.to(device) for name, value in cond.items()}
+    field, given = solvers.on_linear_path(field), noise.to(device)
+    bf16 = manifest.precision == "bf16"
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        match manifest.paths:
+            case "backward":
+                end = solvers.sample(field, given, on_device, solver=manifest.solver, steps=manifest.steps)
+                found["data"] = end.cpu()
+            case "forward":
+                solver: Literal["euler", "heun"] = "heun" if manifest.solver == "heun" else "euler"
+                at = found["data"].to(device)
+                noise = solvers.invert(field, at, on_device, solver=solver, steps=manifest.steps, noise=given)
+                found["noise"] = noise.cpu()
+            case "trajectories":
+                states = _trajectory(field, start(field, given), on_device, manifest)
+                found["data"] = states[-1].cpu()
+                found["states"] = torch.stack([given, *states[:-1]], dim=1)[:, 1:].cpu()
+            case "segments":
+                found["states"] = _segments(field, found["data"].to(device), given, on_device, indices, manifest).cpu()
+    return {**found, **cond}
+
+
+def segment_starts(data: Tensor, noise: Tensor, indices: Sequence[int], times: list[float]) -> tuple[Tensor, Tensor]:
+    """(x_t [n, ...], times [n, 2]) of segments: path i goes from times[i mod K] to the next, K = len(times) - 1."""
+    number = torch.tensor(indices) % (len(times) - 1)
+    of_path = torch.tensor(times, dtype=torch.float32)
+    span = torch.stack([of_path[number], of_path[number + 1]], dim=1)  # [n, 2]
+    return linear().mix(data, noise, span[:, 0].to(data.device)), span
+
+
+def actual_times(field: VelocityField, steps: int, times: list[float]) -> list[float]:
+    """The times of the solver's grid that are meant by fractions of its range; where noise is the state, 1."""
+    t_min, t_max = solvers.on_linear_path(field).t_range
+    grid = uniform_grid(steps, t_max, t_min).tolist()
+    return [grid[steps - round(t * steps)] for t in times]
+
+
+def _sub_grids(field: VelocityField, manifest: Manifest) -> list[Tensor]:
+    """The solver's grid, cut at the manifest's times."""
+    t_min, t_max = field.t_range
+    grid = uniform_grid(manifest.steps, t_max, t_min)
+    assert manifest.times is not None
+    at = [int((grid - t).abs().argmin()) for t in manifest.times]
+    return [grid[i : j + 1] for i, j in pairwise(at)]
+
+
+def _trajectory(field: VelocityField, x: Tensor, cond: Cond, manifest: Manifest) -> list[Tensor]:
+    """The states at times[1:]."""
+    states = []
+    for t_grid in _sub_grids(field, manifest):
+        x = solvers.SOLVERS[manifest.solver].function(field, x, t_grid, cond)
+        states.append(x)
+    return states
+
+
+def _segments(
+    field: VelocityField, data: Tensor, noise: Tensor, cond: Cond, indices: range, manifest: Manifest
+) -> Tensor:
+    """The ends of the segments of a block, [n, 1, ...]; those of one segment are solved together."""
+    assert manifest.times is not None
+    starts, _ = segment_starts(data, noise, indices, manifest.times)
+    ends, number = torch.empty_like(starts), torch.tensor(indices) % (len(manifest.times) - 1)
+    for segment, t_grid in enumerate(_sub_grids(field, manifest)):
+        rows = (number == segment).nonzero().squeeze(1).to(data.device)
+        if len(rows):
+            of_rows = {name: value[rows] for name, value in cond.items()}
+            ends[rows] = solvers.SOLVERS[manifest.solver].function(field, starts[rows], t_grid, of_rows)
+    return ends[:, None]

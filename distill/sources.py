@@ -1,0 +1,102 @@
+"""What a stage computes from: its teacher, the paths to solve, the batches to train on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from distill import data as datasets
+from distill import pairs, pairspec, teachers
+from distill.data import DataSet
+from distill.draws import key
+from distill.pairs import accuracy, mixed, paths
+from distill.pairs.accuracy import Accuracy
+from distill.pairs.paths import Real
+from distill.progress import Progress
+from distill.protocols import Source
+from distill.spec import CheckpointTeacher, PairsStage, RunSpec, TrainStage
+from distill.stop import StopRequest
+from distill.store import RunPaths
+from distill.teachers import LoadedTeacher
+
+
+def teacher(run: RunPaths, spec: RunSpec, stage: str | None, device: torch.device) -> LoadedTeacher | None:
+    """The student of a stage, or the spec's teacher where no stage is named; None if there is neither."""
+    if stage is not None:
+        return teachers.load(CheckpointTeacher(path=str(run.student(stage))), device)
+    return None if spec.teacher is None else teachers.load(spec.teacher, device)
+
+
+def batches(
+    run: RunPaths, stage: TrainStage, *, seed: int, data: DataSet | None, teacher_digest: str | None
+) -> tuple[Source, dict[str, str]]:
+    """Where the batches of a train stage come from, and the digests of its pairs. data: what is real in them."""
+    real = None if data is None else datasets.DataSource(data, stage.batch_size, seed)
+    if not stage.pair_shares:
+        assert real is not None, "workflow.check lets no such stage through"
+        return real, {}
+    counts = mixed.parts(stage.batch_size, list(stage.pair_shares.values()))
+    sets = [pairs.PairSet.open(run.stage(name).pairs, teacher_digest) for name in stage.pair_shares]
+    sources = [pairs.PairSource(each, count, seed) for each, count in zip(sets, counts, strict=True)]
+    source = sources[0] if len(sources) == 1 else pairs.Mixed(sources, counts)
+    digests = {"pairs": " ".join(each.manifest.digest for each in sets)}
+    return source if real is None else pairs.Beside(source, real), digests
+
+
+@dataclass(frozen=True)
+class Solving:
+    """A pairs stage, with all that its paths depend on."""
+
+    teacher: LoadedTeacher
+    stage: PairsStage
+    seed: int
+    device: torch.device
+    real: Real | None = None
+    data_digest: str | None = None
+
+    @classmethod
+    def of_run(cls, run: RunPaths, spec: RunSpec, name: str, device: torch.device) -> "Solving":
+        """Of the stage `name` of a run, whose teacher is there."""
+        stage = spec.stages[name]
+        assert isinstance(stage, PairsStage)
+        found = teacher(run, spec, stage.teacher, device)
+        assert found is not None, "workflow.check lets no such stage through"
+        law = None if spec.teacher is None else teacher(run, spec, None, torch.device("cpu"))
+        data = datasets.load(spec.data, spec.seed) if stage.paths in pairspec.OF_DATA else None
+        return cls.of(found, stage, seed=key(spec.seed, name), device=device, data=data, law=law)
+
+    @classmethod
+    def of(
+        cls,
+        teacher: LoadedTeacher,
+        stage: PairsStage,
+        *,
+        seed: int,
+        device: torch.device,
+        data: DataSet | None,
+        law: LoadedTeacher | None,
+    ) -> "Solving":
+        """data, or a law in closed form: of paths that begin with data."""
+        if stage.paths not in pairspec.OF_DATA:
+            return cls(teacher, stage, seed, device)
+        return cls(teacher, stage, seed, device, *paths.of_data(data, law, seed=seed, block=stage.block))
+
+    def generate(self, folder: Path, progress: Progress, stop: StopRequest, part: tuple[int, int] | None) -> None:
+        """`pairs.generate`."""
+        pairs.generate(
+            self.teacher,
+            self.stage,
+            folder,
+            seed=self.seed,
+            device=self.device,
+            progress=progress,
+            stop=stop,
+            part=part,
+            real=self.real,
+            data_digest=self.data_digest,
+        )
+
+    def accuracy(self) -> Accuracy:
+        """What the solver's number of steps is worth, by the first pairs."""
+        planned = pairs.plan(self.teacher, self.stage, self.seed, self.data_digest)
+        return accuracy.measure(self.teacher.guided(self.stage.guidance_scale), planned, self.real, self.device)

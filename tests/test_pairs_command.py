@@ -1,0 +1,145 @@
+"""`distill pairs` as a user types it: of a teacher, and the shards of a spec by many processes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from commands import command, snapshot
+from runs import ENV, distill, folder_bytes
+
+SPEC = """
+name: many
+teacher: {kind: mixture, means: [[-2, 0], [2, 0]], std: 0.3}
+stages:
+  pairs: {kind: pairs, count: 200, block: 16, shard: 32, steps: 4}
+  real: {kind: pairs, count: 64, block: 16, shard: 32, steps: 8, paths: forward, solver: euler}
+  reflow:
+    {kind: train, recipe: reflow/reflow, pairs: {pairs: 0.75, real: 0.25}, network: {kind: mlp}, images: 256,
+     batch_size: 64}
+"""
+GAUSSIAN = "{kind: gaussian, mean: [0.5, 0.0], std: [0.5, 1.0]}"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "spec.yaml").write_text(SPEC)
+    return tmp_path
+
+
+@pytest.mark.process
+def test_processes_that_share_a_spec_make_the_files_of_one(here):
+    one = distill("pairs", "spec.yaml", "--stage", "pairs", "--name", "one", cwd=here)
+    assert one.returncode == 0, one.stderr
+    assert "the set of 200 is complete; the rest of the run: distill run runs/one --resume" in one.stdout
+    arguments = ["pairs", "spec.yaml", "--stage", "pairs", "--shards"]
+    shares = [
+        subprocess.Popen(
+            [sys.executable, "-m", "distill", *arguments, f"{i}/3"],
+            cwd=here, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for i in (1, 2, 3)
+    ]  # fmt: skip
+    said = [each.communicate(timeout=120)[0] for each in shares]
+    assert [each.returncode for each in shares] == [0, 0, 0], said
+    assert any("the set of 200 is complete" in each for each in said)
+    alone, together = (folder_bytes(here / "runs" / name / "stages" / "pairs" / "pairs") for name in ("one", "many"))
+    assert alone == {name: together[name] for name in alone} and len(alone) == 8
+    done = distill("run", "runs/many", "--resume", cwd=here)  # takes them as they are, and goes on
+    assert done.returncode == 0, done.stderr
+    after = folder_bytes(here / "runs" / "many" / "stages" / "pairs" / "pairs")
+    assert alone == after
+    assert (here / "runs" / "many" / "students" / "reflow" / "distill.json").is_file()
+
+
+def test_the_accuracy_of_a_solver_is_told(capfd, here):
+    done = command(capfd, "pairs", GAUSSIAN, "--check", "--solver", "euler", "--steps", "4", "--count", "500")
+    assert (done.code, snapshot(here)) == (0, snapshot(here))
+    assert "at 4 steps the ends of 500 pairs are " in done.out and " steps are enough" in done.out
+    assert not (here / "runs").exists()
+    told = command(capfd, "pairs", "spec.yaml", "--check", "--stage", "real")
+    assert told.code == 0 and "at 8 steps the ends of 64 pairs" in told.out
+
+
+def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
+    options = ["--paths", "forward", "--count", "512", "--steps", "32", "--out", "pairs"]
+    done = command(capfd, "pairs", GAUSSIAN, *options)
+    assert done.code == 0, done.err
+    assert "its noise has mean " in done.out and "the set of 512 is complete" in done.out
+    parts = [
+        command(capfd, "pairs", GAUSSIAN, *options[:-1], "parts", "--shard", "256", "--shards", f"{i}/2")
+        for i in (1, 2)
+    ]
+    assert "1 of 2 shards are there" in parts[0].out and "the set of 512 is complete" in parts[1].out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([GAUSSIAN], "--out is missing: the folder that the pairs of this teacher shall lie in"),
+        ([GAUSSIAN, "--out", "p", "--stage", "x"], "--stage: no effect here; '{kind: gaussian, mean: [0.5, 0.0]"),
+        ([GAUSSIAN, "--out", "p", "--shards", "0/2"], "--shards 0/2: I/N is expected, I from 1 to N, like 1/4"),
+        ([GAUSSIAN, "--out", "p", "--shards", "3/2"], "--shards 3/2: I/N is expected"),
+        ([GAUSSIAN, "--out", "p", "--times", "1,x"], "--times 1,x: numbers with commas between them are expected"),
+        ([GAUSSIAN, "--out", "p", "--times", "1,0"], "--times: backward paths keep their ends alone, so this has no"),
+        ([GAUSSIAN, "--out", "p", "--paths", "trajectories"], "--times: None given; trajectories need times from 1"),
+        (
+            [GAUSSIAN, "--out", "p", "--paths", "trajectories", "--times", "1,0.3,0"],
+            "--times: 0.3 are none of the solver's own, the multiples of 1/steps = 1/16",
+        ),
+        (
+            [GAUSSIAN, "--out", "p", "--paths", "forward", "--solver", "dpm_solver_pp_2m"],
+            "--solver: dpm_solver_pp_2m solves from noise to data only; paths: forward take euler or heun",
+        ),
+        ([GAUSSIAN, "--out", "p", "--paths", "forward", "--store-noise"], "--store_noise: inverted noise is always"),
+        ([GAUSSIAN, "--out", "p", "--data", "digits"], "--data: backward paths begin with noise, so it has no effect"),
+        (["spec.yaml"], "run 'many' has 2 pairs stages; name one by --stage: pairs, real"),
+        (["spec.yaml", "--stage", "pairz"], "--stage pairz: run 'many' has no such pairs stage; did you mean 'pairs'?"),
+        (["spec.yaml", "--count", "5"], "--count: no effect here; of a spec they stand in it: write changes like"),
+        (["mixture-2d", "stages.pairs.paths=segments"], "stages.pairs.times: None given; segments need times"),
+    ],
+)
+def test_what_cannot_be_is_said(capfd, here, arguments, message):
+    done = command(capfd, "pairs", *arguments)
+    assert done.code == 2 and message in done.err, done.err
+    assert not (here / "p").exists()
+
+
+def test_a_teacher_that_is_not_trained_yet_is_named(capfd, here):
+    done = command(capfd, "pairs", "digits", "--shards", "1/2")
+    assert done.code == 2
+    assert "stage 'pairs' solves the paths of the student of 'teach', which is not trained yet; distill run" in done.err
+
+
+WRONG = {
+    "pairs: {pairs: 0.75, real: 0.25}": [
+        (
+            "pairs: {pairs: 0.75, real: 0.5}",
+            "stages.reflow.pairs: the parts {pairs: 0.75, real: 0.5} must be above 0 and add",
+        ),
+        ("pairs: {pairs: 0.75, none: 0.25}", "stages.reflow.pairs: there is no stage 'none'"),
+    ],
+    "paths: forward, solver: euler": [
+        ("paths: segments, times: [1, 0.5, 0]", "'real' has segments, which begin with noised data and do not end at"),
+        ("guidance_scale: 2.0", "pairs of different guidance_scale would teach two things at once"),
+    ],
+    "{kind: mixture, means: [[-2, 0], [2, 0]], std: 0.3}": [
+        ("{kind: diffusers, path: teacher}", "stages.real.paths: forward begin with real data; the spec has none"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("old", "new", "message"), [(old, *case) for old, cases in WRONG.items() for case in cases])
+def test_pair_sets_that_do_not_fit_are_refused(capfd, here, old, new, message):
+    (here / "teacher").mkdir()
+    assert old in SPEC
+    (here / "spec.yaml").write_text(SPEC.replace(old, new))
+    done = command(capfd, "plan", "spec.yaml")
+    assert done.code == 2 and message in done.err, done.err
+
+
+def test_a_plan_counts_the_calls_of_every_kind_of_paths(capfd, here):
+    found = json.loads(command(capfd, "plan", "spec.yaml", "--json").out)["stages"]
+    assert [step["network_calls"] for step in found] == [200 * 7, 64 * 8, None]
+    assert found[2]["needs"] == ["pairs", "real", "the spec's teacher"]
