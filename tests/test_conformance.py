@@ -66,6 +66,7 @@ OTHER_OPTIONS = [
     ("reflow/perflow", {"windows": 1, "parameterisation": "diff_eps", "label_dropout": 0.5, "guidance_sync": True}),
     ("reflow/rectified_diffusion", {"form": "phased", "phases": 1, "times": "grid"}),
     ("score/dmd2", {"steps": 4, "weight": "kl", "ratio": 2}),
+    ("reflow/slimflow", {"phase": "anneal", "anneal_images": 16, "flip": True}),
 ]
 
 
