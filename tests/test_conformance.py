@@ -53,8 +53,13 @@ def test_recipe(name, check, tmp_path):
 
 
 OTHER_OPTIONS = [
+    ("pretrain/flow_matching", {"coupling": "ot_replacement", "coupling_block": 4, "within_classes": True}),
+    ("pretrain/flow_matching", {"coupling": "immiscible_knn"}),
+    ("pretrain/flow_matching", {"coupling": "weighted", "coupling_block": 2, "cost": "distance"}),
     ("consistency/consistency", {"times": "continuous", "halving_images": 16, "target_decay": 0.9}),
     ("consistency/consistency", {"point": "data", "distance": "l2"}),
+    ("reflow/consistency_fm", {"target": "teacher", "segments": 4, "delta": 0.05, "guidance_scale": 2.0}),
+    ("reflow/consistency_fm", {"boundary": 0.9, "delta": 0.1, "velocity_weight": 1.0}),
     ("shortcut/shortcut", {"base": "two_steps", "grid": 4, "target_decay": None}),
     ("shortcut/shortcut", {"base": "step", "bootstrap": 0.75}),
     ("shortcut/shortcut", {"base": "data"}),
