@@ -127,7 +127,9 @@ def test_recipes(capfd):
     assert found == {
         "consistency/consistency": ["data", "teacher"],
         "pretrain/flow_matching": ["data"],
+        "reflow/boss": ["pairs", "states", "teacher"],
         "reflow/caf": ["pairs", "teacher"],
+        "reflow/consistency_fm": ["data", "teacher"],
         "reflow/one_step": ["pairs", "teacher"],
         "reflow/perflow": ["data", "teacher"],
         "reflow/proreflow": ["data", "teacher"],

@@ -249,6 +249,16 @@ CASES = {
         images() | {"launch": {"procs": 2, "micro_batch": 48}},
         "launch.micro_batch: 48 does not divide stages.t.batch_size (128 / 2 processes = 64)",
     ),
+    "blocks that are cut by micro-batches": (
+        images(t={"options": {"coupling": "ot", "coupling_block": 32}}) | {"launch": {"procs": 2, "micro_batch": 16}},
+        "stages.t: pretrain/flow_matching couples samples in blocks of 32, and micro-batches of 16 do not hold whole "
+        "ones; make batch_size / processes, or launch.micro_batch, a multiple of 32",
+    ),
+    "blocks that are cut by ranks": (
+        images(t={"options": {"coupling": "weighted"}}) | {"launch": {"procs": 4}},
+        "stages.t: pretrain/flow_matching couples samples in blocks of 64, and micro-batches of 32 do not hold whole "
+        "ones; make batch_size / processes, or launch.micro_batch, a multiple of 64",
+    ),
     "ranks without training": (
         vectors() | {"stages": {"p": PAIRS}, "launch": {"procs": 2}},
         "launch.procs: 2 given for training, but no stage trains; remove it",
@@ -304,6 +314,12 @@ CASES = {
 def test_mistakes(case):
     content, said = CASES[case]
     assert said in mistakes(content)
+
+
+def test_whole_blocks_pass():
+    content = images(t={"options": {"coupling": "ot", "coupling_block": 32}})
+    for launch in ({}, {"procs": 4}, {"procs": 2, "micro_batch": 32}):
+        assert mistakes(content | {"launch": launch}) == []
 
 
 def test_one_wrong_recipe_hides_no_other_mistake():
@@ -439,7 +455,7 @@ def test_a_flow_map_is_a_student_and_no_teacher(tmp_path, sampler):
     assert found == [f"stages.{name}.teacher: {no_path}" for name in ("e", "p2", "s")]
 
     assert mistakes(vectors(r=flow_map, e={"fine_students": ["r"]}), tmp_path) == [
-        "stages.e.fine_students: the student of 'r' is a flow map, which no solver follows; remove it"
+        "stages.e.fine_students: 'r' is a flow map, which no solver follows; remove it"
     ]
     velocity = {**REFLOW, "network": None, "init": "r"}
     assert mistakes(vectors(r=flow_map, s=velocity), tmp_path) == [
