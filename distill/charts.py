@@ -96,7 +96,7 @@ def rounds(panels: Mapping[str, Sequence[Curve]]) -> str:
             if min(values) > 0 and max(values) > 20 * min(values):
                 axes.set_yscale("log")
             else:
-                axes.set_ylim(bottom=0)
+                axes.set_ylim(0, 1.1 * max(values) or 1)
             axes.set_title(title, fontsize=9, loc="left", color=INK)
             axes.set_xlabel("round", fontsize=8)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
