@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from distill.results import Results, number
 
@@ -40,10 +40,11 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Curve:
-    """One logged number of a stage."""
+    """Some numbers in a row, like the logged ones of a stage."""
 
     name: str
-    images: Sequence[float]
+    at: Sequence[float] | Sequence[int]
+    """images, or rounds"""
     values: Sequence[float]
 
 
@@ -81,6 +82,29 @@ def quality(results: Results) -> str:
         return _svg(figure)
 
 
+def rounds(panels: Mapping[str, Sequence[Curve]]) -> str:
+    """Numbers of each round, in panels; round 0 is the first teacher."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(3.3 * len(panels), 2.6), layout="constrained")
+        FigureCanvasSVG(figure)
+        for i, (title, curves) in enumerate(panels.items()):
+            axes = figure.add_subplot(1, len(panels), i + 1)
+            for curve, colour in zip(curves, (TEACHER, *STUDENTS) if len(curves) > 1 else STUDENTS[1:], strict=False):
+                axes.plot(curve.at, curve.values, "-o", color=colour, ms=4, lw=1.4, label=curve.name)
+            values = [value for curve in curves for value in curve.values]
+            if min(values) > 0 and max(values) > 20 * min(values):
+                axes.set_yscale("log")
+            else:
+                axes.set_ylim(bottom=0)
+            axes.set_title(title, fontsize=9, loc="left", color=INK)
+            axes.set_xlabel("round", fontsize=8)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.tick_params(labelsize=8)
+            if len(curves) > 1:
+                axes.legend(frameon=False, fontsize=8)
+        return _svg(figure)
+
+
 def losses(curves: Sequence[Curve], unit: str) -> str:
     """The numbers that a stage logged, each in a panel of its own."""
     with matplotlib.rc_context(STYLE):
@@ -88,7 +112,7 @@ def losses(curves: Sequence[Curve], unit: str) -> str:
         FigureCanvasSVG(figure)
         for i, curve in enumerate(curves):
             axes = figure.add_subplot(1, len(curves), i + 1)
-            axes.plot(curve.images, curve.values, color=STUDENTS[1], lw=1.3)
+            axes.plot(curve.at, curve.values, color=STUDENTS[1], lw=1.3)
             if min(curve.values) > 0 and max(curve.values) > 20 * min(curve.values):
                 axes.set_yscale("log")
             axes.set_title(curve.name, fontsize=9, loc="left", color=INK)

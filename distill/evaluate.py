@@ -6,7 +6,7 @@ A finished row is kept as a file of its own, keyed by everything its numbers dep
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,7 +26,7 @@ from distill.metrics.reference import Reference, of_exact, of_images
 from distill.progress import Progress
 from distill.protocols import VelocityField
 from distill.results import FILE_NAME, Results, Row
-from distill.sampling import Method, blocks, condition, grid, of_student, of_teacher, refuse_steps
+from distill.sampling import Method, blocks, condition, grid, of_field, of_student, of_teacher, refuse_steps
 from distill.solvers import straightness
 from distill.spec import CheckpointTeacher, EvaluateStage, RunSpec
 from distill.stop import StopRequest
@@ -37,7 +37,7 @@ from distill.students.velocity import VelocityStudent
 from distill.teachers import LoadedTeacher
 from distill.times import uniform_grid
 
-VERSION = 1  # of the measurements: part of a row's key
+VERSION = 2  # of the measurements: part of a row's key
 PICTURE_ROWS, PICTURE_POINTS = 6, 2000
 STRAIGHTNESS_STEPS, STRAIGHTNESS_SAMPLES = 16, 256
 
@@ -60,7 +60,8 @@ class Plan:
 
 def total(stage: EvaluateStage) -> int:
     """Samples that the stage makes: the length of its progress."""
-    return stage.samples * (len(stage.teacher_steps) + 1 + sum(map(len, stage.students.values())))
+    by_students = sum(map(len, stage.students.values())) + len(stage.fine_students)
+    return stage.samples * (len(stage.teacher_steps) + 1 + by_students)
 
 
 def evaluate(
@@ -118,7 +119,7 @@ def measure(
     rows = [row for plan in plans if (row := work.kept(plan))]
     if len(rows) < len(plans):
         fine, endpoint = work.fine()
-        rows = [fine if plan.fine else work.row(plan, endpoint) for plan in plans]
+        rows = [fine if plan == _fine(stage) else work.row(plan, endpoint) for plan in plans]
     results = Results(
         stage=name,
         samples=stage.samples,
@@ -155,6 +156,7 @@ def _check(
     stage: EvaluateStage, teacher: LoadedTeacher, students: Mapping[str, LoadedStudent], data: DataSet | None
 ) -> None:
     """Refuse what cannot be compared, before anything is written."""
+    assert all(isinstance(students[name].student, VelocityStudent) for name in stage.fine_students), "workflow.check"
     for name, student in students.items():
         if (student.shape, student.num_classes) != (teacher.shape, teacher.num_classes):
             raise InputError(
@@ -189,8 +191,11 @@ class _Work:
         """The rows of the stage: teacher by Euler, teacher by the fine solver, students by their own samplers."""
         rows = [Plan("teacher", "teacher", "euler", steps) for steps in self.stage.teacher_steps]
         rows.append(_fine(self.stage))
-        students = self.stage.students.items()
-        return rows + [Plan(name, "student", self.students[name].sampler, n) for name, steps in students for n in steps]
+        for name, steps in self.stage.students.items():
+            rows += [Plan(name, "student", self.students[name].sampler, count) for count in steps]
+            if name in self.stage.fine_students:
+                rows.append(replace(_fine(self.stage), network=name, role="student"))
+        return rows
 
     @property
     def endpoint_path(self) -> Path:
@@ -228,6 +233,8 @@ class _Work:
         if plan.role == "teacher":
             return of_teacher(self.teacher, plan.solver, steps or plan.steps, self.stage.guidance_scale)
         student = self.students[plan.network]
+        if plan.fine:
+            return of_field(student.student, plan.solver, steps or plan.steps)
         return of_student(student, uniform_grid(steps) if steps else grid(student.t_grids, plan.steps))
 
     def _samples(self, plan: Plan) -> tuple[Tensor, float]:
@@ -262,10 +269,20 @@ class _Work:
             rms=(samples.double() - endpoint.double()).square().mean().sqrt().item(),
             images_per_second=1 / seconds,
             straightness=self._straightness(plan),
+            transport=self._transport(samples),
             picture=picture.as_posix(),
         )
         write_json(self._path(plan), {"key": self._key(plan), "row": row.model_dump(mode="json")})
         return row
+
+    def _transport(self, samples: Tensor) -> float:
+        """E || sample - noise ||^2 / d, of the noises that they were made from."""
+        total = 0.0
+        for start in range(0, len(samples), self.stage.block):
+            part = samples[start : start + self.stage.block]
+            noise = sample_noise(self.seed, range(start, start + len(part)), self.teacher.shape)
+            total += (part - noise).double().square().sum().item()
+        return total / samples.numel()
 
     def _straightness(self, plan: Plan) -> float | None:
         """Of the network's own paths, by a fixed number of Euler steps over the first samples; found once for each.

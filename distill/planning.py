@@ -118,11 +118,14 @@ def _evaluate(name: str, stage: EvaluateStage) -> Step:
     ways = [*(("euler", count) for count in stage.teacher_steps), (stage.fine_solver, stage.fine_steps)]
     teacher = sum(workflow.network_calls(solver, count, stage.guidance_scale) for solver, count in ways)
     students = sum(sum(counts) for counts in stage.students.values())
-    rows = len(stage.teacher_steps) + 1 + sum(len(counts) for counts in stage.students.values())
+    students += len(stage.fine_students) * workflow.network_calls(stage.fine_solver, stage.fine_steps, 1)
+    rows = len(ways) + sum(len(counts) for counts in stage.students.values()) + len(stage.fine_students)
     calls = stage.samples * (teacher + students)
     work = f"{rows} rows x {stage.samples:,} samples; {calls:,} network calls"
     needs = _unique([stage.teacher or "the spec's teacher", *stage.students])
-    what = f"teacher at {', '.join(map(str, stage.teacher_steps))} steps and {stage.fine_solver} {stage.fine_steps}"
+    coarse = f"at {', '.join(map(str, stage.teacher_steps))} steps and " if stage.teacher_steps else "by "
+    fine = f"{stage.fine_solver} {stage.fine_steps}"
+    what = f"teacher {coarse}{fine}" + "".join(f"; {student} by {fine}" for student in stage.fine_students)
     writes = [f"stages/{name}/results.json", f"stages/{name}/pictures/", "report.html"]
     return Step(name, stage.kind, what, work, needs, calls, writes)
 

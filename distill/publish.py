@@ -168,7 +168,7 @@ def describe(name: str, chosen: Chosen, images: int, picture: str) -> Publicatio
 
 
 def _cells(found: Results, row: Row, stage: str) -> list[str]:
-    label = "**this student**" if row.role == "student" else row.label
+    label = row.label.replace(stage, "**this student**", 1) if row.role == "student" else row.label
     return [label, str(row.steps), *results.cells(found, row)]
 
 

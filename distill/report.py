@@ -7,11 +7,12 @@ from pathlib import Path
 
 import jinja2
 
-from distill import charts
+from distill import charts, straightened
 from distill import results as evaluations
 from distill.charts import Curve
 from distill.results import Results, Row, number
 from distill.store import RunPaths, read_events, read_json, write_atomic
+from distill.straightened import Round
 
 LIBRARIES = ("torch", "diffusers", "safetensors", "numpy", "scipy", "scikit-learn", "pot", "datasets", "pydantic")
 MAX_CURVES = 3  # per stage
@@ -51,6 +52,17 @@ class Evaluation:
     pixelated: bool
 
 
+@dataclass(frozen=True)
+class Rounds:
+    """What the page shows of rounds of reflow."""
+
+    columns: list[str]
+    rows: list[tuple[str, list[str]]]
+    chart: str
+    warnings: list[str]
+    note: str = straightened.NOTE
+
+
 @dataclass
 class Training:
     """The logged numbers of a stage, as they are read."""
@@ -72,8 +84,9 @@ def write(run: RunPaths) -> Path:
         name=run.name,
         stages=[_stage(run, name, kind, trainings.get(name)) for name, kind in kinds.items()],
         evaluations={name: _evaluation(run.stage(name).root, results) for name, results in found.items()},
+        rounds=_rounds(straightened.rounds(found)),
         losses={name: _losses(training) for name, training in trainings.items() if training.points},
-        warnings=warnings,
+        warnings=list(dict.fromkeys(warnings)),
         spec=run.spec.read_text() if run.spec.exists() else "",
         environment=_environment(run),
         files=_files(run),
@@ -133,6 +146,21 @@ def _evaluation(folder: Path, results: Results) -> Evaluation:
             for name, value in straight.items()
         ],
         pixelated=not results.vector,
+    )
+
+
+def _rounds(found: list[Round]) -> Rounds | None:
+    if not found:
+        return None
+    panels = {
+        title: [Curve(name, *zip(*points, strict=True)) for name, points in curves.items()]
+        for title, curves in straightened.curves(found).items()
+    }
+    return Rounds(
+        columns=straightened.columns(found),
+        rows=[(each.after.network, straightened.cells(found, each)) for each in found],
+        chart=_image(charts.rounds(panels).encode(), "svg+xml"),
+        warnings=[each.warning for each in found if each.warning],
     )
 
 

@@ -21,7 +21,7 @@ class Row(Frozen):
     solver: str
     steps: int
     fine: bool = False
-    """the solver whose endpoint counts as the teacher's own"""
+    """the solver whose endpoint counts as the teacher's own; of a student: by that solver, not by its own sampler"""
     nfe: int
     """network evaluations per sample, guidance counted"""
     distance: float | None
@@ -36,6 +36,8 @@ class Row(Frozen):
     """generation alone"""
     straightness: float | None
     """of the network's own paths, 0 = straight; the same in all rows of a network; null: a flow map, which has none"""
+    transport: float | None = None
+    """mean over samples and elements of (sample - its noise)^2; null: measured before this was"""
     picture: str
     """file of the first samples, beside the results"""
 
@@ -47,7 +49,7 @@ class Row(Frozen):
     @property
     def label(self) -> str:
         """For people: teacher, heun 16."""
-        return f"{self.network}, {self.solver}" if self.role == "teacher" else self.network
+        return f"{self.network}, {self.solver}" if self.role == "teacher" or self.fine else self.network
 
 
 class FeatureNet(Frozen):
@@ -92,11 +94,11 @@ class Results(Frozen):
 def card_metrics(results: Results, student: str) -> dict[str, float]:
     """What a student's model card says: its numbers that the same spec gives again, as NAME@STEPS, to six digits.
 
-    Further digits may depend on where in memory a sum began.
+    Of its own sampler: others are not what it is for. Further digits may depend on where in memory a sum began.
     """
     found: dict[str, float] = {}
     for row in results.rows:
-        if row.role == "student" and row.network == student:
+        if row.role == "student" and row.network == student and not row.fine:
             columns = {results.distance or "": row.distance, "KID": row.kid, "precision": row.precision,
                        "recall": row.recall, "rms": row.rms, "straightness": row.straightness}  # fmt: skip
             found |= {f"{name}@{row.steps}": float(f"{x:.6g}") for name, x in columns.items() if x is not None}

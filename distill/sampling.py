@@ -12,7 +12,7 @@ from torch import Tensor
 from distill.draws import key, sample_labels, sample_noise
 from distill.grids import columns_for, images_png, scatter_png
 from distill.guard import InputError, RunError
-from distill.protocols import Cond, Gridded, Recipe
+from distill.protocols import Cond, Gridded, Recipe, VelocityField
 from distill.samplers import euler, jump, renoise, same_noise
 from distill.solvers import SOLVERS
 from distill.solvers import sample as solve
@@ -48,12 +48,16 @@ class Block:
 
 def of_teacher(teacher: LoadedTeacher, solver: str, steps: int, guidance_scale: float) -> Method:
     """The teacher's ODE by a solver."""
-    field = teacher.guided(guidance_scale)
+    return of_field(teacher.guided(guidance_scale), solver, steps, 1 if guidance_scale == 1 else 2)
+
+
+def of_field(field: VelocityField, solver: str, steps: int, calls: int = 1) -> Method:
+    """The ODE of a velocity field by a solver; calls: of a network, for one of the field."""
 
     def generate(noise: Tensor, cond: Cond, fresh: Sequence[Tensor]) -> Tensor:
         return solve(field, noise, cond, solver=solver, steps=steps)
 
-    return Method(generate, SOLVERS[solver].nfe(steps) * (1 if guidance_scale == 1 else 2))
+    return Method(generate, calls * SOLVERS[solver].nfe(steps))
 
 
 def of_student(student: LoadedStudent, t_grid: Tensor) -> Method:

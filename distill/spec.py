@@ -262,13 +262,15 @@ class EvaluateStage(Frozen):
     teacher: Name | None = None
     """stage whose student is the teacher; null: the spec's teacher"""
     teacher_steps: list[PositiveInt] = [1, 2, 4, 8, 16]
-    """Euler steps of the teacher"""
+    """Euler steps of the teacher, beside its fine solver"""
     fine_solver: Literal["heun", "dpm_solver_pp_2m"] = "heun"
     """solver whose endpoint counts as the teacher's own"""
     fine_steps: PositiveInt = 16
     """its steps"""
     students: dict[Name, list[PositiveInt]]
     """train stage: numbers of steps to measure its student at"""
+    fine_students: list[Name] = []
+    """those of students that are measured by the fine solver too: velocity fields that may be the next teacher"""
     samples: Annotated[int, Field(ge=16)] = 2500
     """samples per row; each set is generated once for all columns"""
     block: PositiveInt = 250

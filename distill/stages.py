@@ -360,10 +360,11 @@ def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
 
 
 def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
-    from distill import evaluate, report
+    from distill import evaluate, report, straightened
 
     with work.progress(evaluate.total(stage), "samples") as progress:
         found = evaluate.evaluate(work.run, work.spec, work.name, device=work.device, progress=progress, stop=work.stop)
+        straightened.say(found, work.run, progress)
     for student in stage.students:
         _say_measured(work.run, found, student)
     return {"results": str(work.run.stage(work.name).root / "results.json"), "report": str(report.write(work.run))}

@@ -130,7 +130,7 @@ def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
             yield from _guidance(spec, stage, stage.guidance_scale, base, where)
         else:
             used |= {"data", "teacher"} if stage.teacher is None else {"data"}
-            yield from _evaluate(spec, stage, where)
+            yield from _evaluate(spec, stage, base, where)
             yield from _guidance(spec, stage, stage.guidance_scale, base, where)
     trained = [stage.teacher for stage in spec.stages.values() if isinstance(stage, TrainStage) and stage.teacher]
     loaded = isinstance(spec.teacher, CheckpointTeacher) and "teacher" in used
@@ -380,9 +380,14 @@ def _pairs(spec: RunSpec, stage: PairsStage, where: str) -> Iterator[str]:
     yield from pairspec.mistakes(stage, f"{where}.")
 
 
-def _evaluate(spec: RunSpec, stage: EvaluateStage, where: str) -> Iterator[str]:
+def _evaluate(spec: RunSpec, stage: EvaluateStage, base: Path, where: str) -> Iterator[str]:
     if stage.teacher is None and spec.teacher is None:
         yield f"{where}: an evaluation needs a teacher; give {where}.teacher (a train stage), or the spec's teacher"
     for student, steps in stage.students.items():
         if not steps:
             yield f"{where}.students.{student}: no numbers of steps given, e.g. [1, 2, 4]"
+    for student in stage.fine_students:
+        if student not in stage.students:
+            yield f"{where}.fine_students: '{student}' is none of {where}.students; {suggest(student, stage.students)}"
+        elif _kind(spec.stages.get(student), base) == "flow_map":
+            yield f"{where}.fine_students: the student of '{student}' is a flow map, which no solver follows; remove it"

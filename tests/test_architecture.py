@@ -18,7 +18,7 @@ LAYERS = [
     {"hub", "teachers", "students", "latents", "conditions", "data", "pairs", "ema", "metrics", "grids"},
     {"world", "trainable", "sharded", "checkpoint", "roles", "export", "sampling"},
     {"evaluate", "report", "charts", "engine", "memory", "sources"},
-    {"stages", "estimate"},
+    {"stages", "estimate", "forecast"},
     {"cli", "testing"},
 ]
 ANYWHERE = {
@@ -28,6 +28,7 @@ ANYWHERE = {
     "progress",
     "stop",
     "results",
+    "straightened",
     "card",
     "space",
     "pairspec",
@@ -42,7 +43,7 @@ CONTROL = ANYWHERE | {
     "launch",
     "registry",
 }
-CONTROL |= {"presets", "claims", "status", "jobs", "inputs"}
+CONTROL |= {"presets", "claims", "status", "jobs", "inputs", "rounds"}
 CONTROL |= {"manifest", "transports", "ssh", "transfer", "pull", "publish", "published"}
 TORCH = {"torch", "numpy", "diffusers", "accelerate", "deepspeed", "safetensors", "torchmetrics", "sklearn", "datasets"}
 
@@ -94,7 +95,7 @@ def test_layers():
             if not name.startswith("distill."):
                 continue
             other = name.split(".")[1]
-            if other in ANYWHERE or (other in CONTROL and mine in ("stages", "estimate", "cli", "testing")):
+            if other in ANYWHERE or (other in CONTROL and mine in ("stages", "estimate", "forecast", "cli", "testing")):
                 continue
             assert other in rank, f"{show(path)} imports {name}, of the control plane"
             assert rank[other] <= rank[mine], f"{show(path)} imports {name}, which lies above it"

@@ -18,7 +18,7 @@ from distill.inputs import Input
 from distill.launch import environment
 from distill.store import append_event, write_json
 
-COMMANDS = ["quickstart", "run", "plan", "init", "recipes", "list", "show", "report", "doctor", "clean"]
+COMMANDS = ["quickstart", "run", "reflow", "plan", "init", "recipes", "list", "show", "report", "doctor", "clean"]
 COMMANDS += ["sample", "eval", "pairs", "export", "publish", "students", "pull", "verify", "config"]
 
 

@@ -43,6 +43,7 @@ def make_run(store):
         ["--help"],
         ["--version"],
         ["run", "--help"],
+        ["reflow", "--help"],
         ["list"],
         ["list", "--json"],
         ["show", "one"],

@@ -3,7 +3,7 @@
 import os
 import shutil
 import signal
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,99 +28,159 @@ SiteOption = Annotated[
     Path | None,
     typer.Option("--site", help="The cluster's file. Otherwise $DISTILL_SITE, the user's config, or the example."),
 ]
+CodeOption = Annotated[
+    str, typer.Option("--code", help="run: as the package is now, copied into the run; current: as it is then.")
+]
+
+
+NodesOption = Annotated[
+    int | None,
+    typer.Option("--nodes", min=1, help="Machines that train together; short for launch.nodes.", rich_help_panel=JOB),
+]
+GpusOption = Annotated[
+    int | None,
+    typer.Option(
+        "--gpus-per-node",
+        min=0,
+        help="GPUs of each, one for each process: launch.slurm.gpus_per_node, launch.procs.",
+        rich_help_panel=JOB,
+    ),
+]
+PartitionOption = Annotated[
+    str | None,
+    typer.Option("--partition", help="Where the jobs go: launch.slurm.partition.", rich_help_panel=JOB),
+]
+AccountOption = Annotated[
+    str | None, typer.Option("--account", help="Who pays: launch.slurm.account.", rich_help_panel=JOB)
+]
+QosOption = Annotated[
+    str | None, typer.Option("--qos", help="Quality of service: launch.slurm.qos.", rich_help_panel=JOB)
+]
+TimeOption = Annotated[
+    str | None,
+    typer.Option("--time", help="Limit of each job, like 4:00:00 or 2-12: launch.slurm.time.", rich_help_panel=JOB),
+]
+ContainerOption = Annotated[
+    str | None, typer.Option("--container", help="Image to compute in: launch.slurm.container.", rich_help_panel=JOB)
+]
+PairsJobsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--pairs-jobs",
+        min=1,
+        help="Jobs of an array that share each pairs stage: launch.slurm.pairs_jobs.",
+        rich_help_panel=JOB,
+    ),
+]
+OneJobOption = Annotated[
+    bool, typer.Option("--one-job", help="All stages in one job: launch.slurm.one_job.", rich_help_panel=JOB)
+]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the options of a submission ask for; None and False: nothing. The names are the options'."""
+
+    nodes: int | None
+    gpus_per_node: int | None
+    procs_per_node: int | None
+    partition: str | None
+    account: str | None
+    qos: str | None
+    time: str | None
+    container: str | None
+    pairs_jobs: int | None
+    one_job: bool
+
+    def changes(self) -> list[str]:
+        """As changes of a spec."""
+        given = {
+            "launch.nodes": self.nodes,
+            "launch.slurm.gpus_per_node": self.gpus_per_node,
+            "launch.procs": self.procs_per_node or self.gpus_per_node or None,
+            "launch.slurm.partition": self.partition,
+            "launch.slurm.account": self.account,
+            "launch.slurm.qos": self.qos,
+            "launch.slurm.time": None if self.time is None else f"'{self.time}'",
+            "launch.slurm.container": self.container,
+            "launch.slurm.pairs_jobs": self.pairs_jobs,
+            "launch.slurm.one_job": "true" if self.one_job else None,
+        }
+        return [f"{field}={value}" for field, value in given.items() if value is not None]
 
 
 def submit(
     spec: SpecArgument,
     changes: Changes = None,
-    nodes: Annotated[
-        int | None,
-        typer.Option(min=1, help="Machines that train together; short for launch.nodes.", rich_help_panel=JOB),
-    ] = None,
-    gpus_per_node: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            help="GPUs of each, one for each process: launch.slurm.gpus_per_node, launch.procs.",
-            rich_help_panel=JOB,
-        ),
-    ] = None,
+    nodes: NodesOption = None,
+    gpus_per_node: GpusOption = None,
     procs_per_node: Annotated[
         int | None,
         typer.Option(min=1, help="Processes of each, where they compute on CPUs: launch.procs.", rich_help_panel=JOB),
     ] = None,
-    partition: Annotated[
-        str | None, typer.Option(help="Where the jobs go: launch.slurm.partition.", rich_help_panel=JOB)
-    ] = None,
-    account: Annotated[str | None, typer.Option(help="Who pays: launch.slurm.account.", rich_help_panel=JOB)] = None,
-    qos: Annotated[str | None, typer.Option(help="Quality of service: launch.slurm.qos.", rich_help_panel=JOB)] = None,
-    time: Annotated[
-        str | None,
-        typer.Option(help="Limit of each job, like 4:00:00 or 2-12: launch.slurm.time.", rich_help_panel=JOB),
-    ] = None,
-    container: Annotated[
-        str | None, typer.Option(help="Image to compute in: launch.slurm.container.", rich_help_panel=JOB)
-    ] = None,
-    pairs_jobs: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Jobs of an array that share each pairs stage: launch.slurm.pairs_jobs.", rich_help_panel=JOB
-        ),
-    ] = None,
-    one_job: Annotated[
-        bool, typer.Option("--one-job", help="All stages in one job: launch.slurm.one_job.", rich_help_panel=JOB)
-    ] = False,
+    partition: PartitionOption = None,
+    account: AccountOption = None,
+    qos: QosOption = None,
+    time: TimeOption = None,
+    container: ContainerOption = None,
+    pairs_jobs: PairsJobsOption = None,
+    one_job: OneJobOption = False,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run of this name: submit what is neither done nor queued.")
     ] = False,
     site: SiteOption = None,
-    code: Annotated[
-        str,
-        typer.Option(help="run: as the package is now, copied into the run; current: as it is then."),
-    ] = "run",
+    code: CodeOption = "run",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the scripts; nothing is written and no Slurm is needed.")
     ] = False,
     store: StoreOption = None,
 ) -> None:
     """Submit a spec to Slurm: check it, make the run, and queue its stages as jobs, each after those that it needs."""
-    if code not in ("run", "current"):
-        raise InputError(f"--code {code}: {suggest(code, ['run', 'current'])}")
-    given = {
-        "launch.nodes": nodes,
-        "launch.slurm.gpus_per_node": gpus_per_node,
-        "launch.procs": procs_per_node or gpus_per_node or None,
-        "launch.slurm.partition": partition,
-        "launch.slurm.account": account,
-        "launch.slurm.qos": qos,
-        "launch.slurm.time": None if time is None else f"'{time}'",
-        "launch.slurm.container": container,
-        "launch.slurm.pairs_jobs": pairs_jobs,
-        "launch.slurm.one_job": "true" if one_job else None,
-    }
-    options = [f"{field}={value}" for field, value in given.items() if value is not None]
-    changes = [*options, *(changes or [])]
-    from distill.launch import site as sites
-
-    where = sites.load(Path(site_setting(site).value).expanduser())
-    folder = store_path(store)
+    check_code(code)
+    asked = Asked(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        procs_per_node=procs_per_node,
+        partition=partition,
+        account=account,
+        qos=qos,
+        time=time,
+        container=container,
+        pairs_jobs=pairs_jobs,
+        one_job=one_job,
+    )
+    changes = [*asked.changes(), *(changes or [])]
+    where, folder = found_site(site), store_path(store)
     if dry_run:
         _dry_run(folder, spec, changes, name, where, resume, code)
     elif resume:
-        _resubmit(folder, spec, changes, name, where, code)
+        submit_again(folder, *start.find_again(folder, spec, changes, name), where, code)
     else:
-        _submit_new(folder, spec, changes, name, where, code)
+        submit_new(folder, start.find(spec, changes, name), where, code)
 
 
-def _submit_new(
-    folder: Path, spec: str, changes: list[str], name: str | None, site: "distill.launch.site.SiteSource", code: str
+def check_code(code: str) -> None:
+    """InputError unless it is a choice of --code."""
+    if code not in ("run", "current"):
+        raise InputError(f"--code {code}: {suggest(code, ['run', 'current'])}")
+
+
+def found_site(option: Path | None) -> "distill.launch.site.SiteSource":
+    """The cluster's file that holds."""
+    from distill.launch import site as sites
+
+    return sites.load(Path(site_setting(option).value).expanduser())
+
+
+def submit_new(
+    folder: Path, source: "distill.specfile.SpecSource", site: "distill.launch.site.SiteSource", code: str
 ) -> None:
+    """Make the run of a spec, and queue all of it."""
     from distill import claims, inputs
     from distill.launch import snapshot
     from distill.launch import submit as queue
 
-    source = start.find(spec, changes, name)
     start.refuse_taken(folder, source)
     queue.check(source.spec, site)
     source = start.checked(source, here=False)
@@ -137,13 +197,17 @@ def _submit_new(
         raise
 
 
-def _resubmit(
-    folder: Path, spec: str, changes: list[str], name: str | None, site: "distill.launch.site.SiteSource", code: str
+def submit_again(
+    folder: Path,
+    run: RunPaths,
+    source: "distill.specfile.SpecSource",
+    site: "distill.launch.site.SiteSource",
+    code: str,
 ) -> None:
+    """Queue what of a run is neither done nor queued; its spec is `source`, or is refused."""
     from distill import claims, inputs, jobs, workflow
     from distill.launch import submit as queue
 
-    run, source = start.find_again(folder, spec, changes, name)
     queue.check(source.spec, site)
     with claims.claim(run, "submit"):
         live = queue.live_jobs(run)

@@ -70,11 +70,18 @@ def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) 
 
 
 def print_results(run: RunPaths) -> None:
-    """The table of each evaluation that a run has."""
-    from distill import results
+    """The table of each evaluation that a run has, and of its rounds of reflow."""
+    from distill import results, straightened
 
-    for found in results.of_run(run).values():
+    evaluations = results.of_run(run)
+    for found in evaluations.values():
         console().print(results.table(found))
+    rounds = straightened.rounds(evaluations)
+    if rounds:
+        console().print(straightened.table(rounds))
+    for each in rounds:
+        if each.warning is not None:
+            print(f"warning: {each.warning}")
 
 
 def clean(

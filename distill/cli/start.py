@@ -19,7 +19,15 @@ if TYPE_CHECKING:
 
 def find(given: str, changes: Sequence[str], name: str | None) -> "distill.specfile.SpecSource":
     """A spec by the path of its file, or by the name of a preset."""
-    from distill import presets, specfile
+    from distill import specfile
+
+    path, source = locate(given)
+    return specfile.load(path, changes, name=name, source=source)
+
+
+def locate(given: str) -> tuple[Path, str]:
+    """The file of a spec or of a preset, and what messages call it."""
+    from distill import presets
 
     if "=" in given and not Path(given).exists():
         raise InputError(f"'{given}' stands where the spec is expected; write: distill run SPEC {given}")
@@ -27,10 +35,10 @@ def find(given: str, changes: Sequence[str], name: str | None) -> "distill.specf
     if path.suffix in (".yaml", ".yml") or "/" in given or path.is_file():
         if not path.exists():
             raise InputError(f"there is no spec {path}; give a YAML file or a preset: {', '.join(presets.names())}")
-        return specfile.load(path, changes, name=name)
+        return path, str(path)
     if given not in presets.names():
         raise InputError(f"there is no spec file and no preset '{given}'; {suggest(given, presets.names())}")
-    return specfile.load(presets.find(given), changes, name=name, source=f"preset '{given}'")
+    return presets.find(given), f"preset '{given}'"
 
 
 def checked(source: "distill.specfile.SpecSource", *, here: bool = True) -> "distill.specfile.SpecSource":
@@ -95,15 +103,24 @@ def _own_recipes(source: "distill.specfile.SpecSource") -> dict[str, str | bytes
     return {str(Path(name)): path.read_bytes() for name, path in found.items() if path is not None}
 
 
-def resume(
-    folder: Path, given: str, changes: Sequence[str], name: str | None
-) -> tuple[RunPaths, "distill.spec.RunSpec"]:
+def resume(paths: RunPaths, source: "distill.specfile.SpecSource") -> tuple[RunPaths, "distill.spec.RunSpec"]:
     """An existing run that this machine is to execute, once the spec given is the run's own in all but `launch`."""
     from distill import claims
 
-    paths, source = find_again(folder, given, changes, name)
     claims.refuse_if_executing(paths)
     return paths, go_on(paths, source)
+
+
+def is_spec(given: str) -> bool:
+    """Whether a spec is named: its file, or a preset."""
+    from distill import presets
+
+    return Path(given).is_file() or given in presets.names()
+
+
+def is_run(folder: Path, given: str) -> bool:
+    """Whether a run is named, where a spec may be."""
+    return (folder / given / "spec.yaml").is_file() or (Path(given) / "spec.yaml").is_file()
 
 
 def find_again(
@@ -112,18 +129,21 @@ def find_again(
     """An existing run, and the spec that it is to go on with."""
     from distill import specfile
 
-    if (folder / given / "spec.yaml").is_file() or (Path(given) / "spec.yaml").is_file():
-        paths = find_run(folder, given)
-        if name not in (None, paths.name):
-            raise InputError(f"--name {name} has no effect when run '{paths.name}' is resumed; leave it out")
-        source = specfile.load(paths.spec, changes)
-    else:
-        source = find(given, changes, name)
-        paths = RunPaths(folder.absolute() / source.spec.name)
-        if not paths.spec.is_file():
-            raise InputError(
-                f"there is no run '{source.spec.name}' in {folder} to go on with; leave --resume out to start it"
-            )
+    if not is_run(folder, given):
+        return again(folder, find(given, changes, name))
+    paths = find_run(folder, given)
+    if name not in (None, paths.name):
+        raise InputError(f"--name {name} has no effect when run '{paths.name}' is resumed; leave it out")
+    return paths, specfile.load(paths.spec, changes)
+
+
+def again(folder: Path, source: "distill.specfile.SpecSource") -> tuple[RunPaths, "distill.specfile.SpecSource"]:
+    """The existing run of a spec's name."""
+    paths = RunPaths(folder.absolute() / source.spec.name)
+    if not paths.spec.is_file():
+        raise InputError(
+            f"there is no run '{source.spec.name}' in {folder} to go on with; leave --resume out to start it"
+        )
     return paths, source
 
 

@@ -36,10 +36,10 @@ def quickstart(store: StoreOption = None) -> None:
     paths, unfinished = choose_quickstart(folder)
     if unfinished is not None:
         print(f"going on with {near(paths.root)}")
-        _execute(paths, unfinished)
+        execute(paths, unfinished)
     else:
         source = specfile.load(presets.find(PRESET), name=paths.name)
-        _execute(start.begin(folder, source), source.spec, fresh=True)
+        execute(start.begin(folder, source), source.spec, fresh=True)
 
 
 def choose_quickstart(folder: Path) -> tuple[RunPaths, "distill.spec.RunSpec | None"]:
@@ -75,10 +75,10 @@ def run(
     folder = store_path(store)
     changes = [*(changes or []), *([] if procs is None else [f"launch.procs={procs}"])]
     if resume:
-        _execute(*start.resume(folder, spec, changes, name))
+        execute(*start.resume(*start.find_again(folder, spec, changes, name)))
     else:
         source = start.find(spec, changes, name)
-        _execute(start.begin(folder, source), source.spec, fresh=True)
+        execute(start.begin(folder, source), source.spec, fresh=True)
 
 
 def plan(
@@ -140,7 +140,7 @@ def _measured(source: "distill.specfile.SpecSource") -> dict[str, list[dict[str,
         }
 
 
-def _execute(paths: RunPaths, spec: "distill.spec.RunSpec", *, fresh: bool = False) -> None:
+def execute(paths: RunPaths, spec: "distill.spec.RunSpec", *, fresh: bool = False) -> None:
     """Compute what is not done; leave with the exit code of the process that did it.
 
     fresh: the run was made just now, so that nothing of it stays if its process refuses it before any work.

@@ -1,0 +1,195 @@
+"""`distill reflow`: rounds of reflow from a spec of one, here or on a cluster, and what they would cost."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distill import space
+from distill.cli import jobs, start, work
+from distill.cli.common import StoreOption, near, print_table, store_path
+from distill.cli.work import Changes, SpecArgument
+from distill.guard import InputError
+from distill.progress import duration
+from distill.space import human
+from distill.store import RunPaths
+
+if TYPE_CHECKING:
+    import distill.launch.site
+    import distill.rounds
+    import distill.specfile
+
+ROUNDS, DRIFT = "Rounds", "Against the errors that add up over rounds"
+
+
+def reflow(
+    spec: SpecArgument,
+    changes: Changes = None,
+    rounds: Annotated[
+        int | None, typer.Option("--rounds", help="How many; by default 1.", rich_help_panel=ROUNDS)
+    ] = None,
+    distill: Annotated[
+        bool,
+        typer.Option(
+            "--distill",
+            help="Then the spec's one-step distillation, on new pairs of the last flow.",
+            rich_help_panel=ROUNDS,
+        ),
+    ] = False,
+    forward: Annotated[
+        float | None,
+        typer.Option(
+            "--forward",
+            metavar="PART",
+            help="Part of each batch that are real data with the noise the teacher takes them to, like 0.2.",
+            rich_help_panel=DRIFT,
+        ),
+    ] = None,
+    data_weight: Annotated[
+        float | None,
+        typer.Option(
+            "--data-weight",
+            metavar="WEIGHT",
+            help="Of a flow-matching term on real data, like 0.1: the recipe's data_weight.",
+            rich_help_panel=DRIFT,
+        ),
+    ] = None,
+    slurm: Annotated[
+        bool,
+        typer.Option(
+            "--slurm",
+            help="Submit it, as `distill submit` does; what is not given here is the spec's (pairs_jobs too).",
+            rich_help_panel=jobs.JOB,
+        ),
+    ] = False,
+    nodes: jobs.NodesOption = None,
+    gpus_per_node: jobs.GpusOption = None,
+    partition: jobs.PartitionOption = None,
+    account: jobs.AccountOption = None,
+    qos: jobs.QosOption = None,
+    time: jobs.TimeOption = None,
+    container: jobs.ContainerOption = None,
+    pairs_jobs: jobs.PairsJobsOption = None,
+    one_job: jobs.OneJobOption = False,
+    site: jobs.SiteOption = None,
+    code: jobs.CodeOption = "run",
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run of this name; SPEC may be the run itself.")
+    ] = False,
+    procs: Annotated[
+        int | None,
+        typer.Option("--procs", min=1, help="Processes of each machine that train together: launch.procs."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and about what it costs; nothing is written.")
+    ] = False,
+    store: StoreOption = None,
+) -> None:
+    """Straighten a flow in rounds: pairs, training, and its student is the next teacher; then, if asked, one step.
+
+    SPEC has one round: a pairs stage, a train stage on its pairs, and perhaps a one-step distillation and an evaluation
+    after it, like the preset digits. Its stages X become X-1, X-2, ... of the rounds; a change may name either.
+    """
+    jobs.check_code(code)
+    asked = jobs.Asked(
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        procs_per_node=procs,
+        partition=partition,
+        account=account,
+        qos=qos,
+        time=time,
+        container=container,
+        pairs_jobs=pairs_jobs,
+        one_job=one_job,
+    )
+    if not slurm:
+        _refuse_without_slurm(asked, site, code)
+    if dry_run and resume:
+        raise InputError("--dry-run says what a new run would do, so --resume has no effect; leave it out")
+    from distill.rounds import Plan
+
+    folder, changes = store_path(store), [*asked.changes(), *(changes or [])]
+    given = {"--rounds": rounds, "--distill": distill or None, "--forward": forward, "--data-weight": data_weight}
+    shaping = [option for option, value in given.items() if value is not None]
+    find = _Find(Plan(1 if rounds is None else rounds, distill, forward, data_weight))
+    if dry_run:
+        _dry_run(folder, find(spec, changes, name), jobs.found_site(site) if slurm else None)
+    elif resume:
+        is_run = start.is_run(folder, spec)
+        if is_run and shaping and not start.is_spec(spec):
+            raise InputError(f"{shaping[0]} has no effect when run '{spec}' is resumed; leave it out")
+        if is_run and not shaping:
+            run, source = start.find_again(folder, spec, changes, name)
+        else:
+            run, source = start.again(folder, find(spec, changes, name))
+        if slurm:
+            jobs.submit_again(folder, run, source, jobs.found_site(site), code)
+        else:
+            work.execute(*start.resume(run, source))
+    else:
+        source = find(spec, changes, name)
+        if slurm:
+            jobs.submit_new(folder, source, jobs.found_site(site), code)
+        else:
+            work.execute(start.begin(folder, source), source.spec, fresh=True)
+
+
+def _refuse_without_slurm(asked: jobs.Asked, site: Path | None, code: str) -> None:
+    fields = {**asdict(asked), "procs_per_node": None, "site": site, "code": None if code == "run" else code}
+    for field, value in fields.items():
+        if value is not None and value is not False:
+            raise InputError(f"--{field.replace('_', '-')} has no effect without --slurm; leave it out, or add --slurm")
+
+
+@dataclass(frozen=True)
+class _Find:
+    """From a spec of one round, by its file or preset, to that of the plan's."""
+
+    plan: "distill.rounds.Plan"
+
+    def __call__(self, given: str, changes: Sequence[str], name: str | None) -> "distill.specfile.SpecSource":
+        from distill import rounds, specfile, workflow, yamltext
+
+        path, label = start.locate(given)
+        content = yamltext.parse(yamltext.read(path), label)
+        stages = content.get("stages") if isinstance(content, dict) else None
+        own = [str(stage) for stage in stages] if isinstance(stages, dict) else []
+        early, late = rounds.split(changes, own)
+        source = specfile.load(path, early, name=name, source=label)
+        workflow.check(source.spec, source.base)
+        spec = rounds.expand(source.spec, source.base, self.plan)
+        return replace(source, spec=rounds.changed(spec, late, own, label))
+
+
+def _dry_run(
+    folder: Path, source: "distill.specfile.SpecSource", site: "distill.launch.site.SiteSource | None"
+) -> None:
+    """What the run would do: its stages, about how long they take, and what they write; its jobs, if on a cluster."""
+    from distill import forecast, planning
+    from distill.launch import submit as queue
+
+    if site is not None:
+        queue.check_container(source.spec, site)
+    source = start.checked(source, here=site is None)
+    run = RunPaths(folder.absolute() / source.spec.name)
+    costs = forecast.forecast(source.spec, source.base, here=site is None)
+    rows = []
+    for step in planning.steps(source.spec, source.base):
+        cost = costs.get(step.name)  # none: its networks are not known yet
+        about = ["-", "-"] if cost is None else [f"about {duration(cost.seconds)}", human(cost.bytes)]
+        rows.append([step.name, step.what, step.work, ", ".join(step.needs), *about])
+    taken = "  (a run of this name exists: --name or --resume)" if run.root.exists() else ""
+    print(f"run {source.spec.name}, seed {source.spec.seed}, spec {source.spec.digest()[:12]}\n")
+    columns = ["stage", "what", "work", "needs", "time", "disk"]
+    print_table(columns, rows, right=columns[-2:])
+    total, size = sum(cost.seconds for cost in costs.values()), sum(cost.bytes for cost in costs.values())
+    print(f"about {duration(total)} one after the other, by network calls that were measured here")
+    print(f"writes {human(size)} into {near(run.root)}{taken}; {human(space.free(folder))} are free")
+    if site is not None:
+        planned = queue.plans(run, source.spec, list(source.spec.stages))
+        rows = [list(queue.described(plan, source.spec)) for plan in planned]
+        print_table(["job", "computes", "nodes x processes", "after"], rows)

@@ -1,0 +1,154 @@
+"""About how long the stages of a run will take, and what they will write, before anything runs.
+
+Time is a number of network calls; one is measured here, on a network that is built and dropped. A training sample costs
+the three forward passes of its own forward and backward pass, times what its recipe costs in recipes/costs.json.
+"""
+
+import json
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from distill import estimate, memory, pairspec, registry, stages, teachers, workflow
+from distill.draws import sample_noise
+from distill.estimate import Built, Student
+from distill.guard import InputError
+from distill.sampling import condition
+from distill.sharded import Zero
+from distill.spec import EvaluateStage, PairsStage, RunSpec, TrainStage
+from distill.students.flow_map import FlowMapStudent
+from distill.students.loaded import LoadedStudent
+from distill.teachers.loaded import LoadedTeacher
+
+PATIENCE, LONGEST = 0.2, 2.0  # seconds for a measurement; of a first call after which there is one more
+FORWARDS = 3  # of a forward and a backward pass
+LABEL = 8  # bytes
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one stage."""
+
+    seconds: float
+    bytes: int
+    """on the disk once it is done"""
+
+
+def forecast(spec: RunSpec, base: Path, *, here: bool) -> dict[str, Cost]:
+    """The costs of each stage of a checked spec. here: it is to run on this machine, on the device that it will have.
+
+    A stage is left out where its networks cannot be told yet.
+    """
+    device = stages.place(spec.launch) if here else torch.device("cpu")
+    own = None if spec.teacher is None else teachers.load(spec.teacher, device)
+    work = _Forecast(spec, base, device, own, estimate.build(spec, base, own))
+    found = {}
+    for name, stage in spec.stages.items():
+        try:
+            if isinstance(stage, TrainStage):
+                found[name] = work.train(name, stage)
+            else:
+                found[name] = work.pairs(stage) if isinstance(stage, PairsStage) else work.evaluate(stage)
+        except InputError:
+            continue  # the stage itself will say so
+    return found
+
+
+@dataclass(frozen=True)
+class _Forecast:
+    spec: RunSpec
+    base: Path
+    device: torch.device
+    teacher: LoadedTeacher | None
+    built: dict[str, Built]
+    measured: dict[str, float] = field(default_factory=dict)
+
+    def train(self, name: str, stage: TrainStage) -> Cost:
+        launch, built = self.spec.launch, self._built(name)
+        cost = registry.describe(stage.recipe, self.base).cost or 1.0
+        # Processes on one machine's CPUs share what one alone would have.
+        together = launch.world_size if self.device.type == "cuda" or launch.slurm.gpus_per_node else launch.nodes
+        batch = launch.micro_batch or stage.batch_size // launch.world_size
+        seconds = stage.images * FORWARDS * cost * self._seconds(built.student, batch) / together
+        kept = memory.predict(built.sizes, built.copies, len(stage.ema_half_lives), 1, Zero())
+        checkpoint = kept["parameters"] + kept["optimizer"] + kept["ema"]
+        student = memory.FLOAT * sum(built.sizes["student"])
+        return Cost(seconds, student + stage.checkpoint.keep * checkpoint)
+
+    def pairs(self, stage: PairsStage) -> Cost:
+        teacher = self._teacher(stage.teacher)
+        seconds = stage.count * pairspec.calls(stage) * self._seconds(teacher, stage.block)
+        label = LABEL if teacher.num_classes is not None else 0
+        return Cost(seconds, stage.count * (pairspec.bytes_per_pair(stage, teacher.shape) + label))
+
+    def evaluate(self, stage: EvaluateStage) -> Cost:
+        teacher = self._teacher(stage.teacher)
+        fine = workflow.network_calls(stage.fine_solver, stage.fine_steps, 1)
+        guided = 1 if stage.guidance_scale == 1 else 2
+        seconds = guided * (sum(stage.teacher_steps) + fine) * self._seconds(teacher, stage.block)
+        for name, steps in stage.students.items():
+            calls = sum(steps) + (fine if name in stage.fine_students else 0)
+            seconds += calls * self._seconds(self._built(name).student, stage.block)
+        endpoint = stage.samples * math.prod(teacher.shape) * memory.FLOAT
+        return Cost(stage.samples * seconds, endpoint)
+
+    def _built(self, name: str) -> Built:
+        if name not in self.built:
+            raise InputError(f"the networks of stage '{name}' are not known")
+        return self.built[name]
+
+    def _teacher(self, stage: str | None) -> Student:
+        if stage is not None:
+            return self._built(stage).student
+        assert self.teacher is not None, "workflow.check lets no such stage through"
+        return self.teacher
+
+    def _seconds(self, network: Student, batch: int) -> float:
+        """Of one call, for one sample of a batch; measured once for networks that are built alike."""
+        module = network.network
+        kind = network.description if module is None else f"{type(module).__name__} {json.dumps(dict(module.config))}"
+        key = f"{kind} {network.shape} {batch}"
+        if key not in self.measured:
+            self.measured[key] = _measure(network, batch, self.device)
+        return self.measured[key]
+
+
+def _measure(network: Student, batch: int, device: torch.device) -> float:
+    """In a batch that grows for as long as one does not take too long; a rate changes little after that."""
+    if network.network is not None:
+        network.network.to(device)
+    size = 1
+    if _call(network, size, device) > LONGEST:  # with allocations and the choice of kernels
+        return _call(network, size, device)
+    while size < batch and min(_call(network, size, device) for _ in range(3)) < PATIENCE / 4:
+        size = min(4 * size, batch)
+    best, end = math.inf, time.perf_counter() + PATIENCE
+    while best == math.inf or time.perf_counter() < end:
+        best = min(best, _call(network, size, device))
+    return best / size
+
+
+def _call(network: Student, size: int, device: torch.device) -> float:
+    """Seconds of one call for `size` samples."""
+    x = sample_noise(0, range(size), network.shape).to(device)
+    t = torch.full((size,), 0.5, dtype=torch.float64, device=device)
+    cond = condition(network, range(size), device)
+    _wait(device)
+    before = time.perf_counter()
+    with torch.no_grad():
+        if isinstance(network, LoadedStudent):
+            student = network.student
+            assert isinstance(student, FlowMapStudent), "velocity students are teachers here"
+            student(x, t, torch.zeros_like(t), cond)
+        else:
+            network.field(x, t, cond)
+    _wait(device)
+    return time.perf_counter() - before
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,84 @@
+"""What a run would cost, said before it runs: disk as it will be, time as calls of a network."""
+
+
+import pytest
+import torch
+from test_rounds import GAUSSIAN, MLP, PAIRS
+
+from distill import checkpoint, forecast, planning, specfile, stages
+from distill.stop import StopRequest
+from distill.store import RunPaths
+
+TRAIN = {
+    "kind": "train", "recipe": "reflow/reflow", "network": MLP, "pairs": "solve", "images": 512, "batch_size": 64,
+    "ema_half_lives": [64, 128], "checkpoint": {"images": 64, "minutes": None, "keep": 3},
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread(tmp_path, monkeypatch):
+    """A second thread would only wait."""
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def spec(**found):
+    return specfile.validate({"name": "x", "teacher": GAUSSIAN, "stages": found}, "f")
+
+
+def files(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_disk_that_pairs_and_training_take(tmp_path):
+    one = spec(solve=PAIRS | {"count": 4096, "block": 1024, "shard": 2048}, flow=TRAIN)
+    costs = forecast.forecast(one, tmp_path, here=True)
+    run = RunPaths(tmp_path / "run")
+    run.root.mkdir()
+    stages.run(run, one, ["solve", "flow"], StopRequest())
+    # Each file has a header, each folder a file of JSON: these are small tensors.
+    assert costs["solve"].bytes == 4096 * 2 * 4
+    assert costs["solve"].bytes < files(run.stage("solve").pairs) < 1.1 * costs["solve"].bytes + 2000
+    students = sum(path.stat().st_size for path in run.student("flow").rglob("*.safetensors"))
+    found = files(run.stage("flow").checkpoints) + students
+    assert len(checkpoint.complete(run.stage("flow").checkpoints)) == 3
+    assert costs["flow"].bytes < found < costs["flow"].bytes + 3 * 8000
+
+
+@pytest.mark.parametrize(
+    ("changes", "each"),
+    [
+        ({}, 2 * 4),
+        ({"dtype": "float16"}, 2 * 2),
+        ({"dtype": "uint8"}, 2),
+        ({"store_noise": True}, 2 * 4 + 2 * 4),
+        ({"paths": "forward"}, 2 * 4 + 2 * 4),
+        ({"paths": "trajectories", "times": [1, 0.5, 0]}, 2 * 2 * 4),
+    ],
+)
+def test_bytes_of_a_pair(tmp_path, changes, each):
+    costs = forecast.forecast(spec(solve=PAIRS | changes), tmp_path, here=True)
+    assert costs["solve"].bytes == PAIRS["count"] * each
+
+
+def test_time_is_a_number_of_calls(tmp_path, monkeypatch):
+    """A call that takes a second for a sample."""
+    monkeypatch.setattr(forecast, "_measure", lambda network, batch, device: 1.0)
+    one = spec(
+        solve=PAIRS | {"count": 100, "solver": "heun", "steps": 4},
+        flow=TRAIN,
+        e={"kind": "evaluate", "students": {"flow": [1, 2]}, "fine_students": ["flow"], "fine_steps": 3,
+           "teacher_steps": [1, 4], "samples": 20},
+    )  # fmt: skip
+    costs = forecast.forecast(one, tmp_path, here=True)
+    assert costs["solve"].seconds == 100 * 7
+    assert costs["flow"].seconds == 512 * 3  # costs.json: 1.0
+    assert costs["e"].seconds == 20 * (1 + 4 + 5 + 1 + 2 + 5)
+    assert costs["e"].seconds == planning.steps(one, tmp_path)[2].network_calls
+
+
+def test_a_call_is_measured_in_a_batch():
+    """The rate of a sampler of the same teacher, within a factor of three on a busy machine."""
