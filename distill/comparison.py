@@ -1,0 +1,343 @@
+"""Several recipes on one teacher, its data and the same minutes each: the spec of a comparison. No tensors.
+
+    spec                 teach, pairs, anneal, slimflow, reflow, evaluate
+    slimflow, meanflow   teach, pairs, anneal, slimflow, meanflow, evaluate
+
+What makes the teacher, and its pairs, stay as they are and serve all. What the spec trains by a recipe is a chain: its
+stage, and those that it starts from or learns from, with pairs of their own. Of a recipe that the spec lacks there is
+one stage with default options, else like the first that distils. The lengths of a chain are scaled together, so that
+its training takes the minutes given; how long an image takes is seen before, in a rehearsal of a few steps. What comes
+out is a spec like any other.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from distill import card, pairspec, planning, registry, workflow
+from distill.compared import Comparison, Entry, Measured, Part
+from distill.guard import InputError, suggest
+from distill.spec import EvaluateStage, GaussianTeacher, MixtureTeacher, PairsStage, RunSpec, Stage, TrainStage
+from distill.store import RunPaths, read_events, read_json
+
+STEPS, OWN_STEPS = (1, 2, 4), (1, 2, 4, 8)  # to measure a student at: of any number of steps, of some only
+UNTIMED, TIMED = 4, 20  # batches of a rehearsal
+IN_IMAGES = "_images"  # how options end that are lengths, like anneal_images
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What one student is made by."""
+
+    name: str
+    """of the stage that makes it"""
+    recipe: str
+    stages: dict[str, Stage]
+    """in their order, its own the last; without what serves all"""
+
+    @property
+    def trained(self) -> dict[str, TrainStage]:
+        return {name: stage for name, stage in self.stages.items() if isinstance(stage, TrainStage)}
+
+    @property
+    def pairs(self) -> list[str]:
+        """All that it trains on."""
+        return list(dict.fromkeys(name for stage in self.trained.values() for name in stage.pair_shares))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison whose lengths are still the spec's."""
+
+    given: RunSpec
+    shared: dict[str, Stage]
+    chains: list[Chain]
+    evaluation_name: str
+    evaluation: EvaluateStage
+
+    def spec(self, changed: Mapping[str, Stage] | None = None) -> RunSpec:
+        """As a spec, with some of the stages changed. Students for which no steps were given are not measured yet."""
+        stages = dict(self.shared)
+        for chain in self.chains:
+            stages |= chain.stages
+        students = {c.name: steps for c in self.chains if (steps := self.evaluation.students.get(c.name))}
+        stages[self.evaluation_name] = _measuring(self.evaluation, students)
+        return self.given.model_copy(update={"stages": {**stages, **(changed or {})}})
+
+
+def plan(spec: RunSpec, base: Path, recipes: Sequence[str] | None) -> Plan:
+    """The comparison of recipes that are named; None: all that the spec distils by. InputError where it does not fit.
+
+    The spec has passed `workflow.check`; what comes out has yet to.
+    """
+    name, evaluation = _evaluation(spec)
+    teachers = _teachers(spec, base, evaluation)
+    distilled = {n: s for n, s in spec.stages.items() if isinstance(s, TrainStage) and n not in teachers}
+    chosen = list(dict.fromkeys(stage.recipe for stage in distilled.values()))
+    if recipes is not None:
+        chosen = _resolve(recipes, [s.recipe for s in spec.stages.values() if isinstance(s, TrainStage)])
+    elif not chosen:
+        raise InputError(f"spec '{spec.name}' distils by no recipe; name some by --recipes, like reflow,one_step")
+    ends = {recipe: _ends(spec, distilled, recipe) for recipe in chosen}
+    common = teachers | _shared_pairs(spec, teachers)
+    parts = {end: _line(spec, end) - common for each in ends.values() for end in each}
+    chains = []
+    for recipe in chosen:
+        chains += [_own_chain(spec, end, parts) for end in ends[recipe]]
+        if not ends[recipe]:
+            chains.append(_derived_chain(spec, base, recipe, teachers, distilled))
+    needing = [evaluation, *(stage for chain in chains for stage in chain.stages.values())]
+    targets = {target for stage in needing for _, target, _ in workflow.references(stage) if target in common}
+    used = _lines(spec, targets)
+    shared = {n: s for n, s in spec.stages.items() if n in used}
+    made = Counter([*shared, name, *(each for chain in chains for each in chain.stages)])
+    if twice := [each for each, count in made.items() if count > 1]:
+        raise InputError(f"stages.{twice[0]}: the comparison makes a stage of that name; name this one otherwise")
+    return Plan(spec, shared, chains, name, evaluation)
+
+
+def rehearsal(planned: Plan) -> RunSpec:
+    """A miniature of the run, with as many steps of what is compared as show how long they take."""
+    small = planning.miniature(planned.spec())
+    longer: dict[str, Stage] = {}
+    for chain in planned.chains:
+        for name in chain.trained:
+            stage = small.stages[name]
+            assert isinstance(stage, TrainStage)
+            longer[name] = stage.model_copy(update={"images": (UNTIMED + TIMED) * stage.batch_size})
+    return small.model_copy(update={"stages": {**small.stages, **longer}})
+
+
+def measured(planned: Plan, run: RunPaths) -> dict[str, Measured]:
+    """What the run of a rehearsal has shown, by train stage."""
+    return {name: _measured(run, name, stage) for chain in planned.chains for name, stage in chain.trained.items()}
+
+
+def frozen(planned: Plan, found: Mapping[str, Measured], minutes: float, command: str) -> tuple[RunSpec, Comparison]:
+    """The spec whose chains take the minutes each by what was measured, and the record of it."""
+    changed: dict[str, Stage] = {}
+    entries = []
+    for chain in planned.chains:
+        scaled = _scaled(chain, found, minutes)
+        changed |= scaled
+        parts = [Part(stage=n, recipe=s.recipe, images=s.images, measured=found[n]) for n, s in scaled.items()]
+        solved = [{**planned.shared, **chain.stages}[name] for name in chain.pairs]
+        pair_calls = sum(stage.count * pairspec.calls(stage) for stage in solved if isinstance(stage, PairsStage))
+        entries.append(Entry(name=chain.name, recipe=chain.recipe, parts=parts, pair_calls=pair_calls))
+    students = {
+        chain.name: planned.evaluation.students.get(chain.name) or _steps(found[chain.name]) for chain in planned.chains
+    }
+    changed[planned.evaluation_name] = _measuring(planned.evaluation, students)
+    comparison = Comparison(
+        command=command, budget_minutes=minutes, evaluation=planned.evaluation_name, entries=entries
+    )
+    return planned.spec(changed), comparison
+
+
+def check_budget(minutes: float) -> None:
+    """InputError unless it is a time."""
+    if not 0 < minutes < math.inf:
+        raise InputError(f"--budget {minutes:g}: minutes of training for each recipe are expected, above 0, like 2")
+
+
+# --- what is compared ---
+
+
+def _evaluation(spec: RunSpec) -> tuple[str, EvaluateStage]:
+    found = [(name, stage) for name, stage in spec.stages.items() if isinstance(stage, EvaluateStage)]
+    if not found:
+        raise InputError(
+            f"spec '{spec.name}' has no evaluate stage to compare by; add one, like "
+            "evaluate: {kind: evaluate, teacher: teach, students: {}}"
+        )
+    return found[-1]
+
+
+def _teachers(spec: RunSpec, base: Path, evaluation: EvaluateStage) -> set[str]:
+    """The stages that make the teacher of the evaluation, or one that is trained on data alone."""
+    named = {stage.teacher for stage in spec.stages.values() if stage.teacher is not None}
+    alone = [
+        name
+        for name in named
+        if isinstance(stage := spec.stages[name], TrainStage)
+        and not workflow.recipe_config(stage, base).needs & {"teacher", "pairs"}
+    ]
+    return _lines(spec, [*([evaluation.teacher] if evaluation.teacher else []), *alone])
+
+
+def _line(spec: RunSpec, name: str) -> set[str]:
+    """A stage, and all that it comes from."""
+    found = {name}
+    for _, target, _ in workflow.references(spec.stages[name]):
+        found |= _line(spec, target)
+    return found
+
+
+def _lines(spec: RunSpec, names: Iterable[str]) -> set[str]:
+    return set().union(*(_line(spec, name) for name in names))
+
+
+def _shared_pairs(spec: RunSpec, teachers: set[str]) -> set[str]:
+    """Pairs of a teacher, which anyone may train on."""
+    pairs = {name: stage for name, stage in spec.stages.items() if isinstance(stage, PairsStage)}
+    return {name for name, stage in pairs.items() if stage.teacher is None or stage.teacher in teachers}
+
+
+def _resolve(given: Sequence[str], of_spec: Sequence[str]) -> list[str]:
+    """Whole names of recipes, which may be named without their folder."""
+    known = dict.fromkeys([*registry.names(), *of_spec])
+    short = Counter(_short(name) for name in known)
+    found = []
+    for each in given:
+        fitting = [name for name in known if each in (name, _short(name))]
+        fitting = [each] if each in known else fitting
+        if len(fitting) > 1:
+            raise InputError(f"--recipes: '{each}' is both {' and '.join(fitting)}; give the whole name")
+        if not fitting:
+            valid = [_short(name) if short[_short(name)] == 1 else name for name in known]
+            raise InputError(f"--recipes: there is no recipe '{each}'; {suggest(each, valid)}")
+        if fitting[0] in found:
+            raise InputError(f"--recipes names {fitting[0]} twice; name it once")
+        found += fitting
+    return found
+
+
+def _short(recipe: str) -> str:
+    return PurePosixPath(recipe).stem
+
+
+def _ends(spec: RunSpec, distilled: Mapping[str, TrainStage], recipe: str) -> list[str]:
+    """The stages of a recipe whose students are compared: those from which none of the same recipe comes."""
+    own = [name for name, stage in distilled.items() if stage.recipe == recipe]
+    return [name for name in own if not any(name in _line(spec, other) - {other} for other in own)]
+
+
+def _own_chain(spec: RunSpec, end: str, parts: Mapping[str, set[str]]) -> Chain:
+    """parts: by the end of each chain, the stages that only chains have. A stage of several is made for each anew."""
+    found = Counter(name for each in parts.values() for name in each)
+    names = {n: n if n == end or found[n] == 1 else f"{end}-{n}" for n in spec.stages if n in parts[end]}
+    stages = {new: _renamed(spec.stages[old], names) for old, new in names.items()}
+    last = spec.stages[end]
+    assert isinstance(last, TrainStage)
+    return Chain(end, last.recipe, stages)
+
+
+def _renamed(stage: Stage, names: Mapping[str, str]) -> Stage:
+    """A stage that refers to others by their new names."""
+    changed: dict[str, object] = {"teacher": names.get(stage.teacher or "", stage.teacher)}
+    if isinstance(stage, TrainStage):
+        changed["init"] = names.get(stage.init or "", stage.init)
+        if isinstance(stage.pairs, str):
+            changed["pairs"] = names.get(stage.pairs, stage.pairs)
+        elif stage.pairs is not None:
+            changed["pairs"] = {names.get(name, name): share for name, share in stage.pairs.items()}
+    return stage.model_copy(update=changed)
+
+
+def _derived_chain(
+    spec: RunSpec, base: Path, recipe: str, teachers: set[str], distilled: Mapping[str, TrainStage]
+) -> Chain:
+    """One stage of a recipe of which the spec has none."""
+    made = [n for n in teachers if isinstance(s := spec.stages[n], TrainStage) and s.recipe == recipe]
+    if made:
+        raise InputError(f"--recipes: {recipe} makes the teacher here ('{made[0]}'); name recipes that distil it")
+    name, first = _short(recipe), next(iter(distilled.values()), None)
+    if first is None:
+        raise InputError(
+            f"--recipes: {recipe} has no stage in spec '{spec.name}', and there is none that distils, to take its "
+            "length, batch size and optimizer from; add one"
+        )
+    exact = first.teacher is None and isinstance(spec.teacher, GaussianTeacher | MixtureTeacher)
+    like_first = {"network": first.network if exact else None}
+    stage = first.model_copy(update={"recipe": recipe, "options": {}, "init": None, "pairs": None, **like_first})
+    needs = workflow.recipe_config(stage, base, f"--recipes: {recipe}").needs
+    if not needs & {"teacher", "pairs"}:
+        raise InputError(
+            f"--recipes: {recipe} with default options needs no teacher, so it would not distil one; give the spec a "
+            "stage of it that does, or that starts from the teacher (init)"
+        )
+    if "pairs" in needs:
+        stage = stage.model_copy(update={"pairs": _pairs_for(spec, recipe, needs, first)})
+    return Chain(name, recipe, {name: stage})
+
+
+def _pairs_for(spec: RunSpec, recipe: str, needs: frozenset[str], first: TrainStage) -> str | dict[str, float] | None:
+    """Those that the first distilling stage trains on, or others of its teacher."""
+
+    def fit(stage: Stage) -> bool:
+        return isinstance(stage, PairsStage) and (stage.paths in pairspec.WITH_STATES) == ("states" in needs)
+
+    if first.pairs is not None and all(fit(spec.stages[name]) for name in first.pair_shares):
+        return first.pairs
+    fitting = [name for name, stage in spec.stages.items() if fit(stage) and stage.teacher == first.teacher]
+    if fitting:
+        return fitting[0]
+    what, how = (
+        ("pairs with states", "paths: trajectories and times") if "states" in needs else ("pairs", "kind: pairs")
+    )
+    teacher = f"'{first.teacher}'" if first.teacher else "its teacher"
+    raise InputError(
+        f"--recipes: {recipe} needs {what}, and spec '{spec.name}' has none of {teacher}; add a pairs stage with {how}"
+    )
+
+
+# --- how long it takes ---
+
+
+def _measured(run: RunPaths, name: str, stage: TrainStage) -> Measured:
+    events = [e for e in read_events(run) if e.get("event") == "progress" and e.get("label") == name]
+    timed = [(e["done"], e["time"]) for e in events if e["done"] >= UNTIMED * stage.batch_size]
+    (first, began), (last, ended) = timed[0], timed[-1]
+    ranks = [read_json(path) for path in sorted(run.stage(name).root.glob("memory-*.json"))]
+    return Measured(
+        seconds_per_image=float(f"{max(ended - began, 1e-3) / (last - first):.4g}"),
+        memory=max(sum(rank["counted"].values()) + rank["activations"] for rank in ranks),
+        teacher_calls=sum(rank["teacher_rows"] for rank in ranks) / last,
+        steps=sorted(card.read(run.student(name)).t_grids),
+    )
+
+
+def _scaled(chain: Chain, found: Mapping[str, Measured], minutes: float) -> dict[str, TrainStage]:
+    """The train stages of a chain, by one factor as long or short as the minutes allow, in whole batches."""
+    trained = chain.trained
+    whole = sum(stage.images * found[name].seconds_per_image for name, stage in trained.items()) / 60
+    least, short = max((stage.batch_size / stage.images, name) for name, stage in trained.items())
+    factor = minutes / whole
+    if factor < least:
+        raise InputError(
+            f"--budget {minutes:g}: too short for '{chain.name}': it leaves less than one batch for '{short}'; give at "
+            f"least {1.01 * least * whole:.3g} minutes"
+        )
+    return {name: _of_length(stage, factor) for name, stage in trained.items()}
+
+
+def _of_length(stage: TrainStage, factor: float) -> TrainStage:
+    """All that is a length scaled; half-lives stay, since students are named by them."""
+    optimizer, saving = stage.optimizer, stage.checkpoint
+    return stage.model_copy(
+        update={
+            "images": max(1, math.floor(factor * stage.images / stage.batch_size)) * stage.batch_size,
+            "optimizer": optimizer.model_copy(update={"warmup_images": math.floor(factor * optimizer.warmup_images)}),
+            "checkpoint": saving.model_copy(
+                update={"images": None if saving.images is None else max(1, round(factor * saving.images))}
+            ),
+            "options": {
+                key: max(1, round(factor * value)) if key.endswith(IN_IMAGES) and isinstance(value, int) else value
+                for key, value in stage.options.items()
+            },
+        }
+    )
+
+
+def _steps(found: Measured) -> list[int]:
+    """Numbers of steps to measure a student at that none was given for."""
+    if not found.steps:
+        return list(STEPS)
+    return [n for n in OWN_STEPS if n in found.steps] or found.steps[:1]
+
+
+def _measuring(evaluation: EvaluateStage, students: Mapping[str, list[int]]) -> EvaluateStage:
+    fine = [name for name in evaluation.fine_students if name in students]
+    return evaluation.model_copy(update={"students": dict(students), "fine_students": fine})
