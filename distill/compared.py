@@ -140,10 +140,23 @@ def _machine(run: RunPaths, measured: Results, events: Sequence[Mapping[str, Any
     return f"{cores if measured.device == 'cpu' or not devices else devices[-1]}, torch {torch}"
 
 
+def quantity(found: Found) -> str:
+    """What is compared."""
+    return found.results.distance or "RMS"
+
+
 def columns(found: Found) -> list[str]:
     """Heads of the numbers of a row, in the order of `rows`."""
-    what = found.results.distance or "RMS"
-    return ["images", *(f"{what}@{n}" for n in _steps(found)), "S", "training", "memory", "teacher calls"]
+    first, *further = _steps(found)
+    return [
+        "images",
+        f"{quantity(found)}@{first}",
+        *(f"@{n}" for n in further),
+        "S",
+        "training",
+        "memory",
+        "teacher calls",
+    ]
 
 
 def rows(found: Found) -> list[tuple[str, list[str]]]:
@@ -176,10 +189,16 @@ def _short(recipe: str) -> str:
     return recipe.rpartition("/")[2]
 
 
-def ranked(found: Found) -> list[tuple[str, list[tuple[int, float]]]]:
-    """(name, [(steps, value)]) of each recipe, the best at its fewest steps first."""
-    each = [(entry.name, [(row.steps, row.value) for row in _of(found, entry)]) for entry in found.comparison.entries]
-    return sorted(((name, points) for name, points in each if points), key=lambda line: line[1][0][1])
+def ranked(found: Found) -> dict[str, list[tuple[int, float]]]:
+    """[(steps, value)] of each recipe, the best at its fewest steps first."""
+    each = {titled(e): [(row.steps, row.value) for row in _of(found, e)] for e in found.comparison.entries}
+    return dict(sorted(each.items(), key=lambda line: line[1][0][1]))
+
+
+def teacher(found: Found) -> list[tuple[str, float]]:
+    """The teacher's values by name, but for one of 0: by its fine solver, to which RMS is measured."""
+    measured = [row for row in found.results.rows if row.role == "teacher" and row.value > 0]
+    return [(f"{row.solver} {row.steps}" if row.fine else f"{row.steps}", row.value) for row in measured]
 
 
 def _of(found: Found, entry: Entry) -> list[Row]:
@@ -205,7 +224,7 @@ def _straightness(measured: Sequence[Row]) -> str:
 def note(found: Found) -> str:
     """What the columns are."""
     return (
-        f"NAME@N: at N steps. S: mean square difference between velocity and mean velocity along the network's own "
+        f"@N: at N steps. S: mean square difference between velocity and mean velocity along the network's own "
         f"paths, 0 = straight; a flow map has none. Training: time of the loop, of "
         f"{found.comparison.budget_minutes:g} minutes for each. Memory: of a process, for weights, gradients, "
         "optimizer, averages and activations. Teacher calls: of a network, for the pairs, counted in full for each "

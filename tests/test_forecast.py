@@ -1,6 +1,5 @@
 """What a run would cost, said before it runs: disk as it will be, time as calls of a network."""
 
-
 import pytest
 import torch
 from test_rounds import GAUSSIAN, MLP, PAIRS

@@ -9,7 +9,21 @@ from typing import Annotated, NoReturn
 import typer
 
 import distill
-from distill.cli import catalogue, doctor, follow, jobs, pairs, reflow, runs, settings, stage, students, tools, work
+from distill.cli import (
+    catalogue,
+    compare,
+    doctor,
+    follow,
+    jobs,
+    pairs,
+    reflow,
+    runs,
+    settings,
+    stage,
+    students,
+    tools,
+    work,
+)
 from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, InputError, PeerLost, RunError, Stopped
 from distill.launch import tasks
 from distill.progress import stamp
@@ -27,6 +41,7 @@ MAKE, LOOK, STUDENTS, TOOLS = "Run", "Look", "Students", "Tools"
 app.command(rich_help_panel=MAKE)(work.quickstart)
 app.command(rich_help_panel=MAKE)(work.run)
 app.command(rich_help_panel=MAKE)(reflow.reflow)
+app.command(rich_help_panel=MAKE)(compare.compare)
 app.command(rich_help_panel=MAKE)(work.plan)
 app.command(rich_help_panel=MAKE)(jobs.submit)
 app.command(rich_help_panel=MAKE)(jobs.cancel)
