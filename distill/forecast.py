@@ -86,7 +86,7 @@ class _Forecast:
 
     def evaluate(self, stage: EvaluateStage) -> Cost:
         teacher = self._teacher(stage.teacher)
-        fine = workflow.network_calls(stage.fine_solver, stage.fine_steps, 1)
+        fine = workflow.network_calls(stage.fine_solver, stage.fine_steps, 1.0)
         guided = 1 if stage.guidance_scale == 1 else 2
         seconds = guided * (sum(stage.teacher_steps) + fine) * self._seconds(teacher, stage.block)
         for name, steps in stage.students.items():

@@ -122,7 +122,7 @@ def _evaluate(name: str, stage: EvaluateStage) -> Step:
     ways = [*(("euler", count) for count in stage.teacher_steps), (stage.fine_solver, stage.fine_steps)]
     teacher = sum(workflow.network_calls(solver, count, stage.guidance_scale) for solver, count in ways)
     students = sum(sum(counts) for counts in stage.students.values())
-    students += len(stage.fine_students) * workflow.network_calls(stage.fine_solver, stage.fine_steps, 1)
+    students += len(stage.fine_students) * workflow.network_calls(stage.fine_solver, stage.fine_steps, 1.0)
     rows = len(ways) + sum(len(counts) for counts in stage.students.values()) + len(stage.fine_students)
     calls = stage.samples * (teacher + students)
     work = f"{rows} rows x {stage.samples:,} samples; {calls:,} network calls"

@@ -42,7 +42,6 @@ class Picture:
 class Evaluation:
     """What the page shows of an evaluate stage."""
 
-    headline: str
     description: str
     columns: list[str]
     rows: list[tuple[Row, list[str]]]
@@ -90,10 +89,12 @@ def write(run: RunPaths) -> Path:
     )
     kinds, trainings, warnings = _events(run)
     found = evaluations.of_run(run)
+    wholes = [results for results in found.values() if straightened.round_of(results) is None]
     page = environment.get_template("report.html.j2").render(
         name=run.name,
         stages=[_stage(run, name, kind, trainings.get(name)) for name, kind in kinds.items()],
         evaluations={name: _evaluation(run.stage(name).root, results) for name, results in found.items()},
+        headlines=[headline(results) for results in wholes or found.values()],
         rounds=_rounds(straightened.rounds(found)),
         comparison=_comparison(run),
         losses={name: _losses(training) for name, training in trainings.items() if training.points},
@@ -138,7 +139,6 @@ def _evaluation(folder: Path, results: Results) -> Evaluation:
     shown = [row for row in results.rows if (folder / row.picture).exists()]
     what = results.distance or "RMS"
     return Evaluation(
-        headline=headline(results),
         description=evaluations.describe(results),
         columns=evaluations.columns(results),
         rows=[(row, evaluations.cells(results, row)) for row in results.rows],

@@ -9,6 +9,7 @@ flow solves new pairs for the distillation. The evaluation of a round compares i
 same noise; the last evaluation compares all with the first teacher. What comes out is a spec like any other.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,16 @@ from pathlib import Path
 from distill import overrides, registry, specfile, workflow
 from distill.guard import InputError, suggest
 from distill.overrides import Override
-from distill.spec import EvaluateStage, NoData, PairsStage, RunSpec, Stage, TrainStage
+from distill.spec import (
+    EvaluateStage,
+    GaussianTeacher,
+    MixtureTeacher,
+    NoData,
+    PairsStage,
+    RunSpec,
+    Stage,
+    TrainStage,
+)
 
 DISTILLATION, EVALUATION = "reflow/one_step", "evaluate"
 DATA_WEIGHT = "data_weight"  # option of a recipe: weight of a flow-matching term on real data
@@ -163,18 +173,22 @@ def _refuse_without_effect(spec: RunSpec, template: Template, base: Path, plan: 
             f"--distill: spec '{spec.name}' has no distillation; give it a train stage of {DISTILLATION} on the pairs "
             f"of '{template.pairs_name}', or leave --distill out"
         )
-    real = {"--forward": plan.forward, "--data-weight": plan.data_weight}
-    given = [option for option, value in real.items() if value is not None]
-    if given and isinstance(spec.data, NoData):
+    exact = isinstance(spec.teacher, GaussianTeacher | MixtureTeacher)  # which has samples to begin with
+    lacking = {"--forward": plan.forward is not None and not exact, "--data-weight": plan.data_weight is not None}
+    for option in [name for name, is_lacking in lacking.items() if is_lacking and isinstance(spec.data, NoData)]:
         raise InputError(
-            f"{given[0]} takes real data, and spec '{spec.name}' has none; give it data, e.g. data={{kind: digits}}, "
-            f"or leave {given[0]} out"
+            f"{option} takes real data, and spec '{spec.name}' has none; give it data, e.g. data={{kind: digits}}, "
+            f"or leave {option} out"
         )
-    if plan.forward is not None and not 0 < plan.forward < 1:
-        raise InputError(f"--forward {plan.forward:g}: a part of each batch is expected, above 0 and below 1, like 0.2")
+    batch = template.flow.batch_size
+    if plan.forward is not None and not (0 < plan.forward < 1 and 0 < round(plan.forward * batch) < batch):
+        raise InputError(
+            f"--forward {plan.forward:g}: a part of each batch of {batch} pairs is expected, at least one pair and not "
+            "all, like 0.2"
+        )
     if plan.forward is not None and template.pairs.paths == "forward":
         raise InputError(f"--forward: the pairs of '{template.pairs_name}' are of real data already; leave it out")
-    if plan.data_weight is not None and not plan.data_weight > 0:
+    if plan.data_weight is not None and not 0 < plan.data_weight < math.inf:
         raise InputError(f"--data-weight {plan.data_weight:g}: a weight above 0 is expected, like 0.1")
     recipe = template.flow.recipe
     if plan.data_weight is not None and DATA_WEIGHT not in registry.load(recipe, base).Config.model_fields:

@@ -389,5 +389,7 @@ def _evaluate(spec: RunSpec, stage: EvaluateStage, base: Path, where: str) -> It
     for student in stage.fine_students:
         if student not in stage.students:
             yield f"{where}.fine_students: '{student}' is none of {where}.students; {suggest(student, stage.students)}"
+        elif stage.fine_students.count(student) > 1:
+            yield f"{where}.fine_students: '{student}' stands there twice"
         elif _kind(spec.stages.get(student), base) == "flow_map":
             yield f"{where}.fine_students: the student of '{student}' is a flow map, which no solver follows; remove it"

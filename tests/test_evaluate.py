@@ -173,6 +173,38 @@ def test_a_student_is_measured_along_its_own_times(vector_run):
         go(vector_run, vector_spec(students={"exact": [2, 3]}))
 
 
+def test_a_flow_is_measured_by_the_fine_solver_too(vector_run):
+    found = go(vector_run, vector_spec(fine_students=["exact"], teacher_steps=[]))
+    assert [(row.label, row.role, row.steps, row.nfe, row.fine) for row in found.rows] == [
+        ("teacher, heun", "teacher", 32, 63, True), ("exact", "student", 1, 1, False),
+        ("exact", "student", 2, 2, False),
+        ("exact, heun", "student", 32, 63, True),
+    ]  # fmt: skip
+    own, one, _, fine = found.rows
+    # dx/dt = a x - MEAN with a = 1 - STD from t = 1 to 0
+    noise, mean, a = sample_noise(key(0, "evaluate"), range(300), (2,)).double(), torch.tensor(MEAN).double(), 1 - STD
+    end, exact = math.exp(-a) * noise + mean * (1 - math.exp(-a)) / a, mean + STD * noise
+    assert fine.rms == pytest.approx((end - exact).square().mean().sqrt().item(), rel=1e-3)
+    assert one.transport == pytest.approx((exact - noise).square().mean().item(), rel=1e-5)
+    assert own.transport == pytest.approx(one.transport, rel=2e-3), "the fine solver's error aside"
+    assert fine.transport == pytest.approx((end - noise).square().mean().item(), rel=1e-3)
+    assert fine.straightness == one.straightness
+
+
+def test_rows_of_an_earlier_version_can_be_read(vector_run):
+    found = go(vector_run, vector_spec())
+    path = vector_run.stage("evaluate").root / results.FILE_NAME
+    content = json.loads(path.read_text())
+    for row in content["rows"]:
+        del row["transport"]
+    path.write_text(json.dumps(content))
+    again = results.load(vector_run.stage("evaluate"))
+    assert {row.transport for row in again.rows} == {None}
+    assert [timeless(row) | {"transport": 0} for row in again.rows] == [
+        timeless(row) | {"transport": 0} for row in found.rows
+    ]
+
+
 def timeless(row: results.Row) -> dict:
     return row.model_dump(exclude={"images_per_second"})
 

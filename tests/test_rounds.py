@@ -175,7 +175,7 @@ UNFIT = {
         "leave --distill out",
     ),
     "no data to invert": (
-        {},
+        {"solve": PAIRS | {"teacher": "t"}, "flow": REFLOW | {"teacher": "t"}},
         Plan(forward=0.2),
         "--forward takes real data, and spec 'x' has none; give it data, e.g. data={kind: digits}, or leave --forward "
         "out",
@@ -192,10 +192,11 @@ UNFIT = {
 @pytest.mark.parametrize("case", UNFIT)
 def test_specs_that_do_not_fit(case):
     stages, plan, said = UNFIT[case]
-    if case == "no pairs":
-        stages |= {"e": {"kind": "evaluate", "students": {}}}
+    one = spec(**stages)
+    if case == "no data to invert":
+        one = one.model_copy(update={"teacher": None})
     with pytest.raises(InputError) as caught:
-        expand(spec(**stages), specfile.Path(), plan)
+        expand(one, specfile.Path(), plan)
     assert str(caught.value) == said
 
 
@@ -212,7 +213,19 @@ REFUSED = {
     "no rounds": (["digits", "--rounds", "0"], "--rounds 0: at least 1 is expected"),
     "no part": (
         ["digits", "--forward", "1"],
-        "--forward 1: a part of each batch is expected, above 0 and below 1, like 0.2",
+        "--forward 1: a part of each batch of 128 pairs is expected, at least one pair and not all, like 0.2",
+    ),
+    "no number": (
+        ["digits", "--forward", "nan"],
+        "--forward nan: a part of each batch of 128 pairs is expected, at least one pair and not all, like 0.2",
+    ),
+    "less than a pair": (
+        ["digits", "--forward", "0.001"],
+        "--forward 0.001: a part of each batch of 128 pairs is expected, at least one pair and not all, like 0.2",
+    ),
+    "an endless weight": (
+        ["digits", "--data-weight", "inf"],
+        "--data-weight inf: a weight above 0 is expected, like 0.1",
     ),
     "no weight": (["digits", "--data-weight", "0"], "--data-weight 0: a weight above 0 is expected, like 0.1"),
     "a recipe without such an option": (
@@ -220,7 +233,7 @@ REFUSED = {
         "--data-weight: ./mine.py has no option data_weight; leave it out, or use reflow/reflow",
     ),
     "inverted already": (
-        ["digits", "--forward", "0.1", "stages.pairs.paths=forward"],
+        ["digits", "--forward", "0.1", "stages.pairs.paths=forward", "stages.pairs.solver=heun"],
         "--forward: the pairs of 'pairs' are of real data already; leave it out",
     ),
     "options of submit": (

@@ -119,6 +119,7 @@ def test_the_report_has_a_section_for_rounds(tmp_path):
     report.write(run)
     page = Page(run.report.read_text())
     assert page.open == []
+    assert page.text.count("makes 15 times as many samples") == 2, "no evaluation but those of rounds: each is said"
     assert "Rounds flow straightness SW2, full solver 1 step 2 steps" in page.text
     assert "reflow-2 0.4000 → 0.1000 4.00 → 4.50 14.50 9.50 0.2500 1.00 1.75 → 1.50" in page.text
     assert page.text.count("further from the data than the flow before it: SW2 4.00 -> 4.50") == 1

@@ -72,6 +72,11 @@ CASES = {
         vectors(e={"students": {"r": []}}),
         "stages.e.students.r: no numbers of steps given, e.g. [1, 2, 4]",
     ),
+    "a flow that is not evaluated": (
+        vectors(e={"fine_students": ["rr"]}),
+        "stages.e.fine_students: 'rr' is none of stages.e.students; did you mean 'r'? valid: r",
+    ),
+    "a flow twice": (vectors(e={"fine_students": ["r", "r"]}), "stages.e.fine_students: 'r' stands there twice"),
     "pairs of another teacher": (
         vectors(p2={**PAIRS, "teacher": "r"}, r2={**REFLOW, "pairs": "p2"}),
         "stages.r2.pairs: 'p2' has pairs of r, this stage's teacher is the spec's teacher; make them agree",
@@ -412,6 +417,9 @@ def test_a_flow_map_is_a_student_and_no_teacher(tmp_path, sampler):
     found = mistakes(vectors(r=flow_map, p2=pairs, s=student, e=evaluation), tmp_path)
     assert found == [f"stages.{name}.teacher: {no_path}" for name in ("e", "p2", "s")]
 
+    assert mistakes(vectors(r=flow_map, e={"fine_students": ["r"]}), tmp_path) == [
+        "stages.e.fine_students: the student of 'r' is a flow map, which no solver follows; remove it"
+    ]
     velocity = {**REFLOW, "network": None, "init": "r"}
     assert mistakes(vectors(r=flow_map, s=velocity), tmp_path) == [
         "stages.s.init: the student of 'r' is a flow map, reflow/reflow makes a velocity student; "
