@@ -36,6 +36,15 @@ def pseudo_huber_elementwise(prediction: Tensor, target: Tensor, c: float = 1e-3
     return _huber((prediction - target).square(), c).flatten(1).mean(1)
 
 
+def direction(prediction: Tensor, target: Tensor) -> Tensor:
+    """1 - cos of the angle between the two, each sample one vector; zero wherever they point the same way.
+
+    As half the square between unit vectors, which keeps its digits where the angle is small.
+    """
+    a, b = (F.normalize(each.flatten(1), dim=1, eps=1e-6) for each in (prediction, target))  # [B, d]
+    return (a - b).square().sum(1) / 2
+
+
 def _huber(square: Tensor, c: float) -> Tensor:
     """sqrt(square + c^2) - c, in the form that keeps its digits where square << c^2."""
     return square / ((square + c * c).sqrt() + c)

@@ -116,6 +116,16 @@ def step(
     return x_s if solver == "euler" else x_t + gap * (v + field(x_s, s, cond)) / 2
 
 
+def march(
+    field: VelocityField, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond, solver: Literal["euler", "heun"], steps: int
+) -> Tensor:
+    """x_s [B, ...] by `steps` equal steps of each sample from its own t to its own s <= t, both [B]."""
+    times = [torch.lerp(t, s, i / steps) for i in range(steps + 1)]
+    for now, then in pairwise(times):
+        x_t = step(field, x_t, now, then, cond, solver)
+    return x_t
+
+
 def straightness(field: VelocityField, noise: Tensor, cond: Cond, steps: int) -> float:
     """S_N, the mean square of v minus the mean velocity of its path (Liu et al. 2022, arXiv 2209.03003, eq. 8).
 

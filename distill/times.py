@@ -1,4 +1,4 @@
-"""Training times and sampling grids. All times are t in [0, 1], t = 0 data, t = 1 noise.
+"""Training times, windows of time and sampling grids. All times are t in [0, 1], t = 0 data, t = 1 noise.
 
 A law takes uniform draws u [B] to times t [B], increasing, by its inverse distribution function: so stratified draws
 make stratified times. Grids are float64, decreasing, and end at 0.
@@ -7,6 +7,7 @@ make stratified times. Grids are float64, decreasing, and end at 0.
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -48,6 +49,33 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
+# --- windows: borders are [K + 1], 1 ... 0, as of `uniform_grid(K)`; window k lies between the k-th and the next ---
+
+
+def window(t: Tensor, borders: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the window of each t [B] starts and ends, t_e < t <= t_s, both [B]: a border is the start of the window
+    below it, even if rounding has moved it by 1e-6. t = 0 belongs to the last window.
+    """
+    ascending = borders.flip(0).to(t.device)
+    above = torch.searchsorted(ascending, t.double() - 1e-6).clamp(1, len(ascending) - 1)
+    return ascending[above].to(t.dtype), ascending[above - 1].to(t.dtype)
+
+
+def window_grids(borders: Tensor, most: int = 16) -> dict[int, list[float]]:
+    """Grids of N = K ... `most` steps through all borders: N // K steps in each window and one more in the first N % K,
+    equal within a window (PeRFlow, Yan et al. 2024, arXiv 2405.07510). N = K alone, where K is more than `most`.
+    """
+    num_windows, grids = len(borders) - 1, {}
+    for steps in range(num_windows, max(num_windows, most) + 1):
+        each, extra = divmod(steps, num_windows)
+        inside = (
+            torch.linspace(t_s, t_e, each + (k < extra) + 1, dtype=torch.float64)[:-1]
+            for k, (t_s, t_e) in enumerate(pairwise(borders.tolist()))
+        )
+        grids[steps] = _ending_at_zero(torch.cat([*inside])).tolist()
+    return grids
+
+
 # --- laws ---
 
 
@@ -56,6 +84,11 @@ def uniform(u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     if not 0 <= low < high <= 1:
         raise ValueError(f"need 0 <= low < high <= 1, got low={low}, high={high}")
     return _as_time(low + (high - low) * _checked(u), u)
+
+
+def discrete(u: Tensor, levels: int) -> Tensor:
+    """t uniform on {1/levels, 2/levels, ..., 1}."""
+    return _as_time(((_checked(u) * levels).floor() + 1) / levels, u)
 
 
 def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:

@@ -14,7 +14,7 @@ PYTHON = MODULES + RECIPES
 # The compute plane's layers: a module imports from its own layer or an earlier one.
 LAYERS = [
     {"interpolants", "protocols", "draws"},
-    {"times", "fields", "solvers", "samplers", "autodiff", "distances", "couplings"},
+    {"times", "fields", "solvers", "samplers", "autodiff", "distances", "couplings", "windows"},
     {"hub", "teachers", "students", "latents", "conditions", "data", "pairs", "ema", "metrics", "grids"},
     {"world", "trainable", "sharded", "checkpoint", "roles", "export", "sampling"},
     {"evaluate", "report", "charts", "engine", "memory", "sources"},

@@ -60,6 +60,8 @@ OTHER_OPTIONS = [
     ("shortcut/shortcut", {"base": "data"}),
     ("shortcut/meanflow", {"derivative": "central", "h": 0.1, "time_law": "uniform", "to_data": 0.5, "power": 0.5}),
     ("shortcut/meanflow", {"velocity": "data"}),
+    ("reflow/perflow", {"windows": 1, "parameterisation": "diff_eps", "label_dropout": 0.5, "guidance_sync": True}),
+    ("reflow/rectified_diffusion", {"form": "phased", "phases": 1, "times": "grid"}),
     ("score/dmd2", {"steps": 4, "weight": "kl", "ratio": 2}),
 ]
 

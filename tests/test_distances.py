@@ -71,6 +71,27 @@ def test_pseudo_huber_is_quadratic_near_and_linear_far():
         assert got == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(4, 3, 4, 4), (1, 2), (5, 7)])
+def test_direction_is_one_minus_the_cosine_and_blind_to_length(shape):
+    a, b = normal(*shape, name="a").double().requires_grad_(), normal(*shape, name="b").double()
+    cosine = torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1))
+    found = distances.direction(a, b)
+    assert torch.allclose(found, 1 - cosine, rtol=0, atol=1e-12)
+    assert torch.allclose(found, distances.direction(3 * a, 0.1 * b), rtol=0, atol=1e-12)
+    assert distances.direction(2 * b, b).max() < 1e-30
+    found.sum().backward()
+    assert (a * a.grad).flatten(1).sum(1).abs().max() < 1e-12 and a.grad.abs().max() > 1e-3  # only turns
+
+
+def test_direction_keeps_its_digits_at_small_angles_and_is_finite_at_zero():
+    angle = 1e-4
+    a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[math.cos(angle), math.sin(angle)]])
+    assert distances.direction(a, b).item() == pytest.approx(angle**2 / 2, rel=1e-3)  # 1 - cos is 0 in float32
+    zero = torch.zeros(1, 2, requires_grad=True)
+    distances.direction(zero, a).sum().backward()
+    assert zero.grad.isfinite().all()
+
+
 @pytest.mark.parametrize(("trunk", "heads"), [("squeeze", True), ("squeeze", False), ("alex", True)])
 def test_lpips_is_the_package(trunks, trunk, heads):
     path, features = trunks[trunk]

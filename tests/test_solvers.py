@@ -9,7 +9,7 @@ from distill.draws import generator
 from distill.fields import Counted, Rescheduled, start
 from distill.guard import InputError
 from distill.interpolants import edm, linear, trig, vp
-from distill.solvers import SOLVERS, dpm_solver_pp_2m, euler, heun, sample, straightness
+from distill.solvers import SOLVERS, dpm_solver_pp_2m, euler, heun, march, sample, straightness
 from distill.teachers.analytic import (
     GaussianField,
     GaussianFlowMap,
@@ -105,6 +105,40 @@ def test_solvers_agree_with_their_formulas_in_one_and_two_steps():
     data_2 = x_2 - 0.4 * v(x_2, 0.4)
     x_3 = 0.2 / 0.4 * x_2 - 0.8 * torch.expm1(lam[2] - lam[3]) * data_2
     assert torch.allclose(dpm_solver_pp_2m(V1, x, grid, {}), x_3, rtol=1e-13)
+
+
+# --- each sample between times of its own ---
+
+
+@pytest.mark.parametrize(("name", "solver"), [("euler", euler), ("heun", heun)])
+def test_a_march_is_the_solver_between_the_times_of_each_sample(name, solver):
+    t = torch.tensor([1.0, 0.9, 0.5, 0.3], dtype=torch.float64)
+    s, x = torch.tensor([0.5, 0.1, 0.5, 0.2], dtype=torch.float64), randn("march", 4, 2)
+    found = march(V1, x, t, s, {}, name, 5)
+    for i in (0, 1, 3):
+        grid = torch.linspace(t[i], s[i], 6, dtype=torch.float64)
+        assert torch.allclose(found[i : i + 1], solver(V1, x[i : i + 1], grid, {}), rtol=0, atol=1e-13)
+    assert torch.equal(found[2], x[2])  # nowhere to go
+
+
+def test_a_march_is_exact_on_straight_paths_and_ends_at_the_very_time():
+    noise, seen = randn("straight", 3, 1), []
+    t, s = torch.tensor([1.0, 0.7, 0.4]), torch.tensor([0.1, 0.3, 0.0])
+
+    def at(time):
+        time = time.double()[:, None]
+        return (1 - time) * (M + ROOT * noise) + time * noise
+
+    found = march(V2(), at(t), t, s, {}, "euler", 3)
+    assert (found - at(s)).abs().max() < 1e-6  # times are float32
+
+    class Recorded(V2):
+        def __call__(self, x_t, t, cond):
+            seen.append(t)
+            return super().__call__(x_t, t, cond)
+
+    march(Recorded(), at(t), t, s, {}, "heun", 7)
+    assert torch.equal(seen[0], t) and torch.equal(seen[-1], s) and len(seen) == 14
 
 
 # --- order ---

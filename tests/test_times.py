@@ -65,6 +65,18 @@ def test_logit_normal_is_normal_in_log_sigma():
     assert kstest(((log_sigma + 1.2) / 1.2).numpy(), "norm").pvalue > 0.01
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_discrete_times_are_as_likely_and_one_is_among_them(dtype):
+    t = times.discrete(draws(8000, "discrete").to(dtype), 8)
+    found, counts = t.unique(return_counts=True)
+    assert found.tolist() == [k / 8 for k in range(1, 9)]
+    assert (counts - 1000).abs().max() < 4 * math.sqrt(1000)
+    below_one = torch.nextafter(torch.tensor(1.0, dtype=dtype), torch.tensor(0.0, dtype=dtype))
+    assert times.discrete(torch.stack([torch.zeros((), dtype=dtype), below_one]), 10).tolist() == pytest.approx(
+        [0.1, 1]
+    )
+
+
 @pytest.mark.parametrize(
     "u", [torch.tensor(0.5), torch.full((2, 1), 0.5), torch.full((2,), 0.5, dtype=torch.bfloat16)], ids=str
 )
@@ -126,6 +138,37 @@ def test_stratified_is_the_same_for_any_number_of_ranks_and_never_reaches_one():
     assert times.stratified(almost.expand(1), Rows(999, 1000, 1000)).item() < 1
     with pytest.raises(ValueError, match=r"u must have shape \[3\] for Rows"):
         times.stratified(u, Rows(0, 3, 12))
+
+
+# --- windows ---
+
+
+def test_a_border_is_the_start_of_the_window_below_it():
+    t = torch.tensor([1.0, 0.9, 0.75, 0.7499, 0.3, 0.25, 0.1, 0.0])
+    t_s, t_e = times.window(t, times.uniform_grid(4))
+    assert t_s.tolist() == [1, 1, 0.75, 0.75, 0.5, 0.25, 0.25, 0.25] and t_s.dtype == t.dtype
+    assert t_e.tolist() == [0.75, 0.75, 0.5, 0.5, 0.25, 0, 0, 0]
+    t_s, t_e = times.window(torch.tensor([0.95, 0.2], dtype=torch.float64), torch.tensor([1.0, 0.3, 0.0]))
+    assert t_s.tolist() == [1, pytest.approx(0.3)] and t_e.tolist() == [pytest.approx(0.3), 0]
+
+
+@pytest.mark.parametrize("num", [3, 7, 10, 30])
+def test_rounding_moves_no_border_into_the_window_above(num):
+    """Float32 has 0.1 above, and 0.7 below, what float64 has."""
+    t = times.discrete(torch.linspace(0, 0.99999, 997), num)
+    t_s, t_e = times.window(t, times.uniform_grid(num))
+    assert (t_s - t).abs().max() < 1e-6 and ((t_s - t_e) - 1 / num).abs().max() < 1e-6
+
+
+def test_window_grids_spread_the_steps_over_the_windows():
+    grids = times.window_grids(times.uniform_grid(4))
+    assert [*grids] == [*range(4, 17)]
+    for steps in (4, 8, 12, 16):
+        assert grids[steps] == pytest.approx(times.uniform_grid(steps).tolist(), abs=1e-15)
+    assert grids[6] == [1, 0.875, 0.75, 0.625, 0.5, 0.25, 0]  # one more in each of the first 6 % 4
+    borders = torch.tensor([1.0, 0.4, 0.0], dtype=torch.float64)
+    assert times.window_grids(borders, 3) == {2: [1, 0.4, 0], 3: [1, 0.7, 0.4, 0]}
+    assert [*times.window_grids(times.uniform_grid(20))] == [20]
 
 
 # --- grids ---

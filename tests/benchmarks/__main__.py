@@ -1,9 +1,9 @@
-"""Measurements, as ratios within one run: python -m tests.benchmarks [step pairs start recipes quickstart digits
-zero checkpoint pull].
+"""Measurements, as ratios within one run: python -m tests.benchmarks [step pairs start workers million reading recipes
+quickstart digits zero checkpoint pull].
 
 Nothing is asserted: machines are noisy. Contenders take turns, medians are compared. `quickstart` (5 minutes on 2
 cores), `digits` (the bar, mean of three seeds, 20 minutes), `zero` (15 minutes), `checkpoint` and
-`pull` (4 GB of disk) run only when named.
+`pull` (4 GB of disk), `workers`, `million`, `reading` (3 minutes) and `recipes` run only when named.
 """
 
 import statistics
@@ -15,21 +15,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from distill import engine, pairs, registry
+from distill import engine, registry
 from distill.data import DataSource
 from distill.data import load as load_data
 from distill.draws import Rows
 from distill.progress import Progress
 from distill.protocols import Batch
 from distill.results import load as load_results
-from distill.spec import DigitsData, OptimizerSpec, PairsStage, TrainStage, UNetSpec
+from distill.spec import DigitsData, OptimizerSpec, TrainStage, UNetSpec
 from distill.stop import StopRequest
 from distill.store import RunPaths, StagePaths
 from distill.students.init import StudentInit
 from distill.students.velocity import VelocityStudent
-from distill.teachers.loaded import LoadedTeacher
+from tests.benchmarks.pairs import bench_million, bench_pairs, bench_reading, bench_workers
 from tests.benchmarks.ranks import bench_checkpoint, bench_zero
 from tests.benchmarks.recipes import bench_recipes
 from tests.benchmarks.students import bench_pull
@@ -100,40 +100,6 @@ def bench_step(steps: int = 40) -> str:
     return f"step    trainer {1000 * a:.0f} ms, bare loop {1000 * b:.0f} ms: ratio {a / b:.3f} (goal <= 1.05)"
 
 
-@torch.no_grad()
-def bare_heun(network: nn.Module, noise: Tensor, labels: Tensor, steps: int) -> Tensor:
-    def velocity(x: Tensor, t: float) -> Tensor:
-        return network(x, torch.full((len(x),), 1000 * t), class_labels=labels).sample
-
-    x = noise
-    for i in range(steps):
-        t, t_next = 1 - i / steps, 1 - (i + 1) / steps
-        v = velocity(x, t)
-        x_next = x + (t_next - t) * v
-        x = x_next if t_next == 0 else x + (t_next - t) * (v + velocity(x_next, t_next)) / 2
-    return x
-
-
-def bench_pairs(count: int = 1024, block: int = 256, steps: int = 6) -> str:
-    """Pairs on disk against the bare sampler loop."""
-    field = student().eval()
-    teacher = LoadedTeacher(field, SHAPE, CLASSES, CLASSES, "0" * 64, "random U-Net", field.network, None)
-    stage = PairsStage(kind="pairs", count=count, steps=steps, block=block, shard=2 * block)
-    ours, theirs = [], []
-    for _ in range(3):
-        began = time.perf_counter()
-        for first in range(0, count, block):
-            bare_heun(field.network, torch.randn(block, *SHAPE), torch.arange(first, first + block) % CLASSES, steps)
-        theirs.append(count / (time.perf_counter() - began))
-        with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
-            with Progress("bench", count, "pairs", None) as progress:
-                began = time.perf_counter()
-                pairs.generate(teacher, stage, Path(folder), seed=0, device=CPU, progress=progress, stop=stop)
-            ours.append(count / (time.perf_counter() - began))
-    a, b = statistics.median(ours), statistics.median(theirs)
-    return f"pairs   ours {a:.0f} pairs/s, bare loop {b:.0f} pairs/s: ratio {a / b:.3f} (goal >= 0.95)"
-
-
 def bench_start() -> str:
     """Start of commands that need no torch, against `python -c pass`."""
     with tempfile.TemporaryDirectory() as folder:
@@ -181,6 +147,9 @@ BENCHES: dict[str, Callable[[], str]] = {
     "step": bench_step,
     "pairs": bench_pairs,
     "start": bench_start,
+    "workers": bench_workers,
+    "million": bench_million,
+    "reading": bench_reading,
     "recipes": bench_recipes,
     "quickstart": bench_quickstart,
     "digits": bench_digits,

@@ -1,0 +1,115 @@
+"""PeRFlow (Yan et al. 2024, arXiv 2405.07510): straighten the teacher's paths within each of K windows of time.
+
+A drawn t lies in a window, t_e < t <= t_s; z_s is real data noised to t_s, z_e is where the teacher takes it, z_t lies
+on the line between them. Minimises E w || v(z_t, t) - (z_e - z_s)/(t_e - t_s) ||^2 / d. Where that is zero, one Euler
+step a window is the teacher's map; one window is reflow.
+
+Deviations: all is of the linear path, where the teacher's DDIM steps are Euler's; theirs is of VP states. The student
+is a velocity field in every parameterisation. The authors' predict eps of z_s = gamma z_e + kappa eps, with gamma =
+(1 - t_s)/(1 - t_e), and decode z_e: diff_eps, the forward process, kappa = sqrt(t_s^2 - (gamma t_e)^2); ddim_eps, where
+eps stays along the window, kappa = t_s - gamma t_e. On the line eps is affine in v, so they keep the optimum and weigh
+with w = (d eps/d v)^2. That is (1 - t)^2 in ddim_eps, the same times a constant of the window in diff_eps, and nothing
+at t = 1, where sampling begins: velocity, w = 1, is the default. Conditions are dropped only if asked.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from torch import Tensor
+
+from distill import distances, windows
+from distill.fields import drop_condition
+from distill.guard import InputError
+from distill.protocols import Batch, Cond, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
+from distill.times import discrete, uniform, uniform_grid, window_grids
+
+
+class Config(BaseModel):
+    """Options of reflow/perflow."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    windows: PositiveInt = 4
+    """equal windows of time, K; the student takes K steps or more"""
+    solver: Literal["euler", "heun"] = "euler"
+    """of the teacher, within a window"""
+    solver_steps: PositiveInt = 8
+    """its steps in each window"""
+    parameterisation: Literal["velocity", "diff_eps", "ddim_eps"] = "velocity"
+    """of the regression, which decides the weight of a time; the student is a velocity field in each"""
+    times_per_window: PositiveInt | None = None
+    """train at so many times of a window, equally far apart, its start the first; 1: for K steps only; null: at all"""
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    """of the teacher, baked into the student; 1 = none"""
+    label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """probability of training a sample without its class; only where there are classes"""
+    guidance_sync: bool = False
+    """true: the teacher is not guided, and sees the dropped class too, so that the student can be guided like it"""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if self.times_per_window == 1 and self.parameterisation != "velocity":
+            raise ValueError(
+                f"times_per_window: 1 is the start of each, where {self.parameterisation} has no weight at t = 1"
+            )
+        if self.guidance_sync and self.guidance_scale != 1:
+            raise ValueError("guidance_scale has no effect with guidance_sync: true; remove one of them")
+        if self.guidance_sync and self.label_dropout == 0:
+            raise ValueError("guidance_sync has no effect with label_dropout: 0; remove it, or drop classes")
+        return self
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"data", "teacher"})
+
+    @property
+    def student(self) -> str:
+        return "velocity"
+
+
+class Recipe:
+    sampler = "euler"
+    null: Callable[[Cond], Cond]  # known once the networks are
+
+    def __init__(self, config: Config, teacher: Teacher | None) -> None:
+        self.config, self.borders = config, uniform_grid(config.windows)
+        self.teacher = None if teacher is None else teacher.guided(config.guidance_scale)
+
+    def networks(self, init: Init) -> dict[str, Role]:
+        if init.num_classes is None and self.config.label_dropout > 0:
+            raise InputError("label_dropout has no effect without classes; remove it, or give labelled data")
+        self.null = init.null
+        return {"student": Trained(init.velocity_field())}
+
+    def turns(self, step: int, images: int) -> Iterator[Turn]:
+        yield Turn("student", self.loss)
+
+    def t_grids(self, times: Sequence[float] | None) -> Mapping[int, Sequence[float]]:
+        return window_grids(self.borders, most=1 if self.config.times_per_window == 1 else 16)
+
+    def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
+        assert batch.data is not None and self.teacher is not None
+        c, data, cond = self.config, batch.data, batch.cond
+        u, noise = ctx.draw.uniform("t", data), ctx.draw.normal("noise", data)
+        t = uniform(u) if c.times_per_window is None else discrete(u, c.windows * c.times_per_window)  # [B]
+        if c.label_dropout > 0:
+            cond = drop_condition(cond, self.null(cond), ctx.draw.uniform("dropped", data) < c.label_dropout)
+        seen = cond if c.guidance_sync else batch.cond
+        with torch.no_grad():
+            segment = windows.solve(
+                self.teacher, data, noise, t, seen, borders=self.borders, solver=c.solver, steps=c.solver_steps
+            )
+        v = nets["student"](segment.at(t), t, cond)
+        weight = eps_slope(c.parameterisation, t, segment.t_s, segment.t_e).square()
+        return Loss((weight * distances.mse(v, segment.velocity)).mean())
+
+
+def eps_slope(parameterisation: str, t: Tensor, t_s: Tensor, t_e: Tensor) -> Tensor:
+    """d eps/d v at a fixed z_t [B]: kappa eps = z_s - gamma z_e, z_s = z_t + (t_s - t) v, z_e = z_t - (t - t_e) v."""
+    if parameterisation == "velocity":
+        return torch.ones_like(t)
+    gamma = (1 - t_s) / (1 - t_e)
+    kappa = t_s - gamma * t_e if parameterisation == "ddim_eps" else (t_s**2 - (gamma * t_e) ** 2).sqrt()
+    return (t_s - t + gamma * (t - t_e)) / kappa

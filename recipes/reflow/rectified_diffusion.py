@@ -1,0 +1,104 @@
+"""Rectified Diffusion (Wang et al. 2024, arXiv 2410.07303): retrain on the teacher's pairs, in data prediction.
+
+What one step needs is not a straight path but one along which eps stays: then DDIM is exact. Minimises
+E PHe( x_t + (t_e - t) v(x_t, t) - x_e ), the prediction of the end against the end. full: from noise to the data of
+pairs. phased: in each of K phases, from real data noised to its start to where steps of the teacher, online, take it.
+
+Deviations: of the linear path. In its coordinates x/(alpha + sigma), t = sigma/(alpha + sigma), the DDIM line of any
+schedule is the straight line, and eps-, data- and v-predictions have one optimum: the student is a velocity field, with
+the weight (t - t_e) on its error of the data prediction. t is uniform in linear time, theirs in the index of a VP
+schedule. No condition is dropped: students are not guided here. Their third stage is consistency/consistency.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor
+
+from distill import distances, windows
+from distill.interpolants import like
+from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
+from distill.times import discrete, uniform, uniform_grid, window_grids
+from distill.windows import Segment
+
+
+class Config(BaseModel):
+    """Options of reflow/rectified_diffusion."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    form: Literal["full", "phased"] = "full"
+    """full: from pairs; phased: window by window, from data and the teacher"""
+    phases: PositiveInt | None = None
+    """equal windows of time of phased, K; the student takes K steps or more; null: 4"""
+    solver_steps: PositiveInt | None = None
+    """Euler steps of the teacher in each phase; null: 10"""
+    times: Literal["uniform", "grid"] = "uniform"
+    """of training; grid: those of the teacher's steps, under phased"""
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    """of the teacher, baked into the student of phased; 1 = none"""
+    distance: Literal["pseudo_huber_elementwise", "l2"] = "pseudo_huber_elementwise"
+    """between predicted and true end, per sample"""
+    huber_c: PositiveFloat | None = None
+    """c of the pseudo-Huber distance; null: 0.001"""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        phased = {"phases", "solver_steps", "times", "guidance_scale"} & self.model_fields_set
+        if self.form == "full" and phased:
+            raise ValueError(f"{', '.join(sorted(phased))}: no effect with form: full; remove, or use phased")
+        if self.distance == "l2" and self.huber_c is not None:
+            raise ValueError("huber_c has no effect with distance: l2; remove it, or use pseudo_huber_elementwise")
+        return self
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"teacher", "pairs"} if self.form == "full" else {"teacher", "data"})
+
+    @property
+    def student(self) -> str:
+        return "velocity"
+
+
+class Recipe:
+    sampler = "euler"
+
+    def __init__(self, config: Config, teacher: Teacher | None) -> None:
+        self.config, self.steps = config, config.solver_steps or 10
+        self.borders = uniform_grid(1 if config.form == "full" else config.phases or 4)
+        self.teacher = None if teacher is None or config.form == "full" else teacher.guided(config.guidance_scale)
+
+    def networks(self, init: Init) -> dict[str, Role]:
+        return {"student": Trained(init.velocity_field())}
+
+    def turns(self, step: int, images: int) -> Iterator[Turn]:
+        yield Turn("student", self.loss)
+
+    def t_grids(self, times: Sequence[float] | None) -> Mapping[int, Sequence[float]]:
+        return {} if self.config.form == "full" else window_grids(self.borders)
+
+    def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
+        with torch.no_grad():
+            t, segment = self.across(batch, ctx)
+        x_t = segment.at(t)
+        end = x_t + like(segment.t_e - t, x_t) * nets["student"](x_t, t, batch.cond)
+        return Loss(self.distance(end, segment.end).mean())
+
+    def across(self, batch: Batch, ctx: Context) -> tuple[Tensor, Segment]:
+        """Times t [B], and the teacher's path across the phase of each."""
+        if self.config.form == "full":
+            assert batch.pairs is not None
+            t = uniform(ctx.draw.uniform("t", batch.pairs.data))
+            return t, Segment(batch.pairs.noise, batch.pairs.data, torch.ones_like(t), torch.zeros_like(t))
+        assert batch.data is not None and self.teacher is not None
+        data, u, noise = batch.data, ctx.draw.uniform("t", batch.data), ctx.draw.normal("noise", batch.data)
+        t = uniform(u) if self.config.times == "uniform" else discrete(u, (len(self.borders) - 1) * self.steps)
+        cond, borders = batch.cond, self.borders
+        return t, windows.solve(self.teacher, data, noise, t, cond, borders=borders, solver="euler", steps=self.steps)
+
+    def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
+        if self.config.distance == "l2":
+            return distances.mse(prediction, target)
+        return distances.pseudo_huber_elementwise(prediction, target, self.config.huber_c or 1e-3)

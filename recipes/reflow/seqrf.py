@@ -1,0 +1,69 @@
+"""SeqRF (Yoon & Lee 2024, arXiv 2402.06461): reflow on each of K segments of time, from stored segments of paths.
+
+Minimises E || v(x_t, t) - (x_s - x_e)/(t_s - t_e) ||^2 / d over segments, with x_e = ODE(x_s) from t_s to t_e < t_s and
+x_t on the line between the two, t uniform. Paths that bend less within a segment have a smaller error over all; where
+the minimum is zero, one Euler step a segment is the teacher's map. `times_per_segment: 1` is their distillation of
+each segment to one step.
+
+Deviations: which starts the authors use is unverified. Both are possible, by the pairs: `paths: segments` begin with
+noised real data, `paths: trajectories` lie on the teacher's own paths, of which each sample takes one segment at
+random. All segments are as likely, whatever their length. The number of segments is up to the pairs' `times`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
+from distill import distances
+from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
+from distill.times import discrete, window_grids
+from distill.windows import Segment
+
+
+class Config(BaseModel):
+    """Options of reflow/seqrf."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    times_per_segment: PositiveInt | None = None
+    """train at so many times of a segment, equally far apart, its start the first; 1: for K steps only; null: at all"""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"teacher", "pairs", "states"})
+
+    @property
+    def student(self) -> str:
+        return "velocity"
+
+
+class Recipe:
+    sampler = "euler"
+
+    def __init__(self, config: Config, teacher: Teacher | None) -> None:
+        self.config = config
+
+    def networks(self, init: Init) -> dict[str, Role]:
+        return {"student": Trained(init.velocity_field())}
+
+    def turns(self, step: int, images: int) -> Iterator[Turn]:
+        yield Turn("student", self.loss)
+
+    def t_grids(self, times: Sequence[float] | None) -> Mapping[int, Sequence[float]]:
+        if times is None:
+            return {}
+        borders = torch.tensor(times, dtype=torch.float64)
+        return window_grids(borders, most=1 if self.config.times_per_segment == 1 else 16)
+
+    def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
+        assert batch.pairs is not None and batch.pairs.states is not None and batch.pairs.times is not None
+        states, times, student = batch.pairs.states, batch.pairs.times, nets["student"]  # [B, K + 1, ...], [B, K + 1]
+        num_segments, rows = states.shape[1] - 1, torch.arange(len(states), device=states.device)
+        k = (ctx.draw.uniform("segment", times) * num_segments).long().clamp(max=num_segments - 1)  # [B]
+        segment = Segment(states[rows, k], states[rows, k + 1], times[rows, k], times[rows, k + 1])
+        u, levels = ctx.draw.uniform("t", times), self.config.times_per_segment
+        t = torch.lerp(
+            segment.t_e, segment.t_s, 1 - u if levels is None else discrete(u, levels)
+        )  # [B], t_e < t <= t_s
+        return Loss(distances.mse(student(segment.at(t), t, batch.cond), segment.velocity).mean())
