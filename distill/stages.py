@@ -157,7 +157,8 @@ def check(spec: RunSpec, base: Path) -> None:
                 if teacher is not None:
                     teacher.guided(registry.guidance_scale(workflow.recipe_config(stage, base)))
                 if stage.init is None:
-                    _t_grids(spec, name, stage, _check_networks(stage, teacher, data, base))
+                    recipe = _check_networks(stage, teacher, data, base)
+                    _t_grids(spec, name, recipe, pairspec.times_of(spec, stage))
             except InputError as error:
                 raise InputError(f"stages.{name}: {error}") from error
 
@@ -173,9 +174,12 @@ def _check_networks(stage: TrainStage, teacher: LoadedTeacher | None, data: Data
     return recipe
 
 
-def _t_grids(spec: RunSpec, name: str, stage: TrainStage, recipe: Recipe) -> dict[int, list[float]]:
-    """The times of its student's own; refuses, before hours are spent, evaluations that it will not be made for."""
-    t_grids = sampling.own_grids(recipe, pairspec.times_of(spec, stage))
+def _t_grids(spec: RunSpec, name: str, recipe: Recipe, times: list[float] | None) -> dict[int, list[float]]:
+    """The times of its student's own; refuses, before hours are spent, evaluations that it will not be made for.
+
+    times: of the states of its pairs, if all have the same.
+    """
+    t_grids = sampling.own_grids(recipe, times)
     for evaluation, each in spec.stages.items():
         if isinstance(each, EvaluateStage) and name in each.students:
             sampling.refuse_steps(t_grids, each.students[name], f"stages.{evaluation}.students.{name}")
@@ -245,7 +249,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
         license="" if teacher is None else teacher.license,
         kind=config.student,
         sampler=recipe.sampler,
-        t_grids=_t_grids(work.spec, work.name, stage, recipe),
+        t_grids=_t_grids(work.spec, work.name, recipe, sources.pair_times(work.run, work.spec, work.name)),
         shape=samples.shape,
         num_classes=init.num_classes,
         null_class=init.null_class,
@@ -273,6 +277,9 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
     training = _training(work, stage, CPU if launch.divide_teacher else work.device)  # whole, it might not fit there
     zero = Zero(launch.zero_stage, launch.divide_teacher, launch.zero_persistence_threshold, launch.offload_optimizer)
     probe = memory.Probe(zero, work.world.size) if work.measure else None
+    times = sources.pair_times(work.run, work.spec, work.name)
+    if work.world.first and times is not None:
+        write_json(work.run.stage(work.name).times, times)  # an export needs them when the pairs are deleted
     source, digests = sources.batches(
         work.run, stage, seed=work.seed, data=training.data, teacher_digest=training.card.teacher_digest
     )
