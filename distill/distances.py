@@ -1,7 +1,7 @@
 """Distances per sample: prediction and target [B, ...] -> [B]. Zero exactly where the two are equal."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -91,6 +91,11 @@ class Lpips(nn.Module):
             raise InputError(f"LPIPS trunk {path} is not torchvision's {trunk}: {', '.join(wrong)}")
         return {name: given[source] for name, source in sources.items()}
 
+    @staticmethod
+    def takes(shape: Sequence[int]) -> bool:
+        """Whether it compares samples of this shape: images of one or three channels."""
+        return len(shape) == 3 and shape[0] in (1, 3)
+
     def train(self, mode: bool = True) -> "Lpips":
         """Always in eval: the heads have a dropout."""
         return super().train(False)
@@ -116,7 +121,7 @@ class Lpips(nn.Module):
 
     def _prepare(self, images: Tensor) -> Tensor:
         """[B, 1 or 3, H, W] -> [B, 3, >= 64, >= 64] float32."""
-        if images.ndim != 4 or images.shape[1] not in (1, 3):
+        if not self.takes(images.shape[1:]):
             raise ValueError(f"LPIPS compares images [B, 1 or 3, H, W], got {list(images.shape)}")
         images = images.float().expand(-1, 3, -1, -1)
         shorter = min(images.shape[2:])

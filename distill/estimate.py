@@ -74,7 +74,7 @@ def _stage(
     samples = given if "pairs" in config.needs or data is None else data
     assert samples is not None, "workflow.check lets no such spec through"
     origin = _student(found, stage.init) if stage.init is not None else given
-    init = StudentInit(origin, stage.network, samples.shape, samples.num_classes, 0, given)
+    init = StudentInit(origin, stage.network, samples.shape, samples.num_classes, 0, given, stage.dropout)
     roles = module.Recipe(config, given).networks(init)
     trained = {name: role.module for name, role in roles.items() if isinstance(role, Trained)}
     sizes = {name: [p.numel() for p in network.parameters()] for name, network in trained.items()}

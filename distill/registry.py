@@ -76,6 +76,19 @@ def guidance_scale(config: RecipeConfig) -> float:
     return config.guidance_scale if isinstance(config, Guiding) else 1.0
 
 
+@runtime_checkable
+class Coupling(Protocol):
+    """A Config under which a loss looks at blocks of consecutive samples of the global batch, and needs them whole."""
+
+    @property
+    def rows_together(self) -> int: ...  # samples of a block; 1: each by itself
+
+
+def rows_together(config: RecipeConfig) -> int:
+    """The samples that a micro-batch must hold, or a multiple of them."""
+    return config.rows_together if isinstance(config, Coupling) else 1
+
+
 def package_folder() -> Path:
     """The folder of the package `recipes`, found without importing it."""
     found = importlib.util.find_spec("recipes")

@@ -202,6 +202,8 @@ class TrainStage(Frozen):
     """stage whose student's weights to start from; null: the teacher's, or `network`"""
     network: NetworkSpec | None = None
     """a fresh network; null: in the shape of, and with the weights of, init or the teacher"""
+    dropout: Fraction | None = None
+    """of the student's features in training, where it starts from init or the teacher; null: as theirs"""
     pairs: Name | dict[Name, Fraction] | None = None
     """stage whose pairs to train on; or several, with the part of each in every batch: {pairs: 0.8, forward: 0.2}"""
     images: PositiveInt

@@ -168,7 +168,7 @@ def _check_networks(stage: TrainStage, teacher: LoadedTeacher | None, data: Data
     samples = teacher if "pairs" in config.needs or data is None else data
     assert samples is not None, "workflow.check lets no such spec through"
     given = teacher_on_linear_path(teacher) if "teacher" in config.needs and teacher is not None else None
-    init = StudentInit(given, stage.network, samples.shape, samples.num_classes, 0, given)
+    init = StudentInit(given, stage.network, samples.shape, samples.num_classes, 0, given, stage.dropout)
     recipe: Recipe = module.Recipe(config, given)
     recipe.networks(init)
     return recipe
@@ -235,7 +235,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
     data = datasets.load(work.spec.data, work.spec.seed) if "data" in config.needs else None
     samples = teacher if "pairs" in config.needs or data is None else data
     assert samples is not None, "workflow.check lets no such stage through"
-    init = StudentInit(origin, stage.network, samples.shape, samples.num_classes, work.seed, teacher)
+    init = StudentInit(origin, stage.network, samples.shape, samples.num_classes, work.seed, teacher, stage.dropout)
     calls = Counted(teacher.field) if teacher is not None and work.measure else None
     recipe = module.Recipe(config, teacher if teacher is None or calls is None else replace(teacher, field=calls))
     card = StudentCard(

@@ -42,6 +42,18 @@ def karras_grid(steps: int, sigma_max: float = 80.0, sigma_min: float = 0.002, r
     return _ending_at_zero(sigma / (1 + sigma))
 
 
+def sigmoid_grid(steps: int, sharpness: float) -> Tensor:
+    """[steps + 1] from 1 to 0, t_i = (s(k/2 - k i/N) - s(-k/2)) / (s(k/2) - s(-k/2)), s the logistic function and k the
+    sharpness: dense at both ends, uniform as k goes to 0 (Kim et al. 2024, arXiv 2410.07815).
+    """
+    _check_steps(steps)
+    if sharpness <= 0:
+        raise ValueError(f"sharpness must be positive, got {sharpness}")
+    i = torch.arange(steps + 1, dtype=torch.float64)
+    bent = torch.tanh(sharpness / 4 * (steps - 2 * i) / steps)  # s(x) = 1/2 + tanh(x/2)/2: symmetric to the last bit
+    return (1 + bent / bent[0]) / 2
+
+
 def shifted(t: Tensor, shift: float) -> Tensor:
     """t' = S t / (1 + (S - 1) t): sigma/alpha times S (Esser et al. 2024, arXiv 2403.03206, sec. 5.3.2). Any shape."""
     if shift <= 0:
@@ -122,15 +134,15 @@ def nearer(t: Tensor, closeness: float, k: float = 8.0, b: float = 1.0) -> Tenso
     return ratio / (1 + ratio)
 
 
-def law(name: str, mean: float | None = None, std: float | None = None) -> Callable[[Tensor], Tensor]:
-    """The law of that name; mean (null: 0) and std (null: 1) are those of logit_normal."""
+def law(name: str, mu: float | None = None, sigma: float | None = None) -> Callable[[Tensor], Tensor]:
+    """The law of that name; mu (null: 0) and sigma (null: 1) are mean and standard deviation of logit_normal."""
     laws: dict[str, Callable[[Tensor], Tensor]] = {"uniform": uniform, "u_shaped": u_shaped, "exp10": exp10}
     if name == "logit_normal":
-        return partial(logit_normal, mean=0.0 if mean is None else mean, std=1.0 if std is None else std)
+        return partial(logit_normal, mean=0.0 if mu is None else mu, std=1.0 if sigma is None else sigma)
     if name not in laws:
         raise ValueError(f"unknown time law '{name}': {suggest(name, [*laws, 'logit_normal'])}")
-    if mean is not None or std is not None:
-        raise ValueError(f"mean and std have no effect on the time law {name}")
+    if mu is not None or sigma is not None:
+        raise ValueError(f"mu and sigma have no effect with time_law: {name}; remove them or use logit_normal")
     return laws[name]
 
 

@@ -122,7 +122,7 @@ def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
             yield from _recipe(stage, config, registry.load(stage.recipe, base).Recipe.sampler, where)
             yield from _train(spec, stage, needs, where)
             yield from _guidance(spec, stage, registry.guidance_scale(config), base, f"{where}.options")
-            yield from _lengths(spec, stage, where)
+            yield from _lengths(spec, stage, registry.rows_together(config), where)
         elif isinstance(stage, PairsStage):
             used |= {"teacher"} if stage.teacher is None else set()
             used |= {"data"} if stage.paths in pairspec.OF_DATA else set()
@@ -300,6 +300,8 @@ def _train(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: str) 
 
 
 def _network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, where: str) -> Iterator[str]:
+    if stage.dropout is not None:
+        yield f"{where}: a fresh network has its own dropout, so that of the stage has no effect; remove it"
     vectors = stage.teacher is None and isinstance(spec.teacher, GaussianTeacher | MixtureTeacher)
     side = {"digits": 8, "mnist": 28}.get(spec.data.kind)
     if isinstance(spec.data, ImagesData | HfData):
@@ -342,9 +344,10 @@ def _launch(spec: RunSpec) -> Iterator[str]:
             yield f"launch.{name}: {given[name]} given for training, but no stage trains; remove it"
 
 
-def _lengths(spec: RunSpec, stage: TrainStage, where: str) -> Iterator[str]:
+def _lengths(spec: RunSpec, stage: TrainStage, rows_together: int, where: str) -> Iterator[str]:
     batch, procs, optimizer = stage.batch_size, spec.launch.world_size, stage.optimizer
     micro = spec.launch.micro_batch
+    samples = micro or batch // procs
     if stage.images % batch:
         nearest = max(batch, round(stage.images / batch) * batch)
         yield f"{where}.images: {stage.images} is not a multiple of batch_size ({batch}); nearest: {nearest}"
@@ -354,6 +357,11 @@ def _lengths(spec: RunSpec, stage: TrainStage, where: str) -> Iterator[str]:
     elif micro is not None and batch // procs % micro:
         each = f"{batch}" if procs == 1 else f"{batch} / {procs} processes = {batch // procs}"
         yield f"launch.micro_batch: {micro} does not divide {where}.batch_size ({each})"
+    elif samples % rows_together:
+        yield (
+            f"{where}: {stage.recipe} couples samples in blocks of {rows_together}, and micro-batches of {samples} do not "
+            f"hold whole ones; make batch_size / processes, or launch.micro_batch, a multiple of {rows_together}"
+        )
     if optimizer.warmup_images >= stage.images:
         yield (
             f"{where}.optimizer.warmup_images: {optimizer.warmup_images} of {stage.images} images; "

@@ -53,7 +53,8 @@ FIELDS = {
     "unknown key": (
         ["stages.teach.imges=5"],
         "stages.teach.imges=5: stages.teach has no 'imges'; did you mean 'images'? valid: batch_size, checkpoint, "
-        "ema_half_lives, export, images, init, kind, network, optimizer, options, pairs, precision, recipe, teacher",
+        "dropout, ema_half_lives, export, images, init, kind, network, optimizer, options, pairs, precision, recipe, "
+        "teacher",
     ),
     "unknown section": (
         ["lunch.device=cpu"],
@@ -101,7 +102,8 @@ FIELDS = {
     ),
     "unknown option": (
         ["stages.reflow.options.distanse=l2"],
-        SPEC + "stages.reflow.options.distanse: unknown key; did you mean 'distance'? valid: distance, time_law",
+        SPEC + "stages.reflow.options.distanse: unknown key; did you mean 'distance'? valid: data_weight, "
+        "distance, mu, sigma, time_law",
     ),
     "option without effect": (
         ["stages.teach.options.mu=1"],

@@ -53,6 +53,9 @@ def test_recipe(name, check, tmp_path):
 
 
 OTHER_OPTIONS = [
+    ("reflow/reflow", {"data_weight": 0.1, "time_law": "logit_normal", "distance": "pseudo_huber"}),
+    ("reflow/rf_plus_plus", {"sampler": "same_noise"}),
+    ("reflow/simple_reflow", {"project_block": 4, "sharpness": None, "high_pass_weight": 0.0}),
     ("consistency/consistency", {"times": "continuous", "halving_images": 16, "target_decay": 0.9}),
     ("consistency/consistency", {"point": "data", "distance": "l2"}),
     ("shortcut/shortcut", {"base": "two_steps", "grid": 4, "target_decay": None}),
@@ -145,13 +148,13 @@ WRONG = {
     "builds": ('frozenset({"teacher", "pairs"})', 'frozenset({"images"})', "needs"),
     "is_right": ("", "", "declares no closed-form check"),
     "learns": (
-        "student(x_t, t, batch.cond)",
-        "student(x_t, t, batch.cond).detach().requires_grad_()",
+        "student(x_t, t, cond)",
+        "student(x_t, t, cond).detach().requires_grad_()",
         "nothing reaches",
     ),
     "draws_only_what_it_is_given": ('ctx.draw.uniform("t", data)', "__import__('torch').rand(len(data))", "ctx.draw"),
-    "splits": (".mean())", ".mean().sqrt())", "sample by sample"),
-    "resumes": ("v).mean()", 'v).mean() * vars(self).setdefault("seen", ctx.step + 1)', "differs after a resume"),
+    "splits": (", v).mean()", ", v).mean().sqrt()", "sample by sample"),
+    "resumes": ("Loss(on_pairs)", 'Loss(on_pairs * vars(self).setdefault("seen", ctx.step + 1))', "after a resume"),
 }
 
 

@@ -84,7 +84,7 @@ def oracle_data(shape, seed=7):
 
 def context(rows, step=3, u=None):
     draw = StepDraw(0, step, 0, rows if isinstance(rows, Rows) else Rows(0, rows, rows))
-    every = dict.fromkeys(("t", "dropped"), u) if u is not None else {}
+    every = dict.fromkeys(("t", "real_t", "dropped"), u) if u is not None else {}
     return StepContext(step, 0, exact.Draws(draw, {}, every), {})
 
 
@@ -185,7 +185,7 @@ def test_flow_matching_leaves_an_unconditional_network_alone():
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("distance", ["l2", "pseudo_huber"])
-@pytest.mark.parametrize("law", ["uniform", "u_shaped", "exp10"])
+@pytest.mark.parametrize("law", ["uniform", "u_shaped", "exp10", "logit_normal"])
 def test_reflow_loss_is_zero_at_the_straight_field_only(shape, distance, law):
     options, batch = {"distance": distance, "time_law": law}, oracle_pairs(shape)
     assert loss(reflow, options, Student(v2), batch, context(shape[0])) < 1e-12  # T07
@@ -209,6 +209,47 @@ def test_reflow_law_of_times_is_the_one_named():
         assert t.mean().item() == pytest.approx(mean, abs=0.01)
         if law in variances:
             assert t.var().item() == pytest.approx(variances[law], abs=0.003)
+    student = Student(v2)
+    logit_normal = {"time_law": "logit_normal", "mu": 1.0, "sigma": 0.5}
+    loss(reflow, logit_normal, student, oracle_pairs((20_000, 1)), context(20_000))
+    logits = student.seen[1].double().logit()
+    assert logits.mean().item() == pytest.approx(1, abs=0.02) and logits.std().item() == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize("distance", ["l2", "pseudo_huber"])
+def test_reflow_adds_the_flow_matching_of_real_data_with_its_own_labels(distance):
+    pairs, data = oracle_pairs((64, 3)).pairs, oracle_data((64, 3)).data
+    batch = Batch(data, pairs, {"class_labels": torch.zeros(64)}, {"class_labels": torch.ones(64)})
+    seen = []
+
+    class Both(Student):
+        def forward(self, x_t, t, cond):
+            seen.append((x_t, t, cond["class_labels"]))
+            return v2(x_t, t)
+
+    recipe = reflow.Recipe(reflow.Config(data_weight=0.1, distance=distance), None)
+    made = recipe.loss({"student": Both(v2)}, batch, context(64))
+    (x_pairs, t_pairs, of_pairs), (x_data, t_data, of_data) = seen
+    assert torch.equal(of_pairs, torch.zeros(64)) and torch.equal(of_data, torch.ones(64))
+    assert not torch.equal(t_pairs, t_data) and not torch.equal(x_pairs, x_data)
+    noise = (x_data - like(1 - t_data.double(), data) * data) / like(t_data.double(), data)
+    assert noise.mean().abs() < 0.3 and noise.std().item() == pytest.approx(1, abs=0.2)
+    expected = (v2(x_data, t_data) - (noise - data)).square().mean()  # squared, whatever the distance of the pairs
+    assert made.logs["pairs"] < 1e-12 and made.logs["data"].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert made.total.item() == pytest.approx(0.1 * expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("t", [0.25, 0.75])
+@pytest.mark.parametrize("weight", [0.1, 3.0])
+def test_real_data_draws_reflow_towards_the_velocity_of_the_marginals(t, weight):
+    """Both fields are -m at x = (1 - t) m; the slope is their mean, weighted with the variances of x_t."""
+    count = 200_000
+    batch = Batch(oracle_data((count, 1)).data, oracle_pairs((count, 1)).pairs, {})
+    fitted = fit(reflow, {"data_weight": weight}, batch, t)
+    of_pairs, of_data = ((1 - t) * ROOT + t) ** 2, weight * ((1 - t) ** 2 * LAMBDA + t**2)
+    expected = (of_pairs * coefficients(v2, t) + of_data * coefficients(v1, t)) / (of_pairs + of_data)
+    assert (fitted - expected).abs().max() < 0.01
+    assert min((coefficients(v, t) - expected).abs().max() for v in (v1, v2)) > 0.02
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
@@ -329,6 +370,8 @@ def test_label_dropout_without_classes_is_refused():
         (flow_matching, {"label_dropout": 1.5}, "less than or equal to 1"),
         (flow_matching, {"time_law": "u_shaped"}, "'uniform' or 'logit_normal'"),
         (reflow, {"distance": "lpips"}, "'l2' or 'pseudo_huber'"),
+        (reflow, {"sigma": 1.0}, "mu and sigma have no effect with time_law: uniform; remove them or use logit_normal"),
+        (reflow, {"data_weight": 0}, "greater than 0"),
         (reflow, {"steps": 2}, "Extra inputs are not permitted"),
         (one_step, {"steps": 0}, "greater than 0"),
         (one_step, {"lpips_heads": True}, "lpips_heads: no effect with distance: l2; remove, or use l2+lpips"),
@@ -359,6 +402,8 @@ def test_lpips_options_without_effect_are_refused(lpips_options):
 def test_configs_say_what_they_need_and_survive_being_written_out(module, needs):
     config = module.Config()
     assert config.needs == needs and config.student == "velocity"
+    if module is reflow:
+        assert module.Config(data_weight=0.1).needs == needs | {"data"}
     assert module.Config(**config.model_dump(mode="json")) == config  # a resolved spec can be run again
     for name, field in module.Config.model_fields.items():
         assert field.description, f"option {name} says nothing of itself"

@@ -102,8 +102,8 @@ def test_mistakes_are_listed_one_per_line():
         "  data: kind is 'digit'; did you mean 'digits'? valid: digits, hf, images, mnist, none",
         "  stages.a.recipe: missing (a file of recipes/, like reflow/reflow, or a path ./mine.py)",
         "  stages.a.images: missing (training length in images)",
-        "  stages.a.imges: unknown key; did you mean 'images'? valid: batch_size, checkpoint, ema_half_lives, export, "
-        "images, init, kind, network, optimizer, options, pairs, precision, recipe, teacher",
+        "  stages.a.imges: unknown key; did you mean 'images'? valid: batch_size, checkpoint, dropout, "
+        "ema_half_lives, export, images, init, kind, network, optimizer, options, pairs, precision, recipe, teacher",
         "  stages.b: 5 given; must be a mapping",
         "  lunch: unknown key; did you mean 'launch'? valid: data, launch, name, seed, stages, teacher",
     ]

@@ -157,6 +157,17 @@ def test_a_recipe_bakes_guidance_in_too(tmp_path, recipe):
     assert "| guidance | scale 2.0, baked in |" in text and f"`{recipe}`" in text
 
 
+def test_a_student_trains_with_a_dropout_of_its_own(tmp_path):
+    student = {**REFLOW, "network": None, "teacher": "teach", "images": 32}
+    teach = {**TEACH, "network": {**TEACH["network"], "dropout": 0.5}}
+    pairs = {**PAIRS, "teacher": "teach"}
+    given = spec(None, {"kind": "digits"}, teach=teach, pairs=pairs, wet=student, dry={**student, "dropout": 0.0})
+    run = go(tmp_path, given)
+    configs = {name: json.loads((run.student(name) / "unet" / "config.json").read_text()) for name in given.stages
+               if name != "pairs"}  # fmt: skip
+    assert {name: config["dropout"] for name, config in configs.items()} == {"teach": 0.5, "wet": 0.5, "dry": 0.0}
+
+
 def test_the_terms_of_a_teacher_pass_on_to_its_students(tmp_path):
     """From the model card of a checkpoint to its student, and from that to the student's own."""
     teacher = tmp_path / "teacher"

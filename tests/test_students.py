@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from distill import teachers
@@ -256,6 +257,32 @@ def test_a_wrapped_teacher_survives_save_and_load_bitwise(kind, tmp_path):
         assert torch.equal(student(x, t, COND), loaded(x, t, COND))
         number = student.network(x, 250, COND["class_labels"], return_dict=False)[0]  # as a pipeline calls it
         assert torch.equal(number, student(x, torch.full((5,), 0.25), COND))
+
+
+@pytest.mark.parametrize("kind", ["velocity", *WRAPPED])
+def test_a_student_has_the_dropout_that_it_is_given_and_the_weights_of_its_source(kind):
+    def dropouts(module):
+        """Of its residual blocks; attention has none."""
+        return {each.dropout.p for each in module.modules() if isinstance(each, ResnetBlock2D)}
+
+    source = teacher(kind)
+    init = StudentInit(source, None, (1, 8, 8), 3, 0, source, 0.25)
+    student, same = init.velocity_field(), started(kind)
+    assert dropouts(student) == {0.25} == dropouts(init.flow_map()) and dropouts(init.critic()) == {0.0}
+    assert student.network.config.dropout == 0.25  # and so it is exported
+    assert equal(student.network, same.network) and student.training
+    x, t = torch.randn(5, 1, 8, 8), torch.full((5,), 0.5)
+    with torch.no_grad():
+        assert not torch.equal(student(x, t, COND), student(x, t, COND))
+        assert torch.equal(student.eval()(x, t, COND), same.eval()(x, t, COND))
+
+
+def test_dropout_of_a_network_without_any_is_refused():
+    network = build(MLP, (2,), None, seed=0)
+    field = NetworkField(network, linear(), "velocity", 1000.0)
+    source = LoadedTeacher(field, (2,), None, None, "0" * 64, "an mlp", network)
+    with pytest.raises(InputError, match="dropout: an mlp is a network without dropout; remove it"):
+        StudentInit(source, None, (2,), None, 0, None, 0.1).velocity_field()
 
 
 # --- flow maps ---

@@ -111,7 +111,9 @@ def test_a_law_by_name_is_that_law():
     assert torch.equal(times.law("logit_normal")(u), times.logit_normal(u))
     with pytest.raises(ValueError, match="unknown time law 'exp': did you mean 'exp10'"):
         times.law("exp")
-    with pytest.raises(ValueError, match="mean and std have no effect on the time law uniform"):
+    with pytest.raises(
+        ValueError, match="mu and sigma have no effect with time_law: uniform; remove them or use logit_normal"
+    ):
         times.law("uniform", 0.0)
 
 
@@ -202,6 +204,17 @@ def test_karras_grid_is_edms_noise_levels():
     assert times.karras_grid(1).tolist() == pytest.approx([80 / 81, 0])
 
 
+@pytest.mark.parametrize("sharpness", [0.5, 8.0, 20.0])
+def test_sigmoid_grid_is_its_formula_symmetric_with_exact_ends(sharpness):
+    for steps in (1, 2, 3, 4, 9, 16):
+        grid = times.sigmoid_grid(steps, sharpness)
+        sigmoid = [1 / (1 + math.exp(-sharpness * (0.5 - i / steps))) for i in range(steps + 1)]
+        assert grid.tolist() == pytest.approx([(s - sigmoid[-1]) / (sigmoid[0] - sigmoid[-1]) for s in sigmoid])
+        assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all()
+        assert torch.equal(grid + grid.flip(0), torch.ones(steps + 1, dtype=torch.float64))
+    assert (times.sigmoid_grid(7, 1e-3) - times.uniform_grid(7)).abs().max() < 1e-8
+
+
 def test_shift_multiplies_sigma_and_its_inverse_is_the_inverse_shift():
     t = times.uniform_grid(10)
     moved = times.shifted(t, 3.0)
@@ -220,5 +233,7 @@ def test_grids_refuse_what_is_no_grid():
         times.uniform_grid(4, 0.4, 0.5)
     with pytest.raises(ValueError, match="need 0 < sigma_min < sigma_max and rho > 0, got 2.0, 1.0, 7.0"):
         times.karras_grid(4, 1.0, 2.0)
+    with pytest.raises(ValueError, match="sharpness must be positive, got 0"):
+        times.sigmoid_grid(4, 0.0)
     with pytest.raises(ValueError, match="shift must be positive, got 0"):
         times.shifted(times.uniform_grid(2), 0.0)

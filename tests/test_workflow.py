@@ -100,7 +100,8 @@ CASES = {
     ),
     "unknown option": (
         vectors(r={"options": {"distanse": "l2"}}),
-        "stages.r.options.distanse: unknown key; did you mean 'distance'? valid: distance, time_law",
+        "stages.r.options.distanse: unknown key; did you mean 'distance'? valid: data_weight, distance, mu, "
+        "sigma, time_law",
     ),
     "wrong option": (
         vectors(r={"options": {"distance": "l3"}}),
@@ -158,6 +159,10 @@ CASES = {
     "nothing to start from": (
         images(t={"network": None}),
         "stages.t: nothing to start from; give network (fresh weights) or init (an earlier train stage)",
+    ),
+    "dropout of a fresh network": (
+        vectors(r={"dropout": 0.1}),
+        "stages.r.network: a fresh network has its own dropout, so that of the stage has no effect; remove it",
     ),
     "teacher without weights": (
         vectors(r={"network": None}),

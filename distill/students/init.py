@@ -21,7 +21,8 @@ from distill.teachers.network_field import EdmField, NetworkField
 
 
 class StudentInit:
-    """Fits `protocols.Init`. `network` given: fresh weights keyed by `seed`; else a copy of the source's.
+    """Fits `protocols.Init`. `network` given: fresh weights keyed by `seed`; else a copy of the source's, with its
+    dropout or, if given, another.
 
     The critic starts as the teacher, if that has weights, whatever the student starts as.
     `num_classes` and `null_class` are those of the networks it makes: K classes of a fresh one have null class K.
@@ -35,8 +36,10 @@ class StudentInit:
         num_classes: int | None,
         seed: int,
         teacher: LoadedTeacher | None = None,
+        dropout: float | None = None,
     ) -> None:
         self.source, self.network, self.shape, self.seed, self.teacher = source, network, shape, seed, teacher
+        self.dropout = dropout
         self.num_classes: int | None = num_classes
         self.null_class: int | None = num_classes
         if network is not None:
@@ -73,14 +76,14 @@ class StudentInit:
                     f"{self.source.description} is a flow map; use a teacher with weights, or a fresh `network`"
                 )
             return Critic(self.velocity_field(), self.seed)
-        return Critic(VelocityStudent(_copied(self.teacher)), self.seed)
+        return Critic(VelocityStudent(_copied(self.teacher, None)), self.seed)
 
     def _network(self) -> ModelMixin:
         """On the linear path."""
         if self.network is not None:
             return build(self.network, self.shape, self.num_classes, self.seed)
         assert self.source is not None
-        return _copied(self.source)
+        return _copied(self.source, self.dropout)
 
     def null(self, cond: Cond) -> Cond:
         """The condition of the unconditional call; an unconditional network's is its only one."""
@@ -94,10 +97,14 @@ class StudentInit:
         return {**cond, "class_labels": torch.full_like(cond["class_labels"], self.null_class)}
 
 
-def _copied(source: LoadedTeacher | LoadedStudent) -> ModelMixin:
-    """A trainable copy of its network, of the linear path."""
+def _copied(source: LoadedTeacher | LoadedStudent, dropout: float | None) -> ModelMixin:
+    """A trainable copy of its network, of the linear path; dropout: its own instead of the source's."""
     assert source.network is not None
     network = _of_linear_path(source)
+    if dropout is not None:
+        if "dropout" not in network.config:
+            raise InputError(f"dropout: {source.description} is a network without dropout; remove it")
+        network = type(network).from_config(network.config, dropout=dropout)
     network.load_state_dict(source.network.state_dict(), strict=True)
     return network.to(source.network.device).train()
 

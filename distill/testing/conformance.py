@@ -36,14 +36,12 @@ def builds(subject: Subject, folder: Path) -> None:
     """From its defaults; what it says of itself is possible, true, and survives being written out."""
     config, described = subject.config(), registry.describe(subject.recipe, subject.base)
     assert config.needs <= set(described.needs) <= set(registry.NEEDS), f"needs {config.needs}"
-    assert subject.module.Recipe.sampler in SAMPLERS[config.student], (
-        f"{config.student} by {subject.module.Recipe.sampler}"
-    )
     assert all(option.meaning for option in described.options), "an option says nothing of itself"
     assert isinstance(config, BaseModel)
     written = config.model_dump(mode="json", exclude_unset=True)
     assert registry.configure(subject.recipe, subject.module, written, "again") == config
     recipe, init, _ = start(subject)
+    assert recipe.sampler in SAMPLERS[config.student], f"{config.student} by {recipe.sampler}"
     roles = recipe.networks(init)
     assert isinstance(roles.get("student"), Trained), f"roles {roles}"
     assert all(isinstance(role, Trained | Frozen | Copy) for role in roles.values())
@@ -119,8 +117,8 @@ def resumes(subject: Subject, folder: Path) -> None:
 def travels(subject: Subject, folder: Path) -> None:
     """Exported and loaded again, the student makes the same samples, at every number of steps it is made for."""
     result, _ = train(subject, folder / "run")
-    student, sampler = result.roles.networks["student"].eval(), subject.module.Recipe.sampler
-    t_grids = own_grids(start(subject)[0], subject.times)
+    student, recipe = result.roles.networks["student"].eval(), start(subject)[0]
+    sampler, t_grids = recipe.sampler, own_grids(recipe, subject.times)
     card = StudentCard(
         name="student", recipe=subject.recipe, spec_digest="", teacher_digest=None, kind=subject.config().student,
         sampler=sampler, t_grids=t_grids, num_classes=CLASSES, null_class=CLASSES, shape=SHAPE, weights="raw",
@@ -137,9 +135,9 @@ def travels(subject: Subject, folder: Path) -> None:
 
 
 def splits(subject: Subject, folder: Path) -> None:
-    """The losses of micro-batches, of one sample each, are those of the batch."""
+    """The losses of micro-batches, of one sample each, or one block of those that are coupled, are those of the batch."""
     _, whole = train(subject, folder / "whole", micro_batch=BATCH)
-    _, single = train(subject, folder / "single", micro_batch=1)
+    _, single = train(subject, folder / "single", micro_batch=registry.rows_together(subject.config()))
     _same_losses(whole, single, "in one batch", "sample by sample")
 
 

@@ -1,22 +1,30 @@
 """Flow matching (Lipman et al. 2022, arXiv 2210.02747; Liu et al. 2022, arXiv 2209.03003): a teacher from real data.
 
-Minimises E || v(x_t, t) - (noise - data) ||^2 / d with data and noise independent, x_t = (1 - t) data + t noise, so
-v(x, t) = E[noise - data | x_t = x]. A conditional network also learns the unconditional velocity, for guidance: the
-condition is dropped with probability label_dropout (Ho & Salimans 2022, arXiv 2207.12598).
+Minimises E || v(x_t, t) - (noise - data) ||^2 / d, x_t = (1 - t) data + t noise: v(x, t) = E[noise - data | x_t = x].
+The condition is dropped with probability label_dropout, for guidance (Ho & Salimans 2022, arXiv 2207.12598). Couplings
+make paths straighter: optimal transport (Tong et al. 2023, arXiv 2302.00482); immiscible, of least distances, not
+squares, or the nearest of k noises (Li et al. 2024, arXiv 2406.12303; 2025, arXiv 2505.18521); weights w = exp(-cost /
+epsilon), L = sum w l / sum w (Calvo-Ordonez et al. 2025, arXiv 2507.22270). The last two, nearest and weighted, tilt
+the laws of data and noise: from Gaussian noise, samples are then not quite of the data's law.
 
-Deviations: none. The logit-normal law of t is that of Esser et al. 2024, arXiv 2403.03206; it hardly trains t near 1,
-the only time that a one-step student sees.
+Deviations: pairs are made, and weights normalised, in blocks of the global batch. Data keeps its class, whose noise is
+Gaussian under within_classes only. Immiscible distances go without a factor of 0.1, which changes nothing. cost and
+epsilon are unverified: options. The logit-normal law of t (Esser et al. 2024, arXiv 2403.03206) hardly trains t near 1.
 """
 
 from collections.abc import Callable, Iterator
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from torch import Tensor
 
-from distill import distances, times
+from distill import couplings, distances, times
 from distill.fields import drop_condition
 from distill.guard import InputError
 from distill.protocols import Batch, Cond, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
+
+USED_BY = {"coupling_block": [*couplings.MATCHINGS, "weighted"], "within_classes": [*couplings.MATCHINGS]}
+USED_BY |= {"candidates": ["immiscible_knn"], "cost": ["weighted"], "epsilon": ["weighted"]}
 
 
 class Config(BaseModel):
@@ -32,13 +40,27 @@ class Config(BaseModel):
     """standard deviation of logit(t) under logit_normal; null: 1"""
     label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     """probability of training a sample without its class; only where there are classes"""
+    coupling: Literal["independent", "ot", "ot_replacement", "immiscible", "immiscible_knn", "weighted"] = "independent"
+    """which noise goes with which data; ot_replacement draws pairs from the plan, so that some samples are left out"""
+    coupling_block: Annotated[int, Field(ge=2)] | None = None
+    """samples that are matched, or weighted, together; micro-batches must hold whole blocks; null: 64"""
+    within_classes: bool | None = None
+    """match samples of one class only; null: false"""
+    candidates: PositiveInt | None = None
+    """noises for each sample, k, of which immiscible_knn keeps the nearest; null: 4"""
+    cost: Literal["squared", "distance"] | None = None
+    """of a weighted pair: ||data - noise||^2 or ||data - noise||; null: squared"""
+    epsilon: PositiveFloat | None = None
+    """of weights; raise it while effective_share, in the log, is below 0.5; null: twice the median cost of the block"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
-        if self.time_law != "logit_normal" and (self.mu is not None or self.sigma is not None):
-            raise ValueError(
-                f"mu and sigma have no effect with time_law: {self.time_law}; remove them or use logit_normal"
-            )
+        if self.time_law == "uniform" and (self.mu is not None or self.sigma is not None):
+            raise ValueError("mu and sigma have no effect with time_law: uniform; remove them or use logit_normal")
+        options = self.model_dump(exclude_none=True)
+        if unused := [name for name in options if self.coupling not in USED_BY.get(name, [self.coupling])]:
+            valid = " or ".join(USED_BY[unused[0]])
+            raise ValueError(f"{unused[0]}: no effect with coupling: {self.coupling}; remove it, or use {valid}")
         return self
 
     @property
@@ -49,18 +71,22 @@ class Config(BaseModel):
     def student(self) -> str:
         return "velocity"
 
+    @property
+    def rows_together(self) -> int:
+        return (self.coupling_block or 64) if self.coupling in USED_BY["coupling_block"] else 1
+
 
 class Recipe:
     sampler = "euler"
     null: Callable[[Cond], Cond]  # known once the networks are
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
-        self.config = config
-        self.law = times.law(config.time_law, config.mu, config.sigma)
+        self.config, self.law = config, times.law(config.time_law, config.mu, config.sigma)
 
     def networks(self, init: Init) -> dict[str, Role]:
-        if init.num_classes is None and "label_dropout" in self.config.model_fields_set:
-            raise InputError("label_dropout has no effect without classes; remove it, or give labelled data")
+        for option in sorted({"label_dropout", "within_classes"} & self.config.model_fields_set):
+            if init.num_classes is None:
+                raise InputError(f"{option} has no effect without classes; remove it, or give labelled data")
         self.null = init.null
         return {"student": Trained(init.velocity_field())}
 
@@ -68,11 +94,27 @@ class Recipe:
         yield Turn("student", self.loss)
 
     def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
-        assert batch.data is not None
-        data, noise = batch.data, ctx.draw.normal("noise", batch.data)
+        c, student, (data, noise, cond) = self.config, nets["student"], self.coupled(batch, ctx)
         t = self.law(ctx.draw.uniform("t", data))  # [B]
-        student, cond = nets["student"], batch.cond
         if cond:
-            cond = drop_condition(cond, self.null(cond), ctx.draw.uniform("dropped", data) < self.config.label_dropout)
+            cond = drop_condition(cond, self.null(cond), ctx.draw.uniform("dropped", data) < c.label_dropout)
         x_t, v = student.interpolant.mix(data, noise, t), student.interpolant.velocity(data, noise, t)
-        return Loss(distances.mse(student(x_t, t, cond), v).mean())
+        losses = distances.mse(student(x_t, t, cond), v)
+        if c.coupling != "weighted":
+            return Loss(losses.mean())
+        cost = couplings.distance(data, noise) ** (1 if c.cost == "distance" else 2)
+        weights, share = couplings.gibbs_weights(cost, c.rows_together, c.epsilon)
+        return Loss((weights * losses).mean(), {"effective_share": share})
+
+    def coupled(self, batch: Batch, ctx: Context) -> tuple[Tensor, Tensor, Cond]:
+        """Data, the noise that goes with each, and the data's condition."""
+        assert batch.data is not None
+        c, data, cond, noise = self.config, batch.data, batch.cond, ctx.draw.normal("noise", batch.data)
+        if c.coupling == "immiscible_knn":
+            more = (ctx.draw.normal(f"noise {i}", data) for i in range(1, c.candidates or 4))
+            return data, couplings.nearest(data, noise, more), cond
+        if c.coupling not in couplings.MATCHINGS:
+            return data, noise, cond
+        u, labels = ctx.draw.uniform("pairs", data), cond["class_labels"] if c.within_classes else None
+        rows, others = couplings.MATCHINGS[c.coupling](data, noise, u, c.rows_together, labels)
+        return data[rows], noise[others], {name: value[rows] for name, value in cond.items()}

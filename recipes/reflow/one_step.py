@@ -74,7 +74,7 @@ class Recipe:
     sampler = "euler"
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
-        if config.perceptual and teacher is not None and (len(teacher.shape) != 3 or teacher.shape[0] not in (1, 3)):
+        if config.perceptual and teacher is not None and not distances.Lpips.takes(teacher.shape):
             raise InputError(f"distance: {config.distance} compares images, the teacher makes {teacher.shape}; use l2")
         self.config = config
 

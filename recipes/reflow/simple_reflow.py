@@ -1,0 +1,117 @@
+"""Simple ReFlow (Kim et al. 2024, arXiv 2410.07815): reflow without premetrics, each of its choices made anew.
+
+With x_t = (1 - t) data + t noise and the student as a denoiser D(x_t) = x_t - t v(x_t, t), each sample has the loss
+l = || phi(D(x_t) - data) ||^2 / d, phi = I + high_pass_weight (I - blur), which is linear and invertible, so that the
+minimum stays; it counts as l / sg[l]: all times and samples alike, the gradient that of the mean of log l. t of the law
+10^t, denser at the noise. Samplers go along a sigmoid grid, dense at both ends.
+
+Three more of its choices stand in the spec. Dropout below the teacher's: `dropout` of the train stage. Forward pairs,
+real data and the noise that inverts to it: pairs: {backward: 0.8, forward: 0.2}. Start from an EDM or VP teacher: as
+every student. Projected pairs, for the exact law of the data: project_block, which matches generated to real data by
+optimal transport; data brings its class.
+
+Deviations: l / sg[l + 1e-6], and l of the sample itself where the paper may mean an average (unverified); the blur is
+[1, 2, 1]/4 along both sides, edges repeated, and 10 its weight; sharpness 20 (all unverified); pairs are projected
+within a batch, classes first, not as a set (unverified); Euler's steps instead of DPM-Solver's.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from distill import couplings, times
+from distill.guard import InputError
+from distill.interpolants import like
+from distill.protocols import Batch, Cond, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
+
+SMALL, MOST_STEPS = 1e-6, 16
+
+
+class Config(BaseModel):
+    """Options of reflow/simple_reflow."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    high_pass_weight: Annotated[float, Field(ge=0)] | None = None
+    """of what a blur takes away, in the distance of images; null: 10; vectors have none"""
+    sharpness: Annotated[float, Field(gt=0, le=50)] | None = 20.0
+    """of the students' sigmoid grid, for 1 to 16 steps; null: a uniform grid, any number of steps"""
+    project_block: Annotated[int, Field(ge=2)] | None = None
+    """pairs whose generated data is exchanged for real data together; null: it is kept"""
+
+    @property
+    def needs(self) -> frozenset[str]:
+        pairs = frozenset({"teacher", "pairs"})
+        return pairs if self.project_block is None else pairs | {"data"}
+
+    @property
+    def student(self) -> str:
+        return "velocity"
+
+    @property
+    def rows_together(self) -> int:
+        return self.project_block or 1
+
+
+class Recipe:
+    sampler = "euler"
+
+    def __init__(self, config: Config, teacher: Teacher | None) -> None:
+        if config.high_pass_weight and teacher is not None and len(teacher.shape) != 3:
+            raise InputError(f"high_pass_weight is of images, the teacher makes {teacher.shape}; remove it")
+        self.config = config
+        self.high_pass_weight = 10.0 if config.high_pass_weight is None else config.high_pass_weight
+
+    def networks(self, init: Init) -> dict[str, Role]:
+        return {"student": Trained(init.velocity_field())}
+
+    def turns(self, step: int, images: int) -> Iterator[Turn]:
+        yield Turn("student", self.loss)
+
+    def t_grids(self, times_of_states: Sequence[float] | None) -> Mapping[int, Sequence[float]]:
+        sharpness = self.config.sharpness
+        if sharpness is None:
+            return {}
+        return {steps: times.sigmoid_grid(steps, sharpness).tolist() for steps in range(1, MOST_STEPS + 1)}
+
+    def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
+        assert batch.pairs is not None
+        noise, (data, cond) = batch.pairs.noise, self.data_ends(batch)
+        t = times.exp10(ctx.draw.uniform("t", data))  # [B]
+        student = nets["student"]
+        x_t, velocity = student.interpolant.mix(data, noise, t), student.interpolant.velocity(data, noise, t)
+        error = like(t, x_t) * (velocity - student(x_t, t, cond))  # D(x_t) - data
+        if error.ndim == 4:
+            error = error + self.high_pass_weight * high_pass(error)
+        each = error.square().flatten(1).mean(1)  # [B]
+        return Loss((each / (each.detach() + SMALL)).mean(), {"distance": each.mean().detach()})
+
+    def data_ends(self, batch: Batch) -> tuple[Tensor, Cond]:
+        """Generated data and its condition, or the real data that is matched with it and the real data's own."""
+        assert batch.pairs is not None
+        block = self.config.project_block
+        if block is None:
+            return batch.pairs.data, batch.cond
+        assert batch.data is not None
+        cost = couplings.costs(batch.pairs.data, batch.data, block).square()
+        if "class_labels" in batch.cond:
+            rows, columns = (couplings.in_blocks(c["class_labels"].cpu(), block) for c in (batch.cond, batch.data_cond))
+            cost += (
+                block * cost.max() * (rows[:, :, None] != columns[:, None, :])
+            )  # no match outside a class is worth it
+        match = couplings.assignment(cost).to(batch.data.device)  # [B]
+        return batch.data[match], {name: value[match] for name, value in batch.data_cond.items()}
+
+
+def high_pass(images: Tensor) -> Tensor:
+    """Images [B, C, H, W] less their blur: symmetric, with eigenvalues in [0, 1]."""
+    blur = images
+    for side in (2, 3):
+        last = blur.shape[side] - 1
+        before = torch.cat([blur.narrow(side, 0, 1), blur.narrow(side, 0, last)], side)
+        after = torch.cat([blur.narrow(side, 1, last), blur.narrow(side, last, 1)], side)
+        blur = (before + 2 * blur + after) / 4
+    return images - blur
