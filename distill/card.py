@@ -17,7 +17,10 @@ from distill.store import write_atomic
 
 FILE_NAME, README = "distill.json", "README.md"
 # What a student of each kind can be sampled by.
-SAMPLERS = {"velocity": ("euler", "same_noise"), "flow_map": ("jump", "renoise")}
+SAMPLERS = {"velocity": ("euler", "same_noise"), "flow_map": ("jump", "renoise"), "acceleration": ("accelerated",)}
+
+# Kinds that are no velocity field, in words.
+NO_FIELDS = {"flow_map": "a flow map", "acceleration": "a velocity with its acceleration"}
 
 
 class FileRecord(Frozen):
@@ -45,12 +48,12 @@ class StudentCard(Frozen):
     """name of the data set; empty: none"""
     license: str = ""
     """terms of the weights, if known"""
-    kind: Literal["velocity", "flow_map"] = "velocity"
-    """v(x_t, t), or u(x_t, t, s)"""
+    kind: Literal["velocity", "flow_map", "acceleration"] = "velocity"
+    """v(x_t, t), u(x_t, t, s), or v(noise, 1) with a(x_t, t, v)"""
     prediction: Literal["velocity"] = "velocity"
-    """of a flow map: its average from t to s"""
+    """of a flow map: its average from t to s; of kind acceleration: that at t = 1"""
     interpolant: Literal["linear"] = "linear"
-    sampler: Literal["euler", "same_noise", "jump", "renoise"] = "euler"
+    sampler: Literal["euler", "same_noise", "jump", "renoise", "accelerated"] = "euler"
     """a name in samplers/"""
     t_grids: dict[int, list[float]] = {}
     """number of steps N: its N + 1 times from 1 to 0, and it has no other N; empty: 1, (N-1)/N, ..., 0 for any N"""
@@ -97,6 +100,11 @@ class StudentCard(Frozen):
     def fewest_steps(self) -> int:
         """The smallest number of steps that it is made for."""
         return min(self.t_grids, default=1)
+
+
+def network_calls(sampler: str, steps: int) -> int:
+    """Of a student by that sampler in so many steps: the NFE."""
+    return steps + 1 if sampler == "accelerated" else steps
 
 
 def record(folder: Path) -> dict[str, FileRecord]:
@@ -206,7 +214,10 @@ def _measured(card: StudentCard) -> Measured | None:
         name, _, steps = key.partition("@")
         found.setdefault(int(steps) if steps.isdigit() else 0, {})[name] = f"{value:.4g}"
     names = list(dict.fromkeys(key.partition("@")[0] for key in card.metrics))
-    rows = [(steps, [values.get(name, "") for name in names]) for steps, values in sorted(found.items())]
+    rows = [
+        (network_calls(card.sampler, steps), [values.get(name, "") for name in names])
+        for steps, values in sorted(found.items())
+    ]
     return Measured(names, rows) if rows else None
 
 

@@ -8,15 +8,15 @@ import torch
 
 from distill import data as datasets
 from distill import memory, registry, teachers, workflow
+from distill.card import SAMPLERS
 from distill.data import DataSet
 from distill.guard import InputError
 from distill.interpolants import linear
 from distill.protocols import Copy, Trained
 from distill.sharded import Zero
 from distill.spec import RunSpec, TrainStage
-from distill.students.flow_map import FlowMapStudent
 from distill.students.init import StudentInit, teacher_on_linear_path
-from distill.students.loaded import LoadedStudent
+from distill.students.loaded import KINDS, LoadedStudent
 from distill.students.velocity import TIME_SCALE, VelocityStudent
 from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import NetworkField
@@ -103,8 +103,9 @@ def _student(found: Mapping[str, Built], name: str) -> Student:
 def _pretend(student: torch.nn.Module, init: StudentInit) -> Student:
     """An untrained student, as the stages that follow would load it."""
     facts = (init.shape, init.num_classes, init.null_class, "", "a student")
-    if isinstance(student, FlowMapStudent):
-        return LoadedStudent(student, "jump", {}, *facts)
+    for kind, each in KINDS.items():
+        if kind != "velocity" and isinstance(student, each):
+            return LoadedStudent(student, SAMPLERS[kind][0], {}, *facts)
     assert isinstance(student, VelocityStudent)
     network = student.network.eval().requires_grad_(False)
     return LoadedTeacher(NetworkField(network, linear(), "velocity", TIME_SCALE), *facts, network)

@@ -288,6 +288,7 @@ class _Work:
         """Of the network's own paths, by a fixed number of Euler steps over the first samples; found once for each.
 
         A flow map has none: not every recipe trains u(x_t, t, t), and where it does not, its paths would mean nothing.
+        Paths of constant acceleration are bent by design.
         """
         name = (plan.role, plan.network)
         if name not in self.straight:

@@ -25,8 +25,8 @@ from distill.draws import sample_labels, sample_noise
 from distill.guard import RunError
 from distill.sampling import by_sampler, fresh_noises, grid, num_fresh
 from distill.store import sync_dir, sync_tree
-from distill.students.flow_map import FlowMapStudent
-from distill.students.velocity import TIME_SCALE, VelocityStudent
+from distill.students.loaded import KINDS, Student
+from distill.students.velocity import TIME_SCALE
 
 STUDENTS = Path(__file__).parent / "students"
 # Networks that diffusers does not have: class -> the module that is shipped beside their weights.
@@ -35,18 +35,20 @@ SHIPPED = {
     "VelocityUNet2DModel": "velocity_unet",
     "FlowMapMLP": "flow_map_mlp",
     "FlowMapUNet2DModel": "flow_map_unet",
+    "AccelerationMLP": "acceleration_mlp",
+    "AccelerationUNet2DModel": "acceleration_unet",
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CHECK_STEPS, CHECK_BATCH, CHECK_SEED = (1, 2, 4), 2, 0
 TOLERANCE = 1e-5
 
 
-def export(student: VelocityStudent | FlowMapStudent, folder: Path, card: StudentCard) -> None:
+def export(student: Student, folder: Path, card: StudentCard) -> None:
     """Write the student folder, reload it with plain diffusers, compare, and only then give it its name.
 
     A folder that is there already is replaced. Whatever goes wrong, `folder` is what it was.
     """
-    assert isinstance(student, FlowMapStudent) == (card.kind == "flow_map"), f"{type(student)} is no {card.kind}"
+    assert isinstance(student, KINDS[card.kind]), f"{type(student)} is no {card.kind}"
     folder = folder.absolute()
     temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     reference = copy.deepcopy(student).to("cpu").eval()
@@ -114,7 +116,7 @@ def source(module: str) -> str:
     return re.sub(r"^from \.(\w+) import \w+\n", lambda found: source(found[1]), text, flags=re.MULTILINE)
 
 
-def _compare(student: VelocityStudent | FlowMapStudent, folder: Path, card: StudentCard) -> None:
+def _compare(student: Student, folder: Path, card: StudentCard) -> None:
     """Plain diffusers must read the same weights, bitwise, and make the same samples from the same noise."""
     with _quiet(), torch.random.fork_rng(devices=[]):  # networks are initialised before their weights are read
         pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, low_cpu_mem_usage=False)

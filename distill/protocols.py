@@ -164,7 +164,8 @@ Role = Trained | Frozen | Copy
 class Init(Protocol):
     """Where a recipe's networks come from: the teacher's weights, another stage's student, or fresh ones.
 
-    A flow map that starts from a velocity network is that velocity, whatever s. A critic starts as the teacher, if that
+    A flow map that starts from a velocity network is that velocity, whatever s; a velocity with its acceleration is it
+    twice, whatever v. A critic starts as the teacher, if that
     has weights.
     """
 
@@ -172,6 +173,7 @@ class Init(Protocol):
     def num_classes(self) -> int | None: ...  # of the networks it makes; None: unconditional
     def velocity_field(self) -> nn.Module: ...  # a module that is a VelocityField on the linear path
     def flow_map(self) -> nn.Module: ...  # a module that is a FlowMap on the linear path
+    def acceleration(self) -> nn.Module: ...  # (x_t, t, None, cond) -> velocity v, (x_t, t, v, cond) -> dv/dt
     def critic(self) -> nn.Module: ...  # (x_t, t, cond) -> velocity [B, ...] and logit [B]
     def null(self, cond: Cond) -> Cond: ...  # the condition of the unconditional call
 
@@ -181,7 +183,8 @@ class Recipe(Protocol):
     """An objective. Its module has a docstring naming the paper, `class Config(BaseModel)` and `class Recipe`.
 
     `Config` has the properties `needs` (a set of "data", "pairs", "states", "teacher", "jvp"; "states" beside "pairs":
-    those with states) and `student` ("velocity" | "flow_map" | "generator"), which may depend on its options.
+    those with states) and `student` ("velocity" | "flow_map" | "acceleration" | "generator"), which may depend on its
+    options.
     """
 
     sampler: str  # a name in distill/samplers/

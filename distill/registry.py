@@ -60,7 +60,7 @@ class RecipeConfig(Protocol):
     @property
     def needs(self) -> frozenset[str]: ...  # of NEEDS
     @property
-    def student(self) -> str: ...  # "velocity", "flow_map", "generator"
+    def student(self) -> str: ...  # "velocity", "flow_map", "acceleration", "generator"
 
 
 @runtime_checkable

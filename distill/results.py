@@ -35,7 +35,7 @@ class Row(Frozen):
     images_per_second: float
     """generation alone"""
     straightness: float | None
-    """of the network's own paths, 0 = straight; the same in all rows of a network; null: a flow map, which has none"""
+    """of the network's own paths, 0 = straight; the same in all rows of a network; null: a flow map and the like"""
     transport: float | None = None
     """mean over samples and elements of (sample - its noise)^2; null: measured before this was"""
     picture: str

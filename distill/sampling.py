@@ -9,18 +9,17 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from distill.card import network_calls
 from distill.draws import key, sample_labels, sample_noise
 from distill.grids import columns_for, images_png, scatter_png
 from distill.guard import InputError, RunError
 from distill.protocols import Cond, Gridded, Recipe, VelocityField
-from distill.samplers import euler, jump, renoise, same_noise
+from distill.samplers import accelerated, euler, jump, renoise, same_noise
 from distill.solvers import SOLVERS
 from distill.solvers import sample as solve
 from distill.store import write_atomic
 from distill.students import loaded
-from distill.students.flow_map import FlowMapStudent
-from distill.students.loaded import LoadedStudent
-from distill.students.velocity import VelocityStudent
+from distill.students.loaded import LoadedStudent, Student
 from distill.teachers import LoadedTeacher
 from distill.times import uniform_grid
 
@@ -67,7 +66,7 @@ def of_student(student: LoadedStudent, t_grid: Tensor) -> Method:
     def generate(noise: Tensor, cond: Cond, fresh: Sequence[Tensor]) -> Tensor:
         return by_sampler(student.student, student.sampler, noise, t_grid, cond, fresh)
 
-    return Method(generate, steps, num_fresh(student.sampler, steps))
+    return Method(generate, network_calls(student.sampler, steps), num_fresh(student.sampler, steps))
 
 
 def own_grids(recipe: Recipe, times: Sequence[float] | None) -> dict[int, list[float]]:
@@ -95,7 +94,7 @@ def refuse_steps(t_grids: Mapping[int, Sequence[float]], asked: Sequence[int], w
 
 @torch.no_grad()
 def by_sampler(
-    student: VelocityStudent | FlowMapStudent,
+    student: Student,
     sampler: str,
     noise: Tensor,
     t_grid: Tensor,
@@ -110,6 +109,8 @@ def by_sampler(
             return same_noise.sample(student, noise, t_grid, cond)
         case "jump":
             return jump.sample(student, noise, t_grid, cond)
+        case "accelerated":
+            return accelerated.sample(student, noise, t_grid, cond)
         case _:
             return renoise.sample(student, noise, t_grid, cond, fresh)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from distill import jobs, pairspec, registry, schema, specfile
-from distill.card import SAMPLERS
+from distill.card import NO_FIELDS, SAMPLERS
 from distill.guard import InputError, suggest
 from distill.spec import (
     CheckpointTeacher,
@@ -209,18 +209,20 @@ def _recipe(stage: TrainStage, config: registry.RecipeConfig, sampler: str, wher
 
 
 def _kinds(spec: RunSpec, stage: Stage, base: Path, where: str) -> Iterator[str]:
-    """A flow map is no velocity field: neither a teacher, nor what a velocity student starts from."""
-    if _kind(spec.stages.get(stage.teacher or ""), base) == "flow_map":
+    """What is no velocity field is neither a teacher, nor what a student of another kind starts from."""
+    teacher = _kind(spec.stages.get(stage.teacher or ""), base)
+    if teacher in NO_FIELDS:
         yield (
-            f"{where}.teacher: the student of '{stage.teacher}' is a flow map, which knows no path to follow; name a "
+            f"{where}.teacher: the student of '{stage.teacher}' is {NO_FIELDS[teacher]}, no velocity field; name a "
             "stage with a velocity student"
         )
-    if not isinstance(stage, TrainStage) or _kind(stage, base) != "velocity":
+    if not isinstance(stage, TrainStage):
         return
-    if _kind(spec.stages.get(stage.init or ""), base) == "flow_map":
+    own, origin = _kind(stage, base), _kind(spec.stages.get(stage.init or ""), base)
+    if origin in NO_FIELDS and own not in (None, origin):
         yield (
-            f"{where}.init: the student of '{stage.init}' is a flow map, {stage.recipe} makes a velocity student; "
-            "name a stage with a velocity student"
+            f"{where}.init: the student of '{stage.init}' is {NO_FIELDS[origin]}, {stage.recipe} makes one of kind "
+            f"{own}; name a stage with a velocity student"
         )
 
 

@@ -132,6 +132,7 @@ def test_the_engine_names_no_objective():
 def test_shipped_files_stand_alone():
     """What students' folders hold imports torch and diffusers, or another shipped file from beside it."""
     names = {"pipeline", "velocity_mlp", "velocity_unet", "flow_map_mlp", "flow_map_unet"}
+    names |= {"acceleration_mlp", "acceleration_unet"}
     for path in [ROOT / "distill" / "students" / f"{name}.py" for name in sorted(names)]:
         for name in imports(parse(path)):
             allowed = {"torch", "diffusers", "collections", "functools", "math"} | names

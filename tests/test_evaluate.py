@@ -11,6 +11,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
+from distill import card as cards
 from distill import evaluate as evaluation
 from distill import report, results, sampling
 from distill.card import StudentCard
@@ -27,8 +28,9 @@ from distill.spec import CheckpointTeacher, RunSpec, UNetSpec
 from distill.stop import StopRequest
 from distill.store import RunPaths
 from distill.students import loaded as students
+from distill.students.acceleration import AccelerationStudent
 from distill.students.flow_map import FlowMapStudent
-from distill.students.networks import build, two_times
+from distill.students.networks import accelerated, build, two_times
 from distill.students.velocity import VelocityStudent
 from distill.students.velocity_mlp import VelocityMLP
 from distill.teachers import load
@@ -282,6 +284,21 @@ def test_flow_maps_are_measured_by_their_own_samplers(flow_map_run):
     assert "straightness@1" not in results.card_metrics(found, "jump")
     assert results.load(flow_map_run.stage("evaluate")) == found
     assert "\u2013" in report.write(flow_map_run).read_text()
+
+
+def test_a_velocity_with_its_acceleration_costs_one_call_more_than_it_has_steps(tmp_path):
+    """With the exact first velocity and no acceleration it is exact."""
+    run, network = RunPaths(tmp_path / "r"), accelerated(one_step_student().network, 0)
+    with torch.no_grad():
+        for parameter in network.acceleration.parameters():
+            parameter.zero_()
+    facts = card((2,), None).model_dump() | {"kind": "acceleration", "sampler": "accelerated"}
+    export(AccelerationStudent(network), run.student("bent"), StudentCard.model_validate(facts))
+    found = go(run, vector_spec(students={"bent": [1, 2, 4]}))
+    rows = [(row.solver, row.steps, row.nfe) for row in found.rows if row.role == "student"]
+    assert rows == [("accelerated", 1, 2), ("accelerated", 2, 3), ("accelerated", 4, 5)]
+    assert all(row.rms < 2e-3 and row.straightness is None for row in found.rows if row.role == "student")
+    assert "| 2 |" in cards.readme(cards.read(run.student("bent")).model_copy(update={"metrics": {"SW2@1": 1.0}}))
 
 
 def test_fresh_noise_depends_on_seed_index_and_step_alone(flow_map_run, tmp_path, monkeypatch):

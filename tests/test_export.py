@@ -20,12 +20,15 @@ from distill.card import StudentCard
 from distill.draws import generator, sample_labels, sample_noise
 from distill.export import export
 from distill.guard import InputError, RunError
+from distill.samplers import accelerated as accelerated_sampler
 from distill.samplers import euler, jump, renoise, same_noise
 from distill.spec import CheckpointTeacher, MlpSpec, UNetSpec
 from distill.students import loaded as students
+from distill.students.acceleration import AccelerationStudent
 from distill.students.flow_map import FlowMapStudent
 from distill.students.init import StudentInit
-from distill.students.networks import build, two_times
+from distill.students.loaded import Student
+from distill.students.networks import accelerated, build, two_times
 from distill.students.velocity import VelocityStudent
 from distill.teachers import load
 from distill.times import uniform_grid
@@ -43,19 +46,23 @@ KINDS = {
     "unet-classes-renoise": (UNET, (3, 8, 8), 4, "renoise", {}),
     "mlp-renoise": (MLP, (2,), None, "renoise", {}),
     "mlp-classes-jump": (MLP, (3,), 2, "jump", {}),
+    "unet-classes-accelerated": (UNET, (3, 8, 8), 4, "accelerated", {}),
+    "mlp-accelerated": (MLP, (2,), None, "accelerated", {}),
     "unet-own": (UNET, (1, 8, 8), None, "euler", OWN),
     "mlp-classes-same-noise-own": (MLP, (3,), 2, "same_noise", OWN),
     "mlp-jump-own": (MLP, (2,), None, "jump", OWN),
     "mlp-renoise-own": (MLP, (2,), None, "renoise", OWN),
+    "mlp-classes-accelerated-own": (MLP, (3,), 2, "accelerated", OWN),
 }
-Student = VelocityStudent | FlowMapStudent
 
 
 def make(kind: str, seed: int = 0) -> tuple[Student, StudentCard]:
     network, shape, classes, sampler, t_grids = KINDS[kind]
     card = describe(shape, classes, sampler, t_grids)
     student = VelocityStudent(build(network, shape, classes, seed))
-    return (student if card.kind == "velocity" else two_timed(student)), card
+    return {"velocity": lambda: student, "flow_map": lambda: two_timed(student), "acceleration": lambda: bent(student)}[
+        card.kind
+    ](), card
 
 
 def two_timed(student: VelocityStudent) -> FlowMapStudent:
@@ -68,11 +75,21 @@ def two_timed(student: VelocityStudent) -> FlowMapStudent:
     return FlowMapStudent(network)
 
 
+def bent(student: VelocityStudent) -> AccelerationStudent:
+    """Its network and an acceleration, as if both had been trained: what it is given has an effect."""
+    network = accelerated(student.network, 0)
+    for name, parameter in network.named_parameters():
+        if name.startswith(("acceleration.", "given.")):
+            drawn = torch.randn(parameter.shape, generator=generator("bent", name))
+            parameter.data += 0.1 * drawn.to(parameter.device)
+    return AccelerationStudent(network)
+
+
 def describe(
     shape: tuple[int, ...], classes: int | None, sampler: str = "euler", t_grids: dict[int, list[float]] | None = None
 ) -> StudentCard:
     return StudentCard(
-        kind="velocity" if sampler in ("euler", "same_noise") else "flow_map",
+        kind=next(kind for kind, samplers in cards.SAMPLERS.items() if sampler in samplers),
         sampler=sampler,
         t_grids=t_grids or {},
         name="a-student",
@@ -109,6 +126,8 @@ def ours(student: Student, card: StudentCard, noise: torch.Tensor, steps: int) -
                 return same_noise.sample(*given)
             case "jump":
                 return jump.sample(*given)
+            case "accelerated":
+                return accelerated_sampler.sample(*given)
             case _:
                 return renoise.sample(*given, fresh(card, len(noise), steps))
 
@@ -181,7 +200,7 @@ def test_a_folder_that_names_no_sampler_is_sampled_by_euler(tmp_path):
     noise = sample_noise(1, range(3), card.shape)
     assert (pipeline(2, latents=noise).images - ours(student, card, noise, 2)).abs().max() <= 1e-5
     index.write_text(index.read_text().replace("{", '{\n  "sampler": "heun",', 1))
-    with pytest.raises(ValueError, match="sampler='heun'; valid: 'euler', 'same_noise', 'jump', 'renoise'"):
+    with pytest.raises(ValueError, match="sampler='heun'; valid: 'euler', 'same_noise', 'jump', 'renoise', 'accel"):
         DiffusionPipeline.from_pretrained(tmp_path / "s", trust_remote_code=True)
 
 
@@ -202,7 +221,8 @@ def export_vp(folder: Path, sampler: str = "euler") -> tuple[Student, StudentCar
     DDPMPipeline(unet, DDPMScheduler(prediction_type="epsilon")).save_pretrained(checkpoint)
     teacher = load(CheckpointTeacher(path=str(checkpoint)), torch.device("cpu"))
     init, card = StudentInit(teacher, None, teacher.shape, None, 0), describe((1, 8, 8), None, sampler)
-    student = init.velocity_field() if sampler == "euler" else init.flow_map()
+    starts = {"euler": init.velocity_field, "jump": init.flow_map, "accelerated": init.acceleration}
+    student = starts[sampler]()
     export(student, folder, card)
     return student, card
 
@@ -236,6 +256,20 @@ def test_a_flow_map_of_a_vp_network_is_exported_as_the_velocity_it_starts_as(tmp
     for steps in (1, 2, 4):
         theirs = pipeline(steps, latents=noise, output_type="pt").images
         assert (theirs - euler.sample(velocity, noise, uniform_grid(steps), {})).abs().max() <= 1e-5
+
+
+def test_a_velocity_with_its_acceleration_is_exported_for_a_vp_network_too(tmp_path):
+    """Untrained, its velocity is the network's, and it ships in the same one file."""
+    velocity, _ = export_vp(tmp_path / "v")
+    student, card = export_vp(tmp_path / "a", "accelerated")
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "a", trust_remote_code=True)
+    noise, t = sample_noise(1, range(3), (1, 8, 8)), torch.tensor([0.1, 0.5, 1.0])
+    with torch.no_grad():
+        v = velocity.eval()(noise, t, {})
+        assert torch.equal(student.eval()(noise, t, None, {}), v) and torch.equal(pipeline.unet(noise, 1000 * t)[0], v)
+    for steps in (1, 2, 4):
+        theirs = pipeline(steps, latents=noise, output_type="pt").images
+        assert (theirs - ours(student, card, noise, steps)).abs().max() <= 1e-5
 
 
 def test_student_is_a_teacher_again(tmp_path):
@@ -378,6 +412,16 @@ def test_model_card_of_a_flow_map(kind, said):
     assert "| network | average velocity u(x_t, t, s) from t to s of" in text
     assert "called with timestep = 1000 t, target_timestep = 1000 s |" in text
     assert "Euler" not in text
+
+
+def test_model_card_of_a_velocity_with_its_acceleration():
+    student = make("mlp-accelerated")[1].model_copy(update={"metrics": {"SW2@1": 0.25, "SW2@4": 0.125}})
+    text = cards.readme(student)
+    assert (
+        "| network | velocity v(x_t, t), called with timestep = 1000 t, and acceleration a(x_t, t, v) = dv/dt" in text
+    )
+    assert "x_s = x_t + (s - t) (v + ((t + s) / 2 - 1) a(x_t, t, v)): N + 1 network calls in N steps |" in text
+    assert "| NFE | SW2 |\n|---:|---:|\n| 2 | 0.25 |\n| 5 | 0.125 |\n" in text
 
 
 def test_model_card_of_a_student_with_times_of_its_own():
@@ -533,6 +577,7 @@ def test_a_process_without_distill_makes_the_same_samples(tmp_path):
         export(student, tmp_path / kind, card)
     made["vp"] = export_vp(tmp_path / "vp")
     made["vp-jump"] = export_vp(tmp_path / "vp-jump", "jump")
+    made["vp-accelerated"] = export_vp(tmp_path / "vp-accelerated", "accelerated")
     noise = {kind: sample_noise(2, range(5), card.shape) for kind, (_, card) in made.items()}
     for kind, (_, card) in made.items():
         inputs = {"latents": noise[kind]}

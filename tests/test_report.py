@@ -152,7 +152,7 @@ def test_a_flow_map_has_no_straightness(run):
     )
     page = read(run)
     assert re.search(r"Straightness teacher 0.5000 one_step 0.1000 map \u2013 Mean square", page.text)
-    assert "A flow map jumps and has no paths: \u2013." in page.text
+    assert "A flow map jumps and has no paths, an accelerated path is bent by design: \u2013." in page.text
     widths = [attributes["style"] for tag, attributes in page.tags if tag == "i"]
     assert widths == ["width: 100.0%", "width: 20.0%", "width: 0.0%"]
     only = full.model_copy(update={"rows": [r.model_copy(update={"straightness": None}) for r in full.rows]})

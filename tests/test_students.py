@@ -359,6 +359,44 @@ def test_a_trained_flow_map_is_continued_bitwise_and_as_nothing_else(kind, shape
         init.critic()
 
 
+@pytest.mark.parametrize("kind", [*FLOW_MAP_STARTS, "mlp"])
+def test_an_acceleration_starts_beside_its_velocity_and_blind_to_it(kind, tmp_path):
+    shape = (2,) if kind == "mlp" else (1, 8, 8)
+    init = StudentInit(None, MLP, shape, 3, 0) if kind == "mlp" else StudentInit(teacher(kind), None, shape, 3, 0)
+    velocity, student = init.velocity_field().eval(), init.acceleration()
+    assert student.training and all(p.requires_grad for p in student.parameters())
+    x, v, t = torch.randn(5, *shape), torch.randn(5, *shape), torch.linspace(0, 1, 5)
+    with torch.no_grad():
+        assert torch.equal(student.eval()(x, t, None, COND), velocity(x, t, COND))
+        a = student(x, t, v, COND)
+        assert torch.equal(student(x, t, 2 * v, COND), a)
+        if kind in ("velocity", "mlp"):  # of the linear path: the very same numbers
+            assert torch.allclose(a, velocity(x, t, COND), atol=1e-6)
+        first = "given.weight" if kind == "mlp" else "acceleration.conv_in.weight"
+        student.network.get_parameter(first)[:, -1] += 1.0
+        a = student(x, t, v, COND)
+        assert not torch.allclose(student(x, t, 2 * v, COND), a)
+        assert torch.equal(student(x, t, None, COND), velocity(x, t, COND)), "of other weights"
+    card = StudentCard(
+        name="s", recipe="r", spec_digest="0" * 64, teacher_digest=None, kind="acceleration", sampler="accelerated",
+        num_classes=3, null_class=3, shape=shape, weights="raw", images=1,
+    )  # fmt: skip
+    export(student, tmp_path / "s", card)
+    again = StudentInit(load(tmp_path / "s", torch.device("cpu")), None, shape, 3, seed=9)
+    assert equal(again.acceleration(), student)
+    for start, what in ((again.velocity_field, "velocity field"), (again.flow_map, "flow map")):
+        with pytest.raises(InputError, match=f"from s is a velocity with its acceleration, which no {what} can start"):
+            start()
+    with pytest.raises(InputError, match="no velocity network for the critic to start from: the teacher has none, and"):
+        again.critic()
+
+
+def test_no_acceleration_starts_from_a_flow_map(tmp_path):
+    source = exported(StudentInit(None, MLP, (2,), 3, 0).flow_map(), tmp_path / "s", (2,), 3)
+    with pytest.raises(InputError, match="from s is a flow map, which no velocity with its acceleration can start"):
+        StudentInit(source, None, (2,), 3, 0).acceleration()
+
+
 def test_the_critic_starts_as_the_teacher_whatever_the_student_starts_as(tmp_path):
     """And its head is its own, the same for the same seed."""
     given, spec = teacher("velocity"), UNetSpec(kind="unet", channels=[8], norm_groups=4)

@@ -387,7 +387,7 @@ def test_a_recipe_beside_the_spec(tmp_path):
         (
             'return "velocity"',
             'return "generator"',
-            "makes a generator student, which is not built yet; valid: velocity, flow_map",
+            "makes a generator student, which is not built yet; valid: velocity, flow_map, acceleration",
         ),
         ('return "velocity"', 'return "flow_map"', "samples a flow_map student by euler; valid: jump, renoise"),
         ('sampler = "euler"', 'sampler = "jump"', "samples a velocity student by jump; valid: euler, same_noise"),
@@ -416,7 +416,7 @@ def test_a_flow_map_is_a_student_and_no_teacher(tmp_path, sampler):
     assert mistakes(vectors(r=flow_map, again=again), tmp_path) == [], "of one flow map another is made"
     assert mistakes(vectors(again=again), tmp_path) == [], "and of a velocity student"
 
-    no_path = "the student of 'r' is a flow map, which knows no path to follow; name a stage with a velocity student"
+    no_path = "the student of 'r' is a flow map, no velocity field; name a stage with a velocity student"
     pairs, student = {**PAIRS, "teacher": "r"}, {**REFLOW, "teacher": "r", "pairs": "p2"}
     evaluation = {**EVALUATE, "teacher": "r"}
     found = mistakes(vectors(r=flow_map, p2=pairs, s=student, e=evaluation), tmp_path)
@@ -427,8 +427,21 @@ def test_a_flow_map_is_a_student_and_no_teacher(tmp_path, sampler):
     ]
     velocity = {**REFLOW, "network": None, "init": "r"}
     assert mistakes(vectors(r=flow_map, s=velocity), tmp_path) == [
-        "stages.s.init: the student of 'r' is a flow map, reflow/reflow makes a velocity student; "
+        "stages.s.init: the student of 'r' is a flow map, reflow/reflow makes one of kind velocity; "
         "name a stage with a velocity student"
+    ]
+    (tmp_path / "bent.py").write_text(OWN.replace('"velocity"', '"acceleration"').replace('"euler"', '"accelerated"'))
+    bent = {**flow_map, "recipe": "./bent.py"}
+    assert mistakes(vectors(r=bent, again={**bent, "network": None, "init": "r"}), tmp_path) == []
+    assert mistakes(vectors(r=flow_map, s={**bent, "network": None, "init": "r"}), tmp_path) == [
+        "stages.s.init: the student of 'r' is a flow map, ./bent.py makes one of kind acceleration; "
+        "name a stage with a velocity student"
+    ]
+    assert mistakes(vectors(r=bent, s={**again, "init": "r"}, e=evaluation), tmp_path) == [
+        "stages.e.teacher: the student of 'r' is a velocity with its acceleration, no velocity field; name a stage "
+        "with a velocity student",
+        "stages.s.init: the student of 'r' is a velocity with its acceleration, ./map.py makes one of kind flow_map; "
+        "name a stage with a velocity student",
     ]
     unknown = {**flow_map, "recipe": "./map.py", "options": {"weight": "x"}}
     found = mistakes(vectors(r=unknown, s=velocity, e=evaluation), tmp_path)

@@ -19,9 +19,7 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 def sample(
     student: StudentArgument,
     out: Annotated[Path, typer.Option("--out", help="A picture (.png), or the numbers (.safetensors).")],
-    steps: Annotated[
-        int | None, typer.Option(help="Steps, one network call each; by default the fewest it is made for.", min=1)
-    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps; by default the fewest it is made for.", min=1)] = None,
     seed: SeedOption = 0,
     count: Annotated[int, typer.Option(help="Number of samples.", min=1)] = 64,
     classes: Annotated[str, typer.Option(help="One class, or one a sample: 3 or 0,1,2; by default all in turn.")] = "",

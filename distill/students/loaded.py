@@ -9,16 +9,24 @@ from diffusers import ModelMixin
 
 from distill import card as cards
 from distill.spec import CheckpointTeacher
+from distill.students.acceleration import AccelerationStudent
 from distill.students.flow_map import FlowMapStudent
 from distill.students.velocity import VelocityStudent
 from distill.teachers import checkpoint
 
+Student = VelocityStudent | FlowMapStudent | AccelerationStudent
+KINDS: dict[str, type[Student]] = {
+    "velocity": VelocityStudent,
+    "flow_map": FlowMapStudent,
+    "acceleration": AccelerationStudent,
+}
+
 
 @dataclass(frozen=True)
 class LoadedStudent:
-    """What both kinds of student become: frozen, in float32 and evaluation mode."""
+    """What all kinds of student become: frozen, in float32 and evaluation mode."""
 
-    student: VelocityStudent | FlowMapStudent
+    student: Student
     sampler: str  # a name in samplers/
     t_grids: Mapping[int, Sequence[float]]  # number of steps -> times, 1 ... 0; empty: uniform, any number
     shape: tuple[int, ...]  # of one sample
@@ -36,9 +44,8 @@ def load(folder: Path, device: torch.device) -> LoadedStudent:
     """The student of a folder that an export has written."""
     card = cards.read(folder)
     found = checkpoint.read(CheckpointTeacher(path=str(folder)), device, card.kind)
-    wrap = VelocityStudent if card.kind == "velocity" else FlowMapStudent
     return LoadedStudent(
-        student=wrap(found.network).eval(),
+        student=KINDS[card.kind](found.network).eval(),
         sampler=card.sampler,
         t_grids=card.t_grids,
         shape=found.shape,

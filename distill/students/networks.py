@@ -9,12 +9,15 @@ from diffusers import ModelMixin, UNet2DModel
 from distill.draws import key
 from distill.guard import InputError
 from distill.spec import MlpSpec, NetworkSpec, UNetSpec
+from distill.students.acceleration_mlp import AccelerationMLP
+from distill.students.acceleration_unet import AccelerationUNet2DModel
 from distill.students.flow_map_mlp import FlowMapMLP
 from distill.students.flow_map_unet import FlowMapUNet2DModel
 from distill.students.velocity_mlp import VelocityMLP
 from distill.students.velocity_unet import VelocityUNet2DModel
 
 FLOW_MAPS = (FlowMapMLP, FlowMapUNet2DModel)
+ACCELERATIONS = (AccelerationMLP, AccelerationUNet2DModel)
 
 
 def build(spec: NetworkSpec, shape: tuple[int, ...], num_classes: int | None, seed: int) -> ModelMixin:
@@ -36,12 +39,7 @@ def two_times(network: ModelMixin, seed: int) -> ModelMixin:
     Only what takes in t - s is drawn, keyed by `seed`.
     """
     with drawn(seed, "second time"):
-        if isinstance(network, VelocityMLP):
-            grown: ModelMixin = FlowMapMLP.from_config(network.config)
-        elif isinstance(network, VelocityUNet2DModel):
-            grown = FlowMapUNet2DModel.from_config(network.config)
-        else:
-            grown = FlowMapUNet2DModel.from_config(network.config, path="linear", prediction="velocity")
+        grown = _grown(network, FlowMapMLP, FlowMapUNet2DModel)
     weights = {
         name.replace("class_embedding.weight", grown.class_weight): t for name, t in network.state_dict().items()
     }
@@ -49,6 +47,32 @@ def two_times(network: ModelMixin, seed: int) -> ModelMixin:
     assert all("gap." in name for name in added), sorted(added)
     grown.load_state_dict({**weights, **added})
     return grown.to(next(network.parameters()).device).train(network.training)
+
+
+def accelerated(network: ModelMixin, seed: int) -> ModelMixin:
+    """A velocity network of the linear path and, from the same weights, one of the acceleration beside it, which is
+    blind to the velocity that it is given.
+    """
+    with drawn(seed, "acceleration"):  # nothing of it is kept
+        grown = _grown(network, AccelerationMLP, AccelerationUNet2DModel)
+    weights = dict(network.state_dict())
+    beside = {f"acceleration.{name}": tensor for name, tensor in weights.items()}
+    if isinstance(network, VelocityMLP):
+        beside["given.weight"] = torch.zeros_like(grown.given.weight)
+    else:
+        first = weights["conv_in.weight"]  # [out, C, 3, 3] -> [out, 2 C, 3, 3]
+        beside["acceleration.conv_in.weight"] = torch.cat([first, torch.zeros_like(first)], dim=1)
+    grown.load_state_dict({**weights, **beside})
+    return grown.to(next(network.parameters()).device).train(network.training)
+
+
+def _grown(network: ModelMixin, mlp: type[ModelMixin], unet: type[ModelMixin]) -> ModelMixin:
+    """A fresh network that holds more than a velocity network of the linear path, of its config."""
+    if isinstance(network, VelocityMLP):
+        return mlp.from_config(network.config)
+    if isinstance(network, VelocityUNet2DModel):
+        return unet.from_config(network.config)
+    return unet.from_config(network.config, path="linear", prediction="velocity")
 
 
 @contextmanager

@@ -18,6 +18,8 @@ class DistilledPipeline(DiffusionPipeline):
     sampler "same_noise": data = x_t - t v(x_t, t), x_s = (1 - s) data + s noise, with the noise that it began from.
     sampler "jump": its average velocity u(x_t, t, s) from t to s, x_s = x_t + (s - t) u.
     sampler "renoise": data = x_t - t u(x_t, t, 0), x_s = (1 - s) data + s fresh noise.
+    sampler "accelerated": its velocity v at the noise, one call more, and its acceleration a(x_t, t, v),
+    x_s = x_t + (s - t) (v + ((t + s) / 2 - 1) a).
     """
 
     model_cpu_offload_seq = "unet"
@@ -31,8 +33,8 @@ class DistilledPipeline(DiffusionPipeline):
         t_grids: dict[str, list[float]] | None = None,
     ) -> None:
         super().__init__()
-        if sampler not in ("euler", "same_noise", "jump", "renoise"):
-            raise ValueError(f"sampler={sampler!r}; valid: 'euler', 'same_noise', 'jump', 'renoise'")
+        if sampler not in ("euler", "same_noise", "jump", "renoise", "accelerated"):
+            raise ValueError(f"sampler={sampler!r}; valid: 'euler', 'same_noise', 'jump', 'renoise', 'accelerated'")
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(num_classes=num_classes, sampler=sampler, t_grids=t_grids)
 
@@ -59,7 +61,7 @@ class DistilledPipeline(DiffusionPipeline):
     ) -> ImagePipelineOutput | tuple:
         """Samples, as `.images`.
 
-        num_inference_steps: network calls; None: the fewest that the student is made for.
+        num_inference_steps: N, network calls ("accelerated": N + 1); None: the fewest that the student is made for.
         latents: the noise, [B, *sample_shape], standard normal; None: drawn from `generator`.
         class_labels: B class ids, needed where the student has classes.
         batch_size: number of samples; None: as many as latents, else class_labels, else 1.
@@ -83,11 +85,18 @@ class DistilledPipeline(DiffusionPipeline):
         sampler, start = self.config["sampler"], x_t
         self._check_fresh(fresh, steps - 1 if sampler == "renoise" else 0, x_t)
         times = self.scheduler.sigmas  # [N + 1], 1 ... 0
+        begun: dict[str, torch.Tensor] = {}  # what the network is given beside times and classes
+        if sampler == "accelerated":
+            begun["velocity"] = self.unet(
+                x_t, 1000 * torch.ones_like(times[:1]).expand(batch_size), class_labels=labels
+            ).sample
         for step, timestep in enumerate(self.scheduler.timesteps):
             t, s = times[step], times[step + 1]
             known = {"jump": [t, s], "renoise": [t, torch.zeros_like(s)]}.get(sampler, [t])
             known = [(1000 * time.to(torch.float32)).expand(batch_size) for time in known]  # the network takes 1000 t
-            velocity = self.unet(x_t, *known, class_labels=labels).sample
+            velocity = self.unet(x_t, *known, class_labels=labels, **begun).sample
+            if begun:  # what it gave is the acceleration
+                velocity = begun["velocity"] + ((t + s) / 2 - 1) * velocity
             if sampler == "renoise":
                 x_t = x_t - t * velocity
                 if step < steps - 1:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import (
@@ -28,6 +28,8 @@ from distill.guard import InputError, suggest
 from distill.interpolants import Prediction, linear, vp
 from distill.protocols import VelocityField
 from distill.spec import CheckpointTeacher
+from distill.students.acceleration_mlp import AccelerationMLP
+from distill.students.acceleration_unet import AccelerationUNet2DModel
 from distill.students.flow_map_mlp import FlowMapMLP
 from distill.students.flow_map_unet import FlowMapUNet2DModel
 from distill.students.velocity import TIME_SCALE
@@ -42,6 +44,7 @@ Config = dict[str, Any]  # parsed JSON
 NETWORKS: dict[str, tuple[type[ModelMixin], ...]] = {  # by what they are
     "velocity": (UNet2DModel, VelocityUNet2DModel, VelocityMLP),
     "flow_map": (FlowMapUNet2DModel, FlowMapMLP),
+    "acceleration": (AccelerationUNet2DModel, AccelerationMLP),
 }
 LINEAR_NETWORKS = (VelocityUNet2DModel, VelocityMLP)  # of the linear path by construction
 VP = (DDPMScheduler, DDIMScheduler)
@@ -97,8 +100,8 @@ def load(spec: CheckpointTeacher, device: torch.device) -> LoadedTeacher:
     )
 
 
-def read(spec: CheckpointTeacher, device: torch.device, kind: Literal["velocity", "flow_map"]) -> Checkpoint:
-    """A checkpoint whose network is of this kind; any other is refused."""
+def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> Checkpoint:
+    """A checkpoint whose network is of this kind, one of `NETWORKS`; any other is refused."""
     folder = _folder(spec)
     parts = _parts(spec, folder)
     found = parts.student.get("kind", "velocity")

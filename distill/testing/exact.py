@@ -27,7 +27,7 @@ def teacher(velocity: VelocityField, shape: tuple[int, ...] = (3,)) -> LoadedTea
 
 
 class Network(nn.Module):
-    """A network of the linear path from a function: of (x_t, t, cond) or (x_t, t, s, cond)."""
+    """A network of the linear path from a function: of (x_t, t, cond), (x_t, t, s, cond) or (x_t, t, v, cond)."""
 
     interpolant = linear()
     t_range = (0.0, 1.0)
@@ -36,7 +36,7 @@ class Network(nn.Module):
         super().__init__()
         self.function = function
 
-    def forward(self, *given: Tensor | Cond) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, *given: Tensor | Cond | None) -> Tensor | tuple[Tensor, Tensor]:
         return self.function(*given)
 
 
@@ -52,6 +52,9 @@ class Given:
         return self.student
 
     def flow_map(self) -> nn.Module:
+        return self.student
+
+    def acceleration(self) -> nn.Module:
         return self.student
 
     def critic(self) -> nn.Module:

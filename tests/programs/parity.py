@@ -55,7 +55,7 @@ class Init:
     def velocity_field(self, seed=0):
         return VelocityStudent(build(UNetSpec(kind="unet", channels=[32]), SHAPE, 10, seed))
 
-    flow_map = critic = velocity_field
+    flow_map = acceleration = critic = velocity_field
 
     def null(self, cond):
         return cond

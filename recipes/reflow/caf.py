@@ -1,0 +1,98 @@
+"""Constant Acceleration Flow (Park et al. 2024, arXiv 2411.00322): bent paths, told apart by their first velocity.
+
+Of the ends of a teacher's path, data = ODE(noise), with line = noise - data and u = 1 - t: the path that leaves the
+noise with velocity v and arrives at the data under constant acceleration is x_t = noise - u v + u^2 (v - line), with
+dv/dt = 2 (v - line). One network learns v = h line at points of that path. The other learns, given v(noise, 1) of the
+first, what that velocity needs: 2 (v(noise, 1) - line), at points of its path; so it makes up for errors of the first.
+Sampling calls the first network once and the second N times: N steps are N + 1 network calls.
+
+Deviations: both networks are trained at once, the second on the first as it is then; the paper trains the first, then
+freezes it. t is uniform on [0, 1), theirs one of 1,001. LPIPS compares the data to which a prediction leads: of the
+velocity theirs is biased off the ends by u (1 - u) (h - 1) line, ours is not. Not built: their third stage, a GAN, and
+the inversion of data; and samples are not clamped to [-1, 1].
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, FilePath, model_validator
+from torch import Tensor
+
+from distill import distances
+from distill.guard import InputError
+from distill.interpolants import like
+from distill.protocols import Batch, Context, Frozen, Init, Loss, Nets, Role, Teacher, Trained, Turn
+
+
+class Config(BaseModel):
+    """Options of reflow/caf."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    h: Annotated[float, Field(gt=0)] = 1.5
+    """first velocity, relative to that of the straight line; 1: no acceleration, above: braking"""
+    lpips_trunk: Literal["squeeze", "alex", "vgg"] | None = None
+    """network whose features LPIPS compares, beside pseudo-Huber; null: no LPIPS"""
+    lpips_path: FilePath | None = None
+    """safetensors file of the trunk: torchvision's squeezenet1_1, alexnet or vgg16"""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        if (self.lpips_trunk is None) != (self.lpips_path is None):
+            raise ValueError("lpips_trunk and lpips_path go together; give both, or neither")
+        return self
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"teacher", "pairs"})
+
+    @property
+    def student(self) -> str:
+        return "acceleration"
+
+
+class Recipe:
+    sampler = "accelerated"
+
+    def __init__(self, config: Config, teacher: Teacher | None) -> None:
+        shape = () if teacher is None else teacher.shape
+        if config.lpips_trunk and shape and (len(shape) != 3 or shape[0] not in (1, 3)):
+            raise InputError(f"lpips_trunk: LPIPS compares images, the teacher makes {shape}; remove it and lpips_path")
+        self.config = config
+
+    def networks(self, init: Init) -> dict[str, Role]:
+        c, roles = self.config, dict[str, Role](student=Trained(init.acceleration()))
+        if c.lpips_trunk is not None and c.lpips_path is not None:
+            roles["lpips"] = Frozen(distances.Lpips(c.lpips_trunk, c.lpips_path))
+        return roles
+
+    def turns(self, step: int, images: int) -> Iterator[Turn]:
+        yield Turn("student", self.loss)
+
+    def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
+        assert batch.pairs is not None
+        data, noise, cond, h = batch.pairs.data, batch.pairs.noise, batch.cond, self.config.h
+        line, student, t = noise - data, nets["student"], ctx.draw.uniform("t_velocity", data)
+        x_t = bent(noise, line, h * line, t)
+        v = student(x_t, t, None, cond)
+        logs = {"velocity": distances.pseudo_huber(v, h * line).mean()}
+        if "lpips" in nets:
+            factor = t * (1 + (1 - t) * (1 - h)) / h  # of what is left of the path, in v
+            logs["velocity_lpips"] = nets["lpips"](x_t - like(factor, v) * v, data).mean()
+        with torch.no_grad():
+            v = student(noise, torch.ones_like(t), None, cond)
+        t = ctx.draw.uniform("t", data)
+        x_t = bent(noise, line, v, t)
+        a = student(x_t, t, v, cond)
+        logs["acceleration"] = distances.pseudo_huber(a, 2 * (v - line)).mean()
+        if "lpips" in nets:
+            arrived = x_t - like(t, v) * v + like(t * (2 - t) / 2, a) * a
+            logs["acceleration_lpips"] = nets["lpips"](arrived, data).mean()
+        return Loss(torch.stack(list(logs.values())).sum(), {name: each.detach() for name, each in logs.items()})
+
+
+def bent(noise: Tensor, line: Tensor, v: Tensor, t: Tensor) -> Tensor:
+    """x_t of the path that leaves noise with velocity v and arrives at noise - line: noise - u v + u^2 (v - line)."""
+    u = like(1 - t, noise)
+    return noise - u * v + u.square() * (v - line)

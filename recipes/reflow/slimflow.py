@@ -1,0 +1,118 @@
+"""SlimFlow (Zhu et al. 2024, arXiv 2407.12718): a one-step student smaller than its teacher, from no weights of it.
+
+anneal trains a fresh `network` while the coupling slides from independent to the teacher's, data = ODE(noise):
+|| v(x_t, t) - (noise_b - data) ||^2 / d with noise_b = sqrt(1 - beta^2) noise + beta fresh, x_t = (1 - t) data + t
+noise_b; beta falls from 1, flow matching on the teacher's samples, to 0, reflow. distill starts from that student (the
+stage's `init`), kept as v_T: D( noise - v(noise, 1), data ) + D( fresh - v(fresh, 1), x_t - t v_T(x_t, t) ), of two
+small steps, x_t = fresh - (1 - t) v(fresh, 1), t uniform in (0.2, 0.8). Deviations: t = 1 exactly in distill, where the
+authors' code shows the student 0.1 % of its target; t covers [0, 1) in anneal; student and v_T start from the same.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, FilePath, PositiveInt, model_validator
+from torch import Tensor
+
+from distill import distances, times
+from distill.guard import InputError
+from distill.interpolants import like
+from distill.protocols import Batch, Context, Frozen, Init, Loss, Nets, Role, Teacher, Trained, Turn
+
+LPIPS = {"lpips_trunk", "lpips_path"}
+BETA = {
+    "linear": lambda k: 1 - min(1.0, k),
+    "exp": lambda k: math.exp(-k),
+    "cosine": lambda k: (1 + math.cos(math.pi * min(1.0, k))) / 2,
+}
+
+
+class Config(BaseModel):
+    """Options of reflow/slimflow."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    phase: Literal["anneal", "distill"] = "distill"
+    """anneal: annealed reflow of a fresh network; distill: flow-guided distillation of it, into one step"""
+    anneal_images: PositiveInt | None = None
+    """of anneal: images until beta is 0 (under exp: 1/e); well below the stage's own"""
+    schedule: Literal["linear", "exp", "cosine"] | None = None
+    """of beta in anneal; null: linear"""
+    flip: bool = False
+    """mirror images and their noise left-right, half of the batches"""
+    middle: Literal["student", "flow"] | None = None
+    """who makes the first of the two steps in distill; null: student"""
+    distance: Literal["l2", "lpips"] = "l2"
+    """of both terms of distill, between data"""
+    lpips_trunk: Literal["squeeze", "alex", "vgg"] | None = None
+    """network whose features LPIPS compares"""
+    lpips_path: FilePath | None = None
+    """safetensors file of the trunk: torchvision's squeezenet1_1, alexnet or vgg16"""
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> Self:
+        given, distill = self.model_dump(exclude_defaults=True).keys(), {"middle", "distance", *LPIPS}
+        if unused := sorted(given & (distill if self.phase == "anneal" else {"anneal_images", "schedule"})):
+            raise ValueError(f"{', '.join(unused)}: no effect with phase: {self.phase}; remove")
+        if self.phase == "anneal" and self.anneal_images is None:
+            raise ValueError("phase: anneal needs anneal_images; from there on the pairs are the teacher's own")
+        if given & LPIPS != (LPIPS if self.distance == "lpips" else set()):
+            raise ValueError(f"distance: {self.distance}: lpips needs lpips_trunk and lpips_path, l2 takes neither")
+        return self
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"teacher", "pairs"})
+
+    @property
+    def student(self) -> str:
+        return "velocity"
+
+
+class Recipe:
+    sampler = "euler"
+
+    def __init__(self, config: Config, teacher: Teacher | None) -> None:
+        shape, of_images = () if teacher is None else teacher.shape, config.flip or config.distance == "lpips"
+        if of_images and shape and (len(shape) != 3 or shape[0] not in (1, 3)):
+            raise InputError(f"flip and distance: lpips are for images, the teacher makes {shape}; remove them")
+        self.config = config
+
+    def networks(self, init: Init) -> dict[str, Role]:
+        c, roles = self.config, dict[str, Role](student=Trained(init.velocity_field()))
+        if c.phase == "distill":
+            roles["flow"] = Frozen(init.velocity_field())
+        if c.lpips_trunk is not None and c.lpips_path is not None:
+            roles["lpips"] = Frozen(distances.Lpips(c.lpips_trunk, c.lpips_path))
+        return roles
+
+    def turns(self, step: int, images: int) -> Iterator[Turn]:
+        yield Turn("student", self.anneal if self.config.phase == "anneal" else self.distill)
+
+    def anneal(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
+        data, noise = self.ends(batch, ctx)
+        beta = BETA[self.config.schedule or "linear"](ctx.images / (self.config.anneal_images or 1))
+        student, t = nets["student"], ctx.draw.uniform("t", data)
+        noise = math.sqrt(1 - beta**2) * noise + beta * ctx.draw.normal("fresh", noise)
+        x_t, v = student.interpolant.mix(data, noise, t), student.interpolant.velocity(data, noise, t)
+        return Loss(distances.mse(student(x_t, t, batch.cond), v).mean())
+
+    def distill(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
+        (data, noise), student, flow, cond = self.ends(batch, ctx), nets["student"], nets["flow"], batch.cond
+        fresh, t = ctx.draw.normal("fresh", noise), times.uniform(ctx.draw.uniform("t", noise), 0.2, 0.8)
+        distance, one = nets["lpips"] if self.config.distance == "lpips" else distances.mse, torch.ones_like(t)
+        v = student(fresh, one, cond)
+        with torch.no_grad():
+            x_t = fresh - like(1 - t, v) * (flow(fresh, one, cond) if self.config.middle == "flow" else v)
+            target = x_t - like(t, x_t) * flow(x_t, t, cond)
+        pairs, guided = distance(noise - student(noise, one, cond), data).mean(), distance(fresh - v, target).mean()
+        return Loss(pairs + guided, {"pairs": pairs.detach(), "guided": guided.detach()})
+
+    def ends(self, batch: Batch, ctx: Context) -> tuple[Tensor, Tensor]:
+        """Data and noise of the pairs, both mirrored or neither."""
+        assert batch.pairs is not None
+        data, noise = batch.pairs.data, batch.pairs.noise
+        mirrored = self.config.flip and ctx.draw.integer("flip", 2) == 1
+        return (data.flip(-1), noise.flip(-1)) if mirrored else (data, noise)
