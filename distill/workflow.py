@@ -361,8 +361,8 @@ def _lengths(spec: RunSpec, stage: TrainStage, rows_together: int, where: str) -
         yield f"launch.micro_batch: {micro} does not divide {where}.batch_size ({each})"
     elif samples % rows_together:
         yield (
-            f"{where}: {stage.recipe} couples samples in blocks of {rows_together}, and micro-batches of {samples} do not "
-            f"hold whole ones; make batch_size / processes, or launch.micro_batch, a multiple of {rows_together}"
+            f"{where}: {stage.recipe} couples samples in blocks of {rows_together}, and micro-batches of {samples} "
+            f"do not hold whole ones; make batch_size / processes, or launch.micro_batch, a multiple of {rows_together}"
         )
     if optimizer.warmup_images >= stage.images:
         yield (

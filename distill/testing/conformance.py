@@ -135,7 +135,7 @@ def travels(subject: Subject, folder: Path) -> None:
 
 
 def splits(subject: Subject, folder: Path) -> None:
-    """The losses of micro-batches, of one sample each, or one block of those that are coupled, are those of the batch."""
+    """The losses of the smallest micro-batches, a sample or a block of coupled ones each, are those of the batch."""
     _, whole = train(subject, folder / "whole", micro_batch=BATCH)
     _, single = train(subject, folder / "single", micro_batch=registry.rows_together(subject.config()))
     _same_losses(whole, single, "in one batch", "sample by sample")
