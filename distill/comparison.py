@@ -92,9 +92,6 @@ def plan(spec: RunSpec, base: Path, recipes: Sequence[str] | None) -> Plan:
     targets = {target for stage in needing for _, target, _ in workflow.references(stage) if target in common}
     used = _lines(spec, targets)
     shared = {n: s for n, s in spec.stages.items() if n in used}
-    made = Counter([*shared, name, *(each for chain in chains for each in chain.stages)])
-    if twice := [each for each, count in made.items() if count > 1]:
-        raise InputError(f"stages.{twice[0]}: the comparison makes a stage of that name; name this one otherwise")
     return Plan(spec, shared, chains, name, evaluation)
 
 
@@ -217,11 +214,18 @@ def _ends(spec: RunSpec, distilled: Mapping[str, TrainStage], recipe: str) -> li
 def _own_chain(spec: RunSpec, end: str, parts: Mapping[str, set[str]]) -> Chain:
     """parts: by the end of each chain, the stages that only chains have. A stage of several is made for each anew."""
     found = Counter(name for each in parts.values() for name in each)
-    names = {n: n if n == end or found[n] == 1 else f"{end}-{n}" for n in spec.stages if n in parts[end]}
+    names = {n: n if n == end or found[n] == 1 else _new(spec, f"{end}-{n}") for n in spec.stages if n in parts[end]}
     stages = {new: _renamed(spec.stages[old], names) for old, new in names.items()}
     last = spec.stages[end]
     assert isinstance(last, TrainStage)
     return Chain(end, last.recipe, stages)
+
+
+def _new(spec: RunSpec, name: str) -> str:
+    """A name for a stage that the spec does not have."""
+    if name in spec.stages:
+        raise InputError(f"stages.{name}: the comparison makes a stage of that name; name this one otherwise")
+    return name
 
 
 def _renamed(stage: Stage, names: Mapping[str, str]) -> Stage:
@@ -243,15 +247,26 @@ def _derived_chain(
     made = [n for n in teachers if isinstance(s := spec.stages[n], TrainStage) and s.recipe == recipe]
     if made:
         raise InputError(f"--recipes: {recipe} makes the teacher here ('{made[0]}'); name recipes that distil it")
-    name, first = _short(recipe), next(iter(distilled.values()), None)
+    name, first = _new(spec, _short(recipe)), next(iter(distilled.values()), None)
     if first is None:
         raise InputError(
             f"--recipes: {recipe} has no stage in spec '{spec.name}', and there is none that distils, to take its "
             "length, batch size and optimizer from; add one"
         )
     exact = first.teacher is None and isinstance(spec.teacher, GaussianTeacher | MixtureTeacher)
-    like_first = {"network": first.network if exact else None}
-    stage = first.model_copy(update={"recipe": recipe, "options": {}, "init": None, "pairs": None, **like_first})
+    stage = TrainStage(
+        kind="train",
+        recipe=recipe,
+        teacher=first.teacher,
+        network=first.network if exact else None,
+        images=first.images,
+        batch_size=first.batch_size,
+        optimizer=first.optimizer,
+        ema_half_lives=first.ema_half_lives,
+        export=first.export,
+        precision=first.precision,
+        checkpoint=first.checkpoint,
+    )
     needs = workflow.recipe_config(stage, base, f"--recipes: {recipe}").needs
     if not needs & {"teacher", "pairs"}:
         raise InputError(
