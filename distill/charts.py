@@ -58,8 +58,14 @@ def quality(results: Results) -> str:
         lowest = {row.nfe: min(r.value for r in results.rows if r.nfe == row.nfe) for row in results.rows}
         for network, colour in colours_of(results).items():
             rows = [row for row in results.rows if row.network == network and row.value > 0]  # 0 has no logarithm
-            line = [row for row in rows if not row.fine]
+            line = [row for row in rows if not row.fine and not row.along]
             axes.plot([r.nfe for r in line], [r.value for r in line], "-o", color=colour, ms=5, lw=1.6, label=network)
+            for along in dict.fromkeys(row.along for row in rows if row.along):
+                same = [row for row in rows if row.along == along]
+                label = f"{network}{same[0].way}"
+                axes.plot(
+                    [r.nfe for r in same], [r.value for r in same], "s", color=colour, ms=5, mfc="white", label=label
+                )
             for row in rows:
                 if row.fine:
                     label = f"{network}, {row.solver}"

@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
-from distill.spec import PairsStage, RunSpec, TrainStage
+from distill.spec import PairsStage, RunSpec, TrainStage, is_path
 
 OF_DATA, WITH_STATES = ("forward", "segments"), ("trajectories", "segments")  # paths of a pairs stage
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
@@ -74,7 +73,7 @@ def _optimal(stage: PairsStage, steps: int, prefix: str) -> Iterator[str]:
 
 def _times(stage: PairsStage, prefix: str) -> Iterator[str]:
     times = stage.times or []
-    if len(times) < 2 or times[0] != 1 or times[-1] != 0 or any(a <= b for a, b in pairwise(times)):
+    if not is_path(times):
         yield f"{prefix}times: {stage.times} given; {stage.paths} need times from 1 down to 0, like [1, 0.5, 0]"
         return
     strange = [t for t in times if not math.isclose(t * stage.steps, round(t * stage.steps), abs_tol=1e-6)]

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distill import pairspec, workflow
+from distill import pairspec, results, workflow
 from distill.spec import EvaluateStage, LaunchSpec, PairsStage, RunSpec, Stage, TrainStage
 from distill.store import RunPaths
 
@@ -119,11 +119,12 @@ def _pairs(name: str, stage: PairsStage) -> Step:
 
 
 def _evaluate(name: str, stage: EvaluateStage) -> Step:
-    ways = [*(("euler", count) for count in stage.teacher_steps), (stage.fine_solver, stage.fine_steps)]
+    counts = results.steps_of_rows(stage)
+    rows = 1 + sum(map(len, counts.values()))
+    ways = [*(("euler", count) for count in counts.pop("teacher")), (stage.fine_solver, stage.fine_steps)]
     teacher = sum(workflow.network_calls(solver, count, stage.guidance_scale) for solver, count in ways)
-    students = sum(sum(counts) for counts in stage.students.values())
+    students = sum(map(sum, counts.values()))
     students += len(stage.fine_students) * workflow.network_calls(stage.fine_solver, stage.fine_steps, 1.0)
-    rows = len(ways) + sum(len(counts) for counts in stage.students.values()) + len(stage.fine_students)
     calls = stage.samples * (teacher + students)
     work = f"{rows} rows x {stage.samples:,} samples; {calls:,} network calls"
     needs = _unique([stage.teacher or "the spec's teacher", *stage.students])

@@ -109,7 +109,7 @@ def write(run: RunPaths) -> Path:
 
 def headline(results: Results) -> str:
     """The result in one sentence: the student of fewest calls (the best of those) beside its teacher."""
-    students = [row for row in results.rows if row.role == "student"]
+    students = [row for row in results.usual if row.role == "student"]
     fine = next(row for row in results.rows if row.fine)
     what = results.distance or "RMS to the teacher"
 
@@ -118,7 +118,7 @@ def headline(results: Results) -> str:
     best = min(students, key=lambda row: (row.nfe, row.value))
     calls = "one network call" if best.nfe == 1 else f"{best.nfe} network calls"
     said = f"In {calls} {best.network} reaches {what} {number(best.value)}"
-    coarse = [row for row in results.rows if row.role == "teacher" and not row.fine]
+    coarse = [row for row in results.usual if row.role == "teacher" and not row.fine]
     if results.distance is not None:
         as_good = [row for row in coarse if row.value <= best.value]
         if as_good:

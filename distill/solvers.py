@@ -18,6 +18,7 @@ from distill.fields import Rescheduled, inside, start
 from distill.guard import InputError, suggest
 from distill.interpolants import like, linear
 from distill.protocols import Cond, VelocityField
+from distill.spec import is_path
 from distill.times import uniform_grid
 
 
@@ -108,19 +109,24 @@ def sample_along(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str
     field = on_linear_path(field)
     t_min, t_max = field.t_range
     inner = times[1:-1]
-    if times[0] != 1 or times[-1] != 0 or not all(t_min <= t < t_max for t in inner):
+    if not is_path(times) or not all(t_min <= t < t_max for t in inner):
         raise InputError(
-            f"times {', '.join(f'{t:g}' for t in times)}: the first must be 1, the last 0, and the others from "
-            f"{t_min:.4g} to below {t_max:.4g}, where the velocity is known"
+            f"times {', '.join(f'{t:g}' for t in times)}: they must fall from 1 to 0, those between from below "
+            f"{t_max:.4g} to {t_min:.4g}, where the velocity is known"
         )
     return _solve(field, noise, cond, solver, torch.tensor([t_max, *inner, 0.0], dtype=torch.float64))
 
 
-def _solve(field: VelocityField, noise: Tensor, cond: Cond, solver: str, t_grid: Tensor) -> Tensor:
+def known(solver: str) -> Solver:
+    """The solver of that name."""
     if solver not in SOLVERS:
         raise InputError(f"unknown solver '{solver}': {suggest(solver, SOLVERS)}")
+    return SOLVERS[solver]
+
+
+def _solve(field: VelocityField, noise: Tensor, cond: Cond, solver: str, t_grid: Tensor) -> Tensor:
     with torch.no_grad():
-        return SOLVERS[solver].function(field, start(field, noise), t_grid, cond)
+        return known(solver).function(field, start(field, noise), t_grid, cond)
 
 
 def invert(

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill import jobs, pairspec, registry, schema, specfile
+from distill import jobs, pairspec, registry, schema, specfile, trainspec
 from distill.card import NO_FIELDS, SAMPLERS
 from distill.guard import InputError, suggest
 from distill.spec import (
@@ -20,7 +20,7 @@ from distill.spec import (
     RunSpec,
     Stage,
     TrainStage,
-    UNetSpec,
+    is_path,
 )
 from distill.store import RunPaths, read_json
 
@@ -122,7 +122,7 @@ def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
             yield from _recipe(stage, config, registry.load(stage.recipe, base).Recipe.sampler, where)
             yield from _train(spec, stage, needs, where)
             yield from _guidance(spec, stage, registry.guidance_scale(config), base, f"{where}.options")
-            yield from _lengths(spec, stage, registry.rows_together(config), where)
+            yield from trainspec.lengths(spec, stage, registry.rows_together(config), where)
         elif isinstance(stage, PairsStage):
             used |= {"teacher"} if stage.teacher is None else set()
             used |= {"data"} if stage.paths in pairspec.OF_DATA else set()
@@ -298,33 +298,7 @@ def _train(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: str) 
         elif stage.teacher is None and isinstance(spec.teacher, GaussianTeacher | MixtureTeacher):
             yield f"{where}: the {spec.teacher.kind} teacher has no weights to start from; give network, e.g. kind: mlp"
     if stage.network is not None:
-        yield from _network(spec, stage, stage.network, f"{where}.network")
-
-
-def _network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, where: str) -> Iterator[str]:
-    if stage.dropout is not None:
-        yield f"{where}: a fresh network has its own dropout, so that of the stage has no effect; remove it"
-    vectors = stage.teacher is None and isinstance(spec.teacher, GaussianTeacher | MixtureTeacher)
-    side = {"digits": 8, "mnist": 28}.get(spec.data.kind)
-    if isinstance(spec.data, ImagesData | HfData):
-        side = spec.data.size
-    if isinstance(network, MlpSpec):
-        if side is not None:
-            yield f"{where}: an mlp makes vectors, data of kind {spec.data.kind} has images; use kind: unet"
-        return
-    if vectors:
-        yield f"{where}: a unet makes images, the teacher makes vectors; use kind: mlp"
-    if not network.channels:
-        yield f"{where}.channels: empty; give the channels of each resolution, finest first"
-    for channels in network.channels:
-        if channels % network.norm_groups:
-            yield f"{where}.channels: {channels} is not a multiple of norm_groups ({network.norm_groups})"
-    if side is not None and network.channels and side % 2 ** (len(network.channels) - 1):
-        halvings = len(network.channels) - 1
-        yield (
-            f"{where}.channels: {halvings + 1} resolutions halve the images {halvings} times, "
-            f"and their side of {side} cannot be; give fewer"
-        )
+        yield from trainspec.network(spec, stage, stage.network, f"{where}.network")
 
 
 def _launch(spec: RunSpec) -> Iterator[str]:
@@ -346,41 +320,6 @@ def _launch(spec: RunSpec) -> Iterator[str]:
             yield f"launch.{name}: {given[name]} given for training, but no stage trains; remove it"
 
 
-def _lengths(spec: RunSpec, stage: TrainStage, rows_together: int, where: str) -> Iterator[str]:
-    batch, procs, optimizer = stage.batch_size, spec.launch.world_size, stage.optimizer
-    micro = spec.launch.micro_batch
-    samples = micro or batch // procs
-    if stage.images % batch:
-        nearest = max(batch, round(stage.images / batch) * batch)
-        yield f"{where}.images: {stage.images} is not a multiple of batch_size ({batch}); nearest: {nearest}"
-    if batch % procs:
-        field = "launch.procs" if spec.launch.nodes == 1 else "launch.nodes"
-        yield f"{field}: {procs} processes cannot share {where}.batch_size ({batch}) evenly; change either"
-    elif micro is not None and batch // procs % micro:
-        each = f"{batch}" if procs == 1 else f"{batch} / {procs} processes = {batch // procs}"
-        yield f"launch.micro_batch: {micro} does not divide {where}.batch_size ({each})"
-    elif samples % rows_together:
-        yield (
-            f"{where}: {stage.recipe} couples samples in blocks of {rows_together}, and micro-batches of {samples} "
-            f"do not hold whole ones; make batch_size / processes, or launch.micro_batch, a multiple of {rows_together}"
-        )
-    if optimizer.warmup_images >= stage.images:
-        yield (
-            f"{where}.optimizer.warmup_images: {optimizer.warmup_images} of {stage.images} images; "
-            "the warm-up must end before the training does"
-        )
-    if 1 in optimizer.betas:
-        yield f"{where}.optimizer.betas: 1 never forgets; give values below 1"
-    halves = stage.ema_half_lives
-    if len(set(halves)) != len(halves):
-        yield f"{where}.ema_half_lives: {halves} holds a value twice"
-    if stage.export != "raw" and stage.export not in halves:
-        valid = ", ".join(["raw", *(f"{half:g}" for half in halves)])
-        yield f"{where}.export: {stage.export:g} is none of ema_half_lives; valid: {valid}"
-    if stage.checkpoint.images is None and stage.checkpoint.minutes is None:
-        yield f"{where}.checkpoint: images and minutes are both null, so nothing would be saved; give one"
-
-
 def _pairs(spec: RunSpec, stage: PairsStage, where: str) -> Iterator[str]:
     if stage.teacher is None and spec.teacher is None:
         yield f"{where}: pairs need a teacher; give {where}.teacher (a train stage), or the spec's teacher"
@@ -396,10 +335,20 @@ def _evaluate(spec: RunSpec, stage: EvaluateStage, base: Path, where: str) -> It
     for student, steps in stage.students.items():
         if not steps:
             yield f"{where}.students.{student}: no numbers of steps given, e.g. [1, 2, 4]"
+    for network, ways in stage.times.items():
+        here = f"{where}.times.{network}"
+        if network not in ("teacher", *stage.students):
+            yield f"{here}: not measured here; {suggest(network, ['teacher', *stage.students])}"
+        if (kind := _kind(spec.stages.get(network), base)) in NO_FIELDS:
+            yield f"{here}: its student is {NO_FIELDS[kind]}, made for uniform steps; remove it"
+        for times in ways:
+            if times != "optimal" and not is_path(times):
+                yield f"{here}: {times} given; times go from 1 down to 0, like [1, 0.6, 0]"
     for student in stage.fine_students:
         if student not in stage.students:
             yield f"{where}.fine_students: '{student}' is none of {where}.students; {suggest(student, stage.students)}"
         elif stage.fine_students.count(student) > 1:
             yield f"{where}.fine_students: '{student}' stands there twice"
-        elif _kind(spec.stages.get(student), base) == "flow_map":
-            yield f"{where}.fine_students: the student of '{student}' is a flow map, which no solver follows; remove it"
+        elif (kind := _kind(spec.stages.get(student), base)) in NO_FIELDS:
+            what = f"is {NO_FIELDS[kind]}, which no solver follows"
+            yield f"{where}.fine_students: the student of '{student}' {what}; remove it"

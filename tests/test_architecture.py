@@ -40,6 +40,7 @@ CONTROL = ANYWHERE | {
     "yamltext",
     "specfile",
     "workflow",
+    "trainspec",
     "planning",
     "launch",
     "registry",

@@ -56,8 +56,13 @@ OTHER_OPTIONS = [
     ("reflow/reflow", {"data_weight": 0.1, "time_law": "logit_normal", "distance": "pseudo_huber"}),
     ("reflow/rf_plus_plus", {"sampler": "same_noise"}),
     ("reflow/simple_reflow", {"project_block": 4, "sharpness": None, "high_pass_weight": 0.0}),
+    ("pretrain/flow_matching", {"coupling": "ot_replacement", "coupling_block": 4, "within_classes": True}),
+    ("pretrain/flow_matching", {"coupling": "immiscible_knn"}),
+    ("pretrain/flow_matching", {"coupling": "weighted", "coupling_block": 2, "cost": "distance"}),
     ("consistency/consistency", {"times": "continuous", "halving_images": 16, "target_decay": 0.9}),
     ("consistency/consistency", {"point": "data", "distance": "l2"}),
+    ("reflow/consistency_fm", {"target": "teacher", "segments": 4, "delta": 0.05, "guidance_scale": 2.0}),
+    ("reflow/consistency_fm", {"boundary": 0.9, "delta": 0.1, "velocity_weight": 1.0}),
     ("shortcut/shortcut", {"base": "two_steps", "grid": 4, "target_decay": None}),
     ("shortcut/shortcut", {"base": "step", "bootstrap": 0.75}),
     ("shortcut/shortcut", {"base": "data"}),
@@ -66,6 +71,7 @@ OTHER_OPTIONS = [
     ("reflow/perflow", {"windows": 1, "parameterisation": "diff_eps", "label_dropout": 0.5, "guidance_sync": True}),
     ("reflow/rectified_diffusion", {"form": "phased", "phases": 1, "times": "grid"}),
     ("score/dmd2", {"steps": 4, "weight": "kl", "ratio": 2}),
+    ("reflow/slimflow", {"phase": "anneal", "anneal_images": 16, "flip": True}),
 ]
 
 

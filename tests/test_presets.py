@@ -2,7 +2,9 @@
 
 import pytest
 from runs import distill
+from safetensors.torch import load_file
 
+from distill.export import WEIGHTS
 from distill.results import load
 from distill.store import RunPaths
 
@@ -45,6 +47,19 @@ def test_the_one_step_student_of_the_ring_recovers_it(tmp_path):
     assert results.distance == "SW2"
     assert student.distance - fine.distance <= 0.15 * (coarse.distance - fine.distance)
     assert student.rms <= 0.15 * coarse.rms
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+def test_half_the_weights_do_in_one_step_what_their_teacher_does_in_four(tmp_path):
+    changes = ("stages.evaluate.teacher_steps=[4]", "stages.evaluate.students={distill: [1]}")
+    results = evaluated(tmp_path, "digits-slimflow", *changes)
+    student, teacher = results.row("distill", 1).distance, results.row("teacher", 4).distance
+    folders = [tmp_path / "runs" / "one" / "students" / name / "unet" for name in ("distill", "teach")]
+    small, large = (sum(t.numel() for t in load_file(folder / WEIGHTS).values()) for folder in folders)
+    print(f"FD-digits: student of {small} weights {student:.2f}, teacher of {large} at 4 Euler steps {teacher:.2f}")
+    assert student <= teacher
+    assert small <= large / 2
 
 
 @pytest.mark.long

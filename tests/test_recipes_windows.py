@@ -565,6 +565,8 @@ SUBJECTS = [
         {"windows": 2},
         ring={"times_per_window": 8},
         steps=(2,),
+        short=testing.Training(192_000),
+        long=testing.Training(1_100_000),
         closed_form=(
             lambda: test_one_euler_step_a_window_is_the_teachers_map(uniform_grid(4)),
             lambda: test_perflow_loss_is_zero_at_the_straight_segments_only("diff_eps", {}),
@@ -577,6 +579,8 @@ SUBJECTS = [
         {"windows": 2, "teacher_steps": 16},
         ring={"times_per_window": 8},
         steps=(2,),
+        short=testing.Training(192_000),
+        long=testing.Training(1_100_000),
         closed_form=(
             lambda: test_proreflow_loss_is_zero_at_the_straight_segments_and_adds_the_direction(0.1),
             test_proreflow_without_direction_is_perflow,

@@ -264,8 +264,8 @@ REFUSED = {
     "a change of a field that is not there": (
         ["digits", "stages.reflow-1.imges=5"],
         "stages.reflow-1.imges=5: stages.reflow-1 has no 'imges'; did you mean 'images'? valid: batch_size, "
-        "checkpoint, ema_half_lives, export, images, init, kind, network, optimizer, options, pairs, precision, "
-        "recipe, teacher",
+        "checkpoint, dropout, ema_half_lives, export, images, init, kind, network, optimizer, options, pairs, "
+        "precision, recipe, teacher",
     ),
     "a change of a round that is not there": (
         ["digits", "stages.reflow-2.images=128"],

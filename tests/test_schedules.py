@@ -1,6 +1,8 @@
 """Step times of least summed error: against all choices there are, on paths whose costs are known."""
 
+import dataclasses
 import itertools
+import json
 import math
 
 import pytest
@@ -8,15 +10,19 @@ import torch
 
 from distill import schedules, solvers
 from distill.draws import generator
-from distill.fields import Counted
-from distill.interpolants import linear
-from distill.teachers.analytic import GaussianField
+from distill.fields import Counted, Rescheduled
+from distill.guard import InputError
+from distill.interpolants import edm
+from distill.spec import GaussianTeacher, PairsStage
+from distill.store import write_first
+from distill.teachers.analytic import GaussianField, class_gaussian_teacher, gaussian_teacher
 from distill.testing import exact
 from distill.times import uniform_grid
 
 STD = math.sqrt(0.3)
 UNIT = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)  # mean 0, mean square 1
 SOLVERS = ["euler", "heun", "dpm_solver_pp_2m"]
+CPU = torch.device("cpu")
 
 
 def gaussian(mean: float = 0.0, std: float = STD) -> GaussianField:
@@ -120,8 +126,6 @@ def test_what_it_costs_in_calls(solver, calls):
 
 def test_times_are_linear_and_begin_with_one():
     """Whatever the field's own schedule and range."""
-    from distill.fields import Rescheduled
-    from distill.interpolants import edm
 
     class Narrow:
         interpolant, t_range = edm(), (0.2, 0.9)
@@ -131,4 +135,99 @@ def test_times_are_linear_and_begin_with_one():
 
     t_grid, _ = schedules.measure(Narrow(), UNIT, {}, solver="euler", fine=6)
     assert t_grid == pytest.approx([0.9, 0.76, 0.62, 0.48, 0.34, 0.2, 0.0])
-    assert linear().time_of(torch.tensor([9.0])).item() == pytest.approx(0.9)
+
+
+# --- kept in the store ---
+
+TEACHER = gaussian_teacher(GaussianTeacher(kind="gaussian", mean=[0.0, 0.0], std=[STD, STD]))
+
+
+def counted(teacher=TEACHER):
+    field = Counted(teacher.field)
+    return dataclasses.replace(teacher, field=field), field
+
+
+def find(store, teacher=TEACHER, **given) -> schedules.Costs:
+    return schedules.find(teacher, store, **{"device": CPU, "fine": 12, "samples": 10, **given})
+
+
+def test_what_was_measured_is_kept_and_not_measured_again(tmp_path):
+    teacher, field = counted()
+    first = find(tmp_path, teacher)
+    assert field.calls == 12
+    assert find(tmp_path, teacher) == first and field.calls == 12
+    assert first.best(3).indices == [0, 6, 9, 12]
+    assert first.best(3).times == [1.0, 0.5, 0.25, 0.0]
+    ratio = first.best(3).cost / first.uniform(3).cost
+    unit = costs()
+    assert ratio == pytest.approx(summed(unit, [0, 6, 9, 12]) / summed(unit, [0, 4, 8, 12]), rel=1e-4)
+    others = [{"fine": 11}, {"samples": 9}, {"seed": 1}, {"solver": "heun"}, {"guidance_scale": 1.0}]
+    for number, other in enumerate(others):
+        find(tmp_path, teacher, **other)
+        assert len(list((tmp_path / "schedules").iterdir())) == min(2 + number, 5), "the last asks for what is there"
+
+
+def test_costs_are_those_of_the_samples_however_they_are_divided(tmp_path, monkeypatch):
+    """Of a teacher with classes, too: path i has class i mod K."""
+    means = torch.tensor([[0.0, 0.0], [3.0, -1.0]])
+    classes = class_gaussian_teacher(means, torch.tensor([1.0, 1.0]), torch.tensor([0.5, 2.0]))
+    for number, teacher in enumerate((TEACHER, classes)):
+        whole = find(tmp_path / f"{number}", teacher, samples=7)
+        with monkeypatch.context() as changed:
+            changed.setattr(schedules, "MEMORY", 2 * 4 * 13 * 2 * 3)  # three samples at once
+            parts = find(tmp_path / f"{number}-parts", teacher, samples=7)
+        for row, other in zip(whole.costs, parts.costs, strict=True):
+            assert other == pytest.approx(row, rel=1e-5, abs=1e-9)
+    guided = find(tmp_path, classes, guidance_scale=2.0)
+    assert guided.costs != find(tmp_path, classes).costs
+
+
+def test_uniform_steps_are_chosen_where_none_are_better():
+    rows = [[0.0] * (6 - i) for i in range(6)]
+    given = schedules.Costs(
+        digest="", solver="euler", fine=6, samples=1, seed=0, guidance_scale=1.0,
+        t_grid=[1 - i / 6 for i in range(7)], costs=rows,
+    )  # fmt: skip
+    assert [given.best(steps).indices for steps in (1, 2, 3, 6)] == [[0, 6], [0, 3, 6], [0, 2, 4, 6], list(range(7))]
+    assert given.uniform(4).indices == [0, 2, 3, 5, 6], "as nearly as there are times"
+    for steps in (0, 7):
+        with pytest.raises(InputError, match=f"{steps} steps cannot be chosen among 6 fine ones; give 1 to 6"):
+            given.best(steps)
+
+
+def test_pairs_keep_their_states_at_the_times_found(tmp_path):
+    stage = PairsStage(kind="pairs", count=8, paths="trajectories", solver="euler", steps=12, optimal_times=3)
+    found = schedules.with_times(stage, TEACHER, tmp_path, CPU)
+    assert (found.times, found.optimal_times) == ([1.0, 0.5, 0.25, 0.0], None)
+    assert schedules.with_times(found, TEACHER, tmp_path / "none", CPU) is found
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_kept_file_that_is_none_and_a_store_that_cannot_be_written(tmp_path):
+    find(tmp_path)
+    (path,) = (tmp_path / "schedules").iterdir()
+    path.write_text(json.dumps({"format": 2}))
+    with pytest.raises(InputError, match="json does not hold step times; delete it, and they are found again"):
+        find(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot keep step times in .*file/schedules: Not a directory; give --store"):
+        find(tmp_path / "file")
+    with pytest.raises(InputError, match="unknown solver 'eule': did you mean 'euler'"):
+        find(tmp_path, solver="eule")
+
+
+def test_whoever_is_first_stays(tmp_path):
+    write_first(tmp_path / "a", "one")
+    write_first(tmp_path / "a", "two")
+    assert (tmp_path / "a").read_text() == "one"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_solving_along_given_times():
+    noise = torch.randn(5, 3, generator=generator("along"), dtype=torch.float64)
+    for solver in SOLVERS:
+        found = solvers.sample_along(exact.FIELD, noise, {}, solver=solver, times=[1.0, 0.75, 0.5, 0.25, 0.0])
+        assert torch.equal(found, solvers.sample(exact.FIELD, noise, {}, solver=solver, steps=4))
+    for times in ([1.0, 0.5], [0.9, 0.0], [1.0, 0.2, 0.4, 0.0], [1.0, 1.0, 0.0]):
+        with pytest.raises(InputError, match=f"times {times[0]:g}, .*: they must fall from 1 to 0, those between from"):
+            solvers.sample_along(exact.FIELD, noise, {}, solver="euler", times=times)

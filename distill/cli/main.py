@@ -18,6 +18,7 @@ from distill.cli import (
     pairs,
     reflow,
     runs,
+    schedule,
     settings,
     stage,
     students,
@@ -63,6 +64,7 @@ app.command(rich_help_panel=TOOLS)(tools.sample)
 app.command("eval", rich_help_panel=TOOLS)(tools.evaluate)
 app.command(rich_help_panel=TOOLS)(pairs.pairs)
 app.command(rich_help_panel=TOOLS)(tools.export)
+app.command(rich_help_panel=TOOLS)(schedule.schedule)
 app.command(hidden=True)(stage.stage)
 app.command(hidden=True)(stage.job)
 app.command(hidden=True)(doctor.probe)
