@@ -12,7 +12,7 @@ from runs import make
 from test_report import Page
 from test_report import row as measured_row
 
-from distill import charts, compared, comparison, planning, presets, registry, report, specfile, workflow
+from distill import budget, charts, compared, comparison, planning, presets, registry, report, specfile, workflow
 from distill.compared import Comparison, Entry, Measured, Part
 from distill.grids import images_png
 from distill.guard import InputError
@@ -136,7 +136,7 @@ def test_a_chain_with_a_teacher_and_pairs_of_its_own():
     last = chain.stages["one"]
     assert (last.teacher, last.init) == ("one-flow", "one-second")
     assert last.pairs == {"one-again": 0.5, "one-more": 0.5}
-    _, found = comparison.frozen(plan, alike(plan), 1.0, "c")
+    _, found = budget.frozen(plan, alike(plan), 1.0, "c")
     calls = 31  # heun 16
     assert [entry.pair_calls for entry in found.entries] == [calls * (64 + 32 + 48)] * 2
 
@@ -171,6 +171,15 @@ def test_states_are_found_among_the_pairs():
     assert plan.spec().stages["seqrf"].pairs == "path"
 
 
+def test_trajectories_are_paths_too_and_segments_are_none():
+    states = PAIRS | {"paths": "trajectories", "times": [1, 0.5, 0]}
+    segments = PAIRS | {"paths": "segments", "times": [1, 0.5, 0]}
+    flow = REFLOW | {"recipe": "reflow/seqrf", "pairs": "parts"}
+    spec = vectors(solve=None, flow=None, evaluate=None, parts=segments, whole=states, one=flow, last=EVALUATE)
+    plan = comparison.plan(spec, specfile.Path(), ["reflow"])
+    assert plan.spec().stages["reflow"].pairs == "whole"
+
+
 def test_the_last_evaluation_measures_all():
     plan = comparison.plan(vectors(last=EVALUATE | {"samples": 99, "fine_students": ["flow"],
                                                    "students": {"flow": [3]}}), specfile.Path(), None)  # fmt: skip
@@ -189,7 +198,7 @@ def test_a_chain_takes_the_minutes():
     plan, base = planned("digits-family", "slimflow", "proreflow", "reflow")
     seconds = {"anneal": 0.0011, "slimflow": 0.0023, "proreflow8": 0.003, "proreflow4": 0.0041, "proreflow": 0.005,
                "reflow": 0.00077}  # fmt: skip
-    found, record = comparison.frozen(plan, {name: timed(each) for name, each in seconds.items()}, 1.5, "distill c")
+    found, record = budget.frozen(plan, {name: timed(each) for name, each in seconds.items()}, 1.5, "distill c")
     workflow.check(found, base)
     for entry in record.entries:
         total = sum(part.images * seconds[part.stage] for part in entry.parts)
@@ -213,34 +222,34 @@ def test_checkpoints_are_as_many_as_before():
     content = spec.model_dump(mode="json")
     content["stages"]["reflow"] |= save
     plan = comparison.plan(specfile.validate(content, "f"), base, ["reflow"])
-    found, _ = comparison.frozen(plan, alike(plan), 38.4 / 60 / 4, "c")
+    found, _ = budget.frozen(plan, alike(plan), 38.4 / 60 / 4, "c")
     assert (found.stages["reflow"].images, found.stages["reflow"].checkpoint.images) == (9600, 1600)
 
 
 def test_students_are_measured_at_the_steps_that_they_are_made_for():
     plan, _ = planned("digits", "meanflow", "perflow", "proreflow", "reflow")
     found = alike(plan) | {"perflow": timed(steps=[4, 8, 12, 16]), "proreflow": timed(steps=[3, 6])}
-    students = comparison.frozen(plan, found, 1.0, "c")[0].stages["evaluate"].students
+    students = budget.frozen(plan, found, 1.0, "c")[0].stages["evaluate"].students
     assert students == {"meanflow": [1, 2, 4], "perflow": [4, 8], "proreflow": [3], "reflow": [1, 2, 4]}
 
 
 def test_what_the_teacher_is_asked():
     plan, _ = planned("digits", "reflow", "perflow")
     found = {"reflow": timed(), "perflow": timed(teacher_calls=8, memory=2000)}
-    _, record = comparison.frozen(plan, found, 1.0, "c")
+    _, record = budget.frozen(plan, found, 1.0, "c")
     by_name = {entry.name: entry for entry in record.entries}
     assert by_name["reflow"].teacher_calls == 14000 * 12
     assert by_name["perflow"].teacher_calls == 8 * by_name["perflow"].images > 0
     assert by_name["perflow"].memory == 2000
     assert record.measured == found
     assert Comparison.model_validate_json(record.model_dump_json()) == record
-    again, _ = comparison.frozen(plan, record.measured, 1.0, "c")
-    assert again == comparison.frozen(plan, found, 1.0, "c")[0]
+    again, _ = budget.frozen(plan, record.measured, 1.0, "c")
+    assert again == budget.frozen(plan, found, 1.0, "c")[0]
 
 
 def test_a_rehearsal_is_short_but_long_enough():
     plan, base = planned("digits-family", "reflow", "boss")
-    small = comparison.rehearsal(plan)
+    small = budget.rehearsal(plan)
     workflow.check(small, base)
     stages = small.stages
     assert stages["teach"].images == 2 * 128
@@ -272,7 +281,7 @@ def test_a_rehearsal_tells_what_was_measured(tmp_path):
             "t_grids": {"2": [1, 0.5, 0]}, "num_classes": None, "null_class": None, "shape": [1, 8, 8],
             "weights": "raw", "images": 128}  # fmt: skip
     write_json(run.student("reflow") / "distill.json", card)
-    found = comparison.measured(plan, run)["reflow"]
+    found = budget.measured(plan, run)["reflow"]
     assert found == Measured(seconds_per_image=float(f"{0.1 / 128:.4g}"), memory=116, teacher_calls=6, steps=[2])
 
 
@@ -363,13 +372,13 @@ def test_a_budget_that_is_too_short_says_what_would_do():
     plan, base = planned("digits-family", "slimflow")
     found = alike(plan, seconds=0.01)
     with pytest.raises(InputError) as caught:
-        comparison.frozen(plan, found, 0.04, "c")
+        budget.frozen(plan, found, 0.04, "c")
     said = re.fullmatch(
         r"--budget 0.04: too short for 'slimflow': it leaves less than one batch for 'slimflow'; give at least (\S+) "
         r"minutes",
         str(caught.value),
     )
-    enough = comparison.frozen(plan, found, float(said[1]), "c")[0]
+    enough = budget.frozen(plan, found, float(said[1]), "c")[0]
     workflow.check(enough, base)
     assert enough.stages["slimflow"].images == 128
     assert float(said[1]) < 1.02 * 160000 / 64000 * 128 * 0.01 / 60
@@ -459,7 +468,7 @@ REFUSED = {
 def test_commands_that_are_refused(capfd, tmp_path, case):
     make(tmp_path / "runs", "one")
     plan, base = planned("digits", "reflow")
-    found, record = comparison.frozen(plan, alike(plan), 1.5, "distill compare digits")
+    found, record = budget.frozen(plan, alike(plan), 1.5, "distill compare digits")
     two = make(tmp_path / "runs", "two")
     two.spec.write_text(specfile.resolved(found.model_copy(update={"name": "two"})))
     two.comparison.write_text(record.model_dump_json())

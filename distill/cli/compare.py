@@ -30,8 +30,8 @@ def compare(
         str | None,
         typer.Option(metavar="A,B,...", help="Like reflow,slimflow; by default all that SPEC distils by."),
     ] = None,
-    budget: Annotated[
-        float | None, typer.Option(metavar="MINUTES", help="Of training for each recipe, on this machine.")
+    minutes: Annotated[
+        float | None, typer.Option("--budget", metavar="MINUTES", help="Of training for each recipe, on this machine.")
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
     resume: Annotated[
@@ -47,29 +47,29 @@ def compare(
     SPEC says the teacher, the pairs and the evaluation. What it trains by a recipe is taken, with its lengths scaled to
     the budget; of other recipes there is one stage with default options. How long they take is measured first.
     """
-    from distill import comparison
+    from distill import budget
 
     if dry_run and resume:
         raise InputError("--dry-run says what a new run would do, so --resume has no effect; leave it out")
-    if budget is not None:
-        comparison.check_budget(budget)
+    if minutes is not None:
+        budget.check(minutes)
     asked = None if recipes is None else [each.strip() for each in recipes.split(",")]
     folder = store_path(store)
     if resume:
-        work.execute(*_again(folder, spec, changes or [], name, asked, budget))
+        work.execute(*_again(folder, spec, changes or [], name, asked, minutes))
         return
-    if budget is None:
+    if minutes is None:
         raise InputError("--budget is missing: minutes of training for each recipe, like --budget 2")
     source = start.find(spec, changes or [], name)
     planned = _planned(source, asked)
     if not dry_run:
         start.refuse_taken(folder, source)
-    print(f"measuring {comparison.UNTIMED + comparison.TIMED} steps of each training, in a run that is thrown away")
+    print(f"measuring {budget.BATCHES} steps of each training, in a run that is thrown away")
     sys.stdout.flush()
-    with work.rehearsed(replace(source, spec=comparison.rehearsal(planned))) as run:
-        measured = comparison.measured(planned, run)
+    with work.rehearsed(replace(source, spec=budget.rehearsal(planned))) as run:
+        measured = budget.measured(planned, run)
     command = one_line(f"distill {shlex.join(sys.argv[1:])}")
-    found, record = comparison.frozen(planned, measured, budget, command)
+    found, record = budget.frozen(planned, measured, minutes, command)
     source = start.checked(replace(source, spec=found))
     _say(record)
     if dry_run:
@@ -91,25 +91,25 @@ def _planned(source: "distill.specfile.SpecSource", asked: Sequence[str] | None)
 
 
 def _again(
-    folder: Path, given: str, changes: list[str], name: str | None, asked: Sequence[str] | None, budget: float | None
+    folder: Path, given: str, changes: list[str], name: str | None, asked: Sequence[str] | None, minutes: float | None
 ) -> "tuple[RunPaths, distill.spec.RunSpec]":
     """A comparison that was begun, once what is given now is the same."""
-    from distill import compared, comparison
+    from distill import budget, compared
 
-    if start.is_run(folder, given) and not start.is_spec(given):
-        for option, value in {"--recipes": asked, "--budget": budget}.items():
-            if value is not None:
-                raise InputError(f"{option} has no effect when run '{given}' is resumed; leave it out")
+    shaping = [option for option, value in {"--recipes": asked, "--budget": minutes}.items() if value is not None]
+    if start.is_run(folder, given) and shaping and not start.is_spec(given):
+        raise InputError(f"{shaping[0]} has no effect when run '{given}' is resumed; leave it out")
+    if start.is_run(folder, given) and not shaping:
         run, source = start.find_again(folder, given, changes, name)
         _record(run, compared.load(run))
         return start.resume(run, source)
     source = start.find(given, changes, name)
     run, source = start.again(folder, source)
     record = _record(run, compared.load(run))
-    if budget is not None and budget != record.budget_minutes:
+    if minutes is not None and minutes != record.budget_minutes:
         raise InputError(
-            f"--budget {budget:g}: run '{run.name}' gives each recipe {record.budget_minutes:g} minutes; leave it out, "
-            "or start another by --name OTHER"
+            f"--budget {minutes:g}: run '{run.name}' gives each recipe {record.budget_minutes:g} minutes; leave it "
+            "out, or start another by --name OTHER"
         )
     planned = _planned(source, asked)
     chosen, begun = ([each.name for each in entries] for entries in (planned.chains, record.entries))
@@ -118,7 +118,7 @@ def _again(
             f"run '{run.name}' compares {', '.join(begun)}, not {', '.join(chosen)}; name the same recipes, or start "
             "another by --name OTHER"
         )
-    found, _ = comparison.frozen(planned, record.measured, record.budget_minutes, record.command)
+    found, _ = budget.frozen(planned, record.measured, record.budget_minutes, record.command)
     return start.resume(run, replace(source, spec=found))
 
 
