@@ -75,7 +75,7 @@ def expand(spec: RunSpec, base: Path, plan: Plan) -> RunSpec:
         stages += _round(template, number, teacher, plan)
     if plan.distill:
         stages += _distillation(template, base, flows[-1])
-    if plan.distill or plan.rounds > 1:  # else it would say what that of the round does
+    if not _one_evaluation(template, plan):
         stages.append((template.evaluation_name, _last_evaluation(template, flows, plan)))
     names = [name for name, _ in stages]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -211,8 +211,7 @@ def _round(template: Template, number: int, teacher: str | None, plan: Plan) -> 
     start = {} if first else {"init": None, "network": None}  # the weights of the flow before
     found[flow] = template.flow.model_copy(update={**changes, **start})
     steps = template.evaluation.students.get(template.flow_name, FEW_STEPS)
-    only = plan.rounds == 1 and not plan.distill
-    coarse = template.evaluation.teacher_steps if only else []
+    coarse = template.evaluation.teacher_steps if _one_evaluation(template, plan) else []
     measured = {"students": {flow: steps}, "fine_students": [flow], "teacher_steps": coarse}
     found[f"{template.evaluation_name}-{number}"] = template.evaluation.model_copy(
         update={**_of(teacher, first=first), **measured}
@@ -226,6 +225,13 @@ def _inverted(pairs: PairsStage, share: float) -> PairsStage:
     solver = "heun" if pairs.solver == "dpm_solver_pp_2m" else pairs.solver  # which begins at noise only
     changes = {"paths": "forward", "times": None, "store_noise": False, "count": count, "solver": solver}
     return pairs.model_copy(update=changes)
+
+
+def _one_evaluation(template: Template, plan: Plan) -> bool:
+    """Whether the last evaluation would say no more than that of the only round."""
+    evaluation, ours = template.evaluation, {template.flow_name, *template.distillation}
+    same = evaluation.teacher == template.flow.teacher and ours.issuperset(evaluation.students)
+    return plan.rounds == 1 and not plan.distill and same
 
 
 def _of(teacher: str | None, *, first: bool) -> dict[str, object]:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.fields import Rescheduled, inside, start
+from distill.fields import ROUNDING, Rescheduled, inside, start
 from distill.guard import InputError, suggest
 from distill.interpolants import like, linear
 from distill.protocols import Cond, VelocityField
@@ -109,7 +109,7 @@ def sample_along(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str
     field = on_linear_path(field)
     t_min, t_max = field.t_range
     inner = times[1:-1]
-    if not is_path(times) or not all(t_min <= t < t_max for t in inner):
+    if not is_path(times) or not all(t_min - ROUNDING <= t < t_max for t in inner):
         raise InputError(
             f"times {', '.join(f'{t:g}' for t in times)}: they must fall from 1 to 0, those between from below "
             f"{t_max:.4g} to {t_min:.4g}, where the velocity is known"

@@ -350,5 +350,4 @@ def _evaluate(spec: RunSpec, stage: EvaluateStage, base: Path, where: str) -> It
         elif stage.fine_students.count(student) > 1:
             yield f"{where}.fine_students: '{student}' stands there twice"
         elif (kind := _kind(spec.stages.get(student), base)) in NO_FIELDS:
-            what = f"is {NO_FIELDS[kind]}, which no solver follows"
-            yield f"{where}.fine_students: the student of '{student}' {what}; remove it"
+            yield f"{where}.fine_students: '{student}' is {NO_FIELDS[kind]}, which no solver follows; remove it"

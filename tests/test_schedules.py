@@ -124,15 +124,17 @@ def test_what_it_costs_in_calls(solver, calls):
     assert field.calls == calls
 
 
+class Narrow:
+    """EDM's schedule, within a part of its times."""
+
+    interpolant, t_range = edm(), (0.2, 0.9)
+
+    def __call__(self, x_t, t, cond):
+        return Rescheduled(gaussian(), edm())(x_t, t, cond)
+
+
 def test_times_are_linear_and_begin_with_one():
     """Whatever the field's own schedule and range."""
-
-    class Narrow:
-        interpolant, t_range = edm(), (0.2, 0.9)
-
-        def __call__(self, x_t, t, cond):
-            return Rescheduled(gaussian(), edm())(x_t, t, cond)
-
     t_grid, _ = schedules.measure(Narrow(), UNIT, {}, solver="euler", fine=6)
     assert t_grid == pytest.approx([0.9, 0.76, 0.62, 0.48, 0.34, 0.2, 0.0])
 
@@ -231,3 +233,18 @@ def test_solving_along_given_times():
     for times in ([1.0, 0.5], [0.9, 0.0], [1.0, 0.2, 0.4, 0.0], [1.0, 1.0, 0.0]):
         with pytest.raises(InputError, match=f"times {times[0]:g}, .*: they must fall from 1 to 0, those between from"):
             solvers.sample_along(exact.FIELD, noise, {}, solver="euler", times=times)
+
+
+@pytest.mark.parametrize("steps", range(1, 7))
+def test_a_field_is_solved_along_the_times_that_were_found(steps):
+    """From the noisiest time that it knows to the lowest."""
+    t_grid, matrix = schedules.measure(Narrow(), UNIT, {}, solver="euler", fine=6)
+    times = [1.0, *(t_grid[i] for i in schedules.least(matrix, steps)[1:])]
+    counted = Counted(Narrow())
+    found = solvers.sample_along(counted, UNIT, {}, solver="euler", times=times)
+    assert counted.calls == steps
+    if steps == 6:
+        assert torch.equal(found, solvers.sample(Narrow(), UNIT, {}, solver="euler", steps=6))
+    low = "those between from below 0.9 to 0.2, where the velocity is known"
+    with pytest.raises(InputError, match=f"times 1, 0.1, 0: they must fall from 1 to 0, {low}"):
+        solvers.sample_along(Narrow(), UNIT, {}, solver="euler", times=[1.0, 0.1, 0.0])

@@ -301,7 +301,8 @@ def test_flow_maps_are_trained_continued_exported_and_measured(tmp_path):
 
 def test_a_student_is_made_for_times_of_its_own(tmp_path):
     """They stand in its folder, it is measured along them, and what it is not made for is refused before it begins."""
-    text = Path(reflow.__file__).read_text() + "\n    def t_grids(self, times):\n        return {2: [1.0, 0.75, 0.0]}\n"
+    own = '    sampler = "euler"\n\n    def t_grids(self, times):\n        return {2: [1.0, 0.75, 0.0]}\n'
+    text = Path(reflow.__file__).read_text().replace('    sampler = "euler"\n', own)
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "own.py").write_text(text)
     evaluate = {"kind": "evaluate", "samples": 16, "fine_steps": 2, "teacher_steps": [1]}

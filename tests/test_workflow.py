@@ -455,7 +455,7 @@ def test_a_flow_map_is_a_student_and_no_teacher(tmp_path, sampler):
     assert found == [f"stages.{name}.teacher: {no_path}" for name in ("e", "p2", "s")]
 
     assert mistakes(vectors(r=flow_map, e={"fine_students": ["r"]}), tmp_path) == [
-        "stages.e.fine_students: the student of 'r' is a flow map, which no solver follows; remove it"
+        "stages.e.fine_students: 'r' is a flow map, which no solver follows; remove it"
     ]
     velocity = {**REFLOW, "network": None, "init": "r"}
     assert mistakes(vectors(r=flow_map, s=velocity), tmp_path) == [
