@@ -129,7 +129,7 @@ class Probe:
         sizes = {name: trainable.sizes for name, trainable in roles.trainables.items()}
         copies = [copy.of for copy in roles.copies.values()]
         self.predicted = predict(sizes, copies, len(roles.ema.averages), self.procs, self.zero)
-        everything = storages(thing for thing in gc.get_objects() if isinstance(thing, Tensor))
+        everything = storages(thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
         known = set().union(*found.values())
         self.counted, self.other = counted, sum(size for at, size in everything.items() if at not in known)
 
