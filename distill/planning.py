@@ -59,7 +59,10 @@ def as_json(spec: RunSpec, paths: RunPaths, planned: list[Step]) -> dict[str, An
 
 
 def miniature(spec: RunSpec) -> RunSpec:
-    """The same run with two steps of each training, on as few pairs as a block has; it is not worth evaluating."""
+    """The same run with two steps of each training, on as few pairs as a block has; it is not worth evaluating.
+
+    Only paths that keep states are solved with all their steps, of which those are some.
+    """
     stages: dict[str, Stage] = {}
     for name, stage in spec.stages.items():
         stages[name] = stage
@@ -68,8 +71,9 @@ def miniature(spec: RunSpec) -> RunSpec:
             optimizer = stage.optimizer.model_copy(update={"warmup_images": 0})
             stages[name] = stage.model_copy(update={"images": images, "optimizer": optimizer})
         elif isinstance(stage, PairsStage):
-            few = {"count": min(stage.count, stage.block), "solver": "euler", "steps": 1}
-            stages[name] = stage.model_copy(update=few)
+            few = {"count": min(stage.count, stage.block)}
+            coarse = {} if stage.paths in pairspec.WITH_STATES else {"solver": "euler", "steps": 1}
+            stages[name] = stage.model_copy(update={**few, **coarse})
     return spec.model_copy(update={"stages": stages})
 
 

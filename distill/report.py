@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jinja2
 
-from distill import charts, straightened
+from distill import charts, compared, straightened
 from distill import results as evaluations
 from distill.charts import Curve
 from distill.results import Results, Row, number
@@ -62,6 +62,16 @@ class Rounds:
     note: str = straightened.NOTE
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What the page shows of a comparison of recipes."""
+
+    columns: list[str]
+    rows: list[tuple[str, list[str]]]
+    chart: str
+    note: str
+
+
 @dataclass
 class Training:
     """The logged numbers of a stage, as they are read."""
@@ -73,7 +83,7 @@ class Training:
 
 
 def write(run: RunPaths) -> Path:
-    """Write the run's report.html and say where it is."""
+    """Write the run's report.html and say where it is; of a comparison also its table and its figure."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("distill"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -86,6 +96,7 @@ def write(run: RunPaths) -> Path:
         evaluations={name: _evaluation(run.stage(name).root, results) for name, results in found.items()},
         headlines=[headline(results) for results in wholes or found.values()],
         rounds=_rounds(straightened.rounds(found)),
+        comparison=_comparison(run),
         losses={name: _losses(training) for name, training in trainings.items() if training.points},
         warnings=list(dict.fromkeys(warnings)),
         spec=run.spec.read_text() if run.spec.exists() else "",
@@ -164,6 +175,23 @@ def _rounds(found: list[Round]) -> Rounds | None:
     )
 
 
+def _comparison(run: RunPaths) -> Comparison | None:
+    """Written beside the report too."""
+    found = compared.found(run)
+    if found is None:
+        return None
+    label = f"{compared.quantity(found)}; dashed: the teacher at its steps"
+    chart = charts.ranks(compared.ranked(found), compared.teacher(found), label)
+    write_atomic(run.comparison_figure, chart)
+    write_atomic(run.comparison_table, compared.markdown(found))
+    return Comparison(
+        columns=compared.columns(found),
+        rows=compared.rows(found),
+        chart=_image(chart.encode(), "svg+xml"),
+        note=compared.note(found),
+    )
+
+
 def _events(run: RunPaths) -> tuple[dict[str, str], dict[str, Training], list[str]]:
     """Kind of each stage, what each has logged, and warnings, from the run's events."""
     kinds: dict[str, str] = {}
@@ -224,6 +252,8 @@ def _files(run: RunPaths) -> list[tuple[str, str]]:
         ("spec", run.spec),
         ("events", run.events),
         ("environment", run.env),
+        ("comparison", run.comparison_table),
+        ("its figure", run.comparison_figure),
         *((f"student {path.name}", path) for path in _folders(run.root / "students")),
         *((f"stage {path.name}", path) for path in _folders(run.root / "stages")),
     ]

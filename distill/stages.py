@@ -4,7 +4,7 @@ What evaluates is imported where it is used: the libraries of its metrics take s
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -30,9 +30,11 @@ from distill.card import StudentCard
 from distill.data import DataSet
 from distill.draws import key
 from distill.export import export
+from distill.fields import Counted
 from distill.guard import InputError, RunError
 from distill.progress import Progress
 from distill.protocols import Recipe, Trained
+from distill.roles import Roles
 from distill.sharded import Zero
 from distill.spec import CheckpointTeacher, EvaluateStage, LaunchSpec, PairsStage, RunSpec, TrainStage
 from distill.stop import StopRequest
@@ -43,6 +45,7 @@ from distill.teachers import LoadedTeacher
 from distill.world import ALONE, World
 
 CPU = torch.device("cpu")
+MEASURED = 2  # batches whose memory is counted
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,7 @@ class Training:
     card: StudentCard
     data: DataSet | None  # real data of the batches
     inputs: dict[str, str]  # digests
+    calls: Counted | None  # of the teacher by the recipe, where they are counted
 
 
 def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
@@ -232,7 +236,8 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
     samples = teacher if "pairs" in config.needs or data is None else data
     assert samples is not None, "workflow.check lets no such stage through"
     init = StudentInit(origin, stage.network, samples.shape, samples.num_classes, work.seed, teacher, stage.dropout)
-    recipe = module.Recipe(config, teacher)
+    calls = Counted(teacher.field) if teacher is not None and work.measure else None
+    recipe = module.Recipe(config, teacher if teacher is None or calls is None else replace(teacher, field=calls))
     card = StudentCard(
         name=work.name,
         recipe=stage.recipe,
@@ -255,7 +260,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
     )
     inputs = {"teacher": teacher, "init": origin, "data": data}
     digests = {name: each.digest for name, each in inputs.items() if each is not None}
-    return Training(recipe, teacher, init, card, data, digests)
+    return Training(recipe, teacher, init, card, data, digests, calls)
 
 
 def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -> float:
@@ -296,13 +301,23 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
             zero=zero,
             teacher=None if training.teacher is None else training.teacher.network,
             recompute=launch.activation_checkpointing,
-            probe=probe,
+            probe=None if probe is None else partial(_measure, probe, progress, stage),
         )
     if probe:
-        write_json(work.run.stage(work.name).memory(work.world.rank), probe.report(work.world.rank))
+        rows = 0 if training.calls is None else training.calls.rows
+        report = {**probe.report(work.world.rank), "teacher_rows": rows}
+        write_json(work.run.stage(work.name).memory(work.world.rank), report)
     result.roles.close()
     work.world.alone("export", partial(_publish, work, stage))
     return {"images": result.images, "steps": result.step, "student": str(work.run.student(work.name))}
+
+
+def _measure(probe: memory.Probe, progress: Progress, stage: TrainStage, roles: Roles) -> None:
+    """Count in the first batches only, so that those after them take as long as in a run that is not measured."""
+    if progress.done < MEASURED * stage.batch_size:
+        probe(roles)
+    else:
+        probe.activations.close()
 
 
 def _publish(work: Work, stage: TrainStage) -> None:

@@ -172,6 +172,19 @@ class RunPaths:
     def report(self) -> Path:
         return self.root / "report.html"
 
+    @property
+    def comparison(self) -> Path:
+        """Exists in a run that compares recipes: which, and for how long (see `compared`)."""
+        return self.root / "comparison.json"
+
+    @property
+    def comparison_table(self) -> Path:
+        return self.root / "comparison.md"
+
+    @property
+    def comparison_figure(self) -> Path:
+        return self.root / "comparison.svg"
+
     def log(self, rank: int) -> Path:
         """What a rank says that is not the first: that one speaks on the terminal."""
         return self.logs / f"rank-{rank}.log"

@@ -11,6 +11,7 @@ import typer
 import distill
 from distill.cli import (
     catalogue,
+    compare,
     doctor,
     follow,
     jobs,
@@ -41,6 +42,7 @@ MAKE, LOOK, STUDENTS, TOOLS = "Run", "Look", "Students", "Tools"
 app.command(rich_help_panel=MAKE)(work.quickstart)
 app.command(rich_help_panel=MAKE)(work.run)
 app.command(rich_help_panel=MAKE)(reflow.reflow)
+app.command(rich_help_panel=MAKE)(compare.compare)
 app.command(rich_help_panel=MAKE)(work.plan)
 app.command(rich_help_panel=MAKE)(jobs.submit)
 app.command(rich_help_panel=MAKE)(jobs.cancel)
