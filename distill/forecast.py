@@ -24,7 +24,7 @@ from distill.students.loaded import LoadedStudent
 from distill.teachers.loaded import LoadedTeacher
 from distill.times import uniform_grid
 
-PATIENCE, LONGEST = 0.2, 2.0  # seconds for a measurement; of a first call after which there is one more
+PATIENCE, LONGEST = 0.2, 2.0  # seconds for a measurement, and of one call in it
 FORWARDS = 3  # of a forward and a backward pass
 LABEL = 8  # bytes
 
@@ -118,13 +118,12 @@ class _Forecast:
 
 
 def _measure(network: Student, batch: int, device: torch.device) -> float:
-    """In a batch that grows for as long as one does not take too long; a rate changes little after that."""
+    """In a batch that grows up to the one that is meant, unless a call takes too long; its rate then changes little."""
     if network.network is not None:
         network.network.to(device)
     size = 1
-    if _call(network, size, device) > LONGEST:  # with allocations and the choice of kernels
-        return _call(network, size, device)
-    while size < batch and min(_call(network, size, device) for _ in range(3)) < PATIENCE / 4:
+    _call(network, size, device)  # allocations, choice of kernels
+    while size < batch and _call(network, size, device) < LONGEST / 2:
         size = min(4 * size, batch)
     best, end = math.inf, time.perf_counter() + PATIENCE
     while best == math.inf or time.perf_counter() < end:

@@ -80,7 +80,7 @@ def cells(found: Sequence[Round], each: Round) -> list[str]:
         *distance,
         _or_dash(after.rms),
         _or_dash(one),
-        _change(before.transport, after.transport),
+        " -> ".join("-" if x is None else f"{x:.4f}" for x in (before.transport, after.transport)),  # it moves little
     ]
 
 

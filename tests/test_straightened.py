@@ -62,7 +62,7 @@ def test_the_table_says_each_number_of_a_round():
         "RMS, 1 step", "transport",
     ]  # fmt: skip
     assert straightened.cells(rounds, rounds[0]) == [
-        "0.4000 -> 0.1000", "5.00 -> 4.00", "14.00", "9.00", "-", "0.2500", "1.00", "1.75 -> 1.50",
+        "0.4000 -> 0.1000", "5.00 -> 4.00", "14.00", "9.00", "-", "0.2500", "1.00", "1.7500 -> 1.5000",
     ]  # fmt: skip
     assert straightened.cells(rounds, rounds[1])[2:5] == ["14.25", "-", "6.75"]
     shown = text(rounds)
@@ -73,7 +73,7 @@ def test_the_table_says_each_number_of_a_round():
 def test_without_a_reference_there_is_no_distance():
     (only,) = straightened.rounds(found(evaluation(1, None, None)))
     assert straightened.columns([only])[:2] == ["straightness", "RMS to flow before, full solver"]
-    assert straightened.cells([only], only) == ["0.4000 -> 0.1000", "0.2500", "1.00", "1.75 -> 1.50"]
+    assert straightened.cells([only], only) == ["0.4000 -> 0.1000", "0.2500", "1.00", "1.7500 -> 1.5000"]
     assert only.warning is None
     assert list(straightened.curves([only])) == ["straightness", "transport"]
 
@@ -121,7 +121,7 @@ def test_the_report_has_a_section_for_rounds(tmp_path):
     assert page.open == []
     assert page.text.count("makes 15 times as many samples") == 2, "no evaluation but those of rounds: each is said"
     assert "Rounds flow straightness SW2, full solver 1 step 2 steps" in page.text
-    assert "reflow-2 0.4000 → 0.1000 4.00 → 4.50 14.50 9.50 0.2500 1.00 1.75 → 1.50" in page.text
+    assert "reflow-2 0.4000 → 0.1000 4.00 → 4.50 14.50 9.50 0.2500 1.00 1.7500 → 1.5000" in page.text
     assert page.text.count("further from the data than the flow before it: SW2 4.00 -> 4.50") == 1
     assert page.text.count("evaluate-2: worse") == 1
     assert [a["alt"] for tag, a in page.tags if tag == "img"][0].startswith("Distance, straightness and transport")
