@@ -24,7 +24,7 @@ from distill.students.loaded import LoadedStudent
 from distill.teachers.loaded import LoadedTeacher
 from distill.times import uniform_grid
 
-PATIENCE, LONGEST = 0.2, 2.0  # seconds for a measurement, and of one call in it
+PATIENCE, LONGEST = 0.2, 2.0  # seconds for a measurement, and of a call in it
 FORWARDS = 3  # of a forward and a backward pass
 LABEL = 8  # bytes
 
@@ -113,22 +113,38 @@ class _Forecast:
         kind = network.description if module is None else f"{type(module).__name__} {json.dumps(dict(module.config))}"
         key = f"{kind} {network.shape} {batch}"
         if key not in self.measured:
-            self.measured[key] = _measure(network, batch, self.device)
+            self.measured[key] = _fastest(network, batch, self.device)
         return self.measured[key]
 
 
+def _fastest(network: Student, batch: int, device: torch.device) -> float:
+    """By one thread or all of them: beside others that compute, threads wait for each other longer than for work."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = _measure(network, batch, device)
+    finally:
+        torch.set_num_threads(threads)
+    return alone if threads == 1 or device.type != "cpu" else min(alone, _measure(network, batch, device))
+
+
 def _measure(network: Student, batch: int, device: torch.device) -> float:
-    """In a batch that grows up to the one that is meant, unless a call takes too long; its rate then changes little."""
+    """In batches that grow up to the one that is meant, or as far as a call may take; a larger one costs in proportion
+    to its samples, beyond what a call costs in any case.
+    """
     if network.network is not None:
         network.network.to(device)
-    size = 1
-    _call(network, size, device)  # allocations, choice of kernels
-    while size < batch and _call(network, size, device) < LONGEST / 2:
+    _call(network, 1, device)  # allocations, choice of kernels
+    size, one = 1, min(_call(network, 1, device) for _ in range(2))
+    taken, each = one, one
+    while size < batch and taken + 3 * size * each * (size > 1) < LONGEST / 2:
         size = min(4 * size, batch)
-    best, end = math.inf, time.perf_counter() + PATIENCE
-    while best == math.inf or time.perf_counter() < end:
-        best = min(best, _call(network, size, device))
-    return best / size
+        taken = min(_call(network, size, device) for _ in range(2))
+        each = max(0.0, taken - one) / (size - 1)
+    end = time.perf_counter() + PATIENCE
+    while time.perf_counter() < end:
+        taken = min(taken, _call(network, size, device))
+    return (taken + each * (batch - size)) / batch
 
 
 def _call(network: Student, size: int, device: torch.device) -> float:
