@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -12,7 +11,7 @@ import jinja2
 from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
 from distill.guard import InputError
-from distill.spec import Frozen
+from distill.spec import Frozen, is_path
 from distill.store import write_atomic
 
 FILE_NAME, README = "distill.json", "README.md"
@@ -89,8 +88,7 @@ class StudentCard(Frozen):
             valid = ", ".join(SAMPLERS[self.kind])
             raise ValueError(f"sampler {self.sampler} does not fit a student of kind {self.kind}; valid: {valid}")
         for steps, times in self.t_grids.items():
-            falling = all(t > s for t, s in pairwise(times))
-            if len(times) != steps + 1 or steps < 1 or times[0] != 1 or times[-1] != 0 or not falling:
+            if len(times) != steps + 1 or not is_path(times):
                 raise ValueError(
                     f"t_grids: {steps} steps go along {steps + 1} times from 1 down to 0, not along {times}"
                 )

@@ -5,8 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
@@ -14,6 +16,7 @@ from distill.results import Results, number
 
 INK, FAINT, GRID = "#33363b", "#8a8d91", "#e7e6e2"
 TEACHER = "#8a8d91"
+SHADES = LinearSegmentedColormap.from_list("steps", ("#e3a48f", "#c96f54", "#9c3c24", "#5e2213"))  # few to many
 STUDENTS = ("#b4472e", "#2f5d8a", "#5b7f3b", "#8a5a9e", "#b08a2e")
 STYLE = {
     "svg.fonttype": "none",  # text stays text, in the reader's own sans-serif
@@ -55,8 +58,14 @@ def quality(results: Results) -> str:
         lowest = {row.nfe: min(r.value for r in results.rows if r.nfe == row.nfe) for row in results.rows}
         for network, colour in colours_of(results).items():
             rows = [row for row in results.rows if row.network == network and row.value > 0]  # 0 has no logarithm
-            line = [row for row in rows if not row.fine]
+            line = [row for row in rows if not row.fine and not row.along]
             axes.plot([r.nfe for r in line], [r.value for r in line], "-o", color=colour, ms=5, lw=1.6, label=network)
+            for along in dict.fromkeys(row.along for row in rows if row.along):
+                same = [row for row in rows if row.along == along]
+                label = f"{network}{same[0].way}"
+                axes.plot(
+                    [r.nfe for r in same], [r.value for r in same], "s", color=colour, ms=5, mfc="white", label=label
+                )
             for row in rows:
                 if row.fine:
                     label = f"{network}, {row.solver}"
@@ -89,19 +98,56 @@ def rounds(panels: Mapping[str, Sequence[Curve]]) -> str:
         FigureCanvasSVG(figure)
         for i, (title, curves) in enumerate(panels.items()):
             axes = figure.add_subplot(1, len(panels), i + 1)
-            for curve, colour in zip(curves, (TEACHER, *STUDENTS) if len(curves) > 1 else STUDENTS[1:], strict=False):
+            for place, curve in enumerate(curves):
+                colour = STUDENTS[place % len(STUDENTS)]
                 axes.plot(curve.at, curve.values, "-o", color=colour, ms=4, lw=1.4, label=curve.name)
             values = [value for curve in curves for value in curve.values]
             if min(values) > 0 and max(values) > 20 * min(values):
                 axes.set_yscale("log")
             else:
-                axes.set_ylim(bottom=0)
+                axes.set_ylim(0, 1.1 * max(values) or 1)
             axes.set_title(title, fontsize=9, loc="left", color=INK)
             axes.set_xlabel("round", fontsize=8)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.tick_params(labelsize=8)
             if len(curves) > 1:
                 axes.legend(frameon=False, fontsize=8)
+        return _svg(figure)
+
+
+def ranks(lines: Mapping[str, Sequence[tuple[int, float]]], teacher: Sequence[tuple[str, float]], label: str) -> str:
+    """A line for each recipe, the first on top, with a dot at its value for each number of steps.
+
+    teacher: vertical lines, by name.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(7.2, 1.5 + 0.36 * len(lines))
+        steps = sorted({count for points in lines.values() for count, _ in points})
+        last = len(lines) - 1
+        for name, value in teacher:
+            axes.axvline(value, color=TEACHER, lw=0.9, ls=(0, (4, 3)), zorder=1)
+            axes.annotate(
+                name, (value, 1), (0, 3), xycoords=("data", "axes fraction"), textcoords="offset points", ha="left",
+                va="bottom", rotation=40, color=TEACHER, fontsize=7.5,
+            )  # fmt: skip
+        for i, points in enumerate(lines.values()):
+            values = [value for _, value in points]
+            axes.plot([min(values), max(values)], [last - i] * 2, color=GRID, lw=2, zorder=2)
+        for count, shade in zip(steps, SHADES(np.linspace(0, 1, len(steps))), strict=True):
+            dots = [(value, last - i) for i, points in enumerate(lines.values()) for n, value in points if n == count]
+            at, heights = zip(*dots, strict=True)
+            axes.scatter(at, heights, s=38, color=shade, label=str(count), zorder=3, linewidths=0)
+        axes.set_yticks(range(last, -1, -1), list(lines))
+        axes.set_ylim(-0.6, last + 0.6)
+        axes.grid(visible=False, axis="y")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel(label)
+        axes.legend(
+            title="steps", frameon=False, fontsize=8, title_fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
+        )
         return _svg(figure)
 
 

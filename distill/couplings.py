@@ -15,25 +15,25 @@ from torch import Tensor
 from distill.guard import InputError, RunError
 from distill.interpolants import like
 
-Rows = tuple[Tensor, Tensor]  # rows of data and the rows of the noise that goes with them, each [B] int64
+Matched = tuple[Tensor, Tensor]  # rows of data and the rows of the noise that goes with them, each [B] int64
 
 
-def ot(data: Tensor, noise: Tensor, u: Tensor, block: int, labels: Tensor | None) -> Rows:
+def ot(data: Tensor, noise: Tensor, u: Tensor, block: int, labels: Tensor | None) -> Matched:
     """The permutation of the noise with the least sum of squared distances (Tong et al. 2023, arXiv 2302.00482)."""
     return torch.arange(len(data)), assignment(costs(data, noise, block, labels).square())
 
 
-def ot_replacement(data: Tensor, noise: Tensor, u: Tensor, block: int, labels: Tensor | None) -> Rows:
+def ot_replacement(data: Tensor, noise: Tensor, u: Tensor, block: int, labels: Tensor | None) -> Matched:
     """As many pairs drawn, by uniform u [B], from the plan of least mean squared distance."""
     return drawn(plans(costs(data, noise, block, labels).square()), u)
 
 
-def immiscible(data: Tensor, noise: Tensor, u: Tensor, block: int, labels: Tensor | None) -> Rows:
+def immiscible(data: Tensor, noise: Tensor, u: Tensor, block: int, labels: Tensor | None) -> Matched:
     """The permutation of the noise with the least sum of distances (Li et al. 2024, arXiv 2406.12303)."""
     return torch.arange(len(data)), assignment(costs(data, noise, block, labels))
 
 
-Matching = Callable[[Tensor, Tensor, Tensor, int, Tensor | None], Rows]
+Matching = Callable[[Tensor, Tensor, Tensor, int, Tensor | None], Matched]
 MATCHINGS: dict[str, Matching] = {"ot": ot, "ot_replacement": ot_replacement, "immiscible": immiscible}
 
 
@@ -100,7 +100,7 @@ def plans(cost: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def drawn(plan: Tensor, u: Tensor) -> Rows:
+def drawn(plan: Tensor, u: Tensor) -> Matched:
     """Pairs drawn with replacement from each block's plan [B / block, block, block] by its part of uniform u [B]."""
     block = plan.shape[1]
     mass = plan.flatten(1).cumsum(1)

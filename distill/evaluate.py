@@ -5,7 +5,7 @@ A finished row is kept as a file of its own, keyed by everything its numbers dep
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from distill import data as datasets
-from distill import teachers
+from distill import schedules, teachers
 from distill.data import DataSet
 from distill.draws import key, sample_noise
 from distill.grids import columns_for, images_png, scatter_png
@@ -25,8 +25,17 @@ from distill.metrics.manifold import NEIGHBOURS
 from distill.metrics.reference import Reference, of_exact, of_images
 from distill.progress import Progress
 from distill.protocols import VelocityField
-from distill.results import FILE_NAME, Results, Row
-from distill.sampling import Method, blocks, condition, grid, of_field, of_student, of_teacher, refuse_steps
+from distill.results import FILE_NAME, Results, Row, steps_of_rows
+from distill.sampling import (
+    Method,
+    blocks,
+    condition,
+    of_field,
+    of_student,
+    of_teacher,
+    refuse_other_times,
+    refuse_steps,
+)
 from distill.solvers import straightness
 from distill.spec import CheckpointTeacher, EvaluateStage, RunSpec
 from distill.stop import StopRequest
@@ -51,17 +60,24 @@ class Plan:
     solver: str
     steps: int
     fine: bool = False
+    along: str = ""  # as in `Row`
+    times: tuple[float, ...] | None = None  # of its steps; None: uniform
 
     @property
     def slug(self) -> str:
         name = "teacher" if self.role == "teacher" else f"student-{self.network}"
-        return f"{name}-{self.solver}-{self.steps}"
+        along = "" if not self.along else f"-{self.along}" if self.along == "optimal" else f"-{_short(self.along)}"
+        return f"{name}-{self.solver}-{self.steps}{along}"
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def total(stage: EvaluateStage) -> int:
     """Samples that the stage makes: the length of its progress."""
-    by_students = sum(map(len, stage.students.values())) + len(stage.fine_students)
-    return stage.samples * (len(stage.teacher_steps) + 1 + by_students)
+    rows = 1 + sum(map(len, steps_of_rows(stage).values())) + len(stage.fine_students)
+    return stage.samples * rows
 
 
 def evaluate(
@@ -81,7 +97,7 @@ def evaluate(
     folder, seed = run.stage(name).root, key(spec.seed, name)
     return measure(
         folder, name, stage, teacher, students, data,
-        seed=seed, device=device, progress=progress, stop=stop, exact=exact,
+        seed=seed, device=device, progress=progress, stop=stop, store=run.root.parent, exact=exact,
     )  # fmt: skip
 
 
@@ -97,11 +113,13 @@ def measure(
     device: torch.device,
     progress: Progress,
     stop: StopRequest,
+    store: Path,
     exact: Callable[[int, Sequence[int]], Tensor] | None = None,
 ) -> Results:
     """Measure every row of `stage`; results.json, rows and pictures go to `folder`. Goes on where it was killed.
 
     Without data, samples are compared with `exact` ones, (seed, indices) -> samples; by default the teacher's, if any.
+    store: where optimal times are kept.
     """
     _check(stage, teacher, students, data)
     try:
@@ -114,7 +132,7 @@ def measure(
         reference: Reference | None = of_images(data, folder)
     else:
         reference = of_exact(exact, stage.samples, seed) if exact is not None else None
-    work = _Work(folder, stage, teacher, students, reference, seed, device, progress, stop)
+    work = _Work(folder, stage, teacher, students, reference, seed, device, progress, stop, store)
     plans = work.plans()
     rows = [row for plan in plans if (row := work.kept(plan))]
     if len(rows) < len(plans):
@@ -165,6 +183,8 @@ def _check(
                 "compare a student with its own teacher"
             )
         refuse_steps(student.t_grids, stage.students[name], f"students.{name}")
+        if stage.times.get(name):
+            refuse_other_times(student, f"times.{name}")
     if data is not None:
         refuse_few(data)
     if data is not None and data.shape != teacher.shape:
@@ -185,17 +205,34 @@ class _Work:
     device: torch.device
     progress: Progress
     stop: StopRequest
+    store: Path
     straight: dict[tuple[str, str], float | None] = field(default_factory=dict)  # by role and network
 
     def plans(self) -> list[Plan]:
-        """The rows of the stage: teacher by Euler, teacher by the fine solver, students by their own samplers."""
+        """The rows of the stage: teacher by Euler, teacher by the fine solver, students by their own samplers; of each
+        network those along other times behind its usual ones.
+        """
         rows = [Plan("teacher", "teacher", "euler", steps) for steps in self.stage.teacher_steps]
-        rows.append(_fine(self.stage))
+        rows += [*self._along(rows, self.teacher), _fine(self.stage)]
         for name, steps in self.stage.students.items():
-            rows += [Plan(name, "student", self.students[name].sampler, count) for count in steps]
+            student, own = self.students[name], self.students[name].t_grids
+            usual = [Plan(name, "student", student.sampler, n, times=tuple(own[n]) if own else None) for n in steps]
+            rows += [*usual, *self._along(usual, student)]
             if name in self.stage.fine_students:
                 rows.append(replace(_fine(self.stage), network=name, role="student"))
         return rows
+
+    def _along(self, usual: list[Plan], network: LoadedTeacher | LoadedStudent) -> Iterator[Plan]:
+        """The usual rows of a network along other times, as the stage asks for."""
+        for asked in self.stage.times.get(usual[0].network, []) if usual else []:
+            if asked == "optimal":
+                scale = self.stage.guidance_scale if isinstance(network, LoadedTeacher) else 1.0
+                for plan in usual:
+                    times = schedules.optimal_times(network, self.store, plan.steps, self.device, scale)
+                    yield replace(plan, along="optimal", times=tuple(times))
+            else:
+                along = ", ".join(f"{t:g}" for t in asked)
+                yield replace(usual[0], steps=len(asked) - 1, along=along, times=tuple(asked))
 
     @property
     def endpoint_path(self) -> Path:
@@ -230,12 +267,14 @@ class _Work:
 
     def _method(self, plan: Plan, steps: int | None = None) -> Method:
         """steps: uniform ones, in place of the plan's."""
+        times = None if steps else plan.times
         if plan.role == "teacher":
-            return of_teacher(self.teacher, plan.solver, steps or plan.steps, self.stage.guidance_scale)
+            return of_teacher(self.teacher, plan.solver, steps or plan.steps, self.stage.guidance_scale, times)
         student = self.students[plan.network]
         if plan.fine:
             return of_field(student.student, plan.solver, steps or plan.steps)
-        return of_student(student, uniform_grid(steps) if steps else grid(student.t_grids, plan.steps))
+        given = uniform_grid(steps or plan.steps) if times is None else torch.tensor(times, dtype=torch.float64)
+        return of_student(student, given)
 
     def _samples(self, plan: Plan) -> tuple[Tensor, float]:
         """All samples of a row, and the mean seconds for one."""
@@ -261,6 +300,7 @@ class _Work:
             solver=plan.solver,
             steps=plan.steps,
             fine=plan.fine,
+            along=plan.along,
             nfe=self._method(plan).nfe,
             distance=laws.get("distance"),
             kid=laws.get("kid"),
@@ -325,8 +365,6 @@ class _Work:
         facts = [VERSION, stage.samples, stage.block, self.seed, self.device.type, stage.guidance_scale, repr(plan)]
         facts += [self.teacher.digest, self._network(plan).digest, repr(_fine(stage))]
         facts += [reference.identity if reference else None]
-        if plan.role == "student":
-            facts += [{str(n): [*times] for n, times in self.students[plan.network].t_grids.items() if n == plan.steps}]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def kept(self, plan: Plan) -> Row | None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from distill.interpolants import Interpolant, like
 from distill.protocols import Cond, VelocityField
 
-_ROUNDING = 1e-6  # how far float32 may carry a time past the end of a range
+ROUNDING = 1e-6  # how far float32 may carry a time past the end of a range
 
 
 class Guided:
@@ -125,6 +125,6 @@ def rows_to_call(mask: Tensor) -> Tensor:
 def inside(t: Tensor, t_range: tuple[float, float]) -> Tensor:
     """t, refused outside t_range; a time that only rounding carried past an end is that end."""
     low, high = t_range
-    if not ((t >= low - _ROUNDING) & (t <= high + _ROUNDING)).all():
+    if not ((t >= low - ROUNDING) & (t <= high + ROUNDING)).all():
         raise ValueError(f"t must be within [{low:.6g}, {high:.6g}], got [{t.min():.6g}, {t.max():.6g}]")
     return t.clamp(low, high)

@@ -13,15 +13,16 @@ from pathlib import Path
 import torch
 
 from distill import estimate, memory, pairspec, registry, stages, teachers, workflow
+from distill.card import network_calls
 from distill.draws import sample_noise
 from distill.estimate import Built, Student
 from distill.guard import InputError
-from distill.sampling import condition
+from distill.sampling import by_sampler, condition
 from distill.sharded import Zero
 from distill.spec import EvaluateStage, PairsStage, RunSpec, TrainStage
-from distill.students.flow_map import FlowMapStudent
 from distill.students.loaded import LoadedStudent
 from distill.teachers.loaded import LoadedTeacher
+from distill.times import uniform_grid
 
 PATIENCE, LONGEST = 0.2, 2.0  # seconds for a measurement; of a first call after which there is one more
 FORWARDS = 3  # of a forward and a backward pass
@@ -140,13 +141,12 @@ def _call(network: Student, size: int, device: torch.device) -> float:
     before = time.perf_counter()
     with torch.no_grad():
         if isinstance(network, LoadedStudent):
-            student = network.student
-            assert isinstance(student, FlowMapStudent), "velocity students are teachers here"
-            student(x, t, torch.zeros_like(t), cond)
+            by_sampler(network.student, network.sampler, x, uniform_grid(1), cond, [])
         else:
             network.field(x, t, cond)
     _wait(device)
-    return time.perf_counter() - before
+    calls = network_calls(network.sampler, 1) if isinstance(network, LoadedStudent) else 1
+    return (time.perf_counter() - before) / calls
 
 
 def _wait(device: torch.device) -> None:

@@ -71,6 +71,7 @@ class Activations:
     peak: int = 0
     now: int = 0
     _held: dict[int, int] = field(default_factory=dict)  # how many tensors lie in the memory at an address
+    _hooks: saved_tensors_hooks | None = None
 
     def __enter__(self) -> Self:
         self._hooks = saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
@@ -78,7 +79,13 @@ class Activations:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._hooks.__exit__(kind, error, at)
+        self.close()
+
+    def close(self) -> None:
+        """Count no more."""
+        if self._hooks is not None:
+            self._hooks.__exit__(None, None, None)
+            self._hooks = None
 
     def _pack(self, tensor: Tensor) -> "_Kept":
         return _Kept(self, tensor)
@@ -122,7 +129,7 @@ class Probe:
         sizes = {name: trainable.sizes for name, trainable in roles.trainables.items()}
         copies = [copy.of for copy in roles.copies.values()]
         self.predicted = predict(sizes, copies, len(roles.ema.averages), self.procs, self.zero)
-        everything = storages(thing for thing in gc.get_objects() if isinstance(thing, Tensor))
+        everything = storages(thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
         known = set().union(*found.values())
         self.counted, self.other = counted, sum(size for at, size in everything.items() if at not in known)
 

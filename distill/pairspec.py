@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
-from distill.spec import PairsStage, RunSpec, TrainStage
+from distill.spec import PairsStage, RunSpec, TrainStage, is_path
 
 OF_DATA, WITH_STATES = ("forward", "segments"), ("trajectories", "segments")  # paths of a pairs stage
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
@@ -22,7 +21,7 @@ def calls(stage: PairsStage) -> float:
 
 def bytes_per_pair(stage: PairsStage, shape: Sequence[int]) -> int:
     """On disk, headers and labels aside."""
-    states = {"trajectories": len(stage.times or [0, 0]) - 2, "segments": 1}.get(stage.paths, 0)
+    states = 1 if stage.paths == "segments" else num_states(stage) - 2
     stored = (1 + states) * BYTES[stage.dtype]
     return math.prod(shape) * (stored + (4 if stage.store_noise or stage.paths == "forward" else 0))
 
@@ -34,7 +33,9 @@ def mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
         yield f"{prefix}shard: {stage.shard} is not a multiple of block ({stage.block}); nearest: {nearest}"
     if stage.paths == "forward" and stage.solver not in ("euler", "heun"):
         yield f"{prefix}solver: {stage.solver} solves from noise to data only; paths: forward take euler or heun"
-    if stage.paths in WITH_STATES:
+    if stage.optimal_times is not None:
+        yield from _optimal(stage, stage.optimal_times, prefix)
+    elif stage.paths in WITH_STATES:
         yield from _times(stage, prefix)
     elif stage.times is not None:
         yield f"{prefix}times: {stage.paths} paths keep their ends alone, so this has no effect; remove it"
@@ -43,15 +44,36 @@ def mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
 
 
 def times_of(spec: RunSpec, stage: TrainStage) -> list[float] | None:
-    """The times of the states that a train stage's paths have, where all have the same."""
+    """The times of the states that a train stage's paths will have, where all have the same; uniform ones in place of
+    the optimal, which are found when the pairs are made.
+    """
     solved = [spec.stages[name] for name in stage.pair_shares]
-    found = [each.times for each in solved if isinstance(each, PairsStage)]
+    found = [_planned(each) for each in solved if isinstance(each, PairsStage)]
     return found[0] if found and all(times == found[0] for times in found) else None
+
+
+def _planned(stage: PairsStage) -> list[float] | None:
+    steps = stage.optimal_times
+    return stage.times if steps is None else [(steps - i) / steps for i in range(steps + 1)]
+
+
+def num_states(stage: PairsStage) -> int:
+    """Of each path, its ends included."""
+    return len(_planned(stage) or [1, 0]) if stage.paths == "trajectories" else 2
+
+
+def _optimal(stage: PairsStage, steps: int, prefix: str) -> Iterator[str]:
+    if stage.paths != "trajectories":
+        yield f"{prefix}optimal_times: {stage.paths} paths have none; remove it, or use paths: trajectories"
+    if stage.times is not None:
+        yield f"{prefix}times: optimal_times finds them, so both cannot be given; remove one"
+    if steps > stage.steps:
+        yield f"{prefix}optimal_times: {steps} steps cannot be chosen among the solver's {stage.steps}; give more steps"
 
 
 def _times(stage: PairsStage, prefix: str) -> Iterator[str]:
     times = stage.times or []
-    if len(times) < 2 or times[0] != 1 or times[-1] != 0 or any(a <= b for a, b in pairwise(times)):
+    if not is_path(times):
         yield f"{prefix}times: {stage.times} given; {stage.paths} need times from 1 down to 0, like [1, 0.5, 0]"
         return
     strange = [t for t in times if not math.isclose(t * stage.steps, round(t * stage.steps), abs_tol=1e-6)]
@@ -88,5 +110,5 @@ def of_training(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: 
             )
     if len({each.guidance_scale for each in found}) > 1:
         yield f"{where}: pairs of different guidance_scale would teach two things at once; make them agree"
-    if "states" in needs and len({len(each.times or []) if each.paths == "trajectories" else 2 for each in found}) > 1:
+    if "states" in needs and len({num_states(each) for each in found}) > 1:
         yield f"{where}: paths of different numbers of states do not fit into one batch; give them the same times"

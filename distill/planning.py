@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distill import pairspec, workflow
+from distill import pairspec, results, workflow
 from distill.spec import EvaluateStage, LaunchSpec, PairsStage, RunSpec, Stage, TrainStage
 from distill.store import RunPaths
 
@@ -59,7 +59,10 @@ def as_json(spec: RunSpec, paths: RunPaths, planned: list[Step]) -> dict[str, An
 
 
 def miniature(spec: RunSpec) -> RunSpec:
-    """The same run with two steps of each training, on as few pairs as a block has; it is not worth evaluating."""
+    """The same run with two steps of each training, on as few pairs as a block has; it is not worth evaluating.
+
+    Only paths that keep states are solved with all their steps, of which those are some.
+    """
     stages: dict[str, Stage] = {}
     for name, stage in spec.stages.items():
         stages[name] = stage
@@ -68,8 +71,9 @@ def miniature(spec: RunSpec) -> RunSpec:
             optimizer = stage.optimizer.model_copy(update={"warmup_images": 0})
             stages[name] = stage.model_copy(update={"images": images, "optimizer": optimizer})
         elif isinstance(stage, PairsStage):
-            few = {"count": min(stage.count, stage.block), "solver": "euler", "steps": 1}
-            stages[name] = stage.model_copy(update=few)
+            few = {"count": min(stage.count, stage.block)}
+            coarse = {} if stage.paths in pairspec.WITH_STATES else {"solver": "euler", "steps": 1}
+            stages[name] = stage.model_copy(update={**few, **coarse})
     return spec.model_copy(update={"stages": stages})
 
 
@@ -115,11 +119,12 @@ def _pairs(name: str, stage: PairsStage) -> Step:
 
 
 def _evaluate(name: str, stage: EvaluateStage) -> Step:
-    ways = [*(("euler", count) for count in stage.teacher_steps), (stage.fine_solver, stage.fine_steps)]
+    counts = results.steps_of_rows(stage)
+    rows = 1 + sum(map(len, counts.values()))
+    ways = [*(("euler", count) for count in counts.pop("teacher")), (stage.fine_solver, stage.fine_steps)]
     teacher = sum(workflow.network_calls(solver, count, stage.guidance_scale) for solver, count in ways)
-    students = sum(sum(counts) for counts in stage.students.values())
+    students = sum(map(sum, counts.values()))
     students += len(stage.fine_students) * workflow.network_calls(stage.fine_solver, stage.fine_steps, 1.0)
-    rows = len(ways) + sum(len(counts) for counts in stage.students.values()) + len(stage.fine_students)
     calls = stage.samples * (teacher + students)
     work = f"{rows} rows x {stage.samples:,} samples; {calls:,} network calls"
     needs = _unique([stage.teacher or "the spec's teacher", *stage.students])

@@ -1,5 +1,6 @@
 """The specs that ship, and how a spec is written for a person: every field, its value and its meaning."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -114,4 +115,4 @@ def _line(line: str, meaning: str, indent: str) -> list[str]:
 
 
 def _comment(text: str, indent: str) -> list[str]:
-    return [f"{indent}# {line}" for line in " ".join(text.split()).split("\n") if line]
+    return [f"{indent}# {line}" for line in textwrap.wrap(text, WIDTH - len(indent))]

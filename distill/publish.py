@@ -60,7 +60,7 @@ def best(run: RunPaths) -> str:
     Where several evaluations measured, the last stage of the spec counts.
     """
     measured = [found for found in _evaluations(run) if found.distance is not None]
-    rows = [row for row in measured[-1].rows if row.role == "student"] if measured else []
+    rows = [row for row in measured[-1].usual if row.role == "student"] if measured else []
     if not rows:
         raise InputError(f"run '{run.name}' has measured no student yet; name one: {run.name}/STAGE")
     fewest = min(row.steps for row in rows)
@@ -181,7 +181,7 @@ def _measured(chosen: Chosen) -> Results | None:
 def samples(chosen: Chosen) -> bytes:
     """The picture of its samples at the fewest steps that its evaluation drew; nothing where there is none."""
     found = _measured(chosen) if chosen.step is None else None
-    rows = [row for row in found.rows if row.role == "student" and row.network == chosen.stage] if found else []
+    rows = [row for row in found.usual if row.role == "student" and row.network == chosen.stage] if found else []
     if found is None or not rows:
         return b""
     path = chosen.run.stage(found.stage).root / min(rows, key=lambda row: row.steps).picture

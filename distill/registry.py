@@ -126,7 +126,9 @@ def source(name: str, base: Path) -> Path:
         return path
     point = _entry_points().get(name)
     if point is None:
-        raise InputError(f"there is no recipe '{name}'; {suggest(name, names())}; or a file of your own: ./file.py")
+        last = [each for each in names() if each.rpartition("/")[2] == name]  # named without its folder
+        hint = suggest(last[0] if last else name, names())
+        raise InputError(f"there is no recipe '{name}'; {hint}; or a file of your own: ./file.py")
     found = importlib.util.find_spec(point.module)
     if found is None or found.origin is None:
         raise InputError(f"recipe '{name}': its module {point.module} is not installed")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jinja2
 
-from distill import charts, straightened
+from distill import charts, compared, straightened
 from distill import results as evaluations
 from distill.charts import Curve
 from distill.results import Results, Row, number
@@ -62,6 +62,16 @@ class Rounds:
     note: str = straightened.NOTE
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What the page shows of a comparison of recipes."""
+
+    columns: list[str]
+    rows: list[tuple[str, list[str]]]
+    chart: str
+    note: str
+
+
 @dataclass
 class Training:
     """The logged numbers of a stage, as they are read."""
@@ -73,7 +83,7 @@ class Training:
 
 
 def write(run: RunPaths) -> Path:
-    """Write the run's report.html and say where it is."""
+    """Write the run's report.html and say where it is; of a comparison also its table and its figure."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("distill"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -86,6 +96,7 @@ def write(run: RunPaths) -> Path:
         evaluations={name: _evaluation(run.stage(name).root, results) for name, results in found.items()},
         headlines=[headline(results) for results in wholes or found.values()],
         rounds=_rounds(straightened.rounds(found)),
+        comparison=_comparison(run),
         losses={name: _losses(training) for name, training in trainings.items() if training.points},
         warnings=list(dict.fromkeys(warnings)),
         spec=run.spec.read_text() if run.spec.exists() else "",
@@ -98,7 +109,7 @@ def write(run: RunPaths) -> Path:
 
 def headline(results: Results) -> str:
     """The result in one sentence: the student of fewest calls (the best of those) beside its teacher."""
-    students = [row for row in results.rows if row.role == "student"]
+    students = [row for row in results.usual if row.role == "student"]
     fine = next(row for row in results.rows if row.fine)
     what = results.distance or "RMS to the teacher"
 
@@ -107,7 +118,7 @@ def headline(results: Results) -> str:
     best = min(students, key=lambda row: (row.nfe, row.value))
     calls = "one network call" if best.nfe == 1 else f"{best.nfe} network calls"
     said = f"In {calls} {best.network} reaches {what} {number(best.value)}"
-    coarse = [row for row in results.rows if row.role == "teacher" and not row.fine]
+    coarse = [row for row in results.usual if row.role == "teacher" and not row.fine]
     if results.distance is not None:
         as_good = [row for row in coarse if row.value <= best.value]
         if as_good:
@@ -161,6 +172,23 @@ def _rounds(found: list[Round]) -> Rounds | None:
         rows=[(each.after.network, straightened.cells(found, each)) for each in found],
         chart=_image(charts.rounds(panels).encode(), "svg+xml"),
         warnings=[each.warning for each in found if each.warning],
+    )
+
+
+def _comparison(run: RunPaths) -> Comparison | None:
+    """Written beside the report too."""
+    found = compared.found(run)
+    if found is None:
+        return None
+    label = f"{compared.quantity(found)}; dashed: the teacher at its steps"
+    chart = charts.ranks(compared.ranked(found), compared.teacher(found), label)
+    write_atomic(run.comparison_figure, chart)
+    write_atomic(run.comparison_table, compared.markdown(found))
+    return Comparison(
+        columns=compared.columns(found),
+        rows=compared.rows(found),
+        chart=_image(chart.encode(), "svg+xml"),
+        note=compared.note(found),
     )
 
 
@@ -224,6 +252,8 @@ def _files(run: RunPaths) -> list[tuple[str, str]]:
         ("spec", run.spec),
         ("events", run.events),
         ("environment", run.env),
+        ("comparison", run.comparison_table),
+        ("its figure", run.comparison_figure),
         *((f"student {path.name}", path) for path in _folders(run.root / "students")),
         *((f"stage {path.name}", path) for path in _folders(run.root / "stages")),
     ]

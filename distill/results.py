@@ -6,7 +6,7 @@ from pydantic import Field
 from rich.table import Table
 
 from distill.guard import InputError
-from distill.spec import Frozen
+from distill.spec import EvaluateStage, Frozen
 from distill.store import RunPaths, StagePaths
 
 FILE_NAME = "results.json"
@@ -22,6 +22,8 @@ class Row(Frozen):
     steps: int
     fine: bool = False
     """the solver whose endpoint counts as the teacher's own; of a student: by that solver, not by its own sampler"""
+    along: str = ""
+    """the times of the steps: empty: uniform, or the student's own; optimal; or the times"""
     nfe: int
     """network evaluations per sample, guidance counted"""
     distance: float | None
@@ -47,9 +49,14 @@ class Row(Frozen):
         return self.rms if self.distance is None else self.distance
 
     @property
+    def way(self) -> str:
+        """For people, after a name: what is unusual of its steps."""
+        return f", {self.along} times" if self.along == "optimal" else f", along {self.along}" if self.along else ""
+
+    @property
     def label(self) -> str:
         """For people: teacher, heun 16."""
-        return f"{self.network}, {self.solver}" if self.role == "teacher" or self.fine else self.network
+        return (f"{self.network}, {self.solver}" if self.role == "teacher" or self.fine else self.network) + self.way
 
 
 class FeatureNet(Frozen):
@@ -81,14 +88,29 @@ class Results(Frozen):
     vector: bool
     rows: list[Row] = Field(min_length=1)
 
-    def row(self, network: str, steps: int, *, fine: bool = False) -> Row:
+    @property
+    def usual(self) -> list[Row]:
+        """Without those along other times."""
+        return [row for row in self.rows if not row.along]
+
+    def row(self, network: str, steps: int, *, fine: bool = False, along: str = "") -> Row:
         """The row of a network at a number of steps."""
         for row in self.rows:
-            if (row.network, row.steps, row.fine) == (network, steps, fine):
+            if (row.network, row.steps, row.fine, row.along) == (network, steps, fine, along):
                 return row
         raise InputError(
             f"no row for {network} at {steps} steps; there are {[(r.network, r.steps) for r in self.rows]}"
         )
+
+
+def steps_of_rows(stage: EvaluateStage) -> dict[str, list[int]]:
+    """Network -> steps of each row that an evaluation will have of it, but for the one of the fine solver."""
+    usual = {"teacher": stage.teacher_steps, **stage.students}
+    further = {
+        name: [steps for way in stage.times.get(name, []) for steps in (own if way == "optimal" else [len(way) - 1])]
+        for name, own in usual.items()
+    }
+    return {name: own + further[name] for name, own in usual.items()}
 
 
 def card_metrics(results: Results, student: str) -> dict[str, float]:
@@ -97,7 +119,7 @@ def card_metrics(results: Results, student: str) -> dict[str, float]:
     Of its own sampler: others are not what it is for. Further digits may depend on where in memory a sum began.
     """
     found: dict[str, float] = {}
-    for row in results.rows:
+    for row in results.usual:
         if row.role == "student" and row.network == student and not row.fine:
             columns = {results.distance or "": row.distance, "KID": row.kid, "precision": row.precision,
                        "recall": row.recall, "rms": row.rms, "straightness": row.straightness}  # fmt: skip

@@ -68,14 +68,14 @@ class Template:
 def expand(spec: RunSpec, base: Path, plan: Plan) -> RunSpec:
     """The spec of the rounds, from one that has passed `workflow.check`; InputError where it does not fit."""
     template = _template(spec, base)
-    _refuse_without_effect(spec, template, base, plan)
+    _refuse(spec, template, base, plan)
     flows = [f"{template.flow_name}-{number}" for number in range(1, plan.rounds + 1)]
     stages = list(template.before.items())
     for number, teacher in enumerate([template.flow.teacher, *flows[:-1]], start=1):
         stages += _round(template, number, teacher, plan)
     if plan.distill:
         stages += _distillation(template, base, flows[-1])
-    if plan.distill or plan.rounds > 1:  # else it would say what that of the round does
+    if not _one_evaluation(template, plan):
         stages.append((template.evaluation_name, _last_evaluation(template, flows, plan)))
     names = [name for name, _ in stages]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -165,7 +165,7 @@ def _default_evaluation(pairs: PairsStage, flow: TrainStage) -> EvaluateStage:
     )
 
 
-def _refuse_without_effect(spec: RunSpec, template: Template, base: Path, plan: Plan) -> None:
+def _refuse(spec: RunSpec, template: Template, base: Path, plan: Plan) -> None:
     if plan.rounds < 1:
         raise InputError(f"--rounds {plan.rounds}: at least 1 is expected")
     if plan.distill and not template.distillation:
@@ -211,8 +211,7 @@ def _round(template: Template, number: int, teacher: str | None, plan: Plan) -> 
     start = {} if first else {"init": None, "network": None}  # the weights of the flow before
     found[flow] = template.flow.model_copy(update={**changes, **start})
     steps = template.evaluation.students.get(template.flow_name, FEW_STEPS)
-    only = plan.rounds == 1 and not plan.distill
-    coarse = template.evaluation.teacher_steps if only else []
+    coarse = template.evaluation.teacher_steps if _one_evaluation(template, plan) else []
     measured = {"students": {flow: steps}, "fine_students": [flow], "teacher_steps": coarse}
     found[f"{template.evaluation_name}-{number}"] = template.evaluation.model_copy(
         update={**_of(teacher, first=first), **measured}
@@ -226,6 +225,13 @@ def _inverted(pairs: PairsStage, share: float) -> PairsStage:
     solver = "heun" if pairs.solver == "dpm_solver_pp_2m" else pairs.solver  # which begins at noise only
     changes = {"paths": "forward", "times": None, "store_noise": False, "count": count, "solver": solver}
     return pairs.model_copy(update=changes)
+
+
+def _one_evaluation(template: Template, plan: Plan) -> bool:
+    """Whether the last evaluation would say no more than that of the only round."""
+    evaluation, ours = template.evaluation, {template.flow_name, *template.distillation}
+    same = evaluation.teacher == template.flow.teacher and ours.issuperset(evaluation.students)
+    return plan.rounds == 1 and not plan.distill and same
 
 
 def _of(teacher: str | None, *, first: bool) -> dict[str, object]:
@@ -255,4 +261,5 @@ def _last_evaluation(template: Template, flows: Sequence[str], plan: Plan) -> Ev
         if plan.distill:
             students = {name: given.get(name, [1]), **students}
     others = {name: steps for name, steps in given.items() if name in template.before}
-    return template.evaluation.model_copy(update={"students": {**students, **others}})
+    fine = [name for name in template.evaluation.fine_students if name in others]  # of flows, their rounds say it
+    return template.evaluation.model_copy(update={"students": {**students, **others}, "fine_students": fine})

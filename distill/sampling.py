@@ -15,11 +15,12 @@ from distill.grids import columns_for, images_png, scatter_png
 from distill.guard import InputError, RunError
 from distill.protocols import Cond, Gridded, Recipe, VelocityField
 from distill.samplers import accelerated, euler, jump, renoise, same_noise
-from distill.solvers import SOLVERS
+from distill.solvers import SOLVERS, sample_along
 from distill.solvers import sample as solve
 from distill.store import write_atomic
 from distill.students import loaded
 from distill.students.loaded import LoadedStudent, Student
+from distill.students.velocity import VelocityStudent
 from distill.teachers import LoadedTeacher
 from distill.times import uniform_grid
 
@@ -45,15 +46,21 @@ class Block:
     seconds: float
 
 
-def of_teacher(teacher: LoadedTeacher, solver: str, steps: int, guidance_scale: float) -> Method:
-    """The teacher's ODE by a solver."""
-    return of_field(teacher.guided(guidance_scale), solver, steps, 1 if guidance_scale == 1 else 2)
+def of_teacher(
+    teacher: LoadedTeacher, solver: str, steps: int, guidance_scale: float, times: Sequence[float] | None = None
+) -> Method:
+    """The teacher's ODE by a solver, in steps that are uniform, or along these times (see `sample_along`)."""
+    return of_field(teacher.guided(guidance_scale), solver, steps, 1 if guidance_scale == 1 else 2, times)
 
 
-def of_field(field: VelocityField, solver: str, steps: int, calls: int = 1) -> Method:
+def of_field(
+    field: VelocityField, solver: str, steps: int, calls: int = 1, times: Sequence[float] | None = None
+) -> Method:
     """The ODE of a velocity field by a solver; calls: of a network, for one of the field."""
 
     def generate(noise: Tensor, cond: Cond, fresh: Sequence[Tensor]) -> Tensor:
+        if times is not None:
+            return sample_along(field, noise, cond, solver=solver, times=times)
         return solve(field, noise, cond, solver=solver, steps=steps)
 
     return Method(generate, calls * SOLVERS[solver].nfe(steps))
@@ -81,6 +88,13 @@ def grid(t_grids: Mapping[int, Sequence[float]], steps: int) -> Tensor:
         return uniform_grid(steps)
     refuse_steps(t_grids, [steps], "steps")
     return torch.tensor(t_grids[steps], dtype=torch.float64)
+
+
+def refuse_other_times(student: LoadedStudent, where: str) -> None:
+    """Refuse a student that has reasons for its times: only a velocity field knows how far it moves from t to any s."""
+    why = "has times of its own" if student.t_grids else "is no velocity field and made for uniform steps"
+    if student.t_grids or not isinstance(student.student, VelocityStudent):
+        raise InputError(f"{where}: this student {why}, so others are not for it; leave them out")
 
 
 def refuse_steps(t_grids: Mapping[int, Sequence[float]], asked: Sequence[int], where: str) -> None:
@@ -166,17 +180,20 @@ def sample(
     count: int,
     labels: Sequence[int] | None,
     device: torch.device,
+    along: Callable[[LoadedStudent], Sequence[float]] | None = None,
 ) -> None:
     """Samples of a student folder as a picture (.png), or as all noises, samples and labels (.safetensors).
 
-    labels: one class, one for each sample, or None for all classes in turn.
+    labels: one class, one for each sample, or None for all classes in turn. along: other times than those it has for
+    so many steps.
     """
     if out.suffix not in (".png", ".safetensors"):
         raise InputError(f"--out {out}: the name must end in .png (a picture) or .safetensors (the numbers)")
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out {out}: {out.absolute().parent} is not a folder; create it first")
     student = loaded.load(folder, device)
-    method, parts = of_student(student, grid(student.t_grids, steps)), []
+    times = grid(student.t_grids, steps) if along is None else torch.tensor(along(student), dtype=torch.float64)
+    method, parts = of_student(student, times), []
     noise = sample_noise(seed, range(count), student.shape)
     fresh = fresh_noises(seed, range(count), student.shape, method.fresh)
     classes = _labels(student, count, labels)

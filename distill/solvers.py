@@ -6,7 +6,7 @@ Euler and Heun also go from data to noise, along an increasing grid.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -14,10 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill.fields import Rescheduled, inside, start
+from distill.fields import ROUNDING, Rescheduled, inside, start
 from distill.guard import InputError, suggest
 from distill.interpolants import like, linear
 from distill.protocols import Cond, VelocityField
+from distill.spec import is_path
 from distill.times import uniform_grid
 
 
@@ -33,7 +34,7 @@ class Solver:
 def euler(field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Tensor:
     """x <- x + (t_next - t) v. On the linear path this is DDIM (Song et al. 2020, arXiv 2010.02502)."""
     for t, t_next in pairwise(_times(field, t_grid, up=True)):
-        x = x + (t_next - t) * _velocity(field, x, t, cond)
+        x = x + (t_next - t) * velocity(field, x, t, cond)
     return x
 
 
@@ -43,33 +44,50 @@ def heun(field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Tensor:
     A step to sigma = 0, or to below the field's range, is Euler's: one such step keeps the order of the whole.
     """
     for t, t_next in pairwise(_times(field, t_grid, up=True)):
-        v = _velocity(field, x, t, cond)
-        x_next = x + (t_next - t) * v
-        if t_next >= field.t_range[0] and _coefficients(field, t_next)[1] > 0:
-            x_next = x + (t_next - t) * (v + _velocity(field, x_next, t_next, cond)) / 2
-        x = x_next
+        x = heun_step(field, x, velocity(field, x, t, cond), t, t_next, cond)
     return x
+
+
+def heun_step(field: VelocityField, x: Tensor, v: Tensor, t: float, t_next: float, cond: Cond) -> Tensor:
+    """One step of `heun` by v, the velocity of x [B, ...] at t."""
+    x_next = x + (t_next - t) * v
+    if t_next >= field.t_range[0] and _coefficients(field, t_next)[1] > 0:
+        x_next = x + (t_next - t) * (v + velocity(field, x_next, t_next, cond)) / 2
+    return x_next
 
 
 def dpm_solver_pp_2m(field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, alg. 2): multistep in lambda = ln(alpha/sigma).
 
-    First and last step are of first order. With e^-h = (alpha sigma_next)/(sigma alpha_next) nothing diverges where
-    lambda does (alpha = 0 at pure noise, sigma = 0 at data). On a uniform grid of t between those two the error is
-    h^2 ln(1/h), not h^2: near them the steps in lambda do not become small.
+    First and last step are of first order. On a uniform grid of t between noise and data the error is h^2 ln(1/h), not
+    h^2: near them the steps in lambda do not become small.
     """
-    times = _times(field, t_grid)
-    data_prev, h_prev = torch.zeros_like(x), math.inf
-    for i, (t, t_next) in enumerate(pairwise(times)):
-        at_t = torch.full((x.shape[0],), t, dtype=torch.float64, device=x.device)
-        data = field.interpolant.split(x, _velocity(field, x, t, cond), at_t)[0].to(x.dtype)
-        (alpha, sigma), (alpha_next, sigma_next) = _coefficients(field, t), _coefficients(field, t_next)
-        h = math.inf if alpha * sigma_next == 0 else math.log((alpha_next * sigma) / (alpha * sigma_next))
-        slope = 0.0 if i in (0, len(times) - 2) or math.isinf(h_prev) else h / (2 * h_prev)
-        estimate = data + slope * (data - data_prev)
-        x = (sigma_next / sigma) * x + (alpha_next - alpha * sigma_next / sigma) * estimate
-        data_prev, h_prev = data, h
+    times, before = _times(field, t_grid), None
+    for t, t_next in pairwise(times):
+        data = data_of(field, x, t, cond)
+        x = multistep(field, x, data, t, t_next, None if t_next == times[-1] else before)
+        before = data, t
     return x
+
+
+def data_of(field: VelocityField, x: Tensor, t: float, cond: Cond) -> Tensor:
+    """The data [B, ...] that the velocity at x [B, ...] points to."""
+    at_t = torch.full((x.shape[0],), t, dtype=torch.float64, device=x.device)
+    return field.interpolant.split(x, velocity(field, x, t, cond), at_t)[0].to(x.dtype)
+
+
+def multistep(
+    field: VelocityField, x: Tensor, data: Tensor, t: float, t_next: float, before: tuple[Tensor, float] | None
+) -> Tensor:
+    """A step of DPM-Solver++(2M) by `data_of` x, and by what it was at the time `before`; None: of first order.
+
+    With e^-h = (alpha sigma_next)/(sigma alpha_next) nothing diverges where lambda does (alpha = 0 at pure noise,
+    sigma = 0 at data).
+    """
+    (alpha, sigma), (alpha_next, sigma_next) = _coefficients(field, t), _coefficients(field, t_next)
+    if before is not None and not math.isinf(h_prev := _h(field, before[1], t)):
+        data = data + _h(field, t, t_next) / (2 * h_prev) * (data - before[0])
+    return (sigma_next / sigma) * x + (alpha_next - alpha * sigma_next / sigma) * data
 
 
 SOLVERS = {
@@ -81,13 +99,34 @@ SOLVERS = {
 
 def sample(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, steps: int) -> Tensor:
     """Noise [B, ...] -> data [B, ...] along the field's ODE, on a uniform grid of linear time, without gradients."""
-    if solver not in SOLVERS:
-        raise InputError(f"unknown solver '{solver}': {suggest(solver, SOLVERS)}")
     field = on_linear_path(field)
     t_min, t_max = field.t_range
-    t_grid = uniform_grid(steps, t_max, t_min)
+    return _solve(field, noise, cond, solver, uniform_grid(steps, t_max, t_min))
+
+
+def sample_along(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, times: Sequence[float]) -> Tensor:
+    """As `sample`, along these linear times. The first, 1, stands for the noisiest time that the field knows."""
+    field = on_linear_path(field)
+    t_min, t_max = field.t_range
+    inner = times[1:-1]
+    if not is_path(times) or not all(t_min - ROUNDING <= t < t_max for t in inner):
+        raise InputError(
+            f"times {', '.join(f'{t:g}' for t in times)}: they must fall from 1 to 0, those between from below "
+            f"{t_max:.4g} to {t_min:.4g}, where the velocity is known"
+        )
+    return _solve(field, noise, cond, solver, torch.tensor([t_max, *inner, 0.0], dtype=torch.float64))
+
+
+def known(solver: str) -> Solver:
+    """The solver of that name."""
+    if solver not in SOLVERS:
+        raise InputError(f"unknown solver '{solver}': {suggest(solver, SOLVERS)}")
+    return SOLVERS[solver]
+
+
+def _solve(field: VelocityField, noise: Tensor, cond: Cond, solver: str, t_grid: Tensor) -> Tensor:
     with torch.no_grad():
-        return SOLVERS[solver].function(field, start(field, noise), t_grid, cond)
+        return known(solver).function(field, start(field, noise), t_grid, cond)
 
 
 def invert(
@@ -138,7 +177,7 @@ def straightness(field: VelocityField, noise: Tensor, cond: Cond, steps: int) ->
     times = _times(field, uniform_grid(steps, t_max, t_min))
     with torch.no_grad():
         for t, t_next in pairwise(times):
-            velocities.append(_velocity(field, x, t, cond))
+            velocities.append(velocity(field, x, t, cond))
             x = x + (t_next - t) * velocities[-1]
     mean_velocity = (first - x) / t_max
     squares = [(v - mean_velocity).double().square().mean().item() for v in velocities]
@@ -160,10 +199,17 @@ def _times(field: VelocityField, t_grid: Tensor, *, up: bool = False) -> list[fl
     return t_grid.double().tolist()
 
 
-def _velocity(field: VelocityField, x: Tensor, t: float, cond: Cond) -> Tensor:
+def velocity(field: VelocityField, x: Tensor, t: float, cond: Cond) -> Tensor:
+    """v [B, ...] of x [B, ...], all at one time, in x's dtype."""
     v = field(x, torch.full((x.shape[0],), t, dtype=torch.float64, device=x.device), cond)
     assert v.shape == x.shape, f"a field of shape {list(v.shape)} for x of shape {list(x.shape)}"
     return v.to(x.dtype)
+
+
+def _h(field: VelocityField, t: float, t_next: float) -> float:
+    """The step in lambda = ln(alpha/sigma)."""
+    (alpha, sigma), (alpha_next, sigma_next) = _coefficients(field, t), _coefficients(field, t_next)
+    return math.inf if alpha * sigma_next == 0 else math.log((alpha_next * sigma) / (alpha * sigma_next))
 
 
 def _coefficients(field: VelocityField, t: float) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from distill import data as datasets
-from distill import pairs, pairspec, teachers
+from distill import pairs, pairspec, schedules, teachers
 from distill.data import DataSet
 from distill.draws import key
 from distill.pairs import accuracy, mixed, paths
@@ -16,7 +16,7 @@ from distill.progress import Progress
 from distill.protocols import Source
 from distill.spec import CheckpointTeacher, PairsStage, RunSpec, TrainStage
 from distill.stop import StopRequest
-from distill.store import RunPaths
+from distill.store import RunPaths, read_json
 from distill.teachers import LoadedTeacher
 
 
@@ -43,6 +43,18 @@ def batches(
     return source if real is None else pairs.Beside(source, real), digests
 
 
+def pair_times(run: RunPaths, spec: RunSpec, name: str) -> list[float] | None:
+    """The times of the states of a train stage's pairs, where all have the same; remembered when they are deleted."""
+    stage = spec.stages[name]
+    assert isinstance(stage, TrainStage)
+    found = [pairs.manifest.read(run.stage(each).pairs) for each in stage.pair_shares]
+    times = [each.times for each in found if each is not None]
+    if len(times) < len(found):
+        kept: list[float] | None = read_json(run.stage(name).times) if run.stage(name).times.exists() else None
+        return kept
+    return times[0] if times and all(each == times[0] for each in times) else None
+
+
 @dataclass(frozen=True)
 class Solving:
     """A pairs stage, with all that its paths depend on."""
@@ -63,6 +75,7 @@ class Solving:
         assert found is not None, "workflow.check lets no such stage through"
         law = None if spec.teacher is None else teacher(run, spec, None, torch.device("cpu"))
         data = datasets.load(spec.data, spec.seed) if stage.paths in pairspec.OF_DATA else None
+        stage = schedules.with_times(stage, found, run.root.parent, device)
         return cls.of(found, stage, seed=key(spec.seed, name), device=device, data=data, law=law)
 
     @classmethod

@@ -7,12 +7,19 @@ images (samples shown to the optimizer), never in steps. How a run is executed s
 
 import hashlib
 import json
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def is_path(times: Sequence[float]) -> bool:
+    """Whether they go from noise to data: from 1 down to 0."""
+    return len(times) > 1 and times[0] == 1 and times[-1] == 0 and all(t > s for t, s in pairwise(times))
 
 
 class Frozen(BaseModel):
@@ -239,6 +246,8 @@ class PairsStage(Frozen):
     """forward: from real data to noise; the last two keep states"""
     times: list[Fraction] | None = None
     """from 1 to 0, of a trajectory's states; a segment goes from data, noised to one of them, to the next"""
+    optimal_times: PositiveInt | None = None
+    """in place of times, of a trajectory's states: so many steps, at the solver's times where they err least"""
     solver: Literal["euler", "heun", "dpm_solver_pp_2m"] = "heun"
     """solver of the teacher's ODE"""
     steps: PositiveInt = 16
@@ -271,6 +280,8 @@ class EvaluateStage(Frozen):
     """its steps"""
     students: dict[Name, list[PositiveInt]]
     """train stage: numbers of steps to measure its student at"""
+    times: dict[Name, list[Literal["optimal"] | list[Fraction]]] = {}
+    """further rows along other times: {teacher: [optimal, [1, 0.6, 0]]}; optimal: where its steps err least"""
     fine_students: list[Name] = []
     """those of students that are measured by the fine solver too: velocity fields that may be the next teacher"""
     samples: Annotated[int, Field(ge=16)] = 2500

@@ -4,7 +4,7 @@ What evaluates is imported where it is used: the libraries of its metrics take s
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -30,9 +30,11 @@ from distill.card import StudentCard
 from distill.data import DataSet
 from distill.draws import key
 from distill.export import export
+from distill.fields import Counted
 from distill.guard import InputError, RunError
 from distill.progress import Progress
 from distill.protocols import Recipe, Trained
+from distill.roles import Roles
 from distill.sharded import Zero
 from distill.spec import CheckpointTeacher, EvaluateStage, LaunchSpec, PairsStage, RunSpec, TrainStage
 from distill.stop import StopRequest
@@ -43,6 +45,7 @@ from distill.teachers import LoadedTeacher
 from distill.world import ALONE, World
 
 CPU = torch.device("cpu")
+MEASURED = 2  # batches whose memory is counted
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,8 @@ def check(spec: RunSpec, base: Path) -> None:
                 if teacher is not None:
                     teacher.guided(registry.guidance_scale(workflow.recipe_config(stage, base)))
                 if stage.init is None:
-                    _t_grids(spec, name, stage, _check_networks(stage, teacher, data, base))
+                    recipe = _check_networks(stage, teacher, data, base)
+                    _t_grids(spec, name, recipe, pairspec.times_of(spec, stage))
             except InputError as error:
                 raise InputError(f"stages.{name}: {error}") from error
 
@@ -170,9 +174,12 @@ def _check_networks(stage: TrainStage, teacher: LoadedTeacher | None, data: Data
     return recipe
 
 
-def _t_grids(spec: RunSpec, name: str, stage: TrainStage, recipe: Recipe) -> dict[int, list[float]]:
-    """The times of its student's own; refuses, before hours are spent, evaluations that it will not be made for."""
-    t_grids = sampling.own_grids(recipe, pairspec.times_of(spec, stage))
+def _t_grids(spec: RunSpec, name: str, recipe: Recipe, times: list[float] | None) -> dict[int, list[float]]:
+    """The times of its student's own; refuses, before hours are spent, evaluations that it will not be made for.
+
+    times: of the states of its pairs, if all have the same.
+    """
+    t_grids = sampling.own_grids(recipe, times)
     for evaluation, each in spec.stages.items():
         if isinstance(each, EvaluateStage) and name in each.students:
             sampling.refuse_steps(t_grids, each.students[name], f"stages.{evaluation}.students.{name}")
@@ -214,6 +221,7 @@ class Training:
     card: StudentCard
     data: DataSet | None  # real data of the batches
     inputs: dict[str, str]  # digests
+    calls: Counted | None  # of the teacher by the recipe, where they are counted
 
 
 def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
@@ -228,7 +236,8 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
     samples = teacher if "pairs" in config.needs or data is None else data
     assert samples is not None, "workflow.check lets no such stage through"
     init = StudentInit(origin, stage.network, samples.shape, samples.num_classes, work.seed, teacher, stage.dropout)
-    recipe = module.Recipe(config, teacher)
+    calls = Counted(teacher.field) if teacher is not None and work.measure else None
+    recipe = module.Recipe(config, teacher if teacher is None or calls is None else replace(teacher, field=calls))
     card = StudentCard(
         name=work.name,
         recipe=stage.recipe,
@@ -240,7 +249,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
         license="" if teacher is None else teacher.license,
         kind=config.student,
         sampler=recipe.sampler,
-        t_grids=_t_grids(work.spec, work.name, stage, recipe),
+        t_grids=_t_grids(work.spec, work.name, recipe, sources.pair_times(work.run, work.spec, work.name)),
         shape=samples.shape,
         num_classes=init.num_classes,
         null_class=init.null_class,
@@ -251,7 +260,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
     )
     inputs = {"teacher": teacher, "init": origin, "data": data}
     digests = {name: each.digest for name, each in inputs.items() if each is not None}
-    return Training(recipe, teacher, init, card, data, digests)
+    return Training(recipe, teacher, init, card, data, digests, calls)
 
 
 def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -> float:
@@ -268,6 +277,9 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
     training = _training(work, stage, CPU if launch.divide_teacher else work.device)  # whole, it might not fit there
     zero = Zero(launch.zero_stage, launch.divide_teacher, launch.zero_persistence_threshold, launch.offload_optimizer)
     probe = memory.Probe(zero, work.world.size) if work.measure else None
+    times = sources.pair_times(work.run, work.spec, work.name)
+    if work.world.first and times is not None:
+        write_json(work.run.stage(work.name).times, times)  # an export needs them when the pairs are deleted
     source, digests = sources.batches(
         work.run, stage, seed=work.seed, data=training.data, teacher_digest=training.card.teacher_digest
     )
@@ -289,13 +301,23 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
             zero=zero,
             teacher=None if training.teacher is None else training.teacher.network,
             recompute=launch.activation_checkpointing,
-            probe=probe,
+            probe=None if probe is None else partial(_measure, probe, progress, stage),
         )
     if probe:
-        write_json(work.run.stage(work.name).memory(work.world.rank), probe.report(work.world.rank))
+        rows = 0 if training.calls is None else training.calls.rows
+        report = {**probe.report(work.world.rank), "teacher_rows": rows}
+        write_json(work.run.stage(work.name).memory(work.world.rank), report)
     result.roles.close()
     work.world.alone("export", partial(_publish, work, stage))
     return {"images": result.images, "steps": result.step, "student": str(work.run.student(work.name))}
+
+
+def _measure(probe: memory.Probe, progress: Progress, stage: TrainStage, roles: Roles) -> None:
+    """Count in the first batches only, so that those after them take as long as in a run that is not measured."""
+    if progress.done < MEASURED * stage.batch_size:
+        probe(roles)
+    else:
+        probe.activations.close()
 
 
 def _publish(work: Work, stage: TrainStage) -> None:

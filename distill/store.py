@@ -12,7 +12,11 @@ from typing import Any
 
 from distill.guard import InputError, RunError, suggest
 
-RESERVED = {"inputs": "what runs read from the hub", "registry": "the students that are published"}
+RESERVED = {
+    "inputs": "what runs read from the hub",
+    "registry": "the students that are published",
+    "schedules": "step times that were found",
+}
 
 
 def sync_dir(path: Path) -> None:
@@ -50,6 +54,21 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     sync_dir(path.parent)
 
 
+def write_first(path: Path, content: str | bytes) -> None:
+    """`write_atomic`, unless another process has been first: then its content stays."""
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    write_atomic(temporary, content)
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}; nothing was changed") from error
+    finally:
+        temporary.unlink()
+    sync_dir(path.parent)
+
+
 def write_json(path: Path, content: Any) -> None:  # noqa: ANN401  (anything json takes)
     """`write_atomic` of indented JSON."""
     write_atomic(path, json.dumps(content, indent=2, sort_keys=False) + "\n")
@@ -83,6 +102,11 @@ class StagePaths:
     @property
     def pairs(self) -> Path:
         return self.root / "pairs"
+
+    @property
+    def times(self) -> Path:
+        """JSON with the times of the states that a train stage's pairs had; the pairs may be deleted."""
+        return self.root / "times.json"
 
     def memory(self, rank: int) -> Path:
         """What a rank's memory held, where it was measured."""
@@ -147,6 +171,19 @@ class RunPaths:
     @property
     def report(self) -> Path:
         return self.root / "report.html"
+
+    @property
+    def comparison(self) -> Path:
+        """Exists in a run that compares recipes: which, and for how long (see `compared`)."""
+        return self.root / "comparison.json"
+
+    @property
+    def comparison_table(self) -> Path:
+        return self.root / "comparison.md"
+
+    @property
+    def comparison_figure(self) -> Path:
+        return self.root / "comparison.svg"
 
     def log(self, rank: int) -> Path:
         """What a rank says that is not the first: that one speaks on the terminal."""

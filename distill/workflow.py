@@ -20,6 +20,7 @@ from distill.spec import (
     RunSpec,
     Stage,
     TrainStage,
+    is_path,
 )
 from distill.store import RunPaths, read_json
 
@@ -334,10 +335,19 @@ def _evaluate(spec: RunSpec, stage: EvaluateStage, base: Path, where: str) -> It
     for student, steps in stage.students.items():
         if not steps:
             yield f"{where}.students.{student}: no numbers of steps given, e.g. [1, 2, 4]"
+    for network, ways in stage.times.items():
+        here = f"{where}.times.{network}"
+        if network not in ("teacher", *stage.students):
+            yield f"{here}: not measured here; {suggest(network, ['teacher', *stage.students])}"
+        if (kind := _kind(spec.stages.get(network), base)) in NO_FIELDS:
+            yield f"{here}: its student is {NO_FIELDS[kind]}, made for uniform steps; remove it"
+        for times in ways:
+            if times != "optimal" and not is_path(times):
+                yield f"{here}: {times} given; times go from 1 down to 0, like [1, 0.6, 0]"
     for student in stage.fine_students:
         if student not in stage.students:
             yield f"{where}.fine_students: '{student}' is none of {where}.students; {suggest(student, stage.students)}"
         elif stage.fine_students.count(student) > 1:
             yield f"{where}.fine_students: '{student}' stands there twice"
-        elif _kind(spec.stages.get(student), base) == "flow_map":
-            yield f"{where}.fine_students: the student of '{student}' is a flow map, which no solver follows; remove it"
+        elif (kind := _kind(spec.stages.get(student), base)) in NO_FIELDS:
+            yield f"{where}.fine_students: '{student}' is {NO_FIELDS[kind]}, which no solver follows; remove it"

@@ -16,7 +16,7 @@ LAYERS = [
     {"interpolants", "protocols", "draws"},
     {"times", "fields", "solvers", "samplers", "autodiff", "distances", "couplings", "windows"},
     {"hub", "teachers", "students", "latents", "conditions", "data", "pairs", "ema", "metrics", "grids"},
-    {"world", "trainable", "sharded", "checkpoint", "roles", "export", "sampling"},
+    {"world", "trainable", "sharded", "checkpoint", "roles", "export", "sampling", "schedules"},
     {"evaluate", "report", "charts", "engine", "memory", "sources"},
     {"stages", "estimate", "forecast"},
     {"cli", "testing"},
@@ -29,6 +29,7 @@ ANYWHERE = {
     "stop",
     "results",
     "straightened",
+    "compared",
     "card",
     "space",
     "pairspec",
@@ -44,7 +45,7 @@ CONTROL = ANYWHERE | {
     "launch",
     "registry",
 }
-CONTROL |= {"presets", "claims", "status", "jobs", "inputs", "rounds"}
+CONTROL |= {"presets", "claims", "status", "jobs", "inputs", "rounds", "comparison", "budget"}
 CONTROL |= {"manifest", "transports", "ssh", "transfer", "pull", "publish", "published"}
 TORCH = {"torch", "numpy", "diffusers", "accelerate", "deepspeed", "safetensors", "torchmetrics", "sklearn", "datasets"}
 

@@ -127,8 +127,18 @@ def test_recipes(capfd):
     assert found == {
         "consistency/consistency": ["data", "teacher"],
         "pretrain/flow_matching": ["data"],
+        "reflow/boss": ["pairs", "states", "teacher"],
+        "reflow/caf": ["pairs", "teacher"],
+        "reflow/consistency_fm": ["data", "teacher"],
         "reflow/one_step": ["pairs", "teacher"],
-        "reflow/reflow": ["pairs", "teacher"],
+        "reflow/perflow": ["data", "teacher"],
+        "reflow/proreflow": ["data", "teacher"],
+        "reflow/rectified_diffusion": ["data", "pairs", "teacher"],  # pairs in one form, data in the other
+        "reflow/reflow": ["data", "pairs", "teacher"],
+        "reflow/rf_plus_plus": ["pairs", "teacher"],
+        "reflow/seqrf": ["pairs", "states", "teacher"],
+        "reflow/simple_reflow": ["data", "pairs", "teacher"],
+        "reflow/slimflow": ["pairs", "teacher"],
         "score/dmd2": ["data", "teacher"],
         "shortcut/meanflow": ["data", "teacher", "jvp"],
         "shortcut/shortcut": ["data", "teacher"],
@@ -136,7 +146,7 @@ def test_recipes(capfd):
     assert "arXiv 2209.03003, Alg. 1" in command(capfd, "recipes").out
     one = json.loads(command(capfd, "recipes", "reflow/reflow", "--json").out)
     assert one["sampler"] == "euler"
-    assert one["options"][1]["choices"] == ["l2", "pseudo_huber"]
+    assert {option["name"]: option["choices"] for option in one["options"]}["distance"] == ["l2", "pseudo_huber"]
     done = command(capfd, "recipes", "reflow")
     assert done.code == 2
     assert done.err.startswith("error: there is no recipe 'reflow'; did you mean 'reflow/reflow'? valid: ")

@@ -271,7 +271,6 @@ def test_optimal_transport_of_gaussians_teaches_their_straight_paths(t):
         (fitted({"coupling": "ot", "coupling_block": block}, DATA, NOISE, t) - straight).abs().max().item()
         for block in (2, 8, 32, 128)
     ]
-    print(errors)
     assert errors[0] > 0.2 and all(finer < 0.5 * coarser for coarser, finer in itertools.pairwise(errors))
 
 
@@ -378,10 +377,9 @@ def test_any_split_of_the_batch_couples_alike(coupling):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("coupling", [*IN_BLOCKS, "immiscible_knn"])
+@pytest.mark.parametrize("coupling", ["ot_replacement", "weighted"])
 def test_two_processes_couple_like_one(coupling, tmp_path):
-    options = {"coupling": coupling} | ({"coupling_block": 4} if coupling in IN_BLOCKS else {})
-    subject = testing.Subject("pretrain/flow_matching", options)
+    subject = testing.Subject("pretrain/flow_matching", {"coupling": coupling, "coupling_block": 4})
     testing.agrees(subject, tmp_path, testing.train_together([subject], tmp_path / "pair"))
 
 
@@ -394,7 +392,7 @@ def test_a_student_of_optimal_transport_has_straighter_paths_on_the_ring(tmp_pat
         noise = sides(4096, 2, seed=3)[1].float()
         found[coupling] = solvers.straightness(student, noise, {}, 24), ring.of_field(student, "heun", 24)
     print(found)
-    assert found["ot"][0] < 0.5 * found["independent"][0]
+    assert found["ot"][0] < 0.1 * found["independent"][0]
     assert found["ot"][1] < ring.of_field(ring.TEACHER.field, "euler", 4)
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from distill import evaluate as evaluation
-from distill import report, results, sampling
+from distill import report, results, sampling, schedules, solvers
 from distill.card import StudentCard
 from distill.data.arrays import ArrayData
 from distill.draws import key, sample_labels, sample_noise
@@ -22,7 +22,7 @@ from distill.grids import columns_for, images_png, scatter_png
 from distill.guard import InputError, RunError, Stopped
 from distill.metrics import features
 from distill.progress import Progress
-from distill.samplers import renoise
+from distill.samplers import euler, renoise
 from distill.spec import CheckpointTeacher, RunSpec, UNetSpec
 from distill.stop import StopRequest
 from distill.store import RunPaths
@@ -172,6 +172,35 @@ def test_a_student_is_measured_along_its_own_times(vector_run):
         assert abs(found.rms - uniform.rms) > 5e-3
     with pytest.raises(InputError, match="^students.exact: this student is made for 2 steps, not 3"):
         go(vector_run, vector_spec(students={"exact": [2, 3]}))
+
+
+def test_rows_along_other_times(vector_run):
+    """Of the teacher by Euler and of a velocity student; the optimal ones are those that the store keeps."""
+    times = {"teacher": ["optimal", [1.0, 0.5, 0.2, 0.0]], "exact": [[1.0, 0.3, 0.0]]}
+    spec = vector_spec(times=times, teacher_steps=[1, 4])
+    found = go(vector_run, spec)
+    ways = [(row.network, row.solver, row.steps, row.along) for row in found.rows if not row.fine]
+    teacher = [("teacher", "euler", n, along) for n, along in ((1, ""), (4, ""), (1, "optimal"), (4, "optimal"))]
+    given = [("teacher", "euler", 3, "1, 0.5, 0.2, 0")]
+    assert ways == [*teacher, *given, *(("exact", "euler", n, "") for n in (1, 2)), ("exact", "euler", 2, "1, 0.3, 0")]
+    # The path of a centred Gaussian scales its state, so the row's RMS is that of noise times an error that is known.
+    loaded = load(spec.teacher, CPU)
+    best = schedules.optimal_times(loaded, vector_run.root.parent, 4, CPU)
+    noise = sample_noise(key(0, "evaluate"), range(300), (2,))
+    fine = solvers.sample(loaded.field, noise, {}, solver="heun", steps=32)
+    for along, steps in (("optimal", best), ("1, 0.5, 0.2, 0", [1.0, 0.5, 0.2, 0.0])):
+        x = euler.sample(loaded.field, noise, torch.tensor(steps, dtype=torch.float64), {})
+        row = found.row("teacher", len(steps) - 1, along=along)
+        assert row.rms == pytest.approx((x - fine).square().mean().sqrt().item(), rel=1e-4)
+        assert row.nfe == len(steps) - 1
+    assert found.row("teacher", 4, along="optimal").rms != found.row("teacher", 4).rms
+    assert len({row.picture for row in found.rows}) == len(found.rows)
+    with pytest.raises(InputError, match=r"times 1, 0.5, 0.5, 0: they must fall from 1 to 0, those between from below"):
+        go(vector_run, vector_spec(times={"teacher": [[1.0, 0.5, 0.5, 0.0]]}))
+    own = card((2,), None).model_copy(update={"t_grids": {1: [1.0, 0.0], 2: [1.0, 0.9, 0.0]}})
+    export(one_step_student(), vector_run.student("exact"), own)
+    with pytest.raises(InputError, match="times.exact: this student has times of its own, so others are not for it"):
+        go(vector_run, spec)
 
 
 def test_a_flow_is_measured_by_the_fine_solver_too(vector_run):
@@ -429,7 +458,17 @@ def test_what_does_not_fit_is_refused(image_run, vector_run):
         ),
     ):
         evaluation.measure(
-            run.root, "x", stage, teacher, others, None, seed=0, device=CPU, progress=progress, stop=StopRequest()
+            run.root,
+            "x",
+            stage,
+            teacher,
+            others,
+            None,
+            seed=0,
+            device=CPU,
+            progress=progress,
+            stop=StopRequest(),
+            store=run.root.parent,
         )
     mnist_like = ArrayData("big", torch.zeros(4, 1, 28, 28), None, None)
     with (
@@ -437,7 +476,17 @@ def test_what_does_not_fit_is_refused(image_run, vector_run):
         pytest.raises(InputError, match=r"data 'big' has samples of shape \[1, 28, 28\].* makes \[1, 8, 8\]"),
     ):
         evaluation.measure(
-            run.root, "x", stage, teacher, {}, mnist_like, seed=0, device=CPU, progress=progress, stop=StopRequest()
+            run.root,
+            "x",
+            stage,
+            teacher,
+            {},
+            mnist_like,
+            seed=0,
+            device=CPU,
+            progress=progress,
+            stop=StopRequest(),
+            store=run.root.parent,
         )
     few = ArrayData("few", torch.zeros(3, 1, 8, 8), None, None)
     with (
@@ -445,7 +494,17 @@ def test_what_does_not_fit_is_refused(image_run, vector_run):
         pytest.raises(InputError, match="data 'few' has 3 images; an evaluation .* so give at least 4"),
     ):
         evaluation.measure(
-            run.root, "x", stage, teacher, {}, few, seed=0, device=CPU, progress=progress, stop=StopRequest()
+            run.root,
+            "x",
+            stage,
+            teacher,
+            {},
+            few,
+            seed=0,
+            device=CPU,
+            progress=progress,
+            stop=StopRequest(),
+            store=run.root.parent,
         )
     with pytest.raises(InputError, match="no row for student at 3 steps"):
         found.row("student", 3)

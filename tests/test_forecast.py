@@ -1,12 +1,16 @@
 """What a run would cost, said before it runs: disk as it will be, time as calls of a network."""
 
+import time
+
 import pytest
 import torch
 from test_rounds import GAUSSIAN, MLP, PAIRS
 
-from distill import checkpoint, forecast, planning, specfile, stages
+from distill import checkpoint, forecast, planning, presets, specfile, stages
+from distill.interpolants import linear
 from distill.stop import StopRequest
 from distill.store import RunPaths
+from distill.teachers.loaded import LoadedTeacher
 
 TRAIN = {
     "kind": "train", "recipe": "reflow/reflow", "network": MLP, "pairs": "solve", "images": 512, "batch_size": 64,
@@ -79,5 +83,27 @@ def test_time_is_a_number_of_calls(tmp_path, monkeypatch):
     assert costs["e"].seconds == planning.steps(one, tmp_path)[2].network_calls
 
 
-def test_a_call_is_measured_in_a_batch():
-    """The rate of a sampler of the same teacher, within a factor of three on a busy machine."""
+class Slow:
+    """A field that takes two milliseconds for a sample and five for a call."""
+
+    interpolant, t_range = linear(), (0.0, 1.0)
+
+    def __call__(self, x_t, t, cond):
+        time.sleep(0.005 + 0.002 * len(x_t))
+        return x_t
+
+
+@pytest.mark.parametrize(("batch", "each"), [(1, 0.007), (16, 0.005 / 16 + 0.002)])
+def test_a_call_is_measured_in_a_batch(batch, each):
+    teacher = LoadedTeacher(Slow(), (2,), None, None, "", "slow")
+    assert each <= forecast._measure(teacher, batch, torch.device("cpu")) < 2 * each
+
+
+def test_students_of_all_kinds_are_measured(tmp_path):
+    digits = specfile.load(presets.find("digits-recipes")).spec
+    kept = {name: digits.stages[name] for name in ("teach", "shortcut")}
+    bent = kept["shortcut"].model_copy(update={"recipe": "reflow/caf", "options": {}, "pairs": "pairs"})
+    stages_ = {"teach": kept["teach"], "pairs": digits.stages["pairs"], "shortcut": kept["shortcut"], "caf": bent}
+    costs = forecast.forecast(digits.model_copy(update={"stages": stages_}), tmp_path, here=True)
+    assert list(costs) == ["teach", "pairs", "shortcut", "caf"]
+    assert all(cost.seconds > 0 for cost in costs.values())

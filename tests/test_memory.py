@@ -49,3 +49,16 @@ def test_activations_are_counted_until_the_backward_pass_takes_them():
         assert (counted.now, counted.peak) == (0, 144)
         layer(torch.ones(1, 3)).sum()
         assert counted.peak == 144
+
+
+def test_activations_are_counted_no_more_once_closed():
+    layer = nn.Linear(3, 3)
+    with Activations() as counted:
+        first = layer(torch.ones(2, 3))
+        counted.close()
+        second = layer(torch.ones(100, 3))
+        assert counted.peak == 24
+        counted.close()
+    first.sum().backward()
+    second.sum().backward()
+    assert (counted.now, counted.peak) == (0, 24)

@@ -19,6 +19,7 @@ stages:
      batch_size: 64}
 """
 GAUSSIAN = "{kind: gaussian, mean: [0.5, 0.0], std: [0.5, 1.0]}"
+OPTIMAL = [GAUSSIAN, "--out", "p", "--paths", "trajectories", "--optimal-times"]
 
 
 @pytest.fixture
@@ -92,6 +93,9 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
             [GAUSSIAN, "--out", "p", "--paths", "forward", "--solver", "dpm_solver_pp_2m"],
             "--solver: dpm_solver_pp_2m solves from noise to data only; paths: forward take euler or heun",
         ),
+        ([GAUSSIAN, "--out", "p", "--optimal-times", "2"], "--optimal_times: backward paths have none; remove it, or"),
+        ([*OPTIMAL, "20"], "--optimal_times: 20 steps cannot be chosen among the solver's 16; give more steps"),
+        ([*OPTIMAL, "2", "--times", "1,0"], "--times: optimal_times finds them, so both cannot be given; remove one"),
         ([GAUSSIAN, "--out", "p", "--paths", "forward", "--store-noise"], "--store_noise: inverted noise is always"),
         ([GAUSSIAN, "--out", "p", "--data", "digits"], "--data: backward paths begin with noise, so it has no effect"),
         (["spec.yaml"], "run 'many' has 2 pairs stages; name one by --stage: pairs, real"),

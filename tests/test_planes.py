@@ -44,6 +44,7 @@ def make_run(store):
         ["--version"],
         ["run", "--help"],
         ["reflow", "--help"],
+        ["compare", "--help"],
         ["list"],
         ["list", "--json"],
         ["show", "one"],

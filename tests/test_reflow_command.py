@@ -124,3 +124,37 @@ def test_killed_in_each_kind_of_stage(tmp_path, whole):
         assert [name for name in expected if found[name] != expected[name]] == [], stage
     for stage in ("pairs-1", "pairs-2", "pairs-distill"):
         assert folder_bytes(run.stage(stage).pairs) == folder_bytes(undisturbed.stage(stage).pairs), stage
+
+
+TINY = [
+    "stages.teach.images=1280",
+    "stages.teach.optimizer.warmup_images=0",
+    "stages.teach.network.channels=[8, 16]",
+    "stages.pairs.count=500",
+    "stages.pairs.steps=4",
+    "stages.pairs.shard=250",
+    "stages.reflow.images=1280",
+    "stages.reflow.optimizer.warmup_images=0",
+    "stages.evaluate.samples=250",
+    "stages.evaluate.fine_steps=4",
+    "stages.evaluate.teacher_steps=[]",
+    "launch.threads=1",
+]
+
+
+def test_real_data_in_both_ways_on_digits(tmp_path):
+    """Inverted real data among the pairs of each round, by its own teacher, and flow matching beside them."""
+    options = ["--rounds", "2", "--forward", "0.25", "--data-weight", "0.1", "stages.forward-2.count=200"]
+    done = distill("reflow", "digits", *options, *TINY, "--store", "runs", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = RunPaths(tmp_path / "runs" / "digits")
+    teachers = {}
+    for number, count in ((1, round(500 / 3)), (2, 200)):
+        manifest = json.loads((run.stage(f"forward-{number}").pairs / "manifest.json").read_text())
+        solved = json.loads((run.stage(f"pairs-{number}").pairs / "manifest.json").read_text())
+        assert (manifest["paths"], manifest["count"], solved["paths"]) == ("forward", count, "backward")
+        assert manifest["teacher_digest"] == solved["teacher_digest"]
+        teachers[number] = solved["teacher_digest"]
+    assert teachers[1] != teachers[2]
+    logs = [e["logs"] for e in read_events(run) if e["event"] == "progress" and e["label"] == "reflow-2"]
+    assert logs and all(log["loss"] == pytest.approx(log["pairs"] + 0.1 * log["data"], rel=1e-3) for log in logs)

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from distill import report
+from distill import report, results
 from distill.grids import images_png
 from distill.results import FILE_NAME, FeatureNet, Results, Row
 from distill.store import RunPaths, append_event, write_json
@@ -201,6 +201,26 @@ def test_without_reference_the_chart_shows_rms(run):
     chart = base64.b64decode(page.references[0].partition(",")[2]).decode()
     assert "RMS to the teacher" in html.unescape(chart)
     assert "KID" not in page.text
+
+
+def test_rows_along_other_times_stand_beside_the_usual_ones(run):
+    """In table, chart and pictures; the headline, the metrics of a card and `row` are of the usual ones."""
+    usual = make_results()
+    better = [
+        usual.row("teacher", 4).model_copy(update={"along": "optimal", "distance": 1.0}),
+        usual.row("reflow", 1).model_copy(update={"along": "1, 0.6, 0", "steps": 2, "nfe": 2, "distance": 0.5}),
+    ]
+    found = usual.model_copy(update={"rows": [*usual.rows, *better]})
+    assert [row.label for row in found.rows[-2:]] == ["teacher, euler, optimal times", "reflow, along 1, 0.6, 0"]
+    assert report.headline(found) == report.headline(usual)
+    assert results.card_metrics(found, "reflow") == results.card_metrics(usual, "reflow")
+    assert found.row("teacher", 4).distance == 54.0
+    assert found.row("teacher", 4, along="optimal").distance == 1.0
+    finish(run, found)
+    page = read(run)
+    assert "teacher, euler, optimal times" in page.text and "reflow, along 1, 0.6, 0" in page.text
+    chart = html.unescape(base64.b64decode(page.references[0].partition(",")[2]).decode())
+    assert "teacher, optimal times" in chart and "reflow, along 1, 0.6, 0" in chart
 
 
 def test_same_files_same_page(run):

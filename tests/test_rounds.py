@@ -85,6 +85,11 @@ def test_one_round_alone_has_one_evaluation():
     found = expand(one, base, Plan()).stages
     assert list(found) == ["teach", "pairs-1", "reflow-1", "evaluate-1"]
     assert found["evaluate-1"].teacher_steps == [1, 2, 4, 8, 16]
+    measured = {"students": {"teach": [4], "reflow": [1]}, "fine_students": ["reflow"]}
+    more = one.stages["evaluate"].model_copy(update=measured)
+    found = expand(one.model_copy(update={"stages": {**one.stages, "evaluate": more}}), base, Plan()).stages
+    assert found["evaluate-1"].teacher_steps == [], "another student is measured, so there are two"
+    assert (found["evaluate"].students, found["evaluate"].fine_students) == ({"reflow-1": [1], "teach": [4]}, [])
 
 
 def test_guidance_is_in_the_flow_after_the_first_round():
@@ -112,6 +117,11 @@ def test_real_data_against_drift():
         again = {"paths": "backward", "count": solved.count, "solver": solved.solver}
         assert inverted.model_copy(update=again) == solved
     assert found["one_step"].pair_shares == {"pairs-distill": 1}
+    weighed = expand(one, base, Plan(2, distill=True, forward=0.25, data_weight=0.1))
+    workflow.check(weighed, base)
+    assert [weighed.stages[name].options for name in ("reflow-1", "reflow-2", "one_step")] == [
+        {"data_weight": 0.1}, {"data_weight": 0.1}, {},
+    ]  # fmt: skip
 
 
 def test_a_spec_without_an_evaluation_gets_one():
@@ -263,17 +273,18 @@ REFUSED = {
     ),
     "a change of a field that is not there": (
         ["digits", "stages.reflow-1.imges=5"],
-        "stages.reflow-1.imges=5: stages.reflow-1 has no 'imges'; did you mean 'images'? valid: batch_size, "
-        "checkpoint, ema_half_lives, export, images, init, kind, network, optimizer, options, pairs, precision, "
-        "recipe, teacher",
+        "stages.reflow-1.imges=5: stages.reflow-1 has no 'imges'; did you mean 'images'? valid: "
+        + ", ".join(sorted(TrainStage.model_fields)),
     ),
     "a change of a round that is not there": (
         ["digits", "stages.reflow-2.images=128"],
         "stages.reflow-2.images=128: neither the spec nor its rounds have a stage 'reflow-2'; did you mean 'reflow-1'? "
         "valid: evaluate, evaluate-1, one_step, pairs, pairs-1, reflow, reflow-1, teach",
     ),
-    "a wrong spec": (["digitz"], "there is no spec file and no preset 'digitz'; did you mean 'digits'? valid: digits, "
-                     "digits-recipes, mixture-2d, mnist"),
+    "a wrong spec": (
+        ["digitz"],
+        f"there is no spec file and no preset 'digitz'; did you mean 'digits'? valid: {', '.join(presets.names())}",
+    ),
     "a preset of something else": (
         ["digits-recipes"],
         "spec 'digits-recipes' has more after its pairs: consistency, shortcut, meanflow, dmd2; " + FITS,

@@ -13,7 +13,7 @@ from runs import folder_bytes
 from safetensors.torch import load_file
 
 from distill import card as cards
-from distill import results, stages, workflow
+from distill import pairs, results, stages, workflow
 from distill.card import StudentCard
 from distill.data import folders
 from distill.export import export
@@ -301,7 +301,8 @@ def test_flow_maps_are_trained_continued_exported_and_measured(tmp_path):
 
 def test_a_student_is_made_for_times_of_its_own(tmp_path):
     """They stand in its folder, it is measured along them, and what it is not made for is refused before it begins."""
-    text = Path(reflow.__file__).read_text() + "\n    def t_grids(self, times):\n        return {2: [1.0, 0.75, 0.0]}\n"
+    own = '    sampler = "euler"\n\n    def t_grids(self, times):\n        return {2: [1.0, 0.75, 0.0]}\n'
+    text = Path(reflow.__file__).read_text().replace('    sampler = "euler"\n', own)
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "own.py").write_text(text)
     evaluate = {"kind": "evaluate", "samples": 16, "fine_steps": 2, "teacher_steps": [1]}
@@ -320,6 +321,44 @@ def test_a_student_is_made_for_times_of_its_own(tmp_path):
     with pytest.raises(InputError, match=f"^{said}"):
         go(tmp_path, wrong.model_copy(update={"name": "later"}))
     assert not RunPaths(tmp_path / "later").stage("own").checkpoints.exists(), "refused before it is trained"
+
+
+BOSS = {**REFLOW, "recipe": "reflow/boss"}
+OPTIMAL = {**PAIRS, "paths": "trajectories", "solver": "euler", "steps": 12, "optimal_times": 3}
+
+
+def test_a_student_steps_where_its_teacher_errs_least(tmp_path):
+    """The pairs stage finds the times, the store keeps them, the pairs and the student have them."""
+    teacher = {"kind": "gaussian", "mean": [0.0, 0.0], "std": [0.3**0.5, 0.3**0.5]}
+    evaluate = {"kind": "evaluate", "samples": 16, "fine_steps": 2, "teacher_steps": [1], "students": {"boss": [3]}}
+    given = spec(teacher, pairs=OPTIMAL, boss={**BOSS, "images": 32}, evaluate=evaluate)
+    workflow.check(given, tmp_path)
+    stages.check(given, tmp_path)
+    run = go(tmp_path, given)
+    times = [1.0, 0.5, 0.25, 0.0]  # 6, 9 and 12 of 12 steps
+    manifest = pairs.PairSet.open(run.stage("pairs").pairs, None).manifest
+    assert manifest.times == times
+    assert cards.read(run.student("boss")).t_grids == {3: times}
+    (kept,) = (tmp_path / "schedules").iterdir()
+    assert json.loads(kept.read_text())["fine"] == 12
+    shutil.rmtree(run.stage("pairs").root)
+    stages.export_checkpoint(run, given, "boss", "raw", tmp_path / "raw")
+    assert cards.read(tmp_path / "raw").t_grids == {3: times}, "also when the pairs are gone"
+    wrong = spec(teacher, pairs=OPTIMAL, boss=BOSS, evaluate={**evaluate, "students": {"boss": [3, 4]}})
+    said = "stages.evaluate.students.boss: this student is made for 3 steps, not 4"
+    with pytest.raises(InputError, match=f"^stages.boss: {said}"):
+        stages.check(wrong, tmp_path)
+
+
+def test_paths_of_other_times_are_no_steps_of_one_student(tmp_path):
+    ours, theirs = {**PAIRS, "paths": "trajectories", "steps": 4, "times": [1.0, 0.5, 0.0]}, [1.0, 0.75, 0.0]
+    boss = {**BOSS, "pairs": {"ours": 0.5, "theirs": 0.5}}
+    given = spec(ours=ours, theirs={**ours, "times": theirs}, boss=boss)
+    workflow.check(given, tmp_path)
+    with pytest.raises(InputError, match="stages.boss: reflow/boss steps along the times of its pairs; give all of"):
+        stages.check(given, tmp_path)
+    with pytest.raises(InputError, match="stages.boss.pairs: paths of different numbers of states do not fit into"):
+        workflow.check(spec(ours=ours, theirs=OPTIMAL, boss=boss), tmp_path)
 
 
 def test_a_recipe_is_given_its_teacher_on_the_linear_path(tmp_path):

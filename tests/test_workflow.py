@@ -249,6 +249,16 @@ CASES = {
         images() | {"launch": {"procs": 2, "micro_batch": 48}},
         "launch.micro_batch: 48 does not divide stages.t.batch_size (128 / 2 processes = 64)",
     ),
+    "blocks that are cut by micro-batches": (
+        images(t={"options": {"coupling": "ot", "coupling_block": 32}}) | {"launch": {"procs": 2, "micro_batch": 16}},
+        "stages.t: pretrain/flow_matching couples samples in blocks of 32, and micro-batches of 16 do not hold whole "
+        "ones; make batch_size / processes, or launch.micro_batch, a multiple of 32",
+    ),
+    "blocks that are cut by ranks": (
+        images(t={"options": {"coupling": "weighted"}}) | {"launch": {"procs": 4}},
+        "stages.t: pretrain/flow_matching couples samples in blocks of 64, and micro-batches of 32 do not hold whole "
+        "ones; make batch_size / processes, or launch.micro_batch, a multiple of 64",
+    ),
     "ranks without training": (
         vectors() | {"stages": {"p": PAIRS}, "launch": {"procs": 2}},
         "launch.procs: 2 given for training, but no stage trains; remove it",
@@ -256,6 +266,18 @@ CASES = {
     "whole weights": (
         images() | {"launch": {"zero_stage": 2, "zero_persistence_threshold": 0}},
         "launch.zero_persistence_threshold: only zero_stage 3 divides weights, so it has no effect; remove it",
+    ),
+    "times of nobody": (
+        vectors(e={"times": {"s": ["optimal"]}}),
+        "stages.e.times.s: not measured here; valid: r, teacher",
+    ),
+    "times that lead nowhere": (
+        vectors(e={"times": {"teacher": [[1, 0.5]]}}),
+        "stages.e.times.teacher: [1.0, 0.5] given; times go from 1 down to 0, like [1, 0.6, 0]",
+    ),
+    "times by another word": (
+        vectors(e={"times": {"teacher": ["best"]}}),
+        "f: stages.e.times.teacher.0: 'best' given; must be 'optimal' or a list",
     ),
     "nothing to offload": (
         images() | {"launch": {"zero_stage": 0, "offload_optimizer": True}},
@@ -292,6 +314,12 @@ CASES = {
 def test_mistakes(case):
     content, said = CASES[case]
     assert said in mistakes(content)
+
+
+def test_whole_blocks_pass():
+    content = images(t={"options": {"coupling": "ot", "coupling_block": 32}})
+    for launch in ({}, {"procs": 4}, {"procs": 2, "micro_batch": 32}):
+        assert mistakes(content | {"launch": launch}) == []
 
 
 def test_one_wrong_recipe_hides_no_other_mistake():
@@ -412,6 +440,10 @@ def test_a_flow_map_is_a_student_and_no_teacher(tmp_path, sampler):
     (tmp_path / "map.py").write_text(FLOW_MAP.replace('sampler = "euler"', f'sampler = "{sampler}"'))
     flow_map = {**REFLOW, "recipe": "./map.py"}
     assert mistakes(vectors(r=flow_map), tmp_path) == []
+    along = vectors(r=flow_map, e={"times": {"r": ["optimal"]}})
+    assert mistakes(along, tmp_path) == [
+        "stages.e.times.r: its student is a flow map, made for uniform steps; remove it"
+    ]
     again = {**flow_map, "network": None, "init": "r"}
     assert mistakes(vectors(r=flow_map, again=again), tmp_path) == [], "of one flow map another is made"
     assert mistakes(vectors(again=again), tmp_path) == [], "and of a velocity student"
@@ -423,7 +455,7 @@ def test_a_flow_map_is_a_student_and_no_teacher(tmp_path, sampler):
     assert found == [f"stages.{name}.teacher: {no_path}" for name in ("e", "p2", "s")]
 
     assert mistakes(vectors(r=flow_map, e={"fine_students": ["r"]}), tmp_path) == [
-        "stages.e.fine_students: the student of 'r' is a flow map, which no solver follows; remove it"
+        "stages.e.fine_students: 'r' is a flow map, which no solver follows; remove it"
     ]
     velocity = {**REFLOW, "network": None, "init": "r"}
     assert mistakes(vectors(r=flow_map, s=velocity), tmp_path) == [
@@ -566,3 +598,7 @@ def test_plan_counts_work_and_network_calls():
     guided = planning.steps(specfile.validate(vectors(**changes), "f"), Path())
     assert guided[0].network_calls == 100 * 10
     assert guided[2].network_calls == 2500 * (2 * (1 + 2 + 4 + 8 + 16 + 31) + 1)
+    times = {"teacher": ["optimal", [1, 0.5, 0.2, 0]], "r": [[1, 0.6, 0]]}
+    along = planning.steps(specfile.validate(vectors(e={"times": times}), "f"), Path())[2]
+    assert along.network_calls == 2500 * (2 * (1 + 2 + 4 + 8 + 16) + 31 + 3 + 1 + 2)
+    assert along.work.startswith("14 rows x 2,500 samples")

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from distill import presets, schema, specfile, workflow, yamltext
 from distill.guard import InputError, suggest
-from distill.spec import CheckpointTeacher, DataSpec, LaunchSpec, RunSpec, TeacherSpec, TrainStage
+from distill.spec import CheckpointTeacher, DataSpec, LaunchSpec, RunSpec, TeacherSpec, TrainStage, is_path
 from distill.store import RunPaths
 
 if TYPE_CHECKING:
@@ -31,6 +31,14 @@ def fractions(option: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise InputError(f"{option} {text}: numbers with commas between them are expected, like 1,0.5,0") from None
+
+
+def times(option: str, text: str) -> list[float]:
+    """Times from noise to data with commas between them."""
+    found = fractions(option, text)
+    if not is_path(found):
+        raise InputError(f"{option} {text}: times go from 1 down to 0, like 1,0.6,0")
+    return found
 
 
 def is_spec(given: str, store: Path) -> bool:

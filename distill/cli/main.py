@@ -9,7 +9,22 @@ from typing import Annotated, NoReturn
 import typer
 
 import distill
-from distill.cli import catalogue, doctor, follow, jobs, pairs, reflow, runs, settings, stage, students, tools, work
+from distill.cli import (
+    catalogue,
+    compare,
+    doctor,
+    follow,
+    jobs,
+    pairs,
+    reflow,
+    runs,
+    schedule,
+    settings,
+    stage,
+    students,
+    tools,
+    work,
+)
 from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, InputError, PeerLost, RunError, Stopped
 from distill.launch import tasks
 from distill.progress import stamp
@@ -27,6 +42,7 @@ MAKE, LOOK, STUDENTS, TOOLS = "Run", "Look", "Students", "Tools"
 app.command(rich_help_panel=MAKE)(work.quickstart)
 app.command(rich_help_panel=MAKE)(work.run)
 app.command(rich_help_panel=MAKE)(reflow.reflow)
+app.command(rich_help_panel=MAKE)(compare.compare)
 app.command(rich_help_panel=MAKE)(work.plan)
 app.command(rich_help_panel=MAKE)(jobs.submit)
 app.command(rich_help_panel=MAKE)(jobs.cancel)
@@ -48,6 +64,7 @@ app.command(rich_help_panel=TOOLS)(tools.sample)
 app.command("eval", rich_help_panel=TOOLS)(tools.evaluate)
 app.command(rich_help_panel=TOOLS)(pairs.pairs)
 app.command(rich_help_panel=TOOLS)(tools.export)
+app.command(rich_help_panel=TOOLS)(schedule.schedule)
 app.command(hidden=True)(stage.stage)
 app.command(hidden=True)(stage.job)
 app.command(hidden=True)(doctor.probe)

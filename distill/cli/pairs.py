@@ -38,6 +38,9 @@ def pairs(
     count: Annotated[int | None, typer.Option(help="Of a teacher: number of pairs [10000].")] = None,
     paths: Annotated[str | None, typer.Option(help="backward, forward, segments, trajectories [backward].")] = None,
     times: Annotated[str | None, typer.Option(help="Of states: 1,0.5,0.")] = None,
+    optimal_times: Annotated[
+        int | None, typer.Option(help="Of states: so many steps, where they err least (see `schedule`).")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Real data of forward paths and segments: digits, or YAML.")] = None,
     solver: Annotated[str | None, typer.Option(help="euler, heun or dpm_solver_pp_2m [heun].")] = None,
     steps: Annotated[int | None, typer.Option(help="Solver steps [16].")] = None,
@@ -59,7 +62,7 @@ def pairs(
     share = None if shards is None else _share(shards)
     options = {
         "count": count, "paths": paths, "solver": solver, "steps": steps, "block": block, "shard": shard,
-        "guidance_scale": guidance_scale, "dtype": dtype, "store_noise": store_noise,
+        "guidance_scale": guidance_scale, "dtype": dtype, "store_noise": store_noise, "optimal_times": optimal_times,
         "times": None if times is None else meant.fractions("--times", times),
     }  # fmt: skip
     options = {key: value for key, value in options.items() if value is not None}
@@ -113,13 +116,14 @@ def _of_teacher(
     where = meant.teacher(given, store)
     from distill import data as datasets
     from distill import pairs as pair_sets
-    from distill import teachers
+    from distill import schedules, teachers
     from distill.progress import Progress
     from distill.sources import Solving
     from distill.stop import StopRequest
 
     place = meant.device(device)
     teacher, real_data = teachers.load(where, place), datasets.load(real, seed)
+    stage = schedules.with_times(stage, teacher, store, place)
     if stage.paths in pairspec.OF_DATA and real_data is None and teacher.exact_data is None:
         raise InputError(f"--data is missing: {stage.paths} paths begin with real data, e.g. --data digits")
     solving = Solving.of(teacher, stage, seed=seed, device=place, data=real_data, law=teacher)

@@ -60,7 +60,7 @@ def reflow(
         bool,
         typer.Option(
             "--slurm",
-            help="Submit it, as `distill submit` does; what is not given here is the spec's (pairs_jobs too).",
+            help="Submit it, as `distill submit` does, by the spec's launch.slurm; --pairs-jobs makes pairs by arrays.",
             rich_help_panel=jobs.JOB,
         ),
     ] = False,

@@ -70,8 +70,8 @@ def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) 
 
 
 def print_results(run: RunPaths) -> None:
-    """The table of each evaluation that a run has, and of its rounds of reflow."""
-    from distill import results, straightened
+    """The table of each evaluation that a run has, of its rounds of reflow, and of the recipes that it compares."""
+    from distill import compared, results, straightened
 
     evaluations = results.of_run(run)
     for found in evaluations.values():
@@ -82,6 +82,9 @@ def print_results(run: RunPaths) -> None:
     for each in rounds:
         if each.warning is not None:
             print(f"warning: {each.warning}")
+    comparison = compared.found(run)
+    if comparison is not None:
+        console().print(compared.table(comparison))
 
 
 def clean(

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from distill import card as cards
+from distill.cli import schedule as schedules
 from distill.cli.common import JsonOption, StoreOption, check_out, console, near, print_json, store_path
 from distill.guard import InputError, suggest
 from distill.store import find_run
@@ -20,6 +21,10 @@ def sample(
     student: StudentArgument,
     out: Annotated[Path, typer.Option("--out", help="A picture (.png), or the numbers (.safetensors).")],
     steps: Annotated[int | None, typer.Option(help="Steps; by default the fewest it is made for.", min=1)] = None,
+    schedule: Annotated[
+        str, typer.Option(help="uniform; or optimal: at the times where they err least (see `schedule`).")
+    ] = "uniform",
+    times: Annotated[str | None, typer.Option(help="Steps along these times instead, like 1,0.6,0.")] = None,
     seed: SeedOption = 0,
     count: Annotated[int, typer.Option(help="Number of samples.", min=1)] = 64,
     classes: Annotated[str, typer.Option(help="One class, or one a sample: 3 or 0,1,2; by default all in turn.")] = "",
@@ -30,11 +35,19 @@ def sample(
     from distill.cli import given
 
     labels = given.numbers("--classes", classes) if classes else None
-    folder = given.student(student, store_path(store))
-    steps = steps or cards.read(folder).fewest_steps
+    runs, along = store_path(store), given.times("--times", times) if times else None
+    schedules.refuse(schedule, times)
+    if along and steps:
+        raise InputError("--steps: no effect beside --times; remove it")
+    folder = given.student(student, runs)
+    steps = len(along) - 1 if along else steps or cards.read(folder).fewest_steps
     from distill import sampling
 
-    sampling.sample(folder, out, steps=steps, seed=seed, count=count, labels=labels, device=given.device(device))
+    place = given.device(device)
+    sampling.sample(
+        folder, out, steps=steps, seed=seed, count=count, labels=labels, device=place,
+        along=schedules.along(schedule, along, steps, runs, place),
+    )  # fmt: skip
     print(f"wrote {near(out.absolute())}: {count} samples at {steps} step{'s' if steps > 1 else ''}, seed {seed}")
 
 
@@ -47,6 +60,10 @@ def evaluate(
         str | None, typer.Option(help="Numbers of steps of the student; by default 1,2,4 or all it is made for.")
     ] = None,
     teacher_steps: Annotated[str, typer.Option(help="Euler steps of the teacher.")] = "1,2,4,8,16",
+    schedule: Annotated[
+        str, typer.Option(help="optimal: rows also at the times where Euler errs least (see `schedule`).")
+    ] = "uniform",
+    times: Annotated[str | None, typer.Option(help="Rows also along these times, like 1,0.6,0.")] = None,
     samples: Annotated[int, typer.Option(help="Samples a row.")] = 2500,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
@@ -60,8 +77,14 @@ def evaluate(
     folder = given.student(student, runs)
     from distill.spec import EvaluateStage
 
-    counts = given.numbers("--steps", steps) if steps else sorted(cards.read(folder).t_grids) or [1, 2, 4]
+    card = cards.read(folder)
+    counts = given.numbers("--steps", steps) if steps else sorted(card.t_grids) or [1, 2, 4]
     content = {"kind": "evaluate", "students": {"student": counts}, "samples": samples}
+    schedules.refuse(schedule, times)
+    if schedule == "optimal" or times:
+        ways = ["optimal" if times is None else given.times("--times", times)]
+        also = {"student": ways} if card.kind == "velocity" and not card.t_grids else {}
+        content |= {"times": {"teacher": ways, **also}}
     stage = given.stage(EvaluateStage, content | {"teacher_steps": given.numbers("--teacher-steps", teacher_steps)})
     teacher_spec = given.teacher(teacher, runs) if teacher else given.teacher_of(folder)
     data_spec = given.data(data) if data else given.data_of(folder)
@@ -80,8 +103,9 @@ def evaluate(
         students = {"student": student_folders.load(folder, place)}
         real = datasets.load(data_spec, seed)
         found = evaluation.measure(
-            out, "eval", stage, loaded, students, real, seed=seed, device=place, progress=progress, stop=stop
-        )
+            out, "eval", stage, loaded, students, real,
+            seed=seed, device=place, progress=progress, stop=stop, store=runs,
+        )  # fmt: skip
     if json:
         print_json(found.model_dump(mode="json"))
     else:

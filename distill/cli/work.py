@@ -3,6 +3,8 @@
 import itertools
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -123,21 +125,29 @@ def plan(
 def _measured(source: "distill.specfile.SpecSource") -> dict[str, list[dict[str, Any]]]:
     """What training takes of memory, by stage and rank, from a run of two steps that is thrown away."""
     from distill import planning
+    from distill.spec import TrainStage
+
+    with rehearsed(replace(source, spec=planning.miniature(source.spec))) as run:
+        return {
+            name: [read_json(run.stage(name).memory(rank)) for rank in range(source.spec.launch.procs)]
+            for name, each in source.spec.stages.items()
+            if isinstance(each, TrainStage)
+        }
+
+
+@contextmanager
+def rehearsed(source: "distill.specfile.SpecSource") -> Iterator[RunPaths]:
+    """The run of a spec but for its evaluations, measured, to look at before it is thrown away."""
     from distill.launch import local
-    from distill.spec import EvaluateStage, TrainStage
+    from distill.spec import EvaluateStage
 
     with tempfile.TemporaryDirectory(prefix="distill-") as folder:
-        run = start.begin(Path(folder), replace(source, spec=planning.miniature(source.spec)))
-        stages = source.spec.stages.items()
-        names = [name for name, each in stages if not isinstance(each, EvaluateStage)]
+        run = start.begin(Path(folder), source)
+        names = [name for name, each in source.spec.stages.items() if not isinstance(each, EvaluateStage)]
         code = local.run_stages(run, names, measure=True)
         if code:
             raise typer.Exit(code)
-        return {
-            name: [read_json(run.stage(name).memory(rank)) for rank in range(source.spec.launch.procs)]
-            for name, each in stages
-            if isinstance(each, TrainStage)
-        }
+        yield run
 
 
 def execute(paths: RunPaths, spec: "distill.spec.RunSpec", *, fresh: bool = False) -> None:
@@ -168,6 +178,7 @@ def _farewell(paths: RunPaths) -> None:
     """Where everything lies, and the tables."""
     print_results(paths)
     rows = [("run", paths.root), *((f"student {p.name}", p) for p in sorted(paths.students.glob("*")) if p.is_dir())]
-    rows += [("report", paths.report)] if paths.report.exists() else []
+    files = {"comparison": paths.comparison_table, "its figure": paths.comparison_figure, "report": paths.report}
+    rows += [(label, path) for label, path in files.items() if path.exists()]
     for label, path in rows:
         print(f"{label:<20} {near(path)}")

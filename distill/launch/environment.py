@@ -22,6 +22,7 @@ def record() -> dict[str, Any]:
         "executable": sys.executable,
         "platform": platform.platform(),
         "host": platform.node(),
+        "cpu": cpu(),
         "cpus": cpus(),
         "threads": threads(),
         "command": sys.argv,
@@ -53,6 +54,14 @@ def quota() -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return "; ".join(" ".join(line.split()) for line in done.stdout.splitlines()[2:])
+
+
+def cpu() -> str:
+    """The model of this machine's CPU, as far as its system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 def cpus() -> int:

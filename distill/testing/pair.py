@@ -21,7 +21,8 @@ Numbers = dict[str, list[dict[str, float]]]  # by recipe, of each step
 def train_together(subjects: Sequence[Subject], folder: Path, *, zero_stage: int | None = None) -> Numbers:
     """What one pair of processes finds, for all subjects. zero_stage: what DeepSpeed divides; 3: every weight."""
     given = [
-        {"recipe": each.recipe, "options": dict(each.options), "base": str(each.base.absolute())} for each in subjects
+        {"recipe": s.recipe, "options": dict(s.options), "times": s.times, "base": str(s.base.absolute())}
+        for s in subjects
     ]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / GIVEN).write_text(json.dumps({"zero_stage": zero_stage, "subjects": given}))
@@ -37,7 +38,7 @@ def main(folder: Path, lifeline: int) -> None:
     world = World.join(torch.device("cpu"), 2.0, 0, lambda message: None)
     zero, found = Zero(given["zero_stage"], persistence_threshold=0), Numbers()
     for number, each in enumerate(given["subjects"]):
-        subject = Subject(each["recipe"], each["options"], base=Path(each["base"]))
+        subject = Subject(each["recipe"], each["options"], times=tuple(each["times"]), base=Path(each["base"]))
         _, found[subject.recipe] = train(subject, folder / str(number), world=world, zero=zero)
     if world.first:
         (folder / FOUND).write_text(json.dumps(found))

@@ -13,7 +13,7 @@ from torch import Tensor
 from distill import registry
 from distill.draws import Rows, generator, sample_labels
 from distill.interpolants import linear
-from distill.protocols import Batch, Pairs, Recipe
+from distill.protocols import Batch, Gridded, Pairs, Recipe
 from distill.spec import UNetSpec
 from distill.students.init import StudentInit
 from distill.students.networks import build
@@ -64,8 +64,9 @@ class Subject:
 
     @property
     def makes_teacher(self) -> bool:
-        """Whether it needs none, and its student is what a teacher is."""
-        return self.config().student == "velocity" and not self.config().needs & {"teacher", "pairs"}
+        """Whether it needs none, and its student is what a teacher is: followed along any grid."""
+        few_steps = issubclass(self.module.Recipe, Gridded)
+        return self.config().student == "velocity" and not self.config().needs & {"teacher", "pairs"} and not few_steps
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ squares, or the nearest of k noises (Li et al. 2024, arXiv 2406.12303; 2025, arX
 epsilon), L = sum w l / sum w (Calvo-Ordonez et al. 2025, arXiv 2507.22270). The last two, nearest and weighted, tilt
 the laws of data and noise: from Gaussian noise, samples are then not quite of the data's law.
 
-Deviations: pairs are made, and weights normalised, in blocks of the global batch. Data keeps its class, whose noise is
-Gaussian under within_classes only. Immiscible distances go without a factor of 0.1, which changes nothing. cost and
-epsilon are unverified: options. The logit-normal law of t (Esser et al. 2024, arXiv 2403.03206) hardly trains t near 1.
+Deviations: pairs are made, and weights normalised, in blocks of the global batch. Data keeps its class; the noise of a
+class is Gaussian under within_classes only. Immiscible distances lack a factor of 0.1, which changes nothing. cost and
+epsilon are unverified: options. Logit-normal t (Esser et al. 2024, arXiv 2403.03206) hardly learns t near 1.
 """
 
 from collections.abc import Callable, Iterator

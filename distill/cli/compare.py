@@ -1,0 +1,150 @@
+"""`distill compare`: several recipes on the same teacher, data and minutes of training."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distill.cli import start, work
+from distill.cli.common import StoreOption, near, one_line, print_table, store_path
+from distill.cli.work import Changes, SpecArgument
+from distill.guard import InputError
+from distill.progress import duration
+from distill.space import human
+from distill.store import RunPaths
+
+if TYPE_CHECKING:
+    import distill.compared
+    import distill.comparison
+    import distill.specfile
+
+
+def compare(
+    spec: SpecArgument,
+    changes: Changes = None,
+    recipes: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,...", help="Like reflow,slimflow; by default all that SPEC distils by."),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option("--budget", metavar="MINUTES", help="Of training for each recipe, on this machine.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run of this name; SPEC may be the run itself.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure and say what each would have; no run is made.")
+    ] = False,
+    store: StoreOption = None,
+) -> None:
+    """Train several recipes on one teacher, its data and the same minutes each: one table, one figure.
+
+    SPEC says the teacher, the pairs and the evaluation. What it trains by a recipe is taken, with its lengths scaled to
+    the budget; of other recipes there is one stage with default options. How long they take is measured first.
+    """
+    from distill import budget
+
+    if dry_run and resume:
+        raise InputError("--dry-run says what a new run would do, so --resume has no effect; leave it out")
+    if minutes is not None:
+        budget.check(minutes)
+    asked = None if recipes is None else [each.strip() for each in recipes.split(",")]
+    folder = store_path(store)
+    if resume:
+        work.execute(*_again(folder, spec, changes or [], name, asked, minutes))
+        return
+    if minutes is None:
+        raise InputError("--budget is missing: minutes of training for each recipe, like --budget 2")
+    source = start.find(spec, changes or [], name)
+    planned = _planned(source, asked)
+    if not dry_run:
+        start.refuse_taken(folder, source)
+    print(f"measuring {budget.BATCHES} steps of each training, in a run that is thrown away")
+    sys.stdout.flush()
+    with work.rehearsed(replace(source, spec=budget.rehearsal(planned))) as run:
+        measured = budget.measured(planned, run)
+    command = one_line(f"distill {shlex.join(sys.argv[1:])}")
+    found, record = budget.frozen(planned, measured, minutes, command)
+    source = start.checked(replace(source, spec=found))
+    _say(record)
+    if dry_run:
+        taken = RunPaths(folder.absolute() / found.name).root
+        exists = "; a run of this name exists: --name or --resume" if taken.exists() else ""
+        print(f"nothing was written{exists}")
+        return
+    run = start.create(folder, source, {"comparison.json": record.model_dump_json(indent=2) + "\n"})
+    work.execute(run, source.spec, fresh=True)
+
+
+def _planned(source: "distill.specfile.SpecSource", asked: Sequence[str] | None) -> "distill.comparison.Plan":
+    from distill import comparison, workflow
+
+    workflow.check(source.spec, source.base)
+    planned = comparison.plan(source.spec, source.base, asked)
+    workflow.check(planned.spec(), source.base)
+    return planned
+
+
+def _again(
+    folder: Path, given: str, changes: list[str], name: str | None, asked: Sequence[str] | None, minutes: float | None
+) -> "tuple[RunPaths, distill.spec.RunSpec]":
+    """A comparison that was begun, once what is given now is the same."""
+    from distill import budget, compared
+
+    shaping = [option for option, value in {"--recipes": asked, "--budget": minutes}.items() if value is not None]
+    if start.is_run(folder, given) and shaping and not start.is_spec(given):
+        raise InputError(f"{shaping[0]} has no effect when run '{given}' is resumed; leave it out")
+    if start.is_run(folder, given) and not shaping:
+        run, source = start.find_again(folder, given, changes, name)
+        _record(run, compared.load(run))
+        return start.resume(run, source)
+    source = start.find(given, changes, name)
+    run, source = start.again(folder, source)
+    record = _record(run, compared.load(run))
+    if minutes is not None and minutes != record.budget_minutes:
+        raise InputError(
+            f"--budget {minutes:g}: run '{run.name}' gives each recipe {record.budget_minutes:g} minutes; leave it "
+            "out, or start another by --name OTHER"
+        )
+    planned = _planned(source, asked)
+    chosen, begun = ([each.name for each in entries] for entries in (planned.chains, record.entries))
+    if chosen != begun:
+        raise InputError(
+            f"run '{run.name}' compares {', '.join(begun)}, not {', '.join(chosen)}; name the same recipes, or start "
+            "another by --name OTHER"
+        )
+    found, _ = budget.frozen(planned, record.measured, record.budget_minutes, record.command)
+    return start.resume(run, replace(source, spec=found))
+
+
+def _record(run: RunPaths, found: "distill.compared.Comparison | None") -> "distill.compared.Comparison":
+    if found is None:
+        raise InputError(f"run '{run.name}' is no comparison; go on with it by: distill run {near(run.root)} --resume")
+    return found
+
+
+def _say(record: "distill.compared.Comparison") -> None:
+    """What each recipe has, before it begins."""
+    from distill import compared
+
+    rows = []
+    for entry in record.entries:
+        for part in entry.parts:
+            rows.append(
+                [
+                    compared.titled(entry),
+                    part.stage,
+                    f"{1 / part.measured.seconds_per_image:,.0f}",
+                    f"{part.images:,}",
+                    f"about {duration(part.seconds)}",
+                    human(part.measured.memory),
+                    f"{part.measured.teacher_calls:.3g}",
+                ]
+            )
+    columns = ["recipe", "stage", "images/s", "images", "training", "memory", "teacher calls an image"]
+    print_table(columns, rows, right=columns[2:])

@@ -1,0 +1,80 @@
+"""`distill schedule`: the step times of least summed error; and what --schedule and --times mean elsewhere."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from distill.cli.common import JsonOption, StoreOption, print_json, store_path
+from distill.guard import InputError, suggest
+
+if TYPE_CHECKING:
+    import torch
+
+    from distill.students.loaded import LoadedStudent
+
+TeacherHelp = "A diffusers folder or hub id, a student, RUN/STAGE, or YAML such as '{kind: gaussian, ...}'."
+
+
+def schedule(
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help=TeacherHelp)],
+    steps: Annotated[int, typer.Option("--steps", help="Steps to find the times of.", min=1)],
+    solver: Annotated[str, typer.Option(help="euler, heun or dpm_solver_pp_2m: whose steps they are.")] = "euler",
+    fine: Annotated[int, typer.Option(help="Steps of the fine grid that they are chosen from.", min=1)] = 100,
+    samples: Annotated[int, typer.Option(help="Paths that the errors are measured on.", min=1)] = 100,
+    seed: Annotated[int, typer.Option(help="Of their noise.", min=0, max=2**63 - 1)] = 0,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 = none.", min=0)] = 1.0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    store: StoreOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Find the step times at which a solver errs least on its way, by dynamic programming; the store keeps them."""
+    from distill.cli import given
+
+    if steps > fine:
+        raise InputError(f"--steps {steps}: they are chosen among --fine {fine}; give fewer, or a finer grid")
+    runs = store_path(store)
+    where = given.teacher(teacher, runs)
+    from distill import schedules, teachers
+
+    place = given.device(device)
+    loaded = teachers.load(where, place)
+    costs = schedules.find(
+        loaded, runs, device=place, solver=solver, fine=fine, samples=samples, seed=seed, guidance_scale=guidance_scale
+    )
+    best, uniform = costs.best(steps), costs.uniform(steps)
+    if json:
+        print_json(
+            {
+                "teacher_digest": loaded.digest, "solver": solver, "steps": steps, "fine": fine, "samples": samples,
+                "seed": seed, "guidance_scale": guidance_scale, "times": best.times, "cost": best.cost,
+                "uniform_cost": uniform.cost,
+            }
+        )  # fmt: skip
+        return
+    plural = "s" if steps > 1 else ""
+    print(f"{solver}, {steps} step{plural} of {loaded.description}, chosen among {fine} on {samples} paths")
+    print(f"times: {', '.join(f'{t:.4g}' for t in best.times)}")
+    print(f"summed squared error: {best.cost:.4g}; of uniform steps: {uniform.cost:.4g}")
+
+
+def refuse(schedule: str, times: str | None) -> None:
+    """Refuse what --schedule and --times cannot be."""
+    if schedule not in ("uniform", "optimal"):
+        raise InputError(f"--schedule {schedule}: {suggest(schedule, ['uniform', 'optimal'])}")
+    if schedule == "optimal" and times is not None:
+        raise InputError("--schedule optimal finds the times, --times gives them; leave one out")
+
+
+def along(
+    schedule: str, times: Sequence[float] | None, steps: int, store: Path, device: "torch.device"
+) -> "Callable[[LoadedStudent], Sequence[float]] | None":
+    """The times of a student's steps, where they are not those that it has for so many."""
+    from distill import sampling, schedules
+
+    def find(student: "LoadedStudent") -> Sequence[float]:
+        sampling.refuse_other_times(student, "--schedule" if times is None else "--times")
+        return schedules.optimal_times(student, store, steps, device) if times is None else times
+
+    return None if schedule == "uniform" and times is None else find

@@ -1,0 +1,142 @@
+"""`distill schedule`, and the times that `sample` and `eval` are given, as a user types them."""
+
+import json
+import math
+
+import pytest
+import torch
+from commands import command
+from safetensors.torch import load_file
+
+from distill import card as cards
+from distill import schedules
+from distill.card import StudentCard
+from distill.export import export
+from distill.samplers import euler
+from distill.spec import MlpSpec
+from distill.students import loaded
+from distill.students.flow_map import FlowMapStudent
+from distill.students.networks import build, two_times
+from distill.students.velocity import VelocityStudent
+
+STD = math.sqrt(0.3)
+TEACHER = f"{{kind: gaussian, mean: [0.0, 0.0], std: [{STD}, {STD}]}}"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    network = build(MlpSpec(kind="mlp", width=8, depth=1), (2,), None, seed=0)
+    facts = StudentCard(
+        name="s", recipe="reflow/reflow", spec_digest="0" * 64, teacher_digest=None, num_classes=None,
+        null_class=None, shape=(2,), weights="raw", images=1,
+    )  # fmt: skip
+    export(VelocityStudent(network), tmp_path / "student", facts)
+    own = facts.model_copy(update={"t_grids": {3: [1.0, 0.9, 0.5, 0.0]}})
+    export(VelocityStudent(network), tmp_path / "own", own)
+    flow_map = facts.model_copy(update={"kind": "flow_map", "sampler": "jump"})
+    export(FlowMapStudent(two_times(network, 0)), tmp_path / "map", flow_map)
+    return tmp_path
+
+
+def test_the_times_are_found_told_and_kept(capfd, here, monkeypatch):
+    asked = ["schedule", TEACHER, "--steps", "3", "--fine", "12", "--samples", "20"]
+    first = command(capfd, *asked)
+    assert first.code == 0, first.err
+    lines = first.out.splitlines()
+    assert lines[0].startswith("euler, 3 steps of ") and lines[0].endswith(", chosen among 12 on 20 paths")
+    assert lines[1] == "times: 1, 0.5, 0.25, 0"
+    assert lines[2].startswith("summed squared error: 0.0") and "; of uniform steps: 0.0" in lines[2]
+    monkeypatch.setattr(schedules, "measure", None)  # not measured again
+    assert command(capfd, *asked).out == first.out
+    found = json.loads(command(capfd, *asked, "--json").out)
+    assert found["times"] == [1.0, 0.5, 0.25, 0.0]
+    assert 0 < found["cost"] < found["uniform_cost"]
+    assert (found["solver"], found["steps"], found["fine"], found["samples"], found["seed"]) == ("euler", 3, 12, 20, 0)
+    assert [path.name for path in here.joinpath("runs").iterdir()] == ["schedules"]
+
+
+def test_any_solver_has_its_own(capfd, here):
+    asked = ["schedule", TEACHER, "--steps", "3", "--fine", "12", "--samples", "20", "--json", "--solver"]
+    found = {name: json.loads(command(capfd, *asked, name).out) for name in ("euler", "heun", "dpm_solver_pp_2m")}
+    assert len({tuple(each["times"]) for each in found.values()} | {each["cost"] for each in found.values()}) > 3
+    assert found["heun"]["cost"] < found["euler"]["cost"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["schedule", TEACHER, "--steps", "13", "--fine", "12"], "--steps 13: they are chosen among --fine 12; give"),
+        (["schedule", TEACHER, "--steps", "2", "--solver", "heum"], "unknown solver 'heum': did you mean 'heun'?"),
+        (["schedule", "nowhere", "--steps", "2"], "nowhere"),
+        (["sample", "student", "--out", "a.png", "--schedule", "best"], "--schedule best: valid: optimal, uniform"),
+        (["sample", "student", "--out", "a.png", "--times", "1,0.5"], "--times 1,0.5: times go from 1 down to 0, like"),
+        (
+            ["sample", "student", "--out", "a.png", "--times", "1,a"],
+            "--times 1,a: numbers with commas between them are",
+        ),
+        (
+            ["sample", "student", "--out", "a.png", "--times", "1,0", "--schedule", "optimal"],
+            "--schedule optimal finds the times, --times gives them; leave one out",
+        ),
+        (
+            ["sample", "student", "--out", "a.png", "--times", "1,0", "--steps", "1"],
+            "--steps: no effect beside --times",
+        ),
+        (
+            ["sample", "own", "--out", "a.png", "--times", "1,0"],
+            "--times: this student has times of its own, so others",
+        ),
+        (["sample", "own", "--out", "a.png", "--steps", "2"], "steps: this student is made for 3 steps, not 2"),
+        (["sample", "map", "--out", "a.png", "--schedule", "optimal"], "--schedule: this student is no velocity field"),
+        (["eval", "own", "--out", "e", "--teacher", TEACHER, "--data", "none", "--steps", "2"], "is made for 3 steps"),
+    ],
+)
+def test_what_cannot_be_is_said(capfd, here, arguments, message):
+    done = command(capfd, *arguments)
+    assert done.code == 2 and message in done.err, done.err
+    assert not (here / "a.png").exists()
+
+
+def test_a_student_is_sampled_along_other_times(capfd, here):
+    student = loaded.load(here / "student", torch.device("cpu"))
+
+    def drawn(*options):
+        done = command(capfd, "sample", "student", "--out", "a.safetensors", "--count", "5", *options)
+        assert done.code == 0, done.err
+        return load_file("a.safetensors"), done.out
+
+    given, said = drawn("--times", "1,0.6,0")
+    assert "5 samples at 2 steps" in said
+    grid = torch.tensor([1.0, 0.6, 0.0], dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(given["samples"], euler.sample(student.student, given["latents"], grid, {}))
+    found, _ = drawn("--schedule", "optimal", "--steps", "2")
+    best = schedules.optimal_times(student, here / "runs", 2, torch.device("cpu"))
+    with torch.no_grad():
+        expected = euler.sample(student.student, given["latents"], torch.tensor(best, dtype=torch.float64), {})
+    assert torch.equal(found["samples"], expected)
+
+
+def test_an_evaluation_has_rows_along_other_times(capfd, here):
+    asked = ["--teacher", TEACHER, "--data", "none", "--samples", "64", "--steps", "2", "--teacher-steps", "2,3"]
+    done = command(capfd, "eval", "student", "--out", "e", *asked, "--schedule", "optimal", "--json")
+    assert done.code == 0, done.err
+    rows = [(r["network"], r["steps"], r["along"]) for r in json.loads(done.out)["rows"] if not r["fine"]]
+    usual = [("teacher", 2, ""), ("teacher", 3, ""), ("teacher", 2, "optimal"), ("teacher", 3, "optimal")]
+    assert rows == [*usual, ("student", 2, ""), ("student", 2, "optimal")]
+    done = command(capfd, "eval", "map", "--out", "m", *asked, "--times", "1,0.6,0")
+    assert done.code == 0, done.err
+    assert "teacher, euler, along 1, 0.6, 0" in done.out
+    assert "student, along" not in done.out, "a flow map is not measured along other times"
+
+
+def test_by_default_a_student_is_measured_at_its_own_numbers_of_steps(capfd, here):
+    asked = ["--teacher", TEACHER, "--data", "none", "--samples", "64", "--teacher-steps", "2"]
+    done = command(capfd, "eval", "own", "--out", "e", *asked, "--json")
+    assert done.code == 0, done.err
+    assert [r["steps"] for r in json.loads(done.out)["rows"] if r["role"] == "student"] == [3]
+    done = command(capfd, "sample", "own", "--out", "a.png", "--count", "4")
+    assert "4 samples at 3 steps" in done.out
+    assert cards.read(here / "own").fewest_steps == 3

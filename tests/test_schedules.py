@@ -1,0 +1,250 @@
+"""Step times of least summed error: against all choices there are, on paths whose costs are known."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from distill import schedules, solvers
+from distill.draws import generator
+from distill.fields import Counted, Rescheduled
+from distill.guard import InputError
+from distill.interpolants import edm
+from distill.spec import GaussianTeacher, PairsStage
+from distill.store import write_first
+from distill.teachers.analytic import GaussianField, class_gaussian_teacher, gaussian_teacher
+from distill.testing import exact
+from distill.times import uniform_grid
+
+STD = math.sqrt(0.3)
+UNIT = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)  # mean 0, mean square 1
+SOLVERS = ["euler", "heun", "dpm_solver_pp_2m"]
+CPU = torch.device("cpu")
+
+
+def gaussian(mean: float = 0.0, std: float = STD) -> GaussianField:
+    return GaussianField(torch.tensor([mean], dtype=torch.float64), torch.tensor([std], dtype=torch.float64))
+
+
+def costs(solver: str = "euler", fine: int = 12, field=None, noise=UNIT) -> torch.Tensor:
+    return schedules.measure(field or gaussian(), noise, {}, solver=solver, fine=fine)[1]
+
+
+def summed(matrix: torch.Tensor, indices) -> float:
+    return sum(matrix[i, j].item() for i, j in itertools.pairwise(indices))
+
+
+def every(fine: int, steps: int):
+    """All ways to go from 0 to fine in so many steps."""
+    return [[0, *inner, fine] for inner in itertools.combinations(range(1, fine), steps - 1)]
+
+
+def test_the_known_answer():  # T17
+    matrix = costs()
+    indices = schedules.least(matrix, 3)
+    assert indices == [0, 6, 9, 12]
+    assert summed(matrix, indices) == pytest.approx(0.0074214, abs=5e-8)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_least_is_that_of_all_choices_and_falls_with_every_step(solver):  # T17
+    fine = 9
+    noise = torch.randn(5, 3, generator=generator("schedules"), dtype=torch.float64)
+    matrix = costs(solver, fine, exact.FIELD, noise)
+    found = []
+    for steps in range(1, fine + 1):
+        indices = schedules.least(matrix, steps)
+        found.append(summed(matrix, indices))
+        assert indices[0] == 0 and indices[-1] == fine and len(indices) == steps + 1
+        assert found[-1] == pytest.approx(
+            min(summed(matrix, each) for each in every(fine, steps)), rel=1e-12, abs=1e-15
+        )
+    assert all(a > b for a, b in itertools.pairwise(found))
+    assert found[-1] == 0, "the fine path itself"
+
+
+def test_a_cost_is_how_far_a_step_lands_from_the_path():
+    """Of Euler by hand: the path of N(0, 0.3) scales its state, x_{i+1} = (1 + (t_{i+1} - t_i) g(t_i)) x_i."""
+    t = uniform_grid(12).tolist()
+    g = [(t_i - (1 - t_i) * 0.3) / ((1 - t_i) ** 2 * 0.3 + t_i**2) for t_i in t]
+    x = list(itertools.accumulate(range(12), lambda x, i: x * (1 + (t[i + 1] - t[i]) * g[i]), initial=1.0))
+    matrix = costs()
+    for i, j in itertools.combinations(range(13), 2):
+        assert matrix[i, j] == pytest.approx((x[i] * (1 + (t[j] - t[i]) * g[i]) - x[j]) ** 2, rel=1e-9, abs=1e-15)
+    assert all(matrix[i, j].isinf() for i in range(13) for j in range(i + 1))
+    both = gaussian(std=STD), torch.tensor([[1.0, 2.0], [-1.0, -2.0]], dtype=torch.float64)
+    twice = costs(field=both[0], noise=both[1])
+    assert twice[0, 12] == pytest.approx(5 * matrix[0, 12]), "the sum over elements, the mean over samples"
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_path_is_the_solvers(solver):
+    noise, grid = torch.randn(5, 3, generator=generator("path"), dtype=torch.float64), uniform_grid(12)
+    states, step = schedules._path(exact.FIELD, noise, {}, solver, grid)
+    whole = solvers.sample(exact.FIELD, noise, {}, solver=solver, steps=12)
+    assert torch.equal(states[-1], whole)
+    first = solvers.SOLVERS[solver].function(exact.FIELD, noise, grid[[0, 5]], {})
+    assert (step(0, 5) - first).abs().max() < 1e-12
+
+
+def test_a_multistep_takes_the_step_before_for_as_long():
+    noise, grid = torch.randn(5, 3, generator=generator("path"), dtype=torch.float64), uniform_grid(12)
+    states, step = schedules._path(exact.FIELD, noise, {}, "dpm_solver_pp_2m", grid)
+    before = exact.FIELD.interpolant.split(states[2], exact.FIELD(states[2], grid[2].expand(5), {}), grid[2].expand(5))[
+        0
+    ]
+    now = exact.FIELD.interpolant.split(states[5], exact.FIELD(states[5], grid[5].expand(5), {}), grid[5].expand(5))[0]
+    lam = [math.log((1 - t) / t) for t in grid[[2, 5, 8]].tolist()]
+    data = now + (lam[2] - lam[1]) / (2 * (lam[1] - lam[0])) * (now - before)
+    t, s = grid[5].item(), grid[8].item()
+    expected = s / t * states[5] + ((1 - s) - (1 - t) * s / t) * data
+    assert (step(5, 8) - expected).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_straight_paths_cost_nothing(solver):
+    def straight(x_t, t, cond):  # of the paths between noise and MEAN + STD noise
+        t = t[:, None]
+        std, mean = exact.STD, exact.MEAN
+        return (std - 1) * (mean * (1 - t) - x_t) / ((1 - t) * std + t) - mean
+
+    noise = torch.randn(5, 3, generator=generator("straight"), dtype=torch.float64)
+    matrix = costs(solver, 10, exact.Network(straight), noise)
+    assert matrix[matrix.isfinite()].max() < 1e-24
+
+
+@pytest.mark.parametrize(("solver", "calls"), [("euler", 12), ("heun", 12 + 11 + 55), ("dpm_solver_pp_2m", 12)])
+def test_what_it_costs_in_calls(solver, calls):
+    """Of Heun one more for each of the 66 - 11 longer steps that do not end at data."""
+    field = Counted(gaussian())
+    costs(solver, field=field)
+    assert field.calls == calls
+
+
+class Narrow:
+    """EDM's schedule, within a part of its times."""
+
+    interpolant, t_range = edm(), (0.2, 0.9)
+
+    def __call__(self, x_t, t, cond):
+        return Rescheduled(gaussian(), edm())(x_t, t, cond)
+
+
+def test_times_are_linear_and_begin_with_one():
+    """Whatever the field's own schedule and range."""
+    t_grid, _ = schedules.measure(Narrow(), UNIT, {}, solver="euler", fine=6)
+    assert t_grid == pytest.approx([0.9, 0.76, 0.62, 0.48, 0.34, 0.2, 0.0])
+
+
+# --- kept in the store ---
+
+TEACHER = gaussian_teacher(GaussianTeacher(kind="gaussian", mean=[0.0, 0.0], std=[STD, STD]))
+
+
+def counted(teacher=TEACHER):
+    field = Counted(teacher.field)
+    return dataclasses.replace(teacher, field=field), field
+
+
+def find(store, teacher=TEACHER, **given) -> schedules.Costs:
+    return schedules.find(teacher, store, **{"device": CPU, "fine": 12, "samples": 10, **given})
+
+
+def test_what_was_measured_is_kept_and_not_measured_again(tmp_path):
+    teacher, field = counted()
+    first = find(tmp_path, teacher)
+    assert field.calls == 12
+    assert find(tmp_path, teacher) == first and field.calls == 12
+    assert first.best(3).indices == [0, 6, 9, 12]
+    assert first.best(3).times == [1.0, 0.5, 0.25, 0.0]
+    ratio = first.best(3).cost / first.uniform(3).cost
+    unit = costs()
+    assert ratio == pytest.approx(summed(unit, [0, 6, 9, 12]) / summed(unit, [0, 4, 8, 12]), rel=1e-4)
+    others = [{"fine": 11}, {"samples": 9}, {"seed": 1}, {"solver": "heun"}, {"guidance_scale": 1.0}]
+    for number, other in enumerate(others):
+        find(tmp_path, teacher, **other)
+        assert len(list((tmp_path / "schedules").iterdir())) == min(2 + number, 5), "the last asks for what is there"
+
+
+def test_costs_are_those_of_the_samples_however_they_are_divided(tmp_path, monkeypatch):
+    """Of a teacher with classes, too: path i has class i mod K."""
+    means = torch.tensor([[0.0, 0.0], [3.0, -1.0]])
+    classes = class_gaussian_teacher(means, torch.tensor([1.0, 1.0]), torch.tensor([0.5, 2.0]))
+    for number, teacher in enumerate((TEACHER, classes)):
+        whole = find(tmp_path / f"{number}", teacher, samples=7)
+        with monkeypatch.context() as changed:
+            changed.setattr(schedules, "MEMORY", 2 * 4 * 13 * 2 * 3)  # three samples at once
+            parts = find(tmp_path / f"{number}-parts", teacher, samples=7)
+        for row, other in zip(whole.costs, parts.costs, strict=True):
+            assert other == pytest.approx(row, rel=1e-5, abs=1e-9)
+    guided = find(tmp_path, classes, guidance_scale=2.0)
+    assert guided.costs != find(tmp_path, classes).costs
+
+
+def test_uniform_steps_are_chosen_where_none_are_better():
+    rows = [[0.0] * (6 - i) for i in range(6)]
+    given = schedules.Costs(
+        digest="", solver="euler", fine=6, samples=1, seed=0, guidance_scale=1.0,
+        t_grid=[1 - i / 6 for i in range(7)], costs=rows,
+    )  # fmt: skip
+    assert [given.best(steps).indices for steps in (1, 2, 3, 6)] == [[0, 6], [0, 3, 6], [0, 2, 4, 6], list(range(7))]
+    assert given.uniform(4).indices == [0, 2, 3, 5, 6], "as nearly as there are times"
+    for steps in (0, 7):
+        with pytest.raises(InputError, match=f"{steps} steps cannot be chosen among 6 fine ones; give 1 to 6"):
+            given.best(steps)
+
+
+def test_pairs_keep_their_states_at_the_times_found(tmp_path):
+    stage = PairsStage(kind="pairs", count=8, paths="trajectories", solver="euler", steps=12, optimal_times=3)
+    found = schedules.with_times(stage, TEACHER, tmp_path, CPU)
+    assert (found.times, found.optimal_times) == ([1.0, 0.5, 0.25, 0.0], None)
+    assert schedules.with_times(found, TEACHER, tmp_path / "none", CPU) is found
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_kept_file_that_is_none_and_a_store_that_cannot_be_written(tmp_path):
+    find(tmp_path)
+    (path,) = (tmp_path / "schedules").iterdir()
+    path.write_text(json.dumps({"format": 2}))
+    with pytest.raises(InputError, match="json does not hold step times; delete it, and they are found again"):
+        find(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot keep step times in .*file/schedules: Not a directory; give --store"):
+        find(tmp_path / "file")
+    with pytest.raises(InputError, match="unknown solver 'eule': did you mean 'euler'"):
+        find(tmp_path, solver="eule")
+
+
+def test_whoever_is_first_stays(tmp_path):
+    write_first(tmp_path / "a", "one")
+    write_first(tmp_path / "a", "two")
+    assert (tmp_path / "a").read_text() == "one"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_solving_along_given_times():
+    noise = torch.randn(5, 3, generator=generator("along"), dtype=torch.float64)
+    for solver in SOLVERS:
+        found = solvers.sample_along(exact.FIELD, noise, {}, solver=solver, times=[1.0, 0.75, 0.5, 0.25, 0.0])
+        assert torch.equal(found, solvers.sample(exact.FIELD, noise, {}, solver=solver, steps=4))
+    for times in ([1.0, 0.5], [0.9, 0.0], [1.0, 0.2, 0.4, 0.0], [1.0, 1.0, 0.0]):
+        with pytest.raises(InputError, match=f"times {times[0]:g}, .*: they must fall from 1 to 0, those between from"):
+            solvers.sample_along(exact.FIELD, noise, {}, solver="euler", times=times)
+
+
+@pytest.mark.parametrize("steps", range(1, 7))
+def test_a_field_is_solved_along_the_times_that_were_found(steps):
+    """From the noisiest time that it knows to the lowest."""
+    t_grid, matrix = schedules.measure(Narrow(), UNIT, {}, solver="euler", fine=6)
+    times = [1.0, *(t_grid[i] for i in schedules.least(matrix, steps)[1:])]
+    counted = Counted(Narrow())
+    found = solvers.sample_along(counted, UNIT, {}, solver="euler", times=times)
+    assert counted.calls == steps
+    if steps == 6:
+        assert torch.equal(found, solvers.sample(Narrow(), UNIT, {}, solver="euler", steps=6))
+    low = "those between from below 0.9 to 0.2, where the velocity is known"
+    with pytest.raises(InputError, match=f"times 1, 0.1, 0: they must fall from 1 to 0, {low}"):
+        solvers.sample_along(Narrow(), UNIT, {}, solver="euler", times=[1.0, 0.1, 0.0])
