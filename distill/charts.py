@@ -98,13 +98,14 @@ def rounds(panels: Mapping[str, Sequence[Curve]]) -> str:
         FigureCanvasSVG(figure)
         for i, (title, curves) in enumerate(panels.items()):
             axes = figure.add_subplot(1, len(panels), i + 1)
-            for curve, colour in zip(curves, (TEACHER, *STUDENTS) if len(curves) > 1 else STUDENTS[1:], strict=False):
+            for place, curve in enumerate(curves):
+                colour = STUDENTS[place % len(STUDENTS)]
                 axes.plot(curve.at, curve.values, "-o", color=colour, ms=4, lw=1.4, label=curve.name)
             values = [value for curve in curves for value in curve.values]
             if min(values) > 0 and max(values) > 20 * min(values):
                 axes.set_yscale("log")
             else:
-                axes.set_ylim(bottom=0)
+                axes.set_ylim(0, 1.1 * max(values) or 1)
             axes.set_title(title, fontsize=9, loc="left", color=INK)
             axes.set_xlabel("round", fontsize=8)
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))

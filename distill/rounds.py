@@ -68,7 +68,7 @@ class Template:
 def expand(spec: RunSpec, base: Path, plan: Plan) -> RunSpec:
     """The spec of the rounds, from one that has passed `workflow.check`; InputError where it does not fit."""
     template = _template(spec, base)
-    _refuse_without_effect(spec, template, base, plan)
+    _refuse(spec, template, base, plan)
     flows = [f"{template.flow_name}-{number}" for number in range(1, plan.rounds + 1)]
     stages = list(template.before.items())
     for number, teacher in enumerate([template.flow.teacher, *flows[:-1]], start=1):
@@ -165,7 +165,7 @@ def _default_evaluation(pairs: PairsStage, flow: TrainStage) -> EvaluateStage:
     )
 
 
-def _refuse_without_effect(spec: RunSpec, template: Template, base: Path, plan: Plan) -> None:
+def _refuse(spec: RunSpec, template: Template, base: Path, plan: Plan) -> None:
     if plan.rounds < 1:
         raise InputError(f"--rounds {plan.rounds}: at least 1 is expected")
     if plan.distill and not template.distillation:
@@ -261,4 +261,5 @@ def _last_evaluation(template: Template, flows: Sequence[str], plan: Plan) -> Ev
         if plan.distill:
             students = {name: given.get(name, [1]), **students}
     others = {name: steps for name, steps in given.items() if name in template.before}
-    return template.evaluation.model_copy(update={"students": {**students, **others}})
+    fine = [name for name in template.evaluation.fine_students if name in others]  # of flows, their rounds say it
+    return template.evaluation.model_copy(update={"students": {**students, **others}, "fine_students": fine})

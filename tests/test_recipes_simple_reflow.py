@@ -7,8 +7,10 @@ import torch
 from pydantic import ValidationError
 from scipy.stats import kstest
 from test_recipes_reflow import ROOT, SHAPES, M, Student, context, given, loss, oracle_pairs, target, v1, v2
+from test_stages import PAIRS, REFLOW, TEACH, go, spec
 
-from distill import testing, times
+from distill import card as cards
+from distill import results, testing, times
 from distill.draws import generator
 from distill.guard import InputError
 from distill.interpolants import like
@@ -188,6 +190,23 @@ def test_options_without_sense_are_refused():
         projected(Batch(randn("six", 6, 3), oracle_pairs((6, 3)).pairs, {}), 4)
     assert Config().needs == {"teacher", "pairs"} and Config(project_block=8).needs == {"teacher", "pairs", "data"}
     assert (Config().rows_together, Config(project_block=8).rows_together) == (1, 8)
+
+
+def test_all_of_it_in_one_spec(tmp_path):
+    """Backward and forward pairs, projected onto real data, from a teacher's weights with less dropout."""
+    pairs = {**PAIRS, "teacher": "teach"}
+    student = {
+        **REFLOW, "recipe": "reflow/simple_reflow", "options": {"project_block": 8}, "network": None, "dropout": 0.0,
+        "teacher": "teach", "pairs": {"backward": 0.75, "forward": 0.25}, "images": 32,
+    }  # fmt: skip
+    evaluate = {"kind": "evaluate", "teacher": "teach", "students": {"student": [1, 16]}, "samples": 16, "block": 16}
+    stages = {"teach": TEACH, "backward": pairs, "forward": {**pairs, "paths": "forward"}, "student": student}
+    run = go(
+        tmp_path, spec(None, {"kind": "digits"}, **stages, evaluate={**evaluate, "fine_steps": 2, "teacher_steps": [1]})
+    )
+    card = cards.verify(run.student("student"))
+    assert card.t_grids == {steps: times.sigmoid_grid(steps, 20.0).tolist() for steps in range(1, 17)}
+    assert card.data == "digits" and results.load(run.stage("evaluate")).row("student", 16).nfe == 16
 
 
 SUBJECTS = [

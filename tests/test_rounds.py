@@ -85,10 +85,11 @@ def test_one_round_alone_has_one_evaluation():
     found = expand(one, base, Plan()).stages
     assert list(found) == ["teach", "pairs-1", "reflow-1", "evaluate-1"]
     assert found["evaluate-1"].teacher_steps == [1, 2, 4, 8, 16]
-    more = one.stages["evaluate"].model_copy(update={"students": {"teach": [4], "reflow": [1]}})
+    measured = {"students": {"teach": [4], "reflow": [1]}, "fine_students": ["reflow"]}
+    more = one.stages["evaluate"].model_copy(update=measured)
     found = expand(one.model_copy(update={"stages": {**one.stages, "evaluate": more}}), base, Plan()).stages
     assert found["evaluate-1"].teacher_steps == [], "another student is measured, so there are two"
-    assert found["evaluate"].students == {"reflow-1": [1], "teach": [4]}
+    assert (found["evaluate"].students, found["evaluate"].fine_students) == ({"reflow-1": [1], "teach": [4]}, [])
 
 
 def test_guidance_is_in_the_flow_after_the_first_round():

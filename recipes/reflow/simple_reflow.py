@@ -10,9 +10,10 @@ real data and the noise that inverts to it: pairs: {backward: 0.8, forward: 0.2}
 every student. Projected pairs, for the exact law of the data: project_block, which matches generated to real data by
 optimal transport; data brings its class.
 
-Deviations: l / sg[l + 1e-6], and l of the sample itself where the paper may mean an average (unverified); the blur is
-[1, 2, 1]/4 along both sides, edges repeated, and 10 its weight; sharpness 20 (all unverified); pairs are projected
-within a batch, classes first, not as a set (unverified); Euler's steps instead of DPM-Solver's.
+Deviations: l / sg[l + 1e-6], and l of the sample itself where the paper may mean an average (unverified), which is the
+same where x_t determines its pair; the blur is [1, 2, 1]/4 along both sides, edges repeated, and 10 its weight;
+sharpness 20 (all unverified); pairs are projected within a batch, classes first, not as a set (unverified); Euler's
+steps instead of DPM-Solver's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,7 +61,7 @@ class Recipe:
     sampler = "euler"
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
-        if config.high_pass_weight and teacher is not None and len(teacher.shape) != 3:
+        if config.high_pass_weight is not None and teacher is not None and len(teacher.shape) != 3:
             raise InputError(f"high_pass_weight is of images, the teacher makes {teacher.shape}; remove it")
         self.config = config
         self.high_pass_weight = 10.0 if config.high_pass_weight is None else config.high_pass_weight
@@ -99,9 +100,8 @@ class Recipe:
         cost = couplings.costs(batch.pairs.data, batch.data, block).square()
         if "class_labels" in batch.cond:
             rows, columns = (couplings.in_blocks(c["class_labels"].cpu(), block) for c in (batch.cond, batch.data_cond))
-            cost += (
-                block * cost.max() * (rows[:, :, None] != columns[:, None, :])
-            )  # no match outside a class is worth it
+            # A match outside its class costs more than any permutation could save.
+            cost += block * cost.max() * (rows[:, :, None] != columns[:, None, :])
         match = couplings.assignment(cost).to(batch.data.device)  # [B]
         return batch.data[match], {name: value[match] for name, value in batch.data_cond.items()}
 
