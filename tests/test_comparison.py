@@ -206,10 +206,9 @@ def test_a_chain_takes_the_minutes():
         slack = sum(128 * seconds[part.stage] for part in entry.parts)
         assert 90 - slack <= total <= 90
     given, stages = plan.given.stages, found.stages
-    factor = 90 / (96000 * 0.0011 + 64000 * 0.0023)
-    assert stages["anneal"].images == math.floor(factor * 96000 / 128) * 128
-    assert stages["anneal"].options["anneal_images"] == round(factor * 64000)
-    assert stages["anneal"].options["schedule"] == "cosine"
+    factor = 90 / (179200 * 0.0011 + 76800 * 0.0023)
+    assert stages["anneal"].images == math.floor(factor * 179200 / 128) * 128
+    assert stages["anneal"].options == {"phase": "anneal", "anneal_images": round(factor * 96000)}
     assert stages["anneal"].optimizer.warmup_images == math.floor(factor * 2560)
     for name in seconds:
         assert (stages[name].ema_half_lives, stages[name].export) == (given[name].ema_half_lives, given[name].export)
@@ -381,7 +380,7 @@ def test_a_budget_that_is_too_short_says_what_would_do():
     enough = budget.frozen(plan, found, float(said[1]), "c")[0]
     workflow.check(enough, base)
     assert enough.stages["slimflow"].images == 128
-    assert float(said[1]) < 1.02 * 160000 / 64000 * 128 * 0.01 / 60
+    assert float(said[1]) < 1.02 * 256000 / 76800 * 128 * 0.01 / 60
 
 
 RECIPES = ", ".join(sorted(name.rpartition("/")[2] for name in registry.names()))

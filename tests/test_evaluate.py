@@ -11,7 +11,6 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from distill import card as cards
 from distill import evaluate as evaluation
 from distill import report, results, sampling, schedules, solvers
 from distill.card import StudentCard
@@ -327,7 +326,6 @@ def test_a_velocity_with_its_acceleration_costs_one_call_more_than_it_has_steps(
     rows = [(row.solver, row.steps, row.nfe) for row in found.rows if row.role == "student"]
     assert rows == [("accelerated", 1, 2), ("accelerated", 2, 3), ("accelerated", 4, 5)]
     assert all(row.rms < 2e-3 and row.straightness is None for row in found.rows if row.role == "student")
-    assert "| 2 |" in cards.readme(cards.read(run.student("bent")).model_copy(update={"metrics": {"SW2@1": 1.0}}))
 
 
 def test_fresh_noise_depends_on_seed_index_and_step_alone(flow_map_run, tmp_path, monkeypatch):

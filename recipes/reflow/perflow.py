@@ -9,7 +9,8 @@ is a velocity field in every parameterisation. The authors' predict eps of z_s =
 (1 - t_s)/(1 - t_e), and decode z_e: diff_eps, the forward process, kappa = sqrt(t_s^2 - (gamma t_e)^2); ddim_eps, where
 eps stays along the window, kappa = t_s - gamma t_e. On the line eps is affine in v, so they keep the optimum and weigh
 with w = (d eps/d v)^2. That is (1 - t)^2 in ddim_eps, the same times a constant of the window in diff_eps, and nothing
-at t = 1, where sampling begins: velocity, w = 1, is the default. Conditions are dropped only if asked.
+at t = 1, where sampling begins: velocity, w = 1, is the default. Conditions are dropped only if asked. v jumps at the
+borders, where steps begin; a network that is smooth in t blurs it unless `times_per_window` keeps its times apart.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

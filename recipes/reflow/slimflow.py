@@ -3,9 +3,11 @@
 anneal trains a fresh `network` while the coupling slides from independent to the teacher's, data = ODE(noise):
 || v(x_t, t) - (noise_b - data) ||^2 / d with noise_b = sqrt(1 - beta^2) noise + beta fresh, x_t = (1 - t) data + t
 noise_b; beta falls from 1, flow matching on the teacher's samples, to 0, reflow. distill starts from that student (the
-stage's `init`), kept as v_T: D( noise - v(noise, 1), data ) + D( fresh - v(fresh, 1), x_t - t v_T(x_t, t) ), of two
-small steps, x_t = fresh - (1 - t) v(fresh, 1), t uniform in (0.2, 0.8). Deviations: t = 1 exactly in distill, where the
-authors' code shows the student 0.1 % of its target; t covers [0, 1) in anneal; student and v_T start from the same.
+stage's `init`) and keeps it as v_T: D( noise - v(noise, 1), data ) + D( fresh - v(fresh, 1), x_t - t v_T(x_t, t) ), of
+two small steps, x_t = fresh - (1 - t) v(fresh, 1), t uniform in (0.2, 0.8).
+
+Deviations: t = 1 exactly in distill, where the authors' code shows the student 0.1 % of its target; t covers [0, 1) in
+anneal; student and v_T start from the same weights, those that the stage before has exported.
 """
 
 import math
