@@ -11,7 +11,7 @@ beartype_packages(("distill", "recipes"))
 
 import pytest  # noqa: E402
 
-LONGEST = ("test_presets.py", "test_conformance.py")  # files
+LONGEST = ("test_presets.py", "test_conformance.py", "test_compare.py", "test_reflow_command.py")  # files
 
 
 def pytest_addoption(parser):

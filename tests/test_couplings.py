@@ -383,7 +383,7 @@ def test_two_processes_couple_like_one(coupling, tmp_path):
     testing.agrees(subject, tmp_path, testing.train_together([subject], tmp_path / "pair"))
 
 
-@pytest.mark.train
+@pytest.mark.long
 def test_a_student_of_optimal_transport_has_straighter_paths_on_the_ring(tmp_path):
     found = {}
     for coupling in ("independent", "ot"):
