@@ -619,7 +619,8 @@ def test_the_figure_has_each_number_at_its_place(run):
     groups = re.findall(r'<g id="PathCollection_\d+">(.*?)</g>\s*</g>', drawn, re.DOTALL)
     dots = [[tuple(map(float, at)) for at in re.findall(r'<use[^>]* x="([\d.]+)" y="([\d.]+)"', g)] for g in groups]
     values = [[(v, name) for name, points in lines.items() for n, v in points if n == steps] for steps in (1, 2, 4, 8)]
-    placed = [(math.log(v), x, y, name) for row, at in zip(values, dots, strict=False) for (v, name), (x, y) in
+    of_points = dots[: len(values)]  # a collection for each number of steps, then those of the legend
+    placed = [(math.log(v), x, y, name) for row, at in zip(values, of_points, strict=True) for (v, name), (x, y) in
               zip(row, at, strict=True)]  # fmt: skip
     assert len(placed) == 5
     (a, x_a, *_), (b, x_b, *_) = min(placed), max(placed)

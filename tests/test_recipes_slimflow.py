@@ -43,7 +43,7 @@ def loss(options, batch, ctx, *networks):
     """Of the student, and for distill of the flow."""
     turns = list(Recipe(Config(**options), None).turns(0, 0))
     assert [turn.network for turn in turns] == ["student"]
-    return turns[0].loss(dict(zip(("student", "flow"), networks, strict=False)), batch, ctx)
+    return turns[0].loss(dict(zip(("student", "flow")[: len(networks)], networks, strict=True)), batch, ctx)
 
 
 def annealed(images, schedule="linear", count=100_000):

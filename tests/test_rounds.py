@@ -1,6 +1,7 @@
 """Rounds of reflow: the spec that one round becomes, and what each mistake is told."""
 
 import json
+from itertools import pairwise
 
 import pytest
 from commands import command, snapshot
@@ -52,7 +53,7 @@ def test_presets_work_as_they_are(name, plan):
     trained = {n: s for n, s in found.stages.items() if isinstance(s, TrainStage)}
     flows = [f"reflow-{i}" for i in range(1, plan.rounds + 1)]
     assert [n for n in trained if n != "teach"] == [*flows, *(["one_step"] if plan.distill else [])]
-    for before, after in zip(flows, flows[1:], strict=False):
+    for before, after in pairwise(flows):
         assert (trained[after].teacher, trained[after].init, trained[after].network) == (before, None, None)
         assert found.stages[trained[after].pairs].teacher == before
     first = one.stages["reflow"]

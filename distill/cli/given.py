@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from distill import presets, schema, specfile, workflow, yamltext
+from distill import schema, specfile, workflow, yamltext
 from distill.guard import InputError, suggest
 from distill.spec import CheckpointTeacher, DataSpec, LaunchSpec, RunSpec, TeacherSpec, TrainStage, is_path
 from distill.store import RunPaths
@@ -39,14 +39,6 @@ def times(option: str, text: str) -> list[float]:
     if not is_path(found):
         raise InputError(f"{option} {text}: times go from 1 down to 0, like 1,0.6,0")
     return found
-
-
-def is_spec(given: str, store: Path) -> bool:
-    """Whether a spec is named: its file, a preset, or a run; not a teacher."""
-    path = Path(given)
-    if path.suffix in (".yaml", ".yml") or any((p / "spec.yaml").is_file() for p in (path, store / given)):
-        return True
-    return given in presets.names() and not path.exists()
 
 
 def stage(model: type[StageModel], content: dict[str, Any]) -> StageModel:

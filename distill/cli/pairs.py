@@ -66,7 +66,8 @@ def pairs(
         "times": None if times is None else meant.fractions("--times", times),
     }  # fmt: skip
     options = {key: value for key, value in options.items() if value is not None}
-    if meant.is_spec(given, store_path(store)):
+    named = Path(given).suffix in (".yaml", ".yml") or start.is_run(store_path(store), given)
+    if named or (start.is_spec(given) and not Path(given).is_dir()):
         others = {**options, "out": out, "data": data, "seed": seed, "device": device}
         _refuse(others, "of a spec they stand in it: write changes like stages.pairs.count=5000")
         _of_spec(store_path(store), given, changes or [], name, stage, share, check)
@@ -193,8 +194,7 @@ def _told(folder: Path) -> str:
 
 def _run(store: Path, given: str, changes: list[str], name: str | None) -> tuple[RunPaths, "distill.spec.RunSpec"]:
     """The run of a spec: there already, or made now, by whichever of several processes comes first."""
-    is_run = (store / given / "spec.yaml").is_file() or (Path(given) / "spec.yaml").is_file()
-    if not is_run:
+    if not start.is_run(store, given):
         source = start.find(given, changes, name)
         if not RunPaths(store.absolute() / source.spec.name).root.exists():
             try:
