@@ -11,6 +11,7 @@ import jinja2
 from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
 from distill.guard import InputError
+from distill.nfe import network_calls
 from distill.spec import Frozen, is_path
 from distill.store import write_atomic
 
@@ -98,11 +99,6 @@ class StudentCard(Frozen):
     def fewest_steps(self) -> int:
         """The smallest number of steps that it is made for."""
         return min(self.t_grids, default=1)
-
-
-def network_calls(sampler: str, steps: int) -> int:
-    """Of a student by that sampler in so many steps: the NFE."""
-    return steps + 1 if sampler == "accelerated" else steps
 
 
 def record(folder: Path) -> dict[str, FileRecord]:

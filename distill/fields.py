@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.interpolants import Interpolant, like
+from distill.nfe import per_velocity
 from distill.protocols import Cond, VelocityField
 
 ROUNDING = 1e-6  # how far float32 may carry a time past the end of a range
@@ -85,7 +86,7 @@ def calls_per_sample(field: VelocityField) -> int:
     """Network calls per sample in one call of the field: 2 if guided, else 1."""
     match field:
         case Guided():
-            return (1 if field.guidance_scale == 1 else 2) * calls_per_sample(field.field)
+            return per_velocity(field.guidance_scale) * calls_per_sample(field.field)
         case Rescheduled() | Counted():
             return calls_per_sample(field.field)
     return 1

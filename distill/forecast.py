@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from distill import estimate, memory, pairspec, registry, stages, teachers, workflow
-from distill.card import network_calls
 from distill.draws import sample_noise
 from distill.estimate import Built, Student
 from distill.guard import InputError
+from distill.nfe import network_calls, per_velocity
 from distill.sampling import by_sampler, condition
 from distill.sharded import Zero
 from distill.spec import EvaluateStage, PairsStage, RunSpec, TrainStage
@@ -87,12 +87,14 @@ class _Forecast:
 
     def evaluate(self, stage: EvaluateStage) -> Cost:
         teacher = self._teacher(stage.teacher)
-        fine = workflow.network_calls(stage.fine_solver, stage.fine_steps, 1.0)
-        guided = 1 if stage.guidance_scale == 1 else 2
-        seconds = guided * (sum(stage.teacher_steps) + fine) * self._seconds(teacher, stage.block)
+        fine = network_calls(stage.fine_solver, stage.fine_steps)
+        calls = per_velocity(stage.guidance_scale) * (sum(stage.teacher_steps) + fine)
+        seconds = calls * self._seconds(teacher, stage.block)
         for name, steps in stage.students.items():
-            calls = sum(steps) + (fine if name in stage.fine_students else 0)
-            seconds += calls * self._seconds(self._built(name).student, stage.block)
+            student = self._built(name).student
+            sampler = student.sampler if isinstance(student, LoadedStudent) else "euler"
+            calls = sum(network_calls(sampler, n) for n in steps) + (fine if name in stage.fine_students else 0)
+            seconds += calls * self._seconds(student, stage.block)
         endpoint = stage.samples * math.prod(teacher.shape) * memory.FLOAT
         return Cost(stage.samples * seconds, endpoint)
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from distill import nfe
 from distill.spec import PairsStage, RunSpec, TrainStage, is_path
 
 OF_DATA, WITH_STATES = ("forward", "segments"), ("trajectories", "segments")  # paths of a pairs stage
@@ -11,12 +12,12 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 
 def calls(stage: PairsStage) -> float:
     """Calls of the teacher's network for one pair, guidance counted; of segments on average."""
-    number = 2.0 * stage.steps - 1 if stage.solver == "heun" else float(stage.steps)
+    number: float = nfe.network_calls(stage.solver, stage.steps)
     if stage.solver == "heun" and stage.paths == "forward":
-        number += 1  # no step ends at data, where the last one is Euler's
+        number += 1  # no step ends at t = 0
     if stage.paths == "segments":
         number /= max(1, len(stage.times or []) - 1)
-    return number if stage.guidance_scale == 1 else 2 * number
+    return number * nfe.per_velocity(stage.guidance_scale)
 
 
 def bytes_per_pair(stage: PairsStage, shape: Sequence[int]) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distill import pairspec, results, workflow
+from distill.nfe import network_calls, per_velocity
 from distill.spec import EvaluateStage, LaunchSpec, PairsStage, RunSpec, Stage, TrainStage
 from distill.store import RunPaths
 
@@ -122,9 +123,9 @@ def _evaluate(name: str, stage: EvaluateStage) -> Step:
     counts = results.steps_of_rows(stage)
     rows = 1 + sum(map(len, counts.values()))
     ways = [*(("euler", count) for count in counts.pop("teacher")), (stage.fine_solver, stage.fine_steps)]
-    teacher = sum(workflow.network_calls(solver, count, stage.guidance_scale) for solver, count in ways)
+    teacher = per_velocity(stage.guidance_scale) * sum(network_calls(solver, count) for solver, count in ways)
     students = sum(map(sum, counts.values()))
-    students += len(stage.fine_students) * workflow.network_calls(stage.fine_solver, stage.fine_steps, 1.0)
+    students += len(stage.fine_students) * network_calls(stage.fine_solver, stage.fine_steps)
     calls = stage.samples * (teacher + students)
     work = f"{rows} rows x {stage.samples:,} samples; {calls:,} network calls"
     needs = _unique([stage.teacher or "the spec's teacher", *stage.students])

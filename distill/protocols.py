@@ -182,9 +182,9 @@ class Init(Protocol):
 class Recipe(Protocol):
     """An objective. Its module has a docstring naming the paper, `class Config(BaseModel)` and `class Recipe`.
 
-    `Config` has the properties `needs` (a set of "data", "pairs", "states", "teacher", "jvp"; "states" beside "pairs":
-    those with states) and `student` ("velocity" | "flow_map" | "acceleration" | "generator"), which may depend on its
-    options.
+    `Config` has the properties `needs` (a set of "data", "pairs", "states", "teacher", "weights", "jvp"; "states" beside
+    "pairs": those with states; "weights": trained ones to start from) and `student` ("velocity" | "flow_map" |
+    "acceleration" | "generator"), which may depend on its options.
     """
 
     sampler: str  # a name in distill/samplers/

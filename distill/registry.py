@@ -23,7 +23,7 @@ from distill.guard import InputError, suggest
 GROUP = "distill.recipes"
 PARTS = ("Config", "Recipe")
 COSTS = "costs.json"  # of our recipes, beside them; written by tests/benchmarks
-NEEDS = ("data", "pairs", "states", "teacher", "jvp")
+NEEDS = ("data", "pairs", "states", "teacher", "weights", "jvp")
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,19 @@ class Guiding(Protocol):
 def guidance_scale(config: RecipeConfig) -> float:
     """The classifier-free guidance that a recipe asks of its teacher."""
     return config.guidance_scale if isinstance(config, Guiding) else 1.0
+
+
+@runtime_checkable
+class Synchronised(Protocol):
+    """A Config under which the teacher may see the dropped condition too."""
+
+    @property
+    def guidance_sync(self) -> bool: ...
+
+
+def unconditional(config: RecipeConfig) -> bool:
+    """Whether the student learns the unconditional velocity: on data alone, or where its teacher shows it that too."""
+    return "teacher" not in config.needs or (isinstance(config, Synchronised) and config.guidance_sync)
 
 
 @runtime_checkable

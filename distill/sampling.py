@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from distill.card import network_calls
 from distill.draws import key, sample_labels, sample_noise
 from distill.grids import columns_for, images_png, scatter_png
 from distill.guard import InputError, RunError
+from distill.nfe import network_calls, per_velocity
 from distill.protocols import Cond, Gridded, Recipe, VelocityField
 from distill.samplers import accelerated, euler, jump, renoise, same_noise
 from distill.solvers import SOLVERS, sample_along
@@ -50,7 +50,7 @@ def of_teacher(
     teacher: LoadedTeacher, solver: str, steps: int, guidance_scale: float, times: Sequence[float] | None = None
 ) -> Method:
     """The teacher's ODE by a solver, in steps that are uniform, or along these times (see `sample_along`)."""
-    return of_field(teacher.guided(guidance_scale), solver, steps, 1 if guidance_scale == 1 else 2, times)
+    return of_field(teacher.guided(guidance_scale), solver, steps, per_velocity(guidance_scale), times)
 
 
 def of_field(
@@ -63,7 +63,7 @@ def of_field(
             return sample_along(field, noise, cond, solver=solver, times=times)
         return solve(field, noise, cond, solver=solver, steps=steps)
 
-    return Method(generate, calls * SOLVERS[solver].nfe(steps))
+    return Method(generate, calls * network_calls(solver, steps))
 
 
 def of_student(student: LoadedStudent, t_grid: Tensor) -> Method:

@@ -24,11 +24,10 @@ from distill.times import uniform_grid
 
 @dataclass(frozen=True)
 class Solver:
-    """`function(field, x, t_grid, cond)`, its order of convergence, and its field calls for N steps to t = 0."""
+    """`function(field, x, t_grid, cond)`, and its order of convergence."""
 
     function: Callable[[VelocityField, Tensor, Tensor, Cond], Tensor]
     order: int
-    nfe: Callable[[int], int]
 
 
 def euler(field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Tensor:
@@ -91,9 +90,9 @@ def multistep(
 
 
 SOLVERS = {
-    "euler": Solver(euler, 1, lambda steps: steps),
-    "heun": Solver(heun, 2, lambda steps: 2 * steps - 1),
-    "dpm_solver_pp_2m": Solver(dpm_solver_pp_2m, 2, lambda steps: steps),
+    "euler": Solver(euler, 1),
+    "heun": Solver(heun, 2),
+    "dpm_solver_pp_2m": Solver(dpm_solver_pp_2m, 2),
 }
 
 

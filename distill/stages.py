@@ -253,7 +253,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
         shape=samples.shape,
         num_classes=init.num_classes,
         null_class=init.null_class,
-        unconditional="teacher" not in config.needs,
+        unconditional=registry.unconditional(config),
         guidance_scale=_guidance(work.spec, stage, teacher) * registry.guidance_scale(config),
         weights=stage.export,
         images=stage.images,

@@ -90,12 +90,6 @@ def recipe_config(stage: TrainStage, base: Path, where: str = "options") -> regi
     return registry.configure(stage.recipe, registry.load(stage.recipe, base), stage.options, where)
 
 
-def network_calls(solver: str, steps: int, guidance_scale: float) -> int:
-    """Calls of the teacher's network for one sample, guidance counted."""
-    calls = 2 * steps - 1 if solver == "heun" else steps
-    return calls if guidance_scale == 1 else 2 * calls
-
-
 def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
     if not spec.stages:
         yield "stages: empty; a run has at least one stage"
@@ -242,11 +236,11 @@ def _guidance(spec: RunSpec, stage: Stage, guidance_scale: float, base: Path, wh
     if guidance_scale == 1 or not isinstance(teacher, TrainStage):
         return
     try:
-        needs = recipe_config(teacher, base).needs
+        shown = registry.unconditional(recipe_config(teacher, base))
     except InputError:
         return  # said where that stage is checked
     given = f"{where}.guidance_scale: {guidance_scale:g} given, but"
-    if "teacher" in needs:
+    if not shown:
         yield (
             f"{given} the student of '{stage.teacher}' has learnt from its teacher only, whose unconditional velocity "
             "it was never shown; use 1, or a teacher trained on data"
@@ -297,6 +291,11 @@ def _train(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: str) 
             yield f"{where}: nothing to start from; give network (fresh weights) or init (an earlier train stage)"
         elif stage.teacher is None and isinstance(spec.teacher, GaussianTeacher | MixtureTeacher):
             yield f"{where}: the {spec.teacher.kind} teacher has no weights to start from; give network, e.g. kind: mlp"
+    if "weights" in needs and stage.network is not None:
+        yield (
+            f"{where}.network: {recipe} starts from trained weights, which a fresh network has not; remove it, and give "
+            "init (an earlier train stage)"
+        )
     if stage.network is not None:
         yield from trainspec.network(spec, stage, stage.network, f"{where}.network")
 

@@ -138,7 +138,7 @@ def test_recipes(capfd):
         "reflow/rf_plus_plus": ["pairs", "teacher"],
         "reflow/seqrf": ["pairs", "states", "teacher"],
         "reflow/simple_reflow": ["data", "pairs", "teacher"],
-        "reflow/slimflow": ["pairs", "teacher"],
+        "reflow/slimflow": ["pairs", "teacher", "weights"],
         "score/dmd2": ["data", "teacher"],
         "shortcut/meanflow": ["data", "teacher", "jvp"],
         "shortcut/shortcut": ["data", "teacher"],

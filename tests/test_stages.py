@@ -157,6 +157,16 @@ def test_a_recipe_bakes_guidance_in_too(tmp_path, recipe):
     assert "| guidance | scale 2.0, baked in |" in text and f"`{recipe}`" in text
 
 
+def test_a_student_that_was_shown_dropped_classes_can_be_guided(tmp_path):
+    options = {"guidance_sync": True, "label_dropout": 0.5, "solver_steps": 1}
+    shown = {**TEACH, "recipe": "reflow/perflow", "network": None, "teacher": "teach", "images": 8, "options": options}
+    run = go(tmp_path, spec(None, {"kind": "digits"}, teach=TEACH, shown=shown))
+    card = cards.read(run.student("shown"))
+    assert (card.guidance_scale, card.unconditional) == (1.0, True)
+    student = load(CheckpointTeacher(path=str(run.student("shown"))), torch.device("cpu"))
+    assert student.guided(2.0).guidance_scale == 2.0
+
+
 def test_a_student_trains_with_a_dropout_of_its_own(tmp_path):
     student = {**REFLOW, "network": None, "teacher": "teach", "images": 32}
     teach = {**TEACH, "network": {**TEACH["network"], "dropout": 0.5}}

@@ -482,6 +482,16 @@ def test_a_flow_map_is_a_student_and_no_teacher(tmp_path, sampler):
     assert len(mistakes(vectors(r=flow_map, s=wrong), tmp_path)) == 1
 
 
+def test_what_starts_from_trained_weights_takes_no_fresh_network(tmp_path):
+    distill = {**REFLOW, "recipe": "reflow/slimflow"}
+    assert mistakes(vectors(d=distill)) == [
+        "stages.d.network: reflow/slimflow starts from trained weights, which a fresh network has not; remove it, and "
+        "give init (an earlier train stage)"
+    ]
+    anneal = {**distill, "options": {"phase": "anneal", "anneal_images": 640}}
+    assert mistakes(vectors(a=anneal, d={**distill, "network": None, "init": "a"})) == []
+
+
 def test_derivatives_do_not_pass_where_weights_are_divided(tmp_path):
     (tmp_path / "mine.py").write_text(OWN.replace('{"pairs", "teacher"}', '{"pairs", "teacher", "jvp"}'))
     for zero_stage, refused in ((None, False), (0, False), (2, False), (3, True)):
@@ -525,6 +535,8 @@ def test_guidance_needs_an_unconditional_velocity(tmp_path):
     assert found == [f"stages.e.guidance_scale: 2 given, but the student of 'r' {SHOWN} on data"], "images too"
     flow_map = {**TEACH, "network": None, "recipe": "consistency/consistency", "options": {"guidance_scale": 2.0}}
     assert mistakes(images(c={**flow_map, "teacher": "t"})) == [], "a recipe may guide its teacher too"
+    shown = {**flow_map, "recipe": "reflow/perflow", "options": {"label_dropout": 0.1, "guidance_sync": True}}
+    assert mistakes(images(f={**shown, "teacher": "t"}, e={**evaluation, "teacher": "f"})) == [], "dropped classes too"
     found = mistakes(images(p={**guided, "guidance_scale": 1}, r=reflow, c={**flow_map, "teacher": "r"}))
     assert found == [f"stages.c.options.guidance_scale: 2 given, but the student of 'r' {SHOWN} on data"]
 

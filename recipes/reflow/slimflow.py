@@ -66,7 +66,7 @@ class Config(BaseModel):
 
     @property
     def needs(self) -> frozenset[str]:
-        return frozenset({"teacher", "pairs"})
+        return frozenset({"teacher", "pairs"} | ({"weights"} if self.phase == "distill" else set()))
 
     @property
     def student(self) -> str:
