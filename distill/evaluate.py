@@ -327,8 +327,8 @@ class _Work:
     def _straightness(self, plan: Plan) -> float | None:
         """Of the network's own paths, by a fixed number of Euler steps over the first samples; found once for each.
 
-        A flow map has none: not every recipe trains u(x_t, t, t), and where it does not, its paths would mean nothing.
-        Paths of constant acceleration are bent by design.
+        A flow map has none: not every recipe trains u(x_t, t, t), and where it does not, its paths would mean nothing;
+        nor has a velocity that was trained for fewer steps. Paths of constant acceleration are bent by design.
         """
         name = (plan.role, plan.network)
         if name not in self.straight:
@@ -339,7 +339,8 @@ class _Work:
     def _velocity(self, network: LoadedTeacher | LoadedStudent) -> VelocityField | None:
         if isinstance(network, LoadedTeacher):
             return network.guided(self.stage.guidance_scale)
-        return network.student if isinstance(network.student, VelocityStudent) else None
+        fits = not network.t_grids or STRAIGHTNESS_STEPS in network.t_grids
+        return network.student if fits and isinstance(network.student, VelocityStudent) else None
 
     def _straightness_of(self, velocity: VelocityField, network: LoadedTeacher | LoadedStudent) -> float:
         count, total = min(STRAIGHTNESS_SAMPLES, self.stage.samples), 0.0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from distill import estimate, memory, pairspec, registry, stages, teachers, workflow
+from distill import estimate, memory, pairspec, registry, stages, teachers
 from distill.draws import sample_noise
 from distill.estimate import Built, Student
 from distill.guard import InputError

@@ -12,12 +12,11 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 
 def calls(stage: PairsStage) -> float:
     """Calls of the teacher's network for one pair, guidance counted; of segments on average."""
-    number: float = nfe.network_calls(stage.solver, stage.steps)
+    number = nfe.network_calls(stage.solver, stage.steps)
     if stage.solver == "heun" and stage.paths == "forward":
         number += 1  # no step ends at t = 0
-    if stage.paths == "segments":
-        number /= max(1, len(stage.times or []) - 1)
-    return number * nfe.per_velocity(stage.guidance_scale)
+    segments = max(1, len(stage.times or []) - 1) if stage.paths == "segments" else 1
+    return nfe.per_velocity(stage.guidance_scale) * number / segments
 
 
 def bytes_per_pair(stage: PairsStage, shape: Sequence[int]) -> int:

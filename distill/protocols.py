@@ -182,8 +182,8 @@ class Init(Protocol):
 class Recipe(Protocol):
     """An objective. Its module has a docstring naming the paper, `class Config(BaseModel)` and `class Recipe`.
 
-    `Config` has the properties `needs` (a set of "data", "pairs", "states", "teacher", "weights", "jvp"; "states" beside
-    "pairs": those with states; "weights": trained ones to start from) and `student` ("velocity" | "flow_map" |
+    `Config` has the properties `needs` (a set of "data", "pairs", "states", "teacher", "weights", "jvp"; "states"
+    beside "pairs": those with states; "weights": trained ones to start from) and `student` ("velocity" | "flow_map" |
     "acceleration" | "generator"), which may depend on its options.
     """
 

@@ -15,8 +15,8 @@ from distill.guard import InputError, RunError
 from distill.nfe import network_calls, per_velocity
 from distill.protocols import Cond, Gridded, Recipe, VelocityField
 from distill.samplers import accelerated, euler, jump, renoise, same_noise
-from distill.solvers import SOLVERS, sample_along
 from distill.solvers import sample as solve
+from distill.solvers import sample_along
 from distill.store import write_atomic
 from distill.students import loaded
 from distill.students.loaded import LoadedStudent, Student

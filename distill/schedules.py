@@ -187,12 +187,10 @@ def optimal_times(
 
 
 def with_times(stage: PairsStage, teacher: LoadedTeacher, store: Path, device: torch.device) -> PairsStage:
-    """The stage with the times that its `optimal_times` asks for."""
+    """The stage with the times that its `optimal_times` asks for, of Euler steps, which students take."""
     if stage.optimal_times is None:
         return stage
-    costs = find(
-        teacher, store, device=device, solver=stage.solver, fine=stage.steps, guidance_scale=stage.guidance_scale
-    )
+    costs = find(teacher, store, device=device, fine=stage.steps, guidance_scale=stage.guidance_scale)
     times = [1 - i / stage.steps for i in costs.best(stage.optimal_times).indices]
     return stage.model_copy(update={"times": times, "optimal_times": None})
 

@@ -6,7 +6,7 @@ Euler and Heun also go from data to noise, along an increasing grid.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -24,27 +24,33 @@ from distill.times import uniform_grid
 
 @dataclass(frozen=True)
 class Solver:
-    """`function(field, x, t_grid, cond)`, and its order of convergence."""
+    """`solver(field, x, t_grid, cond)` is the end of the path [B, ...], `solver.path(...)` its states at t_grid[1:]."""
 
-    function: Callable[[VelocityField, Tensor, Tensor, Cond], Tensor]
+    path: Callable[[VelocityField, Tensor, Tensor, Cond], Iterator[Tensor]]
     order: int
+    """of convergence"""
+
+    def __call__(self, field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Tensor:
+        for x_next in self.path(field, x, t_grid, cond):
+            x = x_next
+        return x
 
 
-def euler(field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Tensor:
+def _euler(field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Iterator[Tensor]:
     """x <- x + (t_next - t) v. On the linear path this is DDIM (Song et al. 2020, arXiv 2010.02502)."""
     for t, t_next in pairwise(_times(field, t_grid, up=True)):
         x = x + (t_next - t) * velocity(field, x, t, cond)
-    return x
+        yield x
 
 
-def heun(field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Tensor:
+def _heun(field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Iterator[Tensor]:
     """The trapezoidal rule on an Euler step (Karras et al. 2022, arXiv 2206.00364, alg. 1).
 
     A step to sigma = 0, or to below the field's range, is Euler's: one such step keeps the order of the whole.
     """
     for t, t_next in pairwise(_times(field, t_grid, up=True)):
         x = heun_step(field, x, velocity(field, x, t, cond), t, t_next, cond)
-    return x
+        yield x
 
 
 def heun_step(field: VelocityField, x: Tensor, v: Tensor, t: float, t_next: float, cond: Cond) -> Tensor:
@@ -55,7 +61,7 @@ def heun_step(field: VelocityField, x: Tensor, v: Tensor, t: float, t_next: floa
     return x_next
 
 
-def dpm_solver_pp_2m(field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Tensor:
+def _dpm_solver_pp_2m(field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Iterator[Tensor]:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, alg. 2): multistep in lambda = ln(alpha/sigma).
 
     First and last step are of first order. On a uniform grid of t between noise and data the error is h^2 ln(1/h), not
@@ -66,7 +72,7 @@ def dpm_solver_pp_2m(field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond
         data = data_of(field, x, t, cond)
         x = multistep(field, x, data, t, t_next, None if t_next == times[-1] else before)
         before = data, t
-    return x
+        yield x
 
 
 def data_of(field: VelocityField, x: Tensor, t: float, cond: Cond) -> Tensor:
@@ -89,11 +95,8 @@ def multistep(
     return (sigma_next / sigma) * x + (alpha_next - alpha * sigma_next / sigma) * data
 
 
-SOLVERS = {
-    "euler": Solver(euler, 1),
-    "heun": Solver(heun, 2),
-    "dpm_solver_pp_2m": Solver(dpm_solver_pp_2m, 2),
-}
+euler, heun, dpm_solver_pp_2m = Solver(_euler, 1), Solver(_heun, 2), Solver(_dpm_solver_pp_2m, 2)
+SOLVERS = {"euler": euler, "heun": heun, "dpm_solver_pp_2m": dpm_solver_pp_2m}
 
 
 def sample(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, steps: int) -> Tensor:
@@ -125,7 +128,7 @@ def known(solver: str) -> Solver:
 
 def _solve(field: VelocityField, noise: Tensor, cond: Cond, solver: str, t_grid: Tensor) -> Tensor:
     with torch.no_grad():
-        return known(solver).function(field, start(field, noise), t_grid, cond)
+        return known(solver)(field, start(field, noise), t_grid, cond)
 
 
 def invert(
@@ -141,7 +144,7 @@ def invert(
     t_grid = torch.linspace(t_min, t_max, steps + 1, dtype=torch.float64)
     x = data if t_min == 0 else (1 - t_min) * data + t_min * noise
     with torch.no_grad():
-        x = SOLVERS[solver].function(field, x, t_grid, cond)
+        x = SOLVERS[solver](field, x, t_grid, cond)
     return x / start(field, torch.ones((), dtype=torch.float64)).item()
 
 

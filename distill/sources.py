@@ -9,6 +9,7 @@ from distill import data as datasets
 from distill import pairs, pairspec, schedules, teachers
 from distill.data import DataSet
 from distill.draws import key
+from distill.guard import InputError
 from distill.pairs import accuracy, mixed, paths
 from distill.pairs.accuracy import Accuracy
 from distill.pairs.paths import Real
@@ -27,11 +28,27 @@ def teacher(run: RunPaths, spec: RunSpec, stage: str | None, device: torch.devic
     return None if spec.teacher is None else teachers.load(spec.teacher, device)
 
 
+def check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
+    """Refuse data that is not of the teacher's shape and classes. Labels that no network knows are left out."""
+    if data.shape != teacher.shape:
+        raise InputError(
+            f"data '{data.name}' has samples of shape {list(data.shape)}, the teacher ({teacher.description}) makes "
+            f"{list(teacher.shape)}; use data of the teacher's shape (data.size, data.channels) or another teacher"
+        )
+    if teacher.num_classes is not None and data.num_classes != teacher.num_classes:
+        raise InputError(
+            f"data '{data.name}' has {data.num_classes or 'no'} classes, the teacher ({teacher.description}) has "
+            f"{teacher.num_classes}; give labelled data with the teacher's classes, or an unconditional teacher"
+        )
+
+
 def batches(
-    run: RunPaths, stage: TrainStage, *, seed: int, data: DataSet | None, teacher_digest: str | None
+    run: RunPaths, stage: TrainStage, *, seed: int, data: DataSet | None, labels: bool, teacher_digest: str | None
 ) -> tuple[Source, dict[str, str]]:
-    """Where the batches of a train stage come from, and the digests of its pairs. data: what is real in them."""
-    real = None if data is None else datasets.DataSource(data, stage.batch_size, seed)
+    """Where the batches of a train stage come from, and the digests of its pairs. data: what is real in them; labels:
+    whether with its classes.
+    """
+    real = None if data is None else datasets.DataSource(data, stage.batch_size, seed, labels=labels)
     if not stage.pair_shares:
         assert real is not None, "workflow.check lets no such stage through"
         return real, {}
@@ -73,8 +90,9 @@ class Solving:
         assert isinstance(stage, PairsStage)
         found = teacher(run, spec, stage.teacher, device)
         assert found is not None, "workflow.check lets no such stage through"
-        law = None if spec.teacher is None else teacher(run, spec, None, torch.device("cpu"))
-        data = datasets.load(spec.data, spec.seed) if stage.paths in pairspec.OF_DATA else None
+        of_data = stage.paths in pairspec.OF_DATA
+        data = datasets.load(spec.data, spec.seed) if of_data else None
+        law = teacher(run, spec, None, torch.device("cpu")) if of_data and data is None else None
         stage = schedules.with_times(stage, found, run.root.parent, device)
         return cls.of(found, stage, seed=key(spec.seed, name), device=device, data=data, law=law)
 
@@ -92,6 +110,8 @@ class Solving:
         """data, or a law in closed form: of paths that begin with data."""
         if stage.paths not in pairspec.OF_DATA:
             return cls(teacher, stage, seed, device)
+        if data is not None:
+            check_shapes(teacher, data)
         return cls(teacher, stage, seed, device, *paths.of_data(data, law, seed=seed, block=stage.block))
 
     def generate(self, folder: Path, progress: Progress, stop: StopRequest, part: tuple[int, int] | None) -> None:

@@ -247,7 +247,7 @@ class PairsStage(Frozen):
     times: list[Fraction] | None = None
     """from 1 to 0, of a trajectory's states; a segment goes from data, noised to one of them, to the next"""
     optimal_times: PositiveInt | None = None
-    """in place of times, of a trajectory's states: so many steps, at the solver's times where they err least"""
+    """in place of times, of a trajectory's states: so many Euler steps, at the solver's times where they err least"""
     solver: Literal["euler", "heun", "dpm_solver_pp_2m"] = "heun"
     """solver of the teacher's ODE"""
     steps: PositiveInt = 16

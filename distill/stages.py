@@ -150,7 +150,7 @@ def check(spec: RunSpec, base: Path) -> None:
 
             evaluate.refuse_few(data)
     if teacher is not None and data is not None:
-        _check_shapes(teacher, data)
+        sources.check_shapes(teacher, data)
     for name, stage in spec.stages.items():
         if isinstance(stage, TrainStage) and stage.teacher is None:
             try:
@@ -184,19 +184,6 @@ def _t_grids(spec: RunSpec, name: str, recipe: Recipe, times: list[float] | None
         if isinstance(each, EvaluateStage) and name in each.students:
             sampling.refuse_steps(t_grids, each.students[name], f"stages.{evaluation}.students.{name}")
     return t_grids
-
-
-def _check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
-    if data.shape != teacher.shape:
-        raise InputError(
-            f"data '{data.name}' has samples of shape {list(data.shape)}, the teacher ({teacher.description}) makes "
-            f"{list(teacher.shape)}; use data of the teacher's shape (data.size, data.channels) or another teacher"
-        )
-    if teacher.num_classes is not None and data.num_classes != teacher.num_classes:
-        raise InputError(
-            f"data '{data.name}' has {data.num_classes or 'no'} classes, the teacher ({teacher.description}) has "
-            f"{teacher.num_classes}; give labelled data with the teacher's classes, or an unconditional teacher"
-        )
 
 
 def _teacher_name(spec: RunSpec, stage: TrainStage) -> str:
@@ -281,7 +268,12 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
     if work.world.first and times is not None:
         write_json(work.run.stage(work.name).times, times)  # an export needs them when the pairs are deleted
     source, digests = sources.batches(
-        work.run, stage, seed=work.seed, data=training.data, teacher_digest=training.card.teacher_digest
+        work.run,
+        stage,
+        seed=work.seed,
+        data=training.data,
+        labels=training.init.num_classes is not None,
+        teacher_digest=training.card.teacher_digest,
     )
     with work.progress(stage.images, "images") as progress, probe.activations if probe else nullcontext():
         result = engine.train(

@@ -293,8 +293,8 @@ def _train(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: str) 
             yield f"{where}: the {spec.teacher.kind} teacher has no weights to start from; give network, e.g. kind: mlp"
     if "weights" in needs and stage.network is not None:
         yield (
-            f"{where}.network: {recipe} starts from trained weights, which a fresh network has not; remove it, and give "
-            "init (an earlier train stage)"
+            f"{where}.network: {recipe} starts from trained weights, which a fresh network has not; remove it, and "
+            "give init (an earlier train stage)"
         )
     if stage.network is not None:
         yield from trainspec.network(spec, stage, stage.network, f"{where}.network")

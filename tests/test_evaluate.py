@@ -201,6 +201,8 @@ def test_rows_along_other_times(vector_run):
     export(one_step_student(), vector_run.student("exact"), own)
     with pytest.raises(InputError, match="times.exact: this student has times of its own, so others are not for it"):
         go(vector_run, spec)
+    found = go(vector_run, vector_spec())
+    assert found.row("exact", 1).straightness is None, "it was never shown the times between its own"
 
 
 def test_a_flow_is_measured_by_the_fine_solver_too(vector_run):

@@ -97,6 +97,10 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
         ([*OPTIMAL, "20"], "--optimal_times: 20 steps cannot be chosen among the solver's 16; give more steps"),
         ([*OPTIMAL, "2", "--times", "1,0"], "--times: optimal_times finds them, so both cannot be given; remove one"),
         ([GAUSSIAN, "--out", "p", "--paths", "forward", "--store-noise"], "--store_noise: inverted noise is always"),
+        (
+            [GAUSSIAN, "--out", "p", "--paths", "forward", "--data", "digits"],
+            "data 'digits' has samples of shape [1, 8, 8], the teacher",
+        ),
         ([GAUSSIAN, "--out", "p", "--data", "digits"], "--data: backward paths begin with noise, so it has no effect"),
         (["spec.yaml"], "run 'many' has 2 pairs stages; name one by --stage: pairs, real"),
         (["spec.yaml", "--stage", "pairz"], "--stage pairz: run 'many' has no such pairs stage; did you mean 'pairs'?"),

@@ -17,9 +17,10 @@ from distill.pairs import Beside, Mixed, PairSet, PairSource, accuracy, generate
 from distill.pairs.numbers import Rounding, Whiteness, restored, stored
 from distill.pairs.paths import of_data
 from distill.progress import Progress
-from distill.spec import GaussianTeacher, PairsStage
+from distill.spec import GaussianTeacher, PairsStage, is_path
 from distill.stop import StopRequest
 from distill.teachers.analytic import GaussianField, class_gaussian_teacher, gaussian_teacher
+from distill.times import uniform_grid
 
 CPU = torch.device("cpu")
 MEAN, STD = torch.tensor([0.7, -1.0]), torch.tensor([0.5, 2.0])
@@ -65,15 +66,21 @@ def test_forward_pairs_are_real_data_and_the_noise_that_leads_to_it(tmp_path):
     assert (again - pairs.data).abs().max() < 1e-3
 
 
+def short(field):
+    """The field in t in [0.03, 0.94] only, as VP teachers are."""
+    return type("Short", (), {"interpolant": linear(), "t_range": (0.03, 0.94), "__call__": staticmethod(field)})()
+
+
+SCALE = math.sqrt(0.06**2 + 0.94**2)  # of noise where such a field starts
+
+
 def test_inverted_noise_is_what_sampling_starts_from_where_a_field_ends_early():
-    """A field of t in [0.03, 0.94], as VP teachers are: from noised data at its lowest time to its own start."""
-    field = GaussianField(MEAN.double(), STD.double())
-    short = type("Short", (), {"interpolant": linear(), "t_range": (0.03, 0.94), "__call__": staticmethod(field)})()
+    """From noised data at its lowest time to its own start."""
+    field = short(GaussianField(MEAN.double(), STD.double()))
     data, noise = TEACHER.exact_data(0, range(50)).double(), draws.sample_noise(5, range(50), (2,)).double()
-    inverted = solvers.invert(short, data, {}, solver="heun", steps=400, noise=noise)
+    inverted = solvers.invert(field, data, {}, solver="heun", steps=400, noise=noise)
     begin = (1 - 0.03) * data + 0.03 * noise
-    scale = math.sqrt(0.06**2 + 0.94**2)
-    assert (inverted * scale - flow_map(begin, 0.03, 0.94)).abs().max() < 1e-4
+    assert (inverted * SCALE - flow_map(begin, 0.03, 0.94)).abs().max() < 1e-4
 
 
 def test_inversion_takes_one_call_more_than_sampling_by_heun(tmp_path):
@@ -108,16 +115,15 @@ def test_real_data_comes_with_its_own_classes(tmp_path):
 # --- states ---
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "dpm_solver_pp_2m"])
 def test_a_trajectory_is_the_path_of_its_pair(tmp_path, solver):
     pairs = everything(make(tmp_path / "states", paths="trajectories", times=TIMES, solver=solver))
     ends = everything(make(tmp_path / "ends", solver=solver))
     assert torch.equal(pairs.noise, ends.noise) and torch.equal(pairs.data, ends.data)  # the same steps, to the bit
     assert torch.equal(pairs.states[:, 0], pairs.noise) and torch.equal(pairs.states[:, -1], pairs.data)
     assert torch.equal(pairs.times, torch.tensor(TIMES).expand(22, 4))
-    field, x = TEACHER.field, pairs.noise
-    x = solvers.SOLVERS[solver].function(field, x, torch.linspace(1, 0.5, 5, dtype=torch.float64), {})
-    assert (pairs.states[:, 1] - x).abs().max() < 1e-6
+    path = list(solvers.SOLVERS[solver].path(TEACHER.field, pairs.noise, uniform_grid(8), {}))
+    assert (pairs.states[:, 1] - path[3]).abs().max() < 1e-6
 
 
 def test_states_of_a_fine_solver_are_the_flow_map(tmp_path):
@@ -134,6 +140,18 @@ def test_segments_go_from_noised_data_to_their_end(tmp_path):
     assert (pairs.states[:, 0] - ((1 - t) * pairs.data + t * pairs.noise)).abs().max() < 1e-6
     assert (pairs.states[:, 1] - flow_map(pairs.states[:, 0], t, s)).abs().max() < 1e-4
     assert PairSet.open(folder, None).manifest.nfe == (2 * 256 - 1) / 3
+
+
+@pytest.mark.parametrize("paths", ["segments", "trajectories"])
+def test_states_begin_with_the_noise_where_a_field_ends_early(tmp_path, paths):
+    """So a student that takes their times as its own begins at t = 1, as all do."""
+    teacher = dataclasses.replace(TEACHER, field=short(TEACHER.field))
+    folder = make(tmp_path, teacher, paths=paths, times=TIMES, steps=256)
+    times, pairs = PairSet.open(folder, None).manifest.times, everything(folder)
+    assert is_path(times) and times[1] == pytest.approx(0.03 + 0.91 * 0.5, abs=0.01)
+    first = pairs.times[:, 0] == 1
+    assert torch.equal(pairs.states[first, 0], pairs.noise[first])
+    assert (pairs.states[first, 1] - flow_map(pairs.noise[first] * SCALE, 0.94, times[1])).abs().max() < 1e-3
 
 
 # --- numbers ---

@@ -174,6 +174,19 @@ def test_flow_matching_drops_labels_as_often_as_it_says(probability):
     assert dropped.double().mean().item() == pytest.approx(probability, abs=tolerance)
 
 
+def test_flow_matching_without_dropout_asks_for_no_unconditional_call():
+    class Given(exact.Given):
+        def null(self, cond):
+            raise InputError("the network has no class for the unconditional call")
+
+    recipe, labels = flow_matching.Recipe(flow_matching.Config(label_dropout=0), None), torch.arange(4)
+    roles = recipe.networks(Given(Student(v1), num_classes=10))
+    batch = Batch(data=oracle_data((4, 2)).data, pairs=None, cond={"class_labels": labels})
+    student = roles["student"].module
+    recipe.loss({"student": student}, batch, context(4))
+    assert torch.equal(student.seen[2]["class_labels"], labels)
+
+
 def test_flow_matching_leaves_an_unconditional_network_alone():
     student = Student(v1)
     loss(flow_matching, {}, student, oracle_data((4, 2)), context(4))
@@ -309,6 +322,8 @@ def test_few_step_loss_is_zero_at_the_straight_field_on_its_own_grid(steps, dist
     assert times.max() == 1
     expected = count / steps
     assert (counts - expected).abs().max() < 4 * math.sqrt(expected)
+    grids = one_step.Recipe(one_step.Config(**options), None).t_grids(None)
+    assert grids == {n: uniform_grid(n).tolist() for n in range(1, steps + 1) if steps % n == 0}
 
 
 @pytest.fixture(scope="module")

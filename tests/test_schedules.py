@@ -86,7 +86,7 @@ def test_the_path_is_the_solvers(solver):
     states, step = schedules._path(exact.FIELD, noise, {}, solver, grid)
     whole = solvers.sample(exact.FIELD, noise, {}, solver=solver, steps=12)
     assert torch.equal(states[-1], whole)
-    first = solvers.SOLVERS[solver].function(exact.FIELD, noise, grid[[0, 5]], {})
+    first = solvers.SOLVERS[solver](exact.FIELD, noise, grid[[0, 5]], {})
     assert (step(0, 5) - first).abs().max() < 1e-12
 
 
@@ -197,8 +197,10 @@ def test_uniform_steps_are_chosen_where_none_are_better():
             given.best(steps)
 
 
-def test_pairs_keep_their_states_at_the_times_found(tmp_path):
-    stage = PairsStage(kind="pairs", count=8, paths="trajectories", solver="euler", steps=12, optimal_times=3)
+@pytest.mark.parametrize("solver", ["euler", "dpm_solver_pp_2m"])
+def test_pairs_keep_their_states_at_the_times_found(tmp_path, solver):
+    """Of the student's Euler steps, however the pairs are solved."""
+    stage = PairsStage(kind="pairs", count=8, paths="trajectories", solver=solver, steps=12, optimal_times=3)
     found = schedules.with_times(stage, TEACHER, tmp_path, CPU)
     assert (found.times, found.optimal_times) == ([1.0, 0.5, 0.25, 0.0], None)
     assert schedules.with_times(found, TEACHER, tmp_path / "none", CPU) is found

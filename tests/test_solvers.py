@@ -176,7 +176,7 @@ def errors_along(function, problem, high, low, steps):
 @pytest.mark.parametrize("name", SOLVERS)
 def test_the_measured_order_is_the_declared_one(problem, name):
     steps = [32, 64, 128]
-    errors = errors_along(SOLVERS[name].function, problem(), 0.95, 0.1, steps)
+    errors = errors_along(SOLVERS[name], problem(), 0.95, 0.1, steps)
     assert abs(slope(steps, errors) - SOLVERS[name].order) < 0.2, errors
 
 
@@ -184,7 +184,7 @@ def test_the_measured_order_is_the_declared_one(problem, name):
 @pytest.mark.parametrize("name", ["euler", "heun"])
 def test_the_order_holds_the_whole_way_from_noise_to_data(problem, name):
     steps = [64, 128, 256] if problem is gaussian else [32, 64, 128]
-    errors = errors_along(SOLVERS[name].function, problem(), 1.0, 0.0, steps)
+    errors = errors_along(SOLVERS[name], problem(), 1.0, 0.0, steps)
     assert abs(slope(steps, errors) - SOLVERS[name].order) < 0.12, errors
 
 
@@ -206,7 +206,7 @@ def test_the_order_holds_in_the_own_time_of_another_path(path, name):
 
     steps = [32, 64, 128]
     problem = GaussianField(MEAN, STD, path), jump, 3 * randn("own", 32, 3)
-    errors = errors_along(SOLVERS[name].function, problem, 0.9, 0.05, steps)
+    errors = errors_along(SOLVERS[name], problem, 0.9, 0.05, steps)
     assert abs(slope(steps, errors) - SOLVERS[name].order) < 0.2, errors
 
 
@@ -266,7 +266,7 @@ def test_the_last_step_of_a_field_that_ends_above_zero_is_its_data_prediction():
     data, _ = linear().split(x, field(x, t, {}), t)
     grid = torch.tensor([field.t_range[0], 0.0], dtype=torch.float64)
     for solver in SOLVERS.values():
-        assert torch.allclose(solver.function(field, x, grid, {}), data, rtol=0, atol=1e-13)
+        assert torch.allclose(solver(field, x, grid, {}), data, rtol=0, atol=1e-13)
 
 
 def test_guided_pairs_are_the_map_of_the_shifted_gaussian():  # consistency 0.5
@@ -285,7 +285,7 @@ def test_float32_stays_float32_and_near_float64_without_gradients(name):
     result = sample(GaussianField(MEAN, STD), noise, {}, solver=name, steps=32)
     assert result.dtype == torch.float32 and not result.requires_grad
     assert (result.double() - exact).abs().max() < 1e-5
-    assert SOLVERS[name].function(GaussianField(MEAN, STD), noise, uniform_grid(2), {}).requires_grad
+    assert SOLVERS[name](GaussianField(MEAN, STD), noise, uniform_grid(2), {}).requires_grad
 
 
 def test_wrong_grids_and_names_are_refused():
@@ -295,14 +295,14 @@ def test_wrong_grids_and_names_are_refused():
         for name, solver in SOLVERS.items():
             ways = "decreasing" if name == "dpm_solver_pp_2m" else "increasing or decreasing"
             with pytest.raises(ValueError, match=rf"t_grid must be \[N\+1 >= 2\] and {ways}, got \["):
-                solver.function(V1, x, grid, {})
+                solver(V1, x, grid, {})
     with pytest.raises(ValueError, match=r"and decreasing, got \[0.0, 1.0\]"):
-        SOLVERS["dpm_solver_pp_2m"].function(V1, x, torch.tensor([0.0, 1.0]), {})
+        SOLVERS["dpm_solver_pp_2m"](V1, x, torch.tensor([0.0, 1.0]), {})
     field = GaussianField(MEAN, STD, edm(), (0.002, 0.98))
     for grid in (torch.tensor([0.99, 0.5, 0.0]), torch.tensor([0.9, 0.001, 0.0])):
         for solver in SOLVERS.values():
             with pytest.raises(ValueError, match=r"t must be within \[0.002, 0.98\], got \["):
-                solver.function(field, x, grid, {})
+                solver(field, x, grid, {})
     with pytest.raises(InputError, match="unknown solver 'huen': did you mean 'heun'"):
         sample(V1, x, {}, solver="huen", steps=2)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):

@@ -116,16 +116,32 @@ def test_a_checkpoint_is_exported_without_pairs_or_the_runs_device(tmp_path):
 # --- what a student says of itself ---
 
 
+def exported(folder, network, shape, num_classes):
+    """A teacher's folder."""
+    card = StudentCard(
+        name="t", recipe="r", spec_digest="0" * 64, teacher_digest=None, num_classes=num_classes,
+        null_class=num_classes, shape=shape, weights="raw", images=1,
+    )  # fmt: skip
+    export(VelocityStudent(build(network, shape, num_classes, seed=0)), folder, card)
+    return {"kind": "diffusers", "path": str(folder)}
+
+
 @pytest.fixture
 def conditional(tmp_path):
-    """A teacher's folder: an MLP of two classes and a null class."""
-    network = build(MlpSpec(kind="mlp", width=8, depth=1), (2,), 2, seed=0)
-    card = StudentCard(
-        name="t", recipe="r", spec_digest="0" * 64, teacher_digest=None, num_classes=2, null_class=2, shape=(2,),
-        weights="raw", images=1,
-    )  # fmt: skip
-    export(VelocityStudent(network), tmp_path / "teacher", card)
-    return {"kind": "diffusers", "path": str(tmp_path / "teacher")}
+    """An MLP of two classes and a null class."""
+    return exported(tmp_path / "teacher", MlpSpec(kind="mlp", width=8, depth=1), (2,), 2)
+
+
+def test_labels_that_a_teacher_does_not_know_are_left_out(tmp_path):
+    teacher = exported(tmp_path / "teacher", UNetSpec(kind="unet", channels=[8]), (1, 8, 8), None)
+    windows = {**TEACH, "recipe": "reflow/perflow", "network": None, "images": 8, "options": {"solver_steps": 1}}
+    beside = {**REFLOW, "network": None, "images": 16, "options": {"data_weight": 0.1}}
+    tuned = {**TEACH, "network": None, "init": "windows", "images": 8}
+    run = go(tmp_path, spec(
+        teacher, {"kind": "digits"}, windows=windows, fresh={**windows, "network": TEACH["network"]}, pairs=PAIRS,
+        beside=beside, tuned=tuned,
+    ))  # fmt: skip
+    assert [cards.read(run.student(name)).num_classes for name in ("windows", "fresh", "beside", "tuned")] == [None] * 4
 
 
 def test_a_student_says_the_guidance_that_is_in_it(tmp_path, conditional):

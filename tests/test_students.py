@@ -1,5 +1,6 @@
 """Networks of students: deterministic, of the right form, refused where they cannot work."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -172,6 +173,18 @@ def test_no_weights_to_start_from_is_refused():
     closed_form = LoadedTeacher(field, (2,), None, None, "0" * 64, "the Gaussian teacher")
     with pytest.raises(InputError, match="the Gaussian teacher has no network, so there are no weights to start from"):
         StudentInit(closed_form, None, (2,), None, 0)
+
+
+def test_a_network_of_other_classes_is_no_start():
+    source = teacher("velocity")
+    said = "has 3 classes, the data has none; start from a network with the same, or from a fresh `network`"
+    with pytest.raises(InputError, match=said):
+        StudentInit(source, None, (1, 8, 8), None, 0)
+    unknowing = dataclasses.replace(source, num_classes=None, null_class=None)
+    with pytest.raises(InputError, match="has no classes, the teacher has 3"):
+        StudentInit(unknowing, None, (1, 8, 8), 3, 0, source)
+    assert StudentInit(unknowing, None, (1, 8, 8), 3, 0).num_classes is None, "labels of data can be left out"
+    assert StudentInit(None, UNET, (1, 8, 8), 3, 0, unknowing).num_classes is None, "fresh ones are as the teacher"
 
 
 def test_null_of_an_unconditional_student_changes_nothing():

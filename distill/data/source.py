@@ -41,8 +41,8 @@ class DataSource:
     rows of any step.
     """
 
-    def __init__(self, data: DataSet, batch_size: int, seed: int) -> None:
-        self.data, self.batch_size, self.seed = data, batch_size, seed
+    def __init__(self, data: DataSet, batch_size: int, seed: int, *, labels: bool = True) -> None:
+        self.data, self.batch_size, self.seed, self.labels = data, batch_size, seed, labels
 
     def batch(self, step: int, rows: Rows) -> Batch:
         """These rows of the step's global batch, on the CPU."""
@@ -59,6 +59,6 @@ class DataSource:
             last = min(n, first + stop - position)
             part, part_labels = self.data.items(epoch, _order(n, self.seed, epoch)[first:last].tolist())
             images.append(part)
-            labels += [] if part_labels is None else [part_labels]
+            labels += [part_labels] if self.labels and part_labels is not None else []
             position += last - first
         return Batch(torch.cat(images), None, {"class_labels": torch.cat(labels)} if labels else {})

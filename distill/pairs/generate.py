@@ -118,7 +118,7 @@ def plan(teacher: LoadedTeacher, stage: PairsStage, seed: int, data_digest: str 
     for mistake in pairspec.mistakes(stage, ""):
         raise InputError(mistake)
     times = None if stage.times is None else paths.actual_times(teacher.field, stage.steps, stage.times)
-    if times is not None and stage.paths == "trajectories":
+    if times is not None:
         times[0] = 1.0  # there the state is the noise, wherever the teacher's own range ends
     return Manifest(
         teacher=teacher.description,

@@ -104,22 +104,19 @@ def actual_times(field: VelocityField, steps: int, times: list[float]) -> list[f
     return [grid[steps - round(t * steps)] for t in times]
 
 
-def _sub_grids(field: VelocityField, manifest: Manifest) -> list[Tensor]:
-    """The solver's grid, cut at the manifest's times."""
+def _grid(field: VelocityField, manifest: Manifest) -> tuple[Tensor, list[int]]:
+    """The solver's, and where the manifest's times are in it."""
     t_min, t_max = field.t_range
-    grid = uniform_grid(manifest.steps, t_max, t_min)
+    t_grid = uniform_grid(manifest.steps, t_max, t_min)
     assert manifest.times is not None
-    at = [int((grid - t).abs().argmin()) for t in manifest.times]
-    return [grid[i : j + 1] for i, j in pairwise(at)]
+    return t_grid, [int((t_grid - t).abs().argmin()) for t in manifest.times]
 
 
 def _trajectory(field: VelocityField, x: Tensor, cond: Cond, manifest: Manifest) -> list[Tensor]:
-    """The states at times[1:]."""
-    states = []
-    for t_grid in _sub_grids(field, manifest):
-        x = solvers.SOLVERS[manifest.solver].function(field, x, t_grid, cond)
-        states.append(x)
-    return states
+    """The states at times[1:], on the way of one solution: a multistep solver remembers the step before."""
+    t_grid, (_, *kept) = _grid(field, manifest)
+    path = solvers.SOLVERS[manifest.solver].path(field, x, t_grid, cond)
+    return [state for i, state in enumerate(path, start=1) if i in kept]
 
 
 def _segments(
@@ -129,9 +126,11 @@ def _segments(
     assert manifest.times is not None
     starts, _ = segment_starts(data, noise, indices, manifest.times)
     ends, number = torch.empty_like(starts), torch.tensor(indices) % (len(manifest.times) - 1)
-    for segment, t_grid in enumerate(_sub_grids(field, manifest)):
+    t_grid, at = _grid(field, manifest)
+    for segment, (i, j) in enumerate(pairwise(at)):
         rows = (number == segment).nonzero().squeeze(1).to(data.device)
         if len(rows):
             of_rows = {name: value[rows] for name, value in cond.items()}
-            ends[rows] = solvers.SOLVERS[manifest.solver].function(field, starts[rows], t_grid, of_rows)
+            x = starts[rows] if segment else start(field, starts[rows])  # the first begins with pure noise
+            ends[rows] = solvers.SOLVERS[manifest.solver](field, x, t_grid[i : j + 1], of_rows)
     return ends[:, None]

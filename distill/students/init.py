@@ -28,7 +28,8 @@ class StudentInit:
     dropout or, if given, another.
 
     The critic starts as the teacher, if that has weights, whatever the student starts as.
-    `num_classes` and `null_class` are those of the networks it makes: K classes of a fresh one have null class K.
+    `num_classes` and `null_class` are those of the networks it makes: K classes of a fresh one have null class K. Fresh
+    ones have the teacher's classes where there is a teacher, or else the samples'; all others must have them too.
     """
 
     def __init__(
@@ -43,14 +44,21 @@ class StudentInit:
     ) -> None:
         self.source, self.network, self.shape, self.seed, self.teacher = source, network, shape, seed, teacher
         self.dropout = dropout
-        self.num_classes: int | None = num_classes
-        self.null_class: int | None = num_classes
+        shown = num_classes if teacher is None else teacher.num_classes
+        self.num_classes: int | None = shown
+        self.null_class: int | None = shown
         if network is not None:
             return
         if source is None or source.network is None:
             given = "no teacher or init is given" if source is None else f"{source.description} has no network"
             raise InputError(f"{given}, so there are no weights to start from; describe a fresh network in `network`")
         self.num_classes, self.null_class = source.num_classes, source.null_class
+        if source.num_classes != shown and not (source.num_classes is None and teacher is None):
+            whose = "the data has" if teacher is None else "the teacher has"
+            raise InputError(
+                f"{source.description} has {source.num_classes or 'no'} classes, {whose} {shown or 'none'}; start from "
+                "a network with the same, or from a fresh `network`"
+            )
 
     def velocity_field(self) -> nn.Module:
         """A trainable VelocityStudent on the linear path; every call gives the same weights."""

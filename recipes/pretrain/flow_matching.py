@@ -96,7 +96,7 @@ class Recipe:
     def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
         c, student, (data, noise, cond) = self.config, nets["student"], self.coupled(batch, ctx)
         t = self.law(ctx.draw.uniform("t", data))  # [B]
-        if cond:
+        if cond and c.label_dropout > 0:
             cond = drop_condition(cond, self.null(cond), ctx.draw.uniform("dropped", data) < c.label_dropout)
         x_t, v = student.interpolant.mix(data, noise, t), student.interpolant.velocity(data, noise, t)
         losses = distances.mse(student(x_t, t, cond), v)

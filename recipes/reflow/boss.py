@@ -3,7 +3,8 @@
 Minimises E || v(x_i, t_i) - (x_j - x_i)/(t_j - t_i) ||^2 / d over the steps i -> j of a trajectory of the teacher, one
 drawn uniformly for each sample. At zero loss K Euler steps along its times end where the teacher's fine path ends.
 The times are those at which the pairs keep their states: paths: trajectories with optimal_times: K has the ones of
-least summed error (`distill schedule` prints them). The student is valid at these times alone.
+least summed error of Euler steps (`distill schedule`, with the pairs' steps as --fine, prints them). The student is
+valid at these times alone.
 
 Deviations: the whole network is trained, there is no LoRA; the perceptual distance of the authors' code, which leaves
 out the length of the step, is not offered; the network is given t itself, theirs 0.999 u + 0.001 with u = 1 - t.

@@ -6,10 +6,10 @@ dv/dt = 2 (v - line). One network learns v = h line at points of that path. The 
 first, what that velocity needs: 2 (v(noise, 1) - line), at points of its path; so it makes up for errors of the first.
 Sampling calls the first network once and the second N times: N steps are N + 1 network calls.
 
-Deviations: both networks are trained at once, the second on the first as it is then; the paper trains the first, then
-freezes it. t is uniform on [0, 1), theirs one of 1,001. LPIPS compares the data to which a prediction leads: of the
-velocity theirs is biased off the ends by u (1 - u) (h - 1) line, ours is not. Not built: their third stage, a GAN, and
-the inversion of data; and samples are not clamped to [-1, 1].
+Deviations: both networks are trained at once, the second on the first as it is then, not on the average that may be
+exported; the paper trains the first, then freezes it. t is uniform on [0, 1), theirs one of 1,001. LPIPS compares the
+data to which a prediction leads: of the velocity theirs is biased off the ends by u (1 - u) (h - 1) line, ours is not.
+Not built: their third stage, a GAN, and the inversion of data; and samples are not clamped to [-1, 1].
 """
 
 from collections.abc import Iterator

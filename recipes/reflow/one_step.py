@@ -8,7 +8,7 @@ Deviations: t = 1 exactly, where the authors' code stops at 0.999 and so shows t
 pseudo-Huber (rf++, Lee et al. 2024, arXiv 2405.20320) as another choice.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, FilePath, PositiveFloat, PositiveInt, model_validator
@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, FilePath, PositiveFloat, PositiveInt
 from distill import distances
 from distill.guard import InputError
 from distill.protocols import Batch, Context, Frozen, Init, Loss, Nets, Role, Teacher, Trained, Turn
+from distill.times import uniform_grid
 
 
 class Config(BaseModel):
@@ -88,6 +89,10 @@ class Recipe:
 
     def turns(self, step: int, images: int) -> Iterator[Turn]:
         yield Turn("student", self.loss)
+
+    def t_grids(self, times: Sequence[float] | None) -> Mapping[int, Sequence[float]]:
+        k = self.config.steps
+        return {n: uniform_grid(n).tolist() for n in range(1, k + 1) if k % n == 0}
 
     def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
         assert batch.pairs is not None

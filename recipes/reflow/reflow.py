@@ -4,9 +4,10 @@ Minimises E || v(x_t, t) - (noise - data) ||^2 / d with data = ODE(noise), x_t =
 minimiser is zero its paths are straight and one Euler step is the teacher's map. With data_weight, that times the same
 loss on real data and independent noise is added: it holds the student to the data where rounds of reflow drift away.
 
-Deviations: t covers [0, 1), where the authors' code stops at 0.999, since our samplers start at exactly 1. The
-pseudo-Huber distance and the time laws u_shaped and exp10 are those of rf++ (Lee et al. 2024, arXiv 2405.20320); real
-data always has the squared distance: x_t does not determine its velocity, and only the square finds the mean.
+Deviations: t covers [0, 1), where the authors' code stops at 0.999, since our samplers start at exactly 1. A later
+round starts from the exported weights, averages if so, the paper's from raw ones. The pseudo-Huber distance and the
+time laws u_shaped and exp10 are those of rf++ (Lee et al. 2024, arXiv 2405.20320); real data always has the squared
+distance: x_t does not determine its velocity, and only the square finds the mean.
 """
 
 from collections.abc import Callable, Iterator

@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from distill import distances
+from distill.guard import InputError
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
 from distill.times import discrete, window_grids
 from distill.windows import Segment
@@ -52,7 +53,7 @@ class Recipe:
 
     def t_grids(self, times: Sequence[float] | None) -> Mapping[int, Sequence[float]]:
         if times is None:
-            return {}
+            raise InputError("reflow/seqrf steps along the times of its pairs; give all of them the same times")
         borders = torch.tensor(times, dtype=torch.float64)
         return window_grids(borders, most=1 if self.config.times_per_segment == 1 else 16)
 

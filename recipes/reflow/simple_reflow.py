@@ -13,7 +13,7 @@ optimal transport; data brings its class.
 Deviations: l / sg[l + 1e-6], and l of the sample itself where the paper may mean an average (unverified), which is the
 same where x_t determines its pair; the blur is [1, 2, 1]/4 along both sides, edges repeated, and 10 its weight;
 sharpness 20 (all unverified); pairs are projected within a batch, classes first, not as a set (unverified); Euler's
-steps instead of DPM-Solver's.
+steps instead of DPM-Solver's. Forward pairs beside generated ones are projected like them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -11,7 +11,7 @@ anneal; student and v_T start from the same weights, those that the stage before
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, Self
 
 import torch
@@ -92,6 +92,9 @@ class Recipe:
 
     def turns(self, step: int, images: int) -> Iterator[Turn]:
         yield Turn("student", self.anneal if self.config.phase == "anneal" else self.distill)
+
+    def t_grids(self, times: Sequence[float] | None) -> Mapping[int, Sequence[float]]:
+        return {} if self.config.phase == "anneal" else {1: [1.0, 0.0]}
 
     def anneal(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
         data, noise = self.ends(batch, ctx)
