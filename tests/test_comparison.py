@@ -570,6 +570,22 @@ def test_the_table_says_each_number(run):
         assert [cell.strip() for cell in line.strip("│").split("│")] == [name, *cells]
 
 
+def test_rows_along_other_times_are_not_compared(run):
+    usual = results()
+    along = [
+        measured_row("teacher", "teacher", "euler", 8, 8, 9.0, along="optimal"),
+        measured_row("teacher", "teacher", "euler", 3, 3, 9.0, along="1, 0.6, 0.2, 0"),
+        measured_row("reflow", "student", "euler", 1, 1, 30.0, along="optimal"),
+        measured_row("reflow", "student", "euler", 3, 3, 9.0, along="1, 0.6, 0.2, 0"),
+    ]
+    more = usual.model_copy(update={"rows": [*usual.rows, *along]})
+    write_json(run.stage("evaluate").root / FILE_NAME, more.model_dump(mode="json"))
+    found = compared.found(run)
+    assert (compared.columns(found), compared.rows(found)) == (COLUMNS, EXPECTED)
+    assert compared.ranked(found)["reflow"] == [(1, 40.0), (2, 20.0)]
+    assert compared.teacher(found) == [("1", 1000.0), ("8", 10.0), ("heun 16", 5.0)]
+
+
 def test_the_page_is_a_table_of_github(run):
     report.write(run)
     lines = run.comparison_table.read_text().splitlines()
