@@ -460,6 +460,11 @@ REFUSED = {
         "run 'two' cannot go on with a changed spec (only launch may change):\n  seed: 0 -> 5\nstart another run by "
         "--name OTHER, or undo the change",
     ),
+    "another chain": (
+        ["./two.yaml", "--resume", "--recipes", "reflow", "--name", "two"],
+        "run 'two' cannot go on with a changed spec: 'reflow' is trained by reflow there, by before, reflow here; undo "
+        "the change, or start another by --name OTHER",
+    ),
 }  # fmt: skip
 
 
@@ -474,6 +479,12 @@ def test_commands_that_are_refused(capfd, tmp_path, case):
     (tmp_path / "mine.yaml").write_text(
         "{name: mine, data: {kind: digits}, stages: {evaluate: {kind: evaluate, students: {}}}}"
     )
+    stages = plan.given.stages
+    longer = {**stages, "before": stages["reflow"], "reflow": stages["reflow"].model_copy(update={"init": "before"})}
+    order = ["teach", "pairs", "before", "reflow"]
+    longer = {name: longer[name] for name in [*order, "evaluate"]}
+    longer["evaluate"] = longer["evaluate"].model_copy(update={"students": {}})
+    (tmp_path / "two.yaml").write_text(specfile.resolved(plan.given.model_copy(update={"stages": longer})))
     arguments, said = REFUSED[case]
     before = snapshot(tmp_path)
     done = command(capfd, "compare", *arguments)
