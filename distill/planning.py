@@ -8,7 +8,7 @@ from typing import Any
 
 from distill import pairspec, results, workflow
 from distill.nfe import network_calls, per_velocity
-from distill.spec import EvaluateStage, LaunchSpec, PairsStage, RunSpec, Stage, TrainStage
+from distill.spec import EvaluateStage, LaunchSpec, PairsStage, RunSpec, SlurmSpec, Stage, TrainStage
 from distill.store import RunPaths
 
 CHECKS = (
@@ -75,7 +75,8 @@ def miniature(spec: RunSpec) -> RunSpec:
             few = {"count": min(stage.count, stage.block)}
             coarse = {} if stage.paths in pairspec.WITH_STATES else {"solver": "euler", "steps": 1}
             stages[name] = stage.model_copy(update={**few, **coarse})
-    return spec.model_copy(update={"stages": stages})
+    here = spec.launch.model_copy(update={"slurm": SlurmSpec()})  # an array would find too few shards
+    return spec.model_copy(update={"stages": stages, "launch": here})
 
 
 def memory_rows(memory: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, str, int | None, list[int]]]:

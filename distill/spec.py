@@ -319,7 +319,7 @@ class SlurmSpec(Frozen):
     max_crashes: NonNegativeInt = 3
     """how often a job that has crashed is queued again; never after a crash at the step of the last one"""
     pairs_jobs: PositiveInt = 1
-    """jobs of an array that share the shards of each pairs stage"""
+    """jobs of an array that share the shards of each pairs stage; of one with fewer shards, as many as those"""
     one_job: bool = False
     """compute all stages in one job, one after the other, instead of a job for each"""
     container: str | None = None

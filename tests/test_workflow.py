@@ -6,6 +6,7 @@ import pytest
 
 from distill import planning, presets, registry, specfile, workflow
 from distill.guard import InputError
+from distill.launch import submit
 from distill.store import RunPaths, write_json
 
 MLP = {"kind": "mlp"}
@@ -322,6 +323,19 @@ def test_whole_blocks_pass():
         assert mistakes(content | {"launch": launch}) == []
 
 
+def test_an_array_is_as_large_as_the_most_shards(tmp_path):
+    """Of the smaller pairs stage it has fewer parts, none without a shard."""
+    small, large = vectors()["stages"]["p"] | {"count": 50}, {"shard": 50}
+    content = vectors(p=large, q=small | large) | {"launch": {"slurm": {"pairs_jobs": 2}}}
+    assert mistakes(content) == []
+    planned = submit.plans(RunPaths(tmp_path), specfile.validate(content, "f"), ["p", "q"])
+    assert {plan.name: plan.parts for plan in planned} == {"p.parts": [0, 1], "p": None, "q.parts": [0], "q": None}
+    assert mistakes(content | {"launch": {"slurm": {"pairs_jobs": 3}}}) == [
+        "launch.slurm.pairs_jobs: 3 jobs cannot share the 2 shards of stage 'p'; give fewer jobs, or a smaller "
+        "stages.p.shard"
+    ]
+
+
 def test_one_wrong_recipe_hides_no_other_mistake():
     found = mistakes(images(t={"recipe": "nope", "images": 5}, u={**TEACH, "images": 5}))
     assert len(found) == 2, "and data is not called useless because of a recipe that could not be asked"
@@ -594,6 +608,11 @@ def test_a_miniature_trains_all_stages_for_two_steps():
     assert (spec.stages["r"].images, spec.stages["r"].optimizer.warmup_images) == (128, 0)
     assert (spec.stages["p"].count, spec.stages["p"].solver, spec.stages["p"].steps) == (50, "euler", 1)
     workflow.check(spec, Path())
+    parted = vectors(p={"shard": 50}) | {"launch": {"slurm": {"pairs_jobs": 2}, "threads": 1}}
+    assert mistakes(parted) == []
+    small = planning.miniature(specfile.validate(parted, "f"))
+    workflow.check(small, Path())
+    assert (small.launch.slurm.pairs_jobs, small.launch.threads) == (1, 1)
 
 
 def test_plan_counts_work_and_network_calls():
