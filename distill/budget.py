@@ -7,9 +7,9 @@ like any other: it ends in the same numbers, however long it takes.
 import math
 from collections.abc import Mapping
 
-from distill import card, pairspec, planning
+from distill import card, evalspec, pairspec, planning
 from distill.compared import Comparison, Entry, Measured, Part
-from distill.comparison import Chain, Plan, measuring
+from distill.comparison import Chain, Plan
 from distill.guard import InputError
 from distill.spec import PairsStage, RunSpec, Stage, TrainStage
 from distill.store import RunPaths, read_events, read_json
@@ -50,7 +50,7 @@ def frozen(planned: Plan, found: Mapping[str, Measured], minutes: float, command
     students = {
         chain.name: planned.evaluation.students.get(chain.name) or _steps(found[chain.name]) for chain in planned.chains
     }
-    changed[planned.evaluation_name] = measuring(planned.evaluation, students)
+    changed[planned.evaluation_name] = evalspec.measuring(planned.evaluation, students)
     comparison = Comparison(
         command=command, budget_minutes=minutes, evaluation=planned.evaluation_name, entries=entries
     )

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from distill import pairspec, registry, workflow
+from distill import evalspec, pairspec, registry, workflow
 from distill.guard import InputError, suggest
 from distill.spec import EvaluateStage, GaussianTeacher, MixtureTeacher, PairsStage, RunSpec, Stage, TrainStage
 
@@ -56,7 +56,7 @@ class Plan:
         for chain in self.chains:
             stages |= chain.stages
         students = {c.name: steps for c in self.chains if (steps := self.evaluation.students.get(c.name))}
-        stages[self.evaluation_name] = measuring(self.evaluation, students)
+        stages[self.evaluation_name] = evalspec.measuring(self.evaluation, students)
         return self.given.model_copy(update={"stages": {**stages, **(changed or {})}})
 
 
@@ -86,12 +86,6 @@ def plan(spec: RunSpec, base: Path, recipes: Sequence[str] | None) -> Plan:
     used = _lines(spec, targets)
     shared = {n: s for n, s in spec.stages.items() if n in used}
     return Plan(spec, shared, chains, name, evaluation)
-
-
-def measuring(evaluation: EvaluateStage, students: Mapping[str, list[int]]) -> EvaluateStage:
-    """The evaluation, of these students."""
-    fine = [name for name in evaluation.fine_students if name in students]
-    return evaluation.model_copy(update={"students": dict(students), "fine_students": fine})
 
 
 def _evaluation(spec: RunSpec) -> tuple[str, EvaluateStage]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill import overrides, registry, specfile, workflow
+from distill import evalspec, overrides, registry, specfile, workflow
 from distill.guard import InputError, suggest
 from distill.overrides import Override
 from distill.spec import (
@@ -212,10 +212,9 @@ def _round(template: Template, number: int, teacher: str | None, plan: Plan) -> 
     found[flow] = template.flow.model_copy(update={**changes, **start})
     steps = template.evaluation.students.get(template.flow_name, FEW_STEPS)
     coarse = template.evaluation.teacher_steps if _one_evaluation(template, plan) else []
-    measured = {"students": {flow: steps}, "fine_students": [flow], "teacher_steps": coarse}
-    found[f"{template.evaluation_name}-{number}"] = template.evaluation.model_copy(
-        update={**_of(teacher, first=first), **measured}
-    )
+    asked = template.evaluation.model_copy(update={**_of(teacher, first=first), "teacher_steps": coarse})
+    measured = evalspec.measuring(asked, {flow: steps}, {flow: template.flow_name})
+    found[f"{template.evaluation_name}-{number}"] = measured.model_copy(update={"fine_students": [flow]})
     return list(found.items())
 
 
@@ -261,5 +260,6 @@ def _last_evaluation(template: Template, flows: Sequence[str], plan: Plan) -> Ev
         if plan.distill:
             students = {name: given.get(name, [1]), **students}
     others = {name: steps for name, steps in given.items() if name in template.before}
-    fine = [name for name in template.evaluation.fine_students if name in others]  # of flows, their rounds say it
-    return template.evaluation.model_copy(update={"students": {**students, **others}, "fine_students": fine})
+    measured = evalspec.measuring(template.evaluation, {**students, **others}, dict.fromkeys(flows, template.flow_name))
+    fine = [name for name in measured.fine_students if name in others]  # of flows, their rounds say it
+    return measured.model_copy(update={"fine_students": fine})

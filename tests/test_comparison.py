@@ -191,6 +191,19 @@ def test_the_last_evaluation_measures_all():
     assert (other.students, other.fine_students) == ({}, []), "its steps are not known before the rehearsal"
 
 
+def test_times_of_those_that_are_not_compared_are_left_out():
+    plan, base = planned("digits", "one_step")
+    times = {"teacher": ["optimal"], "reflow": ["optimal"], "one_step": [[1.0, 0.5, 0.0]]}
+    asked = plan.given.stages["evaluate"].model_copy(update={"times": times})
+    spec = plan.given.model_copy(update={"stages": {**plan.given.stages, "evaluate": asked}})
+    workflow.check(spec, base)
+    plan = comparison.plan(spec, base, ["one_step"])
+    workflow.check(plan.spec(), base)
+    kept = {"teacher": times["teacher"], "one_step": times["one_step"]}
+    assert plan.spec().stages["evaluate"].times == kept
+    assert budget.frozen(plan, alike(plan), 1.0, "c")[0].stages["evaluate"].times == kept
+
+
 # --- lengths ---
 
 

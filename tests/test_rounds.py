@@ -157,6 +157,26 @@ def test_changes_of_the_spec_and_of_its_rounds():
     assert [found.stages[f"flow-{i}"].images for i in (1, 2)] == [128, 512]
 
 
+def test_other_times_follow_the_flows():
+    one, base = preset("digits")
+    times = {"teacher": ["optimal"], "reflow": ["optimal", [1.0, 0.6, 0.0]], "one_step": [[1.0, 0.0]]}
+    asked = one.stages["evaluate"].model_copy(update={"times": times})
+    one = one.model_copy(update={"stages": {**one.stages, "evaluate": asked}})
+    workflow.check(one, base)
+    found = expand(one, base, Plan(2, distill=True))
+    workflow.check(found, base)
+    each = {name: stage.times for name, stage in found.stages.items() if isinstance(stage, EvaluateStage)}
+    assert each == {
+        "evaluate-1": {"reflow-1": times["reflow"]},
+        "evaluate-2": {"reflow-2": times["reflow"]},
+        "evaluate": {**{f"reflow-{i}": times["reflow"] for i in (1, 2)}, "one_step": times["one_step"],
+                     "teacher": ["optimal"]},
+    }  # fmt: skip
+    alone = expand(one, base, Plan())
+    workflow.check(alone, base)
+    assert alone.stages["evaluate-1"].times == {"teacher": ["optimal"], "reflow-1": times["reflow"]}
+
+
 # --- what does not fit ---
 
 FITS = rounds.FITS

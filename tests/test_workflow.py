@@ -304,6 +304,18 @@ CASES = {
         images() | {"launch": {"collective_minutes": 3}},
         "launch.collective_minutes: one process waits for no other, so it has no effect; remove it",
     ),
+    "times of no rows": (
+        vectors(e={"teacher_steps": [], "times": {"teacher": [[1, 0.5, 0]]}}),
+        "stages.e.times.teacher: teacher_steps is empty, so this has no effect; remove it, or give numbers of steps",
+    ),
+    "more optimal steps than there are": (
+        vectors(e={"students": {"r": [1, 101]}, "times": {"r": ["optimal"]}}),
+        "stages.e.times.r: optimal times of 101 steps cannot be chosen among 100; give fewer steps",
+    ),
+    "more optimal steps of the teacher": (
+        vectors(e={"teacher_steps": [128], "times": {"teacher": [[1, 0], "optimal"]}}),
+        "stages.e.times.teacher: optimal times of 128 steps cannot be chosen among 100; give fewer steps",
+    ),
     "too many resolutions": (
         images(t={"network": {"kind": "unet", "channels": [8, 8, 8, 8, 8]}}),
         "stages.t.network.channels: 5 resolutions halve the images 4 times, and their side of 8 cannot be; give fewer",
@@ -633,3 +645,5 @@ def test_plan_counts_work_and_network_calls():
     along = planning.steps(specfile.validate(vectors(e={"times": times}), "f"), Path())[2]
     assert along.network_calls == 2500 * (2 * (1 + 2 + 4 + 8 + 16) + 31 + 3 + 1 + 2)
     assert along.work.startswith("14 rows x 2,500 samples")
+    fine = specfile.validate(vectors(e={"fine_students": ["r"]}), "f")
+    assert planning.steps(fine, Path())[2].work.startswith("8 rows x 2,500 samples"), "as many as are made"
