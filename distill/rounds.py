@@ -222,8 +222,8 @@ def _inverted(pairs: PairsStage, share: float) -> PairsStage:
     """Pairs from real data to noise, as many as are seen as often as the others at this share of a batch."""
     count = max(1, round(pairs.count * share / (1 - share)))
     solver = "heun" if pairs.solver == "dpm_solver_pp_2m" else pairs.solver  # which begins at noise only
-    changes = {"paths": "forward", "times": None, "store_noise": False, "count": count, "solver": solver}
-    return pairs.model_copy(update=changes)
+    ends = {"paths": "forward", "times": None, "optimal_times": None, "store_noise": False}
+    return pairs.model_copy(update={**ends, "count": count, "solver": solver})
 
 
 def _one_evaluation(template: Template, plan: Plan) -> bool:

@@ -125,6 +125,16 @@ def test_real_data_against_drift():
     ]  # fmt: skip
 
 
+def test_inverted_paths_keep_their_ends_alone():
+    """Whatever states the paths from noise have."""
+    for states in ({"times": [1.0, 0.5, 0.0]}, {"optimal_times": 2}):
+        paths = PAIRS | {"paths": "trajectories", "store_noise": True, **states}
+        found = expand(spec(solve=paths), specfile.Path(), Plan(forward=0.25))
+        workflow.check(found, specfile.Path())
+        inverted = found.stages["forward-1"]
+        assert (inverted.paths, inverted.times, inverted.optimal_times) == ("forward", None, None)
+
+
 def test_a_spec_without_an_evaluation_gets_one():
     found = expand(spec(one=None), specfile.Path(), Plan(2)).stages
     assert list(found) == ["solve-1", "flow-1", "evaluate-1", "solve-2", "flow-2", "evaluate-2", "evaluate"]
