@@ -180,12 +180,8 @@ def _refuse(spec: RunSpec, template: Template, base: Path, plan: Plan) -> None:
             f"{option} takes real data, and spec '{spec.name}' has none; give it data, e.g. data={{kind: digits}}, "
             f"or leave {option} out"
         )
-    batch = template.flow.batch_size
-    if plan.forward is not None and not (0 < plan.forward < 1 and 0 < round(plan.forward * batch) < batch):
-        raise InputError(
-            f"--forward {plan.forward:g}: a part of each batch of {batch} pairs is expected, at least one pair and not "
-            "all, like 0.2"
-        )
+    if plan.forward is not None and not 0 < plan.forward < 1:
+        raise InputError(f"--forward {plan.forward:g}: a part of each batch is expected, above 0 and below 1, like 0.2")
     if plan.forward is not None and template.pairs.paths == "forward":
         raise InputError(f"--forward: the pairs of '{template.pairs_name}' are of real data already; leave it out")
     if plan.data_weight is not None and not 0 < plan.data_weight < math.inf:

@@ -254,15 +254,16 @@ REFUSED = {
     "no rounds": (["digits", "--rounds", "0"], "--rounds 0: at least 1 is expected"),
     "no part": (
         ["digits", "--forward", "1"],
-        "--forward 1: a part of each batch of 128 pairs is expected, at least one pair and not all, like 0.2",
+        "--forward 1: a part of each batch is expected, above 0 and below 1, like 0.2",
     ),
     "no number": (
         ["digits", "--forward", "nan"],
-        "--forward nan: a part of each batch of 128 pairs is expected, at least one pair and not all, like 0.2",
+        "--forward nan: a part of each batch is expected, above 0 and below 1, like 0.2",
     ),
     "less than a pair": (
         ["digits", "--forward", "0.001"],
-        "--forward 0.001: a part of each batch of 128 pairs is expected, at least one pair and not all, like 0.2",
+        "spec 'digits': stages.reflow-1.pairs: a part of 0.001 of batch_size=128 is not one pair; use a larger batch or "
+        "other parts",
     ),
     "an endless weight": (
         ["digits", "--data-weight", "inf"],

@@ -304,6 +304,10 @@ CASES = {
         images() | {"launch": {"collective_minutes": 3}},
         "launch.collective_minutes: one process waits for no other, so it has no effect; remove it",
     ),
+    "a part without a pair": (
+        vectors(q=PAIRS, r={"pairs": {"p": 0.95, "q": 0.05}, "batch_size": 4}),
+        "stages.r.pairs: a part of 0.05 of batch_size=4 is not one pair; use a larger batch or other parts",
+    ),
     "times of no rows": (
         vectors(e={"teacher_steps": [], "times": {"teacher": [[1, 0.5, 0]]}}),
         "stages.e.times.teacher: teacher_steps is empty, so this has no effect; remove it, or give numbers of steps",
