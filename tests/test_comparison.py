@@ -221,11 +221,26 @@ def test_a_chain_takes_the_minutes():
     given, stages = plan.given.stages, found.stages
     factor = 90 / (179200 * 0.0011 + 76800 * 0.0023)
     assert stages["anneal"].images == math.floor(factor * 179200 / 128) * 128
-    assert stages["anneal"].options == {"phase": "anneal", "anneal_images": round(factor * 96000)}
-    assert stages["anneal"].optimizer.warmup_images == math.floor(factor * 2560)
+    share = stages["anneal"].images / 179200
+    assert stages["anneal"].options == {"phase": "anneal", "anneal_images": round(share * 96000)}
+    assert stages["anneal"].optimizer.warmup_images == math.floor(share * 2560)
     for name in seconds:
         assert (stages[name].ema_half_lives, stages[name].export) == (given[name].ema_half_lives, given[name].export)
     assert {name: found.stages[name] for name in ("teach", "pairs")} == {n: given[n] for n in ("teach", "pairs")}
+
+
+@pytest.mark.parametrize("images", [128, 256, 384])
+def test_a_warm_up_ends_before_a_short_training_does(images):
+    length = {"images": 2560, "batch_size": 128, "optimizer": {"warmup_images": 2559}}
+    plan = comparison.plan(vectors(flow=REFLOW | length), specfile.Path(), None)
+    found, _ = budget.frozen(plan, alike(plan), (images + 127) * 0.001 / 60, "c")
+    workflow.check(found, specfile.Path())
+    flow = found.stages["flow"]
+    assert (flow.images, flow.optimizer.warmup_images) == (images, images - 1)
+    annealing = {"recipe": "reflow/slimflow", "options": {"phase": "anneal", "anneal_images": 2560}}
+    plan = comparison.plan(vectors(flow=REFLOW | length | annealing), specfile.Path(), None)
+    flow = budget.frozen(plan, alike(plan), (images + 127) * 0.001 / 60, "c")[0].stages["flow"]
+    assert flow.options["anneal_images"] == flow.images == images
 
 
 def test_checkpoints_are_as_many_as_before():
