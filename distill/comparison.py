@@ -81,11 +81,25 @@ def plan(spec: RunSpec, base: Path, recipes: Sequence[str] | None) -> Plan:
         chains += [_own_chain(spec, end, parts) for end in ends[recipe]]
         if not ends[recipe]:
             chains.append(_derived_chain(spec, base, recipe, teachers, distilled))
+    _refuse_one_name(chains)
     needing = [evaluation, *(stage for chain in chains for stage in chain.stages.values())]
     targets = {target for stage in needing for _, target, _ in workflow.references(stage) if target in common}
     used = _lines(spec, targets)
     shared = {n: s for n, s in spec.stages.items() if n in used}
     return Plan(spec, shared, chains, name, evaluation)
+
+
+def _refuse_one_name(chains: Sequence[Chain]) -> None:
+    """Names that are made are checked against the spec's where they are made."""
+    recipes: dict[str, list[str]] = {}
+    for chain in chains:
+        for name in chain.stages:
+            recipes.setdefault(name, []).append(chain.recipe)
+    for name, each in recipes.items():
+        if len(each) > 1:
+            raise InputError(
+                f"--recipes: {' and '.join(each)} would both have a stage '{name}'; give the spec a stage of one of them"
+            )
 
 
 def _evaluation(spec: RunSpec) -> tuple[str, EvaluateStage]:

@@ -361,6 +361,26 @@ def test_specs_that_do_not_fit(case):
     assert str(caught.value) == said
 
 
+def test_recipes_of_one_last_name(tmp_path, monkeypatch):
+    package = tmp_path / "other_distill-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: other-distill\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[distill.recipes]\nother/one_step = their_one_step\n")
+    ours = registry.source("reflow/one_step", tmp_path)
+    (tmp_path / "their_one_step.py").write_text(ours.read_text())
+    monkeypatch.syspath_prepend(tmp_path)
+    both = ["other/one_step", "reflow/one_step"]
+    with pytest.raises(InputError) as caught:
+        comparison.plan(vectors(), specfile.Path(), both)
+    assert str(caught.value) == (
+        "--recipes: other/one_step and reflow/one_step would both have a stage 'one_step'; give the spec a stage of "
+        "one of them"
+    )
+    other = {**REFLOW, "recipe": "other/one_step"}
+    named = comparison.plan(vectors(evaluate=None, theirs=other, last=EVALUATE), specfile.Path(), both)
+    assert [chain.name for chain in named.chains] == ["theirs", "one_step"]
+
+
 def test_no_pairs_for_a_recipe():
     spec, base = preset("digits-recipes")
     content = spec.model_dump(mode="json")
