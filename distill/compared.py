@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -180,13 +181,14 @@ def titled(entry: Entry) -> str:
     recipes = list(dict.fromkeys(part.recipe for part in entry.parts))
     return (
         entry.name
-        if len(recipes) == 1 and _short(recipes[0]) == entry.name
-        else f"{entry.name} ({', '.join(map(_short, recipes))})"
+        if len(recipes) == 1 and short(recipes[0]) == entry.name
+        else f"{entry.name} ({', '.join(map(short, recipes))})"
     )
 
 
-def _short(recipe: str) -> str:
-    return recipe.rpartition("/")[2]
+def short(recipe: str) -> str:
+    """The name of a recipe without its folder, and without the .py of a file."""
+    return PurePosixPath(recipe).stem
 
 
 def ranked(found: Found) -> dict[str, list[tuple[int, float]]]:

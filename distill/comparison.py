@@ -13,9 +13,10 @@ out is a spec like any other.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from distill import evalspec, pairspec, registry, workflow
+from distill.compared import short
 from distill.guard import InputError, suggest
 from distill.spec import EvaluateStage, GaussianTeacher, MixtureTeacher, PairsStage, RunSpec, Stage, TrainStage
 
@@ -145,24 +146,20 @@ def _shared_pairs(spec: RunSpec, teachers: set[str]) -> set[str]:
 def _resolve(given: Sequence[str], of_spec: Sequence[str]) -> list[str]:
     """Whole names of recipes, which may be named without their folder."""
     known = dict.fromkeys([*registry.names(), *of_spec])
-    short = Counter(_short(name) for name in known)
+    times = Counter(short(name) for name in known)
     found = []
     for each in given:
-        fitting = [name for name in known if each in (name, _short(name))]
+        fitting = [name for name in known if each in (name, short(name))]
         fitting = [each] if each in known else fitting
         if len(fitting) > 1:
             raise InputError(f"--recipes: '{each}' is both {' and '.join(fitting)}; give the whole name")
         if not fitting:
-            valid = [_short(name) if short[_short(name)] == 1 else name for name in known]
+            valid = [short(name) if times[short(name)] == 1 else name for name in known]
             raise InputError(f"--recipes: there is no recipe '{each}'; {suggest(each, valid)}")
         if fitting[0] in found:
             raise InputError(f"--recipes names {fitting[0]} twice; name it once")
         found += fitting
     return found
-
-
-def _short(recipe: str) -> str:
-    return PurePosixPath(recipe).stem
 
 
 def _ends(spec: RunSpec, distilled: Mapping[str, TrainStage], recipe: str) -> list[str]:
@@ -207,7 +204,7 @@ def _derived_chain(
     made = [n for n in teachers if isinstance(s := spec.stages[n], TrainStage) and s.recipe == recipe]
     if made:
         raise InputError(f"--recipes: {recipe} makes the teacher here ('{made[0]}'); name recipes that distil it")
-    name, first = _new(spec, _short(recipe)), next(iter(distilled.values()), None)
+    name, first = _new(spec, short(recipe)), next(iter(distilled.values()), None)
     if first is None:
         raise InputError(
             f"--recipes: {recipe} has no stage in spec '{spec.name}', and there is none that distils, to take its "

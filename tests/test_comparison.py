@@ -395,6 +395,13 @@ def test_no_pairs_for_a_recipe():
     )
 
 
+def test_a_recipe_of_ones_own_goes_by_the_name_of_its_file():
+    own = REFLOW | {"recipe": "./mine.py"}
+    plan = comparison.plan(vectors(flow=None, evaluate=None, mine=own, last=EVALUATE), specfile.Path(), ["mine"])
+    _, record = budget.frozen(plan, alike(plan), 1.0, "c")
+    assert [compared.titled(each) for each in record.entries] == ["mine"]
+
+
 def test_a_copy_with_a_name_that_is_taken():
     content = preset("digits")[0].model_dump(mode="json")
     content["stages"] = {"one_step-reflow": PAIRS | {"teacher": None}, **content["stages"]}
