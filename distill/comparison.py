@@ -99,7 +99,8 @@ def _refuse_one_name(chains: Sequence[Chain]) -> None:
     for name, each in recipes.items():
         if len(each) > 1:
             raise InputError(
-                f"--recipes: {' and '.join(each)} would both have a stage '{name}'; give the spec a stage of one of them"
+                f"--recipes: {' and '.join(each)} would both have a stage '{name}'; give the spec a stage of one of "
+                "them"
             )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill import pairspec
 from distill.spec import LaunchSpec, PairsStage, RunSpec, TrainStage
 from distill.store import RunPaths, append_line, event_line, read_events, read_lines, shard_path, shard_record
 
@@ -114,7 +115,7 @@ def limit_seconds(text: str) -> int | None:
 
 def num_shards(stage: PairsStage) -> int:
     """Files of a pairs stage."""
-    return -(-stage.count // stage.shard)
+    return len(pairspec.shards(stage.count, stage.shard))
 
 
 def missing_parts(stage: PairsStage, folder: Path, parts: int) -> list[int]:

@@ -21,6 +21,11 @@ def calls(stage: PairsStage) -> float:
     return number * nfe.per_velocity(stage.guidance_scale)
 
 
+def shards(count: int, shard: int) -> list[range]:
+    """The pairs of each file, of so many in all and `shard` a file."""
+    return [range(start, min(start + shard, count)) for start in range(0, count, shard)]
+
+
 def bytes_per_pair(stage: PairsStage, shape: Sequence[int]) -> int:
     """On disk, headers and labels aside."""
     states = 1 if stage.paths == "segments" else num_states(stage) - 2

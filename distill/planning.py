@@ -1,12 +1,11 @@
 """What a run would do, stage by stage, before anything is done."""
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distill import evalspec, pairspec, workflow
+from distill import evalspec, jobs, pairspec, workflow
 from distill.spec import EvaluateStage, LaunchSpec, PairsStage, RunSpec, SlurmSpec, Stage, TrainStage
 from distill.store import RunPaths
 
@@ -113,7 +112,7 @@ def _pairs(name: str, stage: PairsStage) -> Step:
     what += "" if stage.paths == "backward" else f", {stage.paths}"
     total = round(stage.count * calls)
     work = f"{stage.count:,} pairs x {calls:g} network calls = {total:,}"
-    shards = math.ceil(stage.count / stage.shard)
+    shards = jobs.num_shards(stage)
     writes = [f"stages/{name}/pairs/ ({shards} shard{'s' if shards > 1 else ''})"]
     needs = [stage.teacher or "the spec's teacher"] + (["data"] if stage.paths in pairspec.OF_DATA else [])
     return Step(name, stage.kind, what, work, needs, total, writes)

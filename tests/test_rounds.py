@@ -262,8 +262,8 @@ REFUSED = {
     ),
     "less than a pair": (
         ["digits", "--forward", "0.001"],
-        "spec 'digits': stages.reflow-1.pairs: a part of 0.001 of batch_size=128 is not one pair; use a larger batch or "
-        "other parts",
+        "spec 'digits': stages.reflow-1.pairs: a part of 0.001 of batch_size=128 is not one pair; use a larger batch "
+        "or other parts",
     ),
     "an endless weight": (
         ["digits", "--data-weight", "inf"],
