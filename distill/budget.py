@@ -7,9 +7,9 @@ like any other: it ends in the same numbers, however long it takes.
 import math
 from collections.abc import Mapping
 
-from distill import card, pairspec, planning
+from distill import card, evalspec, pairspec, planning
 from distill.compared import Comparison, Entry, Measured, Part
-from distill.comparison import Chain, Plan, measuring
+from distill.comparison import Chain, Plan
 from distill.guard import InputError
 from distill.spec import PairsStage, RunSpec, Stage, TrainStage
 from distill.store import RunPaths, read_events, read_json
@@ -50,7 +50,7 @@ def frozen(planned: Plan, found: Mapping[str, Measured], minutes: float, command
     students = {
         chain.name: planned.evaluation.students.get(chain.name) or _steps(found[chain.name]) for chain in planned.chains
     }
-    changed[planned.evaluation_name] = measuring(planned.evaluation, students)
+    changed[planned.evaluation_name] = evalspec.measuring(planned.evaluation, students)
     comparison = Comparison(
         command=command, budget_minutes=minutes, evaluation=planned.evaluation_name, entries=entries
     )
@@ -93,15 +93,17 @@ def _scaled(chain: Chain, found: Mapping[str, Measured], minutes: float) -> dict
 def _of_length(stage: TrainStage, factor: float) -> TrainStage:
     """All that is a length scaled; half-lives stay, since students are named by them."""
     optimizer, saving = stage.optimizer, stage.checkpoint
+    images = max(1, math.floor(factor * stage.images / stage.batch_size)) * stage.batch_size
+    share = images / stage.images  # of whole batches, so that what ends within the training still does
     return stage.model_copy(
         update={
-            "images": max(1, math.floor(factor * stage.images / stage.batch_size)) * stage.batch_size,
-            "optimizer": optimizer.model_copy(update={"warmup_images": math.floor(factor * optimizer.warmup_images)}),
+            "images": images,
+            "optimizer": optimizer.model_copy(update={"warmup_images": math.floor(share * optimizer.warmup_images)}),
             "checkpoint": saving.model_copy(
-                update={"images": None if saving.images is None else max(1, round(factor * saving.images))}
+                update={"images": None if saving.images is None else max(1, round(share * saving.images))}
             ),
             "options": {
-                key: max(1, round(factor * value)) if key.endswith(IN_IMAGES) and isinstance(value, int) else value
+                key: max(1, round(share * value)) if key.endswith(IN_IMAGES) and isinstance(value, int) else value
                 for key, value in stage.options.items()
             },
         }

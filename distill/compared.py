@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -161,7 +162,7 @@ def columns(found: Found) -> list[str]:
 
 def rows(found: Found) -> list[tuple[str, list[str]]]:
     """The name of each row, and its numbers as text: the teacher by each of its solvers first."""
-    measured = found.results.rows
+    measured = found.results.usual
     coarse = [row for row in measured if row.role == "teacher" and not row.fine]
     fine = [row for row in measured if row.role == "teacher" and row.fine]
     shown = [("teacher, euler", coarse)] if coarse else []
@@ -180,13 +181,14 @@ def titled(entry: Entry) -> str:
     recipes = list(dict.fromkeys(part.recipe for part in entry.parts))
     return (
         entry.name
-        if len(recipes) == 1 and _short(recipes[0]) == entry.name
-        else f"{entry.name} ({', '.join(map(_short, recipes))})"
+        if len(recipes) == 1 and short(recipes[0]) == entry.name
+        else f"{entry.name} ({', '.join(map(short, recipes))})"
     )
 
 
-def _short(recipe: str) -> str:
-    return recipe.rpartition("/")[2]
+def short(recipe: str) -> str:
+    """The name of a recipe without its folder, and without the .py of a file."""
+    return PurePosixPath(recipe).stem
 
 
 def ranked(found: Found) -> dict[str, list[tuple[int, float]]]:
@@ -197,18 +199,18 @@ def ranked(found: Found) -> dict[str, list[tuple[int, float]]]:
 
 def teacher(found: Found) -> list[tuple[str, float]]:
     """The teacher's values by name, but for one of 0: by its fine solver, to which RMS is measured."""
-    measured = [row for row in found.results.rows if row.role == "teacher" and row.value > 0]
+    measured = [row for row in found.results.usual if row.role == "teacher" and row.value > 0]
     return [(f"{row.solver} {row.steps}" if row.fine else f"{row.steps}", row.value) for row in measured]
 
 
 def _of(found: Found, entry: Entry) -> list[Row]:
     """The rows of its student by its own sampler, fewest steps first."""
-    of_it = [row for row in found.results.rows if row.role == "student" and row.network == entry.name]
+    of_it = [row for row in found.results.usual if row.role == "student" and row.network == entry.name]
     return sorted((row for row in of_it if not row.fine), key=lambda row: row.steps)
 
 
 def _steps(found: Found) -> list[int]:
-    return sorted({row.steps for row in found.results.rows})
+    return sorted({row.steps for row in found.results.usual})
 
 
 def _values(found: Found, measured: Sequence[Row]) -> list[str]:

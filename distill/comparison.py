@@ -13,9 +13,10 @@ out is a spec like any other.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-from distill import pairspec, registry, workflow
+from distill import evalspec, pairspec, registry, workflow
+from distill.compared import short
 from distill.guard import InputError, suggest
 from distill.spec import EvaluateStage, GaussianTeacher, MixtureTeacher, PairsStage, RunSpec, Stage, TrainStage
 
@@ -56,7 +57,7 @@ class Plan:
         for chain in self.chains:
             stages |= chain.stages
         students = {c.name: steps for c in self.chains if (steps := self.evaluation.students.get(c.name))}
-        stages[self.evaluation_name] = measuring(self.evaluation, students)
+        stages[self.evaluation_name] = evalspec.measuring(self.evaluation, students)
         return self.given.model_copy(update={"stages": {**stages, **(changed or {})}})
 
 
@@ -81,6 +82,7 @@ def plan(spec: RunSpec, base: Path, recipes: Sequence[str] | None) -> Plan:
         chains += [_own_chain(spec, end, parts) for end in ends[recipe]]
         if not ends[recipe]:
             chains.append(_derived_chain(spec, base, recipe, teachers, distilled))
+    _refuse_one_name(chains)
     needing = [evaluation, *(stage for chain in chains for stage in chain.stages.values())]
     targets = {target for stage in needing for _, target, _ in workflow.references(stage) if target in common}
     used = _lines(spec, targets)
@@ -88,10 +90,18 @@ def plan(spec: RunSpec, base: Path, recipes: Sequence[str] | None) -> Plan:
     return Plan(spec, shared, chains, name, evaluation)
 
 
-def measuring(evaluation: EvaluateStage, students: Mapping[str, list[int]]) -> EvaluateStage:
-    """The evaluation, of these students."""
-    fine = [name for name in evaluation.fine_students if name in students]
-    return evaluation.model_copy(update={"students": dict(students), "fine_students": fine})
+def _refuse_one_name(chains: Sequence[Chain]) -> None:
+    """Names that are made are checked against the spec's where they are made."""
+    recipes: dict[str, list[str]] = {}
+    for chain in chains:
+        for name in chain.stages:
+            recipes.setdefault(name, []).append(chain.recipe)
+    for name, each in recipes.items():
+        if len(each) > 1:
+            raise InputError(
+                f"--recipes: {' and '.join(each)} would both have a stage '{name}'; give the spec a stage of one of "
+                "them"
+            )
 
 
 def _evaluation(spec: RunSpec) -> tuple[str, EvaluateStage]:
@@ -137,24 +147,20 @@ def _shared_pairs(spec: RunSpec, teachers: set[str]) -> set[str]:
 def _resolve(given: Sequence[str], of_spec: Sequence[str]) -> list[str]:
     """Whole names of recipes, which may be named without their folder."""
     known = dict.fromkeys([*registry.names(), *of_spec])
-    short = Counter(_short(name) for name in known)
+    times = Counter(short(name) for name in known)
     found = []
     for each in given:
-        fitting = [name for name in known if each in (name, _short(name))]
+        fitting = [name for name in known if each in (name, short(name))]
         fitting = [each] if each in known else fitting
         if len(fitting) > 1:
             raise InputError(f"--recipes: '{each}' is both {' and '.join(fitting)}; give the whole name")
         if not fitting:
-            valid = [_short(name) if short[_short(name)] == 1 else name for name in known]
+            valid = [short(name) if times[short(name)] == 1 else name for name in known]
             raise InputError(f"--recipes: there is no recipe '{each}'; {suggest(each, valid)}")
         if fitting[0] in found:
             raise InputError(f"--recipes names {fitting[0]} twice; name it once")
         found += fitting
     return found
-
-
-def _short(recipe: str) -> str:
-    return PurePosixPath(recipe).stem
 
 
 def _ends(spec: RunSpec, distilled: Mapping[str, TrainStage], recipe: str) -> list[str]:
@@ -199,7 +205,7 @@ def _derived_chain(
     made = [n for n in teachers if isinstance(s := spec.stages[n], TrainStage) and s.recipe == recipe]
     if made:
         raise InputError(f"--recipes: {recipe} makes the teacher here ('{made[0]}'); name recipes that distil it")
-    name, first = _new(spec, _short(recipe)), next(iter(distilled.values()), None)
+    name, first = _new(spec, short(recipe)), next(iter(distilled.values()), None)
     if first is None:
         raise InputError(
             f"--recipes: {recipe} has no stage in spec '{spec.name}', and there is none that distils, to take its "

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from distill import data as datasets
-from distill import schedules, teachers
+from distill import evalspec, schedules, teachers
 from distill.data import DataSet
 from distill.draws import key, sample_noise
 from distill.grids import columns_for, images_png, scatter_png
@@ -25,7 +25,7 @@ from distill.metrics.manifold import NEIGHBOURS
 from distill.metrics.reference import Reference, of_exact, of_images
 from distill.progress import Progress
 from distill.protocols import VelocityField
-from distill.results import FILE_NAME, Results, Row, steps_of_rows
+from distill.results import FILE_NAME, Results, Row
 from distill.sampling import (
     Method,
     blocks,
@@ -76,8 +76,7 @@ def _short(text: str) -> str:
 
 def total(stage: EvaluateStage) -> int:
     """Samples that the stage makes: the length of its progress."""
-    rows = 1 + sum(map(len, steps_of_rows(stage).values())) + len(stage.fine_students)
-    return stage.samples * rows
+    return stage.samples * evalspec.num_rows(stage)
 
 
 def evaluate(

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from distill import estimate, memory, pairspec, registry, stages, teachers
+from distill import estimate, evalspec, memory, pairspec, registry, stages, teachers, workflow
 from distill.draws import sample_noise
 from distill.estimate import Built, Student
 from distill.guard import InputError
-from distill.nfe import network_calls, per_velocity
+from distill.nfe import network_calls
 from distill.sampling import by_sampler, condition
 from distill.sharded import Zero
 from distill.spec import EvaluateStage, PairsStage, RunSpec, TrainStage
@@ -87,14 +87,9 @@ class _Forecast:
 
     def evaluate(self, stage: EvaluateStage) -> Cost:
         teacher = self._teacher(stage.teacher)
-        fine = network_calls(stage.fine_solver, stage.fine_steps)
-        calls = per_velocity(stage.guidance_scale) * (sum(stage.teacher_steps) + fine)
-        seconds = calls * self._seconds(teacher, stage.block)
-        for name, steps in stage.students.items():
-            student = self._built(name).student
-            sampler = student.sampler if isinstance(student, LoadedStudent) else "euler"
-            calls = sum(network_calls(sampler, n) for n in steps) + (fine if name in stage.fine_students else 0)
-            seconds += calls * self._seconds(student, stage.block)
+        calls = evalspec.calls(stage, workflow.samplers(self.spec, stage, self.base))
+        networks = {"teacher": teacher, **{name: self._built(name).student for name in stage.students}}
+        seconds = sum(calls[name] * self._seconds(network, stage.block) for name, network in networks.items())
         endpoint = stage.samples * math.prod(teacher.shape) * memory.FLOAT
         return Cost(stage.samples * seconds, endpoint)
 

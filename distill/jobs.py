@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill import pairspec
 from distill.spec import LaunchSpec, PairsStage, RunSpec, TrainStage
 from distill.store import RunPaths, append_line, event_line, read_events, read_lines, shard_path, shard_record
 
@@ -114,7 +115,7 @@ def limit_seconds(text: str) -> int | None:
 
 def num_shards(stage: PairsStage) -> int:
     """Files of a pairs stage."""
-    return -(-stage.count // stage.shard)
+    return len(pairspec.shards(stage.count, stage.shard))
 
 
 def missing_parts(stage: PairsStage, folder: Path, parts: int) -> list[int]:
@@ -136,17 +137,17 @@ def mistakes(spec: RunSpec) -> Iterator[str]:
                 "is no time to compute in; give a longer time or a smaller lead"
             )
     yield from _processes(spec, launch)
-    parts = [(name, num_shards(stage)) for name, stage in spec.stages.items() if isinstance(stage, PairsStage)]
-    if slurm.pairs_jobs > 1 and not parts:
+    shards = {name: num_shards(stage) for name, stage in spec.stages.items() if isinstance(stage, PairsStage)}
+    if slurm.pairs_jobs > 1 and not shards:
         yield f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} given, but no stage makes pairs; remove it"
     if slurm.pairs_jobs > 1 and slurm.one_job:
         yield f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} given, but one_job computes all in one job; remove either"
-    for name, shards in parts:
-        if slurm.pairs_jobs > shards:
-            yield (
-                f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} jobs cannot share the {shards} shards of stage '{name}'; "
-                f"give fewer jobs, or a smaller stages.{name}.shard"
-            )
+    if shards and slurm.pairs_jobs > max(shards.values()):  # of a smaller stage the array has as many as its shards
+        most = max(shards, key=lambda name: shards[name])
+        yield (
+            f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} jobs cannot share the {shards[most]} shards of stage "
+            f"'{most}'; give fewer jobs, or a smaller stages.{most}.shard"
+        )
 
 
 def _processes(spec: RunSpec, launch: LaunchSpec) -> Iterator[str]:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from distill import nfe
+from distill.guard import InputError
 from distill.spec import PairsStage, RunSpec, TrainStage, is_path
 
 OF_DATA, WITH_STATES = ("forward", "segments"), ("trajectories", "segments")  # paths of a pairs stage
@@ -17,6 +18,11 @@ def calls(stage: PairsStage) -> float:
         number += 1  # no step ends at t = 0
     segments = max(1, len(stage.times or []) - 1) if stage.paths == "segments" else 1
     return nfe.per_velocity(stage.guidance_scale) * number / segments
+
+
+def shards(count: int, shard: int) -> list[range]:
+    """The pairs of each file, of so many in all and `shard` a file."""
+    return [range(start, min(start + shard, count)) for start in range(0, count, shard)]
 
 
 def bytes_per_pair(stage: PairsStage, shape: Sequence[int]) -> int:
@@ -84,12 +90,30 @@ def _times(stage: PairsStage, prefix: str) -> Iterator[str]:
         )
 
 
+def parts(batch_size: int, shares: Sequence[float]) -> list[int]:
+    """How many rows of a batch each source gives: as near to its share as whole rows come, at least one."""
+    counts = [int(batch_size * share) for share in shares]
+    by_rest = sorted(range(len(shares)), key=lambda i: counts[i] - batch_size * shares[i])
+    for i in by_rest[: batch_size - sum(counts)]:
+        counts[i] += 1
+    if min(counts) < 1:
+        raise InputError(
+            f"a part of {min(shares):g} of batch_size={batch_size} is not one pair; use a larger batch or other parts"
+        )
+    return counts
+
+
 def of_training(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: str) -> Iterator[str]:
     """Whether the pairs of a train stage are its teacher's, of the kind that its recipe takes, in parts that add up."""
     shares, found = stage.pair_shares, []
     if not (math.isclose(sum(shares.values()), 1) and all(shares.values())):
-        parts = ", ".join(f"{name}: {share:g}" for name, share in shares.items())
-        yield f"{where}: the parts {{{parts}}} must be above 0 and add up to 1"
+        given = ", ".join(f"{name}: {share:g}" for name, share in shares.items())
+        yield f"{where}: the parts {{{given}}} must be above 0 and add up to 1"
+    else:
+        try:
+            parts(stage.batch_size, list(shares.values()))
+        except InputError as error:
+            yield f"{where}: {error}"
     for name in shares:
         solved = spec.stages.get(name)
         if not isinstance(solved, PairsStage):

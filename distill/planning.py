@@ -1,14 +1,12 @@
 """What a run would do, stage by stage, before anything is done."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distill import pairspec, results, workflow
-from distill.nfe import network_calls, per_velocity
-from distill.spec import EvaluateStage, LaunchSpec, PairsStage, RunSpec, Stage, TrainStage
+from distill import evalspec, jobs, pairspec, workflow
+from distill.spec import EvaluateStage, LaunchSpec, PairsStage, RunSpec, SlurmSpec, Stage, TrainStage
 from distill.store import RunPaths
 
 CHECKS = (
@@ -42,7 +40,7 @@ def steps(spec: RunSpec, base: Path) -> list[Step]:
         if isinstance(stage, TrainStage)
         else _pairs(name, stage)
         if isinstance(stage, PairsStage)
-        else _evaluate(name, stage)
+        else _evaluate(name, stage, workflow.samplers(spec, stage, base))
         for name, stage in spec.stages.items()
     ]
 
@@ -75,7 +73,8 @@ def miniature(spec: RunSpec) -> RunSpec:
             few = {"count": min(stage.count, stage.block)}
             coarse = {} if stage.paths in pairspec.WITH_STATES else {"solver": "euler", "steps": 1}
             stages[name] = stage.model_copy(update={**few, **coarse})
-    return spec.model_copy(update={"stages": stages})
+    here = spec.launch.model_copy(update={"slurm": SlurmSpec()})  # an array would find too few shards
+    return spec.model_copy(update={"stages": stages, "launch": here})
 
 
 def memory_rows(memory: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, str, int | None, list[int]]]:
@@ -113,21 +112,15 @@ def _pairs(name: str, stage: PairsStage) -> Step:
     what += "" if stage.paths == "backward" else f", {stage.paths}"
     total = round(stage.count * calls)
     work = f"{stage.count:,} pairs x {calls:g} network calls = {total:,}"
-    shards = math.ceil(stage.count / stage.shard)
+    shards = jobs.num_shards(stage)
     writes = [f"stages/{name}/pairs/ ({shards} shard{'s' if shards > 1 else ''})"]
     needs = [stage.teacher or "the spec's teacher"] + (["data"] if stage.paths in pairspec.OF_DATA else [])
     return Step(name, stage.kind, what, work, needs, total, writes)
 
 
-def _evaluate(name: str, stage: EvaluateStage) -> Step:
-    counts = results.steps_of_rows(stage)
-    rows = 1 + sum(map(len, counts.values()))
-    ways = [*(("euler", count) for count in counts.pop("teacher")), (stage.fine_solver, stage.fine_steps)]
-    teacher = per_velocity(stage.guidance_scale) * sum(network_calls(solver, count) for solver, count in ways)
-    students = sum(map(sum, counts.values()))
-    students += len(stage.fine_students) * network_calls(stage.fine_solver, stage.fine_steps)
-    calls = stage.samples * (teacher + students)
-    work = f"{rows} rows x {stage.samples:,} samples; {calls:,} network calls"
+def _evaluate(name: str, stage: EvaluateStage, samplers: Mapping[str, str]) -> Step:
+    calls = stage.samples * sum(evalspec.calls(stage, samplers).values())
+    work = f"{evalspec.num_rows(stage)} rows x {stage.samples:,} samples; {calls:,} network calls"
     needs = _unique([stage.teacher or "the spec's teacher", *stage.students])
     coarse = f"at {', '.join(map(str, stage.teacher_steps))} steps and " if stage.teacher_steps else "by "
     fine = f"{stage.fine_solver} {stage.fine_steps}"

@@ -6,7 +6,7 @@ from pydantic import Field
 from rich.table import Table
 
 from distill.guard import InputError
-from distill.spec import EvaluateStage, Frozen
+from distill.spec import Frozen
 from distill.store import RunPaths, StagePaths
 
 FILE_NAME = "results.json"
@@ -101,16 +101,6 @@ class Results(Frozen):
         raise InputError(
             f"no row for {network} at {steps} steps; there are {[(r.network, r.steps) for r in self.rows]}"
         )
-
-
-def steps_of_rows(stage: EvaluateStage) -> dict[str, list[int]]:
-    """Network -> steps of each row that an evaluation will have of it, but for the one of the fine solver."""
-    usual = {"teacher": stage.teacher_steps, **stage.students}
-    further = {
-        name: [steps for way in stage.times.get(name, []) for steps in (own if way == "optimal" else [len(way) - 1])]
-        for name, own in usual.items()
-    }
-    return {name: own + further[name] for name, own in usual.items()}
 
 
 def card_metrics(results: Results, student: str) -> dict[str, float]:

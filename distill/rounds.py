@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill import overrides, registry, specfile, workflow
+from distill import evalspec, overrides, registry, specfile, workflow
 from distill.guard import InputError, suggest
 from distill.overrides import Override
 from distill.spec import (
@@ -180,12 +180,8 @@ def _refuse(spec: RunSpec, template: Template, base: Path, plan: Plan) -> None:
             f"{option} takes real data, and spec '{spec.name}' has none; give it data, e.g. data={{kind: digits}}, "
             f"or leave {option} out"
         )
-    batch = template.flow.batch_size
-    if plan.forward is not None and not (0 < plan.forward < 1 and 0 < round(plan.forward * batch) < batch):
-        raise InputError(
-            f"--forward {plan.forward:g}: a part of each batch of {batch} pairs is expected, at least one pair and not "
-            "all, like 0.2"
-        )
+    if plan.forward is not None and not 0 < plan.forward < 1:
+        raise InputError(f"--forward {plan.forward:g}: a part of each batch is expected, above 0 and below 1, like 0.2")
     if plan.forward is not None and template.pairs.paths == "forward":
         raise InputError(f"--forward: the pairs of '{template.pairs_name}' are of real data already; leave it out")
     if plan.data_weight is not None and not 0 < plan.data_weight < math.inf:
@@ -212,10 +208,9 @@ def _round(template: Template, number: int, teacher: str | None, plan: Plan) -> 
     found[flow] = template.flow.model_copy(update={**changes, **start})
     steps = template.evaluation.students.get(template.flow_name, FEW_STEPS)
     coarse = template.evaluation.teacher_steps if _one_evaluation(template, plan) else []
-    measured = {"students": {flow: steps}, "fine_students": [flow], "teacher_steps": coarse}
-    found[f"{template.evaluation_name}-{number}"] = template.evaluation.model_copy(
-        update={**_of(teacher, first=first), **measured}
-    )
+    asked = template.evaluation.model_copy(update={**_of(teacher, first=first), "teacher_steps": coarse})
+    measured = evalspec.measuring(asked, {flow: steps}, {flow: template.flow_name})
+    found[f"{template.evaluation_name}-{number}"] = measured.model_copy(update={"fine_students": [flow]})
     return list(found.items())
 
 
@@ -223,8 +218,8 @@ def _inverted(pairs: PairsStage, share: float) -> PairsStage:
     """Pairs from real data to noise, as many as are seen as often as the others at this share of a batch."""
     count = max(1, round(pairs.count * share / (1 - share)))
     solver = "heun" if pairs.solver == "dpm_solver_pp_2m" else pairs.solver  # which begins at noise only
-    changes = {"paths": "forward", "times": None, "store_noise": False, "count": count, "solver": solver}
-    return pairs.model_copy(update=changes)
+    ends = {"paths": "forward", "times": None, "optimal_times": None, "store_noise": False}
+    return pairs.model_copy(update={**ends, "count": count, "solver": solver})
 
 
 def _one_evaluation(template: Template, plan: Plan) -> bool:
@@ -261,5 +256,6 @@ def _last_evaluation(template: Template, flows: Sequence[str], plan: Plan) -> Ev
         if plan.distill:
             students = {name: given.get(name, [1]), **students}
     others = {name: steps for name, steps in given.items() if name in template.before}
-    fine = [name for name in template.evaluation.fine_students if name in others]  # of flows, their rounds say it
-    return template.evaluation.model_copy(update={"students": {**students, **others}, "fine_students": fine})
+    measured = evalspec.measuring(template.evaluation, {**students, **others}, dict.fromkeys(flows, template.flow_name))
+    fine = [name for name in measured.fine_students if name in others]  # of flows, their rounds say it
+    return measured.model_copy(update={"fine_students": fine})

@@ -10,7 +10,7 @@ from distill import pairs, pairspec, schedules, teachers
 from distill.data import DataSet
 from distill.draws import key
 from distill.guard import InputError
-from distill.pairs import accuracy, mixed, paths
+from distill.pairs import accuracy, paths
 from distill.pairs.accuracy import Accuracy
 from distill.pairs.paths import Real
 from distill.progress import Progress
@@ -52,7 +52,7 @@ def batches(
     if not stage.pair_shares:
         assert real is not None, "workflow.check lets no such stage through"
         return real, {}
-    counts = mixed.parts(stage.batch_size, list(stage.pair_shares.values()))
+    counts = pairspec.parts(stage.batch_size, list(stage.pair_shares.values()))
     sets = [pairs.PairSet.open(run.stage(name).pairs, teacher_digest) for name in stage.pair_shares]
     sources = [pairs.PairSource(each, count, seed) for each, count in zip(sets, counts, strict=True)]
     source = sources[0] if len(sources) == 1 else pairs.Mixed(sources, counts)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+FINE, SAMPLES, SEED = 100, 100, 0  # what optimal times are found by, where nothing else is asked for
 
 
 def is_path(times: Sequence[float]) -> bool:
@@ -319,7 +320,7 @@ class SlurmSpec(Frozen):
     max_crashes: NonNegativeInt = 3
     """how often a job that has crashed is queued again; never after a crash at the step of the last one"""
     pairs_jobs: PositiveInt = 1
-    """jobs of an array that share the shards of each pairs stage"""
+    """jobs of an array that share the shards of each pairs stage; of one with fewer shards, as many as those"""
     one_job: bool = False
     """compute all stages in one job, one after the other, instead of a job for each"""
     container: str | None = None

@@ -180,9 +180,10 @@ def _t_grids(spec: RunSpec, name: str, recipe: Recipe, times: list[float] | None
     times: of the states of its pairs, if all have the same.
     """
     t_grids = sampling.own_grids(recipe, times)
-    for evaluation, each in spec.stages.items():
-        if isinstance(each, EvaluateStage) and name in each.students:
-            sampling.refuse_steps(t_grids, each.students[name], f"stages.{evaluation}.students.{name}")
+    for where, each in ((f"stages.{n}", s) for n, s in spec.stages.items() if isinstance(s, EvaluateStage)):
+        sampling.refuse_steps(t_grids, each.students.get(name, []), f"{where}.students.{name}")
+        if name in each.times:
+            sampling.refuse_times(t_grids, f"{where}.times.{name}")
     return t_grids
 
 

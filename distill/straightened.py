@@ -50,7 +50,7 @@ def round_of(results: Results) -> Round | None:
     if len(fine) != 2:  # that of the teacher is the first
         return None
     before, after = fine
-    few = {row.steps: row for row in results.rows if row.network == after.network and not row.fine}
+    few = {row.steps: row for row in results.usual if row.network == after.network and not row.fine}
     return Round(results.stage, results.distance, before, after, few)
 
 

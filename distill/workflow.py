@@ -8,6 +8,7 @@ from distill import jobs, pairspec, registry, schema, specfile, trainspec
 from distill.card import NO_FIELDS, SAMPLERS
 from distill.guard import InputError, suggest
 from distill.spec import (
+    FINE,
     CheckpointTeacher,
     EvaluateStage,
     GaussianTeacher,
@@ -88,6 +89,12 @@ def locate_options(spec: RunSpec, base: Path) -> RunSpec:
 def recipe_config(stage: TrainStage, base: Path, where: str = "options") -> registry.RecipeConfig:
     """A train stage's options as its recipe's Config; imports the recipe."""
     return registry.configure(stage.recipe, registry.load(stage.recipe, base), stage.options, where)
+
+
+def samplers(spec: RunSpec, evaluation: EvaluateStage, base: Path) -> dict[str, str]:
+    """Those of the students that an evaluation measures; imports their recipes."""
+    trained = {name: stage for name in evaluation.students if isinstance(stage := spec.stages[name], TrainStage)}
+    return {name: registry.load(stage.recipe, base).Recipe.sampler for name, stage in trained.items()}
 
 
 def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
@@ -343,6 +350,11 @@ def _evaluate(spec: RunSpec, stage: EvaluateStage, base: Path, where: str) -> It
         for times in ways:
             if times != "optimal" and not is_path(times):
                 yield f"{here}: {times} given; times go from 1 down to 0, like [1, 0.6, 0]"
+        most = max({"teacher": stage.teacher_steps, **stage.students}.get(network, []), default=0)
+        if network == "teacher" and not stage.teacher_steps:
+            yield f"{here}: teacher_steps is empty, so this has no effect; remove it, or give numbers of steps"
+        if "optimal" in ways and most > FINE:
+            yield f"{here}: optimal times of {most} steps cannot be chosen among {FINE}; give fewer steps"
     for student in stage.fine_students:
         if student not in stage.students:
             yield f"{where}.fine_students: '{student}' is none of {where}.students; {suggest(student, stage.students)}"

@@ -33,6 +33,8 @@ ANYWHERE = {
     "card",
     "space",
     "pairspec",
+    "evalspec",
+    "nfe",
 }  # no torch in them, usable by both planes
 CONTROL = ANYWHERE | {
     "overrides",

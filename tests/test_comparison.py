@@ -191,6 +191,19 @@ def test_the_last_evaluation_measures_all():
     assert (other.students, other.fine_students) == ({}, []), "its steps are not known before the rehearsal"
 
 
+def test_times_of_those_that_are_not_compared_are_left_out():
+    plan, base = planned("digits", "one_step")
+    times = {"teacher": ["optimal"], "reflow": ["optimal"], "one_step": [[1.0, 0.5, 0.0]]}
+    asked = plan.given.stages["evaluate"].model_copy(update={"times": times})
+    spec = plan.given.model_copy(update={"stages": {**plan.given.stages, "evaluate": asked}})
+    workflow.check(spec, base)
+    plan = comparison.plan(spec, base, ["one_step"])
+    workflow.check(plan.spec(), base)
+    kept = {"teacher": times["teacher"], "one_step": times["one_step"]}
+    assert plan.spec().stages["evaluate"].times == kept
+    assert budget.frozen(plan, alike(plan), 1.0, "c")[0].stages["evaluate"].times == kept
+
+
 # --- lengths ---
 
 
@@ -208,11 +221,26 @@ def test_a_chain_takes_the_minutes():
     given, stages = plan.given.stages, found.stages
     factor = 90 / (179200 * 0.0011 + 76800 * 0.0023)
     assert stages["anneal"].images == math.floor(factor * 179200 / 128) * 128
-    assert stages["anneal"].options == {"phase": "anneal", "anneal_images": round(factor * 96000)}
-    assert stages["anneal"].optimizer.warmup_images == math.floor(factor * 2560)
+    share = stages["anneal"].images / 179200
+    assert stages["anneal"].options == {"phase": "anneal", "anneal_images": round(share * 96000)}
+    assert stages["anneal"].optimizer.warmup_images == math.floor(share * 2560)
     for name in seconds:
         assert (stages[name].ema_half_lives, stages[name].export) == (given[name].ema_half_lives, given[name].export)
     assert {name: found.stages[name] for name in ("teach", "pairs")} == {n: given[n] for n in ("teach", "pairs")}
+
+
+@pytest.mark.parametrize("images", [128, 256, 384])
+def test_a_warm_up_ends_before_a_short_training_does(images):
+    length = {"images": 2560, "batch_size": 128, "optimizer": {"warmup_images": 2559}}
+    plan = comparison.plan(vectors(flow=REFLOW | length), specfile.Path(), None)
+    found, _ = budget.frozen(plan, alike(plan), (images + 127) * 0.001 / 60, "c")
+    workflow.check(found, specfile.Path())
+    flow = found.stages["flow"]
+    assert (flow.images, flow.optimizer.warmup_images) == (images, images - 1)
+    annealing = {"recipe": "reflow/slimflow", "options": {"phase": "anneal", "anneal_images": 2560}}
+    plan = comparison.plan(vectors(flow=REFLOW | length | annealing), specfile.Path(), None)
+    flow = budget.frozen(plan, alike(plan), (images + 127) * 0.001 / 60, "c")[0].stages["flow"]
+    assert flow.options["anneal_images"] == flow.images == images
 
 
 def test_checkpoints_are_as_many_as_before():
@@ -333,6 +361,26 @@ def test_specs_that_do_not_fit(case):
     assert str(caught.value) == said
 
 
+def test_recipes_of_one_last_name(tmp_path, monkeypatch):
+    package = tmp_path / "other_distill-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: other-distill\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text("[distill.recipes]\nother/one_step = their_one_step\n")
+    ours = registry.source("reflow/one_step", tmp_path)
+    (tmp_path / "their_one_step.py").write_text(ours.read_text())
+    monkeypatch.syspath_prepend(tmp_path)
+    both = ["other/one_step", "reflow/one_step"]
+    with pytest.raises(InputError) as caught:
+        comparison.plan(vectors(), specfile.Path(), both)
+    assert str(caught.value) == (
+        "--recipes: other/one_step and reflow/one_step would both have a stage 'one_step'; give the spec a stage of "
+        "one of them"
+    )
+    other = {**REFLOW, "recipe": "other/one_step"}
+    named = comparison.plan(vectors(evaluate=None, theirs=other, last=EVALUATE), specfile.Path(), both)
+    assert [chain.name for chain in named.chains] == ["theirs", "one_step"]
+
+
 def test_no_pairs_for_a_recipe():
     spec, base = preset("digits-recipes")
     content = spec.model_dump(mode="json")
@@ -345,6 +393,13 @@ def test_no_pairs_for_a_recipe():
         "--recipes: reflow/reflow needs pairs, and spec 'digits-recipes' has none of 'teach'; add a pairs stage with "
         "kind: pairs"
     )
+
+
+def test_a_recipe_of_ones_own_goes_by_the_name_of_its_file():
+    own = REFLOW | {"recipe": "./mine.py"}
+    plan = comparison.plan(vectors(flow=None, evaluate=None, mine=own, last=EVALUATE), specfile.Path(), ["mine"])
+    _, record = budget.frozen(plan, alike(plan), 1.0, "c")
+    assert [compared.titled(each) for each in record.entries] == ["mine"]
 
 
 def test_a_copy_with_a_name_that_is_taken():
@@ -460,6 +515,11 @@ REFUSED = {
         "run 'two' cannot go on with a changed spec (only launch may change):\n  seed: 0 -> 5\nstart another run by "
         "--name OTHER, or undo the change",
     ),
+    "another chain": (
+        ["./two.yaml", "--resume", "--recipes", "reflow", "--name", "two"],
+        "run 'two' cannot go on with a changed spec: 'reflow' is trained by reflow there, by before, reflow here; undo "
+        "the change, or start another by --name OTHER",
+    ),
 }  # fmt: skip
 
 
@@ -474,6 +534,12 @@ def test_commands_that_are_refused(capfd, tmp_path, case):
     (tmp_path / "mine.yaml").write_text(
         "{name: mine, data: {kind: digits}, stages: {evaluate: {kind: evaluate, students: {}}}}"
     )
+    stages = plan.given.stages
+    longer = {**stages, "before": stages["reflow"], "reflow": stages["reflow"].model_copy(update={"init": "before"})}
+    order = ["teach", "pairs", "before", "reflow"]
+    longer = {name: longer[name] for name in [*order, "evaluate"]}
+    longer["evaluate"] = longer["evaluate"].model_copy(update={"students": {}})
+    (tmp_path / "two.yaml").write_text(specfile.resolved(plan.given.model_copy(update={"stages": longer})))
     arguments, said = REFUSED[case]
     before = snapshot(tmp_path)
     done = command(capfd, "compare", *arguments)
@@ -568,6 +634,22 @@ def test_the_table_says_each_number(run):
     for name, cells in EXPECTED:
         (line,) = [each for each in shown.get().splitlines() if each.strip("│ ").startswith(f"{name} ")]
         assert [cell.strip() for cell in line.strip("│").split("│")] == [name, *cells]
+
+
+def test_rows_along_other_times_are_not_compared(run):
+    usual = results()
+    along = [
+        measured_row("teacher", "teacher", "euler", 8, 8, 9.0, along="optimal"),
+        measured_row("teacher", "teacher", "euler", 3, 3, 9.0, along="1, 0.6, 0.2, 0"),
+        measured_row("reflow", "student", "euler", 1, 1, 30.0, along="optimal"),
+        measured_row("reflow", "student", "euler", 3, 3, 9.0, along="1, 0.6, 0.2, 0"),
+    ]
+    more = usual.model_copy(update={"rows": [*usual.rows, *along]})
+    write_json(run.stage("evaluate").root / FILE_NAME, more.model_dump(mode="json"))
+    found = compared.found(run)
+    assert (compared.columns(found), compared.rows(found)) == (COLUMNS, EXPECTED)
+    assert compared.ranked(found)["reflow"] == [(1, 40.0), (2, 20.0)]
+    assert compared.teacher(found) == [("1", 1000.0), ("8", 10.0), ("heun 16", 5.0)]
 
 
 def test_the_page_is_a_table_of_github(run):

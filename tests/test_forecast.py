@@ -83,6 +83,19 @@ def test_time_is_a_number_of_calls(tmp_path, monkeypatch):
     assert costs["e"].seconds == planning.steps(one, tmp_path)[2].network_calls
 
 
+def test_every_row_of_an_evaluation_counts(tmp_path, monkeypatch):
+    """Those along other times too, and what its sampler calls beside its steps."""
+    monkeypatch.setattr(forecast, "_measure", lambda network, batch, device: 1.0)
+    one = spec(
+        solve=PAIRS, flow=TRAIN, bent=TRAIN | {"recipe": "reflow/caf"},
+        e={"kind": "evaluate", "students": {"flow": [1, 2], "bent": [1, 4]}, "fine_steps": 3, "teacher_steps": [1, 4],
+           "guidance_scale": 2, "times": {"teacher": [[1, 0.6, 0]], "flow": ["optimal"]}, "samples": 20},
+    )  # fmt: skip
+    calls = 20 * (2 * (1 + 4 + 5 + 2) + 2 * (1 + 2) + (1 + 1) + (4 + 1))
+    assert planning.steps(one, tmp_path)[3].network_calls == calls
+    assert forecast.forecast(one, tmp_path, here=True)["e"].seconds == calls
+
+
 class Slow:
     """A field that takes two milliseconds for a sample and five for a call."""
 

@@ -12,7 +12,7 @@ from runs import folder_bytes, make
 from distill import claims, jobs
 from distill.guard import InputError, Stopped
 from distill.launch import slurm
-from distill.pairs import generate
+from distill.pairs import generate, size
 from distill.progress import Progress
 from distill.spec import GaussianTeacher, PairsStage
 from distill.stop import StopRequest
@@ -222,6 +222,8 @@ def solve(folder, part=None, stop=None):
 
 def test_parts_in_any_order_and_stopped_make_the_undivided_set(tmp_path):
     whole = solve(tmp_path / "whole")
+    assert jobs.num_shards(STAGE) == len(list((tmp_path / "whole").glob("shard-*.safetensors")))
+    assert sum(size(STAGE, (number, 4)) for number in range(4)) == size(STAGE, None) == STAGE.count
     folder = tmp_path / "parts"
     assert jobs.missing_parts(STAGE, folder, 4) == [0, 1, 2, 3]
     for number in (2, 0):

@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 
-from distill import draws, solvers
+from distill import draws, pairspec, solvers
 from distill.data import DataSource, arrays
 from distill.draws import Rows
 from distill.fields import Counted
 from distill.guard import InputError
 from distill.interpolants import linear
-from distill.pairs import Beside, Mixed, PairSet, PairSource, accuracy, generate, mixed, plan
+from distill.pairs import Beside, Mixed, PairSet, PairSource, accuracy, generate, plan
 from distill.pairs.numbers import Rounding, Whiteness, restored, stored
 from distill.pairs.paths import of_data
 from distill.progress import Progress
@@ -271,10 +271,10 @@ def test_parts_in_any_order_make_the_same_files(tmp_path, parts, options):
 
 
 def test_parts_of_a_batch_are_the_nearest_whole_rows():
-    assert mixed.parts(10, [0.75, 0.25]) == [8, 2] and mixed.parts(128, [0.8, 0.2]) == [102, 26]
-    assert mixed.parts(7, [1.0]) == [7] and sum(mixed.parts(11, [1 / 3] * 3)) == 11
+    assert pairspec.parts(10, [0.75, 0.25]) == [8, 2] and pairspec.parts(128, [0.8, 0.2]) == [102, 26]
+    assert pairspec.parts(7, [1.0]) == [7] and sum(pairspec.parts(11, [1 / 3] * 3)) == 11
     with pytest.raises(InputError, match="a part of 0.05 of batch_size=4 is not one pair"):
-        mixed.parts(4, [0.95, 0.05])
+        pairspec.parts(4, [0.95, 0.05])
 
 
 def test_a_mixture_holds_its_parts_whoever_reads_it(tmp_path):

@@ -125,6 +125,16 @@ def test_real_data_against_drift():
     ]  # fmt: skip
 
 
+def test_inverted_paths_keep_their_ends_alone():
+    """Whatever states the paths from noise have."""
+    for states in ({"times": [1.0, 0.5, 0.0]}, {"optimal_times": 2}):
+        paths = PAIRS | {"paths": "trajectories", "store_noise": True, **states}
+        found = expand(spec(solve=paths), specfile.Path(), Plan(forward=0.25))
+        workflow.check(found, specfile.Path())
+        inverted = found.stages["forward-1"]
+        assert (inverted.paths, inverted.times, inverted.optimal_times) == ("forward", None, None)
+
+
 def test_a_spec_without_an_evaluation_gets_one():
     found = expand(spec(one=None), specfile.Path(), Plan(2)).stages
     assert list(found) == ["solve-1", "flow-1", "evaluate-1", "solve-2", "flow-2", "evaluate-2", "evaluate"]
@@ -155,6 +165,26 @@ def test_changes_of_the_spec_and_of_its_rounds():
     assert (early, late) == (["seed=5", "stages.flow.images=256"], ["stages.flow-2.images=512"])
     found = rounds.changed(expand(spec(), specfile.Path(), Plan(2)), late, ["solve", "flow", "one"], "f")
     assert [found.stages[f"flow-{i}"].images for i in (1, 2)] == [128, 512]
+
+
+def test_other_times_follow_the_flows():
+    one, base = preset("digits")
+    times = {"teacher": ["optimal"], "reflow": ["optimal", [1.0, 0.6, 0.0]], "one_step": [[1.0, 0.0]]}
+    asked = one.stages["evaluate"].model_copy(update={"times": times})
+    one = one.model_copy(update={"stages": {**one.stages, "evaluate": asked}})
+    workflow.check(one, base)
+    found = expand(one, base, Plan(2, distill=True))
+    workflow.check(found, base)
+    each = {name: stage.times for name, stage in found.stages.items() if isinstance(stage, EvaluateStage)}
+    assert each == {
+        "evaluate-1": {"reflow-1": times["reflow"]},
+        "evaluate-2": {"reflow-2": times["reflow"]},
+        "evaluate": {**{f"reflow-{i}": times["reflow"] for i in (1, 2)}, "one_step": times["one_step"],
+                     "teacher": ["optimal"]},
+    }  # fmt: skip
+    alone = expand(one, base, Plan())
+    workflow.check(alone, base)
+    assert alone.stages["evaluate-1"].times == {"teacher": ["optimal"], "reflow-1": times["reflow"]}
 
 
 # --- what does not fit ---
@@ -224,15 +254,16 @@ REFUSED = {
     "no rounds": (["digits", "--rounds", "0"], "--rounds 0: at least 1 is expected"),
     "no part": (
         ["digits", "--forward", "1"],
-        "--forward 1: a part of each batch of 128 pairs is expected, at least one pair and not all, like 0.2",
+        "--forward 1: a part of each batch is expected, above 0 and below 1, like 0.2",
     ),
     "no number": (
         ["digits", "--forward", "nan"],
-        "--forward nan: a part of each batch of 128 pairs is expected, at least one pair and not all, like 0.2",
+        "--forward nan: a part of each batch is expected, above 0 and below 1, like 0.2",
     ),
     "less than a pair": (
         ["digits", "--forward", "0.001"],
-        "--forward 0.001: a part of each batch of 128 pairs is expected, at least one pair and not all, like 0.2",
+        "spec 'digits': stages.reflow-1.pairs: a part of 0.001 of batch_size=128 is not one pair; use a larger batch "
+        "or other parts",
     ),
     "an endless weight": (
         ["digits", "--data-weight", "inf"],

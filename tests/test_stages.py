@@ -342,6 +342,9 @@ def test_a_student_is_made_for_times_of_its_own(tmp_path):
     said = "stages.evaluate.students.own: this student is made for 2 steps, not 4"
     with pytest.raises(InputError, match=f"^stages.own: {said}"):
         stages.check(wrong, tmp_path / "r")
+    along = spec(pairs=PAIRS, own=student, evaluate={**evaluate, "students": {"own": [2]}, "times": {"own": [[1, 0]]}})
+    with pytest.raises(InputError, match=r"^stages.own: stages.evaluate.times.own: this student has times of its own"):
+        stages.check(along, tmp_path / "r")
     (tmp_path / "later").mkdir()
     (tmp_path / "later" / "own.py").write_text(text)
     with pytest.raises(InputError, match=f"^{said}"):

@@ -55,6 +55,13 @@ def test_rounds_are_those_evaluations_that_measured_a_flow_by_the_full_solver():
     assert sorted(rounds[0].few) == [1, 2]
 
 
+def test_a_round_is_told_by_its_usual_steps():
+    usual = evaluation(1, 5.0, 4.0)
+    along = measured("reflow-1", "student", "euler", 2, 2, 3.0, along="optimal")
+    (only,) = straightened.rounds(found(usual.model_copy(update={"rows": [*usual.rows, along]})))
+    assert only.few == {n: usual.row("reflow-1", n) for n in (1, 2)}
+
+
 def test_the_table_says_each_number_of_a_round():
     rounds = straightened.rounds(found(evaluation(1, 5.0, 4.0), evaluation(2, 4.5, 4.25, steps=(1, 4))))
     assert straightened.columns(rounds) == [

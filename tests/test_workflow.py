@@ -6,6 +6,7 @@ import pytest
 
 from distill import planning, presets, registry, specfile, workflow
 from distill.guard import InputError
+from distill.launch import submit
 from distill.store import RunPaths, write_json
 
 MLP = {"kind": "mlp"}
@@ -303,6 +304,22 @@ CASES = {
         images() | {"launch": {"collective_minutes": 3}},
         "launch.collective_minutes: one process waits for no other, so it has no effect; remove it",
     ),
+    "a part without a pair": (
+        vectors(q=PAIRS, r={"pairs": {"p": 0.95, "q": 0.05}, "batch_size": 4}),
+        "stages.r.pairs: a part of 0.05 of batch_size=4 is not one pair; use a larger batch or other parts",
+    ),
+    "times of no rows": (
+        vectors(e={"teacher_steps": [], "times": {"teacher": [[1, 0.5, 0]]}}),
+        "stages.e.times.teacher: teacher_steps is empty, so this has no effect; remove it, or give numbers of steps",
+    ),
+    "more optimal steps than there are": (
+        vectors(e={"students": {"r": [1, 101]}, "times": {"r": ["optimal"]}}),
+        "stages.e.times.r: optimal times of 101 steps cannot be chosen among 100; give fewer steps",
+    ),
+    "more optimal steps of the teacher": (
+        vectors(e={"teacher_steps": [128], "times": {"teacher": [[1, 0], "optimal"]}}),
+        "stages.e.times.teacher: optimal times of 128 steps cannot be chosen among 100; give fewer steps",
+    ),
     "too many resolutions": (
         images(t={"network": {"kind": "unet", "channels": [8, 8, 8, 8, 8]}}),
         "stages.t.network.channels: 5 resolutions halve the images 4 times, and their side of 8 cannot be; give fewer",
@@ -320,6 +337,19 @@ def test_whole_blocks_pass():
     content = images(t={"options": {"coupling": "ot", "coupling_block": 32}})
     for launch in ({}, {"procs": 4}, {"procs": 2, "micro_batch": 32}):
         assert mistakes(content | {"launch": launch}) == []
+
+
+def test_an_array_is_as_large_as_the_most_shards(tmp_path):
+    """Of the smaller pairs stage it has fewer parts, none without a shard."""
+    small, large = vectors()["stages"]["p"] | {"count": 50}, {"shard": 50}
+    content = vectors(p=large, q=small | large) | {"launch": {"slurm": {"pairs_jobs": 2}}}
+    assert mistakes(content) == []
+    planned = submit.plans(RunPaths(tmp_path), specfile.validate(content, "f"), ["p", "q"])
+    assert {plan.name: plan.parts for plan in planned} == {"p.parts": [0, 1], "p": None, "q.parts": [0], "q": None}
+    assert mistakes(content | {"launch": {"slurm": {"pairs_jobs": 3}}}) == [
+        "launch.slurm.pairs_jobs: 3 jobs cannot share the 2 shards of stage 'p'; give fewer jobs, or a smaller "
+        "stages.p.shard"
+    ]
 
 
 def test_one_wrong_recipe_hides_no_other_mistake():
@@ -594,6 +624,11 @@ def test_a_miniature_trains_all_stages_for_two_steps():
     assert (spec.stages["r"].images, spec.stages["r"].optimizer.warmup_images) == (128, 0)
     assert (spec.stages["p"].count, spec.stages["p"].solver, spec.stages["p"].steps) == (50, "euler", 1)
     workflow.check(spec, Path())
+    parted = vectors(p={"shard": 50}) | {"launch": {"slurm": {"pairs_jobs": 2}, "threads": 1}}
+    assert mistakes(parted) == []
+    small = planning.miniature(specfile.validate(parted, "f"))
+    workflow.check(small, Path())
+    assert (small.launch.slurm.pairs_jobs, small.launch.threads) == (1, 1)
 
 
 def test_plan_counts_work_and_network_calls():
@@ -614,3 +649,5 @@ def test_plan_counts_work_and_network_calls():
     along = planning.steps(specfile.validate(vectors(e={"times": times}), "f"), Path())[2]
     assert along.network_calls == 2500 * (2 * (1 + 2 + 4 + 8 + 16) + 31 + 3 + 1 + 2)
     assert along.work.startswith("14 rows x 2,500 samples")
+    fine = specfile.validate(vectors(e={"fine_students": ["r"]}), "f")
+    assert planning.steps(fine, Path())[2].work.startswith("8 rows x 2,500 samples"), "as many as are made"

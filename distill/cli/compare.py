@@ -118,6 +118,13 @@ def _again(
             f"run '{run.name}' compares {', '.join(begun)}, not {', '.join(chosen)}; name the same recipes, or start "
             "another by --name OTHER"
         )
+    for chain, entry in zip(planned.chains, record.entries, strict=True):
+        ours, theirs = list(chain.trained), [part.stage for part in entry.parts]
+        if ours != theirs:
+            raise InputError(
+                f"run '{run.name}' cannot go on with a changed spec: '{chain.name}' is trained by {', '.join(theirs)} "
+                f"there, by {', '.join(ours)} here; undo the change, or start another by --name OTHER"
+            )
     found, _ = budget.frozen(planned, record.measured, record.budget_minutes, record.command)
     return start.resume(run, replace(source, spec=found))
 

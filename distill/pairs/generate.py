@@ -92,8 +92,7 @@ def generate(
 def size(stage: PairsStage, part: tuple[int, int] | None) -> int:
     """Pairs of a stage, or of the shards of one part (i, n)."""
     first, step = part or (0, 1)
-    starts = range(first * stage.shard, stage.count, step * stage.shard)
-    return sum(min(stage.shard, stage.count - start) for start in starts)
+    return sum(map(len, pairspec.shards(stage.count, stage.shard)[first::step]))
 
 
 def _judge(manifest: Manifest, progress: Progress) -> None:

@@ -11,7 +11,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from distill import draws
+from distill import draws, pairspec
 from distill.guard import InputError
 from distill.pairs.numbers import Rounding, Whiteness
 from distill.spec import Frozen
@@ -74,9 +74,8 @@ class Manifest(Frozen):
 
     def layout(self) -> dict[str, range]:
         """Every shard's name and its indices, whether made or not."""
-        starts = range(0, self.count, self.shard)
-        ranges = (range(start, min(start + self.shard, self.count)) for start in starts)
-        return {shard_path(Path(), number).name: indices for number, indices in enumerate(ranges)}
+        shards = pairspec.shards(self.count, self.shard)
+        return {shard_path(Path(), number).name: indices for number, indices in enumerate(shards)}
 
     def part(self, number: int, parts: int) -> dict[str, range]:
         """The layout of one of several processes that share the shards."""

@@ -6,21 +6,7 @@ import torch
 from torch import Tensor
 
 from distill.draws import Rows
-from distill.guard import InputError
 from distill.protocols import Batch, Pairs, Source
-
-
-def parts(batch_size: int, shares: Sequence[float]) -> list[int]:
-    """How many rows of a batch each source gives: as near to its share as whole rows come, at least one."""
-    counts = [int(batch_size * share) for share in shares]
-    by_rest = sorted(range(len(shares)), key=lambda i: counts[i] - batch_size * shares[i])
-    for i in by_rest[: batch_size - sum(counts)]:
-        counts[i] += 1
-    if min(counts) < 1:
-        raise InputError(
-            f"a part of {min(shares):g} of batch_size={batch_size} is not one pair; use a larger batch or other parts"
-        )
-    return counts
 
 
 class Mixed:
