@@ -12,7 +12,7 @@ BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 
 def calls(stage: PairsStage) -> float:
     """Calls of the teacher's network for one pair, guidance counted; of segments on average."""
-    number: float = nfe.network_calls(stage.solver, stage.steps)
+    number = float(nfe.network_calls(stage.solver, stage.steps))
     if stage.solver == "heun" and stage.paths == "forward":
         number += 1  # no step ends at t = 0
     if stage.paths == "segments":
