@@ -32,14 +32,13 @@ from distill.fields import start
 from distill.guard import InputError, RunError
 from distill.protocols import Cond, VelocityField
 from distill.sampling import condition
-from distill.spec import Frozen, PairsStage
+from distill.spec import FINE, SAMPLES, SEED, Frozen, PairsStage
 from distill.store import write_first
 from distill.students.loaded import LoadedStudent
 from distill.students.velocity import VelocityStudent
 from distill.teachers import LoadedTeacher
 from distill.times import uniform_grid
 
-FINE, SAMPLES, SEED = 100, 100, 0  # where nothing else is asked for
 MEMORY = 2**29  # bytes of states that are held at once
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+FINE, SAMPLES, SEED = 100, 100, 0  # what optimal times are found by, where nothing else is asked for
 
 
 def is_path(times: Sequence[float]) -> bool:
