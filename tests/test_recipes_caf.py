@@ -3,9 +3,7 @@
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
 from torch import nn
-from torchvision.models import squeezenet1_1
 
 from distill import testing
 from distill.draws import generator
@@ -158,12 +156,9 @@ def test_times_of_both_networks_cover_the_path_and_are_their_own():
 
 
 @pytest.mark.parametrize("h", [1.5, 0.5])
-def test_lpips_compares_the_data_to_which_predictions_lead(h, tmp_path):
+def test_lpips_compares_the_data_to_which_predictions_lead(h, lpips_options):
     """Both of its terms are zero at the solution, wherever on the path."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        save_file(squeezenet1_1(weights=None).state_dict(), tmp_path / "squeeze.safetensors")
-    recipe = Recipe(Config(h=h, lpips_trunk="squeeze", lpips_path=tmp_path / "squeeze.safetensors"), None)
+    recipe = Recipe(Config(h=h, **lpips_options), None)
     noise = torch.randn(2, 3, 16, 16, generator=generator("pairs"))
     line = noise / 2  # data = noise / 2
 

@@ -5,9 +5,7 @@ import math
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
 from torch import nn
-from torchvision.models import squeezenet1_1
 
 from distill import draws, testing
 from distill.draws import Rows, StepDraw
@@ -25,6 +23,7 @@ from recipes.reflow import one_step, reflow
 
 M, LAMBDA = 0.7, 0.3
 ROOT = math.sqrt(LAMBDA)
+STRAIGHT = exact.straight(M, ROOT)
 ORACLE = GaussianField(torch.tensor([M], dtype=torch.float64), torch.tensor([ROOT], dtype=torch.float64))
 SHAPES = [(32, 3, 32, 32), (1, 2), (7, 3)]
 
@@ -63,8 +62,7 @@ def v1(x, t):
 
 def v2(x, t):
     """The velocity of the straight paths from noise to m + sqrt(lambda) noise."""
-    t = like(t, x).double()
-    return -M + (1 - ROOT) * (x - (1 - t) * M) / ((1 - t) * ROOT + t)
+    return STRAIGHT(x, t, {})
 
 
 def target(noise):
@@ -309,15 +307,6 @@ def test_few_step_loss_is_zero_at_the_straight_field_on_its_own_grid(steps, dist
     assert times.max() == 1
     expected = count / steps
     assert (counts - expected).abs().max() < 4 * math.sqrt(expected)
-
-
-@pytest.fixture(scope="module")
-def lpips_options(tmp_path_factory):
-    path = tmp_path_factory.mktemp("trunk") / "squeeze.safetensors"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        save_file(squeezenet1_1(weights=None).state_dict(), path)
-    return {"lpips_trunk": "squeeze", "lpips_path": path}
 
 
 def test_one_step_lpips_compares_images(lpips_options):

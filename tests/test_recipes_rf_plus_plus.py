@@ -15,7 +15,6 @@ from test_recipes_reflow import (
     context,
     given,
     loss,
-    lpips_options,
     oracle_pairs,
     target,
     v1,
@@ -36,8 +35,6 @@ from distill.teachers.network_field import EdmField
 from distill.times import uniform_grid
 from recipes.reflow import rf_plus_plus
 from recipes.reflow.rf_plus_plus import Config, Recipe
-
-__all__ = ["lpips_options"]  # a fixture
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -5,9 +5,7 @@ import math
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
 from torch import nn
-from torchvision.models import squeezenet1_1
 
 from distill import testing
 from distill.draws import Rows, StepDraw, generator
@@ -29,14 +27,7 @@ def pairs(count):
     return Batch(None, Pairs(noise, exact.MEAN + exact.STD * noise), {})
 
 
-def v1(x_t, t, cond):
-    return exact.FIELD(x_t, t, cond)
-
-
-def v2(x_t, t, cond):
-    """The velocity of the straight paths from noise to MEAN + STD noise."""
-    at = like(t, x_t).double()
-    return -exact.MEAN + (1 - exact.STD) * (x_t - (1 - at) * exact.MEAN) / ((1 - at) * exact.STD + at)
+v1, v2 = exact.FIELD, exact.STRAIGHT
 
 
 def loss(options, batch, ctx, *networks):
@@ -118,9 +109,9 @@ def test_the_best_velocity_goes_from_that_of_the_marginals_to_the_straight_one(t
 
 def test_annealed_training_is_at_rest_at_the_straight_field_once_beta_is_zero():
     context, batch = exact.context(64, images=K), pairs(64)
-    assert loss(ANNEAL, batch, context, exact.Network(v2)).total < 1e-24
+    assert loss(ANNEAL, batch, context, v2).total < 1e-24
     assert loss(ANNEAL, batch, context, exact.Network(v1)).total > 1e-3
-    assert loss(ANNEAL, batch, exact.context(64, images=0), exact.Network(v2)).total > 1e-3
+    assert loss(ANNEAL, batch, exact.context(64, images=0), v2).total > 1e-3
 
 
 # --- flow-guided distillation ---
@@ -128,9 +119,9 @@ def test_annealed_training_is_at_rest_at_the_straight_field_once_beta_is_zero():
 
 @pytest.mark.parametrize("middle", ["student", "flow"])
 def test_both_terms_are_zero_where_student_and_flow_are_the_straight_field(middle):
-    found = loss({"middle": middle}, pairs(256), exact.context(256), exact.Network(v2), exact.Network(v2))
+    found = loss({"middle": middle}, pairs(256), exact.context(256), v2, v2)
     assert found.total < 1e-12 and found.logs["pairs"] < 1e-24
-    crooked = loss({"middle": middle}, pairs(256), exact.context(256), exact.Network(v2), exact.Network(v1))
+    crooked = loss({"middle": middle}, pairs(256), exact.context(256), v2, exact.Network(v1))
     assert crooked.logs["pairs"] < 1e-24 and crooked.logs["guided"] > 1e-3
 
 
@@ -176,11 +167,8 @@ def test_the_flow_is_what_the_student_starts_as_and_never_moves():
     assert list(Recipe(Config(**ANNEAL), None).networks(init)) == ["student"]
 
 
-def test_lpips_compares_data(tmp_path):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        save_file(squeezenet1_1(weights=None).state_dict(), tmp_path / "squeeze.safetensors")
-    recipe = Recipe(Config(distance="lpips", lpips_trunk="squeeze", lpips_path=tmp_path / "squeeze.safetensors"), None)
+def test_lpips_compares_data(lpips_options):
+    recipe = Recipe(Config(distance="lpips", **lpips_options), None)
     straight = exact.Network(lambda x_t, t, cond: x_t / (1 + like(t, x_t)))  # noise to noise / 2
     lpips = recipe.networks(exact.Given(straight))["lpips"].module
     noise = torch.randn(2, 3, 16, 16, generator=generator("pairs"))

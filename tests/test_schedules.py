@@ -106,13 +106,8 @@ def test_a_multistep_takes_the_step_before_for_as_long():
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_straight_paths_cost_nothing(solver):
-    def straight(x_t, t, cond):  # of the paths between noise and MEAN + STD noise
-        t = t[:, None]
-        std, mean = exact.STD, exact.MEAN
-        return (std - 1) * (mean * (1 - t) - x_t) / ((1 - t) * std + t) - mean
-
     noise = torch.randn(5, 3, generator=generator("straight"), dtype=torch.float64)
-    matrix = costs(solver, 10, exact.Network(straight), noise)
+    matrix = costs(solver, 10, exact.STRAIGHT, noise)
     assert matrix[matrix.isfinite()].max() < 1e-24
 
 
