@@ -96,12 +96,12 @@ def test_steps_of_any_length_are_exact():
 def test_both_losses_are_zero_at_the_solution_only(h):
     student, _ = solution(h)
     found = loss(student, pairs(64), exact.context(64), h)
-    assert found.logs["velocity"] < 1e-7 and found.logs["acceleration"] < 1e-7
+    assert found.logs["velocity"] < 1e-12 and found.logs["acceleration"] < 1e-12
     faster, _ = solution(h + 0.5)
     assert loss(faster, pairs(64), exact.context(64), h).logs["velocity"] > 1e-2
     bent_more = exact.Network(lambda x_t, t, v, cond: student(x_t, t, v, cond) + (0 if v is None else v))
     found = loss(bent_more, pairs(64), exact.context(64), h)
-    assert found.logs["velocity"] < 1e-7 and found.logs["acceleration"] > 1e-2
+    assert found.logs["velocity"] < 1e-12 and found.logs["acceleration"] > 1e-2
 
 
 def test_the_acceleration_makes_up_for_errors_of_the_velocity():
@@ -110,7 +110,7 @@ def test_the_acceleration_makes_up_for_errors_of_the_velocity():
         lambda x_t, t, v, cond: 0.3 * x_t if v is None else 2 * (v - straight(v / 0.3))  # of v = 0.3 noise
     )
     found = loss(student, pairs(64), exact.context(64))
-    assert found.logs["acceleration"] < 1e-7 and found.logs["velocity"] > 1e-2
+    assert found.logs["acceleration"] < 1e-12 and found.logs["velocity"] > 1e-2
     noise = draw("z", 7, 3)
     for steps in (1, 3):
         samples = accelerated.sample(student, noise, uniform_grid(steps), {})
