@@ -13,7 +13,6 @@ from distill.engine import StepContext
 from distill.guard import InputError
 from distill.interpolants import like
 from distill.protocols import Batch, Frozen, Pairs, Trained
-from distill.teachers.analytic import class_gaussian_teacher
 from distill.testing import exact
 from distill.testing.subject import start
 from recipes.reflow.slimflow import Config, Recipe
@@ -201,11 +200,18 @@ def test_a_mirrored_batch_is_mirrored_at_both_ends_on_every_rank(options):
 
 
 @pytest.mark.parametrize("options", [{"flip": True}, {**ANNEAL, "flip": True}])
-def test_vectors_are_not_mirrored(options):
-    teacher = class_gaussian_teacher(torch.zeros(2, 3), torch.zeros(3), torch.ones(3))
-    said = r"flip and distance: lpips are for images, the teacher makes \(3,\); remove them"
-    with pytest.raises(InputError, match=said):
-        Recipe(Config(**options), teacher)
+def test_vectors_are_not_mirrored_but_latents_are(options):
+    with pytest.raises(InputError, match=r"flip mirrors images, the teacher makes \(3,\); remove it"):
+        Recipe(Config(**options), exact.teacher(exact.FIELD))
+    Recipe(Config(**options), exact.teacher(exact.FIELD, (4, 8, 8)))
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 8, 8)])
+def test_lpips_is_refused_for_what_it_cannot_see(lpips_options, shape):
+    config = Config(distance="lpips", **lpips_options)
+    with pytest.raises(InputError, match=r"distance: lpips compares images, the teacher makes \(.*\); use l2"):
+        Recipe(config, exact.teacher(exact.FIELD, shape))
+    Recipe(config, exact.teacher(exact.FIELD, (1, 8, 8)))
 
 
 # --- options ---

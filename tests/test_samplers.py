@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from distill import solvers
+from distill import sampling, solvers
 from distill.draws import generator
 from distill.samplers import euler, jump, renoise, same_noise
+from distill.students.velocity import VelocityStudent
 from distill.teachers.analytic import GaussianField, GaussianFlowMap
 from distill.testing import exact
 from distill.times import uniform_grid
@@ -107,6 +108,11 @@ def test_renoising_with_the_exact_map_keeps_the_marginal_exactly(steps):
     gains = torch.stack([run(column) - offset for column in columns])
     assert (offset - MEAN).abs().max() < 1e-12
     assert (gains.square().sum(0) - STD.square()).abs().max() < 1e-12
+
+
+def test_a_sampler_that_there_is_not_is_none_of_the_others():
+    with pytest.raises(AssertionError, match="there is no sampler 'renoize'"):
+        sampling.by_sampler(VelocityStudent(torch.nn.Identity()), "renoize", torch.zeros(2, 3), uniform_grid(1), {}, [])
 
 
 def test_renoising_refuses_a_wrong_number_of_noises_and_a_grid_that_does_not_end():
