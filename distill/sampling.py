@@ -134,8 +134,10 @@ def by_sampler(
             return jump.sample(student, noise, t_grid, cond)
         case "accelerated":
             return accelerated.sample(student, noise, t_grid, cond)
-        case _:
+        case "renoise":
             return renoise.sample(student, noise, t_grid, cond, fresh)
+        case _:
+            raise AssertionError(f"there is no sampler '{sampler}'")
 
 
 def num_fresh(sampler: str, steps: int) -> int:

@@ -29,17 +29,16 @@ from torch import Tensor
 from distill import solvers
 from distill.draws import sample_noise
 from distill.fields import start
-from distill.guard import InputError
+from distill.guard import InputError, RunError
 from distill.protocols import Cond, VelocityField
 from distill.sampling import condition
-from distill.spec import Frozen, PairsStage
+from distill.spec import FINE, SAMPLES, SEED, Frozen, PairsStage
 from distill.store import write_first
 from distill.students.loaded import LoadedStudent
 from distill.students.velocity import VelocityStudent
 from distill.teachers import LoadedTeacher
 from distill.times import uniform_grid
 
-FINE, SAMPLES, SEED = 100, 100, 0  # where nothing else is asked for
 MEMORY = 2**29  # bytes of states that are held at once
 
 
@@ -210,5 +209,11 @@ def _measured(network: LoadedTeacher | LoadedStudent, facts: Costs, device: torc
         noise, cond = sample_noise(facts.seed, indices, network.shape).to(device), condition(network, indices, device)
         times, costs = measure(field, noise, cond, solver=facts.solver, fine=facts.fine)
         total += costs * (len(indices) / facts.samples)
+    for i in range(facts.fine):
+        if not total[i, i + 1 :].isfinite().all():
+            raise RunError(
+                f"the error of a step of {facts.solver} from t={times[i]:.4g} is not finite on the paths of "
+                f"{network.description}; nothing was kept"
+            )
     rows = [[float(f"{c:.9g}") for c in total[i, i + 1 :].tolist()] for i in range(facts.fine)]
     return facts.model_copy(update={"t_grid": list(times), "costs": rows})

@@ -132,4 +132,5 @@ class Solving:
     def accuracy(self) -> Accuracy:
         """What the solver's number of steps is worth, by the first pairs."""
         planned = pairs.plan(self.teacher, self.stage, self.seed, self.data_digest)
-        return accuracy.measure(self.teacher.guided(self.stage.guidance_scale), planned, self.real, self.device)
+        field = self.teacher.guided(self.stage.guidance_scale)
+        return accuracy.measure(field, planned, self.real, self.device, StopRequest())

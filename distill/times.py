@@ -103,6 +103,11 @@ def discrete(u: Tensor, levels: int) -> Tensor:
     return _as_time(((_checked(u) * levels).floor() + 1) / levels, u)
 
 
+def one_of(count: int, u: Tensor) -> Tensor:
+    """Uniform on {0, ..., count - 1}, [B] int64, of u in [0, 1): rounding does not take u count to count."""
+    return (u * count).long()
+
+
 def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """logit t ~ N(mean, std^2) (Esser et al. 2024), which is ln(sigma/alpha) ~ N(mean, std^2): EDM is (-1.2, 1.2)."""
     if std <= 0:

@@ -30,6 +30,20 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: item.path.name not in LONGEST)  # first, so that the other workers are not done before
 
 
+@pytest.fixture(scope="session")
+def lpips_options(tmp_path_factory):
+    """LPIPS by a SqueezeNet of random weights."""
+    import torch
+    from safetensors.torch import save_file
+    from torchvision.models import squeezenet1_1
+
+    path = tmp_path_factory.mktemp("trunk") / "squeeze.safetensors"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        save_file(squeezenet1_1(weights=None).state_dict(), path)
+    return {"lpips_trunk": "squeeze", "lpips_path": path}
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session, exitstatus):
     config = session.config

@@ -8,10 +8,10 @@ from test_pairs import make
 from test_recipes_reflow import Student, context
 
 from distill.draws import Rows, sample_noise
-from distill.interpolants import like
 from distill.pairs import PairSet, PairSource
 from distill.samplers import euler
 from distill.teachers.analytic import class_gaussian_teacher
+from distill.testing import exact
 from distill.times import uniform_grid
 from recipes.reflow import one_step, reflow
 
@@ -32,8 +32,7 @@ def straight(means):
 
     class Straight(Student):
         def forward(self, x_t, t, cond):
-            m, t = means[cond["class_labels"]], like(t, x_t)
-            return -m + (1 - ROOT) * (x_t - (1 - t) * m) / ((1 - t) * ROOT + t)
+            return exact.straight(means[cond["class_labels"]], ROOT)(x_t, t, cond)
 
     return Straight(None)
 
@@ -47,7 +46,7 @@ def loss(module, options, student, batch, u):
 def test_the_student_jumps_to_the_mean_that_guidance_shifts(tmp_path, scale):
     batch = guided_batch(tmp_path, scale)
     shifted = scale * MEANS + (1 - scale) * NULL  # m_w; of scale 1, the classes' own
-    exact, unguided = straight(shifted), straight(MEANS)
+    right, unguided = straight(shifted), straight(MEANS)
     for module, options in (
         (reflow, {}),
         (reflow, {"distance": "pseudo_huber"}),
@@ -55,11 +54,11 @@ def test_the_student_jumps_to_the_mean_that_guidance_shifts(tmp_path, scale):
         (one_step, {"steps": 4}),
     ):
         for u in (0.0, 0.3, 0.99):
-            assert loss(module, options, exact, batch, u) < 1e-6
+            assert loss(module, options, right, batch, u) < 1e-6
             assert scale == 1 or loss(module, options, unguided, batch, u) > 1e-2
     noise, cond = sample_noise(5, range(8), (2,)), {"class_labels": torch.tensor([0, 1] * 4)}
     for steps in (1, 2, 4):
-        samples = euler.sample(exact, noise, uniform_grid(steps), cond)
+        samples = euler.sample(right, noise, uniform_grid(steps), cond)
         assert (samples - shifted[cond["class_labels"]] - ROOT * noise).abs().max() < 1e-5
 
 

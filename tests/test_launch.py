@@ -28,6 +28,7 @@ FAKE = """
 import json, os, signal, sys, time
 from pathlib import Path
 folder, names, lifeline = Path(__file__).parent, sys.argv[3:-2], int(sys.argv[-1])
+names = [name for name in names if name != "--measure"]
 modes = json.loads((folder / "modes").read_text())
 kind, code, text = modes.get(os.environ.get("RANK", "0"), modes["all"]).split(" ", 2)
 heard = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
@@ -68,7 +69,8 @@ def popen(command, **options):
         asked = ""
     return process
 subprocess.Popen = popen
-sys.exit(local.run_stages(RunPaths(Path(root)), names))
+measure = names[-1] == "--measure"
+sys.exit(local.run_stages(RunPaths(Path(root)), names[:-1] if measure else names, measure=measure))
 """
 LISTEN, HANG, DEAF = "listen 75 ", "hang 75 ", "deaf 75 "
 
@@ -252,6 +254,30 @@ def test_a_child_that_had_not_begun_counts_as_stopped(parent, procs):
     one.begun(procs)
     one.process.send_signal(signal.SIGTERM)
     assert one.end() == (75, f"stopped before it began; {one.resume()}")
+
+
+@pytest.mark.process
+def test_nobody_is_told_to_go_on_with_a_run_that_is_thrown_away(parent):
+    one = parent()
+    one.launch(DEAF, "teach", "--measure")
+    one.begun()
+    one.process.send_signal(signal.SIGTERM)
+    assert one.end() == (75, f"stopped before it began; {ranks.MEASURED}\n")
+    one.launch(DEAF, "teach", "--measure")
+    os.kill(one.begun()[0]["pid"], signal.SIGKILL)
+    killed = f"error: the process of run 'one' was killed by SIGKILL (out of memory?); {ranks.MEASURED}\n"
+    assert one.end() == (128 + 9, killed)
+
+
+def test_what_was_stopped_while_it_was_measured_names_no_way_on(capfd, tmp_path, monkeypatch):
+    run = make(tmp_path / "runs")
+
+    def stopped(*given, **options):
+        raise Stopped("stopped by SIGTERM; saved: 1 image")
+
+    monkeypatch.setattr(stages, "run", stopped)
+    done = command(capfd, "stage", str(run.root), "teach", "--measure")
+    assert (done.code, done.err) == (75, f"stopped; {ranks.MEASURED}\n")
 
 
 @pytest.mark.process

@@ -61,6 +61,14 @@ def test_the_accuracy_of_a_solver_is_told(capfd, here):
     assert not (here / "runs").exists()
     told = command(capfd, "pairs", "spec.yaml", "--check", "--stage", "real")
     assert told.code == 0 and "at 8 steps the ends of 64 pairs" in told.out
+    assert not (here / "runs").exists(), "none is made for it"
+
+
+def test_a_teacher_in_yaml_may_be_longer_than_the_name_of_a_file(capfd, here):
+    long = f"{{kind: mixture, means: {[[i, -i] for i in range(40)]}, std: 0.3}}"
+    assert len(long) > 255
+    done = command(capfd, "pairs", long, "--out", "p", "--count", "16")
+    assert done.code == 0 and "the set of 16 is complete" in done.out, done.err
 
 
 def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
@@ -93,10 +101,10 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
             [GAUSSIAN, "--out", "p", "--paths", "forward", "--solver", "dpm_solver_pp_2m"],
             "--solver: dpm_solver_pp_2m solves from noise to data only; paths: forward take euler or heun",
         ),
-        ([GAUSSIAN, "--out", "p", "--optimal-times", "2"], "--optimal_times: backward paths have none; remove it, or"),
-        ([*OPTIMAL, "20"], "--optimal_times: 20 steps cannot be chosen among the solver's 16; give more steps"),
+        ([GAUSSIAN, "--out", "p", "--optimal-times", "2"], "--optimal-times: backward paths have none; remove it, or"),
+        ([*OPTIMAL, "20"], "--optimal-times: 20 steps cannot be chosen among the solver's 16; give more steps"),
         ([*OPTIMAL, "2", "--times", "1,0"], "--times: optimal_times finds them, so both cannot be given; remove one"),
-        ([GAUSSIAN, "--out", "p", "--paths", "forward", "--store-noise"], "--store_noise: inverted noise is always"),
+        ([GAUSSIAN, "--out", "p", "--paths", "forward", "--store-noise"], "--store-noise: inverted noise is always"),
         (
             [GAUSSIAN, "--out", "p", "--paths", "forward", "--data", "digits"],
             "data 'digits' has samples of shape [1, 8, 8], the teacher",
@@ -105,6 +113,9 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
         (["spec.yaml"], "run 'many' has 2 pairs stages; name one by --stage: pairs, real"),
         (["spec.yaml", "--stage", "pairz"], "--stage pairz: run 'many' has no such pairs stage; did you mean 'pairs'?"),
         (["spec.yaml", "--count", "5"], "--count: no effect here; of a spec they stand in it: write changes like"),
+        (["spec.yaml", "--seed", "0", "--guidance-scale", "0"], "--guidance-scale, --seed: no effect here; of a spec"),
+        ([GAUSSIAN, "--check", "--out", "p", "--shards", "1/2"], "--shards, --out: no effect here; --check solves"),
+        (["digits", "--check"], "which is not trained yet; distill run digits"),
         (["mixture-2d", "stages.pairs.paths=segments"], "stages.pairs.times: None given; segments need times"),
     ],
 )

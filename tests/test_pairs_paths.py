@@ -11,7 +11,7 @@ from distill import draws, pairspec, solvers
 from distill.data import DataSource, arrays
 from distill.draws import Rows
 from distill.fields import Counted
-from distill.guard import InputError
+from distill.guard import InputError, Stopped
 from distill.interpolants import linear
 from distill.pairs import Beside, Mixed, PairSet, PairSource, accuracy, generate, plan
 from distill.pairs.numbers import Rounding, Whiteness, restored, stored
@@ -20,6 +20,7 @@ from distill.progress import Progress
 from distill.spec import GaussianTeacher, PairsStage, is_path
 from distill.stop import StopRequest
 from distill.teachers.analytic import GaussianField, class_gaussian_teacher, gaussian_teacher
+from distill.testing import exact
 from distill.times import uniform_grid
 
 CPU = torch.device("cpu")
@@ -29,7 +30,7 @@ SMALL = {"count": 22, "solver": "heun", "steps": 8, "block": 4, "shard": 8}  # s
 TIMES = [1.0, 0.5, 0.25, 0.0]
 
 
-def make(folder, teacher=TEACHER, *, seed=11, law=None, data=None, part=None, **options):
+def make(folder, teacher=TEACHER, *, seed=11, law=None, data=None, part=None, stop=None, **options):
     stage = PairsStage(kind="pairs", **{**SMALL, **options})
     real, digest = (None, None)
     if stage.paths in ("forward", "segments"):
@@ -37,7 +38,8 @@ def make(folder, teacher=TEACHER, *, seed=11, law=None, data=None, part=None, **
     with Progress("pairs", stage.count, "pairs", None) as progress:
         generate(
             teacher, stage, folder,
-            seed=seed, device=CPU, progress=progress, stop=StopRequest(), part=part, real=real, data_digest=digest,
+            seed=seed, device=CPU, progress=progress, stop=stop or StopRequest(), part=part, real=real,
+            data_digest=digest,
         )  # fmt: skip
     return folder
 
@@ -225,7 +227,7 @@ def test_inverted_noise_that_is_none_is_said(tmp_path, capsys):
 
 def measured(solver, steps):
     stage = PairsStage(kind="pairs", count=1000, solver=solver, steps=steps, block=250, shard=1000)
-    return accuracy.measure(TEACHER.field, plan(TEACHER, stage, 0, None), None, CPU)
+    return accuracy.measure(TEACHER.field, plan(TEACHER, stage, 0, None), None, CPU, StopRequest())
 
 
 def test_the_steps_that_are_enough_are_found():
@@ -243,14 +245,41 @@ def test_the_steps_that_are_enough_are_found():
 
 def test_a_big_set_is_measured_once_and_advised(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(accuracy, "BIG", 20)
-    make(tmp_path, solver="euler")
+    field = Counted(TEACHER.field)
+    make(tmp_path, dataclasses.replace(TEACHER, field=field), solver="euler")
+    assert field.calls == 6 * (8 + 16) + 6 * 8, "six blocks, at N and 2 N steps, whatever they say; then the set"
     said = capsys.readouterr().err
-    assert "at 8 steps the ends of 22 pairs are" in said and "steps are enough" in said
-    calls = []
-    monkeypatch.setattr(accuracy, "measure", lambda *given: calls.append(given))
-    (tmp_path / "shard-00001.safetensors").unlink()
-    make(tmp_path, solver="euler")
-    assert calls == []
+    assert "at 8 steps the ends of 22 pairs are" in said
+    assert "more than 1%; `distill pairs` with --check finds how many steps are enough" in said
+    for name in ("shard-00001.safetensors", "shard-00000.safetensors"):
+        (tmp_path / name).unlink()
+        before = field.calls
+        make(tmp_path, dataclasses.replace(TEACHER, field=field), solver="euler")
+        assert field.calls == before + 2 * 8
+
+
+def test_the_first_of_several_parts_measures_whatever_the_others_have_made(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(accuracy, "BIG", 20)
+    make(tmp_path, part=(1, 2), solver="euler")
+    assert not (tmp_path / "accuracy.json").exists()
+    make(tmp_path, part=(0, 2), solver="euler")
+    assert "at 8 steps the ends of 22 pairs are" in capsys.readouterr().err
+
+
+def test_measuring_stops_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy, "BIG", 20)
+    stop, calls = StopRequest(), []
+
+    def asked(x_t, t, cond):
+        calls.append(t)
+        stop.signal = "SIGUSR1"
+        return TEACHER.field(x_t, t, cond)
+
+    teacher = dataclasses.replace(TEACHER, field=exact.Network(asked))
+    with pytest.raises(Stopped, match="stopped by SIGUSR1; saved: nothing yet, as the solver was being measured"):
+        make(tmp_path, teacher, stop=stop)
+    assert len(calls) == 15, "the first block of Heun's eight steps"
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]
 
 
 # --- parts ---

@@ -88,7 +88,7 @@ SUBJECTS = [
         times=OPTIMAL,
         closed_form=(
             test_at_zero_loss_the_student_ends_where_the_fine_path_ends,
-            lambda: test_each_step_has_its_own_ends(0.4, 1),
+            lambda: test_each_step_has_its_own_ends(0.34, 1),
         ),
     )
 ]

@@ -8,7 +8,6 @@ import torch
 from pydantic import ValidationError
 
 from distill import draws, testing
-from distill.interpolants import like
 from distill.protocols import Batch, Gridded
 from distill.samplers import euler
 from distill.teachers.analytic import class_gaussian_teacher
@@ -17,12 +16,6 @@ from distill.times import uniform_grid
 from recipes.reflow.consistency_fm import Config, Recipe
 
 MEAN, STD = exact.MEAN, exact.STD
-
-
-def straight(x_t, t, cond):
-    """The velocity of the straight paths from noise to mean + std noise."""
-    t = like(t, x_t).double()
-    return -MEAN + (1 - STD) * (x_t - (1 - t) * MEAN) / ((1 - t) * STD + t)
 
 
 def jumps(segments):
@@ -59,7 +52,7 @@ def line(count=64):
     return Batch(MEAN + STD * start, None, {}), start
 
 
-TEACHERS = [("data", None), ("teacher", exact.teacher(exact.Network(straight)))]
+TEACHERS = [("data", None), ("teacher", exact.teacher(exact.STRAIGHT))]
 
 
 @pytest.mark.parametrize("segments", [1, 2, 3])
@@ -67,8 +60,8 @@ TEACHERS = [("data", None), ("teacher", exact.teacher(exact.Network(straight)))]
 def test_straight_paths_have_no_loss(target, teacher, segments):  # T15
     batch, start = line()
     options = {"target": target, "segments": segments, "velocity_weight": 1.0}
-    assert loss(options, straight, batch, noise=start, teacher=teacher) < 1e-12
-    assert loss(options | {"delta": 0.1}, straight, batch, noise=start, teacher=teacher) < 1e-12
+    assert loss(options, exact.STRAIGHT, batch, noise=start, teacher=teacher) < 1e-12
+    assert loss(options | {"delta": 0.1}, exact.STRAIGHT, batch, noise=start, teacher=teacher) < 1e-12
     assert loss(options | {"delta": 0.1}, exact.FIELD, batch, noise=start, teacher=teacher) > 1e-4
 
 

@@ -1,21 +1,18 @@
-"""flow_matching, reflow and one_step at their exact solutions (reflow sheet T04, T06, T07), on the Gaussian oracle."""
+"""flow_matching, reflow and one_step at their exact solutions (reflow sheet T06, T07), on the Gaussian oracle."""
 
 import math
 
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import save_file
 from torch import nn
-from torchvision.models import squeezenet1_1
 
-from distill import draws, testing
+from distill import draws, testing, times
 from distill.draws import Rows, StepDraw
 from distill.engine import StepContext
 from distill.guard import InputError
 from distill.interpolants import like, linear
 from distill.protocols import Batch, Frozen, Pairs, Trained
-from distill.samplers import euler
 from distill.spec import GaussianTeacher
 from distill.teachers.analytic import GaussianField, gaussian_teacher
 from distill.testing import exact
@@ -25,6 +22,7 @@ from recipes.reflow import one_step, reflow
 
 M, LAMBDA = 0.7, 0.3
 ROOT = math.sqrt(LAMBDA)
+STRAIGHT = exact.straight(M, ROOT)
 ORACLE = GaussianField(torch.tensor([M], dtype=torch.float64), torch.tensor([ROOT], dtype=torch.float64))
 SHAPES = [(32, 3, 32, 32), (1, 2), (7, 3)]
 
@@ -63,8 +61,7 @@ def v1(x, t):
 
 def v2(x, t):
     """The velocity of the straight paths from noise to m + sqrt(lambda) noise."""
-    t = like(t, x).double()
-    return -M + (1 - ROOT) * (x - (1 - t) * M) / ((1 - t) * ROOT + t)
+    return STRAIGHT(x, t, {})
 
 
 def target(noise):
@@ -212,21 +209,12 @@ def test_one_round_of_reflow_recovers_the_straight_field(u):
     assert (fitted - coefficients(v2, u)).abs().max() < 1e-9
 
 
-def test_reflow_law_of_times_is_the_one_named():
-    means = {"uniform": 0.5, "u_shaped": 0.5, "exp10": 10 / 9 - 1 / math.log(10)}
-    variances = {"uniform": 1 / 12, "u_shaped": 3 / 8 - 1 / (4 * math.tanh(2))}
-    for law, mean in means.items():
-        student = Student(v2)
-        loss(reflow, {"time_law": law}, student, oracle_pairs((20_000, 1)), context(20_000))
-        t = student.seen[1].double()
-        assert t.mean().item() == pytest.approx(mean, abs=0.01)
-        if law in variances:
-            assert t.var().item() == pytest.approx(variances[law], abs=0.003)
-    student = Student(v2)
-    logit_normal = {"time_law": "logit_normal", "mu": 1.0, "sigma": 0.5}
-    loss(reflow, logit_normal, student, oracle_pairs((20_000, 1)), context(20_000))
-    logits = student.seen[1].double().logit()
-    assert logits.mean().item() == pytest.approx(1, abs=0.02) and logits.std().item() == pytest.approx(0.5, abs=0.02)
+@pytest.mark.parametrize("law", [("uniform",), ("u_shaped",), ("exp10",), ("logit_normal", 1.0, 0.5)])
+def test_reflow_law_of_times_is_the_one_named(law):
+    """The laws themselves: test_times.py."""
+    student, batch, ctx = Student(v2), oracle_pairs((64, 1)), context(64)
+    loss(reflow, dict(zip(("time_law", "mu", "sigma"), law, strict=False)), student, batch, ctx)
+    assert torch.equal(student.seen[1], times.law(*law)(ctx.draw.uniform("t", batch.pairs.data)))
 
 
 @pytest.mark.parametrize("distance", ["l2", "pseudo_huber"])
@@ -263,16 +251,6 @@ def test_real_data_draws_reflow_towards_the_velocity_of_the_marginals(t, weight)
     expected = (of_pairs * coefficients(v2, t) + of_data * coefficients(v1, t)) / (of_pairs + of_data)
     assert (fitted - expected).abs().max() < 0.01
     assert min((coefficients(v, t) - expected).abs().max() for v in (v1, v2)) > 0.02
-
-
-@pytest.mark.parametrize("steps", [1, 2, 4, 8])
-def test_euler_jumps_exactly_along_the_straight_field(steps):
-    """T04, with the sampler of the recipes."""
-    noise = draws.sample_noise(1, range(6), (2, 3)).double()
-    x = euler.sample(Student(v2), noise, uniform_grid(steps), {})
-    assert (x - target(noise)).abs().max() < 1e-12
-    if steps == 1:  # the velocity of the marginals returns the mean
-        assert (euler.sample(Student(v1), noise, uniform_grid(1), {}) - M).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(("module", "options"), [(flow_matching, {}), (reflow, {}), (one_step, {"steps": 4})])
@@ -324,15 +302,6 @@ def test_few_step_loss_is_zero_at_the_straight_field_on_its_own_grid(steps, dist
     assert (counts - expected).abs().max() < 4 * math.sqrt(expected)
     grids = one_step.Recipe(one_step.Config(**options), None).t_grids(None)
     assert grids == {n: uniform_grid(n).tolist() for n in range(1, steps + 1) if steps % n == 0}
-
-
-@pytest.fixture(scope="module")
-def lpips_options(tmp_path_factory):
-    path = tmp_path_factory.mktemp("trunk") / "squeeze.safetensors"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        save_file(squeezenet1_1(weights=None).state_dict(), path)
-    return {"lpips_trunk": "squeeze", "lpips_path": path}
 
 
 def test_one_step_lpips_compares_images(lpips_options):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from scipy.stats import kstest
-from test_recipes_reflow import ROOT, SHAPES, M, Student, context, given, loss, oracle_pairs, target, v1, v2
+from test_recipes_reflow import SHAPES, M, Student, context, given, loss, oracle_pairs, target, v1, v2
 from test_stages import PAIRS, REFLOW, TEACH, go, spec
 
 from distill import card as cards
@@ -69,7 +69,7 @@ def test_gradient_is_that_of_the_mean_of_the_logarithms(shape):  # T10, check (a
     found(parameter)[0].backward()
     for i, step in enumerate(1e-5 * torch.eye(2, dtype=torch.float64)):
         above, below = ((found(parameter.detach() + s)[1] + SMALL).log().mean() for s in (step, -step))
-        assert parameter.grad[i].item() == pytest.approx(((above - below) / 2e-5).item(), rel=1e-5)
+        assert parameter.grad[i].item() == pytest.approx(((above - below) / 2e-5).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (1, 5), (4, 6), (2, 2)])
@@ -98,12 +98,6 @@ def test_times_are_exponential():  # T09
     student = Student(v2)
     loss(simple_reflow, {}, student, oracle_pairs((20_000, 1)), context(20_000))
     assert kstest(student.seen[1].double().numpy(), lambda t: (10**t - 1) / 9).pvalue > 0.01
-
-
-def test_forward_pairs_lie_on_the_same_straight_lines():  # check (d)
-    data = M + ROOT * randn("forward", 32, 3)
-    batch = Batch(None, Pairs((data - M) / ROOT, data), {})
-    assert made({}, v2, batch, context(32)).logs["distance"] < 1e-12
 
 
 def test_students_go_along_a_sigmoid_grid():  # check (c)

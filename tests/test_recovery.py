@@ -5,8 +5,6 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torchvision.models import squeezenet1_1
 
 from distill import draws, solvers
 from distill.distances import Lpips
@@ -113,11 +111,8 @@ def test_reflow_and_one_step_recover_a_ring(tmp_path):
     assert straightened < 0.02 * bent
 
 
-def test_lpips_trains_through_the_engine(tmp_path):
+def test_lpips_trains_through_the_engine(tmp_path, lpips_options):
     """Images towards their pairs by a frozen network, which is no part of the checkpoints."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        save_file(squeezenet1_1(weights=None).state_dict(), tmp_path / "trunk.safetensors")
     means = torch.linspace(-0.8, 0.8, 64).reshape(1, 1, 8, 8)
     teacher = class_gaussian_teacher(torch.cat([means, -means]), torch.zeros(1, 8, 8), torch.full((1, 8, 8), 0.05))
     stage = PairsStage(kind="pairs", count=64, solver="heun", steps=4, block=32, shard=32)
@@ -126,12 +121,11 @@ def test_lpips_trains_through_the_engine(tmp_path):
     source = PairSource(PairSet.open(tmp_path / "pairs", teacher.digest), 16, 5)
     network = UNetSpec(kind="unet", channels=[16, 16], norm_groups=8)
     init = StudentInit(None, network, (1, 8, 8), 2, seed=0)
-    trunk = {"lpips_trunk": "squeeze", "lpips_path": tmp_path / "trunk.safetensors"}
-    recipe = one_step.Recipe(one_step.Config(distance="lpips", **trunk), teacher)
+    recipe = one_step.Recipe(one_step.Config(distance="lpips", **lpips_options), teacher)
     student = run(recipe, source, init, tmp_path, images=16 * 60, batch_size=16, lr=3e-3)
 
     batch = source.batch(1000, draws.Rows(0, 16, 16))
-    metric = Lpips("squeeze", tmp_path / "trunk.safetensors")
+    metric = Lpips("squeeze", lpips_options["lpips_path"])
 
     def distance(field):
         with torch.no_grad():

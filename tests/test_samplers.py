@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from distill import solvers
+from distill import sampling, solvers
 from distill.draws import generator
 from distill.samplers import euler, jump, renoise, same_noise
+from distill.students.velocity import VelocityStudent
 from distill.teachers.analytic import GaussianField, GaussianFlowMap
+from distill.testing import exact
 from distill.times import uniform_grid
 
 STD = torch.tensor([0.5, 1.3, 0.2], dtype=torch.float64)
@@ -55,11 +57,7 @@ def test_euler_is_the_solver_of_the_same_name(steps):
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 8])
 def test_going_back_to_the_same_noise_is_euler_in_two_steps_and_on_straight_paths(steps):  # T08
     noise, grid = randn("same", 10, 3), uniform_grid(steps)
-
-    def straight(x_t, t, cond):  # the velocity of the paths between noise and MEAN + STD noise
-        t = t[:, None]
-        return (STD - 1) * (MEAN * (1 - t) - x_t) / ((1 - t) * STD + t) - MEAN
-
+    straight = exact.straight(MEAN, STD)
     euler_straight = euler.sample(straight, noise, grid, {})
     assert (euler_straight - (MEAN + STD * noise)).abs().max() < 1e-12
     assert (same_noise.sample(straight, noise, grid, {}) - euler_straight).abs().max() < 1e-12
@@ -110,6 +108,11 @@ def test_renoising_with_the_exact_map_keeps_the_marginal_exactly(steps):
     gains = torch.stack([run(column) - offset for column in columns])
     assert (offset - MEAN).abs().max() < 1e-12
     assert (gains.square().sum(0) - STD.square()).abs().max() < 1e-12
+
+
+def test_a_sampler_that_there_is_not_is_none_of_the_others():
+    with pytest.raises(AssertionError, match="there is no sampler 'renoize'"):
+        sampling.by_sampler(VelocityStudent(torch.nn.Identity()), "renoize", torch.zeros(2, 3), uniform_grid(1), {}, [])
 
 
 def test_renoising_refuses_a_wrong_number_of_noises_and_a_grid_that_does_not_end():

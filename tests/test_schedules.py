@@ -11,7 +11,7 @@ import torch
 from distill import schedules, solvers
 from distill.draws import generator
 from distill.fields import Counted, Rescheduled
-from distill.guard import InputError
+from distill.guard import InputError, RunError
 from distill.interpolants import edm
 from distill.spec import GaussianTeacher, PairsStage
 from distill.store import write_first
@@ -106,13 +106,8 @@ def test_a_multistep_takes_the_step_before_for_as_long():
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_straight_paths_cost_nothing(solver):
-    def straight(x_t, t, cond):  # of the paths between noise and MEAN + STD noise
-        t = t[:, None]
-        std, mean = exact.STD, exact.MEAN
-        return (std - 1) * (mean * (1 - t) - x_t) / ((1 - t) * std + t) - mean
-
     noise = torch.randn(5, 3, generator=generator("straight"), dtype=torch.float64)
-    matrix = costs(solver, 10, exact.Network(straight), noise)
+    matrix = costs(solver, 10, exact.STRAIGHT, noise)
     assert matrix[matrix.isfinite()].max() < 1e-24
 
 
@@ -167,6 +162,14 @@ def test_what_was_measured_is_kept_and_not_measured_again(tmp_path):
     for number, other in enumerate(others):
         find(tmp_path, teacher, **other)
         assert len(list((tmp_path / "schedules").iterdir())) == min(2 + number, 5), "the last asks for what is there"
+
+
+def test_costs_that_are_not_finite_are_not_kept(tmp_path):
+    broken = exact.Network(lambda x_t, t, cond: x_t / (t[:, None] > 0.6))
+    with pytest.raises(RunError, match=r"a step of euler from t=1 is not finite on the paths of .*; nothing was kept"):
+        find(tmp_path, dataclasses.replace(TEACHER, field=broken))
+    assert list((tmp_path / "schedules").iterdir()) == []
+    assert find(tmp_path).best(3).indices == [0, 6, 9, 12]
 
 
 def test_costs_are_those_of_the_samples_however_they_are_divided(tmp_path, monkeypatch):

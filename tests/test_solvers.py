@@ -18,6 +18,7 @@ from distill.teachers.analytic import (
     QuantileFlowMap,
     class_gaussian_teacher,
 )
+from distill.testing import exact
 from distill.times import karras_grid, uniform_grid
 
 M, VARIANCE = 0.7, 0.3
@@ -25,14 +26,7 @@ ROOT = math.sqrt(VARIANCE)
 V1 = GaussianField(torch.tensor([M], dtype=torch.float64), torch.tensor([ROOT], dtype=torch.float64))
 
 
-class V2:
-    """The velocity after one reflow of N(M, VARIANCE): exactly straight (reflow 0.6)."""
-
-    interpolant, t_range = linear(), (0.0, 1.0)
-
-    def __call__(self, x_t, t, cond):
-        t = t.reshape(-1, 1)
-        return -M + (1 - ROOT) * (x_t - (1 - t) * M) / ((1 - t) * ROOT + t)
+V2 = exact.straight(M, ROOT)  # the velocity after one reflow of N(M, VARIANCE) (reflow 0.6)
 
 
 def randn(name, *shape):
@@ -71,7 +65,7 @@ def test_one_euler_step_of_v1_is_the_mean_whatever_the_noise():  # T04, fact A
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_euler_on_v2_is_exact_at_any_number_of_steps(steps):  # T04, fact B
     noise = randn("T04", 50, 1)
-    assert (sample(V2(), noise, {}, solver="euler", steps=steps) - (M + ROOT * noise)).abs().max() < 1e-12
+    assert (sample(V2, noise, {}, solver="euler", steps=steps) - (M + ROOT * noise)).abs().max() < 1e-12
 
 
 def test_euler_on_v1_is_the_product_of_its_steps():  # fact D
@@ -130,15 +124,11 @@ def test_a_march_is_exact_on_straight_paths_and_ends_at_the_very_time():
         time = time.double()[:, None]
         return (1 - time) * (M + ROOT * noise) + time * noise
 
-    found = march(V2(), at(t), t, s, {}, "euler", 3)
+    found = march(V2, at(t), t, s, {}, "euler", 3)
     assert (found - at(s)).abs().max() < 1e-6  # times are float32
 
-    class Recorded(V2):
-        def __call__(self, x_t, t, cond):
-            seen.append(t)
-            return super().__call__(x_t, t, cond)
-
-    march(Recorded(), at(t), t, s, {}, "heun", 7)
+    recorded = exact.Network(lambda x_t, t, cond: seen.append(t) or V2(x_t, t, cond))
+    march(recorded, at(t), t, s, {}, "heun", 7)
     assert torch.equal(seen[0], t) and torch.equal(seen[-1], s) and len(seen) == 14
 
 
@@ -323,7 +313,7 @@ def test_straightness_of_v1_is_its_closed_form_and_of_v2_zero():  # T05, fact C
     assert truth == pytest.approx(0.235085, abs=5e-7)
     errors = [abs(straightness(V1, unit(32), {}, steps) - truth) for steps in (130, 260, 520)]
     assert errors[-1] < 1e-3 and all(0.4 < b / a < 0.6 for a, b in zip(errors[:-1], errors[1:], strict=True))
-    assert straightness(V2(), unit(32), {}, 16) < 1e-24
+    assert straightness(V2, unit(32), {}, 16) < 1e-24
     assert straightness(V1, unit(32), {}, 1) < 1e-24  # one step cannot bend
     # per dimension sqrt(lambda) (2 - pi/2), whatever the mean
     wide = GaussianField(MEAN, STD)

@@ -59,6 +59,13 @@ def test_u_shaped_has_the_density_of_its_sampler():  # reflow 0.7: t = w or 1 - 
     assert kstest(t.numpy(), lambda t: u_shaped_cdf(t * (1 - 2e-5) + 1e-5)).pvalue > 0.01
 
 
+def test_one_of_several_is_as_likely_as_any_other_and_never_beyond_the_last():
+    found, counts = times.one_of(8, draws(8000, "one of")).unique(return_counts=True)
+    assert found.tolist() == [*range(8)] and (counts - 1000).abs().max() < 4 * math.sqrt(1000)
+    below_one = torch.nextafter(torch.ones(1), torch.zeros(1))  # the greatest draw in float32
+    assert all(times.one_of(count, below_one).item() == count - 1 for count in range(1, 1001))
+
+
 def test_logit_normal_is_normal_in_log_sigma():
     t = times.logit_normal(draws(), -1.2, 1.2)
     log_sigma = (t / (1 - t)).log()

@@ -26,6 +26,7 @@ AnyStoreOption = Annotated[
     typer.Option("--store", help="Folder or URL of the store. Otherwise $DISTILL_STORE, the user's config, or ./runs."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+TeacherHelp = "A diffusers folder or hub id, a student, RUN/STAGE, or YAML such as '{kind: gaussian, ...}'."
 SETTINGS = ("site", "store")
 
 

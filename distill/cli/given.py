@@ -47,8 +47,13 @@ def stage(model: type[StageModel], content: dict[str, Any]) -> StageModel:
         return model.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         mistakes = schema.explain(error, model, content)
-    parts = [mistake.partition(":") for mistake in mistakes]
-    raise InputError("\n  ".join(f"--{field.replace('_', '-')}:{rest}" for field, _, rest in parts))
+    raise InputError("\n  ".join(map(as_option, mistakes)))
+
+
+def as_option(mistake: str) -> str:
+    """What is wrong with a field, as what is wrong with its option."""
+    field, _, rest = mistake.partition(":")
+    return f"--{field.replace('_', '-')}:{rest}"
 
 
 def device(name: str) -> "torch.device":
@@ -58,6 +63,11 @@ def device(name: str) -> "torch.device":
     if name not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device {name}: {suggest(name, ['auto', 'cpu', 'cuda'])}")
     return stages.place(LaunchSpec.model_validate({"device": name}))
+
+
+def is_yaml(given: str) -> bool:
+    """Whether it stands there itself, and is no name."""
+    return given.lstrip().startswith("{")
 
 
 def student(given: str, store: Path) -> Path:
@@ -76,7 +86,7 @@ def teacher(given: str, store: Path) -> TeacherSpec:
     """A teacher by YAML, by RUN/STAGE, or by a checkpoint's folder or hub id."""
     run, _, stage = given.rpartition("/")
     content: object = {"kind": "diffusers", "path": given}
-    if given.lstrip().startswith("{"):
+    if is_yaml(given):
         content = yamltext.parse(given, "TEACHER")
     elif Path(given).exists():
         content = {"kind": "diffusers", "path": str(Path(given).absolute())}
@@ -89,7 +99,7 @@ def teacher(given: str, store: Path) -> TeacherSpec:
 
 def data(given: str) -> DataSpec:
     """Data by the name of their kind, or by YAML."""
-    content = yamltext.parse(given, "--data") if given.lstrip().startswith("{") else {"kind": given}
+    content = yamltext.parse(given, "--data") if is_yaml(given) else {"kind": given}
     return _part({"data": content}).data
 
 

@@ -66,8 +66,9 @@ def pairs(
         "times": None if times is None else meant.fractions("--times", times),
     }  # fmt: skip
     options = {key: value for key, value in options.items() if value is not None}
-    named = Path(given).suffix in (".yaml", ".yml") or start.is_run(store_path(store), given)
-    if named or (start.is_spec(given) and not Path(given).is_dir()):
+    if check:
+        _refuse({"shards": shards, "out": out}, "--check solves 1,000 pairs, and keeps none")
+    if not meant.is_yaml(given) and _is_spec(store_path(store), given):
         others = {**options, "out": out, "data": data, "seed": seed, "device": device}
         _refuse(others, "of a spec they stand in it: write changes like stages.pairs.count=5000")
         _of_spec(store_path(store), given, changes or [], name, stage, share, check)
@@ -78,8 +79,13 @@ def pairs(
     _of_teacher(store_path(store), given, options, out, data, seed or 0, device or "auto", share, check)
 
 
+def _is_spec(store: Path, given: str) -> bool:
+    named = Path(given).suffix in (".yaml", ".yml") or start.is_run(store, given)
+    return named or (start.is_spec(given) and not Path(given).is_dir())
+
+
 def _refuse(options: Mapping[str, object], why: str) -> None:
-    found = [key.replace("_", "-") for key, value in options.items() if value]
+    found = [key.replace("_", "-") for key, value in options.items() if value not in (None, [])]
     if found:
         raise InputError(f"{', '.join(f'--{key}' for key in found)}: no effect here; {why}")
 
@@ -107,8 +113,8 @@ def _of_teacher(
     from distill.spec import NoData, PairsStage
 
     stage = meant.stage(PairsStage, {"kind": "pairs", "count": 10000, **options})
-    for mistake in pairspec.mistakes(stage, "--"):
-        raise InputError(mistake)
+    for mistake in pairspec.mistakes(stage, ""):
+        raise InputError(meant.as_option(mistake))
     if data is not None and stage.paths not in pairspec.OF_DATA:
         raise InputError(f"--data: {stage.paths} paths begin with noise, so it has no effect; remove it")
     real = NoData(kind="none") if data is None else meant.data(data)
@@ -148,13 +154,13 @@ def _of_spec(
     share: tuple[int, int] | None,
     check: bool,
 ) -> None:
-    run, spec = _run(store, given, changes, name)
+    run, spec = _run(store, given, changes, name, make=not check)
     chosen = _stage(spec, stage)
     of = spec.stages[chosen].teacher
     if of is not None and not run.stage(of).done.exists():
         raise InputError(
             f"stage '{chosen}' solves the paths of the student of '{of}', which is not trained yet; "
-            f"distill run {near(run.root)} --resume"
+            f"distill run {f'{near(run.root)} --resume' if run.root.exists() else given}"
         )
     if check:
         from distill import stages
@@ -192,15 +198,20 @@ def _told(folder: Path) -> str:
     return "; ".join(said)
 
 
-def _run(store: Path, given: str, changes: list[str], name: str | None) -> tuple[RunPaths, "distill.spec.RunSpec"]:
-    """The run of a spec: there already, or made now, by whichever of several processes comes first."""
+def _run(
+    store: Path, given: str, changes: list[str], name: str | None, *, make: bool
+) -> tuple[RunPaths, "distill.spec.RunSpec"]:
+    """The run of a spec: there already, or made now, by whichever of several processes comes first; or only named."""
     if not start.is_run(store, given):
         source = start.find(given, changes, name)
-        if not RunPaths(store.absolute() / source.spec.name).root.exists():
+        paths = RunPaths(store.absolute() / source.spec.name)
+        if not make and not paths.root.exists():
+            return paths, start.checked(source).spec
+        if not paths.root.exists():
             try:
                 return start.begin(store, source), source.spec
             except InputError:
-                if not RunPaths(store.absolute() / source.spec.name).spec.is_file():
+                if not paths.spec.is_file():
                     raise  # it was not that another process has made it
     paths, again = start.find_again(store, given, changes, name)
     return paths, start.go_on(paths, again)

@@ -6,24 +6,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill.cli.common import JsonOption, StoreOption, print_json, store_path
+from distill.cli.common import JsonOption, StoreOption, TeacherHelp, print_json, store_path
 from distill.guard import InputError, suggest
+from distill.spec import FINE, SAMPLES, SEED
 
 if TYPE_CHECKING:
     import torch
 
     from distill.students.loaded import LoadedStudent
 
-TeacherHelp = "A diffusers folder or hub id, a student, RUN/STAGE, or YAML such as '{kind: gaussian, ...}'."
-
 
 def schedule(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help=TeacherHelp)],
     steps: Annotated[int, typer.Option("--steps", help="Steps to find the times of.", min=1)],
     solver: Annotated[str, typer.Option(help="euler, heun or dpm_solver_pp_2m: whose steps they are.")] = "euler",
-    fine: Annotated[int, typer.Option(help="Steps of the fine grid that they are chosen from.", min=1)] = 100,
-    samples: Annotated[int, typer.Option(help="Paths that the errors are measured on.", min=1)] = 100,
-    seed: Annotated[int, typer.Option(help="Of their noise.", min=0, max=2**63 - 1)] = 0,
+    fine: Annotated[int, typer.Option(help="Steps of the fine grid that they are chosen from.", min=1)] = FINE,
+    samples: Annotated[int, typer.Option(help="Paths that the errors are measured on.", min=1)] = SAMPLES,
+    seed: Annotated[int, typer.Option(help="Of their noise.", min=0, max=2**63 - 1)] = SEED,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 = none.", min=0)] = 1.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     store: StoreOption = None,

@@ -49,7 +49,7 @@ def stage(
             if share is not None:
                 _compute_part(paths, spec, names, stop, share)
                 return
-            with _in_events(paths, names):
+            with _in_events(paths, names, measure):
                 _compute(paths, spec, names, stop, measure)
 
 
@@ -87,9 +87,9 @@ def _part(text: str) -> tuple[int, int]:
 
 
 @contextmanager
-def _in_events(paths: RunPaths, names: list[str]) -> Iterator[None]:
+def _in_events(paths: RunPaths, names: list[str], measure: bool) -> Iterator[None]:
     """The run's events say what began here, and how it ended."""
-    from distill.launch import tasks
+    from distill.launch import ranks, tasks
 
     append_event(paths, "started", pid=os.getpid(), host=platform.node(), stages=names)
     outcome, message = "failed", ""
@@ -98,6 +98,8 @@ def _in_events(paths: RunPaths, names: list[str]) -> Iterator[None]:
         outcome = "finished"
     except Stopped as stopped:
         outcome, message = "stopped", str(stopped)
+        if measure:
+            raise Stopped(f"stopped; {ranks.MEASURED}") from None
         raise Stopped(message if tasks.is_task() else f"{message}: distill run {near(paths.root)} --resume") from None
     except KeyboardInterrupt:
         outcome, message = "stopped", "interrupted without saving"

@@ -7,12 +7,11 @@ import typer
 
 from distill import card as cards
 from distill.cli import schedule as schedules
-from distill.cli.common import JsonOption, StoreOption, check_out, console, near, print_json, store_path
+from distill.cli.common import JsonOption, StoreOption, TeacherHelp, check_out, console, near, print_json, store_path
 from distill.guard import InputError, suggest
 from distill.store import find_run
 
 StudentArgument = Annotated[str, typer.Argument(metavar="STUDENT", help="A student folder, or RUN/STAGE of the store.")]
-TeacherHelp = "A diffusers folder or hub id, a student, RUN/STAGE, or YAML such as '{kind: gaussian, ...}'."
 SeedOption = Annotated[int, typer.Option(help="Of the noise.", min=0, max=2**63 - 1)]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 

@@ -27,16 +27,17 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTE
 def run_stages(run: RunPaths, stages: list[str], *, measure: bool = False) -> int:
     """Compute stages of a run in processes of their own: an exit code, of the first that did not end well.
 
-    They say themselves why they stopped, unless they could not: then we do. measure: they note their memory.
+    They say themselves why they stopped, unless they could not: then we do. measure: they note their memory, in a run
+    that is thrown away.
     """
     with ranks.Relay() as relay:
         spec = specfile.load_run(run)
         for size, names in groups(spec, stages):
             if relay.asked:
-                ranks.say_not_begun(run)
+                ranks.say_not_begun(run, measure=measure)
                 return EXIT_STOPPED
             command = ["distill", "stage", str(run.root), *names, *(["--measure"] if measure else [])]
-            code = _run(run, command, _environments(run, spec, size), relay)
+            code = _run(run, command, _environments(run, spec, size), relay, measure=measure)
             if code:
                 return code
     return 0
@@ -45,14 +46,23 @@ def run_stages(run: RunPaths, stages: list[str], *, measure: bool = False) -> in
 def run_ranks(folder: Path, module: str, *arguments: str, size: int) -> int:
     """`python -m module ARGUMENTS --lifeline N` in ranks of one thread: an exit code. Their logs lie in `folder`."""
     with ranks.Relay() as relay:
-        return _run(RunPaths(folder), [module, *arguments], _of_ranks(_own(folder, threads=1), size), relay)
+        return _run(
+            RunPaths(folder), [module, *arguments], _of_ranks(_own(folder, threads=1), size), relay, measure=True
+        )
 
 
-def _run(run: RunPaths, command: Sequence[str], envs: Sequence[Mapping[str, str]], relay: ranks.Relay) -> int:
+def _run(
+    run: RunPaths,
+    command: Sequence[str],
+    envs: Sequence[Mapping[str, str]],
+    relay: ranks.Relay,
+    *,
+    measure: bool = False,
+) -> int:
     theirs, ours = os.pipe()  # we hold the writing end, and never write
     try:
         python = [sys.executable, "-P", "-m", *command, "--lifeline", str(theirs)]
-        return ranks.run(run, python, theirs, envs, relay)
+        return ranks.run(run, python, theirs, envs, relay, measure=measure)
     finally:
         os.close(ours)
         os.close(theirs)

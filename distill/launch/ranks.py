@@ -27,6 +27,7 @@ STOPPING = 120.0  # seconds that the others have to save and leave once a rank h
 FAILING = 10.0  # seconds that they have to leave by themselves once a rank has failed
 POLL = 0.02  # seconds
 WEIGHTS = {EXIT_STOPPED: 1, EXIT_PEER: 2, 0: 3}  # of how a rank may end; any other code is its own fault, and weighs 0
+MEASURED = "it was only measured, and nothing was made"  # of a run that is thrown away
 LAST_LINES, LAST_BYTES = 20, 64 * 1024  # of a log, at most
 
 
@@ -81,10 +82,19 @@ class Log:
             return file.read().decode(errors="replace").strip().splitlines()[-LAST_LINES:]
 
 
-def run(paths: RunPaths, command: Sequence[str], lifeline: int, envs: Sequence[Mapping[str, str]], relay: Relay) -> int:
+def run(
+    paths: RunPaths,
+    command: Sequence[str],
+    lifeline: int,
+    envs: Sequence[Mapping[str, str]],
+    relay: Relay,
+    *,
+    measure: bool = False,
+) -> int:
     """Run a command in one process for each of `envs`, to the end of all: its exit code, 128 + number for a signal.
 
-    lifeline: an open file that they inherit. The first speaks for all; what the others say goes to logs.
+    lifeline: an open file that they inherit. The first speaks for all; what the others say goes to logs. measure: the
+    run is thrown away, so that nobody can go on with it.
     """
     logs = {rank: Log.open(paths.log(rank)) for rank in range(1, len(envs))}
     relay.processes = []
@@ -102,7 +112,7 @@ def run(paths: RunPaths, command: Sequence[str], lifeline: int, envs: Sequence[M
     rank = min(meant, key=lambda rank: (WEIGHTS.get(meant[rank], 0), meant[rank] == EXIT_INPUT and rank > 0))
     code = meant[rank]
     if code == EXIT_STOPPED and ended.get(0) != EXIT_STOPPED:
-        _say_stopped(paths, began=meant == ended)
+        _say_stopped(paths, began=meant == ended, measure=measure)
     if code not in (0, EXIT_STOPPED) and rank > 0:
         _say_failed(paths, rank, code, logs[rank])
     if code == EXIT_PEER:
@@ -111,16 +121,20 @@ def run(paths: RunPaths, command: Sequence[str], lifeline: int, envs: Sequence[M
         return code
     print(
         f"error: {'the process' if len(envs) == 1 else f'rank {rank}'} of run '{paths.name}' was killed by "
-        f"{signal.Signals(-code).name} (out of memory?); what it saved is intact; "
-        f"go on with: distill run {paths.root} --resume",
+        f"{signal.Signals(-code).name} (out of memory?); "
+        f"{MEASURED if measure else f'what it saved is intact; {_onward(paths)}'}",
         file=sys.stderr,
     )
     return 128 - code
 
 
-def say_not_begun(paths: RunPaths) -> None:
+def say_not_begun(paths: RunPaths, *, measure: bool = False) -> None:
     """For processes that were asked to stop before they could hear it."""
-    print(f"stopped before it began; go on with: distill run {paths.root} --resume", file=sys.stderr)
+    print(f"stopped before it began; {MEASURED if measure else _onward(paths)}", file=sys.stderr)
+
+
+def _onward(paths: RunPaths) -> str:
+    return f"go on with: distill run {paths.root} --resume"
 
 
 def _start(command: Sequence[str], env: Mapping[str, str], lifeline: int, log: Log | None) -> subprocess.Popen[bytes]:
@@ -154,13 +168,13 @@ def _patience(code: int) -> float:
     return STOPPING if code in (0, EXIT_STOPPED) else FAILING
 
 
-def _say_stopped(paths: RunPaths, *, began: bool) -> None:
+def _say_stopped(paths: RunPaths, *, began: bool, measure: bool) -> None:
     """Where rank 0 could not."""
     if not began:
-        say_not_begun(paths)
+        say_not_begun(paths, measure=measure)
         return
     append_event(paths, "stopped", message="rank 0 did not end by itself")
-    print(f"stopped; what was saved is intact; go on with: distill run {paths.root} --resume", file=sys.stderr)
+    print(f"stopped; {MEASURED if measure else f'what was saved is intact; {_onward(paths)}'}", file=sys.stderr)
 
 
 def _say_failed(paths: RunPaths, rank: int, code: int, log: Log) -> None:

@@ -11,9 +11,10 @@ from distill.pairs.paths import Real
 from distill.progress import Progress
 from distill.protocols import VelocityField
 from distill.spec import Frozen
+from distill.stop import StopRequest
 from distill.store import write_json
 
-BIG = 50_000  # pairs: from here on, a thousand of them are solved beforehand, unasked
+BIG = 50_000  # pairs: from here on, a thousand of them are solved beforehand, unasked, at N and 2 N steps
 SAMPLE = 1000  # pairs to compare
 TOLERATED = 0.01  # RMS difference at twice the steps, relative to the pairs' own RMS
 DOUBLINGS = 6
@@ -40,19 +41,28 @@ class Accuracy(Frozen):
         )
         if self.enough == self.steps:
             return f"{said}; {self.steps} steps are enough"
-        if self.enough is None:
-            return f"{said}, and at {max(self.differences)} still {self.differences[max(self.differences)]:.2%}"
-        return (
-            f"{said}, more than {TOLERATED:.0%}; {self.enough} steps are enough ({self.differences[self.enough]:.2%})"
-        )
+        if self.enough is not None:
+            found = self.differences[self.enough]
+            return f"{said}, more than {TOLERATED:.0%}; {self.enough} steps are enough ({found:.2%})"
+        last = max(self.differences)
+        if last == self.steps:
+            return f"{said}, more than {TOLERATED:.0%}"
+        return f"{said}, and at {last} still {self.differences[last]:.2%}"
 
 
-def measure(field: VelocityField, manifest: Manifest, real: Real | None, device: torch.device) -> Accuracy:
+def measure(
+    field: VelocityField,
+    manifest: Manifest,
+    real: Real | None,
+    device: torch.device,
+    stop: StopRequest,
+    doublings: int = DOUBLINGS,
+) -> Accuracy:
     """Compare N and 2 N steps, then 2 N and 4 N, ..., until they agree."""
     count, steps, found = min(SAMPLE, manifest.count), manifest.steps, dict[int, float]()
-    coarse = _ends(field, manifest, real, device, count)
-    for _ in range(DOUBLINGS):
-        fine = _ends(field, manifest.model_copy(update={"steps": 2 * steps}), real, device, count)
+    coarse = _ends(field, manifest, real, device, count, stop)
+    for _ in range(doublings):
+        fine = _ends(field, manifest.model_copy(update={"steps": 2 * steps}), real, device, count, stop)
         rms = fine.double().square().mean().sqrt()
         found[steps] = ((fine.double() - coarse.double()).square().mean().sqrt() / rms).item()
         if found[steps] <= TOLERATED:
@@ -62,21 +72,30 @@ def measure(field: VelocityField, manifest: Manifest, real: Real | None, device:
 
 
 def advise(
-    field: VelocityField, manifest: Manifest, real: Real | None, device: torch.device, folder: Path, progress: Progress
+    field: VelocityField,
+    manifest: Manifest,
+    real: Real | None,
+    device: torch.device,
+    folder: Path,
+    progress: Progress,
+    stop: StopRequest,
 ) -> None:
     """Before a big set is begun: measure once, keep it in `accuracy.json`, and warn where the steps are too few."""
     path = folder / "accuracy.json"
-    if manifest.count < BIG or manifest.shards or path.exists():
+    if manifest.count < BIG or path.exists():
         return
-    found = measure(field, manifest, real, device)
+    found = measure(field, manifest, real, device, stop, doublings=1)
     write_json(path, found.model_dump(mode="json"))
-    if found.enough != manifest.steps:
-        progress.warn(found.describe())
+    if found.enough is None:
+        progress.warn(f"{found.describe()}; `distill pairs` with --check finds how many steps are enough")
 
 
-def _ends(field: VelocityField, manifest: Manifest, real: Real | None, device: torch.device, count: int) -> Tensor:
+def _ends(
+    field: VelocityField, manifest: Manifest, real: Real | None, device: torch.device, count: int, stop: StopRequest
+) -> Tensor:
     """What the solver made of the first paths, [count, ...]."""
-    key = {"forward": "noise", "segments": "states"}.get(manifest.paths, "data")
-    starts = range(0, count, manifest.block)
-    blocks = [paths.solve(field, manifest, range(i, i + manifest.block), real, device)[key] for i in starts]
+    key, blocks = {"forward": "noise", "segments": "states"}.get(manifest.paths, "data"), list[Tensor]()
+    for start in range(0, count, manifest.block):
+        stop.raise_if_requested("nothing yet, as the solver was being measured")
+        blocks.append(paths.solve(field, manifest, range(start, start + manifest.block), real, device)[key])
     return torch.cat(blocks)[:count]

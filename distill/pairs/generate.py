@@ -52,8 +52,8 @@ def generate(
     done = sum(len(indices) for name, indices in ours.items() if name in manifest.shards)
     left = sum(len(indices) for indices in ours.values()) - done
     space.require(folder, left * pairspec.bytes_per_pair(stage, teacher.shape), f"{left:,} pairs")
-    if part is None or part[0] == 0:
-        accuracy.advise(field, manifest, real, device, folder, progress)
+    if done == 0 and (part is None or part[0] == 0):
+        accuracy.advise(field, manifest, real, device, folder, progress, stop)
     progress.start(done)
     for name, indices in ours.items():
         if name in manifest.shards:

@@ -1,16 +1,24 @@
 """What is asked of every recipe. Each check takes a `Subject` and a scratch folder, and raises AssertionError.
 
+MINE = testing.Subject("./mine.py", base=HERE, closed_form=(zero_at_the_solution,))
+
 @pytest.mark.parametrize("check", testing.CHECKS)
 def test_mine(check, tmp_path):
-    check(testing.Subject("./mine.py", base=HERE, closed_form=(zero_at_the_solution,)), tmp_path)
+    check(MINE, tmp_path)
+
+What an undisturbed training finds, several of them ask of the same one: declare a subject once.
 """
 
 import ast
+import functools
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel
+from torch import nn
 
 from distill import registry
 from distill.card import SAMPLERS, StudentCard
@@ -54,28 +62,58 @@ def is_right(subject: Subject, folder: Path) -> None:
         check()
 
 
-def learns(subject: Subject, folder: Path) -> None:
-    """Finite losses in fp32 and bf16; every gradient is its own network's, and every weight of it has one."""
-    moved: dict[str, set[str]] = {}
+@dataclass(frozen=True)
+class Undisturbed:
+    """One training in fp32 from beginning to end, of which several checks ask different things."""
+
+    student: nn.Module
+    steps: Steps
+    saved: dict[str, dict[str, bytes]]
+    """the bits of its last checkpoint, by group"""
+    faults: list[str]
+    """of its gradients"""
+
+
+@functools.cache
+def undisturbed(subject: Subject) -> Undisturbed:
+    """Of a subject, made once."""
+    moved, faults = dict[str, set[str]](), list[str]()
 
     def look(roles: Roles) -> None:
         active = [
             name for name, each in roles.trainables.items() if any(p.requires_grad for p in each.module.parameters())
         ]
-        assert len(active) == 1, f"active: {active}"
+        if len(active) != 1:
+            faults.append(f"active: {active}")
         for name, network in roles.networks.items():
             for key, parameter in network.named_parameters():
-                if name != active[0]:
-                    assert parameter.grad is None, f"the turn of {active[0]} left a gradient in {name}.{key}"
+                if name not in active and parameter.grad is not None:
+                    faults.append(f"the turn of {', '.join(active)} left a gradient in {name}.{key}")
                 elif parameter.grad is not None and parameter.grad.any():
                     moved.setdefault(name, set()).add(key)
 
-    result, steps = train(subject, folder / "fp32", probe=look)
+    with tempfile.TemporaryDirectory(prefix="distill-") as folder:
+        result, steps = train(subject, Path(folder), probe=look)
+        saved = _saved(Path(folder))
     for name, each in result.roles.trainables.items():
         still = {key for key, p in each.module.named_parameters()} - moved.get(name, set())
-        assert not still, f"nothing reaches {len(still)} weights of {name}: {', '.join(sorted(still)[:5])}"
+        if still:
+            faults.append(f"nothing reaches {len(still)} weights of {name}: {', '.join(sorted(still)[:5])}")
+    return Undisturbed(result.roles.networks["student"].eval(), steps, saved, faults)
+
+
+def _saved(folder: Path) -> dict[str, dict[str, bytes]]:
+    found = latest(folder / "checkpoints", print)
+    assert found is not None
+    return {group: bits(found.tensors(group)) for group in found.groups.split(", ")}
+
+
+def learns(subject: Subject, folder: Path) -> None:
+    """Finite losses in fp32 and bf16; every gradient is its own network's, and every weight of it has one."""
+    exactly = undisturbed(subject)
+    assert not exactly.faults, exactly.faults[0]
     _, rough = train(subject, folder / "bf16", precision="bf16")
-    for step, other in zip(steps, rough, strict=True):
+    for step, other in zip(exactly.steps, rough, strict=True):
         for name, value in step.items():
             if not name.endswith("grad_norm"):
                 assert abs(other[name] - value) <= 0.1 * abs(value), f"{name}: {value} in fp32, {other[name]} in bf16"
@@ -105,19 +143,16 @@ def draws_only_what_it_is_given(subject: Subject, folder: Path) -> None:
 
 def resumes(subject: Subject, folder: Path) -> None:
     """Stopped and resumed at half, it ends in the bits of the undisturbed run: networks, optimizers, all."""
-    train(subject, folder / "whole")
     train(subject, folder / "halves", stop_at=MOVES * BATCH // 2)
-    whole, halves = (latest(folder / name / "checkpoints", print) for name in ("whole", "halves"))
-    assert whole is not None and halves is not None
-    assert whole.groups == halves.groups
-    for group in whole.groups.split(", "):
-        assert bits(whole.tensors(group)) == bits(halves.tensors(group)), f"{group} differs after a resume"
+    whole, halves = undisturbed(subject).saved, _saved(folder / "halves")
+    assert whole.keys() == halves.keys()
+    for group, tensors in whole.items():
+        assert tensors == halves[group], f"{group} differs after a resume"
 
 
 def travels(subject: Subject, folder: Path) -> None:
     """Exported and loaded again, the student makes the same samples, at every number of steps it is made for."""
-    result, _ = train(subject, folder / "run")
-    student, recipe = result.roles.networks["student"].eval(), start(subject)[0]
+    student, recipe = undisturbed(subject).student, start(subject)[0]
     sampler, t_grids = recipe.sampler, own_grids(recipe, subject.times)
     card = StudentCard(
         name="student", recipe=subject.recipe, spec_digest="", teacher_digest=None, kind=subject.config().student,
@@ -141,10 +176,9 @@ def splits(subject: Subject, folder: Path) -> None:
     _same_losses(whole, single, "in one batch", "sample by sample")
 
 
-def agrees(subject: Subject, folder: Path, numbers: Numbers) -> None:
+def agrees(subject: Subject, numbers: Numbers) -> None:
     """Two processes find the losses of one. numbers: what `pair.train_together` found."""
-    _, alone = train(subject, folder / "alone")
-    _same_losses(alone, numbers[subject.recipe], "alone", "together")
+    _same_losses(undisturbed(subject).steps, numbers[subject.recipe], "alone", "together")
 
 
 def _same_losses(ours: Steps, theirs: Steps, here: str, there: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill.draws import Rows, StepDraw, generator
 from distill.engine import StepContext
-from distill.interpolants import linear
+from distill.interpolants import like, linear
 from distill.protocols import Batch, Cond, Copy, Frozen, Nets, Recipe, Trained, VelocityField
 from distill.teachers.analytic import GaussianField, GaussianFlowMap
 from distill.teachers.loaded import LoadedTeacher
@@ -38,6 +38,19 @@ class Network(nn.Module):
 
     def forward(self, *given: Tensor | Cond | None) -> Tensor | tuple[Tensor, Tensor]:
         return self.function(*given)
+
+
+def straight(mean: Tensor | float, std: Tensor | float) -> Network:
+    """The velocity of the straight paths from noise to mean + std noise, what `FIELD` has after reflow."""
+
+    def velocity(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        t = like(t, x_t).double()
+        return -mean + (1 - std) * (x_t - (1 - t) * mean) / ((1 - t) * std + t)
+
+    return Network(velocity)
+
+
+STRAIGHT = straight(MEAN, STD)
 
 
 @dataclass(frozen=True)

@@ -55,8 +55,7 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
-        if self.time_law == "uniform" and (self.mu is not None or self.sigma is not None):
-            raise ValueError("mu and sigma have no effect with time_law: uniform; remove them or use logit_normal")
+        times.law(self.time_law, self.mu, self.sigma)
         options = self.model_dump(exclude_none=True)
         if unused := [name for name in options if self.coupling not in USED_BY.get(name, [self.coupling])]:
             valid = " or ".join(USED_BY[unused[0]])

@@ -20,6 +20,7 @@ from distill import distances
 from distill.guard import InputError
 from distill.interpolants import like
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
+from distill.times import one_of
 
 
 class Config(BaseModel):
@@ -57,7 +58,7 @@ class Recipe:
         assert batch.pairs is not None and batch.pairs.states is not None and batch.pairs.times is not None
         states, times = batch.pairs.states, batch.pairs.times  # [B, K + 1, ...], [B, K + 1]
         rows = torch.arange(len(states), device=states.device)
-        i = (ctx.draw.uniform("step", states) * (times.shape[1] - 1)).long()  # [B], uniform on 0 ... K - 1
+        i = one_of(times.shape[1] - 1, ctx.draw.uniform("step", states))  # [B]
         x_i, x_j, t_i, t_j = states[rows, i], states[rows, i + 1], times[rows, i], times[rows, i + 1]
         v = (x_j - x_i) / like(t_j - t_i, x_i)
         return Loss(distances.mse(nets["student"](x_i, t_i, batch.cond), v).mean())

@@ -56,9 +56,9 @@ class Recipe:
     sampler = "accelerated"
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
-        shape = () if teacher is None else teacher.shape
-        if config.lpips_trunk and shape and (len(shape) != 3 or shape[0] not in (1, 3)):
-            raise InputError(f"lpips_trunk: LPIPS compares images, the teacher makes {shape}; remove it and lpips_path")
+        if config.lpips_trunk is not None and teacher is not None and not distances.Lpips.takes(teacher.shape):
+            made = f"the teacher makes {teacher.shape}"
+            raise InputError(f"lpips_trunk: LPIPS compares images, {made}; remove it and lpips_path")
         self.config = config
 
     def networks(self, init: Init) -> dict[str, Role]:

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt
 from distill import distances
 from distill.guard import InputError
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
-from distill.times import discrete, window_grids
+from distill.times import discrete, one_of, window_grids
 from distill.windows import Segment
 
 
@@ -60,8 +60,8 @@ class Recipe:
     def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
         assert batch.pairs is not None and batch.pairs.states is not None and batch.pairs.times is not None
         states, times, student = batch.pairs.states, batch.pairs.times, nets["student"]  # [B, K + 1, ...], [B, K + 1]
-        num_segments, rows = states.shape[1] - 1, torch.arange(len(states), device=states.device)
-        k = (ctx.draw.uniform("segment", times) * num_segments).long().clamp(max=num_segments - 1)  # [B]
+        rows = torch.arange(len(states), device=states.device)
+        k = one_of(states.shape[1] - 1, ctx.draw.uniform("segment", times))  # [B]
         segment = Segment(states[rows, k], states[rows, k + 1], times[rows, k], times[rows, k + 1])
         u, levels = ctx.draw.uniform("t", times), self.config.times_per_segment
         t = torch.lerp(

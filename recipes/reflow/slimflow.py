@@ -24,11 +24,8 @@ from distill.interpolants import like
 from distill.protocols import Batch, Context, Frozen, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
 LPIPS = {"lpips_trunk", "lpips_path"}
-BETA = {
-    "linear": lambda k: 1 - min(1.0, k),
-    "exp": lambda k: math.exp(-k),
-    "cosine": lambda k: (1 + math.cos(math.pi * min(1.0, k))) / 2,
-}
+BETA = {"linear": lambda k: 1 - min(1.0, k), "exp": lambda k: math.exp(-k)}
+BETA |= {"cosine": lambda k: (1 + math.cos(math.pi * min(1.0, k))) / 2}
 
 
 class Config(BaseModel):
@@ -77,9 +74,10 @@ class Recipe:
     sampler = "euler"
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
-        shape, of_images = () if teacher is None else teacher.shape, config.flip or config.distance == "lpips"
-        if of_images and shape and (len(shape) != 3 or shape[0] not in (1, 3)):
-            raise InputError(f"flip and distance: lpips are for images, the teacher makes {shape}; remove them")
+        if config.flip and teacher is not None and len(teacher.shape) != 3:
+            raise InputError(f"flip mirrors images, the teacher makes {teacher.shape}; remove it")
+        if config.distance == "lpips" and teacher is not None and not distances.Lpips.takes(teacher.shape):
+            raise InputError(f"distance: lpips compares images, the teacher makes {teacher.shape}; use l2")
         self.config = config
 
     def networks(self, init: Init) -> dict[str, Role]:
@@ -97,9 +95,8 @@ class Recipe:
         return {} if self.config.phase == "anneal" else {1: [1.0, 0.0]}
 
     def anneal(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
-        data, noise = self.ends(batch, ctx)
-        beta = BETA[self.config.schedule or "linear"](ctx.images / (self.config.anneal_images or 1))
-        student, t = nets["student"], ctx.draw.uniform("t", data)
+        c, (data, noise), student = self.config, self.ends(batch, ctx), nets["student"]
+        beta, t = BETA[c.schedule or "linear"](ctx.images / (c.anneal_images or 1)), ctx.draw.uniform("t", data)
         noise = math.sqrt(1 - beta**2) * noise + beta * ctx.draw.normal("fresh", noise)
         x_t, v = student.interpolant.mix(data, noise, t), student.interpolant.velocity(data, noise, t)
         return Loss(distances.mse(student(x_t, t, batch.cond), v).mean())

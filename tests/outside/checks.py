@@ -23,4 +23,4 @@ def test_recipe(check, tmp_path):
 
 
 def test_two_processes_agree_with_one(tmp_path):
-    testing.agrees(SUBJECT, tmp_path / "alone", testing.train_together([SUBJECT], tmp_path / "pair"))
+    testing.agrees(SUBJECT, testing.train_together([SUBJECT], tmp_path / "pair"))
