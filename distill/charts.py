@@ -41,6 +41,9 @@ STYLE = {
 }
 
 
+FEW = 6  # networks whose numbers all fit beside their points
+
+
 @dataclass(frozen=True)
 class Curve:
     """Some numbers in a row, like the logged ones of a stage."""
@@ -56,7 +59,9 @@ def quality(results: Results) -> str:
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(6.4, 3.9)
         lowest = {row.nfe: min(r.value for r in results.rows if r.nfe == row.nfe) for row in results.rows}
-        for network, colour in colours_of(results).items():
+        colours = colours_of(results)
+        crowded = len(colours) > FEW
+        for network, colour in colours.items():
             rows = [row for row in results.rows if row.network == network and row.value > 0]  # 0 has no logarithm
             line = [row for row in rows if not row.fine and not row.along]
             axes.plot([r.nfe for r in line], [r.value for r in line], "-o", color=colour, ms=5, lw=1.6, label=network)
@@ -72,6 +77,8 @@ def quality(results: Results) -> str:
                     axes.plot([row.nfe], [row.value], "D", color=colour, ms=5.5, mfc="white", label=label)
                 # Teacher beside its falling line; the best student of a column below its point, others to the right.
                 place, align = (5, 4), "left"
+                if crowded and row.role == "student" and row.value != lowest[row.nfe]:
+                    continue
                 if row.role == "student":
                     place, align = ((0, -14), "center") if row.value == lowest[row.nfe] else ((8, -1), "left")
                 axes.annotate(
@@ -87,7 +94,8 @@ def quality(results: Results) -> str:
         axes.margins(x=0.07, y=0.16)
         axes.set_xlabel("network calls per sample (NFE)")
         axes.set_ylabel(results.distance or "RMS to the teacher's endpoint")
-        axes.legend(frameon=False, fontsize=9)
+        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if crowded else {}
+        axes.legend(frameon=False, fontsize=9, **beside)
         return _svg(figure)
 
 
