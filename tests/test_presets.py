@@ -62,6 +62,28 @@ def test_half_the_weights_do_in_one_step_what_their_teacher_does_in_four(tmp_pat
     assert small <= large / 2
 
 
+# A student at some number of steps, and the number of its teacher's Euler steps that it must do as well as: of one that
+# is made for K steps, 4 K.
+FAMILY = {
+    ("reflow", 1): 8, ("one_step", 1): 16, ("rf_plus_plus", 1): 8, ("one_step_pp", 1): 16, ("simple_reflow", 1): 4,
+    ("slimflow", 1): 4, ("rectified_diffusion", 1): 4, ("perflow", 4): 16, ("proreflow", 2): 8,
+    ("consistency_fm", 2): 8, ("seqrf", 4): 16, ("boss", 4): 16, ("caf", 1): 4,
+}  # fmt: skip
+
+
+@pytest.mark.long
+@pytest.mark.timeout(4000)
+def test_the_reflow_family_reaches_its_bars_on_digits(tmp_path):
+    results = evaluated(tmp_path, "digits-family", timeout=3900)
+    rows = {(row.network, row.steps): row.distance for row in results.rows if not row.fine}
+    print({f"{name}, {steps}": round(distance, 2) for (name, steps), distance in rows.items()})
+    assert {name for name, _ in rows} - {"teacher"} == {name for name, _ in FAMILY}
+    missed = {of: rows[of] for of, coarse in FAMILY.items() if rows[of] > rows["teacher", coarse]}
+    assert missed == {}
+    for (name, steps), distance in rows.items():
+        assert name == "teacher" or distance < rows["teacher", steps]
+
+
 @pytest.mark.long
 @pytest.mark.timeout(4000)
 def test_six_recipes_beat_their_teacher_on_digits(tmp_path):
