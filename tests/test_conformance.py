@@ -87,7 +87,13 @@ OTHER_OPTIONS = [
 ]
 
 
-OTHERS = [testing.Subject(name, options, steps=(1, 2, 4)) for name, options in OTHER_OPTIONS]
+def other(name, options):
+    """One step or several, in each segment where there are some."""
+    few = options.get("segments", 2) if name == "reflow/consistency_fm" else 1
+    return testing.Subject(name, options, steps=(few, 2 * few, 4 * few))
+
+
+OTHERS = [other(name, options) for name, options in OTHER_OPTIONS]
 
 
 @pytest.mark.long
