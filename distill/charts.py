@@ -39,8 +39,6 @@ STYLE = {
     "xtick.minor.size": 0,
     "ytick.minor.size": 0,
 }
-
-
 FEW = 6  # networks whose numbers all fit beside their points
 
 

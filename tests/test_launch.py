@@ -272,7 +272,7 @@ def test_nobody_is_told_to_go_on_with_a_run_that_is_thrown_away(parent):
 def test_what_was_stopped_while_it_was_measured_names_no_way_on(capfd, tmp_path, monkeypatch):
     run = make(tmp_path / "runs")
 
-    def stopped(*given, **options):
+    def stopped(paths, spec, names, stop, *, measure):
         raise Stopped("stopped by SIGTERM; saved: 1 image")
 
     monkeypatch.setattr(stages, "run", stopped)

@@ -209,12 +209,15 @@ def test_one_round_of_reflow_recovers_the_straight_field(u):
     assert (fitted - coefficients(v2, u)).abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("law", [("uniform",), ("u_shaped",), ("exp10",), ("logit_normal", 1.0, 0.5)])
-def test_reflow_law_of_times_is_the_one_named(law):
+@pytest.mark.parametrize(
+    ("law", "shape"), [("uniform", {}), ("u_shaped", {}), ("exp10", {}), ("logit_normal", {"mu": 1.0, "sigma": 0.5})]
+)
+def test_reflow_law_of_times_is_the_one_named(law, shape):
     """The laws themselves: test_times.py."""
     student, batch, ctx = Student(v2), oracle_pairs((64, 1)), context(64)
-    loss(reflow, dict(zip(("time_law", "mu", "sigma"), law, strict=False)), student, batch, ctx)
-    assert torch.equal(student.seen[1], times.law(*law)(ctx.draw.uniform("t", batch.pairs.data)))
+    loss(reflow, {"time_law": law, **shape}, student, batch, ctx)
+    named = times.law(law, shape.get("mu"), shape.get("sigma"))
+    assert torch.equal(student.seen[1], named(ctx.draw.uniform("t", batch.pairs.data)))
 
 
 @pytest.mark.parametrize("distance", ["l2", "pseudo_huber"])
