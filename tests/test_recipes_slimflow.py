@@ -89,7 +89,7 @@ def test_the_best_velocity_goes_from_that_of_the_marginals_to_the_straight_one(t
         intercept, slope = best(t, beta)[0]
         assert (field(zero, at, {}) - intercept).abs().max() < 1e-12
         assert (field(one, at, {}) - field(zero, at, {}) - slope).abs().max() < 1e-12
-    count = 20_000
+    count = 200_000
     for images in (0, K // 4, K // 2, K):
         parameters = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
         student = exact.Network(lambda x_t, t, cond, p=parameters: p[0] + p[1] * x_t)
