@@ -13,6 +13,7 @@ from distill.engine import StepContext
 from distill.guard import InputError
 from distill.interpolants import like, linear
 from distill.protocols import Batch, Frozen, Pairs, Trained
+from distill.samplers import euler
 from distill.spec import GaussianTeacher
 from distill.teachers.analytic import GaussianField, gaussian_teacher
 from distill.testing import exact
@@ -254,6 +255,16 @@ def test_real_data_draws_reflow_towards_the_velocity_of_the_marginals(t, weight)
     expected = (of_pairs * coefficients(v2, t) + of_data * coefficients(v1, t)) / (of_pairs + of_data)
     assert (fitted - expected).abs().max() < 0.01
     assert min((coefficients(v, t) - expected).abs().max() for v in (v1, v2)) > 0.02
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_euler_jumps_exactly_along_the_straight_field(steps):
+    """T04, with the sampler of the recipes."""
+    noise = draws.sample_noise(1, range(6), (2, 3)).double()
+    x = euler.sample(Student(v2), noise, uniform_grid(steps), {})
+    assert (x - target(noise)).abs().max() < 1e-12
+    if steps == 1:  # the velocity of the marginals returns the mean
+        assert (euler.sample(Student(v1), noise, uniform_grid(1), {}) - M).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize(("module", "options"), [(flow_matching, {}), (reflow, {}), (one_step, {"steps": 4})])

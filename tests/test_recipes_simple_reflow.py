@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from scipy.stats import kstest
-from test_recipes_reflow import SHAPES, M, Student, context, given, loss, oracle_pairs, target, v1, v2
+from test_recipes_reflow import ROOT, SHAPES, M, Student, context, given, loss, oracle_pairs, target, v1, v2
 from test_stages import PAIRS, REFLOW, TEACH, go, spec
 
 from distill import card as cards
@@ -98,6 +98,12 @@ def test_times_are_exponential():  # T09
     student = Student(v2)
     loss(simple_reflow, {}, student, oracle_pairs((20_000, 1)), context(20_000))
     assert kstest(student.seen[1].double().numpy(), lambda t: (10**t - 1) / 9).pvalue > 0.01
+
+
+def test_forward_pairs_lie_on_the_same_straight_lines():  # check (d)
+    data = M + ROOT * randn("forward", 32, 3)
+    batch = Batch(None, Pairs((data - M) / ROOT, data), {})
+    assert made({}, v2, batch, context(32)).logs["distance"] < 1e-12
 
 
 def test_students_go_along_a_sigmoid_grid():  # check (c)

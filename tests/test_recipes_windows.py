@@ -387,6 +387,15 @@ def test_seqrf_takes_all_segments_alike_and_begins_where_they_begin():
     assert torch.equal(seen["x"], batch.pairs.states[rows, k])  # to the bit: what sampling begins with
 
 
+def test_more_segments_leave_less_of_the_error_of_a_bent_student():
+    noise, sequential = randn("error", 64, 3), seqrf.Recipe(seqrf.Config(), TEACHER)
+    errors = []
+    for k in (1, 2, 4, 8, 16):
+        grid = torch.tensor(sequential.t_grids(uniform_grid(k).tolist())[k], dtype=torch.float64)
+        errors.append((euler.sample(FIELD, noise, grid, {}) - (MEAN + STD * noise)).square().mean().item())
+    assert all(more > less for more, less in pairwise(errors))
+
+
 # --- rectified diffusion ---
 
 
