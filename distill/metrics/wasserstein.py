@@ -1,6 +1,5 @@
 """Sliced Wasserstein-2 distance of two sets of vectors (Bonneel et al. 2015), by POT."""
 
-import ot
 from torch import Tensor
 
 PROJECTIONS, SEED = 256, 0
@@ -8,6 +7,8 @@ PROJECTIONS, SEED = 256, 0
 
 def sliced_wasserstein(x: Tensor, y: Tensor) -> float:
     """Root of the mean over directions of the 1-D squared W2 between x [N, D] and y [M, D]; same directions always."""
+    import ot  # takes more than a second, and only runs on vectors need it
+
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"vectors must be [N, D] and [M, D], got {list(x.shape)} and {list(y.shape)}")
     a, b = x.double().cpu().numpy(), y.double().cpu().numpy()
