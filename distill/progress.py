@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import datetime
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
@@ -36,7 +37,8 @@ class PlainLine:
         self.say(f"{self.label}  {text}")
 
     def say(self, text: str) -> None:
-        print(f"{stamp()}  {text}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # whoever read this may be gone, which is no reason to lose work; events say it too
+            print(f"{stamp()}  {text}", file=sys.stderr, flush=True)
 
     def close(self) -> None: ...
 

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Self
 
@@ -45,4 +46,5 @@ class StopRequest:
                 raise KeyboardInterrupt
         if self.signal is None:
             self.signal = signal.Signals(number).name
-            os.write(2, f"\n{self.signal}: saving, then stopping (Ctrl-C twice: stop at once)\n".encode())
+            with suppress(OSError):  # nobody may be there to read it
+                os.write(2, f"\n{self.signal}: saving, then stopping (Ctrl-C twice: stop at once)\n".encode())

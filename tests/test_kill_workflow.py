@@ -1,11 +1,13 @@
 """A whole workflow, killed once in every stage: the students are the undisturbed run's, byte for byte."""
 
+import os
 import signal
+import time
 
 import pytest
 from runs import distill, folder_bytes, kill, start, wait_for
 
-from distill.store import RunPaths
+from distill.store import RunPaths, read_events
 
 pytestmark = pytest.mark.process
 
@@ -73,3 +75,25 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     assert "--resume" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert any(run.stage("teach").checkpoints.glob("step-*"))
+
+
+def test_whoever_started_it_is_killed_and_so_is_who_read_its_lines(tmp_path):
+    run, pipe = RunPaths(tmp_path / "runs" / "one"), tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    process = start("run", "digits", *SMALL, "stages.teach.images=1280000", "stages.teach.checkpoint.images=1280000",
+                    "--name", "one", "--store", "runs", cwd=tmp_path, log=pipe)  # fmt: skip
+
+    def last():
+        return list(read_events(run))[-1]
+
+    assert wait_for(lambda: run.events.exists() and last()["event"] == "progress", process)
+    os.close(reader)
+    process.kill()
+    process.wait(30)
+    deadline = time.monotonic() + 60
+    while last()["event"] != "stopped" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert last()["event"] == "stopped", last()
+    assert "saved" in last()["message"]
+    assert len(list(run.stage("teach").checkpoints.glob("step-*"))) == 1
