@@ -241,6 +241,7 @@ def test_what_it_needs():
 SUBJECTS = [
     testing.Subject(
         "reflow/consistency_fm",
+        {"delta": 0.01},  # the least whose loss is more than bf16's rounding, as its option says
         ring={"delta": 0.05},  # the paper's 0.001 suits ten thousands of steps, not a thousand
         steps=(2,),
         closed_form=(
