@@ -14,7 +14,7 @@ quickstart: $(VENV)/.train ## from nothing to a one-step student
 	$(BIN)/distill quickstart
 
 test: check system ## what CI runs
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "(process or train) and not long" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "(process or train) and not long" $(PYTEST_ARGS)
 
 check: $(VENV)/.test ## format, lint, types, tests without processes
 	$(BIN)/ruff format --check .
