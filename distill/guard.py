@@ -2,11 +2,14 @@
 
 import difflib
 from collections.abc import Iterable
+from unicodedata import category
 
 EXIT_FAILED = 1  # the work failed; what was saved is intact
 EXIT_INPUT = 2  # the user gave something that cannot work; nothing was written
 EXIT_STOPPED = 75  # stopped by a signal after saving; run again to go on (EX_TEMPFAIL)
 EXIT_PEER = 76  # a rank that lost contact with another: not the cause
+
+UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories of characters that must not reach a terminal
 
 
 class InputError(ValueError):
@@ -31,3 +34,12 @@ def suggest(given: str, valid: Iterable[str]) -> str:
     near = difflib.get_close_matches(given, names, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
     return f"{hint}valid: {', '.join(names)}"
+
+
+def printable(text: str) -> str:
+    """`text` with every character that a terminal could obey replaced by U+FFFD; line breaks and tabs stay.
+
+    These are Unicode's control characters (escape sequences begin with one), its format characters (some reverse the
+    direction of text), lone surrogates (bytes of a file name that are not UTF-8), and its own line separators.
+    """
+    return "".join(letter if letter in "\n\t" or category(letter) not in UNSAFE else "\ufffd" for letter in text)
