@@ -1,3 +1,3 @@
 """distill: students of one, two or four network calls from diffusion and flow teachers."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -28,7 +28,7 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from distill import space
+from distill import space, versions
 from distill.guard import InputError, RunError
 from distill.spec import CheckpointSpec
 from distill.store import sync_dir
@@ -74,7 +74,7 @@ class Meta(BaseModel):
     """completed steps: the next to do"""
     images: int
     settings: dict[str, Any]
-    """seed, stage spec and digests of the inputs: a resume may not change them"""
+    """seed, version of the draws, stage spec and digests of the inputs: a resume may not change them"""
     environment: dict[str, str | int]
     """torch, device, threads, micro-batch: a resume may change them, which ends bit-identity"""
     files: dict[str, FileMeta]
@@ -290,6 +290,8 @@ class Checkpoints:
             shutil.rmtree(trash)
 
     def _check_settings(self, found: Checkpoint) -> None:
+        if "draws" in self.settings:
+            versions.require_same_draws(found.meta.settings.get("draws", 1), f"checkpoint {found.path}")
         changed = differences(found.meta.settings, self.settings)
         if changed:
             raise InputError(

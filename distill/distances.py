@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, FilePath
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -14,6 +15,10 @@ from torch.nn import functional as F
 from distill.guard import InputError
 
 Trunk = Literal["squeeze", "alex", "vgg"]
+Resize = Literal["none", "to_64", "to_64_corners", "to_224"]
+
+SMALLEST = {"none": 0, "to_64": 64, "to_64_corners": 64, "to_224": 224}  # shorter side in pixels that LPIPS sees
+POOLED = {"squeeze": 17, "alex": 31, "vgg": 16}  # pixels of the smallest images that a trunk can pool
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
@@ -50,19 +55,53 @@ def _huber(square: Tensor, c: float) -> Tensor:
     return square / ((square + c * c).sqrt() + c)
 
 
+class LpipsOptions(BaseModel):
+    """The options of a recipe that can compare images by LPIPS, which other options of it may ask for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    lpips_trunk: Trunk | None = None
+    """network whose features LPIPS compares; null: no LPIPS"""
+    lpips_path: FilePath | None = None
+    """safetensors file of the trunk: torchvision's squeezenet1_1, alexnet or vgg16"""
+    lpips_heads: bool | None = None
+    """weigh the features by LPIPS' calibrated heads; null: true; false for a trunk they were not fitted to"""
+    lpips_resize: Resize = "to_64"
+    """enlarge images whose shorter side is below 64 or 224, bilinear; to_64_corners: with corners aligned"""
+
+    def lpips_given(self) -> list[str]:
+        """The names of the LPIPS options that are not at their defaults."""
+        return [name for name in self.model_dump(exclude_defaults=True) if name.startswith("lpips_")]
+
+    def check_shape(self, shape: Sequence[int], remedy: str) -> None:
+        """InputError if LPIPS is asked for and cannot compare samples of this shape."""
+        if self.lpips_trunk is None:
+            return
+        if not Lpips.takes(shape):
+            raise InputError(f"lpips_trunk: LPIPS compares images, the teacher makes {tuple(shape)}; {remedy}")
+        _check_size(self.lpips_trunk, self.lpips_resize, shape[1:])
+
+    def lpips(self) -> "Lpips | None":
+        """The network; None where there is no trunk, or no path to its weights."""
+        if self.lpips_trunk is None or self.lpips_path is None:
+            return None
+        heads = self.lpips_heads is not False
+        return Lpips(self.lpips_trunk, self.lpips_path, heads=heads, resize=self.lpips_resize)
+
+
 class Lpips(nn.Module):
     """LPIPS (Zhang et al. 2018, arXiv 1801.03924): images [B, 1 or 3, H, W] in [-1, 1] -> [B].
 
     The trunk's weights come from `path`: safetensors of torchvision's squeezenet1_1, alexnet or vgg16 (layers after
     the features are passed over). `heads`: the channels are weighted by the package's calibrated heads; False: they
-    are summed, for a trunk to which the heads were not fitted. Grey is replicated; a shorter side below 64 is resized
-    to 64 (bilinear). Frozen, in eval, and float32 whatever the autocast: features are divided by their norm.
+    are summed, for a trunk to which the heads were not fitted. `resize`: images whose shorter side is below 64 or 224
+    are enlarged to it (bilinear), with aligned corners under to_64_corners; "none": the trunk sees them as they are.
+    Grey is replicated. Frozen, in eval, and float32 whatever the autocast: features are divided by their norm.
     """
 
-    smallest_side = 64
-
-    def __init__(self, trunk: Trunk, path: Path, *, heads: bool = True) -> None:
+    def __init__(self, trunk: Trunk, path: Path, *, heads: bool = True, resize: Resize = "to_64") -> None:
         super().__init__()
+        self.trunk, self.resize = trunk, resize
         import lpips  # takes two seconds, and only this distance needs it
 
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # random weights, replaced below
@@ -120,12 +159,21 @@ class Lpips(nn.Module):
         return [lambda squares: squares.sum(1, keepdim=True)] * self.metric.L
 
     def _prepare(self, images: Tensor) -> Tensor:
-        """[B, 1 or 3, H, W] -> [B, 3, >= 64, >= 64] float32."""
+        """[B, 1 or 3, H, W] -> [B, 3, h, w] float32, of the size that the trunk is to see."""
         if not self.takes(images.shape[1:]):
             raise ValueError(f"LPIPS compares images [B, 1 or 3, H, W], got {list(images.shape)}")
+        _check_size(self.trunk, self.resize, images.shape[2:])
         images = images.float().expand(-1, 3, -1, -1)
-        shorter = min(images.shape[2:])
-        if shorter >= self.smallest_side:
-            return images
-        size = [round(side * self.smallest_side / shorter) for side in images.shape[2:]]
-        return F.interpolate(images, size, mode="bilinear", align_corners=False)
+        shorter, least = min(images.shape[2:]), SMALLEST[self.resize]
+        if shorter < least:
+            size = [round(side * least / shorter) for side in images.shape[2:]]
+            images = F.interpolate(images, size, mode="bilinear", align_corners=self.resize == "to_64_corners")
+        return images
+
+
+def _check_size(trunk: Trunk, resize: Resize, size: Sequence[int]) -> None:
+    if max(min(size), SMALLEST[resize]) < POOLED[trunk]:
+        raise InputError(
+            f"LPIPS by {trunk} compares images of {POOLED[trunk]} x {POOLED[trunk]} pixels or more, these are "
+            f"{size[0]} x {size[1]}; set lpips_resize to to_64, to_64_corners or to_224 instead of {resize}"
+        )

@@ -3,6 +3,7 @@ state to lose, so (seed, step) is the whole of it and any number of processes se
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distill import philox
 from distill.guard import InputError
+
+SLACK = 1e-9  # 0.29 x 100 is below 29 in floating point
 
 
 def key(*parts: int | str) -> int:
@@ -20,7 +24,7 @@ def key(*parts: int | str) -> int:
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator keyed by parts. CPU always: the numbers must not depend on the device."""
+    """A CPU generator keyed by parts: its numbers do not depend on the device that uses them."""
     return torch.Generator("cpu").manual_seed(key(*parts))
 
 
@@ -39,7 +43,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class StepDraw:
-    """Draws of one turn of one step: made for the GLOBAL batch, sliced to `rows`. Fits `protocols.Draw`."""
+    """Draws of one turn of one step. Fits `protocols.Draw`.
+
+    Row i of the global batch has numbers of its own (`philox`), so only `rows` are drawn, on the device of `like`, and
+    they are those that one process would draw for the whole batch.
+    """
 
     seed: int
     step: int
@@ -48,39 +56,37 @@ class StepDraw:
 
     def normal(self, name: str, like: Tensor) -> Tensor:
         """Standard normal in the shape, dtype and on the device of `like` [B, ...]; drawn in float32."""
-        shape = (self.rows.total, *self._checked(name, like).shape[1:])
-        return self._slice(torch.randn(shape, generator=self._generator(name))).to(like.device, like.dtype)
+        numbers = philox.normal(self._key("normal", name), self._own(name, like), like[0].numel(), like.device)
+        return numbers.view(like.shape).to(like.dtype)
 
     def uniform(self, name: str, like: Tensor) -> Tensor:
         """Uniform on [0, 1), [B], float32 whatever the dtype of `like` [B, ...] (times are never bf16)."""
-        self._checked(name, like)
-        return self._slice(torch.rand(self.rows.total, generator=self._generator(name))).to(like.device)
+        return philox.uniform(self._key("uniform", name), self._own(name, like), 1, like.device).squeeze(1)
 
     def integer(self, name: str, below: int) -> int:
         """One number in 0 ... below - 1, the same for all ranks and micro-batches of the turn."""
-        return int(torch.randint(below, (), generator=self._generator(name)))
+        return self._key("integer", name) % below
 
     def every(self, fraction: float, like: Tensor) -> Tensor:
         """[B] bool on the device of `like`: `fraction` of the rows of the global batch, rounded down, spread evenly.
 
-        Which rows is no matter of chance: what they hold is.
+        Which rows they are is not random: what they hold is.
         """
-        rows = torch.arange(self.rows.total + 1, dtype=torch.float64)
-        counts = (rows * fraction + 1e-9).floor()  # 0.29 x 100 is below 29
-        if 0 < fraction < 1 and counts[-1] in (0, self.rows.total):
-            raise InputError(f"a part of {fraction:g} of batch_size={self.rows.total} is none or all; use more samples")
-        return self._slice(counts[1:] > counts[:-1]).to(self._checked("every", like).device)
+        own, total = self._own("every", like), self.rows.total
+        if 0 < fraction < 1 and math.floor(total * fraction + SLACK) in (0, total):
+            raise InputError(f"a part of {fraction:g} of batch_size={total} is none or all; use more samples")
+        before = torch.arange(own.start, own.stop + 1, dtype=torch.float64, device=like.device)
+        counts = (before * fraction + SLACK).floor()
+        return counts[1:] > counts[:-1]
 
-    def _checked(self, name: str, like: Tensor) -> Tensor:
+    def _own(self, name: str, like: Tensor) -> range:
+        """The rows of the global batch that `like` holds."""
         if like.shape[0] != self.rows.stop - self.rows.start:
             raise ValueError(f"draw '{name}': {like.shape[0]} rows given, this micro-batch has {self.rows}")
-        return like
+        return range(self.rows.start, self.rows.stop)
 
-    def _generator(self, name: str) -> torch.Generator:
-        return generator(self.seed, self.step, self.turn, name)
-
-    def _slice(self, drawn: Tensor) -> Tensor:
-        return drawn[self.rows.start : self.rows.stop]
+    def _key(self, kind: str, name: str) -> int:
+        return key(self.seed, self.step, self.turn, kind, name)
 
 
 def sample_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:

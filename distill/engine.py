@@ -24,6 +24,7 @@ from distill.spec import TrainStage
 from distill.stop import StopRequest
 from distill.store import RunPaths, StagePaths, append_event
 from distill.trainable import learning_rate
+from distill.versions import DRAWS
 from distill.world import ALONE, World
 
 
@@ -78,7 +79,7 @@ def train(
     """
     batch_size = stage.batch_size
     slices = world.rows(batch_size, micro_batch)
-    settings = {"seed": seed, "stage": stage.model_dump(mode="json"), "inputs": dict(inputs or {})}
+    settings = {"draws": DRAWS, "seed": seed, "stage": stage.model_dump(mode="json"), "inputs": dict(inputs or {})}
     environment = _environment(device, micro_batch, world, zero)
     checkpoints = Checkpoints(paths.checkpoints, stage.checkpoint, settings, environment, progress.warn)
     found = world.alone("clearing up", checkpoints.resume)
@@ -110,12 +111,16 @@ def train(
             for rows, batch, carry in zip(slices, batches, carries, strict=True):
                 context = StepContext(step, images, StepDraw(seed, step, index, rows), carry)
                 with world.contact(place):
-                    with torch.autocast(device.type, torch.bfloat16, enabled=stage.precision == "bf16"):
+                    # Not cached: a cast made without gradients would serve the next call that needs them.
+                    with torch.autocast(
+                        device.type, torch.bfloat16, enabled=stage.precision == "bf16", cache_enabled=False
+                    ):
                         loss = turn.loss(nets, batch, context)
                     trainable.backward(loss.total / len(slices))
                 carry.update({name: tensor.detach() for name, tensor in carry.items()})
                 losses.append(loss)
             with world.contact(place):
+                trainable.check_reach()
                 norm = trainable.gradient_norm()
                 logs = _means(losses, norm, world)
                 if not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"])):

@@ -131,9 +131,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Trained:
-    """A network with an optimizer of its own."""
+    """A network with an optimizer of its own.
+
+    waiting: names of parameters, or patterns such as "head.*", that the first turns need not reach. Any other that no
+    backward pass of its network's first two turns reaches, on any rank, is an error: most likely it never would be.
+    """
 
     module: nn.Module
+    waiting: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

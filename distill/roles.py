@@ -78,8 +78,11 @@ class Roles:
             divide(network, device, world, zero.persistence_threshold)
         make: Callable[..., Trainable] = Trainable
         if zero.stage is not None:
-            make = partial(Sharded, device=device, zero=zero, slices=slices, bf16=stage.precision == "bf16")
-        self.trainables = {name: make(name, module, stage.optimizer, world) for name, module in trained.items()}
+            make = partial(Sharded, device=device, zero=zero, slices=slices)
+        waiting = {name: role.waiting for name, role in roles.items() if isinstance(role, Trained)}
+        self.trainables = {
+            name: make(name, module, stage.optimizer, world, waiting=waiting[name]) for name, module in trained.items()
+        }
         self.student = self.trainables["student"]
         self.ema = Ema(self.student.masters(), stage.ema_half_lives)
         self.world = world

@@ -7,7 +7,7 @@ that a checkpoint fits any number of ranks and any stage.
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -68,13 +68,13 @@ class Sharded(Trainable):
         device: torch.device,
         zero: Zero,
         slices: list[Rows],
-        bf16: bool,
+        waiting: tuple[str, ...] = (),
     ) -> None:
-        super().__init__(name, module, spec, world)
+        super().__init__(name, module, spec, world, waiting=waiting)
         assert zero.stage is not None
         self.stage, self.accumulate, self._micro_steps = zero.stage, len(slices), 0
         self.shapes = {key: p.shape for key, p in self._parameters.items()}  # stage 3 empties the parameters themselves
-        config = _config(sum(self.sizes), spec, zero, slices, bf16)
+        config = _config(sum(self.sizes), spec, zero, slices)
         if self.stage == 3:
             _divide(module, device, config)
         self.engine = _initialize(module, config, world, self._optimizer)
@@ -180,6 +180,7 @@ class Sharded(Trainable):
         self._refuse_unknown(tensors)
         if not tensors:
             return
+        self._reach.close()
         steps = torch.stack([tensor for key, tensor in tensors.items() if key.endswith("/step")])
         for flat in self._keys():
             zeros = {name: torch.zeros_like(flat) for name in MOMENTS}
@@ -247,7 +248,7 @@ def _division(numel: int) -> dict[str, Any]:
     return {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "memory_efficient_linear": False}
 
 
-def _config(numel: int, spec: OptimizerSpec, zero: Zero, slices: list[Rows], bf16: bool) -> dict[str, Any]:
+def _config(numel: int, spec: OptimizerSpec, zero: Zero, slices: list[Rows]) -> dict[str, Any]:
     division = {"stage": zero.stage, **_division(numel)}
     if zero.persistence_threshold is not None:
         division["stage3_param_persistence_threshold"] = zero.persistence_threshold
@@ -260,8 +261,6 @@ def _config(numel: int, spec: OptimizerSpec, zero: Zero, slices: list[Rows], bf1
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": division,
-        # No safe modules: their weights and gradients would be sent in bf16.
-        "torch_autocast": {"enabled": bf16, "dtype": "bfloat16", "lower_precision_safe_modules": []},
         **QUIET,
     }
 
@@ -286,4 +285,7 @@ def _deepspeed() -> ModuleType:
 
     # An operator for memory that ranks of one host share: nothing here uses it, and it would be compiled at the start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Autocast is the engine's and the recipe's decision. DeepSpeed's would replace it in every call of a network:
+    # derivatives that turn it off would be taken in bf16, and casts made without gradients would be cached.
+    deepspeed.runtime.engine.autocast_if_enabled = lambda engine: nullcontext()
     return deepspeed

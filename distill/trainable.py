@@ -6,12 +6,14 @@ The engine sees only these methods. Here every rank holds all of it; `sharded.Sh
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from distill.guard import RunError
+from distill.guard import InputError, RunError
 from distill.spec import OptimizerSpec
 from distill.world import ALONE, World
 
@@ -48,14 +50,75 @@ def buckets(sizes: Mapping[Key, int]) -> Iterator[list[Key]]:
     yield group
 
 
+class Reach:
+    """Which parameters the backward passes of a network's first turns reach. What none reaches is refused by name.
+
+    A gradient of zero counts as reached: layers that begin at zero pass nothing on at first. No gradient at all means
+    that the loss does not depend on the parameter; that would train on, moved by weight decay alone.
+    """
+
+    TURNS = 2
+
+    def __init__(self, network: str, parameters: Mapping[str, nn.Parameter], waiting: tuple[str, ...]) -> None:
+        for pattern in waiting:
+            if not any(fnmatchcase(key, pattern) for key in parameters):
+                raise ValueError(
+                    f"network '{network}': waiting names '{pattern}', but no trained parameter is so named"
+                )
+        self._network, self._turns = network, 0
+        self._names = [key for key in parameters if not any(fnmatchcase(key, pattern) for pattern in waiting)]
+        self._reached = dict.fromkeys(parameters, False)
+        self._device = next(iter(parameters.values())).device
+        # A hook, as DeepSpeed takes gradients away as soon as they are there.
+        self._hooks = [parameters[key].register_hook(partial(self._note, key)) for key in self._names]
+
+    def _note(self, key: str, gradient: Tensor | None) -> None:
+        self._reached[key] = self._reached[key] or gradient is not None
+
+    def close(self) -> None:
+        """Look no more: the first turns are over."""
+        self._turns = self.TURNS
+        for hook in self._hooks:
+            hook.remove()
+
+    def check(self, world: World) -> None:
+        """After the backward passes of each turn; every rank must call it."""
+        if self._turns == self.TURNS:
+            return
+        self._turns += 1
+        if self._turns < self.TURNS:
+            return
+        self.close()
+        mine = torch.tensor([float(self._reached[key]) for key in self._names], device=self._device)
+        found = world.mean(mine).tolist() if self._names else []
+        missed = [key for key, share in zip(self._names, found, strict=True) if not share]
+        if missed:
+            more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
+            raise InputError(
+                f"network '{self._network}': in its first {self.TURNS} turns no backward pass reached {len(missed)} of "
+                f"its {len(found)} trained parameters: {', '.join(missed[:5])}{more}. Set requires_grad=False where a "
+                "parameter is not to be trained; name it in Trained(waiting=...) if only later turns reach it"
+            )
+
+
 class Trainable:
     """`module` under AdamW, on its device in fp32. Parameters that come with requires_grad=False stay as they are.
 
-    Ranks average their gradients before the step. What waits for all ranks: `backward`, `gradient_norm`, `step`,
-    `whole`, `gather`, `weights`, `state`.
+    Ranks average their gradients before the step. What waits for all ranks: `backward`, `check_reach`, `gradient_norm`,
+    `step`, `whole`, `gather`, `weights`, `state`.
+
+    waiting: parameters that the first turns need not reach, see `protocols.Trained`.
     """
 
-    def __init__(self, name: str, module: nn.Module, spec: OptimizerSpec, world: World = ALONE) -> None:
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        spec: OptimizerSpec,
+        world: World = ALONE,
+        *,
+        waiting: tuple[str, ...] = (),
+    ) -> None:
         self.name, self.module, self.spec, self.world = name, module, spec, world
         # Tied weights keep both names: a state dict holds both, and an average must not lack one.
         named = dict(module.named_parameters(remove_duplicate=False))
@@ -79,6 +142,7 @@ class Trainable:
             foreach=None if fused else True,
         )
         self._active: bool | None = None
+        self._reach = Reach(name, self._parameters, waiting)
 
     @property
     def callable(self) -> nn.Module:
@@ -97,6 +161,10 @@ class Trainable:
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss` (already divided by the number of micro-batches)."""
         loss.backward()
+
+    def check_reach(self) -> None:
+        """InputError if the first turns' backward passes left trained weights without a gradient, on all ranks."""
+        self._reach.check(self.world)
 
     def gradient_norm(self) -> Tensor:
         """Global norm of the gradients, before clipping; they are the means over the ranks from now on.
@@ -150,8 +218,11 @@ class Trainable:
         return {f"{key}/{name}": t for key, p in self._parameters.items() for name, t in moments.get(p, {}).items()}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `state` gave."""
+        """Take back what `state` gave: nothing, if it was taken before the first step."""
         self._refuse_unknown(tensors)
+        if not tensors:
+            return
+        self._reach.close()
         moments: dict[int, dict[str, Tensor]] = {}
         number = {p: i for i, p in enumerate(self._unique)}
         for full, tensor in tensors.items():

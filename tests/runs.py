@@ -10,6 +10,7 @@ from pathlib import Path
 
 from distill import presets, specfile
 from distill.store import RunPaths, create_run, event_line
+from distill.versions import DRAWS
 
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "NO_COLOR": "1"}
 
@@ -20,7 +21,7 @@ def make(store: Path, name: str = "one", preset: str = "digits", *changes: str, 
     kinds = {stage: each.kind for stage, each in spec.stages.items()}
     files = {
         "spec.yaml": specfile.resolved(spec),
-        "env.json": json.dumps({"threads": threads}),
+        "env.json": json.dumps({"threads": threads, "draws": DRAWS}),
         "events.jsonl": event_line("created", digest=spec.digest(), stages=kinds),
     }
     return create_run(store, name, files)

@@ -13,7 +13,7 @@ PYTHON = MODULES + RECIPES
 
 # The compute plane's layers: a module imports from its own layer or an earlier one.
 LAYERS = [
-    {"interpolants", "protocols", "draws"},
+    {"interpolants", "protocols", "draws", "philox"},
     {"times", "fields", "solvers", "samplers", "autodiff", "distances", "couplings", "windows"},
     {"hub", "teachers", "students", "latents", "conditions", "data", "pairs", "ema", "metrics", "grids"},
     {"world", "trainable", "sharded", "checkpoint", "roles", "export", "sampling", "schedules"},
@@ -23,6 +23,7 @@ LAYERS = [
 ]
 ANYWHERE = {
     "guard",
+    "versions",
     "spec",
     "store",
     "progress",

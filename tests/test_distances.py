@@ -17,6 +17,7 @@ from distill import distances
 from distill.distances import Lpips
 from distill.draws import generator
 from distill.guard import InputError
+from recipes.reflow import caf, one_step, rf_plus_plus, slimflow
 
 NETWORKS = {"squeeze": squeezenet1_1, "alex": alexnet}
 
@@ -115,6 +116,37 @@ def test_lpips_takes_small_and_grey_images(trunks):
     assert torch.equal(metric(a, b), metric(*big))
     with pytest.raises(ValueError, match=r"LPIPS compares images \[B, 1 or 3, H, W\], got \[2, 2\]"):
         metric(torch.zeros(2, 2), torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("resize", "side", "corners"), [("none", 24, False), ("to_64_corners", 64, True), ("to_224", 224, False)]
+)
+def test_lpips_sees_images_as_the_authors_of_a_recipe_show_them(trunks, resize, side, corners):
+    path = trunks["squeeze"][0]
+    a, b = normal(1, 3, 24, 24, name="a").tanh(), normal(1, 3, 24, 24, name="b").tanh()
+    shown = [torch.nn.functional.interpolate(x, (side, side), mode="bilinear", align_corners=corners) for x in (a, b)]
+    assert torch.equal(Lpips("squeeze", path, resize=resize)(a, b), Lpips("squeeze", path, resize="none")(*shown))
+    assert not torch.equal(Lpips("squeeze", path, resize=resize)(a, b), Lpips("squeeze", path)(a, b))
+
+
+def test_the_default_size_of_lpips_is_the_authors():
+    defaults = {module: module.Config().lpips_resize for module in (one_step, slimflow, rf_plus_plus, caf)}
+    assert defaults == {one_step: "none", slimflow: "to_64_corners", rf_plus_plus: "to_224", caf: "to_64"}
+
+
+@pytest.mark.parametrize(("trunk", "least"), [("squeeze", 17), ("alex", 31)])
+def test_images_that_a_trunk_cannot_pool_are_refused(trunks, trunk, least):
+    path = trunks[trunk][0]
+    message = rf"LPIPS by {trunk} compares images of {least} x {least} pixels or more, these are 12 x 40; set lpips_res"
+    image = torch.zeros(1, 3, 12, 40)
+    with pytest.raises(InputError, match=message):
+        Lpips(trunk, path, resize="none")(image, image)
+    options = distances.LpipsOptions(lpips_trunk=trunk, lpips_path=path, lpips_resize="none")
+    with pytest.raises(InputError, match=message):
+        options.check_shape((3, 12, 40), "remove it")
+    options.check_shape((3, least, least), "remove it")
+    image = torch.zeros(1, 3, least, least)
+    assert Lpips(trunk, path, resize="none")(image, image).isfinite().all()
 
 
 def test_lpips_is_frozen_float32_and_leaves_the_global_generator_alone(trunks):

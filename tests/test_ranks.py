@@ -17,7 +17,7 @@ from programs.forked import Forked
 from runs import folder_bytes
 from safetensors.torch import load_file
 
-from distill.guard import EXIT_FAILED, EXIT_PEER, EXIT_STOPPED
+from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED
 
 pytestmark = pytest.mark.process
 ZERO = ("none", "0", "1", "2", "3")
@@ -151,6 +151,34 @@ def test_two_ranks_train_in_bf16(alone, together, case):
     slow = {name.replace("slow", "student"): t for name, t in weights.items() if name.startswith("network.slow")}
     rounded = sum(torch.equal(slow[name], slow[name].bfloat16().float()) for name in student)
     assert rounded < len(student) / 2
+
+
+def test_the_precision_of_a_derivative_is_the_recipes(tmp_path):
+    """DeepSpeed would turn autocast on again inside it: a difference in bf16 is noise."""
+    cases = [f"slope-{zero}-bf16" for zero in ZERO]
+    train(tmp_path, "slope-none-fp32", *cases)
+    exact, *others = (json.loads((tmp_path / f"{case}.json").read_text()) for case in ("slope-none-fp32", *cases))
+    for case, steps in zip(cases, others, strict=True):
+        assert steps[0]["slope"] == pytest.approx(exact[0]["slope"], rel=1e-5), case
+        assert steps[0]["loss"] == pytest.approx(exact[0]["loss"], rel=1e-2), case
+        assert steps[0]["loss"] != exact[0]["loss"], case
+
+
+@pytest.mark.parametrize("zero", SOME)
+def test_weights_that_the_first_turns_do_not_reach_are_refused_by_name(tmp_path, zero):
+    train(
+        tmp_path, f"patient-{zero}-fp32", f"half-{zero}-fp32"
+    )  # said by the recipe; reached by one rank's second turn
+    ranks = start(tmp_path, f"deaf-{zero}-fp32-often")
+    assert [rank.end(60) for rank in ranks] == [EXIT_INPUT, EXIT_INPUT]
+    for rank in ranks:
+        assert re.search(
+            r"^network 'student': in its first 2 turns no backward pass reached 2 of its \d+ trained parameters: "
+            r"head\.weight, head\.bias\. Set requires_grad=False where",
+            rank.said,
+            re.MULTILINE,
+        )
+    assert newest(tmp_path, f"deaf-{zero}-fp32-often") == 1
 
 
 @pytest.mark.parametrize("case", [case for case in MATRIX if case.startswith("copy")])

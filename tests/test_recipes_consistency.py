@@ -130,11 +130,21 @@ def test_times_close_in_on_each_other():
                 assert gap == pytest.approx(before, rel=1e-6) if images == 99 else gap < 0.75 * before
             before = gap
         assert torch.equal(recipe(**options).neighbours(u, 1000)[1], recipe(**options).neighbours(u, 10**9)[1])
-    t, s = recipe(times="continuous", halving_images=10).neighbours(u[:-1], 0)
-    ratio, nearer = t * 80 / 81 / (1 - t * 80 / 81), s * 80 / 81 / (1 - s * 80 / 81)
-    expected = (ratio * (1 - 0.5 * (1 + 8 * torch.sigmoid(-ratio)))).clamp(min=0)
-    assert torch.allclose(nearer, expected, rtol=1e-3, atol=1e-6)
-    assert t.max() == 1  # what is as noisy as EDM's sigma 80 counts as noise
+
+
+@pytest.mark.parametrize("images", [0, 10, 35])
+def test_easy_tuning_has_its_own_times(images):
+    """ln(sigma) is normal, and sigma' = sigma (1 - 2^-(a + 1) (1 + 8 sigmoid(-sigma))), at sigma 79 as anywhere."""
+    u = torch.linspace(0.004, 0.999, 2000, dtype=torch.float64)
+    t, s = recipe(times="continuous", halving_images=10).neighbours(u, images)
+    sigma, earlier = t / (1 - t), s / (1 - s)
+    assert torch.allclose(sigma.log(), -1.1 + 2 * torch.special.ndtri(u), rtol=0, atol=1e-9)
+    closeness = 0.5 ** (images // 10 + 1)
+    expected = (sigma * (1 - closeness * (1 + 8 * torch.sigmoid(-sigma)))).clamp(min=0)
+    assert torch.allclose(earlier, expected, rtol=1e-9, atol=1e-12)
+    assert sigma.max() > 79
+    ends = recipe(times="continuous", halving_images=10).neighbours(torch.tensor([0.0, 1.0]), images)
+    assert (ends[0] > ends[1]).all() and (ends[0] <= 1).all()
 
 
 @pytest.mark.parametrize(

@@ -321,7 +321,13 @@ def test_few_step_loss_is_zero_at_the_straight_field_on_its_own_grid(steps, dist
 def test_one_step_lpips_compares_images(lpips_options):
     batch = oracle_pairs((2, 3, 16, 16))
     noise, data = batch.pairs.noise, batch.pairs.data
-    options = {**lpips_options, "distance": "l2+lpips", "lpips_weight": 0.5, "lpips_heads": False}
+    options = {
+        **lpips_options,
+        "distance": "l2+lpips",
+        "lpips_weight": 0.5,
+        "lpips_heads": False,
+        "lpips_resize": "to_64",
+    }
     recipe = one_step.Recipe(one_step.Config(**options), None)
     student = Student(v1)
     roles = recipe.networks(given(student))
@@ -332,7 +338,7 @@ def test_one_step_lpips_compares_images(lpips_options):
     lpips = metric(noise - v1(noise, torch.ones(2)), data).mean()
     assert lpips > 0 and made.logs["lpips"] == lpips
     assert made.total.item() == pytest.approx(made.logs["l2"].item() + 0.5 * lpips.item(), rel=1e-9)
-    alone = one_step.Recipe(one_step.Config(**lpips_options, distance="lpips"), None)
+    alone = one_step.Recipe(one_step.Config(**lpips_options, distance="lpips", lpips_resize="to_64"), None)
     metric = alone.networks(given(student))["lpips"].module
     jump = {"student": Student(lambda x, t: x - target(x)), "lpips": metric}
     assert alone.loss(jump, batch, context(2)).total < 1e-10
@@ -342,7 +348,7 @@ def test_one_step_lpips_compares_images(lpips_options):
 def test_lpips_is_refused_for_vectors(lpips_options):
     teacher = gaussian_teacher(GaussianTeacher(kind="gaussian", mean=[M, M], std=[ROOT, ROOT]))
     config = one_step.Config(**lpips_options, distance="lpips")
-    with pytest.raises(InputError, match=r"distance: lpips compares images, the teacher makes \(2,\); use l2"):
+    with pytest.raises(InputError, match=r"LPIPS compares images, the teacher makes \(2,\); use distance: l2"):
         one_step.Recipe(config, teacher)
 
 

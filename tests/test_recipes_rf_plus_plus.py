@@ -65,7 +65,7 @@ def with_lpips(options, function, batch, ctx):
 
 @pytest.mark.parametrize("over_t", [False, True])
 def test_with_lpips_the_loss_is_zero_at_the_straight_field_for_every_t(lpips_options, over_t):
-    options, batch = {**lpips_options, "lpips_over_t": over_t}, oracle_pairs((2, 3, 8, 8))
+    options, batch = {**lpips_options, "lpips_over_t": over_t, "lpips_resize": "to_64"}, oracle_pairs((2, 3, 8, 8))
     for u in (0.0, 0.2, 0.5, 0.9, 1.0):
         assert with_lpips(options, v2, batch, context(2, u=u))[0].total < 1e-9
         assert with_lpips(options, v1, batch, context(2, u=u))[0].total > 1e-6
@@ -74,7 +74,10 @@ def test_with_lpips_the_loss_is_zero_at_the_straight_field_for_every_t(lpips_opt
 @pytest.mark.parametrize("u", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("over_t", [None, False, True])
 def test_lpips_of_the_predicted_data_is_weighed_as_the_configuration_says(lpips_options, over_t, u):
-    options, batch = {**lpips_options, "lpips_over_t": over_t, "lpips_heads": False}, oracle_pairs((2, 3, 8, 8))
+    options, batch = (
+        {**lpips_options, "lpips_over_t": over_t, "lpips_heads": False, "lpips_resize": "to_64"},
+        oracle_pairs((2, 3, 8, 8)),
+    )
     made, metric = with_lpips(options, v1, batch, context(2, u=u))
     t = 1e-5 + (0.5 + math.asinh((2 * u - 1) * math.sinh(2)) / 4) * (1 - 2e-5)
     data, noise = batch.pairs.data, batch.pairs.noise

@@ -114,6 +114,18 @@ def test_the_normaliser_only_scales_each_sample():
     assert torch.allclose(moves["kl"] / (0.6 / 0.4) ** 2, moves["normalised"] * mean, rtol=1e-5)
 
 
+def test_samples_that_equal_the_teachers_prediction_are_not_moved_by_infinity():
+    """A teacher of one point predicts the sample itself: the normaliser is zero, and the scores may still differ."""
+    samples = torch.zeros(16, 3, dtype=torch.float64, requires_grad=True)
+    student = exact.Network(lambda x_t, t, s, cond: x_t - samples)
+    made = Recipe(Config(gan_weight=0.0), exact.teacher(exact.Network(lambda x_t, t, cond: x_t / like(t, x_t))))
+    judge = critic(lambda x_t, t, cond: x_t / like(t, x_t) - 1e-7)
+    found = turns(made)["student"].loss(
+        exact.nets(made, exact.Given(student, judge)), exact.batch(16), exact.context(16)
+    )
+    assert found.total.isfinite() and 0 < found.total < 1
+
+
 def test_the_adversarial_gradient_goes_through_the_critic_to_the_samples():
     """With the exact logit ln(p_t / q_t), that of softplus(-logit) at the noised samples, times its weight."""
 

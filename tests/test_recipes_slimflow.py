@@ -209,7 +209,7 @@ def test_vectors_are_not_mirrored_but_latents_are(options):
 @pytest.mark.parametrize("shape", [(3,), (4, 8, 8)])
 def test_lpips_is_refused_for_what_it_cannot_see(lpips_options, shape):
     config = Config(distance="lpips", **lpips_options)
-    with pytest.raises(InputError, match=r"distance: lpips compares images, the teacher makes \(.*\); use l2"):
+    with pytest.raises(InputError, match=r"LPIPS compares images, the teacher makes \(.*\); use distance: l2"):
         Recipe(config, exact.teacher(exact.FIELD, shape))
     Recipe(config, exact.teacher(exact.FIELD, (1, 8, 8)))
 

@@ -355,6 +355,25 @@ def test_guidance_is_the_teachers(module):
     assert at(guided) < 1e-12 and at(MEANS) > 1e-3
 
 
+@pytest.mark.parametrize("options", [{}, {"form": "phased"}])
+def test_the_square_of_the_velocitys_error_has_the_weight_of_the_step_to_the_end(options):
+    """Under l2: (t - t_e)^2 ||v - v*||^2, with v* the velocity of the straight line."""
+    borders = uniform_grid(4 if options else 1)
+    right = stepped(borders, "euler", 10) if options else exact.STRAIGHT
+    error = 0.3 * randn("error", 64, 3)
+    wrong = exact.Network(lambda x_t, t, cond: right(x_t, t, cond) + error)
+    batch = exact.batch(64)
+    if not options:
+        noise = randn("pairs", 64, 3)
+        batch = Batch(None, Pairs(noise, MEAN + STD * noise), {})
+    u = 0.3
+    t_e = window(torch.tensor([u]), borders)[1].item()
+    found = loss(
+        rectified_diffusion, {**options, "distance": "l2"}, wrong, batch, exact.context(64, uniforms={"t": u})
+    ).total
+    assert found.item() == pytest.approx(((u - t_e) ** 2 * error.square().mean()).item(), rel=1e-6)
+
+
 # --- seqrf ---
 
 

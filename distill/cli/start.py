@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from distill.cli.common import one_line
 from distill.guard import InputError, suggest
-from distill.store import RunPaths, append_event, create_run, event_line, find_run, name_in_use, write_atomic
+from distill.store import RunPaths, append_event, create_run, event_line, find_run, name_in_use, read_json, write_atomic
 
 if TYPE_CHECKING:
     import distill.spec
@@ -154,10 +154,14 @@ def go_on(
 
     live: jobs that have begun, or will, with the old `launch`; then nothing may change.
     """
-    from distill import specfile, workflow
+    from distill import specfile, versions, workflow
+    from distill.spec import TrainStage
 
     old = specfile.load_run(paths)
-    if workflow.pending(paths, old):
+    pending = workflow.pending(paths, old)
+    if any(isinstance(old.stages[name], TrainStage) for name in pending):
+        versions.require_same_draws(read_json(paths.env).get("draws", 1), f"run '{paths.name}'")
+    if pending:
         source = checked(source, here=here)
     else:
         source = replace(source, spec=workflow.locate_options(source.spec, source.base))

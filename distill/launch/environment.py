@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import distill
+from distill import versions
 
 ROOT = Path(distill.__file__).parent.parent
 
@@ -17,6 +18,7 @@ def record() -> dict[str, Any]:
     """The content of a run's env.json."""
     return {
         "distill": distill.__version__,
+        "draws": versions.DRAWS,
         "git": git_state(ROOT),
         "python": platform.python_version(),
         "executable": sys.executable,

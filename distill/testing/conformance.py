@@ -74,32 +74,46 @@ class Undisturbed:
     """of its gradients"""
 
 
-@functools.cache
-def undisturbed(subject: Subject) -> Undisturbed:
-    """Of a subject, made once."""
-    moved, faults = dict[str, set[str]](), list[str]()
+class GradientProbe:
+    """Looks at the gradients before each step of an optimizer: those of the network whose turn it is, and no others."""
 
-    def look(roles: Roles) -> None:
+    def __init__(self) -> None:
+        self.moved: dict[str, set[str]] = {}
+        self.faults: list[str] = []
+
+    def __call__(self, roles: Roles) -> None:
+        """Note which weights have a gradient that is not zero, and where one does not belong."""
         active = [
             name for name, each in roles.trainables.items() if any(p.requires_grad for p in each.module.parameters())
         ]
         if len(active) != 1:
-            faults.append(f"active: {active}")
+            self.faults.append(f"active: {active}")
         for name, network in roles.networks.items():
             for key, parameter in network.named_parameters():
                 if name not in active and parameter.grad is not None:
-                    faults.append(f"the turn of {', '.join(active)} left a gradient in {name}.{key}")
+                    self.faults.append(f"the turn of {', '.join(active)} left a gradient in {name}.{key}")
                 elif parameter.grad is not None and parameter.grad.any():
-                    moved.setdefault(name, set()).add(key)
+                    self.moved.setdefault(name, set()).add(key)
+
+    def found(self, roles: Roles) -> list[str]:
+        """What was wrong, and the weights that no gradient ever moved."""
+        faults = list(self.faults)
+        for name, each in roles.trainables.items():
+            still = {key for key, p in each.module.named_parameters()} - self.moved.get(name, set())
+            if still:
+                faults.append(f"nothing reaches {len(still)} weights of {name}: {', '.join(sorted(still)[:5])}")
+        return faults
+
+
+@functools.cache
+def undisturbed(subject: Subject) -> Undisturbed:
+    """Of a subject, made once."""
+    probe = GradientProbe()
 
     with tempfile.TemporaryDirectory(prefix="distill-") as folder:
-        result, steps = train(subject, Path(folder), probe=look)
+        result, steps = train(subject, Path(folder), probe=probe)
         saved = _saved(Path(folder))
-    for name, each in result.roles.trainables.items():
-        still = {key for key, p in each.module.named_parameters()} - moved.get(name, set())
-        if still:
-            faults.append(f"nothing reaches {len(still)} weights of {name}: {', '.join(sorted(still)[:5])}")
-    return Undisturbed(result.roles.networks["student"].eval(), steps, saved, faults)
+    return Undisturbed(result.roles.networks["student"].eval(), steps, saved, probe.found(result.roles))
 
 
 def _saved(folder: Path) -> dict[str, dict[str, bytes]]:
@@ -112,7 +126,10 @@ def learns(subject: Subject, folder: Path) -> None:
     """Finite losses in fp32 and bf16; every gradient is its own network's, and every weight of it has one."""
     exactly = undisturbed(subject)
     assert not exactly.faults, exactly.faults[0]
-    _, rough = train(subject, folder / "bf16", precision="bf16")
+    probe = GradientProbe()
+    result, rough = train(subject, folder / "bf16", precision="bf16", probe=probe)
+    faults = probe.found(result.roles)
+    assert not faults, f"in bf16: {faults[0]}"
     for step, other in zip(exactly.steps, rough, strict=True):
         for name, value in step.items():
             if not name.endswith("grad_norm"):

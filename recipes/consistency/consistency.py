@@ -6,6 +6,7 @@ are neighbours on a grid, or Easy Consistency Tuning's (Geng et al. 2024, arXiv 
 
 Deviations: linear path, t = 1 exactly. The grid is uniform in t, theirs is EDM's. Weight and pseudo-Huber are of iCT
 (Song & Dhariwal 2023, arXiv 2310.14189), the gap in t, not in noise levels. Under dropout the two ends see other masks.
+Tuning keeps its own t and s, but for t below 0.002 and above 0.9999.
 """
 
 import math
@@ -21,7 +22,7 @@ from distill.fields import jump_to_data
 from distill.interpolants import like
 from distill.protocols import Batch, Context, Copy, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
-FIRST, LAST = 0.002, 80 / 81  # EDM's cleanest and noisiest times, sigma 0.002 and 80; the last is stretched to t = 1
+FIRST, LAST = 0.002, 0.9999  # sigma 0.002, EDM's cleanest, and 9999: at 0 and 1 themselves t and s are the same
 
 
 class Config(BaseModel):
@@ -104,7 +105,7 @@ class Recipe:
         c, halvings = self.config, min(images // (self.config.halving_images or images + 1), 10)
         if c.times == "continuous":
             t = times.logit_normal(u, c.mu, c.sigma).clamp(FIRST, LAST)
-            return t / LAST, times.nearer(t, 0.5 ** (halvings + 1)) / LAST
+            return t, times.nearer(t, 0.5 ** (halvings + 1))
         levels = c.levels * 2**halvings
         t = (u * levels).floor() + 1  # 1 ... levels
         return t / levels, (t - 1) / levels

@@ -7,40 +7,36 @@ first, what that velocity needs: 2 (v(noise, 1) - line), at points of its path; 
 Sampling calls the first network once and the second N times: N steps are N + 1 network calls.
 
 Deviations: both networks are trained at once, the second on the first as it is then, not on the average that may be
-exported; the paper trains the first, then freezes it. t is uniform on [0, 1), theirs one of 1,001. LPIPS compares the
-data to which a prediction leads: of the velocity theirs is biased off the ends by u (1 - u) (h - 1) line, ours is not.
-Not built: their third stage, a GAN, and the inversion of data; and samples are not clamped to [-1, 1].
+exported; the paper trains the first, then freezes it. t is uniform on [0, 1), theirs one of 1,001; sampling calls at
+i/N exactly, theirs at i/N truncated to thousandths. LPIPS compares the data to which a prediction leads: of the
+velocity theirs is biased off the ends by u (1 - u) (h - 1) line, ours is not. Not built: their third stage, a GAN, and
+the inversion of data; and samples are not clamped to [-1, 1].
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FilePath, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from distill import distances
-from distill.guard import InputError
 from distill.interpolants import like
 from distill.protocols import Batch, Context, Frozen, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
 
-class Config(BaseModel):
+class Config(distances.LpipsOptions):
     """Options of reflow/caf."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     h: Annotated[float, Field(gt=0)] = 1.5
     """first velocity, relative to that of the straight line; 1: no acceleration, above: braking"""
-    lpips_trunk: Literal["squeeze", "alex", "vgg"] | None = None
-    """network whose features LPIPS compares, beside pseudo-Huber; null: no LPIPS"""
-    lpips_path: FilePath | None = None
-    """safetensors file of the trunk: torchvision's squeezenet1_1, alexnet or vgg16"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
         if (self.lpips_trunk is None) != (self.lpips_path is None):
             raise ValueError("lpips_trunk and lpips_path go together; give both, or neither")
+        if self.lpips_trunk is None and (given := self.lpips_given()):
+            raise ValueError(f"{', '.join(given)}: no effect without lpips_trunk; give it, or remove")
         return self
 
     @property
@@ -56,15 +52,14 @@ class Recipe:
     sampler = "accelerated"
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
-        if config.lpips_trunk is not None and teacher is not None and not distances.Lpips.takes(teacher.shape):
-            made = f"the teacher makes {teacher.shape}"
-            raise InputError(f"lpips_trunk: LPIPS compares images, {made}; remove it and lpips_path")
+        if teacher is not None:
+            config.check_shape(teacher.shape, "remove it and lpips_path")
         self.config = config
 
     def networks(self, init: Init) -> dict[str, Role]:
-        c, roles = self.config, dict[str, Role](student=Trained(init.acceleration()))
-        if c.lpips_trunk is not None and c.lpips_path is not None:
-            roles["lpips"] = Frozen(distances.Lpips(c.lpips_trunk, c.lpips_path))
+        roles = dict[str, Role](student=Trained(init.acceleration()))
+        if (lpips := self.config.lpips()) is not None:
+            roles["lpips"] = Frozen(lpips)
         return roles
 
     def turns(self, step: int, images: int) -> Iterator[Turn]:

@@ -11,18 +11,15 @@ pseudo-Huber (rf++, Lee et al. 2024, arXiv 2405.20320) as another choice.
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, FilePath, PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, model_validator
 
 from distill import distances
-from distill.guard import InputError
 from distill.protocols import Batch, Context, Frozen, Init, Loss, Nets, Role, Teacher, Trained, Turn
 from distill.times import uniform_grid
 
 
-class Config(BaseModel):
+class Config(distances.LpipsOptions):
     """Options of reflow/one_step."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     steps: PositiveInt = 1
     """Euler steps of the student, k"""
@@ -30,12 +27,8 @@ class Config(BaseModel):
     """between prediction and target, per sample; with lpips at steps: 1 only"""
     lpips_weight: PositiveFloat | None = None
     """weight of LPIPS beside L2 under l2+lpips; null: 1"""
-    lpips_trunk: Literal["squeeze", "alex", "vgg"] | None = None
-    """network whose features LPIPS compares"""
-    lpips_path: FilePath | None = None
-    """safetensors file of the trunk: torchvision's squeezenet1_1, alexnet or vgg16"""
-    lpips_heads: bool | None = None
-    """weigh the features by LPIPS' calibrated heads; null: true; false for a trunk they were not fitted to"""
+    lpips_resize: distances.Resize = "none"
+    """enlarge images for LPIPS to 64 or 224 pixels; none: at their own size, as the authors do"""
 
     @property
     def perceptual(self) -> bool:
@@ -43,14 +36,7 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
-        options = {
-            "lpips_weight": self.lpips_weight,
-            "lpips_trunk": self.lpips_trunk,
-            "lpips_path": self.lpips_path,
-            "lpips_heads": self.lpips_heads,
-        }
-        given = [name for name, value in options.items() if value is not None]
-        if given and not self.perceptual:
+        if (given := self.lpips_given()) and not self.perceptual:
             raise ValueError(f"{', '.join(given)}: no effect with distance: {self.distance}; remove, or use l2+lpips")
         if self.perceptual and (self.lpips_trunk is None or self.lpips_path is None):
             raise ValueError(f"distance: {self.distance} needs lpips_trunk and lpips_path")
@@ -75,15 +61,13 @@ class Recipe:
     sampler = "euler"
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
-        if config.perceptual and teacher is not None and not distances.Lpips.takes(teacher.shape):
-            raise InputError(f"distance: {config.distance} compares images, the teacher makes {teacher.shape}; use l2")
+        if teacher is not None:
+            config.check_shape(teacher.shape, "use distance: l2")
         self.config = config
 
     def networks(self, init: Init) -> dict[str, Role]:
-        c = self.config
         roles: dict[str, Role] = {"student": Trained(init.velocity_field())}
-        if c.lpips_trunk is not None and c.lpips_path is not None:
-            lpips = distances.Lpips(c.lpips_trunk, c.lpips_path, heads=c.lpips_heads is not False)
+        if (lpips := self.config.lpips()) is not None:
             roles["lpips"] = Frozen(lpips)
         return roles
 

@@ -5,9 +5,10 @@ E PHe( x_t + (t_e - t) v(x_t, t) - x_e ), the prediction of the end against the 
 pairs. phased: in each of K phases, from real data noised to its start to where steps of the teacher, online, take it.
 
 Deviations: of the linear path. In its coordinates x/(alpha + sigma), t = sigma/(alpha + sigma), the DDIM line of any
-schedule is the straight line, and eps-, data- and v-predictions have one optimum: the student is a velocity field, with
-the weight (t - t_e) on its error of the data prediction. t is uniform in linear time, theirs in the index of a VP
-schedule. No condition is dropped: students are not guided here. Their third stage is consistency/consistency.
+schedule is the straight line, and eps-, data- and v-predictions have one optimum: the student is a velocity field. The
+error of the end is t - t_e times that of the velocity, whose square has the weight (t - t_e)^2 under l2. t is uniform
+in linear time, theirs in the index of a VP schedule. No condition is dropped: students are not guided here. Their third
+stage is consistency/consistency.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -9,34 +9,27 @@ PH: pseudo-Huber; w = 1 (their configuration E) or 1/t (F). The student starts a
 through the exact change of schedule. Inverted real data is mixed in by the spec, pairs: {backward: 0.8, forward: 0.2}.
 
 Deviations: without lpips_trunk PH alone with weight 1, since by 1 - t nothing would train t = 1; 1/t is at most 1000,
-as their t goes down to 1e-5; LPIPS of the package lpips, of small images at 64 pixels, not piq's at 224; times are
-independent, not mirrored. The part of inverted data is not in their code (unverified). Their new update rule, which
-mixes each predicted data with the noise it came from, is `sampler: same_noise`.
+as their t goes down to 1e-5; LPIPS is that of the package lpips, not piq's; times are independent, not mirrored. The
+part of inverted data is not in their code (unverified). Their new update rule, which mixes each predicted data with the
+noise it came from, is `sampler: same_noise`.
 """
 
 from collections.abc import Iterator
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, FilePath, model_validator
+from pydantic import model_validator
 
 from distill import distances, times
-from distill.guard import InputError
 from distill.interpolants import like
 from distill.protocols import Batch, Context, Frozen, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
 
-class Config(BaseModel):
+class Config(distances.LpipsOptions):
     """Options of reflow/rf_plus_plus."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    lpips_trunk: Literal["squeeze", "alex", "vgg"] | None = None
-    """network whose features LPIPS compares; null: no LPIPS"""
-    lpips_path: FilePath | None = None
-    """safetensors file of the trunk: torchvision's squeezenet1_1, alexnet or vgg16"""
-    lpips_heads: bool | None = None
-    """weigh the features by LPIPS' calibrated heads; null: true; false for a trunk they were not fitted to"""
+    lpips_resize: distances.Resize = "to_224"
+    """enlarge images for LPIPS to 64 or, as the authors do, 224 pixels; none: at their own size"""
     lpips_over_t: bool | None = None
     """weigh LPIPS by 1/t, configuration F; null: false, configuration E"""
     sampler: Literal["euler", "same_noise"] = "euler"
@@ -44,13 +37,7 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
-        options = {
-            "lpips_path": self.lpips_path,
-            "lpips_heads": self.lpips_heads,
-            "lpips_over_t": self.lpips_over_t,
-        }
-        given = [name for name, value in options.items() if value is not None]
-        if given and self.lpips_trunk is None:
+        if (given := self.lpips_given()) and self.lpips_trunk is None:
             raise ValueError(f"{', '.join(given)}: no effect without lpips_trunk; give it, or remove")
         if self.lpips_trunk is not None and self.lpips_path is None:
             raise ValueError("lpips_trunk needs lpips_path, the file of its weights")
@@ -69,15 +56,13 @@ class Recipe:
     sampler: str = "euler"
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
-        if config.lpips_trunk is not None and teacher is not None and not distances.Lpips.takes(teacher.shape):
-            raise InputError(f"lpips_trunk: LPIPS compares images, the teacher makes {teacher.shape}; remove it")
+        if teacher is not None:
+            config.check_shape(teacher.shape, "remove it")
         self.config, self.sampler = config, config.sampler
 
     def networks(self, init: Init) -> dict[str, Role]:
-        c = self.config
         roles: dict[str, Role] = {"student": Trained(init.velocity_field())}
-        if c.lpips_trunk is not None and c.lpips_path is not None:
-            lpips = distances.Lpips(c.lpips_trunk, c.lpips_path, heads=c.lpips_heads is not False)
+        if (lpips := self.config.lpips()) is not None:
             roles["lpips"] = Frozen(lpips)
         return roles
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, FilePath, PositiveInt, model_validator
+from pydantic import PositiveInt, model_validator
 from torch import Tensor
 
 from distill import distances, times
@@ -28,10 +28,8 @@ BETA = {"linear": lambda k: 1 - min(1.0, k), "exp": lambda k: math.exp(-k)}
 BETA |= {"cosine": lambda k: (1 + math.cos(math.pi * min(1.0, k))) / 2}
 
 
-class Config(BaseModel):
+class Config(distances.LpipsOptions):
     """Options of reflow/slimflow."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     phase: Literal["anneal", "distill"] = "distill"
     """anneal: annealed reflow of a fresh network; distill: flow-guided distillation of it, into one step"""
@@ -45,19 +43,18 @@ class Config(BaseModel):
     """who makes the first of the two steps in distill; null: student"""
     distance: Literal["l2", "lpips"] = "l2"
     """of both terms of distill, between data"""
-    lpips_trunk: Literal["squeeze", "alex", "vgg"] | None = None
-    """network whose features LPIPS compares"""
-    lpips_path: FilePath | None = None
-    """safetensors file of the trunk: torchvision's squeezenet1_1, alexnet or vgg16"""
+    lpips_resize: distances.Resize = "to_64_corners"
+    """enlarge images for LPIPS to 64 (corners aligned, as the authors do) or 224 pixels; none: at their own size"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
-        given, distill = self.model_dump(exclude_defaults=True).keys(), {"middle", "distance", *LPIPS}
+        given, lpips = self.model_dump(exclude_defaults=True).keys(), set(self.lpips_given())
+        distill = {"middle", "distance", *lpips}
         if unused := sorted(given & (distill if self.phase == "anneal" else {"anneal_images", "schedule"})):
             raise ValueError(f"{', '.join(unused)}: no effect with phase: {self.phase}; remove")
         if self.phase == "anneal" and self.anneal_images is None:
             raise ValueError("phase: anneal needs anneal_images; from there on the pairs are the teacher's own")
-        if given & LPIPS != (LPIPS if self.distance == "lpips" else set()):
+        if not lpips >= LPIPS if self.distance == "lpips" else lpips:
             raise ValueError(f"distance: {self.distance}: lpips needs lpips_trunk and lpips_path, l2 takes neither")
         return self
 
@@ -76,16 +73,16 @@ class Recipe:
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
         if config.flip and teacher is not None and len(teacher.shape) != 3:
             raise InputError(f"flip mirrors images, the teacher makes {teacher.shape}; remove it")
-        if config.distance == "lpips" and teacher is not None and not distances.Lpips.takes(teacher.shape):
-            raise InputError(f"distance: lpips compares images, the teacher makes {teacher.shape}; use l2")
+        if teacher is not None:
+            config.check_shape(teacher.shape, "use distance: l2")
         self.config = config
 
     def networks(self, init: Init) -> dict[str, Role]:
         c, roles = self.config, dict[str, Role](student=Trained(init.velocity_field()))
         if c.phase == "distill":
             roles["flow"] = Frozen(init.velocity_field())
-        if c.lpips_trunk is not None and c.lpips_path is not None:
-            roles["lpips"] = Frozen(distances.Lpips(c.lpips_trunk, c.lpips_path))
+        if (lpips := c.lpips()) is not None:
+            roles["lpips"] = Frozen(lpips)
         return roles
 
     def turns(self, step: int, images: int) -> Iterator[Turn]:

@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from distill import engine
+from distill.autodiff import jvp
 from distill.draws import generator
-from distill.guard import EXIT_FAILED, EXIT_PEER, EXIT_STOPPED, PeerLost, RunError, Stopped
+from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, InputError, PeerLost, RunError, Stopped
 from distill.interpolants import linear
 from distill.memory import Probe
 from distill.progress import Progress
@@ -170,6 +171,43 @@ class Headstrong(Reflow):
         return Loss(self.regress(nets, batch, ctx).total + head)
 
 
+class Deaf(Reflow):
+    """No step reaches the second head."""
+
+    waiting = ()
+
+    def networks(self, init):
+        torch.manual_seed(3)
+        return {"student": Trained(Headed(init.velocity_field()), self.waiting)}
+
+
+class Patient(Deaf):
+    """As is meant to be."""
+
+    waiting = ("head.*",)
+
+
+class Half(Deaf):
+    """The last rank's second step reaches it."""
+
+    def regress(self, nets, batch, ctx):
+        loss = super().regress(nets, batch, ctx)
+        if ctx.step != 1 or int(os.environ["RANK"]) + 1 != int(os.environ["WORLD_SIZE"]):
+            return loss
+        return Loss(loss.total + 0 * nets["student"].head(batch.pairs.data).mean())
+
+
+class Slope(Reflow):
+    """Logs a derivative of the student, which precision and `launch` must not change."""
+
+    def regress(self, nets, batch, ctx):
+        noise, student = batch.pairs.noise, nets["student"]
+        t = ctx.draw.uniform("t", noise)
+        along = noise, torch.ones_like(t)
+        slope = jvp(lambda x, t: student(x, t, batch.cond), (noise, t), along, method="central", step=1e-2)
+        return Loss(super().regress(nets, batch, ctx).total, {"slope": slope.square().mean()})
+
+
 class Faulty(Reflow):
     """At step 3 the gradient of rank 1 is no number, though its loss is."""
 
@@ -195,6 +233,7 @@ class Hung(Reflow):
 
 
 RECIPES = {"one": Reflow, "copy": Target, "two": Adversarial, "heads": Headstrong}
+RECIPES |= {"deaf": Deaf, "patient": Patient, "half": Half, "slope": Slope}
 RECIPES |= {"faulty": Faulty, "astray": Astray, "hung": Hung}
 
 
@@ -267,7 +306,8 @@ def main(out, minutes, *cases):
             began = time.monotonic()
             train(out, ours, case)
             print(f"{case}: {time.monotonic() - began:.1f} s", flush=True)
-    except (PeerLost, RunError, Stopped) as error:
+    except (InputError, PeerLost, RunError, Stopped) as error:
         print(error, file=sys.stderr, flush=True)
-        return {PeerLost: EXIT_PEER, RunError: EXIT_FAILED, Stopped: EXIT_STOPPED}[type(error)]
+        codes = {InputError: EXIT_INPUT, PeerLost: EXIT_PEER, RunError: EXIT_FAILED, Stopped: EXIT_STOPPED}
+        return codes[type(error)]
     return 0
