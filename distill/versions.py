@@ -12,7 +12,7 @@ def require_same_draws(found: int, what: str) -> None:
     """InputError unless `what` was begun with the draws of this version."""
     if found != DRAWS:
         raise InputError(
-            f"{what} was begun by a version of distill that draws other random numbers (version {found} of them, this "
-            f"one has {DRAWS}), so it would end in another student; resume it with distill "
+            f"{what} was begun by a version of distill that draws other random numbers for training (version {found}; "
+            f"this one has version {DRAWS}), so it would end in another student; resume it with distill "
             f"{LAST_WITH.get(found, 'of a newer version')}, or start another run"
         )

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from distill import presets, registry, specfile, workflow
 from distill.schema import NAME_RULE
 from distill.store import RunPaths, create_run, event_line
+from distill.versions import DRAWS
 
 RECIPES = ", ".join(registry.names())
 PRESETS = ", ".join(presets.names())
@@ -272,7 +273,7 @@ def make_run(store, changes=()):
     kinds = {name: stage.kind for name, stage in spec.stages.items()}
     files = {
         "spec.yaml": specfile.resolved(spec),
-        "env.json": json.dumps({"threads": 1}),
+        "env.json": json.dumps({"threads": 1, "draws": DRAWS}),
         "events.jsonl": event_line("created", stages=kinds),
     }
     return create_run(store, "one", files)
@@ -314,6 +315,19 @@ def test_resume_with_a_changed_spec(capfd, tmp_path):
     changes = ["seed=3", "stages.pairs.count=100"]
     refuse(capfd, tmp_path, ["run", "one", *changes, "--resume"], said)
     refuse(capfd, tmp_path, ["run", "digits", *changes, "--name", "one", "--resume"], said)
+
+
+@pytest.mark.parametrize(("record", "version", "remedy"), [({}, 1, "0.1.0"), ({"draws": 99}, 99, "of a newer version")])
+def test_resume_of_a_run_with_other_random_numbers(capfd, tmp_path, record, version, remedy):
+    run = make_run(tmp_path / "runs")
+    run.env.write_text(json.dumps({"threads": 1, **record}))
+    said = (
+        "run 'one' was begun by a version of distill that draws other random numbers for training (version "
+        f"{version}; this one has version 2), so it would end in another student; resume it with distill {remedy}, or "
+        "start another run"
+    )
+    refuse(capfd, tmp_path, ["run", "one", "--resume"], said)
+    refuse(capfd, tmp_path, ["run", "digits", "--name", "one", "--resume"], said)
 
 
 def test_resume_with_a_changed_recipe(capfd, tmp_path):

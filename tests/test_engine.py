@@ -477,6 +477,63 @@ def test_settings_of_a_resume_may_not_change(tmp_path):
         train(tmp_path, images=64, seed=3, optimizer={**stage().optimizer.model_dump(), "lr": 0.1})
 
 
+def test_a_training_with_the_random_numbers_of_an_older_version_is_not_resumed(tmp_path):
+    train(tmp_path, images=64)
+    newest = checkpoint.complete(tmp_path / "stages" / "train" / "checkpoints")[0] / "meta.json"
+    meta = checkpoint.Meta.model_validate_json(newest.read_bytes())
+    assert meta.settings.pop("draws") == 2
+    newest.write_text(meta.sealed().model_dump_json())
+    with pytest.raises(
+        InputError, match=r"checkpoint .*step-00000004 was begun .* \(version 1; .*with distill 0\.1\.0, or"
+    ):
+        train(tmp_path, images=64)
+
+
+class Unreached(FlowMatching):
+    """A layer that the loss does not depend on, or only from a later step on, or with a gradient of zero."""
+
+    def __init__(self, waiting=(), *, reached=lambda step: False):
+        super().__init__()
+        self.waiting, self.reached = waiting, reached
+
+    def networks(self, init):
+        student = Vector()
+        student.spare = nn.Linear(3, 1)
+        return {"student": Trained(student, self.waiting)}
+
+    def loss(self, nets, batch, ctx):
+        loss = super().loss(nets, batch, ctx)
+        return Loss(loss.total + 0 * nets["student"].spare.weight.sum()) if self.reached(ctx.step) else loss
+
+
+def test_weights_that_no_backward_pass_reaches_are_refused_in_the_second_turn(tmp_path):
+    message = (
+        r"network 'student': in its first 2 turns no backward pass reached 2 of its \d+ trained parameters: "
+        r"spare\.weight, spare\.bias\. Set requires_grad=False where a parameter is not to be trained; name it in "
+    )
+    with pytest.raises(InputError, match=message):
+        train(tmp_path / "never", Unreached())
+    with pytest.raises(InputError, match=r"reached 1 of its \d+ trained parameters: spare\.bias\. "):
+        train(tmp_path / "weight", Unreached(reached=lambda step: step == 1))
+    with pytest.raises(InputError, match="spare.weight"):
+        train(tmp_path / "late", Unreached(("*.bias",), reached=lambda step: step == 2))
+
+
+def test_weights_may_wait_where_the_recipe_says_so_and_have_gradients_of_zero(tmp_path):
+    train(tmp_path / "said", Unreached(("spare.*",)), images=64)
+    train(tmp_path / "zero", Unreached(("spare.bias",), reached=lambda step: step == 1), images=64)
+    with pytest.raises(ValueError, match="network 'student': waiting names 'head.*', but no trained parameter is so"):
+        train(tmp_path / "nothing", Unreached(("head.*",)))
+
+
+def test_the_first_turns_are_those_of_the_whole_training(tmp_path):
+    """After a resume, too: what only the first step reaches was reached."""
+    made = Unreached(("spare.bias",), reached=lambda step: step == 0)
+    with pytest.raises(RunError):
+        train(tmp_path, made, source=Ring(fault=4))
+    train(tmp_path, made)
+
+
 def test_another_micro_batch_is_said_to_end_bit_identity(tmp_path, capsys):
     with pytest.raises(RunError):
         train(tmp_path, source=Ring(fault=4))

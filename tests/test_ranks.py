@@ -166,9 +166,8 @@ def test_the_precision_of_a_derivative_is_the_recipes(tmp_path):
 
 @pytest.mark.parametrize("zero", SOME)
 def test_weights_that_the_first_turns_do_not_reach_are_refused_by_name(tmp_path, zero):
-    train(
-        tmp_path, f"patient-{zero}-fp32", f"half-{zero}-fp32"
-    )  # said by the recipe; reached by one rank's second turn
+    # "half", which one rank's second turn reaches: DeepSpeed needs the same gradients on all ranks.
+    train(tmp_path, f"patient-{zero}-fp32", *(["half-none-fp32"] if zero == "none" else []))
     ranks = start(tmp_path, f"deaf-{zero}-fp32-often")
     assert [rank.end(60) for rank in ranks] == [EXIT_INPUT, EXIT_INPUT]
     for rank in ranks:

@@ -50,7 +50,7 @@ def test_without_lpips_the_noise_end_is_trained_as_any_other():
 
 def test_times_are_u_shaped():  # T09
     student = Student(v2)
-    loss(rf_plus_plus, {}, student, oracle_pairs((20_000, 1)), context(20_000))
+    loss(rf_plus_plus, {}, student, oracle_pairs((200_000, 1)), context(200_000))
     assert kstest(student.seen[1].double().numpy(), u_shaped_cdf).pvalue > 0.01
 
 

@@ -130,6 +130,9 @@ def _copied(source: LoadedTeacher | LoadedStudent, dropout: float | None) -> Mod
 def teacher_on_linear_path(teacher: LoadedTeacher) -> LoadedTeacher:
     """The same teacher, as a recipe calls it: a network of a VP or EDM schedule is called as a velocity network of the
     linear path, finite at both ends, around the very same weights.
+
+    Outside the noise levels of its training the network is told the nearest of them: for EDM, c_noise stays that of
+    sigma 80 from t = 80/81 on. Its input is scaled by the true level.
     """
     if not isinstance(teacher.field, EdmField | NetworkField) or teacher.field.interpolant.name == "linear":
         return teacher

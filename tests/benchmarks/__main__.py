@@ -1,5 +1,5 @@
-"""Measurements, as ratios within one run: python -m tests.benchmarks [step pairs start workers million reading recipes
-quickstart digits zero checkpoint pull].
+"""Measurements, as ratios within one run: python -m tests.benchmarks [step pairs start draws workers million reading
+recipes quickstart digits zero checkpoint pull].
 
 Nothing is asserted: machines are noisy. Contenders take turns, medians are compared. `quickstart` (5 minutes on 2
 cores), `digits` (the bar, mean of three seeds, 20 minutes), `zero` (15 minutes), `checkpoint` and
@@ -29,6 +29,7 @@ from distill.stop import StopRequest
 from distill.store import RunPaths, StagePaths
 from distill.students.init import StudentInit
 from distill.students.velocity import VelocityStudent
+from tests.benchmarks.draws import bench_draws
 from tests.benchmarks.pairs import bench_million, bench_pairs, bench_reading, bench_workers
 from tests.benchmarks.ranks import bench_checkpoint, bench_zero
 from tests.benchmarks.recipes import bench_recipes
@@ -147,6 +148,7 @@ BENCHES: dict[str, Callable[[], str]] = {
     "step": bench_step,
     "pairs": bench_pairs,
     "start": bench_start,
+    "draws": bench_draws,
     "workers": bench_workers,
     "million": bench_million,
     "reading": bench_reading,
@@ -159,7 +161,7 @@ BENCHES: dict[str, Callable[[], str]] = {
 }
 
 if __name__ == "__main__":
-    chosen = sys.argv[1:] or ["step", "pairs", "start"]
+    chosen = sys.argv[1:] or ["step", "pairs", "start", "draws"]
     unknown = [name for name in chosen if name not in BENCHES]
     if unknown:
         sys.exit(f"unknown {unknown}; valid: {list(BENCHES)}")
