@@ -19,7 +19,7 @@ from runs import make, wait_for
 import distill as package
 from distill import claims, specfile, stages
 from distill.guard import PeerLost, RunError, Stopped
-from distill.launch import local, ranks
+from distill.launch import environment, local, ranks
 from distill.store import RunPaths, read_events
 from distill.world import World
 
@@ -173,8 +173,19 @@ def test_the_parent_returns_the_childs_code_and_sets_its_threads(parent, monkeyp
         (env,) = one.begun(stage="teach+pairs+reflow")
         assert one.end() == (code, "words\n")
     assert env["OMP_NUM_THREADS"] == "3", "as the run recorded them"
+    assert env["GOMP_SPINCOUNT"] == str(environment.SPINS), "or threads that wait take a core from other processes"
     assert not set(env) & set(local.RANK_VARIABLES), "whoever started us may be a rank of something else"
     assert not one.run.log(1).parent.exists()
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+def test_how_threads_wait_is_the_users_choice(monkeypatch, name):
+    for each in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(each, raising=False)
+    bounded = {"OMP_NUM_THREADS": "4", "GOMP_SPINCOUNT": str(environment.SPINS)}
+    assert environment.thread_variables(4) == bounded
+    monkeypatch.setenv(name, "1")
+    assert environment.thread_variables(4) == {"OMP_NUM_THREADS": "4"}
 
 
 def test_one_process_computes_all_stages_and_ranks_only_train(tmp_path):

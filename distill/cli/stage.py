@@ -37,7 +37,8 @@ def stage(
 
     paths, spec = _found(run, names)
     share = None if part is None else _part(part)
-    os.environ.setdefault("OMP_NUM_THREADS", str(spec.launch.threads or environment.threads()))
+    for name, value in environment.thread_variables(spec.launch.threads or environment.threads()).items():
+        os.environ.setdefault(name, value)
     with StopRequest() as stop:
         if lifeline is not None:
             local.watch(lifeline)

@@ -11,6 +11,8 @@ from typing import Any
 import distill
 from distill import versions
 
+SPINS = 50_000  # rounds of GNU's OpenMP before a waiting thread sleeps
+
 ROOT = Path(distill.__file__).parent.parent
 
 
@@ -69,6 +71,17 @@ def cpu() -> str:
 def cpus() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def thread_variables(threads: int) -> dict[str, str]:
+    """Environment variables of a process that computes with so many CPU threads.
+
+    OpenMP's threads spin while they wait for each other. Without a bound they spin through their whole share of a core
+    that another process needs, and a step takes a hundred times as long; OMP_WAIT_POLICY=passive ends that, but is
+    slower on an idle machine. `python -m tests.benchmarks threads` measures it. Who has set either is left alone.
+    """
+    chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
+    return {"OMP_NUM_THREADS": str(threads)} | ({} if chosen else {"GOMP_SPINCOUNT": str(SPINS)})
 
 
 def threads() -> int:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from distill import claims, jobs, specfile
 from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, RunError
-from distill.launch import ranks, script, slurm, tasks
+from distill.launch import environment, ranks, script, slurm, tasks
 from distill.launch.local import RANK_VARIABLES
 from distill.launch.slurm import NoAnswer
 from distill.progress import stamp
@@ -129,7 +129,8 @@ class Batch:
         for key in ("SLURM_TASKS_PER_NODE", "SLURM_DISTRIBUTION"):
             env.pop(key, None)
         cpus = launch.slurm.cpus_per_task
-        env["OMP_NUM_THREADS"] = str(launch.threads or cpus or max(1, int(env["SLURM_CPUS_ON_NODE"]) // procs))
+        threads = launch.threads or cpus or max(1, int(env["SLURM_CPUS_ON_NODE"]) // procs)
+        env |= environment.thread_variables(threads)
         if cpus is not None:
             env["SRUN_CPUS_PER_TASK"] = str(cpus)
         env.setdefault("HF_MODULES_CACHE", str(self.run.root / ".modules"))

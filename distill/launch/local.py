@@ -100,7 +100,7 @@ def _environments(run: RunPaths, spec: RunSpec, size: int) -> list[dict[str, str
 def _own(folder: Path, threads: int) -> dict[str, str]:
     """Our environment, for a process with this very copy of the package."""
     env = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    env["OMP_NUM_THREADS"] = str(threads)
+    env |= environment.thread_variables(threads)
     # diffusers copies a student's pipeline.py there before it imports it, not atomically: one folder for each process
     env.setdefault("HF_MODULES_CACHE", str(folder / ".modules"))
     installed = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}

@@ -1,5 +1,5 @@
 """Measurements, as ratios within one run: python -m tests.benchmarks [step pairs start draws workers million reading
-recipes quickstart digits zero checkpoint pull].
+recipes threads quickstart digits zero checkpoint pull].
 
 Nothing is asserted: machines are noisy. Contenders take turns, medians are compared. `quickstart` (5 minutes on 2
 cores), `digits` (the bar, mean of three seeds, 20 minutes), `zero` (15 minutes), `checkpoint` and
@@ -34,6 +34,7 @@ from tests.benchmarks.pairs import bench_million, bench_pairs, bench_reading, be
 from tests.benchmarks.ranks import bench_checkpoint, bench_zero
 from tests.benchmarks.recipes import bench_recipes
 from tests.benchmarks.students import bench_pull
+from tests.benchmarks.threads import bench_threads
 
 CPU = torch.device("cpu")
 SHAPE, CLASSES, BATCH = (1, 8, 8), 10, 128
@@ -153,6 +154,7 @@ BENCHES: dict[str, Callable[[], str]] = {
     "million": bench_million,
     "reading": bench_reading,
     "recipes": bench_recipes,
+    "threads": bench_threads,
     "quickstart": bench_quickstart,
     "digits": bench_digits,
     "zero": bench_zero,
