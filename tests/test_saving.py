@@ -85,6 +85,10 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+def saving():
+    return any(thread.name == "saving" for thread in threading.enumerate())
+
+
 class Watching(Ring):
     """At each step, notes what lies in the folder of checkpoints; `then` is called with that."""
 
@@ -93,6 +97,8 @@ class Watching(Ring):
         self.folder, self.then, self.seen = folder / "stages/train/checkpoints", then, {}
 
     def batch(self, step, rows):
+        while saving() and not (self.folder.exists() and being_written(names(self.folder))):
+            time.sleep(0.0005)  # its thread begins
         self.seen[step] = names(self.folder) if self.folder.exists() else []
         self.then(step, self.seen[step])
         return super().batch(step, rows)
@@ -130,7 +136,7 @@ def test_saves_that_are_rare_do_not_wait(tmp_path):
     """Steps are made while one is written; the next begins when it is due."""
     source = Watching(tmp_path)
     train(
-        tmp_path, FlowMatching(ballast=BALLAST), source, images=16 * 64,
+        tmp_path, FlowMatching(ballast=4 * BALLAST), source, images=16 * 64,
         checkpoint={"images": 16 * 32, "minutes": None, "keep": 2},
     )  # fmt: skip
     assert any(step > number for step, there in source.seen.items() for number in being_written(there))
@@ -195,7 +201,7 @@ def failing(tmp_path):
 
     class Taking(Watching):
         def batch(self, step, rows):
-            while any(thread.name == "saving" for thread in threading.enumerate()):
+            while saving():
                 time.sleep(0.001)
             if step == 5:
                 shutil.move(self.folder, aside)
