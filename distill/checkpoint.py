@@ -278,7 +278,7 @@ class Checkpoints:
             self._prune()
         except OSError as error:
             raise RunError(
-                f"cannot remove old checkpoint {error.filename}: {error.strerror}; last good checkpoint: {path}"
+                f"cannot remove old checkpoints: {error.filename}: {error.strerror}; last good checkpoint: {path}"
             ) from error
 
     def _path(self, step: int) -> Path:

@@ -291,6 +291,19 @@ def test_a_gradient_that_is_no_number_stops_all_before_the_weights_move(together
     assert newest(tmp_path, case) == 3
 
 
+@pytest.mark.parametrize("zero", SOME)
+def test_a_save_that_fails_ends_all_and_names_the_last_good_one(tmp_path, zero):
+    case = f"one-{zero}-fp32-often"
+    ranks = start(tmp_path, case)
+    ranks[0].wait_until(lambda: newest(tmp_path, case) >= 1)
+    last, next_ = checkpoint(tmp_path, case, 9), checkpoint(tmp_path, case, 10)
+    next_.with_name(f"{next_.name}.tmp-{ranks[0].process.pid}").write_text("in the way")
+    assert [rank.end(60) for rank in ranks] == [EXIT_FAILED, EXIT_PEER]
+    said = f"cannot save checkpoint {next_}: File exists; last good checkpoint: {last}"
+    assert ranks[0].said.splitlines()[-1] == said
+    assert re.match(r"rank 1[,:] ", ranks[1].said.splitlines()[-1])
+
+
 def test_a_rank_that_takes_another_branch_is_told_at_once(tmp_path):
     ranks = start(tmp_path, "astray-none-fp32")
     assert [rank.end(30) for rank in ranks] == [EXIT_FAILED, EXIT_FAILED]
