@@ -177,6 +177,9 @@ def test_memory_is_predicted_from_shapes(together, case):
             assert predicted[kind] == pytest.approx(counted[kind], rel=0.3 if kind == "gradients" else 0.01), kind
         assert found["activations"] > 10 * 4 * parity.MICRO * 32 * 64, "more than ten layers' worth"
         assert found["process"] > sum(counted.values())
+        files = checkpoint(together, case, STEPS).glob("*.safetensors")
+        copied = sum(path.stat().st_size for path in files) if rank == 0 else 0
+        assert found["saving"] == pytest.approx(copied, rel=0.1)
 
 
 @pytest.mark.long
