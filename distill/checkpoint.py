@@ -7,7 +7,8 @@
         meta.json                       position, settings, environment, sha256 and size of every file
     checkpoints/step-00001234.tmp-PID   being written   (.trash-PID: being deleted   .damaged: put aside)
 
-Room is needed for one more than `keep`: the old ones go after the new one is complete.
+Room is needed for one more than `keep`: the old ones go after the new one is complete. `saving` makes the bytes, and
+has them written while training goes on.
 """
 
 import hashlib
@@ -17,15 +18,13 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load as from_bytes
-from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from distill import space, versions
@@ -35,6 +34,7 @@ from distill.store import sync_dir
 
 COMPLETE = re.compile(r"step-\d{8,}")
 LEFTOVER = re.compile(r"step-\d{8,}\.(tmp|trash)-\d+")
+CHUNK = 1 << 24  # bytes that are hashed and written at once: other threads run meanwhile
 Warn = Callable[[str], None]
 Group = tuple[str, Mapping[str, Tensor]]  # its name, its tensors
 
@@ -187,7 +187,7 @@ def weights(
 
 
 class Checkpoints:
-    """The checkpoints of one training: when to save, how, and where to go on.
+    """The checkpoints of one training: when to save, where to, and where to go on.
 
     settings: what a resume may not change; environment: what it may, at the price of bit-identity.
     """
@@ -231,13 +231,25 @@ class Checkpoints:
         space.require(self.folder, left * size, f"{left} checkpoint{'s' if left > 1 else ''}")
 
     def due(self, images: int) -> bool:
-        """Whether it is time to save: by images or by minutes since the last save."""
+        """Whether it is time to save: by images, or by minutes, since the last save began."""
         by_images = self.spec.images is not None and images // self.spec.images > self._images // self.spec.images
         by_time = self.spec.minutes is not None and time.monotonic() - self._time >= 60 * self.spec.minutes
         return by_images or by_time
 
-    def save(self, step: int, images: int, groups: Iterable[Group]) -> Path:
-        """Write a checkpoint after `step` steps; it appears whole or not at all. Then remove the oldest."""
+    def began(self, images: int) -> None:
+        """A save after `images` images begins, on every rank: from here on, `due` counts to the next."""
+        self._images, self._time = images, time.monotonic()
+
+    def appeared(self, step: int) -> None:
+        """The checkpoint of this step is on the disk: what `write` notes, for the ranks that do not write."""
+        self.last = self._path(step)
+
+    def write(self, step: int, images: int, files: Iterable[tuple[str, bytes | memoryview]]) -> None:
+        """Write a checkpoint after `step` steps; it appears whole or not at all. Then remove the oldest.
+
+        files: (group, content) in the order of writing; nobody may change the content meanwhile. A RunError names the
+        last good checkpoint.
+        """
         path = self._path(step)
         temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         if missing := space.shortage(self.folder, self._size):  # as much as the last one
@@ -247,26 +259,27 @@ class Checkpoints:
                 self.folder.mkdir(parents=True)
                 sync_dir(self.folder.parent)
             temporary.mkdir()
-            files = dict(_write(temporary, groups))
+            names = ((f"{group}.safetensors", content) for group, content in files)
+            written = {name: _store(temporary / name, content) for name, content in names}
             meta = Meta(
-                step=step, images=images, settings=self.settings, environment=self.environment, files=files
+                step=step, images=images, settings=self.settings, environment=self.environment, files=written
             ).sealed()
             _store(temporary / "meta.json", meta.model_dump_json(indent=2).encode())
             sync_dir(temporary)
             temporary.rename(path)
             sync_dir(self.folder)
-            self.saved(step, images)
-            self._size = _bytes(meta)
-            self._prune()
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
             last = self.last or "none yet"
             raise RunError(f"cannot save checkpoint {path}: {error.strerror}; last good checkpoint: {last}") from error
-        return path
-
-    def saved(self, step: int, images: int) -> None:
-        """There is one of this step now: ours, or what another rank has written for all."""
-        self.last, self._images, self._time = self._path(step), images, time.monotonic()
+        self.appeared(step)
+        self._size = _bytes(meta)
+        try:
+            self._prune()
+        except OSError as error:
+            raise RunError(
+                f"cannot remove old checkpoints: {error.filename}: {error.strerror}; last good checkpoint: {path}"
+            ) from error
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -320,35 +333,15 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _serialised(tensors: Mapping[str, Tensor]) -> bytes:
-    seen: set[int] = set()
-    own: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        here = tensor.detach().cpu().contiguous()
-        own[name] = here.clone() if here.data_ptr() in seen else here  # safetensors refuses two names of one memory
-        seen.add(here.data_ptr())
-    return to_bytes(own)
-
-
-def _write(folder: Path, groups: Iterable[Group]) -> Iterator[tuple[str, FileMeta]]:
-    """A file for each group. Training stands still: the next is prepared while the disk takes the last."""
-    with ThreadPoolExecutor(1) as disk:
-        stored: Future[None] | None = None
-        for group, tensors in groups:
-            name, content = f"{group}.safetensors", _serialised(tensors)
-            if stored is not None:
-                stored.result()  # at most two are in memory
-            stored = disk.submit(_store, folder / name, content)
-            yield name, FileMeta(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
-        if stored is not None:
-            stored.result()
-
-
-def _store(path: Path, content: bytes) -> None:
+def _store(path: Path, content: bytes | memoryview) -> FileMeta:
+    digest = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(content)
+        for at in range(0, len(content), CHUNK):
+            digest.update(content[at : at + CHUNK])
+            file.write(content[at : at + CHUNK])
         file.flush()
         os.fsync(file.fileno())
+    return FileMeta(sha256=digest.hexdigest(), size=len(content))
 
 
 def _verified(path: Path) -> Meta:

@@ -5,20 +5,20 @@ ends in the same bits.
 """
 
 import math
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from distill.checkpoint import Checkpoints
-from distill.draws import StepDraw, key
+from distill.draws import Rows, StepDraw, key
 from distill.guard import InputError, RunError
 from distill.progress import Progress
 from distill.protocols import Batch, Cond, Draw, Init, Loss, Pairs, Recipe, Source
 from distill.roles import Roles
+from distill.saving import Saved, Saver
 from distill.sharded import WHOLE, Zero
 from distill.spec import TrainStage
 from distill.stop import StopRequest
@@ -95,7 +95,39 @@ def train(
     if found is not None and run is not None:
         append_event(run, "resumed", stage=paths.root.name, step=step, images=images, **environment)
     progress.start(images)
+    with Saver(checkpoints, partial(_note, run, paths.root.name), world) as saver:
+        step, images = _loop(
+            recipe, roles, source, stage, saver,
+            seed=seed, step=step, images=images, slices=slices, device=device,
+            progress=progress, stop=stop, probe=probe,
+        )  # fmt: skip
+    roles.rest()
+    return TrainResult(roles, images, step)
 
+
+def _note(run: RunPaths | None, stage: str, saved: Saved) -> None:
+    if run is not None:
+        append_event(run, "saved", stage=stage, **asdict(saved))
+
+
+def _loop(
+    recipe: Recipe,
+    roles: Roles,
+    source: Source,
+    stage: TrainStage,
+    saver: Saver,
+    *,
+    seed: int,
+    step: int,
+    images: int,
+    slices: list[Rows],
+    device: torch.device,
+    progress: Progress,
+    stop: StopRequest,
+    probe: Callable[[Roles], None] | None,
+) -> tuple[int, int]:
+    """Train from `step` on, after `images` images, until `stage.images`; the step and images at the end, all saved."""
+    world, batch_size = roles.world, stage.batch_size
     while images < stage.images:
         # The global generator serves dropout alone, and resumes with it.
         torch.manual_seed(key(seed, "dropout", step, world.rank))
@@ -126,7 +158,7 @@ def train(
                 if not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"])):
                     raise RunError(
                         f"{place}: loss {logs['loss']}, gradient norm {logs['grad_norm']}; its weights did not move; "
-                        f"last good checkpoint: {checkpoints.last or 'none yet'}"
+                        f"last good checkpoint: {saver.last_good()}"
                     )
                 if probe is not None:
                     probe(roles)
@@ -140,21 +172,16 @@ def train(
             roles.ema.update(images, batch_size)
             images += batch_size
         progress.update(images, _named(moved))
-        stopped, due = world.meet(f"after step {step}", stop.signal is not None, checkpoints.due(images))
+        saver.look()
+        stopped, due = world.meet(f"after step {step}", stop.signal is not None, saver.checkpoints.due(images))
         if stopped or due or images >= stage.images:
-            began = time.monotonic()
-            with world.contact(f"after step {step}, gathering for a checkpoint"):
-                groups = roles.groups() if world.size == 1 else list(roles.groups())
-            world.alone(f"saving step {step}", partial(checkpoints.save, step, images, groups))
-            checkpoints.saved(step, images)
-            if run is not None:
-                seconds = round(time.monotonic() - began, 3)
-                append_event(run, "saved", stage=paths.root.name, step=step, images=images, seconds=seconds)
+            saver.save(step, images, roles.groups())
         if stopped:
+            saver.finish()
             stop.share(stopped)
-            stop.raise_if_requested(str(checkpoints.last))
-    roles.rest()
-    return TrainResult(roles, images, step)
+            stop.raise_if_requested(str(saver.checkpoints.last))
+    saver.finish()
+    return step, images
 
 
 def device_name(device: torch.device) -> str:

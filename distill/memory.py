@@ -117,9 +117,10 @@ class Probe:
         self.zero, self.procs, self.activations = zero, procs, Activations()
         self.predicted: dict[str, int] = {}
         self.counted: dict[str, int] = {}
-        self.other = 0
+        self.other = self.saving = 0
 
     def __call__(self, roles: Roles) -> None:
+        self.saving = roles.checkpoint_bytes() if roles.world.first else 0
         live = roles.live()
         live["parameters"] = [*live["parameters"], *live.pop("copies")]
         found = {kind: storages(live[kind]) for kind in KINDS}
@@ -134,7 +135,9 @@ class Probe:
         self.counted, self.other = counted, sum(size for at, size in everything.items() if at not in known)
 
     def report(self, rank: int) -> dict[str, object]:
-        """All of it, in bytes; `device`: the most that torch has held on a GPU, null without one."""
+        """All of it, in bytes; `device`: the most that torch has held on a GPU, null without one; `saving`: about what
+        a copy of a checkpoint takes of the host's memory from the first save on.
+        """
         usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {
             "rank": rank,
@@ -142,6 +145,7 @@ class Probe:
             "counted": self.counted,
             "activations": self.activations.peak,
             "other": self.other,
+            "saving": self.saving,
             "process": usage if sys.platform == "darwin" else 1024 * usage,
             "device": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None,
         }

@@ -130,18 +130,23 @@ class Roles:
 
     def averages(self) -> dict[float, dict[str, Tensor]]:
         """Whole state dicts of the student: averaged weights, and buffers as they are; on rank 0 at least."""
-        raw = self.student.weights() if self.ema.averages else {}
-        return {half_life: {**raw, **self.student.gather(own)} for half_life, own in self.ema.averages.items()}
+        return {half_life: self._average(own) for half_life, own in self.ema.averages.items()}
+
+    def _average(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {**self.student.unmoved(), **self.student.gather(own)}
 
     def groups(self) -> Iterator[Group]:
-        """What a checkpoint holds, one group at a time; every rank must take all of them."""
+        """What a checkpoint holds, one group at a time; every rank must take all of them, rank 0 gets them whole.
+
+        A group that was gathered for this lives as long as whoever takes it holds it.
+        """
         for name, trainable in self.trainables.items():
             yield network_group(name), trainable.weights()
             yield optimizer_group(name), trainable.state()
         for name in self.copies:
             yield network_group(name), self.networks[name].state_dict()
-        for half_life, average in self.averages().items():
-            yield ema_group("student", half_life), average
+        for half_life, own in self.ema.averages.items():
+            yield ema_group("student", half_life), self._average(own)
         if isinstance(self.recipe, Stateful):
             yield RECIPE_GROUP, self.recipe.state()
 

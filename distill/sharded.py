@@ -155,13 +155,15 @@ class Sharded(Trainable):
         found += [flat.grad for flat in self._flats if flat.grad is not None]
         return [*found, optimizer.grad_partitions_flat_buffer] if self.stage == 3 else found
 
-    def weights(self) -> dict[str, Tensor]:
+    def unmoved(self) -> dict[str, Tensor]:
         frozen = [p for p in self.module.parameters() if not any(p is mine for mine in self._unique)]
         with _deepspeed().zero.GatheredParameters(frozen, enabled=self.stage == 3):
-            rest = {
+            return {
                 key: t.detach().cpu().clone() for key, t in self.module.state_dict().items() if key not in self.shapes
             }
-        return {**rest, **self.gather(self.masters())}
+
+    def weights(self) -> dict[str, Tensor]:
+        return {**self.unmoved(), **self.gather(self.masters())}
 
     def state(self) -> dict[str, Tensor]:
         moments = [self._moments(flat) for flat in self._keys()]

@@ -186,12 +186,12 @@ class OptimizerSpec(Frozen):
 
 
 class CheckpointSpec(Frozen):
-    """When to save, and how much to keep."""
+    """When to save, and how much to keep. A save that is due while another is still being written waits for it."""
 
     images: PositiveInt | None = None
     """every this many images; null: by minutes only"""
     minutes: PositiveFloat | None = 10.0
-    """every this many minutes; null: by images only"""
+    """every this many minutes, from the beginning of one save to that of the next; null: by images only"""
     keep: PositiveInt = 2
     """complete checkpoints to keep"""
 

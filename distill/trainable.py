@@ -105,7 +105,7 @@ class Trainable:
     """`module` under AdamW, on its device in fp32. Parameters that come with requires_grad=False stay as they are.
 
     Ranks average their gradients before the step. What waits for all ranks: `backward`, `check_reach`, `gradient_norm`,
-    `step`, `whole`, `gather`, `weights`, `state`.
+    `step`, `whole`, `gather`, `weights`, `unmoved`, `state`.
 
     waiting: parameters that the first turns need not reach, see `protocols.Trained`.
     """
@@ -211,6 +211,10 @@ class Trainable:
     def weights(self) -> dict[str, Tensor]:
         """The whole state dict; on rank 0 at least."""
         return self.module.state_dict()
+
+    def unmoved(self) -> dict[str, Tensor]:
+        """What of the state dict the optimizer does not move: buffers and frozen parameters, whole on every rank."""
+        return {key: t for key, t in self.module.state_dict().items() if key not in self._parameters}
 
     def state(self) -> dict[str, Tensor]:
         """The optimizer's tensors as "PARAMETER/MOMENT"; none before the first step."""

@@ -16,7 +16,7 @@ LAYERS = [
     {"interpolants", "protocols", "draws", "philox"},
     {"times", "fields", "solvers", "samplers", "autodiff", "distances", "couplings", "windows"},
     {"hub", "teachers", "students", "latents", "conditions", "data", "pairs", "ema", "metrics", "grids"},
-    {"world", "trainable", "sharded", "checkpoint", "roles", "export", "sampling", "schedules"},
+    {"world", "trainable", "sharded", "checkpoint", "saving", "roles", "export", "sampling", "schedules"},
     {"evaluate", "report", "charts", "engine", "memory", "sources"},
     {"stages", "estimate", "forecast"},
     {"cli", "testing"},

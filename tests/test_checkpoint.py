@@ -16,12 +16,21 @@ from programs.train_vector import train
 from distill import checkpoint
 from distill.checkpoint import Checkpoints, complete, differences, latest, weights
 from distill.guard import InputError, RunError
+from distill.saving import Saver
 from distill.spec import CheckpointSpec
 
 
 def make(folder, warn=None, *, keep=2, images=None, minutes=None, settings=None):
     spec = CheckpointSpec(keep=keep, images=images, minutes=minutes)
     return Checkpoints(folder, spec, settings or {"seed": 0}, {"threads": 1}, warn or refuse_warning)
+
+
+def save(checkpoints, step, images, groups):
+    """Until it is on the disk."""
+    saver = Saver(checkpoints, lambda saved: None)
+    saver.save(step, images, groups)
+    saver.finish()
+    return checkpoints.last
 
 
 def refuse_warning(text):
@@ -42,7 +51,7 @@ def test_what_was_saved_is_loaded(tmp_path):
     tied = torch.randn(5)
     tensors = {"half": half, "strided": torch.arange(6.0).reshape(2, 3).T, "a": tied, "b": tied, "none": torch.ones(0)}
     saver = make(tmp_path / "checkpoints", settings={"seed": 7, "stage": {"betas": (0.9, 0.99)}})
-    saver.save(12, 345, [("network.student", tensors)])
+    save(saver, 12, 345, [("network.student", tensors)])
     found = latest(tmp_path / "checkpoints", refuse_warning)
     assert (found.path.name, found.meta.step, found.meta.images) == ("step-00000012", 12, 345)
     assert found.meta.settings == {"seed": 7, "stage": {"betas": [0.9, 0.99]}}
@@ -56,13 +65,13 @@ def test_what_was_saved_is_loaded(tmp_path):
 def test_the_newest_are_kept_and_nothing_else_lies_about(tmp_path):
     saver = make(tmp_path, keep=3)
     for step in (1, 2, 30, 100_000_000, 99_999_999):
-        saver.save(step, step, groups(step))
+        save(saver, step, step, groups(step))
     assert names(tmp_path) == ["step-00000030", "step-100000000", "step-99999999"]
     assert [path.name for path in complete(tmp_path)] == ["step-100000000", "step-99999999", "step-00000030"]
 
 
 def test_leftovers_of_kills_are_cleared_and_other_files_are_not(tmp_path):
-    make(tmp_path).save(3, 48, groups(3))
+    save(make(tmp_path), 3, 48, groups(3))
     for name in ("step-00000004.tmp-123", "step-00000002.trash-99"):
         shutil.copytree(tmp_path / "step-00000003", tmp_path / name)
     (tmp_path / "step-00000004.tmp-123" / "meta.json").unlink()
@@ -72,7 +81,7 @@ def test_leftovers_of_kills_are_cleared_and_other_files_are_not(tmp_path):
 
 
 def test_leftovers_that_cannot_be_cleared_are_one_message(tmp_path):
-    good = make(tmp_path).save(3, 48, groups(3))
+    good = save(make(tmp_path), 3, 48, groups(3))
     odd = tmp_path / "step-00000004.tmp-123"
     odd.write_text("a file, where a kill leaves a folder")
     with pytest.raises(RunError, match=f"cannot clear {odd}: Not a directory; last good: {good}"):
@@ -119,8 +128,8 @@ DAMAGE = {
 def test_a_damaged_newest_falls_back_with_a_warning(tmp_path, kind):
     damage, reason = DAMAGE[kind]
     saver = make(tmp_path)
-    saver.save(1, 100, groups(1))
-    newest = saver.save(2, 200, groups(2))
+    save(saver, 1, 100, groups(1))
+    newest = save(saver, 2, 200, groups(2))
     damage(newest)
     said = []
     assert latest(tmp_path, said.append).meta.step == 1
@@ -131,7 +140,7 @@ def test_a_damaged_newest_falls_back_with_a_warning(tmp_path, kind):
     again = make(tmp_path, said.append, keep=1)
     assert again.resume().path.name == "step-00000001"
     assert names(tmp_path) == ["step-00000001", "step-00000002.damaged"]  # no longer the newest, not yet deleted
-    again.save(2, 200, groups(5))  # the same step once more
+    save(again, 2, 200, groups(5))  # the same step once more
     assert names(tmp_path) == ["step-00000002"]
     assert latest(tmp_path, refuse_warning).tensors("network.student")["n"] == 5
 
@@ -139,7 +148,7 @@ def test_a_damaged_newest_falls_back_with_a_warning(tmp_path, kind):
 def test_all_damaged_is_an_error_and_never_step_zero(tmp_path):
     saver = make(tmp_path)
     for step in (1, 2):
-        flip(saver.save(step, step, groups(step)) / "network.student.safetensors")
+        flip(save(saver, step, step, groups(step)) / "network.student.safetensors")
     message = (
         rf"every checkpoint in {tmp_path} is damaged \(step-00000002: network\.student\.safetensors: wrong checksum; "
         r"step-00000001: .*\); put one back from a backup, or remove that folder to start this stage again from step 0"
@@ -154,13 +163,13 @@ def test_when_saving_is_due(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
     saver = make(tmp_path, images=100, minutes=2.0)
     assert [saver.due(n) for n in (0, 99, 100, 250)] == [False, False, True, True]
-    saver.save(1, 130, groups(1))
+    save(saver, 1, 130, groups(1))
     assert [saver.due(n) for n in (199, 200)] == [False, True]
     now = 119.9
     assert not saver.due(130)
     now = 120.0
     assert saver.due(130)
-    saver.save(2, 130, groups(1))
+    save(saver, 2, 130, groups(1))
     assert not saver.due(130)
     never = make(tmp_path)
     now = 1e9
@@ -258,9 +267,9 @@ def test_room_is_looked_for_before_training_and_before_each_save(tmp_path, monke
         train(tmp_path, checkpoint={"images": 16, "minutes": None, "keep": 2})
     assert not (tmp_path / "stages/train/checkpoints").exists()
     saver = make(tmp_path)
-    good = saver.save(1, 1, groups(1, size=1000))
+    good = save(saver, 1, 1, groups(1, size=1000))
     with pytest.raises(RunError) as caught:
-        saver.save(2, 2, groups(2, size=1000))
+        save(saver, 2, 2, groups(2, size=1000))
     step = tmp_path / "step-00000002"
     assert re.fullmatch(
         rf"cannot save checkpoint {step}: \S+ kB needed, but 1.0 kB are free for {tmp_path}; "
@@ -268,19 +277,19 @@ def test_room_is_looked_for_before_training_and_before_each_save(tmp_path, monke
     )  # fmt: skip
     assert latest(tmp_path, refuse_warning).meta.step == 1
     left = 1 << 40
-    saver.save(2, 2, groups(2, size=1000))
+    save(saver, 2, 2, groups(2, size=1000))
 
 
 def test_a_file_over_the_quota_is_one_message(tmp_path):
     """The limit on a file's size stands in for a quota where nothing may be mounted."""
     saver = make(tmp_path)
-    good = saver.save(1, 1, groups(1))
+    good = save(saver, 1, 1, groups(1))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(RunError) as caught:
-            saver.save(2, 2, groups(2, size=100_000))
+            save(saver, 2, 2, groups(2, size=100_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
@@ -293,22 +302,22 @@ def test_a_file_over_the_quota_is_one_message(tmp_path):
 def test_a_store_that_cannot_be_written_is_one_message(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match=r"cannot save checkpoint .*Not a directory; last good checkpoint: none yet"):
-        make(tmp_path / "file" / "checkpoints").save(1, 1, groups(1))
+        save(make(tmp_path / "file" / "checkpoints"), 1, 1, groups(1))
 
 
 def test_reading_while_a_trainer_replaces(tmp_path):
     """Whatever is read between two saves is whole: weights() never fails and never goes back."""
     saver = make(tmp_path, keep=1)
-    saver.save(1, 1, groups(1))
+    save(saver, 1, 1, groups(1))
     enough = threading.Event()
 
-    def save():
+    def replace():
         step = 1
         while not enough.is_set():
             step += 1
-            saver.save(step, step, groups(step))
+            save(saver, step, step, groups(step))
 
-    trainer = threading.Thread(target=save)
+    trainer = threading.Thread(target=replace)
     trainer.start()
     seen, until = [], time.monotonic() + 1
     try:

@@ -8,8 +8,10 @@ import sys
 import time
 
 import pytest
+import torch
 from programs import train_vector
 from programs.forked import Forked
+from safetensors.torch import load
 
 from distill import checkpoint
 from distill.guard import EXIT_STOPPED
@@ -22,12 +24,12 @@ LAST = "step-00000192"
 ALWAYS, NEVER = 16, 10**9  # images between saves
 
 
-def start(folder, every=ALWAYS):
-    return Forked(train_vector.main, folder, IMAGES, every, log=folder.with_suffix(".stderr"))
+def start(folder, every=ALWAYS, ballast=0):
+    return Forked(train_vector.main, folder, IMAGES, every, ballast, log=folder.with_suffix(".stderr"))
 
 
-def finish(folder, every=ALWAYS):
-    training = start(folder, every)
+def finish(folder, every=ALWAYS, ballast=0):
+    training = start(folder, every, ballast)
     assert training.end() == 0, training.said
     return training.said
 
@@ -80,6 +82,42 @@ def test_kill_9_at_ten_random_moments_changes_no_bit(folder, undisturbed):
     assert sorted(path.name for path in checkpoints(folder).iterdir()) == ["step-00000189", LAST]
     resumed = [event["step"] for event in read_events(RunPaths(folder)) if event["event"] == "resumed"]
     assert len(resumed) == 10 and resumed == sorted(resumed)
+
+
+def test_kill_9_while_training_runs_ahead_of_the_disk_changes_no_bit(folder, undisturbed):
+    """A large state, saved every 16 steps of the student: steps are made while it is written, and lost with it."""
+    ballast, chance, ahead = 2_000_000, random.Random(3), 0
+
+    def asked():
+        return int((folder / "asked").read_text().split()[-1])
+
+    def written():
+        """Step of the checkpoint that is being written; None: none is."""
+        there = [path.name for path in checkpoints(folder).iterdir()] if checkpoints(folder).is_dir() else []
+        return next((int(found[1]) for name in there if (found := re.fullmatch(r"step-0*(\d+)\.tmp-\d+", name))), None)
+
+    for _ in range(3):
+        before = newest(folder)
+        training = start(folder, 16 * ALWAYS, ballast)
+        training.wait_until(lambda before=before: before < (written() or 0) < asked())
+        time.sleep(chance.uniform(0, 0.02))
+        training.send(signal.SIGKILL)
+        assert training.end() == -signal.SIGKILL
+        if (number := written()) is not None:
+            assert newest(folder) < number
+            ahead += asked() > number
+    assert ahead >= 1
+    assert "warning" not in finish(folder, 16 * ALWAYS, ballast)
+    last = checkpoint.latest(checkpoints(folder), pytest.fail)
+    assert last.path.name == LAST
+    for name in undisturbed:
+        group = name.removesuffix(".safetensors")
+        tensors = last.tensors(group)
+        heavy, calls = tensors.pop("ballast", None), tensors.get("calls")
+        assert (heavy is None) == (group in ("network.critic", "optimizer.critic", "optimizer.student"))
+        assert heavy is None or (heavy == calls).all()
+        expected = load(undisturbed[name])
+        assert tensors.keys() == expected.keys() and all(torch.equal(tensors[key], expected[key]) for key in expected)
 
 
 def test_signals_finish_the_step_save_and_leave_with_75(folder, undisturbed):

@@ -204,6 +204,9 @@ def test_memory_is_predicted_from_shapes(together, case):
             assert predicted[kind] == pytest.approx(counted[kind], rel=0.3 if kind == "gradients" else 0.01), kind
         assert found["activations"] > 10 * 4 * parity.MICRO * 32 * 64, "more than ten layers' worth"
         assert found["process"] > sum(counted.values())
+        files = checkpoint(together, case, STEPS).glob("*.safetensors")
+        copied = sum(path.stat().st_size for path in files) if rank == 0 else 0
+        assert found["saving"] == pytest.approx(copied, rel=0.1)
 
 
 @pytest.mark.long
@@ -316,6 +319,19 @@ def test_a_gradient_that_is_no_number_stops_all_before_the_weights_move(together
             rank.said.splitlines()[-1],
         )
     assert newest(tmp_path, case) == 3
+
+
+@pytest.mark.parametrize("zero", SOME)
+def test_a_save_that_fails_ends_all_and_names_the_last_good_one(tmp_path, zero):
+    case = f"one-{zero}-fp32-often"
+    ranks = start(tmp_path, case)
+    ranks[0].wait_until(lambda: newest(tmp_path, case) >= 1)
+    last, next_ = checkpoint(tmp_path, case, 9), checkpoint(tmp_path, case, 10)
+    next_.with_name(f"{next_.name}.tmp-{ranks[0].process.pid}").write_text("in the way")
+    assert [rank.end(60) for rank in ranks] == [EXIT_FAILED, EXIT_PEER]
+    said = f"cannot save checkpoint {next_}: File exists; last good checkpoint: {last}"
+    assert ranks[0].said.splitlines()[-1] == said
+    assert re.match(r"rank 1[,:] ", ranks[1].said.splitlines()[-1])
 
 
 def test_a_rank_that_takes_another_branch_is_told_at_once(tmp_path):

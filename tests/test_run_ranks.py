@@ -126,6 +126,7 @@ def test_plan_measures_memory_and_leaves_nothing(folder):
     ranks = json.loads(done.stdout)["memory"]["teach"]
     assert [found["rank"] for found in ranks] == [0, 1]
     assert ranks[0]["predicted"] == estimate(specfile.load(folder / "small.yaml").spec, folder)["teach"]
+    assert ranks[0]["saving"] > ranks[1]["saving"] == 0, "one process alone copies what is saved"
     for found in ranks:
         assert sum(found["predicted"].values()) == pytest.approx(sum(found["counted"].values()), rel=0.1)
     assert sorted(path.name for path in (folder / "runs").iterdir()) == before

@@ -1,4 +1,5 @@
-"""A small training in a process of its own, to be killed: FOLDER IMAGES SAVE_EVERY; and the networks of engine tests.
+"""A small training in a process of its own, to be killed: FOLDER IMAGES SAVE_EVERY [BALLAST]; and the networks of
+engine tests. BALLAST: see `Vector`; FOLDER/asked then has a line for each step whose batch was asked for.
 
 Exit codes are the command line's: 0 done, 1 failed, 75 stopped by a signal after saving.
 """
@@ -21,15 +22,21 @@ from distill.store import RunPaths
 
 
 class Vector(nn.Module):
-    """A velocity field over [B, 2], with dropout and a buffer, so that both must be resumed."""
+    """A velocity field over [B, 2], with dropout and a buffer, so that both must be resumed.
+
+    ballast: float32 elements of another buffer, which all count the calls: steps stay quick, saving does not.
+    """
 
     t_range = (0.0, 1.0)
 
-    def __init__(self, seed=0, width=16, dropout=0.0):
+    def __init__(self, seed=0, width=16, dropout=0.0, ballast=0):
         super().__init__()
         self.interpolant = linear()
         self.layers = nn.Sequential(nn.Linear(3, width), nn.SiLU(), nn.Dropout(dropout), nn.Linear(width, 2))
         self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        if ballast:
+            self.register_buffer("ballast", torch.zeros(ballast))
+        self.heavy = ballast > 0
         numbers = generator("vector", seed)
         with torch.no_grad():
             for parameter in self.parameters():
@@ -38,6 +45,8 @@ class Vector(nn.Module):
     def forward(self, x_t, t, cond):
         if self.training:
             self.calls += 1
+            if self.heavy:
+                self.ballast += 1
         return self.layers(torch.cat([x_t, t[:, None]], 1)).to(x_t.dtype)
 
 
@@ -53,6 +62,19 @@ class Ring:
         if step == self.fault:
             data[0, 0] = float("nan")
         return Batch(data=data[rows.start : rows.stop], pairs=None, cond={})
+
+
+class Noting(Ring):
+    """Adds a line to a file at each step that it is asked for."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+
+    def batch(self, step, rows):
+        with self.path.open("a") as file:
+            file.write(f"{step}\n")
+        return super().batch(step, rows)
 
 
 class NoInit:
@@ -74,11 +96,11 @@ class FlowMatching:
 
     sampler = "euler"
 
-    def __init__(self, dropout=0.0):
-        self.dropout = dropout
+    def __init__(self, dropout=0.0, ballast=0):
+        self.dropout, self.ballast = dropout, ballast
 
     def networks(self, init):
-        return {"student": Trained(Vector(dropout=self.dropout))}
+        return {"student": Trained(Vector(dropout=self.dropout, ballast=self.ballast))}
 
     def turns(self, step, images):
         yield Turn("student", self.loss)
@@ -95,7 +117,7 @@ class Alternating(FlowMatching):
 
     def networks(self, init):
         return {
-            "student": Trained(Vector(1, dropout=self.dropout)),
+            "student": Trained(Vector(1, dropout=self.dropout, ballast=self.ballast)),
             "critic": Trained(Vector(2)),
             "teacher": Frozen(Vector(3)),
         }
@@ -157,12 +179,14 @@ def train(folder, recipe=None, source=None, *, seed=0, micro_batch=None, stop=No
         )
 
 
-def main(folder, images, every):
+def main(folder, images, every, ballast=0):
     torch.set_num_threads(1)
-    recipe, saving = Alternating(dropout=0.2), {"images": int(every), "minutes": None, "keep": 2}
+    recipe, saving = Alternating(dropout=0.2, ballast=int(ballast)), {"images": int(every), "minutes": None, "keep": 2}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    source = Noting(Path(folder) / "asked") if ballast else Ring()
     with StopRequest() as stop:
         try:
-            train(folder, recipe, images=int(images), micro_batch=8, stop=stop, checkpoint=saving)
+            train(folder, recipe, source, images=int(images), micro_batch=8, stop=stop, checkpoint=saving)
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             return EXIT_STOPPED
