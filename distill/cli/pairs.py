@@ -184,9 +184,9 @@ def _told(folder: Path) -> str:
 
     found = manifest.read(folder)
     assert found is not None
-    made = {*found.shards, *manifest.records(folder, found)}
     if not found.done:
-        return f"{len(made)} of {len(found.layout())} shards are there"
+        made = {*found.shards, *manifest.records(folder, found.layout)[0]}
+        return f"{len(made)} of {found.layout.files} shards are there"
     said = [f"the set of {found.count:,} is complete"]
     if found.rounding.error:
         said.append(f"storing it as {found.dtype} changed it by {found.rounding.relative:.2%} (RMS)")
