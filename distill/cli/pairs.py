@@ -1,6 +1,7 @@
 """`distill pairs`: the paths of a teacher, solved and stored; those of a spec's stage also by many processes."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -91,10 +92,10 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
 
 
 def _share(text: str) -> tuple[int, int]:
-    number, _, total = text.partition("/")
-    if not (number.isdigit() and total.isdigit() and 1 <= int(number) <= int(total)):
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise InputError(f"--shards {text}: I/N is expected, I from 1 to N, like 1/4")
-    return int(number) - 1, int(total)
+    return int(match[1]) - 1, int(match[2])
 
 
 def _of_teacher(

@@ -101,7 +101,7 @@ class Manifest(Frozen):
             if number is None:
                 raise ValueError(f"shards: {name[:100]!r} is no file of this set")
             if (wrong := misfit(layout.indices(number), file)) or file.size < (file.stop - file.start) * least:
-                raise ValueError(f"shards: {name}: {wrong or f'{file.size} bytes cannot hold its pairs'}")
+                raise ValueError(f"shards: {name} {wrong or f'has {file.size} bytes, too few for its pairs'}")
         return self
 
     @property
@@ -143,14 +143,14 @@ class Manifest(Frozen):
 
 def read(folder: Path) -> Manifest | None:
     """The folder's manifest; None if there is none, InputError if it is damaged."""
-    path = folder / "manifest.json"
-    content = _content(path, MAX_MANIFEST)
-    if content is None:
-        return None
+    path, onward = folder / "manifest.json", f"delete {folder} and make it again"
+    content, wrong = _content(path, MAX_MANIFEST)
+    if wrong:
+        raise InputError(f"{path} {wrong}; {onward}")
     try:
-        return Manifest.model_validate_json(content, strict=True)
+        return None if content is None else Manifest.model_validate_json(content, strict=True)
     except ValidationError as error:
-        raise InputError(f"{path} is damaged or foreign ({_first(error)}); delete {folder} and make it again") from None
+        raise InputError(f"{path} is damaged or foreign ({_first(error)}); {onward}") from None
 
 
 def records(folder: Path, layout: Layout) -> tuple[dict[str, ShardFile], dict[str, str]]:
@@ -159,29 +159,25 @@ def records(folder: Path, layout: Layout) -> tuple[dict[str, ShardFile], dict[st
     for path in sorted(folder.glob("shard-*.json")):
         name = path.with_suffix(".safetensors").name
         number = layout.number(name)
-        if number is None:
+        content, wrong = _content(path, MAX_RECORD)
+        if number is None or (content is None and not wrong):  # the set was finished, and they were removed, just now
             continue
         try:
-            content = _content(path, MAX_RECORD)
-            if content is None:  # the set was finished, and they were removed, while we looked
-                continue
-            file = ShardFile.model_validate_json(content, strict=True)
-        except InputError as error:
-            faults[name] = str(error)
+            file = None if content is None else ShardFile.model_validate_json(content, strict=True)
+            wrong = wrong if file is None else misfit(layout.indices(number), file)
         except ValidationError as error:
-            faults[name] = f"{path} is damaged ({_first(error)})"
-        else:
-            if wrong := misfit(layout.indices(number), file):
-                faults[name] = f"{path} is of another set ({wrong})"
-            else:
-                found[name] = file
+            file, wrong = None, f"is damaged ({_first(error)})"
+        if wrong:
+            faults[name] = f"{path} {wrong}"
+        elif file is not None:
+            found[name] = file
     return found, faults
 
 
 def misfit(indices: range, file: ShardFile) -> str:
     """What is wrong with the pairs that a shard is said to hold, of those that it must; empty: nothing."""
     fits = (file.start, file.stop) == (indices.start, indices.stop)
-    return "" if fits else f"pairs {file.start} to {file.stop}, not {indices.start} to {indices.stop}"
+    return "" if fits else f"has pairs {file.start} to {file.stop}, not {indices.start} to {indices.stop}"
 
 
 def _falls(times: list[float]) -> bool:
@@ -195,19 +191,21 @@ def _first(error: ValidationError) -> str:
     return printable(f"{place}: {first['msg'].removeprefix('Value error, ')}").replace("\n", " ")
 
 
-def _content(path: Path, limit: int) -> bytes | None:
-    """The bytes of a file; None if there is none. A pipe or a device would hang whoever reads it."""
+def _content(path: Path, limit: int) -> tuple[bytes | None, str]:
+    """The bytes of a file, None if there is none; and what is wrong with one that cannot be read, or would hang whoever
+    reads it, as pipes do.
+    """
     try:
         status = path.stat()
         if not S_ISREG(status.st_mode):
-            raise InputError(f"{path} is not a file; remove it")
+            return None, "is not a file"
         if status.st_size > limit:
-            raise InputError(f"{path} has {status.st_size:,} bytes, at most {limit:,} are expected; remove it")
-        return path.read_bytes()
+            return None, f"has {status.st_size:,} bytes, at most {limit:,} are expected"
+        return path.read_bytes(), ""
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        return None, ""
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        return None, f"cannot be read ({error.strerror})"
 
 
 def noise_sha256(seed: int, count: int, shape: tuple[int, ...]) -> str:
