@@ -105,6 +105,8 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
         ([GAUSSIAN, "--out", "p", "--stage", "x"], "--stage: no effect here; '{kind: gaussian, mean: [0.5, 0.0]"),
         ([GAUSSIAN, "--out", "p", "--shards", "0/2"], "--shards 0/2: I/N is expected, I from 1 to N, like 1/4"),
         ([GAUSSIAN, "--out", "p", "--shards", "3/2"], "--shards 3/2: I/N is expected"),
+        ([GAUSSIAN, "--out", "p", "--shards", "4/4"], "--shards 4/4: the set has 3 files, so nothing is left for this"),
+        (["spec.yaml", "--stage", "real", "--shards", "3/3"], "--shards 3/3: the set has 2 files, so nothing is left"),
         ([GAUSSIAN, "--out", "p", "--shards", "²/2"], "--shards ²/2: I/N is expected"),
         ([GAUSSIAN, "--out", "p", "--count", f"{10**18}"], "--count: 1,000,000,000,000,000,000 pairs are too many; at"),
         ([GAUSSIAN, "--out", "p", "--steps", f"{10**9}"], "--steps: 1,000,000,000 given; at most 10,000"),

@@ -98,6 +98,20 @@ def _share(text: str) -> tuple[int, int]:
     return int(match[1]) - 1, int(match[2])
 
 
+def _refuse_empty(share: tuple[int, int] | None, stage: "distill.spec.Stage") -> None:
+    """InputError for a part that would have nothing to make."""
+    from distill import pairspec
+    from distill.spec import PairsStage
+
+    assert isinstance(stage, PairsStage)
+    files = pairspec.Layout(stage.count, stage.shard).files
+    if share is not None and share[0] >= files:
+        raise InputError(
+            f"--shards {share[0] + 1}/{share[1]}: the set has {files:,} file{'s' if files > 1 else ''}, so nothing is "
+            "left for this part; give a smaller N, or a smaller shard"
+        )
+
+
 def _of_teacher(
     store: Path,
     given: str,
@@ -116,6 +130,7 @@ def _of_teacher(
     stage = meant.stage(PairsStage, {"kind": "pairs", "count": 10000, **options})
     for mistake in pairspec.mistakes(stage, ""):
         raise InputError(meant.as_option(mistake))
+    _refuse_empty(share, stage)
     if data is not None and stage.paths not in pairspec.OF_DATA:
         raise InputError(f"--data: {stage.paths} paths begin with noise, so it has no effect; remove it")
     real = NoData(kind="none") if data is None else meant.data(data)
@@ -157,6 +172,7 @@ def _of_spec(
 ) -> None:
     run, spec = _run(store, given, changes, name, make=not check)
     chosen = _stage(spec, stage)
+    _refuse_empty(share, spec.stages[chosen])
     of = spec.stages[chosen].teacher
     if of is not None and not run.stage(of).done.exists():
         raise InputError(

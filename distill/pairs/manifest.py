@@ -53,10 +53,10 @@ class Manifest(Frozen):
     model_config = ConfigDict(allow_inf_nan=False)
 
     format: Literal[2] = 2
-    teacher: Annotated[str, Field(max_length=1000)]
+    teacher: str
     """the teacher's description, for people"""
-    teacher_digest: Annotated[str, Field(max_length=1000)]
-    solver: Annotated[str, Field(max_length=100)]
+    teacher_digest: str
+    solver: str
     steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
     nfe: NonNegativeFloat
     """network calls per pair, guidance counted; of segments on average"""

@@ -64,7 +64,7 @@ class PairSet:
             )
         if teacher_digest not in (None, manifest.teacher_digest):
             raise InputError(
-                f"{folder} holds pairs of another teacher: {printable(manifest.teacher)}, digest "
+                f"{folder} holds pairs of another teacher: {printable(manifest.teacher[:200])}, digest "
                 f"{printable(manifest.teacher_digest[:12])}, not {str(teacher_digest)[:12]}; make pairs of this teacher"
             )
         names = [layout.name(number) for number in layout.part((rank, size))]
