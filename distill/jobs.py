@@ -115,12 +115,13 @@ def limit_seconds(text: str) -> int | None:
 
 def num_shards(stage: PairsStage) -> int:
     """Files of a pairs stage."""
-    return len(pairspec.shards(stage.count, stage.shard))
+    return pairspec.Layout(stage.count, stage.shard).files
 
 
 def missing_parts(stage: PairsStage, folder: Path, parts: int) -> list[int]:
     """Those of the jobs of an array that still have shards to make."""
-    todo = (n for n in range(num_shards(stage)) if not shard_record(shard_path(folder, n)).exists())
+    made = {path.name for path in folder.glob("shard-*.json")}
+    todo = (n for n in range(num_shards(stage)) if shard_record(shard_path(folder, n)).name not in made)
     return sorted({number % parts for number in todo})
 
 

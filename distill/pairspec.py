@@ -1,14 +1,25 @@
-"""What is wrong with a pairs stage, and with the pairs of a train stage. No tensors."""
+"""Which file holds which pairs; what is wrong with a pairs stage, and with the pairs of a train stage. No tensors."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
 
 from distill import nfe
 from distill.guard import InputError
 from distill.spec import PairsStage, RunSpec, TrainStage, is_path
+from distill.store import shard_path
 
 OF_DATA, WITH_STATES = ("forward", "segments"), ("trajectories", "segments")  # paths of a pairs stage
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
+MAX_SHARDS = 100_000  # files of a set: they lie in one folder, and their names have five digits
+MAX_SHARD = 2**20  # pairs of a file, which is put together in memory; of a block too
+MAX_STEPS = 10_000  # of a solver
+MAX_MANIFEST = 256 << 20  # bytes: several times what MAX_SHARDS files need
+SHARD_NAME = re.compile(r"shard-([0-9]{5,15})\.safetensors")
 
 
 def calls(stage: PairsStage) -> float:
@@ -20,9 +31,64 @@ def calls(stage: PairsStage) -> float:
     return nfe.per_velocity(stage.guidance_scale) * number / segments
 
 
-def shards(count: int, shard: int) -> list[range]:
-    """The pairs of each file, of so many in all and `shard` a file."""
-    return [range(start, min(start + shard, count)) for start in range(0, count, shard)]
+@dataclass(frozen=True)
+class Layout:
+    """How `count` pairs lie in files of `shard` each, the last one shorter. Computed, never listed: a count may be huge
+    before it is refused.
+    """
+
+    count: int
+    shard: int
+
+    @property
+    def files(self) -> int:
+        return -(-self.count // self.shard)
+
+    def indices(self, number: int) -> range:
+        """The pairs of a file."""
+        return range(number * self.shard, min((number + 1) * self.shard, self.count))
+
+    def name(self, number: int) -> str:
+        return shard_path(Path(), number).name
+
+    def number(self, name: str) -> int | None:
+        """The file that has this name; None if none of the set has."""
+        match = SHARD_NAME.fullmatch(name)
+        number = int(match[1]) if match else self.files
+        return number if number < self.files and self.name(number) == name else None
+
+    def part(self, part: tuple[int, int] | None) -> range:
+        """The files i, i + n, ... of part (i, n); None: all of them."""
+        first, step = part or (0, 1)
+        return range(first, self.files, step)
+
+    def pairs(self, files: range) -> int:
+        """How many pairs some of the files hold."""
+        missing = self.files * self.shard - self.count if self.files - 1 in files else 0
+        return len(files) * self.shard - missing
+
+
+class _ListedFile(BaseModel):
+    size: int
+
+
+class _Listing(BaseModel):
+    shards: dict[str, _ListedFile]
+
+
+def listed(folder: Path) -> dict[str, int] | None:
+    """The shards that the manifest of a folder of pairs lists, by name, and their sizes in bytes; None if it is absent
+    or damaged. For who needs no more than that: `pairs.manifest.read` checks the rest.
+    """
+    path = folder / "manifest.json"
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_MANIFEST:
+            return None
+        found = _Listing.model_validate_json(path.read_bytes()).shards
+    except (OSError, ValidationError):
+        return None
+    plain = all(Path(name).name == name for name in found)
+    return {name: file.size for name, file in found.items()} if plain else None
 
 
 def bytes_per_pair(stage: PairsStage, shape: Sequence[int]) -> int:
@@ -34,6 +100,7 @@ def bytes_per_pair(stage: PairsStage, shape: Sequence[int]) -> int:
 
 def mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
     """What is wrong with a pairs stage by itself."""
+    yield from _too_much(stage, prefix)
     if stage.shard % stage.block:
         nearest = max(stage.block, round(stage.shard / stage.block) * stage.block)
         yield f"{prefix}shard: {stage.shard} is not a multiple of block ({stage.block}); nearest: {nearest}"
@@ -47,6 +114,25 @@ def mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
         yield f"{prefix}times: {stage.paths} paths keep their ends alone, so this has no effect; remove it"
     if stage.store_noise and stage.paths == "forward":
         yield f"{prefix}store_noise: inverted noise is always stored, so this has no effect; remove it"
+
+
+def _too_much(stage: PairsStage, prefix: str) -> Iterator[str]:
+    """More than any machine could hold or solve: nearly always a slip of the pen."""
+    layout = Layout(stage.count, stage.shard)
+    if stage.count > MAX_SHARDS * MAX_SHARD:
+        yield f"{prefix}count: {stage.count:,} pairs are too many; at most {MAX_SHARDS * MAX_SHARD:,}"
+    elif layout.files > MAX_SHARDS:
+        least = -(-stage.count // MAX_SHARDS)
+        enough = -(-least // stage.block) * stage.block
+        yield (
+            f"{prefix}shard: {stage.count:,} pairs in files of {stage.shard:,} are {layout.files:,} files, more than "
+            f"{MAX_SHARDS:,}; give {enough} pairs or more a file, or a smaller count"
+        )
+    for name, given in (("shard", stage.shard), ("block", stage.block)):
+        if given > MAX_SHARD:
+            yield f"{prefix}{name}: {given:,} pairs do not fit into memory at once; at most {MAX_SHARD:,}"
+    if stage.steps > MAX_STEPS:
+        yield f"{prefix}steps: {stage.steps:,} given; at most {MAX_STEPS:,}"
 
 
 def times_of(spec: RunSpec, stage: TrainStage) -> list[float] | None:

@@ -19,6 +19,7 @@ from distill.spec import CheckpointTeacher, PairsStage, RunSpec, TrainStage
 from distill.stop import StopRequest
 from distill.store import RunPaths, read_json
 from distill.teachers import LoadedTeacher
+from distill.world import ALONE, World
 
 
 def teacher(run: RunPaths, spec: RunSpec, stage: str | None, device: torch.device) -> LoadedTeacher | None:
@@ -43,17 +44,26 @@ def check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
 
 
 def batches(
-    run: RunPaths, stage: TrainStage, *, seed: int, data: DataSet | None, labels: bool, teacher_digest: str | None
+    run: RunPaths,
+    stage: TrainStage,
+    *,
+    seed: int,
+    data: DataSet | None,
+    labels: bool,
+    teacher_digest: str | None,
+    world: World = ALONE,
 ) -> tuple[Source, dict[str, str]]:
     """Where the batches of a train stage come from, and the digests of its pairs. data: what is real in them; labels:
-    whether with its classes.
+    whether with its classes. world: the ranks that train on them, all of which must call this.
     """
     real = None if data is None else datasets.DataSource(data, stage.batch_size, seed, labels=labels)
     if not stage.pair_shares:
         assert real is not None, "workflow.check lets no such stage through"
         return real, {}
     counts = pairspec.parts(stage.batch_size, list(stage.pair_shares.values()))
-    sets = [pairs.PairSet.open(run.stage(name).pairs, teacher_digest) for name in stage.pair_shares]
+    folders = [run.stage(name).pairs for name in stage.pair_shares]
+    sets = [pairs.PairSet.open(folder, teacher_digest, world.rank, world.size) for folder in folders]
+    world.meet("after the checksums of the pairs")  # each rank has compared a part of them
     sources = [pairs.PairSource(each, count, seed) for each, count in zip(sets, counts, strict=True)]
     source = sources[0] if len(sources) == 1 else pairs.Mixed(sources, counts)
     digests = {"pairs": " ".join(each.manifest.digest for each in sets)}

@@ -275,6 +275,7 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
         data=training.data,
         labels=training.init.num_classes is not None,
         teacher_digest=training.card.teacher_digest,
+        world=work.world,
     )
     with work.progress(stage.images, "images") as progress, probe.activations if probe else nullcontext():
         result = engine.train(

@@ -23,7 +23,7 @@ from distill.spec import (
     TrainStage,
     is_path,
 )
-from distill.store import RunPaths, read_json
+from distill.store import RunPaths
 
 HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
 
@@ -62,10 +62,10 @@ def lost_pairs(run: RunPaths, spec: RunSpec) -> list[str]:
 
 def _are_whole(folder: Path) -> bool:
     """Whether the manifest is there, and each file that it lists at its size; checksums are for whoever reads them."""
+    shards = pairspec.listed(folder)
     try:
-        shards = read_json(folder / "manifest.json")["shards"]
-        return all((folder / name).stat().st_size == file["size"] for name, file in shards.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # absent, or not a manifest
+        return shards is not None and all((folder / name).stat().st_size == size for name, size in shards.items())
+    except OSError:
         return False
 
 

@@ -22,10 +22,11 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def listed(folder):
-    """Shards of the manifest, if there is one."""
+def complete(folder):
+    """Names of the shards that the manifest lists, if there is one, or that have a record."""
     manifest = folder / "manifest.json"
-    return json.loads(manifest.read_text())["shards"] if manifest.exists() else {}
+    listed = json.loads(manifest.read_text())["shards"] if manifest.exists() else {}
+    return {*listed, *(path.with_suffix(".safetensors").name for path in folder.glob("shard-*.json"))}
 
 
 @pytest.fixture
@@ -58,11 +59,12 @@ def test_ten_kills_leave_the_bytes_of_an_undisturbed_run(tmp_path, run):
     moments, folder, codes, inodes = random.Random(0), tmp_path / "killed", [], {}
     for _ in range(KILLS):
         codes.append(run(folder, moments.uniform(0, 1.6 * duration / KILLS)))
-        for path in folder.glob("shard-*"):
+        for path in folder.glob("shard-*.safetensors"):
             assert path.read_bytes() == whole[path.name], f"{path.name} is not whole"
         for name, inode in inodes.items():
             assert (folder / name).stat().st_ino == inode, f"{name} was complete and was made again"
-        inodes = {name: (folder / name).stat().st_ino for name in listed(folder)}
+        inodes = {name: (folder / name).stat().st_ino for name in complete(folder)}
+        assert len(list(folder.glob("shard-*.safetensors"))) - len(inodes) in (0, 1), "more than one shard is lost"
     assert codes.count(-signal.SIGKILL) >= KILLS / 2, f"too few kills came before the end: {codes}"
     assert inodes, "nothing survived the kills"
     assert run(folder) == 0

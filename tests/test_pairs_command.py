@@ -54,6 +54,21 @@ def test_processes_that_share_a_spec_make_the_files_of_one(here):
     assert (here / "runs" / "many" / "students" / "reflow" / "distill.json").is_file()
 
 
+@pytest.mark.process
+def test_ranks_that_share_the_checksums_refuse_a_shard_that_one_of_them_finds_damaged(capfd, here):
+    for stage in ("pairs", "real"):
+        made = command(capfd, "pairs", "spec.yaml", "--stage", stage)
+        assert made.code == 0, made.err
+    damaged = here / "runs" / "many" / "stages" / "pairs" / "pairs" / "shard-00001.safetensors"
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    run = distill("run", "runs/many", "--resume", "launch.procs=2", cwd=here)
+    assert run.returncode == 2, run.stderr
+    assert "rank 1: error: " in run.stderr
+    assert "shard-00001.safetensors is damaged (its sha256 is not the manifest's); delete what is damaged" in run.stderr
+    assert not list((here / "runs" / "many" / "stages" / "reflow").glob("checkpoints/*"))
+
+
 def test_the_accuracy_of_a_solver_is_told(capfd, here):
     done = command(capfd, "pairs", GAUSSIAN, "--check", "--solver", "euler", "--steps", "4", "--count", "500")
     assert (done.code, snapshot(here)) == (0, snapshot(here))
@@ -90,6 +105,13 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
         ([GAUSSIAN, "--out", "p", "--stage", "x"], "--stage: no effect here; '{kind: gaussian, mean: [0.5, 0.0]"),
         ([GAUSSIAN, "--out", "p", "--shards", "0/2"], "--shards 0/2: I/N is expected, I from 1 to N, like 1/4"),
         ([GAUSSIAN, "--out", "p", "--shards", "3/2"], "--shards 3/2: I/N is expected"),
+        ([GAUSSIAN, "--out", "p", "--shards", "4/4"], "--shards 4/4: the set has 3 files, so nothing is left for this"),
+        (["spec.yaml", "--stage", "real", "--shards", "3/3"], "--shards 3/3: the set has 2 files, so nothing is left"),
+        ([GAUSSIAN, "--out", "p", "--shards", "²/2"], "--shards ²/2: I/N is expected"),
+        ([GAUSSIAN, "--out", "p", "--count", f"{10**18}"], "--count: 1,000,000,000,000,000,000 pairs are too many; at"),
+        ([GAUSSIAN, "--out", "p", "--steps", f"{10**9}"], "--steps: 1,000,000,000 given; at most 10,000"),
+        (["spec.yaml", "--stage", "pairs", f"stages.pairs.count={10**18}"], "stages.pairs.count: 1,000,000,000,000,0"),
+        (["spec.yaml", "--stage", "pairs", "stages.pairs.count=1e9"], "stages.pairs.shard: 1,000,000,000 pairs in fil"),
         ([GAUSSIAN, "--out", "p", "--times", "1,x"], "--times 1,x: numbers with commas between them are expected"),
         ([GAUSSIAN, "--out", "p", "--times", "1,0"], "--times: backward paths keep their ends alone, so this has no"),
         ([GAUSSIAN, "--out", "p", "--paths", "trajectories"], "--times: None given; trajectories need times from 1"),

@@ -1,6 +1,7 @@
 """`distill pairs`: the paths of a teacher, solved and stored; those of a spec's stage also by many processes."""
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -91,10 +92,24 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
 
 
 def _share(text: str) -> tuple[int, int]:
-    number, _, total = text.partition("/")
-    if not (number.isdigit() and total.isdigit() and 1 <= int(number) <= int(total)):
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise InputError(f"--shards {text}: I/N is expected, I from 1 to N, like 1/4")
-    return int(number) - 1, int(total)
+    return int(match[1]) - 1, int(match[2])
+
+
+def _refuse_empty(share: tuple[int, int] | None, stage: "distill.spec.Stage") -> None:
+    """InputError for a part that would have nothing to make."""
+    from distill import pairspec
+    from distill.spec import PairsStage
+
+    assert isinstance(stage, PairsStage)
+    files = pairspec.Layout(stage.count, stage.shard).files
+    if share is not None and share[0] >= files:
+        raise InputError(
+            f"--shards {share[0] + 1}/{share[1]}: the set has {files:,} file{'s' if files > 1 else ''}, so nothing is "
+            "left for this part; give a smaller N, or a smaller shard"
+        )
 
 
 def _of_teacher(
@@ -115,6 +130,7 @@ def _of_teacher(
     stage = meant.stage(PairsStage, {"kind": "pairs", "count": 10000, **options})
     for mistake in pairspec.mistakes(stage, ""):
         raise InputError(meant.as_option(mistake))
+    _refuse_empty(share, stage)
     if data is not None and stage.paths not in pairspec.OF_DATA:
         raise InputError(f"--data: {stage.paths} paths begin with noise, so it has no effect; remove it")
     real = NoData(kind="none") if data is None else meant.data(data)
@@ -156,6 +172,7 @@ def _of_spec(
 ) -> None:
     run, spec = _run(store, given, changes, name, make=not check)
     chosen = _stage(spec, stage)
+    _refuse_empty(share, spec.stages[chosen])
     of = spec.stages[chosen].teacher
     if of is not None and not run.stage(of).done.exists():
         raise InputError(
@@ -184,9 +201,9 @@ def _told(folder: Path) -> str:
 
     found = manifest.read(folder)
     assert found is not None
-    made = {*found.shards, *manifest.records(folder, found)}
     if not found.done:
-        return f"{len(made)} of {len(found.layout())} shards are there"
+        made = {*found.shards, *manifest.records(folder, found.layout)[0]}
+        return f"{len(made)} of {found.layout.files} shards are there"
     said = [f"the set of {found.count:,} is complete"]
     if found.rounding.error:
         said.append(f"storing it as {found.dtype} changed it by {found.rounding.relative:.2%} (RMS)")

@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from distill import jobs, status
+from distill import jobs, pairspec, status
 from distill.launch import slurm
 from distill.launch.slurm import JobState, NoAnswer
 from distill.status import RunStatus
-from distill.store import RunPaths, read_json
+from distill.store import RunPaths
 
 ENDED = {"COMPLETED": "done", "CANCELLED": "cancelled"}  # any other end is a failure, under Slurm's own name
 
@@ -117,5 +117,5 @@ def _job(run: RunPaths, job: jobs.Job, states: dict[str, JobState]) -> StageJob:
 def shards(run: RunPaths, stage: str) -> int:
     """Shards of a pairs stage that are there."""
     folder = run.stage(stage).pairs
-    listed = read_json(folder / "manifest.json")["shards"] if (folder / "manifest.json").exists() else {}
+    listed = pairspec.listed(folder) or {}
     return len({*listed, *(path.with_suffix(".safetensors").name for path in folder.glob("shard-*.json"))})

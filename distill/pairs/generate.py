@@ -1,4 +1,8 @@
-"""Solving the teacher's ODE shard by shard. A kill costs the shard in hand and nothing else."""
+"""Solving the teacher's ODE shard by shard. A kill costs the shard in hand and nothing else.
+
+The work of a shard does not grow with their number: the shard is written, then its record, and the manifest once, when
+the set is complete.
+"""
 
 import hashlib
 import json
@@ -13,7 +17,7 @@ from torch import Tensor
 from distill import draws, pairspec, space
 from distill.guard import InputError, RunError
 from distill.pairs import accuracy, paths
-from distill.pairs.manifest import Manifest, ShardFile, fault, foreign, noise_sha256, read, records
+from distill.pairs.manifest import Manifest, ShardFile, fault, few, foreign, noise_sha256, read, records
 from distill.pairs.numbers import TOLERATED, Rounding, Whiteness, restored, stored
 from distill.pairs.paths import Real
 from distill.progress import Progress
@@ -47,20 +51,20 @@ def generate(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"pairs cannot be written to {folder}: {error.strerror}; name another folder") from error
-    ours = planned.layout() if part is None else planned.part(*part)
+    layout, ours = planned.layout, planned.layout.part(part)
     manifest = _resume(folder, planned, ours, progress)
-    done = sum(len(indices) for name, indices in ours.items() if name in manifest.shards)
-    left = sum(len(indices) for indices in ours.values()) - done
+    missing = [number for number in ours if layout.name(number) not in manifest.shards]
+    left = sum(len(layout.indices(number)) for number in missing)
+    done, kept = layout.pairs(ours) - left, len(ours) - len(missing)
     space.require(folder, left * pairspec.bytes_per_pair(stage, teacher.shape), f"{left:,} pairs")
-    if done == 0 and (part is None or part[0] == 0):
+    if done == 0 and ours and ours.start == 0:
         accuracy.advise(field, manifest, real, device, folder, progress, stop)
     progress.start(done)
-    for name, indices in ours.items():
-        if name in manifest.shards:
-            continue
+    listed = dict(manifest.shards)
+    for made, number in enumerate(missing, start=kept):
+        name, indices = layout.name(number), layout.indices(number)
         blocks: list[dict[str, Tensor]] = []
         for start in range(indices.start, indices.stop, manifest.block):
-            made = sum(name in manifest.shards for name in ours)
             stop.raise_if_requested(f"{made} of {len(ours)} shards in {folder}")
             block = range(start, start + manifest.block)  # whole, even where the count ends
             solved = paths.solve(field, manifest, block, real, device)
@@ -69,30 +73,25 @@ def generate(
             blocks.append(solved)
             done += len(solved["data"])
             progress.update(done, {})
-        content, file = _encode(blocks, indices, manifest)
+        content, listed[name] = _encode(blocks, indices, manifest)
         write_atomic(folder / name, content)
-        shards = {**manifest.shards, name: file}
-        manifest = manifest.model_copy(update={"shards": dict(sorted(shards.items()))})
-        if part is None:
-            manifest.save(folder)
-        else:
-            write_atomic(shard_record(folder / name), file.model_dump_json())
-    listed = dict(sorted({**manifest.shards, **records(folder, manifest)}.items()))
-    if (
-        listed.keys() == manifest.layout().keys() and not manifest.done
-    ):  # of parts, the last one to end finishes the set
-        manifest = manifest.model_copy(update={"shards": listed, "done": True})
+        write_atomic(shard_record(folder / name), listed[name].model_dump_json())
+    if part is not None and len(listed) < layout.files:
+        listed = listed | records(folder, layout)[0]  # of the parts, the last one to end finishes the set
+    if len(listed) == layout.files and not manifest.done:
+        manifest = manifest.model_copy(update={"shards": dict(sorted(listed.items())), "done": True})
         manifest.save(folder)
         _judge(manifest, progress)
     if part is None:
-        for name in ours:
-            shard_record(folder / name).unlink(missing_ok=True)
+        for path in folder.glob("shard-*.json"):
+            if layout.number(path.with_suffix(".safetensors").name) is not None:
+                path.unlink(missing_ok=True)
 
 
 def size(stage: PairsStage, part: tuple[int, int] | None) -> int:
     """Pairs of a stage, or of the shards of one part (i, n)."""
-    first, step = part or (0, 1)
-    return sum(map(len, pairspec.shards(stage.count, stage.shard)[first::step]))
+    layout = pairspec.Layout(stage.count, stage.shard)
+    return layout.pairs(layout.part(part))
 
 
 def _judge(manifest: Manifest, progress: Progress) -> None:
@@ -142,12 +141,12 @@ def plan(teacher: LoadedTeacher, stage: PairsStage, seed: int, data_digest: str 
     )
 
 
-def _resume(folder: Path, planned: Manifest, ours: Mapping[str, range], progress: Progress) -> Manifest:
-    """The folder's manifest, or the planned one, saved, if there is none; with what parts have made, and of our shards
-    without those that are gone or damaged.
+def _resume(folder: Path, planned: Manifest, ours: range, progress: Progress) -> Manifest:
+    """The folder's manifest, or the planned one, saved, if there is none; with all shards that are complete, and of the
+    files `ours` without those that are gone or damaged.
     """
     shards = sorted(path.name for path in folder.glob("*.safetensors"))  # before the manifest, as others may make both
-    found = read(folder)
+    layout, found = planned.layout, read(folder)
     strangers = foreign(folder, planned) if found else shards
     if found and (differences := found.differences(planned)):
         raise InputError(
@@ -155,20 +154,27 @@ def _resume(folder: Path, planned: Manifest, ours: Mapping[str, range], progress
             "delete the folder, or give this run another name"
         )
     if strangers:
-        raise InputError(f"{folder} holds shards that are not of this set: {', '.join(strangers)}; remove them")
+        raise InputError(f"{folder} holds shards that are not of this set: {few(strangers)}; remove them")
     for left_over in folder.glob(".*.tmp-*"):  # of a process that was killed
-        if ours == planned.layout() or any(left_over.name.startswith(f".{Path(name).stem}.") for name in ours):
+        shard = layout.number(f"{left_over.name[1:].partition('.')[0]}.safetensors")
+        if len(ours) == layout.files or (shard is not None and shard in ours):
             left_over.unlink()
     if found is None:
         planned.save(folder)
         found = planned
-    listed = {**found.shards, **records(folder, found)}
-    mine = {name: file for name, file in listed.items() if name in ours}
-    faults = {name: wrong for name, file in mine.items() if (wrong := fault(folder / name, file))}
-    for name, wrong in faults.items():
-        progress.warn(f"{folder / name} is {wrong}; it is made again")
+    recorded, unreadable = records(folder, layout)
+    listed = {name: file for name, file in (found.shards | recorded).items() if name not in unreadable}
+    faults = dict[str, str]()
+    for name in (layout.name(number) for number in ours):
+        if name in unreadable:
+            faults[name] = unreadable[name]
+        elif name in listed and (wrong := fault(folder / name, listed[name])):
+            faults[name] = f"{folder / name} is {wrong}"
+    for wrong in faults.values():
+        progress.warn(f"{wrong}; it is made again")
     kept = {name: file for name, file in sorted(listed.items()) if name not in faults}
-    return found.model_copy(update={"shards": kept, "done": found.done and not faults})
+    done = found.done and len(kept) == layout.files and kept == found.shards
+    return found.model_copy(update={"shards": kept, "done": done})
 
 
 def _refuse_non_finite(solved: Mapping[str, Tensor], start: int, name: str, manifest: Manifest) -> None:

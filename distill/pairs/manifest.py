@@ -1,33 +1,46 @@
 """What a folder of pairs holds: `manifest.json`, which fixes every number of it, and shards of consecutive indices.
 
 The noise of pair i is drawn again from (seed, i), if it is not stored; the manifest's checksum of sixteen all over the
-set proves that it is the same noise. A shard counts once the manifest lists it with its checksum.
+set proves that it is the same noise. While a set is being made, each shard has a small file beside it, its record, with
+its checksum; the manifest lists all of them once the set is complete. A shard counts once it is listed or recorded.
+
+All of it is validated here, where it is read: a manifest or a record may come from anywhere.
 """
 
 import hashlib
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from stat import S_ISREG
+from typing import Annotated, Literal, Self
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError, model_validator
 
 from distill import draws, pairspec
-from distill.guard import InputError
+from distill.guard import InputError, printable
 from distill.pairs.numbers import Rounding, Whiteness
+from distill.pairspec import BYTES, MAX_MANIFEST, MAX_SHARD, MAX_SHARDS, MAX_STEPS, Layout
 from distill.spec import Frozen
-from distill.store import shard_path, shard_record, write_json
+from distill.store import write_json
 
 CHECKED_NOISE = 16
+MAX_RECORD = 1 << 16  # bytes
+FEW = 5
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Index = Annotated[int, Field(ge=0, le=MAX_SHARDS * MAX_SHARD)]
 
 
 class ShardFile(Frozen):
     """A complete shard: pairs [start, stop)."""
 
-    start: int
-    stop: int
-    size: int
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    start: Index
+    stop: Index
+    size: PositiveInt
     """bytes"""
-    sha256: str
+    sha256: Sha256
     rounding: Rounding
     """of the data and states"""
     whiteness: Whiteness | None = None
@@ -37,23 +50,25 @@ class ShardFile(Frozen):
 class Manifest(Frozen):
     """Everything that the numbers of a pair set depend on, and its shards."""
 
+    model_config = ConfigDict(allow_inf_nan=False)
+
     format: Literal[2] = 2
     teacher: str
     """the teacher's description, for people"""
     teacher_digest: str
     solver: str
-    steps: int
-    nfe: float
+    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
+    nfe: NonNegativeFloat
     """network calls per pair, guidance counted; of segments on average"""
-    guidance_scale: float
-    seed: int
-    count: int
-    block: int
+    guidance_scale: NonNegativeFloat
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    count: Annotated[int, Field(ge=1, le=MAX_SHARDS * MAX_SHARD)]
+    block: Annotated[int, Field(ge=1, le=MAX_SHARD)]
     """samples solved at once"""
-    shard: int
+    shard: Annotated[int, Field(ge=1, le=MAX_SHARD)]
     """pairs per file"""
     paths: Literal["backward", "forward", "segments", "trajectories"]
-    times: list[float] | None
+    times: Annotated[list[float], Field(min_length=2, max_length=MAX_STEPS + 1)] | None
     """of the states, as the solver's grid has them"""
     data_digest: str | None
     """of the real data that paths begin with"""
@@ -63,23 +78,36 @@ class Manifest(Frozen):
     """whether the noise is in the shards, in float32"""
     precision: Literal["fp32", "bf16"]
     """of the teacher's networks"""
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)]
     """of one sample"""
-    num_classes: int | None
+    num_classes: PositiveInt | None
     """class of pair i: that of its real data, or i mod num_classes; null: unconditional"""
-    noise_sha256: str
+    noise_sha256: Sha256
     """of the drawn noise of sixteen pairs all over the set, float32, little endian"""
     shards: dict[str, ShardFile] = {}
     done: bool = False
 
-    def layout(self) -> dict[str, range]:
-        """Every shard's name and its indices, whether made or not."""
-        shards = pairspec.shards(self.count, self.shard)
-        return {shard_path(Path(), number).name: indices for number, indices in enumerate(shards)}
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        layout, least = self.layout, math.prod(self.shape) * BYTES[self.dtype]
+        if layout.files > MAX_SHARDS:
+            raise ValueError(f"count {self.count:,} in files of {self.shard:,}: more than {MAX_SHARDS:,} files")
+        if (self.times is None) == (self.paths in pairspec.WITH_STATES):
+            raise ValueError(f"times: {self.paths} paths {'need them' if self.times is None else 'have none'}")
+        if self.times is not None and not (self.times[0] <= 1 and self.times[-1] >= 0 and _falls(self.times)):
+            raise ValueError("times do not go down from at most 1 to at least 0")
+        for name, file in self.shards.items():
+            number = layout.number(name)
+            if number is None:
+                raise ValueError(f"shards: {name[:100]!r} is no file of this set")
+            if (wrong := misfit(layout.indices(number), file)) or file.size < (file.stop - file.start) * least:
+                raise ValueError(f"shards: {name} {wrong or f'has {file.size} bytes, too few for its pairs'}")
+        return self
 
-    def part(self, number: int, parts: int) -> dict[str, range]:
-        """The layout of one of several processes that share the shards."""
-        return dict(list(self.layout().items())[number::parts])
+    @property
+    def layout(self) -> Layout:
+        """Which pairs each file holds, whether made or not."""
+        return Layout(self.count, self.shard)
 
     @property
     def rounding(self) -> Rounding:
@@ -115,29 +143,69 @@ class Manifest(Frozen):
 
 def read(folder: Path) -> Manifest | None:
     """The folder's manifest; None if there is none, InputError if it is damaged."""
-    path = folder / "manifest.json"
-    if not path.exists():
-        return None
+    path, onward = folder / "manifest.json", f"delete {folder} and make it again"
+    content, wrong = _content(path, MAX_MANIFEST)
+    if wrong:
+        raise InputError(f"{path} {wrong}; {onward}")
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return None if content is None else Manifest.model_validate_json(content, strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise InputError(
-            f"{path} is damaged or foreign ({place}: {first['msg']}); delete {folder} and make it again"
-        ) from error
+        raise InputError(f"{path} is damaged or foreign ({_first(error)}); {onward}") from None
 
 
-def records(folder: Path, manifest: Manifest) -> dict[str, ShardFile]:
-    """The shards that parts have made and no manifest lists yet."""
-    paths = {name: shard_record(folder / name) for name in manifest.layout() if name not in manifest.shards}
-    found = {}
-    for name, path in paths.items():
-        try:
-            found[name] = ShardFile.model_validate_json(path.read_bytes())
-        except FileNotFoundError:  # not made yet; or listed, and removed, while we looked
+def records(folder: Path, layout: Layout) -> tuple[dict[str, ShardFile], dict[str, str]]:
+    """The shards that have records, by their names, and what is wrong with records that are none."""
+    found, faults = dict[str, ShardFile](), dict[str, str]()
+    for path in sorted(folder.glob("shard-*.json")):
+        name = path.with_suffix(".safetensors").name
+        number = layout.number(name)
+        content, wrong = _content(path, MAX_RECORD)
+        if number is None or (content is None and not wrong):  # the set was finished, and they were removed, just now
             continue
-    return found
+        try:
+            file = None if content is None else ShardFile.model_validate_json(content, strict=True)
+            wrong = wrong if file is None else misfit(layout.indices(number), file)
+        except ValidationError as error:
+            file, wrong = None, f"is damaged ({_first(error)})"
+        if wrong:
+            faults[name] = f"{path} {wrong}"
+        elif file is not None:
+            found[name] = file
+    return found, faults
+
+
+def misfit(indices: range, file: ShardFile) -> str:
+    """What is wrong with the pairs that a shard is said to hold, of those that it must; empty: nothing."""
+    fits = (file.start, file.stop) == (indices.start, indices.stop)
+    return "" if fits else f"has pairs {file.start} to {file.stop}, not {indices.start} to {indices.stop}"
+
+
+def _falls(times: list[float]) -> bool:
+    return all(t > s for t, s in pairwise(times))
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong, and where."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"]))[:200] or "the file"
+    return printable(f"{place}: {first['msg'].removeprefix('Value error, ')}").replace("\n", " ")
+
+
+def _content(path: Path, limit: int) -> tuple[bytes | None, str]:
+    """The bytes of a file, None if there is none; and what is wrong with one that cannot be read, or would hang whoever
+    reads it, as pipes do.
+    """
+    try:
+        status = path.stat()
+        if not S_ISREG(status.st_mode):
+            return None, "is not a file"
+        if status.st_size > limit:
+            return None, f"has {status.st_size:,} bytes, at most {limit:,} are expected"
+        return path.read_bytes(), ""
+    except (FileNotFoundError, NotADirectoryError):
+        return None, ""
+    except OSError as error:
+        return None, f"cannot be read ({error.strerror})"
 
 
 def noise_sha256(seed: int, count: int, shape: tuple[int, ...]) -> str:
@@ -156,15 +224,28 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def few(what: Sequence[str]) -> str:
+    """The first of many things, for a message."""
+    more = f", and {len(what) - FEW:,} more" if len(what) > FEW else ""
+    return printable(", ".join(what[:FEW]) + more)
+
+
 def foreign(folder: Path, manifest: Manifest) -> list[str]:
     """Names of shards in the folder that are not the manifest's."""
-    return sorted(path.name for path in folder.glob("*.safetensors") if path.name not in manifest.layout())
+    names = (path.name for path in folder.glob("*.safetensors"))
+    return sorted(name for name in names if manifest.layout.number(name) is None)
 
 
 def fault(path: Path, file: ShardFile) -> str | None:
     """What is wrong with a listed shard: "missing", "damaged (...)", or None. Reads all of it."""
-    if not path.exists():
+    try:
+        status = path.stat()
+        if not S_ISREG(status.st_mode):
+            return "not a file"
+        if status.st_size != file.size:
+            return f"damaged ({status.st_size} bytes, not {file.size})"
+        return None if file_sha256(path) == file.sha256 else "damaged (its sha256 is not the manifest's)"
+    except (FileNotFoundError, NotADirectoryError):
         return "missing"
-    if (size := path.stat().st_size) != file.size:
-        return f"damaged ({size} bytes, not {file.size})"
-    return None if file_sha256(path) == file.sha256 else "damaged (its sha256 is not the manifest's)"
+    except OSError as error:
+        return f"not readable ({error.strerror})"

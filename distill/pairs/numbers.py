@@ -3,6 +3,7 @@
 from typing import Self
 
 import torch
+from pydantic import ConfigDict, NonNegativeFloat
 from torch import Tensor
 
 from distill.spec import Frozen
@@ -30,19 +31,25 @@ def restored(values: Tensor) -> Tensor:
     return values.float() / LEVELS - 1 if values.dtype == torch.uint8 else values.float()
 
 
+def _mean_square(values: Tensor) -> float:
+    """Of float32 values, finite: also where their squares are too large for float32."""
+    found = values.square().mean(dtype=torch.float64)
+    return (found if found.isfinite() else values.double().square().mean()).item()
+
+
 class Rounding(Frozen):
     """Mean squares of stored numbers, and of what storing changed in them."""
 
-    signal: float
-    error: float
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    signal: NonNegativeFloat
+    error: NonNegativeFloat
 
     @classmethod
     def of(cls, values: Tensor, dtype: str) -> Self:
-        signal = values.square().mean(dtype=torch.float64).item()
         if dtype == "float32":
-            return cls(signal=signal, error=0.0)
-        error = restored(stored(values, dtype)) - values
-        return cls(signal=signal, error=error.square().mean(dtype=torch.float64).item())
+            return cls(signal=_mean_square(values), error=0.0)
+        return cls(signal=_mean_square(values), error=_mean_square(restored(stored(values, dtype)) - values))
 
     @property
     def relative(self) -> float:
@@ -54,6 +61,8 @@ class Whiteness(Frozen):
     """Means over inverted noise: of its elements, their squares, and products of neighbours (adjacent elements of a
     vector, adjacent pixels of an image in either direction). Standard normal noise has 0, 1 and 0.
     """
+
+    model_config = ConfigDict(allow_inf_nan=False)
 
     mean: float
     square: float

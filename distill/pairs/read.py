@@ -1,6 +1,10 @@
-"""Reading pairs: a verified set, and a source of batches that holds a few shards at a time."""
+"""Reading pairs: a verified set, and a source of batches that holds a few shards at a time.
+
+Of a shard only the rows of a batch are read, and only their noise is drawn.
+"""
 
 from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -13,64 +17,72 @@ from torch import Tensor
 
 from distill import draws
 from distill.draws import Rows
-from distill.guard import InputError, RunError
-from distill.pairs.manifest import Manifest, fault, foreign, noise_sha256, read
-from distill.pairs.numbers import restored
+from distill.guard import InputError, RunError, printable
+from distill.pairs.manifest import Manifest, fault, few, foreign, noise_sha256, read, records
+from distill.pairs.numbers import DTYPES, restored
 from distill.pairs.paths import segment_starts
 from distill.protocols import Batch, Pairs
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Consecutive pairs `indices`: noise [n, ...] float32, data [n, ...] in the stored dtype, labels [n] or None, and
-    where states are kept, those of the file [n, K, ...] in the stored dtype.
+    """Consecutive pairs `indices`, as the file has them, mapped into memory and not read yet: data [n, ...] in the
+    stored dtype, noise [n, ...] float32 if it is stored, labels [n] if there are classes, states [n, K, ...] in the
+    stored dtype if they are kept.
     """
 
-    noise: Tensor
     data: Tensor
+    noise: Tensor | None
     labels: Tensor | None
     states: Tensor | None
     indices: range
 
 
 class PairSet:
-    """A complete folder of pairs. `open` reads every byte once to compare checksums (about a second per gigabyte)."""
+    """A complete folder of pairs, whose every byte is compared with its checksum before any of it is used: by `open`,
+    once, at about a gigabyte a second. Ranks that train together share that work.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
-        self.folder, self.manifest = folder, manifest
-        self.names = list(manifest.layout())
-        self.sizes = [len(indices) for indices in manifest.layout().values()]
+        self.folder, self.manifest, self.layout = folder, manifest, manifest.layout
 
     @classmethod
-    def open(cls, folder: Path, teacher_digest: str | None) -> Self:
-        """The set in `folder`, verified; `teacher_digest`: whose pairs they must be, None if anybody's will do."""
+    def open(cls, folder: Path, teacher_digest: str | None, rank: int = 0, size: int = 1) -> Self:
+        """The set in `folder`, verified. InputError for one that is incomplete, damaged or foreign.
+
+        teacher_digest: whose pairs they must be, None if anybody's will do. rank, size: of `size` processes that open
+        the set, this one reads the shards rank, rank + size, ... alone; none may use the set until all have opened it.
+        """
         manifest = read(folder)
         if manifest is None:
             raise InputError(f"{folder} holds no pairs (no manifest.json); run the pairs stage first")
-        if not manifest.done or manifest.shards.keys() != manifest.layout().keys():
+        layout = manifest.layout
+        if not manifest.done or len(manifest.shards) < layout.files:
+            made = manifest.shards.keys() | records(folder, layout)[0].keys()
             raise InputError(
-                f"{folder} is incomplete, {len(manifest.shards)} of {len(manifest.layout())} shards; "
-                "run its pairs stage again to finish it"
+                f"{folder} is incomplete, {len(made)} of {layout.files} shards; run its pairs stage again to finish it"
             )
         if teacher_digest not in (None, manifest.teacher_digest):
             raise InputError(
-                f"{folder} holds pairs of another teacher: {manifest.teacher}, digest {manifest.teacher_digest[:12]}, "
-                f"not {str(teacher_digest)[:12]}; make pairs of this teacher"
+                f"{folder} holds pairs of another teacher: {printable(manifest.teacher[:200])}, digest "
+                f"{printable(manifest.teacher_digest[:12])}, not {str(teacher_digest)[:12]}; make pairs of this teacher"
             )
-        files = manifest.shards.items()
-        faults = [f"{name} is {wrong}" for name, file in files if (wrong := fault(folder / name, file))]
-        faults += [f"{name} is not of this set" for name in foreign(folder, manifest)]
+        names = [layout.name(number) for number in layout.part((rank, size))]
+        faults = [f"{name} is {wrong}" for name in names if (wrong := fault(folder / name, manifest.shards[name]))]
+        if rank == 0:
+            faults += [f"{name} is not of this set" for name in foreign(folder, manifest)]
         if faults:
             raise InputError(
-                f"{folder}: {', '.join(faults)}; delete what is damaged or foreign and go on with the run (--resume): "
+                f"{folder}: {few(faults)}; delete what is damaged or foreign and go on with the run (--resume): "
                 "what is missing is made again"
             )
-        drawn = noise_sha256(manifest.seed, manifest.count, manifest.shape)
-        if not manifest.store_noise and drawn != manifest.noise_sha256:
-            raise InputError(
-                f"{folder}: this machine draws other noise from seed {manifest.seed} than the pairs were solved from "
-                "(another numpy?); make the pairs again, or store their noise (store_noise: true)"
-            )
+        if not manifest.store_noise:
+            drawn = noise_sha256(manifest.seed, manifest.count, manifest.shape)
+            if drawn != manifest.noise_sha256:
+                raise InputError(
+                    f"{folder}: this machine draws other noise from seed {manifest.seed} than the pairs were solved "
+                    "from (another numpy?); make the pairs again, or store their noise (store_noise: true)"
+                )
         return cls(folder, manifest)
 
     def __len__(self) -> int:
@@ -81,20 +93,26 @@ class PairSet:
         return self.manifest.shape
 
     def load(self, number: int) -> Shard:
-        """Shard `number`, read whole, and its noise, drawn again."""
-        path = self.folder / self.names[number]
+        """Shard `number`, mapped into memory; RunError if it is not what the manifest says."""
+        path, indices = self.folder / self.layout.name(number), self.layout.indices(number)
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
             raise RunError(f"{path} was complete at the start and cannot be read now: {error}") from error
-        indices = self.manifest.layout()[self.names[number]]
-        drawn = None if "noise" in tensors else draws.sample_noise(self.manifest.seed, indices, self.shape)
-        noise = tensors["noise"] if drawn is None else drawn
-        return Shard(noise, tensors["data"], tensors.get("class_labels"), tensors.get("states"), indices)
+        found = {name: (values.dtype, tuple(values.shape)) for name, values in tensors.items()}
+        expected = self._tensors(len(indices))
+        if found != expected:
+            raise RunError(f"{path} holds {_told(found)}, but by its manifest.json it has {_told(expected)}")
+        labels, classes = tensors.get("class_labels"), self.manifest.num_classes
+        if labels is not None and classes is not None and not 0 <= labels.min() <= labels.max() < classes:
+            raise RunError(f"{path} has labels outside 0 ... {classes - 1}, the classes of its manifest.json")
+        return Shard(tensors["data"], tensors.get("noise"), labels, tensors.get("states"), indices)
 
     def fields(self, shard: Shard, rows: Tensor) -> dict[str, Tensor]:
         """The fields of `protocols.Pairs` of these rows [n] of a shard, in float32, and labels if there are any."""
-        noise, data = shard.noise[rows], restored(shard.data[rows])
+        indices, data = [shard.indices[row] for row in rows.tolist()], restored(shard.data[rows])
+        stored, seed = shard.noise, self.manifest.seed
+        noise = draws.sample_noise(seed, indices, self.shape) if stored is None else stored[rows]
         found = {"noise": noise, "data": data}
         if shard.labels is not None:
             found["class_labels"] = shard.labels[rows]
@@ -103,13 +121,29 @@ class PairSet:
         assert self.manifest.times is not None
         kept = restored(shard.states[rows])
         if self.manifest.paths == "segments":
-            first = torch.tensor(shard.indices)[rows].tolist()
-            begin, times = segment_starts(data, noise, first, self.manifest.times)
+            begin, times = segment_starts(data, noise, indices, self.manifest.times)
             states = torch.cat([begin[:, None], kept], dim=1)
         else:
             times = torch.tensor(self.manifest.times).expand(len(rows), -1)
             states = torch.cat([noise[:, None], kept, data[:, None]], dim=1)
         return found | {"states": states, "times": times}
+
+    def _tensors(self, pairs: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Those of a shard of so many pairs, by name."""
+        manifest, dtype = self.manifest, DTYPES[self.manifest.dtype]
+        found = {"data": (dtype, (pairs, *manifest.shape))}
+        if manifest.times is not None:
+            kept = 1 if manifest.paths == "segments" else len(manifest.times) - 2
+            found["states"] = (dtype, (pairs, kept, *manifest.shape))
+        if manifest.store_noise:
+            found["noise"] = (torch.float32, (pairs, *manifest.shape))
+        if manifest.num_classes is not None:
+            found["class_labels"] = (torch.int64, (pairs,))
+        return found
+
+
+def _told(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
+    return printable(", ".join(f"{n} {str(d)[6:]} {list(shape)}" for n, (d, shape) in sorted(tensors.items())))
 
 
 @dataclass(frozen=True)
@@ -123,8 +157,9 @@ class Group:
 class PairSource:
     """Batches of pairs. Position p of the stream is in epoch p // len(pairs), in which every pair comes once.
 
-    An epoch permutes the shards, cuts them into groups, and permutes the pairs within a group. At most one group is in
-    memory, whatever the size of the set. Stateless but for that cache: any step can be asked for at any time.
+    An epoch permutes the shards, cuts them into groups, and permutes the pairs within a group. At most one group of
+    files is open, whatever the size of the set, and no more than the rows of a batch are read. Stateless but for that
+    cache: any step can be asked for at any time.
     Fits `protocols.Source`.
     """
 
@@ -152,17 +187,22 @@ class PairSource:
         """The group that position is in, and where in its order."""
         epoch, offset = divmod(position, len(self.pairs))
         if self._layout[0] != epoch:
-            shards = draws.permutation(len(self.pairs.sizes), self.seed, "pairs", epoch, "shards").tolist()
+            shards = draws.permutation(self.pairs.layout.files, self.seed, "pairs", epoch, "shards").tolist()
             groups = [shards[i : i + self.group] for i in range(0, len(shards), self.group)]
-            starts = list(accumulate((sum(self.pairs.sizes[s] for s in group) for group in groups), initial=0))
+            starts = list(accumulate((sum(map(self._pairs, group)) for group in groups), initial=0))
             self._layout = epoch, groups, starts
         _, groups, starts = self._layout
         number = bisect_right(starts, offset) - 1
         if self._group is None or self._group[:2] != (epoch, number):
-            rows = [(shard, row) for shard in groups[number] for row in range(self.pairs.sizes[shard])]
-            order = torch.tensor(rows)[draws.permutation(len(rows), self.seed, "pairs", epoch, number)]
+            sizes = [self._pairs(shard) for shard in groups[number]]
+            of_shard = torch.tensor(groups[number]).repeat_interleave(torch.tensor(sizes))
+            rows = torch.stack([of_shard, torch.cat([torch.arange(size) for size in sizes])], dim=1)
+            order = rows[draws.permutation(len(rows), self.seed, "pairs", epoch, number)]
             self._group = epoch, number, Group(groups[number], order)
         return self._group[2], offset - starts[number]
+
+    def _pairs(self, shard: int) -> int:
+        return len(self.pairs.layout.indices(shard))
 
     def _gather(self, group: Group, chosen: Tensor) -> dict[str, Tensor]:
         """The fields of `Pairs`, and labels if there are any, of the chosen (shard, row) [n, 2], in that order."""

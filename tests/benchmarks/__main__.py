@@ -1,9 +1,8 @@
-"""Measurements, as ratios within one run: python -m tests.benchmarks [step pairs start draws workers million reading
-recipes threads quickstart digits zero checkpoint pull].
+"""Measurements, as ratios within one run: python -m tests.benchmarks [NAME ...]; the names stand in BENCHES below.
 
 Nothing is asserted: machines are noisy. Contenders take turns, medians are compared. `quickstart` (5 minutes on 2
-cores), `digits` (the bar, mean of three seeds, 20 minutes), `zero` (15 minutes), `checkpoint` and
-`pull` (4 GB of disk), `workers`, `million`, `reading` (3 minutes) and `recipes` run only when named.
+cores), `digits` (the bar, mean of three seeds, 20 minutes), `zero` (15 minutes), `checkpoint` and `pull` (4 GB of
+disk), `workers`, `million`, `reading` (3 minutes), `shards` (2 minutes) and `recipes` run only when named.
 """
 
 import statistics
@@ -30,7 +29,7 @@ from distill.store import RunPaths, StagePaths
 from distill.students.init import StudentInit
 from distill.students.velocity import VelocityStudent
 from tests.benchmarks.draws import bench_draws
-from tests.benchmarks.pairs import bench_million, bench_pairs, bench_reading, bench_workers
+from tests.benchmarks.pairs import bench_million, bench_pairs, bench_reading, bench_shards, bench_workers
 from tests.benchmarks.ranks import bench_checkpoint, bench_zero
 from tests.benchmarks.recipes import bench_recipes
 from tests.benchmarks.students import bench_pull
@@ -153,6 +152,7 @@ BENCHES: dict[str, Callable[[], str]] = {
     "workers": bench_workers,
     "million": bench_million,
     "reading": bench_reading,
+    "shards": bench_shards,
     "recipes": bench_recipes,
     "threads": bench_threads,
     "quickstart": bench_quickstart,

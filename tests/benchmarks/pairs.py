@@ -1,6 +1,9 @@
-"""Pairs: generation against a bare sampler loop, two workers against one, memory and reading of a million."""
+"""Pairs: generation against a bare sampler loop, two workers against one, memory and reading of a million, and what
+making, opening and reading a set costs by the number of its shards.
+"""
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -131,6 +134,54 @@ def bench_reading(count: int = 16384, batch: int = 128) -> str:
         seconds.append(time.perf_counter() - began)
     eaten = 4 * batch / statistics.median(seconds[2:])
     return f"reading {read:,.0f} pairs/s; four trainers eat {eaten:,.0f}: ratio {read / eaten:.1f} (goal > 1)"
+
+
+def bench_shards() -> str:
+    """CPU seconds by the number of shards of 16 pairs: of making a set, of opening one, of batches of it.
+
+    In memory, where there is a disk in it: a disk's own time is none of the CPU's, and long.
+    """
+    made, opened, batch, few = {}, {}, {}, {}
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        _make_shards(Path(folder) / "warm", 10)
+        for shards in (100, 300, 1000, 10_000):
+            begun, at = time.process_time(), Path(folder) / str(shards)
+            _make_shards(at, shards)
+            made[shards], begun = time.process_time() - begun, time.process_time()
+            found = PairSet.open(at, None)
+            opened[shards] = time.process_time() - begun
+            batch[shards] = _batch_seconds(found, Rows(0, 1024, 1024))
+            few[shards] = _batch_seconds(found, Rows(512, 528, 1024))
+    slope = math.log(made[1000] / made[100]) / math.log(10)
+    lines = [
+        f"{shards:,} shards: made in {made[shards]:.2f} s, opened in {opened[shards]:.3f} s, a batch of 1,024 in "
+        f"{1000 * batch[shards]:.1f} ms, 16 rows of it in {1000 * few[shards]:.1f} ms"
+        for shards in made
+    ]
+    return "shards  " + "\n        ".join(
+        [
+            *lines,
+            f"making grows as the number to the power of {slope:.2f} (goal about 1)",
+            f"10,000 shards are opened in {opened[10_000]:.2f} s (goal <= 1)",
+            f"a batch at 1,000 shards / at 100: {batch[1000] / batch[100]:.2f} (goal about 1)",
+        ]
+    )
+
+
+def _make_shards(folder: Path, shards: int) -> None:
+    stage = PairsStage(kind="pairs", count=16 * shards, solver="euler", steps=1, block=16, shard=16)
+    _generate(MIXTURE, stage, folder)
+
+
+def _batch_seconds(found: PairSet, rows: Rows, steps: int = 20) -> float:
+    """Median CPU seconds of a batch of these rows."""
+    source, seconds = PairSource(found, rows.total, 0), []
+    for step in range(steps):
+        begun = time.process_time()
+        source.batch(step, rows)
+        seconds.append(time.process_time() - begun)
+    return statistics.median(seconds)
 
 
 def _worker(count: int) -> None:
