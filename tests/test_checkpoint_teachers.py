@@ -14,7 +14,7 @@ from diffusers import (
     EDMEulerScheduler,
     FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    PNDMScheduler,
+    IPNDMScheduler,
     UNet2DModel,
 )
 from safetensors.torch import load_file, save_file
@@ -434,11 +434,11 @@ def test_damaged_weights_are_refused_by_name(tmp_path):
     tensors = unet().state_dict()
     tensors.pop("conv_in.bias")
     save_file(tensors, file, {"format": "pt"})
-    refused(folder, "config.json and the weights do not fit together: missing_keys conv_in.bias")
+    refused(folder, "config.json and the weights do not fit together: missing weights: conv_in.bias")
     save_file({**unet().state_dict(), "stray": torch.zeros(1)}, file, {"format": "pt"})
-    refused(folder, "config.json and the weights do not fit together: unexpected_keys stray")
+    refused(folder, "config.json and the weights do not fit together: unknown weights: stray")
     save_file({**unet().state_dict(), "conv_in.bias": torch.zeros(3)}, file, {"format": "pt"})
-    refused(folder, "config.json and the weights do not fit together")
+    refused(folder, "do not fit together: conv_in.bias has the shape [3], of config.json follows [8]")
 
 
 def test_a_missing_shard_is_refused_by_name(tmp_path):
@@ -457,8 +457,8 @@ def test_what_is_not_supported_says_what_is(tmp_path):
     refused(folder, "teacher.null_class=1: ", "has 4 class embeddings, valid: the last, 3", null_class=1)
     refused(folder, "prediction=velocity does not exist on the vp path; valid: epsilon, sample", prediction="velocity")
     refused(folder, "teacher.scheduler=/nowhere has no scheduler_config.json", scheduler="/nowhere")
-    PNDMScheduler().save_pretrained(folder / "scheduler")
-    refused(folder, "scheduler class PNDMScheduler is not supported", "valid: DDIMScheduler, DDPMScheduler, EDMEuler")
+    IPNDMScheduler().save_pretrained(folder / "scheduler")
+    refused(folder, "scheduler class IPNDMScheduler is not supported; valid: DDIMParallelScheduler, DDIMScheduler, ")
     DDIMScheduler(rescale_betas_zero_snr=True).save_pretrained(folder / "scheduler")
     refused(folder, "says nothing about the data at zero terminal SNR; valid with rescale_betas_zero_snr: sample")
     config = folder / "unet" / "config.json"
