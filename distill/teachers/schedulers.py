@@ -63,6 +63,7 @@ class Options(Read):
     lower_order_final: bool = False
     max_image_seq_len: Whole = 0
     max_shift: float = 0
+    noise_sampler_seed: Whole = 0
     original_inference_steps: Whole = 0
     predict_x0: bool = True
     predictor_order: Whole = 0
