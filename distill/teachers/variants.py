@@ -21,6 +21,9 @@ def one_of(names: Iterable[str]) -> list[str]:
     for name in sorted(names):
         if (found := WEIGHTS.fullmatch(name)) is not None:
             variants.setdefault(found["variant"] or found["of"] or "", []).append(name)
+    for variant, inside in variants.items():  # what is there whole is not read in shards
+        whole = [name for name in inside if name.endswith(".safetensors") and "-of-" not in name]
+        variants[variant] = whole or inside
     for variant in PREFERRED:
         if variant in variants:
             return variants[variant]
