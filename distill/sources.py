@@ -23,10 +23,13 @@ from distill.teachers import LoadedTeacher
 
 
 def teacher(run: RunPaths, spec: RunSpec, stage: str | None, device: torch.device) -> LoadedTeacher | None:
-    """The student of a stage, or the spec's teacher where no stage is named; None if there is neither."""
+    """The student of a stage, or the spec's teacher where no stage is named; None if there is neither.
+
+    Neither is probed: students are compared at their export, and the spec's teacher is checked before a run begins.
+    """
     if stage is not None:
-        return teachers.load(CheckpointTeacher(path=str(run.student(stage))), device)
-    return None if spec.teacher is None else teachers.load(spec.teacher, device)
+        return teachers.load(CheckpointTeacher(path=str(run.student(stage))), device, probe=False)
+    return None if spec.teacher is None else teachers.load(spec.teacher, device, probe=False)
 
 
 def check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:

@@ -55,11 +55,12 @@ class Checkpoint:
     license: str  # as its files say; empty: they do not
 
 
-def load(spec: CheckpointTeacher, device: torch.device) -> LoadedTeacher:
-    """The network of a checkpoint as a velocity field of its own schedule, which has been called at three times."""
+def load(spec: CheckpointTeacher, device: torch.device, *, probe: bool) -> LoadedTeacher:
+    """The network of a checkpoint as a velocity field of its own schedule; probe: called at three times."""
     found = read(spec, device, "velocity")
     field = _field(found.network, found.schedule, spec)
-    _probe(field, found, spec, device)
+    if probe:
+        _probe(field, found, spec, device)
     return LoadedTeacher(
         field=field,
         shape=found.shape,
