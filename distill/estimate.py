@@ -44,7 +44,7 @@ def estimate(spec: RunSpec, base: Path) -> dict[str, dict[str, int]]:
 
     Of a spec that has been checked. A stage whose networks cannot be told yet is left out.
     """
-    teacher = None if spec.teacher is None else teachers.load(spec.teacher, CPU)
+    teacher = None if spec.teacher is None else teachers.load(spec.teacher, CPU, probe=False)
     return {name: _bytes(spec, name, built) for name, built in build(spec, base, teacher).items()}
 
 

@@ -34,8 +34,10 @@ def commit(kind: Kind, name: str, revision: str | None) -> str:
     return str(HfApi().repo_info(name, repo_type=kind, revision=revision).sha)
 
 
-def files(kind: Kind, name: str, commit: str) -> list[File]:
-    """Of a commit; none where the hub must not be asked, so that nothing can be downloaded either."""
+def files(kind: Kind, name: str, commit: str | None) -> list[File]:
+    """Of a commit, by default that of the main branch; none where the hub must not be asked, so that nothing can be
+    downloaded either.
+    """
     if constants.HF_HUB_OFFLINE:
         return []
     found = HfApi().repo_info(name, repo_type=kind, revision=commit, files_metadata=True).siblings or []

@@ -125,11 +125,10 @@ def _fetch_teacher(teacher: CheckpointTeacher, store: Path, folder: Path) -> Non
     _refuse_without_room(f"teacher.path={teacher.path}", needs)
     snapshot = by_id.snapshot(teacher)
     folder.mkdir(parents=True)
-    for path in sorted(snapshot.rglob("*")):
-        name = path.relative_to(snapshot)
-        if path.is_file() and by_id.is_read(name.as_posix()):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, folder / name)
+    there = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+    for name in by_id.read_of(there):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(snapshot / name, folder / name)
 
 
 def _fetch_data(data: HfData, store: Path, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """What a stage computes from: its teacher, the paths to solve, the batches to train on."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from distill.pairs.accuracy import Accuracy
 from distill.pairs.paths import Real
 from distill.progress import Progress
 from distill.protocols import Source
-from distill.spec import CheckpointTeacher, PairsStage, RunSpec, TrainStage
+from distill.spec import CheckpointTeacher, EvaluateStage, HfData, PairsStage, RunSpec, Stage, TrainStage
 from distill.stop import StopRequest
 from distill.store import RunPaths, read_json
 from distill.teachers import LoadedTeacher
@@ -23,14 +24,17 @@ from distill.world import ALONE, World
 
 
 def teacher(run: RunPaths, spec: RunSpec, stage: str | None, device: torch.device) -> LoadedTeacher | None:
-    """The student of a stage, or the spec's teacher where no stage is named; None if there is neither."""
+    """The student of a stage, or the spec's teacher where no stage is named; None if there is neither.
+
+    Neither is probed: students are compared at their export, and the spec's teacher is checked before a run begins.
+    """
     if stage is not None:
-        return teachers.load(CheckpointTeacher(path=str(run.student(stage))), device)
-    return None if spec.teacher is None else teachers.load(spec.teacher, device)
+        return teachers.load(CheckpointTeacher(path=str(run.student(stage))), device, probe=False)
+    return None if spec.teacher is None else teachers.load(spec.teacher, device, probe=False)
 
 
 def check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
-    """Refuse data that is not of the teacher's shape and classes. Labels that no network knows are left out."""
+    """Refuse data that is not of the teacher's shape and classes. Labels that no network knows: `check_labels`."""
     if data.shape != teacher.shape:
         raise InputError(
             f"data '{data.name}' has samples of shape {list(data.shape)}, the teacher ({teacher.description}) makes "
@@ -41,6 +45,39 @@ def check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
             f"data '{data.name}' has {data.num_classes or 'no'} classes, the teacher ({teacher.description}) has "
             f"{teacher.num_classes}; give labelled data with the teacher's classes, or an unconditional teacher"
         )
+
+
+def check_labels(spec: RunSpec, teacher: LoadedTeacher, data: DataSet) -> None:
+    """Refuse a label_column that nothing can use, as the teacher knows no classes; else `note_labels`.
+
+    A fresh network of a recipe without a teacher may learn them, and an evaluation has features that tell them apart.
+    """
+    elsewhere = [stage for stage in spec.stages.values() if isinstance(stage, EvaluateStage) or _has_own_network(stage)]
+    if isinstance(spec.data, HfData) and _left_out(teacher, data) and not elsewhere:
+        raise InputError(
+            f"data.label_column={spec.data.label_column} has no effect: the teacher ({teacher.description}) is "
+            "unconditional; remove it, or give a teacher with classes"
+        )
+    note_labels(teacher, data)
+
+
+def note_labels(teacher: LoadedTeacher, data: DataSet) -> None:
+    """Say on stderr that the labels of the data are left out, where they are."""
+    if not _left_out(teacher, data):
+        return
+    print(
+        f"note: data '{data.name}' has {data.num_classes} classes, but the teacher ({teacher.description}) is "
+        "unconditional: what learns from it is trained without labels",
+        file=sys.stderr,
+    )
+
+
+def _left_out(teacher: LoadedTeacher, data: DataSet) -> bool:
+    return data.num_classes is not None and teacher.num_classes is None
+
+
+def _has_own_network(stage: Stage) -> bool:
+    return isinstance(stage, TrainStage) and stage.network is not None
 
 
 def batches(

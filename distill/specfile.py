@@ -40,6 +40,9 @@ def validate(content: Any, source: str) -> RunSpec:  # noqa: ANN401
         raise InputError(f"{source}: empty; `distill init` lists the presets to begin with")
     if not isinstance(content, dict):
         raise InputError(f"{source}: holds {schema.show(content)}, not a spec; a spec has name and stages")
+    teacher = content.get("teacher")
+    if isinstance(teacher, dict) and "path" in teacher and "kind" not in teacher:
+        content = {**content, "teacher": {"kind": "diffusers", **teacher}}
     try:
         text = json.dumps(content)
     except (TypeError, ValueError, RecursionError):

@@ -151,6 +151,7 @@ def check(spec: RunSpec, base: Path) -> None:
             evaluate.refuse_few(data)
     if teacher is not None and data is not None:
         sources.check_shapes(teacher, data)
+        sources.check_labels(spec, teacher, data)
     for name, stage in spec.stages.items():
         if isinstance(stage, TrainStage) and stage.teacher is None:
             try:

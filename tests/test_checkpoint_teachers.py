@@ -2,38 +2,31 @@
 network that carries an oracle's exact prediction gives back the oracle's velocity."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from checkpoints import STEPS, edit, load, noise, ours, refused, same, stock, unet, vp_grid, write
 from diffusers import (
-    DDIMPipeline,
     DDIMScheduler,
     DDPMScheduler,
     EDMEulerScheduler,
     FlowMapEulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
-    PNDMScheduler,
-    UNet2DModel,
+    IPNDMScheduler,
 )
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from distill import teachers
-from distill.fields import Rescheduled, start
+from distill.fields import Rescheduled
 from distill.guard import InputError
 from distill.interpolants import linear, vp
 from distill.solvers import euler
-from distill.spec import CheckpointTeacher
 from distill.students.init import StudentInit
 from distill.students.velocity_mlp import VelocityMLP
 from distill.students.velocity_unet import VelocityUNet2DModel
 from distill.teachers.analytic import GaussianField, MixtureField
 from distill.teachers.network_field import EdmField, NetworkField
-
-CPU = torch.device("cpu")
-STEPS = 5
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -43,72 +36,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def unet(classes: int | None = None, seed: int = 0) -> UNet2DModel:
-    """About 20,000 weights, random, in evaluation mode."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            norm_num_groups=4,
-            num_class_embeds=classes,
-        ).eval()
-
-
-def write(folder: Path, network: nn.Module, scheduler) -> Path:
-    """A pipeline folder as diffusers writes it."""
-    DDIMPipeline(network, DDIMScheduler()).save_pretrained(folder)  # the folder's index; it would convert the scheduler
-    scheduler.save_pretrained(folder / "scheduler")
-    index = json.loads((folder / "model_index.json").read_text())
-    index["scheduler"][1] = type(scheduler).__name__
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
-
-
-def load(folder: Path, **fields) -> teachers.LoadedTeacher:
-    return teachers.load(CheckpointTeacher(path=str(folder), **fields), CPU)
-
-
-def noise(batch: int = 3) -> torch.Tensor:
-    return torch.randn(batch, 1, 8, 8, generator=torch.Generator().manual_seed(7))
-
-
-@torch.no_grad()
-def stock(network: nn.Module, scheduler, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-    """The plain loop over network and scheduler: no stock pipeline passes labels."""
-    for timestep in scheduler.timesteps:
-        inputs = scheduler.scale_model_input(x, timestep) if "scale_model_input" in dir(scheduler) else x
-        x = scheduler.step(network(inputs, timestep, class_labels=labels).sample, timestep, x).prev_sample
-    return x
-
-
-@torch.no_grad()
-def ours(teacher: teachers.LoadedTeacher, t_grid: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-    """Euler on the linear path over t_grid, from the noise on the native scale at its first point."""
-    field = teacher.field
-    sigma = t_grid[:1] / (1 - t_grid[:1])
-    c = field.interpolant.path(field.interpolant.time_of(sigma))
-    x = start(field, noise()) / (c.alpha + c.sigma).item()
-    return euler(Rescheduled(field, linear()), x, t_grid, {} if labels is None else {"class_labels": labels})
-
-
-def vp_grid(scheduler: DDIMScheduler) -> torch.Tensor:
-    """Linear time of the scheduler's steps, then 0 (set_alpha_to_one)."""
-    alphas = scheduler.alphas_cumprod.double()[scheduler.timesteps]
-    alpha, sigma = alphas.sqrt(), (1 - alphas).sqrt()
-    return torch.cat([sigma / (alpha + sigma), torch.zeros(1)])
-
-
-def same(got: torch.Tensor, expected: torch.Tensor) -> None:
-    assert (got - expected).abs().max() <= 1e-4
-    assert 0.1 < expected.abs().max() < 50  # the images are images, not zeros
 
 
 # --- the same images as the stock scheduler ---
@@ -402,13 +329,6 @@ def test_a_continued_vp_student_is_a_linear_teacher(tmp_path):
 # --- refusals ---
 
 
-def refused(path: Path | str, *parts: str, **fields) -> None:
-    with pytest.raises(InputError) as error:
-        load(path, **fields)
-    for part in parts:
-        assert part in str(error.value), str(error.value)
-
-
 def test_pickled_weights_are_refused_with_the_way_out(tmp_path):
     folder = write(tmp_path, unet(), DDIMScheduler())
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -434,11 +354,11 @@ def test_damaged_weights_are_refused_by_name(tmp_path):
     tensors = unet().state_dict()
     tensors.pop("conv_in.bias")
     save_file(tensors, file, {"format": "pt"})
-    refused(folder, "config.json and the weights do not fit together: missing_keys conv_in.bias")
+    refused(folder, "config.json and the weights do not fit together: missing weights: conv_in.bias")
     save_file({**unet().state_dict(), "stray": torch.zeros(1)}, file, {"format": "pt"})
-    refused(folder, "config.json and the weights do not fit together: unexpected_keys stray")
+    refused(folder, "config.json and the weights do not fit together: unknown weights: stray")
     save_file({**unet().state_dict(), "conv_in.bias": torch.zeros(3)}, file, {"format": "pt"})
-    refused(folder, "config.json and the weights do not fit together")
+    refused(folder, "do not fit together: conv_in.bias has the shape [3], of config.json follows [8]")
 
 
 def test_a_missing_shard_is_refused_by_name(tmp_path):
@@ -448,22 +368,18 @@ def test_a_missing_shard_is_refused_by_name(tmp_path):
     refused(tmp_path, f"names {first.name}, which are not there", prediction="velocity")
 
 
-def edit(path: Path, **fields) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
 def test_what_is_not_supported_says_what_is(tmp_path):
     folder = write(tmp_path, unet(4), DDIMScheduler())
     refused(folder, "teacher.null_class=1: ", "has 4 class embeddings, valid: the last, 3", null_class=1)
     refused(folder, "prediction=velocity does not exist on the vp path; valid: epsilon, sample", prediction="velocity")
     refused(folder, "teacher.scheduler=/nowhere has no scheduler_config.json", scheduler="/nowhere")
-    PNDMScheduler().save_pretrained(folder / "scheduler")
-    refused(folder, "scheduler class PNDMScheduler is not supported", "valid: DDIMScheduler, DDPMScheduler, EDMEuler")
+    IPNDMScheduler().save_pretrained(folder / "scheduler")
+    refused(folder, "scheduler class IPNDMScheduler is not supported; valid: DDIMParallelScheduler, DDIMScheduler, ")
     DDIMScheduler(rescale_betas_zero_snr=True).save_pretrained(folder / "scheduler")
     refused(folder, "says nothing about the data at zero terminal SNR; valid with rescale_betas_zero_snr: sample")
     config = folder / "unet" / "config.json"
     edit(config, class_embed_type="identity")
-    refused(folder, "do not fit together")
+    refused(folder, "class_embed_type identity is not supported")
     edit(config, class_embed_type=None, sample_size=None)
     refused(folder, "sample_size=None, in_channels=1", prediction="sample")
     edit(config, time_embedding_type="learned")

@@ -166,6 +166,9 @@ def test_a_flow_map_is_no_teacher(tmp_path):
     export(*_swap(make("unet-jump"), tmp_path / "s"))
     with pytest.raises(InputError, match="s is a student of kind flow_map; valid teachers: velocity"):
         load(CheckpointTeacher(path=str(tmp_path / "s")), torch.device("cpu"))
+    with pytest.raises(InputError, match="s/unet is a student of kind flow_map; valid teachers: velocity"):
+        load(CheckpointTeacher(path=str(tmp_path / "s" / "unet")), torch.device("cpu"))
+    (tmp_path / "s" / "model_index.json").unlink()
     with pytest.raises(InputError, match="network class FlowMapUNet2DModel is not supported; .*VelocityUNet2DModel"):
         load(CheckpointTeacher(path=str(tmp_path / "s" / "unet")), torch.device("cpu"))
 

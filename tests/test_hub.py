@@ -3,6 +3,7 @@ same when the hub is gone. Processes of their own, since the environment is read
 """
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -92,6 +93,22 @@ def test_only_json_safetensors_and_the_card_are_asked_for_and_no_other_host(solv
     asked = [request.split()[1] for request in solved.hub.requests]
     assert {Path(path).suffix for path in asked if "/resolve/" in path} == {".json", ".safetensors", ".md"}
     assert [path for path in asked if not path.startswith("/")] == []
+
+
+def test_of_variants_one_is_fetched_and_of_a_latent_pipeline_no_weights(tmp_path):
+    variants = pipeline(tmp_path / "variants", 0)
+    half = variants / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    shutil.copy(half.with_name("diffusion_pytorch_model.safetensors"), half)
+    latent = pipeline(tmp_path / "latent", 0)
+    index = json.loads((latent / "model_index.json").read_text())
+    (latent / "model_index.json").write_text(json.dumps({**index, "vae": ["diffusers", "AutoencoderKL"]}))
+    with Hub({"models/org/variants": {"main": variants}, "models/org/latent": {"main": latent}}) as hub:
+        codes, err = commands(pairs("org/variants", "p"), pairs("org/latent", "q"), hub=hub, cwd=tmp_path / "work")
+    assert codes == [0, 2], err
+    assert "teacher.path=org/latent is a pipeline of scheduler, unet, vae; valid: pixel pipelines" in err
+    asked = {request.split()[1] for request in hub.requests if "/resolve/" in request and "safetensors" in request}
+    (one,) = asked
+    assert one.startswith("/org/variants/resolve/") and one.endswith("/unet/diffusion_pytorch_model.safetensors")
 
 
 def test_without_the_hub_the_cache_gives_the_same_pairs(solved):

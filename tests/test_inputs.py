@@ -28,6 +28,7 @@ from distill.teachers import by_id
 
 DAY = 86400
 PAIRS = {"kind": "pairs", "count": 8, "block": 4, "shard": 4, "steps": 2}
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 TINY = {"kind": "diffusers", "path": "org/tiny"}
 PICTURES = {"kind": "hf", "path": "org/pictures", "size": 8, "channels": 1, "label_column": "label"}
 
@@ -235,7 +236,7 @@ def test_what_cannot_be_had_is_one_message_and_leaves_nothing(tmp_path):
     gated = "access has to be asked for on its page; then log in by `hf auth login`"
     hint = "; check the name and the network, or download it and give the folder"
     with Hub(served) as hub:
-        hub.commits["models/org/huge"]["main"].said = {"unet/diffusion_pytorch_model.safetensors": 10**15}
+        hub.commits["models/org/huge"]["main"].said = {f"unet/{WEIGHTS}": 10**15}
         hub.commits["datasets/org/huge"]["main"].said = {"data/train-00000-of-00001.parquet": 10**15}
         gated_sha = hub.commits[f"models/{GATED}"]["main"].sha
         expected = [
@@ -297,15 +298,15 @@ class Site:
 @pytest.fixture
 def site(tmp_path) -> Site:
     folder = pipeline(tmp_path / "tiny", 0)
-    (folder / "unet" / "more.safetensors").write_bytes(os.urandom(10**8))
+    (folder / "unet" / WEIGHTS).write_bytes(os.urandom(10**8))  # nobody reads them here
     with Hub({"models/org/tiny": {"main": folder}}) as hub:
         yield Site(hub, tmp_path / "store")
 
 
 @pytest.mark.process
 def test_a_kill_while_it_downloads_or_copies_leaves_nothing_that_counts(site):
-    site.hub.held = "more.safetensors"
-    downloads = f"GET /org/tiny/resolve/{site.hub.commits['models/org/tiny']['main'].sha}/unet/more.safetensors"
+    site.hub.held = WEIGHTS
+    downloads = f"GET /org/tiny/resolve/{site.hub.commits['models/org/tiny']['main'].sha}/unet/{WEIGHTS}"
     site.killed_when(lambda: downloads in site.hub.requests)
     assert not site.store.exists()
     site.hub.held = ""
@@ -315,7 +316,7 @@ def test_a_kill_while_it_downloads_or_copies_leaves_nothing_that_counts(site):
     assert made(site.store, spec("whole", teacher=TINY), hub=site.hub)[0] == []
     (whole,) = inputs.read(RunPaths(site.store / "whole"))
     assert folders(site.store) == sorted([left, whole.digest])
-    assert len(folder_bytes(whole.content(site.store))) == 6
+    assert len(folder_bytes(whole.content(site.store))) == 5
     assert inputs.unused(site.store) == [], "it may be at work still"
     os.utime(site.store / "inputs" / left, (0, 0))
     assert [path.name for path in inputs.unused(site.store)] == [left]

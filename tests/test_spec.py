@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from distill import overrides, presets, schema, spec, specfile, yamltext
 from distill.guard import InputError
-from distill.spec import RunSpec
+from distill.spec import CheckpointTeacher, RunSpec
 
 TRAIN = {"kind": "train", "recipe": "reflow/reflow", "images": 128}
 
@@ -279,3 +279,13 @@ def test_unknown_preset():
 def test_run_spec_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         RunSpec.model_validate(small()).seed = 3
+
+
+def test_a_teacher_by_its_path_is_a_checkpoint():
+    """As README.md has it: the kind may be left out, and mistakes are those of a checkpoint."""
+    found = specfile.validate(small(a={**TRAIN}) | {"teacher": {"path": "org/name"}}, "f")
+    assert found.teacher == CheckpointTeacher(kind="diffusers", path="org/name")
+    with pytest.raises(InputError, match=r"f: teacher\.revison: unknown key; did you mean 'revision'"):
+        specfile.validate(small(a={**TRAIN}) | {"teacher": {"path": "org/name", "revison": "x"}}, "f")
+    with pytest.raises(InputError, match="f: teacher: kind is missing; valid: diffusers, gaussian, mixture"):
+        specfile.validate(small(a={**TRAIN}) | {"teacher": {"mean": [1.0]}}, "f")

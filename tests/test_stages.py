@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler
+from hub import pictures as parquet
 from PIL import Image
 from runs import folder_bytes
 from safetensors.torch import load_file
@@ -142,6 +143,22 @@ def test_labels_that_a_teacher_does_not_know_are_left_out(tmp_path):
         beside=beside, tuned=tuned,
     ))  # fmt: skip
     assert [cards.read(run.student(name)).num_classes for name in ("windows", "fresh", "beside", "tuned")] == [None] * 4
+
+
+def test_labels_that_are_left_out_are_spoken_of_and_a_column_without_effect_is_refused(tmp_path, capsys):
+    teacher = exported(tmp_path / "teacher", UNetSpec(kind="unet", channels=[8]), (1, 8, 8), None)
+    windows = {**TEACH, "recipe": "reflow/perflow", "network": None, "images": 8, "options": {"solver_steps": 1}}
+    stages.check(spec(teacher, {"kind": "digits"}, windows=windows), tmp_path)
+    said = "has 10 classes, but the teacher (UNet2DModel from teacher) is unconditional: what learns from it is trained"
+    assert said in capsys.readouterr().err
+    column = {"kind": "hf", "path": str(parquet(tmp_path / "data", [0, 1] * 8)), "size": 8, "channels": 1}
+    labelled = {**column, "label_column": "label"}
+    stages.check(spec(teacher, column, windows=windows), tmp_path)
+    assert "note: data" not in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"data\.label_column=label has no effect: the teacher .* is unconditional"):
+        stages.check(spec(teacher, labelled, windows=windows), tmp_path)
+    stages.check(spec(teacher, labelled, windows=windows, taught=TEACH), tmp_path)
+    assert "note: data" in capsys.readouterr().err
 
 
 def test_a_student_says_the_guidance_that_is_in_it(tmp_path, conditional):

@@ -10,14 +10,13 @@ from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from distill import teachers
 from distill.card import StudentCard
 from distill.draws import generator
 from distill.export import export
 from distill.fields import Rescheduled
 from distill.guard import InputError
 from distill.interpolants import linear, vp
-from distill.spec import CheckpointTeacher, GaussianTeacher, MlpSpec, UNetSpec
+from distill.spec import GaussianTeacher, MlpSpec, UNetSpec
 from distill.students.flow_map import FlowMapStudent
 from distill.students.flow_map_mlp import FlowMapMLP
 from distill.students.flow_map_unet import FlowMapUNet2DModel
@@ -500,13 +499,15 @@ def test_a_field_of_another_kind_cannot_be_continued():
         StudentInit(foreign, None, (1, 8, 8), 3, 0).velocity_field()
 
 
-def test_what_a_network_class_keeps_frozen_stays_frozen(tmp_path):
+def test_what_a_network_class_keeps_frozen_stays_frozen():
     # diffusers' Fourier embedding has fixed frequencies as a Parameter: a student must not train them.
     options = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    network = UNet2DModel(8, 1, 1, time_embedding_type="fourier", add_attention=False, **options, **blocks)
-    network.save_pretrained(tmp_path)
-    teacher = teachers.load(CheckpointTeacher(path=str(tmp_path), prediction="velocity"), torch.device("cpu"))
+    size = {"sample_size": 8, "in_channels": 1, "out_channels": 1}
+    network = UNet2DModel(**size, time_embedding_type="fourier", add_attention=False, **options, **blocks)
+    network.eval().requires_grad_(False)
+    field = NetworkField(network, linear(), "velocity", 1000.0)  # one that takes log(0), and so is never loaded
+    teacher = LoadedTeacher(field, (1, 8, 8), None, None, "", "a teacher", network)
     student = StudentInit(teacher, None, (1, 8, 8), None, 0).velocity_field().network
     frozen = {name for name, parameter in student.named_parameters() if not parameter.requires_grad}
     assert frozen == {"time_proj.weight"}

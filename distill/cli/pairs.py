@@ -141,7 +141,7 @@ def _of_teacher(
     from distill import pairs as pair_sets
     from distill import schedules, teachers
     from distill.progress import Progress
-    from distill.sources import Solving
+    from distill.sources import Solving, note_labels
     from distill.stop import StopRequest
 
     place = meant.device(device)
@@ -149,6 +149,8 @@ def _of_teacher(
     stage = schedules.with_times(stage, teacher, store, place)
     if stage.paths in pairspec.OF_DATA and real_data is None and teacher.exact_data is None:
         raise InputError(f"--data is missing: {stage.paths} paths begin with real data, e.g. --data digits")
+    if stage.paths in pairspec.OF_DATA and real_data is not None:
+        note_labels(teacher, real_data)
     solving = Solving.of(teacher, stage, seed=seed, device=place, data=real_data, law=teacher)
     if check:
         print(solving.accuracy().describe())

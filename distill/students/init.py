@@ -152,12 +152,14 @@ def _of_linear_path(source: LoadedTeacher | LoadedStudent) -> ModelMixin:
     if isinstance(source, LoadedStudent):
         return type(source.network).from_config(source.network.config)
     match source.field:
-        case NetworkField(network, Interpolant(name="linear"), "velocity", time_scale):
+        case NetworkField(network, Interpolant(name="linear"), "velocity", time_scale, inverted=inverted):
             if time_scale != TIME_SCALE:
                 raise InputError(
                     f"{source.description} was trained with num_train_timesteps={time_scale:g}; students of the linear "
                     f"path are called with {TIME_SCALE:g} t, so start from a fresh `network`"
                 )
+            if inverted:
+                return VelocityUNet2DModel.from_config(network.config, path="inverted", prediction="velocity")
             return type(network).from_config(network.config)
         case NetworkField(network, path, prediction, last):
             n = torch.arange(int(last) + 1, dtype=torch.float64, device="cpu")

@@ -17,6 +17,7 @@ class VelocityUNet2DModel(UNet2DModel):
     sigma = t / (1 - t) it is called at n(sigma), linear in log sigma between the table's entries and held at its ends,
     on c x with c = 1 / sqrt((1 - t)^2 + t^2), as it was trained.
     path "linear": a plain UNet2DModel of the linear path, prediction "velocity".
+    path "inverted": a UNet2DModel of the linear path that is called with 1000 (1 - t) and gives minus the velocity.
     path "edm": sigma_data, sigma_min, sigma_max and prediction (epsilon: F as in Karras et al. 2022; v_prediction: its
     negative) are the network's own.
     The state dict is that of the UNet2DModel; the other arguments are UNet2DModel's.
@@ -64,6 +65,7 @@ class VelocityUNet2DModel(UNet2DModel):
             "vp": ("epsilon", "sample", "v_prediction"),
             "edm": ("epsilon", "v_prediction"),
             "linear": ("velocity",),
+            "inverted": ("velocity",),
         }
         if prediction not in valid.get(path, ()) or (path == "vp") != (alphas_cumprod is not None):
             raise ValueError(f"path={path}, prediction={prediction}: valid {valid}; vp alone has alphas_cumprod")
@@ -124,6 +126,8 @@ class VelocityUNet2DModel(UNet2DModel):
                 return self._vp(sample, t, condition)
             case "edm":
                 return self._edm(sample, t, condition)
+            case "inverted":
+                return -super().forward(sample, 1000 * (1 - t).float(), condition).sample
             case _:
                 return super().forward(sample, 1000 * t.float(), condition).sample
 

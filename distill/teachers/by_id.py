@@ -1,8 +1,8 @@
 """Teachers by hub id: the commit that is meant, and the files of it that are read, in the library's cache."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
+from glob import escape
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -10,8 +10,12 @@ from huggingface_hub import snapshot_download
 from distill import hub
 from distill.guard import InputError
 from distill.spec import CheckpointTeacher
+from distill.teachers import variants
 
-FILES = ["*.json", "*.safetensors", "README.md"]  # all that is read of a repository; the last for its licence
+FILES = ["*.json", "*.safetensors", "README.md"]  # of these kinds are the files that are read; the last for its licence
+MODELS = ("", "unet/")  # where the weights of a network may lie
+SMALL = {"model_index.json", "distill.json", "config.json", "README.md", *variants.ADAPTERS}
+SMALL |= {"unet/config.json", "scheduler/scheduler_config.json"}
 
 
 def is_id(path: str) -> bool:
@@ -19,9 +23,15 @@ def is_id(path: str) -> bool:
     return not Path(path).exists() and path.count("/") == 1 and path[0] not in "./~"
 
 
-def is_read(file: str) -> bool:
-    """Whether a file of a repository is one of FILES."""
-    return any(fnmatch(file, pattern) for pattern in FILES)
+def read_of(names: Iterable[str], *, weights: bool = True) -> list[str]:
+    """Of the files of a repository, those that are read: the weights in one variant, and what describes them."""
+    names = list(names)
+    found = {name for name in names if name in SMALL}
+    if weights:
+        for folder in MODELS:
+            inside = [name.removeprefix(folder) for name in names if name.startswith(folder)]
+            found |= {folder + name for name in variants.one_of(name for name in inside if "/" not in name)}
+    return sorted(found)
 
 
 def commit(spec: CheckpointTeacher) -> str:
@@ -31,16 +41,27 @@ def commit(spec: CheckpointTeacher) -> str:
 
 
 def files(spec: CheckpointTeacher) -> list[hub.File]:
-    """Of the commit that is the spec's revision, what is read."""
+    """Of the commit that is the spec's revision, what is read; none where the hub must not be asked."""
     assert spec.revision is not None
     with _reachable(spec):
-        return [file for file in hub.files("model", spec.path, spec.revision) if is_read(file.name)]
+        found = {file.name: file for file in hub.files("model", spec.path, spec.revision)}
+    return [found[name] for name in read_of(found)]
 
 
-def snapshot(spec: CheckpointTeacher) -> Path:
-    """The folder of its files, downloaded where they are not cached. Others may lie among them."""
+def snapshot(spec: CheckpointTeacher, *, weights: bool = True) -> Path:
+    """The folder of its files, downloaded where they are not cached. Others may lie among them.
+
+    weights: false, if only what describes them is needed yet.
+    """
     with _reachable(spec):
-        return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=FILES))
+        patterns = FILES
+        try:
+            listed = [file.name for file in hub.files("model", spec.path, spec.revision)]
+        except hub.UNREACHABLE:
+            listed = []  # what is cached is found without the hub, or the download says what is wrong
+        if listed:
+            patterns = [escape(name) for name in read_of(listed, weights=weights)]
+        return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
 
 
 @contextmanager
@@ -48,6 +69,8 @@ def _reachable(spec: CheckpointTeacher) -> Iterator[None]:
     """Says what cannot be had, and why."""
     try:
         yield
+    except InputError:
+        raise
     except hub.UNREACHABLE as error:
         at = f" at revision {spec.revision}" if spec.revision else ""
         raise InputError(

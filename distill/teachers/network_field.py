@@ -16,6 +16,9 @@ class NetworkField:
     It is converted to velocity in float64. The network is called like diffusers' UNet2DModel: VP networks with
     n = t (N - 1), those of the linear path with 1000 t. A scheduler's clipping or thresholding of samples is no part of
     the network and is left out.
+
+    inverted: trained with time running from noise at 0 to data at 1, it is called with time_scale (1 - t) and gives
+    minus the velocity (linear path only).
     """
 
     network: nn.Module
@@ -23,11 +26,15 @@ class NetworkField:
     prediction: Prediction
     time_scale: float
     t_range: tuple[float, float] = (0.0, 1.0)
+    inverted: bool = False
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t [B, ...], t [B] in t_range -> dx_t/dt [B, ...] in x_t's dtype."""
         like(t, x_t)
-        output = self.network(x_t, self.time_scale * t, class_labels=cond.get("class_labels")).sample
+        time = self.time_scale * (1 - t if self.inverted else t)
+        output = self.network(x_t, time, class_labels=cond.get("class_labels")).sample
+        if self.inverted:
+            return -output.to(x_t.dtype)
         if self.prediction == "velocity":
             return output.to(x_t.dtype)
         velocity = self.interpolant.convert(x_t.double(), output.double(), t.double(), self.prediction, "velocity")

@@ -1,0 +1,141 @@
+"""What a checkpoint's JSON files say, checked where they are read: one message names the file and the key."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from distill.guard import InputError, printable
+
+Config = dict[str, Any]  # parsed JSON
+
+MAX_BYTES = 32 << 20  # of a JSON file; an index of 12 billion parameters takes less than one
+MAX_TABLE = 100_000  # entries of a list of betas
+
+
+class Read(BaseModel):
+    """A part of a file: what is not named here is not read."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Model = TypeVar("Model", bound=Read)
+Side = Annotated[int, Field(ge=1, le=8192)]
+Count = Annotated[int, Field(ge=1, le=1 << 16)]
+Word = Annotated[str, Field(max_length=100)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class NetworkConfig(Read):
+    """Every option of the network classes that are loaded, UNet2DModel's and our own."""
+
+    sample_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
+    in_channels: Count = 3
+    out_channels: Count = 3
+    center_input_sample: bool = False
+    time_embedding_type: Literal["positional", "fourier", "learned"] = "positional"
+    time_embedding_dim: Count | None = None
+    freq_shift: float = 0
+    flip_sin_to_cos: bool = True
+    down_block_types: Annotated[list[Word], Field(min_length=1, max_length=16)] = ["DownBlock2D"]
+    mid_block_type: Word | None = None
+    up_block_types: Annotated[list[Word], Field(min_length=1, max_length=16)] = ["UpBlock2D"]
+    block_out_channels: Annotated[list[Count], Field(min_length=1, max_length=16)] = [1]
+    layers_per_block: Annotated[int, Field(ge=1, le=64)] = 2
+    mid_block_scale_factor: Positive = 1
+    downsample_padding: Annotated[int, Field(ge=0, le=8)] = 1
+    downsample_type: Word = "conv"
+    upsample_type: Word = "conv"
+    dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    act_fn: Word = "silu"
+    attention_head_dim: Count | None = 8
+    norm_num_groups: Count = 32
+    attn_norm_num_groups: Count | None = None
+    norm_eps: Positive = 1e-5
+    resnet_time_scale_shift: Word = "default"
+    add_attention: bool = True
+    class_embed_type: Word | None = None
+    num_class_embeds: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
+    num_train_timesteps: Annotated[int, Field(ge=1, le=MAX_TABLE)] | None = None
+    # of our own classes
+    path: Word = ""
+    prediction: Word = ""
+    alphas_cumprod: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(max_length=MAX_TABLE)] | None = None
+    sigma_data: Positive = 0.5
+    sigma_min: Positive = 0.002
+    sigma_max: Positive = 80.0
+    dim: Count | None = None
+    width: Count = 1
+    depth: Annotated[int, Field(ge=1, le=1024)] = 1
+    frequencies: Count = 16
+
+
+class StudentFacts(Read):
+    """What is read of the distill.json of an exported student."""
+
+    kind: Word = "velocity"
+    null_class: Annotated[int, Field(ge=0)] | None = None
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    unconditional: bool = True
+    license: str = ""
+
+
+class WeightIndex(Read):
+    """diffusion_pytorch_model.safetensors.index.json: which weight lies in which file beside it."""
+
+    weight_map: dict[str, Annotated[str, Field(pattern=r"^[^/\\\x00]{1,200}\.safetensors$")]] = Field(min_length=1)
+
+
+def parse(path: Path) -> Config:
+    """The JSON object in a file."""
+    if not path.is_file():  # a folder, or a pipe that nobody writes to
+        raise InputError(f"{path} is not a file; give a folder that diffusers has saved")
+    try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise InputError(f"{path} has {size} bytes; valid: at most {MAX_BYTES}")
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise InputError(f"{path} cannot be read as JSON (nested too deeply); copy or download it again") from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} cannot be read as JSON ({short(str(error))}); copy or download it again") from error
+    if not isinstance(parsed, dict):
+        raise InputError(f"{path} holds no JSON object; copy or download it again")
+    return parsed
+
+
+def checked(model: type[Model], content: Config, path: Path) -> Model:
+    """What `model` reads of the content of a file; InputError names the first key that is wrong."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        entries = error.errors(include_url=False)
+    key = entries[0]["loc"][0] if entries[0]["loc"] else ""
+    if entries[0]["type"] == "missing":
+        raise InputError(f"{path} has no {key}; copy or download it again")
+    same = [entry for entry in entries if entry["loc"][:1] == (key,)]
+    rules = dict.fromkeys(entry["msg"].removeprefix("Input should be ") for entry in same)
+    where = short(".".join(str(part) for part in same[0]["loc"])) if len(same) == 1 else key
+    given = short(repr(same[0]["input"] if len(same) == 1 else content.get(str(key))))
+    raise InputError(f"{path}: {where}={given}; valid: {short(' or '.join(rules), 300)}")
+
+
+def components(path: Path) -> list[str]:
+    """The parts of a pipeline by its model_index.json, those that it leaves out aside."""
+    found = []
+    for key, value in parse(path).items():
+        if key.startswith("_") or not isinstance(value, list):
+            continue
+        if len(value) != 2 or not all(part is None or isinstance(part, str) for part in value):
+            raise InputError(f"{path}: {short(key)}={short(repr(value))}; valid: a library and a class")
+        if value[0] is not None:
+            found.append(key)
+    return sorted(found)
+
+
+def short(text: str, letters: int = 80) -> str:
+    """Text of a stranger, as a message may show it: on one line, and cut."""
+    text = " ".join(printable(text).split())
+    return text if len(text) <= letters else text[: letters - 3] + "..."

@@ -1,0 +1,272 @@
+"""What a scheduler config says of the network's path, whichever of diffusers' samplers it is meant for.
+
+A scheduler class belongs to one family: "vp" (betas), "linear" (flow matching) or "edm". Of its options some are the
+path, and are honoured; some would change the path in a way that is not supported, and are refused unless they are
+neutral; all others say where a sampler calls the network, or what it does with the result, and change nothing here.
+Every option of every class is in one of these groups: `tests/test_schedulers.py` compares them with diffusers' own.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from diffusers import DDPMScheduler, HeunDiscreteScheduler
+from pydantic import ConfigDict, Field
+
+from distill.guard import InputError
+from distill.interpolants import Interpolant, Prediction, vp
+from distill.teachers.read import MAX_TABLE, Config, Positive, Read, Word, checked, parse, short
+
+Family = Literal["vp", "linear", "edm"]
+Whole = Annotated[int, Field(ge=0, le=1 << 31)]
+Beta = Annotated[float, Field(gt=0, lt=1)]
+Sigma = Annotated[float, Field(gt=0, le=1e5)]
+
+
+class Options(Read):
+    """Every option of every class in `KINDS`; null, as an old file may say, is the default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    # the path
+    num_train_timesteps: Annotated[int, Field(ge=1, le=MAX_TABLE)] = 1000
+    beta_start: Beta | None = None  # null: the class's own
+    beta_end: Beta | None = None
+    beta_schedule: Word | None = None
+    trained_betas: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(max_length=MAX_TABLE)] | None = None
+    rescale_betas_zero_snr: bool = False
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] | None = None
+    use_flow_sigmas: bool = False
+    invert_sigmas: bool = False
+    sigma_data: Sigma = 0.5
+    sigma_min: Sigma = 0.002
+    sigma_max: Sigma = 80.0
+    # refused unless it is this
+    timestep_type: Literal["discrete"] = "discrete"  # continuous: the network takes log(sigma) / 4
+    snr_shift_scale: Annotated[float, Field(ge=1, le=1)] = 1.0  # of CogVideoX
+    predict_epsilon: Literal[True] = True  # before there was prediction_type
+    # of samplers alone
+    algorithm_type: Word = ""
+    base_image_seq_len: Whole = 0
+    base_shift: float = 0
+    clip_sample: bool = False
+    clip_sample_range: float = 0
+    corrector_order: Whole = 0
+    disable_corrector: list[Whole] = []
+    dynamic_thresholding_ratio: float = 0
+    euler_at_final: bool = False
+    final_sigmas_type: Word = ""
+    flow_shift: Positive = 1
+    interpolation_type: Word = ""
+    lambda_min_clipped: Annotated[float, Field(allow_inf_nan=True)] = 0
+    lower_order_final: bool = False
+    max_image_seq_len: Whole = 0
+    max_shift: float = 0
+    noise_sampler_seed: Whole = 0
+    original_inference_steps: Whole = 0
+    predict_x0: bool = True
+    predictor_order: Whole = 0
+    rho: float = 0
+    sample_max_value: float = 0
+    scale_factors: list[float] = []
+    set_alpha_to_one: bool = False
+    shift: Positive = 1
+    shift_terminal: float | bool = False
+    sigma_schedule: Word = ""
+    skip_prk_steps: bool = False
+    solver_order: Whole = 0
+    solver_p: None = None
+    solver_type: Word = ""
+    steps_offset: Whole = 0
+    stochastic_sampling: bool = False
+    tau_func: None = None
+    tensor_format: Word = ""  # of the first versions, like timestep_values
+    thresholding: bool = False
+    time_shift_type: Word = ""
+    timestep_scaling: float = 0
+    timestep_spacing: Word = ""
+    timestep_values: None = None
+    upscale_mode: Word = ""
+    use_beta_sigmas: bool = False
+    use_dynamic_shifting: bool = False
+    use_exponential_sigmas: bool = False
+    use_karras_sigmas: bool = False
+    use_lu_lambdas: bool = False
+    variance_type: Word = ""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A class of schedulers. path: the options that are honoured; betas: start, end and schedule where none is said."""
+
+    family: Family
+    path: frozenset[str]
+    betas: tuple[float, float, str] = (0.0001, 0.02, "linear")
+    schedules: tuple[str, ...] = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+
+REFUSED = {"timestep_type", "snr_shift_scale", "predict_epsilon"}  # unless neutral, by the schema
+FLAGS = ("rescale_betas_zero_snr", "use_flow_sigmas", "invert_sigmas")  # refused if set where a class ignores them
+BETAS = frozenset(
+    {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
+)
+ZERO, FLOW = BETAS | {"rescale_betas_zero_snr"}, BETAS | {"use_flow_sigmas"}
+EDM = frozenset({"prediction_type", "sigma_data", "sigma_min", "sigma_max"})
+STEPS = frozenset({"num_train_timesteps"})
+FAINT = (0.00085, 0.012, "linear")
+SCALED = (0.00085, 0.012, "scaled_linear")
+KINDS: Mapping[str, Kind] = {
+    "DDIMParallelScheduler": Kind("vp", ZERO),
+    "DDIMScheduler": Kind("vp", ZERO),
+    "DDPMParallelScheduler": Kind("vp", ZERO, schedules=(*Kind.schedules, "sigmoid", "laplace")),
+    "DDPMScheduler": Kind("vp", ZERO, schedules=(*Kind.schedules, "sigmoid", "laplace")),
+    "DEISMultistepScheduler": Kind("vp", FLOW),
+    "DPMSolverMultistepScheduler": Kind("vp", ZERO | FLOW),
+    "DPMSolverSDEScheduler": Kind("vp", BETAS, FAINT),
+    "DPMSolverSinglestepScheduler": Kind("vp", FLOW),
+    "EulerAncestralDiscreteScheduler": Kind("vp", ZERO),
+    "EulerDiscreteScheduler": Kind("vp", ZERO),
+    "HeunDiscreteScheduler": Kind("vp", BETAS, FAINT, (*Kind.schedules, "exp")),
+    "KDPM2AncestralDiscreteScheduler": Kind("vp", BETAS, FAINT),
+    "KDPM2DiscreteScheduler": Kind("vp", BETAS, FAINT),
+    "LCMScheduler": Kind("vp", ZERO, SCALED),
+    "LMSDiscreteScheduler": Kind("vp", BETAS),
+    "PNDMScheduler": Kind("vp", BETAS),
+    "SASolverScheduler": Kind("vp", FLOW),
+    "TCDScheduler": Kind("vp", ZERO, SCALED),
+    "UniPCMultistepScheduler": Kind("vp", ZERO | FLOW),
+    "FlowMapEulerDiscreteScheduler": Kind("linear", STEPS),
+    "FlowMatchEulerDiscreteScheduler": Kind("linear", STEPS | {"invert_sigmas"}),
+    "FlowMatchHeunDiscreteScheduler": Kind("linear", STEPS),
+    "FlowMatchLCMScheduler": Kind("linear", STEPS),
+    "EDMDPMSolverMultistepScheduler": Kind("edm", EDM),
+    "EDMEulerScheduler": Kind("edm", EDM),
+}
+PREDICTIONS: Mapping[Family, tuple[Prediction, ...]] = {
+    "vp": ("epsilon", "sample", "v_prediction"),
+    "linear": ("velocity",),
+    "edm": ("epsilon", "v_prediction"),
+}
+
+
+@dataclass(frozen=True)
+class VpSchedule:
+    """The network is called with n = t (steps - 1) on the path of a table of betas."""
+
+    path: Interpolant
+    steps: int
+    prediction: Prediction
+    zero_snr: bool  # no data at the last time
+    family: Family = "vp"
+
+
+@dataclass(frozen=True)
+class LinearSchedule:
+    """The network is called with time_scale t. Inverted: with time_scale (1 - t), and it gives minus the velocity."""
+
+    time_scale: float
+    inverted: bool = False
+    prediction: Prediction = "velocity"
+    family: Family = "linear"
+
+
+@dataclass(frozen=True)
+class EdmSchedule:
+    """Karras et al. 2022, with sigma from sigma_min to sigma_max."""
+
+    sigma_data: float
+    sigma_min: float
+    sigma_max: float
+    prediction: Prediction
+    family: Family = "edm"
+
+
+Schedule = VpSchedule | LinearSchedule | EdmSchedule
+
+
+def read(path: Path) -> Schedule:
+    """The schedule that a scheduler_config.json describes."""
+    config = parse(path)
+    name = config.get("_class_name")
+    if not isinstance(name, str) or name not in KINDS:
+        raise InputError(
+            f"{path}: scheduler class {short(str(name))} is not supported; valid: {classes()}. Give the folder of one "
+            "that describes how the network was trained as teacher.scheduler"
+        )
+    kind, options = KINDS[name], _options(config, path)
+    for flag in FLAGS:
+        ignored = flag not in kind.path and not (flag == "use_flow_sigmas" and kind.family == "linear")
+        if ignored and flag in config and config[flag]:
+            raise InputError(
+                f"{path}: {flag}=true changes the path, but {name} does not honour it; remove it, or name the class "
+                "that the network was trained with"
+            )
+    if kind.family == "edm":
+        return _edm(options, path)
+    if kind.family == "linear" or options.use_flow_sigmas:
+        if options.prediction_type not in ("flow_prediction", None if kind.family == "linear" else "flow_prediction"):
+            raise InputError(
+                f"{path}: prediction_type={options.prediction_type or 'epsilon'} contradicts "
+                f"{name if kind.family == 'linear' else 'use_flow_sigmas=true'}, the linear path, where networks "
+                "predict the velocity; valid: flow_prediction"
+            )
+        return LinearSchedule(float(options.num_train_timesteps), options.invert_sigmas)
+    return _vp(name, kind, options, path)
+
+
+def classes() -> str:
+    """The scheduler classes that are read, by family."""
+    families: dict[str, list[str]] = {}
+    for name, kind in KINDS.items():
+        families.setdefault(kind.family, []).append(name)
+    return "; ".join(f"{', '.join(names)} ({family})" for family, names in families.items())
+
+
+def _options(config: Config, path: Path) -> Options:
+    given = {key: value for key, value in config.items() if not key.startswith("_") and value is not None}
+    for key, value in given.items():
+        if key not in Options.model_fields:
+            raise InputError(
+                f"{path}: {short(key)}={short(repr(value))} is an option of no scheduler that is known here, so it may "
+                "change the path; remove it if it does not"
+            )
+    return checked(Options, given, path)
+
+
+def _edm(options: Options, path: Path) -> EdmSchedule:
+    prediction = options.prediction_type or "epsilon"
+    if prediction not in ("epsilon", "v_prediction"):
+        raise InputError(f"{path}: prediction_type={prediction}; valid on the edm path: epsilon, v_prediction")
+    if options.sigma_min >= options.sigma_max:
+        raise InputError(f"{path}: sigma_min={options.sigma_min:g}; valid: less than sigma_max={options.sigma_max:g}")
+    return EdmSchedule(options.sigma_data, options.sigma_min, options.sigma_max, prediction)
+
+
+def _vp(name: str, kind: Kind, options: Options, path: Path) -> VpSchedule:
+    prediction, steps = options.prediction_type or "epsilon", options.num_train_timesteps
+    if prediction == "flow_prediction":
+        raise InputError(f"{path}: prediction_type=flow_prediction; valid with use_flow_sigmas=true alone")
+    if steps < 2:
+        raise InputError(f"{path}: num_train_timesteps={steps}; valid: 2 or more")
+    start, end, schedule = kind.betas
+    start, end, schedule = options.beta_start or start, options.beta_end or end, options.beta_schedule or schedule
+    if schedule not in kind.schedules:
+        raise InputError(f"{path}: beta_schedule={short(schedule)}; valid for {name}: {', '.join(kind.schedules)}")
+    if options.trained_betas is not None and len(options.trained_betas) != steps:
+        raise InputError(
+            f"{path}: trained_betas has {len(options.trained_betas)} numbers; valid: num_train_timesteps={steps}"
+        )
+    if schedule == "exp":
+        table = HeunDiscreteScheduler(steps, start, end, schedule, options.trained_betas).alphas_cumprod
+    else:
+        table = DDPMScheduler(
+            steps, start, end, schedule, options.trained_betas, rescale_betas_zero_snr=options.rescale_betas_zero_snr
+        ).alphas_cumprod
+    try:
+        return VpSchedule(vp(table), steps, prediction, float(table[-1]) == 0)
+    except ValueError as error:
+        raise InputError(
+            f"{path}: betas from {start:g} to {end:g} in {steps} steps leave no data long before the last step; "
+            "valid: betas whose alphas_cumprod decreases within (0, 1)"
+        ) from error

@@ -1,0 +1,144 @@
+"""A network from its config and its safetensors files, where every weight is there, finite and of its shape.
+
+Names and shapes are compared before anything of that size is made, so what a config claims costs nothing.
+"""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from distill.guard import InputError
+from distill.teachers.files import MERGE
+from distill.teachers.read import Config, short
+
+FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors names them
+WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and of parallel training
+OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # attention in diffusers before 0.15
+ADAPTED = ("lora_", ".base_layer.")  # in the names of weights with an adapter in them
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight in a file."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def network(folder: Path, config: Config, network_class: type[ModelMixin], files: Sequence[Path]) -> ModelMixin:
+    """A network in float32 on the CPU, all of whose weights come from the files. config: of `folder`, and checked."""
+    known = inspect.signature(network_class.__init__).parameters
+    own = {key: value for key, value in config.items() if key in known or key == "_class_name"}
+    blank = _built(folder, own, network_class, torch.device("meta"))
+    expected = {name: tuple(tensor.shape) for name, tensor in blank.state_dict().items()}
+    found = _fitting(folder, _stored(files), expected)
+    state = _tensors(found)
+    if any(buffer.is_meta for name, buffer in blank.named_buffers() if name not in state):
+        blank = _built(folder, own, network_class, torch.device("cpu"))  # what it computes itself is in no file
+    blank.load_state_dict(state, strict=True, assign=True)
+    blank.register_to_config(_name_or_path="")  # a student that starts here must not carry this machine's paths
+    return blank
+
+
+def _built(folder: Path, config: Config, network_class: type[ModelMixin], device: torch.device) -> ModelMixin:
+    try:
+        with device:
+            return network_class.from_config(config)
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, RuntimeError) as error:
+        raise InputError(
+            f"{folder / 'config.json'} describes no network that can be built: {short(str(error), 200)}"
+        ) from error
+
+
+def _stored(files: Sequence[Path]) -> dict[str, Stored]:
+    """The weights in the files, by their names without what training has put around them."""
+    found: dict[str, Stored] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    part = tensors.get_slice(name)
+                    found[_plain(name)] = Stored(path, name, part.get_dtype(), tuple(part.get_shape()))
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, error) from error
+    return found
+
+
+def _plain(name: str) -> str:
+    """A name without `_orig_mod.`, which stands before each part that was compiled, and `module.` at its head."""
+    name = name.replace(WRAPPERS[0], "")
+    while name.startswith(WRAPPERS[1]):
+        name = name.removeprefix(WRAPPERS[1])
+    return name
+
+
+def _fitting(folder: Path, stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
+    """What is stored by the names that the network has; InputError where it is not the same."""
+    found = {_renamed(name, expected): each for name, each in stored.items()}
+    adapted = [name for name in found if name not in expected and any(part in name for part in ADAPTED)]
+    if adapted:
+        raise InputError(f"{folder}: the weights hold an adapter (LoRA), like {short(adapted[0])}; {MERGE}")
+    wrong = {
+        "missing weights": [name for name in expected if name not in found],
+        "unknown weights": [name for name in found if name not in expected],
+    }
+    for what, names in wrong.items():
+        if names:
+            raise InputError(f"{folder}: config.json and the weights do not fit together: {what}: {_some(names)}")
+    for name, each in found.items():
+        if each.shape != expected[name]:
+            raise InputError(
+                f"{folder}: config.json and the weights do not fit together: {short(name)} has the shape "
+                f"{list(each.shape)}, of config.json follows {list(expected[name])}"
+            )
+        if each.dtype not in FLOATS:
+            raise InputError(
+                f"{each.file}: {short(name)} is stored as {short(each.dtype)}; valid: {', '.join(sorted(FLOATS))}. "
+                "Quantized weights must be turned back into floating-point numbers first"
+            )
+    return found
+
+
+def _renamed(name: str, expected: Mapping[str, tuple[int, ...]]) -> str:
+    """A name as diffusers has it now."""
+    if name in expected:
+        return name
+    block, _, kind = name.rpartition(".")
+    block, _, part = block.rpartition(".")
+    return f"{block}.{OLD[part]}.{kind}" if part in OLD else name
+
+
+def _tensors(found: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """All in float32, in memory of their own: a file may change while it is mapped."""
+    state: dict[str, Tensor] = {}
+    broken: list[str] = []
+    for path in dict.fromkeys(each.file for each in found.values()):
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for name, each in found.items():
+                    if each.file != path:
+                        continue
+                    state[name] = tensors.get_tensor(each.name).to(torch.float32, copy=True)
+                    broken += [] if state[name].isfinite().all() else [name]
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, error) from error
+        if broken:
+            raise InputError(f"{path} holds NaN or infinity in {_some(broken)}; give sound weights")
+    return state
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} is truncated or damaged ({short(str(error))}); copy or download it again")
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first of many names."""
+    return ", ".join(short(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

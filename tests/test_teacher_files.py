@@ -1,0 +1,336 @@
+"""Folders as people have them: variants, wrapped names, adapters, training folders, parts of pipelines, and files that
+hold what no checkpoint holds. Each is read as what it is, or refused in one message that names the file and the key."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import edit, load, refused, unet, write
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from distill.guard import InputError
+from distill.students.acceleration_mlp import AccelerationMLP
+from distill.students.flow_map_mlp import FlowMapMLP
+from distill.students.flow_map_unet import FlowMapUNet2DModel
+from distill.students.init import StudentInit
+from distill.students.velocity_mlp import VelocityMLP
+from distill.students.velocity_unet import VelocityUNet2DModel
+from distill.teachers import by_id, read, variants
+from distill.teachers.read import NetworkConfig
+
+FILE = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A pipeline of one channel, 8x8."""
+    return write(tmp_path_factory.mktemp("made") / "teacher", unet(), DDIMScheduler())
+
+
+@pytest.fixture
+def folder(made, tmp_path) -> Path:
+    """A copy of it to spoil."""
+    return Path(shutil.copytree(made, tmp_path / "teacher"))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "unet" / FILE)
+
+
+def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, folder / "unet" / FILE, {"format": "pt"})
+
+
+def same_weights(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    loaded = load(folder).network.state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], tensor.float()) for name, tensor in expected.items())
+
+
+# --- variants ---
+
+
+def test_a_variant_alone_is_read(folder, tmp_path):
+    half = {name: tensor.half() for name, tensor in weights(folder).items()}
+    (folder / "unet" / FILE).unlink()
+    save_file(half, folder / "unet" / "diffusion_pytorch_model.fp16.safetensors", {"format": "pt"})
+    same_weights(folder, half)
+    shutil.rmtree(folder / "unet")
+    unet().save_pretrained(folder / "unet", variant="bf16", max_shard_size="30KB")
+    assert (folder / "unet" / "diffusion_pytorch_model.safetensors.index.bf16.json").is_file()
+    same_weights(folder, unet().state_dict())
+
+
+def test_the_plain_weights_go_before_variants(folder):
+    plain = weights(folder)
+    shutil.copy(folder / "unet" / FILE, folder / "unet" / "diffusion_pytorch_model.fp16.safetensors")
+    rewrite(folder, {name: 2 * tensor for name, tensor in plain.items()})
+    same_weights(folder, {name: 2 * tensor for name, tensor in plain.items()})
+
+
+def test_of_several_variants_one_is_chosen_or_asked_for():
+    stem = "diffusion_pytorch_model"
+    shards = [f"{stem}.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    sharded = [*shards, f"{stem}.safetensors.index.fp16.json"]
+    bf16 = f"{stem}.bf16.safetensors"
+    assert variants.one_of([bf16, *sharded, "config.json"]) == sorted(sharded)
+    assert variants.one_of([bf16, f"{stem}.non_ema.safetensors"]) == [bf16]
+    assert variants.one_of([f"{stem}.non_ema.safetensors"]) == [f"{stem}.non_ema.safetensors"]
+    assert variants.one_of([f"{stem}.bin", "other.safetensors"]) == []
+    with pytest.raises(InputError, match="are there in the variants ema, non_ema, none of them plain, fp32, fp16, bf1"):
+        variants.one_of([f"{stem}.ema.safetensors", f"{stem}.non_ema.safetensors"])
+
+
+def test_of_a_repository_one_variant_of_the_network_is_read_and_nothing_of_other_parts():
+    names = ["README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "samples.json"]
+    plain, half = f"unet/{FILE}", "unet/diffusion_pytorch_model.fp16.safetensors"
+    others = ["vae/config.json", f"vae/{FILE}", "text_encoder/model.safetensors", "unet/flax_model.msgpack"]
+    assert by_id.read_of([*names, plain, half, *others]) == sorted([*names[:-1], plain])
+    assert by_id.read_of([*names, half, *others]) == sorted([*names[:-1], half])
+    assert by_id.read_of([*names, half], weights=False) == sorted(names[:-1])
+    assert by_id.read_of(["config.json", FILE]) == ["config.json", FILE]
+
+
+# --- names of weights ---
+
+
+@pytest.mark.parametrize("wrapped", ["_orig_mod.{}", "module.{}", "module._orig_mod.{}"])
+def test_what_training_puts_around_names_is_taken_off(folder, wrapped):
+    plain = weights(folder)
+    rewrite(folder, {wrapped.format(name): tensor for name, tensor in plain.items()})
+    same_weights(folder, plain)
+
+
+def test_a_block_that_was_compiled_alone_is_read(folder):
+    plain = weights(folder)
+    rewrite(folder, {name.replace("mid_block.", "mid_block._orig_mod."): t for name, t in plain.items()})
+    same_weights(folder, plain)
+
+
+def test_an_adapter_is_named(folder):
+    plain = weights(folder)
+    name = next(name for name in plain if name.endswith("to_q.weight"))
+    base, lora = name.replace("to_q.", "to_q.base_layer."), name.replace("to_q.", "to_q.lora_A.default.")
+    rewrite(folder, {**{k: t for k, t in plain.items() if k != name}, base: plain[name], lora: torch.zeros(2, 16)})
+    refused(folder, f"{folder / 'unet'}: the weights hold an adapter (LoRA), like ", "merge it into the weights first")
+    rewrite(folder, plain)
+    beside = folder / "pytorch_lora_weights.safetensors"
+    save_file({"unet.x": torch.zeros(1)}, beside)
+    refused(folder, f"the adapter {beside} would not be used; merge it", "or move it away where the teacher is meant")
+    refused(folder / "unet", f"the adapter {beside} would not be used")
+
+
+def test_weights_that_do_not_fit_are_named_and_few(folder, capfd):
+    rewrite(folder, {f"\x1b[31mother{i}.{'x' * 200}": torch.zeros(1) for i in range(50)})
+    with pytest.raises(InputError) as error:
+        load(folder)
+    assert "do not fit together: missing weights: conv_in.weight, conv_in.bias, " in str(error.value)
+    assert "more" in str(error.value) and len(str(error.value)) < 600
+    rewrite(folder, {**weights(folder), **unet().state_dict()})
+    with pytest.raises(InputError) as error:
+        load(folder)
+    assert "unknown weights: \ufffd[31mother0.xxx" in str(error.value) and len(str(error.value)) < 600
+    assert capfd.readouterr() == ("", ""), "something else was printed"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "named"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.float8_e5m2, "F8_E5M2")]
+)
+def test_quantized_weights_are_refused_by_name(folder, dtype, named):
+    rewrite(folder, {**weights(folder), "conv_in.bias": torch.zeros(8).to(dtype)})
+    refused(folder, f"{folder / 'unet' / FILE}: conv_in.bias is stored as {named}; valid: BF16, F16, F32, F64")
+
+
+def test_double_weights_are_read_and_what_float32_cannot_hold_is_refused(folder):
+    double = {name: tensor.double() for name, tensor in weights(folder).items()}
+    rewrite(folder, double)
+    same_weights(folder, double)
+    rewrite(folder, {**double, "conv_in.bias": torch.full((8,), 1e300, dtype=torch.float64)})
+    refused(folder, "holds NaN or infinity in conv_in.bias")
+
+
+def test_a_loaded_network_keeps_nothing_of_its_file(folder):
+    """Mapped weights would change, or end the process, with the file."""
+    teacher = load(folder)
+    file = folder / "unet" / FILE
+    with file.open("r+b") as opened:
+        opened.seek(file.stat().st_size // 2)
+        opened.write(bytes(1000))
+    assert all(torch.equal(teacher.network.state_dict()[name], tensor) for name, tensor in unet().state_dict().items())
+
+
+# --- folders ---
+
+
+def latent(folder: Path) -> Path:
+    edit(folder / "model_index.json", vae=["diffusers", "AutoencoderKL"])
+    return folder
+
+
+def test_the_network_of_a_latent_pipeline_is_no_pixel_teacher(folder, tmp_path, monkeypatch):
+    latent(folder)
+    said = f"lies in {folder}, a pipeline of scheduler, unet, vae; valid: pixel pipelines of scheduler and unet"
+    refused(folder / "unet", f"teacher.path={folder / 'unet'} {said}")
+    refused(folder / "unet", said, scheduler=str(folder / "scheduler"))
+    (tmp_path / "link").symlink_to(folder / "unet")
+    refused(tmp_path / "link", said)
+    monkeypatch.chdir(folder / "unet")
+    refused(".", "a pipeline of scheduler, unet, vae")
+
+
+def test_the_network_of_a_student_folder_is_that_student(tmp_path):
+    folder = write(tmp_path, unet(4), FlowMatchEulerDiscreteScheduler())
+    facts = {"kind": "velocity", "null_class": 3, "guidance_scale": 2.5, "license": "mit"}
+    (folder / "distill.json").write_text(json.dumps(facts))
+    whole, part = load(folder), load(folder / "unet")
+    assert whole.digest == part.digest
+    assert (part.null_class, part.num_classes, part.guidance_scale, part.license) == (3, 3, 2.5, "mit")
+
+
+def test_a_training_folder_names_what_to_give(folder, tmp_path):
+    checkpoint = tmp_path / "checkpoint-500"
+    for name in ("unet", "unet_ema"):
+        shutil.copytree(folder / "unet", checkpoint / name)
+    ema = {"decay": 0.9999, "inv_gamma": 1.0, "min_decay": 0.0, "optimization_step": 500, "power": 0.75}
+    edit(checkpoint / "unet_ema" / "config.json", **ema, update_after_step=0, use_ema_warmup=True)
+    refused(
+        checkpoint,
+        f"Give teacher.path={checkpoint / 'unet_ema'}, the averaged weights, or {checkpoint / 'unet'}, with the",
+        "as teacher.scheduler",
+    )
+    teacher = load(checkpoint / "unet_ema", scheduler=str(folder / "scheduler"))
+    student = StudentInit(teacher, None, teacher.shape, None, 0, teacher).velocity_field()
+    assert not set(ema) & {*teacher.network.config, *student.network.config}
+    assert teacher.digest != load(folder).digest
+
+
+# --- what files hold ---
+
+
+def test_every_option_of_every_network_is_checked():
+    """A new option in a new diffusers version fails here: say in `NetworkConfig` what it may be."""
+    import inspect
+
+    classes = [UNet2DModel, VelocityUNet2DModel, FlowMapUNet2DModel, VelocityMLP, FlowMapMLP, AccelerationMLP]
+    for each in classes:
+        options = set(inspect.signature(each.__init__).parameters) - {"self", "args", "kwargs"}
+        assert options <= set(NetworkConfig.model_fields), each
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "said"),
+    [
+        ("unet/config.json", {"sample_size": "big"}, "sample_size='big'; valid: a valid integer or a valid list"),
+        ("unet/config.json", {"sample_size": 0}, "sample_size=0; valid: greater than or equal to 1"),
+        ("unet/config.json", {"sample_size": [8, 8, 8]}, "sample_size=[8, 8, 8]; valid: a valid integer or "),
+        ("unet/config.json", {"sample_size": [8, -8]}, "sample_size=[8, -8]; valid: "),
+        ("unet/config.json", {"sample_size": 10**9}, "sample_size=1000000000; valid: less than or equal to 8192"),
+        ("unet/config.json", {"sample_size": True}, "sample_size=True; valid: a valid integer"),
+        ("unet/config.json", {"sample_size": 7}, "its network cannot be called with a sample of shape [1, 7, 7]: "),
+        ("unet/config.json", {"in_channels": "one"}, "in_channels='one'; valid: a valid integer"),
+        ("unet/config.json", {"block_out_channels": [10**9]}, "block_out_channels.0=1000000000; valid: less than"),
+        ("unet/config.json", {"block_out_channels": [8, 60000]}, "the weights do not fit together: "),
+        ("unet/config.json", {"layers_per_block": 10**7}, "layers_per_block=10000000; valid: less than or equal"),
+        ("unet/config.json", {"num_class_embeds": 10**7}, "missing weights: class_embedding.weight"),
+        ("unet/config.json", {"num_class_embeds": 10**12}, "num_class_embeds=1000000000000; valid: less than"),
+        ("unet/config.json", {"down_block_types": ["NoBlock"]}, "describes no network that can be built: "),
+        ("unet/config.json", {"norm_num_groups": 7}, "describes no network that can be built: "),
+        ("unet/config.json", {"act_fn": "\x1b[2Jx"}, "describes no network that can be built: "),
+        ("unet/config.json", {"time_embedding_type": 3}, "time_embedding_type=3; valid: 'positional', 'fourier' or"),
+        ("unet/config.json", {"_class_name": {"a": 1}}, "network class {'a': 1} is not supported; valid: UNet2DModel"),
+        ("model_index.json", {"unet": []}, "unet=[]; valid: a library and a class"),
+        ("model_index.json", {"scheduler": [1, 2]}, "scheduler=[1, 2]; valid: a library and a class"),
+        ("distill.json", {"kind": ["velocity"]}, "kind=['velocity']; valid: a valid string"),
+        ("distill.json", {"guidance_scale": float("nan")}, "guidance_scale=nan; valid: a finite number"),
+        ("distill.json", {"null_class": "none"}, "null_class='none'; valid: a valid integer"),
+    ],
+)
+def test_a_value_that_no_checkpoint_holds_is_refused_by_its_key(folder, file, changes, said):
+    (folder / "distill.json").write_text("{}")
+    edit(folder / file, **changes)
+    with pytest.raises(InputError) as error:
+        load(folder)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value) and "\x1b" not in str(error.value) and len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+def test_json_that_cannot_be_read_is_named(folder, file):
+    path = folder / file
+    for text, said in (
+        (DEEP, "cannot be read as JSON (nested too deeply)"),
+        ("{", "cannot be read as JSON (Expecting property name"),
+        ("[1]", "holds no JSON object"),
+        ('{"a": ' + "1" * 5000 + "}", "cannot be read as JSON (Exceeds the limit"),
+    ):
+        path.write_text(text)
+        refused(folder, f"{path} {said}")
+    path.write_bytes(b'{"a": "\xff"}')
+    refused(folder, f"{path} cannot be read as JSON ('utf-8' codec")
+
+
+def test_a_file_without_end_and_a_pipe_are_not_read(folder):
+    config = folder / "unet" / "config.json"
+    with config.open("r+b") as opened:
+        opened.truncate(read.MAX_BYTES + 1)
+    refused(folder, f"{config} has {read.MAX_BYTES + 1} bytes; valid: at most")
+    config.unlink()
+    os.mkfifo(config)
+    refused(folder, f"{config} is not a file")
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ({}, "has no weight_map"),
+        ({"weight_map": {}}, "weight_map={}; valid: "),
+        ({"weight_map": ["a"]}, "weight_map=['a']; valid: a valid dictionary"),
+        ({"weight_map": {"a": "../../other.safetensors"}}, "weight_map.a='../../other.safetensors'; valid: "),
+        ({"weight_map": {"a": "weights.png"}}, "weight_map.a='weights.png'; valid: "),
+        ({"weight_map": {"a": "gone.safetensors"}}, "names gone.safetensors, which are not there"),
+    ],
+)
+def test_an_index_of_shards_names_files_beside_it(folder, index, said):
+    (folder / "unet" / FILE).unlink()
+    path = folder / "unet" / f"{FILE}.index.json"
+    path.write_text(json.dumps(index))
+    refused(folder, f"{path}", said)
+
+
+# --- a field that is not finite ---
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "t"),
+    [(DDIMScheduler(), "0"), (EDMEulerScheduler(), "0.001996"), (FlowMatchEulerDiscreteScheduler(), "0")],
+)
+def test_a_network_that_takes_the_logarithm_of_its_time_is_refused(tmp_path, scheduler, t):
+    network = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        layers_per_block=1,
+        norm_num_groups=4,
+        time_embedding_type="fourier",
+    )
+    refused(
+        write(tmp_path, network, scheduler),
+        f"the velocity of UNet2DModel from {tmp_path.name} at t={t} is not finite (its time_embedding_type is fourier)",
+        "give a network that can be called at all times from",
+    )
+
+
+def test_loading_draws_no_random_numbers(folder):
+    state = torch.get_rng_state()
+    load(folder)
+    assert torch.equal(torch.get_rng_state(), state)
