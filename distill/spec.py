@@ -11,10 +11,12 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Pixels = Annotated[int, Field(ge=1, le=16384)]  # of a side
+Level = Annotated[int, Field(ge=0, le=255)]  # of a colour
 FINE, SAMPLES, SEED = 100, 100, 0  # what optimal times are found by, where nothing else is asked for
 
 
@@ -93,25 +95,38 @@ class MnistData(Frozen):
     kind: Literal["mnist"]
 
 
+def _one_number(size: int | tuple[int, int]) -> int | tuple[int, int]:
+    """[N, N] and N are the same size, so they are the same spec."""
+    return size[0] if isinstance(size, tuple) and size[0] == size[1] else size
+
+
 class ImageOptions(Frozen):
     """How images become tensors in [-1, 1]."""
 
     path: str
     """folder, file or hub id of the images"""
-    size: PositiveInt
-    """side in pixels: the shorter side is resized to it, then cropped"""
+    size: Annotated[Pixels | tuple[Pixels, Pixels], AfterValidator(_one_number)]
+    """N or [height, width] in pixels: images are resized so that they just cover it, then cropped"""
     channels: Literal[1, 3] = 3
     """1: grey, 3: RGB; images are converted"""
     crop: Literal["center", "random"] = "center"
-    """where the square is cut; random: keyed by (seed, epoch, index), the same on any number of processes"""
+    """where it is cut; random: keyed by (seed, epoch, index), the same on any number of processes"""
     flip: bool = False
     """flip left-right at random, half of the time"""
     max_unreadable: int = Field(0, ge=0)
     """images that cannot be decoded are named and skipped up to this number, then the run stops"""
+    background: Literal["white", "black"] | tuple[Level, Level, Level] | None = None
+    """colour behind transparent images: white, black or [red, green, blue]; null: they are refused"""
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """Of a sample, in pixels."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
 
 
 class ImagesData(ImageOptions):
-    """A folder of images; sub-folders, if any, are the classes in alphabetical order."""
+    """A folder of images. Classes are the labels of its dataset.json (EDM's format), else its sub-folders in
+    alphabetical order, if any."""
 
     kind: Literal["images"]
 

@@ -35,6 +35,7 @@ ANYWHERE = {
     "pairspec",
     "evalspec",
     "nfe",
+    "imagefolder",
 }  # no torch in them, usable by both planes
 CONTROL = ANYWHERE | {
     "overrides",

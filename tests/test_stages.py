@@ -13,9 +13,9 @@ from runs import folder_bytes
 from safetensors.torch import load_file
 
 from distill import card as cards
+from distill import data as datasets
 from distill import pairs, results, stages, workflow
 from distill.card import StudentCard
-from distill.data import folders
 from distill.export import export
 from distill.guard import InputError, RunError, Stopped
 from distill.spec import CheckpointTeacher, MlpSpec, RunSpec, UNetSpec
@@ -415,14 +415,14 @@ def pictures(folder, count=6):
 
 
 def test_images_are_decoded_once_a_run_and_kept_by_no_check(tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "_LOADED", {})
+    monkeypatch.setattr(datasets, "_LOADED", {})
     evaluate = {"kind": "evaluate", "teacher": "a", "students": {"b": [1]}, "samples": 16, "teacher_steps": [1]}
     given = spec(None, pictures(tmp_path / "images"), a=TEACH, b=TEACH, evaluate={**evaluate, "fine_steps": 1})
     stages.check(given, tmp_path)
-    assert not folders._LOADED
+    assert not datasets._LOADED
     monkeypatch.setattr("distill.metrics.features.TRAIN_IMAGES", 256)
     go(tmp_path, given)
-    assert len(folders._LOADED) == 1
+    assert len(datasets._LOADED) == 1
 
 
 def test_a_resume_refuses_changed_data(tmp_path):
