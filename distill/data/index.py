@@ -28,14 +28,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.numpy import load_file, save
 
 from distill.data.decoding import UNREADABLE, decode, header, is_transparent
-from distill.data.rows import Encoded, FileRows, Rows
+from distill.data.rows import FileRows, Rows
 from distill.guard import InputError
 from distill.imagefolder import MAX_CLASSES
 from distill.spec import HfData, ImagesData
 from distill.store import write_atomic
 
 THREADS = 16  # that read files: a file system of a network answers many at once
-CHUNK = 4096  # rows read before their facts are put into arrays
+TASK = 32  # files that a thread reads in a row
+CHUNK = THREADS * TASK * 8  # rows that are under way together
 SETTLED = (
     2 * 10**9
 )  # nanoseconds: a file changed less than this before it was indexed may change at the same time again
@@ -243,14 +244,18 @@ class _Facts:
 
 def _read_all(rows: Rows, wanted: Sequence[int], flatten: bool) -> Iterator[tuple[int, _Facts]]:
     """The facts of these rows. Files are read by several threads."""
-    facts = partial(_facts, rows, flatten)
     if not isinstance(rows, FileRows):
-        yield from ((row, facts(row)) for row in wanted)
+        yield from ((row, _facts(rows, flatten, row)) for row in wanted)
         return
     with ThreadPoolExecutor(THREADS) as pool:
         for start in range(0, len(wanted), CHUNK):
-            part = wanted[start : start + CHUNK]
-            yield from zip(part, pool.map(facts, part), strict=True)
+            tasks = [wanted[i : i + TASK] for i in range(start, min(start + CHUNK, len(wanted)), TASK)]
+            for task, facts in zip(tasks, pool.map(partial(_task, rows, flatten), tasks), strict=True):
+                yield from zip(task, facts, strict=True)
+
+
+def _task(rows: Rows, flatten: bool, part: Sequence[int]) -> list[_Facts]:
+    return [_facts(rows, flatten, row) for row in part]
 
 
 def _facts(rows: Rows, flatten: bool, row: int) -> _Facts:
@@ -262,19 +267,19 @@ def _facts(rows: Rows, flatten: bool, row: int) -> _Facts:
         return _Facts(known.get(error.errno or 0, State.UNREAD))
     if found is None:
         return _Facts(State.EMPTY)
-    facts = _of_bytes(found, rows.name(row), flatten)
+    facts = _of_bytes(found.content, flatten)
     file = _times(found.file) if found.file is not None else (0, 0, 0)
     return replace(facts, file=file, sha256=hashlib.sha256(found.content).digest())
 
 
-def _of_bytes(found: Encoded, name: str, flatten: bool) -> _Facts:
+def _of_bytes(content: bytes, flatten: bool) -> _Facts:
     try:
-        head = header(found.content)
+        head = header(content)
         facts = _Facts(State.FINE, (head.height, head.width), head.alpha)
-        if head.alpha and not flatten and is_transparent(found.content):
+        if head.alpha and not flatten and is_transparent(content):
             return replace(facts, state=State.TRANSPARENT)
         if head.decoded:
-            decode(found.content, name, (1, 1), 3, (0, 0, 0))
+            decode(content, "", (1, 1), 3, (0, 0, 0))
     except InputError:
         return replace(facts, state=State.OUT_OF_RANGE)
     except UNREADABLE:

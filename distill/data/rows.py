@@ -52,13 +52,13 @@ class FileRows:
 
     def read(self, row: int) -> Encoded:
         """The whole file."""
-        return read_file(self.root / self.names(row))
+        return read_file(f"{self.root}/{self.names(row)}")
 
 
-def read_file(path: Path) -> Encoded:
+def read_file(path: str) -> Encoded:
     """A regular file; OSError if it is none or cannot be read. Does not wait at a FIFO that nobody writes to."""
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "no regular file", str(path))
-        return Encoded(file.read(), found)
+            raise OSError(errno.EINVAL, "no regular file", path)
+        return Encoded(file.readall(), found)

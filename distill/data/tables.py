@@ -45,7 +45,7 @@ class TableRows:
         image = self.table[row]["image"]
         if image is None or image["bytes"] is image["path"] is None:
             return None
-        return Encoded(image["bytes"]) if image["bytes"] is not None else read_file(Path(image["path"]))
+        return Encoded(image["bytes"]) if image["bytes"] is not None else read_file(image["path"])
 
 
 def rows(spec: HfData) -> TableRows:

@@ -1,9 +1,9 @@
 """Measurements, as ratios within one run: python -m tests.benchmarks [step pairs start workers million reading recipes
-quickstart digits zero checkpoint pull].
+quickstart digits zero checkpoint pull images].
 
 Nothing is asserted: machines are noisy. Contenders take turns, medians are compared. `quickstart` (5 minutes on 2
 cores), `digits` (the bar, mean of three seeds, 20 minutes), `zero` (15 minutes), `checkpoint` and
-`pull` (4 GB of disk), `workers`, `million`, `reading` (3 minutes) and `recipes` run only when named.
+`pull` (4 GB of disk), `workers`, `million`, `reading` (3 minutes), `recipes` and `images` run only when named.
 """
 
 import statistics
@@ -29,6 +29,7 @@ from distill.stop import StopRequest
 from distill.store import RunPaths, StagePaths
 from distill.students.init import StudentInit
 from distill.students.velocity import VelocityStudent
+from tests.benchmarks.images import bench_images
 from tests.benchmarks.pairs import bench_million, bench_pairs, bench_reading, bench_workers
 from tests.benchmarks.ranks import bench_checkpoint, bench_zero
 from tests.benchmarks.recipes import bench_recipes
@@ -156,6 +157,7 @@ BENCHES: dict[str, Callable[[], str]] = {
     "zero": bench_zero,
     "checkpoint": bench_checkpoint,
     "pull": bench_pull,
+    "images": bench_images,
 }
 
 if __name__ == "__main__":
