@@ -1,8 +1,10 @@
 """The `data` of a run spec: real data, and how images become samples."""
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field, ValidationError, WrapValidator
+from pydantic_core import PydanticCustomError
 
 from distill.frozen import Frozen
 
@@ -28,9 +30,25 @@ class MnistData(Frozen):
     kind: Literal["mnist"]
 
 
-def _one_number(size: int | tuple[int, int]) -> int | tuple[int, int]:
+def _size(given: object, check: Callable[[object], int | tuple[int, int]]) -> int | tuple[int, int]:
     """[N, N] and N are the same size, so they are the same spec."""
+    try:
+        size = check(given)
+    except ValidationError as error:
+        raise _other_form("N or [height, width], whole numbers from 1 to 16384") from error
     return size[0] if isinstance(size, tuple) and size[0] == size[1] else size
+
+
+def _background(given: object, check: Callable[[object], object]) -> object:
+    try:
+        return check(given)
+    except ValidationError as error:
+        raise _other_form("white, black or [red, green, blue], whole numbers from 0 to 255") from error
+
+
+def _other_form(valid: str) -> PydanticCustomError:
+    """One mistake, where the members of a union would each name one."""
+    return PydanticCustomError("other_form", "must be {valid}", {"valid": valid})
 
 
 class ImageOptions(Frozen):
@@ -38,7 +56,7 @@ class ImageOptions(Frozen):
 
     path: str
     """folder, file or hub id of the images"""
-    size: Annotated[Pixels | tuple[Pixels, Pixels], AfterValidator(_one_number)]
+    size: Annotated[Pixels | tuple[Pixels, Pixels], WrapValidator(_size)]
     """N or [height, width] in pixels: images are resized so that they just cover it, then cropped"""
     channels: Literal[1, 3] = 3
     """1: grey, 3: RGB; images are converted"""
@@ -48,7 +66,9 @@ class ImageOptions(Frozen):
     """flip left-right at random, half of the time"""
     max_unreadable: int = Field(0, ge=0)
     """images that cannot be decoded are named and skipped up to this number, then the run stops"""
-    background: Literal["white", "black"] | tuple[Level, Level, Level] | None = None
+    background: Annotated[Literal["white", "black"] | tuple[Level, Level, Level] | None, WrapValidator(_background)] = (
+        None
+    )
     """colour behind transparent images: white, black or [red, green, blue]; null: they are refused"""
 
     @property
