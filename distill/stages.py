@@ -143,9 +143,7 @@ def check(spec: RunSpec, base: Path, store: Path | None = None) -> None:
     Builds the networks of every train stage that starts from nothing but them. base: where own recipes lie. store:
     where the images may be indexed already.
     """
-    data = datasets.load(
-        spec.data, spec.seed, store, keep=False
-    )  # whoever checks may wait for the run and need no images
+    data = datasets.load(spec.data, spec.seed, store, keep=False)  # who checks may wait for the run, without images
     teacher = None if spec.teacher is None else teachers.load(spec.teacher, torch.device("cpu"))
     for stage in spec.stages.values():
         if isinstance(stage, PairsStage | EvaluateStage) and stage.teacher is None and teacher is not None:

@@ -75,7 +75,7 @@ def _found(spec: ImagesData | HfData) -> Found:
         return tables.found(spec)
     folder = imagefolder.read(spec.path)
     rows = FileRows(folder.root, len(folder.names), folder.names.__getitem__)
-    return Found(rows, folder.stats, folder.labels, folder.num_classes)
+    return Found(rows, folder.names, folder.stats, folder.labels, folder.num_classes)
 
 
 def _rows(spec: ImagesData | HfData, known: Index) -> Rows:

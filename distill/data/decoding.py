@@ -76,11 +76,12 @@ def decode(
             raise InputError(f"{name} is transparent in places; give data.background, or flatten it")
         image = image.convert("RGB")
     if image.mode[0] in "IF":  # 16-bit integers or floating point, one channel
-        values = np.asarray(image).astype(np.float32) / (1 if image.mode == "F" else 65535)
-        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+        scale = np.float32(1 if image.mode == "F" else 65535)
+        values: NDArray[np.float32] = np.asarray(image, dtype=np.float32) / scale
+        low, high = float(values.min()), float(values.max())  # NaN, if any value is
+        if not (low >= 0 and high <= 1):
             raise InputError(
-                f"{name} has values from {values.min():g} to {values.max():g}; "
-                "floating-point images must be finite and lie in 0 to 1"
+                f"{name} has values from {low:g} to {high:g}; floating-point images must be finite and lie in 0 to 1"
             )
         image = Image.fromarray(values)
     else:

@@ -110,8 +110,10 @@ class Found:
     """What a look at a set tells without reading its images."""
 
     rows: Rows
+    files: Sequence[str]
+    """of each row; empty: the image has no file of its own"""
     stats: Sequence[os.stat_result | None]
-    """of the rows' files"""
+    """of these files; None: they may not be seen, or there is none"""
     labels: Sequence[int] | None
     num_classes: int | None
     stamp: str = ""
@@ -169,7 +171,7 @@ def make(found: Found, old: Index | None, *, flatten: bool) -> Index:
     """
     rows, n = found.rows, len(found.rows)
     head = _Head(num_classes=found.num_classes, stamp=found.stamp, written=time.time_ns())
-    names = [os.fsencode(rows.file(row)) for row in range(n)]
+    names = [os.fsencode(name) for name in found.files]
     index = Index(
         head,
         state=np.zeros(n, np.uint8),
@@ -213,7 +215,7 @@ def _compare(found: Found, old: Index | None) -> tuple[list[int], dict[int, int]
     where = {old.name(row): row for row in range(len(old))} if not found.stamp else {}
     new, known = [], {}
     for row in range(n):
-        name, state = found.rows.file(row), found.stats[row]
+        name, state = found.files[row], found.stats[row]
         before = row if found.stamp else where.get(name)
         if before is not None and (not name or (state is not None and _is_settled(old, before, state))):
             known[row] = before

@@ -26,7 +26,6 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
     def name(self, row: int) -> str: ...  # for messages
-    def file(self, row: int) -> str: ...  # as an index keeps it; empty: the image has no file of its own
     def read(self, row: int) -> Encoded | None: ...  # None: the row holds no image. OSError: it cannot be read
 
 
@@ -45,10 +44,6 @@ class FileRows:
     def name(self, row: int) -> str:
         """Path and row."""
         return f"{printable(str(self.root / self.names(row)))} (row {row})"
-
-    def file(self, row: int) -> str:
-        """Below root."""
-        return self.names(row)
 
     def read(self, row: int) -> Encoded:
         """The whole file."""

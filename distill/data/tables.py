@@ -17,6 +17,7 @@ from distill.guard import InputError, printable, suggest
 from distill.spec import HfData
 
 SHOWN = 5  # names in a message
+BATCH = 4096  # rows looked at together
 
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or every load, of local files too, would tell a host of it
 
@@ -35,11 +36,6 @@ class TableRows:
         image = self.table[row]["image"]
         return f"row {row}" if image is None or not image["path"] else f"{printable(image['path'])} (row {row})"
 
-    def file(self, row: int) -> str:
-        """The path of a row without bytes."""
-        image = self.table[row]["image"]
-        return image["path"] or "" if image is not None and image["bytes"] is None else ""
-
     def read(self, row: int) -> Encoded | None:
         """The bytes of the row, or of the file that it names."""
         image = self.table[row]["image"]
@@ -57,9 +53,10 @@ def found(spec: HfData) -> Found:
     """The same with their classes, and what tells the set from a changed one."""
     table = _opened(spec)
     labels, num_classes = _class_ids(table, spec.label_column) if spec.label_column else (None, None)
-    images = TableRows(_as_encoded(table, spec))
-    files = map(images.file, range(len(images)))
-    return Found(images, [_stat(name) if name else None for name in files], labels, num_classes, _stamp(table))
+    encoded = _as_encoded(table, spec)
+    files = _files(encoded)
+    stats = [_stat(name) if name else None for name in files]
+    return Found(TableRows(encoded), files, stats, labels, num_classes, _stamp(table))
 
 
 def _opened(spec: HfData) -> Dataset:
@@ -69,6 +66,16 @@ def _opened(spec: HfData) -> Dataset:
         if column is not None and column not in columns:
             raise InputError(f"data.{field}={column}: no such column; {suggest(column, columns)}")
     return table
+
+
+def _files(table: Dataset) -> list[str]:
+    """Of each row the path of the file that it names, empty where the row has the image itself, which is not read."""
+    found: list[str] = []
+    for batch in table.with_format("arrow").iter(batch_size=BATCH):
+        for part in batch.column("image").chunks:
+            absent, paths = part.field("bytes").is_null().to_pylist(), part.field("path").to_pylist()
+            found += [path or "" if alone else "" for alone, path in zip(absent, paths, strict=True)]
+    return found
 
 
 def _stamp(table: Dataset) -> str:
