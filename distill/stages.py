@@ -86,6 +86,8 @@ def run(
     part: (i, n), of a pairs stage, its shards i, i + n, ... alone; then it is not done yet, and no event is written.
     """
     device, saved = place(spec.launch), "nothing had begun"
+    if any(workflow.reads_images(paths, spec, name) for name in names):
+        world.alone("index of the data", partial(datasets.update_index, spec.data, paths.root.parent))
     for name in names:
         stop.share(*world.meet(f"before stage {name}", stop.signal is not None))
         stop.raise_if_requested(saved)
@@ -135,12 +137,13 @@ def place(launch: LaunchSpec) -> torch.device:
     return torch.device("cuda")
 
 
-def check(spec: RunSpec, base: Path) -> None:
+def check(spec: RunSpec, base: Path, store: Path | None = None) -> None:
     """Load the teacher and the data of a spec and refuse what does not fit, before anything is written.
 
-    Builds the networks of every train stage that starts from nothing but them. base: where own recipes lie.
+    Builds the networks of every train stage that starts from nothing but them. base: where own recipes lie. store:
+    where the images may be indexed already.
     """
-    data = datasets.load(spec.data, spec.seed, keep=False)  # whoever checks may wait for the run and need no images
+    data = datasets.load(spec.data, spec.seed, store, keep=False)  # who checks may wait for the run, without images
     teacher = None if spec.teacher is None else teachers.load(spec.teacher, torch.device("cpu"))
     for stage in spec.stages.values():
         if isinstance(stage, PairsStage | EvaluateStage) and stage.teacher is None and teacher is not None:
@@ -221,7 +224,9 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
     if teacher is not None:
         teacher = teacher_on_linear_path(teacher)
     origin = loaded.load(work.run.student(stage.init), device) if stage.init is not None else teacher
-    data = datasets.load(work.spec.data, work.spec.seed) if "data" in config.needs else None
+    data = None
+    if "data" in config.needs:
+        data = datasets.load(work.spec.data, work.spec.seed, work.run.root.parent, indexed=True)
     samples = teacher if "pairs" in config.needs or data is None else data
     assert samples is not None, "workflow.check lets no such stage through"
     init = StudentInit(origin, stage.network, samples.shape, samples.num_classes, work.seed, teacher, stage.dropout)
@@ -370,9 +375,8 @@ def _export(
 def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
     folder = work.run.stage(work.name).pairs
     with work.progress(pairs.size(stage, work.part), "pairs") as progress:
-        sources.Solving.of_run(work.run, work.spec, work.name, work.device).generate(
-            folder, progress, work.stop, work.part
-        )
+        solving = sources.Solving.of_run(work.run, work.spec, work.name, work.device, indexed=True)
+        solving.generate(folder, progress, work.stop, work.part)
     return {"count": stage.count, "pairs": str(folder)}
 
 

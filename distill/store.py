@@ -13,6 +13,7 @@ from typing import Any
 from distill.guard import InputError, RunError, suggest
 
 RESERVED = {
+    "indexes": "what is known of the images of data sets",
     "inputs": "what runs read from the hub",
     "registry": "the students that are published",
     "schedules": "step times that were found",

@@ -19,11 +19,11 @@ def network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, where
     if stage.dropout is not None:
         yield f"{where}: a fresh network has its own dropout, so that of the stage has no effect; remove it"
     vectors = stage.teacher is None and isinstance(spec.teacher, GaussianTeacher | MixtureTeacher)
-    side = {"digits": 8, "mnist": 28}.get(spec.data.kind)
+    sides = [side for kind, side in (("digits", 8), ("mnist", 28)) if kind == spec.data.kind]
     if isinstance(spec.data, ImagesData | HfData):
-        side = spec.data.size
+        sides = list(dict.fromkeys(spec.data.height_width))
     if isinstance(network, MlpSpec):
-        if side is not None:
+        if sides:
             yield f"{where}: an mlp makes vectors, data of kind {spec.data.kind} has images; use kind: unet"
         return
     if vectors:
@@ -33,12 +33,13 @@ def network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, where
     for channels in network.channels:
         if channels % network.norm_groups:
             yield f"{where}.channels: {channels} is not a multiple of norm_groups ({network.norm_groups})"
-    if side is not None and network.channels and side % 2 ** (len(network.channels) - 1):
-        halvings = len(network.channels) - 1
-        yield (
-            f"{where}.channels: {halvings + 1} resolutions halve the images {halvings} times, "
-            f"and their side of {side} cannot be; give fewer"
-        )
+    for side in sides:
+        if network.channels and side % 2 ** (len(network.channels) - 1):
+            halvings = len(network.channels) - 1
+            yield (
+                f"{where}.channels: {halvings + 1} resolutions halve the images {halvings} times, "
+                f"and their side of {side} cannot be; give fewer"
+            )
 
 
 def lengths(spec: RunSpec, stage: TrainStage, rows_together: int, where: str) -> Iterator[str]:

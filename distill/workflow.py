@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill import jobs, pairspec, registry, schema, specfile, trainspec
+from distill import imagefolder, jobs, pairspec, registry, schema, specfile, trainspec
 from distill.card import NO_FIELDS, SAMPLERS
 from distill.guard import InputError, suggest
 from distill.spec import (
@@ -259,11 +259,21 @@ def _guidance(spec: RunSpec, stage: Stage, guidance_scale: float, base: Path, wh
         )
 
 
+def reads_images(run: RunPaths, spec: RunSpec, name: str) -> bool:
+    """Whether the stage `name` is still to be computed, and from images that have an index."""
+    stage = spec.stages[name]
+    if not isinstance(spec.data, ImagesData | HfData) or run.stage(name).done.exists():
+        return False
+    if isinstance(stage, TrainStage):
+        return "data" in recipe_config(stage, run.root).needs
+    return isinstance(stage, EvaluateStage) or stage.paths in pairspec.OF_DATA
+
+
 def _has_classes(spec: RunSpec) -> bool:
     data = spec.data
     if isinstance(data, ImagesData):
         folder = Path(data.path)
-        return not folder.is_dir() or any(p.is_dir() and not p.name.startswith(".") for p in folder.iterdir())
+        return not folder.is_dir() or imagefolder.has_classes(folder)
     return data.label_column is not None if isinstance(data, HfData) else not isinstance(data, NoData)
 
 

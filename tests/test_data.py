@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from distill import data
-from distill.data import DataSource
+from distill.data import DataSource, index
 from distill.data.arrays import ArrayData, read_mnist
 from distill.data.images import ImageData
+from distill.data.tables import TableRows
 from distill.draws import Rows
 from distill.guard import InputError
 from distill.spec import DigitsData, HfData, ImagesData, MnistData, NoData
@@ -242,9 +243,17 @@ def test_folders_that_cannot_be_used(tmp_path):
 
 
 def test_transparency_and_values_out_of_range_are_refused_by_name(tmp_path):
-    picture(9, mode="RGBA").save(tmp_path / "glass.png")
-    refused_folder(tmp_path, "glass.png (row 0) is transparent in places; flatten the images onto a background first")
-    (tmp_path / "glass.png").unlink()
+    for i in range(7):
+        picture(9, mode="RGBA").save(tmp_path / f"glass{i}.png")
+    picture(9).save(tmp_path / "opaque.png")
+    refused_folder(
+        tmp_path,
+        "7 of 8 images are transparent in places: ",
+        "glass0.png (row 0), ",
+        "glass4.png (row 4), ...; give the colour behind them by data.background=white, black or [red, green, blue]",
+    )
+    for path in tmp_path.iterdir():
+        path.unlink()
     for values in (np.full((8, 8), 200, np.float32), np.full((8, 8), np.nan, np.float32)):
         Image.fromarray(values).save(tmp_path / "raw.tiff")
         refused_folder(tmp_path, "raw.tiff (row 0) has values from", "must be finite and lie in 0 to 1")
@@ -347,15 +356,18 @@ def test_columns_and_splits_that_do_not_fit(tmp_path):
 
 
 def test_a_set_without_rows_is_refused():
-    options = ImagesData(kind="images", path="x", size=8)
+    rows = TableRows(datasets.Dataset.from_dict({"image": []}))
+    known = index.make(index.Found(rows, [], [], None, None, "x"), None, flatten=False)
     with pytest.raises(InputError, match="data 'x' holds no rows"):
-        ImageData("x", datasets.Dataset.from_dict({"image": []}), None, None, options, 0)
+        ImageData("x", rows, known, ImagesData(kind="images", path="x", size=8), 0)
 
 
 def test_paths_that_are_no_data_set(tmp_path):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "readme.txt").write_text("nothing")
-    refused(hf(tmp_path / "text"), "neither parquet files nor a data set saved to disk, but readme.txt; use data.kind=")
+    refused(hf(tmp_path / "text"), "neither parquet files nor a data set saved to disk, but readme.txt; give a folder")
+    picture(1).save(tmp_path / "text" / "1.png")
+    refused(hf(tmp_path / "text"), "but 1.png, readme.txt; use data.kind=images for a folder of images")
     table().to_parquet(tmp_path / "whole.parquet")
     content = (tmp_path / "whole.parquet").read_bytes()
     (tmp_path / "half.parquet").write_bytes(content[: len(content) // 2])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from runs import distill, folder_bytes, start, wait_for
 from safetensors.torch import load_file
 
@@ -130,3 +131,17 @@ def test_plan_measures_memory_and_leaves_nothing(folder):
     for found in ranks:
         assert sum(found["predicted"].values()) == pytest.approx(sum(found["counted"].values()), rel=0.1)
     assert sorted(path.name for path in (folder / "runs").iterdir()) == before
+
+
+def test_ranks_read_the_index_that_was_made_with_the_run(folder):
+    for i in range(4):
+        (folder / "images").mkdir(exist_ok=True)
+        Image.effect_noise((8, 8), 50).save(folder / "images" / f"{i}.png")
+        os.utime(folder / "images" / f"{i}.png", (1e9, 1e9))
+    images = "data={kind: images, path: images, size: 8, channels: 1}"
+    done = distill("run", "small.yaml", images, "stages.teach.images=64", "--name", "images", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (index,) = (folder / "runs" / "indexes").iterdir()
+    events = [json.loads(line) for line in run_paths(folder, "images").events.read_text().splitlines()]
+    began = next(event["time"] for event in events if event["event"] == "stage started")
+    assert index.stat().st_mtime < began, "the ranks have made it again"

@@ -1,7 +1,9 @@
 """Stages of a run within this process: where it stops, what students say of themselves, what a resume refuses."""
 
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,10 @@ from runs import folder_bytes
 from safetensors.torch import load_file
 
 from distill import card as cards
-from distill import pairs, results, stages, workflow
+from distill import data as datasets
+from distill import pairs, results, specfile, stages, workflow
 from distill.card import StudentCard
-from distill.data import folders
+from distill.cli.start import begin
 from distill.export import export
 from distill.guard import InputError, RunError, Stopped
 from distill.spec import CheckpointTeacher, MlpSpec, RunSpec, UNetSpec
@@ -432,14 +435,65 @@ def pictures(folder, count=6):
 
 
 def test_images_are_decoded_once_a_run_and_kept_by_no_check(tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "_LOADED", {})
+    monkeypatch.setattr(datasets, "_LOADED", {})
     evaluate = {"kind": "evaluate", "teacher": "a", "students": {"b": [1]}, "samples": 16, "teacher_steps": [1]}
     given = spec(None, pictures(tmp_path / "images"), a=TEACH, b=TEACH, evaluate={**evaluate, "fine_steps": 1})
     stages.check(given, tmp_path)
-    assert not folders._LOADED
+    assert not datasets._LOADED
     monkeypatch.setattr("distill.metrics.features.TRAIN_IMAGES", 256)
     go(tmp_path, given)
-    assert len(folders._LOADED) == 1
+    assert len(datasets._LOADED) == 1
+    assert len(list((tmp_path / "indexes").iterdir())) == 1
+
+
+def test_images_are_indexed_when_a_run_is_made_and_not_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "_INDEXES", {})
+    given = spec(None, pictures(tmp_path / "images"), teach=TEACH)
+    for path in (tmp_path / "images").iterdir():
+        os.utime(path, (1e9, 1e9))
+    source = specfile.SpecSource(given, tmp_path, "spec.yaml")
+    with pytest.raises(InputError, match="none of the 6 images of more has an alpha channel"):
+        begin(tmp_path / "runs", replace(source, spec=spec(None, {**pictures(tmp_path / "more"), "background": "white"},
+                                                           teach=TEACH)))  # fmt: skip
+    assert not (tmp_path / "runs").exists()  # nothing is written for what is refused
+    run = begin(tmp_path / "runs", source)
+    monkeypatch.setattr(datasets, "_INDEXES", {})  # as in another process
+    (kept,) = (tmp_path / "runs" / "indexes").iterdir()
+    state = kept.stat()
+    stages.run(run, given, ["teach"], StopRequest())
+    assert run.stage("teach").done.exists()
+    assert kept.stat() == state
+
+
+def test_an_export_needs_no_images(tmp_path):
+    given = spec(None, pictures(tmp_path / "images"), teach=TEACH)
+    run = go(tmp_path, given)
+    shutil.rmtree(tmp_path / "images")
+    stages.export_checkpoint(run, given, "teach", "raw", tmp_path / "out")
+    assert students.load(tmp_path / "out", CPU).shape == (1, 8, 8)
+
+
+def test_a_teacher_that_is_not_square_is_given_data_of_its_shape(tmp_path, monkeypatch):
+    monkeypatch.setattr("distill.metrics.features.TRAIN_IMAGES", 256)
+    wide = {**pictures(tmp_path / "images"), "size": [4, 8]}
+    teacher = go(tmp_path, spec(None, wide, teach=TEACH)).student("teach")
+    straight = {**REFLOW, "network": None}
+    evaluate = {"kind": "evaluate", "students": {"straight": [1]}, "samples": 16, "teacher_steps": [1], "fine_steps": 1}
+    path = {"kind": "diffusers", "path": str(teacher)}
+    given = spec(
+        path, wide, pairs={**PAIRS, "paths": "forward", "solver": "euler"}, straight=straight, evaluate=evaluate
+    )
+    given = given.model_copy(update={"name": "wide"})
+    stages.check(given, tmp_path)
+    run = go(tmp_path, given)
+    assert students.load(run.student("straight"), CPU).shape == (1, 4, 8)
+    found = results.load(run.stage("evaluate"))
+    assert found.features.task == "rotations" and found.reference == 6
+    square = given.model_copy(update={"data": given.data.model_copy(update={"size": 8})})
+    with pytest.raises(
+        InputError, match=r"data 'images' has samples of shape \[1, 8, 8\], the .* makes \[1, 4, 8\]; use"
+    ):
+        stages.check(square, tmp_path)
 
 
 def test_a_resume_refuses_changed_data(tmp_path):

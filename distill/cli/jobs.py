@@ -183,7 +183,7 @@ def submit_new(
 
     start.refuse_taken(folder, source)
     queue.check(source.spec, site)
-    source = start.checked(source, here=False)
+    source = start.checked(source, here=False, store=folder)
     _say_memory(source)
     found = inputs.resolve(source.spec, folder)
     more = {f"code/{path}": content for path, content in snapshot.files().items()} if code == "run" else {}
@@ -291,7 +291,7 @@ def _dry_run(
         start.refuse_taken(folder, source)
         run = RunPaths(folder.absolute() / source.spec.name)
     queue.check_container(source.spec, site)
-    source = start.checked(source, here=False)
+    source = start.checked(source, here=False, store=folder)
     todo = workflow.pending(run, source.spec)
     where = _where(run, source.spec, site, code)
     for plan in queue.plans(run, source.spec, todo):

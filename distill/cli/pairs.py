@@ -225,7 +225,7 @@ def _run(
         source = start.find(given, changes, name)
         paths = RunPaths(store.absolute() / source.spec.name)
         if not make and not paths.root.exists():
-            return paths, start.checked(source).spec
+            return paths, start.checked(source, store=store).spec
         if not paths.root.exists():
             try:
                 return start.begin(store, source), source.spec

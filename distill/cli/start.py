@@ -41,10 +41,12 @@ def locate(given: str) -> tuple[Path, str]:
     return presets.find(given), f"preset '{given}'"
 
 
-def checked(source: "distill.specfile.SpecSource", *, here: bool = True) -> "distill.specfile.SpecSource":
+def checked(
+    source: "distill.specfile.SpecSource", *, here: bool = True, store: Path | None = None
+) -> "distill.specfile.SpecSource":
     """The spec, once everything is known to fit that can be known before it runs.
 
-    here: it is to run on this machine, whose devices must do.
+    here: it is to run on this machine, whose devices must do. store: where its images may be indexed already.
     """
     from distill import workflow
 
@@ -58,14 +60,14 @@ def checked(source: "distill.specfile.SpecSource", *, here: bool = True) -> "dis
 
     if here:
         stages.place(spec.launch)
-    stages.check(spec, source.base)
+    stages.check(spec, source.base, store)
     return replace(source, spec=spec)
 
 
 def begin(folder: Path, source: "distill.specfile.SpecSource") -> RunPaths:
     """A new run in the store, complete or not at all, that this machine can execute."""
     refuse_taken(folder, source)
-    return create(folder, checked(source))
+    return create(folder, checked(source, store=folder))
 
 
 def refuse_taken(folder: Path, source: "distill.specfile.SpecSource") -> None:
@@ -90,7 +92,12 @@ def create(
         **_own_recipes(source),
         **(more or {}),
     }
-    return create_run(folder, source.spec.name, files)
+    run = create_run(folder, source.spec.name, files)
+    if source.spec.data.kind in ("images", "hf"):
+        from distill import data  # torch comes with it
+
+        data.update_index(source.spec.data, run.root.parent)  # what the check has found, for the processes of the run
+    return run
 
 
 def _own_recipes(source: "distill.specfile.SpecSource") -> dict[str, str | bytes]:
@@ -162,7 +169,7 @@ def go_on(
     if any(isinstance(old.stages[name], TrainStage) for name in pending):
         versions.require_same_draws(read_json(paths.env).get("draws", 1), f"run '{paths.name}'")
     if pending:
-        source = checked(source, here=here)
+        source = checked(source, here=here, store=paths.root.parent)
     else:
         source = replace(source, spec=workflow.locate_options(source.spec, source.base))
     changed = [line for line in specfile.differences(old, source.spec) if not line.startswith(("launch.", "name:"))]

@@ -97,7 +97,7 @@ def plan(
 
     folder = store_path(store)
     source = start.find(spec, changes or [], None)
-    source = start.checked(source, here=source.spec.launch.nodes == 1 or measure)
+    source = start.checked(source, here=source.spec.launch.nodes == 1 or measure, store=folder)
     steps = planning.steps(source.spec, source.base)
     paths = RunPaths(folder.absolute() / source.spec.name)
     memory = _measured(source) if measure else {}

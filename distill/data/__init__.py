@@ -1,16 +1,29 @@
 """Real data: `load` a set, and read it as a stream of batches through `DataSource`."""
 
-from distill.data import arrays
+from pathlib import Path
+
+from distill import imagefolder
+from distill.data import arrays, index
+from distill.data.images import ImageData
+from distill.data.index import Found, Index
+from distill.data.rows import FileRows, Rows
 from distill.data.source import DataSet, DataSource
 from distill.spec import DataSpec, DigitsData, HfData, ImagesData, MnistData
 
-__all__ = ["DataSet", "DataSource", "load"]
+__all__ = ["DataSet", "DataSource", "load", "update_index"]
+
+_LOADED: dict[tuple[str, int, str, int], ImageData] = {}  # with their decoded images; stages of one process share them
+_INDEXES: dict[Path, Index] = {}  # by where a store keeps them
 
 
-def load(spec: DataSpec, seed: int, *, keep: bool = True) -> DataSet | None:
+def load(
+    spec: DataSpec, seed: int, store: Path | None = None, *, keep: bool = True, indexed: bool = False
+) -> DataSet | None:
     """The data set of a spec, None for kind none. `seed` keys random crops and flips.
 
-    keep: hold a decoded set for the life of the process, so that the next load of the same has it at once.
+    store: where an index of the images may be (see `index`); it is not written. keep: hold the decoded images for the
+    life of the process, so that the next load of the same set has them at once. indexed: `update_index` was called for
+    this run, by any process, so the index there is taken as it is.
     """
     match spec:
         case DigitsData():
@@ -18,9 +31,57 @@ def load(spec: DataSpec, seed: int, *, keep: bool = True) -> DataSet | None:
         case MnistData():
             return arrays.mnist()
         case ImagesData() | HfData():
-            from distill.data import folders  # here: the datasets library takes a second to import
-
-            if isinstance(spec, ImagesData):
-                return folders.images(spec, seed, keep)
-            return folders.hugging_face(spec, seed, keep)
+            return _images(spec, seed, store, keep, indexed)
     return None
+
+
+def update_index(spec: DataSpec, store: Path) -> None:
+    """Write the index of a set of images in the store, unless the one there is of the images as they are now."""
+    if isinstance(spec, ImagesData | HfData):
+        path = index.path(store, spec)
+        known = index.read(path)
+        _, now = _indexed(spec, known)
+        if known is None or now.head != known.head:
+            index.write(path, now)
+
+
+def _images(spec: ImagesData | HfData, seed: int, store: Path | None, keep: bool, indexed: bool) -> ImageData:
+    known = None if store is None else index.read(index.path(store, spec))
+    if indexed and known is not None:
+        rows = _rows(spec, known)
+    else:
+        rows, known = _indexed(spec, known)
+    name = Path(spec.path).stem if isinstance(spec, HfData) else Path(spec.path).name
+    loaded = ImageData(name, rows, known, spec, seed)
+    key = (spec.model_dump_json(), seed, loaded.digest, known.head.written)
+    if key not in _LOADED and keep:
+        _LOADED[key] = loaded
+    return _LOADED.get(key, loaded)
+
+
+def _indexed(spec: ImagesData | HfData, known: Index | None) -> tuple[Rows, Index]:
+    """The set as it is now, and its index."""
+    place = index.path(Path(), spec)
+    found = _found(spec)
+    now = index.make(found, _INDEXES.get(place, known), flatten=spec.background is not None)
+    _INDEXES[place] = now
+    return found.rows, now
+
+
+def _found(spec: ImagesData | HfData) -> Found:
+    if isinstance(spec, HfData):
+        from distill.data import tables  # here: the datasets library takes a second to import
+
+        return tables.found(spec)
+    folder = imagefolder.read(spec.path)
+    rows = FileRows(folder.root, len(folder.names), folder.names.__getitem__)
+    return Found(rows, folder.names, folder.stats, folder.labels, folder.num_classes)
+
+
+def _rows(spec: ImagesData | HfData, known: Index) -> Rows:
+    """Of a set that is indexed: its folder is not looked through again."""
+    if isinstance(spec, HfData):
+        from distill.data import tables
+
+        return tables.rows(spec)
+    return FileRows(Path(spec.path), len(known), known.name)

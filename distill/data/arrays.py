@@ -30,6 +30,11 @@ class ArrayData:
             raise InputError(
                 f"data '{name}': values from {images.min():g} to {images.max():g}, valid: -1 to 1; rescale them"
             )
+        if labels is not None and (num_classes is None or labels.min() < 0 or labels.max() >= num_classes):
+            raise InputError(
+                f"data '{name}': class ids from {labels.min()} to {labels.max()}, valid: 0 to the number of classes "
+                f"({num_classes}) - 1; correct either"
+            )
         self.name, self.num_classes = name, num_classes
         self._images, self._labels = images, labels
         content = hashlib.sha256(images.numpy().tobytes())

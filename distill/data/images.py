@@ -1,149 +1,196 @@
-"""Encoded images (PNG, JPEG ...) as samples: checked once when loaded, decoded, cropped and flipped when asked for."""
+"""Encoded images (PNG, JPEG ...) as samples: known from their index, decoded, cropped and flipped when asked for."""
 
 import hashlib
-import io
-import struct
 import warnings
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-import datasets
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch import Tensor
 
+from distill.data.decoding import COLOURS, UNREADABLE, Colour, covering, decode
+from distill.data.index import CHUNK, REASONS, Index, State
+from distill.data.rows import Rows
 from distill.draws import uniforms
-from distill.guard import InputError
+from distill.guard import InputError, RunError
 from distill.spec import ImageOptions
 
-# What Pillow raises on a file that is damaged or no image at all.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 KEEP_BYTES = 2**30  # decoded images are kept in memory up to this much
+MAX_PIXELS = 2**26  # of an image that is resized to cover a sample
+SHOWN = 5  # names in a message
 
 
 class ImageData:
-    """Rows of a `datasets.Dataset` whose column "image" is {"bytes", "path"}, as samples of channels x size x size.
+    """Rows of encoded images as samples of channels x height x width.
 
-    Building it decodes every image once, so that what cannot be decoded is known, named and skipped before training:
-    more than options.max_unreadable of them are refused. Grey images in a colour set get equal channels, colour images
-    in a grey set their luminance; transparency is refused, since it would need a background.
+    Images that are known to be damaged are named and skipped; what is found only when an image is decoded is skipped
+    too, and the next one takes its place. More than options.max_unreadable together are refused. Grey images in a
+    colour set get equal channels, colour images in a grey set their luminance; transparent ones need a background.
     """
 
-    def __init__(
-        self,
-        name: str,
-        rows: datasets.Dataset,
-        labels: Sequence[int] | None,
-        num_classes: int | None,
-        options: ImageOptions,
-        seed: int,
-    ) -> None:
+    def __init__(self, name: str, rows: Rows, index: Index, options: ImageOptions, seed: int) -> None:
         if len(rows) == 0:
             raise InputError(f"data '{name}' holds no rows")
-        self.name, self.num_classes = name, num_classes
-        self.shape = (options.channels, options.size, options.size)
-        self._rows, self._options, self._seed = rows, options, seed
+        self.name, self.num_classes = name, index.head.num_classes
+        self.shape = (options.channels, *options.height_width)
+        self._rows, self._index, self._options, self._seed = rows, index, options, seed
+        self._background = COLOURS[options.background] if isinstance(options.background, str) else options.background
         self._kept: dict[int, NDArray[np.generic]] = {}
         self._kept_bytes = 0
-        self._readable: list[int] = []
-        self.unreadable: list[str] = []
-        content = hashlib.sha256(repr((options.size, options.channels, options.crop, options.flip)).encode())
-        for row in range(len(rows)):
-            try:
-                content.update(hashlib.sha256(self._encoded(row)).digest())
-                self._decoded(row)
-            except InputError:
-                raise
-            except UNREADABLE:
-                self.unreadable.append(self._name(row))
-                continue
-            self._readable.append(row)
-            content.update(str(None if labels is None else labels[row]).encode())
-        self._labels = None if labels is None else torch.tensor([labels[row] for row in self._readable])
-        self.digest = content.hexdigest()
-        self._report(len(rows))
+        self._refuse()
+        damaged = np.isin(index.state, [State.BROKEN, *_WITHOUT_BYTES])
+        self._readable: NDArray[np.int64] = np.flatnonzero(~damaged)
+        self._damaged = set(np.flatnonzero(damaged).tolist())
+        self.unreadable = [self._shown(row) for row in sorted(self._damaged)]
+        self._labels = None if self.num_classes is None else torch.from_numpy(index.labels)
+        self.digest = _digest(index, options, self._background)
+        if self.unreadable:
+            self._report()
 
     def __len__(self) -> int:
         return len(self._readable)
 
     def items(self, epoch: int, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Images [n, C, S, S] float32 in [-1, 1] and labels; crop and flip keyed by (seed, epoch, row)."""
-        images = torch.stack([self._sample(self._readable[i], epoch) for i in indices])
-        return images, None if self._labels is None else self._labels[list(indices)]
+        """Images [n, C, H, W] float32 in [-1, 1] and labels; crop and flip keyed by (seed, epoch, row)."""
+        found = [self._item(int(i), epoch) for i in indices]
+        images = torch.stack([sample for _, sample in found])
+        return images, None if self._labels is None else self._labels[[row for row, _ in found]]
+
+    def _item(self, i: int, epoch: int) -> tuple[int, Tensor]:
+        """The i-th readable image and its row: the same in every process, so also if it turns out to be damaged."""
+        for k in range(len(self)):
+            row = int(self._readable[(i + k) % len(self)])
+            if row in self._damaged:
+                continue
+            try:
+                return row, self._sample(row, epoch)
+            except (InputError, RunError):
+                raise
+            except UNREADABLE:
+                self._damaged.add(row)
+                self.unreadable.append(self._shown(row))
+                self._report()
+        raise AssertionError("_report refuses a set without readable images")
 
     def _sample(self, row: int, epoch: int) -> Tensor:
-        pixels = self._decoded(row)  # [C, H, W], min(H, W) = size
-        size = self._options.size
-        spare_y, spare_x = pixels.shape[1] - size, pixels.shape[2] - size
+        pixels = self._decoded(row)  # [C, H, W], which just covers a sample
+        height, width = self._options.height_width
+        spare_y, spare_x = pixels.shape[1] - height, pixels.shape[2] - width
         u = uniforms(3, self._seed, epoch, row)
         if self._options.crop == "random":
             y, x = int(u[0] * (spare_y + 1)), int(u[1] * (spare_x + 1))
         else:
             y, x = spare_y // 2, spare_x // 2
-        sample = torch.from_numpy(pixels[:, y : y + size, x : x + size].copy())
+        sample = torch.from_numpy(pixels[:, y : y + height, x : x + width].copy())
         sample = sample / 127.5 - 1 if sample.dtype == torch.uint8 else sample * 2 - 1
         return sample.flip(2) if self._options.flip and u[2] < 0.5 else sample
 
     def _decoded(self, row: int) -> NDArray[np.generic]:
         if row in self._kept:
             return self._kept[row]
-        pixels = decode(self._encoded(row), self._name(row), self._options.size, self._options.channels)
+        options = self._options
+        pixels = decode(
+            self._encoded(row), self._rows.name(row), options.height_width, options.channels, self._background
+        )
         if self._kept_bytes + pixels.nbytes <= KEEP_BYTES:
             self._kept[row] = pixels
             self._kept_bytes += pixels.nbytes
         return pixels
 
     def _encoded(self, row: int) -> bytes:
-        image = self._rows[row]["image"]
-        if image is None:
-            raise ValueError("no image in this row")
-        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        """What the index is of; RunError if the file has changed since."""
+        try:
+            found = self._rows.read(row)
+        except OSError as error:
+            raise RunError(
+                f"{self._rows.name(row)} cannot be read any more: {error.strerror}; put it back, then resume"
+            ) from error
+        assert found is not None, "rows without an image are not readable"
+        if found.file is not None and not self._index.is_same_content(row, found.file):
+            raise RunError(
+                f"{self._rows.name(row)} has changed since the data was indexed; put the old file back, then resume"
+            )
+        return found.content
 
-    def _name(self, row: int) -> str:
-        image = self._rows[row]["image"]
-        return f"row {row}" if image is None or image["path"] is None else f"{image['path']} (row {row})"
+    def _shown(self, row: int) -> str:
+        reason = REASONS.get(State(int(self._index.state[row])))
+        return self._rows.name(row) + (f": {reason}" if reason else "")
 
-    def _report(self, total: int) -> None:
+    # --- what is refused ---
+
+    def _refuse(self) -> None:
+        """InputError for images that would have to be changed first, all of them in one message."""
+        index, total = self._index, len(self._index)
+        out_of_range = np.flatnonzero(index.state == State.OUT_OF_RANGE)
+        if len(out_of_range):
+            self._decoded(int(out_of_range[0]))  # says which values it has
+        transparent = np.flatnonzero(index.state == State.TRANSPARENT)
+        if len(transparent) and self._background is None:
+            raise InputError(
+                f"{self.name}: {len(transparent)} of {total} images are transparent in places: "
+                f"{self._names(transparent)}; give the colour behind them by data.background=white, black or "
+                "[red, green, blue]"
+            )
+        if self._background is not None and not index.alpha.any():
+            raise InputError(
+                f"data.background={self._options.background} has no effect: none of the {total} images of "
+                f"{self.name} has an alpha channel; remove it"
+            )
+        long = np.flatnonzero(self._resized_pixels() > MAX_PIXELS)
+        if len(long):
+            height, width = index.sides[long[0]].tolist()
+            covers = covering(height, width, self._options.height_width)
+            raise InputError(
+                f"{self.name}: {len(long)} of {total} images are too long: {self._names(long)}; the first, of {width} "
+                f"x {height} pixels, would be resized to {covers[1]} x {covers[0]}, valid: at most {MAX_PIXELS:,} "
+                "pixels; crop or remove them"
+            )
+
+    def _resized_pixels(self) -> NDArray[np.float64]:
+        """Of each image, either way up: its header may say that it has to be turned."""
+        sides = self._index.sides.clip(1).astype(np.float64)
+        scales = [np.max(self._options.height_width / each, axis=1) for each in (sides, sides[:, ::-1])]
+        return np.maximum(*scales) ** 2 * sides.prod(axis=1)
+
+    def _names(self, rows: NDArray[np.int64]) -> str:
+        return ", ".join(map(self._rows.name, rows[:SHOWN].tolist())) + (", ..." if len(rows) > SHOWN else "")
+
+    def _report(self) -> None:
+        """Name the images that cannot be decoded, as far as they are known."""
         found, limit = len(self.unreadable), self._options.max_unreadable
-        if not found:
-            return
-        names = ", ".join(self.unreadable[:5]) + (", ..." if found > 5 else "")
-        count = f"{self.name}: {found} of {total} images cannot be decoded"
-        if found > limit or not self._readable:
+        names = ", ".join(self.unreadable[:SHOWN]) + (", ..." if found > SHOWN else "")
+        count = f"{self.name}: {found} of {len(self._index)} images cannot be decoded"
+        if found > limit or found == len(self._index):
             raise InputError(
                 f"{count}, data.max_unreadable is {limit}: {names}; repair or remove them, or raise the limit"
             )
         warnings.warn(f"{count} and are skipped: {names}", stacklevel=2)
 
 
-def decode(encoded: bytes, name: str, size: int, channels: int) -> NDArray[np.generic]:
-    """[C, H, W] with the shorter side resized (antialiased) to `size`: uint8, or float32 in [0, 1] for deep images."""
-    with Image.open(io.BytesIO(encoded)) as opened:
-        image = ImageOps.exif_transpose(opened)
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
-            raise InputError(f"{name} is transparent in places; flatten the images onto a background first")
-        image = image.convert("RGB")
-    if image.mode[0] in "IF":  # 16-bit integers or floating point, one channel
-        values = np.asarray(image).astype(np.float32) / (1 if image.mode == "F" else 65535)
-        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-            raise InputError(
-                f"{name} has values from {values.min():g} to {values.max():g}; "
-                "floating-point images must be finite and lie in 0 to 1"
-            )
-        image = Image.fromarray(values)
-    else:
-        image = image.convert("L" if channels == 1 else "RGB")
-    scale = size / min(image.size)
-    target = (max(size, round(image.width * scale)), max(size, round(image.height * scale)))
-    if target != image.size:
-        image = image.resize(target, Image.Resampling.LANCZOS)
-    pixels = np.asarray(image)
-    if pixels.dtype == np.float32:
-        pixels = pixels.clip(0, 1)  # Lanczos overshoots at edges; Pillow clips 8-bit images itself
-    if pixels.ndim == 2:
-        return np.repeat(pixels[None], channels, axis=0)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+_WITHOUT_BYTES = [state for state in State if state >= State.EMPTY]
+
+
+def _digest(index: Index, options: ImageOptions, background: Colour | None) -> str:
+    """sha256 over the stored bytes of the images, their labels and the options that change samples."""
+    content = hashlib.sha256(repr((options.size, options.channels, options.crop, options.flip)).encode())
+    if background is not None:
+        content.update(repr(background).encode())
+    for part in _digest_parts(index):
+        content.update(part)
+    return content.hexdigest()
+
+
+def _digest_parts(index: Index) -> Iterator[bytes]:
+    """Of each image the checksum of its bytes, if it has any, and its label, unless it is damaged."""
+    checksums = index.sha256.tobytes()
+    for start in range(0, len(index), CHUNK):
+        parts = []
+        states = index.state[start : start + CHUNK].tolist()
+        labels = index.labels[start : start + CHUNK].tolist() or [None] * len(states)
+        for row, (state, label) in enumerate(zip(states, labels, strict=True), start):
+            if state < State.EMPTY:
+                parts.append(checksums[32 * row : 32 * row + 32])
+            if state < State.EMPTY and state != State.BROKEN:
+                parts.append(str(label).encode())
+        yield b"".join(parts)

@@ -1,9 +1,9 @@
 """Features of images: a small classifier trained on the run's own data, which names the distance "FD-<data>".
 
 Data of several classes: which class. Other data: which of four rotations was applied (Gidaris et al. 2018, arXiv
-1803.07728). Training is on the CPU, keyed by the data alone, and cached: every run on the same data measures with the
-same network. It takes seconds, needs no download, and sees what matters in these data; its values can be compared only
-with values of the same name.
+1803.07728), or which of two where images are not square. Training is on the CPU, keyed by the data alone, and cached:
+every run on the same data measures with the same network. It takes seconds, needs no download, and sees what matters in
+these data; its values can be compared only with values of the same name.
 """
 
 import hashlib
@@ -33,16 +33,17 @@ LEARNING_RATE = 8e-3
 
 
 class Classifier(nn.Module):
-    """Convolutions down to 4x4, a layer of DIM features, one linear layer of logits."""
+    """Convolutions until the longer side is 4, a layer of DIM features, one linear layer of logits."""
 
-    def __init__(self, channels: int, side: int, classes: int) -> None:
+    def __init__(self, channels: int, sides: tuple[int, int], classes: int) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Conv2d(channels, 32, 3, stride=2 if side > 16 else 1, padding=1), nn.SiLU()]
-        side, width = -(-side // 2) if side > 16 else side, 32
-        while side > 4:
+        stride = 2 if max(sides) > 16 else 1
+        layers: list[nn.Module] = [nn.Conv2d(channels, 32, 3, stride=stride, padding=1), nn.SiLU()]
+        width, (height, length) = 32, (-(-side // stride) for side in sides)
+        while max(height, length) > 4:
             layers += [nn.Conv2d(width, 64, 3, stride=2, padding=1), nn.SiLU()]
-            side, width = -(-side // 2), 64
-        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * side * side, DIM), nn.SiLU())
+            width, height, length = 64, -(-height // 2), -(-length // 2)
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * height * length, DIM), nn.SiLU())
         self.head = nn.Linear(DIM, classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -71,10 +72,10 @@ def prepare(data: DataSet, folder: Path) -> Features:
     digest = hashlib.sha256(f"{VERSION}/{data.digest}".encode()).hexdigest()[:16]
     path = folder / f"features-{digest}.safetensors"
     classes = _classes(data)
-    channels, side, _ = data.shape
+    channels, *sides = data.shape
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(key("features", digest))
-        network = Classifier(channels, side, classes or 4)
+        network = Classifier(channels, (sides[0], sides[1]), classes or len(_turns(data)))
     if path.exists():
         tensors = load_file(path)
         with safetensors.safe_open(path, framework="pt") as file:
@@ -146,5 +147,12 @@ def _with_task(data: DataSet, epoch: int, indices: list[int]) -> tuple[Tensor, T
     images, labels = data.items(epoch, indices)
     if labels is not None and _classes(data):
         return images, labels
-    turns = torch.arange(len(images)) % 4
-    return torch.stack([image.rot90(int(k), (1, 2)) for image, k in zip(images, turns, strict=True)]), turns
+    turns = _turns(data)
+    which = torch.arange(len(images)) % len(turns)
+    turned = [image.rot90(turns[int(k)], (1, 2)) for image, k in zip(images, which, strict=True)]
+    return torch.stack(turned), which
+
+
+def _turns(data: DataSet) -> tuple[int, ...]:
+    """Quarter turns to tell apart: those that keep the shape."""
+    return (0, 1, 2, 3) if data.shape[1] == data.shape[2] else (0, 2)

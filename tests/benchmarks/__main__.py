@@ -1,8 +1,8 @@
 """Measurements, as ratios within one run: python -m tests.benchmarks [NAME ...]; the names stand in BENCHES below.
 
-Nothing is asserted: machines are noisy. Contenders take turns, medians are compared. `quickstart` (5 minutes on 2
-cores), `digits` (the bar, mean of three seeds, 20 minutes), `zero` (15 minutes), `checkpoint` and `pull` (4 GB of
-disk), `workers`, `million`, `reading` (3 minutes), `shards` (2 minutes) and `recipes` run only when named.
+Nothing is asserted: machines are noisy. Contenders take turns, medians are compared. Without names, the quick ones run.
+`quickstart` takes 5 minutes on 2 cores, `digits` (the bar, mean of three seeds) 20, `zero` 15, `reading` 3, `shards` 2;
+`checkpoint` and `pull` need 4 GB of disk.
 """
 
 import statistics
@@ -29,6 +29,7 @@ from distill.store import RunPaths, StagePaths
 from distill.students.init import StudentInit
 from distill.students.velocity import VelocityStudent
 from tests.benchmarks.draws import bench_draws
+from tests.benchmarks.images import bench_images
 from tests.benchmarks.pairs import bench_million, bench_pairs, bench_reading, bench_shards, bench_workers
 from tests.benchmarks.ranks import bench_checkpoint, bench_zero
 from tests.benchmarks.recipes import bench_recipes
@@ -160,6 +161,7 @@ BENCHES: dict[str, Callable[[], str]] = {
     "zero": bench_zero,
     "checkpoint": bench_checkpoint,
     "pull": bench_pull,
+    "images": bench_images,
 }
 
 if __name__ == "__main__":

@@ -1,84 +1,103 @@
-"""Where images come from: a folder of files, or a data set of the `datasets` library."""
+"""Data sets of the `datasets` library: by hub id, parquet, or saved to disk."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 import datasets
 from datasets import Dataset, DatasetDict
-from PIL import Image
 
-from distill import hub
-from distill.data.images import ImageData
-from distill.guard import InputError, suggest
-from distill.spec import HfData, ImagesData
+from distill import hub, imagefolder
+from distill.data.index import Found
+from distill.data.rows import Encoded, read_file
+from distill.guard import InputError, printable, suggest
+from distill.spec import HfData
+
+SHOWN = 5  # names in a message
+BATCH = 4096  # rows looked at together
 
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or every load, of local files too, would tell a host of it
 
-_LOADED: dict[tuple[str, int, str], ImageData] = {}  # checking a large set takes long; stages of one process share it
+
+@dataclass(frozen=True)
+class TableRows:
+    """The column "image" of a table, with {"bytes", "path"} in each row."""
+
+    table: Dataset
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def name(self, row: int) -> str:
+        """The row, and the path if there is one."""
+        image = self.table[row]["image"]
+        return f"row {row}" if image is None or not image["path"] else f"{printable(image['path'])} (row {row})"
+
+    def read(self, row: int) -> Encoded | None:
+        """The bytes of the row, or of the file that it names."""
+        image = self.table[row]["image"]
+        if image is None or image["bytes"] is image["path"] is None:
+            return None
+        return Encoded(image["bytes"]) if image["bytes"] is not None else read_file(image["path"])
 
 
-def images(spec: ImagesData, seed: int, keep: bool) -> ImageData:
-    """A folder of images in alphabetical order; its sub-folders, if any, are the classes."""
-    root = Path(spec.path)
-    if not root.is_dir():
-        raise InputError(f"data.path={spec.path} is not a folder; give a folder of images, or of one folder per class")
-    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    files = [
-        path
-        for path in sorted(root.rglob("*"))
-        if path.suffix.lower() in known and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    ]
-    if not files:
-        raise InputError(f"data.path={spec.path} holds no images; valid are files like .png, .jpg, .webp, .bmp, .tiff")
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    labels = None
-    if classes:
-        names = [path.relative_to(root).parts[0] for path in files]
-        loose = [path.name for path in files if path.parent == root]
-        if loose:
-            raise InputError(
-                f"data.path={spec.path} holds images ({', '.join(loose[:3])}) beside folders "
-                f"({', '.join(classes[:3])}); sub-folders are classes, so move the images into one"
-            )
-        empty = sorted(set(classes) - set(names))
-        if empty:
-            raise InputError(f"data.path={spec.path}: the class folders {', '.join(empty[:5])} hold no images")
-        ids = {name: i for i, name in enumerate(classes)}
-        labels = [ids[name] for name in names]
-    stamp = repr([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files])
-    key = (spec.model_dump_json(), seed, stamp)
-    if key in _LOADED:
-        return _LOADED[key]
-    rows = Dataset.from_dict({"image": [{"bytes": None, "path": str(path)} for path in files]})
-    return _kept(key, ImageData(root.name, rows, labels, len(classes) or None, spec, seed), keep)
+def rows(spec: HfData) -> TableRows:
+    """The images of a data set of the `datasets` library: a hub id, parquet, or a folder of save_to_disk."""
+    return TableRows(_as_encoded(_opened(spec), spec))
 
 
-def hugging_face(spec: HfData, seed: int, keep: bool) -> ImageData:
-    """A data set of the `datasets` library: a hub id, parquet, or a folder of save_to_disk."""
-    rows = open_rows(spec)
-    columns = rows.column_names
+def found(spec: HfData) -> Found:
+    """The same with their classes, and what tells the set from a changed one."""
+    table = _opened(spec)
+    labels, num_classes = _class_ids(table, spec.label_column) if spec.label_column else (None, None)
+    encoded = _as_encoded(table, spec)
+    files = _files(encoded)
+    stats = [_stat(name) if name else None for name in files]
+    return Found(TableRows(encoded), files, stats, labels, num_classes, _stamp(table))
+
+
+def _opened(spec: HfData) -> Dataset:
+    table = open_rows(spec)
+    columns = table.column_names
     for field, column in (("image_column", spec.image_column), ("label_column", spec.label_column)):
         if column is not None and column not in columns:
             raise InputError(f"data.{field}={column}: no such column; {suggest(column, columns)}")
-    key = (spec.model_dump_json(), seed, rows._fingerprint)
-    if key in _LOADED:
-        return _LOADED[key]
-    labels, num_classes = _class_ids(rows, spec.label_column) if spec.label_column else (None, None)
-    encoded = _as_encoded(rows, spec)
-    return _kept(key, ImageData(Path(spec.path).stem, encoded, labels, num_classes, spec, seed), keep)
+    return table
 
 
-def _kept(key: tuple[str, int, str], loaded: ImageData, keep: bool) -> ImageData:
-    if keep:
-        _LOADED[key] = loaded
-    return loaded
+def _files(table: Dataset) -> list[str]:
+    """Of each row the path of the file that it names, empty where the row has the image itself, which is not read."""
+    found: list[str] = []
+    for batch in table.with_format("arrow").iter(batch_size=BATCH):
+        for part in batch.column("image").chunks:
+            absent, paths = part.field("bytes").is_null().to_pylist(), part.field("path").to_pylist()
+            found += [path or "" if alone else "" for alone, path in zip(absent, paths, strict=True)]
+    return found
+
+
+def _stamp(table: Dataset) -> str:
+    """The library's fingerprint, and the state of the files that hold the rows: they may have been replaced."""
+    states = [
+        (each.st_size, each.st_mtime_ns) for each in (Path(file["filename"]).stat() for file in table.cache_files)
+    ]
+    return f"{table._fingerprint} {states}"
+
+
+def _stat(path: str) -> os.stat_result | None:
+    try:
+        return Path(path).stat()
+    except OSError:
+        return None
 
 
 def open_rows(spec: HfData) -> Dataset:
     """The rows of a split, as they lie there."""
     path = Path(spec.path)
+    if path.exists():
+        imagefolder.refuse_container(spec.path)
     if spec.revision is not None and path.exists():
         raise InputError(
             f"data.revision={spec.revision} has no effect: {spec.path} lies here and is not a hub id; remove it"
@@ -90,13 +109,22 @@ def open_rows(spec: HfData) -> Dataset:
             return _split_of(datasets.load_from_disk(str(path)), spec)
         if path.is_dir():
             if not any(path.rglob("*.parquet")):
-                found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
-                raise InputError(
-                    f"data.path={spec.path} holds neither parquet files nor a data set saved to disk, but {found}; "
-                    "use data.kind=images for a folder of images"
-                )
+                _refuse_folder(spec.path)
             return datasets.load_dataset("parquet", data_dir=str(path), split=spec.split)
         return _of_the_hub(spec)
+
+
+def _refuse_folder(path: str) -> None:
+    """Of something else than tables; data.kind=images is named only where it would do."""
+    found = sorted(Path(path).rglob("*"))
+    for file in found:
+        imagefolder.refuse_container(str(file))
+    names = ", ".join(dict.fromkeys(file.relative_to(path).parts[0] for file in found[:SHOWN])) or "nothing"
+    images = any(file.suffix.lower() in imagefolder.suffixes() for file in found)
+    raise InputError(
+        f"data.path={path} holds neither parquet files nor a data set saved to disk, but {printable(names)}; "
+        + ("use data.kind=images for a folder of images" if images else "give a folder of parquet files, or of images")
+    )
 
 
 @contextmanager
@@ -190,11 +218,14 @@ def _class_ids(rows: Dataset, column: str) -> tuple[Sequence[int], int]:
             f"data.label_column={column} holds {feature}, valid: class ids 0, 1, 2 ...; convert names with "
             f"class_encode_column('{column}')"
         )
-    num_classes = feature.num_classes if named else max((label for label in labels if label is not None), default=0) + 1
+    highest = max((label for label in labels if label is not None), default=0)
+    num_classes: int = feature.num_classes if named else highest + 1
     wrong = [row for row, label in enumerate(labels) if label is None or not 0 <= label < num_classes]
     if wrong:
         raise InputError(
             f"data.label_column={column}: {len(wrong)} rows have no valid class id (row {wrong[0]}: "
             f"{labels[wrong[0]]}), valid: 0 to {num_classes - 1}; remove them"
         )
+    if not named:
+        imagefolder.count_classes(labels, f"data.label_column={column}")
     return labels, num_classes

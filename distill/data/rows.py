@@ -1,0 +1,59 @@
+"""Where encoded images lie: here, as files of a folder; `tables` has those in rows of the `datasets` library."""
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from distill.guard import printable
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An image as it is stored."""
+
+    content: bytes
+    file: os.stat_result | None = None
+    """state of its file; None: it has none of its own"""
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """Images by row, 0 to len - 1."""
+
+    def __len__(self) -> int: ...
+    def name(self, row: int) -> str: ...  # for messages
+    def read(self, row: int) -> Encoded | None: ...  # None: the row holds no image. OSError: it cannot be read
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """Files below a folder."""
+
+    root: Path
+    count: int
+    names: Callable[[int], str]
+    """of each row, below root"""
+
+    def __len__(self) -> int:
+        return self.count
+
+    def name(self, row: int) -> str:
+        """Path and row."""
+        return f"{printable(str(self.root / self.names(row)))} (row {row})"
+
+    def read(self, row: int) -> Encoded:
+        """The whole file."""
+        return read_file(f"{self.root}/{self.names(row)}")
+
+
+def read_file(path: str) -> Encoded:
+    """A regular file; OSError if it is none or cannot be read. Does not wait at a FIFO that nobody writes to."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "no regular file", path)
+        return Encoded(file.readall(), found)

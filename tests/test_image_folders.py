@@ -1,0 +1,270 @@
+"""What a folder of images is: which have classes, which are refused, and what is said to do."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from distill import data, imagefolder
+from distill.guard import InputError
+from distill.spec import HfData, ImagesData
+
+
+def folder(root: Path, *names: str) -> Path:
+    """A folder with these files, each a picture of its own if its name says so."""
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".png":
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(path)
+        else:
+            path.write_text("a cat")
+    return root
+
+
+def edm(root: Path, labels: object, *names: str) -> Path:
+    """A folder as EDM's dataset_tool writes it."""
+    folder(root, *(names or ("00000/img00000000.png", "00000/img00000001.png", "00001/img00001000.png")))
+    (root / "dataset.json").write_text(json.dumps({"labels": labels}))
+    return root
+
+
+LABELS = [["00000/img00000000.png", 2], ["00000/img00000001.png", 0], ["00001/img00001000.png", 2]]
+
+
+def read(path: Path) -> tuple[list[str], list[int] | None, int | None]:
+    found = imagefolder.read(str(path))
+    assert imagefolder.has_classes(path) == (found.labels is not None)
+    return found.names, found.labels, found.num_classes
+
+
+def refused(path: Path | str) -> str:
+    with pytest.raises(InputError) as error:
+        imagefolder.read(str(path))
+    return str(error.value)
+
+
+# --- classes ---
+
+
+def test_dataset_json_gives_the_labels(tmp_path):
+    names = [name for name, _ in LABELS]
+    assert read(edm(tmp_path / "labelled", LABELS[::-1])) == (names, [2, 0, 2], 3)
+    assert read(edm(tmp_path / "null", None)) == (names, None, None)
+    loaded = data.load(ImagesData(kind="images", path=str(tmp_path / "labelled"), size=8), 0)
+    images, labels = loaded.items(0, [0, 1, 2])
+    assert labels.tolist() == [2, 0, 2] and loaded.num_classes == 3
+    assert ((images[:, 0, 0, 0] + 1) * 127.5).round().tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (LABELS[:2], "it lacks 1 labels of images that are in the folder (00001/img00001000.png)"),
+        ([*LABELS, ["x.png", 1]], "the folder lacks 1 images that it labels (x.png); copy the whole data set, or"),
+        ([*LABELS, ["00000/img00000000.png", 1]], "gives 00000/img00000000.png the classes 2 and 1; remove one"),
+        ([["00000/img00000000.png", -1]], "labels[0][1]: Input should be greater than or equal to 0; valid: {"),
+        ([["00000/img00000000.png", 10**12]], "labels[0][1]: Input should be less than 1000000; valid: {"),
+        ([["00000/img00000000.png", "cat"]], "labels[0][1]: Input should be a valid integer; valid: {"),
+        ([["00000/img00000000.png", [0.5, 1]]], "labels[0][1]: Input should be a valid integer; valid: {"),
+        ([[*LABELS[0]], [*LABELS[1]], ["00001/img00001000.png", 5000]], "class ids from 0 to 5000 for 3 images, valid"),
+        ("cat", "labels: Input should be a valid array; valid: {"),
+    ],
+)
+def test_labels_that_do_not_fit(tmp_path, labels, said):
+    assert said in refused(edm(tmp_path, labels))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "[" * 100_000])
+def test_a_dataset_json_that_is_none(tmp_path, content):
+    folder(tmp_path, "00000/1.png")
+    (tmp_path / "dataset.json").write_text(content)
+    assert f"{tmp_path / 'dataset.json'}" in refused(tmp_path)
+    (tmp_path / "dataset.json").unlink()
+    os.mkfifo(tmp_path / "dataset.json")
+    assert "dataset.json is no file" in refused(tmp_path)
+
+
+def test_what_archives_and_systems_leave_behind_is_no_class(tmp_path):
+    folder(tmp_path, "a/1.png", "b/1.png", "__MACOSX/a/._1.png", "__MACOSX/a/1.png", ".cache/1.png", "a/._1.png")
+    assert read(tmp_path) == (["a/1.png", "b/1.png"], [0, 1], 2)
+
+
+def test_files_come_in_the_order_of_their_names(tmp_path):
+    folder(tmp_path, "b/1.png", "a/x/1.png", "a/x.png", "a/y.png", "a/x.a.png", "a b/1.png", "é/1.png", "B/1.png")
+    expected = [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*.png"))]
+    names, labels, _ = read(tmp_path)
+    assert names == expected
+    assert labels == [0, 1, 1, 1, 1, 2, 3, 4]  # of B, a, a b, b, é
+
+
+# --- folders that are no classes ---
+
+
+@pytest.mark.parametrize("names", [["train", "val"], ["Train", "test"], ["train2017", "val2017", "extra"], ["train"]])
+def test_the_parts_of_a_data_set_are_no_classes(tmp_path, names):
+    folder(tmp_path, *(f"{name}/{label}/1.png" for name in names for label in "ab"))
+    said = refused(tmp_path)
+    assert f"holds the parts of a data set ({', '.join(names[:2])}), which are no classes" in said
+    assert f"give one of them: data.path={tmp_path}/{names[0]}" in said
+    assert read(tmp_path / names[0])[1:] == ([0, 1], 2)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    assert read(folder(tmp_path, "bus/1.png", "train/1.png"))[1:] == ([0, 1], 2)
+
+
+def test_folders_of_kohya_are_no_classes(tmp_path):
+    folder(tmp_path / "one", "10_cat/1.png")
+    said = refused(tmp_path / "one")
+    assert "10_cat are named like folders of kohya's trainers" in said
+    assert f"give the folder itself (data.path={tmp_path}/one/10_cat), or rename the folders where they are" in said
+    assert "kohya" in refused(folder(tmp_path / "same", "10_cat/1.png", "10_dog/1.png"))
+    assert read(folder(tmp_path / "numbered", "0_cat/1.png", "1_dog/1.png"))[1:] == ([0, 1], 2)
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["1.png", "1.txt", "2.png"], "1.txt"),
+        (["a/1.png", "a/1.caption", "b/1.png"], "a/1.caption"),
+        (["10_cat/1.png", "10_cat/1.txt", "20_dog/1.png"], "10_cat/1.txt"),
+        (["1.png", "metadata.jsonl"], "metadata.jsonl"),
+        (["a/1.png", "b/1.png", "metadata.csv"], "metadata.csv"),
+        ([f"{i}.{end}" for i in range(4) for end in ("png", "txt")], "0.txt, 1.txt, 2.txt, ..."),
+    ],
+)
+def test_captions_are_not_lost_in_silence(tmp_path, names, shown):
+    said = refused(folder(tmp_path, *names))
+    assert f"has captions ({shown}), which data of kind images does not take: they would be lost; give a folder" in said
+
+
+def test_a_text_that_belongs_to_no_image_is_no_caption(tmp_path):
+    assert read(folder(tmp_path, "1.png", "readme.txt", "license.txt")) == (["1.png"], None, None)
+
+
+# --- links, and files that cannot be used ---
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    folder(tmp_path / "there", "cats/1.png", "cats/more/2.png", "dogs/1.png")
+    here = folder(tmp_path / "here", "birds/1.png")
+    (here / "cats").symlink_to(tmp_path / "there" / "cats")
+    (here / "birds" / "x").symlink_to("../../there/dogs")
+    names = ["birds/1.png", "birds/x/1.png", "cats/1.png", "cats/more/2.png"]
+    assert read(here) == (names, [0, 0, 1, 1], 2)
+    (tmp_path / "link").symlink_to(here)
+    assert read(tmp_path / "link") == (names, [0, 0, 1, 1], 2)
+
+
+def test_a_link_to_a_folder_around_it_is_passed_over(tmp_path):
+    folder(tmp_path / "set", "a/1.png", "b/1.png")
+    (tmp_path / "set" / "loop").symlink_to(".")
+    (tmp_path / "set" / "up").symlink_to("..")
+    (tmp_path / "set" / "a" / "self").symlink_to(".")
+    (tmp_path / "set" / "b" / "root").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "b" / "itself").symlink_to("itself")
+    assert read(tmp_path / "set") == (["a/1.png", "b/1.png"], [0, 1], 2)
+
+
+def test_a_folder_is_not_counted_twice(tmp_path):
+    folder(tmp_path, "a/1.png")
+    (tmp_path / "b").symlink_to("a")
+    assert "b and a are the same folder, so its images would count twice; remove one of the links" in refused(tmp_path)
+
+
+def unreadable(path: Path, limit: int = 0) -> str:
+    with pytest.raises(InputError) as error:
+        data.load(ImagesData(kind="images", path=str(path), size=8, max_unreadable=limit), 0)
+    return str(error.value)
+
+
+def test_files_that_cannot_be_read_are_named_and_nothing_hangs(tmp_path):
+    folder(tmp_path, "1.png", "2.png")
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    said = unreadable(tmp_path)
+    assert f"3 of 5 images cannot be decoded, data.max_unreadable is 0: {tmp_path}/fifo.png (row 2): no regular" in said
+    assert "gone.png (row 3): no such file, " in said and "loop.png (row 4): no such file; repair or remove" in said
+    with pytest.warns(UserWarning, match="3 of 5 images cannot be decoded and are skipped"):
+        loaded = data.load(ImagesData(kind="images", path=str(tmp_path), size=8, max_unreadable=3), 0)
+    assert len(loaded) == 2
+
+
+@contextmanager
+def as_nobody() -> Iterator[Path]:
+    """A folder of a user who may not read everything, as root may."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o777)
+        user = os.geteuid()
+        try:
+            if user == 0:
+                os.seteuid(65534)
+            yield Path(name)
+        finally:
+            os.seteuid(user)
+
+
+def test_what_may_not_be_read_is_named():
+    with as_nobody() as root:
+        folder(root, "a/1.png", "b/1.png")
+        (root / "a" / "1.png").chmod(0)
+        assert "a/1.png (row 0): no permission to read it" in unreadable(root)
+        (root / "b").chmod(0)
+        assert f"data.path={root}: the folder 'b' cannot be read: Permission denied" in unreadable(root)
+        root = root / "b"
+        assert f"data.path={root} cannot be read: Permission denied" in unreadable(root)
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    tmp_path, store = tmp_path / "images", tmp_path / "runs"
+    folder(tmp_path, "a/1.png", "b/1.png")
+    os.rename(tmp_path / "a", os.fsencode(tmp_path) + b"/\xff")  # noqa: PTH104  (a Path cannot be of bytes)
+    os.rename(tmp_path / "b" / "1.png", os.fsencode(tmp_path) + b"/b/\xfe\x1b.png")  # noqa: PTH104
+    spec = ImagesData(kind="images", path=str(tmp_path), size=8)
+    data.update_index(spec, store)
+    loaded = data.load(spec, 0, store, indexed=True)
+    assert loaded.items(0, [0, 1])[1].tolist() == [0, 1]
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/b/\xfe\x1b.png")).write_text("no image")
+    assert f"{tmp_path}/b/\ufffd\ufffd.png (row 0)" in unreadable(tmp_path)
+
+
+def test_an_image_that_would_fill_the_memory_is_refused(tmp_path):
+    folder(tmp_path, "a.png")
+    Image.new("L", (1, 3_000_000)).save(tmp_path / "long.png")
+    said = unreadable(tmp_path)
+    assert (
+        "1 of 2 images are too long: " in said and "long.png (row 1); the first, of 1 x 3000000 pixels, would" in said
+    )
+    assert "be resized to 8 x 24000000, valid: at most 67,108,864 pixels; crop or remove them" in said
+
+
+# --- what is no folder of images ---
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("x.tar", "is a tar archive, which is not read; unpack it with `tar -xf`, and give the folder of these files"),
+        ("x.tar.gz", "is a tar archive"),
+        ("x.ZIP", "is a zip archive, which is not read; unpack it with `unzip`"),
+        ("x.npz", "is a file of NumPy arrays, which is not read; save each with PIL.Image.fromarray(array).save(NAME)"),
+        ("data.mdb", "is an LMDB database"),
+        ("x.mp4", "is a video, which is not read; write its frames to files with `ffmpeg -i VIDEO FOLDER/%06d.png`"),
+    ],
+)
+def test_containers_are_refused_with_the_way_to_files(tmp_path, name, said):
+    (tmp_path / name).write_bytes(b"x")
+    hf = HfData(kind="hf", path=str(tmp_path / name), size=8)
+    for path in (tmp_path / name, tmp_path):
+        found = refused(path)
+        assert f"data.path: {tmp_path / name} {said}" in found and "data.kind=images" in found
+        with pytest.raises(InputError) as error:
+            data.load(hf.model_copy(update={"path": str(path)}), 0)
+        assert str(error.value) == found

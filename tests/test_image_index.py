@@ -1,0 +1,307 @@
+"""The index of a set of images: what it keeps, when it is made again, and what is found only when images are used."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from distill import data
+from distill.data import index
+from distill.data.arrays import ArrayData
+from distill.data.index import State
+from distill.guard import InputError, RunError
+from distill.spec import HfData, ImagesData
+
+SIDE = 64
+BYTES = SIDE * SIDE * 3  # about those of a picture of noise as PNG
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path, monkeypatch):
+    """As in a new process."""
+    monkeypatch.setattr(data, "_INDEXES", {})
+    monkeypatch.setattr(data, "_LOADED", {})
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def noise(seed: int, mode: str = "RGB") -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, len(mode)), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def folder(root: Path, count: int = 8) -> Path:
+    """Pictures of noise in two classes, that were there long before the index is made."""
+    for i in range(count):
+        path = root / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise(i).save(path)
+        os.utime(path, (1e9, 1e9))
+    return root
+
+
+def images(path: Path, **fields) -> ImagesData:
+    return ImagesData(kind="images", path=str(path), **{"size": SIDE, **fields})
+
+
+def kept(store: Path, spec: ImagesData | HfData) -> index.Index:
+    found = index.read(index.path(store, spec))
+    assert found is not None
+    return found
+
+
+def bytes_read() -> int:
+    """By this process so far."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def again(spec: ImagesData | HfData, store: Path, monkeypatch) -> int:
+    """Bytes read by a new process that looks whether an index is that of the images as they are."""
+    monkeypatch.setattr(data, "_INDEXES", {})
+    before = bytes_read()
+    data.update_index(spec, store)
+    return bytes_read() - before
+
+
+def values(loaded: data.DataSet) -> torch.Tensor:
+    return loaded.items(0, range(len(loaded)))[0]
+
+
+# --- what it keeps ---
+
+
+def test_an_index_knows_sizes_states_labels_and_checksums(tmp_path):
+    spec = images(folder(tmp_path / "set", 3), max_unreadable=1)
+    noise(9, "RGBA").save(tmp_path / "set" / "a" / "z.png")
+    (tmp_path / "set" / "b" / "z.png").write_bytes(b"no image")
+    data.update_index(spec, tmp_path)
+    found = kept(tmp_path, spec)
+    names = ["a/0.png", "a/2.png", "a/z.png", "b/1.png", "b/z.png"]
+    assert [found.name(row) for row in range(5)] == names
+    assert found.state.tolist() == [State.FINE, State.FINE, State.TRANSPARENT, State.FINE, State.BROKEN]
+    assert found.sides.tolist() == [[SIDE, SIDE]] * 4 + [[0, 0]]
+    assert found.labels.tolist() == [0, 0, 0, 1, 1] and found.head.num_classes == 2
+    assert found.alpha.tolist() == [0, 0, 1, 0, 0]
+    checksums = [hashlib.sha256((tmp_path / "set" / name).read_bytes()).digest() for name in names]
+    assert [row.tobytes() for row in found.sha256] == checksums
+
+
+def test_the_digest_is_of_the_bytes_the_labels_and_the_options(tmp_path):
+    root = folder(tmp_path / "set", 3)
+    for fields, options in (({}, (SIDE, 3, "center", False)), ({"size": [8, 16]}, ((8, 16), 3, "center", False))):
+        content = hashlib.sha256(repr(options).encode())
+        for name, label in (("a/0", 0), ("a/2", 0), ("b/1", 1)):
+            content.update(hashlib.sha256((root / f"{name}.png").read_bytes()).digest() + str(label).encode())
+        assert data.load(images(root, **fields), 0).digest == content.hexdigest()
+
+
+def test_images_are_read_once_for_all_processes(tmp_path, monkeypatch):
+    spec = images(folder(tmp_path / "set"))
+    assert again(spec, tmp_path, monkeypatch) > 8 * BYTES
+    first = kept(tmp_path, spec)
+    assert again(spec, tmp_path, monkeypatch) < BYTES
+    assert again(spec.model_copy(update={"size": 8, "flip": True}), tmp_path, monkeypatch) < BYTES
+    assert kept(tmp_path, spec).head == first.head  # nor written again
+    before = bytes_read()
+    rank = data.load(spec, 0, tmp_path, indexed=True)
+    assert bytes_read() - before < BYTES
+    assert rank.digest == data.load(spec, 0).digest
+
+
+def test_only_what_has_changed_is_read_again(tmp_path, monkeypatch):
+    root = folder(tmp_path / "set")
+    spec = images(root)
+    data.update_index(spec, tmp_path)
+    digests = [data.load(spec, 0, tmp_path, indexed=True).digest]
+    for change in (
+        lambda: noise(99).save(root / "a" / "0.png"),
+        lambda: (root / "a" / "2.png").rename(root / "b" / "2.png"),
+        lambda: (root / "b" / "1.png").unlink(),
+        lambda: noise(98).save(root / "a" / "new.png"),
+    ):
+        change()
+        for path in root.rglob("*.png"):
+            if path.stat().st_mtime != 1e9:
+                os.utime(path, (1e9, 1e9))
+        assert again(spec, tmp_path, monkeypatch) < 3 * BYTES
+        digests.append(data.load(spec, 0, tmp_path, indexed=True).digest)
+        assert digests[-1] == data.load(spec, 0).digest
+    assert len(set(digests)) == 5
+
+
+def test_a_file_written_as_it_was_indexed_is_not_trusted(tmp_path, monkeypatch):
+    spec = images(folder(tmp_path / "set"))
+    noise(50).save(tmp_path / "set" / "a" / "0.png")
+    data.update_index(spec, tmp_path)
+    assert BYTES < again(spec, tmp_path, monkeypatch) < 3 * BYTES
+
+
+@pytest.mark.parametrize("damage", ["half", "garbage", "labels", "lengths", "version"])
+def test_a_damaged_index_is_made_again(tmp_path, damage):
+    spec = images(folder(tmp_path / "set"))
+    data.update_index(spec, tmp_path)
+    path = index.path(tmp_path, spec)
+    whole, arrays = path.read_bytes(), load_file(path)
+    head = {"format": 1, "num_classes": 2, "stamp": "", "written": 0}
+    match damage:
+        case "half":
+            path.write_bytes(whole[: len(whole) // 2])
+        case "garbage":
+            path.write_bytes(b"\xff" * 1000)
+        case "labels":
+            save_file({**arrays, "labels": arrays["labels"] + 10**12}, path, {"index": json.dumps(head)})
+        case "lengths":
+            save_file({**arrays, "ends": arrays["ends"] + 1}, path, {"index": json.dumps(head)})
+        case "version":
+            save_file(arrays, path, {"index": json.dumps({**head, "format": 2})})
+    assert index.read(path) is None
+    data.update_index(spec, tmp_path)
+    assert (kept(tmp_path, spec).sha256 == arrays["sha256"]).all()
+
+
+def test_rows_of_a_table_are_indexed_too(tmp_path, monkeypatch):
+    root = folder(tmp_path / "set", 4)
+    paths = [str(path) for path in sorted(root.rglob("*.png"))]
+    encoded = [{"bytes": Path(path).read_bytes(), "path": None} for path in paths[:2]]
+    rows = [*encoded, *({"bytes": None, "path": path} for path in paths[2:])]
+    datasets.Dataset.from_dict({"image": rows, "label": [0, 1, 1, 0]}).save_to_disk(tmp_path / "saved")
+    spec = HfData(kind="hf", path=str(tmp_path / "saved"), size=SIDE, label_column="label")
+    data.update_index(spec, tmp_path)
+    first, loaded = kept(tmp_path, spec), data.load(spec, 0, tmp_path, indexed=True)
+    assert [first.name(row) for row in range(4)] == ["", "", *paths[2:]]
+    assert torch.equal(values(loaded), values(data.load(images(root), 0)))
+    again(spec, tmp_path, monkeypatch)
+    assert kept(tmp_path, spec).head == first.head
+    noise(9).save(paths[3])
+    again(spec, tmp_path, monkeypatch)
+    assert (kept(tmp_path, spec).sha256 == first.sha256).all(1).tolist() == [True, True, True, False]
+
+
+# --- found when images are used ---
+
+
+def spoil(path: Path) -> None:
+    """Damage in the middle of a file, which its header and its end do not tell."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    path.write_bytes(content)
+    os.utime(path, (1e9, 1e9))
+
+
+def test_damage_within_a_file_is_named_when_the_image_is_used(tmp_path):
+    spoil(folder(tmp_path / "set") / "a" / "2.png")
+    loaded = data.load(images(tmp_path / "set"), 0)
+    assert len(loaded) == 8 and not loaded.unreadable
+    said = r"set: 1 of 8 images cannot be decoded, data.max_unreadable is 0: .*a/2.png \(row 1\); repair or remove them"
+    with pytest.raises(InputError, match=said):
+        loaded.items(0, [0, 1])
+
+
+def test_the_next_image_takes_the_place_of_a_damaged_one(tmp_path):
+    root = folder(tmp_path / "set")
+    spoil(root / "a" / "6.png")
+    spec = images(root, max_unreadable=1)
+    whole, labels = data.load(images(root), 0).items(0, [0, 1, 2, 4])
+    for order in ([3, 2], [2, 3]):  # in whichever order processes come upon it
+        loaded = data.load(spec, 0, keep=False)
+        with pytest.warns(UserWarning, match="1 of 8 images cannot be decoded and are skipped: .*a/6.png"):
+            found, own = loaded.items(0, order)
+        assert own.tolist() == [1 if i == 3 else 0 for i in order]
+        assert torch.equal(found[order.index(3)], whole[3]) and torch.equal(found[order.index(2)], whole[2])
+    assert labels.tolist() == [0, 0, 0, 1]
+
+
+def test_files_that_change_while_they_are_used_end_the_run(tmp_path):
+    root = folder(tmp_path / "set")
+    loaded = data.load(images(root), 0)
+    noise(99).save(root / "a" / "0.png")
+    with pytest.raises(RunError, match=r"a/0.png \(row 0\) has changed since the data was indexed; put the old file"):
+        loaded.items(0, [0])
+    (root / "a" / "2.png").unlink()
+    with pytest.raises(RunError, match=r"a/2.png \(row 1\) cannot be read any more: No such file or directory; put"):
+        loaded.items(0, [1])
+
+
+def test_ends_that_are_missing_are_found_in_every_common_format(tmp_path):
+    for end in ("png", "jpg", "webp", "gif", "bmp", "tiff"):
+        noise(0).save(tmp_path / f"whole.{end}")
+        content = (tmp_path / f"whole.{end}").read_bytes()
+        (tmp_path / f"half.{end}").write_bytes(content[: len(content) // 2])
+        (tmp_path / f"more.{end}").write_bytes(content + b"something behind the end")
+    with pytest.warns(UserWarning, match="6 of 18 images cannot be decoded"):
+        loaded = data.load(images(tmp_path, max_unreadable=6), 0)
+    assert all("half." in name for name in loaded.unreadable) and len(values(loaded)) == 12
+
+
+# --- background and size ---
+
+
+@pytest.mark.parametrize(("given", "expected"), [("white", 1.0), ("black", -1.0), ([0, 255, 0], None)])
+def test_a_background_shows_through(tmp_path, given, expected):
+    pixels = np.zeros((8, 8, 4), dtype=np.uint8)
+    pixels[:, :4] = (51, 51, 51, 255)
+    Image.fromarray(pixels).save(tmp_path / "half.png")
+    Image.new("RGB", (8, 8), (51, 51, 51)).save(tmp_path / "opaque.png")
+    loaded = data.load(images(tmp_path, size=8, background=given), 0)
+    found = values(loaded)
+    assert torch.allclose(found[0, :, :, :4], torch.tensor(-0.6)) and torch.allclose(found[1], torch.tensor(-0.6))
+    shown = found[0, :, 0, 7].tolist()
+    assert shown == ([expected] * 3 if expected is not None else [-1.0, 1.0, -1.0])
+    other = data.load(images(tmp_path, size=8, background=[1, 2, 3]), 0)
+    assert loaded.digest != other.digest
+
+
+def test_a_background_without_effect_is_refused(tmp_path):
+    spec = images(folder(tmp_path), background="white")
+    with pytest.raises(
+        InputError, match="data.background=white has no effect: none of the 8 images of .* has an alpha"
+    ):
+        data.load(spec, 0)
+
+
+def test_images_that_are_not_square(tmp_path):
+    columns = np.repeat(np.arange(64, dtype=np.uint8) * 4, 4).reshape(1, -1).repeat(32, 0)  # 256 wide, 32 high
+    Image.fromarray(columns).save(tmp_path / "wide.png")
+    Image.fromarray(columns.T.copy()).save(tmp_path / "x_tall.png")
+    loaded = data.load(images(tmp_path, size=[8, 16], channels=1), 0)
+    assert loaded.shape == (1, 8, 16)
+    wide, tall = values(loaded)[:, 0]
+    expected = torch.arange(24, 40) * 4 / 127.5 - 1  # resized by 1/4 to 64 x 8, then columns 24 to 39
+    assert (wide - expected).abs().max() < 0.05
+    rows = torch.linspace(60.0, 63.0, 2)  # resized by 1/2 to 16 x 128, then rows 60 to 67, of two values each
+    assert tall.shape == (8, 16) and (tall - tall[:, :1]).abs().max() < 0.02
+    assert abs((tall[0, 0] + 1) * 127.5 - 4 * rows[0] / 2) < 3
+    assert images(tmp_path, size=[8, 8]) == images(tmp_path, size=8)
+
+
+def test_random_crops_of_images_that_are_not_square(tmp_path):
+    noise(0).save(tmp_path / "0.png")
+    loaded = data.load(images(tmp_path, size=[16, 48], crop="random"), 0)
+    crops = {loaded.items(epoch, [0])[0].numpy().tobytes() for epoch in range(8)}
+    assert len(crops) > 4 and loaded.shape == (3, 16, 48)
+
+
+# --- labels ---
+
+
+@pytest.mark.parametrize("label", [10**12, 5000])
+def test_labels_that_would_make_a_table_of_terabytes_are_refused(tmp_path, label):
+    rows = {"image": [{"bytes": b"", "path": None}] * 3, "label": [0, 1, label]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "x.parquet")
+    said = rf"data.label_column=label: class ids from 0 to {label} for 3 images, valid: 0 to 999 .* number the classes"
+    with pytest.raises(InputError, match=said):
+        data.load(HfData(kind="hf", path=str(tmp_path / "x.parquet"), size=8, label_column="label"), 0)
+
+
+def test_labels_of_arrays_are_within_their_classes():
+    for wrong in (-1, 3):
+        with pytest.raises(
+            InputError, match=r"data 'x': class ids from .* valid: 0 to the number of classes \(3\) - 1"
+        ):
+            ArrayData("x", torch.zeros(2, 1, 2, 2), torch.tensor([0, wrong]), 3)
