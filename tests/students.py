@@ -73,4 +73,4 @@ def copy(folder: Path, to: Path) -> Path:
 def put(student: Path, store: Path, name: str, version: str | None = None, picture: bytes = b"") -> Entry:
     """Publish a student that no run knows of."""
     about = Publication(name, publish.PICTURE if picture else "")
-    return publish.publish(student, store, name, version, about, picture)[0]
+    return publish.publish(student, store, name, version, about, picture).entry

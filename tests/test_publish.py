@@ -81,7 +81,7 @@ def test_versions_are_numbered_and_never_change(tmp_path, store):
 
 def test_a_published_student_is_its_folder_with_another_card(tmp_path, store):
     student = make(tmp_path / "s", license="cc-by-4.0")
-    entry = put(student, store, "digits", picture=b"\x89PNG")
+    entry = put(student, store, "digits", picture=PICTURE)
     folder = store / "registry" / "digits" / "v1"
     theirs, ours = folder_bytes(student), folder_bytes(folder)
     assert {name for name in ours if ours[name] != theirs.get(name)} == {"README.md", "samples.png", "distill.json"}

@@ -35,6 +35,7 @@ TrustOption = Annotated[
     bool,
     typer.Option("--trust-code", help="Take code that distill has never shipped, too; shows it first."),
 ]
+MANY = 20  # warnings
 WHICH = (
     "RUN is its last train stage; RUN/STAGE another; RUN@best the student with the smallest measured distance at the "
     "fewest steps that any was measured at"
@@ -66,7 +67,9 @@ def publish(
             about = cards.Publication(title, shown)
         else:
             about = publishing.describe(title, chosen, cards.read(found).images, shown)
-        entry, new = publishing.publish(found, folder, title, version, about, picture)
+        done = publishing.publish(found, folder, title, version, about, picture)
+    _warn(done.skipped)
+    entry, new = done.entry, done.new
     where = near(folder.absolute() / published.REGISTRY / entry.name / entry.version)
     print(f"published {entry.label}: {where}" if new else f"the same student is published already: {entry.label}")
     print(f"get it with: distill pull {entry.label}")
@@ -77,7 +80,9 @@ def students(store: AnyStoreOption = None, json: JsonOption = False) -> None:
     from distill import published, status
 
     source = store_source(store)
-    found = published.entries(source)
+    listed = published.listed(source)
+    _warn(listed.skipped)
+    found = listed.students
     if json:
         print_json([entry.model_dump(mode="json") for entry in found])
         return
@@ -191,7 +196,8 @@ def _source(given: str, store: str | None) -> "tuple[distill.transports.Source, 
     from distill import published, transports
 
     if transports.is_url(given):
-        return transports.at(given), given.rstrip("/").rpartition("/")[2].partition("@")[0] or "student", None
+        place = transports.at(given)
+        return place, place.where.rstrip("/").rpartition("/")[2].partition("@")[0] or "student", None
     if (Path(given) / "distill.json").is_file():
         return transports.at(Path(given)), Path(given).absolute().name, None
     source = store_source(store)
@@ -210,8 +216,18 @@ def _source(given: str, store: str | None) -> "tuple[distill.transports.Source, 
             f"'{given}': a checkpoint is no student yet; distill export or distill publish makes one of it"
         )
     name, version = published.split(given)
-    place, digest = published.locate(source, name, version)
+    listed = published.listed(source)
+    _warn(listed.skipped)
+    place, digest = published.locate(source, listed, name, version)
     return place, name if version is None else f"{name}-{version}", digest
+
+
+def _warn(skipped: list[str]) -> None:
+    """What of a store cannot be used, on stderr, each once; the first of many."""
+    for each in skipped[:MANY]:
+        print(f"warning: {one_line(each)}", file=sys.stderr)
+    if len(skipped) > MANY:
+        print(f"warning: {len(skipped) - MANY:,} more entries of the store are skipped", file=sys.stderr)
 
 
 def _best(entry: "distill.published.Entry") -> str:
