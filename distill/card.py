@@ -231,7 +231,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Publication:
-    """What the model card of a published student says beyond the student: its run knows it. Plain text, but for `rows`."""
+    """What the model card of a published student says beyond the student, from its run. Plain text, except `rows`."""
 
     name: str
     picture: str = ""

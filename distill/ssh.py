@@ -63,7 +63,7 @@ class Ssh:
 
 @dataclass
 class _Output:
-    """What ssh brings; at its end, why it ended. Only the end of what it says is kept: the other side may say it too."""
+    """What ssh brings; at its end, why it ended. Only the end of what it says is kept: it may be long."""
 
     process: subprocess.Popen[bytes]
     where: str

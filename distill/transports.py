@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 from urllib.parse import unquote, urlsplit
 
@@ -86,25 +87,34 @@ def reason(error: BaseException) -> str:
     return one_line(said, 300) or type(cause).__name__
 
 
+class _Caught:
+    """Keeps what is raised in a thread for the one that waits for it."""
+
+    error: BaseException | None = None
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> bool:
+        self.error = error
+        return True
+
+
 def within(seconds: float, call: Callable[[], Result], what: str) -> Result:
     """What `call` returns or raises. Broken if it takes longer: its thread is left behind, and ends with the program.
 
     Time limits of libraries hold for each byte, so that a server which sends one now and then is never too slow.
     """
-    found: list[Result] = []
-    failed: list[BaseException] = []
+    found, caught = list[Result](), _Caught()
 
     def work() -> None:
-        try:
+        with caught:
             found.append(call())
-        except BaseException as error:  # noqa: BLE001  (raised again where it is waited for)
-            failed.append(error)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
-    if failed:
-        raise failed[0]
+    if caught.error is not None:
+        raise caught.error
     if not found:
         raise Broken(f"{what}: no answer within {seconds:.0f} s")
     return found[0]

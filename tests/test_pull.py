@@ -321,7 +321,7 @@ INDEX = {"_class_name": ["pipeline", "DistilledPipeline"], "unet": ["diffusers",
 CONTENTS = {
     "a pickle by another name": ("unet/more.safetensors", b"\x80\x04\x95" + b"x" * 50, "is no safetensors file"),
     "no JSON": ("unet/config.json", b"{", "unet/config.json is not JSON"),
-    "code elsewhere": ("unet/config.json", b'{"auto_map": {"AutoModel": "x/y--m.C"}}', "names code of another place"),
+    "code elsewhere": ("unet/config.json", b'{"auto_map": {"AutoModel": "x/y--m.C"}}', "names code or weights of another place (auto_map)"),
     "a module of the system": (
         "model_index.json", json.dumps(INDEX | {"unet": ["os", "system"]}).encode(),
         'model_index.json: unet is ["os", "system"], code that is not the student\'s'),
@@ -419,7 +419,7 @@ def test_commands_say_what_they_did(capfd, tmp_path, student, monkeypatch):
     (tmp_path / "s" / WEIGHTS).write_bytes(b"x")
     done = command(capfd, "verify", "s")
     assert done.code == 2
-    assert done.err.startswith(f"error: s: {WEIGHTS} is damaged: 1 bytes with sha256 ")
+    assert done.err.startswith(f"error: s: {WEIGHTS} is damaged: 1 bytes, expected 1000000 with ")
     assert command(capfd, "verify", "none").err.startswith("error: none is no student folder: it has no distill.json (")
 
 
