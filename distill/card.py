@@ -22,7 +22,8 @@ from distill.spec import Frozen, is_path
 from distill.store import write_atomic
 
 FILE_NAME, README = "distill.json", "README.md"
-MAX_CARD = 4 << 20  # bytes of a distill.json
+MAX_CARD = 1 << 20  # bytes of a distill.json
+MAX_FILES = 1000
 LINE = 1000  # characters of a text in it
 LARGEST = 2**63 - 1  # what file systems and programs in other languages can count
 # What a student of each kind can be sampled by.
@@ -33,7 +34,7 @@ NO_FIELDS = {"flow_map": "a flow map", "acceleration": "a velocity with its acce
 
 
 def _refuse_control(text: str) -> str:
-    if printable(text) != text or "\n" in text or "\t" in text:
+    if not text.isprintable() and (printable(text) != text or "\n" in text or "\t" in text):
         raise ValueError("one line without control characters is expected")
     return text
 
@@ -43,7 +44,7 @@ Label = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_refu
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Length = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Metrics = dict[Label, FiniteFloat]
+Metrics = Annotated[dict[Label, FiniteFloat], Field(max_length=1000)]
 
 
 class FileRecord(Frozen):
@@ -82,7 +83,7 @@ class StudentCard(Frozen):
     interpolant: Literal["linear"] = "linear"
     sampler: Literal["euler", "same_noise", "jump", "renoise", "accelerated"] = "euler"
     """a name in samplers/"""
-    t_grids: dict[Length, list[FiniteFloat]] = {}
+    t_grids: Annotated[dict[Length, Annotated[list[FiniteFloat], Field(fail_fast=True)]], Field(max_length=1000)] = {}
     """number of steps N: its N + 1 times from 1 to 0, and it has no other N; empty: 1, (N-1)/N, ..., 0 for any N"""
     num_classes: Length | None
     null_class: Count | None
@@ -99,7 +100,7 @@ class StudentCard(Frozen):
     """samples shown to the optimizer"""
     metrics: Metrics = {}
     """what an evaluation of its run measured, NAME@STEPS like FD-digits@1"""
-    files: dict[str, FileRecord] = Field(default_factory=dict)
+    files: dict[str, FileRecord] = Field(default_factory=dict, max_length=MAX_FILES)
     """every other file of the folder; filled in by the export"""
 
     @model_validator(mode="before")

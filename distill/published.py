@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, FiniteFloat, ValidationError
+from pydantic import ConfigDict, Field, FiniteFloat, ValidationError
 
 from distill import card as cards
 from distill import manifest, pull
@@ -48,7 +48,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class Entry(Frozen):
-    """One version of a student."""
+    """One version of a student. What later versions of distill may add is ignored."""
+
+    model_config = ConfigDict(extra="ignore")
 
     name: Name
     version: Name
@@ -77,12 +79,16 @@ class Entry(Frozen):
 class Index(Frozen):
     """The content of _index.json."""
 
+    model_config = ConfigDict(extra="ignore")
+
     format: Literal[1] = 1
     students: Annotated[list[Entry], Field(max_length=MAX_ENTRIES, fail_fast=True)]
 
 
 class Unchecked(Frozen):
     """An index whose entries are to be looked at one by one."""
+
+    model_config = ConfigDict(extra="ignore")
 
     format: Literal[1] = 1
     students: Annotated[list[Any], Field(max_length=MAX_ENTRIES)]
@@ -110,6 +116,9 @@ def listed(source: Source) -> Listed:
     where = f"{source.where}/{REGISTRY}/{INDEX}"
     try:
         content = pull.read(source.below(REGISTRY), INDEX, MAX_INDEX)
+        # Parsed, what has very many objects, lists or keys would fill the memory.
+        if content.count(b"{") + content.count(b"[") > 4 * MAX_ENTRIES or content.count(b":") > 16 * MAX_ENTRIES:
+            raise InputError(f"{where} holds more than an index of {MAX_ENTRIES:,} entries would; it is refused")
         return Listed(Index.model_validate_json(content).students)
     except Missing as missing:
         raise InputError(f"{missing}; nothing was published in this store, or it is none") from missing
