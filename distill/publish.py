@@ -126,6 +126,13 @@ def publish(
     return Published(entry, not same, listed.skipped)
 
 
+def check(student: Path) -> None:
+    """InputError unless the folder is a whole student, before any of it is loaded. Code of its own is not judged."""
+    card, _ = pull.describe(Folder(student))
+    cards.verify(student)
+    contents.refuse(student, card)
+
+
 def _is(entry: Entry, content: bytes, version: str | None) -> bool:
     return entry.digest == manifest.digest(content) and version in (None, entry.version)
 

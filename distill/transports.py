@@ -74,7 +74,8 @@ def is_url(text: str) -> bool:
 
 def shown(url: str) -> str:
     """A URL for people: without a user, a password or a query, which may hold a token."""
-    plain = re.sub(r"//[^/?#]*@", "//", url, count=1)
+    # The second form is a password with a '/', which no program reads as one.
+    plain = re.sub(r"(?<=:)(/+)(?:[^/?#]*@|[^/?#@:]*:(?![0-9]*(?:/|$))[^?#]*@)", r"\1", url, count=1)
     return re.sub(r"[?#].*", "", plain, flags=re.DOTALL)
 
 

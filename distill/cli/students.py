@@ -132,7 +132,10 @@ def verify(
 ) -> None:
     """Check a student folder: every checksum, nothing that does not belong there, no code that is unknown."""
     from distill import pull as pulling
+    from distill import transports
 
+    if transports.is_url(str(folder)):
+        raise InputError(f"{transports.shown(str(folder))} is a URL; verify takes a folder: pull it first")
     card = pulling.verify(folder, _show if trust_code else None)
     print(f"{near(folder.absolute())} is whole: '{one_line(card.name)}', {len(card.files) + 1} files")
 
@@ -140,7 +143,10 @@ def verify(
 def _chosen(given: str, store: Path) -> "distill.publish.Chosen | Path":
     """A student of a run, or a student folder that lies in none."""
     from distill import publish as publishing
+    from distill import transports
 
+    if transports.is_url(given):
+        raise InputError(f"{transports.shown(given)} is a URL; a run, one of its students, or a folder is expected")
     base, at, which = given.rpartition("@") if "@" in given else (given, "", "")
     folder = Path(base)
     if (folder / "distill.json").is_file():
@@ -183,6 +189,9 @@ def _drawn(student: Path, out: Path) -> bytes:
     if find_spec("torch") is None:
         print("without a picture of samples: no evaluation has drawn one, and torch is not installed", file=sys.stderr)
         return b""
+    from distill import publish as publishing
+
+    publishing.check(student)
     from distill import sampling, stages
 
     sampling.sample(
