@@ -50,13 +50,16 @@ def read(source: Source, name: str, limit: int) -> bytes:
                     content += block
                     if len(content) > limit:
                         raise InputError(f"{source.where}: {name} has more than {limit:,} bytes; it is refused")
-                    _refuse_slow(source, name, begin, len(content))
+                    if _is_late(begin, len(content)):
+                        raise RunError(
+                            f"{source.where} is too slow: {len(content):,} bytes of {name} in {SMALL:.0f} s and more; "
+                            "try again later"
+                        )
             return bytes(content)
         except Broken as broken:
             failures += 1
-            if failures > source.retries:
+            if failures > source.retries or _is_late(begin, len(content)):
                 raise RunError(f"{source.where} cannot be read: {broken}; try again later") from broken
-            _refuse_slow(source, name, begin, len(content))
             Tally().stop.wait(PAUSES[min(failures, len(PAUSES)) - 1])
         except Missing:
             raise
@@ -64,13 +67,8 @@ def read(source: Source, name: str, limit: int) -> bytes:
             raise InputError(str(refused)) from refused
 
 
-def _refuse_slow(source: Source, name: str, begin: float, size: int) -> None:
-    taken = time.monotonic() - begin
-    if taken > SMALL + size / RATE:
-        raise RunError(
-            f"{source.where} is too slow: {size:,} bytes of {name} in {taken:.0f} s, where {SMALL:.0f} s and a second "
-            f"for each {RATE:,} bytes are allowed; try again later"
-        )
+def _is_late(begin: float, size: int) -> bool:
+    return time.monotonic() - begin > SMALL + size / RATE
 
 
 def describe(source: Source) -> tuple[StudentCard, bytes]:

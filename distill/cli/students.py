@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill import card as cards
+from distill import markdown
 from distill.cli.common import (
     AnyStoreOption,
     JsonOption,
@@ -36,6 +37,7 @@ TrustOption = Annotated[
     typer.Option("--trust-code", help="Take code that distill has never shipped, too; shows it first."),
 ]
 MANY = 20  # warnings
+CELL = 100  # characters of a text that is shown in a table
 WHICH = (
     "RUN is its last train stage; RUN/STAGE another; RUN@best the student with the smallest measured distance at the "
     "fewest steps that any was measured at"
@@ -94,7 +96,7 @@ def students(store: AnyStoreOption = None, json: JsonOption = False) -> None:
         for e in found
     ]
     heads = ["student", "recipe", "measured", "size", "licence", "published", "sha256"]
-    print_table(heads, [[one_line(cell) for cell in row] for row in rows], right=["size"])
+    print_table(heads, [[markdown.one_line(cell, CELL) for cell in row] for row in rows], right=["size"])
 
 
 def pull(
