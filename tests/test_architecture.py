@@ -32,6 +32,8 @@ ANYWHERE = {
     "straightened",
     "compared",
     "card",
+    "markdown",
+    "regular",
     "space",
     "pairspec",
     "evalspec",
@@ -52,7 +54,7 @@ CONTROL = ANYWHERE | {
     "registry",
 }
 CONTROL |= {"presets", "claims", "status", "jobs", "inputs", "rounds", "comparison", "budget"}
-CONTROL |= {"manifest", "transports", "ssh", "transfer", "pull", "publish", "published"}
+CONTROL |= {"manifest", "contents", "transports", "web", "ssh", "transfer", "pull", "publish", "published"}
 TORCH = {"torch", "numpy", "diffusers", "accelerate", "deepspeed", "safetensors", "torchmetrics", "sklearn", "datasets"}
 
 
