@@ -21,6 +21,7 @@ STUDENTS = ("#b4472e", "#2f5d8a", "#5b7f3b", "#8a5a9e", "#b08a2e")
 STYLE = {
     "svg.fonttype": "none",  # text stays text, in the reader's own sans-serif
     "svg.hashsalt": "distill",
+    "text.parse_math": False,  # a $ in a name is a $
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": INK,

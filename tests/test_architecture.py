@@ -35,6 +35,10 @@ ANYWHERE = {
     "pairspec",
     "evalspec",
     "nfe",
+    "records",
+    "events",
+    "machine",
+    "curves",
 }  # no torch in them, usable by both planes
 CONTROL = ANYWHERE | {
     "overrides",
@@ -47,7 +51,7 @@ CONTROL = ANYWHERE | {
     "launch",
     "registry",
 }
-CONTROL |= {"presets", "claims", "status", "jobs", "inputs", "rounds", "comparison", "budget"}
+CONTROL |= {"presets", "claims", "status", "jobs", "logs", "inputs", "rounds", "comparison", "budget"}
 CONTROL |= {"manifest", "transports", "ssh", "transfer", "pull", "publish", "published"}
 TORCH = {"torch", "numpy", "diffusers", "accelerate", "deepspeed", "safetensors", "torchmetrics", "sklearn", "datasets"}
 

@@ -1,6 +1,5 @@
 """Files appear whole or not at all; a run is executed by one process at a time, whatever was killed before."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from distill import claims, status
+from distill import card, claims, events, status
+from distill.card import StudentCard
 from distill.guard import InputError, RunError
 from distill.store import (
     RunPaths,
@@ -24,6 +24,11 @@ from distill.store import (
     write_atomic,
     write_json,
 )
+
+CARD = StudentCard(
+    name="a", recipe="reflow/reflow", spec_digest="0" * 64, teacher_digest=None, num_classes=None, null_class=None,
+    shape=(2,), weights="raw", images=64, metrics={"SW2@1": 0.5},
+)  # fmt: skip
 
 
 def make(store, name="one", stages=("a", "b")):
@@ -92,10 +97,11 @@ def test_a_line_cut_by_a_kill_spoils_no_other(tmp_path):
 def test_the_tail_of_events(tmp_path):
     run = make(tmp_path)
     for number in range(1000):
-        append_event(run, "progress", label="a", number=number)
-    tail = list(read_events(run, 1000))
-    assert tail[-1]["number"] == 999
-    assert 5 < len(tail) < 20
+        append_event(run, "mark", number=number)
+    with run.events.open("rb") as file:
+        tail = list(events.backwards(file, run.events, 1000))
+    assert [event["number"] for event in tail] == list(range(999, 999 - len(tail), -1))
+    assert 10 < len(tail) < 20
 
 
 # --- claims ---
@@ -245,5 +251,5 @@ def test_age(seconds, said):
 def test_students_are_what_their_cards_say(tmp_path):
     run = make(tmp_path)
     run.student("a").mkdir(parents=True)
-    (run.student("a") / "distill.json").write_text(json.dumps({"name": "a"}))
-    assert status.students(RunPaths(run.root)) == {"a": {"name": "a"}}
+    (run.student("a") / "distill.json").write_text(card.to_json(CARD))
+    assert status.students(RunPaths(run.root)) == {"a": CARD}
