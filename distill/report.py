@@ -20,7 +20,6 @@ LIBRARIES = ("torch", "diffusers", "safetensors", "numpy", "scipy", "scikit-lear
 MAX_CURVES = 3  # per stage
 MAX_NAMES = 50  # of logged numbers that are kept of a stage, to choose from
 MAX_WARNINGS = 100
-NOTED = ("created", "stage started", "warning", "progress")  # events that the report tells of
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ def _events(run: RunPaths) -> tuple[dict[str, str], dict[str, Training], list[st
     kinds: dict[str, str] = {}
     trainings: dict[str, Training] = {}
     warnings: dict[str, None] = {}  # in their order, each once
-    for event in read_events(run, NOTED):
+    for event in read_events(run):
         match event["event"]:
             case "created":
                 kinds.update(event.get("stages", {}))
@@ -243,9 +242,9 @@ def _stage(run: RunPaths, name: str, kind: str, training: Training | None, has_r
 
 def _losses(training: Training) -> str:
     """A chart of what a stage has logged, the losses first; "" where it has logged nothing that can be drawn."""
-    drawn = {name: curve.drawn() for name, curve in training.curves.items() if curve.points}
-    names = sorted(drawn, key=lambda name: "loss" not in name)  # otherwise in the order of the events
-    curves = [Curve(name, *zip(*drawn[name], strict=True)) for name in names[:MAX_CURVES]]
+    filled = {name: curve for name, curve in training.curves.items() if curve.at}
+    names = sorted(filled, key=lambda name: "loss" not in name)  # otherwise in the order of the events
+    curves = [Curve(name, *filled[name].drawn()) for name in names[:MAX_CURVES]]
     return _image(charts.losses(curves, training.unit).encode(), "svg+xml") if curves else ""
 
 

@@ -17,7 +17,7 @@ LAYERS = [
     {"times", "fields", "solvers", "samplers", "autodiff", "distances", "couplings", "windows"},
     {"hub", "teachers", "students", "latents", "conditions", "data", "pairs", "ema", "metrics", "grids"},
     {"world", "trainable", "sharded", "checkpoint", "roles", "export", "sampling", "schedules"},
-    {"evaluate", "report", "charts", "engine", "memory", "sources"},
+    {"evaluate", "report", "charts", "curves", "engine", "memory", "sources"},
     {"stages", "estimate", "forecast"},
     {"cli", "testing"},
 ]
@@ -38,7 +38,6 @@ ANYWHERE = {
     "records",
     "events",
     "machine",
-    "curves",
 }  # no torch in them, usable by both planes
 CONTROL = ANYWHERE | {
     "overrides",

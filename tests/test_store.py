@@ -9,9 +9,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from runs import CARD
 
 from distill import card, claims, events, status
-from distill.card import StudentCard
 from distill.guard import InputError, RunError
 from distill.store import (
     RunPaths,
@@ -24,11 +24,6 @@ from distill.store import (
     write_atomic,
     write_json,
 )
-
-CARD = StudentCard(
-    name="a", recipe="reflow/reflow", spec_digest="0" * 64, teacher_digest=None, num_classes=None, null_class=None,
-    shape=(2,), weights="raw", images=64, metrics={"SW2@1": 0.5},
-)  # fmt: skip
 
 
 def make(store, name="one", stages=("a", "b")):
