@@ -1,9 +1,10 @@
 """Measurements, as ratios within one run: python -m tests.benchmarks [step pairs start workers million reading recipes
-quickstart digits zero checkpoint pull].
+quickstart digits zero checkpoint pull runs looks].
 
 Nothing is asserted: machines are noisy. Contenders take turns, medians are compared. `quickstart` (5 minutes on 2
 cores), `digits` (the bar, mean of three seeds, 20 minutes), `zero` (15 minutes), `checkpoint` and
-`pull` (4 GB of disk), `workers`, `million`, `reading` (3 minutes) and `recipes` run only when named.
+`pull` (4 GB of disk), `runs` (a store of 2,000), `looks` (a run of a million events), `workers`, `million`,
+`reading` (3 minutes) and `recipes` run only when named.
 """
 
 import statistics
@@ -32,6 +33,7 @@ from distill.students.velocity import VelocityStudent
 from tests.benchmarks.pairs import bench_million, bench_pairs, bench_reading, bench_workers
 from tests.benchmarks.ranks import bench_checkpoint, bench_zero
 from tests.benchmarks.recipes import bench_recipes
+from tests.benchmarks.store import bench_looks, bench_runs
 from tests.benchmarks.students import bench_pull
 
 CPU = torch.device("cpu")
@@ -156,6 +158,8 @@ BENCHES: dict[str, Callable[[], str]] = {
     "zero": bench_zero,
     "checkpoint": bench_checkpoint,
     "pull": bench_pull,
+    "runs": bench_runs,
+    "looks": bench_looks,
 }
 
 if __name__ == "__main__":
