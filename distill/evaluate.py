@@ -20,7 +20,7 @@ from distill import evalspec, schedules, teachers
 from distill.data import DataSet
 from distill.draws import key, sample_noise
 from distill.grids import columns_for, images_png, scatter_png
-from distill.guard import InputError, RunError
+from distill.guard import InputError
 from distill.metrics.manifold import NEIGHBOURS
 from distill.metrics.reference import Reference, of_exact, of_images
 from distill.progress import Progress
@@ -290,11 +290,6 @@ class _Work:
         return torch.cat(found), seconds / self.stage.samples
 
     def _measure(self, plan: Plan, samples: Tensor, seconds: float, endpoint: Tensor) -> Row:
-        if not samples.isfinite().all():
-            raise RunError(
-                f"{plan.network} makes samples that are not finite numbers, by {plan.solver} in {plan.steps} steps; "
-                "nothing can be measured of them; earlier rows are kept"
-            )
         laws = self.reference.measure(samples) if self.reference else {}
         picture = Path("pictures") / f"{plan.slug}.png"
         write_atomic(self.folder / picture, self._picture(plan, samples))

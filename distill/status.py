@@ -63,7 +63,7 @@ class RunStatus:
 def read(run: RunPaths, *, brief: bool = False) -> RunStatus:
     """How a run stands; InputError, naming the file, if it is damaged.
 
-    brief: numbers of the first stage that is begun alone, which reads a few kilobytes.
+    brief: of progress only that of the first stage that is begun, which a few kilobytes tell.
     """
     _look(run)
     try:
@@ -71,6 +71,8 @@ def read(run: RunPaths, *, brief: bool = False) -> RunStatus:
             return _read(run, file, brief=brief)
     except FileNotFoundError:
         return RunStatus(run.name, str(run.root), *_state(run, [], "created", ""), None, None, [])
+    except OSError as error:
+        raise InputError(f"{run.root} cannot be read: {error.strerror}") from None
 
 
 def read_all(runs: Iterable[RunPaths]) -> list[RunStatus]:
@@ -117,8 +119,8 @@ def _read(run: RunPaths, file: BinaryIO, *, brief: bool) -> RunStatus:
     kinds: dict[str, str] = first.get("stages", {}) if first.get("event") == "created" else {}
     states = {name: _state_of(run, name) for name in kinds}
     begun = [name for name, state in states.items() if state == "begun"]
-    numbers = [("progress", name) for name in begun[:1]]
-    wanted = set(numbers if brief else [(kind, name) for kind in ("progress", "saved") for name in kinds])
+    shown = begun[:1] if brief else list(kinds)  # of which progress is wanted
+    wanted = {(kind, name) for kind in (["progress"] if brief else ["progress", "saved"]) for name in shown}
     unknown = {name for name, state in states.items() if state != "done"}
     seen = _Seen()
     for event in events.backwards(file, run.events, TAIL):
@@ -126,12 +128,12 @@ def _read(run: RunPaths, file: BinaryIO, *, brief: bool) -> RunStatus:
         seen.changed = event["time"] if seen.changed is None else seen.changed
         if kind in PROCESS:
             seen.process = seen.process or event
-        elif kind == "progress":
-            seen.progress.setdefault(event["label"], event)
-            wanted.discard((kind, event["label"]))
-        elif kind == "saved":
-            seen.saves.setdefault(event["stage"], event)
-            wanted.discard((kind, event["stage"]))
+        elif (kind, event.get("label")) in wanted:
+            seen.progress[event["label"]] = event
+            wanted.remove((kind, event["label"]))
+        elif (kind, event.get("stage")) in wanted:
+            seen.saves[event["stage"]] = event
+            wanted.remove((kind, event["stage"]))
         if not wanted and (seen.process or (kinds and not unknown)):
             break
     # A run that has come far since it was started says so before the tail.

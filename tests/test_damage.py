@@ -8,7 +8,7 @@ import pytest
 from commands import command
 from runs import CARD, make
 
-from distill import card, events, results, status
+from distill import card, compared, events, report, results, status
 from distill.guard import InputError
 from distill.store import RunPaths, append_event, event_line, read_events, runs, write_json
 
@@ -306,6 +306,20 @@ def test_runs_are_what_has_a_spec(tmp_path):
     assert runs(tmp_path / "missing") == runs(tmp_path / "notes.txt") == []
 
 
+def test_a_list_tells_of_the_stage_that_is_begun_and_a_run_of_all(tmp_path):
+    run = make(tmp_path, "one", "mixture-2d")
+    for name in ("pairs", "reflow"):
+        run.stage(name).root.mkdir(parents=True)
+        append_event(run, "progress", label=name, unit="images", done=1, total=2, logs={})
+        append_event(run, "saved", stage=name, step=3)
+    write_json(run.stage("pairs").done, {})
+    (brief,), whole = status.read_all([run]), status.read(run)
+    assert [(stage.state, stage.done, stage.saved_step) for stage in brief.stages] == [
+        ("done", None, None), ("begun", 1, None), ("waiting", None, None), ("waiting", None, None)
+    ]  # fmt: skip
+    assert [(stage.done, stage.saved_step) for stage in whole.stages[:2]] == [(1, 3), (1, 3)]
+
+
 def test_cards_and_results_of_a_whole_run_are_read(tmp_path):
     run = make(tmp_path, "one", "mixture-2d")
     put(run.student("teach") / "distill.json", card.to_json(CARD))
@@ -313,8 +327,7 @@ def test_cards_and_results_of_a_whole_run_are_read(tmp_path):
     assert status.students(run) == {"teach": CARD}
     assert results.of_run(run)["evaluate"].rows[0].picture == "pictures/teacher.png"
     assert results.picture(run.stage("evaluate").root, results.of_run(run)["evaluate"].rows[0]) is None
-    with pytest.raises(InputError, match="has more than 16,777,216 bytes"):
-        put(run.comparison, " " * (2**24 + 1))
-        from distill import compared
-
+    assert "The teacher reaches RMS to the teacher" in report.write(run).read_text()  # though 0 has no logarithm
+    put(run.comparison, " " * (2**24 + 1))
+    with pytest.raises(InputError, match="comparison.json cannot be read: it has more than 16,777,216 bytes"):
         compared.load(run)
