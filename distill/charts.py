@@ -21,6 +21,7 @@ STUDENTS = ("#b4472e", "#2f5d8a", "#5b7f3b", "#8a5a9e", "#b08a2e")
 STYLE = {
     "svg.fonttype": "none",  # text stays text, in the reader's own sans-serif
     "svg.hashsalt": "distill",
+    "text.parse_math": False,  # a $ in a name is a $
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": INK,
@@ -84,9 +85,10 @@ def quality(results: Results) -> str:
                     fontsize=8,
                 )  # fmt: skip
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        if any(row.value > 0 for row in results.rows):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.07, y=0.16)

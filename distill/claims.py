@@ -16,24 +16,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import Field
+
+from distill import records
 from distill.guard import InputError, RunError
-from distill.store import RunPaths, read_json, write_json
+from distill.store import RunPaths, write_json
 
 GRACE = 2.0  # seconds; a process that was killed a moment ago may still be on its way out
+RECORD = "owner.json"
+Word = Annotated[str, Field(max_length=1000)]
 
 
 @dataclass(frozen=True)
 class Owner:
     """A process, told apart from later ones with the same number by its start time and the host's boot."""
 
-    host: str
-    boot: str
-    pid: int
-    start: str
-    job: str = ""
+    host: Word
+    boot: Word
+    pid: Annotated[int, Field(gt=0, lt=2**31)]
+    start: Word
+    job: Word = ""
     """of the cluster, that the process belongs to"""
-    restart: int = 0
+    restart: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """how often that job had been started before"""
 
     @classmethod
@@ -62,19 +68,23 @@ class Owner:
         return self.boot == _boot() and _start(self.pid) == self.start
 
 
+OWNER: records.Schema[Owner] = records.Schema(Owner)
+
+
 def owner(place: Path) -> Owner | None:
     """Who holds a claim, dead or alive; None: nobody."""
     try:
-        return Owner(**read_json(place / "owner.json"))
+        return records.load(place / RECORD, OWNER, "")
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except InputError as error:
         raise InputError(f"{place} cannot be read; if no process executes this run, remove that folder") from error
 
 
 def held(run: RunPaths) -> dict[Path, Owner]:
     """Every claim on the run or a unit of it, dead or alive."""
-    found = {place: owner(place) for place in (run.running, *sorted(run.units.glob("[!.]*")))}
+    units = [name for name in records.names(run.units) if not name.startswith(".")]
+    found = {place: owner(place) for place in (run.running, *(run.units / name for name in units))}
     return {place: each for place, each in found.items() if each is not None}
 
 
@@ -115,7 +125,7 @@ def claim(run: RunPaths, unit: str | None = None, me: Owner | None = None) -> It
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         mine.mkdir(exist_ok=True)
-        write_json(mine / "owner.json", asdict(me))
+        write_json(mine / RECORD, asdict(me))
     except OSError as error:
         raise RunError(f"cannot write into {run.root}: {error.strerror}; nothing was changed") from error
     try:

@@ -7,15 +7,16 @@ from datetime import datetime
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
-from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from rich.table import Table
 
-from distill import results
+from distill import machine, records, results
+from distill.guard import InputError, printable
 from distill.progress import duration
 from distill.results import Results, Row, number
 from distill.space import human
 from distill.spec import Frozen, Name
-from distill.store import RunPaths, read_events, read_json
+from distill.store import RunPaths, read_events
 
 
 class Measured(Frozen):
@@ -50,7 +51,7 @@ class Entry(Frozen):
     name: Name
     """of the stage of its student, the last of its parts"""
     recipe: str
-    parts: list[Part]
+    parts: list[Part] = Field(min_length=1)
     pair_calls: NonNegativeFloat
     """network calls for the pairs that it trains on, also where others train on them too"""
 
@@ -77,7 +78,7 @@ class Comparison(Frozen):
     """of training, for each recipe"""
     evaluation: Name
     """the stage that measures all"""
-    entries: list[Entry]
+    entries: list[Entry] = Field(min_length=1)
 
     @property
     def measured(self) -> dict[str, Measured]:
@@ -97,9 +98,15 @@ class Found:
     date: str
 
 
+COMPARISON: records.Schema[Comparison] = records.Schema(Comparison)
+
+
 def load(run: RunPaths) -> Comparison | None:
-    """What a run compares; None: it is no comparison."""
-    return Comparison.model_validate_json(run.comparison.read_bytes()) if run.comparison.exists() else None
+    """What a run compares; None: it is no comparison. InputError if its record is damaged."""
+    try:
+        return records.load(run.comparison, COMPARISON, "delete that file: the run stays, and compares nothing")
+    except FileNotFoundError:
+        return None
 
 
 def found(run: RunPaths) -> Found | None:
@@ -108,37 +115,61 @@ def found(run: RunPaths) -> Found | None:
     measured = None if comparison is None else results.load(run.stage(comparison.evaluation))
     if comparison is None or measured is None:
         return None
-    events = list(read_events(run))
-    seconds = {e.name: sum(training_seconds(events, p.stage) for p in e.parts) for e in comparison.entries}
-    ends = [e["time"] for e in events if e.get("event") == "progress" and e.get("label") == comparison.evaluation]
-    date = datetime.fromtimestamp(ends[-1]).astimezone().strftime("%Y-%m-%d") if ends else ""
-    return Found(comparison, measured, seconds, _machine(run, measured, events), date)
+    names = {row.network for row in measured.usual if row.role == "student" and not row.fine}
+    if missing := [entry.name for entry in comparison.entries if entry.name not in names]:
+        raise InputError(
+            f"{run.stage(comparison.evaluation).root / results.FILE_NAME} cannot be used: it has no row of "
+            f"'{missing[0]}', which {run.comparison.name} names; delete it and done.json to evaluate again"
+        )
+    sessions, ended, device = Sessions(), None, ""
+    for event in read_events(run, ["stage started", "resumed", "progress"]):
+        sessions.add(event)
+        if event["event"] == "stage started":
+            device = event.get("device", device)
+        elif event["event"] == "progress" and event["label"] == comparison.evaluation:
+            ended = event["time"]
+    seconds = {e.name: sum(sessions.seconds(p.stage) for p in e.parts) for e in comparison.entries}
+    date = "" if ended is None else datetime.fromtimestamp(ended).astimezone().strftime("%Y-%m-%d")
+    return Found(comparison, measured, seconds, _machine(run, measured, device), date)
+
+
+class Sessions:
+    """How long the loops of train stages have taken, from the events of a run as they come."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, list[tuple[int, int, float]]] = {}  # images at the beginning and at the end, a second
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Take the next event, the oldest first."""
+        match event["event"]:
+            case "stage started":
+                self._of.setdefault(event["stage"], []).append((0, 0, 1.0))
+            case "resumed" if sessions := self._of.get(event["stage"]):
+                sessions[-1] = (event["images"], event["images"], 1.0)
+            case "progress" if (sessions := self._of.get(event["label"])) and event.get("per_second", 0) > 0:
+                sessions[-1] = (sessions[-1][0], event["done"], event["per_second"])
+
+    def seconds(self, stage: str) -> float:
+        """Of a stage, until its checkpoints counted: what a kill undid is left out."""
+        total, limit = 0.0, math.inf
+        for begin, end, rate in reversed(self._of.get(stage, [])):
+            total += max(0.0, min(end, limit) - begin) / rate
+            limit = min(limit, begin)
+        return total
 
 
 def training_seconds(events: Iterable[Mapping[str, Any]], stage: str) -> float:
-    """That the loop of a train stage has taken, until its checkpoints counted: what a kill undid is left out."""
-    sessions: list[tuple[int, int, float]] = []  # images at the beginning and at the end, a second
+    """`Sessions.seconds` of a stage, of all these events."""
+    sessions = Sessions()
     for event in events:
-        match event.get("event"):
-            case "stage started" if event["stage"] == stage:
-                sessions.append((0, 0, 1.0))
-            case "resumed" if event["stage"] == stage and sessions:
-                sessions[-1] = (event["images"], event["images"], 1.0)
-            case "progress" if event["label"] == stage and sessions and event["per_second"] > 0:
-                sessions[-1] = (sessions[-1][0], event["done"], event["per_second"])
-    total, limit = 0.0, math.inf
-    for begin, end, rate in reversed(sessions):
-        total += max(0.0, min(end, limit) - begin) / rate
-        limit = min(limit, begin)
-    return total
+        sessions.add(event)
+    return sessions.seconds(stage)
 
 
-def _machine(run: RunPaths, measured: Results, events: Sequence[Mapping[str, Any]]) -> str:
-    env = read_json(run.env) if run.env.exists() else {}
-    devices = [event["device"] for event in events if event.get("event") == "stage started"]
-    cores = f"{env.get('threads', '?')} of {env.get('cpus', '?')} cores of {env.get('cpu', 'an unknown CPU')}"
-    torch = {name.lower(): version for name, version in env.get("packages", {}).items()}.get("torch", "?")
-    return f"{cores if measured.device == 'cpu' or not devices else devices[-1]}, torch {torch}"
+def _machine(run: RunPaths, measured: Results, device: str) -> str:
+    env = machine.load(run)
+    cores = f"{env.threads or '?'} of {env.cpus or '?'} cores of {env.cpu}"
+    return f"{cores if measured.device == 'cpu' or not device else device}, torch {env.version('torch') or '?'}"
 
 
 def quantity(found: Found) -> str:
@@ -238,9 +269,18 @@ def markdown(found: Found) -> str:
     """All of it for a page."""
     heads = ["recipe", *columns(found)]
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *([name, *cells] for name, cells in rows(found))]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    said = [f"`{found.comparison.command}`", found.machine, found.date]
+    table = "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+    said = [f"`{_line(found.comparison.command)}`", _line(found.machine), found.date]
     return f"{table}\n\n{note(found)} {results.describe(found.results)}\n\n{'; '.join(filter(None, said))}\n"
+
+
+def _line(text: str) -> str:
+    """Text that stays within its line and its `code`."""
+    return printable(" ".join(text.split())).replace("`", "'")
+
+
+def _cell(text: str) -> str:
+    return _line(text).replace("|", "\\|")
 
 
 def table(found: Found) -> Table:

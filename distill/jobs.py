@@ -6,19 +6,21 @@ Nothing here asks Slurm.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill import pairspec
+from distill import events as noted
+from distill import pairspec, records
 from distill.spec import LaunchSpec, PairsStage, RunSpec, TrainStage
-from distill.store import RunPaths, append_line, event_line, read_events, read_lines, shard_path, shard_record
+from distill.store import RunPaths, append_line, event_line, read_events, shard_path, shard_record
 
 TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
 ATTEMPT = 2  # how many saves the lead must have room for
 SPARE = 60.0  # seconds of the lead beside them
-STEP = re.compile(r"step (\d+)")
+STEP = re.compile(r"step (\d{1,18})\b")
+FILE = re.compile(r"[0-9]+(?:_[0-9]+)?\.jsonl")  # of a job, by its number
 
 
 @dataclass(frozen=True)
@@ -48,43 +50,53 @@ def append(run: RunPaths, job: str, event: str, **fields: Any) -> None:  # noqa:
 
 def events(run: RunPaths, job: str) -> list[dict[str, Any]]:
     """What is known of a job, oldest first."""
-    return list(read_lines(run.jobs / f"{job}.jsonl"))
+    return list(noted.read(run.jobs / f"{job}.jsonl", noted.JOB))
 
 
 def submitted(run: RunPaths) -> list[Job]:
     """Every submission of a run, oldest first."""
     found = []
-    for path in run.jobs.glob("*.jsonl"):
-        for line in read_lines(path):
-            if line.get("event") == "submitted":
-                fields = {name: line[name] for name in ("stages", "parts", "script", "after", "time")}
-                found.append(Job(path.stem, **fields))
+    for name in filter(FILE.fullmatch, records.names(run.jobs)):
+        for line in noted.read(run.jobs / name, noted.JOB, ["submitted"]):
+            fields = {field: line[field] for field in ("stages", "parts", "script", "after", "time")}
+            found.append(Job(name.removesuffix(".jsonl"), **fields))
     return sorted(found, key=lambda job: (job.time, len(job.id), job.id))
 
 
 def ends(run: RunPaths, job: str) -> list[dict[str, Any]]:
     """How each attempt of a job ended, in order. What only the next attempt could tell of one is filled in."""
+    return ends_of(events(run, job))
+
+
+def ends_of(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The same, of what is known of the job."""
     found: dict[int, dict[str, Any]] = {}
-    for line in events(run, job):
-        if line.get("event") == "ended":
-            found[line["restart"]] = line
-        elif line.get("event") == "explained":
+    for line in lines:
+        if line["event"] == "ended":
+            found[line["restart"]] = dict(line)
+        elif line["event"] == "explained" and line["restart"] in found:
             found[line["restart"]]["why"] = line["why"]
     return list(found.values())
 
 
 def restarts(run: RunPaths, members: Iterable[str]) -> dict[str, int]:
     """How often these jobs were queued again, by reason."""
-    lines = (line for member in members for line in ends(run, member))
-    return dict(Counter(str(line["why"]) for line in lines if line.get("again")))
+    return counted(line for member in members for line in ends(run, member))
+
+
+def counted(ended: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """How many of these ends were followed by another attempt, by reason."""
+    return dict(Counter(str(line["why"]) for line in ended if line["again"]))
 
 
 def position(run: RunPaths, stage: str, message: str) -> int | None:
     """The step a stage had come to when it failed: the one that its message names, else the last that was saved."""
     if (found := STEP.search(message)) is not None:
         return int(found[1])
-    steps = [line["step"] for line in read_events(run) if line.get("event") == "saved" and line.get("stage") == stage]
-    return steps[-1] if steps else None
+    last = None
+    for line in read_events(run, ["saved"]):
+        last = line["step"] if line["stage"] == stage else last
+    return last
 
 
 def crashed_before(run: RunPaths, job: str, stage: str, step: int | None) -> bool:
@@ -95,7 +107,7 @@ def crashed_before(run: RunPaths, job: str, stage: str, step: int | None) -> boo
 
 def lead_needed(run: RunPaths) -> float:
     """Seconds of warning that saving takes, as this run's slowest save tells; 0: nothing was saved yet."""
-    slowest = max((float(line["seconds"]) for line in read_events(run) if line.get("event") == "saved"), default=0.0)
+    slowest = max((float(line.get("seconds", 0.0)) for line in read_events(run, ["saved"])), default=0.0)
     return 0.0 if slowest == 0 else ATTEMPT * slowest + SPARE
 
 

@@ -7,15 +7,19 @@ from pathlib import Path
 
 import jinja2
 
-from distill import charts, compared, straightened
+from distill import charts, compared, machine, records, straightened
 from distill import results as evaluations
 from distill.charts import Curve
+from distill.curves import Thinned
+from distill.guard import printable
 from distill.results import Results, Row, number
-from distill.store import RunPaths, read_events, read_json, write_atomic
+from distill.store import RunPaths, read_events, write_atomic
 from distill.straightened import Round
 
 LIBRARIES = ("torch", "diffusers", "safetensors", "numpy", "scipy", "scikit-learn", "pot", "datasets", "pydantic")
 MAX_CURVES = 3  # per stage
+MAX_NAMES = 50  # of logged numbers that are kept of a stage, to choose from
+MAX_WARNINGS = 100
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,7 @@ class Training:
     unit: str = "images"
     done: int = 0
     total: int = 0
-    points: dict[str, list[tuple[float, float]]] = field(default_factory=dict)
+    curves: dict[str, Thinned] = field(default_factory=dict)
 
 
 def write(run: RunPaths) -> Path:
@@ -91,20 +95,27 @@ def write(run: RunPaths) -> Path:
     found = evaluations.of_run(run)
     wholes = [results for results in found.values() if straightened.round_of(results) is None]
     page = environment.get_template("report.html.j2").render(
-        name=run.name,
-        stages=[_stage(run, name, kind, trainings.get(name)) for name, kind in kinds.items()],
+        name=printable(run.name),
+        stages=[_stage(run, name, kind, trainings.get(name), name in found) for name, kind in kinds.items()],
         evaluations={name: _evaluation(run.stage(name).root, results) for name, results in found.items()},
         headlines=[headline(results) for results in wholes or found.values()],
         rounds=_rounds(straightened.rounds(found)),
         comparison=_comparison(run),
-        losses={name: _losses(training) for name, training in trainings.items() if training.points},
-        warnings=list(dict.fromkeys(warnings)),
-        spec=run.spec.read_text() if run.spec.exists() else "",
+        losses={name: chart for name, training in trainings.items() if (chart := _losses(training))},
+        warnings=warnings,
+        spec=_spec(run),
         environment=_environment(run),
         files=_files(run),
     )
     write_atomic(run.report, page)
     return run.report
+
+
+def _spec(run: RunPaths) -> str:
+    try:
+        return records.read_text(run.spec)
+    except FileNotFoundError:
+        return ""
 
 
 def headline(results: Results) -> str:
@@ -136,7 +147,7 @@ def headline(results: Results) -> str:
 def _evaluation(folder: Path, results: Results) -> Evaluation:
     straight = {row.network: row.straightness for row in results.rows}
     widest = max((value for value in straight.values() if value is not None), default=0.0) or 1.0
-    shown = [row for row in results.rows if (folder / row.picture).exists()]
+    shown = [(row, png) for row in results.rows if (png := evaluations.picture(folder, row)) is not None]
     what = results.distance or "RMS"
     return Evaluation(
         description=evaluations.describe(results),
@@ -147,10 +158,10 @@ def _evaluation(folder: Path, results: Results) -> Evaluation:
             Picture(
                 row.label,
                 f"{row.nfe} call{'s' if row.nfe > 1 else ''}, {what} {number(row.value)}",
-                _image((folder / row.picture).read_bytes(), "png"),
+                _image(png, "png"),
                 row.role,
             )
-            for row in shown
+            for row, png in shown
         ],
         straightness=[
             (name, "\u2013", 0.0) if value is None else (name, number(value), 100 * value / widest)
@@ -170,7 +181,7 @@ def _rounds(found: list[Round]) -> Rounds | None:
     return Rounds(
         columns=straightened.columns(found),
         rows=[(each.after.network, straightened.cells(found, each)) for each in found],
-        chart=_image(charts.rounds(panels).encode(), "svg+xml"),
+        chart=_image(charts.rounds(panels).encode(), "svg+xml") if panels else "",
         warnings=[each.warning for each in found if each.warning],
     )
 
@@ -193,33 +204,35 @@ def _comparison(run: RunPaths) -> Comparison | None:
 
 
 def _events(run: RunPaths) -> tuple[dict[str, str], dict[str, Training], list[str]]:
-    """Kind of each stage, what each has logged, and warnings, from the run's events."""
+    """Kind of each stage, what each has logged, and warnings, from the run's events; in bounded memory."""
     kinds: dict[str, str] = {}
     trainings: dict[str, Training] = {}
-    warnings: list[str] = []
+    warnings: dict[str, None] = {}  # in their order, each once
     for event in read_events(run):
-        match event.get("event"):
+        match event["event"]:
             case "created":
                 kinds.update(event.get("stages", {}))
             case "stage started":
                 kinds.setdefault(event["stage"], event["kind"])
             case "warning":
-                warnings.append(f"{event['label']}: {event['text']}")
-            case "progress":
+                if len(warnings) <= MAX_WARNINGS:
+                    warnings[f"{event['label']}: {event['text']}"] = None
+            case "progress" if event["label"] in kinds:
                 training = trainings.setdefault(event["label"], Training())
-                training.unit, training.done, training.total = event["unit"], event["done"], event["total"]
-                for name, value in event["logs"].items():
-                    points = training.points.setdefault(name, [])
-                    # A resumed run repeats what came after its checkpoint; the later numbers count.
-                    while points and points[-1][0] >= event["done"]:
-                        points.pop()
-                    points.append((float(event["done"]), float(value)))
-    return kinds, trainings, warnings
+                training.unit = event.get("unit", training.unit)
+                training.done, training.total = event["done"], event.get("total", training.total)
+                for name, value in event.get("logs", {}).items():
+                    curve = training.curves.get(name)
+                    if curve is None and len(training.curves) < MAX_NAMES:
+                        curve = training.curves[name] = Thinned()
+                    if curve is not None:
+                        curve.add(float(event["done"]), value)
+    said = list(warnings)
+    return kinds, trainings, said if len(said) <= MAX_WARNINGS else [*said[:MAX_WARNINGS], "more: see events.jsonl"]
 
 
-def _stage(run: RunPaths, name: str, kind: str, training: Training | None) -> Stage:
-    paths = run.stage(name)
-    if paths.done.exists() or evaluations.load(paths) is not None:
+def _stage(run: RunPaths, name: str, kind: str, training: Training | None, has_results: bool) -> Stage:
+    if run.stage(name).done.exists() or has_results:
         state = "done"
     else:
         state = "begun" if training is not None else "waiting"
@@ -228,22 +241,21 @@ def _stage(run: RunPaths, name: str, kind: str, training: Training | None) -> St
 
 
 def _losses(training: Training) -> str:
-    names = sorted(training.points, key=lambda name: ("loss" not in name, list(training.points).index(name)))
-    curves = [Curve(name, *zip(*training.points[name], strict=True)) for name in names[:MAX_CURVES]]
-    return _image(charts.losses(curves, training.unit).encode(), "svg+xml")
+    """A chart of what a stage has logged, the losses first; "" where it has logged nothing that can be drawn."""
+    filled = {name: curve for name, curve in training.curves.items() if curve.at}
+    names = sorted(filled, key=lambda name: "loss" not in name)  # otherwise in the order of the events
+    curves = [Curve(name, *filled[name].drawn()) for name in names[:MAX_CURVES]]
+    return _image(charts.losses(curves, training.unit).encode(), "svg+xml") if curves else ""
 
 
 def _environment(run: RunPaths) -> list[tuple[str, str]]:
     """The lines of env.json that matter to whoever reads the numbers."""
-    if not run.env.exists():
-        return []
-    env = read_json(run.env)
-    lines = [(name, str(env[name])) for name in ("distill", "python", "platform", "cpus", "threads") if name in env]
-    git = env.get("git")
-    if git:
-        lines.insert(1, ("commit", f"{git['commit'][:12]}{' (with changes)' if git.get('changed') else ''}"))
-    packages = {name.lower(): version for name, version in env.get("packages", {}).items()}
-    return lines + [(name, packages[name]) for name in LIBRARIES if name in packages]
+    env = machine.load(run)
+    commit = None if env.git is None else f"{env.git.commit[:12]}{' (with changes)' if env.git.changed else ''}"
+    known = {"distill": env.distill, "commit": commit, "python": env.python, "platform": env.platform}
+    known |= {name: str(count) for name, count in (("cpus", env.cpus), ("threads", env.threads)) if count is not None}
+    known |= {name: env.version(name) for name in LIBRARIES}
+    return [(name, value) for name, value in known.items() if value]
 
 
 def _files(run: RunPaths) -> list[tuple[str, str]]:
@@ -257,7 +269,7 @@ def _files(run: RunPaths) -> list[tuple[str, str]]:
         *((f"student {path.name}", path) for path in _folders(run.root / "students")),
         *((f"stage {path.name}", path) for path in _folders(run.root / "stages")),
     ]
-    return [(label, str(path.relative_to(run.root))) for label, path in named if path.exists()]
+    return [(printable(label), printable(str(path.relative_to(run.root)))) for label, path in named if path.exists()]
 
 
 def _folders(parent: Path) -> Iterable[Path]:

@@ -1,47 +1,72 @@
 """What an evaluation found, as data and as a table. No torch here."""
 
-from typing import Literal
+import re
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, NonNegativeInt, model_validator
 from rich.table import Table
 
-from distill.guard import InputError
+from distill import records
+from distill.guard import InputError, printable
 from distill.spec import Frozen
 from distill.store import RunPaths, StagePaths
 
 FILE_NAME = "results.json"
+PICTURE = re.compile(r"(?:pictures/)?[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.png")
+PICTURE_BYTES = 64 * 2**20  # at most
+PNG = b"\x89PNG\r\n\x1a\n"  # that every such file begins with
+
+
+def _plain(name: str) -> str:
+    if PICTURE.fullmatch(name) is None:
+        raise ValueError("a picture is a .png file of the stage's own folder, like pictures/NAME.png")
+    return name
+
+
+def _readable(text: str) -> str:
+    if printable(text) != text or "\n" in text:
+        raise ValueError("a name of one line, without control characters, is expected")
+    return text
+
+
+PictureName = Annotated[str, AfterValidator(_plain)]
+Line = Annotated[str, Field(max_length=500), AfterValidator(_readable)]
+Number = Annotated[float, Field(gt=-1e100, lt=1e100)]
+"""finite, and small enough to be drawn"""
+Count = Annotated[int, Field(gt=0, lt=2**63)]
 
 
 class Row(Frozen):
     """One way to make samples, measured."""
 
-    network: str
+    network: Line
     """"teacher", or the name of a student"""
     role: Literal["teacher", "student"]
-    solver: str
-    steps: int
+    solver: Line
+    steps: Count
     fine: bool = False
     """the solver whose endpoint counts as the teacher's own; of a student: by that solver, not by its own sampler"""
-    along: str = ""
+    along: Line = ""
     """the times of the steps: empty: uniform, or the student's own; optimal; or the times"""
-    nfe: int
+    nfe: Count
     """network evaluations per sample, guidance counted"""
-    distance: float | None
+    distance: Number | None
     """the distance that `Results.distance` names; null: no reference"""
-    kid: float | None
+    kid: Number | None
     """of features in units of the real ones' root mean square"""
-    precision: float | None
-    recall: float | None
-    rms: float
+    precision: Number | None
+    recall: Number | None
+    rms: Number
     """root mean square difference to the teacher's fine endpoint from the same noise"""
-    images_per_second: float
+    images_per_second: Annotated[float, Field(gt=0, lt=1e100)]
     """generation alone"""
-    straightness: float | None
+    straightness: Number | None
     """of the network's own paths, 0 = straight; the same in all rows of a network; null: a flow map and the like"""
-    transport: float | None = None
+    transport: Number | None = None
     """mean over samples and elements of (sample - its noise)^2; null: measured before this was"""
-    picture: str
-    """file of the first samples, beside the results"""
+    picture: PictureName
+    """file of the first samples, beside the results or in pictures/"""
 
     @property
     def value(self) -> float:
@@ -62,31 +87,37 @@ class Row(Frozen):
 class FeatureNet(Frozen):
     """The network whose features the Frechet distance compares."""
 
-    task: str
-    accuracy: float
-    dim: int
+    task: Line
+    accuracy: Number
+    dim: Count
 
 
 class Results(Frozen):
     """The content of results.json."""
 
     format: Literal[1] = 1
-    stage: str
-    samples: int
+    stage: Line
+    samples: Count
     """per row"""
-    seed: int
-    block: int
-    device: str
-    guidance_scale: float
-    distance: str | None
+    seed: NonNegativeInt
+    block: Count
+    device: Line
+    guidance_scale: Number
+    distance: Line | None
     """FD-<data>, SW2, or null where there is nothing to compare with"""
     features: FeatureNet | None
-    reference: int
+    reference: NonNegativeInt
     """samples of the real data, or exact samples, compared with"""
-    floor: float | None = None
+    floor: Number | None = None
     """distance of two sets of exact samples"""
     vector: bool
     rows: list[Row] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _has_a_teacher(self) -> Self:
+        if not any(row.fine for row in self.rows):
+            raise ValueError("a row of the teacher by its fine solver is missing")
+        return self
 
     @property
     def usual(self) -> list[Row]:
@@ -117,18 +148,41 @@ def card_metrics(results: Results, student: str) -> dict[str, float]:
     return found
 
 
+RESULTS: records.Schema[Results] = records.Schema(Results)
+
+
 def load(stage: StagePaths) -> Results | None:
-    """The results of an evaluate stage, once it has any."""
-    path = stage.root / FILE_NAME
-    return Results.model_validate_json(path.read_bytes()) if path.exists() else None
+    """The results of an evaluate stage, once it has any; InputError if they are damaged."""
+    try:
+        return records.load(
+            stage.root / FILE_NAME, RESULTS, f"delete that file and {stage.done.name} to evaluate again"
+        )
+    except FileNotFoundError:
+        return None
 
 
 def of_run(run: RunPaths) -> dict[str, Results]:
-    """Results by stage, of the stages that have any, in the order of their names."""
-    found = {
-        path.parent.name: load(run.stage(path.parent.name)) for path in sorted(run.root.glob(f"stages/*/{FILE_NAME}"))
-    }
+    """Results by stage, of the stages that have any, in the order of their names; InputError if any are damaged."""
+    names = sorted(path.parent.name for path in run.root.glob(f"stages/*/{FILE_NAME}"))
+    found = {name: load(run.stage(name)) for name in names}
     return {name: results for name, results in found.items() if results is not None}
+
+
+def picture(folder: Path, row: Row) -> bytes | None:
+    """The PNG of a row's first samples; None: there is none any more. InputError if it is no picture of this folder.
+
+    folder: of the results.
+    """
+    path = folder / row.picture
+    try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{path} cannot be used: it is a link out of its folder; delete it, and evaluate again")
+        content = records.read_small(path, PICTURE_BYTES)
+    except FileNotFoundError:
+        return None
+    if not content.startswith(PNG):
+        raise InputError(f"{path} cannot be used: it is not a PNG picture; delete it, and evaluate again")
+    return content
 
 
 def number(value: float) -> str:

@@ -1,13 +1,20 @@
 """How runs stand, from their files alone: state, stages, progress, losses. Reads little, so that lists are quick."""
 
+import os
+import stat
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, BinaryIO
 
-from distill import claims
-from distill.store import RunPaths, read_events, read_json
+from distill import card, claims, events, records
+from distill.card import StudentCard
+from distill.guard import InputError
+from distill.store import RunPaths
 
-TAIL = 64 * 1024  # bytes of events that say how a run stands now
+TAIL = 64 * 1024  # bytes of events that say how a run stands now, at most
+PROCESS = ("started", "stopped", "failed", "finished")  # events of a process
+DAMAGED = "damaged"
 
 
 @dataclass(frozen=True)
@@ -43,9 +50,9 @@ class RunStatus:
     name: str
     path: str
     state: str
-    """running, done, stopped, failed or new"""
+    """running, done, stopped, failed, new or damaged"""
     message: str
-    """why it stopped or failed"""
+    """why it stopped or failed, or what is damaged"""
     created: float | None
     """unix seconds"""
     changed: float | None
@@ -53,27 +60,90 @@ class RunStatus:
     stages: list[StageStatus]
 
 
-def read(run: RunPaths) -> RunStatus:
-    """How a run stands."""
-    first = next(read_events(run), {})
-    kinds: dict[str, str] = first.get("stages", {})
-    last: dict[str, Any] = {}
-    message, changed = "", None
-    progress: dict[str, dict[str, Any]] = {}
-    saves: dict[str, dict[str, Any]] = {}
-    for event in read_events(run, TAIL):
-        changed = event.get("time", changed)
-        if event.get("event") in ("started", "stopped", "failed", "finished"):
-            last, message = event, str(event.get("message", ""))
-        elif event.get("event") == "progress":
-            progress[str(event.get("label"))] = event
-        elif event.get("event") == "saved":
-            saves[str(event.get("stage"))] = event
-    stages = [_stage(run, name, kind, progress.get(name, {}), saves.get(name, {})) for name, kind in kinds.items()]
+def read(run: RunPaths, *, brief: bool = False) -> RunStatus:
+    """How a run stands; InputError, naming the file, if it is damaged.
+
+    brief: of progress only that of the first stage that is begun, which a few kilobytes tell.
+    """
+    _look(run)
+    try:
+        with records.open_regular(run.events) as file:
+            return _read(run, file, brief=brief)
+    except FileNotFoundError:
+        return RunStatus(run.name, str(run.root), *_state(run, [], "created", ""), None, None, [])
+    except OSError as error:
+        raise InputError(f"{run.root} cannot be read: {error.strerror}") from None
+
+
+def read_all(runs: Iterable[RunPaths]) -> list[RunStatus]:
+    """How these runs stand, in brief. A damaged one is in state "damaged", and its message says why."""
+    return [_read_any(run) for run in runs]
+
+
+def damaged(run: RunPaths, error: InputError) -> RunStatus:
+    """What is known of a run whose files cannot be read."""
+    return RunStatus(run.name, str(run.root), DAMAGED, str(error), None, None, [])
+
+
+def _read_any(run: RunPaths) -> RunStatus:
+    try:
+        return read(run, brief=True)
+    except InputError as error:
+        return damaged(run, error)
+
+
+def _look(run: RunPaths) -> None:
+    """InputError unless the spec is a file: nothing else of it is read here."""
+    try:
+        mode = run.spec.stat().st_mode
+    except OSError as error:
+        raise InputError(f"{run.spec} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{run.spec} cannot be read: it is not a file; remove the run, or put its spec there")
+
+
+@dataclass
+class _Seen:
+    """The newest events that say how a run stands."""
+
+    process: dict[str, Any] = field(default_factory=dict)
+    """the last that began or ended"""
+    changed: float | None = None
+    progress: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """by stage"""
+    saves: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def _read(run: RunPaths, file: BinaryIO, *, brief: bool) -> RunStatus:
+    first = events.first(file, run.events)
+    kinds: dict[str, str] = first.get("stages", {}) if first.get("event") == "created" else {}
+    states = {name: _state_of(run, name) for name in kinds}
+    begun = [name for name, state in states.items() if state == "begun"]
+    shown = begun[:1] if brief else list(kinds)  # of which progress is wanted
+    wanted = {(kind, name) for kind in (["progress"] if brief else ["progress", "saved"]) for name in shown}
+    unknown = {name for name, state in states.items() if state != "done"}
+    seen = _Seen()
+    for event in events.backwards(file, run.events, TAIL):
+        kind = event["event"]
+        seen.changed = event["time"] if seen.changed is None else seen.changed
+        if kind in PROCESS:
+            seen.process = seen.process or event
+        elif (kind, event.get("label")) in wanted:
+            seen.progress[event["label"]] = event
+            wanted.remove((kind, event["label"]))
+        elif (kind, event.get("stage")) in wanted:
+            seen.saves[event["stage"]] = event
+            wanted.remove((kind, event["stage"]))
+        if not wanted and (seen.process or (kinds and not unknown)):
+            break
     # A run that has come far since it was started says so before the tail.
-    unknown = "started" if run.events.exists() and run.events.stat().st_size > TAIL else "created"
-    state, message = _state(run, stages, str(last.get("event", unknown)), message)
-    return RunStatus(run.name, str(run.root), state, message, first.get("time"), changed, stages)
+    before = "started" if os.fstat(file.fileno()).st_size > TAIL else "created"
+    stages = [
+        _stage(name, kind, states[name], seen.progress.get(name, {}), seen.saves.get(name, {}))
+        for name, kind in kinds.items()
+    ]
+    state, message = _state(run, stages, seen.process.get("event", before), seen.process.get("message", ""))
+    return RunStatus(run.name, str(run.root), state, message, first.get("time"), seen.changed, stages)
 
 
 def _state(run: RunPaths, stages: list[StageStatus], last: str, message: str) -> tuple[str, str]:
@@ -86,26 +156,29 @@ def _state(run: RunPaths, stages: list[StageStatus], last: str, message: str) ->
     return {"failed": ("failed", message), "created": ("new", "")}.get(last, ("stopped", message))
 
 
-def _stage(run: RunPaths, name: str, kind: str, progress: dict[str, Any], save: dict[str, Any]) -> StageStatus:
-    paths = run.stage(name)
+def _state_of(run: RunPaths, stage: str) -> str:
+    paths = run.stage(stage)
+    return "done" if paths.done.exists() else "begun" if paths.root.exists() else "waiting"
+
+
+def _stage(name: str, kind: str, state: str, progress: dict[str, Any], save: dict[str, Any]) -> StageStatus:
     return StageStatus(
         name,
         kind,
-        "done" if paths.done.exists() else "begun" if paths.root.exists() else "waiting",
+        state,
         progress.get("done"),
         progress.get("total"),
-        str(progress.get("unit", "")),
-        float(progress["per_second"]) if "per_second" in progress else None,
+        progress.get("unit", ""),
+        progress.get("per_second"),
         save.get("step"),
         save.get("time"),
         progress.get("logs", {}),
     )
 
 
-def students(run: RunPaths) -> dict[str, dict[str, Any]]:
-    """distill.json of every student of a run, by stage."""
-    cards = sorted(run.students.glob("*/distill.json"))
-    return {path.parent.name: read_json(path) for path in cards}
+def students(run: RunPaths) -> dict[str, StudentCard]:
+    """The card of every student of a run, by stage; InputError if one is damaged."""
+    return {path.parent.name: card.read(path.parent) for path in sorted(run.students.glob("*/distill.json"))}
 
 
 def age(then: float | None) -> str:

@@ -5,12 +5,14 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill import events, records
 from distill.guard import InputError, RunError, suggest
+from distill.records import read_json as read_json  # for all who read a run
 
 RESERVED = {
     "indexes": "what is known of the images of data sets",
@@ -73,11 +75,6 @@ def write_first(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, content: Any) -> None:  # noqa: ANN401  (anything json takes)
     """`write_atomic` of indented JSON."""
     write_atomic(path, json.dumps(content, indent=2, sort_keys=False) + "\n")
-
-
-def read_json(path: Path) -> Any:  # noqa: ANN401
-    """Parsed JSON of a file that must exist."""
-    return json.loads(path.read_text())
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -199,16 +196,27 @@ class RunPaths:
 
 
 def runs(store: Path) -> list[RunPaths]:
-    """All runs of a store, by name."""
-    if not store.is_dir():
-        return []
-    return [RunPaths(path.parent) for path in sorted(store.glob("*/spec.yaml")) if not path.parent.name.startswith(".")]
+    """All runs of a store, by name, damaged ones too; InputError if the store cannot be read."""
+    return [
+        RunPaths(store / name) for name in records.names(store) if not name.startswith(".") and is_run(store / name)
+    ]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run, perhaps a damaged one: has something called spec.yaml, or is closed to us."""
+    try:
+        os.lstat(f"{folder}/spec.yaml")
+    except PermissionError:
+        return True
+    except OSError:  # nothing there, or no name that a file can have
+        return False
+    return True
 
 
 def find_run(store: Path, given: str) -> RunPaths:
     """The run that a user names: by its name in the store, or by the path of its folder."""
     for root in (store / given, Path(given)):
-        if (root / "spec.yaml").is_file():
+        if is_run(root):
             return RunPaths(root.absolute())
     names = [run.name for run in runs(store)]
     hint = suggest(given, names) if names else "the store is empty; `distill run digits` makes a first run"
@@ -277,22 +285,6 @@ def append_line(path: Path, line: str) -> None:
         raise RunError(f"cannot write {path}: {error.strerror}") from error
 
 
-def read_events(run: RunPaths, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
-    """The run's events, oldest first, or those within its last bytes."""
-    return read_lines(run.events, last_bytes)
-
-
-def read_lines(path: Path, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file of lines; a line cut short by a kill is passed over."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        if last_bytes is not None:
-            file.seek(max(0, path.stat().st_size - last_bytes))
-        for line in file:
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict):
-                yield event
+def read_events(run: RunPaths, kinds: Collection[str] = ()) -> Iterator[dict[str, Any]]:
+    """The run's events, oldest first, in a stream; of some kinds only, if any is named. See `events`."""
+    return events.read(run.events, events.RUN, kinds)

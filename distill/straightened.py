@@ -100,10 +100,12 @@ def curves(found: Sequence[Round]) -> dict[str, dict[str, list[tuple[int, float]
             found[0].distance: {"full solver": [(i, row.distance) for i, row in enumerate(ends)], **few},
             **panels,
         }
-    return {
+    shown = {
         title: {name: [(i, y) for i, y in points if y is not None] for name, points in each.items()}
         for title, each in panels.items()
     }
+    filled = {title: {name: points for name, points in each.items() if points} for title, each in shown.items()}
+    return {title: each for title, each in filled.items() if each}
 
 
 NOTE = (

@@ -17,7 +17,7 @@ LAYERS = [
     {"times", "fields", "solvers", "samplers", "autodiff", "distances", "couplings", "windows"},
     {"hub", "teachers", "students", "latents", "conditions", "data", "pairs", "ema", "metrics", "grids"},
     {"world", "trainable", "sharded", "checkpoint", "saving", "roles", "export", "sampling", "schedules"},
-    {"evaluate", "report", "charts", "engine", "memory", "sources"},
+    {"evaluate", "report", "charts", "curves", "engine", "memory", "sources"},
     {"stages", "estimate", "forecast"},
     {"cli", "testing"},
 ]
@@ -41,6 +41,9 @@ ANYWHERE = {
     "imagefolder",
     "dataspec",
     "frozen",
+    "records",
+    "events",
+    "machine",
 }  # no torch in them, usable by both planes
 CONTROL = ANYWHERE | {
     "overrides",
@@ -53,7 +56,7 @@ CONTROL = ANYWHERE | {
     "launch",
     "registry",
 }
-CONTROL |= {"presets", "claims", "status", "jobs", "inputs", "rounds", "comparison", "budget"}
+CONTROL |= {"presets", "claims", "status", "jobs", "logs", "inputs", "rounds", "comparison", "budget"}
 CONTROL |= {"manifest", "contents", "transports", "web", "ssh", "transfer", "pull", "publish", "published"}
 TORCH = {"torch", "numpy", "diffusers", "accelerate", "deepspeed", "safetensors", "torchmetrics", "sklearn", "datasets"}
 

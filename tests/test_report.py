@@ -173,7 +173,8 @@ def test_headlines():
 
 def test_a_resumed_run_shows_each_image_once(run):
     _, trainings, _ = report._events(run)
-    assert trainings["teach"].points["loss"] == [(128, 2.0), (256, 1.5), (384, 1.2), (512, 1.0)]
+    loss = trainings["teach"].curves["loss"]
+    assert (loss.at, loss.values) == ([128, 256, 384, 512], [2.0, 1.5, 1.2, 1.0])
 
 
 def test_unfinished_runs_show_what_there_is(run, tmp_path):

@@ -1,6 +1,5 @@
 """Files appear whole or not at all; a run is executed by one process at a time, whatever was killed before."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,8 +9,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from runs import CARD
 
-from distill import claims, status
+from distill import card, claims, events, status
 from distill.guard import InputError, RunError
 from distill.store import (
     RunPaths,
@@ -92,10 +92,11 @@ def test_a_line_cut_by_a_kill_spoils_no_other(tmp_path):
 def test_the_tail_of_events(tmp_path):
     run = make(tmp_path)
     for number in range(1000):
-        append_event(run, "progress", label="a", number=number)
-    tail = list(read_events(run, 1000))
-    assert tail[-1]["number"] == 999
-    assert 5 < len(tail) < 20
+        append_event(run, "mark", number=number)
+    with run.events.open("rb") as file:
+        tail = list(events.backwards(file, run.events, 1000))
+    assert [event["number"] for event in tail] == list(range(999, 999 - len(tail), -1))
+    assert 10 < len(tail) < 20
 
 
 # --- claims ---
@@ -245,5 +246,5 @@ def test_age(seconds, said):
 def test_students_are_what_their_cards_say(tmp_path):
     run = make(tmp_path)
     run.student("a").mkdir(parents=True)
-    (run.student("a") / "distill.json").write_text(json.dumps({"name": "a"}))
-    assert status.students(RunPaths(run.root)) == {"a": {"name": "a"}}
+    (run.student("a") / "distill.json").write_text(card.to_json(CARD))
+    assert status.students(RunPaths(run.root)) == {"a": CARD}

@@ -2,32 +2,34 @@
 
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from distill import records
 from distill.cli.common import JsonOption, StoreOption, console, near, print_json, print_table, store_path
-from distill.cli.runs import RunArgument
-from distill.guard import InputError
+from distill.cli.runs import RunArgument, print_rows, say, stages_done, warn_of_damage
+from distill.guard import InputError, printable
 from distill.progress import duration
 from distill.store import RunPaths, find_run, runs
 
 if TYPE_CHECKING:
     import distill.launch.standing
+    import distill.logs
     import distill.status
 
 WATCH_SECONDS = 5.0
 POLL = 0.5  # seconds between looks at a log
 MOMENT = "%Y-%m-%d %H:%M:%S"
-STAMP = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ")
-FAILED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  rank (\d+) failed:")
-RANK_LOG = re.compile(r"(?:(?P<stage>.+?)(?:\.parts(?:\.\d+)?)?\.)?rank-(?P<rank>\d+)\.log")  # of a machine: no stage
+LINES = 1000  # of a log that are printed where nothing else is asked for
+RANK_LOG = re.compile(
+    r"(?:(?P<stage>.+?)(?:\.parts(?:\.\d+)?)?\.)?rank-(?P<rank>[0-9]+)\.log"
+)  # of a machine: no stage
 JOB_LOG = re.compile(r"(?P<stage>.+?)(?:\.parts)?\.\d+(?:_\d+)?\.job\.log")
-AGO = re.compile(r"(\d+)(s|min|m|h|d)")
+AGO = re.compile(r"([0-9]{1,9})(s|min|m|h|d)")
 UNITS = {"s": "seconds", "m": "minutes", "min": "minutes", "h": "hours", "d": "days"}
 
 
@@ -51,24 +53,32 @@ def status(
 def _status(folder: Path, run: str | None, json: bool) -> None:
     from distill.launch import standing
 
-    found = standing.read([find_run(folder, run)] if run is not None else runs(folder))
-    if json:
-        print_json([_as_json(each) for each in found] if run is None else _as_json(found[0]))
-    elif run is None:
-        _print_all(folder, found)
+    if run is not None:
+        paths = find_run(folder, run)
+        found = standing.read([paths])
+        if json:
+            print_json(_as_json(found[0]))
+        else:
+            _print_one(paths, found[0])
     else:
-        _print_one(find_run(folder, run), found[0])
+        found = standing.read(runs(folder), brief=True)
+        if json:
+            print_json([_as_json(each) for each in found])
+        else:
+            _print_all(folder, found)
     if found and (trouble := next((each.trouble for each in found if each.trouble), "")) and not json:
-        print(f"warning: {trouble}; what stands above is what the runs themselves have noted")
+        say(f"warning: {trouble}; what stands above is what the runs themselves have noted")
 
 
 def _as_json(standing: "distill.launch.standing.Standing") -> dict[str, Any]:
     from distill import status as statuses
 
     jobs = [asdict(job) | {"state": job.state, "reason": job.reason} for job in standing.jobs]
-    cards = statuses.students(RunPaths(Path(standing.run.path)))
-    metrics = {name: card.get("metrics", {}) for name, card in cards.items()}
     state = {"state": standing.state, "message": standing.message}
+    metrics: dict[str, dict[str, float]] = {}
+    if standing.run.state != statuses.DAMAGED:
+        cards = statuses.students(RunPaths(Path(standing.run.path)))
+        metrics = {name: card.metrics for name, card in cards.items()}
     return asdict(standing.run) | state | {"jobs": jobs, "metrics": metrics, "trouble": standing.trouble}
 
 
@@ -85,15 +95,17 @@ def _print_all(folder: Path, found: "list[distill.launch.standing.Standing]") ->
         at = "" if current is None else f"{current.name} {_progress(current)}".strip()
         restarts = sum(sum(job.restarts.values()) for job in each.jobs)
         ago = statuses.age(each.run.changed)
-        rows.append([each.run.name, each.state, f"{done}/{len(each.run.stages)}", at, str(restarts or ""), ago])
-    print_table(["run", "state", "stages", "at", "restarts", "last event"], rows)
+        rows.append([each.run.name, each.state, stages_done(done, each.run), at, str(restarts or ""), ago])
+    print_rows(["run", "state", "stages", "at", "restarts", "last event"], rows)
+    warn_of_damage(each.run for each in found)
 
 
 def _print_one(paths: RunPaths, standing: "distill.launch.standing.Standing") -> None:
     from distill import status as statuses
 
     message = f": {standing.message}" if standing.message else ""
-    print(f"{standing.run.name}  {standing.state}{message}  {statuses.age(standing.run.changed)}")
+    students = statuses.students(paths)
+    say(f"{standing.run.name}  {standing.state}{message}  {statuses.age(standing.run.changed)}")
     rows = []
     for stage in standing.run.stages:
         mine = [job for job in standing.jobs if stage.name in job.stages]
@@ -106,14 +118,14 @@ def _print_one(paths: RunPaths, standing: "distill.launch.standing.Standing") ->
         rows.append([stage.name, stage.kind, stage.state, _jobs(mine), progress, rate, eta, saved, losses])
     columns = ["stage", "kind", "state", "job", "progress", "rate", "ETA", "last checkpoint", "last losses"]
     used = [i for i in range(len(columns)) if i < 3 or any(row[i] for row in rows)]
-    print_table([columns[i] for i in used], [[row[i] for i in used] for row in rows])
-    for name, card in statuses.students(paths).items():
-        measured = next((f"{key} {value:.4g}" for key, value in card.get("metrics", {}).items()), "not measured yet")
-        print(f"student {name}: {measured}")
+    print_table([columns[i] for i in used], [[printable(row[i]) for i in used] for row in rows])
+    for name, card in students.items():
+        measured = next((f"{key} {value:.4g}" for key, value in card.metrics.items()), "not measured yet")
+        say(f"student {name}: {measured}")
     for job in standing.jobs:
         if job.restarts:
             counts = ", ".join(f"{count} x {why}" for why, count in job.restarts.items())
-            print(f"job {job.job} was queued again: {counts}")
+            say(f"job {job.job} was queued again: {counts}")
 
 
 def _jobs(jobs: "list[distill.launch.standing.StageJob]") -> str:
@@ -134,16 +146,6 @@ def _progress(stage: "distill.status.StageStatus") -> str:
 # --- logs ---
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A traceback in a log."""
-
-    time: str
-    rank: int
-    path: Path
-    text: str
-
-
 def logs(
     run: RunArgument,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as lines come, until nothing runs.")] = False,
@@ -152,9 +154,15 @@ def logs(
     since: Annotated[
         str | None, typer.Option(help="Only what came since: 90s, 10m, 2h, 1d ago, or 2026-11-25 17:40:00.")
     ] = None,
+    lines: Annotated[
+        int | None,
+        typer.Option("-n", "--lines", min=0, help=f"How many of the last lines; 0: all. By default {LINES:,}."),
+    ] = None,
     store: StoreOption = None,
 ) -> None:
     """Print what a run's processes say: the first traceback of any of them, then the job's lines and a rank's."""
+    from distill import logs as texts
+
     paths = find_run(store_path(store), run)
     begin = None if since is None else _moment(since)
     if follow:
@@ -162,20 +170,35 @@ def logs(
     chosen = _choose(paths, rank, stage)
     first = _first_failure(paths)
     if first is not None:
-        print(f"--- the first failure: rank {first.rank} at {first.time}, {near(first.path)}")
+        say(f"--- the first failure: rank {first.rank} at {first.time}, {near(first.path)}")
         print(first.text, end="" if first.text.endswith("\n") else "\n")
     at: dict[Path, int] = {}
     for path in chosen:
-        print(f"--- {near(path)}")
-        at[path] = _print_from(path, 0, begin)
+        place, what = _begin(path, begin, lines)
+        say(f"--- {near(path)}{what}")
+        at[path] = texts.write(path, place, unfinished=not follow)
     if follow:
         _follow(paths, rank, stage, at)
 
 
+def _begin(path: Path, since: datetime | None, lines: int | None) -> tuple[int, str]:
+    """Where to begin with a log, and what is left out, in words."""
+    from distill import logs as texts
+
+    with records.open_regular(path) as file:
+        first = 0 if since is None else texts.first_since(file, since.strftime(MOMENT))
+        count = (LINES if since is None else 0) if lines is None else lines
+        last = texts.last_lines(file, count) if count else 0
+    if last <= first:
+        return first, ""
+    return last, f"  (its last {count:,} lines; all of it: --lines 0)"
+
+
 def _choose(paths: RunPaths, rank: int, stage: str | None) -> list[Path]:
     """The newest log of a job, and the rank's, of one stage."""
-    ranks = {path: match for path in paths.logs.glob("*.log") if (match := RANK_LOG.fullmatch(path.name))}
-    jobs = {path: match for path in paths.logs.glob("*.log") if (match := JOB_LOG.fullmatch(path.name))}
+    files = [path for path in paths.logs.glob("*.log") if path.is_file()]
+    ranks = {path: match for path in files if (match := RANK_LOG.fullmatch(path.name))}
+    jobs = {path: match for path in files if (match := JOB_LOG.fullmatch(path.name))}
     stages = {path: match["stage"] or "" for path, match in (ranks | jobs).items()}
     if stage is not None and stage not in stages.values():
         known = ", ".join(sorted(set(stages.values()) - {""})) or "none yet"
@@ -196,45 +219,26 @@ def _choose(paths: RunPaths, rank: int, stage: str | None) -> list[Path]:
     return sorted((path for path in jobs if stages[path] == name), key=age)[-1:] + sorted(of_rank)
 
 
-def _first_failure(paths: RunPaths) -> Failure | None:
+def _first_failure(paths: RunPaths) -> "distill.logs.Failure | None":
     """The earliest traceback that the logs hold of the jobs' newest attempts."""
     from distill import jobs
+    from distill import logs as texts
 
     began: dict[str, str] = {}  # by the logs' names up to the rank
     for job in jobs.submitted(paths):
         for member in job.members:
             names = [job.script.removesuffix(".sbatch"), *member.split("_")[1:], ""]
             for line in jobs.events(paths, member):
-                if line.get("event") == "began":
+                if line["event"] == "began":
                     began[".".join(names)] = datetime.fromtimestamp(line["time"]).strftime(MOMENT)  # noqa: DTZ006
     found = [
         failure
-        for path in paths.logs.glob("*rank-*.log")
-        for failure in _failures(path)
+        for path in sorted(paths.logs.glob("*rank-*.log"))
+        if path.is_file()
+        for failure in texts.failures(path)
         if failure.time >= began.get(path.name.rpartition("rank-")[0], "")
     ]
     return min(found, key=lambda failure: (failure.time, failure.rank), default=None)
-
-
-def _failures(path: Path) -> Iterator[Failure]:
-    text = path.read_text(errors="replace")
-    for match in FAILED.finditer(text):
-        end = STAMP.search(text, match.end())
-        yield Failure(match[1], int(match[2]), path, text[match.end() : end.start() if end else None].lstrip("\n"))
-
-
-def _print_from(path: Path, at: int, since: datetime | None = None) -> int:
-    """Print a log from a place on, or from a moment: the place that it has come to."""
-    with path.open("rb") as file:
-        file.seek(at)
-        content = file.read()
-    lines = content.decode(errors="replace").splitlines(keepends=True)
-    if since is not None:
-        text = since.strftime(MOMENT)
-        begin = next((i for i, line in enumerate(lines) if (m := STAMP.match(line)) and m[1] >= text), len(lines))
-        lines = lines[begin:]
-    print("".join(lines), end="", flush=True)
-    return at + len(content)
 
 
 def _await(paths: RunPaths) -> None:
@@ -244,6 +248,8 @@ def _await(paths: RunPaths) -> None:
 
 
 def _follow(paths: RunPaths, rank: int, stage: str | None, at: dict[Path, int]) -> None:
+    from distill import logs as texts
+
     looked = time.monotonic()
     while True:
         live = time.monotonic() - looked < WATCH_SECONDS or _is_live(paths)
@@ -251,8 +257,8 @@ def _follow(paths: RunPaths, rank: int, stage: str | None, at: dict[Path, int]) 
             looked = time.monotonic()
         for path in _choose(paths, rank, stage):
             if path not in at:
-                print(f"--- {near(path)}")
-            at[path] = _print_from(path, at.get(path, 0))
+                say(f"--- {near(path)}")
+            at[path] = texts.write(path, at.get(path, 0), unfinished=not live)
         if not live:
             return
         time.sleep(POLL)
@@ -273,11 +279,11 @@ def _is_live(paths: RunPaths) -> bool:
 
 def _moment(text: str) -> datetime:
     match = AGO.fullmatch(text.strip())
-    if match is not None:
-        return datetime.now() - timedelta(**{UNITS[match[2]]: int(match[1])})  # noqa: DTZ005
     try:
+        if match is not None:
+            return datetime.now() - timedelta(**{UNITS[match[2]]: int(match[1])})  # noqa: DTZ005
         return datetime.fromisoformat(text.strip())
-    except ValueError:
+    except (ValueError, OverflowError):
         raise InputError(
             f"--since {text}: 90s, 10m, 2h, 1d, or a moment like 2026-11-25 17:40:00 is expected"
         ) from None

@@ -1,16 +1,21 @@
 """`distill list`, `show` and `clean`: what lies in the store. No torch, nothing computed."""
 
 import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from distill.cli.common import JsonOption, StoreOption, console, near, print_json, print_table, size, store_path
-from distill.guard import InputError
+from distill.guard import InputError, printable
 from distill.space import human
 from distill.store import RunPaths
+
+if TYPE_CHECKING:
+    import distill.spec
+    import distill.status
 
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run in the store, or its folder.")]
 
@@ -21,7 +26,7 @@ def list_runs(store: StoreOption = None, json: JsonOption = False) -> None:
     from distill import store as stores
 
     folder = store_path(store)
-    found = [status.read(run) for run in stores.runs(folder)]
+    found = status.read_all(stores.runs(folder))
     if json:
         print_json([asdict(each) for each in found])
         return
@@ -33,40 +38,71 @@ def list_runs(store: StoreOption = None, json: JsonOption = False) -> None:
         done = sum(stage.state == "done" for stage in each.stages)
         current = next((stage for stage in each.stages if stage.state == "begun"), None)
         at = "" if current is None else f"{current.name} {_percent(current)}".strip()
-        rows.append([each.name, each.state, f"{done}/{len(each.stages)}", at, status.age(each.changed)])
-    print_table(["run", "state", "stages", "at", "last event"], rows)
+        rows.append([each.name, each.state, stages_done(done, each), at, status.age(each.changed)])
+    print_rows(["run", "state", "stages", "at", "last event"], rows)
+    warn_of_damage(found)
+
+
+def stages_done(done: int, run: "distill.status.RunStatus") -> str:
+    """2/5; "" where it is not known how many there are."""
+    return f"{done}/{len(run.stages)}" if run.stages else ""
+
+
+def print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table of one line for each row, however many: rich needs a millisecond for each."""
+    clean = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(headers, *clean, strict=True)]
+    for row in (headers, ["\u2500" * width for width in widths], *clean):
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def warn_of_damage(runs: "Iterable[distill.status.RunStatus]") -> None:
+    """A line for each run whose files cannot be read, with the reason."""
+    from distill import status
+
+    for each in runs:
+        if each.state == status.DAMAGED:
+            print(printable(f"warning: run '{each.name}' is damaged: {each.message}"))
 
 
 def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) -> None:
     """Show a run: its spec in short, its stages, losses, students, and where the files lie."""
-    from distill import status
+    from distill import results, specfile, status
     from distill import store as stores
 
     paths = stores.find_run(store_path(store), run)
     each, students = status.read(paths), status.students(paths)
-    evaluations = sorted(paths.root.glob("stages/*/results.json"))
+    evaluations = results.of_run(paths)
     if json:
-        found = {path.parent.name: stores.read_json(path) for path in evaluations}
-        print_json(asdict(each) | {"students": students, "results": found, "spec": str(paths.spec)})
+        found = {name: content.model_dump(mode="json") for name, content in evaluations.items()}
+        cards = {name: card.model_dump(mode="json") for name, card in students.items()}
+        print_json(asdict(each) | {"students": cards, "results": found, "spec": str(paths.spec)})
         return
-    print(f"{each.name}  {each.state}{f': {each.message}' if each.message else ''}  {status.age(each.changed)}")
-    for line in _summary(_plain_spec(paths.spec)):
-        print(f"  {line}")
+    summary = _summary(specfile.load_run(paths))
+    message = f": {each.message}" if each.message else ""
+    say(f"{each.name}  {each.state}{message}  {status.age(each.changed)}")
+    for line in summary:
+        say(f"  {line}")
     rows = []
     for stage in each.stages:
         losses = "  ".join(f"{name} {value:.4g}" for name, value in stage.logs.items())
         rows.append([stage.name, stage.kind, stage.state, _percent(stage), _count(stage), losses])
-    print_table(["stage", "kind", "state", "", "progress", "last losses"], rows)
+    print_table(["stage", "kind", "state", "", "progress", "last losses"], [list(map(printable, row)) for row in rows])
     for name, card in students.items():
-        metrics = "  ".join(f"{key} {value:.4g}" for key, value in card.get("metrics", {}).items())
-        print(f"student {name}: {near(paths.student(name))}  {metrics}")
+        metrics = "  ".join(f"{key} {value:.4g}" for key, value in card.metrics.items())
+        say(f"student {name}: {near(paths.student(name))}  {metrics}")
     if evaluations:
         print_results(paths)
-    print(f"spec    {near(paths.spec)}\nevents  {near(paths.events)}")
+    say(f"spec    {near(paths.spec)}\nevents  {near(paths.events)}")
     if paths.report.exists():
-        print(f"report  {near(paths.report)}")
+        say(f"report  {near(paths.report)}")
     if each.state != "done" and each.state != "running":
-        print(f"go on with: distill run {near(paths.root)} --resume")
+        say(f"go on with: distill run {near(paths.root)} --resume")
+
+
+def say(text: str) -> None:
+    """Print what a run's files say, without what a terminal would obey."""
+    print(printable(text))
 
 
 def print_results(run: RunPaths) -> None:
@@ -81,7 +117,7 @@ def print_results(run: RunPaths) -> None:
         console().print(straightened.table(rounds))
     for each in rounds:
         if each.warning is not None:
-            print(f"warning: {each.warning}")
+            say(f"warning: {each.warning}")
     comparison = compared.found(run)
     if comparison is not None:
         console().print(compared.table(comparison))
@@ -200,36 +236,29 @@ def _waste(root: Path, checkpoints: bool, pairs: bool) -> list[Path]:
     return found
 
 
-def _percent(stage: Any) -> str:  # noqa: ANN401  (a StageStatus; its module is imported late)
+def _percent(stage: "distill.status.StageStatus") -> str:
     if stage.state == "done":
         return "100%"
     return f"{100 * stage.done / stage.total:.0f}%" if stage.done is not None and stage.total else ""
 
 
-def _count(stage: Any) -> str:  # noqa: ANN401
+def _count(stage: "distill.status.StageStatus") -> str:
     return f"{stage.done:,}/{stage.total:,} {stage.unit}" if stage.done is not None and stage.total else ""
 
 
-def _plain_spec(path: Path) -> dict[str, Any]:
-    from distill import yamltext
-
-    content = yamltext.parse(yamltext.read(path), str(path))
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not the spec of a run")
-    return content
-
-
-def _summary(spec: dict[str, Any]) -> list[str]:
+def _summary(spec: "distill.spec.RunSpec") -> list[str]:
     """A spec in a few lines."""
-    teacher, data = spec.get("teacher"), spec.get("data") or {}
-    lines = [f"seed {spec.get('seed')}, data {data.get('kind')}"]
-    if teacher:
-        lines[0] += f", teacher {teacher.get('path') or teacher.get('kind')}"
-    for name, stage in spec.get("stages", {}).items():
-        if stage["kind"] == "train":
-            lines.append(f"{name}: {stage['recipe']}, {stage['images']:,} images, batch {stage['batch_size']}")
-        elif stage["kind"] == "pairs":
-            lines.append(f"{name}: {stage['count']:,} pairs, {stage['solver']} {stage['steps']} steps")
+    from distill.spec import CheckpointTeacher, PairsStage, TrainStage
+
+    lines = [f"seed {spec.seed}, data {spec.data.kind}"]
+    if spec.teacher is not None:
+        path = spec.teacher.path if isinstance(spec.teacher, CheckpointTeacher) else ""
+        lines[0] += f", teacher {path or spec.teacher.kind}"
+    for name, stage in spec.stages.items():
+        if isinstance(stage, TrainStage):
+            lines.append(f"{name}: {stage.recipe}, {stage.images:,} images, batch {stage.batch_size}")
+        elif isinstance(stage, PairsStage):
+            lines.append(f"{name}: {stage.count:,} pairs, {stage.solver} {stage.steps} steps")
         else:
-            lines.append(f"{name}: {stage['samples']:,} samples of {', '.join(['teacher', *stage['students']])}")
+            lines.append(f"{name}: {stage.samples:,} samples of {', '.join(['teacher', *stage.students])}")
     return lines

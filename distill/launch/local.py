@@ -15,11 +15,11 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from distill import specfile
+from distill import machine, specfile
 from distill.guard import EXIT_STOPPED
 from distill.launch import environment, ranks
 from distill.spec import RunSpec, TrainStage
-from distill.store import RunPaths, read_json
+from distill.store import RunPaths
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -93,7 +93,8 @@ def watch(lifeline: int) -> None:
 
 def _environments(run: RunPaths, spec: RunSpec, size: int) -> list[dict[str, str]]:
     """Of each process of a group, with its share of the threads."""
-    env = _own(run.root, spec.launch.threads or max(1, read_json(run.env)["threads"] // size))
+    threads = machine.load(run).threads or environment.threads()
+    env = _own(run.root, spec.launch.threads or max(1, threads // size))
     return [env] if size == 1 and spec.launch.zero_stage is None else _of_ranks(env, size)
 
 

@@ -1,10 +1,12 @@
 """How a run stands on a cluster: what Slurm says of its jobs, beside what the run itself has noted."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from distill import jobs, pairspec, status
+from distill.guard import InputError
 from distill.launch import slurm
 from distill.launch.slurm import JobState, NoAnswer
 from distill.status import RunStatus
@@ -70,48 +72,70 @@ class Standing:
         return next((job.last for job in reversed(self.jobs) if job.last), self.run.message)
 
 
-def read(runs: Sequence[RunPaths]) -> list[Standing]:
-    """How these runs stand, with as few questions to Slurm as do."""
-    newest = {run.root: _newest(run) for run in runs}
-    members = [(run, member) for run in runs for job in newest[run.root] for member in job.members]
+def read(runs: Sequence[RunPaths], *, brief: bool = False) -> list[Standing]:
+    """How these runs stand, with as few questions to Slurm as possible; InputError if one is damaged.
+
+    brief: as `status.read`; and a damaged run is in state "damaged", and keeps no other from being listed.
+    """
+    noted = [_noted(run, brief=brief) for run in runs]
     states: dict[str, JobState] = {}
     trouble = ""
     try:
-        states = slurm.states([member for run, member in members if not _is_done(run, member)])
+        states = slurm.states([member for each in noted for member in each.open])
     except NoAnswer as error:
         trouble = str(error)
     return [
-        Standing(
-            status.read(run), [_job(run, job, states) for job in newest[run.root]], trouble if newest[run.root] else ""
-        )
-        for run in runs
+        Standing(each.run, [_job(job, each.ends, states) for job in each.jobs], trouble if each.jobs else "")
+        for each in noted
     ]
 
 
-def _is_done(run: RunPaths, member: str) -> bool:
-    """Whether a job has said itself that all is well: Slurm forgets it, and need not be asked."""
-    return any(line["why"] == "done" for line in jobs.ends(run, member)[-1:])
+@dataclass(frozen=True)
+class _Noted:
+    """What a run's files say."""
+
+    run: RunStatus
+    jobs: list[jobs.Job]
+    """of each script the last submission"""
+    ends: dict[str, list[dict[str, Any]]]
+    """how the attempts of each of their members ended"""
+
+    @property
+    def open(self) -> list[str]:
+        """Members that have not said themselves that all is well: Slurm forgets one that has, and need not be asked."""
+        return [member for member, lines in self.ends.items() if not _is_done(lines)]
 
 
-def _newest(run: RunPaths) -> list[jobs.Job]:
-    """Of each script the last submission."""
-    return list({job.script: job for job in jobs.submitted(run)}.values())
+def _noted(run: RunPaths, *, brief: bool) -> _Noted:
+    try:
+        newest = list({job.script: job for job in jobs.submitted(run)}.values())
+        ends = {member: jobs.ends(run, member) for job in newest for member in job.members}
+        return _Noted(status.read(run, brief=brief), newest, ends)
+    except InputError as error:
+        if not brief:
+            raise
+        return _Noted(status.damaged(run, error), [], {})
 
 
-def _job(run: RunPaths, job: jobs.Job, states: dict[str, JobState]) -> StageJob:
-    ends = {member: line for member in job.members for line in jobs.ends(run, member)[-1:] if not line["again"]}
+def _is_done(ends: Sequence[Mapping[str, Any]]) -> bool:
+    return bool(ends) and ends[-1]["why"] == "done"
+
+
+def _job(job: jobs.Job, noted: Mapping[str, list[dict[str, Any]]], states: Mapping[str, JobState]) -> StageJob:
+    ends = {member: line for member in job.members for line in noted[member][-1:] if not line["again"]}
     cancelled = [member for member, line in ends.items() if line["why"] == "cancelled"]
     done = JobState("COMPLETED", exit_code="0:0")
-    known = {member: done if _is_done(run, member) else states.get(member) for member in job.members}
+    known = {member: done if _is_done(noted[member]) else states.get(member) for member in job.members}
     found = {member: state for member, state in known.items() if state is not None}
     for member in found.keys() & cancelled:  # it has saved and left, for Slurm a failure
         found[member] = replace(found[member], state="CANCELLED")
     bad = [
-        line["message"] if member in cancelled else f"{line['why']}: {line['message']}"
+        line.get("message", "") if member in cancelled else f"{line['why']}: {line.get('message', '')}"
         for member, line in ends.items()
         if line["why"] != "done"
     ]
-    return StageJob(job.id, job.stages, found, jobs.restarts(run, job.members), bad[-1] if bad else "")
+    restarts = jobs.counted(line for member in job.members for line in noted[member])
+    return StageJob(job.id, job.stages, found, restarts, bad[-1] if bad else "")
 
 
 def shards(run: RunPaths, stage: str) -> int:

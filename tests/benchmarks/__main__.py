@@ -2,7 +2,7 @@
 
 Nothing is asserted: machines are noisy. Contenders take turns, medians are compared. Without names, the quick ones run.
 `quickstart` takes 5 minutes on 2 cores, `digits` (the bar, mean of three seeds) 20, `zero` 15, `reading` 3, `shards` 2;
-`checkpoint` and `pull` need 4 GB of disk.
+`runs` makes a store of 2,000 runs, `looks` a run of a million events; `checkpoint` and `pull` need 4 GB of disk.
 """
 
 import statistics
@@ -33,6 +33,7 @@ from tests.benchmarks.images import bench_images
 from tests.benchmarks.pairs import bench_million, bench_pairs, bench_reading, bench_shards, bench_workers
 from tests.benchmarks.ranks import bench_checkpoint, bench_zero
 from tests.benchmarks.recipes import bench_recipes
+from tests.benchmarks.store import bench_looks, bench_runs
 from tests.benchmarks.students import bench_pull
 from tests.benchmarks.threads import bench_threads
 
@@ -162,6 +163,8 @@ BENCHES: dict[str, Callable[[], str]] = {
     "checkpoint": bench_checkpoint,
     "pull": bench_pull,
     "images": bench_images,
+    "runs": bench_runs,
+    "looks": bench_looks,
 }
 
 if __name__ == "__main__":

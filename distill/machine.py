@@ -1,0 +1,52 @@
+"""What a run was made with, read from its env.json: versions, machine, threads. `launch.environment` records it."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from distill import records
+from distill.store import RunPaths
+
+Word = Annotated[str, Field(max_length=1000)]
+
+
+class Git(BaseModel):
+    """The checkout that the package was imported from."""
+
+    model_config = ConfigDict(frozen=True)
+
+    commit: Word
+    changed: bool = False
+
+
+class Machine(BaseModel):
+    """The content of env.json, as far as anything reads it; a record of an older version may lack some."""
+
+    model_config = ConfigDict(frozen=True)
+
+    distill: Word | None = None
+    git: Git | None = None
+    python: Word | None = None
+    platform: Word | None = None
+    cpu: Word = "an unknown CPU"
+    cpus: int | None = None
+    """that its processes might use"""
+    threads: Annotated[int, Field(gt=0)] | None = None
+    """of a process, where the spec names none"""
+    packages: dict[Word, Word | None] = {}
+    """version by name"""
+
+    def version(self, package: str) -> str | None:
+        """Of an installed package, whatever the case of its name; None: not installed, or not recorded."""
+        return {name.lower(): version for name, version in self.packages.items()}.get(package)
+
+
+MACHINE: records.Schema[Machine] = records.Schema(Machine)
+
+
+def load(run: RunPaths) -> Machine:
+    """What a run was made with; InputError if its env.json is damaged. Nothing is known where there is none."""
+    try:
+        return records.load(run.env, MACHINE, "delete that file: the run goes on without it")
+    except FileNotFoundError:
+        return Machine()
