@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import jinja2
 from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 
-from distill.guard import InputError
+from distill.guard import InputError, whole_number
 from distill.nfe import network_calls
 from distill.spec import Frozen, is_path
 from distill.store import write_atomic
@@ -206,7 +206,7 @@ def _measured(card: StudentCard) -> Measured | None:
     found: dict[int, dict[str, str]] = {}
     for key, value in card.metrics.items():
         name, _, steps = key.partition("@")
-        found.setdefault(int(steps) if steps.isdigit() else 0, {})[name] = f"{value:.4g}"
+        found.setdefault(whole_number(steps) or 0, {})[name] = f"{value:.4g}"
     names = list(dict.fromkeys(key.partition("@")[0] for key in card.metrics))
     rows = [
         (network_calls(card.sampler, steps), [values.get(name, "") for name in names])

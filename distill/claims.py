@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from distill.guard import InputError, RunError
+from distill.guard import InputError, RunError, whole_number
 from distill.store import RunPaths, read_json, write_json
 
 GRACE = 2.0  # seconds; a process that was killed a moment ago may still be on its way out
@@ -53,7 +53,8 @@ class Owner:
     def of_label(cls, label: str) -> "Owner | None":
         """None: this is no label."""
         pid, start, boot, host = (*label.split(",", 3), "", "", "")[:4]
-        return cls(host, boot, int(pid), start) if pid.isdigit() and host else None
+        number = whole_number(pid)
+        return cls(host, boot, number, start) if number is not None and host else None
 
     def is_alive(self) -> bool:
         """False once it is known to be gone; a process on another host counts as alive."""

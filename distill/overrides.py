@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from distill import schema
-from distill.guard import InputError, suggest
+from distill.guard import InputError, suggest, whole_number
 from distill.spec import RunSpec
 
 
@@ -36,10 +36,11 @@ def _set(here: schema.Content, annotation: schema.Annotation, change: Override, 
         return change.value
     key, where = change.path[depth], schema.dotted(change.path[:depth]) or "the spec"
     if isinstance(here, list):
-        if not key.isdigit() or int(key) >= len(here):
+        at = whole_number(key)
+        if at is None or at >= len(here):
             raise InputError(f"{change.text}: {where} has {len(here)} items; '{key}' is none of 0 to {len(here) - 1}")
         inner = schema.value_type(annotation, list)
-        return [_set(item, inner, change, depth + 1) if i == int(key) else item for i, item in enumerate(here)]
+        return [_set(item, inner, change, depth + 1) if i == at else item for i, item in enumerate(here)]
     if here is not None and not isinstance(here, dict):
         raise InputError(f"{change.text}: {where} is {schema.show(here)}, which has no '{key}'")
     here = here or {}

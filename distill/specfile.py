@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from distill import overrides, schema, yamltext
-from distill.guard import InputError
+from distill.guard import InputError, expanded
 from distill.overrides import Override
 from distill.spec import CheckpointTeacher, HfData, ImagesData, RunSpec
 from distill.store import RunPaths
@@ -107,7 +107,7 @@ def _keys(content: object) -> list[object]:
 
 def absolute(path: str, folders: Sequence[Path]) -> str:
     """A path that exists below one of `folders`, absolute; anything else (a hub id, a missing file) as it is."""
-    given = Path(path).expanduser()
+    given = expanded(path)
     return next((str((folder / given).resolve()) for folder in folders if (folder / given).exists()), path)
 
 

@@ -25,6 +25,7 @@ ANYWHERE = {
     "guard",
     "spec",
     "store",
+    "printing",
     "progress",
     "stop",
     "results",
@@ -155,6 +156,11 @@ def test_shipped_files_stand_alone():
         (r"load_state_dict\(.*strict=False|nan_to_num", set(), "nothing is silently repaired"),
         (r"\bhasattr\(", set(), "no probing: say what is needed in a Protocol"),
         (r"except Exception|except BaseException|except:", set(), "except names its type"),
+        (
+            r"^(print|Console|(typer|click)\.s?echo|traceback\.print_\w+|sys\.(stdout|stderr)\.write\w*)\(|^rich\.print",
+            {"printing"},
+            "what is printed goes through distill.printing, which makes it safe for a terminal",
+        ),
         (r"\baccelerate\b|\bdeepspeed\b", {"sharded"}, "sharding stays in sharded.py"),
     ],
 )

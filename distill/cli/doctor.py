@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from distill.cli.common import JsonOption, StoreOption, print_json, print_table, site_setting, store_path
-from distill.guard import InputError
+from distill.guard import InputError, expanded
 from distill.launch import environment
+from distill.printing import say
 from distill.space import human
 
 if TYPE_CHECKING:
@@ -73,12 +74,12 @@ def _cluster(path: Path | None, store: Path, nodes: int, gpus: int, partition: s
     from distill.launch import submit as queue
     from distill.spec import SlurmSpec
 
-    where = sites.load(Path(site_setting(path).value).expanduser())
+    where = sites.load(expanded(site_setting(path).value))
     options = SlurmSpec(partition=partition, gpus_per_node=gpus)
     queue.check_partition(options, where)
     if not json:
-        print(f"site {where.path}: a job of a minute on {nodes} node{'s' if nodes > 1 else ''}", flush=True)
-    said = (lambda text: None) if json else (lambda text: print(text, flush=True))
+        say(f"site {where.path}: a job of a minute on {nodes} node{'s' if nodes > 1 else ''}", flush=True)
+    said = (lambda text: None) if json else (lambda text: say(text, flush=True))
     found = sitecheck.run(store, where, options, nodes, said)
     troubles = [f"rank {seen.rank} on {seen.node}: {trouble}" for seen in found for trouble in _troubles(seen, gpus)]
     missing = sorted(set(range(found[0].size)) - {seen.rank for seen in found})
@@ -93,7 +94,7 @@ def _cluster(path: Path | None, store: Path, nodes: int, gpus: int, partition: s
         ]  # fmt: skip
         columns = ["rank", "node", "meets at", "CPUs", "GPUs", "store", "free", "quota", "hears the others", "torch"]
         print_table(columns, rows)
-        print("\n".join(troubles) or "all is well")
+        say("\n".join(troubles) or "all is well")
     if troubles:
         raise typer.Exit(1)
 

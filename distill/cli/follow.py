@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distill.cli.common import JsonOption, StoreOption, console, near, print_json, print_table, store_path
+from distill.cli.common import JsonOption, StoreOption, near, print_json, print_table, store_path
 from distill.cli.runs import RunArgument
 from distill.guard import InputError
+from distill.printing import clear, say
 from distill.progress import duration
 from distill.store import RunPaths, find_run, runs
 
@@ -28,6 +29,7 @@ FAILED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  rank (\d+) failed:")
 RANK_LOG = re.compile(r"(?:(?P<stage>.+?)(?:\.parts(?:\.\d+)?)?\.)?rank-(?P<rank>\d+)\.log")  # of a machine: no stage
 JOB_LOG = re.compile(r"(?P<stage>.+?)(?:\.parts)?\.\d+(?:_\d+)?\.job\.log")
 AGO = re.compile(r"(\d+)(s|min|m|h|d)")
+COLOUR = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 UNITS = {"s": "seconds", "m": "minutes", "min": "minutes", "h": "hours", "d": "days"}
 
 
@@ -41,7 +43,7 @@ def status(
     folder = store_path(store)
     while True:
         if watch and not json:
-            console().clear()
+            clear()
         _status(folder, run, json)
         if not watch:
             return
@@ -59,7 +61,7 @@ def _status(folder: Path, run: str | None, json: bool) -> None:
     else:
         _print_one(find_run(folder, run), found[0])
     if found and (trouble := next((each.trouble for each in found if each.trouble), "")) and not json:
-        print(f"warning: {trouble}; what stands above is what the runs themselves have noted")
+        say(f"warning: {trouble}; what stands above is what the runs themselves have noted")
 
 
 def _as_json(standing: "distill.launch.standing.Standing") -> dict[str, Any]:
@@ -76,7 +78,7 @@ def _print_all(folder: Path, found: "list[distill.launch.standing.Standing]") ->
     from distill import status as statuses
 
     if not found:
-        print(f"no runs in {near(folder.absolute())}; make the first: distill run digits")
+        say(f"no runs in {near(folder.absolute())}; make the first: distill run digits")
         return
     rows = []
     for each in found:
@@ -93,7 +95,7 @@ def _print_one(paths: RunPaths, standing: "distill.launch.standing.Standing") ->
     from distill import status as statuses
 
     message = f": {standing.message}" if standing.message else ""
-    print(f"{standing.run.name}  {standing.state}{message}  {statuses.age(standing.run.changed)}")
+    say(f"{standing.run.name}  {standing.state}{message}  {statuses.age(standing.run.changed)}")
     rows = []
     for stage in standing.run.stages:
         mine = [job for job in standing.jobs if stage.name in job.stages]
@@ -109,11 +111,11 @@ def _print_one(paths: RunPaths, standing: "distill.launch.standing.Standing") ->
     print_table([columns[i] for i in used], [[row[i] for i in used] for row in rows])
     for name, card in statuses.students(paths).items():
         measured = next((f"{key} {value:.4g}" for key, value in card.get("metrics", {}).items()), "not measured yet")
-        print(f"student {name}: {measured}")
+        say(f"student {name}: {measured}")
     for job in standing.jobs:
         if job.restarts:
             counts = ", ".join(f"{count} x {why}" for why, count in job.restarts.items())
-            print(f"job {job.job} was queued again: {counts}")
+            say(f"job {job.job} was queued again: {counts}")
 
 
 def _jobs(jobs: "list[distill.launch.standing.StageJob]") -> str:
@@ -162,11 +164,11 @@ def logs(
     chosen = _choose(paths, rank, stage)
     first = _first_failure(paths)
     if first is not None:
-        print(f"--- the first failure: rank {first.rank} at {first.time}, {near(first.path)}")
-        print(first.text, end="" if first.text.endswith("\n") else "\n")
+        say(f"--- the first failure: rank {first.rank} at {first.time}, {near(first.path)}")
+        say(_plain(first.text), end="" if first.text.endswith("\n") else "\n")
     at: dict[Path, int] = {}
     for path in chosen:
-        print(f"--- {near(path)}")
+        say(f"--- {near(path)}")
         at[path] = _print_from(path, 0, begin)
     if follow:
         _follow(paths, rank, stage, at)
@@ -223,6 +225,11 @@ def _failures(path: Path) -> Iterator[Failure]:
         yield Failure(match[1], int(match[2]), path, text[match.end() : end.start() if end else None].lstrip("\n"))
 
 
+def _plain(text: str) -> str:
+    """A log as lines: without colours, and what a bar of progress wrote over itself one below the other."""
+    return COLOUR.sub("", text).replace("\r\n", "\n").replace("\r", "\n")
+
+
 def _print_from(path: Path, at: int, since: datetime | None = None) -> int:
     """Print a log from a place on, or from a moment: the place that it has come to."""
     with path.open("rb") as file:
@@ -233,7 +240,7 @@ def _print_from(path: Path, at: int, since: datetime | None = None) -> int:
         text = since.strftime(MOMENT)
         begin = next((i for i, line in enumerate(lines) if (m := STAMP.match(line)) and m[1] >= text), len(lines))
         lines = lines[begin:]
-    print("".join(lines), end="", flush=True)
+    say(_plain("".join(lines)), end="", flush=True)
     return at + len(content)
 
 
@@ -251,7 +258,7 @@ def _follow(paths: RunPaths, rank: int, stage: str | None, at: dict[Path, int]) 
             looked = time.monotonic()
         for path in _choose(paths, rank, stage):
             if path not in at:
-                print(f"--- {near(path)}")
+                say(f"--- {near(path)}")
             at[path] = _print_from(path, at.get(path, 0))
         if not live:
             return
@@ -273,11 +280,11 @@ def _is_live(paths: RunPaths) -> bool:
 
 def _moment(text: str) -> datetime:
     match = AGO.fullmatch(text.strip())
-    if match is not None:
-        return datetime.now() - timedelta(**{UNITS[match[2]]: int(match[1])})  # noqa: DTZ005
     try:
+        if match is not None:
+            return datetime.now() - timedelta(**{UNITS[match[2]]: int(match[1])})  # noqa: DTZ005
         return datetime.fromisoformat(text.strip())
-    except ValueError:
+    except (ValueError, OverflowError):  # of the second: before there were years
         raise InputError(
             f"--since {text}: 90s, 10m, 2h, 1d, or a moment like 2026-11-25 17:40:00 is expected"
         ) from None

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from distill.cli.common import JsonOption, StoreOption, console, near, print_json, print_table, size, store_path
+from distill.cli.common import JsonOption, StoreOption, near, print_json, print_table, size, store_path
 from distill.guard import InputError
+from distill.printing import say, say_table
 from distill.space import human
 from distill.store import RunPaths
 
@@ -26,7 +27,7 @@ def list_runs(store: StoreOption = None, json: JsonOption = False) -> None:
         print_json([asdict(each) for each in found])
         return
     if not found:
-        print(f"no runs in {near(folder.absolute())}; make the first: distill run digits")
+        say(f"no runs in {near(folder.absolute())}; make the first: distill run digits")
         return
     rows = []
     for each in found:
@@ -49,9 +50,9 @@ def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) 
         found = {path.parent.name: stores.read_json(path) for path in evaluations}
         print_json(asdict(each) | {"students": students, "results": found, "spec": str(paths.spec)})
         return
-    print(f"{each.name}  {each.state}{f': {each.message}' if each.message else ''}  {status.age(each.changed)}")
+    say(f"{each.name}  {each.state}{f': {each.message}' if each.message else ''}  {status.age(each.changed)}")
     for line in _summary(_plain_spec(paths.spec)):
-        print(f"  {line}")
+        say(f"  {line}")
     rows = []
     for stage in each.stages:
         losses = "  ".join(f"{name} {value:.4g}" for name, value in stage.logs.items())
@@ -59,14 +60,14 @@ def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) 
     print_table(["stage", "kind", "state", "", "progress", "last losses"], rows)
     for name, card in students.items():
         metrics = "  ".join(f"{key} {value:.4g}" for key, value in card.get("metrics", {}).items())
-        print(f"student {name}: {near(paths.student(name))}  {metrics}")
+        say(f"student {name}: {near(paths.student(name))}  {metrics}")
     if evaluations:
         print_results(paths)
-    print(f"spec    {near(paths.spec)}\nevents  {near(paths.events)}")
+    say(f"spec    {near(paths.spec)}\nevents  {near(paths.events)}")
     if paths.report.exists():
-        print(f"report  {near(paths.report)}")
+        say(f"report  {near(paths.report)}")
     if each.state != "done" and each.state != "running":
-        print(f"go on with: distill run {near(paths.root)} --resume")
+        say(f"go on with: distill run {near(paths.root)} --resume")
 
 
 def print_results(run: RunPaths) -> None:
@@ -75,16 +76,16 @@ def print_results(run: RunPaths) -> None:
 
     evaluations = results.of_run(run)
     for found in evaluations.values():
-        console().print(results.table(found))
+        say_table(results.table(found))
     rounds = straightened.rounds(evaluations)
     if rounds:
-        console().print(straightened.table(rounds))
+        say_table(straightened.table(rounds))
     for each in rounds:
         if each.warning is not None:
-            print(f"warning: {each.warning}")
+            say(f"warning: {each.warning}")
     comparison = compared.found(run)
     if comparison is not None:
-        console().print(compared.table(comparison))
+        say_table(compared.table(comparison))
 
 
 def clean(
@@ -121,29 +122,29 @@ def clean(
     found = [paths.root] if everything else _waste(paths.root, checkpoints or not chosen, pairs or not chosen)
     wanted = _wanted_pairs(paths) if (pairs or not chosen) and not everything else []
     if not found:
-        print(f"nothing to delete in {near(paths.root)}")
+        say(f"nothing to delete in {near(paths.root)}")
         return
     sizes = {path: size(path) for path in found}
     for path, count in sizes.items():
-        print(f"{human(count):>10}  {near(path)}")
+        say(f"{human(count):>10}  {near(path)}")
     if not yes:
         for name in wanted:
-            print(f"stage '{name}' would be to do again: a stage that is not done needs its pairs")
+            say(f"stage '{name}' would be to do again: a stage that is not done needs its pairs")
         options = "--yes" if chosen else "--checkpoints, --pairs or --all, and --yes"
-        print(f"{human(sum(sizes.values()))} would be free; nothing was deleted: add {options}")
+        say(f"{human(sum(sizes.values()))} would be free; nothing was deleted: add {options}")
         return
     _refuse_if_queued(paths)
     with claims.claim(paths):
         for name in wanted:  # first, so that whatever happens no stage counts as done without its pairs
             paths.stage(name).done.unlink()
-            print(f"stage '{name}' is to do again: a stage that is not done needs its pairs")
+            say(f"stage '{name}' is to do again: a stage that is not done needs its pairs")
         for path in found:
             if path != paths.root:
                 shutil.rmtree(path)
     if everything:
         shutil.rmtree(paths.root)
     folders = f"{len(found)} folder{'s' if len(found) > 1 else ''}"
-    print(f"deleted {folders}, {human(sum(sizes.values()))}")
+    say(f"deleted {folders}, {human(sum(sizes.values()))}")
 
 
 def _clean_inputs(folder: Path, yes: bool) -> None:
@@ -151,16 +152,16 @@ def _clean_inputs(folder: Path, yes: bool) -> None:
 
     sizes = {path: size(path) for path in inputs.unused(folder)}
     for path, count in sizes.items():
-        print(f"{human(count):>10}  {near(path)}")
+        say(f"{human(count):>10}  {near(path)}")
     total = human(sum(sizes.values()))
     if not sizes:
-        print(f"nothing to delete in {near(folder.absolute() / 'inputs')}: runs need it, or it was asked for lately")
+        say(f"nothing to delete in {near(folder.absolute() / 'inputs')}: runs need it, or it was asked for lately")
     elif not yes:
-        print(f"{total} would be free; nothing was deleted: add --yes")
+        say(f"{total} would be free; nothing was deleted: add --yes")
     else:
         for path in sizes:
             shutil.rmtree(path)
-        print(f"deleted {len(sizes)} folder{'s' if len(sizes) > 1 else ''}, {total}")
+        say(f"deleted {len(sizes)} folder{'s' if len(sizes) > 1 else ''}, {total}")
 
 
 def _refuse_if_queued(paths: RunPaths) -> None:
@@ -173,7 +174,7 @@ def _refuse_if_queued(paths: RunPaths) -> None:
     try:
         live = queue.live_jobs(paths)
     except slurm.NoAnswer as error:
-        print(f"warning: {error}; so it is not known whether jobs of this run wait in a queue")
+        say(f"warning: {error}; so it is not known whether jobs of this run wait in a queue")
         return
     if live:
         names = ", ".join(job.id for job in live)

@@ -8,6 +8,7 @@ import typer
 
 from distill.cli.common import JsonOption, StoreOption, TeacherHelp, print_json, store_path
 from distill.guard import InputError, suggest
+from distill.printing import say
 from distill.spec import FINE, SAMPLES, SEED
 
 if TYPE_CHECKING:
@@ -53,9 +54,9 @@ def schedule(
         )  # fmt: skip
         return
     plural = "s" if steps > 1 else ""
-    print(f"{solver}, {steps} step{plural} of {loaded.description}, chosen among {fine} on {samples} paths")
-    print(f"times: {', '.join(f'{t:.4g}' for t in best.times)}")
-    print(f"summed squared error: {best.cost:.4g}; of uniform steps: {uniform.cost:.4g}")
+    say(f"{solver}, {steps} step{plural} of {loaded.description}, chosen among {fine} on {samples} paths")
+    say(f"times: {', '.join(f'{t:.4g}' for t in best.times)}")
+    say(f"summed squared error: {best.cost:.4g}; of uniform steps: {uniform.cost:.4g}")
 
 
 def refuse(schedule: str, times: str | None) -> None:

@@ -7,8 +7,9 @@ import typer
 
 from distill import card as cards
 from distill.cli import schedule as schedules
-from distill.cli.common import JsonOption, StoreOption, TeacherHelp, check_out, console, near, print_json, store_path
+from distill.cli.common import JsonOption, StoreOption, TeacherHelp, check_out, near, print_json, store_path
 from distill.guard import InputError, suggest
+from distill.printing import say, say_table
 from distill.store import find_run
 
 StudentArgument = Annotated[str, typer.Argument(metavar="STUDENT", help="A student folder, or RUN/STAGE of the store.")]
@@ -47,7 +48,7 @@ def sample(
         folder, out, steps=steps, seed=seed, count=count, labels=labels, device=place,
         along=schedules.along(schedule, along, steps, runs, place),
     )  # fmt: skip
-    print(f"wrote {near(out.absolute())}: {count} samples at {steps} step{'s' if steps > 1 else ''}, seed {seed}")
+    say(f"wrote {near(out.absolute())}: {count} samples at {steps} step{'s' if steps > 1 else ''}, seed {seed}")
 
 
 def evaluate(
@@ -108,8 +109,8 @@ def evaluate(
     if json:
         print_json(found.model_dump(mode="json"))
     else:
-        console().print(results.table(found))
-        print(f"results and pictures in {near(out.absolute())}")
+        say_table(results.table(found))
+        say(f"results and pictures in {near(out.absolute())}")
 
 
 def report(run: Annotated[str, typer.Argument(metavar="RUN")], store: StoreOption = None) -> None:
@@ -117,7 +118,7 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN")], store: StoreOptio
     paths = find_run(store_path(store), run)
     from distill import report as reports
 
-    print(near(reports.write(paths)))
+    say(near(reports.write(paths)))
 
 
 def export(
@@ -154,4 +155,4 @@ def export(
     from distill import stages
 
     stages.export_checkpoint(paths, spec, name, "raw" if raw else half_life or trained[name].export, folder)
-    print(f"exported {near(folder.absolute())}")
+    say(f"exported {near(folder.absolute())}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import distill
+from distill.guard import whole_number
 
 ROOT = Path(distill.__file__).parent.parent
 
@@ -71,8 +72,7 @@ def cpus() -> int:
 
 def threads() -> int:
     """CPU threads of a process where the spec names none: OMP_NUM_THREADS, else the CPUs it may use."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdigit() and int(given) > 0 else cpus()
+    return whole_number(os.environ.get("OMP_NUM_THREADS", "")) or cpus()
 
 
 def _git(folder: Path, *arguments: str) -> str:
