@@ -209,6 +209,8 @@ def _one(
         return f"{words} {context[bound]:g}", True
     if kind == "string_pattern_mismatch":
         return NAME_RULE, True
+    if kind == "not_one_line":
+        return "one line of text without control characters", True
     if kind == "int_from_float":
         return KINDS["int"], True
     if kind in ("too_short", "too_long"):

@@ -11,8 +11,20 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic_core import PydanticCustomError
 
+from distill.guard import is_line
+
+
+def _one_line(text: str) -> str:
+    if not is_line(text):
+        raise PydanticCustomError("not_one_line", "must be one line of text without control characters")
+    return text
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+"""Text that may stand in a script, a log and a message: a line break in it would be a line of its own there."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 FINE, SAMPLES, SEED = 100, 100, 0  # what optimal times are found by, where nothing else is asked for
@@ -200,7 +212,7 @@ class TrainStage(Frozen):
     """Train a recipe's networks and export the student."""
 
     kind: Literal["train"]
-    recipe: str
+    recipe: Line
     """a file of recipes/, like reflow/reflow, or a path ./mine.py"""
     options: dict[str, Any] = {}
     """the recipe's own options; `distill recipes NAME` lists them"""
@@ -299,21 +311,21 @@ Stage = Annotated[TrainStage | PairsStage | EvaluateStage, Field(discriminator="
 class SlurmSpec(Frozen):
     """What `distill submit` asks Slurm for, for each job; `distill run` takes no notice of it."""
 
-    partition: str | None = None
+    partition: Line | None = None
     """null: the site's, else Slurm's default"""
-    account: str | None = None
+    account: Line | None = None
     """null: the site's, else Slurm's default"""
-    qos: str | None = None
+    qos: Line | None = None
     """null: the site's, else Slurm's default"""
-    time: str | None = None
+    time: Line | None = None
     """limit of a job: H:MM:SS, D-HH, D-HH:MM:SS, or minutes in quotes; null: the partition's default"""
     gpus_per_node: NonNegativeInt = 0
     """GPUs of each node, one for each process; 0: the processes compute on CPUs"""
     cpus_per_task: PositiveInt | None = None
     """CPUs of each process; null: Slurm's default"""
-    memory: str | None = None
+    memory: Line | None = None
     """of each node, like 120G; null: Slurm's default"""
-    options: list[str] = []
+    options: list[Line] = []
     """further options of sbatch as they stand, like --constraint=h100"""
     lead_seconds: PositiveInt = 180
     """how long before the time limit the processes are asked to save and leave"""
@@ -323,7 +335,7 @@ class SlurmSpec(Frozen):
     """jobs of an array that share the shards of each pairs stage; of one with fewer shards, as many as those"""
     one_job: bool = False
     """compute all stages in one job, one after the other, instead of a job for each"""
-    container: str | None = None
+    container: Line | None = None
     """image to compute in, as the site's container runtime names it; null: none"""
 
 

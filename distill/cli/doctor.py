@@ -69,13 +69,14 @@ def doctor(
 
 def _cluster(path: Path | None, store: Path, nodes: int, gpus: int, partition: str | None, json: bool) -> None:
     """What each process of a small job sees, and what is wrong with it."""
+    from distill.cli import given
     from distill.launch import site as sites
     from distill.launch import sitecheck
     from distill.launch import submit as queue
     from distill.spec import SlurmSpec
 
     where = sites.load(expanded(site_setting(path).value))
-    options = SlurmSpec(partition=partition, gpus_per_node=gpus)
+    options = given.stage(SlurmSpec, {"partition": partition, "gpus_per_node": gpus})
     queue.check_partition(options, where)
     if not json:
         say(f"site {where.path}: a job of a minute on {nodes} node{'s' if nodes > 1 else ''}", flush=True)

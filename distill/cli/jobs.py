@@ -1,5 +1,6 @@
 """`distill submit` and `cancel`: a run as jobs in Slurm's queue."""
 
+import json
 import os
 import shutil
 import signal
@@ -102,12 +103,16 @@ class Asked:
             "launch.slurm.partition": self.partition,
             "launch.slurm.account": self.account,
             "launch.slurm.qos": self.qos,
-            "launch.slurm.time": None if self.time is None else f"'{self.time}'",
+            "launch.slurm.time": self.time,
             "launch.slurm.container": self.container,
             "launch.slurm.pairs_jobs": self.pairs_jobs,
-            "launch.slurm.one_job": "true" if self.one_job else None,
+            "launch.slurm.one_job": True if self.one_job else None,
         }
-        return [f"{field}={value}" for field, value in given.items() if value is not None]
+        return [
+            f"{field}={json.dumps(value, ensure_ascii=False)}"  # text, as it stands
+            for field, value in given.items()
+            if value is not None
+        ]
 
 
 def submit(
