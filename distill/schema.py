@@ -113,8 +113,12 @@ def valid(described: Mapping[str, Any]) -> str:
     words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
     kind = str(described.get("type"))
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    bounds = [f"{sign} {described[bound]:g}" for bound, sign in signs.items() if bound in described]
+    bounds = [f"{sign} {_bound(described[bound])}" for bound, sign in signs.items() if bound in described]
     return ", ".join([words.get(kind, kind), *bounds])
+
+
+def _bound(number: int | float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
 def dotted(path: Sequence[str | int]) -> str:
@@ -206,7 +210,7 @@ def _one(
         return context["expected"], True
     if kind in BOUNDS:
         words, bound = BOUNDS[kind]
-        return f"{words} {context[bound]:g}", True
+        return f"{words} {_bound(context[bound])}", True
     if kind == "string_pattern_mismatch":
         return NAME_RULE, True
     if kind == "not_one_line":

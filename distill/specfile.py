@@ -1,7 +1,8 @@
 """A run spec as a file: read strictly, explained when wrong, written so that it reads back the same."""
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from distill.guard import InputError, expanded
 from distill.overrides import Override
 from distill.spec import CheckpointTeacher, HfData, ImagesData, RunSpec
 from distill.store import RunPaths
+
+MOST_SHOWN = 20  # mistakes of a file
+NO_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # no path, name or word has these
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class SpecSource:
 
 def change_from(text: str) -> Override:
     """An override from its text `a.b=c`."""
+    if NO_TEXT.search(text):
+        raise InputError(f"{ascii(text)} is not a change of the spec: it holds a control character, or bytes not UTF-8")
     path, equals, value = text.partition("=")
     if not equals or "" in path.split("."):
         raise InputError(f"'{text}' is not a change of the spec; write path=value, like stages.teach.images=64000")
@@ -44,9 +50,12 @@ def validate(content: Any, source: str) -> RunSpec:  # noqa: ANN401
         text = json.dumps(content)
     except (TypeError, ValueError, RecursionError):
         raise InputError(f"{source}: a spec holds text, numbers, lists and mappings only, none inside itself") from None
-    odd = [key for key in _keys(content) if not isinstance(key, str)]
+    words = list(_words(content))
+    odd = [word for word in words if not isinstance(word, str)]
     if odd:
         raise InputError(f"{source}: key {schema.show(odd[0])} is not text; write it in quotes")
+    if unreadable := [word for word in words if isinstance(word, str) and NO_TEXT.search(word)]:
+        raise InputError(f"{source}: {ascii(unreadable[0])} holds a control character, or bytes that are not UTF-8")
     try:
         return RunSpec.model_validate_json(text, strict=True)
     except ValidationError as error:
@@ -54,10 +63,11 @@ def validate(content: Any, source: str) -> RunSpec:  # noqa: ANN401
 
 
 def join(source: str, mistakes: Sequence[str]) -> str:
-    """One message of one or several mistakes."""
+    """One message of one or several mistakes; of very many, the first."""
     if len(mistakes) == 1:
         return f"{source}: {mistakes[0]}"
-    return "\n  ".join([f"{source}: {len(mistakes)} mistakes", *mistakes])
+    more = [f"and {len(mistakes) - MOST_SHOWN:,} more"] if len(mistakes) > MOST_SHOWN else []
+    return "\n  ".join([f"{source}: {len(mistakes):,} mistakes", *mistakes[:MOST_SHOWN], *more])
 
 
 def load(path: Path, changes: Sequence[str] = (), *, name: str | None = None, source: str | None = None) -> SpecSource:
@@ -99,10 +109,17 @@ def _differences(path: str, old: object, new: object) -> list[tuple[str, object,
     return [] if old == new else [(path, old, new)]
 
 
-def _keys(content: object) -> list[object]:
+def _words(content: object) -> Iterator[object]:
+    """Every key, and every value that is text."""
     if isinstance(content, dict):
-        return [key for k, v in content.items() for key in [k, *_keys(v)]]
-    return [key for item in content for key in _keys(item)] if isinstance(content, list) else []
+        for key, value in content.items():
+            yield key
+            yield from _words(value)
+    elif isinstance(content, list):
+        for item in content:
+            yield from _words(item)
+    elif isinstance(content, str):
+        yield content
 
 
 def absolute(path: str, folders: Sequence[Path]) -> str:

@@ -24,6 +24,8 @@ LAYERS = [
 ANYWHERE = {
     "guard",
     "spec",
+    "fieldtypes",
+    "trainspec",
     "store",
     "printing",
     "progress",
@@ -43,7 +45,6 @@ CONTROL = ANYWHERE | {
     "yamltext",
     "specfile",
     "workflow",
-    "trainspec",
     "planning",
     "launch",
     "registry",

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from distill.cli.common import JsonOption, one_line, print_json, print_table
-from distill.guard import InputError
+from distill.guard import InputError, RunError
 from distill.printing import say
+from distill.store import write_atomic
 
 
 def init(
@@ -29,10 +30,9 @@ def init(
     head = [f"# distill run {one_line(str(path))}", *(f"# {line}" for line in presets.head(preset)[1:])]
     text = "\n".join([*head, "", presets.annotated(source.spec, source.base)])
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
+        write_atomic(path, text)
+    except RunError as error:
+        raise InputError(str(error)) from None
     say(f"wrote {path}; change what you like, then: distill plan {path}")
 
 

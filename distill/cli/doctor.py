@@ -44,7 +44,9 @@ def doctor(
     path: Annotated[
         Path | None, typer.Argument(metavar="[SITE]", help="With --site: the cluster's file; by default as for submit.")
     ] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="With --site: on how many nodes; by default 2.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="With --site: on how many nodes; by default 2.")
+    ] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=0, help="With --site: GPUs to ask for on each.")] = None,
     partition: Annotated[str | None, typer.Option(help="With --site: by default the site's.")] = None,
     store: StoreOption = None,

@@ -29,7 +29,7 @@ def reflow(
     spec: SpecArgument,
     changes: Changes = None,
     rounds: Annotated[
-        int | None, typer.Option("--rounds", help="How many; by default 1.", rich_help_panel=ROUNDS)
+        int | None, typer.Option("--rounds", max=100, help="How many; by default 1.", rich_help_panel=ROUNDS)
     ] = None,
     distill: Annotated[
         bool,

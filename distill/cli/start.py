@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 
 from distill.cli.common import one_line
 from distill.guard import InputError, suggest
-from distill.store import RunPaths, append_event, create_run, event_line, find_run, name_in_use, write_atomic
+from distill.store import (
+    RunPaths,
+    append_event,
+    create_run,
+    event_line,
+    find_run,
+    name_in_use,
+    refuse_reserved,
+    write_atomic,
+)
 
 if TYPE_CHECKING:
     import distill.spec
@@ -48,6 +57,7 @@ def checked(source: "distill.specfile.SpecSource", *, here: bool = True) -> "dis
     """
     from distill import workflow
 
+    refuse_reserved(source.spec.name)
     workflow.check(source.spec, source.base)
     spec = workflow.locate_options(source.spec, source.base)
     if here and spec.launch.nodes > 1:

@@ -8,6 +8,7 @@ import typer
 from distill import card as cards
 from distill.cli import schedule as schedules
 from distill.cli.common import JsonOption, StoreOption, TeacherHelp, check_out, near, print_json, store_path
+from distill.fieldtypes import MAX_SAMPLES, MAX_STEPS
 from distill.guard import InputError, suggest
 from distill.printing import say, say_table
 from distill.store import find_run
@@ -20,13 +21,15 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 def sample(
     student: StudentArgument,
     out: Annotated[Path, typer.Option("--out", help="A picture (.png), or the numbers (.safetensors).")],
-    steps: Annotated[int | None, typer.Option(help="Steps; by default the fewest it is made for.", min=1)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps; by default the fewest it is made for.", min=1, max=MAX_STEPS)
+    ] = None,
     schedule: Annotated[
         str, typer.Option(help="uniform; or optimal: at the times where they err least (see `schedule`).")
     ] = "uniform",
     times: Annotated[str | None, typer.Option(help="Steps along these times instead, like 1,0.6,0.")] = None,
     seed: SeedOption = 0,
-    count: Annotated[int, typer.Option(help="Number of samples.", min=1)] = 64,
+    count: Annotated[int, typer.Option(help="Number of samples.", min=1, max=MAX_SAMPLES)] = 64,
     classes: Annotated[str, typer.Option(help="One class, or one a sample: 3 or 0,1,2; by default all in turn.")] = "",
     device: DeviceOption = "auto",
     store: StoreOption = None,
@@ -78,14 +81,14 @@ def evaluate(
     from distill.spec import EvaluateStage
 
     card = cards.read(folder)
-    counts = given.numbers("--steps", steps) if steps else sorted(card.t_grids) or [1, 2, 4]
+    counts = given.steps("--steps", steps) if steps is not None else sorted(card.t_grids) or [1, 2, 4]
     content = {"kind": "evaluate", "students": {"student": counts}, "samples": samples}
     schedules.refuse(schedule, times)
     if schedule == "optimal" or times:
         ways = ["optimal" if times is None else given.times("--times", times)]
         also = {"student": ways} if card.kind == "velocity" and not card.t_grids else {}
         content |= {"times": {"teacher": ways, **also}}
-    stage = given.stage(EvaluateStage, content | {"teacher_steps": given.numbers("--teacher-steps", teacher_steps)})
+    stage = given.stage(EvaluateStage, content | {"teacher_steps": given.steps("--teacher-steps", teacher_steps)})
     teacher_spec = given.teacher(teacher, runs) if teacher else given.teacher_of(folder)
     data_spec = given.data(data) if data else given.data_of(folder)
     check_out(out)

@@ -70,7 +70,8 @@ def run(
         bool, typer.Option("--resume", help="Go on with a run of this name; SPEC may be the run itself.")
     ] = False,
     procs: Annotated[
-        int | None, typer.Option("--procs", min=1, help="Processes that train together; short for launch.procs=N.")
+        int | None,
+        typer.Option("--procs", min=1, max=4096, help="Processes that train together; short for launch.procs=N."),
     ] = None,
     store: StoreOption = None,
 ) -> None:
