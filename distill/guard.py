@@ -54,6 +54,11 @@ def is_line(text: str) -> bool:
     return text.isprintable() or (printable(text) == text and {"\n", "\t"}.isdisjoint(text))
 
 
+def short(text: str) -> str:
+    """A text as a message shows it, which is to be read: its beginning, where it is long."""
+    return text if len(text) <= 100 else f"{text[:90]}... ({len(text):,} letters)"
+
+
 def whole_number(text: str) -> int | None:
     """The number written in ASCII digits, at most 18 of them; None where it is none."""
     return int(text) if re.fullmatch("[0-9]{1,18}", text) else None

@@ -145,7 +145,7 @@ class UNetSpec(Frozen):
     """residual blocks at each resolution"""
     attention: bool = False
     """self-attention at the coarsest resolution"""
-    norm_groups: PositiveInt = 8
+    norm_groups: Annotated[int, Field(gt=0, le=16384)] = 8
     """groups of the group norms; divides every entry of channels"""
     dropout: Fraction = 0.0
     """probability of dropping a feature in training"""
@@ -169,13 +169,13 @@ NetworkSpec = Annotated[UNetSpec | MlpSpec, Field(discriminator="kind")]
 class OptimizerSpec(Frozen):
     """AdamW."""
 
-    lr: PositiveFloat = 1e-3
+    lr: Annotated[float, Field(gt=0, le=1000)] = 1e-3
     """learning rate after the warm-up"""
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
     """decay of the averages of gradient and squared gradient"""
-    eps: PositiveFloat = 1e-8
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     """added to the denominator"""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=1000)
     """decoupled weight decay"""
     warmup_images: int = Field(0, ge=0, le=10**13)
     """linear warm-up, in images"""
@@ -253,7 +253,7 @@ class PairsStage(Frozen):
     """solver of the teacher's ODE"""
     steps: Steps = 16
     """solver steps (heun calls the network twice a step but the last)"""
-    guidance_scale: float = Field(1.0, ge=0)
+    guidance_scale: Annotated[float, Field(ge=0, le=10_000)] = 1.0
     """classifier-free guidance baked into the pairs; 1 = none"""
     block: Samples = 256
     """samples solved at once; part of the numbers, so it is fixed here and not in launch"""
@@ -289,7 +289,7 @@ class EvaluateStage(Frozen):
     """samples per row; each set is generated once for all columns"""
     block: Samples = 250
     """samples generated at once; part of the numbers"""
-    guidance_scale: float = Field(1.0, ge=0)
+    guidance_scale: Annotated[float, Field(ge=0, le=10_000)] = 1.0
     """of the teacher; 1 = none"""
 
 

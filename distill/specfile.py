@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from distill import overrides, schema, yamltext
-from distill.guard import InputError, expanded
+from distill.guard import InputError, expanded, short
 from distill.overrides import Override
 from distill.spec import CheckpointTeacher, HfData, ImagesData, RunSpec
 from distill.store import RunPaths
@@ -33,11 +33,15 @@ class SpecSource:
 def change_from(text: str) -> Override:
     """An override from its text `a.b=c`."""
     if NO_TEXT.search(text):
-        raise InputError(f"{ascii(text)} is not a change of the spec: it holds a control character, or bytes not UTF-8")
+        raise InputError(
+            f"{short(ascii(text))} is not a change of the spec: it holds a control character, or bytes not UTF-8"
+        )
     path, equals, value = text.partition("=")
     if not equals or "" in path.split("."):
-        raise InputError(f"'{text}' is not a change of the spec; write path=value, like stages.teach.images=64000")
-    return Override(text, path.split("."), yamltext.parse(value, text))
+        raise InputError(
+            f"'{short(text)}' is not a change of the spec; write path=value, like stages.teach.images=64000"
+        )
+    return Override(short(text), path.split("."), yamltext.parse(value, short(text)))
 
 
 def validate(content: Any, source: str) -> RunSpec:  # noqa: ANN401
@@ -55,7 +59,9 @@ def validate(content: Any, source: str) -> RunSpec:  # noqa: ANN401
     if odd:
         raise InputError(f"{source}: key {schema.show(odd[0])} is not text; write it in quotes")
     if unreadable := [word for word in words if isinstance(word, str) and NO_TEXT.search(word)]:
-        raise InputError(f"{source}: {ascii(unreadable[0])} holds a control character, or bytes that are not UTF-8")
+        raise InputError(
+            f"{source}: {short(ascii(unreadable[0]))} holds a control character, or bytes that are not UTF-8"
+        )
     try:
         return RunSpec.model_validate_json(text, strict=True)
     except ValidationError as error:

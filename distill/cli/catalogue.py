@@ -25,7 +25,7 @@ def init(
         return
     source = specfile.load(presets.find(preset))
     path = out or Path(f"{preset}.yaml")
-    if path.exists():
+    if path.exists() or path.is_symlink():
         raise InputError(f"{path} exists already; name another file by --out")
     head = [f"# distill run {one_line(str(path))}", *(f"# {line}" for line in presets.head(preset)[1:])]
     text = "\n".join([*head, "", presets.annotated(source.spec, source.base)])

@@ -117,8 +117,9 @@ def probe(
     folder: Annotated[Path, typer.Argument()], caches: Annotated[list[str] | None, typer.Argument()] = None
 ) -> None:
     """Look around, as a process of the job of `doctor --site`; CACHES: the site's, NAME=FOLDER."""
-    from distill.launch import sitecheck
+    from distill.launch import sitecheck, tasks
 
+    tasks.require("probe")
     sitecheck.probe(folder, dict(cache.split("=", 1) for cache in caches or []))
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from distill import schema, specfile, workflow, yamltext
 from distill.fieldtypes import MAX_STEPS
-from distill.guard import InputError, suggest, whole_number
+from distill.guard import InputError, short, suggest, whole_number
 from distill.spec import CheckpointTeacher, DataSpec, LaunchSpec, RunSpec, TeacherSpec, TrainStage, is_path
 from distill.store import RunPaths
 
@@ -23,7 +23,7 @@ def numbers(option: str, text: str) -> list[int]:
     """Whole numbers with commas between them."""
     found = [number for part in text.split(",") if (number := whole_number(part.strip())) is not None]
     if len(found) != text.count(",") + 1:
-        raise InputError(f"{option} {text}: whole numbers with commas between them are expected, like 1,2,4")
+        raise InputError(f"{option} {short(text)}: whole numbers with commas between them are expected, like 1,2,4")
     return found
 
 
@@ -31,7 +31,7 @@ def steps(option: str, text: str) -> list[int]:
     """Numbers of steps with commas between them."""
     found = numbers(option, text)
     if not all(1 <= number <= MAX_STEPS for number in found):
-        raise InputError(f"{option} {text}: numbers of steps are at least 1, and at most {MAX_STEPS:,}")
+        raise InputError(f"{option} {short(text)}: numbers of steps are at least 1, and at most {MAX_STEPS:,}")
     return found
 
 
@@ -43,14 +43,16 @@ def fractions(option: str, text: str) -> list[float]:
             return found
         raise ValueError
     except ValueError:
-        raise InputError(f"{option} {text}: numbers with commas between them are expected, like 1,0.5,0") from None
+        raise InputError(
+            f"{option} {short(text)}: numbers with commas between them are expected, like 1,0.5,0"
+        ) from None
 
 
 def times(option: str, text: str) -> list[float]:
     """Times from noise to data with commas between them."""
     found = fractions(option, text)
     if not is_path(found):
-        raise InputError(f"{option} {text}: times go from 1 down to 0, like 1,0.6,0")
+        raise InputError(f"{option} {short(text)}: times go from 1 down to 0, like 1,0.6,0")
     return found
 
 

@@ -39,6 +39,7 @@ from distill.guard import (
     RunError,
     Stopped,
     printable,
+    short,
 )
 from distill.launch import tasks
 from distill.printing import say, say_error
@@ -192,7 +193,7 @@ def _left(leaving: SystemExit, tell: Callable[[object], None]) -> int:
 
 def described(error: OSError) -> tuple[str, int]:
     """What the system refused, for people, and the exit code: 2 where another name or place would help."""
-    places = [str(each) for each in (error.filename, error.filename2) if each is not None]
+    places = [short(str(each)) for each in (error.filename, error.filename2) if each is not None]
     reason = error.strerror or str(error) or type(error).__name__
     if error.errno == errno.ENOENT and not places and not _has_folder():
         return "the current folder is there no more; change to another one: cd", EXIT_INPUT

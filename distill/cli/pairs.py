@@ -10,7 +10,7 @@ import typer
 from distill.cli import start
 from distill.cli.common import StoreOption, check_out, near, store_path
 from distill.cli.stage import stage as compute
-from distill.guard import InputError, suggest, whole_number
+from distill.guard import InputError, short, suggest, whole_number
 from distill.printing import say
 from distill.store import RunPaths
 
@@ -94,7 +94,7 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
 def _share(text: str) -> tuple[int, int]:
     number, total = (whole_number(part) for part in text.partition("/")[::2])
     if number is None or total is None or not 1 <= number <= total:
-        raise InputError(f"--shards {text}: I/N is expected, I from 1 to N, like 1/4")
+        raise InputError(f"--shards {short(text)}: I/N is expected, I from 1 to N, like 1/4")
     return number - 1, total
 
 

@@ -33,8 +33,11 @@ def _set(key: str, value: str) -> str:
     """Write a setting; other lines of the file, comments among them, stay as they are."""
     from distill import yamltext
     from distill.launch import site
+    from distill.specfile import NO_TEXT
     from distill.store import write_atomic
 
+    if NO_TEXT.search(value):
+        raise InputError(f"{key}: {ascii(value)} holds a control character, or bytes that are not UTF-8")
     if key == "site":
         value = str(expanded(value).absolute())
         site.load(Path(value))  # refused unless it is one

@@ -61,7 +61,9 @@ def job(
 ) -> None:
     """Be the process of a job in Slurm's queue: COMMAND, then a stage's name, starts its processes."""
     from distill.launch import job as batch
+    from distill.launch import tasks
 
+    tasks.require("job")
     paths, _ = _found(run, stages)
     code = batch.execute(paths, stages, None if part is None else _part(part), command)
     if code:

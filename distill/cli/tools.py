@@ -8,7 +8,7 @@ import typer
 from distill import card as cards
 from distill.cli import schedule as schedules
 from distill.cli.common import JsonOption, StoreOption, TeacherHelp, check_out, near, print_json, store_path
-from distill.fieldtypes import MAX_SAMPLES, MAX_STEPS
+from distill.fieldtypes import MAX_STEPS
 from distill.guard import InputError, suggest
 from distill.printing import say, say_table
 from distill.store import find_run
@@ -29,7 +29,7 @@ def sample(
     ] = "uniform",
     times: Annotated[str | None, typer.Option(help="Steps along these times instead, like 1,0.6,0.")] = None,
     seed: SeedOption = 0,
-    count: Annotated[int, typer.Option(help="Number of samples.", min=1, max=MAX_SAMPLES)] = 64,
+    count: Annotated[int, typer.Option(help="Number of samples.", min=1, max=1_000_000)] = 64,
     classes: Annotated[str, typer.Option(help="One class, or one a sample: 3 or 0,1,2; by default all in turn.")] = "",
     device: DeviceOption = "auto",
     store: StoreOption = None,
