@@ -49,6 +49,11 @@ def printable(text: str) -> str:
     return "".join(letter if letter in "\n\t" or category(letter) not in UNSAFE else "\ufffd" for letter in text)
 
 
+def is_text(text: str) -> bool:
+    """Whether it may be a path, a name or a word: no control characters but line breaks and tabs, all of it UTF-8."""
+    return re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", text) is None
+
+
 def is_line(text: str) -> bool:
     """Whether it is one line of text that `printable` leaves as it is."""
     return text.isprintable() or (printable(text) == text and {"\n", "\t"}.isdisjoint(text))

@@ -1,7 +1,6 @@
 """A run spec as a file: read strictly, explained when wrong, written so that it reads back the same."""
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from distill import overrides, schema, yamltext
-from distill.guard import InputError, expanded, short
+from distill.guard import InputError, expanded, is_text, short
 from distill.overrides import Override
 from distill.spec import CheckpointTeacher, HfData, ImagesData, RunSpec
 from distill.store import RunPaths
 
 MOST_SHOWN = 20  # mistakes of a file
-NO_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # no path, name or word has these
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class SpecSource:
 
 def change_from(text: str) -> Override:
     """An override from its text `a.b=c`."""
-    if NO_TEXT.search(text):
+    if not is_text(text):
         raise InputError(
             f"{short(ascii(text))} is not a change of the spec: it holds a control character, or bytes not UTF-8"
         )
@@ -58,7 +56,7 @@ def validate(content: Any, source: str) -> RunSpec:  # noqa: ANN401
     odd = [word for word in words if not isinstance(word, str)]
     if odd:
         raise InputError(f"{source}: key {schema.show(odd[0])} is not text; write it in quotes")
-    if unreadable := [word for word in words if isinstance(word, str) and NO_TEXT.search(word)]:
+    if unreadable := [word for word in words if isinstance(word, str) and not is_text(word)]:
         raise InputError(
             f"{source}: {short(ascii(unreadable[0]))} holds a control character, or bytes that are not UTF-8"
         )
@@ -131,7 +129,10 @@ def _words(content: object) -> Iterator[object]:
 def absolute(path: str, folders: Sequence[Path]) -> str:
     """A path that exists below one of `folders`, absolute; anything else (a hub id, a missing file) as it is."""
     given = expanded(path)
-    return next((str((folder / given).resolve()) for folder in folders if (folder / given).exists()), path)
+    found = next((str((folder / given).resolve()) for folder in folders if (folder / given).exists()), path)
+    if not is_text(found):
+        raise InputError(f"{ascii(found)} holds a control character, or bytes that are not UTF-8; rename that folder")
+    return found
 
 
 def _located(spec: RunSpec, folders: Sequence[Path]) -> RunSpec:

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from runs import ENV, make
 
 from distill import registry, schema, store, yamltext
+from distill.cli import given
 from distill.guard import InputError, whole_number
 from distill.spec import LaunchSpec, MlpSpec, Stage, UNetSpec
 from distill.students import networks
@@ -239,6 +240,25 @@ def test_changes_that_cannot_be_meant(capfd, tmp_path, case):
 def test_a_name_that_is_no_text(capfd, tmp_path, name):
     said = f"ok.yaml: {ascii(name)} holds a control character, or bytes that are not UTF-8"
     refuse(capfd, tmp_path, ["run", "ok.yaml", "--name", name], said)
+
+
+@pytest.mark.parametrize("name", [b"\xff", b"\x1b[31m"])
+def test_a_store_whose_name_is_no_text(capfd, tmp_path, monkeypatch, name):
+    folder = os.fsdecode(name)
+    (tmp_path / folder).mkdir()
+    shown = ascii(str(tmp_path / folder))
+    said = "holds a control character, or bytes that are not UTF-8"
+    done = command(capfd, "run", "ok.yaml", "--store", folder)
+    assert done.err == f"error: the store {shown} (from --store) {said}; choose another by --store\n"
+    monkeypatch.chdir(tmp_path / folder)
+    (tmp_path / folder / "pictures").mkdir()
+    (tmp_path / folder / "s.yaml").write_text((tmp_path / "ok.yaml").read_text())
+    done = command(
+        capfd, "plan", "s.yaml", "--store", str(tmp_path / "runs"), "teacher={kind: diffusers, path: pictures}"
+    )
+    assert done.code == 2 and "Traceback" not in done.err
+    assert done.err.endswith(f"{ascii(str(tmp_path / folder / 'pictures'))} {said}; rename that folder\n")
+    assert not (tmp_path / "runs").exists()
 
 
 # --- what the system refuses ---

@@ -19,7 +19,6 @@ from distill.store import append_event, write_json
 
 RED = "\x1b[31mred\x07"
 SHOWN = "\ufffd[31mred\ufffd"
-DISTILL = [sys.executable, "-m", "distill"]
 
 
 def test_what_is_said_is_safe(capfd):

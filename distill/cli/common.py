@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from distill import transports
-from distill.guard import InputError, expanded, printable, suggest
+from distill.guard import InputError, expanded, is_text, printable, suggest
 from distill.printing import say, say_table
 
 StoreOption = Annotated[
@@ -83,6 +83,11 @@ def _folder(setting: Setting) -> Path:
             "a folder: give one by --store"
         )
     path = expanded(setting.value)
+    if not is_text(str(path.absolute())):  # safetensors could not open its files, nor Slurm be given its name
+        raise InputError(
+            f"the store {ascii(str(path.absolute()))} (from {setting.source}) holds a control character, or bytes that "
+            "are not UTF-8; choose another by --store"
+        )
     if path.exists() and not path.is_dir():
         raise InputError(f"the store {path} (from {setting.source}) is a file; name a folder")
     return path

@@ -8,7 +8,7 @@ import typer
 
 from distill import transports
 from distill.cli.common import SETTINGS, config_path, configuration, print_table, site_setting, store_setting
-from distill.guard import InputError, expanded, suggest
+from distill.guard import InputError, expanded, is_text, suggest
 from distill.printing import say
 
 
@@ -33,10 +33,9 @@ def _set(key: str, value: str) -> str:
     """Write a setting; other lines of the file, comments among them, stay as they are."""
     from distill import yamltext
     from distill.launch import site
-    from distill.specfile import NO_TEXT
     from distill.store import write_atomic
 
-    if NO_TEXT.search(value):
+    if not is_text(value):
         raise InputError(f"{key}: {ascii(value)} holds a control character, or bytes that are not UTF-8")
     if key == "site":
         value = str(expanded(value).absolute())

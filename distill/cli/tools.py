@@ -42,6 +42,10 @@ def sample(
     schedules.refuse(schedule, times)
     if along and steps:
         raise InputError("--steps: no effect beside --times; remove it")
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a folder; name a file in it")
+    if out.absolute().parent.is_dir():
+        check_out(out.absolute().parent)
     folder = given.student(student, runs)
     steps = len(along) - 1 if along else steps or cards.read(folder).fewest_steps
     from distill import sampling
