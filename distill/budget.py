@@ -16,6 +16,7 @@ from distill.store import RunPaths, read_events, read_json
 
 STEPS, OWN_STEPS = (1, 2, 4), (1, 2, 4, 8)  # to measure a student at: of any number of steps, of some only
 BATCHES, UNTIMED = 24, 4  # of a rehearsal, and those at its beginning, which are slower
+MOST_MINUTES = 1_000_000  # two years
 IN_IMAGES = "_images"  # how options end that are lengths, like anneal_images
 
 
@@ -59,8 +60,11 @@ def frozen(planned: Plan, found: Mapping[str, Measured], minutes: float, command
 
 def check(minutes: float) -> None:
     """InputError unless it is a time."""
-    if not 0 < minutes < math.inf:
-        raise InputError(f"--budget {minutes:g}: minutes of training for each recipe are expected, above 0, like 2")
+    if not 0 < minutes <= MOST_MINUTES:
+        raise InputError(
+            f"--budget {minutes:g}: minutes of training for each recipe are expected, above 0 and at most "
+            f"{MOST_MINUTES:,}, like 2"
+        )
 
 
 def _measured(run: RunPaths, name: str, stage: TrainStage) -> Measured:

@@ -16,7 +16,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from distill import space, versions
 from distill.guard import InputError, RunError
+from distill.printing import say_error
 from distill.spec import CheckpointSpec
 from distill.store import sync_dir
 
@@ -148,7 +148,7 @@ def latest(folder: Path, warn: Warn) -> Checkpoint | None:
 
 def to_stderr(text: str) -> None:
     """The warning of a command that shows no progress."""
-    print(f"warning: {text}", file=sys.stderr)
+    say_error(f"warning: {text}")
 
 
 def of_step(folder: Path, step: int) -> Checkpoint:

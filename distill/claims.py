@@ -21,7 +21,7 @@ from typing import Annotated
 from pydantic import Field
 
 from distill import records
-from distill.guard import InputError, RunError
+from distill.guard import InputError, RunError, whole_number
 from distill.store import RunPaths, write_json
 
 GRACE = 2.0  # seconds; a process that was killed a moment ago may still be on its way out
@@ -59,7 +59,8 @@ class Owner:
     def of_label(cls, label: str) -> "Owner | None":
         """None: this is no label."""
         pid, start, boot, host = (*label.split(",", 3), "", "", "")[:4]
-        return cls(host, boot, int(pid), start) if pid.isdigit() and host else None
+        number = whole_number(pid)
+        return cls(host, boot, number, start) if number is not None and host else None
 
     def is_alive(self) -> bool:
         """False once it is known to be gone; a process on another host counts as alive."""

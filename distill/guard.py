@@ -1,7 +1,9 @@
 """The two ways a command may fail with a message instead of a traceback, and how errors suggest names."""
 
 import difflib
+import re
 from collections.abc import Iterable
+from pathlib import Path
 from unicodedata import category
 
 EXIT_FAILED = 1  # the work failed; what was saved is intact
@@ -42,4 +44,35 @@ def printable(text: str) -> str:
     These are Unicode's control characters (escape sequences begin with one), its format characters (some reverse the
     direction of text), lone surrogates (bytes of a file name that are not UTF-8), and its own line separators.
     """
+    if text.isprintable():  # almost always
+        return text
     return "".join(letter if letter in "\n\t" or category(letter) not in UNSAFE else "\ufffd" for letter in text)
+
+
+def is_text(text: str) -> bool:
+    """Whether it may be a path, a name or a word: no control characters but line breaks and tabs, all of it UTF-8."""
+    return re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", text) is None
+
+
+def is_line(text: str) -> bool:
+    """Whether it is one line of text that `printable` leaves as it is."""
+    return text.isprintable() or (printable(text) == text and {"\n", "\t"}.isdisjoint(text))
+
+
+def short(text: str) -> str:
+    """A text as a message shows it, which is to be read: its beginning, where it is long."""
+    return text if len(text) <= 100 else f"{text[:90]}... ({len(text):,} letters)"
+
+
+def whole_number(text: str) -> int | None:
+    """The number written in ASCII digits, at most 18 of them; None where it is none."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with ~ and ~USER at its beginning filled in; InputError where that user is not known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        user = Path(path).parts[0]
+        raise InputError(f"{path}: the home folder of {user} is not known here; write the path in full") from None

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from distill.guard import InputError, RunError
+from distill.printing import say_error
 from distill.space import human
 from distill.spec import CheckpointTeacher, HfData, RunSpec
 from distill.store import RunPaths, read_json, runs, sync_dir, sync_tree, write_atomic, write_json
@@ -61,7 +61,7 @@ def resolve(spec: RunSpec, store: Path, before: Sequence[Input] = ()) -> list[In
     found = []
     for wanted, fetch in _wanted(spec, store, before):
         found.append(_in_store(wanted, store, fetch))
-        print(f"{wanted}: {human(found[-1].bytes)} in {wanted.folder(store)}", file=sys.stderr, flush=True)
+        say_error(f"{wanted}: {human(found[-1].bytes)} in {wanted.folder(store)}")
     return found
 
 

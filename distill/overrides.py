@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from distill import schema
-from distill.guard import InputError, suggest
+from distill.guard import InputError, short, suggest, whole_number
 from distill.spec import RunSpec
 
 
@@ -18,6 +18,7 @@ class Override:
     """One `a.b=c`, its value read as YAML."""
 
     text: str
+    """as messages show it"""
     path: list[str]
     value: Any
 
@@ -36,10 +37,13 @@ def _set(here: schema.Content, annotation: schema.Annotation, change: Override, 
         return change.value
     key, where = change.path[depth], schema.dotted(change.path[:depth]) or "the spec"
     if isinstance(here, list):
-        if not key.isdigit() or int(key) >= len(here):
-            raise InputError(f"{change.text}: {where} has {len(here)} items; '{key}' is none of 0 to {len(here) - 1}")
+        at = whole_number(key)
+        if at is None or at >= len(here):
+            raise InputError(
+                f"{change.text}: {where} has {len(here)} items; '{short(key)}' is none of 0 to {len(here) - 1}"
+            )
         inner = schema.value_type(annotation, list)
-        return [_set(item, inner, change, depth + 1) if i == int(key) else item for i, item in enumerate(here)]
+        return [_set(item, inner, change, depth + 1) if i == at else item for i, item in enumerate(here)]
     if here is not None and not isinstance(here, dict):
         raise InputError(f"{change.text}: {where} is {schema.show(here)}, which has no '{key}'")
     here = here or {}
@@ -49,7 +53,7 @@ def _set(here: schema.Content, annotation: schema.Annotation, change: Override, 
     else:  # names of stages or students, or anything below a recipe's options
         below, inner = here.get(key), schema.value_type(annotation, dict)
         if key not in here and depth + 1 < len(change.path) and schema.models(inner):
-            raise InputError(f"{change.text}: {where} has no '{key}'; {suggest(key, here)}")
+            raise InputError(f"{change.text}: {where} has no '{short(key)}'; {suggest(key, here)}")
     return {**here, key: _set(below, inner, change, depth + 1)}
 
 
@@ -60,7 +64,7 @@ def _field(annotation: schema.Annotation, here: dict[str, Any], key: str, where:
     for model in [chosen] if chosen is not None else schema.models(annotation):
         fields |= model.model_fields
     if key not in fields:
-        raise InputError(f"{where} has no '{key}'; {suggest(key, fields)}")
+        raise InputError(f"{where} has no '{short(key)}'; {suggest(key, fields)}")
     return fields[key]
 
 

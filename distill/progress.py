@@ -8,7 +8,8 @@ from datetime import datetime
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
-from distill.guard import Stopped
+from distill.guard import Stopped, printable
+from distill.printing import console, say_error
 from distill.store import RunPaths, append_event
 
 EVENT_SECONDS = 5.0
@@ -38,7 +39,7 @@ class PlainLine:
 
     def say(self, text: str) -> None:
         with suppress(OSError):  # whoever read this may be gone, which is no reason to lose work; events say it too
-            print(f"{stamp()}  {text}", file=sys.stderr, flush=True)
+            say_error(f"{stamp()}  {text}")
 
     def close(self) -> None: ...
 
@@ -49,19 +50,19 @@ class LiveLine:
     seconds = 0.2
 
     def __init__(self, label: str, total: int) -> None:
-        from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TextColumn("{task.fields[text]}"))
-        self._rich = Progress(*columns, console=Console(stderr=True), refresh_per_second=4)
-        self._task = self._rich.add_task(label, total=total, text="")
+        label_column = TextColumn("{task.description}", markup=False)
+        columns = (label_column, BarColumn(bar_width=20), TextColumn("{task.fields[text]}", markup=False))
+        self._rich = Progress(*columns, console=console(stderr=True), refresh_per_second=4)
+        self._task = self._rich.add_task(printable(label), total=total, text="")
         self._rich.start()
 
     def show(self, done: int, text: str) -> None:
-        self._rich.update(self._task, completed=done, text=text)
+        self._rich.update(self._task, completed=done, text=printable(text))
 
     def say(self, text: str) -> None:
-        self._rich.console.print(text, markup=False, highlight=False)
+        self._rich.console.print(printable(text))
 
     def close(self) -> None:
         self._rich.stop()

@@ -164,6 +164,10 @@ def load(name: str, base: Path) -> ModuleType:
         raise InputError(
             f"recipe '{name}' needs the package {error.name}; pip install 'distill[train]' brings those of our recipes"
         ) from error
+    except SystemExit as error:
+        raise InputError(
+            f"recipe '{name}' ends the program when it is imported: it calls sys.exit({error.code}); remove that"
+        ) from error
     except (SyntaxError, ImportError) as error:
         raise InputError(f"recipe '{name}' cannot be imported: {error}") from error
     missing = [part for part in PARTS if part not in vars(module)]

@@ -113,8 +113,12 @@ def valid(described: Mapping[str, Any]) -> str:
     words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "text"}
     kind = str(described.get("type"))
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    bounds = [f"{sign} {described[bound]:g}" for bound, sign in signs.items() if bound in described]
+    bounds = [f"{sign} {_bound(described[bound])}" for bound, sign in signs.items() if bound in described]
     return ", ".join([words.get(kind, kind), *bounds])
+
+
+def _bound(number: int | float) -> str:
+    return f"{number:,}" if isinstance(number, int) else f"{number:g}"
 
 
 def dotted(path: Sequence[str | int]) -> str:
@@ -206,11 +210,13 @@ def _one(
         return context["expected"], True
     if kind in BOUNDS:
         words, bound = BOUNDS[kind]
-        return f"{words} {context[bound]:g}", True
+        return f"{words} {_bound(context[bound])}", True
     if kind == "string_pattern_mismatch":
         return NAME_RULE, True
     if kind == "other_form":  # raised by a validator that knows what is valid
         return context["valid"], True
+    if kind == "not_one_line":
+        return "one line of text without control characters", True
     if kind == "int_from_float":
         return KINDS["int"], True
     if kind in ("too_short", "too_long"):

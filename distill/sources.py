@@ -1,6 +1,5 @@
 """What a stage computes from: its teacher, the paths to solve, the batches to train on."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from distill.guard import InputError
 from distill.pairs import accuracy, paths
 from distill.pairs.accuracy import Accuracy
 from distill.pairs.paths import Real
+from distill.printing import say_error
 from distill.progress import Progress
 from distill.protocols import Source
 from distill.spec import CheckpointTeacher, EvaluateStage, HfData, PairsStage, RunSpec, Stage, TrainStage
@@ -65,10 +65,9 @@ def note_labels(teacher: LoadedTeacher, data: DataSet) -> None:
     """Say on stderr that the labels of the data are left out, where they are."""
     if not _left_out(teacher, data):
         return
-    print(
+    say_error(
         f"note: data '{data.name}' has {data.num_classes} classes, but the teacher ({teacher.description}) is "
-        "unconditional: what learns from it is trained without labels",
-        file=sys.stderr,
+        "unconditional: what learns from it is trained without labels"
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
 from distill.dataspec import (  # noqa: F401  (they are parts of the spec)
     DataSpec,
@@ -22,10 +22,9 @@ from distill.dataspec import (  # noqa: F401  (they are parts of the spec)
     MnistData,
     NoData,
 )
+from distill.fieldtypes import MAX_SAMPLES, Fraction, Images, Line, Minutes, Name, Processes, Samples, Steps
 from distill.frozen import Frozen
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 FINE, SAMPLES, SEED = 100, 100, 0  # what optimal times are found by, where nothing else is asked for
 
 
@@ -84,13 +83,13 @@ class UNetSpec(Frozen):
     """A fresh pixel U-Net (diffusers UNet2DModel) in the shape of the data."""
 
     kind: Literal["unet"]
-    channels: list[PositiveInt]
+    channels: Annotated[list[Annotated[int, Field(gt=0, le=16384)]], Field(max_length=12)]
     """channels of each resolution, finest first"""
-    layers_per_block: PositiveInt = 1
+    layers_per_block: Annotated[int, Field(gt=0, le=100)] = 1
     """residual blocks at each resolution"""
     attention: bool = False
     """self-attention at the coarsest resolution"""
-    norm_groups: PositiveInt = 8
+    norm_groups: Annotated[int, Field(gt=0, le=16384)] = 8
     """groups of the group norms; divides every entry of channels"""
     dropout: Fraction = 0.0
     """probability of dropping a feature in training"""
@@ -100,9 +99,9 @@ class MlpSpec(Frozen):
     """A fresh MLP for vectors in the shape of the teacher."""
 
     kind: Literal["mlp"]
-    width: PositiveInt = 192
+    width: Annotated[int, Field(gt=0, le=65536)] = 192
     """units of a hidden layer"""
-    depth: PositiveInt = 3
+    depth: Annotated[int, Field(gt=0, le=1000)] = 3
     """hidden layers"""
 
 
@@ -114,15 +113,15 @@ NetworkSpec = Annotated[UNetSpec | MlpSpec, Field(discriminator="kind")]
 class OptimizerSpec(Frozen):
     """AdamW."""
 
-    lr: PositiveFloat = 1e-3
+    lr: Annotated[float, Field(gt=0, le=1000)] = 1e-3
     """learning rate after the warm-up"""
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
     """decay of the averages of gradient and squared gradient"""
-    eps: PositiveFloat = 1e-8
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     """added to the denominator"""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=1000)
     """decoupled weight decay"""
-    warmup_images: int = Field(0, ge=0)
+    warmup_images: int = Field(0, ge=0, le=10**13)
     """linear warm-up, in images"""
     decay: Literal["constant", "cosine", "linear"] = "constant"
     """of the learning rate, from the end of the warm-up to the end of the stage"""
@@ -133,11 +132,11 @@ class OptimizerSpec(Frozen):
 class CheckpointSpec(Frozen):
     """When to save, and how much to keep. A save that is due while another is still being written waits for it."""
 
-    images: PositiveInt | None = None
+    images: Images | None = None
     """every this many images; null: by minutes only"""
-    minutes: PositiveFloat | None = 10.0
+    minutes: Minutes | None = 10.0
     """every this many minutes, from the beginning of one save to that of the next; null: by images only"""
-    keep: PositiveInt = 2
+    keep: Annotated[int, Field(gt=0, le=1_000_000)] = 2
     """complete checkpoints to keep"""
 
 
@@ -145,7 +144,7 @@ class TrainStage(Frozen):
     """Train a recipe's networks and export the student."""
 
     kind: Literal["train"]
-    recipe: str
+    recipe: Line
     """a file of recipes/, like reflow/reflow, or a path ./mine.py"""
     options: dict[str, Any] = {}
     """the recipe's own options; `distill recipes NAME` lists them"""
@@ -159,12 +158,12 @@ class TrainStage(Frozen):
     """of the student's features in training, where it starts from init or the teacher; null: as theirs"""
     pairs: Name | dict[Name, Fraction] | None = None
     """stage whose pairs to train on; or several, with the part of each in every batch: {pairs: 0.8, forward: 0.2}"""
-    images: PositiveInt
+    images: Images
     """training length in images"""
-    batch_size: PositiveInt = 128
+    batch_size: Samples = 128
     """global batch: images per optimizer step"""
     optimizer: OptimizerSpec = OptimizerSpec()
-    ema_half_lives: list[PositiveFloat] = []
+    ema_half_lives: Annotated[list[PositiveFloat], Field(max_length=64)] = []
     """half-lives of averaged weights, in images"""
     export: Literal["raw"] | PositiveFloat = "raw"
     """weights to export: raw, or one of ema_half_lives"""
@@ -186,23 +185,23 @@ class PairsStage(Frozen):
     kind: Literal["pairs"]
     teacher: Name | None = None
     """stage whose student is the teacher; null: the spec's teacher"""
-    count: PositiveInt
+    count: Annotated[int, Field(gt=0, le=10**10)]
     """number of pairs"""
     paths: Literal["backward", "forward", "segments", "trajectories"] = "backward"
     """forward: from real data to noise; the last two keep states"""
     times: list[Fraction] | None = None
     """from 1 to 0, of a trajectory's states; a segment goes from data, noised to one of them, to the next"""
-    optimal_times: PositiveInt | None = None
+    optimal_times: Steps | None = None
     """in place of times, of a trajectory's states: so many Euler steps, at the solver's times where they err least"""
     solver: Literal["euler", "heun", "dpm_solver_pp_2m"] = "heun"
     """solver of the teacher's ODE"""
-    steps: PositiveInt = 16
+    steps: Steps = 16
     """solver steps (heun calls the network twice a step but the last)"""
-    guidance_scale: float = Field(1.0, ge=0)
+    guidance_scale: Annotated[float, Field(ge=0, le=10_000)] = 1.0
     """classifier-free guidance baked into the pairs; 1 = none"""
-    block: PositiveInt = 256
+    block: Samples = 256
     """samples solved at once; part of the numbers, so it is fixed here and not in launch"""
-    shard: PositiveInt = 4096
+    shard: Samples = 4096
     """pairs per file, a multiple of block"""
     dtype: Literal["float32", "float16", "bfloat16", "uint8"] = "float32"
     """of the stored data; uint8: pixels in [-1, 1], rounded to 1/127.5"""
@@ -218,23 +217,23 @@ class EvaluateStage(Frozen):
     kind: Literal["evaluate"]
     teacher: Name | None = None
     """stage whose student is the teacher; null: the spec's teacher"""
-    teacher_steps: list[PositiveInt] = [1, 2, 4, 8, 16]
+    teacher_steps: list[Steps] = [1, 2, 4, 8, 16]
     """Euler steps of the teacher, beside its fine solver"""
     fine_solver: Literal["heun", "dpm_solver_pp_2m"] = "heun"
     """solver whose endpoint counts as the teacher's own"""
-    fine_steps: PositiveInt = 16
+    fine_steps: Steps = 16
     """its steps"""
-    students: dict[Name, list[PositiveInt]]
+    students: dict[Name, list[Steps]]
     """train stage: numbers of steps to measure its student at"""
     times: dict[Name, list[Literal["optimal"] | list[Fraction]]] = {}
     """further rows along other times: {teacher: [optimal, [1, 0.6, 0]]}; optimal: where its steps err least"""
     fine_students: list[Name] = []
     """those of students that are measured by the fine solver too: velocity fields that may be the next teacher"""
-    samples: Annotated[int, Field(ge=16)] = 2500
+    samples: Annotated[int, Field(ge=16, le=MAX_SAMPLES)] = 2500
     """samples per row; each set is generated once for all columns"""
-    block: PositiveInt = 250
+    block: Samples = 250
     """samples generated at once; part of the numbers"""
-    guidance_scale: float = Field(1.0, ge=0)
+    guidance_scale: Annotated[float, Field(ge=0, le=10_000)] = 1.0
     """of the teacher; 1 = none"""
 
 
@@ -244,31 +243,31 @@ Stage = Annotated[TrainStage | PairsStage | EvaluateStage, Field(discriminator="
 class SlurmSpec(Frozen):
     """What `distill submit` asks Slurm for, for each job; `distill run` takes no notice of it."""
 
-    partition: str | None = None
+    partition: Line | None = None
     """null: the site's, else Slurm's default"""
-    account: str | None = None
+    account: Line | None = None
     """null: the site's, else Slurm's default"""
-    qos: str | None = None
+    qos: Line | None = None
     """null: the site's, else Slurm's default"""
-    time: str | None = None
+    time: Line | None = None
     """limit of a job: H:MM:SS, D-HH, D-HH:MM:SS, or minutes in quotes; null: the partition's default"""
-    gpus_per_node: NonNegativeInt = 0
+    gpus_per_node: Annotated[int, Field(ge=0, le=4096)] = 0
     """GPUs of each node, one for each process; 0: the processes compute on CPUs"""
-    cpus_per_task: PositiveInt | None = None
+    cpus_per_task: Processes | None = None
     """CPUs of each process; null: Slurm's default"""
-    memory: str | None = None
+    memory: Line | None = None
     """of each node, like 120G; null: Slurm's default"""
-    options: list[str] = []
+    options: list[Line] = []
     """further options of sbatch as they stand, like --constraint=h100"""
-    lead_seconds: PositiveInt = 180
+    lead_seconds: Annotated[int, Field(gt=0, le=604_800)] = 180
     """how long before the time limit the processes are asked to save and leave"""
-    max_crashes: NonNegativeInt = 3
+    max_crashes: Annotated[int, Field(ge=0, le=1000)] = 3
     """how often a job that has crashed is queued again; never after a crash at the step of the last one"""
-    pairs_jobs: PositiveInt = 1
+    pairs_jobs: Annotated[int, Field(gt=0, le=1_000_000)] = 1
     """jobs of an array that share the shards of each pairs stage; of one with fewer shards, as many as those"""
     one_job: bool = False
     """compute all stages in one job, one after the other, instead of a job for each"""
-    container: str | None = None
+    container: Line | None = None
     """image to compute in, as the site's container runtime names it; null: none"""
 
 
@@ -277,17 +276,17 @@ class LaunchSpec(Frozen):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one"""
-    nodes: PositiveInt = 1
+    nodes: Annotated[int, Field(gt=0, le=100_000)] = 1
     """machines that train together, under `distill submit`"""
-    procs: PositiveInt = 1
+    procs: Processes = 1
     """processes of each machine that train together"""
-    threads: PositiveInt | None = None
+    threads: Processes | None = None
     """CPU threads of a process; null: the CPUs this process may use, divided among procs"""
-    micro_batch: PositiveInt | None = None
+    micro_batch: Samples | None = None
     """samples per forward pass of a process; the rest of its part of batch_size is accumulated; null: the whole part"""
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
     """DeepSpeed divides 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights; null: is not used"""
-    zero_persistence_threshold: NonNegativeInt | None = None
+    zero_persistence_threshold: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """of divided weights, those of fewer elements stay whole on each process; null: DeepSpeed's own choice"""
     offload_optimizer: bool = False
     """zero_stage 1-3: optimizer state lies in the CPU's memory and is updated there"""
@@ -295,7 +294,7 @@ class LaunchSpec(Frozen):
     """divide the weights of the frozen teacher as zero_stage 3 does; false: each process has all of them"""
     activation_checkpointing: bool = False
     """compute activations again in the backward pass instead of keeping them: less memory, about a third more time"""
-    collective_minutes: PositiveFloat = 10.0
+    collective_minutes: Minutes = 10.0
     """how long a process waits for the others, or stays in one forward and backward pass, before it gives up"""
     slurm: SlurmSpec = SlurmSpec()
 

@@ -1,7 +1,7 @@
 """A run spec as a file: read strictly, explained when wrong, written so that it reads back the same."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from distill import overrides, records, schema, yamltext
-from distill.guard import InputError
+from distill.guard import InputError, expanded, is_text, short
 from distill.overrides import Override
 from distill.spec import CheckpointTeacher, HfData, ImagesData, RunSpec
 from distill.store import RunPaths
+
+MOST_SHOWN = 20  # mistakes of a file
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,16 @@ class SpecSource:
 
 def change_from(text: str) -> Override:
     """An override from its text `a.b=c`."""
+    if not is_text(text):
+        raise InputError(
+            f"{short(ascii(text))} is not a change of the spec: it holds a control character, or bytes not UTF-8"
+        )
     path, equals, value = text.partition("=")
     if not equals or "" in path.split("."):
-        raise InputError(f"'{text}' is not a change of the spec; write path=value, like stages.teach.images=64000")
-    return Override(text, path.split("."), yamltext.parse(value, text))
+        raise InputError(
+            f"'{short(text)}' is not a change of the spec; write path=value, like stages.teach.images=64000"
+        )
+    return Override(short(text), path.split("."), yamltext.parse(value, short(text)))
 
 
 def validate(content: Any, source: str) -> RunSpec:  # noqa: ANN401
@@ -47,9 +55,14 @@ def validate(content: Any, source: str) -> RunSpec:  # noqa: ANN401
         text = json.dumps(content)
     except (TypeError, ValueError, RecursionError):
         raise InputError(f"{source}: a spec holds text, numbers, lists and mappings only, none inside itself") from None
-    odd = [key for key in _keys(content) if not isinstance(key, str)]
+    words = list(_words(content))
+    odd = [word for word in words if not isinstance(word, str)]
     if odd:
         raise InputError(f"{source}: key {schema.show(odd[0])} is not text; write it in quotes")
+    if unreadable := [word for word in words if isinstance(word, str) and not is_text(word)]:
+        raise InputError(
+            f"{source}: {short(ascii(unreadable[0]))} holds a control character, or bytes that are not UTF-8"
+        )
     try:
         return RunSpec.model_validate_json(text, strict=True)
     except ValidationError as error:
@@ -57,10 +70,11 @@ def validate(content: Any, source: str) -> RunSpec:  # noqa: ANN401
 
 
 def join(source: str, mistakes: Sequence[str]) -> str:
-    """One message of one or several mistakes."""
+    """One message of one or several mistakes; of very many, the first."""
     if len(mistakes) == 1:
         return f"{source}: {mistakes[0]}"
-    return "\n  ".join([f"{source}: {len(mistakes)} mistakes", *mistakes])
+    more = [f"and {len(mistakes) - MOST_SHOWN:,} more"] if len(mistakes) > MOST_SHOWN else []
+    return "\n  ".join([f"{source}: {len(mistakes):,} mistakes", *mistakes[:MOST_SHOWN], *more])
 
 
 def load(path: Path, changes: Sequence[str] = (), *, name: str | None = None, source: str | None = None) -> SpecSource:
@@ -108,16 +122,26 @@ def _differences(path: str, old: object, new: object) -> list[tuple[str, object,
     return [] if old == new else [(path, old, new)]
 
 
-def _keys(content: object) -> list[object]:
+def _words(content: object) -> Iterator[object]:
+    """Every key, and every value that is text."""
     if isinstance(content, dict):
-        return [key for k, v in content.items() for key in [k, *_keys(v)]]
-    return [key for item in content for key in _keys(item)] if isinstance(content, list) else []
+        for key, value in content.items():
+            yield key
+            yield from _words(value)
+    elif isinstance(content, list):
+        for item in content:
+            yield from _words(item)
+    elif isinstance(content, str):
+        yield content
 
 
 def absolute(path: str, folders: Sequence[Path]) -> str:
     """A path that exists below one of `folders`, absolute; anything else (a hub id, a missing file) as it is."""
-    given = Path(path).expanduser()
-    return next((str((folder / given).resolve()) for folder in folders if (folder / given).exists()), path)
+    given = expanded(path)
+    found = next((str((folder / given).resolve()) for folder in folders if (folder / given).exists()), path)
+    if not is_text(found):
+        raise InputError(f"{ascii(found)} holds a control character, or bytes that are not UTF-8; rename that folder")
+    return found
 
 
 def _located(spec: RunSpec, folders: Sequence[Path]) -> RunSpec:

@@ -2,10 +2,13 @@
 
 import json
 import os
+import platform
+import re
 import secrets
 import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,8 @@ RESERVED = {
     "registry": "the students that are published",
     "schedules": "step times that were found",
 }
+UNFINISHED = re.compile(r"\..*\.new-(\d{1,18})-(\d{1,20})-?(.*)")  # folder of a run that is being made
+FORGOTTEN_SECONDS = 86400.0
 
 
 def sync_dir(path: Path) -> None:
@@ -44,7 +49,7 @@ def sync_tree(folder: Path) -> None:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write `content` so that `path` holds either the old or the new whole, whatever happens."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")  # hosts may share a number
+    temporary = path.with_name(f".{path.name[:50]}.tmp-{os.getpid()}-{secrets.token_hex(4)}")  # hosts share numbers
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -52,14 +57,15 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a name that is too long, or below a file, there is nothing
+            temporary.unlink()
         raise RunError(f"cannot write {path}: {error.strerror}; nothing was changed") from error
     sync_dir(path.parent)
 
 
 def write_first(path: Path, content: str | bytes) -> None:
     """`write_atomic`, unless another process has been first: then its content stays."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name[:50]}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     write_atomic(temporary, content)
     try:
         path.hardlink_to(temporary)
@@ -225,12 +231,12 @@ def find_run(store: Path, given: str) -> RunPaths:
 
 def create_run(store: Path, name: str, files: Mapping[str, str | bytes]) -> RunPaths:
     """A new run with these files, complete or not at all: written under a hidden name, then renamed."""
-    if name in RESERVED:
-        raise InputError(f"a run cannot be called '{name}': a store keeps there {RESERVED[name]}; give --name")
+    refuse_reserved(name)
     run = RunPaths(store.absolute() / name)
-    temporary = store.absolute() / f".{name}.new-{os.getpid()}-{time.time_ns()}"
+    temporary = store.absolute() / f".{name}.new-{os.getpid()}-{time.time_ns()}-{platform.node()}"
     try:
         store.mkdir(parents=True, exist_ok=True)
+        _clear(store)
         temporary.mkdir()
     except OSError as error:
         raise InputError(
@@ -250,6 +256,35 @@ def create_run(store: Path, name: str, files: Mapping[str, str | bytes]) -> RunP
             shutil.rmtree(temporary)
     sync_dir(store)
     return run
+
+
+def refuse_reserved(name: str) -> None:
+    """InputError for a name that a store uses itself."""
+    if name in RESERVED:
+        raise InputError(f"a run cannot be called '{name}': a store keeps there {RESERVED[name]}; give --name")
+
+
+def _clear(store: Path) -> None:
+    """Remove what processes left that were killed while they made a run: of this host once they are gone, of others
+    after a day.
+    """
+    for folder in store.glob(".*.new-*"):
+        if (match := UNFINISHED.fullmatch(folder.name)) is None:
+            continue
+        pid, made, host = int(match[1]), int(match[2]) / 1e9, match[3]
+        gone = not _is_alive(pid) if host == platform.node() else time.time() - made > FORGOTTEN_SECONDS
+        if gone:
+            shutil.rmtree(folder, ignore_errors=True)  # another process may clear it too, and it may not be ours
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
 
 
 def name_in_use(run: RunPaths) -> str:

@@ -4,13 +4,12 @@ A round is an evaluation with one flow, measured beside the flow before it from 
 """
 
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rich.console import Console
 from rich.table import Table
 
+from distill.printing import say_table
 from distill.progress import Progress
 from distill.results import Results, Row, number, of_run
 from distill.store import RunPaths
@@ -130,7 +129,7 @@ def say(measured: Results, run: RunPaths, progress: Progress) -> None:
     """If an evaluation of the run was of a round: the table of the rounds so far, and a warning if it has one."""
     if (last := round_of(measured)) is None:
         return
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table(rounds(of_run(run))))
+    say_table(table(rounds(of_run(run))))
     if last.warning is not None:
         progress.warn(last.warning)
 

@@ -13,6 +13,16 @@ from distill.spec import (
     UNetSpec,
 )
 
+MAX_PARAMETERS = 100_000_000_000
+
+
+def parameters(network: UNetSpec | MlpSpec) -> int:
+    """About how many a fresh network has, without building it: those of its largest layers."""
+    if isinstance(network, MlpSpec):
+        return network.width**2 * network.depth
+    down, up = 2 * network.layers_per_block, 3 * (network.layers_per_block + 1)  # 3 x 3 convolutions of a resolution
+    return sum(9 * channels**2 * (down + up) for channels in network.channels)
+
 
 def network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, where: str) -> Iterator[str]:
     """Whether a fresh network can be built, and makes what the stage's samples are."""
@@ -22,6 +32,8 @@ def network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, where
     sides = [side for kind, side in (("digits", 8), ("mnist", 28)) if kind == spec.data.kind]
     if isinstance(spec.data, ImagesData | HfData):
         sides = list(dict.fromkeys(spec.data.height_width))
+    if (size := parameters(network)) > MAX_PARAMETERS:
+        yield f"{where}: about {size:,} parameters; at most {MAX_PARAMETERS:,}; make it smaller"
     if isinstance(network, MlpSpec):
         if sides:
             yield f"{where}: an mlp makes vectors, data of kind {spec.data.kind} has images; use kind: unet"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from distill import imagefolder, jobs, pairspec, registry, schema, specfile, trainspec
 from distill.card import NO_FIELDS, SAMPLERS
-from distill.guard import InputError, suggest
+from distill.guard import InputError, expanded, suggest
 from distill.spec import (
     FINE,
     CheckpointTeacher,
@@ -187,7 +187,7 @@ def teacher_mistakes(spec: RunSpec) -> Iterator[str]:
         if teacher.weights is not None and len(teacher.weights) != len(teacher.means):
             yield f"teacher.weights: {len(teacher.weights)} given for {len(teacher.means)} components"
     elif isinstance(teacher, CheckpointTeacher):
-        local = Path(teacher.path).expanduser()
+        local = expanded(teacher.path)
         if not local.exists() and not HUB_ID.match(teacher.path):
             yield f"teacher.path: there is no folder {teacher.path}; give a checkpoint's folder or a hub id (org/name)"
     if size and not isinstance(spec.data, NoData):

@@ -32,7 +32,7 @@ def test_a_recipe_of_ones_own_has_none(capfd, tmp_path, monkeypatch):
 def test_valid_values_are_said_in_words():
     fields = one_step.Config.model_json_schema()["properties"]
     said = {name: schema.valid(field) for name, field in fields.items()}
-    assert said["steps"] == "a whole number, > 0"
+    assert said["steps"] == "a whole number, > 0, <= 100,000"
     assert said["distance"] == "l2, pseudo_huber, lpips, l2+lpips"
     assert said["lpips_weight"] == "a number, > 0 or null" and said["lpips_path"] == "a file or null"
     assert said["lpips_heads"] == "true or false or null"

@@ -4,6 +4,7 @@ import subprocess
 
 import pytest
 import yaml
+from commands import command
 
 from distill import specfile
 from distill.guard import InputError
@@ -46,6 +47,13 @@ def test_the_example_names_every_key_and_changes_nothing():
         ("environment: {A: 1}", "environment.A: 1 given; must be text"),
         ("modules: cuda", "modules: 'cuda' given; must be "),
         ("account: [a", "site.yaml: not YAML: line 2"),
+        ('account: "a\\ntouch X"', "account: 'a\\ntouch X' given; must be one line of text without control characters"),
+        ('options: ["--a\\tb"]', "options.0: '--a\\tb' given; must be one line of text without control characters"),
+        ("setup: ['a\n\n  b']", "setup.0: 'a\\nb' given; must be one line of text without control characters"),
+        ('environment: {A: "\\e[2J"}', "environment.A: '\\x1b[2J' given; must be one line of text without"),
+        ("environment: {A B: x}", "environment.A B: 'A B' cannot name a variable; letters, digits and _ can"),
+        ('environment: {"A=1\\ntouch X; B": x}', "cannot name a variable"),
+        ('caches: {TMPDIR: "/a\\u2028b"}', "caches.TMPDIR: '/a\\u2028b' given; must be one line of text without"),
     ],
 )
 def test_what_a_site_cannot_say(tmp_path, text, message):
@@ -129,6 +137,106 @@ def test_the_scripts_of_jobs_ask_for_what_the_spec_says(tmp_path):
         "#SBATCH --requeue",
         "#SBATCH --open-mode=append",
     } <= lines
+
+
+# --- what is given stays data: the shell runs none of it ---
+
+COMMANDS = ["; touch X #", "$(touch X)", "`touch X`", "' ; touch X '", '" ; touch X "', "\\'; touch X"]
+COMMANDS += ["${A:-$(touch X)}"]
+STUB = """#!/bin/bash
+printf '%s\\n' "$@" "$PYTHONPATH" "$A" "$HF_HOME" "$TMPDIR" "$HF_HUB_CACHE" >> "$SAID"
+"""
+
+
+@pytest.mark.parametrize("text", COMMANDS)
+@pytest.mark.parametrize("runtime", ["pyxis", "apptainer"])
+def test_a_script_does_with_a_value_what_it_means(tmp_path, text, runtime):
+    """The script itself is executed, with a stub in place of the interpreter, which writes down what it is given."""
+    hostile = tmp_path / f"a {text.replace(':', '')}"  # a colon would part folders of a container
+    hostile.mkdir()
+    stub = hostile / "python"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    content = {
+        "modules": [text],
+        "environment": {"A": f"$HOME {text}"},
+        "caches": {"HF_HOME": f"${{HOME}}/{text}", "TMPDIR": f"${{NONE:-/no ne}}/{text}"},
+        "partition": text,
+        "account": text,
+        "qos": text,
+        "options": [f"--comment={text}"],
+        "python": str(stub),
+        "container": {"runtime": runtime, "mounts": [text], "options": [text], "python": text},
+    }
+    where = Where(load(tmp_path, yaml.safe_dump(content)), hostile / "code", {"HF_HUB_CACHE": f"/{text}"})
+    launch = {"slurm": {"container": text, "memory": text, "options": [text]}}
+    spec = specfile.validate({**SPEC, "launch": launch}, "spec")
+    run = RunPaths(hostile / "one")
+    found = script.job(run, spec, Plan("teach", ["teach"], None, []), where)
+    path = tmp_path / "job.sbatch"
+    path.write_text(found.replace("#!/bin/bash -l", "#!/bin/bash"))
+    module = f"module() {{ printf '%s\\n' \"$@\" >> {tmp_path / 'modules'}; }}; export -f module; bash {path}"
+    env = {"PATH": "/usr/bin:/bin", "HOME": "/home/me", "SAID": str(tmp_path / "said")}
+    subprocess.run(["bash", "-c", module], cwd=tmp_path, env=env, check=True, capture_output=True)
+    assert not list(tmp_path.rglob("X"))
+    said = (tmp_path / "said").read_text().splitlines()
+    assert (tmp_path / "modules").read_text().splitlines() == ["load", text]
+    assert said[:5] == ["-P", "-m", "distill", "job", str(run.root)]
+    assert said[-10:-5] == [text, "-P", "-m", "distill", "stage"], "the interpreter in the container"
+    image = (
+        [f"--container-image={text}"] if runtime == "pyxis" else [f"--bind={text}", text, text, text]
+    )  # option, image, interpreter
+    assert [word for word in said if word in image] == image
+    assert said[-5:] == [
+        str(hostile / "code"), f"/home/me {text}", f"/home/me/{text}", f"/no ne/{text}", f"/{text}",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["store", "site", "code"])
+def test_a_folder_with_a_line_break_in_its_name_is_refused(tmp_path, where):
+    """A name of the file system was never validated: the last check is the writer's own."""
+    folders = {each: tmp_path / each for each in ("store", "site", "code")}
+    folders[where] = tmp_path / "a\ntouch X"
+    for folder in folders.values():
+        folder.mkdir()
+    place = Where(load(folders["site"], ""), folders["code"], {})
+    spec = specfile.validate(SPEC, "spec")
+    with pytest.raises(InputError, match=r"a\\ntouch X.* cannot stand in the script of a job: it holds a line break"):
+        script.job(RunPaths(folders["store"] / "one"), spec, Plan("teach", ["teach"], None, []), place)
+
+
+def test_a_store_that_a_runtime_would_take_for_several_folders_is_refused(tmp_path):
+    place = Where(load(tmp_path, "container: {runtime: pyxis}"), tmp_path / "code", {})
+    spec = specfile.validate({**SPEC, "launch": {"slurm": {"container": "i"}}}, "spec")
+    with pytest.raises(InputError, match="cannot be mounted in a container: it holds a comma or a colon"):
+        script.job(RunPaths(tmp_path / "a:b" / "one"), spec, Plan("teach", ["teach"], None, []), place)
+
+
+SLURM = ["partition", "account", "qos", "memory", "time", "container"]
+
+
+@pytest.mark.parametrize("field", [*SLURM, "options"])
+def test_a_line_break_in_a_spec_is_refused(field):
+    value = "a\ntouch X"
+    given = [value] if field == "options" else value
+    with pytest.raises(InputError) as caught:
+        specfile.validate({**SPEC, "launch": {"slurm": {field: given}}}, "spec")
+    at = "options.0" if field == "options" else field
+    assert str(caught.value) == (
+        f"spec: launch.slurm.{at}: 'a\\ntouch X' given; must be one line of text without control characters"
+    )
+
+
+@pytest.mark.parametrize("option", ["--partition", "--account", "--qos", "--time", "--container"])
+def test_an_option_is_text_as_it_stands(capfd, tmp_path, monkeypatch, option):
+    """It becomes a change of the spec, which is YAML; the option itself is none."""
+    monkeypatch.chdir(tmp_path)
+    done = command(capfd, "submit", "digits", "--dry-run", f"{option}=a\ntouch X")
+    assert done.code == 2
+    assert f"launch.slurm.{option[2:]}: 'a\\ntouch X' given; must be one line of text" in done.err
+    if option in ("--account", "--qos"):
+        done = command(capfd, "submit", "digits", "--dry-run", f"{option}=0123")
+        assert f"#SBATCH {option}=0123\n" in done.out
 
 
 def test_ports_differ_between_jobs_attempts_and_launches():

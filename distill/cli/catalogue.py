@@ -7,7 +7,9 @@ from typing import Annotated
 import typer
 
 from distill.cli.common import JsonOption, one_line, print_json, print_table
-from distill.guard import InputError
+from distill.guard import InputError, RunError
+from distill.printing import say
+from distill.store import write_atomic
 
 
 def init(
@@ -19,20 +21,19 @@ def init(
 
     if preset is None:
         print_table(["preset", "what it makes"], [[name, " ".join(presets.head(name)[1:])] for name in presets.names()])
-        print("write one with: distill init PRESET")
+        say("write one with: distill init PRESET")
         return
     source = specfile.load(presets.find(preset))
     path = out or Path(f"{preset}.yaml")
-    if path.exists():
+    if path.exists() or path.is_symlink():
         raise InputError(f"{path} exists already; name another file by --out")
     head = [f"# distill run {one_line(str(path))}", *(f"# {line}" for line in presets.head(preset)[1:])]
     text = "\n".join([*head, "", presets.annotated(source.spec, source.base)])
     try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from None
-    print(f"wrote {path}; change what you like, then: distill plan {path}")
+        write_atomic(path, text)
+    except RunError as error:
+        raise InputError(str(error)) from None
+    say(f"wrote {path}; change what you like, then: distill plan {path}")
 
 
 def recipes(
@@ -49,22 +50,20 @@ def recipes(
             print_json([{"name": d.name, "summary": d.summary, "needs": d.needs} for d in found])
         else:
             print_table(["recipe", "needs", "what it is"], [[d.name, ", ".join(d.needs), d.summary] for d in found])
-            print("options of one: distill recipes NAME")
+            say("options of one: distill recipes NAME")
         return
     module = registry.load(name, here)  # so that what is shown can also be run
     described = registry.describe(name, here)
     if json:
         print_json(asdict(described) | {"sampler": module.Recipe.sampler})
         return
-    print(f"{name}\n\n{described.paper}\n")
+    say(f"{name}\n\n{described.paper}\n")
     cost = "not measured" if described.cost is None else f"{described.cost:g} x flow matching (two CPU cores)"
-    print(
-        f"needs: {', '.join(described.needs)}\nsampler: {module.Recipe.sampler}\na move of the student costs: {cost}\n"
-    )
+    say(f"needs: {', '.join(described.needs)}\nsampler: {module.Recipe.sampler}\na move of the student costs: {cost}\n")
     fields = module.Config.model_json_schema()["properties"] if described.options else {}
     rows = [[o.name, schema.valid(fields[o.name]), _default(o.default), o.meaning] for o in described.options]
     print_table(["option", "valid", "default", "meaning"], rows)
-    print(f"in a spec: stages: {{STAGE: {{kind: train, recipe: {name}, options: {{...}}}}}}")
+    say(f"in a spec: stages: {{STAGE: {{kind: train, recipe: {name}, options: {{...}}}}}}")
 
 
 def _default(value: object) -> str:

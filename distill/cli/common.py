@@ -2,20 +2,17 @@
 
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from distill import transports
-from distill.guard import InputError, suggest
-
-if TYPE_CHECKING:
-    import rich.console
+from distill.guard import InputError, expanded, is_text, printable, suggest
+from distill.printing import say, say_table
 
 StoreOption = Annotated[
     Path | None,
@@ -32,8 +29,8 @@ SETTINGS = ("site", "store")
 
 def config_path() -> Path:
     """The user's settings, a YAML file."""
-    home = os.environ.get("XDG_CONFIG_HOME")
-    return (Path(home) if home else Path.home() / ".config") / "distill" / "config.yaml"
+    home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")  # noqa: PTH111  (no home: no error)
+    return Path(home) / "distill" / "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,12 @@ def _folder(setting: Setting) -> Path:
             f"the store {transports.shown(setting.value)} (from {setting.source}) is a URL, from which students are "
             "pulled; this needs a folder: give one by --store"
         )
-    path = Path(setting.value).expanduser()
+    path = expanded(setting.value)
+    if not is_text(str(path.absolute())):  # safetensors could not open its files, nor Slurm be given its name
+        raise InputError(
+            f"the store {ascii(str(path.absolute()))} (from {setting.source}) holds a control character, or bytes that "
+            "are not UTF-8; choose another by --store"
+        )
     if path.exists() and not path.is_dir():
         raise InputError(f"the store {path} (from {setting.source}) is a file; name a folder")
     return path
@@ -115,15 +117,7 @@ def is_place(value: object, setting: str = "store") -> bool:
     """Whether it is an absolute path or, of the store, a URL."""
     if not isinstance(value, str):
         return False
-    return (setting == "store" and transports.is_url(value)) or Path(value).expanduser().is_absolute()
-
-
-def console() -> "rich.console.Console":
-    """Where tables go."""
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
-    return Console(width=width, highlight=False, soft_wrap=False)
+    return (setting == "store" and transports.is_url(value)) or expanded(value).is_absolute()
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
@@ -136,8 +130,8 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Se
     for header in headers:
         table.add_column(header, justify="right" if header in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
-    console().print(table)
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    say_table(table)
 
 
 def one_line(text: str) -> str:
@@ -159,7 +153,7 @@ def check_out(out: Path) -> None:
 
 def print_json(content: Any) -> None:  # noqa: ANN401
     """JSON for programs."""
-    print(json.dumps(content, indent=2))
+    say(json.dumps(content, indent=2))
 
 
 def size(path: Path) -> int:

@@ -13,6 +13,7 @@ from distill.cli import start, work
 from distill.cli.common import StoreOption, near, one_line, print_table, store_path
 from distill.cli.work import Changes, SpecArgument
 from distill.guard import InputError
+from distill.printing import say
 from distill.progress import duration
 from distill.space import human
 from distill.store import RunPaths
@@ -64,8 +65,7 @@ def compare(
     planned = _planned(source, asked)
     if not dry_run:
         start.refuse_taken(folder, source)
-    print(f"measuring {budget.BATCHES} steps of each training, in a run that is thrown away")
-    sys.stdout.flush()
+    say(f"measuring {budget.BATCHES} steps of each training, in a run that is thrown away", flush=True)
     with work.rehearsed(replace(source, spec=budget.rehearsal(planned))) as run:
         measured = budget.measured(planned, run)
     command = one_line(f"distill {shlex.join(sys.argv[1:])}")
@@ -75,7 +75,7 @@ def compare(
     if dry_run:
         taken = RunPaths(folder.absolute() / found.name).root
         exists = "; a run of this name exists: --name or --resume" if taken.exists() else ""
-        print(f"nothing was written{exists}")
+        say(f"nothing was written{exists}")
         return
     run = start.create(folder, source, {"comparison.json": record.model_dump_json(indent=2) + "\n"})
     work.execute(run, source.spec, fresh=True)

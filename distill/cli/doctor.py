@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from distill.cli.common import JsonOption, StoreOption, print_json, print_table, site_setting, store_path
-from distill.guard import InputError
+from distill.guard import InputError, expanded
 from distill.launch import environment
+from distill.printing import say
 from distill.space import human
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def doctor(
     path: Annotated[
         Path | None, typer.Argument(metavar="[SITE]", help="With --site: the cluster's file; by default as for submit.")
     ] = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="With --site: on how many nodes; by default 2.")] = None,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="With --site: on how many nodes; by default 2.")
+    ] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=0, help="With --site: GPUs to ask for on each.")] = None,
     partition: Annotated[str | None, typer.Option(help="With --site: by default the site's.")] = None,
     store: StoreOption = None,
@@ -68,17 +71,18 @@ def doctor(
 
 def _cluster(path: Path | None, store: Path, nodes: int, gpus: int, partition: str | None, json: bool) -> None:
     """What each process of a small job sees, and what is wrong with it."""
+    from distill.cli import given
     from distill.launch import site as sites
     from distill.launch import sitecheck
     from distill.launch import submit as queue
     from distill.spec import SlurmSpec
 
-    where = sites.load(Path(site_setting(path).value).expanduser())
-    options = SlurmSpec(partition=partition, gpus_per_node=gpus)
+    where = sites.load(expanded(site_setting(path).value))
+    options = given.stage(SlurmSpec, {"partition": partition, "gpus_per_node": gpus})
     queue.check_partition(options, where)
     if not json:
-        print(f"site {where.path}: a job of a minute on {nodes} node{'s' if nodes > 1 else ''}", flush=True)
-    said = (lambda text: None) if json else (lambda text: print(text, flush=True))
+        say(f"site {where.path}: a job of a minute on {nodes} node{'s' if nodes > 1 else ''}", flush=True)
+    said = (lambda text: None) if json else (lambda text: say(text, flush=True))
     found = sitecheck.run(store, where, options, nodes, said)
     troubles = [f"rank {seen.rank} on {seen.node}: {trouble}" for seen in found for trouble in _troubles(seen, gpus)]
     missing = sorted(set(range(found[0].size)) - {seen.rank for seen in found})
@@ -93,7 +97,7 @@ def _cluster(path: Path | None, store: Path, nodes: int, gpus: int, partition: s
         ]  # fmt: skip
         columns = ["rank", "node", "meets at", "CPUs", "GPUs", "store", "free", "quota", "hears the others", "torch"]
         print_table(columns, rows)
-        print("\n".join(troubles) or "all is well")
+        say("\n".join(troubles) or "all is well")
     if troubles:
         raise typer.Exit(1)
 
@@ -113,8 +117,9 @@ def probe(
     folder: Annotated[Path, typer.Argument()], caches: Annotated[list[str] | None, typer.Argument()] = None
 ) -> None:
     """Look around, as a process of the job of `doctor --site`; CACHES: the site's, NAME=FOLDER."""
-    from distill.launch import sitecheck
+    from distill.launch import sitecheck, tasks
 
+    tasks.require("probe")
     sitecheck.probe(folder, dict(cache.split("=", 1) for cache in caches or []))
 
 

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill import records
-from distill.cli.common import JsonOption, StoreOption, console, near, print_json, print_table, store_path
-from distill.cli.runs import RunArgument, print_rows, say, stages_done, warn_of_damage
-from distill.guard import InputError, printable
+from distill.cli.common import JsonOption, StoreOption, near, print_json, print_table, store_path
+from distill.cli.runs import RunArgument, print_rows, stages_done, warn_of_damage
+from distill.guard import InputError
+from distill.printing import clear, say
 from distill.progress import duration
 from distill.store import RunPaths, find_run, runs
 
@@ -43,7 +44,7 @@ def status(
     folder = store_path(store)
     while True:
         if watch and not json:
-            console().clear()
+            clear()
         _status(folder, run, json)
         if not watch:
             return
@@ -86,7 +87,7 @@ def _print_all(folder: Path, found: "list[distill.launch.standing.Standing]") ->
     from distill import status as statuses
 
     if not found:
-        print(f"no runs in {near(folder.absolute())}; make the first: distill run digits")
+        say(f"no runs in {near(folder.absolute())}; make the first: distill run digits")
         return
     rows = []
     for each in found:
@@ -118,7 +119,7 @@ def _print_one(paths: RunPaths, standing: "distill.launch.standing.Standing") ->
         rows.append([stage.name, stage.kind, stage.state, _jobs(mine), progress, rate, eta, saved, losses])
     columns = ["stage", "kind", "state", "job", "progress", "rate", "ETA", "last checkpoint", "last losses"]
     used = [i for i in range(len(columns)) if i < 3 or any(row[i] for row in rows)]
-    print_table([columns[i] for i in used], [[printable(row[i]) for i in used] for row in rows])
+    print_table([columns[i] for i in used], [[row[i] for i in used] for row in rows])
     for name, card in students.items():
         measured = next((f"{key} {value:.4g}" for key, value in card.metrics.items()), "not measured yet")
         say(f"student {name}: {measured}")
@@ -171,7 +172,7 @@ def logs(
     first = _first_failure(paths)
     if first is not None:
         say(f"--- the first failure: rank {first.rank} at {first.time}, {near(first.path)}")
-        print(first.text, end="" if first.text.endswith("\n") else "\n")
+        say(first.text, end="" if first.text.endswith("\n") else "\n")
     at: dict[Path, int] = {}
     for path in chosen:
         place, what = _begin(path, begin, lines)

@@ -1,13 +1,15 @@
 """What users name on the command line, as the things meant: students, teachers, data, devices, lists of numbers."""
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from distill import schema, specfile, workflow, yamltext
-from distill.guard import InputError, suggest
+from distill.fieldtypes import MAX_STEPS
+from distill.guard import InputError, short, suggest, whole_number
 from distill.spec import CheckpointTeacher, DataSpec, LaunchSpec, RunSpec, TeacherSpec, TrainStage, is_path
 from distill.store import RunPaths
 
@@ -19,25 +21,38 @@ StageModel = TypeVar("StageModel", bound=BaseModel)
 
 def numbers(option: str, text: str) -> list[int]:
     """Whole numbers with commas between them."""
-    parts = text.split(",")
-    if not all(part.strip().isdigit() for part in parts):
-        raise InputError(f"{option} {text}: whole numbers with commas between them are expected, like 1,2,4")
-    return [int(part) for part in parts]
+    found = [number for part in text.split(",") if (number := whole_number(part.strip())) is not None]
+    if len(found) != text.count(",") + 1:
+        raise InputError(f"{option} {short(text)}: whole numbers with commas between them are expected, like 1,2,4")
+    return found
+
+
+def steps(option: str, text: str) -> list[int]:
+    """Numbers of steps with commas between them."""
+    found = numbers(option, text)
+    if not all(1 <= number <= MAX_STEPS for number in found):
+        raise InputError(f"{option} {short(text)}: numbers of steps are at least 1, and at most {MAX_STEPS:,}")
+    return found
 
 
 def fractions(option: str, text: str) -> list[float]:
     """Numbers with commas between them."""
     try:
-        return [float(part) for part in text.split(",")]
+        found = [float(part) for part in text.split(",")]
+        if all(map(math.isfinite, found)):
+            return found
+        raise ValueError
     except ValueError:
-        raise InputError(f"{option} {text}: numbers with commas between them are expected, like 1,0.5,0") from None
+        raise InputError(
+            f"{option} {short(text)}: numbers with commas between them are expected, like 1,0.5,0"
+        ) from None
 
 
 def times(option: str, text: str) -> list[float]:
     """Times from noise to data with commas between them."""
     found = fractions(option, text)
     if not is_path(found):
-        raise InputError(f"{option} {text}: times go from 1 down to 0, like 1,0.6,0")
+        raise InputError(f"{option} {short(text)}: times go from 1 down to 0, like 1,0.6,0")
     return found
 
 

@@ -1,5 +1,6 @@
 """`distill submit` and `cancel`: a run as jobs in Slurm's queue."""
 
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,8 @@ from distill.cli import start
 from distill.cli.common import StoreOption, near, print_table, site_setting, store_path
 from distill.cli.runs import RunArgument
 from distill.cli.work import Changes, SpecArgument
-from distill.guard import InputError, suggest
+from distill.guard import InputError, expanded, suggest
+from distill.printing import say
 from distill.space import human
 from distill.store import RunPaths, find_run
 
@@ -101,12 +103,16 @@ class Asked:
             "launch.slurm.partition": self.partition,
             "launch.slurm.account": self.account,
             "launch.slurm.qos": self.qos,
-            "launch.slurm.time": None if self.time is None else f"'{self.time}'",
+            "launch.slurm.time": self.time,
             "launch.slurm.container": self.container,
             "launch.slurm.pairs_jobs": self.pairs_jobs,
-            "launch.slurm.one_job": "true" if self.one_job else None,
+            "launch.slurm.one_job": True if self.one_job else None,
         }
-        return [f"{field}={value}" for field, value in given.items() if value is not None]
+        return [
+            f"{field}={json.dumps(value, ensure_ascii=False)}"  # text, as it stands
+            for field, value in given.items()
+            if value is not None
+        ]
 
 
 def submit(
@@ -170,7 +176,7 @@ def found_site(option: Path | None) -> "distill.launch.site.SiteSource":
     """The cluster's file that holds."""
     from distill.launch import site as sites
 
-    return sites.load(Path(site_setting(option).value).expanduser())
+    return sites.load(expanded(site_setting(option).value))
 
 
 def submit_new(
@@ -214,7 +220,7 @@ def submit_again(
         lead = round(jobs.lead_needed(run))
         slurm = source.spec.launch.slurm
         if lead > slurm.lead_seconds and not live:
-            print(f"saving has taken {lead - jobs.SPARE:.0f} s for two: launch.slurm.lead_seconds={lead} from now on")
+            say(f"saving has taken {lead - jobs.SPARE:.0f} s for two: launch.slurm.lead_seconds={lead} from now on")
             longer = source.spec.launch.model_copy(update={"slurm": slurm.model_copy(update={"lead_seconds": lead})})
             source = replace(source, spec=source.spec.model_copy(update={"launch": longer}))
         content = start.go_on(run, source, here=False, live=[job.id for job in live])
@@ -222,12 +228,12 @@ def submit_again(
         under_way = {name for job in live for name in job.stages}.difference(parted)
         todo = [name for name in workflow.pending(run, content) if name not in under_way]
         for name in workflow.lost_pairs(run, content):
-            print(f"the pairs of stage '{name}' are gone or damaged, and still needed: they are made again")
+            say(f"the pairs of stage '{name}' are gone or damaged, and still needed: they are made again")
             run.stage(name).done.unlink()
         for job in live:
-            print(f"job {job.id} is under way: {', '.join(job.stages)}")
+            say(f"job {job.id} is under way: {', '.join(job.stages)}")
         if not todo:
-            print(f"there is nothing to submit for run '{run.name}'" + ("" if live else ": all stages are done"))
+            say(f"there is nothing to submit for run '{run.name}'" + ("" if live else ": all stages are done"))
             return
         _keep_code(run, code)
         inputs.keep(run, inputs.resolve(content, folder, inputs.read(run)))
@@ -245,10 +251,10 @@ def _queue(
 
     where = _where(run, spec, site, code)
     sent = queue.submit(run, spec, planned, where)
-    print(f"run '{run.name}' in {near(run.root)}")
+    say(f"run '{run.name}' in {near(run.root)}")
     rows = [[sent[plan.name], *queue.described(plan, spec)] for plan in planned]
     print_table(["job", "name", "computes", "nodes x processes", "after"], rows)
-    print(f"follow it: distill status {run.name}    distill logs {run.name} -f")
+    say(f"follow it: distill status {run.name}    distill logs {run.name} -f")
 
 
 def _where(
@@ -296,8 +302,8 @@ def _dry_run(
     where = _where(run, source.spec, site, code)
     for plan in queue.plans(run, source.spec, todo):
         waits = f"  (after {', '.join(plan.after)})" if plan.after else ""
-        print(f"# --- {plan.name}.sbatch{waits} ---")
-        print(script.job(run, source.spec, plan, where))
+        say(f"# --- {plan.name}.sbatch{waits} ---")
+        say(script.job(run, source.spec, plan, where))
 
 
 def _say_memory(source: "distill.specfile.SpecSource") -> None:
@@ -313,7 +319,7 @@ def _say_memory(source: "distill.specfile.SpecSource") -> None:
     if rows:
         columns = ["memory of a process", *kinds, "together"]
         print_table(columns, rows, right=columns[1:])
-        print("activations come on top; `distill plan SPEC --measure` counts them in two real steps")
+        say("activations come on top; `distill plan SPEC --measure` counts them in two real steps")
 
 
 def cancel(
@@ -331,7 +337,7 @@ def cancel(
     for place, owner in claims.held(paths).items():
         if place == paths.running and owner.is_here and owner.is_alive():
             os.kill(owner.pid, signal.SIGKILL if now else signal.SIGTERM)
-            print(f"process {owner.pid}: {'killed' if now else 'asked to save and leave'}")
+            say(f"process {owner.pid}: {'killed' if now else 'asked to save and leave'}")
             told = True
     live = queue.live_jobs(paths) if paths.jobs.is_dir() else []
     states = slurm.states([member for job in live for member in job.members])
@@ -342,9 +348,9 @@ def cancel(
     slurm.cancel(waiting)
     for name, state in states.items():
         if name in waiting:
-            print(f"job {name}: cancelled")
+            say(f"job {name}: cancelled")
         else:
-            print(f"job {name}: {'asked to save and leave' if slurm.ask(name) else f'not reached ({state.state})'}")
+            say(f"job {name}: {'asked to save and leave' if slurm.ask(name) else f'not reached ({state.state})'}")
         told = True
     if not told:
-        print(f"nothing of run '{paths.name}' is under way")
+        say(f"nothing of run '{paths.name}' is under way")

@@ -1,14 +1,18 @@
 """The command `distill`: its commands, and what an error looks like to a user."""
 
+import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 import distill
+from distill import printing
 from distill.cli import (
     catalogue,
     compare,
@@ -25,11 +29,39 @@ from distill.cli import (
     tools,
     work,
 )
-from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, InputError, PeerLost, RunError, Stopped
+from distill.guard import (
+    EXIT_FAILED,
+    EXIT_INPUT,
+    EXIT_PEER,
+    EXIT_STOPPED,
+    InputError,
+    PeerLost,
+    RunError,
+    Stopped,
+    printable,
+    short,
+)
 from distill.launch import tasks
+from distill.printing import say, say_error
 from distill.progress import stamp
 
 EXIT_INTERRUPTED = 130
+EXIT_PIPE = 141  # whoever read what is printed has left, as `head` does; a shell says the same of SIGPIPE
+UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]  # Typer's, or click's before
+
+# What the user can do about an error of the system; those that are not here are no fault of what was given.
+REMEDIES = {
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOENT: "is it spelt right, and still there?",
+    errno.ENOTDIR: "a part of its path is a file, not a folder",
+    errno.EISDIR: "give a file, not a folder",
+    errno.EEXIST: "give another name",
+    errno.EINVAL: "give another name",
+    errno.ELOOP: "its links lead in a circle",
+    errno.EACCES: "give a place that you may use, or ask whoever owns this one",
+    errno.EPERM: "give a place that you may use, or ask whoever owns this one",
+    errno.EROFS: "give a place that can be written",
+}
 
 app = typer.Typer(
     help="Distil diffusion and flow teachers into students of one, two or four network calls.",
@@ -72,7 +104,7 @@ app.command(hidden=True)(doctor.probe)
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"distill {distill.__version__}")
+        say(f"distill {distill.__version__}")
         raise typer.Exit
 
 
@@ -85,28 +117,97 @@ def _options(
     pass
 
 
-def main(arguments: Sequence[str] | None = None, say: Callable[[object], None] | None = None) -> int:
-    """Run a command: its exit code. What a user can cause is one message, anything else keeps its traceback."""
-    say = say or _say
+def main(arguments: Sequence[str] | None = None, tell: Callable[[object], None] | None = None) -> int:
+    """Run a command: its exit code. What a user can cause is one message, anything else keeps its traceback.
+
+    tell: of a process among several, which takes its messages; an error of the system keeps its traceback there.
+    """
+    printing.prepare()
+    code = 0
     try:
-        app(arguments, prog_name="distill")
+        code = _outcome(arguments, tell or _tell)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        printing.abandon()
+        return code or EXIT_PIPE
+    except OSError as error:
+        if tell is not None:
+            raise
+        message, code = described(error)
+        with suppress(OSError):
+            say_error(f"error: {message}")
+        try:
+            sys.stdout.flush()
+        except OSError:  # it was stdout that could not be written
+            printing.abandon()
+    return code
+
+
+def _outcome(arguments: Sequence[str] | None, tell: Callable[[object], None]) -> int:
+    try:
+        code = app(arguments, prog_name="distill", standalone_mode=False)
+    except UsageError as error:
+        return _refuse_usage(error)
     except SystemExit as leaving:
-        return leaving.code if isinstance(leaving.code, int) else 0
+        return _left(leaving, tell)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except InputError as error:
-        say(f"error: {error}")
+        tell(f"error: {error}")
         return EXIT_INPUT
     except RunError as error:
-        say(f"error: {error}")
+        tell(f"error: {error}")
         return EXIT_FAILED
     except Stopped as stopped:
-        say(stopped)
+        tell(stopped)
         return EXIT_STOPPED
     except PeerLost as lost:
-        say(lost)
+        tell(lost)
         return EXIT_PEER
-    return 0
+    return code if isinstance(code, int) else 0
+
+
+def _refuse_usage(error: Exception) -> int:
+    """What Typer says of wrong options; it shows them as they were given."""
+    from typer import rich_utils
+
+    found = vars(error)
+    found["message"] = printable(str(found.get("message", "")))
+    rich_utils.rich_format_error(error)  # type: ignore[arg-type]
+    return EXIT_INPUT
+
+
+def _left(leaving: SystemExit, tell: Callable[[object], None]) -> int:
+    """The code of a process that was told to end from within: by Typer, or by a recipe, which must not do so."""
+    if isinstance(leaving.__context__, BrokenPipeError):
+        raise leaving.__context__
+    last = traceback.extract_tb(leaving.__traceback__)[-1]
+    if "typer" in Path(last.filename).parts:
+        return leaving.code if isinstance(leaving.code, int) else 0
+    tell(
+        f"error: {last.filename}, line {last.lineno}, ends the program: {last.line}. A recipe must not do so; remove "
+        "that, or raise an error that says what is wrong"
+    )
+    return EXIT_INPUT
+
+
+def described(error: OSError) -> tuple[str, int]:
+    """What the system refused, for people, and the exit code: 2 where another name or place would help."""
+    places = [short(str(each)) for each in (error.filename, error.filename2) if each is not None]
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.errno == errno.ENOENT and not places and not _has_folder():
+        return "the current folder is there no more; change to another one: cd", EXIT_INPUT
+    remedy = REMEDIES.get(error.errno or 0)
+    message = ": ".join([*places, reason]) + (f"; {remedy}" if remedy else "; what was saved is intact")
+    return message, EXIT_FAILED if remedy is None else EXIT_INPUT
+
+
+def _has_folder() -> bool:
+    try:
+        Path.cwd()
+    except OSError:
+        return False
+    return True
 
 
 def run() -> NoReturn:
@@ -118,36 +219,40 @@ def run() -> NoReturn:
     in_job = tasks.is_task()
     if in_job:
         tasks.adopt()
-    if not in_job and "WORLD_SIZE" not in os.environ:
-        sys.exit(main())
+    is_rank = in_job or "WORLD_SIZE" in os.environ
     said = [""]
 
-    def say(message: object) -> None:
-        _say(message)
+    def tell(message: object) -> None:
+        _tell(message)
         said.append(str(message))
 
     def leave(code: int, message: str) -> NoReturn:
         if in_job:
             tasks.leave_word(code, message)
+        if not is_rank:
+            sys.exit(code)
         _leave(code)
 
     try:  # not by sys.excepthook, which both Typer and torch make theirs
-        code = main(say=say)
+        code = main(tell=tell if is_rank else None)
     finally:
         error = sys.exception()
         if error is not None:
-            print(f"{stamp()}  rank {os.environ.get('RANK', 0)} failed:", file=sys.stderr)
-            traceback.print_exception(error)
+            if is_rank:
+                say_error(f"{stamp()}  rank {os.environ.get('RANK', 0)} failed:")
+            say_error("".join(traceback.format_exception(error)), end="")
             leave(EXIT_FAILED, f"{type(error).__name__}: {error}")
     leave(code, said[-1])
 
 
 def _leave(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 
-def _say(message: object) -> None:
-    sys.stdout.flush()
-    print(message, file=sys.stderr, flush=True)
+def _tell(message: object) -> None:
+    with suppress(OSError):  # said by whoever flushes it last
+        sys.stdout.flush()
+    say_error(message)

@@ -1,7 +1,6 @@
 """`distill pairs`: the paths of a teacher, solved and stored; those of a spec's stage also by many processes."""
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +10,8 @@ import typer
 from distill.cli import start
 from distill.cli.common import StoreOption, check_out, near, store_path
 from distill.cli.stage import stage as compute
-from distill.guard import InputError, suggest
+from distill.guard import InputError, short, suggest, whole_number
+from distill.printing import say
 from distill.store import RunPaths
 
 if TYPE_CHECKING:
@@ -92,10 +92,10 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
 
 
 def _share(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]):
-        raise InputError(f"--shards {text}: I/N is expected, I from 1 to N, like 1/4")
-    return int(match[1]) - 1, int(match[2])
+    number, total = (whole_number(part) for part in text.partition("/")[::2])
+    if number is None or total is None or not 1 <= number <= total:
+        raise InputError(f"--shards {short(text)}: I/N is expected, I from 1 to N, like 1/4")
+    return number - 1, total
 
 
 def _refuse_empty(share: tuple[int, int] | None, stage: "distill.spec.Stage") -> None:
@@ -153,14 +153,14 @@ def _of_teacher(
         note_labels(teacher, real_data)
     solving = Solving.of(teacher, stage, seed=seed, device=place, data=real_data, law=teacher)
     if check:
-        print(solving.accuracy().describe())
+        say(solving.accuracy().describe())
         return
     assert out is not None
     with StopRequest() as stop, Progress("pairs", pair_sets.size(stage, share), "pairs", None) as progress:
         solving.generate(out, progress, stop, share)
     which = "" if share is None else f" (part {share[0] + 1} of {share[1]})"
-    print(f"{pair_sets.size(stage, share):,} pairs of {teacher.description} in {near(out.absolute())}{which}")
-    print(_told(out))
+    say(f"{pair_sets.size(stage, share):,} pairs of {teacher.description} in {near(out.absolute())}{which}")
+    say(_told(out))
 
 
 def _of_spec(
@@ -185,7 +185,7 @@ def _of_spec(
         from distill import stages
         from distill.sources import Solving
 
-        print(Solving.of_run(run, spec, chosen, stages.place(spec.launch)).accuracy().describe())
+        say(Solving.of_run(run, spec, chosen, stages.place(spec.launch)).accuracy().describe())
         return
     from distill.launch import tasks
 
@@ -193,8 +193,8 @@ def _of_spec(
         os.environ[tasks.UNIT] = f"{chosen}.part-{share[0] + 1}-of-{share[1]}"
     compute(run.root, [chosen], part=None if share is None else f"{share[0]}/{share[1]}")
     folder = run.stage(chosen).pairs
-    print(f"pairs of stage '{chosen}' in {near(folder)}")
-    print(f"{_told(folder)}; the rest of the run: distill run {near(run.root)} --resume")
+    say(f"pairs of stage '{chosen}' in {near(folder)}")
+    say(f"{_told(folder)}; the rest of the run: distill run {near(run.root)} --resume")
 
 
 def _told(folder: Path) -> str:

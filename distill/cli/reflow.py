@@ -12,6 +12,7 @@ from distill.cli import jobs, start, work
 from distill.cli.common import StoreOption, near, print_table, store_path
 from distill.cli.work import Changes, SpecArgument
 from distill.guard import InputError
+from distill.printing import say
 from distill.progress import duration
 from distill.space import human
 from distill.store import RunPaths
@@ -28,7 +29,7 @@ def reflow(
     spec: SpecArgument,
     changes: Changes = None,
     rounds: Annotated[
-        int | None, typer.Option("--rounds", help="How many; by default 1.", rich_help_panel=ROUNDS)
+        int | None, typer.Option("--rounds", max=100, help="How many; by default 1.", rich_help_panel=ROUNDS)
     ] = None,
     distill: Annotated[
         bool,
@@ -183,12 +184,12 @@ def _dry_run(
         about = ["-", "-"] if cost is None else [f"about {duration(cost.seconds)}", human(cost.bytes)]
         rows.append([step.name, step.what, step.work, ", ".join(step.needs), *about])
     taken = "  (a run of this name exists: --name or --resume)" if run.root.exists() else ""
-    print(f"run {source.spec.name}, seed {source.spec.seed}, spec {source.spec.digest()[:12]}\n")
+    say(f"run {source.spec.name}, seed {source.spec.seed}, spec {source.spec.digest()[:12]}\n")
     columns = ["stage", "what", "work", "needs", "time", "disk"]
     print_table(columns, rows, right=columns[-2:])
     total, size = sum(cost.seconds for cost in costs.values()), sum(cost.bytes for cost in costs.values())
-    print(f"about {duration(total)} one after the other, by network calls that were measured here")
-    print(f"writes {human(size)} into {near(run.root)}{taken}; {human(space.free(folder))} are free")
+    say(f"about {duration(total)} one after the other, by network calls that were measured here")
+    say(f"writes {human(size)} into {near(run.root)}{taken}; {human(space.free(folder))} are free")
     if site is not None:
         planned = queue.plans(run, source.spec, list(source.spec.stages))
         rows = [list(queue.described(plan, source.spec)) for plan in planned]

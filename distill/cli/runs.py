@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill.cli.common import JsonOption, StoreOption, console, near, print_json, print_table, size, store_path
-from distill.guard import InputError, printable
+from distill.cli.common import JsonOption, StoreOption, near, one_line, print_json, print_table, size, store_path
+from distill.guard import InputError
+from distill.printing import say, say_table
 from distill.space import human
 from distill.store import RunPaths
 
@@ -31,7 +32,7 @@ def list_runs(store: StoreOption = None, json: JsonOption = False) -> None:
         print_json([asdict(each) for each in found])
         return
     if not found:
-        print(f"no runs in {near(folder.absolute())}; make the first: distill run digits")
+        say(f"no runs in {near(folder.absolute())}; make the first: distill run digits")
         return
     rows = []
     for each in found:
@@ -50,10 +51,10 @@ def stages_done(done: int, run: "distill.status.RunStatus") -> str:
 
 def print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table of one line for each row, however many: rich needs a millisecond for each."""
-    clean = [[printable(cell) for cell in row] for row in rows]
+    clean = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(headers, *clean, strict=True)]
     for row in (headers, ["\u2500" * width for width in widths], *clean):
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def warn_of_damage(runs: "Iterable[distill.status.RunStatus]") -> None:
@@ -62,7 +63,7 @@ def warn_of_damage(runs: "Iterable[distill.status.RunStatus]") -> None:
 
     for each in runs:
         if each.state == status.DAMAGED:
-            print(printable(f"warning: run '{each.name}' is damaged: {each.message}"))
+            say(f"warning: run '{each.name}' is damaged: {each.message}")
 
 
 def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) -> None:
@@ -87,7 +88,7 @@ def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) 
     for stage in each.stages:
         losses = "  ".join(f"{name} {value:.4g}" for name, value in stage.logs.items())
         rows.append([stage.name, stage.kind, stage.state, _percent(stage), _count(stage), losses])
-    print_table(["stage", "kind", "state", "", "progress", "last losses"], [list(map(printable, row)) for row in rows])
+    print_table(["stage", "kind", "state", "", "progress", "last losses"], rows)
     for name, card in students.items():
         metrics = "  ".join(f"{key} {value:.4g}" for key, value in card.metrics.items())
         say(f"student {name}: {near(paths.student(name))}  {metrics}")
@@ -100,27 +101,22 @@ def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) 
         say(f"go on with: distill run {near(paths.root)} --resume")
 
 
-def say(text: str) -> None:
-    """Print what a run's files say, without what a terminal would obey."""
-    print(printable(text))
-
-
 def print_results(run: RunPaths) -> None:
     """The table of each evaluation that a run has, of its rounds of reflow, and of the recipes that it compares."""
     from distill import compared, results, straightened
 
     evaluations = results.of_run(run)
     for found in evaluations.values():
-        console().print(results.table(found))
+        say_table(results.table(found))
     rounds = straightened.rounds(evaluations)
     if rounds:
-        console().print(straightened.table(rounds))
+        say_table(straightened.table(rounds))
     for each in rounds:
         if each.warning is not None:
             say(f"warning: {each.warning}")
     comparison = compared.found(run)
     if comparison is not None:
-        console().print(compared.table(comparison))
+        say_table(compared.table(comparison))
 
 
 def clean(
@@ -157,29 +153,29 @@ def clean(
     found = [paths.root] if everything else _waste(paths.root, checkpoints or not chosen, pairs or not chosen)
     wanted = _wanted_pairs(paths) if (pairs or not chosen) and not everything else []
     if not found:
-        print(f"nothing to delete in {near(paths.root)}")
+        say(f"nothing to delete in {near(paths.root)}")
         return
     sizes = {path: size(path) for path in found}
     for path, count in sizes.items():
-        print(f"{human(count):>10}  {near(path)}")
+        say(f"{human(count):>10}  {near(path)}")
     if not yes:
         for name in wanted:
-            print(f"stage '{name}' would be to do again: a stage that is not done needs its pairs")
+            say(f"stage '{name}' would be to do again: a stage that is not done needs its pairs")
         options = "--yes" if chosen else "--checkpoints, --pairs or --all, and --yes"
-        print(f"{human(sum(sizes.values()))} would be free; nothing was deleted: add {options}")
+        say(f"{human(sum(sizes.values()))} would be free; nothing was deleted: add {options}")
         return
     _refuse_if_queued(paths)
     with claims.claim(paths):
         for name in wanted:  # first, so that whatever happens no stage counts as done without its pairs
             paths.stage(name).done.unlink()
-            print(f"stage '{name}' is to do again: a stage that is not done needs its pairs")
+            say(f"stage '{name}' is to do again: a stage that is not done needs its pairs")
         for path in found:
             if path != paths.root:
                 shutil.rmtree(path)
     if everything:
         shutil.rmtree(paths.root)
     folders = f"{len(found)} folder{'s' if len(found) > 1 else ''}"
-    print(f"deleted {folders}, {human(sum(sizes.values()))}")
+    say(f"deleted {folders}, {human(sum(sizes.values()))}")
 
 
 def _clean_inputs(folder: Path, yes: bool) -> None:
@@ -187,16 +183,16 @@ def _clean_inputs(folder: Path, yes: bool) -> None:
 
     sizes = {path: size(path) for path in inputs.unused(folder)}
     for path, count in sizes.items():
-        print(f"{human(count):>10}  {near(path)}")
+        say(f"{human(count):>10}  {near(path)}")
     total = human(sum(sizes.values()))
     if not sizes:
-        print(f"nothing to delete in {near(folder.absolute() / 'inputs')}: runs need it, or it was asked for lately")
+        say(f"nothing to delete in {near(folder.absolute() / 'inputs')}: runs need it, or it was asked for lately")
     elif not yes:
-        print(f"{total} would be free; nothing was deleted: add --yes")
+        say(f"{total} would be free; nothing was deleted: add --yes")
     else:
         for path in sizes:
             shutil.rmtree(path)
-        print(f"deleted {len(sizes)} folder{'s' if len(sizes) > 1 else ''}, {total}")
+        say(f"deleted {len(sizes)} folder{'s' if len(sizes) > 1 else ''}, {total}")
 
 
 def _refuse_if_queued(paths: RunPaths) -> None:
@@ -209,7 +205,7 @@ def _refuse_if_queued(paths: RunPaths) -> None:
     try:
         live = queue.live_jobs(paths)
     except slurm.NoAnswer as error:
-        print(f"warning: {error}; so it is not known whether jobs of this run wait in a queue")
+        say(f"warning: {error}; so it is not known whether jobs of this run wait in a queue")
         return
     if live:
         names = ", ".join(job.id for job in live)

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill.cli.common import JsonOption, StoreOption, TeacherHelp, print_json, store_path
+from distill.fieldtypes import MAX_SAMPLES, MAX_STEPS
 from distill.guard import InputError, suggest
+from distill.printing import say
 from distill.spec import FINE, SAMPLES, SEED
 
 if TYPE_CHECKING:
@@ -15,15 +17,21 @@ if TYPE_CHECKING:
 
     from distill.students.loaded import LoadedStudent
 
+MAX_FINE = 10_000  # of each pair of times of the grid there is a cost
+
 
 def schedule(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help=TeacherHelp)],
-    steps: Annotated[int, typer.Option("--steps", help="Steps to find the times of.", min=1)],
+    steps: Annotated[int, typer.Option("--steps", help="Steps to find the times of.", min=1, max=MAX_STEPS)],
     solver: Annotated[str, typer.Option(help="euler, heun or dpm_solver_pp_2m: whose steps they are.")] = "euler",
-    fine: Annotated[int, typer.Option(help="Steps of the fine grid that they are chosen from.", min=1)] = FINE,
-    samples: Annotated[int, typer.Option(help="Paths that the errors are measured on.", min=1)] = SAMPLES,
+    fine: Annotated[
+        int, typer.Option(help="Steps of the fine grid that they are chosen from.", min=1, max=MAX_FINE)
+    ] = FINE,
+    samples: Annotated[
+        int, typer.Option(help="Paths that the errors are measured on.", min=1, max=MAX_SAMPLES)
+    ] = SAMPLES,
     seed: Annotated[int, typer.Option(help="Of their noise.", min=0, max=2**63 - 1)] = SEED,
-    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 = none.", min=0)] = 1.0,
+    guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 = none.", min=0, max=10_000)] = 1.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     store: StoreOption = None,
     json: JsonOption = False,
@@ -53,9 +61,9 @@ def schedule(
         )  # fmt: skip
         return
     plural = "s" if steps > 1 else ""
-    print(f"{solver}, {steps} step{plural} of {loaded.description}, chosen among {fine} on {samples} paths")
-    print(f"times: {', '.join(f'{t:.4g}' for t in best.times)}")
-    print(f"summed squared error: {best.cost:.4g}; of uniform steps: {uniform.cost:.4g}")
+    say(f"{solver}, {steps} step{plural} of {loaded.description}, chosen among {fine} on {samples} paths")
+    say(f"times: {', '.join(f'{t:.4g}' for t in best.times)}")
+    say(f"summed squared error: {best.cost:.4g}; of uniform steps: {uniform.cost:.4g}")
 
 
 def refuse(schedule: str, times: str | None) -> None:

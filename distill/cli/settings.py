@@ -8,7 +8,8 @@ import typer
 
 from distill import transports
 from distill.cli.common import SETTINGS, config_path, configuration, print_table, site_setting, store_setting
-from distill.guard import InputError, suggest
+from distill.guard import InputError, expanded, is_text, suggest
+from distill.printing import say
 
 
 def config(
@@ -22,7 +23,7 @@ def config(
         raise InputError(f"there is no setting '{key}'; {suggest(key, SETTINGS)}")
     if value is not None:
         assert key is not None
-        print(f"{key}: {_shown(_set(key, value))}, in {config_path()}")
+        say(f"{key}: {_shown(_set(key, value))}, in {config_path()}")
         return
     found = {"site": site_setting(None), "store": store_setting(None)}
     print_table(["setting", "value", "from"], [[name, _shown(each.value), each.source] for name, each in found.items()])
@@ -39,13 +40,15 @@ def _set(key: str, value: str) -> str:
     from distill.launch import site
     from distill.store import write_atomic
 
+    if not is_text(value):
+        raise InputError(f"{key}: {ascii(value)} holds a control character, or bytes that are not UTF-8")
     if key == "site":
-        value = str(Path(value).expanduser().absolute())
+        value = str(expanded(value).absolute())
         site.load(Path(value))  # refused unless it is one
     elif transports.is_url(value):
         transports.at(value)  # refused if it can be none
     else:
-        value = str(Path(value).expanduser().absolute())
+        value = str(expanded(value).absolute())
         if Path(value).exists() and not Path(value).is_dir():
             raise InputError(f"{key}: {value} is a file; name a folder or a URL")
     configuration()  # refused as long as the file is not in order

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill.cli.common import near
-from distill.guard import InputError, Stopped
+from distill.guard import InputError, Stopped, whole_number
 from distill.store import RunPaths, append_event, find_run
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ def job(
 ) -> None:
     """Be the process of a job in Slurm's queue: COMMAND, then a stage's name, starts its processes."""
     from distill.launch import job as batch
+    from distill.launch import tasks
 
+    tasks.require("job")
     paths, _ = _found(run, stages)
     code = batch.execute(paths, stages, None if part is None else _part(part), command)
     if code:
@@ -81,10 +83,10 @@ def _found(run: Path, names: Sequence[str]) -> tuple[RunPaths, "distill.spec.Run
 
 
 def _part(text: str) -> tuple[int, int]:
-    index, _, count = text.partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+    index, count = (whole_number(part) for part in text.partition("/")[::2])
+    if index is None or count is None or index >= count:
         raise InputError(f"--part {text}: I/N is expected, I from 0 to N - 1")
-    return int(index), int(count)
+    return index, count
 
 
 @contextmanager

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING
 
 from distill.cli.common import one_line
 from distill.guard import InputError, suggest
-from distill.store import RunPaths, append_event, create_run, event_line, find_run, name_in_use, read_json, write_atomic
+from distill.store import (
+    RunPaths,
+    append_event,
+    create_run,
+    event_line,
+    find_run,
+    name_in_use,
+    read_json,
+    refuse_reserved,
+    write_atomic,
+)
 
 if TYPE_CHECKING:
     import distill.spec
@@ -50,6 +60,7 @@ def checked(
     """
     from distill import workflow
 
+    refuse_reserved(source.spec.name)
     workflow.check(source.spec, source.base)
     spec = workflow.locate_options(source.spec, source.base)
     if here and spec.launch.nodes > 1:

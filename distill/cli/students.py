@@ -2,7 +2,6 @@
 checkpoint and to draw samples where no evaluation has.
 """
 
-import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +23,7 @@ from distill.cli.common import (
     store_source,
 )
 from distill.guard import InputError
+from distill.printing import say, say_error
 from distill.space import human
 from distill.store import RunPaths
 
@@ -73,8 +73,8 @@ def publish(
     _warn(done.skipped)
     entry, new = done.entry, done.new
     where = near(folder.absolute() / published.REGISTRY / entry.name / entry.version)
-    print(f"published {entry.label}: {where}" if new else f"the same student is published already: {entry.label}")
-    print(f"get it with: distill pull {entry.label}")
+    say(f"published {entry.label}: {where}" if new else f"the same student is published already: {entry.label}")
+    say(f"get it with: distill pull {entry.label}")
 
 
 def students(store: AnyStoreOption = None, json: JsonOption = False) -> None:
@@ -89,7 +89,7 @@ def students(store: AnyStoreOption = None, json: JsonOption = False) -> None:
         print_json([entry.model_dump(mode="json") for entry in found])
         return
     if not found:
-        print(f"no students in {source.where}; publish one: distill publish RUN NAME")
+        say(f"no students in {source.where}; publish one: distill publish RUN NAME")
         return
     rows = [
         [e.label, e.recipe, _best(e), human(e.size), e.license or "-", status.age(e.published), e.digest[:12]]
@@ -120,12 +120,12 @@ def pull(
     pulled = pulling.pull(source, folder, digest=digest, show=_show if trust_code else None)
     here = near(folder.absolute())
     if pulled.fetched:
-        print(
+        say(
             f"pulled {here}: {human(pulled.fetched)} in {len(pulled.card.files) + 1} files, sha256 {pulled.digest[:12]}"
         )
     else:
-        print(f"{here} is here already, and whole: sha256 {pulled.digest[:12]}")
-    print(f'use it: DiffusionPipeline.from_pretrained("{here}", trust_remote_code=True)')
+        say(f"{here} is here already, and whole: sha256 {pulled.digest[:12]}")
+    say(f'use it: DiffusionPipeline.from_pretrained("{here}", trust_remote_code=True)')
 
 
 def verify(
@@ -139,7 +139,7 @@ def verify(
     if transports.is_url(str(folder)):
         raise InputError(f"{transports.shown(str(folder))} is a URL; verify takes a folder: pull it first")
     card = pulling.verify(folder, _show if trust_code else None)
-    print(f"{near(folder.absolute())} is whole: '{one_line(card.name)}', {len(card.files) + 1} files")
+    say(f"{near(folder.absolute())} is whole: '{one_line(card.name)}', {len(card.files) + 1} files")
 
 
 def _chosen(given: str, store: Path) -> "distill.publish.Chosen | Path":
@@ -189,7 +189,7 @@ def _student(chosen: "distill.publish.Chosen", temporary: Path) -> Path:
 def _drawn(student: Path, out: Path) -> bytes:
     """Samples of a student that no evaluation has drawn; nothing where torch is not installed."""
     if find_spec("torch") is None:
-        print("without a picture of samples: no evaluation has drawn one, and torch is not installed", file=sys.stderr)
+        say_error("without a picture of samples: no evaluation has drawn one, and torch is not installed")
         return b""
     from distill import publish as publishing
 
@@ -236,9 +236,9 @@ def _source(given: str, store: str | None) -> "tuple[distill.transports.Source, 
 def _warn(skipped: list[str]) -> None:
     """What of a store cannot be used, on stderr, each once; the first of many."""
     for each in skipped[:MANY]:
-        print(f"warning: {one_line(each)}", file=sys.stderr)
+        say_error(f"warning: {one_line(each)}")
     if len(skipped) > MANY:
-        print(f"warning: {len(skipped) - MANY:,} more entries of the store are skipped", file=sys.stderr)
+        say_error(f"warning: {len(skipped) - MANY:,} more entries of the store are skipped")
 
 
 def _best(entry: "distill.published.Entry") -> str:
@@ -248,6 +248,6 @@ def _best(entry: "distill.published.Entry") -> str:
 
 def _show(name: str, text: str) -> None:
     """Code that is taken on trust, before it is."""
-    print(f"--- {name}")
-    print("\n".join(one_line(line) for line in text.splitlines()))
-    print("---")
+    say(f"--- {name}")
+    say("\n".join(one_line(line) for line in text.splitlines()))
+    say("---")

@@ -7,8 +7,10 @@ import typer
 
 from distill import card as cards
 from distill.cli import schedule as schedules
-from distill.cli.common import JsonOption, StoreOption, TeacherHelp, check_out, console, near, print_json, store_path
+from distill.cli.common import JsonOption, StoreOption, TeacherHelp, check_out, near, print_json, store_path
+from distill.fieldtypes import MAX_STEPS
 from distill.guard import InputError, suggest
+from distill.printing import say, say_table
 from distill.store import find_run
 
 StudentArgument = Annotated[str, typer.Argument(metavar="STUDENT", help="A student folder, or RUN/STAGE of the store.")]
@@ -19,13 +21,15 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 def sample(
     student: StudentArgument,
     out: Annotated[Path, typer.Option("--out", help="A picture (.png), or the numbers (.safetensors).")],
-    steps: Annotated[int | None, typer.Option(help="Steps; by default the fewest it is made for.", min=1)] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps; by default the fewest it is made for.", min=1, max=MAX_STEPS)
+    ] = None,
     schedule: Annotated[
         str, typer.Option(help="uniform; or optimal: at the times where they err least (see `schedule`).")
     ] = "uniform",
     times: Annotated[str | None, typer.Option(help="Steps along these times instead, like 1,0.6,0.")] = None,
     seed: SeedOption = 0,
-    count: Annotated[int, typer.Option(help="Number of samples.", min=1)] = 64,
+    count: Annotated[int, typer.Option(help="Number of samples.", min=1, max=1_000_000)] = 64,
     classes: Annotated[str, typer.Option(help="One class, or one a sample: 3 or 0,1,2; by default all in turn.")] = "",
     device: DeviceOption = "auto",
     store: StoreOption = None,
@@ -38,6 +42,10 @@ def sample(
     schedules.refuse(schedule, times)
     if along and steps:
         raise InputError("--steps: no effect beside --times; remove it")
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a folder; name a file in it")
+    if out.absolute().parent.is_dir():
+        check_out(out.absolute().parent)
     folder = given.student(student, runs)
     steps = len(along) - 1 if along else steps or cards.read(folder).fewest_steps
     from distill import sampling
@@ -47,7 +55,7 @@ def sample(
         folder, out, steps=steps, seed=seed, count=count, labels=labels, device=place,
         along=schedules.along(schedule, along, steps, runs, place),
     )  # fmt: skip
-    print(f"wrote {near(out.absolute())}: {count} samples at {steps} step{'s' if steps > 1 else ''}, seed {seed}")
+    say(f"wrote {near(out.absolute())}: {count} samples at {steps} step{'s' if steps > 1 else ''}, seed {seed}")
 
 
 def evaluate(
@@ -77,14 +85,14 @@ def evaluate(
     from distill.spec import EvaluateStage
 
     card = cards.read(folder)
-    counts = given.numbers("--steps", steps) if steps else sorted(card.t_grids) or [1, 2, 4]
+    counts = given.steps("--steps", steps) if steps is not None else sorted(card.t_grids) or [1, 2, 4]
     content = {"kind": "evaluate", "students": {"student": counts}, "samples": samples}
     schedules.refuse(schedule, times)
     if schedule == "optimal" or times:
         ways = ["optimal" if times is None else given.times("--times", times)]
         also = {"student": ways} if card.kind == "velocity" and not card.t_grids else {}
         content |= {"times": {"teacher": ways, **also}}
-    stage = given.stage(EvaluateStage, content | {"teacher_steps": given.numbers("--teacher-steps", teacher_steps)})
+    stage = given.stage(EvaluateStage, content | {"teacher_steps": given.steps("--teacher-steps", teacher_steps)})
     teacher_spec = given.teacher(teacher, runs) if teacher else given.teacher_of(folder)
     data_spec = given.data(data) if data else given.data_of(folder)
     check_out(out)
@@ -108,8 +116,8 @@ def evaluate(
     if json:
         print_json(found.model_dump(mode="json"))
     else:
-        console().print(results.table(found))
-        print(f"results and pictures in {near(out.absolute())}")
+        say_table(results.table(found))
+        say(f"results and pictures in {near(out.absolute())}")
 
 
 def report(run: Annotated[str, typer.Argument(metavar="RUN")], store: StoreOption = None) -> None:
@@ -117,7 +125,7 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN")], store: StoreOptio
     paths = find_run(store_path(store), run)
     from distill import report as reports
 
-    print(near(reports.write(paths)))
+    say(near(reports.write(paths)))
 
 
 def export(
@@ -154,4 +162,4 @@ def export(
     from distill import stages
 
     stages.export_checkpoint(paths, spec, name, "raw" if raw else half_life or trained[name].export, folder)
-    print(f"exported {near(folder.absolute())}")
+    say(f"exported {near(folder.absolute())}")

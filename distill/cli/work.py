@@ -15,6 +15,7 @@ from distill.cli import start
 from distill.cli.common import JsonOption, StoreOption, near, print_json, print_table, store_path
 from distill.cli.runs import print_results
 from distill.guard import EXIT_INPUT
+from distill.printing import say
 from distill.space import human
 from distill.store import RunPaths, read_json
 
@@ -37,7 +38,7 @@ def quickstart(store: StoreOption = None) -> None:
     folder = store_path(store)
     paths, unfinished = choose_quickstart(folder)
     if unfinished is not None:
-        print(f"going on with {near(paths.root)}")
+        say(f"going on with {near(paths.root)}")
         execute(paths, unfinished)
     else:
         source = specfile.load(presets.find(PRESET), name=paths.name)
@@ -69,7 +70,8 @@ def run(
         bool, typer.Option("--resume", help="Go on with a run of this name; SPEC may be the run itself.")
     ] = False,
     procs: Annotated[
-        int | None, typer.Option("--procs", min=1, help="Processes that train together; short for launch.procs=N.")
+        int | None,
+        typer.Option("--procs", min=1, max=4096, help="Processes that train together; short for launch.procs=N."),
     ] = None,
     store: StoreOption = None,
 ) -> None:
@@ -106,13 +108,13 @@ def plan(
         print_json({**planning.as_json(source.spec, paths, steps), **measured})
         return
     taken = "  (a run of this name exists: --name or --resume)" if paths.root.exists() else ""
-    print(f"run {source.spec.name}, seed {source.spec.seed}, spec {source.spec.digest()[:12]}\n")
+    say(f"run {source.spec.name}, seed {source.spec.seed}, spec {source.spec.digest()[:12]}\n")
     print_table(
         ["stage", "kind", "what", "work", "needs", "writes"],
         [[s.name, s.kind, s.what, s.work, ", ".join(s.needs), "\n".join(s.writes)] for s in steps],
     )
-    print(f"writes into {near(paths.root)}{taken}")
-    print(f"checked: {'; '.join(planning.CHECKS)}")
+    say(f"writes into {near(paths.root)}{taken}")
+    say(f"checked: {'; '.join(planning.CHECKS)}")
     if measure:
         columns = ["memory of a process", "", "predicted", "counted, least", "most"]
         rows = [
@@ -160,17 +162,17 @@ def execute(paths: RunPaths, spec: "distill.spec.RunSpec", *, fresh: bool = Fals
 
     pending = workflow.pending(paths, spec)
     for name in workflow.lost_pairs(paths, spec):
-        print(f"the pairs of stage '{name}' are gone or damaged, and still needed: they are made again")
+        say(f"the pairs of stage '{name}' are gone or damaged, and still needed: they are made again")
         paths.stage(name).done.unlink()
     if pending:
-        print(f"run '{paths.name}' in {near(paths.root)}: {', '.join(pending)}", flush=True)
+        say(f"run '{paths.name}' in {near(paths.root)}: {', '.join(pending)}", flush=True)
         code = local.run_stages(paths, pending)
         if code == EXIT_INPUT and fresh and not any(path.is_file() for path in paths.root.glob("stages/**/*")):
             shutil.rmtree(paths.root)
         if code:
             raise typer.Exit(code)
     else:
-        print(f"all stages of run '{paths.name}' are done")
+        say(f"all stages of run '{paths.name}' are done")
     _farewell(paths)
 
 
@@ -181,4 +183,4 @@ def _farewell(paths: RunPaths) -> None:
     files = {"comparison": paths.comparison_table, "its figure": paths.comparison_figure, "report": paths.report}
     rows += [(label, path) for label, path in files.items() if path.exists()]
     for label, path in rows:
-        print(f"{label:<20} {near(path)}")
+        say(f"{label:<20} {near(path)}")

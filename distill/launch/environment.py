@@ -10,6 +10,7 @@ from typing import Any
 
 import distill
 from distill import versions
+from distill.guard import whole_number
 
 SPINS = 50_000  # rounds of GNU's OpenMP before a waiting thread sleeps
 
@@ -86,8 +87,7 @@ def thread_variables(threads: int) -> dict[str, str]:
 
 def threads() -> int:
     """CPU threads of a process where the spec names none: OMP_NUM_THREADS, else the CPUs it may use."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
-    return int(given) if given.isdigit() and int(given) > 0 else cpus()
+    return whole_number(os.environ.get("OMP_NUM_THREADS", "")) or cpus()
 
 
 def _git(folder: Path, *arguments: str) -> str:

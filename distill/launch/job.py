@@ -22,6 +22,7 @@ from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, RunE
 from distill.launch import environment, ranks, script, slurm, tasks
 from distill.launch.local import RANK_VARIABLES
 from distill.launch.slurm import NoAnswer
+from distill.printing import say
 from distill.progress import stamp
 from distill.spec import RunSpec, TrainStage
 from distill.store import RunPaths, append_event
@@ -280,7 +281,7 @@ class Batch:
         jobs.append(self.run, self.job, event, restart=self.restart, **fields)
 
     def _say(self, text: str) -> None:
-        print(f"{stamp()}  job {self.job}: {text}", flush=True)
+        say(f"{stamp()}  job {self.job}: {text}", flush=True)
 
 
 def execute(run: RunPaths, stages: list[str], part: tuple[int, int] | None, command: Sequence[str]) -> int:

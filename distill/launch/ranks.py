@@ -9,7 +9,6 @@ lost, and are killed. The cause is the first that failed for a reason of its own
 
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from distill.guard import EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, RunError
+from distill.printing import say_error
 from distill.stop import Handler
 from distill.store import RunPaths, append_event
 
@@ -116,21 +116,20 @@ def run(
     if code not in (0, EXIT_STOPPED) and rank > 0:
         _say_failed(paths, rank, code, logs[rank])
     if code == EXIT_PEER:
-        print(f"what other ranks said last: {logs[1].path.parent}", file=sys.stderr)
+        say_error(f"what other ranks said last: {logs[1].path.parent}")
     if code >= 0:
         return code
-    print(
+    say_error(
         f"error: {'the process' if len(envs) == 1 else f'rank {rank}'} of run '{paths.name}' was killed by "
         f"{signal.Signals(-code).name} (out of memory?); "
-        f"{MEASURED if measure else f'what it saved is intact; {_onward(paths)}'}",
-        file=sys.stderr,
+        f"{MEASURED if measure else f'what it saved is intact; {_onward(paths)}'}"
     )
     return 128 - code
 
 
 def say_not_begun(paths: RunPaths, *, measure: bool = False) -> None:
     """For processes that were asked to stop before they could hear it."""
-    print(f"stopped before it began; {MEASURED if measure else _onward(paths)}", file=sys.stderr)
+    say_error(f"stopped before it began; {MEASURED if measure else _onward(paths)}")
 
 
 def _onward(paths: RunPaths) -> str:
@@ -174,7 +173,7 @@ def _say_stopped(paths: RunPaths, *, began: bool, measure: bool) -> None:
         say_not_begun(paths, measure=measure)
         return
     append_event(paths, "stopped", message="rank 0 did not end by itself")
-    print(f"stopped; {MEASURED if measure else f'what was saved is intact; {_onward(paths)}'}", file=sys.stderr)
+    say_error(f"stopped; {MEASURED if measure else f'what was saved is intact; {_onward(paths)}'}")
 
 
 def _say_failed(paths: RunPaths, rank: int, code: int, log: Log) -> None:
@@ -182,5 +181,5 @@ def _say_failed(paths: RunPaths, rank: int, code: int, log: Log) -> None:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     lines = log.last_lines()
     if lines or code >= 0:
-        print(f"rank {rank}: " + ("\n".join(lines) or f"{how} and said nothing"), file=sys.stderr)
+        say_error(f"rank {rank}: " + ("\n".join(lines) or f"{how} and said nothing"))
     append_event(paths, "failed", message=f"rank {rank}: {lines[-1] if lines else how}")

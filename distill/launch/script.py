@@ -1,6 +1,7 @@
 """The scripts that Slurm runs, rendered from the templates in slurm/: long names, to be read."""
 
 import os
+import re
 import shlex
 import sys
 import zlib
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import jinja2
 
+from distill.guard import InputError, is_line
 from distill.launch import environment
 from distill.launch.site import Site, SiteSource
 from distill.spec import RunSpec, SlurmSpec, TrainStage
 from distill.store import RunPaths
 
 TEMPLATES = environment.ROOT / "slurm"
+# What a shell may fill in of "...": $NAME, ${NAME} and ${NAME:-text}, but neither commands nor anything that ends it.
+ESCAPED = re.compile(r"""["\\`]|\$(?![A-Za-z_]|\{[A-Za-z_][A-Za-z0-9_]*(:?-[\w./~ -]*)?\})""", re.ASCII)
 PORTS = range(61000, 65500)  # above those that the kernel gives to outgoing connections
 
 
@@ -100,7 +104,9 @@ def _render(
 ) -> str:
     site = where.site.site
     loader = jinja2.FileSystemLoader(TEMPLATES)
-    templates = jinja2.Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    templates = jinja2.Environment(
+        loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_one_line
+    )
     templates.undefined = jinja2.StrictUndefined
     templates.filters |= {"quote": _quote, "double_quote": _double_quote}
     python = site.python or sys.executable
@@ -162,6 +168,8 @@ def _container(image: str | None, site: Site, store: Path) -> str:
     if image is None:
         return ""
     folders = list(dict.fromkeys([str(store), *site.container.mounts]))
+    if {",", ":"} & {*str(store)}:
+        raise InputError(f"{store} cannot be mounted in a container: it holds a comma or a colon; rename it")
     if site.container.runtime == "pyxis":
         mounts = ",".join(f"{folder}:{folder}" for folder in folders)
         words = [f"--container-image={image}", f"--container-mounts={mounts}", "--no-container-entrypoint"]
@@ -183,4 +191,14 @@ def _quote(value: object) -> str:
 
 def _double_quote(value: object) -> str:
     """Quoted, but for variables, which the shell still fills in: /scratch/$USER."""
-    return '"' + "".join(f"\\{c}" if c in '"\\`' else c for c in str(value)) + '"'
+    return '"' + ESCAPED.sub(r"\\\g<0>", str(value)) + '"'
+
+
+def _one_line(value: object) -> object:
+    """What is about to be written into a script, wherever it came from: a line break in it would begin a command."""
+    if not is_line(str(value)):
+        raise InputError(
+            f"{ascii(str(value))} cannot stand in the script of a job: it holds a line break or a control character; "
+            "rename that folder or file"
+        )
+    return value

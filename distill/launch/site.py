@@ -1,26 +1,36 @@
 """A cluster as all its users see it: one file, site.yaml, in place of lines copied from script to script."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, ValidationError
 
 from distill import schema, specfile, yamltext
 from distill.guard import InputError
 from distill.launch import environment
-from distill.spec import Frozen
+from distill.spec import Frozen, Line
 
 EXAMPLE = environment.ROOT / "slurm" / "site.example.yaml"
+
+
+def _variable(name: str) -> str:
+    if re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) is None:
+        raise ValueError(f"'{name}' cannot name a variable; letters, digits and _ can, not beginning with a digit")
+    return name
+
+
+Variable = Annotated[str, AfterValidator(_variable)]
 
 
 class CacheSite(Frozen):
     """Where libraries keep files between jobs; null: their own choice, often the home directory and its small quota."""
 
-    HF_HOME: str | None = None
-    TORCH_EXTENSIONS_DIR: str | None = None
-    TRITON_CACHE_DIR: str | None = None
-    TMPDIR: str | None = None
+    HF_HOME: Line | None = None
+    TORCH_EXTENSIONS_DIR: Line | None = None
+    TRITON_CACHE_DIR: Line | None = None
+    TMPDIR: Line | None = None
 
 
 class ContainerSite(Frozen):
@@ -28,35 +38,35 @@ class ContainerSite(Frozen):
 
     runtime: Literal["none", "pyxis", "apptainer"] = "none"
     """pyxis: srun --container-image; apptainer: srun apptainer exec"""
-    mounts: list[str] = []
+    mounts: list[Line] = []
     """folders that are seen inside under the same path, beside the store"""
-    options: list[str] = []
+    options: list[Line] = []
     """further options of the runtime, like --nv"""
-    python: str = "python3"
+    python: Line = "python3"
     """the interpreter inside"""
 
 
 class Site(Frozen):
     """One cluster."""
 
-    modules: list[str] = []
+    modules: list[Line] = []
     """loaded before anything else"""
-    setup: list[str] = []
-    """lines of bash after that"""
-    environment: dict[str, str] = {}
+    setup: list[Line] = []
+    """lines of bash after that, each an item of its own"""
+    environment: dict[Variable, Line] = {}
     """variables of every process, like NCCL_SOCKET_IFNAME"""
     caches: CacheSite = CacheSite()
-    partition: str | None = None
+    partition: Line | None = None
     """where jobs go that name none; null: Slurm's default"""
-    partitions: list[str] = []
+    partitions: list[Line] = []
     """those that may be named; empty: all that Slurm has"""
-    account: str | None = None
+    account: Line | None = None
     """null: Slurm's default"""
-    qos: str | None = None
+    qos: Line | None = None
     """null: Slurm's default"""
-    options: list[str] = []
+    options: list[Line] = []
     """further options of sbatch for every job"""
-    python: str | None = None
+    python: Line | None = None
     """the interpreter on the nodes; null: the one that submits"""
     container: ContainerSite = ContainerSite()
 

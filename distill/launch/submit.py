@@ -66,12 +66,13 @@ def submit(run: RunPaths, spec: RunSpec, planned: Sequence[Plan], where: Where) 
     """Queue jobs, each after those that it needs: their numbers by name. All of them, or none."""
     sent: dict[str, str] = {}
     live = live_jobs(run)
+    scripts = {plan.name: script.job(run, spec, plan, where) for plan in planned}  # all can be written, or none is
     try:
         run.jobs.mkdir(exist_ok=True)
         run.logs.mkdir(exist_ok=True)
         for plan in planned:
             path = run.jobs / f"{plan.name}.sbatch"
-            write_atomic(path, script.job(run, spec, plan, where))
+            write_atomic(path, scripts[plan.name])
             write_json(path.with_suffix(".json"), {"stages": plan.stages, "parts": plan.parts})
             after = [sent[name] for name in plan.after if name in sent]
             needs = {target for name in plan.stages for _, target, _ in workflow.references(spec.stages[name])}

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.guard import InputError
+
 ENDS = "DISTILL_ENDS"  # folder of the files; set for every process of a job, and by it alone
 UNIT = "DISTILL_UNIT"  # what of the run the process computes, as `claims` names it
 
@@ -29,6 +31,12 @@ class End:
 def is_task() -> bool:
     """Whether this process is one of a job."""
     return ENDS in os.environ
+
+
+def require(command: str) -> None:
+    """InputError where this is no process of Slurm's."""
+    if "SLURM_JOB_ID" not in os.environ:
+        raise InputError(f"`distill {command}` is started by a job in Slurm's queue; use `distill submit`")
 
 
 def identity() -> tuple[str, int]:

@@ -1,13 +1,16 @@
 """Fresh networks from a spec; the same spec and seed give bit-equal weights, whatever ran before."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from diffusers import ModelMixin, UNet2DModel
 
+from distill import trainspec
 from distill.draws import key
 from distill.guard import InputError
+from distill.space import human
 from distill.spec import MlpSpec, NetworkSpec, UNetSpec
 from distill.students.acceleration_mlp import AccelerationMLP
 from distill.students.acceleration_unet import AccelerationUNet2DModel
@@ -27,6 +30,11 @@ def build(spec: NetworkSpec, shape: tuple[int, ...], num_classes: int | None, se
     (spec, seed) alone; the global generator is neither used nor moved.
     """
     embeddings = None if num_classes is None else num_classes + 1
+    size, here = 4 * trainspec.parameters(spec), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > here:
+        raise InputError(
+            f"network: its weights take about {human(size)}, and this machine has {human(here)}; make it smaller"
+        )
     with drawn(seed, "network"):
         if isinstance(spec, MlpSpec):
             return _mlp(spec, shape, embeddings)

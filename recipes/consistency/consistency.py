@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor
 
 from distill import distances, solvers, times
@@ -36,13 +36,13 @@ class Config(BaseModel):
     """of the teacher, baked into the student; 1 = none"""
     times: Literal["grid", "continuous"] = "grid"
     """grid: neighbours on a grid; continuous: Easy Consistency Tuning"""
-    levels: PositiveInt = 18
+    levels: Annotated[int, Field(gt=0, le=100_000)] = 18
     """steps of the grid, at first"""
     mu: float = -1.1
     """mean of logit(t) under continuous"""
     sigma: PositiveFloat = 2.0
     """standard deviation of logit(t) under continuous"""
-    halving_images: PositiveInt | None = None
+    halving_images: Annotated[int, Field(gt=0, le=10**13)] | None = None
     """images after which t and s are twice as near, up to ten times; null: never"""
     target_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     """per step, of the copy that is the target; null: the student's own weights"""

@@ -15,7 +15,7 @@ epsilon are unverified: options. Logit-normal t (Esser et al. 2024, arXiv 2403.0
 from collections.abc import Callable, Iterator
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor
 
 from distill import couplings, distances, times
@@ -42,11 +42,11 @@ class Config(BaseModel):
     """probability of training a sample without its class; only where there are classes"""
     coupling: Literal["independent", "ot", "ot_replacement", "immiscible", "immiscible_knn", "weighted"] = "independent"
     """which noise goes with which data; ot_replacement draws pairs from the plan, so that some samples are left out"""
-    coupling_block: Annotated[int, Field(ge=2)] | None = None
+    coupling_block: Annotated[int, Field(ge=2, le=100_000)] | None = None
     """samples that are matched, or weighted, together; micro-batches must hold whole blocks; null: 64"""
     within_classes: bool | None = None
     """match samples of one class only; null: false"""
-    candidates: PositiveInt | None = None
+    candidates: Annotated[int, Field(gt=0, le=100_000)] | None = None
     """noises for each sample, k, of which immiscible_knn keeps the nearest; null: 4"""
     cost: Literal["squared", "distance"] | None = None
     """of a weighted pair: ||data - noise||^2 or ||data - noise||; null: squared"""

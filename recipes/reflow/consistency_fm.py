@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from distill import distances, solvers
 from distill.interpolants import like
@@ -37,7 +37,7 @@ class Config(BaseModel):
     """where x_r lies: on the line of data and noise, which needs no teacher, or a step of the teacher from x_t"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     """of the teacher, baked into the student; 1 = none"""
-    segments: PositiveInt = 2
+    segments: Annotated[int, Field(gt=0, le=100_000)] = 2
     """of time, K: the student's steps"""
     delta: Annotated[float, Field(gt=0)] = 1e-3
     """t - r; the larger, the faster it learns, and the larger its error; under precision bf16, 0.01 or more"""

@@ -9,9 +9,9 @@ pseudo-Huber (rf++, Lee et al. 2024, arXiv 2405.20320) as another choice.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from distill import distances
 from distill.protocols import Batch, Context, Frozen, Init, Loss, Nets, Role, Teacher, Trained, Turn
@@ -21,7 +21,7 @@ from distill.times import uniform_grid
 class Config(distances.LpipsOptions):
     """Options of reflow/one_step."""
 
-    steps: PositiveInt = 1
+    steps: Annotated[int, Field(gt=0, le=100_000)] = 1
     """Euler steps of the student, k"""
     distance: Literal["l2", "pseudo_huber", "lpips", "l2+lpips"] = "l2"
     """between prediction and target, per sample; with lpips at steps: 1 only"""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from distill import distances, windows
@@ -32,15 +32,15 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    windows: PositiveInt = 4
+    windows: Annotated[int, Field(gt=0, le=100_000)] = 4
     """equal windows of time, K; the student takes K steps or more"""
     solver: Literal["euler", "heun"] = "euler"
     """of the teacher, within a window"""
-    solver_steps: PositiveInt = 8
+    solver_steps: Annotated[int, Field(gt=0, le=100_000)] = 8
     """its steps in each window"""
     parameterisation: Literal["velocity", "diff_eps", "ddim_eps"] = "velocity"
     """of the regression, which decides the weight of a time; the student is a velocity field in each"""
-    times_per_window: PositiveInt | None = None
+    times_per_window: Annotated[int, Field(gt=0, le=100_000)] | None = None
     """train at so many times of a window, equally far apart, its start the first; 1: for K steps only; null: at all"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     """of the teacher, baked into the student; 1 = none"""

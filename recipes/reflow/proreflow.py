@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from distill import distances, windows
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
@@ -27,13 +27,13 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    windows: PositiveInt = 4
+    windows: Annotated[int, Field(gt=0, le=100_000)] = 4
     """equal windows of time in this stage, K; the student takes K steps or more"""
-    times_per_window: PositiveInt | None = None
+    times_per_window: Annotated[int, Field(gt=0, le=100_000)] | None = None
     """train at so many times of a window, equally far apart, its start the first; 1: for K steps only; null: at all"""
     solver: Literal["euler", "heun"] = "euler"
     """of the teacher, within a window"""
-    teacher_steps: PositiveInt = 32
+    teacher_steps: Annotated[int, Field(gt=0, le=100_000)] = 32
     """its steps in all windows together, a multiple of windows"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     """of the teacher, baked into the student; 1 = none"""

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor
 
 from distill import distances, windows
@@ -32,9 +32,9 @@ class Config(BaseModel):
 
     form: Literal["full", "phased"] = "full"
     """full: from pairs; phased: window by window, from data and the teacher"""
-    phases: PositiveInt | None = None
+    phases: Annotated[int, Field(gt=0, le=100_000)] | None = None
     """equal windows of time of phased, K; the student takes K steps or more; null: 4"""
-    solver_steps: PositiveInt | None = None
+    solver_steps: Annotated[int, Field(gt=0, le=100_000)] | None = None
     """Euler steps of the teacher in each phase; null: 10"""
     times: Literal["uniform", "grid"] = "uniform"
     """of training; grid: those of the teacher's steps, under phased"""

@@ -11,9 +11,10 @@ random. All segments are as likely, whatever their length. The number of segment
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
 
 from distill import distances
 from distill.guard import InputError
@@ -27,7 +28,7 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    times_per_segment: PositiveInt | None = None
+    times_per_segment: Annotated[int, Field(gt=0, le=100_000)] | None = None
     """train at so many times of a segment, equally far apart, its start the first; 1: for K steps only; null: at all"""
 
     @property

@@ -40,7 +40,7 @@ class Config(BaseModel):
     """of what a blur takes away, in the distance of images; null: 10; vectors have none"""
     sharpness: Annotated[float, Field(gt=0, le=50)] | None = 20.0
     """of the students' sigmoid grid, for 1 to 16 steps; null: a uniform grid, any number of steps"""
-    project_block: Annotated[int, Field(ge=2)] | None = None
+    project_block: Annotated[int, Field(ge=2, le=100_000)] | None = None
     """pairs whose generated data is exchanged for real data together; null: it is kept"""
 
     @property

@@ -12,10 +12,10 @@ anneal; student and v_T start from the same weights, those that the stage before
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from distill import distances, times
@@ -33,7 +33,7 @@ class Config(distances.LpipsOptions):
 
     phase: Literal["anneal", "distill"] = "distill"
     """anneal: annealed reflow of a fresh network; distill: flow-guided distillation of it, into one step"""
-    anneal_images: PositiveInt | None = None
+    anneal_images: Annotated[int, Field(gt=0, le=10**13)] | None = None
     """of anneal: images until beta is 0 (under exp: 1/e); well below the stage's own"""
     schedule: Literal["linear", "exp", "cosine"] | None = None
     """of beta in anneal; null: linear"""

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -29,11 +29,11 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    steps: PositiveInt = 1
+    steps: Annotated[int, Field(gt=0, le=100_000)] = 1
     """steps of the student, N"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     """of the teacher, baked into the student; 1 = none"""
-    ratio: PositiveInt = 5
+    ratio: Annotated[int, Field(gt=0, le=100_000)] = 5
     """turns of the critic to one of the student"""
     gan_weight: Annotated[float, Field(ge=0)] = 3e-3
     """of the student's adversarial loss; 0: scores alone"""

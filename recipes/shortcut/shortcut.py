@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from distill import distances, solvers
@@ -33,7 +33,7 @@ class Config(BaseModel):
     """what the finest step is taught by: the teacher in three ways, or data, noise - data, which needs no teacher"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     """of the teacher, baked into the student; 1 = none"""
-    grid: PositiveInt = 128
+    grid: Annotated[int, Field(gt=0, le=100_000)] = 128
     """finest number of steps, M, a power of two"""
     bootstrap: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """part of the batch that is taught by two half steps"""

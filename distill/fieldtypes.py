@@ -1,0 +1,28 @@
+"""Types of the fields of a spec: names, lines of text, numbers with bounds."""
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+from pydantic_core import PydanticCustomError
+
+from distill.guard import is_line
+
+
+def _one_line(text: str) -> str:
+    if not is_line(text):
+        raise PydanticCustomError("not_one_line", "must be one line of text without control characters")
+    return text
+
+
+Line = Annotated[str, AfterValidator(_one_line)]
+"""Text that may stand in a script, a log and a message: a line break in it would be a line of its own there."""
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+# Far above what anybody uses; a number beyond them is a slip of the hand, and would be hours of work before it shows.
+MAX_STEPS, MAX_SAMPLES = 100_000, 100_000_000
+Steps = Annotated[int, Field(gt=0, le=MAX_STEPS)]
+Samples = Annotated[int, Field(gt=0, le=MAX_SAMPLES)]
+Images = Annotated[int, Field(gt=0, le=10**13)]
+Processes = Annotated[int, Field(gt=0, le=4096)]
+"""or threads, or GPUs, of one machine"""
+Minutes = Annotated[float, Field(gt=0, le=1e6)]

@@ -1,0 +1,421 @@
+"""What is more than anybody means is refused before any work, and what the system refuses is one message."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from commands import command, snapshot
+from pydantic import BaseModel
+from runs import ENV, make
+
+from distill import registry, schema, store, yamltext
+from distill.cli import given
+from distill.guard import InputError, whole_number
+from distill.spec import LaunchSpec, MlpSpec, Stage, UNetSpec
+from distill.students import networks
+
+GAUSSIAN = "{kind: gaussian, mean: [0], std: [1]}"
+SPEC = """
+name: a
+teacher: {{kind: gaussian, mean: [0, 1], std: [1, 1]}}
+stages:
+  p: {{kind: pairs, count: 256}}
+  r: {{kind: train, recipe: {recipe}, pairs: p, images: 1280, network: {{kind: mlp}}}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DISTILL_STORE", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path.parent / "no-config"))
+    (tmp_path / "ok.yaml").write_text(SPEC.format(recipe="reflow/reflow"))
+
+
+def refuse(capfd, tmp_path, arguments, said):
+    """Refused with this message, and nothing written."""
+    before = snapshot(tmp_path)
+    done = command(capfd, *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert done.err == f"error: {said}\n"
+    assert snapshot(tmp_path) == before
+
+
+# --- numbers ---
+
+NUMBERS = {
+    "stages.r.network.depth=10000000": "must be at most 1,000",
+    "stages.r.network.width=1000000000": "must be at most 65,536",
+    "stages.r.batch_size=1000000000": "must be at most 100,000,000",
+    "stages.r.images=100000000000000": "must be at most 10,000,000,000,000",
+    "stages.r.optimizer.lr=1e300": "must be at most 1000",
+    "stages.p.count=1000000000000000000": "must be at most 10,000,000,000",
+    "stages.p.steps=1000000000": "must be at most 100,000",
+    "stages.p.guidance_scale=1e300": "must be at most 10000",
+    "launch.procs=1000000000": "must be at most 4,096",
+    "launch.collective_minutes=1e12": "must be at most 1e+06",
+}
+
+
+@pytest.mark.parametrize("change", NUMBERS)
+def test_a_number_out_of_all_proportion(capfd, tmp_path, change):
+    done = command(capfd, "plan", "ok.yaml", change)
+    field = change.partition("=")[0]
+    assert done.code == 2
+    assert done.err.startswith(f"error: ok.yaml: {field}: ") and done.err.endswith(f" given; {NUMBERS[change]}\n")
+
+
+def _counts(described):
+    """(name, its part of the JSON schema) of each field that is a whole number, in lists and mappings too."""
+    for model in [described, *described.get("$defs", {}).values()]:
+        for name, field in model.get("properties", {}).items():
+            todo = [field]
+            while todo:
+                part = todo.pop()
+                if part.get("type") == "integer":
+                    yield f"{model.get('title')}.{name}", part
+                todo += part.get("anyOf", [])
+                todo += [inner for key in ("items", "additionalProperties") if isinstance(inner := part.get(key), dict)]
+
+
+def test_every_count_has_a_bound():
+    models = [*schema.models(Stage), LaunchSpec]
+    models += [registry.load(name, Path()).Config for name in registry.names() if "/" in name]
+    found = [each for model in models if issubclass(model, BaseModel) for each in _counts(model.model_json_schema())]
+    assert len(found) > 40
+    assert [name for name, field in found if not {"maximum", "exclusiveMaximum"} & field.keys()] == []
+
+
+def test_a_network_beyond_any_machine(capfd, tmp_path):
+    change = "stages.r.network={kind: mlp, depth: 1000, width: 65536}"
+    said = "spec 'a': stages.r.network: about 4,294,967,296,000 parameters; at most 100,000,000,000; make it smaller"
+    refuse(capfd, tmp_path, ["plan", "ok.yaml", change], said)
+
+
+@pytest.mark.parametrize(
+    ("network", "shape"),
+    [
+        (MlpSpec(kind="mlp", width=65536, depth=23), (2,)),
+        (UNetSpec(kind="unet", channels=[16384], layers_per_block=8), (3, 8, 8)),
+    ],
+)
+def test_a_network_beyond_this_machine_is_not_allocated(network, shape):
+    with pytest.raises(InputError, match=r"^network: its weights take about .* GB, and this machine has .*; make it"):
+        networks.build(network, shape, None, 0)
+
+
+OPTIONS = {
+    "sample --steps": ["sample", "x", "--steps", "1000000000", "--out", "a.png"],
+    "sample --count": ["sample", "x", "--count", "1000000000000", "--out", "a.png"],
+    "schedule --fine": ["schedule", GAUSSIAN, "--steps", "2", "--fine", "1000000000"],
+    "reflow --rounds": ["reflow", "digits", "--rounds", "1000000000"],
+    "run --procs": ["run", "digits", "--procs", "1000000000"],
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_an_option_out_of_all_proportion(capfd, tmp_path, case):
+    done = command(capfd, *OPTIONS[case])
+    assert done.code == 2
+    assert f"Invalid value for '{case.split()[1]}'" in done.err
+
+
+@pytest.mark.parametrize("text", ["0", "1,0", "100001", "\u00b2", "1" * 5000, "", "1,,2"])
+def test_numbers_of_steps_name_their_option(text):
+    with pytest.raises(InputError) as caught:
+        given.steps("--steps", text)
+    assert str(caught.value).startswith("--steps ") and len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("0", 0),
+        ("007", 7),
+        ("\u00b2", None),
+        ("\u0663", None),
+        ("1" * 19, None),
+        ("-1", None),
+        ("", None),
+        ("1_0", None),
+    ],
+)
+def test_a_whole_number_is_ascii_digits(text, number):
+    assert whole_number(text) == number
+
+
+# --- YAML ---
+
+
+def bomb(levels: int) -> str:
+    """Ten values, and lists of ten aliases of the list before."""
+    lines = [f"a0: &a0 [{', '.join('x' * 10)}]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, levels)]
+    return "\n".join(lines)
+
+
+YAML = {
+    "aliases of aliases": (bomb(30), "line 1: holds more than 200,000 values, with those that aliases repeat"),
+    "merged aliases": (
+        "a0: &a0 {k: 1}\n" + "\n".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 30)),
+        "line 1: holds more than 200,000 values, with those that aliases repeat",
+    ),
+    "itself": ("a: &a [*a]", "line 1: a value stands within itself"),
+    "many values": ("- 1\n" * 200_001, "line 200000: holds more than 200,000 values"),
+    "deep": ("[" * 65, "line 1: holds more than 64 lists or mappings in each other"),
+    "very deep": ("[" * 100_000, "not YAML: line 1, column 1001: exceeded maximum nesting depth"),
+    "many digits": ("seed: " + "1" * 5000, "line 1: a number of 5000 digits is too large for a number"),
+    "no int": ("a: !!int abc", "line 1: 'abc' is no whole number"),
+    "no bool": ("a: !!bool maybe", "line 1: 'maybe' is no bool (true or false)"),
+    "a list as an int": ("a: !!int [1]", "line 1: a list or mapping is no whole number"),
+    "a scalar as a mapping": ("!!map 3", "expected a mapping node, but found scalar"),
+    "a date": (
+        "a: !!timestamp soon",
+        "line 1: the tag !!timestamp means nothing here; valid: !!str, !!int, !!float, !!bool, !!null, !!seq, !!map",
+    ),
+    "code": (
+        "a: !!python/object/apply:os.system [id]",
+        "line 1: the tag !!python/object/apply:os.system means nothing here; "
+        "valid: !!str, !!int, !!float, !!bool, !!null, !!seq, !!map",
+    ),
+    "a control character": ('name: "a\\0b"', "'a\\x00b' holds a control character, or bytes that are not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", YAML)
+def test_yaml_that_cannot_be_meant(capfd, tmp_path, case):
+    text, said = YAML[case]
+    (tmp_path / "s.yaml").write_text(text)
+    began = time.process_time()
+    refuse(capfd, tmp_path, ["plan", "s.yaml"], f"s.yaml: {said}")
+    assert time.process_time() - began < 5
+
+
+def test_what_yaml_may_say_is_taken():
+    text = "{a: &x {b: 1}, c: {<<: *x, d: !!float 2}, e: [!!str 5, !!bool true, !!null null, *x]}"
+    assert yamltext.parse(text, "s") == {
+        "a": {"b": 1}, "c": {"b": 1, "d": 2}, "e": ["5", True, None, {"b": 1}],
+    }  # fmt: skip
+    assert yamltext.parse(bomb(4), "s")["a3"][9][9][9] == list("x" * 10)
+
+
+def test_a_file_without_end_is_not_read(capfd, tmp_path):
+    refuse(capfd, tmp_path, ["plan", "/dev/zero"], "/dev/zero: holds more than 16 MiB; a spec is a short YAML file")
+
+
+def test_very_many_mistakes_are_counted(capfd, tmp_path):
+    stages = ", ".join(f"s{i}: {{kind: x}}" for i in range(1000))
+    (tmp_path / "s.yaml").write_text(f"name: a\nstages: {{{stages}}}\n")
+    done = command(capfd, "plan", "s.yaml")
+    lines = done.err.splitlines()
+    assert (done.code, lines[0], lines[-1]) == (2, "error: s.yaml: 1,000 mistakes", "  and 980 more")
+    assert len(lines) == 22
+
+
+CHANGES = {
+    "bytes": ("seed=\udcff", "'seed=\\udcff' is not a change of the spec: it holds a control character, or bytes not"),
+    "bytes as a key": ("stages.\udcff=1", "'stages.\\udcff=1' is not a change of the spec: it holds a control"),
+    "an escape sequence": ("seed=\x1b[2J", "'seed=\\x1b[2J' is not a change of the spec: it holds a control character"),
+    "a tag": ("seed=!!int abc", "seed=!!int abc: line 1: 'abc' is no whole number"),
+    "a superscript": ("teacher.mean.\u00b2=1", "teacher.mean.\u00b2=1: teacher.mean has 2 items; '\u00b2' is none of"),
+    "digits": ("teacher.mean." + "9" * 5000 + "=1", "teacher.mean.999"),
+    "digits of a value": ("seed=" + "1" * 5000, "seed=111"),
+    "a number": ("seed=" + "1" * 200, "ok.yaml: seed: 111"),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_changes_that_cannot_be_meant(capfd, tmp_path, case):
+    change, said = CHANGES[case]
+    done = command(capfd, "plan", "ok.yaml", change)
+    assert done.code == 2
+    assert done.err.startswith(f"error: {said}") and len(done.err) < 400 and done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["\udcff", "\x1b[31m"])
+def test_a_name_that_is_no_text(capfd, tmp_path, name):
+    said = f"ok.yaml: {ascii(name)} holds a control character, or bytes that are not UTF-8"
+    refuse(capfd, tmp_path, ["run", "ok.yaml", "--name", name], said)
+
+
+@pytest.mark.parametrize("name", [b"\xff", b"\x1b[31m"])
+def test_a_store_whose_name_is_no_text(capfd, tmp_path, monkeypatch, name):
+    folder = os.fsdecode(name)
+    (tmp_path / folder).mkdir()
+    shown = ascii(str(tmp_path / folder))
+    said = "holds a control character, or bytes that are not UTF-8"
+    done = command(capfd, "run", "ok.yaml", "--store", folder)
+    assert done.err == f"error: the store {shown} (from --store) {said}; choose another by --store\n"
+    monkeypatch.chdir(tmp_path / folder)
+    (tmp_path / folder / "pictures").mkdir()
+    (tmp_path / folder / "s.yaml").write_text((tmp_path / "ok.yaml").read_text())
+    done = command(
+        capfd, "plan", "s.yaml", "--store", str(tmp_path / "runs"), "teacher={kind: diffusers, path: pictures}"
+    )
+    assert done.code == 2 and "Traceback" not in done.err
+    assert done.err.endswith(f"{ascii(str(tmp_path / folder / 'pictures'))} {said}; rename that folder\n")
+    assert not (tmp_path / "runs").exists()
+
+
+# --- what the system refuses ---
+
+LONG = "x" * 300
+SHOWN = f"{'x' * 90}... (300 letters)"
+NAMES = {
+    "run": ["run", LONG], "plan": ["plan", LONG], "list": ["list", "--store", LONG], "show": ["show", LONG],
+    "status": ["status", LONG], "logs": ["logs", LONG], "cancel": ["cancel", LONG], "report": ["report", LONG],
+    "clean": ["clean", LONG], "export": ["export", LONG], "sample": ["sample", LONG, "--out", "a.png"],
+    "eval": ["eval", LONG, "--out", "e"], "pairs": ["pairs", LONG, "--out", "p"], "pull": ["pull", LONG],
+    "publish": ["publish", LONG, "n"], "init": ["init", "digits", "--out", LONG],
+    "site": ["submit", "ok.yaml", "--dry-run", "--site", LONG], "schedule": ["schedule", LONG, "--steps", "2"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_a_name_of_300_letters(capfd, tmp_path, case):
+    before = snapshot(tmp_path)
+    done = command(capfd, *NAMES[case])
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: ") and done.err.endswith("File name too long; give a shorter name\n")
+    assert len(done.err) < 250
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["list", "--store", "~nosuchuser/runs"], ["config", "store", "~nosuchuser/runs"]]
+    + [["submit", "ok.yaml", "--dry-run", "--site", "~nosuchuser/runs"]]
+    + [["pairs", "{kind: diffusers, path: ~nosuchuser/runs}", "--out", "p"]],
+    ids=["store", "config", "site", "teacher"],
+)
+def test_a_home_that_nobody_has(capfd, tmp_path, arguments):
+    said = "~nosuchuser/runs: the home folder of ~nosuchuser is not known here; write the path in full"
+    refuse(capfd, tmp_path, arguments, said)
+
+
+@pytest.mark.process
+def test_a_folder_that_is_gone(tmp_path):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    shell = f"cd {folder} && rmdir {folder} && exec {sys.executable} -m distill list"
+    env = ENV | {"PYTHONPATH": str(Path(store.__file__).parent.parent)}
+    done = subprocess.run(["bash", "-c", shell], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "error: the current folder is there no more; change to another one: cd\n"
+
+
+@pytest.mark.process
+def test_without_a_home(tmp_path):
+    """As in a container whose user has no entry."""
+    code = "import pwd, os; os.environ.pop('HOME'); pwd.getpwuid = lambda uid: {}[uid]; "
+    code += "from distill.cli.main import main; print(main(['list']))"
+    env = {name: value for name, value in ENV.items() if name != "XDG_CONFIG_HOME"}
+    env["PYTHONPATH"] = str(Path(store.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.stdout == "no runs in runs; make the first: distill run digits\n0\n", done.stderr
+
+
+# --- what is given half ---
+
+
+@pytest.mark.process
+def test_init_on_a_full_disk_leaves_nothing(tmp_path):
+    """A limit on the size of a file, in place of a disk that is full in the middle of it."""
+    shell = f"ulimit -f 1; exec {sys.executable} -m distill init digits"
+    env = ENV | {"PYTHONPATH": str(Path(store.__file__).parent.parent)}
+    script = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); import os; "
+    script += f"os.execvp('bash', ['bash', '-c', {shell!r}])"
+    before = snapshot(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: cannot write digits.yaml: File too large; nothing was changed\n"
+    assert snapshot(tmp_path) == before
+
+
+def test_init_does_not_write_over_a_link(capfd, tmp_path):
+    (tmp_path / "digits.yaml").symlink_to("nowhere")
+    done = command(capfd, "init", "digits")
+    assert (done.code, done.err) == (2, "error: digits.yaml exists already; name another file by --out\n")
+    assert (tmp_path / "digits.yaml").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["registry", "inputs", "schedules"])
+@pytest.mark.parametrize(
+    "arguments",
+    [["plan", "ok.yaml"], ["run", "ok.yaml"], ["submit", "ok.yaml", "--dry-run"], ["reflow", "ok.yaml", "--dry-run"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_name_that_the_store_uses_itself(capfd, tmp_path, arguments, name):
+    said = f"a run cannot be called '{name}': a store keeps there {store.RESERVED[name]}; give --name"
+    refuse(capfd, tmp_path, [*arguments, f"name={name}"], said)
+
+
+RECIPE = '''"""A recipe (X 2020, arXiv 2001.00001)."""
+from recipes.reflow.reflow import Config as Ours, Recipe
+import sys
+
+{what}
+'''
+
+
+def test_a_recipe_that_ends_the_program(capfd, tmp_path):
+    (tmp_path / "mine.py").write_text(RECIPE.format(what="sys.exit(0)\nConfig = Ours"))
+    (tmp_path / "s.yaml").write_text(SPEC.format(recipe="./mine.py"))
+    ends = "recipe './mine.py' ends the program when it is imported: it calls sys.exit(0); remove that"
+    before = {path.name for path in tmp_path.iterdir()}
+    done = command(capfd, "plan", "s.yaml")
+    assert (done.code, done.err) == (2, f"error: spec 'a': stages.r.recipe: {ends}\n")
+    late = "class Config(Ours):\n    @property\n    def needs(self):\n        sys.exit(0)"
+    (tmp_path / "mine.py").write_text(RECIPE.format(what=late))
+    done = command(capfd, "plan", "s.yaml")
+    assert done.code == 2
+    assert done.err == (
+        f"error: {tmp_path}/mine.py, line 8, ends the program: sys.exit(0). A recipe must not do so; remove that, or "
+        "raise an error that says what is wrong\n"
+    )
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == before
+
+
+def test_what_a_kill_left_of_a_run_is_cleared_at_the_next_start(tmp_path):
+    import platform
+
+    host, here = platform.node(), tmp_path / "runs"
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    now, long_ago = time.time_ns(), time.time_ns() - 2 * 86400 * 10**9
+    left = [f".one.new-{gone.pid}-{now}-{host}", f".b.new-{gone.pid}-{long_ago}-elsewhere", f".c.new-1-{long_ago}"]
+    kept = [f".d.new-{os.getpid()}-{now}-{host}", f".e.new-{gone.pid}-{now}-elsewhere", ".f.new-x", ".trash"]
+    for name in [*left, *kept]:
+        (here / name / "code").mkdir(parents=True)
+    make(here)
+    assert {path.name for path in here.iterdir()} == {"one", *kept}
+
+
+@pytest.mark.process
+def test_a_kill_while_a_run_is_made(tmp_path):
+    code = "from pathlib import Path; from distill import store; import time\n"
+    code += "store.write_atomic = lambda path, content: time.sleep(100)\n"
+    code += "store.create_run(Path('runs'), 'one', {'a': 'b'})"
+    env = ENV | {"PYTHONPATH": str(Path(store.__file__).parent.parent)}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env)
+    while not list(tmp_path.glob("runs/.one.new-*")):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    make(tmp_path / "runs")
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["one"]
+
+
+def test_commands_of_jobs_say_who_starts_them(capfd, tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    said = "is started by a job in Slurm's queue; use `distill submit`"
+    refuse(capfd, tmp_path, ["probe", "x"], f"`distill probe` {said}")
+    refuse(capfd, tmp_path, ["job", "x", "--stage", "a", "--", "srun"], f"`distill job` {said}")
