@@ -1,5 +1,5 @@
-"""Other environments than this one, each made from nothing as a user does: every Python that is found on this machine with
-its locked packages, the newest release of everything, and the oldest torch that is allowed. 6 GB of disk for their time.
+"""Other environments than this one, each made from nothing as a user does: every Python that is found on this machine
+with its locked packages, the newest release of everything, and the oldest torch that is allowed. 6 GB each, then deleted.
 """
 
 import functools
@@ -127,7 +127,9 @@ def test_every_recipe_learns_with_the_oldest_torch_and_without_torchvision(tmp_p
     python = tmp_path / "env" / "bin" / "python"
     run(tmp_path, python, "-m", "pip", "install", "-q", "-c", "pins.txt", *names)
     try:
-        code = "import importlib.util as u, torch; print(torch.__version__, u.find_spec('torchvision'), u.find_spec('lpips'))"
+        code = (
+            f"import importlib.util, torch; print(torch.__version__, *map(importlib.util.find_spec, {sorted(ABSENT)}))"
+        )
         found = run(tmp_path, python, "-c", code).stdout
         assert re.match(rf"{re.escape(floor)}\S* None None$", found), found
         done = run(ROOT, python, "-m", "pytest", "-p", "no:cacheprovider", "tests/test_conformance.py", "-k", PROBES)
