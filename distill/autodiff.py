@@ -16,7 +16,7 @@ Function = Callable[..., Tensor]
 
 
 class ContiguousGroupNorm(TorchFunctionMode):
-    """Group norm gets its input [B, C, ...] contiguous: before torch 2.14 its forward derivative on CPUs takes no other.
+    """Group norm gets its input [B, C, ...] contiguous: before torch 2.14 its derivative on CPUs takes no other.
     After attention the channels come last in memory.
     """
 
