@@ -6,7 +6,7 @@ PART   ?= 1/1
 NEWEST ?=
 UPGRADE ?=
 
-# What each Python gets: the versions that its tests ran with. Made by `make lock` for these Pythons.
+# The versions of all packages that each of these Pythons gets, by `make lock`; NEWEST=1 takes the newest instead.
 PYTHONS := 3.11 3.12 3.13 3.14
 LOCKS   := $(wildcard containers/constraints-*.txt)
 
@@ -81,8 +81,8 @@ define install
 if [ -e $$constraints ] && [ -z "$(NEWEST)" ]; then \
   export PIP_CONSTRAINT=$$constraints PIP_BUILD_CONSTRAINT=$$constraints; \
 else \
-  echo "installing the newest release of every package, which nothing was tested with: $${constraints##*/} is" \
-    "$(if $(NEWEST),not used,missing; Pythons that were tested: $(PYTHONS))"; \
+  echo "installing the newest release of every package, as" \
+    "$(if $(NEWEST),NEWEST is set,there is no $$constraints; if that fails use one of these Pythons: $(PYTHONS))"; \
 fi; \
 $(BIN)/python -m pip install -q -e '.[$(1)]'
 endef

@@ -5,7 +5,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
+import venv
 from pathlib import Path
 
 import pytest
@@ -198,6 +200,29 @@ def test_constraints_pin_what_the_project_and_its_tests_ask_for(python):
     cuda = lock("cuda")
     for name in ("torch", "torchvision", "setuptools"):
         assert pins[name] == cuda[name], f"{name} is another one than in the container; run: make lock"
+
+
+@pytest.mark.process
+def test_a_python_without_constraints_gets_the_newest_of_everything_and_is_told_so(tmp_path):
+    """In an environment without pip, where the installation ends at once."""
+    (tmp_path / "containers").mkdir()
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    venv.create(tmp_path / ".venv")
+
+    def install(*options):
+        command = ["make", "--silent", "--no-print-directory", ".venv/.train", *options]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and "No module named pip" in done.stderr
+        return done.stdout
+
+    constraints = "containers/constraints-{}.{}.txt".format(*sys.version_info)
+    newest = "installing the newest release of every package, as"
+    others = f"if that fails use one of these Pythons: {' '.join(PYTHONS)}"
+    assert install() == f"{newest} there is no {constraints}; {others}\n"
+    (tmp_path / constraints).touch()
+    assert install() == ""
+    assert install("NEWEST=1") == f"{newest} NEWEST is set\n"
 
 
 # --- make container-test ---
