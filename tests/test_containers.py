@@ -1,10 +1,13 @@
 """The containers' files, read as text: what is built from them is a matter of `make container-test`."""
 
+import itertools
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
+import venv
 from pathlib import Path
 
 import pytest
@@ -58,12 +61,25 @@ def definition():
     return dict(line.split(": ") for line in header.split("\n") if line), lines
 
 
+def pins_of(path):
+    """A lock's packages and versions; every line must pin one, and say nothing else."""
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    for line in lines:
+        assert re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.+]+", line), f"{path.name}: {line}"
+    return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+
+
 def lock(variant):
-    """A lock's packages and versions; every line must pin one."""
-    lines = (FOLDER / f"requirements-{variant}.lock").read_text().splitlines()
-    pins = [line.split("==") for line in lines if line and not line.startswith("#")]
-    assert all(len(pin) == 2 for pin in pins), "a line pins no version"
-    return {canonicalize_name(name): version for name, version in pins}
+    return pins_of(FOLDER / f"requirements-{variant}.lock")
+
+
+def assert_pins(pins, asked, name):
+    """What is asked for, such as "torch>=2.13", is pinned to a version that it allows."""
+    for requirement in map(Requirement, asked):
+        package = canonicalize_name(requirement.name)
+        if package != "distill":
+            assert package in pins, f"{name} lacks {package}; run: make lock"
+            assert requirement.specifier.contains(pins[package]), f"{name}: {package}=={pins[package]}, {requirement}"
 
 
 # --- the Dockerfile ---
@@ -152,13 +168,8 @@ def test_only_what_the_package_is_made_of_is_copied_in():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_lock_pins_what_the_project_asks_for(variant):
-    pins = lock(variant)
     asked = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["train"]]
-    for text in [*asked, *PROJECT["build-system"]["requires"]]:
-        requirement = Requirement(text)
-        name = canonicalize_name(requirement.name)
-        assert name in pins, f"requirements-{variant}.lock lacks {name}; run: make lock"
-        assert requirement.specifier.contains(pins[name]), f"requirements-{variant}.lock: {name}=={pins[name]}, {text}"
+    assert_pins(lock(variant), [*asked, *PROJECT["build-system"]["requires"]], f"requirements-{variant}.lock")
 
 
 def test_the_locks_differ_by_torch_and_what_it_needs_alone():
@@ -168,6 +179,50 @@ def test_the_locks_differ_by_torch_and_what_it_needs_alone():
     assert set(cpu) <= set(cuda)
     assert all(re.match(r"nvidia-|cuda-|triton$", name) for name in set(cuda) - set(cpu))
     assert {name for name in cpu if cpu[name] != cuda[name]} == {"torch", "torchvision"}
+
+
+# --- what `make quickstart` and `make test` install ---
+
+PYTHONS = re.search("^PYTHONS := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[1].split()
+
+
+def test_every_python_that_is_supported_has_its_constraints():
+    assert PROJECT["project"]["requires-python"] == f">={PYTHONS[0]}"
+    assert {path.name for path in FOLDER.glob("constraints*")} == {f"constraints-{python}.txt" for python in PYTHONS}
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+def test_constraints_pin_what_the_project_and_its_tests_ask_for(python):
+    pins = pins_of(FOLDER / f"constraints-{python}.txt")
+    extras = PROJECT["project"]["optional-dependencies"].values()
+    asked = [*PROJECT["project"]["dependencies"], *PROJECT["build-system"]["requires"], *itertools.chain(*extras)]
+    assert_pins(pins, asked, f"constraints-{python}.txt")
+    cuda = lock("cuda")
+    for name in ("torch", "torchvision", "setuptools"):
+        assert pins[name] == cuda[name], f"{name} is another one than in the container; run: make lock"
+
+
+@pytest.mark.process
+def test_a_python_without_constraints_gets_the_newest_of_everything_and_is_told_so(tmp_path):
+    """In an environment without pip, where the installation ends at once."""
+    (tmp_path / "containers").mkdir()
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    venv.create(tmp_path / ".venv")
+
+    def install(*options):
+        command = ["make", "--silent", "--no-print-directory", ".venv/.train", *options]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and "No module named pip" in done.stderr
+        return done.stdout
+
+    constraints = "containers/constraints-{}.{}.txt".format(*sys.version_info)
+    newest = "installing the newest release of every package, as"
+    others = f"if that fails use one of these Pythons: {' '.join(PYTHONS)}"
+    assert install() == f"{newest} there is no {constraints}; {others}\n"
+    (tmp_path / constraints).touch()
+    assert install() == ""
+    assert install("NEWEST=1") == f"{newest} NEWEST is set\n"
 
 
 # --- make container-test ---
