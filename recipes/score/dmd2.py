@@ -84,8 +84,7 @@ class Recipe:
             towards_fake = like(t, x_t) * (v_real - v_fake)  # x0_fake - x0_teacher
             weight = ((1 - t) / t).square()
             if c.weight == "normalised":
-                distance = (samples - x_t + like(t, x_t) * v_real).abs().flatten(1).mean(1)
-                weight = 1 / (distance + 1e-6)  # where the teacher is exact, the distance is 0
+                weight = 1 / ((samples - x_t + like(t, x_t) * v_real).abs().flatten(1).mean(1) + 1e-6)  # it may be 0
             g = like(weight, x_t) * towards_fake
         match = distances.mse(samples, samples.detach() - g).mean() / 2  # d match / d samples = g / (B d)
         if c.gan_weight == 0:
