@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from commands import command, snapshot
 from pydantic import BaseModel
-from runs import ENV, make
+from runs import ENV, distill, make
 
 from distill import registry, schema, store, yamltext
 from distill.cli import given
 from distill.guard import InputError, whole_number
 from distill.spec import LaunchSpec, MlpSpec, Stage, UNetSpec
+from distill.store import read_json
 from distill.students import networks
 
 GAUSSIAN = "{kind: gaussian, mean: [0], std: [1]}"
@@ -419,3 +420,19 @@ def test_commands_of_jobs_say_who_starts_them(capfd, tmp_path, monkeypatch):
     said = "is started by a job in Slurm's queue; use `distill submit`"
     refuse(capfd, tmp_path, ["probe", "x"], f"`distill probe` {said}")
     refuse(capfd, tmp_path, ["job", "x", "--stage", "a", "--", "srun"], f"`distill job` {said}")
+
+
+@pytest.mark.process
+def test_a_process_among_several_keeps_its_traceback_and_leaves_word(tmp_path):
+    """`distill logs` finds the first failure by it, and the job's own process reads how each ended."""
+    (tmp_path / "ends").mkdir()
+    job = {"DISTILL_ENDS": str(tmp_path / "ends"), "SLURM_PROCID": "0", "SLURM_JOB_ID": "3"}
+    done = distill("stage", LONG, "x", cwd=tmp_path, env=job)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[0].endswith("  rank 0 failed:")
+    assert done.stderr.splitlines()[1].startswith("Traceback")
+    found = read_json(tmp_path / "ends" / "rank-0")
+    assert found["code"] == 1 and found["message"].startswith("OSError: ")
+    done = distill("stage", "nope", "x", cwd=tmp_path, env=job)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert read_json(tmp_path / "ends" / "rank-0")["message"] == done.stderr.strip()
