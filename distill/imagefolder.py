@@ -33,7 +33,7 @@ CAPTION_SUFFIXES = {".txt", ".caption"}
 TRAIN = re.compile(r"train(ing)?[-_]?\d*", re.IGNORECASE)
 HELD_OUT = re.compile(r"(val|valid|validation|dev|test|testing|eval)[-_]?\d*", re.IGNORECASE)
 REPEATS = re.compile(r"(\d+)_.+")  # kohya: 10_name is shown ten times an epoch
-SHOWN = 3  # names in a message
+SHOWN, SHOWN_PATH = 3, 300  # names in a message, letters of a path
 CONVERT = {  # ends of names -> what it is, and how its images become files
     **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.zst"), ("a tar archive", "unpack it with `tar -xf`")),
     ".zip": ("a zip archive", "unpack it with `unzip`"),
@@ -130,6 +130,16 @@ def count_classes(labels: Sequence[int], where: str) -> int:
             f"classes is the highest id + 1, at most {PER_IMAGE} for each image); number the classes 0, 1, 2 ..."
         )
     return high + 1
+
+
+def check_path(path: str) -> None:
+    """InputError where the system does not say whether anything is there: no permission, too long a name ..."""
+    try:
+        Path(path).exists()
+    except OSError as error:
+        raise InputError(
+            f"data.path={printable(path)[:SHOWN_PATH]} cannot be looked at: {error.strerror}; give another path"
+        ) from error
 
 
 def refuse_container(path: str) -> None:

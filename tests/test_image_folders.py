@@ -218,8 +218,14 @@ def test_what_may_not_be_read_is_named():
         assert "a/1.png (row 0): no permission to read it" in unreadable(root)
         (root / "b").chmod(0)
         assert f"data.path={root}: the folder 'b' cannot be read: Permission denied" in unreadable(root)
-        root = root / "b"
-        assert f"data.path={root} cannot be read: Permission denied" in unreadable(root)
+        assert f"data.path={root}/b cannot be read: Permission denied" in unreadable(root / "b")
+        assert f"data.path={root}/b/x cannot be looked at: Permission denied" in unreadable(root / "b" / "x")
+
+
+def test_a_name_that_is_too_long_is_refused(tmp_path):
+    for kind in (ImagesData, HfData):
+        with pytest.raises(InputError, match=r"data.path=x{300} cannot be looked at: File name too long; give another"):
+            data.load(kind(kind="images" if kind is ImagesData else "hf", path="x" * 400, size=8), 0)
 
 
 def test_names_that_are_not_utf8(tmp_path):

@@ -38,6 +38,7 @@ def load(
 def update_index(spec: DataSpec, store: Path) -> None:
     """Write the index of a set of images in the store, unless the one there is of the images as they are now."""
     if isinstance(spec, ImagesData | HfData):
+        imagefolder.check_path(spec.path)
         path = index.path(store, spec)
         known = index.read(path)
         _, now = _indexed(spec, known)
@@ -46,6 +47,7 @@ def update_index(spec: DataSpec, store: Path) -> None:
 
 
 def _images(spec: ImagesData | HfData, seed: int, store: Path | None, keep: bool, indexed: bool) -> ImageData:
+    imagefolder.check_path(spec.path)
     known = None if store is None else index.read(index.path(store, spec))
     if indexed and known is not None:
         rows = _rows(spec, known)
