@@ -154,7 +154,9 @@ def shards(run: RunPaths, stage: str) -> int:
     """Shards of a pairs stage that are there."""
     folder = run.stage(stage).pairs
     try:
-        listed = records.load(folder / "manifest.json", SHARDS, "make the pairs again", MANIFEST).shards
+        listed = records.load(
+            folder / "manifest.json", SHARDS, "delete that folder, and its stage makes the pairs again", MANIFEST
+        ).shards
     except FileNotFoundError:
         listed = {}
     return len({*listed, *(path.with_suffix(".safetensors").name for path in folder.glob("shard-*.json"))})
