@@ -48,7 +48,7 @@ class StageStarted(_Noted):
 
     event: Literal["stage started"]
     stage: Name
-    kind: Word
+    kind: NotRequired[Word]
     device: NotRequired[Word]
 
 

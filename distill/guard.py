@@ -46,6 +46,8 @@ def printable(text: str) -> str:
     """
     if text.isprintable():  # almost always
         return text
+    if text.isprintable() or text.replace("\n", "").replace("\t", "").isprintable():
+        return text  # nearly always, and much faster
     return "".join(letter if letter in "\n\t" or category(letter) not in UNSAFE else "\ufffd" for letter in text)
 
 

@@ -1,7 +1,6 @@
 """Logs of a run's processes, read in pieces: however long a log is, the memory is the same."""
 
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import BinaryIO
 
 from distill import records
 from distill.guard import printable
+from distill.printing import say
 
 BLOCK = 2**16  # bytes read at once
 TAIL = 2**20  # bytes at the end of a log in which a failure is looked for: it is the last that a process says
@@ -80,7 +80,7 @@ def write(path: Path, at: int, *, unfinished: bool = True) -> int:
         if unfinished and rest:
             _say(rest)
             rest = b""
-    sys.stdout.flush()
+    say(end="", flush=True)
     return at - len(rest)
 
 
@@ -97,5 +97,4 @@ def failures(path: Path) -> Iterator[Failure]:
 
 def _say(content: bytes) -> None:
     text = content.decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n")  # a bar that moves, line by line
-    for line in text.splitlines(keepends=True):
-        sys.stdout.write(line if line.rstrip("\n").isprintable() else printable(line))
+    say(text, end="")

@@ -100,11 +100,11 @@ def write(run: RunPaths) -> Path:
         evaluations={name: _evaluation(run.stage(name).root, results) for name, results in found.items()},
         headlines=[headline(results) for results in wholes or found.values()],
         rounds=_rounds(straightened.rounds(found)),
-        comparison=_comparison(run),
         losses={name: chart for name, training in trainings.items() if (chart := _losses(training))},
         warnings=warnings,
         spec=_spec(run),
         environment=_environment(run),
+        comparison=_comparison(run),  # when nothing of the run can be refused any more: it writes two files
         files=_files(run),
     )
     write_atomic(run.report, page)
@@ -213,7 +213,7 @@ def _events(run: RunPaths) -> tuple[dict[str, str], dict[str, Training], list[st
             case "created":
                 kinds.update(event.get("stages", {}))
             case "stage started":
-                kinds.setdefault(event["stage"], event["kind"])
+                kinds.setdefault(event["stage"], event.get("kind", ""))
             case "warning":
                 if len(warnings) <= MAX_WARNINGS:
                     warnings[f"{event['label']}: {event['text']}"] = None

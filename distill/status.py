@@ -1,7 +1,6 @@
 """How runs stand, from their files alone: state, stages, progress, losses. Reads little, so that lists are quick."""
 
 import os
-import stat
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from typing import Any, BinaryIO
 from distill import card, claims, events, records
 from distill.card import StudentCard
 from distill.guard import InputError
-from distill.store import RunPaths
+from distill.store import RunPaths, check_spec
 
 TAIL = 64 * 1024  # bytes of events that say how a run stands now, at most
 PROCESS = ("started", "stopped", "failed", "finished")  # events of a process
@@ -65,7 +64,7 @@ def read(run: RunPaths, *, brief: bool = False) -> RunStatus:
 
     brief: of progress only that of the first stage that is begun, which a few kilobytes tell.
     """
-    _look(run)
+    check_spec(run)
     try:
         with records.open_regular(run.events) as file:
             return _read(run, file, brief=brief)
@@ -90,16 +89,6 @@ def _read_any(run: RunPaths) -> RunStatus:
         return read(run, brief=True)
     except InputError as error:
         return damaged(run, error)
-
-
-def _look(run: RunPaths) -> None:
-    """InputError unless the spec is a file: nothing else of it is read here."""
-    try:
-        mode = run.spec.stat().st_mode
-    except OSError as error:
-        raise InputError(f"{run.spec} cannot be read: {error.strerror}") from None
-    if not stat.S_ISREG(mode):
-        raise InputError(f"{run.spec} cannot be read: it is not a file; remove the run, or put its spec there")
 
 
 @dataclass

@@ -6,6 +6,7 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
@@ -219,10 +220,21 @@ def is_run(folder: Path) -> bool:
     return True
 
 
+def check_spec(run: RunPaths) -> None:
+    """InputError unless a run's spec is a file that can be looked at: whoever reads it is not to wait for a pipe."""
+    try:
+        mode = run.spec.stat().st_mode
+    except OSError as error:
+        raise InputError(f"{run.spec} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{run.spec} cannot be read: it is not a file; remove the run, or put its spec there")
+
+
 def find_run(store: Path, given: str) -> RunPaths:
-    """The run that a user names: by its name in the store, or by the path of its folder."""
+    """The run that a user names: by its name in the store, or by the path of its folder. InputError without one."""
     for root in (store / given, Path(given)):
         if is_run(root):
+            check_spec(RunPaths(root))
             return RunPaths(root.absolute())
     names = [run.name for run in runs(store)]
     hint = suggest(given, names) if names else "the store is empty; `distill run digits` makes a first run"

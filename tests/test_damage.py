@@ -121,8 +121,8 @@ def test_lists_show_the_others_and_name_the_bad_one(store, capfd, what):
         found = {each["name"]: each for each in json.loads(command(capfd, look, "--json").out)}
         assert [each["state"] for each in found.values()] == ["damaged", "new", "stopped"]
         assert said in found["bad"]["message"]
-    for look in ("show", "status"):
-        done = command(capfd, look, "bad")
+    for look in (["show"], ["status"], *([["run", "--resume"], ["logs"]] if what == "a pipe as spec" else [])):
+        done = command(capfd, *look, "bad")
         assert (done.code, done.out) == (2, "")
         assert done.err.startswith("error: ") and said in done.err and done.err.count("\n") == 1
 

@@ -11,7 +11,7 @@ from runs import folder_bytes, make
 
 from distill import claims, jobs
 from distill.guard import InputError, Stopped
-from distill.launch import slurm
+from distill.launch import slurm, standing
 from distill.pairs import generate, size
 from distill.progress import Progress
 from distill.spec import GaussianTeacher, PairsStage
@@ -248,3 +248,36 @@ def test_more_parts_than_are_left_have_nothing_to_do(tmp_path):
         solve(tmp_path / "parts", (number, 6))
     assert jobs.missing_parts(STAGE, tmp_path / "parts", 6) == []
     assert solve(tmp_path / "parts") == whole
+
+
+# --- how a run stands on a cluster ---
+
+
+def test_a_run_whose_jobs_have_said_how_they_ended_stands_so_without_asking_slurm(tmp_path):
+    run = make(tmp_path)
+    run.jobs.mkdir()
+    jobs.append(run, "7", "submitted", stages=["pairs"], parts=[0, 1], script="pairs.parts.sbatch", after=[])
+    jobs.append(run, "9", "submitted", stages=["teach"], parts=None, script="teach.sbatch", after=["7"])
+    ended(run, "7_0", 0, "crash", True, stage="pairs", step=None)
+    for job in ("7_0", "7_1", "9"):
+        ended(run, job, 1, "done", False)
+    (found,) = standing.read([run])
+    assert (found.state, found.trouble) == ("new", "")
+    assert [(job.job, job.state, job.stages, job.restarts, job.last) for job in found.jobs] == [
+        ("7", "COMPLETED", ["pairs"], {"crash": 1}, ""),
+        ("9", "COMPLETED", ["teach"], {}, ""),
+    ]
+
+
+def test_shards_are_counted_by_the_manifest_and_by_their_own_records(tmp_path):
+    run = make(tmp_path)
+    folder = run.stage("pairs").pairs
+    folder.mkdir(parents=True)
+    assert standing.shards(run, "pairs") == 0
+    write_json(folder / "manifest.json", {"shards": {"shard-00000.safetensors": {"size": 3}}})
+    for number in (0, 1):
+        write_json(folder / f"shard-{number:05}.json", {})
+    assert standing.shards(run, "pairs") == 2
+    (folder / "manifest.json").write_text('{"shards": 3}')
+    with pytest.raises(InputError, match=r"manifest.json cannot be used: shards: 3 given; input should be an object"):
+        standing.shards(run, "pairs")

@@ -328,7 +328,7 @@ def test_the_time_of_a_stage_is_that_of_its_processes(store):
     run = make_run(store)
     events = [
         (0, "started", {}), (10, "stage started", {"stage": "teach", "device": "H100"}),
-        (20, "saved", {"stage": "teach", "step": 100}), (25, "progress", {"label": "teach"}),
+        (20, "saved", {"stage": "teach", "step": 100}), (25, "progress", {"label": "teach", "done": 1}),
         (1000, "started", {}), (1010, "stage started", {"stage": "teach", "device": "H100"}),
         (1015, "stopped", {}), (2000, "stage started", {"stage": "teach", "device": "H200"}),
         (2007, "saved", {"stage": "teach", "step": 200}), (2008, "stage done", {"stage": "teach"}),

@@ -195,9 +195,15 @@ def _begin(path: Path, since: datetime | None, lines: int | None) -> tuple[int, 
     return last, f"  (its last {count:,} lines; all of it: --lines 0)"
 
 
+def _files(paths: RunPaths) -> list[Path]:
+    """All logs of a run, by name."""
+    found = (paths.logs / name for name in records.names(paths.logs) if name.endswith(".log"))
+    return [path for path in found if path.is_file()]
+
+
 def _choose(paths: RunPaths, rank: int, stage: str | None) -> list[Path]:
     """The newest log of a job, and the rank's, of one stage."""
-    files = [path for path in paths.logs.glob("*.log") if path.is_file()]
+    files = _files(paths)
     ranks = {path: match for path in files if (match := RANK_LOG.fullmatch(path.name))}
     jobs = {path: match for path in files if (match := JOB_LOG.fullmatch(path.name))}
     stages = {path: match["stage"] or "" for path, match in (ranks | jobs).items()}
@@ -234,8 +240,8 @@ def _first_failure(paths: RunPaths) -> "distill.logs.Failure | None":
                     began[".".join(names)] = datetime.fromtimestamp(line["time"]).strftime(MOMENT)  # noqa: DTZ006
     found = [
         failure
-        for path in sorted(paths.logs.glob("*rank-*.log"))
-        if path.is_file()
+        for path in _files(paths)
+        if "rank-" in path.name
         for failure in texts.failures(path)
         if failure.time >= began.get(path.name.rpartition("rank-")[0], "")
     ]
@@ -244,7 +250,7 @@ def _first_failure(paths: RunPaths) -> "distill.logs.Failure | None":
 
 def _await(paths: RunPaths) -> None:
     """Until there is a log, or nothing that would write one."""
-    while not any(paths.logs.glob("*.log")) and _is_live(paths):
+    while not _files(paths) and _is_live(paths):
         time.sleep(WATCH_SECONDS)
 
 

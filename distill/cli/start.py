@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from distill import store as stores
 from distill.cli.common import one_line
 from distill.guard import InputError, suggest
 from distill.store import (
@@ -138,7 +139,7 @@ def is_spec(given: str) -> bool:
 
 def is_run(folder: Path, given: str) -> bool:
     """Whether a run is named, where a spec may be."""
-    return (folder / given / "spec.yaml").is_file() or (Path(given) / "spec.yaml").is_file()
+    return stores.is_run(folder / given) or stores.is_run(Path(given))
 
 
 def find_again(
