@@ -2,20 +2,30 @@
 
 import hashlib
 import json
+import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import jinja2
-from pydantic import Field, NonNegativeInt, ValidationError, model_validator
+import yaml
+from pydantic import AfterValidator, Field, StrictBool, ValidationError, model_validator
 
-from distill.guard import InputError
+from distill import markdown
+from distill.guard import InputError, printable
 from distill.nfe import network_calls
+from distill.regular import open_regular, read_regular
 from distill.spec import Frozen, is_path
 from distill.store import write_atomic
 
 FILE_NAME, README = "distill.json", "README.md"
+MAX_CARD = 1 << 20  # bytes of a distill.json
+MAX_FILES = 1000
+LINE = 1000  # characters of a text in it
+LARGEST = 2**63 - 1  # what file systems and programs in other languages can count
 # What a student of each kind can be sampled by.
 SAMPLERS = {"velocity": ("euler", "same_noise"), "flow_map": ("jump", "renoise"), "acceleration": ("accelerated",)}
 
@@ -23,30 +33,50 @@ SAMPLERS = {"velocity": ("euler", "same_noise"), "flow_map": ("jump", "renoise")
 NO_FIELDS = {"flow_map": "a flow map", "acceleration": "a velocity with its acceleration"}
 
 
+def _refuse_control(text: str) -> str:
+    if not text.isprintable() and (printable(text) != text or "\n" in text or "\t" in text):
+        raise ValueError("one line without control characters is expected")
+    return text
+
+
+Line = Annotated[str, Field(max_length=LINE), AfterValidator(_refuse_control)]
+Label = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_refuse_control)]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, le=LARGEST, strict=True)]
+Length = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
+Steps = Annotated[int, Field(ge=1, le=2**31 - 1)]  # a key, which JSON has as text
+Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+Metrics = Annotated[dict[Label, Number], Field(max_length=1000)]
+
+
 class FileRecord(Frozen):
     """One file of the folder."""
 
-    sha256: str = Field(pattern="^[0-9a-f]{64}$")
-    size: NonNegativeInt
+    sha256: Digest
+    size: Count
+    """in bytes"""
 
 
 class StudentCard(Frozen):
-    """The content of distill.json. Depends on nothing but the student: no dates, no places."""
+    """The content of distill.json. Depends on nothing but the student: no dates, no places.
+
+    It may come from anybody, so each value is bounded: texts are lines without control characters, numbers finite.
+    """
 
     format: Literal[1] = 1
-    name: str
-    recipe: str
+    name: Label
+    recipe: Line
     """name of the recipe, like reflow/reflow"""
-    summary: str = ""
+    summary: Line = ""
     """first sentence of the recipe: the method and its paper"""
-    spec_digest: str
-    teacher_digest: str | None
+    spec_digest: Annotated[str, Field(pattern="^[0-9a-f]{0,64}$")]
+    teacher_digest: Annotated[str, Field(pattern="^[0-9a-f]{0,64}$")] | None
     """null: trained on data alone"""
-    teacher: str = ""
+    teacher: Line = ""
     """one line for people"""
-    data: str = ""
+    data: Line = ""
     """name of the data set; empty: none"""
-    license: str = ""
+    license: Line = ""
     """terms of the weights, if known"""
     kind: Literal["velocity", "flow_map", "acceleration"] = "velocity"
     """v(x_t, t), u(x_t, t, s), or v(noise, 1) with a(x_t, t, v)"""
@@ -55,24 +85,24 @@ class StudentCard(Frozen):
     interpolant: Literal["linear"] = "linear"
     sampler: Literal["euler", "same_noise", "jump", "renoise", "accelerated"] = "euler"
     """a name in samplers/"""
-    t_grids: dict[int, list[float]] = {}
+    t_grids: Annotated[dict[Steps, Annotated[list[Number], Field(fail_fast=True)]], Field(max_length=1000)] = {}
     """number of steps N: its N + 1 times from 1 to 0, and it has no other N; empty: 1, (N-1)/N, ..., 0 for any N"""
-    num_classes: int | None
-    null_class: int | None
+    num_classes: Length | None
+    null_class: Count | None
     """class id of the unconditional call"""
-    unconditional: bool = True
+    unconditional: StrictBool = True
     """whether it has learnt the unconditional velocity; one trained on guided or labelled pairs alone has not"""
-    shape: tuple[int, ...]
+    shape: Annotated[tuple[Length, ...], Field(min_length=1, max_length=8)]
     """of one sample"""
-    guidance_scale: float = 1.0
+    guidance_scale: Number = 1.0
     """classifier-free guidance that is baked in; 1 = none"""
-    weights: Literal["raw"] | float
+    weights: Literal["raw"] | Number
     """raw, or the half-life of the average in images"""
-    images: int
+    images: Count
     """samples shown to the optimizer"""
-    metrics: dict[str, float] = {}
+    metrics: Metrics = {}
     """what an evaluation of its run measured, NAME@STEPS like FD-digits@1"""
-    files: dict[str, FileRecord] = Field(default_factory=dict)
+    files: dict[str, FileRecord] = Field(default_factory=dict, max_length=MAX_FILES)
     """every other file of the folder; filled in by the export"""
 
     @model_validator(mode="before")
@@ -113,14 +143,18 @@ def record(folder: Path) -> dict[str, FileRecord]:
 
 
 def read(folder: Path) -> StudentCard:
-    """The card of a student folder."""
+    """The card of a student folder that the user has named; it may be a link, as in the cache of a hub."""
     path = folder / FILE_NAME
-    if not path.is_file():
+    try:
+        content = read_regular(path, MAX_CARD, follow=True)
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(
             f"{folder} is not a student folder: it has no {FILE_NAME}; give a folder that `distill export` "
             "or a train stage has written"
-        )
-    return parse(path.read_bytes(), str(path))
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    return parse(content, str(path))
 
 
 def parse(content: bytes, where: str) -> StudentCard:
@@ -128,37 +162,55 @@ def parse(content: bytes, where: str) -> StudentCard:
     try:
         return StudentCard.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "its JSON"
-        raise InputError(f"{where} cannot be used: {field}: {first['msg']}; export the student again") from error
+        raise InputError(f"{where} cannot be used: {reason(error)}; export the student again") from error
+
+
+def reason(error: ValidationError) -> str:
+    """The first thing that is wrong with foreign JSON, as a short line: where, and why."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    field = ".".join(map(str, first["loc"])) or "its JSON"
+    return f"{markdown.one_line(field, 100)}: {markdown.one_line(first['msg'], 200)}"
 
 
 def verify(folder: Path) -> StudentCard:
-    """The card, once every file it names is there, whole and unchanged, and no other file is."""
+    """The card, once every file it names is there, whole and unchanged, and no other file is.
+
+    A size that is wrong is said without reading the file.
+    """
     card = read(folder)
-    found = record(folder)
     for name, expected in card.files.items():
-        if name not in found:
-            raise InputError(f"{folder}: {name} is missing; copy or export the student again")
-        if found[name] != expected:
+        try:
+            with open_regular(folder / name) as file:
+                size = os.fstat(file.fileno()).st_size
+                digest = hashlib.file_digest(file, "sha256").hexdigest() if size == expected.size else None
+        except FileNotFoundError:
+            raise InputError(f"{folder}: {name} is missing; copy or export the student again") from None
+        except OSError as error:
+            raise InputError(f"{folder}: {name} cannot be read: {error.strerror}") from error
+        if digest != expected.sha256:
+            found = f"{size} bytes" if digest is None else f"{size} bytes with sha256 {digest[:12]}"
             raise InputError(
-                f"{folder}: {name} is damaged: {found[name].size} bytes with sha256 {found[name].sha256[:12]}, "
-                f"expected {expected.size} with {expected.sha256[:12]}; copy or export the student again"
+                f"{folder}: {name} is damaged: {found}, expected {expected.size} with {expected.sha256[:12]}; "
+                "copy or export the student again"
             )
-    strange = sorted(found.keys() - card.files.keys())
-    if strange:
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    if strange := sorted(there - card.files.keys() - {FILE_NAME}):
         raise InputError(
-            f"{folder}: {', '.join(strange)} is not listed in {FILE_NAME}; remove what does not belong there"
+            f"{folder}: {markdown.one_line(', '.join(strange), 200)} is not listed in {FILE_NAME}; "
+            "remove what does not belong there"
         )
     return card
 
 
 def add_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
-    """Say in distill.json and README.md what was measured. What a kill between the two leaves, the next call mends."""
+    """Say in distill.json and README.md what was measured. What a kill between the two leaves, the next call mends.
+
+    A value that is not finite is left out: cards hold numbers that can be compared.
+    """
     for left in folder.glob(".*.tmp-*"):  # of a process that was killed
         left.unlink()
-    old = read(folder)
-    card = old.model_copy(update={"metrics": {**old.metrics, **metrics}})
+    old, finite = read(folder), {name: value for name, value in metrics.items() if math.isfinite(value)}
+    card = old.model_copy(update={"metrics": {**old.metrics, **finite}})
     text = readme(card).encode()
     files = {**old.files, README: FileRecord(sha256=hashlib.sha256(text).hexdigest(), size=len(text))}
     write_atomic(folder / README, text)
@@ -182,7 +234,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Publication:
-    """What the model card of a published student says beyond the student: its run knows it."""
+    """What the model card of a published student says beyond the student, from its run. Plain text, except `rows`."""
 
     name: str
     picture: str = ""
@@ -191,6 +243,7 @@ class Publication:
     """what the table below is of"""
     columns: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
+    """cells in Markdown, foreign text in them escaped"""
     costs: list[Cost] = field(default_factory=list)
 
 
@@ -202,12 +255,18 @@ class Measured:
     rows: list[tuple[int, list[str]]]
 
 
+def _at(key: str) -> tuple[str, int]:
+    """The name and the number of steps of a metric like FD-digits@2; 0: it names none."""
+    found = re.fullmatch(r"(.*)@([0-9]{1,6})", key)
+    return (found[1], int(found[2])) if found else (key, 0)
+
+
 def _measured(card: StudentCard) -> Measured | None:
     found: dict[int, dict[str, str]] = {}
     for key, value in card.metrics.items():
-        name, _, steps = key.partition("@")
-        found.setdefault(int(steps) if steps.isdigit() else 0, {})[name] = f"{value:.4g}"
-    names = list(dict.fromkeys(key.partition("@")[0] for key in card.metrics))
+        name, steps = _at(key)
+        found.setdefault(steps, {})[name] = f"{value:.4g}"
+    names = list(dict.fromkeys(_at(key)[0] for key in card.metrics))
     rows = [
         (network_calls(card.sampler, steps), [values.get(name, "") for name in names])
         for steps, values in sorted(found.items())
@@ -216,11 +275,25 @@ def _measured(card: StudentCard) -> Measured | None:
 
 
 def readme(card: StudentCard, published: Publication | None = None) -> str:
-    """The model card."""
+    """The model card. What others have written, in the card or the run, is shown as plain text."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("distill"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
+    environment.filters |= {"text": markdown.escape, "code": markdown.code}
     facts: dict[str, Any] = card.model_dump()
     return environment.get_template("model_card.md.j2").render(
-        card=facts, steps=card.fewest_steps, vector=len(card.shape) == 1, measured=_measured(card), published=published
+        card=facts,
+        head=_head(card),
+        steps=card.fewest_steps,
+        vector=len(card.shape) == 1,
+        measured=_measured(card),
+        published=published,
     )
+
+
+def _head(card: StudentCard) -> str:
+    """The YAML that a hub reads at the beginning of a model card."""
+    tags = ["distillation", "flow-matching", *(["image-generation"] if len(card.shape) > 1 else [])]
+    head = {"library_name": "diffusers", "license": card.license or "other", "tags": tags}
+    dumped: str = yaml.safe_dump(head, sort_keys=False, width=10 * LINE)
+    return dumped

@@ -1,5 +1,5 @@
-"""What a student folder may hold, judged before any of it is used: its distill.json comes from anywhere, and so do its
-files. Pure: bytes and names in, InputError out. What is refused is named.
+"""Which files a student folder may hold, judged by its distill.json before any of them is fetched: it comes from
+anywhere. Pure: bytes and names in, InputError out. What is refused is named. What stands in the files: contents.py.
 """
 
 import hashlib
@@ -8,29 +8,27 @@ import re
 from collections.abc import Collection, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from distill import card as cards
 from distill.card import StudentCard
 from distill.guard import InputError
+from distill.markdown import one_line
 
-MAX_CARD, MAX_JSON, MAX_FILES = 4 << 20, 64 << 20, 1000  # bytes, bytes, files
-MAX_HEADER = 100 << 20  # bytes of a safetensors file that describe its tensors
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")  # one name within a path
 KINDS = (".safetensors", ".json", ".py", ".md", ".png", ".txt")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".joblib", ".pyc")
-LIBRARIES = ("diffusers", "transformers", None)  # whose classes a model_index.json may name
 
 
 def parse(content: bytes, where: str) -> StudentCard:
     """The card of a distill.json, once every name in it may stand in a student folder."""
     card = cards.parse(content, where)
-    if len(card.files) > MAX_FILES:
-        raise InputError(f"{where} lists {len(card.files):,} files; a student has at most {MAX_FILES:,}")
+    if sum(record.size for record in card.files.values()) > cards.LARGEST:
+        raise InputError(f"{where} lists more bytes than any disk holds; it is refused")
     seen: dict[str, str] = {}
     for name in card.files:
         if reason := _objection(name):
-            raise InputError(f"{where} lists {name!r}, {reason}; it is refused and nothing of it was kept")
+            shown = repr(name) if len(name) <= 200 else f"{name[:200]!r}..."
+            raise InputError(f"{where} lists {shown}, {reason}; it is refused and nothing of it was kept")
         folded = name.casefold()
         if folded in seen:
             raise InputError(f"{where} lists both {seen[folded]!r} and {name!r}, one file on some disks; it is refused")
@@ -42,19 +40,24 @@ def parse(content: bytes, where: str) -> StudentCard:
     return card
 
 
+def is_plain(name: str) -> bool:
+    """Whether it is a relative path of plain names: letters, digits, '.', '_' and '-', none hidden."""
+    return len(name) <= 2000 and all(PART.fullmatch(part) for part in name.split("/"))
+
+
 def _objection(name: str) -> str | None:
     """Why a file of this name may not stand in a student folder."""
     parts = name.split("/")
-    suffix = Path(parts[-1]).suffix.lower()
+    suffix = Path(parts[-1]).suffix
     if name.startswith(("/", "\\")) or ":" in name:
         return "an absolute path"
     if ".." in parts:
         return "a path that leads out of the folder"
-    if not all(PART.fullmatch(part) for part in parts) or len(parts) > 8:
+    if not is_plain(name) or len(parts) > 8:
         return "no plain name: letters, digits, '.', '_' and '-', none hidden"
     if name == cards.FILE_NAME:
         return "which is the list itself"
-    if suffix in PICKLES:
+    if suffix.lower() in PICKLES:
         return "a pickle or compiled file, which may run anything when it is loaded"
     return None if suffix in KINDS else f"a kind of file that no student has (valid: {', '.join(KINDS)})"
 
@@ -64,7 +67,8 @@ def refuse_strange(found: Collection[str], card: StudentCard, where: str) -> Non
     strange = sorted(set(found) - card.files.keys() - {cards.FILE_NAME})
     if strange:
         raise InputError(
-            f"{where}: {', '.join(strange)} is not listed in {cards.FILE_NAME}; remove what does not belong there"
+            f"{where}: {one_line(', '.join(strange), 200)} is not listed in {cards.FILE_NAME}; "
+            "remove what does not belong there"
         )
 
 
@@ -89,45 +93,6 @@ def refuse_unknown_code(card: StudentCard, where: str) -> None:
             f"{where} brings code that distill has never shipped: {', '.join(unknown)}; it would run when the student "
             "is loaded. If you trust whoever made it, --trust-code shows the code and takes it"
         )
-
-
-def refuse_content(folder: Path, card: StudentCard) -> None:
-    """InputError if a file whose bytes are as listed is not what its name says, or leads to code elsewhere."""
-    for name, record in card.files.items():
-        path = folder / name
-        if name.endswith(".safetensors"):
-            with path.open("rb") as file:
-                head = file.read(9)
-            length = int.from_bytes(head[:8], "little")
-            if len(head) < 9 or head[8:] != b"{" or length > min(record.size - 8, MAX_HEADER):
-                raise InputError(f"{name} is no safetensors file; the student is refused")
-        elif name.endswith(".json"):
-            if record.size > MAX_JSON:
-                raise InputError(f"{name} has {record.size:,} bytes, too many for JSON; the student is refused")
-            _refuse_json(name, path.read_bytes(), card)
-
-
-def _refuse_json(name: str, content: bytes, card: StudentCard) -> None:
-    try:
-        parsed: Any = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{name} is not JSON ({error}); the student is refused") from None
-    if isinstance(parsed, dict) and "auto_map" in parsed:
-        raise InputError(f"{name} names code of another place (auto_map); the student is refused")
-    if name != "model_index.json":
-        return
-    if not isinstance(parsed, dict):
-        raise InputError(f"{name} holds no JSON object; the student is refused")
-    for part, value in parsed.items():
-        if part == "_class_name":
-            own = isinstance(value, list) and len(value) == 2 and f"{value[0]}.py" in card.files
-            known = isinstance(value, str) or own
-        elif part.startswith("_") or not isinstance(value, list):
-            known = True
-        else:
-            known = len(value) == 2 and (value[0] in LIBRARIES or f"{part}/{value[0]}.py" in card.files)
-        if not known:
-            raise InputError(f"{name}: {part} is {json.dumps(value)}, code that is not the student's; it is refused")
 
 
 def digest(content: bytes) -> str:

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill import card as cards
-from distill import jobs, manifest, published, pull, results, space, specfile
+from distill import contents, jobs, manifest, published, pull, results, space, specfile
 from distill.card import Cost, FileRecord, Publication, StudentCard
 from distill.guard import InputError, RunError, suggest
+from distill.markdown import escape, one_line
 from distill.progress import duration
 from distill.published import REGISTRY, Entry
+from distill.regular import read_regular
 from distill.results import Results, Row
 from distill.spec import PairsStage, RunSpec, TrainStage
 from distill.store import RunPaths, read_events, sync_dir, write_atomic
@@ -23,7 +25,7 @@ from distill.transports import Folder
 
 PICTURE = "samples.png"
 ENDS = ("started", "finished", "stopped", "failed")  # events after which no stage is being computed
-NUMBERED = re.compile(r"v(\d+)")
+NUMBERED = re.compile(r"v([0-9]{1,9})")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,17 @@ class Chosen:
     stage: str
     step: int | None = None
     """of the checkpoint that it is exported from; null: the stage's own student"""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a publication has come to."""
+
+    entry: Entry
+    new: bool
+    """whether the version is new; else the same bytes were published already"""
+    skipped: list[str]
+    """what cannot be used in the store, each with the reason"""
 
 
 def choose(run: RunPaths, stage: str | None, which: str) -> Chosen:
@@ -59,7 +72,7 @@ def best(run: RunPaths) -> str:
 
     Where several evaluations measured, the last stage of the spec counts.
     """
-    measured = [found for found in _evaluations(run) if found.distance is not None]
+    measured = [found for found in _evaluations(run).values() if found.distance is not None]
     rows = [row for row in measured[-1].usual if row.role == "student"] if measured else []
     if not rows:
         raise InputError(f"run '{run.name}' has measured no student yet; name one: {run.name}/STAGE")
@@ -67,22 +80,26 @@ def best(run: RunPaths) -> str:
     return min((row for row in rows if row.steps == fewest), key=lambda row: row.value).network
 
 
-def _evaluations(run: RunPaths) -> list[Results]:
-    """In the order of the spec."""
+def _evaluations(run: RunPaths) -> dict[str, Results]:
+    """By stage, in the order of the spec."""
     found = results.of_run(run)
-    return [found[name] for name in specfile.load_run(run).stages if name in found]
+    return {name: found[name] for name in specfile.load_run(run).stages if name in found}
 
 
 def publish(
     student: Path, store: Path, name: str, version: str | None, about: Publication, picture: bytes
-) -> tuple[Entry, bool]:
+) -> Published:
     """The student folder as NAME:VERSION, by default the next free v1, v2, ...; as an older one if it is the same.
 
-    Returns the version, and whether it is new.
+    picture: a PNG file of samples; empty: none.
     """
     home = store.absolute() / REGISTRY / name
     if (store / REGISTRY / "spec.yaml").exists():
         raise InputError(f"{store / REGISTRY} is a run, where published students belong; move that run elsewhere")
+    if home.is_symlink():
+        raise InputError(f"{home} is a link; nothing is published through one. Choose another name, or remove it")
+    if picture:
+        contents.refuse_picture(picture, PICTURE)
     source = Folder(student)
     old, _ = pull.describe(source)
     try:
@@ -92,18 +109,28 @@ def publish(
             try:
                 space.require(home, sum(record.size for record in old.files.values()), f"the files of {student}")
                 pull.fetch_all(source, old, here, "publish")
-                manifest.refuse_content(here, old)
+                contents.refuse(here, old)
                 content = cards.to_json(_dress(here, old, about, picture)).encode()
-                same = [entry for entry in published.scan(store) if entry.name == name and _is(entry, content, version)]
+                cards.parse(content, f"the card of {name}")
+                same = [entry for entry in published.scan(store, name).students if _is(entry, content, version)]
                 found = same[0].version if same else _claim(here, home, version, content)
             finally:
                 if here.exists():
                     shutil.rmtree(here)
-        published.write_index(store)
     except OSError as error:
         raise RunError(f"cannot publish in {home}: {error.strerror}; nothing was published") from error
-    entry = next(entry for entry in published.scan(store) if (entry.name, entry.version) == (name, found))
-    return entry, not same
+    listed = published.write_index(store)
+    entry = next((each for each in listed.students if (each.name, each.version) == (name, found)), None)
+    if entry is None:
+        raise RunError(f"{home / found} was published, and removed or changed by somebody else at once")
+    return Published(entry, not same, listed.skipped)
+
+
+def check(student: Path) -> None:
+    """InputError unless the folder is a whole student, before any of it is loaded. Code of its own is not judged."""
+    card, _ = pull.describe(Folder(student))
+    cards.verify(student)
+    contents.refuse(student, card)
 
 
 def _is(entry: Entry, content: bytes, version: str | None) -> bool:
@@ -155,7 +182,7 @@ def describe(name: str, chosen: Chosen, images: int, picture: str) -> Publicatio
     A checkpoint's student is not the one that was measured.
     """
     spec = specfile.load_run(chosen.run)
-    found = _measured(chosen) if chosen.step is None else None
+    _, found = _measured(chosen)
     rows = [] if found is None else [row for row in found.rows if row.role == "teacher" or row.network == chosen.stage]
     return Publication(
         name=name,
@@ -168,24 +195,44 @@ def describe(name: str, chosen: Chosen, images: int, picture: str) -> Publicatio
 
 
 def _cells(found: Results, row: Row, stage: str) -> list[str]:
-    label = row.label.replace(stage, "**this student**", 1) if row.role == "student" else row.label
-    return [label, str(row.steps), *results.cells(found, row)]
+    """A row of the table, as Markdown."""
+    own = row.role == "student"
+    label = f"**this student**{escape(row.label.removeprefix(stage))}" if own else escape(row.label)
+    return [label, *map(escape, [str(row.steps), *results.cells(found, row)])]
 
 
-def _measured(chosen: Chosen) -> Results | None:
-    """The last evaluation of the run that has the student among its rows."""
-    with_it = [f for f in _evaluations(chosen.run) if any(row.network == chosen.stage for row in f.rows)]
-    return with_it[-1] if with_it else None
+def _measured(chosen: Chosen) -> tuple[str, Results | None]:
+    """The last evaluation of the run that has the student among its rows, and its stage. A checkpoint has none."""
+    measured = _evaluations(chosen.run) if chosen.step is None else {}
+    with_it = [(n, each) for n, each in measured.items() if any(row.network == chosen.stage for row in each.rows)]
+    return with_it[-1] if with_it else ("", None)
 
 
 def samples(chosen: Chosen) -> bytes:
-    """The picture of its samples at the fewest steps that its evaluation drew; nothing where there is none."""
-    found = _measured(chosen) if chosen.step is None else None
+    """The picture of its samples at the fewest steps that its evaluation drew; nothing where there is none.
+
+    InputError if results.json names anything but a picture in a folder of its stage.
+    """
+    stage, found = _measured(chosen)
     rows = [row for row in found.usual if row.role == "student" and row.network == chosen.stage] if found else []
-    if found is None or not rows:
+    if not rows:
         return b""
-    path = chosen.run.stage(found.stage).root / min(rows, key=lambda row: row.steps).picture
-    return path.read_bytes() if path.is_file() else b""
+    root, name = chosen.run.stage(stage).root, min(rows, key=lambda row: row.steps).picture
+    where = f"{root / results.FILE_NAME}: picture '{one_line(name, 200)}'"
+    again = "evaluate again, or remove that file"
+    path = root / name
+    if not manifest.is_plain(name) or not path.resolve().is_relative_to(root.resolve()):
+        raise InputError(f"{where} is no plain name of a file below {root}; {again}")
+    try:
+        content = read_regular(path, contents.MAX_TEXT)
+        contents.refuse_picture(content, name)
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise InputError(f"{where} cannot be read: {error.strerror}; {again}") from error
+    except InputError:
+        raise InputError(f"{where} is no PNG file; {again}") from None
+    return content
 
 
 def _ancestry(spec: RunSpec, stage: str) -> list[str]:

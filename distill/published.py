@@ -3,41 +3,67 @@
 The folders are the truth. `_index.json` beside them says the same where folders cannot be listed, as over plain http.
 It is written after each publication, and written again until it says what the folders say; so whoever of several
 publishers is the last to write it has seen the versions of all.
+
+A store is shared by people who do not know each other. Who may write there is a matter of its folder's permissions, or
+of whoever keeps the server; everything in it is taken to come from somebody hostile, until it is checked:
+
+- A card (distill.json) or an entry of the index, by schema: one that is broken, no plain file, or too large is skipped,
+  with a warning that names it, and all others go on. Texts are single lines without control characters, numbers finite,
+  sizes below 2^63 (card.py). File names are plain, below the folder, and of few kinds; links are not followed
+  (manifest.py, regular.py).
+- What a student holds, when it is pulled, verified or published, before it has its name: size and sha256 of each file,
+  no file that is not listed, each of the kind that its name says, nothing that leads a loader to other files, classes,
+  weights or code (contents.py). Code must be, byte for byte, what distill has shipped, or is shown and taken on trust.
+- What the other side of a connection says: time, size and redirections are limited (transports.py, web.py, ssh.py,
+  pull.py), and it is printed as one short line.
+- Foreign text in a model card is plain text there (markdown.py), and in a terminal it is without control characters.
+
+Not promised: that a published student is good, is by whom it says, or has the licence it names; that a version stays
+(whoever may write in the folder may also remove or replace it: the sha256 that `students` shows tells one from the
+other); that an index over http is complete; that a store which somebody fills up stays quick, or has room.
 """
 
+import json
+import os
 import re
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from distill import card as cards
 from distill import manifest, pull
-from distill.guard import InputError, suggest
+from distill.card import Count, Digest, Label, Line, Metrics, Number
+from distill.guard import InputError, RunError, suggest
+from distill.regular import read_regular
 from distill.spec import Frozen, Name
-from distill.store import write_json
+from distill.store import write_atomic
 from distill.transports import Folder, Missing, Source
 
-REGISTRY, INDEX, MAX_INDEX = "registry", "_index.json", 64 << 20
+REGISTRY, INDEX = "registry", "_index.json"
+MAX_INDEX, MAX_ENTRIES = 64 << 20, 200_000  # bytes and entries of an index
+ROUNDS = 100  # times that an index is written anew because others publish too
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 class Entry(Frozen):
-    """One version of a student."""
+    """One version of a student. What later versions of distill may add is ignored."""
+
+    model_config = ConfigDict(extra="ignore")
 
     name: Name
     version: Name
-    digest: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    digest: Digest
     """sha256 of its distill.json, which has those of all files"""
-    size: int
+    size: Count
     """bytes of all files"""
-    published: float
+    published: Annotated[Number, Field(ge=-1e11, le=1e11)]
     """unix seconds"""
-    recipe: str
-    kind: str
-    license: str
-    metrics: dict[str, float]
+    recipe: Line
+    kind: Label
+    license: Line
+    metrics: Metrics
 
     @property
     def label(self) -> str:
@@ -53,54 +79,154 @@ class Entry(Frozen):
 class Index(Frozen):
     """The content of _index.json."""
 
+    model_config = ConfigDict(extra="ignore")
+
     format: Literal[1] = 1
+    students: Annotated[list[Entry], Field(max_length=MAX_ENTRIES, fail_fast=True)]
+
+
+class Unchecked(Frozen):
+    """An index whose entries are to be looked at one by one."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    format: Literal[1] = 1
+    students: Annotated[list[Any], Field(max_length=MAX_ENTRIES)]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What a store has published."""
+
     students: list[Entry]
+    """by name, the oldest version first"""
+    skipped: list[str] = field(default_factory=list)
+    """what cannot be used, each with the reason"""
 
 
 def entries(source: Source) -> list[Entry]:
-    """All that a store has published, by name, the oldest version first."""
+    """The students of `listed`."""
+    return listed(source).students
+
+
+def listed(source: Source) -> Listed:
+    """All that a store has published, by its folders, or by its index where it is no folder."""
     if isinstance(source, Folder):
-        return sorted(scan(source.path), key=lambda entry: (entry.name, entry.order))
+        return scan(source.path)
     where = f"{source.where}/{REGISTRY}/{INDEX}"
     try:
         content = pull.read(source.below(REGISTRY), INDEX, MAX_INDEX)
-        return Index.model_validate_json(content).students
+        # Parsed, what has very many objects, lists or keys would fill the memory.
+        if content.count(b"{") + content.count(b"[") > 4 * MAX_ENTRIES or content.count(b":") > 16 * MAX_ENTRIES:
+            raise InputError(f"{where} holds more than an index of {MAX_ENTRIES:,} entries would; it is refused")
+        return Listed(Index.model_validate_json(content).students)
     except Missing as missing:
         raise InputError(f"{missing}; nothing was published in this store, or it is none") from missing
+    except ValidationError:
+        return _one_by_one(content, where)
+
+
+def _one_by_one(content: bytes, where: str) -> Listed:
+    """What is in order of an index that as a whole is not."""
+    try:
+        given = Unchecked.model_validate_json(content).students
     except ValidationError as error:
-        raise InputError(f"{where} is no index of students: {error.errors()[0]['msg']}") from error
+        raise InputError(f"{where} is no index of students: {cards.reason(error)}") from error
+    found = Listed([])
+    for number, each in enumerate(given):
+        try:
+            found.students.append(Entry.model_validate(each))
+        except ValidationError as error:
+            found.skipped.append(f"entry {number + 1} of {where} is skipped: {cards.reason(error)}")
+    return found
 
 
-def scan(store: Path) -> Iterator[Entry]:
-    """The versions that lie in a store's folder."""
-    for path in sorted((store / REGISTRY).glob(f"*/*/{cards.FILE_NAME}")):
-        version, name = path.parent.name, path.parent.parent.name
-        if NAME.fullmatch(name) and NAME.fullmatch(version):
+def scan(store: Path, only: str = "*") -> Listed:
+    """The versions that lie in a store's folder, of one name or of all."""
+    found, registry = Listed([]), store / REGISTRY
+    try:
+        names = _folders(registry, found) if only == "*" else [only]
+    except OSError as error:
+        raise InputError(f"{registry} cannot be read: {error.strerror}") from error
+    for name in names:
+        try:
+            versions = _folders(registry / name, found)
+        except OSError as error:
+            found.skipped.append(f"{registry / name} is skipped: {error.strerror}")
+            continue
+        for version in versions:
             try:
-                content, published = path.read_bytes(), path.stat().st_mtime
-            except FileNotFoundError:  # removed a moment ago
-                continue
-            card = cards.parse(content, str(path))
-            yield Entry(
-                name=name,
-                version=version,
-                digest=manifest.digest(content),
-                size=sum(record.size for record in card.files.values()) + len(content),
-                published=round(published, 3),
-                recipe=card.recipe,
-                kind=card.kind,
-                license=card.license,
-                metrics=card.metrics,
-            )
+                entry = _entry(registry, name, version)
+            except OSError as error:
+                found.skipped.append(f"{registry / name / version} is skipped: {cards.FILE_NAME}: {error.strerror}")
+            except InputError as error:
+                found.skipped.append(f"{registry / name / version} is skipped: {error}")
+            else:
+                found.students.extend([entry] if entry is not None else [])
+    found.students.sort(key=lambda entry: (entry.name, entry.order))
+    return found
 
 
-def write_index(store: Path) -> None:
-    """Let `_index.json` say what the folders say."""
-    while True:
-        found = entries(Folder(store))
-        write_json(store / REGISTRY / INDEX, Index(students=found).model_dump(mode="json"))
-        if entries(Folder(store)) == found:
-            return
+def _folders(path: Path, found: Listed) -> list[str]:
+    """The folders in a folder that may be names or versions; none where it does not exist."""
+    folders = []
+    try:
+        with os.scandir(path) as inside:
+            for each in inside:
+                if NAME.fullmatch(each.name) and each.is_symlink():
+                    found.skipped.append(f"{path / each.name} is skipped: it is a link; links are not followed")
+                elif NAME.fullmatch(each.name) and each.is_dir(follow_symlinks=False):
+                    folders.append(each.name)
+    except FileNotFoundError:
+        return []
+    return sorted(folders)
+
+
+def _entry(registry: Path, name: str, version: str) -> Entry | None:
+    """None: there is no card, or no longer."""
+    path = registry / name / version / cards.FILE_NAME
+    try:
+        content, published = read_regular(path, cards.MAX_CARD), path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    card = manifest.parse(content, cards.FILE_NAME)
+    try:
+        return Entry(
+            name=name,
+            version=version,
+            digest=manifest.digest(content),
+            size=sum(record.size for record in card.files.values()) + len(content),
+            published=round(published, 3),
+            recipe=card.recipe,
+            kind=card.kind,
+            license=card.license,
+            metrics=card.metrics,
+        )
+    except ValidationError as error:
+        raise InputError(cards.reason(error)) from error
+
+
+def write_index(store: Path) -> Listed:
+    """Let `_index.json` say what the folders say: which is returned."""
+    found = scan(store)
+    for _ in range(ROUNDS):
+        content = _bytes(found)
+        try:
+            write_atomic(store / REGISTRY / INDEX, content)
+        except RunError as error:
+            raise RunError(
+                f"{error}; the student is published, but whoever reads this store over http does not see it there"
+            ) from error
+        found = scan(store)
+        if _bytes(found) == content:
+            break
+    return found
+
+
+def _bytes(found: Listed) -> bytes:
+    """The content of the index."""
+    content = Index(students=found.students[-MAX_ENTRIES:]).model_dump(mode="json")
+    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
 def split(given: str) -> tuple[str, str | None]:
@@ -115,23 +241,23 @@ def split(given: str) -> tuple[str, str | None]:
     return name, version if colon else None
 
 
-def locate(source: Source, name: str, version: str | None) -> tuple[Source, str | None]:
+def locate(source: Source, listed: Listed, name: str, version: str | None) -> tuple[Source, str | None]:
     """The folder of a version of a name, or of its newest, and its digest.
 
     A version that the index does not have is looked for in its place: who published it may not have come to that.
     """
-    found = [entry for entry in entries(source) if entry.name == name]
+    found = [entry for entry in listed.students if entry.name == name]
     if version is None and found:
         version = max(found, key=lambda entry: entry.order).version
     digest = next((entry.digest for entry in found if entry.version == version), None)
     if version is None or (digest is None and isinstance(source, Folder)):
-        raise InputError(_absent(source, name, version, found))
+        raise InputError(_absent(source, listed, name, version, found))
     return source.below(REGISTRY).below(name).below(version), digest
 
 
-def _absent(source: Source, name: str, version: str | None, versions: list[Entry]) -> str:
+def _absent(source: Source, listed: Listed, name: str, version: str | None, versions: list[Entry]) -> str:
     if versions and version is not None:
         return f"'{name}' has no version '{version}'; {suggest(version, [entry.version for entry in versions])}"
-    names = {entry.name for entry in entries(source)}
+    names = {entry.name for entry in listed.students}
     hint = suggest(name, names) if names else "nothing was published there yet: distill publish RUN NAME"
     return f"{source.where} has no published student '{name}'; {hint}"

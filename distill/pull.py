@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
@@ -10,14 +11,17 @@ from pathlib import Path
 from stat import S_ISDIR
 
 from distill import card as cards
-from distill import manifest, space
+from distill import contents, manifest, space
 from distill.card import StudentCard
 from distill.claims import Owner
 from distill.guard import InputError, RunError
 from distill.progress import Progress
+from distill.regular import read_regular
 from distill.store import sync_dir, write_atomic
 from distill.transfer import PAUSES, Tally, fetch
 from distill.transports import Broken, Folder, Missing, Refused, Source
+
+SMALL, RATE = 60.0, 64 << 10  # what a small file may take: seconds, and bytes a second beyond them
 
 Show = Callable[[str, str], None]  # file name and text of code that is unknown
 
@@ -33,20 +37,28 @@ class Pulled:
 
 
 def read(source: Source, name: str, limit: int) -> bytes:
-    """A small file, whole. Missing where there is none."""
-    failures = 0
+    """A small file, whole. Missing where there is none.
+
+    It may take a minute, and a second more for each RATE bytes that came, however often the other side fails.
+    """
+    failures, begin = 0, time.monotonic()
     while True:
-        content = b""
+        content = bytearray()
         try:
             with source.open(name, 0) as stream:
                 while block := stream.read(limit + 1 - len(content)):
                     content += block
                     if len(content) > limit:
                         raise InputError(f"{source.where}: {name} has more than {limit:,} bytes; it is refused")
-            return content
+                    if _is_late(begin, len(content)):
+                        raise RunError(
+                            f"{source.where} is too slow: {len(content):,} bytes of {name} in {SMALL:.0f} s and more; "
+                            "try again later"
+                        )
+            return bytes(content)
         except Broken as broken:
             failures += 1
-            if failures > source.retries:
+            if failures > source.retries or _is_late(begin, len(content)):
                 raise RunError(f"{source.where} cannot be read: {broken}; try again later") from broken
             Tally().stop.wait(PAUSES[min(failures, len(PAUSES)) - 1])
         except Missing:
@@ -55,10 +67,14 @@ def read(source: Source, name: str, limit: int) -> bytes:
             raise InputError(str(refused)) from refused
 
 
+def _is_late(begin: float, size: int) -> bool:
+    return time.monotonic() - begin > SMALL + size / RATE
+
+
 def describe(source: Source) -> tuple[StudentCard, bytes]:
     """The card of the student at a source, and its bytes; refused unless a student folder may look so."""
     try:
-        content = read(source, cards.FILE_NAME, manifest.MAX_CARD)
+        content = read(source, cards.FILE_NAME, cards.MAX_CARD)
     except Missing as missing:
         raise InputError(f"{source.where} is no student folder: it has no {cards.FILE_NAME} ({missing})") from missing
     card = manifest.parse(content, f"{source.where}/{cards.FILE_NAME}")
@@ -74,7 +90,7 @@ def verify(folder: Path, show: Show | None = None) -> StudentCard:
     if show is None:
         manifest.refuse_unknown_code(card, str(folder))
     cards.verify(folder)
-    manifest.refuse_content(folder, card)
+    contents.refuse(folder, card)
     _show(folder, card, show)
     return card
 
@@ -102,7 +118,7 @@ def pull(source: Source, dest: Path, *, digest: str | None = None, show: Show | 
             held = sum(path.stat().st_size for path in here.rglob("*") if path.is_file())
             space.require(dest.parent, size - held, f"the files of {source.where}")
             fetch_all(source, card, here)
-            manifest.refuse_content(here, card)
+            contents.refuse(here, card)
             _show(here, card, show)
             _settle(here, dest, card, content)
     except OSError as error:
@@ -114,10 +130,11 @@ def _is_here(dest: Path, content: bytes, show: Show | None) -> bool:
     """Whether `dest` is this very student, whole. InputError if it is anything else."""
     if not dest.exists() and not dest.is_symlink():
         return False
-    path = dest / cards.FILE_NAME
-    if not path.is_file():
-        raise InputError(f"{dest} exists and is no student; name another folder")
-    if path.read_bytes() != content:
+    try:
+        here = read_regular(dest / cards.FILE_NAME, cards.MAX_CARD)
+    except OSError as error:
+        raise InputError(f"{dest} exists and is no student; name another folder") from error
+    if here != content:
         raise InputError(f"{dest} holds another student; name another folder, or remove it")
     verify(dest, show)
     return True
@@ -143,7 +160,7 @@ def fetch_all(source: Source, card: StudentCard, here: Path, label: str = "pull"
 def _show(folder: Path, card: StudentCard, show: Show | None) -> None:
     if show is not None:
         for name in manifest.unknown_code(card):
-            show(name, (folder / name).read_text(errors="replace"))
+            show(name, (folder / name).read_text())
 
 
 @contextmanager
@@ -161,6 +178,8 @@ def workplace(dest: Path, digest: str) -> Iterator[Path]:
                 left.rename(mine)
                 break
     mine.mkdir(exist_ok=True)
+    if not _is_own(mine):
+        raise RunError(f"{mine} was made by somebody else; remove it, or name another folder")
     try:
         yield mine
     finally:
@@ -171,10 +190,15 @@ def workplace(dest: Path, digest: str) -> Iterator[Path]:
 
 def _is_left(path: Path, free: Path) -> bool:
     """Whether this user made the folder, in a process that is gone."""
-    state = path.lstat()
     owner = Owner.of_label(path.name.removeprefix(f"{free.name}."))
     gone = path == free if owner is None else not owner.is_alive()
-    return gone and S_ISDIR(state.st_mode) and state.st_uid == os.geteuid()
+    return gone and _is_own(path)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether it is a folder of this user's, and no link."""
+    state = path.lstat()
+    return S_ISDIR(state.st_mode) and state.st_uid == os.geteuid()
 
 
 def _settle(here: Path, dest: Path, card: StudentCard, content: bytes) -> None:

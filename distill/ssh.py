@@ -1,18 +1,21 @@
 """Files over the system's own ssh, with all that the user's config says of the host: jump hosts, agents, names."""
 
+import os
 import re
+import selectors
 import shlex
 import subprocess
-import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import IO
+from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
 from distill.guard import InputError
-from distill.transports import READ, Broken, Missing, Refused, Source, Stream
+from distill.markdown import one_line
+from distill.transports import READ, SILENCE, Broken, Missing, Refused, Source, Stream, shown
 
+LAST = 4096  # bytes kept of what ssh says
 ABSENT = 44  # exit code of our remote line where there is no such file
 HOST = re.compile(r"[A-Za-z0-9_\[][A-Za-z0-9_.:%\[\]-]*")
 USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*")
@@ -37,20 +40,19 @@ class Ssh:
         path = shlex.quote(f"{self.path}/{name}")
         script = f"test -f {path} || exit {ABSENT}; exec tail -c +{offset + 1} {path}"
         command = ["ssh", *OPTIONS, *self.host, f"exec sh -c {shlex.quote(script)}"]
-        with tempfile.TemporaryFile() as said:
-            try:
-                process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=said, bufsize=0
-                )
-            except OSError as error:
-                raise Refused(f"ssh cannot be started: {error.strerror}; install an ssh client") from error
-            try:
-                yield _Output(process, said, f"{self.where}/{name}")
-            finally:
-                process.kill()
-                process.wait()
-                assert process.stdout is not None
-                process.stdout.close()
+        try:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+            )
+        except OSError as error:
+            raise Refused(f"ssh cannot be started: {error.strerror}; install an ssh client") from error
+        output = _Output(process, f"{self.where}/{name}")
+        try:
+            yield output
+        finally:
+            process.kill()
+            process.wait()
+            output.close()
 
     def listing(self) -> list[str] | None:
         return None
@@ -59,22 +61,50 @@ class Ssh:
         return Ssh(f"{self.where}/{name}", self.host, f"{self.path}/{name}", self.parallel, self.retries)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Output:
-    """What ssh brings; at its end, why it ended."""
+    """What ssh brings; at its end, why it ended. Only the end of what it says is kept: it may be long."""
 
     process: subprocess.Popen[bytes]
-    said: IO[bytes]
     where: str
+    said: bytes = b""
+    waiting: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+
+    def __post_init__(self) -> None:
+        for pipe in (self.process.stdout, self.process.stderr):
+            assert pipe is not None
+            self.waiting.register(pipe, selectors.EVENT_READ)
+
+    def close(self) -> None:
+        self.waiting.close()
+        for pipe in (self.process.stdout, self.process.stderr):
+            assert pipe is not None
+            pipe.close()
 
     def read(self, size: int, /) -> bytes:
-        assert self.process.stdout is not None
-        content: bytes = self.process.stdout.read(min(size, READ))
-        if content or (code := self.process.wait()) == 0:
-            return content
-        self.said.seek(0)
-        lines = self.said.read().decode(errors="replace").strip().splitlines()
-        message = f"{self.where}: {lines[-1].strip() if lines else f'ssh ended with code {code}'}"
+        """What has come; b"" once ssh has ended well. Broken after a minute without a byte of the file."""
+        end = time.monotonic() + SILENCE
+        while self.waiting.get_map():
+            left = end - time.monotonic()
+            ready = self.waiting.select(left) if left > 0 else []
+            if left <= 0:
+                raise Broken(f"{self.where}: nothing came for {SILENCE:.0f} s")
+            for key, _ in ready:
+                content = os.read(key.fd, min(size, READ))
+                if not content:
+                    self.waiting.unregister(key.fileobj)
+                elif key.fileobj is self.process.stdout:
+                    return content
+                else:
+                    self.said = (self.said + content)[-LAST:]
+        try:
+            code = self.process.wait(SILENCE)
+        except subprocess.TimeoutExpired:
+            raise Broken(f"{self.where}: ssh does not end") from None
+        if code == 0:
+            return b""
+        lines = [each for each in map(str.strip, self.said.decode(errors="replace").splitlines()) if each]
+        message = f"{self.where}: {one_line(lines[-1], 300) if lines else f'ssh ended with code {code}'}"
         if code == ABSENT:
             raise Missing(f"{self.where}: there is no such file")
         if any(word in message for word in FATAL):
@@ -86,15 +116,12 @@ def at(url: str) -> Source:
     """ssh://[USER@]HOST[:PORT]/PATH; /~/PATH lies below the home there."""
     parts = urlsplit(url)
     user, _, host = parts.netloc.rpartition("@")
-    try:
-        port, name = parts.port, parts.hostname or ""
-    except ValueError as error:
-        raise InputError(f"{url}: {error}") from None
+    port, name = parts.port, parts.hostname or ""
     # The host as it was written: ssh's config may tell capitals apart.
     name = re.sub(r":\d+$", "", host) if not host.startswith("[") else name
     path = unquote(parts.path)
     path = f"./{path[3:]}" if path.startswith("/~/") else path
     if not HOST.fullmatch(name) or (user and not USER.fullmatch(user)) or not path.strip("/") or "\0" in path:
-        raise InputError(f"{url}: ssh://[USER@]HOST[:PORT]/PATH is expected; /~/PATH lies below the home there")
+        raise InputError(f"{shown(url)}: ssh://[USER@]HOST[:PORT]/PATH is expected; /~/PATH lies below the home there")
     options = (*(["-p", str(port)] if port else []), *(["-l", user] if user else []))
-    return Ssh(url, (*options, "--", name), path)
+    return Ssh(shown(url), (*options, "--", name), path)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from distill.transports import Broken, Missing, Refused, Source, Stream
 BLOCK = 4 << 20  # bytes in memory at once, twice for each file on its way
 PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)  # seconds before asking again, by the failures in a row that brought nothing
 LEAST = 64 << 10  # bytes that make a broken transfer one that went on
+WINDOW = 60.0  # seconds in which so many must come
 CORRUPT = 2  # times that a file is fetched anew because it arrived damaged
 
 
@@ -127,7 +129,12 @@ def _complete(source: Source, name: str, record: FileRecord, part: Part, tally: 
 
 def _receive(stream: Stream, part: Part, size: int, tally: Tally) -> str:
     """All that comes; why it is not the whole file, or nothing."""
+    begin, before = time.monotonic(), part.size
     while block := stream.read(min(BLOCK, size - part.size + 1)):  # one more than is missing, to notice what is longer
+        if time.monotonic() - begin > WINDOW:
+            if (came := part.size + len(block) - before) < LEAST and part.size + len(block) < size:
+                return f"it is too slow: {came:,} bytes in {WINDOW:.0f} s"
+            begin, before = time.monotonic(), part.size
         own = block[: size - part.size]
         part.add(own)
         tally.add(len(own))

@@ -1,25 +1,36 @@
-"""Where files come from: a folder, http(s), a hub, an object store, ssh. Each opens a file at an offset."""
+"""Where files come from: a folder, http(s), a hub, an object store, ssh. Each opens a file at an offset.
 
-import errno
+The other side is not trusted to be quick, nor to end: whatever waits for it does so for a limited time, and what it
+says is made one short line before anybody sees it. Passwords in a URL are used, and never shown.
+"""
+
 import os
 import re
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 from urllib.parse import unquote, urlsplit
 
 from distill.guard import InputError
+from distill.markdown import one_line
+from distill.regular import open_regular
 
 if TYPE_CHECKING:
     import fsspec
-    import requests
 
 URL = re.compile(r"([a-z][a-z0-9+.-]*):/", re.IGNORECASE)
-SCHEMES = "file, http, https, s3, hf, ssh"
-SECONDS = (20, 60)  # to connect; without a byte
+SCHEMES = ("file", "http", "https", "s3", "hf", "ssh")
+ANSWER = 120.0  # seconds until the other side has begun to send a file
+SILENCE = 60.0  # seconds without a byte
+BLOCK = 600.0  # seconds for a block of an object store, which may fetch 50 MB ahead
 READ = 256 * 1024  # bytes asked of a network at once: what a broken connection may cost
+MAX_LISTED, MAX_DEPTH = 10_000, 16  # files and folders of a folder that is to be a student
+
+Result = TypeVar("Result")
 
 
 class Broken(Exception):  # noqa: N818  (what the network did; asking again may help)
@@ -57,8 +68,57 @@ class Source(Protocol):
 
 
 def is_url(text: str) -> bool:
-    """Whether a place is given as scheme://..."""
+    """Whether a place is given as scheme:/..."""
     return URL.match(text) is not None
+
+
+def shown(url: str) -> str:
+    """A URL for people: without a user, a password or a query, which may hold a token."""
+    # The second form is a password with a '/', which no program reads as one.
+    plain = re.sub(r"(?<=:)(/+)(?:[^/?#]*@|[^/?#@:]*:(?![0-9]*(?:/|$))[^?#]*@)", r"\1", url, count=1)
+    return re.sub(r"[?#].*", "", plain, flags=re.DOTALL)
+
+
+def reason(error: BaseException) -> str:
+    """The innermost of the errors that a library wraps in each other, in one short line without passwords."""
+    cause = error
+    while (inner := cause.__cause__ or cause.__context__) is not None:
+        cause = inner
+    said = re.sub(r"//[^/\s]*@", "//", str(cause))
+    return one_line(said, 300) or type(cause).__name__
+
+
+class _Caught:
+    """Keeps what is raised in a thread for the one that waits for it."""
+
+    error: BaseException | None = None
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> bool:
+        self.error = error
+        return True
+
+
+def within(seconds: float, call: Callable[[], Result], what: str) -> Result:
+    """What `call` returns or raises. Broken if it takes longer: its thread is left behind, and ends with the program.
+
+    Time limits of libraries hold for each byte, so that a server which sends one now and then is never too slow.
+    """
+    found, caught = list[Result](), _Caught()
+
+    def work() -> None:
+        with caught:
+            found.append(call())
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if caught.error is not None:
+        raise caught.error
+    if not found:
+        raise Broken(f"{what}: no answer within {seconds:.0f} s")
+    return found[0]
 
 
 def at(place: str | Path) -> Source:
@@ -66,30 +126,40 @@ def at(place: str | Path) -> Source:
     text = str(place)
     if not isinstance(place, str) or not is_url(text):
         return Folder(Path(place))
+    plain = one_line(shown(text), 500)
     try:
         url = urlsplit(text)
     except ValueError as error:
-        raise InputError(f"{text}: {error}") from None
+        raise InputError(f"{plain}: {error}") from None
     scheme = url.scheme.lower()
-    if url.query or url.fragment or re.search(r"::\w+:", text):  # fsspec would go from one to the next
-        raise InputError(f"{text}: a plain URL of a folder is expected, without '?', '#' and '::'")
+    try:
+        _ = url.port
+    except ValueError:  # it may be the beginning of a password
+        raise InputError(
+            f"{scheme}://{url.hostname}:...: Port could not be cast to a number; in a password '/' is written %2F"
+        ) from None
+    if scheme not in SCHEMES:
+        raise InputError(f"{plain}: unknown scheme '{scheme}'; valid: {', '.join(SCHEMES)}")
+    if url.query or url.fragment or re.search(r"[?#]|::\w+:", text):  # fsspec would go from one to the next
+        raise InputError(f"{plain}: a plain URL of a folder is expected, without '?', '#' and '::'")
+    if one_line(text, len(text)) != text:
+        raise InputError(f"{plain}: a URL has no control characters, and no spaces at its ends or in a row")
     if scheme == "file":
         if url.netloc not in ("", "localhost"):
-            raise InputError(f"{text}: a file URL has three slashes: file:///path")
+            raise InputError(f"{plain}: a file URL has three slashes: file:///path")
         return Folder(Path(unquote(url.path)))
     if not url.netloc:
-        raise InputError(f"{text}: names no host; write {scheme}://HOST/PATH")
+        raise InputError(f"{plain}: names no host; write {scheme}://HOST/PATH")
     base = text.rstrip("/")
-    if scheme in ("http", "https"):
-        shown = base.replace(url.netloc, url.netloc.rpartition("@")[2], 1)
-        return Http(shown, base)
-    if scheme == "hf":
-        return _hub(base)
     if scheme == "ssh":
         from distill import ssh
 
         return ssh.at(base)
-    return _fsspec(base, scheme)
+    if scheme == "s3":
+        return _s3(base)
+    from distill import web
+
+    return web.hub(base) if scheme == "hf" else web.Http(shown(base), base)
 
 
 # --- folders ---
@@ -111,142 +181,37 @@ class Folder:
     def open(self, name: str, offset: int) -> Iterator[Stream]:
         path = self.path / name
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            file = open_regular(path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise Missing(f"{path}: {error.strerror}") from error
         except OSError as error:
-            if error.errno == errno.ELOOP:
-                raise Refused(f"{path} is a link; links are not followed") from error
-            kind = Missing if isinstance(error, FileNotFoundError | NotADirectoryError) else Refused
-            raise kind(f"{path}: {error.strerror}") from error
-        with os.fdopen(descriptor, "rb", buffering=0) as file:
+            raise Refused(f"{path}: {error.strerror}") from error
+        with file:
             file.seek(offset)
             yield file
 
     def listing(self) -> list[str] | None:
-        """InputError where there is a link: it may lead anywhere."""
-        found = []
-        for path in sorted(self.path.rglob("*")):
-            name = path.relative_to(self.path).as_posix()
-            if path.is_symlink():
-                raise InputError(f"{self.path}: {name} is a link; a student has none. Copy the files themselves")
-            if not path.is_dir():
-                found.append(name)
-        return found
+        """InputError where there is a link, which may lead anywhere, or more than a student has."""
+        found, seen = list[str](), 0
+        for above, folders, files in os.walk(self.path):
+            seen += len(folders) + len(files)
+            if seen > MAX_LISTED or len(Path(above).relative_to(self.path).parts) > MAX_DEPTH:
+                raise InputError(
+                    f"{self.path} holds more than {MAX_LISTED:,} files or {MAX_DEPTH} levels of folders, so it is no "
+                    "student"
+                )
+            for path in (Path(above) / each for each in sorted([*folders, *files])):
+                if path.is_symlink():
+                    name = one_line(path.relative_to(self.path).as_posix(), 200)
+                    raise InputError(f"{self.path}: {name} is a link; a student has none. Copy the files themselves")
+            found += [(Path(above) / each).relative_to(self.path).as_posix() for each in files]
+        return sorted(found)
 
     def below(self, name: str) -> "Source":
         return Folder(self.path / name)
 
 
-# --- http ---
-
-
-@dataclass(frozen=True)
-class Http:
-    """Files below a URL. A server that knows no ranges works too: what is known already is read again."""
-
-    where: str
-    base: str = field(repr=False)
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
-    parallel: int = 4
-    retries: int = 5
-
-    @contextmanager
-    def open(self, name: str, offset: int) -> Iterator[Stream]:
-        import requests
-
-        headers = {**self.headers, "Accept-Encoding": "identity"}
-        if offset:
-            headers["Range"] = f"bytes={offset}-"
-        try:
-            response = requests.get(f"{self.base}/{name}", headers=headers, stream=True, timeout=SECONDS)
-        except (requests.ConnectionError, requests.Timeout) as error:
-            raise Broken(f"{self.where}: {_reason(error)}") from error
-        except (requests.RequestException, ValueError) as error:
-            raise Refused(f"{self.where}: {_reason(error)}") from error
-        with response:
-            _refuse_status(response, f"{self.where}/{name}", offset)
-            stream = _Body(response)
-            if offset and response.status_code == 200:
-                _skip(stream, offset)
-            yield stream
-
-    def listing(self) -> list[str] | None:
-        return None
-
-    def below(self, name: str) -> "Source":
-        return Http(f"{self.where}/{name}", f"{self.base}/{name}", self.headers, self.parallel, self.retries)
-
-
-def _refuse_status(response: "requests.Response", where: str, offset: int) -> None:
-    status = response.status_code
-    said = f"{where}: {status} {response.reason}"
-    if status in (404, 410):
-        raise Missing(said)
-    if status == 416:
-        raise Broken(f"{where} ends before byte {offset:,}")
-    if status in (408, 425, 429) or status >= 500:
-        raise Broken(said)
-    if status not in (200, 206):
-        raise Refused(said)
-    start = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-    if status == 206 and (start is None or int(start[1]) != offset):
-        raise Refused(f"{where}: asked for byte {offset:,}, given {response.headers.get('Content-Range')}")
-
-
-class _Body:
-    """The body of a response."""
-
-    def __init__(self, response: "requests.Response") -> None:
-        self._raw = response.raw
-
-    def read(self, size: int, /) -> bytes:
-        from urllib3.exceptions import HTTPError
-
-        try:
-            content: bytes = self._raw.read(min(size, READ))
-        except (HTTPError, OSError) as error:
-            raise Broken(_reason(error)) from error
-        return content
-
-
-def _skip(stream: Stream, count: int) -> None:
-    while count:
-        passed = stream.read(min(count, READ))
-        if not passed:
-            raise Broken(f"ended {count:,} bytes before where it is to go on")
-        count -= len(passed)
-
-
-def _reason(error: Exception) -> str:
-    """The innermost of the errors that a library wraps in each other, in one line."""
-    cause: BaseException = error
-    while (inner := cause.__cause__ or cause.__context__) is not None:
-        cause = inner
-    return " ".join(str(cause).split()) or type(cause).__name__
-
-
-# --- hubs ---
-
-
-def _hub(url: str) -> Source:
-    """hf://ORG/NAME[@REVISION], at the commit that its revision is now."""
-    match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", url)
-    if match is None:
-        raise InputError(f"{url}: hf://ORG/NAME or hf://ORG/NAME@REVISION is expected")
-    try:
-        from huggingface_hub import HfApi, hf_hub_url
-        from huggingface_hub.errors import HTTPError
-        from huggingface_hub.utils import build_hf_headers
-    except ModuleNotFoundError as error:
-        raise InputError(f"{url} needs the package {error.name}; pip install 'distill[hf]'") from error
-    try:
-        commit = HfApi().model_info(match[1], revision=match[2]).sha
-    except (HTTPError, OSError, ValueError) as error:
-        raise InputError(f"{url} cannot be found ({type(error).__name__}: {_reason(error)}); check it") from error
-    base = hf_hub_url(match[1], "-", revision=commit).removesuffix("/-")
-    return Http(url, base, build_hf_headers())
-
-
-# --- what fsspec knows ---
+# --- object stores ---
 
 
 @dataclass(frozen=True)
@@ -262,17 +227,18 @@ class Fsspec:
 
     @contextmanager
     def open(self, name: str, offset: int) -> Iterator[Stream]:
+        where = f"{self.where}/{name}"
         try:
-            file = self.system.open(f"{self.path}/{name}", "rb")
+            file = within(ANSWER, lambda: self.system.open(f"{self.path}/{name}", "rb"), where)
         except FileNotFoundError as error:
-            raise Missing(f"{self.where}/{name}: there is no such file") from error
+            raise Missing(f"{where}: there is no such file") from error
         except PermissionError as error:
-            raise Refused(f"{self.where}/{name}: {_reason(error)}") from error
+            raise Refused(f"{where}: {reason(error)}") from error
         except self.errors as error:
-            raise Broken(f"{self.where}: {_reason(error)}") from error
+            raise Broken(f"{self.where}: {reason(error)}") from error
         with file:
             file.seek(offset)
-            yield _Checked(file, self.errors)
+            yield _Checked(file, self.errors, where)
 
     def listing(self) -> list[str] | None:
         return None
@@ -287,32 +253,24 @@ class _Checked:
 
     stream: Stream
     errors: tuple[type[Exception], ...]
+    where: str
 
     def read(self, size: int, /) -> bytes:
         try:
-            return self.stream.read(size)
+            return within(BLOCK, lambda: self.stream.read(size), self.where)
         except self.errors as error:
-            raise Broken(_reason(error)) from error
+            raise Broken(reason(error)) from error
 
 
-def _fsspec(url: str, scheme: str) -> Source:
-    from fsspec import available_protocols, url_to_fs
-
-    if scheme not in available_protocols():
-        raise InputError(f"{url}: unknown scheme '{scheme}'; valid: {SCHEMES}")
+def _s3(url: str) -> Source:
+    where = shown(url)
     try:
+        from botocore.exceptions import BotoCoreError
+        from fsspec import url_to_fs
+
         system, path = url_to_fs(url)
     except ImportError as error:
-        package = "pip install 'distill[s3]'" if scheme == "s3" else str(error)
-        raise InputError(f"{url} needs a package that is not installed; {package}") from error
+        raise InputError(f"{where} needs a package that is not installed; pip install 'distill[s3]'") from error
     except (ValueError, OSError) as error:
-        raise InputError(f"{url} cannot be used: {_reason(error)}") from error
-    return Fsspec(url, system, str(path), _errors(scheme))
-
-
-def _errors(scheme: str) -> tuple[type[Exception], ...]:
-    if scheme != "s3":
-        return (OSError,)
-    from botocore.exceptions import BotoCoreError
-
-    return (OSError, BotoCoreError)
+        raise InputError(f"{where} cannot be used: {reason(error)}") from error
+    return Fsspec(where, system, str(path), (OSError, ValueError, BotoCoreError))

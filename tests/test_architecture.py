@@ -31,6 +31,8 @@ ANYWHERE = {
     "straightened",
     "compared",
     "card",
+    "markdown",
+    "regular",
     "space",
     "pairspec",
     "evalspec",
@@ -48,7 +50,7 @@ CONTROL = ANYWHERE | {
     "registry",
 }
 CONTROL |= {"presets", "claims", "status", "jobs", "inputs", "rounds", "comparison", "budget"}
-CONTROL |= {"manifest", "transports", "ssh", "transfer", "pull", "publish", "published"}
+CONTROL |= {"manifest", "contents", "transports", "web", "ssh", "transfer", "pull", "publish", "published"}
 TORCH = {"torch", "numpy", "diffusers", "accelerate", "deepspeed", "safetensors", "torchmetrics", "sklearn", "datasets"}
 
 

@@ -15,7 +15,7 @@ from commands import command, snapshot
 from flaky import Fault, Flaky
 from runs import distill, folder_bytes
 from runs import make as make_run
-from students import make, put
+from students import PICTURE, make, put
 
 from distill import card as cards
 from distill import publish, published, pull
@@ -81,7 +81,7 @@ def test_versions_are_numbered_and_never_change(tmp_path, store):
 
 def test_a_published_student_is_its_folder_with_another_card(tmp_path, store):
     student = make(tmp_path / "s", license="cc-by-4.0")
-    entry = put(student, store, "digits", picture=b"\x89PNG")
+    entry = put(student, store, "digits", picture=PICTURE)
     folder = store / "registry" / "digits" / "v1"
     theirs, ours = folder_bytes(student), folder_bytes(folder)
     assert {name for name in ours if ours[name] != theirs.get(name)} == {"README.md", "samples.png", "distill.json"}
@@ -264,8 +264,16 @@ def test_a_store_over_plain_http(capfd, tmp_path, store):
             "_index.json: 404 Not Found; nothing was published in this store, or it is none"
             in command(capfd, "students").err
         )
-        server.faults = [Fault("_index.json", change=lambda content: content.replace(b"digits", b"../x"))]
-        assert "_index.json is no index of students: String should match pattern" in command(capfd, "students").err
+        server.faults = [Fault("_index.json", change=lambda content: b"[]")]
+        done = command(capfd, "students")
+        assert (done.code, done.err) == (
+            2, f"error: {url}/registry/_index.json is no index of students: its JSON: Input should be an object\n"
+        )  # fmt: skip
+        server.faults = [Fault("_index.json", change=lambda content: content.replace(b"digits", b"../x", 1))]
+        done = command(capfd, "students", "--json")
+        assert [(e["name"], e["version"]) for e in json.loads(done.out)] == [("digits", "v2"), ("mnist", "final")]
+        pattern = "String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$'"
+        assert done.err == f"warning: entry 1 of {url}/registry/_index.json is skipped: name: {pattern}\n"
 
 
 def test_an_index_that_lags_behind_hides_no_version_that_is_named(capfd, tmp_path, store):

@@ -82,8 +82,8 @@ def store_source(option: str | None) -> transports.Source:
 def _folder(setting: Setting) -> Path:
     if transports.is_url(setting.value):
         raise InputError(
-            f"the store {setting.value} (from {setting.source}) is a URL, from which students are pulled; this needs "
-            "a folder: give one by --store"
+            f"the store {transports.shown(setting.value)} (from {setting.source}) is a URL, from which students are "
+            "pulled; this needs a folder: give one by --store"
         )
     path = Path(setting.value).expanduser()
     if path.exists() and not path.is_dir():

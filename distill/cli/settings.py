@@ -22,10 +22,15 @@ def config(
         raise InputError(f"there is no setting '{key}'; {suggest(key, SETTINGS)}")
     if value is not None:
         assert key is not None
-        print(f"{key}: {_set(key, value)}, in {config_path()}")
+        print(f"{key}: {_shown(_set(key, value))}, in {config_path()}")
         return
     found = {"site": site_setting(None), "store": store_setting(None)}
-    print_table(["setting", "value", "from"], [[name, each.value, each.source] for name, each in found.items()])
+    print_table(["setting", "value", "from"], [[name, _shown(each.value), each.source] for name, each in found.items()])
+
+
+def _shown(value: str) -> str:
+    """A setting for people: a URL without its password."""
+    return transports.shown(value) if transports.is_url(value) else value
 
 
 def _set(key: str, value: str) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill import card as cards
+from distill import markdown
 from distill.cli.common import (
     AnyStoreOption,
     JsonOption,
@@ -35,6 +36,8 @@ TrustOption = Annotated[
     bool,
     typer.Option("--trust-code", help="Take code that distill has never shipped, too; shows it first."),
 ]
+MANY = 20  # warnings
+CELL = 100  # characters of a text that is shown in a table
 WHICH = (
     "RUN is its last train stage; RUN/STAGE another; RUN@best the student with the smallest measured distance at the "
     "fewest steps that any was measured at"
@@ -66,7 +69,9 @@ def publish(
             about = cards.Publication(title, shown)
         else:
             about = publishing.describe(title, chosen, cards.read(found).images, shown)
-        entry, new = publishing.publish(found, folder, title, version, about, picture)
+        done = publishing.publish(found, folder, title, version, about, picture)
+    _warn(done.skipped)
+    entry, new = done.entry, done.new
     where = near(folder.absolute() / published.REGISTRY / entry.name / entry.version)
     print(f"published {entry.label}: {where}" if new else f"the same student is published already: {entry.label}")
     print(f"get it with: distill pull {entry.label}")
@@ -77,7 +82,9 @@ def students(store: AnyStoreOption = None, json: JsonOption = False) -> None:
     from distill import published, status
 
     source = store_source(store)
-    found = published.entries(source)
+    listed = published.listed(source)
+    _warn(listed.skipped)
+    found = listed.students
     if json:
         print_json([entry.model_dump(mode="json") for entry in found])
         return
@@ -89,7 +96,7 @@ def students(store: AnyStoreOption = None, json: JsonOption = False) -> None:
         for e in found
     ]
     heads = ["student", "recipe", "measured", "size", "licence", "published", "sha256"]
-    print_table(heads, [[one_line(cell) for cell in row] for row in rows], right=["size"])
+    print_table(heads, [[markdown.one_line(cell, CELL) for cell in row] for row in rows], right=["size"])
 
 
 def pull(
@@ -127,7 +134,10 @@ def verify(
 ) -> None:
     """Check a student folder: every checksum, nothing that does not belong there, no code that is unknown."""
     from distill import pull as pulling
+    from distill import transports
 
+    if transports.is_url(str(folder)):
+        raise InputError(f"{transports.shown(str(folder))} is a URL; verify takes a folder: pull it first")
     card = pulling.verify(folder, _show if trust_code else None)
     print(f"{near(folder.absolute())} is whole: '{one_line(card.name)}', {len(card.files) + 1} files")
 
@@ -135,7 +145,10 @@ def verify(
 def _chosen(given: str, store: Path) -> "distill.publish.Chosen | Path":
     """A student of a run, or a student folder that lies in none."""
     from distill import publish as publishing
+    from distill import transports
 
+    if transports.is_url(given):
+        raise InputError(f"{transports.shown(given)} is a URL; a run, one of its students, or a folder is expected")
     base, at, which = given.rpartition("@") if "@" in given else (given, "", "")
     folder = Path(base)
     if (folder / "distill.json").is_file():
@@ -178,6 +191,9 @@ def _drawn(student: Path, out: Path) -> bytes:
     if find_spec("torch") is None:
         print("without a picture of samples: no evaluation has drawn one, and torch is not installed", file=sys.stderr)
         return b""
+    from distill import publish as publishing
+
+    publishing.check(student)
     from distill import sampling, stages
 
     sampling.sample(
@@ -191,7 +207,8 @@ def _source(given: str, store: str | None) -> "tuple[distill.transports.Source, 
     from distill import published, transports
 
     if transports.is_url(given):
-        return transports.at(given), given.rstrip("/").rpartition("/")[2].partition("@")[0] or "student", None
+        place = transports.at(given)
+        return place, place.where.rstrip("/").rpartition("/")[2].partition("@")[0] or "student", None
     if (Path(given) / "distill.json").is_file():
         return transports.at(Path(given)), Path(given).absolute().name, None
     source = store_source(store)
@@ -210,8 +227,18 @@ def _source(given: str, store: str | None) -> "tuple[distill.transports.Source, 
             f"'{given}': a checkpoint is no student yet; distill export or distill publish makes one of it"
         )
     name, version = published.split(given)
-    place, digest = published.locate(source, name, version)
+    listed = published.listed(source)
+    _warn(listed.skipped)
+    place, digest = published.locate(source, listed, name, version)
     return place, name if version is None else f"{name}-{version}", digest
+
+
+def _warn(skipped: list[str]) -> None:
+    """What of a store cannot be used, on stderr, each once; the first of many."""
+    for each in skipped[:MANY]:
+        print(f"warning: {one_line(each)}", file=sys.stderr)
+    if len(skipped) > MANY:
+        print(f"warning: {len(skipped) - MANY:,} more entries of the store are skipped", file=sys.stderr)
 
 
 def _best(entry: "distill.published.Entry") -> str:
