@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 import jinja2
 import yaml
-from pydantic import AfterValidator, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import AfterValidator, Field, StrictBool, ValidationError, model_validator
 
 from distill import markdown
 from distill.guard import InputError, printable
@@ -42,9 +42,11 @@ def _refuse_control(text: str) -> str:
 Line = Annotated[str, Field(max_length=LINE), AfterValidator(_refuse_control)]
 Label = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_refuse_control)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0, le=LARGEST)]
-Length = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Metrics = Annotated[dict[Label, FiniteFloat], Field(max_length=1000)]
+Count = Annotated[int, Field(ge=0, le=LARGEST, strict=True)]
+Length = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
+Steps = Annotated[int, Field(ge=1, le=2**31 - 1)]  # a key, which JSON has as text
+Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+Metrics = Annotated[dict[Label, Number], Field(max_length=1000)]
 
 
 class FileRecord(Frozen):
@@ -63,7 +65,7 @@ class StudentCard(Frozen):
 
     format: Literal[1] = 1
     name: Label
-    recipe: Label
+    recipe: Line
     """name of the recipe, like reflow/reflow"""
     summary: Line = ""
     """first sentence of the recipe: the method and its paper"""
@@ -83,18 +85,18 @@ class StudentCard(Frozen):
     interpolant: Literal["linear"] = "linear"
     sampler: Literal["euler", "same_noise", "jump", "renoise", "accelerated"] = "euler"
     """a name in samplers/"""
-    t_grids: Annotated[dict[Length, Annotated[list[FiniteFloat], Field(fail_fast=True)]], Field(max_length=1000)] = {}
+    t_grids: Annotated[dict[Steps, Annotated[list[Number], Field(fail_fast=True)]], Field(max_length=1000)] = {}
     """number of steps N: its N + 1 times from 1 to 0, and it has no other N; empty: 1, (N-1)/N, ..., 0 for any N"""
     num_classes: Length | None
     null_class: Count | None
     """class id of the unconditional call"""
-    unconditional: bool = True
+    unconditional: StrictBool = True
     """whether it has learnt the unconditional velocity; one trained on guided or labelled pairs alone has not"""
     shape: Annotated[tuple[Length, ...], Field(min_length=1, max_length=8)]
     """of one sample"""
-    guidance_scale: FiniteFloat = 1.0
+    guidance_scale: Number = 1.0
     """classifier-free guidance that is baked in; 1 = none"""
-    weights: Literal["raw"] | FiniteFloat
+    weights: Literal["raw"] | Number
     """raw, or the half-life of the average in images"""
     images: Count
     """samples shown to the optimizer"""

@@ -30,11 +30,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from distill import card as cards
 from distill import manifest, pull
-from distill.card import Count, Digest, Label, Line, Metrics
+from distill.card import Count, Digest, Label, Line, Metrics, Number
 from distill.guard import InputError, RunError, suggest
 from distill.regular import read_regular
 from distill.spec import Frozen, Name
@@ -58,9 +58,9 @@ class Entry(Frozen):
     """sha256 of its distill.json, which has those of all files"""
     size: Count
     """bytes of all files"""
-    published: Annotated[FiniteFloat, Field(ge=-1e11, le=1e11)]
+    published: Annotated[Number, Field(ge=-1e11, le=1e11)]
     """unix seconds"""
-    recipe: Label
+    recipe: Line
     kind: Label
     license: Line
     metrics: Metrics

@@ -32,6 +32,7 @@ from distill.draws import key
 from distill.export import export
 from distill.fields import Counted
 from distill.guard import InputError, RunError
+from distill.markdown import one_line
 from distill.progress import Progress
 from distill.protocols import Recipe, Trained
 from distill.roles import Roles
@@ -235,10 +236,10 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
     card = StudentCard(
         name=work.name,
         recipe=stage.recipe,
-        summary=(module.__doc__ or "").strip().split("\n")[0],
+        summary=one_line((module.__doc__ or "").strip().split("\n")[0], cards.LINE),
         spec_digest=work.spec.digest(),
         teacher_digest=None if teacher is None else teacher.digest,
-        teacher="" if teacher is None else _teacher_name(work.spec, stage),
+        teacher="" if teacher is None else one_line(_teacher_name(work.spec, stage), cards.LINE),
         data=work.spec.data.kind if "data" in config.needs else "",
         license="" if teacher is None else teacher.license,
         kind=config.student,

@@ -132,7 +132,13 @@ class _Body:
 
 
 def _skip(stream: Stream, count: int) -> None:
+    """Read over what is known already; Broken if less than a block of it comes in a minute."""
+    begin, left = time.monotonic(), count
     while count:
+        if time.monotonic() - begin > SILENCE:
+            if left - count < READ:
+                raise Broken(f"it is too slow: {left - count:,} bytes in {SILENCE:.0f} s")
+            begin, left = time.monotonic(), count
         passed = stream.read(min(count, READ))
         if not passed:
             raise Broken(f"ended {count:,} bytes before where it is to go on")

@@ -76,6 +76,7 @@ CARDS = {
     "long": ({"summary": "x" * 1001}, "summary: String should have at most 1000 characters"),
     "no size": ({"images": -1}, "images: Input should be greater than or equal to 0"),
     "bytes": (b"\xff\xfe", "its JSON: Invalid JSON"),
+    "a word for a number": ({"images": "5"}, "images: Input should be a valid integer"),
     "10^400": (b'"size": %d' % 10**400, "size: Input should be"),
     "2^63": (b'"size": %d' % 2**63, "size: Input should be less than or equal to 9223372036854775807"),
 }
@@ -557,6 +558,15 @@ def test_a_file_that_drips_is_left_and_kept(tmp_path, hasty):
     assert tally.bytes == (tmp_path / "w.part").stat().st_size > 0
 
 
+def test_what_is_passed_over_must_come_too(tmp_path, monkeypatch):
+    """A server without ranges sends all from the beginning; slowly, where a part is here already."""
+    monkeypatch.setattr(web, "GATHER", 0.1)
+    monkeypatch.setattr(web, "SILENCE", 0.3)
+    late = pytest.raises(transports.Broken, match="it is too slow: .* bytes in 0 s")
+    with answering(OK, b"x") as url, late, at(url).open("w", 800_000):
+        pass
+
+
 @pytest.mark.parametrize(
     ("target", "said"),
     [
@@ -646,6 +656,7 @@ def test_an_index_of_a_broken_entry_and_of_too_many(capfd, tmp_path, store, monk
             ({"metrics": {"FD": float("nan")}}, "metrics.FD: Input should be a finite number"),
             ({"license": "\x1b[2J"}, "license: Value error, one line without control characters is expected"),
             ({"name": "../x"}, "name: String should match pattern"),
+            ({"size": "1"}, "size: Input should be a valid integer"),
             ({"digest": "x"}, "digest: String should match pattern"),
         ]:
             path.write_text(json.dumps(content | {"students": [good | change, good | {"later": 1}]}))
