@@ -126,7 +126,7 @@ def _fetch_teacher(teacher: CheckpointTeacher, store: Path, folder: Path) -> Non
     snapshot = by_id.snapshot(teacher)
     folder.mkdir(parents=True)
     there = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
-    for name in by_id.read_of(there):
+    for name in by_id.read_of(teacher.path, there):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(snapshot / name, folder / name)
 

@@ -77,22 +77,22 @@ def test_of_several_variants_one_is_chosen_or_asked_for():
     shards = [f"{stem}.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
     sharded = [*shards, f"{stem}.safetensors.index.fp16.json"]
     bf16 = f"{stem}.bf16.safetensors"
-    assert variants.one_of([bf16, *sharded, "config.json"]) == sorted(sharded)
-    assert variants.one_of([bf16, f"{stem}.non_ema.safetensors"]) == [bf16]
-    assert variants.one_of([f"{stem}.non_ema.safetensors"]) == [f"{stem}.non_ema.safetensors"]
-    assert variants.one_of([f"{stem}.bin", "other.safetensors"]) == []
-    with pytest.raises(InputError, match="are there in the variants ema, non_ema, none of them plain, fp32, fp16, bf1"):
-        variants.one_of([f"{stem}.ema.safetensors", f"{stem}.non_ema.safetensors"])
+    assert variants.one_of([bf16, *sharded, "config.json"], "X") == sorted(sharded)
+    assert variants.one_of([bf16, f"{stem}.non_ema.safetensors"], "X") == [bf16]
+    assert variants.one_of([f"{stem}.non_ema.safetensors"], "X") == [f"{stem}.non_ema.safetensors"]
+    assert variants.one_of([f"{stem}.bin", "other.safetensors"], "X") == []
+    with pytest.raises(InputError, match="X has weights in the variants ema, non_ema, none of them plain, fp32, fp16"):
+        variants.one_of([f"{stem}.ema.safetensors", f"{stem}.non_ema.safetensors"], "X")
 
 
 def test_of_a_repository_one_variant_of_the_network_is_read_and_nothing_of_other_parts():
     names = ["README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "samples.json"]
     plain, half = f"unet/{FILE}", "unet/diffusion_pytorch_model.fp16.safetensors"
     others = ["vae/config.json", f"vae/{FILE}", "text_encoder/model.safetensors", "unet/flax_model.msgpack"]
-    assert by_id.read_of([*names, plain, half, *others]) == sorted([*names[:-1], plain])
-    assert by_id.read_of([*names, half, *others]) == sorted([*names[:-1], half])
-    assert by_id.read_of([*names, half], weights=False) == sorted(names[:-1])
-    assert by_id.read_of(["config.json", FILE]) == ["config.json", FILE]
+    assert by_id.read_of("org/x", [*names, plain, half, *others]) == sorted([*names[:-1], plain])
+    assert by_id.read_of("org/x", [*names, half, *others]) == sorted([*names[:-1], half])
+    assert by_id.read_of("org/x", [*names, half], weights=False) == sorted(names[:-1])
+    assert by_id.read_of("org/x", ["config.json", FILE]) == ["config.json", FILE]
 
 
 # --- names of weights ---

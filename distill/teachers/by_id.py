@@ -23,14 +23,17 @@ def is_id(path: str) -> bool:
     return not Path(path).exists() and path.count("/") == 1 and path[0] not in "./~"
 
 
-def read_of(names: Iterable[str], *, weights: bool = True) -> list[str]:
-    """Of the files of a repository, those that are read: the weights in one variant, and what describes them."""
-    names = list(names)
-    found = {name for name in names if name in SMALL}
+def read_of(name: str, files: Iterable[str], *, weights: bool = True) -> list[str]:
+    """Of the files of a repository of this name, those that are read: the weights in one variant, and what describes
+    them.
+    """
+    listed = list(files)
+    found = {file for file in listed if file in SMALL}
     if weights:
         for folder in MODELS:
-            inside = [name.removeprefix(folder) for name in names if name.startswith(folder)]
-            found |= {folder + name for name in variants.one_of(name for name in inside if "/" not in name)}
+            inside = [file.removeprefix(folder) for file in listed if file.startswith(folder)]
+            chosen = variants.one_of([file for file in inside if "/" not in file], f"teacher.path={name}")
+            found |= {folder + file for file in chosen}
     return sorted(found)
 
 
@@ -45,7 +48,7 @@ def files(spec: CheckpointTeacher) -> list[hub.File]:
     assert spec.revision is not None
     with _reachable(spec):
         found = {file.name: file for file in hub.files("model", spec.path, spec.revision)}
-    return [found[name] for name in read_of(found)]
+    return [found[name] for name in read_of(spec.path, found)]
 
 
 def snapshot(spec: CheckpointTeacher, *, weights: bool = True) -> Path:
@@ -60,7 +63,7 @@ def snapshot(spec: CheckpointTeacher, *, weights: bool = True) -> Path:
         except hub.UNREACHABLE:
             listed = []  # what is cached is found without the hub, or the download says what is wrong
         if listed:
-            patterns = [escape(name) for name in read_of(listed, weights=weights)]
+            patterns = [escape(name) for name in read_of(spec.path, listed, weights=weights)]
         return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
 
 

@@ -100,7 +100,7 @@ def override(spec: CheckpointTeacher) -> Path | None:
 
 def weights(folder: Path) -> list[Path]:
     """The safetensors files of a model folder: one, or the shards of an index; of one variant."""
-    chosen = one_of(path.name for path in folder.iterdir() if path.is_file())
+    chosen = one_of([path.name for path in folder.iterdir() if path.is_file()], str(folder))
     indices = [folder / name for name in chosen if name.endswith(".json")]
     whole = [folder / name for name in chosen if not name.endswith(".json") and "-of-" not in name]
     if whole:

@@ -15,8 +15,11 @@ PREFERRED = ("", "fp32", "fp16", "bf16")  # of several variants the first that i
 ADAPTERS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 
 
-def one_of(names: Iterable[str]) -> list[str]:
-    """Of the names in a model folder, those of its weights in one variant: the plain one, else the most precise."""
+def one_of(names: Iterable[str], where: str) -> list[str]:
+    """Of the names in a model folder, those of its weights in one variant: the plain one, else the most precise.
+
+    where: the folder, as a message calls it.
+    """
     variants: dict[str, list[str]] = {}
     for name in sorted(names):
         if (found := WEIGHTS.fullmatch(name)) is not None:
@@ -29,7 +32,7 @@ def one_of(names: Iterable[str]) -> list[str]:
             return variants[variant]
     if len(variants) > 1:
         raise InputError(
-            f"the weights are there in the variants {short(', '.join(variants))}, none of them plain, "
+            f"{where} has weights in the variants {short(', '.join(variants))}, none of them plain, "
             f"{', '.join(PREFERRED[1:])}; keep the one that is meant in a folder of its own"
         )
     return next(iter(variants.values()), [])
