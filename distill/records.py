@@ -4,14 +4,14 @@ A FIFO would wait for ever and a device may have no end; neither is a file of a 
 """
 
 import json
-import os
-import stat
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from distill import regular
 from distill.guard import InputError
 
 SMALL = 16 * 2**20  # bytes that a file read whole may have
@@ -22,36 +22,24 @@ NOT_JSON = "json_invalid"  # pydantic's name for that mistake
 T = TypeVar("T")
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> FileIO:
     """A regular file, open for reading; FileNotFoundError where there is none, InputError where it cannot be read."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return regular.open_regular(path, follow=True)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
-        os.close(descriptor)
-        what = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
-        raise InputError(f"{path} cannot be read: it is {what}, not a file; remove it")
-    return os.fdopen(descriptor, "rb", buffering=0)
 
 
 def read_small(path: Path, limit: int = SMALL) -> bytes:
     """A regular file of at most `limit` bytes, whole; errors as of `open_regular`, and InputError if it is larger."""
-    with open_regular(path) as file:
-        found: list[bytes] = []
-        left = limit + 1
-        try:
-            while left > 0 and (part := file.read(min(left, 2**20))):
-                found.append(part)
-                left -= len(part)
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    if left <= 0:
-        raise InputError(f"{path} cannot be read: it has more than {limit:,} bytes, which no such file has")
-    return b"".join(found)
+    try:
+        return regular.read_regular(path, limit, follow=True)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def read_text(path: Path) -> str:

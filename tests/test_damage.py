@@ -84,11 +84,11 @@ SEEN = {
     "a list for an event": (event("[1]"), "events.jsonl cannot be used: [1] given; input should be an object"),
     "a negative count": (event(json.dumps(PROGRESS | {"total": -1})), "progress.total: -1 given"),
     "a count without end": (event(json.dumps(PROGRESS | {"done": 10**400})), "progress.done: 1000"),
-    "a pipe as events": (lambda run: fifo(run.events), "events.jsonl cannot be read: it is a pipe or a device, not"),
+    "a pipe as events": (lambda run: fifo(run.events), "events.jsonl cannot be read: it is a FIFO, not"),
     "a folder as events": (no_folder, "events.jsonl cannot be read: it is a folder, not a file; remove it"),
     "a device as events": (
         lambda run: (run.events.unlink(), run.events.symlink_to("/dev/zero")),
-        "events.jsonl cannot be read: it is a pipe or a device, not a file",
+        "events.jsonl cannot be read: it is a device, not a file",
     ),
     "a pipe as spec": (lambda run: fifo(run.spec), "spec.yaml cannot be read: it is not a file"),
     "a spec that is itself": (looped, "spec.yaml cannot be read: Too many levels of symbolic links"),

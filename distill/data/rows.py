@@ -1,14 +1,13 @@
 """Where encoded images lie: here, as files of a folder; `tables` has those in rows of the `datasets` library."""
 
-import errno
 import os
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from distill.guard import printable
+from distill.regular import open_regular
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,5 @@ class FileRows:
 
 def read_file(path: str) -> Encoded:
     """A regular file; OSError if it is none or cannot be read. Does not wait at a FIFO that nobody writes to."""
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "no regular file", path)
-        return Encoded(file.readall(), found)
+    with open_regular(Path(path), follow=True) as file:
+        return Encoded(file.readall(), os.fstat(file.fileno()))
