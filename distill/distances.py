@@ -60,13 +60,13 @@ class LpipsOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    lpips_trunk: Trunk | None = None
+    lpips_trunk: Literal["squeeze", "alex", "vgg"] | None = None
     """network whose features LPIPS compares; null: no LPIPS"""
     lpips_path: FilePath | None = None
     """safetensors file of the trunk: torchvision's squeezenet1_1, alexnet or vgg16"""
     lpips_heads: bool | None = None
     """weigh the features by LPIPS' calibrated heads; null: true; false for a trunk they were not fitted to"""
-    lpips_resize: Resize = "to_64"
+    lpips_resize: Literal["none", "to_64", "to_64_corners", "to_224"] = "to_64"
     """enlarge images whose shorter side is below 64 or 224, bilinear; to_64_corners: with corners aligned"""
 
     def lpips_given(self) -> list[str]:

@@ -197,8 +197,10 @@ def describe(name: str, base: Path) -> Description:
     paper = ast.get_docstring(tree) or ""
     config = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config"), None)
     body = config.body if config is not None else []
+    inherited = [option for base in (config.bases if config is not None else []) for option in _of_base(base)]
+    options = {option.name: option for option in [*inherited, *_options(body)]}
     needs = next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == "needs"), None)
-    return Description(name, paper.split("\n")[0], paper, _needs(needs), _options(body), _costs().get(name))
+    return Description(name, paper.split("\n")[0], paper, _needs(needs), list(options.values()), _costs().get(name))
 
 
 def _costs() -> dict[str, float]:
@@ -230,6 +232,16 @@ def _needs(needs: ast.FunctionDef | None) -> list[str]:
     """What a `needs` property can name."""
     constants = [node for node in ast.walk(needs) if isinstance(node, ast.Constant)] if needs else []
     return [need for need in NEEDS if need in [constant.value for constant in constants]]
+
+
+def _of_base(base: ast.expr) -> list[Option]:
+    """The options that a Config takes over from a class of distill, written as module.Class."""
+    if not isinstance(base, ast.Attribute) or not isinstance(base.value, ast.Name):
+        return []
+    path = Path(__file__).with_name(f"{base.value.id}.py")
+    tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == base.attr]
+    return [option for node in classes for option in _options(node.body)]
 
 
 def _options(body: Sequence[ast.stmt]) -> list[Option]:

@@ -96,7 +96,7 @@ def test_the_high_pass_has_the_response_of_its_kernel_and_keeps_channels_apart()
 
 def test_times_are_exponential():  # T09
     student = Student(v2)
-    loss(simple_reflow, {}, student, oracle_pairs((20_000, 1)), context(20_000))
+    loss(simple_reflow, {}, student, oracle_pairs((200_000, 1)), context(200_000))
     assert kstest(student.seen[1].double().numpy(), lambda t: (10**t - 1) / 9).pvalue > 0.01
 
 

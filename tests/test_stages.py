@@ -542,7 +542,10 @@ def test_what_only_the_networks_can_refuse_is_refused_first(tmp_path, image_teac
     one_step = {**REFLOW, "recipe": "reflow/one_step", "options": lpips}
     unet = {"kind": "unet", "channels": [8, 16, 16, 16, 16]}
     for given, said in (
-        (spec(pairs=PAIRS, jump=one_step), r"stages\.jump: distance: lpips compares images, the teacher makes \(2,\)"),
+        (
+            spec(pairs=PAIRS, jump=one_step),
+            r"stages\.jump: lpips_trunk: LPIPS compares images, the teacher makes \(2,\)",
+        ),
         (
             spec(image_teacher, pairs=PAIRS, jump={**one_step, "network": None}),
             r"stages\.jump: .*trunk\.safetensors",

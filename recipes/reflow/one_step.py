@@ -27,7 +27,7 @@ class Config(distances.LpipsOptions):
     """between prediction and target, per sample; with lpips at steps: 1 only"""
     lpips_weight: PositiveFloat | None = None
     """weight of LPIPS beside L2 under l2+lpips; null: 1"""
-    lpips_resize: distances.Resize = "none"
+    lpips_resize: Literal["none", "to_64", "to_64_corners", "to_224"] = "none"
     """enlarge images for LPIPS to 64 or 224 pixels; none: at their own size, as the authors do"""
 
     @property

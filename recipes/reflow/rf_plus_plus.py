@@ -28,7 +28,7 @@ from distill.protocols import Batch, Context, Frozen, Init, Loss, Nets, Role, Te
 class Config(distances.LpipsOptions):
     """Options of reflow/rf_plus_plus."""
 
-    lpips_resize: distances.Resize = "to_224"
+    lpips_resize: Literal["none", "to_64", "to_64_corners", "to_224"] = "to_224"
     """enlarge images for LPIPS to 64 or, as the authors do, 224 pixels; none: at their own size"""
     lpips_over_t: bool | None = None
     """weigh LPIPS by 1/t, configuration F; null: false, configuration E"""

@@ -43,7 +43,7 @@ class Config(distances.LpipsOptions):
     """who makes the first of the two steps in distill; null: student"""
     distance: Literal["l2", "lpips"] = "l2"
     """of both terms of distill, between data"""
-    lpips_resize: distances.Resize = "to_64_corners"
+    lpips_resize: Literal["none", "to_64", "to_64_corners", "to_224"] = "to_64_corners"
     """enlarge images for LPIPS to 64 (corners aligned, as the authors do) or 224 pixels; none: at their own size"""
 
     @model_validator(mode="after")
