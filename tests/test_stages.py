@@ -546,9 +546,6 @@ def test_what_only_the_networks_can_refuse_is_refused_first(tmp_path, image_teac
             spec(pairs=PAIRS, jump=one_step),
             r"stages\.jump: lpips_trunk: LPIPS compares images, the teacher makes \(2,\)",
         ),
-            spec(pairs=PAIRS, jump=one_step),
-            r"stages\.jump: lpips_trunk: LPIPS compares images, the teacher makes \(2,\)",
-        ),
         (
             spec(image_teacher, pairs=PAIRS, jump={**one_step, "network": None}),
             r"stages\.jump: .*trunk\.safetensors",
