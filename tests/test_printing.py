@@ -78,7 +78,9 @@ def test_names_and_metrics_of_others_in_the_lists_of_runs(capfd, tmp_path, monke
     append_event(run, "started")
     append_event(run, "failed", message=f"{RED} no room")
     run.student("teach").mkdir(parents=True)
-    write_json(run.student("teach") / "distill.json", CARD | {"metrics": {"[bold]FD@1": 1.0}})  # no RED: it is refused
+    write_json(
+        run.student("teach") / "distill.json", CARD.model_dump(mode="json") | {"metrics": {"[bold]FD@1": 1.0}}
+    )  # no RED: it is refused
     run.root.rename(tmp_path / "runs" / f"o{RED}ne")
     for arguments in (["list"], ["status"], ["show", f"o{RED}ne"], ["status", f"o{RED}ne"]):
         done = command(capfd, *arguments)
