@@ -56,7 +56,7 @@ def _huber(square: Tensor, c: float) -> Tensor:
 
 
 class LpipsOptions(BaseModel):
-    """The options of a recipe that can compare images by LPIPS, which other options of it may ask for."""
+    """The LPIPS options of a recipe that can compare images by LPIPS."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from distill import records
+from distill import records, versions
 from distill.store import RunPaths
 
 Word = Annotated[str, Field(max_length=1000)]
@@ -25,6 +25,8 @@ class Machine(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     distill: Word | None = None
+    draws: int = 1
+    """version of the random numbers of training, see `versions`"""
     git: Git | None = None
     python: Word | None = None
     platform: Word | None = None
@@ -49,4 +51,4 @@ def load(run: RunPaths) -> Machine:
     try:
         return records.load(run.env, MACHINE, "delete that file: the run goes on without it")
     except FileNotFoundError:
-        return Machine()
+        return Machine(draws=versions.DRAWS)  # checkpoints say theirs

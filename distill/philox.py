@@ -51,7 +51,7 @@ def normal(seed: int, rows: range, count: int, device: torch.device) -> Tensor:
     sin, cos = _polynomial(y, SIN).mul_(r), _polynomial(y, COS)  # of half the angle
     first = (sin * sin).mul_(-2.0).add_(1.0).mul_(radius)
     second = sin.mul_(cos).mul_(2.0).mul_(radius)
-    return torch.cat([first, second], dim=1)[:, :count]
+    return torch.cat([first, second[:, : count - half]], dim=1)
 
 
 def _minus_two_log(w: Tensor) -> Tensor:
@@ -97,7 +97,8 @@ def _composed(keys: Tensor, count: int) -> Tensor:
 def _native_agrees(device_type: str) -> bool:
     """Whether PyTorch's kernel is there for this kind of device, and gives our bits."""
     keys = torch.tensor([[2**62 + 12345, 0], [2**62 + 12345, (7 << ROW) + 2]], device=device_type)
+    cases = [(rows, count) for rows in (keys, keys[1:]) for count in (1, 1031, 1032)]  # kernels differ by row and count
     try:
-        return torch.equal(_native(keys, 1031), _composed(keys, 1031))
-    except (ImportError, AttributeError, NotImplementedError, RuntimeError):
+        return all(torch.equal(_native(rows, count), _composed(rows, count)) for rows, count in cases)
+    except (ImportError, AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return False

@@ -75,11 +75,8 @@ def _host_memory(size: int, *, pinned: bool) -> Tensor:
         ) from error
     if pinned:
         runtime = torch.cuda.cudart()
-        if code := int(runtime.cudaHostRegister(found.data_ptr(), size, 1)):  # 1: for all GPUs of the process
-            raise RunError(
-                f"the GPU cannot be given {space.human(size)} of the host's memory for the copy of a checkpoint "
-                f"(CUDA error {code}); give the host of rank 0 more memory"
-            )
+        if int(runtime.cudaHostRegister(found.data_ptr(), size, 1)):  # 1: for all GPUs of the process
+            return found  # copied to by the CPU, which is slower
         weakref.finalize(found, runtime.cudaHostUnregister, found.data_ptr()).atexit = False
     return found
 
@@ -111,7 +108,8 @@ class _Writing:
 
 class Saver:
     """Makes the saves of a training: one at a time, on all ranks together. While it is entered, whatever ends training
-    waits for the save that is being written; only a second Ctrl-C does not, which leaves what `kill -9` would.
+    waits for the save that is being written; only a second Ctrl-C does not, which leaves what `kill -9` would. Where
+    another rank has failed, the launcher ends this one within seconds, and the save may be lost: the one before counts.
 
     note: is told of each save that is done, on rank 0, in the thread of training.
     """

@@ -289,5 +289,7 @@ def _deepspeed() -> ModuleType:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Autocast is the engine's and the recipe's decision. DeepSpeed's would replace it in every call of a network:
     # derivatives that turn it off would be taken in bf16, and casts made without gradients would be cached.
-    deepspeed.runtime.engine.autocast_if_enabled = lambda engine: nullcontext()
+    engine = vars(deepspeed.runtime.engine)
+    assert "autocast_if_enabled" in engine, f"DeepSpeed {deepspeed.__version__} decides on autocast somewhere else"
+    engine["autocast_if_enabled"] = lambda _: nullcontext()
     return deepspeed

@@ -129,14 +129,17 @@ def exp10(u: Tensor) -> Tensor:
     return _as_time(torch.log10(1 + 9 * _checked(u)), u)
 
 
-def nearer(t: Tensor, closeness: float, k: float = 8.0, b: float = 1.0) -> Tensor:
-    """s < t [B]: with the ratio of noise to data r = t / (1 - t), r_s = r (1 - closeness (1 + k sigmoid(-b r))), or 0.
+def nearer(t: Tensor, closeness: float, k: float = 8.0, b: float = 1.0) -> tuple[Tensor, Tensor]:
+    """s < t [B] and t - s, which is exact where s and t are equal to the last digit of float32.
+
+    With the ratio of noise to data r = t / (1 - t), r_s = r (1 - closeness (1 + k sigmoid(-b r))), or 0.
 
     The mapping of Easy Consistency Tuning (Geng et al. 2024, arXiv 2406.14548), closeness = q^-(stage + 1).
     """
     ratio = t / (1 - t)
-    ratio = (ratio * (1 - closeness * (1 + k * torch.sigmoid(-b * ratio)))).clamp(min=0)
-    return ratio / (1 + ratio)
+    gap = ratio * (closeness * (1 + k * torch.sigmoid(-b * ratio))).clamp(max=1)
+    earlier = (ratio - gap).clamp(min=0)
+    return earlier / (1 + earlier), gap / ((1 + ratio) * (1 + earlier))
 
 
 def law(name: str, mu: float | None = None, sigma: float | None = None) -> Callable[[Tensor], Tensor]:

@@ -66,7 +66,9 @@ class Reach:
                     f"network '{network}': waiting names '{pattern}', but no trained parameter is so named"
                 )
         self._network, self._turns = network, 0
-        self._names = [key for key in parameters if not any(fnmatchcase(key, pattern) for pattern in waiting)]
+        waits = {p for key, p in parameters.items() if any(fnmatchcase(key, pattern) for pattern in waiting)}
+        self.waiting = {key for key, p in parameters.items() if p in waits}  # tied ones have several names
+        self._names = [key for key in parameters if key not in self.waiting]
         self._reached = dict.fromkeys(parameters, False)
         self._device = next(iter(parameters.values())).device
         # A hook, as DeepSpeed takes gradients away as soon as they are there.
@@ -96,8 +98,9 @@ class Reach:
             more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
             raise InputError(
                 f"network '{self._network}': in its first {self.TURNS} turns no backward pass reached {len(missed)} of "
-                f"its {len(found)} trained parameters: {', '.join(missed[:5])}{more}. Set requires_grad=False where a "
-                "parameter is not to be trained; name it in Trained(waiting=...) if only later turns reach it"
+                f"its {len(found)} trained parameters: {', '.join(missed[:5])}{more}. In the recipe, set "
+                "requires_grad=False where a parameter is not to be trained; name it in Trained(waiting=...) if only "
+                "later turns reach it"
             )
 
 
@@ -143,6 +146,11 @@ class Trainable:
         )
         self._active: bool | None = None
         self._reach = Reach(name, self._parameters, waiting)
+
+    @property
+    def waiting(self) -> set[str]:
+        """Names of the parameters that the first turns need not reach."""
+        return self._reach.waiting
 
     @property
     def callable(self) -> nn.Module:

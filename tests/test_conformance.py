@@ -82,6 +82,7 @@ OTHER_OPTIONS = [
     ("shortcut/meanflow", {"velocity": "data"}),
     ("reflow/perflow", {"windows": 1, "parameterisation": "diff_eps", "label_dropout": 0.5, "guidance_sync": True}),
     ("reflow/rectified_diffusion", {"form": "phased", "phases": 1, "times": "grid"}),
+    ("score/dmd2", {"gan_weight": 0.0}),
     ("score/dmd2", {"steps": 4, "weight": "kl", "ratio": 2}),
     ("reflow/slimflow", {"phase": "anneal", "anneal_images": 16, "flip": True}),
 ]
@@ -101,6 +102,11 @@ OTHERS = [other(name, options) for name, options in OTHER_OPTIONS]
 @pytest.mark.parametrize("subject", OTHERS, ids=lambda subject: subject.recipe)
 def test_recipe_with_other_options(subject, check, tmp_path):
     next(each for each in testing.CHECKS if each.__name__ == check)(subject, tmp_path)
+
+
+def test_a_critic_without_discriminator_trains(tmp_path):
+    """Its head waits: a preset that ships asks for it."""
+    testing.learns(testing.Subject("score/dmd2", {"gan_weight": 0.0}), tmp_path)
 
 
 @pytest.fixture(scope="module")

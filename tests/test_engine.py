@@ -509,7 +509,7 @@ class Unreached(FlowMatching):
 def test_weights_that_no_backward_pass_reaches_are_refused_in_the_second_turn(tmp_path):
     message = (
         r"network 'student': in its first 2 turns no backward pass reached 2 of its \d+ trained parameters: "
-        r"spare\.weight, spare\.bias\. Set requires_grad=False where a parameter is not to be trained; name it in "
+        r"spare\.weight, spare\.bias\. In the recipe, set requires_grad=False where a parameter is not to be trained; name it in "
     )
     with pytest.raises(InputError, match=message):
         train(tmp_path / "never", Unreached())
@@ -524,6 +524,17 @@ def test_weights_may_wait_where_the_recipe_says_so_and_have_gradients_of_zero(tm
     train(tmp_path / "zero", Unreached(("spare.bias",), reached=lambda step: step == 1), images=64)
     with pytest.raises(ValueError, match="network 'student': waiting names 'head.*', but no trained parameter is so"):
         train(tmp_path / "nothing", Unreached(("head.*",)))
+
+
+def test_tied_weights_wait_under_all_their_names(tmp_path):
+    class Tied(Unreached):
+        def networks(self, init):
+            student = Vector()
+            student.spare, student.same = nn.Linear(3, 1, bias=False), nn.Linear(3, 1, bias=False)
+            student.same.weight = student.spare.weight
+            return {"student": Trained(student, self.waiting)}
+
+    train(tmp_path, Tied(("same.weight",)), images=64)
 
 
 def test_the_first_turns_are_those_of_the_whole_training(tmp_path):

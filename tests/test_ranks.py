@@ -173,7 +173,7 @@ def test_weights_that_the_first_turns_do_not_reach_are_refused_by_name(tmp_path,
     for rank in ranks:
         assert re.search(
             r"^network 'student': in its first 2 turns no backward pass reached 2 of its \d+ trained parameters: "
-            r"head\.weight, head\.bias\. Set requires_grad=False where",
+            r"head\.weight, head\.bias\. In the recipe, set requires_grad=False where",
             rank.said,
             re.MULTILINE,
         )

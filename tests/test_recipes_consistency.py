@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from distill import testing
+from distill import testing, times
 from distill.fields import jump_to_data
 from distill.interpolants import like
 from distill.protocols import Batch
@@ -123,7 +123,7 @@ def test_times_close_in_on_each_other():
     for options in ({"levels": 4, "halving_images": 100}, {"times": "continuous", "halving_images": 100}):
         before = None
         for images in (0, 99, 100, 250):
-            t, s = recipe(**options).neighbours(u[:-1], images)
+            t, s, _ = recipe(**options).neighbours(u[:-1], images)
             assert ((s >= 0) & (s < t) & (t <= 1)).all()
             gap = (t - s).mean().item()
             if before is not None:
@@ -136,7 +136,7 @@ def test_times_close_in_on_each_other():
 def test_easy_tuning_has_its_own_times(images):
     """ln(sigma) is normal, and sigma' = sigma (1 - 2^-(a + 1) (1 + 8 sigmoid(-sigma))), at sigma 79 as anywhere."""
     u = torch.linspace(0.006, 0.999, 2000, dtype=torch.float64)
-    t, s = recipe(times="continuous", halving_images=10).neighbours(u, images)
+    t, s, gap = recipe(times="continuous", halving_images=10).neighbours(u, images)
     sigma, earlier = t / (1 - t), s / (1 - s)
     assert torch.allclose(sigma.log(), -1.1 + 2 * torch.special.ndtri(u), rtol=0, atol=1e-9)
     closeness = 0.5 ** (images // 10 + 1)
@@ -144,7 +144,13 @@ def test_easy_tuning_has_its_own_times(images):
     assert torch.allclose(earlier, expected, rtol=1e-9, atol=1e-12)
     assert sigma.max() > 79
     ends = recipe(times="continuous", halving_images=10).neighbours(torch.tensor([0.0, 1.0]), images)
-    assert (ends[0] > ends[1]).all() and (ends[0] <= 1).all()
+    assert (ends[0] >= ends[1]).all() and (ends[0] <= 1).all() and (ends[2] > 0).all()
+    assert torch.allclose(gap, t - s, rtol=1e-9)
+    near = torch.tensor([0.99987799])  # where t and s are the same in float32
+    s, gap = times.nearer(near, 0.5**11)
+    exact_s, exact_gap = times.nearer(near.double(), 0.5**11)
+    assert near - s == 0 and gap.item() == pytest.approx(exact_gap.item(), rel=2e-3)
+    assert exact_gap.item() == pytest.approx((near.double() - exact_s).item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -223,7 +223,8 @@ def submit_again(
             say(f"saving has taken {lead - jobs.SPARE:.0f} s for two: launch.slurm.lead_seconds={lead} from now on")
             longer = source.spec.launch.model_copy(update={"slurm": slurm.model_copy(update={"lead_seconds": lead})})
             source = replace(source, spec=source.spec.model_copy(update={"launch": longer}))
-        content = start.go_on(run, source, here=False, live=[job.id for job in live])
+        trains = code != "run" or not run.code.exists()  # else the version that the run has kept does
+        content = start.go_on(run, source, here=False, live=[job.id for job in live], trains=trains)
         parted = queue.parted(run, content, live)
         under_way = {name for job in live for name in job.stages}.difference(parted)
         todo = [name for name in workflow.pending(run, content) if name not in under_way]

@@ -233,7 +233,7 @@ def _run(
                 if not paths.spec.is_file():
                     raise  # it was not that another process has made it
     paths, again = start.find_again(store, given, changes, name)
-    return paths, start.go_on(paths, again)
+    return paths, start.go_on(paths, again, trains=False)
 
 
 def _stage(spec: "distill.spec.RunSpec", given: str | None) -> str:

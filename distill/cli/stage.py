@@ -31,11 +31,14 @@ def stage(
     part: PartOption = None,
 ) -> None:
     """Compute stages of a run in this process; with RANK and WORLD_SIZE set, as one of several that train together."""
-    from distill import claims
+    from distill import claims, machine, versions
     from distill.launch import environment, local, tasks
+    from distill.spec import TrainStage
     from distill.stop import StopRequest
 
     paths, spec = _found(run, names)
+    if any(isinstance(spec.stages[name], TrainStage) for name in names):
+        versions.require_same_draws(machine.load(paths).draws, f"run '{paths.name}'")
     share = None if part is None else _part(part)
     for name, value in environment.thread_variables(spec.launch.threads or environment.threads()).items():
         os.environ.setdefault(name, value)

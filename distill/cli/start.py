@@ -18,7 +18,6 @@ from distill.store import (
     event_line,
     find_run,
     name_in_use,
-    read_json,
     refuse_reserved,
     write_atomic,
 )
@@ -167,19 +166,25 @@ def again(folder: Path, source: "distill.specfile.SpecSource") -> tuple[RunPaths
 
 
 def go_on(
-    paths: RunPaths, source: "distill.specfile.SpecSource", *, here: bool = True, live: Sequence[str] = ()
+    paths: RunPaths,
+    source: "distill.specfile.SpecSource",
+    *,
+    here: bool = True,
+    live: Sequence[str] = (),
+    trains: bool = True,
 ) -> "distill.spec.RunSpec":
     """The spec of an existing run, once it is the old one in all but `launch`, which is then written.
 
     live: jobs that have begun, or will, with the old `launch`; then nothing may change.
+    trains: this version of distill is to train what the run has still to train.
     """
-    from distill import specfile, versions, workflow
+    from distill import machine, specfile, versions, workflow
     from distill.spec import TrainStage
 
     old = specfile.load_run(paths)
     pending = workflow.pending(paths, old)
-    if any(isinstance(old.stages[name], TrainStage) for name in pending):
-        versions.require_same_draws(read_json(paths.env).get("draws", 1), f"run '{paths.name}'")
+    if trains and any(isinstance(old.stages[name], TrainStage) for name in pending):
+        versions.require_same_draws(machine.load(paths).draws, f"run '{paths.name}'")
     if pending:
         source = checked(source, here=here, store=paths.root.parent)
     else:

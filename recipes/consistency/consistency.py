@@ -90,7 +90,7 @@ class Recipe:
     def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
         assert batch.data is not None
         data, noise, student = batch.data, ctx.draw.normal("noise", batch.data), nets["student"]
-        t, s = self.neighbours(ctx.draw.uniform("t", data), ctx.images)  # [B], 0 <= s < t <= 1
+        t, s, gap = self.neighbours(ctx.draw.uniform("t", data), ctx.images)  # [B], 0 <= s < t <= 1
         x_t, x_s = (student.interpolant.mix(data, noise, time) for time in (t, s))
         with torch.no_grad():
             if self.teacher is not None and self.config.point != "data":
@@ -98,17 +98,17 @@ class Recipe:
                 is_data = (s == 0) & (self.config.times == "continuous")
                 x_s = torch.where(like(is_data, x_s), x_s, stepped)
             target = jump_to_data(nets.get("target", student), x_s, s, batch.cond)
-        return Loss((self.distance(jump_to_data(student, x_t, t, batch.cond), target) / (t - s)).mean())
+        return Loss((self.distance(jump_to_data(student, x_t, t, batch.cond), target) / gap).mean())
 
-    def neighbours(self, u: Tensor, images: int) -> tuple[Tensor, Tensor]:
-        """t and s [B] from uniform draws u [B]."""
+    def neighbours(self, u: Tensor, images: int) -> tuple[Tensor, Tensor, Tensor]:
+        """t, s and t - s [B] from uniform draws u [B]."""
         c, halvings = self.config, min(images // (self.config.halving_images or images + 1), 10)
         if c.times == "continuous":
             t = times.logit_normal(u, c.mu, c.sigma).clamp(FIRST, LAST)
-            return t, times.nearer(t, 0.5 ** (halvings + 1))
+            return t, *times.nearer(t, 0.5 ** (halvings + 1))
         levels = c.levels * 2**halvings
         t = (u * levels).floor() + 1  # 1 ... levels
-        return t / levels, (t - 1) / levels
+        return t / levels, (t - 1) / levels, torch.full_like(t, 1 / levels)
 
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         if self.config.distance == "l2":

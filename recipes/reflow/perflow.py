@@ -41,7 +41,7 @@ class Config(BaseModel):
     parameterisation: Literal["velocity", "diff_eps", "ddim_eps"] = "velocity"
     """of the regression, which decides the weight of a time; the student is a velocity field in each"""
     times_per_window: Annotated[int, Field(gt=0, le=100_000)] | None = None
-    """train at so many times of a window, equally far apart, its start the first; 1: for K steps only; null: at all"""
+    """train at so many times of a window, equally far apart, its start the first; 1: for K steps only; null: any"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     """of the teacher, baked into the student; 1 = none"""
     label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0

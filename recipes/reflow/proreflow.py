@@ -30,7 +30,7 @@ class Config(BaseModel):
     windows: Annotated[int, Field(gt=0, le=100_000)] = 4
     """equal windows of time in this stage, K; the student takes K steps or more"""
     times_per_window: Annotated[int, Field(gt=0, le=100_000)] | None = None
-    """train at so many times of a window, equally far apart, its start the first; 1: for K steps only; null: at all"""
+    """train at so many times of a window, equally far apart, its start the first; 1: for K steps only; null: any"""
     solver: Literal["euler", "heun"] = "euler"
     """of the teacher, within a window"""
     teacher_steps: Annotated[int, Field(gt=0, le=100_000)] = 32

@@ -29,7 +29,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     times_per_segment: Annotated[int, Field(gt=0, le=100_000)] | None = None
-    """train at so many times of a segment, equally far apart, its start the first; 1: for K steps only; null: at all"""
+    """train at so many times of a segment, equally far apart, its start the first; 1: for K steps only; null: any"""
 
     @property
     def needs(self) -> frozenset[str]:

@@ -54,8 +54,10 @@ class Config(distances.LpipsOptions):
             raise ValueError(f"{', '.join(unused)}: no effect with phase: {self.phase}; remove")
         if self.phase == "anneal" and self.anneal_images is None:
             raise ValueError("phase: anneal needs anneal_images; from there on the pairs are the teacher's own")
-        if not lpips >= LPIPS if self.distance == "lpips" else lpips:
-            raise ValueError(f"distance: {self.distance}: lpips needs lpips_trunk and lpips_path, l2 takes neither")
+        if lpips and self.distance == "l2":
+            raise ValueError(f"{', '.join(sorted(lpips))}: no effect with distance: l2; remove, or use lpips")
+        if self.distance == "lpips" and not lpips >= LPIPS:
+            raise ValueError("distance: lpips needs lpips_trunk and lpips_path")
         return self
 
     @property

@@ -15,8 +15,7 @@ from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
-from torch.nn.functional import softplus
+from torch import Tensor, nn
 
 from distill import distances, times
 from distill.fields import jump_to_data
@@ -65,7 +64,8 @@ class Recipe:
         self.teacher = None if teacher is None else teacher.guided(config.guidance_scale)
 
     def networks(self, init: Init) -> dict[str, Role]:
-        return {"student": Trained(init.flow_map()), "critic": Trained(init.critic())}
+        waiting = ("head.*",) if self.config.gan_weight == 0 else ()  # the head alone tells samples from data
+        return {"student": Trained(init.flow_map()), "critic": Trained(init.critic(), waiting)}
 
     def turns(self, step: int, images: int) -> Iterator[Turn]:
         yield Turn("critic", self.critic_turn)
@@ -89,7 +89,7 @@ class Recipe:
         match = distances.mse(samples, samples.detach() - g).mean() / 2  # d match / d samples = g / (B d)
         if c.gan_weight == 0:
             return Loss(match)
-        deceived = softplus(-logit).mean()
+        deceived = nn.functional.softplus(-logit).mean()
         return Loss(match + c.gan_weight * deceived, {"match": match.detach(), "deceived": deceived.detach()})
 
     def critic_turn(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
@@ -104,7 +104,7 @@ class Recipe:
             return Loss(score)
         t, noise = ctx.draw.uniform("t_real", samples), ctx.draw.normal("noise_t_real", samples)
         _, logit_real = nets["critic"](path.mix(batch.data, noise, t), t, batch.cond)
-        told_apart = (softplus(logit) + softplus(-logit_real)).mean()
+        told_apart = (nn.functional.softplus(logit) + nn.functional.softplus(-logit_real)).mean()
         logs = {"score": score.detach(), "told_apart": told_apart.detach()}
         return Loss(score + (self.config.critic_gan_weight or 0.01) * told_apart, logs)
 
