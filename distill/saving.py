@@ -5,6 +5,7 @@ memory (`Roles.checkpoint_bytes`) from its first save to the end of training.
 """
 
 import json
+import signal
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -143,7 +144,9 @@ class Saver:
         if self.world.first:
             # A daemon: a process that is to end at once need not wait for the disk.
             writing.thread = Thread(target=self._write, args=(writing,), name="saving", daemon=True)
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # the main thread takes them all
             writing.thread.start()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         writing.standstill = time.monotonic() - writing.due
         self._writing = writing
 

@@ -18,6 +18,8 @@ from runs import distill
 from safetensors.torch import load_file, save_file
 
 from distill import presets, registry, specfile, workflow
+from distill.cli import start
+from distill.guard import InputError
 from distill.schema import NAME_RULE
 from distill.store import RunPaths, create_run, event_line
 from distill.versions import DRAWS
@@ -328,6 +330,19 @@ def test_resume_of_a_run_with_other_random_numbers(capfd, tmp_path, record, vers
     )
     refuse(capfd, tmp_path, ["run", "one", "--resume"], said)
     refuse(capfd, tmp_path, ["run", "digits", "--name", "one", "--resume"], said)
+
+
+def test_only_what_trains_needs_the_same_random_numbers(capfd, tmp_path):
+    run = make_run(tmp_path / "runs")
+    run.env.write_text(json.dumps({"threads": 1}))
+    source = specfile.load(run.spec, [])
+    with pytest.raises(InputError, match="run 'one' was begun by a version of distill that draws other random"):
+        start.go_on(run, source)
+    start.go_on(run, source, trains=False)  # pairs, or the version that a submitted run has kept
+    said = command(capfd, "stage", str(run.root), "teach")  # as a job does that has waited while distill was upgraded
+    assert said.code == 2 and "resume it with distill 0.1.0, or start another run" in said.err
+    run.env.unlink()
+    start.go_on(run, source)  # nothing is known: checkpoints say theirs
 
 
 def test_resume_with_a_changed_recipe(capfd, tmp_path):

@@ -106,7 +106,9 @@ def test_recipe_with_other_options(subject, check, tmp_path):
 
 def test_a_critic_without_discriminator_trains(tmp_path):
     """Its head waits: a preset that ships asks for it."""
-    testing.learns(testing.Subject("score/dmd2", {"gan_weight": 0.0}), tmp_path)
+    next(each for each in testing.CHECKS if each.__name__ == "learns")(
+        testing.Subject("score/dmd2", {"gan_weight": 0.0}), tmp_path
+    )
 
 
 @pytest.fixture(scope="module")

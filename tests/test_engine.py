@@ -509,7 +509,8 @@ class Unreached(FlowMatching):
 def test_weights_that_no_backward_pass_reaches_are_refused_in_the_second_turn(tmp_path):
     message = (
         r"network 'student': in its first 2 turns no backward pass reached 2 of its \d+ trained parameters: "
-        r"spare\.weight, spare\.bias\. In the recipe, set requires_grad=False where a parameter is not to be trained; name it in "
+        r"spare\.weight, spare\.bias\. In the recipe, set requires_grad=False where a parameter is not to be trained; "
+        r"name it in Trained\(waiting=\.\.\.\) if only later turns reach it"
     )
     with pytest.raises(InputError, match=message):
         train(tmp_path / "never", Unreached())
