@@ -30,10 +30,15 @@ class MnistData(Frozen):
     kind: Literal["mnist"]
 
 
+def _as_tuple(given: object) -> object:
+    """What JSON and YAML have as a list: where types are taken strictly, that is no tuple."""
+    return tuple(given) if isinstance(given, list) else given
+
+
 def _size(given: object, check: Callable[[object], int | tuple[int, int]]) -> int | tuple[int, int]:
     """[N, N] and N are the same size, so they are the same spec."""
     try:
-        size = check(given)
+        size = check(_as_tuple(given))
     except ValidationError as error:
         raise _other_form("N or [height, width], whole numbers from 1 to 16384") from error
     return size[0] if isinstance(size, tuple) and size[0] == size[1] else size
@@ -41,7 +46,7 @@ def _size(given: object, check: Callable[[object], int | tuple[int, int]]) -> in
 
 def _background(given: object, check: Callable[[object], object]) -> object:
     try:
-        return check(given)
+        return check(_as_tuple(given))
     except ValidationError as error:
         raise _other_form("white, black or [red, green, blue], whole numbers from 0 to 255") from error
 

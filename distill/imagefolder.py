@@ -193,6 +193,7 @@ def _entries(root: str, folder: str) -> list["os.DirEntry[str]"]:
         raise InputError(
             f"data.path={root}: the folder '{printable(folder) or '.'}' cannot be read: {error.strerror}"
         ) from error
+    _refuse_dead_links(root, folder, entries)
     names = [entry.name for entry in entries]
     images = {_stem(name) for name in names if _suffix(name) in suffixes()}
     texts = [name for name in names if _suffix(name) in CAPTION_SUFFIXES and _stem(name) in images]
@@ -207,6 +208,15 @@ def _entries(root: str, folder: str) -> list["os.DirEntry[str]"]:
     return entries
 
 
+def _refuse_dead_links(root: str, folder: str, entries: Sequence["os.DirEntry[str]"]) -> None:
+    """A link that leads nowhere may have led to a folder, whose class would be missing. Images are named later."""
+    for entry in entries:
+        if _suffix(entry.name) not in suffixes() and entry.is_symlink() and _is_dead(entry):
+            raise InputError(
+                f"data.path={root}: the link {printable(_below(folder, entry.name))} leads nowhere; repair or remove it"
+            )
+
+
 def _is_ignored(name: str) -> bool:
     return name.startswith(".") or name in IGNORED
 
@@ -216,6 +226,16 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return entry.is_dir()
     except OSError:  # a link that leads to itself
         return False
+
+
+def _is_dead(link: "os.DirEntry[str]") -> bool:
+    try:
+        link.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:  # it leads to itself, or must not be looked at
+        return False
+    return False
 
 
 def _identity(entry: "os.DirEntry[str]") -> tuple[int, int]:
@@ -261,9 +281,11 @@ def _classes(root: Path) -> list[str]:
     above = _ancestors(str(root))
     try:
         with os.scandir(root) as found:
-            folders = [e for e in found if not _is_ignored(e.name) and _is_folder(e) and _identity(e) not in above]
+            entries = [entry for entry in found if not _is_ignored(entry.name)]
+        folders = [entry for entry in entries if _is_folder(entry) and _identity(entry) not in above]
     except OSError as error:
         raise InputError(f"data.path={root} cannot be read: {error.strerror}") from error
+    _refuse_dead_links(str(root), "", entries)
     return sorted(entry.name for entry in folders)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from distill import data, imagefolder
+from distill import data, imagefolder, specfile
 from distill.guard import InputError
 from distill.spec import HfData, ImagesData
 
@@ -274,3 +275,40 @@ def test_containers_are_refused_with_the_way_to_files(tmp_path, name, said):
         with pytest.raises(InputError) as error:
             data.load(hf.model_copy(update={"path": str(path)}), 0)
         assert str(error.value) == found
+
+
+# --- what a spec's file says, where types are taken strictly ---
+
+
+def of_file(tmp_path, *changes):
+    (tmp_path / "spec.yaml").write_text(
+        "name: a\nteacher: {kind: gaussian, mean: [0, 0], std: [1, 1]}\ndata: {kind: images, path: here, size: 8}\n"
+        "stages:\n  t: {kind: train, recipe: pretrain/flow_matching, images: 64, network: {kind: unet, channels: [8]}}\n"
+    )
+    return specfile.load(tmp_path / "spec.yaml", changes).spec.data
+
+
+def test_lists_of_a_spec_are_sizes_and_colours(tmp_path):
+    assert of_file(tmp_path, "data.size=[16, 8]").height_width == (16, 8)
+    assert of_file(tmp_path, "data.size=[16, 16]").size == 16
+    assert of_file(tmp_path, "data.background=[255, 0, 9]").background == (255, 0, 9)
+    again = of_file(tmp_path, "data.size=[16, 8]", "data.background=[255, 0, 9]")
+    assert type(again).model_validate_json(again.model_dump_json(), strict=True) == again
+    for change, valid in (
+        ("data.size=[16, 8, 3]", "N or [height, width], whole numbers from 1 to 16384"),
+        ("data.size=[0, 8]", "N or [height, width], whole numbers from 1 to 16384"),
+        ("data.background=[255, 0]", "white, black or [red, green, blue], whole numbers from 0 to 255"),
+        ("data.background=[256, 0, 0]", "white, black or [red, green, blue], whole numbers from 0 to 255"),
+    ):
+        with pytest.raises(InputError, match=re.escape(f"given; must be {valid}")):
+            of_file(tmp_path, change)
+
+
+def test_a_class_that_is_a_dead_link_is_named(tmp_path):
+    folder(tmp_path, "a/0.png", "a/1.png")
+    (tmp_path / "b").symlink_to(tmp_path / "nowhere")
+    assert refused(tmp_path) == f"data.path={tmp_path}: the link b leads nowhere; repair or remove it"
+    with pytest.raises(InputError, match="the link b leads nowhere"):
+        imagefolder.has_classes(tmp_path)
+    (tmp_path / "b").rename(tmp_path / "a" / "b")
+    assert "the link a/b leads nowhere" in refused(tmp_path)
