@@ -118,7 +118,11 @@ def pull(source: Source, dest: Path, *, digest: str | None = None, show: Show | 
             held = sum(path.stat().st_size for path in here.rglob("*") if path.is_file())
             space.require(dest.parent, size - held, f"the files of {source.where}")
             fetch_all(source, card, here)
-            contents.refuse(here, card)
+            try:
+                contents.refuse(here, card)
+            except InputError:
+                shutil.rmtree(here)  # nothing that was refused is kept
+                raise
             _show(here, card, show)
             _settle(here, dest, card, content)
     except OSError as error:

@@ -304,7 +304,7 @@ def test_what_a_file_is_not_is_refused_by_pull_verify_and_publish(tmp_path, case
         lambda folder: put(folder, tmp_path / "runs", "x"),
     ):
         assert said in error_of(call, student)
-    assert not (tmp_path / "s").exists()
+    assert not (tmp_path / "s").exists() and not list(tmp_path.glob(".s.part-*")), "nothing of it is kept"
     assert list((tmp_path / "runs" / "registry" / "x").iterdir()) == []
 
 

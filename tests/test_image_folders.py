@@ -107,7 +107,17 @@ def test_files_come_in_the_order_of_their_names(tmp_path):
 # --- folders that are no classes ---
 
 
-@pytest.mark.parametrize("names", [["train", "val"], ["Train", "test"], ["train2017", "val2017", "extra"], ["train"]])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train", "val"],
+        ["Train", "test"],
+        ["train2017", "val2017", "extra"],
+        ["train"],
+        ["training_set", "test_set"],
+        ["train_images", "val-images"],
+    ],
+)
 def test_the_parts_of_a_data_set_are_no_classes(tmp_path, names):
     folder(tmp_path, *(f"{name}/{label}/1.png" for name in names for label in "ab"))
     said = refused(tmp_path)
@@ -283,7 +293,8 @@ def test_containers_are_refused_with_the_way_to_files(tmp_path, name, said):
 def of_file(tmp_path, *changes):
     (tmp_path / "spec.yaml").write_text(
         "name: a\nteacher: {kind: gaussian, mean: [0, 0], std: [1, 1]}\ndata: {kind: images, path: here, size: 8}\n"
-        "stages:\n  t: {kind: train, recipe: pretrain/flow_matching, images: 64, network: {kind: unet, channels: [8]}}\n"
+        "stages:\n  t: {kind: train, recipe: pretrain/flow_matching, images: 64, "
+        "network: {kind: unet, channels: [8]}}\n"
     )
     return specfile.load(tmp_path / "spec.yaml", changes).spec.data
 

@@ -234,6 +234,11 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ("unet/config.json", {"sample_size": 10**9}, "sample_size=1000000000; valid: less than or equal to 8192"),
         ("unet/config.json", {"sample_size": True}, "sample_size=True; valid: a valid integer"),
         ("unet/config.json", {"sample_size": 7}, "its network cannot be called with a sample of shape [1, 7, 7]: "),
+        (
+            "unet/config.json",
+            {"in_channels": 4, "out_channels": 4},
+            "its samples have 4 channels, as those of a",
+        ),
         ("unet/config.json", {"in_channels": "one"}, "in_channels='one'; valid: a valid integer"),
         ("unet/config.json", {"block_out_channels": [10**9]}, "block_out_channels.0=1000000000; valid: less than"),
         ("unet/config.json", {"block_out_channels": [8, 60000]}, "the weights do not fit together: "),

@@ -273,6 +273,11 @@ def _shape(path: Path, config: NetworkConfig) -> tuple[int, ...]:
             f"{path}: sample_size={size}, in_channels={config.in_channels}, out_channels={config.out_channels}; "
             "valid: a sample_size and equal channels"
         )
+    if config.in_channels not in (1, 3):
+        raise InputError(
+            f"{path}: its samples have {config.in_channels} channels, as those of a latent space have; valid: networks "
+            "of pixels, with 1 channel (grey) or 3 (colour)"
+        )
     return (config.in_channels, size, size) if isinstance(size, int) else (config.in_channels, *size)
 
 
