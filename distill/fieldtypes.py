@@ -20,7 +20,13 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # Far above what anybody uses; a number beyond them is a slip of the hand, and would be hours of work before it shows.
 MAX_STEPS, MAX_SAMPLES = 100_000, 100_000_000
+MAX_SHARDS = 100_000  # files of a pair set: they lie in one folder, and their names have five digits
+MAX_SHARD = 2**20  # pairs of a file, which is put together in memory; of a block, too
+MAX_SOLVER_STEPS = 10_000
 Steps = Annotated[int, Field(gt=0, le=MAX_STEPS)]
+Pairs = Annotated[int, Field(gt=0, le=MAX_SHARDS * MAX_SHARD)]
+ShardPairs = Annotated[int, Field(gt=0, le=MAX_SHARD)]
+SolverSteps = Annotated[int, Field(gt=0, le=MAX_SOLVER_STEPS)]
 Samples = Annotated[int, Field(gt=0, le=MAX_SAMPLES)]
 Images = Annotated[int, Field(gt=0, le=10**13)]
 Processes = Annotated[int, Field(gt=0, le=4096)]

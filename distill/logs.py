@@ -14,6 +14,7 @@ BLOCK = 2**16  # bytes read at once
 TAIL = 2**20  # bytes at the end of a log in which a failure is looked for: it is the last that a process says
 STAMP = re.compile(rb"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ")
 LINE_STAMP = re.compile(STAMP.pattern.replace(rb"(", rb"^(", 1), re.MULTILINE)
+COLOUR = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 FAILED = re.compile(rb"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  rank (\d{1,9}) failed:")
 
 
@@ -96,5 +97,5 @@ def failures(path: Path) -> Iterator[Failure]:
 
 
 def _say(content: bytes) -> None:
-    text = content.decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n")  # a bar that moves, line by line
-    say(text, end="")
+    text = COLOUR.sub("", content.decode(errors="replace"))
+    say(text.replace("\r\n", "\n").replace("\r", "\n"), end="")  # a bar of progress that was written over, as lines

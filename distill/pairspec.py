@@ -9,15 +9,13 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from distill import nfe
+from distill.fieldtypes import MAX_SHARDS
 from distill.guard import InputError
 from distill.spec import PairsStage, RunSpec, TrainStage, is_path
 from distill.store import shard_path
 
 OF_DATA, WITH_STATES = ("forward", "segments"), ("trajectories", "segments")  # paths of a pairs stage
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
-MAX_SHARDS = 100_000  # files of a set: they lie in one folder, and their names have five digits
-MAX_SHARD = 2**20  # pairs of a file, which is put together in memory; of a block too
-MAX_STEPS = 10_000  # of a solver
 MAX_MANIFEST = 256 << 20  # bytes: several times what MAX_SHARDS files need
 SHARD_NAME = re.compile(r"shard-([0-9]{5,15})\.safetensors")
 
@@ -100,7 +98,7 @@ def bytes_per_pair(stage: PairsStage, shape: Sequence[int]) -> int:
 
 def mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
     """What is wrong with a pairs stage by itself."""
-    yield from _too_much(stage, prefix)
+    yield from _too_many_files(stage, prefix)
     if stage.shard % stage.block:
         nearest = max(stage.block, round(stage.shard / stage.block) * stage.block)
         yield f"{prefix}shard: {stage.shard} is not a multiple of block ({stage.block}); nearest: {nearest}"
@@ -116,23 +114,15 @@ def mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
         yield f"{prefix}store_noise: inverted noise is always stored, so this has no effect; remove it"
 
 
-def _too_much(stage: PairsStage, prefix: str) -> Iterator[str]:
-    """More than any machine could hold or solve: nearly always a slip of the pen."""
+def _too_many_files(stage: PairsStage, prefix: str) -> Iterator[str]:
     layout = Layout(stage.count, stage.shard)
-    if stage.count > MAX_SHARDS * MAX_SHARD:
-        yield f"{prefix}count: {stage.count:,} pairs are too many; at most {MAX_SHARDS * MAX_SHARD:,}"
-    elif layout.files > MAX_SHARDS:
+    if layout.files > MAX_SHARDS:
         least = -(-stage.count // MAX_SHARDS)
         enough = -(-least // stage.block) * stage.block
         yield (
             f"{prefix}shard: {stage.count:,} pairs in files of {stage.shard:,} are {layout.files:,} files, more than "
             f"{MAX_SHARDS:,}; give {enough} pairs or more a file, or a smaller count"
         )
-    for name, given in (("shard", stage.shard), ("block", stage.block)):
-        if given > MAX_SHARD:
-            yield f"{prefix}{name}: {given:,} pairs do not fit into memory at once; at most {MAX_SHARD:,}"
-    if stage.steps > MAX_STEPS:
-        yield f"{prefix}steps: {stage.steps:,} given; at most {MAX_STEPS:,}"
 
 
 def times_of(spec: RunSpec, stage: TrainStage) -> list[float] | None:

@@ -14,10 +14,9 @@ from distill import card as cards
 from distill import contents, jobs, manifest, published, pull, results, space, specfile
 from distill.card import Cost, FileRecord, Publication, StudentCard
 from distill.guard import InputError, RunError, suggest
-from distill.markdown import escape, one_line
+from distill.markdown import escape
 from distill.progress import duration
 from distill.published import REGISTRY, Entry
-from distill.regular import read_regular
 from distill.results import Results, Row
 from distill.spec import PairsStage, RunSpec, TrainStage
 from distill.store import RunPaths, read_events, sync_dir, write_atomic
@@ -217,22 +216,8 @@ def samples(chosen: Chosen) -> bytes:
     rows = [row for row in found.usual if row.role == "student" and row.network == chosen.stage] if found else []
     if not rows:
         return b""
-    root, name = chosen.run.stage(stage).root, min(rows, key=lambda row: row.steps).picture
-    where = f"{root / results.FILE_NAME}: picture '{one_line(name, 200)}'"
-    again = "evaluate again, or remove that file"
-    path = root / name
-    if not manifest.is_plain(name) or not path.resolve().is_relative_to(root.resolve()):
-        raise InputError(f"{where} is no plain name of a file below {root}; {again}")
-    try:
-        content = read_regular(path, contents.MAX_TEXT)
-        contents.refuse_picture(content, name)
-    except FileNotFoundError:
-        return b""
-    except OSError as error:
-        raise InputError(f"{where} cannot be read: {error.strerror}; {again}") from error
-    except InputError:
-        raise InputError(f"{where} is no PNG file; {again}") from None
-    return content
+    fewest = min(rows, key=lambda row: row.steps)
+    return results.picture(chosen.run.stage(stage).root, fewest) or b""
 
 
 def _ancestry(spec: RunSpec, stage: str) -> list[str]:

@@ -3,6 +3,7 @@
 A FIFO would wait for ever and a device may have no end; neither is a file of a run.
 """
 
+import errno
 import json
 from collections.abc import Iterator
 from io import FileIO
@@ -29,7 +30,8 @@ def open_regular(path: Path) -> FileIO:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+        remedy = "; remove it" if error.errno == errno.EINVAL else ""  # a folder, FIFO or device
+        raise InputError(f"{path} cannot be read: {error.strerror}{remedy}") from None
 
 
 def read_small(path: Path, limit: int = SMALL) -> bytes:

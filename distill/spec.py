@@ -22,7 +22,20 @@ from distill.dataspec import (  # noqa: F401  (they are parts of the spec)
     MnistData,
     NoData,
 )
-from distill.fieldtypes import MAX_SAMPLES, Fraction, Images, Line, Minutes, Name, Processes, Samples, Steps
+from distill.fieldtypes import (
+    MAX_SAMPLES,
+    Fraction,
+    Images,
+    Line,
+    Minutes,
+    Name,
+    Pairs,
+    Processes,
+    Samples,
+    ShardPairs,
+    SolverSteps,
+    Steps,
+)
 from distill.frozen import Frozen
 
 FINE, SAMPLES, SEED = 100, 100, 0  # what optimal times are found by, where nothing else is asked for
@@ -185,7 +198,7 @@ class PairsStage(Frozen):
     kind: Literal["pairs"]
     teacher: Name | None = None
     """stage whose student is the teacher; null: the spec's teacher"""
-    count: Annotated[int, Field(gt=0, le=10**10)]
+    count: Pairs
     """number of pairs"""
     paths: Literal["backward", "forward", "segments", "trajectories"] = "backward"
     """forward: from real data to noise; the last two keep states"""
@@ -195,13 +208,13 @@ class PairsStage(Frozen):
     """in place of times, of a trajectory's states: so many Euler steps, at the solver's times where they err least"""
     solver: Literal["euler", "heun", "dpm_solver_pp_2m"] = "heun"
     """solver of the teacher's ODE"""
-    steps: Steps = 16
+    steps: SolverSteps = 16
     """solver steps (heun calls the network twice a step but the last)"""
     guidance_scale: Annotated[float, Field(ge=0, le=10_000)] = 1.0
     """classifier-free guidance baked into the pairs; 1 = none"""
-    block: Samples = 256
+    block: ShardPairs = 256
     """samples solved at once; part of the numbers, so it is fixed here and not in launch"""
-    shard: Samples = 4096
+    shard: ShardPairs = 4096
     """pairs per file, a multiple of block"""
     dtype: Literal["float32", "float16", "bfloat16", "uint8"] = "float32"
     """of the stored data; uint8: pixels in [-1, 1], rounded to 1/127.5"""

@@ -445,19 +445,19 @@ REFUSED = {
     "no budget": (["digits"], "--budget is missing: minutes of training for each recipe, like --budget 2"),
     "no time": (
         ["digits", "--budget", "0"],
-        "--budget 0: minutes of training for each recipe are expected, above 0, like 2",
+        "--budget 0: minutes of training for each recipe are expected, above 0 and at most 1,000,000, like 2",
     ),
     "less than none": (
         ["digits", "--budget", "-1"],
-        "--budget -1: minutes of training for each recipe are expected, above 0, like 2",
+        "--budget -1: minutes of training for each recipe are expected, above 0 and at most 1,000,000, like 2",
     ),
     "no number": (
         ["digits", "--budget", "nan"],
-        "--budget nan: minutes of training for each recipe are expected, above 0, like 2",
+        "--budget nan: minutes of training for each recipe are expected, above 0 and at most 1,000,000, like 2",
     ),
     "endless": (
         ["digits", "--budget", "inf"],
-        "--budget inf: minutes of training for each recipe are expected, above 0, like 2",
+        "--budget inf: minutes of training for each recipe are expected, above 0 and at most 1,000,000, like 2",
     ),
     "unknown": (
         ["digits", "--budget", "1", "--recipes", "reflow, one-step"],

@@ -17,6 +17,7 @@ from markdown_it import MarkdownIt
 from runs import folder_bytes
 from runs import make as make_run
 from students import PICTURE, WEIGHTS, card, edit_card, make, put, tensors
+from test_report import make_results
 
 from distill import card as cards
 from distill import contents, manifest, publish, published, pull, transfer, transports, web
@@ -24,7 +25,6 @@ from distill.card import Cost, Publication
 from distill.claims import Owner
 from distill.guard import InputError, RunError
 from distill.regular import open_regular, read_regular
-from distill.results import Results, Row
 from distill.transports import at
 
 DISTILL = "distill.json"
@@ -403,13 +403,8 @@ def measured(tmp_path):
 
     def make_with(picture):
         run = make_run(tmp_path / "store", "one")
-        row = Row(network="reflow", role="student", solver="euler", steps=1, nfe=1, distance=1.0, kid=0.0,
-                  precision=1.0, recall=1.0, rms=1.0, images_per_second=1.0, straightness=0.0,
-                  picture="x.png")  # fmt: skip
-        found = Results(stage="evaluate", samples=1, seed=0, block=1, device="cpu", guidance_scale=1.0, distance="FD",
-                        features=None, reference=1, vector=False, rows=[row])  # fmt: skip
-        content = found.model_dump(mode="json")
-        content["rows"][0]["picture"] = picture
+        content = make_results().model_dump(mode="json")
+        content["rows"][-1]["picture"] = picture
         root = run.stage("evaluate").root
         root.mkdir(parents=True)
         (root / "results.json").write_text(json.dumps(content))
@@ -431,11 +426,11 @@ def test_a_picture_is_taken_through_no_link(tmp_path, measured):
     (tmp_path / "private" / "x.png").write_bytes(PICTURE)
     root, chosen = measured("pictures/x.png")
     (root / "pictures").symlink_to(tmp_path / "private")
-    assert "picture 'pictures/x.png' is no plain name of a file below" in error_of(publish.samples, chosen)
+    assert "pictures/x.png cannot be used: it is a link out of its folder" in error_of(publish.samples, chosen)
     (root / "pictures").unlink()
     (root / "pictures").mkdir()
     (root / "pictures" / "x.png").symlink_to(tmp_path / "secret.txt")
-    assert "picture 'pictures/x.png'" in error_of(publish.samples, chosen)
+    assert "pictures/x.png cannot be used: it is a link out of its folder" in error_of(publish.samples, chosen)
     (root / "pictures" / "x.png").unlink()
     assert publish.samples(chosen) == b""
     (root / "pictures" / "x.png").write_bytes(PICTURE)

@@ -54,8 +54,10 @@ NUMBERS = {
     "stages.r.batch_size=1000000000": "must be at most 100,000,000",
     "stages.r.images=100000000000000": "must be at most 10,000,000,000,000",
     "stages.r.optimizer.lr=1e300": "must be at most 1000",
-    "stages.p.count=1000000000000000000": "must be at most 10,000,000,000",
-    "stages.p.steps=1000000000": "must be at most 100,000",
+    "stages.p.count=1000000000000000000": "must be at most 104,857,600,000",
+    "stages.p.steps=1000000000": "must be at most 10,000",
+    "stages.p.shard=2097152": "must be at most 1,048,576",
+    "stages.p.block=2097152": "must be at most 1,048,576",
     "stages.p.guidance_scale=1e300": "must be at most 10000",
     "launch.procs=1000000000": "must be at most 4,096",
     "launch.collective_minutes=1e12": "must be at most 1e+06",
@@ -276,13 +278,19 @@ NAMES = {
 }  # fmt: skip
 
 
+OF_RUNS = ("show", "status", "logs", "cancel", "report", "clean", "export")
+
+
 @pytest.mark.parametrize("case", NAMES)
 def test_a_name_of_300_letters(capfd, tmp_path, case):
     before = snapshot(tmp_path)
     done = command(capfd, *NAMES[case])
     assert (done.code, done.out) == (2, "")
-    assert done.err.startswith("error: ") and done.err.endswith("File name too long; give a shorter name\n")
-    assert len(done.err) < 250
+    if case in OF_RUNS:
+        assert done.err.startswith("error: there is no run 'xxx") and len(done.err.splitlines()) == 1
+    else:
+        assert done.err.startswith("error: ") and done.err.endswith("File name too long; give a shorter name\n")
+        assert len(done.err) < 250
     assert snapshot(tmp_path) == before
 
 

@@ -61,9 +61,9 @@ FIRST = "shards/shard-00000.safetensors"
     ("changes", "message"),
     [
         ({"count": 10**18}, r"count: Input should be less than or equal to 104857600000"),
-        ({"count": -1}, r"count: Input should be greater than or equal to 1"),
+        ({"count": -1}, r"count: Input should be greater than 0"),
         ({"count": "22"}, r"count: Input should be a valid integer"),
-        ({"shard": 0}, r"shard: Input should be greater than or equal to 1"),
+        ({"shard": 0}, r"shard: Input should be greater than 0"),
         ({"shard": 10**12}, r"shard: Input should be less than or equal to 1048576"),
         ({"count": 10**9}, r"the file: count 1,000,000,000 in files of 8: more than 100,000 files"),
         ({"count": 16}, r"the file: shards: 'shard-00002\.safetensors' is no file of this set"),

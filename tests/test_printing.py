@@ -11,7 +11,7 @@ import warnings
 import pytest
 from commands import command
 from rich.table import Table
-from runs import ENV, distill, make
+from runs import CARD, ENV, distill, make
 
 from distill import printing
 from distill.progress import PlainLine
@@ -78,14 +78,16 @@ def test_names_and_metrics_of_others_in_the_lists_of_runs(capfd, tmp_path, monke
     append_event(run, "started")
     append_event(run, "failed", message=f"{RED} no room")
     run.student("teach").mkdir(parents=True)
-    write_json(run.student("teach") / "distill.json", {"metrics": {f"[bold]{RED}@1": 1.0}})
+    write_json(
+        run.student("teach") / "distill.json", CARD.model_dump(mode="json") | {"metrics": {"[bold]FD@1": 1.0}}
+    )  # no RED: it is refused
     run.root.rename(tmp_path / "runs" / f"o{RED}ne")
     for arguments in (["list"], ["status"], ["show", f"o{RED}ne"], ["status", f"o{RED}ne"]):
         done = command(capfd, *arguments)
         assert done.code == 0, arguments
         assert f"o{SHOWN}ne" in done.out and "\x1b" not in done.out + done.err and "\x07" not in done.out
     assert f"failed: {SHOWN} no room" in done.out
-    assert f"student teach: [bold]{SHOWN}@1 1" in done.out
+    assert "student teach: [bold]FD@1 1" in done.out
     (listed,) = json.loads(command(capfd, "list", "--json").out)
     assert listed["message"] == f"{RED} no room", "JSON has escapes of its own"
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill.cli.common import JsonOption, StoreOption, near, one_line, print_json, print_table, size, store_path
-from distill.guard import InputError
+from distill.cli.common import JsonOption, StoreOption, near, print_json, print_table, size, store_path
+from distill.guard import InputError, printable
 from distill.printing import say, say_table
 from distill.space import human
 from distill.store import RunPaths
@@ -51,7 +51,7 @@ def stages_done(done: int, run: "distill.status.RunStatus") -> str:
 
 def print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table of one line for each row, however many: rich needs a millisecond for each."""
-    clean = [[one_line(cell) for cell in row] for row in rows]
+    clean = [[" ".join(printable(cell).split("\n")) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(headers, *clean, strict=True)]
     for row in (headers, ["\u2500" * width for width in widths], *clean):
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

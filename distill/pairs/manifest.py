@@ -18,9 +18,10 @@ from typing import Annotated, Literal, Self
 from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError, model_validator
 
 from distill import draws, pairspec
+from distill.fieldtypes import MAX_SHARD, MAX_SHARDS, MAX_SOLVER_STEPS, Pairs, ShardPairs, SolverSteps
 from distill.guard import InputError, printable
 from distill.pairs.numbers import Rounding, Whiteness
-from distill.pairspec import BYTES, MAX_MANIFEST, MAX_SHARD, MAX_SHARDS, MAX_STEPS, Layout
+from distill.pairspec import BYTES, MAX_MANIFEST, Layout
 from distill.spec import Frozen
 from distill.store import write_json
 
@@ -57,18 +58,18 @@ class Manifest(Frozen):
     """the teacher's description, for people"""
     teacher_digest: str
     solver: str
-    steps: Annotated[int, Field(ge=1, le=MAX_STEPS)]
+    steps: SolverSteps
     nfe: NonNegativeFloat
     """network calls per pair, guidance counted; of segments on average"""
     guidance_scale: NonNegativeFloat
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    count: Annotated[int, Field(ge=1, le=MAX_SHARDS * MAX_SHARD)]
-    block: Annotated[int, Field(ge=1, le=MAX_SHARD)]
+    count: Pairs
+    block: ShardPairs
     """samples solved at once"""
-    shard: Annotated[int, Field(ge=1, le=MAX_SHARD)]
+    shard: ShardPairs
     """pairs per file"""
     paths: Literal["backward", "forward", "segments", "trajectories"]
-    times: Annotated[list[float], Field(min_length=2, max_length=MAX_STEPS + 1)] | None
+    times: Annotated[list[float], Field(min_length=2, max_length=MAX_SOLVER_STEPS + 1)] | None
     """of the states, as the solver's grid has them"""
     data_digest: str | None
     """of the real data that paths begin with"""

@@ -42,7 +42,7 @@ class Config(BaseModel):
     """probability of training a sample without its class; only where there are classes"""
     coupling: Literal["independent", "ot", "ot_replacement", "immiscible", "immiscible_knn", "weighted"] = "independent"
     """which noise goes with which data; ot_replacement draws pairs from the plan, so that some samples are left out"""
-    coupling_block: Annotated[int, Field(ge=2, le=100_000)] | None = None
+    coupling_block: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
     """samples that are matched, or weighted, together; micro-batches must hold whole blocks; null: 64"""
     within_classes: bool | None = None
     """match samples of one class only; null: false"""
