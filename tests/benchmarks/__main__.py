@@ -34,7 +34,7 @@ from tests.benchmarks.pairs import bench_million, bench_pairs, bench_reading, be
 from tests.benchmarks.ranks import bench_checkpoint, bench_zero
 from tests.benchmarks.recipes import bench_recipes
 from tests.benchmarks.store import bench_looks, bench_runs
-from tests.benchmarks.students import bench_pull
+from tests.benchmarks.students import bench_index, bench_pull
 from tests.benchmarks.threads import bench_threads
 
 CPU = torch.device("cpu")
@@ -162,6 +162,7 @@ BENCHES: dict[str, Callable[[], str]] = {
     "zero": bench_zero,
     "checkpoint": bench_checkpoint,
     "pull": bench_pull,
+    "index": bench_index,
     "images": bench_images,
     "runs": bench_runs,
     "looks": bench_looks,

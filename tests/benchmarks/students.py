@@ -1,4 +1,4 @@
-"""What pulling a large student from a store on the same disk costs, against `cp` and `sha256sum`."""
+"""What students in a store cost: to pull a large one, against `cp` and `sha256sum`; to read an index of many."""
 
 import json
 import os
@@ -6,11 +6,16 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from distill import card as cards
+from distill import published
 from distill.card import StudentCard
+from distill.transports import at
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 PROGRAM = """
@@ -79,3 +84,37 @@ def bench_pull(size: int = 1_000_000_000, rounds: int = 3) -> str:
         f"with sync, as we do, {rate['cp, sync']:.0f} MB/s: {synced:.2f}\n"
         f"        memory of {size / 1e6:.0f} MB {most / 1e3:.0f} MB, of {size / 1e7:.0f} MB {least / 1e3:.0f} MB"
     )
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves a folder, without a line for each request."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def index(folder: Path, count: int) -> float:
+    """An index of `count` students over http, as one that cannot be listed: its MB."""
+    entry = {"name": "digits", "digest": "0" * 64, "size": 1_700_000, "published": 1.8e9, "recipe": "reflow/one_step",
+             "kind": "velocity", "license": "", "metrics": {f"FD-digits@{n}": 3.0 for n in range(1, 9)}}  # fmt: skip
+    content = {"format": 1, "students": [{**entry, "version": f"v{n}"} for n in range(count)]}
+    (folder / published.REGISTRY).mkdir(exist_ok=True)
+    path = folder / published.REGISTRY / published.INDEX
+    path.write_text(json.dumps(content))
+    return path.stat().st_size / 1e6
+
+
+def bench_index(counts: tuple[int, ...] = (20_000, 40_000, 80_000, 150_000)) -> str:
+    """CPU seconds of reading an index, which is checked entry by entry, and what a MB more costs."""
+    sizes, taken = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder))
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for count in counts:
+            sizes.append(index(Path(folder), count))
+            began = time.process_time()
+            assert len(published.listed(at(f"http://127.0.0.1:{server.server_port}")).students) == count
+            taken.append(time.process_time() - began)
+        server.shutdown()
+    rows = ", ".join(f"{size:.0f} MB {seconds:.2f} s" for size, seconds in zip(sizes, taken, strict=True))
+    return f"index   {rows}: {(taken[-1] - taken[0]) / (sizes[-1] - sizes[0]):.3f} s a MB (flat: it was the square)"
