@@ -209,15 +209,17 @@ def _costs() -> dict[str, float]:
 
 def _load_file(path: Path) -> ModuleType:
     """A module from a file, once per content: pydantic looks its names up in sys.modules."""
-    name = f"distill_recipe_{sha256(path.read_bytes()).hexdigest()[:16]}"
+    content = path.read_bytes()
+    name = f"distill_recipe_{sha256(content).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None and found.loader is not None, path
+    assert found is not None, path
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module
     try:
-        found.loader.exec_module(module)
+        # Not by its loader, which writes __pycache__ beside it, and takes what lies there for any file of that second.
+        exec(compile(content, path, "exec"), vars(module))
     finally:
         if sys.exception() is not None:
             del sys.modules[name]

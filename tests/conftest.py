@@ -1,11 +1,13 @@
 """Types are checked at run time, under test only; parts and skips of the suite are decided here."""
 
 import os
+import sys
 
+sys.dont_write_bytecode = False  # as for most people: what Python would write beside their files is seen
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a hub
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
-from beartype.claw import beartype_packages
+from beartype.claw import beartype_packages  # noqa: E402
 
 beartype_packages(("distill", "recipes"))
 

@@ -1,11 +1,12 @@
 """recipes/README.md says what the recipes' docstrings say, and `distill recipes NAME` what a step costs."""
 
 import json
+import os
 
 from commands import command
 from programs import catalogue
 
-from distill import registry, schema
+from distill import presets, registry, schema
 from recipes.reflow import one_step
 
 
@@ -36,3 +37,15 @@ def test_valid_values_are_said_in_words():
     assert said["distance"] == "l2, pseudo_huber, lpips, l2+lpips"
     assert said["lpips_weight"] == "a number, > 0 or null" and said["lpips_path"] == "a file or null"
     assert said["lpips_heads"] == "true or false or null"
+
+
+def test_a_recipe_of_ones_own_is_what_stands_in_its_file_and_leaves_nothing_beside_it(tmp_path):
+    """Python keeps bytecode in __pycache__ and takes it for that of any file of the same size from the same second."""
+    path, text = tmp_path / "mine.py", (presets.folder().parent / "reflow" / "reflow.py").read_text()
+    marks = []
+    for mark in ("MARK = 1\n", "MARK = 2\n"):
+        path.write_text(text + mark)
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+        marks.append(registry.load("./mine.py", tmp_path).MARK)
+    assert marks == [1, 2]
+    assert list(tmp_path.iterdir()) == [path]

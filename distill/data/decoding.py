@@ -77,7 +77,7 @@ def decode(
         image = image.convert("RGB")
     if image.mode[0] in "IF":  # 16-bit integers or floating point, one channel
         scale = np.float32(1 if image.mode == "F" else 65535)
-        values: NDArray[np.float32] = np.asarray(image, dtype=np.float32) / scale
+        values = np.asarray(image, dtype=np.float32) / scale
         low, high = float(values.min()), float(values.max())  # NaN, if any value is
         if not (low >= 0 and high <= 1):
             raise InputError(
