@@ -154,7 +154,7 @@ def scheme_of(text: str) -> str:
             f"valid schemes: {', '.join(SCHEMES)}"
         )
     if scheme[1].lower() not in SCHEMES:
-        plain = one_line(shown(text), 500)
+        plain = one_line(re.sub(":/(?!/)", "://", shown(text), count=1), 500)  # a Path has lost one of them
         raise InputError(f"{plain}: unknown scheme '{scheme[1].lower()}'; valid: {', '.join(SCHEMES)}")
     return scheme[1].lower()
 
