@@ -463,12 +463,13 @@ def test_a_process_among_several_keeps_its_traceback_and_leaves_word(tmp_path):
     """`distill logs` finds the first failure by it, and the job's own process reads how each ended."""
     (tmp_path / "ends").mkdir()
     job = {"DISTILL_ENDS": str(tmp_path / "ends"), "SLURM_PROCID": "0", "SLURM_JOB_ID": "3"}
-    done = distill("stage", LONG, "x", cwd=tmp_path, env=job)
+    make(tmp_path / "runs")
+    done = distill("stage", "runs/one", "teach", "--lifeline", "99", cwd=tmp_path, env=job)  # no such pipe
     assert done.returncode == 1
     assert done.stderr.splitlines()[0].endswith("  rank 0 failed:")
     assert done.stderr.splitlines()[1].startswith("Traceback")
     found = read_json(tmp_path / "ends" / "rank-0")
-    assert found["code"] == 1 and found["message"].startswith("OSError: ")
+    assert found["code"] == 1 and found["message"] == "OSError: [Errno 9] Bad file descriptor"
     done = distill("stage", "nope", "x", cwd=tmp_path, env=job)
     assert (done.returncode, done.stdout) == (2, "")
     assert read_json(tmp_path / "ends" / "rank-0")["message"] == done.stderr.strip()
