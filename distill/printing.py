@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import warnings
+from contextlib import suppress
 from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import rich.console
 
 _format_warning = warnings.formatwarning
+_warned: set[str] = set()  # by this process
 
 
 def say(text: object = "", *, end: str = "\n", flush: bool = False) -> None:
@@ -26,6 +28,14 @@ def say(text: object = "", *, end: str = "\n", flush: bool = False) -> None:
 def say_error(text: object, *, end: str = "\n") -> None:
     """Print a text on stderr, at once."""
     print(printable(str(text)), end=end, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """Say on stderr what must not be missed: once in the life of the process, however often it is found."""
+    if text not in _warned:
+        _warned.add(text)
+        with suppress(OSError):  # whoever read this may be gone, which is no reason to lose work
+            say_error(f"warning: {text}")
 
 
 def say_table(shown: "rich.console.RenderableType") -> None:

@@ -35,7 +35,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from distill import card as cards
 from distill import manifest, pull
 from distill.card import Count, Digest, Label, Line, Metrics, Number
-from distill.guard import InputError, RunError, suggest
+from distill.guard import InputError, RunError, short, suggest
 from distill.regular import read_regular
 from distill.spec import Frozen, Name
 from distill.store import write_atomic
@@ -232,10 +232,11 @@ def _bytes(found: Listed) -> bytes:
 def split(given: str) -> tuple[str, str | None]:
     """NAME[:VERSION]; InputError if it cannot be one."""
     name, colon, version = given.partition(":")
+    plain = short(re.sub(".*:.*@", "...@", given, flags=re.DOTALL))  # it may be an address with a password
     for word, text in (("name", name), ("version", version)):
         if (word == "name" or colon) and not NAME.fullmatch(text):
             raise InputError(
-                f"'{given}': NAME or NAME:VERSION is expected; a {word} is letters, digits, '.', '_' and '-', begins "
+                f"'{plain}': NAME or NAME:VERSION is expected; a {word} is letters, digits, '.', '_' and '-', begins "
                 "with a letter or digit, and has at most 64"
             )
     return name, version if colon else None

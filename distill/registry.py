@@ -7,23 +7,26 @@ import importlib
 import importlib.util
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, TracebackType
 from typing import Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ValidationError
 
 from distill import schema
 from distill.guard import InputError, suggest
+from distill.markdown import one_line
 
 GROUP = "distill.recipes"
 PARTS = ("Config", "Recipe")
 COSTS = "costs.json"  # of our recipes, beside them; written by tests/benchmarks
 NEEDS = ("data", "pairs", "states", "teacher", "weights", "jvp")
+_FOREIGN: set[str] = set()  # files of the recipes loaded so far that are not of the package `recipes`
 
 
 @dataclass(frozen=True)
@@ -151,25 +154,17 @@ def source(name: str, base: Path) -> Path:
 def load(name: str, base: Path) -> ModuleType:
     """The module of a recipe: it has a docstring, `Config` and `Recipe`."""
     path = source(name, base)
-    try:
+    is_ours = path.is_relative_to(package_folder())
+    with _Importing(name, path.absolute()):
         if name.endswith(".py"):
             module = _load_file(path)
         else:
             point = _entry_points().get(name)
-            is_ours = path.is_relative_to(package_folder())
             module = importlib.import_module(
                 f"recipes.{name.replace('/', '.')}" if is_ours or point is None else point.module
             )
-    except ModuleNotFoundError as error:
-        raise InputError(
-            f"recipe '{name}' needs the package {error.name}; pip install 'distill[train]' brings those of our recipes"
-        ) from error
-    except SystemExit as error:
-        raise InputError(
-            f"recipe '{name}' ends the program when it is imported: it calls sys.exit({error.code}); remove that"
-        ) from error
-    except (SyntaxError, ImportError) as error:
-        raise InputError(f"recipe '{name}' cannot be imported: {error}") from error
+    if not is_ours and module.__file__ is not None:
+        _FOREIGN.add(module.__file__)
     missing = [part for part in PARTS if part not in vars(module)]
     if missing or not module.__doc__:
         what = " and ".join(f"class {part}" for part in missing) or "docstring that names its paper"
@@ -177,6 +172,44 @@ def load(name: str, base: Path) -> ModuleType:
     if "sampler" not in dir(module.Recipe):
         raise InputError(f"recipe '{name}' ({path}): its Recipe does not say its sampler; write sampler = \"euler\"")
     return module
+
+
+@dataclass(frozen=True)
+class _Importing:
+    """Whatever a recipe's module raises while it is imported becomes an InputError that says where."""
+
+    name: str
+    path: Path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is not None and not self._is_ctrl_c(error):
+            raise InputError(f"recipe '{self.name}' {self._what(error)}") from error
+
+    def _is_ctrl_c(self, error: BaseException) -> bool:
+        """Whether the user has interrupted the import; a recipe may also raise KeyboardInterrupt itself."""
+        if not isinstance(error, KeyboardInterrupt):
+            return False
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return last.filename != str(self.path) or not (last.line or "").startswith("raise")
+
+    def _what(self, error: BaseException) -> str:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            return f"needs the package {error.name}; pip install 'distill[train]' brings those of our recipes"
+        if isinstance(error, SystemExit):
+            return f"ends the program when it is imported: it calls sys.exit({error.code}); remove that"
+        if isinstance(error, SyntaxError):
+            return f"cannot be imported: {error}"
+        lines = [each.lineno for each in traceback.extract_tb(error.__traceback__) if each.filename == str(self.path)]
+        where = f"{self.path}, line {lines[-1]}" if lines else str(self.path)
+        said = one_line(str(error), 500)
+        return f"cannot be imported: {where}: {type(error).__name__}" + (f": {said}" if said else "")
+
+
+def is_of_foreign_recipe(error: BaseException) -> bool:
+    """Whether an error comes out of the code of a recipe that is not ours, which is for its author to mend."""
+    return any(each.filename in _FOREIGN for each in traceback.extract_tb(error.__traceback__))
 
 
 def configure(name: str, module: ModuleType, options: dict[str, Any], where: str) -> RecipeConfig:

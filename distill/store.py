@@ -241,19 +241,29 @@ def find_run(store: Path, given: str) -> RunPaths:
     raise InputError(f"there is no run '{given}' in {store}; {hint}")
 
 
+def make(store: Path) -> None:
+    """The folder of a store, unless it is there."""
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(_unusable(store, error)) from None
+
+
+def _unusable(store: Path, error: OSError) -> str:
+    return f"cannot make a run in the store {store}: {error.strerror}; choose another by --store"
+
+
 def create_run(store: Path, name: str, files: Mapping[str, str | bytes]) -> RunPaths:
     """A new run with these files, complete or not at all: written under a hidden name, then renamed."""
     refuse_reserved(name)
     run = RunPaths(store.absolute() / name)
     temporary = store.absolute() / f".{name}.new-{os.getpid()}-{time.time_ns()}-{platform.node()}"
+    make(store)
     try:
-        store.mkdir(parents=True, exist_ok=True)
         _clear(store)
         temporary.mkdir()
     except OSError as error:
-        raise InputError(
-            f"cannot make a run in the store {store}: {error.strerror}; choose another by --store"
-        ) from None
+        raise InputError(_unusable(store, error)) from None
     try:
         for relative, content in files.items():
             path = temporary / relative

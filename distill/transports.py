@@ -4,6 +4,7 @@ The other side is not trusted to be quick, nor to end: whatever waits for it doe
 says is made one short line before anybody sees it. Passwords in a URL are used, and never shown.
 """
 
+import errno
 import os
 import re
 import threading
@@ -13,17 +14,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
-from distill.guard import InputError
+from distill.guard import InputError, short
 from distill.markdown import one_line
 from distill.regular import open_regular
 
 if TYPE_CHECKING:
     import fsspec
 
-URL = re.compile(r"([a-z][a-z0-9+.-]*):/", re.IGNORECASE)
+URL = re.compile(r"[a-z][a-z0-9+.-]*:(/|:)|.*:/(/|.*@)", re.IGNORECASE | re.DOTALL)
 SCHEMES = ("file", "http", "https", "s3", "hf", "ssh")
+ACCOUNTS = {
+    "s3": "write s3://BUCKET/PATH, and give the keys by $AWS_ACCESS_KEY_ID and $AWS_SECRET_ACCESS_KEY, or ~/.aws",
+    "hf": "write hf://ORG/NAME or hf://ORG/NAME@REVISION, and give the token by $HF_TOKEN, or: hf auth login",
+}  # how these take a user's keys
 ANSWER = 120.0  # seconds until the other side has begun to send a file
 SILENCE = 60.0  # seconds without a byte
 BLOCK = 600.0  # seconds for a block of an object store, which may fetch 50 MB ahead
@@ -68,14 +73,14 @@ class Source(Protocol):
 
 
 def is_url(text: str) -> bool:
-    """Whether a place is given as scheme:/..."""
+    """Whether a place is given as scheme:/..., or holds one in another form, which `scheme_of` refuses."""
     return URL.match(text) is not None
 
 
 def shown(url: str) -> str:
     """A URL for people: without a user, a password or a query, which may hold a token."""
     # The second form is a password with a '/', which no program reads as one.
-    plain = re.sub(r"(?<=:)(/+)(?:[^/?#]*@|[^/?#@:]*:(?![0-9]*(?:/|$))[^?#]*@)", r"\1", url, count=1)
+    plain = re.sub(r"(?<=:)(/+)(?:[^/?#]*@|[^/?#@:]*:(?![0-9]*(?:/|$))[^?#]*@)", r"\1", url)
     return re.sub(r"[?#].*", "", plain, flags=re.DOTALL)
 
 
@@ -123,34 +128,12 @@ def within(seconds: float, call: Callable[[], Result], what: str) -> Result:
 
 def at(place: str | Path) -> Source:
     """The folder that a path or a URL names."""
-    text = str(place)
-    if not isinstance(place, str) or not is_url(text):
+    if not isinstance(place, str) or not is_url(place):
         return Folder(Path(place))
-    plain = one_line(shown(text), 500)
-    try:
-        url = urlsplit(text)
-    except ValueError as error:
-        raise InputError(f"{plain}: {error}") from None
+    url, base = _parsed(place), place.rstrip("/")
     scheme = url.scheme.lower()
-    try:
-        _ = url.port
-    except ValueError:  # it may be the beginning of a password
-        raise InputError(
-            f"{scheme}://{url.hostname}:...: Port could not be cast to a number; in a password '/' is written %2F"
-        ) from None
-    if scheme not in SCHEMES:
-        raise InputError(f"{plain}: unknown scheme '{scheme}'; valid: {', '.join(SCHEMES)}")
-    if url.query or url.fragment or re.search(r"[?#]|::\w+:", text):  # fsspec would go from one to the next
-        raise InputError(f"{plain}: a plain URL of a folder is expected, without '?', '#' and '::'")
-    if one_line(text, len(text)) != text:
-        raise InputError(f"{plain}: a URL has no control characters, and no spaces at its ends or in a row")
     if scheme == "file":
-        if url.netloc not in ("", "localhost"):
-            raise InputError(f"{plain}: a file URL has three slashes: file:///path")
         return Folder(Path(unquote(url.path)))
-    if not url.netloc:
-        raise InputError(f"{plain}: names no host; write {scheme}://HOST/PATH")
-    base = text.rstrip("/")
     if scheme == "ssh":
         from distill import ssh
 
@@ -160,6 +143,47 @@ def at(place: str | Path) -> Source:
     from distill import web
 
     return web.hub(base) if scheme == "hf" else web.Http(shown(base), base)
+
+
+def scheme_of(text: str) -> str:
+    """The scheme of a URL; InputError, without its passwords, if it is none of ours or there are several in a row."""
+    scheme = re.match(r"\s*([a-z][a-z0-9+.-]*):/", text, re.IGNORECASE)
+    if scheme is None or re.search(r"::\w+:", text):  # fsspec would go from one to the next
+        raise InputError(
+            "the address given is not a plain URL of a folder, without '?', '#' and '::'; write SCHEME://HOST/PATH; "
+            f"valid schemes: {', '.join(SCHEMES)}"
+        )
+    if scheme[1].lower() not in SCHEMES:
+        plain = one_line(re.sub(":/(?!/)", "://", shown(text), count=1), 500)  # a Path has lost one of them
+        raise InputError(f"{plain}: unknown scheme '{scheme[1].lower()}'; valid: {', '.join(SCHEMES)}")
+    return scheme[1].lower()
+
+
+def _parsed(text: str) -> SplitResult:
+    """The parts of a URL; InputError, without its passwords, unless it is of a scheme and form that is taken."""
+    plain, scheme = one_line(shown(text), 500), scheme_of(text)
+    try:
+        url = urlsplit(text)
+    except ValueError as error:
+        raise InputError(f"{plain}: {error}") from None
+    try:
+        _ = url.port
+    except ValueError:  # it may be the beginning of a password
+        raise InputError(
+            f"{scheme}://{url.hostname}:...: Port could not be cast to a number; in a password '/' is written %2F"
+        ) from None
+    if url.query or url.fragment or re.search(r"[?#]", text):
+        raise InputError(f"{plain}: a plain URL of a folder is expected, without '?', '#' and '::'")
+    if one_line(text, len(text)) != text:
+        raise InputError(f"{plain}: a URL has no control characters, and no spaces at its ends or in a row")
+    if scheme == "file":
+        if url.netloc not in ("", "localhost"):
+            raise InputError(f"{plain}: a file URL has three slashes: file:///path")
+    elif not url.netloc:
+        raise InputError(f"{plain}: names no host; write {scheme}://HOST/PATH")
+    elif scheme in ACCOUNTS and "@" in url.netloc:
+        raise InputError(f"{plain}: {scheme} takes no user and no password in a URL; {ACCOUNTS[scheme]}")
+    return url
 
 
 # --- folders ---
@@ -185,6 +209,8 @@ class Folder:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise Missing(f"{path}: {error.strerror}") from error
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                raise Refused(f"{short(str(path))}: {error.strerror}; give a shorter name") from error
             raise Refused(f"{path}: {error.strerror}") from error
         with file:
             file.seek(offset)

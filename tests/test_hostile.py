@@ -445,7 +445,15 @@ def test_a_picture_is_taken_through_no_link(tmp_path, measured):
             "zip://x", "local:///x", "smb://u:pw@h/x", "javascript://x", "reference://x"],
 )  # fmt: skip
 def test_only_documented_schemes_are_taken(capfd, url):
-    for line in (["pull", url], ["students", "--store", url], ["config", "store", url]):
+    for line in (
+        ["pull", url],
+        ["students", "--store", url],
+        ["config", "store", url],
+        ["publish", "x", "x", "--store", url],
+        ["publish", url, "x"],
+        ["list", "--store", url],
+        ["verify", url],
+    ):
         done = command(capfd, *line)
         assert (done.code, done.out, "pw" in done.err) == (2, "", False)
         scheme = url.partition(":")[0]
@@ -462,7 +470,9 @@ def test_a_name_that_looks_like_a_scheme_is_a_name(capfd, store, given):
 
 PASSWORDS = ["http://me:pw@127.0.0.1:9/x", "http://me:pw@[::1", "http://me:p/pw@host/x", "https://host/x?token=pw",
              "https://host/x#pw", "hf://me:pw@org/x", "ssh://me:pw@host/x", "ftp://me:pw@host", "http://me:pw@",
-             "file://me:pw@host/x", "http://me:pw@127.0.0.1:9"]  # fmt: skip
+             "file://me:pw@host/x", "http://me:pw@127.0.0.1:9", "s3://me:pw@bucket/x", "S3://me:pw@bucket",
+             "simplecache::http://me:pw@host/x", "a::http://me:pw@b::s3://me:pw@c",
+             " http://me:pw@host/x", "x=ftp://me:pw@host/x"]  # fmt: skip
 
 
 @pytest.mark.parametrize("url", PASSWORDS)
@@ -480,6 +490,12 @@ def test_passwords_are_never_shown(capfd, url):
         assert done.code in (1, 2)
         assert "pw" not in done.out + done.err, line
         assert done.err.startswith("error: ") and done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("given", ["me:pw@host:x", "me:pw@host://x"])
+def test_what_may_hold_a_password_is_no_name(capfd, given):
+    done = command(capfd, "pull", given)
+    assert (done.code, "pw" in done.err) == (2, False) and done.err.startswith("error: ")
 
 
 def test_a_password_of_the_store_is_kept_and_not_shown(capfd, tmp_path):

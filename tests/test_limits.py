@@ -393,6 +393,34 @@ def test_a_recipe_that_ends_the_program(capfd, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == before
 
 
+@pytest.mark.parametrize("mistake", ["open('missing.json')", "raise BrokenPipeError"])
+def test_an_error_of_the_system_in_a_recipe_of_ones_own_keeps_its_traceback(capfd, tmp_path, mistake):
+    late = f"class Config(Ours):\n    @property\n    def needs(self):\n        {mistake}"
+    (tmp_path / "mine.py").write_text(RECIPE.format(what=late))
+    (tmp_path / "s.yaml").write_text(SPEC.format(recipe="./mine.py"))
+    with pytest.raises(OSError) as error:
+        command(capfd, "plan", "s.yaml")
+    last = error.traceback[-1]
+    assert (str(last.path), last.lineno + 1) == (f"{tmp_path}/mine.py", 8)
+
+
+def test_a_run_whose_images_cannot_be_indexed_is_not_made(capfd, tmp_path):
+    from PIL import Image
+
+    (tmp_path / "set").mkdir()
+    for i in range(2):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "set" / f"{i}.png")
+    spec = "name: a\ndata: {kind: images, path: set, size: 8}\nstages:\n"
+    spec += "  r: {kind: train, recipe: pretrain/flow_matching, images: 1280, network: {kind: unet, channels: [8]}}\n"
+    (tmp_path / "s.yaml").write_text(spec)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "indexes").write_text("")
+    done = command(capfd, "run", "s.yaml")
+    said = f"error: cannot make {tmp_path}/runs/indexes: File exists; nothing was changed\n"
+    assert (done.code, done.err) == (1, said)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["indexes"]
+
+
 def test_what_a_kill_left_of_a_run_is_cleared_at_the_next_start(tmp_path):
     import platform
 
@@ -435,12 +463,13 @@ def test_a_process_among_several_keeps_its_traceback_and_leaves_word(tmp_path):
     """`distill logs` finds the first failure by it, and the job's own process reads how each ended."""
     (tmp_path / "ends").mkdir()
     job = {"DISTILL_ENDS": str(tmp_path / "ends"), "SLURM_PROCID": "0", "SLURM_JOB_ID": "3"}
-    done = distill("stage", LONG, "x", cwd=tmp_path, env=job)
+    make(tmp_path / "runs")
+    done = distill("stage", "runs/one", "teach", "--lifeline", "99", cwd=tmp_path, env=job)  # no such pipe
     assert done.returncode == 1
     assert done.stderr.splitlines()[0].endswith("  rank 0 failed:")
     assert done.stderr.splitlines()[1].startswith("Traceback")
     found = read_json(tmp_path / "ends" / "rank-0")
-    assert found["code"] == 1 and found["message"].startswith("OSError: ")
+    assert found["code"] == 1 and found["message"] == "OSError: [Errno 9] Bad file descriptor"
     done = distill("stage", "nope", "x", cwd=tmp_path, env=job)
     assert (done.returncode, done.stdout) == (2, "")
     assert read_json(tmp_path / "ends" / "rank-0")["message"] == done.stderr.strip()

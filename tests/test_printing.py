@@ -159,7 +159,10 @@ def test_an_output_that_has_not_every_letter(tmp_path):
 
 @pytest.mark.process
 def test_a_traceback_is_safe_too(tmp_path):
-    (tmp_path / "mine.py").write_text(f"raise ZeroDivisionError({RED!r})\n")
+    recipe = '"""A recipe (X 2020, arXiv 2001.00001)."""\n'
+    recipe += "from recipes.pretrain.flow_matching import Config as Ours, Recipe\n"
+    recipe += f"class Config(Ours):\n    @property\n    def needs(self):\n        raise ZeroDivisionError({RED!r})\n"
+    (tmp_path / "mine.py").write_text(recipe)
     spec = "{name: a, stages: {t: {kind: train, recipe: ./mine.py, images: 8}}}"
     (tmp_path / "s.yaml").write_text(spec)
     done = distill("plan", "s.yaml", cwd=tmp_path)

@@ -366,6 +366,15 @@ def test_every_shipped_file_is_known():
         ("https://host/s?token=1", "without '?', '#' and '::'"),
         ("s3://bucket/s::file://x", "without '?', '#' and '::'"),
         ("file://host/s", "a file URL has three slashes"),
+        (
+            "s3://me:secret@bucket/s",
+            "s3://bucket/s: s3 takes no user and no password in a URL; write s3://BUCKET/PATH, ",
+        ),
+        ("hf://me:secret@org/s", "hf://org/s: hf takes no user and no password in a URL; write hf://ORG/NAME or hf:/"),
+        (
+            "simplecache::http://host/s",
+            "without '?', '#' and '::'; write SCHEME://HOST/PATH; valid schemes: file, http",
+        ),
         ("hf://org", "hf://ORG/NAME or hf://ORG/NAME@REVISION is expected"),
         ("ssh://-oProxyCommand=x/s", "ssh://[USER@]HOST[:PORT]/PATH is expected"),
         ("ssh://host:x/s", "Port could not be cast"),
@@ -422,6 +431,10 @@ def test_commands_say_what_they_did(capfd, tmp_path, student, monkeypatch):
     done = command(capfd, "verify", "s")
     assert done.code == 2
     assert done.err.startswith(f"error: s: {WEIGHTS} is damaged: 1 bytes, expected 1000000 with ")
+    done = command(capfd, "verify", "x" * 300)
+    assert (done.code, done.err) == (
+        2, f"error: {'x' * 90}... (313 letters): File name too long; give a shorter name\n"
+    )  # fmt: skip
     assert command(capfd, "verify", "none").err.startswith("error: none is no student folder: it has no distill.json (")
 
 

@@ -579,8 +579,14 @@ def test_paths_among_a_recipes_options_are_made_absolute(tmp_path):
 
 
 def test_what_is_wrong_with_a_recipe_of_ones_own(tmp_path):
+    at = f"recipe './mine.py' cannot be imported: {tmp_path}/mine.py, line"
     for content, said in [
         ("x = (", "cannot be imported"),
+        ("\nopen('missing.json')", f"{at} 2: FileNotFoundError: .Errno 2. No such file or directory: 'missing.json'$"),
+        ("def f():\n    1 / 0\n\nf()", f"{at} 2: ZeroDivisionError: division by zero$"),
+        ("raise KeyboardInterrupt", f"{at} 1: KeyboardInterrupt$"),
+        ("raise BrokenPipeError", f"{at} 1: BrokenPipeError$"),
+        ("raise ModuleNotFoundError('x')", f"{at} 1: ModuleNotFoundError: x$"),
         ("import nonexistent_package", "needs the package nonexistent_package"),
         ('"""Doc."""\nclass Config: ...', "has no class Recipe"),
         ("class Config: ...\nclass Recipe: ...", "has no docstring that names its paper"),

@@ -78,6 +78,7 @@ def store_source(option: str | None) -> transports.Source:
 
 def _folder(setting: Setting) -> Path:
     if transports.is_url(setting.value):
+        transports.scheme_of(setting.value)
         raise InputError(
             f"the store {transports.shown(setting.value)} (from {setting.source}) is a URL, from which students are "
             "pulled; this needs a folder: give one by --store"

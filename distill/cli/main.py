@@ -120,17 +120,20 @@ def _options(
 def main(arguments: Sequence[str] | None = None, tell: Callable[[object], None] | None = None) -> int:
     """Run a command: its exit code. What a user can cause is one message, anything else keeps its traceback.
 
-    tell: of a process among several, which takes its messages; an error of the system keeps its traceback there.
+    tell: of a process among several, which takes its messages; an error of the system keeps its traceback there, and
+    everywhere one that comes out of a user's own recipe, whose author needs to see where.
     """
     printing.prepare()
     code = 0
     try:
         code = _outcome(arguments, tell or _tell)
         sys.stdout.flush()
-    except BrokenPipeError:
-        printing.abandon()
-        return code or EXIT_PIPE
     except OSError as error:
+        if _is_of_recipe(error):
+            raise
+        if isinstance(error, BrokenPipeError):
+            printing.abandon()
+            return code or EXIT_PIPE
         if tell is not None:
             raise
         message, code = described(error)
@@ -189,6 +192,14 @@ def _left(leaving: SystemExit, tell: Callable[[object], None]) -> int:
         "that, or raise an error that says what is wrong"
     )
     return EXIT_INPUT
+
+
+def _is_of_recipe(error: OSError) -> bool:
+    if "distill.registry" not in sys.modules:  # then no recipe was loaded
+        return False
+    from distill import registry
+
+    return registry.is_of_foreign_recipe(error)
 
 
 def described(error: OSError) -> tuple[str, int]:

@@ -103,12 +103,12 @@ def create(
         **_own_recipes(source),
         **(more or {}),
     }
-    run = create_run(folder, source.spec.name, files)
     if source.spec.data.kind in ("images", "hf"):
         from distill import data  # torch comes with it
 
-        data.update_index(source.spec.data, run.root.parent)  # what the check has found, for the processes of the run
-    return run
+        stores.make(folder)
+        data.update_index(source.spec.data, folder.absolute())  # what the check found, for the processes of the run
+    return create_run(folder, source.spec.name, files)
 
 
 def _own_recipes(source: "distill.specfile.SpecSource") -> dict[str, str | bytes]:

@@ -137,6 +137,7 @@ def verify(
     from distill import transports
 
     if transports.is_url(str(folder)):
+        transports.scheme_of(str(folder))
         raise InputError(f"{transports.shown(str(folder))} is a URL; verify takes a folder: pull it first")
     card = pulling.verify(folder, _show if trust_code else None)
     say(f"{near(folder.absolute())} is whole: '{one_line(card.name)}', {len(card.files) + 1} files")
@@ -148,6 +149,7 @@ def _chosen(given: str, store: Path) -> "distill.publish.Chosen | Path":
     from distill import transports
 
     if transports.is_url(given):
+        transports.scheme_of(given)
         raise InputError(f"{transports.shown(given)} is a URL; a run, one of its students, or a folder is expected")
     base, at, which = given.rpartition("@") if "@" in given else (given, "", "")
     folder = Path(base)

@@ -1,7 +1,6 @@
 """Encoded images (PNG, JPEG ...) as samples: known from their index, decoded, cropped and flipped when asked for."""
 
 import hashlib
-import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distill import printing
 from distill.data.decoding import COLOURS, UNREADABLE, Colour, covering, decode
 from distill.data.index import CHUNK, REASONS, Index, State
 from distill.data.rows import Rows
@@ -165,7 +165,7 @@ class ImageData:
             raise InputError(
                 f"{count}, data.max_unreadable is {limit}: {names}; repair or remove them, or raise the limit"
             )
-        warnings.warn(f"{count} and are skipped: {names}", stacklevel=2)
+        printing.warn(f"{count} and are skipped: {names}")
 
 
 _WITHOUT_BYTES = [state for state in State if state >= State.EMPTY]

@@ -29,7 +29,7 @@ from safetensors.numpy import load_file, save
 
 from distill.data.decoding import UNREADABLE, decode, header, is_transparent
 from distill.data.rows import FileRows, Rows
-from distill.guard import InputError
+from distill.guard import InputError, RunError
 from distill.imagefolder import MAX_CLASSES
 from distill.spec import HfData, ImagesData
 from distill.store import write_atomic
@@ -160,7 +160,10 @@ def read(path: Path) -> Index | None:
 def write(path: Path, index: Index) -> None:
     """Whole or not at all; RunError if it cannot be written."""
     arrays = {name: value for name, value in vars(index).items() if name != "head"}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot make {path.parent}: {error.strerror}; nothing was changed") from error
     write_atomic(path, save(arrays, metadata={"index": index.head.model_dump_json()}))
 
 
