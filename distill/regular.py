@@ -27,7 +27,7 @@ def open_regular(path: Path, *, follow: bool = False) -> FileIO:
     try:
         descriptor = os.open(path, flags if follow else flags | os.O_NOFOLLOW)
     except OSError as error:
-        if error.errno == errno.ELOOP:
+        if error.errno == errno.ELOOP and not follow:
             raise OSError(errno.ELOOP, "it is a link; links are not followed", str(path)) from None
         if error.errno == errno.ENXIO:
             raise OSError(errno.ENXIO, "it is a socket or device, not a file", str(path)) from None

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from time import process_time
 
 import pytest
 import torch
@@ -122,6 +123,98 @@ def test_an_adapter_is_named(folder):
     save_file({"unet.x": torch.zeros(1)}, beside)
     refused(folder, f"the adapter {beside} would not be used; merge it", "or move it away where the teacher is meant")
     refused(folder / "unet", f"the adapter {beside} would not be used")
+    rewrite(folder, {f"base_layer.{k}": t for k, t in plain.items()})
+    beside.unlink()
+    refused(folder, "the weights hold an adapter (LoRA), like base_layer.conv_")
+    rewrite(folder, {f"base_model.model.{k}": t for k, t in plain.items()})
+    refused(folder, "the weights hold an adapter (LoRA), like base_model.model.conv_")
+
+
+@pytest.mark.parametrize("place", ["", "unet"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_lora_weights.bin", "my_style_LoRA.safetensors", "adapter_model.bin", "lora.ckpt"]
+)
+def test_an_adapter_beside_the_weights_is_refused_whatever_its_name(folder, place, name):
+    (folder / place / name).write_bytes(b"x")
+    refused(folder, f"the adapter {folder / place / name} would not be used; merge it", "or move it away where the")
+    inside = str(Path(place) / name)
+    with pytest.raises(InputError, match=f"teacher.path=org/x: the adapter {inside} would not be used; merge it"):
+        by_id.read_of("org/x", ["model_index.json", f"unet/{FILE}", inside], weights=False)
+
+
+def test_what_only_speaks_of_adapters_is_let_through(folder):
+    for name in ("lora.md", "lora_config.json"):
+        (folder / name).write_text("{}")
+    (folder / "loras.bin").mkdir()
+    assert load(folder).shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("wrapped", ["module.conv_in.bias", "conv_in._orig_mod.bias"])
+def test_a_weight_that_is_there_twice_is_refused(folder, wrapped):
+    rewrite(folder, {**weights(folder), wrapped: torch.ones(8)})
+    path = folder / "unet" / FILE
+    with pytest.raises(InputError) as error:
+        load(folder)
+    assert str(error.value).startswith(f"{path}: ")
+    assert {"conv_in.bias", wrapped} <= set(str(error.value).replace(",", "").split())
+    assert "are both the weight conv_in.bias; keep the one that is meant" in str(error.value)
+
+
+def test_an_old_name_beside_the_new_one_is_refused_across_shards(folder):
+    plain = weights(folder)
+    name = next(name for name in plain if name.endswith("to_q.weight"))
+    old = name.replace("to_q", "query")
+    (folder / "unet" / FILE).unlink()
+    save_file(plain, folder / "unet" / "a.safetensors", {"format": "pt"})
+    save_file({old: plain[name]}, folder / "unet" / "b.safetensors", {"format": "pt"})
+    index = {"weight_map": {old: "b.safetensors", name: "a.safetensors"}}
+    (folder / "unet" / f"{FILE}.index.json").write_text(json.dumps(index))
+    refused(folder, f"{folder / 'unet' / 'b.safetensors'}: ", " of a.safetensors are both the weight ")
+
+
+# --- no weights that can be read ---
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ([], f"has no {FILE}, but config.json; copy or download the weights"),
+        (["model.safetensors"], f"but config.json, model.safetensors; rename model.safetensors to {FILE} if it"),
+        (
+            ["unet.ckpt"],
+            "only safetensors is loaded. Where you trust unet.ckpt, load it into its network and save that",
+        ),
+        (["diffusion_pytorch_model.bin"], "M.from_pretrained('{unet}', use_safetensors=False).save_pretrained('NEW')"),
+        (["diffusion_pytorch_model.fp16.bin"], "M.from_pretrained('{unet}', variant='fp16', use_safetensors=False)."),
+        (
+            ["diffusion_pytorch_model-00001-of-00002.safetensors"],
+            f"has diffusion_pytorch_model-00001-of-00002.safetensors but no {FILE}.index.json, which says what lies in",
+        ),
+        (
+            ["diffusion_pytorch_model.fp16-00001-of-00002.safetensors"],
+            f"-00001-of-00002.safetensors but no {FILE}.index.fp16.json, which says what lies in which",
+        ),
+    ],
+)
+def test_where_no_weights_can_be_read_it_says_what_is_there(folder, names, said):
+    (folder / "unet" / FILE).unlink()
+    for name in names:
+        (folder / "unet" / name).write_bytes(b"x")
+    with pytest.raises(InputError) as error:
+        load(folder)
+    assert str(error.value).startswith(f"{folder / 'unet'} has ")
+    assert said.replace("{unet}", str(folder / "unet")) in str(error.value)
+    assert ("from_pretrained(" in str(error.value)) == any(
+        name.endswith("model.bin") or "16.bin" in name for name in names
+    )
+
+
+def test_a_repository_of_pickled_weights_says_how_to_convert_them():
+    names = ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.fp16.bin"]
+    with pytest.raises(InputError) as error:
+        by_id.read_of("org/x", names)
+    assert "M.from_pretrained('org/x', subfolder='unet', variant='fp16', use_safetensors=False)" in str(error.value)
+    assert by_id.read_of("org/x", [*names, f"unet/{FILE}"]) == ["model_index.json", "unet/config.json", f"unet/{FILE}"]
 
 
 def test_weights_that_do_not_fit_are_named_and_few(folder, capfd):
@@ -239,6 +332,8 @@ DEEP = "[" * 100_000 + "]" * 100_000
             {"in_channels": 4, "out_channels": 4},
             "its samples have 4 channels, as those of a",
         ),
+        ("unet/config.json", {"sample_size": 8191}, "with a sample of shape [1, 8191, 8191] (tried: [1, 65, 65]): "),
+        ("unet/config.json", {"sample_size": [8, 8191]}, "with a sample of shape [1, 8, 8191] (tried: [1, 8, 65]): "),
         ("unet/config.json", {"in_channels": "one"}, "in_channels='one'; valid: a valid integer"),
         ("unet/config.json", {"block_out_channels": [10**9]}, "block_out_channels.0=1000000000; valid: less than"),
         ("unet/config.json", {"block_out_channels": [8, 60000]}, "the weights do not fit together: "),
@@ -288,7 +383,79 @@ def test_a_file_without_end_and_a_pipe_are_not_read(folder):
     refused(folder, f"{config} has {read.MAX_BYTES + 1} bytes; valid: at most")
     config.unlink()
     os.mkfifo(config)
-    refused(folder, f"{config} is not a file")
+    refused(folder, f"{config} cannot be read: it is a FIFO, not a file")
+
+
+# what is there in place of a file: (how to put it there, what is said)
+IN_PLACE = {
+    "FIFO": (os.mkfifo, "cannot be read: it is a FIFO, not a file"),
+    "folder": (os.mkdir, "cannot be read: it is a folder, not a file"),
+    "dangling link": (
+        lambda path: path.symlink_to("../blobs/ab12"),
+        "is a link to ../blobs/ab12, which is not there; copy or download it again",
+    ),
+    "link to itself": (
+        lambda path: path.symlink_to(path.name),
+        "cannot be read: Too many levels of symbolic links; correct that, or give a copy that can be read",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", IN_PLACE)
+@pytest.mark.parametrize(
+    "file",
+    [
+        "model_index.json",
+        "distill.json",
+        "unet/config.json",
+        "scheduler/scheduler_config.json",
+        f"unet/{FILE}",
+        f"unet/{FILE}.index.json",
+    ],
+)
+def test_what_is_no_file_is_refused_as_what_it_is(folder, file, what):
+    put, said = IN_PLACE[what]
+    (folder / file).unlink(missing_ok=True)
+    if file.endswith("index.json") and file.startswith("unet"):
+        (folder / "unet" / FILE).unlink()
+    put(folder / file)
+    with pytest.raises(InputError) as error:
+        load(folder)
+    assert f"{folder / file} {said}" in str(error.value)
+    assert "convert" not in str(error.value)
+
+
+def test_a_pipeline_without_its_network_says_what_is_missing(folder):
+    shutil.rmtree(folder / "unet")
+    refused(folder, f"{folder / 'unet' / 'config.json'} is not there; copy or download it again")
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", f"unet/{FILE}", "unet"])
+def test_what_may_not_be_read_says_so(folder, file):
+    """Read in a process that is not root, whom no permission stops."""
+    place = folder.parent
+    (folder / file).chmod(0)
+    place.chmod(0o755)
+    receive, send = os.pipe()
+    if (child := os.fork()) == 0:
+        said = "nothing was refused"
+        try:
+            os.chdir(place)  # the folders around it may be closed to others
+            if os.getuid() == 0:
+                os.setuid(65534)
+            load(Path("teacher"))
+        except InputError as error:
+            said = str(error)
+        finally:
+            os.write(send, said.encode())
+            os._exit(0)
+    os.close(send)
+    with os.fdopen(receive) as pipe:
+        said = pipe.read()
+    os.waitpid(child, 0)
+    (folder / file).chmod(0o755)
+    assert said == f"teacher/{file} cannot be read: Permission denied; correct that, or give a copy that can be read"
 
 
 @pytest.mark.parametrize(
@@ -297,8 +464,11 @@ def test_a_file_without_end_and_a_pipe_are_not_read(folder):
         ({}, "has no weight_map"),
         ({"weight_map": {}}, "weight_map={}; valid: "),
         ({"weight_map": ["a"]}, "weight_map=['a']; valid: a valid dictionary"),
-        ({"weight_map": {"a": "../../other.safetensors"}}, "weight_map.a='../../other.safetensors'; valid: "),
-        ({"weight_map": {"a": "weights.png"}}, "weight_map.a='weights.png'; valid: "),
+        (
+            {"weight_map": {"a": "../../other.safetensors"}},
+            "weight_map.a='../../other.safetensors'; valid: the name of a .",
+        ),
+        ({"weight_map": {"a": "weights.png"}}, "weight_map.a='weights.png'; valid: the name of a .safetensors file in"),
         ({"weight_map": {"a": "gone.safetensors"}}, "names gone.safetensors, which are not there"),
     ],
 )
@@ -333,6 +503,53 @@ def test_a_network_that_takes_the_logarithm_of_its_time_is_refused(tmp_path, sch
         f"the velocity of UNet2DModel from {tmp_path.name} at t={t} is not finite (its time_embedding_type is fourier)",
         "give a network that can be called at all times from",
     )
+
+
+def test_a_network_is_called_with_a_small_sample_of_its_kind(folder, capfd):
+    """What takes 8192 x 8192 pixels is not called with so many, and keeps its shape."""
+    edit(folder / "unet" / "config.json", sample_size=8192)
+    began = process_time()
+    assert load(folder).shape == (1, 8192, 8192)
+    assert process_time() - began < 20
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", ["", "Resnet"])
+def test_the_small_sample_is_refused_exactly_where_the_large_one_is(tmp_path, kind):
+    down, up = (f"{kind}DownsampleBlock2D", f"{kind}UpsampleBlock2D") if kind else ("DownBlock2D", "UpBlock2D")
+    network = narrow(3, down, up)
+    network.save_pretrained(tmp_path)
+    for side in range(65, 73):
+        edit(tmp_path / "config.json", sample_size=[side, 64])
+        if side % 4 == 0:
+            assert load(tmp_path, prediction="velocity").shape == (1, side, 64)
+            network(torch.zeros(1, 1, side, 64), 0)
+        else:
+            refused(tmp_path, f"cannot be called with a sample of shape [1, {side}, 64]", prediction="velocity")
+            with pytest.raises(RuntimeError):
+                network(torch.zeros(1, 1, side, 64), 0)
+
+
+def test_a_network_of_many_levels_needs_a_large_sample_and_says_so(tmp_path, capfd):
+    narrow(9, "DownBlock2D", "UpBlock2D").save_pretrained(tmp_path)
+    edit(tmp_path / "config.json", sample_size=1024)
+    assert load(tmp_path, prediction="velocity").shape == (1, 1024, 1024)
+    said = f"teacher.path={tmp_path}: calling its network with a sample of [1, 512, 512]; this may take minutes\n"
+    assert capfd.readouterr() == ("", said)
+
+
+def narrow(levels: int, down: str, up: str) -> UNet2DModel:
+    """A convolutional network of four channels."""
+    return UNet2DModel(
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(4,) * levels,
+        down_block_types=(down,) * levels,
+        up_block_types=(up,) * levels,
+        layers_per_block=1,
+        norm_num_groups=2,
+        add_attention=False,
+    ).eval()
 
 
 def test_loading_draws_no_random_numbers(folder):

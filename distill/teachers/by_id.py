@@ -11,10 +11,11 @@ from distill import hub
 from distill.guard import InputError
 from distill.spec import CheckpointTeacher
 from distill.teachers import variants
+from distill.teachers.read import short
 
 FILES = ["*.json", "*.safetensors", "README.md"]  # of these kinds are the files that are read; the last for its licence
 MODELS = ("", "unet/")  # where the weights of a network may lie
-SMALL = {"model_index.json", "distill.json", "config.json", "README.md", *variants.ADAPTERS}
+SMALL = {"model_index.json", "distill.json", "config.json", "README.md"}
 SMALL |= {"unet/config.json", "scheduler/scheduler_config.json"}
 
 
@@ -25,15 +26,27 @@ def is_id(path: str) -> bool:
 
 def read_of(name: str, files: Iterable[str], *, weights: bool = True) -> list[str]:
     """Of the files of a repository of this name, those that are read: the weights in one variant, and what describes
-    them.
+    them. InputError where an adapter lies beside them, or weights are there in pickled files alone.
     """
     listed = list(files)
+    places = {folder: [file.removeprefix(folder) for file in listed if file.startswith(folder)] for folder in MODELS}
+    places = {folder: [file for file in inside if "/" not in file] for folder, inside in places.items()}
+    for folder, inside in places.items():
+        for file in inside:
+            if variants.ADAPTER.fullmatch(file):
+                raise InputError(
+                    f"teacher.path={name}: the adapter {folder}{short(file)} would not be used; {variants.MERGE}, or "
+                    "download the repository without it where the teacher is meant without it"
+                )
     found = {file for file in listed if file in SMALL}
     if weights:
-        for folder in MODELS:
-            inside = [file.removeprefix(folder) for file in listed if file.startswith(folder)]
-            chosen = variants.one_of([file for file in inside if "/" not in file], f"teacher.path={name}")
-            found |= {folder + file for file in chosen}
+        for folder, inside in places.items():
+            found |= {folder + file for file in variants.one_of(inside, f"teacher.path={name}")}
+        pickled = [folder for folder, inside in places.items() if any(map(variants.PICKLED.fullmatch, inside))]
+        if pickled and found <= SMALL:
+            folder = pickled[0]
+            source = f"'{name}'" + (f", subfolder='{folder[:-1]}'" if folder else "")
+            raise variants.no_weights(places[folder], f"teacher.path={name}", source)
     return sorted(found)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from distill.draws import sample_noise
 from distill.guard import InputError
 from distill.interpolants import Prediction, linear
+from distill.printing import say_error
 from distill.protocols import VelocityField
 from distill.spec import CheckpointTeacher
 from distill.students.acceleration_mlp import AccelerationMLP
@@ -37,6 +38,8 @@ NETWORKS: dict[str, tuple[type[ModelMixin], ...]] = {  # by what they are
     "acceleration": (AccelerationUNet2DModel, AccelerationMLP),
 }
 LINEAR_NETWORKS = (VelocityUNet2DModel, VelocityMLP)  # of the linear path by construction
+PROBED = 64  # pixels a side that suffice to call a network, where it allows that
+LARGE = 4 * PROBED  # more takes long enough to say so
 LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,99}")
 
 
@@ -202,13 +205,17 @@ def _prediction(spec: CheckpointTeacher, family: Family, configured: Prediction)
 def _probe(field: VelocityField, found: Checkpoint, spec: CheckpointTeacher, device: torch.device) -> None:
     """Refuse a field that is not finite at one of both ends of its times and their middle.
 
-    Three calls with one sample each, where the network lies.
+    Three calls with one sample each, where the network lies; a large sample is replaced by a small one.
     """
-    x = sample_noise(0, [0], found.shape).to(device)
+    x = sample_noise(0, [0], _probed(found)).to(device)
+    if max(x.shape[2:], default=0) > LARGE:
+        say_error(
+            f"teacher.path={spec.path}: calling its network with a sample of {list(x.shape[1:])}; this may take minutes"
+        )
     cond = {} if found.num_classes is None else {"class_labels": torch.zeros(1, dtype=torch.int64, device=device)}
     first, last = field.t_range
     for t in (first, (first + last) / 2, last):
-        velocity = _called(field, x, torch.tensor([t], device=device), cond, spec)
+        velocity = _called(field, x, torch.tensor([t], device=device), cond, found.shape, spec)
         if not velocity.isfinite().all():
             embedding = found.network.config.get("time_embedding_type")
             known = f" (its time_embedding_type is {embedding})" if embedding not in (None, "positional") else ""
@@ -218,14 +225,32 @@ def _probe(field: VelocityField, found: Checkpoint, spec: CheckpointTeacher, dev
             )
 
 
-def _called(field: VelocityField, x: Tensor, t: Tensor, cond: dict[str, Tensor], spec: CheckpointTeacher) -> Tensor:
+def _probed(found: Checkpoint) -> tuple[int, ...]:
+    """Shape of a sample as small as may be that the network can be called with only if it can with its own.
+
+    Convolutions take every size whose halves, down to the lowest level, fit together again on the way up: that depends
+    on the remainder of the size by 2^(levels - 1). At the lowest level two pixels a side remain.
+    """
+    if len(found.shape) == 1:
+        return found.shape
+    levels = len(found.network.config["down_block_types"])
+    step = 1 << (levels - 1)
+    least = max(PROBED, 2 * step)
+    sides = (side if side <= least else least + (side - least) % step for side in found.shape[1:])
+    return (found.shape[0], *sides)
+
+
+def _called(
+    field: VelocityField, x: Tensor, t: Tensor, cond: dict[str, Tensor], shape: tuple[int, ...], spec: CheckpointTeacher
+) -> Tensor:
     try:
         return field(x, t, cond)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        tried = "" if x.shape[1:] == shape else f" (tried: {list(x.shape[1:])})"
         raise InputError(
-            f"teacher.path={spec.path}: its network cannot be called with a sample of shape {list(x.shape[1:])}: "
+            f"teacher.path={spec.path}: its network cannot be called with a sample of shape {list(shape)}{tried}: "
             f"{short(str(error), 200)}; correct its config.json"
         ) from error
 

@@ -1,19 +1,17 @@
 """Where the parts of a checkpoint lie: a pipeline folder, a single model folder, or what was fetched of a hub id."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from distill.guard import InputError
+from distill.regular import open_regular
 from distill.spec import CheckpointTeacher
 from distill.teachers import by_id
-from distill.teachers.read import StudentFacts, WeightIndex, checked, components, parse, short
-from distill.teachers.variants import ADAPTERS, STEM, one_of
+from distill.teachers.read import StudentFacts, WeightIndex, checked, components, parse, short, unreadable
+from distill.teachers.variants import ADAPTER, MERGE, STEM, WEIGHTS, listing, no_weights, one_of
 
 INDEX, CONFIG, STUDENT, SCHEDULER = "model_index.json", "config.json", "distill.json", "scheduler_config.json"
-MERGE = (
-    "merge it into the weights first (fuse_lora() and unload_lora_weights(), or peft's merge_and_unload(), then "
-    "save_pretrained into a new folder)"
-)
 
 
 @dataclass(frozen=True)
@@ -50,42 +48,43 @@ def _parts(spec: CheckpointTeacher, folder: Path) -> Parts:
         )
     if pipeline == folder:
         model, nearby = folder / "unet", [folder / "scheduler"]
-    elif (folder / CONFIG).is_file():
+    elif _there(folder / CONFIG):
         model, nearby = folder, [folder / "scheduler", folder.parent / "scheduler"]
     else:
         raise InputError(f"teacher.path={spec.path} {_nothing(folder)}")
     root = pipeline if pipeline is not None and folder.name == "unet" else folder
     for place in dict.fromkeys((root, model)):
-        for name in ADAPTERS:
-            if (place / name).is_file():
+        for name in sorted(_names(place)) if place.is_dir() else []:
+            if ADAPTER.fullmatch(name) and not (place / name).is_dir():
                 raise InputError(
-                    f"teacher.path={spec.path}: the adapter {place / name} would not be used; {MERGE}, or move it away "
-                    "where the teacher is meant without it"
+                    f"teacher.path={spec.path}: the adapter {place / short(name)} would not be used; {MERGE}, or move "
+                    "it away where the teacher is meant without it"
                 )
-    found = next((path for path in (near / SCHEDULER for near in nearby) if path.is_file()), None)
+    found = next((path for path in (near / SCHEDULER for near in nearby) if _there(path)), None)
     facts = root / STUDENT
-    student = checked(StudentFacts, parse(facts), facts) if facts.is_file() else StudentFacts()
+    student = checked(StudentFacts, parse(facts), facts) if _there(facts) else StudentFacts()
     return Parts(root, model, found, student)
 
 
 def _pipeline(folder: Path) -> Path | None:
     """The folder itself where it is a pipeline, or the one around it: a network alone does not tell its latents."""
     places = (folder, folder.absolute().parent, folder.resolve().parent)
-    return next((place for place in places if (place / INDEX).is_file()), None)
+    return next((place for place in places if _there(place / INDEX)), None)
 
 
 def _nothing(folder: Path) -> str:
     """Why a folder is no checkpoint, and what to give."""
-    inside = [name for name in ("unet_ema", "unet") if (folder / name / CONFIG).is_file()]
-    if inside:
-        averaged = ", the averaged weights," if inside[0] == "unet_ema" else ""
-        other = f" or {folder / inside[1]}" if len(inside) > 1 else ""
+    networks = [name for name in ("unet_ema", "unet") if (folder / name / CONFIG).is_file()]
+    if networks:
+        averaged = ", the averaged weights," if networks[0] == "unet_ema" else ""
+        other = f" or {folder / networks[1]}" if len(networks) > 1 else ""
         return (
             f"has neither {INDEX} nor {CONFIG}; it looks like a checkpoint in the middle of training. Give "
-            f"teacher.path={folder / inside[0]}{averaged}{other}, with the scheduler folder of its pipeline as "
+            f"teacher.path={folder / networks[0]}{averaged}{other}, with the scheduler folder of its pipeline as "
             "teacher.scheduler"
         )
-    return f"has neither {INDEX} nor {CONFIG}, but {listing(folder)}; give a diffusers pipeline folder or model folder"
+    inside = listing(_names(folder))
+    return f"has neither {INDEX} nor {CONFIG}, but {inside}; give a diffusers pipeline folder or model folder"
 
 
 def override(spec: CheckpointTeacher) -> Path | None:
@@ -93,34 +92,55 @@ def override(spec: CheckpointTeacher) -> Path | None:
     if spec.scheduler is None:
         return None
     path = Path(spec.scheduler) / SCHEDULER
-    if not path.is_file():
+    if not _there(path):
         raise InputError(f"teacher.scheduler={spec.scheduler} has no {SCHEDULER}; give its folder")
     return path
 
 
 def weights(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: one, or the shards of an index; of one variant."""
-    chosen = one_of([path.name for path in folder.iterdir() if path.is_file()], str(folder))
+    """The safetensors files of a model folder: one, or the shards of an index; of one variant. All can be opened."""
+    names = _names(folder)
+    chosen = one_of(names, str(folder))
+    if not chosen:
+        raise no_weights(names, str(folder), f"'{folder}'")
+    files = [folder / name for name in chosen if not name.endswith(".json") and "-of-" not in name]
+    if not files:
+        files = _shards(folder, chosen)
+    for path in files:
+        try:
+            open_regular(path, follow=True).close()
+        except OSError as error:
+            raise unreadable(path, error) from error
+    return files
+
+
+def _shards(folder: Path, chosen: list[str]) -> list[Path]:
+    """The shards that the index among the chosen names tells of."""
     indices = [folder / name for name in chosen if name.endswith(".json")]
-    whole = [folder / name for name in chosen if not name.endswith(".json") and "-of-" not in name]
-    if whole:
-        return whole
-    if indices:
-        index = checked(WeightIndex, parse(indices[0]), indices[0])
-        files = [folder / name for name in sorted(set(index.weight_map.values()))]
-        missing = [short(path.name) for path in files if not path.is_file()]
-        if missing:
-            some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            raise InputError(f"{indices[0]} names {some}, which are not there; copy or download them")
-        return files
-    raise InputError(
-        f"{folder} has no {STEM}.safetensors, but {listing(folder)}; only safetensors is loaded. Where you trust a "
-        f"pickled file, convert it: python -c \"from diffusers import UNet2DModel as M; M.from_pretrained('{folder}', "
-        "use_safetensors=False).save_pretrained('NEW')\""
-    )
+    if not indices:
+        found = WEIGHTS.fullmatch(chosen[0])
+        variant = f"{found['variant']}." if found is not None and found["variant"] else ""
+        raise InputError(
+            f"{folder} has {listing(chosen)} but no {STEM}.safetensors.index.{variant}json, which says "
+            "what lies in which; copy or download it"
+        )
+    index = checked(WeightIndex, parse(indices[0]), indices[0])
+    files = [folder / name for name in sorted(set(index.weight_map.values()))]
+    missing = [short(path.name) for path in files if not _there(path)]
+    if missing:
+        some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise InputError(f"{indices[0]} names {some}, which are not there; copy or download them")
+    return files
 
 
-def listing(folder: Path) -> str:
-    """What lies in a folder, for a message."""
-    names = sorted(short(path.name, 60) for path in folder.iterdir()) if folder.is_dir() else []
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "") if names else "nothing"
+def _there(path: Path) -> bool:
+    """Whether there is something of this name, a file or not: what cannot be read is refused, not passed over."""
+    return os.path.lexists(path)
+
+
+def _names(folder: Path) -> list[str]:
+    """What lies in a folder."""
+    try:
+        return [path.name for path in folder.iterdir()]
+    except OSError as error:
+        raise unreadable(folder, error) from error

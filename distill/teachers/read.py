@@ -1,12 +1,17 @@
 """What a checkpoint's JSON files say, checked where they are read: one message names the file and the key."""
 
+import errno
 import json
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from distill.guard import InputError, printable
+from distill.regular import open_regular
 
 Config = dict[str, Any]  # parsed JSON
 
@@ -81,29 +86,44 @@ class StudentFacts(Read):
     license: str = ""
 
 
+def _beside(name: str) -> str:
+    if not re.fullmatch(r"[^/\\\x00]{1,200}\.safetensors", name):
+        raise PydanticCustomError("name", "the name of a .safetensors file in the same folder, at most 200 letters")
+    return name
+
+
 class WeightIndex(Read):
     """diffusion_pytorch_model.safetensors.index.json: which weight lies in which file beside it."""
 
-    weight_map: dict[str, Annotated[str, Field(pattern=r"^[^/\\\x00]{1,200}\.safetensors$")]] = Field(min_length=1)
+    weight_map: dict[str, Annotated[str, AfterValidator(_beside)]] = Field(min_length=1)
 
 
 def parse(path: Path) -> Config:
     """The JSON object in a file."""
-    if not path.is_file():  # a folder, or a pipe that nobody writes to
-        raise InputError(f"{path} is not a file; give a folder that diffusers has saved")
     try:
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise InputError(f"{path} has {size} bytes; valid: at most {MAX_BYTES}")
-        parsed = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path, follow=True) as file:
+            if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+                raise InputError(f"{path} has {size} bytes; valid: at most {MAX_BYTES}")
+            content = file.readall()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    try:
+        parsed = json.loads(content.decode("utf-8"))
     except RecursionError:
         raise InputError(f"{path} cannot be read as JSON (nested too deeply); copy or download it again") from None
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
+    except ValueError as error:
         raise InputError(f"{path} cannot be read as JSON ({short(str(error))}); copy or download it again") from error
     if not isinstance(parsed, dict):
         raise InputError(f"{path} holds no JSON object; copy or download it again")
     return parsed
+
+
+def unreadable(path: Path, error: OSError) -> InputError:
+    """What to say of a file or folder that cannot be opened."""
+    if error.errno == errno.ENOENT:
+        link = f"a link to {short(str(path.readlink()), 200)}, which is " if path.is_symlink() else ""
+        return InputError(f"{path} is {link}not there; copy or download it again")
+    return InputError(f"{path} cannot be read: {error.strerror}; correct that, or give a copy that can be read")
 
 
 def checked(model: type[Model], content: Config, path: Path) -> Model:

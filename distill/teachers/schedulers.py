@@ -21,7 +21,7 @@ from distill.teachers.read import MAX_TABLE, Config, Positive, Read, Word, check
 Family = Literal["vp", "linear", "edm"]
 Whole = Annotated[int, Field(ge=0, le=1 << 31)]
 Beta = Annotated[float, Field(gt=0, lt=1)]
-Sigma = Annotated[float, Field(gt=0, le=1e5)]
+Sigma = Annotated[float, Field(ge=1e-6, le=1e5)]  # far beyond what any network is trained for
 
 
 class Options(Read):
@@ -266,7 +266,12 @@ def _vp(name: str, kind: Kind, options: Options, path: Path) -> VpSchedule:
     try:
         return VpSchedule(vp(table), steps, prediction, float(table[-1]) == 0)
     except ValueError as error:
+        told = f"betas from {start:g} to {end:g} in {steps} steps"
+        if options.trained_betas is not None:
+            told = f"the {steps} trained_betas, from {options.trained_betas[0]:g} to {options.trained_betas[-1]:g},"
+        elif schedule not in ("linear", "scaled_linear", "sigmoid"):
+            told = f"the betas of beta_schedule={schedule} in {steps} steps"
         raise InputError(
-            f"{path}: betas from {start:g} to {end:g} in {steps} steps leave no data long before the last step; "
+            f"{path}: {told} leave no data long before the last step; "
             "valid: betas whose alphas_cumprod decreases within (0, 1)"
         ) from error

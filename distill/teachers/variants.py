@@ -1,7 +1,7 @@
 """The names of weight files: plain, of a variant like fp16, whole or in shards with an index; and of adapters."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from distill.guard import InputError
 from distill.teachers.read import short
@@ -12,7 +12,13 @@ WEIGHTS = re.compile(  # STEM.safetensors, STEM.fp16.safetensors, STEM.fp16-0000
     rf"{STEM}\.safetensors\.index(?:\.(?P<of>[A-Za-z0-9_]+))?\.json"
 )
 PREFERRED = ("", "fp32", "fp16", "bf16")  # of several variants the first that is there; "" is the plain file
-ADAPTERS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+SUFFIXES = r"\.(?:safetensors|bin|pt|pth|ckpt)"
+ADAPTER = re.compile(rf"(?:.*lora.*|adapter_model){SUFFIXES}", re.IGNORECASE | re.DOTALL)
+PICKLED = re.compile(rf"{STEM}(?:\.(?P<variant>[A-Za-z0-9_]+))?(?:-\d+-of-\d+)?\.bin")
+MERGE = (
+    "merge it into the weights first (fuse_lora() and unload_lora_weights(), or peft's merge_and_unload(), then "
+    "save_pretrained into a new folder)"
+)
 
 
 def one_of(names: Iterable[str], where: str) -> list[str]:
@@ -36,3 +42,37 @@ def one_of(names: Iterable[str], where: str) -> list[str]:
             f"{', '.join(PREFERRED[1:])}; keep the one that is meant in a folder of its own"
         )
     return next(iter(variants.values()), [])
+
+
+def listing(names: Iterable[str]) -> str:
+    """What lies in a folder, for a message."""
+    listed = sorted(short(name, 60) for name in names)
+    return ", ".join(listed[:6]) + (", ..." if len(listed) > 6 else "") if listed else "nothing"
+
+
+def no_weights(names: Sequence[str], where: str, source: str) -> InputError:
+    """What to say of a folder with these names in it, among which `one_of` finds none.
+
+    where: the folder, as a message calls it; source: the first arguments of from_pretrained() that load it.
+    """
+    others = sorted(name for name in names if re.fullmatch(f".*{SUFFIXES}", name, re.DOTALL))
+    safe = [name for name in others if name.endswith(".safetensors")]
+    pickled = {found["variant"] or "" for name in others if (found := PICKLED.fullmatch(name))}
+    if safe:
+        todo = f"rename {short(safe[0], 60)} to {STEM}.safetensors if it holds the weights of this config.json"
+    elif pickled:
+        variant = next((each for each in PREFERRED if each in pickled), min(pickled))
+        told = f", variant='{variant}'" if variant else ""
+        todo = (
+            'only safetensors is loaded. Where you trust a pickled file, convert it: python -c "from diffusers '
+            f"import UNet2DModel as M; M.from_pretrained({source}{told}, use_safetensors=False)"
+            ".save_pretrained('NEW')\""
+        )
+    elif others:
+        todo = (
+            f"only safetensors is loaded. Where you trust {short(others[0], 60)}, load it into its network and save "
+            "that with save_pretrained()"
+        )
+    else:
+        todo = "copy or download the weights"
+    return InputError(f"{where} has no {STEM}.safetensors, but {listing(names)}; {todo}")

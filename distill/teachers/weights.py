@@ -14,13 +14,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distill.guard import InputError
-from distill.teachers.files import MERGE
-from distill.teachers.read import Config, short
+from distill.teachers.read import Config, short, unreadable
+from distill.teachers.variants import MERGE
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors names them
 WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and of parallel training
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # attention in diffusers before 0.15
-ADAPTED = ("lora_", ".base_layer.")  # in the names of weights with an adapter in them
+ADAPTED = ("lora_", "_lora.", ".lora.", ".base_layer.", ".base_model.")  # in names, after a dot, of adapted weights
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,18 @@ def _built(folder: Path, config: Config, network_class: type[ModelMixin], device
         ) from error
 
 
-def _stored(files: Sequence[Path]) -> dict[str, Stored]:
-    """The weights in the files, by their names without what training has put around them."""
-    found: dict[str, Stored] = {}
+def _stored(files: Sequence[Path]) -> list[Stored]:
+    """The weights in the files."""
+    found: list[Stored] = []
     for path in files:
         try:
             with safe_open(path, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118
                     part = tensors.get_slice(name)
-                    found[_plain(name)] = Stored(path, name, part.get_dtype(), tuple(part.get_shape()))
-        except (SafetensorError, OSError) as error:
+                    found.append(Stored(path, name, part.get_dtype(), tuple(part.get_shape())))
+        except OSError as error:
+            raise unreadable(path, error) from error
+        except SafetensorError as error:
             raise _damaged(path, error) from error
     return found
 
@@ -80,10 +82,18 @@ def _plain(name: str) -> str:
     return name
 
 
-def _fitting(folder: Path, stored: Mapping[str, Stored], expected: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
-    """What is stored by the names that the network has; InputError where it is not the same."""
-    found = {_renamed(name, expected): each for name, each in stored.items()}
-    adapted = [name for name in found if name not in expected and any(part in name for part in ADAPTED)]
+def _fitting(folder: Path, stored: Sequence[Stored], expected: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
+    """What is stored by the names that the network has; InputError where it is not the same, or there twice."""
+    found: dict[str, Stored] = {}
+    for each in stored:
+        name = _renamed(_plain(each.name), expected)
+        if (before := found.setdefault(name, each)) is not each:
+            other = "" if before.file == each.file else f" of {short(before.file.name)}"
+            raise InputError(
+                f"{each.file}: {short(each.name)} and {short(before.name)}{other} are both the weight {short(name)}; "
+                "keep the one that is meant"
+            )
+    adapted = [name for name in found if name not in expected and any(part in f".{name}" for part in ADAPTED)]
     if adapted:
         raise InputError(f"{folder}: the weights hold an adapter (LoRA), like {short(adapted[0])}; {MERGE}")
     wrong = {
@@ -128,7 +138,9 @@ def _tensors(found: Mapping[str, Stored]) -> dict[str, Tensor]:
                         continue
                     state[name] = tensors.get_tensor(each.name).to(torch.float32, copy=True)
                     broken += [] if state[name].isfinite().all() else [name]
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
+            raise unreadable(path, error) from error
+        except SafetensorError as error:
             raise _damaged(path, error) from error
         if broken:
             raise InputError(f"{path} holds NaN or infinity in {_some(broken)}; give sound weights")
