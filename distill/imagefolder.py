@@ -18,7 +18,6 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated
 
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from distill.guard import InputError, printable
@@ -78,6 +77,10 @@ class _Labels(BaseModel):
 @cache
 def suffixes() -> frozenset[str]:
     """Of the files that Pillow reads, in lower case."""
+    try:
+        from PIL import Image  # which the control plane is installed without
+    except ModuleNotFoundError as error:
+        raise InputError("folders of images need the package pillow; pip install 'distill[train]' brings it") from error
     return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 
 

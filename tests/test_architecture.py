@@ -60,7 +60,18 @@ CONTROL = ANYWHERE | {
 }
 CONTROL |= {"presets", "claims", "status", "jobs", "logs", "inputs", "rounds", "comparison", "budget"}
 CONTROL |= {"manifest", "contents", "transports", "web", "ssh", "transfer", "pull", "publish", "published"}
-TORCH = {"torch", "numpy", "diffusers", "accelerate", "deepspeed", "safetensors", "torchmetrics", "sklearn", "datasets"}
+TORCH = {
+    "torch",
+    "numpy",
+    "diffusers",
+    "accelerate",
+    "deepspeed",
+    "safetensors",
+    "torchmetrics",
+    "sklearn",
+    "datasets",
+    "PIL",
+}
 
 
 def top(path):

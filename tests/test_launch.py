@@ -493,7 +493,7 @@ def test_a_rank_ends_with_all_that_it_said_and_its_code(tmp_path):
             )  # fmt: skip
             assert done.returncode == code and said in done.stdout + done.stderr
             assert done.stdout.endswith(ending) and ("taken down" in done.stdout) == bool(ending)
-    crash = "import sys; from distill.cli import main; main.main = lambda say: 1 / 0; main.run()"
+    crash = "import sys; from distill.cli import main; main.main = lambda tell: 1 / 0; main.run()"
     done = subprocess.run(
         [sys.executable, "-c", crash], capture_output=True, text=True, check=False,
         env={**os.environ, "WORLD_SIZE": "2", "PYTHONPATH": f"{tmp_path}:{Path(package.__file__).parent.parent}"},

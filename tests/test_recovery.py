@@ -121,7 +121,7 @@ def test_lpips_trains_through_the_engine(tmp_path, lpips_options):
     source = PairSource(PairSet.open(tmp_path / "pairs", teacher.digest), 16, 5)
     network = UNetSpec(kind="unet", channels=[16, 16], norm_groups=8)
     init = StudentInit(None, network, (1, 8, 8), 2, seed=0)
-    recipe = one_step.Recipe(one_step.Config(distance="lpips", **lpips_options), teacher)
+    recipe = one_step.Recipe(one_step.Config(distance="lpips", **lpips_options, lpips_resize="to_64"), teacher)
     student = run(recipe, source, init, tmp_path, images=16 * 60, batch_size=16, lr=3e-3)
 
     batch = source.batch(1000, draws.Rows(0, 16, 16))
