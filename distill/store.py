@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distill import events, records
-from distill.guard import InputError, RunError, suggest
+from distill.guard import InputError, RunError, short, suggest
 from distill.records import read_json as read_json  # for all who read a run
 
 RESERVED = {
@@ -238,7 +238,7 @@ def find_run(store: Path, given: str) -> RunPaths:
             return RunPaths(root.absolute())
     names = [run.name for run in runs(store)]
     hint = suggest(given, names) if names else "the store is empty; `distill run digits` makes a first run"
-    raise InputError(f"there is no run '{given}' in {store}; {hint}")
+    raise InputError(f"there is no run '{short(given)}' in {store}; {hint}")
 
 
 def make(store: Path) -> None:

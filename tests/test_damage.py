@@ -9,7 +9,7 @@ from commands import command
 from runs import CARD, make
 
 from distill import card, compared, events, report, results, status
-from distill.guard import InputError
+from distill.guard import InputError, short
 from distill.store import RunPaths, append_event, event_line, read_events, runs, write_json
 
 ROW = {
@@ -240,7 +240,7 @@ def test_a_name_that_no_file_can_have_is_no_run(store, capfd):
     for name in ("x" * 300, "runs/" * 1000):
         done = command(capfd, "show", name)
         assert done.code == 2
-        assert done.err.startswith(f"error: there is no run '{name}' in runs; ")
+        assert done.err.startswith(f"error: there is no run '{short(name)}' in runs; ")
 
 
 # --- what is read, and what it costs ---
