@@ -230,6 +230,16 @@ class Checkpoints:
         left = max(self.spec.keep + 1 - held, 1)
         space.require(self.folder, left * size, f"{left} checkpoint{'s' if left > 1 else ''}")
 
+    def warn_of_memory(self, size: int) -> None:
+        """Say so now, where the copy of a checkpoint of `size` bytes (see `saving`) does not fit into memory."""
+        left = space.memory()
+        if left is not None and size > left:
+            self.warn(
+                f"a copy of each checkpoint, about {space.human(size)}, is kept in the memory of rank 0's host from "
+                f"the first save on, and only {space.human(left)} are free there: the system may end this run at its "
+                "first save. Give the job more memory, or start fewer processes on that host"
+            )
+
     def due(self, images: int) -> bool:
         """Whether it is time to save: by images, or by minutes, since the last save began."""
         by_images = self.spec.images is not None and images // self.spec.images > self._images // self.spec.images

@@ -91,6 +91,8 @@ def train(
         )
     if probe is None:  # which makes two steps, somewhere else
         world.alone("looking for room", partial(checkpoints.require_room, roles.checkpoint_bytes()))
+        if world.first:
+            checkpoints.warn_of_memory(roles.checkpoint_bytes())
     step, images = (0, 0) if found is None else (found.meta.step, found.meta.images)
     if found is not None and run is not None:
         append_event(run, "resumed", stage=paths.root.name, step=step, images=images, **environment)

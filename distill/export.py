@@ -40,7 +40,7 @@ SHIPPED = {
 }
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CHECK_STEPS, CHECK_BATCH, CHECK_SEED = (1, 2, 4), 2, 0
-TOLERANCE = 1e-5
+TOLERANCE = 1e-5  # of samples within [-1, 1]; of larger ones, this share of the largest value
 
 
 def export(student: Student, folder: Path, card: StudentCard) -> None:
@@ -132,11 +132,11 @@ def _compare(student: Student, folder: Path, card: StudentCard) -> None:
         fresh = fresh_noises(CHECK_SEED, indices, card.shape, num_fresh(card.sampler, steps))
         ours = by_sampler(student, card.sampler, noise, grid(card.t_grids, steps), cond, fresh)
         theirs = pipeline(steps, class_labels=labels, latents=noise, fresh=fresh, output_type="pt").images
-        error = (ours - theirs).abs().max().item()
-        if not error <= TOLERANCE:  # not (nan <= x)
+        error, allowed = (ours - theirs).abs().max().item(), TOLERANCE * max(1.0, ours.abs().max().item())
+        if not error <= allowed:  # not (nan <= x)
             raise RunError(
                 f"export failed: at {steps} steps diffusers makes other samples from the same noise, max difference "
-                f"{error:.3g} (allowed {TOLERANCE:.0e}); nothing was exported"
+                f"{error:.3g} (allowed {allowed:.3g}); nothing was exported"
             )
 
 

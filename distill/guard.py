@@ -10,6 +10,7 @@ EXIT_FAILED = 1  # the work failed; what was saved is intact
 EXIT_INPUT = 2  # the user gave something that cannot work; nothing was written
 EXIT_STOPPED = 75  # stopped by a signal after saving; run again to go on (EX_TEMPFAIL)
 EXIT_PEER = 76  # a rank that lost contact with another: not the cause
+EXIT_INTERRUPTED = 130  # a second Ctrl-C, without saving (128 + SIGINT, as of shells)
 
 UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories of characters that must not reach a terminal
 
@@ -46,7 +47,7 @@ def printable(text: str) -> str:
     """
     if text.isprintable():  # almost always
         return text
-    if text.isprintable() or text.replace("\n", "").replace("\t", "").isprintable():
+    if text.replace("\n", "").replace("\t", "").isprintable():
         return text  # nearly always, and much faster
     return "".join(letter if letter in "\n\t" or category(letter) not in UNSAFE else "\ufffd" for letter in text)
 

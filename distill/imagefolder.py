@@ -4,9 +4,9 @@
 - Sub-folders, otherwise: each is a class, in alphabetical order.
 - Images alone: unconditional.
 
-Refused, with what to give instead: folders of train/val/test splits, captions, and folders of kohya's trainers, since
-what their names or files say would be lost. Hidden files and folders and `__MACOSX` are passed over, links are
-followed.
+Refused, with what to give instead: folders of train/val/test splits, of every thousand images (FFHQ), captions, and
+folders of kohya's trainers, since what their names or files say would be lost, or taken for classes. Hidden files and
+folders and `__MACOSX` are passed over, links are followed.
 """
 
 import os
@@ -100,6 +100,8 @@ def read(path: str) -> Folder:
     listed = os.path.lexists(root / LABELS)
     classes = [] if listed else _classes(root)
     _refuse_splits(path, classes)
+    if len(classes) == 1:  # what a data set was unpacked into
+        _refuse_splits(_below(path, classes[0]), _classes(root / classes[0]))
     names: list[str] = []
     stats: list[os.stat_result | None] = []
     other: str | None = None  # the first file that is no image
@@ -120,6 +122,7 @@ def read(path: str) -> Folder:
     if not classes:
         return Folder(root, names, stats, None, None)
     _refuse_mixed(path, classes, names)
+    _refuse_buckets(path, classes, names)
     ids = {name: i for i, name in enumerate(classes)}
     return Folder(root, names, stats, [ids[_top(name)] for name in names], len(classes))
 
@@ -308,6 +311,20 @@ def _refuse_splits(path: str, classes: Sequence[str]) -> None:
             f"data.path={path}: {printable(', '.join(classes[:SHOWN]))} are named like folders of kohya's trainers, "
             "REPEATS_NAME, which are no classes; give the folder itself (data.path="
             f"{printable(_below(path, classes[0]))}), or rename the folders where they are classes"
+        )
+
+
+def _refuse_buckets(path: str, classes: Sequence[str], names: Sequence[str]) -> None:
+    """FFHQ (01000/01234.png) and the tools of EDM (00001/img00001234.png) part images by number, in thousands."""
+    if not all(re.fullmatch(r"\d{5}", name) for name in classes):
+        return
+    numbers = [re.fullmatch(r"(\d{5})/(?:img)?(\d+)\.\w+", name) for name in names]
+    if all(
+        number is not None and int(number[2]) // 1000 in (int(number[1]), int(number[1]) / 1000) for number in numbers
+    ):
+        raise InputError(
+            f"data.path={path}: {printable(', '.join(classes[:SHOWN]))} part the images by their numbers, and are no "
+            f'classes; write {{"labels": null}} to {path}/{LABELS}, or the class of each image'
         )
 
 

@@ -4,6 +4,7 @@ A version appears by the rename of a complete folder, which fails where it exist
 """
 
 import itertools
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -97,6 +98,8 @@ def publish(
         raise InputError(f"{store / REGISTRY} is a run, where published students belong; move that run elsewhere")
     if home.is_symlink():
         raise InputError(f"{home} is a link; nothing is published through one. Choose another name, or remove it")
+    if os.path.lexists(home) and not home.is_dir():
+        raise InputError(f"{home} is no folder, so no version can lie there; choose another name, or remove it")
     if picture:
         contents.refuse_picture(picture, PICTURE)
     source = Folder(student)

@@ -109,10 +109,13 @@ def entries(source: Source) -> list[Entry]:
     return listed(source).students
 
 
-def listed(source: Source) -> Listed:
-    """All that a store has published, by its folders, or by its index where it is no folder."""
+def listed(source: Source, only: str = "*") -> Listed:
+    """All that a store has published, by its folders, or by its index where it is no folder.
+
+    only: a name; of a folder's students, those of other names are not looked at.
+    """
     if isinstance(source, Folder):
-        return scan(source.path)
+        return scan(source.path, only)
     where = f"{source.where}/{REGISTRY}/{INDEX}"
     try:
         content = pull.read(source.below(REGISTRY), INDEX, MAX_INDEX)
@@ -145,7 +148,7 @@ def scan(store: Path, only: str = "*") -> Listed:
     """The versions that lie in a store's folder, of one name or of all."""
     found, registry = Listed([]), store / REGISTRY
     try:
-        names = _folders(registry, found) if only == "*" else [only]
+        names = _folders(registry, found, only)
     except OSError as error:
         raise InputError(f"{registry} cannot be read: {error.strerror}") from error
     for name in names:
@@ -167,15 +170,17 @@ def scan(store: Path, only: str = "*") -> Listed:
     return found
 
 
-def _folders(path: Path, found: Listed) -> list[str]:
-    """The folders in a folder that may be names or versions; none where it does not exist."""
+def _folders(path: Path, found: Listed, only: str = "*") -> list[str]:
+    """The folders in a folder that may be names or versions, all or one; none where it does not exist."""
     folders = []
     try:
         with os.scandir(path) as inside:
             for each in inside:
-                if NAME.fullmatch(each.name) and each.is_symlink():
+                if only not in ("*", each.name) or not NAME.fullmatch(each.name):
+                    continue
+                if each.is_symlink():
                     found.skipped.append(f"{path / each.name} is skipped: it is a link; links are not followed")
-                elif NAME.fullmatch(each.name) and each.is_dir(follow_symlinks=False):
+                elif each.is_dir(follow_symlinks=False):
                     folders.append(each.name)
     except FileNotFoundError:
         return []
@@ -215,7 +220,8 @@ def write_index(store: Path) -> Listed:
             write_atomic(store / REGISTRY / INDEX, content)
         except RunError as error:
             raise RunError(
-                f"{error}; the student is published, but whoever reads this store over http does not see it there"
+                f"the student is published, but whoever reads this store over http does not see it: {error}. Once "
+                "that file can be written, publish the student again"
             ) from error
         found = scan(store)
         if _bytes(found) == content:
@@ -257,8 +263,14 @@ def locate(source: Source, listed: Listed, name: str, version: str | None) -> tu
 
 
 def _absent(source: Source, listed: Listed, name: str, version: str | None, versions: list[Entry]) -> str:
+    for place, _, why in (each.partition(" is skipped: ") for each in listed.skipped):
+        if isinstance(source, Folder) and (version is None or place.endswith((f"/{name}", f"/{name}/{version}"))):
+            return f"{place} cannot be used: {why}"
     if versions and version is not None:
         return f"'{name}' has no version '{version}'; {suggest(version, [entry.version for entry in versions])}"
-    names = {entry.name for entry in listed.students}
+    if isinstance(source, Folder):
+        names = set(_folders(source.path / REGISTRY, Listed([])))
+    else:
+        names = {entry.name for entry in listed.students}
     hint = suggest(name, names) if names else "nothing was published there yet: distill publish RUN NAME"
     return f"{source.where} has no published student '{name}'; {hint}"

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from distill import overrides, records, schema, yamltext
-from distill.guard import InputError, expanded, is_text, short
+from distill.guard import InputError, expanded, is_text, printable, short
 from distill.overrides import Override
 from distill.spec import CheckpointTeacher, HfData, ImagesData, RunSpec
 from distill.store import RunPaths
@@ -56,12 +56,14 @@ def validate(content: Any, source: str) -> RunSpec:  # noqa: ANN401
     except (TypeError, ValueError, RecursionError):
         raise InputError(f"{source}: a spec holds text, numbers, lists and mappings only, none inside itself") from None
     words = list(_words(content))
-    odd = [word for word in words if not isinstance(word, str)]
+    odd = [word for _, word in words if not isinstance(word, str)]
     if odd:
         raise InputError(f"{source}: key {schema.show(odd[0])} is not text; write it in quotes")
-    if unreadable := [word for word in words if isinstance(word, str) and not is_text(word)]:
+    if unreadable := [(path, word) for path, word in words if isinstance(word, str) and not is_text(word)]:
+        path, word = unreadable[0]
         raise InputError(
-            f"{source}: {short(ascii(unreadable[0]))} holds a control character, or bytes that are not UTF-8"
+            f"{source}: {f'{printable(path)}: ' if path else ''}{short(ascii(word))} holds a control character, or "
+            "bytes that are not UTF-8"
         )
     try:
         return RunSpec.model_validate_json(text, strict=True)
@@ -122,17 +124,17 @@ def _differences(path: str, old: object, new: object) -> list[tuple[str, object,
     return [] if old == new else [(path, old, new)]
 
 
-def _words(content: object) -> Iterator[object]:
-    """Every key, and every value that is text."""
+def _words(content: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Every key, and every value that is text, each with the path of where it stands."""
     if isinstance(content, dict):
         for key, value in content.items():
-            yield key
-            yield from _words(value)
+            yield path, key
+            yield from _words(value, f"{path}.{key}" if path else str(key))
     elif isinstance(content, list):
-        for item in content:
-            yield from _words(item)
+        for number, item in enumerate(content):
+            yield from _words(item, f"{path}.{number}")
     elif isinstance(content, str):
-        yield content
+        yield path, content
 
 
 def absolute(path: str, folders: Sequence[Path]) -> str:

@@ -130,7 +130,9 @@ class Cluster:
 
     def run(self, *command: str, check: bool = True) -> str:
         """A Slurm command's output."""
-        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=30, check=False)
+        done = subprocess.run(
+            command, env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=30, check=False
+        )  # a batch job writes where it was submitted
         assert done.returncode == 0 or not check, f"{command}: {done.stderr}"
         return done.stdout
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from programs.train_vector import train
 
-from distill import checkpoint
+from distill import checkpoint, space
 from distill.checkpoint import Checkpoints, complete, differences, latest, weights
 from distill.guard import InputError, RunError
 from distill.saving import Saver
@@ -258,6 +258,61 @@ def test_a_full_disk_is_one_message_and_loses_nothing(tmp_path, monkeypatch):
         assert_survives_a_full_disk(disk, "No space left on device")
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+CGROUPS = {
+    "none": ({}, 8_000_000 << 10),
+    "the second version, the limit of the group above": (
+        {
+            "proc/self/cgroup": "0::/slurm/job_7\n",
+            "sys/fs/cgroup/slurm/job_7/memory.max": "max\n",
+            "sys/fs/cgroup/slurm/memory.max": "5000000000\n",
+            "sys/fs/cgroup/slurm/memory.current": "4000000000\n",
+            "sys/fs/cgroup/slurm/memory.stat": "anon 1\ninactive_file 600000000\nactive_file 7\n",
+        },
+        1_600_000_000,
+    ),
+    "the first version": (
+        {
+            "proc/self/cgroup": "5:devices:/x\n4:memory:/job\n0::/\n",
+            "sys/fs/cgroup/memory/job/memory.limit_in_bytes": "3000\n",
+            "sys/fs/cgroup/memory/job/memory.usage_in_bytes": "1000\n",
+        },
+        2000,
+    ),
+    "no limit": (
+        {
+            "proc/self/cgroup": "4:memory:/\n",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": "1000\n",
+        },
+        8_000_000 << 10,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CGROUPS)
+def test_memory_that_is_free_is_what_the_host_has_and_the_cgroup_allows(tmp_path, name):
+    files, expected = CGROUPS[name]
+    assert space.memory(tmp_path) is None, "where the system does not say"
+    meminfo = "MemTotal:       24000000 kB\nMemFree:         1000000 kB\nMemAvailable:    8000000 kB\n"
+    for path, text in {"proc/meminfo": meminfo, **files}.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    assert space.memory(tmp_path) == expected
+
+
+def test_memory_for_the_copy_of_a_checkpoint_is_looked_for_before_training(tmp_path, monkeypatch, capsys):
+    assert space.memory() > 1 << 20, "this host says how much is free"
+    train(tmp_path / "enough")
+    assert "memory" not in capsys.readouterr().err
+    monkeypatch.setattr("distill.space.memory", lambda: 1000)
+    train(tmp_path / "short")
+    assert re.search(
+        r"warning: a copy of each checkpoint, about \d+\.\d [kM]B, is kept in the memory of rank 0's host from "
+        r"the first save on, and only 1.0 kB are free there",
+        capsys.readouterr().err,
+    )
 
 
 def test_room_is_looked_for_before_training_and_before_each_save(tmp_path, monkeypatch):

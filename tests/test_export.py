@@ -332,6 +332,27 @@ def test_disagreement_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_samples_of_large_values_are_compared_by_their_own_scale(tmp_path, monkeypatch):
+    student, card = make("mlp")
+    with torch.no_grad():
+        for parameter in student.network.layers[-1].parameters():
+            parameter.mul_(1000)
+    sampled, largest = exporter.by_sampler, []
+
+    def rounded(*given):
+        samples = sampled(*given)
+        largest.append(samples.abs().max().item())
+        return samples * (1 + share)
+
+    monkeypatch.setattr(exporter, "by_sampler", rounded)
+    share = 5e-6  # more than 1e-5 of such values, which float32 tells from each other by 3e-5 at best
+    export(student, tmp_path / "s", card)
+    assert min(largest) > 100
+    share = 5e-5
+    with pytest.raises(RunError, match="diffusers makes other samples from the same noise, max difference"):
+        export(student, tmp_path / "s", card)
+
+
 def test_what_a_killed_export_left_is_cleared_and_the_old_student_comes_back(tmp_path):
     student, card = make("mlp")
     export(student, tmp_path / "s", card)

@@ -131,9 +131,10 @@ def test_broken_entries_are_named_once_and_the_others_go_on(capfd, tmp_path, sto
     begin = time.process_time()
     listed, pulled = command(capfd, "students"), command(capfd, "pull", "digits", "got")
     assert (listed.code, pulled.code, "digits:v1" in listed.out) == (0, 0, True)
+    assert "warning: " not in pulled.err, "what is wrong with others does not concern who pulls this one"
     new = publish.publish(student, store, "other", None, Publication("other"), b"")
     assert new.entry.label == "other:v1"
-    for said in (listed.err.splitlines(), pulled.err.splitlines(), [f"warning: {each}" for each in new.skipped]):
+    for said in (listed.err.splitlines(), [f"warning: {each}" for each in new.skipped]):
         warnings = [each for each in said if each.startswith("warning: ")]
         assert len(warnings) == len(made)
         for name, why in made.items():
@@ -143,9 +144,12 @@ def test_broken_entries_are_named_once_and_the_others_go_on(capfd, tmp_path, sto
     assert folder_bytes(tmp_path / "got") == folder_bytes(store / "registry" / "digits" / "v1")
     index = json.loads((store / "registry" / "_index.json").read_bytes())
     assert [each["name"] for each in index["students"]] == ["digits", "other"]
-    for name in made:  # none can be pulled, and each says so at once
-        done = command(capfd, "pull", name, f"got-{name}")
-        assert (done.code, done.err.count("error: ")) == (2, 1)
+    for name, why in made.items():  # none can be pulled, and each says why at once
+        for given in (name, f"{name}:v1"):
+            done = command(capfd, "pull", given, f"got-{name}")
+            assert (done.code, done.err.count("\n")) == (2, 1)
+            assert done.err.startswith(f"error: runs/registry/{name}")
+            assert f" cannot be used: {why}" in done.err or why in done.err
     assert not list(tmp_path.glob("got-*"))
 
 

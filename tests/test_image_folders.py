@@ -126,6 +126,30 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path, names):
     assert read(tmp_path / names[0])[1:] == ([0, 1], 2)
 
 
+def test_the_parts_of_a_data_set_in_the_one_folder_it_was_unpacked_into_are_no_classes(tmp_path):
+    folder(tmp_path, *(f"imagenet/{part}/{label}/1.png" for part in ("train", "val") for label in "ab"))
+    said = refused(tmp_path)
+    assert f"data.path={tmp_path}/imagenet holds the parts of a data set (train, val), which are no classes" in said
+    assert f"give one of them: data.path={tmp_path}/imagenet/train" in said
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["00000/00007.png", "01000/01234.png", "69000/69999.png"], "00000, 01000, 69000"),
+        (["00000/img00000007.png", "00001/img00001234.png"], "00000, 00001"),
+    ],
+    ids=["FFHQ", "EDM"],
+)
+def test_folders_of_a_thousand_images_each_are_no_classes(tmp_path, names, shown):
+    said = refused(folder(tmp_path, *names))
+    assert f"{shown} part the images by their numbers, and are no classes; write" in said
+    (tmp_path / "dataset.json").write_text('{"labels": null}')
+    assert read(tmp_path)[1:] == (None, None)
+    other = folder(tmp_path / "classes", "00000/00001.png", "00001/00002.png", "00001/img00000003.png")
+    assert read(other)[1:] == ([0, 1, 1], 2)
+
+
 def test_a_class_may_be_called_train(tmp_path):
     assert read(folder(tmp_path, "bus/1.png", "train/1.png"))[1:] == ([0, 1], 2)
 

@@ -27,6 +27,22 @@ stages:
 
 
 @pytest.mark.process
+@pytest.mark.parametrize(("code", "ends"), [(0, 1), (7, 7)])
+def test_a_process_that_ends_in_the_middle_without_a_word_is_a_failure(tmp_path, code, ends):
+    text = (presets.folder().parent / "reflow" / "reflow.py").read_text()
+    leaves = f"    def loss(*_):\n        __import__('os')._exit({code})\n\n    def other("
+    (tmp_path / "mine.py").write_text(text.replace("    def loss(", leaves, 1))
+    (tmp_path / "s.yaml").write_text(SPEC)
+    done = distill("run", "s.yaml", cwd=tmp_path)
+    message = f"a process ended with code {code} before its stage was done (os._exit or exit in a recipe or a library?)"
+    run = tmp_path / "runs" / "one"
+    said = f"error: run 'one': {message}; what it saved is intact; go on with: distill run {run} --resume"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (ends, said)
+    *_, last = read_events(RunPaths(run))
+    assert (last["event"], last["message"]) == ("failed", message)
+
+
+@pytest.mark.process
 def test_a_run_with_a_recipe_of_ones_own(tmp_path):
     (tmp_path / "mine.py").write_text((presets.folder().parent / "reflow" / "reflow.py").read_text())
     (tmp_path / "s.yaml").write_text(SPEC)

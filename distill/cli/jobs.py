@@ -301,10 +301,12 @@ def _dry_run(
     source = start.checked(source, here=False, store=folder)
     todo = workflow.pending(run, source.spec)
     where = _where(run, source.spec, site, code)
-    for plan in queue.plans(run, source.spec, todo):
+    plans = queue.plans(run, source.spec, todo)
+    scripts = [script.job(run, source.spec, plan, where) for plan in plans]
+    for plan, text in zip(plans, scripts, strict=True):
         waits = f"  (after {', '.join(plan.after)})" if plan.after else ""
         say(f"# --- {plan.name}.sbatch{waits} ---")
-        say(script.job(run, source.spec, plan, where))
+        say(text)
 
 
 def _say_memory(source: "distill.specfile.SpecSource") -> None:

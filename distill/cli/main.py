@@ -32,6 +32,7 @@ from distill.cli import (
 from distill.guard import (
     EXIT_FAILED,
     EXIT_INPUT,
+    EXIT_INTERRUPTED,
     EXIT_PEER,
     EXIT_STOPPED,
     InputError,
@@ -45,7 +46,6 @@ from distill.launch import tasks
 from distill.printing import say, say_error
 from distill.progress import stamp
 
-EXIT_INTERRUPTED = 130
 EXIT_PIPE = 141  # whoever read what is printed has left, as `head` does; a shell says the same of SIGPIPE
 UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]  # Typer's, or click's before
 

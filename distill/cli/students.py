@@ -70,7 +70,8 @@ def publish(
         else:
             about = publishing.describe(title, chosen, cards.read(found).images, shown)
         done = publishing.publish(found, folder, title, version, about, picture)
-    _warn(done.skipped)
+    if done.skipped:
+        say_error(f"warning: {len(done.skipped):,} of the store's students cannot be used; distill students names them")
     entry, new = done.entry, done.new
     where = near(folder.absolute() / published.REGISTRY / entry.name / entry.version)
     say(f"published {entry.label}: {where}" if new else f"the same student is published already: {entry.label}")
@@ -229,9 +230,9 @@ def _source(given: str, store: str | None) -> "tuple[distill.transports.Source, 
             f"'{given}': a checkpoint is no student yet; distill export or distill publish makes one of it"
         )
     name, version = published.split(given)
-    listed = published.listed(source)
-    _warn(listed.skipped)
+    listed = published.listed(source, name)
     place, digest = published.locate(source, listed, name, version)
+    _warn(listed.skipped)
     return place, name if version is None else f"{name}-{version}", digest
 
 

@@ -142,6 +142,8 @@ class Batch:
 
     def _judge(self, name: str, code: int, size: int, ends: list[tasks.End], asked: bool) -> Verdict:
         """What the ends of a stage's processes say together: the first that failed for a reason of its own decides."""
+        if code == 0 and self.part is None and not self.run.stage(name).done.exists():
+            return self._crash(name, EXIT_FAILED, "its processes ended with code 0 before it was done")
         if code == 0:
             return Verdict("done", 0)
         failed = [end for end in ends if end.code not in (0, EXIT_STOPPED, EXIT_PEER)]

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distill import machine, specfile
-from distill.guard import EXIT_STOPPED
+from distill.guard import EXIT_FAILED, EXIT_STOPPED
 from distill.launch import environment, ranks
 from distill.spec import RunSpec, TrainStage
 from distill.store import RunPaths
@@ -40,6 +40,9 @@ def run_stages(run: RunPaths, stages: list[str], *, measure: bool = False) -> in
             code = _run(run, command, _environments(run, spec, size), relay, measure=measure)
             if code:
                 return code
+            if not measure and not all(run.stage(name).done.exists() for name in names):
+                ranks.say_left(run, 0)
+                return EXIT_FAILED
     return 0
 
 

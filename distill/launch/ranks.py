@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
 
-from distill.guard import EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, RunError
+from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_PEER, EXIT_STOPPED, RunError
 from distill.printing import say_error
 from distill.stop import Handler
 from distill.store import RunPaths, append_event
@@ -26,6 +26,7 @@ PASSED_ON = {signal.SIGTERM: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1, sig
 STOPPING = 120.0  # seconds that the others have to save and leave once a rank has stopped
 FAILING = 10.0  # seconds that they have to leave by themselves once a rank has failed
 POLL = 0.02  # seconds
+OURS = (0, EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, EXIT_PEER, EXIT_INTERRUPTED)  # of processes that have said why
 WEIGHTS = {EXIT_STOPPED: 1, EXIT_PEER: 2, 0: 3}  # of how a rank may end; any other code is its own fault, and weighs 0
 MEASURED = "it was only measured, and nothing was made"  # of a run that is thrown away
 LAST_LINES, LAST_BYTES = 20, 64 * 1024  # of a log, at most
@@ -118,6 +119,8 @@ def run(
     if code == EXIT_PEER:
         say_error(f"what other ranks said last: {logs[1].path.parent}")
     if code >= 0:
+        if rank == 0 and code not in OURS:
+            say_left(paths, code, measure=measure)
         return code
     say_error(
         f"error: {'the process' if len(envs) == 1 else f'rank {rank}'} of run '{paths.name}' was killed by "
@@ -125,6 +128,14 @@ def run(
         f"{MEASURED if measure else f'what it saved is intact; {_onward(paths)}'}"
     )
     return 128 - code
+
+
+def say_left(paths: RunPaths, code: int, *, measure: bool = False) -> None:
+    """For a process that ended in the middle of its work with a code that says nothing of why."""
+    message = f"a process ended with code {code} before its stage was done (os._exit or exit in a recipe or a library?)"
+    append_event(paths, "failed", message=message)
+    onward = MEASURED if measure else f"what it saved is intact; {_onward(paths)}"
+    say_error(f"error: run '{paths.name}': {message}; {onward}")
 
 
 def say_not_begun(paths: RunPaths, *, measure: bool = False) -> None:

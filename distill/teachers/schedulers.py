@@ -44,7 +44,7 @@ class Options(Read):
     sigma_max: Sigma = 80.0
     # refused unless it is this
     timestep_type: Literal["discrete"] = "discrete"  # continuous: the network takes log(sigma) / 4
-    snr_shift_scale: Annotated[float, Field(ge=1, le=1)] = 1.0  # of CogVideoX
+    snr_shift_scale: Literal[1] = 1  # of CogVideoX
     predict_epsilon: Literal[True] = True  # before there was prediction_type
     # of samplers alone
     algorithm_type: Word = ""
