@@ -1,21 +1,22 @@
-"""What a student folder says of itself: distill.json for programs, README.md for people. No torch here."""
+"""What describes a student in its folder: distill.json for programs, README.md for people. No torch here."""
 
 import hashlib
 import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import jinja2
 import yaml
-from pydantic import AfterValidator, Field, StrictBool, ValidationError, model_validator
+from pydantic import Field, StrictBool, ValidationError, model_validator
 
-from distill import markdown
-from distill.guard import InputError, printable
+from distill import markdown, records
+from distill.fieldtypes import LINE, Count, Label, Line, Number
+from distill.guard import InputError, one_line
 from distill.nfe import network_calls
 from distill.regular import open_regular, read_regular
 from distill.spec import Frozen, is_path
@@ -24,8 +25,7 @@ from distill.store import write_atomic
 FILE_NAME, README = "distill.json", "README.md"
 MAX_CARD = 1 << 20  # bytes of a distill.json
 MAX_FILES = 1000
-LINE = 1000  # characters of a text in it
-LARGEST = 2**63 - 1  # what file systems and programs in other languages can count
+LARGEST = 2**63 - 1  # bytes of all
 # What a student of each kind can be sampled by.
 SAMPLERS = {"velocity": ("euler", "same_noise"), "flow_map": ("jump", "renoise"), "acceleration": ("accelerated",)}
 
@@ -33,19 +33,9 @@ SAMPLERS = {"velocity": ("euler", "same_noise"), "flow_map": ("jump", "renoise")
 NO_FIELDS = {"flow_map": "a flow map", "acceleration": "a velocity with its acceleration"}
 
 
-def _refuse_control(text: str) -> str:
-    if not text.isprintable() and (printable(text) != text or "\n" in text or "\t" in text):
-        raise ValueError("one line without control characters is expected")
-    return text
-
-
-Line = Annotated[str, Field(max_length=LINE), AfterValidator(_refuse_control)]
-Label = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_refuse_control)]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Count = Annotated[int, Field(ge=0, le=LARGEST, strict=True)]
 Length = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
 Steps = Annotated[int, Field(ge=1, le=2**31 - 1)]  # a key, which JSON has as text
-Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Metrics = Annotated[dict[Label, Number], Field(max_length=1000)]
 
 
@@ -154,22 +144,20 @@ def read(folder: Path) -> StudentCard:
         ) from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from error
-    return parse(content, str(path))
+    try:
+        return parse(content, str(path))
+    except InputError as error:
+        raise InputError(f"{error}; export or copy the student again") from error
 
 
 def parse(content: bytes, where: str) -> StudentCard:
     """The card that a distill.json holds."""
+    if len(content) > MAX_CARD:
+        raise InputError(f"{where} has {len(content):,} bytes; valid: at most {MAX_CARD:,}")
     try:
         return StudentCard.model_validate_json(content)
     except ValidationError as error:
-        raise InputError(f"{where} cannot be used: {reason(error)}; export the student again") from error
-
-
-def reason(error: ValidationError) -> str:
-    """The first thing that is wrong with foreign JSON, as a short line: where, and why."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    field = ".".join(map(str, first["loc"])) or "its JSON"
-    return f"{markdown.one_line(field, 100)}: {markdown.one_line(first['msg'], 200)}"
+        raise InputError(f"{where} cannot be used: {records.mistake(error)}") from error
 
 
 def verify(folder: Path) -> StudentCard:
@@ -194,12 +182,17 @@ def verify(folder: Path) -> StudentCard:
                 "copy or export the student again"
             )
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-    if strange := sorted(there - card.files.keys() - {FILE_NAME}):
+    refuse_strange(there, card, str(folder))
+    return card
+
+
+def refuse_strange(found: Collection[str], card: StudentCard, where: str) -> None:
+    """InputError if a folder holds files that its distill.json does not list."""
+    if strange := sorted(set(found) - card.files.keys() - {FILE_NAME}):
         raise InputError(
-            f"{folder}: {markdown.one_line(', '.join(strange), 200)} is not listed in {FILE_NAME}; "
+            f"{where}: {one_line(', '.join(strange), 200)} is not listed in {FILE_NAME}; "
             "remove what does not belong there"
         )
-    return card
 
 
 def add_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
@@ -219,7 +212,7 @@ def add_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
 
 def to_json(card: StudentCard) -> str:
     """The bytes of distill.json."""
-    return json.dumps(card.model_dump(mode="json"), indent=2) + "\n"
+    return json.dumps(card.model_dump(mode="json"), ensure_ascii=False, indent=2) + "\n"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ Jobs of a cluster execute units of a run (a stage, a part of one) side by side: 
 claimed while a unit is, nor a unit while the run is.
 """
 
+import hashlib
+import json
 import os
 import platform
 import shutil
@@ -18,15 +20,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from distill import records
+from distill.fieldtypes import Line
 from distill.guard import InputError, RunError, whole_number
 from distill.store import RunPaths, write_json
 
 GRACE = 2.0  # seconds; a process that was killed a moment ago may still be on its way out
 RECORD = "owner.json"
-Word = Annotated[str, Field(max_length=1000)]
+
+
+def _is_word(text: str) -> str:
+    if "/" in text:
+        raise ValueError("must be without '/'")
+    return text
+
+
+Word = Annotated[Line, AfterValidator(_is_word)]
+"""The record may have been written by anybody: nothing in it is a path."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +164,7 @@ def _take(run: RunPaths, place: Path, mine: Path, me: Owner) -> None:
         if found is None:  # it was given back between the two lines above
             if time.monotonic() > deadline:
                 raise InputError(f"{place} says nothing of who made it; if nobody executes the run, remove it")
+            time.sleep(0.01)
         elif not found.is_alive() or (found.job == me.job != "" and found.restart < me.restart):
             bury(run, place, found)
         elif time.monotonic() > deadline or not found.is_here:
@@ -179,7 +192,9 @@ def _held_by(run: RunPaths, found: Owner, place: Path) -> str:
 
 
 def _token(process: Owner) -> str:
-    return f"{process.host}-{process.pid}-{process.start}"
+    """A name that only this process has, and that leads nowhere, whatever its record says."""
+    told = json.dumps([process.host, process.pid, process.boot, process.start])
+    return hashlib.sha256(told.encode()).hexdigest()[:24]
 
 
 def _boot() -> str:

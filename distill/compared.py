@@ -1,17 +1,19 @@
 """What a comparison is of and what it found: comparison.json, and from it and the run's files a table. No torch."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from rich.table import Table
 
 from distill import machine, records, results
-from distill.guard import InputError, printable
+from distill.fieldtypes import Line, ScriptLine
+from distill.guard import InputError
+from distill.markdown import code, escape
 from distill.progress import duration
 from distill.results import Results, Row, number
 from distill.space import human
@@ -27,7 +29,7 @@ class Measured(Frozen):
     """bytes of a process: weights, gradients, optimizer, averages, activations"""
     teacher_calls: NonNegativeFloat
     """of its teacher's network, for an image; guidance counted"""
-    steps: list[PositiveInt]
+    steps: Annotated[list[PositiveInt], Field(max_length=1000)]
     """that its student is made for; empty: any number"""
 
 
@@ -35,7 +37,7 @@ class Part(Frozen):
     """A train stage of a chain."""
 
     stage: Name
-    recipe: str
+    recipe: Line
     images: PositiveInt
     measured: Measured
 
@@ -50,8 +52,8 @@ class Entry(Frozen):
 
     name: Name
     """of the stage of its student, the last of its parts"""
-    recipe: str
-    parts: list[Part] = Field(min_length=1)
+    recipe: Line
+    parts: list[Part] = Field(min_length=1, max_length=1000)
     pair_calls: NonNegativeFloat
     """network calls for the pairs that it trains on, also where others train on them too"""
 
@@ -73,12 +75,12 @@ class Comparison(Frozen):
     """The content of comparison.json, written with the run's spec."""
 
     format: Literal[1] = 1
-    command: str
+    command: ScriptLine
     budget_minutes: PositiveFloat
     """of training, for each recipe"""
     evaluation: Name
     """the stage that measures all"""
-    entries: list[Entry] = Field(min_length=1)
+    entries: list[Entry] = Field(min_length=1, max_length=1000)
 
     @property
     def measured(self) -> dict[str, Measured]:
@@ -156,14 +158,6 @@ class Sessions:
             total += max(0.0, min(end, limit) - begin) / rate
             limit = min(limit, begin)
         return total
-
-
-def training_seconds(events: Iterable[Mapping[str, Any]], stage: str) -> float:
-    """`Sessions.seconds` of a stage, of all these events."""
-    sessions = Sessions()
-    for event in events:
-        sessions.add(event)
-    return sessions.seconds(stage)
 
 
 def _machine(run: RunPaths, measured: Results, device: str) -> str:
@@ -268,19 +262,14 @@ def note(found: Found) -> str:
 def markdown(found: Found) -> str:
     """All of it for a page."""
     heads = ["recipe", *columns(found)]
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *([name, *cells] for name, cells in rows(found))]
-    table = "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
-    said = [f"`{_line(found.comparison.command)}`", _line(found.machine), found.date]
-    return f"{table}\n\n{note(found)} {results.describe(found.results)}\n\n{'; '.join(filter(None, said))}\n"
-
-
-def _line(text: str) -> str:
-    """Text that stays within its line and its `code`."""
-    return printable(" ".join(text.split())).replace("`", "'")
-
-
-def _cell(text: str) -> str:
-    return _line(text).replace("|", "\\|")
+    lines = [
+        [escape(head) for head in heads],
+        ["---", *["---:"] * (len(heads) - 1)],
+        *([escape(name), *cells] for name, cells in rows(found)),
+    ]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    said = [code(found.comparison.command), escape(found.machine), found.date]
+    return f"{table}\n\n{note(found)} {escape(results.describe(found.results))}\n\n{'; '.join(filter(None, said))}\n"
 
 
 def table(found: Found) -> Table:

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.card import StudentCard
-from distill.guard import InputError, printable
-from distill.markdown import one_line
+from distill.guard import InputError, one_line, printable
 from distill.regular import open_regular, read_regular
 
 MAX_TEXT, MAX_HEADER = 16 << 20, 16 << 20  # bytes of a text, JSON or picture; of a safetensors file's description
@@ -25,6 +24,7 @@ CHUNK = re.compile(rb"[A-Za-z]{4}")
 INDEX = "model_index.json"
 # Of a model_index.json, beside the parts of the pipeline.
 FACTS = ("_class_name", "_diffusers_version", "_name_or_path")
+OPTIONS = ("num_classes", "sampler", "t_grid", "t_grids")
 # Classes of diffusers that load their own folder and nothing else: no pipelines, and none that look for a class.
 CLASSES = re.compile(r"(?!Auto|Modular|Onnx|Flax)[A-Z][A-Za-z0-9]*(Model|Scheduler)|AutoencoderKL|AutoencoderTiny")
 # Keys of configurations by which diffusers and its like load code or weights of another place.
@@ -58,12 +58,15 @@ def _refuse(path: Path, name: str, card: StudentCard) -> None:
 
 
 def refuse_picture(content: bytes, name: str) -> None:
-    """InputError unless the bytes are those of a PNG file, from its signature to its end, and nothing more."""
-    if not content.startswith(PNG) or not _ends(content):
+    """InputError unless the bytes are those of a PNG file."""
+    if not is_png(content):
         raise InputError(f"{name} is no PNG file; the student is refused")
 
 
-def _ends(content: bytes) -> bool:
+def is_png(content: bytes) -> bool:
+    """Whether the bytes are those of a PNG file, from its signature to its end, and nothing more."""
+    if not content.startswith(PNG):
+        return False
     at, first = len(PNG), True
     while at + 12 <= len(content):
         length, kind = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]
@@ -185,11 +188,12 @@ def _refuse_index(parsed: Any, name: str, card: StudentCard) -> None:  # noqa: A
         elif isinstance(value, list):
             own = bool(title) and f"{part}/{module}.py" in card.files
             known = value == [None, None] or own or (module == "diffusers" and CLASSES.fullmatch(title) is not None)
-        else:
-            known = True
+        else:  # diffusers takes a text of two letters for a module and a class
+            known = part in OPTIONS or not isinstance(value, str | dict)
         if not known:
             raise InputError(
-                f"{name}: {one_line(part, 100)} is {_shown(value)}, code that is not the student's; it is refused"
+                f"{name}: {one_line(part, 100)} is {_shown(value)}; valid: [null, null], a model or scheduler class of "
+                "diffusers, or a .py file listed in that folder; the student is refused"
             )
 
 

@@ -12,9 +12,9 @@ from pydantic import ConfigDict, Field, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from distill import records
+from distill.fieldtypes import MAX_PARTS, Count, Label, Line, Name, Rate
 from distill.guard import InputError
 from distill.records import Schema
-from distill.spec import Name
 
 BLOCK = 4096  # bytes of the first look at the end of a file
 YEARS = 250_000_000_000  # unix seconds; dates end at year 9999
@@ -22,11 +22,10 @@ YEARS = 250_000_000_000  # unix seconds; dates end at year 9999
 Event = dict[str, Any]
 Moment = Annotated[float, Field(ge=0, lt=YEARS)]
 """unix seconds"""
-Count = Annotated[int, Field(ge=0, lt=2**63)]
-Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Word = Annotated[str, Field(max_length=1000)]
 Text = Annotated[str, Field(max_length=100_000)]
-Logs = Annotated[dict[str, float], Field(max_length=1000)]
+Logs = Annotated[dict[Label, float], Field(max_length=1000)]
+Stages = Annotated[list[Name], Field(max_length=1000)]
+Jobs = Annotated[list[Label], Field(max_length=1000)]
 MORE = with_config(ConfigDict(extra="allow"))  # fields that nothing reads stay as they are
 
 
@@ -39,7 +38,7 @@ class Created(_Noted):
     """The run was made: the kind of each of its stages."""
 
     event: Literal["created"]
-    stages: NotRequired[dict[Name, str]]
+    stages: NotRequired[Annotated[dict[Name, Line], Field(max_length=1000)]]
 
 
 @MORE
@@ -48,8 +47,8 @@ class StageStarted(_Noted):
 
     event: Literal["stage started"]
     stage: Name
-    kind: NotRequired[Word]
-    device: NotRequired[Word]
+    kind: NotRequired[Line]
+    device: NotRequired[Line]
 
 
 @MORE
@@ -65,9 +64,9 @@ class Progress(_Noted):
     """How far a stage is; means of its numbers since the last such line."""
 
     event: Literal["progress"]
-    label: Word
+    label: Line
     done: Count
-    unit: NotRequired[Word]
+    unit: NotRequired[Line]
     total: NotRequired[Count]
     per_second: NotRequired[Rate]
     logs: NotRequired[Logs]
@@ -98,7 +97,7 @@ class Warned(_Noted):
     """Something that must not be missed."""
 
     event: Literal["warning"]
-    label: Word
+    label: Line
     text: Text
 
 
@@ -114,7 +113,7 @@ class Process(_Noted):
 class Other(_Noted):
     """What nothing here reads."""
 
-    event: str
+    event: Line
 
 
 @MORE
@@ -122,10 +121,10 @@ class Submitted(_Noted):
     """A job, or an array of them, went into the queue."""
 
     event: Literal["submitted"]
-    stages: list[str]
-    parts: list[Count] | None
-    script: Word
-    after: list[str]
+    stages: Stages
+    parts: Annotated[list[Count], Field(max_length=MAX_PARTS)] | None
+    script: Line
+    after: Jobs
 
 
 @MORE
@@ -142,10 +141,10 @@ class Ended(_Noted):
 
     event: Literal["ended"]
     restart: Count
-    why: Word
+    why: Line
     again: bool
     message: NotRequired[Text]
-    stage: NotRequired[str]
+    stage: NotRequired[Line]
     step: NotRequired[Count | None]
 
 
@@ -155,7 +154,7 @@ class Explained(_Noted):
 
     event: Literal["explained"]
     restart: Count
-    why: Word
+    why: Line
 
 
 RUN: Schema[Any] = Schema(

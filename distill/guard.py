@@ -62,6 +62,12 @@ def is_line(text: str) -> bool:
     return text.isprintable() or (printable(text) == text and {"\n", "\t"}.isdisjoint(text))
 
 
+def one_line(text: str, limit: int = 100) -> str:
+    """A stranger's text as one line of at most `limit` characters, without what a terminal would obey."""
+    line = " ".join(printable(text).split())
+    return line if len(line) <= limit else f"{line[: limit - 3]}..."
+
+
 def short(text: str) -> str:
     """A text as a message shows it, which is to be read: its beginning, where it is long."""
     return text if len(text) <= 100 else f"{text[:90]}... ({len(text):,} letters)"

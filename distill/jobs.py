@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from distill import pairspec, records
 from distill.spec import LaunchSpec, PairsStage, RunSpec, TrainStage
 from distill.store import RunPaths, append_line, event_line, read_events, shard_path, shard_record
 
-TIME = re.compile(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?")
+TIME = re.compile(r"(?:(D)-)?(D)(?::(D))?(?::(D))?".replace("D", "[0-9]{1,9}"))
 ATTEMPT = 2  # how many saves the lead must have room for
 SPARE = 60.0  # seconds of the lead beside them
 STEP = re.compile(r"step (\d{1,18})\b")
-FILE = re.compile(r"[0-9]+(?:_[0-9]+)?\.jsonl")  # of a job, by its number
+FILE = re.compile(r"[0-9]{1,18}\.jsonl")  # of a submission, by its number
+MOST = 1000  # submissions of a run that are read, the newest
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,11 @@ def events(run: RunPaths, job: str) -> list[dict[str, Any]]:
 
 
 def submitted(run: RunPaths) -> list[Job]:
-    """Every submission of a run, oldest first."""
+    """Every submission of a run, oldest first; of very many the newest."""
     found = []
-    for name in filter(FILE.fullmatch, records.names(run.jobs)):
-        for line in noted.read(run.jobs / name, noted.JOB, ["submitted"]):
+    names = sorted(filter(FILE.fullmatch, records.names(run.jobs)), key=lambda name: (len(name), name))
+    for name in names[-MOST:]:
+        for line in islice(noted.read(run.jobs / name, noted.JOB, ["submitted"]), 1):
             fields = {field: line[field] for field in ("stages", "parts", "script", "after", "time")}
             found.append(Job(name.removesuffix(".jsonl"), **fields))
     return sorted(found, key=lambda job: (job.time, len(job.id), job.id))

@@ -5,9 +5,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 from distill import records, versions
+from distill.fieldtypes import Line
 from distill.store import RunPaths
-
-Word = Annotated[str, Field(max_length=1000)]
 
 
 class Git(BaseModel):
@@ -15,7 +14,7 @@ class Git(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    commit: Word
+    commit: Line
     changed: bool = False
 
 
@@ -24,18 +23,18 @@ class Machine(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    distill: Word | None = None
+    distill: Line | None = None
     draws: int = 1
     """version of the random numbers of training, see `versions`"""
     git: Git | None = None
-    python: Word | None = None
-    platform: Word | None = None
-    cpu: Word = "an unknown CPU"
+    python: Line | None = None
+    platform: Line | None = None
+    cpu: Line = "an unknown CPU"
     cpus: int | None = None
     """that its processes might use"""
     threads: Annotated[int, Field(gt=0)] | None = None
     """of a process, where the spec names none"""
-    packages: dict[Word, Word | None] = {}
+    packages: Annotated[dict[Line, Line | None], Field(max_length=10_000)] = {}
     """version by name"""
 
     def version(self, package: str) -> str | None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from distill import card as cards
 from distill.card import StudentCard
 from distill.guard import InputError
-from distill.markdown import one_line
 
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")  # one name within a path
 KINDS = (".safetensors", ".json", ".py", ".md", ".png", ".txt")
@@ -24,7 +23,7 @@ def parse(content: bytes, where: str) -> StudentCard:
     card = cards.parse(content, where)
     if sum(record.size for record in card.files.values()) > cards.LARGEST:
         raise InputError(f"{where} lists more bytes than any disk holds; it is refused")
-    seen: dict[str, str] = {}
+    seen = {cards.FILE_NAME: cards.FILE_NAME}
     for name in card.files:
         if reason := _objection(name):
             shown = repr(name) if len(name) <= 200 else f"{name[:200]!r}..."
@@ -60,16 +59,6 @@ def _objection(name: str) -> str | None:
     if suffix.lower() in PICKLES:
         return "a pickle or compiled file, which may run anything when it is loaded"
     return None if suffix in KINDS else f"a kind of file that no student has (valid: {', '.join(KINDS)})"
-
-
-def refuse_strange(found: Collection[str], card: StudentCard, where: str) -> None:
-    """InputError if a folder holds files that its distill.json does not list."""
-    strange = sorted(set(found) - card.files.keys() - {cards.FILE_NAME})
-    if strange:
-        raise InputError(
-            f"{where}: {one_line(', '.join(strange), 200)} is not listed in {cards.FILE_NAME}; "
-            "remove what does not belong there"
-        )
 
 
 @cache

@@ -12,12 +12,6 @@ ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;", "@": "&#64;", "$": "&#36;"}
 PLAIN = re.compile(r"[A-Za-z0-9_./ -]+")
 
 
-def one_line(text: str, limit: int) -> str:
-    """Text as one line of at most `limit` characters, without what a terminal would obey."""
-    line = " ".join(printable(text).split())
-    return line if len(line) <= limit else f"{line[: limit - 3]}..."
-
-
 def escape(text: str) -> str:
     """One line that Markdown shows as it is, in a paragraph, a heading or a cell of a table."""
     line = " ".join(printable(text).split())

@@ -7,14 +7,15 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from distill import card as cards
 from distill import contents, jobs, manifest, published, pull, results, space, specfile
 from distill.card import Cost, FileRecord, Publication, StudentCard
-from distill.guard import InputError, RunError, suggest
+from distill.guard import InputError, RunError, short, suggest, whole_number
 from distill.markdown import escape
 from distill.progress import duration
 from distill.published import REGISTRY, Entry
@@ -61,10 +62,10 @@ def choose(run: RunPaths, stage: str | None, which: str) -> Chosen:
         return Chosen(run, best(run))
     if not trained:
         raise InputError(f"run '{run.name}' has no train stage, so it has no student")
-    step = re.fullmatch(r"step-(\d+)", which)
+    step = whole_number(which.removeprefix("step-")) if which.startswith("step-") else None
     if which and step is None:
-        raise InputError(f"'@{which}': {suggest(which, ['best', 'step-N'])}, N the step of a checkpoint")
-    return Chosen(run, stage or trained[-1], int(step[1]) if step else None)
+        raise InputError(f"'@{short(which)}': {suggest(which[:100], ['best', 'step-N'])}, N the step of a checkpoint")
+    return Chosen(run, stage or trained[-1], step)
 
 
 def best(run: RunPaths) -> str:
@@ -73,7 +74,8 @@ def best(run: RunPaths) -> str:
     Where several evaluations measured, the last stage of the spec counts.
     """
     measured = [found for found in _evaluations(run).values() if found.distance is not None]
-    rows = [row for row in measured[-1].usual if row.role == "student"] if measured else []
+    trained = {name for name, each in specfile.load_run(run).stages.items() if isinstance(each, TrainStage)}
+    rows = [row for row in measured[-1].usual if row.role == "student" and row.network in trained] if measured else []
     if not rows:
         raise InputError(f"run '{run.name}' has measured no student yet; name one: {run.name}/STAGE")
     fewest = min(row.steps for row in rows)
@@ -95,7 +97,10 @@ def publish(
     """
     home = store.absolute() / REGISTRY / name
     if (store / REGISTRY / "spec.yaml").exists():
-        raise InputError(f"{store / REGISTRY} is a run, where published students belong; move that run elsewhere")
+        raise InputError(
+            f"{store / REGISTRY} is a run, but published students are kept in a folder of that name; move the run "
+            "elsewhere"
+        )
     if home.is_symlink():
         raise InputError(f"{home} is a link; nothing is published through one. Choose another name, or remove it")
     if os.path.lexists(home) and not home.is_dir():
@@ -113,7 +118,8 @@ def publish(
                 pull.fetch_all(source, old, here, "publish")
                 contents.refuse(here, old)
                 content = cards.to_json(_dress(here, old, about, picture)).encode()
-                cards.parse(content, f"the card of {name}")
+                card = manifest.parse(content, f"the card of {name}")  # before it takes a version
+                published.entry_of(name, version or "v999999999", card, content, round(time.time(), 3))
                 same = [entry for entry in published.scan(store, name).students if _is(entry, content, version)]
                 found = same[0].version if same else _claim(here, home, version, content)
             finally:
@@ -124,15 +130,8 @@ def publish(
     listed = published.write_index(store)
     entry = next((each for each in listed.students if (each.name, each.version) == (name, found)), None)
     if entry is None:
-        raise RunError(f"{home / found} was published, and removed or changed by somebody else at once")
+        raise RunError(f"{home / found} was published, but someone removed or changed it immediately afterwards")
     return Published(entry, not same, listed.skipped)
-
-
-def check(student: Path) -> None:
-    """InputError unless the folder is a whole student, before any of it is loaded. Code of its own is not judged."""
-    card, _ = pull.describe(Folder(student))
-    cards.verify(student)
-    contents.refuse(student, card)
 
 
 def _is(entry: Entry, content: bytes, version: str | None) -> bool:
@@ -149,8 +148,13 @@ def _claim(here: Path, home: Path, version: str | None, content: bytes) -> str:
         try:
             here.rename(home / wanted)
         except OSError:
-            if not (home / wanted).exists():
+            if not os.path.lexists(home / wanted):
                 raise
+            if (home / wanted).is_symlink() or not (home / wanted).is_dir():
+                kind = "a link" if (home / wanted).is_symlink() else "a file"
+                raise InputError(
+                    f"{home / wanted} is {kind}, not a published student; publish another version, or remove it"
+                ) from None
             continue  # another publisher has it
         sync_dir(home)
         return wanted
@@ -178,6 +182,23 @@ def _dress(here: Path, old: StudentCard, about: Publication, picture: bytes) -> 
 # --- what the run knows ---
 
 
+@dataclass
+class Time:
+    """That processes were at a stage, as its events are read."""
+
+    total: float = 0.0
+    """seconds"""
+    began: float | None = None
+    last: float = 0.0
+    """when something was heard of it"""
+    place: str = ""
+    """device"""
+
+    def end(self) -> None:
+        if self.began is not None:
+            self.total, self.began = self.total + self.last - self.began, None
+
+
 def describe(name: str, chosen: Chosen, images: int, picture: str) -> Publication:
     """What the model card says beyond the student, which has seen `images`.
 
@@ -186,13 +207,14 @@ def describe(name: str, chosen: Chosen, images: int, picture: str) -> Publicatio
     spec = specfile.load_run(chosen.run)
     _, found = _measured(chosen)
     rows = [] if found is None else [row for row in found.rows if row.role == "teacher" or row.network == chosen.stage]
+    times = _times(chosen, _ancestry(spec, chosen.stage))
     return Publication(
         name=name,
         picture=picture,
         measured="" if found is None else f"NFE: calls of a network per sample. {results.describe(found)}",
         columns=[] if found is None else ["", "steps", *results.columns(found)],
         rows=[] if found is None else [_cells(found, row, chosen.stage) for row in rows],
-        costs=[_cost(chosen, spec, each, images) for each in _ancestry(spec, chosen.stage)],
+        costs=[_cost(chosen, spec, each, images, took) for each, took in times.items()],
     )
 
 
@@ -234,35 +256,42 @@ def _ancestry(spec: RunSpec, stage: str) -> list[str]:
     return [name for name in spec.stages if name in wanted]
 
 
-def _cost(chosen: Chosen, spec: RunSpec, name: str, images: int) -> Cost:
+def _cost(chosen: Chosen, spec: RunSpec, name: str, images: int, took: Time) -> Cost:
     stage = spec.stages[name]
     procs = spec.launch.world_size if isinstance(stage, TrainStage) else 1
-    until = chosen.step if name == chosen.stage else None
-    seconds, place = _time(chosen.run, name, until)
+    seconds = took.total + (_time_of_parts(chosen.run, name) if isinstance(stage, PairsStage) else 0.0)
     if isinstance(stage, TrainStage):
         work = f"{images if name == chosen.stage else stage.images:,} images"
     else:
         assert isinstance(stage, PairsStage), "nothing else leads to a student"
         work = f"{stage.count:,} pairs"
     processes = f"{procs} process{'es' if procs > 1 else ''}"
-    return Cost(name, work, duration(seconds), f"{processes}, {place}" if place else processes)
+    return Cost(name, work, duration(seconds), f"{processes}, {took.place}" if took.place else processes)
 
 
-def _time(run: RunPaths, stage: str, until: int | None) -> tuple[float, str]:
-    """Seconds that processes were at a stage, up to its checkpoint of step `until`, and on which device."""
-    total, began, last, place = 0.0, None, 0.0, ""
-    for event in read_events(run):
-        kind, of = event.get("event"), event.get("stage", event.get("label"))
-        if began is not None and of == stage:
-            last = event["time"]
-        if kind == "stage started" and of == stage:
-            began = last = event["time"]
-            place = event.get("device", place)
-        elif began is not None and (kind in ENDS or (kind, of) == ("stage done", stage)):
-            total, began = total + last - began, None
-        if until is not None and (kind, of, event.get("step")) == ("saved", stage, until):
-            break
-    return total + (last - began if began is not None else 0.0) + _time_of_parts(run, stage), place
+def _times(chosen: Chosen, stages: Sequence[str]) -> dict[str, Time]:
+    """Of these stages; of the student's own up to the checkpoint that it is exported from."""
+    times = {stage: Time() for stage in stages}
+    counted = dict(times)  # those of which more may be counted
+    for event in read_events(chosen.run):
+        kind, of = event["event"], event.get("stage", event.get("label", ""))
+        mine = counted.get(of)
+        if mine is not None and mine.began is not None:
+            mine.last = event["time"]
+        if kind in ENDS:
+            for each in counted.values():
+                each.end()
+        elif mine is not None and kind == "stage started":
+            mine.began = mine.last = event["time"]
+            mine.place = event.get("device", mine.place)
+        elif mine is not None and kind == "stage done":
+            mine.end()
+        elif mine is not None and (kind, of, event.get("step")) == ("saved", chosen.stage, chosen.step):
+            mine.end()
+            del counted[of]
+    for each in times.values():
+        each.end()
+    return times
 
 
 def _time_of_parts(run: RunPaths, stage: str) -> float:

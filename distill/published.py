@@ -11,6 +11,7 @@ of whoever keeps the server; everything in it is taken to come from somebody hos
   with a warning that names it, and all others go on. Texts are single lines without control characters, numbers finite,
   sizes below 2^63 (card.py). File names are plain, below the folder, and of few kinds; links are not followed
   (manifest.py, regular.py).
+  The index holds of each student what fits into 4 kB; of very many students, the newest.
 - What a student holds, when it is pulled, verified or published, before it has its name: size and sha256 of each file,
   no file that is not listed, each of the kind that its name says, nothing that leads a loader to other files, classes,
   weights or code (contents.py). Code must be, byte for byte, what distill has shipped, or is shown and taken on trust.
@@ -20,31 +21,45 @@ of whoever keeps the server; everything in it is taken to come from somebody hos
 
 Not promised: that a published student is good, is by whom it says, or has the licence it names; that a version stays
 (whoever may write in the folder may also remove or replace it: the sha256 that `students` shows tells one from the
-other); that an index over http is complete; that a store which somebody fills up stays quick, or has room.
+other); that its README.md is what distill would write (it is text that somebody made, and may lead anywhere); that an
+index over http is complete; that a store which somebody fills up stays quick, or has room.
 """
 
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from distill import card as cards
-from distill import manifest, pull
-from distill.card import Count, Digest, Label, Line, Metrics, Number
+from distill import manifest, pull, records
+from distill.card import Digest, Metrics, StudentCard
+from distill.fieldtypes import NAME, Count, Label, Line, Number
 from distill.guard import InputError, RunError, short, suggest
+from distill.printing import warn
 from distill.regular import read_regular
 from distill.spec import Frozen, Name
 from distill.store import write_atomic
 from distill.transports import Folder, Missing, Source
 
 REGISTRY, INDEX = "registry", "_index.json"
-MAX_INDEX, MAX_ENTRIES = 64 << 20, 200_000  # bytes and entries of an index
+MAX_INDEX, MAX_ENTRIES = 64 << 20, 50_000  # bytes and entries of an index
+MAX_ENTRY, MAX_METRICS, METRIC = 4096, 16, 100  # bytes of an entry, its metrics, letters of the name of one
+MAX_OPENED, MAX_PARTS = 4 * MAX_ENTRIES, 60 * MAX_ENTRIES  # lists and objects of an index; its colons and commas
+PIECE = 1 << 18  # bytes of an index that are looked through at once
 ROUNDS = 100  # times that an index is written anew because others publish too
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def _first_metrics(given: object) -> object:
+    """So many as an index is to hold; cards may have more, and older versions put all of them there."""
+    if not isinstance(given, dict):
+        return given
+    return dict(islice(((name, value) for name, value in given.items() if len(str(name)) <= METRIC), MAX_METRICS))
 
 
 class Entry(Frozen):
@@ -63,7 +78,8 @@ class Entry(Frozen):
     recipe: Line
     kind: Label
     license: Line
-    metrics: Metrics
+    metrics: Annotated[Metrics, BeforeValidator(_first_metrics)]
+    """the first of its card's"""
 
     @property
     def label(self) -> str:
@@ -77,16 +93,7 @@ class Entry(Frozen):
 
 
 class Index(Frozen):
-    """The content of _index.json."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    format: Literal[1] = 1
-    students: Annotated[list[Entry], Field(max_length=MAX_ENTRIES, fail_fast=True)]
-
-
-class Unchecked(Frozen):
-    """An index whose entries are to be looked at one by one."""
+    """The content of _index.json. Its entries are looked at one by one: one that is broken harms no other."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -104,11 +111,6 @@ class Listed:
     """what cannot be used, each with the reason"""
 
 
-def entries(source: Source) -> list[Entry]:
-    """The students of `listed`."""
-    return listed(source).students
-
-
 def listed(source: Source, only: str = "*") -> Listed:
     """All that a store has published, by its folders, or by its index where it is no folder.
 
@@ -119,29 +121,35 @@ def listed(source: Source, only: str = "*") -> Listed:
     where = f"{source.where}/{REGISTRY}/{INDEX}"
     try:
         content = pull.read(source.below(REGISTRY), INDEX, MAX_INDEX)
-        # Parsed, what has very many objects, lists or keys would fill the memory.
-        if content.count(b"{") + content.count(b"[") > 4 * MAX_ENTRIES or content.count(b":") > 16 * MAX_ENTRIES:
+        if _fills_memory(content):
             raise InputError(f"{where} holds more than an index of {MAX_ENTRIES:,} entries would; it is refused")
-        return Listed(Index.model_validate_json(content).students)
+        given = Index.model_validate_json(content).students
     except Missing as missing:
-        raise InputError(f"{missing}; nothing was published in this store, or it is none") from missing
-    except ValidationError:
-        return _one_by_one(content, where)
-
-
-def _one_by_one(content: bytes, where: str) -> Listed:
-    """What is in order of an index that as a whole is not."""
-    try:
-        given = Unchecked.model_validate_json(content).students
+        raise InputError(f"{missing}; nothing has been published here, or this is not a store") from missing
     except ValidationError as error:
-        raise InputError(f"{where} is no index of students: {cards.reason(error)}") from error
+        raise InputError(f"{where} is no index of students: {records.mistake(error)}") from error
     found = Listed([])
     for number, each in enumerate(given):
         try:
             found.students.append(Entry.model_validate(each))
         except ValidationError as error:
-            found.skipped.append(f"entry {number + 1} of {where} is skipped: {cards.reason(error)}")
+            found.skipped.append(f"entry {number + 1} of {where} is skipped: {records.mistake(error)}")
     return found
+
+
+def _fills_memory(content: bytes) -> bool:
+    """Whether JSON has so many values outside its strings that it must not be parsed."""
+    plain = content.replace(rb"\\", b"").replace(rb"\"", b"")
+    opened, parts, within = 0, 0, 0  # within: 1 in a string
+    for begin in range(0, len(plain), PIECE):
+        pieces = plain[begin : begin + PIECE].split(b'"')
+        outside = b" ".join(pieces[within::2])
+        opened += outside.count(b"{") + outside.count(b"[")
+        parts += outside.count(b":") + outside.count(b",")
+        if opened > MAX_OPENED or parts > MAX_PARTS:
+            return True
+        within = (within + len(pieces) - 1) % 2
+    return False
 
 
 def scan(store: Path, only: str = "*") -> Listed:
@@ -194,9 +202,13 @@ def _entry(registry: Path, name: str, version: str) -> Entry | None:
         content, published = read_regular(path, cards.MAX_CARD), path.stat().st_mtime
     except FileNotFoundError:
         return None
-    card = manifest.parse(content, cards.FILE_NAME)
+    return entry_of(name, version, manifest.parse(content, cards.FILE_NAME), content, published)
+
+
+def entry_of(name: str, version: str, card: StudentCard, content: bytes, published: float) -> Entry:
+    """What the index says of a student; InputError if that is too much. content: of its distill.json."""
     try:
-        return Entry(
+        entry = Entry(
             name=name,
             version=version,
             digest=manifest.digest(content),
@@ -208,14 +220,20 @@ def _entry(registry: Path, name: str, version: str) -> Entry | None:
             metrics=card.metrics,
         )
     except ValidationError as error:
-        raise InputError(cards.reason(error)) from error
+        raise InputError(records.mistake(error)) from error
+    if (size := len(_line(entry))) > MAX_ENTRY:
+        raise InputError(
+            f"its entry in the index would take {size:,} bytes; valid: at most {MAX_ENTRY:,}. Shorten what "
+            f"{cards.FILE_NAME} says of recipe and license, or the names of its metrics"
+        )
+    return entry
 
 
 def write_index(store: Path) -> Listed:
-    """Let `_index.json` say what the folders say: which is returned."""
+    """Let `_index.json` say what the folders say, which is returned; of too many students the newest."""
     found = scan(store)
     for _ in range(ROUNDS):
-        content = _bytes(found)
+        content = _bytes(found.students)
         try:
             write_atomic(store / REGISTRY / INDEX, content)
         except RunError as error:
@@ -224,15 +242,32 @@ def write_index(store: Path) -> Listed:
                 "that file can be written, publish the student again"
             ) from error
         found = scan(store)
-        if _bytes(found) == content:
+        if _bytes(found.students) == content:
             break
+    if left_out := len(found.students) - content.count(b"\n{"):
+        warn(
+            f"{store / REGISTRY / INDEX} is full: it leaves out the oldest {left_out:,} of {len(found.students):,} "
+            "students, which whoever reads this store over http can pull only by NAME:VERSION"
+        )
     return found
 
 
-def _bytes(found: Listed) -> bytes:
-    """The content of the index."""
-    content = Index(students=found.students[-MAX_ENTRIES:]).model_dump(mode="json")
-    return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
+def _bytes(students: Sequence[Entry]) -> bytes:
+    """The content of the index, a line for each student; of too many the newest."""
+    head, end = b'{"format": 1, "students": [', b"\n]}\n"
+    lines, size = dict[int, bytes](), len(head) + len(end)
+    newest = sorted(range(len(students)), key=lambda place: students[place].published, reverse=True)
+    for place in newest[:MAX_ENTRIES]:
+        lines[place] = b"\n" + _line(students[place])
+        size += len(lines[place]) + 1
+        if size > MAX_INDEX:
+            del lines[place]
+            break
+    return head + b",".join(lines[place] for place in sorted(lines)) + end
+
+
+def _line(entry: Entry) -> bytes:
+    return json.dumps(entry.model_dump(mode="json"), ensure_ascii=False, allow_nan=False).encode()
 
 
 def split(given: str) -> tuple[str, str | None]:

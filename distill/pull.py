@@ -17,7 +17,7 @@ from distill.claims import Owner
 from distill.guard import InputError, RunError
 from distill.progress import Progress
 from distill.regular import read_regular
-from distill.store import sync_dir, write_atomic
+from distill.store import FORGOTTEN_SECONDS, sync_dir, write_atomic
 from distill.transfer import PAUSES, Tally, fetch
 from distill.transports import Broken, Folder, Missing, Refused, Source
 
@@ -80,7 +80,7 @@ def describe(source: Source) -> tuple[StudentCard, bytes]:
     card = manifest.parse(content, f"{source.where}/{cards.FILE_NAME}")
     found = source.listing()
     if found is not None:
-        manifest.refuse_strange(found, card, source.where)
+        cards.refuse_strange(found, card, source.where)
     return card, content
 
 
@@ -193,10 +193,16 @@ def workplace(dest: Path, digest: str) -> Iterator[Path]:
 
 
 def _is_left(path: Path, free: Path) -> bool:
-    """Whether this user made the folder, in a process that is gone."""
+    """Whether this user made the folder, in a process that is gone, or on another host and long ago."""
     owner = Owner.of_label(path.name.removeprefix(f"{free.name}."))
-    gone = path == free if owner is None else not owner.is_alive()
+    gone = path == free if owner is None else not owner.is_alive() or (not owner.is_here and _is_old(path))
     return gone and _is_own(path)
+
+
+def _is_old(path: Path) -> bool:
+    """Whether nothing in a folder was written for a day: of a process on another host nothing else can be told."""
+    newest = max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
+    return time.time() - newest > FORGOTTEN_SECONDS
 
 
 def _is_own(path: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Generic, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from distill import regular
-from distill.guard import InputError
+from distill.guard import InputError, one_line
 
 SMALL = 16 * 2**20  # bytes that a file read whole may have
 LINE = 2**20  # bytes of a line; a longer one is no event
@@ -87,14 +87,14 @@ def mistake(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     if first["type"] == NOT_JSON:
         return "it is not JSON"
-    where = ".".join(map(str, first["loc"]))
+    where = one_line(".".join(map(str, first["loc"])), 100)
     prefix = f"{where}: " if where else ""
     if first["type"] == "missing":
         return f"{prefix}is missing"
     given = json.dumps(first["input"], default=str)
     given = given if len(given) <= SHOWN else given[: SHOWN - 3] + "..."
     message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
-    return f"{prefix}{given} given; {message[:1].lower()}{message[1:]}"
+    return f"{prefix}{given} given; {one_line(message[:1].lower() + message[1:], 300)}"
 
 
 def names(folder: Path) -> list[str]:

@@ -19,8 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 from pydantic import BaseModel, ValidationError
 
 from distill import schema
-from distill.guard import InputError, suggest
-from distill.markdown import one_line
+from distill.guard import InputError, one_line, suggest
 
 GROUP = "distill.recipes"
 PARTS = ("Config", "Recipe")

@@ -20,6 +20,7 @@ LIBRARIES = ("torch", "diffusers", "safetensors", "numpy", "scipy", "scikit-lear
 MAX_CURVES = 3  # per stage
 MAX_NAMES = 50  # of logged numbers that are kept of a stage, to choose from
 MAX_WARNINGS = 100
+MAX_PICTURES = 64 * 2**20  # bytes of all that are embedded
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,8 @@ class Evaluation:
     pictures: list[Picture]
     straightness: list[tuple[str, str, float]]  # network, value or a dash, width of its bar in percent
     pixelated: bool
+    more: str
+    """folder of pictures that are not shown; empty: all are"""
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,16 @@ def write(run: RunPaths) -> Path:
     )
     kinds, trainings, warnings = _events(run)
     found = evaluations.of_run(run)
+    room = MAX_PICTURES
+    shown: dict[str, Evaluation] = {}
+    for name, results in found.items():
+        pictures, more, room = _pictures(run.stage(name).root, results, room)
+        shown[name] = _evaluation(results, pictures, f"stages/{name}/pictures" if more else "")
     wholes = [results for results in found.values() if straightened.round_of(results) is None]
     page = environment.get_template("report.html.j2").render(
         name=printable(run.name),
         stages=[_stage(run, name, kind, trainings.get(name), name in found) for name, kind in kinds.items()],
-        evaluations={name: _evaluation(run.stage(name).root, results) for name, results in found.items()},
+        evaluations=shown,
         headlines=[headline(results) for results in wholes or found.values()],
         rounds=_rounds(straightened.rounds(found)),
         losses={name: chart for name, training in trainings.items() if (chart := _losses(training))},
@@ -144,30 +152,37 @@ def headline(results: Results) -> str:
     return f"{said}. {best.network} makes {times} times as many samples a second."
 
 
-def _evaluation(folder: Path, results: Results) -> Evaluation:
+def _pictures(folder: Path, results: Results, room: int) -> tuple[list[Picture], bool, int]:
+    """Each picture of an evaluation once, whether there are more than `room` bytes have place for, and what is left."""
+    what, more = results.distance or "RMS", False
+    pictures: dict[str, Picture] = {}
+    for row in results.rows:
+        if row.picture in pictures or (png := evaluations.picture(folder, row, room)) is None:
+            continue
+        if not png:
+            more = True
+            continue
+        room -= len(png)
+        note = f"{row.nfe} call{'s' if row.nfe > 1 else ''}, {what} {number(row.value)}"
+        pictures[row.picture] = Picture(row.label, note, _image(png, "png"), row.role)
+    return list(pictures.values()), more, room
+
+
+def _evaluation(results: Results, pictures: list[Picture], more: str) -> Evaluation:
     straight = {row.network: row.straightness for row in results.rows}
     widest = max((value for value in straight.values() if value is not None), default=0.0) or 1.0
-    shown = [(row, png) for row in results.rows if (png := evaluations.picture(folder, row)) is not None]
-    what = results.distance or "RMS"
     return Evaluation(
         description=evaluations.describe(results),
         columns=evaluations.columns(results),
         rows=[(row, evaluations.cells(results, row)) for row in results.rows],
         chart=_image(charts.quality(results).encode(), "svg+xml"),
-        pictures=[
-            Picture(
-                row.label,
-                f"{row.nfe} call{'s' if row.nfe > 1 else ''}, {what} {number(row.value)}",
-                _image(png, "png"),
-                row.role,
-            )
-            for row, png in shown
-        ],
+        pictures=pictures,
         straightness=[
             (name, "\u2013", 0.0) if value is None else (name, number(value), 100 * value / widest)
             for name, value in straight.items()
         ],
         pixelated=not results.vector,
+        more=more,
     )
 
 

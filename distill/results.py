@@ -7,15 +7,15 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, NonNegativeInt, model_validator
 from rich.table import Table
 
-from distill import records
-from distill.guard import InputError, printable
+from distill import contents, records
+from distill.fieldtypes import NAME, Line, Positive
+from distill.guard import InputError
 from distill.spec import Frozen
 from distill.store import RunPaths, StagePaths
 
 FILE_NAME = "results.json"
 PICTURE = re.compile(r"(?:pictures/)?[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.png")
 PICTURE_BYTES = 64 * 2**20  # at most
-PNG = b"\x89PNG\r\n\x1a\n"  # that every such file begins with
 
 
 def _plain(name: str) -> str:
@@ -24,17 +24,9 @@ def _plain(name: str) -> str:
     return name
 
 
-def _readable(text: str) -> str:
-    if printable(text) != text or "\n" in text:
-        raise ValueError("a name of one line, without control characters, is expected")
-    return text
-
-
 PictureName = Annotated[str, AfterValidator(_plain)]
-Line = Annotated[str, Field(max_length=500), AfterValidator(_readable)]
 Number = Annotated[float, Field(gt=-1e100, lt=1e100)]
 """finite, and small enough to be drawn"""
-Count = Annotated[int, Field(gt=0, lt=2**63)]
 
 
 class Row(Frozen):
@@ -44,12 +36,12 @@ class Row(Frozen):
     """"teacher", or the name of a student"""
     role: Literal["teacher", "student"]
     solver: Line
-    steps: Count
+    steps: Positive
     fine: bool = False
     """the solver whose endpoint counts as the teacher's own; of a student: by that solver, not by its own sampler"""
     along: Line = ""
     """the times of the steps: empty: uniform, or the student's own; optimal; or the times"""
-    nfe: Count
+    nfe: Positive
     """network evaluations per sample, guidance counted"""
     distance: Number | None
     """the distance that `Results.distance` names; null: no reference"""
@@ -89,7 +81,7 @@ class FeatureNet(Frozen):
 
     task: Line
     accuracy: Number
-    dim: Count
+    dim: Positive
 
 
 class Results(Frozen):
@@ -97,10 +89,10 @@ class Results(Frozen):
 
     format: Literal[1] = 1
     stage: Line
-    samples: Count
+    samples: Positive
     """per row"""
     seed: NonNegativeInt
-    block: Count
+    block: Positive
     device: Line
     guidance_scale: Number
     distance: Line | None
@@ -111,7 +103,7 @@ class Results(Frozen):
     floor: Number | None = None
     """distance of two sets of exact samples"""
     vector: bool
-    rows: list[Row] = Field(min_length=1)
+    rows: list[Row] = Field(min_length=1, max_length=10_000)
 
     @model_validator(mode="after")
     def _has_a_teacher(self) -> Self:
@@ -164,23 +156,28 @@ def load(stage: StagePaths) -> Results | None:
 def of_run(run: RunPaths) -> dict[str, Results]:
     """Results by stage, of the stages that have any, in the order of their names; InputError if any are damaged."""
     names = sorted(path.parent.name for path in run.root.glob(f"stages/*/{FILE_NAME}"))
+    names = [name for name in names if NAME.fullmatch(name)]  # others are no stages
     found = {name: load(run.stage(name)) for name in names}
     return {name: results for name, results in found.items() if results is not None}
 
 
-def picture(folder: Path, row: Row) -> bytes | None:
+def picture(folder: Path, row: Row, room: int = PICTURE_BYTES) -> bytes | None:
     """The PNG of a row's first samples; None: there is none any more. InputError if it is no picture of this folder.
 
-    folder: of the results.
+    folder: of the results; room: nothing is returned of a picture of more bytes.
     """
     path = folder / row.picture
     try:
         if not path.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{path} cannot be used: it is a link out of its folder; delete it, and evaluate again")
+        if path.stat().st_size > room:
+            return b""
         content = records.read_small(path, PICTURE_BYTES)
     except FileNotFoundError:
         return None
-    if not content.startswith(PNG):
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    if not contents.is_png(content):
         raise InputError(f"{path} cannot be used: it is not a PNG picture; delete it, and evaluate again")
     return content
 

@@ -23,6 +23,7 @@ from distill.dataspec import (  # noqa: F401  (they are parts of the spec)
     NoData,
 )
 from distill.fieldtypes import (
+    MAX_PARTS,
     MAX_SAMPLES,
     Fraction,
     Images,
@@ -32,6 +33,7 @@ from distill.fieldtypes import (
     Pairs,
     Processes,
     Samples,
+    ScriptLine,
     ShardPairs,
     SolverSteps,
     Steps,
@@ -270,13 +272,13 @@ class SlurmSpec(Frozen):
     """CPUs of each process; null: Slurm's default"""
     memory: Line | None = None
     """of each node, like 120G; null: Slurm's default"""
-    options: list[Line] = []
+    options: list[ScriptLine] = []
     """further options of sbatch as they stand, like --constraint=h100"""
     lead_seconds: Annotated[int, Field(gt=0, le=604_800)] = 180
     """how long before the time limit the processes are asked to save and leave"""
     max_crashes: Annotated[int, Field(ge=0, le=1000)] = 3
     """how often a job that has crashed is queued again; never after a crash at the step of the last one"""
-    pairs_jobs: Annotated[int, Field(gt=0, le=1_000_000)] = 1
+    pairs_jobs: Annotated[int, Field(gt=0, le=MAX_PARTS)] = 1
     """jobs of an array that share the shards of each pairs stage; of one with fewer shards, as many as those"""
     one_job: bool = False
     """compute all stages in one job, one after the other, instead of a job for each"""

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
-from distill.guard import InputError
-from distill.markdown import one_line
+from distill.guard import InputError, one_line
 from distill.transports import READ, SILENCE, Broken, Missing, Refused, Source, Stream, shown
 
 LAST = 4096  # bytes kept of what ssh says
@@ -100,7 +99,7 @@ class _Output:
         try:
             code = self.process.wait(SILENCE)
         except subprocess.TimeoutExpired:
-            raise Broken(f"{self.where}: ssh does not end") from None
+            raise Broken(f"{self.where}: ssh did not exit") from None
         if code == 0:
             return b""
         lines = [each for each in map(str.strip, self.said.decode(errors="replace").splitlines()) if each]

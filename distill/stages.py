@@ -31,8 +31,7 @@ from distill.data import DataSet
 from distill.draws import key
 from distill.export import export
 from distill.fields import Counted
-from distill.guard import InputError, RunError
-from distill.markdown import one_line
+from distill.guard import InputError, RunError, one_line
 from distill.progress import Progress
 from distill.protocols import Recipe, Trained
 from distill.roles import Roles

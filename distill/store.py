@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from distill import events, records
-from distill.guard import InputError, RunError, short, suggest
+from distill.fieldtypes import NAME
+from distill.guard import InputError, RunError, one_line, short, suggest
 from distill.records import read_json as read_json  # for all who read a run
 
 RESERVED = {
-    "indexes": "what is known of the images of data sets",
-    "inputs": "what runs read from the hub",
-    "registry": "the students that are published",
-    "schedules": "step times that were found",
+    "indexes": "image indexes",
+    "inputs": "files fetched from the hub",
+    "registry": "published students",
+    "schedules": "step times",
 }
 UNFINISHED = re.compile(r"\..*\.new-(\d{1,18})-(\d{1,20})-?(.*)")  # folder of a run that is being made
 FORGOTTEN_SECONDS = 86400.0
@@ -195,11 +196,17 @@ class RunPaths:
         return self.logs / f"rank-{rank}.log"
 
     def stage(self, name: str) -> StagePaths:
-        return StagePaths(self.root / "stages" / name)
+        return StagePaths(self.root / "stages" / self._part(name))
 
     def student(self, stage: str) -> Path:
         """The student exported by a train stage."""
-        return self.students / stage
+        return self.students / self._part(stage)
+
+    def _part(self, name: str) -> str:
+        """The name of a stage, which leads to no other folder. InputError if it is none: it may come from a file."""
+        if NAME.fullmatch(name) is None:
+            raise InputError(f"{self.root} has no stage '{one_line(name)}': that is no name of a stage")
+        return name
 
 
 def runs(store: Path) -> list[RunPaths]:
@@ -283,7 +290,10 @@ def create_run(store: Path, name: str, files: Mapping[str, str | bytes]) -> RunP
 def refuse_reserved(name: str) -> None:
     """InputError for a name that a store uses itself."""
     if name in RESERVED:
-        raise InputError(f"a run cannot be called '{name}': a store keeps there {RESERVED[name]}; give --name")
+        raise InputError(
+            f"a run cannot be called '{name}': the store uses that folder for {RESERVED[name]}; choose another name "
+            "(name: in the spec, or --name OTHER)"
+        )
 
 
 def _clear(store: Path) -> None:
@@ -312,7 +322,7 @@ def _is_alive(pid: int) -> bool:
 def name_in_use(run: RunPaths) -> str:
     """What to say when a run's name is taken, with both ways out."""
     if not run.spec.is_file():  # the students that were published, for one
-        return f"{run.root} is there already, and no run; choose another name by --name OTHER"
+        return f"{run.root} exists already and is not a run; choose another name by --name OTHER"
     return (
         f"there is a run '{run.name}' in {run.root.parent} already; "
         "go on with it by --resume, or start another by --name OTHER"

@@ -81,7 +81,7 @@ class Part:
 
 
 def fetch(source: Source, name: str, record: FileRecord, path: Path, tally: Tally) -> None:
-    """The file `name` at `path`, its bytes as recorded; what an earlier process left of it is gone on with."""
+    """The file `name` at `path`, its bytes as recorded; what an earlier process left of it is resumed."""
     part_path = path.with_name(f"{path.name}.part")
     try:
         if path.exists():  # complete, unless the machine went down before it was on the disk
@@ -92,7 +92,7 @@ def fetch(source: Source, name: str, record: FileRecord, path: Path, tally: Tall
         if not tally.stop.is_set():
             part_path.rename(path)
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}; what came is kept there") from error
+        raise RunError(f"cannot write {path}: {error.strerror}; the received part is kept there") from error
 
 
 def _complete(source: Source, name: str, record: FileRecord, part: Part, tally: Tally) -> None:
@@ -122,7 +122,11 @@ def _complete(source: Source, name: str, record: FileRecord, part: Part, tally: 
                 raise RunError(f"{source.where}: {name}: {why}; nothing was kept of it")
         failures = 0 if part.size - before >= LEAST else failures + 1
         if failures > source.retries:
-            hint = "what came is kept, go on by the same command" if source.retries else "it is not whole there"
+            hint = (
+                "the received part is kept; repeat the command to continue"
+                if source.retries
+                else "the copy there is incomplete"
+            )
             raise RunError(f"{source.where}: {name}: {why}; {hint}")
         tally.stop.wait(PAUSES[min(failures, len(PAUSES)) - 1] if failures else 0)
 

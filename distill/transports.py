@@ -16,8 +16,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TypeVar, runtime_checkable
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from distill.guard import InputError, short
-from distill.markdown import one_line
+from distill.guard import InputError, is_text, one_line, short
 from distill.regular import open_regular
 
 if TYPE_CHECKING:
@@ -133,7 +132,10 @@ def at(place: str | Path) -> Source:
     url, base = _parsed(place), place.rstrip("/")
     scheme = url.scheme.lower()
     if scheme == "file":
-        return Folder(Path(unquote(url.path)))
+        path = unquote(url.path)
+        if not is_text(path) or "\n" in path:
+            raise InputError(f"{one_line(shown(place), 500)}: the path holds a control character; give another folder")
+        return Folder(Path(path))
     if scheme == "ssh":
         from distill import ssh
 
@@ -170,7 +172,7 @@ def _parsed(text: str) -> SplitResult:
         _ = url.port
     except ValueError:  # it may be the beginning of a password
         raise InputError(
-            f"{scheme}://{url.hostname}:...: Port could not be cast to a number; in a password '/' is written %2F"
+            f"{scheme}://{url.hostname}:...: the port is not a number. If the password contains '/', write it as %2F"
         ) from None
     if url.query or url.fragment or re.search(r"[?#]", text):
         raise InputError(f"{plain}: a plain URL of a folder is expected, without '?', '#' and '::'")

@@ -10,8 +10,7 @@ from http.client import HTTPException
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from distill.guard import InputError
-from distill.markdown import one_line
+from distill.guard import InputError, one_line
 from distill.transports import ANSWER, READ, SILENCE, Broken, Missing, Refused, Source, Stream, reason, shown, within
 
 if TYPE_CHECKING:
@@ -80,8 +79,8 @@ def _session() -> type["requests.Session"]:
             before, after = urlsplit(resp.url).scheme.lower(), urlsplit(target).scheme.lower() or None
             if after not in (None, "https", "http" if before == "http" else "https"):
                 raise Refused(
-                    f"{one_line(shown(resp.url), 300)} sends to {one_line(shown(target), 300)}; from {before} only "
-                    f"{'http and https are' if before == 'http' else 'https is'} followed"
+                    f"{one_line(shown(resp.url), 300)} redirects to {one_line(shown(target), 300)}; redirects from "
+                    f"{before} may only lead to {'http and https' if before == 'http' else 'https'}"
                 )
             return target
 

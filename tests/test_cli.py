@@ -181,7 +181,7 @@ def test_list_and_show(capfd, tmp_path):
     teach = specfile.load_run(run).stages["teach"]
     assert f"teach: pretrain/flow_matching, {teach.images:,} images, batch {teach.batch_size}" in text
     assert "pairs pairs begun 25% 1,250/5,000 pairs loss 0.25" in text
-    assert text.endswith("go on with: distill run runs/one --resume")
+    assert text.endswith("resume with: distill run runs/one --resume")
     assert command(capfd, "show", "two").err == "error: there is no run 'two' in runs; valid: one\n"
 
 

@@ -734,6 +734,12 @@ def test_there_is_none_before_the_evaluation(run):
 
 
 def test_time_that_a_kill_undid_does_not_count():
+    def seconds(events, stage):
+        sessions = compared.Sessions()
+        for event in events:
+            sessions.add(event)
+        return sessions.seconds(stage)
+
     def at(done, rate):
         return {"event": "progress", "label": "a", "done": done, "per_second": rate}
 
@@ -741,11 +747,11 @@ def test_time_that_a_kill_undid_does_not_count():
         return {"event": "stage started", "stage": stage}
 
     whole = [started(), at(500, 90.0), at(1000, 100.0)]
-    assert compared.training_seconds(whole, "a") == 10
-    assert compared.training_seconds(whole, "b") == 0
+    assert seconds(whole, "a") == 10
+    assert seconds(whole, "b") == 0
     resumed = {"event": "resumed", "stage": "a", "images": 400}
     killed = [started(), at(600, 100.0), started(), resumed, at(1000, 50.0)]
-    assert compared.training_seconds(killed, "a") == 400 / 100 + 600 / 50
+    assert seconds(killed, "a") == 400 / 100 + 600 / 50
     twice = [started(), at(600, 100.0), started(), resumed, at(500, 50.0), started(), at(1000, 200.0)]
-    assert compared.training_seconds(twice, "a") == 1000 / 200, "begun anew, without a checkpoint"
-    assert compared.training_seconds([*killed[:3], started("b"), resumed], "a") == 400 / 100
+    assert seconds(twice, "a") == 1000 / 200, "begun anew, without a checkpoint"
+    assert seconds([*killed[:3], started("b"), resumed], "a") == 400 / 100

@@ -391,11 +391,9 @@ def test_a_spec_without_hub_ids_has_no_inputs(tmp_path):
 
 
 def test_no_run_is_called_as_the_folder_of_inputs(tmp_path):
-    with pytest.raises(InputError, match="a run cannot be called 'inputs': a store keeps there what runs read from"):
+    with pytest.raises(InputError, match="a run cannot be called 'inputs': the store uses that folder for files f"):
         make(tmp_path, "inputs")
-    with pytest.raises(
-        InputError, match="a run cannot be called 'registry': a store keeps there the students that are"
-    ):
+    with pytest.raises(InputError, match="a run cannot be called 'registry': the store uses that folder for published"):
         make(tmp_path, "registry")
     assert list(tmp_path.iterdir()) == []
 

@@ -115,7 +115,7 @@ class Parent:
         return [(self.folder / f"teach.{rank}.signals").read_text().split() for rank in range(procs)]
 
     def resume(self):
-        return f"go on with: distill run {self.run.root} --resume\n"
+        return f"resume with: distill run {self.run.root} --resume\n"
 
 
 @pytest.fixture

@@ -363,7 +363,7 @@ def test_init_does_not_write_over_a_link(capfd, tmp_path):
     ids=lambda arguments: arguments[0],
 )
 def test_a_name_that_the_store_uses_itself(capfd, tmp_path, arguments, name):
-    said = f"a run cannot be called '{name}': a store keeps there {store.RESERVED[name]}; give --name"
+    said = f"a run cannot be called '{name}': the store uses that folder for {store.RESERVED[name]}; choose"
     refuse(capfd, tmp_path, [*arguments, f"name={name}"], said)
 
 

@@ -21,7 +21,7 @@ from distill import card as cards
 from distill import publish, published, pull
 from distill.guard import InputError, RunError
 from distill.store import RunPaths
-from distill.transports import Folder, at
+from distill.transports import at
 
 SPEC = """
 name: one
@@ -74,7 +74,7 @@ def test_versions_are_numbered_and_never_change(tmp_path, store):
     assert put(a, store, "digits", "final").label == "digits:final", "asked for by name"
     (store / "registry" / "digits" / "v1").rename(store / "registry" / "digits" / "v9")
     assert put(c, store, "digits").label == "digits:v10"
-    labels = [entry.label for entry in published.entries(Folder(store))]
+    labels = [entry.label for entry in published.scan(store).students]
     assert labels[-1] == "digits:v10"
     assert json.loads((store / "registry" / "_index.json").read_text())["students"][-1]["version"] == "v10"
 
@@ -103,7 +103,7 @@ def test_names_that_cannot_be(capfd, tmp_path, name):
 def test_a_student_that_is_damaged_is_not_published(tmp_path, store):
     student = make(tmp_path / "s")
     (student / "model_index.json").write_text("{}")
-    with pytest.raises(RunError, match="s: model_index.json: it ended after 2 of 108 bytes; it is not whole there"):
+    with pytest.raises(RunError, match="model_index.json: it ended after 2 of 108 bytes; the copy there is incomplete"):
         put(student, store, "digits")
     assert list((store / "registry" / "digits").iterdir()) == []
 
@@ -119,7 +119,7 @@ def test_a_full_disk_publishes_nothing(tmp_path, store, monkeypatch):
 def test_a_run_that_lies_where_students_belong(tmp_path, store):
     (store / "registry").mkdir(parents=True)
     (store / "registry" / "spec.yaml").touch()
-    with pytest.raises(InputError, match="registry is a run, where published students belong; move that run elsewhere"):
+    with pytest.raises(InputError, match="registry is a run, but published students are kept in a folder of"):
         put(make(tmp_path / "s"), store, "digits")
 
 
@@ -127,7 +127,7 @@ def test_a_run_cannot_take_the_place_of_students(capfd, tmp_path, store):
     put(make(tmp_path / "s"), store, "digits")
     done = command(capfd, "run", "digits", "--name", "registry")
     assert done.code == 2
-    assert done.err == f"error: {store}/registry is there already, and no run; choose another name by --name OTHER\n"
+    assert done.err == f"error: {store}/registry exists already and is not a run; choose another name by --name OTHER\n"
 
 
 @pytest.mark.process
@@ -155,7 +155,7 @@ def test_publishers_and_pullers_at_once_lose_nothing(tmp_path, store):
     processes += [start(puller, tmp_path / f"pulled{n}") for n in range(2)]
     said = [process.communicate(timeout=240)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * 6, said
-    found = published.entries(Folder(store))
+    found = published.scan(store).students
     assert sorted(int(entry.version[1:]) for entry in found) == list(range(1, 14))
     assert len({entry.digest for entry in found}) == 13
     index = json.loads((store / "registry" / "_index.json").read_text())["students"]
@@ -176,7 +176,7 @@ def test_a_killed_publisher_leaves_no_version_and_the_next_one_clears_up(tmp_pat
         time.sleep(0.001)
     process.kill()
     process.wait()
-    assert published.entries(Folder(store)) == []
+    assert published.scan(store).students == []
     assert len(list((store / "registry" / "digits").iterdir())) == 1
     assert put(make(tmp_path / "t"), store, "digits").label == "digits:v1"
     assert [path.name for path in (store / "registry" / "digits").iterdir()] == ["v1"]
@@ -216,7 +216,7 @@ def test_users_of_a_group_publish_in_one_store(tmp_path, store):
         line = [sys.executable, "-c", program, make(tmp_path / f"s{seed}", seed=seed), store, user, tmp_path / "other"]
         done = subprocess.run(line, env=env, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (0, f"digits:v{seed}\n"), done.stderr
-    assert [entry.version for entry in published.entries(Folder(store))] == ["v1", "v2"]
+    assert [entry.version for entry in published.scan(store).students] == ["v1", "v2"]
     if os.geteuid() == 0:
         owners = [(store / "registry" / "digits" / f"v{n}").stat().st_uid for n in (1, 2)]
         assert owners == [20001, 20002]
@@ -261,19 +261,19 @@ def test_a_store_over_plain_http(capfd, tmp_path, store):
         assert "is another student (sha256 " in done.err and "published versions never change" in done.err
         server.faults = [Fault("_index.json", status=404)]
         assert (
-            "_index.json: 404 Not Found; nothing was published in this store, or it is none"
+            "_index.json: 404 Not Found; nothing has been published here, or this is not a store"
             in command(capfd, "students").err
         )
         server.faults = [Fault("_index.json", change=lambda content: b"[]")]
         done = command(capfd, "students")
         assert (done.code, done.err) == (
-            2, f"error: {url}/registry/_index.json is no index of students: its JSON: Input should be an object\n"
+            2, f"error: {url}/registry/_index.json is no index of students: [] given; input should be an object\n"
         )  # fmt: skip
         server.faults = [Fault("_index.json", change=lambda content: content.replace(b"digits", b"../x", 1))]
         done = command(capfd, "students", "--json")
         assert [(e["name"], e["version"]) for e in json.loads(done.out)] == [("digits", "v2"), ("mnist", "final")]
-        pattern = "String should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$'"
-        assert done.err == f"warning: entry 1 of {url}/registry/_index.json is skipped: name: {pattern}\n"
+        pattern = "name: \"../x\" given; string should match pattern '^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$'"
+        assert done.err == f'warning: entry 1 of {url}/registry/_index.json is skipped: name: "../x" given; {pattern}\n'
 
 
 def test_an_index_that_lags_behind_hides_no_version_that_is_named(capfd, tmp_path, store):

@@ -142,7 +142,7 @@ def test_lies_about_sizes(tmp_path, student):
     with Flaky(tmp_path / "there") as server:
         place = place.format(server.url)
         server.faults = [Fault(WEIGHTS, change=lambda content: content[:700_000])]  # the file itself is cut
-        assert "ends before byte 700,000; what came is kept, go on by the same command" in refused(
+        assert "ends before byte 700,000; the received part is kept; repeat the command to continue" in refused(
             place, tmp_path / "s", RunError
         )
         server.faults = [Fault(WEIGHTS, change=lambda content: content + b"more")]
@@ -377,7 +377,7 @@ def test_every_shipped_file_is_known():
         ),
         ("hf://org", "hf://ORG/NAME or hf://ORG/NAME@REVISION is expected"),
         ("ssh://-oProxyCommand=x/s", "ssh://[USER@]HOST[:PORT]/PATH is expected"),
-        ("ssh://host:x/s", "Port could not be cast"),
+        ("ssh://host:x/s", "the port is not a number. If the password contains '/', write it as %2F"),
         ("ssh://host", "ssh://[USER@]HOST[:PORT]/PATH is expected"),
     ],
 )
@@ -411,7 +411,7 @@ def test_a_disk_that_is_full_keeps_what_came(tmp_path, student, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
-    assert re.fullmatch(rf"cannot write \S+/{WEIGHTS}: File too large; what came is kept there", said)
+    assert re.fullmatch(rf"cannot write \S+/{WEIGHTS}: File too large; the received part is kept there", said)
     get(student, tmp_path / "s")
     same(tmp_path / "s", student)
 

@@ -193,7 +193,7 @@ def test_s3(capfd, tmp_path, s3, monkeypatch):
     done = command(capfd, "pull", "digits:v1", "other", "--store", "s3://bucket/store")
     assert done.code == 1
     assert "arrives damaged" in done.err
-    assert published.entries(at("s3://bucket/store"))[0].label == "digits:v1"
+    assert published.listed(at("s3://bucket/store")).students[0].label == "digits:v1"
 
 
 # --- the hub ---

@@ -36,7 +36,7 @@ def test_a_process_that_ends_in_the_middle_without_a_word_is_a_failure(tmp_path,
     done = distill("run", "s.yaml", cwd=tmp_path)
     message = f"a process ended with code {code} before its stage was done (os._exit or exit in a recipe or a library?)"
     run = tmp_path / "runs" / "one"
-    said = f"error: run 'one': {message}; what it saved is intact; go on with: distill run {run} --resume"
+    said = f"error: run 'one': {message}; what it saved is intact; resume with: distill run {run} --resume"
     assert (done.returncode, done.stderr.splitlines()[-1]) == (ends, said)
     *_, last = read_events(RunPaths(run))
     assert (last["event"], last["message"]) == ("failed", message)

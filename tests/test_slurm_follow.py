@@ -254,7 +254,7 @@ def test_where_the_node_cannot_ask_for_another_attempt(capfd, cluster, here):
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     assert cluster.wait_state(job, "FAILED", "PENDING") == "FAILED"
     assert cluster.show(job)["ExitCode"] == "75:0"
-    trouble = f"the job could not be queued again (no such right); go on with: distill submit {run.root} --resume"
+    trouble = f"the job could not be queued again (no such right); resume with: distill submit {run.root} --resume"
     assert trouble in said(run)
     shown = command_line(capfd, "status", "teach").out
     assert "could not be queued again" in shown.splitlines()[0], shown
@@ -272,7 +272,7 @@ def test_a_node_without_slurms_commands_is_named(capfd, cluster, here):
     assert ends(run, last_job(run)) == [("crash", False)]
     trouble = "scontrol: no Slurm here"
     assert f"job {last_job(run)}: stage teach: crash: {trouble}\n" in said(run)
-    assert f"go on with: distill submit {run.root} --resume" in said(run)
+    assert f"resume with: distill submit {run.root} --resume" in said(run)
 
 
 # --- doctor ---

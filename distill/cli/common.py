@@ -1,6 +1,7 @@
 """What commands share: where the store is, and how tables, sizes and JSON are printed."""
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -153,8 +154,16 @@ def check_out(out: Path) -> None:
 
 
 def print_json(content: Any) -> None:  # noqa: ANN401
-    """JSON for programs."""
-    say(json.dumps(content, indent=2))
+    """JSON for programs: a number that is none, as a loss may be, is null."""
+    say(json.dumps(_finite(content), indent=2, allow_nan=False))
+
+
+def _finite(content: Any) -> Any:  # noqa: ANN401
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def size(path: Path) -> int:

@@ -11,7 +11,7 @@ import typer
 
 from distill import records
 from distill.cli.common import JsonOption, StoreOption, near, print_json, print_table, store_path
-from distill.cli.runs import RunArgument, print_rows, stages_done, warn_of_damage
+from distill.cli.runs import RunArgument, headline, print_rows, stages_done, warn_of_damage
 from distill.guard import InputError
 from distill.printing import clear, say
 from distill.progress import duration
@@ -104,9 +104,8 @@ def _print_all(folder: Path, found: "list[distill.launch.standing.Standing]") ->
 def _print_one(paths: RunPaths, standing: "distill.launch.standing.Standing") -> None:
     from distill import status as statuses
 
-    message = f": {standing.message}" if standing.message else ""
     students = statuses.students(paths)
-    say(f"{standing.run.name}  {standing.state}{message}  {statuses.age(standing.run.changed)}")
+    say(headline(standing.run.name, standing.state, standing.message, standing.run.changed))
     rows = []
     for stage in standing.run.stages:
         mine = [job for job in standing.jobs if stage.name in job.stages]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill.cli.common import JsonOption, StoreOption, near, print_json, print_table, size, store_path
-from distill.guard import InputError, printable
+from distill.guard import InputError, one_line
 from distill.printing import say, say_table
 from distill.space import human
 from distill.store import RunPaths
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import distill.spec
     import distill.status
 
+CELL, MESSAGE = 100, 1000  # letters of a cell of a table, of a message that a file holds
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run in the store, or its folder.")]
 
 
@@ -51,7 +52,7 @@ def stages_done(done: int, run: "distill.status.RunStatus") -> str:
 
 def print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table of one line for each row, however many: rich needs a millisecond for each."""
-    clean = [[" ".join(printable(cell).split("\n")) for cell in row] for row in rows]
+    clean = [[one_line(cell, CELL) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(headers, *clean, strict=True)]
     for row in (headers, ["\u2500" * width for width in widths], *clean):
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -63,7 +64,15 @@ def warn_of_damage(runs: "Iterable[distill.status.RunStatus]") -> None:
 
     for each in runs:
         if each.state == status.DAMAGED:
-            say(f"warning: run '{each.name}' is damaged: {each.message}")
+            say(f"warning: run '{one_line(each.name)}' is damaged: {one_line(each.message, MESSAGE)}")
+
+
+def headline(name: str, state: str, message: str, changed: float | None) -> str:
+    """A run in one line, whatever its files say."""
+    from distill import status
+
+    why = f": {one_line(message, MESSAGE)}" if message else ""
+    return f"{one_line(name)}  {state}{why}  {status.age(changed)}"
 
 
 def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) -> None:
@@ -80,8 +89,7 @@ def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) 
         print_json(asdict(each) | {"students": cards, "results": found, "spec": str(paths.spec)})
         return
     summary = _summary(specfile.load_run(paths))
-    message = f": {each.message}" if each.message else ""
-    say(f"{each.name}  {each.state}{message}  {status.age(each.changed)}")
+    say(headline(each.name, each.state, each.message, each.changed))
     for line in summary:
         say(f"  {line}")
     rows = []
@@ -98,7 +106,7 @@ def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) 
     if paths.report.exists():
         say(f"report  {near(paths.report)}")
     if each.state != "done" and each.state != "running":
-        say(f"go on with: distill run {near(paths.root)} --resume")
+        say(f"resume with: distill run {near(paths.root)} --resume")
 
 
 def print_results(run: RunPaths) -> None:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill import card as cards
-from distill import markdown
 from distill.cli.common import (
     AnyStoreOption,
     JsonOption,
@@ -18,10 +17,10 @@ from distill.cli.common import (
     near,
     one_line,
     print_json,
-    print_table,
     store_path,
     store_source,
 )
+from distill.cli.runs import print_rows
 from distill.guard import InputError
 from distill.printing import say, say_error
 from distill.space import human
@@ -37,7 +36,6 @@ TrustOption = Annotated[
     typer.Option("--trust-code", help="Take code that distill has never shipped, too; shows it first."),
 ]
 MANY = 20  # warnings
-CELL = 100  # characters of a text that is shown in a table
 WHICH = (
     "RUN is its last train stage; RUN/STAGE another; RUN@best the student with the smallest measured distance at the "
     "fewest steps that any was measured at"
@@ -97,7 +95,7 @@ def students(store: AnyStoreOption = None, json: JsonOption = False) -> None:
         for e in found
     ]
     heads = ["student", "recipe", "measured", "size", "licence", "published", "sha256"]
-    print_table(heads, [[markdown.one_line(cell, CELL) for cell in row] for row in rows], right=["size"])
+    print_rows(heads, rows)
 
 
 def pull(
@@ -194,9 +192,9 @@ def _drawn(student: Path, out: Path) -> bytes:
     if find_spec("torch") is None:
         say_error("without a picture of samples: no evaluation has drawn one, and torch is not installed")
         return b""
-    from distill import publish as publishing
+    from distill import pull as pulling
 
-    publishing.check(student)
+    pulling.verify(student, lambda name, text: None)
     from distill import sampling, stages
 
     sampling.sample(

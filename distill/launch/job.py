@@ -226,7 +226,7 @@ class Batch:
         if verdict.again:
             trouble = self._queue_again()
             if trouble:
-                message = f"could not be queued again ({trouble}); go on with: distill submit {self.run.root} --resume"
+                message = f"could not be queued again ({trouble}); resume with: distill submit {self.run.root} --resume"
                 self._note("ended", stage=name, step=step, **fields | {"message": message, "again": False})
                 self._say(f"the job {message}")
             else:

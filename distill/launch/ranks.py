@@ -144,7 +144,7 @@ def say_not_begun(paths: RunPaths, *, measure: bool = False) -> None:
 
 
 def _onward(paths: RunPaths) -> str:
-    return f"go on with: distill run {paths.root} --resume"
+    return f"resume with: distill run {paths.root} --resume"
 
 
 def _start(command: Sequence[str], env: Mapping[str, str], lifeline: int, log: Log | None) -> subprocess.Popen[bytes]:

@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, ValidationError
 
 from distill import schema, specfile, yamltext
+from distill.fieldtypes import ScriptLine
+from distill.frozen import Frozen
 from distill.guard import InputError
 from distill.launch import environment
-from distill.spec import Frozen, Line
 
 EXAMPLE = environment.ROOT / "slurm" / "site.example.yaml"
 
@@ -27,10 +28,10 @@ Variable = Annotated[str, AfterValidator(_variable)]
 class CacheSite(Frozen):
     """Where libraries keep files between jobs; null: their own choice, often the home directory and its small quota."""
 
-    HF_HOME: Line | None = None
-    TORCH_EXTENSIONS_DIR: Line | None = None
-    TRITON_CACHE_DIR: Line | None = None
-    TMPDIR: Line | None = None
+    HF_HOME: ScriptLine | None = None
+    TORCH_EXTENSIONS_DIR: ScriptLine | None = None
+    TRITON_CACHE_DIR: ScriptLine | None = None
+    TMPDIR: ScriptLine | None = None
 
 
 class ContainerSite(Frozen):
@@ -38,35 +39,35 @@ class ContainerSite(Frozen):
 
     runtime: Literal["none", "pyxis", "apptainer"] = "none"
     """pyxis: srun --container-image; apptainer: srun apptainer exec"""
-    mounts: list[Line] = []
+    mounts: list[ScriptLine] = []
     """folders that are seen inside under the same path, beside the store"""
-    options: list[Line] = []
+    options: list[ScriptLine] = []
     """further options of the runtime, like --nv"""
-    python: Line = "python3"
+    python: ScriptLine = "python3"
     """the interpreter inside"""
 
 
 class Site(Frozen):
     """One cluster."""
 
-    modules: list[Line] = []
+    modules: list[ScriptLine] = []
     """loaded before anything else"""
-    setup: list[Line] = []
+    setup: list[ScriptLine] = []
     """lines of bash after that, each an item of its own"""
-    environment: dict[Variable, Line] = {}
+    environment: dict[Variable, ScriptLine] = {}
     """variables of every process, like NCCL_SOCKET_IFNAME"""
     caches: CacheSite = CacheSite()
-    partition: Line | None = None
+    partition: ScriptLine | None = None
     """where jobs go that name none; null: Slurm's default"""
-    partitions: list[Line] = []
+    partitions: list[ScriptLine] = []
     """those that may be named; empty: all that Slurm has"""
-    account: Line | None = None
+    account: ScriptLine | None = None
     """null: Slurm's default"""
-    qos: Line | None = None
+    qos: ScriptLine | None = None
     """null: Slurm's default"""
-    options: list[Line] = []
+    options: list[ScriptLine] = []
     """further options of sbatch for every job"""
-    python: Line | None = None
+    python: ScriptLine | None = None
     """the interpreter on the nodes; null: the one that submits"""
     container: ContainerSite = ContainerSite()
 

@@ -18,6 +18,7 @@ from distill.guard import InputError, RunError
 PATIENCE = 4.5  # seconds that a command may take: a controller that is gone lets its clients wait for minutes
 LONG = 60.0  # of what changes something: a busy controller may take its time
 LOG_BYTES = 4 * 1024 * 1024  # of the log of ended jobs, from its end
+FEW = 5  # jobs that the controller is asked of one by one; of more, it is asked once of all that it knows
 UNDIVIDED = "4294967294"
 LIVE = frozenset({"PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "STOPPED", "REQUEUED", "SIGNALING"})
 
@@ -108,8 +109,9 @@ def states(jobs: Sequence[str]) -> dict[str, JobState]:
         return {}
     found = _from_accounting(jobs)
     missing = [job for job in jobs if job not in found or found[job].state == "PENDING"]  # why, the controller knows
-    for root in dict.fromkeys(_root(job) for job in missing):
-        found |= _by_job(_records(root), missing)
+    roots = list(dict.fromkeys(_root(job) for job in missing))
+    for each in [[root] for root in roots] if len(roots) <= FEW else [[]]:
+        found |= _by_job(_records(*each), missing)
     return {**_from_log([job for job in jobs if job not in found]), **found}
 
 
@@ -135,8 +137,8 @@ def _from_accounting(jobs: Sequence[str]) -> dict[str, JobState]:
         return {}
     if done.returncode:  # there is no accounting here
         return {}
-    rows = (line.split("|") for line in done.stdout.splitlines())
-    return {row[0]: JobState(row[1].split()[0], *row[2:5]) for row in rows if row[0] in jobs}
+    rows, wanted = (line.split("|") for line in done.stdout.splitlines()), set(jobs)
+    return {row[0]: JobState(row[1].split()[0], *row[2:5]) for row in rows if row[0] in wanted}
 
 
 def _from_log(jobs: Sequence[str]) -> dict[str, JobState]:
@@ -156,22 +158,26 @@ def _from_log(jobs: Sequence[str]) -> dict[str, JobState]:
     return _by_job([_fields(line) for line in lines], jobs)
 
 
-def _records(job: str) -> list[dict[str, str]]:
-    """What the controller knows of a job, of an array one for each of its jobs; none: it knows it no more."""
-    done = _call("scontrol", "show", "job", "--oneliner", job)
+def _records(*job: str) -> list[dict[str, str]]:
+    """What the controller knows of a job, or of all: of an array one for each of its jobs; none: it knows nothing."""
+    done = _call("scontrol", "show", "job", "--oneliner", *job)
     if done.returncode:
         if "Invalid job id" in done.stderr or "not found" in done.stderr:
             return []
-        raise NoAnswer(f"scontrol show job {job}: {_said(done)}")
+        raise NoAnswer(f"{' '.join(['scontrol show job', *job])}: {_said(done)}")
     return [_fields(line) for line in done.stdout.splitlines() if line.strip()]
 
 
 def _by_job(records: Sequence[dict[str, str]], jobs: Sequence[str]) -> dict[str, JobState]:
     """The states that records tell of these jobs; of two that are about the same, the later counts."""
+    of_root: dict[str, list[str]] = {}
+    for job in jobs:
+        of_root.setdefault(_root(job), []).append(job)
     found: dict[str, JobState] = {}
     for fields in sorted(records, key=_is_divided):
-        state = JobState(*(fields.get(name, "") for name in ("JobState", "Reason", "ExitCode", "NodeList")))
-        found |= dict.fromkeys(_about(fields, jobs), state)
+        if mine := of_root.get(fields.get("ArrayJobId", fields.get("JobId", ""))):
+            state = JobState(*(fields.get(name, "") for name in ("JobState", "Reason", "ExitCode", "NodeList")))
+            found |= dict.fromkeys(_about(fields, mine), state)
     return found
 
 
@@ -180,9 +186,10 @@ def _is_divided(fields: dict[str, str]) -> bool:
     return fields.get("ArrayTaskId", UNDIVIDED) != UNDIVIDED
 
 
-def _about(fields: dict[str, str], jobs: Sequence[str]) -> list[str]:
+def _about(fields: dict[str, str], jobs: list[str]) -> list[str]:
+    """Those of the jobs of its array that a record is about."""
     if not _is_divided(fields):
-        return [job for job in jobs if _root(job) == fields.get("ArrayJobId", fields.get("JobId"))]
+        return jobs
     named = {f"{fields['ArrayJobId']}_{number}" for number in _numbers(fields["ArrayTaskId"])}
     return [job for job in jobs if job in named]
 

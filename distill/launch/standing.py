@@ -66,7 +66,7 @@ class Standing:
 
     @property
     def message(self) -> str:
-        """Why it does not go on."""
+        """Why it stopped."""
         if self.state in ("running", "queued", "done"):
             return ""
         return next((job.last for job in reversed(self.jobs) if job.last), self.run.message)

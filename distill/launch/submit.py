@@ -86,7 +86,7 @@ def submit(run: RunPaths, spec: RunSpec, planned: Sequence[Plan], where: Where) 
         raise
     except slurm.NoAnswer as error:
         queued = ", ".join(sent.values()) or "no job"
-        raise RunError(f"{error}; queued so far: {queued}; go on with: distill submit {run.root} --resume") from error
+        raise RunError(f"{error}; queued so far: {queued}; resume with: distill submit {run.root} --resume") from error
     current = {"code": str(where.code)} if where.code != run.code else {}
     append_event(run, "submitted", jobs=sent, **current)
     return sent
