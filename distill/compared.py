@@ -263,9 +263,9 @@ def markdown(found: Found) -> str:
     """All of it for a page."""
     heads = ["recipe", *columns(found)]
     lines = [
-        [escape(head) for head in heads],
+        ["@".join(map(escape, head.split("@"))) for head in heads],
         ["---", *["---:"] * (len(heads) - 1)],
-        *([escape(name), *cells] for name, cells in rows(found)),
+        *([escape(name), *numbers] for name, numbers in rows(found)),
     ]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     said = [code(found.comparison.command), escape(found.machine), found.date]

@@ -665,6 +665,26 @@ def test_the_page_is_a_table_of_github(run):
     assert "of 2 minutes for each" in lines[-3]
 
 
+def test_what_a_comparison_names_is_text_on_its_page(run):
+    evil = "<img src=x onerror=alert(1)> | [x](https://evil.example)"
+    content = json.loads(run.comparison.read_text())
+    content["command"] = f"`{evil}"
+    for part in content["entries"][-1]["parts"]:
+        part["recipe"] = f"{evil}.py"
+    run.comparison.write_text(json.dumps(content))
+    write_json(run.env, {"cpu": evil, "cpus": 8, "threads": 4, "packages": {"Torch": evil}})
+    report.write(run)
+    page = run.comparison_table.read_text()
+    assert "<" not in page and "alert" in page
+    assert not re.search(r"(?<!\\)[\[\]`]", page) and "https://evil" not in page
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert len({len(re.findall(r"(?<!\\)[|]", line)) for line in rows}) == 1
+    for broken in ("two\nlines", "\x1b[2J"):
+        run.comparison.write_text(json.dumps(content | {"command": broken}))
+        with pytest.raises(InputError, match="command: .* given; must be one line of text without control characters"):
+            compared.load(run)
+
+
 def test_a_gpu_is_named_and_not_the_cpu_beside_it(run):
     append_event(run, "stage started", stage="evaluate", kind="evaluate", device="NVIDIA H100")
     content = results().model_copy(update={"device": "cuda"}).model_dump(mode="json")

@@ -81,6 +81,14 @@ SEEN = {
     ),
     "a time after all dates": (event('{"time": 1e300, "event": "odd"}'), "events.jsonl cannot be used: time: 1e+300"),
     "no time at all": (event('{"time": NaN, "event": "odd"}'), "events.jsonl cannot be used: time: NaN given"),
+    "a key of many lines": (
+        event(json.dumps(PROGRESS | {"logs": {"x\nwarning: all is lost\n" * 8: "low"}})),
+        "events.jsonl cannot be used: progress.logs.x warning: all is lost x warning: all is lost",
+    ),
+    "a kind of many lines": (
+        lambda run: put(run.events, event_line("created", stages={"teach": "train\n" * 50_000})),
+        'events.jsonl cannot be used: created.stages.teach: "train\\ntrain',
+    ),
     "a list for an event": (event("[1]"), "events.jsonl cannot be used: [1] given; input should be an object"),
     "a negative count": (event(json.dumps(PROGRESS | {"total": -1})), "progress.total: -1 given"),
     "a count without end": (event(json.dumps(PROGRESS | {"done": 10**400})), "progress.done: 1000"),
@@ -234,6 +242,44 @@ def test_the_name_of_a_run_moves_no_cursor(store, capfd):
     done = command(capfd, "show", "bad\x1b[2J\udcff")
     assert done.code == 0 and "\x1b" not in done.out
     assert command(capfd, "report", "bad\x1b[2J\udcff").code == 0
+
+
+def test_the_name_of_a_run_is_one_line(store, capfd):
+    (store / "bad").rename(store / "bad\nwarning: all is lost")
+    (store / "last").rename(store / "last\nwarning: all is lost")
+    damage, _ = SEEN["garbage as owner"]
+    damage(RunPaths(store / "bad\nwarning: all is lost"))
+    for look in (
+        ["list"],
+        ["status"],
+        ["show", "last\nwarning: all is lost"],
+        ["status", "last\nwarning: all is lost"],
+    ):
+        done = command(capfd, *look)
+        assert done.code == 0 and "last warning: all is lost" in done.out
+        assert not [line for line in done.out.splitlines() if line.startswith("warning: all")]
+
+
+def test_a_message_without_end_is_shown_short(store, capfd):
+    append_event(RunPaths(store / "bad"), "failed", message="no\n" * 3000)
+    for look in ("show", "status"):
+        done = command(capfd, look, "bad")
+        assert done.code == 0 and done.out.startswith("bad  failed: no no no") and len(done.out) < 3000
+
+
+def test_a_loss_that_is_no_number_is_null_for_programs(store, capfd):
+    run = RunPaths(store / "bad")
+    (stage, *_) = next(read_events(run))["stages"]
+    run.stage(stage).root.mkdir(parents=True)
+    event(json.dumps(PROGRESS | {"label": stage, "logs": {"loss": float("nan"), "norm": float("inf")}}))(run)
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    for look in (["list"], ["show", "bad"], ["status", "bad"]):
+        found = json.loads(command(capfd, *look, "--json").out, parse_constant=refuse)
+        found = found[0] if isinstance(found, list) else found
+        assert found["stages"][0]["logs"] == {"loss": None, "norm": None}
 
 
 def test_a_name_that_no_file_can_have_is_no_run(store, capfd):

@@ -301,6 +301,8 @@ LIES = {
     "a part of transformers": ("model_index.json", index(x=["transformers", "AutoModel"]), "x is ["),
     "a pipeline of its own choice": (
         "model_index.json", index(_class_name="StableDiffusionPipeline"), '_class_name is "Stable'),
+    "a part of two letters": ("model_index.json", index(unet="ab"), 'unet is "ab"; valid: [null, null], a model or'),
+    "a part that is a table": ("model_index.json", index(unet={"0": "os"}), 'unet is {"0": "os"}; valid: '),
     "another key": ("model_index.json", index(_module="x"), '_module is "x"'),
     "an escape in a name": (
         "model_index.json", index(**{"\x1b[2J": ["os", "system"]}), '\ufffd[2J is ["os", "system"]'),
@@ -703,3 +705,166 @@ def test_an_index_of_a_broken_entry_and_of_too_many(capfd, tmp_path, store, monk
         monkeypatch.setattr(published, "MAX_INDEX", 1_000_000)
         done = command(capfd, "students", "--store", url)
         assert (done.code, "_index.json has more than 1,000,000 bytes; it is refused" in done.err) == (2, True)
+
+
+CROWDED = {f"{'[' * 190}{n}@1": 1.0 for n in range(980)}
+
+
+def test_a_card_of_very_many_metrics_takes_little_of_the_index(capfd, tmp_path, store):
+    put(make(tmp_path / "t", metrics={**CROWDED, **{f"FD[{{:,{n}@1": float(n) for n in range(20)}}), store, "many")
+    with Flaky(tmp_path) as server:
+        done = command(capfd, "students", "--json", "--store", f"{server.url}/runs")
+    assert (done.code, done.err) == (0, "")
+    _, many = json.loads(done.out)
+    assert many["metrics"] == {f"FD[{{:,{n}@1": float(n) for n in range(16)}
+    content = json.loads((store / "registry" / "_index.json").read_bytes())
+    content["students"][1]["metrics"] = CROWDED  # as older versions wrote it
+    (store / "registry" / "_index.json").write_text(json.dumps(content, indent=2))
+    with Flaky(tmp_path) as server:
+        done = command(capfd, "students", "--store", f"{server.url}/runs")
+    assert (done.code, done.err, "many:v1" in done.out) == (0, "", True)
+
+
+def test_a_card_that_the_index_has_no_room_for_is_not_published_and_not_read(capfd, tmp_path, store):
+    student = make(tmp_path / "t", recipe="\N{PILE OF POO}" * 1000)
+    why = "its entry in the index would take 4,2"
+    assert why in error_of(put, student, store, "emoji")
+    assert list((store / "registry" / "emoji").iterdir()) == []
+    student.rename(store / "registry" / "emoji" / "v1")
+    done = command(capfd, "students")
+    assert (done.code, "digits:v1" in done.out) == (0, True)
+    assert done.err.startswith(f"warning: runs/registry/emoji/v1 is skipped: {why}")
+    assert "valid: at most 4,096. Shorten what distill.json says of recipe and license" in done.err
+
+
+def test_a_full_index_keeps_the_newest_and_says_so(tmp_path, store, capfd, monkeypatch):
+    os.utime(store / "registry" / "digits" / "v1" / DISTILL, (1e9, 1e9))
+    put(make(tmp_path / "b", seed=2), store, "a")
+    whole = (store / "registry" / "_index.json").stat().st_size
+    monkeypatch.setattr(published, "MAX_INDEX", whole - 1)
+    capfd.readouterr()
+    assert [entry.label for entry in published.write_index(store).students] == ["a:v1", "digits:v1"]
+    assert capfd.readouterr().err == (
+        f"warning: {store}/registry/_index.json is full: it leaves out the oldest 1 of 2 students, which whoever reads "
+        "this store over http can pull only by NAME:VERSION\n"
+    )
+    assert [each["name"] for each in json.loads((store / "registry" / "_index.json").read_bytes())["students"]] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"students":[' + b"1," * 3_000_001 + b"1]}",
+        b'{"students":[' + b'"",' * 3_000_001 + b'""]}',
+        b'{"later":[' + b"1," * 3_000_001 + b'1], "students":[]}',
+        b'{"later":{' + b'"":1,' * 1_500_001 + b'"":1}, "students":[]}',
+        b'{"later":"\\"", "students":[' + b"[]," * 200_001 + b"[]]}",
+    ],
+    ids=["numbers", "texts", "what nothing reads", "keys", "lists"],
+)
+def test_what_would_fill_the_memory_is_not_parsed(capfd, tmp_path, store, text):
+    (store / "registry" / "_index.json").write_bytes(text)
+    with Flaky(tmp_path) as server:
+        done = command(capfd, "students", "--store", f"{server.url}/runs")
+    assert (done.code, "holds more than an index of 50,000 entries would; it is refused" in done.err) == (2, True)
+
+
+def test_what_stands_in_texts_is_no_structure():
+    inside = b'{"a":"' + rb"[{:,\"[{:,\\" * 300_000 + b'"}'
+    assert json.loads(inside)["a"].count("[") == 600_000
+    assert not published._fills_memory(inside) and not published._fills_memory(inside * 2)
+
+
+# --- versions that readers would skip ---
+
+
+def test_a_card_that_is_too_large_takes_no_version(tmp_path, store):
+    """It is small enough as it was given, but not once it is written for people."""
+    student = make(tmp_path / "t")
+    steps = 70_000
+    grid = [1.0, *((steps - n) / steps for n in range(1, steps)), 0.0]
+    edit_card(student, lambda content: content.update(t_grids={str(steps): [float(f"{t:.6f}") for t in grid]}))
+    assert (student / DISTILL).stat().st_size < cards.MAX_CARD
+    assert "the card of large has 1," in error_of(put, student, store, "large")
+    assert list((store / "registry" / "large").iterdir()) == []
+
+
+def test_texts_of_a_card_are_written_as_they_are(tmp_path, store):
+    """Six letters for one would make more of it than a card may have."""
+    student = make(tmp_path / "t", metrics={190 * "\u00e9" + f"{n}@1": 1.0 for n in range(1000)})
+    assert put(student, store, "long").label == "long:v1"
+    path = store / "registry" / "long" / "v1" / DISTILL
+    assert path.stat().st_size < cards.MAX_CARD and "\u00e9" in path.read_text()
+
+
+def test_what_stands_in_the_place_of_a_version_is_said(tmp_path, store):
+    place = store / "registry" / "digits" / "final"
+    place.symlink_to(tmp_path / "nowhere")
+    student = make(tmp_path / "t", seed=4)
+    said = error_of(put, student, store, "digits", "final")
+    assert said == f"{place} is a link, not a published student; publish another version, or remove it"
+    place.unlink()
+    place.touch()
+    assert "final is a file, not a published student" in error_of(put, student, store, "digits", "final")
+
+
+@pytest.mark.parametrize("name", ["Distill.json", "DISTILL.JSON", "distill.json/x.json"])
+def test_no_file_takes_the_place_of_the_card(student, name):
+    edit_card(student, lambda content: content["files"].update({name: {"sha256": "0" * 64, "size": 1}}))
+    said = error_of(pull.describe, at(student))
+    assert "distill.json" in said and ("one file on some disks" in said or "a kind of file" in said or "folder" in said)
+
+
+# --- what an evaluation names ---
+
+
+def test_the_best_student_is_one_of_the_run(tmp_path, measured):
+    """Not a folder elsewhere that results.json names."""
+    root, chosen = measured("x.png")
+    content = json.loads((root / "results.json").read_text())
+    far = content["rows"][-1] | {"network": "../../../private/secret", "distance": 0.1}
+    (root / "results.json").write_text(json.dumps(content | {"rows": [*content["rows"], far]}))
+    make(tmp_path / "private" / "secret")
+    assert publish.choose(chosen.run, None, "best").stage == "one_step"
+    for name in ("../../../private/secret", "..", "", "a/b", "a\nb"):
+        for place in (chosen.run.stage, chosen.run.student):
+            assert "that is no name of a stage" in error_of(place, name)
+
+
+@pytest.mark.parametrize("which", ["step-" + "9" * 5000, "step-\u0663", "step-", "step--1", "x" * 5000])
+def test_a_step_is_a_number(measured, which):
+    _, chosen = measured("x.png")
+    said = error_of(publish.choose, chosen.run, None, which)
+    assert said.endswith("valid: best, step-N, N the step of a checkpoint") and len(said) < 300
+
+
+@pytest.mark.parametrize("url", ["file:///tmp/a%00b", "file:///tmp/a%0Ab", "file:///tmp/%1B[2J"])
+def test_an_address_holds_no_hidden_characters(capfd, monkeypatch, url):
+    said = f"error: {url}: the path holds a control character; give another folder\n"
+    assert command(capfd, "pull", url).err == said
+    monkeypatch.setenv("DISTILL_STORE", url)
+    assert command(capfd, "students").err == said
+    assert command(capfd, "pull", "digits").err == said
+
+
+def test_what_another_host_left_is_taken_over_after_a_day(tmp_path):
+    left = tmp_path / ".s.part-abc.7,1,boot,elsewhere"
+    (left / "unet").mkdir(parents=True)
+    (left / "unet" / "w.part").touch()
+    with pull.workplace(tmp_path / "s", "abc") as here:
+        assert list(here.iterdir()) == []
+        here.rmdir()
+    for each in (left, left / "unet"):
+        os.utime(each, (0, 0))
+    with pull.workplace(tmp_path / "s", "abc") as here:
+        assert list(here.iterdir()) == [], "a file was written lately"
+        here.rmdir()
+    os.utime(left / "unet" / "w.part", (0, 0))
+    with pull.workplace(tmp_path / "s", "abc") as here:
+        assert [path.name for path in here.iterdir()] == ["unet"]
+
+
+def test_a_model_card_counts_the_calls_of_its_sampler():
+    assert ": one network call per step, few steps.\n" in cards.readme(card())
+    fields = {"kind": "acceleration", "sampler": "accelerated"}
+    assert ": N + 1 network calls in N steps, few steps.\n" in cards.readme(card(**fields))

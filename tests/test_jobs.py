@@ -1,9 +1,10 @@
 """What a run keeps of its jobs, without Slurm: limits, ends, leads, claims of units, parts of pairs."""
 
+import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -40,6 +41,8 @@ from distill.teachers.analytic import gaussian_teacher
         ("-5", None),
         ("1h", None),
         ("UNLIMITED", None),
+        ("9" * 5000, None),
+        ("\u0663\u0660", None),
     ],
 )
 def test_a_limit_in_slurms_notation(text, seconds):
@@ -282,3 +285,76 @@ def test_shards_are_counted_by_the_manifest_and_by_their_own_records(tmp_path):
     assert standing.shards(run, "pairs") == 2, "a damaged manifest is named by whoever uses the pairs"
     (folder / "shard-00000.json").unlink()
     assert standing.shards(run, "pairs") == 1
+
+
+# --- what files of jobs may hold ---
+
+
+def test_an_owner_leads_nowhere(tmp_path, monkeypatch):
+    """Its record once became a path: running/ was renamed into a folder of somebody else."""
+    monkeypatch.setattr(claims, "GRACE", 0.1)
+    run = make(tmp_path / "store")
+    me = claims.Owner.this()
+    (tmp_path / "victim").mkdir()
+    (run.root / f".dead-{me.host}-123-").mkdir()
+    run.running.mkdir()
+    for bad in ({"start": "/../../../victim"}, {"host": "a/b"}, {"boot": "a\nb"}, {"job": "\x1b[2J"}):
+        write_json(run.running / "owner.json", asdict(me) | {"pid": 123} | bad)
+        with pytest.raises(InputError, match="running cannot be read; if no process executes this run, remove that"):
+            claims.claim(run).__enter__()
+        assert run.running.is_dir() and list((tmp_path / "victim").iterdir()) == []
+    write_json(run.running / "owner.json", asdict(me) | {"pid": 2**31 - 1})
+    with claims.claim(run):
+        assert claims.owner(run.running) == me
+    assert [path.name for path in run.root.glob(".dead-*") if re.fullmatch("[.]dead-[0-9a-f]{24}", path.name)]
+
+
+def test_a_process_of_another_boot_is_another():
+    me = claims.Owner.this()
+    others = [replace(me, **{name: "x"}) for name in ("host", "boot", "start")] + [replace(me, pid=7)]
+    assert len({claims._token(each) for each in [me, *others]}) == 5
+
+
+def test_submissions_are_of_bounded_number_and_size(tmp_path):
+    run = make(tmp_path)
+    run.jobs.mkdir()
+    fields = {"stages": ["teach"], "parts": None, "script": "a.sh", "after": []}
+    for number in range(1, 1011):
+        jobs.append(run, str(number), "submitted", **fields)
+    assert [job.id for job in jobs.submitted(run)] == [str(number) for number in range(11, 1011)]
+    jobs.append(run, "1011", "submitted", **fields | {"parts": list(range(10_000))})
+    assert len(jobs.submitted(run)[-1].members) == 10_000
+    jobs.append(run, "1012", "submitted", **fields | {"parts": list(range(10_001))})
+    with pytest.raises(InputError, match="submitted.parts: .* given; list should have at most 10000 items"):
+        jobs.submitted(run)
+
+
+def test_the_controller_is_asked_once_for_many_jobs(tmp_path, monkeypatch):
+    """Commands in place of Slurm's: no accounting, and a controller that knows some jobs, also of others."""
+    known = {
+        "3": "JobId=3 JobState=RUNNING Reason=None ExitCode=0:0 NodeList=n1",
+        "9": "JobId=9 ArrayJobId=9 ArrayTaskId=1-2%1 JobState=PENDING Reason=Priority ExitCode=0:0 NodeList=",
+        "77": "JobId=77 JobState=RUNNING Reason=None ExitCode=0:0 NodeList=n2",
+    }
+    (tmp_path / "bin").mkdir()
+    cases = "".join(f"{job}) echo '{line}';;\n" for job, line in known.items())
+    every = "; ".join(f"echo '{line}'" for line in known.values())
+    (tmp_path / "bin" / "scontrol").write_text(
+        f'#!/bin/bash\necho "$@" >> {tmp_path}/asked\n[ "$2" = config ] && exit 0\ncase "$4" in\n"") {every};;\n{cases}'
+        '*) echo "slurm_load_jobs error: Invalid job id specified" >&2; exit 1;;\nesac\n'
+    )
+    (tmp_path / "bin" / "sacct").write_text("#!/bin/bash\nexit 1\n")
+    for program in ("scontrol", "sacct"):
+        (tmp_path / "bin" / program).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:/bin")
+    few = slurm.states(["3", "9_1", "9_3"])
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert [line for line in asked if "job" in line] == ["show job --oneliner 3", "show job --oneliner 9"]
+    assert few == {
+        "3": slurm.JobState("RUNNING", "None", "0:0", "n1"),
+        "9_1": slurm.JobState("PENDING", "Priority", "0:0"),
+    }
+    (tmp_path / "asked").unlink()
+    assert slurm.states(["3", "9_1", "9_3", *map(str, range(1000, 3000))]) == few
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert [line for line in asked if "job" in line] == ["show job --oneliner"]

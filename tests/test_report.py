@@ -9,6 +9,7 @@ import pytest
 
 from distill import report, results
 from distill.grids import images_png
+from distill.guard import InputError
 from distill.results import FILE_NAME, FeatureNet, Results, Row
 from distill.store import RunPaths, append_event, write_json
 
@@ -156,7 +157,7 @@ def test_a_flow_map_has_no_straightness(run):
     widths = [attributes["style"] for tag, attributes in page.tags if tag == "i"]
     assert widths == ["width: 100.0%", "width: 20.0%", "width: 0.0%"]
     only = full.model_copy(update={"rows": [r.model_copy(update={"straightness": None}) for r in full.rows]})
-    assert {value for _, value, _ in report._evaluation(run.root, only).straightness} == {"\u2013"}
+    assert {value for _, value, _ in report._evaluation(only, [], "").straightness} == {"\u2013"}
 
 
 def test_headlines():
@@ -188,6 +189,30 @@ def test_unfinished_runs_show_what_there_is(run, tmp_path):
     assert "No evaluation has finished yet." in read(bare).text
     write_json(run.stage("teach").root.mkdir(parents=True) or run.stage("teach").done, {})
     assert "teach train done" in read(run).text
+
+
+def test_a_picture_is_embedded_once_and_all_are_bounded(run, monkeypatch):
+    found = make_results()
+    finish(run, found)
+    folder = run.stage("evaluate").root
+    rows = [each.model_copy(update={"picture": found.rows[0].picture}) for each in found.rows[:4]]
+    write_json(folder / FILE_NAME, found.model_copy(update={"rows": [*rows, *found.rows[4:]]}).model_dump(mode="json"))
+    page = read(run)
+    assert len([reference for reference in page.references if "image/png" in reference]) == 3
+    assert "More pictures" not in page.text
+    size = (folder / found.rows[0].picture).stat().st_size
+    monkeypatch.setattr(report, "MAX_PICTURES", 2 * size)
+    page = read(run)
+    assert len([reference for reference in page.references if "image/png" in reference]) == 2
+    assert "More pictures: in stages/evaluate/pictures." in page.text
+
+
+def test_a_file_that_only_begins_like_a_picture_is_refused(run):
+    finish(run, make_results())
+    path = run.stage("evaluate").root / make_results().rows[0].picture
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 5_000_000)
+    with pytest.raises(InputError, match="cannot be used: it is not a PNG picture; delete it, and evaluate again"):
+        report.write(run)
 
 
 def test_a_missing_picture_is_left_out(run):

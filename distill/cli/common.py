@@ -176,4 +176,5 @@ def size(path: Path) -> int:
 def near(path: Path) -> str:
     """A path as a user would type it: relative where it lies below the current folder."""
     here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) and path != here else str(path)
+    shown = path.relative_to(here) if path.is_relative_to(here) and path != here else path
+    return str(shown).replace("\n", " ")  # a name of somebody else's is no line of ours
