@@ -181,9 +181,12 @@ def _refuse_index(parsed: Any, name: str, card: StudentCard) -> None:  # noqa: A
     for part, value in parsed.items():
         pair = value if isinstance(value, list) and len(value) == 2 else [None, None]
         module, title = (each if isinstance(each, str) else "" for each in pair)
+        valid = "[null, null], a model or scheduler class of diffusers, or a .py file listed in that folder"
         if part == "_class_name":
+            valid = "a class of a .py file that distill.json lists"
             known = bool(title) and f"{module}.py" in card.files
         elif part.startswith("_"):
+            valid = f"one line of text, of {', '.join(FACTS)}"
             known = part in FACTS and isinstance(value, str) and printable(value) == value
         elif isinstance(value, list):
             own = bool(title) and f"{part}/{module}.py" in card.files
@@ -192,8 +195,7 @@ def _refuse_index(parsed: Any, name: str, card: StudentCard) -> None:  # noqa: A
             known = part in OPTIONS or not isinstance(value, str | dict)
         if not known:
             raise InputError(
-                f"{name}: {one_line(part, 100)} is {_shown(value)}; valid: [null, null], a model or scheduler class of "
-                "diffusers, or a .py file listed in that folder; the student is refused"
+                f"{name}: {one_line(part, 100)} is {_shown(value)}; valid: {valid}; the student is refused"
             )
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import re
 import secrets
 import shutil
@@ -17,6 +16,7 @@ from typing import Any
 from distill import events, records
 from distill.fieldtypes import NAME
 from distill.guard import InputError, RunError, one_line, short, suggest
+from distill.owners import Owner
 from distill.records import read_json as read_json  # for all who read a run
 
 RESERVED = {
@@ -25,7 +25,7 @@ RESERVED = {
     "registry": "published students",
     "schedules": "step times",
 }
-UNFINISHED = re.compile(r"\..*\.new-(\d{1,18})-(\d{1,20})-?(.*)")  # folder of a run that is being made
+UNFINISHED = re.compile(r"\..*\.new-([0-9].*)")  # folder of a run that is being made, with the label of its process
 FORGOTTEN_SECONDS = 86400.0
 
 
@@ -264,7 +264,7 @@ def create_run(store: Path, name: str, files: Mapping[str, str | bytes]) -> RunP
     """A new run with these files, complete or not at all: written under a hidden name, then renamed."""
     refuse_reserved(name)
     run = RunPaths(store.absolute() / name)
-    temporary = store.absolute() / f".{name}.new-{os.getpid()}-{time.time_ns()}-{platform.node()}"
+    temporary = store.absolute() / f".{name}.new-{Owner.this().label}"
     make(store)
     try:
         _clear(store)
@@ -303,20 +303,16 @@ def _clear(store: Path) -> None:
     for folder in store.glob(".*.new-*"):
         if (match := UNFINISHED.fullmatch(folder.name)) is None:
             continue
-        pid, made, host = int(match[1]), int(match[2]) / 1e9, match[3]
-        gone = not _is_alive(pid) if host == platform.node() else time.time() - made > FORGOTTEN_SECONDS
-        if gone:
+        owner = Owner.of_label(match[1])
+        if not owner.is_alive() if owner is not None and owner.is_here else _is_old(folder):
             shutil.rmtree(folder, ignore_errors=True)  # another process may clear it too, and it may not be ours
 
 
-def _is_alive(pid: int) -> bool:
+def _is_old(folder: Path) -> bool:
     try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
+        return time.time() - folder.lstat().st_mtime > FORGOTTEN_SECONDS
+    except OSError:  # another process has cleared it
         return False
-    except PermissionError:  # it is another user's
-        return True
-    return True
 
 
 def name_in_use(run: RunPaths) -> str:

@@ -47,6 +47,7 @@ ANYWHERE = {
     "records",
     "events",
     "machine",
+    "owners",
 }  # no torch in them, usable by both planes
 CONTROL = ANYWHERE | {
     "overrides",

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from runs import ENV, distill, make
 from distill import registry, schema, store, yamltext
 from distill.cli import given
 from distill.guard import InputError, whole_number
+from distill.owners import Owner
 from distill.spec import LaunchSpec, MlpSpec, Stage, UNetSpec
 from distill.store import read_json
 from distill.students import networks
@@ -363,7 +365,10 @@ def test_init_does_not_write_over_a_link(capfd, tmp_path):
     ids=lambda arguments: arguments[0],
 )
 def test_a_name_that_the_store_uses_itself(capfd, tmp_path, arguments, name):
-    said = f"a run cannot be called '{name}': the store uses that folder for {store.RESERVED[name]}; choose"
+    said = (
+        f"a run cannot be called '{name}': the store uses that folder for {store.RESERVED[name]}; choose another name "
+        "(name: in the spec, or --name OTHER)"
+    )
     refuse(capfd, tmp_path, [*arguments, f"name={name}"], said)
 
 
@@ -422,16 +427,17 @@ def test_a_run_whose_images_cannot_be_indexed_is_not_made(capfd, tmp_path):
 
 
 def test_what_a_kill_left_of_a_run_is_cleared_at_the_next_start(tmp_path):
-    import platform
-
-    host, here = platform.node(), tmp_path / "runs"
+    here, me = tmp_path / "runs", Owner.this()
     gone = subprocess.Popen(["true"])
     gone.wait()
-    now, long_ago = time.time_ns(), time.time_ns() - 2 * 86400 * 10**9
-    left = [f".one.new-{gone.pid}-{now}-{host}", f".b.new-{gone.pid}-{long_ago}-elsewhere", f".c.new-1-{long_ago}"]
-    kept = [f".d.new-{os.getpid()}-{now}-{host}", f".e.new-{gone.pid}-{now}-elsewhere", ".f.new-x", ".trash"]
+    dead = [replace(me, pid=gone.pid), replace(me, start="1"), replace(me, boot="another")]  # our number, of another
+    old = [".b.new-7,1,boot,elsewhere", ".c.new-1-1700000000000000000-elsewhere"]  # the second of an older version
+    left = [*(f".one.new-{each.label}" for each in dead), *old]
+    kept = [f".d.new-{me.label}", ".e.new-7,1,boot,elsewhere", ".f.new-x", ".trash"]
     for name in [*left, *kept]:
         (here / name / "code").mkdir(parents=True)
+    for name in [*old, ".f.new-x"]:
+        os.utime(here / name, (0, 0))
     make(here)
     assert {path.name for path in here.iterdir()} == {"one", *kept}
 
