@@ -267,7 +267,7 @@ def list_as(*names):
         (list_as("x.md", "x.md/y.md"),
          "lists 'x.md' as a file and as a folder"),
         (lambda c: readme(c).update(size=-1), "files.README.md.size: -1 given; input should be greater than or equal"),
-        (lambda c: readme(c).update(sha256="../x"), 'files.README.md.sha256: "../x" given; string should match pattern'),
+        (lambda c: readme(c).update(sha256="../x"), 'files.README.md.sha256: "../x" given; string should match'),
         (lambda c: c.update(command="rm"), 'command: "rm" given; extra inputs are not permitted'),
         (list_as(*(f"{n}.md" for n in range(1001))), " given; dictionary should have at most 1000 items"),
     ],
