@@ -184,12 +184,15 @@ def test_states_without_accounting_come_from_the_controller_then_from_the_log(cl
 
     cluster.wait(lambda: found() == expected, 30, "the ends of jobs")
     assert slurm.states([failed])[failed].exit_code == "3:0"
+    unknown = list(map(str, range(4711, 4731)))
+    assert slurm.states([*names, *unknown]) == slurm.states(names), "asked once for all"
     cluster.stop_controller()
     shutil.rmtree(cluster.folder / "state")
     (cluster.folder / "state").mkdir()
     cluster.start_controller()
     assert slurm.show(done) == {}
     assert found() == expected
+    assert slurm.states([*names, *unknown]) == slurm.states(names)
 
 
 def test_the_accounting_is_preferred(cluster, here, monkeypatch):
