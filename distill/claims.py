@@ -56,7 +56,11 @@ def _alive(run: RunPaths) -> dict[Path, Owner]:
 def bury(run: RunPaths, place: Path, dead: Owner) -> None:
     """Take a claim away from an owner that is known to be gone."""
     with suppress(OSError):  # another process has done so before
-        place.rename(run.root / f".dead-{_token(dead)}")
+        place.rename(_grave(run, dead))
+
+
+def _grave(run: RunPaths, dead: Owner) -> Path:
+    return run.root / f".dead-{_token(dead)}"
 
 
 def refuse_if_executing(run: RunPaths) -> None:
@@ -110,6 +114,13 @@ def _take(run: RunPaths, place: Path, mine: Path, me: Owner) -> None:
             time.sleep(0.01)
         elif not found.is_alive() or (found.job == me.job != "" and found.restart < me.restart):
             bury(run, place, found)
+            if owner(place) == found:  # the name that it is to get is taken
+                if time.monotonic() > deadline:
+                    raise InputError(
+                        f"{place} is of process {found.pid}, which is gone, and cannot be renamed to "
+                        f"{_grave(run, found).name}; remove both folders"
+                    )
+                time.sleep(0.01)
         elif time.monotonic() > deadline or not found.is_here:
             raise InputError(_held_by(run, found, place))
         else:

@@ -306,7 +306,11 @@ def test_an_owner_leads_nowhere(tmp_path, monkeypatch):
     write_json(run.running / "owner.json", asdict(me) | {"pid": 2**31 - 1})
     with claims.claim(run):
         assert claims.owner(run.running) == me
-    assert [path.name for path in run.root.glob(".dead-*") if re.fullmatch("[.]dead-[0-9a-f]{24}", path.name)]
+    (dead,) = [path for path in run.root.glob(".dead-*") if re.fullmatch("[.]dead-[0-9a-f]{24}", path.name)]
+    dead.rename(run.running)
+    (dead / "full").mkdir(parents=True)
+    with pytest.raises(InputError, match=f"cannot be renamed to {dead.name}; remove both folders"):
+        claims.claim(run).__enter__()
 
 
 def test_a_process_of_another_boot_is_another():
