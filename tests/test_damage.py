@@ -267,6 +267,16 @@ def test_a_message_without_end_is_shown_short(store, capfd):
         assert done.code == 0 and done.out.startswith("bad  failed: no no no") and len(done.out) < 3000
 
 
+def test_of_very_many_losses_the_first_are_shown(store, capfd):
+    run = RunPaths(store / "bad")
+    (stage, *_) = next(read_events(run))["stages"]
+    run.stage(stage).root.mkdir(parents=True)
+    event(json.dumps(PROGRESS | {"label": stage, "logs": {f"{'x' * 40}{n}": 0.5 for n in range(1000)}}))(run)
+    for look in ("show", "status"):
+        done = command(capfd, look, "bad")
+        assert done.code == 0 and "x" * 20 in done.out and len(done.out) < 20_000
+
+
 def test_a_loss_that_is_no_number_is_null_for_programs(store, capfd):
     run = RunPaths(store / "bad")
     (stage, *_) = next(read_events(run))["stages"]

@@ -11,7 +11,7 @@ import typer
 
 from distill import records
 from distill.cli.common import JsonOption, StoreOption, near, print_json, print_table, store_path
-from distill.cli.runs import RunArgument, headline, print_rows, stages_done, warn_of_damage
+from distill.cli.runs import RunArgument, headline, numbers, print_rows, stages_done, warn_of_damage
 from distill.guard import InputError
 from distill.printing import clear, say
 from distill.progress import duration
@@ -111,11 +111,10 @@ def _print_one(paths: RunPaths, standing: "distill.launch.standing.Standing") ->
         mine = [job for job in standing.jobs if stage.name in job.stages]
         left = stage.seconds_left
         saved = "" if stage.saved is None else f"step {stage.saved_step}, {statuses.age(stage.saved)}"
-        losses = "  ".join(f"{name} {value:.4g}" for name, value in stage.logs.items())
         progress = _shards(paths, stage.name) if stage.kind == "pairs" and stage.done is None else _progress(stage)
         rate = "" if stage.per_second is None else f"{stage.per_second:,.1f}/s"
         eta = "" if left is None else duration(left)
-        rows.append([stage.name, stage.kind, stage.state, _jobs(mine), progress, rate, eta, saved, losses])
+        rows.append([stage.name, stage.kind, stage.state, _jobs(mine), progress, rate, eta, saved, numbers(stage.logs)])
     columns = ["stage", "kind", "state", "job", "progress", "rate", "ETA", "last checkpoint", "last losses"]
     used = [i for i in range(len(columns)) if i < 3 or any(row[i] for row in rows)]
     print_table([columns[i] for i in used], [[row[i] for i in used] for row in rows])

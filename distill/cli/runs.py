@@ -1,8 +1,9 @@
 """`distill list`, `show` and `clean`: what lies in the store. No torch, nothing computed."""
 
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import distill.status
 
 CELL, MESSAGE = 100, 1000  # letters of a cell of a table, of a message that a file holds
+MANY = 50  # numbers of a stage or a student
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run in the store, or its folder.")]
 
 
@@ -75,6 +77,12 @@ def headline(name: str, state: str, message: str, changed: float | None) -> str:
     return f"{one_line(name)}  {state}{why}  {status.age(changed)}"
 
 
+def numbers(found: Mapping[str, float]) -> str:
+    """Numbers by name; of very many the first."""
+    shown = [f"{one_line(name)} {value:.4g}" for name, value in islice(found.items(), MANY)]
+    return "  ".join([*shown, "..."] if len(found) > MANY else shown)
+
+
 def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) -> None:
     """Show a run: its spec in short, its stages, losses, students, and where the files lie."""
     from distill import results, specfile, status
@@ -94,12 +102,10 @@ def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) 
         say(f"  {line}")
     rows = []
     for stage in each.stages:
-        losses = "  ".join(f"{name} {value:.4g}" for name, value in stage.logs.items())
-        rows.append([stage.name, stage.kind, stage.state, _percent(stage), _count(stage), losses])
+        rows.append([stage.name, stage.kind, stage.state, _percent(stage), _count(stage), numbers(stage.logs)])
     print_table(["stage", "kind", "state", "", "progress", "last losses"], rows)
     for name, card in students.items():
-        metrics = "  ".join(f"{key} {value:.4g}" for key, value in card.metrics.items())
-        say(f"student {name}: {near(paths.student(name))}  {metrics}")
+        say(f"student {name}: {near(paths.student(name))}  {numbers(card.metrics)}")
     if evaluations:
         print_results(paths)
     say(f"spec    {near(paths.spec)}\nevents  {near(paths.events)}")
