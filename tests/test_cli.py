@@ -1,18 +1,22 @@
 """The commands that look and prepare: what they print, what they leave behind, how they refuse."""
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 from commands import command, snapshot
 from runs import make
 
 import distill as package
 from distill import claims, inputs, presets, specfile, status
 from distill.cli import common, start, work
+from distill.cli.main import app
 from distill.guard import InputError
 from distill.inputs import Input
 from distill.launch import environment
@@ -42,6 +46,19 @@ def test_help_names_every_command_but_the_hidden_one(capfd):
         assert f" {name} " in done.out, name
         assert command(capfd, name, "--help").code == 0
     assert " stage " not in done.out
+
+
+def test_help_is_shown_as_it_was_written(capfd, monkeypatch):
+    """No [default] of an option is taken for markup, and no line of a docstring ends where it does in the source."""
+    monkeypatch.setenv("COLUMNS", "1000")  # so that nothing is wrapped
+    defaults = 0
+    for name, each in typer.main.get_command(app).commands.items():
+        out = command(capfd, name, "--help").out
+        options = [found.help for found in each.params if found.help]
+        for paragraph in [*inspect.cleandoc(each.help).split("\n\n"), *options]:
+            assert " ".join(paragraph.split()).replace("`", "") in out, name
+        defaults += len(re.findall(r"\[\w+\]", " ".join(options)))
+    assert defaults >= 10
 
 
 def test_version(capfd):

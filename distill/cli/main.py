@@ -65,6 +65,7 @@ REMEDIES = {
 
 app = typer.Typer(
     help="Distil diffusion and flow teachers into students of one, two or four network calls.",
+    rich_markup_mode="markdown",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
