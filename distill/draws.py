@@ -74,7 +74,9 @@ class StepDraw:
         """
         own, total = self._own("every", like), self.rows.total
         if 0 < fraction < 1 and math.floor(total * fraction + SLACK) in (0, total):
-            raise InputError(f"a part of {fraction:g} of batch_size={total} is none or all; use more samples")
+            raise InputError(
+                f"{fraction:g} of a batch of {total} samples is no whole sample (or all of them); raise batch_size"
+            )
         before = torch.arange(own.start, own.stop + 1, dtype=torch.float64, device=like.device)
         counts = (before * fraction + SLACK).floor()
         return counts[1:] > counts[:-1]

@@ -262,10 +262,10 @@ def test_pairs_that_a_stage_still_needs_are_to_do_again_once_deleted(capfd, tmp_
         run.stage(stage).pairs.mkdir(parents=True)
         write_json(run.stage(stage).done, {})
     said = command(capfd, "clean", "one", "--pairs").out
-    assert "stage 'pairs' would be to do again: a stage that is not done needs its pairs\n" in said
+    assert "stage 'pairs' would have to be computed again, because an unfinished stage needs its pairs\n" in said
     assert run.stage("pairs").done.exists()
     assert command(capfd, "clean", "one", "--pairs", "--yes").out.endswith(
-        "stage 'pairs' is to do again: a stage that is not done needs its pairs\ndeleted 2 folders, 0 B\n"
+        "stage 'pairs' has to be computed again, because an unfinished stage needs its pairs\ndeleted 2 folders, 0 B\n"
     )
     assert not run.stage("pairs").done.exists()
     for stage in ("pairs", "reflow", "one_step"):

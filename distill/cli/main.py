@@ -112,7 +112,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -208,7 +208,7 @@ def described(error: OSError) -> tuple[str, int]:
     places = [short(str(each)) for each in (error.filename, error.filename2) if each is not None]
     reason = error.strerror or str(error) or type(error).__name__
     if error.errno == errno.ENOENT and not places and not _has_folder():
-        return "the current folder is there no more; change to another one: cd", EXIT_INPUT
+        return "the current folder no longer exists; cd to another one", EXIT_INPUT
     remedy = REMEDIES.get(error.errno or 0)
     message = ": ".join([*places, reason]) + (f"; {remedy}" if remedy else "; what was saved is intact")
     return message, EXIT_FAILED if remedy is None else EXIT_INPUT
