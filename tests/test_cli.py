@@ -315,6 +315,14 @@ def test_doctor(capfd, tmp_path):
     assert snapshot(tmp_path) == {}, "it looks, and makes nothing"
 
 
+def test_doctor_says_of_a_store_that_cannot_be_written_that_it_is_broken(capfd, tmp_path):
+    (tmp_path / "file").touch()
+    done = command(capfd, "doctor", "--json", "--store", "file/runs")
+    found = {each["what"]: each for each in json.loads(done.out)}["store"]
+    assert (done.code, found["state"]) == (1, "broken")
+    assert found["found"] == f"{tmp_path}/file: Not a directory"
+
+
 @pytest.mark.process
 def test_doctor_finds_a_torchvision_of_another_torch(tmp_path):
     """As PyPI's torchvision beside torch's CPU wheel: its metadata are in order, and no run starts."""
@@ -325,7 +333,7 @@ def test_doctor_finds_a_torchvision_of_another_torch(tmp_path):
     done = subprocess.run(arguments, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     found = {each["what"]: each for each in json.loads(done.stdout)}["torch, torchvision"]
-    assert found["state"] == "missing"
+    assert found["state"] == "broken", "it is there, so installing it would change nothing"
     assert found["found"].endswith(": operator torchvision::nms is unknown")
     assert found["fix"] == "install both from one index, in one pip install"
 

@@ -185,7 +185,7 @@ YAML = {
         "line 1: the tag !!python/object/apply:os.system means nothing here; "
         "valid: !!str, !!int, !!float, !!bool, !!null, !!seq, !!map",
     ),
-    "a control character": ('name: "a\\0b"', "'a\\x00b' holds a control character, or bytes that are not UTF-8"),
+    "a control character": ('name: "a\\0b"', "name: 'a\\x00b' holds a control character, or bytes that are not UTF-8"),
 }
 
 
@@ -241,7 +241,7 @@ def test_changes_that_cannot_be_meant(capfd, tmp_path, case):
 
 @pytest.mark.parametrize("name", ["\udcff", "\x1b[31m"])
 def test_a_name_that_is_no_text(capfd, tmp_path, name):
-    said = f"ok.yaml: {ascii(name)} holds a control character, or bytes that are not UTF-8"
+    said = f"ok.yaml: name: {ascii(name)} holds a control character, or bytes that are not UTF-8"
     refuse(capfd, tmp_path, ["run", "ok.yaml", "--name", name], said)
 
 
