@@ -1,5 +1,6 @@
-"""All randomness. Training draws are keyed by (seed, step, turn, name), sample draws by (seed, index): neither has a
-state to lose, so (seed, step) is the whole of it and any number of processes sees the same numbers.
+"""All randomness. Training draws are keyed by (seed, step, turn, name, row of the global batch), sample draws by (seed,
+index): neither has a state to lose, so (seed, step) is the whole of it, and any number of processes sees the same
+numbers.
 """
 
 import hashlib
