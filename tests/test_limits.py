@@ -171,6 +171,7 @@ YAML = {
     "many values": ("- 1\n" * 200_001, "line 200000: holds more than 200,000 values"),
     "deep": ("[" * 65, "line 1: holds more than 64 lists or mappings in each other"),
     "very deep": ("[" * 100_000, "not YAML: line 1, column 1001: exceeded maximum nesting depth"),
+    "a large number": ("seed: 1e999", "line 1: 1e999 is beyond the largest floating-point number"),
     "many digits": ("seed: " + "1" * 5000, "line 1: a number of 5000 digits; at most 300 are read"),
     "no int": ("a: !!int abc", "line 1: 'abc' is no whole number"),
     "no bool": ("a: !!bool maybe", "line 1: 'maybe' is no bool (true or false)"),
