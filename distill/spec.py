@@ -7,8 +7,10 @@ images (samples shown to the optimizer), never in steps. How a run is executed s
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat
@@ -47,6 +49,11 @@ def is_path(times: Sequence[float]) -> bool:
 
 
 # --- teachers ---
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a teacher's path is no place here and has the form of a hub id, org/name."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path, re.ASCII) is not None and not Path(path).exists()
 
 
 class GaussianTeacher(Frozen):

@@ -73,6 +73,13 @@ def test_usage_errors_end_with_2(capfd):
     assert command(capfd, "sample", "x", "--steps", "0", "--out", "x.png").code == 2
 
 
+def test_the_part_of_a_job_is_counted_from_0(capfd):
+    for part in ("4/4", "-1/4", "1", "x/y"):
+        said = f"error: --part {part}: I/N is expected, I from 0 to N - 1, like 0/4\n"
+        done = command(capfd, "stage", "run", "pairs", f"--part={part}")
+        assert (done.code, done.err) == (2, said)
+
+
 def test_unexpected_errors_keep_their_traceback(capfd, monkeypatch):
     def broken(option):
         raise ZeroDivisionError

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill.cli import start
-from distill.cli.common import StoreOption, check_out, near, store_path
-from distill.cli.stage import stage as compute
-from distill.guard import InputError, short, suggest, whole_number
+from distill.cli.common import StoreOption, check_out, near, read_share, store_path
+from distill.cli.stage import compute
+from distill.guard import InputError, suggest
 from distill.printing import say
 from distill.store import RunPaths
 
@@ -71,7 +71,7 @@ def pairs(
     """
     from distill.cli import given as meant
 
-    share = None if shards is None else _share(shards)
+    share = None if shards is None else read_share("--shards", shards, 1)
     options = {
         "count": count, "paths": paths, "solver": solver, "steps": steps, "block": block, "shard": shard,
         "guidance_scale": guidance_scale, "dtype": dtype, "store_noise": store_noise, "optimal_times": optimal_times,
@@ -100,13 +100,6 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
     found = [key.replace("_", "-") for key, value in options.items() if value not in (None, [])]
     if found:
         raise InputError(f"{', '.join(f'--{key}' for key in found)}: no effect here; {why}")
-
-
-def _share(text: str) -> tuple[int, int]:
-    number, total = (whole_number(part) for part in text.partition("/")[::2])
-    if number is None or total is None or not 1 <= number <= total:
-        raise InputError(f"--shards {short(text)}: I/N is expected, I from 1 to N, like 1/4")
-    return number - 1, total
 
 
 def _refuse_empty(share: tuple[int, int] | None, stage: "distill.spec.Stage") -> None:
@@ -202,7 +195,7 @@ def _of_spec(
 
     if share is not None:
         os.environ[tasks.UNIT] = f"{chosen}.part-{share[0] + 1}-of-{share[1]}"
-    compute(run.root, [chosen], part=None if share is None else f"{share[0]}/{share[1]}")
+    compute(run.root, [chosen], share)
     folder = run.stage(chosen).pairs
     say(f"pairs of stage '{chosen}' in {near(folder)}")
     say(f"{_told(folder)}; the rest of the run: distill run {near(run.root)} --resume")
