@@ -338,6 +338,6 @@ def test_an_override_of_another_kind_or_prediction_is_refused(tmp_path):
     flow = write(tmp_path / "inverted", unet(), inverted(1.0))
     refused(
         flow,
-        "disagree on the direction of time or the sign of the output; remove teacher.scheduler",
+        "disagree on the scale or direction of time, or on the sign of the output; remove teacher.scheduler",
         scheduler=given["flow"],
     )

@@ -156,7 +156,7 @@ def _schedule(spec: CheckpointTeacher, chosen: Path, own: Path | None) -> Schedu
         if isinstance(before, LinearSchedule) and before != schedule:
             raise InputError(
                 f"teacher.scheduler={spec.scheduler} and the checkpoint's own scheduler ({own}, a {name}) disagree on "
-                "the direction of time or the sign of the output; remove teacher.scheduler"
+                "the scale or direction of time, or on the sign of the output; remove teacher.scheduler"
             )
     predicted = told.get("prediction_type")
     predicted = "velocity" if predicted == "flow_prediction" else predicted
