@@ -345,6 +345,16 @@ def test_doctor_finds_a_torchvision_of_another_torch(tmp_path):
     assert found["fix"] == "install both from one index, in one pip install"
 
 
+# --- logs ---
+
+
+def test_where_a_run_without_logs_prints(capfd, tmp_path):
+    make(tmp_path / "runs", "one")
+    done = command(capfd, "logs", "one")
+    said = "a run on this machine prints to its terminal, and only the other ranks write logs"
+    assert (done.code, done.err) == (2, f"error: run 'one' has no logs: {said}\n")
+
+
 # --- quickstart ---
 
 
