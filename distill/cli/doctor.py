@@ -95,7 +95,7 @@ def _cluster(path: Path | None, store: Path, nodes: int, gpus: int, partition: s
              human(seen.free), seen.quota, seen.peers, seen.torch]
             for seen in found
         ]  # fmt: skip
-        columns = ["rank", "node", "meets at", "CPUs", "GPUs", "store", "free", "quota", "hears the others", "torch"]
+        columns = ["rank", "node", "rendezvous", "CPUs", "GPUs", "store", "free", "quota", "other ranks", "torch"]
         print_table(columns, rows)
         say("\n".join(troubles) or "all is well")
     if troubles:
