@@ -34,7 +34,7 @@ test-all: check system ## everything, in parts: make test-all PART=2/4
 bench: $(VENV)/.test ## measurements of tests/benchmarks, as ratios within one run
 	$(BIN)/python -m tests.benchmarks
 
-container-test: ## builds the CPU image and distils in it, about 8 minutes; as root, see containers/README.md
+container-test: ## builds the CPU image and distils in it, about 5 minutes; as root, see containers/README.md
 	PYTHON=$(PYTHON) containers/test.sh
 
 # What is pinned stays, unless UPGRADE says otherwise: make lock UPGRADE=--upgrade, or UPGRADE="--upgrade-package NAME".

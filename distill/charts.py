@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
@@ -88,9 +89,7 @@ def quality(results: Results) -> str:
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
         if any(row.value > 0 for row in results.rows):
             axes.set_yscale("log")
-            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+            _plain_powers(axes.yaxis)
         axes.margins(x=0.07, y=0.16)
         axes.set_xlabel("network calls per sample (NFE)")
         axes.set_ylabel(results.distance or "RMS to the teacher's endpoint")
@@ -112,6 +111,7 @@ def rounds(panels: Mapping[str, Sequence[Curve]]) -> str:
             values = [value for curve in curves for value in curve.values]
             if min(values) > 0 and max(values) > 20 * min(values):
                 axes.set_yscale("log")
+                _plain_powers(axes.yaxis)
             else:
                 axes.set_ylim(0, 1.1 * max(values) or 1)
             axes.set_title(title, fontsize=9, loc="left", color=INK)
@@ -149,9 +149,7 @@ def ranks(lines: Mapping[str, Sequence[tuple[int, float]]], teacher: Sequence[tu
         axes.set_ylim(-0.6, last + 0.6)
         axes.grid(visible=False, axis="y")
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        _plain_powers(axes.xaxis)
         axes.set_xlabel(label)
         axes.legend(
             title="steps", frameon=False, fontsize=8, title_fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5)
@@ -169,12 +167,21 @@ def losses(curves: Sequence[Curve], unit: str) -> str:
             axes.plot(curve.at, curve.values, color=STUDENTS[1], lw=1.3)
             if min(curve.values) > 0 and max(curve.values) > 20 * min(curve.values):
                 axes.set_yscale("log")
+                _plain_powers(axes.yaxis)
             axes.set_title(curve.name, fontsize=9, loc="left", color=INK)
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.set_xlabel(unit, fontsize=8)
             axes.set_xlim(left=0)
             axes.tick_params(labelsize=8)
         return _svg(figure)
+
+
+def _plain_powers(axis: Axis) -> None:
+    """Numbers beside a logarithmic axis, written as 0.1 and 20: matplotlib's own are formulas, which are not drawn."""
+    low, high = axis.get_data_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def colours_of(results: Results) -> Mapping[str, str]:

@@ -262,9 +262,10 @@ class Checkpoints:
         """
         path = self._path(step)
         temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-        if missing := space.shortage(self.folder, self._size):  # as much as the last one
-            raise RunError(f"cannot save checkpoint {path}: {missing}; last good checkpoint: {self.last or 'none yet'}")
+        last = self.last or "none yet"
         try:
+            if missing := space.shortage(self.folder, self._size):  # as much as the last one
+                raise RunError(f"cannot save checkpoint {path}: {missing}; last good checkpoint: {last}")
             if not self.folder.is_dir():
                 self.folder.mkdir(parents=True)
                 sync_dir(self.folder.parent)
@@ -280,7 +281,6 @@ class Checkpoints:
             sync_dir(self.folder)
         except OSError as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            last = self.last or "none yet"
             raise RunError(f"cannot save checkpoint {path}: {error.strerror}; last good checkpoint: {last}") from error
         self.appeared(step)
         self._size = _bytes(meta)

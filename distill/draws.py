@@ -1,5 +1,6 @@
-"""All randomness. Training draws are keyed by (seed, step, turn, name), sample draws by (seed, index): neither has a
-state to lose, so (seed, step) is the whole of it and any number of processes sees the same numbers.
+"""All randomness. Training draws are keyed by (seed, step, turn, name, row of the global batch), sample draws by (seed,
+index): neither has a state to lose, so (seed, step) is the whole of it, and any number of processes sees the same
+numbers.
 """
 
 import hashlib
@@ -74,7 +75,9 @@ class StepDraw:
         """
         own, total = self._own("every", like), self.rows.total
         if 0 < fraction < 1 and math.floor(total * fraction + SLACK) in (0, total):
-            raise InputError(f"a part of {fraction:g} of batch_size={total} is none or all; use more samples")
+            raise InputError(
+                f"{fraction:g} of a batch of {total} samples is no whole sample (or all of them); raise batch_size"
+            )
         before = torch.arange(own.start, own.stop + 1, dtype=torch.float64, device=like.device)
         counts = (before * fraction + SLACK).floor()
         return counts[1:] > counts[:-1]

@@ -1,4 +1,7 @@
-"""The two ways a command may fail with a message instead of a traceback, and how errors suggest names."""
+"""How a command ends without a traceback: wrong input, failed work, a stop after saving, a lost rank.
+
+And names suggested in errors.
+"""
 
 import difflib
 import re
@@ -69,7 +72,7 @@ def one_line(text: str, limit: int = 100) -> str:
 
 
 def short(text: str) -> str:
-    """A text as a message shows it, which is to be read: its beginning, where it is long."""
+    """At most 100 letters of a text, for a message."""
     return text if len(text) <= 100 else f"{text[:90]}... ({len(text):,} letters)"
 
 

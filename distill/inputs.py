@@ -21,7 +21,7 @@ from typing import Literal
 from distill.guard import InputError, RunError
 from distill.printing import say_error
 from distill.space import human
-from distill.spec import CheckpointTeacher, HfData, RunSpec
+from distill.spec import CheckpointTeacher, HfData, RunSpec, is_hub_id
 from distill.store import RunPaths, read_json, runs, sync_dir, sync_tree, write_atomic, write_json
 
 RECORD = "inputs/inputs.json"  # of a run
@@ -69,9 +69,7 @@ def kinds(spec: RunSpec) -> set[str]:
     """What of a spec is named by hub id: "teacher", "data"; nobody is asked."""
     found = set()
     if isinstance(spec.teacher, CheckpointTeacher):
-        from distill.teachers import by_id
-
-        found |= {"teacher"} if by_id.is_id(spec.teacher.path) else set()
+        found |= {"teacher"} if is_hub_id(spec.teacher.path) else set()
     if isinstance(spec.data, HfData):
         from distill.data import tables
 
@@ -89,7 +87,7 @@ def _wanted(spec: RunSpec, store: Path, before: Sequence[Input]) -> Iterator[tup
     if isinstance(teacher, CheckpointTeacher):
         from distill.teachers import by_id
 
-        if by_id.is_id(teacher.path):
+        if is_hub_id(teacher.path):
             commit = pinned.get(("teacher", teacher.path, teacher.revision)) or by_id.commit(teacher)
             link = f"hub/models--{teacher.path.replace('/', '--')}/snapshots/{commit}"
             digest = _digest("teacher", teacher.path, commit, *by_id.FILES)

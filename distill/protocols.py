@@ -87,7 +87,7 @@ class Source(Protocol):
 
 @runtime_checkable
 class Draw(Protocol):
-    """The only randomness of a recipe: keyed (seed, step, turn, name), the same for any number of ranks."""
+    """The only randomness of a recipe: keyed (seed, step, turn, name, row of the batch), so any ranks draw the same."""
 
     def normal(self, name: str, like: Tensor) -> Tensor: ...  # like's shape, dtype and device
     def uniform(self, name: str, like: Tensor) -> Tensor: ...  # [B] in [0, 1), float32

@@ -250,7 +250,8 @@ def _load_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module
     try:
-        # Not by its loader, which writes __pycache__ beside it, and takes what lies there for any file of that second.
+        # Not by the usual loader: it writes __pycache__ beside the file, and would reuse it for another version saved
+        # within the same second.
         exec(compile(content, path, "exec"), vars(module))
     finally:
         if sys.exception() is not None:

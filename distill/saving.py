@@ -9,6 +9,7 @@ import signal
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Thread
 from types import TracebackType
@@ -77,6 +78,8 @@ def _host_memory(size: int, *, pinned: bool) -> Tensor:
     if pinned:
         runtime = torch.cuda.cudart()
         if int(runtime.cudaHostRegister(found.data_ptr(), size, 1)):  # 1: for all GPUs of the process
+            with suppress(RuntimeError):  # CUDA keeps the failure, and the next kernel that is started would raise it
+                torch.ones(1, device="cuda").add_(1)
             return found  # copied to by the CPU, which is slower
         weakref.finalize(found, runtime.cudaHostUnregister, found.data_ptr()).atexit = False
     return found
@@ -109,8 +112,8 @@ class _Writing:
 
 class Saver:
     """Makes the saves of a training: one at a time, on all ranks together. While it is entered, whatever ends training
-    waits for the save that is being written; only a second Ctrl-C does not, which leaves what `kill -9` would. Where
-    another rank has failed, the launcher ends this one within seconds, and the save may be lost: the one before counts.
+    waits for the save that is being written. A second Ctrl-C ends at once: that save is lost, as with kill -9, and the
+    one before it counts. So it may be where another rank has failed, as the launcher ends this one within seconds.
 
     note: is told of each save that is done, on rank 0, in the thread of training.
     """
@@ -153,12 +156,15 @@ class Saver:
     def look(self) -> None:
         """Note a save that has become done since the last look; waits for nothing. RunError if it has failed."""
         writing = self._writing
-        if writing is not None and writing.thread is not None and not writing.thread.is_alive():
-            self._raise(self._outcome())
+        if writing is None or writing.thread is None or writing.thread.is_alive():
+            return
+        if (error := self._outcome()) is not None:
+            raise error
 
     def finish(self) -> None:
         """Wait for the save that is being written. Every rank must call it. RunError if it has failed."""
-        self._raise(self._settled())
+        if (error := self._settled()) is not None:
+            raise error
 
     def last_good(self) -> str:
         """The newest checkpoint that is complete, for messages: `finish`, but a failed save is only a warning."""
@@ -187,10 +193,6 @@ class Saver:
             seconds = (writing.ended - writing.due, writing.standstill)
             self._note(Saved(writing.step, writing.images, *(round(each, 3) for each in seconds)))
         return writing.error
-
-    def _raise(self, error: RunError | PeerLost | None) -> None:
-        if error is not None:
-            raise error
 
     def _warn_of(self, error: RunError | PeerLost | None) -> None:
         if isinstance(error, RunError):

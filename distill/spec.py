@@ -7,8 +7,10 @@ images (samples shown to the optimizer), never in steps. How a run is executed s
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat
@@ -49,6 +51,11 @@ def is_path(times: Sequence[float]) -> bool:
 
 
 # --- teachers ---
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a teacher's path is no place here and has the form of a hub id, org/name."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path, re.ASCII) is not None and not Path(path).exists()
 
 
 class GaussianTeacher(Frozen):
@@ -170,7 +177,7 @@ class TrainStage(Frozen):
     network: NetworkSpec | None = None
     """a fresh network; null: in the shape of, and with the weights of, init or the teacher"""
     dropout: Fraction | None = None
-    """of the student's features in training, where it starts from init or the teacher; null: as theirs"""
+    """dropout probability in training, for a network started from init or the teacher; null: as in that network"""
     pairs: Name | dict[Name, Fraction] | None = None
     """stage whose pairs to train on; or several, with the part of each in every batch: {pairs: 0.8, forward: 0.2}"""
     images: Images
@@ -207,7 +214,7 @@ class PairsStage(Frozen):
     times: list[Fraction] | None = None
     """from 1 to 0, of a trajectory's states; a segment goes from data, noised to one of them, to the next"""
     optimal_times: Steps | None = None
-    """in place of times, of a trajectory's states: so many Euler steps, at the solver's times where they err least"""
+    """instead of times, for trajectories: number of steps; chosen from the solver's times for the least Euler error"""
     solver: Literal["euler", "heun", "dpm_solver_pp_2m"] = "heun"
     """solver of the teacher's ODE"""
     steps: SolverSteps = 16
@@ -277,9 +284,9 @@ class SlurmSpec(Frozen):
     lead_seconds: Annotated[int, Field(gt=0, le=604_800)] = 180
     """how long before the time limit the processes are asked to save and leave"""
     max_crashes: Annotated[int, Field(ge=0, le=1000)] = 3
-    """how often a job that has crashed is queued again; never after a crash at the step of the last one"""
+    """how often a crashed job is queued again; a second crash at the same step ends it"""
     pairs_jobs: Annotated[int, Field(gt=0, le=MAX_PARTS)] = 1
-    """jobs of an array that share the shards of each pairs stage; of one with fewer shards, as many as those"""
+    """number of array jobs that share each pairs stage's shards, at most one job per shard"""
     one_job: bool = False
     """compute all stages in one job, one after the other, instead of a job for each"""
     container: Line | None = None
@@ -300,7 +307,7 @@ class LaunchSpec(Frozen):
     micro_batch: Samples | None = None
     """samples per forward pass of a process; the rest of its part of batch_size is accumulated; null: the whole part"""
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
-    """DeepSpeed divides 0 nothing, 1 optimizer state, 2 also gradients, 3 also weights; null: is not used"""
+    """DeepSpeed ZeRO stage: 0 divides nothing, 1 optimizer state, 2 gradients too, 3 weights too; null: no DeepSpeed"""
     zero_persistence_threshold: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     """of divided weights, those of fewer elements stay whole on each process; null: DeepSpeed's own choice"""
     offload_optimizer: bool = False

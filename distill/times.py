@@ -32,16 +32,6 @@ def uniform_grid(steps: int, t_max: float = 1.0, t_min: float = 0.0) -> Tensor:
     return _ending_at_zero(torch.linspace(t_max, t_min, steps, dtype=torch.float64))
 
 
-def karras_grid(steps: int, sigma_max: float = 80.0, sigma_min: float = 0.002, rho: float = 7.0) -> Tensor:
-    """[steps + 1]: EDM's noise levels in linear time t = sigma/(1 + sigma), then 0 (Karras et al. 2022, eq. 5)."""
-    _check_steps(steps)
-    if not 0 < sigma_min < sigma_max or rho <= 0:
-        raise ValueError(f"need 0 < sigma_min < sigma_max and rho > 0, got {sigma_min}, {sigma_max}, {rho}")
-    i = torch.linspace(0, 1, steps, dtype=torch.float64)  # i / (steps - 1)
-    sigma = (sigma_max ** (1 / rho) + i * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
-    return _ending_at_zero(sigma / (1 + sigma))
-
-
 def sigmoid_grid(steps: int, sharpness: float) -> Tensor:
     """[steps + 1] from 1 to 0, t_i = (s(k/2 - k i/N) - s(-k/2)) / (s(k/2) - s(-k/2)), s the logistic function and k the
     sharpness: dense at both ends, uniform as k goes to 0 (Kim et al. 2024, arXiv 2410.07815).
@@ -52,13 +42,6 @@ def sigmoid_grid(steps: int, sharpness: float) -> Tensor:
     i = torch.arange(steps + 1, dtype=torch.float64)
     bent = torch.tanh(sharpness / 4 * (steps - 2 * i) / steps)  # s(x) = 1/2 + tanh(x/2)/2: symmetric to the last bit
     return (1 + bent / bent[0]) / 2
-
-
-def shifted(t: Tensor, shift: float) -> Tensor:
-    """t' = S t / (1 + (S - 1) t): sigma/alpha times S (Esser et al. 2024, arXiv 2403.03206, sec. 5.3.2). Any shape."""
-    if shift <= 0:
-        raise ValueError(f"shift must be positive, got {shift}")
-    return shift * t / (1 + (shift - 1) * t)
 
 
 # --- windows: borders are [K + 1], 1 ... 0, as of `uniform_grid(K)`; window k lies between the k-th and the next ---

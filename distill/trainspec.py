@@ -79,7 +79,7 @@ def lengths(spec: RunSpec, stage: TrainStage, rows_together: int, where: str) ->
             "the warm-up must end before the training does"
         )
     if 1 in optimizer.betas:
-        yield f"{where}.optimizer.betas: 1 never forgets; give values below 1"
+        yield f"{where}.optimizer.betas: {list(optimizer.betas)}; both must be below 1"
     halves = stage.ema_half_lives
     if len(set(halves)) != len(halves):
         yield f"{where}.ema_half_lives: {halves} holds a value twice"

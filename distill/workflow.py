@@ -1,6 +1,5 @@
 """A spec as a DAG of stages: what refers to what, what has no effect, what is to do. No tensors, nothing written."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,11 +20,10 @@ from distill.spec import (
     RunSpec,
     Stage,
     TrainStage,
+    is_hub_id,
     is_path,
 )
 from distill.store import RunPaths
-
-HUB_ID = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
 
 
 def check(spec: RunSpec, base: Path) -> None:
@@ -188,7 +186,7 @@ def teacher_mistakes(spec: RunSpec) -> Iterator[str]:
             yield f"teacher.weights: {len(teacher.weights)} given for {len(teacher.means)} components"
     elif isinstance(teacher, CheckpointTeacher):
         local = expanded(teacher.path)
-        if not local.exists() and not HUB_ID.match(teacher.path):
+        if not local.exists() and not is_hub_id(teacher.path):
             yield f"teacher.path: there is no folder {teacher.path}; give a checkpoint's folder or a hub id (org/name)"
     if size and not isinstance(spec.data, NoData):
         yield (

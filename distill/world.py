@@ -144,6 +144,8 @@ class World:
             self.watch.arm(place)
         try:
             yield
+        except RunError:
+            raise  # of our own, whatever words it holds
         except RuntimeError as error:
             if not LOST.search(str(error)):
                 raise

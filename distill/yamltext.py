@@ -67,14 +67,14 @@ def _scalar(node: yaml.Node, what: str) -> str:
 def _whole(loader: _Loader, node: yaml.Node) -> int:
     text = _scalar(node, "whole number").replace("_", "")
     if len(text) > MAX_DIGITS:
-        _refuse(node, f"a number of {len(text)} digits is too large for a number")
+        _refuse(node, f"a number of {len(text)} digits; at most {MAX_DIGITS} are read")
     return int(text)
 
 
 def _number(loader: _Loader, node: yaml.Node) -> float | int:
     value = float(_scalar(node, "number").replace("_", ""))
     if math.isinf(value):
-        _refuse(node, f"{node.value} is too large for a number")
+        _refuse(node, f"{node.value} is beyond the largest floating-point number")
     return int(value) if value.is_integer() and "." not in node.value else value  # 1e6 images are a whole number
 
 

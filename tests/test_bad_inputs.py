@@ -319,14 +319,14 @@ def test_resume_with_a_changed_spec(capfd, tmp_path):
     refuse(capfd, tmp_path, ["run", "digits", *changes, "--name", "one", "--resume"], said)
 
 
-@pytest.mark.parametrize(("record", "version", "remedy"), [({}, 1, "0.1.0"), ({"draws": 99}, 99, "of a newer version")])
+@pytest.mark.parametrize(("record", "version", "remedy"), [({}, 1, "0.1.0"), ({"draws": 99}, 99, "newer")])
 def test_resume_of_a_run_with_other_random_numbers(capfd, tmp_path, record, version, remedy):
     run = make_run(tmp_path / "runs")
     run.env.write_text(json.dumps({"threads": 1, **record}))
+    able = "a newer version of distill" if remedy == "newer" else f"distill {remedy}"
     said = (
-        "run 'one' was begun by a version of distill that draws other random numbers for training (version "
-        f"{version}; this one has version 2), so it would end in another student; resume it with distill {remedy}, or "
-        "start another run"
+        f"run 'one' began with version {version} of the training random numbers; this distill draws version 2, and "
+        f"would train another student. Resume it with {able}, or start another run"
     )
     refuse(capfd, tmp_path, ["run", "one", "--resume"], said)
     refuse(capfd, tmp_path, ["run", "digits", "--name", "one", "--resume"], said)
@@ -336,11 +336,11 @@ def test_only_what_trains_needs_the_same_random_numbers(capfd, tmp_path):
     run = make_run(tmp_path / "runs")
     run.env.write_text(json.dumps({"threads": 1}))
     source = specfile.load(run.spec, [])
-    with pytest.raises(InputError, match="run 'one' was begun by a version of distill that draws other random"):
+    with pytest.raises(InputError, match="run 'one' began with version 1 of the training random numbers; this dis"):
         start.go_on(run, source)
     start.go_on(run, source, trains=False)  # pairs, or the version that a submitted run has kept
     said = command(capfd, "stage", str(run.root), "teach")  # as a job does that has waited while distill was upgraded
-    assert said.code == 2 and "resume it with distill 0.1.0, or start another run" in said.err
+    assert said.code == 2 and "Resume it with distill 0.1.0, or start another run" in said.err
     run.env.unlink()
     start.go_on(run, source)  # nothing is known: checkpoints say theirs
 

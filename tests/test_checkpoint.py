@@ -315,6 +315,19 @@ def test_memory_for_the_copy_of_a_checkpoint_is_looked_for_before_training(tmp_p
     )
 
 
+def test_a_disk_that_fails_while_room_is_looked_for_is_one_message(tmp_path, monkeypatch):
+    saver = make(tmp_path)
+    good = save(saver, 1, 1, groups(1, size=1000))
+
+    def stale(folder):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr("distill.space.free", stale)
+    said = f"cannot save checkpoint {tmp_path / 'step-00000002'}: Stale file handle; last good checkpoint: {good}"
+    with pytest.raises(RunError, match=f"^{re.escape(said)}$"):
+        save(saver, 2, 2, groups(2, size=1000))
+
+
 def test_room_is_looked_for_before_training_and_before_each_save(tmp_path, monkeypatch):
     left = 1000
     monkeypatch.setattr("distill.space.free", lambda folder: left)

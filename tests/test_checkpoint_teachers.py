@@ -358,7 +358,7 @@ def test_damaged_weights_are_refused_by_name(tmp_path):
     save_file({**unet().state_dict(), "stray": torch.zeros(1)}, file, {"format": "pt"})
     refused(folder, "config.json and the weights do not fit together: unknown weights: stray")
     save_file({**unet().state_dict(), "conv_in.bias": torch.zeros(3)}, file, {"format": "pt"})
-    refused(folder, "do not fit together: conv_in.bias has the shape [3], of config.json follows [8]")
+    refused(folder, "do not fit together: conv_in.bias has shape [3] in the weights, but config.json implies [8]")
 
 
 def test_a_missing_shard_is_refused_by_name(tmp_path):

@@ -1,18 +1,22 @@
 """The commands that look and prepare: what they print, what they leave behind, how they refuse."""
 
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 from commands import command, snapshot
 from runs import make
 
 import distill as package
 from distill import claims, inputs, presets, specfile, status
 from distill.cli import common, start, work
+from distill.cli.main import app
 from distill.guard import InputError
 from distill.inputs import Input
 from distill.launch import environment
@@ -44,6 +48,19 @@ def test_help_names_every_command_but_the_hidden_one(capfd):
     assert " stage " not in done.out
 
 
+def test_help_is_shown_as_it_was_written(capfd, monkeypatch):
+    """No [default] of an option is taken for markup, and no line of a docstring ends where it does in the source."""
+    monkeypatch.setenv("COLUMNS", "1000")  # so that nothing is wrapped
+    defaults = 0
+    for name, each in typer.main.get_command(app).commands.items():
+        out = command(capfd, name, "--help").out
+        options = [found.help for found in each.params if found.help]
+        for paragraph in [*inspect.cleandoc(each.help).split("\n\n"), *options]:
+            assert " ".join(paragraph.split()).replace("`", "") in out, name
+        defaults += len(re.findall(r"\[\w+\]", " ".join(options)))
+    assert defaults >= 10
+
+
 def test_version(capfd):
     assert command(capfd, "--version").out == f"distill {package.__version__}\n"
 
@@ -54,6 +71,13 @@ def test_usage_errors_end_with_2(capfd):
     assert done.code == 2
     assert "Missing argument 'SPEC'" in done.err
     assert command(capfd, "sample", "x", "--steps", "0", "--out", "x.png").code == 2
+
+
+def test_the_part_of_a_job_is_counted_from_0(capfd):
+    for part in ("4/4", "-1/4", "1", "x/y"):
+        said = f"error: --part {part}: I/N is expected, I from 0 to N - 1, like 0/4\n"
+        done = command(capfd, "stage", "run", "pairs", f"--part={part}")
+        assert (done.code, done.err) == (2, said)
 
 
 def test_unexpected_errors_keep_their_traceback(capfd, monkeypatch):
@@ -245,10 +269,10 @@ def test_pairs_that_a_stage_still_needs_are_to_do_again_once_deleted(capfd, tmp_
         run.stage(stage).pairs.mkdir(parents=True)
         write_json(run.stage(stage).done, {})
     said = command(capfd, "clean", "one", "--pairs").out
-    assert "stage 'pairs' would be to do again: a stage that is not done needs its pairs\n" in said
+    assert "stage 'pairs' would have to be computed again, because an unfinished stage needs its pairs\n" in said
     assert run.stage("pairs").done.exists()
     assert command(capfd, "clean", "one", "--pairs", "--yes").out.endswith(
-        "stage 'pairs' is to do again: a stage that is not done needs its pairs\ndeleted 2 folders, 0 B\n"
+        "stage 'pairs' has to be computed again, because an unfinished stage needs its pairs\ndeleted 2 folders, 0 B\n"
     )
     assert not run.stage("pairs").done.exists()
     for stage in ("pairs", "reflow", "one_step"):
@@ -298,6 +322,14 @@ def test_doctor(capfd, tmp_path):
     assert snapshot(tmp_path) == {}, "it looks, and makes nothing"
 
 
+def test_doctor_says_of_a_store_that_cannot_be_written_that_it_is_broken(capfd, tmp_path):
+    (tmp_path / "file").touch()
+    done = command(capfd, "doctor", "--json", "--store", "file/runs")
+    found = {each["what"]: each for each in json.loads(done.out)}["store"]
+    assert (done.code, found["state"]) == (1, "broken")
+    assert found["found"] == f"{tmp_path}/file: Not a directory"
+
+
 @pytest.mark.process
 def test_doctor_finds_a_torchvision_of_another_torch(tmp_path):
     """As PyPI's torchvision beside torch's CPU wheel: its metadata are in order, and no run starts."""
@@ -308,9 +340,19 @@ def test_doctor_finds_a_torchvision_of_another_torch(tmp_path):
     done = subprocess.run(arguments, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     found = {each["what"]: each for each in json.loads(done.stdout)}["torch, torchvision"]
-    assert found["state"] == "missing"
+    assert found["state"] == "broken", "it is there, so installing it would change nothing"
     assert found["found"].endswith(": operator torchvision::nms is unknown")
     assert found["fix"] == "install both from one index, in one pip install"
+
+
+# --- logs ---
+
+
+def test_where_a_run_without_logs_prints(capfd, tmp_path):
+    make(tmp_path / "runs", "one")
+    done = command(capfd, "logs", "one")
+    said = "a run on this machine prints to its terminal, and only the other ranks write logs"
+    assert (done.code, done.err) == (2, f"error: run 'one' has no logs: {said}\n")
 
 
 # --- quickstart ---

@@ -201,3 +201,13 @@ def test_what_is_wrong_is_found(name, tmp_path):
     check = next(each for each in testing.CHECKS if each.__name__ == name)
     with pytest.raises(AssertionError, match=message):
         check(testing.Subject("./wrong.py", base=tmp_path), tmp_path)
+
+
+def test_weights_that_the_recipe_freezes_are_not_looked_for(tmp_path):
+    text = (HERE.parent / "recipes" / "reflow" / "reflow.py").read_text()
+    old = 'return {"student": Trained(init.velocity_field())}'
+    new = "student = init.velocity_field()\n        next(student.parameters()).requires_grad_(False)\n        "
+    assert old in text
+    (tmp_path / "frozen.py").write_text(text.replace(old, new + 'return {"student": Trained(student)}'))
+    learns = next(each for each in testing.CHECKS if each.__name__ == "learns")
+    learns(testing.Subject("./frozen.py", base=tmp_path), tmp_path)

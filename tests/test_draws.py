@@ -1,12 +1,14 @@
 """Randomness: the same numbers for any number of ranks, in any order, and the laws they are drawn from."""
 
 import hashlib
+import re
 
 import pytest
 import torch
 from scipy.stats import kstest
 
 from distill.draws import Rows, StepDraw, key, permutation, sample_labels, sample_noise
+from distill.guard import InputError
 
 # --- samples: (seed, index) alone ---
 
@@ -109,6 +111,12 @@ def test_dtypes_normal_as_like_uniform_always_float32():
     normal = draw.normal("n", like)
     assert normal.dtype == torch.bfloat16 and draw.uniform("u", like).dtype == torch.float32
     assert torch.equal(normal, draw.normal("n", like.float()).to(torch.bfloat16))
+
+
+def test_a_part_of_a_batch_that_holds_no_sample_is_refused():
+    said = re.escape("0.25 of a batch of 2 samples is no whole sample (or all of them); raise batch_size")
+    with pytest.raises(InputError, match=f"^{said}$"):
+        StepDraw(0, 0, 0, Rows(0, 2, 2)).every(0.25, torch.zeros(2, 1))
 
 
 def test_a_draw_of_the_wrong_number_of_rows_is_refused():

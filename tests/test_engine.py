@@ -483,10 +483,14 @@ def test_a_training_with_the_random_numbers_of_an_older_version_is_not_resumed(t
     meta = checkpoint.Meta.model_validate_json(newest.read_bytes())
     assert meta.settings.pop("draws") == 2
     newest.write_text(meta.sealed().model_dump_json())
-    with pytest.raises(
-        InputError, match=r"checkpoint .*step-00000004 was begun .* \(version 1; .*with distill 0\.1\.0, or"
-    ):
+    with pytest.raises(InputError, match=r"checkpoint .*step-00000004 began with version 1 .*with distill 0\.1\.0, or"):
         train(tmp_path, images=64)
+    for odd in ([], "x", -5):
+        meta.settings["draws"] = odd
+        newest.write_text(meta.sealed().model_dump_json())
+        said = f"says that its version of the training random numbers is {re.escape(repr(odd))}; valid: a whole number"
+        with pytest.raises(InputError, match=said):
+            train(tmp_path, images=64)
 
 
 class Unreached(FlowMatching):
@@ -544,6 +548,20 @@ def test_the_first_turns_are_those_of_the_whole_training(tmp_path):
     with pytest.raises(RunError):
         train(tmp_path, made, source=Ring(fault=4))
     train(tmp_path, made)
+
+
+def test_a_stop_between_the_first_turns_does_not_end_the_look(tmp_path):
+    class Ending(Ring):
+        def batch(self, step, rows):
+            if step == 1:
+                raise RunError("the data ends here")
+            return super().batch(step, rows)
+
+    each = {"images": 16, "minutes": None, "keep": 1}
+    with pytest.raises(RunError, match="the data ends here"):
+        train(tmp_path, Unreached(), source=Ending(), checkpoint=each)
+    with pytest.raises(InputError, match="no backward pass reached 2 of its"):
+        train(tmp_path, Unreached(), checkpoint=each)
 
 
 def test_another_micro_batch_is_said_to_end_bit_identity(tmp_path, capsys):

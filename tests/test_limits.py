@@ -173,7 +173,8 @@ YAML = {
     "many values": ("- 1\n" * 200_001, "line 200000: holds more than 200,000 values"),
     "deep": ("[" * 65, "line 1: holds more than 64 lists or mappings in each other"),
     "very deep": ("[" * 100_000, "not YAML: line 1, column 1001: exceeded maximum nesting depth"),
-    "many digits": ("seed: " + "1" * 5000, "line 1: a number of 5000 digits is too large for a number"),
+    "a large number": ("seed: 1e999", "line 1: 1e999 is beyond the largest floating-point number"),
+    "many digits": ("seed: " + "1" * 5000, "line 1: a number of 5000 digits; at most 300 are read"),
     "no int": ("a: !!int abc", "line 1: 'abc' is no whole number"),
     "no bool": ("a: !!bool maybe", "line 1: 'maybe' is no bool (true or false)"),
     "a list as an int": ("a: !!int [1]", "line 1: a list or mapping is no whole number"),
@@ -187,7 +188,7 @@ YAML = {
         "line 1: the tag !!python/object/apply:os.system means nothing here; "
         "valid: !!str, !!int, !!float, !!bool, !!null, !!seq, !!map",
     ),
-    "a control character": ('name: "a\\0b"', "'a\\x00b' holds a control character, or bytes that are not UTF-8"),
+    "a control character": ('name: "a\\0b"', "name: 'a\\x00b' holds a control character, or bytes that are not UTF-8"),
 }
 
 
@@ -243,7 +244,7 @@ def test_changes_that_cannot_be_meant(capfd, tmp_path, case):
 
 @pytest.mark.parametrize("name", ["\udcff", "\x1b[31m"])
 def test_a_name_that_is_no_text(capfd, tmp_path, name):
-    said = f"ok.yaml: {ascii(name)} holds a control character, or bytes that are not UTF-8"
+    said = f"ok.yaml: name: {ascii(name)} holds a control character, or bytes that are not UTF-8"
     refuse(capfd, tmp_path, ["run", "ok.yaml", "--name", name], said)
 
 
@@ -316,7 +317,7 @@ def test_a_folder_that_is_gone(tmp_path):
     env = ENV | {"PYTHONPATH": str(Path(store.__file__).parent.parent)}
     done = subprocess.run(["bash", "-c", shell], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "error: the current folder is there no more; change to another one: cd\n"
+    assert done.stderr == "error: the current folder no longer exists; cd to another one\n"
 
 
 @pytest.mark.process

@@ -459,7 +459,8 @@ def test_what_cannot_be_pulled_is_said_with_what_can(capfd, tmp_path, student, m
     for given, said in [
         ("digits:v2", "'digits' has no version 'v2'; valid: v1"),
         ("digit:v1", "runs has no published student 'digit'; did you mean 'digits'? valid: digits"),
-        ("other", "there is no run or student 'other'; give RUN or RUN/STAGE of runs, or a student's folder"),
+        ("other", "there is no published student, run or folder 'other'; give NAME[:VERSION] (distill students lists "
+         "them), RUN or RUN/STAGE of runs, a student's folder, or a URL"),
         ("a:b:c", "'a:b:c': NAME or NAME:VERSION is expected; a version is letters, digits, '.', '_' and '-', begins "
          "with a letter or digit, and has at most 64"),
     ]:  # fmt: skip

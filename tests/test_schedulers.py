@@ -258,7 +258,12 @@ DDPM, FLOW, EDM = "DDPMScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerS
         (DDPM, {"beta_end": 1.5}, "beta_end=1.5; valid: less than 1"),
         (DDPM, {"beta_start": -0.1}, "beta_start=-0.1; valid: greater than 0"),
         (DDPM, {"beta_start": "small"}, "beta_start='small'; valid: a valid number"),
-        (DDPM, {"beta_end": 0.9}, "betas from 0.0001 to 0.9 in 1000 steps leave no data long before the last step"),
+        (
+            DDPM,
+            {"beta_end": 0.9},
+            "betas from 0.0001 to 0.9 in 1000 steps: alphas_cumprod reaches 0 before the last step, so nothing of the "
+            "data is left; check beta_start, beta_end and num_train_timesteps",
+        ),
         (DDPM, {"beta_end": 10**400}, "beta_end=1"),
         (DDPM, {"num_train_timesteps": 0}, "num_train_timesteps=0; valid: greater than or equal to 1"),
         (DDPM, {"num_train_timesteps": 1}, "num_train_timesteps=1; valid: 2 or more"),
@@ -267,7 +272,17 @@ DDPM, FLOW, EDM = "DDPMScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerS
         (DDPM, {"num_train_timesteps": 10**10}, "num_train_timesteps=10000000000; valid: less than or equal to"),
         (DDPM, {"trained_betas": [0.1, 0.2]}, "trained_betas has 2 numbers; valid: num_train_timesteps=1000"),
         (DDPM, {"trained_betas": [0.1, "x"]}, "trained_betas.1='x'; valid: a valid number"),
-        (DDPM, {"trained_betas": [0.5] * 1000}, "the 1000 trained_betas, from 0.5 to 0.5, leave no data long before"),
+        (
+            DDPM,
+            {"trained_betas": [0.5] * 1000},
+            "the 1000 trained_betas, from 0.5 to 0.5: alphas_cumprod reaches 0 before the last step, so nothing of the "
+            "data is left; check trained_betas",
+        ),
+        (
+            DDPM,
+            {"beta_start": 1e-9, "beta_end": 1e-8},
+            "alphas_cumprod does not decrease at every step, so some steps add no noise",
+        ),
         (DDPM, {"clip_sample": "yes"}, "clip_sample='yes'; valid: a valid boolean"),
         (DDPM, {"prediction_type": "noise"}, "prediction_type='noise'; valid: 'epsilon', 'sample', 'v_prediction' or"),
         (FLOW, {"shift": "three"}, "shift='three'; valid: a valid number"),
@@ -321,4 +336,8 @@ def test_an_override_of_another_kind_or_prediction_is_refused(tmp_path):
     edit(folder / "scheduler" / "scheduler_config.json", _class_name="ScoreSdeVeScheduler")
     refused(folder, "one that predicts epsilon", scheduler=given["flow"])
     flow = write(tmp_path / "inverted", unet(), inverted(1.0))
-    refused(flow, "describes another time or sign of the network's output than", scheduler=given["flow"])
+    refused(
+        flow,
+        "disagree on the scale or direction of time, or on the sign of the output; remove teacher.scheduler",
+        scheduler=given["flow"],
+    )

@@ -87,7 +87,7 @@ def test_a_run_is_followed_to_its_end(capfd, cluster, here):
     assert command_line(capfd, "logs", "teach", "--since=2999-01-01 00:00:00").out.splitlines() == heads
     refused = {
         "--since=soon": "--since soon: 90s, 10m, 2h, 1d, or a moment like 2026-11-25 17:40:00 is expected",
-        "--rank=3": "--rank 3: there are logs of ranks 0",
+        "--rank=3": "--rank 3 has no log; there are logs of ranks 0",
         "--stage=tech": "stage 'tech' of run 'teach' has no logs in runs/teach/logs; valid: teach",
     }
     for option, message in refused.items():

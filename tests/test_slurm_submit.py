@@ -330,6 +330,7 @@ def test_the_lead_grows_with_the_saves(capfd, cluster, here):
         "in; give a longer time or a smaller lead\n"
     )
     assert snapshot(here) == before
-    submit(capfd, "mix", "--resume")
+    done = submit(capfd, "mix", "--resume")
+    assert "two saves of this run take up to 200 s; launch.slurm.lead_seconds is raised to 260\n" in done.out
     assert "#SBATCH --signal=B:USR1@260\n" in (run.jobs / "solve.sbatch").read_text()
     assert specfile.load_run(run).launch.slurm.lead_seconds == 260

@@ -19,7 +19,7 @@ from distill.teachers.analytic import (
     class_gaussian_teacher,
 )
 from distill.testing import exact
-from distill.times import karras_grid, uniform_grid
+from distill.times import uniform_grid
 
 M, VARIANCE = 0.7, 0.3
 ROOT = math.sqrt(VARIANCE)
@@ -198,6 +198,13 @@ def test_the_order_holds_in_the_own_time_of_another_path(path, name):
     problem = GaussianField(MEAN, STD, path), jump, 3 * randn("own", 32, 3)
     errors = errors_along(SOLVERS[name], problem, 0.9, 0.05, steps)
     assert abs(slope(steps, errors) - SOLVERS[name].order) < 0.2, errors
+
+
+def karras_grid(steps):
+    """[steps + 1]: EDM's noise levels in linear time t = sigma/(1 + sigma), then 0 (Karras et al. 2022, eq. 5)."""
+    most, least = 80 ** (1 / 7), 0.002 ** (1 / 7)
+    sigma = torch.linspace(most, least, steps, dtype=torch.float64) ** 7
+    return torch.cat([sigma / (1 + sigma), torch.zeros(1, dtype=torch.float64)])
 
 
 def test_edms_grid_and_solver_reach_the_data():

@@ -7,7 +7,7 @@ from pydantic import BaseModel
 
 from distill import overrides, presets, schema, spec, specfile, yamltext
 from distill.guard import InputError
-from distill.spec import CheckpointTeacher, RunSpec
+from distill.spec import CheckpointTeacher, RunSpec, is_hub_id
 
 TRAIN = {"kind": "train", "recipe": "reflow/reflow", "images": 128}
 
@@ -290,3 +290,13 @@ def test_a_teacher_by_its_path_is_a_checkpoint():
         specfile.validate(small(a={**TRAIN}) | {"teacher": {"path": "org/name", "revison": "x"}}, "f")
     with pytest.raises(InputError, match="f: teacher: kind is missing; valid: diffusers, gaussian, mixture"):
         specfile.validate(small(a={**TRAIN}) | {"teacher": {"mean": [1.0]}}, "f")
+
+
+def test_a_hub_id_is_an_organisation_and_a_name_that_are_no_folder_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("google/ddpm-cat-256", "a/b", "my_org/x.y", "0a/1-b"):
+        assert is_hub_id(path), path
+    for path in ("ddpm", "a/b/c", "/a", "a/", "./a", "~/a", "../a", "a/b\n", "a b/c", "é/b"):
+        assert not is_hub_id(path), path
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    assert not is_hub_id("a/b")

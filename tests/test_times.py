@@ -201,16 +201,6 @@ def test_uniform_grid_calls_no_field_below_its_range(steps):
         assert (grid.diff() + t_max / steps).abs().max() < 1e-15
 
 
-def test_karras_grid_is_edms_noise_levels():
-    grid = times.karras_grid(18)
-    sigma = grid[:-1] / (1 - grid[:-1])
-    expected = [(80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7 for i in range(18)]
-    assert sigma.tolist() == pytest.approx(expected, rel=1e-10)
-    assert grid[0].item() == pytest.approx(80 / 81) and grid[-2].item() == pytest.approx(0.001996, abs=5e-7)
-    assert grid[-1] == 0 and (grid.diff() < 0).all() and len(grid) == 19
-    assert times.karras_grid(1).tolist() == pytest.approx([80 / 81, 0])
-
-
 @pytest.mark.parametrize("sharpness", [0.5, 8.0, 20.0])
 def test_sigmoid_grid_is_its_formula_symmetric_with_exact_ends(sharpness):
     for steps in (1, 2, 3, 4, 9, 16):
@@ -222,25 +212,12 @@ def test_sigmoid_grid_is_its_formula_symmetric_with_exact_ends(sharpness):
     assert (times.sigmoid_grid(7, 1e-3) - times.uniform_grid(7)).abs().max() < 1e-8
 
 
-def test_shift_multiplies_sigma_and_its_inverse_is_the_inverse_shift():
-    t = times.uniform_grid(10)
-    moved = times.shifted(t, 3.0)
-    assert moved[0] == 1 and moved[-1] == 0
-    inner = slice(1, 10)
-    assert (moved[inner] / (1 - moved[inner])).tolist() == pytest.approx((3 * t[inner] / (1 - t[inner])).tolist())
-    assert (times.shifted(moved, 1 / 3) - t).abs().max() < 1e-15 and torch.equal(times.shifted(t, 1.0), t)
-
-
 def test_grids_refuse_what_is_no_grid():
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         times.uniform_grid(0)
     with pytest.raises(ValueError, match="steps must be at least 1, got -1"):
-        times.karras_grid(-1)
+        times.uniform_grid(-1)
     with pytest.raises(ValueError, match="0 <= t_min < t_max <= 1, got t_min=0.5, t_max=0.4"):
         times.uniform_grid(4, 0.4, 0.5)
-    with pytest.raises(ValueError, match="need 0 < sigma_min < sigma_max and rho > 0, got 2.0, 1.0, 7.0"):
-        times.karras_grid(4, 1.0, 2.0)
     with pytest.raises(ValueError, match="sharpness must be positive, got 0"):
         times.sigmoid_grid(4, 0.0)
-    with pytest.raises(ValueError, match="shift must be positive, got 0"):
-        times.shifted(times.uniform_grid(2), 0.0)

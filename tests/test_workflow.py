@@ -183,7 +183,7 @@ CASES = {
     ),
     "beta of one": (
         vectors(r={"optimizer": {"betas": [0.9, 1]}}),
-        "stages.r.optimizer.betas: 1 never forgets; give values below 1",
+        "stages.r.optimizer.betas: [0.9, 1.0]; both must be below 1",
     ),
     "images not divisible": (
         vectors(r={"images": 1300}),

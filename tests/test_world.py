@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distill.draws import Rows
-from distill.guard import PeerLost
+from distill.guard import PeerLost, RunError
 from distill.world import ALONE, World
 
 
@@ -30,5 +30,8 @@ def test_a_lost_connection_says_where_it_was_lost():
 
 
 def test_other_errors_stay_what_they_are():
+    message = "loss nan at step 3 of runs/connection-timeout; last good checkpoint: none yet"
+    with pytest.raises(RunError, match=message), ALONE.contact("step 3, turn 0"):
+        raise RunError(message)
     with pytest.raises(RuntimeError, match="size mismatch"), World(1, 2).contact("step 3, turn 0"):
         raise RuntimeError("size mismatch")

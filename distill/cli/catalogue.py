@@ -40,7 +40,7 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="A recipe, for its options and its paper.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """List the recipes, or say what one needs, which options it has and what a step of it costs."""
+    """List the recipes, or say what one can need, which options it has and what a step of it costs."""
     from distill import registry, schema
 
     here = Path.cwd()
@@ -49,7 +49,7 @@ def recipes(
         if json:
             print_json([{"name": d.name, "summary": d.summary, "needs": d.needs} for d in found])
         else:
-            print_table(["recipe", "needs", "what it is"], [[d.name, ", ".join(d.needs), d.summary] for d in found])
+            print_table(["recipe", "can need", "what it is"], [[d.name, ", ".join(d.needs), d.summary] for d in found])
             say("options of one: distill recipes NAME")
         return
     module = registry.load(name, here)  # so that what is shown can also be run
@@ -59,7 +59,8 @@ def recipes(
         return
     say(f"{name}\n\n{described.paper}\n")
     cost = "not measured" if described.cost is None else f"{described.cost:g} x flow matching (two CPU cores)"
-    say(f"needs: {', '.join(described.needs)}\nsampler: {module.Recipe.sampler}\na move of the student costs: {cost}\n")
+    say(f"can need, depending on its options: {', '.join(described.needs)}")
+    say(f"sampler: {module.Recipe.sampler}\na move of the student costs: {cost}\n")
     fields = module.Config.model_json_schema()["properties"] if described.options else {}
     rows = [[o.name, schema.valid(fields[o.name]), _default(o.default), o.meaning] for o in described.options]
     print_table(["option", "valid", "default", "meaning"], rows)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from distill import transports
-from distill.guard import InputError, expanded, is_text, printable, suggest
+from distill.guard import InputError, expanded, is_text, printable, short, suggest, whole_number
 from distill.printing import say, say_table
 
 StoreOption = Annotated[
@@ -120,6 +120,15 @@ def is_place(value: object, setting: str = "store") -> bool:
     if not isinstance(value, str):
         return False
     return (setting == "store" and transports.is_url(value)) or expanded(value).is_absolute()
+
+
+def read_share(option: str, text: str, first: int) -> tuple[int, int]:
+    """I and N of I/N, the I-th of N: read as counted from `first`, given as counted from 0."""
+    number, count = (whole_number(part) for part in text.partition("/")[::2])
+    if number is None or count is None or not first <= number < count + first:
+        last = "N" if first == 1 else "N - 1"
+        raise InputError(f"{option} {short(text)}: I/N is expected, I from {first} to {last}, like {first}/4")
+    return number - first, count
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:

@@ -29,10 +29,14 @@ def compare(
     changes: Changes = None,
     recipes: Annotated[
         str | None,
-        typer.Option(metavar="A,B,...", help="Like reflow,slimflow; by default all that SPEC distils by."),
+        typer.Option(
+            metavar="A,B,...",
+            help="Recipes to compare, like reflow,slimflow; by default every recipe with which SPEC distils.",
+        ),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option("--budget", metavar="MINUTES", help="Of training for each recipe, on this machine.")
+        float | None,
+        typer.Option("--budget", metavar="MINUTES", help="Minutes of training for each recipe, on this machine."),
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
     resume: Annotated[
@@ -45,8 +49,8 @@ def compare(
 ) -> None:
     """Train several recipes on one teacher, its data and the same minutes each: one table, one figure.
 
-    SPEC says the teacher, the pairs and the evaluation. What it trains by a recipe is taken, with its lengths scaled to
-    the budget; of other recipes there is one stage with default options. How long they take is measured first.
+    SPEC gives the teacher, the pairs and the evaluation. A recipe that SPEC trains keeps its stages, scaled to the
+    budget; any other gets one stage with default options. A short rehearsal measures speed first.
     """
     from distill import budget
 
@@ -74,7 +78,7 @@ def compare(
     _say(record)
     if dry_run:
         taken = RunPaths(folder.absolute() / found.name).root
-        exists = "; a run of this name exists: --name or --resume" if taken.exists() else ""
+        exists = "; a run of this name exists: distill compare needs --name OTHER or --resume" if taken.exists() else ""
         say(f"nothing was written{exists}")
         return
     run = start.create(folder, source, {"comparison.json": record.model_dump_json(indent=2) + "\n"})

@@ -34,13 +34,13 @@ class Finding:
     """One thing that was looked at."""
 
     what: str
-    state: Literal["ok", "missing", "note"]
+    state: Literal["ok", "missing", "broken", "note"]
     found: str
     fix: str = ""
 
 
 def doctor(
-    site: Annotated[bool, typer.Option("--site", help="Check the cluster instead, with a job of a minute.")] = False,
+    site: Annotated[bool, typer.Option("--site", help="Check the cluster instead, with a one-minute job.")] = False,
     path: Annotated[
         Path | None, typer.Argument(metavar="[SITE]", help="With --site: the cluster's file; by default as for submit.")
     ] = None,
@@ -65,7 +65,7 @@ def doctor(
         print_json([asdict(finding) for finding in findings])
     else:
         print_table(["", "state", "found", "what to do"], [[f.what, f.state, f.found, f.fix] for f in findings])
-    if any(finding.state == "missing" for finding in findings):
+    if any(finding.state in ("missing", "broken") for finding in findings):
         raise typer.Exit(1)
 
 
@@ -81,7 +81,7 @@ def _cluster(path: Path | None, store: Path, nodes: int, gpus: int, partition: s
     options = given.stage(SlurmSpec, {"partition": partition, "gpus_per_node": gpus})
     queue.check_partition(options, where)
     if not json:
-        say(f"site {where.path}: a job of a minute on {nodes} node{'s' if nodes > 1 else ''}", flush=True)
+        say(f"site {where.path}: a one-minute job on {nodes} node{'s' if nodes > 1 else ''}", flush=True)
     said = (lambda text: None) if json else (lambda text: say(text, flush=True))
     found = sitecheck.run(store, where, options, nodes, said)
     troubles = [f"rank {seen.rank} on {seen.node}: {trouble}" for seen in found for trouble in _troubles(seen, gpus)]
@@ -95,7 +95,7 @@ def _cluster(path: Path | None, store: Path, nodes: int, gpus: int, partition: s
              human(seen.free), seen.quota, seen.peers, seen.torch]
             for seen in found
         ]  # fmt: skip
-        columns = ["rank", "node", "meets at", "CPUs", "GPUs", "store", "free", "quota", "hears the others", "torch"]
+        columns = ["rank", "node", "rendezvous", "CPUs", "GPUs", "store", "free", "quota", "other ranks", "torch"]
         print_table(columns, rows)
         say("\n".join(troubles) or "all is well")
     if troubles:
@@ -146,7 +146,7 @@ def _partners() -> list[Finding]:
         importlib.import_module("torchvision")
     except (ImportError, OSError, RuntimeError) as error:
         found = f"torchvision does not load beside torch {version('torch')}: {error}"
-        return [Finding("torch, torchvision", "missing", found, "install both from one index, in one pip install")]
+        return [Finding("torch, torchvision", "broken", found, "install both from one index, in one pip install")]
     return []
 
 
@@ -181,7 +181,7 @@ def _store(folder: Path) -> list[Finding]:
         writable = Finding("store", "ok", f"{folder.absolute()}{'' if folder.exists() else ' (not made yet)'}")
     except OSError as error:
         writable = Finding(
-            "store", "missing", f"{existing}: {error.strerror}", "choose another: --store or $DISTILL_STORE"
+            "store", "broken", f"{existing}: {error.strerror}", "choose another: --store or $DISTILL_STORE"
         )
     free = shutil.disk_usage(existing).free
     few = "" if free >= FREE else "free some space: distill clean RUN --checkpoints"

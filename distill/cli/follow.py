@@ -148,8 +148,10 @@ def _progress(stage: "distill.status.StageStatus") -> str:
 def logs(
     run: RunArgument,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as lines come, until nothing runs.")] = False,
-    rank: Annotated[int, typer.Option(min=0, help="Whose log.")] = 0,
-    stage: Annotated[str | None, typer.Option(help="Of which stage; by default the one that spoke last.")] = None,
+    rank: Annotated[int, typer.Option(min=0, help="Rank whose log to print.")] = 0,
+    stage: Annotated[
+        str | None, typer.Option(help="Stage whose log to print; by default the one with the newest lines.")
+    ] = None,
     since: Annotated[
         str | None, typer.Option(help="Only what came since: 90s, 10m, 2h, 1d ago, or 2026-11-25 17:40:00.")
     ] = None,
@@ -210,7 +212,8 @@ def _choose(paths: RunPaths, rank: int, stage: str | None) -> list[Path]:
         raise InputError(f"stage '{stage}' of run '{paths.name}' has no logs in {near(paths.logs)}; valid: {known}")
     if not stages:
         raise InputError(
-            f"run '{paths.name}' has no logs in {near(paths.logs)}; on this machine rank 0 speaks on the terminal"
+            f"run '{paths.name}' has no logs: a run on this machine prints to its terminal, and only the other ranks "
+            "write logs"
         )
 
     def age(path: Path) -> float:
@@ -220,7 +223,7 @@ def _choose(paths: RunPaths, rank: int, stage: str | None) -> list[Path]:
     of_rank = [path for path, match in ranks.items() if stages[path] == name and int(match["rank"]) == rank]
     numbers = sorted({int(match["rank"]) for path, match in ranks.items() if stages[path] == name})
     if numbers and not of_rank:
-        raise InputError(f"--rank {rank}: there are logs of ranks {', '.join(map(str, numbers))}")
+        raise InputError(f"--rank {rank} has no log; there are logs of ranks {', '.join(map(str, numbers))}")
     return sorted((path for path in jobs if stages[path] == name), key=age)[-1:] + sorted(of_rank)
 
 

@@ -100,13 +100,13 @@ def student(given: str, store: Path) -> Path:
 def teacher(given: str, store: Path) -> TeacherSpec:
     """A teacher by YAML, by RUN/STAGE, or by a checkpoint's folder or hub id."""
     run, _, stage = given.rpartition("/")
-    content: object = {"kind": "diffusers", "path": given}
+    content: object = {"path": given}
     if is_yaml(given):
         content = yamltext.parse(given, "TEACHER")
     elif Path(given).exists():
-        content = {"kind": "diffusers", "path": str(Path(given).absolute())}
+        content = {"path": str(Path(given).absolute())}
     elif run and (store / run / "students" / stage / "distill.json").is_file():
-        content = {"kind": "diffusers", "path": str((store / run / "students" / stage).absolute())}
+        content = {"path": str((store / run / "students" / stage).absolute())}
     spec = _part({"teacher": content})
     assert spec.teacher is not None
     return spec.teacher
@@ -132,7 +132,7 @@ def teacher_of(student: Path) -> TeacherSpec:
     spec, run = _spec_of(student, "--teacher")
     stage = spec.stages.get(student.name)
     if isinstance(stage, TrainStage) and stage.teacher is not None:
-        return CheckpointTeacher(kind="diffusers", path=str(run / "students" / stage.teacher))
+        return CheckpointTeacher(path=str(run / "students" / stage.teacher))
     if spec.teacher is None:
         raise InputError(f"{student} was trained without a teacher; give one by --teacher")
     return spec.teacher

@@ -31,7 +31,12 @@ SiteOption = Annotated[
     typer.Option("--site", help="The cluster's file. Otherwise $DISTILL_SITE, the user's config, or the example."),
 ]
 CodeOption = Annotated[
-    str, typer.Option("--code", help="run: as the package is now, copied into the run; current: as it is then.")
+    str,
+    typer.Option(
+        "--code",
+        help="Which distill the jobs use. run: a copy made now, kept in the run; current: the installed one at the "
+        "time a job starts.",
+    ),
 ]
 
 
@@ -220,7 +225,10 @@ def submit_again(
         lead = round(jobs.lead_needed(run))
         slurm = source.spec.launch.slurm
         if lead > slurm.lead_seconds and not live:
-            say(f"saving has taken {lead - jobs.SPARE:.0f} s for two: launch.slurm.lead_seconds={lead} from now on")
+            say(
+                f"two saves of this run take up to {lead - jobs.SPARE:.0f} s; launch.slurm.lead_seconds is raised to "
+                f"{lead}"
+            )
             longer = source.spec.launch.model_copy(update={"slurm": slurm.model_copy(update={"lead_seconds": lead})})
             source = replace(source, spec=source.spec.model_copy(update={"launch": longer}))
         trains = code != "run" or not run.code.exists()  # else the version that the run has kept does

@@ -65,6 +65,7 @@ REMEDIES = {
 
 app = typer.Typer(
     help="Distil diffusion and flow teachers into students of one, two or four network calls.",
+    rich_markup_mode="markdown",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -111,7 +112,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     pass
@@ -207,7 +208,7 @@ def described(error: OSError) -> tuple[str, int]:
     places = [short(str(each)) for each in (error.filename, error.filename2) if each is not None]
     reason = error.strerror or str(error) or type(error).__name__
     if error.errno == errno.ENOENT and not places and not _has_folder():
-        return "the current folder is there no more; change to another one: cd", EXIT_INPUT
+        return "the current folder no longer exists; cd to another one", EXIT_INPUT
     remedy = REMEDIES.get(error.errno or 0)
     message = ": ".join([*places, reason]) + (f"; {remedy}" if remedy else "; what was saved is intact")
     return message, EXIT_FAILED if remedy is None else EXIT_INPUT

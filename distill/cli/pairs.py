@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill.cli import start
-from distill.cli.common import StoreOption, check_out, near, store_path
-from distill.cli.stage import stage as compute
-from distill.guard import InputError, short, suggest, whole_number
+from distill.cli.common import StoreOption, check_out, near, read_share, store_path
+from distill.cli.stage import compute
+from distill.guard import InputError, suggest
 from distill.printing import say
 from distill.store import RunPaths
 
@@ -21,32 +21,43 @@ if TYPE_CHECKING:
 def pairs(
     given: Annotated[
         str,
-        typer.Argument(metavar="TEACHER|SPEC", help="A teacher as for `eval`; or a spec, a preset, or a run."),
+        typer.Argument(metavar="TEACHER|SPEC", help="A teacher as for `distill eval`; or a spec, a preset, or a run."),
     ],
     changes: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Changes of the spec.")] = None,
     shards: Annotated[
         str | None, typer.Option(metavar="I/N", help="Only shards I, I + N, ...: the I-th of N such processes.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Solve none, but 1,000 pairs twice: are the steps enough?")
+        bool,
+        typer.Option("--check", help="Make no set; solve 1,000 pairs at N and 2 N steps and say whether N is enough."),
     ] = False,
-    stage: Annotated[str | None, typer.Option(help="Of a spec: by default its only pairs stage.")] = None,
-    name: Annotated[str | None, typer.Option("--name", help="Of a spec: name of the run.")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="With a SPEC: the pairs stage to make; may be left out if there is only one.")
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="With a SPEC: name of the run.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="Of a teacher: folder of the pairs; an interrupted one is gone on with."),
+        typer.Option(
+            "--out", help="Of a teacher: folder for the pairs. If it holds an unfinished set, that is continued."
+        ),
     ] = None,
     count: Annotated[int | None, typer.Option(help="Of a teacher: number of pairs [10000].")] = None,
     paths: Annotated[str | None, typer.Option(help="backward, forward, segments, trajectories [backward].")] = None,
-    times: Annotated[str | None, typer.Option(help="Of states: 1,0.5,0.")] = None,
+    times: Annotated[
+        str | None, typer.Option(help="Times of the stored states (trajectories, segments), like 1,0.5,0.")
+    ] = None,
     optimal_times: Annotated[
-        int | None, typer.Option(help="Of states: so many steps, where they err least (see `schedule`).")
+        int | None,
+        typer.Option(
+            help="Instead of --times, for trajectories: the number of steps; their times are chosen for the least "
+            "error (see `distill schedule`)."
+        ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Real data of forward paths and segments: digits, or YAML.")] = None,
     solver: Annotated[str | None, typer.Option(help="euler, heun or dpm_solver_pp_2m [heun].")] = None,
     steps: Annotated[int | None, typer.Option(help="Solver steps [16].")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 = none [1].")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the noise [0].", min=0, max=2**63 - 1)] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise [0].", min=0, max=2**63 - 1)] = None,
     block: Annotated[int | None, typer.Option(help="Pairs solved at once [256].")] = None,
     shard: Annotated[int | None, typer.Option(help="Pairs per file, a multiple of --block [4096].")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16, uint8, as stored [float32].")] = None,
@@ -60,7 +71,7 @@ def pairs(
     """
     from distill.cli import given as meant
 
-    share = None if shards is None else _share(shards)
+    share = None if shards is None else read_share("--shards", shards, 1)
     options = {
         "count": count, "paths": paths, "solver": solver, "steps": steps, "block": block, "shard": shard,
         "guidance_scale": guidance_scale, "dtype": dtype, "store_noise": store_noise, "optimal_times": optimal_times,
@@ -89,13 +100,6 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
     found = [key.replace("_", "-") for key, value in options.items() if value not in (None, [])]
     if found:
         raise InputError(f"{', '.join(f'--{key}' for key in found)}: no effect here; {why}")
-
-
-def _share(text: str) -> tuple[int, int]:
-    number, total = (whole_number(part) for part in text.partition("/")[::2])
-    if number is None or total is None or not 1 <= number <= total:
-        raise InputError(f"--shards {short(text)}: I/N is expected, I from 1 to N, like 1/4")
-    return number - 1, total
 
 
 def _refuse_empty(share: tuple[int, int] | None, stage: "distill.spec.Stage") -> None:
@@ -191,7 +195,7 @@ def _of_spec(
 
     if share is not None:
         os.environ[tasks.UNIT] = f"{chosen}.part-{share[0] + 1}-of-{share[1]}"
-    compute(run.root, [chosen], part=None if share is None else f"{share[0]}/{share[1]}")
+    compute(run.root, [chosen], share)
     folder = run.stage(chosen).pairs
     say(f"pairs of stage '{chosen}' in {near(folder)}")
     say(f"{_told(folder)}; the rest of the run: distill run {near(run.root)} --resume")

@@ -29,7 +29,7 @@ def reflow(
     spec: SpecArgument,
     changes: Changes = None,
     rounds: Annotated[
-        int | None, typer.Option("--rounds", max=100, help="How many; by default 1.", rich_help_panel=ROUNDS)
+        int | None, typer.Option("--rounds", max=100, help="Number of rounds; by default 1.", rich_help_panel=ROUNDS)
     ] = None,
     distill: Annotated[
         bool,
@@ -43,8 +43,9 @@ def reflow(
         float | None,
         typer.Option(
             "--forward",
-            metavar="PART",
-            help="Part of each batch that are real data with the noise the teacher takes them to, like 0.2.",
+            metavar="FRACTION",
+            help="Fraction of each batch taken from real data, paired with the noise that the teacher maps it to, like "
+            "0.2.",
             rich_help_panel=DRIFT,
         ),
     ] = None,
@@ -53,7 +54,7 @@ def reflow(
         typer.Option(
             "--data-weight",
             metavar="WEIGHT",
-            help="Of a flow-matching term on real data, like 0.1: the recipe's data_weight.",
+            help="Weight of a flow-matching term on real data, like 0.1: the recipe's data_weight.",
             rich_help_panel=DRIFT,
         ),
     ] = None,
@@ -89,7 +90,8 @@ def reflow(
     ] = False,
     store: StoreOption = None,
 ) -> None:
-    """Straighten a flow in rounds: pairs, training, and its student is the next teacher; then, if asked, one step.
+    """Straighten a flow in rounds: solve pairs, train on them, use the student as the next teacher; with --distill, end
+    with one-step distillation.
 
     SPEC has one round: a pairs stage, a train stage on its pairs, and perhaps a one-step distillation and an evaluation
     after it, like the preset digits. Its stages X become X-1, X-2, ... of the rounds; a change may name either.
@@ -183,7 +185,7 @@ def _dry_run(
         cost = costs.get(step.name)  # none: its networks are not known yet
         about = ["-", "-"] if cost is None else [f"about {duration(cost.seconds)}", human(cost.bytes)]
         rows.append([step.name, step.what, step.work, ", ".join(step.needs), *about])
-    taken = "  (a run of this name exists: --name or --resume)" if run.root.exists() else ""
+    taken = "  (a run of this name exists: distill reflow needs --name OTHER or --resume)" if run.root.exists() else ""
     say(f"run {source.spec.name}, seed {source.spec.seed}, spec {source.spec.digest()[:12]}\n")
     columns = ["stage", "what", "work", "needs", "time", "disk"]
     print_table(columns, rows, right=columns[-2:])

@@ -143,7 +143,7 @@ def clean(
     ] = False,
     everything: Annotated[bool, typer.Option("--all", help="The whole run, students included.")] = False,
     inputs: Annotated[
-        bool, typer.Option("--inputs", help="What was fetched for runs that are no more; no RUN.")
+        bool, typer.Option("--inputs", help="Files fetched from the hub that no run uses any more; takes no RUN.")
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do it.")] = False,
     store: StoreOption = None,
@@ -174,7 +174,7 @@ def clean(
         say(f"{human(count):>10}  {near(path)}")
     if not yes:
         for name in wanted:
-            say(f"stage '{name}' would be to do again: a stage that is not done needs its pairs")
+            say(f"stage '{name}' would have to be computed again, because an unfinished stage needs its pairs")
         options = "--yes" if chosen else "--checkpoints, --pairs or --all, and --yes"
         say(f"{human(sum(sizes.values()))} would be free; nothing was deleted: add {options}")
         return
@@ -182,7 +182,7 @@ def clean(
     with claims.claim(paths):
         for name in wanted:  # first, so that whatever happens no stage counts as done without its pairs
             paths.stage(name).done.unlink()
-            say(f"stage '{name}' is to do again: a stage that is not done needs its pairs")
+            say(f"stage '{name}' has to be computed again, because an unfinished stage needs its pairs")
         for path in found:
             if path != paths.root:
                 shutil.rmtree(path)
@@ -200,7 +200,10 @@ def _clean_inputs(folder: Path, yes: bool) -> None:
         say(f"{human(count):>10}  {near(path)}")
     total = human(sum(sizes.values()))
     if not sizes:
-        say(f"nothing to delete in {near(folder.absolute() / 'inputs')}: runs need it, or it was asked for lately")
+        say(
+            f"nothing to delete in {near(folder.absolute() / 'inputs')}: every input is used by a run, or was "
+            "requested within the last day"
+        )
     elif not yes:
         say(f"{total} would be free; nothing was deleted: add --yes")
     else:

@@ -30,7 +30,7 @@ def schedule(
     samples: Annotated[
         int, typer.Option(help="Paths that the errors are measured on.", min=1, max=MAX_SAMPLES)
     ] = SAMPLES,
-    seed: Annotated[int, typer.Option(help="Of their noise.", min=0, max=2**63 - 1)] = SEED,
+    seed: Annotated[int, typer.Option(help="Seed of their noise.", min=0, max=2**63 - 1)] = SEED,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 = none.", min=0, max=10_000)] = 1.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     store: StoreOption = None,

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill.cli.common import near
-from distill.guard import InputError, Stopped, whole_number
+from distill.cli.common import near, read_share
+from distill.guard import InputError, Stopped
 from distill.store import RunPaths, append_event, find_run
 
 if TYPE_CHECKING:
@@ -31,6 +31,17 @@ def stage(
     part: PartOption = None,
 ) -> None:
     """Compute stages of a run in this process; with RANK and WORLD_SIZE set, as one of several that train together."""
+    compute(run, names, None if part is None else read_share("--part", part, 0), lifeline, measure)
+
+
+def compute(
+    run: Path,
+    names: list[str],
+    part: tuple[int, int] | None = None,
+    lifeline: int | None = None,
+    measure: bool = False,
+) -> None:
+    """`stage`, its arguments read. part: (i, n), of a pairs stage, the shards i, i + n, ... alone."""
     from distill import claims, machine, versions
     from distill.launch import environment, local, tasks
     from distill.spec import TrainStage
@@ -39,7 +50,6 @@ def stage(
     paths, spec = _found(run, names)
     if any(isinstance(spec.stages[name], TrainStage) for name in names):
         versions.require_same_draws(machine.load(paths).draws, f"run '{paths.name}'")
-    share = None if part is None else _part(part)
     for name, value in environment.thread_variables(spec.launch.threads or environment.threads()).items():
         os.environ.setdefault(name, value)
     with StopRequest() as stop:
@@ -50,8 +60,8 @@ def stage(
             return
         me = claims.Owner.this(*tasks.identity()) if tasks.is_task() else claims.Owner.this()
         with claims.claim(paths, os.environ.get(tasks.UNIT), me):
-            if share is not None:
-                _compute_part(paths, spec, names, stop, share)
+            if part is not None:
+                _compute_part(paths, spec, names, stop, part)
                 return
             with _in_events(paths, names, measure):
                 _compute(paths, spec, names, stop, measure)
@@ -69,7 +79,7 @@ def job(
 
     tasks.require("job")
     paths, _ = _found(run, stages)
-    code = batch.execute(paths, stages, None if part is None else _part(part), command)
+    code = batch.execute(paths, stages, None if part is None else read_share("--part", part, 0), command)
     if code:
         raise typer.Exit(code)
 
@@ -83,13 +93,6 @@ def _found(run: Path, names: Sequence[str]) -> tuple[RunPaths, "distill.spec.Run
     if unknown:
         raise InputError(f"run '{paths.name}' has no stage '{unknown[0]}'; valid: {', '.join(spec.stages)}")
     return paths, spec
-
-
-def _part(text: str) -> tuple[int, int]:
-    index, count = (whole_number(part) for part in text.partition("/")[::2])
-    if index is None or count is None or index >= count:
-        raise InputError(f"--part {text}: I/N is expected, I from 0 to N - 1")
-    return index, count
 
 
 @contextmanager

@@ -37,16 +37,13 @@ TrustOption = Annotated[
 ]
 MANY = 20  # warnings
 WHICH = (
-    "RUN is its last train stage; RUN/STAGE another; RUN@best the student with the smallest measured distance at the "
-    "fewest steps that any was measured at"
+    "RUN: the student of its last train stage. RUN/STAGE: that stage's. RUN@best: the one with the smallest distance "
+    "at the fewest steps measured. RUN@step-N: exported from that checkpoint. Or a student's folder."
 )
 
 
 def publish(
-    student: Annotated[
-        str,
-        typer.Argument(metavar="RUN[@best|@step-N]", help=f"{WHICH}; @step-N a checkpoint's. Or a student's folder."),
-    ],
+    student: Annotated[str, typer.Argument(metavar="RUN[@best|@step-N]", help=WHICH)],
     name: Annotated[str, typer.Argument(metavar="NAME[:VERSION]", help="By default the next free of v1, v2, ...")],
     store: StoreOption = None,
 ) -> None:
@@ -58,6 +55,10 @@ def publish(
     folder = store_path(store)
     title, version = published.split(name)
     chosen = _chosen(student, folder)
+    if chosen is None:
+        raise InputError(
+            f"there is no run or student '{student}'; give RUN or RUN/STAGE of {folder}, or a student's folder"
+        )
     with tempfile.TemporaryDirectory(prefix="distill-") as temporary:
         found = chosen if isinstance(chosen, Path) else _student(chosen, Path(temporary) / "student")
         picture = b"" if isinstance(chosen, Path) else publishing.samples(chosen)
@@ -106,7 +107,7 @@ def pull(
         ),
     ],
     dest: Annotated[
-        Path | None, typer.Argument(metavar="[DEST]", help="Folder to make; by default named alike.")
+        Path | None, typer.Argument(metavar="[DEST]", help="Folder to create; by default named after the student.")
     ] = None,
     trust_code: TrustOption = False,
     store: AnyStoreOption = None,
@@ -142,8 +143,8 @@ def verify(
     say(f"{near(folder.absolute())} is whole: '{one_line(card.name)}', {len(card.files) + 1} files")
 
 
-def _chosen(given: str, store: Path) -> "distill.publish.Chosen | Path":
-    """A student of a run, or a student folder that lies in none."""
+def _chosen(given: str, store: Path) -> "distill.publish.Chosen | Path | None":
+    """A student of a run, or a student folder that lies in none; None where there is neither."""
     from distill import publish as publishing
     from distill import transports
 
@@ -164,7 +165,7 @@ def _chosen(given: str, store: Path) -> "distill.publish.Chosen | Path":
         for root in (store / name, Path(name)) if name else ():
             if (root / "spec.yaml").is_file():
                 return publishing.choose(RunPaths(root.absolute()), part, which)
-    raise InputError(f"there is no run or student '{base}'; give RUN or RUN/STAGE of {store}, or a student's folder")
+    return None
 
 
 def _student(chosen: "distill.publish.Chosen", temporary: Path) -> Path:
@@ -220,6 +221,11 @@ def _source(given: str, store: str | None) -> "tuple[distill.transports.Source, 
     name = given.partition(":")[0]
     if here is not None and ":" not in given and not (here / published.REGISTRY / name).is_dir():
         chosen = _chosen(given, here)
+        if chosen is None:
+            raise InputError(
+                f"there is no published student, run or folder '{given}'; give NAME[:VERSION] (distill students lists "
+                f"them), RUN or RUN/STAGE of {here}, a student's folder, or a URL"
+            )
         if isinstance(chosen, Path) or chosen.step is None:
             folder = chosen if isinstance(chosen, Path) else _student(chosen, Path())
             label = folder.name if isinstance(chosen, Path) else f"{chosen.run.name}-{chosen.stage}"

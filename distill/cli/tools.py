@@ -14,7 +14,7 @@ from distill.printing import say, say_table
 from distill.store import find_run
 
 StudentArgument = Annotated[str, typer.Argument(metavar="STUDENT", help="A student folder, or RUN/STAGE of the store.")]
-SeedOption = Annotated[int, typer.Option(help="Of the noise.", min=0, max=2**63 - 1)]
+SeedOption = Annotated[int, typer.Option(help="Seed of the noise.", min=0, max=2**63 - 1)]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
@@ -25,7 +25,7 @@ def sample(
         int | None, typer.Option(help="Steps; by default the fewest it is made for.", min=1, max=MAX_STEPS)
     ] = None,
     schedule: Annotated[
-        str, typer.Option(help="uniform; or optimal: at the times where they err least (see `schedule`).")
+        str, typer.Option(help="uniform; or optimal: at the times where they err least (see `distill schedule`).")
     ] = "uniform",
     times: Annotated[str | None, typer.Option(help="Steps along these times instead, like 1,0.6,0.")] = None,
     seed: SeedOption = 0,
@@ -68,10 +68,10 @@ def evaluate(
     ] = None,
     teacher_steps: Annotated[str, typer.Option(help="Euler steps of the teacher.")] = "1,2,4,8,16",
     schedule: Annotated[
-        str, typer.Option(help="optimal: rows also at the times where Euler errs least (see `schedule`).")
+        str, typer.Option(help="optimal: rows also at the times where Euler errs least (see `distill schedule`).")
     ] = "uniform",
     times: Annotated[str | None, typer.Option(help="Rows also along these times, like 1,0.6,0.")] = None,
-    samples: Annotated[int, typer.Option(help="Samples a row.")] = 2500,
+    samples: Annotated[int, typer.Option(help="Samples per row of the table.")] = 2500,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     store: StoreOption = None,
@@ -132,7 +132,7 @@ def export(
     run: Annotated[str, typer.Argument(metavar="RUN")],
     stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="By default the only train stage.")] = None,
     half_life: Annotated[float | None, typer.Option(help="Averaged weights, by their half-life in images.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="The weights themselves.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="The weights themselves, not averaged ones.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write; by default RUN-STAGE.")] = None,
     store: StoreOption = None,
 ) -> None:

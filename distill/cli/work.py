@@ -1,4 +1,4 @@
-"""`distill quickstart`, `run`, `plan` and the hidden `stage`: from a spec to a run."""
+"""`distill quickstart`, `run` and `plan`: from a spec to a run."""
 
 import itertools
 import shutil
@@ -107,7 +107,7 @@ def plan(
         measured = {"memory": memory} if measure else {}
         print_json({**planning.as_json(source.spec, paths, steps), **measured})
         return
-    taken = "  (a run of this name exists: --name or --resume)" if paths.root.exists() else ""
+    taken = "  (a run of this name exists: distill run needs --name OTHER or --resume)" if paths.root.exists() else ""
     say(f"run {source.spec.name}, seed {source.spec.seed}, spec {source.spec.digest()[:12]}\n")
     print_table(
         ["stage", "kind", "what", "work", "needs", "writes"],

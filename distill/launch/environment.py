@@ -77,9 +77,10 @@ def cpus() -> int:
 def thread_variables(threads: int) -> dict[str, str]:
     """Environment variables of a process that computes with so many CPU threads.
 
-    OpenMP's threads spin while they wait for each other. Without a bound they spin through their whole share of a core
-    that another process needs, and a step takes a hundred times as long; OMP_WAIT_POLICY=passive ends that, but is
-    slower on an idle machine. `python -m tests.benchmarks threads` measures it. Who has set either is left alone.
+    OpenMP's threads spin while they wait for each other. Without a bound a waiting thread keeps a core that another
+    process needs: beside two busy loops a step took 3.6 times as long (recipes/LOG.md). OMP_WAIT_POLICY=passive avoids
+    that, but is slower on an idle machine; `python -m tests.benchmarks threads` measures it. If the user has set either
+    variable, neither is changed.
     """
     chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
     return {"OMP_NUM_THREADS": str(threads)} | ({} if chosen else {"GOMP_SPINCOUNT": str(SPINS)})

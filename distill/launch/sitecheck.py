@@ -1,4 +1,4 @@
-"""Trying a cluster out: a job of a minute on some nodes, each process of which writes down what it sees."""
+"""Trying a cluster out: a one-minute job on some nodes, each process of which writes down what it sees."""
 
 import json
 import os

@@ -19,11 +19,6 @@ SMALL = {"model_index.json", "distill.json", "config.json", "README.md"}
 SMALL |= {"unet/config.json", "scheduler/scheduler_config.json"}
 
 
-def is_id(path: str) -> bool:
-    """Whether a path is no place here and has the form of a hub id."""
-    return not Path(path).exists() and path.count("/") == 1 and path[0] not in "./~"
-
-
 def read_of(name: str, files: Iterable[str], *, weights: bool = True) -> list[str]:
     """Of the files of a repository of this name, those that are read: the weights in one variant, and what describes
     them. InputError where an adapter lies beside them, or weights are there in pickled files alone.

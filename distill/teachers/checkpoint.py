@@ -154,7 +154,10 @@ def _schedule(spec: CheckpointTeacher, chosen: Path, own: Path | None) -> Schedu
         if before.family != schedule.family:
             raise InputError(f"{given} the {schedule.family} path, but {found} the {before.family} path; remove it")
         if isinstance(before, LinearSchedule) and before != schedule:
-            raise InputError(f"{given} another time or sign of the network's output than {found}, a {name}; remove it")
+            raise InputError(
+                f"teacher.scheduler={spec.scheduler} and the checkpoint's own scheduler ({own}, a {name}) disagree on "
+                "the scale or direction of time, or on the sign of the output; remove teacher.scheduler"
+            )
     predicted = told.get("prediction_type")
     predicted = "velocity" if predicted == "flow_prediction" else predicted
     if spec.prediction is None and predicted is not None and predicted != schedule.prediction:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from distill.guard import InputError
 from distill.regular import open_regular
-from distill.spec import CheckpointTeacher
+from distill.spec import CheckpointTeacher, is_hub_id
 from distill.teachers import by_id
 from distill.teachers.read import StudentFacts, WeightIndex, checked, components, parse, short, unreadable
 from distill.teachers.variants import ADAPTER, MERGE, STEM, WEIGHTS, listing, no_weights, one_of
@@ -31,7 +31,7 @@ def find(spec: CheckpointTeacher) -> Parts:
         return _parts(spec, path)
     if path.exists():
         raise InputError(f"teacher.path={spec.path} is a file; give the folder that holds config.json and safetensors")
-    if not by_id.is_id(spec.path):
+    if not is_hub_id(spec.path):
         raise InputError(f"teacher.path={spec.path} does not exist; give a folder, or a hub id like org/name")
     _parts(spec, by_id.snapshot(spec, weights=False))  # what is refused is not downloaded
     return _parts(spec, by_id.snapshot(spec, weights=True))

@@ -268,10 +268,11 @@ def _vp(name: str, kind: Kind, options: Options, path: Path) -> VpSchedule:
     except ValueError as error:
         told = f"betas from {start:g} to {end:g} in {steps} steps"
         if options.trained_betas is not None:
-            told = f"the {steps} trained_betas, from {options.trained_betas[0]:g} to {options.trained_betas[-1]:g},"
+            told = f"the {steps} trained_betas, from {options.trained_betas[0]:g} to {options.trained_betas[-1]:g}"
         elif schedule not in ("linear", "scaled_linear", "sigmoid"):
             told = f"the betas of beta_schedule={schedule} in {steps} steps"
-        raise InputError(
-            f"{path}: {told} leave no data long before the last step; "
-            "valid: betas whose alphas_cumprod decreases within (0, 1)"
-        ) from error
+        trouble = "does not decrease at every step, so some steps add no noise"
+        if table[-2] < 1e-12:
+            trouble = "reaches 0 before the last step, so nothing of the data is left"
+        named = "beta_start, beta_end and num_train_timesteps" if options.trained_betas is None else "trained_betas"
+        raise InputError(f"{path}: {told}: alphas_cumprod {trouble}; check {named}") from error

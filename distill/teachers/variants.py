@@ -38,8 +38,8 @@ def one_of(names: Iterable[str], where: str) -> list[str]:
             return variants[variant]
     if len(variants) > 1:
         raise InputError(
-            f"{where} has weights in the variants {short(', '.join(variants))}, none of them plain, "
-            f"{', '.join(PREFERRED[1:])}; keep the one that is meant in a folder of its own"
+            f"{where} has weights in the variants {short(', '.join(variants))}; with several, only no variant, fp32, "
+            "fp16 or bf16 can be chosen automatically. Put the one you mean into a folder of its own"
         )
     return next(iter(variants.values()), [])
 

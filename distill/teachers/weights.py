@@ -106,8 +106,8 @@ def _fitting(folder: Path, stored: Sequence[Stored], expected: Mapping[str, tupl
     for name, each in found.items():
         if each.shape != expected[name]:
             raise InputError(
-                f"{folder}: config.json and the weights do not fit together: {short(name)} has the shape "
-                f"{list(each.shape)}, of config.json follows {list(expected[name])}"
+                f"{folder}: config.json and the weights do not fit together: {short(name)} has shape "
+                f"{list(each.shape)} in the weights, but config.json implies {list(expected[name])}"
             )
         if each.dtype not in FLOATS:
             raise InputError(

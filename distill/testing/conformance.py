@@ -99,7 +99,8 @@ class GradientProbe:
         """What was wrong, and the weights that no gradient ever moved."""
         faults = list(self.faults)
         for name, each in roles.trainables.items():
-            still = {key for key, p in each.module.named_parameters()} - self.moved.get(name, set()) - each.waiting
+            trained = each.masters().keys() & dict(each.module.named_parameters()).keys()  # tied ones once
+            still = trained - self.moved.get(name, set()) - each.waiting
             if still:
                 faults.append(f"nothing reaches {len(still)} weights of {name}: {', '.join(sorted(still)[:5])}")
         return faults

@@ -43,7 +43,7 @@ class Config(BaseModel):
     sigma: PositiveFloat = 2.0
     """standard deviation of logit(t) under continuous"""
     halving_images: Annotated[int, Field(gt=0, le=10**13)] | None = None
-    """images after which t and s are twice as near, up to ten times; null: never"""
+    """images after which t and s are twice as near, up to ten times (bf16: let it be three at most); null: never"""
     target_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     """per step, of the copy that is the target; null: the student's own weights"""
     distance: Literal["l2", "pseudo_huber", "pseudo_huber_elementwise"] = "pseudo_huber"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from distill.teachers.analytic import mixture_teacher
 from distill.teachers.loaded import LoadedTeacher
 
 CPU = torch.device("cpu")
+SHARDS = (100, 200, 1000, 2000, 10_000)
 SHAPE, CLASSES, BLOCK, STEPS = (1, 8, 8), 10, 256, 6
 MIXTURE = mixture_teacher(MixtureTeacher(kind="mixture", means=[[-2.0, 0.0], [2.0, 0.0]], std=0.3))
 
@@ -145,7 +147,7 @@ def bench_shards() -> str:
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
         _make_shards(Path(folder) / "warm", 10)
-        for shards in (100, 300, 1000, 10_000):
+        for shards in SHARDS:
             begun, at = time.process_time(), Path(folder) / str(shards)
             _make_shards(at, shards)
             made[shards], begun = time.process_time() - begun, time.process_time()
@@ -153,7 +155,6 @@ def bench_shards() -> str:
             opened[shards] = time.process_time() - begun
             batch[shards] = _batch_seconds(found, Rows(0, 1024, 1024))
             few[shards] = _batch_seconds(found, Rows(512, 528, 1024))
-    slope = math.log(made[1000] / made[100]) / math.log(10)
     lines = [
         f"{shards:,} shards: made in {made[shards]:.2f} s, opened in {opened[shards]:.3f} s, a batch of 1,024 in "
         f"{1000 * batch[shards]:.1f} ms, 16 rows of it in {1000 * few[shards]:.1f} ms"
@@ -162,11 +163,17 @@ def bench_shards() -> str:
     return "shards  " + "\n        ".join(
         [
             *lines,
-            f"making grows as the number to the power of {slope:.2f} (goal about 1)",
+            f"making grows as the number to the power of {_power(made, 100, 1000):.2f} (goal about 1)",
+            f"opening grows as the number to the power of {_power(opened, 200, 2000):.2f} (goal about 1)",
             f"10,000 shards are opened in {opened[10_000]:.2f} s (goal <= 1)",
             f"a batch at 1,000 shards / at 100: {batch[1000] / batch[100]:.2f} (goal about 1)",
         ]
     )
+
+
+def _power(seconds: Mapping[int, float], few: int, many: int) -> float:
+    """The power of the number of shards that these seconds grow with."""
+    return math.log(seconds[many] / seconds[few]) / math.log(many / few)
 
 
 def _make_shards(folder: Path, shards: int) -> None:
