@@ -404,8 +404,12 @@ def test_an_error_of_the_system_in_a_recipe_of_ones_own_keeps_its_traceback(capf
     assert (str(last.path), last.lineno + 1) == (f"{tmp_path}/mine.py", 8)
 
 
-def test_a_run_whose_images_cannot_be_indexed_is_not_made(capfd, tmp_path):
+def test_a_run_does_without_the_stores_index_of_its_images(capfd, tmp_path):
     from PIL import Image
+
+    from distill import stages
+    from distill.cli import start
+    from distill.stop import StopRequest
 
     (tmp_path / "set").mkdir()
     for i in range(2):
@@ -415,10 +419,14 @@ def test_a_run_whose_images_cannot_be_indexed_is_not_made(capfd, tmp_path):
     (tmp_path / "s.yaml").write_text(spec)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "indexes").write_text("")
-    done = command(capfd, "run", "s.yaml")
-    said = f"error: cannot make {tmp_path}/runs/indexes: File exists; nothing was changed\n"
-    assert (done.code, done.err) == (1, said)
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["indexes"]
+    source = start.find("s.yaml", ["stages.r.images=8", "stages.r.batch_size=8"], None)
+    run = start.begin(tmp_path / "runs", source)
+    said = f"warning: cannot make {tmp_path}/runs/indexes: File exists; nothing was changed; without an index in the "
+    assert capfd.readouterr().err == said + "store, other runs read all these images again\n"
+    stages.run(run, source.spec, ["r"], StopRequest())
+    assert run.stage("r").done.exists()
+    assert (tmp_path / "runs" / "indexes").read_text() == ""
+    assert len(list((run.root / "indexes").iterdir())) == 1
 
 
 def test_what_a_kill_left_of_a_run_is_cleared_at_the_next_start(tmp_path):
