@@ -267,14 +267,14 @@ def test_clean_takes_what_killed_processes_left(capfd, tmp_path):
 
 
 def test_clean_takes_inputs_that_no_run_names(capfd, tmp_path):
-    folders = [tmp_path / "runs" / "inputs" / name for name in ("used", "unused", "fresh")]
+    folders = [tmp_path / "runs" / "inputs" / name for name in ("a" * 64, "unused", "fresh")]
     for folder in folders:
         (folder / "content").mkdir(parents=True)
         (folder / "content" / "file").write_text("1234")
     for folder in folders[:2]:
         os.utime(folder, (0, 0))
     run = make(tmp_path / "runs")
-    record = Input("teacher", "org/tiny", None, "c" * 40, "used", "hub/x")
+    record = Input("teacher", "org/tiny", None, "c" * 40, "a" * 64, f"hub/models--org--tiny/snapshots/{'c' * 40}")
     inputs.keep(run, [record])
     said = command(capfd, "clean", "--inputs").out
     assert said.endswith("4 B  runs/inputs/unused\n4 B would be free; nothing was deleted: add --yes\n")
