@@ -163,6 +163,10 @@ def bomb(levels: int) -> str:
 
 YAML = {
     "aliases of aliases": (bomb(30), "line 1: holds more than 200,000 values, with those that aliases repeat"),
+    "aliases in each other": (
+        "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 600)),
+        "line 1: holds more than 64 lists or mappings in each other, with those that aliases repeat",
+    ),
     "merged aliases": (
         "a0: &a0 {k: 1}\n" + "\n".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 30)),
         "line 1: holds more than 200,000 values, with those that aliases repeat",
@@ -185,7 +189,7 @@ YAML = {
         "line 1: the tag !!python/object/apply:os.system means nothing here; "
         "valid: !!str, !!int, !!float, !!bool, !!null, !!seq, !!map",
     ),
-    "a control character": ('name: "a\\0b"', "'a\\x00b' holds a control character, or bytes that are not UTF-8"),
+    "a control character": ('name: "a\\0b"', "name: 'a\\x00b' holds a control character, or bytes that are not UTF-8"),
 }
 
 
@@ -208,6 +212,12 @@ def test_what_yaml_may_say_is_taken():
 
 def test_a_file_without_end_is_not_read(capfd, tmp_path):
     refuse(capfd, tmp_path, ["plan", "/dev/zero"], "/dev/zero: holds more than 16 MiB; a spec is a short YAML file")
+
+
+def test_a_path_of_very_many_parts_is_refused(capfd, tmp_path):
+    change = f"stages.r.options{'.x' * 1500}=1"
+    said = f"'{change[:90]}... ({len(change):,} letters)' is not a change of the spec: its path has 1,503 parts; "
+    refuse(capfd, tmp_path, ["plan", "ok.yaml", change], said + "valid: at most 64")
 
 
 def test_very_many_mistakes_are_counted(capfd, tmp_path):

@@ -132,7 +132,8 @@ def test_an_adapter_is_named(folder):
 
 @pytest.mark.parametrize("place", ["", "unet"])
 @pytest.mark.parametrize(
-    "name", ["pytorch_lora_weights.bin", "my_style_LoRA.safetensors", "adapter_model.bin", "lora.ckpt"]
+    "name",
+    ["pytorch_lora_weights.bin", "my_style_LoRA.safetensors", "adapter_model.bin", "lora.ckpt", "MyLoRA2.PT"],
 )
 def test_an_adapter_beside_the_weights_is_refused_whatever_its_name(folder, place, name):
     (folder / place / name).write_bytes(b"x")
@@ -140,6 +141,11 @@ def test_an_adapter_beside_the_weights_is_refused_whatever_its_name(folder, plac
     inside = str(Path(place) / name)
     with pytest.raises(InputError, match=f"teacher.path=org/x: the adapter {inside} would not be used; merge it"):
         by_id.read_of("org/x", ["model_index.json", f"unet/{FILE}", inside], weights=False)
+
+
+def test_a_word_that_holds_lora_is_no_adapter():
+    for name in ("exploration.pt", "colorado.safetensors", "EXPLORATION.bin", "flora_v2.ckpt"):
+        assert variants.ADAPTER.fullmatch(name) is None, name
 
 
 def test_what_only_speaks_of_adapters_is_let_through(folder):

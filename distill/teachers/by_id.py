@@ -70,14 +70,26 @@ def snapshot(spec: CheckpointTeacher, *, weights: bool = True) -> Path:
     weights: false, if only what describes them is needed yet.
     """
     with _reachable(spec):
-        patterns = FILES
         try:
             listed = [file.name for file in hub.files("model", spec.path, spec.revision)]
         except hub.UNREACHABLE:
-            listed = []  # what is cached is found without the hub, or the download says what is wrong
-        if listed:
-            patterns = [escape(name) for name in read_of(spec.path, listed, weights=weights)]
+            if (found := _cached(spec, weights=weights)) is None:
+                raise
+            return found
+        names = read_of(spec.path, listed, weights=weights)
+        patterns = [escape(name) for name in names] if listed else FILES  # without a list only what is cached is found
         return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
+
+
+def _cached(spec: CheckpointTeacher, *, weights: bool) -> Path | None:
+    """What the library's cache has of it, where that has a network."""
+    try:
+        folder = Path(snapshot_download(spec.path, revision=spec.revision, local_files_only=True))
+    except hub.UNREACHABLE:
+        return None
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    found = set(read_of(spec.path, names, weights=weights))
+    return folder if found & {"config.json", "unet/config.json"} and (not weights or found - SMALL) else None
 
 
 @contextmanager

@@ -172,7 +172,7 @@ def _schedule(spec: CheckpointTeacher, chosen: Path, own: Path | None) -> Schedu
 
 
 def _scale(schedule: Schedule) -> str:
-    """What the network is called with depends on, besides the path."""
+    """What of a schedule is not its path and the network is called by, as a message says it."""
     match schedule:
         case VpSchedule():
             return f"num_train_timesteps={schedule.steps}"
