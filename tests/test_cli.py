@@ -349,7 +349,9 @@ def test_a_damaged_quickstart_is_named_and_passed_over(tmp_path, capfd):
     assert (paths.name, unfinished) == ("quickstart-3", None)
     first, second = capfd.readouterr().err.splitlines()
     said = "is damaged, and passed over: "
-    assert first.startswith(f"warning: run 'quickstart' {said}{store}/quickstart/spec.yaml: not YAML: line 2, column 1: ")
+    assert first.startswith(
+        f"warning: run 'quickstart' {said}{store}/quickstart/spec.yaml: not YAML: line 2, column 1: "
+    )
     fifo = "cannot be read: it is a FIFO, not a file"
     assert second == f"warning: run 'quickstart-2' {said}{store}/quickstart-2/spec.yaml {fifo}"
 

@@ -76,20 +76,24 @@ def snapshot(spec: CheckpointTeacher, *, weights: bool = True) -> Path:
             if (found := _cached(spec, weights=weights)) is None:
                 raise
             return found
+        if not listed and (found := _cached(spec, weights=weights)) is not None:
+            return found
         names = read_of(spec.path, listed, weights=weights)
-        patterns = [escape(name) for name in names] if listed else FILES  # without a list only what is cached is found
+        patterns = [escape(name) for name in names] if listed else FILES
         return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
 
 
 def _cached(spec: CheckpointTeacher, *, weights: bool) -> Path | None:
     """What the library's cache has of it, where that has a network."""
     try:
-        folder = Path(snapshot_download(spec.path, revision=spec.revision, local_files_only=True))
+        # Without patterns the library refuses a folder that lacks files which it has seen listed, of any kind.
+        found = snapshot_download(spec.path, revision=spec.revision, local_files_only=True, allow_patterns=[])
     except hub.UNREACHABLE:
         return None
+    folder = Path(found)
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    found = set(read_of(spec.path, names, weights=weights))
-    return folder if found & {"config.json", "unet/config.json"} and (not weights or found - SMALL) else None
+    read = set(read_of(spec.path, names, weights=weights))
+    return folder if read & {"config.json", "unet/config.json"} and (not weights or read - SMALL) else None
 
 
 @contextmanager
