@@ -313,7 +313,8 @@ def unused(store: Path) -> list[Path]:
             used |= _named(run)
             before = min(before, _made(run) - UNUSED_SECONDS)
     found = sorted((store / "inputs").glob("*")) if (store / "inputs").is_dir() else []
-    return [path for path in found if path.name not in used and path.stat().st_mtime < before]
+    folders = [path for path in found if path.is_dir() and not path.is_symlink()]
+    return [path for path in folders if path.name not in used and path.stat().st_mtime < before]
 
 
 def _named(run: RunPaths) -> set[str]:

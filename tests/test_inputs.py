@@ -424,6 +424,9 @@ def test_unused_is_what_no_run_names_and_nobody_asked_for_lately(tmp_path):
     run, used, old, new = make(tmp_path), *(kept(tmp_path, name) for name in "abc")
     (run.root / "inputs").mkdir()
     write_atomic(run.root / inputs.RECORD, inputs.record([used])[inputs.RECORD])
+    (tmp_path / "inputs" / "link").symlink_to("nowhere")
+    (tmp_path / "inputs" / "file").write_text("")
+    os.utime(tmp_path / "inputs" / "file", (0, 0))
     for each in (used, old):
         os.utime(each.folder(tmp_path), (time.time() - 2 * DAY,) * 2)
     assert inputs.unused(tmp_path) == [old.folder(tmp_path)]

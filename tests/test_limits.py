@@ -251,7 +251,7 @@ def test_changes_that_cannot_be_meant(capfd, tmp_path, case):
 
 @pytest.mark.parametrize("name", ["\udcff", "\x1b[31m"])
 def test_a_name_that_is_no_text(capfd, tmp_path, name):
-    said = f"ok.yaml: {ascii(name)} holds a control character, or bytes that are not UTF-8"
+    said = f"ok.yaml: name: {ascii(name)} holds a control character, or bytes that are not UTF-8"
     refuse(capfd, tmp_path, ["run", "ok.yaml", "--name", name], said)
 
 
