@@ -34,9 +34,9 @@ TRAIN = re.compile(r"train(ing)?" + PARTS, re.IGNORECASE)
 HELD_OUT = re.compile(r"(val|valid|validation|dev|test|testing|eval)" + PARTS, re.IGNORECASE)
 REPEATS = re.compile(r"(\d+)_.+")  # kohya: 10_name is shown ten times an epoch
 REFUSED = {  # of what Pillow opens
-    *("EPS", "WMF"),  # run another program, or draw by the system
-    *("FPX", "MIC"),  # have their own libraries, which lead elsewhere
-    *("BLP", "IM"),  # of games and of no use, and their readers fail in any way
+    *("EPS", "WMF"),  # are drawn by another program or the system
+    *("FPX", "MIC"),  # are documents of many parts
+    *("BLP", "IM"),  # are rare, and their readers fail in any way
 }
 SHOWN, SHOWN_PATH = 3, 300  # names in a message, letters of a path
 CONVERT = {  # ends of names -> what it is, and how its images become files

@@ -92,7 +92,7 @@ def resolve(spec: RunSpec, store: Path, before: Sequence[Input] = ()) -> list[In
     found = []
     for wanted, fetch in _wanted(spec, store, before):
         found.append(_in_store(wanted, store, fetch))
-        say_error(f"{wanted}: {human(found[-1].bytes)} in {wanted.folder(store)}")
+        say_error(f"{wanted}: {human(found[-1].bytes)} in {found[-1].folder(store)}")
     return found
 
 
