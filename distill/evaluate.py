@@ -91,7 +91,7 @@ def evaluate(
     if teacher is None:
         raise InputError(f"stages.{name}.teacher is not given and the spec has no teacher; name a train stage")
     students = {student: loaded.load(run.student(student), device) for student in stage.students}
-    data = datasets.load(spec.data, spec.seed, run.root.parent, indexed=True)
+    data = datasets.load(spec.data, spec.seed, run.root, indexed=True)
     exact = teacher.exact_data or (own.exact_data if own else None)
     folder, seed = run.stage(name).root, key(spec.seed, name)
     return measure(

@@ -33,6 +33,11 @@ PARTS = r"([-_]?(set|images|imgs|data))?[-_]?\d*"
 TRAIN = re.compile(r"train(ing)?" + PARTS, re.IGNORECASE)
 HELD_OUT = re.compile(r"(val|valid|validation|dev|test|testing|eval)" + PARTS, re.IGNORECASE)
 REPEATS = re.compile(r"(\d+)_.+")  # kohya: 10_name is shown ten times an epoch
+REFUSED = {  # of what Pillow opens
+    *("EPS", "WMF"),  # are drawn by another program or the system
+    *("FPX", "MIC"),  # are documents of many parts
+    *("BLP", "IM"),  # are rare, and their readers fail in any way
+}
 SHOWN, SHOWN_PATH = 3, 300  # names in a message, letters of a path
 CONVERT = {  # ends of names -> what it is, and how its images become files
     **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.zst"), ("a tar archive", "unpack it with `tar -xf`")),
@@ -75,13 +80,23 @@ class _Labels(BaseModel):
 
 
 @cache
-def suffixes() -> frozenset[str]:
-    """Of the files that Pillow reads, in lower case."""
+def formats() -> tuple[str, ...]:
+    """By Pillow's names, those that are read."""
     try:
         from PIL import Image  # which the control plane is installed without
     except ModuleNotFoundError as error:
         raise InputError("folders of images need the package pillow; pip install 'distill[train]' brings it") from error
-    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN)
+    Image.init()
+    return tuple(kind for kind in Image.OPEN if kind not in REFUSED)
+
+
+@cache
+def suffixes() -> frozenset[str]:
+    """Of the files that are read, in lower case."""
+    kinds = formats()
+    from PIL import Image
+
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in kinds)
 
 
 def has_classes(root: Path) -> bool:
@@ -101,7 +116,7 @@ def read(path: str) -> Folder:
     classes = [] if listed else _classes(root)
     _refuse_splits(path, classes)
     if len(classes) == 1:  # what a data set was unpacked into
-        _refuse_splits(_below(path, classes[0]), _classes(root / classes[0]))
+        _refuse_splits(_below(path, classes[0]), _classes(root, classes[0]))
     names: list[str] = []
     stats: list[os.stat_result | None] = []
     other: str | None = None  # the first file that is no image
@@ -283,16 +298,17 @@ def _top(name: str) -> str:
 # --- classes ---
 
 
-def _classes(root: Path) -> list[str]:
-    """The visible folders in it, by name."""
-    above = _ancestors(str(root))
+def _classes(root: Path, folder: str = "") -> list[str]:
+    """The visible folders in it, or in a folder of it, by name."""
+    place = root / folder
+    above = _ancestors(str(place))
     try:
-        with os.scandir(root) as found:
+        with os.scandir(place) as found:
             entries = [entry for entry in found if not _is_ignored(entry.name)]
         folders = [entry for entry in entries if _is_folder(entry) and _identity(entry) not in above]
     except OSError as error:
-        raise InputError(f"data.path={root} cannot be read: {error.strerror}") from error
-    _refuse_dead_links(str(root), "", entries)
+        raise InputError(f"data.path={place} cannot be read: {error.strerror}") from error
+    _refuse_dead_links(str(root), folder, entries)
     return sorted(entry.name for entry in folders)
 
 

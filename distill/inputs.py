@@ -7,25 +7,42 @@ links are relative, so that a store may be moved, or lie elsewhere in a containe
 """
 
 import hashlib
+import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from distill.guard import InputError, RunError
-from distill.printing import say_error
+from pydantic import AfterValidator, Field, ValidationError
+
+from distill.guard import InputError, RunError, is_text
+from distill.printing import say_error, warn
+from distill.records import SMALL, Schema, mistake
+from distill.regular import read_regular
 from distill.space import human
 from distill.spec import CheckpointTeacher, HfData, RunSpec, is_hub_id
-from distill.store import RunPaths, read_json, runs, sync_dir, sync_tree, write_atomic, write_json
+from distill.store import RunPaths, runs, sync_dir, sync_tree, write_atomic, write_json
 
 RECORD = "inputs/inputs.json"  # of a run
 UNUSED_SECONDS = 86400.0  # what was asked for within the last day may be of a run that is being made
+
+
+def _below(text: str) -> str:
+    """A relative path that leads nowhere else."""
+    if not is_text(text) or any(part in ("", ".", "..") for part in text.split("/")):
+        raise ValueError("must be a relative path without . and ..")
+    return text
+
+
+Below = Annotated[str, AfterValidator(_below)]
+Bytes = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -33,12 +50,13 @@ class Input:
     """A commit of a repository of the hub, or a part of it, that lies in the store."""
 
     what: Literal["teacher", "data"]
-    id: str
-    revision: str | None  # as the spec says
-    commit: str  # what the revision was when it was fetched
-    digest: str  # of what, id, commit and which part
-    link: str  # where the run has it, below its `inputs`
-    bytes: int = 0
+    id: Below
+    revision: Below | None  # as the spec says
+    commit: Annotated[str, Field(pattern=r"\A[0-9a-f]{40}\z")]  # what the revision was when it was fetched
+    digest: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]  # of what, id, commit and which part
+    link: Annotated[Below, Field(pattern=r"\A(hub/models--[^/]+/snapshots/[0-9a-f]{40}|datasets/fetched(/[^/]+){3})\z")]
+    """where the run has it, below its `inputs`"""
+    bytes: Bytes = 0
 
     def folder(self, store: Path) -> Path:
         return store / "inputs" / self.digest
@@ -48,6 +66,19 @@ class Input:
 
     def __str__(self) -> str:
         return f"{self.what} {self.id}@{self.commit[:12]}"
+
+
+INPUTS = Schema[list[Input]](list[Input])
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """What is read of input.json: the rest is for people."""
+
+    bytes: Bytes
+
+
+FETCHED = Schema[_Fetched](_Fetched)
 
 
 # --- before a run is made ---
@@ -61,7 +92,7 @@ def resolve(spec: RunSpec, store: Path, before: Sequence[Input] = ()) -> list[In
     found = []
     for wanted, fetch in _wanted(spec, store, before):
         found.append(_in_store(wanted, store, fetch))
-        say_error(f"{wanted}: {human(found[-1].bytes)} in {wanted.folder(store)}")
+        say_error(f"{wanted}: {human(found[-1].bytes)} in {found[-1].folder(store)}")
     return found
 
 
@@ -160,12 +191,24 @@ def _refuse_without_room(what: str, needs: Sequence[tuple[Path, int]]) -> None:
 
 
 def _in_store(wanted: Input, store: Path, fetch: Fetch) -> Input:
-    """The input, fetched unless it is there; under a name of its own until it is whole, so that others never see it."""
-    folder = wanted.folder(store)
-    if folder.is_dir():
+    """The input, fetched unless it is there; under a name of its own until it is whole, so that others never see it.
+
+    What is there under its name and is not whole stays, as runs may use it: then the input has another name.
+    """
+    for number in itertools.count(1):
+        folder = wanted.folder(store)
+        if not folder.is_symlink() and not folder.exists():
+            break
+        try:
+            found = _with_size(wanted, folder)
+        except (OSError, ValidationError) as error:
+            reason = mistake(error) if isinstance(error, ValidationError) else error.strerror
+            warn(f"{folder} is not whole (input.json: {reason}); the {wanted} is fetched under another name")
+            wanted = replace(wanted, digest=_digest(wanted.digest, f"{number}"))
+            continue
         with suppress(OSError):  # it is another user's
             os.utime(folder)
-        return _with_size(wanted, folder)
+        return found
     temporary = folder.with_name(f".{wanted.digest}.new-{platform.node()}-{os.getpid()}-{time.time_ns()}")
     try:
         try:
@@ -193,7 +236,9 @@ def _rename(temporary: Path, folder: Path) -> None:
 
 
 def _with_size(wanted: Input, folder: Path) -> Input:
-    return replace(wanted, bytes=read_json(folder / "input.json")["bytes"])
+    """OSError or pydantic's ValidationError where the folder is not whole."""
+    os.listdir(folder / "content")  # noqa: PTH208  (Path's own would wait until it is asked for a name)
+    return replace(wanted, bytes=FETCHED.parse(read_regular(folder / "input.json", SMALL)).bytes)
 
 
 # --- of a run ---
@@ -215,12 +260,13 @@ def keep(run: RunPaths, inputs: Sequence[Input]) -> None:
 def read(run: RunPaths) -> list[Input]:
     """The inputs of a run; none where they were not fetched beforehand."""
     path = run.root / RECORD
-    if not path.is_file():
-        return []
     try:
-        return [Input(**each) for each in read_json(path)]
-    except (ValueError, TypeError) as error:
-        raise RunError(f"{path} cannot be read ({error}); start the run again under another name") from error
+        return INPUTS.parse(read_regular(path, SMALL))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, ValidationError) as error:
+        reason = mistake(error) if isinstance(error, ValidationError) else error.strerror
+        raise RunError(f"{path} cannot be read ({reason}); start the run again under another name") from error
 
 
 def link(run: RunPaths) -> None:
@@ -251,8 +297,35 @@ def environment(kinds: Collection[str], root: Path) -> dict[str, str]:
 
 
 def unused(store: Path) -> list[Path]:
-    """Folders of inputs that no run names, and what was left of killed downloads; nothing that was asked for lately."""
-    used = {each.digest for run in runs(store) for each in read(run)}
-    before = time.time() - UNUSED_SECONDS
+    """Folders of inputs that no run names, and what was left of killed downloads; nothing that was asked for lately.
+
+    A run whose list cannot be read is warned of. It may need what was asked for within a day before it was made, or
+    since then, and what its list seems to name.
+    """
+    used, before = set(), time.time() - UNUSED_SECONDS
+    for run in runs(store):
+        try:
+            used |= {each.digest for each in read(run)}
+        except RunError as error:
+            warn(f"{error}; until then, inputs that it may need are kept")
+            used |= _named(run)
+            before = min(before, _made(run) - UNUSED_SECONDS)
     found = sorted((store / "inputs").glob("*")) if (store / "inputs").is_dir() else []
-    return [path for path in found if path.name not in used and path.stat().st_mtime < before]
+    folders = [path for path in found if path.is_dir() and not path.is_symlink()]
+    return [path for path in folders if path.name not in used and path.stat().st_mtime < before]
+
+
+def _named(run: RunPaths) -> set[str]:
+    """What looks like the name of an input in the run's list."""
+    try:
+        return {name.decode() for name in re.findall(rb"[0-9a-f]{64}", read_regular(run.root / RECORD, SMALL))}
+    except OSError:
+        return set()
+
+
+def _made(run: RunPaths) -> float:
+    """When the run was made, at the latest; 0 if that cannot be seen."""
+    try:
+        return min(path.lstat().st_mtime for path in run.root.iterdir())
+    except (OSError, ValueError):
+        return 0.0

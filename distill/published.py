@@ -17,12 +17,17 @@ of whoever keeps the server; everything in it is taken to come from somebody hos
   weights or code (contents.py). Code must be, byte for byte, what distill has shipped, or is shown and taken on trust.
 - What the other side of a connection says: time, size and redirections are limited (transports.py, web.py, ssh.py,
   pull.py), and it is printed as one short line.
+- What saves time beside them. An index of images (indexes/) or the costs of steps (schedules/), by schema, the
+  latter also by what was asked for: what does not fit is made again. Of what was fetched (inputs/), that it is there:
+  what is not is fetched again, under another name. All are read as plain files of bounded size.
 - Foreign text in a model card is plain text there (markdown.py), and in a terminal it is without control characters.
 
 Not promised: that a published student is good, is by whom it says, or has the licence it names; that a version stays
 (whoever may write in the folder may also remove or replace it: the sha256 that `students` shows tells one from the
 other); that its README.md is what distill would write (it is text that somebody made, and may lead anywhere); that an
-index over http is complete; that a store which somebody fills up stays quick, or has room.
+index over http is complete; that the numbers of an index of images or of costs are right; that inputs/ holds what the
+hub has (whoever makes inputs/DIGEST first decides the weights); that a store which somebody fills up stays quick, or
+has room.
 """
 
 import json

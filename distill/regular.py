@@ -9,6 +9,7 @@ import stat
 from io import FileIO
 from pathlib import Path
 
+BLOCK = 1 << 24  # bytes read at once: a buffer of the whole limit may not fit
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -44,7 +45,7 @@ def read_regular(path: Path, limit: int, *, follow: bool = False) -> bytes:
     """The bytes of a small file. OSError if it is no file, or has more than `limit` bytes."""
     with open_regular(path, follow=follow) as file:
         content = bytearray()
-        while len(content) <= limit and (block := file.read(limit + 1 - len(content))):
+        while len(content) <= limit and (block := file.read(min(BLOCK, limit + 1 - len(content)))):
             content += block
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))

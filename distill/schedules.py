@@ -17,29 +17,34 @@ Deviations: steps by other solvers than Euler's, and linear times whatever the f
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, astuple, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 from torch import Tensor
 
-from distill import solvers
+from distill import printing, records, solvers
 from distill.draws import sample_noise
 from distill.fields import start
 from distill.guard import InputError, RunError
 from distill.protocols import Cond, VelocityField
+from distill.regular import read_regular
 from distill.sampling import condition
 from distill.spec import FINE, SAMPLES, SEED, Frozen, PairsStage
-from distill.store import write_first
+from distill.store import write_atomic, write_first
 from distill.students.loaded import LoadedStudent
 from distill.students.velocity import VelocityStudent
 from distill.teachers import LoadedTeacher
 from distill.times import uniform_grid
 
 MEMORY = 2**29  # bytes of states that are held at once
+MAX_BYTES = 2**30  # of a file: that of ten thousand fine steps
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,18 @@ class Choice:
     indices: list[int]  # of the fine grid, 0 ... M
     times: list[float]  # linear, 1 ... 0; 1 stands for the noisiest that the field knows
     cost: float
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What costs are measured of, and how."""
+
+    digest: str
+    solver: str
+    fine: int
+    samples: int
+    seed: int
+    guidance_scale: float
 
 
 class Costs(Frozen):
@@ -67,6 +84,22 @@ class Costs(Frozen):
     """the M + 1 linear times"""
     costs: list[list[float]]
     """row i: of the steps to i + 1, ..., M"""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        times = self.t_grid
+        falls = all(a > b for a, b in pairwise(times)) and all(0 <= t <= 1 for t in times)
+        if len(times) != self.fine + 1 or not falls:
+            raise ValueError(f"t_grid: {len(times)} times; valid: {self.fine + 1}, falling within 1 to 0")
+        if [len(row) for row in self.costs] != list(range(self.fine, 0, -1)):
+            raise ValueError(f"costs: its rows are not those of {self.fine} steps")
+        if not all(math.isfinite(cost) and cost >= 0 for row in self.costs for cost in row):
+            raise ValueError("costs: valid are finite numbers of at least 0")
+        return self
+
+    @property
+    def asked(self) -> Asked:
+        return Asked(self.digest, self.solver, self.fine, self.samples, self.seed, self.guidance_scale)
 
     @property
     def matrix(self) -> Tensor:
@@ -160,22 +193,34 @@ def find(
 ) -> Costs:
     """A network's costs: those that the store has kept, or measured now and kept there, by whoever is first."""
     solvers.known(solver)
-    asked = [1, network.digest, solver, fine, samples, seed, guidance_scale]
-    path = store / "schedules" / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:32]}.json"
-    if not path.exists():
-        facts = Costs(
-            digest=network.digest, solver=solver, fine=fine, samples=samples, seed=seed,
-            guidance_scale=guidance_scale, t_grid=[], costs=[],
-        )  # fmt: skip
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot keep step times in {path.parent}: {error.strerror}; give --store") from error
-        write_first(path, _measured(network, facts, device).model_dump_json())
+    asked = Asked(network.digest, solver, fine, samples, seed, guidance_scale)
+    key = json.dumps([1, *astuple(asked)])
+    path = store / "schedules" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     try:
-        return Costs.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise InputError(f"{path} does not hold step times; delete it, and they are found again") from error
+        return _kept(path, asked)
+    except (FileNotFoundError, NotADirectoryError):
+        write = write_first
+    except (OSError, ValueError) as error:
+        reason = records.mistake(error) if isinstance(error, ValidationError) else error
+        printing.warn(f"{path} does not hold the step times asked for ({reason}); they are found again")
+        write = write_atomic
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot keep step times in {path.parent}: {error.strerror}; give --store") from error
+    found = _measured(network, asked, device)
+    write(path, found.model_dump_json())
+    with suppress(OSError, ValueError):  # of whoever was first
+        return _kept(path, asked)
+    return found
+
+
+def _kept(path: Path, asked: Asked) -> Costs:
+    """What a file holds; OSError if it is none, ValueError if it is not what was asked for."""
+    costs = Costs.model_validate_json(read_regular(path, MAX_BYTES), strict=True)
+    if costs.asked != asked:
+        raise ValueError("it is of another network, or of other settings")
+    return costs
 
 
 def optimal_times(
@@ -194,7 +239,7 @@ def with_times(stage: PairsStage, teacher: LoadedTeacher, store: Path, device: t
     return stage.model_copy(update={"times": times, "optimal_times": None})
 
 
-def _measured(network: LoadedTeacher | LoadedStudent, facts: Costs, device: torch.device) -> Costs:
+def _measured(network: LoadedTeacher | LoadedStudent, facts: Asked, device: torch.device) -> Costs:
     if isinstance(network, LoadedTeacher):
         field: VelocityField = network.guided(facts.guidance_scale)
     else:
@@ -216,4 +261,4 @@ def _measured(network: LoadedTeacher | LoadedStudent, facts: Costs, device: torc
                 f"{network.description}; nothing was kept"
             )
     rows = [[float(f"{c:.9g}") for c in total[i, i + 1 :].tolist()] for i in range(facts.fine)]
-    return facts.model_copy(update={"t_grid": list(times), "costs": rows})
+    return Costs.model_validate({**asdict(facts), "t_grid": list(times), "costs": rows})

@@ -1,5 +1,7 @@
 """What a stage computes from: its teacher, the paths to solve, the batches to train on."""
 
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,14 +11,14 @@ from distill import data as datasets
 from distill import pairs, pairspec, schedules, teachers
 from distill.data import DataSet
 from distill.draws import key
-from distill.guard import InputError
+from distill.guard import InputError, RunError
 from distill.pairs import accuracy, paths
 from distill.pairs.accuracy import Accuracy
 from distill.pairs.paths import Real
 from distill.printing import say_error
 from distill.progress import Progress
 from distill.protocols import Source
-from distill.spec import CheckpointTeacher, EvaluateStage, HfData, PairsStage, RunSpec, Stage, TrainStage
+from distill.spec import CheckpointTeacher, EvaluateStage, HfData, ImagesData, PairsStage, RunSpec, Stage, TrainStage
 from distill.stop import StopRequest
 from distill.store import RunPaths, read_json
 from distill.teachers import LoadedTeacher
@@ -77,6 +79,29 @@ def _left_out(teacher: LoadedTeacher, data: DataSet) -> bool:
 
 def _has_own_network(stage: Stage) -> bool:
     return isinstance(stage, TrainStage) and stage.network is not None
+
+
+def refuse_different(run: RunPaths, spec: RunSpec, stage: TrainStage, inputs: Mapping[str, str], world: World) -> None:
+    """RunError where a rank has read other inputs than rank 0, by their digests; all ranks must call this."""
+    if world.size == 1 or not inputs:
+        return
+    ours = torch.tensor([list(hashlib.sha256(digest.encode()).digest()) for digest in inputs.values()])
+    first = ours.clone()
+    with world.contact("comparing inputs"):
+        world.share([first])
+    other = world.meet("after comparing inputs", *(ours != first).any(1).tolist())
+    places = {"data": spec.data.path if isinstance(spec.data, ImagesData | HfData) else spec.data.kind}
+    if stage.teacher is not None:
+        places["teacher"] = str(run.student(stage.teacher))
+    elif spec.teacher is not None:
+        places["teacher"] = spec.teacher.path if isinstance(spec.teacher, CheckpointTeacher) else spec.teacher.kind
+    places["init"] = places.get("teacher", "") if stage.init is None else str(run.student(stage.init))
+    different = [f"{name} ({places[name]})" for name, is_other in zip(inputs, other, strict=True) if is_other]
+    if different:
+        raise RunError(
+            f"the ranks have read different inputs: {', '.join(different)}; it changed while they read it, or is not "
+            "the same on all machines; nothing was trained since the last save: make it the same, then resume"
+        )
 
 
 def batches(
@@ -140,7 +165,8 @@ class Solving:
         assert found is not None, "workflow.check lets no such stage through"
         of_data = stage.paths in pairspec.OF_DATA
         store = run.root.parent
-        data = datasets.load(spec.data, spec.seed, store, indexed=indexed) if of_data else None
+        folder = run.root if indexed else store
+        data = datasets.load(spec.data, spec.seed, folder, indexed=indexed) if of_data else None
         law = teacher(run, spec, None, torch.device("cpu")) if of_data and data is None else None
         stage = schedules.with_times(stage, found, store, device)
         return cls.of(found, stage, seed=key(spec.seed, name), device=device, data=data, law=law)

@@ -39,7 +39,13 @@ def change_from(text: str) -> Override:
         raise InputError(
             f"'{short(text)}' is not a change of the spec; write path=value, like stages.teach.images=64000"
         )
-    return Override(short(text), path.split("."), yamltext.parse(value, short(text)))
+    parts = path.split(".")
+    if len(parts) > yamltext.MAX_DEPTH:
+        raise InputError(
+            f"'{short(text)}' is not a change of the spec: its path has {len(parts):,} parts; valid: at most "
+            f"{yamltext.MAX_DEPTH}"
+        )
+    return Override(short(text), parts, yamltext.parse(value, short(text)))
 
 
 def validate(content: Any, source: str) -> RunSpec:  # noqa: ANN401
@@ -88,7 +94,7 @@ def load(path: Path, changes: Sequence[str] = (), *, name: str | None = None, so
         if name is not None:
             content["name"] = name
     base = path.parent.absolute()
-    return SpecSource(_located(validate(content, source), [base, Path.cwd()]), base, source)
+    return SpecSource(located(validate(content, source), [base, Path.cwd()]), base, source)
 
 
 def load_run(run: RunPaths) -> RunSpec:
@@ -146,7 +152,7 @@ def absolute(path: str, folders: Sequence[Path]) -> str:
     return found
 
 
-def _located(spec: RunSpec, folders: Sequence[Path]) -> RunSpec:
+def located(spec: RunSpec, folders: Sequence[Path]) -> RunSpec:
     """Paths that exist beside the spec, or in the current folder, made absolute: a run may be resumed anywhere."""
     changed: dict[str, Any] = {}
     if isinstance(spec.teacher, CheckpointTeacher):

@@ -87,7 +87,7 @@ def run(
     """
     device, saved = place(spec.launch), "nothing had begun"
     if any(workflow.reads_images(paths, spec, name) for name in names):
-        world.alone("index of the data", partial(datasets.update_index, spec.data, paths.root.parent))
+        world.alone("index of the data", partial(datasets.update_index, spec.data, paths.root.parent, paths.root))
     for name in names:
         stop.share(*world.meet(f"before stage {name}", stop.signal is not None))
         stop.raise_if_requested(saved)
@@ -226,7 +226,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
     origin = loaded.load(work.run.student(stage.init), device) if stage.init is not None else teacher
     data = None
     if "data" in config.needs:
-        data = datasets.load(work.spec.data, work.spec.seed, work.run.root.parent, indexed=True)
+        data = datasets.load(work.spec.data, work.spec.seed, work.run.root, indexed=True)
     samples = teacher if "pairs" in config.needs or data is None else data
     assert samples is not None, "workflow.check lets no such stage through"
     init = StudentInit(origin, stage.network, samples.shape, samples.num_classes, work.seed, teacher, stage.dropout)
@@ -269,6 +269,7 @@ def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -
 def _train(work: Work, stage: TrainStage) -> dict[str, object]:
     launch = work.spec.launch
     training = _training(work, stage, CPU if launch.divide_teacher else work.device)  # whole, it might not fit there
+    sources.refuse_different(work.run, work.spec, stage, training.inputs, work.world)
     zero = Zero(launch.zero_stage, launch.divide_teacher, launch.zero_persistence_threshold, launch.offload_optimizer)
     probe = memory.Probe(zero, work.world.size) if work.measure else None
     times = sources.pair_times(work.run, work.spec, work.name)

@@ -16,6 +16,7 @@ from distill.guard import InputError
 MAX_BYTES = 16 * 1024 * 1024  # of a file
 MAX_DEPTH = 64  # of lists and mappings in each other
 MAX_NODES = 200_000  # values, those behind an alias counted wherever it stands
+OPEN = (0, 0)  # what is measured just now
 MAX_DIGITS = 300  # of a number: more are no number of anything
 _SCALARS = [
     ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
@@ -132,8 +133,10 @@ def _parse(text: str) -> Any:  # noqa: ANN401
         node = loader.get_single_node()
         if node is None:
             return None
-        if _count(node, {}) > MAX_NODES:
-            _refuse(node, f"holds more than {MAX_NODES:,} values, with those that aliases repeat")
+        count, depth = _measure(node, {})
+        for found, most, what in ((count, MAX_NODES, "values"), (depth, MAX_DEPTH, "lists or mappings in each other")):
+            if found > most:
+                _refuse(node, f"holds more than {most:,} {what}, with those that aliases repeat")
         return loader.construct_document(node)
     finally:
         loader.dispose()
@@ -156,20 +159,25 @@ def _refuse_deep(text: str) -> None:
             raise yaml.constructor.ConstructorError(None, None, f"{line}holds more than {limit}")
 
 
-def _count(node: yaml.Node, known: dict[int, int]) -> int:
-    """Values that a node stands for, aliases filled in; `known` has those of nodes that were counted before."""
+def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
+    """How many values a node stands for, and how many lists and mappings are in each other, aliases filled in; `known`
+    has those of nodes that were measured before.
+    """
     if id(node) in known:
-        if known[id(node)] == 0:
+        if known[id(node)] == OPEN:
             _refuse(node, "a value stands within itself")
         return known[id(node)]
-    known[id(node)] = 0
+    known[id(node)] = OPEN
     below: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
         below = [part for pair in node.value for part in pair]
     elif isinstance(node, yaml.SequenceNode):
         below = node.value
-    known[id(node)] = 1 + sum(_count(part, known) for part in below)
-    return known[id(node)]
+    inside = [_measure(part, known) for part in below]
+    count = 1 + sum(count for count, _ in inside)
+    depth = max((depth for _, depth in inside), default=0) + isinstance(node, yaml.CollectionNode)
+    known[id(node)] = count, depth
+    return count, depth
 
 
 def dump(content: Any) -> str:  # noqa: ANN401

@@ -75,6 +75,7 @@ class Hub(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.requests: list[str] = []  # METHOD path
         self.held = ""  # half of the files of this name is sent, and the rest when the hub closes
+        self.busy = False  # it tells nobody what a repository holds (429)
         self.closing = threading.Event()
         self.commits = {name: {ref: Commit(at) for ref, at in refs.items()} for name, refs in repositories.items()}
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -110,6 +111,9 @@ class Answer(BaseHTTPRequestHandler):
         if MUTE in self.path:
             return
         url = urlsplit(self.path)
+        if self.server.busy and "/resolve/" not in url.path:
+            self.send_error(429)
+            return
         try:
             body, sha = self.server.answer(url.path, url.query)
             status, headers = 200, {"ETag": f'"{sha1(body)}"', "X-Repo-Commit": sha}

@@ -15,7 +15,7 @@ from runs import make
 
 import distill as package
 from distill import claims, inputs, presets, specfile, status
-from distill.cli import common, start, work
+from distill.cli import common, given, start, work
 from distill.cli.main import app
 from distill.guard import InputError
 from distill.inputs import Input
@@ -100,7 +100,7 @@ def test_the_store_is_an_option_then_the_environment_then_the_settings_then_here
     assert str(common.store_path(None)) == "/a/b"
     monkeypatch.setenv("DISTILL_STORE", "/c")
     assert str(common.store_path(None)) == "/c"
-    assert common.store_path(tmp_path) == tmp_path
+    assert common.store_path(str(tmp_path)) == tmp_path
 
 
 @pytest.mark.parametrize(
@@ -109,6 +109,9 @@ def test_the_store_is_an_option_then_the_environment_then_the_settings_then_here
         ("stoer: /a\n", "unknown setting 'stoer'; did you mean 'store'? valid: site, store"),
         ("store: a\n", "store: 'a' given; must be an absolute path or a URL"),
         ("store: 5\n", "store: 5 given; must be an absolute path or a URL"),
+        (f"store: {'a' * 200}\n", f"store: '{'a' * 89}... (202 letters) given; must be an absolute path or a URL"),
+        (f"site: {[1] * 99}\n", f"site: {str([1] * 99)[:90]}... (297 letters) given; must be an absolute path"),
+        (f"{'a' * 200}: 1\n", f"unknown setting '{'a' * 90}... (200 letters)'; valid: site, store"),
         ("[1]\n", "a mapping of settings is expected; valid: site, store"),
     ],
 )
@@ -291,14 +294,14 @@ def test_clean_takes_what_killed_processes_left(capfd, tmp_path):
 
 
 def test_clean_takes_inputs_that_no_run_names(capfd, tmp_path):
-    folders = [tmp_path / "runs" / "inputs" / name for name in ("used", "unused", "fresh")]
+    folders = [tmp_path / "runs" / "inputs" / name for name in ("a" * 64, "unused", "fresh")]
     for folder in folders:
         (folder / "content").mkdir(parents=True)
         (folder / "content" / "file").write_text("1234")
     for folder in folders[:2]:
         os.utime(folder, (0, 0))
     run = make(tmp_path / "runs")
-    record = Input("teacher", "org/tiny", None, "c" * 40, "used", "hub/x")
+    record = Input("teacher", "org/tiny", None, "c" * 40, "a" * 64, f"hub/models--org--tiny/snapshots/{'c' * 40}")
     inputs.keep(run, [record])
     said = command(capfd, "clean", "--inputs").out
     assert said.endswith("4 B  runs/inputs/unused\n4 B would be free; nothing was deleted: add --yes\n")
@@ -376,6 +379,38 @@ def test_quickstart_goes_on_with_what_was_stopped_and_repeats_nothing(tmp_path):
     assert choice() == ("quickstart-2", False)
     make(store, "quickstart-2", preset="mixture-2d")  # somebody's own run of that name
     assert choice() == ("quickstart-3", False)
+
+
+def test_a_damaged_quickstart_is_named_and_passed_over(tmp_path, capfd):
+    store = tmp_path / "runs"
+    make(store, "quickstart").spec.write_text("name: [")
+    os.mkfifo(make(store, "quickstart-2").root / "fifo")
+    (store / "quickstart-2" / "spec.yaml").unlink()
+    (store / "quickstart-2" / "fifo").rename(store / "quickstart-2" / "spec.yaml")
+    paths, unfinished = work.choose_quickstart(store)
+    assert (paths.name, unfinished) == ("quickstart-3", None)
+    first, second = capfd.readouterr().err.splitlines()
+    said = "is damaged, and passed over: "
+    assert first.startswith(
+        f"warning: run 'quickstart' {said}{store}/quickstart/spec.yaml: not YAML: line 2, column 1: "
+    )
+    fifo = "cannot be read: it is a FIFO, not a file"
+    assert second == f"warning: run 'quickstart-2' {said}{store}/quickstart-2/spec.yaml {fifo}"
+
+
+def test_a_url_as_store_is_named_as_it_was_given(capfd):
+    done = command(capfd, "list", "--store", "https://a.b/c")
+    assert done.code == 2
+    assert done.err.startswith("error: the store https://a.b/c (from --store) is a URL, from which students are pulled")
+
+
+def test_a_teacher_in_yaml_is_found_where_that_of_a_spec_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home" / "T").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    assert given.teacher("{path: ~/T}", tmp_path).path == str(tmp_path / "home" / "T")
+    assert given.teacher("{kind: diffusers, path: here}", tmp_path).path == str(tmp_path / "here")
+    assert given.data("{kind: images, path: ~/T, size: 8}").path == str(tmp_path / "home" / "T")
 
 
 # --- the environment that a run records ---

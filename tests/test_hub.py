@@ -121,6 +121,25 @@ def test_without_the_hub_the_cache_gives_the_same_pairs(solved):
         assert folder_bytes(solved.cwd / again) == folder_bytes(solved.cwd / before)
 
 
+def test_where_the_hub_does_not_say_what_there_is_only_the_cache_is_read(tmp_path):
+    """All files of these kinds would be all variants of the weights."""
+    tiny, cwd = pipeline(tmp_path / "tiny", 0), tmp_path / "work"
+    half = tiny / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    shutil.copy(half.with_name("diffusion_pytorch_model.safetensors"), half)
+    with Hub({"models/org/tiny": {"main": tiny}, "models/org/new": {"main": tiny}}) as hub:
+        codes, err = commands(pairs("org/tiny", "p"), hub=hub, cwd=cwd)
+        assert codes == [0], err
+        hub.busy, before = True, len(hub.requests)
+        codes, err = commands(pairs("org/tiny", "q"), pairs("org/new", "r"), hub=hub, cwd=cwd)
+        assert codes == [0, 2], err
+        assert "teacher.path=org/new is neither a folder here nor a hub id that can be fetched or is cached (" in err
+        assert not [request for request in hub.requests[before:] if "/resolve/" in request]
+    codes, err = commands(pairs("org/tiny", "s"), hub=hub, cwd=cwd, offline=True)
+    assert codes == [0], err
+    for again in ("q", "s"):
+        assert folder_bytes(cwd / again) == folder_bytes(cwd / "p")
+
+
 def data(path: str) -> list[str]:
     return ["plan", "digits", f"data={{kind: hf, path: {path}, size: 8, channels: 1}}"]
 

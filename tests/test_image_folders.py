@@ -232,6 +232,34 @@ def test_files_that_cannot_be_read_are_named_and_nothing_hangs(tmp_path, capfd):
     assert len(loaded) == 2
 
 
+def test_damage_of_any_kind_is_of_one_image(tmp_path, capfd):
+    """Whatever Pillow raises. AVIF: RuntimeError."""
+    for i in range(2):
+        Image.effect_noise((16, 16), 50).convert("RGB").save(tmp_path / f"{i}.avif")
+    whole = (tmp_path / "1.avif").read_bytes()
+    (tmp_path / "1.avif").write_bytes(whole[:-40] + bytes(40))
+    assert "1 of 2 images cannot be decoded, data.max_unreadable is 0" in unreadable(tmp_path)
+    loaded = data.load(ImagesData(kind="images", path=str(tmp_path), size=8, max_unreadable=1), 0)
+    assert "1 of 2 images cannot be decoded and are skipped" in capfd.readouterr().err
+    assert len(loaded) == 1
+
+
+@pytest.mark.parametrize("kind", ["EPS", "IM"])
+def test_formats_whose_readers_cannot_be_trusted_are_not_opened(tmp_path, monkeypatch, kind):
+    """Whatever the name of the file says: a picture of EPS would be drawn by Ghostscript."""
+    folder(tmp_path / "set", "1.png", f"2.{kind.lower()}")
+    Image.new("RGB", (8, 8)).save(tmp_path / "set" / "0.png", kind)
+    script = tmp_path / "bin" / "gs"
+    script.parent.mkdir()
+    script.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(script.parent), prepend=":")
+    assert read(tmp_path / "set")[0] == ["0.png", "1.png"]
+    said = unreadable(tmp_path / "set")
+    assert f"1 of 2 images cannot be decoded, data.max_unreadable is 0: {tmp_path}/set/0.png (row 0); repair" in said
+    assert not (tmp_path / "started").exists()
+
+
 @contextmanager
 def as_nobody() -> Iterator[Path]:
     """A folder of a user who may not read everything, as root may."""

@@ -142,7 +142,7 @@ def test_a_file_written_as_it_was_indexed_is_not_trusted(tmp_path, monkeypatch):
     assert BYTES < again(spec, tmp_path, monkeypatch) < 3 * BYTES
 
 
-@pytest.mark.parametrize("damage", ["half", "garbage", "labels", "lengths", "version"])
+@pytest.mark.parametrize("damage", ["half", "garbage", "labels", "lengths", "version", "types", "sides", "shapes"])
 def test_a_damaged_index_is_made_again(tmp_path, damage):
     spec = images(folder(tmp_path / "set"))
     data.update_index(spec, tmp_path)
@@ -158,11 +158,75 @@ def test_a_damaged_index_is_made_again(tmp_path, damage):
             save_file({**arrays, "labels": arrays["labels"] + 10**12}, path, {"index": json.dumps(head)})
         case "lengths":
             save_file({**arrays, "ends": arrays["ends"] + 1}, path, {"index": json.dumps(head)})
+        case "types":
+            save_file({**arrays, "alpha": arrays["alpha"].astype(np.float16)}, path, {"index": json.dumps(head)})
+        case "sides":
+            save_file({**arrays, "sides": -arrays["sides"]}, path, {"index": json.dumps(head)})
+        case "shapes":
+            save_file({**arrays, "names": arrays["names"][None]}, path, {"index": json.dumps(head)})
         case "version":
             save_file(arrays, path, {"index": json.dumps({**head, "format": 2})})
     assert index.read(path) is None
     data.update_index(spec, tmp_path)
     assert (kept(tmp_path, spec).sha256 == arrays["sha256"]).all()
+
+
+def test_a_run_keeps_its_own_index(tmp_path, monkeypatch):
+    """Another run indexes the set as it has become since; the ranks of this one read what it began with."""
+    root, store, run = folder(tmp_path / "set"), tmp_path / "runs", tmp_path / "runs" / "r"
+    spec = images(root)
+    run.mkdir(parents=True)
+    data.update_index(spec, store, run)
+    before = index.path(run, spec).stat()
+    first = data.load(spec, 0, run, indexed=True)
+    (root / "b" / "1.png").unlink()
+    again(spec, store, monkeypatch)
+    assert len(kept(store, spec)) == 7
+    later = data.load(spec, 0, run, keep=False, indexed=True)
+    assert (later.digest, len(later)) == (first.digest, 8)
+    assert index.path(run, spec).stat() == before
+    monkeypatch.setattr(data, "_INDEXES", {})
+    index.path(store, spec).unlink()
+    data.update_index(spec, store, run)  # the run goes on: then its index is of the images as they are now
+    assert len(kept(run, spec)) == len(kept(store, spec)) == 7
+
+
+def test_a_run_that_goes_on_keeps_an_index_that_is_still_right(tmp_path, monkeypatch):
+    spec, store, run = images(folder(tmp_path / "set")), tmp_path / "runs", tmp_path / "runs" / "r"
+    run.mkdir(parents=True)
+    data.update_index(spec, store, run)
+    before = index.path(run, spec).stat()
+    for damage in (lambda path: path.write_bytes(b""), Path.unlink):
+        damage(index.path(store, spec))
+        monkeypatch.setattr(data, "_INDEXES", {})
+        read = bytes_read()
+        data.update_index(spec, store, run)
+        assert bytes_read() - read < BYTES
+        assert index.path(run, spec).stat() == before
+
+
+def test_a_fifo_or_a_link_in_the_store_is_no_index_and_waits_for_nobody(tmp_path):
+    spec = images(folder(tmp_path / "set"))
+    data.update_index(spec, tmp_path)
+    path, count = index.path(tmp_path, spec), len(kept(tmp_path, spec))
+    path.rename(tmp_path / "moved")
+    for put in (os.mkfifo, lambda place: place.symlink_to(tmp_path / "moved")):
+        put(path)
+        assert index.read(path) is None
+        data.update_index(spec, tmp_path)
+        assert path.is_file() and not path.is_symlink() and len(kept(tmp_path, spec)) == count
+        path.unlink()
+
+
+def test_a_store_that_cannot_keep_an_index_is_no_obstacle(tmp_path, capfd):
+    store, run = tmp_path / "runs", tmp_path / "runs" / "r"
+    run.mkdir(parents=True)
+    (store / "indexes").write_text("")
+    spec = images(folder(tmp_path / "set"))
+    data.update_index(spec, store, run)
+    said = f"warning: cannot make {store}/indexes: File exists; nothing was changed; without an index in the store, "
+    assert capfd.readouterr().err == said + "other runs read all these images again\n"
+    assert data.load(spec, 0, run, indexed=True).digest == data.load(spec, 0).digest
 
 
 def test_rows_of_a_table_are_indexed_too(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -360,7 +360,7 @@ def test_a_file_that_cannot_be_written_ends_it_and_nothing_is_kept(site):
 
 def kept(store: Path, name: str, what: str = "teacher") -> Input:
     """An input that lies in the store."""
-    one = Input(what, f"org/{name}", None, "c" * 40, name * 4, f"hub/models--org--{name}/snapshots/{'c' * 40}")
+    one = Input(what, f"org/{name}", None, "c" * 40, name * 64, f"hub/models--org--{name}/snapshots/{'c' * 40}")
     one.content(store).mkdir(parents=True)
     write_atomic(one.folder(store) / "input.json", '{"bytes": 5}')
     return replace(one, bytes=5)
@@ -406,14 +406,14 @@ def test_links_are_relative_and_made_again_where_they_are_gone(tmp_path):
     write_atomic(run.root / inputs.RECORD, inputs.record([one])[inputs.RECORD])
     inputs.link(run)
     link = run.root / "inputs" / one.link
-    assert str(link.readlink()) == "../../../../../inputs/aaaa/content"
+    assert str(link.readlink()) == f"../../../../../inputs/{'a' * 64}/content"
     assert (link.parent.parent / "refs" / "main").read_text() == one.commit
     link.unlink()
     link.symlink_to("nowhere")
     inputs.link(run)
     assert link.resolve() == one.content(tmp_path).resolve()
     shutil.rmtree(one.folder(tmp_path))
-    with pytest.raises(RunError, match="the teacher org/a@cccccccccccc is not in .*/inputs/aaaa any more; submit the"):
+    with pytest.raises(RunError, match="the teacher org/a@cccccccccccc is not in .*/inputs/a{64} any more; submit the"):
         inputs.link(run)
 
 
@@ -422,11 +422,78 @@ def test_unused_is_what_no_run_names_and_nobody_asked_for_lately(tmp_path):
     run, used, old, new = make(tmp_path), *(kept(tmp_path, name) for name in "abc")
     (run.root / "inputs").mkdir()
     write_atomic(run.root / inputs.RECORD, inputs.record([used])[inputs.RECORD])
+    (tmp_path / "inputs" / "link").symlink_to("nowhere")
+    (tmp_path / "inputs" / "file").write_text("")
+    os.utime(tmp_path / "inputs" / "file", (0, 0))
     for each in (used, old):
         os.utime(each.folder(tmp_path), (time.time() - 2 * DAY,) * 2)
     assert inputs.unused(tmp_path) == [old.folder(tmp_path)]
     assert new.folder(tmp_path).exists()
     assert read_json(run.root / inputs.RECORD)[0]["digest"] == used.digest
-    write_atomic(run.root / inputs.RECORD, "[{}]")
-    with pytest.raises(RunError, match=r"inputs\.json cannot be read .*; start the run again under another name"):
-        inputs.unused(tmp_path)
+
+
+# Of a list of inputs: what somebody wrote into it, and what is said of that.
+WRONG = [
+    ("what", "other", "0.what: \"other\" given; input should be 'teacher' or 'data'"),
+    ("digest", "../../elsewhere", "0.digest: "),
+    ("digest", "A" * 64, "0.digest: "),
+    ("commit", "../c", "0.commit: "),
+    ("link", "../../../../hub", "0.link: "),
+    ("link", "hub/models--../../snapshots/" + "c" * 40, "0.link: "),
+    ("link", "datasets/fetched/a/../b", "0.link: "),
+    ("revision", "../../../../main", '0.revision: "../../../../main" given; must be a relative path without . and ..'),
+    ("revision", "/main", '0.revision: "/main" given; must be a relative path without . and ..'),
+    ("id", 5, "0.id: 5 given; input should be a valid string"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "said"), WRONG)
+def test_a_list_of_inputs_leads_nowhere_else(tmp_path, field, value, said):
+    run, one = make(tmp_path / "runs"), kept(tmp_path / "runs", "a")
+    (run.root / "inputs").mkdir()
+    (run.root / inputs.RECORD).write_text(json.dumps([asdict(one) | {field: value}]))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(
+        RunError, match=r"inputs\.json cannot be read .*; start the run again under another name"
+    ) as info:
+        inputs.link(run)
+    assert said in str(info.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_list_that_cannot_be_read_is_warned_of_and_keeps_what_it_may_need(tmp_path, capfd):
+    run, named, old, ancient = make(tmp_path), *(kept(tmp_path, name) for name in "abc")
+    (run.root / "inputs").mkdir()
+    write_atomic(run.root / inputs.RECORD, json.dumps([{"digest": named.digest}]))
+    for each, days in ((named, 9), (ancient, 9), (old, 2)):
+        os.utime(each.folder(tmp_path), (time.time() - days * DAY,) * 2)
+    for path in run.root.iterdir():
+        os.utime(path, (time.time() - 3 * DAY,) * 2)
+    assert inputs.unused(tmp_path) == [ancient.folder(tmp_path)]
+    said = (
+        f"warning: {run.root}/{inputs.RECORD} cannot be read (0.what: is missing); start the run again under another "
+    )
+    assert capfd.readouterr().err == said + "name; until then, inputs that it may need are kept\n"
+    (run.root / inputs.RECORD).unlink()
+    os.mkfifo(run.root / inputs.RECORD)
+    assert inputs.unused(tmp_path) == [each.folder(tmp_path) for each in (named, ancient)], "nothing waits for it"
+
+
+@pytest.mark.parametrize("damage", ["{}", "", '{"bytes": -1}', "fifo", "no content"])
+def test_an_input_that_is_not_whole_is_fetched_under_another_name(tmp_path, capfd, damage):
+    one = kept(tmp_path, "a")
+    record = one.folder(tmp_path) / "input.json"
+    if damage == "fifo":
+        record.unlink()
+        os.mkfifo(record)
+    elif damage == "no content":
+        one.content(tmp_path).rmdir()
+    else:
+        record.write_text(damage)
+    found = inputs._in_store(one, tmp_path, lambda folder: folder.mkdir(parents=True))
+    assert found.digest != one.digest and found.content(tmp_path).is_dir()
+    said = capfd.readouterr().err
+    assert said.startswith(f"warning: {one.folder(tmp_path)} is not whole (input.json: ")
+    assert said.endswith("; the teacher org/a@cccccccccccc is fetched under another name\n")
+    assert inputs._in_store(one, tmp_path, lambda folder: folder / "never") == found, "it is there now"
+    assert one.folder(tmp_path).exists(), "a run may use it"

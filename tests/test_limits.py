@@ -165,6 +165,10 @@ def bomb(levels: int) -> str:
 
 YAML = {
     "aliases of aliases": (bomb(30), "line 1: holds more than 200,000 values, with those that aliases repeat"),
+    "aliases in each other": (
+        "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 600)),
+        "line 1: holds more than 64 lists or mappings in each other, with those that aliases repeat",
+    ),
     "merged aliases": (
         "a0: &a0 {k: 1}\n" + "\n".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 30)),
         "line 1: holds more than 200,000 values, with those that aliases repeat",
@@ -211,6 +215,12 @@ def test_what_yaml_may_say_is_taken():
 
 def test_a_file_without_end_is_not_read(capfd, tmp_path):
     refuse(capfd, tmp_path, ["plan", "/dev/zero"], "/dev/zero: holds more than 16 MiB; a spec is a short YAML file")
+
+
+def test_a_path_of_very_many_parts_is_refused(capfd, tmp_path):
+    change = f"stages.r.options{'.x' * 1500}=1"
+    said = f"'{change[:90]}... ({len(change):,} letters)' is not a change of the spec: its path has 1,503 parts; "
+    refuse(capfd, tmp_path, ["plan", "ok.yaml", change], said + "valid: at most 64")
 
 
 def test_very_many_mistakes_are_counted(capfd, tmp_path):
@@ -410,8 +420,12 @@ def test_an_error_of_the_system_in_a_recipe_of_ones_own_keeps_its_traceback(capf
     assert (str(last.path), last.lineno + 1) == (f"{tmp_path}/mine.py", 8)
 
 
-def test_a_run_whose_images_cannot_be_indexed_is_not_made(capfd, tmp_path):
+def test_a_run_does_without_the_stores_index_of_its_images(capfd, tmp_path):
     from PIL import Image
+
+    from distill import stages
+    from distill.cli import start
+    from distill.stop import StopRequest
 
     (tmp_path / "set").mkdir()
     for i in range(2):
@@ -421,10 +435,14 @@ def test_a_run_whose_images_cannot_be_indexed_is_not_made(capfd, tmp_path):
     (tmp_path / "s.yaml").write_text(spec)
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "indexes").write_text("")
-    done = command(capfd, "run", "s.yaml")
-    said = f"error: cannot make {tmp_path}/runs/indexes: File exists; nothing was changed\n"
-    assert (done.code, done.err) == (1, said)
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["indexes"]
+    source = start.find("s.yaml", ["stages.r.images=8", "stages.r.batch_size=8"], None)
+    run = start.begin(tmp_path / "runs", source)
+    said = f"warning: cannot make {tmp_path}/runs/indexes: File exists; nothing was changed; without an index in the "
+    assert capfd.readouterr().err == said + "store, other runs read all these images again\n"
+    stages.run(run, source.spec, ["r"], StopRequest())
+    assert run.stage("r").done.exists()
+    assert (tmp_path / "runs" / "indexes").read_text() == ""
+    assert len(list((run.root / "indexes").iterdir())) == 1
 
 
 def test_what_a_kill_left_of_a_run_is_cleared_at_the_next_start(tmp_path):

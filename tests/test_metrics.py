@@ -1,9 +1,11 @@
 """Metrics against closed forms, and a feature network that is the same wherever it is trained."""
 
 import math
+import os
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from distill import data as datasets
 from distill.data.arrays import ArrayData
@@ -170,6 +172,32 @@ def test_features_are_read_back(digits):
     assert torch.equal(again.reference, features.reference)
     assert again.accuracy == features.accuracy
     assert len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize("damage", ["half", "shape", "nan", "accuracy", "fifo", "none"])
+def test_features_that_are_damaged_are_trained_again(digits, tmp_path, monkeypatch, capfd, damage):
+    monkeypatch.setattr(feature_module, "TRAIN_IMAGES", 256)
+    first = prepare(digits[0], tmp_path)
+    (path,) = tmp_path.iterdir()
+    tensors = load_file(path)
+    match damage:
+        case "half":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        case "shape":
+            save_file({**tensors, "reference": tensors["reference"][1:].clone()}, path, {"accuracy": "0.5"})
+        case "nan":
+            save_file({**tensors, "head.bias": tensors["head.bias"] * torch.nan}, path, {"accuracy": "0.5"})
+        case "accuracy":
+            save_file(tensors, path, {"accuracy": "1.5"})
+        case "fifo":
+            path.unlink()
+            os.mkfifo(path)
+        case "none":
+            save_file(tensors, path)
+    again = prepare(digits[0], tmp_path)
+    assert torch.equal(again.reference, first.reference) and again.accuracy == first.accuracy
+    assert capfd.readouterr().err == f"warning: {path} is damaged; the network that it holds is trained again\n"
+    assert torch.equal(load_file(path)["reference"], first.reference)
 
 
 def test_features_are_trained_the_same_again_whatever_the_global_random_state(digits, tmp_path, monkeypatch):

@@ -4,6 +4,9 @@ import json
 import os
 import re
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,3 +148,47 @@ def test_ranks_read_the_index_that_was_made_with_the_run(folder):
     events = [json.loads(line) for line in run_paths(folder, "images").events.read_text().splitlines()]
     began = next(event["time"] for event in events if event["event"] == "stage started")
     assert index.stat().st_mtime < began, "the ranks have made it again"
+
+
+COMPARE = """
+import sys, torch
+from pathlib import Path
+from distill import sources, world
+from distill.guard import RunError
+from distill.spec import RunSpec
+from distill.store import RunPaths
+
+spec = RunSpec.model_validate({"name": "r", "data": {"kind": "images", "path": "/set", "size": 8}, "stages": {
+    "t": {"kind": "train", "recipe": "pretrain/flow_matching", "images": 8, "network": {"kind": "mlp"}}}})
+ranks = world.World.join(torch.device("cpu"), 1.0, 0, print)
+for digests in sys.argv[1].split():
+    try:
+        given = {"init": "one", "data": digests.split(",")[ranks.rank]}
+        sources.refuse_different(RunPaths(Path("r")), spec, spec.stages["t"], given, ranks)
+        print("same")
+    except RunError as error:
+        print(error)
+"""
+
+
+def test_ranks_that_read_different_data_do_not_train(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", COMPARE, "a,a a,b"],
+            env=shared | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for rank in ranks:
+        out, err = rank.communicate(timeout=120)
+        assert rank.returncode == 0, err
+        first, second = out.splitlines()
+        assert first == "same"
+        assert second == (
+            "the ranks have read different inputs: data (/set); it changed while they read it, or is not the same on "
+            "all machines; nothing was trained since the last save: make it the same, then resume"
+        )

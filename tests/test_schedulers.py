@@ -333,6 +333,9 @@ def test_an_override_of_another_kind_or_prediction_is_refused(tmp_path):
     refused(folder, "predicts v_prediction, but", "one that predicts epsilon; remove it", scheduler=given["v"])
     assert load(folder, scheduler=given["v"], prediction="v_prediction").field.prediction == "v_prediction"
     assert load(folder, scheduler=given["betas"]).field.prediction == "epsilon"
+    DDIMScheduler(num_train_timesteps=500).save_pretrained(tmp_path / "short")
+    said = "describes num_train_timesteps=500, but the checkpoint's own scheduler ("
+    refused(folder, said, ") num_train_timesteps=1000; remove it, or correct it", scheduler=str(tmp_path / "short"))
     edit(folder / "scheduler" / "scheduler_config.json", _class_name="ScoreSdeVeScheduler")
     refused(folder, "one that predicts epsilon", scheduler=given["flow"])
     flow = write(tmp_path / "inverted", unet(), inverted(1.0))
@@ -341,3 +344,31 @@ def test_an_override_of_another_kind_or_prediction_is_refused(tmp_path):
         "disagree on the scale or direction of time, or on the sign of the output; remove teacher.scheduler",
         scheduler=given["flow"],
     )
+
+
+def test_an_override_that_contradicts_what_the_own_scheduler_leaves_out_is_refused(tmp_path):
+    """diffusers' defaults: a noise prediction, and data of deviation 0.5."""
+    folder = write(tmp_path / "teacher", unet(), DDPMScheduler())
+    own = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(own.read_text())
+    del config["prediction_type"]
+    own.write_text(json.dumps(config))
+    DDPMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "v")
+    refused(folder, "predicts v_prediction, but", "one that predicts epsilon; remove it", scheduler=str(tmp_path / "v"))
+    edm = write(tmp_path / "edm", unet(), EDMEulerScheduler())
+    EDMEulerScheduler(sigma_data=1.0).save_pretrained(tmp_path / "other")
+    said = "describes sigma_data=1.0, but the checkpoint's own scheduler ("
+    refused(edm, said, ") sigma_data=0.5; remove it, or correct it", scheduler=str(tmp_path / "other"))
+
+
+def test_an_option_that_is_not_known_is_repaired_by_an_override_that_agrees_in_the_rest(tmp_path):
+    folder = write(tmp_path / "teacher", unet(), DDPMScheduler())
+    edit(folder / "scheduler" / "scheduler_config.json", new_path=1)
+    refused(
+        folder, "new_path=1 is an option of no scheduler that is known here, so it may change the path; if it does "
+        "not, remove it, or give the folder of a config without it as teacher.scheduler",
+    )  # fmt: skip
+    DDPMScheduler().save_pretrained(tmp_path / "same")
+    assert load(folder, scheduler=str(tmp_path / "same")).field.prediction == "epsilon"
+    DDPMScheduler(prediction_type="sample").save_pretrained(tmp_path / "other")
+    refused(folder, "predicts sample, but", "one that predicts epsilon", scheduler=str(tmp_path / "other"))

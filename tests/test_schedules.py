@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -210,12 +211,40 @@ def test_pairs_keep_their_states_at_the_times_found(tmp_path, solver):
     assert not (tmp_path / "none").exists()
 
 
-def test_a_kept_file_that_is_none_and_a_store_that_cannot_be_written(tmp_path):
-    find(tmp_path)
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"format": 2}, "format: 2 given; input should be 1"),
+        ({"costs": []}, "costs: its rows are not those of 12 steps"),
+        ({"costs": [[0.0] * n for n in range(11, -1, -1)]}, "costs: its rows are not those of 12 steps"),
+        ({"t_grid": [5, -3, 7, 1e9, *[0] * 9]}, "t_grid: 13 times; valid: 13, falling within 1 to 0"),
+        ({"t_grid": [1, 0.5, 0]}, "t_grid: 3 times; valid: 13, falling within 1 to 0"),
+        ({"costs": [[-1.0] * n for n in range(12, 0, -1)]}, "costs: valid are finite numbers of at least 0"),
+        ({"costs": [[math.inf] * n for n in range(12, 0, -1)]}, "costs: valid are finite numbers of at least 0"),
+        ({"solver": "heun"}, "it is of another network, or of other settings"),
+        ({"digest": "0" * 64}, "it is of another network, or of other settings"),
+        (None, "it is not JSON"),
+        ("fifo", "it is a FIFO, not a file"),
+        ("link", "it is a link; links are not followed"),
+    ],
+)
+def test_a_kept_file_that_does_not_fit_is_measured_again(tmp_path, capfd, change, reason):
+    found = find(tmp_path)
     (path,) = (tmp_path / "schedules").iterdir()
-    path.write_text(json.dumps({"format": 2}))
-    with pytest.raises(InputError, match="json does not hold step times; delete it, and they are found again"):
-        find(tmp_path)
+    whole = path.read_bytes()
+    if isinstance(change, str):
+        path.rename(tmp_path / "moved")
+        os.mkfifo(path) if change == "fifo" else path.symlink_to(tmp_path / "moved")
+    else:
+        path.write_text("" if change is None else json.dumps(json.loads(whole) | change))
+    assert find(tmp_path) == found
+    said = capfd.readouterr().err
+    assert said.startswith(f"warning: {path} does not hold the step times asked for (") and reason in said
+    assert said.endswith("); they are found again\n")
+    assert path.read_bytes() == whole and not path.is_symlink()
+
+
+def test_solvers_that_are_unknown_and_a_store_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot keep step times in .*file/schedules: Not a directory; give --store"):
         find(tmp_path / "file")

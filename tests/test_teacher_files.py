@@ -134,7 +134,8 @@ def test_an_adapter_is_named(folder):
 
 @pytest.mark.parametrize("place", ["", "unet"])
 @pytest.mark.parametrize(
-    "name", ["pytorch_lora_weights.bin", "my_style_LoRA.safetensors", "adapter_model.bin", "lora.ckpt"]
+    "name",
+    ["pytorch_lora_weights.bin", "my_style_LoRA.safetensors", "adapter_model.bin", "lora.ckpt", "MyLoRA2.PT"],
 )
 def test_an_adapter_beside_the_weights_is_refused_whatever_its_name(folder, place, name):
     (folder / place / name).write_bytes(b"x")
@@ -142,6 +143,11 @@ def test_an_adapter_beside_the_weights_is_refused_whatever_its_name(folder, plac
     inside = str(Path(place) / name)
     with pytest.raises(InputError, match=f"teacher.path=org/x: the adapter {inside} would not be used; merge it"):
         by_id.read_of("org/x", ["model_index.json", f"unet/{FILE}", inside], weights=False)
+
+
+def test_a_word_that_holds_lora_is_no_adapter():
+    for name in ("exploration.pt", "colorado.safetensors", "EXPLORATION.bin", "flora_v2.ckpt"):
+        assert variants.ADAPTER.fullmatch(name) is None, name
 
 
 def test_what_only_speaks_of_adapters_is_let_through(folder):
@@ -347,6 +353,34 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ("unet/config.json", {"act_fn": "\x1b[2Jx"}, "describes no network that can be built: "),
         ("unet/config.json", {"time_embedding_type": 3}, "time_embedding_type=3; valid: 'positional', 'fourier' or"),
         ("unet/config.json", {"_class_name": {"a": 1}}, "network class {'a': 1} is not supported; valid: UNet2DModel"),
+        (
+            "unet/config.json",
+            {"alphas_cumprod": [0.1, 0.5, 0.9]},
+            "alphas_cumprod=[0.1, 0.5, 0.9]; valid: 2 numbers or more, falling from below",
+        ),
+        ("unet/config.json", {"alphas_cumprod": []}, "alphas_cumprod=[]; valid: 2 numbers or more, falling from below"),
+        (
+            "unet/config.json",
+            {"alphas_cumprod": [0.5]},
+            "alphas_cumprod=[0.5]; valid: 2 numbers or more, falling from below",
+        ),
+        (
+            "unet/config.json",
+            {"alphas_cumprod": [0.5, 0.5]},
+            "alphas_cumprod=[0.5, 0.5]; valid: 2 numbers or more, falling from below",
+        ),
+        (
+            "unet/config.json",
+            {"alphas_cumprod": [1.0, 0.5]},
+            "alphas_cumprod=[1.0, 0.5]; valid: 2 numbers or more, falling from below",
+        ),
+        (
+            "unet/config.json",
+            {"alphas_cumprod": [0.5, -0.5]},
+            "alphas_cumprod=[0.5, -0.5]; valid: 2 numbers or more, falling from below",
+        ),
+        ("unet/config.json", {"sigma_min": 90.0}, "sigma_min=90; valid: less than sigma_max=80"),
+        ("unet/config.json", {"sigma_max": 0.002}, "sigma_min=0.002; valid: less than sigma_max=0.002"),
         ("model_index.json", {"unet": []}, "unet=[]; valid: a library and a class"),
         ("model_index.json", {"scheduler": [1, 2]}, "scheduler=[1, 2]; valid: a library and a class"),
         ("distill.json", {"kind": ["velocity"]}, "kind=['velocity']; valid: a valid string"),

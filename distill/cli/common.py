@@ -16,7 +16,7 @@ from distill.guard import InputError, expanded, is_text, printable, short, sugge
 from distill.printing import say, say_table
 
 StoreOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option("--store", help="Folder of the runs. Otherwise $DISTILL_STORE, the user's config, or ./runs."),
 ]
 AnyStoreOption = Annotated[
@@ -66,9 +66,9 @@ def store_setting(option: str | None) -> Setting:
     return Setting("runs", "the default")
 
 
-def store_path(option: Path | None) -> Path:
+def store_path(option: str | None) -> Path:
     """The store as a folder; InputError if it is a URL."""
-    return _folder(store_setting(None if option is None else str(option)))
+    return _folder(store_setting(option))
 
 
 def store_source(option: str | None) -> transports.Source:
@@ -107,11 +107,10 @@ def configuration() -> dict[str, str]:
         raise InputError(f"{path}: a mapping of settings is expected; valid: {', '.join(SETTINGS)}")
     for key, value in content.items():
         if key not in SETTINGS:
-            raise InputError(f"{path}: unknown setting '{key}'; {suggest(str(key), SETTINGS)}")
+            raise InputError(f"{path}: unknown setting '{short(str(key))}'; {suggest(str(key), SETTINGS)}")
         if value is not None and not is_place(value, key):
-            raise InputError(
-                f"{path}: {key}: {value!r} given; must be an absolute path{' or a URL' if key == 'store' else ''}"
-            )
+            valid = "an absolute path or a URL" if key == "store" else "an absolute path"
+            raise InputError(f"{path}: {key}: {short(repr(value))} given; must be {valid}")
     return {key: value for key, value in content.items() if value is not None}
 
 

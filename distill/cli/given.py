@@ -119,8 +119,8 @@ def data(given: str) -> DataSpec:
 
 
 def _part(content: dict[str, object]) -> RunSpec:
-    """A spec that has one part only, checked."""
-    spec = specfile.validate({"name": "options", "stages": {}, **content}, "options")
+    """A spec that has one part only, checked. Its paths are those of a spec in the current folder."""
+    spec = specfile.located(specfile.validate({"name": "options", "stages": {}, **content}, "options"), [Path.cwd()])
     mistakes = list(workflow.teacher_mistakes(spec))
     if mistakes:
         raise InputError("\n  ".join(mistakes))

@@ -14,8 +14,8 @@ import typer
 from distill.cli import start
 from distill.cli.common import JsonOption, StoreOption, near, print_json, print_table, store_path
 from distill.cli.runs import print_results
-from distill.guard import EXIT_INPUT
-from distill.printing import say
+from distill.guard import EXIT_INPUT, InputError, RunError
+from distill.printing import say, warn
 from distill.space import human
 from distill.store import RunPaths, read_json
 
@@ -54,11 +54,14 @@ def choose_quickstart(folder: Path) -> tuple[RunPaths, "distill.spec.RunSpec | N
         paths = RunPaths(folder.absolute() / (FIRST_NAME if number == 1 else f"{FIRST_NAME}-{number}"))
         if not paths.root.exists():
             return paths, None
-        if not paths.spec.exists() or claims.executing(paths):
-            continue
-        spec = specfile.load_run(paths)
-        if spec.digest() == digest and workflow.pending(paths, spec):
-            return paths, spec
+        try:
+            if not paths.spec.exists() or claims.executing(paths):
+                continue
+            spec = specfile.load_run(paths)
+            if spec.digest() == digest and workflow.pending(paths, spec):
+                return paths, spec
+        except (InputError, RunError, OSError) as error:
+            warn(f"run '{paths.name}' is damaged, and passed over: {error}")
     raise AssertionError
 
 

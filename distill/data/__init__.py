@@ -2,28 +2,29 @@
 
 from pathlib import Path
 
-from distill import imagefolder
+from distill import imagefolder, printing
 from distill.data import arrays, index
 from distill.data.images import ImageData
 from distill.data.index import Found, Index
 from distill.data.rows import FileRows, Rows
 from distill.data.source import DataSet, DataSource
+from distill.guard import RunError
 from distill.spec import DataSpec, DigitsData, HfData, ImagesData, MnistData
 
 __all__ = ["DataSet", "DataSource", "load", "update_index"]
 
 _LOADED: dict[tuple[str, int, str, int], ImageData] = {}  # with their decoded images; stages of one process share them
-_INDEXES: dict[Path, Index] = {}  # by where a store keeps them
+_INDEXES: dict[Path, Index] = {}  # by where a store or a run keeps them
 
 
 def load(
-    spec: DataSpec, seed: int, store: Path | None = None, *, keep: bool = True, indexed: bool = False
+    spec: DataSpec, seed: int, folder: Path | None = None, *, keep: bool = True, indexed: bool = False
 ) -> DataSet | None:
     """The data set of a spec, None for kind none. `seed` keys random crops and flips.
 
-    store: where an index of the images may be (see `index`); it is not written. keep: hold the decoded images for the
-    life of the process, so that the next load of the same set has them at once. indexed: `update_index` was called for
-    this run, by any process, so the index there is taken as it is.
+    folder: a store or a run, where an index of the images may be (see `index`); it is not written. keep: hold the
+    decoded images for the life of the process, so that the next load of the same set has them at once. indexed:
+    `update_index` was called for this run, by any process, so the index in the run's folder is taken as it is.
     """
     match spec:
         case DigitsData():
@@ -31,24 +32,38 @@ def load(
         case MnistData():
             return arrays.mnist()
         case ImagesData() | HfData():
-            return _images(spec, seed, store, keep, indexed)
+            return _images(spec, seed, folder, keep, indexed)
     return None
 
 
-def update_index(spec: DataSpec, store: Path) -> None:
-    """Write the index of a set of images in the store, unless the one there is of the images as they are now."""
-    if isinstance(spec, ImagesData | HfData):
-        imagefolder.check_path(spec.path)
-        path = index.path(store, spec)
-        known = index.read(path)
-        _, now = _indexed(spec, known)
-        if known is None or now.head != known.head:
-            index.write(path, now)
+def update_index(spec: DataSpec, store: Path, run: Path | None = None) -> None:
+    """Write the index of a set of images in the store, unless the one there is of the images as they are now.
 
-
-def _images(spec: ImagesData | HfData, seed: int, store: Path | None, keep: bool, indexed: bool) -> ImageData:
+    run: the folder of a run, which keeps its own: what others write in the store does not change what it reads. The
+    store's only saves time, so that a run can do without.
+    """
+    if not isinstance(spec, ImagesData | HfData):
+        return
     imagefolder.check_path(spec.path)
-    known = None if store is None else index.read(index.path(store, spec))
+    shared = index.path(store, spec)
+    own = None if run is None else index.path(run, spec)
+    kept = None if own is None else index.read(own)
+    known = kept or index.read(shared)
+    _, now = _indexed(spec, known)
+    if kept is not None and now.head == kept.head:
+        return
+    if kept is not None or known is None or now.head != known.head:
+        try:
+            index.write(shared, now)
+        except RunError as error:
+            printing.warn(f"{error}; without an index in the store, other runs read all these images again")
+    if own is not None:
+        index.write(own, now)
+
+
+def _images(spec: ImagesData | HfData, seed: int, folder: Path | None, keep: bool, indexed: bool) -> ImageData:
+    imagefolder.check_path(spec.path)
+    known = None if folder is None else index.read(index.path(folder, spec))
     if indexed and known is not None:
         rows = _rows(spec, known)
     else:

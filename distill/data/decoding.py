@@ -9,9 +9,13 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from distill.guard import InputError
+from distill.imagefolder import formats
 
 # What Pillow raises on a file that is damaged or no image at all.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, KeyError, IndexError, TypeError),
+    *(struct.error, Image.DecompressionBombError),
+)
 PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
 JPEG_END = b"\xff\xd9"
 COLOURS = {"white": (255, 255, 255), "black": (0, 0, 0)}
@@ -31,9 +35,14 @@ class Header:
     """whether only decoding can tell that it is whole and its values are in range"""
 
 
+def _opened(encoded: bytes) -> Image.Image:
+    """An encoded image of the formats that are read, whatever the name of its file says."""
+    return Image.open(io.BytesIO(encoded), formats=formats())
+
+
 def header(encoded: bytes) -> Header:
     """Of an encoded image; one of UNREADABLE if it has none."""
-    with Image.open(io.BytesIO(encoded)) as image:
+    with _opened(encoded) as image:
         sure = image.mode[0] not in "IF" and _has_end(encoded, image.format)
         return Header(image.height, image.width, _has_alpha(image), not sure)
 
@@ -52,7 +61,7 @@ def _has_end(encoded: bytes, kind: str | None) -> bool:
 
 def is_transparent(encoded: bytes) -> bool:
     """Whether any pixel is; decodes."""
-    with Image.open(io.BytesIO(encoded)) as image:
+    with _opened(encoded) as image:
         return bool(_has_alpha(image) and image.convert("RGBA").getchannel("A").getextrema()[0] < 255)
 
 
@@ -66,7 +75,7 @@ def decode(
     """[C, H, W] that just covers `size` (height, width), resized with antialiasing: uint8, or float32 in [0, 1] of deep
     images. Transparent pixels show the background; without one they are refused.
     """
-    with Image.open(io.BytesIO(encoded)) as opened:
+    with _opened(encoded) as opened:
         image = ImageOps.exif_transpose(opened)
     if _has_alpha(image):
         image = image.convert("RGBA")

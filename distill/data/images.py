@@ -64,17 +64,19 @@ class ImageData:
             if row in self._damaged:
                 continue
             try:
-                return row, self._sample(row, epoch)
+                pixels = self._decoded(row)
             except (InputError, RunError):
                 raise
             except UNREADABLE:
                 self._damaged.add(row)
                 self.unreadable.append(self._shown(row))
                 self._report()
+            else:
+                return row, self._sample(pixels, row, epoch)
         raise AssertionError("_report refuses a set without readable images")
 
-    def _sample(self, row: int, epoch: int) -> Tensor:
-        pixels = self._decoded(row)  # [C, H, W], which just covers a sample
+    def _sample(self, pixels: NDArray[np.generic], row: int, epoch: int) -> Tensor:
+        """pixels [C, H, W], which just cover a sample."""
         height, width = self._options.height_width
         spare_y, spare_x = pixels.shape[1] - height, pixels.shape[2] - width
         u = uniforms(3, self._seed, epoch, row)

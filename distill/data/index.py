@@ -4,8 +4,9 @@ To index a set, each file is read once, for its checksum and its header. An imag
 cannot tell whether it can be used: if its end is missing, it has an alpha channel, its values may lie out of range, or
 its format is rare. Damage in the middle of a file is found when the image is used.
 
-STORE/indexes keeps them, so that ranks, stages and later runs need not read the images for it. A file whose size and
-times are the same as before is not read again. Indexes may be deleted at any time.
+STORE/indexes keeps them for later runs, RUN/indexes those of a run, for its ranks and stages: what other runs write
+does not change it. A file whose size and times are the same as before is not read again. Indexes may be deleted at any
+time. Those of a store are anybody's: they are read with care, and a file that holds no index is made again.
 """
 
 import errno
@@ -25,15 +26,18 @@ import numpy as np
 import safetensors
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import save
 
 from distill.data.decoding import UNREADABLE, decode, header, is_transparent
 from distill.data.rows import FileRows, Rows
 from distill.guard import InputError, RunError
 from distill.imagefolder import MAX_CLASSES
+from distill.regular import read_regular
 from distill.spec import HfData, ImagesData
 from distill.store import write_atomic
 
+MAX_BYTES = 2**33  # of an index: that of about seventy million images
+TYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64}  # names of safetensors
 THREADS = 16  # that read files: a file system of a network answers many at once
 TASK = 32  # files that a thread reads in a row
 CHUNK = THREADS * TASK * 8  # rows that are under way together
@@ -120,25 +124,31 @@ class Found:
     """changes with the rows that have no files of their own"""
 
 
-def path(store: Path, spec: ImagesData | HfData) -> Path:
-    """Where the index of a set is kept."""
+def path(folder: Path, spec: ImagesData | HfData) -> Path:
+    """Where a store or a run keeps the index of a set."""
     place = str(Path(spec.path).absolute()) if Path(spec.path).exists() else spec.path
     parts = [spec.kind, place, spec.background is None]
     if isinstance(spec, HfData):
         parts += [spec.revision, spec.split, spec.image_column, spec.label_column]
-    return store / "indexes" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.safetensors"
+    return folder / "indexes" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.safetensors"
 
 
 def read(path: Path) -> Index | None:
     """The index in a file; None if there is none, or it is damaged or of another version."""
     try:
-        with safetensors.safe_open(path, framework="np") as file:
-            head = _Head.model_validate_json((file.metadata() or {}).get("index", ""))
-        arrays = load_file(path)
+        content = read_regular(path, MAX_BYTES)
+        tensors = dict(safetensors.deserialize(content))
+        size = int.from_bytes(content[:8], "little")
+        head = _Head.model_validate_json(json.loads(content[8 : 8 + size]).get("__metadata__", {}).get("index", ""))
     except (OSError, safetensors.SafetensorError, ValidationError):
         return None
-    n, rows = len(arrays.get("state", ())), (np.uint8, np.int64, np.int32)
-    byte, long, short = (np.dtype(kind) for kind in rows)
+    if not all(each["dtype"] in TYPES for each in tensors.values()):
+        return None
+    arrays: dict[str, NDArray[np.generic]] = {
+        name: np.frombuffer(each["data"], TYPES[each["dtype"]]).reshape(each["shape"]) for name, each in tensors.items()
+    }
+    n = arrays["state"].size if "state" in arrays else 0
+    byte, long, short = np.dtype(np.uint8), np.dtype(np.int64), np.dtype(np.int32)
     wanted = {
         "state": (byte, (n,)),
         "sides": (short, (n, 2)),
@@ -146,15 +156,16 @@ def read(path: Path) -> Index | None:
         "file": (long, (n, 3)),
         "sha256": (byte, (n, 32)),
         "labels": (long, (n if head.num_classes else 0,)),
-        "names": (byte, arrays["names"].shape if "names" in arrays else ()),
+        "names": (byte, (arrays["names"].size,) if "names" in arrays else ()),
         "ends": (long, (n,)),
     }
     if {name: (array.dtype, array.shape) for name, array in arrays.items()} != wanted or n == 0:
         return None
-    index = Index(head, **arrays)
+    index = Index(head, **arrays)  # type: ignore[arg-type]  # of these types: they were compared
     in_order = index.ends[0] >= 0 and (np.diff(index.ends) >= 0).all() and index.ends[-1] == len(index.names)
     labelled = head.num_classes is None or (index.labels.min() >= 0 and index.labels.max() < head.num_classes)
-    return index if in_order and labelled and index.state.max() <= max(State) else None
+    known = index.state.max() <= max(State) and index.sides.min() >= 0
+    return index if in_order and labelled and known else None
 
 
 def write(path: Path, index: Index) -> None:

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from distill.data import DataSet
 from distill.draws import key, permutation
+from distill.printing import warn
+from distill.regular import open_regular
 from distill.store import write_atomic
 
 VERSION = 1  # of the network and its training: part of the cache's key
@@ -76,10 +78,9 @@ def prepare(data: DataSet, folder: Path) -> Features:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(key("features", digest))
         network = Classifier(channels, (sides[0], sides[1]), classes or len(_turns(data)))
-    if path.exists():
-        tensors = load_file(path)
-        with safetensors.safe_open(path, framework="pt") as file:
-            accuracy = float(file.metadata()["accuracy"])
+    kept = _kept(path, network, min(len(data), MAX_REFERENCE))
+    if kept is not None:
+        tensors, accuracy = kept
     else:
         accuracy = _train(network, data, digest)
         chunks = _chunks(permutation(len(data), "reference", digest)[:MAX_REFERENCE].tolist())
@@ -92,6 +93,25 @@ def prepare(data: DataSet, folder: Path) -> Features:
     return Features(
         f"FD-{data.name}", digest, "classes" if classes else "rotations", accuracy, network.eval(), reference
     )
+
+
+def _kept(path: Path, network: Classifier, rows: int) -> tuple[dict[str, Tensor], float] | None:
+    """The tensors and the accuracy in a file; None where there is none, or it is damaged."""
+    try:
+        open_regular(path).close()
+        tensors = load_file(path)
+        with safetensors.safe_open(path, framework="pt") as file:
+            accuracy = float((file.metadata() or {}).get("accuracy", ""))
+    except FileNotFoundError:
+        return None
+    except (OSError, safetensors.SafetensorError, ValueError):
+        tensors, accuracy = {}, 0.0
+    wanted = {name: each.shape for name, each in network.state_dict().items()} | {"reference": (rows, DIM)}
+    fits = {name: each.shape for name, each in tensors.items()} == wanted and 0 <= accuracy <= 1
+    if fits and all(each.dtype == torch.float32 and bool(each.isfinite().all()) for each in tensors.values()):
+        return tensors, accuracy
+    warn(f"{path} is damaged; the network that it holds is trained again")
+    return None
 
 
 def _features(network: Classifier, images: Tensor) -> Tensor:

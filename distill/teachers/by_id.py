@@ -65,14 +65,30 @@ def snapshot(spec: CheckpointTeacher, *, weights: bool = True) -> Path:
     weights: false, if only what describes them is needed yet.
     """
     with _reachable(spec):
-        patterns = FILES
         try:
             listed = [file.name for file in hub.files("model", spec.path, spec.revision)]
         except hub.UNREACHABLE:
-            listed = []  # what is cached is found without the hub, or the download says what is wrong
-        if listed:
-            patterns = [escape(name) for name in read_of(spec.path, listed, weights=weights)]
+            if (found := _cached(spec, weights=weights)) is None:
+                raise
+            return found
+        if not listed and (found := _cached(spec, weights=weights)) is not None:
+            return found
+        names = read_of(spec.path, listed, weights=weights)
+        patterns = [escape(name) for name in names] if listed else FILES
         return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
+
+
+def _cached(spec: CheckpointTeacher, *, weights: bool) -> Path | None:
+    """What the library's cache has of it, where that has a network."""
+    try:
+        # Without patterns the library refuses a folder that lacks files which it has seen listed, of any kind.
+        found = snapshot_download(spec.path, revision=spec.revision, local_files_only=True, allow_patterns=[])
+    except hub.UNREACHABLE:
+        return None
+    folder = Path(found)
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    read = set(read_of(spec.path, names, weights=weights))
+    return folder if read & {"config.json", "unet/config.json"} and (not weights or read - SMALL) else None
 
 
 @contextmanager

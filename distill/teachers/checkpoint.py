@@ -143,14 +143,20 @@ def _network_class(spec: CheckpointTeacher, path: Path, config: Config, kind: st
 
 
 def _schedule(spec: CheckpointTeacher, chosen: Path, own: Path | None) -> Schedule:
-    """The schedule that is chosen, which must not be of another kind than the checkpoint's own."""
+    """The schedule that is chosen, which must not be of another kind than the checkpoint's own.
+
+    Of an own scheduler that is not known, or has options that are not, the choice is taken on trust in these.
+    """
     schedule = schedulers.read(chosen)
     if own is None or own == chosen:
         return schedule
     given, found = f"teacher.scheduler={spec.scheduler} describes", f"the checkpoint's own scheduler ({own})"
     told = parse(own)
+    predicted = told.get("prediction_type")
+    predicted = "velocity" if predicted == "flow_prediction" else predicted
     if (name := told.get("_class_name")) in schedulers.KINDS:
-        before = schedulers.read(own)
+        before = schedulers.read(own, strict=False)
+        predicted = before.prediction
         if before.family != schedule.family:
             raise InputError(f"{given} the {schedule.family} path, but {found} the {before.family} path; remove it")
         if isinstance(before, LinearSchedule) and before != schedule:
@@ -158,14 +164,24 @@ def _schedule(spec: CheckpointTeacher, chosen: Path, own: Path | None) -> Schedu
                 f"teacher.scheduler={spec.scheduler} and the checkpoint's own scheduler ({own}, a {name}) disagree on "
                 "the scale or direction of time, or on the sign of the output; remove teacher.scheduler"
             )
-    predicted = told.get("prediction_type")
-    predicted = "velocity" if predicted == "flow_prediction" else predicted
+        if _scale(before) != _scale(schedule):
+            raise InputError(f"{given} {_scale(schedule)}, but {found} {_scale(before)}; remove it, or correct it")
     if spec.prediction is None and predicted is not None and predicted != schedule.prediction:
         raise InputError(
             f"{given} a network that predicts {schedule.prediction}, but {found} one that predicts "
             f"{short(str(predicted))}; remove it, or say what is predicted in teacher.prediction"
         )
     return schedule
+
+
+def _scale(schedule: Schedule) -> str:
+    """What of a schedule is not its path and the network is called by, as a message says it."""
+    match schedule:
+        case VpSchedule():
+            return f"num_train_timesteps={schedule.steps}"
+        case EdmSchedule():
+            return f"sigma_data={schedule.sigma_data}"
+    return ""
 
 
 def _field(network: ModelMixin, schedule: Schedule | None, spec: CheckpointTeacher) -> VelocityField:

@@ -4,10 +4,11 @@ import errno
 import json
 import os
 import re
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from distill.guard import InputError, printable
@@ -30,6 +31,13 @@ Side = Annotated[int, Field(ge=1, le=8192)]
 Count = Annotated[int, Field(ge=1, le=1 << 16)]
 Word = Annotated[str, Field(max_length=100)]
 Positive = Annotated[float, Field(gt=0)]
+
+
+def _table(values: list[float]) -> list[float]:
+    falls = all(before > after for before, after in pairwise(values))
+    if len(values) < 2 or not falls or values[0] >= 1 or values[-1] < 0:
+        raise PydanticCustomError("table", "2 numbers or more, falling from below 1 to 0 or above")
+    return values
 
 
 class NetworkConfig(Read):
@@ -66,7 +74,7 @@ class NetworkConfig(Read):
     # of our own classes
     path: Word = ""
     prediction: Word = ""
-    alphas_cumprod: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(max_length=MAX_TABLE)] | None = None
+    alphas_cumprod: Annotated[list[float], Field(max_length=MAX_TABLE), AfterValidator(_table)] | None = None
     sigma_data: Positive = 0.5
     sigma_min: Positive = 0.002
     sigma_max: Positive = 80.0
@@ -74,6 +82,13 @@ class NetworkConfig(Read):
     width: Count = 1
     depth: Annotated[int, Field(ge=1, le=1024)] = 1
     frequencies: Count = 16
+
+    @model_validator(mode="after")
+    def _has_a_range(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            told = {"low": f"{self.sigma_min:g}", "high": f"{self.sigma_max:g}"}
+            raise PydanticCustomError("range", "sigma_min={low}; valid: less than sigma_max={high}", told)
+        return self
 
 
 class StudentFacts(Read):
@@ -132,7 +147,9 @@ def checked(model: type[Model], content: Config, path: Path) -> Model:
         return model.model_validate(content)
     except ValidationError as error:
         entries = error.errors(include_url=False)
-    key = entries[0]["loc"][0] if entries[0]["loc"] else ""
+    if not entries[0]["loc"]:  # of several keys
+        raise InputError(f"{path}: {short(entries[0]['msg'], 300)}")
+    key = entries[0]["loc"][0]
     if entries[0]["type"] == "missing":
         raise InputError(f"{path} has no {key}; copy or download it again")
     same = [entry for entry in entries if entry["loc"][:1] == (key,)]

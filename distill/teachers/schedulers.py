@@ -185,8 +185,8 @@ class EdmSchedule:
 Schedule = VpSchedule | LinearSchedule | EdmSchedule
 
 
-def read(path: Path) -> Schedule:
-    """The schedule that a scheduler_config.json describes."""
+def read(path: Path, *, strict: bool = True) -> Schedule:
+    """The schedule that a scheduler_config.json describes. strict: refuse options that are not known here."""
     config = parse(path)
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in KINDS:
@@ -194,7 +194,7 @@ def read(path: Path) -> Schedule:
             f"{path}: scheduler class {short(str(name))} is not supported; valid: {classes()}. Give the folder of one "
             "that describes how the network was trained as teacher.scheduler"
         )
-    kind, options = KINDS[name], _options(config, path)
+    kind, options = KINDS[name], _options(config, path, strict)
     for flag in FLAGS:
         ignored = flag not in kind.path and not (flag == "use_flow_sigmas" and kind.family == "linear")
         if ignored and flag in config and config[flag]:
@@ -223,15 +223,16 @@ def classes() -> str:
     return "; ".join(f"{', '.join(names)} ({family})" for family, names in families.items())
 
 
-def _options(config: Config, path: Path) -> Options:
+def _options(config: Config, path: Path, strict: bool) -> Options:
     given = {key: value for key, value in config.items() if not key.startswith("_") and value is not None}
-    for key, value in given.items():
-        if key not in Options.model_fields:
-            raise InputError(
-                f"{path}: {short(key)}={short(repr(value))} is an option of no scheduler that is known here, so it may "
-                "change the path; remove it if it does not"
-            )
-    return checked(Options, given, path)
+    unknown = [key for key in given if key not in Options.model_fields]
+    if unknown and strict:
+        raise InputError(
+            f"{path}: {short(unknown[0])}={short(repr(given[unknown[0]]))} is an option of no scheduler that is known "
+            "here, so it may change the path; if it does not, remove it, or give the folder of a config without it as "
+            "teacher.scheduler"
+        )
+    return checked(Options, {key: value for key, value in given.items() if key not in unknown}, path)
 
 
 def _edm(options: Options, path: Path) -> EdmSchedule:

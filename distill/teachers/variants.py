@@ -13,7 +13,10 @@ WEIGHTS = re.compile(  # STEM.safetensors, STEM.fp16.safetensors, STEM.fp16-0000
 )
 PREFERRED = ("", "fp32", "fp16", "bf16")  # of several variants the first that is there; "" is the plain file
 SUFFIXES = r"\.(?:safetensors|bin|pt|pth|ckpt)"
-ADAPTER = re.compile(rf"(?:.*lora.*|adapter_model){SUFFIXES}", re.IGNORECASE | re.DOTALL)
+LORA = (
+    r"(?i:(?:.*[^a-z])?lora(?:[^a-z].*)?)|.*[a-z]L(?:oRA|ora|ORA)(?:[^a-z].*)?"  # as a word, which exploration has not
+)
+ADAPTER = re.compile(rf"(?:{LORA}|(?i:adapter_model))(?i:{SUFFIXES})", re.DOTALL)
 PICKLED = re.compile(rf"{STEM}(?:\.(?P<variant>[A-Za-z0-9_]+))?(?:-\d+-of-\d+)?\.bin")
 MERGE = (
     "merge it into the weights first (fuse_lora() and unload_lora_weights(), or peft's merge_and_unload(), then "
