@@ -182,7 +182,7 @@ class Sharded(Trainable):
         self._refuse_unknown(tensors)
         if not tensors:
             return
-        self._reach.resume(tensors)
+        self._reach.close()
         steps = torch.stack([tensor for key, tensor in tensors.items() if key.endswith("/step")])
         for flat in self._keys():
             zeros = {name: torch.zeros_like(flat) for name in MOMENTS}

@@ -77,11 +77,6 @@ class Reach:
     def _note(self, key: str, gradient: Tensor | None) -> None:
         self._reached[key] = self._reached[key] or gradient is not None
 
-    def resume(self, moments: Mapping[str, Tensor]) -> None:
-        """Look no more if these, of the optimizer's state, have seen the first turns already; else look from now on."""
-        if max((int(tensor) for name, tensor in moments.items() if name.endswith("/step")), default=0) >= self.TURNS:
-            self.close()
-
     def close(self) -> None:
         """Look no more: the first turns are over."""
         self._turns = self.TURNS
@@ -239,7 +234,7 @@ class Trainable:
         self._refuse_unknown(tensors)
         if not tensors:
             return
-        self._reach.resume(tensors)
+        self._reach.close()  # what the turns before reached is not known any more
         moments: dict[int, dict[str, Tensor]] = {}
         number = {p: i for i, p in enumerate(self._unique)}
         for full, tensor in tensors.items():

@@ -550,20 +550,6 @@ def test_the_first_turns_are_those_of_the_whole_training(tmp_path):
     train(tmp_path, made)
 
 
-def test_a_stop_between_the_first_turns_does_not_end_the_look(tmp_path):
-    class Ending(Ring):
-        def batch(self, step, rows):
-            if step == 1:
-                raise RunError("the data ends here")
-            return super().batch(step, rows)
-
-    each = {"images": 16, "minutes": None, "keep": 1}
-    with pytest.raises(RunError, match="the data ends here"):
-        train(tmp_path, Unreached(), source=Ending(), checkpoint=each)
-    with pytest.raises(InputError, match="no backward pass reached 2 of its"):
-        train(tmp_path, Unreached(), checkpoint=each)
-
-
 def test_another_micro_batch_is_said_to_end_bit_identity(tmp_path, capsys):
     with pytest.raises(RunError):
         train(tmp_path, source=Ring(fault=4))

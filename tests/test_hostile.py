@@ -606,7 +606,8 @@ def test_what_is_passed_over_must_come_too(tmp_path, monkeypatch):
     ],
 )
 def test_redirections_stay_on_the_web_and_end(capfd, target, said):
-    with answering(f"HTTP/1.1 302 Found\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n".encode()) as url:
+    head = f"HTTP/1.1 302 Found\r\nLocation: {target}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    with answering(head.encode()) as url:
         done = command(capfd, "pull", f"{url}/s")
         assert (done.code, done.err.count("\n")) == (2, 1)
         assert said in done.err and "pw" not in done.err

@@ -69,6 +69,7 @@ def test_whatever_ends_a_job_the_student_is_the_same(cluster, tmp_path, procs, z
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1200)
 def test_the_time_limit_costs_no_step(cluster, tmp_path):
     """A limit of a minute, which Slurm notes every half minute: three or more jobs' worth of steps."""
     specs(tmp_path)
