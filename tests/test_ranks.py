@@ -276,7 +276,7 @@ def test_kills_at_random_moments_change_no_bit(together, tmp_path, zero):
         for rank, survivor in enumerate(ranks):
             if rank not in victims:
                 training = r"step \d+, (turn [01], network '\w+'|reading its batch)"
-                saving = r"(after )?saving step \d+|after step \d+.*|waiting for rank 0: .*"
+                saving = r"(after )?saving step \d+|after (step \d+|waiting for).*|waiting for rank 0: .*"
                 place = rf"rank {rank}, ({training}|{saving})"
                 assert re.search(rf"^{place}: another rank is gone or hangs \(", survivor.said, re.MULTILINE)
     assert newest(tmp_path, case) < STEPS
