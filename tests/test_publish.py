@@ -303,6 +303,8 @@ def test_settings_say_where_they_come_from(capfd, tmp_path, monkeypatch):
     assert path.read_text() == f"# mine\n# the end\nstore: {tmp_path}/here\n"
     monkeypatch.setenv("DISTILL_STORE", "there")
     assert shown()[1:] == ["there", "$DISTILL_STORE"]
+    monkeypatch.setenv("DISTILL_STORE", far := "/far" * 100)
+    assert shown()[1:] == [far, "$DISTILL_STORE"], "a path is whole, and on one line"
     before = path.read_bytes()
     for value, said in [
         ("ftpx://host/x", "unknown scheme 'ftpx'"),

@@ -52,9 +52,9 @@ def stages_done(done: int, run: "distill.status.RunStatus") -> str:
     return f"{done}/{len(run.stages)}" if run.stages else ""
 
 
-def print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table of one line for each row, however many: rich needs a millisecond for each."""
-    clean = [[one_line(cell, CELL) for cell in row] for row in rows]
+def print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]], letters: int = CELL) -> None:
+    """A table of one line for each row, however many: rich needs a millisecond for each. letters: of a cell, at most."""
+    clean = [[one_line(cell, letters) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(headers, *clean, strict=True)]
     for row in (headers, ["\u2500" * width for width in widths], *clean):
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

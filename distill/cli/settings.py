@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from distill import transports
-from distill.cli.common import SETTINGS, config_path, configuration, print_table, site_setting, store_setting
+from distill.cli.common import SETTINGS, config_path, configuration, site_setting, store_setting
+from distill.cli.runs import print_rows
 from distill.guard import InputError, expanded, is_text, suggest
 from distill.printing import say
 
@@ -26,7 +27,8 @@ def config(
         say(f"{key}: {_shown(_set(key, value))}, in {config_path()}")
         return
     found = {"site": site_setting(None), "store": store_setting(None)}
-    print_table(["setting", "value", "from"], [[name, _shown(each.value), each.source] for name, each in found.items()])
+    rows = [[name, _shown(each.value), each.source] for name, each in found.items()]
+    print_rows(["setting", "value", "from"], rows, letters=4096)  # of a path: whole, on one line
 
 
 def _shown(value: str) -> str:
