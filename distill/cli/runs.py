@@ -53,7 +53,7 @@ def stages_done(done: int, run: "distill.status.RunStatus") -> str:
 
 
 def print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]], letters: int = CELL) -> None:
-    """A table of one line for each row, however many: rich needs a millisecond for each. letters: of a cell, at most."""
+    """A table of one line for each row, however many: rich needs a millisecond for each. letters: of a cell."""
     clean = [[one_line(cell, letters) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(headers, *clean, strict=True)]
     for row in (headers, ["\u2500" * width for width in widths], *clean):
