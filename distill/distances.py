@@ -102,8 +102,13 @@ class Lpips(nn.Module):
     def __init__(self, trunk: Trunk, path: Path, *, heads: bool = True, resize: Resize = "to_64") -> None:
         super().__init__()
         self.trunk, self.resize = trunk, resize
-        import lpips  # takes two seconds, and only this distance needs it
-
+        try:
+            import lpips  # takes two seconds, and only this distance needs it
+        except (ImportError, OSError, RuntimeError) as error:  # torchvision may be of another torch
+            raise InputError(
+                f"lpips_trunk={trunk} needs the packages lpips and torchvision, and they cannot be loaded ({error}); "
+                "install them beside this torch, or set lpips_trunk to null"
+            ) from error
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # random weights, replaced below
             warnings.simplefilter("ignore", UserWarning)  # torchvision: the package's way to ask for no weights is old
             self.metric = lpips.LPIPS(net=trunk, pnet_rand=True, lpips=heads, verbose=False)

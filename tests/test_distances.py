@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import pickle
+import sys
 import warnings
 from pathlib import Path
 
@@ -168,6 +169,12 @@ def test_lpips_has_a_gradient_where_no_channel_is_active(trunks, tmp_path):
     image = normal(1, 3, 64, 64).tanh().requires_grad_()
     metric(image, torch.zeros(1, 3, 64, 64)).sum().backward()
     assert image.grad.isfinite().all()
+
+
+def test_without_the_package_lpips_is_refused_with_what_it_needs(trunks, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lpips", None)  # as where it is not installed
+    with pytest.raises(InputError, match="lpips_trunk=squeeze needs the packages lpips and torchvision, and they can"):
+        Lpips("squeeze", trunks["squeeze"][0])
 
 
 def test_lpips_refuses_what_is_not_its_trunk(trunks, tmp_path):
