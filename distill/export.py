@@ -23,7 +23,8 @@ from distill import card as cards
 from distill.card import StudentCard
 from distill.draws import sample_labels, sample_noise
 from distill.guard import RunError
-from distill.sampling import by_sampler, fresh_noises, grid, num_fresh
+from distill.kinds import SAMPLERS
+from distill.sampling import by_sampler, fresh_noises, grid
 from distill.store import sync_dir, sync_tree
 from distill.students.loaded import KINDS, Student
 from distill.students.velocity import TIME_SCALE
@@ -129,7 +130,7 @@ def _compare(student: Student, folder: Path, card: StudentCard) -> None:
     labels = None if card.num_classes is None else sample_labels(indices, card.num_classes)
     cond = {} if labels is None else {"class_labels": labels}
     for steps in card.t_grids or CHECK_STEPS:
-        fresh = fresh_noises(CHECK_SEED, indices, card.shape, num_fresh(card.sampler, steps))
+        fresh = fresh_noises(CHECK_SEED, indices, card.shape, SAMPLERS[card.sampler].fresh(steps))
         ours = by_sampler(student, card.sampler, noise, grid(card.t_grids, steps), cond, fresh)
         theirs = pipeline(steps, class_labels=labels, latents=noise, fresh=fresh, output_type="pt").images
         error, allowed = (ours - theirs).abs().max().item(), TOLERANCE * max(1.0, ours.abs().max().item())

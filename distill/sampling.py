@@ -12,7 +12,7 @@ from torch import Tensor
 from distill.draws import key, sample_labels, sample_noise
 from distill.grids import columns_for, images_png, scatter_png
 from distill.guard import InputError, RunError
-from distill.nfe import network_calls, per_velocity
+from distill.kinds import SAMPLERS, network_calls, per_velocity
 from distill.protocols import Cond, Gridded, Recipe, VelocityField
 from distill.samplers import accelerated, euler, jump, renoise, same_noise
 from distill.solvers import sample as solve
@@ -73,7 +73,8 @@ def of_student(student: LoadedStudent, t_grid: Tensor) -> Method:
     def generate(noise: Tensor, cond: Cond, fresh: Sequence[Tensor]) -> Tensor:
         return by_sampler(student.student, student.sampler, noise, t_grid, cond, fresh)
 
-    return Method(generate, network_calls(student.sampler, steps), num_fresh(student.sampler, steps))
+    record = SAMPLERS[student.sampler]
+    return Method(generate, record.calls(steps), record.fresh(steps))
 
 
 def own_grids(recipe: Recipe, times: Sequence[float] | None) -> dict[int, list[float]]:
@@ -124,7 +125,7 @@ def by_sampler(
     cond: Cond,
     fresh: Sequence[Tensor],
 ) -> Tensor:
-    """The sampler of that name along t_grid. fresh: `num_fresh` noises like `noise` [B, ...]."""
+    """The sampler of that name along t_grid. fresh: `Sampler.fresh` noises like `noise` [B, ...]."""
     match sampler:
         case "euler":
             return euler.sample(student, noise, t_grid, cond)
@@ -138,11 +139,6 @@ def by_sampler(
             return renoise.sample(student, noise, t_grid, cond, fresh)
         case _:
             raise AssertionError(f"there is no sampler '{sampler}'")
-
-
-def num_fresh(sampler: str, steps: int) -> int:
-    """How many noises a sampler takes beside the first."""
-    return steps - 1 if sampler == "renoise" else 0
 
 
 def fresh_noises(seed: int, indices: Sequence[int], shape: tuple[int, ...], count: int) -> list[Tensor]:
