@@ -13,7 +13,8 @@ from runs import folder_bytes, make
 from distill import claims, jobs
 from distill.guard import InputError, Stopped
 from distill.launch import slurm, standing
-from distill.pairs import generate, size
+from distill.pairs import generate
+from distill.pairspec import size
 from distill.progress import Progress
 from distill.spec import GaussianTeacher, PairsStage
 from distill.stop import StopRequest
