@@ -16,11 +16,10 @@ from typing import Any
 
 from distill.card import StudentCard
 from distill.guard import InputError, one_line, printable
+from distill.png import is_png
 from distill.regular import open_regular, read_regular
 
 MAX_TEXT, MAX_HEADER = 16 << 20, 16 << 20  # bytes of a text, JSON or picture; of a safetensors file's description
-PNG = b"\x89PNG\r\n\x1a\n"
-CHUNK = re.compile(rb"[A-Za-z]{4}")
 INDEX = "model_index.json"
 # Of a model_index.json, beside the parts of the pipeline.
 FACTS = ("_class_name", "_diffusers_version", "_name_or_path")
@@ -61,21 +60,6 @@ def refuse_picture(content: bytes, name: str) -> None:
     """InputError unless the bytes are those of a PNG file."""
     if not is_png(content):
         raise InputError(f"{name} is no PNG file; the student is refused")
-
-
-def is_png(content: bytes) -> bool:
-    """Whether the bytes are those of a PNG file, from its signature to its end, and nothing more."""
-    if not content.startswith(PNG):
-        return False
-    at, first = len(PNG), True
-    while at + 12 <= len(content):
-        length, kind = int.from_bytes(content[at : at + 4], "big"), content[at + 4 : at + 8]
-        if not CHUNK.fullmatch(kind) or (first and (kind, length) != (b"IHDR", 13)):
-            return False
-        at, first = at + 12 + length, False
-        if kind == b"IEND":
-            return at == len(content)
-    return False
 
 
 def _refuse_weights(path: Path, name: str) -> None:

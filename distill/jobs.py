@@ -6,7 +6,7 @@ Nothing here asks Slurm.
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,10 +14,9 @@ from typing import Any
 
 from distill import events as noted
 from distill import pairspec, records
-from distill.spec import LaunchSpec, PairsStage, RunSpec, TrainStage
-from distill.store import RunPaths, append_line, event_line, read_events, shard_path, shard_record
+from distill.spec import PairsStage
+from distill.store import RunPaths, append_line, event_line, read_events
 
-TIME = re.compile(r"(?:(D)-)?(D)(?::(D))?(?::(D))?".replace("D", "[0-9]{1,9}"))
 ATTEMPT = 2  # how many saves the lead must have room for
 SPARE = 60.0  # seconds of the lead beside them
 STEP = re.compile(r"step (\d{1,18})\b")
@@ -114,62 +113,12 @@ def lead_needed(run: RunPaths) -> float:
     return 0.0 if slowest == 0 else ATTEMPT * slowest + SPARE
 
 
-def limit_seconds(text: str) -> int | None:
-    """A time limit in Slurm's notation (MINUTES, M:SS, H:MM:SS, D-HH, D-HH:MM:SS) in seconds; None: it is none."""
-    match = TIME.fullmatch(text)
-    if match is None:
-        return None
-    days, *numbers = match.groups()
-    first, second, third = (None if number is None else int(number) for number in numbers)
-    if days is not None:
-        return 86400 * int(days) + 3600 * (first or 0) + 60 * (second or 0) + (third or 0)
-    if second is None:
-        return 60 * (first or 0)
-    return 60 * (first or 0) + second if third is None else 3600 * (first or 0) + 60 * second + third
-
-
-def num_shards(stage: PairsStage) -> int:
-    """Files of a pairs stage."""
-    return pairspec.Layout(stage.count, stage.shard).files
-
-
 def missing_parts(stage: PairsStage, folder: Path, parts: int) -> list[int]:
     """Those of the jobs of an array that still have shards to make."""
     made = {path.name for path in folder.glob("shard-*.json")}
-    todo = (n for n in range(num_shards(stage)) if shard_record(shard_path(folder, n)).name not in made)
+    todo = (
+        n
+        for n in range(pairspec.Layout.of(stage).files)
+        if pairspec.shard_record(pairspec.shard_path(folder, n)).name not in made
+    )
     return sorted({number % parts for number in todo})
-
-
-def mistakes(spec: RunSpec) -> Iterator[str]:
-    """What is wrong with what a spec asks of a cluster."""
-    launch, slurm = spec.launch, spec.launch.slurm
-    if slurm.time is not None:
-        limit = limit_seconds(slurm.time)
-        if limit is None:
-            yield f"launch.slurm.time: '{slurm.time}' is no time limit; valid: MINUTES, H:MM:SS, D-HH or D-HH:MM:SS"
-        elif slurm.lead_seconds >= limit:
-            yield (
-                f"launch.slurm.lead_seconds: {slurm.lead_seconds} s before a limit of {limit} s (time: {slurm.time}) "
-                "is no time to compute in; give a longer time or a smaller lead"
-            )
-    yield from _processes(spec, launch)
-    shards = {name: num_shards(stage) for name, stage in spec.stages.items() if isinstance(stage, PairsStage)}
-    if slurm.pairs_jobs > 1 and not shards:
-        yield f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} given, but no stage makes pairs; remove it"
-    if slurm.pairs_jobs > 1 and slurm.one_job:
-        yield f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} given, but one_job computes all in one job; remove either"
-    if shards and slurm.pairs_jobs > max(shards.values()):  # of a smaller stage the array has as many as its shards
-        most = max(shards, key=lambda name: shards[name])
-        yield (
-            f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} jobs cannot share the {shards[most]} shards of stage "
-            f"'{most}'; give fewer jobs, or a smaller stages.{most}.shard"
-        )
-
-
-def _processes(spec: RunSpec, launch: LaunchSpec) -> Iterator[str]:
-    trains = any(isinstance(stage, TrainStage) for stage in spec.stages.values())
-    gpus = launch.slurm.gpus_per_node
-    if gpus and trains and gpus != launch.procs:
-        yield f"launch.slurm.gpus_per_node: {gpus} GPUs for {launch.procs} processes of a node; give one for each"
-    if gpus and launch.device == "cpu":
-        yield f"launch.slurm.gpus_per_node: {gpus} given, but launch.device=cpu leaves them idle; remove either"

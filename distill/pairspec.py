@@ -12,7 +12,6 @@ from distill.fieldtypes import MAX_SHARDS
 from distill.guard import InputError
 from distill.kinds import INVERTING, either
 from distill.spec import WITH_STATES, PairsStage, RunSpec, TrainStage, is_path
-from distill.store import shard_path
 
 MAX_MANIFEST = 256 << 20  # bytes: several times what MAX_SHARDS files need
 SHARD_NAME = re.compile(r"shard-([0-9]{5,15})\.safetensors")
@@ -26,6 +25,10 @@ class Layout:
 
     count: int
     shard: int
+
+    @classmethod
+    def of(cls, stage: PairsStage) -> "Layout":
+        return cls(stage.count, stage.shard)
 
     @property
     def files(self) -> int:
@@ -57,8 +60,18 @@ class Layout:
 
 def size(stage: PairsStage, part: tuple[int, int] | None = None) -> int:
     """Pairs of a stage, or of the shards of one part (i, n)."""
-    layout = Layout(stage.count, stage.shard)
+    layout = Layout.of(stage)
     return layout.pairs(layout.part(part))
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """A file of a folder of pairs."""
+    return folder / f"shard-{number:05}.safetensors"
+
+
+def shard_record(shard: Path) -> Path:
+    """Where who makes a part of the pairs says that a shard is complete; who makes the whole takes it over."""
+    return shard.with_suffix(".json")
 
 
 class _ListedFile(BaseModel):
@@ -104,7 +117,7 @@ def mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
 
 
 def _too_many_files(stage: PairsStage, prefix: str) -> Iterator[str]:
-    layout = Layout(stage.count, stage.shard)
+    layout = Layout.of(stage)
     if layout.files > MAX_SHARDS:
         least = -(-stage.count // MAX_SHARDS)
         enough = -(-least // stage.block) * stage.block

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from distill import evalspec, jobs
+from distill import evalspec, pairspec
 from distill.resolved import Resolved
 from distill.spec import (
     OF_DATA,
@@ -124,7 +124,7 @@ def _pairs(name: str, stage: PairsStage) -> Step:
     what += "" if stage.paths == "backward" else f", {stage.paths}"
     total = round(stage.count * calls)
     work = f"{stage.count:,} pairs x {calls:g} network calls = {total:,}"
-    shards = jobs.num_shards(stage)
+    shards = pairspec.Layout.of(stage).files
     writes = [f"stages/{name}/pairs/ ({shards} shard{'s' if shards > 1 else ''})"]
     needs = [stage.teacher or "the spec's teacher"] + (["data"] if stage.paths in OF_DATA else [])
     return Step(name, stage.kind, what, work, needs, total, writes)

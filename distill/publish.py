@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill import card as cards
-from distill import contents, jobs, manifest, published, pull, results, space, specfile
+from distill import contents, jobs, manifest, published, pull, results, space, todo
 from distill.card import Cost, FileRecord, Publication, StudentCard
 from distill.guard import InputError, RunError, short, suggest, whole_number
 from distill.markdown import escape
@@ -52,7 +52,7 @@ class Published:
 
 def choose(run: RunPaths, stage: str | None, which: str) -> Chosen:
     """A student of a run. which: "" (of its last train stage), "best", or "step-N"."""
-    spec = specfile.load_run(run)
+    spec = todo.load_spec(run)
     trained = [name for name, each in spec.stages.items() if isinstance(each, TrainStage)]
     if stage is not None and stage not in trained:
         raise InputError(f"run '{run.name}' has no train stage '{stage}'; {suggest(stage, trained)}")
@@ -74,7 +74,7 @@ def best(run: RunPaths) -> str:
     Where several evaluations measured, the last stage of the spec counts.
     """
     measured = [found for found in _evaluations(run).values() if found.distance is not None]
-    trained = {name for name, each in specfile.load_run(run).stages.items() if isinstance(each, TrainStage)}
+    trained = {name for name, each in todo.load_spec(run).stages.items() if isinstance(each, TrainStage)}
     rows = [row for row in measured[-1].usual if row.role == "student" and row.network in trained] if measured else []
     if not rows:
         raise InputError(f"run '{run.name}' has measured no student yet; name one: {run.name}/STAGE")
@@ -85,7 +85,7 @@ def best(run: RunPaths) -> str:
 def _evaluations(run: RunPaths) -> dict[str, Results]:
     """By stage, in the order of the spec."""
     found = results.of_run(run)
-    return {name: found[name] for name in specfile.load_run(run).stages if name in found}
+    return {name: found[name] for name in todo.load_spec(run).stages if name in found}
 
 
 def publish(
@@ -204,7 +204,7 @@ def describe(name: str, chosen: Chosen, images: int, picture: str) -> Publicatio
 
     A checkpoint's student is not the one that was measured.
     """
-    spec = specfile.load_run(chosen.run)
+    spec = todo.load_spec(chosen.run)
     _, found = _measured(chosen)
     rows = [] if found is None else [row for row in found.rows if row.role == "teacher" or row.network == chosen.stage]
     times = _times(chosen, _ancestry(spec, chosen.stage))

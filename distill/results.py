@@ -7,9 +7,10 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, NonNegativeInt, model_validator
 from rich.table import Table
 
-from distill import contents, records
+from distill import records
 from distill.fieldtypes import NAME, Line, Positive
 from distill.guard import InputError
+from distill.png import is_png
 from distill.spec import Frozen
 from distill.store import RunPaths, StagePaths
 
@@ -177,7 +178,7 @@ def picture(folder: Path, row: Row, room: int = PICTURE_BYTES) -> bytes | None:
         return None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    if not contents.is_png(content):
+    if not is_png(content):
         raise InputError(f"{path} cannot be used: it is not a PNG picture; delete it, and evaluate again")
     return content
 

@@ -3,28 +3,22 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from distill.draws import key, sample_labels, sample_noise
-from distill.grids import columns_for, images_png, scatter_png
 from distill.guard import InputError, RunError
 from distill.kinds import SAMPLERS, network_calls, per_velocity
 from distill.protocols import Cond, Gridded, Recipe, VelocityField
 from distill.samplers import accelerated, euler, jump, renoise, same_noise
 from distill.solvers import sample as solve
 from distill.solvers import sample_along
-from distill.store import write_atomic
-from distill.students import loaded
 from distill.students.loaded import LoadedStudent, Student
 from distill.students.velocity import VelocityStudent
 from distill.teachers import LoadedTeacher
 from distill.times import uniform_grid
 
-BLOCK = 250  # samples of `distill sample` that are made at once
 # Noise [B, ...], its condition, and the fresh noises that the method takes -> samples [B, ...]
 Generate = Callable[[Tensor, Cond, Sequence[Tensor]], Tensor]
 
@@ -176,69 +170,6 @@ def condition(network: LoadedTeacher | LoadedStudent, indices: Sequence[int], de
     if network.num_classes is None:
         return {}
     return {"class_labels": sample_labels(indices, network.num_classes).to(device)}
-
-
-def sample(
-    folder: Path,
-    out: Path,
-    *,
-    steps: int,
-    seed: int,
-    count: int,
-    labels: Sequence[int] | None,
-    device: torch.device,
-    along: Callable[[LoadedStudent], Sequence[float]] | None = None,
-) -> None:
-    """Samples of a student folder as a picture (.png), or as all noises, samples and labels (.safetensors).
-
-    labels: one class, one for each sample, or None for all classes in turn. along: other times than those it has for
-    so many steps.
-    """
-    if out.suffix not in (".png", ".safetensors"):
-        raise InputError(f"--out {out}: the name must end in .png (a picture) or .safetensors (the numbers)")
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"--out {out}: {out.absolute().parent} is not a folder; create it first")
-    student = loaded.load(folder, device)
-    times = grid(student.t_grids, steps) if along is None else torch.tensor(along(student), dtype=torch.float64)
-    method, parts = of_student(student, times), []
-    noise = sample_noise(seed, range(count), student.shape)
-    fresh = fresh_noises(seed, range(count), student.shape, method.fresh)
-    classes = _labels(student, count, labels)
-    for start in range(0, count, BLOCK):
-        rows = slice(start, start + BLOCK)
-        cond = {} if classes is None else {"class_labels": classes[rows].to(device)}
-        further = [each[rows].to(device) for each in fresh]
-        parts.append(method.generate(noise[rows].to(device), cond, further).cpu())
-    samples = torch.cat(parts)
-    if not samples.isfinite().all():
-        raise RunError(f"{folder} makes numbers that are not finite; nothing was written")
-    if out.suffix == ".safetensors":
-        tensors = {"latents": noise, "samples": samples.contiguous()}
-        if fresh:
-            tensors["fresh"] = torch.stack(fresh)  # [N - 1, count, ...], as the student's pipeline takes them
-        if classes is not None:
-            tensors["class_labels"] = classes
-        write_atomic(out, save(tensors))
-    elif samples.ndim == 4:
-        columns = columns_for(count, student.num_classes if labels is None else None)
-        write_atomic(out, images_png(samples, min(columns, count)))
-    else:
-        write_atomic(out, scatter_png(samples, None))
-
-
-def _labels(student: LoadedStudent, count: int, labels: Sequence[int] | None) -> Tensor | None:
-    if student.num_classes is None:
-        if labels is not None:
-            raise InputError("--classes was given, but this student is unconditional; leave it out")
-        return None
-    if labels is None:
-        return sample_labels(range(count), student.num_classes)
-    if len(labels) not in (1, count):
-        raise InputError(f"{len(labels)} classes for {count} samples; give one class, or one for each sample")
-    wrong = sorted({label for label in labels if not 0 <= label < student.num_classes})
-    if wrong:
-        raise InputError(f"class {wrong[0]} does not exist; this student knows 0 to {student.num_classes - 1}")
-    return torch.tensor(list(labels) if len(labels) == count else [labels[0]] * count, dtype=torch.int64)
 
 
 def _wait(device: torch.device) -> None:

@@ -8,11 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from distill import overrides, records, schema, yamltext
+from distill import overrides, schema, yamltext
 from distill.guard import InputError, expanded, is_text, printable, short
 from distill.overrides import Override
 from distill.spec import CheckpointTeacher, HfData, ImagesData, RunSpec
-from distill.store import RunPaths
 
 MOST_SHOWN = 20  # mistakes of a file
 
@@ -95,17 +94,6 @@ def load(path: Path, changes: Sequence[str] = (), *, name: str | None = None, so
             content["name"] = name
     base = path.parent.absolute()
     return SpecSource(located(validate(content, source), [base, Path.cwd()]), base, source)
-
-
-def load_run(run: RunPaths) -> RunSpec:
-    """The spec of an existing run; InputError if it is damaged."""
-    try:
-        text = records.read_small(run.spec).decode()
-    except FileNotFoundError:
-        raise InputError(f"{run.spec} is missing, so {run.root} is no run that can be read") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{run.spec}: not a text file (UTF-8); a spec is a YAML file") from None
-    return validate(yamltext.parse(text, str(run.spec)), str(run.spec))
 
 
 def resolved(spec: RunSpec) -> str:

@@ -85,16 +85,6 @@ def write_json(path: Path, content: Any) -> None:  # noqa: ANN401  (anything jso
     write_atomic(path, json.dumps(content, indent=2, sort_keys=False) + "\n")
 
 
-def shard_path(folder: Path, number: int) -> Path:
-    """A file of a folder of pairs."""
-    return folder / f"shard-{number:05}.safetensors"
-
-
-def shard_record(shard: Path) -> Path:
-    """Where who makes a part of the pairs says that a shard is complete; who makes the whole takes it over."""
-    return shard.with_suffix(".json")
-
-
 @dataclass(frozen=True)
 class StagePaths:
     """The files of one stage of a run."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill import imagefolder, jobs, pairspec, resolved, specfile, trainspec
+from distill import clusterspec, imagefolder, pairspec, resolved, specfile, trainspec
 from distill.guard import InputError, expanded, suggest
 from distill.kinds import STUDENTS
 from distill.resolved import Resolved, ResolvedRecipe
@@ -24,7 +24,6 @@ from distill.spec import (
     TrainStage,
     is_path,
 )
-from distill.store import RunPaths
 
 
 def check(spec: RunSpec, base: Path) -> Resolved:
@@ -38,44 +37,13 @@ def check(spec: RunSpec, base: Path) -> Resolved:
     return found
 
 
-def pending(run: RunPaths, spec: RunSpec) -> list[str]:
-    """The stages still to do, in order; done ones are among them where `lost_pairs` says so."""
-    lost = lost_pairs(run, spec)
-    return [name for name in spec.stages if name in lost or not run.stage(name).done.exists()]
-
-
-def wanted_pairs(run: RunPaths, spec: RunSpec) -> set[str]:
-    """The pairs stages that a stage still to do trains on."""
-    return {
-        pairs
-        for name, stage in spec.stages.items()
-        if isinstance(stage, TrainStage) and not run.stage(name).done.exists()
-        for pairs in stage.pair_shares
-    }
-
-
-def lost_pairs(run: RunPaths, spec: RunSpec) -> list[str]:
-    """Pairs stages that are done, but whose files are no longer there, or cut short, while they are still wanted."""
-    done = [name for name in wanted_pairs(run, spec) if run.stage(name).done.exists()]
-    return sorted(name for name in done if not _are_whole(run.stage(name).pairs))
-
-
-def _are_whole(folder: Path) -> bool:
-    """Whether the manifest is there, and each file that it lists at its size; checksums are for whoever reads them."""
-    shards = pairspec.listed(folder)
-    try:
-        return shards is not None and all((folder / name).stat().st_size == size for name, size in shards.items())
-    except OSError:
-        return False
-
-
 def _mistakes(found: Resolved) -> Iterator[str]:
     spec = found.spec
     if not spec.stages:
         yield "stages: empty; a run has at least one stage"
     yield from teacher_mistakes(spec)
     yield from _launch(spec)
-    yield from jobs.mistakes(spec)
+    yield from clusterspec.mistakes(spec)
     used: set[str] = set()
     if "teacher" in spec.stages:
         yield "stages.teacher: the name 'teacher' stands for the teacher in tables; name the stage otherwise"

@@ -14,7 +14,7 @@ from commands import command, snapshot
 from runs import make
 
 import distill as package
-from distill import claims, inputs, presets, specfile, status
+from distill import claims, inputs, presets, specfile, status, todo
 from distill.cli import common, given, start, work
 from distill.cli.main import app
 from distill.guard import InputError
@@ -205,7 +205,7 @@ def test_list_and_show(capfd, tmp_path):
     }  # fmt: skip
     text = " ".join(command(capfd, "show", "runs/one").out.split())
     assert text.startswith("one stopped: stopped by SIGTERM 0 s ago seed 0, data digits")
-    teach = specfile.load_run(run).stages["teach"]
+    teach = todo.load_spec(run).stages["teach"]
     assert f"teach: pretrain/flow_matching, {teach.images:,} images, batch {teach.batch_size}" in text
     assert "pairs pairs begun 25% 1,250/5,000 pairs loss 0.25" in text
     assert text.endswith("resume with: distill run runs/one --resume")
@@ -229,7 +229,7 @@ def test_a_line_break_among_the_arguments_leaves_the_spec_whole(tmp_path, monkey
     monkeypatch.setattr(sys, "argv", ["distill", "run", "digits", change, "--name", "a\u2028\x1bb"])
     source = specfile.load(presets.find("digits"), [change], name="one")
     run = start.begin(tmp_path / "runs", source)
-    assert specfile.load_run(run).digest() == source.spec.digest()
+    assert todo.load_spec(run).digest() == source.spec.digest()
     first = run.spec.read_text().splitlines()[0]
     assert first == "# distill run digits 'stages.reflow.options={distance:  l2}' --name 'a  b'"
 
@@ -373,7 +373,7 @@ def test_quickstart_goes_on_with_what_was_stopped_and_repeats_nothing(tmp_path):
     assert choice() == ("quickstart", True)
     with claims.claim(run):
         assert choice() == ("quickstart-2", False)
-    for stage in specfile.load_run(run).stages:
+    for stage in todo.load_spec(run).stages:
         run.stage(stage).root.mkdir(parents=True)
         write_json(run.stage(stage).done, {})
     assert choice() == ("quickstart-2", False)

@@ -12,7 +12,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from distill import evaluate as evaluation
-from distill import report, results, sampling, schedules, solvers
+from distill import report, results, sample, sampling, schedules, solvers
 from distill.card import StudentCard
 from distill.data.arrays import ArrayData
 from distill.draws import key, sample_labels, sample_noise
@@ -351,7 +351,7 @@ def test_fresh_noise_depends_on_seed_index_and_step_alone(flow_map_run, tmp_path
     for block in (10, 4):
         monkeypatch.setattr(sampling, "BLOCK", block)
         out = tmp_path / f"{block}.safetensors"
-        sampling.sample(flow_map_run.student("renoise"), out, steps=3, seed=7, count=10, labels=None, device=CPU)
+        sample.write_samples(flow_map_run.student("renoise"), out, steps=3, seed=7, count=10, labels=None, device=CPU)
         found = load_file(out)
         torch.testing.assert_close(found["samples"], whole, atol=1e-6, rtol=0)
         assert torch.equal(found["fresh"], torch.stack([first, second]))
@@ -365,7 +365,7 @@ def test_a_flow_maps_sample_is_what_plain_diffusers_makes(flow_map_run, tmp_path
     pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     for steps in (1, 2, 4):
         out = tmp_path / f"{steps}.safetensors"
-        sampling.sample(folder, out, steps=steps, seed=7, count=12, labels=None, device=CPU)
+        sample.write_samples(folder, out, steps=steps, seed=7, count=12, labels=None, device=CPU)
         found = load_file(out)
         theirs = pipeline(steps, latents=found["latents"], fresh=found.get("fresh"), output_type="pt").images
         assert (theirs - found["samples"]).abs().max() <= 1e-5
@@ -536,13 +536,13 @@ def test_sample_is_what_plain_diffusers_makes(image_run, tmp_path):
     pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     for steps in (1, 2, 4):
         out = tmp_path / f"{steps}.safetensors"
-        sampling.sample(folder, out, steps=steps, seed=7, count=12, labels=None, device=CPU)
+        sample.write_samples(folder, out, steps=steps, seed=7, count=12, labels=None, device=CPU)
         found = load_file(out)
         theirs = pipeline(steps, found["class_labels"], latents=found["latents"], output_type="pt").images
         assert (theirs - found["samples"]).abs().max() <= 1e-5
-    sampling.sample(folder, tmp_path / "g.png", steps=1, seed=7, count=20, labels=None, device=CPU)
+    sample.write_samples(folder, tmp_path / "g.png", steps=1, seed=7, count=20, labels=None, device=CPU)
     assert Image.open(tmp_path / "g.png").size == (6 * (10 * 9 - 1), 6 * (2 * 9 - 1))
-    sampling.sample(folder, tmp_path / "c.safetensors", steps=1, seed=7, count=3, labels=[4], device=CPU)
+    sample.write_samples(folder, tmp_path / "c.safetensors", steps=1, seed=7, count=3, labels=[4], device=CPU)
     assert load_file(tmp_path / "c.safetensors")["class_labels"].tolist() == [4, 4, 4]
 
 
@@ -557,7 +557,7 @@ def test_sample_is_what_plain_diffusers_makes(image_run, tmp_path):
 )
 def test_sample_refuses_what_cannot_work(image_run, tmp_path, out, labels, message):
     with pytest.raises(InputError, match=message):
-        sampling.sample(
+        sample.write_samples(
             image_run[0].student("student"), tmp_path / out, steps=1, seed=0, count=3, labels=labels, device=CPU
         )
     assert list(tmp_path.iterdir()) == []
@@ -567,7 +567,7 @@ def test_samples_are_made_in_blocks(image_run, tmp_path, monkeypatch):
     folder, found = image_run[0].student("student"), {}
     for block in (12, 5):
         monkeypatch.setattr(sampling, "BLOCK", block)
-        sampling.sample(folder, tmp_path / "s.safetensors", steps=2, seed=7, count=12, labels=None, device=CPU)
+        sample.write_samples(folder, tmp_path / "s.safetensors", steps=2, seed=7, count=12, labels=None, device=CPU)
         found[block] = load_file(tmp_path / "s.safetensors")
     assert torch.equal(found[12]["latents"], found[5]["latents"])
     torch.testing.assert_close(found[12]["samples"], found[5]["samples"], atol=1e-5, rtol=0)
@@ -575,13 +575,13 @@ def test_samples_are_made_in_blocks(image_run, tmp_path, monkeypatch):
 
 def test_sample_of_vectors(vector_run, tmp_path):
     folder = vector_run.student("exact")
-    sampling.sample(folder, tmp_path / "v.png", steps=1, seed=0, count=50, labels=None, device=CPU)
+    sample.write_samples(folder, tmp_path / "v.png", steps=1, seed=0, count=50, labels=None, device=CPU)
     assert Image.open(tmp_path / "v.png").size == (720, 720)
-    sampling.sample(folder, tmp_path / "v.safetensors", steps=1, seed=0, count=50, labels=None, device=CPU)
+    sample.write_samples(folder, tmp_path / "v.safetensors", steps=1, seed=0, count=50, labels=None, device=CPU)
     found = load_file(tmp_path / "v.safetensors")
     torch.testing.assert_close(found["samples"], torch.tensor(MEAN) + STD * found["latents"], atol=1e-5, rtol=0)
     with pytest.raises(InputError, match="--classes was given, but this student is unconditional"):
-        sampling.sample(folder, tmp_path / "v.png", steps=1, seed=0, count=2, labels=[0], device=CPU)
+        sample.write_samples(folder, tmp_path / "v.png", steps=1, seed=0, count=2, labels=[0], device=CPU)
 
 
 # --- pictures ---

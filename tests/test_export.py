@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from distill import card as cards
 from distill import export as exporter
-from distill import sampling
+from distill import sample, sampling
 from distill.card import StudentCard
 from distill.draws import generator, sample_labels, sample_noise
 from distill.export import export
@@ -480,7 +480,7 @@ def test_numbers_of_steps_that_a_student_is_not_made_for_are_refused(tmp_path):
     student, card = make("mlp-jump-own")
     export(student, tmp_path / "s", card)
     with pytest.raises(InputError, match="steps: this student is made for 1, 2 and 4 steps, not 3"):
-        sampling.sample(
+        sample.write_samples(
             tmp_path / "s", tmp_path / "a.png", steps=3, seed=0, count=4, labels=None, device=torch.device("cpu")
         )
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "s", trust_remote_code=True)

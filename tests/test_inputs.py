@@ -36,7 +36,7 @@ PICTURES = {"kind": "hf", "path": "org/pictures", "size": 8, "channels": 1, "lab
 MAKE = """
 import json, os, sys
 from pathlib import Path
-from distill import inputs, specfile
+from distill import inputs, specfile, todo
 from distill.guard import InputError, RunError
 from distill.spec import RunSpec
 from distill.store import create_run
@@ -56,11 +56,11 @@ for given in json.loads(sys.argv[2]):
 READ = """
 import hashlib, json, sys, torch
 from pathlib import Path
-from distill import data, specfile, teachers
+from distill import data, specfile, teachers, todo
 from distill.store import RunPaths
 
 for folder in sys.argv[1:]:
-    spec = specfile.load_run(RunPaths(Path(folder)))
+    spec = todo.load_spec(RunPaths(Path(folder)))
     said = {}
     if spec.teacher is not None:
         teacher = teachers.load(spec.teacher, torch.device("cpu"))

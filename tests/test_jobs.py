@@ -10,7 +10,7 @@ import pytest
 import torch
 from runs import folder_bytes, make
 
-from distill import claims, jobs
+from distill import claims, clusterspec, jobs, pairspec
 from distill.guard import InputError, Stopped
 from distill.launch import slurm, standing
 from distill.pairs import generate
@@ -47,7 +47,7 @@ from distill.teachers.analytic import gaussian_teacher
     ],
 )
 def test_a_limit_in_slurms_notation(text, seconds):
-    assert jobs.limit_seconds(text) == seconds
+    assert clusterspec.limit_seconds(text) == seconds
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def solve(folder, part=None, stop=None):
 
 def test_parts_in_any_order_and_stopped_make_the_undivided_set(tmp_path):
     whole = solve(tmp_path / "whole")
-    assert jobs.num_shards(STAGE) == len(list((tmp_path / "whole").glob("shard-*.safetensors")))
+    assert pairspec.Layout.of(STAGE).files == len(list((tmp_path / "whole").glob("shard-*.safetensors")))
     assert sum(size(STAGE, (number, 4)) for number in range(4)) == size(STAGE, None) == STAGE.count
     folder = tmp_path / "parts"
     assert jobs.missing_parts(STAGE, folder, 4) == [0, 1, 2, 3]

@@ -17,7 +17,7 @@ from commands import command
 from runs import make, wait_for
 
 import distill as package
-from distill import claims, specfile, stages
+from distill import claims, stages, todo
 from distill.guard import PeerLost, RunError, Stopped
 from distill.launch import environment, local, ranks
 from distill.store import RunPaths, read_events
@@ -192,7 +192,7 @@ def test_how_threads_wait_is_the_users_choice(monkeypatch, name):
 
 
 def test_one_process_computes_all_stages_and_ranks_only_train(tmp_path):
-    spec = specfile.load_run(make(tmp_path))
+    spec = todo.load_spec(make(tmp_path))
     names = list(spec.stages)
     assert names == ["teach", "pairs", "reflow", "one_step", "evaluate"]
     assert local.groups(spec, names) == [(1, names)]
@@ -508,9 +508,7 @@ def test_procs_is_short_for_launch_procs(capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "no-config"))
     started = []
-    monkeypatch.setattr(
-        local, "run_stages", lambda run, names: started.append(specfile.load_run(run).launch.procs) or 0
-    )
+    monkeypatch.setattr(local, "run_stages", lambda run, names: started.append(todo.load_spec(run).launch.procs) or 0)
     assert command(capfd, "run", "mixture-2d", "--procs", "2", "--store", "runs", "--name", "one").code == 0
     assert command(capfd, "run", "one", "--resume", "--procs", "4", "--store", "runs").code == 0
     assert started == [2, 4]

@@ -14,7 +14,7 @@ from commands import command, snapshot
 from runs import ENV
 from slurm_runs import HELD, NEEDS_SLURM, begin, command_line, end_jobs, enter, last_job, named, program, queue, said
 
-from distill import jobs, specfile
+from distill import jobs, todo
 from distill.store import RunPaths, append_event, read_events
 
 ROOT = Path(__file__).parent.parent
@@ -333,4 +333,4 @@ def test_the_lead_grows_with_the_saves(capfd, cluster, here):
     done = submit(capfd, "mix", "--resume")
     assert "two saves of this run take up to 200 s; launch.slurm.lead_seconds is raised to 260\n" in done.out
     assert "#SBATCH --signal=B:USR1@260\n" in (run.jobs / "solve.sbatch").read_text()
-    assert specfile.load_run(run).launch.slurm.lead_seconds == 260
+    assert todo.load_spec(run).launch.slurm.lead_seconds == 260

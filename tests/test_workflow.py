@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from distill import planning, presets, registry, specfile, workflow
+from distill import planning, presets, registry, specfile, todo, workflow
 from distill.guard import InputError
 from distill.launch import submit
 from distill.resolved import resolve
@@ -363,13 +363,13 @@ def test_one_wrong_recipe_hides_no_other_mistake():
 def test_pending_are_the_stages_that_are_not_done(tmp_path):
     spec = specfile.validate(vectors(), "f")
     run = RunPaths(tmp_path)
-    assert workflow.pending(run, spec) == ["p", "r", "e"]
+    assert todo.pending(run, spec) == ["p", "r", "e"]
     run.stage("p").root.mkdir(parents=True)
-    assert workflow.pending(run, spec) == ["p", "r", "e"]
+    assert todo.pending(run, spec) == ["p", "r", "e"]
     run.stage("p").pairs.mkdir()
     write_json(run.stage("p").pairs / "manifest.json", {"shards": {}})
     write_json(run.stage("p").done, {})
-    assert workflow.pending(run, spec) == ["r", "e"]
+    assert todo.pending(run, spec) == ["r", "e"]
 
 
 def test_pairs_that_are_gone_are_pending_as_long_as_a_stage_needs_them(tmp_path):
@@ -383,7 +383,7 @@ def test_pairs_that_are_gone_are_pending_as_long_as_a_stage_needs_them(tmp_path)
 
     make()
     write_json(run.stage("p").done, {})
-    assert (workflow.pending(run, spec), workflow.lost_pairs(run, spec)) == (["r", "e"], [])
+    assert (todo.pending(run, spec), todo.lost_pairs(run, spec)) == (["r", "e"], [])
     for harm in [
         lambda: (folder / "a").unlink(),
         lambda: (folder / "a").write_bytes(b"12"),
@@ -393,10 +393,10 @@ def test_pairs_that_are_gone_are_pending_as_long_as_a_stage_needs_them(tmp_path)
     ]:
         make()
         harm()
-        assert (workflow.pending(run, spec), workflow.lost_pairs(run, spec)) == (["p", "r", "e"], ["p"])
+        assert (todo.pending(run, spec), todo.lost_pairs(run, spec)) == (["p", "r", "e"], ["p"])
     run.stage("r").root.mkdir(parents=True)
     write_json(run.stage("r").done, {})
-    assert (workflow.pending(run, spec), workflow.lost_pairs(run, spec)) == (["e"], []), "nobody needs them any more"
+    assert (todo.pending(run, spec), todo.lost_pairs(run, spec)) == (["e"], []), "nobody needs them any more"
 
 
 # --- recipes of one's own ---

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from distill import schema, specfile, workflow, yamltext
+from distill import schema, specfile, todo, workflow, yamltext
 from distill.fieldtypes import MAX_STEPS
 from distill.guard import InputError, short, suggest, whole_number
 from distill.spec import CheckpointTeacher, DataSpec, LaunchSpec, RunSpec, TeacherSpec, TrainStage, is_path
@@ -147,4 +147,4 @@ def _spec_of(student: Path, option: str) -> tuple[RunSpec, Path]:
     run = RunPaths(student.parent.parent)
     if student.parent.name != "students" or not run.spec.is_file():
         raise InputError(f"{student} does not lie in a run, so its {option[2:]} is not known; give {option}")
-    return specfile.load_run(run), run.root
+    return todo.load_spec(run), run.root

@@ -221,7 +221,7 @@ def submit_again(
     code: str,
 ) -> None:
     """Queue what of a run is neither done nor queued; its spec is `source`, or is refused."""
-    from distill import claims, inputs, jobs, workflow
+    from distill import claims, inputs, jobs, todo
     from distill.launch import submit as queue
 
     queue.check(source.spec, site)
@@ -240,20 +240,20 @@ def submit_again(
         content = start.go_on(run, source, here=False, live=[job.id for job in live], trains=trains)
         parted = queue.parted(run, content, live)
         under_way = {name for job in live for name in job.stages}.difference(parted)
-        todo = [name for name in workflow.pending(run, content) if name not in under_way]
-        for name in workflow.lost_pairs(run, content):
+        left = [name for name in todo.pending(run, content) if name not in under_way]
+        for name in todo.lost_pairs(run, content):
             say(f"the pairs of stage '{name}' are gone or damaged, and still needed: they are made again")
             run.stage(name).done.unlink()
         for job in live:
             say(f"job {job.id} is under way: {', '.join(job.stages)}")
-        if not todo:
+        if not left:
             say(f"there is nothing to submit for run '{run.name}'" + ("" if live else ": all stages are done"))
             return
         _keep_code(run, code)
         found = inputs.resolve(content, folder, inputs.read(run))
         inputs.keep(run, found)
         where = _where(run, {each.what for each in found}, site, code)
-        _say_queued(run, content.launch, queue.submit(run, content, todo, where, parted))
+        _say_queued(run, content.launch, queue.submit(run, content, left, where, parted))
 
 
 def _say_queued(
@@ -294,7 +294,7 @@ def _dry_run(
     resume: bool,
     code: str,
 ) -> None:
-    from distill import workflow
+    from distill import todo
     from distill.launch import script
     from distill.launch import submit as queue
 
@@ -306,9 +306,9 @@ def _dry_run(
         run = RunPaths(folder.absolute() / source.spec.name)
     queue.check_container(source.spec, site)
     checked = start.checked(source, here=False, store=folder).resolved.spec
-    todo = workflow.pending(run, checked)
+    left = todo.pending(run, checked)
     where = _where(run, checked.hub_inputs, site, code)
-    plans = queue.plans(run, checked, todo)
+    plans = queue.plans(run, checked, left)
     scripts = [script.job(run, checked.launch, plan, where) for plan in plans]
     for plan, text in zip(plans, scripts, strict=True):
         waits = f"  (after {', '.join(plan.after)})" if plan.after else ""

@@ -85,7 +85,7 @@ def numbers(found: Mapping[str, float]) -> str:
 
 def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) -> None:
     """Show a run: its spec in short, its stages, losses, students, and where the files lie."""
-    from distill import results, specfile, status
+    from distill import results, status, todo
     from distill import store as stores
 
     paths = stores.find_run(store_path(store), run)
@@ -96,7 +96,7 @@ def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) 
         cards = {name: card.model_dump(mode="json") for name, card in students.items()}
         print_json(asdict(each) | {"students": cards, "results": found, "spec": str(paths.spec)})
         return
-    summary = _summary(specfile.load_run(paths))
+    summary = _summary(todo.load_spec(paths))
     say(headline(each.name, each.state, each.message, each.changed))
     for line in summary:
         say(f"  {line}")
@@ -233,9 +233,9 @@ def _refuse_if_queued(paths: RunPaths) -> None:
 
 def _wanted_pairs(run: RunPaths) -> list[str]:
     """The pairs stages that are done, and that a stage still to do trains on."""
-    from distill import specfile, workflow
+    from distill import todo
 
-    return sorted(name for name in workflow.wanted_pairs(run, specfile.load_run(run)) if run.stage(name).done.exists())
+    return sorted(name for name in todo.wanted_pairs(run, todo.load_spec(run)) if run.stage(name).done.exists())
 
 
 def _waste(root: Path, checkpoints: bool, pairs: bool) -> list[Path]:

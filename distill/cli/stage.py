@@ -85,10 +85,10 @@ def job(
 
 
 def _found(run: Path, names: Sequence[str]) -> tuple[RunPaths, "distill.spec.RunSpec"]:
-    from distill import specfile
+    from distill import todo
 
     paths = find_run(run.parent, str(run))
-    spec = specfile.load_run(paths)
+    spec = todo.load_spec(paths)
     unknown = [name for name in names if name not in spec.stages]
     if unknown:
         raise InputError(f"run '{paths.name}' has no stage '{unknown[0]}'; valid: {', '.join(spec.stages)}")

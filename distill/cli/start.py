@@ -180,11 +180,11 @@ def go_on(
     live: jobs that have begun, or will, with the old `launch`; then nothing may change.
     trains: this version of distill is to train what the run has still to train.
     """
-    from distill import machine, resolved, specfile, versions, workflow
+    from distill import machine, resolved, specfile, todo, versions
     from distill.spec import TrainStage
 
-    old = specfile.load_run(paths)
-    pending = workflow.pending(paths, old)
+    old = todo.load_spec(paths)
+    pending = todo.pending(paths, old)
     if trains and any(isinstance(old.stages[name], TrainStage) for name in pending):
         versions.require_same_draws(machine.load(paths).draws, f"run '{paths.name}'")
     if pending:

@@ -178,10 +178,10 @@ def _student(chosen: "distill.publish.Chosen", temporary: Path) -> Path:
                 f"checkpoint: {chosen.run.name}/{stage}@step-N"
             )
         return folder
-    from distill import specfile, stages
+    from distill import stages, todo
     from distill.spec import TrainStage
 
-    spec = specfile.load_run(chosen.run)
+    spec = todo.load_spec(chosen.run)
     each = spec.stages[stage]
     assert isinstance(each, TrainStage)
     stages.export_checkpoint(chosen.run, spec, stage, each.export, temporary, chosen.step)
@@ -196,9 +196,9 @@ def _drawn(student: Path, out: Path) -> bytes:
     from distill import pull as pulling
 
     pulling.verify(student, lambda name, text: None)
-    from distill import sampling, stages
+    from distill import sample, stages
 
-    sampling.sample(
+    sample.write_samples(
         student, out, steps=cards.read(student).fewest_steps, seed=0, count=64, labels=None, device=stages.CPU
     )
     return out.read_bytes()

@@ -48,10 +48,10 @@ def sample(
         check_out(out.absolute().parent)
     folder = given.student(student, runs)
     steps = len(along) - 1 if along else steps or cards.read(folder).fewest_steps
-    from distill import sampling
+    from distill import sample
 
     place = given.device(device)
-    sampling.sample(
+    sample.write_samples(
         folder, out, steps=steps, seed=seed, count=count, labels=labels, device=place,
         along=schedules.along(schedule, along, steps, runs, place),
     )  # fmt: skip
@@ -137,11 +137,11 @@ def export(
     store: StoreOption = None,
 ) -> None:
     """Export a student from a run's newest checkpoint, also while it trains."""
-    from distill import specfile
+    from distill import todo
     from distill.spec import TrainStage
 
     paths = find_run(store_path(store), run)
-    spec = specfile.load_run(paths)
+    spec = todo.load_spec(paths)
     trained = {name: each for name, each in spec.stages.items() if isinstance(each, TrainStage)}
     if stage is None and len(trained) != 1:
         raise InputError(f"run '{paths.name}' has {len(trained)} train stages; name one: {', '.join(trained)}")

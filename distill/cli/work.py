@@ -47,7 +47,7 @@ def quickstart(store: StoreOption = None) -> None:
 
 def choose_quickstart(folder: Path) -> tuple[RunPaths, "distill.spec.RunSpec | None"]:
     """The quickstart that was stopped, with its spec; or the first name that is free: quickstart, quickstart-2, ..."""
-    from distill import claims, presets, specfile, workflow
+    from distill import claims, presets, specfile, todo
 
     digest = specfile.load(presets.find(PRESET)).spec.digest()
     for number in itertools.count(1):
@@ -57,8 +57,8 @@ def choose_quickstart(folder: Path) -> tuple[RunPaths, "distill.spec.RunSpec | N
         try:
             if not paths.spec.exists() or claims.executing(paths):
                 continue
-            spec = specfile.load_run(paths)
-            if spec.digest() == digest and workflow.pending(paths, spec):
+            spec = todo.load_spec(paths)
+            if spec.digest() == digest and todo.pending(paths, spec):
                 return paths, spec
         except (InputError, RunError, OSError) as error:
             warn(f"run '{paths.name}' is damaged, and passed over: {error}")
@@ -160,11 +160,11 @@ def execute(paths: RunPaths, spec: "distill.spec.RunSpec", *, fresh: bool = Fals
 
     fresh: the run was made just now, so that nothing of it stays if its process refuses it before any work.
     """
-    from distill import workflow
+    from distill import todo
     from distill.launch import local
 
-    pending = workflow.pending(paths, spec)
-    for name in workflow.lost_pairs(paths, spec):
+    pending = todo.pending(paths, spec)
+    for name in todo.lost_pairs(paths, spec):
         say(f"the pairs of stage '{name}' are gone or damaged, and still needed: they are made again")
         paths.stage(name).done.unlink()
     if pending:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from distill import claims, jobs, specfile
+from distill import claims, clusterspec, jobs, todo
 from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, RunError
 from distill.launch import environment, ranks, script, slurm, tasks
 from distill.launch.local import RANK_VARIABLES
@@ -74,7 +74,7 @@ class Batch:
 
     def __init__(self, run: RunPaths, stages: list[str], part: tuple[int, int] | None, command: Sequence[str]) -> None:
         self.run, self.stages, self.part, self.command = run, stages, part, list(command)
-        self.spec: RunSpec = specfile.load_run(run)
+        self.spec: RunSpec = todo.load_spec(run)
         self.job, self.restart = tasks.identity()
         self.slurm = self.spec.launch.slurm
         self.log = OwnLog()
@@ -190,7 +190,7 @@ class Batch:
             return ASKED
         state = fields.get("JobState", "")
         if state == "COMPLETING" and not self._is_queued_again(fields):
-            ran, limit = (jobs.limit_seconds(fields.get(name, "")) for name in ("RunTime", "TimeLimit"))
+            ran, limit = (clusterspec.limit_seconds(fields.get(name, "")) for name in ("RunTime", "TimeLimit"))
             return "time limit" if ran is not None and limit is not None and ran >= limit else "cancelled"
         if state == "PREEMPTED" or fields.get("PreemptTime", "None") not in ("None", "N/A", "Unknown"):
             return "preempted"

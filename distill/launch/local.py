@@ -15,7 +15,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from distill import machine, specfile
+from distill import machine, todo
 from distill.guard import EXIT_FAILED, EXIT_STOPPED
 from distill.launch import environment, ranks
 from distill.spec import RunSpec, TrainStage
@@ -31,7 +31,7 @@ def run_stages(run: RunPaths, stages: list[str], *, measure: bool = False) -> in
     that is thrown away.
     """
     with ranks.Relay() as relay:
-        spec = specfile.load_run(run)
+        spec = todo.load_spec(run)
         for size, names in groups(spec, stages):
             if relay.asked:
                 ranks.say_not_begun(run, measure=measure)

@@ -23,7 +23,7 @@ from distill.pairs.paths import Real
 from distill.progress import Progress
 from distill.spec import PairsStage
 from distill.stop import StopRequest
-from distill.store import shard_record, write_atomic
+from distill.store import write_atomic
 from distill.teachers.loaded import LoadedTeacher
 
 
@@ -75,7 +75,7 @@ def generate(
             progress.update(done, {})
         content, listed[name] = _encode(blocks, indices, manifest)
         write_atomic(folder / name, content)
-        write_atomic(shard_record(folder / name), listed[name].model_dump_json())
+        write_atomic(pairspec.shard_record(folder / name), listed[name].model_dump_json())
     if part is not None and len(listed) < layout.files:
         listed = listed | records(folder, layout)[0]  # of the parts, the last one to end finishes the set
     if len(listed) == layout.files and not manifest.done:
