@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 
@@ -26,12 +26,10 @@ from distill.guard import InputError, RunError, is_text
 from distill.printing import say_error, warn
 from distill.records import SMALL, Schema, mistake
 from distill.regular import read_regular
+from distill.repository import Repository
 from distill.space import human
 from distill.spec import CheckpointTeacher, HfData, RunSpec
 from distill.store import RunPaths, runs, sync_dir, sync_tree, write_atomic, write_json
-
-if TYPE_CHECKING:
-    from distill import hub
 
 RECORD = "inputs/inputs.json"  # of a run
 UNUSED_SECONDS = 86400.0  # what was asked for within the last day may be of a run that is being made
@@ -101,7 +99,7 @@ def resolve(spec: RunSpec, store: Path, before: Sequence[Input] = ()) -> list[In
     return found
 
 
-def _repositories(spec: RunSpec, commits: Mapping[tuple[str, str, str | None], str]) -> Iterator["hub.Repository"]:
+def _repositories(spec: RunSpec, commits: Mapping[tuple[str, str, str | None], str]) -> Iterator[Repository]:
     """What the spec names by hub id. commits: of those that are known."""
     teacher, data = spec.teacher, spec.data
     if isinstance(teacher, CheckpointTeacher) and teacher.is_of_hub:
@@ -133,7 +131,7 @@ def _refuse_without_room(what: str, needs: Sequence[tuple[Path, int]]) -> None:
             )
 
 
-def _in_store(wanted: Input, store: Path, repository: "hub.Repository") -> Input:
+def _in_store(wanted: Input, store: Path, repository: Repository) -> Input:
     """The input, fetched unless it is there; under a name of its own until it is whole, so that others never see it.
 
     What is there under its name and is not whole stays, as runs may use it: then the input has another name.

@@ -42,6 +42,7 @@ ANYWHERE = {
     "evalspec",
     "kinds",
     "png",
+    "repository",
     "imagefolder",
     "dataspec",
     "frozen",
@@ -127,7 +128,8 @@ def test_layers():
                 continue
             other = name.split(".")[1]
             if other in ANYWHERE or (
-                other in CONTROL and mine in ("stages", "estimate", "forecast", "preflight", "cli", "testing")
+                other in CONTROL
+                and mine in ("sources", "stages", "estimate", "forecast", "preflight", "cli", "testing")
             ):
                 continue
             assert other in rank, f"{show(path)} imports {name}, of the control plane"

@@ -349,7 +349,7 @@ def test_fresh_noise_depends_on_seed_index_and_step_alone(flow_map_run, tmp_path
     assert not torch.equal(first, noise)
     torch.testing.assert_close(whole, renoise.sample(student.student, noise, uniform_grid(3), {}, [first, second]))
     for block in (10, 4):
-        monkeypatch.setattr(sampling, "BLOCK", block)
+        monkeypatch.setattr(sample, "BLOCK", block)
         out = tmp_path / f"{block}.safetensors"
         sample.write_samples(flow_map_run.student("renoise"), out, steps=3, seed=7, count=10, labels=None, device=CPU)
         found = load_file(out)
@@ -566,7 +566,7 @@ def test_sample_refuses_what_cannot_work(image_run, tmp_path, out, labels, messa
 def test_samples_are_made_in_blocks(image_run, tmp_path, monkeypatch):
     folder, found = image_run[0].student("student"), {}
     for block in (12, 5):
-        monkeypatch.setattr(sampling, "BLOCK", block)
+        monkeypatch.setattr(sample, "BLOCK", block)
         sample.write_samples(folder, tmp_path / "s.safetensors", steps=2, seed=7, count=12, labels=None, device=CPU)
         found[block] = load_file(tmp_path / "s.safetensors")
     assert torch.equal(found[12]["latents"], found[5]["latents"])

@@ -15,6 +15,7 @@ from distill import hub, imagefolder
 from distill.data.index import Found
 from distill.data.rows import Encoded, read_file
 from distill.guard import InputError, printable, suggest
+from distill.repository import Repository
 from distill.spec import HfData
 
 SHOWN = 5  # names in a message
@@ -148,7 +149,7 @@ def _readable(spec: HfData) -> Iterator[None]:
 # --- by hub id ---
 
 
-def repository(spec: HfData, commit: str | None = None) -> hub.Repository:
+def repository(spec: HfData, commit: str | None = None) -> Repository:
     """What a data set by hub id reads. commit: None for the one that its revision stands for now."""
     if commit is None:
         with _readable(spec):
@@ -171,7 +172,7 @@ def repository(spec: HfData, commit: str | None = None) -> hub.Repository:
         open_rows(pinned).save_to_disk(str(folder))
 
     part, link = [spec.split], f"datasets/{fetched(spec)}"
-    return hub.Repository("data", spec.path, spec.revision, commit, part, link, needs, copy)
+    return Repository("data", spec.path, spec.revision, commit, part, link, needs, copy)
 
 
 def fetched(spec: HfData) -> str:

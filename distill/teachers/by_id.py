@@ -10,6 +10,7 @@ from huggingface_hub import constants, snapshot_download
 
 from distill import hub
 from distill.guard import InputError
+from distill.repository import Repository
 from distill.spec import CheckpointTeacher
 from distill.teachers import variants
 from distill.teachers.read import short
@@ -46,7 +47,7 @@ def read_of(name: str, files: Iterable[str], *, weights: bool = True) -> list[st
     return sorted(found)
 
 
-def repository(spec: CheckpointTeacher, commit: str | None = None) -> hub.Repository:
+def repository(spec: CheckpointTeacher, commit: str | None = None) -> Repository:
     """What a teacher by hub id reads. commit: None for the one that its revision stands for now."""
     if commit is None:
         with _reachable(spec):
@@ -70,7 +71,7 @@ def repository(spec: CheckpointTeacher, commit: str | None = None) -> hub.Reposi
             shutil.copyfile(found / name, folder / name)
 
     link = f"hub/models--{spec.path.replace('/', '--')}/snapshots/{commit}"
-    return hub.Repository("teacher", spec.path, spec.revision, commit, FILES, link, needs, copy)
+    return Repository("teacher", spec.path, spec.revision, commit, FILES, link, needs, copy)
 
 
 def snapshot(spec: CheckpointTeacher, *, weights: bool = True) -> Path:
