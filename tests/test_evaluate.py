@@ -12,16 +12,18 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from distill import evaluate as evaluation
-from distill import report, results, sample, sampling, schedules, solvers
+from distill import report, results, sample, sampling, schedules, solvers, sources
 from distill.card import StudentCard
 from distill.data.arrays import ArrayData
 from distill.draws import key, sample_labels, sample_noise
-from distill.evaluate import evaluate, total
+from distill.evalspec import num_samples
+from distill.evaluate import evaluate
 from distill.export import export
 from distill.grids import columns_for, images_png, scatter_png
 from distill.guard import InputError, RunError, Stopped
 from distill.metrics import features
 from distill.progress import Progress
+from distill.resolved import resolve
 from distill.samplers import euler, renoise
 from distill.spec import CheckpointTeacher, RunSpec, UNetSpec
 from distill.stop import StopRequest
@@ -81,9 +83,11 @@ def vector_run(tmp_path) -> RunPaths:
 def go(run: RunPaths, spec: RunSpec, stop: StopRequest | None = None) -> results.Results:
     run.stage("evaluate").root.mkdir(parents=True, exist_ok=True)
     stage = spec.stages["evaluate"]
-    with Progress("evaluate", total(stage), "samples", run) as progress:
-        found = evaluate(run, spec, "evaluate", device=CPU, progress=progress, stop=stop or StopRequest())
-        assert progress.done == total(stage)
+    inputs = sources.load(run, resolve(spec, run.root), "evaluate", CPU, indexed=False)
+    seed, stop = key(spec.seed, "evaluate"), stop or StopRequest()
+    with Progress("evaluate", num_samples(stage), "samples", run) as progress:
+        found = evaluate(run, "evaluate", stage, inputs, seed=seed, device=CPU, progress=progress, stop=stop)
+        assert progress.done == num_samples(stage)
     return found
 
 
