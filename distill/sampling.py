@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors.torch import save
@@ -27,6 +28,27 @@ from distill.times import uniform_grid
 BLOCK = 250  # samples of `distill sample` that are made at once
 # Noise [B, ...], its condition, and the fresh noises that the method takes -> samples [B, ...]
 Generate = Callable[[Tensor, Cond, Sequence[Tensor]], Tensor]
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """What a file in samplers/ has; see there."""
+
+    SAMPLER: str
+
+    def num_fresh(self, steps: int) -> int: ...
+
+    @property
+    def sample(self) -> Callable[..., Tensor]: ...
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "euler": euler,
+    "same_noise": same_noise,
+    "jump": jump,
+    "renoise": renoise,
+    "accelerated": accelerated,
+}
 
 
 @dataclass(frozen=True)
@@ -125,24 +147,13 @@ def by_sampler(
     fresh: Sequence[Tensor],
 ) -> Tensor:
     """The sampler of that name along t_grid. fresh: `num_fresh` noises like `noise` [B, ...]."""
-    match sampler:
-        case "euler":
-            return euler.sample(student, noise, t_grid, cond)
-        case "same_noise":
-            return same_noise.sample(student, noise, t_grid, cond)
-        case "jump":
-            return jump.sample(student, noise, t_grid, cond)
-        case "accelerated":
-            return accelerated.sample(student, noise, t_grid, cond)
-        case "renoise":
-            return renoise.sample(student, noise, t_grid, cond, fresh)
-        case _:
-            raise AssertionError(f"there is no sampler '{sampler}'")
+    assert sampler in SAMPLERS, f"there is no sampler '{sampler}'"
+    return SAMPLERS[sampler].sample(student, noise, t_grid, cond, *fresh)
 
 
 def num_fresh(sampler: str, steps: int) -> int:
     """How many noises a sampler takes beside the first."""
-    return steps - 1 if sampler == "renoise" else 0
+    return SAMPLERS[sampler].num_fresh(steps)
 
 
 def fresh_noises(seed: int, indices: Sequence[int], shape: tuple[int, ...], count: int) -> list[Tensor]:
