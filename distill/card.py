@@ -17,7 +17,7 @@ from pydantic import Field, StrictBool, ValidationError, model_validator
 from distill import markdown, records
 from distill.fieldtypes import LINE, Count, Label, Line, Number
 from distill.guard import InputError, one_line
-from distill.nfe import network_calls
+from distill.kinds import SAMPLERS, STUDENTS, SamplerName, StudentName, network_calls
 from distill.regular import open_regular, read_regular
 from distill.spec import Frozen, is_path
 from distill.store import write_atomic
@@ -26,13 +26,6 @@ FILE_NAME, README = "distill.json", "README.md"
 MAX_CARD = 1 << 20  # bytes of a distill.json
 MAX_FILES = 1000
 LARGEST = 2**63 - 1  # bytes of all
-# What a student of each kind can be sampled by.
-SAMPLERS = {"velocity": ("euler", "same_noise"), "flow_map": ("jump", "renoise"), "acceleration": ("accelerated",)}
-
-# Kinds that are no velocity field, in words.
-NO_FIELDS = {"flow_map": "a flow map", "acceleration": "a velocity with its acceleration"}
-
-
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Length = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
 Steps = Annotated[int, Field(ge=1, le=2**31 - 1)]  # a key, which JSON has as text
@@ -68,12 +61,12 @@ class StudentCard(Frozen):
     """name of the data set; empty: none"""
     license: Line = ""
     """terms of the weights, if known"""
-    kind: Literal["velocity", "flow_map", "acceleration"] = "velocity"
+    kind: StudentName = "velocity"
     """v(x_t, t), u(x_t, t, s), or v(noise, 1) with a(x_t, t, v)"""
     prediction: Literal["velocity"] = "velocity"
     """of a flow map: its average from t to s; of kind acceleration: that at t = 1"""
     interpolant: Literal["linear"] = "linear"
-    sampler: Literal["euler", "same_noise", "jump", "renoise", "accelerated"] = "euler"
+    sampler: SamplerName = "euler"
     """a name in samplers/"""
     t_grids: Annotated[dict[Steps, Annotated[list[Number], Field(fail_fast=True)]], Field(max_length=1000)] = {}
     """number of steps N: its N + 1 times from 1 to 0, and it has no other N; empty: 1, (N-1)/N, ..., 0 for any N"""
@@ -105,8 +98,8 @@ class StudentCard(Frozen):
 
     @model_validator(mode="after")
     def _can_be_sampled(self) -> Self:
-        if self.sampler not in SAMPLERS[self.kind]:
-            valid = ", ".join(SAMPLERS[self.kind])
+        if self.sampler not in STUDENTS[self.kind].samplers:
+            valid = ", ".join(STUDENTS[self.kind].samplers)
             raise ValueError(f"sampler {self.sampler} does not fit a student of kind {self.kind}; valid: {valid}")
         for steps, times in self.t_grids.items():
             if len(times) != steps + 1 or not is_path(times):
@@ -276,6 +269,8 @@ def readme(card: StudentCard, published: Publication | None = None) -> str:
     facts: dict[str, Any] = card.model_dump()
     return environment.get_template("model_card.md.j2").render(
         card=facts,
+        sampler=SAMPLERS[card.sampler].words,
+        more_calls=network_calls(card.sampler, 1) - 1,
         head=_head(card),
         steps=card.fewest_steps,
         vector=len(card.shape) == 1,

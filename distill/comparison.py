@@ -13,12 +13,12 @@ out is a spec like any other.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from distill import evalspec, pairspec, registry, workflow
 from distill.compared import short
 from distill.guard import InputError, suggest
-from distill.spec import EvaluateStage, GaussianTeacher, MixtureTeacher, PairsStage, RunSpec, Stage, TrainStage
+from distill.resolved import Resolved, resolve_recipe
+from distill.spec import EvaluateStage, PairsStage, RunSpec, Stage, TrainStage
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,14 @@ class Plan:
         return self.given.model_copy(update={"stages": {**stages, **(changed or {})}})
 
 
-def plan(spec: RunSpec, base: Path, recipes: Sequence[str] | None) -> Plan:
+def plan(resolved: Resolved, recipes: Sequence[str] | None) -> Plan:
     """The comparison of recipes that are named; None: all that the spec distils by. InputError where it does not fit.
 
-    The spec has passed `workflow.check`; what comes out has yet to.
+    What comes out has not been checked yet.
     """
+    spec = resolved.spec
     name, evaluation = _evaluation(spec)
-    teachers = _teachers(spec, base, evaluation)
+    teachers = _teachers(resolved, evaluation)
     distilled = {n: s for n, s in spec.stages.items() if isinstance(s, TrainStage) and n not in teachers}
     chosen = list(dict.fromkeys(stage.recipe for stage in distilled.values()))
     if recipes is not None:
@@ -81,7 +82,7 @@ def plan(spec: RunSpec, base: Path, recipes: Sequence[str] | None) -> Plan:
     for recipe in chosen:
         chains += [_own_chain(spec, end, parts) for end in ends[recipe]]
         if not ends[recipe]:
-            chains.append(_derived_chain(spec, base, recipe, teachers, distilled))
+            chains.append(_derived_chain(resolved, recipe, teachers, distilled))
     _refuse_one_name(chains)
     needing = [evaluation, *(stage for chain in chains for stage in chain.stages.values())]
     targets = {target for stage in needing for _, target, _ in workflow.references(stage) if target in common}
@@ -114,15 +115,11 @@ def _evaluation(spec: RunSpec) -> tuple[str, EvaluateStage]:
     return found[-1]
 
 
-def _teachers(spec: RunSpec, base: Path, evaluation: EvaluateStage) -> set[str]:
+def _teachers(resolved: Resolved, evaluation: EvaluateStage) -> set[str]:
     """The stages that make the teacher of the evaluation, or one that is trained on data alone."""
+    spec, recipes = resolved.spec, resolved.recipes
     named = {stage.teacher for stage in spec.stages.values() if stage.teacher is not None}
-    alone = [
-        name
-        for name in named
-        if isinstance(stage := spec.stages[name], TrainStage)
-        and not workflow.recipe_config(stage, base).needs & {"teacher", "pairs"}
-    ]
+    alone = [name for name in named if name in recipes and not recipes[name].needs & {"teacher", "pairs"}]
     return _lines(spec, [*([evaluation.teacher] if evaluation.teacher else []), *alone])
 
 
@@ -198,10 +195,9 @@ def _renamed(stage: Stage, names: Mapping[str, str]) -> Stage:
     return stage.model_copy(update=changed)
 
 
-def _derived_chain(
-    spec: RunSpec, base: Path, recipe: str, teachers: set[str], distilled: Mapping[str, TrainStage]
-) -> Chain:
+def _derived_chain(resolved: Resolved, recipe: str, teachers: set[str], distilled: Mapping[str, TrainStage]) -> Chain:
     """One stage of a recipe of which the spec has none."""
+    spec = resolved.spec
     made = [n for n in teachers if isinstance(s := spec.stages[n], TrainStage) and s.recipe == recipe]
     if made:
         raise InputError(f"--recipes: {recipe} makes the teacher here ('{made[0]}'); name recipes that distil it")
@@ -211,7 +207,7 @@ def _derived_chain(
             f"--recipes: {recipe} has no stage in spec '{spec.name}', and there is none that distils, to take its "
             "length, batch size and optimizer from; add one"
         )
-    exact = first.teacher is None and isinstance(spec.teacher, GaussianTeacher | MixtureTeacher)
+    exact = first.teacher is None and resolved.has_exact_teacher
     stage = TrainStage(
         kind="train",
         recipe=recipe,
@@ -225,7 +221,7 @@ def _derived_chain(
         precision=first.precision,
         checkpoint=first.checkpoint,
     )
-    needs = workflow.recipe_config(stage, base, f"--recipes: {recipe}").needs
+    needs = resolve_recipe(stage, resolved.base, f"--recipes: {recipe}").needs
     if not needs & {"teacher", "pairs"}:
         raise InputError(
             f"--recipes: {recipe} with default options needs no teacher, so it would not distil one; give the spec a "

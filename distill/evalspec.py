@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from distill.nfe import network_calls, per_velocity
+from distill.kinds import network_calls, per_velocity
 from distill.spec import EvaluateStage
 
 

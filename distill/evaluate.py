@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from distill import data as datasets
-from distill import evalspec, schedules, teachers
+from distill import evalspec, schedules, sources
 from distill.data import DataSet
 from distill.draws import key, sample_noise
 from distill.grids import columns_for, images_png, scatter_png
@@ -37,7 +37,7 @@ from distill.sampling import (
     refuse_steps,
 )
 from distill.solvers import straightness
-from distill.spec import CheckpointTeacher, EvaluateStage, RunSpec
+from distill.spec import EvaluateStage, RunSpec
 from distill.stop import StopRequest
 from distill.store import RunPaths, read_json, write_atomic, write_json
 from distill.students import loaded
@@ -85,14 +85,12 @@ def evaluate(
     """The evaluate stage `name` of a run: results.json and pictures in its folder."""
     stage = spec.stages[name]
     assert isinstance(stage, EvaluateStage)
-    own = None if spec.teacher is None else teachers.load(spec.teacher, device)
-    of_run = None if stage.teacher is None else CheckpointTeacher(path=str(run.student(stage.teacher)))
-    teacher = own if of_run is None else teachers.load(of_run, device)
+    teacher = sources.teacher(run, spec, stage.teacher, device)
     if teacher is None:
         raise InputError(f"stages.{name}.teacher is not given and the spec has no teacher; name a train stage")
     students = {student: loaded.load(run.student(student), device) for student in stage.students}
     data = datasets.load(spec.data, spec.seed, run.root, indexed=True)
-    exact = teacher.exact_data or (own.exact_data if own else None)
+    exact = teacher.exact_data or sources.exact_data(spec)
     folder, seed = run.stage(name).root, key(spec.seed, name)
     return measure(
         folder, name, stage, teacher, students, data,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.interpolants import Interpolant, like
-from distill.nfe import per_velocity
+from distill.kinds import per_velocity
 from distill.protocols import Cond, VelocityField
 
 ROUNDING = 1e-6  # how far float32 may carry a time past the end of a range

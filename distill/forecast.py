@@ -8,20 +8,18 @@ import json
 import math
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from distill import estimate, evalspec, memory, pairspec, registry, stages, teachers, workflow
+from distill import evalspec, memory, pairspec, registry, stages
 from distill.draws import sample_noise
-from distill.estimate import Built, Student
 from distill.guard import InputError
-from distill.nfe import network_calls
+from distill.kinds import network_calls
+from distill.preflight import Ready, Student
 from distill.sampling import by_sampler, condition
 from distill.sharded import Zero
-from distill.spec import EvaluateStage, PairsStage, RunSpec, TrainStage
+from distill.spec import EvaluateStage, PairsStage, TrainStage
 from distill.students.loaded import LoadedStudent
-from distill.teachers.loaded import LoadedTeacher
 from distill.times import uniform_grid
 
 PATIENCE, LONGEST = 0.2, 2.0  # seconds for a measurement, and of a call in it
@@ -38,14 +36,13 @@ class Cost:
     """on the disk once it is done"""
 
 
-def forecast(spec: RunSpec, base: Path, *, here: bool) -> dict[str, Cost]:
-    """The costs of each stage of a checked spec. here: it is to run on this machine, on the device that it will have.
+def forecast(ready: Ready, *, here: bool) -> dict[str, Cost]:
+    """The costs of each stage. here: it is to run on this machine, on the device that it will have.
 
-    A stage is left out where its networks cannot be told yet.
+    A stage is left out where its networks are not known yet.
     """
-    device = stages.place(spec.launch) if here else torch.device("cpu")
-    own = None if spec.teacher is None else teachers.load(spec.teacher, device)
-    work = _Forecast(spec, base, device, own, estimate.build(spec, base, own))
+    spec = ready.resolved.spec
+    work = _Forecast(ready, stages.place(spec.launch) if here else torch.device("cpu"))
     found = {}
     for name, stage in spec.stages.items():
         try:
@@ -60,24 +57,22 @@ def forecast(spec: RunSpec, base: Path, *, here: bool) -> dict[str, Cost]:
 
 @dataclass(frozen=True)
 class _Forecast:
-    spec: RunSpec
-    base: Path
+    ready: Ready
     device: torch.device
-    teacher: LoadedTeacher | None
-    built: dict[str, Built]
     measured: dict[str, float] = field(default_factory=dict)
 
     def train(self, name: str, stage: TrainStage) -> Cost:
-        launch, built = self.spec.launch, self._built(name)
-        cost = registry.describe(stage.recipe, self.base).cost or 1.0
+        launch, student = self.ready.resolved.spec.launch, self.ready.student(name)
+        built = self.ready.built[name]
+        cost = registry.describe(stage.recipe, self.ready.resolved.base).cost or 1.0
         # Processes on one machine's CPUs share what one alone would have.
         together = launch.world_size if self.device.type == "cuda" or launch.slurm.gpus_per_node else launch.nodes
         batch = launch.micro_batch or stage.batch_size // launch.world_size
-        seconds = stage.images * FORWARDS * cost * self._seconds(built.student, batch) / together
+        seconds = stage.images * FORWARDS * cost * self._seconds(student, batch) / together
         kept = memory.predict(built.sizes, built.copies, len(stage.ema_half_lives), 1, Zero())
         checkpoint = kept["parameters"] + kept["optimizer"] + kept["ema"]
-        student = memory.FLOAT * sum(built.sizes["student"])
-        return Cost(seconds, student + stage.checkpoint.keep * checkpoint)
+        exported = memory.FLOAT * sum(built.sizes["student"])
+        return Cost(seconds, exported + stage.checkpoint.keep * checkpoint)
 
     def pairs(self, stage: PairsStage) -> Cost:
         teacher = self._teacher(stage.teacher)
@@ -87,22 +82,17 @@ class _Forecast:
 
     def evaluate(self, stage: EvaluateStage) -> Cost:
         teacher = self._teacher(stage.teacher)
-        calls = evalspec.calls(stage, workflow.samplers(self.spec, stage, self.base))
-        networks = {"teacher": teacher, **{name: self._built(name).student for name in stage.students}}
+        calls = evalspec.calls(stage, self.ready.resolved.samplers(stage))
+        networks = {"teacher": teacher, **{name: self.ready.student(name) for name in stage.students}}
         seconds = sum(calls[name] * self._seconds(network, stage.block) for name, network in networks.items())
         endpoint = stage.samples * math.prod(teacher.shape) * memory.FLOAT
         return Cost(stage.samples * seconds, endpoint)
 
-    def _built(self, name: str) -> Built:
-        if name not in self.built:
-            raise InputError(f"the networks of stage '{name}' are not known")
-        return self.built[name]
-
     def _teacher(self, stage: str | None) -> Student:
         if stage is not None:
-            return self._built(stage).student
-        assert self.teacher is not None, "workflow.check lets no such stage through"
-        return self.teacher
+            return self.ready.student(stage)
+        assert self.ready.teacher is not None, "workflow.check lets no such stage through"
+        return self.ready.teacher
 
     def _seconds(self, network: Student, batch: int) -> float:
         """Of one call, for one sample of a batch; measured once for networks that are built alike."""

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from distill import nfe
 from distill.fieldtypes import MAX_SHARDS
 from distill.guard import InputError
+from distill.kinds import INVERTING, SOLVERS, either, per_velocity
 from distill.spec import PairsStage, RunSpec, TrainStage, is_path
 from distill.store import shard_path
 
@@ -22,11 +22,11 @@ SHARD_NAME = re.compile(r"shard-([0-9]{5,15})\.safetensors")
 
 def calls(stage: PairsStage) -> float:
     """Calls of the teacher's network for one pair, guidance counted; of segments on average."""
-    number = nfe.network_calls(stage.solver, stage.steps)
-    if stage.solver == "heun" and stage.paths == "forward":
-        number += 1  # no step ends at t = 0
+    solver = SOLVERS[stage.solver]
+    solving = solver.calls_inverting if stage.paths == "forward" else solver.calls
+    assert solving is not None, "workflow.check lets no such stage through"
     segments = max(1, len(stage.times or []) - 1) if stage.paths == "segments" else 1
-    return nfe.per_velocity(stage.guidance_scale) * number / segments
+    return per_velocity(stage.guidance_scale) * solving(stage.steps) / segments
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,9 @@ def mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
     if stage.shard % stage.block:
         nearest = max(stage.block, round(stage.shard / stage.block) * stage.block)
         yield f"{prefix}shard: {stage.shard} is not a multiple of block ({stage.block}); nearest: {nearest}"
-    if stage.paths == "forward" and stage.solver not in ("euler", "heun"):
-        yield f"{prefix}solver: {stage.solver} solves from noise to data only; paths: forward take euler or heun"
+    if stage.paths == "forward" and stage.solver not in INVERTING:
+        valid = either(INVERTING)
+        yield f"{prefix}solver: {stage.solver} solves from noise to data only; paths: forward take {valid}"
     if stage.optimal_times is not None:
         yield from _optimal(stage, stage.optimal_times, prefix)
     elif stage.paths in WITH_STATES:

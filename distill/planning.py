@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from distill import evalspec, jobs, pairspec, workflow
+from distill import evalspec, jobs, pairspec
+from distill.resolved import Resolved
 from distill.spec import EvaluateStage, LaunchSpec, PairsStage, RunSpec, SlurmSpec, Stage, TrainStage
 from distill.store import RunPaths
 
@@ -33,14 +33,15 @@ class Step:
     """files and folders, relative to the run"""
 
 
-def steps(spec: RunSpec, base: Path) -> list[Step]:
-    """All stages in their order; the spec has passed `workflow.check`."""
+def steps(resolved: Resolved) -> list[Step]:
+    """All stages in their order."""
+    spec = resolved.spec
     return [
-        _train(name, stage, spec.launch, base)
+        _train(name, stage, spec.launch, resolved.recipes[name].needs)
         if isinstance(stage, TrainStage)
         else _pairs(name, stage)
         if isinstance(stage, PairsStage)
-        else _evaluate(name, stage, workflow.samplers(spec, stage, base))
+        else _evaluate(name, stage, resolved.samplers(stage))
         for name, stage in spec.stages.items()
     ]
 
@@ -92,8 +93,7 @@ def memory_rows(memory: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, 
             yield stage, "GPU", None, [rank["device"] for rank in ranks]
 
 
-def _train(name: str, stage: TrainStage, launch: LaunchSpec, base: Path) -> Step:
-    needs = workflow.recipe_config(stage, base).needs
+def _train(name: str, stage: TrainStage, launch: LaunchSpec, needs: frozenset[str]) -> Step:
     teacher = stage.teacher or "the spec's teacher"
     sources = {"pairs": [*stage.pair_shares], "data": ["data"], "teacher": [teacher]}
     taken = [each for need in sorted(needs & sources.keys()) for each in sources[need]]

@@ -50,7 +50,7 @@ def _fields(model: BaseModel, indent: str, base: Path) -> list[str]:
     lines = []
     for name, field in type(model).model_fields.items():
         value: object = dict(model)[name]
-        meaning = _with_choices(" ".join((field.description or "").split()), schema.choices(field.annotation))
+        meaning = _with_choices(" ".join((field.description or "").split()), schema.choices(field))
         if name == "options" and isinstance(value, dict):
             lines += _options(value, str(dict(model)["recipe"]), indent, base)
         elif isinstance(value, BaseModel):

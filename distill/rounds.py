@@ -12,15 +12,14 @@ same noise; the last evaluation compares all with the first teacher. What comes 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from distill import evalspec, overrides, registry, specfile, workflow
+from distill import evalspec, overrides, specfile
 from distill.guard import InputError, suggest
+from distill.kinds import INVERTING, REFERENCES
 from distill.overrides import Override
+from distill.resolved import Resolved
 from distill.spec import (
     EvaluateStage,
-    GaussianTeacher,
-    MixtureTeacher,
     NoData,
     PairsStage,
     RunSpec,
@@ -65,16 +64,16 @@ class Template:
     evaluation: EvaluateStage
 
 
-def expand(spec: RunSpec, base: Path, plan: Plan) -> RunSpec:
-    """The spec of the rounds, from one that has passed `workflow.check`; InputError where it does not fit."""
-    template = _template(spec, base)
-    _refuse(spec, template, base, plan)
+def expand(resolved: Resolved, plan: Plan) -> RunSpec:
+    """The spec of the rounds, from one of a single round; InputError where it does not fit."""
+    spec, template = resolved.spec, _template(resolved)
+    _refuse(resolved, template, plan)
     flows = [f"{template.flow_name}-{number}" for number in range(1, plan.rounds + 1)]
     stages = list(template.before.items())
     for number, teacher in enumerate([template.flow.teacher, *flows[:-1]], start=1):
         stages += _round(template, number, teacher, plan)
     if plan.distill:
-        stages += _distillation(template, base, flows[-1])
+        stages += _distillation(template, resolved, flows[-1])
     if not _one_evaluation(template, plan):
         stages.append((template.evaluation_name, _last_evaluation(template, flows, plan)))
     names = [name for name, _ in stages]
@@ -104,7 +103,8 @@ def _stage_of(change: Override) -> str | None:
     return change.path[1] if change.path[0] == "stages" and len(change.path) > 1 else None
 
 
-def _template(spec: RunSpec, base: Path) -> Template:
+def _template(resolved: Resolved) -> Template:
+    spec = resolved.spec
     pairs = [name for name, stage in spec.stages.items() if isinstance(stage, PairsStage)]
     if len(pairs) != 1:
         raise _unfit(spec, _named("pairs stage", pairs))
@@ -124,8 +124,8 @@ def _template(spec: RunSpec, base: Path) -> Template:
     if len(distillation) > 1:
         raise _unfit(spec, _named("distillation", list(distillation)))
     ((name, flow),) = flows.items()
-    config = workflow.recipe_config(flow, base)
-    if config.student != "velocity" or "states" in config.needs:
+    recipe = resolved.recipes[name]
+    if recipe.kind is None or not recipe.kind.is_field or "states" in recipe.needs:
         raise _unfit(spec, f"has no student of whole paths in '{name}' ({flow.recipe})")
     evaluations = [n for n in after if isinstance(spec.stages[n], EvaluateStage)]
     others = [n for n in after if n not in {name, *distillation, *evaluations[:1]}]
@@ -158,14 +158,15 @@ def _default_evaluation(pairs: PairsStage, flow: TrainStage) -> EvaluateStage:
     return EvaluateStage(
         kind="evaluate",
         teacher=flow.teacher,
-        fine_solver="heun" if pairs.solver == "euler" else pairs.solver,
+        fine_solver=pairs.solver if pairs.solver in REFERENCES else "heun",
         fine_steps=pairs.steps,
         students={},
         guidance_scale=pairs.guidance_scale,
     )
 
 
-def _refuse(spec: RunSpec, template: Template, base: Path, plan: Plan) -> None:
+def _refuse(resolved: Resolved, template: Template, plan: Plan) -> None:
+    spec = resolved.spec
     if plan.rounds < 1:
         raise InputError(f"--rounds {plan.rounds}: at least 1 is expected")
     if plan.distill and not template.distillation:
@@ -173,8 +174,8 @@ def _refuse(spec: RunSpec, template: Template, base: Path, plan: Plan) -> None:
             f"--distill: spec '{spec.name}' has no distillation; give it a train stage of {DISTILLATION} on the pairs "
             f"of '{template.pairs_name}', or leave --distill out"
         )
-    exact = isinstance(spec.teacher, GaussianTeacher | MixtureTeacher)  # which has samples to begin with
-    lacking = {"--forward": plan.forward is not None and not exact, "--data-weight": plan.data_weight is not None}
+    inexact = not resolved.has_exact_teacher  # an exact one has samples to begin with
+    lacking = {"--forward": plan.forward is not None and inexact, "--data-weight": plan.data_weight is not None}
     for option in [name for name, is_lacking in lacking.items() if is_lacking and isinstance(spec.data, NoData)]:
         raise InputError(
             f"{option} takes real data, and spec '{spec.name}' has none; give it data, e.g. data={{kind: digits}}, "
@@ -186,8 +187,9 @@ def _refuse(spec: RunSpec, template: Template, base: Path, plan: Plan) -> None:
         raise InputError(f"--forward: the pairs of '{template.pairs_name}' are of real data already; leave it out")
     if plan.data_weight is not None and not 0 < plan.data_weight < math.inf:
         raise InputError(f"--data-weight {plan.data_weight:g}: a weight above 0 is expected, like 0.1")
-    recipe = template.flow.recipe
-    if plan.data_weight is not None and DATA_WEIGHT not in registry.load(recipe, base).Config.model_fields:
+    options = resolved.recipes[template.flow_name].module.Config.model_fields
+    if plan.data_weight is not None and DATA_WEIGHT not in options:
+        recipe = template.flow.recipe
         raise InputError(f"--data-weight: {recipe} has no option {DATA_WEIGHT}; leave it out, or use reflow/reflow")
 
 
@@ -217,7 +219,7 @@ def _round(template: Template, number: int, teacher: str | None, plan: Plan) -> 
 def _inverted(pairs: PairsStage, share: float) -> PairsStage:
     """Pairs from real data to noise, as many as are seen as often as the others at this share of a batch."""
     count = max(1, round(pairs.count * share / (1 - share)))
-    solver = "heun" if pairs.solver == "dpm_solver_pp_2m" else pairs.solver  # which begins at noise only
+    solver = pairs.solver if pairs.solver in INVERTING else "heun"
     ends = {"paths": "forward", "times": None, "optimal_times": None, "store_noise": False}
     return pairs.model_copy(update={**ends, "count": count, "solver": solver})
 
@@ -234,10 +236,10 @@ def _of(teacher: str | None, *, first: bool) -> dict[str, object]:
     return {"teacher": teacher} if first else {"teacher": teacher, "guidance_scale": 1.0}
 
 
-def _distillation(template: Template, base: Path, flow: str) -> list[tuple[str, Stage]]:
+def _distillation(template: Template, resolved: Resolved, flow: str) -> list[tuple[str, Stage]]:
     """From the last flow, and from pairs that it solves."""
     ((name, stage),) = template.distillation.items()
-    needs = workflow.recipe_config(stage, base).needs
+    needs = resolved.recipes[name].needs
     found: dict[str, Stage] = {}
     changes: dict[str, str] = {"teacher": flow} if "teacher" in needs else {}
     if stage.init == template.flow_name:

@@ -13,7 +13,7 @@ from torch import Tensor
 from distill.draws import key, sample_labels, sample_noise
 from distill.grids import columns_for, images_png, scatter_png
 from distill.guard import InputError, RunError
-from distill.nfe import network_calls, per_velocity
+from distill.kinds import network_calls, per_velocity
 from distill.protocols import Cond, Gridded, Recipe, VelocityField
 from distill.samplers import accelerated, euler, jump, renoise, same_noise
 from distill.solvers import sample as solve
@@ -31,7 +31,7 @@ Generate = Callable[[Tensor, Cond, Sequence[Tensor]], Tensor]
 
 
 @runtime_checkable
-class Sampler(Protocol):
+class SamplerModule(Protocol):
     """What a file in samplers/ has; see there."""
 
     SAMPLER: str
@@ -42,7 +42,7 @@ class Sampler(Protocol):
     def sample(self) -> Callable[..., Tensor]: ...
 
 
-SAMPLERS: dict[str, Sampler] = {
+MODULES: dict[str, SamplerModule] = {
     "euler": euler,
     "same_noise": same_noise,
     "jump": jump,
@@ -147,13 +147,13 @@ def by_sampler(
     fresh: Sequence[Tensor],
 ) -> Tensor:
     """The sampler of that name along t_grid. fresh: `num_fresh` noises like `noise` [B, ...]."""
-    assert sampler in SAMPLERS, f"there is no sampler '{sampler}'"
-    return SAMPLERS[sampler].sample(student, noise, t_grid, cond, *fresh)
+    assert sampler in MODULES, f"there is no sampler '{sampler}'"
+    return MODULES[sampler].sample(student, noise, t_grid, cond, *fresh)
 
 
 def num_fresh(sampler: str, steps: int) -> int:
     """How many noises a sampler takes beside the first."""
-    return SAMPLERS[sampler].num_fresh(steps)
+    return MODULES[sampler].num_fresh(steps)
 
 
 def fresh_noises(seed: int, indices: Sequence[int], shape: tuple[int, ...], count: int) -> list[Tensor]:

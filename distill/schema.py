@@ -6,7 +6,8 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, WithJsonSchema
+from pydantic.fields import FieldInfo
 
 from distill.guard import suggest
 
@@ -96,10 +97,11 @@ def below(content: Content, key: str | int) -> Content:
     return None
 
 
-def choices(annotation: Annotation) -> list[str]:
-    """The words that may stand there, if it is a choice of words."""
-    found = [member for member in alternatives(annotation) if get_origin(member) is Literal]
-    return [str(word) for member in found for word in get_args(member)]
+def choices(field: FieldInfo) -> list[str]:
+    """The words that a field may hold, if it is a choice of words."""
+    named = [each.json_schema for each in field.metadata if isinstance(each, WithJsonSchema) and each.json_schema]
+    found = [member for member in alternatives(field.annotation) if get_origin(member) is Literal]
+    return [str(word) for words in [*map(get_args, found), *(each.get("enum", ()) for each in named)] for word in words]
 
 
 def valid(described: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from distill.draws import Rows
-from distill.spec import OptimizerSpec
+from distill.spec import LaunchSpec, OptimizerSpec
 from distill.trainable import BUCKET, Trainable, buckets
 from distill.world import World
 
@@ -36,6 +36,13 @@ class Zero:
     """parameters of fewer elements stay whole where weights are divided; None: DeepSpeed's own choice"""
     offload_optimizer: bool = False
     """master weights and moments lie in the CPU's memory, where AdamW moves them (torch's own: nothing is compiled)"""
+
+    @classmethod
+    def of(cls, launch: LaunchSpec) -> "Zero":
+        """As a run is launched."""
+        return cls(
+            launch.zero_stage, launch.divide_teacher, launch.zero_persistence_threshold, launch.offload_optimizer
+        )
 
 
 WHOLE = Zero()

@@ -1,11 +1,12 @@
 """What a stage computes from: its teacher, the paths to solve, the batches to train on."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from distill import data as datasets
 from distill import pairs, pairspec, schedules, teachers
@@ -18,7 +19,18 @@ from distill.pairs.paths import Real
 from distill.printing import say_error
 from distill.progress import Progress
 from distill.protocols import Source
-from distill.spec import CheckpointTeacher, EvaluateStage, HfData, ImagesData, PairsStage, RunSpec, Stage, TrainStage
+from distill.spec import (
+    CheckpointTeacher,
+    EvaluateStage,
+    GaussianTeacher,
+    HfData,
+    ImagesData,
+    MixtureTeacher,
+    PairsStage,
+    RunSpec,
+    Stage,
+    TrainStage,
+)
 from distill.stop import StopRequest
 from distill.store import RunPaths, read_json
 from distill.teachers import LoadedTeacher
@@ -33,6 +45,13 @@ def teacher(run: RunPaths, spec: RunSpec, stage: str | None, device: torch.devic
     if stage is not None:
         return teachers.load(CheckpointTeacher(path=str(run.student(stage))), device, probe=False)
     return None if spec.teacher is None else teachers.load(spec.teacher, device, probe=False)
+
+
+def exact_data(spec: RunSpec) -> Callable[[int, Sequence[int]], Tensor] | None:
+    """Samples of the spec's own teacher, (seed, indices) -> samples, where it is known in closed form."""
+    if isinstance(spec.teacher, GaussianTeacher | MixtureTeacher):
+        return teachers.load(spec.teacher, torch.device("cpu")).exact_data
+    return None
 
 
 def check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:

@@ -41,6 +41,7 @@ from distill.fieldtypes import (
     Steps,
 )
 from distill.frozen import Frozen
+from distill.kinds import ReferenceName, SolverName
 
 FINE, SAMPLES, SEED = 100, 100, 0  # what optimal times are found by, where nothing else is asked for
 
@@ -215,7 +216,7 @@ class PairsStage(Frozen):
     """from 1 to 0, of a trajectory's states; a segment goes from data, noised to one of them, to the next"""
     optimal_times: Steps | None = None
     """instead of times, for trajectories: number of steps; chosen from the solver's times for the least Euler error"""
-    solver: Literal["euler", "heun", "dpm_solver_pp_2m"] = "heun"
+    solver: SolverName = "heun"
     """solver of the teacher's ODE"""
     steps: SolverSteps = 16
     """solver steps (heun calls the network twice a step but the last)"""
@@ -241,7 +242,7 @@ class EvaluateStage(Frozen):
     """stage whose student is the teacher; null: the spec's teacher"""
     teacher_steps: list[Steps] = [1, 2, 4, 8, 16]
     """Euler steps of the teacher, beside its fine solver"""
-    fine_solver: Literal["heun", "dpm_solver_pp_2m"] = "heun"
+    fine_solver: ReferenceName = "heun"
     """solver whose endpoint counts as the teacher's own"""
     fine_steps: Steps = 16
     """its steps"""

@@ -17,13 +17,10 @@ from distill import (
     engine,
     memory,
     pairs,
-    pairspec,
-    registry,
+    preflight,
+    resolved,
     results,
-    sampling,
     sources,
-    teachers,
-    workflow,
 )
 from distill import data as datasets
 from distill.card import StudentCard
@@ -34,6 +31,7 @@ from distill.fields import Counted
 from distill.guard import InputError, RunError, one_line
 from distill.progress import Progress
 from distill.protocols import Recipe, Trained
+from distill.resolved import Resolved
 from distill.roles import Roles
 from distill.sharded import Zero
 from distill.spec import CheckpointTeacher, EvaluateStage, LaunchSpec, PairsStage, RunSpec, TrainStage
@@ -53,13 +51,17 @@ class Work:
     """One stage of one run, and where it is computed."""
 
     run: RunPaths
-    spec: RunSpec
+    resolved: Resolved
     name: str
     device: torch.device
     stop: StopRequest
     world: World = ALONE
     measure: bool = False
     part: tuple[int, int] | None = None
+
+    @property
+    def spec(self) -> RunSpec:
+        return self.resolved.spec
 
     @property
     def seed(self) -> int:
@@ -86,7 +88,8 @@ def run(
     part: (i, n), of a pairs stage, its shards i, i + n, ... alone; then it is not done yet, and no event is written.
     """
     device, saved = place(spec.launch), "nothing had begun"
-    if any(workflow.reads_images(paths, spec, name) for name in names):
+    found = resolved.of_run(spec, paths.root)
+    if any(found.reads_images(name) and not paths.stage(name).done.exists() for name in names):
         world.alone("index of the data", partial(datasets.update_index, spec.data, paths.root.parent, paths.root))
     for name in names:
         stop.share(*world.meet(f"before stage {name}", stop.signal is not None))
@@ -100,7 +103,7 @@ def run(
         except OSError as error:
             raise RunError(f"cannot make {stage_paths.root}: {error.strerror}; earlier stages are intact") from error
         stage = spec.stages[name]
-        work = Work(paths, spec, name, device, stop, world, measure, part)
+        work = Work(paths, found, name, device, stop, world, measure, part)
         if part is not None:
             assert isinstance(stage, PairsStage)
             _pairs(work, stage)
@@ -137,60 +140,6 @@ def place(launch: LaunchSpec) -> torch.device:
     return torch.device("cuda")
 
 
-def check(spec: RunSpec, base: Path, store: Path | None = None) -> None:
-    """Load the teacher and the data of a spec and refuse what does not fit, before anything is written.
-
-    Builds the networks of every train stage that starts from nothing but them. base: where own recipes lie. store:
-    where the images may be indexed already.
-    """
-    data = datasets.load(spec.data, spec.seed, store, keep=False)  # who checks may wait for the run, without images
-    teacher = None if spec.teacher is None else teachers.load(spec.teacher, torch.device("cpu"))
-    for stage in spec.stages.values():
-        if isinstance(stage, PairsStage | EvaluateStage) and stage.teacher is None and teacher is not None:
-            teacher.guided(stage.guidance_scale)  # refused where there is no unconditional call
-        if isinstance(stage, EvaluateStage) and data is not None:
-            from distill import evaluate
-
-            evaluate.refuse_few(data)
-    if teacher is not None and data is not None:
-        sources.check_shapes(teacher, data)
-        sources.check_labels(spec, teacher, data)
-    for name, stage in spec.stages.items():
-        if isinstance(stage, TrainStage) and stage.teacher is None:
-            try:
-                if teacher is not None:
-                    teacher.guided(registry.guidance_scale(workflow.recipe_config(stage, base)))
-                if stage.init is None:
-                    recipe = _check_networks(stage, teacher, data, base)
-                    _t_grids(spec, name, recipe, pairspec.times_of(spec, stage))
-            except InputError as error:
-                raise InputError(f"stages.{name}: {error}") from error
-
-
-def _check_networks(stage: TrainStage, teacher: LoadedTeacher | None, data: DataSet | None, base: Path) -> Recipe:
-    module, config = registry.load(stage.recipe, base), workflow.recipe_config(stage, base)
-    samples = teacher if "pairs" in config.needs or data is None else data
-    assert samples is not None, "workflow.check lets no such spec through"
-    given = teacher_on_linear_path(teacher) if "teacher" in config.needs and teacher is not None else None
-    init = StudentInit(given, stage.network, samples.shape, samples.num_classes, 0, given, stage.dropout)
-    recipe: Recipe = module.Recipe(config, given)
-    recipe.networks(init)
-    return recipe
-
-
-def _t_grids(spec: RunSpec, name: str, recipe: Recipe, times: list[float] | None) -> dict[int, list[float]]:
-    """The times of its student's own; refuses, before hours are spent, evaluations that it will not be made for.
-
-    times: of the states of its pairs, if all have the same.
-    """
-    t_grids = sampling.own_grids(recipe, times)
-    for where, each in ((f"stages.{n}", s) for n, s in spec.stages.items() if isinstance(s, EvaluateStage)):
-        sampling.refuse_steps(t_grids, each.students.get(name, []), f"{where}.students.{name}")
-        if name in each.times:
-            sampling.refuse_times(t_grids, f"{where}.times.{name}")
-    return t_grids
-
-
 def _teacher_name(spec: RunSpec, stage: TrainStage) -> str:
     """For the model card: which teacher, without the places of this machine."""
     if stage.teacher is not None:
@@ -218,37 +167,35 @@ class Training:
 
 def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
     """device: of the teacher, and of weights that start as its."""
-    module = registry.load(stage.recipe, work.run.root)
-    config = workflow.recipe_config(stage, work.run.root)
-    teacher = sources.teacher(work.run, work.spec, stage.teacher, device) if "teacher" in config.needs else None
+    asked = work.resolved.recipes[work.name]
+    teacher = sources.teacher(work.run, work.spec, stage.teacher, device) if "teacher" in asked.needs else None
     if teacher is not None:
         teacher = teacher_on_linear_path(teacher)
     origin = loaded.load(work.run.student(stage.init), device) if stage.init is not None else teacher
     data = None
-    if "data" in config.needs:
+    if "data" in asked.needs:
         data = datasets.load(work.spec.data, work.spec.seed, work.run.root, indexed=True)
-    samples = teacher if "pairs" in config.needs or data is None else data
-    assert samples is not None, "workflow.check lets no such stage through"
-    init = StudentInit(origin, stage.network, samples.shape, samples.num_classes, work.seed, teacher, stage.dropout)
+    init = preflight.start(stage, asked, teacher, origin, data, work.seed)
     calls = Counted(teacher.field) if teacher is not None and work.measure else None
-    recipe = module.Recipe(config, teacher if teacher is None or calls is None else replace(teacher, field=calls))
+    called = teacher if teacher is None or calls is None else replace(teacher, field=calls)
+    recipe = asked.module.Recipe(asked.config, called)
     card = StudentCard(
         name=work.name,
         recipe=stage.recipe,
-        summary=one_line((module.__doc__ or "").strip().split("\n")[0], cards.LINE),
+        summary=one_line((asked.module.__doc__ or "").strip().split("\n")[0], cards.LINE),
         spec_digest=work.spec.digest(),
         teacher_digest=None if teacher is None else teacher.digest,
         teacher="" if teacher is None else one_line(_teacher_name(work.spec, stage), cards.LINE),
-        data=work.spec.data.kind if "data" in config.needs else "",
+        data=work.spec.data.kind if "data" in asked.needs else "",
         license="" if teacher is None else teacher.license,
-        kind=config.student,
+        kind=asked.config.student,
         sampler=recipe.sampler,
-        t_grids=_t_grids(work.spec, work.name, recipe, sources.pair_times(work.run, work.spec, work.name)),
-        shape=samples.shape,
+        t_grids=preflight.t_grids(work.spec, work.name, recipe, sources.pair_times(work.run, work.spec, work.name)),
+        shape=init.shape,
         num_classes=init.num_classes,
         null_class=init.null_class,
-        unconditional=registry.unconditional(config),
-        guidance_scale=_guidance(work.spec, stage, teacher) * registry.guidance_scale(config),
+        unconditional=asked.unconditional,
+        guidance_scale=_guidance(work.spec, stage, teacher) * asked.guidance_scale,
         weights=stage.export,
         images=stage.images,
     )
@@ -270,7 +217,7 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
     launch = work.spec.launch
     training = _training(work, stage, CPU if launch.divide_teacher else work.device)  # whole, it might not fit there
     sources.refuse_different(work.run, work.spec, stage, training.inputs, work.world)
-    zero = Zero(launch.zero_stage, launch.divide_teacher, launch.zero_persistence_threshold, launch.offload_optimizer)
+    zero = Zero.of(launch)
     probe = memory.Probe(zero, work.world.size) if work.measure else None
     times = sources.pair_times(work.run, work.spec, work.name)
     if work.world.first and times is not None:
@@ -346,7 +293,8 @@ def export_checkpoint(
     checkpoints = paths.stage(name).checkpoints
     if not checkpoint.complete(checkpoints):
         raise InputError(f"stage '{name}' of run '{paths.name}' has no checkpoint yet; wait for the first one")
-    _export(Work(paths, spec, name, CPU, StopRequest()), stage, weights, folder, step=step)
+    work = Work(paths, resolved.of_run(spec, paths.root), name, CPU, StopRequest())
+    _export(work, stage, weights, folder, step=step)
 
 
 def _export(

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill import imagefolder, jobs, pairspec, registry, schema, specfile, trainspec
-from distill.card import NO_FIELDS, SAMPLERS
+from distill import imagefolder, jobs, pairspec, registry, resolved, specfile, trainspec
 from distill.guard import InputError, expanded, suggest
+from distill.kinds import STUDENTS
+from distill.resolved import Resolved, ResolvedRecipe
 from distill.spec import (
     FINE,
     CheckpointTeacher,
@@ -26,14 +27,15 @@ from distill.spec import (
 from distill.store import RunPaths
 
 
-def check(spec: RunSpec, base: Path) -> None:
-    """Refuse a spec that cannot work or says something without effect: one InputError, one line per mistake.
-
-    Imports the recipes it names. What only the teacher and the data themselves can tell is checked by `stages.check`.
+def check(spec: RunSpec, base: Path) -> Resolved:
+    """The spec, resolved. Refuses one that cannot work, or whose settings have no effect: one InputError with a line
+    per mistake. What only the teacher and the data themselves can tell is checked by `stages.check`.
     """
-    mistakes = list(_mistakes(spec, base))
+    found = resolved.resolve(spec, base)
+    mistakes = list(_mistakes(found))
     if mistakes:
         raise InputError(specfile.join(f"spec '{spec.name}'", mistakes))
+    return found
 
 
 def pending(run: RunPaths, spec: RunSpec) -> list[str]:
@@ -67,35 +69,8 @@ def _are_whole(folder: Path) -> bool:
         return False
 
 
-def locate_options(spec: RunSpec, base: Path) -> RunSpec:
-    """Paths among recipes' options made absolute, as `specfile.load` does for all others."""
-    stages: dict[str, Stage] = dict(spec.stages)
-    for name, stage in spec.stages.items():
-        if not isinstance(stage, TrainStage) or not stage.options:
-            continue
-        fields = registry.load(stage.recipe, base).Config.model_fields
-        options = {
-            key: specfile.absolute(value, [base, Path.cwd()])
-            if isinstance(value, str) and key in fields and Path in schema.alternatives(fields[key].annotation)
-            else value
-            for key, value in stage.options.items()
-        }
-        stages[name] = stage.model_copy(update={"options": options})
-    return spec.model_copy(update={"stages": stages})
-
-
-def recipe_config(stage: TrainStage, base: Path, where: str = "options") -> registry.RecipeConfig:
-    """A train stage's options as its recipe's Config; imports the recipe."""
-    return registry.configure(stage.recipe, registry.load(stage.recipe, base), stage.options, where)
-
-
-def samplers(spec: RunSpec, evaluation: EvaluateStage, base: Path) -> dict[str, str]:
-    """Those of the students that an evaluation measures; imports their recipes."""
-    trained = {name: stage for name in evaluation.students if isinstance(stage := spec.stages[name], TrainStage)}
-    return {name: registry.load(stage.recipe, base).Recipe.sampler for name, stage in trained.items()}
-
-
-def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
+def _mistakes(found: Resolved) -> Iterator[str]:
+    spec = found.spec
     if not spec.stages:
         yield "stages: empty; a run has at least one stage"
     yield from teacher_mistakes(spec)
@@ -107,30 +82,27 @@ def _mistakes(spec: RunSpec, base: Path) -> Iterator[str]:
     for name, stage in spec.stages.items():
         where = f"stages.{name}"
         yield from _references(spec, name, stage)
-        yield from _kinds(spec, stage, base, where)
+        yield from _kinds(found, name)
         if isinstance(stage, TrainStage):
-            try:
-                config = recipe_config(stage, base, f"{where}.options")
-            except InputError as error:
-                message = str(error)
-                yield message if message.startswith(where) else f"{where}.recipe: {message}"
+            if name in found.failed:
+                yield found.failed[name]
                 used |= {"data", "teacher"}  # it may well use them
                 continue
-            needs = config.needs
-            used |= needs if stage.teacher is None else needs - {"teacher"}
-            yield from _recipe(stage, config, registry.load(stage.recipe, base).Recipe.sampler, where)
-            yield from _train(spec, stage, needs, where)
-            yield from _guidance(spec, stage, registry.guidance_scale(config), base, f"{where}.options")
-            yield from trainspec.lengths(spec, stage, registry.rows_together(config), where)
+            recipe = found.recipes[name]
+            used |= recipe.needs if stage.teacher is None else recipe.needs - {"teacher"}
+            yield from _recipe(stage, recipe, where)
+            yield from _train(found, stage, recipe.needs, where)
+            yield from _guidance(found, stage, recipe.guidance_scale, f"{where}.options")
+            yield from trainspec.lengths(spec, stage, registry.rows_together(recipe.config), where)
         elif isinstance(stage, PairsStage):
             used |= {"teacher"} if stage.teacher is None else set()
             used |= {"data"} if stage.paths in pairspec.OF_DATA else set()
-            yield from _pairs(spec, stage, where)
-            yield from _guidance(spec, stage, stage.guidance_scale, base, where)
+            yield from _pairs(found, stage, where)
+            yield from _guidance(found, stage, stage.guidance_scale, where)
         else:
             used |= {"data", "teacher"} if stage.teacher is None else {"data"}
-            yield from _evaluate(spec, stage, base, where)
-            yield from _guidance(spec, stage, stage.guidance_scale, base, where)
+            yield from _evaluate(found, stage, where)
+            yield from _guidance(found, stage, stage.guidance_scale, where)
     trained = [stage.teacher for stage in spec.stages.values() if isinstance(stage, TrainStage) and stage.teacher]
     loaded = isinstance(spec.teacher, CheckpointTeacher) and "teacher" in used
     if spec.launch.divide_teacher and not loaded and not trained:
@@ -195,76 +167,56 @@ def teacher_mistakes(spec: RunSpec) -> Iterator[str]:
         )
 
 
-def _recipe(stage: TrainStage, config: registry.RecipeConfig, sampler: str, where: str) -> Iterator[str]:
+def _recipe(stage: TrainStage, recipe: ResolvedRecipe, where: str) -> Iterator[str]:
     """What a recipe may say of itself, but the rest of the package has no answer to."""
-    kinds = ", ".join(SAMPLERS)
-    if config.student not in SAMPLERS:
-        yield f"{where}: {stage.recipe} makes a {config.student} student, which is not built yet; valid: {kinds}"
-    elif sampler not in SAMPLERS[config.student]:
-        valid = ", ".join(SAMPLERS[config.student])
-        yield f"{where}: {stage.recipe} samples a {config.student} student by {sampler}; valid: {valid}"
-    if "pairs" in config.needs and "teacher" not in config.needs:
+    if recipe.kind is None:
+        kinds = ", ".join(STUDENTS)
+        yield f"{where}: {stage.recipe} makes a {recipe.config.student} student, which is not built yet; valid: {kinds}"
+    elif recipe.sampler not in recipe.kind.samplers:
+        valid = ", ".join(recipe.kind.samplers)
+        yield f"{where}: {stage.recipe} samples a {recipe.config.student} student by {recipe.sampler}; valid: {valid}"
+    if "pairs" in recipe.needs and "teacher" not in recipe.needs:
         yield f"{where}: {stage.recipe} needs pairs, which are a teacher's; its Config.needs must name teacher as well"
 
 
-def _kinds(spec: RunSpec, stage: Stage, base: Path, where: str) -> Iterator[str]:
+def _kinds(found: Resolved, name: str) -> Iterator[str]:
     """What is no velocity field is neither a teacher, nor what a student of another kind starts from."""
-    teacher = _kind(spec.stages.get(stage.teacher or ""), base)
-    if teacher in NO_FIELDS:
+    stage = found.spec.stages[name]
+    teacher = found.kind(stage.teacher)
+    if teacher is not None and not teacher.is_field:
         yield (
-            f"{where}.teacher: the student of '{stage.teacher}' is {NO_FIELDS[teacher]}, no velocity field; name a "
+            f"stages.{name}.teacher: the student of '{stage.teacher}' is {teacher.words}, no velocity field; name a "
             "stage with a velocity student"
         )
-    if not isinstance(stage, TrainStage):
+    if not isinstance(stage, TrainStage) or name not in found.recipes:
         return
-    own, origin = _kind(stage, base), _kind(spec.stages.get(stage.init or ""), base)
-    if origin in NO_FIELDS and own not in (None, origin):
+    own, origin = found.recipes[name], found.kind(stage.init)
+    if origin is not None and not origin.is_field and own.kind != origin:
         yield (
-            f"{where}.init: the student of '{stage.init}' is {NO_FIELDS[origin]}, {stage.recipe} makes one of kind "
-            f"{own}; name a stage with a velocity student"
+            f"stages.{name}.init: the student of '{stage.init}' is {origin.words}, {stage.recipe} makes one of kind "
+            f"{own.config.student}; name a stage with a velocity student"
         )
 
 
-def _kind(stage: Stage | None, base: Path) -> str | None:
-    """Of the student of a train stage; None where that cannot be told, which is said elsewhere."""
-    try:
-        return recipe_config(stage, base).student if isinstance(stage, TrainStage) else None
-    except InputError:
-        return None
-
-
-def _guidance(spec: RunSpec, stage: Stage, guidance_scale: float, base: Path, where: str) -> Iterator[str]:
+def _guidance(found: Resolved, stage: Stage, guidance_scale: float, where: str) -> Iterator[str]:
     """Guidance by a student of this run: it must have learnt the unconditional velocity. (The spec's own teacher says
     itself whether it has.)
     """
-    teacher = spec.stages.get(stage.teacher or "")
-    if guidance_scale == 1 or not isinstance(teacher, TrainStage):
+    teacher = found.spec.stages.get(stage.teacher or "")
+    recipe = found.recipes.get(stage.teacher or "")
+    if guidance_scale == 1 or not isinstance(teacher, TrainStage) or recipe is None:
         return
-    try:
-        shown = registry.unconditional(recipe_config(teacher, base))
-    except InputError:
-        return  # said where that stage is checked
     given = f"{where}.guidance_scale: {guidance_scale:g} given, but"
-    if not shown:
+    if not recipe.unconditional:
         yield (
             f"{given} the student of '{stage.teacher}' has learnt from its teacher only, whose unconditional velocity "
             "it was never shown; use 1, or a teacher trained on data"
         )
-    elif teacher.network is not None and not _has_classes(spec):
+    elif teacher.network is not None and not _has_classes(found.spec):
         yield (
             f"{given} the data has no classes, so '{stage.teacher}' has no unconditional velocity beside its own; "
             "use 1, or labelled data"
         )
-
-
-def reads_images(run: RunPaths, spec: RunSpec, name: str) -> bool:
-    """Whether the stage `name` is still to be computed, and from images that have an index."""
-    stage = spec.stages[name]
-    if not isinstance(spec.data, ImagesData | HfData) or run.stage(name).done.exists():
-        return False
-    if isinstance(stage, TrainStage):
-        return "data" in recipe_config(stage, run.root).needs
-    return isinstance(stage, EvaluateStage) or stage.paths in pairspec.OF_DATA
 
 
 def _has_classes(spec: RunSpec) -> bool:
@@ -275,16 +227,15 @@ def _has_classes(spec: RunSpec) -> bool:
     return data.label_column is not None if isinstance(data, HfData) else not isinstance(data, NoData)
 
 
-def _train(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: str) -> Iterator[str]:
-    recipe = stage.recipe
+def _train(found: Resolved, stage: TrainStage, needs: frozenset[str], where: str) -> Iterator[str]:
+    spec, recipe = found.spec, stage.recipe
     if "jvp" in needs and spec.launch.zero_stage == 3:
         yield (
             f"{where}: {recipe} takes forward-mode derivatives (jvp), which cannot pass through the hooks by which "
             "launch.zero_stage 3 gathers weights; use 0, 1 or 2"
         )
     if "data" in needs and isinstance(spec.data, NoData):
-        exact = isinstance(spec.teacher, GaussianTeacher | MixtureTeacher)
-        vectors = exact and "teacher" in needs and stage.teacher is None
+        vectors = found.has_exact_teacher and "teacher" in needs and stage.teacher is None
         hint = "and there is none of vectors; use reflow" if vectors else "the spec has none; e.g. data: {kind: digits}"
         yield f"{where}: {recipe} needs data, {hint}"
     if "pairs" in needs and not stage.pair_shares:
@@ -304,7 +255,7 @@ def _train(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: str) 
     if stage.init is None and stage.network is None:
         if "teacher" not in needs:
             yield f"{where}: nothing to start from; give network (fresh weights) or init (an earlier train stage)"
-        elif stage.teacher is None and isinstance(spec.teacher, GaussianTeacher | MixtureTeacher):
+        elif stage.teacher is None and found.has_exact_teacher and spec.teacher is not None:
             yield f"{where}: the {spec.teacher.kind} teacher has no weights to start from; give network, e.g. kind: mlp"
     if "weights" in needs and stage.network is not None:
         yield (
@@ -334,17 +285,18 @@ def _launch(spec: RunSpec) -> Iterator[str]:
             yield f"launch.{name}: {given[name]} given for training, but no stage trains; remove it"
 
 
-def _pairs(spec: RunSpec, stage: PairsStage, where: str) -> Iterator[str]:
+def _pairs(found: Resolved, stage: PairsStage, where: str) -> Iterator[str]:
+    spec = found.spec
     if stage.teacher is None and spec.teacher is None:
         yield f"{where}: pairs need a teacher; give {where}.teacher (a train stage), or the spec's teacher"
-    known = isinstance(spec.teacher, GaussianTeacher | MixtureTeacher) or not isinstance(spec.data, NoData)
+    known = found.has_exact_teacher or not isinstance(spec.data, NoData)
     if stage.paths in pairspec.OF_DATA and not known:
         yield f"{where}.paths: {stage.paths} begin with real data; the spec has none; e.g. data: {{kind: digits}}"
     yield from pairspec.mistakes(stage, f"{where}.")
 
 
-def _evaluate(spec: RunSpec, stage: EvaluateStage, base: Path, where: str) -> Iterator[str]:
-    if stage.teacher is None and spec.teacher is None:
+def _evaluate(found: Resolved, stage: EvaluateStage, where: str) -> Iterator[str]:
+    if stage.teacher is None and found.spec.teacher is None:
         yield f"{where}: an evaluation needs a teacher; give {where}.teacher (a train stage), or the spec's teacher"
     for student, steps in stage.students.items():
         if not steps:
@@ -353,8 +305,8 @@ def _evaluate(spec: RunSpec, stage: EvaluateStage, base: Path, where: str) -> It
         here = f"{where}.times.{network}"
         if network not in ("teacher", *stage.students):
             yield f"{here}: not measured here; {suggest(network, ['teacher', *stage.students])}"
-        if (kind := _kind(spec.stages.get(network), base)) in NO_FIELDS:
-            yield f"{here}: its student is {NO_FIELDS[kind]}, made for uniform steps; remove it"
+        if (kind := found.kind(network)) is not None and not kind.is_field:
+            yield f"{here}: its student is {kind.words}, made for uniform steps; remove it"
         for times in ways:
             if times != "optimal" and not is_path(times):
                 yield f"{here}: {times} given; times go from 1 down to 0, like [1, 0.6, 0]"
@@ -368,5 +320,5 @@ def _evaluate(spec: RunSpec, stage: EvaluateStage, base: Path, where: str) -> It
             yield f"{where}.fine_students: '{student}' is none of {where}.students; {suggest(student, stage.students)}"
         elif stage.fine_students.count(student) > 1:
             yield f"{where}.fine_students: '{student}' stands there twice"
-        elif (kind := _kind(spec.stages.get(student), base)) in NO_FIELDS:
-            yield f"{where}.fine_students: '{student}' is {NO_FIELDS[kind]}, which no solver follows; remove it"
+        elif (kind := found.kind(student)) is not None and not kind.is_field:
+            yield f"{where}.fine_students: '{student}' is {kind.words}, which no solver follows; remove it"

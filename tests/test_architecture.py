@@ -18,7 +18,7 @@ LAYERS = [
     {"hub", "teachers", "students", "latents", "conditions", "data", "pairs", "ema", "metrics", "grids"},
     {"world", "trainable", "sharded", "checkpoint", "saving", "roles", "export", "sampling", "schedules"},
     {"evaluate", "report", "charts", "curves", "engine", "memory", "sources"},
-    {"stages", "estimate", "forecast"},
+    {"stages", "estimate", "forecast", "preflight"},
     {"cli", "testing"},
 ]
 ANYWHERE = {
@@ -40,7 +40,7 @@ ANYWHERE = {
     "space",
     "pairspec",
     "evalspec",
-    "nfe",
+    "kinds",
     "imagefolder",
     "dataspec",
     "frozen",
@@ -55,6 +55,7 @@ CONTROL = ANYWHERE | {
     "yamltext",
     "specfile",
     "workflow",
+    "resolved",
     "planning",
     "launch",
     "registry",
@@ -122,7 +123,9 @@ def test_layers():
             if not name.startswith("distill."):
                 continue
             other = name.split(".")[1]
-            if other in ANYWHERE or (other in CONTROL and mine in ("stages", "estimate", "forecast", "cli", "testing")):
+            if other in ANYWHERE or (
+                other in CONTROL and mine in ("stages", "estimate", "forecast", "preflight", "cli", "testing")
+            ):
                 continue
             assert other in rank, f"{show(path)} imports {name}, of the control plane"
             assert rank[other] <= rank[mine], f"{show(path)} imports {name}, which lies above it"

@@ -17,9 +17,10 @@ from PIL import Image
 from runs import distill
 from safetensors.torch import load_file, save_file
 
-from distill import presets, registry, specfile, workflow
+from distill import presets, registry, specfile
 from distill.cli import start
 from distill.guard import InputError
+from distill.resolved import resolve
 from distill.schema import NAME_RULE
 from distill.store import RunPaths, create_run, event_line
 from distill.versions import DRAWS
@@ -367,7 +368,7 @@ def test_a_finished_run_with_a_relative_path_among_its_options(capfd, tmp_path):
     source = specfile.load(presets.find("digits"), changes)
     (tmp_path / "s.yaml").write_text(specfile.resolved(source.spec))
     run = make_run(tmp_path / "runs", changes[:1])
-    located = workflow.locate_options(source.spec, tmp_path)
+    located = resolve(source.spec, tmp_path).spec
     assert located.digest() != source.spec.digest()
     run.spec.write_text(specfile.resolved(located))
     for stage in located.stages:

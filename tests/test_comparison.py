@@ -16,6 +16,7 @@ from distill import budget, charts, compared, comparison, planning, presets, reg
 from distill.compared import Comparison, Entry, Measured, Part
 from distill.grids import images_png
 from distill.guard import InputError
+from distill.resolved import resolve
 from distill.results import FILE_NAME, Results
 from distill.spec import EvaluateStage, TrainStage
 from distill.store import RunPaths, append_event, write_json
@@ -41,7 +42,7 @@ def vectors(**stages):
 
 def planned(name, *recipes):
     spec, base = preset(name)
-    return comparison.plan(spec, base, recipes or None), base
+    return comparison.plan(resolve(spec, base), recipes or None), base
 
 
 def timed(seconds=0.001, **changes):
@@ -120,7 +121,7 @@ def test_a_chain_with_a_teacher_and_pairs_of_its_own():
     stages["more"] = PAIRS | {"teacher": "flow", "count": 48}
     order = ["solve", "flow", "again", "more", "second", "evaluate"]
     spec = specfile.validate({**content, "stages": {name: stages[name] for name in order}}, "f")
-    plan = comparison.plan(spec, specfile.Path(), None)
+    plan = comparison.plan(resolve(spec, specfile.Path()), None)
     (chain,) = plan.chains
     assert (chain.name, list(chain.stages)) == ("second", ["flow", "again", "more", "second"])
     assert list(plan.shared) == ["solve"]
@@ -128,7 +129,7 @@ def test_a_chain_with_a_teacher_and_pairs_of_its_own():
     stages["one"] = one_step | {"teacher": "flow", "pairs": {"again": 0.5, "more": 0.5}}
     order.insert(-1, "one")
     spec = specfile.validate({**content, "stages": {name: stages[name] for name in order}}, "f")
-    plan = comparison.plan(spec, specfile.Path(), None)
+    plan = comparison.plan(resolve(spec, specfile.Path()), None)
     workflow.check(plan.spec(), specfile.Path())
     chain = plan.chains[-1]
     assert list(chain.stages) == ["one-flow", "one-again", "one-more", "one-second", "one"]
@@ -154,7 +155,7 @@ def test_a_recipe_that_the_spec_lacks_is_like_its_first():
 
 
 def test_a_network_is_taken_over_where_the_teacher_has_no_weights():
-    plan = comparison.plan(vectors(), specfile.Path(), ["one_step"])
+    plan = comparison.plan(resolve(vectors(), specfile.Path()), ["one_step"])
     workflow.check(plan.spec(), specfile.Path())
     assert plan.spec().stages["one_step"].network == plan.given.stages["flow"].network
 
@@ -162,12 +163,12 @@ def test_a_network_is_taken_over_where_the_teacher_has_no_weights():
 @pytest.mark.parametrize("recipe", [name for name in registry.names() if not name.startswith("pretrain/")])
 def test_every_recipe_can_be_compared(recipe):
     spec, base = preset("digits-family")
-    workflow.check(comparison.plan(spec, base, [recipe]).spec(), base)
+    workflow.check(comparison.plan(resolve(spec, base), [recipe]).spec(), base)
 
 
 def test_states_are_found_among_the_pairs():
     states = PAIRS | {"paths": "trajectories", "times": [1, 0.5, 0]}
-    plan = comparison.plan(vectors(solve=PAIRS, path=states, evaluate=EVALUATE), specfile.Path(), ["seqrf"])
+    plan = comparison.plan(resolve(vectors(solve=PAIRS, path=states, evaluate=EVALUATE), specfile.Path()), ["seqrf"])
     assert plan.spec().stages["seqrf"].pairs == "path"
 
 
@@ -176,18 +177,18 @@ def test_trajectories_are_paths_too_and_segments_are_none():
     segments = PAIRS | {"paths": "segments", "times": [1, 0.5, 0]}
     flow = REFLOW | {"recipe": "reflow/seqrf", "pairs": "parts"}
     spec = vectors(solve=None, flow=None, evaluate=None, parts=segments, whole=states, one=flow, last=EVALUATE)
-    plan = comparison.plan(spec, specfile.Path(), ["reflow"])
+    plan = comparison.plan(resolve(spec, specfile.Path()), ["reflow"])
     assert plan.spec().stages["reflow"].pairs == "whole"
 
 
 def test_the_last_evaluation_measures_all():
-    plan = comparison.plan(vectors(last=EVALUATE | {"samples": 99, "fine_students": ["flow"],
-                                                   "students": {"flow": [3]}}), specfile.Path(), None)  # fmt: skip
+    plan = comparison.plan(resolve(vectors(last=EVALUATE | {"samples": 99, "fine_students": ["flow"],
+                                                   "students": {"flow": [3]}}), specfile.Path()), None)  # fmt: skip
     stages = plan.spec().stages
     assert [name for name, stage in stages.items() if isinstance(stage, EvaluateStage)] == ["last"]
     assert (stages["last"].samples, stages["last"].students) == (99, {"flow": [3]})
     assert stages["last"].fine_students == ["flow"]
-    other = comparison.plan(plan.given, specfile.Path(), ["one_step"]).spec().stages["last"]
+    other = comparison.plan(resolve(plan.given, specfile.Path()), ["one_step"]).spec().stages["last"]
     assert (other.students, other.fine_students) == ({}, []), "its steps are not known before the rehearsal"
 
 
@@ -197,7 +198,7 @@ def test_times_of_those_that_are_not_compared_are_left_out():
     asked = plan.given.stages["evaluate"].model_copy(update={"times": times})
     spec = plan.given.model_copy(update={"stages": {**plan.given.stages, "evaluate": asked}})
     workflow.check(spec, base)
-    plan = comparison.plan(spec, base, ["one_step"])
+    plan = comparison.plan(resolve(spec, base), ["one_step"])
     workflow.check(plan.spec(), base)
     kept = {"teacher": times["teacher"], "one_step": times["one_step"]}
     assert plan.spec().stages["evaluate"].times == kept
@@ -233,13 +234,13 @@ def test_a_chain_takes_the_minutes():
 @pytest.mark.parametrize("images", [128, 256, 384])
 def test_a_warm_up_ends_before_a_short_training_does(images):
     length = {"images": 2560, "batch_size": 128, "optimizer": {"warmup_images": 2559}}
-    plan = comparison.plan(vectors(flow=REFLOW | length), specfile.Path(), None)
+    plan = comparison.plan(resolve(vectors(flow=REFLOW | length), specfile.Path()), None)
     found, _ = budget.frozen(plan, alike(plan), (images + 127) * 0.001 / 60, "c")
     workflow.check(found, specfile.Path())
     flow = found.stages["flow"]
     assert (flow.images, flow.optimizer.warmup_images) == (images, images - 1)
     annealing = {"recipe": "reflow/slimflow", "options": {"phase": "anneal", "anneal_images": 2560}}
-    plan = comparison.plan(vectors(flow=REFLOW | length | annealing), specfile.Path(), None)
+    plan = comparison.plan(resolve(vectors(flow=REFLOW | length | annealing), specfile.Path()), None)
     flow = budget.frozen(plan, alike(plan), (images + 127) * 0.001 / 60, "c")[0].stages["flow"]
     assert flow.options["anneal_images"] == flow.images == images
 
@@ -249,7 +250,7 @@ def test_checkpoints_are_as_many_as_before():
     save = {"checkpoint": {"images": 6400, "minutes": None}}
     content = spec.model_dump(mode="json")
     content["stages"]["reflow"] |= save
-    plan = comparison.plan(specfile.validate(content, "f"), base, ["reflow"])
+    plan = comparison.plan(resolve(specfile.validate(content, "f"), base), ["reflow"])
     found, _ = budget.frozen(plan, alike(plan), 38.4 / 60 / 4, "c")
     assert (found.stages["reflow"].images, found.stages["reflow"].checkpoint.images) == (9600, 1600)
 
@@ -358,7 +359,7 @@ UNFIT = {
 def test_specs_that_do_not_fit(case):
     stages, recipes, said = UNFIT[case]
     with pytest.raises(InputError) as caught:
-        comparison.plan(vectors(**stages), specfile.Path(), recipes)
+        comparison.plan(resolve(vectors(**stages), specfile.Path()), recipes)
     assert str(caught.value) == said
 
 
@@ -372,13 +373,13 @@ def test_recipes_of_one_last_name(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     both = ["other/one_step", "reflow/one_step"]
     with pytest.raises(InputError) as caught:
-        comparison.plan(vectors(), specfile.Path(), both)
+        comparison.plan(resolve(vectors(), specfile.Path()), both)
     assert str(caught.value) == (
         "--recipes: other/one_step and reflow/one_step would both have a stage 'one_step'; give the spec a stage of "
         "one of them"
     )
     other = {**REFLOW, "recipe": "other/one_step"}
-    named = comparison.plan(vectors(evaluate=None, theirs=other, last=EVALUATE), specfile.Path(), both)
+    named = comparison.plan(resolve(vectors(evaluate=None, theirs=other, last=EVALUATE), specfile.Path()), both)
     assert [chain.name for chain in named.chains] == ["theirs", "one_step"]
 
 
@@ -389,7 +390,7 @@ def test_no_pairs_for_a_recipe():
         del content["stages"][name]
     content["stages"]["evaluate"]["students"] = {}
     with pytest.raises(InputError) as caught:
-        comparison.plan(specfile.validate(content, "f"), base, ["reflow"])
+        comparison.plan(resolve(specfile.validate(content, "f"), base), ["reflow"])
     assert str(caught.value) == (
         "--recipes: reflow/reflow needs pairs, and spec 'digits-recipes' has none of 'teach'; add a pairs stage with "
         "kind: pairs"
@@ -398,7 +399,9 @@ def test_no_pairs_for_a_recipe():
 
 def test_a_recipe_of_ones_own_goes_by_the_name_of_its_file():
     own = REFLOW | {"recipe": "./mine.py"}
-    plan = comparison.plan(vectors(flow=None, evaluate=None, mine=own, last=EVALUATE), specfile.Path(), ["mine"])
+    plan = comparison.plan(
+        resolve(vectors(flow=None, evaluate=None, mine=own, last=EVALUATE), specfile.Path()), ["mine"]
+    )
     _, record = budget.frozen(plan, alike(plan), 1.0, "c")
     assert [compared.titled(each) for each in record.entries] == ["mine"]
 
@@ -407,7 +410,7 @@ def test_a_copy_with_a_name_that_is_taken():
     content = preset("digits")[0].model_dump(mode="json")
     content["stages"] = {"one_step-reflow": PAIRS | {"teacher": None}, **content["stages"]}
     with pytest.raises(InputError) as caught:
-        comparison.plan(specfile.validate(content, "f"), specfile.Path(), None)
+        comparison.plan(resolve(specfile.validate(content, "f"), specfile.Path()), None)
     assert str(caught.value) == (
         "stages.one_step-reflow: the comparison makes a stage of that name; name this one otherwise"
     )
@@ -417,9 +420,9 @@ def test_two_recipes_of_one_short_name(tmp_path):
     (tmp_path / "reflow.py").write_text((presets.folder().parent / "reflow" / "reflow.py").read_text())
     spec = vectors(flow=REFLOW | {"recipe": "./reflow.py"})
     with pytest.raises(InputError) as caught:
-        comparison.plan(spec, tmp_path, ["reflow"])
+        comparison.plan(resolve(spec, tmp_path), ["reflow"])
     assert str(caught.value) == "--recipes: 'reflow' is both reflow/reflow and ./reflow.py; give the whole name"
-    (chain,) = comparison.plan(spec, tmp_path, ["./reflow.py"]).chains
+    (chain,) = comparison.plan(resolve(spec, tmp_path), ["./reflow.py"]).chains
     assert (chain.name, chain.recipe) == ("flow", "./reflow.py")
 
 

@@ -20,6 +20,7 @@ from distill.card import StudentCard
 from distill.draws import generator, sample_labels, sample_noise
 from distill.export import export
 from distill.guard import InputError, RunError
+from distill.kinds import STUDENTS
 from distill.samplers import euler
 from distill.spec import CheckpointTeacher, MlpSpec, UNetSpec
 from distill.students import loaded as students
@@ -89,7 +90,7 @@ def describe(
     shape: tuple[int, ...], classes: int | None, sampler: str = "euler", t_grids: dict[int, list[float]] | None = None
 ) -> StudentCard:
     return StudentCard(
-        kind=next(kind for kind, samplers in cards.SAMPLERS.items() if sampler in samplers),
+        kind=next(kind for kind, each in STUDENTS.items() if sampler in each.samplers),
         sampler=sampler,
         t_grids=t_grids or {},
         name="a-student",

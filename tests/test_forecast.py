@@ -1,13 +1,15 @@
 """What a run would cost, said before it runs: disk as it will be, time as calls of a network."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from test_rounds import GAUSSIAN, MLP, PAIRS
 
-from distill import checkpoint, forecast, planning, presets, specfile, stages
+from distill import checkpoint, forecast, planning, preflight, presets, specfile, stages
 from distill.interpolants import linear
+from distill.resolved import resolve
 from distill.stop import StopRequest
 from distill.store import RunPaths
 from distill.teachers.loaded import LoadedTeacher
@@ -38,7 +40,7 @@ def files(folder):
 
 def test_the_disk_that_pairs_and_training_take(tmp_path):
     one = spec(solve=PAIRS | {"count": 4096, "block": 1024, "shard": 2048}, flow=TRAIN)
-    costs = forecast.forecast(one, tmp_path, here=True)
+    costs = forecast.forecast(preflight.check(resolve(one, tmp_path)), here=True)
     run = RunPaths(tmp_path / "run")
     run.root.mkdir()
     stages.run(run, one, ["solve", "flow"], StopRequest())
@@ -63,7 +65,7 @@ def test_the_disk_that_pairs_and_training_take(tmp_path):
     ],
 )
 def test_bytes_of_a_pair(tmp_path, changes, each):
-    costs = forecast.forecast(spec(solve=PAIRS | changes), tmp_path, here=True)
+    costs = forecast.forecast(preflight.check(resolve(spec(solve=PAIRS | changes), tmp_path)), here=True)
     assert costs["solve"].bytes == PAIRS["count"] * each
 
 
@@ -76,24 +78,24 @@ def test_time_is_a_number_of_calls(tmp_path, monkeypatch):
         e={"kind": "evaluate", "students": {"flow": [1, 2]}, "fine_students": ["flow"], "fine_steps": 3,
            "teacher_steps": [1, 4], "samples": 20},
     )  # fmt: skip
-    costs = forecast.forecast(one, tmp_path, here=True)
+    costs = forecast.forecast(preflight.check(resolve(one, tmp_path)), here=True)
     assert costs["solve"].seconds == 100 * 7
     assert costs["flow"].seconds == 512 * 3  # costs.json: 1.0
     assert costs["e"].seconds == 20 * (1 + 4 + 5 + 1 + 2 + 5)
-    assert costs["e"].seconds == planning.steps(one, tmp_path)[2].network_calls
+    assert costs["e"].seconds == planning.steps(resolve(one, tmp_path))[2].network_calls
 
 
 def test_every_row_of_an_evaluation_counts(tmp_path, monkeypatch):
     """Those along other times too, and what its sampler calls beside its steps."""
     monkeypatch.setattr(forecast, "_measure", lambda network, batch, device: 1.0)
-    one = spec(
-        solve=PAIRS, flow=TRAIN, bent=TRAIN | {"recipe": "reflow/caf"},
-        e={"kind": "evaluate", "students": {"flow": [1, 2], "bent": [1, 4]}, "fine_steps": 3, "teacher_steps": [1, 4],
-           "guidance_scale": 2, "times": {"teacher": [[1, 0.6, 0]], "flow": ["optimal"]}, "samples": 20},
-    )  # fmt: skip
+    rows = {"kind": "evaluate", "students": {"flow": [1, 2], "bent": [1, 4]}, "fine_steps": 3, "teacher_steps": [1, 4],
+            "times": {"teacher": [[1, 0.6, 0]], "flow": ["optimal"]}, "samples": 20}  # fmt: skip
+    stages_ = {"solve": PAIRS, "flow": TRAIN, "bent": TRAIN | {"recipe": "reflow/caf"}}
+    one = spec(**stages_, e=rows | {"guidance_scale": 2})
     calls = 20 * (2 * (1 + 4 + 5 + 2) + 2 * (1 + 2) + (1 + 1) + (4 + 1))
-    assert planning.steps(one, tmp_path)[3].network_calls == calls
-    assert forecast.forecast(one, tmp_path, here=True)["e"].seconds == calls
+    assert planning.steps(resolve(one, tmp_path))[3].network_calls == calls
+    ready = preflight.check(resolve(spec(**stages_, e=rows), tmp_path))  # its teacher cannot be guided
+    assert forecast.forecast(replace(ready, resolved=resolve(one, tmp_path)), here=True)["e"].seconds == calls
 
 
 class Slow:
@@ -117,6 +119,7 @@ def test_students_of_all_kinds_are_measured(tmp_path):
     kept = {name: digits.stages[name] for name in ("teach", "shortcut")}
     bent = kept["shortcut"].model_copy(update={"recipe": "reflow/caf", "options": {}, "pairs": "pairs"})
     stages_ = {"teach": kept["teach"], "pairs": digits.stages["pairs"], "shortcut": kept["shortcut"], "caf": bent}
-    costs = forecast.forecast(digits.model_copy(update={"stages": stages_}), tmp_path, here=True)
+    ready = preflight.check(resolve(digits.model_copy(update={"stages": stages_}), tmp_path))
+    costs = forecast.forecast(ready, here=True)
     assert list(costs) == ["teach", "pairs", "shortcut", "caf"]
     assert all(cost.seconds > 0 for cost in costs.values())

@@ -15,8 +15,9 @@ from PIL import Image
 from runs import distill, folder_bytes, start, wait_for
 from safetensors.torch import load_file
 
-from distill import specfile
+from distill import preflight, specfile
 from distill.estimate import estimate
+from distill.resolved import resolve
 from distill.store import RunPaths
 
 pytestmark = pytest.mark.process
@@ -129,7 +130,8 @@ def test_plan_measures_memory_and_leaves_nothing(folder):
     assert done.returncode == 0, done.stderr
     ranks = json.loads(done.stdout)["memory"]["teach"]
     assert [found["rank"] for found in ranks] == [0, 1]
-    assert ranks[0]["predicted"] == estimate(specfile.load(folder / "small.yaml").spec, folder)["teach"]
+    ready = preflight.check(resolve(specfile.load(folder / "small.yaml").spec, folder))
+    assert ranks[0]["predicted"] == estimate(ready)["teach"]
     assert ranks[0]["saving"] > ranks[1]["saving"] == 0, "one process alone copies what is saved"
     for found in ranks:
         assert sum(found["predicted"].values()) == pytest.approx(sum(found["counted"].values()), rel=0.1)

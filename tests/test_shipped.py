@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers import FlowMapEulerDiscreteScheduler
 
-from distill import card as cards
 from distill import sampling
+from distill.kinds import SAMPLERS, STUDENTS
 from distill.students import shipped
 from distill.students.velocity_mlp import VelocityMLP
 
-PAIRS = [(kind, sampler) for kind, samplers in cards.SAMPLERS.items() for sampler in samplers]
+PAIRS = [(kind, sampler) for kind, record in STUDENTS.items() for sampler in record.samplers]
 ROOT = Path(__file__).parent.parent
 OWN = '''"""Euler in whole steps only.
 
@@ -40,14 +40,14 @@ def sample(network: abc.Callable, noise, t_grid, cond):
 
 
 def test_every_sampler_is_a_file_and_every_file_a_sampler():
-    files = {path.stem for path in shipped.SAMPLERS.glob("*.py")} - {"__init__"}
-    assert files == set(sampling.SAMPLERS) == {sampler for _, sampler in PAIRS}
-    assert all(name == module.SAMPLER for name, module in sampling.SAMPLERS.items())
+    files = {path.stem for path in shipped.SAMPLERS_DIR.glob("*.py")} - {"__init__"}
+    assert files == set(sampling.MODULES) == set(SAMPLERS) == {sampler for _, sampler in PAIRS}
+    assert all(name == module.SAMPLER for name, module in sampling.MODULES.items())
 
 
 @pytest.mark.parametrize(("kind", "sampler"), PAIRS)
 def test_the_pipeline_has_the_samplers_own_text(kind, sampler):
-    text, module = shipped.pipeline(kind, sampler), sampling.SAMPLERS[sampler]
+    text, module = shipped.pipeline(kind, sampler), sampling.MODULES[sampler]
     after_imports = Path(inspect.getfile(module)).read_text().partition("from torch import Tensor\n")[2]
     assert after_imports.startswith(f'\nSAMPLER = "{sampler}"\n') and after_imports.endswith("    return x\n")
     assert after_imports in text
@@ -90,7 +90,7 @@ def names_in(tree: ast.AST) -> list[ast.Name]:
 def test_a_new_sampler_is_one_file(tmp_path):
     (tmp_path / "whole.py").write_text(OWN)
     text = shipped.joined(
-        shipped.STUDENTS / "pipeline.py", [tmp_path / "whole.py", shipped.STUDENTS / "velocity_call.py"]
+        shipped.STUDENTS_DIR / "pipeline.py", [tmp_path / "whole.py", shipped.STUDENTS_DIR / "velocity_call.py"]
     )
     assert "\nimport math\nfrom collections import abc\nfrom collections.abc import Mapping, Sequence\n" in text
     assert '\n\n# Euler in whole steps only.\n#\n# Of nobody.\nSAMPLER = "whole"\n' in text

@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
+from distill import kinds
 from distill.draws import generator
 from distill.fields import Counted, Rescheduled, start
 from distill.guard import InputError
 from distill.interpolants import edm, linear, trig, vp
-from distill.nfe import network_calls
+from distill.kinds import network_calls
 from distill.solvers import SOLVERS, dpm_solver_pp_2m, euler, heun, march, sample, straightness
 from distill.teachers.analytic import (
     GaussianField,
@@ -332,3 +333,8 @@ def test_straightness_is_that_of_the_linear_path_whatever_the_schedule():
     noise = unit(32)
     field = GaussianField(V1.mean, V1.std, trig(0.5))
     assert straightness(field, noise, {}, 50) == pytest.approx(straightness(V1, noise, {}, 50), rel=1e-6)
+
+
+def test_every_solver_has_a_record():
+    assert list(SOLVERS) == list(kinds.SOLVERS)
+    assert kinds.INVERTING == ["euler", "heun"] and kinds.REFERENCES == ["heun", "dpm_solver_pp_2m"]

@@ -17,11 +17,12 @@ from safetensors.torch import load_file
 
 from distill import card as cards
 from distill import data as datasets
-from distill import pairs, results, specfile, stages, workflow
+from distill import pairs, preflight, results, specfile, stages, workflow
 from distill.card import StudentCard
 from distill.cli.start import begin
 from distill.export import export
 from distill.guard import InputError, RunError, Stopped
+from distill.resolved import resolve
 from distill.spec import CheckpointTeacher, MlpSpec, RunSpec, UNetSpec
 from distill.stop import StopRequest
 from distill.store import RunPaths
@@ -151,16 +152,16 @@ def test_labels_that_a_teacher_does_not_know_are_left_out(tmp_path):
 def test_labels_that_are_left_out_are_spoken_of_and_a_column_without_effect_is_refused(tmp_path, capsys):
     teacher = exported(tmp_path / "teacher", UNetSpec(kind="unet", channels=[8]), (1, 8, 8), None)
     windows = {**TEACH, "recipe": "reflow/perflow", "network": None, "images": 8, "options": {"solver_steps": 1}}
-    stages.check(spec(teacher, {"kind": "digits"}, windows=windows), tmp_path)
+    preflight.check(resolve(spec(teacher, {"kind": "digits"}, windows=windows), tmp_path))
     said = "has 10 classes, but the teacher (UNet2DModel from teacher) is unconditional: what learns from it is trained"
     assert said in capsys.readouterr().err
     column = {"kind": "hf", "path": str(parquet(tmp_path / "data", [0, 1] * 8)), "size": 8, "channels": 1}
     labelled = {**column, "label_column": "label"}
-    stages.check(spec(teacher, column, windows=windows), tmp_path)
+    preflight.check(resolve(spec(teacher, column, windows=windows), tmp_path))
     assert "note: data" not in capsys.readouterr().err
     with pytest.raises(InputError, match=r"data\.label_column=label has no effect: the teacher .* is unconditional"):
-        stages.check(spec(teacher, labelled, windows=windows), tmp_path)
-    stages.check(spec(teacher, labelled, windows=windows, taught=TEACH), tmp_path)
+        preflight.check(resolve(spec(teacher, labelled, windows=windows), tmp_path))
+    preflight.check(resolve(spec(teacher, labelled, windows=windows, taught=TEACH), tmp_path))
     assert "note: data" in capsys.readouterr().err
 
 
@@ -325,7 +326,7 @@ def test_flow_maps_are_trained_continued_exported_and_measured(tmp_path):
         evaluate={**evaluate, "teacher_steps": [1]},
     )
     workflow.check(given, tmp_path / "r")
-    stages.check(given, tmp_path / "r")
+    preflight.check(resolve(given, tmp_path / "r"))
     run = go(tmp_path, given)
     card, folder = cards.verify(run.student("map")), run.student("map")
     assert (card.kind, card.sampler) == ("flow_map", "renoise")
@@ -354,17 +355,17 @@ def test_a_student_is_made_for_times_of_its_own(tmp_path):
     evaluate = {"kind": "evaluate", "samples": 16, "fine_steps": 2, "teacher_steps": [1]}
     student = {**REFLOW, "recipe": "./own.py"}
     given = spec(pairs=PAIRS, own=student, evaluate={**evaluate, "students": {"own": [2]}})
-    stages.check(given, tmp_path / "r")
+    preflight.check(resolve(given, tmp_path / "r"))
     run = go(tmp_path, given)
     card = cards.verify(run.student("own"))
     assert card.t_grids == {2: [1.0, 0.75, 0.0]} and "rms@2" in card.metrics
     wrong = spec(pairs=PAIRS, own=student, evaluate={**evaluate, "students": {"own": [2, 4]}})
     said = "stages.evaluate.students.own: this student is made for 2 steps, not 4"
     with pytest.raises(InputError, match=f"^stages.own: {said}"):
-        stages.check(wrong, tmp_path / "r")
+        preflight.check(resolve(wrong, tmp_path / "r"))
     along = spec(pairs=PAIRS, own=student, evaluate={**evaluate, "students": {"own": [2]}, "times": {"own": [[1, 0]]}})
     with pytest.raises(InputError, match=r"^stages.own: stages.evaluate.times.own: this student has times of its own"):
-        stages.check(along, tmp_path / "r")
+        preflight.check(resolve(along, tmp_path / "r"))
     (tmp_path / "later").mkdir()
     (tmp_path / "later" / "own.py").write_text(text)
     with pytest.raises(InputError, match=f"^{said}"):
@@ -382,7 +383,7 @@ def test_a_student_steps_where_its_teacher_errs_least(tmp_path):
     evaluate = {"kind": "evaluate", "samples": 16, "fine_steps": 2, "teacher_steps": [1], "students": {"boss": [3]}}
     given = spec(teacher, pairs=OPTIMAL, boss={**BOSS, "images": 32}, evaluate=evaluate)
     workflow.check(given, tmp_path)
-    stages.check(given, tmp_path)
+    preflight.check(resolve(given, tmp_path))
     run = go(tmp_path, given)
     times = [1.0, 0.5, 0.25, 0.0]  # 6, 9 and 12 of 12 steps
     manifest = pairs.PairSet.open(run.stage("pairs").pairs, None).manifest
@@ -396,7 +397,7 @@ def test_a_student_steps_where_its_teacher_errs_least(tmp_path):
     wrong = spec(teacher, pairs=OPTIMAL, boss=BOSS, evaluate={**evaluate, "students": {"boss": [3, 4]}})
     said = "stages.evaluate.students.boss: this student is made for 3 steps, not 4"
     with pytest.raises(InputError, match=f"^stages.boss: {said}"):
-        stages.check(wrong, tmp_path)
+        preflight.check(resolve(wrong, tmp_path))
 
 
 def test_paths_of_other_times_are_no_steps_of_one_student(tmp_path):
@@ -405,7 +406,7 @@ def test_paths_of_other_times_are_no_steps_of_one_student(tmp_path):
     given = spec(ours=ours, theirs={**ours, "times": theirs}, boss=boss)
     workflow.check(given, tmp_path)
     with pytest.raises(InputError, match="stages.boss: reflow/boss steps along the times of its pairs; give all of"):
-        stages.check(given, tmp_path)
+        preflight.check(resolve(given, tmp_path))
     with pytest.raises(InputError, match="stages.boss.pairs: paths of different numbers of states do not fit into"):
         workflow.check(spec(ours=ours, theirs=OPTIMAL, boss=boss), tmp_path)
 
@@ -416,7 +417,7 @@ def test_a_recipe_is_given_its_teacher_on_the_linear_path(tmp_path):
     DDPMPipeline(network, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
     teacher = {"kind": "diffusers", "path": str(tmp_path / "ddpm")}
     given = spec(teacher, pairs=PAIRS, map={**jumps, "network": None, "images": 16})
-    stages.check(given, tmp_path / "r")
+    preflight.check(resolve(given, tmp_path / "r"))
     run = go(tmp_path, given)
     student = students.load(run.student("map"), CPU)
     assert (type(student.network).__name__, student.network.config.path) == ("FlowMapUNet2DModel", "vp")
@@ -438,7 +439,7 @@ def test_images_are_decoded_once_a_run_and_kept_by_no_check(tmp_path, monkeypatc
     monkeypatch.setattr(datasets, "_LOADED", {})
     evaluate = {"kind": "evaluate", "teacher": "a", "students": {"b": [1]}, "samples": 16, "teacher_steps": [1]}
     given = spec(None, pictures(tmp_path / "images"), a=TEACH, b=TEACH, evaluate={**evaluate, "fine_steps": 1})
-    stages.check(given, tmp_path)
+    preflight.check(resolve(given, tmp_path))
     assert not datasets._LOADED
     monkeypatch.setattr("distill.metrics.features.TRAIN_IMAGES", 256)
     go(tmp_path, given)
@@ -484,7 +485,7 @@ def test_a_teacher_that_is_not_square_is_given_data_of_its_shape(tmp_path, monke
         path, wide, pairs={**PAIRS, "paths": "forward", "solver": "euler"}, straight=straight, evaluate=evaluate
     )
     given = given.model_copy(update={"name": "wide"})
-    stages.check(given, tmp_path)
+    preflight.check(resolve(given, tmp_path))
     run = go(tmp_path, given)
     assert students.load(run.student("straight"), CPU).shape == (1, 4, 8)
     found = results.load(run.stage("evaluate"))
@@ -493,7 +494,7 @@ def test_a_teacher_that_is_not_square_is_given_data_of_its_shape(tmp_path, monke
     with pytest.raises(
         InputError, match=r"data 'images' has samples of shape \[1, 8, 8\], the .* makes \[1, 4, 8\]; use"
     ):
-        stages.check(square, tmp_path)
+        preflight.check(resolve(square, tmp_path))
 
 
 def test_a_resume_refuses_changed_data(tmp_path):
@@ -557,12 +558,12 @@ def test_what_only_the_networks_can_refuse_is_refused_first(tmp_path, image_teac
         ),
     ):
         with pytest.raises(InputError, match=said):
-            stages.check(given, tmp_path)
-    stages.check(spec(image_teacher, pairs=PAIRS, straight={**REFLOW, "network": None}), tmp_path)
+            preflight.check(resolve(given, tmp_path))
+    preflight.check(resolve(spec(image_teacher, pairs=PAIRS, straight={**REFLOW, "network": None}), tmp_path))
 
 
 def test_an_evaluation_with_too_few_images_is_refused_first(tmp_path):
     evaluate = {"kind": "evaluate", "teacher": "a", "students": {"a": [1]}}
     given = spec(None, pictures(tmp_path / "images", count=3), a=TEACH, evaluate=evaluate)
     with pytest.raises(InputError, match="data 'images' has 3 images; an evaluation .* give at least 4"):
-        stages.check(given, tmp_path)
+        preflight.check(resolve(given, tmp_path))

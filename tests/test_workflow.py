@@ -7,6 +7,7 @@ import pytest
 from distill import planning, presets, registry, specfile, workflow
 from distill.guard import InputError
 from distill.launch import submit
+from distill.resolved import resolve
 from distill.store import RunPaths, write_json
 
 MLP = {"kind": "mlp"}
@@ -575,7 +576,7 @@ def test_paths_among_a_recipes_options_are_made_absolute(tmp_path):
     (tmp_path / "mine.py").write_text(OWN)
     (tmp_path / "t.csv").write_text("")
     spec = specfile.validate(vectors(r={"recipe": "./mine.py", "options": {"table": "t.csv"}}), "f")
-    assert workflow.locate_options(spec, tmp_path).stages["r"].options == {"table": str(tmp_path / "t.csv")}
+    assert resolve(spec, tmp_path).spec.stages["r"].options == {"table": str(tmp_path / "t.csv")}
 
 
 def test_what_is_wrong_with_a_recipe_of_ones_own(tmp_path):
@@ -639,21 +640,21 @@ def test_a_miniature_trains_all_stages_for_two_steps():
 
 def test_plan_counts_work_and_network_calls():
     spec = specfile.validate(vectors(p={"steps": 5}), "f")
-    pairs, train, evaluation = planning.steps(spec, Path())
+    pairs, train, evaluation = planning.steps(resolve(spec, Path()))
     assert pairs.network_calls == 100 * 9, "heun calls twice a step but the last"
     assert train.work == "1,280 images = 10 steps of 128"
     assert train.needs == ["p", "the spec's teacher"]
     divided = specfile.validate(vectors() | {"launch": {"procs": 2, "micro_batch": 16}}, "f")
-    work = planning.steps(divided, Path())[1].work
+    work = planning.steps(resolve(divided, Path()))[1].work
     assert work == "1,280 images = 10 steps of 128: 2 x 4 x 16 (processes, micro-batches, samples)"
     assert evaluation.network_calls == 2500 * (1 + 2 + 4 + 8 + 16 + 31 + 1)
     changes = {"p": {"steps": 5, "solver": "euler", "guidance_scale": 2}, "e": {"guidance_scale": 2}}
-    guided = planning.steps(specfile.validate(vectors(**changes), "f"), Path())
+    guided = planning.steps(resolve(specfile.validate(vectors(**changes), "f"), Path()))
     assert guided[0].network_calls == 100 * 10
     assert guided[2].network_calls == 2500 * (2 * (1 + 2 + 4 + 8 + 16 + 31) + 1)
     times = {"teacher": ["optimal", [1, 0.5, 0.2, 0]], "r": [[1, 0.6, 0]]}
-    along = planning.steps(specfile.validate(vectors(e={"times": times}), "f"), Path())[2]
+    along = planning.steps(resolve(specfile.validate(vectors(e={"times": times}), "f"), Path()))[2]
     assert along.network_calls == 2500 * (2 * (1 + 2 + 4 + 8 + 16) + 31 + 3 + 1 + 2)
     assert along.work.startswith("14 rows x 2,500 samples")
     fine = specfile.validate(vectors(e={"fine_students": ["r"]}), "f")
-    assert planning.steps(fine, Path())[2].work.startswith("8 rows x 2,500 samples"), "as many as are made"
+    assert planning.steps(resolve(fine, Path()))[2].work.startswith("8 rows x 2,500 samples"), "as many as are made"

@@ -74,7 +74,7 @@ def compare(
         measured = budget.measured(planned, run)
     command = one_line(f"distill {shlex.join(sys.argv[1:])}")
     found, record = budget.frozen(planned, measured, minutes, command)
-    source = start.checked(replace(source, spec=found))
+    source = replace(source, spec=start.checked(replace(source, spec=found)).resolved.spec)
     _say(record)
     if dry_run:
         taken = RunPaths(folder.absolute() / found.name).root
@@ -88,8 +88,7 @@ def compare(
 def _planned(source: "distill.specfile.SpecSource", asked: Sequence[str] | None) -> "distill.comparison.Plan":
     from distill import comparison, workflow
 
-    workflow.check(source.spec, source.base)
-    planned = comparison.plan(source.spec, source.base, asked)
+    planned = comparison.plan(workflow.check(source.spec, source.base), asked)
     workflow.check(planned.spec(), source.base)
     return planned
 

@@ -22,6 +22,7 @@ from distill.store import RunPaths, find_run
 if TYPE_CHECKING:
     import distill.launch.script
     import distill.launch.site
+    import distill.preflight
     import distill.spec
     import distill.specfile
 
@@ -194,8 +195,10 @@ def submit_new(
 
     start.refuse_taken(folder, source)
     queue.check(source.spec, site)
-    source = start.checked(source, here=False, store=folder)
-    _say_memory(source)
+    ready = start.checked(source, here=False, store=folder)
+    _say_memory(ready)
+    source = replace(source, spec=ready.resolved.spec)
+    del ready  # which holds networks
     found = inputs.resolve(source.spec, folder)
     more = {f"code/{path}": content for path, content in snapshot.files().items()} if code == "run" else {}
     run = start.create(folder, source, {**more, **inputs.record(found)})
@@ -306,22 +309,22 @@ def _dry_run(
         start.refuse_taken(folder, source)
         run = RunPaths(folder.absolute() / source.spec.name)
     queue.check_container(source.spec, site)
-    source = start.checked(source, here=False, store=folder)
-    todo = workflow.pending(run, source.spec)
-    where = _where(run, source.spec, site, code)
-    plans = queue.plans(run, source.spec, todo)
-    scripts = [script.job(run, source.spec, plan, where) for plan in plans]
+    checked = start.checked(source, here=False, store=folder).resolved.spec
+    todo = workflow.pending(run, checked)
+    where = _where(run, checked, site, code)
+    plans = queue.plans(run, checked, todo)
+    scripts = [script.job(run, checked, plan, where) for plan in plans]
     for plan, text in zip(plans, scripts, strict=True):
         waits = f"  (after {', '.join(plan.after)})" if plan.after else ""
         say(f"# --- {plan.name}.sbatch{waits} ---")
         say(text)
 
 
-def _say_memory(source: "distill.specfile.SpecSource") -> None:
+def _say_memory(ready: "distill.preflight.Ready") -> None:
     """What training will hold, as far as it is known before anything runs."""
     from distill.estimate import estimate
 
-    found = estimate(source.spec, source.base)
+    found = estimate(ready)
     kinds = list(dict.fromkeys(kind for each in found.values() for kind in each))
     rows = [
         [name, *(human(each[kind]) if kind in each else "-" for kind in kinds), human(sum(each.values()))]

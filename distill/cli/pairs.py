@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distill import kinds
 from distill.cli import start
 from distill.cli.common import StoreOption, check_out, near, read_share, store_path
 from distill.cli.stage import compute
@@ -54,7 +55,7 @@ def pairs(
         ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Real data of forward paths and segments: digits, or YAML.")] = None,
-    solver: Annotated[str | None, typer.Option(help="euler, heun or dpm_solver_pp_2m [heun].")] = None,
+    solver: Annotated[str | None, typer.Option(help=f"{kinds.either(kinds.SOLVERS)} [heun].")] = None,
     steps: Annotated[int | None, typer.Option(help="Solver steps [16].")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 = none [1].")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise [0].", min=0, max=2**63 - 1)] = None,
@@ -229,7 +230,7 @@ def _run(
         source = start.find(given, changes, name)
         paths = RunPaths(store.absolute() / source.spec.name)
         if not make and not paths.root.exists():
-            return paths, start.checked(source, store=store).spec
+            return paths, start.checked(source, store=store).resolved.spec
         if not paths.root.exists():
             try:
                 return start.begin(store, source), source.spec

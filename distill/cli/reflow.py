@@ -163,8 +163,7 @@ class _Find:
         own = [str(stage) for stage in stages] if isinstance(stages, dict) else []
         early, late = rounds.split(changes, own)
         source = specfile.load(path, early, name=name, source=label)
-        workflow.check(source.spec, source.base)
-        spec = rounds.expand(source.spec, source.base, self.plan)
+        spec = rounds.expand(workflow.check(source.spec, source.base), self.plan)
         return replace(source, spec=rounds.changed(spec, late, own, label))
 
 
@@ -177,22 +176,23 @@ def _dry_run(
 
     if site is not None:
         queue.check_container(source.spec, site)
-    source = start.checked(source, here=site is None)
-    run = RunPaths(folder.absolute() / source.spec.name)
-    costs = forecast.forecast(source.spec, source.base, here=site is None)
+    ready = start.checked(source, here=site is None)
+    spec = ready.resolved.spec
+    run = RunPaths(folder.absolute() / spec.name)
+    costs = forecast.forecast(ready, here=site is None)
     rows = []
-    for step in planning.steps(source.spec, source.base):
+    for step in planning.steps(ready.resolved):
         cost = costs.get(step.name)  # none: its networks are not known yet
         about = ["-", "-"] if cost is None else [f"about {duration(cost.seconds)}", human(cost.bytes)]
         rows.append([step.name, step.what, step.work, ", ".join(step.needs), *about])
     taken = "  (a run of this name exists: distill reflow needs --name OTHER or --resume)" if run.root.exists() else ""
-    say(f"run {source.spec.name}, seed {source.spec.seed}, spec {source.spec.digest()[:12]}\n")
+    say(f"run {spec.name}, seed {spec.seed}, spec {spec.digest()[:12]}\n")
     columns = ["stage", "what", "work", "needs", "time", "disk"]
     print_table(columns, rows, right=columns[-2:])
     total, size = sum(cost.seconds for cost in costs.values()), sum(cost.bytes for cost in costs.values())
     say(f"about {duration(total)} one after the other, by network calls that were measured here")
     say(f"writes {human(size)} into {near(run.root)}{taken}; {human(space.free(folder))} are free")
     if site is not None:
-        planned = queue.plans(run, source.spec, list(source.spec.stages))
-        rows = [list(queue.described(plan, source.spec)) for plan in planned]
+        planned = queue.plans(run, spec, list(spec.stages))
+        rows = [list(queue.described(plan, spec)) for plan in planned]
         print_table(["job", "computes", "nodes x processes", "after"], rows)

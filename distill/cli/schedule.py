@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distill import kinds
 from distill.cli.common import JsonOption, StoreOption, TeacherHelp, print_json, store_path
 from distill.fieldtypes import MAX_SAMPLES, MAX_STEPS
 from distill.guard import InputError, suggest
@@ -23,7 +24,7 @@ MAX_FINE = 10_000  # of each pair of times of the grid there is a cost
 def schedule(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help=TeacherHelp)],
     steps: Annotated[int, typer.Option("--steps", help="Steps to find the times of.", min=1, max=MAX_STEPS)],
-    solver: Annotated[str, typer.Option(help="euler, heun or dpm_solver_pp_2m: whose steps they are.")] = "euler",
+    solver: Annotated[str, typer.Option(help=f"Whose steps they are: {kinds.either(kinds.SOLVERS)}.")] = "euler",
     fine: Annotated[
         int, typer.Option(help="Steps of the fine grid that they are chosen from.", min=1, max=MAX_FINE)
     ] = FINE,

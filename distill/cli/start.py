@@ -23,6 +23,7 @@ from distill.store import (
 )
 
 if TYPE_CHECKING:
+    import distill.preflight
     import distill.spec
     import distill.specfile
 
@@ -53,32 +54,33 @@ def locate(given: str) -> tuple[Path, str]:
 
 def checked(
     source: "distill.specfile.SpecSource", *, here: bool = True, store: Path | None = None
-) -> "distill.specfile.SpecSource":
-    """The spec, once everything is known to fit that can be known before it runs.
+) -> "distill.preflight.Ready":
+    """The spec, resolved, once everything is known to fit that can be known before it runs.
 
     here: it is to run on this machine, whose devices must do. store: where its images may be indexed already.
     """
     from distill import workflow
 
     refuse_reserved(source.spec.name)
-    workflow.check(source.spec, source.base)
-    spec = workflow.locate_options(source.spec, source.base)
+    resolved = workflow.check(source.spec, source.base)
+    spec = resolved.spec
     if here and spec.launch.nodes > 1:
         raise InputError(
             f"launch.nodes={spec.launch.nodes}: here is one machine; use distill submit, or launch.nodes=1"
         )
-    from distill import stages  # torch comes with it
+    from distill import preflight  # torch comes with it
 
     if here:
+        from distill import stages
+
         stages.place(spec.launch)
-    stages.check(spec, source.base, store)
-    return replace(source, spec=spec)
+    return preflight.check(resolved, store)
 
 
 def begin(folder: Path, source: "distill.specfile.SpecSource") -> RunPaths:
     """A new run in the store, complete or not at all, that this machine can execute."""
     refuse_taken(folder, source)
-    return create(folder, checked(source, store=folder))
+    return create(folder, replace(source, spec=checked(source, store=folder).resolved.spec))
 
 
 def refuse_taken(folder: Path, source: "distill.specfile.SpecSource") -> None:
@@ -178,7 +180,7 @@ def go_on(
     live: jobs that have begun, or will, with the old `launch`; then nothing may change.
     trains: this version of distill is to train what the run has still to train.
     """
-    from distill import machine, specfile, versions, workflow
+    from distill import machine, resolved, specfile, versions, workflow
     from distill.spec import TrainStage
 
     old = specfile.load_run(paths)
@@ -186,9 +188,10 @@ def go_on(
     if trains and any(isinstance(old.stages[name], TrainStage) for name in pending):
         versions.require_same_draws(machine.load(paths).draws, f"run '{paths.name}'")
     if pending:
-        source = checked(source, here=here, store=paths.root.parent)
+        new = checked(source, here=here, store=paths.root.parent).resolved.spec
     else:
-        source = replace(source, spec=workflow.locate_options(source.spec, source.base))
+        new = resolved.resolve(source.spec, source.base).spec
+    source = replace(source, spec=new)
     changed = [line for line in specfile.differences(old, source.spec) if not line.startswith(("launch.", "name:"))]
     for recipe, content in _own_recipes(source).items():
         if content != (paths.root / recipe).read_bytes():

@@ -102,8 +102,8 @@ def plan(
 
     folder = store_path(store)
     source = start.find(spec, changes or [], None)
-    source = start.checked(source, here=source.spec.launch.nodes == 1 or measure, store=folder)
-    steps = planning.steps(source.spec, source.base)
+    resolved = start.checked(source, here=source.spec.launch.nodes == 1 or measure, store=folder).resolved
+    source, steps = replace(source, spec=resolved.spec), planning.steps(resolved)
     paths = RunPaths(folder.absolute() / source.spec.name)
     memory = _measured(source) if measure else {}
     if json:

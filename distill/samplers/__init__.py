@@ -7,9 +7,11 @@ module, where a later one replaces the names of the first. It has:
 
 SAMPLER: its name, the same as the file's.
 num_fresh(N): how many noises it takes in addition to the first one.
-sample(network, noise, t_grid, cond, *fresh): t_grid [N+1] decreases from 1 to 0, and the first call is at t = 1. It
-calls the network N times; `accelerated` N + 1 times.
+sample(network, noise, t_grid, cond, *fresh): t_grid [N+1] decreases from 1 to 0, and the first call is at t = 1.
 
-The network is a student of the kind that the sampler is for: a velocity is called as network(x_t, t, cond), a flow map
+Its record in `kinds.SAMPLERS` says how often it calls the network, `kinds.STUDENTS` for which students it is, and
+`sampling.MODULES` finds it.
+
+The network is a student of one of these kinds: a velocity is called as network(x_t, t, cond), a flow map
 as network(x_t, t, s, cond), a velocity with its acceleration as network(x_t, t, v, cond).
 """

@@ -8,19 +8,18 @@ from torch import nn
 
 from distill.guard import InputError
 from distill.interpolants import Interpolant, linear
+from distill.kinds import STUDENTS
 from distill.protocols import Cond
 from distill.spec import NetworkSpec
 from distill.students.acceleration import AccelerationStudent
 from distill.students.critic import Critic
 from distill.students.flow_map import FlowMapStudent
 from distill.students.loaded import LoadedStudent
-from distill.students.networks import ACCELERATIONS, FLOW_MAPS, accelerated, build, two_times
+from distill.students.networks import accelerated, build, kind_of, two_times
 from distill.students.velocity import TIME_SCALE, VelocityStudent
 from distill.students.velocity_unet import VelocityUNet2DModel
 from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import EdmField, NetworkField
-
-NO_FIELDS = FLOW_MAPS + ACCELERATIONS
 
 
 class StudentInit:
@@ -68,20 +67,20 @@ class StudentInit:
         """A trainable FlowMapStudent on the linear path: until it is trained it is, whatever s, the velocity of
         `velocity_field`; or a copy of the source, where that is a flow map.
         """
-        network = self._network("flow map", FLOW_MAPS)
-        return FlowMapStudent(network if isinstance(network, FLOW_MAPS) else two_times(network, self.seed))
+        network = self._network("flow map", "flow_map")
+        return FlowMapStudent(network if kind_of(network) == "flow_map" else two_times(network, self.seed))
 
     def acceleration(self) -> nn.Module:
         """A trainable AccelerationStudent: until it is trained both its networks are the velocity of `velocity_field`;
         or a copy of the source, where that is of this kind.
         """
-        network = self._network("velocity with its acceleration", ACCELERATIONS)
-        return AccelerationStudent(network if isinstance(network, ACCELERATIONS) else accelerated(network, self.seed))
+        network = self._network("velocity with its acceleration", "acceleration")
+        return AccelerationStudent(network if kind_of(network) == "acceleration" else accelerated(network, self.seed))
 
     def critic(self) -> nn.Module:
         """A trainable Critic: the teacher's velocity, or else that of `velocity_field`, and a logit per sample."""
         if self.teacher is None or self.teacher.network is None:
-            if self.network is None and self.source is not None and isinstance(self.source.network, NO_FIELDS):
+            if self.network is None and self.source is not None and not _is_field(self.source):
                 raise InputError(
                     f"there is no velocity network for the critic to start from: the teacher has none, and "
                     f"{self.source.description} is none; use a teacher with weights, or a fresh `network`"
@@ -89,15 +88,15 @@ class StudentInit:
             return Critic(self.velocity_field(), self.seed)
         return Critic(VelocityStudent(_copied(self.teacher, None)), self.seed)
 
-    def _network(self, what: str, itself: tuple[type[ModelMixin], ...] = ()) -> ModelMixin:
-        """A velocity network of the linear path, from which `what` can start, or one that is that already."""
+    def _network(self, what: str, kind: str = "velocity") -> ModelMixin:
+        """A velocity network of the linear path, from which `what` can start, or a network of this kind already."""
         if self.network is not None:
             return build(self.network, self.shape, self.num_classes, self.seed)
         assert self.source is not None
-        if isinstance(self.source.network, NO_FIELDS) and not isinstance(self.source.network, itself):
-            kind = "a flow map" if isinstance(self.source.network, FLOW_MAPS) else "a velocity with its acceleration"
+        if not _is_field(self.source) and kind_of(self.source.network) != kind:
+            words = STUDENTS[kind_of(self.source.network)].words
             raise InputError(
-                f"{self.source.description} is {kind}, which no {what} can start from: it was trained for its own "
+                f"{self.source.description} is {words}, which no {what} can start from: it was trained for its own "
                 "sampler, not for its velocity; start from a student of kind velocity, from the teacher, or from a "
                 "fresh `network`"
             )
@@ -113,6 +112,11 @@ class StudentInit:
                 "dropping the condition"
             )
         return {**cond, "class_labels": torch.full_like(cond["class_labels"], self.null_class)}
+
+
+def _is_field(source: LoadedTeacher | LoadedStudent) -> bool:
+    """Whether it is a velocity field, or has none of the networks that are something else."""
+    return source.network is None or STUDENTS[kind_of(source.network)].is_field
 
 
 def _copied(source: LoadedTeacher | LoadedStudent, dropout: float | None) -> ModelMixin:

@@ -19,8 +19,16 @@ from distill.students.flow_map_unet import FlowMapUNet2DModel
 from distill.students.velocity_mlp import VelocityMLP
 from distill.students.velocity_unet import VelocityUNet2DModel
 
-FLOW_MAPS = (FlowMapMLP, FlowMapUNet2DModel)
-ACCELERATIONS = (AccelerationMLP, AccelerationUNet2DModel)
+NETWORKS: dict[str, tuple[type[ModelMixin], ...]] = {  # by the kind of student
+    "velocity": (UNet2DModel, VelocityUNet2DModel, VelocityMLP),
+    "flow_map": (FlowMapUNet2DModel, FlowMapMLP),
+    "acceleration": (AccelerationUNet2DModel, AccelerationMLP),
+}
+
+
+def kind_of(network: ModelMixin) -> str:
+    """The kind of student that a network is of; one of a class that no student has is a velocity field's."""
+    return next((kind for kind, classes in NETWORKS.items() if type(network) in classes), "velocity")
 
 
 def build(spec: NetworkSpec, shape: tuple[int, ...], num_classes: int | None, seed: int) -> ModelMixin:

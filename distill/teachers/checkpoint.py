@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin, UNet2DModel
+from diffusers import ModelMixin
 from torch import Tensor
 
 from distill.draws import sample_noise
@@ -19,10 +19,7 @@ from distill.interpolants import Prediction, linear
 from distill.printing import say_error
 from distill.protocols import VelocityField
 from distill.spec import CheckpointTeacher
-from distill.students.acceleration_mlp import AccelerationMLP
-from distill.students.acceleration_unet import AccelerationUNet2DModel
-from distill.students.flow_map_mlp import FlowMapMLP
-from distill.students.flow_map_unet import FlowMapUNet2DModel
+from distill.students.networks import NETWORKS
 from distill.students.velocity import TIME_SCALE
 from distill.students.velocity_mlp import VelocityMLP
 from distill.students.velocity_unet import VelocityUNet2DModel
@@ -32,11 +29,6 @@ from distill.teachers.network_field import EdmField, NetworkField
 from distill.teachers.read import Config, NetworkConfig, StudentFacts, checked, parse, short
 from distill.teachers.schedulers import EdmSchedule, Family, LinearSchedule, Schedule, VpSchedule
 
-NETWORKS: dict[str, tuple[type[ModelMixin], ...]] = {  # by what they are
-    "velocity": (UNet2DModel, VelocityUNet2DModel, VelocityMLP),
-    "flow_map": (FlowMapUNet2DModel, FlowMapMLP),
-    "acceleration": (AccelerationUNet2DModel, AccelerationMLP),
-}
 LINEAR_NETWORKS = (VelocityUNet2DModel, VelocityMLP)  # of the linear path by construction
 PROBED = 64  # pixels a side that suffice to call a network, where it allows that
 LARGE = 4 * PROBED  # more takes long enough to say so

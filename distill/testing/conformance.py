@@ -21,11 +21,12 @@ from pydantic import BaseModel
 from torch import nn
 
 from distill import registry
-from distill.card import SAMPLERS, StudentCard
+from distill.card import StudentCard
 from distill.checkpoint import latest
 from distill.draws import Rows, StepDraw, sample_labels, sample_noise
 from distill.engine import StepContext
 from distill.export import export
+from distill.kinds import STUDENTS
 from distill.protocols import Copy, Frozen, Trained
 from distill.roles import Roles
 from distill.sampling import by_sampler, fresh_noises, grid, num_fresh, own_grids
@@ -49,7 +50,7 @@ def builds(subject: Subject, folder: Path) -> None:
     written = config.model_dump(mode="json", exclude_unset=True)
     assert registry.configure(subject.recipe, subject.module, written, "again") == config
     recipe, init, _ = start(subject)
-    assert recipe.sampler in SAMPLERS[config.student], f"{config.student} by {recipe.sampler}"
+    assert recipe.sampler in STUDENTS[config.student].samplers, f"{config.student} by {recipe.sampler}"
     roles = recipe.networks(init)
     assert isinstance(roles.get("student"), Trained), f"roles {roles}"
     assert all(isinstance(role, Trained | Frozen | Copy) for role in roles.values())
