@@ -17,7 +17,7 @@ from pydantic import Field, StrictBool, ValidationError, model_validator
 from distill import markdown, records
 from distill.fieldtypes import LINE, Count, Label, Line, Number
 from distill.guard import InputError, one_line
-from distill.kinds import STUDENTS, SamplerName, StudentName, network_calls
+from distill.kinds import SAMPLERS, STUDENTS, SamplerName, StudentName, network_calls
 from distill.regular import open_regular, read_regular
 from distill.spec import Frozen, is_path
 from distill.store import write_atomic
@@ -269,6 +269,8 @@ def readme(card: StudentCard, published: Publication | None = None) -> str:
     facts: dict[str, Any] = card.model_dump()
     return environment.get_template("model_card.md.j2").render(
         card=facts,
+        sampler=SAMPLERS[card.sampler].words,
+        more_calls=network_calls(card.sampler, 1) - 1,
         head=_head(card),
         steps=card.fewest_steps,
         vector=len(card.shape) == 1,

@@ -7,7 +7,6 @@ import contextlib
 import copy
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,22 +22,12 @@ from distill import card as cards
 from distill.card import StudentCard
 from distill.draws import sample_labels, sample_noise
 from distill.guard import RunError
-from distill.kinds import SAMPLERS
-from distill.sampling import by_sampler, fresh_noises, grid
+from distill.sampling import by_sampler, fresh_noises, grid, num_fresh
 from distill.store import sync_dir, sync_tree
+from distill.students import shipped
 from distill.students.loaded import KINDS, Student
 from distill.students.velocity import TIME_SCALE
 
-STUDENTS = Path(__file__).parent / "students"
-# Networks that diffusers does not have: class -> the module that is shipped beside their weights.
-SHIPPED = {
-    "VelocityMLP": "velocity_mlp",
-    "VelocityUNet2DModel": "velocity_unet",
-    "FlowMapMLP": "flow_map_mlp",
-    "FlowMapUNet2DModel": "flow_map_unet",
-    "AccelerationMLP": "acceleration_mlp",
-    "AccelerationUNet2DModel": "acceleration_unet",
-}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CHECK_STEPS, CHECK_BATCH, CHECK_SEED = (1, 2, 4), 2, 0
 TOLERANCE = 1e-5  # of samples within [-1, 1]; of larger ones, this share of the largest value
@@ -72,12 +61,12 @@ def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
     for part in ("unet", "scheduler"):
         (folder / part).mkdir(parents=True)
     class_name = type(network).__name__
-    library = SHIPPED.get(class_name, "diffusers")
+    library = shipped.NETWORKS.get(class_name, "diffusers")
     if library == "diffusers":
         assert type(network).__module__.startswith("diffusers."), f"{class_name} is neither stock nor shipped"
     else:
-        (folder / "unet" / f"{library}.py").write_text(source(library))
-    shutil.copyfile(STUDENTS / "pipeline.py", folder / "pipeline.py")
+        (folder / "unet" / f"{library}.py").write_text(shipped.network(library))
+    (folder / "pipeline.py").write_text(shipped.pipeline(card.kind, card.sampler))
 
     config = json.loads(network.to_json_string())
     config.pop("_name_or_path", None)  # where the weights once came from is not part of the student
@@ -107,16 +96,6 @@ def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
     sync_tree(folder)
 
 
-def source(module: str) -> str:
-    """The text of a shipped module, what it imports from beside it written in its place.
-
-    From a hub, diffusers fetches one file of a network's code; and what a process has once imported by a relative
-    import, it takes for that of every later folder.
-    """
-    text = (STUDENTS / f"{module}.py").read_text()
-    return re.sub(r"^from \.(\w+) import \w+\n", lambda found: source(found[1]), text, flags=re.MULTILINE)
-
-
 def _compare(student: Student, folder: Path, card: StudentCard) -> None:
     """Plain diffusers must read the same weights, bitwise, and make the same samples from the same noise."""
     with _quiet(), torch.random.fork_rng(devices=[]):  # networks are initialised before their weights are read
@@ -130,7 +109,7 @@ def _compare(student: Student, folder: Path, card: StudentCard) -> None:
     labels = None if card.num_classes is None else sample_labels(indices, card.num_classes)
     cond = {} if labels is None else {"class_labels": labels}
     for steps in card.t_grids or CHECK_STEPS:
-        fresh = fresh_noises(CHECK_SEED, indices, card.shape, SAMPLERS[card.sampler].fresh(steps))
+        fresh = fresh_noises(CHECK_SEED, indices, card.shape, num_fresh(card.sampler, steps))
         ours = by_sampler(student, card.sampler, noise, grid(card.t_grids, steps), cond, fresh)
         theirs = pipeline(steps, class_labels=labels, latents=noise, fresh=fresh, output_type="pt").images
         error, allowed = (ours - theirs).abs().max().item(), TOLERANCE * max(1.0, ours.abs().max().item())

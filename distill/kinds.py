@@ -32,10 +32,10 @@ class Solver:
 class Sampler:
     """A way to make samples from a student."""
 
+    words: str
+    """in the model card"""
     calls: Callable[[int], int] = _as_many
     """network calls for a sample in so many steps"""
-    fresh: Callable[[int], int] = lambda steps: 0
-    """noises it takes beside the first"""
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,17 @@ SOLVERS: Mapping[str, Solver] = {
     "dpm_solver_pp_2m": Solver(),
 }
 SAMPLERS: Mapping[str, Sampler] = {
-    "euler": Sampler(),
-    "same_noise": Sampler(),
-    "jump": Sampler(),
-    "renoise": Sampler(fresh=lambda steps: steps - 1),
-    "accelerated": Sampler(lambda steps: steps + 1),
+    "euler": Sampler("Euler, x_s = x_t + (s - t) v(x_t, t)"),
+    "same_noise": Sampler("data = x_t - t v(x_t, t), x_s = (1 - s) data + s noise, with the noise that it began from"),
+    "jump": Sampler("jumps x_s = x_t + (s - t) u(x_t, t, s)"),
+    "renoise": Sampler(
+        "jumps to data = x_t - t u(x_t, t, 0), each but the last followed by x_s = (1 - s) data + s fresh noise"
+    ),
+    "accelerated": Sampler(
+        "v = v(noise, 1) once, then x_s = x_t + (s - t) (v + ((t + s) / 2 - 1) a(x_t, t, v)): N + 1 network calls in N "
+        "steps",
+        lambda steps: steps + 1,
+    ),
 }
 STUDENTS: Mapping[str, StudentKind] = {
     "velocity": StudentKind("a velocity field", ("euler", "same_noise"), is_field=True),

@@ -3,13 +3,14 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from distill.draws import key, sample_labels, sample_noise
 from distill.guard import InputError, RunError
-from distill.kinds import SAMPLERS, network_calls, per_velocity
+from distill.kinds import network_calls, per_velocity
 from distill.protocols import Cond, Gridded, Recipe, VelocityField
 from distill.samplers import accelerated, euler, jump, renoise, same_noise
 from distill.solvers import sample as solve
@@ -21,6 +22,27 @@ from distill.times import uniform_grid
 
 # Noise [B, ...], its condition, and the fresh noises that the method takes -> samples [B, ...]
 Generate = Callable[[Tensor, Cond, Sequence[Tensor]], Tensor]
+
+
+@runtime_checkable
+class SamplerModule(Protocol):
+    """What a file in samplers/ has; see there."""
+
+    SAMPLER: str
+
+    def num_fresh(self, steps: int) -> int: ...
+
+    @property
+    def sample(self) -> Callable[..., Tensor]: ...
+
+
+MODULES: dict[str, SamplerModule] = {
+    "euler": euler,
+    "same_noise": same_noise,
+    "jump": jump,
+    "renoise": renoise,
+    "accelerated": accelerated,
+}
 
 
 @dataclass(frozen=True)
@@ -67,8 +89,7 @@ def of_student(student: LoadedStudent, t_grid: Tensor) -> Method:
     def generate(noise: Tensor, cond: Cond, fresh: Sequence[Tensor]) -> Tensor:
         return by_sampler(student.student, student.sampler, noise, t_grid, cond, fresh)
 
-    record = SAMPLERS[student.sampler]
-    return Method(generate, record.calls(steps), record.fresh(steps))
+    return Method(generate, network_calls(student.sampler, steps), num_fresh(student.sampler, steps))
 
 
 def own_grids(recipe: Recipe, times: Sequence[float] | None) -> dict[int, list[float]]:
@@ -119,20 +140,14 @@ def by_sampler(
     cond: Cond,
     fresh: Sequence[Tensor],
 ) -> Tensor:
-    """The sampler of that name along t_grid. fresh: `Sampler.fresh` noises like `noise` [B, ...]."""
-    match sampler:
-        case "euler":
-            return euler.sample(student, noise, t_grid, cond)
-        case "same_noise":
-            return same_noise.sample(student, noise, t_grid, cond)
-        case "jump":
-            return jump.sample(student, noise, t_grid, cond)
-        case "accelerated":
-            return accelerated.sample(student, noise, t_grid, cond)
-        case "renoise":
-            return renoise.sample(student, noise, t_grid, cond, fresh)
-        case _:
-            raise AssertionError(f"there is no sampler '{sampler}'")
+    """The sampler of that name along t_grid. fresh: `num_fresh` noises like `noise` [B, ...]."""
+    assert sampler in MODULES, f"there is no sampler '{sampler}'"
+    return MODULES[sampler].sample(student, noise, t_grid, cond, *fresh)
+
+
+def num_fresh(sampler: str, steps: int) -> int:
+    """How many noises a sampler takes beside the first."""
+    return MODULES[sampler].num_fresh(steps)
 
 
 def fresh_noises(seed: int, indices: Sequence[int], shape: tuple[int, ...], count: int) -> list[Tensor]:

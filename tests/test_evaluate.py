@@ -351,7 +351,7 @@ def test_fresh_noise_depends_on_seed_index_and_step_alone(flow_map_run, tmp_path
     noise = sample_noise(7, range(10), (2,))
     assert not torch.equal(first, second)
     assert not torch.equal(first, noise)
-    torch.testing.assert_close(whole, renoise.sample(student.student, noise, uniform_grid(3), {}, [first, second]))
+    torch.testing.assert_close(whole, renoise.sample(student.student, noise, uniform_grid(3), {}, first, second))
     for block in (10, 4):
         monkeypatch.setattr(sample, "BLOCK", block)
         out = tmp_path / f"{block}.safetensors"

@@ -21,10 +21,10 @@ from distill.draws import generator, sample_labels, sample_noise
 from distill.export import export
 from distill.guard import InputError, RunError
 from distill.kinds import STUDENTS
-from distill.samplers import accelerated as accelerated_sampler
-from distill.samplers import euler, jump, renoise, same_noise
+from distill.samplers import euler
 from distill.spec import CheckpointTeacher, MlpSpec, UNetSpec
 from distill.students import loaded as students
+from distill.students import shipped
 from distill.students.acceleration import AccelerationStudent
 from distill.students.flow_map import FlowMapStudent
 from distill.students.init import StudentInit
@@ -118,19 +118,8 @@ def fresh(card: StudentCard, count: int, steps: int) -> list[torch.Tensor]:
 def ours(student: Student, card: StudentCard, noise: torch.Tensor, steps: int) -> torch.Tensor:
     labels = {} if card.num_classes is None else {"class_labels": sample_labels(range(len(noise)), card.num_classes)}
     t_grid = torch.tensor(card.t_grids[steps], dtype=torch.float64) if card.t_grids else uniform_grid(steps)
-    given = (student.eval(), noise, t_grid, labels)
-    with torch.no_grad():
-        match card.sampler:
-            case "euler":
-                return euler.sample(*given)
-            case "same_noise":
-                return same_noise.sample(*given)
-            case "jump":
-                return jump.sample(*given)
-            case "accelerated":
-                return accelerated_sampler.sample(*given)
-            case _:
-                return renoise.sample(*given, fresh(card, len(noise), steps))
+    more = fresh(card, len(noise), steps)
+    return sampling.by_sampler(student.eval(), card.sampler, noise, t_grid, labels, more)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -145,8 +134,22 @@ def test_folder_loads_in_plain_diffusers_with_equal_weights_and_samples(tmp_path
     for steps in card.t_grids or (1, 2, 3, 4):
         more = fresh(card, 3, steps)
         theirs = pipeline(steps, class_labels=labels, latents=noise, fresh=more, output_type="pt").images
-        assert (theirs - ours(student, card, noise, steps)).abs().max() <= 1e-5
+        assert torch.equal(theirs, ours(student, card, noise, steps)), steps
     assert pipeline.unet.training is False
+
+
+def test_pipelines_that_one_process_has_loaded_keep_their_own_samplers(pipelines):
+    for kind, pipeline in pipelines.items():
+        (student, card), steps = make(kind), 4
+        noise, labels = sample_noise(1, range(3), card.shape), sample_labels(range(3), card.num_classes or 1)
+        theirs = pipeline(
+            steps,
+            class_labels=None if card.num_classes is None else labels,
+            latents=noise,
+            fresh=fresh(card, 3, steps),
+            output_type="pt",
+        ).images
+        assert torch.equal(theirs, ours(student, card, noise, steps)), kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -187,10 +190,10 @@ def test_a_student_whose_card_is_of_another_kind_is_refused(tmp_path):
         students.load(tmp_path / "s", torch.device("cpu"))
 
 
-@pytest.mark.parametrize("module", exporter.SHIPPED.values())
+@pytest.mark.parametrize("module", shipped.NETWORKS.values())
 def test_a_shipped_network_is_one_file(module):
     """A hub is asked for no second one."""
-    text = exporter.source(module)
+    text = shipped.network(module)
     assert not re.search(r"^\s*(from|import) +\.", text, flags=re.MULTILINE)
     compile(text, module, "exec")
 
@@ -204,7 +207,7 @@ def test_a_folder_that_names_no_sampler_is_sampled_by_euler(tmp_path):
     noise = sample_noise(1, range(3), card.shape)
     assert (pipeline(2, latents=noise).images - ours(student, card, noise, 2)).abs().max() <= 1e-5
     index.write_text(index.read_text().replace("{", '{\n  "sampler": "heun",', 1))
-    with pytest.raises(ValueError, match="sampler='heun'; valid: 'euler', 'same_noise', 'jump', 'renoise', 'accel"):
+    with pytest.raises(ValueError, match="sampler='heun'; valid: 'euler', the only one in this student's pipeline.py"):
         DiffusionPipeline.from_pretrained(tmp_path / "s", trust_remote_code=True)
 
 

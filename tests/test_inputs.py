@@ -22,6 +22,7 @@ from runs import folder_bytes, make
 from distill import inputs
 from distill.guard import InputError, RunError
 from distill.inputs import Input
+from distill.repository import Repository
 from distill.spec import RunSpec
 from distill.store import RunPaths, read_json, write_atomic
 from distill.teachers import by_id
@@ -490,10 +491,14 @@ def test_an_input_that_is_not_whole_is_fetched_under_another_name(tmp_path, capf
         one.content(tmp_path).rmdir()
     else:
         record.write_text(damage)
-    found = inputs._in_store(one, tmp_path, lambda folder: folder.mkdir(parents=True))
+    needs, copy = (lambda store: []), (lambda folder: folder.mkdir(parents=True))
+    asked = Repository("teacher", "org/a", None, one.commit, [], one.link, needs, copy)
+    found = inputs._in_store(one, tmp_path, asked)
     assert found.digest != one.digest and found.content(tmp_path).is_dir()
     said = capfd.readouterr().err
     assert said.startswith(f"warning: {one.folder(tmp_path)} is not whole (input.json: ")
     assert said.endswith("; the teacher org/a@cccccccccccc is fetched under another name\n")
-    assert inputs._in_store(one, tmp_path, lambda folder: folder / "never") == found, "it is there now"
+    assert inputs._in_store(one, tmp_path, replace(asked, copy=lambda folder: folder / "never")) == found, (
+        "it is there now"
+    )
     assert one.folder(tmp_path).exists(), "a run may use it"

@@ -20,6 +20,8 @@ from students import WEIGHTS, copy, edit_card, make, put
 from distill import card as cards
 from distill import manifest, pull, transfer, transports
 from distill.guard import InputError, RunError
+from distill.kinds import STUDENTS
+from distill.students import shipped
 from distill.transports import Folder, at
 
 MB = 1_000_000
@@ -345,13 +347,23 @@ def test_every_shipped_file_is_known():
 
     Never take one out: students that were made with it are still there.
     """
-    from distill import export
-
-    texts = {f"{module}.py": export.source(module) for module in export.SHIPPED.values()}
-    texts["pipeline.py"] = (export.STUDENTS / "pipeline.py").read_text()
-    for name, text in texts.items():
+    texts = [(f"{module}.py", shipped.network(module)) for module in shipped.NETWORKS.values()]
+    for kind, record in STUDENTS.items():
+        texts += [("pipeline.py", shipped.pipeline(kind, sampler)) for sampler in record.samplers]
+    for name, text in texts:
         digest = hashlib.sha256(text.encode()).hexdigest()
         assert digest in manifest.shipped()[name], f'add "{digest}" to {name} in distill/students/shipped.json'
+
+
+def test_code_that_older_versions_shipped_stays_known():
+    of_0_2 = {
+        "17aa305d94a8413aaf63b4b195afb917fc52f394ff4910ad723baa5d7090da74",
+        "94120b175d644dc7714891fc421d9663640e7065c697c30ccd24d731bbd1032b",
+        "7570e6ebb844f9a7a0017c2fa67bb8d1c7115ad5f11e7ad87cc0009cb19e74eb",
+        "04a82c07d692f9f8426566f19029f07edade45ac1149b0057132a6b5eec649f8",
+        "8f6c558888d7110daf92b01f495906cc52e791c5d9c6ec73cc23fc568ce90315",
+    }
+    assert of_0_2 < set(manifest.shipped()["pipeline.py"])
 
 
 # --- places ---

@@ -43,7 +43,7 @@ def test_n_steps_are_n_calls_the_first_at_noise_the_last_to_data(steps, dtype): 
     assert torch.allclose(jump.sample(network, noise, grid, cond), 0 * noise, atol=1e-6)
     assert [t for t, _ in calls] == starts and [s for _, s in calls] == [*starts[1:], 0.0]
     calls.clear()
-    renoise.sample(network, noise, grid, cond, [noise] * (steps - 1))
+    renoise.sample(network, noise, grid, cond, *[noise] * (steps - 1))
     assert [t for t, _ in calls] == starts and all(s == 0 for _, s in calls)
 
 
@@ -89,8 +89,8 @@ def test_renoising_jumps_to_data_and_out_again():
         q = ((1 - t) ** 2 * STD**2 + t**2).sqrt()
         data = MEAN + STD / q * (x - (1 - t) * MEAN)  # the exact end of the path through x
         x = (1 - s) * data + s * z
-    assert (renoise.sample(FLOW_MAP, noise, grid, {}, fresh) - x).abs().max() < 1e-12
-    one_step = renoise.sample(FLOW_MAP, noise, uniform_grid(1), {}, [])
+    assert (renoise.sample(FLOW_MAP, noise, grid, {}, *fresh) - x).abs().max() < 1e-12
+    one_step = renoise.sample(FLOW_MAP, noise, uniform_grid(1), {})
     assert (one_step - (MEAN + STD * noise)).abs().max() < 1e-12
 
 
@@ -102,7 +102,7 @@ def test_renoising_with_the_exact_map_keeps_the_marginal_exactly(steps):
 
     def run(weights):
         inputs = [torch.full((1, 3), w.item(), dtype=torch.float64) for w in weights]
-        return renoise.sample(FLOW_MAP, inputs[0], grid, {}, inputs[1:])[0]
+        return renoise.sample(FLOW_MAP, inputs[0], grid, {}, *inputs[1:])[0]
 
     offset = run(torch.zeros(steps, dtype=torch.float64))
     gains = torch.stack([run(column) - offset for column in columns])
@@ -120,6 +120,6 @@ def test_renoising_refuses_a_wrong_number_of_noises_and_a_grid_that_does_not_end
     with pytest.raises(
         ValueError, match="re-noising along 3 steps needs a grid that ends at 0 and 2 fresh noises, got"
     ):
-        renoise.sample(FLOW_MAP, noise, uniform_grid(3), {}, [noise])
+        renoise.sample(FLOW_MAP, noise, uniform_grid(3), {}, noise)
     with pytest.raises(ValueError, match="got a grid that ends at 0.5 and 0"):
-        renoise.sample(FLOW_MAP, noise, torch.tensor([1.0, 0.5]), {}, [])
+        renoise.sample(FLOW_MAP, noise, torch.tensor([1.0, 0.5]), {})

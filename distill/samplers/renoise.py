@@ -3,13 +3,19 @@
 Song et al. 2023, arXiv 2303.01469, alg. 1, on the linear path.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+SAMPLER = "renoise"
 Cond = Mapping[str, Tensor]
+
+
+def num_fresh(steps: int) -> int:
+    """Noises in addition to the first: one for each step but the last."""
+    return steps - 1
 
 
 def sample(
@@ -17,7 +23,7 @@ def sample(
     noise: Tensor,
     t_grid: Tensor,
     cond: Cond,
-    fresh: Sequence[Tensor],
+    *fresh: Tensor,
 ) -> Tensor:
     """data = x_t - t u(x_t, t, 0), x_s = (1 - s) data + s fresh, along t_grid [N+1] from 1 to 0: N calls.
 

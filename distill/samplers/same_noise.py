@@ -10,7 +10,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+SAMPLER = "same_noise"
 Cond = Mapping[str, Tensor]
+
+
+def num_fresh(steps: int) -> int:
+    """Noises in addition to the first: none."""
+    return 0
 
 
 def sample(network: Callable[[Tensor, Tensor, Cond], Tensor], noise: Tensor, t_grid: Tensor, cond: Cond) -> Tensor:

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from distill.interpolants import like, linear
 from distill.protocols import Cond
-from distill.students.velocity import TIME_SCALE
+from distill.students.acceleration_call import call
 
 
 class AccelerationStudent(nn.Module):
@@ -23,5 +23,4 @@ class AccelerationStudent(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, v: Tensor | None, cond: Cond) -> Tensor:
         """x_t [B, ...], t [B] in [0, 1], v like x_t or None -> acceleration or velocity [B, ...]."""
         like(t, x_t)  # refuses any other shape of t
-        labels = cond.get("class_labels")
-        return self.network(x_t, TIME_SCALE * t, class_labels=labels, velocity=v).sample.to(x_t.dtype)
+        return call(self.network, x_t, t, v, cond)

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from distill.interpolants import like, linear
 from distill.protocols import Cond
-from distill.students.velocity import TIME_SCALE
+from distill.students.flow_map_call import call
 
 
 class FlowMapStudent(nn.Module):
@@ -22,5 +22,4 @@ class FlowMapStudent(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
         """x_t [B, ...], t and s [B] in [0, 1] -> average velocity [B, ...]."""
         like(t, x_t), like(s, x_t)  # refuses any other shape
-        labels = cond.get("class_labels")
-        return self.network(x_t, TIME_SCALE * t, TIME_SCALE * s, class_labels=labels).sample.to(x_t.dtype)
+        return call(self.network, x_t, t, s, cond)

@@ -1,40 +1,48 @@
 """The pipeline of a distilled student: noise to samples in one, two or four network calls.
 
-This file is shipped inside student folders: it imports torch and diffusers only. Load a folder with
-`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
+Load the folder that this file lies in with `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, ImagePipelineOutput, ModelMixin
 from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+# In a student folder, the text of its sampler and of the call for its kind stands here instead (shipped.py).
+from distill.samplers.euler import SAMPLER, num_fresh, sample
+from distill.students.velocity_call import call
 
 
 class DistilledPipeline(DiffusionPipeline):
-    """Steps on the linear path along t = 1, (N-1)/N, ..., 0, or along times of its own, by what the network knows:
+    """Noise to data by `sample`, in N steps along the linear path x_t = (1 - t) data + t noise.
 
-    sampler "euler": its velocity v(x_t, t), x_s = x_t + (s - t) v.
-    sampler "same_noise": data = x_t - t v(x_t, t), x_s = (1 - s) data + s noise, with the noise that it began from.
-    sampler "jump": its average velocity u(x_t, t, s) from t to s, x_s = x_t + (s - t) u.
-    sampler "renoise": data = x_t - t u(x_t, t, 0), x_s = (1 - s) data + s fresh noise.
-    sampler "accelerated": its velocity v at the noise, one call more, and its acceleration a(x_t, t, v),
-    x_s = x_t + (s - t) (v + ((t + s) / 2 - 1) a).
+    The times are 1, (N-1)/N, ..., 0, or those of the student (`t_grids`), which then has no other N.
     """
 
     model_cpu_offload_seq = "unet"
+    # diffusers runs the pipeline.py of every local folder in the same module, so a folder that is loaded later replaces
+    # the names above. The class keeps its own.
+    sampler_name = SAMPLER
+    num_fresh = staticmethod(num_fresh)
+    sample = staticmethod(sample)
+    call = staticmethod(call)
 
     def __init__(
         self,
         unet: ModelMixin,
         scheduler: FlowMapEulerDiscreteScheduler,
         num_classes: int | None = None,
-        sampler: str = "euler",
+        sampler: str = SAMPLER,
         t_grids: dict[str, list[float]] | None = None,
     ) -> None:
         super().__init__()
-        if sampler not in ("euler", "same_noise", "jump", "renoise", "accelerated"):
-            raise ValueError(f"sampler={sampler!r}; valid: 'euler', 'same_noise', 'jump', 'renoise', 'accelerated'")
+        if sampler != self.sampler_name:
+            raise ValueError(
+                f"sampler={sampler!r}; valid: {self.sampler_name!r}, the only one in this student's pipeline.py"
+            )
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(num_classes=num_classes, sampler=sampler, t_grids=t_grids)
 
@@ -51,68 +59,46 @@ class DistilledPipeline(DiffusionPipeline):
     def __call__(
         self,
         num_inference_steps: int | None = None,
-        class_labels: Sequence[int] | torch.Tensor | None = None,
+        class_labels: Sequence[int] | Tensor | None = None,
         batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
+        latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        fresh: Sequence[torch.Tensor] | torch.Tensor | None = None,
+        fresh: Sequence[Tensor] | Tensor | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Samples, as `.images`.
 
-        num_inference_steps: N, network calls ("accelerated": N + 1); None: the fewest that the student is made for.
+        num_inference_steps: N; None: the fewest that the student is made for.
         latents: the noise, [B, *sample_shape], standard normal; None: drawn from `generator`.
         class_labels: B class ids, needed where the student has classes.
         batch_size: number of samples; None: as many as latents, else class_labels, else 1.
         output_type: "pil" and "np" ([B, H, W, C] in [0, 1]) are clamped; "pt" is the tensor [B, *sample_shape] as the
         last step left it, around [-1, 1]. Vectors are returned as they are: "np" an array, otherwise a tensor.
-        fresh: the further noises of sampler "renoise", N - 1 like latents; None: drawn from `generator`.
+        fresh: further noises like latents, as many as `num_fresh` says; None: drawn from `generator`.
         """
-        steps = self._set_times(num_inference_steps)
+        times = self._times(num_inference_steps)
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type={output_type!r}; valid: 'pil', 'np', 'pt'")
         shape, device, dtype = self.sample_shape, self._execution_device, self.unet.dtype
         batch_size = self._batch_size(batch_size, latents, class_labels)
         labels = self._labels(class_labels, batch_size, device)
         if latents is None:
-            x_t = randn_tensor((batch_size, *shape), generator=generator, device=device, dtype=dtype)
+            noise = randn_tensor((batch_size, *shape), generator=generator, device=device, dtype=dtype)
         elif tuple(latents.shape[1:]) != shape:
             raise ValueError(f"latents have shape {list(latents.shape)}; valid: [batch, {', '.join(map(str, shape))}]")
         else:
-            x_t = latents.to(device=device, dtype=dtype)
+            noise = latents.to(device=device, dtype=dtype)
 
-        sampler, start = self.config["sampler"], x_t
-        self._check_fresh(fresh, steps - 1 if sampler == "renoise" else 0, x_t)
-        times = self.scheduler.sigmas  # [N + 1], 1 ... 0
-        begun: dict[str, torch.Tensor] = {}  # what the network is given beside times and classes
-        if sampler == "accelerated":
-            begun["velocity"] = self.unet(
-                x_t, 1000 * torch.ones_like(times[:1]).expand(batch_size), class_labels=labels
-            ).sample
-        for step, timestep in enumerate(self.scheduler.timesteps):
-            t, s = times[step], times[step + 1]
-            known = {"jump": [t, s], "renoise": [t, torch.zeros_like(s)]}.get(sampler, [t])
-            known = [(1000 * time.to(torch.float32)).expand(batch_size) for time in known]  # the network takes 1000 t
-            velocity = self.unet(x_t, *known, class_labels=labels, **begun).sample
-            if begun:  # what it gave is the acceleration
-                velocity = begun["velocity"] + ((t + s) / 2 - 1) * velocity
-            if sampler == "renoise":
-                x_t = x_t - t * velocity
-                if step < steps - 1:
-                    noise = randn_tensor(x_t.shape, generator, device, dtype) if fresh is None else fresh[step].to(x_t)
-                    x_t = (1 - s) * x_t + s * noise
-            elif sampler == "same_noise":
-                x_t = (1 - s) * (x_t - t * velocity) + s * start
-            else:
-                x_t = self.scheduler.step(velocity, timestep, x_t, return_dict=False)[0]
-
-        images = self._finish(x_t, output_type)
+        more = self._fresh(fresh, self.num_fresh(len(times) - 1), noise, generator)
+        cond = {} if labels is None else {"class_labels": labels}
+        samples = self.sample(partial(self.call, self.unet), noise, times, cond, *more)
+        images = self._finish(samples, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _set_times(self, steps: int | None) -> int:
-        """The scheduler's, for so many steps; returns their number."""
-        grids, device = self.config["t_grids"] or {}, self._execution_device
+    def _times(self, steps: int | None) -> Tensor:
+        """[N + 1], from 1 to 0."""
+        grids = self.config["t_grids"] or {}
         if steps is None:
             steps = min(map(int, grids), default=1)
         if steps < 1:
@@ -121,20 +107,29 @@ class DistilledPipeline(DiffusionPipeline):
             made = ", ".join(map(str, sorted(map(int, grids))))
             raise ValueError(f"num_inference_steps={steps}; this student is made for: {made}")
         own = grids[str(steps)][:-1] if grids else None  # the scheduler appends 0 itself
-        self.scheduler.set_timesteps(steps, device=device, sigmas=own)
-        return steps
+        self.scheduler.set_timesteps(steps, sigmas=own)
+        return self.scheduler.sigmas
 
-    def _check_fresh(
-        self, fresh: Sequence[torch.Tensor] | torch.Tensor | None, count: int, latents: torch.Tensor
-    ) -> None:
-        if fresh is not None and [list(noise.shape) for noise in fresh] != count * [list(latents.shape)]:
+    def _fresh(
+        self,
+        fresh: Sequence[Tensor] | Tensor | None,
+        count: int,
+        noise: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> list[Tensor]:
+        """`count` noises like `noise`: those given, or drawn."""
+        if fresh is None:
+            return [randn_tensor(noise.shape, generator, noise.device, noise.dtype) for _ in range(count)]
+        shapes = [list(each.shape) for each in fresh]
+        if shapes != count * [list(noise.shape)]:
             raise ValueError(
-                f"fresh holds noises of shape {[list(noise.shape) for noise in fresh]}; by the sampler "
-                f"{self.config['sampler']} this student takes {count} of {list(latents.shape)}"
+                f"fresh holds noises of shape {shapes}; by the sampler {self.sampler_name} this student takes "
+                f"{count} of {list(noise.shape)}"
             )
+        return [each.to(noise) for each in fresh]
 
     def _batch_size(
-        self, batch_size: int | None, latents: torch.Tensor | None, class_labels: Sequence[int] | torch.Tensor | None
+        self, batch_size: int | None, latents: Tensor | None, class_labels: Sequence[int] | Tensor | None
     ) -> int:
         if latents is not None:
             rows = latents.shape[0]
@@ -146,8 +141,8 @@ class DistilledPipeline(DiffusionPipeline):
         return 1 if class_labels is None else len(class_labels)
 
     def _labels(
-        self, class_labels: Sequence[int] | torch.Tensor | None, batch_size: int, device: torch.device
-    ) -> torch.Tensor | None:
+        self, class_labels: Sequence[int] | Tensor | None, batch_size: int, device: torch.device
+    ) -> Tensor | None:
         classes = self.config["num_classes"]
         if classes is None:
             if class_labels is not None:
@@ -167,7 +162,7 @@ class DistilledPipeline(DiffusionPipeline):
             raise ValueError(f"class_labels {labels.tolist()} are not all valid; this student knows 0 to {classes - 1}")
         return labels
 
-    def _finish(self, x: torch.Tensor, output_type: str) -> object:
+    def _finish(self, x: Tensor, output_type: str) -> object:
         if output_type == "pt":
             return x
         if x.ndim != 4:

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from distill.interpolants import like, linear
 from distill.protocols import Cond
+from distill.students.velocity_call import call
 
 TIME_SCALE = 1000.0  # networks of the linear path are called with timestep = 1000 t, as diffusers' flow schedulers do
 
@@ -25,4 +26,4 @@ class VelocityStudent(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t [B, ...], t [B] in [0, 1] -> velocity [B, ...]."""
         like(t, x_t)  # refuses any other shape of t
-        return self.network(x_t, TIME_SCALE * t, class_labels=cond.get("class_labels")).sample.to(x_t.dtype)
+        return call(self.network, x_t, t, cond)

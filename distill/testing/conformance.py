@@ -26,10 +26,10 @@ from distill.checkpoint import latest
 from distill.draws import Rows, StepDraw, sample_labels, sample_noise
 from distill.engine import StepContext
 from distill.export import export
-from distill.kinds import SAMPLERS, STUDENTS
+from distill.kinds import STUDENTS
 from distill.protocols import Copy, Frozen, Trained
 from distill.roles import Roles
-from distill.sampling import by_sampler, fresh_noises, grid, own_grids
+from distill.sampling import by_sampler, fresh_noises, grid, num_fresh, own_grids
 from distill.students.loaded import load
 from distill.testing.pair import Numbers
 from distill.testing.subject import CLASSES, SHAPE, Noise, Subject, bits, start
@@ -182,7 +182,7 @@ def travels(subject: Subject, folder: Path) -> None:
     loaded = load(folder / "student", torch.device("cpu"))
     noise, cond = sample_noise(0, range(4), SHAPE), {"class_labels": sample_labels(range(4), CLASSES)}
     for steps in subject.steps:
-        fresh = fresh_noises(0, range(4), SHAPE, SAMPLERS[sampler].fresh(steps))
+        fresh = fresh_noises(0, range(4), SHAPE, num_fresh(sampler, steps))
         t_grid = grid(t_grids, steps)
         ours, theirs = (by_sampler(each, sampler, noise, t_grid, cond, fresh) for each in (student, loaded.student))
         assert torch.equal(ours, theirs), f"other samples at {steps} steps"

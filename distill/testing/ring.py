@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from distill import engine, sampling, solvers
 from distill.data import DataSource
 from distill.draws import Rows, permutation, sample_noise
-from distill.kinds import SAMPLERS
 from distill.metrics.wasserstein import sliced_wasserstein
 from distill.progress import Progress
 from distill.protocols import Batch, Pairs, Source, VelocityField
@@ -157,7 +156,7 @@ def recovers(subject: Subject, training: Training, folder: Path) -> dict[str, di
     recipe = subject.module.Recipe(subject.config(subject.ring), TEACHER)
     t_grids, sampler, found = sampling.own_grids(recipe, subject.times), recipe.sampler, {}
     for steps in subject.steps:
-        fresh = sampling.fresh_noises(1, range(SAMPLES), (2,), SAMPLERS[sampler].fresh(steps))
+        fresh = sampling.fresh_noises(1, range(SAMPLES), (2,), sampling.num_fresh(sampler, steps))
         t_grid = sampling.grid(t_grids, steps)
         found[steps] = excess(sampling.by_sampler(student, sampler, noise(), t_grid, {}, fresh))
     return {"student": found, "teacher": {n: of_field(TEACHER.field, "euler", n) for n in {1, *subject.steps}}}

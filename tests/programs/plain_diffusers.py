@@ -30,8 +30,10 @@ from diffusers import DiffusionPipeline  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 folder = Path(sys.argv[1])
-for student in sys.argv[2:]:
-    pipeline = DiffusionPipeline.from_pretrained(folder / student, trust_remote_code=True)
+pipelines = {  # all before the first is used: diffusers runs their code in one module
+    student: DiffusionPipeline.from_pretrained(folder / student, trust_remote_code=True) for student in sys.argv[2:]
+}
+for student, pipeline in pipelines.items():
     inputs = load_file(folder / f"{student}.in.safetensors")
     fresh = inputs.pop("fresh", ())  # of the most steps
     outputs = {

@@ -1,0 +1,86 @@
+"""The code in student folders, as text: `pipeline.py`, and one file for a network that diffusers does not have.
+
+Each file is complete. From a hub, diffusers downloads one code file for the pipeline and one for the network, and a
+module that a process has imported from one folder by a relative import is reused for all later folders. So instead of
+importing a sampler or another network, a file contains its text.
+"""
+
+import ast
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from distill import samplers
+
+STUDENTS_DIR, SAMPLERS_DIR = Path(__file__).parent, Path(samplers.__file__).parent
+# Networks that diffusers does not have: class -> the module that is shipped beside their weights.
+NETWORKS = {
+    "VelocityMLP": "velocity_mlp",
+    "VelocityUNet2DModel": "velocity_unet",
+    "FlowMapMLP": "flow_map_mlp",
+    "FlowMapUNet2DModel": "flow_map_unet",
+    "AccelerationMLP": "acceleration_mlp",
+    "AccelerationUNet2DModel": "acceleration_unet",
+}
+
+
+def network(module: str) -> str:
+    """The text of a network's file, with the text of the network that it imports in place of the import."""
+    text = (STUDENTS_DIR / f"{module}.py").read_text()
+    return re.sub(r"^from \.(\w+) import \w+\n", lambda found: network(found[1]), text, flags=re.MULTILINE)
+
+
+def pipeline(kind: str, sampler: str) -> str:
+    """The text of pipeline.py for a student of this kind with this sampler."""
+    return joined(STUDENTS_DIR / "pipeline.py", [SAMPLERS_DIR / f"{sampler}.py", STUDENTS_DIR / f"{kind}_call.py"])
+
+
+def joined(module: Path, parts: Sequence[Path]) -> str:
+    """One module made of several: the docstring of `module`, all imports except those from distill, the code of each
+    part below its docstring, which becomes a comment, and the code of `module`.
+    """
+    main, *others = files = [_read(path) for path in (module, *parts)]
+    sections = [f'"""{main.docstring}"""', _imports([line for each in files for line in each.imports])]
+    for each in others:
+        comment = "\n".join(f"# {line}".rstrip() for line in each.docstring.strip().splitlines())
+        sections.append(f"{comment}\n{each.code}\n")
+    return "\n\n".join([*sections, main.code]) + "\n"
+
+
+@dataclass(frozen=True)
+class _File:
+    docstring: str
+    imports: Sequence[ast.Import | ast.ImportFrom]
+    code: str  # everything after the imports
+
+
+def _read(path: Path) -> _File:
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    docstring, after = ast.get_docstring(tree, clean=False), imports[-1].end_lineno
+    assert docstring is not None, f"{path} has no docstring"
+    return _File(docstring, imports, "\n".join(text.splitlines()[after:]).strip())
+
+
+def _imports(statements: Sequence[ast.Import | ast.ImportFrom]) -> str:
+    """Each name once, sorted as ruff sorts them, the standard library first."""
+    lines: set[str] = set()
+    names: dict[str, set[str]] = defaultdict(set)
+    for statement in statements:
+        given = {ast.unparse(name) for name in statement.names}
+        if isinstance(statement, ast.Import):
+            lines |= {f"import {name}" for name in given}
+        elif statement.module and not statement.module.startswith("distill."):
+            names[statement.module] |= given
+    lines |= {f"from {module} import {', '.join(sorted(given))}" for module, given in names.items()}
+
+    def place(line: str) -> tuple[bool, bool, str]:
+        return re.split("[ .]", line)[1] not in sys.stdlib_module_names, line.startswith("from"), line
+
+    blocks = groupby(sorted(lines, key=place), key=lambda line: place(line)[0])
+    return "\n\n".join("\n".join(block) for _, block in blocks)
