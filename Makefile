@@ -10,7 +10,7 @@ UPGRADE ?=
 PYTHONS := 3.11 3.12 3.13 3.14
 LOCKS   := $(wildcard containers/constraints-*.txt)
 
-# Nothing is installed outside of .venv, unless SYSTEM=yes.
+# All is kept below .venv, unless SYSTEM=yes: then root's apt-get installs what the machine lacks (venv, Slurm, sshd).
 SYSTEM ?=
 
 .PHONY: quickstart test check test-all bench container-test lock format clean system

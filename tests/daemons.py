@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +19,9 @@ PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 PROGRAMS = {"slurm": ("munged", "slurmctld", "slurmd", "sbatch"), "ssh": ("sshd", "ssh", "ssh-keygen")}
 PACKAGES = {
     "slurm": ("munge", "slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins"),
-    "ssh": ("openssh-server", "openssh-client", "libnss-wrapper"),
+    "ssh": ("openssh-server", "openssh-client"),
 }
+ALSO_UNPACKED = {"slurm": (), "ssh": ("libnss-wrapper",)}
 
 # For an apt-get that keeps its state in a folder of its own and leaves the machine's alone, so that anybody may run it.
 APT_CONF = """
@@ -77,43 +79,44 @@ def path(group: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--install", action="store_true", help="install the packages on this machine instead, as root")
-    get = install if parser.parse_args().install else unpack
-    lacking = {group: names for group in PROGRAMS if (names := missing(group, PATH if get is install else path(group)))}
-    if lacking:
-        names = ", ".join(name for names in lacking.values() for name in names)
-        try:
-            print(f"tests need programs that are not found here: {names}", flush=True)
-            get(list(lacking))
-        except UnavailableError as why:
-            packages = " ".join(package for group in lacking for package in PACKAGES[group])
-            print(
-                f"{why}\nWithout these programs the tests of {' and '.join(lacking)} are skipped. "
-                f"To install them: sudo apt-get install --no-install-recommends {packages}"
-            )
-
-
-def install(groups: Sequence[str]) -> None:
-    if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        raise UnavailableError(
-            "SYSTEM=yes installs packages of Debian or Ubuntu with apt-get, and only root may do so."
+    to_install = parser.parse_args().install
+    lacking = {group: names for group in PROGRAMS if (names := missing(group, PATH if to_install else path(group)))}
+    if not lacking:
+        return
+    names = ", ".join(name for names in lacking.values() for name in names)
+    print(f"tests of {' and '.join(lacking)} need programs that are not here: {names}", flush=True)
+    packages = [package for group in lacking for package in PACKAGES[group]]
+    if to_install:
+        install(packages)
+        return
+    try:
+        unpack(list(lacking))
+    except (UnavailableError, OSError) as why:
+        print(
+            f"{why}\nThese tests are skipped, unless you install the programs; "
+            "on Debian and Ubuntu, as root: make system SYSTEM=yes"
         )
-    packages = [package for group in groups for package in PACKAGES[group]]
-    subprocess.run(["apt-get", "-q", "update"], check=True)
-    subprocess.run(["apt-get", "-qy", "install", "--no-install-recommends", *packages], check=True)
+
+
+def install(packages: Sequence[str]) -> None:
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        sys.exit(f"SYSTEM=yes needs root and apt-get, to install {' '.join(packages)}")
+    for command in (["update"], ["install", "--yes", "--no-install-recommends", *packages]):
+        if code := subprocess.run(["apt-get", "-q", *command], check=False).returncode:
+            sys.exit(code)
 
 
 def unpack(groups: Sequence[str]) -> None:
     """Download groups and what they need that is not installed here, and unpack each into a folder."""
     if lacking := [tool for tool in ("apt-get", "dpkg-deb", "ldd") if shutil.which(tool) is None]:
-        raise UnavailableError(
-            f"They cannot be downloaded as packages of Debian or Ubuntu without {', '.join(lacking)}."
-        )
+        raise UnavailableError(f"Packages of Debian or Ubuntu cannot be used: there is no {', '.join(lacking)}.")
     UNPACKED.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=UNPACKED) as name:
         partial = Path(name)
         apt = make_apt(partial)
         for group in groups:
-            packages, folder = download(apt, PACKAGES[group], partial / f"{group}-packages"), partial / group
+            folder = partial / group
+            packages = download(apt, [*PACKAGES[group], *ALSO_UNPACKED[group]], partial / f"{group}-packages")
             for package in packages:
                 run("dpkg-deb", "--extract", package, folder)
             run("chmod", "-R", "u+w,ug-s", folder)
@@ -131,7 +134,7 @@ def make_apt(folder: Path) -> Sequence[str]:
     for name in ("state/lists/partial", "cache/archives/partial", "log"):
         (folder / name).mkdir(parents=True)
     (folder / "apt.conf").write_text(APT_CONF.format(folder=folder))
-    apt = ("apt-get", "-q", "-c", str(folder / "apt.conf"))
+    apt = ("apt-get", "-qq", "-c", str(folder / "apt.conf"))
     said = run(*apt, "update")
     if not any(folder.glob("state/lists/*_Packages*")):
         raise UnavailableError(f"apt-get could not download its lists of packages:\n{said.rstrip()}")
@@ -150,7 +153,7 @@ def download(apt: Sequence[str], packages: Sequence[str], folder: Path) -> list[
 
 def add_scripts(group: str, folder: Path) -> None:
     """Make bin/, with a script that starts each program where it is unpacked."""
-    folders = sorted({file.parent for file in folder.glob("**/lib*.so*")})
+    folders = sorted({file.parent for usr in (folder, folder / "usr") for file in usr.glob("lib/**/lib*.so*")})
     for name in PROGRAMS[group]:
         program = shutil.which(name, path=f"{folder}/usr/bin:{folder}/usr/sbin")
         if program is None:
@@ -173,7 +176,7 @@ def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | Non
         command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )
     if done.returncode != 0:
-        raise UnavailableError(f"{' '.join(map(str, command))} failed:\n{done.stdout.rstrip()}")
+        raise UnavailableError(f"{command[0]} failed:\n{done.stdout.rstrip()}")
     return done.stdout
 
 
