@@ -91,7 +91,7 @@ class Cluster:
         ]
         parameters = "SlurmctldParameters=preempt_send_user_signal" if user_signal else ""
         unpacked = daemons.unpacked("slurm")
-        plugins = f"PluginDir={next(unpacked.glob('usr/lib/**/auth_munge.so')).parent}" if unpacked else ""
+        plugins = f'PluginDir="{next(unpacked.glob("usr/lib/**/auth_munge.so")).parent}"' if unpacked else ""
         fields = {"folder": self.folder, "port": self.port, "user": getpass.getuser(), "nodes": "\n".join(lines)}
         fields |= {"parameters": parameters, "plugins": plugins, "grace": grace, "min_job_age": forgets}
         (self.folder / "slurm.conf").write_text(CONF.format(**fields))

@@ -45,12 +45,11 @@ OPTIONS = {
     # would add to the machine; nss_wrapper shows it one.
     "sshd": """for part in Session:session Auth:auth; do
   file="$root/usr/lib/openssh/sshd-${part#*:}"
-  [ ! -e "$file" ] || set -- -o "Sshd${part%:*}Path=$file" "$@"
+  [ ! -e "$file" ] || set -- -o "Sshd${part%:*}Path=\\"$file\\"" "$@"
 done
 if [ "$(id -u)" = 0 ] && ! getent passwd sshd >/dev/null; then
   { cat /etc/passwd; echo "sshd:x:65534:65534::/run/sshd:/usr/sbin/nologin"; } >"$root/passwd"
-  export NSS_WRAPPER_PASSWD="$root/passwd" NSS_WRAPPER_GROUP=/etc/group
-  export LD_PRELOAD="$(echo "$root"/usr/lib/*/libnss_wrapper.so)"
+  export LD_PRELOAD=libnss_wrapper.so NSS_WRAPPER_PASSWD="$root/passwd" NSS_WRAPPER_GROUP=/etc/group
 fi
 """,
 }
