@@ -30,6 +30,7 @@ Dir::Cache "{folder}/cache";
 Dir::Log "{folder}/log";
 Acquire::Languages "none";
 APT::Sandbox::User "root";
+APT::Get::Show-User-Simulation-Note "false";
 #clear APT::Update::Pre-Invoke;
 #clear APT::Update::Post-Invoke;
 #clear APT::Update::Post-Invoke-Success;
