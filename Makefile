@@ -10,9 +10,8 @@ UPGRADE ?=
 PYTHONS := 3.11 3.12 3.13 3.14
 LOCKS   := $(wildcard containers/constraints-*.txt)
 
-# Real daemons that the tests start for themselves; SYSTEM is what they come in.
-DAEMONS := munged slurmctld slurmd sbatch sshd
-SYSTEM  := munge slurm-wlm openssh-server
+# All is kept below .venv, unless SYSTEM=yes: then root's apt-get installs what the machine lacks (venv, Slurm, sshd).
+SYSTEM ?=
 
 .PHONY: quickstart test check test-all bench container-test lock format clean system
 
@@ -60,18 +59,14 @@ format: $(VENV)/.test
 clean: ## the environment and caches; never runs
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
-system: ## what tests of Slurm and ssh need; without it they are skipped
-	@for daemon in $(DAEMONS); do \
-	  PATH="$$PATH:/usr/sbin:/sbin" command -v $$daemon >/dev/null || missing=1; \
-	done; [ -z "$$missing" ] || { \
-	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -qy --no-install-recommends $(SYSTEM); \
-	  else echo "missing: Slurm or sshd; their tests are skipped. Run: sudo apt-get install -y --no-install-recommends $(SYSTEM)"; fi; }
+system: | $(BIN)/python ## what tests of Slurm and ssh need; without it they are skipped
+	@$(BIN)/python tests/daemons.py $(if $(filter yes,$(SYSTEM)),--install)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "distill needs Python 3.11 or newer; set PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { \
-	  if [ "$$(id -u)" = 0 ]; then apt-get update -q && apt-get install -qy python3-venv; \
+	  if [ "$(SYSTEM)" = yes ]; then apt-get update -q && apt-get install -qy python3-venv; \
 	  else echo "missing: venv for $(PYTHON). Run: sudo apt-get install -y python3-venv"; exit 1; fi; }
 	$(PYTHON) -m venv $(VENV)
 

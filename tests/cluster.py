@@ -15,9 +15,10 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
-missing = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
+import daemons
+
+PATH = daemons.path("slurm")
+missing = daemons.missing("slurm", PATH)
 
 CONF = """
 ClusterName=test{port}
@@ -52,6 +53,7 @@ PriorityType=priority/basic
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 {parameters}
+{plugins}
 JobRequeue=1
 KillWait=20
 MinJobAge={min_job_age}
@@ -88,8 +90,10 @@ class Cluster:
             for i, name in enumerate(self.names, start=1)
         ]
         parameters = "SlurmctldParameters=preempt_send_user_signal" if user_signal else ""
+        unpacked = daemons.unpacked("slurm")
+        plugins = f'PluginDir="{next(unpacked.glob("usr/lib/**/auth_munge.so")).parent}"' if unpacked else ""
         fields = {"folder": self.folder, "port": self.port, "user": getpass.getuser(), "nodes": "\n".join(lines)}
-        fields |= {"parameters": parameters, "grace": grace, "min_job_age": forgets}
+        fields |= {"parameters": parameters, "plugins": plugins, "grace": grace, "min_job_age": forgets}
         (self.folder / "slurm.conf").write_text(CONF.format(**fields))
 
     def __enter__(self) -> "Cluster":

@@ -18,7 +18,7 @@ from distill.store import RunPaths, read_events
 
 NEEDS_SLURM = [  # where it is not installed; CI fails on any skip
     pytest.mark.process,
-    pytest.mark.skipif(bool(missing), reason=f"Slurm lacks here: {', '.join(missing)}"),
+    pytest.mark.skipif(bool(missing), reason=f"run `make system`: there is no {', '.join(missing)}"),
 ]
 SPEC = """
 name: small

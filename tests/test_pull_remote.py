@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import daemons
 import pytest
 from commands import command
 from hub import Hub
@@ -24,7 +25,8 @@ from distill.transports import Missing, at
 
 pytestmark = pytest.mark.process
 MB = 1_000_000
-SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+PATH = daemons.path("ssh")
+SSHD, SSH, SSH_KEYGEN = (shutil.which(name, path=PATH) for name in daemons.PROGRAMS["ssh"])
 
 
 @pytest.fixture(autouse=True)
@@ -57,13 +59,13 @@ def sshd(tmp_path_factory):
     """A server of this user's own, and the folder of `ssh` as its clients find it: with a config that knows it as
     `cluster`, and as `behind` through a jump host.
     """
-    if SSHD is None:
-        pytest.skip("sshd is not installed: apt-get install openssh-server")
+    if missing := daemons.missing("ssh", PATH):
+        pytest.skip(f"run `make system`: there is no {', '.join(missing)}")
     if pwd.getpwuid(os.geteuid()).pw_shell.endswith(("nologin", "false")):
         pytest.skip("the shell of this user lets nobody in over ssh")
     home = tmp_path_factory.mktemp("ssh")
     for key in ("host", "user"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", home / key], check=True)
+        subprocess.run([SSH_KEYGEN, "-q", "-t", "ed25519", "-N", "", "-f", home / key], check=True)
     shutil.copy(home / "user.pub", home / "authorized")
     port = free_port()
     (home / "sshd_config").write_text(
@@ -79,7 +81,7 @@ def sshd(tmp_path_factory):
     )
     ssh = home / "bin" / "ssh"
     ssh.parent.mkdir()
-    ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {shlex.quote(str(home / "config"))} "$@"\n')
+    ssh.write_text(f'#!/bin/sh\nexec {SSH} -F {shlex.quote(str(home / "config"))} "$@"\n')
     ssh.chmod(0o755)
     if os.geteuid() == 0:
         Path("/run/sshd").mkdir(exist_ok=True)
