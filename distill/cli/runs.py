@@ -108,7 +108,8 @@ def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) 
         say(f"student {name}: {near(paths.student(name))}  {numbers(card.metrics)}")
     if evaluations:
         print_results(paths)
-    say(f"spec    {near(paths.spec)}\nevents  {near(paths.events)}")
+    noted = paths.events if paths.events.exists() else paths.old_events
+    say(f"spec    {near(paths.spec)}\nevents  {near(noted)}")
     if paths.report.exists():
         say(f"report  {near(paths.report)}")
     if each.state != "done" and each.state != "running":
