@@ -192,8 +192,8 @@ def parse(line: bytes, schema: Schema[Any], where: Path) -> Event | None:
 
 
 def files(folder: Path, older: Path) -> list[Path]:
-    """The files of events in `folder`, one for each process that wrote any, by name; and `older`, in which all processes
-    wrote before there was such a folder. InputError if the folder cannot be read.
+    """The files of events in `folder`, one for each process that wrote any, by name; first `older`, in which all
+    processes wrote before there was such a folder. InputError if the folder cannot be read.
     """
     try:
         names = sorted(path.name for path in folder.iterdir())

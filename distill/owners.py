@@ -93,8 +93,8 @@ def _namespace() -> str:
     Where /proc was mounted in another one, no number can be looked up: then our number there is added.
     """
     with suppress(OSError):
-        number, namespace = os.readlink("/proc/self"), os.readlink("/proc/self/ns/pid")
-        return namespace if number == str(os.getpid()) else f"{namespace}:{number}"
+        number, namespace = Path("/proc/self").readlink(), str(Path("/proc/self/ns/pid").readlink())
+        return namespace if number == Path(str(os.getpid())) else f"{namespace}:{number}"
     return ""
 
 
