@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill import events, records
+from distill import events, lease, records
 from distill.fieldtypes import NAME
 from distill.guard import InputError, RunError, one_line, short, suggest
 from distill.owners import Owner
@@ -53,6 +53,7 @@ def sync_tree(folder: Path) -> None:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write `content` so that `path` holds either the old or the new whole, whatever happens."""
+    lease.confirm()
     temporary = path.with_name(f".{path.name[:50]}.tmp-{os.getpid()}-{secrets.token_hex(4)}")  # hosts share numbers
     try:
         with temporary.open("wb") as file:
@@ -345,6 +346,7 @@ def append_event(run: RunPaths, event: str, **fields: Any) -> None:  # noqa: ANN
 
 def append_line(path: Path, line: str) -> None:
     """One line more in a file of lines that no other process writes; its folder is made if there is none."""
+    lease.confirm()
     try:
         path.parent.mkdir(exist_ok=True)
         with path.open("ab+", buffering=0) as file:  # one write for each line

@@ -185,8 +185,10 @@ def clean(
             paths.stage(name).done.unlink()
             say(f"stage '{name}' has to be computed again, because an unfinished stage needs its pairs")
         for path in found:
-            if path != paths.root:
+            if path.is_dir() and path != paths.root:
                 shutil.rmtree(path)
+            elif path != paths.root:
+                path.unlink()  # a claim that was renewed late left it
     if everything:
         shutil.rmtree(paths.root)
     folders = f"{len(found)} folder{'s' if len(found) > 1 else ''}"
