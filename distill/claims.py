@@ -106,10 +106,12 @@ def _is_alive(run: RunPaths, found: Found) -> bool:
 
 
 def _seconds_left(run: RunPaths, found: Found) -> float:
-    """Until a claim counts as given up, unless it is renewed. A renewal in the future, by a clock that was set back
-    since, is worth as little as one that is as long ago.
+    """Until a claim counts as given up, unless it is renewed.
+
+    A renewal in the far future, by a clock that was set back since, is worth as little as one that is as long ago.
     """
-    return lease.MISSED * found.every - abs(_now(run.root) - found.renewed) / 1e9
+    limit, age = lease.MISSED * found.every, (_now(run.root) - found.renewed) / 1e9
+    return limit - age if age > -limit else 0.0
 
 
 def _now(folder: Path) -> int:
