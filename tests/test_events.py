@@ -158,7 +158,6 @@ def test_a_job_and_who_submits_it_write_files_of_their_own(tmp_path):
         ["another.jsonl", f"{token}.jsonl", f"submitted-{token}.jsonl"]
     )
     assert sorted(job.id for job in jobs.submitted(run)) == ["5", "7"]
-    assert (
-        sorted(names(jobs.events(run, "7"))) == sorted(names(jobs.events(run, "5"))) == ["began", "ended", "submitted"]
-    )
+    for job in ("5", "7"):
+        assert sorted(names(jobs.events(run, job))) == ["began", "ended", "submitted"]
     assert jobs.restarts(run, ["7"]) == {"crash": 1}

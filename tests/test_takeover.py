@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from commands import command
 from runs import folder_bytes, make
 
 from distill import claims, lease, store
@@ -234,6 +235,16 @@ def test_the_age_of_a_renewal_decides_by_the_clock_of_the_file_system(run, monke
         assert claims.executing(run) is None
         with claims.claim(run):
             assert claims.executing(run) == Owner.this()
+
+
+def test_cancel_says_where_a_process_must_be_stopped(run, capfd):
+    plant(run, 0.0, **FOREIGN | {"pid": os.getpid()}, every=30.0)  # our number, in another container
+    done = command(capfd, "cancel", str(run.root))
+    assert done.out == (
+        f"run 'one' is being executed by process {os.getpid()} on elsewhere; stop it there: kill {os.getpid()}\n"
+    )
+    plant(run, 121.0, **FOREIGN, every=30.0)
+    assert command(capfd, "cancel", str(run.root)).out == "nothing of run 'one' is under way\n"
 
 
 def test_what_is_never_renewed_holds_until_it_is_removed(run):

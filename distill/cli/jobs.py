@@ -362,5 +362,10 @@ def cancel(
         else:
             say(f"job {name}: {'asked to save and leave' if slurm.ask(name) else f'not reached ({state.state})'}")
         told = True
-    if not told:
+    other = claims.executing(paths)
+    if not told and other is not None and not other.is_here:
+        say(
+            f"process {other.pid} on {other.host} executes run '{paths.name}' and cannot be reached from here: stop it there"
+        )
+    elif not told:
         say(f"nothing of run '{paths.name}' is under way")
