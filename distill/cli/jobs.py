@@ -364,8 +364,7 @@ def cancel(
         told = True
     other = claims.executing(paths)
     if not told and other is not None and not other.is_here:
-        say(
-            f"process {other.pid} on {other.host} executes run '{paths.name}' and cannot be reached from here: stop it there"
-        )
+        where = f"process {other.pid} on {other.host}"
+        say(f"run '{paths.name}' is being executed by {where}; stop it there: kill {other.pid}")
     elif not told:
         say(f"nothing of run '{paths.name}' is under way")
