@@ -16,12 +16,11 @@ from runs import folder_bytes, make
 from distill import claims, lease, store
 from distill.guard import InputError
 from distill.owners import Owner
-from distill.store import RunPaths
+from distill.store import CREATED, RunPaths, event_files
 
 EVERY = 0.2  # seconds between two renewals of the processes here
 LIMIT = lease.MISSED * EVERY
 ROOT = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
-CONTAINER = ["unshare", *ROOT, "--pid", "--fork", "--kill-child", "--mount-proc"]
 
 HOLD = """
 import os, sys, time
@@ -67,11 +66,14 @@ def run(tmp_path):
     return make(tmp_path / "store")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _containers():
-    tried = subprocess.run([*CONTAINER, "true"], capture_output=True, text=True, check=False)
+@pytest.fixture(scope="session")
+def container() -> list[str]:
+    """What starts a command as the first process of a pid namespace."""
+    command = ["unshare", *ROOT, "--pid", "--fork", "--kill-child", "--mount-proc"]
+    tried = subprocess.run([*command, "true"], capture_output=True, text=True, check=False)
     if tried.returncode:
         pytest.skip(f"no pid namespace can be made here: {tried.stderr}")
+    return command
 
 
 def refusal(run: RunPaths) -> str:
@@ -92,8 +94,8 @@ def plant(run: RunPaths, age: float, **fields: object) -> None:
 
 
 @pytest.mark.process
-def test_another_container_is_refused_while_the_claim_is_renewed_and_takes_over_later(run):
-    holder = Holder(run, *CONTAINER)
+def test_another_container_is_refused_while_the_claim_is_renewed_and_takes_over_later(run, container):
+    holder = Holder(run, *container)
     assert holder.said == ["taken", "1"], "the first process of its namespace"
     deadline = time.monotonic() + 3 * LIMIT
     while time.monotonic() < deadline:
@@ -108,7 +110,7 @@ def test_another_container_is_refused_while_the_claim_is_renewed_and_takes_over_
         with pytest.raises(InputError, match="in another container"):
             claims.refuse_if_executing(run)
     other = subprocess.run(
-        [*CONTAINER, sys.executable, "-c", HOLD, str(run.root), "1"], capture_output=True, text=True, check=False
+        [*container, sys.executable, "-c", HOLD, str(run.root), "1"], capture_output=True, text=True, check=False
     )
     assert "InputError: run 'one' is being executed by process 1 in another container" in other.stderr
     assert holder.kill() == ""
@@ -122,7 +124,7 @@ def test_another_container_is_refused_while_the_claim_is_renewed_and_takes_over_
 
 
 @pytest.mark.process
-def test_in_its_own_container_a_killed_process_is_known_to_be_gone_at_once(run):
+def test_in_its_own_container_a_killed_process_is_known_to_be_gone_at_once(run, container):
     script = f"""
 import subprocess, sys
 holder = subprocess.Popen([sys.executable, "-c", {HOLD!r}, sys.argv[1], "30"], stdout=subprocess.PIPE, text=True)
@@ -131,16 +133,16 @@ holder.kill(), holder.wait()
 subprocess.run([sys.executable, "-c", {HOLD!r}.partition("while")[0], sys.argv[1], "30"], check=True)
 """
     done = subprocess.run(
-        [*CONTAINER, sys.executable, "-c", script, str(run.root)], capture_output=True, text=True, check=False
+        [*container, sys.executable, "-c", script, str(run.root)], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout.split()[0], done.stderr) == (0, "taken", "")
     assert claims.executing(run) is None
 
 
 @pytest.mark.process
-def test_where_proc_shows_another_namespace_nothing_is_looked_up(run):
+def test_where_proc_shows_another_namespace_nothing_is_looked_up(run, container):
     """As with the /proc of the host: there, the number of a process means another one."""
-    container = [option for option in CONTAINER if option != "--mount-proc"]
+    container = [option for option in container if option != "--mount-proc"]
     holder = Holder(run, *container)
     seen = claims.owner(run.running)
     assert (seen.pid, seen.is_here, seen.namespace.endswith(f"]:{holder.pid}")) == (1, False, True)
@@ -152,8 +154,8 @@ def test_where_proc_shows_another_namespace_nothing_is_looked_up(run):
 
 
 @pytest.mark.process
-def test_a_process_that_was_suspended_too_long_ends_before_it_writes(run):
-    holder = Holder(run, *CONTAINER)
+def test_a_process_that_was_suspended_too_long_ends_before_it_writes(run, container):
+    holder = Holder(run, *container)
     os.kill(holder.pid, signal.SIGSTOP)
     stopped = time.monotonic()
     while claims.executing(run) is not None:
@@ -177,9 +179,11 @@ def test_a_process_that_was_suspended_too_long_ends_before_it_writes(run):
 
 
 @pytest.mark.process
-def test_a_process_that_was_suspended_goes_on_if_nobody_has_taken_over(run):
-    holder = Holder(run, *CONTAINER)
-    (own,) = [path for path in run.events.iterdir() if path.name != "created.jsonl"]
+def test_a_process_that_was_suspended_goes_on_if_nobody_has_taken_over(run, container):
+    holder = Holder(run, *container)
+    while len(event_files(run)) < 2:
+        time.sleep(0.01)
+    (own,) = [path for path in event_files(run) if path != run.root / CREATED]
     os.kill(holder.pid, signal.SIGSTOP)
     time.sleep(LIMIT + EVERY)
     size = own.stat().st_size
@@ -288,7 +292,7 @@ def test_folders_of_another_container_are_left_alone_for_a_day(tmp_path):
 
 
 @pytest.mark.process
-def test_a_full_disk_ends_nothing(run):
+def test_a_full_disk_ends_nothing(run, container):
     """A renewal changes a time and needs no room; what it cannot do is done at the next."""
     script = """
 import os, subprocess, sys, time
@@ -313,7 +317,7 @@ print(claims.executing(run))
 """
     (run.root / "disk").mkdir()
     done = subprocess.run(
-        [*CONTAINER, sys.executable, "-c", script, str(run.root / "disk")], capture_output=True, text=True, check=False
+        [*container, sys.executable, "-c", script, str(run.root / "disk")], capture_output=True, text=True, check=False
     )
     assert (done.stdout, done.stderr) == ("No space left on device\nNone\n", "")
 
