@@ -40,7 +40,7 @@ OWNER: records.Schema[Owner] = records.Schema(Owner)
 
 @dataclass(frozen=True)
 class Renewal:
-    """What a record says beside its owner."""
+    """What a claim's record says beyond its owner."""
 
     every: Annotated[float, Field(ge=0, le=3600)] = 0.0
     """seconds between two renewals; 0: it is never renewed, as by earlier versions"""
@@ -192,7 +192,10 @@ def claim(
 
 
 def _leave(run: RunPaths, place: Path, me: Owner, note: Callable[[str], None]) -> NoReturn:
-    """End this process, whose claim is gone, before any of its threads writes more."""
+    """End this process, whose claim is gone, before any of its threads writes more.
+
+    A request to stop, as after a signal, would not do: the process would save first.
+    """
     other = None
     with suppress(InputError, OSError):
         other = owner(place)

@@ -86,7 +86,7 @@ class Lease:
         began = _now()
         try:
             with records.open_regular(self._record) as file:
-                if file.read() != self._content:
+                if file.read(len(self._content) + 1) != self._content:
                     self._lost()
                 before = os.fstat(file.fileno()).st_mtime_ns
                 os.utime(file.fileno())  # by the clock of the file system; needs no room on the disk
