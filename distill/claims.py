@@ -1,7 +1,7 @@
 """Who executes a run: one process at a time, also after a kill -9, also when two start at once. No file locks.
 
 A claim is the folder `running`, renamed into place with its owner's record inside, which succeeds for one process only.
-The claim of a dead process is renamed away to a name made from that very process, and left there: whoever comes late
+The claim of a dead process is renamed away, to a name made from that process and its last renewal: whoever comes late
 with the same intention finds that name taken, and cannot remove a claim that is newer than the one it judged.
 
 Whether a process of the same machine and pid namespace is alive is looked up. One of another host or container, or from

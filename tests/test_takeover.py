@@ -179,7 +179,7 @@ def test_a_process_that_was_suspended_too_long_ends_before_it_writes(run, contai
 
 
 @pytest.mark.process
-def test_a_process_that_was_suspended_goes_on_if_nobody_has_taken_over(run, container):
+def test_a_process_that_was_suspended_goes_on_if_nobody_has_taken_over(run, container, capfd):
     holder = Holder(run, *container)
     while len(event_files(run)) < 2:
         time.sleep(0.01)
@@ -196,6 +196,10 @@ def test_a_process_that_was_suspended_goes_on_if_nobody_has_taken_over(run, cont
     with claims.claim(run, every=EVERY):
         os.kill(holder.pid, signal.SIGCONT)
         assert "has taken over run 'one'" in holder.process.communicate(timeout=30)[1]
+    graves = list(run.root.glob(".dead-*"))
+    assert {path.is_dir() for path in graves} == {True, False}, "the late renewal took one, who took over another"
+    assert command(capfd, "clean", str(run.root), "--pairs", "--yes").code == 0
+    assert list(run.root.glob(".dead-*")) == []
 
 
 @pytest.mark.process
