@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load as from_bytes
 from torch import Tensor
 
-from distill import space, versions
+from distill import lease, space, versions
 from distill.guard import InputError, RunError
 from distill.printing import say_error
 from distill.spec import CheckpointSpec
@@ -347,6 +347,7 @@ def _store(path: Path, content: bytes | memoryview) -> FileMeta:
     digest = hashlib.sha256()
     with path.open("wb") as file:
         for at in range(0, len(content), CHUNK):
+            lease.confirm()
             digest.update(content[at : at + CHUNK])
             file.write(content[at : at + CHUNK])
         file.flush()

@@ -1,12 +1,17 @@
-"""What a run notes in events.jsonl, and its jobs in jobs/JOB.jsonl, by schema; read in a stream, from either end.
+"""The events of a run (RUN/events/) and of its jobs (RUN/jobs/JOB/): their schema, and how they are read.
+
+Each process appends to a file of its own, because lines that two hosts append to one file on NFS may be lost. Readers
+merge the files by time; within a file, lines keep their order. Files are read in blocks, from either end, and are open
+only while a block is read: memory and open files stay bounded however long and however many they are.
 
 A line that a kill has cut short is no JSON, and passed over. A whole line that does not fit is an InputError.
 """
 
+import heapq
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, NotRequired
+from typing import Annotated, Any, Literal, NotRequired
 
 from pydantic import ConfigDict, Field, ValidationError, with_config
 from typing_extensions import TypedDict
@@ -16,7 +21,9 @@ from distill.fieldtypes import MAX_PARTS, Count, Label, Line, Name, Rate
 from distill.guard import InputError
 from distill.records import Schema
 
-BLOCK = 4096  # bytes of the first look at the end of a file
+BLOCK = 4096  # bytes of the first look at a file, from either end; each further block has twice as many, up to LARGEST
+LARGEST = 2**16
+SUFFIX = ".jsonl"
 YEARS = 250_000_000_000  # unix seconds; dates end at year 9999
 
 Event = dict[str, Any]
@@ -184,49 +191,105 @@ def parse(line: bytes, schema: Schema[Any], where: Path) -> Event | None:
     return found
 
 
-def read(path: Path, schema: Schema[Any], kinds: Collection[str] = ()) -> Iterator[Event]:
-    """The events of a file, oldest first, with a bounded part of it in memory; of some kinds only, if any is named.
-
-    Nothing where there is no file. Lines of other kinds are then not even parsed.
+def files(folder: Path, older: Path) -> list[Path]:
+    """The files of events in `folder`, one for each process that wrote any, by name; first `older`, in which all
+    processes wrote before there was such a folder. InputError if the folder cannot be read.
     """
-    marks = [f'"{kind}"'.encode() for kind in kinds]
     try:
-        file = records.open_regular(path)
+        names = sorted(path.name for path in folder.iterdir())
     except FileNotFoundError:
-        return
-    with file:
-        for line in records.lines(file):
-            if marks and not any(mark in line for mark in marks):
-                continue
-            event = parse(line, schema, path)
-            if event is not None and (not kinds or event["event"] in kinds):
-                yield event
+        names = []
+    except OSError as error:
+        remedy = "; remove it" if isinstance(error, NotADirectoryError) else ""
+        raise InputError(f"{folder} cannot be read: {error.strerror}{remedy}") from None
+    found = [folder / name for name in names if name.endswith(SUFFIX) and not name.startswith(".")]
+    return [*([older] if os.path.lexists(older) else []), *found]
 
 
-def first(file: BinaryIO, path: Path) -> Event:
-    """The first event of an open file of a run; {}: there is none."""
-    file.seek(0)
-    line = file.read(BLOCK)
-    while b"\n" not in line and len(line) < records.LINE and (more := file.read(records.LINE)):
-        line += more
-    return parse(line.partition(b"\n")[0], RUN, path) or {}
+def read(paths: Sequence[Path], schema: Schema[Any], kinds: Collection[str] = ()) -> Iterator[Event]:
+    """The events of these files, oldest first; of some kinds only, if any is named. A file that is gone has none.
+
+    Lines of other kinds are then not even parsed.
+    """
+    return heapq.merge(*(_forwards(path, schema, kinds) for path in paths), key=_time)
 
 
-def backwards(file: BinaryIO, path: Path, limit: int) -> Iterator[Event]:
-    """The events of an open file of a run within its last `limit` bytes, newest first; reads as far as is asked for."""
-    end = os.fstat(file.fileno()).st_size
-    least = max(0, end - limit)
-    rest, block = b"", BLOCK
-    while end > least:
-        begin = max(least, end - block)
-        file.seek(begin)
-        head, *whole = (file.read(end - begin) + rest).split(b"\n")
+def first(path: Path) -> Event:
+    """The first event of a file of a run; {}: there is none."""
+    return next(_forwards(path, RUN, ()), {})
+
+
+def backwards(paths: Sequence[Path], limit: int) -> Iterator[Event]:
+    """The newest `limit` bytes of events of a run, newest first; reads as far as is asked for."""
+    left = limit
+    # Of the same time, the last file comes first: the reverse of `read`.
+    for event, size in heapq.merge(*(_tail(path, limit) for path in reversed(paths)), key=_time_of_sized, reverse=True):
+        left -= size
+        if left < 0:
+            return
+        yield event
+
+
+def _time(event: Event) -> float:
+    time: float = event["time"]
+    return time
+
+
+def _time_of_sized(found: tuple[Event, int]) -> float:
+    return _time(found[0])
+
+
+def _forwards(path: Path, schema: Schema[Any], kinds: Collection[str]) -> Iterator[Event]:
+    marks = [f'"{kind}"'.encode() for kind in kinds]
+    for line in records.lines(_blocks(path)):
+        if marks and not any(mark in line for mark in marks):
+            continue
+        event = parse(line, schema, path)
+        if event is not None and (not kinds or event["event"] in kinds):
+            yield event
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """The content of a file from its beginning."""
+    place, size = 0, BLOCK
+    while block := _block(path, place, size):
+        yield block
+        place, size = place + len(block), min(2 * size, LARGEST)
+
+
+def _block(path: Path, place: int, size: int) -> bytes:
+    try:
+        with records.open_regular(path) as file:
+            file.seek(place)
+            return file.read(size)
+    except FileNotFoundError:
+        return b""
+
+
+def _tail(path: Path, limit: int) -> Iterator[tuple[Event, int]]:
+    """The events within a file's last `limit` bytes, newest first, each with the bytes of its line."""
+    begin, content = _last_block(path, min(limit, BLOCK))
+    least, rest, size = max(0, begin + len(content) - limit), b"", BLOCK
+    while content:
+        rest, *whole = (content + rest).split(b"\n")
         for line in reversed(whole):
             if line and (event := parse(line, RUN, path)) is not None:
-                yield event
-        rest, end, block = head, begin, 2 * block
-    if least == 0 and rest and (event := parse(rest, RUN, path)) is not None:
-        yield event
+                yield event, len(line) + 1
+        size, end = 2 * size, begin
+        begin = max(least, end - size)
+        content = _block(path, begin, end - begin) if begin < end else b""
+    if begin == 0 and rest and (event := parse(rest, RUN, path)) is not None:
+        yield event, len(rest) + 1
+
+
+def _last_block(path: Path, size: int) -> tuple[int, bytes]:
+    """Where the last `size` bytes of a file begin, and these bytes."""
+    try:
+        with records.open_regular(path) as file:
+            place = file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            return place, file.read(size)
+    except FileNotFoundError:
+        return 0, b""
 
 
 def _refusal(where: Path, line: bytes, error: ValidationError) -> str:

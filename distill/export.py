@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill import card as cards
+from distill import lease
 from distill.card import StudentCard
 from distill.draws import sample_labels, sample_noise
 from distill.guard import RunError
@@ -122,6 +123,7 @@ def _compare(student: Student, folder: Path, card: StudentCard) -> None:
 
 def _rename(temporary: Path, folder: Path) -> None:
     """Put a complete folder in place of the old one, if any."""
+    lease.confirm()
     aside = _aside(folder)
     if folder.exists():
         folder.rename(aside)

@@ -1,7 +1,7 @@
 """What a run keeps of its jobs on a cluster: what was submitted, how each ended, why it was queued again.
 
-A job has a file of its own, `jobs/JOB.jsonl`, in which one process writes at a time: who submits it, then the job.
-Nothing here asks Slurm.
+Each process that notes something of a job (who submits it, each attempt of the job) writes a file of its own in the
+job's folder, `jobs/JOB/`. Earlier versions kept one file for each job, `jobs/JOB.jsonl`. Nothing here asks Slurm.
 """
 
 import re
@@ -14,13 +14,15 @@ from typing import Any
 
 from distill import events as noted
 from distill import pairspec, records
+from distill.owners import Owner
 from distill.spec import PairsStage
 from distill.store import RunPaths, append_line, event_line, read_events
 
 ATTEMPT = 2  # how many saves the lead must have room for
 SPARE = 60.0  # seconds of the lead beside them
 STEP = re.compile(r"step (\d{1,18})\b")
-FILE = re.compile(r"[0-9]{1,18}\.jsonl")  # of a submission, by its number
+NUMBER = re.compile(r"([0-9]{1,18})(\.jsonl)?")  # of a submission: the name of its folder, or file
+SUBMITTED = "submitted"  # begins the name of a file of the event of that name, so that it is found without the others
 MOST = 1000  # submissions of a run that are read, the newest
 
 
@@ -45,23 +47,30 @@ class Job:
 
 
 def append(run: RunPaths, job: str, event: str, **fields: Any) -> None:  # noqa: ANN401
-    """One line in a job's file."""
-    append_line(run.jobs / f"{job}.jsonl", event_line(event, **fields))
+    """One event of a job, in this process's own file."""
+    name = f"{Owner.this().token}{noted.SUFFIX}"
+    path = run.jobs / job / (f"{SUBMITTED}-{name}" if event == SUBMITTED else name)
+    append_line(path, event_line(event, **fields))
 
 
 def events(run: RunPaths, job: str) -> list[dict[str, Any]]:
     """What is known of a job, oldest first."""
-    return list(noted.read(run.jobs / f"{job}.jsonl", noted.JOB))
+    return list(noted.read(_files(run, job), noted.JOB))
+
+
+def _files(run: RunPaths, job: str) -> list[Path]:
+    return noted.files(run.jobs / job, run.jobs / f"{job}{noted.SUFFIX}")
 
 
 def submitted(run: RunPaths) -> list[Job]:
     """Every submission of a run, oldest first; of very many the newest."""
     found = []
-    names = sorted(filter(FILE.fullmatch, records.names(run.jobs)), key=lambda name: (len(name), name))
-    for name in names[-MOST:]:
-        for line in islice(noted.read(run.jobs / name, noted.JOB, ["submitted"]), 1):
+    numbers = {match[1] for match in map(NUMBER.fullmatch, records.names(run.jobs)) if match is not None}
+    for number in sorted(numbers, key=lambda name: (len(name), name))[-MOST:]:
+        files = [path for path in _files(run, number) if path.stem == number or path.name.startswith(SUBMITTED)]
+        for line in islice(noted.read(files, noted.JOB, [SUBMITTED]), 1):
             fields = {field: line[field] for field in ("stages", "parts", "script", "after", "time")}
-            found.append(Job(name.removesuffix(".jsonl"), **fields))
+            found.append(Job(number, **fields))
     return sorted(found, key=lambda job: (job.time, len(job.id), job.id))
 
 

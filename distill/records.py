@@ -5,10 +5,10 @@ A FIFO would wait for ever and a device may have no end; neither is a file of a 
 
 import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -107,11 +107,11 @@ def names(folder: Path) -> list[str]:
         raise InputError(f"{folder} cannot be read: {error.strerror}") from None
 
 
-def lines(file: BinaryIO) -> Iterator[bytes]:
-    """The lines of a file from where it stands, without those of more than `LINE` bytes; memory is bounded."""
+def lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a file that is read in blocks, without those of more than `LINE` bytes; memory is bounded."""
     rest = b""
     skipping = False
-    while part := file.read(2**16):
+    for part in blocks:
         *whole, rest = (rest + part).split(b"\n")
         for line in whole:
             if not skipping:

@@ -243,7 +243,7 @@ def _events(run: RunPaths) -> tuple[dict[str, str], dict[str, Training], list[st
                     if curve is not None:
                         curve.add(float(event["done"]), value)
     said = list(warnings)
-    return kinds, trainings, said if len(said) <= MAX_WARNINGS else [*said[:MAX_WARNINGS], "more: see events.jsonl"]
+    return kinds, trainings, said if len(said) <= MAX_WARNINGS else [*said[:MAX_WARNINGS], "more: see events/"]
 
 
 def _stage(run: RunPaths, name: str, kind: str, training: Training | None, has_results: bool) -> Stage:
@@ -278,6 +278,7 @@ def _files(run: RunPaths) -> list[tuple[str, str]]:
     named = [
         ("spec", run.spec),
         ("events", run.events),
+        ("events of an earlier version", run.old_events),
         ("environment", run.env),
         ("comparison", run.comparison_table),
         ("its figure", run.comparison_figure),

@@ -1,15 +1,14 @@
 """How runs stand, from their files alone: state, stages, progress, losses. Reads little, so that lists are quick."""
 
-import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
-from distill import card, claims, events, records
+from distill import card, claims, events
 from distill.card import StudentCard
 from distill.guard import InputError
-from distill.store import RunPaths, check_spec
+from distill.store import RunPaths, check_spec, event_files, first_event
 
 TAIL = 64 * 1024  # bytes of events that say how a run stands now, at most
 PROCESS = ("started", "stopped", "failed", "finished")  # events of a process
@@ -66,10 +65,7 @@ def read(run: RunPaths, *, brief: bool = False) -> RunStatus:
     """
     check_spec(run)
     try:
-        with records.open_regular(run.events) as file:
-            return _read(run, file, brief=brief)
-    except FileNotFoundError:
-        return RunStatus(run.name, str(run.root), *_state(run, [], "created", ""), None, None, [])
+        return _read(run, brief=brief)
     except OSError as error:
         raise InputError(f"{run.root} cannot be read: {error.strerror}") from None
 
@@ -103,8 +99,8 @@ class _Seen:
     saves: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def _read(run: RunPaths, file: BinaryIO, *, brief: bool) -> RunStatus:
-    first = events.first(file, run.events)
+def _read(run: RunPaths, *, brief: bool) -> RunStatus:
+    files, first = event_files(run), first_event(run)
     kinds: dict[str, str] = first.get("stages", {}) if first.get("event") == "created" else {}
     states = {name: _state_of(run, name) for name in kinds}
     begun = [name for name, state in states.items() if state == "begun"]
@@ -112,7 +108,7 @@ def _read(run: RunPaths, file: BinaryIO, *, brief: bool) -> RunStatus:
     wanted = {(kind, name) for kind in (["progress"] if brief else ["progress", "saved"]) for name in shown}
     unknown = {name for name, state in states.items() if state != "done"}
     seen = _Seen()
-    for event in events.backwards(file, run.events, TAIL):
+    for event in events.backwards(files, TAIL):
         kind = event["event"]
         seen.changed = event["time"] if seen.changed is None else seen.changed
         if kind in PROCESS:
@@ -126,7 +122,7 @@ def _read(run: RunPaths, file: BinaryIO, *, brief: bool) -> RunStatus:
         if not wanted and (seen.process or (kinds and not unknown)):
             break
     # A run that has come far since it was started says so before the tail.
-    before = "started" if os.fstat(file.fileno()).st_size > TAIL else "created"
+    before = "started" if sum(path.stat().st_size for path in files) > TAIL else "created"
     stages = [
         _stage(name, kind, states[name], seen.progress.get(name, {}), seen.saves.get(name, {}))
         for name, kind in kinds.items()

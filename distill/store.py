@@ -1,5 +1,6 @@
 """Where things lie. A run is a directory; state appears complete (write, fsync, rename) or not at all."""
 
+import errno
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distill import events, records
+from distill import events, lease, records
 from distill.fieldtypes import NAME
 from distill.guard import InputError, RunError, one_line, short, suggest
 from distill.owners import Owner
@@ -25,6 +26,7 @@ RESERVED = {
     "registry": "published students",
     "schedules": "step times",
 }
+CREATED = "events/created.jsonl"  # in the folder of a run: its first event, written with it
 UNFINISHED = re.compile(r"\..*\.new-([0-9].*)")  # folder of a run that is being made, with the label of its process
 FORGOTTEN_SECONDS = 86400.0
 
@@ -51,6 +53,7 @@ def sync_tree(folder: Path) -> None:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write `content` so that `path` holds either the old or the new whole, whatever happens."""
+    lease.confirm()
     temporary = path.with_name(f".{path.name[:50]}.tmp-{os.getpid()}-{secrets.token_hex(4)}")  # hosts share numbers
     try:
         with temporary.open("wb") as file:
@@ -134,6 +137,12 @@ class RunPaths:
 
     @property
     def events(self) -> Path:
+        """What happened: a file of JSON lines for each process that noted something (see `events`)."""
+        return self.root / "events"
+
+    @property
+    def old_events(self) -> Path:
+        """The same in one file, of a run made by an earlier version."""
         return self.root / "events.jsonl"
 
     @property
@@ -321,23 +330,37 @@ def event_line(event: str, **fields: Any) -> str:  # noqa: ANN401
 
 
 def append_event(run: RunPaths, event: str, **fields: Any) -> None:  # noqa: ANN401
-    """One line in the run's events."""
-    append_line(run.events, event_line(event, **fields))
+    """One line in the run's events, in this process's own file."""
+    append_line(run.events / f"{Owner.this().token}{events.SUFFIX}", event_line(event, **fields))
 
 
 def append_line(path: Path, line: str) -> None:
-    """One line more in a file of lines."""
+    """One line more in a file of lines that no other process writes; its folder is made if there is none."""
+    lease.confirm()
     try:
-        with path.open("ab+") as file:
+        path.parent.mkdir(exist_ok=True)
+        with path.open("ab+", buffering=0) as file:  # one write for each line
             if file.tell() > 0:
                 file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a kill cut the line before
+                if file.read(1) != b"\n":  # a full disk cut the line before
                     line = "\n" + line
-            file.write(line.encode())
+            content = line.encode()
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror}") from error
 
 
+def event_files(run: RunPaths) -> list[Path]:
+    """The files of the run's events, also of one made by an earlier version."""
+    return events.files(run.events, run.old_events)
+
+
+def first_event(run: RunPaths) -> dict[str, Any]:
+    """The event that the run was made with; {}: there is none."""
+    return events.first(run.root / CREATED) or events.first(run.old_events)
+
+
 def read_events(run: RunPaths, kinds: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """The run's events, oldest first, in a stream; of some kinds only, if any is named. See `events`."""
-    return events.read(run.events, events.RUN, kinds)
+    return events.read(event_files(run), events.RUN, kinds)

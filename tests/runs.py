@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distill import presets, specfile
 from distill.card import StudentCard
-from distill.store import RunPaths, create_run, event_line
+from distill.store import CREATED, RunPaths, create_run, event_line
 from distill.versions import DRAWS
 
 CARD = StudentCard(
@@ -27,7 +27,7 @@ def make(store: Path, name: str = "one", preset: str = "digits", *changes: str, 
     files = {
         "spec.yaml": specfile.resolved(spec),
         "env.json": json.dumps({"threads": threads, "draws": DRAWS}),
-        "events.jsonl": event_line("created", digest=spec.digest(), stages=kinds),
+        CREATED: event_line("created", digest=spec.digest(), stages=kinds),
     }
     return create_run(store, name, files)
 

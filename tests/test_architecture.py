@@ -50,6 +50,7 @@ ANYWHERE = {
     "events",
     "machine",
     "owners",
+    "lease",
 }  # no torch in them, usable by both planes
 CONTROL = ANYWHERE | {
     "overrides",

@@ -22,7 +22,7 @@ from distill.cli import start
 from distill.guard import InputError
 from distill.resolved import resolve
 from distill.schema import NAME_RULE
-from distill.store import RunPaths, create_run, event_line
+from distill.store import CREATED, RunPaths, create_run, event_line
 from distill.versions import DRAWS
 
 RECIPES = ", ".join(registry.names())
@@ -277,7 +277,7 @@ def make_run(store, changes=()):
     files = {
         "spec.yaml": specfile.resolved(spec),
         "env.json": json.dumps({"threads": 1, "draws": DRAWS}),
-        "events.jsonl": event_line("created", stages=kinds),
+        CREATED: event_line("created", stages=kinds),
     }
     return create_run(store, "one", files)
 

@@ -20,7 +20,7 @@ from distill.cli.main import app
 from distill.guard import InputError
 from distill.inputs import Input
 from distill.launch import environment
-from distill.store import append_event, write_json
+from distill.store import append_event, event_files, write_json
 
 COMMANDS = ["quickstart", "run", "reflow", "plan", "init", "recipes", "list", "show", "report", "doctor", "clean"]
 COMMANDS += ["sample", "eval", "pairs", "export", "publish", "students", "pull", "verify", "config"]
@@ -218,7 +218,7 @@ def test_a_run_that_was_killed_far_from_its_start_is_not_new(tmp_path):
     append_event(run, "started", pid=1)
     for done in range(0, 10**6, 1000):
         append_event(run, "progress", label="teach", unit="images", done=done, total=10**6, per_second=1, logs={})
-    assert run.events.stat().st_size > status.TAIL
+    assert sum(path.stat().st_size for path in event_files(run)) > status.TAIL
     found = status.read(run)
     assert (found.state, found.message) == ("stopped", "its process was killed")
 
@@ -290,7 +290,7 @@ def test_clean_takes_what_killed_processes_left(capfd, tmp_path):
     for name in (".dead-host-1-2", ".running-host-3-4"):
         (run.root / name).mkdir()
     assert command(capfd, "clean", "one", "--pairs", "--yes").out.endswith("deleted 2 folders, 0 B\n")
-    assert {path.name for path in run.root.iterdir()} == {"spec.yaml", "env.json", "events.jsonl"}
+    assert {path.name for path in run.root.iterdir()} == {"spec.yaml", "env.json", "events"}
 
 
 def test_clean_takes_inputs_that_no_run_names(capfd, tmp_path):

@@ -19,7 +19,7 @@ from distill.guard import InputError
 from distill.resolved import resolve
 from distill.results import FILE_NAME, Results
 from distill.spec import EvaluateStage, TrainStage
-from distill.store import RunPaths, append_event, write_json
+from distill.store import CREATED, RunPaths, append_event, write_json
 
 MLP = {"kind": "mlp", "width": 16, "depth": 2}
 GAUSSIAN = {"kind": "gaussian", "mean": [0, 1], "std": [1, 2]}
@@ -297,7 +297,7 @@ def test_a_rehearsal_tells_what_was_measured(tmp_path):
     run = make(tmp_path / "runs")
     for batch in range(1, 25):  # the first four are slow
         time = batch if batch <= 4 else 4 + (batch - 4) * 0.1
-        with run.events.open("a") as file:
+        with (run.root / CREATED).open("a") as file:
             event = {"time": time, "event": "progress", "label": "reflow", "done": 128 * batch, "per_second": 1}
             file.write(json.dumps(event) + "\n")
     run.stage("reflow").root.mkdir(parents=True)
@@ -611,7 +611,7 @@ def run(tmp_path) -> RunPaths:
         append_event(paths, "stage started", stage=stage, kind="train", device="AVX512")
         append_event(paths, "progress", label=stage, done=done, per_second=rate, **progress)
     evaluated = {"time": 86400 * 365.25 * 30, "event": "progress", "label": "evaluate", "done": 1, "per_second": 1}
-    with paths.events.open("a") as file:
+    with paths.old_events.open("a") as file:
         file.write(json.dumps({**evaluated, **progress, "unit": "samples"}) + "\n")
     folder = paths.stage("evaluate").root
     (folder / "pictures").mkdir(parents=True)

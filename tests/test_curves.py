@@ -10,7 +10,7 @@ from runs import make
 
 from distill import curves, report
 from distill.curves import KEPT, POINTS, Thinned, thin
-from distill.store import RunPaths, append_event
+from distill.store import CREATED, RunPaths, append_event
 
 
 def wave(count: int) -> tuple[list[float], list[float]]:
@@ -67,7 +67,7 @@ def test_a_resumed_run_goes_back_and_what_cannot_be_drawn_is_left_out():
 
 def noted(run: RunPaths, count: int) -> RunPaths:
     line = {"time": 1.0, "event": "progress", "label": "reflow", "unit": "images", "total": count}
-    with run.events.open("a") as file:
+    with (run.root / CREATED).open("a") as file:
         file.writelines(json.dumps(line | {"done": i, "logs": {"loss": 1 / (i + 1)}}) + "\n" for i in range(count))
     return run
 
@@ -93,7 +93,7 @@ def test_a_report_of_many_warnings_shows_the_first_hundred(tmp_path):
     assert warnings == [f"reflow: number {n}." for n in range(100)]
     append_event(run, "warning", label="reflow", text="another")
     append_event(run, "warning", label="reflow", text="and another")
-    assert report._events(run)[2][100:] == ["more: see events.jsonl"]
+    assert report._events(run)[2][100:] == ["more: see events/"]
 
 
 def test_nothing_foreign_becomes_part_of_the_page(tmp_path):

@@ -10,7 +10,7 @@ from runs import CARD, make
 
 from distill import card, compared, events, report, results, status
 from distill.guard import InputError, short
-from distill.store import RunPaths, append_event, event_line, read_events, runs, write_json
+from distill.store import CREATED, RunPaths, append_event, event_files, event_line, read_events, runs, write_json
 
 ROW = {
     "network": "teacher", "role": "teacher", "solver": "heun", "steps": 16, "fine": True, "nfe": 31, "distance": None,
@@ -38,7 +38,7 @@ def event(text: str):
     """A line more among the events."""
 
     def damage(run: RunPaths) -> None:
-        with run.events.open("a") as file:
+        with (run.root / CREATED).open("a") as file:
             file.write(text + "\n")
 
     return damage
@@ -54,8 +54,8 @@ def looped(run: RunPaths) -> None:
 
 
 def no_folder(run: RunPaths) -> None:
-    run.events.unlink()
-    run.events.mkdir()
+    (run.root / CREATED).unlink()
+    (run.root / CREATED).mkdir()
 
 
 OWNER = {"host": "h", "boot": "b", "pid": 7, "start": "1"}
@@ -72,31 +72,31 @@ SEEN = {
     "a file as claims": (lambda run: put(run.units / "teach", ""), "teach cannot be read; if no process"),
     "a word for a count": (
         event(json.dumps(PROGRESS | {"done": "many"})),
-        'events.jsonl cannot be used: progress.done: "many" given; input should be a valid integer; repair or delete '
+        'created.jsonl cannot be used: progress.done: "many" given; input should be a valid integer; repair or delete '
         "the line that begins with '{\"time\": 1.0, \"event\": \"progress\", ",
     ),
     "a word for a time": (
         event('{"time": "soon", "event": "stopped"}'),
-        'events.jsonl cannot be used: stopped.time: "soon" given; input should be a valid number',
+        'created.jsonl cannot be used: stopped.time: "soon" given; input should be a valid number',
     ),
-    "a time after all dates": (event('{"time": 1e300, "event": "odd"}'), "events.jsonl cannot be used: time: 1e+300"),
-    "no time at all": (event('{"time": NaN, "event": "odd"}'), "events.jsonl cannot be used: time: NaN given"),
+    "a time after all dates": (event('{"time": 1e300, "event": "odd"}'), "created.jsonl cannot be used: time: 1e+300"),
+    "no time at all": (event('{"time": NaN, "event": "odd"}'), "created.jsonl cannot be used: time: NaN given"),
     "a key of many lines": (
         event(json.dumps(PROGRESS | {"logs": {"x\nwarning: all is lost\n" * 8: "low"}})),
-        "events.jsonl cannot be used: progress.logs.x warning: all is lost x warning: all is lost",
+        "created.jsonl cannot be used: progress.logs.x warning: all is lost x warning: all is lost",
     ),
     "a kind of many lines": (
-        lambda run: put(run.events, event_line("created", stages={"teach": "train\n" * 50_000})),
-        'events.jsonl cannot be used: created.stages.teach: "train\\ntrain',
+        lambda run: put(run.root / CREATED, event_line("created", stages={"teach": "train\n" * 50_000})),
+        'created.jsonl cannot be used: created.stages.teach: "train\\ntrain',
     ),
-    "a list for an event": (event("[1]"), "events.jsonl cannot be used: [1] given; input should be an object"),
+    "a list for an event": (event("[1]"), "created.jsonl cannot be used: [1] given; input should be an object"),
     "a negative count": (event(json.dumps(PROGRESS | {"total": -1})), "progress.total: -1 given"),
     "a count without end": (event(json.dumps(PROGRESS | {"done": 10**400})), "progress.done: 1000"),
-    "a pipe as events": (lambda run: fifo(run.events), "events.jsonl cannot be read: it is a FIFO, not"),
-    "a folder as events": (no_folder, "events.jsonl cannot be read: it is a folder, not a file; remove it"),
+    "a pipe as events": (lambda run: fifo(run.root / CREATED), "created.jsonl cannot be read: it is a FIFO, not"),
+    "a folder as events": (no_folder, "created.jsonl cannot be read: it is a folder, not a file; remove it"),
     "a device as events": (
-        lambda run: (run.events.unlink(), run.events.symlink_to("/dev/zero")),
-        "events.jsonl cannot be read: it is a device, not a file",
+        lambda run: ((run.root / CREATED).unlink(), (run.root / CREATED).symlink_to("/dev/zero")),
+        "created.jsonl cannot be read: it is a device, not a file",
     ),
     "a pipe as spec": (lambda run: fifo(run.spec), "spec.yaml cannot be read: it is not a file"),
     "a spec that is itself": (looped, "spec.yaml cannot be read: Too many levels of symbolic links"),
@@ -198,9 +198,9 @@ UNSEEN = {
     "a word for a loss, long ago": (
         lambda run: (
             event(json.dumps(PROGRESS | {"logs": {"loss": "low"}}))(run),
-            [append_event(run, "started", pid=1) for _ in range(2000)],
+            event(event_line("started", pid=1) * 2000)(run),
         ),
-        "events.jsonl cannot be used: progress.logs.loss: \"low\" given", ["report"],
+        "created.jsonl cannot be used: progress.logs.loss: \"low\" given", ["report"],
     ),
 }  # fmt: skip
 
@@ -311,14 +311,14 @@ def long_run(store: Path, *, done: bool) -> RunPaths:
     """A run with megabytes of events."""
     run = make(store, "long", "mixture-2d")
     stages = next(read_events(run))["stages"]
-    with run.events.open("a") as file:
+    with (run.root / CREATED).open("a") as file:
         file.writelines(json.dumps(PROGRESS | {"label": "pairs", "done": step}) + "\n" for step in range(10_000))
     for name in stages:
         run.stage(name).root.mkdir(parents=True)
         if done:
             write_json(run.stage(name).done, {})
     append_event(run, "finished" if done else "stopped", message="")
-    assert run.events.stat().st_size > 10**6
+    assert (run.root / CREATED).stat().st_size > 10**6
     return run
 
 
@@ -335,9 +335,9 @@ def test_a_list_reads_kilobytes_of_a_run_however_long(tmp_path, done):
 def test_events_are_read_backwards_as_far_as_is_asked_for(tmp_path):
     run = long_run(tmp_path, done=True)
     forwards = list(read_events(run))
-    with run.events.open("rb") as file:
-        assert list(events.backwards(file, run.events, 10**9)) == forwards[::-1]
-        some = list(events.backwards(file, run.events, 50_000))
+    files = event_files(run)
+    assert list(events.backwards(files, 10**9)) == forwards[::-1]
+    some = list(events.backwards(files, 50_000))
     assert some == forwards[: -len(some) - 1 : -1]
     assert len(some) > 100
     assert [each["event"] for each in read_events(run, ["created", "finished"])] == ["created", "finished"]
@@ -345,7 +345,7 @@ def test_events_are_read_backwards_as_far_as_is_asked_for(tmp_path):
 
 def test_a_line_without_end_is_passed_over(tmp_path):
     run = make(tmp_path, "one", "mixture-2d")
-    with run.events.open("ab") as file:
+    with (run.root / CREATED).open("ab") as file:
         file.write(b"\0" * 3_000_000 + b"\n")
     append_event(run, "stopped", message="by TERM")
     assert [each["event"] for each in read_events(run)] == ["created", "stopped"]

@@ -316,8 +316,9 @@ def test_an_owner_leads_nowhere(tmp_path, monkeypatch):
 
 def test_a_process_of_another_boot_is_another():
     me = claims.Owner.this()
-    others = [replace(me, **{name: "x"}) for name in ("host", "boot", "start")] + [replace(me, pid=7)]
-    assert len({claims._token(each) for each in [me, *others]}) == 5
+    others = [replace(me, **{name: "x"}) for name in ("host", "boot", "start", "namespace")]
+    others.append(replace(me, pid=7))
+    assert len({each.token for each in [me, *others]}) == 6
 
 
 def test_submissions_are_of_bounded_number_and_size(tmp_path):

@@ -87,7 +87,7 @@ def test_whoever_started_it_is_killed_and_so_is_who_read_its_lines(tmp_path):
     def last():
         return list(read_events(run))[-1]
 
-    assert wait_for(lambda: run.events.exists() and last()["event"] == "progress", process)
+    assert wait_for(lambda: run.events.is_dir() and last()["event"] == "progress", process)
     os.close(reader)
     process.kill()
     process.wait(30)

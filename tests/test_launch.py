@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from commands import command
-from runs import make, wait_for
+from runs import folder_bytes, make, wait_for
 
 import distill as package
 from distill import claims, stages, todo
@@ -522,7 +522,7 @@ def test_procs_is_short_for_launch_procs(capfd, tmp_path, monkeypatch):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_claims_the_run_and_speaks_for_all(capfd, tmp_path, monkeypatch, rank):
     run = make(tmp_path / "runs")
-    before = run.events.read_bytes()
+    before = folder_bytes(run.events)
     seen, endings = [], [None, Stopped("stopped by SIGTERM; on we go"), PeerLost("rank 1, step 3: lost")]
 
     def fake(paths, spec, names, stop, world, measure):
@@ -544,7 +544,7 @@ def test_one_rank_claims_the_run_and_speaks_for_all(capfd, tmp_path, monkeypatch
         endings.pop(0)
     assert seen == [(["teach"], rank, 2, rank == 0)] * 3
     if rank > 0:
-        assert run.events.read_bytes() == before
+        assert folder_bytes(run.events) == before
     else:
         kinds = [event["event"] for event in read_events(run)]
         assert kinds == ["created", "started", "finished", "started", "stopped", "started", "failed"]

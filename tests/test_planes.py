@@ -17,7 +17,7 @@ from flaky import Flaky
 from students import make, put
 
 from distill import presets, specfile
-from distill.store import create_run, event_line
+from distill.store import CREATED, create_run, event_line
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ["torch", "numpy", "diffusers", "datasets", "scipy", "sklearn", "transformers", "accelerate", "recipes"]
@@ -32,7 +32,7 @@ print(code, *[name for name in {heavy} if name in sys.modules], file=sys.stderr)
 def make_run(store):
     spec = specfile.load(presets.find("digits"), name="one").spec
     created = event_line("created", stages={name: stage.kind for name, stage in spec.stages.items()})
-    files = {"spec.yaml": specfile.resolved(spec), "events.jsonl": created, "logs/rank-0.log": "a line\n"}
+    files = {"spec.yaml": specfile.resolved(spec), CREATED: created, "logs/rank-0.log": "a line\n"}
     return create_run(store, "one", files)
 
 

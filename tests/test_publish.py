@@ -20,7 +20,7 @@ from students import PICTURE, make, put
 from distill import card as cards
 from distill import publish, published, pull
 from distill.guard import InputError, RunError
-from distill.store import RunPaths
+from distill.store import CREATED, RunPaths
 from distill.transports import at
 
 SPEC = """
@@ -336,7 +336,9 @@ def test_the_time_of_a_stage_is_that_of_its_processes(store):
         (2007, "saved", {"stage": "teach", "step": 200}), (2008, "stage done", {"stage": "teach"}),
         (2009, "stage started", {"stage": "pairs", "device": "H200"}), (2050, "stage done", {"stage": "pairs"}),
     ]  # fmt: skip
-    run.events.write_text("".join(json.dumps({"time": at, "event": what, **more}) + "\n" for at, what, more in events))
+    (run.root / CREATED).write_text(
+        "".join(json.dumps({"time": at, "event": what, **more}) + "\n" for at, what, more in events)
+    )
     chosen = publish.Chosen(run, "reflow", None)
     costs = {cost.stage: cost for cost in publish.describe("x", chosen, 640, "").costs}
     assert list(costs) == ["teach", "pairs", "reflow"]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from distill import preflight, specfile
 from distill.estimate import estimate
 from distill.resolved import resolve
-from distill.store import RunPaths
+from distill.store import RunPaths, read_events
 
 pytestmark = pytest.mark.process
 
@@ -147,7 +147,7 @@ def test_ranks_read_the_index_that_was_made_with_the_run(folder):
     done = distill("run", "small.yaml", images, "stages.teach.images=64", "--name", "images", cwd=folder)
     assert done.returncode == 0, done.stderr
     (index,) = (folder / "runs" / "indexes").iterdir()
-    events = [json.loads(line) for line in run_paths(folder, "images").events.read_text().splitlines()]
+    events = read_events(run_paths(folder, "images"))
     began = next(event["time"] for event in events if event["event"] == "stage started")
     assert index.stat().st_mtime < began, "the ranks have made it again"
 

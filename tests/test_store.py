@@ -1,6 +1,7 @@
 """Files appear whole or not at all; a run is executed by one process at a time, whatever was killed before."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from runs import CARD
 from distill import card, claims, events, status
 from distill.guard import InputError, RunError
 from distill.store import (
+    CREATED,
     RunPaths,
     append_event,
     create_run,
+    event_files,
     event_line,
     find_run,
     read_events,
@@ -28,7 +31,7 @@ from distill.store import (
 
 def make(store, name="one", stages=("a", "b")):
     created = event_line("created", stages=dict.fromkeys(stages, "train"))
-    return create_run(store, name, {"spec.yaml": "name: one\n", "events.jsonl": created, "sub/mine.py": b"x"})
+    return create_run(store, name, {"spec.yaml": "name: one\n", CREATED: created, "sub/mine.py": b"x"})
 
 
 def everything(folder):
@@ -51,7 +54,8 @@ def test_write_atomic_leaves_the_old_whole_when_it_fails(tmp_path):
 
 def test_a_run_is_made_whole(tmp_path):
     run = make(tmp_path / "store")
-    assert everything(tmp_path / "store") == ["one", "one/events.jsonl", "one/spec.yaml", "one/sub", "one/sub/mine.py"]
+    files = ["events", "events/created.jsonl", "spec.yaml", "sub", "sub/mine.py"]
+    assert everything(tmp_path / "store") == ["one", *(f"one/{file}" for file in files)]
     assert [each.root for each in runs(tmp_path / "store")] == [run.root]
 
 
@@ -83,7 +87,8 @@ def test_find_run_by_name_and_by_folder(tmp_path, monkeypatch):
 def test_a_line_cut_by_a_kill_spoils_no_other(tmp_path):
     run = make(tmp_path)
     append_event(run, "a", number=1)
-    with run.events.open("a") as file:
+    (own,) = [path for path in run.events.iterdir() if path != run.root / CREATED]
+    with own.open("a") as file:
         file.write('{"time": 1, "eve')
     append_event(run, "b")
     assert [event["event"] for event in read_events(run)] == ["created", "a", "b"]
@@ -93,8 +98,7 @@ def test_the_tail_of_events(tmp_path):
     run = make(tmp_path)
     for number in range(1000):
         append_event(run, "mark", number=number)
-    with run.events.open("rb") as file:
-        tail = list(events.backwards(file, run.events, 1000))
+    tail = list(events.backwards(event_files(run), 1000))
     assert [event["number"] for event in tail] == list(range(999, 999 - len(tail), -1))
     assert 10 < len(tail) < 20
 
@@ -232,7 +236,7 @@ def test_states(tmp_path):
 
 def test_a_run_without_events_can_be_looked_at(tmp_path):
     run = make(tmp_path)
-    run.events.unlink()
+    shutil.rmtree(run.events)
     assert status.read(run).state == "new"
 
 

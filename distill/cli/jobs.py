@@ -362,5 +362,9 @@ def cancel(
         else:
             say(f"job {name}: {'asked to save and leave' if slurm.ask(name) else f'not reached ({state.state})'}")
         told = True
-    if not told:
+    other = claims.executing(paths)
+    if not told and other is not None and not other.is_here:
+        where = f"process {other.pid} on {other.host}"
+        say(f"run '{paths.name}' is being executed by {where}; stop it there: kill {other.pid}")
+    elif not told:
         say(f"nothing of run '{paths.name}' is under way")

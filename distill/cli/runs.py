@@ -108,7 +108,8 @@ def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) 
         say(f"student {name}: {near(paths.student(name))}  {numbers(card.metrics)}")
     if evaluations:
         print_results(paths)
-    say(f"spec    {near(paths.spec)}\nevents  {near(paths.events)}")
+    noted = paths.events if paths.events.exists() else paths.old_events
+    say(f"spec    {near(paths.spec)}\nevents  {near(noted)}")
     if paths.report.exists():
         say(f"report  {near(paths.report)}")
     if each.state != "done" and each.state != "running":
@@ -184,8 +185,10 @@ def clean(
             paths.stage(name).done.unlink()
             say(f"stage '{name}' has to be computed again, because an unfinished stage needs its pairs")
         for path in found:
-            if path != paths.root:
+            if path.is_dir() and path != paths.root:
                 shutil.rmtree(path)
+            elif path != paths.root:
+                path.unlink()  # a claim that was renewed late left it
     if everything:
         shutil.rmtree(paths.root)
     folders = f"{len(found)} folder{'s' if len(found) > 1 else ''}"

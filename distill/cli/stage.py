@@ -5,13 +5,14 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from distill.cli.common import near, read_share
-from distill.guard import InputError, Stopped
+from distill.guard import EXIT_INPUT, InputError, Stopped
 from distill.store import RunPaths, append_event, find_run
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def compute(
             _compute(paths, spec, names, stop, measure)
             return
         me = claims.Owner.this(*tasks.identity()) if tasks.is_task() else claims.Owner.this()
-        with claims.claim(paths, os.environ.get(tasks.UNIT), me):
+        note = partial(tasks.leave_word, EXIT_INPUT) if tasks.is_task() else lambda message: None
+        with claims.claim(paths, os.environ.get(tasks.UNIT), me, note):
             if part is not None:
                 _compute_part(paths, spec, names, stop, part)
                 return

@@ -99,7 +99,7 @@ def create(
 
     kinds = {name: each.kind for name, each in source.spec.stages.items()}
     files: dict[str, str | bytes] = {
-        "events.jsonl": event_line("created", digest=source.spec.digest(), stages=kinds),
+        stores.CREATED: event_line("created", digest=source.spec.digest(), stages=kinds),
         "spec.yaml": f"# distill {one_line(shlex.join(sys.argv[1:]))}\n{specfile.resolved(source.spec)}",
         "env.json": json.dumps(environment.record(), indent=2) + "\n",
         **_own_recipes(source),

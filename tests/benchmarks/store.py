@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from distill import presets, specfile
-from distill.store import RunPaths, event_line
+from distill.store import CREATED, RunPaths, event_line
 
 COMMANDS = ("list", "status")
 KILOBYTES = 80  # of events in a run of the store: more than the end that says how it stands
@@ -39,9 +39,9 @@ def _store(folder: Path, count: int) -> None:
     lines.append(event_line("finished", message=""))
     for place in range(count):
         run = RunPaths(folder / f"run-{place:05}")
-        run.root.mkdir(parents=True)
+        run.events.mkdir(parents=True)
         run.spec.write_text(text)
-        run.events.write_text("".join(lines))
+        (run.root / CREATED).write_text("".join(lines))
         for name in spec.stages:
             run.stage(name).root.mkdir(parents=True)
             run.stage(name).done.write_text("{}")
@@ -70,7 +70,7 @@ def bench_looks(few: int = 100_000, many: int = 1_000_000) -> str:
         with tempfile.TemporaryDirectory() as folder:
             _store(Path(folder) / "runs", 1)
             run = RunPaths(Path(folder) / "runs" / "run-00000")
-            with run.events.open("a") as file:
+            with (run.root / CREATED).open("a") as file:
                 file.writelines(_progress(number, "teach", count) for number in range(1, count + 1))
             run.logs.mkdir()
             with run.log(0).open("w") as file:
