@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distill import data as datasets
 from distill import evalspec, schedules, sources
+from distill.atomic import write_atomic, write_json
 from distill.data import DataSet
 from distill.draws import key, sample_noise
 from distill.grids import columns_for, images_png, scatter_png
@@ -39,7 +40,7 @@ from distill.sampling import (
 from distill.solvers import straightness
 from distill.spec import EvaluateStage, RunSpec
 from distill.stop import StopRequest
-from distill.store import RunPaths, read_json, write_atomic, write_json
+from distill.store import RunPaths, read_json
 from distill.students import loaded
 from distill.students.loaded import LoadedStudent
 from distill.students.velocity import VelocityStudent

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from distill.atomic import write_atomic
 from distill.draws import key, sample_labels, sample_noise
 from distill.grids import columns_for, images_png, scatter_png
 from distill.guard import InputError, RunError
@@ -17,7 +18,6 @@ from distill.protocols import Cond, Gridded, Recipe, VelocityField
 from distill.samplers import accelerated, euler, jump, renoise, same_noise
 from distill.solvers import sample as solve
 from distill.solvers import sample_along
-from distill.store import write_atomic
 from distill.students import loaded
 from distill.students.loaded import LoadedStudent, Student
 from distill.students.velocity import VelocityStudent

@@ -30,6 +30,7 @@ from pydantic import ValidationError, model_validator
 from torch import Tensor
 
 from distill import printing, records, solvers
+from distill.atomic import write_atomic, write_first
 from distill.draws import sample_noise
 from distill.fields import start
 from distill.guard import InputError, RunError
@@ -37,7 +38,6 @@ from distill.protocols import Cond, VelocityField
 from distill.regular import read_regular
 from distill.sampling import condition
 from distill.spec import FINE, SAMPLES, SEED, Frozen, PairsStage
-from distill.store import write_atomic, write_first
 from distill.students.loaded import LoadedStudent
 from distill.students.velocity import VelocityStudent
 from distill.teachers import LoadedTeacher

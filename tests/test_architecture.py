@@ -48,6 +48,7 @@ ANYWHERE = {
     "events",
     "machine",
     "owners",
+    "atomic",
 }  # no torch in them, usable by both planes
 CONTROL = ANYWHERE | {
     "overrides",

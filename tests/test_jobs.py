@@ -11,13 +11,14 @@ import torch
 from runs import folder_bytes, make
 
 from distill import claims, jobs
+from distill.atomic import write_json
 from distill.guard import InputError, Stopped
 from distill.launch import slurm, standing
 from distill.pairs import generate, size
 from distill.progress import Progress
 from distill.spec import GaussianTeacher, PairsStage
 from distill.stop import StopRequest
-from distill.store import append_event, write_json
+from distill.store import append_event
 from distill.teachers.analytic import gaussian_teacher
 
 # --- limits ---

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from distill import schedules, solvers
+from distill.atomic import write_first
 from distill.draws import generator
 from distill.fields import Counted, Rescheduled
 from distill.guard import InputError, RunError
 from distill.interpolants import edm
 from distill.spec import GaussianTeacher, PairsStage
-from distill.store import write_first
 from distill.teachers.analytic import GaussianField, class_gaussian_teacher, gaussian_teacher
 from distill.testing import exact
 from distill.times import uniform_grid

@@ -12,6 +12,7 @@ import pytest
 from runs import CARD
 
 from distill import card, claims, events, status
+from distill.atomic import write_atomic, write_json
 from distill.guard import InputError, RunError
 from distill.store import (
     RunPaths,
@@ -21,8 +22,6 @@ from distill.store import (
     find_run,
     read_events,
     runs,
-    write_atomic,
-    write_json,
 )
 
 
