@@ -184,12 +184,12 @@ def _exchange(folder: Path, path: Path) -> None:
 
 def _put_back(aside: Path, path: Path) -> None:
     """Give what was moved aside its place again; if that is taken, remove it."""
-    if os.path.lexists(path):
-        with suppress(OSError):
-            remove(aside)
-    else:
-        with suppress(FileNotFoundError):
+    with suppress(OSError):  # there is nothing, or another process was first
+        if not os.path.lexists(path):
             aside.rename(path)
+    with suppress(OSError):
+        if os.path.lexists(path):
+            remove(aside)
 
 
 def _restore(path: Path) -> None:
