@@ -342,7 +342,7 @@ def _store(path: Path, content: bytes | memoryview) -> FileMeta:
             digest.update(content[at : at + CHUNK])
             file.write(content[at : at + CHUNK])
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # here, where no error of writing it can be missed
     return FileMeta(sha256=digest.hexdigest(), size=len(content))
 
 

@@ -195,7 +195,8 @@ def workplace(dest: Path, digest: str) -> Iterator[Path]:
 
 def _is_left(path: Path, free: Path) -> bool:
     """Whether this user made the folder, in a process that is gone, or on another host and long ago."""
-    gone = path == free or is_abandoned(path, path.name.removeprefix(f"{free.name}."))
+    label = path.name.removeprefix(f"{free.name}.")
+    gone = path == free or (Owner.of_label(label) is not None and is_abandoned(path, label))
     return gone and _is_own(path)
 
 

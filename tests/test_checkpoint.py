@@ -72,7 +72,9 @@ def test_the_newest_are_kept_and_nothing_else_lies_about(tmp_path):
 
 def test_leftovers_of_kills_are_cleared_and_other_files_are_not(tmp_path):
     save(make(tmp_path), 3, 48, groups(3))
-    for name in ("step-00000004.tmp-123", "step-00000002.trash-99"):
+    elsewhere = replace(Owner.this(), host="elsewhere").label  # the run is ours now, wherever it was executed before
+    hidden = (f".step-00000004.tmp-0123abcd-{elsewhere}", f".step-00000002.tmp-0123abcd-{Owner.this().label}")
+    for name in ("step-00000004.tmp-123", "step-00000002.trash-99", *hidden):
         shutil.copytree(tmp_path / "step-00000003", tmp_path / name)
     (tmp_path / "step-00000004.tmp-123" / "meta.json").unlink()
     (tmp_path / "notes").mkdir()
