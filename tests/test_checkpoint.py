@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from programs.train_vector import train
 from distill import checkpoint, space
 from distill.checkpoint import Checkpoints, complete, differences, latest, weights
 from distill.guard import InputError, RunError
+from distill.owners import Owner
 from distill.saving import Saver
 from distill.spec import CheckpointSpec
 
