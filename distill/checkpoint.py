@@ -27,13 +27,13 @@ from safetensors.torch import load as from_bytes
 from torch import Tensor
 
 from distill import space, versions
-from distill.atomic import discard, new_folder, remove_unfinished
+from distill.atomic import hidden, new_folder
 from distill.guard import InputError, RunError
 from distill.printing import say_error
 from distill.spec import CheckpointSpec
 
 COMPLETE = re.compile(r"step-\d{8,}")
-LEFTOVER = re.compile(r"step-\d{8,}\.(tmp|trash)-\d+")  # of runs whose unfinished checkpoints were not hidden
+LEFTOVER = re.compile(r"\.?step-\d{8,}\.(tmp|trash)-.+")  # of any process, also of older versions
 CHUNK = 1 << 24  # bytes that are hashed and written at once: other threads run meanwhile
 Warn = Callable[[str], None]
 Group = tuple[str, Mapping[str, Tensor]]  # its name, its tensors
@@ -288,11 +288,9 @@ class Checkpoints:
 
     def _clear(self, newer_than: int | None) -> None:
         """Remove what a kill left; put aside the damaged, which would pass for the newest at the next start."""
-        if self.folder.is_dir():
-            remove_unfinished(self.folder)
-            for path in self.folder.iterdir():
-                if LEFTOVER.fullmatch(path.name):
-                    shutil.rmtree(path)
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path)
         for path in complete(self.folder):
             if newer_than is not None and _step(path) > newer_than:
                 aside = path.with_name(f"{path.name}.damaged")
@@ -302,7 +300,9 @@ class Checkpoints:
     def _prune(self) -> None:
         damaged = [path for path in self.folder.iterdir() if path.name.endswith(".damaged")]
         for path in (*complete(self.folder)[self.spec.keep :], *damaged):
-            discard(path)
+            trash = hidden(path)
+            path.rename(trash)  # first, so that a kill never leaves half of it under its own name
+            shutil.rmtree(trash)
 
     def _check_settings(self, found: Checkpoint) -> None:
         if "draws" in self.settings:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from distill import card as cards
 from distill import contents, jobs, manifest, published, pull, results, space, specfile
-from distill.atomic import hidden_folder, sync_dir, sync_tree, write_atomic
+from distill.atomic import hidden_folder, sync, sync_tree, write_atomic
 from distill.card import Cost, FileRecord, Publication, StudentCard
 from distill.guard import InputError, RunError, short, suggest, whole_number
 from distill.markdown import escape
@@ -133,10 +133,7 @@ def _is(entry: Entry, content: bytes, version: str | None) -> bool:
 
 
 def _claim(here: Path, home: Path, version: str | None, content: bytes) -> str:
-    """Rename the complete folder to its version, or to the first number that is free: which it became.
-
-    Not by `new_folder`, as the name is only known once the rename has succeeded.
-    """
+    """Rename the complete folder to its version, or to the first number that is free, as only the rename can tell."""
     write_atomic(here / cards.FILE_NAME, content)
     sync_tree(here)
     for wanted in [version] if version is not None else _numbers(home):
@@ -151,7 +148,7 @@ def _claim(here: Path, home: Path, version: str | None, content: bytes) -> str:
                     f"{home / wanted} is {kind}, not a published student; publish another version, or remove it"
                 ) from None
             continue  # another publisher has it
-        sync_dir(home)
+        sync(home)
         return wanted
     raise InputError(
         f"{home.name}:{version} is published already, with other bytes, and never changes; "

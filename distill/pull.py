@@ -12,7 +12,7 @@ from stat import S_ISDIR
 
 from distill import card as cards
 from distill import contents, manifest, space
-from distill.atomic import is_abandoned, sync_dir, sync_tree, write_atomic
+from distill.atomic import is_abandoned, sync, sync_tree, write_atomic
 from distill.card import StudentCard
 from distill.guard import InputError, RunError
 from distill.owners import Owner
@@ -196,8 +196,7 @@ def workplace(dest: Path, digest: str) -> Iterator[Path]:
 def _is_left(path: Path, free: Path) -> bool:
     """Whether this user made the folder, in a process that is gone, or on another host and long ago."""
     label = path.name.removeprefix(f"{free.name}.")
-    gone = path == free or (Owner.of_label(label) is not None and is_abandoned(path, label))
-    return gone and _is_own(path)
+    return (path == free or (Owner.of_label(label) is not None and is_abandoned(path, label))) and _is_own(path)
 
 
 def _is_own(path: Path) -> bool:
@@ -219,4 +218,4 @@ def _settle(here: Path, dest: Path, card: StudentCard, content: bytes) -> None:
         if not _is_here(dest, content, lambda name, text: None):
             raise
         shutil.rmtree(here)
-    sync_dir(dest.parent)
+    sync(dest.parent)

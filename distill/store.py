@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill import events, records
-from distill.atomic import new_folder, remove_abandoned, write_files
+from distill.atomic import clear_up, new_folder, write_files
 from distill.atomic import write_json as write_json  # for `claims`
 from distill.fieldtypes import NAME
 from distill.guard import InputError, RunError, one_line, short, suggest
@@ -205,7 +205,7 @@ def create_run(store: Path, name: str, files: Mapping[str, str | bytes]) -> RunP
     run = RunPaths(store.absolute() / name)
     make(store)
     try:
-        remove_abandoned(store)  # of runs of any name: few names are used twice
+        clear_up(store)  # of runs of any name: few names are used twice
         with new_folder(run.root) as new:  # refused where a run of this name is: its folder is not empty
             write_files(new, files)
     except OSError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from distill import atomic
-from distill.atomic import new_folder, write_atomic, write_files, write_first
+from distill.atomic import new_folder, write_atomic, write_files
 from distill.guard import RunError
 from distill.owners import Owner
 
@@ -24,6 +24,19 @@ from distill.atomic import new_folder, write_atomic, write_files
 from distill.guard import RunError
 path = Path(sys.argv[1])
 """
+
+
+REPLACE = "with new_folder(path, replace=True) as new:\n    write_files(new, {'a': 'new', 'b/c': 'new'})\n"
+# Fails between the two renames.
+RENAME = """
+rename = Path.rename
+def fail(me, to):
+    if ".tmp-" in me.name:
+        {}
+    rename(me, to)
+Path.rename = fail
+"""
+DIE = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
 def start(code, path):
@@ -104,8 +117,8 @@ def test_an_error_leaves_what_was_there(tmp_path, given):
 
 def test_what_was_moved_aside_comes_back_if_the_new_one_cannot_take_its_place(tmp_path):
     fill(tmp_path / "x", "old")
-    with pytest.raises(FileNotFoundError):
-        atomic._exchange(tmp_path / "lost", tmp_path / "x")
+    code = RENAME.format("raise OSError(5, 'Input/output error')")
+    assert start(code + REPLACE, tmp_path / "x").communicate(timeout=60)[1].endswith("Input/output error\n")
     assert content(tmp_path / "x") == whole("old") and names(tmp_path) == ["x"]
 
 
@@ -121,18 +134,12 @@ def test_names_as_long_as_a_file_system_takes_do_not_mix(tmp_path):
         assert (tmp_path / one).read_text() == "file" and content(tmp_path / other) == whole("new")
 
 
-def test_the_first_content_stays(tmp_path):
-    write_first(tmp_path / "x", "first")
-    write_first(tmp_path / "x", "second")
+def test_whoever_is_first_stays(tmp_path):
+    write_atomic(tmp_path / "x", "first", replace=False)
+    write_atomic(tmp_path / "x", "second", replace=False)
     assert (tmp_path / "x").read_text() == "first" and names(tmp_path) == ["x"]
     with pytest.raises(RunError, match=r"^cannot write .*/no/x: No such file or directory; nothing was changed$"):
-        write_first(tmp_path / "no" / "x", "first")
-
-
-def test_what_is_discarded_is_gone(tmp_path):
-    fill(tmp_path / "x", "old")
-    atomic.discard(tmp_path / "x")
-    assert names(tmp_path) == []
+        write_atomic(tmp_path / "no" / "x", "first", replace=False)
 
 
 # --- the disk ---
@@ -188,18 +195,17 @@ def test_ctrl_c_leaves_what_was_there(tmp_path):
 @pytest.mark.parametrize(
     ("moment", "after"),
     [
-        ("atomic.sync_tree = die", "old"),  # it is full
-        ("atomic._exchange = die", "old"),
-        ("Path.rename = lambda me, to: die() if '.tmp-' in me.name else rename(me, to)", "old"),  # between the renames
-        ("atomic.sync_dir = lambda folder: die() if folder == path.parent else None", "new"),  # after both
-        ("atomic.remove = lambda aside: (remove(aside / 'a'), die())", "new"),  # the old one is half removed
+        (f"atomic.sync_tree = lambda folder: {DIE}", "old"),  # it is full
+        (f"Path.rename = lambda me, to: {DIE}", "old"),
+        (RENAME.format(DIE), "old"),
+        (f"atomic.sync = lambda each: {DIE} if each == path.parent else None", "new"),
+        (f"remove = atomic._remove\natomic._remove = lambda aside: (remove(aside / 'a'), {DIE})", "new"),
     ],
+    ids=["full", "durable", "between the renames", "renamed", "the old one half removed"],
 )
 def test_a_kill_at_any_moment_leaves_a_whole_folder_and_the_next_use_clears_up(tmp_path, moment, after):
     fill(tmp_path / "x", "old")
-    code = "rename, remove = Path.rename, atomic.remove\ndef die(*given):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
-    write = "with new_folder(path, replace=True) as new:\n    write_files(new, {'a': 'new', 'b/c': 'new'})\n"
-    process = start(f"{code}{moment}\n{write}", tmp_path / "x")
+    process = start(f"{moment}\n{REPLACE}", tmp_path / "x")
     assert process.communicate(timeout=60) == ("", "") and process.returncode == -signal.SIGKILL
     assert len(names(tmp_path)) == 2
     with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "x", replace=True):
@@ -210,12 +216,13 @@ def test_a_kill_at_any_moment_leaves_a_whole_folder_and_the_next_use_clears_up(t
 
 def test_a_killed_write_leaves_the_old_file(tmp_path):
     write_atomic(tmp_path / "x", "old")
-    code = "os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)\nwrite_atomic(path, 'new')\n"
-    assert start(code, tmp_path / "x").wait(60) == -signal.SIGKILL
+    assert (
+        start(f"os.fsync = lambda file: {DIE}\nwrite_atomic(path, 'new')\n", tmp_path / "x").wait(60) == -signal.SIGKILL
+    )
     assert (tmp_path / "x").read_text() == "old" and len(names(tmp_path)) == 2
-    atomic.remove_abandoned(tmp_path, "y")
+    atomic.clear_up(tmp_path, "y")
     assert len(names(tmp_path)) == 2, "it is not of that name"
-    atomic.remove_abandoned(tmp_path)
+    atomic.clear_up(tmp_path)
     assert names(tmp_path) == ["x"]
 
 

@@ -360,9 +360,9 @@ def test_what_a_killed_export_left_is_cleared_and_the_old_student_comes_back(tmp
     student, card = make("mlp")
     export(student, tmp_path / "s", card)
     first = contents(tmp_path / "s")
-    aside = tmp_path / ".s.old"
-    (tmp_path / "s").rename(aside)  # killed between the two renames
-    shutil.copytree(aside, tmp_path / f".s.tmp-0123abcd-{replace(Owner.this(), start='1').label}")
+    dead = f"0123abcd-{replace(Owner.this(), start='1').label}"  # killed between the two renames
+    (tmp_path / "s").rename(tmp_path / f".s.old-{dead}")
+    shutil.copytree(tmp_path / f".s.old-{dead}", tmp_path / f".s.tmp-{dead}")
     monkeypatch.setattr(exporter, "TOLERANCE", -1.0)
     with pytest.raises(RunError, match="diffusers makes other samples"):
         export(student, tmp_path / "s", card)

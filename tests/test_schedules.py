@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from distill import schedules, solvers
-from distill.atomic import write_first
 from distill.draws import generator
 from distill.fields import Counted, Rescheduled
 from distill.guard import InputError, RunError
@@ -250,13 +249,6 @@ def test_solvers_that_are_unknown_and_a_store_that_cannot_be_written(tmp_path):
         find(tmp_path / "file")
     with pytest.raises(InputError, match="unknown solver 'eule': did you mean 'euler'"):
         find(tmp_path, solver="eule")
-
-
-def test_whoever_is_first_stays(tmp_path):
-    write_first(tmp_path / "a", "one")
-    write_first(tmp_path / "a", "two")
-    assert (tmp_path / "a").read_text() == "one"
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_solving_along_given_times():

@@ -156,10 +156,8 @@ def _resume(folder: Path, planned: Manifest, ours: range, progress: Progress) ->
         )
     if strangers:
         raise InputError(f"{folder} holds shards that are not of this set: {few(strangers)}; remove them")
-    remove_unfinished(
-        folder,
-        lambda name: len(ours) == layout.files or layout.number(f"{name.partition('.')[0]}.safetensors") in ours,
-    )
+    whole = len(ours) == layout.files
+    remove_unfinished(folder, lambda name: whole or layout.number(f"{name.partition('.')[0]}.safetensors") in ours)
     if found is None:
         planned.save(folder)
         found = planned
