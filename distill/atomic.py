@@ -6,6 +6,7 @@ step. LABEL says which process it belongs to (see `owners`): the next use of NAM
 
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -64,7 +65,7 @@ def hidden_folder(path: Path) -> Iterator[Path]:
 def write_atomic(path: Path, content: str | bytes, *, replace: bool = True) -> None:
     """Write `content` so that `path` holds either the old or the new content, whole, whatever happens.
 
-    replace: False: what is there stays, as another process has been first. RunError if it cannot be written.
+    replace: else a file that is there stays, because another process has been first.
     """
     temporary = hidden(path)
     try:
@@ -98,16 +99,15 @@ def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
 
 
 def clear_up(folder: Path, name: str | None = None) -> None:
-    """Remove what processes that are gone left unfinished in a folder. name: only what is for this name; what they
-    moved aside comes back too.
-    """
+    """Remove what processes that are gone left unfinished in a folder; of one name, also restore what they replaced."""
     for path, of, kind, label in _hidden(folder):
         if name is None or of == _stem(name):
             with suppress(OSError):  # another process clears up too, or it is another user's
-                if kind != "old" and is_abandoned(path, label):
+                if kind == "old":
+                    if name and Owner.of_label(label) and is_abandoned(path, label, seconds=-math.inf):
+                        _put_back(path, folder / name)
+                elif is_abandoned(path, label):
                     _remove(path)
-                if kind == "old" and name is not None and is_abandoned(path, label, seconds=0.0):
-                    _put_back(path, folder / name)
 
 
 def remove_unfinished(folder: Path, is_ours: Callable[[str], bool] = lambda name: True) -> None:

@@ -240,6 +240,18 @@ def test_what_a_process_of_another_host_writes_is_left_for_a_day(tmp_path):
     assert names(tmp_path) == ["x"]
 
 
+def test_what_a_process_of_another_host_moved_aside_comes_back_at_once(tmp_path):
+    fill(tmp_path / "x", "old")
+    elsewhere = replace(Owner.this(), host="elsewhere").label
+    (tmp_path / "x").rename(tmp_path / f".x.old-0123abcd-{elsewhere}")
+    mine = tmp_path / ".x.old-2024"
+    mine.touch()
+    with pytest.raises(ZeroDivisionError), new_folder(tmp_path / "x", replace=True):
+        assert content(tmp_path / "x") == whole("old")
+        raise ZeroDivisionError
+    assert content(tmp_path / "x") == whole("old") and names(tmp_path) == [mine.name, "x"]
+
+
 def test_what_the_only_writer_of_a_folder_finds_unfinished_is_removed_at_once(tmp_path):
     strangers = [".x", ".x.tmp", "x.tmp-1", ".x.old.tmp-a"]
     for name in (".x.tmp-1", ".y.tmp-1", atomic.hidden(tmp_path / "x").name, *strangers):

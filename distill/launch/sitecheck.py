@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from distill.atomic import sync, write_atomic
+from distill.atomic import write_atomic
 from distill.guard import RunError
 from distill.launch import environment, script, slurm
 from distill.launch.script import Where
@@ -52,8 +52,7 @@ def run(store: Path, site: SiteSource, options: SlurmSpec, nodes: int, say: Call
     folder.mkdir()
     job = ""
     try:
-        (folder / TOKEN).write_text(folder.name)
-        sync(folder)
+        write_atomic(folder / TOKEN, folder.name)
         where = Where(site, environment.ROOT, {})
         write_atomic(folder / "doctor.sbatch", script.doctor(folder, options, nodes, where))
         job = slurm.submit(folder / "doctor.sbatch")
