@@ -7,7 +7,7 @@ like any other: it ends in the same numbers, however long it takes.
 import math
 from collections.abc import Mapping
 
-from distill import card, evalspec, pairspec, planning
+from distill import card, evalspec, planning
 from distill.compared import Comparison, Entry, Measured, Part
 from distill.comparison import Chain, Plan
 from distill.guard import InputError
@@ -46,7 +46,7 @@ def frozen(planned: Plan, found: Mapping[str, Measured], minutes: float, command
         changed |= scaled
         parts = [Part(stage=n, recipe=s.recipe, images=s.images, measured=found[n]) for n, s in scaled.items()]
         solved = [{**planned.shared, **chain.stages}[name] for name in chain.pairs]
-        pair_calls = sum(stage.count * pairspec.calls(stage) for stage in solved if isinstance(stage, PairsStage))
+        pair_calls = sum(stage.count * stage.network_calls for stage in solved if isinstance(stage, PairsStage))
         entries.append(Entry(name=chain.name, recipe=chain.recipe, parts=parts, pair_calls=pair_calls))
     students = {
         chain.name: planned.evaluation.students.get(chain.name) or _steps(found[chain.name]) for chain in planned.chains

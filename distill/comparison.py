@@ -14,11 +14,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from distill import evalspec, pairspec, registry, workflow
+from distill import evalspec, registry, workflow
 from distill.compared import short
 from distill.guard import InputError, suggest
 from distill.resolved import Resolved, resolve_recipe
-from distill.spec import EvaluateStage, PairsStage, RunSpec, Stage, TrainStage
+from distill.spec import WITH_STATES, EvaluateStage, PairsStage, RunSpec, Stage, TrainStage
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def _pairs_for(spec: RunSpec, recipe: str, needs: frozenset[str], first: TrainSt
     def fit(stage: Stage) -> bool:
         if not isinstance(stage, PairsStage):
             return False
-        return stage.paths in pairspec.WITH_STATES if "states" in needs else stage.paths != "segments"
+        return stage.paths in WITH_STATES if "states" in needs else stage.paths != "segments"
 
     if first.pairs is not None and all(fit(spec.stages[name]) for name in first.pair_shares):
         return first.pairs

@@ -1,12 +1,14 @@
 """The `data` of a run spec: real data, and how images become samples."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, WrapValidator
 from pydantic_core import PydanticCustomError
 
 from distill.frozen import Frozen
+from distill.guard import InputError, printable
 
 Pixels = Annotated[int, Field(ge=1, le=16384)]  # of a side
 Level = Annotated[int, Field(ge=0, le=255)]  # of a colour
@@ -81,6 +83,15 @@ class ImageOptions(Frozen):
         """Of a sample, in pixels."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
+    def refuse_hidden_place(self) -> None:
+        """InputError where the system does not say whether anything is there: no permission, too long a name ..."""
+        try:
+            Path(self.path).exists()
+        except OSError as error:
+            raise InputError(
+                f"data.path={printable(self.path)[:300]} cannot be looked at: {error.strerror}; give another path"
+            ) from error
+
 
 class ImagesData(ImageOptions):
     """A folder of images. Classes are the labels of its dataset.json (EDM's format), else its sub-folders in
@@ -101,6 +112,11 @@ class HfData(ImageOptions):
     """column of the images"""
     label_column: str | None = None
     """column of class ids; null: unconditional"""
+
+    @property
+    def is_of_hub(self) -> bool:
+        """Whether its path is a hub id, not a place here."""
+        return not Path(self.path).exists()
 
 
 DataSpec = Annotated[NoData | DigitsData | MnistData | ImagesData | HfData, Field(discriminator="kind")]

@@ -38,6 +38,11 @@ def num_rows(stage: EvaluateStage) -> int:
     return sum(map(len, steps_of_rows(stage).values())) + 1 + len(stage.fine_students)
 
 
+def num_samples(stage: EvaluateStage) -> int:
+    """In all sets together: the length of the stage's progress."""
+    return stage.samples * num_rows(stage)
+
+
 def calls(stage: EvaluateStage, samplers: Mapping[str, str]) -> dict[str, int]:
     """Network -> its calls for a sample in each of its rows, together; guidance counted. samplers: of the students."""
     fine = network_calls(stage.fine_solver, stage.fine_steps)

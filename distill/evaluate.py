@@ -15,11 +15,10 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from distill import data as datasets
-from distill import evalspec, schedules, sources
+from distill import schedules
 from distill.atomic import write_atomic, write_json
 from distill.data import DataSet
-from distill.draws import key, sample_noise
+from distill.draws import sample_noise
 from distill.grids import columns_for, images_png, scatter_png
 from distill.guard import InputError
 from distill.metrics.manifold import NEIGHBOURS
@@ -38,7 +37,8 @@ from distill.sampling import (
     refuse_steps,
 )
 from distill.solvers import straightness
-from distill.spec import EvaluateStage, RunSpec
+from distill.sources import Inputs
+from distill.spec import EvaluateStage
 from distill.stop import StopRequest
 from distill.store import RunPaths, read_json
 from distill.students import loaded
@@ -75,26 +75,24 @@ def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def total(stage: EvaluateStage) -> int:
-    """Samples that the stage makes: the length of its progress."""
-    return stage.samples * evalspec.num_rows(stage)
-
-
 def evaluate(
-    run: RunPaths, spec: RunSpec, name: str, *, device: torch.device, progress: Progress, stop: StopRequest
+    run: RunPaths,
+    name: str,
+    stage: EvaluateStage,
+    inputs: Inputs,
+    *,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+    stop: StopRequest,
 ) -> Results:
     """The evaluate stage `name` of a run: results.json and pictures in its folder."""
-    stage = spec.stages[name]
-    assert isinstance(stage, EvaluateStage)
-    teacher = sources.teacher(run, spec, stage.teacher, device)
-    if teacher is None:
+    if inputs.teacher is None:
         raise InputError(f"stages.{name}.teacher is not given and the spec has no teacher; name a train stage")
     students = {student: loaded.load(run.student(student), device) for student in stage.students}
-    data = datasets.load(spec.data, spec.seed, run.root, indexed=True)
-    exact = teacher.exact_data or sources.exact_data(spec)
-    folder, seed = run.stage(name).root, key(spec.seed, name)
+    exact = inputs.teacher.exact_data or (inputs.own.exact_data if inputs.own else None)
     return measure(
-        folder, name, stage, teacher, students, data,
+        run.stage(name).root, name, stage, inputs.teacher, students, inputs.data,
         seed=seed, device=device, progress=progress, stop=stop, store=run.root.parent, exact=exact,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from distill import evalspec, memory, pairspec, registry, stages
+from distill import evalspec, memory, registry, stages
 from distill.draws import sample_noise
 from distill.guard import InputError
 from distill.kinds import network_calls
@@ -76,9 +76,9 @@ class _Forecast:
 
     def pairs(self, stage: PairsStage) -> Cost:
         teacher = self._teacher(stage.teacher)
-        seconds = stage.count * pairspec.calls(stage) * self._seconds(teacher, stage.block)
+        seconds = stage.count * stage.network_calls * self._seconds(teacher, stage.block)
         label = LABEL if teacher.num_classes is not None else 0
-        return Cost(seconds, stage.count * (pairspec.bytes_per_pair(stage, teacher.shape) + label))
+        return Cost(seconds, stage.count * (stage.bytes_per_pair(teacher.shape) + label))
 
     def evaluate(self, stage: EvaluateStage) -> Cost:
         teacher = self._teacher(stage.teacher)

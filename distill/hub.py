@@ -1,7 +1,9 @@
 """The Hugging Face hub: which commit a name stands for, how large its files are, and why it cannot be had."""
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
@@ -25,6 +27,25 @@ class File:
     name: str
     bytes: int
     cached: bool  # it lies in the library's cache already
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A commit of a repository that a run reads, and how to get it."""
+
+    what: Literal["teacher", "data"]
+    id: str
+    revision: str | None
+    """as the spec says"""
+    commit: str
+    part: Sequence[str]
+    """what tells the part of the commit that is read"""
+    link: str
+    """where the run has it, below its `inputs`"""
+    needs: Callable[[Path], list[tuple[Path, int]]]
+    """folder of the copy -> places that will be written to, and bytes"""
+    copy: Callable[[Path], object]
+    """makes this folder, which does not exist yet"""
 
 
 def commit(kind: Kind, name: str, revision: str | None) -> str:

@@ -38,7 +38,7 @@ REFUSED = {  # of what Pillow opens
     *("FPX", "MIC"),  # are documents of many parts
     *("BLP", "IM"),  # are rare, and their readers fail in any way
 }
-SHOWN, SHOWN_PATH = 3, 300  # names in a message, letters of a path
+SHOWN = 3  # names in a message
 CONVERT = {  # ends of names -> what it is, and how its images become files
     **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.zst"), ("a tar archive", "unpack it with `tar -xf`")),
     ".zip": ("a zip archive", "unpack it with `unzip`"),
@@ -152,16 +152,6 @@ def count_classes(labels: Sequence[int], where: str) -> int:
             f"classes is the highest id + 1, at most {PER_IMAGE} for each image); number the classes 0, 1, 2 ..."
         )
     return high + 1
-
-
-def check_path(path: str) -> None:
-    """InputError where the system does not say whether anything is there: no permission, too long a name ..."""
-    try:
-        Path(path).exists()
-    except OSError as error:
-        raise InputError(
-            f"data.path={printable(path)[:SHOWN_PATH]} cannot be looked at: {error.strerror}; give another path"
-        ) from error
 
 
 def refuse_container(path: str) -> None:

@@ -13,11 +13,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 
@@ -27,8 +27,11 @@ from distill.printing import say_error, warn
 from distill.records import SMALL, Schema, mistake
 from distill.regular import read_regular
 from distill.space import human
-from distill.spec import CheckpointTeacher, HfData, RunSpec, is_hub_id
+from distill.spec import CheckpointTeacher, HfData, RunSpec
 from distill.store import RunPaths, runs
+
+if TYPE_CHECKING:
+    from distill import hub
 
 RECORD = "inputs/inputs.json"  # of a run
 UNUSED_SECONDS = 86400.0  # what was asked for within the last day may be of a run that is being made
@@ -87,92 +90,32 @@ FETCHED = Schema[_Fetched](_Fetched)
 def resolve(spec: RunSpec, store: Path, before: Sequence[Input] = ()) -> list[Input]:
     """Everything that the spec names by hub id, in the store, each told on stderr: InputError if it cannot be had.
 
-    A revision is what it stands for now; `before` are the inputs of a run that goes on, which keeps its commits.
+    A revision is what it stands for now; `before` are the inputs of a run that is resumed, which keeps its commits.
     """
     found = []
-    for wanted, fetch in _wanted(spec, store, before):
-        found.append(_in_store(wanted, store, fetch))
+    for each in _repositories(spec, {(input.what, input.id, input.revision): input.commit for input in before}):
+        digest = _digest(each.what, each.id, each.commit, *each.part)
+        wanted = Input(each.what, each.id, each.revision, each.commit, digest, each.link)
+        found.append(_in_store(wanted, store, each))
         say_error(f"{wanted}: {human(found[-1].bytes)} in {found[-1].folder(store)}")
     return found
 
 
-def kinds(spec: RunSpec) -> set[str]:
-    """What of a spec is named by hub id: "teacher", "data"; nobody is asked."""
-    found = set()
-    if isinstance(spec.teacher, CheckpointTeacher):
-        found |= {"teacher"} if is_hub_id(spec.teacher.path) else set()
-    if isinstance(spec.data, HfData):
-        from distill.data import tables
-
-        found |= {"data"} if tables.is_id(spec.data) else set()
-    return found
-
-
-Fetch = Callable[[Path], object]  # makes this folder, which does not exist yet
-
-
-def _wanted(spec: RunSpec, store: Path, before: Sequence[Input]) -> Iterator[tuple[Input, Fetch]]:
-    """What the spec names by hub id, and how to get it."""
-    pinned = {(each.what, each.id, each.revision): each.commit for each in before}
+def _repositories(spec: RunSpec, commits: Mapping[tuple[str, str, str | None], str]) -> Iterator["hub.Repository"]:
+    """What the spec names by hub id. commits: of those that are known."""
     teacher, data = spec.teacher, spec.data
-    if isinstance(teacher, CheckpointTeacher):
+    if isinstance(teacher, CheckpointTeacher) and teacher.is_of_hub:
         from distill.teachers import by_id
 
-        if is_hub_id(teacher.path):
-            commit = pinned.get(("teacher", teacher.path, teacher.revision)) or by_id.commit(teacher)
-            link = f"hub/models--{teacher.path.replace('/', '--')}/snapshots/{commit}"
-            digest = _digest("teacher", teacher.path, commit, *by_id.FILES)
-            yield (
-                Input("teacher", teacher.path, teacher.revision, commit, digest, link),
-                lambda folder: _fetch_teacher(teacher.model_copy(update={"revision": commit}), store, folder),
-            )
-    if isinstance(data, HfData):
+        yield by_id.repository(teacher, commits.get(("teacher", teacher.path, teacher.revision)))
+    if isinstance(data, HfData) and data.is_of_hub:
         from distill.data import tables
 
-        if tables.is_id(data):
-            at = pinned.get(("data", data.path, data.revision)) or tables.commit(data)
-            digest = _digest("data", data.path, at, data.split)
-            yield (
-                Input("data", data.path, data.revision, at, digest, f"datasets/{tables.fetched(data)}"),
-                lambda folder: _fetch_data(data.model_copy(update={"revision": at}), store, folder),
-            )
+        yield tables.repository(data, commits.get(("data", data.path, data.revision)))
 
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _fetch_teacher(teacher: CheckpointTeacher, store: Path, folder: Path) -> None:
-    """Through the library's cache, which goes on with a download that was cut short, and has what a plan has read."""
-    from huggingface_hub import constants
-
-    from distill.teachers import by_id
-
-    files = by_id.files(teacher)
-    missing = sum(file.bytes for file in files if not file.cached)
-    needs = [(Path(constants.HF_HUB_CACHE), missing), (store, sum(file.bytes for file in files))]
-    _refuse_without_room(f"teacher.path={teacher.path}", needs)
-    snapshot = by_id.snapshot(teacher)
-    folder.mkdir(parents=True)
-    there = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
-    for name in by_id.read_of(teacher.path, there):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(snapshot / name, folder / name)
-
-
-def _fetch_data(data: HfData, store: Path, folder: Path) -> None:
-    """Rows with their images in them: those of the library's cache may be paths into it, and are read under a lock."""
-    import datasets
-    from huggingface_hub import constants
-
-    from distill.data import tables
-
-    files = tables.files(data)
-    missing = sum(file.bytes for file in files if not file.cached)
-    rows = sum(file.bytes for file in files)  # at least: files may be compressed
-    needs = [(Path(constants.HF_HUB_CACHE), missing), (Path(datasets.config.HF_DATASETS_CACHE), rows), (store, rows)]
-    _refuse_without_room(f"data.path={data.path}", needs)
-    tables.open_rows(data).save_to_disk(str(folder))
 
 
 def _refuse_without_room(what: str, needs: Sequence[tuple[Path, int]]) -> None:
@@ -190,7 +133,7 @@ def _refuse_without_room(what: str, needs: Sequence[tuple[Path, int]]) -> None:
             )
 
 
-def _in_store(wanted: Input, store: Path, fetch: Fetch) -> Input:
+def _in_store(wanted: Input, store: Path, repository: "hub.Repository") -> Input:
     """The input, fetched unless it is there; under a name of its own until it is whole, so that others never see it.
 
     What is there under its name and is not whole stays, as runs may use it: then the input has another name.
@@ -211,7 +154,8 @@ def _in_store(wanted: Input, store: Path, fetch: Fetch) -> Input:
         return found
     try:
         with new_folder(folder) as new:
-            fetch(new / "content")
+            _refuse_without_room(f"{wanted.what}.path={wanted.id}", repository.needs(store))
+            repository.copy(new / "content")
             size = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
             write_json(new / "input.json", asdict(replace(wanted, bytes=size)))
     except OSError as error:

@@ -10,23 +10,12 @@ from pydantic import BaseModel, ValidationError
 
 from distill.fieldtypes import MAX_SHARDS
 from distill.guard import InputError
-from distill.kinds import INVERTING, SOLVERS, either, per_velocity
-from distill.spec import PairsStage, RunSpec, TrainStage, is_path
+from distill.kinds import INVERTING, either
+from distill.spec import WITH_STATES, PairsStage, RunSpec, TrainStage, is_path
 from distill.store import shard_path
 
-OF_DATA, WITH_STATES = ("forward", "segments"), ("trajectories", "segments")  # paths of a pairs stage
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 MAX_MANIFEST = 256 << 20  # bytes: several times what MAX_SHARDS files need
 SHARD_NAME = re.compile(r"shard-([0-9]{5,15})\.safetensors")
-
-
-def calls(stage: PairsStage) -> float:
-    """Calls of the teacher's network for one pair, guidance counted; of segments on average."""
-    solver = SOLVERS[stage.solver]
-    solving = solver.calls_inverting if stage.paths == "forward" else solver.calls
-    assert solving is not None, "workflow.check lets no such stage through"
-    segments = max(1, len(stage.times or []) - 1) if stage.paths == "segments" else 1
-    return per_velocity(stage.guidance_scale) * solving(stage.steps) / segments
 
 
 @dataclass(frozen=True)
@@ -66,6 +55,12 @@ class Layout:
         return len(files) * self.shard - missing
 
 
+def size(stage: PairsStage, part: tuple[int, int] | None = None) -> int:
+    """Pairs of a stage, or of the shards of one part (i, n)."""
+    layout = Layout(stage.count, stage.shard)
+    return layout.pairs(layout.part(part))
+
+
 class _ListedFile(BaseModel):
     size: int
 
@@ -87,13 +82,6 @@ def listed(folder: Path) -> dict[str, int] | None:
         return None
     plain = all(Path(name).name == name for name in found)
     return {name: file.size for name, file in found.items()} if plain else None
-
-
-def bytes_per_pair(stage: PairsStage, shape: Sequence[int]) -> int:
-    """On disk, headers and labels aside."""
-    states = 1 if stage.paths == "segments" else num_states(stage) - 2
-    stored = (1 + states) * BYTES[stage.dtype]
-    return math.prod(shape) * (stored + (4 if stage.store_noise or stage.paths == "forward" else 0))
 
 
 def mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
@@ -131,18 +119,8 @@ def times_of(spec: RunSpec, stage: TrainStage) -> list[float] | None:
     the optimal, which are found when the pairs are made.
     """
     solved = [spec.stages[name] for name in stage.pair_shares]
-    found = [_planned(each) for each in solved if isinstance(each, PairsStage)]
+    found = [each.times_of_states for each in solved if isinstance(each, PairsStage)]
     return found[0] if found and all(times == found[0] for times in found) else None
-
-
-def _planned(stage: PairsStage) -> list[float] | None:
-    steps = stage.optimal_times
-    return stage.times if steps is None else [(steps - i) / steps for i in range(steps + 1)]
-
-
-def num_states(stage: PairsStage) -> int:
-    """Of each path, its ends included."""
-    return len(_planned(stage) or [1, 0]) if stage.paths == "trajectories" else 2
 
 
 def _optimal(stage: PairsStage, steps: int, prefix: str) -> Iterator[str]:
@@ -211,5 +189,5 @@ def of_training(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: 
             )
     if len({each.guidance_scale for each in found}) > 1:
         yield f"{where}: pairs of different guidance_scale would teach two things at once; make them agree"
-    if "states" in needs and len({num_states(each) for each in found}) > 1:
+    if "states" in needs and len({each.num_states for each in found}) > 1:
         yield f"{where}: paths of different numbers of states do not fit into one batch; give them the same times"

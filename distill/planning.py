@@ -4,9 +4,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from distill import evalspec, jobs, pairspec
+from distill import evalspec, jobs
 from distill.resolved import Resolved
-from distill.spec import EvaluateStage, LaunchSpec, PairsStage, RunSpec, SlurmSpec, Stage, TrainStage
+from distill.spec import (
+    OF_DATA,
+    WITH_STATES,
+    EvaluateStage,
+    LaunchSpec,
+    PairsStage,
+    RunSpec,
+    SlurmSpec,
+    Stage,
+    TrainStage,
+)
 from distill.store import RunPaths
 
 CHECKS = (
@@ -72,7 +82,7 @@ def miniature(spec: RunSpec) -> RunSpec:
             stages[name] = stage.model_copy(update={"images": images, "optimizer": optimizer})
         elif isinstance(stage, PairsStage):
             few = {"count": min(stage.count, stage.block)}
-            coarse = {} if stage.paths in pairspec.WITH_STATES else {"solver": "euler", "steps": 1}
+            coarse = {} if stage.paths in WITH_STATES else {"solver": "euler", "steps": 1}
             stages[name] = stage.model_copy(update={**few, **coarse})
     here = spec.launch.model_copy(update={"slurm": SlurmSpec()})  # an array would find too few shards
     return spec.model_copy(update={"stages": stages, "launch": here})
@@ -109,14 +119,14 @@ def _train(name: str, stage: TrainStage, launch: LaunchSpec, needs: frozenset[st
 
 
 def _pairs(name: str, stage: PairsStage) -> Step:
-    calls = pairspec.calls(stage)
+    calls = stage.network_calls
     what = f"{stage.solver}, {stage.steps} steps, guidance {stage.guidance_scale:g}"
     what += "" if stage.paths == "backward" else f", {stage.paths}"
     total = round(stage.count * calls)
     work = f"{stage.count:,} pairs x {calls:g} network calls = {total:,}"
     shards = jobs.num_shards(stage)
     writes = [f"stages/{name}/pairs/ ({shards} shard{'s' if shards > 1 else ''})"]
-    needs = [stage.teacher or "the spec's teacher"] + (["data"] if stage.paths in pairspec.OF_DATA else [])
+    needs = [stage.teacher or "the spec's teacher"] + (["data"] if stage.paths in OF_DATA else [])
     return Step(name, stage.kind, what, work, needs, total, writes)
 
 

@@ -5,11 +5,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from distill import pairspec, registry, schema, specfile
+from distill import registry, schema, specfile
 from distill.guard import InputError
 from distill.kinds import STUDENTS, StudentKind
 from distill.registry import RecipeConfig
-from distill.spec import EvaluateStage, GaussianTeacher, HfData, ImagesData, MixtureTeacher, RunSpec, Stage, TrainStage
+from distill.spec import (
+    OF_DATA,
+    EvaluateStage,
+    GaussianTeacher,
+    HfData,
+    ImagesData,
+    MixtureTeacher,
+    RunSpec,
+    Stage,
+    TrainStage,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,11 @@ class ResolvedRecipe:
     def guidance_scale(self) -> float:
         """The classifier-free guidance that it asks of its teacher."""
         return registry.guidance_scale(self.config)
+
+    @property
+    def rows_together(self) -> int:
+        """The samples that a micro-batch must hold, or a multiple of them."""
+        return registry.rows_together(self.config)
 
     @property
     def unconditional(self) -> bool:
@@ -72,14 +87,17 @@ class Resolved:
         """Of the students that an evaluation measures."""
         return {name: self.recipes[name].sampler for name in evaluation.students if name in self.recipes}
 
+    def needs(self, name: str) -> frozenset[str]:
+        """What a stage computes from: "teacher", "data", and what else its recipe needs."""
+        stage = self.spec.stages[name]
+        if isinstance(stage, TrainStage):
+            return self.recipes[name].needs
+        of_data = isinstance(stage, EvaluateStage) or stage.paths in OF_DATA
+        return frozenset({"teacher", "data"} if of_data else {"teacher"})
+
     def reads_images(self, name: str) -> bool:
         """Whether a stage computes from images that have an index."""
-        stage = self.spec.stages[name]
-        if not isinstance(self.spec.data, ImagesData | HfData):
-            return False
-        if isinstance(stage, TrainStage):
-            return "data" in self.recipes[name].needs
-        return isinstance(stage, EvaluateStage) or stage.paths in pairspec.OF_DATA
+        return isinstance(self.spec.data, ImagesData | HfData) and "data" in self.needs(name)
 
 
 def resolve(spec: RunSpec, base: Path) -> Resolved:

@@ -11,7 +11,6 @@ from torch import Tensor
 from distill import data as datasets
 from distill import pairs, pairspec, schedules, teachers
 from distill.data import DataSet
-from distill.draws import key
 from distill.guard import InputError, RunError
 from distill.pairs import accuracy, paths
 from distill.pairs.accuracy import Accuracy
@@ -19,16 +18,17 @@ from distill.pairs.paths import Real
 from distill.printing import say_error
 from distill.progress import Progress
 from distill.protocols import Source
+from distill.resolved import Resolved
 from distill.spec import (
+    OF_DATA,
     CheckpointTeacher,
     EvaluateStage,
-    GaussianTeacher,
     HfData,
     ImagesData,
-    MixtureTeacher,
     PairsStage,
     RunSpec,
     Stage,
+    TeacherSpec,
     TrainStage,
 )
 from distill.stop import StopRequest
@@ -36,22 +36,47 @@ from distill.store import RunPaths, read_json
 from distill.teachers import LoadedTeacher
 from distill.world import ALONE, World
 
+Exact = Callable[[int, Sequence[int]], Tensor]  # (seed, indices) -> samples
 
-def teacher(run: RunPaths, spec: RunSpec, stage: str | None, device: torch.device) -> LoadedTeacher | None:
-    """The student of a stage, or the spec's teacher where no stage is named; None if there is neither.
 
-    Neither is probed: students are compared at their export, and the spec's teacher is checked before a run begins.
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage computes from, loaded; None: it needs none, or there is none."""
+
+    teacher: LoadedTeacher | None
+    """the student of an earlier stage, or the spec's own"""
+    data: DataSet | None
+    own: LoadedTeacher | None
+    """the spec's own teacher, where it is known in closed form: it stands in for data"""
+    times: list[float] | None
+    """of the states of the pairs it trains on, where all have the same"""
+
+
+def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, indexed: bool = True) -> Inputs:
+    """The inputs of the stage `name` of a run. device: of the teacher. indexed: as of `data.load`.
+
+    Teachers are not probed: students are compared at their export, and the spec's own is checked before a run begins.
     """
-    if stage is not None:
-        return teachers.load(CheckpointTeacher(path=str(run.student(stage))), device, probe=False)
-    return None if spec.teacher is None else teachers.load(spec.teacher, device, probe=False)
+    spec, stage, needs = resolved.spec, resolved.spec.stages[name], resolved.needs(name)
+    given: dict[str, TeacherSpec | None] = {"own": spec.teacher if resolved.has_exact_teacher else None}
+    if "teacher" in needs:
+        trained = None if stage.teacher is None else CheckpointTeacher(path=str(run.student(stage.teacher)))
+        given["teacher"] = trained or spec.teacher
+    loaded = {role: teachers.load(each, device, probe=False) for role, each in given.items() if each is not None}
+    place = run.root if indexed else run.root.parent
+    data = datasets.load(spec.data, spec.seed, place, indexed=indexed) if "data" in needs else None
+    times = _times(run, name, stage) if isinstance(stage, TrainStage) else None
+    return Inputs(loaded.get("teacher"), data, loaded.get("own"), times)
 
 
-def exact_data(spec: RunSpec) -> Callable[[int, Sequence[int]], Tensor] | None:
-    """Samples of the spec's own teacher, (seed, indices) -> samples, where it is known in closed form."""
-    if isinstance(spec.teacher, GaussianTeacher | MixtureTeacher):
-        return teachers.load(spec.teacher, torch.device("cpu")).exact_data
-    return None
+def _times(run: RunPaths, name: str, stage: TrainStage) -> list[float] | None:
+    """Of the states of its pairs; those that the stage has noted where the pairs are deleted."""
+    found = [pairs.manifest.read(run.stage(each).pairs) for each in stage.pair_shares]
+    times = [each.times for each in found if each is not None]
+    if len(times) < len(found):
+        kept: list[float] | None = read_json(run.stage(name).times) if run.stage(name).times.exists() else None
+        return kept
+    return times[0] if times and all(each == times[0] for each in times) else None
 
 
 def check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
@@ -125,7 +150,9 @@ def refuse_different(run: RunPaths, spec: RunSpec, stage: TrainStage, inputs: Ma
 
 def batches(
     run: RunPaths,
+    spec: RunSpec,
     stage: TrainStage,
+    inputs: Mapping[str, str],
     *,
     seed: int,
     data: DataSet | None,
@@ -134,8 +161,10 @@ def batches(
     world: World = ALONE,
 ) -> tuple[Source, dict[str, str]]:
     """Where the batches of a train stage come from, and the digests of its pairs. data: what is real in them; labels:
-    whether with its classes. world: the ranks that train on them, all of which must call this.
+    whether with its classes. inputs: digests of what a rank has read. world: the ranks that train on them, all of which
+    must call this, and must have read the same.
     """
+    refuse_different(run, spec, stage, inputs, world)
     real = None if data is None else datasets.DataSource(data, stage.batch_size, seed, labels=labels)
     if not stage.pair_shares:
         assert real is not None, "workflow.check lets no such stage through"
@@ -150,18 +179,6 @@ def batches(
     return source if real is None else pairs.Beside(source, real), digests
 
 
-def pair_times(run: RunPaths, spec: RunSpec, name: str) -> list[float] | None:
-    """The times of the states of a train stage's pairs, where all have the same; remembered when they are deleted."""
-    stage = spec.stages[name]
-    assert isinstance(stage, TrainStage)
-    found = [pairs.manifest.read(run.stage(each).pairs) for each in stage.pair_shares]
-    times = [each.times for each in found if each is not None]
-    if len(times) < len(found):
-        kept: list[float] | None = read_json(run.stage(name).times) if run.stage(name).times.exists() else None
-        return kept
-    return times[0] if times and all(each == times[0] for each in times) else None
-
-
 @dataclass(frozen=True)
 class Solving:
     """A pairs stage, with all that its paths depend on."""
@@ -174,21 +191,11 @@ class Solving:
     data_digest: str | None = None
 
     @classmethod
-    def of_run(
-        cls, run: RunPaths, spec: RunSpec, name: str, device: torch.device, *, indexed: bool = False
-    ) -> "Solving":
-        """Of the stage `name` of a run, whose teacher is there. indexed: as of `data.load`."""
-        stage = spec.stages[name]
-        assert isinstance(stage, PairsStage)
-        found = teacher(run, spec, stage.teacher, device)
-        assert found is not None, "workflow.check lets no such stage through"
-        of_data = stage.paths in pairspec.OF_DATA
-        store = run.root.parent
-        folder = run.root if indexed else store
-        data = datasets.load(spec.data, spec.seed, folder, indexed=indexed) if of_data else None
-        law = teacher(run, spec, None, torch.device("cpu")) if of_data and data is None else None
-        stage = schedules.with_times(stage, found, store, device)
-        return cls.of(found, stage, seed=key(spec.seed, name), device=device, data=data, law=law)
+    def of_run(cls, run: RunPaths, stage: PairsStage, inputs: Inputs, seed: int, device: torch.device) -> "Solving":
+        """Of a stage of a run, with its `load`ed inputs."""
+        assert inputs.teacher is not None, "workflow.check lets no such stage through"
+        stage = schedules.with_times(stage, inputs.teacher, run.root.parent, device)
+        return cls.of(inputs.teacher, stage, seed=seed, device=device, data=inputs.data, law=inputs.own)
 
     @classmethod
     def of(
@@ -202,7 +209,7 @@ class Solving:
         law: LoadedTeacher | None,
     ) -> "Solving":
         """data, or a law in closed form: of paths that begin with data."""
-        if stage.paths not in pairspec.OF_DATA:
+        if stage.paths not in OF_DATA:
             return cls(teacher, stage, seed, device)
         if data is not None:
             check_shapes(teacher, data)

@@ -7,6 +7,7 @@ images (samples shown to the optimizer), never in steps. How a run is executed s
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -41,8 +42,10 @@ from distill.fieldtypes import (
     Steps,
 )
 from distill.frozen import Frozen
-from distill.kinds import ReferenceName, SolverName
+from distill.kinds import SOLVERS, ReferenceName, SolverName, per_velocity
 
+OF_DATA, WITH_STATES = ("forward", "segments"), ("trajectories", "segments")  # paths of a pairs stage
+STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 FINE, SAMPLES, SEED = 100, 100, 0  # what optimal times are found by, where nothing else is asked for
 
 
@@ -95,6 +98,11 @@ class CheckpointTeacher(Frozen):
     """folder of a scheduler config, where the checkpoint is a single model folder without one"""
     null_class: int | None = None
     """class id of the unconditional call; null: what distill.json says, else guidance is refused"""
+
+    @property
+    def is_of_hub(self) -> bool:
+        """Whether its path is a hub id, not a place here."""
+        return is_hub_id(self.path)
 
 
 TeacherSpec = Annotated[GaussianTeacher | MixtureTeacher | CheckpointTeacher, Field(discriminator="kind")]
@@ -233,6 +241,32 @@ class PairsStage(Frozen):
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the teacher"""
 
+    @property
+    def network_calls(self) -> float:
+        """Calls of the teacher's network for one pair, guidance counted; of segments on average."""
+        solver = SOLVERS[self.solver]
+        calls = solver.calls_inverting if self.paths == "forward" else solver.calls
+        assert calls is not None, "workflow.check lets no such stage through"
+        segments = max(1, len(self.times or []) - 1) if self.paths == "segments" else 1
+        return per_velocity(self.guidance_scale) * calls(self.steps) / segments
+
+    @property
+    def times_of_states(self) -> list[float] | None:
+        """Of a trajectory; uniform ones in place of the optimal, which are found when the pairs are made."""
+        steps = self.optimal_times
+        return self.times if steps is None else [(steps - i) / steps for i in range(steps + 1)]
+
+    @property
+    def num_states(self) -> int:
+        """Of each path, its ends included."""
+        return len(self.times_of_states or [1, 0]) if self.paths == "trajectories" else 2
+
+    def bytes_per_pair(self, shape: Sequence[int]) -> int:
+        """On disk, headers and labels aside. shape: of one sample."""
+        states = 1 if self.paths == "segments" else self.num_states - 2
+        stored = (1 + states) * STORED_BYTES[self.dtype]
+        return math.prod(shape) * (stored + (4 if self.store_noise or self.paths == "forward" else 0))
+
 
 class EvaluateStage(Frozen):
     """Measure the teacher and the students at several numbers of steps, and write the report."""
@@ -341,6 +375,13 @@ class RunSpec(Frozen):
     stages: dict[Name, Stage]
     """in the order in which they run"""
     launch: LaunchSpec = LaunchSpec()
+
+    @property
+    def hub_inputs(self) -> set[str]:
+        """What of it is named by hub id: "teacher", "data"; nobody is asked."""
+        teacher = isinstance(self.teacher, CheckpointTeacher) and self.teacher.is_of_hub
+        data = isinstance(self.data, HfData) and self.data.is_of_hub
+        return {name for name, is_of_hub in (("teacher", teacher), ("data", data)) if is_of_hub}
 
     def digest(self) -> str:
         """sha256 over everything but `launch` and the run's name: same digest, same numbers."""

@@ -4,7 +4,7 @@ What evaluates is imported where it is used: the libraries of its metrics take s
 """
 
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -15,8 +15,9 @@ from distill import card as cards
 from distill import (
     checkpoint,
     engine,
+    evalspec,
     memory,
-    pairs,
+    pairspec,
     preflight,
     resolved,
     results,
@@ -55,7 +56,7 @@ class Work:
     resolved: Resolved
     name: str
     device: torch.device
-    stop: StopRequest
+    stop: StopRequest = field(default_factory=StopRequest)
     world: World = ALONE
     measure: bool = False
     part: tuple[int, int] | None = None
@@ -68,6 +69,10 @@ class Work:
     def seed(self) -> int:
         """Every stage draws from a stream of its own."""
         return key(self.spec.seed, self.name)
+
+    def inputs(self, device: torch.device | None = None, *, indexed: bool = True) -> sources.Inputs:
+        """What the stage computes from. device: of its teacher; None: that of the stage. indexed: as of `data.load`."""
+        return sources.load(self.run, self.resolved, self.name, device or self.device, indexed=indexed)
 
     def progress(self, total: int, unit: str) -> Progress:
         return Progress(self.name, total, unit, self.run if self.world.first and self.part is None else None)
@@ -161,6 +166,7 @@ class Training:
     teacher: LoadedTeacher | None
     init: StudentInit
     card: StudentCard
+    times: list[float] | None  # of the states of its pairs, if all have the same
     data: DataSet | None  # real data of the batches
     inputs: dict[str, str]  # digests
     calls: Counted | None  # of the teacher by the recipe, where they are counted
@@ -168,14 +174,11 @@ class Training:
 
 def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
     """device: of the teacher, and of weights that start as its."""
-    asked = work.resolved.recipes[work.name]
-    teacher = sources.teacher(work.run, work.spec, stage.teacher, device) if "teacher" in asked.needs else None
+    asked, inputs = work.resolved.recipes[work.name], work.inputs(device)
+    teacher, data = inputs.teacher, inputs.data
     if teacher is not None:
         teacher = teacher_on_linear_path(teacher)
     origin = loaded.load(work.run.student(stage.init), device) if stage.init is not None else teacher
-    data = None
-    if "data" in asked.needs:
-        data = datasets.load(work.spec.data, work.spec.seed, work.run.root, indexed=True)
     init = preflight.start(stage, asked, teacher, origin, data, work.seed)
     calls = Counted(teacher.field) if teacher is not None and work.measure else None
     called = teacher if teacher is None or calls is None else replace(teacher, field=calls)
@@ -191,7 +194,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
         license="" if teacher is None else teacher.license,
         kind=asked.config.student,
         sampler=recipe.sampler,
-        t_grids=preflight.t_grids(work.spec, work.name, recipe, sources.pair_times(work.run, work.spec, work.name)),
+        t_grids=preflight.t_grids(work.spec, work.name, recipe, inputs.times),
         shape=init.shape,
         num_classes=init.num_classes,
         null_class=init.null_class,
@@ -200,9 +203,9 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
         weights=stage.export,
         images=stage.images,
     )
-    inputs = {"teacher": teacher, "init": origin, "data": data}
-    digests = {name: each.digest for name, each in inputs.items() if each is not None}
-    return Training(recipe, teacher, init, card, data, digests, calls)
+    read = {"teacher": teacher, "init": origin, "data": data}
+    digests = {name: each.digest for name, each in read.items() if each is not None}
+    return Training(recipe, teacher, init, card, inputs.times, data, digests, calls)
 
 
 def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -> float:
@@ -217,15 +220,15 @@ def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -
 def _train(work: Work, stage: TrainStage) -> dict[str, object]:
     launch = work.spec.launch
     training = _training(work, stage, CPU if launch.divide_teacher else work.device)  # whole, it might not fit there
-    sources.refuse_different(work.run, work.spec, stage, training.inputs, work.world)
     zero = Zero.of(launch)
     probe = memory.Probe(zero, work.world.size) if work.measure else None
-    times = sources.pair_times(work.run, work.spec, work.name)
-    if work.world.first and times is not None:
-        write_json(work.run.stage(work.name).times, times)  # an export needs them when the pairs are deleted
+    if work.world.first and training.times is not None:
+        write_json(work.run.stage(work.name).times, training.times)  # an export needs them when the pairs are deleted
     source, digests = sources.batches(
         work.run,
+        work.spec,
         stage,
+        training.inputs,
         seed=work.seed,
         data=training.data,
         labels=training.init.num_classes is not None,
@@ -294,7 +297,7 @@ def export_checkpoint(
     checkpoints = paths.stage(name).checkpoints
     if not checkpoint.complete(checkpoints):
         raise InputError(f"stage '{name}' of run '{paths.name}' has no checkpoint yet; wait for the first one")
-    work = Work(paths, resolved.of_run(spec, paths.root), name, CPU, StopRequest())
+    work = Work(paths, resolved.of_run(spec, paths.root), name, CPU)
     _export(work, stage, weights, folder, step=step)
 
 
@@ -322,19 +325,34 @@ def _export(
     export(student.module, folder, training.card.model_copy(update={"weights": weights, "images": images}))
 
 
+def solving(work: Work, *, indexed: bool = True) -> sources.Solving:
+    """A pairs stage, whose teacher is there, with all that its paths depend on. indexed: as of `data.load`."""
+    stage = work.spec.stages[work.name]
+    assert isinstance(stage, PairsStage)
+    return sources.Solving.of_run(work.run, stage, work.inputs(indexed=indexed), work.seed, work.device)
+
+
 def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
     folder = work.run.stage(work.name).pairs
-    with work.progress(pairs.size(stage, work.part), "pairs") as progress:
-        solving = sources.Solving.of_run(work.run, work.spec, work.name, work.device, indexed=True)
-        solving.generate(folder, progress, work.stop, work.part)
+    with work.progress(pairspec.size(stage, work.part), "pairs") as progress:
+        solving(work).generate(folder, progress, work.stop, work.part)
     return {"count": stage.count, "pairs": str(folder)}
 
 
 def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
     from distill import evaluate, report, straightened
 
-    with work.progress(evaluate.total(stage), "samples") as progress:
-        found = evaluate.evaluate(work.run, work.spec, work.name, device=work.device, progress=progress, stop=work.stop)
+    with work.progress(evalspec.num_samples(stage), "samples") as progress:
+        found = evaluate.evaluate(
+            work.run,
+            work.name,
+            stage,
+            work.inputs(),
+            seed=work.seed,
+            device=work.device,
+            progress=progress,
+            stop=work.stop,
+        )
         straightened.say(found, work.run, progress)
     for student in stage.students:
         _say_measured(work.run, found, student)

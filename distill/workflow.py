@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from distill import imagefolder, jobs, pairspec, registry, resolved, specfile, trainspec
+from distill import imagefolder, jobs, pairspec, resolved, specfile, trainspec
 from distill.guard import InputError, expanded, suggest
 from distill.kinds import STUDENTS
 from distill.resolved import Resolved, ResolvedRecipe
 from distill.spec import (
     FINE,
+    OF_DATA,
     CheckpointTeacher,
     EvaluateStage,
     GaussianTeacher,
@@ -21,7 +22,6 @@ from distill.spec import (
     RunSpec,
     Stage,
     TrainStage,
-    is_hub_id,
     is_path,
 )
 from distill.store import RunPaths
@@ -91,12 +91,11 @@ def _mistakes(found: Resolved) -> Iterator[str]:
             recipe = found.recipes[name]
             used |= recipe.needs if stage.teacher is None else recipe.needs - {"teacher"}
             yield from _recipe(stage, recipe, where)
-            yield from _train(found, stage, recipe.needs, where)
+            yield from _train(found, stage, recipe, where)
             yield from _guidance(found, stage, recipe.guidance_scale, f"{where}.options")
-            yield from trainspec.lengths(spec, stage, registry.rows_together(recipe.config), where)
         elif isinstance(stage, PairsStage):
             used |= {"teacher"} if stage.teacher is None else set()
-            used |= {"data"} if stage.paths in pairspec.OF_DATA else set()
+            used |= {"data"} if stage.paths in OF_DATA else set()
             yield from _pairs(found, stage, where)
             yield from _guidance(found, stage, stage.guidance_scale, where)
         else:
@@ -158,7 +157,7 @@ def teacher_mistakes(spec: RunSpec) -> Iterator[str]:
             yield f"teacher.weights: {len(teacher.weights)} given for {len(teacher.means)} components"
     elif isinstance(teacher, CheckpointTeacher):
         local = expanded(teacher.path)
-        if not local.exists() and not is_hub_id(teacher.path):
+        if not local.exists() and not teacher.is_of_hub:
             yield f"teacher.path: there is no folder {teacher.path}; give a checkpoint's folder or a hub id (org/name)"
     if size and not isinstance(spec.data, NoData):
         yield (
@@ -227,8 +226,8 @@ def _has_classes(spec: RunSpec) -> bool:
     return data.label_column is not None if isinstance(data, HfData) else not isinstance(data, NoData)
 
 
-def _train(found: Resolved, stage: TrainStage, needs: frozenset[str], where: str) -> Iterator[str]:
-    spec, recipe = found.spec, stage.recipe
+def _train(found: Resolved, stage: TrainStage, resolved: ResolvedRecipe, where: str) -> Iterator[str]:
+    spec, recipe, needs = found.spec, stage.recipe, resolved.needs
     if "jvp" in needs and spec.launch.zero_stage == 3:
         yield (
             f"{where}: {recipe} takes forward-mode derivatives (jvp), which cannot pass through the hooks by which "
@@ -264,6 +263,7 @@ def _train(found: Resolved, stage: TrainStage, needs: frozenset[str], where: str
         )
     if stage.network is not None:
         yield from trainspec.network(spec, stage, stage.network, f"{where}.network")
+    yield from trainspec.lengths(spec, stage, resolved.rows_together, where)
 
 
 def _launch(spec: RunSpec) -> Iterator[str]:
@@ -290,7 +290,7 @@ def _pairs(found: Resolved, stage: PairsStage, where: str) -> Iterator[str]:
     if stage.teacher is None and spec.teacher is None:
         yield f"{where}: pairs need a teacher; give {where}.teacher (a train stage), or the spec's teacher"
     known = found.has_exact_teacher or not isinstance(spec.data, NoData)
-    if stage.paths in pairspec.OF_DATA and not known:
+    if stage.paths in OF_DATA and not known:
         yield f"{where}.paths: {stage.paths} begin with real data; the spec has none; e.g. data: {{kind: digits}}"
     yield from pairspec.mistakes(stage, f"{where}.")
 

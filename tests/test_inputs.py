@@ -377,7 +377,7 @@ def test_a_run_that_goes_on_keeps_its_commits(tmp_path, capfd):
     write_atomic(before.folder(tmp_path) / "input.json", '{"bytes": 5}')
     os.utime(before.folder(tmp_path), (0, 0))
     given = RunSpec.model_validate(spec("one", teacher=TINY | {"revision": "v2"}))
-    assert inputs.kinds(given) == {"teacher"}
+    assert given.hub_inputs == {"teacher"}
     assert inputs.resolve(given, tmp_path, [before]) == [before]
     assert capfd.readouterr().err == f"teacher org/tiny@cccccccccccc: 5 B in {tmp_path}/inputs/{digest}\n"
     assert inputs.unused(tmp_path) == [], "it was asked for lately"
@@ -387,7 +387,7 @@ def test_a_spec_without_hub_ids_has_no_inputs(tmp_path):
     given = RunSpec.model_validate(spec("one", teacher={"kind": "diffusers", "path": str(tmp_path)}))
     assert inputs.resolve(given, tmp_path / "store") == []
     assert not (tmp_path / "store").exists()
-    assert inputs.kinds(given) == set()
+    assert given.hub_inputs == set()
     assert inputs.environment(set(), tmp_path) == {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 

@@ -14,7 +14,8 @@ from distill import claims, jobs
 from distill.atomic import write_json
 from distill.guard import InputError, Stopped
 from distill.launch import slurm, standing
-from distill.pairs import generate, size
+from distill.pairs import generate
+from distill.pairspec import size
 from distill.progress import Progress
 from distill.spec import GaussianTeacher, PairsStage
 from distill.stop import StopRequest

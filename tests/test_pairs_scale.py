@@ -11,9 +11,9 @@ import torch
 from distill import draws, pairspec
 from distill.draws import Rows
 from distill.guard import InputError
-from distill.pairs import PairSet, PairSource, generate, size
+from distill.pairs import PairSet, PairSource, generate
 from distill.pairs.manifest import file_sha256
-from distill.pairspec import Layout
+from distill.pairspec import Layout, size
 from distill.progress import Progress
 from distill.spec import GaussianTeacher, PairsStage
 from distill.stop import StopRequest

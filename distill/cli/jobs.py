@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -205,7 +206,8 @@ def submit_new(
     inputs.link(run)
     try:
         with claims.claim(run, "submit"):
-            _queue(run, source.spec, queue.plans(run, source.spec, list(source.spec.stages)), site, code)
+            where = _where(run, {each.what for each in found}, site, code)
+            _say_queued(run, source.spec.launch, queue.submit(run, source.spec, list(source.spec.stages), where))
     except InputError:
         shutil.rmtree(run.root)
         raise
@@ -248,36 +250,30 @@ def submit_again(
             say(f"there is nothing to submit for run '{run.name}'" + ("" if live else ": all stages are done"))
             return
         _keep_code(run, code)
-        inputs.keep(run, inputs.resolve(content, folder, inputs.read(run)))
-        _queue(run, content, queue.plans(run, content, todo, parted), site, code)
+        found = inputs.resolve(content, folder, inputs.read(run))
+        inputs.keep(run, found)
+        where = _where(run, {each.what for each in found}, site, code)
+        _say_queued(run, content.launch, queue.submit(run, content, todo, where, parted))
 
 
-def _queue(
-    run: RunPaths,
-    spec: "distill.spec.RunSpec",
-    planned: "list[distill.launch.script.Plan]",
-    site: "distill.launch.site.SiteSource",
-    code: str,
+def _say_queued(
+    run: RunPaths, launch: "distill.spec.LaunchSpec", sent: "Mapping[str, distill.launch.script.Plan]"
 ) -> None:
-    from distill.launch import submit as queue
-
-    where = _where(run, spec, site, code)
-    sent = queue.submit(run, spec, planned, where)
     say(f"run '{run.name}' in {near(run.root)}")
-    rows = [[sent[plan.name], *queue.described(plan, spec)] for plan in planned]
+    rows = [[job, *plan.described(launch)] for job, plan in sent.items()]
     print_table(["job", "name", "computes", "nodes x processes", "after"], rows)
     say(f"follow it: distill status {run.name}    distill logs {run.name} -f")
 
 
 def _where(
-    run: RunPaths, spec: "distill.spec.RunSpec", site: "distill.launch.site.SiteSource", code: str
+    run: RunPaths, from_hub: Collection[str], site: "distill.launch.site.SiteSource", code: str
 ) -> "distill.launch.script.Where":
+    """from_hub: which inputs of the run were fetched for its jobs."""
     from distill import inputs
     from distill.launch import environment
     from distill.launch.script import Where
 
-    found = inputs.environment(inputs.kinds(spec), run.root)
-    return Where(site, run.code if code == "run" else environment.ROOT, found)
+    return Where(site, run.code if code == "run" else environment.ROOT, inputs.environment(from_hub, run.root))
 
 
 def _keep_code(run: RunPaths, code: str) -> None:
@@ -311,9 +307,9 @@ def _dry_run(
     queue.check_container(source.spec, site)
     checked = start.checked(source, here=False, store=folder).resolved.spec
     todo = workflow.pending(run, checked)
-    where = _where(run, checked, site, code)
+    where = _where(run, checked.hub_inputs, site, code)
     plans = queue.plans(run, checked, todo)
-    scripts = [script.job(run, checked, plan, where) for plan in plans]
+    scripts = [script.job(run, checked.launch, plan, where) for plan in plans]
     for plan, text in zip(plans, scripts, strict=True):
         waits = f"  (after {', '.join(plan.after)})" if plan.after else ""
         say(f"# --- {plan.name}.sbatch{waits} ---")

@@ -13,6 +13,7 @@ from distill.cli.common import StoreOption, check_out, near, read_share, store_p
 from distill.cli.stage import compute
 from distill.guard import InputError, suggest
 from distill.printing import say
+from distill.spec import OF_DATA
 from distill.store import RunPaths
 
 if TYPE_CHECKING:
@@ -136,14 +137,13 @@ def _of_teacher(
     for mistake in pairspec.mistakes(stage, ""):
         raise InputError(meant.as_option(mistake))
     _refuse_empty(share, stage)
-    if data is not None and stage.paths not in pairspec.OF_DATA:
+    if data is not None and stage.paths not in OF_DATA:
         raise InputError(f"--data: {stage.paths} paths begin with noise, so it has no effect; remove it")
     real = NoData(kind="none") if data is None else meant.data(data)
     if out is not None:
         check_out(out)
     where = meant.teacher(given, store)
     from distill import data as datasets
-    from distill import pairs as pair_sets
     from distill import schedules, teachers
     from distill.progress import Progress
     from distill.sources import Solving, note_labels
@@ -152,19 +152,19 @@ def _of_teacher(
     place = meant.device(device)
     teacher, real_data = teachers.load(where, place), datasets.load(real, seed)
     stage = schedules.with_times(stage, teacher, store, place)
-    if stage.paths in pairspec.OF_DATA and real_data is None and teacher.exact_data is None:
+    if stage.paths in OF_DATA and real_data is None and teacher.exact_data is None:
         raise InputError(f"--data is missing: {stage.paths} paths begin with real data, e.g. --data digits")
-    if stage.paths in pairspec.OF_DATA and real_data is not None:
+    if stage.paths in OF_DATA and real_data is not None:
         note_labels(teacher, real_data)
     solving = Solving.of(teacher, stage, seed=seed, device=place, data=real_data, law=teacher)
     if check:
         say(solving.accuracy().describe())
         return
     assert out is not None
-    with StopRequest() as stop, Progress("pairs", pair_sets.size(stage, share), "pairs", None) as progress:
+    with StopRequest() as stop, Progress("pairs", pairspec.size(stage, share), "pairs", None) as progress:
         solving.generate(out, progress, stop, share)
     which = "" if share is None else f" (part {share[0] + 1} of {share[1]})"
-    say(f"{pair_sets.size(stage, share):,} pairs of {teacher.description} in {near(out.absolute())}{which}")
+    say(f"{pairspec.size(stage, share):,} pairs of {teacher.description} in {near(out.absolute())}{which}")
     say(_told(out))
 
 
@@ -187,10 +187,10 @@ def _of_spec(
             f"distill run {f'{near(run.root)} --resume' if run.root.exists() else given}"
         )
     if check:
-        from distill import stages
-        from distill.sources import Solving
+        from distill import resolved, stages
 
-        say(Solving.of_run(run, spec, chosen, stages.place(spec.launch)).accuracy().describe())
+        work = stages.Work(run, resolved.of_run(spec, run.root), chosen, stages.place(spec.launch))
+        say(stages.solving(work, indexed=False).accuracy().describe())
         return
     from distill.launch import tasks
 

@@ -194,5 +194,5 @@ def _dry_run(
     say(f"writes {human(size)} into {near(run.root)}{taken}; {human(space.free(folder))} are free")
     if site is not None:
         planned = queue.plans(run, spec, list(spec.stages))
-        rows = [list(queue.described(plan, spec)) for plan in planned]
+        rows = [plan.described(spec.launch) for plan in planned]
         print_table(["job", "computes", "nodes x processes", "after"], rows)

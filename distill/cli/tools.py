@@ -97,14 +97,14 @@ def evaluate(
     data_spec = given.data(data) if data else given.data_of(folder)
     check_out(out)
     from distill import data as datasets
+    from distill import evalspec, results, teachers
     from distill import evaluate as evaluation
-    from distill import results, teachers
     from distill.progress import Progress
     from distill.stop import StopRequest
     from distill.students import loaded as student_folders
 
     place = given.device(device)
-    total = evaluation.total(stage)
+    total = evalspec.num_samples(stage)
     with StopRequest() as stop, Progress("evaluate", total, "samples", None) as progress:
         loaded = teachers.load(teacher_spec, place)
         students = {"student": student_folders.load(folder, place)}

@@ -44,9 +44,8 @@ def update_index(spec: DataSpec, store: Path, run: Path | None = None) -> None:
     """
     if not isinstance(spec, ImagesData | HfData):
         return
-    imagefolder.check_path(spec.path)
-    shared = index.path(store, spec)
-    own = None if run is None else index.path(run, spec)
+    shared = _place(spec, store)
+    own = None if run is None else _place(spec, run)
     kept = None if own is None else index.read(own)
     known = kept or index.read(shared)
     _, now = _indexed(spec, known)
@@ -62,8 +61,7 @@ def update_index(spec: DataSpec, store: Path, run: Path | None = None) -> None:
 
 
 def _images(spec: ImagesData | HfData, seed: int, folder: Path | None, keep: bool, indexed: bool) -> ImageData:
-    imagefolder.check_path(spec.path)
-    known = None if folder is None else index.read(index.path(folder, spec))
+    known = None if folder is None else index.read(_place(spec, folder))
     if indexed and known is not None:
         rows = _rows(spec, known)
     else:
@@ -76,9 +74,15 @@ def _images(spec: ImagesData | HfData, seed: int, folder: Path | None, keep: boo
     return _LOADED.get(key, loaded)
 
 
+def _place(spec: ImagesData | HfData, folder: Path) -> Path:
+    """Where a store or a run keeps the index of a set."""
+    spec.refuse_hidden_place()
+    return index.path(folder, spec)
+
+
 def _indexed(spec: ImagesData | HfData, known: Index | None) -> tuple[Rows, Index]:
     """The set as it is now, and its index."""
-    place = index.path(Path(), spec)
+    place = _place(spec, Path())
     found = _found(spec)
     now = index.make(found, _INDEXES.get(place, known), flatten=spec.background is not None)
     _INDEXES[place] = now

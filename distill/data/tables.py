@@ -9,6 +9,7 @@ from urllib.parse import quote
 
 import datasets
 from datasets import Dataset, DatasetDict
+from huggingface_hub import constants
 
 from distill import hub, imagefolder
 from distill.data.index import Found
@@ -147,24 +148,30 @@ def _readable(spec: HfData) -> Iterator[None]:
 # --- by hub id ---
 
 
-def is_id(spec: HfData) -> bool:
-    """Whether the path is no place here."""
-    return not Path(spec.path).exists()
+def repository(spec: HfData, commit: str | None = None) -> hub.Repository:
+    """What a data set by hub id reads. commit: None for the one that its revision stands for now."""
+    if commit is None:
+        with _readable(spec):
+            commit = hub.commit("dataset", spec.path, spec.revision)
+    pinned = spec.model_copy(update={"revision": commit})
 
+    def needs(folder: Path) -> list[tuple[Path, int]]:
+        """The files of all splits are read before there are rows."""
+        with _readable(pinned):
+            found = datasets.load_dataset_builder(pinned.path, revision=commit).config.data_files or {}
+            names = {url.partition(f"@{commit}/")[2] for urls in found.values() for url in urls}
+            files = [file for file in hub.files("dataset", pinned.path, commit) if file.name in names]
+        missing = sum(file.bytes for file in files if not file.cached)
+        rows = sum(file.bytes for file in files)  # at least: files may be compressed
+        caches = datasets.config.HF_DATASETS_CACHE
+        return [(Path(constants.HF_HUB_CACHE), missing), (Path(caches), rows), (folder, rows)]
 
-def commit(spec: HfData) -> str:
-    """What its revision stands for now."""
-    with _readable(spec):
-        return hub.commit("dataset", spec.path, spec.revision)
+    def copy(folder: Path) -> None:
+        """Rows with their images in them: those of the cache may be paths into it, and are read under a lock."""
+        open_rows(pinned).save_to_disk(str(folder))
 
-
-def files(spec: HfData) -> list[hub.File]:
-    """Of the commit that is the spec's revision, what is read before there are rows: the files of all splits."""
-    assert spec.revision is not None
-    with _readable(spec):
-        found = datasets.load_dataset_builder(spec.path, revision=spec.revision).config.data_files or {}
-        names = {url.partition(f"@{spec.revision}/")[2] for urls in found.values() for url in urls}
-        return [file for file in hub.files("dataset", spec.path, spec.revision) if file.name in names]
+    part, link = [spec.split], f"datasets/{fetched(spec)}"
+    return hub.Repository("data", spec.path, spec.revision, commit, part, link, needs, copy)
 
 
 def fetched(spec: HfData) -> str:

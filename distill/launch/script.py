@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ import jinja2
 from distill.guard import InputError, is_line
 from distill.launch import environment
 from distill.launch.site import Site, SiteSource
-from distill.spec import RunSpec, SlurmSpec, TrainStage
+from distill.spec import LaunchSpec, SlurmSpec
 from distill.store import RunPaths
 
 TEMPLATES = environment.ROOT / "slurm"
@@ -34,6 +34,16 @@ class Plan:
     """of the array; null: one job"""
     after: list[str]
     """names of jobs of the same submission that must end well first"""
+    needs: Collection[str] = ()
+    """stages, of this submission or an earlier one, that must be done first"""
+    trains: bool = True
+    """whether a stage of it trains: others compute in one process"""
+
+    def described(self, launch: LaunchSpec) -> list[str]:
+        """A row for people: name, what it computes, on what, after which jobs."""
+        where = f"{launch.nodes} x {launch.procs}" if self.trains else "1 x 1"
+        kind = f"array of {len(self.parts)}" if self.parts else ", ".join(self.stages)
+        return [self.name, kind, where, ", ".join(self.after)]
 
 
 @dataclass(frozen=True)
@@ -47,13 +57,13 @@ class Where:
     """variables that lead to what the run reads from a hub"""
 
 
-def job(run: RunPaths, spec: RunSpec, plan: Plan, where: Where) -> str:
+def job(run: RunPaths, launch: LaunchSpec, plan: Plan, where: Where) -> str:
     """The script of a job of a run."""
-    options = spec.launch.slurm
+    options = launch.slurm
     parts = f", parts {', '.join(map(str, plan.parts))} of {options.pairs_jobs}" if plan.parts else ""
     return _render(
         "job.sbatch",
-        _header(run, spec, plan, where.site.site),
+        _header(run, launch, plan, where.site.site),
         where,
         options.container,
         run.root.parent,
@@ -128,9 +138,8 @@ def _render(
     )
 
 
-def _header(run: RunPaths, spec: RunSpec, plan: Plan, site: Site) -> list[str]:
-    options, launch = spec.launch.slurm, spec.launch
-    trains = any(isinstance(spec.stages[name], TrainStage) for name in plan.stages)
+def _header(run: RunPaths, launch: LaunchSpec, plan: Plan, site: Site) -> list[str]:
+    options, trains = launch.slurm, plan.trains
     gpus = options.gpus_per_node if trains else min(1, options.gpus_per_node)
     given = {
         "job-name": f"{run.name}.{plan.name}",

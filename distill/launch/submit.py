@@ -18,18 +18,21 @@ def plans(run: RunPaths, spec: RunSpec, stages: Sequence[str], parted: Collectio
     parted: pairs stages whose parts are under way already.
     """
     options = spec.launch.slurm
+    needs = {name: [target for _, target, _ in workflow.references(spec.stages[name])] for name in stages}
     if options.one_job:
-        return [Plan("all", list(stages), None, [])] if stages else []
+        trains = any(isinstance(spec.stages[name], TrainStage) for name in stages)
+        others = {target for each in needs.values() for target in each}
+        return [Plan("all", list(stages), None, [], others, trains)] if stages else []
     found: list[Plan] = []
     for name in stages:
         stage = spec.stages[name]
-        after = [target for _, target, _ in workflow.references(stage) if target in stages]
+        after = [target for target in needs[name] if target in stages]
         if isinstance(stage, PairsStage) and options.pairs_jobs > 1 and name not in parted:
             missing = jobs.missing_parts(stage, run.stage(name).pairs, options.pairs_jobs)
             if missing:
-                found.append(Plan(f"{name}.parts", [name], missing, after))
+                found.append(Plan(f"{name}.parts", [name], missing, after, needs[name], trains=False))
                 after = [f"{name}.parts"]
-        found.append(Plan(name, [name], None, list(dict.fromkeys(after))))
+        found.append(Plan(name, [name], None, list(dict.fromkeys(after)), needs[name], isinstance(stage, TrainStage)))
     return found
 
 
@@ -63,11 +66,13 @@ def check_container(spec: RunSpec, site: SiteSource) -> None:
         )
 
 
-def submit(run: RunPaths, spec: RunSpec, planned: Sequence[Plan], where: Where) -> dict[str, str]:
-    """Queue jobs, each after those that it needs: their numbers by name. All of them, or none."""
+def submit(
+    run: RunPaths, spec: RunSpec, stages: Sequence[str], where: Where, parted: Collection[str] = ()
+) -> dict[str, Plan]:
+    """Queue the `plans` of these stages as jobs, each after those that it needs: by their numbers. All, or none."""
     sent: dict[str, str] = {}
-    live = live_jobs(run)
-    scripts = {plan.name: script.job(run, spec, plan, where) for plan in planned}  # all can be written, or none is
+    live, planned = live_jobs(run), plans(run, spec, stages, parted)
+    scripts = {plan.name: script.job(run, spec.launch, plan, where) for plan in planned}
     try:
         run.jobs.mkdir(exist_ok=True)
         run.logs.mkdir(exist_ok=True)
@@ -76,8 +81,7 @@ def submit(run: RunPaths, spec: RunSpec, planned: Sequence[Plan], where: Where) 
             write_atomic(path, scripts[plan.name])
             write_json(path.with_suffix(".json"), {"stages": plan.stages, "parts": plan.parts})
             after = [sent[name] for name in plan.after if name in sent]
-            needs = {target for name in plan.stages for _, target, _ in workflow.references(spec.stages[name])}
-            needs |= set(plan.stages)  # parts of its own
+            needs = {*plan.needs, *plan.stages}  # the latter: parts of its own
             after += [job.id for job in live if needs & set(job.stages)]
             waits = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
             sent[plan.name] = job = slurm.submit(path, waits)
@@ -90,7 +94,7 @@ def submit(run: RunPaths, spec: RunSpec, planned: Sequence[Plan], where: Where) 
         raise RunError(f"{error}; queued so far: {queued}; resume with: distill submit {run.root} --resume") from error
     current = {"code": str(where.code)} if where.code != run.code else {}
     append_event(run, "submitted", jobs=sent, **current)
-    return sent
+    return {sent[plan.name]: plan for plan in planned}
 
 
 def live_jobs(run: RunPaths) -> list[jobs.Job]:
@@ -122,12 +126,3 @@ def parted(run: RunPaths, spec: RunSpec, live: Sequence[jobs.Job]) -> list[str]:
                     f"or: distill cancel {run.name}"
                 )
     return list(found)
-
-
-def described(plan: Plan, spec: RunSpec) -> Sequence[str]:
-    """A row for people: name, what it computes, on what."""
-    launch = spec.launch
-    trains = any(isinstance(spec.stages[name], TrainStage) for name in plan.stages)
-    where = f"{launch.nodes} x {launch.procs}" if trains else "1 x 1"
-    kind = f"array of {len(plan.parts)}" if plan.parts else ", ".join(plan.stages)
-    return [plan.name, kind, where, ", ".join(plan.after)]

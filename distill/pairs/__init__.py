@@ -1,8 +1,8 @@
 """Pairs (noise, data = ODE(noise)) of a teacher: solved once, stored in shards, streamed in constant memory."""
 
-from distill.pairs.generate import generate, plan, size
+from distill.pairs.generate import generate, plan
 from distill.pairs.manifest import Manifest
 from distill.pairs.mixed import Beside, Mixed
 from distill.pairs.read import PairSet, PairSource
 
-__all__ = ["Beside", "Manifest", "Mixed", "PairSet", "PairSource", "generate", "plan", "size"]
+__all__ = ["Beside", "Manifest", "Mixed", "PairSet", "PairSource", "generate", "plan"]

@@ -57,7 +57,7 @@ def generate(
     missing = [number for number in ours if layout.name(number) not in manifest.shards]
     left = sum(len(layout.indices(number)) for number in missing)
     done, kept = layout.pairs(ours) - left, len(ours) - len(missing)
-    space.require(folder, left * pairspec.bytes_per_pair(stage, teacher.shape), f"{left:,} pairs")
+    space.require(folder, left * stage.bytes_per_pair(teacher.shape), f"{left:,} pairs")
     if done == 0 and ours and ours.start == 0:
         accuracy.advise(field, manifest, real, device, folder, progress, stop)
     progress.start(done)
@@ -89,12 +89,6 @@ def generate(
                 path.unlink(missing_ok=True)
 
 
-def size(stage: PairsStage, part: tuple[int, int] | None) -> int:
-    """Pairs of a stage, or of the shards of one part (i, n)."""
-    layout = pairspec.Layout(stage.count, stage.shard)
-    return layout.pairs(layout.part(part))
-
-
 def _judge(manifest: Manifest, progress: Progress) -> None:
     """Say what a finished set's numbers are worth, where that is little."""
     if (rounding := manifest.rounding.relative) > TOLERATED:
@@ -124,7 +118,7 @@ def plan(teacher: LoadedTeacher, stage: PairsStage, seed: int, data_digest: str 
         teacher_digest=teacher.digest,
         solver=stage.solver,
         steps=stage.steps,
-        nfe=pairspec.calls(stage),
+        nfe=stage.network_calls,
         guidance_scale=stage.guidance_scale,
         seed=seed,
         count=stage.count,

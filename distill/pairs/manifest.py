@@ -17,13 +17,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError, model_validator
 
-from distill import draws, pairspec
+from distill import draws
 from distill.atomic import write_json
 from distill.fieldtypes import MAX_SHARD, MAX_SHARDS, MAX_SOLVER_STEPS, Pairs, ShardPairs, SolverSteps
 from distill.guard import InputError, printable
 from distill.pairs.numbers import Rounding, Whiteness
-from distill.pairspec import BYTES, MAX_MANIFEST, Layout
-from distill.spec import Frozen
+from distill.pairspec import MAX_MANIFEST, Layout
+from distill.spec import STORED_BYTES, WITH_STATES, Frozen
 
 CHECKED_NOISE = 16
 MAX_RECORD = 1 << 16  # bytes
@@ -90,10 +90,10 @@ class Manifest(Frozen):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        layout, least = self.layout, math.prod(self.shape) * BYTES[self.dtype]
+        layout, least = self.layout, math.prod(self.shape) * STORED_BYTES[self.dtype]
         if layout.files > MAX_SHARDS:
             raise ValueError(f"count {self.count:,} in files of {self.shard:,}: more than {MAX_SHARDS:,} files")
-        if (self.times is None) == (self.paths in pairspec.WITH_STATES):
+        if (self.times is None) == (self.paths in WITH_STATES):
             raise ValueError(f"times: {self.paths} paths {'need them' if self.times is None else 'have none'}")
         if self.times is not None and not (self.times[0] <= 1 and self.times[-1] >= 0 and _falls(self.times)):
             raise ValueError("times do not go down from at most 1 to at least 0")

@@ -1,11 +1,12 @@
 """Teachers by hub id: the commit that is meant, and the files of it that are read, in the library's cache."""
 
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 
 from distill import hub
 from distill.guard import InputError
@@ -45,18 +46,31 @@ def read_of(name: str, files: Iterable[str], *, weights: bool = True) -> list[st
     return sorted(found)
 
 
-def commit(spec: CheckpointTeacher) -> str:
-    """What its revision stands for now."""
-    with _reachable(spec):
-        return hub.commit("model", spec.path, spec.revision)
+def repository(spec: CheckpointTeacher, commit: str | None = None) -> hub.Repository:
+    """What a teacher by hub id reads. commit: None for the one that its revision stands for now."""
+    if commit is None:
+        with _reachable(spec):
+            commit = hub.commit("model", spec.path, spec.revision)
+    pinned = spec.model_copy(update={"revision": commit})
 
+    def needs(folder: Path) -> list[tuple[Path, int]]:
+        with _reachable(pinned):
+            listed = {file.name: file for file in hub.files("model", pinned.path, commit)}
+        files = [listed[name] for name in read_of(pinned.path, listed)]
+        missing = sum(file.bytes for file in files if not file.cached)
+        return [(Path(constants.HF_HUB_CACHE), missing), (folder, sum(file.bytes for file in files))]
 
-def files(spec: CheckpointTeacher) -> list[hub.File]:
-    """Of the commit that is the spec's revision, what is read; none where the hub must not be asked."""
-    assert spec.revision is not None
-    with _reachable(spec):
-        found = {file.name: file for file in hub.files("model", spec.path, spec.revision)}
-    return [found[name] for name in read_of(spec.path, found)]
+    def copy(folder: Path) -> None:
+        """Through the library's cache, which resumes a download that was cut short, and has what a plan has read."""
+        found = snapshot(pinned)
+        folder.mkdir(parents=True)
+        there = [path.relative_to(found).as_posix() for path in found.rglob("*") if path.is_file()]
+        for name in read_of(pinned.path, there):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(found / name, folder / name)
+
+    link = f"hub/models--{spec.path.replace('/', '--')}/snapshots/{commit}"
+    return hub.Repository("teacher", spec.path, spec.revision, commit, FILES, link, needs, copy)
 
 
 def snapshot(spec: CheckpointTeacher, *, weights: bool = True) -> Path:

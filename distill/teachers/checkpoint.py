@@ -90,7 +90,7 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> Checkpoint
     shape = _shape(path, config)
     num_classes, null_class = _classes(config, parts.student, spec)
     linear_by_construction = network_class in LINEAR_NETWORKS
-    chosen = None if linear_by_construction else files.override(spec) or parts.scheduler
+    chosen = None if linear_by_construction else parts.chosen
     schedule = None if chosen is None else _schedule(spec, chosen, parts.scheduler)
     paths = files.weights(parts.model)
     network = weights.network(parts.model, content, network_class, paths)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from distill.guard import InputError
 from distill.regular import open_regular
-from distill.spec import CheckpointTeacher, is_hub_id
+from distill.spec import CheckpointTeacher
 from distill.teachers import by_id
 from distill.teachers.read import StudentFacts, WeightIndex, checked, components, parse, short, unreadable
 from distill.teachers.variants import ADAPTER, MERGE, STEM, WEIGHTS, listing, no_weights, one_of
@@ -21,6 +21,7 @@ class Parts:
     root: Path  # of the pipeline, if it is one, else of the model
     model: Path  # folder of config.json and the weights
     scheduler: Path | None  # its own scheduler_config.json
+    chosen: Path | None  # the one that counts: that of teacher.scheduler, else its own
     student: StudentFacts
 
 
@@ -31,10 +32,11 @@ def find(spec: CheckpointTeacher) -> Parts:
         return _parts(spec, path)
     if path.exists():
         raise InputError(f"teacher.path={spec.path} is a file; give the folder that holds config.json and safetensors")
-    if not is_hub_id(spec.path):
+    if not spec.is_of_hub:
         raise InputError(f"teacher.path={spec.path} does not exist; give a folder, or a hub id like org/name")
-    _parts(spec, by_id.snapshot(spec, weights=False))  # what is refused is not downloaded
-    return _parts(spec, by_id.snapshot(spec, weights=True))
+    for weights in (False, True):  # what is refused is not downloaded
+        found = _parts(spec, by_id.snapshot(spec, weights=weights))
+    return found
 
 
 def _parts(spec: CheckpointTeacher, folder: Path) -> Parts:
@@ -63,7 +65,7 @@ def _parts(spec: CheckpointTeacher, folder: Path) -> Parts:
     found = next((path for path in (near / SCHEDULER for near in nearby) if _there(path)), None)
     facts = root / STUDENT
     student = checked(StudentFacts, parse(facts), facts) if _there(facts) else StudentFacts()
-    return Parts(root, model, found, student)
+    return Parts(root, model, found, _override(spec) or found, student)
 
 
 def _pipeline(folder: Path) -> Path | None:
@@ -87,7 +89,7 @@ def _nothing(folder: Path) -> str:
     return f"has neither {INDEX} nor {CONFIG}, but {inside}; give a diffusers pipeline folder or model folder"
 
 
-def override(spec: CheckpointTeacher) -> Path | None:
+def _override(spec: CheckpointTeacher) -> Path | None:
     """The scheduler_config.json of teacher.scheduler."""
     if spec.scheduler is None:
         return None

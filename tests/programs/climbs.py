@@ -74,7 +74,7 @@ class Trip:
                 found = owner.type.get(expression.name)
                 node = None if found is None else found.node
         if isinstance(node, nodes.Decorator):
-            node = node.func
+            node = None if node.func.is_property else node.func
         if isinstance(node, nodes.TypeInfo):
             found = node.names.get("__init__")
             node = None if found is None else found.node
