@@ -15,12 +15,12 @@ import yaml
 from pydantic import Field, StrictBool, ValidationError, model_validator
 
 from distill import markdown, records
+from distill.atomic import remove_unfinished, write_atomic
 from distill.fieldtypes import LINE, Count, Label, Line, Number
 from distill.guard import InputError, one_line
 from distill.kinds import SAMPLERS, STUDENTS, SamplerName, StudentName, network_calls
 from distill.regular import open_regular, read_regular
 from distill.spec import Frozen, is_path
-from distill.store import write_atomic
 
 FILE_NAME, README = "distill.json", "README.md"
 MAX_CARD = 1 << 20  # bytes of a distill.json
@@ -193,8 +193,7 @@ def add_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
 
     A value that is not finite is left out: cards hold numbers that can be compared.
     """
-    for left in folder.glob(".*.tmp-*"):  # of a process that was killed
-        left.unlink()
+    remove_unfinished(folder)
     old, finite = read(folder), {name: value for name, value in metrics.items() if math.isfinite(value)}
     card = old.model_copy(update={"metrics": {**old.metrics, **finite}})
     text = readme(card).encode()

@@ -5,7 +5,7 @@
         optimizer.student.safetensors
         ema.student.2000.0.safetensors
         meta.json                       position, settings, environment, sha256 and size of every file
-    checkpoints/step-00001234.tmp-PID   being written   (.trash-PID: being deleted   .damaged: put aside)
+    checkpoints/.step-00001234.tmp-...  being written, or being deleted   (step-00001234.damaged: put aside)
 
 Room is needed for one more than `keep`: the old ones go after the new one is complete. `saving` makes the bytes, and
 has them written while training goes on.
@@ -27,13 +27,13 @@ from safetensors.torch import load as from_bytes
 from torch import Tensor
 
 from distill import lease, space, versions
+from distill.atomic import hidden, new_folder
 from distill.guard import InputError, RunError
 from distill.printing import say_error
 from distill.spec import CheckpointSpec
-from distill.store import sync_dir
 
 COMPLETE = re.compile(r"step-\d{8,}")
-LEFTOVER = re.compile(r"step-\d{8,}\.(tmp|trash)-\d+")
+LEFTOVER = re.compile(r"\.?step-\d{8,}\.(tmp|trash)-.+")  # of any process, also of older versions
 CHUNK = 1 << 24  # bytes that are hashed and written at once: other threads run meanwhile
 Warn = Callable[[str], None]
 Group = tuple[str, Mapping[str, Tensor]]  # its name, its tensors
@@ -261,26 +261,18 @@ class Checkpoints:
         last good checkpoint.
         """
         path = self._path(step)
-        temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
         last = self.last or "none yet"
         try:
             if missing := space.shortage(self.folder, self._size):  # as much as the last one
                 raise RunError(f"cannot save checkpoint {path}: {missing}; last good checkpoint: {last}")
-            if not self.folder.is_dir():
-                self.folder.mkdir(parents=True)
-                sync_dir(self.folder.parent)
-            temporary.mkdir()
-            names = ((f"{group}.safetensors", content) for group, content in files)
-            written = {name: _store(temporary / name, content) for name, content in names}
-            meta = Meta(
-                step=step, images=images, settings=self.settings, environment=self.environment, files=written
-            ).sealed()
-            _store(temporary / "meta.json", meta.model_dump_json(indent=2).encode())
-            sync_dir(temporary)
-            temporary.rename(path)
-            sync_dir(self.folder)
+            with new_folder(path) as new:
+                names = ((f"{group}.safetensors", content) for group, content in files)
+                written = {name: _store(new / name, content) for name, content in names}
+                meta = Meta(
+                    step=step, images=images, settings=self.settings, environment=self.environment, files=written
+                ).sealed()
+                _store(new / "meta.json", meta.model_dump_json(indent=2).encode())
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             raise RunError(f"cannot save checkpoint {path}: {error.strerror}; last good checkpoint: {last}") from error
         self.appeared(step)
         self._size = _bytes(meta)
@@ -308,7 +300,7 @@ class Checkpoints:
     def _prune(self) -> None:
         damaged = [path for path in self.folder.iterdir() if path.name.endswith(".damaged")]
         for path in (*complete(self.folder)[self.spec.keep :], *damaged):
-            trash = path.with_name(f"{path.name}.trash-{os.getpid()}".replace(".damaged", ""))
+            trash = hidden(path)
             path.rename(trash)  # first, so that a kill never leaves half of it under its own name
             shutil.rmtree(trash)
 
@@ -351,7 +343,7 @@ def _store(path: Path, content: bytes | memoryview) -> FileMeta:
             digest.update(content[at : at + CHUNK])
             file.write(content[at : at + CHUNK])
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # here, where no error of writing it can be missed
     return FileMeta(sha256=digest.hexdigest(), size=len(content))
 
 

@@ -29,9 +29,10 @@ from typing import Annotated, NoReturn
 from pydantic import Field, ValidationError
 
 from distill import lease, records
+from distill.atomic import write_atomic
 from distill.guard import EXIT_FAILED, InputError, RunError, printable
 from distill.owners import Owner as Owner  # for all who hold a run
-from distill.store import RunPaths, write_atomic
+from distill.store import RunPaths
 
 GRACE = 2.0  # seconds; a process that was killed a moment ago may still be on its way out
 RECORD = "owner.json"

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from distill import schedules
+from distill.atomic import write_atomic, write_json
 from distill.data import DataSet
 from distill.draws import sample_noise
 from distill.grids import columns_for, images_png, scatter_png
@@ -39,7 +40,7 @@ from distill.solvers import straightness
 from distill.sources import Inputs
 from distill.spec import EvaluateStage
 from distill.stop import StopRequest
-from distill.store import RunPaths, read_json, write_atomic, write_json
+from distill.store import RunPaths, read_json
 from distill.students import loaded
 from distill.students.loaded import LoadedStudent
 from distill.students.velocity import VelocityStudent

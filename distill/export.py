@@ -6,8 +6,6 @@ The same weights and card give the same bytes, so that students can be compared 
 import contextlib
 import copy
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,12 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from distill import card as cards
-from distill import lease
+from distill.atomic import new_folder
 from distill.card import StudentCard
 from distill.draws import sample_labels, sample_noise
 from distill.guard import RunError
 from distill.sampling import by_sampler, fresh_noises, grid, num_fresh
-from distill.store import sync_dir, sync_tree
 from distill.students import shipped
 from distill.students.loaded import KINDS, Student
 from distill.students.velocity import TIME_SCALE
@@ -41,21 +38,16 @@ def export(student: Student, folder: Path, card: StudentCard) -> None:
     """
     assert isinstance(student, KINDS[card.kind]), f"{type(student)} is no {card.kind}"
     folder = folder.absolute()
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     reference = copy.deepcopy(student).to("cpu").eval()
     for name, tensor in _state(reference.network):
         if not tensor.isfinite().all():
             raise RunError(f"export failed: {name} holds numbers that are not finite; nothing was exported")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _recover(folder)
-        _write(reference.network, temporary, card)
-        _compare(reference, temporary, card)
-        _rename(temporary, folder)
+        with new_folder(folder, replace=True) as new:
+            _write(reference.network, new, card)
+            _compare(reference, new, card)
     except OSError as error:
         raise RunError(f"cannot write the student to {folder}: {error.strerror}; nothing was changed") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
@@ -94,7 +86,6 @@ def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
     )
     (folder / cards.README).write_text(cards.readme(card))
     (folder / cards.FILE_NAME).write_text(cards.to_json(card.model_copy(update={"files": cards.record(folder)})))
-    sync_tree(folder)
 
 
 def _compare(student: Student, folder: Path, card: StudentCard) -> None:
@@ -119,33 +110,6 @@ def _compare(student: Student, folder: Path, card: StudentCard) -> None:
                 f"export failed: at {steps} steps diffusers makes other samples from the same noise, max difference "
                 f"{error:.3g} (allowed {allowed:.3g}); nothing was exported"
             )
-
-
-def _rename(temporary: Path, folder: Path) -> None:
-    """Put a complete folder in place of the old one, if any."""
-    lease.confirm()
-    aside = _aside(folder)
-    if folder.exists():
-        folder.rename(aside)
-    temporary.rename(folder)
-    sync_dir(folder.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _recover(folder: Path) -> None:
-    """Undo what a killed export left: unfinished folders go, and an old one it had moved aside comes back."""
-    for left in folder.parent.glob(f".{folder.name}.tmp-*"):
-        shutil.rmtree(left, ignore_errors=True)
-    aside = _aside(folder)
-    if aside.exists():
-        if folder.exists():
-            shutil.rmtree(aside)
-        else:
-            aside.rename(folder)
-
-
-def _aside(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.old")
 
 
 def _state(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import os
-import platform
 import re
 import shutil
 import time
@@ -22,6 +21,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationError
 
+from distill.atomic import hidden, new_folder, write_atomic, write_json
 from distill.guard import InputError, RunError, is_text
 from distill.printing import say_error, warn
 from distill.records import SMALL, Schema, mistake
@@ -29,7 +29,7 @@ from distill.regular import read_regular
 from distill.repository import Repository
 from distill.space import human
 from distill.spec import CheckpointTeacher, HfData, RunSpec
-from distill.store import RunPaths, runs, sync_dir, sync_tree, write_atomic, write_json
+from distill.store import RunPaths, runs
 
 RECORD = "inputs/inputs.json"  # of a run
 UNUSED_SECONDS = 86400.0  # what was asked for within the last day may be of a run that is being made
@@ -150,31 +150,16 @@ def _in_store(wanted: Input, store: Path, repository: Repository) -> Input:
         with suppress(OSError):  # it is another user's
             os.utime(folder)
         return found
-    temporary = folder.with_name(f".{wanted.digest}.new-{platform.node()}-{os.getpid()}-{time.time_ns()}")
     try:
-        try:
+        with new_folder(folder) as new:
             _refuse_without_room(f"{wanted.what}.path={wanted.id}", repository.needs(store))
-            repository.copy(temporary / "content")
-            size = sum(path.stat().st_size for path in temporary.rglob("*") if path.is_file())
-            write_json(temporary / "input.json", asdict(replace(wanted, bytes=size)))
-            sync_tree(temporary)
-            _rename(temporary, folder)
-        finally:
-            if temporary.exists():
-                shutil.rmtree(temporary)
-        sync_dir(folder.parent)
+            repository.copy(new / "content")
+            size = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
+            write_json(new / "input.json", asdict(replace(wanted, bytes=size)))
     except OSError as error:
-        raise RunError(f"cannot write {folder}: {error.strerror or error}; nothing of it was kept") from error
+        if not folder.is_dir():  # else another process was first: its folder is as good
+            raise RunError(f"cannot write {folder}: {error.strerror or error}; nothing of it was kept") from error
     return _with_size(wanted, folder)
-
-
-def _rename(temporary: Path, folder: Path) -> None:
-    """Unless another process was first: its folder is as good."""
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
 
 
 def _with_size(wanted: Input, folder: Path) -> Input:
@@ -221,7 +206,7 @@ def link(run: RunPaths) -> None:
         place.parent.mkdir(parents=True, exist_ok=True)
         target = os.path.relpath(content, place.parent)
         if not (place.is_symlink() and str(place.readlink()) == target):
-            temporary = place.with_name(f".{place.name}.new-{platform.node()}-{os.getpid()}")
+            temporary = hidden(place)
             temporary.symlink_to(target)
             temporary.replace(place)
         if each.what == "teacher":  # the cache of a hub keeps what a name stands for in a file

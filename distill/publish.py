@@ -6,7 +6,6 @@ A version appears by the rename of a complete folder, which fails where it exist
 import itertools
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from distill import card as cards
 from distill import contents, jobs, manifest, published, pull, results, space, todo
+from distill.atomic import hidden_folder, sync, sync_tree, write_atomic
 from distill.card import Cost, FileRecord, Publication, StudentCard
 from distill.guard import InputError, RunError, short, suggest, whole_number
 from distill.markdown import escape
@@ -21,7 +21,7 @@ from distill.progress import duration
 from distill.published import REGISTRY, Entry
 from distill.results import Results, Row
 from distill.spec import PairsStage, RunSpec, TrainStage
-from distill.store import RunPaths, read_events, sync_dir, write_atomic
+from distill.store import RunPaths, read_events
 from distill.transports import Folder
 
 PICTURE = "samples.png"
@@ -110,21 +110,15 @@ def publish(
     source = Folder(student)
     old, _ = pull.describe(source)
     try:
-        with pull.workplace(home / "new", "publish") as here:
-            shutil.rmtree(here)  # of a publisher that was killed
-            here.mkdir()
-            try:
-                space.require(home, sum(record.size for record in old.files.values()), f"the files of {student}")
-                pull.fetch_all(source, old, here, "publish")
-                contents.refuse(here, old)
-                content = cards.to_json(_dress(here, old, about, picture)).encode()
-                card = manifest.parse(content, f"the card of {name}")  # before it takes a version
-                published.entry_of(name, version or "v999999999", card, content, round(time.time(), 3))
-                same = [entry for entry in published.scan(store, name).students if _is(entry, content, version)]
-                found = same[0].version if same else _claim(here, home, version, content)
-            finally:
-                if here.exists():
-                    shutil.rmtree(here)
+        with hidden_folder(home / "new") as here:
+            space.require(home, sum(record.size for record in old.files.values()), f"the files of {student}")
+            pull.fetch_all(source, old, here, "publish")
+            contents.refuse(here, old)
+            content = cards.to_json(_dress(here, old, about, picture)).encode()
+            card = manifest.parse(content, f"the card of {name}")  # before it takes a version
+            published.entry_of(name, version or "v999999999", card, content, round(time.time(), 3))
+            same = [entry for entry in published.scan(store, name).students if _is(entry, content, version)]
+            found = same[0].version if same else _claim(here, home, version, content)
     except OSError as error:
         raise RunError(f"cannot publish in {home}: {error.strerror}; nothing was published") from error
     listed = published.write_index(store)
@@ -139,11 +133,9 @@ def _is(entry: Entry, content: bytes, version: str | None) -> bool:
 
 
 def _claim(here: Path, home: Path, version: str | None, content: bytes) -> str:
-    """Rename the complete folder to its version, or to the first number that is free: which it became."""
+    """Rename the complete folder to its version, or to the first number that is free, as only the rename can tell."""
     write_atomic(here / cards.FILE_NAME, content)
-    for path in (*here.rglob("*"), here):
-        if path.is_dir():
-            sync_dir(path)
+    sync_tree(here)
     for wanted in [version] if version is not None else _numbers(home):
         try:
             here.rename(home / wanted)
@@ -156,7 +148,7 @@ def _claim(here: Path, home: Path, version: str | None, content: bytes) -> str:
                     f"{home / wanted} is {kind}, not a published student; publish another version, or remove it"
                 ) from None
             continue  # another publisher has it
-        sync_dir(home)
+        sync(home)
         return wanted
     raise InputError(
         f"{home.name}:{version} is published already, with other bytes, and never changes; "

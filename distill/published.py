@@ -43,13 +43,13 @@ from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
 
 from distill import card as cards
 from distill import manifest, pull, records
+from distill.atomic import write_atomic
 from distill.card import Digest, Metrics, StudentCard
 from distill.fieldtypes import NAME, Count, Label, Line, Number
 from distill.guard import InputError, RunError, short, suggest
 from distill.printing import warn
 from distill.regular import read_regular
 from distill.spec import Frozen, Name
-from distill.store import write_atomic
 from distill.transports import Folder, Missing, Source
 
 REGISTRY, INDEX = "registry", "_index.json"

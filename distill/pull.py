@@ -12,12 +12,12 @@ from stat import S_ISDIR
 
 from distill import card as cards
 from distill import contents, manifest, space
+from distill.atomic import is_abandoned, sync, sync_tree, write_atomic
 from distill.card import StudentCard
-from distill.claims import Owner
 from distill.guard import InputError, RunError
+from distill.owners import Owner
 from distill.progress import Progress
 from distill.regular import read_regular
-from distill.store import FORGOTTEN_SECONDS, sync_dir, write_atomic
 from distill.transfer import PAUSES, Tally, fetch
 from distill.transports import Broken, Folder, Missing, Refused, Source
 
@@ -171,7 +171,8 @@ def _show(folder: Path, card: StudentCard, show: Show | None) -> None:
 def workplace(dest: Path, digest: str) -> Iterator[Path]:
     """A hidden folder beside `dest` for this process alone, with what an earlier pull of the same student left there.
 
-    It bears its process's name. One whose process is gone is taken over by a rename, which succeeds once.
+    It bears its process's name. One whose process is gone is taken over by a rename, which succeeds once. Not a
+    `new_folder`, which starts empty: what has been downloaded is resumed.
     """
     free = dest.with_name(f".{dest.name}.part-{digest[:16]}")
     mine = free.with_name(f"{free.name}.{Owner.this().label}")
@@ -194,15 +195,8 @@ def workplace(dest: Path, digest: str) -> Iterator[Path]:
 
 def _is_left(path: Path, free: Path) -> bool:
     """Whether this user made the folder, in a process that is gone, or on another host and long ago."""
-    owner = Owner.of_label(path.name.removeprefix(f"{free.name}."))
-    gone = path == free if owner is None else not owner.is_alive() or (not owner.is_here and _is_old(path))
-    return gone and _is_own(path)
-
-
-def _is_old(path: Path) -> bool:
-    """Whether nothing in a folder was written for a day: of a process on another host nothing else can be told."""
-    newest = max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
-    return time.time() - newest > FORGOTTEN_SECONDS
+    label = path.name.removeprefix(f"{free.name}.")
+    return (path == free or (Owner.of_label(label) is not None and is_abandoned(path, label))) and _is_own(path)
 
 
 def _is_own(path: Path) -> bool:
@@ -217,13 +211,11 @@ def _settle(here: Path, dest: Path, card: StudentCard, content: bytes) -> None:
         if name not in card.files:  # of a process that was killed
             (here / name).unlink()
     write_atomic(here / cards.FILE_NAME, content)
-    for path in here.rglob("*"):
-        if path.is_dir():
-            sync_dir(path)
+    sync_tree(here)
     try:
         here.rename(dest)
     except OSError:
         if not _is_here(dest, content, lambda name, text: None):
             raise
         shutil.rmtree(here)
-    sync_dir(dest.parent)
+    sync(dest.parent)

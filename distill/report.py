@@ -9,11 +9,12 @@ import jinja2
 
 from distill import charts, compared, machine, records, straightened
 from distill import results as evaluations
+from distill.atomic import write_atomic
 from distill.charts import Curve
 from distill.curves import Thinned
 from distill.guard import printable
 from distill.results import Results, Row, number
-from distill.store import RunPaths, read_events, write_atomic
+from distill.store import RunPaths, read_events
 from distill.straightened import Round
 
 LIBRARIES = ("torch", "diffusers", "safetensors", "numpy", "scipy", "scikit-learn", "pot", "datasets", "pydantic")

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from distill.atomic import write_atomic
 from distill.draws import sample_labels, sample_noise
 from distill.grids import columns_for, images_png, scatter_png
 from distill.guard import InputError, RunError
 from distill.sampling import fresh_noises, grid, of_student
-from distill.store import write_atomic
 from distill.students import loaded
 from distill.students.loaded import LoadedStudent
 

@@ -30,6 +30,7 @@ from pydantic import ValidationError, model_validator
 from torch import Tensor
 
 from distill import printing, records, solvers
+from distill.atomic import write_atomic
 from distill.draws import sample_noise
 from distill.fields import start
 from distill.guard import InputError, RunError
@@ -37,7 +38,6 @@ from distill.protocols import Cond, VelocityField
 from distill.regular import read_regular
 from distill.sampling import condition
 from distill.spec import FINE, SAMPLES, SEED, Frozen, PairsStage
-from distill.store import write_atomic, write_first
 from distill.students.loaded import LoadedStudent
 from distill.students.velocity import VelocityStudent
 from distill.teachers import LoadedTeacher
@@ -199,17 +199,17 @@ def find(
     try:
         return _kept(path, asked)
     except (FileNotFoundError, NotADirectoryError):
-        write = write_first
+        damaged = False
     except (OSError, ValueError) as error:
         reason = records.mistake(error) if isinstance(error, ValidationError) else error
         printing.warn(f"{path} does not hold the step times asked for ({reason}); they are found again")
-        write = write_atomic
+        damaged = True
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot keep step times in {path.parent}: {error.strerror}; give --store") from error
     found = _measured(network, asked, device)
-    write(path, found.model_dump_json())
+    write_atomic(path, found.model_dump_json(), replace=damaged)
     with suppress(OSError, ValueError):  # of whoever was first
         return _kept(path, asked)
     return found

@@ -24,6 +24,7 @@ from distill import (
     sources,
 )
 from distill import data as datasets
+from distill.atomic import write_json
 from distill.card import StudentCard
 from distill.data import DataSet
 from distill.draws import key
@@ -37,7 +38,7 @@ from distill.roles import Roles
 from distill.sharded import Zero
 from distill.spec import CheckpointTeacher, EvaluateStage, LaunchSpec, PairsStage, RunSpec, TrainStage
 from distill.stop import StopRequest
-from distill.store import RunPaths, append_event, write_json
+from distill.store import RunPaths, append_event
 from distill.students import loaded
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.teachers import LoadedTeacher

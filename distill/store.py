@@ -3,18 +3,15 @@
 import errno
 import json
 import os
-import re
-import secrets
-import shutil
 import stat
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distill import events, lease, records
+from distill.atomic import clear_up, new_folder, write_files
 from distill.fieldtypes import NAME
 from distill.guard import InputError, RunError, one_line, short, suggest
 from distill.owners import Owner
@@ -27,65 +24,6 @@ RESERVED = {
     "schedules": "step times",
 }
 CREATED = "events/created.jsonl"  # in the folder of a run: its first event, written with it
-UNFINISHED = re.compile(r"\..*\.new-([0-9].*)")  # folder of a run that is being made, with the label of its process
-FORGOTTEN_SECONDS = 86400.0
-
-
-def sync_dir(path: Path) -> None:
-    """Make renames within `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_tree(folder: Path) -> None:
-    """Make a new folder durable, files first."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir():
-            sync_dir(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    sync_dir(folder)
-
-
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write `content` so that `path` holds either the old or the new whole, whatever happens."""
-    lease.confirm()
-    temporary = path.with_name(f".{path.name[:50]}.tmp-{os.getpid()}-{secrets.token_hex(4)}")  # hosts share numbers
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):  # of a name that is too long, or below a file, there is nothing
-            temporary.unlink()
-        raise RunError(f"cannot write {path}: {error.strerror}; nothing was changed") from error
-    sync_dir(path.parent)
-
-
-def write_first(path: Path, content: str | bytes) -> None:
-    """`write_atomic`, unless another process has been first: then its content stays."""
-    temporary = path.with_name(f".{path.name[:50]}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-    write_atomic(temporary, content)
-    try:
-        path.hardlink_to(temporary)
-    except FileExistsError:
-        pass
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}; nothing was changed") from error
-    finally:
-        temporary.unlink()
-    sync_dir(path.parent)
-
-
-def write_json(path: Path, content: Any) -> None:  # noqa: ANN401  (anything json takes)
-    """`write_atomic` of indented JSON."""
-    write_atomic(path, json.dumps(content, indent=2, sort_keys=False) + "\n")
 
 
 @dataclass(frozen=True)
@@ -260,29 +198,16 @@ def _unusable(store: Path, error: OSError) -> str:
 
 
 def create_run(store: Path, name: str, files: Mapping[str, str | bytes]) -> RunPaths:
-    """A new run with these files, complete or not at all: written under a hidden name, then renamed."""
+    """A new run with these files, complete or not at all."""
     refuse_reserved(name)
     run = RunPaths(store.absolute() / name)
-    temporary = store.absolute() / f".{name}.new-{Owner.this().label}"
     make(store)
     try:
-        _clear(store)
-        temporary.mkdir()
+        clear_up(store)  # of runs of any name: few names are used twice
+        with new_folder(run.root) as new:  # refused where a run of this name is: its folder is not empty
+            write_files(new, files)
     except OSError as error:
-        raise InputError(_unusable(store, error)) from None
-    try:
-        for relative, content in files.items():
-            path = temporary / relative
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, content)
-        temporary.rename(run.root)  # refused where a run of this name is: its folder is not empty
-    except OSError as error:
-        taken = run.root.exists()
-        raise InputError(name_in_use(run) if taken else f"cannot make {run.root}: {error.strerror}") from None
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
-    sync_dir(store)
+        raise InputError(name_in_use(run) if run.root.exists() else _unusable(store, error)) from None
     return run
 
 
@@ -293,25 +218,6 @@ def refuse_reserved(name: str) -> None:
             f"a run cannot be called '{name}': the store uses that folder for {RESERVED[name]}; choose another name "
             "(name: in the spec, or --name OTHER)"
         )
-
-
-def _clear(store: Path) -> None:
-    """Remove what processes left that were killed while they made a run: of this host once they are gone, of others
-    after a day.
-    """
-    for folder in store.glob(".*.new-*"):
-        if (match := UNFINISHED.fullmatch(folder.name)) is None:
-            continue
-        owner = Owner.of_label(match[1])
-        if not owner.is_alive() if owner is not None and owner.is_here else _is_old(folder):
-            shutil.rmtree(folder, ignore_errors=True)  # another process may clear it too, and it may not be ours
-
-
-def _is_old(folder: Path) -> bool:
-    try:
-        return time.time() - folder.lstat().st_mtime > FORGOTTEN_SECONDS
-    except OSError:  # another process has cleared it
-        return False
 
 
 def name_in_use(run: RunPaths) -> str:

@@ -51,6 +51,7 @@ ANYWHERE = {
     "machine",
     "owners",
     "lease",
+    "atomic",
 }  # no torch in them, usable by both planes
 CONTROL = ANYWHERE | {
     "overrides",

@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from programs.train_vector import train
 from distill import checkpoint, space
 from distill.checkpoint import Checkpoints, complete, differences, latest, weights
 from distill.guard import InputError, RunError
+from distill.owners import Owner
 from distill.saving import Saver
 from distill.spec import CheckpointSpec
 
@@ -72,7 +74,9 @@ def test_the_newest_are_kept_and_nothing_else_lies_about(tmp_path):
 
 def test_leftovers_of_kills_are_cleared_and_other_files_are_not(tmp_path):
     save(make(tmp_path), 3, 48, groups(3))
-    for name in ("step-00000004.tmp-123", "step-00000002.trash-99"):
+    elsewhere = replace(Owner.this(), host="elsewhere").label  # the run is ours now, wherever it was executed before
+    hidden = (f".step-00000004.tmp-0123abcd-{elsewhere}", f".step-00000002.tmp-0123abcd-{Owner.this().label}")
+    for name in ("step-00000004.tmp-123", "step-00000002.trash-99", *hidden):
         shutil.copytree(tmp_path / "step-00000003", tmp_path / name)
     (tmp_path / "step-00000004.tmp-123" / "meta.json").unlink()
     (tmp_path / "notes").mkdir()

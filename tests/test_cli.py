@@ -15,12 +15,13 @@ from runs import make
 
 import distill as package
 from distill import claims, inputs, presets, specfile, status, todo
+from distill.atomic import write_json
 from distill.cli import common, given, start, work
 from distill.cli.main import app
 from distill.guard import InputError
 from distill.inputs import Input
 from distill.launch import environment
-from distill.store import append_event, event_files, write_json
+from distill.store import append_event, event_files
 
 COMMANDS = ["quickstart", "run", "reflow", "plan", "init", "recipes", "list", "show", "report", "doctor", "clean"]
 COMMANDS += ["sample", "eval", "pairs", "export", "publish", "students", "pull", "verify", "config"]

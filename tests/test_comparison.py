@@ -13,13 +13,14 @@ from test_report import Page
 from test_report import row as measured_row
 
 from distill import budget, charts, compared, comparison, planning, presets, registry, report, specfile, workflow
+from distill.atomic import write_json
 from distill.compared import Comparison, Entry, Measured, Part
 from distill.grids import images_png
 from distill.guard import InputError
 from distill.resolved import resolve
 from distill.results import FILE_NAME, Results
 from distill.spec import EvaluateStage, TrainStage
-from distill.store import CREATED, RunPaths, append_event, write_json
+from distill.store import CREATED, RunPaths, append_event
 
 MLP = {"kind": "mlp", "width": 16, "depth": 2}
 GAUSSIAN = {"kind": "gaussian", "mean": [0, 1], "std": [1, 2]}

@@ -9,8 +9,9 @@ from commands import command
 from runs import CARD, make
 
 from distill import card, compared, events, report, results, status
+from distill.atomic import write_json
 from distill.guard import InputError, short
-from distill.store import CREATED, RunPaths, append_event, event_files, event_line, read_events, runs, write_json
+from distill.store import CREATED, RunPaths, append_event, event_files, event_line, read_events, runs
 
 ROW = {
     "network": "teacher", "role": "teacher", "solver": "heun", "steps": 16, "fine": True, "nfe": 31, "distance": None,

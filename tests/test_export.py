@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from distill.draws import generator, sample_labels, sample_noise
 from distill.export import export
 from distill.guard import InputError, RunError
 from distill.kinds import STUDENTS
+from distill.owners import Owner
 from distill.samplers import euler
 from distill.spec import CheckpointTeacher, MlpSpec, UNetSpec
 from distill.students import loaded as students
@@ -357,13 +359,16 @@ def test_samples_of_large_values_are_compared_by_their_own_scale(tmp_path, monke
         export(student, tmp_path / "s", card)
 
 
-def test_what_a_killed_export_left_is_cleared_and_the_old_student_comes_back(tmp_path):
+def test_what_a_killed_export_left_is_cleared_and_the_old_student_comes_back(tmp_path, monkeypatch):
     student, card = make("mlp")
     export(student, tmp_path / "s", card)
     first = contents(tmp_path / "s")
-    (tmp_path / "s").rename(tmp_path / ".s.old")  # killed between the two renames
-    shutil.copytree(tmp_path / ".s.old", tmp_path / ".s.tmp-12345")
-    exporter._recover(tmp_path / "s")
+    dead = f"0123abcd-{replace(Owner.this(), start='1').label}"  # killed between the two renames
+    (tmp_path / "s").rename(tmp_path / f".s.old-{dead}")
+    shutil.copytree(tmp_path / f".s.old-{dead}", tmp_path / f".s.tmp-{dead}")
+    monkeypatch.setattr(exporter, "TOLERANCE", -1.0)
+    with pytest.raises(RunError, match="diffusers makes other samples"):
+        export(student, tmp_path / "s", card)
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
     assert contents(tmp_path / "s") == first
 

@@ -20,11 +20,12 @@ from PIL import Image
 from runs import folder_bytes, make
 
 from distill import inputs
+from distill.atomic import write_atomic
 from distill.guard import InputError, RunError
 from distill.inputs import Input
 from distill.repository import Repository
 from distill.spec import RunSpec
-from distill.store import RunPaths, read_json, write_atomic
+from distill.store import RunPaths, read_json
 from distill.teachers import by_id
 
 DAY = 86400

@@ -11,6 +11,7 @@ import torch
 from runs import folder_bytes, make
 
 from distill import claims, clusterspec, jobs, pairspec
+from distill.atomic import write_json
 from distill.guard import InputError, Stopped
 from distill.launch import slurm, standing
 from distill.pairs import generate
@@ -18,7 +19,7 @@ from distill.pairspec import size
 from distill.progress import Progress
 from distill.spec import GaussianTeacher, PairsStage
 from distill.stop import StopRequest
-from distill.store import append_event, write_json
+from distill.store import append_event
 from distill.teachers.analytic import gaussian_teacher
 
 # --- limits ---

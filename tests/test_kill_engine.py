@@ -74,7 +74,7 @@ def test_kill_9_at_ten_random_moments_changes_no_bit(folder, undisturbed):
         time.sleep(chance.uniform(0, 0.03))
         training.send(signal.SIGKILL)
         assert training.end() == -signal.SIGKILL
-        while_saving += any("." in path.name for path in checkpoints(folder).iterdir())  # .tmp-PID or .trash-PID
+        while_saving += any("." in path.name for path in checkpoints(folder).iterdir())  # being written, or removed
     assert while_saving >= 1
     said = finish(folder)
     assert "warning" not in said
@@ -94,7 +94,7 @@ def test_kill_9_while_training_runs_ahead_of_the_disk_changes_no_bit(folder, und
     def written():
         """Step of the checkpoint that is being written; None: none is."""
         there = [path.name for path in checkpoints(folder).iterdir()] if checkpoints(folder).is_dir() else []
-        return next((int(found[1]) for name in there if (found := re.fullmatch(r"step-0*(\d+)\.tmp-\d+", name))), None)
+        return next((int(found[1]) for name in there if (found := re.fullmatch(r"\.step-0*(\d+)\.tmp-.+", name))), None)
 
     for _ in range(3):
         before = newest(folder)

@@ -451,12 +451,13 @@ def test_what_a_kill_left_of_a_run_is_cleared_at_the_next_start(tmp_path):
     gone.wait()
     dead = [replace(me, pid=gone.pid), replace(me, start="1"), replace(me, boot="another")]  # our number, of another
     old = [".b.new-7,1,boot,elsewhere", ".c.new-1-1700000000000000000-elsewhere"]  # the second of an older version
-    left = [*(f".one.new-{each.label}" for each in dead), *old]
-    kept = [f".d.new-{me.label}", ".e.new-7,1,boot,elsewhere", ".f.new-x", ".trash"]
+    left = [*(f".one.tmp-0123abcd-{each.label}" for each in dead), f".two.new-{dead[0].label}", *old]
+    kept = [f".d.tmp-0123abcd-{me.label}", f".e.new-{me.label}", ".e.new-7,1,boot,elsewhere", ".f.new-x", ".trash"]
     for name in [*left, *kept]:
         (here / name / "code").mkdir(parents=True)
     for name in [*old, ".f.new-x"]:
-        os.utime(here / name, (0, 0))
+        for folder in (here / name / "code", here / name):
+            os.utime(folder, (0, 0))
     make(here)
     assert {path.name for path in here.iterdir()} == {"one", *kept}
 
@@ -464,11 +465,11 @@ def test_what_a_kill_left_of_a_run_is_cleared_at_the_next_start(tmp_path):
 @pytest.mark.process
 def test_a_kill_while_a_run_is_made(tmp_path):
     code = "from pathlib import Path; from distill import store; import time\n"
-    code += "store.write_atomic = lambda path, content: time.sleep(100)\n"
+    code += "store.write_files = lambda folder, files: time.sleep(100)\n"
     code += "store.create_run(Path('runs'), 'one', {'a': 'b'})"
     env = ENV | {"PYTHONPATH": str(Path(store.__file__).parent.parent)}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env)
-    while not list(tmp_path.glob("runs/.one.new-*")):
+    while not list(tmp_path.glob("runs/.one.tmp-*")):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -14,8 +14,9 @@ from rich.table import Table
 from runs import CARD, ENV, distill, make
 
 from distill import printing
+from distill.atomic import write_json
 from distill.progress import PlainLine
-from distill.store import append_event, write_json
+from distill.store import append_event
 
 RED = "\x1b[31mred\x07"
 SHOWN = "\ufffd[31mred\ufffd"

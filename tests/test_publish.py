@@ -171,7 +171,7 @@ def test_a_killed_publisher_leaves_no_version_and_the_next_one_clears_up(tmp_pat
     program = "import sys; from pathlib import Path; from students import put; put(*map(Path, sys.argv[1:3]), 'digits')"
     env = {**os.environ, "PYTHONPATH": f"{os.environ.get('PYTHONPATH', '')}:{Path(__file__).parent}"}
     process = subprocess.Popen([sys.executable, "-c", program, student, store], env=env, stderr=subprocess.DEVNULL)
-    while not list(store.glob("registry/digits/.new.part-*/unet/*.part")):
+    while not list(store.glob("registry/digits/.new.tmp-*/unet/*.part")):
         assert process.poll() is None
         time.sleep(0.001)
     process.kill()

@@ -8,10 +8,11 @@ from html.parser import HTMLParser
 import pytest
 
 from distill import report, results
+from distill.atomic import write_json
 from distill.grids import images_png
 from distill.guard import InputError
 from distill.results import FILE_NAME, FeatureNet, Results, Row
-from distill.store import RunPaths, append_event, write_json
+from distill.store import RunPaths, append_event
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 

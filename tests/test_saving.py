@@ -105,7 +105,7 @@ class Watching(Ring):
 
 
 def being_written(there):
-    return [int(found[1]) for name in there if (found := re.fullmatch(r"step-0*(\d+)\.tmp-\d+", name))]
+    return [int(found[1]) for name in there if (found := re.fullmatch(r"\.step-0*(\d+)\.tmp-.+", name))]
 
 
 def saves(folder):

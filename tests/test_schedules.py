@@ -15,7 +15,6 @@ from distill.fields import Counted, Rescheduled
 from distill.guard import InputError, RunError
 from distill.interpolants import edm
 from distill.spec import GaussianTeacher, PairsStage
-from distill.store import write_first
 from distill.teachers.analytic import GaussianField, class_gaussian_teacher, gaussian_teacher
 from distill.testing import exact
 from distill.times import uniform_grid
@@ -250,13 +249,6 @@ def test_solvers_that_are_unknown_and_a_store_that_cannot_be_written(tmp_path):
         find(tmp_path / "file")
     with pytest.raises(InputError, match="unknown solver 'eule': did you mean 'euler'"):
         find(tmp_path, solver="eule")
-
-
-def test_whoever_is_first_stays(tmp_path):
-    write_first(tmp_path / "a", "one")
-    write_first(tmp_path / "a", "two")
-    assert (tmp_path / "a").read_text() == "one"
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_solving_along_given_times():

@@ -13,6 +13,7 @@ import pytest
 from runs import CARD
 
 from distill import card, claims, events, status
+from distill.atomic import write_atomic, write_json
 from distill.guard import InputError, RunError
 from distill.store import (
     CREATED,
@@ -24,8 +25,6 @@ from distill.store import (
     find_run,
     read_events,
     runs,
-    write_atomic,
-    write_json,
 )
 
 

@@ -8,9 +8,10 @@ from test_report import Page
 from test_report import row as measured
 
 from distill import charts, report, straightened
+from distill.atomic import write_json
 from distill.grids import images_png
 from distill.results import FILE_NAME, Results, card_metrics
-from distill.store import RunPaths, append_event, write_json
+from distill.store import RunPaths, append_event
 
 
 def evaluation(number: int, before: float | None, after: float | None, *, steps=(1, 2), curved=(0.4, 0.1)) -> Results:

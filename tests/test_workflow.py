@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 
 from distill import planning, presets, registry, specfile, todo, workflow
+from distill.atomic import write_json
 from distill.guard import InputError
 from distill.launch import submit
 from distill.resolved import resolve
-from distill.store import RunPaths, write_json
+from distill.store import RunPaths
 
 MLP = {"kind": "mlp"}
 UNET = {"kind": "unet", "channels": [8, 16]}

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
+from distill.atomic import write_atomic
 from distill.cli.common import JsonOption, one_line, print_json, print_table
 from distill.guard import InputError, RunError
 from distill.printing import say
-from distill.store import write_atomic
 
 
 def init(

@@ -39,8 +39,8 @@ def _shown(value: str) -> str:
 def _set(key: str, value: str) -> str:
     """Write a setting; other lines of the file, comments among them, stay as they are."""
     from distill import yamltext
+    from distill.atomic import write_atomic
     from distill.launch import site
-    from distill.store import write_atomic
 
     if not is_text(value):
         raise InputError(f"{key}: {ascii(value)} holds a control character, or bytes that are not UTF-8")

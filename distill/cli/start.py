@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distill import store as stores
+from distill.atomic import write_atomic
 from distill.cli.common import one_line
 from distill.guard import InputError, suggest
 from distill.store import (
@@ -19,7 +20,6 @@ from distill.store import (
     find_run,
     name_in_use,
     refuse_reserved,
-    write_atomic,
 )
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from distill.atomic import write_atomic
 from distill.guard import RunError
 from distill.launch import environment, script, slurm
 from distill.launch.script import Where
 from distill.launch.site import SiteSource
 from distill.spec import SlurmSpec
-from distill.store import sync_dir, write_atomic
 
 TOKEN = "token"  # a file that the processes must find with the content that was written here
 CACHES = ("HF_HOME", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TMPDIR")
@@ -52,8 +52,7 @@ def run(store: Path, site: SiteSource, options: SlurmSpec, nodes: int, say: Call
     folder.mkdir()
     job = ""
     try:
-        (folder / TOKEN).write_text(folder.name)
-        sync_dir(folder)
+        write_atomic(folder / TOKEN, folder.name)
         where = Where(site, environment.ROOT, {})
         write_atomic(folder / "doctor.sbatch", script.doctor(folder, options, nodes, where))
         job = slurm.submit(folder / "doctor.sbatch")

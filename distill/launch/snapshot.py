@@ -1,9 +1,8 @@
 """The package as files of a run: what is edited after a job was queued does not change the job."""
 
-import os
-import shutil
 from pathlib import Path
 
+from distill.atomic import new_folder, write_files
 from distill.launch import environment
 
 PACKAGES = ("distill", "recipes", "slurm")
@@ -18,12 +17,5 @@ def files(root: Path = environment.ROOT) -> dict[str, bytes]:
 
 def write(folder: Path) -> None:
     """The package in a folder of its own, all of it or nothing."""
-    temporary = folder.with_name(f".{folder.name}.new-{os.getpid()}")
-    try:
-        for name, content in files().items():
-            (temporary / name).parent.mkdir(parents=True, exist_ok=True)
-            (temporary / name).write_bytes(content)
-        temporary.rename(folder)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
+    with new_folder(folder) as new:
+        write_files(new, files())

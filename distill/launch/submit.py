@@ -3,12 +3,13 @@
 from collections.abc import Collection, Sequence
 
 from distill import jobs, workflow
+from distill.atomic import write_atomic, write_json
 from distill.guard import InputError, RunError, suggest
 from distill.launch import script, slurm
 from distill.launch.script import Plan, Where
 from distill.launch.site import SiteSource
 from distill.spec import PairsStage, RunSpec, SlurmSpec, TrainStage
-from distill.store import RunPaths, append_event, read_json, write_atomic, write_json
+from distill.store import RunPaths, append_event, read_json
 
 
 def plans(run: RunPaths, spec: RunSpec, stages: Sequence[str], parted: Collection[str] = ()) -> list[Plan]:

@@ -7,10 +7,11 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.atomic import write_json
 from distill.guard import InputError
 
 ENDS = "DISTILL_ENDS"  # folder of the files; set for every process of a job, and by it alone
@@ -60,10 +61,7 @@ def adopt() -> None:
 def leave_word(code: int, message: str) -> None:
     """Note how this process ends."""
     rank = int(os.environ["SLURM_PROCID"])
-    path = Path(os.environ[ENDS]) / f"rank-{rank}"
-    temporary = path.with_name(f".rank-{rank}")
-    temporary.write_text(json.dumps({"rank": rank, "code": code, "message": message, "time": time.time()}))
-    temporary.replace(path)
+    write_json(Path(os.environ[ENDS]) / f"rank-{rank}", asdict(End(rank, code, message, time.time())))
 
 
 def read(folder: Path) -> list[End]:

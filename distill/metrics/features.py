@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distill.atomic import write_atomic
 from distill.data import DataSet
 from distill.draws import key, permutation
 from distill.printing import warn
 from distill.regular import open_regular
-from distill.store import write_atomic
 
 VERSION = 1  # of the network and its training: part of the cache's key
 DIM = 64

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distill.atomic import write_json
 from distill.pairs import paths
 from distill.pairs.manifest import Manifest
 from distill.pairs.paths import Real
@@ -12,7 +13,6 @@ from distill.progress import Progress
 from distill.protocols import VelocityField
 from distill.spec import Frozen
 from distill.stop import StopRequest
-from distill.store import write_json
 
 BIG = 50_000  # pairs: from here on, a thousand of them are solved beforehand, unasked, at N and 2 N steps
 SAMPLE = 1000  # pairs to compare

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from distill import draws, pairspec, space
+from distill.atomic import remove_unfinished, write_atomic
 from distill.guard import InputError, RunError
 from distill.pairs import accuracy, paths
 from distill.pairs.manifest import Manifest, ShardFile, fault, few, foreign, noise_sha256, read, records
@@ -23,7 +24,6 @@ from distill.pairs.paths import Real
 from distill.progress import Progress
 from distill.spec import PairsStage
 from distill.stop import StopRequest
-from distill.store import write_atomic
 from distill.teachers.loaded import LoadedTeacher
 
 
@@ -149,10 +149,8 @@ def _resume(folder: Path, planned: Manifest, ours: range, progress: Progress) ->
         )
     if strangers:
         raise InputError(f"{folder} holds shards that are not of this set: {few(strangers)}; remove them")
-    for left_over in folder.glob(".*.tmp-*"):  # of a process that was killed
-        shard = layout.number(f"{left_over.name[1:].partition('.')[0]}.safetensors")
-        if len(ours) == layout.files or (shard is not None and shard in ours):
-            left_over.unlink()
+    whole = len(ours) == layout.files
+    remove_unfinished(folder, lambda name: whole or layout.number(f"{name.partition('.')[0]}.safetensors") in ours)
     if found is None:
         planned.save(folder)
         found = planned

@@ -18,12 +18,12 @@ from typing import Annotated, Literal, Self
 from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError, model_validator
 
 from distill import draws
+from distill.atomic import write_json
 from distill.fieldtypes import MAX_SHARD, MAX_SHARDS, MAX_SOLVER_STEPS, Pairs, ShardPairs, SolverSteps
 from distill.guard import InputError, printable
 from distill.pairs.numbers import Rounding, Whiteness
 from distill.pairspec import MAX_MANIFEST, Layout
 from distill.spec import STORED_BYTES, WITH_STATES, Frozen
-from distill.store import write_json
 
 CHECKED_NOISE = 16
 MAX_RECORD = 1 << 16  # bytes

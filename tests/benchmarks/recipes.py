@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 
 from distill import engine, registry
+from distill.atomic import write_json
 from distill.interpolants import linear
 from distill.progress import Progress
 from distill.spec import OptimizerSpec, TrainStage, UNetSpec
 from distill.stop import StopRequest
-from distill.store import StagePaths, write_json
+from distill.store import StagePaths
 from distill.students.init import StudentInit
 from distill.students.networks import build
 from distill.students.velocity import TIME_SCALE
