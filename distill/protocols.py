@@ -11,8 +11,8 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from distill.draws import Rows
-from distill.interpolants import Interpolant
+from distill.flow.draws import Rows
+from distill.flow.interpolants import Interpolant
 
 Cond = Mapping[str, Tensor]  # e.g. {"class_labels": [B] int64}; empty for an unconditional network
 

@@ -9,11 +9,11 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from torch import nn
 
 from distill import teachers
-from distill.fields import Rescheduled, start
-from distill.guard import InputError
-from distill.interpolants import linear
-from distill.solvers import euler
-from distill.spec import CheckpointTeacher
+from distill.core.errors import InputError
+from distill.flow.fields import Rescheduled, start
+from distill.flow.interpolants import linear
+from distill.flow.solvers import euler
+from distill.spec.model import CheckpointTeacher
 
 CPU = torch.device("cpu")
 STEPS = 5

@@ -8,10 +8,10 @@ import sys
 import time
 from pathlib import Path
 
-from distill import presets, specfile
-from distill.card import StudentCard
-from distill.store import CREATED, RunPaths, create_run, event_line
-from distill.versions import DRAWS
+from distill.core.versions import DRAWS
+from distill.exchange.card import StudentCard
+from distill.runs.store import CREATED, RunPaths, create_run, event_line
+from distill.spec import presets, specfile
 
 CARD = StudentCard(
     name="a", recipe="reflow/reflow", spec_digest="0" * 64, teacher_digest=None, num_classes=None, null_class=None,

@@ -13,8 +13,8 @@ from cluster import Cluster, missing
 from commands import Done, command
 from runs import ENV, distill
 
-from distill import jobs
-from distill.store import RunPaths, read_events
+from distill.runs import jobs
+from distill.runs.store import RunPaths, read_events
 
 NEEDS_SLURM = [  # where it is not installed; CI fails on any skip
     pytest.mark.process,

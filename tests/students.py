@@ -6,10 +6,10 @@ import shutil
 import zlib
 from pathlib import Path
 
-from distill import card as cards
-from distill import publish
-from distill.card import Publication, StudentCard
-from distill.published import Entry
+from distill.exchange import card as cards
+from distill.exchange import publish
+from distill.exchange.card import Publication, StudentCard
+from distill.exchange.published import Entry
 from distill.students import shipped
 
 PIPELINE = shipped.pipeline("velocity", "euler").encode()

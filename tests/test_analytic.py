@@ -7,11 +7,11 @@ import torch
 from scipy.integrate import quad
 from scipy.stats import kstest, norm
 
-from distill import draws
-from distill.guard import InputError
-from distill.interpolants import edm, like, linear, trig, vp
+from distill.core.errors import InputError
+from distill.flow import draws
+from distill.flow.interpolants import edm, like, linear, trig, vp
 from distill.protocols import FlowMap, Teacher, VelocityField
-from distill.spec import GaussianTeacher, MixtureTeacher
+from distill.spec.model import GaussianTeacher, MixtureTeacher
 from distill.teachers.analytic import (
     GaussianField,
     GaussianFlowMap,

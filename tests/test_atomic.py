@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from distill import atomic
-from distill.atomic import new_folder, write_atomic, write_files
-from distill.guard import RunError
-from distill.owners import Owner
+from distill.core import atomic
+from distill.core.atomic import new_folder, write_atomic, write_files
+from distill.core.errors import RunError
+from distill.core.owners import Owner
 
 PREAMBLE = """
 import os, resource, signal, sys, time

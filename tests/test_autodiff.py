@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
-from distill.autodiff import jvp
-from distill.draws import generator
-from distill.spec import MlpSpec, UNetSpec
+from distill.flow.autodiff import jvp
+from distill.flow.draws import generator
+from distill.spec.model import MlpSpec, UNetSpec
 from distill.students.init import StudentInit
 from distill.testing import exact
 

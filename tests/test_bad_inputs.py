@@ -17,13 +17,13 @@ from PIL import Image
 from runs import distill
 from safetensors.torch import load_file, save_file
 
-from distill import presets, registry, specfile
 from distill.cli import start
-from distill.guard import InputError
-from distill.resolved import resolve
-from distill.schema import NAME_RULE
-from distill.store import CREATED, RunPaths, create_run, event_line
-from distill.versions import DRAWS
+from distill.core.errors import InputError
+from distill.core.versions import DRAWS
+from distill.runs.store import CREATED, RunPaths, create_run, event_line
+from distill.spec import presets, registry, specfile
+from distill.spec.resolved import resolve
+from distill.spec.schema import NAME_RULE
 
 RECIPES = ", ".join(registry.names())
 PRESETS = ", ".join(presets.names())
@@ -379,7 +379,7 @@ def test_a_finished_run_with_a_relative_path_among_its_options(capfd, tmp_path):
 
 
 def test_a_run_that_another_process_executes(capfd, tmp_path, monkeypatch):
-    from distill import claims
+    from distill.runs import claims
 
     monkeypatch.setattr(claims, "GRACE", 0.0)
     run = make_run(tmp_path / "runs")

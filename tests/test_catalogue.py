@@ -6,7 +6,7 @@ import os
 from commands import command
 from programs import catalogue
 
-from distill import presets, registry, schema
+from distill.spec import presets, registry, schema
 from recipes.reflow import one_step
 
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 from programs.train_vector import train
 
-from distill import checkpoint, space
-from distill.checkpoint import Checkpoints, complete, differences, latest, weights
-from distill.guard import InputError, RunError
-from distill.owners import Owner
-from distill.saving import Saver
-from distill.spec import CheckpointSpec
+from distill.core import space
+from distill.core.errors import InputError, RunError
+from distill.core.owners import Owner
+from distill.spec.model import CheckpointSpec
+from distill.training import checkpoint
+from distill.training.checkpoint import Checkpoints, complete, differences, latest, weights
+from distill.training.saving import Saver
 
 
 def make(folder, warn=None, *, keep=2, images=None, minutes=None, settings=None):
@@ -250,7 +251,7 @@ def files_limited_once(condition):
 
 @pytest.mark.process
 def test_a_full_disk_is_one_message_and_loses_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("distill.space.free", lambda folder: 1 << 40)  # as where a quota is not to be read
+    monkeypatch.setattr("distill.core.space.free", lambda folder: 1 << 40)  # as where a quota is not to be read
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True, text=True)
@@ -310,7 +311,7 @@ def test_memory_for_the_copy_of_a_checkpoint_is_looked_for_before_training(tmp_p
     assert space.memory() > 1 << 20, "this host says how much is free"
     train(tmp_path / "enough")
     assert "memory" not in capsys.readouterr().err
-    monkeypatch.setattr("distill.space.memory", lambda: 1000)
+    monkeypatch.setattr("distill.core.space.memory", lambda: 1000)
     train(tmp_path / "short")
     assert re.search(
         r"warning: a copy of each checkpoint, about \d+\.\d [kM]B, is kept in the memory of rank 0's host from "
@@ -326,7 +327,7 @@ def test_a_disk_that_fails_while_room_is_looked_for_is_one_message(tmp_path, mon
     def stale(folder):
         raise OSError(116, "Stale file handle")
 
-    monkeypatch.setattr("distill.space.free", stale)
+    monkeypatch.setattr("distill.core.space.free", stale)
     said = f"cannot save checkpoint {tmp_path / 'step-00000002'}: Stale file handle; last good checkpoint: {good}"
     with pytest.raises(RunError, match=f"^{re.escape(said)}$"):
         save(saver, 2, 2, groups(2, size=1000))
@@ -334,7 +335,7 @@ def test_a_disk_that_fails_while_room_is_looked_for_is_one_message(tmp_path, mon
 
 def test_room_is_looked_for_before_training_and_before_each_save(tmp_path, monkeypatch):
     left = 1000
-    monkeypatch.setattr("distill.space.free", lambda folder: left)
+    monkeypatch.setattr("distill.core.space.free", lambda folder: left)
     with pytest.raises(RunError, match=r"no room for 3 checkpoints: \d+\.\d [kM]B needed, but 1.0 kB are free for"):
         train(tmp_path, checkpoint={"images": 16, "minutes": None, "keep": 2})
     assert not (tmp_path / "stages/train/checkpoints").exists()

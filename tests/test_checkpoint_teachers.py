@@ -18,13 +18,13 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from distill.fields import Rescheduled
-from distill.guard import InputError
-from distill.interpolants import linear, vp
-from distill.solvers import euler
+from distill.core.errors import InputError
+from distill.flow.fields import Rescheduled
+from distill.flow.interpolants import linear, vp
+from distill.flow.solvers import euler
+from distill.networks.velocity_mlp import VelocityMLP
+from distill.networks.velocity_unet import VelocityUNet2DModel
 from distill.students.init import StudentInit
-from distill.students.velocity_mlp import VelocityMLP
-from distill.students.velocity_unet import VelocityUNet2DModel
 from distill.teachers.analytic import GaussianField, MixtureField
 from distill.teachers.network_field import EdmField, NetworkField
 

@@ -14,14 +14,17 @@ from commands import command, snapshot
 from runs import make
 
 import distill as package
-from distill import claims, inputs, presets, specfile, status, todo
-from distill.atomic import write_json
 from distill.cli import common, given, start, work
 from distill.cli.main import app
-from distill.guard import InputError
-from distill.inputs import Input
+from distill.core.atomic import write_json
+from distill.core.errors import InputError
+from distill.execution import prefetch
+from distill.execution.prefetch import Input
 from distill.launch import environment
-from distill.store import append_event, event_files
+from distill.reports import status
+from distill.runs import claims, todo
+from distill.runs.store import append_event, event_files
+from distill.spec import presets, specfile
 
 COMMANDS = ["quickstart", "run", "reflow", "plan", "init", "recipes", "list", "show", "report", "doctor", "clean"]
 COMMANDS += ["sample", "eval", "pairs", "export", "publish", "students", "pull", "verify", "config"]
@@ -303,7 +306,7 @@ def test_clean_takes_inputs_that_no_run_names(capfd, tmp_path):
         os.utime(folder, (0, 0))
     run = make(tmp_path / "runs")
     record = Input("teacher", "org/tiny", None, "c" * 40, "a" * 64, f"hub/models--org--tiny/snapshots/{'c' * 40}")
-    inputs.keep(run, [record])
+    prefetch.keep(run, [record])
     said = command(capfd, "clean", "--inputs").out
     assert said.endswith("4 B  runs/inputs/unused\n4 B would be free; nothing was deleted: add --yes\n")
     assert folders[1].exists()

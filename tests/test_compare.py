@@ -5,8 +5,9 @@ import json
 import pytest
 from runs import distill, folder_bytes, kill, start, wait_for
 
-from distill import compared, results
-from distill.store import RunPaths, read_json
+from distill.reports import comparison_table
+from distill.runs import results
+from distill.runs.store import RunPaths, read_json
 
 pytestmark = pytest.mark.process
 
@@ -102,7 +103,7 @@ def check_table(run, said):
     calls = {name: int(row[-1].replace(",", "")) for name, row in rows.items() if row[-1] != "-"}
     assert calls["reflow"] == calls["one_step (reflow, one_step)"] == 500 * 12
     assert calls["perflow"] == 4 * 8 * images["perflow"] / 4, "8 Euler steps of the teacher for each image"
-    found = compared.found(run)
+    found = comparison_table.found(run)
     assert all(seconds > 0 for seconds in found.seconds.values())
     assert "comparison.md" in said and "comparison.svg" in said
     assert "distill compare digits --recipes one_step,reflow,perflow" in page

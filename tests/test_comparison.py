@@ -12,15 +12,17 @@ from runs import make
 from test_report import Page
 from test_report import row as measured_row
 
-from distill import budget, charts, compared, comparison, planning, presets, registry, report, specfile, workflow
-from distill.atomic import write_json
-from distill.compared import Comparison, Entry, Measured, Part
-from distill.grids import images_png
-from distill.guard import InputError
-from distill.resolved import resolve
-from distill.results import FILE_NAME, Results
-from distill.spec import EvaluateStage, TrainStage
-from distill.store import CREATED, RunPaths, append_event
+from distill.core.atomic import write_json
+from distill.core.errors import InputError
+from distill.evaluation.pictures import images_png
+from distill.plans import budget, comparison, planning
+from distill.reports import charts, comparison_table, report
+from distill.reports.comparison_table import Comparison, Entry, Measured, Part
+from distill.runs.results import FILE_NAME, Results
+from distill.runs.store import CREATED, RunPaths, append_event
+from distill.spec import checks, presets, registry, specfile
+from distill.spec.model import EvaluateStage, TrainStage
+from distill.spec.resolved import resolve
 
 MLP = {"kind": "mlp", "width": 16, "depth": 2}
 GAUSSIAN = {"kind": "gaussian", "mean": [0, 1], "std": [1, 2]}
@@ -70,7 +72,7 @@ def empty_folder(tmp_path, monkeypatch):
 def test_a_stage_of_two_chains_is_made_for_each():
     plan, base = planned("digits")
     spec = plan.spec()
-    workflow.check(spec, base)
+    checks.check(spec, base)
     assert specfile.validate(spec.model_dump(mode="json"), "again") == spec
     assert list(spec.stages) == ["teach", "pairs", "reflow", "one_step-reflow", "one_step", "evaluate"]
     given = plan.given.stages
@@ -91,13 +93,13 @@ def test_a_chain_that_is_alone_keeps_its_names():
 
 def test_what_nobody_compared_needs_is_left_out():
     plan, base = planned("digits-recipes", "meanflow", "dmd2")
-    workflow.check(plan.spec(), base)
+    checks.check(plan.spec(), base)
     assert list(plan.spec().stages) == ["teach", "meanflow", "dmd2", "evaluate"]
 
 
 def test_chains_of_the_family():
     plan, base = planned("digits-family")
-    workflow.check(plan.spec(), base)
+    checks.check(plan.spec(), base)
     chains = {chain.name: list(chain.stages) for chain in plan.chains}
     assert chains["slimflow"] == ["anneal", "slimflow"]
     assert chains["proreflow"] == ["proreflow8", "proreflow4", "proreflow"]
@@ -131,7 +133,7 @@ def test_a_chain_with_a_teacher_and_pairs_of_its_own():
     order.insert(-1, "one")
     spec = specfile.validate({**content, "stages": {name: stages[name] for name in order}}, "f")
     plan = comparison.plan(resolve(spec, specfile.Path()), None)
-    workflow.check(plan.spec(), specfile.Path())
+    checks.check(plan.spec(), specfile.Path())
     chain = plan.chains[-1]
     assert list(chain.stages) == ["one-flow", "one-again", "one-more", "one-second", "one"]
     assert chain.stages["one-more"].teacher == "one-flow"
@@ -145,7 +147,7 @@ def test_a_chain_with_a_teacher_and_pairs_of_its_own():
 
 def test_a_recipe_that_the_spec_lacks_is_like_its_first():
     plan, base = planned("digits", "shortcut/meanflow", "rf_plus_plus")
-    workflow.check(plan.spec(), base)
+    checks.check(plan.spec(), base)
     first, found = plan.given.stages["reflow"], plan.spec().stages["meanflow"]
     same = ["teacher", "images", "batch_size", "optimizer", "ema_half_lives", "export", "checkpoint"]
     assert [getattr(found, name) for name in same] == [getattr(first, name) for name in same]
@@ -157,14 +159,14 @@ def test_a_recipe_that_the_spec_lacks_is_like_its_first():
 
 def test_a_network_is_taken_over_where_the_teacher_has_no_weights():
     plan = comparison.plan(resolve(vectors(), specfile.Path()), ["one_step"])
-    workflow.check(plan.spec(), specfile.Path())
+    checks.check(plan.spec(), specfile.Path())
     assert plan.spec().stages["one_step"].network == plan.given.stages["flow"].network
 
 
 @pytest.mark.parametrize("recipe", [name for name in registry.names() if not name.startswith("pretrain/")])
 def test_every_recipe_can_be_compared(recipe):
     spec, base = preset("digits-family")
-    workflow.check(comparison.plan(resolve(spec, base), [recipe]).spec(), base)
+    checks.check(comparison.plan(resolve(spec, base), [recipe]).spec(), base)
 
 
 def test_states_are_found_among_the_pairs():
@@ -198,9 +200,9 @@ def test_times_of_those_that_are_not_compared_are_left_out():
     times = {"teacher": ["optimal"], "reflow": ["optimal"], "one_step": [[1.0, 0.5, 0.0]]}
     asked = plan.given.stages["evaluate"].model_copy(update={"times": times})
     spec = plan.given.model_copy(update={"stages": {**plan.given.stages, "evaluate": asked}})
-    workflow.check(spec, base)
+    checks.check(spec, base)
     plan = comparison.plan(resolve(spec, base), ["one_step"])
-    workflow.check(plan.spec(), base)
+    checks.check(plan.spec(), base)
     kept = {"teacher": times["teacher"], "one_step": times["one_step"]}
     assert plan.spec().stages["evaluate"].times == kept
     assert budget.frozen(plan, alike(plan), 1.0, "c")[0].stages["evaluate"].times == kept
@@ -214,7 +216,7 @@ def test_a_chain_takes_the_minutes():
     seconds = {"anneal": 0.0011, "slimflow": 0.0023, "proreflow8": 0.003, "proreflow4": 0.0041, "proreflow": 0.005,
                "reflow": 0.00077}  # fmt: skip
     found, record = budget.frozen(plan, {name: timed(each) for name, each in seconds.items()}, 1.5, "distill c")
-    workflow.check(found, base)
+    checks.check(found, base)
     for entry in record.entries:
         total = sum(part.images * seconds[part.stage] for part in entry.parts)
         assert total == pytest.approx(sum(part.seconds for part in entry.parts))
@@ -237,7 +239,7 @@ def test_a_warm_up_ends_before_a_short_training_does(images):
     length = {"images": 2560, "batch_size": 128, "optimizer": {"warmup_images": 2559}}
     plan = comparison.plan(resolve(vectors(flow=REFLOW | length), specfile.Path()), None)
     found, _ = budget.frozen(plan, alike(plan), (images + 127) * 0.001 / 60, "c")
-    workflow.check(found, specfile.Path())
+    checks.check(found, specfile.Path())
     flow = found.stages["flow"]
     assert (flow.images, flow.optimizer.warmup_images) == (images, images - 1)
     annealing = {"recipe": "reflow/slimflow", "options": {"phase": "anneal", "anneal_images": 2560}}
@@ -280,7 +282,7 @@ def test_what_the_teacher_is_asked():
 def test_a_rehearsal_is_short_but_long_enough():
     plan, base = planned("digits-family", "reflow", "boss")
     small = budget.rehearsal(plan)
-    workflow.check(small, base)
+    checks.check(small, base)
     stages = small.stages
     assert stages["teach"].images == 2 * 128
     assert stages["reflow"].images == stages["boss"].images == 24 * 128
@@ -290,7 +292,7 @@ def test_a_rehearsal_is_short_but_long_enough():
 
 def test_a_miniature_of_states_can_be_made():
     spec, base = preset("digits-family")
-    workflow.check(planning.miniature(spec), base)
+    checks.check(planning.miniature(spec), base)
 
 
 def test_a_rehearsal_tells_what_was_measured(tmp_path):
@@ -404,7 +406,7 @@ def test_a_recipe_of_ones_own_goes_by_the_name_of_its_file():
         resolve(vectors(flow=None, evaluate=None, mine=own, last=EVALUATE), specfile.Path()), ["mine"]
     )
     _, record = budget.frozen(plan, alike(plan), 1.0, "c")
-    assert [compared.titled(each) for each in record.entries] == ["mine"]
+    assert [comparison_table.titled(each) for each in record.entries] == ["mine"]
 
 
 def test_a_copy_with_a_name_that_is_taken():
@@ -438,7 +440,7 @@ def test_a_budget_that_is_too_short_says_what_would_do():
         str(caught.value),
     )
     enough = budget.frozen(plan, found, float(said[1]), "c")[0]
-    workflow.check(enough, base)
+    checks.check(enough, base)
     assert enough.stages["slimflow"].images == 128
     anneal, slimflow = (plan.given.stages[name].images for name in ("anneal", "slimflow"))
     assert float(said[1]) < 1.02 * (anneal + slimflow) / slimflow * 128 * 0.01 / 60
@@ -631,12 +633,12 @@ COLUMNS = ["images", "FD-digits@1", "@2", "@4", "@8", "@16", "S", "training", "m
 
 
 def test_the_table_says_each_number(run):
-    found = compared.found(run)
-    assert compared.columns(found) == COLUMNS
-    assert compared.rows(found) == EXPECTED
+    found = comparison_table.found(run)
+    assert comparison_table.columns(found) == COLUMNS
+    assert comparison_table.rows(found) == EXPECTED
     console = Console(width=200)
     with console.capture() as shown:
-        console.print(compared.table(found))
+        console.print(comparison_table.table(found))
     for name, cells in EXPECTED:
         (line,) = [each for each in shown.get().splitlines() if each.strip("│ ").startswith(f"{name} ")]
         assert [cell.strip() for cell in line.strip("│").split("│")] == [name, *cells]
@@ -652,10 +654,10 @@ def test_rows_along_other_times_are_not_compared(run):
     ]
     more = usual.model_copy(update={"rows": [*usual.rows, *along]})
     write_json(run.stage("evaluate").root / FILE_NAME, more.model_dump(mode="json"))
-    found = compared.found(run)
-    assert (compared.columns(found), compared.rows(found)) == (COLUMNS, EXPECTED)
-    assert compared.ranked(found)["reflow"] == [(1, 40.0), (2, 20.0)]
-    assert compared.teacher(found) == [("1", 1000.0), ("8", 10.0), ("heun 16", 5.0)]
+    found = comparison_table.found(run)
+    assert (comparison_table.columns(found), comparison_table.rows(found)) == (COLUMNS, EXPECTED)
+    assert comparison_table.ranked(found)["reflow"] == [(1, 40.0), (2, 20.0)]
+    assert comparison_table.teacher(found) == [("1", 1000.0), ("8", 10.0), ("heun 16", 5.0)]
 
 
 def test_the_page_is_a_table_of_github(run):
@@ -686,40 +688,40 @@ def test_what_a_comparison_names_is_text_on_its_page(run):
     for broken in ("two\nlines", "\x1b[2J"):
         run.comparison.write_text(json.dumps(content | {"command": broken}))
         with pytest.raises(InputError, match="command: .* given; must be one line of text without control characters"):
-            compared.load(run)
+            comparison_table.load(run)
 
 
 def test_a_gpu_is_named_and_not_the_cpu_beside_it(run):
     append_event(run, "stage started", stage="evaluate", kind="evaluate", device="NVIDIA H100")
     content = results().model_copy(update={"device": "cuda"}).model_dump(mode="json")
     write_json(run.stage("evaluate").root / FILE_NAME, content)
-    assert compared.found(run).machine == "NVIDIA H100, torch 2.9"
+    assert comparison_table.found(run).machine == "NVIDIA H100, torch 2.9"
 
 
 def test_without_a_distance_the_rms_is_compared(run):
     write_json(run.stage("evaluate").root / FILE_NAME, results(None).model_dump(mode="json"))
-    found = compared.found(run)
-    assert compared.columns(found)[1] == "RMS@1"
-    assert dict(compared.rows(found))["reflow"][1:3] == ["0.0400", "0.0200"]
-    assert compared.teacher(found) == [("1", 1.0), ("8", 0.01)], "of 0 there is no logarithm"
+    found = comparison_table.found(run)
+    assert comparison_table.columns(found)[1] == "RMS@1"
+    assert dict(comparison_table.rows(found))["reflow"][1:3] == ["0.0400", "0.0200"]
+    assert comparison_table.teacher(found) == [("1", 1.0), ("8", 0.01)], "of 0 there is no logarithm"
     report.write(run)
 
 
 def test_the_best_at_its_fewest_steps_is_first(run):
-    found = compared.found(run)
-    assert list(compared.ranked(found).items()) == [
+    found = comparison_table.found(run)
+    assert list(comparison_table.ranked(found).items()) == [
         ("perflow", [(4, 8.0), (8, 4.0)]),
         ("slim (reflow, slimflow)", [(1, 10.0)]),
         ("reflow", [(1, 40.0), (2, 20.0)]),
     ]
-    assert compared.teacher(found) == [("1", 1000.0), ("8", 10.0), ("heun 16", 5.0)]
+    assert comparison_table.teacher(found) == [("1", 1000.0), ("8", 10.0), ("heun 16", 5.0)]
 
 
 def test_the_figure_has_each_number_at_its_place(run):
-    found = compared.found(run)
-    lines = compared.ranked(found)
-    drawn = charts.ranks(lines, compared.teacher(found), "FD-digits")
-    assert drawn == charts.ranks(lines, compared.teacher(found), "FD-digits")
+    found = comparison_table.found(run)
+    lines = comparison_table.ranked(found)
+    drawn = charts.ranks(lines, comparison_table.teacher(found), "FD-digits")
+    assert drawn == charts.ranks(lines, comparison_table.teacher(found), "FD-digits")
     texts = re.findall(r"<text[^>]*>([^<]*)</text>", drawn)
     names = [text for text in texts if text in lines]
     assert names == [*lines]
@@ -752,14 +754,14 @@ def test_the_report_has_a_section_of_it(run):
 
 def test_there_is_none_before_the_evaluation(run):
     (run.stage("evaluate").root / FILE_NAME).unlink()
-    assert compared.found(run) is None
+    assert comparison_table.found(run) is None
     assert "Comparison" not in Page(report.write(run).read_text()).text
     assert not run.comparison_table.exists()
 
 
 def test_time_that_a_kill_undid_does_not_count():
     def seconds(events, stage):
-        sessions = compared.Sessions()
+        sessions = comparison_table.Sessions()
         for event in events:
             sessions.add(event)
         return sessions.seconds(stage)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill import registry, testing
+from distill import testing
+from distill.spec import registry
 
 HERE = Path(__file__).parent
 DECLARING = sorted(path.stem for path in HERE.glob("test_recipes_*.py"))

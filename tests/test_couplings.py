@@ -8,13 +8,15 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from distill import couplings, draws, registry, solvers, testing
-from distill.draws import Rows, StepDraw
-from distill.engine import StepContext
-from distill.guard import InputError, RunError
+from distill import testing
+from distill.core.errors import InputError, RunError
+from distill.flow import couplings, draws, solvers
+from distill.flow.draws import Rows, StepDraw
 from distill.protocols import Batch
+from distill.spec import registry
 from distill.teachers.analytic import GaussianField
 from distill.testing import exact, ring
+from distill.training.engine import StepContext
 from recipes.pretrain import flow_matching
 from recipes.reflow import reflow
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from runs import make
 
-from distill import curves, report
-from distill.curves import KEPT, POINTS, Thinned, thin
-from distill.store import CREATED, RunPaths, append_event
+from distill.reports import curves, report
+from distill.reports.curves import KEPT, POINTS, Thinned, thin
+from distill.runs.store import CREATED, RunPaths, append_event
 
 
 def wave(count: int) -> tuple[list[float], list[float]]:

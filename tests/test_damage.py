@@ -8,10 +8,13 @@ import pytest
 from commands import command
 from runs import CARD, make
 
-from distill import card, compared, events, report, results, status
-from distill.atomic import write_json
-from distill.guard import InputError, short
-from distill.store import CREATED, RunPaths, append_event, event_files, event_line, read_events, runs
+from distill.core.atomic import write_json
+from distill.core.errors import InputError
+from distill.core.text import short
+from distill.exchange import card
+from distill.reports import comparison_table, report, status
+from distill.runs import events, results
+from distill.runs.store import CREATED, RunPaths, append_event, event_files, event_line, read_events, runs
 
 ROW = {
     "network": "teacher", "role": "teacher", "solver": "heun", "steps": 16, "fine": True, "nfe": 31, "distance": None,
@@ -387,4 +390,4 @@ def test_cards_and_results_of_a_whole_run_are_read(tmp_path):
     assert "The teacher reaches RMS to the teacher" in report.write(run).read_text()  # though 0 has no logarithm
     put(run.comparison, " " * (2**24 + 1))
     with pytest.raises(InputError, match="comparison.json cannot be read: it has more than 16,777,216 bytes"):
-        compared.load(run)
+        comparison_table.load(run)

@@ -12,13 +12,13 @@ import torch
 from PIL import Image
 
 from distill import data
+from distill.core.errors import InputError
 from distill.data import DataSource, index
 from distill.data.arrays import ArrayData, read_mnist
 from distill.data.images import ImageData
 from distill.data.tables import TableRows
-from distill.draws import Rows
-from distill.guard import InputError
-from distill.spec import DigitsData, HfData, ImagesData, MnistData, NoData
+from distill.flow.draws import Rows
+from distill.spec.model import DigitsData, HfData, ImagesData, MnistData, NoData
 
 
 @pytest.fixture(autouse=True)

@@ -14,10 +14,10 @@ from programs import convert_lpips_trunk
 from safetensors.torch import load_file, save_file
 from torchvision.models import alexnet, squeezenet1_1
 
-from distill import distances
-from distill.distances import Lpips
-from distill.draws import generator
-from distill.guard import InputError
+from distill.core.errors import InputError
+from distill.flow import distances
+from distill.flow.distances import Lpips
+from distill.flow.draws import generator
 from recipes.reflow import caf, one_step, rf_plus_plus, slimflow
 
 NETWORKS = {"squeeze": squeezenet1_1, "alex": alexnet}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from distill.draws import Rows, StepDraw, key, permutation, sample_labels, sample_noise
-from distill.guard import InputError
+from distill.core.errors import InputError
+from distill.flow.draws import Rows, StepDraw, key, permutation, sample_labels, sample_noise
 
 # --- samples: (seed, index) alone ---
 

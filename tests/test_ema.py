@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill.ema import Ema, decay
+from distill.training.ema import Ema, decay
 
 
 def test_an_average_is_its_recurrence():

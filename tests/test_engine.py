@@ -8,14 +8,14 @@ import torch
 from programs.train_vector import Alternating, FlowMatching, Ring, Vector, stage, train
 from torch import nn
 
-from distill import checkpoint
-from distill.draws import Rows, StepDraw, key
-from distill.guard import InputError, RunError
-from distill.interpolants import linear
+from distill.core.errors import InputError, RunError
+from distill.flow.draws import Rows, StepDraw, key
+from distill.flow.interpolants import linear
 from distill.protocols import Copy, Frozen, Loss, Trained, Turn
-from distill.spec import OptimizerSpec
-from distill.store import RunPaths, read_events
-from distill.trainable import Trainable, learning_rate
+from distill.runs.store import RunPaths, read_events
+from distill.spec.model import OptimizerSpec
+from distill.training import checkpoint
+from distill.training.trainable import Trainable, learning_rate
 
 
 def bits(result):

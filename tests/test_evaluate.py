@@ -11,31 +11,36 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 
-from distill import evaluate as evaluation
-from distill import report, results, sample, sampling, schedules, solvers, sources
-from distill.card import StudentCard
+from distill.core.errors import InputError, RunError, Stopped
+from distill.core.stop import StopRequest
 from distill.data.arrays import ArrayData
-from distill.draws import key, sample_labels, sample_noise
-from distill.evalspec import num_samples
-from distill.evaluate import evaluate
-from distill.export import export
-from distill.grids import columns_for, images_png, scatter_png
-from distill.guard import InputError, RunError, Stopped
-from distill.metrics import features
-from distill.progress import Progress
-from distill.resolved import resolve
-from distill.samplers import euler, renoise
-from distill.spec import CheckpointTeacher, RunSpec, UNetSpec
-from distill.stop import StopRequest
-from distill.store import RunPaths
+from distill.evaluation import evaluate as evaluation
+from distill.evaluation import sample
+from distill.evaluation.evaluate import evaluate
+from distill.evaluation.metrics import features
+from distill.evaluation.pictures import columns_for, images_png, scatter_png
+from distill.exchange.card import StudentCard
+from distill.execution import sources
+from distill.flow import solvers
+from distill.flow.draws import key, sample_labels, sample_noise
+from distill.flow.times import uniform_grid
+from distill.networks.acceleration import AccelerationStudent
+from distill.networks.architectures import accelerated, build, two_times
+from distill.networks.flow_map import FlowMapStudent
+from distill.networks.velocity import VelocityStudent
+from distill.networks.velocity_mlp import VelocityMLP
+from distill.reports import report
+from distill.runs import results
+from distill.runs.progress import Progress
+from distill.runs.store import RunPaths
+from distill.spec.evalspec import num_samples
+from distill.spec.model import CheckpointTeacher, RunSpec, UNetSpec
+from distill.spec.resolved import resolve
 from distill.students import loaded as students
-from distill.students.acceleration import AccelerationStudent
-from distill.students.flow_map import FlowMapStudent
-from distill.students.networks import accelerated, build, two_times
-from distill.students.velocity import VelocityStudent
-from distill.students.velocity_mlp import VelocityMLP
+from distill.students import sampling, step_times
+from distill.students.export import export
+from distill.students.samplers import euler, renoise
 from distill.teachers import load
-from distill.times import uniform_grid
 
 CPU = torch.device("cpu")
 STD, MEAN = 0.5, [1.0, -2.0]
@@ -86,7 +91,8 @@ def go(run: RunPaths, spec: RunSpec, stop: StopRequest | None = None) -> results
     inputs = sources.load(run, resolve(spec, run.root), "evaluate", CPU, indexed=False)
     seed, stop = key(spec.seed, "evaluate"), stop or StopRequest()
     with Progress("evaluate", num_samples(stage), "samples", run) as progress:
-        found = evaluate(run, "evaluate", stage, inputs, seed=seed, device=CPU, progress=progress, stop=stop)
+        given = inputs.teacher, inputs.own, inputs.data
+        found = evaluate(run, "evaluate", stage, *given, seed=seed, device=CPU, progress=progress, stop=stop)
         assert progress.done == num_samples(stage)
     return found
 
@@ -189,7 +195,7 @@ def test_rows_along_other_times(vector_run):
     assert ways == [*teacher, *given, *(("exact", "euler", n, "") for n in (1, 2)), ("exact", "euler", 2, "1, 0.3, 0")]
     # The path of a centred Gaussian scales its state, so the row's RMS is that of noise times an error that is known.
     loaded = load(spec.teacher, CPU)
-    best = schedules.optimal_times(loaded, vector_run.root.parent, 4, CPU)
+    best = step_times.optimal_times(loaded, vector_run.root.parent, 4, CPU)
     noise = sample_noise(key(0, "evaluate"), range(300), (2,))
     fine = solvers.sample(loaded.field, noise, {}, solver="heun", steps=32)
     for along, steps in (("optimal", best), ("1, 0.5, 0.2, 0", [1.0, 0.5, 0.2, 0.0])):

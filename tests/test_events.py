@@ -11,10 +11,11 @@ import pytest
 from commands import command
 from runs import make
 
-from distill import events, jobs, status
-from distill.guard import InputError, RunError
-from distill.owners import Owner
-from distill.store import CREATED, RunPaths, append_event, event_files, event_line, read_events
+from distill.core.errors import InputError, RunError
+from distill.core.owners import Owner
+from distill.reports import status
+from distill.runs import events, jobs
+from distill.runs.store import CREATED, RunPaths, append_event, event_files, event_line, read_events
 
 
 def put(path: Path, *times: float, cut: str = "") -> None:
@@ -55,7 +56,7 @@ def test_files_are_merged_by_time_then_by_name_and_keep_their_own_order(run):
 def test_each_process_writes_a_file_of_its_own(run):
     run.root.mkdir()
     code = (
-        "import sys\nfrom pathlib import Path\nfrom distill.store import RunPaths, append_event\n"
+        "import sys\nfrom pathlib import Path\nfrom distill.runs.store import RunPaths, append_event\n"
         "for number in range(200): append_event(RunPaths(Path(sys.argv[1])), sys.argv[2], number=number)"
     )
     writers = [subprocess.Popen([sys.executable, "-c", code, str(run.root), name]) for name in "abc"]

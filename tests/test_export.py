@@ -14,27 +14,27 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from distill import card as cards
-from distill import export as exporter
-from distill import sample, sampling
-from distill.card import StudentCard
-from distill.draws import generator, sample_labels, sample_noise
-from distill.export import export
-from distill.guard import InputError, RunError
-from distill.kinds import STUDENTS
-from distill.owners import Owner
-from distill.samplers import euler
-from distill.spec import CheckpointTeacher, MlpSpec, UNetSpec
+from distill.core.errors import InputError, RunError
+from distill.core.owners import Owner
+from distill.evaluation import sample
+from distill.exchange import card as cards
+from distill.exchange.card import StudentCard
+from distill.flow.draws import generator, sample_labels, sample_noise
+from distill.flow.times import uniform_grid
+from distill.networks.acceleration import AccelerationStudent
+from distill.networks.architectures import accelerated, build, two_times
+from distill.networks.flow_map import FlowMapStudent
+from distill.networks.velocity import VelocityStudent
+from distill.spec.kinds import STUDENTS
+from distill.spec.model import CheckpointTeacher, MlpSpec, UNetSpec
+from distill.students import export as exporter
 from distill.students import loaded as students
-from distill.students import shipped
-from distill.students.acceleration import AccelerationStudent
-from distill.students.flow_map import FlowMapStudent
+from distill.students import sampling, shipped
+from distill.students.export import export
 from distill.students.init import StudentInit
 from distill.students.loaded import Student
-from distill.students.networks import accelerated, build, two_times
-from distill.students.velocity import VelocityStudent
+from distill.students.samplers import euler
 from distill.teachers import load
-from distill.times import uniform_grid
 
 UNET = UNetSpec(kind="unet", channels=[8, 16])
 MLP = MlpSpec(kind="mlp", width=16)

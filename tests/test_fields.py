@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from distill.draws import generator
-from distill.fields import (
+from distill.flow.draws import generator
+from distill.flow.fields import (
     Counted,
     Guided,
     Rescheduled,
@@ -16,7 +16,7 @@ from distill.fields import (
     rows_to_call,
     start,
 )
-from distill.interpolants import edm, like, linear, trig, vp
+from distill.flow.interpolants import edm, like, linear, trig, vp
 from distill.protocols import VelocityField
 from distill.teachers.analytic import GaussianField, MixtureField, class_gaussian_teacher
 from distill.testing import exact

@@ -7,12 +7,15 @@ import pytest
 import torch
 from test_rounds import GAUSSIAN, MLP, PAIRS
 
-from distill import checkpoint, forecast, planning, preflight, presets, specfile, stages
-from distill.interpolants import linear
-from distill.resolved import resolve
-from distill.stop import StopRequest
-from distill.store import RunPaths
+from distill.core.stop import StopRequest
+from distill.execution import forecast, preflight, stages
+from distill.flow.interpolants import linear
+from distill.plans import planning
+from distill.runs.store import RunPaths
+from distill.spec import presets, specfile
+from distill.spec.resolved import resolve
 from distill.teachers.loaded import LoadedTeacher
+from distill.training import checkpoint
 
 TRAIN = {
     "kind": "train", "recipe": "reflow/reflow", "network": MLP, "pairs": "solve", "images": 512, "batch_size": 64,

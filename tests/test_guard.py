@@ -2,7 +2,7 @@
 
 import pytest
 
-from distill.guard import printable
+from distill.core.text import printable
 
 
 @pytest.mark.parametrize(

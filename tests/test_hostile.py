@@ -19,13 +19,13 @@ from runs import make as make_run
 from students import PICTURE, WEIGHTS, card, edit_card, make, put, tensors
 from test_report import make_results
 
-from distill import card as cards
-from distill import contents, manifest, publish, published, pull, transfer, transports, web
-from distill.card import Cost, Publication
-from distill.claims import Owner
-from distill.guard import InputError, RunError
-from distill.regular import open_regular, read_regular
-from distill.transports import at
+from distill.core.errors import InputError, RunError
+from distill.core.regular_files import open_regular, read_regular
+from distill.exchange import card as cards
+from distill.exchange import contents, manifest, publish, published, pull, transfer, transports, web
+from distill.exchange.card import Cost, Publication
+from distill.exchange.transports import at
+from distill.runs.claims import Owner
 
 DISTILL = "distill.json"
 ONE_LINE = "must be one line of text without control characters"

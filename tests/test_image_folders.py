@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from distill import data, imagefolder, specfile
-from distill.guard import InputError
-from distill.spec import HfData, ImagesData
+from distill import data
+from distill.core.errors import InputError
+from distill.spec import imagefolder, specfile
+from distill.spec.model import HfData, ImagesData
 
 
 def folder(root: Path, *names: str) -> Path:

@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from distill import data
+from distill.core.errors import InputError, RunError
 from distill.data import index
 from distill.data.arrays import ArrayData
 from distill.data.index import State
-from distill.guard import InputError, RunError
-from distill.spec import HfData, ImagesData
+from distill.spec.model import HfData, ImagesData
 
 SIDE = 64
 BYTES = SIDE * SIDE * 3  # about those of a picture of noise as PNG

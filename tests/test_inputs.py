@@ -19,13 +19,13 @@ from hub import CLASSES, GATED, MUTE, Commit, Hub, environment, pictures, pipeli
 from PIL import Image
 from runs import folder_bytes, make
 
-from distill import inputs
-from distill.atomic import write_atomic
-from distill.guard import InputError, RunError
-from distill.inputs import Input
-from distill.repository import Repository
-from distill.spec import RunSpec
-from distill.store import RunPaths, read_json
+from distill.core.atomic import write_atomic
+from distill.core.errors import InputError, RunError
+from distill.core.hub_repository import Repository
+from distill.execution import prefetch
+from distill.execution.prefetch import Input
+from distill.runs.store import RunPaths, read_json
+from distill.spec.model import RunSpec
 from distill.teachers import by_id
 
 DAY = 86400
@@ -91,7 +91,7 @@ def made(store: Path, *specs: dict[str, object], hub: Hub) -> tuple[list[str], s
 
 def job(run: Path, hub: Hub, home: Path) -> dict[str, str]:
     """The environment of a job of a run, on a machine whose own caches are empty."""
-    return environment(hub, home) | inputs.environment({each.what for each in inputs.read(RunPaths(run))}, run)
+    return environment(hub, home) | prefetch.environment({each.what for each in prefetch.read(RunPaths(run))}, run)
 
 
 def read_by_job(run: Path, hub: Hub) -> dict[str, list]:
@@ -208,13 +208,13 @@ def test_what_was_fetched_is_not_fetched_again(fetched):
 
 @pytest.mark.process
 def test_the_store_holds_what_is_read_and_nothing_else(fetched):
-    teacher, data = inputs.read(RunPaths(fetched.store / "both"))
+    teacher, data = prefetch.read(RunPaths(fetched.store / "both"))
     assert (teacher.what, teacher.id, teacher.revision) == ("teacher", "org/tiny", None)
     assert (data.what, data.id, data.revision) == ("data", "org/pictures", None)
     files = folder_bytes(teacher.content(fetched.store))
     assert {Path(name).suffix for name in files} == {".json", ".md", ".safetensors"}  # README.md: for its licence
     assert teacher.bytes == sum(len(content) for content in files.values())
-    named = {each.digest for run in fetched.store.glob("*/inputs") for each in inputs.read(RunPaths(run.parent))}
+    named = {each.digest for run in fetched.store.glob("*/inputs") for each in prefetch.read(RunPaths(run.parent))}
     assert folders(fetched.store) == sorted(named)
     assert len(named) == 6, "two commits of main and v2; two of pictures, one by two names; files"
     (line,) = [line for line in fetched.told.splitlines() if line.startswith("teacher org/tiny@" + teacher.commit[:12])]
@@ -316,12 +316,12 @@ def test_a_kill_while_it_downloads_or_copies_leaves_nothing_that_counts(site):
     (left,) = folders(site.store)
     assert left.startswith(".")
     assert made(site.store, spec("whole", teacher=TINY), hub=site.hub)[0] == []
-    (whole,) = inputs.read(RunPaths(site.store / "whole"))
+    (whole,) = prefetch.read(RunPaths(site.store / "whole"))
     assert folders(site.store) == sorted([left, whole.digest])
     assert len(folder_bytes(whole.content(site.store))) == 5
-    assert inputs.unused(site.store) == [], "it may be at work still"
+    assert prefetch.unused(site.store) == [], "it may be at work still"
     os.utime(site.store / "inputs" / left, (0, 0))
-    assert [path.name for path in inputs.unused(site.store)] == [left]
+    assert [path.name for path in prefetch.unused(site.store)] == [left]
 
 
 @pytest.mark.process
@@ -329,7 +329,7 @@ def test_two_at_once_lose_nothing(site):
     with site.start("one") as one, site.start("two") as two:
         said = [process.communicate(timeout=300)[0] for process in (one, two)]
     assert [one.returncode, two.returncode] == [0, 0], said
-    of_one, of_two = (inputs.read(RunPaths(site.store / name)) for name in ("one", "two"))
+    of_one, of_two = (prefetch.read(RunPaths(site.store / name)) for name in ("one", "two"))
     assert of_one == of_two
     assert folders(site.store) == [of_one[0].digest]
     files = folder_bytes(of_one[0].content(site.store))
@@ -379,17 +379,17 @@ def test_a_run_that_goes_on_keeps_its_commits(tmp_path, capfd):
     os.utime(before.folder(tmp_path), (0, 0))
     given = RunSpec.model_validate(spec("one", teacher=TINY | {"revision": "v2"}))
     assert given.hub_inputs == {"teacher"}
-    assert inputs.resolve(given, tmp_path, [before]) == [before]
+    assert prefetch.resolve(given, tmp_path, [before]) == [before]
     assert capfd.readouterr().err == f"teacher org/tiny@cccccccccccc: 5 B in {tmp_path}/inputs/{digest}\n"
-    assert inputs.unused(tmp_path) == [], "it was asked for lately"
+    assert prefetch.unused(tmp_path) == [], "it was asked for lately"
 
 
 def test_a_spec_without_hub_ids_has_no_inputs(tmp_path):
     given = RunSpec.model_validate(spec("one", teacher={"kind": "diffusers", "path": str(tmp_path)}))
-    assert inputs.resolve(given, tmp_path / "store") == []
+    assert prefetch.resolve(given, tmp_path / "store") == []
     assert not (tmp_path / "store").exists()
     assert given.hub_inputs == set()
-    assert inputs.environment(set(), tmp_path) == {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    assert prefetch.environment(set(), tmp_path) == {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
 def test_no_run_is_called_as_the_folder_of_inputs(tmp_path):
@@ -402,36 +402,36 @@ def test_no_run_is_called_as_the_folder_of_inputs(tmp_path):
 
 def test_links_are_relative_and_made_again_where_they_are_gone(tmp_path):
     run, one = make(tmp_path), kept(tmp_path, "a")
-    inputs.link(run)
+    prefetch.link(run)
     assert not (run.root / "inputs").exists(), "a run without inputs"
     (run.root / "inputs").mkdir()
-    write_atomic(run.root / inputs.RECORD, inputs.record([one])[inputs.RECORD])
-    inputs.link(run)
+    write_atomic(run.root / prefetch.RECORD, prefetch.record([one])[prefetch.RECORD])
+    prefetch.link(run)
     link = run.root / "inputs" / one.link
     assert str(link.readlink()) == f"../../../../../inputs/{'a' * 64}/content"
     assert (link.parent.parent / "refs" / "main").read_text() == one.commit
     link.unlink()
     link.symlink_to("nowhere")
-    inputs.link(run)
+    prefetch.link(run)
     assert link.resolve() == one.content(tmp_path).resolve()
     shutil.rmtree(one.folder(tmp_path))
     with pytest.raises(RunError, match="the teacher org/a@cccccccccccc is not in .*/inputs/a{64} any more; submit the"):
-        inputs.link(run)
+        prefetch.link(run)
 
 
 def test_unused_is_what_no_run_names_and_nobody_asked_for_lately(tmp_path):
-    assert inputs.unused(tmp_path) == []
+    assert prefetch.unused(tmp_path) == []
     run, used, old, new = make(tmp_path), *(kept(tmp_path, name) for name in "abc")
     (run.root / "inputs").mkdir()
-    write_atomic(run.root / inputs.RECORD, inputs.record([used])[inputs.RECORD])
+    write_atomic(run.root / prefetch.RECORD, prefetch.record([used])[prefetch.RECORD])
     (tmp_path / "inputs" / "link").symlink_to("nowhere")
     (tmp_path / "inputs" / "file").write_text("")
     os.utime(tmp_path / "inputs" / "file", (0, 0))
     for each in (used, old):
         os.utime(each.folder(tmp_path), (time.time() - 2 * DAY,) * 2)
-    assert inputs.unused(tmp_path) == [old.folder(tmp_path)]
+    assert prefetch.unused(tmp_path) == [old.folder(tmp_path)]
     assert new.folder(tmp_path).exists()
-    assert read_json(run.root / inputs.RECORD)[0]["digest"] == used.digest
+    assert read_json(run.root / prefetch.RECORD)[0]["digest"] == used.digest
 
 
 # Of a list of inputs: what somebody wrote into it, and what is said of that.
@@ -453,12 +453,12 @@ WRONG = [
 def test_a_list_of_inputs_leads_nowhere_else(tmp_path, field, value, said):
     run, one = make(tmp_path / "runs"), kept(tmp_path / "runs", "a")
     (run.root / "inputs").mkdir()
-    (run.root / inputs.RECORD).write_text(json.dumps([asdict(one) | {field: value}]))
+    (run.root / prefetch.RECORD).write_text(json.dumps([asdict(one) | {field: value}]))
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(
         RunError, match=r"inputs\.json cannot be read .*; start the run again under another name"
     ) as info:
-        inputs.link(run)
+        prefetch.link(run)
     assert said in str(info.value)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -466,19 +466,19 @@ def test_a_list_of_inputs_leads_nowhere_else(tmp_path, field, value, said):
 def test_a_list_that_cannot_be_read_is_warned_of_and_keeps_what_it_may_need(tmp_path, capfd):
     run, named, old, ancient = make(tmp_path), *(kept(tmp_path, name) for name in "abc")
     (run.root / "inputs").mkdir()
-    write_atomic(run.root / inputs.RECORD, json.dumps([{"digest": named.digest}]))
+    write_atomic(run.root / prefetch.RECORD, json.dumps([{"digest": named.digest}]))
     for each, days in ((named, 9), (ancient, 9), (old, 2)):
         os.utime(each.folder(tmp_path), (time.time() - days * DAY,) * 2)
     for path in run.root.iterdir():
         os.utime(path, (time.time() - 3 * DAY,) * 2)
-    assert inputs.unused(tmp_path) == [ancient.folder(tmp_path)]
+    assert prefetch.unused(tmp_path) == [ancient.folder(tmp_path)]
     said = (
-        f"warning: {run.root}/{inputs.RECORD} cannot be read (0.what: is missing); start the run again under another "
+        f"warning: {run.root}/{prefetch.RECORD} cannot be read (0.what: is missing); start the run again under another "
     )
     assert capfd.readouterr().err == said + "name; until then, inputs that it may need are kept\n"
-    (run.root / inputs.RECORD).unlink()
-    os.mkfifo(run.root / inputs.RECORD)
-    assert inputs.unused(tmp_path) == [each.folder(tmp_path) for each in (named, ancient)], "nothing waits for it"
+    (run.root / prefetch.RECORD).unlink()
+    os.mkfifo(run.root / prefetch.RECORD)
+    assert prefetch.unused(tmp_path) == [each.folder(tmp_path) for each in (named, ancient)], "nothing waits for it"
 
 
 @pytest.mark.parametrize("damage", ["{}", "", '{"bytes": -1}', "fifo", "no content"])
@@ -494,12 +494,12 @@ def test_an_input_that_is_not_whole_is_fetched_under_another_name(tmp_path, capf
         record.write_text(damage)
     needs, copy = (lambda store: []), (lambda folder: folder.mkdir(parents=True))
     asked = Repository("teacher", "org/a", None, one.commit, [], one.link, needs, copy)
-    found = inputs._in_store(one, tmp_path, asked)
+    found = prefetch._in_store(one, tmp_path, asked)
     assert found.digest != one.digest and found.content(tmp_path).is_dir()
     said = capfd.readouterr().err
     assert said.startswith(f"warning: {one.folder(tmp_path)} is not whole (input.json: ")
     assert said.endswith("; the teacher org/a@cccccccccccc is fetched under another name\n")
-    assert inputs._in_store(one, tmp_path, replace(asked, copy=lambda folder: folder / "never")) == found, (
+    assert prefetch._in_store(one, tmp_path, replace(asked, copy=lambda folder: folder / "never")) == found, (
         "it is there now"
     )
     assert one.folder(tmp_path).exists(), "a run may use it"

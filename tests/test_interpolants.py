@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from distill.draws import generator
-from distill.interpolants import edm, like, linear, trig, vp
+from distill.flow.draws import generator
+from distill.flow.interpolants import edm, like, linear, trig, vp
 
 KINDS = ["sample", "epsilon", "v_prediction", "velocity"]
 

@@ -10,16 +10,17 @@ import pytest
 import torch
 from runs import folder_bytes, make
 
-from distill import claims, clusterspec, jobs, pairspec
-from distill.atomic import write_json
-from distill.guard import InputError, Stopped
+from distill.core.atomic import write_json
+from distill.core.errors import InputError, Stopped
+from distill.core.stop import StopRequest
 from distill.launch import slurm, standing
 from distill.pairs import generate
-from distill.pairspec import size
-from distill.progress import Progress
-from distill.spec import GaussianTeacher, PairsStage
-from distill.stop import StopRequest
-from distill.store import append_event
+from distill.runs import claims, jobs
+from distill.runs.progress import Progress
+from distill.runs.store import append_event
+from distill.spec import clusterspec, pairspec
+from distill.spec.model import GaussianTeacher, PairsStage
+from distill.spec.pairspec import size
 from distill.teachers.analytic import gaussian_teacher
 
 # --- limits ---

@@ -13,9 +13,9 @@ from programs import train_vector
 from programs.forked import Forked
 from safetensors.torch import load
 
-from distill import checkpoint
-from distill.guard import EXIT_STOPPED
-from distill.store import RunPaths, read_events
+from distill.core.errors import EXIT_STOPPED
+from distill.runs.store import RunPaths, read_events
+from distill.training import checkpoint
 
 pytestmark = pytest.mark.process
 

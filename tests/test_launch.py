@@ -17,11 +17,12 @@ from commands import command
 from runs import folder_bytes, make, wait_for
 
 import distill as package
-from distill import claims, stages, todo
-from distill.guard import PeerLost, RunError, Stopped
+from distill.core.errors import PeerLost, RunError, Stopped
+from distill.execution import stages
 from distill.launch import environment, local, ranks
-from distill.store import RunPaths, read_events
-from distill.world import World
+from distill.runs import claims, todo
+from distill.runs.store import RunPaths, read_events
+from distill.training.world import World
 
 # argv: stage RUN STAGE... --lifeline FD. A mode is "KIND CODE TEXT": what to do, and how to leave.
 FAKE = """

@@ -13,13 +13,16 @@ from commands import command, snapshot
 from pydantic import BaseModel
 from runs import ENV, distill, make
 
-from distill import registry, schema, store, yamltext
 from distill.cli import given
-from distill.guard import InputError, whole_number
-from distill.owners import Owner
-from distill.spec import LaunchSpec, MlpSpec, Stage, UNetSpec
-from distill.store import read_json
-from distill.students import networks
+from distill.core import yamltext
+from distill.core.errors import InputError
+from distill.core.owners import Owner
+from distill.core.text import whole_number
+from distill.networks import architectures
+from distill.runs import store
+from distill.runs.store import read_json
+from distill.spec import registry, schema
+from distill.spec.model import LaunchSpec, MlpSpec, Stage, UNetSpec
 
 GAUSSIAN = "{kind: gaussian, mean: [0], std: [1]}"
 SPEC = """
@@ -110,7 +113,7 @@ def test_a_network_beyond_any_machine(capfd, tmp_path):
 )
 def test_a_network_beyond_this_machine_is_not_allocated(network, shape):
     with pytest.raises(InputError, match=r"^network: its weights take about .* GB, and this machine has .*; make it"):
-        networks.build(network, shape, None, 0)
+        architectures.build(network, shape, None, 0)
 
 
 OPTIONS = {
@@ -423,9 +426,9 @@ def test_an_error_of_the_system_in_a_recipe_of_ones_own_keeps_its_traceback(capf
 def test_a_run_does_without_the_stores_index_of_its_images(capfd, tmp_path):
     from PIL import Image
 
-    from distill import stages
     from distill.cli import start
-    from distill.stop import StopRequest
+    from distill.core.stop import StopRequest
+    from distill.execution import stages
 
     (tmp_path / "set").mkdir()
     for i in range(2):

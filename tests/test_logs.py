@@ -7,8 +7,8 @@ import pytest
 from commands import command
 from runs import make
 
-from distill import logs
-from distill.logs import BLOCK, TAIL
+from distill.runs import logs
+from distill.runs.logs import BLOCK, TAIL
 
 LINES = [f"2026-11-25 17:{i // 60:02}:{i % 60:02}  teach  {'x' * (i % 300)}".encode() for i in range(3000)]
 

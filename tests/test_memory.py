@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from distill.memory import Activations, predict, storages
-from distill.sharded import Zero
+from distill.training.memory import Activations, predict, storages
+from distill.training.sharding import Zero
 
 SIZES = {"student": [100, 7], "critic": [20]}
 

@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 
 from distill import data as datasets
 from distill.data.arrays import ArrayData
-from distill.metrics import features as feature_module
-from distill.metrics.features import prepare
-from distill.metrics.frechet import frechet, gaussian_frechet
-from distill.metrics.kernel import kid
-from distill.metrics.manifold import precision_recall
-from distill.metrics.wasserstein import sliced_wasserstein
-from distill.spec import DigitsData
+from distill.evaluation.metrics import features as feature_module
+from distill.evaluation.metrics.features import prepare
+from distill.evaluation.metrics.frechet import frechet, gaussian_frechet
+from distill.evaluation.metrics.kernel import kid
+from distill.evaluation.metrics.manifold import precision_recall
+from distill.evaluation.metrics.wasserstein import sliced_wasserstein
+from distill.spec.model import DigitsData
 
 
 def normal(n: int, dim: int, seed: int) -> torch.Tensor:

@@ -13,15 +13,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from distill import draws, solvers
-from distill.draws import Rows
-from distill.fields import Counted
-from distill.guard import InputError, RunError, Stopped
-from distill.interpolants import like, linear
+from distill.core.errors import InputError, RunError, Stopped
+from distill.core.stop import StopRequest
+from distill.flow import draws, solvers
+from distill.flow.draws import Rows
+from distill.flow.fields import Counted
+from distill.flow.interpolants import like, linear
 from distill.pairs import PairSet, PairSource, generate
-from distill.progress import Progress
-from distill.spec import GaussianTeacher, PairsStage
-from distill.stop import StopRequest
+from distill.runs.progress import Progress
+from distill.spec.model import GaussianTeacher, PairsStage
 from distill.teachers.analytic import class_gaussian_teacher, gaussian_teacher
 
 CPU = torch.device("cpu")
@@ -194,7 +194,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, below):
 
 
 def test_pairs_without_room_are_not_begun(tmp_path, monkeypatch):
-    monkeypatch.setattr("distill.space.free", lambda folder: 100)
+    monkeypatch.setattr("distill.core.space.free", lambda folder: 100)
     with pytest.raises(
         RunError, match=r"no room for \d+ pairs: \S+ k?B needed, but 100 B are free for .*distill clean RUN"
     ):

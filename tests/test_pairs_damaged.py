@@ -10,14 +10,14 @@ import torch
 from runs import folder_bytes
 from safetensors.torch import load_file, save_file
 
-from distill import pairspec
-from distill.draws import Rows
-from distill.guard import InputError, RunError
+from distill.core.errors import InputError, RunError
+from distill.core.stop import StopRequest
+from distill.flow.draws import Rows
 from distill.pairs import PairSet, PairSource, generate, manifest
 from distill.pairs.numbers import Rounding
-from distill.progress import Progress
-from distill.spec import PairsStage
-from distill.stop import StopRequest
+from distill.runs.progress import Progress
+from distill.spec import pairspec
+from distill.spec.model import PairsStage
 from distill.teachers.analytic import class_gaussian_teacher
 
 TEACHER = class_gaussian_teacher(torch.arange(3.0)[:, None].expand(3, 4), torch.full((4,), 0.5), torch.full((4,), 0.3))

@@ -7,21 +7,22 @@ import math
 import pytest
 import torch
 
-from distill import draws, pairspec, solvers
+from distill.core.errors import InputError, Stopped
+from distill.core.stop import StopRequest
 from distill.data import DataSource, arrays
-from distill.draws import Rows
-from distill.fields import Counted
-from distill.guard import InputError, Stopped
-from distill.interpolants import linear
+from distill.flow import draws, solvers
+from distill.flow.draws import Rows
+from distill.flow.fields import Counted
+from distill.flow.interpolants import linear
+from distill.flow.times import uniform_grid
 from distill.pairs import Beside, Mixed, PairSet, PairSource, accuracy, generate, plan
 from distill.pairs.numbers import Rounding, Whiteness, restored, stored
 from distill.pairs.paths import of_data
-from distill.progress import Progress
-from distill.spec import GaussianTeacher, PairsStage, is_path
-from distill.stop import StopRequest
+from distill.runs.progress import Progress
+from distill.spec import pairspec
+from distill.spec.model import GaussianTeacher, PairsStage, is_path
 from distill.teachers.analytic import GaussianField, class_gaussian_teacher, gaussian_teacher
 from distill.testing import exact
-from distill.times import uniform_grid
 
 CPU = torch.device("cpu")
 MEAN, STD = torch.tensor([0.7, -1.0]), torch.tensor([0.5, 2.0])

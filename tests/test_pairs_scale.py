@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill import draws, pairspec
-from distill.draws import Rows
-from distill.guard import InputError
+from distill.core.errors import InputError
+from distill.core.stop import StopRequest
+from distill.flow import draws
+from distill.flow.draws import Rows
 from distill.pairs import PairSet, PairSource, generate
 from distill.pairs.manifest import file_sha256
-from distill.pairspec import Layout, size
-from distill.progress import Progress
-from distill.spec import GaussianTeacher, PairsStage
-from distill.stop import StopRequest
+from distill.runs.progress import Progress
+from distill.spec import pairspec
+from distill.spec.model import GaussianTeacher, PairsStage
+from distill.spec.pairspec import Layout, size
 from distill.teachers.analytic import gaussian_teacher
 
 TEACHER = gaussian_teacher(GaussianTeacher(kind="gaussian", mean=[0.7, -1.0], std=[0.5, 2.0]))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from distill import philox
+from distill.flow import philox
 
 CPU = torch.device("cpu")
 ROW = 2**31 - 1  # the last that a global batch may have

@@ -16,8 +16,8 @@ import pytest
 from flaky import Flaky
 from students import make, put
 
-from distill import presets, specfile
-from distill.store import CREATED, create_run, event_line
+from distill.runs.store import CREATED, create_run, event_line
+from distill.spec import presets, specfile
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ["torch", "numpy", "diffusers", "datasets", "scipy", "sklearn", "transformers", "accelerate", "recipes"]

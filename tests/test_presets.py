@@ -4,9 +4,9 @@ import pytest
 from runs import distill
 from safetensors.torch import load_file
 
-from distill.export import WEIGHTS
-from distill.results import load
-from distill.store import RunPaths
+from distill.runs.results import load
+from distill.runs.store import RunPaths
+from distill.students.export import WEIGHTS
 
 pytestmark = [pytest.mark.process, pytest.mark.train]
 

@@ -13,10 +13,10 @@ from commands import command
 from rich.table import Table
 from runs import CARD, ENV, distill, make
 
-from distill import printing
-from distill.atomic import write_json
-from distill.progress import PlainLine
-from distill.store import append_event
+from distill.core import printing
+from distill.core.atomic import write_json
+from distill.runs.progress import PlainLine
+from distill.runs.store import append_event
 
 RED = "\x1b[31mred\x07"
 SHOWN = "\ufffd[31mred\ufffd"
@@ -48,7 +48,9 @@ def test_tables_show_what_they_are_given(capfd, monkeypatch):
 def test_a_line_that_moves_shows_what_it_is_given():
     """On a terminal: there, escape sequences are rich's own, for the cursor and its colours."""
     theirs, ours = pty.openpty()
-    code = f"from distill.progress import LiveLine as L; l = L('[red]a', 9); l.show(1, 'b [x] {RED}'); l.say({RED!r})"
+    code = (
+        f"from distill.runs.progress import LiveLine as L; l = L('[red]a', 9); l.show(1, 'b [x] {RED}'); l.say({RED!r})"
+    )
     code = code.replace("\x1b", "\\x1b").replace("\x07", "\\x07") + "; l.close()"
     done = subprocess.run([sys.executable, "-c", code], stderr=ours, env=ENV | {"TERM": "xterm"}, check=True)
     os.close(ours)

@@ -10,11 +10,11 @@ from datetime import datetime, timedelta
 
 import pytest
 
-from distill import progress as progress_module
-from distill.guard import RunError, Stopped
-from distill.progress import Means, Progress, duration
-from distill.stop import StopRequest
-from distill.store import RunPaths, read_events
+from distill.core.errors import RunError, Stopped
+from distill.core.stop import StopRequest
+from distill.runs import progress as progress_module
+from distill.runs.progress import Means, Progress, duration
+from distill.runs.store import RunPaths, read_events
 
 STAMPED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  (.*)", re.DOTALL)
 
@@ -120,13 +120,14 @@ def test_events_that_cannot_be_written_are_one_message(tmp_path, capsys):
 
 
 def test_neither_torch_nor_rich_is_imported_for_plain_lines():
-    code = "import sys, distill.progress, distill.stop; print([m for m in ('torch', 'rich') if m in sys.modules])"
+    code = "import sys, distill.runs.progress, distill.core.stop\n"
+    code += "print([m for m in ('torch', 'rich') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_a_terminal_gets_one_live_line():
     code = (
-        "from distill.progress import Progress\n"
+        "from distill.runs.progress import Progress\n"
         "with Progress('teach', 100, 'images', None) as p:\n"
         "    p.update(50, {'loss': 0.25}); p.warn('mind [this]'); p.update(100, {'loss': 0.75})\n"
     )

@@ -17,11 +17,11 @@ from runs import distill, folder_bytes
 from runs import make as make_run
 from students import PICTURE, make, put
 
-from distill import card as cards
-from distill import publish, published, pull
-from distill.guard import InputError, RunError
-from distill.store import CREATED, RunPaths
-from distill.transports import at
+from distill.core.errors import InputError, RunError
+from distill.exchange import card as cards
+from distill.exchange import publish, published, pull
+from distill.exchange.transports import at
+from distill.runs.store import CREATED, RunPaths
 
 SPEC = """
 name: one
@@ -110,7 +110,7 @@ def test_a_student_that_is_damaged_is_not_published(tmp_path, store):
 
 def test_a_full_disk_publishes_nothing(tmp_path, store, monkeypatch):
     student = make(tmp_path / "s", size=100_000)
-    monkeypatch.setattr("distill.space.free", lambda folder: 1000)
+    monkeypatch.setattr("distill.core.space.free", lambda folder: 1000)
     with pytest.raises(RunError, match=r"no room for the files of .*: 11\d\.\d kB needed, but 1.0 kB are free"):
         put(student, store, "digits")
     assert list((store / "registry" / "digits").iterdir()) == []

@@ -17,12 +17,12 @@ from flaky import Fault, Flaky
 from runs import folder_bytes
 from students import WEIGHTS, copy, edit_card, make, put
 
-from distill import card as cards
-from distill import manifest, pull, transfer, transports
-from distill.guard import InputError, RunError
-from distill.kinds import STUDENTS
+from distill.core.errors import InputError, RunError
+from distill.exchange import card as cards
+from distill.exchange import manifest, pull, transfer, transports
+from distill.exchange.transports import Folder, at
+from distill.spec.kinds import STUDENTS
 from distill.students import shipped
-from distill.transports import Folder, at
 
 MB = 1_000_000
 DISTILL = "distill.json"
@@ -406,7 +406,7 @@ def test_passwords_of_urls_are_not_shown(tmp_path, student):
 
 
 def test_a_full_disk_is_said_before_anything_is_fetched(tmp_path, student, monkeypatch):
-    monkeypatch.setattr("distill.space.free", lambda folder: 1000)
+    monkeypatch.setattr("distill.core.space.free", lambda folder: 1000)
     said = refused(student, tmp_path / "s", RunError)
     assert said.startswith(
         f"no room for the files of {student}: 1.0 MB needed, but 1.0 kB are free for {tmp_path}; make some"

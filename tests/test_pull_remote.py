@@ -19,9 +19,9 @@ from hub import Hub
 from runs import ENV, folder_bytes
 from students import WEIGHTS, make, put
 
-from distill import published, pull, transfer
-from distill.guard import InputError, RunError
-from distill.transports import Missing, at
+from distill.core.errors import InputError, RunError
+from distill.exchange import published, pull, transfer
+from distill.exchange.transports import Missing, at
 
 pytestmark = pytest.mark.process
 MB = 1_000_000

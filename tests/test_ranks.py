@@ -17,7 +17,7 @@ from programs.forked import Forked
 from runs import folder_bytes
 from safetensors.torch import load_file
 
-from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED
+from distill.core.errors import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED
 
 pytestmark = pytest.mark.process
 ZERO = ("none", "0", "1", "2", "3")

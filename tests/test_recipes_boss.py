@@ -5,14 +5,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from distill import solvers, testing
-from distill.draws import generator
-from distill.guard import InputError
+from distill import testing
+from distill.core.errors import InputError
+from distill.flow import solvers
+from distill.flow.draws import generator
+from distill.flow.times import uniform_grid
 from distill.protocols import Batch, Pairs
-from distill.samplers import euler
-from distill.sampling import grid, own_grids
+from distill.students.samplers import euler
+from distill.students.sampling import grid, own_grids
 from distill.testing import exact
-from distill.times import uniform_grid
 from recipes.reflow import boss
 
 FINE, INDICES = uniform_grid(100), [0, 35, 60, 100]

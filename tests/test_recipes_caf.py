@@ -6,14 +6,14 @@ from pydantic import ValidationError
 from torch import nn
 
 from distill import testing
-from distill.draws import generator
-from distill.guard import InputError
-from distill.interpolants import like
+from distill.core.errors import InputError
+from distill.flow.draws import generator
+from distill.flow.interpolants import like
+from distill.flow.times import uniform_grid
 from distill.protocols import Batch, Frozen, Pairs, Trained
-from distill.samplers import accelerated
+from distill.students.samplers import accelerated
 from distill.teachers.analytic import class_gaussian_teacher
 from distill.testing import exact
-from distill.times import uniform_grid
 from recipes.reflow.caf import Config, Recipe, bent
 
 

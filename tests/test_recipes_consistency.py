@@ -6,9 +6,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from distill import testing, times
-from distill.fields import jump_to_data
-from distill.interpolants import like
+from distill import testing
+from distill.flow import times
+from distill.flow.fields import jump_to_data
+from distill.flow.interpolants import like
 from distill.protocols import Batch
 from distill.teachers.analytic import GaussianFlowMap, class_gaussian_teacher
 from distill.testing import exact

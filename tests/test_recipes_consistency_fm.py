@@ -7,12 +7,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from distill import draws, testing
+from distill import testing
+from distill.flow import draws
+from distill.flow.times import uniform_grid
 from distill.protocols import Batch, Gridded
-from distill.samplers import euler
+from distill.students.samplers import euler
 from distill.teachers.analytic import class_gaussian_teacher
 from distill.testing import exact
-from distill.times import uniform_grid
 from recipes.reflow.consistency_fm import Config, Recipe
 
 MEAN, STD = exact.MEAN, exact.STD

@@ -7,17 +7,18 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from distill import draws, testing, times
-from distill.draws import Rows, StepDraw
-from distill.engine import StepContext
-from distill.guard import InputError
-from distill.interpolants import like, linear
+from distill import testing
+from distill.core.errors import InputError
+from distill.flow import draws, times
+from distill.flow.draws import Rows, StepDraw
+from distill.flow.interpolants import like, linear
+from distill.flow.times import uniform_grid
 from distill.protocols import Batch, Frozen, Pairs, Trained
-from distill.samplers import euler
-from distill.spec import GaussianTeacher
+from distill.spec.model import GaussianTeacher
+from distill.students.samplers import euler
 from distill.teachers.analytic import GaussianField, gaussian_teacher
 from distill.testing import exact
-from distill.times import uniform_grid
+from distill.training.engine import StepContext
 from recipes.pretrain import flow_matching
 from recipes.reflow import one_step, reflow
 

@@ -22,11 +22,11 @@ from test_recipes_reflow import (
 from test_times import u_shaped_cdf
 
 from distill import testing
-from distill.guard import InputError
+from distill.core.errors import InputError
+from distill.networks.architectures import build
 from distill.protocols import Frozen, Trained
-from distill.spec import GaussianTeacher, UNetSpec
+from distill.spec.model import GaussianTeacher, UNetSpec
 from distill.students.init import StudentInit
-from distill.students.networks import build
 from distill.teachers.analytic import gaussian_teacher
 from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import EdmField

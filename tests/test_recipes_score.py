@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn.functional import softplus
 
 from distill import testing
-from distill.draws import generator
-from distill.interpolants import like, linear
+from distill.flow.draws import generator
+from distill.flow.interpolants import like, linear
 from distill.protocols import Batch
 from distill.teachers.analytic import class_gaussian_teacher
 from distill.testing import exact

@@ -6,8 +6,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from distill import solvers, testing
-from distill.interpolants import like
+from distill import testing
+from distill.flow import solvers
+from distill.flow.interpolants import like
 from distill.protocols import Batch
 from distill.teachers.analytic import GaussianFlowMap, class_gaussian_teacher
 from distill.testing import exact

@@ -9,14 +9,16 @@ from scipy.stats import kstest
 from test_recipes_reflow import ROOT, SHAPES, M, Student, context, given, loss, oracle_pairs, target, v1, v2
 from test_stages import PAIRS, REFLOW, TEACH, go, spec
 
-from distill import card as cards
-from distill import results, testing, times
-from distill.draws import generator
-from distill.guard import InputError
-from distill.interpolants import like
+from distill import testing
+from distill.core.errors import InputError
+from distill.exchange import card as cards
+from distill.flow import times
+from distill.flow.draws import generator
+from distill.flow.interpolants import like
 from distill.protocols import Batch, Pairs, Trained
-from distill.samplers import euler
-from distill.spec import GaussianTeacher
+from distill.runs import results
+from distill.spec.model import GaussianTeacher
+from distill.students.samplers import euler
 from distill.teachers.analytic import gaussian_teacher
 from recipes.reflow import simple_reflow
 from recipes.reflow.simple_reflow import SMALL, Config, Recipe, high_pass

@@ -8,13 +8,13 @@ from pydantic import ValidationError
 from torch import nn
 
 from distill import testing
-from distill.draws import Rows, StepDraw, generator
-from distill.engine import StepContext
-from distill.guard import InputError
-from distill.interpolants import like
+from distill.core.errors import InputError
+from distill.flow.draws import Rows, StepDraw, generator
+from distill.flow.interpolants import like
 from distill.protocols import Batch, Frozen, Pairs, Trained
 from distill.testing import exact
 from distill.testing.subject import start
+from distill.training.engine import StepContext
 from recipes.reflow.slimflow import Config, Recipe
 
 K = 1000  # anneal_images

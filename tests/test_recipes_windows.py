@@ -8,16 +8,17 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from distill import distances, solvers, testing, windows
-from distill.draws import generator
-from distill.fields import Rescheduled
-from distill.guard import InputError
-from distill.interpolants import Coefficients, like, linear, vp
+from distill import testing
+from distill.core.errors import InputError
+from distill.flow import distances, solvers, windows
+from distill.flow.draws import generator
+from distill.flow.fields import Rescheduled
+from distill.flow.interpolants import Coefficients, like, linear, vp
+from distill.flow.times import uniform_grid, window
 from distill.protocols import Batch, Pairs
-from distill.samplers import euler
+from distill.students.samplers import euler
 from distill.teachers.analytic import GaussianField, class_gaussian_teacher
 from distill.testing import exact
-from distill.times import uniform_grid, window
 from recipes.reflow import perflow, proreflow, rectified_diffusion, reflow, seqrf
 
 MEAN, STD, FIELD = exact.MEAN, exact.STD, exact.FIELD

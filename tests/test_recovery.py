@@ -6,21 +6,21 @@ import math
 import pytest
 import torch
 
-from distill import draws, solvers
-from distill.distances import Lpips
-from distill.engine import train
-from distill.interpolants import linear
-from distill.metrics.wasserstein import sliced_wasserstein
+from distill.core.stop import StopRequest
+from distill.evaluation.metrics.wasserstein import sliced_wasserstein
+from distill.flow import draws, solvers
+from distill.flow.distances import Lpips
+from distill.flow.interpolants import linear
+from distill.flow.times import uniform_grid
 from distill.pairs import PairSet, PairSource, generate
-from distill.progress import Progress
-from distill.samplers import euler
-from distill.spec import MixtureTeacher, MlpSpec, OptimizerSpec, PairsStage, TrainStage, UNetSpec
-from distill.stop import StopRequest
-from distill.store import StagePaths
+from distill.runs.progress import Progress
+from distill.runs.store import StagePaths
+from distill.spec.model import MixtureTeacher, MlpSpec, OptimizerSpec, PairsStage, TrainStage, UNetSpec
 from distill.students.init import StudentInit
+from distill.students.samplers import euler
 from distill.teachers.analytic import class_gaussian_teacher, mixture_teacher
 from distill.teachers.network_field import NetworkField
-from distill.times import uniform_grid
+from distill.training.engine import train
 from recipes.reflow import one_step, reflow
 
 pytestmark = pytest.mark.train

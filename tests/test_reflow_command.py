@@ -7,8 +7,9 @@ import torch
 from runs import distill, folder_bytes, kill, start, wait_for
 from safetensors.torch import load_file
 
-from distill import results, straightened
-from distill.store import RunPaths, read_events
+from distill.reports import rounds_table
+from distill.runs import results
+from distill.runs.store import RunPaths, read_events
 
 pytestmark = pytest.mark.process
 
@@ -57,10 +58,10 @@ def moments(samples):
 def test_rounds_straighten_the_ring_and_keep_its_law(whole):
     """1-, 2- and 3-rectified flow: S falls, moments stay, transport does not rise (Liu et al. 2022, thm. 3.5, 3.7)."""
     run, _ = whole
-    rounds = straightened.rounds(results.of_run(run))
+    rounds = rounds_table.rounds(results.of_run(run))
     assert [each.after.network for each in rounds] == ["reflow-1", "reflow-2"]
     for each in rounds:
-        print(straightened.cells(rounds, each))
+        print(rounds_table.cells(rounds, each))
         assert each.after.straightness < each.before.straightness
         assert each.after.transport <= 1.005 * each.before.transport  # a convex cost; the flows are approximate
         assert each.after.rms < each.few[1].rms
@@ -79,7 +80,7 @@ def test_what_is_printed_and_reported(whole):
     page = run.report.read_text()
     assert "<h2>Rounds</h2>" in page
     warned = [event for event in read_events(run) if event["event"] == "warning"]
-    rounds = straightened.rounds(results.of_run(run))
+    rounds = rounds_table.rounds(results.of_run(run))
     assert [event["text"] for event in warned] == [each.warning for each in rounds if each.warning]
     for each in rounds:
         if each.warning:

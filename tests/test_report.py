@@ -7,12 +7,13 @@ from html.parser import HTMLParser
 
 import pytest
 
-from distill import report, results
-from distill.atomic import write_json
-from distill.grids import images_png
-from distill.guard import InputError
-from distill.results import FILE_NAME, FeatureNet, Results, Row
-from distill.store import RunPaths, append_event
+from distill.core.atomic import write_json
+from distill.core.errors import InputError
+from distill.evaluation.pictures import images_png
+from distill.reports import report
+from distill.runs import results
+from distill.runs.results import FILE_NAME, FeatureNet, Results, Row
+from distill.runs.store import RunPaths, append_event
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 

@@ -7,11 +7,12 @@ import pytest
 from commands import command, snapshot
 from runs import make
 
-from distill import presets, rounds, specfile, workflow
-from distill.guard import InputError
-from distill.resolved import resolve
-from distill.rounds import Plan, expand
-from distill.spec import EvaluateStage, PairsStage, RunSpec, TrainStage
+from distill.core.errors import InputError
+from distill.plans import rounds
+from distill.plans.rounds import Plan, expand
+from distill.spec import checks, presets, specfile
+from distill.spec.model import EvaluateStage, PairsStage, RunSpec, TrainStage
+from distill.spec.resolved import resolve
 
 PAIRS = {"kind": "pairs", "count": 64, "block": 16, "shard": 32}
 MLP = {"kind": "mlp", "width": 16, "depth": 2}
@@ -49,7 +50,7 @@ def empty_folder(tmp_path, monkeypatch):
 def test_presets_work_as_they_are(name, plan):
     one, base = preset(name)
     found = expand(resolve(one, base), plan)
-    workflow.check(found, base)
+    checks.check(found, base)
     assert specfile.validate(found.model_dump(mode="json"), "again") == found
     trained = {n: s for n, s in found.stages.items() if isinstance(s, TrainStage)}
     flows = [f"reflow-{i}" for i in range(1, plan.rounds + 1)]
@@ -100,7 +101,7 @@ def test_guidance_is_in_the_flow_after_the_first_round():
               if isinstance(stage, PairsStage | EvaluateStage)}  # fmt: skip
     one = one.model_copy(update={"stages": {**one.stages, **guided}})
     found = expand(resolve(one, base), Plan(2, distill=True))
-    workflow.check(found, base)
+    checks.check(found, base)
     scales = {name: stage.guidance_scale for name, stage in found.stages.items() if not isinstance(stage, TrainStage)}
     assert scales == {
         "pairs-1": 2, "evaluate-1": 2, "pairs-2": 1, "evaluate-2": 1, "pairs-distill": 1, "evaluate": 2,
@@ -120,7 +121,7 @@ def test_real_data_against_drift():
         assert inverted.model_copy(update=again) == solved
     assert found["one_step"].pair_shares == {"pairs-distill": 1}
     weighed = expand(resolve(one, base), Plan(2, distill=True, forward=0.25, data_weight=0.1))
-    workflow.check(weighed, base)
+    checks.check(weighed, base)
     assert [weighed.stages[name].options for name in ("reflow-1", "reflow-2", "one_step")] == [
         {"data_weight": 0.1}, {"data_weight": 0.1}, {},
     ]  # fmt: skip
@@ -131,7 +132,7 @@ def test_inverted_paths_keep_their_ends_alone():
     for states in ({"times": [1.0, 0.5, 0.0]}, {"optimal_times": 2}):
         paths = PAIRS | {"paths": "trajectories", "store_noise": True, **states}
         found = expand(resolve(spec(solve=paths), specfile.Path()), Plan(forward=0.25))
-        workflow.check(found, specfile.Path())
+        checks.check(found, specfile.Path())
         inverted = found.stages["forward-1"]
         assert (inverted.paths, inverted.times, inverted.optimal_times) == ("forward", None, None)
 
@@ -155,7 +156,7 @@ def test_the_distillation_may_be_any_that_begins_with_the_flow():
     content["stages"]["evaluate"] = None
     content["stages"] = {name: stage for name, stage in content["stages"].items() if stage}
     found = expand(resolve(specfile.validate(content, "f"), base), Plan(2, distill=True))
-    workflow.check(found, base)
+    checks.check(found, base)
     assert list(found.stages)[-2:] == ["short", "evaluate"], "it needs no pairs"
     assert (found.stages["short"].teacher, found.stages["short"].init) == ("reflow-2", "reflow-2")
     assert found.stages["evaluate"].students == {"short": [1], "reflow-1": [1, 2, 4], "reflow-2": [1, 2, 4]}
@@ -173,9 +174,9 @@ def test_other_times_follow_the_flows():
     times = {"teacher": ["optimal"], "reflow": ["optimal", [1.0, 0.6, 0.0]], "one_step": [[1.0, 0.0]]}
     asked = one.stages["evaluate"].model_copy(update={"times": times})
     one = one.model_copy(update={"stages": {**one.stages, "evaluate": asked}})
-    workflow.check(one, base)
+    checks.check(one, base)
     found = expand(resolve(one, base), Plan(2, distill=True))
-    workflow.check(found, base)
+    checks.check(found, base)
     each = {name: stage.times for name, stage in found.stages.items() if isinstance(stage, EvaluateStage)}
     assert each == {
         "evaluate-1": {"reflow-1": times["reflow"]},
@@ -184,7 +185,7 @@ def test_other_times_follow_the_flows():
                      "teacher": ["optimal"]},
     }  # fmt: skip
     alone = expand(resolve(one, base), Plan())
-    workflow.check(alone, base)
+    checks.check(alone, base)
     assert alone.stages["evaluate-1"].times == {"teacher": ["optimal"], "reflow-1": times["reflow"]}
 
 

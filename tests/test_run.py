@@ -5,8 +5,8 @@ import json
 import pytest
 from runs import distill, folder_bytes
 
-from distill import presets
-from distill.store import RunPaths, read_events, read_json
+from distill.runs.store import RunPaths, read_events, read_json
+from distill.spec import presets
 
 SPEC = """
 name: one

@@ -15,10 +15,11 @@ from PIL import Image
 from runs import distill, folder_bytes, start, wait_for
 from safetensors.torch import load_file
 
-from distill import preflight, specfile
-from distill.estimate import estimate
-from distill.resolved import resolve
-from distill.store import RunPaths, read_events
+from distill.execution import preflight
+from distill.execution.estimate import estimate
+from distill.runs.store import RunPaths, read_events
+from distill.spec import specfile
+from distill.spec.resolved import resolve
 
 pytestmark = pytest.mark.process
 

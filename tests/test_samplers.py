@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from distill import sampling, solvers
-from distill.draws import generator
-from distill.samplers import euler, jump, renoise, same_noise
-from distill.students.velocity import VelocityStudent
+from distill.flow import solvers
+from distill.flow.draws import generator
+from distill.flow.times import uniform_grid
+from distill.networks.velocity import VelocityStudent
+from distill.students import sampling
+from distill.students.samplers import euler, jump, renoise, same_noise
 from distill.teachers.analytic import GaussianField, GaussianFlowMap
 from distill.testing import exact
-from distill.times import uniform_grid
 
 STD = torch.tensor([0.5, 1.3, 0.2], dtype=torch.float64)
 MEAN = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)

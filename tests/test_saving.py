@@ -12,12 +12,12 @@ import torch
 from programs.train_vector import FlowMatching, Ring, train
 from safetensors.torch import load, save
 
-from distill.checkpoint import Checkpoints, complete, latest
-from distill.guard import RunError, Stopped
-from distill.saving import Image, Saver
-from distill.spec import CheckpointSpec
-from distill.stop import StopRequest
-from distill.store import RunPaths, read_events
+from distill.core.errors import RunError, Stopped
+from distill.core.stop import StopRequest
+from distill.runs.store import RunPaths, read_events
+from distill.spec.model import CheckpointSpec
+from distill.training.checkpoint import Checkpoints, complete, latest
+from distill.training.saving import Image, Saver
 
 BALLAST = 1_000_000  # elements: three groups hold it, 12 MB
 ALL = {"images": 16, "minutes": None, "keep": 100}  # a save after every step

@@ -8,16 +8,15 @@ import torch
 from commands import command
 from safetensors.torch import load_file
 
-from distill import card as cards
-from distill import schedules
-from distill.card import StudentCard
-from distill.export import export
-from distill.samplers import euler
-from distill.spec import MlpSpec
-from distill.students import loaded
-from distill.students.flow_map import FlowMapStudent
-from distill.students.networks import build, two_times
-from distill.students.velocity import VelocityStudent
+from distill.exchange import card as cards
+from distill.exchange.card import StudentCard
+from distill.networks.architectures import build, two_times
+from distill.networks.flow_map import FlowMapStudent
+from distill.networks.velocity import VelocityStudent
+from distill.spec.model import MlpSpec
+from distill.students import loaded, step_times
+from distill.students.export import export
+from distill.students.samplers import euler
 
 STD = math.sqrt(0.3)
 TEACHER = f"{{kind: gaussian, mean: [0.0, 0.0], std: [{STD}, {STD}]}}"
@@ -48,7 +47,7 @@ def test_the_times_are_found_told_and_kept(capfd, here, monkeypatch):
     assert lines[0].startswith("euler, 3 steps of ") and lines[0].endswith(", chosen among 12 on 20 paths")
     assert lines[1] == "times: 1, 0.5, 0.25, 0"
     assert lines[2].startswith("summed squared error: 0.0") and "; of uniform steps: 0.0" in lines[2]
-    monkeypatch.setattr(schedules, "measure", None)  # not measured again
+    monkeypatch.setattr(step_times, "measure", None)  # not measured again
     assert command(capfd, *asked).out == first.out
     found = json.loads(command(capfd, *asked, "--json").out)
     assert found["times"] == [1.0, 0.5, 0.25, 0.0]
@@ -113,7 +112,7 @@ def test_a_student_is_sampled_along_other_times(capfd, here):
     with torch.no_grad():
         assert torch.equal(given["samples"], euler.sample(student.student, given["latents"], grid, {}))
     found, _ = drawn("--schedule", "optimal", "--steps", "2")
-    best = schedules.optimal_times(student, here / "runs", 2, torch.device("cpu"))
+    best = step_times.optimal_times(student, here / "runs", 2, torch.device("cpu"))
     with torch.no_grad():
         expected = euler.sample(student.student, given["latents"], torch.tensor(best, dtype=torch.float64), {})
     assert torch.equal(found["samples"], expected)

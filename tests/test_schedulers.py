@@ -26,7 +26,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from distill.guard import InputError
+from distill.core.errors import InputError
 from distill.students.init import StudentInit
 from distill.teachers import schedulers
 from distill.teachers.schedulers import KINDS, LinearSchedule, Options, VpSchedule

@@ -9,15 +9,16 @@ import os
 import pytest
 import torch
 
-from distill import schedules, solvers
-from distill.draws import generator
-from distill.fields import Counted, Rescheduled
-from distill.guard import InputError, RunError
-from distill.interpolants import edm
-from distill.spec import GaussianTeacher, PairsStage
+from distill.core.errors import InputError, RunError
+from distill.flow import solvers
+from distill.flow.draws import generator
+from distill.flow.fields import Counted, Rescheduled
+from distill.flow.interpolants import edm
+from distill.flow.times import uniform_grid
+from distill.spec.model import GaussianTeacher, PairsStage
+from distill.students import step_times
 from distill.teachers.analytic import GaussianField, class_gaussian_teacher, gaussian_teacher
 from distill.testing import exact
-from distill.times import uniform_grid
 
 STD = math.sqrt(0.3)
 UNIT = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)  # mean 0, mean square 1
@@ -30,7 +31,7 @@ def gaussian(mean: float = 0.0, std: float = STD) -> GaussianField:
 
 
 def costs(solver: str = "euler", fine: int = 12, field=None, noise=UNIT) -> torch.Tensor:
-    return schedules.measure(field or gaussian(), noise, {}, solver=solver, fine=fine)[1]
+    return step_times.measure(field or gaussian(), noise, {}, solver=solver, fine=fine)[1]
 
 
 def summed(matrix: torch.Tensor, indices) -> float:
@@ -44,7 +45,7 @@ def every(fine: int, steps: int):
 
 def test_the_known_answer():  # T17
     matrix = costs()
-    indices = schedules.least(matrix, 3)
+    indices = step_times.least(matrix, 3)
     assert indices == [0, 6, 9, 12]
     assert summed(matrix, indices) == pytest.approx(0.0074214, abs=5e-8)
 
@@ -56,7 +57,7 @@ def test_the_least_is_that_of_all_choices_and_falls_with_every_step(solver):  # 
     matrix = costs(solver, fine, exact.FIELD, noise)
     found = []
     for steps in range(1, fine + 1):
-        indices = schedules.least(matrix, steps)
+        indices = step_times.least(matrix, steps)
         found.append(summed(matrix, indices))
         assert indices[0] == 0 and indices[-1] == fine and len(indices) == steps + 1
         assert found[-1] == pytest.approx(
@@ -83,7 +84,7 @@ def test_a_cost_is_how_far_a_step_lands_from_the_path():
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_path_is_the_solvers(solver):
     noise, grid = torch.randn(5, 3, generator=generator("path"), dtype=torch.float64), uniform_grid(12)
-    states, step = schedules._path(exact.FIELD, noise, {}, solver, grid)
+    states, step = step_times._path(exact.FIELD, noise, {}, solver, grid)
     whole = solvers.sample(exact.FIELD, noise, {}, solver=solver, steps=12)
     assert torch.equal(states[-1], whole)
     first = solvers.SOLVERS[solver](exact.FIELD, noise, grid[[0, 5]], {})
@@ -92,7 +93,7 @@ def test_the_path_is_the_solvers(solver):
 
 def test_a_multistep_takes_the_step_before_for_as_long():
     noise, grid = torch.randn(5, 3, generator=generator("path"), dtype=torch.float64), uniform_grid(12)
-    states, step = schedules._path(exact.FIELD, noise, {}, "dpm_solver_pp_2m", grid)
+    states, step = step_times._path(exact.FIELD, noise, {}, "dpm_solver_pp_2m", grid)
     before = exact.FIELD.interpolant.split(states[2], exact.FIELD(states[2], grid[2].expand(5), {}), grid[2].expand(5))[
         0
     ]
@@ -130,7 +131,7 @@ class Narrow:
 
 def test_times_are_linear_and_begin_with_one():
     """Whatever the field's own schedule and range."""
-    t_grid, _ = schedules.measure(Narrow(), UNIT, {}, solver="euler", fine=6)
+    t_grid, _ = step_times.measure(Narrow(), UNIT, {}, solver="euler", fine=6)
     assert t_grid == pytest.approx([0.9, 0.76, 0.62, 0.48, 0.34, 0.2, 0.0])
 
 
@@ -144,8 +145,8 @@ def counted(teacher=TEACHER):
     return dataclasses.replace(teacher, field=field), field
 
 
-def find(store, teacher=TEACHER, **given) -> schedules.Costs:
-    return schedules.find(teacher, store, **{"device": CPU, "fine": 12, "samples": 10, **given})
+def find(store, teacher=TEACHER, **given) -> step_times.Costs:
+    return step_times.find(teacher, store, **{"device": CPU, "fine": 12, "samples": 10, **given})
 
 
 def test_what_was_measured_is_kept_and_not_measured_again(tmp_path):
@@ -179,7 +180,7 @@ def test_costs_are_those_of_the_samples_however_they_are_divided(tmp_path, monke
     for number, teacher in enumerate((TEACHER, classes)):
         whole = find(tmp_path / f"{number}", teacher, samples=7)
         with monkeypatch.context() as changed:
-            changed.setattr(schedules, "MEMORY", 2 * 4 * 13 * 2 * 3)  # three samples at once
+            changed.setattr(step_times, "MEMORY", 2 * 4 * 13 * 2 * 3)  # three samples at once
             parts = find(tmp_path / f"{number}-parts", teacher, samples=7)
         for row, other in zip(whole.costs, parts.costs, strict=True):
             assert other == pytest.approx(row, rel=1e-5, abs=1e-9)
@@ -189,7 +190,7 @@ def test_costs_are_those_of_the_samples_however_they_are_divided(tmp_path, monke
 
 def test_uniform_steps_are_chosen_where_none_are_better():
     rows = [[0.0] * (6 - i) for i in range(6)]
-    given = schedules.Costs(
+    given = step_times.Costs(
         digest="", solver="euler", fine=6, samples=1, seed=0, guidance_scale=1.0,
         t_grid=[1 - i / 6 for i in range(7)], costs=rows,
     )  # fmt: skip
@@ -204,9 +205,9 @@ def test_uniform_steps_are_chosen_where_none_are_better():
 def test_pairs_keep_their_states_at_the_times_found(tmp_path, solver):
     """Of the student's Euler steps, however the pairs are solved."""
     stage = PairsStage(kind="pairs", count=8, paths="trajectories", solver=solver, steps=12, optimal_times=3)
-    found = schedules.with_times(stage, TEACHER, tmp_path, CPU)
+    found = step_times.with_times(stage, TEACHER, tmp_path, CPU)
     assert (found.times, found.optimal_times) == ([1.0, 0.5, 0.25, 0.0], None)
-    assert schedules.with_times(found, TEACHER, tmp_path / "none", CPU) is found
+    assert step_times.with_times(found, TEACHER, tmp_path / "none", CPU) is found
     assert not (tmp_path / "none").exists()
 
 
@@ -264,8 +265,8 @@ def test_solving_along_given_times():
 @pytest.mark.parametrize("steps", range(1, 7))
 def test_a_field_is_solved_along_the_times_that_were_found(steps):
     """From the noisiest time that it knows to the lowest."""
-    t_grid, matrix = schedules.measure(Narrow(), UNIT, {}, solver="euler", fine=6)
-    times = [1.0, *(t_grid[i] for i in schedules.least(matrix, steps)[1:])]
+    t_grid, matrix = step_times.measure(Narrow(), UNIT, {}, solver="euler", fine=6)
+    times = [1.0, *(t_grid[i] for i in step_times.least(matrix, steps)[1:])]
     counted = Counted(Narrow())
     found = solvers.sample_along(counted, UNIT, {}, solver="euler", times=times)
     assert counted.calls == steps

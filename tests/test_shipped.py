@@ -10,10 +10,9 @@ import pytest
 import torch
 from diffusers import FlowMapEulerDiscreteScheduler
 
-from distill import sampling
-from distill.kinds import SAMPLERS, STUDENTS
-from distill.students import shipped
-from distill.students.velocity_mlp import VelocityMLP
+from distill.networks.velocity_mlp import VelocityMLP
+from distill.spec.kinds import SAMPLERS, STUDENTS
+from distill.students import sampling, shipped
 
 PAIRS = [(kind, sampler) for kind, record in STUDENTS.items() for sampler in record.samplers]
 ROOT = Path(__file__).parent.parent

@@ -7,12 +7,12 @@ import pytest
 import yaml
 from commands import command
 
-from distill import specfile
-from distill.guard import InputError
+from distill.core.errors import InputError
 from distill.launch import script, site
 from distill.launch.script import Plan, Where
-from distill.spec import SlurmSpec
-from distill.store import RunPaths
+from distill.runs.store import RunPaths
+from distill.spec import specfile
+from distill.spec.model import SlurmSpec
 
 SPEC = {
     "name": "one",

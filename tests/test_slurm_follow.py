@@ -26,8 +26,8 @@ from slurm_runs import (
     steps,
 )
 
-from distill import jobs
 from distill.launch import slurm, standing
+from distill.runs import jobs
 
 pytestmark = NEEDS_SLURM
 

@@ -10,7 +10,7 @@ from hub import Hub, environment, pipeline
 from runs import folder_bytes
 from slurm_runs import NEEDS_SLURM, finish, last_job, said
 
-from distill.store import RunPaths, read_json
+from distill.runs.store import RunPaths, read_json
 
 pytestmark = NEEDS_SLURM
 

@@ -8,8 +8,9 @@ from commands import snapshot
 from runs import distill, folder_bytes
 from slurm_runs import MIXTURE, NEEDS_SLURM, command_line, end_jobs, enter, finish, last_job, named, queue
 
-from distill import jobs, results, straightened
-from distill.store import RunPaths
+from distill.reports import rounds_table
+from distill.runs import jobs, results
+from distill.runs.store import RunPaths
 
 pytestmark = NEEDS_SLURM
 
@@ -70,6 +71,6 @@ def test_rounds_on_two_nodes_make_the_students_of_one_machine(capfd, cluster, he
     for stage in ("solve-1", "solve-2"):
         pairs, theirs = (folder_bytes(each.stage(stage).pairs) for each in (run, other))
         assert {name: pairs[name] for name in theirs} == theirs
-    ours, theirs = (straightened.rounds(results.of_run(each)) for each in (run, other))
-    assert [straightened.cells(ours, each) for each in ours] == [straightened.cells(theirs, each) for each in theirs]
+    ours, theirs = (rounds_table.rounds(results.of_run(each)) for each in (run, other))
+    assert [rounds_table.cells(ours, each) for each in ours] == [rounds_table.cells(theirs, each) for each in theirs]
     assert Path(run.report).read_text().count("<h2>Rounds</h2>") == 1

@@ -23,8 +23,9 @@ from slurm_runs import (
     steps,
 )
 
-from distill import jobs, registry
-from distill.store import RunPaths
+from distill.runs import jobs
+from distill.runs.store import RunPaths
+from distill.spec import registry
 
 pytestmark = NEEDS_SLURM
 

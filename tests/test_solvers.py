@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 
-from distill import kinds
-from distill.draws import generator
-from distill.fields import Counted, Rescheduled, start
-from distill.guard import InputError
-from distill.interpolants import edm, linear, trig, vp
-from distill.kinds import network_calls
-from distill.solvers import SOLVERS, dpm_solver_pp_2m, euler, heun, march, sample, straightness
+from distill.core.errors import InputError
+from distill.flow.draws import generator
+from distill.flow.fields import Counted, Rescheduled, start
+from distill.flow.interpolants import edm, linear, trig, vp
+from distill.flow.solvers import SOLVERS, dpm_solver_pp_2m, euler, heun, march, sample, straightness
+from distill.flow.times import uniform_grid
+from distill.spec import kinds
+from distill.spec.kinds import network_calls
 from distill.teachers.analytic import (
     GaussianField,
     GaussianFlowMap,
@@ -20,7 +21,6 @@ from distill.teachers.analytic import (
     class_gaussian_teacher,
 )
 from distill.testing import exact
-from distill.times import uniform_grid
 
 M, VARIANCE = 0.7, 0.3
 ROOT = math.sqrt(VARIANCE)

@@ -5,9 +5,10 @@ import json
 import pytest
 from pydantic import BaseModel
 
-from distill import overrides, presets, schema, spec, specfile, yamltext
-from distill.guard import InputError
-from distill.spec import CheckpointTeacher, RunSpec, is_hub_id
+from distill.core import yamltext
+from distill.core.errors import InputError
+from distill.spec import model, overrides, presets, schema, specfile
+from distill.spec.model import CheckpointTeacher, RunSpec, is_hub_id
 
 TRAIN = {"kind": "train", "recipe": "reflow/reflow", "images": 128}
 
@@ -74,13 +75,13 @@ def test_a_spec_cannot_hold_itself():
 
 
 def test_every_field_says_what_it_means():
-    models = [m for m in vars(spec).values() if isinstance(m, type) and issubclass(m, BaseModel)]
+    models = [m for m in vars(model).values() if isinstance(m, type) and issubclass(m, BaseModel)]
     assert len(models) > 15
-    for model in models:
-        for name, field in model.model_fields.items():
+    for each in models:
+        for name, field in each.model_fields.items():
             one_model = schema.models(field.annotation) and len(schema.models(field.annotation)) == 1
-            assert field.description or name == "kind" or one_model, f"{model.__name__}.{name} says nothing"
-        assert model.__doc__, model
+            assert field.description or name == "kind" or one_model, f"{each.__name__}.{name} says nothing"
+        assert each.__doc__, each
 
 
 def test_types_are_strict():

@@ -15,20 +15,23 @@ from PIL import Image
 from runs import folder_bytes
 from safetensors.torch import load_file
 
-from distill import card as cards
 from distill import data as datasets
-from distill import pairs, preflight, results, specfile, stages, workflow
-from distill.card import StudentCard
+from distill import pairs
 from distill.cli.start import begin
-from distill.export import export
-from distill.guard import InputError, RunError, Stopped
-from distill.resolved import resolve
-from distill.spec import CheckpointTeacher, MlpSpec, RunSpec, UNetSpec
-from distill.stop import StopRequest
-from distill.store import RunPaths
+from distill.core.errors import InputError, RunError, Stopped
+from distill.core.stop import StopRequest
+from distill.exchange import card as cards
+from distill.exchange.card import StudentCard
+from distill.execution import preflight, stages
+from distill.networks.architectures import build
+from distill.networks.velocity import VelocityStudent
+from distill.runs import results
+from distill.runs.store import RunPaths
+from distill.spec import checks, specfile
+from distill.spec.model import CheckpointTeacher, MlpSpec, RunSpec, UNetSpec
+from distill.spec.resolved import resolve
 from distill.students import loaded as students
-from distill.students.networks import build
-from distill.students.velocity import VelocityStudent
+from distill.students.export import export
 from distill.teachers import load
 from recipes.reflow import reflow
 
@@ -325,7 +328,7 @@ def test_flow_maps_are_trained_continued_exported_and_measured(tmp_path):
         again={**jumps, "network": None, "init": "map"},
         evaluate={**evaluate, "teacher_steps": [1]},
     )
-    workflow.check(given, tmp_path / "r")
+    checks.check(given, tmp_path / "r")
     preflight.check(resolve(given, tmp_path / "r"))
     run = go(tmp_path, given)
     card, folder = cards.verify(run.student("map")), run.student("map")
@@ -382,7 +385,7 @@ def test_a_student_steps_where_its_teacher_errs_least(tmp_path):
     teacher = {"kind": "gaussian", "mean": [0.0, 0.0], "std": [0.3**0.5, 0.3**0.5]}
     evaluate = {"kind": "evaluate", "samples": 16, "fine_steps": 2, "teacher_steps": [1], "students": {"boss": [3]}}
     given = spec(teacher, pairs=OPTIMAL, boss={**BOSS, "images": 32}, evaluate=evaluate)
-    workflow.check(given, tmp_path)
+    checks.check(given, tmp_path)
     preflight.check(resolve(given, tmp_path))
     run = go(tmp_path, given)
     times = [1.0, 0.5, 0.25, 0.0]  # 6, 9 and 12 of 12 steps
@@ -404,11 +407,11 @@ def test_paths_of_other_times_are_no_steps_of_one_student(tmp_path):
     ours, theirs = {**PAIRS, "paths": "trajectories", "steps": 4, "times": [1.0, 0.5, 0.0]}, [1.0, 0.75, 0.0]
     boss = {**BOSS, "pairs": {"ours": 0.5, "theirs": 0.5}}
     given = spec(ours=ours, theirs={**ours, "times": theirs}, boss=boss)
-    workflow.check(given, tmp_path)
+    checks.check(given, tmp_path)
     with pytest.raises(InputError, match="stages.boss: reflow/boss steps along the times of its pairs; give all of"):
         preflight.check(resolve(given, tmp_path))
     with pytest.raises(InputError, match="stages.boss.pairs: paths of different numbers of states do not fit into"):
-        workflow.check(spec(ours=ours, theirs=OPTIMAL, boss=boss), tmp_path)
+        checks.check(spec(ours=ours, theirs=OPTIMAL, boss=boss), tmp_path)
 
 
 def test_a_recipe_is_given_its_teacher_on_the_linear_path(tmp_path):
@@ -441,7 +444,7 @@ def test_images_are_decoded_once_a_run_and_kept_by_no_check(tmp_path, monkeypatc
     given = spec(None, pictures(tmp_path / "images"), a=TEACH, b=TEACH, evaluate={**evaluate, "fine_steps": 1})
     preflight.check(resolve(given, tmp_path))
     assert not datasets._LOADED
-    monkeypatch.setattr("distill.metrics.features.TRAIN_IMAGES", 256)
+    monkeypatch.setattr("distill.evaluation.metrics.features.TRAIN_IMAGES", 256)
     go(tmp_path, given)
     assert len(datasets._LOADED) == 1
     assert len(list((tmp_path / "indexes").iterdir())) == 1
@@ -475,7 +478,7 @@ def test_an_export_needs_no_images(tmp_path):
 
 
 def test_a_teacher_that_is_not_square_is_given_data_of_its_shape(tmp_path, monkeypatch):
-    monkeypatch.setattr("distill.metrics.features.TRAIN_IMAGES", 256)
+    monkeypatch.setattr("distill.evaluation.metrics.features.TRAIN_IMAGES", 256)
     wide = {**pictures(tmp_path / "images"), "size": [4, 8]}
     teacher = go(tmp_path, spec(None, wide, teach=TEACH)).student("teach")
     straight = {**REFLOW, "network": None}

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 from runs import CARD
 
-from distill import card, claims, events, status
-from distill.atomic import write_atomic, write_json
-from distill.guard import InputError, RunError
-from distill.store import (
+from distill.core.atomic import write_atomic, write_json
+from distill.core.errors import InputError, RunError
+from distill.exchange import card
+from distill.reports import status
+from distill.runs import claims, events
+from distill.runs.store import (
     CREATED,
     RunPaths,
     append_event,

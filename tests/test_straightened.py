@@ -7,11 +7,11 @@ from rich.console import Console
 from test_report import Page
 from test_report import row as measured
 
-from distill import charts, report, straightened
-from distill.atomic import write_json
-from distill.grids import images_png
-from distill.results import FILE_NAME, Results, card_metrics
-from distill.store import RunPaths, append_event
+from distill.core.atomic import write_json
+from distill.evaluation.pictures import images_png
+from distill.reports import charts, report, rounds_table
+from distill.runs.results import FILE_NAME, Results, card_metrics
+from distill.runs.store import RunPaths, append_event
 
 
 def evaluation(number: int, before: float | None, after: float | None, *, steps=(1, 2), curved=(0.4, 0.1)) -> Results:
@@ -41,7 +41,7 @@ def found(*each: Results) -> dict[str, Results]:
 def text(rounds) -> str:
     console = Console(width=200)
     with console.capture() as shown:
-        console.print(straightened.table(rounds))
+        console.print(rounds_table.table(rounds))
     return shown.get()
 
 
@@ -50,45 +50,45 @@ def test_rounds_are_those_evaluations_that_measured_a_flow_by_the_full_solver():
     without = one.model_copy(
         update={"stage": "evaluate", "rows": [row for row in one.rows if row.network == "teacher"]}
     )
-    rounds = straightened.rounds(found(evaluation(10, 4.0, 3.0), without, evaluation(2, 4.0, 3.0), one))
+    rounds = rounds_table.rounds(found(evaluation(10, 4.0, 3.0), without, evaluation(2, 4.0, 3.0), one))
     assert [each.stage for each in rounds] == ["evaluate-1", "evaluate-2", "evaluate-10"]
-    assert straightened.round_of(without) is None
+    assert rounds_table.round_of(without) is None
     assert sorted(rounds[0].few) == [1, 2]
 
 
 def test_a_round_is_told_by_its_usual_steps():
     usual = evaluation(1, 5.0, 4.0)
     along = measured("reflow-1", "student", "euler", 2, 2, 3.0, along="optimal")
-    (only,) = straightened.rounds(found(usual.model_copy(update={"rows": [*usual.rows, along]})))
+    (only,) = rounds_table.rounds(found(usual.model_copy(update={"rows": [*usual.rows, along]})))
     assert only.few == {n: usual.row("reflow-1", n) for n in (1, 2)}
 
 
 def test_the_table_says_each_number_of_a_round():
-    rounds = straightened.rounds(found(evaluation(1, 5.0, 4.0), evaluation(2, 4.5, 4.25, steps=(1, 4))))
-    assert straightened.columns(rounds) == [
+    rounds = rounds_table.rounds(found(evaluation(1, 5.0, 4.0), evaluation(2, 4.5, 4.25, steps=(1, 4))))
+    assert rounds_table.columns(rounds) == [
         "straightness", "SW2, full solver", "1 step", "2 steps", "4 steps", "RMS to flow before, full solver",
         "RMS, 1 step", "transport",
     ]  # fmt: skip
-    assert straightened.cells(rounds, rounds[0]) == [
+    assert rounds_table.cells(rounds, rounds[0]) == [
         "0.4000 -> 0.1000", "5.00 -> 4.00", "14.00", "9.00", "-", "0.2500", "1.00", "1.7500 -> 1.5000",
     ]  # fmt: skip
-    assert straightened.cells(rounds, rounds[1])[2:5] == ["14.25", "-", "6.75"]
+    assert rounds_table.cells(rounds, rounds[1])[2:5] == ["14.25", "-", "6.75"]
     shown = text(rounds)
     assert re.search(r"reflow-1 .* 5\.00 -> 4\.00 ", shown)
     assert "before -> after, each round from the same noise" in shown
 
 
 def test_without_a_reference_there_is_no_distance():
-    (only,) = straightened.rounds(found(evaluation(1, None, None)))
-    assert straightened.columns([only])[:2] == ["straightness", "RMS to flow before, full solver"]
-    assert straightened.cells([only], only) == ["0.4000 -> 0.1000", "0.2500", "1.00", "1.7500 -> 1.5000"]
+    (only,) = rounds_table.rounds(found(evaluation(1, None, None)))
+    assert rounds_table.columns([only])[:2] == ["straightness", "RMS to flow before, full solver"]
+    assert rounds_table.cells([only], only) == ["0.4000 -> 0.1000", "0.2500", "1.00", "1.7500 -> 1.5000"]
     assert only.warning is None
-    assert list(straightened.curves([only])) == ["straightness", "transport"]
+    assert list(rounds_table.curves([only])) == ["straightness", "transport"]
 
 
 @pytest.mark.parametrize(("before", "after", "worse"), [(5.0, 5.25, True), (5.0, 5.0, False), (5.0, 4.0, False)])
 def test_a_worse_full_solver_is_a_warning(before, after, worse):
-    (only,) = straightened.rounds(found(evaluation(3, before, after)))
+    (only,) = rounds_table.rounds(found(evaluation(3, before, after)))
     assert (only.warning is not None) == worse
     if worse:
         assert only.warning == (
@@ -99,8 +99,8 @@ def test_a_worse_full_solver_is_a_warning(before, after, worse):
 
 
 def test_the_curves_begin_at_the_first_teacher():
-    rounds = straightened.rounds(found(evaluation(1, 5.0, 4.0), evaluation(2, 4.5, 4.25)))
-    assert straightened.curves(rounds) == {
+    rounds = rounds_table.rounds(found(evaluation(1, 5.0, 4.0), evaluation(2, 4.5, 4.25)))
+    assert rounds_table.curves(rounds) == {
         "SW2": {
             "full solver": [(0, 5.0), (1, 4.0), (2, 4.25)],
             "1 step": [(1, 14.0), (2, 14.25)],

@@ -10,22 +10,22 @@ from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from distill.card import StudentCard
-from distill.draws import generator
-from distill.export import export
-from distill.fields import Rescheduled
-from distill.guard import InputError
-from distill.interpolants import linear, vp
-from distill.spec import GaussianTeacher, MlpSpec, UNetSpec
-from distill.students.flow_map import FlowMapStudent
-from distill.students.flow_map_mlp import FlowMapMLP
-from distill.students.flow_map_unet import FlowMapUNet2DModel
+from distill.core.errors import InputError
+from distill.exchange.card import StudentCard
+from distill.flow.draws import generator
+from distill.flow.fields import Rescheduled
+from distill.flow.interpolants import linear, vp
+from distill.networks.architectures import build
+from distill.networks.flow_map import FlowMapStudent
+from distill.networks.flow_map_mlp import FlowMapMLP
+from distill.networks.flow_map_unet import FlowMapUNet2DModel
+from distill.networks.velocity import VelocityStudent
+from distill.networks.velocity_mlp import VelocityMLP
+from distill.networks.velocity_unet import VelocityUNet2DModel
+from distill.spec.model import GaussianTeacher, MlpSpec, UNetSpec
+from distill.students.export import export
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.students.loaded import LoadedStudent, load
-from distill.students.networks import build
-from distill.students.velocity import VelocityStudent
-from distill.students.velocity_mlp import VelocityMLP
-from distill.students.velocity_unet import VelocityUNet2DModel
 from distill.teachers.analytic import gaussian_teacher
 from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import EdmField, NetworkField

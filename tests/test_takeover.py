@@ -13,10 +13,11 @@ import pytest
 from commands import command
 from runs import folder_bytes, make
 
-from distill import claims, lease, store
-from distill.guard import InputError
-from distill.owners import Owner
-from distill.store import CREATED, RunPaths, event_files
+from distill.core import lease
+from distill.core.errors import InputError
+from distill.core.owners import Owner
+from distill.runs import claims, store
+from distill.runs.store import CREATED, RunPaths, event_files
 
 EVERY = 0.2  # seconds between two renewals of the processes here
 LIMIT = lease.MISSED * EVERY
@@ -148,7 +149,7 @@ def test_where_proc_shows_another_namespace_nothing_is_looked_up(run, container)
     assert (seen.pid, seen.is_here, seen.namespace.endswith(f"]:{holder.pid}")) == (1, False, True)
     assert "process 1 in another container" in refusal(run)
     holder.kill()
-    code = "from distill.owners import Owner; print(Owner.this().is_here, Owner.this() == Owner.this())"
+    code = "from distill.core.owners import Owner; print(Owner.this().is_here, Owner.this() == Owner.this())"
     done = subprocess.run([*container, sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout == "False True\n"
 
@@ -406,7 +407,7 @@ def race(tmp_path: Path, rounds: int, suspended: bool) -> dict[tuple[str, ...], 
     """What two processes say that take over one claim at once, or one of them and the suspended holder of the claim."""
     dead = Owner("elsewhere", "b", 7, "1", namespace="pid:[7]")
     content = json.dumps(asdict(dead) | {"every": 30.0}).encode()
-    script = f"CONTENT = {content!r}\nfrom distill.owners import Owner\nDEAD = {dead!r}\n{RACE}"
+    script = f"CONTENT = {content!r}\nfrom distill.core.owners import Owner\nDEAD = {dead!r}\n{RACE}"
     racers = [
         subprocess.Popen(
             [sys.executable, "-c", script, str(tmp_path), str(number)],

@@ -13,13 +13,13 @@ from checkpoints import edit, load, refused, unet, write
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
-from distill.guard import InputError
-from distill.students.acceleration_mlp import AccelerationMLP
-from distill.students.flow_map_mlp import FlowMapMLP
-from distill.students.flow_map_unet import FlowMapUNet2DModel
+from distill.core.errors import InputError
+from distill.networks.acceleration_mlp import AccelerationMLP
+from distill.networks.flow_map_mlp import FlowMapMLP
+from distill.networks.flow_map_unet import FlowMapUNet2DModel
+from distill.networks.velocity_mlp import VelocityMLP
+from distill.networks.velocity_unet import VelocityUNet2DModel
 from distill.students.init import StudentInit
-from distill.students.velocity_mlp import VelocityMLP
-from distill.students.velocity_unet import VelocityUNet2DModel
 from distill.teachers import by_id, read, variants
 from distill.teachers.read import NetworkConfig
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy.stats import kstest, norm
 
-from distill import times
-from distill.draws import Rows, StepDraw
+from distill.flow import times
+from distill.flow.draws import Rows, StepDraw
 
 
 def draws(count=20000, name="u"):

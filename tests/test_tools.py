@@ -9,9 +9,9 @@ from PIL import Image
 from runs import distill, folder_bytes
 from safetensors.torch import load_file
 
-from distill import card as cards
-from distill.results import load
-from distill.store import RunPaths
+from distill.exchange import card as cards
+from distill.runs.results import load
+from distill.runs.store import RunPaths
 
 SPEC = """
 name: one

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from distill import planning, presets, registry, specfile, todo, workflow
-from distill.atomic import write_json
-from distill.guard import InputError
+from distill.core.atomic import write_json
+from distill.core.errors import InputError
 from distill.launch import submit
-from distill.resolved import resolve
-from distill.store import RunPaths
+from distill.plans import planning
+from distill.runs import todo
+from distill.runs.store import RunPaths
+from distill.spec import checks, presets, registry, specfile
+from distill.spec.resolved import resolve
 
 MLP = {"kind": "mlp"}
 UNET = {"kind": "unet", "channels": [8, 16]}
@@ -37,7 +39,7 @@ def images(**changes):
 
 def mistakes(content, base=Path()):
     try:
-        workflow.check(specfile.validate(content, "f"), base)
+        checks.check(specfile.validate(content, "f"), base)
     except InputError as error:
         lines = str(error).splitlines()
         return [lines[0].removeprefix("spec 'x': ")] if len(lines) == 1 else [line.strip() for line in lines[1:]]
@@ -49,7 +51,7 @@ def test_right_specs_pass():
     assert mistakes(images()) == []
     for name in presets.names():
         source = specfile.load(presets.find(name))
-        workflow.check(source.spec, source.base)
+        checks.check(source.spec, source.base)
 
 
 CASES = {
@@ -631,11 +633,11 @@ def test_a_miniature_trains_all_stages_for_two_steps():
     spec = planning.miniature(specfile.validate(vectors(p={"steps": 5}, r=warm), "f"))
     assert (spec.stages["r"].images, spec.stages["r"].optimizer.warmup_images) == (128, 0)
     assert (spec.stages["p"].count, spec.stages["p"].solver, spec.stages["p"].steps) == (50, "euler", 1)
-    workflow.check(spec, Path())
+    checks.check(spec, Path())
     parted = vectors(p={"shard": 50}) | {"launch": {"slurm": {"pairs_jobs": 2}, "threads": 1}}
     assert mistakes(parted) == []
     small = planning.miniature(specfile.validate(parted, "f"))
-    workflow.check(small, Path())
+    checks.check(small, Path())
     assert (small.launch.slurm.pairs_jobs, small.launch.threads) == (1, 1)
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from distill.draws import Rows
-from distill.guard import PeerLost, RunError
-from distill.world import ALONE, World
+from distill.core.errors import PeerLost, RunError
+from distill.flow.draws import Rows
+from distill.training.world import ALONE, World
 
 
 @pytest.mark.parametrize(("size", "micro_batch"), [(1, 24), (1, 4), (2, 12), (3, 4), (6, 2)])

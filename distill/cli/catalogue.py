@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from distill.atomic import write_atomic
 from distill.cli.common import JsonOption, one_line, print_json, print_table
-from distill.guard import InputError, RunError
-from distill.printing import say
+from distill.core.atomic import write_atomic
+from distill.core.errors import InputError, RunError
+from distill.core.printing import say
 
 
 def init(
@@ -17,7 +17,7 @@ def init(
     out: Annotated[Path | None, typer.Option("--out", help="File to write; by default PRESET.yaml.")] = None,
 ) -> None:
     """Write a spec to begin with: every field of a preset, with its meaning as a comment."""
-    from distill import presets, specfile
+    from distill.spec import presets, specfile
 
     if preset is None:
         print_table(["preset", "what it makes"], [[name, " ".join(presets.head(name)[1:])] for name in presets.names()])
@@ -41,7 +41,7 @@ def recipes(
     json: JsonOption = False,
 ) -> None:
     """List the recipes, or say what one can need, which options it has and what a step of it costs."""
-    from distill import registry, schema
+    from distill.spec import registry, schema
 
     here = Path.cwd()
     if name is None:

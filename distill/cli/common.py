@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
-from distill import transports
-from distill.guard import InputError, expanded, is_text, printable, short, suggest, whole_number
-from distill.printing import say, say_table
+from distill.core.errors import InputError
+from distill.core.printing import say, say_table
+from distill.core.text import expanded, is_text, printable, short, suggest, whole_number
+from distill.exchange import transports
 
 StoreOption = Annotated[
     str | None,
@@ -100,7 +101,7 @@ def configuration() -> dict[str, str]:
     path = config_path()
     if not path.is_file():
         return {}
-    from distill import yamltext
+    from distill.core import yamltext
 
     content = yamltext.parse(yamltext.read(path), str(path)) or {}
     if not isinstance(content, dict):

@@ -12,16 +12,16 @@ import typer
 from distill.cli import start, work
 from distill.cli.common import StoreOption, near, one_line, print_table, store_path
 from distill.cli.work import Changes, SpecArgument
-from distill.guard import InputError
-from distill.printing import say
-from distill.progress import duration
-from distill.space import human
-from distill.store import RunPaths
+from distill.core.errors import InputError
+from distill.core.printing import say
+from distill.core.space import human
+from distill.runs.progress import duration
+from distill.runs.store import RunPaths
 
 if TYPE_CHECKING:
-    import distill.compared
-    import distill.comparison
-    import distill.specfile
+    import distill.plans.comparison
+    import distill.reports.comparison_table
+    import distill.spec.specfile
 
 
 def compare(
@@ -52,7 +52,7 @@ def compare(
     SPEC gives the teacher, the pairs and the evaluation. A recipe that SPEC trains keeps its stages, scaled to the
     budget; any other gets one stage with default options. A short rehearsal measures speed first.
     """
-    from distill import budget
+    from distill.plans import budget
 
     if dry_run and resume:
         raise InputError("--dry-run says what a new run would do, so --resume has no effect; leave it out")
@@ -85,30 +85,34 @@ def compare(
     work.execute(run, source.spec, fresh=True)
 
 
-def _planned(source: "distill.specfile.SpecSource", asked: Sequence[str] | None) -> "distill.comparison.Plan":
-    from distill import comparison, workflow
+def _planned(
+    source: "distill.spec.specfile.SpecSource", asked: Sequence[str] | None
+) -> "distill.plans.comparison.Plan":
+    from distill.plans import comparison
+    from distill.spec import checks
 
-    planned = comparison.plan(workflow.check(source.spec, source.base), asked)
-    workflow.check(planned.spec(), source.base)
+    planned = comparison.plan(checks.check(source.spec, source.base), asked)
+    checks.check(planned.spec(), source.base)
     return planned
 
 
 def _again(
     folder: Path, given: str, changes: list[str], name: str | None, asked: Sequence[str] | None, minutes: float | None
-) -> "tuple[RunPaths, distill.spec.RunSpec]":
+) -> "tuple[RunPaths, distill.spec.model.RunSpec]":
     """A comparison that was begun, once what is given now is the same."""
-    from distill import budget, compared
+    from distill.plans import budget
+    from distill.reports import comparison_table
 
     shaping = [option for option, value in {"--recipes": asked, "--budget": minutes}.items() if value is not None]
     if start.is_run(folder, given) and shaping and not start.is_spec(given):
         raise InputError(f"{shaping[0]} has no effect when run '{given}' is resumed; leave it out")
     if start.is_run(folder, given) and not shaping:
         run, source = start.find_again(folder, given, changes, name)
-        _record(run, compared.load(run))
+        _record(run, comparison_table.load(run))
         return start.resume(run, source)
     source = start.find(given, changes, name)
     run, source = start.again(folder, source)
-    record = _record(run, compared.load(run))
+    record = _record(run, comparison_table.load(run))
     if minutes is not None and minutes != record.budget_minutes:
         raise InputError(
             f"--budget {minutes:g}: run '{run.name}' gives each recipe {record.budget_minutes:g} minutes; leave it "
@@ -132,22 +136,24 @@ def _again(
     return start.resume(run, replace(source, spec=found))
 
 
-def _record(run: RunPaths, found: "distill.compared.Comparison | None") -> "distill.compared.Comparison":
+def _record(
+    run: RunPaths, found: "distill.reports.comparison_table.Comparison | None"
+) -> "distill.reports.comparison_table.Comparison":
     if found is None:
         raise InputError(f"run '{run.name}' is no comparison; go on with it by: distill run {near(run.root)} --resume")
     return found
 
 
-def _say(record: "distill.compared.Comparison") -> None:
+def _say(record: "distill.reports.comparison_table.Comparison") -> None:
     """What each recipe has, before it begins."""
-    from distill import compared
+    from distill.reports import comparison_table
 
     rows = []
     for entry in record.entries:
         for part in entry.parts:
             rows.append(
                 [
-                    compared.titled(entry),
+                    comparison_table.titled(entry),
                     part.stage,
                     f"{1 / part.measured.seconds_per_image:,.0f}",
                     f"{part.images:,}",

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from distill.cli.common import JsonOption, StoreOption, print_json, print_table, site_setting, store_path
-from distill.guard import InputError, expanded
+from distill.core.errors import InputError
+from distill.core.printing import say
+from distill.core.space import human
+from distill.core.text import expanded
 from distill.launch import environment
-from distill.printing import say
-from distill.space import human
 
 if TYPE_CHECKING:
     import distill.launch.sitecheck
@@ -75,7 +76,7 @@ def _cluster(path: Path | None, store: Path, nodes: int, gpus: int, partition: s
     from distill.launch import site as sites
     from distill.launch import sitecheck
     from distill.launch import submit as queue
-    from distill.spec import SlurmSpec
+    from distill.spec.model import SlurmSpec
 
     where = sites.load(expanded(site_setting(path).value))
     options = given.stage(SlurmSpec, {"partition": partition, "gpus_per_node": gpus})

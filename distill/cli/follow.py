@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distill import records
 from distill.cli.common import JsonOption, StoreOption, near, print_json, print_table, store_path
 from distill.cli.runs import RunArgument, headline, numbers, print_rows, stages_done, warn_of_damage
-from distill.guard import InputError
-from distill.printing import clear, say
-from distill.progress import duration
-from distill.store import RunPaths, find_run, runs
+from distill.core import records
+from distill.core.errors import InputError
+from distill.core.printing import clear, say
+from distill.runs.progress import duration
+from distill.runs.store import RunPaths, find_run, runs
 
 if TYPE_CHECKING:
     import distill.launch.standing
-    import distill.logs
-    import distill.status
+    import distill.reports.status
+    import distill.runs.logs
 
 WATCH_SECONDS = 5.0
 POLL = 0.5  # seconds between looks at a log
@@ -72,7 +72,7 @@ def _status(folder: Path, run: str | None, json: bool) -> None:
 
 
 def _as_json(standing: "distill.launch.standing.Standing") -> dict[str, Any]:
-    from distill import status as statuses
+    from distill.reports import status as statuses
 
     jobs = [asdict(job) | {"state": job.state, "reason": job.reason} for job in standing.jobs]
     state = {"state": standing.state, "message": standing.message}
@@ -84,7 +84,7 @@ def _as_json(standing: "distill.launch.standing.Standing") -> dict[str, Any]:
 
 
 def _print_all(folder: Path, found: "list[distill.launch.standing.Standing]") -> None:
-    from distill import status as statuses
+    from distill.reports import status as statuses
 
     if not found:
         say(f"no runs in {near(folder.absolute())}; make the first: distill run digits")
@@ -102,7 +102,7 @@ def _print_all(folder: Path, found: "list[distill.launch.standing.Standing]") ->
 
 
 def _print_one(paths: RunPaths, standing: "distill.launch.standing.Standing") -> None:
-    from distill import status as statuses
+    from distill.reports import status as statuses
 
     students = statuses.students(paths)
     say(headline(standing.run.name, standing.state, standing.message, standing.run.changed))
@@ -138,7 +138,7 @@ def _shards(paths: RunPaths, stage: str) -> str:
     return f"{count} shard{'s' if count > 1 else ''}" if count else ""
 
 
-def _progress(stage: "distill.status.StageStatus") -> str:
+def _progress(stage: "distill.reports.status.StageStatus") -> str:
     return "" if stage.done is None or not stage.total else f"{stage.done:,}/{stage.total:,} {stage.unit}"
 
 
@@ -162,7 +162,7 @@ def logs(
     store: StoreOption = None,
 ) -> None:
     """Print what a run's processes say: the first traceback of any of them, then the job's lines and a rank's."""
-    from distill import logs as texts
+    from distill.runs import logs as texts
 
     paths = find_run(store_path(store), run)
     begin = None if since is None else _moment(since)
@@ -184,7 +184,7 @@ def logs(
 
 def _begin(path: Path, since: datetime | None, lines: int | None) -> tuple[int, str]:
     """Where to begin with a log, and what is left out, in words."""
-    from distill import logs as texts
+    from distill.runs import logs as texts
 
     with records.open_regular(path) as file:
         first = 0 if since is None else texts.first_since(file, since.strftime(MOMENT))
@@ -227,10 +227,10 @@ def _choose(paths: RunPaths, rank: int, stage: str | None) -> list[Path]:
     return sorted((path for path in jobs if stages[path] == name), key=age)[-1:] + sorted(of_rank)
 
 
-def _first_failure(paths: RunPaths) -> "distill.logs.Failure | None":
+def _first_failure(paths: RunPaths) -> "distill.runs.logs.Failure | None":
     """The earliest traceback that the logs hold of the jobs' newest attempts."""
-    from distill import jobs
-    from distill import logs as texts
+    from distill.runs import jobs
+    from distill.runs import logs as texts
 
     began: dict[str, str] = {}  # by the logs' names up to the rank
     for job in jobs.submitted(paths):
@@ -256,7 +256,7 @@ def _await(paths: RunPaths) -> None:
 
 
 def _follow(paths: RunPaths, rank: int, stage: str | None, at: dict[Path, int]) -> None:
-    from distill import logs as texts
+    from distill.runs import logs as texts
 
     looked = time.monotonic()
     while True:
@@ -273,9 +273,9 @@ def _follow(paths: RunPaths, rank: int, stage: str | None, at: dict[Path, int]) 
 
 
 def _is_live(paths: RunPaths) -> bool:
-    from distill import claims
     from distill.launch import slurm
     from distill.launch import submit as queue
+    from distill.runs import claims
 
     if claims.executing(paths) is not None:
         return True

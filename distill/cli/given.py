@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from distill import schema, specfile, todo, workflow, yamltext
-from distill.fieldtypes import MAX_STEPS
-from distill.guard import InputError, short, suggest, whole_number
-from distill.spec import CheckpointTeacher, DataSpec, LaunchSpec, RunSpec, TeacherSpec, TrainStage, is_path
-from distill.store import RunPaths
+from distill.core import yamltext
+from distill.core.errors import InputError
+from distill.core.field_types import MAX_STEPS
+from distill.core.text import short, suggest, whole_number
+from distill.runs import todo
+from distill.runs.store import RunPaths
+from distill.spec import checks, schema, specfile
+from distill.spec.model import CheckpointTeacher, DataSpec, LaunchSpec, RunSpec, TeacherSpec, TrainStage, is_path
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +76,7 @@ def as_option(mistake: str) -> str:
 
 def device(name: str) -> "torch.device":
     """The device that --device names."""
-    from distill import stages
+    from distill.execution import stages
 
     if name not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device {name}: {suggest(name, ['auto', 'cpu', 'cuda'])}")
@@ -121,7 +124,7 @@ def data(given: str) -> DataSpec:
 def _part(content: dict[str, object]) -> RunSpec:
     """A spec that has one part only, checked. Its paths are those of a spec in the current folder."""
     spec = specfile.located(specfile.validate({"name": "options", "stages": {}, **content}, "options"), [Path.cwd()])
-    mistakes = list(workflow.teacher_mistakes(spec))
+    mistakes = list(checks.teacher_mistakes(spec))
     if mistakes:
         raise InputError("\n  ".join(mistakes))
     return spec

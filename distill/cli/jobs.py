@@ -15,17 +15,18 @@ from distill.cli import start
 from distill.cli.common import StoreOption, near, print_table, site_setting, store_path
 from distill.cli.runs import RunArgument
 from distill.cli.work import Changes, SpecArgument
-from distill.guard import InputError, expanded, suggest
-from distill.printing import say
-from distill.space import human
-from distill.store import RunPaths, find_run
+from distill.core.errors import InputError
+from distill.core.printing import say
+from distill.core.space import human
+from distill.core.text import expanded, suggest
+from distill.runs.store import RunPaths, find_run
 
 if TYPE_CHECKING:
+    import distill.execution.preflight
     import distill.launch.script
     import distill.launch.site
-    import distill.preflight
-    import distill.spec
-    import distill.specfile
+    import distill.spec.model
+    import distill.spec.specfile
 
 JOB = "The job"
 SiteOption = Annotated[
@@ -187,12 +188,13 @@ def found_site(option: Path | None) -> "distill.launch.site.SiteSource":
 
 
 def submit_new(
-    folder: Path, source: "distill.specfile.SpecSource", site: "distill.launch.site.SiteSource", code: str
+    folder: Path, source: "distill.spec.specfile.SpecSource", site: "distill.launch.site.SiteSource", code: str
 ) -> None:
     """Make the run of a spec, and queue all of it."""
-    from distill import claims, inputs
+    from distill.execution import prefetch
     from distill.launch import snapshot
     from distill.launch import submit as queue
+    from distill.runs import claims
 
     start.refuse_taken(folder, source)
     queue.check(source.spec, site)
@@ -200,10 +202,10 @@ def submit_new(
     _say_memory(ready)
     source = replace(source, spec=ready.resolved.spec)
     del ready  # which holds networks
-    found = inputs.resolve(source.spec, folder)
+    found = prefetch.resolve(source.spec, folder)
     more = {f"code/{path}": content for path, content in snapshot.files().items()} if code == "run" else {}
-    run = start.create(folder, source, {**more, **inputs.record(found)})
-    inputs.link(run)
+    run = start.create(folder, source, {**more, **prefetch.record(found)})
+    prefetch.link(run)
     try:
         with claims.claim(run, "submit"):
             where = _where(run, {each.what for each in found}, site, code)
@@ -216,13 +218,14 @@ def submit_new(
 def submit_again(
     folder: Path,
     run: RunPaths,
-    source: "distill.specfile.SpecSource",
+    source: "distill.spec.specfile.SpecSource",
     site: "distill.launch.site.SiteSource",
     code: str,
 ) -> None:
     """Queue what of a run is neither done nor queued; its spec is `source`, or is refused."""
-    from distill import claims, inputs, jobs, todo
+    from distill.execution import prefetch
     from distill.launch import submit as queue
+    from distill.runs import claims, jobs, todo
 
     queue.check(source.spec, site)
     with claims.claim(run, "submit"):
@@ -250,14 +253,14 @@ def submit_again(
             say(f"there is nothing to submit for run '{run.name}'" + ("" if live else ": all stages are done"))
             return
         _keep_code(run, code)
-        found = inputs.resolve(content, folder, inputs.read(run))
-        inputs.keep(run, found)
+        found = prefetch.resolve(content, folder, prefetch.read(run))
+        prefetch.keep(run, found)
         where = _where(run, {each.what for each in found}, site, code)
         _say_queued(run, content.launch, queue.submit(run, content, left, where, parted))
 
 
 def _say_queued(
-    run: RunPaths, launch: "distill.spec.LaunchSpec", sent: "Mapping[str, distill.launch.script.Plan]"
+    run: RunPaths, launch: "distill.spec.model.LaunchSpec", sent: "Mapping[str, distill.launch.script.Plan]"
 ) -> None:
     say(f"run '{run.name}' in {near(run.root)}")
     rows = [[job, *plan.described(launch)] for job, plan in sent.items()]
@@ -269,11 +272,11 @@ def _where(
     run: RunPaths, from_hub: Collection[str], site: "distill.launch.site.SiteSource", code: str
 ) -> "distill.launch.script.Where":
     """from_hub: which inputs of the run were fetched for its jobs."""
-    from distill import inputs
+    from distill.execution import prefetch
     from distill.launch import environment
     from distill.launch.script import Where
 
-    return Where(site, run.code if code == "run" else environment.ROOT, inputs.environment(from_hub, run.root))
+    return Where(site, run.code if code == "run" else environment.ROOT, prefetch.environment(from_hub, run.root))
 
 
 def _keep_code(run: RunPaths, code: str) -> None:
@@ -294,9 +297,9 @@ def _dry_run(
     resume: bool,
     code: str,
 ) -> None:
-    from distill import todo
     from distill.launch import script
     from distill.launch import submit as queue
+    from distill.runs import todo
 
     if resume:
         run, source = start.find_again(folder, spec, changes, name)
@@ -316,9 +319,9 @@ def _dry_run(
         say(text)
 
 
-def _say_memory(ready: "distill.preflight.Ready") -> None:
+def _say_memory(ready: "distill.execution.preflight.Ready") -> None:
     """What training will hold, as far as it is known before anything runs."""
-    from distill.estimate import estimate
+    from distill.execution.estimate import estimate
 
     found = estimate(ready)
     kinds = list(dict.fromkeys(kind for each in found.values() for kind in each))
@@ -338,9 +341,9 @@ def cancel(
     store: StoreOption = None,
 ) -> None:
     """Stop a run, on the cluster or here: what computes saves first, what waits is taken out of the queue."""
-    from distill import claims
     from distill.launch import slurm
     from distill.launch import submit as queue
+    from distill.runs import claims
 
     paths = find_run(store_path(store), run)
     told = False

@@ -12,7 +12,6 @@ from typing import Annotated, NoReturn
 import typer
 
 import distill
-from distill import printing
 from distill.cli import (
     catalogue,
     compare,
@@ -29,7 +28,8 @@ from distill.cli import (
     tools,
     work,
 )
-from distill.guard import (
+from distill.core import printing
+from distill.core.errors import (
     EXIT_FAILED,
     EXIT_INPUT,
     EXIT_INTERRUPTED,
@@ -39,12 +39,11 @@ from distill.guard import (
     PeerLost,
     RunError,
     Stopped,
-    printable,
-    short,
 )
+from distill.core.printing import say, say_error
+from distill.core.text import printable, short
 from distill.launch import tasks
-from distill.printing import say, say_error
-from distill.progress import stamp
+from distill.runs.progress import stamp
 
 EXIT_PIPE = 141  # whoever read what is printed has left, as `head` does; a shell says the same of SIGPIPE
 UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]  # Typer's, or click's before
@@ -196,9 +195,9 @@ def _left(leaving: SystemExit, tell: Callable[[object], None]) -> int:
 
 
 def _is_of_recipe(error: OSError) -> bool:
-    if "distill.registry" not in sys.modules:  # then no recipe was loaded
+    if "distill.spec.registry" not in sys.modules:  # then no recipe was loaded
         return False
-    from distill import registry
+    from distill.spec import registry
 
     return registry.is_of_foreign_recipe(error)
 

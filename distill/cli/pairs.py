@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill import kinds
 from distill.cli import start
 from distill.cli.common import StoreOption, check_out, near, read_share, store_path
 from distill.cli.stage import compute
-from distill.guard import InputError, suggest
-from distill.printing import say
-from distill.spec import OF_DATA
-from distill.store import RunPaths
+from distill.core.errors import InputError
+from distill.core.printing import say
+from distill.core.text import suggest
+from distill.runs.store import RunPaths
+from distill.spec import kinds
+from distill.spec.model import OF_DATA
 
 if TYPE_CHECKING:
-    import distill.spec
+    import distill.spec.model
 
 
 def pairs(
@@ -104,10 +105,10 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
         raise InputError(f"{', '.join(f'--{key}' for key in found)}: no effect here; {why}")
 
 
-def _refuse_empty(share: tuple[int, int] | None, stage: "distill.spec.Stage") -> None:
+def _refuse_empty(share: tuple[int, int] | None, stage: "distill.spec.model.Stage") -> None:
     """InputError for a part that would have nothing to make."""
-    from distill import pairspec
-    from distill.spec import PairsStage
+    from distill.spec import pairspec
+    from distill.spec.model import PairsStage
 
     assert isinstance(stage, PairsStage)
     files = pairspec.Layout(stage.count, stage.shard).files
@@ -129,9 +130,9 @@ def _of_teacher(
     share: tuple[int, int] | None,
     check: bool,
 ) -> None:
-    from distill import pairspec
     from distill.cli import given as meant
-    from distill.spec import NoData, PairsStage
+    from distill.spec import pairspec
+    from distill.spec.model import NoData, PairsStage
 
     stage = meant.stage(PairsStage, {"kind": "pairs", "count": 10000, **options})
     for mistake in pairspec.mistakes(stage, ""):
@@ -144,14 +145,15 @@ def _of_teacher(
         check_out(out)
     where = meant.teacher(given, store)
     from distill import data as datasets
-    from distill import schedules, teachers
-    from distill.progress import Progress
-    from distill.sources import Solving, note_labels
-    from distill.stop import StopRequest
+    from distill import teachers
+    from distill.core.stop import StopRequest
+    from distill.execution.sources import Solving, note_labels
+    from distill.runs.progress import Progress
+    from distill.students import step_times
 
     place = meant.device(device)
     teacher, real_data = teachers.load(where, place), datasets.load(real, seed)
-    stage = schedules.with_times(stage, teacher, store, place)
+    stage = step_times.with_times(stage, teacher, store, place)
     if stage.paths in OF_DATA and real_data is None and teacher.exact_data is None:
         raise InputError(f"--data is missing: {stage.paths} paths begin with real data, e.g. --data digits")
     if stage.paths in OF_DATA and real_data is not None:
@@ -187,7 +189,8 @@ def _of_spec(
             f"distill run {f'{near(run.root)} --resume' if run.root.exists() else given}"
         )
     if check:
-        from distill import resolved, stages
+        from distill.execution import stages
+        from distill.spec import resolved
 
         work = stages.Work(run, resolved.of_run(spec, run.root), chosen, stages.place(spec.launch))
         say(stages.solving(work, indexed=False).accuracy().describe())
@@ -224,7 +227,7 @@ def _told(folder: Path) -> str:
 
 def _run(
     store: Path, given: str, changes: list[str], name: str | None, *, make: bool
-) -> tuple[RunPaths, "distill.spec.RunSpec"]:
+) -> tuple[RunPaths, "distill.spec.model.RunSpec"]:
     """The run of a spec: there already, or made now, by whichever of several processes comes first; or only named."""
     if not start.is_run(store, given):
         source = start.find(given, changes, name)
@@ -241,8 +244,8 @@ def _run(
     return paths, start.go_on(paths, again, trains=False)
 
 
-def _stage(spec: "distill.spec.RunSpec", given: str | None) -> str:
-    from distill.spec import PairsStage
+def _stage(spec: "distill.spec.model.RunSpec", given: str | None) -> str:
+    from distill.spec.model import PairsStage
 
     names = [name for name, stage in spec.stages.items() if isinstance(stage, PairsStage)]
     if given is None and len(names) == 1:

@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill import space
 from distill.cli import jobs, start, work
 from distill.cli.common import StoreOption, near, print_table, store_path
 from distill.cli.work import Changes, SpecArgument
-from distill.guard import InputError
-from distill.printing import say
-from distill.progress import duration
-from distill.space import human
-from distill.store import RunPaths
+from distill.core import space
+from distill.core.errors import InputError
+from distill.core.printing import say
+from distill.core.space import human
+from distill.runs.progress import duration
+from distill.runs.store import RunPaths
 
 if TYPE_CHECKING:
     import distill.launch.site
-    import distill.rounds
-    import distill.specfile
+    import distill.plans.rounds
+    import distill.spec.specfile
 
 ROUNDS, DRIFT = "Rounds", "Against the errors that add up over rounds"
 
@@ -113,7 +113,7 @@ def reflow(
         _refuse_without_slurm(asked, site, code)
     if dry_run and resume:
         raise InputError("--dry-run says what a new run would do, so --resume has no effect; leave it out")
-    from distill.rounds import Plan
+    from distill.plans.rounds import Plan
 
     folder, changes = store_path(store), [*asked.changes(), *(changes or [])]
     given = {"--rounds": rounds, "--distill": distill or None, "--forward": forward, "--data-weight": data_weight}
@@ -152,10 +152,12 @@ def _refuse_without_slurm(asked: jobs.Asked, site: Path | None, code: str) -> No
 class _Find:
     """From a spec of one round, by its file or preset, to that of the plan's."""
 
-    plan: "distill.rounds.Plan"
+    plan: "distill.plans.rounds.Plan"
 
-    def __call__(self, given: str, changes: Sequence[str], name: str | None) -> "distill.specfile.SpecSource":
-        from distill import rounds, specfile, workflow, yamltext
+    def __call__(self, given: str, changes: Sequence[str], name: str | None) -> "distill.spec.specfile.SpecSource":
+        from distill.core import yamltext
+        from distill.plans import rounds
+        from distill.spec import checks, specfile
 
         path, label = start.locate(given)
         content = yamltext.parse(yamltext.read(path), label)
@@ -163,16 +165,17 @@ class _Find:
         own = [str(stage) for stage in stages] if isinstance(stages, dict) else []
         early, late = rounds.split(changes, own)
         source = specfile.load(path, early, name=name, source=label)
-        spec = rounds.expand(workflow.check(source.spec, source.base), self.plan)
+        spec = rounds.expand(checks.check(source.spec, source.base), self.plan)
         return replace(source, spec=rounds.changed(spec, late, own, label))
 
 
 def _dry_run(
-    folder: Path, source: "distill.specfile.SpecSource", site: "distill.launch.site.SiteSource | None"
+    folder: Path, source: "distill.spec.specfile.SpecSource", site: "distill.launch.site.SiteSource | None"
 ) -> None:
     """What the run would do: its stages, about how long they take, and what they write; its jobs, if on a cluster."""
-    from distill import forecast, planning
+    from distill.execution import forecast
     from distill.launch import submit as queue
+    from distill.plans import planning
 
     if site is not None:
         queue.check_container(source.spec, site)

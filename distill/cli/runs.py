@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill.cli.common import JsonOption, StoreOption, near, print_json, print_table, size, store_path
-from distill.guard import InputError, one_line
-from distill.printing import say, say_table
-from distill.space import human
-from distill.store import RunPaths
+from distill.core.errors import InputError
+from distill.core.printing import say, say_table
+from distill.core.space import human
+from distill.core.text import one_line
+from distill.runs.store import RunPaths
 
 if TYPE_CHECKING:
-    import distill.spec
-    import distill.status
+    import distill.reports.status
+    import distill.spec.model
 
 CELL, MESSAGE = 100, 1000  # letters of a cell of a table, of a message that a file holds
 MANY = 50  # numbers of a stage or a student
@@ -26,8 +27,8 @@ RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run i
 
 def list_runs(store: StoreOption = None, json: JsonOption = False) -> None:
     """List the runs of the store with their state and progress."""
-    from distill import status
-    from distill import store as stores
+    from distill.reports import status
+    from distill.runs import store as stores
 
     folder = store_path(store)
     found = status.read_all(stores.runs(folder))
@@ -47,7 +48,7 @@ def list_runs(store: StoreOption = None, json: JsonOption = False) -> None:
     warn_of_damage(found)
 
 
-def stages_done(done: int, run: "distill.status.RunStatus") -> str:
+def stages_done(done: int, run: "distill.reports.status.RunStatus") -> str:
     """2/5; "" where it is not known how many there are."""
     return f"{done}/{len(run.stages)}" if run.stages else ""
 
@@ -60,9 +61,9 @@ def print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]], letters: i
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def warn_of_damage(runs: "Iterable[distill.status.RunStatus]") -> None:
+def warn_of_damage(runs: "Iterable[distill.reports.status.RunStatus]") -> None:
     """A line for each run whose files cannot be read, with the reason."""
-    from distill import status
+    from distill.reports import status
 
     for each in runs:
         if each.state == status.DAMAGED:
@@ -71,7 +72,7 @@ def warn_of_damage(runs: "Iterable[distill.status.RunStatus]") -> None:
 
 def headline(name: str, state: str, message: str, changed: float | None) -> str:
     """A run in one line, whatever its files say."""
-    from distill import status
+    from distill.reports import status
 
     why = f": {one_line(message, MESSAGE)}" if message else ""
     return f"{one_line(name)}  {state}{why}  {status.age(changed)}"
@@ -85,8 +86,9 @@ def numbers(found: Mapping[str, float]) -> str:
 
 def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) -> None:
     """Show a run: its spec in short, its stages, losses, students, and where the files lie."""
-    from distill import results, status, todo
-    from distill import store as stores
+    from distill.reports import status
+    from distill.runs import results, todo
+    from distill.runs import store as stores
 
     paths = stores.find_run(store_path(store), run)
     each, students = status.read(paths), status.students(paths)
@@ -118,20 +120,21 @@ def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) 
 
 def print_results(run: RunPaths) -> None:
     """The table of each evaluation that a run has, of its rounds of reflow, and of the recipes that it compares."""
-    from distill import compared, results, straightened
+    from distill.reports import comparison_table, rounds_table
+    from distill.runs import results
 
     evaluations = results.of_run(run)
     for found in evaluations.values():
         say_table(results.table(found))
-    rounds = straightened.rounds(evaluations)
+    rounds = rounds_table.rounds(evaluations)
     if rounds:
-        say_table(straightened.table(rounds))
+        say_table(rounds_table.table(rounds))
     for each in rounds:
         if each.warning is not None:
             say(f"warning: {each.warning}")
-    comparison = compared.found(run)
+    comparison = comparison_table.found(run)
     if comparison is not None:
-        say_table(compared.table(comparison))
+        say_table(comparison_table.table(comparison))
 
 
 def clean(
@@ -150,8 +153,8 @@ def clean(
     store: StoreOption = None,
 ) -> None:
     """Say what a run no longer needs, and how much that would free; with --yes, delete it."""
-    from distill import claims
-    from distill import store as stores
+    from distill.runs import claims
+    from distill.runs import store as stores
 
     if inputs:
         if run is not None or checkpoints or pairs or everything:
@@ -196,9 +199,9 @@ def clean(
 
 
 def _clean_inputs(folder: Path, yes: bool) -> None:
-    from distill import inputs
+    from distill.execution import prefetch
 
-    sizes = {path: size(path) for path in inputs.unused(folder)}
+    sizes = {path: size(path) for path in prefetch.unused(folder)}
     for path, count in sizes.items():
         say(f"{human(count):>10}  {near(path)}")
     total = human(sum(sizes.values()))
@@ -236,7 +239,7 @@ def _refuse_if_queued(paths: RunPaths) -> None:
 
 def _wanted_pairs(run: RunPaths) -> list[str]:
     """The pairs stages that are done, and that a stage still to do trains on."""
-    from distill import todo
+    from distill.runs import todo
 
     return sorted(name for name in todo.wanted_pairs(run, todo.load_spec(run)) if run.stage(name).done.exists())
 
@@ -252,19 +255,19 @@ def _waste(root: Path, checkpoints: bool, pairs: bool) -> list[Path]:
     return found
 
 
-def _percent(stage: "distill.status.StageStatus") -> str:
+def _percent(stage: "distill.reports.status.StageStatus") -> str:
     if stage.state == "done":
         return "100%"
     return f"{100 * stage.done / stage.total:.0f}%" if stage.done is not None and stage.total else ""
 
 
-def _count(stage: "distill.status.StageStatus") -> str:
+def _count(stage: "distill.reports.status.StageStatus") -> str:
     return f"{stage.done:,}/{stage.total:,} {stage.unit}" if stage.done is not None and stage.total else ""
 
 
-def _summary(spec: "distill.spec.RunSpec") -> list[str]:
+def _summary(spec: "distill.spec.model.RunSpec") -> list[str]:
     """A spec in a few lines."""
-    from distill.spec import CheckpointTeacher, PairsStage, TrainStage
+    from distill.spec.model import CheckpointTeacher, PairsStage, TrainStage
 
     lines = [f"seed {spec.seed}, data {spec.data.kind}"]
     if spec.teacher is not None:

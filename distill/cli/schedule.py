@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill import kinds
 from distill.cli.common import JsonOption, StoreOption, TeacherHelp, print_json, store_path
-from distill.fieldtypes import MAX_SAMPLES, MAX_STEPS
-from distill.guard import InputError, suggest
-from distill.printing import say
-from distill.spec import FINE, SAMPLES, SEED
+from distill.core.errors import InputError
+from distill.core.field_types import MAX_SAMPLES, MAX_STEPS
+from distill.core.printing import say
+from distill.core.text import suggest
+from distill.spec import kinds
+from distill.spec.model import FINE, SAMPLES, SEED
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +45,12 @@ def schedule(
         raise InputError(f"--steps {steps}: they are chosen among --fine {fine}; give fewer, or a finer grid")
     runs = store_path(store)
     where = given.teacher(teacher, runs)
-    from distill import schedules, teachers
+    from distill import teachers
+    from distill.students import step_times
 
     place = given.device(device)
     loaded = teachers.load(where, place)
-    costs = schedules.find(
+    costs = step_times.find(
         loaded, runs, device=place, solver=solver, fine=fine, samples=samples, seed=seed, guidance_scale=guidance_scale
     )
     best, uniform = costs.best(steps), costs.uniform(steps)
@@ -79,10 +81,10 @@ def along(
     schedule: str, times: Sequence[float] | None, steps: int, store: Path, device: "torch.device"
 ) -> "Callable[[LoadedStudent], Sequence[float]] | None":
     """The times of a student's steps, where they are not those that it has for so many."""
-    from distill import sampling, schedules
+    from distill.students import sampling, step_times
 
     def find(student: "LoadedStudent") -> Sequence[float]:
         sampling.refuse_other_times(student, "--schedule" if times is None else "--times")
-        return schedules.optimal_times(student, store, steps, device) if times is None else times
+        return step_times.optimal_times(student, store, steps, device) if times is None else times
 
     return None if schedule == "uniform" and times is None else find

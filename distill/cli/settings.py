@@ -6,11 +6,12 @@ from typing import Annotated
 
 import typer
 
-from distill import transports
 from distill.cli.common import SETTINGS, config_path, configuration, site_setting, store_setting
 from distill.cli.runs import print_rows
-from distill.guard import InputError, expanded, is_text, suggest
-from distill.printing import say
+from distill.core.errors import InputError
+from distill.core.printing import say
+from distill.core.text import expanded, is_text, suggest
+from distill.exchange import transports
 
 
 def config(
@@ -38,8 +39,8 @@ def _shown(value: str) -> str:
 
 def _set(key: str, value: str) -> str:
     """Write a setting; other lines of the file, comments among them, stay as they are."""
-    from distill import yamltext
-    from distill.atomic import write_atomic
+    from distill.core import yamltext
+    from distill.core.atomic import write_atomic
     from distill.launch import site
 
     if not is_text(value):

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill.cli.common import near, read_share
-from distill.guard import EXIT_INPUT, InputError, Stopped
-from distill.store import RunPaths, append_event, find_run
+from distill.core.errors import EXIT_INPUT, InputError, Stopped
+from distill.runs.store import RunPaths, append_event, find_run
 
 if TYPE_CHECKING:
-    import distill.spec
-    import distill.stop
+    import distill.core.stop
+    import distill.spec.model
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 StageNames = Annotated[list[str], typer.Argument(metavar="STAGE...")]
@@ -43,10 +43,11 @@ def compute(
     measure: bool = False,
 ) -> None:
     """`stage`, its arguments read. part: (i, n), of a pairs stage, the shards i, i + n, ... alone."""
-    from distill import claims, machine, versions
+    from distill.core import versions
+    from distill.core.stop import StopRequest
     from distill.launch import environment, local, tasks
-    from distill.spec import TrainStage
-    from distill.stop import StopRequest
+    from distill.runs import claims, machine
+    from distill.spec.model import TrainStage
 
     paths, spec = _found(run, names)
     if any(isinstance(spec.stages[name], TrainStage) for name in names):
@@ -86,8 +87,8 @@ def job(
         raise typer.Exit(code)
 
 
-def _found(run: Path, names: Sequence[str]) -> tuple[RunPaths, "distill.spec.RunSpec"]:
-    from distill import todo
+def _found(run: Path, names: Sequence[str]) -> tuple[RunPaths, "distill.spec.model.RunSpec"]:
+    from distill.runs import todo
 
     paths = find_run(run.parent, str(run))
     spec = todo.load_spec(paths)
@@ -121,15 +122,19 @@ def _in_events(paths: RunPaths, names: list[str], measure: bool) -> Iterator[Non
 
 
 def _compute(
-    paths: RunPaths, spec: "distill.spec.RunSpec", names: list[str], stop: "distill.stop.StopRequest", measure: bool
+    paths: RunPaths,
+    spec: "distill.spec.model.RunSpec",
+    names: list[str],
+    stop: "distill.core.stop.StopRequest",
+    measure: bool,
 ) -> None:
-    from distill import stages  # torch comes with it
+    from distill.execution import stages  # torch comes with it
 
     if "WORLD_SIZE" not in os.environ:
         stop.raise_if_requested("nothing had begun")
         stages.run(paths, spec, names, stop, measure=measure)
     else:  # none leaves before all have met: the others would wait for it
-        from distill.world import World
+        from distill.training.world import World
 
         def lost(message: str) -> None:
             if int(os.environ["RANK"]) == 0:
@@ -144,12 +149,12 @@ def _compute(
 
 def _compute_part(
     paths: RunPaths,
-    spec: "distill.spec.RunSpec",
+    spec: "distill.spec.model.RunSpec",
     names: list[str],
-    stop: "distill.stop.StopRequest",
+    stop: "distill.core.stop.StopRequest",
     part: tuple[int, int],
 ) -> None:
-    from distill import stages
+    from distill.execution import stages
 
     stages.run(paths, spec, names, stop, part=part)
 

@@ -8,29 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill import store as stores
-from distill.atomic import write_atomic
 from distill.cli.common import one_line
-from distill.guard import InputError, suggest
-from distill.store import (
-    RunPaths,
-    append_event,
-    create_run,
-    event_line,
-    find_run,
-    name_in_use,
-    refuse_reserved,
-)
+from distill.core.atomic import write_atomic
+from distill.core.errors import InputError
+from distill.core.text import suggest
+from distill.runs import store as stores
+from distill.runs.store import RunPaths, append_event, create_run, event_line, find_run, name_in_use, refuse_reserved
 
 if TYPE_CHECKING:
-    import distill.preflight
-    import distill.spec
-    import distill.specfile
+    import distill.execution.preflight
+    import distill.spec.model
+    import distill.spec.specfile
 
 
-def find(given: str, changes: Sequence[str], name: str | None) -> "distill.specfile.SpecSource":
+def find(given: str, changes: Sequence[str], name: str | None) -> "distill.spec.specfile.SpecSource":
     """A spec by the path of its file, or by the name of a preset."""
-    from distill import specfile
+    from distill.spec import specfile
 
     path, source = locate(given)
     return specfile.load(path, changes, name=name, source=source)
@@ -38,7 +31,7 @@ def find(given: str, changes: Sequence[str], name: str | None) -> "distill.specf
 
 def locate(given: str) -> tuple[Path, str]:
     """The file of a spec or of a preset, and what messages call it."""
-    from distill import presets
+    from distill.spec import presets
 
     if "=" in given and not Path(given).exists():
         raise InputError(f"'{given}' stands where the spec is expected; write: distill run SPEC {given}")
@@ -53,37 +46,37 @@ def locate(given: str) -> tuple[Path, str]:
 
 
 def checked(
-    source: "distill.specfile.SpecSource", *, here: bool = True, store: Path | None = None
-) -> "distill.preflight.Ready":
+    source: "distill.spec.specfile.SpecSource", *, here: bool = True, store: Path | None = None
+) -> "distill.execution.preflight.Ready":
     """The spec, resolved, once everything is known to fit that can be known before it runs.
 
     here: it is to run on this machine, whose devices must do. store: where its images may be indexed already.
     """
-    from distill import workflow
+    from distill.spec import checks
 
     refuse_reserved(source.spec.name)
-    resolved = workflow.check(source.spec, source.base)
+    resolved = checks.check(source.spec, source.base)
     spec = resolved.spec
     if here and spec.launch.nodes > 1:
         raise InputError(
             f"launch.nodes={spec.launch.nodes}: here is one machine; use distill submit, or launch.nodes=1"
         )
-    from distill import preflight  # torch comes with it
+    from distill.execution import preflight  # torch comes with it
 
     if here:
-        from distill import stages
+        from distill.execution import stages
 
         stages.place(spec.launch)
     return preflight.check(resolved, store)
 
 
-def begin(folder: Path, source: "distill.specfile.SpecSource") -> RunPaths:
+def begin(folder: Path, source: "distill.spec.specfile.SpecSource") -> RunPaths:
     """A new run in the store, complete or not at all, that this machine can execute."""
     refuse_taken(folder, source)
     return create(folder, replace(source, spec=checked(source, store=folder).resolved.spec))
 
 
-def refuse_taken(folder: Path, source: "distill.specfile.SpecSource") -> None:
+def refuse_taken(folder: Path, source: "distill.spec.specfile.SpecSource") -> None:
     """InputError if the store has a run of the spec's name."""
     paths = RunPaths(folder.absolute() / source.spec.name)
     if paths.root.exists():
@@ -91,11 +84,11 @@ def refuse_taken(folder: Path, source: "distill.specfile.SpecSource") -> None:
 
 
 def create(
-    folder: Path, source: "distill.specfile.SpecSource", more: Mapping[str, str | bytes] | None = None
+    folder: Path, source: "distill.spec.specfile.SpecSource", more: Mapping[str, str | bytes] | None = None
 ) -> RunPaths:
     """A new run of a checked spec, complete or not at all; with more files than every run has."""
-    from distill import specfile
     from distill.launch import environment
+    from distill.spec import specfile
 
     kinds = {name: each.kind for name, each in source.spec.stages.items()}
     files: dict[str, str | bytes] = {
@@ -113,19 +106,21 @@ def create(
     return create_run(folder, source.spec.name, files)
 
 
-def _own_recipes(source: "distill.specfile.SpecSource") -> dict[str, str | bytes]:
+def _own_recipes(source: "distill.spec.specfile.SpecSource") -> dict[str, str | bytes]:
     """The user's own recipe files, which a run keeps a copy of."""
-    from distill import registry
-    from distill.spec import TrainStage
+    from distill.spec import registry
+    from distill.spec.model import TrainStage
 
     names = {stage.recipe for stage in source.spec.stages.values() if isinstance(stage, TrainStage)}
     found = {name: registry.own_file(name, source.base) for name in sorted(names)}
     return {str(Path(name)): path.read_bytes() for name, path in found.items() if path is not None}
 
 
-def resume(paths: RunPaths, source: "distill.specfile.SpecSource") -> tuple[RunPaths, "distill.spec.RunSpec"]:
+def resume(
+    paths: RunPaths, source: "distill.spec.specfile.SpecSource"
+) -> tuple[RunPaths, "distill.spec.model.RunSpec"]:
     """An existing run that this machine is to execute, once the spec given is the run's own in all but `launch`."""
-    from distill import claims
+    from distill.runs import claims
 
     claims.refuse_if_executing(paths)
     return paths, go_on(paths, source)
@@ -133,7 +128,7 @@ def resume(paths: RunPaths, source: "distill.specfile.SpecSource") -> tuple[RunP
 
 def is_spec(given: str) -> bool:
     """Whether a spec is named: its file, or a preset."""
-    from distill import presets
+    from distill.spec import presets
 
     return Path(given).is_file() or given in presets.names()
 
@@ -145,9 +140,9 @@ def is_run(folder: Path, given: str) -> bool:
 
 def find_again(
     folder: Path, given: str, changes: Sequence[str], name: str | None
-) -> tuple[RunPaths, "distill.specfile.SpecSource"]:
+) -> tuple[RunPaths, "distill.spec.specfile.SpecSource"]:
     """An existing run, and the spec that it is to go on with."""
-    from distill import specfile
+    from distill.spec import specfile
 
     if not is_run(folder, given):
         return again(folder, find(given, changes, name))
@@ -157,7 +152,9 @@ def find_again(
     return paths, specfile.load(paths.spec, changes)
 
 
-def again(folder: Path, source: "distill.specfile.SpecSource") -> tuple[RunPaths, "distill.specfile.SpecSource"]:
+def again(
+    folder: Path, source: "distill.spec.specfile.SpecSource"
+) -> tuple[RunPaths, "distill.spec.specfile.SpecSource"]:
     """The existing run of a spec's name."""
     paths = RunPaths(folder.absolute() / source.spec.name)
     if not paths.spec.is_file():
@@ -169,19 +166,21 @@ def again(folder: Path, source: "distill.specfile.SpecSource") -> tuple[RunPaths
 
 def go_on(
     paths: RunPaths,
-    source: "distill.specfile.SpecSource",
+    source: "distill.spec.specfile.SpecSource",
     *,
     here: bool = True,
     live: Sequence[str] = (),
     trains: bool = True,
-) -> "distill.spec.RunSpec":
+) -> "distill.spec.model.RunSpec":
     """The spec of an existing run, once it is the old one in all but `launch`, which is then written.
 
     live: jobs that have begun, or will, with the old `launch`; then nothing may change.
     trains: this version of distill is to train what the run has still to train.
     """
-    from distill import machine, resolved, specfile, todo, versions
-    from distill.spec import TrainStage
+    from distill.core import versions
+    from distill.runs import machine, todo
+    from distill.spec import resolved, specfile
+    from distill.spec.model import TrainStage
 
     old = todo.load_spec(paths)
     pending = todo.pending(paths, old)

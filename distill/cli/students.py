@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill import card as cards
 from distill.cli.common import (
     AnyStoreOption,
     JsonOption,
@@ -21,15 +20,16 @@ from distill.cli.common import (
     store_source,
 )
 from distill.cli.runs import print_rows
-from distill.guard import InputError
-from distill.printing import say, say_error
-from distill.space import human
-from distill.store import RunPaths
+from distill.core.errors import InputError
+from distill.core.printing import say, say_error
+from distill.core.space import human
+from distill.exchange import card as cards
+from distill.runs.store import RunPaths
 
 if TYPE_CHECKING:
-    import distill.publish
-    import distill.published
-    import distill.transports
+    import distill.exchange.publish
+    import distill.exchange.published
+    import distill.exchange.transports
 
 TrustOption = Annotated[
     bool,
@@ -48,9 +48,9 @@ def publish(
     store: StoreOption = None,
 ) -> None:
     """Publish a student in the store, with its whole model card. What is published never changes."""
-    from distill import card as cards
-    from distill import publish as publishing
-    from distill import published
+    from distill.exchange import card as cards
+    from distill.exchange import publish as publishing
+    from distill.exchange import published
 
     folder = store_path(store)
     title, version = published.split(name)
@@ -79,7 +79,8 @@ def publish(
 
 def students(store: AnyStoreOption = None, json: JsonOption = False) -> None:
     """List the published students of the store, the newest version last."""
-    from distill import published, status
+    from distill.exchange import published
+    from distill.reports import status
 
     source = store_source(store)
     listed = published.listed(source)
@@ -113,7 +114,7 @@ def pull(
     store: AnyStoreOption = None,
 ) -> None:
     """Fetch a student, whole and checked or not at all, from a store or a URL: file, http(s), ssh, s3 or hf."""
-    from distill import pull as pulling
+    from distill.exchange import pull as pulling
 
     source, name, digest = _source(given, store)
     folder = dest or Path(name)
@@ -133,8 +134,8 @@ def verify(
     trust_code: TrustOption = False,
 ) -> None:
     """Check a student folder: every checksum, nothing that does not belong there, no code that is unknown."""
-    from distill import pull as pulling
-    from distill import transports
+    from distill.exchange import pull as pulling
+    from distill.exchange import transports
 
     if transports.is_url(str(folder)):
         transports.scheme_of(str(folder))
@@ -143,10 +144,10 @@ def verify(
     say(f"{near(folder.absolute())} is whole: '{one_line(card.name)}', {len(card.files) + 1} files")
 
 
-def _chosen(given: str, store: Path) -> "distill.publish.Chosen | Path | None":
+def _chosen(given: str, store: Path) -> "distill.exchange.publish.Chosen | Path | None":
     """A student of a run, or a student folder that lies in none; None where there is neither."""
-    from distill import publish as publishing
-    from distill import transports
+    from distill.exchange import publish as publishing
+    from distill.exchange import transports
 
     if transports.is_url(given):
         transports.scheme_of(given)
@@ -168,7 +169,7 @@ def _chosen(given: str, store: Path) -> "distill.publish.Chosen | Path | None":
     return None
 
 
-def _student(chosen: "distill.publish.Chosen", temporary: Path) -> Path:
+def _student(chosen: "distill.exchange.publish.Chosen", temporary: Path) -> Path:
     """The folder of a run's student; that of a checkpoint is exported first."""
     folder, stage = chosen.run.student(chosen.stage), chosen.stage
     if chosen.step is None:
@@ -178,8 +179,9 @@ def _student(chosen: "distill.publish.Chosen", temporary: Path) -> Path:
                 f"checkpoint: {chosen.run.name}/{stage}@step-N"
             )
         return folder
-    from distill import stages, todo
-    from distill.spec import TrainStage
+    from distill.execution import stages
+    from distill.runs import todo
+    from distill.spec.model import TrainStage
 
     spec = todo.load_spec(chosen.run)
     each = spec.stages[stage]
@@ -193,10 +195,11 @@ def _drawn(student: Path, out: Path) -> bytes:
     if find_spec("torch") is None:
         say_error("without a picture of samples: no evaluation has drawn one, and torch is not installed")
         return b""
-    from distill import pull as pulling
+    from distill.exchange import pull as pulling
 
     pulling.verify(student, lambda name, text: None)
-    from distill import sample, stages
+    from distill.evaluation import sample
+    from distill.execution import stages
 
     sample.write_samples(
         student, out, steps=cards.read(student).fewest_steps, seed=0, count=64, labels=None, device=stages.CPU
@@ -204,9 +207,9 @@ def _drawn(student: Path, out: Path) -> bytes:
     return out.read_bytes()
 
 
-def _source(given: str, store: str | None) -> "tuple[distill.transports.Source, str, str | None]":
+def _source(given: str, store: str | None) -> "tuple[distill.exchange.transports.Source, str, str | None]":
     """What is to be pulled: where it is, a name for its folder, and its digest if the store says it."""
-    from distill import published, transports
+    from distill.exchange import published, transports
 
     if transports.is_url(given):
         place = transports.at(given)
@@ -248,7 +251,7 @@ def _warn(skipped: list[str]) -> None:
         say_error(f"warning: {len(skipped) - MANY:,} more entries of the store are skipped")
 
 
-def _best(entry: "distill.published.Entry") -> str:
+def _best(entry: "distill.exchange.published.Entry") -> str:
     """The distance at the fewest steps, which comes first among its metrics."""
     return next((f"{key} {value:.4g}" for key, value in entry.metrics.items()), "-")
 

@@ -5,13 +5,14 @@ from typing import Annotated
 
 import typer
 
-from distill import card as cards
 from distill.cli import schedule as schedules
 from distill.cli.common import JsonOption, StoreOption, TeacherHelp, check_out, near, print_json, store_path
-from distill.fieldtypes import MAX_STEPS
-from distill.guard import InputError, suggest
-from distill.printing import say, say_table
-from distill.store import find_run
+from distill.core.errors import InputError
+from distill.core.field_types import MAX_STEPS
+from distill.core.printing import say, say_table
+from distill.core.text import suggest
+from distill.exchange import card as cards
+from distill.runs.store import find_run
 
 StudentArgument = Annotated[str, typer.Argument(metavar="STUDENT", help="A student folder, or RUN/STAGE of the store.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the noise.", min=0, max=2**63 - 1)]
@@ -48,7 +49,7 @@ def sample(
         check_out(out.absolute().parent)
     folder = given.student(student, runs)
     steps = len(along) - 1 if along else steps or cards.read(folder).fewest_steps
-    from distill import sample
+    from distill.evaluation import sample
 
     place = given.device(device)
     sample.write_samples(
@@ -82,7 +83,7 @@ def evaluate(
 
     runs = store_path(store)
     folder = given.student(student, runs)
-    from distill.spec import EvaluateStage
+    from distill.spec.model import EvaluateStage
 
     card = cards.read(folder)
     counts = given.steps("--steps", steps) if steps is not None else sorted(card.t_grids) or [1, 2, 4]
@@ -97,10 +98,12 @@ def evaluate(
     data_spec = given.data(data) if data else given.data_of(folder)
     check_out(out)
     from distill import data as datasets
-    from distill import evalspec, results, teachers
-    from distill import evaluate as evaluation
-    from distill.progress import Progress
-    from distill.stop import StopRequest
+    from distill import teachers
+    from distill.core.stop import StopRequest
+    from distill.evaluation import evaluate as evaluation
+    from distill.runs import results
+    from distill.runs.progress import Progress
+    from distill.spec import evalspec
     from distill.students import loaded as student_folders
 
     place = given.device(device)
@@ -123,7 +126,7 @@ def evaluate(
 def report(run: Annotated[str, typer.Argument(metavar="RUN")], store: StoreOption = None) -> None:
     """Write a run's report.html again from its results."""
     paths = find_run(store_path(store), run)
-    from distill import report as reports
+    from distill.reports import report as reports
 
     say(near(reports.write(paths)))
 
@@ -137,8 +140,8 @@ def export(
     store: StoreOption = None,
 ) -> None:
     """Export a student from a run's newest checkpoint, also while it trains."""
-    from distill import todo
-    from distill.spec import TrainStage
+    from distill.runs import todo
+    from distill.spec.model import TrainStage
 
     paths = find_run(store_path(store), run)
     spec = todo.load_spec(paths)
@@ -159,7 +162,7 @@ def export(
         raise InputError(f"{folder} exists already; name another folder by --out")
     if paths.stage(name).done.exists() and not paths.stage(name).checkpoints.is_dir():
         raise InputError(f"the checkpoints of '{name}' were deleted; what was exported is {near(paths.student(name))}")
-    from distill import stages
+    from distill.execution import stages
 
     stages.export_checkpoint(paths, spec, name, "raw" if raw else half_life or trained[name].export, folder)
     say(f"exported {near(folder.absolute())}")

@@ -14,15 +14,15 @@ import typer
 from distill.cli import start
 from distill.cli.common import JsonOption, StoreOption, near, print_json, print_table, store_path
 from distill.cli.runs import print_results
-from distill.guard import EXIT_INPUT, InputError, RunError
-from distill.printing import say, warn
-from distill.space import human
-from distill.store import RunPaths, read_json
+from distill.core.errors import EXIT_INPUT, InputError, RunError
+from distill.core.printing import say, warn
+from distill.core.space import human
+from distill.runs.store import RunPaths, read_json
 
 if TYPE_CHECKING:
-    import distill.spec
-    import distill.specfile
-    import distill.stop
+    import distill.core.stop
+    import distill.spec.model
+    import distill.spec.specfile
 
 SpecArgument = Annotated[str, typer.Argument(metavar="SPEC", help="A YAML file, or the name of a preset.")]
 Changes = Annotated[
@@ -33,7 +33,7 @@ PRESET, FIRST_NAME = "digits", "quickstart"
 
 def quickstart(store: StoreOption = None) -> None:
     """From handwritten digits to a one-step student with a report, in a few minutes on a CPU."""
-    from distill import presets, specfile
+    from distill.spec import presets, specfile
 
     folder = store_path(store)
     paths, unfinished = choose_quickstart(folder)
@@ -45,9 +45,10 @@ def quickstart(store: StoreOption = None) -> None:
         execute(start.begin(folder, source), source.spec, fresh=True)
 
 
-def choose_quickstart(folder: Path) -> tuple[RunPaths, "distill.spec.RunSpec | None"]:
+def choose_quickstart(folder: Path) -> tuple[RunPaths, "distill.spec.model.RunSpec | None"]:
     """The quickstart that was stopped, with its spec; or the first name that is free: quickstart, quickstart-2, ..."""
-    from distill import claims, presets, specfile, todo
+    from distill.runs import claims, todo
+    from distill.spec import presets, specfile
 
     digest = specfile.load(presets.find(PRESET)).spec.digest()
     for number in itertools.count(1):
@@ -98,7 +99,7 @@ def plan(
     json: JsonOption = False,
 ) -> None:
     """Say everything that a run would do, after all its checks; changes nothing."""
-    from distill import planning
+    from distill.plans import planning
 
     folder = store_path(store)
     source = start.find(spec, changes or [], None)
@@ -127,10 +128,10 @@ def plan(
         print_table(columns, rows, right=columns[2:])
 
 
-def _measured(source: "distill.specfile.SpecSource") -> dict[str, list[dict[str, Any]]]:
+def _measured(source: "distill.spec.specfile.SpecSource") -> dict[str, list[dict[str, Any]]]:
     """What training takes of memory, by stage and rank, from a run of two steps that is thrown away."""
-    from distill import planning
-    from distill.spec import TrainStage
+    from distill.plans import planning
+    from distill.spec.model import TrainStage
 
     with rehearsed(replace(source, spec=planning.miniature(source.spec))) as run:
         return {
@@ -141,10 +142,10 @@ def _measured(source: "distill.specfile.SpecSource") -> dict[str, list[dict[str,
 
 
 @contextmanager
-def rehearsed(source: "distill.specfile.SpecSource") -> Iterator[RunPaths]:
+def rehearsed(source: "distill.spec.specfile.SpecSource") -> Iterator[RunPaths]:
     """The run of a spec but for its evaluations, measured, to look at before it is thrown away."""
     from distill.launch import local
-    from distill.spec import EvaluateStage
+    from distill.spec.model import EvaluateStage
 
     with tempfile.TemporaryDirectory(prefix="distill-") as folder:
         run = start.begin(Path(folder), source)
@@ -155,13 +156,13 @@ def rehearsed(source: "distill.specfile.SpecSource") -> Iterator[RunPaths]:
         yield run
 
 
-def execute(paths: RunPaths, spec: "distill.spec.RunSpec", *, fresh: bool = False) -> None:
+def execute(paths: RunPaths, spec: "distill.spec.model.RunSpec", *, fresh: bool = False) -> None:
     """Compute what is not done; leave with the exit code of the process that did it.
 
     fresh: the run was made just now, so that nothing of it stays if its process refuses it before any work.
     """
-    from distill import todo
     from distill.launch import local
+    from distill.runs import todo
 
     pending = todo.pending(paths, spec)
     for name in todo.lost_pairs(paths, spec):

@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-from distill import imagefolder, printing
+from distill.core import printing
+from distill.core.errors import RunError
 from distill.data import arrays, index
 from distill.data.images import ImageData
 from distill.data.index import Found, Index
 from distill.data.rows import FileRows, Rows
 from distill.data.source import DataSet, DataSource
-from distill.guard import RunError
-from distill.spec import DataSpec, DigitsData, HfData, ImagesData, MnistData
+from distill.spec import imagefolder
+from distill.spec.model import DataSpec, DigitsData, HfData, ImagesData, MnistData
 
 __all__ = ["DataSet", "DataSource", "load", "update_index"]
 

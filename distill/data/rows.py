@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from distill.guard import printable
-from distill.regular import open_regular
+from distill.core.regular_files import open_regular
+from distill.core.text import printable
 
 
 @dataclass(frozen=True)

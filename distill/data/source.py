@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from distill.draws import Rows, permutation
+from distill.flow.draws import Rows, permutation
 from distill.protocols import Batch
 
 

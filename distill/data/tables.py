@@ -11,12 +11,14 @@ import datasets
 from datasets import Dataset, DatasetDict
 from huggingface_hub import constants
 
-from distill import hub, imagefolder
+from distill import hub
+from distill.core.errors import InputError
+from distill.core.hub_repository import Repository
+from distill.core.text import printable, suggest
 from distill.data.index import Found
 from distill.data.rows import Encoded, read_file
-from distill.guard import InputError, printable, suggest
-from distill.repository import Repository
-from distill.spec import HfData
+from distill.spec import imagefolder
+from distill.spec.model import HfData
 
 SHOWN = 5  # names in a message
 BATCH = 4096  # rows looked at together

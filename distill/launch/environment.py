@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import distill
-from distill import versions
-from distill.guard import whole_number
+from distill.core import versions
+from distill.core.text import whole_number
 
 SPINS = 50_000  # rounds of GNU's OpenMP before a waiting thread sleeps
 

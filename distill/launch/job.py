@@ -17,15 +17,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from distill import claims, clusterspec, jobs, todo
-from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, RunError
+from distill.core.errors import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, RunError
+from distill.core.printing import say
 from distill.launch import environment, ranks, script, slurm, tasks
 from distill.launch.local import RANK_VARIABLES
 from distill.launch.slurm import NoAnswer
-from distill.printing import say
-from distill.progress import stamp
-from distill.spec import RunSpec, TrainStage
-from distill.store import RunPaths, append_event
+from distill.runs import claims, jobs, todo
+from distill.runs.progress import stamp
+from distill.runs.store import RunPaths, append_event
+from distill.spec import clusterspec
+from distill.spec.model import RunSpec, TrainStage
 
 NEAR = 90.0  # seconds beside the lead in which a signal is taken for that of the time limit: Slurm looks now and then
 LOOK = 60.0  # seconds between two looks at how long saving takes

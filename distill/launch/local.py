@@ -15,11 +15,11 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from distill import machine, todo
-from distill.guard import EXIT_FAILED, EXIT_STOPPED
+from distill.core.errors import EXIT_FAILED, EXIT_STOPPED
 from distill.launch import environment, ranks
-from distill.spec import RunSpec, TrainStage
-from distill.store import RunPaths
+from distill.runs import machine, todo
+from distill.runs.store import RunPaths
+from distill.spec.model import RunSpec, TrainStage
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import jinja2
 
-from distill.guard import InputError, is_line
+from distill.core.errors import InputError
+from distill.core.text import is_line
 from distill.launch import environment
 from distill.launch.site import Site, SiteSource
-from distill.spec import LaunchSpec, SlurmSpec
-from distill.store import RunPaths
+from distill.runs.store import RunPaths
+from distill.spec.model import LaunchSpec, SlurmSpec
 
 TEMPLATES = environment.ROOT / "slurm"
 # What a shell may fill in of "...": $NAME, ${NAME} and ${NAME:-text}, but neither commands nor anything that ends it.

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, ValidationError
 
-from distill import schema, specfile, yamltext
-from distill.fieldtypes import ScriptLine
-from distill.frozen import Frozen
-from distill.guard import InputError
+from distill.core import yamltext
+from distill.core.errors import InputError
+from distill.core.field_types import FrozenModel, ScriptLine
 from distill.launch import environment
+from distill.spec import schema, specfile
 
 EXAMPLE = environment.ROOT / "slurm" / "site.example.yaml"
 
@@ -25,7 +25,7 @@ def _variable(name: str) -> str:
 Variable = Annotated[str, AfterValidator(_variable)]
 
 
-class CacheSite(Frozen):
+class CacheSite(FrozenModel):
     """Where libraries keep files between jobs; null: their own choice, often the home directory and its small quota."""
 
     HF_HOME: ScriptLine | None = None
@@ -34,7 +34,7 @@ class CacheSite(Frozen):
     TMPDIR: ScriptLine | None = None
 
 
-class ContainerSite(Frozen):
+class ContainerSite(FrozenModel):
     """How `launch.slurm.container` is run."""
 
     runtime: Literal["none", "pyxis", "apptainer"] = "none"
@@ -47,7 +47,7 @@ class ContainerSite(Frozen):
     """the interpreter inside"""
 
 
-class Site(Frozen):
+class Site(FrozenModel):
     """One cluster."""
 
     modules: list[ScriptLine] = []

@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from distill.atomic import write_atomic
-from distill.guard import RunError
+from distill.core.atomic import write_atomic
+from distill.core.errors import RunError
 from distill.launch import environment, script, slurm
 from distill.launch.script import Where
 from distill.launch.site import SiteSource
-from distill.spec import SlurmSpec
+from distill.spec.model import SlurmSpec
 
 TOKEN = "token"  # a file that the processes must find with the content that was written here
 CACHES = ("HF_HOME", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TMPDIR")

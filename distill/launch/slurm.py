@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.guard import InputError, RunError
+from distill.core.errors import InputError, RunError
 
 PATIENCE = 4.5  # seconds that a command may take: a controller that is gone lets its clients wait for minutes
 LONG = 60.0  # of what changes something: a busy controller may take its time

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from distill.atomic import new_folder, write_files
+from distill.core.atomic import new_folder, write_files
 from distill.launch import environment
 
 PACKAGES = ("distill", "recipes", "slurm")

@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from distill import jobs, pairspec, status
-from distill.guard import InputError
+from distill.core.errors import InputError
 from distill.launch import slurm
 from distill.launch.slurm import JobState, NoAnswer
-from distill.status import RunStatus
-from distill.store import RunPaths
+from distill.reports import status
+from distill.reports.status import RunStatus
+from distill.runs import jobs
+from distill.runs.store import RunPaths
+from distill.spec import pairspec
 
 ENDED = {"COMPLETED": "done", "CANCELLED": "cancelled"}  # any other end is a failure, under Slurm's own name
 

@@ -2,14 +2,16 @@
 
 from collections.abc import Collection, Sequence
 
-from distill import jobs, workflow
-from distill.atomic import write_atomic, write_json
-from distill.guard import InputError, RunError, suggest
+from distill.core.atomic import write_atomic, write_json
+from distill.core.errors import InputError, RunError
+from distill.core.text import suggest
 from distill.launch import script, slurm
 from distill.launch.script import Plan, Where
 from distill.launch.site import SiteSource
-from distill.spec import PairsStage, RunSpec, SlurmSpec, TrainStage
-from distill.store import RunPaths, append_event, read_json
+from distill.runs import jobs
+from distill.runs.store import RunPaths, append_event, read_json
+from distill.spec import checks
+from distill.spec.model import PairsStage, RunSpec, SlurmSpec, TrainStage
 
 
 def plans(run: RunPaths, spec: RunSpec, stages: Sequence[str], parted: Collection[str] = ()) -> list[Plan]:
@@ -18,7 +20,7 @@ def plans(run: RunPaths, spec: RunSpec, stages: Sequence[str], parted: Collectio
     parted: pairs stages whose parts are under way already.
     """
     options = spec.launch.slurm
-    needs = {name: [target for _, target, _ in workflow.references(spec.stages[name])] for name in stages}
+    needs = {name: [target for _, target, _ in checks.references(spec.stages[name])] for name in stages}
     if options.one_job:
         trains = any(isinstance(spec.stages[name], TrainStage) for name in stages)
         others = {target for each in needs.values() for target in each}

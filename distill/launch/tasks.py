@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distill.atomic import write_json
-from distill.guard import InputError
+from distill.core.atomic import write_json
+from distill.core.errors import InputError
 
 ENDS = "DISTILL_ENDS"  # folder of the files; set for every process of a job, and by it alone
 UNIT = "DISTILL_UNIT"  # what of the run the process computes, as `claims` names it

@@ -5,14 +5,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.atomic import write_json
+from distill.core.atomic import write_json
+from distill.core.field_types import FrozenModel
+from distill.core.stop import StopRequest
 from distill.pairs import paths
 from distill.pairs.manifest import Manifest
 from distill.pairs.paths import Real
-from distill.progress import Progress
 from distill.protocols import VelocityField
-from distill.spec import Frozen
-from distill.stop import StopRequest
+from distill.runs.progress import Progress
 
 BIG = 50_000  # pairs: from here on, a thousand of them are solved beforehand, unasked, at N and 2 N steps
 SAMPLE = 1000  # pairs to compare
@@ -20,7 +20,7 @@ TOLERATED = 0.01  # RMS difference at twice the steps, relative to the pairs' ow
 DOUBLINGS = 6
 
 
-class Accuracy(Frozen):
+class Accuracy(FrozenModel):
     """The ends of the first pairs at a number of steps, compared with those at twice as many."""
 
     steps: int

@@ -14,16 +14,18 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from distill import draws, pairspec, space
-from distill.atomic import remove_unfinished, write_atomic
-from distill.guard import InputError, RunError
+from distill.core import space
+from distill.core.atomic import remove_unfinished, write_atomic
+from distill.core.errors import InputError, RunError
+from distill.core.stop import StopRequest
+from distill.flow import draws
 from distill.pairs import accuracy, paths
 from distill.pairs.manifest import Manifest, ShardFile, fault, few, foreign, noise_sha256, read, records
 from distill.pairs.numbers import TOLERATED, Rounding, Whiteness, restored, stored
 from distill.pairs.paths import Real
-from distill.progress import Progress
-from distill.spec import PairsStage
-from distill.stop import StopRequest
+from distill.runs.progress import Progress
+from distill.spec import pairspec
+from distill.spec.model import PairsStage
 from distill.teachers.loaded import LoadedTeacher
 
 

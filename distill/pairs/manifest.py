@@ -17,13 +17,22 @@ from typing import Annotated, Literal, Self
 
 from pydantic import ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError, model_validator
 
-from distill import draws
-from distill.atomic import write_json
-from distill.fieldtypes import MAX_SHARD, MAX_SHARDS, MAX_SOLVER_STEPS, Pairs, ShardPairs, SolverSteps
-from distill.guard import InputError, printable
+from distill.core.atomic import write_json
+from distill.core.errors import InputError
+from distill.core.field_types import (
+    MAX_SHARD,
+    MAX_SHARDS,
+    MAX_SOLVER_STEPS,
+    FrozenModel,
+    Pairs,
+    ShardPairs,
+    SolverSteps,
+)
+from distill.core.text import printable
+from distill.flow import draws
 from distill.pairs.numbers import Rounding, Whiteness
-from distill.pairspec import MAX_MANIFEST, Layout
-from distill.spec import STORED_BYTES, WITH_STATES, Frozen
+from distill.spec.model import STORED_BYTES, WITH_STATES
+from distill.spec.pairspec import MAX_MANIFEST, Layout
 
 CHECKED_NOISE = 16
 MAX_RECORD = 1 << 16  # bytes
@@ -32,7 +41,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Index = Annotated[int, Field(ge=0, le=MAX_SHARDS * MAX_SHARD)]
 
 
-class ShardFile(Frozen):
+class ShardFile(FrozenModel):
     """A complete shard: pairs [start, stop)."""
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -48,7 +57,7 @@ class ShardFile(Frozen):
     """of inverted noise"""
 
 
-class Manifest(Frozen):
+class Manifest(FrozenModel):
     """Everything that the numbers of a pair set depend on, and its shards."""
 
     model_config = ConfigDict(allow_inf_nan=False)

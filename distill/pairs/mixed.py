@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distill.draws import Rows
+from distill.flow.draws import Rows
 from distill.protocols import Batch, Pairs, Source
 
 

@@ -6,7 +6,7 @@ import torch
 from pydantic import ConfigDict, NonNegativeFloat
 from torch import Tensor
 
-from distill.spec import Frozen
+from distill.core.field_types import FrozenModel
 
 DTYPES = {
     "float32": torch.float32,
@@ -37,7 +37,7 @@ def _mean_square(values: Tensor) -> float:
     return (found if found.isfinite() else values.double().square().mean()).item()
 
 
-class Rounding(Frozen):
+class Rounding(FrozenModel):
     """Mean squares of stored numbers, and of what storing changed in them."""
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -57,7 +57,7 @@ class Rounding(Frozen):
         return float((self.error / self.signal) ** 0.5) if self.signal else 0.0
 
 
-class Whiteness(Frozen):
+class Whiteness(FrozenModel):
     """Means over inverted noise: of its elements, their squares, and products of neighbours (adjacent elements of a
     vector, adjacent pixels of an image in either direction). Standard normal noise has 0, 1 and 0.
     """

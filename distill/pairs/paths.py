@@ -7,16 +7,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from distill import draws, solvers
 from distill.data import DataSet, DataSource
-from distill.draws import Rows
-from distill.fields import start
-from distill.interpolants import linear
+from distill.flow import draws, solvers
+from distill.flow.draws import Rows
+from distill.flow.fields import start
+from distill.flow.interpolants import linear
+from distill.flow.times import uniform_grid
 from distill.pairs.manifest import Manifest
 from distill.pairs.numbers import restored, stored
 from distill.protocols import Cond, VelocityField
 from distill.teachers.loaded import LoadedTeacher
-from distill.times import uniform_grid
 
 # Indices of a block -> real data [n, ...] and its condition, on the CPU.
 Real = Callable[[range], tuple[Tensor, Cond]]
@@ -27,7 +27,7 @@ def of_data(data: DataSet | None, law: LoadedTeacher | None, *, seed: int, block
     of its epochs; without a set, with exact sample i of a teacher in closed form.
     """
     if data is None:
-        assert law is not None and law.exact_data is not None, "workflow.check lets no such stage through"
+        assert law is not None and law.exact_data is not None, "checks.check lets no such stage through"
         return _exact(law.exact_data, law.num_classes, seed), law.digest
     source = DataSource(data, block, seed)
 

@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distill import draws
-from distill.draws import Rows
-from distill.guard import InputError, RunError, printable
+from distill.core.errors import InputError, RunError
+from distill.core.text import printable
+from distill.flow import draws
+from distill.flow.draws import Rows
 from distill.pairs.manifest import Manifest, fault, few, foreign, noise_sha256, read, records
 from distill.pairs.numbers import DTYPES, restored
 from distill.pairs.paths import segment_starts

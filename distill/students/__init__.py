@@ -1,1 +1,1 @@
-"""Students: networks as velocity fields of the linear path, and where their weights come from."""
+"""Students: how they start, are sampled, exported and loaded."""

@@ -6,18 +6,18 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from distill.guard import InputError
-from distill.interpolants import Interpolant, linear
-from distill.kinds import STUDENTS
+from distill.core.errors import InputError
+from distill.flow.interpolants import Interpolant, linear
+from distill.networks.acceleration import AccelerationStudent
+from distill.networks.architectures import accelerated, build, kind_of, two_times
+from distill.networks.critic import Critic
+from distill.networks.flow_map import FlowMapStudent
+from distill.networks.velocity import TIME_SCALE, VelocityStudent
+from distill.networks.velocity_unet import VelocityUNet2DModel
 from distill.protocols import Cond
-from distill.spec import NetworkSpec
-from distill.students.acceleration import AccelerationStudent
-from distill.students.critic import Critic
-from distill.students.flow_map import FlowMapStudent
+from distill.spec.kinds import STUDENTS
+from distill.spec.model import NetworkSpec
 from distill.students.loaded import LoadedStudent
-from distill.students.networks import accelerated, build, kind_of, two_times
-from distill.students.velocity import TIME_SCALE, VelocityStudent
-from distill.students.velocity_unet import VelocityUNet2DModel
 from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import EdmField, NetworkField
 

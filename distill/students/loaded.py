@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin
 
-from distill import card as cards
-from distill.spec import CheckpointTeacher
-from distill.students.acceleration import AccelerationStudent
-from distill.students.flow_map import FlowMapStudent
-from distill.students.velocity import VelocityStudent
+from distill.exchange import card as cards
+from distill.networks.acceleration import AccelerationStudent
+from distill.networks.flow_map import FlowMapStudent
+from distill.networks.velocity import VelocityStudent
+from distill.spec.model import CheckpointTeacher
 from distill.teachers import checkpoint
 
 Student = VelocityStudent | FlowMapStudent | AccelerationStudent

@@ -11,9 +11,10 @@ from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler, ImagePip
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from distill.networks.velocity_call import call
+
 # In a student folder, the text of its sampler and of the call for its kind stands here instead (shipped.py).
-from distill.samplers.euler import SAMPLER, num_fresh, sample
-from distill.students.velocity_call import call
+from distill.students.samplers.euler import SAMPLER, num_fresh, sample
 
 
 class DistilledPipeline(DiffusionPipeline):

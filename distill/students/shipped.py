@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from distill import samplers
-
-STUDENTS_DIR, SAMPLERS_DIR = Path(__file__).parent, Path(samplers.__file__).parent
+STUDENTS_DIR = Path(__file__).parent
+SAMPLERS_DIR, NETWORKS_DIR = STUDENTS_DIR / "samplers", STUDENTS_DIR.parent / "networks"
 # Networks that diffusers does not have: class -> the module that is shipped beside their weights.
 NETWORKS = {
     "VelocityMLP": "velocity_mlp",
@@ -30,13 +29,13 @@ NETWORKS = {
 
 def network(module: str) -> str:
     """The text of a network's file, with the text of the network that it imports in place of the import."""
-    text = (STUDENTS_DIR / f"{module}.py").read_text()
+    text = (NETWORKS_DIR / f"{module}.py").read_text()
     return re.sub(r"^from \.(\w+) import \w+\n", lambda found: network(found[1]), text, flags=re.MULTILINE)
 
 
 def pipeline(kind: str, sampler: str) -> str:
     """The text of pipeline.py for a student of this kind with this sampler."""
-    return joined(STUDENTS_DIR / "pipeline.py", [SAMPLERS_DIR / f"{sampler}.py", STUDENTS_DIR / f"{kind}_call.py"])
+    return joined(STUDENTS_DIR / "pipeline.py", [SAMPLERS_DIR / f"{sampler}.py", NETWORKS_DIR / f"{kind}_call.py"])
 
 
 def joined(module: Path, parts: Sequence[Path]) -> str:

@@ -2,7 +2,7 @@
 
 import torch
 
-from distill.spec import GaussianTeacher, MixtureTeacher, TeacherSpec
+from distill.spec.model import GaussianTeacher, MixtureTeacher, TeacherSpec
 from distill.teachers import checkpoint
 from distill.teachers.analytic import gaussian_teacher, mixture_teacher
 from distill.teachers.loaded import LoadedTeacher

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distill import draws
-from distill.guard import InputError
-from distill.interpolants import Interpolant, like, linear
+from distill.core.errors import InputError
+from distill.flow import draws
+from distill.flow.interpolants import Interpolant, like, linear
 from distill.protocols import Cond
-from distill.spec import GaussianTeacher, MixtureTeacher
+from distill.spec.model import GaussianTeacher, MixtureTeacher
 from distill.teachers.loaded import LoadedTeacher
 
 _NEAR = 1e-5  # times nearer than this: a divided difference is the derivative at the midpoint, exact to 1e-11

@@ -9,9 +9,9 @@ from pathlib import Path
 from huggingface_hub import constants, snapshot_download
 
 from distill import hub
-from distill.guard import InputError
-from distill.repository import Repository
-from distill.spec import CheckpointTeacher
+from distill.core.errors import InputError
+from distill.core.hub_repository import Repository
+from distill.spec.model import CheckpointTeacher
 from distill.teachers import variants
 from distill.teachers.read import short
 

@@ -13,16 +13,16 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from distill.draws import sample_noise
-from distill.guard import InputError
-from distill.interpolants import Prediction, linear
-from distill.printing import say_error
+from distill.core.errors import InputError
+from distill.core.printing import say_error
+from distill.flow.draws import sample_noise
+from distill.flow.interpolants import Prediction, linear
+from distill.networks.architectures import NETWORKS
+from distill.networks.velocity import TIME_SCALE
+from distill.networks.velocity_mlp import VelocityMLP
+from distill.networks.velocity_unet import VelocityUNet2DModel
 from distill.protocols import VelocityField
-from distill.spec import CheckpointTeacher
-from distill.students.networks import NETWORKS
-from distill.students.velocity import TIME_SCALE
-from distill.students.velocity_mlp import VelocityMLP
-from distill.students.velocity_unet import VelocityUNet2DModel
+from distill.spec.model import CheckpointTeacher
 from distill.teachers import files, schedulers, weights
 from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import EdmField, NetworkField

@@ -4,9 +4,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.guard import InputError
-from distill.regular import open_regular
-from distill.spec import CheckpointTeacher
+from distill.core.errors import InputError
+from distill.core.regular_files import open_regular
+from distill.spec.model import CheckpointTeacher
 from distill.teachers import by_id
 from distill.teachers.read import StudentFacts, WeightIndex, checked, components, parse, short, unreadable
 from distill.teachers.variants import ADAPTER, MERGE, STEM, WEIGHTS, listing, no_weights, one_of

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distill.fields import Guided
-from distill.guard import InputError
+from distill.core.errors import InputError
+from distill.flow.fields import Guided
 from distill.protocols import Cond, VelocityField
 
 

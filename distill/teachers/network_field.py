@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distill.interpolants import Interpolant, Prediction, edm, like
+from distill.flow.interpolants import Interpolant, Prediction, edm, like
 from distill.protocols import Cond
 
 

@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from distill.guard import InputError, printable
-from distill.regular import open_regular
+from distill.core.errors import InputError
+from distill.core.regular_files import open_regular
+from distill.core.text import printable
 
 Config = dict[str, Any]  # parsed JSON
 

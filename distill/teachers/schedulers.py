@@ -14,8 +14,8 @@ from typing import Annotated, Literal
 from diffusers import DDPMScheduler, HeunDiscreteScheduler
 from pydantic import ConfigDict, Field
 
-from distill.guard import InputError
-from distill.interpolants import Interpolant, Prediction, vp
+from distill.core.errors import InputError
+from distill.flow.interpolants import Interpolant, Prediction, vp
 from distill.teachers.read import MAX_TABLE, Config, Positive, Read, Word, checked, parse, short
 
 Family = Literal["vp", "linear", "edm"]

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from distill.guard import InputError
+from distill.core.errors import InputError
 from distill.teachers.read import short
 
 STEM = "diffusion_pytorch_model"

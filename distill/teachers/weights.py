@@ -13,7 +13,7 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from distill.guard import InputError
+from distill.core.errors import InputError
 from distill.teachers.read import Config, short, unreadable
 from distill.teachers.variants import MERGE
 

@@ -20,20 +20,20 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
-from distill import registry
-from distill.card import StudentCard
-from distill.checkpoint import latest
-from distill.draws import Rows, StepDraw, sample_labels, sample_noise
-from distill.engine import StepContext
-from distill.export import export
-from distill.kinds import STUDENTS
+from distill.exchange.card import StudentCard
+from distill.flow.draws import Rows, StepDraw, sample_labels, sample_noise
 from distill.protocols import Copy, Frozen, Trained
-from distill.roles import Roles
-from distill.sampling import by_sampler, fresh_noises, grid, num_fresh, own_grids
+from distill.spec import registry
+from distill.spec.kinds import STUDENTS
+from distill.students.export import export
 from distill.students.loaded import load
+from distill.students.sampling import by_sampler, fresh_noises, grid, num_fresh, own_grids
 from distill.testing.pair import Numbers
 from distill.testing.subject import CLASSES, SHAPE, Noise, Subject, bits, start
 from distill.testing.training import BATCH, MOVES, train
+from distill.training.checkpoint import latest
+from distill.training.engine import StepContext
+from distill.training.roles import Roles
 
 Check = Callable[[Subject, Path], None]
 Steps = list[dict[str, float]]

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from distill.draws import Rows, StepDraw, generator
-from distill.engine import StepContext
-from distill.interpolants import like, linear
+from distill.flow.draws import Rows, StepDraw, generator
+from distill.flow.interpolants import like, linear
 from distill.protocols import Batch, Cond, Copy, Frozen, Nets, Recipe, Trained, VelocityField
 from distill.teachers.analytic import GaussianField, GaussianFlowMap
 from distill.teachers.loaded import LoadedTeacher
+from distill.training.engine import StepContext
 
 MEAN = torch.tensor([0.7, -1.1, 0.4], dtype=torch.float64)
 STD = torch.tensor([0.5, 1.3, 0.2], dtype=torch.float64)  # unequal: at 1 everywhere, mistakes cancel

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from distill.launch import local
-from distill.sharded import Zero
 from distill.testing.subject import Subject
 from distill.testing.training import train
-from distill.world import World
+from distill.training.sharding import Zero
+from distill.training.world import World
 
 GIVEN, FOUND = "subjects.json", "numbers.json"
 Numbers = dict[str, list[dict[str, float]]]  # by recipe, of each step

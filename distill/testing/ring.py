@@ -10,18 +10,20 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from distill import engine, sampling, solvers
+from distill.core.stop import StopRequest
 from distill.data import DataSource
-from distill.draws import Rows, permutation, sample_noise
-from distill.metrics.wasserstein import sliced_wasserstein
-from distill.progress import Progress
+from distill.evaluation.metrics.wasserstein import sliced_wasserstein
+from distill.flow import solvers
+from distill.flow.draws import Rows, permutation, sample_noise
 from distill.protocols import Batch, Pairs, Source, VelocityField
-from distill.spec import MixtureTeacher, MlpSpec, OptimizerSpec, TrainStage
-from distill.stop import StopRequest
-from distill.store import StagePaths
+from distill.runs.progress import Progress
+from distill.runs.store import StagePaths
+from distill.spec.model import MixtureTeacher, MlpSpec, OptimizerSpec, TrainStage
+from distill.students import sampling
 from distill.students.init import StudentInit
 from distill.teachers.analytic import mixture_teacher
 from distill.testing.subject import Subject, Training
+from distill.training import engine
 
 MEANS = [[3 * math.cos(k * math.pi / 4), 3 * math.sin(k * math.pi / 4)] for k in range(8)]
 TEACHER = mixture_teacher(MixtureTeacher(kind="mixture", means=MEANS, std=0.2))

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill import registry
-from distill.draws import Rows, generator, sample_labels
-from distill.interpolants import linear
+from distill.flow.draws import Rows, generator, sample_labels
+from distill.flow.interpolants import linear
+from distill.networks.architectures import build
+from distill.networks.velocity import TIME_SCALE
 from distill.protocols import Batch, Gridded, Pairs, Recipe
-from distill.spec import UNetSpec
+from distill.spec import registry
+from distill.spec.model import UNetSpec
 from distill.students.init import StudentInit
-from distill.students.networks import build
-from distill.students.velocity import TIME_SCALE
 from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import NetworkField
 

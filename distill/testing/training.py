@@ -8,17 +8,17 @@ from typing import Literal
 
 import torch
 
-from distill import engine
-from distill.engine import TrainResult
-from distill.guard import Stopped
-from distill.progress import Progress
-from distill.roles import Roles
-from distill.sharded import WHOLE, Zero
-from distill.spec import CheckpointSpec, OptimizerSpec, TrainStage
-from distill.stop import StopRequest
-from distill.store import StagePaths
+from distill.core.errors import Stopped
+from distill.core.stop import StopRequest
+from distill.runs.progress import Progress
+from distill.runs.store import StagePaths
+from distill.spec.model import CheckpointSpec, OptimizerSpec, TrainStage
 from distill.testing.subject import Noise, Subject, start
-from distill.world import ALONE, World
+from distill.training import engine
+from distill.training.engine import TrainResult
+from distill.training.roles import Roles
+from distill.training.sharding import WHOLE, Zero
+from distill.training.world import ALONE, World
 
 BATCH, MICRO, MOVES = 8, 4, 4  # the student moves four times, whatever else does
 

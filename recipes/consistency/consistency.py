@@ -17,9 +17,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor
 
-from distill import distances, solvers, times
-from distill.fields import jump_to_data
-from distill.interpolants import like
+from distill.flow import distances, solvers, times
+from distill.flow.fields import jump_to_data
+from distill.flow.interpolants import like
 from distill.protocols import Batch, Context, Copy, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
 FIRST, LAST = 0.002, 0.9999  # sigma 0.002, EDM's cleanest, and 9999: at 0 and 1 themselves t and s are the same

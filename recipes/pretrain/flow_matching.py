@@ -18,9 +18,9 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor
 
-from distill import couplings, distances, times
-from distill.fields import drop_condition
-from distill.guard import InputError
+from distill.core.errors import InputError
+from distill.flow import couplings, distances, times
+from distill.flow.fields import drop_condition
 from distill.protocols import Batch, Cond, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
 USED_BY = {"coupling_block": [*couplings.MATCHINGS, "weighted"], "within_classes": [*couplings.MATCHINGS]}

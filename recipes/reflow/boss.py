@@ -16,11 +16,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from distill import distances
-from distill.guard import InputError
-from distill.interpolants import like
+from distill.core.errors import InputError
+from distill.flow import distances
+from distill.flow.interpolants import like
+from distill.flow.times import one_of
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
-from distill.times import one_of
 
 
 class Config(BaseModel):

@@ -20,8 +20,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from distill import distances
-from distill.interpolants import like
+from distill.flow import distances
+from distill.flow.interpolants import like
 from distill.protocols import Batch, Context, Frozen, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
 

@@ -20,10 +20,10 @@ from typing import Annotated, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from distill import distances, solvers
-from distill.interpolants import like
+from distill.flow import distances, solvers
+from distill.flow.interpolants import like
+from distill.flow.times import uniform_grid
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
-from distill.times import uniform_grid
 
 NEAR = 1.01  # in deltas: no second term so near to the end of a segment
 

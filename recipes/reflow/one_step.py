@@ -13,9 +13,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, model_validator
 
-from distill import distances
+from distill.flow import distances
+from distill.flow.times import uniform_grid
 from distill.protocols import Batch, Context, Frozen, Init, Loss, Nets, Role, Teacher, Trained, Turn
-from distill.times import uniform_grid
 
 
 class Config(distances.LpipsOptions):

@@ -20,11 +20,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from distill import distances, windows
-from distill.fields import drop_condition
-from distill.guard import InputError
+from distill.core.errors import InputError
+from distill.flow import distances, windows
+from distill.flow.fields import drop_condition
+from distill.flow.times import discrete, uniform, uniform_grid, window_grids
 from distill.protocols import Batch, Cond, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
-from distill.times import discrete, uniform, uniform_grid, window_grids
 
 
 class Config(BaseModel):

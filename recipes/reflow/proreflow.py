@@ -17,9 +17,9 @@ from typing import Annotated, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from distill import distances, windows
+from distill.flow import distances, windows
+from distill.flow.times import discrete, uniform, uniform_grid, window_grids
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
-from distill.times import discrete, uniform, uniform_grid, window_grids
 
 
 class Config(BaseModel):

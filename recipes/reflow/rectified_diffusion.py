@@ -18,11 +18,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor
 
-from distill import distances, windows
-from distill.interpolants import like
+from distill.flow import distances, windows
+from distill.flow.interpolants import like
+from distill.flow.times import discrete, uniform, uniform_grid, window_grids
+from distill.flow.windows import Segment
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
-from distill.times import discrete, uniform, uniform_grid, window_grids
-from distill.windows import Segment
 
 
 class Config(BaseModel):

@@ -16,7 +16,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from distill import distances, times
+from distill.flow import distances, times
 from distill.protocols import Batch, Cond, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
 DISTANCES = {"l2": distances.mse, "pseudo_huber": distances.pseudo_huber}

@@ -20,8 +20,8 @@ from typing import Literal, Self
 import torch
 from pydantic import model_validator
 
-from distill import distances, times
-from distill.interpolants import like
+from distill.flow import distances, times
+from distill.flow.interpolants import like
 from distill.protocols import Batch, Context, Frozen, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
 

@@ -16,11 +16,11 @@ from typing import Annotated
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from distill import distances
-from distill.guard import InputError
+from distill.core.errors import InputError
+from distill.flow import distances
+from distill.flow.times import discrete, one_of, window_grids
+from distill.flow.windows import Segment
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
-from distill.times import discrete, one_of, window_grids
-from distill.windows import Segment
 
 
 class Config(BaseModel):

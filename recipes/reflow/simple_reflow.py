@@ -23,9 +23,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from distill import couplings, times
-from distill.guard import InputError
-from distill.interpolants import like
+from distill.core.errors import InputError
+from distill.flow import couplings, times
+from distill.flow.interpolants import like
 from distill.protocols import Batch, Cond, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
 SMALL, MOST_STEPS = 1e-6, 16

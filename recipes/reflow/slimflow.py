@@ -18,9 +18,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from distill import distances, times
-from distill.guard import InputError
-from distill.interpolants import like
+from distill.core.errors import InputError
+from distill.flow import distances, times
+from distill.flow.interpolants import like
 from distill.protocols import Batch, Context, Frozen, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
 LPIPS = {"lpips_trunk", "lpips_path"}

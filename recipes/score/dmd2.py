@@ -17,9 +17,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from distill import distances, times
-from distill.fields import jump_to_data
-from distill.interpolants import like
+from distill.flow import distances, times
+from distill.flow.fields import jump_to_data
+from distill.flow.interpolants import like
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
 

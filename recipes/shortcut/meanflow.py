@@ -16,9 +16,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor, nn
 
-from distill import autodiff, distances, times
-from distill.fields import rows_to_call
-from distill.interpolants import like
+from distill.flow import autodiff, distances, times
+from distill.flow.fields import rows_to_call
+from distill.flow.interpolants import like
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
 

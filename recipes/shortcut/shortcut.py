@@ -18,9 +18,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from distill import distances, solvers
-from distill.fields import rows_to_call
-from distill.interpolants import like
+from distill.flow import distances, solvers
+from distill.flow.fields import rows_to_call
+from distill.flow.interpolants import like
 from distill.protocols import Batch, Cond, Context, Copy, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
 

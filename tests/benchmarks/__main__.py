@@ -16,18 +16,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from distill import engine, registry
+from distill.core.stop import StopRequest
 from distill.data import DataSource
 from distill.data import load as load_data
-from distill.draws import Rows
-from distill.progress import Progress
+from distill.flow.draws import Rows
+from distill.networks.velocity import VelocityStudent
 from distill.protocols import Batch
-from distill.results import load as load_results
-from distill.spec import DigitsData, OptimizerSpec, TrainStage, UNetSpec
-from distill.stop import StopRequest
-from distill.store import RunPaths, StagePaths
+from distill.runs.progress import Progress
+from distill.runs.results import load as load_results
+from distill.runs.store import RunPaths, StagePaths
+from distill.spec import registry
+from distill.spec.model import DigitsData, OptimizerSpec, TrainStage, UNetSpec
 from distill.students.init import StudentInit
-from distill.students.velocity import VelocityStudent
+from distill.training import engine
 from tests.benchmarks.draws import bench_draws
 from tests.benchmarks.images import bench_images
 from tests.benchmarks.pairs import bench_million, bench_pairs, bench_reading, bench_shards, bench_workers

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from distill.draws import Rows, StepDraw
+from distill.flow.draws import Rows, StepDraw
 
 LATENT = (4, 64, 64)
 

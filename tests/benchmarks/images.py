@@ -9,7 +9,7 @@ from PIL import Image
 
 from distill import data
 from distill.data.decoding import decode
-from distill.spec import ImagesData
+from distill.spec.model import ImagesData
 
 COUNT, SIDE = 2000, 256
 

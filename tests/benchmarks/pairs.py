@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from distill import pairs
-from distill.draws import Rows
+from distill.core.stop import StopRequest
+from distill.flow.draws import Rows
 from distill.pairs import PairSet, PairSource
-from distill.progress import Progress
-from distill.spec import MixtureTeacher, PairsStage, UNetSpec
-from distill.stop import StopRequest
+from distill.runs.progress import Progress
+from distill.spec.model import MixtureTeacher, PairsStage, UNetSpec
 from distill.students.init import StudentInit
 from distill.teachers.analytic import mixture_teacher
 from distill.teachers.loaded import LoadedTeacher

@@ -11,17 +11,18 @@ from pathlib import Path
 
 import torch
 
-from distill import engine, registry
+from distill.core.stop import StopRequest
 from distill.data import DataSource
 from distill.data import load as load_data
-from distill.memory import KINDS, Probe
-from distill.progress import Progress
-from distill.sharded import Zero
-from distill.spec import CheckpointSpec, DigitsData, TrainStage, UNetSpec
-from distill.stop import StopRequest
-from distill.store import RunPaths, read_events
+from distill.runs.progress import Progress
+from distill.runs.store import RunPaths, read_events
+from distill.spec import registry
+from distill.spec.model import CheckpointSpec, DigitsData, TrainStage, UNetSpec
 from distill.students.init import StudentInit
-from distill.world import World
+from distill.training import engine
+from distill.training.memory import KINDS, Probe
+from distill.training.sharding import Zero
+from distill.training.world import World
 from tests.programs.forked import Forked
 
 ZERO = ("plain", "0", "1", "2", "3")

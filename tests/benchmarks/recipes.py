@@ -13,19 +13,20 @@ from pathlib import Path
 
 import torch
 
-from distill import engine, registry
-from distill.atomic import write_json
-from distill.interpolants import linear
-from distill.progress import Progress
-from distill.spec import OptimizerSpec, TrainStage, UNetSpec
-from distill.stop import StopRequest
-from distill.store import StagePaths
+from distill.core.atomic import write_json
+from distill.core.stop import StopRequest
+from distill.flow.interpolants import linear
+from distill.networks.architectures import build
+from distill.networks.velocity import TIME_SCALE
+from distill.runs.progress import Progress
+from distill.runs.store import StagePaths
+from distill.spec import registry
+from distill.spec.model import OptimizerSpec, TrainStage, UNetSpec
 from distill.students.init import StudentInit
-from distill.students.networks import build
-from distill.students.velocity import TIME_SCALE
 from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import NetworkField
 from distill.testing.subject import CLASSES, SHAPE, Noise
+from distill.training import engine
 
 BATCH, MOVES, ROUNDS = 128, 6, 3
 NETWORK = build(UNetSpec(kind="unet", channels=[32, 48]), SHAPE, CLASSES, 0).eval().requires_grad_(False)

@@ -7,8 +7,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from distill import presets, specfile
-from distill.store import CREATED, RunPaths, event_line
+from distill.runs.store import CREATED, RunPaths, event_line
+from distill.spec import presets, specfile
 
 COMMANDS = ("list", "status")
 KILOBYTES = 80  # of events in a run of the store: more than the end that says how it stands

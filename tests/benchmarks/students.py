@@ -12,10 +12,10 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from distill import card as cards
-from distill import published
-from distill.card import StudentCard
-from distill.transports import at
+from distill.exchange import card as cards
+from distill.exchange import published
+from distill.exchange.card import StudentCard
+from distill.exchange.transports import at
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 PROGRAM = """

@@ -21,8 +21,8 @@ def steps(count: int) -> None:
     """In a process of its own: seconds of each of `count` training steps of the digits preset's network, as JSON."""
     import torch
 
-    from distill.draws import Rows, StepDraw
-    from distill.spec import UNetSpec
+    from distill.flow.draws import Rows, StepDraw
+    from distill.spec.model import UNetSpec
     from distill.students.init import StudentInit
 
     student = StudentInit(None, UNetSpec(kind="unet", channels=[32, 48]), (1, 8, 8), 10, 0).velocity_field().train()

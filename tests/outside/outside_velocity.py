@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from distill import distances
+from distill.flow import distances
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from distill import registry
+from distill.spec import registry
 
 README = registry.package_folder() / "README.md"
 SMALLEST = "reflow/reflow"

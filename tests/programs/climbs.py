@@ -109,7 +109,7 @@ def _names(found: types.Type) -> Iterator[str]:
 
 
 def _module(function: nodes.FuncDef) -> str:
-    """distill.stages of distill.stages.Work.progress."""
+    """distill.execution.stages of distill.execution.stages.Work.progress."""
     name = function.fullname
     while name and name not in MODULES:
         name = name.rpartition(".")[0]

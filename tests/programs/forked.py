@@ -8,7 +8,7 @@ import time
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the launcher does
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["distill.engine", "torch._dynamo", "deepspeed", "diffusers"])
+context.set_forkserver_preload(["distill.training.engine", "torch._dynamo", "deepspeed", "diffusers"])
 
 
 class Forked:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from distill.core.stop import StopRequest
 from distill.pairs import generate
-from distill.progress import Progress
-from distill.spec import PairsStage
-from distill.stop import StopRequest
+from distill.runs.progress import Progress
+from distill.spec.model import PairsStage
 from distill.teachers.analytic import class_gaussian_teacher
 
 SHAPE = (3, 16, 16)

@@ -19,21 +19,30 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from distill import engine
-from distill.autodiff import jvp
-from distill.draws import generator
-from distill.guard import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, InputError, PeerLost, RunError, Stopped
-from distill.interpolants import linear
-from distill.memory import Probe
-from distill.progress import Progress
+from distill.core.errors import (
+    EXIT_FAILED,
+    EXIT_INPUT,
+    EXIT_PEER,
+    EXIT_STOPPED,
+    InputError,
+    PeerLost,
+    RunError,
+    Stopped,
+)
+from distill.core.stop import StopRequest
+from distill.flow.autodiff import jvp
+from distill.flow.draws import generator
+from distill.flow.interpolants import linear
+from distill.networks.architectures import build
+from distill.networks.velocity import VelocityStudent
 from distill.protocols import Batch, Copy, Frozen, Loss, Pairs, Trained, Turn
-from distill.sharded import Zero
-from distill.spec import CheckpointSpec, OptimizerSpec, TrainStage, UNetSpec
-from distill.stop import StopRequest
-from distill.store import StagePaths
-from distill.students.networks import build
-from distill.students.velocity import VelocityStudent
-from distill.world import World
+from distill.runs.progress import Progress
+from distill.runs.store import StagePaths
+from distill.spec.model import CheckpointSpec, OptimizerSpec, TrainStage, UNetSpec
+from distill.training import engine
+from distill.training.memory import Probe
+from distill.training.sharding import Zero
+from distill.training.world import World
 
 BATCH, MICRO, STEPS, SHAPE = 16, 4, 20, (1, 8, 8)
 RECIPES = {}

@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from distill import engine
-from distill.draws import generator
-from distill.guard import EXIT_FAILED, EXIT_STOPPED, RunError, Stopped
-from distill.interpolants import linear
-from distill.progress import Progress
+from distill.core.errors import EXIT_FAILED, EXIT_STOPPED, RunError, Stopped
+from distill.core.stop import StopRequest
+from distill.flow.draws import generator
+from distill.flow.interpolants import linear
 from distill.protocols import Batch, Frozen, Loss, Trained, Turn
-from distill.spec import TrainStage
-from distill.stop import StopRequest
-from distill.store import RunPaths
+from distill.runs.progress import Progress
+from distill.runs.store import RunPaths
+from distill.spec.model import TrainStage
+from distill.training import engine
 
 
 class Vector(nn.Module):

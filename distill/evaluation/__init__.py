@@ -1,0 +1,1 @@
+"""Measuring teachers and students: samples, metrics, pictures."""

@@ -1,0 +1,375 @@
+"""Evaluation: teacher and students from the same noise, every sample set made once and used for all columns.
+
+A finished row is kept as a file of its own, keyed by everything its numbers depend on, so that a kill costs one row.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from distill.core.atomic import write_atomic, write_json
+from distill.core.errors import InputError
+from distill.core.stop import StopRequest
+from distill.data import DataSet
+from distill.evaluation.metrics.manifold import NEIGHBOURS
+from distill.evaluation.metrics.reference import Reference, of_exact, of_images
+from distill.evaluation.pictures import columns_for, images_png, scatter_png
+from distill.flow.draws import sample_noise
+from distill.flow.solvers import straightness
+from distill.flow.times import uniform_grid
+from distill.networks.velocity import VelocityStudent
+from distill.protocols import VelocityField
+from distill.runs.progress import Progress
+from distill.runs.results import FILE_NAME, Results, Row
+from distill.runs.store import RunPaths, read_json
+from distill.spec.model import EvaluateStage
+from distill.students import loaded, step_times
+from distill.students.loaded import LoadedStudent
+from distill.students.sampling import (
+    Method,
+    blocks,
+    condition,
+    of_field,
+    of_student,
+    of_teacher,
+    refuse_other_times,
+    refuse_steps,
+)
+from distill.teachers import LoadedTeacher
+
+VERSION = 2  # of the measurements: part of a row's key
+PICTURE_ROWS, PICTURE_POINTS = 6, 2000
+STRAIGHTNESS_STEPS, STRAIGHTNESS_SAMPLES = 16, 256
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One row to measure."""
+
+    network: str
+    role: Literal["teacher", "student"]
+    solver: str
+    steps: int
+    fine: bool = False
+    along: str = ""  # as in `Row`
+    times: tuple[float, ...] | None = None  # of its steps; None: uniform
+
+    @property
+    def slug(self) -> str:
+        name = "teacher" if self.role == "teacher" else f"student-{self.network}"
+        along = "" if not self.along else f"-{self.along}" if self.along == "optimal" else f"-{_short(self.along)}"
+        return f"{name}-{self.solver}-{self.steps}{along}"
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def evaluate(
+    run: RunPaths,
+    name: str,
+    stage: EvaluateStage,
+    teacher: LoadedTeacher | None,
+    own: LoadedTeacher | None,
+    data: DataSet | None,
+    *,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+    stop: StopRequest,
+) -> Results:
+    """The evaluate stage `name` of a run: results.json and pictures in its folder. own: a teacher in closed form, whose
+    samples stand in for data.
+    """
+    if teacher is None:
+        raise InputError(f"stages.{name}.teacher is not given and the spec has no teacher; name a train stage")
+    students = {student: loaded.load(run.student(student), device) for student in stage.students}
+    exact = teacher.exact_data or (own.exact_data if own else None)
+    return measure(
+        run.stage(name).root, name, stage, teacher, students, data,
+        seed=seed, device=device, progress=progress, stop=stop, store=run.root.parent, exact=exact,
+    )  # fmt: skip
+
+
+def measure(
+    folder: Path,
+    name: str,
+    stage: EvaluateStage,
+    teacher: LoadedTeacher,
+    students: Mapping[str, LoadedStudent],
+    data: DataSet | None,
+    *,
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+    stop: StopRequest,
+    store: Path,
+    exact: Callable[[int, Sequence[int]], Tensor] | None = None,
+) -> Results:
+    """Measure every row of `stage`; results.json, rows and pictures go to `folder`. Goes on where it was killed.
+
+    Without data, samples are compared with `exact` ones, (seed, indices) -> samples; by default the teacher's, if any.
+    store: where optimal times are kept.
+    """
+    _check(stage, teacher, students, data)
+    try:
+        for part in ("rows", "pictures"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"results cannot be written to {folder}: {error.strerror}; name another folder") from error
+    exact = exact or teacher.exact_data
+    if data is not None:
+        reference: Reference | None = of_images(data, folder)
+    else:
+        reference = of_exact(exact, stage.samples, seed) if exact is not None else None
+    work = _Work(folder, stage, teacher, students, reference, seed, device, progress, stop, store)
+    plans = work.plans()
+    rows = [row for plan in plans if (row := work.kept(plan))]
+    if len(rows) < len(plans):
+        fine, endpoint = work.fine()
+        rows = [fine if plan == _fine(stage) else work.row(plan, endpoint) for plan in plans]
+    results = Results(
+        stage=name,
+        samples=stage.samples,
+        seed=seed,
+        block=stage.block,
+        device=device.type,
+        guidance_scale=stage.guidance_scale,
+        distance=reference.name if reference else None,
+        features=reference.network if reference else None,
+        reference=len(reference.values) if reference else 0,
+        floor=reference.floor if reference else None,
+        vector=len(teacher.shape) == 1,
+        rows=rows,
+    )
+    write_json(folder / FILE_NAME, results.model_dump(mode="json"))
+    work.endpoint_path.unlink(missing_ok=True)
+    return results
+
+
+def refuse_few(data: DataSet) -> None:
+    """Refuse data that nothing can be compared with."""
+    if len(data) <= NEIGHBOURS:
+        raise InputError(
+            f"data '{data.name}' has {len(data)} images; an evaluation compares each with its {NEIGHBOURS} nearest "
+            f"others, so give at least {NEIGHBOURS + 1}"
+        )
+
+
+def _fine(stage: EvaluateStage) -> Plan:
+    return Plan("teacher", "teacher", stage.fine_solver, stage.fine_steps, fine=True)
+
+
+def _check(
+    stage: EvaluateStage, teacher: LoadedTeacher, students: Mapping[str, LoadedStudent], data: DataSet | None
+) -> None:
+    """Refuse what cannot be compared, before anything is written."""
+    assert all(isinstance(students[name].student, VelocityStudent) for name in stage.fine_students), "checks.check"
+    for name, student in students.items():
+        if (student.shape, student.num_classes) != (teacher.shape, teacher.num_classes):
+            raise InputError(
+                f"student {name} makes samples of shape {list(student.shape)} with {student.num_classes or 'no'} "
+                f"classes, the teacher {list(teacher.shape)} with {teacher.num_classes or 'no'}; "
+                "compare a student with its own teacher"
+            )
+        refuse_steps(student.t_grids, stage.students[name], f"students.{name}")
+        if stage.times.get(name):
+            refuse_other_times(student, f"times.{name}")
+    if data is not None:
+        refuse_few(data)
+    if data is not None and data.shape != teacher.shape:
+        raise InputError(
+            f"data '{data.name}' has samples of shape {list(data.shape)}, the teacher ({teacher.description}) makes "
+            f"{list(teacher.shape)}; evaluate on data of the teacher's shape"
+        )
+
+
+@dataclass(frozen=True)
+class _Work:
+    folder: Path
+    stage: EvaluateStage
+    teacher: LoadedTeacher
+    students: Mapping[str, LoadedStudent]
+    reference: Reference | None
+    seed: int
+    device: torch.device
+    progress: Progress
+    stop: StopRequest
+    store: Path
+    straight: dict[tuple[str, str], float | None] = field(default_factory=dict)  # by role and network
+
+    def plans(self) -> list[Plan]:
+        """The rows of the stage: teacher by Euler, teacher by the fine solver, students by their own samplers; of each
+        network those along other times behind its usual ones.
+        """
+        rows = [Plan("teacher", "teacher", "euler", steps) for steps in self.stage.teacher_steps]
+        rows += [*self._along(rows, self.teacher), _fine(self.stage)]
+        for name, steps in self.stage.students.items():
+            student, own = self.students[name], self.students[name].t_grids
+            usual = [Plan(name, "student", student.sampler, n, times=tuple(own[n]) if own else None) for n in steps]
+            rows += [*usual, *self._along(usual, student)]
+            if name in self.stage.fine_students:
+                rows.append(replace(_fine(self.stage), network=name, role="student"))
+        return rows
+
+    def _along(self, usual: list[Plan], network: LoadedTeacher | LoadedStudent) -> Iterator[Plan]:
+        """The usual rows of a network along other times, as the stage asks for."""
+        for asked in self.stage.times.get(usual[0].network, []) if usual else []:
+            if asked == "optimal":
+                scale = self.stage.guidance_scale if isinstance(network, LoadedTeacher) else 1.0
+                for plan in usual:
+                    times = step_times.optimal_times(network, self.store, plan.steps, self.device, scale)
+                    yield replace(plan, along="optimal", times=tuple(times))
+            else:
+                along = ", ".join(f"{t:g}" for t in asked)
+                yield replace(usual[0], steps=len(asked) - 1, along=along, times=tuple(asked))
+
+    @property
+    def endpoint_path(self) -> Path:
+        return self.folder / "endpoint.safetensors"
+
+    def fine(self) -> tuple[Row, Tensor]:
+        """The row of the fine solver and its samples [N, ...], which are kept until all rows are measured."""
+        plan, path = _fine(self.stage), self.endpoint_path
+        kept, stamp = self.kept(plan), {"key": self._key(plan)}
+        if kept is not None and path.exists():
+            with safetensors.safe_open(path, framework="pt") as file:
+                if file.metadata() == stamp:
+                    self._skip()
+                    return kept, load_file(path)["samples"]
+        samples, seconds = self._samples(plan)
+        write_atomic(path, save({"samples": samples}, metadata=stamp))
+        return self._measure(plan, samples, seconds, samples), samples
+
+    def row(self, plan: Plan, endpoint: Tensor) -> Row:
+        """A row, measured now or by an earlier process."""
+        kept = self.kept(plan)
+        if kept is None:
+            return self._measure(plan, *self._samples(plan), endpoint)
+        self._skip()
+        return kept
+
+    def _skip(self) -> None:
+        self.progress.start(self.progress.done + self.stage.samples)
+
+    def _network(self, plan: Plan) -> LoadedTeacher | LoadedStudent:
+        return self.teacher if plan.role == "teacher" else self.students[plan.network]
+
+    def _method(self, plan: Plan, steps: int | None = None) -> Method:
+        """steps: uniform ones, in place of the plan's."""
+        times = None if steps else plan.times
+        if plan.role == "teacher":
+            return of_teacher(self.teacher, plan.solver, steps or plan.steps, self.stage.guidance_scale, times)
+        student = self.students[plan.network]
+        if plan.fine:
+            return of_field(student.student, plan.solver, steps or plan.steps)
+        given = uniform_grid(steps or plan.steps) if times is None else torch.tensor(times, dtype=torch.float64)
+        return of_student(student, given)
+
+    def _samples(self, plan: Plan) -> tuple[Tensor, float]:
+        """All samples of a row, and the mean seconds for one."""
+        network, block = self._network(plan), self.stage.block
+        for _ in blocks(self._method(plan, steps=1), network, seed=self.seed, count=1, block=block, device=self.device):
+            pass  # the first call pays for allocations and the choice of kernels; the rate should not
+        method, before = self._method(plan), self.progress.done
+        found, seconds = [], 0.0
+        for made in blocks(method, network, seed=self.seed, count=self.stage.samples, block=block, device=self.device):
+            found.append(made.samples)
+            seconds += made.seconds * len(made.samples)
+            self.progress.update(before + sum(map(len, found)), {})
+            self.stop.raise_if_requested("the finished rows of the evaluation")
+        return torch.cat(found), seconds / self.stage.samples
+
+    def _measure(self, plan: Plan, samples: Tensor, seconds: float, endpoint: Tensor) -> Row:
+        laws = self.reference.measure(samples) if self.reference else {}
+        picture = Path("pictures") / f"{plan.slug}.png"
+        write_atomic(self.folder / picture, self._picture(plan, samples))
+        row = Row(
+            network=plan.network,
+            role=plan.role,
+            solver=plan.solver,
+            steps=plan.steps,
+            fine=plan.fine,
+            along=plan.along,
+            nfe=self._method(plan).nfe,
+            distance=laws.get("distance"),
+            kid=laws.get("kid"),
+            precision=laws.get("precision"),
+            recall=laws.get("recall"),
+            rms=(samples.double() - endpoint.double()).square().mean().sqrt().item(),
+            images_per_second=1 / seconds,
+            straightness=self._straightness(plan),
+            transport=self._transport(samples),
+            picture=picture.as_posix(),
+        )
+        write_json(self._path(plan), {"key": self._key(plan), "row": row.model_dump(mode="json")})
+        return row
+
+    def _transport(self, samples: Tensor) -> float:
+        """E || sample - noise ||^2 / d, of the noises that they were made from."""
+        total = 0.0
+        for start in range(0, len(samples), self.stage.block):
+            part = samples[start : start + self.stage.block]
+            noise = sample_noise(self.seed, range(start, start + len(part)), self.teacher.shape)
+            total += (part - noise).double().square().sum().item()
+        return total / samples.numel()
+
+    def _straightness(self, plan: Plan) -> float | None:
+        """Of the network's own paths, by a fixed number of Euler steps over the first samples; found once for each.
+
+        A flow map has none: not every recipe trains u(x_t, t, t), and where it does not, its paths would mean nothing;
+        nor has a velocity that was trained for fewer steps. Paths of constant acceleration are bent by design.
+        """
+        name = (plan.role, plan.network)
+        if name not in self.straight:
+            velocity = self._velocity(self._network(plan))
+            self.straight[name] = None if velocity is None else self._straightness_of(velocity, self._network(plan))
+        return self.straight[name]
+
+    def _velocity(self, network: LoadedTeacher | LoadedStudent) -> VelocityField | None:
+        if isinstance(network, LoadedTeacher):
+            return network.guided(self.stage.guidance_scale)
+        fits = not network.t_grids or STRAIGHTNESS_STEPS in network.t_grids
+        return network.student if fits and isinstance(network.student, VelocityStudent) else None
+
+    def _straightness_of(self, velocity: VelocityField, network: LoadedTeacher | LoadedStudent) -> float:
+        count, total = min(STRAIGHTNESS_SAMPLES, self.stage.samples), 0.0
+        for start in range(0, count, self.stage.block):
+            indices = range(start, min(start + self.stage.block, count))
+            noise = sample_noise(self.seed, indices, network.shape).to(self.device)
+            cond = condition(network, indices, self.device)
+            total += len(indices) * straightness(velocity, noise, cond, STRAIGHTNESS_STEPS)
+        return total / count
+
+    def _picture(self, plan: Plan, samples: Tensor) -> bytes:
+        if samples.ndim == 2:
+            return scatter_png(samples[:PICTURE_POINTS], self.reference.points if self.reference else None)
+        columns = columns_for(10 * PICTURE_ROWS, self._network(plan).num_classes)
+        return images_png(samples[: columns * PICTURE_ROWS], columns)
+
+    def _path(self, plan: Plan) -> Path:
+        return self.folder / "rows" / f"{plan.slug}.json"
+
+    def _key(self, plan: Plan) -> str:
+        """Everything that the numbers of a row depend on."""
+        stage, reference = self.stage, self.reference
+        facts = [VERSION, stage.samples, stage.block, self.seed, self.device.type, stage.guidance_scale, repr(plan)]
+        facts += [self.teacher.digest, self._network(plan).digest, repr(_fine(stage))]
+        facts += [reference.identity if reference else None]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def kept(self, plan: Plan) -> Row | None:
+        """A row that an earlier process has measured."""
+        path = self._path(plan)
+        if not path.exists():
+            return None
+        kept = read_json(path)
+        return Row.model_validate(kept["row"]) if kept["key"] == self._key(plan) else None

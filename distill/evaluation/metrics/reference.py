@@ -1,0 +1,60 @@
+"""What sample sets are compared with: features of the real images, or exact vectors of a teacher in closed form."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from distill.data import DataSet
+from distill.evaluation.metrics import features
+from distill.evaluation.metrics.frechet import frechet
+from distill.evaluation.metrics.kernel import kid
+from distill.evaluation.metrics.manifold import precision_recall
+from distill.evaluation.metrics.wasserstein import sliced_wasserstein
+from distill.flow.draws import key
+from distill.runs.results import FeatureNet
+
+MAX_COMPARED = 5_000  # samples of each set where every pair is compared: time grows with the square
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The law that samples should have, by a set of it."""
+
+    name: str  # of the distance: "FD-digits" or "SW2"
+    identity: str  # of the set: other values are not comparable
+    embed: Callable[[Tensor], Tensor]  # samples [N, ...] -> features [N, D]
+    values: Tensor  # [M, D], of the real data
+    distance: Callable[[Tensor, Tensor], float]
+    network: FeatureNet | None = None
+    floor: float | None = None  # distance of two exact sets
+    points: Tensor | None = None  # exact samples, for pictures
+
+    def measure(self, samples: Tensor) -> dict[str, float]:
+        """The columns that compare laws, for samples [N, ...]."""
+        found = self.embed(samples)
+        real, some = self.values[:MAX_COMPARED], found[:MAX_COMPARED]
+        precision, recall = precision_recall(real, some)
+        distance = self.distance(found, self.values)
+        scale = self.values.square().mean().sqrt()  # the cubic kernel is made for features of about 1
+        kernel = kid(some / scale, real / scale)
+        return {"distance": distance, "kid": kernel, "precision": precision, "recall": recall}
+
+
+def of_images(data: DataSet, folder: Path) -> Reference:
+    """The Frechet distance to the real images, by a feature network kept in `folder`."""
+    net = features.prepare(data, folder)
+    shown = FeatureNet(task=net.task, accuracy=net.accuracy, dim=net.reference.shape[1])
+    return Reference(net.name, net.digest, net, net.reference, frechet, shown)
+
+
+def of_exact(exact_data: Callable[[int, Sequence[int]], Tensor], count: int, seed: int) -> Reference:
+    """The sliced Wasserstein distance to `count` exact samples, drawn apart from the noise of `seed`."""
+    values, other = (exact_data(key(seed, name), range(count)) for name in ("reference", "floor"))
+    floor = sliced_wasserstein(other, values)
+    return Reference("SW2", f"exact/{count}", _itself, values, sliced_wasserstein, floor=floor, points=values[:2000])
+
+
+def _itself(samples: Tensor) -> Tensor:
+    return samples

@@ -1,0 +1,81 @@
+"""`distill sample`: samples of a student folder, as a picture or as numbers."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from distill.core.atomic import write_atomic
+from distill.core.errors import InputError, RunError
+from distill.evaluation.pictures import columns_for, images_png, scatter_png
+from distill.flow.draws import sample_labels, sample_noise
+from distill.students import loaded
+from distill.students.loaded import LoadedStudent
+from distill.students.sampling import fresh_noises, grid, of_student
+
+BLOCK = 250  # samples that are made at once
+
+
+def write_samples(
+    folder: Path,
+    out: Path,
+    *,
+    steps: int,
+    seed: int,
+    count: int,
+    labels: Sequence[int] | None,
+    device: torch.device,
+    along: Callable[[LoadedStudent], Sequence[float]] | None = None,
+) -> None:
+    """Samples of a student folder as a picture (.png), or as all noises, samples and labels (.safetensors).
+
+    labels: one class, one for each sample, or None for all classes in turn. along: other times than those it has for
+    so many steps.
+    """
+    if out.suffix not in (".png", ".safetensors"):
+        raise InputError(f"--out {out}: the name must end in .png (a picture) or .safetensors (the numbers)")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: {out.absolute().parent} is not a folder; create it first")
+    student = loaded.load(folder, device)
+    times = grid(student.t_grids, steps) if along is None else torch.tensor(along(student), dtype=torch.float64)
+    method, parts = of_student(student, times), []
+    noise = sample_noise(seed, range(count), student.shape)
+    fresh = fresh_noises(seed, range(count), student.shape, method.fresh)
+    classes = _labels(student, count, labels)
+    for start in range(0, count, BLOCK):
+        rows = slice(start, start + BLOCK)
+        cond = {} if classes is None else {"class_labels": classes[rows].to(device)}
+        further = [each[rows].to(device) for each in fresh]
+        parts.append(method.generate(noise[rows].to(device), cond, further).cpu())
+    samples = torch.cat(parts)
+    if not samples.isfinite().all():
+        raise RunError(f"{folder} makes numbers that are not finite; nothing was written")
+    if out.suffix == ".safetensors":
+        tensors = {"latents": noise, "samples": samples.contiguous()}
+        if fresh:
+            tensors["fresh"] = torch.stack(fresh)  # [N - 1, count, ...], as the student's pipeline takes them
+        if classes is not None:
+            tensors["class_labels"] = classes
+        write_atomic(out, save(tensors))
+    elif samples.ndim == 4:
+        columns = columns_for(count, student.num_classes if labels is None else None)
+        write_atomic(out, images_png(samples, min(columns, count)))
+    else:
+        write_atomic(out, scatter_png(samples, None))
+
+
+def _labels(student: LoadedStudent, count: int, labels: Sequence[int] | None) -> Tensor | None:
+    if student.num_classes is None:
+        if labels is not None:
+            raise InputError("--classes was given, but this student is unconditional; leave it out")
+        return None
+    if labels is None:
+        return sample_labels(range(count), student.num_classes)
+    if len(labels) not in (1, count):
+        raise InputError(f"{len(labels)} classes for {count} samples; give one class, or one for each sample")
+    wrong = sorted({label for label in labels if not 0 <= label < student.num_classes})
+    if wrong:
+        raise InputError(f"class {wrong[0]} does not exist; this student knows 0 to {student.num_classes - 1}")
+    return torch.tensor(list(labels) if len(labels) == count else [labels[0]] * count, dtype=torch.int64)

@@ -1,0 +1,287 @@
+"""What describes a student in its folder: distill.json for programs, README.md for people. No torch here."""
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import jinja2
+import yaml
+from pydantic import Field, StrictBool, ValidationError, model_validator
+
+from distill.core import markdown, records
+from distill.core.atomic import remove_unfinished, write_atomic
+from distill.core.errors import InputError
+from distill.core.field_types import LINE, Count, FrozenModel, Label, Line, Number
+from distill.core.regular_files import open_regular, read_regular
+from distill.core.text import one_line
+from distill.spec.kinds import SAMPLERS, STUDENTS, SamplerName, StudentName, network_calls
+from distill.spec.model import is_path
+
+FILE_NAME, README = "distill.json", "README.md"
+MAX_CARD = 1 << 20  # bytes of a distill.json
+MAX_FILES = 1000
+LARGEST = 2**63 - 1  # bytes of all
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Length = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
+Steps = Annotated[int, Field(ge=1, le=2**31 - 1)]  # a key, which JSON has as text
+Metrics = Annotated[dict[Label, Number], Field(max_length=1000)]
+
+
+class FileRecord(FrozenModel):
+    """One file of the folder."""
+
+    sha256: Digest
+    size: Count
+    """in bytes"""
+
+
+class StudentCard(FrozenModel):
+    """The content of distill.json. Depends on nothing but the student: no dates, no places.
+
+    It may come from anybody, so each value is bounded: texts are lines without control characters, numbers finite.
+    """
+
+    format: Literal[1] = 1
+    name: Label
+    recipe: Line
+    """name of the recipe, like reflow/reflow"""
+    summary: Line = ""
+    """first sentence of the recipe: the method and its paper"""
+    spec_digest: Annotated[str, Field(pattern="^[0-9a-f]{0,64}$")]
+    teacher_digest: Annotated[str, Field(pattern="^[0-9a-f]{0,64}$")] | None
+    """null: trained on data alone"""
+    teacher: Line = ""
+    """one line for people"""
+    data: Line = ""
+    """name of the data set; empty: none"""
+    license: Line = ""
+    """terms of the weights, if known"""
+    kind: StudentName = "velocity"
+    """v(x_t, t), u(x_t, t, s), or v(noise, 1) with a(x_t, t, v)"""
+    prediction: Literal["velocity"] = "velocity"
+    """of a flow map: its average from t to s; of kind acceleration: that at t = 1"""
+    interpolant: Literal["linear"] = "linear"
+    sampler: SamplerName = "euler"
+    """a name in samplers/"""
+    t_grids: Annotated[dict[Steps, Annotated[list[Number], Field(fail_fast=True)]], Field(max_length=1000)] = {}
+    """number of steps N: its N + 1 times from 1 to 0, and it has no other N; empty: 1, (N-1)/N, ..., 0 for any N"""
+    num_classes: Length | None
+    null_class: Count | None
+    """class id of the unconditional call"""
+    unconditional: StrictBool = True
+    """whether it has learnt the unconditional velocity; one trained on guided or labelled pairs alone has not"""
+    shape: Annotated[tuple[Length, ...], Field(min_length=1, max_length=8)]
+    """of one sample"""
+    guidance_scale: Number = 1.0
+    """classifier-free guidance that is baked in; 1 = none"""
+    weights: Literal["raw"] | Number
+    """raw, or the half-life of the average in images"""
+    images: Count
+    """samples shown to the optimizer"""
+    metrics: Metrics = {}
+    """what an evaluation of its run measured, NAME@STEPS like FD-digits@1"""
+    files: dict[str, FileRecord] = Field(default_factory=dict, max_length=MAX_FILES)
+    """every other file of the folder; filled in by the export"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_before(cls, content: Any) -> Any:  # noqa: ANN401  (whatever a file holds)
+        """Cards said t_grid: uniform, before there were others."""
+        if isinstance(content, dict) and content.get("t_grid") == "uniform":
+            return {name: value for name, value in content.items() if name != "t_grid"}
+        return content
+
+    @model_validator(mode="after")
+    def _can_be_sampled(self) -> Self:
+        if self.sampler not in STUDENTS[self.kind].samplers:
+            valid = ", ".join(STUDENTS[self.kind].samplers)
+            raise ValueError(f"sampler {self.sampler} does not fit a student of kind {self.kind}; valid: {valid}")
+        for steps, times in self.t_grids.items():
+            if len(times) != steps + 1 or not is_path(times):
+                raise ValueError(
+                    f"t_grids: {steps} steps go along {steps + 1} times from 1 down to 0, not along {times}"
+                )
+        return self
+
+    @property
+    def fewest_steps(self) -> int:
+        """The smallest number of steps that it is made for."""
+        return min(self.t_grids, default=1)
+
+
+def record(folder: Path) -> dict[str, FileRecord]:
+    """sha256 and size of every file of a student folder but distill.json, by relative name."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / FILE_NAME)
+    records = {}
+    for path in files:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        records[path.relative_to(folder).as_posix()] = FileRecord(sha256=digest, size=path.stat().st_size)
+    return records
+
+
+def read(folder: Path) -> StudentCard:
+    """The card of a student folder that the user has named; it may be a link, as in the cache of a hub."""
+    path = folder / FILE_NAME
+    try:
+        content = read_regular(path, MAX_CARD, follow=True)
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"{folder} is not a student folder: it has no {FILE_NAME}; give a folder that `distill export` "
+            "or a train stage has written"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        return parse(content, str(path))
+    except InputError as error:
+        raise InputError(f"{error}; export or copy the student again") from error
+
+
+def parse(content: bytes, where: str) -> StudentCard:
+    """The card that a distill.json holds."""
+    if len(content) > MAX_CARD:
+        raise InputError(f"{where} has {len(content):,} bytes; valid: at most {MAX_CARD:,}")
+    try:
+        return StudentCard.model_validate_json(content)
+    except ValidationError as error:
+        raise InputError(f"{where} cannot be used: {records.mistake(error)}") from error
+
+
+def verify(folder: Path) -> StudentCard:
+    """The card, once every file it names is there, whole and unchanged, and no other file is.
+
+    A size that is wrong is said without reading the file.
+    """
+    card = read(folder)
+    for name, expected in card.files.items():
+        try:
+            with open_regular(folder / name) as file:
+                size = os.fstat(file.fileno()).st_size
+                digest = hashlib.file_digest(file, "sha256").hexdigest() if size == expected.size else None
+        except FileNotFoundError:
+            raise InputError(f"{folder}: {name} is missing; copy or export the student again") from None
+        except OSError as error:
+            raise InputError(f"{folder}: {name} cannot be read: {error.strerror}") from error
+        if digest != expected.sha256:
+            found = f"{size} bytes" if digest is None else f"{size} bytes with sha256 {digest[:12]}"
+            raise InputError(
+                f"{folder}: {name} is damaged: {found}, expected {expected.size} with {expected.sha256[:12]}; "
+                "copy or export the student again"
+            )
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    refuse_strange(there, card, str(folder))
+    return card
+
+
+def refuse_strange(found: Collection[str], card: StudentCard, where: str) -> None:
+    """InputError if a folder holds files that its distill.json does not list."""
+    if strange := sorted(set(found) - card.files.keys() - {FILE_NAME}):
+        raise InputError(
+            f"{where}: {one_line(', '.join(strange), 200)} is not listed in {FILE_NAME}; "
+            "remove what does not belong there"
+        )
+
+
+def add_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
+    """Say in distill.json and README.md what was measured. What a kill between the two leaves, the next call mends.
+
+    A value that is not finite is left out: cards hold numbers that can be compared.
+    """
+    remove_unfinished(folder)
+    old, finite = read(folder), {name: value for name, value in metrics.items() if math.isfinite(value)}
+    card = old.model_copy(update={"metrics": {**old.metrics, **finite}})
+    text = readme(card).encode()
+    files = {**old.files, README: FileRecord(sha256=hashlib.sha256(text).hexdigest(), size=len(text))}
+    write_atomic(folder / README, text)
+    write_atomic(folder / FILE_NAME, to_json(card.model_copy(update={"files": files})))
+
+
+def to_json(card: StudentCard) -> str:
+    """The bytes of distill.json."""
+    return json.dumps(card.model_dump(mode="json"), ensure_ascii=False, indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a stage took on the way to a student."""
+
+    stage: str
+    work: str
+    time: str
+    place: str
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What the model card of a published student says beyond the student, from its run. Plain text, except `rows`."""
+
+    name: str
+    picture: str = ""
+    """file of samples in the folder; empty: none"""
+    measured: str = ""
+    """what the table below is of"""
+    columns: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+    """cells in Markdown, foreign text in them escaped"""
+    costs: list[Cost] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A card's metrics as a table by NFE."""
+
+    names: list[str]
+    rows: list[tuple[int, list[str]]]
+
+
+def _at(key: str) -> tuple[str, int]:
+    """The name and the number of steps of a metric like FD-digits@2; 0: it names none."""
+    found = re.fullmatch(r"(.*)@([0-9]{1,6})", key)
+    return (found[1], int(found[2])) if found else (key, 0)
+
+
+def _measured(card: StudentCard) -> Measured | None:
+    found: dict[int, dict[str, str]] = {}
+    for key, value in card.metrics.items():
+        name, steps = _at(key)
+        found.setdefault(steps, {})[name] = f"{value:.4g}"
+    names = list(dict.fromkeys(_at(key)[0] for key in card.metrics))
+    rows = [
+        (network_calls(card.sampler, steps), [values.get(name, "") for name in names])
+        for steps, values in sorted(found.items())
+    ]
+    return Measured(names, rows) if rows else None
+
+
+def readme(card: StudentCard, published: Publication | None = None) -> str:
+    """The model card. What others have written, in the card or the run, is shown as plain text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("distill"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"text": markdown.escape, "code": markdown.code}
+    facts: dict[str, Any] = card.model_dump()
+    return environment.get_template("model_card.md.j2").render(
+        card=facts,
+        sampler=SAMPLERS[card.sampler].words,
+        more_calls=network_calls(card.sampler, 1) - 1,
+        head=_head(card),
+        steps=card.fewest_steps,
+        vector=len(card.shape) == 1,
+        measured=_measured(card),
+        published=published,
+    )
+
+
+def _head(card: StudentCard) -> str:
+    """The YAML that a hub reads at the beginning of a model card."""
+    tags = ["distillation", "flow-matching", *(["image-generation"] if len(card.shape) > 1 else [])]
+    head = {"library_name": "diffusers", "license": card.license or "other", "tags": tags}
+    dumped: str = yaml.safe_dump(head, sort_keys=False, width=10 * LINE)
+    return dumped

@@ -1,0 +1,188 @@
+"""Whether the files of a student are what their names say, and lead to nothing that it does not list.
+
+`DiffusionPipeline.from_pretrained` follows what it finds: an index of shards names files of weights, which are
+unpickled unless they end in .safetensors; model_index.json names classes and modules, and classes that load further
+folders; configurations name code of other repositories. So each of these may only name what the student lists itself.
+"""
+
+import codecs
+import io
+import json
+import re
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from distill.core.errors import InputError
+from distill.core.png import is_png
+from distill.core.regular_files import open_regular, read_regular
+from distill.core.text import one_line, printable
+from distill.exchange.card import StudentCard
+
+MAX_TEXT, MAX_HEADER = 16 << 20, 16 << 20  # bytes of a text, JSON or picture; of a safetensors file's description
+INDEX = "model_index.json"
+# Of a model_index.json, beside the parts of the pipeline.
+FACTS = ("_class_name", "_diffusers_version", "_name_or_path")
+OPTIONS = ("num_classes", "sampler", "t_grid", "t_grids")
+# Classes of diffusers that load their own folder and nothing else: no pipelines, and none that look for a class.
+CLASSES = re.compile(r"(?!Auto|Modular|Onnx|Flax)[A-Z][A-Za-z0-9]*(Model|Scheduler)|AutoencoderKL|AutoencoderTiny")
+# Keys of configurations by which diffusers and its like load code or weights of another place.
+LEADING = ("auto_map", "custom_pipelines", "quantization_config", "base_model_name_or_path")
+
+
+def refuse(folder: Path, card: StudentCard) -> None:
+    """InputError if a listed file of the folder is not what its name says, or leads elsewhere. Their bytes are those
+    of the list already.
+    """
+    for name in card.files:
+        try:
+            _refuse(folder / name, name, card)
+        except OSError as error:
+            raise InputError(f"{folder}: {name} cannot be read: {error.strerror}") from error
+
+
+def _refuse(path: Path, name: str, card: StudentCard) -> None:
+    if name.endswith(".safetensors"):
+        _refuse_weights(path, name)
+        return
+    content = read_regular(path, MAX_TEXT)
+    if name.endswith(".png"):
+        refuse_picture(content, name)
+        return
+    text = _text(content, name)
+    if name.endswith(".py"):
+        _refuse_encoding(content, name)
+    elif name.endswith(".json"):
+        _refuse_json(text, name, card)
+
+
+def refuse_picture(content: bytes, name: str) -> None:
+    """InputError unless the bytes are those of a PNG file."""
+    if not is_png(content):
+        raise InputError(f"{name} is no PNG file; the student is refused")
+
+
+def _refuse_weights(path: Path, name: str) -> None:
+    """The description must be JSON, and its tensors exactly what follows it."""
+    with open_regular(path) as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        length = int.from_bytes(file.read(8), "little")
+        whole = 8 < 8 + length <= size and length <= MAX_HEADER
+        text = file.read(length) if whole else b""
+    try:
+        header = json.loads(text.decode()) if len(text) == length else None
+    except (ValueError, RecursionError):
+        header = None
+    if not text.startswith(b"{") or not isinstance(header, dict) or _bytes(header) != size - 8 - length:
+        raise InputError(f"{name} is no safetensors file; the student is refused")
+
+
+def _bytes(header: dict[str, Any]) -> int | None:
+    """How many bytes the tensors of a description take, one after the other; None where it makes no sense."""
+    spans = []
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            offsets = tensor.get("data_offsets") if isinstance(tensor, dict) else None
+            if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(each) is int for each in offsets):
+                return None
+            spans.append((offsets[0], offsets[1]))
+    end = 0
+    for start, stop in sorted(spans):
+        if start != end or stop < start:
+            return None
+        end = stop
+    return end
+
+
+def _text(content: bytes, name: str) -> str:
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        raise InputError(f"{name} is no UTF-8 text; the student is refused") from None
+    # A program may hold any but NUL: it is shown without them before it is taken.
+    if re.search(r"\x00" if name.endswith(".py") else r"[\x00-\x08\x0e-\x1f\x7f-\x9f]", text):
+        raise InputError(f"{name} is no plain text: it holds control characters; the student is refused")
+    return text
+
+
+def _refuse_encoding(content: bytes, name: str) -> None:
+    """A program that says it is written in another encoding runs as something else than what is shown."""
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
+    except SyntaxError:
+        encoding = ""
+    if encoding != "utf-8" or content.startswith(codecs.BOM_UTF8):
+        raise InputError(f"{name} is a program in another encoding than UTF-8; the student is refused")
+
+
+def _refuse_json(text: str, name: str, card: StudentCard) -> None:
+    try:
+        parsed: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name} is not JSON ({one_line(str(error), 100)}); the student is refused") from None
+    for key in _keys(parsed):
+        if key in LEADING:
+            raise InputError(f"{name} names code or weights of another place ({key}); the student is refused")
+    parts = name.split("/")
+    if parts[-1] == INDEX:
+        if len(parts) > 1:
+            raise InputError(f"{name} would load a pipeline within the pipeline; the student is refused")
+        _refuse_index(parsed, name, card)
+    elif isinstance(parsed, dict) and ("weight_map" in parsed or name.endswith(".index.json")):
+        _refuse_shards(parsed, name, card)
+
+
+def _keys(parsed: Any) -> Iterator[str]:  # noqa: ANN401  (whatever a file holds)
+    """Every key of JSON, at any depth."""
+    todo = [parsed]
+    while todo:
+        each = todo.pop()
+        if isinstance(each, dict):
+            yield from each
+            todo.extend(each.values())
+        elif isinstance(each, list):
+            todo.extend(each)
+
+
+def _refuse_shards(parsed: dict[str, Any], name: str, card: StudentCard) -> None:
+    """Shards are .safetensors files beside their index, and listed."""
+    shards, above = parsed.get("weight_map"), name.rpartition("/")[0]
+    if not isinstance(shards, dict):
+        raise InputError(f"{name} is an index of weights without a weight_map; the student is refused")
+    for shard in shards.values():
+        plain = isinstance(shard, str) and "/" not in shard and shard.endswith(".safetensors")
+        if not plain or f"{above}/{shard}".lstrip("/") not in card.files:
+            raise InputError(
+                f"{name} names weights in {_shown(shard)}; valid: .safetensors files beside it that distill.json lists"
+            )
+
+
+def _refuse_index(parsed: Any, name: str, card: StudentCard) -> None:  # noqa: ANN401
+    """Its classes are diffusers' own, or come from files that are listed."""
+    if not isinstance(parsed, dict):
+        raise InputError(f"{name} holds no JSON object; the student is refused")
+    for part, value in parsed.items():
+        pair = value if isinstance(value, list) and len(value) == 2 else [None, None]
+        module, title = (each if isinstance(each, str) else "" for each in pair)
+        valid = "[null, null], a model or scheduler class of diffusers, or a .py file listed in that folder"
+        if part == "_class_name":
+            valid = "a class of a .py file that distill.json lists"
+            known = bool(title) and f"{module}.py" in card.files
+        elif part.startswith("_"):
+            valid = f"one line of text, of {', '.join(FACTS)}"
+            known = part in FACTS and isinstance(value, str) and printable(value) == value
+        elif isinstance(value, list):
+            own = bool(title) and f"{part}/{module}.py" in card.files
+            known = value == [None, None] or own or (module == "diffusers" and CLASSES.fullmatch(title) is not None)
+        else:  # diffusers takes a text of two letters for a module and a class
+            known = part in OPTIONS or not isinstance(value, str | dict)
+        if not known:
+            raise InputError(
+                f"{name}: {one_line(part, 100)} is {_shown(value)}; valid: {valid}; the student is refused"
+            )
+
+
+def _shown(value: Any) -> str:  # noqa: ANN401
+    return one_line(json.dumps(value), 200)

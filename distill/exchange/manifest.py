@@ -1,0 +1,89 @@
+"""Which files a student folder may hold, judged by its distill.json before any of them is fetched: it comes from
+anywhere. Pure: bytes and names in, InputError out. What is refused is named. What stands in the files: contents.py.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Mapping
+from functools import cache
+from pathlib import Path
+
+from distill.core.errors import InputError
+from distill.exchange import card as cards
+from distill.exchange.card import StudentCard
+
+PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")  # one name within a path
+KINDS = (".safetensors", ".json", ".py", ".md", ".png", ".txt")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".joblib", ".pyc")
+
+
+def parse(content: bytes, where: str) -> StudentCard:
+    """The card of a distill.json, once every name in it may stand in a student folder."""
+    card = cards.parse(content, where)
+    if sum(record.size for record in card.files.values()) > cards.LARGEST:
+        raise InputError(f"{where} lists more bytes than any disk holds; it is refused")
+    seen = {cards.FILE_NAME: cards.FILE_NAME}
+    for name in card.files:
+        if reason := _objection(name):
+            shown = repr(name) if len(name) <= 200 else f"{name[:200]!r}..."
+            raise InputError(f"{where} lists {shown}, {reason}; it is refused and nothing of it was kept")
+        folded = name.casefold()
+        if folded in seen:
+            raise InputError(f"{where} lists both {seen[folded]!r} and {name!r}, one file on some disks; it is refused")
+        seen[folded] = name
+    for name in seen:
+        for above in Path(name).parents:
+            if above.as_posix() in seen:
+                raise InputError(f"{where} lists {seen[above.as_posix()]!r} as a file and as a folder; it is refused")
+    return card
+
+
+def is_plain(name: str) -> bool:
+    """Whether it is a relative path of plain names: letters, digits, '.', '_' and '-', none hidden."""
+    return len(name) <= 2000 and all(PART.fullmatch(part) for part in name.split("/"))
+
+
+def _objection(name: str) -> str | None:
+    """Why a file of this name may not stand in a student folder."""
+    parts = name.split("/")
+    suffix = Path(parts[-1]).suffix
+    if name.startswith(("/", "\\")) or ":" in name:
+        return "an absolute path"
+    if ".." in parts:
+        return "a path that leads out of the folder"
+    if not is_plain(name) or len(parts) > 8:
+        return "no plain name: letters, digits, '.', '_' and '-', none hidden"
+    if name == cards.FILE_NAME:
+        return "which is the list itself"
+    if suffix.lower() in PICKLES:
+        return "a pickle or compiled file, which may run anything when it is loaded"
+    return None if suffix in KINDS else f"a kind of file that no student has (valid: {', '.join(KINDS)})"
+
+
+@cache
+def shipped() -> Mapping[str, Collection[str]]:
+    """File name -> sha256 of every version of it that this project has shipped."""
+    found: dict[str, list[str]] = json.loads((Path(__file__).parents[1] / "students" / "shipped.json").read_bytes())
+    return found
+
+
+def unknown_code(card: StudentCard) -> list[str]:
+    """The listed program files that are not, byte for byte, a version that this project has shipped."""
+    code = {name: record for name, record in card.files.items() if name.endswith(".py")}
+    return sorted(n for n, record in code.items() if record.sha256 not in shipped().get(n.rpartition("/")[2], ()))
+
+
+def refuse_unknown_code(card: StudentCard, where: str) -> None:
+    """InputError if the student brings code of its own."""
+    unknown = unknown_code(card)
+    if unknown:
+        raise InputError(
+            f"{where} brings code that distill has never shipped: {', '.join(unknown)}; it would run when the student "
+            "is loaded. If you trust whoever made it, --trust-code shows the code and takes it"
+        )
+
+
+def digest(content: bytes) -> str:
+    """Of a student: the sha256 of its distill.json, which has those of all other files."""
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,301 @@
+"""Publishing: a student of a run, with all that its run knows of it, becomes a version in the store's registry.
+
+A version appears by the rename of a complete folder, which fails where it exists: of two publishers at once one has it.
+"""
+
+import itertools
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill.core import space
+from distill.core.atomic import hidden_folder, sync, sync_tree, write_atomic
+from distill.core.errors import InputError, RunError
+from distill.core.markdown import escape
+from distill.core.text import short, suggest, whole_number
+from distill.exchange import card as cards
+from distill.exchange import contents, manifest, published, pull
+from distill.exchange.card import Cost, FileRecord, Publication, StudentCard
+from distill.exchange.published import REGISTRY, Entry
+from distill.exchange.transports import Folder
+from distill.runs import jobs, results, todo
+from distill.runs.progress import duration
+from distill.runs.results import Results, Row
+from distill.runs.store import RunPaths, read_events
+from distill.spec.model import PairsStage, RunSpec, TrainStage
+
+PICTURE = "samples.png"
+ENDS = ("started", "finished", "stopped", "failed")  # events after which no stage is being computed
+NUMBERED = re.compile(r"v([0-9]{1,9})")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is to be published."""
+
+    run: RunPaths
+    stage: str
+    step: int | None = None
+    """of the checkpoint that it is exported from; null: the stage's own student"""
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a publication has come to."""
+
+    entry: Entry
+    new: bool
+    """whether the version is new; else the same bytes were published already"""
+    skipped: list[str]
+    """what cannot be used in the store, each with the reason"""
+
+
+def choose(run: RunPaths, stage: str | None, which: str) -> Chosen:
+    """A student of a run. which: "" (of its last train stage), "best", or "step-N"."""
+    spec = todo.load_spec(run)
+    trained = [name for name, each in spec.stages.items() if isinstance(each, TrainStage)]
+    if stage is not None and stage not in trained:
+        raise InputError(f"run '{run.name}' has no train stage '{stage}'; {suggest(stage, trained)}")
+    if which == "best":
+        if stage is not None:
+            raise InputError(f"'{run.name}/{stage}@best': best is one of all students of a run; write {run.name}@best")
+        return Chosen(run, best(run))
+    if not trained:
+        raise InputError(f"run '{run.name}' has no train stage, so it has no student")
+    step = whole_number(which.removeprefix("step-")) if which.startswith("step-") else None
+    if which and step is None:
+        raise InputError(f"'@{short(which)}': {suggest(which[:100], ['best', 'step-N'])}, N the step of a checkpoint")
+    return Chosen(run, stage or trained[-1], step)
+
+
+def best(run: RunPaths) -> str:
+    """The student with the smallest distance at the smallest number of steps that any was measured at.
+
+    Where several evaluations measured, the last stage of the spec counts.
+    """
+    measured = [found for found in _evaluations(run).values() if found.distance is not None]
+    trained = {name for name, each in todo.load_spec(run).stages.items() if isinstance(each, TrainStage)}
+    rows = [row for row in measured[-1].usual if row.role == "student" and row.network in trained] if measured else []
+    if not rows:
+        raise InputError(f"run '{run.name}' has measured no student yet; name one: {run.name}/STAGE")
+    fewest = min(row.steps for row in rows)
+    return min((row for row in rows if row.steps == fewest), key=lambda row: row.value).network
+
+
+def _evaluations(run: RunPaths) -> dict[str, Results]:
+    """By stage, in the order of the spec."""
+    found = results.of_run(run)
+    return {name: found[name] for name in todo.load_spec(run).stages if name in found}
+
+
+def publish(
+    student: Path, store: Path, name: str, version: str | None, about: Publication, picture: bytes
+) -> Published:
+    """The student folder as NAME:VERSION, by default the next free v1, v2, ...; as an older one if it is the same.
+
+    picture: a PNG file of samples; empty: none.
+    """
+    home = store.absolute() / REGISTRY / name
+    if (store / REGISTRY / "spec.yaml").exists():
+        raise InputError(
+            f"{store / REGISTRY} is a run, but published students are kept in a folder of that name; move the run "
+            "elsewhere"
+        )
+    if home.is_symlink():
+        raise InputError(f"{home} is a link; nothing is published through one. Choose another name, or remove it")
+    if os.path.lexists(home) and not home.is_dir():
+        raise InputError(f"{home} is no folder, so no version can lie there; choose another name, or remove it")
+    if picture:
+        contents.refuse_picture(picture, PICTURE)
+    source = Folder(student)
+    old, _ = pull.describe(source)
+    try:
+        with hidden_folder(home / "new") as here:
+            space.require(home, sum(record.size for record in old.files.values()), f"the files of {student}")
+            pull.fetch_all(source, old, here, "publish")
+            contents.refuse(here, old)
+            content = cards.to_json(_dress(here, old, about, picture)).encode()
+            card = manifest.parse(content, f"the card of {name}")  # before it takes a version
+            published.entry_of(name, version or "v999999999", card, content, round(time.time(), 3))
+            same = [entry for entry in published.scan(store, name).students if _is(entry, content, version)]
+            found = same[0].version if same else _claim(here, home, version, content)
+    except OSError as error:
+        raise RunError(f"cannot publish in {home}: {error.strerror}; nothing was published") from error
+    listed = published.write_index(store)
+    entry = next((each for each in listed.students if (each.name, each.version) == (name, found)), None)
+    if entry is None:
+        raise RunError(f"{home / found} was published, but someone removed or changed it immediately afterwards")
+    return Published(entry, not same, listed.skipped)
+
+
+def _is(entry: Entry, content: bytes, version: str | None) -> bool:
+    return entry.digest == manifest.digest(content) and version in (None, entry.version)
+
+
+def _claim(here: Path, home: Path, version: str | None, content: bytes) -> str:
+    """Rename the complete folder to its version, or to the first number that is free, as only the rename can tell."""
+    write_atomic(here / cards.FILE_NAME, content)
+    sync_tree(here)
+    for wanted in [version] if version is not None else _numbers(home):
+        try:
+            here.rename(home / wanted)
+        except OSError:
+            if not os.path.lexists(home / wanted):
+                raise
+            if (home / wanted).is_symlink() or not (home / wanted).is_dir():
+                kind = "a link" if (home / wanted).is_symlink() else "a file"
+                raise InputError(
+                    f"{home / wanted} is {kind}, not a published student; publish another version, or remove it"
+                ) from None
+            continue  # another publisher has it
+        sync(home)
+        return wanted
+    raise InputError(
+        f"{home.name}:{version} is published already, with other bytes, and never changes; "
+        f"publish it as another version, or leave the version out: {home.name}"
+    )
+
+
+def _numbers(home: Path) -> Iterator[str]:
+    taken = [int(match[1]) for path in home.iterdir() if (match := NUMBERED.fullmatch(path.name))]
+    return (f"v{number}" for number in itertools.count(max(taken, default=0) + 1))
+
+
+def _dress(here: Path, old: StudentCard, about: Publication, picture: bytes) -> StudentCard:
+    """The student's folder with its whole model card and its samples: what distill.json now says."""
+    card = old.model_copy(update={"name": about.name})
+    new = {cards.README: cards.readme(card, about).encode(), **({PICTURE: picture} if picture else {})}
+    for name, content in new.items():
+        write_atomic(here / name, content)
+    records = {name: FileRecord(sha256=manifest.digest(content), size=len(content)) for name, content in new.items()}
+    return card.model_copy(update={"files": dict(sorted({**old.files, **records}.items()))})
+
+
+# --- what the run knows ---
+
+
+@dataclass
+class Time:
+    """That processes were at a stage, as its events are read."""
+
+    total: float = 0.0
+    """seconds"""
+    began: float | None = None
+    last: float = 0.0
+    """when something was heard of it"""
+    place: str = ""
+    """device"""
+
+    def end(self) -> None:
+        if self.began is not None:
+            self.total, self.began = self.total + self.last - self.began, None
+
+
+def describe(name: str, chosen: Chosen, images: int, picture: str) -> Publication:
+    """What the model card says beyond the student, which has seen `images`.
+
+    A checkpoint's student is not the one that was measured.
+    """
+    spec = todo.load_spec(chosen.run)
+    _, found = _measured(chosen)
+    rows = [] if found is None else [row for row in found.rows if row.role == "teacher" or row.network == chosen.stage]
+    times = _times(chosen, _ancestry(spec, chosen.stage))
+    return Publication(
+        name=name,
+        picture=picture,
+        measured="" if found is None else f"NFE: calls of a network per sample. {results.describe(found)}",
+        columns=[] if found is None else ["", "steps", *results.columns(found)],
+        rows=[] if found is None else [_cells(found, row, chosen.stage) for row in rows],
+        costs=[_cost(chosen, spec, each, images, took) for each, took in times.items()],
+    )
+
+
+def _cells(found: Results, row: Row, stage: str) -> list[str]:
+    """A row of the table, as Markdown."""
+    own = row.role == "student"
+    label = f"**this student**{escape(row.label.removeprefix(stage))}" if own else escape(row.label)
+    return [label, *map(escape, [str(row.steps), *results.cells(found, row)])]
+
+
+def _measured(chosen: Chosen) -> tuple[str, Results | None]:
+    """The last evaluation of the run that has the student among its rows, and its stage. A checkpoint has none."""
+    measured = _evaluations(chosen.run) if chosen.step is None else {}
+    with_it = [(n, each) for n, each in measured.items() if any(row.network == chosen.stage for row in each.rows)]
+    return with_it[-1] if with_it else ("", None)
+
+
+def samples(chosen: Chosen) -> bytes:
+    """The picture of its samples at the fewest steps that its evaluation drew; nothing where there is none.
+
+    InputError if results.json names anything but a picture in a folder of its stage.
+    """
+    stage, found = _measured(chosen)
+    rows = [row for row in found.usual if row.role == "student" and row.network == chosen.stage] if found else []
+    if not rows:
+        return b""
+    fewest = min(rows, key=lambda row: row.steps)
+    return results.picture(chosen.run.stage(stage).root, fewest) or b""
+
+
+def _ancestry(spec: RunSpec, stage: str) -> list[str]:
+    """The stages that a student comes from, itself the last."""
+    wanted = {stage}
+    for name in reversed(spec.stages):
+        if name in wanted:
+            each = spec.stages[name]
+            named = [each.teacher, *([each.init, *each.pair_shares] if isinstance(each, TrainStage) else [])]
+            wanted |= {other for other in named if other is not None}
+    return [name for name in spec.stages if name in wanted]
+
+
+def _cost(chosen: Chosen, spec: RunSpec, name: str, images: int, took: Time) -> Cost:
+    stage = spec.stages[name]
+    procs = spec.launch.world_size if isinstance(stage, TrainStage) else 1
+    seconds = took.total + (_time_of_parts(chosen.run, name) if isinstance(stage, PairsStage) else 0.0)
+    if isinstance(stage, TrainStage):
+        work = f"{images if name == chosen.stage else stage.images:,} images"
+    else:
+        assert isinstance(stage, PairsStage), "nothing else leads to a student"
+        work = f"{stage.count:,} pairs"
+    processes = f"{procs} process{'es' if procs > 1 else ''}"
+    return Cost(name, work, duration(seconds), f"{processes}, {took.place}" if took.place else processes)
+
+
+def _times(chosen: Chosen, stages: Sequence[str]) -> dict[str, Time]:
+    """Of these stages; of the student's own up to the checkpoint that it is exported from."""
+    times = {stage: Time() for stage in stages}
+    counted = dict(times)  # those of which more may be counted
+    for event in read_events(chosen.run):
+        kind, of = event["event"], event.get("stage", event.get("label", ""))
+        mine = counted.get(of)
+        if mine is not None and mine.began is not None:
+            mine.last = event["time"]
+        if kind in ENDS:
+            for each in counted.values():
+                each.end()
+        elif mine is not None and kind == "stage started":
+            mine.began = mine.last = event["time"]
+            mine.place = event.get("device", mine.place)
+        elif mine is not None and kind == "stage done":
+            mine.end()
+        elif mine is not None and (kind, of, event.get("step")) == ("saved", chosen.stage, chosen.step):
+            mine.end()
+            del counted[of]
+    for each in times.values():
+        each.end()
+    return times
+
+
+def _time_of_parts(run: RunPaths, stage: str) -> float:
+    """Seconds that the jobs of an array were at a pairs stage, which write no events of the run."""
+    total, began = 0.0, None
+    members = (m for job in jobs.submitted(run) if job.parts is not None and stage in job.stages for m in job.members)
+    for line in (line for member in members for line in jobs.events(run, member)):
+        if line["event"] == "began":
+            began = line["time"]
+        elif line["event"] == "ended" and began is not None:
+            total, began = total + line["time"] - began, None
+    return total

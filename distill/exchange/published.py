@@ -1,0 +1,318 @@
+"""The published students of a store: STORE/registry/NAME/VERSION/, each a student folder that never changes.
+
+The folders are the truth. `_index.json` beside them says the same where folders cannot be listed, as over plain http.
+It is written after each publication, and written again until it says what the folders say; so whoever of several
+publishers is the last to write it has seen the versions of all.
+
+A store is shared by people who do not know each other. Who may write there is a matter of its folder's permissions, or
+of whoever keeps the server; everything in it is taken to come from somebody hostile, until it is checked:
+
+- A card (distill.json) or an entry of the index, by schema: one that is broken, no plain file, or too large is skipped,
+  with a warning that names it, and all others go on. Texts are single lines without control characters, numbers finite,
+  sizes below 2^63 (card.py). File names are plain, below the folder, and of few kinds; links are not followed
+  (manifest.py, regular.py).
+  The index holds of each student what fits into 4 kB; of very many students, the newest.
+- What a student holds, when it is pulled, verified or published, before it has its name: size and sha256 of each file,
+  no file that is not listed, each of the kind that its name says, nothing that leads a loader to other files, classes,
+  weights or code (contents.py). Code must be, byte for byte, what distill has shipped, or is shown and taken on trust.
+- What the other side of a connection says: time, size and redirections are limited (transports.py, web.py, ssh.py,
+  pull.py), and it is printed as one short line.
+- What saves time beside them. An index of images (indexes/) or the costs of steps (schedules/), by schema, the
+  latter also by what was asked for: what does not fit is made again. Of what was fetched (inputs/), that it is there:
+  what is not is fetched again, under another name. All are read as plain files of bounded size.
+- Foreign text in a model card is plain text there (markdown.py), and in a terminal it is without control characters.
+
+Not promised: that a published student is good, is by whom it says, or has the licence it names; that a version stays
+(whoever may write in the folder may also remove or replace it: the sha256 that `students` shows tells one from the
+other); that its README.md is what distill would write (it is text that somebody made, and may lead anywhere); that an
+index over http is complete; that the numbers of an index of images or of costs are right; that inputs/ holds what the
+hub has (whoever makes inputs/DIGEST first decides the weights); that a store which somebody fills up stays quick, or
+has room.
+"""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationError
+
+from distill.core import records
+from distill.core.atomic import write_atomic
+from distill.core.errors import InputError, RunError
+from distill.core.field_types import NAME, Count, FrozenModel, Label, Line, Number
+from distill.core.printing import warn
+from distill.core.regular_files import read_regular
+from distill.core.text import short, suggest
+from distill.exchange import card as cards
+from distill.exchange import manifest, pull
+from distill.exchange.card import Digest, Metrics, StudentCard
+from distill.exchange.transports import Folder, Missing, Source
+from distill.spec.model import Name
+
+REGISTRY, INDEX = "registry", "_index.json"
+MAX_INDEX, MAX_ENTRIES = 64 << 20, 50_000  # bytes and entries of an index
+MAX_ENTRY, MAX_METRICS, METRIC = 4096, 16, 100  # bytes of an entry, its metrics, letters of the name of one
+MAX_OPENED, MAX_PARTS = 4 * MAX_ENTRIES, 60 * MAX_ENTRIES  # lists and objects of an index; its colons and commas
+PIECE = 1 << 18  # bytes of an index that are looked through at once
+ROUNDS = 100  # times that an index is written anew because others publish too
+
+
+def _first_metrics(given: object) -> object:
+    """So many as an index is to hold; cards may have more, and older versions put all of them there."""
+    if not isinstance(given, dict):
+        return given
+    return dict(islice(((name, value) for name, value in given.items() if len(str(name)) <= METRIC), MAX_METRICS))
+
+
+class Entry(FrozenModel):
+    """One version of a student. What later versions of distill may add is ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    name: Name
+    version: Name
+    digest: Digest
+    """sha256 of its distill.json, which has those of all files"""
+    size: Count
+    """bytes of all files"""
+    published: Annotated[Number, Field(ge=-1e11, le=1e11)]
+    """unix seconds"""
+    recipe: Line
+    kind: Label
+    license: Line
+    metrics: Annotated[Metrics, BeforeValidator(_first_metrics)]
+    """the first of its card's"""
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}:{self.version}"
+
+    @property
+    def order(self) -> tuple[float, list[tuple[int, str]]]:
+        """By time; then v10 after v9."""
+        parts = re.findall(r"\d+|\D+", self.version)
+        return self.published, [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
+
+
+class Index(FrozenModel):
+    """The content of _index.json. Its entries are looked at one by one: one that is broken harms no other."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    format: Literal[1] = 1
+    students: Annotated[list[Any], Field(max_length=MAX_ENTRIES)]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What a store has published."""
+
+    students: list[Entry]
+    """by name, the oldest version first"""
+    skipped: list[str] = field(default_factory=list)
+    """what cannot be used, each with the reason"""
+
+
+def listed(source: Source, only: str = "*") -> Listed:
+    """All that a store has published, by its folders, or by its index where it is no folder.
+
+    only: a name; of a folder's students, those of other names are not looked at.
+    """
+    if isinstance(source, Folder):
+        return scan(source.path, only)
+    where = f"{source.where}/{REGISTRY}/{INDEX}"
+    try:
+        content = pull.read(source.below(REGISTRY), INDEX, MAX_INDEX)
+        if _fills_memory(content):
+            raise InputError(f"{where} holds more than an index of {MAX_ENTRIES:,} entries would; it is refused")
+        given = Index.model_validate_json(content).students
+    except Missing as missing:
+        raise InputError(f"{missing}; nothing has been published here, or this is not a store") from missing
+    except ValidationError as error:
+        raise InputError(f"{where} is no index of students: {records.mistake(error)}") from error
+    found = Listed([])
+    for number, each in enumerate(given):
+        try:
+            found.students.append(Entry.model_validate(each))
+        except ValidationError as error:
+            found.skipped.append(f"entry {number + 1} of {where} is skipped: {records.mistake(error)}")
+    return found
+
+
+def _fills_memory(content: bytes) -> bool:
+    """Whether JSON has so many values outside its strings that it must not be parsed."""
+    plain = content.replace(rb"\\", b"").replace(rb"\"", b"")
+    opened, parts, within = 0, 0, 0  # within: 1 in a string
+    for begin in range(0, len(plain), PIECE):
+        pieces = plain[begin : begin + PIECE].split(b'"')
+        outside = b" ".join(pieces[within::2])
+        opened += outside.count(b"{") + outside.count(b"[")
+        parts += outside.count(b":") + outside.count(b",")
+        if opened > MAX_OPENED or parts > MAX_PARTS:
+            return True
+        within = (within + len(pieces) - 1) % 2
+    return False
+
+
+def scan(store: Path, only: str = "*") -> Listed:
+    """The versions that lie in a store's folder, of one name or of all."""
+    found, registry = Listed([]), store / REGISTRY
+    try:
+        names = _folders(registry, found, only)
+    except OSError as error:
+        raise InputError(f"{registry} cannot be read: {error.strerror}") from error
+    for name in names:
+        try:
+            versions = _folders(registry / name, found)
+        except OSError as error:
+            found.skipped.append(f"{registry / name} is skipped: {error.strerror}")
+            continue
+        for version in versions:
+            try:
+                entry = _entry(registry, name, version)
+            except OSError as error:
+                found.skipped.append(f"{registry / name / version} is skipped: {cards.FILE_NAME}: {error.strerror}")
+            except InputError as error:
+                found.skipped.append(f"{registry / name / version} is skipped: {error}")
+            else:
+                found.students.extend([entry] if entry is not None else [])
+    found.students.sort(key=lambda entry: (entry.name, entry.order))
+    return found
+
+
+def _folders(path: Path, found: Listed, only: str = "*") -> list[str]:
+    """The folders in a folder that may be names or versions, all or one; none where it does not exist."""
+    folders = []
+    try:
+        with os.scandir(path) as inside:
+            for each in inside:
+                if only not in ("*", each.name) or not NAME.fullmatch(each.name):
+                    continue
+                if each.is_symlink():
+                    found.skipped.append(f"{path / each.name} is skipped: it is a link; links are not followed")
+                elif each.is_dir(follow_symlinks=False):
+                    folders.append(each.name)
+    except FileNotFoundError:
+        return []
+    return sorted(folders)
+
+
+def _entry(registry: Path, name: str, version: str) -> Entry | None:
+    """None: there is no card, or no longer."""
+    path = registry / name / version / cards.FILE_NAME
+    try:
+        content, published = read_regular(path, cards.MAX_CARD), path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    return entry_of(name, version, manifest.parse(content, cards.FILE_NAME), content, published)
+
+
+def entry_of(name: str, version: str, card: StudentCard, content: bytes, published: float) -> Entry:
+    """What the index says of a student; InputError if that is too much. content: of its distill.json."""
+    try:
+        entry = Entry(
+            name=name,
+            version=version,
+            digest=manifest.digest(content),
+            size=sum(record.size for record in card.files.values()) + len(content),
+            published=round(published, 3),
+            recipe=card.recipe,
+            kind=card.kind,
+            license=card.license,
+            metrics=card.metrics,
+        )
+    except ValidationError as error:
+        raise InputError(records.mistake(error)) from error
+    if (size := len(_line(entry))) > MAX_ENTRY:
+        raise InputError(
+            f"its entry in the index would take {size:,} bytes; valid: at most {MAX_ENTRY:,}. Shorten what "
+            f"{cards.FILE_NAME} says of recipe and license, or the names of its metrics"
+        )
+    return entry
+
+
+def write_index(store: Path) -> Listed:
+    """Let `_index.json` say what the folders say, which is returned; of too many students the newest."""
+    found = scan(store)
+    for _ in range(ROUNDS):
+        content = _bytes(found.students)
+        try:
+            write_atomic(store / REGISTRY / INDEX, content)
+        except RunError as error:
+            raise RunError(
+                f"the student is published, but whoever reads this store over http does not see it: {error}. Once "
+                "that file can be written, publish the student again"
+            ) from error
+        found = scan(store)
+        if _bytes(found.students) == content:
+            break
+    if left_out := len(found.students) - content.count(b"\n{"):
+        warn(
+            f"{store / REGISTRY / INDEX} is full: it leaves out the oldest {left_out:,} of {len(found.students):,} "
+            "students, which whoever reads this store over http can pull only by NAME:VERSION"
+        )
+    return found
+
+
+def _bytes(students: Sequence[Entry]) -> bytes:
+    """The content of the index, a line for each student; of too many the newest."""
+    head, end = b'{"format": 1, "students": [', b"\n]}\n"
+    lines, size = dict[int, bytes](), len(head) + len(end)
+    newest = sorted(range(len(students)), key=lambda place: students[place].published, reverse=True)
+    for place in newest[:MAX_ENTRIES]:
+        lines[place] = b"\n" + _line(students[place])
+        size += len(lines[place]) + 1
+        if size > MAX_INDEX:
+            del lines[place]
+            break
+    return head + b",".join(lines[place] for place in sorted(lines)) + end
+
+
+def _line(entry: Entry) -> bytes:
+    return json.dumps(entry.model_dump(mode="json"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def split(given: str) -> tuple[str, str | None]:
+    """NAME[:VERSION]; InputError if it cannot be one."""
+    name, colon, version = given.partition(":")
+    plain = short(re.sub(".*:.*@", "...@", given, flags=re.DOTALL))  # it may be an address with a password
+    for word, text in (("name", name), ("version", version)):
+        if (word == "name" or colon) and not NAME.fullmatch(text):
+            raise InputError(
+                f"'{plain}': NAME or NAME:VERSION is expected; a {word} is letters, digits, '.', '_' and '-', begins "
+                "with a letter or digit, and has at most 64"
+            )
+    return name, version if colon else None
+
+
+def locate(source: Source, listed: Listed, name: str, version: str | None) -> tuple[Source, str | None]:
+    """The folder of a version of a name, or of its newest, and its digest.
+
+    A version that the index does not have is looked for in its place: who published it may not have come to that.
+    """
+    found = [entry for entry in listed.students if entry.name == name]
+    if version is None and found:
+        version = max(found, key=lambda entry: entry.order).version
+    digest = next((entry.digest for entry in found if entry.version == version), None)
+    if version is None or (digest is None and isinstance(source, Folder)):
+        raise InputError(_absent(source, listed, name, version, found))
+    return source.below(REGISTRY).below(name).below(version), digest
+
+
+def _absent(source: Source, listed: Listed, name: str, version: str | None, versions: list[Entry]) -> str:
+    for place, _, why in (each.partition(" is skipped: ") for each in listed.skipped):
+        if isinstance(source, Folder) and (version is None or place.endswith((f"/{name}", f"/{name}/{version}"))):
+            return f"{place} cannot be used: {why}"
+    if versions and version is not None:
+        return f"'{name}' has no version '{version}'; {suggest(version, [entry.version for entry in versions])}"
+    if isinstance(source, Folder):
+        names = set(_folders(source.path / REGISTRY, Listed([])))
+    else:
+        names = {entry.name for entry in listed.students}
+    hint = suggest(name, names) if names else "nothing was published there yet: distill publish RUN NAME"
+    return f"{source.where} has no published student '{name}'; {hint}"

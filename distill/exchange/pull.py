@@ -1,0 +1,222 @@
+"""A student from anywhere to a folder: judged by its distill.json, fetched beside the folder, checked, then renamed."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from stat import S_ISDIR
+
+from distill.core import space
+from distill.core.atomic import is_abandoned, sync, sync_tree, write_atomic
+from distill.core.errors import InputError, RunError
+from distill.core.owners import Owner
+from distill.core.regular_files import read_regular
+from distill.exchange import card as cards
+from distill.exchange import contents, manifest
+from distill.exchange.card import StudentCard
+from distill.exchange.transfer import PAUSES, Tally, fetch
+from distill.exchange.transports import Broken, Folder, Missing, Refused, Source
+from distill.runs.progress import Progress
+
+SMALL, RATE = 60.0, 64 << 10  # what a small file may take: seconds, and bytes a second beyond them
+
+Show = Callable[[str, str], None]  # file name and text of code that is unknown
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """What a pull has come to."""
+
+    card: StudentCard
+    digest: str
+    fetched: int
+    """bytes; 0: it was here already"""
+
+
+def read(source: Source, name: str, limit: int) -> bytes:
+    """A small file, whole. Missing where there is none.
+
+    It may take a minute, and a second more for each RATE bytes that came, however often the other side fails.
+    """
+    failures, begin = 0, time.monotonic()
+    while True:
+        content = bytearray()
+        try:
+            with source.open(name, 0) as stream:
+                while block := stream.read(limit + 1 - len(content)):
+                    content += block
+                    if len(content) > limit:
+                        raise InputError(f"{source.where}: {name} has more than {limit:,} bytes; it is refused")
+                    if _is_late(begin, len(content)):
+                        raise RunError(
+                            f"{source.where} is too slow: {len(content):,} bytes of {name} in {SMALL:.0f} s and more; "
+                            "try again later"
+                        )
+            return bytes(content)
+        except Broken as broken:
+            failures += 1
+            if failures > source.retries or _is_late(begin, len(content)):
+                raise RunError(f"{source.where} cannot be read: {broken}; try again later") from broken
+            Tally().stop.wait(PAUSES[min(failures, len(PAUSES)) - 1])
+        except Missing:
+            raise
+        except Refused as refused:
+            raise InputError(str(refused)) from refused
+
+
+def _is_late(begin: float, size: int) -> bool:
+    return time.monotonic() - begin > SMALL + size / RATE
+
+
+def describe(source: Source) -> tuple[StudentCard, bytes]:
+    """The card of the student at a source, and its bytes; refused unless a student folder may look so."""
+    try:
+        content = read(source, cards.FILE_NAME, cards.MAX_CARD)
+    except Missing as missing:
+        raise InputError(f"{source.where} is no student folder: it has no {cards.FILE_NAME} ({missing})") from missing
+    card = manifest.parse(content, f"{source.where}/{cards.FILE_NAME}")
+    found = source.listing()
+    if found is not None:
+        cards.refuse_strange(found, card, source.where)
+    return card, content
+
+
+def verify(folder: Path, show: Show | None = None) -> StudentCard:
+    """The card of a folder that is a whole student and nothing else. show: takes code that is unknown."""
+    card, _ = describe(Folder(folder))
+    if show is None:
+        manifest.refuse_unknown_code(card, str(folder))
+    cards.verify(folder)
+    contents.refuse(folder, card)
+    _show(folder, card, show)
+    return card
+
+
+def pull(source: Source, dest: Path, *, digest: str | None = None, show: Show | None = None) -> Pulled:
+    """Fetch the student at `source` to `dest`, which is not there before all of it is, and right.
+
+    digest: what it must have, if that is known; show: is given code that is unknown, which is refused otherwise.
+    """
+    dest = dest.absolute()
+    card, content = describe(source)
+    found = manifest.digest(content)
+    if digest is not None and digest != found:
+        raise InputError(
+            f"{source.where} is another student (sha256 {found[:12]}) than the store's index says ({digest[:12]}); "
+            "published versions never change, so ask whoever keeps the store"
+        )
+    if show is None:
+        manifest.refuse_unknown_code(card, source.where)
+    if _is_here(dest, content, show):
+        return Pulled(card, found, 0)
+    size = sum(record.size for record in card.files.values())
+    try:
+        with workplace(dest, found) as here:
+            held = sum(path.stat().st_size for path in here.rglob("*") if path.is_file())
+            space.require(dest.parent, size - held, f"the files of {source.where}")
+            fetch_all(source, card, here)
+            try:
+                contents.refuse(here, card)
+            except InputError:
+                shutil.rmtree(here)  # nothing that was refused is kept
+                raise
+            _show(here, card, show)
+            _settle(here, dest, card, content)
+    except OSError as error:
+        raise RunError(f"cannot write {dest}: {error.strerror}; nothing was changed there") from error
+    return Pulled(card, found, size)
+
+
+def _is_here(dest: Path, content: bytes, show: Show | None) -> bool:
+    """Whether `dest` is this very student, whole. InputError if it is anything else."""
+    if not dest.exists() and not dest.is_symlink():
+        return False
+    try:
+        here = read_regular(dest / cards.FILE_NAME, cards.MAX_CARD)
+    except OSError as error:
+        raise InputError(f"{dest} exists and is no student; name another folder") from error
+    if here != content:
+        raise InputError(f"{dest} holds another student; name another folder, or remove it")
+    verify(dest, show)
+    return True
+
+
+def fetch_all(source: Source, card: StudentCard, here: Path, label: str = "pull") -> None:
+    """Every listed file, the largest first."""
+    files = sorted(card.files.items(), key=lambda item: -item[1].size)
+    total, tally = sum(record.size for _, record in files), Tally()
+    with Progress(label, total // 1000, "kB", None) as progress, ThreadPoolExecutor(source.parallel) as pool:
+        waiting = {pool.submit(fetch, source, name, record, here / name, tally) for name, record in files}
+        try:
+            while waiting:
+                done, waiting = wait(waiting, timeout=0.2, return_when=FIRST_EXCEPTION)
+                for each in done:
+                    each.result()
+                progress.update(tally.bytes // 1000, {})
+        finally:
+            tally.stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def _show(folder: Path, card: StudentCard, show: Show | None) -> None:
+    if show is not None:
+        for name in manifest.unknown_code(card):
+            show(name, (folder / name).read_text())
+
+
+@contextmanager
+def workplace(dest: Path, digest: str) -> Iterator[Path]:
+    """A hidden folder beside `dest` for this process alone, with what an earlier pull of the same student left there.
+
+    It bears its process's name. One whose process is gone is taken over by a rename, which succeeds once. Not a
+    `new_folder`, which starts empty: what has been downloaded is resumed.
+    """
+    free = dest.with_name(f".{dest.name}.part-{digest[:16]}")
+    mine = free.with_name(f"{free.name}.{Owner.this().label}")
+    dest.parent.mkdir(parents=True, exist_ok=True)
+    for left in sorted(dest.parent.iterdir()):
+        with suppress(OSError):  # another process was faster
+            if left.name.startswith(free.name) and _is_left(left, free):
+                left.rename(mine)
+                break
+    mine.mkdir(exist_ok=True)
+    if not _is_own(mine):
+        raise RunError(f"{mine} was made by somebody else; remove it, or name another folder")
+    try:
+        yield mine
+    finally:
+        if mine.exists():
+            with suppress(OSError):  # another pull has left one too
+                mine.rename(free)
+
+
+def _is_left(path: Path, free: Path) -> bool:
+    """Whether this user made the folder, in a process that is gone, or on another host and long ago."""
+    label = path.name.removeprefix(f"{free.name}.")
+    return (path == free or (Owner.of_label(label) is not None and is_abandoned(path, label))) and _is_own(path)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether it is a folder of this user's, and no link."""
+    state = path.lstat()
+    return S_ISDIR(state.st_mode) and state.st_uid == os.geteuid()
+
+
+def _settle(here: Path, dest: Path, card: StudentCard, content: bytes) -> None:
+    """Give a complete student its name; one that another pull has put there meanwhile is as good."""
+    for name in Folder(here).listing() or []:
+        if name not in card.files:  # of a process that was killed
+            (here / name).unlink()
+    write_atomic(here / cards.FILE_NAME, content)
+    sync_tree(here)
+    try:
+        here.rename(dest)
+    except OSError:
+        if not _is_here(dest, content, lambda name, text: None):
+            raise
+        shutil.rmtree(here)
+    sync(dest.parent)

@@ -1,0 +1,149 @@
+"""One file from a source to the disk: hashed as it comes, resumed where it broke, complete or not there at all."""
+
+import hashlib
+import os
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from distill.core.errors import InputError, RunError
+from distill.exchange.card import FileRecord
+from distill.exchange.transports import Broken, Missing, Refused, Source, Stream
+
+BLOCK = 4 << 20  # bytes in memory at once, twice for each file on its way
+PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)  # seconds before asking again, by the failures in a row that brought nothing
+LEAST = 64 << 10  # bytes that make a broken transfer one that went on
+WINDOW = 60.0  # seconds in which so many must come
+CORRUPT = 2  # times that a file is fetched anew because it arrived damaged
+
+
+@dataclass
+class Tally:
+    """Bytes that have come, of all files, and whether to stop."""
+
+    bytes: int = 0
+    stop: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, count: int) -> None:
+        with self.lock:
+            self.bytes += count
+
+
+class Part:
+    """A file that is not complete: what has come is on the disk, and in the digest. The digest takes a block while the
+    disk takes it too.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.size = 0
+        self._digest, self._hashing = hashlib.sha256(), Future[None]()
+        self._hashing.set_result(None)
+        self._hasher = ThreadPoolExecutor(1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab+", buffering=0)
+        if self._file.tell() > size:
+            self.restart()
+        self._file.seek(0)
+        while block := self._file.read(BLOCK):  # of an earlier process
+            self._digest.update(block)
+            self.size += len(block)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._hasher.shutdown()
+        self._file.close()
+
+    def add(self, block: bytes) -> None:
+        self._hashing.result()
+        self._hashing = self._hasher.submit(self._digest.update, block)
+        view = memoryview(block)
+        while view:
+            view = view[self._file.write(view) :]
+        self.size += len(block)
+
+    def restart(self) -> None:
+        self._hashing.result()
+        self._file.truncate(0)
+        self._digest, self.size = hashlib.sha256(), 0
+
+    def finish(self) -> str:
+        """Its sha256, once it is durable."""
+        os.fsync(self._file.fileno())
+        self._hashing.result()
+        return self._digest.hexdigest()
+
+
+def fetch(source: Source, name: str, record: FileRecord, path: Path, tally: Tally) -> None:
+    """The file `name` at `path`, its bytes as recorded; what an earlier process left of it is resumed."""
+    part_path = path.with_name(f"{path.name}.part")
+    try:
+        if path.exists():  # complete, unless the machine went down before it was on the disk
+            path.replace(part_path)
+        with Part(part_path, record.size) as part:
+            tally.add(part.size)
+            _complete(source, name, record, part, tally)
+        if not tally.stop.is_set():
+            part_path.rename(path)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}; the received part is kept there") from error
+
+
+def _complete(source: Source, name: str, record: FileRecord, part: Part, tally: Tally) -> None:
+    failures = damaged = 0
+    while not tally.stop.is_set():
+        before, why = part.size, ""
+        try:
+            if part.size < record.size or not record.size:
+                with source.open(name, part.size) as stream:
+                    why = _receive(stream, part, record.size, tally)
+        except Broken as broken:
+            why = "" if part.size == record.size else str(broken)
+        except Missing as missing:
+            raise InputError(f"{missing}, but distill.json lists it; the student there is not whole") from missing
+        except Refused as refused:
+            raise InputError(str(refused)) from refused
+        if part.size == record.size:
+            if not why:
+                found = part.finish()
+                if found == record.sha256:
+                    return
+                why = f"it arrives damaged: sha256 {found[:12]} instead of {record.sha256[:12]}"
+            tally.add(-part.size)
+            part.restart()
+            damaged += 1
+            if damaged > min(CORRUPT, source.retries):
+                raise RunError(f"{source.where}: {name}: {why}; nothing was kept of it")
+        failures = 0 if part.size - before >= LEAST else failures + 1
+        if failures > source.retries:
+            hint = (
+                "the received part is kept; repeat the command to continue"
+                if source.retries
+                else "the copy there is incomplete"
+            )
+            raise RunError(f"{source.where}: {name}: {why}; {hint}")
+        tally.stop.wait(PAUSES[min(failures, len(PAUSES)) - 1] if failures else 0)
+
+
+def _receive(stream: Stream, part: Part, size: int, tally: Tally) -> str:
+    """All that comes; why it is not the whole file, or nothing."""
+    begin, before = time.monotonic(), part.size
+    while block := stream.read(min(BLOCK, size - part.size + 1)):  # one more than is missing, to notice what is longer
+        if time.monotonic() - begin > WINDOW:
+            if (came := part.size + len(block) - before) < LEAST and part.size + len(block) < size:
+                return f"it is too slow: {came:,} bytes in {WINDOW:.0f} s"
+            begin, before = time.monotonic(), part.size
+        own = block[: size - part.size]
+        part.add(own)
+        tally.add(len(own))
+        if len(own) < len(block):
+            return f"it sends more than the {size:,} bytes that distill.json lists"
+        if tally.stop.is_set():
+            break
+    return "" if part.size == size else f"it ended after {part.size:,} of {size:,} bytes"

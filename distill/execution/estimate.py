@@ -1,0 +1,24 @@
+"""What training will hold in memory, stage by stage, before anything runs."""
+
+from distill.execution.preflight import Ready
+from distill.spec.model import TrainStage
+from distill.training import memory
+from distill.training.sharding import Zero
+
+
+def estimate(ready: Ready) -> dict[str, dict[str, int]]:
+    """Bytes of a process by stage and kind: those of `memory.predict`, and "teacher". Activations come on top.
+
+    A stage whose networks are not known yet is left out.
+    """
+    launch, found = ready.resolved.spec.launch, {}
+    zero = Zero.of(launch)
+    for name, built in ready.built.items():
+        stage = ready.resolved.spec.stages[name]
+        assert isinstance(stage, TrainStage)
+        averages = len(stage.ema_half_lives)
+        found[name] = memory.predict(built.sizes, built.copies, averages, launch.world_size, zero)
+        if built.teacher is not None and built.teacher.network is not None:
+            whole = memory.FLOAT * sum(p.numel() for p in built.teacher.network.parameters())
+            found[name]["teacher"] = whole // launch.world_size if launch.divide_teacher else whole
+    return found

@@ -1,0 +1,259 @@
+"""What a run reads from the hub, fetched before its job is queued: jobs run without a network.
+
+STORE/inputs/DIGEST holds one input, of any number of runs: `content` (the files of a commit, or the rows of a data
+set's split) and `input.json`. It appears complete or not at all, and never changes. A run keeps a list of its inputs,
+and links to them where the libraries look: its jobs are given `hub` and `datasets` in place of the user's caches. The
+links are relative, so that a store may be moved, or lie elsewhere in a container.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, ValidationError
+
+from distill.core.atomic import hidden, new_folder, write_atomic, write_json
+from distill.core.errors import InputError, RunError
+from distill.core.hub_repository import Repository
+from distill.core.printing import say_error, warn
+from distill.core.records import SMALL, Schema, mistake
+from distill.core.regular_files import read_regular
+from distill.core.space import human
+from distill.core.text import is_text
+from distill.runs.store import RunPaths, runs
+from distill.spec.model import CheckpointTeacher, HfData, RunSpec
+
+RECORD = "inputs/inputs.json"  # of a run
+UNUSED_SECONDS = 86400.0  # what was asked for within the last day may be of a run that is being made
+
+
+def _below(text: str) -> str:
+    """A relative path that leads nowhere else."""
+    if not is_text(text) or any(part in ("", ".", "..") for part in text.split("/")):
+        raise ValueError("must be a relative path without . and ..")
+    return text
+
+
+Below = Annotated[str, AfterValidator(_below)]
+Bytes = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class Input:
+    """A commit of a repository of the hub, or a part of it, that lies in the store."""
+
+    what: Literal["teacher", "data"]
+    id: Below
+    revision: Below | None  # as the spec says
+    commit: Annotated[str, Field(pattern=r"\A[0-9a-f]{40}\z")]  # what the revision was when it was fetched
+    digest: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]  # of what, id, commit and which part
+    link: Annotated[Below, Field(pattern=r"\A(hub/models--[^/]+/snapshots/[0-9a-f]{40}|datasets/fetched(/[^/]+){3})\z")]
+    """where the run has it, below its `inputs`"""
+    bytes: Bytes = 0
+
+    def folder(self, store: Path) -> Path:
+        return store / "inputs" / self.digest
+
+    def content(self, store: Path) -> Path:
+        return self.folder(store) / "content"
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.id}@{self.commit[:12]}"
+
+
+INPUTS = Schema[list[Input]](list[Input])
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """What is read of input.json: the rest is for people."""
+
+    bytes: Bytes
+
+
+FETCHED = Schema[_Fetched](_Fetched)
+
+
+# --- before a run is made ---
+
+
+def resolve(spec: RunSpec, store: Path, before: Sequence[Input] = ()) -> list[Input]:
+    """Everything that the spec names by hub id, in the store, each told on stderr: InputError if it cannot be had.
+
+    A revision is what it stands for now; `before` are the inputs of a run that is resumed, which keeps its commits.
+    """
+    found = []
+    for each in _repositories(spec, {(input.what, input.id, input.revision): input.commit for input in before}):
+        digest = _digest(each.what, each.id, each.commit, *each.part)
+        wanted = Input(each.what, each.id, each.revision, each.commit, digest, each.link)
+        found.append(_in_store(wanted, store, each))
+        say_error(f"{wanted}: {human(found[-1].bytes)} in {found[-1].folder(store)}")
+    return found
+
+
+def _repositories(spec: RunSpec, commits: Mapping[tuple[str, str, str | None], str]) -> Iterator[Repository]:
+    """What the spec names by hub id. commits: of those that are known."""
+    teacher, data = spec.teacher, spec.data
+    if isinstance(teacher, CheckpointTeacher) and teacher.is_of_hub:
+        from distill.teachers import by_id
+
+        yield by_id.repository(teacher, commits.get(("teacher", teacher.path, teacher.revision)))
+    if isinstance(data, HfData) and data.is_of_hub:
+        from distill.data import tables
+
+        yield tables.repository(data, commits.get(("data", data.path, data.revision)))
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _refuse_without_room(what: str, needs: Sequence[tuple[Path, int]]) -> None:
+    """InputError where less is free than will be written; places on one file system share what is free."""
+    shared: dict[int, list[tuple[Path, int]]] = {}
+    for place, count in needs:
+        existing = next(path for path in [place.absolute(), *place.absolute().parents] if path.exists())
+        shared.setdefault(existing.stat().st_dev, []).append((existing, count))
+    for places in shared.values():
+        count, free = sum(count for _, count in places), shutil.disk_usage(places[0][0]).free
+        if count > free:
+            raise InputError(
+                f"{what} needs {human(count)} in {' and '.join(str(path) for path, _ in places)}, "
+                f"and {human(free)} are free; make room, or give other places by --store and HF_HOME"
+            )
+
+
+def _in_store(wanted: Input, store: Path, repository: Repository) -> Input:
+    """The input, fetched unless it is there; under a name of its own until it is whole, so that others never see it.
+
+    What is there under its name and is not whole stays, as runs may use it: then the input has another name.
+    """
+    for number in itertools.count(1):
+        folder = wanted.folder(store)
+        if not folder.is_symlink() and not folder.exists():
+            break
+        try:
+            found = _with_size(wanted, folder)
+        except (OSError, ValidationError) as error:
+            reason = mistake(error) if isinstance(error, ValidationError) else error.strerror
+            warn(f"{folder} is not whole (input.json: {reason}); the {wanted} is fetched under another name")
+            wanted = replace(wanted, digest=_digest(wanted.digest, f"{number}"))
+            continue
+        with suppress(OSError):  # it is another user's
+            os.utime(folder)
+        return found
+    try:
+        with new_folder(folder) as new:
+            _refuse_without_room(f"{wanted.what}.path={wanted.id}", repository.needs(store))
+            repository.copy(new / "content")
+            size = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
+            write_json(new / "input.json", asdict(replace(wanted, bytes=size)))
+    except OSError as error:
+        if not folder.is_dir():  # else another process was first: its folder is as good
+            raise RunError(f"cannot write {folder}: {error.strerror or error}; nothing of it was kept") from error
+    return _with_size(wanted, folder)
+
+
+def _with_size(wanted: Input, folder: Path) -> Input:
+    """OSError or pydantic's ValidationError where the folder is not whole."""
+    os.listdir(folder / "content")  # noqa: PTH208  (Path's own would wait until it is asked for a name)
+    return replace(wanted, bytes=FETCHED.parse(read_regular(folder / "input.json", SMALL)).bytes)
+
+
+# --- of a run ---
+
+
+def record(inputs: Sequence[Input]) -> dict[str, str]:
+    """What `create_run` is given, so that the run knows its inputs from the first."""
+    return {RECORD: json.dumps([asdict(each) for each in inputs], indent=2) + "\n"}
+
+
+def keep(run: RunPaths, inputs: Sequence[Input]) -> None:
+    """The same for a run that is there already, made before there was talk of a cluster, perhaps."""
+    for name, text in record(inputs).items():
+        (run.root / name).parent.mkdir(exist_ok=True)
+        write_atomic(run.root / name, text)
+    link(run)
+
+
+def read(run: RunPaths) -> list[Input]:
+    """The inputs of a run; none where they were not fetched beforehand."""
+    path = run.root / RECORD
+    try:
+        return INPUTS.parse(read_regular(path, SMALL))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, ValidationError) as error:
+        reason = mistake(error) if isinstance(error, ValidationError) else error.strerror
+        raise RunError(f"{path} cannot be read ({reason}); start the run again under another name") from error
+
+
+def link(run: RunPaths) -> None:
+    """Put the run's inputs where its jobs look for them; what is there already stays."""
+    store = run.root.parent
+    for each in read(run):
+        content, place = each.content(store), run.root / "inputs" / each.link
+        if not content.is_dir():
+            raise RunError(f"the {each} is not in {each.folder(store)} any more; submit the run again with --resume")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        target = os.path.relpath(content, place.parent)
+        if not (place.is_symlink() and str(place.readlink()) == target):
+            temporary = hidden(place)
+            temporary.symlink_to(target)
+            temporary.replace(place)
+        if each.what == "teacher":  # the cache of a hub keeps what a name stands for in a file
+            name = place.parent.parent / "refs" / (each.revision or "main")
+            if not name.is_file():
+                name.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(name, each.commit)
+
+
+def environment(kinds: Collection[str], root: Path) -> dict[str, str]:
+    """What a job of the run sets before it starts python; root: the run's folder, as the job sees it."""
+    caches = {"teacher": ("HF_HUB_CACHE", "hub"), "data": ("HF_DATASETS_CACHE", "datasets")}
+    places = {variable: str(root / "inputs" / name) for variable, name in (caches[kind] for kind in sorted(kinds))}
+    return {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", **places}
+
+
+def unused(store: Path) -> list[Path]:
+    """Folders of inputs that no run names, and what was left of killed downloads; nothing that was asked for lately.
+
+    A run whose list cannot be read is warned of. It may need what was asked for within a day before it was made, or
+    since then, and what its list seems to name.
+    """
+    used, before = set(), time.time() - UNUSED_SECONDS
+    for run in runs(store):
+        try:
+            used |= {each.digest for each in read(run)}
+        except RunError as error:
+            warn(f"{error}; until then, inputs that it may need are kept")
+            used |= _named(run)
+            before = min(before, _made(run) - UNUSED_SECONDS)
+    found = sorted((store / "inputs").glob("*")) if (store / "inputs").is_dir() else []
+    folders = [path for path in found if path.is_dir() and not path.is_symlink()]
+    return [path for path in folders if path.name not in used and path.stat().st_mtime < before]
+
+
+def _named(run: RunPaths) -> set[str]:
+    """What looks like the name of an input in the run's list."""
+    try:
+        return {name.decode() for name in re.findall(rb"[0-9a-f]{64}", read_regular(run.root / RECORD, SMALL))}
+    except OSError:
+        return set()
+
+
+def _made(run: RunPaths) -> float:
+    """When the run was made, at the latest; 0 if that cannot be seen."""
+    try:
+        return min(path.lstat().st_mtime for path in run.root.iterdir())
+    except (OSError, ValueError):
+        return 0.0

@@ -1,0 +1,169 @@
+"""What is checked before anything is written: that teacher, data and recipes fit, by loading and building them.
+
+Whoever goes on from there (the estimate of memory, the forecast of time) is given what was loaded and built for it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from distill import data as datasets
+from distill import teachers
+from distill.core.errors import InputError
+from distill.data import DataSet
+from distill.execution import sources
+from distill.flow.interpolants import linear
+from distill.networks.velocity import TIME_SCALE, VelocityStudent
+from distill.protocols import Copy, Recipe, Trained
+from distill.spec import pairspec
+from distill.spec.kinds import STUDENTS
+from distill.spec.model import EvaluateStage, PairsStage, RunSpec, TrainStage
+from distill.spec.resolved import Resolved, ResolvedRecipe
+from distill.students import sampling
+from distill.students.init import StudentInit, teacher_on_linear_path
+from distill.students.loaded import KINDS, LoadedStudent
+from distill.teachers import LoadedTeacher
+from distill.teachers.network_field import NetworkField
+
+CPU = torch.device("cpu")
+Student = LoadedTeacher | LoadedStudent  # one that another stage may start from
+
+
+@dataclass(frozen=True)
+class Built:
+    """The networks of a train stage, untrained."""
+
+    student: Student
+    """as the stages that follow would load it"""
+    sizes: dict[str, list[int]]
+    """elements of the parameters of each network that is trained"""
+    copies: list[str]
+    """networks that have a target copy"""
+    teacher: LoadedTeacher | None
+    """the teacher that the recipe calls"""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A spec that has passed every check, and what they have loaded. Its networks are large: do not keep it."""
+
+    resolved: Resolved
+    teacher: LoadedTeacher | None
+    """the spec's own"""
+    built: Mapping[str, Built]
+    """by train stage; without those whose networks are not known before earlier stages have run"""
+
+    def student(self, stage: str) -> Student:
+        """The untrained student of a stage. InputError if its networks are not known yet."""
+        if stage not in self.built:
+            raise InputError(f"the networks of stage '{stage}' are not known")
+        return self.built[stage].student
+
+
+def check(resolved: Resolved, store: Path | None = None) -> Ready:
+    """Load the teacher and the data of a spec, and refuse what does not fit.
+
+    Builds the networks of every train stage; it refuses those of a stage that begins with the spec's own teacher or
+    with a fresh network. Others depend on students that are not trained yet. store: where the images may be indexed.
+    """
+    spec = resolved.spec
+    data = datasets.load(spec.data, spec.seed, store, keep=False)  # the images themselves are not needed while waiting
+    teacher = None if spec.teacher is None else teachers.load(spec.teacher, CPU)
+    for stage in spec.stages.values():
+        if isinstance(stage, PairsStage | EvaluateStage) and stage.teacher is None and teacher is not None:
+            teacher.guided(stage.guidance_scale)  # refused where there is no unconditional call
+        if isinstance(stage, EvaluateStage) and data is not None:
+            from distill.evaluation import evaluate
+
+            evaluate.refuse_few(data)
+    if teacher is not None and data is not None:
+        sources.check_shapes(teacher, data)
+        sources.check_labels(spec, teacher, data)
+    built: dict[str, Built] = {}
+    for name, recipe in resolved.recipes.items():
+        stage = spec.stages[name]
+        assert isinstance(stage, TrainStage)
+        known = stage.teacher is None and stage.init is None
+        try:
+            if stage.teacher is None and teacher is not None:
+                teacher.guided(recipe.guidance_scale)
+        except InputError as error:
+            raise InputError(f"stages.{name}: {error}") from error
+        try:
+            made, built[name] = _build(stage, recipe, teacher, data, built)
+            if known:
+                t_grids(spec, name, made, pairspec.times_of(spec, stage))
+        except InputError as error:
+            if known:
+                raise InputError(f"stages.{name}: {error}") from error
+    return Ready(resolved, teacher, built)
+
+
+def t_grids(spec: RunSpec, name: str, recipe: Recipe, times: list[float] | None) -> dict[int, list[float]]:
+    """The times of its student's own; refuses, before hours are spent, evaluations that it will not be made for.
+
+    times: of the states of its pairs, if all have the same.
+    """
+    found = sampling.own_grids(recipe, times)
+    for where, each in ((f"stages.{n}", s) for n, s in spec.stages.items() if isinstance(s, EvaluateStage)):
+        sampling.refuse_steps(found, each.students.get(name, []), f"{where}.students.{name}")
+        if name in each.times:
+            sampling.refuse_times(found, f"{where}.times.{name}")
+    return found
+
+
+def start(
+    stage: TrainStage,
+    recipe: ResolvedRecipe,
+    teacher: LoadedTeacher | None,
+    origin: Student | None,
+    data: DataSet | None,
+    seed: int,
+) -> StudentInit:
+    """Where the networks of a train stage come from. teacher: on the linear path; origin: its weights are copied."""
+    samples = teacher if "pairs" in recipe.needs or data is None else data
+    assert samples is not None, "checks.check lets no such stage through"
+    return StudentInit(origin, stage.network, samples.shape, samples.num_classes, seed, teacher, stage.dropout)
+
+
+def _build(
+    stage: TrainStage,
+    recipe: ResolvedRecipe,
+    own: LoadedTeacher | None,
+    data: DataSet | None,
+    earlier: Mapping[str, Built],
+) -> tuple[Recipe, Built]:
+    """own: the spec's teacher."""
+    teacher = _student(earlier, stage.teacher) if stage.teacher is not None else own
+    teacher = teacher if "teacher" in recipe.needs else None
+    if isinstance(teacher, LoadedStudent):
+        raise InputError(f"{teacher.description} is no teacher")
+    if teacher is not None:
+        teacher = teacher_on_linear_path(teacher)
+    origin = _student(earlier, stage.init) if stage.init is not None else teacher
+    init = start(stage, recipe, teacher, origin, data, 0)
+    made: Recipe = recipe.module.Recipe(recipe.config, teacher)
+    roles = made.networks(init)
+    trained = {name: role.module for name, role in roles.items() if isinstance(role, Trained)}
+    sizes = {name: [p.numel() for p in network.parameters()] for name, network in trained.items()}
+    copies = [role.of for role in roles.values() if isinstance(role, Copy)]
+    return made, Built(_pretend(trained["student"], init), sizes, copies, teacher)
+
+
+def _student(earlier: Mapping[str, Built], name: str) -> Student:
+    if name not in earlier:
+        raise InputError(f"the networks of stage '{name}' are not known")
+    return earlier[name].student
+
+
+def _pretend(student: torch.nn.Module, init: StudentInit) -> Student:
+    """An untrained student, as the stages that follow would load it."""
+    facts = (init.shape, init.num_classes, init.null_class, "", "a student")
+    for kind, each in KINDS.items():
+        if not STUDENTS[kind].is_field and isinstance(student, each):
+            return LoadedStudent(student, STUDENTS[kind].samplers[0], {}, *facts)
+    assert isinstance(student, VelocityStudent)
+    network = student.network.eval().requires_grad_(False)
+    return LoadedTeacher(NetworkField(network, linear(), "velocity", TIME_SCALE), *facts, network)

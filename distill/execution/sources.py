@@ -1,0 +1,239 @@
+"""What a stage computes from: its teacher, the paths to solve, the batches to train on."""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distill import data as datasets
+from distill import pairs, teachers
+from distill.core.errors import InputError, RunError
+from distill.core.printing import say_error
+from distill.core.stop import StopRequest
+from distill.data import DataSet
+from distill.pairs import accuracy, paths
+from distill.pairs.accuracy import Accuracy
+from distill.pairs.paths import Real
+from distill.protocols import Source
+from distill.runs.progress import Progress
+from distill.runs.store import RunPaths, read_json
+from distill.spec import pairspec
+from distill.spec.model import (
+    OF_DATA,
+    CheckpointTeacher,
+    EvaluateStage,
+    HfData,
+    ImagesData,
+    PairsStage,
+    RunSpec,
+    Stage,
+    TeacherSpec,
+    TrainStage,
+)
+from distill.spec.resolved import Resolved
+from distill.students import step_times
+from distill.teachers import LoadedTeacher
+from distill.training.world import ALONE, World
+
+Exact = Callable[[int, Sequence[int]], Tensor]  # (seed, indices) -> samples
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a stage computes from, loaded; None: it needs none, or there is none."""
+
+    teacher: LoadedTeacher | None
+    """the student of an earlier stage, or the spec's own"""
+    data: DataSet | None
+    own: LoadedTeacher | None
+    """the spec's own teacher, where it is known in closed form: it stands in for data"""
+    times: list[float] | None
+    """of the states of the pairs it trains on, where all have the same"""
+
+
+def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, indexed: bool = True) -> Inputs:
+    """The inputs of the stage `name` of a run. device: of the teacher. indexed: as of `data.load`.
+
+    Teachers are not probed: students are compared at their export, and the spec's own is checked before a run begins.
+    """
+    spec, stage, needs = resolved.spec, resolved.spec.stages[name], resolved.needs(name)
+    given: dict[str, TeacherSpec | None] = {"own": spec.teacher if resolved.has_exact_teacher else None}
+    if "teacher" in needs:
+        trained = None if stage.teacher is None else CheckpointTeacher(path=str(run.student(stage.teacher)))
+        given["teacher"] = trained or spec.teacher
+    loaded = {role: teachers.load(each, device, probe=False) for role, each in given.items() if each is not None}
+    place = run.root if indexed else run.root.parent
+    data = datasets.load(spec.data, spec.seed, place, indexed=indexed) if "data" in needs else None
+    times = _times(run, name, stage) if isinstance(stage, TrainStage) else None
+    return Inputs(loaded.get("teacher"), data, loaded.get("own"), times)
+
+
+def _times(run: RunPaths, name: str, stage: TrainStage) -> list[float] | None:
+    """Of the states of its pairs; those that the stage has noted where the pairs are deleted."""
+    found = [pairs.manifest.read(run.stage(each).pairs) for each in stage.pair_shares]
+    times = [each.times for each in found if each is not None]
+    if len(times) < len(found):
+        kept: list[float] | None = read_json(run.stage(name).times) if run.stage(name).times.exists() else None
+        return kept
+    return times[0] if times and all(each == times[0] for each in times) else None
+
+
+def check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
+    """Refuse data that is not of the teacher's shape and classes. Labels that no network knows: `check_labels`."""
+    if data.shape != teacher.shape:
+        raise InputError(
+            f"data '{data.name}' has samples of shape {list(data.shape)}, the teacher ({teacher.description}) makes "
+            f"{list(teacher.shape)}; use data of the teacher's shape (data.size, data.channels) or another teacher"
+        )
+    if teacher.num_classes is not None and data.num_classes != teacher.num_classes:
+        raise InputError(
+            f"data '{data.name}' has {data.num_classes or 'no'} classes, the teacher ({teacher.description}) has "
+            f"{teacher.num_classes}; give labelled data with the teacher's classes, or an unconditional teacher"
+        )
+
+
+def check_labels(spec: RunSpec, teacher: LoadedTeacher, data: DataSet) -> None:
+    """Refuse a label_column that nothing can use, as the teacher knows no classes; else `note_labels`.
+
+    A fresh network of a recipe without a teacher may learn them, and an evaluation has features that tell them apart.
+    """
+    elsewhere = [stage for stage in spec.stages.values() if isinstance(stage, EvaluateStage) or _has_own_network(stage)]
+    if isinstance(spec.data, HfData) and _left_out(teacher, data) and not elsewhere:
+        raise InputError(
+            f"data.label_column={spec.data.label_column} has no effect: the teacher ({teacher.description}) is "
+            "unconditional; remove it, or give a teacher with classes"
+        )
+    note_labels(teacher, data)
+
+
+def note_labels(teacher: LoadedTeacher, data: DataSet) -> None:
+    """Say on stderr that the labels of the data are left out, where they are."""
+    if not _left_out(teacher, data):
+        return
+    say_error(
+        f"note: data '{data.name}' has {data.num_classes} classes, but the teacher ({teacher.description}) is "
+        "unconditional: what learns from it is trained without labels"
+    )
+
+
+def _left_out(teacher: LoadedTeacher, data: DataSet) -> bool:
+    return data.num_classes is not None and teacher.num_classes is None
+
+
+def _has_own_network(stage: Stage) -> bool:
+    return isinstance(stage, TrainStage) and stage.network is not None
+
+
+def refuse_different(run: RunPaths, spec: RunSpec, stage: TrainStage, inputs: Mapping[str, str], world: World) -> None:
+    """RunError where a rank has read other inputs than rank 0, by their digests; all ranks must call this."""
+    if world.size == 1 or not inputs:
+        return
+    ours = torch.tensor([list(hashlib.sha256(digest.encode()).digest()) for digest in inputs.values()])
+    first = ours.clone()
+    with world.contact("comparing inputs"):
+        world.share([first])
+    other = world.meet("after comparing inputs", *(ours != first).any(1).tolist())
+    places = {"data": spec.data.path if isinstance(spec.data, ImagesData | HfData) else spec.data.kind}
+    if stage.teacher is not None:
+        places["teacher"] = str(run.student(stage.teacher))
+    elif spec.teacher is not None:
+        places["teacher"] = spec.teacher.path if isinstance(spec.teacher, CheckpointTeacher) else spec.teacher.kind
+    places["init"] = places.get("teacher", "") if stage.init is None else str(run.student(stage.init))
+    different = [f"{name} ({places[name]})" for name, is_other in zip(inputs, other, strict=True) if is_other]
+    if different:
+        raise RunError(
+            f"the ranks have read different inputs: {', '.join(different)}; it changed while they read it, or is not "
+            "the same on all machines; nothing was trained since the last save: make it the same, then resume"
+        )
+
+
+def batches(
+    run: RunPaths,
+    spec: RunSpec,
+    stage: TrainStage,
+    inputs: Mapping[str, str],
+    *,
+    seed: int,
+    data: DataSet | None,
+    labels: bool,
+    teacher_digest: str | None,
+    world: World = ALONE,
+) -> tuple[Source, dict[str, str]]:
+    """Where the batches of a train stage come from, and the digests of its pairs. data: what is real in them; labels:
+    whether with its classes. inputs: digests of what a rank has read. world: the ranks that train on them, all of which
+    must call this, and must have read the same.
+    """
+    refuse_different(run, spec, stage, inputs, world)
+    real = None if data is None else datasets.DataSource(data, stage.batch_size, seed, labels=labels)
+    if not stage.pair_shares:
+        assert real is not None, "checks.check lets no such stage through"
+        return real, {}
+    counts = pairspec.parts(stage.batch_size, list(stage.pair_shares.values()))
+    folders = [run.stage(name).pairs for name in stage.pair_shares]
+    sets = [pairs.PairSet.open(folder, teacher_digest, world.rank, world.size) for folder in folders]
+    world.meet("after the checksums of the pairs")  # each rank has compared a part of them
+    sources = [pairs.PairSource(each, count, seed) for each, count in zip(sets, counts, strict=True)]
+    source = sources[0] if len(sources) == 1 else pairs.Mixed(sources, counts)
+    digests = {"pairs": " ".join(each.manifest.digest for each in sets)}
+    return source if real is None else pairs.Beside(source, real), digests
+
+
+@dataclass(frozen=True)
+class Solving:
+    """A pairs stage, with all that its paths depend on."""
+
+    teacher: LoadedTeacher
+    stage: PairsStage
+    seed: int
+    device: torch.device
+    real: Real | None = None
+    data_digest: str | None = None
+
+    @classmethod
+    def of_run(cls, run: RunPaths, stage: PairsStage, inputs: Inputs, seed: int, device: torch.device) -> "Solving":
+        """Of a stage of a run, with its `load`ed inputs."""
+        assert inputs.teacher is not None, "checks.check lets no such stage through"
+        stage = step_times.with_times(stage, inputs.teacher, run.root.parent, device)
+        return cls.of(inputs.teacher, stage, seed=seed, device=device, data=inputs.data, law=inputs.own)
+
+    @classmethod
+    def of(
+        cls,
+        teacher: LoadedTeacher,
+        stage: PairsStage,
+        *,
+        seed: int,
+        device: torch.device,
+        data: DataSet | None,
+        law: LoadedTeacher | None,
+    ) -> "Solving":
+        """data, or a law in closed form: of paths that begin with data."""
+        if stage.paths not in OF_DATA:
+            return cls(teacher, stage, seed, device)
+        if data is not None:
+            check_shapes(teacher, data)
+        return cls(teacher, stage, seed, device, *paths.of_data(data, law, seed=seed, block=stage.block))
+
+    def generate(self, folder: Path, progress: Progress, stop: StopRequest, part: tuple[int, int] | None) -> None:
+        """`pairs.generate`."""
+        pairs.generate(
+            self.teacher,
+            self.stage,
+            folder,
+            seed=self.seed,
+            device=self.device,
+            progress=progress,
+            stop=stop,
+            part=part,
+            real=self.real,
+            data_digest=self.data_digest,
+        )
+
+    def accuracy(self) -> Accuracy:
+        """What the solver's number of steps is worth, by the first pairs."""
+        planned = pairs.plan(self.teacher, self.stage, self.seed, self.data_digest)
+        field = self.teacher.guided(self.stage.guidance_scale)
+        return accuracy.measure(field, planned, self.real, self.device, StopRequest())

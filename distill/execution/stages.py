@@ -1,0 +1,363 @@
+"""The compute plane's entry: turn one stage of a spec into files of its run. A stage that is done is never redone.
+
+What evaluates is imported where it is used: the libraries of its metrics take seconds, which every rank would spend.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from distill import data as datasets
+from distill.core.atomic import write_json
+from distill.core.errors import InputError, RunError
+from distill.core.stop import StopRequest
+from distill.core.text import one_line
+from distill.data import DataSet
+from distill.exchange import card as cards
+from distill.exchange.card import StudentCard
+from distill.execution import preflight, sources
+from distill.flow.draws import key
+from distill.flow.fields import Counted
+from distill.protocols import Recipe, Trained
+from distill.runs import results
+from distill.runs.progress import Progress
+from distill.runs.store import RunPaths, append_event
+from distill.spec import evalspec, pairspec, resolved
+from distill.spec.model import CheckpointTeacher, EvaluateStage, LaunchSpec, PairsStage, RunSpec, TrainStage
+from distill.spec.resolved import Resolved
+from distill.students import loaded
+from distill.students.export import export
+from distill.students.init import StudentInit, teacher_on_linear_path
+from distill.teachers import LoadedTeacher
+from distill.training import checkpoint, engine, memory
+from distill.training.roles import Roles
+from distill.training.sharding import Zero
+from distill.training.world import ALONE, World
+
+CPU = torch.device("cpu")
+MEASURED = 2  # batches whose memory is counted
+
+
+@dataclass(frozen=True)
+class Work:
+    """One stage of one run, and where it is computed."""
+
+    run: RunPaths
+    resolved: Resolved
+    name: str
+    device: torch.device
+    stop: StopRequest = field(default_factory=StopRequest)
+    world: World = ALONE
+    measure: bool = False
+    part: tuple[int, int] | None = None
+
+    @property
+    def spec(self) -> RunSpec:
+        return self.resolved.spec
+
+    @property
+    def seed(self) -> int:
+        """Every stage draws from a stream of its own."""
+        return key(self.spec.seed, self.name)
+
+    def inputs(self, device: torch.device | None = None, *, indexed: bool = True) -> sources.Inputs:
+        """What the stage computes from. device: of its teacher; None: that of the stage. indexed: as of `data.load`."""
+        return sources.load(self.run, self.resolved, self.name, device or self.device, indexed=indexed)
+
+    def progress(self, total: int, unit: str) -> Progress:
+        return Progress(self.name, total, unit, self.run if self.world.first and self.part is None else None)
+
+
+def run(
+    paths: RunPaths,
+    spec: RunSpec,
+    names: list[str],
+    stop: StopRequest,
+    world: World = ALONE,
+    *,
+    measure: bool = False,
+    part: tuple[int, int] | None = None,
+) -> None:
+    """Compute the stages `names` of a run, in order; each appears done only when it is complete.
+
+    Of several ranks, which train together, the first writes. measure: each rank notes what training takes of memory.
+    part: (i, n), of a pairs stage, its shards i, i + n, ... alone; then it is not done yet, and no event is written.
+    """
+    device, saved = place(spec.launch), "nothing had begun"
+    found = resolved.of_run(spec, paths.root)
+    if any(found.reads_images(name) and not paths.stage(name).done.exists() for name in names):
+        world.alone("index of the data", partial(datasets.update_index, spec.data, paths.root.parent, paths.root))
+    for name in names:
+        stop.share(*world.meet(f"before stage {name}", stop.signal is not None))
+        stop.raise_if_requested(saved)
+        saved = f"stage {name}, which is done"
+        stage_paths = paths.stage(name)
+        if stage_paths.done.exists():
+            continue
+        try:
+            stage_paths.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"cannot make {stage_paths.root}: {error.strerror}; earlier stages are intact") from error
+        stage = spec.stages[name]
+        work = Work(paths, found, name, device, stop, world, measure, part)
+        if part is not None:
+            assert isinstance(stage, PairsStage)
+            _pairs(work, stage)
+            continue
+        if world.first:
+            threads, where = torch.get_num_threads(), engine.device_name(device)
+            append_event(paths, "stage started", stage=name, kind=stage.kind, threads=threads, device=where)
+        if isinstance(stage, TrainStage):
+            result = _train(work, stage)
+        elif isinstance(stage, PairsStage):
+            result = _pairs(work, stage)
+        else:
+            result = _evaluate(work, stage)
+        if world.first:
+            write_json(stage_paths.done, {"stage": name, "kind": stage.kind, **result})
+            append_event(paths, "stage done", stage=name)
+
+
+def place(launch: LaunchSpec) -> torch.device:
+    """The device of this process; its CPU threads are those of OMP_NUM_THREADS, which the launcher sets."""
+    if launch.threads is not None:
+        torch.set_num_threads(launch.threads)
+    if launch.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("launch.device=cuda, but torch sees no GPU here; use launch.device=auto or cpu")
+    if launch.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if launch.procs > (found := torch.cuda.device_count()):
+        raise InputError(
+            f"launch.procs={launch.procs}, but there are {found} GPUs here, one for each process; give fewer"
+        )
+    # Same numbers from the same spec: fp32 means fp32, and no kernel is chosen by timing or sums in a varying order.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    return torch.device("cuda")
+
+
+def _teacher_name(spec: RunSpec, stage: TrainStage) -> str:
+    """For the model card: which teacher, without the places of this machine."""
+    if stage.teacher is not None:
+        return f"the student of stage {stage.teacher}"
+    assert spec.teacher is not None
+    return (
+        Path(spec.teacher.path).name
+        if isinstance(spec.teacher, CheckpointTeacher)
+        else f"{spec.teacher.kind} in closed form"
+    )
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a train stage trains: its recipe, where networks come from, and what its student will say."""
+
+    recipe: Recipe
+    teacher: LoadedTeacher | None
+    init: StudentInit
+    card: StudentCard
+    times: list[float] | None  # of the states of its pairs, if all have the same
+    data: DataSet | None  # real data of the batches
+    inputs: dict[str, str]  # digests
+    calls: Counted | None  # of the teacher by the recipe, where they are counted
+
+
+def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
+    """device: of the teacher, and of weights that start as its."""
+    asked, inputs = work.resolved.recipes[work.name], work.inputs(device)
+    teacher, data = inputs.teacher, inputs.data
+    if teacher is not None:
+        teacher = teacher_on_linear_path(teacher)
+    origin = loaded.load(work.run.student(stage.init), device) if stage.init is not None else teacher
+    init = preflight.start(stage, asked, teacher, origin, data, work.seed)
+    calls = Counted(teacher.field) if teacher is not None and work.measure else None
+    called = teacher if teacher is None or calls is None else replace(teacher, field=calls)
+    recipe = asked.module.Recipe(asked.config, called)
+    card = StudentCard(
+        name=work.name,
+        recipe=stage.recipe,
+        summary=one_line((asked.module.__doc__ or "").strip().split("\n")[0], cards.LINE),
+        spec_digest=work.spec.digest(),
+        teacher_digest=None if teacher is None else teacher.digest,
+        teacher="" if teacher is None else one_line(_teacher_name(work.spec, stage), cards.LINE),
+        data=work.spec.data.kind if "data" in asked.needs else "",
+        license="" if teacher is None else teacher.license,
+        kind=asked.config.student,
+        sampler=recipe.sampler,
+        t_grids=preflight.t_grids(work.spec, work.name, recipe, inputs.times),
+        shape=init.shape,
+        num_classes=init.num_classes,
+        null_class=init.null_class,
+        unconditional=asked.unconditional,
+        guidance_scale=_guidance(work.spec, stage, teacher) * asked.guidance_scale,
+        weights=stage.export,
+        images=stage.images,
+    )
+    read = {"teacher": teacher, "init": origin, "data": data}
+    digests = {name: each.digest for name, each in read.items() if each is not None}
+    return Training(recipe, teacher, init, card, inputs.times, data, digests, calls)
+
+
+def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -> float:
+    """What the student will contain: null + a (null + b (cond - null) - null) = null + a b (cond - null)."""
+    if teacher is None:
+        return 1.0
+    solved = [spec.stages[name] for name in stage.pair_shares]
+    scales = {each.guidance_scale for each in solved if isinstance(each, PairsStage)}
+    return teacher.guidance_scale * (scales.pop() if scales else 1.0)
+
+
+def _train(work: Work, stage: TrainStage) -> dict[str, object]:
+    launch = work.spec.launch
+    training = _training(work, stage, CPU if launch.divide_teacher else work.device)  # whole, it might not fit there
+    zero = Zero.of(launch)
+    probe = memory.Probe(zero, work.world.size) if work.measure else None
+    if work.world.first and training.times is not None:
+        write_json(work.run.stage(work.name).times, training.times)  # an export needs them when the pairs are deleted
+    source, digests = sources.batches(
+        work.run,
+        work.spec,
+        stage,
+        training.inputs,
+        seed=work.seed,
+        data=training.data,
+        labels=training.init.num_classes is not None,
+        teacher_digest=training.card.teacher_digest,
+        world=work.world,
+    )
+    with work.progress(stage.images, "images") as progress, probe.activations if probe else nullcontext():
+        result = engine.train(
+            training.recipe,
+            training.init,
+            source,
+            stage,
+            seed=work.seed,
+            device=work.device,
+            micro_batch=launch.micro_batch or stage.batch_size // work.world.size,
+            paths=work.run.stage(work.name),
+            progress=progress,
+            stop=work.stop,
+            run=work.run if work.world.first else None,
+            inputs={**training.inputs, **digests},
+            world=work.world,
+            zero=zero,
+            teacher=None if training.teacher is None else training.teacher.network,
+            recompute=launch.activation_checkpointing,
+            probe=None if probe is None else partial(_measure, probe, progress, stage),
+        )
+    if probe:
+        rows = 0 if training.calls is None else training.calls.rows
+        report = {**probe.report(work.world.rank), "teacher_rows": rows}
+        write_json(work.run.stage(work.name).memory(work.world.rank), report)
+    result.roles.close()
+    work.world.alone("export", partial(_publish, work, stage))
+    return {"images": result.images, "steps": result.step, "student": str(work.run.student(work.name))}
+
+
+def _measure(probe: memory.Probe, progress: Progress, stage: TrainStage, roles: Roles) -> None:
+    """Count in the first batches only, so that those after them take as long as in a run that is not measured."""
+    if progress.done < MEASURED * stage.batch_size:
+        probe(roles)
+    else:
+        probe.activations.close()
+
+
+def _publish(work: Work, stage: TrainStage) -> None:
+    _export(work, stage, stage.export, work.run.student(work.name), stage.images)
+    for name in work.spec.stages:
+        found = results.load(work.run.stage(name))
+        if found is not None:  # an evaluation that was done before the student was lost
+            _say_measured(work.run, found, work.name)
+
+
+def export_checkpoint(
+    paths: RunPaths,
+    spec: RunSpec,
+    name: str,
+    weights: Literal["raw"] | float,
+    folder: Path,
+    step: int | None = None,
+) -> None:
+    """Export the student of a train stage from its newest checkpoint, of a run in progress too, to `folder`.
+
+    weights: raw, or one of the stage's half-lives in images. step: of another checkpoint than the newest.
+    """
+    stage = spec.stages[name]
+    assert isinstance(stage, TrainStage)
+    checkpoints = paths.stage(name).checkpoints
+    if not checkpoint.complete(checkpoints):
+        raise InputError(f"stage '{name}' of run '{paths.name}' has no checkpoint yet; wait for the first one")
+    work = Work(paths, resolved.of_run(spec, paths.root), name, CPU)
+    _export(work, stage, weights, folder, step=step)
+
+
+def _export(
+    work: Work,
+    stage: TrainStage,
+    weights: Literal["raw"] | float,
+    folder: Path,
+    least: int = 0,
+    step: int | None = None,
+) -> None:
+    """The student of the newest checkpoint, of at least `least` images, or of that of `step`; built anew: the one that
+    was trained may lie divided among the ranks, and its teacher too.
+    """
+    training = _training(work, stage, CPU)
+    student = training.recipe.networks(training.init)["student"]
+    assert isinstance(student, Trained)
+    half_life = None if weights == "raw" else weights
+    tensors, images = checkpoint.weights(work.run.stage(work.name).checkpoints, "student", half_life, step)
+    if images < least:
+        raise RunError(
+            f"the last checkpoint of stage '{work.name}' cannot be read; distill run {work.run.root} --resume"
+        )
+    student.module.load_state_dict(tensors)
+    export(student.module, folder, training.card.model_copy(update={"weights": weights, "images": images}))
+
+
+def solving(work: Work, *, indexed: bool = True) -> sources.Solving:
+    """A pairs stage, whose teacher is there, with all that its paths depend on. indexed: as of `data.load`."""
+    stage = work.spec.stages[work.name]
+    assert isinstance(stage, PairsStage)
+    return sources.Solving.of_run(work.run, stage, work.inputs(indexed=indexed), work.seed, work.device)
+
+
+def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
+    folder = work.run.stage(work.name).pairs
+    with work.progress(pairspec.size(stage, work.part), "pairs") as progress:
+        solving(work).generate(folder, progress, work.stop, work.part)
+    return {"count": stage.count, "pairs": str(folder)}
+
+
+def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
+    from distill.evaluation import evaluate
+    from distill.reports import report, rounds_table
+
+    with work.progress(evalspec.num_samples(stage), "samples") as progress:
+        inputs = work.inputs()
+        found = evaluate.evaluate(
+            work.run,
+            work.name,
+            stage,
+            inputs.teacher,
+            inputs.own,
+            inputs.data,
+            seed=work.seed,
+            device=work.device,
+            progress=progress,
+            stop=work.stop,
+        )
+        rounds_table.say(found, work.run, progress)
+    for student in stage.students:
+        _say_measured(work.run, found, student)
+    return {"results": str(work.run.stage(work.name).root / "results.json"), "report": str(report.write(work.run))}
+
+
+def _say_measured(run: RunPaths, found: results.Results, student: str) -> None:
+    measured = results.card_metrics(found, student)
+    if measured:
+        cards.add_metrics(run.student(student), measured)

@@ -1,0 +1,1 @@
+"""The mathematics: paths between noise and data, times, solvers, draws, distances."""

@@ -1,0 +1,184 @@
+"""Distances per sample: prediction and target [B, ...] -> [B]. Zero exactly where the two are equal."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, FilePath
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distill.core.errors import InputError
+
+Trunk = Literal["squeeze", "alex", "vgg"]
+Resize = Literal["none", "to_64", "to_64_corners", "to_224"]
+
+SMALLEST = {"none": 0, "to_64": 64, "to_64_corners": 64, "to_224": 224}  # shorter side in pixels that LPIPS sees
+POOLED = {"squeeze": 17, "alex": 31, "vgg": 16}  # pixels of the smallest images that a trunk can pool
+
+
+def mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """||prediction - target||^2 / d, d the elements of one sample."""
+    return (prediction - target).square().flatten(1).mean(1)
+
+
+def pseudo_huber(prediction: Tensor, target: Tensor, scale: float = 0.00054) -> Tensor:
+    """(sqrt(||prediction - target||^2 + c^2) - c) / d with c = scale d (Lee et al. 2024, arXiv 2405.20320).
+
+    Not the constant of iCT, which is 0.00054 sqrt(d).
+    """
+    squares = (prediction - target).square().flatten(1)  # [B, ...] -> [B, d]
+    d = squares.shape[1]
+    return _huber(squares.sum(1), scale * d) / d
+
+
+def pseudo_huber_elementwise(prediction: Tensor, target: Tensor, c: float = 1e-3) -> Tensor:
+    """Mean over elements of sqrt(difference^2 + c^2) - c (Wang et al. 2024, arXiv 2410.07303)."""
+    return _huber((prediction - target).square(), c).flatten(1).mean(1)
+
+
+def direction(prediction: Tensor, target: Tensor) -> Tensor:
+    """1 - cos of the angle between the two, each sample one vector; zero wherever they point the same way.
+
+    As half the square between unit vectors, which keeps its digits where the angle is small.
+    """
+    a, b = (F.normalize(each.flatten(1), dim=1, eps=1e-6) for each in (prediction, target))  # [B, d]
+    return (a - b).square().sum(1) / 2
+
+
+def _huber(square: Tensor, c: float) -> Tensor:
+    """sqrt(square + c^2) - c, in the form that keeps its digits where square << c^2."""
+    return square / ((square + c * c).sqrt() + c)
+
+
+class LpipsOptions(BaseModel):
+    """The LPIPS options of a recipe that can compare images by LPIPS."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    lpips_trunk: Literal["squeeze", "alex", "vgg"] | None = None
+    """network whose features LPIPS compares; null: no LPIPS"""
+    lpips_path: FilePath | None = None
+    """safetensors file of the trunk: torchvision's squeezenet1_1, alexnet or vgg16"""
+    lpips_heads: bool | None = None
+    """weigh the features by LPIPS' calibrated heads; null: true; false for a trunk they were not fitted to"""
+    lpips_resize: Literal["none", "to_64", "to_64_corners", "to_224"] = "to_64"
+    """enlarge images whose shorter side is below 64 or 224, bilinear; to_64_corners: with corners aligned"""
+
+    def lpips_given(self) -> list[str]:
+        """The names of the LPIPS options that are not at their defaults."""
+        return [name for name in self.model_dump(exclude_defaults=True) if name.startswith("lpips_")]
+
+    def check_shape(self, shape: Sequence[int], remedy: str) -> None:
+        """InputError if LPIPS is asked for and cannot compare samples of this shape."""
+        if self.lpips_trunk is None:
+            return
+        if not Lpips.takes(shape):
+            raise InputError(f"lpips_trunk: LPIPS compares images, the teacher makes {tuple(shape)}; {remedy}")
+        _check_size(self.lpips_trunk, self.lpips_resize, shape[1:])
+
+    def lpips(self) -> "Lpips | None":
+        """The network; None where there is no trunk, or no path to its weights."""
+        if self.lpips_trunk is None or self.lpips_path is None:
+            return None
+        heads = self.lpips_heads is not False
+        return Lpips(self.lpips_trunk, self.lpips_path, heads=heads, resize=self.lpips_resize)
+
+
+class Lpips(nn.Module):
+    """LPIPS (Zhang et al. 2018, arXiv 1801.03924): images [B, 1 or 3, H, W] in [-1, 1] -> [B].
+
+    The trunk's weights come from `path`: safetensors of torchvision's squeezenet1_1, alexnet or vgg16 (layers after
+    the features are passed over). `heads`: the channels are weighted by the package's calibrated heads; False: they
+    are summed, for a trunk to which the heads were not fitted. `resize`: images whose shorter side is below 64 or 224
+    are enlarged to it (bilinear), with aligned corners under to_64_corners; "none": the trunk sees them as they are.
+    Grey is replicated. Frozen, in eval, and float32 whatever the autocast: features are divided by their norm.
+    """
+
+    def __init__(self, trunk: Trunk, path: Path, *, heads: bool = True, resize: Resize = "to_64") -> None:
+        super().__init__()
+        self.trunk, self.resize = trunk, resize
+        try:
+            import lpips  # takes two seconds, and only this distance needs it
+        except (ImportError, OSError, RuntimeError) as error:  # torchvision may be of another torch
+            raise InputError(
+                f"lpips_trunk={trunk} needs the packages lpips and torchvision, and they cannot be loaded ({error}); "
+                "install them beside this torch, or set lpips_trunk to null"
+            ) from error
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # random weights, replaced below
+            warnings.simplefilter("ignore", UserWarning)  # torchvision: the package's way to ask for no weights is old
+            self.metric = lpips.LPIPS(net=trunk, pnet_rand=True, lpips=heads, verbose=False)
+        self.metric.net.load_state_dict(self._trunk_weights(trunk, path))
+        self.requires_grad_(False).eval()
+
+    def _trunk_weights(self, trunk: Trunk, path: Path) -> dict[str, Tensor]:
+        """torchvision's `features.N.rest` under the package's names `sliceK.N.rest`."""
+        if not path.is_file():
+            raise InputError(
+                f"LPIPS trunk {path} does not exist; give a safetensors file of torchvision's {trunk} weights"
+            )
+        try:
+            given = load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"LPIPS trunk {path} is not a complete safetensors file ({error})") from error
+        expected = self.metric.net.state_dict()
+        sources = {name: "features." + name.split(".", 1)[1] for name in expected}
+        wrong = [f"{source} is missing" for source in sources.values() if source not in given]
+        for name, source in sources.items():
+            if source in given and given[source].shape != expected[name].shape:
+                wrong.append(f"{source} is {list(given[source].shape)}, not {list(expected[name].shape)}")
+        if wrong:
+            raise InputError(f"LPIPS trunk {path} is not torchvision's {trunk}: {', '.join(wrong)}")
+        return {name: given[source] for name, source in sources.items()}
+
+    @staticmethod
+    def takes(shape: Sequence[int]) -> bool:
+        """Whether it compares samples of this shape: images of one or three channels."""
+        return len(shape) == 3 and shape[0] in (1, 3)
+
+    def train(self, mode: bool = True) -> "Lpips":
+        """Always in eval: the heads have a dropout."""
+        return super().train(False)
+
+    def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast(prediction.device.type, enabled=False):
+            layers = zip(self._features(prediction), self._features(target), self._heads(), strict=True)
+            distances = [head((a - b).square()).flatten(1).mean(1) for a, b, head in layers]
+            return torch.stack(distances).sum(0)
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        """Each layer's features, of unit length over the channels [B, C, h, w]."""
+        features = self.metric.net(self.metric.scaling_layer(self._prepare(images)))
+        # The package takes the root of an exact zero where no channel is active: its gradient is then not finite.
+        norms = [f.square().sum(1, keepdim=True).clamp(min=torch.finfo(f.dtype).tiny).sqrt() for f in features]
+        return [f / (norm + 1e-10) for f, norm in zip(features, norms, strict=True)]
+
+    def _heads(self) -> list[Callable[[Tensor], Tensor]]:
+        """Each layer's weighting of its channels, [B, C, h, w] -> [B, 1, h, w]."""
+        if self.metric.lpips:
+            return list(self.metric.lins)
+        return [lambda squares: squares.sum(1, keepdim=True)] * self.metric.L
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        """[B, 1 or 3, H, W] -> [B, 3, h, w] float32, of the size that the trunk is to see."""
+        if not self.takes(images.shape[1:]):
+            raise ValueError(f"LPIPS compares images [B, 1 or 3, H, W], got {list(images.shape)}")
+        _check_size(self.trunk, self.resize, images.shape[2:])
+        images = images.float().expand(-1, 3, -1, -1)
+        shorter, least = min(images.shape[2:]), SMALLEST[self.resize]
+        if shorter < least:
+            size = [round(side * least / shorter) for side in images.shape[2:]]
+            images = F.interpolate(images, size, mode="bilinear", align_corners=self.resize == "to_64_corners")
+        return images
+
+
+def _check_size(trunk: Trunk, resize: Resize, size: Sequence[int]) -> None:
+    if max(min(size), SMALLEST[resize]) < POOLED[trunk]:
+        raise InputError(
+            f"LPIPS by {trunk} compares images of {POOLED[trunk]} x {POOLED[trunk]} pixels or more, these are "
+            f"{size[0]} x {size[1]}; set lpips_resize to to_64, to_64_corners or to_224 instead of {resize}"
+        )

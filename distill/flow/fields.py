@@ -1,0 +1,131 @@
+"""Fields that wrap a field: guidance, change of schedule, call counting.
+
+A field takes t in float32 or float64 whatever the dtype of x_t, and returns a velocity in the dtype of x_t.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from distill.flow.interpolants import Interpolant, like
+from distill.protocols import Cond, VelocityField
+from distill.spec.kinds import per_velocity
+
+ROUNDING = 1e-6  # how far float32 may carry a time past the end of a range
+
+
+class Guided:
+    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): v(null) + scale (v(cond) - v(null)).
+
+    Scale 1 calls the field once and is bitwise the field; any other scale is ONE call of 2B rows, cond first.
+    """
+
+    def __init__(self, field: VelocityField, null: Callable[[Cond], Cond], guidance_scale: float) -> None:
+        self.field, self.null, self.guidance_scale = field, null, guidance_scale
+        self.interpolant, self.t_range = field.interpolant, field.t_range
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        if self.guidance_scale == 1:
+            return self.field(x_t, t, cond)
+        like(t, x_t)
+        null = self.null(cond)
+        if not cond or cond.keys() != null.keys():
+            raise ValueError(
+                f"guidance needs a condition to drop: cond has {sorted(cond)}, its null condition {sorted(null)}"
+            )
+        both = {name: torch.cat([cond[name], null[name]]) for name in cond}
+        v_cond, v_null = self.field(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(
+            2
+        )  # [2B, ...] -> 2 x [B, ...]
+        return v_null + self.guidance_scale * (v_cond - v_null)
+
+
+class Rescheduled:
+    """The same ODE in the time and scale of another interpolant (Karras et al. 2022, arXiv 2206.00364, sec. 2).
+
+    At equal sigma/alpha a point is the same (data, noise), so x_t is rescaled, the field is called at its own time and
+    its velocity is split into (data, noise), of which the new velocity is a row. Coefficients and split are in float64:
+    near the ends of a VP or EDM schedule they are large and cancel. `t_range` is the old range at equal sigma/alpha.
+    A time outside it is refused: there the teacher knows nothing, and the nearest known time would be another ODE.
+    """
+
+    def __init__(self, field: VelocityField, to: Interpolant) -> None:
+        self.field, self.interpolant = field, to
+        ends = to.time_of(field.interpolant.ratio(torch.tensor(field.t_range, dtype=torch.float64)))
+        self.t_range: tuple[float, float] = (ends[0].item(), ends[1].item())
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        like(t, x_t)
+        old, new = self.field.interpolant, self.interpolant
+        t = inside(t.double(), self.t_range)
+        old_t = inside(old.time_of(new.ratio(t)), self.field.t_range)
+        at_old, at_new = old.path(old_t), new.path(t)
+        # alpha_old/alpha_new = sigma_old/sigma_new; the ratio of sums is that number where either vanishes too
+        scale = (at_old.alpha + at_old.sigma) / (at_new.alpha + at_new.sigma)
+        x_old = (like(scale, x_t) * x_t).to(x_t.dtype)
+        data, noise = old.split(x_old.double(), self.field(x_old, old_t, cond).double(), old_t)
+        return new.velocity(data, noise, t).to(x_t.dtype)
+
+
+class Counted:
+    """Counts what sampling costs: `calls` per sample, a guided call as two, and `rows` that the field was given."""
+
+    def __init__(self, field: VelocityField) -> None:
+        self.field, self.interpolant, self.t_range = field, field.interpolant, field.t_range
+        self.calls = 0
+        self.rows = 0
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        self.calls += calls_per_sample(self.field)
+        self.rows += x_t.shape[0]
+        return self.field(x_t, t, cond)
+
+
+def calls_per_sample(field: VelocityField) -> int:
+    """Network calls per sample in one call of the field: 2 if guided, else 1."""
+    match field:
+        case Guided():
+            return per_velocity(field.guidance_scale) * calls_per_sample(field.field)
+        case Rescheduled() | Counted():
+            return calls_per_sample(field.field)
+    return 1
+
+
+def start(field: VelocityField, noise: Tensor) -> Tensor:
+    """x at the noisy end of the field's range, sqrt(alpha^2 + sigma^2) noise: right in variance for unit-variance data.
+
+    Diffusers' init_noise_sigma: 1 for VP and linear paths, sqrt(sigma_max^2 + 1) for EDM.
+    """
+    c = field.interpolant.path(torch.tensor([field.t_range[1]], dtype=torch.float64))
+    return (c.alpha.square() + c.sigma.square()).sqrt().item() * noise
+
+
+def jump_to_data(flow_map: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    """f(x_t, t) = x_t - t u(x_t, t, 0): the end at t = 0 of the path through x_t [B, ...], t [B]."""
+    return x_t - like(t, x_t) * flow_map(x_t, t, torch.zeros_like(t), cond)
+
+
+def drop_condition(cond: Cond, null: Cond, mask: Tensor) -> Cond:
+    """The rows where mask [B] bool is true take the null condition."""
+    if cond.keys() != null.keys():
+        raise ValueError(f"cond has {sorted(cond)}, its null condition {sorted(null)}")
+    if mask.dtype != torch.bool or any(mask.shape != value.shape[:1] for value in cond.values()):
+        raise ValueError(f"a mask of rows must be bool [B], got {list(mask.shape)} in {mask.dtype}")
+    return {name: torch.where(like(mask, value), null[name], value) for name, value in cond.items()}
+
+
+def rows_to_call(mask: Tensor) -> Tensor:
+    """Indices [n >= 1] of the rows where mask [B] bool is true; the first row where it is nowhere: networks take no
+    empty batches, and ranks that divide one must call it together. The caller leaves out what that row gives.
+    """
+    found = mask.nonzero().squeeze(1)
+    return found if len(found) else torch.zeros(1, dtype=torch.int64, device=mask.device)
+
+
+def inside(t: Tensor, t_range: tuple[float, float]) -> Tensor:
+    """t, refused outside t_range; a time that only rounding carried past an end is that end."""
+    low, high = t_range
+    if not ((t >= low - ROUNDING) & (t <= high + ROUNDING)).all():
+        raise ValueError(f"t must be within [{low:.6g}, {high:.6g}], got [{t.min():.6g}, {t.max():.6g}]")
+    return t.clamp(low, high)

@@ -1,0 +1,167 @@
+"""Training times, windows of time and sampling grids. All times are t in [0, 1], t = 0 data, t = 1 noise.
+
+A law takes uniform draws u [B] to times t [B], increasing, by its inverse distribution function: so stratified draws
+make stratified times. Grids are float64, decreasing, and end at 0.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from distill.core.text import suggest
+from distill.flow.draws import Rows
+
+# --- grids ---
+
+
+def uniform_grid(steps: int, t_max: float = 1.0, t_min: float = 0.0) -> Tensor:
+    """[steps + 1] from t_max to 0 in equal steps, such that a field is called at t_min or above only.
+
+    t_min: the lowest time at which the field is defined. If t_max/steps is below it, the last time before 0 is t_min
+    and the others are spread evenly above it; the last step, to 0, is the jump to the data prediction.
+    """
+    _check_steps(steps)
+    if not 0 <= t_min < t_max <= 1:
+        raise ValueError(f"times must satisfy 0 <= t_min < t_max <= 1, got t_min={t_min}, t_max={t_max}")
+    if t_max / steps >= t_min:
+        return t_max * (torch.arange(steps, -1, -1, dtype=torch.float64) / steps)
+    return _ending_at_zero(torch.linspace(t_max, t_min, steps, dtype=torch.float64))
+
+
+def sigmoid_grid(steps: int, sharpness: float) -> Tensor:
+    """[steps + 1] from 1 to 0, t_i = (s(k/2 - k i/N) - s(-k/2)) / (s(k/2) - s(-k/2)), s the logistic function and k the
+    sharpness: dense at both ends, uniform as k goes to 0 (Kim et al. 2024, arXiv 2410.07815).
+    """
+    _check_steps(steps)
+    if sharpness <= 0:
+        raise ValueError(f"sharpness must be positive, got {sharpness}")
+    i = torch.arange(steps + 1, dtype=torch.float64)
+    bent = torch.tanh(sharpness / 4 * (steps - 2 * i) / steps)  # s(x) = 1/2 + tanh(x/2)/2: symmetric to the last bit
+    return (1 + bent / bent[0]) / 2
+
+
+# --- windows: borders are [K + 1], 1 ... 0, as of `uniform_grid(K)`; window k lies between the k-th and the next ---
+
+
+def window(t: Tensor, borders: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the window of each t [B] starts and ends, t_e < t <= t_s, both [B]: a border is the start of the window
+    below it, even if rounding has moved it by 1e-6. t = 0 belongs to the last window.
+    """
+    ascending = borders.flip(0).to(t.device)
+    above = torch.searchsorted(ascending, t.double() - 1e-6).clamp(1, len(ascending) - 1)
+    return ascending[above].to(t.dtype), ascending[above - 1].to(t.dtype)
+
+
+def window_grids(borders: Tensor, most: int = 16) -> dict[int, list[float]]:
+    """Grids of N = K ... `most` steps through all borders: N // K steps in each window and one more in the first N % K,
+    equal within a window (PeRFlow, Yan et al. 2024, arXiv 2405.07510). N = K alone, where K is more than `most`.
+    """
+    num_windows, grids = len(borders) - 1, {}
+    for steps in range(num_windows, max(num_windows, most) + 1):
+        each, extra = divmod(steps, num_windows)
+        inside = (
+            torch.linspace(t_s, t_e, each + (k < extra) + 1, dtype=torch.float64)[:-1]
+            for k, (t_s, t_e) in enumerate(pairwise(borders.tolist()))
+        )
+        grids[steps] = _ending_at_zero(torch.cat([*inside])).tolist()
+    return grids
+
+
+# --- laws ---
+
+
+def uniform(u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """t uniform on [low, high]."""
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"need 0 <= low < high <= 1, got low={low}, high={high}")
+    return _as_time(low + (high - low) * _checked(u), u)
+
+
+def discrete(u: Tensor, levels: int) -> Tensor:
+    """t uniform on {1/levels, 2/levels, ..., 1}."""
+    return _as_time(((_checked(u) * levels).floor() + 1) / levels, u)
+
+
+def one_of(count: int, u: Tensor) -> Tensor:
+    """Uniform on {0, ..., count - 1}, [B] int64, of u in [0, 1): rounding does not take u count to count."""
+    return (u * count).long()
+
+
+def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """logit t ~ N(mean, std^2) (Esser et al. 2024), which is ln(sigma/alpha) ~ N(mean, std^2): EDM is (-1.2, 1.2)."""
+    if std <= 0:
+        raise ValueError(f"std must be positive, got {std}")
+    return _as_time(torch.sigmoid(mean + std * torch.special.ndtri(_checked(u))), u)
+
+
+def u_shaped(u: Tensor, sharpness: float = 4.0, margin: float = 1e-5) -> Tensor:
+    """p(t) ~ cosh(A (t - 1/2)), A the sharpness, squeezed into [margin, 1 - margin] (Lee et al. 2024, 2405.20320)."""
+    if sharpness <= 0 or not 0 <= margin < 0.5:
+        raise ValueError(f"need sharpness > 0 and 0 <= margin < 0.5, got {sharpness}, {margin}")
+    half = math.sinh(sharpness / 2)
+    t = 0.5 + torch.asinh((2 * _checked(u) - 1) * half) / sharpness
+    return _as_time(margin + t * (1 - 2 * margin), u)
+
+
+def exp10(u: Tensor) -> Tensor:
+    """p(t) = ln(10) 10^t / 9: towards the noise."""
+    return _as_time(torch.log10(1 + 9 * _checked(u)), u)
+
+
+def nearer(t: Tensor, closeness: float, k: float = 8.0, b: float = 1.0) -> tuple[Tensor, Tensor]:
+    """s < t [B] and t - s, which is exact where s and t are equal to the last digit of float32.
+
+    With the ratio of noise to data r = t / (1 - t), r_s = r (1 - closeness (1 + k sigmoid(-b r))), or 0.
+
+    The mapping of Easy Consistency Tuning (Geng et al. 2024, arXiv 2406.14548), closeness = q^-(stage + 1).
+    """
+    ratio = t / (1 - t)
+    gap = ratio * (closeness * (1 + k * torch.sigmoid(-b * ratio))).clamp(max=1)
+    earlier = (ratio - gap).clamp(min=0)
+    return earlier / (1 + earlier), gap / ((1 + ratio) * (1 + earlier))
+
+
+def law(name: str, mu: float | None = None, sigma: float | None = None) -> Callable[[Tensor], Tensor]:
+    """The law of that name; mu (null: 0) and sigma (null: 1) are mean and standard deviation of logit_normal."""
+    laws: dict[str, Callable[[Tensor], Tensor]] = {"uniform": uniform, "u_shaped": u_shaped, "exp10": exp10}
+    if name == "logit_normal":
+        return partial(logit_normal, mean=0.0 if mu is None else mu, std=1.0 if sigma is None else sigma)
+    if name not in laws:
+        raise ValueError(f"unknown time law '{name}': {suggest(name, [*laws, 'logit_normal'])}")
+    if mu is not None or sigma is not None:
+        raise ValueError(f"mu and sigma have no effect with time_law: {name}; remove them or use logit_normal")
+    return laws[name]
+
+
+def stratified(u: Tensor, rows: Rows) -> Tensor:
+    """Uniform draws u [B] of `rows` of a global batch -> one in each of its `total` equal strata, row i in the i-th."""
+    if u.shape != (rows.stop - rows.start,):
+        raise ValueError(f"u must have shape [{rows.stop - rows.start}] for {rows}, got {list(u.shape)}")
+    stratum = torch.arange(rows.start, rows.stop, dtype=torch.float64, device=u.device)
+    below_one = torch.nextafter(torch.ones((), dtype=u.dtype), torch.zeros((), dtype=u.dtype))
+    return ((stratum + _checked(u)) / rows.total).to(u.dtype).clamp(max=below_one.item())  # rounding must not reach 1
+
+
+def _checked(u: Tensor) -> Tensor:
+    if u.ndim != 1 or u.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"u must be [B] in float32 or float64, got {list(u.shape)} in {u.dtype}")
+    if not ((u >= 0) & (u <= 1)).all():
+        raise ValueError(f"u must be within [0, 1], got [{u.min():.6g}, {u.max():.6g}]")
+    return u.double()
+
+
+def _as_time(t: Tensor, u: Tensor) -> Tensor:
+    return t.clamp(0, 1).to(u.dtype)  # rounding only: every law maps [0, 1] into [0, 1]
+
+
+def _ending_at_zero(t: Tensor) -> Tensor:
+    return torch.cat([t, t.new_zeros(1)])
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")

@@ -1,0 +1,145 @@
+"""Fresh networks from a spec; the same spec and seed give bit-equal weights, whatever ran before."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers import ModelMixin, UNet2DModel
+
+from distill.core.errors import InputError
+from distill.core.space import human
+from distill.flow.draws import key
+from distill.networks.acceleration_mlp import AccelerationMLP
+from distill.networks.acceleration_unet import AccelerationUNet2DModel
+from distill.networks.flow_map_mlp import FlowMapMLP
+from distill.networks.flow_map_unet import FlowMapUNet2DModel
+from distill.networks.velocity_mlp import VelocityMLP
+from distill.networks.velocity_unet import VelocityUNet2DModel
+from distill.spec import trainspec
+from distill.spec.model import MlpSpec, NetworkSpec, UNetSpec
+
+NETWORKS: dict[str, tuple[type[ModelMixin], ...]] = {  # by the kind of student
+    "velocity": (UNet2DModel, VelocityUNet2DModel, VelocityMLP),
+    "flow_map": (FlowMapUNet2DModel, FlowMapMLP),
+    "acceleration": (AccelerationUNet2DModel, AccelerationMLP),
+}
+
+
+def kind_of(network: ModelMixin) -> str:
+    """The kind of student that a network is of; one of a class that no student has is a velocity field's."""
+    return next((kind for kind, classes in NETWORKS.items() if type(network) in classes), "velocity")
+
+
+def build(spec: NetworkSpec, shape: tuple[int, ...], num_classes: int | None, seed: int) -> ModelMixin:
+    """A float32 network for samples of `shape`, on the CPU.
+
+    K classes give K + 1 embeddings: class K is the null class of the unconditional call. The weights depend on
+    (spec, seed) alone; the global generator is neither used nor moved.
+    """
+    embeddings = None if num_classes is None else num_classes + 1
+    size, here = 4 * trainspec.parameters(spec), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if size > here:
+        raise InputError(
+            f"network: its weights take about {human(size)}, and this machine has {human(here)}; make it smaller"
+        )
+    with drawn(seed, "network"):
+        if isinstance(spec, MlpSpec):
+            return _mlp(spec, shape, embeddings)
+        return _unet(spec, shape, embeddings)
+
+
+def two_times(network: ModelMixin, seed: int) -> ModelMixin:
+    """A flow map u(x_t, t, s) with the weights of a velocity network of the linear path, which it equals for all s.
+
+    Only what takes in t - s is drawn, keyed by `seed`.
+    """
+    with drawn(seed, "second time"):
+        grown = _grown(network, FlowMapMLP, FlowMapUNet2DModel)
+    weights = {
+        name.replace("class_embedding.weight", grown.class_weight): t for name, t in network.state_dict().items()
+    }
+    added = {name: t for name, t in grown.state_dict().items() if name not in weights}
+    assert all("gap." in name for name in added), sorted(added)
+    grown.load_state_dict({**weights, **added})
+    return grown.to(next(network.parameters()).device).train(network.training)
+
+
+def accelerated(network: ModelMixin, seed: int) -> ModelMixin:
+    """A velocity network of the linear path and, from the same weights, one of the acceleration beside it, which is
+    blind to the velocity that it is given.
+    """
+    with drawn(seed, "acceleration"):  # nothing of it is kept
+        grown = _grown(network, AccelerationMLP, AccelerationUNet2DModel)
+    weights = dict(network.state_dict())
+    beside = {f"acceleration.{name}": tensor for name, tensor in weights.items()}
+    if isinstance(network, VelocityMLP):
+        beside["given.weight"] = torch.zeros_like(grown.given.weight)
+    else:
+        first = weights["conv_in.weight"]  # [out, C, 3, 3] -> [out, 2 C, 3, 3]
+        beside["acceleration.conv_in.weight"] = torch.cat([first, torch.zeros_like(first)], dim=1)
+    grown.load_state_dict({**weights, **beside})
+    return grown.to(next(network.parameters()).device).train(network.training)
+
+
+def _grown(network: ModelMixin, mlp: type[ModelMixin], unet: type[ModelMixin]) -> ModelMixin:
+    """A fresh network that holds more than a velocity network of the linear path, of its config."""
+    if isinstance(network, VelocityMLP):
+        return mlp.from_config(network.config)
+    if isinstance(network, VelocityUNet2DModel):
+        return unet.from_config(network.config)
+    return unet.from_config(network.config, path="linear", prediction="velocity")
+
+
+@contextmanager
+def drawn(seed: int, name: str) -> Iterator[None]:
+    """While entered, the CPU's generator is keyed by (seed, name); afterwards it is what it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(key(seed, name))  # the CPU's alone: torch.manual_seed moves CUDA's too
+        yield
+
+
+def _mlp(spec: MlpSpec, shape: tuple[int, ...], embeddings: int | None) -> VelocityMLP:
+    if len(shape) != 1:
+        raise InputError(
+            f"network.kind=mlp is for vectors, but samples have shape {list(shape)}; use network.kind=unet"
+        )
+    return VelocityMLP(dim=shape[0], width=spec.width, depth=spec.depth, num_class_embeds=embeddings)
+
+
+def _unet(spec: UNetSpec, shape: tuple[int, ...], embeddings: int | None) -> UNet2DModel:
+    if len(shape) != 3:
+        raise InputError(
+            f"network.kind=unet is for images [channels, height, width], but samples have shape {list(shape)}; "
+            "use network.kind=mlp"
+        )
+    if not spec.channels:
+        raise InputError("network.channels is empty; give one number per resolution, finest first, like [32, 64]")
+    indivisible = [c for c in spec.channels if c % spec.norm_groups]
+    if indivisible:
+        raise InputError(
+            f"network.channels={spec.channels}: {indivisible} are not multiples of norm_groups={spec.norm_groups}; "
+            "change either"
+        )
+    levels = len(spec.channels)
+    unit = 2 ** (levels - 1)
+    if shape[1] % unit or shape[2] % unit:
+        raise InputError(
+            f"network.channels={spec.channels} halves the image {levels - 1} times, but {shape[1]}x{shape[2]} is not a "
+            f"multiple of {unit}; give fewer channels or another image size"
+        )
+    attentive = spec.attention
+    return UNet2DModel(
+        sample_size=shape[1] if shape[1] == shape[2] else shape[1:],
+        in_channels=shape[0],
+        out_channels=shape[0],
+        block_out_channels=tuple(spec.channels),
+        down_block_types=("DownBlock2D",) * (levels - 1) + ("AttnDownBlock2D" if attentive else "DownBlock2D",),
+        up_block_types=("AttnUpBlock2D" if attentive else "UpBlock2D",) + ("UpBlock2D",) * (levels - 1),
+        layers_per_block=spec.layers_per_block,
+        norm_num_groups=spec.norm_groups,
+        attention_head_dim=min(8, spec.channels[-1]),
+        add_attention=attentive,
+        dropout=spec.dropout,
+        num_class_embeds=embeddings,
+    )

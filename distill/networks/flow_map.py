@@ -1,0 +1,25 @@
+"""A network as a student that knows two times: the flow map of the linear path."""
+
+from torch import Tensor, nn
+
+from distill.flow.interpolants import like, linear
+from distill.networks.flow_map_call import call
+from distill.protocols import Cond
+
+
+class FlowMapStudent(nn.Module):
+    """u(x_t, t, s, cond), the average velocity from t to s <= t, from network(x_t, 1000 t, 1000 s, class_labels).
+
+    x_s = x_t + (s - t) u. At s = t, u is the velocity. The result has the dtype of x_t.
+    """
+
+    interpolant = linear()
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+        """x_t [B, ...], t and s [B] in [0, 1] -> average velocity [B, ...]."""
+        like(t, x_t), like(s, x_t)  # refuses any other shape
+        return call(self.network, x_t, t, s, cond)

@@ -1,0 +1,1 @@
+"""Specs made from specs: reflow rounds, comparisons, what a run would do. No tensors."""

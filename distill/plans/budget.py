@@ -1,0 +1,123 @@
+"""The minutes that a comparison gives each recipe, as lengths in images: by what a rehearsal has shown. No tensors.
+
+The lengths of a chain are scaled by one factor, so that its training takes the minutes. From there on the run is a spec
+like any other: it ends in the same numbers, however long it takes.
+"""
+
+import math
+from collections.abc import Mapping
+
+from distill.core.errors import InputError
+from distill.exchange import card
+from distill.plans import planning
+from distill.plans.comparison import Chain, Plan
+from distill.reports.comparison_table import Comparison, Entry, Measured, Part
+from distill.runs.store import RunPaths, read_events, read_json
+from distill.spec import evalspec
+from distill.spec.model import PairsStage, RunSpec, Stage, TrainStage
+
+STEPS, OWN_STEPS = (1, 2, 4), (1, 2, 4, 8)  # to measure a student at: of any number of steps, of some only
+BATCHES, UNTIMED = 24, 4  # of a rehearsal, and those at its beginning, which are slower
+MOST_MINUTES = 1_000_000  # two years
+IN_IMAGES = "_images"  # how options end that are lengths, like anneal_images
+
+
+def rehearsal(planned: Plan) -> RunSpec:
+    """A miniature of the run, with as many steps of what is compared as show how long they take."""
+    small = planning.miniature(planned.spec())
+    longer: dict[str, Stage] = {}
+    for chain in planned.chains:
+        for name in chain.trained:
+            stage = small.stages[name]
+            assert isinstance(stage, TrainStage)
+            longer[name] = stage.model_copy(update={"images": BATCHES * stage.batch_size})
+    return small.model_copy(update={"stages": {**small.stages, **longer}})
+
+
+def measured(planned: Plan, run: RunPaths) -> dict[str, Measured]:
+    """What the run of a rehearsal has shown, by train stage."""
+    return {name: _measured(run, name, stage) for chain in planned.chains for name, stage in chain.trained.items()}
+
+
+def frozen(planned: Plan, found: Mapping[str, Measured], minutes: float, command: str) -> tuple[RunSpec, Comparison]:
+    """The spec whose chains take the minutes each by what was measured, and the record of it."""
+    changed: dict[str, Stage] = {}
+    entries = []
+    for chain in planned.chains:
+        scaled = _scaled(chain, found, minutes)
+        changed |= scaled
+        parts = [Part(stage=n, recipe=s.recipe, images=s.images, measured=found[n]) for n, s in scaled.items()]
+        solved = [{**planned.shared, **chain.stages}[name] for name in chain.pairs]
+        pair_calls = sum(stage.count * stage.network_calls for stage in solved if isinstance(stage, PairsStage))
+        entries.append(Entry(name=chain.name, recipe=chain.recipe, parts=parts, pair_calls=pair_calls))
+    students = {
+        chain.name: planned.evaluation.students.get(chain.name) or _steps(found[chain.name]) for chain in planned.chains
+    }
+    changed[planned.evaluation_name] = evalspec.measuring(planned.evaluation, students)
+    comparison = Comparison(
+        command=command, budget_minutes=minutes, evaluation=planned.evaluation_name, entries=entries
+    )
+    return planned.spec(changed), comparison
+
+
+def check(minutes: float) -> None:
+    """InputError unless it is a time."""
+    if not 0 < minutes <= MOST_MINUTES:
+        raise InputError(
+            f"--budget {minutes:g}: minutes of training for each recipe are expected, above 0 and at most "
+            f"{MOST_MINUTES:,}, like 2"
+        )
+
+
+def _measured(run: RunPaths, name: str, stage: TrainStage) -> Measured:
+    events = [e for e in read_events(run) if e.get("event") == "progress" and e.get("label") == name]
+    timed = [(e["done"], e["time"]) for e in events if e["done"] >= UNTIMED * stage.batch_size]
+    (first, began), (last, ended) = timed[0], timed[-1]
+    ranks = [read_json(path) for path in sorted(run.stage(name).root.glob("memory-*.json"))]
+    return Measured(
+        seconds_per_image=float(f"{max(ended - began, 1e-3) / (last - first):.4g}"),
+        memory=max(sum(rank["counted"].values()) + rank["activations"] for rank in ranks),
+        teacher_calls=sum(rank["teacher_rows"] for rank in ranks) / last,
+        steps=sorted(card.read(run.student(name)).t_grids),
+    )
+
+
+def _scaled(chain: Chain, found: Mapping[str, Measured], minutes: float) -> dict[str, TrainStage]:
+    """The train stages of a chain, by one factor as long or short as the minutes allow, in whole batches."""
+    trained = chain.trained
+    whole = sum(stage.images * found[name].seconds_per_image for name, stage in trained.items()) / 60
+    least, short = max((stage.batch_size / stage.images, name) for name, stage in trained.items())
+    factor = minutes / whole
+    if factor < least:
+        raise InputError(
+            f"--budget {minutes:g}: too short for '{chain.name}': it leaves less than one batch for '{short}'; give at "
+            f"least {1.01 * least * whole:.3g} minutes"
+        )
+    return {name: _of_length(stage, factor) for name, stage in trained.items()}
+
+
+def _of_length(stage: TrainStage, factor: float) -> TrainStage:
+    """All that is a length scaled; half-lives stay, since students are named by them."""
+    optimizer, saving = stage.optimizer, stage.checkpoint
+    images = max(1, math.floor(factor * stage.images / stage.batch_size)) * stage.batch_size
+    share = images / stage.images  # of whole batches, so that what ends within the training still does
+    return stage.model_copy(
+        update={
+            "images": images,
+            "optimizer": optimizer.model_copy(update={"warmup_images": math.floor(share * optimizer.warmup_images)}),
+            "checkpoint": saving.model_copy(
+                update={"images": None if saving.images is None else max(1, round(share * saving.images))}
+            ),
+            "options": {
+                key: max(1, round(share * value)) if key.endswith(IN_IMAGES) and isinstance(value, int) else value
+                for key, value in stage.options.items()
+            },
+        }
+    )
+
+
+def _steps(found: Measured) -> list[int]:
+    """Numbers of steps to measure a student at that none was given for."""
+    if not found.steps:
+        return list(STEPS)
+    return [n for n in OWN_STEPS if n in found.steps] or found.steps[:1]

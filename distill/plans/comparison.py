@@ -1,0 +1,255 @@
+"""Several recipes on one teacher, its data and the same minutes each: the spec of a comparison. No tensors.
+
+    spec                 teach, pairs, anneal, slimflow, reflow, evaluate
+    slimflow, meanflow   teach, pairs, anneal, slimflow, meanflow, evaluate
+
+What makes the teacher, and its pairs, stay as they are and serve all. What the spec trains by a recipe is a chain: its
+stage, and those that it starts from or learns from, with pairs of their own. Of a recipe that the spec lacks there is
+one stage with default options, else like the first that distils. The lengths of a chain are scaled together, so that
+its training takes the minutes given; how long an image takes is seen before, in a rehearsal of a few steps. What comes
+out is a spec like any other.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from distill.core.errors import InputError
+from distill.core.text import suggest
+from distill.reports.comparison_table import short
+from distill.spec import checks, evalspec, registry
+from distill.spec.model import WITH_STATES, EvaluateStage, PairsStage, RunSpec, Stage, TrainStage
+from distill.spec.resolved import Resolved, resolve_recipe
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What one student is made by."""
+
+    name: str
+    """of the stage that makes it"""
+    recipe: str
+    stages: dict[str, Stage]
+    """in their order, its own the last; without what serves all"""
+
+    @property
+    def trained(self) -> dict[str, TrainStage]:
+        return {name: stage for name, stage in self.stages.items() if isinstance(stage, TrainStage)}
+
+    @property
+    def pairs(self) -> list[str]:
+        """All that it trains on."""
+        return list(dict.fromkeys(name for stage in self.trained.values() for name in stage.pair_shares))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison whose lengths are still the spec's."""
+
+    given: RunSpec
+    shared: dict[str, Stage]
+    chains: list[Chain]
+    evaluation_name: str
+    evaluation: EvaluateStage
+
+    def spec(self, changed: Mapping[str, Stage] | None = None) -> RunSpec:
+        """As a spec, with some of the stages changed. Students for which no steps were given are not measured yet."""
+        stages = dict(self.shared)
+        for chain in self.chains:
+            stages |= chain.stages
+        students = {c.name: steps for c in self.chains if (steps := self.evaluation.students.get(c.name))}
+        stages[self.evaluation_name] = evalspec.measuring(self.evaluation, students)
+        return self.given.model_copy(update={"stages": {**stages, **(changed or {})}})
+
+
+def plan(resolved: Resolved, recipes: Sequence[str] | None) -> Plan:
+    """The comparison of recipes that are named; None: all that the spec distils by. InputError where it does not fit.
+
+    What comes out has not been checked yet.
+    """
+    spec = resolved.spec
+    name, evaluation = _evaluation(spec)
+    teachers = _teachers(resolved, evaluation)
+    distilled = {n: s for n, s in spec.stages.items() if isinstance(s, TrainStage) and n not in teachers}
+    chosen = list(dict.fromkeys(stage.recipe for stage in distilled.values()))
+    if recipes is not None:
+        chosen = _resolve(recipes, [s.recipe for s in spec.stages.values() if isinstance(s, TrainStage)])
+    elif not chosen:
+        raise InputError(f"spec '{spec.name}' distils by no recipe; name some by --recipes, like reflow,one_step")
+    ends = {recipe: _ends(spec, distilled, recipe) for recipe in chosen}
+    common = teachers | _shared_pairs(spec, teachers)
+    parts = {end: _line(spec, end) - common for each in ends.values() for end in each}
+    chains = []
+    for recipe in chosen:
+        chains += [_own_chain(spec, end, parts) for end in ends[recipe]]
+        if not ends[recipe]:
+            chains.append(_derived_chain(resolved, recipe, teachers, distilled))
+    _refuse_one_name(chains)
+    needing = [evaluation, *(stage for chain in chains for stage in chain.stages.values())]
+    targets = {target for stage in needing for _, target, _ in checks.references(stage) if target in common}
+    used = _lines(spec, targets)
+    shared = {n: s for n, s in spec.stages.items() if n in used}
+    return Plan(spec, shared, chains, name, evaluation)
+
+
+def _refuse_one_name(chains: Sequence[Chain]) -> None:
+    """Names that are made are checked against the spec's where they are made."""
+    recipes: dict[str, list[str]] = {}
+    for chain in chains:
+        for name in chain.stages:
+            recipes.setdefault(name, []).append(chain.recipe)
+    for name, each in recipes.items():
+        if len(each) > 1:
+            raise InputError(
+                f"--recipes: {' and '.join(each)} would both have a stage '{name}'; give the spec a stage of one of "
+                "them"
+            )
+
+
+def _evaluation(spec: RunSpec) -> tuple[str, EvaluateStage]:
+    found = [(name, stage) for name, stage in spec.stages.items() if isinstance(stage, EvaluateStage)]
+    if not found:
+        raise InputError(
+            f"spec '{spec.name}' has no evaluate stage to compare by; add one, like "
+            "evaluate: {kind: evaluate, teacher: teach, students: {}}"
+        )
+    return found[-1]
+
+
+def _teachers(resolved: Resolved, evaluation: EvaluateStage) -> set[str]:
+    """The stages that make the teacher of the evaluation, or one that is trained on data alone."""
+    spec, recipes = resolved.spec, resolved.recipes
+    named = {stage.teacher for stage in spec.stages.values() if stage.teacher is not None}
+    alone = [name for name in named if name in recipes and not recipes[name].needs & {"teacher", "pairs"}]
+    return _lines(spec, [*([evaluation.teacher] if evaluation.teacher else []), *alone])
+
+
+def _line(spec: RunSpec, name: str) -> set[str]:
+    """A stage, and all that it comes from."""
+    found = {name}
+    for _, target, _ in checks.references(spec.stages[name]):
+        found |= _line(spec, target)
+    return found
+
+
+def _lines(spec: RunSpec, names: Iterable[str]) -> set[str]:
+    return set().union(*(_line(spec, name) for name in names))
+
+
+def _shared_pairs(spec: RunSpec, teachers: set[str]) -> set[str]:
+    """Pairs of a teacher, which anyone may train on."""
+    pairs = {name: stage for name, stage in spec.stages.items() if isinstance(stage, PairsStage)}
+    return {name for name, stage in pairs.items() if stage.teacher is None or stage.teacher in teachers}
+
+
+def _resolve(given: Sequence[str], of_spec: Sequence[str]) -> list[str]:
+    """Whole names of recipes, which may be named without their folder."""
+    known = dict.fromkeys([*registry.names(), *of_spec])
+    times = Counter(short(name) for name in known)
+    found = []
+    for each in given:
+        fitting = [name for name in known if each in (name, short(name))]
+        fitting = [each] if each in known else fitting
+        if len(fitting) > 1:
+            raise InputError(f"--recipes: '{each}' is both {' and '.join(fitting)}; give the whole name")
+        if not fitting:
+            valid = [short(name) if times[short(name)] == 1 else name for name in known]
+            raise InputError(f"--recipes: there is no recipe '{each}'; {suggest(each, valid)}")
+        if fitting[0] in found:
+            raise InputError(f"--recipes names {fitting[0]} twice; name it once")
+        found += fitting
+    return found
+
+
+def _ends(spec: RunSpec, distilled: Mapping[str, TrainStage], recipe: str) -> list[str]:
+    """The stages of a recipe whose students are compared: those from which none of the same recipe comes."""
+    own = [name for name, stage in distilled.items() if stage.recipe == recipe]
+    return [name for name in own if not any(name in _line(spec, other) - {other} for other in own)]
+
+
+def _own_chain(spec: RunSpec, end: str, parts: Mapping[str, set[str]]) -> Chain:
+    """parts: by the end of each chain, the stages that only chains have. A stage of several is made for each anew."""
+    found = Counter(name for each in parts.values() for name in each)
+    names = {n: n if n == end or found[n] == 1 else _new(spec, f"{end}-{n}") for n in spec.stages if n in parts[end]}
+    stages = {new: _renamed(spec.stages[old], names) for old, new in names.items()}
+    last = spec.stages[end]
+    assert isinstance(last, TrainStage)
+    return Chain(end, last.recipe, stages)
+
+
+def _new(spec: RunSpec, name: str) -> str:
+    """A name for a stage that the spec does not have."""
+    if name in spec.stages:
+        raise InputError(f"stages.{name}: the comparison makes a stage of that name; name this one otherwise")
+    return name
+
+
+def _renamed(stage: Stage, names: Mapping[str, str]) -> Stage:
+    """A stage that refers to others by their new names."""
+    changed: dict[str, object] = {"teacher": names.get(stage.teacher or "", stage.teacher)}
+    if isinstance(stage, TrainStage):
+        changed["init"] = names.get(stage.init or "", stage.init)
+        if isinstance(stage.pairs, str):
+            changed["pairs"] = names.get(stage.pairs, stage.pairs)
+        elif stage.pairs is not None:
+            changed["pairs"] = {names.get(name, name): share for name, share in stage.pairs.items()}
+    return stage.model_copy(update=changed)
+
+
+def _derived_chain(resolved: Resolved, recipe: str, teachers: set[str], distilled: Mapping[str, TrainStage]) -> Chain:
+    """One stage of a recipe of which the spec has none."""
+    spec = resolved.spec
+    made = [n for n in teachers if isinstance(s := spec.stages[n], TrainStage) and s.recipe == recipe]
+    if made:
+        raise InputError(f"--recipes: {recipe} makes the teacher here ('{made[0]}'); name recipes that distil it")
+    name, first = _new(spec, short(recipe)), next(iter(distilled.values()), None)
+    if first is None:
+        raise InputError(
+            f"--recipes: {recipe} has no stage in spec '{spec.name}', and there is none that distils, to take its "
+            "length, batch size and optimizer from; add one"
+        )
+    exact = first.teacher is None and resolved.has_exact_teacher
+    stage = TrainStage(
+        kind="train",
+        recipe=recipe,
+        teacher=first.teacher,
+        network=first.network if exact else None,
+        images=first.images,
+        batch_size=first.batch_size,
+        optimizer=first.optimizer,
+        ema_half_lives=first.ema_half_lives,
+        export=first.export,
+        precision=first.precision,
+        checkpoint=first.checkpoint,
+    )
+    needs = resolve_recipe(stage, resolved.base, f"--recipes: {recipe}").needs
+    if not needs & {"teacher", "pairs"}:
+        raise InputError(
+            f"--recipes: {recipe} with default options needs no teacher, so it would not distil one; give the spec a "
+            "stage of it that does, or that starts from the teacher (init)"
+        )
+    if "pairs" in needs:
+        stage = stage.model_copy(update={"pairs": _pairs_for(spec, recipe, needs, first)})
+    return Chain(name, recipe, {name: stage})
+
+
+def _pairs_for(spec: RunSpec, recipe: str, needs: frozenset[str], first: TrainStage) -> str | dict[str, float] | None:
+    """Those that the first distilling stage trains on, or others of its teacher."""
+
+    def fit(stage: Stage) -> bool:
+        if not isinstance(stage, PairsStage):
+            return False
+        return stage.paths in WITH_STATES if "states" in needs else stage.paths != "segments"
+
+    if first.pairs is not None and all(fit(spec.stages[name]) for name in first.pair_shares):
+        return first.pairs
+    fitting = [name for name, stage in spec.stages.items() if fit(stage) and stage.teacher == first.teacher]
+    if fitting:
+        return fitting[0]
+    what, how = (
+        ("pairs with states", "paths: trajectories and times") if "states" in needs else ("pairs", "kind: pairs")
+    )
+    teacher = f"'{first.teacher}'" if first.teacher else "its teacher"
+    raise InputError(
+        f"--recipes: {recipe} needs {what}, and spec '{spec.name}' has none of {teacher}; add a pairs stage with {how}"
+    )

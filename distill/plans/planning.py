@@ -1,0 +1,145 @@
+"""What a run would do, stage by stage, before anything is done."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from distill.runs.store import RunPaths
+from distill.spec import evalspec, pairspec
+from distill.spec.model import (
+    OF_DATA,
+    WITH_STATES,
+    EvaluateStage,
+    LaunchSpec,
+    PairsStage,
+    RunSpec,
+    SlurmSpec,
+    Stage,
+    TrainStage,
+)
+from distill.spec.resolved import Resolved
+
+CHECKS = (
+    "every field of the spec",
+    "references between stages",
+    "recipes, their options and needs",
+    "teacher and data fit",
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage, as a person wants to know it beforehand."""
+
+    name: str
+    kind: str
+    what: str
+    work: str
+    needs: list[str]
+    """stages that come before it, and what it takes from the spec"""
+    network_calls: int | None
+    """samples through a network; null: that is up to the recipe"""
+    writes: list[str]
+    """files and folders, relative to the run"""
+
+
+def steps(resolved: Resolved) -> list[Step]:
+    """All stages in their order."""
+    spec = resolved.spec
+    return [
+        _train(name, stage, spec.launch, resolved.recipes[name].needs)
+        if isinstance(stage, TrainStage)
+        else _pairs(name, stage)
+        if isinstance(stage, PairsStage)
+        else _evaluate(name, stage, resolved.samplers(stage))
+        for name, stage in spec.stages.items()
+    ]
+
+
+def as_json(spec: RunSpec, paths: RunPaths, planned: list[Step]) -> dict[str, Any]:
+    """The plan for programs."""
+    return {
+        "name": spec.name,
+        "digest": spec.digest(),
+        "run": str(paths.root),
+        "exists": paths.root.exists(),
+        "stages": [asdict(step) for step in planned],
+        "checked": list(CHECKS),
+    }
+
+
+def miniature(spec: RunSpec) -> RunSpec:
+    """The same run with two steps of each training, on as few pairs as a block has; it is not worth evaluating.
+
+    Only paths that keep states are solved with all their steps, of which those are some.
+    """
+    stages: dict[str, Stage] = {}
+    for name, stage in spec.stages.items():
+        stages[name] = stage
+        if isinstance(stage, TrainStage):
+            images = min(stage.images, 2 * stage.batch_size)
+            optimizer = stage.optimizer.model_copy(update={"warmup_images": 0})
+            stages[name] = stage.model_copy(update={"images": images, "optimizer": optimizer})
+        elif isinstance(stage, PairsStage):
+            few = {"count": min(stage.count, stage.block)}
+            coarse = {} if stage.paths in WITH_STATES else {"solver": "euler", "steps": 1}
+            stages[name] = stage.model_copy(update={**few, **coarse})
+    here = spec.launch.model_copy(update={"slurm": SlurmSpec()})  # an array would find too few shards
+    return spec.model_copy(update={"stages": stages, "launch": here})
+
+
+def memory_rows(memory: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, str, int | None, list[int]]]:
+    """(stage, what, bytes predicted, bytes of each rank), from what `memory.Probe` reports of each stage's ranks."""
+    for stage, ranks in memory.items():
+        predicted, counted = ranks[0]["predicted"], [rank["counted"] for rank in ranks]
+        for kind, expected in predicted.items():
+            yield stage, kind, expected, [each[kind] for each in counted]
+        yield stage, "all four", sum(predicted.values()), [sum(each.values()) for each in counted]
+        for label, key in (("activations", "activations"), ("other tensors", "other")):
+            yield stage, label, None, [rank[key] for rank in ranks]
+        yield stage, "copy of a checkpoint (host)", None, [rank["saving"] for rank in ranks]
+        yield stage, "process", None, [rank["process"] for rank in ranks]
+        if ranks[0]["device"] is not None:
+            yield stage, "GPU", None, [rank["device"] for rank in ranks]
+
+
+def _train(name: str, stage: TrainStage, launch: LaunchSpec, needs: frozenset[str]) -> Step:
+    teacher = stage.teacher or "the spec's teacher"
+    sources = {"pairs": [*stage.pair_shares], "data": ["data"], "teacher": [teacher]}
+    taken = [each for need in sorted(needs & sources.keys()) for each in sources[need]]
+    taken += [stage.init] if stage.init else []
+    start = f"a fresh {stage.network.kind}" if stage.network else f"the weights of {stage.init or teacher}"
+    work = f"{stage.images:,} images = {stage.images // stage.batch_size:,} steps of {stage.batch_size}"
+    share = stage.batch_size // launch.world_size
+    micro = launch.micro_batch or share
+    if micro < stage.batch_size:
+        work += f": {launch.world_size} x {share // micro} x {micro} (processes, micro-batches, samples)"
+    writes = [f"stages/{name}/checkpoints/", f"students/{name}/"]
+    return Step(name, stage.kind, f"{stage.recipe} from {start}", work, _unique(taken), None, writes)
+
+
+def _pairs(name: str, stage: PairsStage) -> Step:
+    calls = stage.network_calls
+    what = f"{stage.solver}, {stage.steps} steps, guidance {stage.guidance_scale:g}"
+    what += "" if stage.paths == "backward" else f", {stage.paths}"
+    total = round(stage.count * calls)
+    work = f"{stage.count:,} pairs x {calls:g} network calls = {total:,}"
+    shards = pairspec.Layout.of(stage).files
+    writes = [f"stages/{name}/pairs/ ({shards} shard{'s' if shards > 1 else ''})"]
+    needs = [stage.teacher or "the spec's teacher"] + (["data"] if stage.paths in OF_DATA else [])
+    return Step(name, stage.kind, what, work, needs, total, writes)
+
+
+def _evaluate(name: str, stage: EvaluateStage, samplers: Mapping[str, str]) -> Step:
+    calls = stage.samples * sum(evalspec.calls(stage, samplers).values())
+    work = f"{evalspec.num_rows(stage)} rows x {stage.samples:,} samples; {calls:,} network calls"
+    needs = _unique([stage.teacher or "the spec's teacher", *stage.students])
+    coarse = f"at {', '.join(map(str, stage.teacher_steps))} steps and " if stage.teacher_steps else "by "
+    fine = f"{stage.fine_solver} {stage.fine_steps}"
+    what = f"teacher {coarse}{fine}" + "".join(f"; {student} by {fine}" for student in stage.fine_students)
+    writes = [f"stages/{name}/results.json", f"stages/{name}/pictures/", "report.html"]
+    return Step(name, stage.kind, what, work, needs, calls, writes)
+
+
+def _unique(names: list[str]) -> list[str]:
+    return list(dict.fromkeys(names))

@@ -1,0 +1,1 @@
+"""For people: where runs stand, tables of results, charts, the report. No tensors."""

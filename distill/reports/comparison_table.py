@@ -1,0 +1,284 @@
+"""What a comparison is of and what it found: comparison.json, and from it and the run's files a table. No torch."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import PurePosixPath
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from rich.table import Table
+
+from distill.core import records
+from distill.core.errors import InputError
+from distill.core.field_types import FrozenModel, Line, ScriptLine
+from distill.core.markdown import code, escape
+from distill.core.space import human
+from distill.runs import machine, results
+from distill.runs.progress import duration
+from distill.runs.results import Results, Row, number
+from distill.runs.store import RunPaths, read_events
+from distill.spec.model import Name
+
+
+class Measured(FrozenModel):
+    """What a rehearsal found of a training."""
+
+    seconds_per_image: PositiveFloat
+    memory: NonNegativeInt
+    """bytes of a process: weights, gradients, optimizer, averages, activations"""
+    teacher_calls: NonNegativeFloat
+    """of its teacher's network, for an image; guidance counted"""
+    steps: Annotated[list[PositiveInt], Field(max_length=1000)]
+    """that its student is made for; empty: any number"""
+
+
+class Part(FrozenModel):
+    """A train stage of a chain."""
+
+    stage: Name
+    recipe: Line
+    images: PositiveInt
+    measured: Measured
+
+    @property
+    def seconds(self) -> float:
+        """That it is to take."""
+        return self.images * self.measured.seconds_per_image
+
+
+class Entry(FrozenModel):
+    """A recipe in a comparison: the chain of stages that makes its student."""
+
+    name: Name
+    """of the stage of its student, the last of its parts"""
+    recipe: Line
+    parts: list[Part] = Field(min_length=1, max_length=1000)
+    pair_calls: NonNegativeFloat
+    """network calls for the pairs that it trains on, also where others train on them too"""
+
+    @property
+    def images(self) -> int:
+        return sum(part.images for part in self.parts)
+
+    @property
+    def memory(self) -> int:
+        return max(part.measured.memory for part in self.parts)
+
+    @property
+    def teacher_calls(self) -> float:
+        """For its pairs and while it trains."""
+        return self.pair_calls + sum(part.images * part.measured.teacher_calls for part in self.parts)
+
+
+class Comparison(FrozenModel):
+    """The content of comparison.json, written with the run's spec."""
+
+    format: Literal[1] = 1
+    command: ScriptLine
+    budget_minutes: PositiveFloat
+    """of training, for each recipe"""
+    evaluation: Name
+    """the stage that measures all"""
+    entries: list[Entry] = Field(min_length=1, max_length=1000)
+
+    @property
+    def measured(self) -> dict[str, Measured]:
+        """By train stage."""
+        return {part.stage: part.measured for entry in self.entries for part in entry.parts}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A comparison that was made."""
+
+    comparison: Comparison
+    results: Results
+    seconds: dict[str, float]
+    """that training took, by entry"""
+    machine: str
+    date: str
+
+
+COMPARISON: records.Schema[Comparison] = records.Schema(Comparison)
+
+
+def load(run: RunPaths) -> Comparison | None:
+    """What a run compares; None: it is no comparison. InputError if its record is damaged."""
+    try:
+        return records.load(run.comparison, COMPARISON, "delete that file: the run stays, and compares nothing")
+    except FileNotFoundError:
+        return None
+
+
+def found(run: RunPaths) -> Found | None:
+    """What a run has found, once its evaluation has; None: it is no comparison, or not as far."""
+    comparison = load(run)
+    measured = None if comparison is None else results.load(run.stage(comparison.evaluation))
+    if comparison is None or measured is None:
+        return None
+    names = {row.network for row in measured.usual if row.role == "student" and not row.fine}
+    if missing := [entry.name for entry in comparison.entries if entry.name not in names]:
+        raise InputError(
+            f"{run.stage(comparison.evaluation).root / results.FILE_NAME} cannot be used: it has no row of "
+            f"'{missing[0]}', which {run.comparison.name} names; delete it and done.json to evaluate again"
+        )
+    sessions, ended, device = Sessions(), None, ""
+    for event in read_events(run, ["stage started", "resumed", "progress"]):
+        sessions.add(event)
+        if event["event"] == "stage started":
+            device = event.get("device", device)
+        elif event["event"] == "progress" and event["label"] == comparison.evaluation:
+            ended = event["time"]
+    seconds = {e.name: sum(sessions.seconds(p.stage) for p in e.parts) for e in comparison.entries}
+    date = "" if ended is None else datetime.fromtimestamp(ended).astimezone().strftime("%Y-%m-%d")
+    return Found(comparison, measured, seconds, _machine(run, measured, device), date)
+
+
+class Sessions:
+    """How long the loops of train stages have taken, from the events of a run as they come."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, list[tuple[int, int, float]]] = {}  # images at the beginning and at the end, a second
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Take the next event, the oldest first."""
+        match event["event"]:
+            case "stage started":
+                self._of.setdefault(event["stage"], []).append((0, 0, 1.0))
+            case "resumed" if sessions := self._of.get(event["stage"]):
+                sessions[-1] = (event["images"], event["images"], 1.0)
+            case "progress" if (sessions := self._of.get(event["label"])) and event.get("per_second", 0) > 0:
+                sessions[-1] = (sessions[-1][0], event["done"], event["per_second"])
+
+    def seconds(self, stage: str) -> float:
+        """Of a stage, until its checkpoints counted: what a kill undid is left out."""
+        total, limit = 0.0, math.inf
+        for begin, end, rate in reversed(self._of.get(stage, [])):
+            total += max(0.0, min(end, limit) - begin) / rate
+            limit = min(limit, begin)
+        return total
+
+
+def _machine(run: RunPaths, measured: Results, device: str) -> str:
+    env = machine.load(run)
+    cores = f"{env.threads or '?'} of {env.cpus or '?'} cores of {env.cpu}"
+    return f"{cores if measured.device == 'cpu' or not device else device}, torch {env.version('torch') or '?'}"
+
+
+def quantity(found: Found) -> str:
+    """What is compared."""
+    return found.results.distance or "RMS"
+
+
+def columns(found: Found) -> list[str]:
+    """Heads of the numbers of a row, in the order of `rows`."""
+    first, *further = _steps(found)
+    return [
+        "images",
+        f"{quantity(found)}@{first}",
+        *(f"@{n}" for n in further),
+        "S",
+        "training",
+        "memory",
+        "teacher calls",
+    ]
+
+
+def rows(found: Found) -> list[tuple[str, list[str]]]:
+    """The name of each row, and its numbers as text: the teacher by each of its solvers first."""
+    measured = found.results.usual
+    coarse = [row for row in measured if row.role == "teacher" and not row.fine]
+    fine = [row for row in measured if row.role == "teacher" and row.fine]
+    shown = [("teacher, euler", coarse)] if coarse else []
+    shown += [(f"teacher, {row.solver}", [row]) for row in fine]
+    lines = [(name, ["-", *_values(found, each), _straightness(each), "-", "-", "-"]) for name, each in shown]
+    for entry in found.comparison.entries:
+        each = _of(found, entry)
+        trained = found.seconds[entry.name]
+        cost = [duration(trained) if trained else "-", human(entry.memory), f"{entry.teacher_calls:,.0f}"]
+        lines.append((titled(entry), [f"{entry.images:,}", *_values(found, each), _straightness(each), *cost]))
+    return lines
+
+
+def titled(entry: Entry) -> str:
+    """Its name and, where that says less, its recipes."""
+    recipes = list(dict.fromkeys(part.recipe for part in entry.parts))
+    return (
+        entry.name
+        if len(recipes) == 1 and short(recipes[0]) == entry.name
+        else f"{entry.name} ({', '.join(map(short, recipes))})"
+    )
+
+
+def short(recipe: str) -> str:
+    """The name of a recipe without its folder, and without the .py of a file."""
+    return PurePosixPath(recipe).stem
+
+
+def ranked(found: Found) -> dict[str, list[tuple[int, float]]]:
+    """[(steps, value)] of each recipe, the best at its fewest steps first."""
+    each = {titled(e): [(row.steps, row.value) for row in _of(found, e)] for e in found.comparison.entries}
+    return dict(sorted(each.items(), key=lambda line: line[1][0][1]))
+
+
+def teacher(found: Found) -> list[tuple[str, float]]:
+    """The teacher's values by name, but for one of 0: by its fine solver, to which RMS is measured."""
+    measured = [row for row in found.results.usual if row.role == "teacher" and row.value > 0]
+    return [(f"{row.solver} {row.steps}" if row.fine else f"{row.steps}", row.value) for row in measured]
+
+
+def _of(found: Found, entry: Entry) -> list[Row]:
+    """The rows of its student by its own sampler, fewest steps first."""
+    of_it = [row for row in found.results.usual if row.role == "student" and row.network == entry.name]
+    return sorted((row for row in of_it if not row.fine), key=lambda row: row.steps)
+
+
+def _steps(found: Found) -> list[int]:
+    return sorted({row.steps for row in found.results.usual})
+
+
+def _values(found: Found, measured: Sequence[Row]) -> list[str]:
+    values = {row.steps: number(row.value) for row in measured}
+    return [values.get(steps, "-") for steps in _steps(found)]
+
+
+def _straightness(measured: Sequence[Row]) -> str:
+    value = measured[0].straightness if measured else None
+    return "-" if value is None else number(value)
+
+
+def note(found: Found) -> str:
+    """What the columns are."""
+    return (
+        f"@N: at N steps. S: mean square difference between velocity and mean velocity along the network's own "
+        f"paths, 0 = straight; a flow map has none. Training: time of the loop, of "
+        f"{found.comparison.budget_minutes:g} minutes for each. Memory: of a process, for weights, gradients, "
+        "optimizer, averages and activations. Teacher calls: of a network, for the pairs, counted in full for each "
+        "recipe, and while it trains."
+    )
+
+
+def markdown(found: Found) -> str:
+    """All of it for a page."""
+    heads = ["recipe", *columns(found)]
+    lines = [
+        ["@".join(map(escape, head.split("@"))) for head in heads],
+        ["---", *["---:"] * (len(heads) - 1)],
+        *([escape(name), *numbers] for name, numbers in rows(found)),
+    ]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    said = [code(found.comparison.command), escape(found.machine), found.date]
+    return f"{table}\n\n{note(found)} {escape(results.describe(found.results))}\n\n{'; '.join(filter(None, said))}\n"
+
+
+def table(found: Found) -> Table:
+    """All of it for a terminal."""
+    shown = Table(title="comparison", caption=note(found), title_justify="left", caption_justify="left")
+    shown.add_column("recipe")
+    for name in columns(found):
+        shown.add_column(name, justify="right")
+    for name, cells in rows(found):
+        shown.add_row(name, *cells, style=None if name.startswith("teacher,") else "bold")
+    return shown

@@ -1,0 +1,299 @@
+"""The report: one HTML file with everything in it, written from a run's files, finished or not. No torch."""
+
+import base64
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+
+from distill.core import records
+from distill.core.atomic import write_atomic
+from distill.core.text import printable
+from distill.reports import charts, comparison_table, rounds_table
+from distill.reports.charts import Curve
+from distill.reports.curves import Thinned
+from distill.reports.rounds_table import Round
+from distill.runs import machine
+from distill.runs import results as evaluations
+from distill.runs.results import Results, Row, number
+from distill.runs.store import RunPaths, read_events
+
+LIBRARIES = ("torch", "diffusers", "safetensors", "numpy", "scipy", "scikit-learn", "pot", "datasets", "pydantic")
+MAX_CURVES = 3  # per stage
+MAX_NAMES = 50  # of logged numbers that are kept of a stage, to choose from
+MAX_WARNINGS = 100
+MAX_PICTURES = 64 * 2**20  # bytes of all that are embedded
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How one stage stands."""
+
+    name: str
+    kind: str
+    state: str
+    amount: str
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The first samples of a row."""
+
+    title: str
+    note: str
+    source: str
+    role: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the page shows of an evaluate stage."""
+
+    description: str
+    columns: list[str]
+    rows: list[tuple[Row, list[str]]]
+    chart: str
+    pictures: list[Picture]
+    straightness: list[tuple[str, str, float]]  # network, value or a dash, width of its bar in percent
+    pixelated: bool
+    more: str
+    """folder of pictures that are not shown; empty: all are"""
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What the page shows of rounds of reflow."""
+
+    columns: list[str]
+    rows: list[tuple[str, list[str]]]
+    chart: str
+    warnings: list[str]
+    note: str = rounds_table.NOTE
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the page shows of a comparison of recipes."""
+
+    columns: list[str]
+    rows: list[tuple[str, list[str]]]
+    chart: str
+    note: str
+
+
+@dataclass
+class Training:
+    """The logged numbers of a stage, as they are read."""
+
+    unit: str = "images"
+    done: int = 0
+    total: int = 0
+    curves: dict[str, Thinned] = field(default_factory=dict)
+
+
+def write(run: RunPaths) -> Path:
+    """Write the run's report.html and say where it is; of a comparison also its table and its figure."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("distill"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    kinds, trainings, warnings = _events(run)
+    found = evaluations.of_run(run)
+    room = MAX_PICTURES
+    shown: dict[str, Evaluation] = {}
+    for name, results in found.items():
+        pictures, more, room = _pictures(run.stage(name).root, results, room)
+        shown[name] = _evaluation(results, pictures, f"stages/{name}/pictures" if more else "")
+    wholes = [results for results in found.values() if rounds_table.round_of(results) is None]
+    page = environment.get_template("report.html.j2").render(
+        name=printable(run.name),
+        stages=[_stage(run, name, kind, trainings.get(name), name in found) for name, kind in kinds.items()],
+        evaluations=shown,
+        headlines=[headline(results) for results in wholes or found.values()],
+        rounds=_rounds(rounds_table.rounds(found)),
+        losses={name: chart for name, training in trainings.items() if (chart := _losses(training))},
+        warnings=warnings,
+        spec=_spec(run),
+        environment=_environment(run),
+        comparison=_comparison(run),  # when nothing of the run can be refused any more: it writes two files
+        files=_files(run),
+    )
+    write_atomic(run.report, page)
+    return run.report
+
+
+def _spec(run: RunPaths) -> str:
+    try:
+        return records.read_text(run.spec)
+    except FileNotFoundError:
+        return ""
+
+
+def headline(results: Results) -> str:
+    """The result in one sentence: the student of fewest calls (the best of those) beside its teacher."""
+    students = [row for row in results.usual if row.role == "student"]
+    fine = next(row for row in results.rows if row.fine)
+    what = results.distance or "RMS to the teacher"
+
+    if not students:
+        return f"The teacher reaches {what} {number(fine.value)} in {fine.nfe} network calls."
+    best = min(students, key=lambda row: (row.nfe, row.value))
+    calls = "one network call" if best.nfe == 1 else f"{best.nfe} network calls"
+    said = f"In {calls} {best.network} reaches {what} {number(best.value)}"
+    coarse = [row for row in results.usual if row.role == "teacher" and not row.fine]
+    if results.distance is not None:
+        as_good = [row for row in coarse if row.value <= best.value]
+        if as_good:
+            first = min(as_good, key=lambda row: row.nfe)
+            said += f"; the teacher needs {first.nfe} Euler steps for {number(first.value)}"
+        elif coarse:
+            last = max(coarse, key=lambda row: row.nfe)
+            said += f"; the teacher is at {number(last.value)} after {last.nfe} Euler steps"
+        said += f" and reaches {number(fine.value)} in {fine.nfe} calls of {fine.solver}"
+    faster = best.images_per_second / fine.images_per_second
+    times = f"{faster:.1f}" if faster < 10 else f"{faster:.0f}"
+    return f"{said}. {best.network} makes {times} times as many samples a second."
+
+
+def _pictures(folder: Path, results: Results, room: int) -> tuple[list[Picture], bool, int]:
+    """Each picture of an evaluation once, whether there are more than `room` bytes have place for, and what is left."""
+    what, more = results.distance or "RMS", False
+    pictures: dict[str, Picture] = {}
+    for row in results.rows:
+        if row.picture in pictures or (png := evaluations.picture(folder, row, room)) is None:
+            continue
+        if not png:
+            more = True
+            continue
+        room -= len(png)
+        note = f"{row.nfe} call{'s' if row.nfe > 1 else ''}, {what} {number(row.value)}"
+        pictures[row.picture] = Picture(row.label, note, _image(png, "png"), row.role)
+    return list(pictures.values()), more, room
+
+
+def _evaluation(results: Results, pictures: list[Picture], more: str) -> Evaluation:
+    straight = {row.network: row.straightness for row in results.rows}
+    widest = max((value for value in straight.values() if value is not None), default=0.0) or 1.0
+    return Evaluation(
+        description=evaluations.describe(results),
+        columns=evaluations.columns(results),
+        rows=[(row, evaluations.cells(results, row)) for row in results.rows],
+        chart=_image(charts.quality(results).encode(), "svg+xml"),
+        pictures=pictures,
+        straightness=[
+            (name, "\u2013", 0.0) if value is None else (name, number(value), 100 * value / widest)
+            for name, value in straight.items()
+        ],
+        pixelated=not results.vector,
+        more=more,
+    )
+
+
+def _rounds(found: list[Round]) -> Rounds | None:
+    if not found:
+        return None
+    panels = {
+        title: [Curve(name, *zip(*points, strict=True)) for name, points in curves.items()]
+        for title, curves in rounds_table.curves(found).items()
+    }
+    return Rounds(
+        columns=rounds_table.columns(found),
+        rows=[(each.after.network, rounds_table.cells(found, each)) for each in found],
+        chart=_image(charts.rounds(panels).encode(), "svg+xml") if panels else "",
+        warnings=[each.warning for each in found if each.warning],
+    )
+
+
+def _comparison(run: RunPaths) -> Comparison | None:
+    """Written beside the report too."""
+    found = comparison_table.found(run)
+    if found is None:
+        return None
+    label = f"{comparison_table.quantity(found)}; dashed: the teacher at its steps"
+    chart = charts.ranks(comparison_table.ranked(found), comparison_table.teacher(found), label)
+    write_atomic(run.comparison_figure, chart)
+    write_atomic(run.comparison_table, comparison_table.markdown(found))
+    return Comparison(
+        columns=comparison_table.columns(found),
+        rows=comparison_table.rows(found),
+        chart=_image(chart.encode(), "svg+xml"),
+        note=comparison_table.note(found),
+    )
+
+
+def _events(run: RunPaths) -> tuple[dict[str, str], dict[str, Training], list[str]]:
+    """Kind of each stage, what each has logged, and warnings, from the run's events; in bounded memory."""
+    kinds: dict[str, str] = {}
+    trainings: dict[str, Training] = {}
+    warnings: dict[str, None] = {}  # in their order, each once
+    for event in read_events(run):
+        match event["event"]:
+            case "created":
+                kinds.update(event.get("stages", {}))
+            case "stage started":
+                kinds.setdefault(event["stage"], event.get("kind", ""))
+            case "warning":
+                if len(warnings) <= MAX_WARNINGS:
+                    warnings[f"{event['label']}: {event['text']}"] = None
+            case "progress" if event["label"] in kinds:
+                training = trainings.setdefault(event["label"], Training())
+                training.unit = event.get("unit", training.unit)
+                training.done, training.total = event["done"], event.get("total", training.total)
+                for name, value in event.get("logs", {}).items():
+                    curve = training.curves.get(name)
+                    if curve is None and len(training.curves) < MAX_NAMES:
+                        curve = training.curves[name] = Thinned()
+                    if curve is not None:
+                        curve.add(float(event["done"]), value)
+    said = list(warnings)
+    return kinds, trainings, said if len(said) <= MAX_WARNINGS else [*said[:MAX_WARNINGS], "more: see events/"]
+
+
+def _stage(run: RunPaths, name: str, kind: str, training: Training | None, has_results: bool) -> Stage:
+    if run.stage(name).done.exists() or has_results:
+        state = "done"
+    else:
+        state = "begun" if training is not None else "waiting"
+    amount = f"{training.done:,} of {training.total:,} {training.unit}" if training else ""
+    return Stage(name, kind, state, amount)
+
+
+def _losses(training: Training) -> str:
+    """A chart of what a stage has logged, the losses first; "" where it has logged nothing that can be drawn."""
+    filled = {name: curve for name, curve in training.curves.items() if curve.at}
+    names = sorted(filled, key=lambda name: "loss" not in name)  # otherwise in the order of the events
+    curves = [Curve(name, *filled[name].drawn()) for name in names[:MAX_CURVES]]
+    return _image(charts.losses(curves, training.unit).encode(), "svg+xml") if curves else ""
+
+
+def _environment(run: RunPaths) -> list[tuple[str, str]]:
+    """The lines of env.json that matter to whoever reads the numbers."""
+    env = machine.load(run)
+    commit = None if env.git is None else f"{env.git.commit[:12]}{' (with changes)' if env.git.changed else ''}"
+    known = {"distill": env.distill, "commit": commit, "python": env.python, "platform": env.platform}
+    known |= {name: str(count) for name, count in (("cpus", env.cpus), ("threads", env.threads)) if count is not None}
+    known |= {name: env.version(name) for name in LIBRARIES}
+    return [(name, value) for name, value in known.items() if value]
+
+
+def _files(run: RunPaths) -> list[tuple[str, str]]:
+    """What lies where, of what exists; relative to the run."""
+    named = [
+        ("spec", run.spec),
+        ("events", run.events),
+        ("events of an earlier version", run.old_events),
+        ("environment", run.env),
+        ("comparison", run.comparison_table),
+        ("its figure", run.comparison_figure),
+        *((f"student {path.name}", path) for path in _folders(run.root / "students")),
+        *((f"stage {path.name}", path) for path in _folders(run.root / "stages")),
+    ]
+    return [(printable(label), printable(str(path.relative_to(run.root)))) for label, path in named if path.exists()]
+
+
+def _folders(parent: Path) -> Iterable[Path]:
+    return sorted(path for path in parent.glob("*") if path.is_dir() and not path.name.startswith("."))
+
+
+def _image(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

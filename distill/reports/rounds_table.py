@@ -1,0 +1,150 @@
+"""What rounds of reflow did to a flow, from their evaluations: straighter, but nearer to the data or further? No torch.
+
+A round is an evaluation with one flow, measured beside the flow before it from the same noise, both by the fine solver.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from distill.core.printing import say_table
+from distill.runs.progress import Progress
+from distill.runs.results import Results, Row, number, of_run
+from distill.runs.store import RunPaths
+
+
+@dataclass(frozen=True)
+class Round:
+    """One flow beside the one before it."""
+
+    stage: str
+    """the evaluation"""
+    distance: str | None
+    """as `Results.distance`"""
+    before: Row
+    """the flow before, by the fine solver"""
+    after: Row
+    """this flow, likewise"""
+    few: dict[int, Row]
+    """this flow by its own sampler, by the number of steps"""
+
+    @property
+    def warning(self) -> str | None:
+        """Whether errors add up."""
+        before, after = self.before.distance, self.after.distance
+        if before is None or after is None or after <= before:
+            return None
+        return (
+            f"by the full solver {self.after.network} is further from the data than the flow before it: "
+            f"{self.distance} {number(before)} -> {number(after)}. Errors add up over rounds: use fewer (--rounds), "
+            "more pairs or solver steps (count and steps of the pairs), or real data (--forward, --data-weight)"
+        )
+
+
+def round_of(results: Results) -> Round | None:
+    """The round that an evaluation measured; None if it did not."""
+    fine = [row for row in results.rows if row.fine]
+    if len(fine) != 2:  # that of the teacher is the first
+        return None
+    before, after = fine
+    few = {row.steps: row for row in results.usual if row.network == after.network and not row.fine}
+    return Round(results.stage, results.distance, before, after, few)
+
+
+def rounds(found: Mapping[str, Results]) -> list[Round]:
+    """Those of a run's evaluations, in their order."""
+    each = [round_ for results in found.values() if (round_ := round_of(results)) is not None]
+    return sorted(each, key=lambda round_: [(len(part), part) for part in re.findall(r"\d+|\D+", round_.stage)])
+
+
+def columns(found: Sequence[Round]) -> list[str]:
+    """Heads of `cells`."""
+    what = found[0].distance
+    distance = [f"{what}, full solver", *map(_named, _steps(found))] if what else []
+    return ["straightness", *distance, "RMS to flow before, full solver", "RMS, 1 step", "transport"]
+
+
+def cells(found: Sequence[Round], each: Round) -> list[str]:
+    """The numbers of a round as text."""
+    before, after = each.before, each.after
+    distance = []
+    if each.distance is not None:
+        few = [each.few[count].distance if count in each.few else None for count in _steps(found)]
+        distance = [_change(before.distance, after.distance), *map(_or_dash, few)]
+    one = each.few[1].rms if 1 in each.few else None
+    return [
+        _change(before.straightness, after.straightness),
+        *distance,
+        _or_dash(after.rms),
+        _or_dash(one),
+        " -> ".join("-" if x is None else f"{x:.4f}" for x in (before.transport, after.transport)),  # it moves little
+    ]
+
+
+def curves(found: Sequence[Round]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """By title of a panel and name: (round, value), where there are values; round 0 is the first teacher."""
+    ends = [found[0].before, *(each.after for each in found)]
+    panels: dict[str, dict[str, list[tuple[int, float | None]]]] = {
+        "straightness": {"straightness": [(i, row.straightness) for i, row in enumerate(ends)]},
+        "transport": {"transport": [(i, row.transport) for i, row in enumerate(ends)]},
+    }
+    if found[0].distance is not None:
+        few = {
+            _named(n): [(i, each.few[n].distance) for i, each in enumerate(found, 1) if n in each.few]
+            for n in _steps(found)
+        }
+        panels = {
+            found[0].distance: {"full solver": [(i, row.distance) for i, row in enumerate(ends)], **few},
+            **panels,
+        }
+    shown = {
+        title: {name: [(i, y) for i, y in points if y is not None] for name, points in each.items()}
+        for title, each in panels.items()
+    }
+    filled = {title: {name: points for name, points in each.items() if points} for title, each in shown.items()}
+    return {title: each for title, each in filled.items() if each}
+
+
+NOTE = (
+    "before -> after, each round from the same noise. Straightness: mean square difference between velocity and mean "
+    "velocity along the flow's paths, 0 = straight. RMS: between the ends of the paths from the same noise. Transport: "
+    "mean square of data less noise; it cannot rise but by errors."
+)
+
+
+def table(found: Sequence[Round]) -> Table:
+    """All rounds as a table for a terminal."""
+    shown = Table(title="rounds", caption=NOTE, title_justify="left", caption_justify="left")
+    shown.add_column("flow")
+    for name in columns(found):
+        shown.add_column(name, justify="right")
+    for each in found:
+        shown.add_row(each.after.network, *cells(found, each))
+    return shown
+
+
+def say(measured: Results, run: RunPaths, progress: Progress) -> None:
+    """If an evaluation of the run was of a round: the table of the rounds so far, and a warning if it has one."""
+    if (last := round_of(measured)) is None:
+        return
+    say_table(table(rounds(of_run(run))))
+    if last.warning is not None:
+        progress.warn(last.warning)
+
+
+def _steps(found: Sequence[Round]) -> list[int]:
+    return sorted({count for each in found for count in each.few})
+
+
+def _named(steps: int) -> str:
+    return f"{steps} step{'s' if steps > 1 else ''}"
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return f"{_or_dash(before)} -> {_or_dash(after)}"
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else number(value)

@@ -1,0 +1,297 @@
+"""The events of a run (RUN/events/) and of its jobs (RUN/jobs/JOB/): their schema, and how they are read.
+
+Each process appends to a file of its own, because lines that two hosts append to one file on NFS may be lost. Readers
+merge the files by time; within a file, lines keep their order. Files are read in blocks, from either end, and are open
+only while a block is read: memory and open files stay bounded however long and however many they are.
+
+A line that a kill has cut short is no JSON, and passed over. A whole line that does not fit is an InputError.
+"""
+
+import heapq
+import os
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired
+
+from pydantic import ConfigDict, Field, ValidationError, with_config
+from typing_extensions import TypedDict
+
+from distill.core import records
+from distill.core.errors import InputError
+from distill.core.field_types import MAX_PARTS, Count, Label, Line, Name, Rate
+from distill.core.records import Schema
+
+BLOCK = 4096  # bytes of the first look at a file, from either end; each further block has twice as many, up to LARGEST
+LARGEST = 2**16
+SUFFIX = ".jsonl"
+YEARS = 250_000_000_000  # unix seconds; dates end at year 9999
+
+Event = dict[str, Any]
+Moment = Annotated[float, Field(ge=0, lt=YEARS)]
+"""unix seconds"""
+Text = Annotated[str, Field(max_length=100_000)]
+Logs = Annotated[dict[Label, float], Field(max_length=1000)]
+Stages = Annotated[list[Name], Field(max_length=1000)]
+Jobs = Annotated[list[Label], Field(max_length=1000)]
+MORE = with_config(ConfigDict(extra="allow"))  # fields that nothing reads stay as they are
+
+
+class _Noted(TypedDict):
+    time: Moment
+
+
+@MORE
+class Created(_Noted):
+    """The run was made: the kind of each of its stages."""
+
+    event: Literal["created"]
+    stages: NotRequired[Annotated[dict[Name, Line], Field(max_length=1000)]]
+
+
+@MORE
+class StageStarted(_Noted):
+    """A process begins with a stage, or goes on with it."""
+
+    event: Literal["stage started"]
+    stage: Name
+    kind: NotRequired[Line]
+    device: NotRequired[Line]
+
+
+@MORE
+class StageDone(_Noted):
+    """A stage is complete."""
+
+    event: Literal["stage done"]
+    stage: Name
+
+
+@MORE
+class Progress(_Noted):
+    """How far a stage is; means of its numbers since the last such line."""
+
+    event: Literal["progress"]
+    label: Line
+    done: Count
+    unit: NotRequired[Line]
+    total: NotRequired[Count]
+    per_second: NotRequired[Rate]
+    logs: NotRequired[Logs]
+
+
+@MORE
+class Saved(_Noted):
+    """A checkpoint is complete."""
+
+    event: Literal["saved"]
+    stage: Name
+    step: Count
+    seconds: NotRequired[Rate]
+
+
+@MORE
+class Resumed(_Noted):
+    """A train stage goes on from a checkpoint."""
+
+    event: Literal["resumed"]
+    stage: Name
+    step: Count
+    images: Count
+
+
+@MORE
+class Warned(_Noted):
+    """Something that must not be missed."""
+
+    event: Literal["warning"]
+    label: Line
+    text: Text
+
+
+@MORE
+class Process(_Noted):
+    """A process that executes stages began, or ended."""
+
+    event: Literal["started", "stopped", "failed", "finished"]
+    message: NotRequired[Text]
+
+
+@MORE
+class Other(_Noted):
+    """What nothing here reads."""
+
+    event: Line
+
+
+@MORE
+class Submitted(_Noted):
+    """A job, or an array of them, went into the queue."""
+
+    event: Literal["submitted"]
+    stages: Stages
+    parts: Annotated[list[Count], Field(max_length=MAX_PARTS)] | None
+    script: Line
+    after: Jobs
+
+
+@MORE
+class Began(_Noted):
+    """An attempt of a job began."""
+
+    event: Literal["began"]
+    restart: Count
+
+
+@MORE
+class Ended(_Noted):
+    """An attempt of a job ended."""
+
+    event: Literal["ended"]
+    restart: Count
+    why: Line
+    again: bool
+    message: NotRequired[Text]
+    stage: NotRequired[Line]
+    step: NotRequired[Count | None]
+
+
+@MORE
+class Explained(_Noted):
+    """Why an attempt ended, as the next one found."""
+
+    event: Literal["explained"]
+    restart: Count
+    why: Line
+
+
+RUN: Schema[Any] = Schema(
+    Annotated[
+        Created | StageStarted | StageDone | Progress | Saved | Resumed | Warned | Process,
+        Field(discriminator="event"),
+    ]
+)
+JOB: Schema[Any] = Schema(Annotated[Submitted | Began | Ended | Explained, Field(discriminator="event")])
+OTHER: Schema[Other] = Schema(Other)
+
+
+def parse(line: bytes, schema: Schema[Any], where: Path) -> Event | None:
+    """A line's event; None: a kill has cut it short, or it is empty. InputError if it does not fit the schema."""
+    try:
+        found: Event = schema.parse(line)
+    except ValidationError as error:
+        kind = error.errors(include_url=False, include_context=False)[0]["type"]
+        if kind == records.NOT_JSON:
+            return None
+        if kind != "union_tag_invalid":
+            raise InputError(_refusal(where, line, error)) from None
+        try:
+            found = dict(OTHER.parse(line))
+        except ValidationError as other:
+            raise InputError(_refusal(where, line, other)) from None
+    return found
+
+
+def files(folder: Path, older: Path) -> list[Path]:
+    """The files of events in `folder`, one for each process that wrote any, by name; first `older`, in which all
+    processes wrote before there was such a folder. InputError if the folder cannot be read.
+    """
+    try:
+        names = sorted(path.name for path in folder.iterdir())
+    except FileNotFoundError:
+        names = []
+    except OSError as error:
+        remedy = "; remove it" if isinstance(error, NotADirectoryError) else ""
+        raise InputError(f"{folder} cannot be read: {error.strerror}{remedy}") from None
+    found = [folder / name for name in names if name.endswith(SUFFIX) and not name.startswith(".")]
+    return [*([older] if os.path.lexists(older) else []), *found]
+
+
+def read(paths: Sequence[Path], schema: Schema[Any], kinds: Collection[str] = ()) -> Iterator[Event]:
+    """The events of these files, oldest first; of some kinds only, if any is named. A file that is gone has none.
+
+    Lines of other kinds are then not even parsed.
+    """
+    return heapq.merge(*(_forwards(path, schema, kinds) for path in paths), key=_time)
+
+
+def first(path: Path) -> Event:
+    """The first event of a file of a run; {}: there is none."""
+    return next(_forwards(path, RUN, ()), {})
+
+
+def backwards(paths: Sequence[Path], limit: int) -> Iterator[Event]:
+    """The newest `limit` bytes of events of a run, newest first; reads as far as is asked for."""
+    left = limit
+    # Of the same time, the last file comes first: the reverse of `read`.
+    for event, size in heapq.merge(*(_tail(path, limit) for path in reversed(paths)), key=_time_of_sized, reverse=True):
+        left -= size
+        if left < 0:
+            return
+        yield event
+
+
+def _time(event: Event) -> float:
+    time: float = event["time"]
+    return time
+
+
+def _time_of_sized(found: tuple[Event, int]) -> float:
+    return _time(found[0])
+
+
+def _forwards(path: Path, schema: Schema[Any], kinds: Collection[str]) -> Iterator[Event]:
+    marks = [f'"{kind}"'.encode() for kind in kinds]
+    for line in records.lines(_blocks(path)):
+        if marks and not any(mark in line for mark in marks):
+            continue
+        event = parse(line, schema, path)
+        if event is not None and (not kinds or event["event"] in kinds):
+            yield event
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    """The content of a file from its beginning."""
+    place, size = 0, BLOCK
+    while block := _block(path, place, size):
+        yield block
+        place, size = place + len(block), min(2 * size, LARGEST)
+
+
+def _block(path: Path, place: int, size: int) -> bytes:
+    try:
+        with records.open_regular(path) as file:
+            file.seek(place)
+            return file.read(size)
+    except FileNotFoundError:
+        return b""
+
+
+def _tail(path: Path, limit: int) -> Iterator[tuple[Event, int]]:
+    """The events within a file's last `limit` bytes, newest first, each with the bytes of its line."""
+    begin, content = _last_block(path, min(limit, BLOCK))
+    least, rest, size = max(0, begin + len(content) - limit), b"", BLOCK
+    while content:
+        rest, *whole = (content + rest).split(b"\n")
+        for line in reversed(whole):
+            if line and (event := parse(line, RUN, path)) is not None:
+                yield event, len(line) + 1
+        size, end = 2 * size, begin
+        begin = max(least, end - size)
+        content = _block(path, begin, end - begin) if begin < end else b""
+    if begin == 0 and rest and (event := parse(rest, RUN, path)) is not None:
+        yield event, len(rest) + 1
+
+
+def _last_block(path: Path, size: int) -> tuple[int, bytes]:
+    """Where the last `size` bytes of a file begin, and these bytes."""
+    try:
+        with records.open_regular(path) as file:
+            place = file.seek(max(0, file.seek(0, os.SEEK_END) - size))
+            return place, file.read(size)
+    except FileNotFoundError:
+        return 0, b""
+
+
+def _refusal(where: Path, line: bytes, error: ValidationError) -> str:
+    shown = line[: records.SHOWN].decode(errors="replace")
+    return f"{where} cannot be used: {records.mistake(error)}; repair or delete the line that begins with {shown!r}"

@@ -1,0 +1,174 @@
+"""How far the work is: one live line on a terminal, plain lines elsewhere, and "progress" events in the run."""
+
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from datetime import datetime
+from types import TracebackType
+from typing import Protocol, Self, runtime_checkable
+
+from distill.core.errors import Stopped
+from distill.core.printing import console, say_error
+from distill.core.text import printable
+from distill.runs.store import RunPaths, append_event
+
+EVENT_SECONDS = 5.0
+
+
+@runtime_checkable
+class Line(Protocol):
+    """Where the line goes: at most one in `seconds`."""
+
+    @property
+    def seconds(self) -> float: ...
+    def show(self, done: int, text: str) -> None: ...
+    def say(self, text: str) -> None: ...  # above the line
+    def close(self) -> None: ...
+
+
+class PlainLine:
+    """A new line each time, for files and pipes."""
+
+    seconds = 10.0
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+
+    def show(self, done: int, text: str) -> None:
+        self.say(f"{self.label}  {text}")
+
+    def say(self, text: str) -> None:
+        with suppress(OSError):  # whoever read this may be gone, which is no reason to lose work; events say it too
+            say_error(f"{stamp()}  {text}")
+
+    def close(self) -> None: ...
+
+
+class LiveLine:
+    """One line that moves, with a bar. Rich is imported only here: it costs a third of a command's start."""
+
+    seconds = 0.2
+
+    def __init__(self, label: str, total: int) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        label_column = TextColumn("{task.description}", markup=False)
+        columns = (label_column, BarColumn(bar_width=20), TextColumn("{task.fields[text]}", markup=False))
+        self._rich = Progress(*columns, console=console(stderr=True), refresh_per_second=4)
+        self._task = self._rich.add_task(printable(label), total=total, text="")
+        self._rich.start()
+
+    def show(self, done: int, text: str) -> None:
+        self._rich.update(self._task, completed=done, text=printable(text))
+
+    def say(self, text: str) -> None:
+        self._rich.console.print(printable(text))
+
+    def close(self) -> None:
+        self._rich.stop()
+
+
+class Means:
+    """Means of named numbers since they were last taken."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, int]] = {}
+
+    def add(self, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = total + value, count + 1
+
+    def take(self) -> dict[str, float]:
+        means = {name: total / count for name, (total, count) in self._sums.items()}
+        self._sums = {}
+        return means
+
+
+def stamp() -> str:
+    """Now, as a line of a log begins."""
+    return datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss or m:ss."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Progress:
+    """Progress of `label` towards `total` of `unit` ("images", "pairs", "samples"); use as a context manager.
+
+    Rate and time left count only what this process did: `start(done)` says where it takes over. Logs are averaged
+    since the last report, separately for the line and for the events.
+    """
+
+    def __init__(self, label: str, total: int, unit: str, run: RunPaths | None) -> None:
+        self.label, self.total, self.unit, self.run = label, total, unit, run
+        self.done = 0
+        self._line_means, self._event_means = Means(), Means()
+        self._sink: Line = PlainLine(label)
+        self._begin(0)
+
+    def _begin(self, done: int) -> None:
+        self._from = self.done = self._event_done = self._line_done = done
+        self._started = self._line_time = self._event_time = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            self._sink = LiveLine(self.label, self.total)
+        self._begin(self.done)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        finished = kind is None or issubclass(kind, Stopped)
+        if finished and self.done > self._event_done:
+            self._event()
+        if finished and self.done > self._line_done:
+            self._line()
+        self._sink.close()
+
+    def start(self, done: int) -> None:
+        """Take over at `done`: what an earlier process did counts neither for the rate nor for the time left."""
+        self._begin(done)
+
+    def update(self, done: int, logs: Mapping[str, float]) -> None:
+        """`done` of `total` are done; `logs` are this step's numbers. Cheap enough to call at every step."""
+        self.done = done
+        self._line_means.add(logs)
+        self._event_means.add(logs)
+        now = time.monotonic()
+        if now - self._line_time >= self._sink.seconds:
+            self._line()
+        # At least every hundredth of the way; long runs wait longer between events, so that the file stays readable.
+        patience = max(EVENT_SECONDS, (now - self._started) / 1000)
+        if (done - self._event_done) * 100 >= self.total or now - self._event_time >= patience:
+            self._event()
+
+    def warn(self, text: str) -> None:
+        """Say something that must not be missed, above the line, and note it in the run's events."""
+        self._sink.say(f"warning: {text}")
+        if self.run is not None:
+            append_event(self.run, "warning", label=self.label, text=text)
+
+    @property
+    def rate(self) -> float:
+        """Units per second of this process."""
+        return (self.done - self._from) / max(time.monotonic() - self._started, 1e-9)
+
+    def _line(self) -> None:
+        self._line_time, self._line_done = time.monotonic(), self.done
+        rate = self.rate
+        left = duration((self.total - self.done) / rate) if rate > 0 else "?"
+        parts = [f"{self.done:,}/{self.total:,} {self.unit}", f"{rate:,.{0 if rate >= 100 else 1}f} {self.unit}/s"]
+        parts += [f"ETA {left}", *(f"{name} {value:.4g}" for name, value in self._line_means.take().items())]
+        self._sink.show(self.done, "  ".join(parts))
+
+    def _event(self) -> None:
+        self._event_time, self._event_done = time.monotonic(), self.done
+        logs = self._event_means.take()
+        if self.run is not None:
+            counts = {"unit": self.unit, "done": self.done, "total": self.total, "per_second": round(self.rate, 3)}
+            append_event(self.run, "progress", label=self.label, **counts, logs=logs)

@@ -1,0 +1,236 @@
+"""What an evaluation found, as data and as a table. No torch here."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, NonNegativeInt, model_validator
+from rich.table import Table
+
+from distill.core import records
+from distill.core.errors import InputError
+from distill.core.field_types import NAME, FrozenModel, Line, Positive
+from distill.core.png import is_png
+from distill.runs.store import RunPaths, StagePaths
+
+FILE_NAME = "results.json"
+PICTURE = re.compile(r"(?:pictures/)?[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.png")
+PICTURE_BYTES = 64 * 2**20  # at most
+
+
+def _plain(name: str) -> str:
+    if PICTURE.fullmatch(name) is None:
+        raise ValueError("a picture is a .png file of the stage's own folder, like pictures/NAME.png")
+    return name
+
+
+PictureName = Annotated[str, AfterValidator(_plain)]
+Number = Annotated[float, Field(gt=-1e100, lt=1e100)]
+"""finite, and small enough to be drawn"""
+
+
+class Row(FrozenModel):
+    """One way to make samples, measured."""
+
+    network: Line
+    """"teacher", or the name of a student"""
+    role: Literal["teacher", "student"]
+    solver: Line
+    steps: Positive
+    fine: bool = False
+    """the solver whose endpoint counts as the teacher's own; of a student: by that solver, not by its own sampler"""
+    along: Line = ""
+    """the times of the steps: empty: uniform, or the student's own; optimal; or the times"""
+    nfe: Positive
+    """network evaluations per sample, guidance counted"""
+    distance: Number | None
+    """the distance that `Results.distance` names; null: no reference"""
+    kid: Number | None
+    """of features in units of the real ones' root mean square"""
+    precision: Number | None
+    recall: Number | None
+    rms: Number
+    """root mean square difference to the teacher's fine endpoint from the same noise"""
+    images_per_second: Annotated[float, Field(gt=0, lt=1e100)]
+    """generation alone"""
+    straightness: Number | None
+    """of the network's own paths, 0 = straight; the same in all rows of a network; null: a flow map and the like"""
+    transport: Number | None = None
+    """mean over samples and elements of (sample - its noise)^2; null: measured before this was"""
+    picture: PictureName
+    """file of the first samples, beside the results or in pictures/"""
+
+    @property
+    def value(self) -> float:
+        """The distance, or the RMS where there is nothing to compare with."""
+        return self.rms if self.distance is None else self.distance
+
+    @property
+    def way(self) -> str:
+        """For people, after a name: what is unusual of its steps."""
+        return f", {self.along} times" if self.along == "optimal" else f", along {self.along}" if self.along else ""
+
+    @property
+    def label(self) -> str:
+        """For people: teacher, heun 16."""
+        return (f"{self.network}, {self.solver}" if self.role == "teacher" or self.fine else self.network) + self.way
+
+
+class FeatureNet(FrozenModel):
+    """The network whose features the Frechet distance compares."""
+
+    task: Line
+    accuracy: Number
+    dim: Positive
+
+
+class Results(FrozenModel):
+    """The content of results.json."""
+
+    format: Literal[1] = 1
+    stage: Line
+    samples: Positive
+    """per row"""
+    seed: NonNegativeInt
+    block: Positive
+    device: Line
+    guidance_scale: Number
+    distance: Line | None
+    """FD-<data>, SW2, or null where there is nothing to compare with"""
+    features: FeatureNet | None
+    reference: NonNegativeInt
+    """samples of the real data, or exact samples, compared with"""
+    floor: Number | None = None
+    """distance of two sets of exact samples"""
+    vector: bool
+    rows: list[Row] = Field(min_length=1, max_length=10_000)
+
+    @model_validator(mode="after")
+    def _has_a_teacher(self) -> Self:
+        if not any(row.fine for row in self.rows):
+            raise ValueError("a row of the teacher by its fine solver is missing")
+        return self
+
+    @property
+    def usual(self) -> list[Row]:
+        """Without those along other times."""
+        return [row for row in self.rows if not row.along]
+
+    def row(self, network: str, steps: int, *, fine: bool = False, along: str = "") -> Row:
+        """The row of a network at a number of steps."""
+        for row in self.rows:
+            if (row.network, row.steps, row.fine, row.along) == (network, steps, fine, along):
+                return row
+        raise InputError(
+            f"no row for {network} at {steps} steps; there are {[(r.network, r.steps) for r in self.rows]}"
+        )
+
+
+def card_metrics(results: Results, student: str) -> dict[str, float]:
+    """What a student's model card says: its numbers that the same spec gives again, as NAME@STEPS, to six digits.
+
+    Of its own sampler: others are not what it is for. Further digits may depend on where in memory a sum began.
+    """
+    found: dict[str, float] = {}
+    for row in results.usual:
+        if row.role == "student" and row.network == student and not row.fine:
+            columns = {results.distance or "": row.distance, "KID": row.kid, "precision": row.precision,
+                       "recall": row.recall, "rms": row.rms, "straightness": row.straightness}  # fmt: skip
+            found |= {f"{name}@{row.steps}": float(f"{x:.6g}") for name, x in columns.items() if x is not None}
+    return found
+
+
+RESULTS: records.Schema[Results] = records.Schema(Results)
+
+
+def load(stage: StagePaths) -> Results | None:
+    """The results of an evaluate stage, once it has any; InputError if they are damaged."""
+    try:
+        return records.load(
+            stage.root / FILE_NAME, RESULTS, f"delete that file and {stage.done.name} to evaluate again"
+        )
+    except FileNotFoundError:
+        return None
+
+
+def of_run(run: RunPaths) -> dict[str, Results]:
+    """Results by stage, of the stages that have any, in the order of their names; InputError if any are damaged."""
+    names = sorted(path.parent.name for path in run.root.glob(f"stages/*/{FILE_NAME}"))
+    names = [name for name in names if NAME.fullmatch(name)]  # others are no stages
+    found = {name: load(run.stage(name)) for name in names}
+    return {name: results for name, results in found.items() if results is not None}
+
+
+def picture(folder: Path, row: Row, room: int = PICTURE_BYTES) -> bytes | None:
+    """The PNG of a row's first samples; None: there is none any more. InputError if it is no picture of this folder.
+
+    folder: of the results; room: nothing is returned of a picture of more bytes.
+    """
+    path = folder / row.picture
+    try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{path} cannot be used: it is a link out of its folder; delete it, and evaluate again")
+        if path.stat().st_size > room:
+            return b""
+        content = records.read_small(path, PICTURE_BYTES)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    if not is_png(content):
+        raise InputError(f"{path} cannot be used: it is not a PNG picture; delete it, and evaluate again")
+    return content
+
+
+def number(value: float) -> str:
+    """Four digits at most, so that columns can be compared by eye."""
+    if value != 0 and abs(value) < 1e-4:
+        return f"{value:.1e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
+
+
+def columns(results: Results) -> list[str]:
+    """Heads of the numbers of a row, in the order of `cells`."""
+    distance = [results.distance, "KID x 1000", "precision", "recall"] if results.distance else []
+    return ["NFE", *distance, "RMS to teacher", "samples/s" if results.vector else "images/s"]
+
+
+def cells(results: Results, row: Row) -> list[str]:
+    """The numbers of a row, as text that lines up below each other."""
+    measured = []
+    if row.distance is not None and row.kid is not None and row.precision is not None and row.recall is not None:
+        distance = f"{row.distance:.4f}" if results.vector else number(row.distance)
+        measured = [distance, f"{1000 * row.kid:.2f}", f"{row.precision:.3f}", f"{row.recall:.3f}"]
+    return [str(row.nfe), *measured, f"{row.rms:.4f}", f"{row.images_per_second:,.0f}"]
+
+
+def describe(results: Results) -> str:
+    """What the numbers are of, in one sentence or two."""
+    said = [f"{results.samples:,} samples a row"]
+    net = results.features
+    if net is not None:
+        said.append(
+            f"{results.distance}: Frechet distance to {results.reference:,} real images, {net.dim} features of a "
+            f"classifier of their {net.task} ({net.accuracy:.1%} right on held-out images)"
+        )
+    elif results.distance is not None:
+        floor = f"; {number(results.floor)} between two exact sets" if results.floor is not None else ""
+        said.append(f"{results.distance}: sliced Wasserstein-2 to {results.reference:,} exact samples{floor}")
+    return ". ".join(said) + "."
+
+
+def table(results: Results) -> Table:
+    """The results as a table for a terminal."""
+    shown = Table(title=f"evaluation '{results.stage}'", caption=describe(results), title_justify="left")
+    shown.add_column("network")
+    shown.add_column("steps", justify="right")
+    for name in columns(results):
+        shown.add_column(name, justify="right")
+    previous = results.rows[0].network
+    for row in results.rows:
+        if row.network != previous:
+            shown.add_section()
+        previous = row.network
+        style = "bold" if row.role == "student" else None
+        shown.add_row(row.label, str(row.steps), *cells(results, row), style=style)
+    return shown

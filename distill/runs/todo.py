@@ -1,0 +1,52 @@
+"""What a run is, and what of it is still to do: its spec, and the stages that are not done."""
+
+from pathlib import Path
+
+from distill.core import records, yamltext
+from distill.core.errors import InputError
+from distill.runs.store import RunPaths
+from distill.spec import pairspec
+from distill.spec.model import RunSpec, TrainStage
+from distill.spec.specfile import validate
+
+
+def load_spec(run: RunPaths) -> RunSpec:
+    """The spec of an existing run; InputError if it is damaged."""
+    try:
+        text = records.read_small(run.spec).decode()
+    except FileNotFoundError:
+        raise InputError(f"{run.spec} is missing, so {run.root} is no run that can be read") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{run.spec}: not a text file (UTF-8); a spec is a YAML file") from None
+    return validate(yamltext.parse(text, str(run.spec)), str(run.spec))
+
+
+def pending(run: RunPaths, spec: RunSpec) -> list[str]:
+    """The stages still to do, in order; done ones are among them where `lost_pairs` says so."""
+    lost = lost_pairs(run, spec)
+    return [name for name in spec.stages if name in lost or not run.stage(name).done.exists()]
+
+
+def wanted_pairs(run: RunPaths, spec: RunSpec) -> set[str]:
+    """The pairs stages that a stage still to do trains on."""
+    return {
+        pairs
+        for name, stage in spec.stages.items()
+        if isinstance(stage, TrainStage) and not run.stage(name).done.exists()
+        for pairs in stage.pair_shares
+    }
+
+
+def lost_pairs(run: RunPaths, spec: RunSpec) -> list[str]:
+    """Pairs stages that are done, but whose files are no longer there, or cut short, while they are still wanted."""
+    done = [name for name in wanted_pairs(run, spec) if run.stage(name).done.exists()]
+    return sorted(name for name in done if not _are_whole(run.stage(name).pairs))
+
+
+def _are_whole(folder: Path) -> bool:
+    """Whether the manifest is there, and each file that it lists at its size; checksums are for whoever reads them."""
+    shards = pairspec.listed(folder)
+    try:
+        return shards is not None and all((folder / name).stat().st_size == size for name, size in shards.items())
+    except OSError:
+        return False

@@ -1,0 +1,293 @@
+"""A spec as a DAG of stages: what refers to what, what has no effect, what is to do. No tensors, nothing written."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from distill.core.errors import InputError
+from distill.core.text import expanded, suggest
+from distill.spec import clusterspec, imagefolder, pairspec, resolved, specfile, trainspec
+from distill.spec.kinds import STUDENTS
+from distill.spec.model import (
+    FINE,
+    OF_DATA,
+    CheckpointTeacher,
+    EvaluateStage,
+    GaussianTeacher,
+    HfData,
+    ImagesData,
+    MixtureTeacher,
+    MlpSpec,
+    NoData,
+    PairsStage,
+    RunSpec,
+    Stage,
+    TrainStage,
+    is_path,
+)
+from distill.spec.resolved import Resolved, ResolvedRecipe
+
+
+def check(spec: RunSpec, base: Path) -> Resolved:
+    """The spec, resolved. Refuses one that cannot work, or whose settings have no effect: one InputError with a line
+    per mistake. What only the teacher and the data themselves can tell is checked by `preflight.check`.
+    """
+    found = resolved.resolve(spec, base)
+    mistakes = list(_mistakes(found))
+    if mistakes:
+        raise InputError(specfile.join(f"spec '{spec.name}'", mistakes))
+    return found
+
+
+def _mistakes(found: Resolved) -> Iterator[str]:
+    spec = found.spec
+    if not spec.stages:
+        yield "stages: empty; a run has at least one stage"
+    yield from teacher_mistakes(spec)
+    yield from _launch(spec)
+    yield from clusterspec.mistakes(spec)
+    used: set[str] = set()
+    if "teacher" in spec.stages:
+        yield "stages.teacher: the name 'teacher' stands for the teacher in tables; name the stage otherwise"
+    for name, stage in spec.stages.items():
+        where = f"stages.{name}"
+        yield from _references(spec, name, stage)
+        yield from _kinds(found, name)
+        if isinstance(stage, TrainStage):
+            if name in found.failed:
+                yield found.failed[name]
+                used |= {"data", "teacher"}  # it may well use them
+                continue
+            recipe = found.recipes[name]
+            used |= recipe.needs if stage.teacher is None else recipe.needs - {"teacher"}
+            yield from _recipe(stage, recipe, where)
+            yield from _train(found, stage, recipe, where)
+            yield from _guidance(found, stage, recipe.guidance_scale, f"{where}.options")
+        elif isinstance(stage, PairsStage):
+            used |= {"teacher"} if stage.teacher is None else set()
+            used |= {"data"} if stage.paths in OF_DATA else set()
+            yield from _pairs(found, stage, where)
+            yield from _guidance(found, stage, stage.guidance_scale, where)
+        else:
+            used |= {"data", "teacher"} if stage.teacher is None else {"data"}
+            yield from _evaluate(found, stage, where)
+            yield from _guidance(found, stage, stage.guidance_scale, where)
+    trained = [stage.teacher for stage in spec.stages.values() if isinstance(stage, TrainStage) and stage.teacher]
+    loaded = isinstance(spec.teacher, CheckpointTeacher) and "teacher" in used
+    if spec.launch.divide_teacher and not loaded and not trained:
+        yield "launch.divide_teacher: no stage has a teacher with weights, so it has no effect; remove it"
+    if spec.teacher is not None and "teacher" not in used:
+        yield "teacher: no stage uses it, so it has no effect; remove it"
+    if not isinstance(spec.data, NoData) and "data" not in used:
+        yield "data: no stage uses it, so it has no effect; remove it"
+
+
+def references(stage: Stage) -> list[tuple[str, str, str]]:
+    """(field, the stage it names, the kind that must be) of everything a stage needs of others."""
+    found: list[tuple[str, str | None, str]] = [("teacher", stage.teacher, "train")]
+    if isinstance(stage, TrainStage):
+        found += [("init", stage.init, "train"), *(("pairs", pairs, "pairs") for pairs in stage.pair_shares)]
+    if isinstance(stage, EvaluateStage):
+        found += [(f"students.{student}", student, "train") for student in stage.students]
+    return [(field, target, kind) for field, target, kind in found if target is not None]
+
+
+def _references(spec: RunSpec, name: str, stage: Stage) -> Iterator[str]:
+    """Every reference is to an earlier stage of the right kind, so that there are no cycles."""
+    order = list(spec.stages)
+    earlier = order[: order.index(name)]
+    for field, target, kind in references(stage):
+        if target in earlier and spec.stages[target].kind == kind:
+            continue
+        fitting = [other for other in earlier if spec.stages[other].kind == kind]
+        valid = suggest(target, fitting) if fitting else f"no {kind} stage comes before '{name}'"
+        if target not in spec.stages:
+            yield f"stages.{name}.{field}: there is no stage '{target}'; {valid}"
+        elif target not in earlier:
+            itself = "itself" if target == name else f"'{target}', which comes later"
+            yield f"stages.{name}.{field}: refers to {itself}; a stage refers to earlier ones; {valid}"
+        else:
+            yield f"stages.{name}.{field}: '{target}' is a {spec.stages[target].kind} stage, not {kind}; {valid}"
+
+
+def teacher_mistakes(spec: RunSpec) -> Iterator[str]:
+    """What is wrong with a spec's own teacher."""
+    teacher = spec.teacher
+    size: int | None = None
+    if isinstance(teacher, GaussianTeacher):
+        size = len(teacher.mean)
+        if not teacher.mean or len(teacher.std) != size:
+            yield f"teacher.std: {len(teacher.std)} values given for a mean of {size}; give one per coordinate"
+    elif isinstance(teacher, MixtureTeacher):
+        size = len(teacher.means[0]) if teacher.means else 0
+        lengths = {len(row) for row in teacher.means}
+        if not size or len(lengths) != 1:
+            yield f"teacher.means: rows of {sorted(lengths)} coordinates given; all need the same number, at least 1"
+        if teacher.weights is not None and len(teacher.weights) != len(teacher.means):
+            yield f"teacher.weights: {len(teacher.weights)} given for {len(teacher.means)} components"
+    elif isinstance(teacher, CheckpointTeacher):
+        local = expanded(teacher.path)
+        if not local.exists() and not teacher.is_of_hub:
+            yield f"teacher.path: there is no folder {teacher.path}; give a checkpoint's folder or a hub id (org/name)"
+    if size and not isinstance(spec.data, NoData):
+        yield (
+            f"data: kind {spec.data.kind} has images, the {spec.teacher.kind if spec.teacher else ''} teacher makes "
+            f"vectors of {size}; use data: {{kind: none}} or another teacher"
+        )
+
+
+def _recipe(stage: TrainStage, recipe: ResolvedRecipe, where: str) -> Iterator[str]:
+    """What a recipe may say of itself, but the rest of the package has no answer to."""
+    if recipe.kind is None:
+        kinds = ", ".join(STUDENTS)
+        yield f"{where}: {stage.recipe} makes a {recipe.config.student} student, which is not built yet; valid: {kinds}"
+    elif recipe.sampler not in recipe.kind.samplers:
+        valid = ", ".join(recipe.kind.samplers)
+        yield f"{where}: {stage.recipe} samples a {recipe.config.student} student by {recipe.sampler}; valid: {valid}"
+    if "pairs" in recipe.needs and "teacher" not in recipe.needs:
+        yield f"{where}: {stage.recipe} needs pairs, which are a teacher's; its Config.needs must name teacher as well"
+
+
+def _kinds(found: Resolved, name: str) -> Iterator[str]:
+    """What is no velocity field is neither a teacher, nor what a student of another kind starts from."""
+    stage = found.spec.stages[name]
+    teacher = found.kind(stage.teacher)
+    if teacher is not None and not teacher.is_field:
+        yield (
+            f"stages.{name}.teacher: the student of '{stage.teacher}' is {teacher.words}, no velocity field; name a "
+            "stage with a velocity student"
+        )
+    if not isinstance(stage, TrainStage) or name not in found.recipes:
+        return
+    own, origin = found.recipes[name], found.kind(stage.init)
+    if origin is not None and not origin.is_field and own.kind != origin:
+        yield (
+            f"stages.{name}.init: the student of '{stage.init}' is {origin.words}, {stage.recipe} makes one of kind "
+            f"{own.config.student}; name a stage with a velocity student"
+        )
+
+
+def _guidance(found: Resolved, stage: Stage, guidance_scale: float, where: str) -> Iterator[str]:
+    """Guidance by a student of this run: it must have learnt the unconditional velocity. (The spec's own teacher says
+    itself whether it has.)
+    """
+    teacher = found.spec.stages.get(stage.teacher or "")
+    recipe = found.recipes.get(stage.teacher or "")
+    if guidance_scale == 1 or not isinstance(teacher, TrainStage) or recipe is None:
+        return
+    given = f"{where}.guidance_scale: {guidance_scale:g} given, but"
+    if not recipe.unconditional:
+        yield (
+            f"{given} the student of '{stage.teacher}' has learnt from its teacher only, whose unconditional velocity "
+            "it was never shown; use 1, or a teacher trained on data"
+        )
+    elif teacher.network is not None and not _has_classes(found.spec):
+        yield (
+            f"{given} the data has no classes, so '{stage.teacher}' has no unconditional velocity beside its own; "
+            "use 1, or labelled data"
+        )
+
+
+def _has_classes(spec: RunSpec) -> bool:
+    data = spec.data
+    if isinstance(data, ImagesData):
+        folder = Path(data.path)
+        return not folder.is_dir() or imagefolder.has_classes(folder)
+    return data.label_column is not None if isinstance(data, HfData) else not isinstance(data, NoData)
+
+
+def _train(found: Resolved, stage: TrainStage, resolved: ResolvedRecipe, where: str) -> Iterator[str]:
+    spec, recipe, needs = found.spec, stage.recipe, resolved.needs
+    if "jvp" in needs and spec.launch.zero_stage == 3:
+        yield (
+            f"{where}: {recipe} takes forward-mode derivatives (jvp), which cannot pass through the hooks by which "
+            "launch.zero_stage 3 gathers weights; use 0, 1 or 2"
+        )
+    if "data" in needs and isinstance(spec.data, NoData):
+        vectors = found.has_exact_teacher and "teacher" in needs and stage.teacher is None
+        hint = "and there is none of vectors; use reflow" if vectors else "the spec has none; e.g. data: {kind: digits}"
+        yield f"{where}: {recipe} needs data, {hint}"
+    if "pairs" in needs and not stage.pair_shares:
+        known = [name for name, other in spec.stages.items() if isinstance(other, PairsStage)]
+        yield f"{where}: {recipe} needs pairs; name a pairs stage in {where}.pairs ({', '.join(known) or 'none yet'})"
+    if "pairs" not in needs and stage.pairs is not None:
+        yield f"{where}.pairs: {recipe} needs no pairs, so this has no effect; remove it"
+    if "pairs" in needs:
+        yield from pairspec.of_training(spec, stage, needs, f"{where}.pairs")
+    teacher = stage.teacher or ("the spec's" if spec.teacher is not None else None)
+    if "teacher" in needs and teacher is None:
+        yield f"{where}: {recipe} needs a teacher; give {where}.teacher (a train stage), or the spec's teacher"
+    if "teacher" not in needs and stage.teacher is not None:
+        yield f"{where}.teacher: {recipe} needs no teacher, so this has no effect; remove it"
+    if stage.init is not None and stage.network is not None:
+        yield f"{where}: init and network are both given, but a network starts from one of them; remove one"
+    if stage.init is None and stage.network is None:
+        if "teacher" not in needs:
+            yield f"{where}: nothing to start from; give network (fresh weights) or init (an earlier train stage)"
+        elif stage.teacher is None and found.has_exact_teacher and spec.teacher is not None:
+            yield f"{where}: the {spec.teacher.kind} teacher has no weights to start from; give network, e.g. kind: mlp"
+    if "weights" in needs and stage.network is not None:
+        yield (
+            f"{where}.network: {recipe} starts from trained weights, which a fresh network has not; remove it, and "
+            "give init (an earlier train stage)"
+        )
+    if stage.network is not None:
+        yield from trainspec.network(spec, stage, stage.network, f"{where}.network")
+    yield from trainspec.lengths(spec, stage, resolved.rows_together, where)
+
+
+def _launch(spec: RunSpec) -> Iterator[str]:
+    launch = spec.launch
+    trains = [stage for stage in spec.stages.values() if isinstance(stage, TrainStage)]
+    if launch.zero_persistence_threshold is not None and launch.zero_stage != 3 and not launch.divide_teacher:
+        yield "launch.zero_persistence_threshold: only zero_stage 3 divides weights, so it has no effect; remove it"
+    if launch.offload_optimizer and not launch.zero_stage:
+        yield "launch.offload_optimizer: only zero_stage 1 to 3 move the optimizer, so it has no effect; remove it"
+    if launch.divide_teacher and launch.world_size == 1:
+        yield "launch.divide_teacher: one process has all of the teacher, so it has no effect; remove it, or give procs"
+    if launch.activation_checkpointing and trains and all(isinstance(each.network, MlpSpec) for each in trains):
+        yield "launch.activation_checkpointing: an mlp has no blocks to compute again, so it has no effect; remove it"
+    given = launch.model_dump(exclude_defaults=True)
+    if "collective_minutes" in given and launch.world_size == 1:
+        yield "launch.collective_minutes: one process waits for no other, so it has no effect; remove it"
+    for name in ("nodes", "procs", "zero_stage", "activation_checkpointing", "divide_teacher", "micro_batch"):
+        if name in given and not trains:
+            yield f"launch.{name}: {given[name]} given for training, but no stage trains; remove it"
+
+
+def _pairs(found: Resolved, stage: PairsStage, where: str) -> Iterator[str]:
+    spec = found.spec
+    if stage.teacher is None and spec.teacher is None:
+        yield f"{where}: pairs need a teacher; give {where}.teacher (a train stage), or the spec's teacher"
+    known = found.has_exact_teacher or not isinstance(spec.data, NoData)
+    if stage.paths in OF_DATA and not known:
+        yield f"{where}.paths: {stage.paths} begin with real data; the spec has none; e.g. data: {{kind: digits}}"
+    yield from pairspec.mistakes(stage, f"{where}.")
+
+
+def _evaluate(found: Resolved, stage: EvaluateStage, where: str) -> Iterator[str]:
+    if stage.teacher is None and found.spec.teacher is None:
+        yield f"{where}: an evaluation needs a teacher; give {where}.teacher (a train stage), or the spec's teacher"
+    for student, steps in stage.students.items():
+        if not steps:
+            yield f"{where}.students.{student}: no numbers of steps given, e.g. [1, 2, 4]"
+    for network, ways in stage.times.items():
+        here = f"{where}.times.{network}"
+        if network not in ("teacher", *stage.students):
+            yield f"{here}: not measured here; {suggest(network, ['teacher', *stage.students])}"
+        if (kind := found.kind(network)) is not None and not kind.is_field:
+            yield f"{here}: its student is {kind.words}, made for uniform steps; remove it"
+        for times in ways:
+            if times != "optimal" and not is_path(times):
+                yield f"{here}: {times} given; times go from 1 down to 0, like [1, 0.6, 0]"
+        most = max({"teacher": stage.teacher_steps, **stage.students}.get(network, []), default=0)
+        if network == "teacher" and not stage.teacher_steps:
+            yield f"{here}: teacher_steps is empty, so this has no effect; remove it, or give numbers of steps"
+        if "optimal" in ways and most > FINE:
+            yield f"{here}: optimal times of {most} steps cannot be chosen among {FINE}; give fewer steps"
+    for student in stage.fine_students:
+        if student not in stage.students:
+            yield f"{where}.fine_students: '{student}' is none of {where}.students; {suggest(student, stage.students)}"
+        elif stage.fine_students.count(student) > 1:
+            yield f"{where}.fine_students: '{student}' stands there twice"
+        elif (kind := found.kind(student)) is not None and not kind.is_field:
+            yield f"{where}.fine_students: '{student}' is {kind.words}, which no solver follows; remove it"

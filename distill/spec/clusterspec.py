@@ -1,0 +1,60 @@
+"""What a spec asks of a cluster. No tensors, and Slurm is not asked."""
+
+import re
+from collections.abc import Iterator
+
+from distill.spec import pairspec
+from distill.spec.model import LaunchSpec, PairsStage, RunSpec, TrainStage
+
+TIME = re.compile(r"(?:(D)-)?(D)(?::(D))?(?::(D))?".replace("D", "[0-9]{1,9}"))
+
+
+def limit_seconds(text: str) -> int | None:
+    """A time limit in Slurm's notation (MINUTES, M:SS, H:MM:SS, D-HH, D-HH:MM:SS) in seconds; None: it is none."""
+    match = TIME.fullmatch(text)
+    if match is None:
+        return None
+    days, *numbers = match.groups()
+    first, second, third = (None if number is None else int(number) for number in numbers)
+    if days is not None:
+        return 86400 * int(days) + 3600 * (first or 0) + 60 * (second or 0) + (third or 0)
+    if second is None:
+        return 60 * (first or 0)
+    return 60 * (first or 0) + second if third is None else 3600 * (first or 0) + 60 * second + third
+
+
+def mistakes(spec: RunSpec) -> Iterator[str]:
+    """What is wrong with what a spec asks of a cluster."""
+    launch, slurm = spec.launch, spec.launch.slurm
+    if slurm.time is not None:
+        limit = limit_seconds(slurm.time)
+        if limit is None:
+            yield f"launch.slurm.time: '{slurm.time}' is no time limit; valid: MINUTES, H:MM:SS, D-HH or D-HH:MM:SS"
+        elif slurm.lead_seconds >= limit:
+            yield (
+                f"launch.slurm.lead_seconds: {slurm.lead_seconds} s before a limit of {limit} s (time: {slurm.time}) "
+                "is no time to compute in; give a longer time or a smaller lead"
+            )
+    yield from _processes(spec, launch)
+    shards = {
+        name: pairspec.Layout.of(stage).files for name, stage in spec.stages.items() if isinstance(stage, PairsStage)
+    }
+    if slurm.pairs_jobs > 1 and not shards:
+        yield f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} given, but no stage makes pairs; remove it"
+    if slurm.pairs_jobs > 1 and slurm.one_job:
+        yield f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} given, but one_job computes all in one job; remove either"
+    if shards and slurm.pairs_jobs > max(shards.values()):  # of a smaller stage the array has as many as its shards
+        most = max(shards, key=lambda name: shards[name])
+        yield (
+            f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} jobs cannot share the {shards[most]} shards of stage "
+            f"'{most}'; give fewer jobs, or a smaller stages.{most}.shard"
+        )
+
+
+def _processes(spec: RunSpec, launch: LaunchSpec) -> Iterator[str]:
+    trains = any(isinstance(stage, TrainStage) for stage in spec.stages.values())
+    gpus = launch.slurm.gpus_per_node
+    if gpus and trains and gpus != launch.procs:
+        yield f"launch.slurm.gpus_per_node: {gpus} GPUs for {launch.procs} processes of a node; give one for each"
+    if gpus and launch.device == "cpu":
+        yield f"launch.slurm.gpus_per_node: {gpus} given, but launch.device=cpu leaves them idle; remove either"

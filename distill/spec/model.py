@@ -1,0 +1,381 @@
+"""The run spec: frozen, validated data. A run is its spec; everything a job does stands here, units included.
+
+A spec is a DAG of stages that refer to each other by name. A stage's student is a checkpoint like any other, so
+"teacher: teach" and "a folder from the hub" are the same thing to the stages that follow. Progress is measured in
+images (samples shown to the optimizer), never in steps. How a run is executed stands in `launch`, outside the digest.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat
+
+from distill.core.field_types import (
+    MAX_PARTS,
+    MAX_SAMPLES,
+    Fraction,
+    FrozenModel,
+    Images,
+    Line,
+    Minutes,
+    Name,
+    Pairs,
+    Processes,
+    Samples,
+    ScriptLine,
+    ShardPairs,
+    SolverSteps,
+    Steps,
+)
+from distill.spec.dataspec import DataSpec, DigitsData, HfData, ImageOptions, ImagesData, MnistData, NoData  # noqa: F401  (they are parts of the spec)
+from distill.spec.kinds import SOLVERS, ReferenceName, SolverName, per_velocity
+
+OF_DATA, WITH_STATES = ("forward", "segments"), ("trajectories", "segments")  # paths of a pairs stage
+STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
+FINE, SAMPLES, SEED = 100, 100, 0  # what optimal times are found by, where nothing else is asked for
+
+
+def is_path(times: Sequence[float]) -> bool:
+    """Whether they go from noise to data: from 1 down to 0."""
+    return len(times) > 1 and times[0] == 1 and times[-1] == 0 and all(t > s for t, s in pairwise(times))
+
+
+# --- teachers ---
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a teacher's path is no place here and has the form of a hub id, org/name."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path, re.ASCII) is not None and not Path(path).exists()
+
+
+class GaussianTeacher(FrozenModel):
+    """Data N(mean, diag(std^2)): exact velocity and flow map."""
+
+    kind: Literal["gaussian"]
+    mean: list[float]
+    """mean per coordinate; its length is the dimension"""
+    std: list[PositiveFloat]
+    """standard deviation per coordinate"""
+
+
+class MixtureTeacher(FrozenModel):
+    """Data sum_k weights_k N(means_k, std^2 I): exact velocity."""
+
+    kind: Literal["mixture"]
+    means: list[list[float]]
+    """one row per component"""
+    std: PositiveFloat
+    """standard deviation of every component"""
+    weights: list[PositiveFloat] | None = None
+    """probability of each component; null: equal"""
+
+
+class CheckpointTeacher(FrozenModel):
+    """A diffusers checkpoint: a pipeline folder, a hub id, or a single model folder. Only safetensors is loaded."""
+
+    kind: Literal["diffusers"] = "diffusers"
+    path: str
+    """folder or hub id (org/name)"""
+    revision: str | None = None
+    """commit of a hub id; null: the default branch"""
+    prediction: Literal["epsilon", "sample", "v_prediction", "velocity"] | None = None
+    """what the network predicts; null: what its scheduler config says"""
+    scheduler: str | None = None
+    """folder of a scheduler config, where the checkpoint is a single model folder without one"""
+    null_class: int | None = None
+    """class id of the unconditional call; null: what distill.json says, else guidance is refused"""
+
+    @property
+    def is_of_hub(self) -> bool:
+        """Whether its path is a hub id, not a place here."""
+        return is_hub_id(self.path)
+
+
+TeacherSpec = Annotated[GaussianTeacher | MixtureTeacher | CheckpointTeacher, Field(discriminator="kind")]
+
+# --- networks ---
+
+
+class UNetSpec(FrozenModel):
+    """A fresh pixel U-Net (diffusers UNet2DModel) in the shape of the data."""
+
+    kind: Literal["unet"]
+    channels: Annotated[list[Annotated[int, Field(gt=0, le=16384)]], Field(max_length=12)]
+    """channels of each resolution, finest first"""
+    layers_per_block: Annotated[int, Field(gt=0, le=100)] = 1
+    """residual blocks at each resolution"""
+    attention: bool = False
+    """self-attention at the coarsest resolution"""
+    norm_groups: Annotated[int, Field(gt=0, le=16384)] = 8
+    """groups of the group norms; divides every entry of channels"""
+    dropout: Fraction = 0.0
+    """probability of dropping a feature in training"""
+
+
+class MlpSpec(FrozenModel):
+    """A fresh MLP for vectors in the shape of the teacher."""
+
+    kind: Literal["mlp"]
+    width: Annotated[int, Field(gt=0, le=65536)] = 192
+    """units of a hidden layer"""
+    depth: Annotated[int, Field(gt=0, le=1000)] = 3
+    """hidden layers"""
+
+
+NetworkSpec = Annotated[UNetSpec | MlpSpec, Field(discriminator="kind")]
+
+# --- stages ---
+
+
+class OptimizerSpec(FrozenModel):
+    """AdamW."""
+
+    lr: Annotated[float, Field(gt=0, le=1000)] = 1e-3
+    """learning rate after the warm-up"""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    """decay of the averages of gradient and squared gradient"""
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    """added to the denominator"""
+    weight_decay: float = Field(0.0, ge=0, le=1000)
+    """decoupled weight decay"""
+    warmup_images: int = Field(0, ge=0, le=10**13)
+    """linear warm-up, in images"""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """of the learning rate, from the end of the warm-up to the end of the stage"""
+    clip: PositiveFloat | None = 1.0
+    """largest gradient norm per network; null: no clipping"""
+
+
+class CheckpointSpec(FrozenModel):
+    """When to save, and how much to keep. A save that is due while another is still being written waits for it."""
+
+    images: Images | None = None
+    """every this many images; null: by minutes only"""
+    minutes: Minutes | None = 10.0
+    """every this many minutes, from the beginning of one save to that of the next; null: by images only"""
+    keep: Annotated[int, Field(gt=0, le=1_000_000)] = 2
+    """complete checkpoints to keep"""
+
+
+class TrainStage(FrozenModel):
+    """Train a recipe's networks and export the student."""
+
+    kind: Literal["train"]
+    recipe: Line
+    """a file of recipes/, like reflow/reflow, or a path ./mine.py"""
+    options: dict[str, Any] = {}
+    """the recipe's own options; `distill recipes NAME` lists them"""
+    teacher: Name | None = None
+    """stage whose student is the teacher; null: the spec's teacher"""
+    init: Name | None = None
+    """stage whose student's weights to start from; null: the teacher's, or `network`"""
+    network: NetworkSpec | None = None
+    """a fresh network; null: in the shape of, and with the weights of, init or the teacher"""
+    dropout: Fraction | None = None
+    """dropout probability in training, for a network started from init or the teacher; null: as in that network"""
+    pairs: Name | dict[Name, Fraction] | None = None
+    """stage whose pairs to train on; or several, with the part of each in every batch: {pairs: 0.8, forward: 0.2}"""
+    images: Images
+    """training length in images"""
+    batch_size: Samples = 128
+    """global batch: images per optimizer step"""
+    optimizer: OptimizerSpec = OptimizerSpec()
+    ema_half_lives: Annotated[list[PositiveFloat], Field(max_length=64)] = []
+    """half-lives of averaged weights, in images"""
+    export: Literal["raw"] | PositiveFloat = "raw"
+    """weights to export: raw, or one of ema_half_lives"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast of the networks; weights, optimizer and losses stay fp32"""
+    checkpoint: CheckpointSpec = CheckpointSpec()
+
+    @property
+    def pair_shares(self) -> dict[str, float]:
+        """The pairs stages that it trains on, and the part of each in a batch."""
+        if self.pairs is None:
+            return {}
+        return {self.pairs: 1.0} if isinstance(self.pairs, str) else dict(self.pairs)
+
+
+class PairsStage(FrozenModel):
+    """Solve the teacher's ODE and store the ends of its paths."""
+
+    kind: Literal["pairs"]
+    teacher: Name | None = None
+    """stage whose student is the teacher; null: the spec's teacher"""
+    count: Pairs
+    """number of pairs"""
+    paths: Literal["backward", "forward", "segments", "trajectories"] = "backward"
+    """forward: from real data to noise; the last two keep states"""
+    times: list[Fraction] | None = None
+    """from 1 to 0, of a trajectory's states; a segment goes from data, noised to one of them, to the next"""
+    optimal_times: Steps | None = None
+    """instead of times, for trajectories: number of steps; chosen from the solver's times for the least Euler error"""
+    solver: SolverName = "heun"
+    """solver of the teacher's ODE"""
+    steps: SolverSteps = 16
+    """solver steps (heun calls the network twice a step but the last)"""
+    guidance_scale: Annotated[float, Field(ge=0, le=10_000)] = 1.0
+    """classifier-free guidance baked into the pairs; 1 = none"""
+    block: ShardPairs = 256
+    """samples solved at once; part of the numbers, so it is fixed here and not in launch"""
+    shard: ShardPairs = 4096
+    """pairs per file, a multiple of block"""
+    dtype: Literal["float32", "float16", "bfloat16", "uint8"] = "float32"
+    """of the stored data; uint8: pixels in [-1, 1], rounded to 1/127.5"""
+    store_noise: bool = False
+    """store the noise too, in float32; false: it is drawn again from the seed. Inverted noise is always stored"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: autocast of the teacher"""
+
+    @property
+    def network_calls(self) -> float:
+        """Calls of the teacher's network for one pair, guidance counted; of segments on average."""
+        solver = SOLVERS[self.solver]
+        calls = solver.calls_inverting if self.paths == "forward" else solver.calls
+        assert calls is not None, "checks.check lets no such stage through"
+        segments = max(1, len(self.times or []) - 1) if self.paths == "segments" else 1
+        return per_velocity(self.guidance_scale) * calls(self.steps) / segments
+
+    @property
+    def times_of_states(self) -> list[float] | None:
+        """Of a trajectory; uniform ones in place of the optimal, which are found when the pairs are made."""
+        steps = self.optimal_times
+        return self.times if steps is None else [(steps - i) / steps for i in range(steps + 1)]
+
+    @property
+    def num_states(self) -> int:
+        """Of each path, its ends included."""
+        return len(self.times_of_states or [1, 0]) if self.paths == "trajectories" else 2
+
+    def bytes_per_pair(self, shape: Sequence[int]) -> int:
+        """On disk, headers and labels aside. shape: of one sample."""
+        states = 1 if self.paths == "segments" else self.num_states - 2
+        stored = (1 + states) * STORED_BYTES[self.dtype]
+        return math.prod(shape) * (stored + (4 if self.store_noise or self.paths == "forward" else 0))
+
+
+class EvaluateStage(FrozenModel):
+    """Measure the teacher and the students at several numbers of steps, and write the report."""
+
+    kind: Literal["evaluate"]
+    teacher: Name | None = None
+    """stage whose student is the teacher; null: the spec's teacher"""
+    teacher_steps: list[Steps] = [1, 2, 4, 8, 16]
+    """Euler steps of the teacher, beside its fine solver"""
+    fine_solver: ReferenceName = "heun"
+    """solver whose endpoint counts as the teacher's own"""
+    fine_steps: Steps = 16
+    """its steps"""
+    students: dict[Name, list[Steps]]
+    """train stage: numbers of steps to measure its student at"""
+    times: dict[Name, list[Literal["optimal"] | list[Fraction]]] = {}
+    """further rows along other times: {teacher: [optimal, [1, 0.6, 0]]}; optimal: where its steps err least"""
+    fine_students: list[Name] = []
+    """those of students that are measured by the fine solver too: velocity fields that may be the next teacher"""
+    samples: Annotated[int, Field(ge=16, le=MAX_SAMPLES)] = 2500
+    """samples per row; each set is generated once for all columns"""
+    block: Samples = 250
+    """samples generated at once; part of the numbers"""
+    guidance_scale: Annotated[float, Field(ge=0, le=10_000)] = 1.0
+    """of the teacher; 1 = none"""
+
+
+Stage = Annotated[TrainStage | PairsStage | EvaluateStage, Field(discriminator="kind")]
+
+
+class SlurmSpec(FrozenModel):
+    """What `distill submit` asks Slurm for, for each job; `distill run` takes no notice of it."""
+
+    partition: Line | None = None
+    """null: the site's, else Slurm's default"""
+    account: Line | None = None
+    """null: the site's, else Slurm's default"""
+    qos: Line | None = None
+    """null: the site's, else Slurm's default"""
+    time: Line | None = None
+    """limit of a job: H:MM:SS, D-HH, D-HH:MM:SS, or minutes in quotes; null: the partition's default"""
+    gpus_per_node: Annotated[int, Field(ge=0, le=4096)] = 0
+    """GPUs of each node, one for each process; 0: the processes compute on CPUs"""
+    cpus_per_task: Processes | None = None
+    """CPUs of each process; null: Slurm's default"""
+    memory: Line | None = None
+    """of each node, like 120G; null: Slurm's default"""
+    options: list[ScriptLine] = []
+    """further options of sbatch as they stand, like --constraint=h100"""
+    lead_seconds: Annotated[int, Field(gt=0, le=604_800)] = 180
+    """how long before the time limit the processes are asked to save and leave"""
+    max_crashes: Annotated[int, Field(ge=0, le=1000)] = 3
+    """how often a crashed job is queued again; a second crash at the same step ends it"""
+    pairs_jobs: Annotated[int, Field(gt=0, le=MAX_PARTS)] = 1
+    """number of array jobs that share each pairs stage's shards, at most one job per shard"""
+    one_job: bool = False
+    """compute all stages in one job, one after the other, instead of a job for each"""
+    container: Line | None = None
+    """image to compute in, as the site's container runtime names it; null: none"""
+
+
+class LaunchSpec(FrozenModel):
+    """How the run is executed. Outside the digest: a resume may change it, which is recorded."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU if there is one"""
+    nodes: Annotated[int, Field(gt=0, le=100_000)] = 1
+    """machines that train together, under `distill submit`"""
+    procs: Processes = 1
+    """processes of each machine that train together"""
+    threads: Processes | None = None
+    """CPU threads of a process; null: the CPUs this process may use, divided among procs"""
+    micro_batch: Samples | None = None
+    """samples per forward pass of a process; the rest of its part of batch_size is accumulated; null: the whole part"""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
+    """DeepSpeed ZeRO stage: 0 divides nothing, 1 optimizer state, 2 gradients too, 3 weights too; null: no DeepSpeed"""
+    zero_persistence_threshold: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    """of divided weights, those of fewer elements stay whole on each process; null: DeepSpeed's own choice"""
+    offload_optimizer: bool = False
+    """zero_stage 1-3: optimizer state lies in the CPU's memory and is updated there"""
+    divide_teacher: bool = False
+    """divide the weights of the frozen teacher as zero_stage 3 does; false: each process has all of them"""
+    activation_checkpointing: bool = False
+    """compute activations again in the backward pass instead of keeping them: less memory, about a third more time"""
+    collective_minutes: Minutes = 10.0
+    """how long a process waits for the others, or stays in one forward and backward pass, before it gives up"""
+    slurm: SlurmSpec = SlurmSpec()
+
+    @property
+    def world_size(self) -> int:
+        """Processes that train together, on all machines."""
+        return self.nodes * self.procs
+
+
+class RunSpec(FrozenModel):
+    """A whole run."""
+
+    name: Name
+    """of the run; outside the digest"""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """of everything drawn: same spec, same seed, same numbers"""
+    teacher: TeacherSpec | None = None
+    """the teacher of every stage that names no other"""
+    data: DataSpec = NoData(kind="none")
+    """real data, for recipes that need it and for the evaluation"""
+    stages: dict[Name, Stage]
+    """in the order in which they run"""
+    launch: LaunchSpec = LaunchSpec()
+
+    @property
+    def hub_inputs(self) -> set[str]:
+        """What of it is named by hub id: "teacher", "data"; nobody is asked."""
+        teacher = isinstance(self.teacher, CheckpointTeacher) and self.teacher.is_of_hub
+        data = isinstance(self.data, HfData) and self.data.is_of_hub
+        return {name for name, is_of_hub in (("teacher", teacher), ("data", data)) if is_of_hub}
+
+    def digest(self) -> str:
+        """sha256 over everything but `launch` and the run's name: same digest, same numbers."""
+        content = self.model_dump(mode="json", exclude={"launch", "name"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,206 @@
+"""Which file holds which pairs; what is wrong with a pairs stage, and with the pairs of a train stage. No tensors."""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from distill.core.errors import InputError
+from distill.core.field_types import MAX_SHARDS
+from distill.spec.kinds import INVERTING, either
+from distill.spec.model import WITH_STATES, PairsStage, RunSpec, TrainStage, is_path
+
+MAX_MANIFEST = 256 << 20  # bytes: several times what MAX_SHARDS files need
+SHARD_NAME = re.compile(r"shard-([0-9]{5,15})\.safetensors")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How `count` pairs lie in files of `shard` each, the last one shorter. Computed, never listed: a count may be huge
+    before it is refused.
+    """
+
+    count: int
+    shard: int
+
+    @classmethod
+    def of(cls, stage: PairsStage) -> "Layout":
+        return cls(stage.count, stage.shard)
+
+    @property
+    def files(self) -> int:
+        return -(-self.count // self.shard)
+
+    def indices(self, number: int) -> range:
+        """The pairs of a file."""
+        return range(number * self.shard, min((number + 1) * self.shard, self.count))
+
+    def name(self, number: int) -> str:
+        return shard_path(Path(), number).name
+
+    def number(self, name: str) -> int | None:
+        """The file that has this name; None if none of the set has."""
+        match = SHARD_NAME.fullmatch(name)
+        number = int(match[1]) if match else self.files
+        return number if number < self.files and self.name(number) == name else None
+
+    def part(self, part: tuple[int, int] | None) -> range:
+        """The files i, i + n, ... of part (i, n); None: all of them."""
+        first, step = part or (0, 1)
+        return range(first, self.files, step)
+
+    def pairs(self, files: range) -> int:
+        """How many pairs some of the files hold."""
+        missing = self.files * self.shard - self.count if self.files - 1 in files else 0
+        return len(files) * self.shard - missing
+
+
+def size(stage: PairsStage, part: tuple[int, int] | None = None) -> int:
+    """Pairs of a stage, or of the shards of one part (i, n)."""
+    layout = Layout.of(stage)
+    return layout.pairs(layout.part(part))
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """A file of a folder of pairs."""
+    return folder / f"shard-{number:05}.safetensors"
+
+
+def shard_record(shard: Path) -> Path:
+    """Where who makes a part of the pairs says that a shard is complete; who makes the whole takes it over."""
+    return shard.with_suffix(".json")
+
+
+class _ListedFile(BaseModel):
+    size: int
+
+
+class _Listing(BaseModel):
+    shards: dict[str, _ListedFile]
+
+
+def listed(folder: Path) -> dict[str, int] | None:
+    """The shards that the manifest of a folder of pairs lists, by name, and their sizes in bytes; None if it is absent
+    or damaged. For who needs no more than that: `pairs.manifest.read` checks the rest.
+    """
+    path = folder / "manifest.json"
+    try:
+        if not path.is_file() or path.stat().st_size > MAX_MANIFEST:
+            return None
+        found = _Listing.model_validate_json(path.read_bytes()).shards
+    except (OSError, ValidationError):
+        return None
+    plain = all(Path(name).name == name for name in found)
+    return {name: file.size for name, file in found.items()} if plain else None
+
+
+def mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
+    """What is wrong with a pairs stage by itself."""
+    yield from _too_many_files(stage, prefix)
+    if stage.shard % stage.block:
+        nearest = max(stage.block, round(stage.shard / stage.block) * stage.block)
+        yield f"{prefix}shard: {stage.shard} is not a multiple of block ({stage.block}); nearest: {nearest}"
+    if stage.paths == "forward" and stage.solver not in INVERTING:
+        valid = either(INVERTING)
+        yield f"{prefix}solver: {stage.solver} solves from noise to data only; paths: forward take {valid}"
+    if stage.optimal_times is not None:
+        yield from _optimal(stage, stage.optimal_times, prefix)
+    elif stage.paths in WITH_STATES:
+        yield from _times(stage, prefix)
+    elif stage.times is not None:
+        yield f"{prefix}times: {stage.paths} paths keep their ends alone, so this has no effect; remove it"
+    if stage.store_noise and stage.paths == "forward":
+        yield f"{prefix}store_noise: inverted noise is always stored, so this has no effect; remove it"
+
+
+def _too_many_files(stage: PairsStage, prefix: str) -> Iterator[str]:
+    layout = Layout.of(stage)
+    if layout.files > MAX_SHARDS:
+        least = -(-stage.count // MAX_SHARDS)
+        enough = -(-least // stage.block) * stage.block
+        yield (
+            f"{prefix}shard: {stage.count:,} pairs in files of {stage.shard:,} are {layout.files:,} files, more than "
+            f"{MAX_SHARDS:,}; give {enough} pairs or more a file, or a smaller count"
+        )
+
+
+def times_of(spec: RunSpec, stage: TrainStage) -> list[float] | None:
+    """The times of the states that a train stage's paths will have, where all have the same; uniform ones in place of
+    the optimal, which are found when the pairs are made.
+    """
+    solved = [spec.stages[name] for name in stage.pair_shares]
+    found = [each.times_of_states for each in solved if isinstance(each, PairsStage)]
+    return found[0] if found and all(times == found[0] for times in found) else None
+
+
+def _optimal(stage: PairsStage, steps: int, prefix: str) -> Iterator[str]:
+    if stage.paths != "trajectories":
+        yield f"{prefix}optimal_times: {stage.paths} paths have none; remove it, or use paths: trajectories"
+    if stage.times is not None:
+        yield f"{prefix}times: optimal_times finds them, so both cannot be given; remove one"
+    if steps > stage.steps:
+        yield f"{prefix}optimal_times: {steps} steps cannot be chosen among the solver's {stage.steps}; give more steps"
+
+
+def _times(stage: PairsStage, prefix: str) -> Iterator[str]:
+    times = stage.times or []
+    if not is_path(times):
+        yield f"{prefix}times: {stage.times} given; {stage.paths} need times from 1 down to 0, like [1, 0.5, 0]"
+        return
+    strange = [t for t in times if not math.isclose(t * stage.steps, round(t * stage.steps), abs_tol=1e-6)]
+    if strange:
+        yield (
+            f"{prefix}times: {', '.join(f'{t:g}' for t in strange)} are none of the solver's own, the multiples of "
+            f"1/steps = 1/{stage.steps}"
+        )
+
+
+def parts(batch_size: int, shares: Sequence[float]) -> list[int]:
+    """How many rows of a batch each source gives: as near to its share as whole rows come, at least one."""
+    counts = [int(batch_size * share) for share in shares]
+    by_rest = sorted(range(len(shares)), key=lambda i: counts[i] - batch_size * shares[i])
+    for i in by_rest[: batch_size - sum(counts)]:
+        counts[i] += 1
+    if min(counts) < 1:
+        raise InputError(
+            f"a part of {min(shares):g} of batch_size={batch_size} is not one pair; use a larger batch or other parts"
+        )
+    return counts
+
+
+def of_training(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: str) -> Iterator[str]:
+    """Whether the pairs of a train stage are its teacher's, of the kind that its recipe takes, in parts that add up."""
+    shares, found = stage.pair_shares, []
+    if not (math.isclose(sum(shares.values()), 1) and all(shares.values())):
+        given = ", ".join(f"{name}: {share:g}" for name, share in shares.items())
+        yield f"{where}: the parts {{{given}}} must be above 0 and add up to 1"
+    else:
+        try:
+            parts(stage.batch_size, list(shares.values()))
+        except InputError as error:
+            yield f"{where}: {error}"
+    for name in shares:
+        solved = spec.stages.get(name)
+        if not isinstance(solved, PairsStage):
+            continue  # said where references are
+        found.append(solved)
+        if solved.teacher != stage.teacher:
+            theirs, ours = (each or "the spec's teacher" for each in (solved.teacher, stage.teacher))
+            yield f"{where}: '{name}' has pairs of {theirs}, this stage's teacher is {ours}; make them agree"
+        if "states" in needs and solved.paths not in WITH_STATES:
+            yield (
+                f"{where}: {stage.recipe} needs states along the paths, '{name}' has ends alone (paths: "
+                f"{solved.paths}); use paths: {' or '.join(WITH_STATES)}"
+            )
+        if "states" not in needs and solved.paths == "segments":
+            yield (
+                f"{where}: '{name}' has segments, which begin with noised data and do not end at data; {stage.recipe} "
+                "takes whole paths; use paths: backward, forward or trajectories"
+            )
+    if len({each.guidance_scale for each in found}) > 1:
+        yield f"{where}: pairs of different guidance_scale would teach two things at once; make them agree"
+    if "states" in needs and len({each.num_states for each in found}) > 1:
+        yield f"{where}: paths of different numbers of states do not fit into one batch; give them the same times"

@@ -1,0 +1,120 @@
+"""The specs that ship, and how a spec is written for a person: every field, its value and its meaning."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from distill.core import yamltext
+from distill.core.errors import InputError
+from distill.core.text import suggest
+from distill.spec import registry, schema
+from distill.spec.model import RunSpec
+
+WIDTH = 110
+
+
+def folder() -> Path:
+    """Where the presets lie."""
+    return registry.package_folder() / "presets"
+
+
+def names() -> list[str]:
+    """The presets, in alphabetical order."""
+    return sorted(path.stem for path in folder().glob("*.yaml"))
+
+
+def find(name: str) -> Path:
+    """The file of a preset."""
+    if name not in names():
+        raise InputError(f"there is no preset '{name}'; {suggest(name, names())}")
+    return folder() / f"{name}.yaml"
+
+
+def head(name: str) -> list[str]:
+    """The comment at the top of a preset: the command, what it makes, how long it takes."""
+    lines = []
+    for line in yamltext.read(find(name)).splitlines():
+        if not line.startswith("#"):
+            break
+        lines.append(line.removeprefix("#").strip())
+    return lines
+
+
+def annotated(spec: RunSpec, base: Path) -> str:
+    """A spec as YAML with every field, defaults written out, its meaning as a comment; reads back to the same spec."""
+    return "\n".join(_fields(spec, "", base)) + "\n"
+
+
+def _fields(model: BaseModel, indent: str, base: Path) -> list[str]:
+    lines = []
+    for name, field in type(model).model_fields.items():
+        value: object = dict(model)[name]
+        meaning = _with_choices(" ".join((field.description or "").split()), schema.choices(field))
+        if name == "options" and isinstance(value, dict):
+            lines += _options(value, str(dict(model)["recipe"]), indent, base)
+        elif isinstance(value, BaseModel):
+            lines += _comment(meaning or (type(value).__doc__ or ""), indent)
+            lines += [f"{indent}{name}:", *_kind(field.annotation, value, indent), *_fields(value, indent + "  ", base)]
+        elif name == "kind":
+            continue
+        elif isinstance(value, dict) and any(isinstance(item, BaseModel) for item in value.values()):
+            lines += ["", *_comment(meaning, indent), f"{indent}{name}:"]
+            for key, item in value.items():
+                if isinstance(item, BaseModel):
+                    lines += ["", *_comment(type(item).__doc__ or "", indent + "  ")]
+                    kinds = _kind(schema.value_type(field.annotation, dict), item, indent + "  ")
+                    lines += [f"{indent}  {_plain(key)}:", *kinds, *_fields(item, indent + "    ", base)]
+        else:
+            lines += _line(f"{indent}{name}: {_plain(model.model_dump(mode='json')[name])}", meaning, indent)
+    return lines
+
+
+def _kind(annotation: schema.Annotation, value: BaseModel, indent: str) -> list[str]:
+    """The line that selects a model from its union, naming the others."""
+    kinds = [str(schema.kind_of(model)) for model in schema.models(annotation)]
+    kind = schema.kind_of(type(value))
+    return [] if kind is None else _line(f"{indent}  kind: {kind}", _with_choices("", kinds), indent + "  ")
+
+
+def _with_choices(meaning: str, choices: Sequence[str]) -> str:
+    words = f"one of {', '.join(choices)}" if len(choices) > 1 else ""
+    return "; ".join(part for part in (meaning, words) if part)
+
+
+def _options(given: Mapping[str, Any], recipe: str, indent: str, base: Path) -> list[str]:
+    """A recipe's options: those that are given, and the others as comments with their defaults."""
+    meanings = {option.name: option for option in registry.describe(recipe, base).options}
+    lines = [f"{indent}options:"]
+    if not given:
+        lines = _line(f"{indent}options: {{}}", "the recipe's own; to set some, take away {} and their #", indent)
+    for name, value in given.items():
+        meaning = meanings[name].meaning if name in meanings else ""
+        lines += _line(f"{indent}  {name}: {_plain(value)}", meaning, indent + "  ")
+    for option in meanings.values():
+        if option.name not in given:
+            default = _plain(option.default)
+            lines += _line(
+                f"{indent}  # {option.name}: {default}", _with_choices(option.meaning, option.choices), indent + "  "
+            )
+    return lines
+
+
+def _plain(value: object) -> str:
+    """A value on one line of YAML."""
+    text = yamltext.dump_line(value)
+    return text.removesuffix("...").strip()
+
+
+def _line(line: str, meaning: str, indent: str) -> list[str]:
+    """The meaning beside its field, or above it where both are long."""
+    if not meaning:
+        return [line]
+    beside = f"{line:<38}  # {meaning}"
+    return [beside] if len(beside) <= WIDTH else [*_comment(meaning, indent), line]
+
+
+def _comment(text: str, indent: str) -> list[str]:
+    return [f"{indent}# {line}" for line in textwrap.wrap(text, WIDTH - len(indent))]

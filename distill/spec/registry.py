@@ -1,0 +1,310 @@
+"""Finds recipes by name: a file of the package `recipes`, an entry point of the group `distill.recipes`, or ./file.py
+beside the spec. Nothing is registered by hand, and listing them imports none.
+"""
+
+import ast
+import importlib
+import importlib.util
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ValidationError
+
+from distill.core.errors import InputError
+from distill.core.text import one_line, suggest
+from distill.spec import schema
+
+GROUP = "distill.recipes"
+PARTS = ("Config", "Recipe")
+COSTS = "costs.json"  # of our recipes, beside them; written by tests/benchmarks
+NEEDS = ("data", "pairs", "states", "teacher", "weights", "jvp")
+_FOREIGN: set[str] = set()  # files of the recipes loaded so far that are not of the package `recipes`
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a recipe, as its source says."""
+
+    name: str
+    type: str
+    choices: list[str]
+    """the words that are valid, if it is a choice of words"""
+    default: Any
+    """None also where it must be given"""
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the source of a recipe says, read without importing it."""
+
+    name: str
+    summary: str
+    paper: str
+    """the whole docstring of its module"""
+    needs: list[str]
+    options: list[Option]
+    cost: float | None
+    """seconds until the student has moved once, relative to flow matching; None: not measured"""
+
+
+@runtime_checkable
+class RecipeConfig(Protocol):
+    """What every recipe's Config says of itself, its options considered."""
+
+    @property
+    def needs(self) -> frozenset[str]: ...  # of NEEDS
+    @property
+    def student(self) -> str: ...  # "velocity", "flow_map", "acceleration", "generator"
+
+
+@runtime_checkable
+class Guiding(Protocol):
+    """A Config by which a guided teacher is baked into the student."""
+
+    @property
+    def guidance_scale(self) -> float: ...  # 1 = none
+
+
+def guidance_scale(config: RecipeConfig) -> float:
+    """The classifier-free guidance that a recipe asks of its teacher."""
+    return config.guidance_scale if isinstance(config, Guiding) else 1.0
+
+
+@runtime_checkable
+class Synchronised(Protocol):
+    """A Config under which the teacher may see the dropped condition too."""
+
+    @property
+    def guidance_sync(self) -> bool: ...
+
+
+def unconditional(config: RecipeConfig) -> bool:
+    """Whether the student learns the unconditional velocity: on data alone, or where its teacher shows it that too."""
+    return "teacher" not in config.needs or (isinstance(config, Synchronised) and config.guidance_sync)
+
+
+@runtime_checkable
+class Coupling(Protocol):
+    """A Config under which a loss looks at blocks of consecutive samples of the global batch, and needs them whole."""
+
+    @property
+    def rows_together(self) -> int: ...  # samples of a block; 1: each by itself
+
+
+def rows_together(config: RecipeConfig) -> int:
+    """The samples that a micro-batch must hold, or a multiple of them."""
+    return config.rows_together if isinstance(config, Coupling) else 1
+
+
+def package_folder() -> Path:
+    """The folder of the package `recipes`, found without importing it."""
+    found = importlib.util.find_spec("recipes")
+    if found is None or not found.submodule_search_locations:
+        raise InputError("the package `recipes` is missing from this installation; install distill again")
+    return Path(next(iter(found.submodule_search_locations)))
+
+
+def names() -> list[str]:
+    """All recipes that can be named, ./files aside."""
+    folder = package_folder()
+    files = [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.glob("*/*.py"))]
+    return [name for name in files if not name.endswith("/__init__")] + sorted(_entry_points())
+
+
+def own_file(name: str, base: Path) -> Path | None:
+    """The file of a recipe that lies beside its spec; None: the name is not a path."""
+    if not name.endswith(".py"):
+        return None
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise InputError(f"recipe '{name}': a recipe of your own lies beside its spec or below; write ./file.py")
+    path = base / name
+    if not path.is_file():
+        raise InputError(f"recipe '{name}': there is no file {path}")
+    return path
+
+
+def source(name: str, base: Path) -> Path:
+    """The file of a recipe, found without importing it."""
+    own = own_file(name, base)
+    if own is not None:
+        return own
+    path = package_folder() / f"{name}.py"
+    if name.count("/") == 1 and path.is_file() and not name.endswith("/__init__"):
+        return path
+    point = _entry_points().get(name)
+    if point is None:
+        last = [each for each in names() if each.rpartition("/")[2] == name]  # named without its folder
+        hint = suggest(last[0] if last else name, names())
+        raise InputError(f"there is no recipe '{name}'; {hint}; or a file of your own: ./file.py")
+    found = importlib.util.find_spec(point.module)
+    if found is None or found.origin is None:
+        raise InputError(f"recipe '{name}': its module {point.module} is not installed")
+    return Path(found.origin)
+
+
+def load(name: str, base: Path) -> ModuleType:
+    """The module of a recipe: it has a docstring, `Config` and `Recipe`."""
+    path = source(name, base)
+    is_ours = path.is_relative_to(package_folder())
+    with _Importing(name, path.absolute()):
+        if name.endswith(".py"):
+            module = _load_file(path)
+        else:
+            point = _entry_points().get(name)
+            module = importlib.import_module(
+                f"recipes.{name.replace('/', '.')}" if is_ours or point is None else point.module
+            )
+    if not is_ours and module.__file__ is not None:
+        _FOREIGN.add(module.__file__)
+    missing = [part for part in PARTS if part not in vars(module)]
+    if missing or not module.__doc__:
+        what = " and ".join(f"class {part}" for part in missing) or "docstring that names its paper"
+        raise InputError(f"recipe '{name}' ({path}) has no {what}")
+    if "sampler" not in dir(module.Recipe):
+        raise InputError(f"recipe '{name}' ({path}): its Recipe does not say its sampler; write sampler = \"euler\"")
+    return module
+
+
+@dataclass(frozen=True)
+class _Importing:
+    """Whatever a recipe's module raises while it is imported becomes an InputError that says where."""
+
+    name: str
+    path: Path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is not None and not self._is_ctrl_c(error):
+            raise InputError(f"recipe '{self.name}' {self._what(error)}") from error
+
+    def _is_ctrl_c(self, error: BaseException) -> bool:
+        """Whether the user has interrupted the import; a recipe may also raise KeyboardInterrupt itself."""
+        if not isinstance(error, KeyboardInterrupt):
+            return False
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return last.filename != str(self.path) or not (last.line or "").startswith("raise")
+
+    def _what(self, error: BaseException) -> str:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            return f"needs the package {error.name}; pip install 'distill[train]' brings those of our recipes"
+        if isinstance(error, SystemExit):
+            return f"ends the program when it is imported: it calls sys.exit({error.code}); remove that"
+        if isinstance(error, SyntaxError):
+            return f"cannot be imported: {error}"
+        lines = [each.lineno for each in traceback.extract_tb(error.__traceback__) if each.filename == str(self.path)]
+        where = f"{self.path}, line {lines[-1]}" if lines else str(self.path)
+        said = one_line(str(error), 500)
+        return f"cannot be imported: {where}: {type(error).__name__}" + (f": {said}" if said else "")
+
+
+def is_of_foreign_recipe(error: BaseException) -> bool:
+    """Whether an error comes out of the code of a recipe that is not ours, which is for its author to mend."""
+    return any(each.filename in _FOREIGN for each in traceback.extract_tb(error.__traceback__))
+
+
+def configure(name: str, module: ModuleType, options: dict[str, Any], where: str) -> RecipeConfig:
+    """A recipe's options as its Config, types taken strictly; InputError with one line per mistake."""
+    model: type[BaseModel] = module.Config
+    try:
+        config = model.model_validate_json(json.dumps(options), strict=True)
+    except ValidationError as error:
+        raise InputError("\n  ".join(schema.explain(error, model, options, where))) from None
+    if not isinstance(config, RecipeConfig):
+        raise InputError(f"recipe '{name}': its Config lacks the properties needs and student; see reflow/reflow")
+    return config
+
+
+def describe(name: str, base: Path) -> Description:
+    """What a recipe's source says of itself."""
+    tree = ast.parse(source(name, base).read_text(encoding="utf-8"))
+    paper = ast.get_docstring(tree) or ""
+    config = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config"), None)
+    body = config.body if config is not None else []
+    inherited = [option for base in (config.bases if config is not None else []) for option in _of_base(base)]
+    options = {option.name: option for option in [*inherited, *_options(body)]}
+    needs = next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == "needs"), None)
+    return Description(name, paper.split("\n")[0], paper, _needs(needs), list(options.values()), _costs().get(name))
+
+
+def _costs() -> dict[str, float]:
+    return json.loads((package_folder() / COSTS).read_text(encoding="utf-8"))
+
+
+def _load_file(path: Path) -> ModuleType:
+    """A module from a file, once per content: pydantic looks its names up in sys.modules."""
+    content = path.read_bytes()
+    name = f"distill_recipe_{sha256(content).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None, path
+    module = importlib.util.module_from_spec(found)
+    sys.modules[name] = module
+    try:
+        # Not by the usual loader: it writes __pycache__ beside the file, and would reuse it for another version saved
+        # within the same second.
+        exec(compile(content, path, "exec"), vars(module))
+    finally:
+        if sys.exception() is not None:
+            del sys.modules[name]
+    return module
+
+
+def _entry_points() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def _needs(needs: ast.FunctionDef | None) -> list[str]:
+    """What a `needs` property can name."""
+    constants = [node for node in ast.walk(needs) if isinstance(node, ast.Constant)] if needs else []
+    return [need for need in NEEDS if need in [constant.value for constant in constants]]
+
+
+def _of_base(base: ast.expr) -> list[Option]:
+    """The options that a Config takes over from a class of distill, written as module.Class."""
+    if not isinstance(base, ast.Attribute) or not isinstance(base.value, ast.Name):
+        return []
+    path = Path(__file__).parents[1] / "flow" / f"{base.value.id}.py"
+    tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == base.attr]
+    return [option for node in classes for option in _options(node.body)]
+
+
+def _options(body: Sequence[ast.stmt]) -> list[Option]:
+    found = []
+    for statement, after in zip(body, [*body[1:], None], strict=True):
+        if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+            continue
+        meaning = ""
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+            meaning = " ".join(after.value.value.split())
+        name, type_name = statement.target.id, ast.unparse(statement.annotation)
+        found.append(Option(name, type_name, _choices(statement.annotation), _value(statement.value), meaning))
+    return found
+
+
+def _choices(annotation: ast.expr) -> list[str]:
+    for node in ast.walk(annotation):
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal":
+            return [str(word.value) for word in ast.walk(node.slice) if isinstance(word, ast.Constant)]
+    return []
+
+
+def _value(node: ast.expr | None) -> Any:  # noqa: ANN401
+    """A default as a value; where it is computed, as its source text."""
+    if node is None:
+        return None
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)

@@ -1,0 +1,155 @@
+"""A run spec as a file: read strictly, explained when wrong, written so that it reads back the same."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from distill.core import yamltext
+from distill.core.errors import InputError
+from distill.core.text import expanded, is_text, printable, short
+from distill.spec import overrides, schema
+from distill.spec.model import CheckpointTeacher, HfData, ImagesData, RunSpec
+from distill.spec.overrides import Override
+
+MOST_SHOWN = 20  # mistakes of a file
+
+
+@dataclass(frozen=True)
+class SpecSource:
+    """A validated spec and where it came from."""
+
+    spec: RunSpec
+    base: Path
+    """the folder that ./recipe.py and relative paths are looked up in"""
+    source: str
+    """as messages name it"""
+
+
+def change_from(text: str) -> Override:
+    """An override from its text `a.b=c`."""
+    if not is_text(text):
+        raise InputError(
+            f"{short(ascii(text))} is not a change of the spec: it holds a control character, or bytes not UTF-8"
+        )
+    path, equals, value = text.partition("=")
+    if not equals or "" in path.split("."):
+        raise InputError(
+            f"'{short(text)}' is not a change of the spec; write path=value, like stages.teach.images=64000"
+        )
+    parts = path.split(".")
+    if len(parts) > yamltext.MAX_DEPTH:
+        raise InputError(
+            f"'{short(text)}' is not a change of the spec: its path has {len(parts):,} parts; valid: at most "
+            f"{yamltext.MAX_DEPTH}"
+        )
+    return Override(short(text), parts, yamltext.parse(value, short(text)))
+
+
+def validate(content: Any, source: str) -> RunSpec:  # noqa: ANN401
+    """Content as a RunSpec, types taken strictly; InputError with one line per mistake."""
+    if content is None:
+        raise InputError(f"{source}: empty; `distill init` lists the presets to begin with")
+    if not isinstance(content, dict):
+        raise InputError(f"{source}: holds {schema.show(content)}, not a spec; a spec has name and stages")
+    teacher = content.get("teacher")
+    if isinstance(teacher, dict) and "path" in teacher and "kind" not in teacher:
+        content = {**content, "teacher": {"kind": "diffusers", **teacher}}
+    try:
+        text = json.dumps(content)
+    except (TypeError, ValueError, RecursionError):
+        raise InputError(f"{source}: a spec holds text, numbers, lists and mappings only, none inside itself") from None
+    words = list(_words(content))
+    odd = [word for _, word in words if not isinstance(word, str)]
+    if odd:
+        raise InputError(f"{source}: key {schema.show(odd[0])} is not text; write it in quotes")
+    if unreadable := [(path, word) for path, word in words if isinstance(word, str) and not is_text(word)]:
+        path, word = unreadable[0]
+        raise InputError(
+            f"{source}: {f'{printable(path)}: ' if path else ''}{short(ascii(word))} holds a control character, or "
+            "bytes that are not UTF-8"
+        )
+    try:
+        return RunSpec.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise InputError(join(source, schema.explain(error, RunSpec, content))) from None
+
+
+def join(source: str, mistakes: Sequence[str]) -> str:
+    """One message of one or several mistakes; of very many, the first."""
+    if len(mistakes) == 1:
+        return f"{source}: {mistakes[0]}"
+    more = [f"and {len(mistakes) - MOST_SHOWN:,} more"] if len(mistakes) > MOST_SHOWN else []
+    return "\n  ".join([f"{source}: {len(mistakes):,} mistakes", *mistakes[:MOST_SHOWN], *more])
+
+
+def load(path: Path, changes: Sequence[str] = (), *, name: str | None = None, source: str | None = None) -> SpecSource:
+    """The spec in a file, with overrides `a.b=c` applied and paths made absolute."""
+    source = source or str(path)
+    content = yamltext.parse(yamltext.read(path), source)
+    if isinstance(content, dict):
+        content = overrides.apply(content, [change_from(text) for text in changes])
+        if name is not None:
+            content["name"] = name
+    base = path.parent.absolute()
+    return SpecSource(located(validate(content, source), [base, Path.cwd()]), base, source)
+
+
+def resolved(spec: RunSpec) -> str:
+    """The whole spec as YAML, every default written out; reads back to the same spec."""
+    return yamltext.dump(spec.model_dump(mode="json"))
+
+
+def differences(old: RunSpec, new: RunSpec) -> list[str]:
+    """The fields in which two specs differ, with both values: "stages.teach.images: 100 -> 200"."""
+    return [
+        f"{path}: {schema.show(before)} -> {schema.show(after)}"
+        for path, before, after in _differences("", old.model_dump(mode="json"), new.model_dump(mode="json"))
+    ]
+
+
+def _differences(path: str, old: object, new: object) -> list[tuple[str, object, object]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in [*old, *(key for key in new if key not in old)]:
+            found += _differences(f"{path}.{key}" if path else str(key), old.get(key), new.get(key))
+        return found
+    return [] if old == new else [(path, old, new)]
+
+
+def _words(content: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Every key, and every value that is text, each with the path of where it stands."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield path, key
+            yield from _words(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(content, list):
+        for number, item in enumerate(content):
+            yield from _words(item, f"{path}.{number}")
+    elif isinstance(content, str):
+        yield path, content
+
+
+def absolute(path: str, folders: Sequence[Path]) -> str:
+    """A path that exists below one of `folders`, absolute; anything else (a hub id, a missing file) as it is."""
+    given = expanded(path)
+    found = next((str((folder / given).resolve()) for folder in folders if (folder / given).exists()), path)
+    if not is_text(found):
+        raise InputError(f"{ascii(found)} holds a control character, or bytes that are not UTF-8; rename that folder")
+    return found
+
+
+def located(spec: RunSpec, folders: Sequence[Path]) -> RunSpec:
+    """Paths that exist beside the spec, or in the current folder, made absolute: a run may be resumed anywhere."""
+    changed: dict[str, Any] = {}
+    if isinstance(spec.teacher, CheckpointTeacher):
+        update = {"path": absolute(spec.teacher.path, folders)}
+        if spec.teacher.scheduler is not None:
+            update["scheduler"] = absolute(spec.teacher.scheduler, folders)
+        changed["teacher"] = spec.teacher.model_copy(update=update)
+    if isinstance(spec.data, ImagesData | HfData):
+        changed["data"] = spec.data.model_copy(update={"path": absolute(spec.data.path, folders)})
+    return spec.model_copy(update=changed)

@@ -1,0 +1,90 @@
+"""What is wrong with the network and the lengths of a train stage. No tensors."""
+
+from collections.abc import Iterator
+
+from distill.spec.model import (
+    GaussianTeacher,
+    HfData,
+    ImagesData,
+    MixtureTeacher,
+    MlpSpec,
+    RunSpec,
+    TrainStage,
+    UNetSpec,
+)
+
+MAX_PARAMETERS = 100_000_000_000
+
+
+def parameters(network: UNetSpec | MlpSpec) -> int:
+    """About how many a fresh network has, without building it: those of its largest layers."""
+    if isinstance(network, MlpSpec):
+        return network.width**2 * network.depth
+    down, up = 2 * network.layers_per_block, 3 * (network.layers_per_block + 1)  # 3 x 3 convolutions of a resolution
+    return sum(9 * channels**2 * (down + up) for channels in network.channels)
+
+
+def network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, where: str) -> Iterator[str]:
+    """Whether a fresh network can be built, and makes what the stage's samples are."""
+    if stage.dropout is not None:
+        yield f"{where}: a fresh network has its own dropout, so that of the stage has no effect; remove it"
+    vectors = stage.teacher is None and isinstance(spec.teacher, GaussianTeacher | MixtureTeacher)
+    sides = [side for kind, side in (("digits", 8), ("mnist", 28)) if kind == spec.data.kind]
+    if isinstance(spec.data, ImagesData | HfData):
+        sides = list(dict.fromkeys(spec.data.height_width))
+    if (size := parameters(network)) > MAX_PARAMETERS:
+        yield f"{where}: about {size:,} parameters; at most {MAX_PARAMETERS:,}; make it smaller"
+    if isinstance(network, MlpSpec):
+        if sides:
+            yield f"{where}: an mlp makes vectors, data of kind {spec.data.kind} has images; use kind: unet"
+        return
+    if vectors:
+        yield f"{where}: a unet makes images, the teacher makes vectors; use kind: mlp"
+    if not network.channels:
+        yield f"{where}.channels: empty; give the channels of each resolution, finest first"
+    for channels in network.channels:
+        if channels % network.norm_groups:
+            yield f"{where}.channels: {channels} is not a multiple of norm_groups ({network.norm_groups})"
+    for side in sides:
+        if network.channels and side % 2 ** (len(network.channels) - 1):
+            halvings = len(network.channels) - 1
+            yield (
+                f"{where}.channels: {halvings + 1} resolutions halve the images {halvings} times, "
+                f"and their side of {side} cannot be; give fewer"
+            )
+
+
+def lengths(spec: RunSpec, stage: TrainStage, rows_together: int, where: str) -> Iterator[str]:
+    """Whether images, batches, warm-up and averages come out even."""
+    batch, procs, optimizer = stage.batch_size, spec.launch.world_size, stage.optimizer
+    micro = spec.launch.micro_batch
+    samples = micro or batch // procs
+    if stage.images % batch:
+        nearest = max(batch, round(stage.images / batch) * batch)
+        yield f"{where}.images: {stage.images} is not a multiple of batch_size ({batch}); nearest: {nearest}"
+    if batch % procs:
+        field = "launch.procs" if spec.launch.nodes == 1 else "launch.nodes"
+        yield f"{field}: {procs} processes cannot share {where}.batch_size ({batch}) evenly; change either"
+    elif micro is not None and batch // procs % micro:
+        each = f"{batch}" if procs == 1 else f"{batch} / {procs} processes = {batch // procs}"
+        yield f"launch.micro_batch: {micro} does not divide {where}.batch_size ({each})"
+    elif samples % rows_together:
+        yield (
+            f"{where}: {stage.recipe} couples samples in blocks of {rows_together}, and micro-batches of {samples} "
+            f"do not hold whole ones; make batch_size / processes, or launch.micro_batch, a multiple of {rows_together}"
+        )
+    if optimizer.warmup_images >= stage.images:
+        yield (
+            f"{where}.optimizer.warmup_images: {optimizer.warmup_images} of {stage.images} images; "
+            "the warm-up must end before the training does"
+        )
+    if 1 in optimizer.betas:
+        yield f"{where}.optimizer.betas: {list(optimizer.betas)}; both must be below 1"
+    halves = stage.ema_half_lives
+    if len(set(halves)) != len(halves):
+        yield f"{where}.ema_half_lives: {halves} holds a value twice"
+    if stage.export != "raw" and stage.export not in halves:
+        valid = ", ".join(["raw", *(f"{half:g}" for half in halves)])
+        yield f"{where}.export: {stage.export:g} is none of ema_half_lives; valid: {valid}"
+    if stage.checkpoint.images is None and stage.checkpoint.minutes is None:
+        yield f"{where}.checkpoint: images and minutes are both null, so nothing would be saved; give one"

@@ -1,0 +1,133 @@
+"""Export: a student becomes a folder that plain diffusers loads, checked before it appears under its name.
+
+The same weights and card give the same bytes, so that students can be compared by their files.
+"""
+
+import contextlib
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler
+from diffusers.utils import logging as diffusers_logging
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from distill.core.atomic import new_folder
+from distill.core.errors import RunError
+from distill.exchange import card as cards
+from distill.exchange.card import StudentCard
+from distill.flow.draws import sample_labels, sample_noise
+from distill.networks.velocity import TIME_SCALE
+from distill.students import shipped
+from distill.students.loaded import KINDS, Student
+from distill.students.sampling import by_sampler, fresh_noises, grid, num_fresh
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+CHECK_STEPS, CHECK_BATCH, CHECK_SEED = (1, 2, 4), 2, 0
+TOLERANCE = 1e-5  # of samples within [-1, 1]; of larger ones, this share of the largest value
+
+
+def export(student: Student, folder: Path, card: StudentCard) -> None:
+    """Write the student folder, reload it with plain diffusers, compare, and only then give it its name.
+
+    A folder that is there already is replaced. Whatever goes wrong, `folder` is what it was.
+    """
+    assert isinstance(student, KINDS[card.kind]), f"{type(student)} is no {card.kind}"
+    folder = folder.absolute()
+    reference = copy.deepcopy(student).to("cpu").eval()
+    for name, tensor in _state(reference.network):
+        if not tensor.isfinite().all():
+            raise RunError(f"export failed: {name} holds numbers that are not finite; nothing was exported")
+    try:
+        with new_folder(folder, replace=True) as new:
+            _write(reference.network, new, card)
+            _compare(reference, new, card)
+    except OSError as error:
+        raise RunError(f"cannot write the student to {folder}: {error.strerror}; nothing was changed") from error
+
+
+def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
+    for part in ("unet", "scheduler"):
+        (folder / part).mkdir(parents=True)
+    class_name = type(network).__name__
+    library = shipped.NETWORKS.get(class_name, "diffusers")
+    if library == "diffusers":
+        assert type(network).__module__.startswith("diffusers."), f"{class_name} is neither stock nor shipped"
+    else:
+        (folder / "unet" / f"{library}.py").write_text(shipped.network(library))
+    (folder / "pipeline.py").write_text(shipped.pipeline(card.kind, card.sampler))
+
+    config = json.loads(network.to_json_string())
+    config.pop("_name_or_path", None)  # where the weights once came from is not part of the student
+    _write_json(folder / "unet" / "config.json", config)
+    weights = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in _state(network)}
+    save_file(weights, folder / "unet" / WEIGHTS, metadata={"format": "pt"})
+    version = {"_diffusers_version": diffusers.__version__}
+    scheduler = FlowMapEulerDiscreteScheduler.__name__
+    _write_json(
+        folder / "scheduler" / "scheduler_config.json",
+        {"_class_name": scheduler, **version, "num_train_timesteps": int(TIME_SCALE), "shift": 1.0},
+    )
+    _write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": ["pipeline", "DistilledPipeline"],
+            **version,
+            "num_classes": card.num_classes,
+            "sampler": card.sampler,
+            "scheduler": ["diffusers", scheduler],
+            **({"t_grids": card.t_grids} if card.t_grids else {}),
+            "unet": [library, class_name],
+        },
+    )
+    (folder / cards.README).write_text(cards.readme(card))
+    (folder / cards.FILE_NAME).write_text(cards.to_json(card.model_copy(update={"files": cards.record(folder)})))
+
+
+def _compare(student: Student, folder: Path, card: StudentCard) -> None:
+    """Plain diffusers must read the same weights, bitwise, and make the same samples from the same noise."""
+    with _quiet(), torch.random.fork_rng(devices=[]):  # networks are initialised before their weights are read
+        pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, low_cpu_mem_usage=False)
+    written, read = dict(_state(student.network)), dict(_state(pipeline.unet))
+    for name, tensor in written.items():
+        if name not in read or tensor.dtype != read[name].dtype or not torch.equal(tensor, read[name]):
+            raise RunError(f"export failed: diffusers does not read {name} as it was written; nothing was exported")
+    indices = range(CHECK_BATCH)
+    noise = sample_noise(CHECK_SEED, indices, card.shape)
+    labels = None if card.num_classes is None else sample_labels(indices, card.num_classes)
+    cond = {} if labels is None else {"class_labels": labels}
+    for steps in card.t_grids or CHECK_STEPS:
+        fresh = fresh_noises(CHECK_SEED, indices, card.shape, num_fresh(card.sampler, steps))
+        ours = by_sampler(student, card.sampler, noise, grid(card.t_grids, steps), cond, fresh)
+        theirs = pipeline(steps, class_labels=labels, latents=noise, fresh=fresh, output_type="pt").images
+        error, allowed = (ours - theirs).abs().max().item(), TOLERANCE * max(1.0, ours.abs().max().item())
+        if not error <= allowed:  # not (nan <= x)
+            raise RunError(
+                f"export failed: at {steps} steps diffusers makes other samples from the same noise, max difference "
+                f"{error:.3g} (allowed {allowed:.3g}); nothing was exported"
+            )
+
+
+def _state(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from network.state_dict().items()
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading four files needs no progress bar."""
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
+        diffusers_logging.enable_progress_bar()

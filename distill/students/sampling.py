@@ -1,0 +1,192 @@
+"""Samples of teachers and students from noise that depends on (seed, index) alone, made in blocks."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from distill.core.errors import InputError, RunError
+from distill.flow.draws import key, sample_labels, sample_noise
+from distill.flow.solvers import sample as solve
+from distill.flow.solvers import sample_along
+from distill.flow.times import uniform_grid
+from distill.networks.velocity import VelocityStudent
+from distill.protocols import Cond, Gridded, Recipe, VelocityField
+from distill.spec.kinds import network_calls, per_velocity
+from distill.students.loaded import LoadedStudent, Student
+from distill.students.samplers import accelerated, euler, jump, renoise, same_noise
+from distill.teachers import LoadedTeacher
+
+# Noise [B, ...], its condition, and the fresh noises that the method takes -> samples [B, ...]
+Generate = Callable[[Tensor, Cond, Sequence[Tensor]], Tensor]
+
+
+@runtime_checkable
+class SamplerModule(Protocol):
+    """What a file in samplers/ has; see there."""
+
+    SAMPLER: str
+
+    def num_fresh(self, steps: int) -> int: ...
+
+    @property
+    def sample(self) -> Callable[..., Tensor]: ...
+
+
+MODULES: dict[str, SamplerModule] = {
+    "euler": euler,
+    "same_noise": same_noise,
+    "jump": jump,
+    "renoise": renoise,
+    "accelerated": accelerated,
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to make samples, and what it costs."""
+
+    generate: Generate
+    nfe: int  # network evaluations per sample, guidance counted
+    fresh: int = 0  # noises that it takes beside the first
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive samples, and the seconds that it took to make one of them."""
+
+    samples: Tensor  # [n, ...] on the CPU, as the last step left them
+    seconds: float
+
+
+def of_teacher(
+    teacher: LoadedTeacher, solver: str, steps: int, guidance_scale: float, times: Sequence[float] | None = None
+) -> Method:
+    """The teacher's ODE by a solver, in steps that are uniform, or along these times (see `sample_along`)."""
+    return of_field(teacher.guided(guidance_scale), solver, steps, per_velocity(guidance_scale), times)
+
+
+def of_field(
+    field: VelocityField, solver: str, steps: int, calls: int = 1, times: Sequence[float] | None = None
+) -> Method:
+    """The ODE of a velocity field by a solver; calls: of a network, for one of the field."""
+
+    def generate(noise: Tensor, cond: Cond, fresh: Sequence[Tensor]) -> Tensor:
+        if times is not None:
+            return sample_along(field, noise, cond, solver=solver, times=times)
+        return solve(field, noise, cond, solver=solver, steps=steps)
+
+    return Method(generate, calls * network_calls(solver, steps))
+
+
+def of_student(student: LoadedStudent, t_grid: Tensor) -> Method:
+    """A student by the sampler that its folder ships."""
+    steps = len(t_grid) - 1
+
+    def generate(noise: Tensor, cond: Cond, fresh: Sequence[Tensor]) -> Tensor:
+        return by_sampler(student.student, student.sampler, noise, t_grid, cond, fresh)
+
+    return Method(generate, network_calls(student.sampler, steps), num_fresh(student.sampler, steps))
+
+
+def own_grids(recipe: Recipe, times: Sequence[float] | None) -> dict[int, list[float]]:
+    """The t_grids of a recipe's students; empty: it has none. times: of the states of its pairs, if known."""
+    given = recipe.t_grids(times) if isinstance(recipe, Gridded) else {}
+    return {steps: list(grid) for steps, grid in given.items()}
+
+
+def grid(t_grids: Mapping[int, Sequence[float]], steps: int) -> Tensor:
+    """The times [steps + 1] of a student: its own, or uniform where it has none."""
+    if not t_grids:
+        return uniform_grid(steps)
+    refuse_steps(t_grids, [steps], "steps")
+    return torch.tensor(t_grids[steps], dtype=torch.float64)
+
+
+def refuse_other_times(student: LoadedStudent, where: str) -> None:
+    """Refuse a student that has reasons for its times: only a velocity field knows how far it moves from t to any s."""
+    refuse_times(student.t_grids, where)
+    if not isinstance(student.student, VelocityStudent):
+        raise InputError(
+            f"{where}: this student is no velocity field and made for uniform steps, so others are not for it; leave "
+            "them out"
+        )
+
+
+def refuse_times(t_grids: Mapping[int, Sequence[float]], where: str) -> None:
+    """Refuse other times than its own for a student that has some."""
+    if t_grids:
+        raise InputError(f"{where}: this student has times of its own, so others are not for it; leave them out")
+
+
+def refuse_steps(t_grids: Mapping[int, Sequence[float]], asked: Sequence[int], where: str) -> None:
+    """Refuse numbers of steps that a student is not made for."""
+    wrong = [steps for steps in asked if t_grids and steps not in t_grids]
+    if wrong:
+        *others, last = map(str, sorted(t_grids))
+        made = f"{', '.join(others)} and {last} steps" if others else f"{last} step{'s' if last != '1' else ''}"
+        raise InputError(f"{where}: this student is made for {made}, not {wrong[0]}")
+
+
+@torch.no_grad()
+def by_sampler(
+    student: Student,
+    sampler: str,
+    noise: Tensor,
+    t_grid: Tensor,
+    cond: Cond,
+    fresh: Sequence[Tensor],
+) -> Tensor:
+    """The sampler of that name along t_grid. fresh: `num_fresh` noises like `noise` [B, ...]."""
+    assert sampler in MODULES, f"there is no sampler '{sampler}'"
+    return MODULES[sampler].sample(student, noise, t_grid, cond, *fresh)
+
+
+def num_fresh(sampler: str, steps: int) -> int:
+    """How many noises a sampler takes beside the first."""
+    return MODULES[sampler].num_fresh(steps)
+
+
+def fresh_noises(seed: int, indices: Sequence[int], shape: tuple[int, ...], count: int) -> list[Tensor]:
+    """Each [len(indices), *shape] on the CPU; that of step k of sample i depends on (seed, i, k) alone."""
+    return [sample_noise(key(seed, "renoise", k), indices, shape) for k in range(count)]
+
+
+def blocks(
+    method: Method, like: LoadedTeacher | LoadedStudent, *, seed: int, count: int, block: int, device: torch.device
+) -> Iterator[Block]:
+    """Samples 0 to count - 1, `block` at a time, in the shape and with the classes of `like`.
+
+    The last block is filled up with further indices that are thrown away: a sample's numbers must not depend on how
+    many were asked for.
+    """
+    for start in range(0, count, block):
+        indices = range(start, start + block)
+        noise = sample_noise(seed, indices, like.shape).to(device)
+        fresh = [each.to(device) for each in fresh_noises(seed, indices, like.shape, method.fresh)]
+        cond = condition(like, indices, device)
+        _wait(device)
+        before = time.perf_counter()
+        samples = method.generate(noise, cond, fresh)
+        _wait(device)
+        seconds = (time.perf_counter() - before) / block
+        samples = samples[: count - start].cpu()
+        if not samples.isfinite().all():
+            bad = start + int((~samples.isfinite()).flatten(1).any(1).nonzero()[0])
+            raise RunError(f"sample {bad} of {like.description} holds numbers that are not finite")
+        yield Block(samples, seconds)
+
+
+def condition(network: LoadedTeacher | LoadedStudent, indices: Sequence[int], device: torch.device) -> Cond:
+    """Classes by index, in turn; nothing for an unconditional network."""
+    if network.num_classes is None:
+        return {}
+    return {"class_labels": sample_labels(indices, network.num_classes).to(device)}
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,266 @@
+"""Step times of least summed error, by dynamic programming (BOSS, Nguyen et al. 2023, arXiv 2312.16414).
+
+A field's own paths are solved on a fine uniform grid of M steps. The cost of a long step from the i-th time to the j-th
+is how far it lands from the path: c(i, j) = mean over samples of || step(x_i; t_i -> t_j) - x_j ||^2, summed over the
+elements, and 0 at j = i + 1. The K steps of least summed cost follow from
+
+    W_1(i) = c(i, M),    W_k(i) = min over j > i of c(i, j) + W_{k-1}(j),    the least cost from t_i to 0 in k steps.
+
+It is a sum of local errors along the exact path: how an error grows afterwards does not count.
+
+A step is the solver's own. Euler's needs no further call, x_i + (t_j - t_i) v_i. Heun's calls the field again for every
+(i, j), n M^2 / 2 calls in all. A step of DPM-Solver++(2M) depends on the step before, of which W knows nothing: that is
+taken to have been as long, from the time of index 2 i - j, or from the noise where there is none.
+
+Deviations: steps by other solvers than Euler's, and linear times whatever the field's own schedule.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, astuple, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, Self
+
+import torch
+from pydantic import ValidationError, model_validator
+from torch import Tensor
+
+from distill.core import printing, records
+from distill.core.atomic import write_atomic
+from distill.core.errors import InputError, RunError
+from distill.core.field_types import FrozenModel
+from distill.core.regular_files import read_regular
+from distill.flow import solvers
+from distill.flow.draws import sample_noise
+from distill.flow.fields import start
+from distill.flow.times import uniform_grid
+from distill.networks.velocity import VelocityStudent
+from distill.protocols import Cond, VelocityField
+from distill.spec.model import FINE, SAMPLES, SEED, PairsStage
+from distill.students.loaded import LoadedStudent
+from distill.students.sampling import condition
+from distill.teachers import LoadedTeacher
+
+MEMORY = 2**29  # bytes of states that are held at once
+MAX_BYTES = 2**30  # of a file: that of ten thousand fine steps
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Steps along a fine grid, and what they cost."""
+
+    indices: list[int]  # of the fine grid, 0 ... M
+    times: list[float]  # linear, 1 ... 0; 1 stands for the noisiest that the field knows
+    cost: float
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What costs are measured of, and how."""
+
+    digest: str
+    solver: str
+    fine: int
+    samples: int
+    seed: int
+    guidance_scale: float
+
+
+class Costs(FrozenModel):
+    """What a step costs between any two times of a fine grid. A file of STORE/schedules."""
+
+    format: Literal[1] = 1
+    digest: str
+    """of the network"""
+    solver: str
+    fine: int
+    """steps of the fine grid, M"""
+    samples: int
+    seed: int
+    guidance_scale: float
+    t_grid: list[float]
+    """the M + 1 linear times"""
+    costs: list[list[float]]
+    """row i: of the steps to i + 1, ..., M"""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        times = self.t_grid
+        falls = all(a > b for a, b in pairwise(times)) and all(0 <= t <= 1 for t in times)
+        if len(times) != self.fine + 1 or not falls:
+            raise ValueError(f"t_grid: {len(times)} times; valid: {self.fine + 1}, falling within 1 to 0")
+        if [len(row) for row in self.costs] != list(range(self.fine, 0, -1)):
+            raise ValueError(f"costs: its rows are not those of {self.fine} steps")
+        if not all(math.isfinite(cost) and cost >= 0 for row in self.costs for cost in row):
+            raise ValueError("costs: valid are finite numbers of at least 0")
+        return self
+
+    @property
+    def asked(self) -> Asked:
+        return Asked(self.digest, self.solver, self.fine, self.samples, self.seed, self.guidance_scale)
+
+    @property
+    def matrix(self) -> Tensor:
+        """c [M + 1, M + 1] float64, infinite where no step goes."""
+        rows = [torch.tensor([torch.inf] * (i + 1) + row, dtype=torch.float64) for i, row in enumerate(self.costs)]
+        return torch.stack([*rows, torch.full((self.fine + 1,), torch.inf, dtype=torch.float64)])
+
+    def best(self, steps: int) -> Choice:
+        """The K steps of least summed cost; uniform ones where none cost less."""
+        if not 1 <= steps <= self.fine:
+            raise InputError(f"{steps} steps cannot be chosen among {self.fine} fine ones; give 1 to {self.fine}")
+        found, uniform = self._choice(least(self.matrix, steps)), self.uniform(steps)
+        return found if found.cost < uniform.cost else uniform
+
+    def uniform(self, steps: int) -> Choice:
+        """K steps of equal length, as nearly as the fine grid has them."""
+        return self._choice([(2 * k * self.fine + steps) // (2 * steps) for k in range(steps + 1)])
+
+    def _choice(self, indices: list[int]) -> Choice:
+        cost = sum(self.costs[i][j - i - 1] for i, j in zip(indices[:-1], indices[1:], strict=True))
+        return Choice(indices, [1.0, *(self.t_grid[i] for i in indices[1:])], cost)
+
+
+def least(costs: Tensor, steps: int) -> list[int]:
+    """The indices 0 ... M of the `steps` steps of least summed cost. costs [M + 1, M + 1], infinite where j <= i."""
+    summed, chosen = costs[:, -1], []  # W_1
+    for _ in range(steps - 1):
+        summed, best = (costs + summed).min(dim=1)  # W_k(i), and its j
+        chosen.append(best)
+    indices = [0]
+    for best in reversed(chosen):
+        indices.append(int(best[indices[-1]]))
+    return [*indices, len(costs) - 1]
+
+
+def measure(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, fine: int) -> tuple[list[float], Tensor]:
+    """The fine grid's linear times, and the costs [M + 1, M + 1] of a field over its paths from noise [n, ...]."""
+    field = solvers.on_linear_path(field)
+    t_grid = uniform_grid(fine, field.t_range[1], field.t_range[0])
+    costs = torch.full((fine + 1, fine + 1), torch.inf, dtype=torch.float64, device=noise.device)
+    with torch.no_grad():
+        states, step = _path(field, start(field, noise), cond, solver, t_grid)
+        for i in range(fine):
+            costs[i, i + 1] = 0
+            for j in range(i + 2, fine + 1):
+                costs[i, j] = (step(i, j) - states[j]).double().square().flatten(1).sum(1).mean()
+    return t_grid.tolist(), costs.cpu()
+
+
+Step = Callable[[int, int], Tensor]  # from the state of index i to the time of index j
+
+
+def _path(field: VelocityField, x: Tensor, cond: Cond, solver: str, t_grid: Tensor) -> tuple[list[Tensor], Step]:
+    """The states of the fine path, and a step of the solver from any of them."""
+    times, states, seen = t_grid.tolist(), [x], list[Tensor]()  # seen: v_i, or the data that it points to
+
+    def euler(i: int, j: int) -> Tensor:
+        return states[i] + (times[j] - times[i]) * seen[i]
+
+    def heun(i: int, j: int) -> Tensor:
+        return solvers.heun_step(field, states[i], seen[i], times[i], times[j], cond)
+
+    def multistep(i: int, j: int) -> Tensor:
+        before = max(2 * i - j, 0)
+        first_order = i == 0 or j == len(times) - 1
+        return solvers.multistep(
+            field, states[i], seen[i], times[i], times[j], None if first_order else (seen[before], times[before])
+        )
+
+    look, step = {
+        "euler": (solvers.velocity, euler),
+        "heun": (solvers.velocity, heun),
+        "dpm_solver_pp_2m": (solvers.data_of, multistep),
+    }[solver]
+    for i, t in enumerate(times[:-1]):
+        seen.append(look(field, states[i], t, cond))
+        states.append(step(i, i + 1))
+    return states, step
+
+
+def find(
+    network: LoadedTeacher | LoadedStudent,
+    store: Path,
+    *,
+    device: torch.device,
+    solver: str = "euler",
+    fine: int = FINE,
+    samples: int = SAMPLES,
+    seed: int = SEED,
+    guidance_scale: float = 1.0,
+) -> Costs:
+    """A network's costs: those that the store has kept, or measured now and kept there, by whoever is first."""
+    solvers.known(solver)
+    asked = Asked(network.digest, solver, fine, samples, seed, guidance_scale)
+    key = json.dumps([1, *astuple(asked)])
+    path = store / "schedules" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    try:
+        return _kept(path, asked)
+    except (FileNotFoundError, NotADirectoryError):
+        damaged = False
+    except (OSError, ValueError) as error:
+        reason = records.mistake(error) if isinstance(error, ValidationError) else error
+        printing.warn(f"{path} does not hold the step times asked for ({reason}); they are found again")
+        damaged = True
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot keep step times in {path.parent}: {error.strerror}; give --store") from error
+    found = _measured(network, asked, device)
+    write_atomic(path, found.model_dump_json(), replace=damaged)
+    with suppress(OSError, ValueError):  # of whoever was first
+        return _kept(path, asked)
+    return found
+
+
+def _kept(path: Path, asked: Asked) -> Costs:
+    """What a file holds; OSError if it is none, ValueError if it is not what was asked for."""
+    costs = Costs.model_validate_json(read_regular(path, MAX_BYTES), strict=True)
+    if costs.asked != asked:
+        raise ValueError("it is of another network, or of other settings")
+    return costs
+
+
+def optimal_times(
+    network: LoadedTeacher | LoadedStudent, store: Path, steps: int, device: torch.device, guidance_scale: float = 1.0
+) -> list[float]:
+    """Those of Euler's steps, by the fine grid and samples that nobody has asked to be others."""
+    return find(network, store, device=device, guidance_scale=guidance_scale).best(steps).times
+
+
+def with_times(stage: PairsStage, teacher: LoadedTeacher, store: Path, device: torch.device) -> PairsStage:
+    """The stage with the times that its `optimal_times` asks for, of Euler steps, which students take."""
+    if stage.optimal_times is None:
+        return stage
+    costs = find(teacher, store, device=device, fine=stage.steps, guidance_scale=stage.guidance_scale)
+    times = [1 - i / stage.steps for i in costs.best(stage.optimal_times).indices]
+    return stage.model_copy(update={"times": times, "optimal_times": None})
+
+
+def _measured(network: LoadedTeacher | LoadedStudent, facts: Asked, device: torch.device) -> Costs:
+    if isinstance(network, LoadedTeacher):
+        field: VelocityField = network.guided(facts.guidance_scale)
+    else:
+        assert isinstance(network.student, VelocityStudent) and facts.guidance_scale == 1
+        field = network.student
+    elements = torch.Size(network.shape).numel()
+    block = max(1, MEMORY // (2 * 4 * (facts.fine + 1) * elements))
+    total = torch.zeros(facts.fine + 1, facts.fine + 1, dtype=torch.float64)
+    times: Sequence[float] = []
+    for first in range(0, facts.samples, block):
+        indices = range(first, min(first + block, facts.samples))
+        noise, cond = sample_noise(facts.seed, indices, network.shape).to(device), condition(network, indices, device)
+        times, costs = measure(field, noise, cond, solver=facts.solver, fine=facts.fine)
+        total += costs * (len(indices) / facts.samples)
+    for i in range(facts.fine):
+        if not total[i, i + 1 :].isfinite().all():
+            raise RunError(
+                f"the error of a step of {facts.solver} from t={times[i]:.4g} is not finite on the paths of "
+                f"{network.description}; nothing was kept"
+            )
+    rows = [[float(f"{c:.9g}") for c in total[i, i + 1 :].tolist()] for i in range(facts.fine)]
+    return Costs.model_validate({**asdict(facts), "t_grid": list(times), "costs": rows})

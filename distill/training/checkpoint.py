@@ -1,0 +1,369 @@
+"""Checkpoints: a directory each, complete or absent, verified before it is used.
+
+    checkpoints/step-00001234/          appears by a rename, once all of it is on the disk
+        network.student.safetensors     one file per group of tensors
+        optimizer.student.safetensors
+        ema.student.2000.0.safetensors
+        meta.json                       position, settings, environment, sha256 and size of every file
+    checkpoints/.step-00001234.tmp-...  being written, or being deleted   (step-00001234.damaged: put aside)
+
+Room is needed for one more than `keep`: the old ones go after the new one is complete. `saving` makes the bytes, and
+has them written while training goes on.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load as from_bytes
+from torch import Tensor
+
+from distill.core import lease, space, versions
+from distill.core.atomic import hidden, new_folder
+from distill.core.errors import InputError, RunError
+from distill.core.printing import say_error
+from distill.spec.model import CheckpointSpec
+
+COMPLETE = re.compile(r"step-\d{8,}")
+LEFTOVER = re.compile(r"\.?step-\d{8,}\.(tmp|trash)-.+")  # of any process, also of older versions
+CHUNK = 1 << 24  # bytes that are hashed and written at once: other threads run meanwhile
+Warn = Callable[[str], None]
+Group = tuple[str, Mapping[str, Tensor]]  # its name, its tensors
+
+
+RECIPE_GROUP = "recipe"  # group of what the recipe itself remembers
+
+
+def network_group(network: str) -> str:
+    """Group of a network's own weights."""
+    return f"network.{network}"
+
+
+def optimizer_group(network: str) -> str:
+    """Group of its optimizer's moments, by parameter name."""
+    return f"optimizer.{network}"
+
+
+def ema_group(network: str, half_life: float) -> str:
+    """Group of its averaged weights."""
+    return f"ema.{network}.{float(half_life)!r}"
+
+
+class FileMeta(BaseModel):
+    """What a file must be."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    sha256: str
+    size: int
+
+
+class Meta(BaseModel):
+    """meta.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: Literal[1] = 1
+    step: int
+    """completed steps: the next to do"""
+    images: int
+    settings: dict[str, Any]
+    """seed, version of the draws, stage spec and digests of the inputs: a resume may not change them"""
+    environment: dict[str, str | int]
+    """torch, device, threads, micro-batch: a resume may change them, which ends bit-identity"""
+    files: dict[str, FileMeta]
+    digest: str = ""
+    """sha256 over the rest of this file"""
+
+    def sealed(self) -> "Meta":
+        """With the digest of the rest."""
+        content = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
+        return self.model_copy(update={"digest": hashlib.sha256(content.encode()).hexdigest()})
+
+
+class Damaged(Exception):  # noqa: N818  (why a checkpoint cannot be used; never leaves this module)
+    pass
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete, verified checkpoint."""
+
+    path: Path
+    meta: Meta
+
+    def tensors(self, group: str) -> dict[str, Tensor]:
+        """The tensors of a group, on the CPU."""
+        file = self.path / f"{group}.safetensors"
+        if file.name not in self.meta.files:
+            raise RunError(f"checkpoint {self.path} has no '{group}'; it has {self.groups}")
+        return from_bytes(file.read_bytes())
+
+    @property
+    def groups(self) -> str:
+        """What it holds, for messages."""
+        return ", ".join(sorted(name.removesuffix(".safetensors") for name in self.meta.files))
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints that appeared in `folder`, newest first; not verified."""
+    if not folder.is_dir():
+        return []
+    found = (path for path in folder.iterdir() if COMPLETE.fullmatch(path.name))
+    return sorted(found, key=_step, reverse=True)
+
+
+def latest(folder: Path, warn: Warn) -> Checkpoint | None:
+    """The newest checkpoint that is whole; None where there is none yet.
+
+    A damaged one is named through `warn` and passed over. If all are damaged it is an error: never silently step 0.
+    """
+    listed = complete(folder)
+    damaged: dict[Path, str] = {}
+    for path in listed:
+        try:
+            found = Checkpoint(path, _verified(path))
+        except Damaged as reason:
+            damaged[path] = str(reason)
+            continue
+        for bad, why in damaged.items():
+            warn(f"checkpoint {bad} is damaged ({why}); going back to {path.name}")
+        return found
+    if complete(folder) != listed:  # a running trainer replaced what we were reading
+        return latest(folder, warn)
+    if damaged:
+        reasons = "; ".join(f"{path.name}: {why}" for path, why in damaged.items())
+        raise RunError(
+            f"every checkpoint in {folder} is damaged ({reasons}); "
+            "put one back from a backup, or remove that folder to start this stage again from step 0"
+        )
+    return None
+
+
+def to_stderr(text: str) -> None:
+    """The warning of a command that shows no progress."""
+    say_error(f"warning: {text}")
+
+
+def of_step(folder: Path, step: int) -> Checkpoint:
+    """The checkpoint after `step` steps."""
+    for path in complete(folder):
+        if _step(path) == step:
+            try:
+                return Checkpoint(path, _verified(path))
+            except Damaged as reason:
+                raise InputError(f"checkpoint {path} is damaged ({reason}); name another") from reason
+    steps = ", ".join(f"step-{_step(path)}" for path in complete(folder)) or "none yet"
+    raise InputError(f"there is no checkpoint of step {step} in {folder}; there are: {steps}")
+
+
+def weights(
+    folder: Path,
+    network: str = "student",
+    half_life: float | None = None,
+    step: int | None = None,
+    warn: Warn = to_stderr,
+) -> tuple[dict[str, Tensor], int]:
+    """A network's state dict from the newest checkpoint in `folder`, of a run in progress too, and its images.
+
+    half_life: None for the raw weights, else one of the stage's half-lives in images. step: of another checkpoint.
+    """
+    found = latest(folder, warn) if step is None else of_step(folder, step)
+    if found is None:
+        raise InputError(f"no checkpoint in {folder} yet; wait for the first one, or train the stage")
+    group = network_group(network) if half_life is None else ema_group(network, half_life)
+    if f"{group}.safetensors" not in found.meta.files:
+        raise InputError(f"checkpoint {found.path} has no '{group}'; it has {found.groups}")
+    try:
+        return found.tensors(group), found.meta.images
+    except FileNotFoundError:  # a running trainer removed it meanwhile, so there is a newer one
+        return weights(folder, network, half_life, step, warn)
+
+
+class Checkpoints:
+    """The checkpoints of one training: when to save, where to, and where to go on.
+
+    settings: what a resume may not change; environment: what it may, at the price of bit-identity.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        spec: CheckpointSpec,
+        settings: Mapping[str, object],
+        environment: Mapping[str, str | int],
+        warn: Warn,
+    ) -> None:
+        self.folder, self.spec, self.warn = folder, spec, warn
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.environment = dict(environment)
+        self.last: Path | None = None  # the newest that is whole
+        self._images, self._time, self._size = 0, time.monotonic(), 0
+
+    def resume(self) -> Checkpoint | None:
+        """The checkpoint to go on from, or None to begin; clears away what a kill left behind."""
+        found = latest(self.folder, self.warn)
+        if found is not None:
+            self._check_settings(found)
+            changed = differences(found.meta.environment, self.environment)
+            if changed:
+                self.warn(
+                    f"resuming {found.path.name} with {'; '.join(changed)}: "
+                    "the result will not be bit-identical to that of an undisturbed run"
+                )
+            self.last, self._images, self._size = found.path, found.meta.images, _bytes(found.meta)
+        try:
+            self._clear(newer_than=None if found is None else found.meta.step)
+        except OSError as error:
+            raise RunError(f"cannot clear {error.filename}: {error.strerror}; last good: {self.last}") from error
+        return found
+
+    def require_room(self, size: int) -> None:
+        """RunError unless there is room for all checkpoints of `size` bytes that are there at once."""
+        held = len(complete(self.folder))
+        left = max(self.spec.keep + 1 - held, 1)
+        space.require(self.folder, left * size, f"{left} checkpoint{'s' if left > 1 else ''}")
+
+    def warn_of_memory(self, size: int) -> None:
+        """Say so now, where the copy of a checkpoint of `size` bytes (see `saving`) does not fit into memory."""
+        left = space.memory()
+        if left is not None and size > left:
+            self.warn(
+                f"a copy of each checkpoint, about {space.human(size)}, is kept in the memory of rank 0's host from "
+                f"the first save on, and only {space.human(left)} are free there: the system may end this run at its "
+                "first save. Give the job more memory, or start fewer processes on that host"
+            )
+
+    def due(self, images: int) -> bool:
+        """Whether it is time to save: by images, or by minutes, since the last save began."""
+        by_images = self.spec.images is not None and images // self.spec.images > self._images // self.spec.images
+        by_time = self.spec.minutes is not None and time.monotonic() - self._time >= 60 * self.spec.minutes
+        return by_images or by_time
+
+    def began(self, images: int) -> None:
+        """A save after `images` images begins, on every rank: from here on, `due` counts to the next."""
+        self._images, self._time = images, time.monotonic()
+
+    def appeared(self, step: int) -> None:
+        """The checkpoint of this step is on the disk: what `write` notes, for the ranks that do not write."""
+        self.last = self._path(step)
+
+    def write(self, step: int, images: int, files: Iterable[tuple[str, bytes | memoryview]]) -> None:
+        """Write a checkpoint after `step` steps; it appears whole or not at all. Then remove the oldest.
+
+        files: (group, content) in the order of writing; nobody may change the content meanwhile. A RunError names the
+        last good checkpoint.
+        """
+        path = self._path(step)
+        last = self.last or "none yet"
+        try:
+            if missing := space.shortage(self.folder, self._size):  # as much as the last one
+                raise RunError(f"cannot save checkpoint {path}: {missing}; last good checkpoint: {last}")
+            with new_folder(path) as new:
+                names = ((f"{group}.safetensors", content) for group, content in files)
+                written = {name: _store(new / name, content) for name, content in names}
+                meta = Meta(
+                    step=step, images=images, settings=self.settings, environment=self.environment, files=written
+                ).sealed()
+                _store(new / "meta.json", meta.model_dump_json(indent=2).encode())
+        except OSError as error:
+            raise RunError(f"cannot save checkpoint {path}: {error.strerror}; last good checkpoint: {last}") from error
+        self.appeared(step)
+        self._size = _bytes(meta)
+        try:
+            self._prune()
+        except OSError as error:
+            raise RunError(
+                f"cannot remove old checkpoints: {error.filename}: {error.strerror}; last good checkpoint: {path}"
+            ) from error
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def _clear(self, newer_than: int | None) -> None:
+        """Remove what a kill left; put aside the damaged, which would pass for the newest at the next start."""
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path)
+        for path in complete(self.folder):
+            if newer_than is not None and _step(path) > newer_than:
+                aside = path.with_name(f"{path.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+
+    def _prune(self) -> None:
+        damaged = [path for path in self.folder.iterdir() if path.name.endswith(".damaged")]
+        for path in (*complete(self.folder)[self.spec.keep :], *damaged):
+            trash = hidden(path)
+            path.rename(trash)  # first, so that a kill never leaves half of it under its own name
+            shutil.rmtree(trash)
+
+    def _check_settings(self, found: Checkpoint) -> None:
+        if "draws" in self.settings:
+            versions.require_same_draws(found.meta.settings.get("draws", 1), f"checkpoint {found.path}")
+        changed = differences(found.meta.settings, self.settings)
+        if changed:
+            raise InputError(
+                f"checkpoint {found.path} was trained with other settings: {'; '.join(changed)}; "
+                "give the old ones back, or start a new run"
+            )
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two JSON objects, as "path was X, now is Y"."""
+    out = []
+    for name in dict.fromkeys((*old, *new)):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            out += differences(before, after, f"{prefix}{name}.")
+        elif before != after:
+            out.append(f"{prefix}{name} was {json.dumps(before)}, now is {json.dumps(after)}")
+    return out
+
+
+def _bytes(meta: Meta) -> int:
+    return sum(file.size for file in meta.files.values())
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _store(path: Path, content: bytes | memoryview) -> FileMeta:
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for at in range(0, len(content), CHUNK):
+            lease.confirm()
+            digest.update(content[at : at + CHUNK])
+            file.write(content[at : at + CHUNK])
+        file.flush()
+        os.fsync(file.fileno())  # here, where no error of writing it can be missed
+    return FileMeta(sha256=digest.hexdigest(), size=len(content))
+
+
+def _verified(path: Path) -> Meta:
+    try:
+        meta = Meta.model_validate_json((path / "meta.json").read_bytes())
+    except OSError as error:
+        raise Damaged(f"meta.json: {error.strerror}") from error
+    except ValidationError as error:
+        raise Damaged(f"meta.json: {error.errors()[0]['msg']}") from error
+    if meta.sealed().digest != meta.digest:
+        raise Damaged("meta.json: wrong checksum")
+    for name, expected in meta.files.items():
+        try:
+            with (path / name).open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size != expected.size:
+                    raise Damaged(f"{name}: {size:,} bytes instead of {expected.size:,}")
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected.sha256:
+                    raise Damaged(f"{name}: wrong checksum")
+        except OSError as error:
+            raise Damaged(f"{name}: {error.strerror}") from error
+    return meta

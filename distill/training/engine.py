@@ -1,0 +1,234 @@
+"""The loop: turns of a recipe over batches of a source, until enough images were shown. It knows no objective.
+
+(seed, step) is the whole position besides the tensors in the checkpoint, so a run that is killed and started again
+ends in the same bits.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from distill.core.errors import InputError, RunError
+from distill.core.stop import StopRequest
+from distill.core.versions import DRAWS
+from distill.flow.draws import Rows, StepDraw, key
+from distill.protocols import Batch, Cond, Draw, Init, Loss, Pairs, Recipe, Source
+from distill.runs.progress import Progress
+from distill.runs.store import RunPaths, StagePaths, append_event
+from distill.spec.model import TrainStage
+from distill.training.checkpoint import Checkpoints
+from distill.training.roles import Roles
+from distill.training.saving import Saved, Saver
+from distill.training.sharding import WHOLE, Zero
+from distill.training.trainable import learning_rate
+from distill.training.world import ALONE, World
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What a loss may know of the run. Fits `protocols.Context`."""
+
+    step: int
+    images: int
+    draw: Draw
+    carry: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training leaves."""
+
+    roles: Roles
+    images: int
+    step: int
+
+
+def train(
+    recipe: Recipe,
+    init: Init,
+    source: Source,
+    stage: TrainStage,
+    *,
+    seed: int,
+    device: torch.device,
+    micro_batch: int,
+    paths: StagePaths,
+    progress: Progress,
+    stop: StopRequest,
+    run: RunPaths | None = None,
+    inputs: Mapping[str, str] | None = None,
+    world: World = ALONE,
+    zero: Zero = WHOLE,
+    teacher: nn.Module | None = None,
+    recompute: bool = False,
+    probe: Callable[[Roles], None] | None = None,
+) -> TrainResult:
+    """Train a recipe's networks for `stage.images` images (rounded up to whole batches), from the newest checkpoint
+    in `paths.checkpoints` if there is one. A signal noted by `stop` saves after the step and raises `Stopped`.
+
+    inputs: digests of what is trained on, by name; a resume with others is refused.
+    world: the ranks that train together, each on its rows of a batch; `run` is given to rank 0 alone.
+    zero: what DeepSpeed divides among them.
+    teacher: the teacher's network, if the recipe may call it.
+    recompute: compute activations again in the backward pass instead of keeping them.
+    probe: sees all that is alive before each optimizer step.
+    """
+    batch_size = stage.batch_size
+    slices = world.rows(batch_size, micro_batch)
+    settings = {"draws": DRAWS, "seed": seed, "stage": stage.model_dump(mode="json"), "inputs": dict(inputs or {})}
+    environment = _environment(device, micro_batch, world, zero)
+    checkpoints = Checkpoints(paths.checkpoints, stage.checkpoint, settings, environment, progress.warn)
+    found = world.alone("clearing up", checkpoints.resume)
+    if not world.first:
+        found = checkpoints.resume()  # what rank 0 has left; there is nothing to clear any more
+    with world.contact("at the start"):
+        roles = Roles(
+            recipe, init, stage, device, world, slices, found=found, zero=zero, teacher=teacher, recompute=recompute
+        )
+    if probe is None:  # which makes two steps, somewhere else
+        world.alone("looking for room", partial(checkpoints.require_room, roles.checkpoint_bytes()))
+        if world.first:
+            checkpoints.warn_of_memory(roles.checkpoint_bytes())
+    step, images = (0, 0) if found is None else (found.meta.step, found.meta.images)
+    if found is not None and run is not None:
+        append_event(run, "resumed", stage=paths.root.name, step=step, images=images, **environment)
+    progress.start(images)
+    with Saver(checkpoints, partial(_note, run, paths.root.name), world) as saver:
+        step, images = _loop(
+            recipe, roles, source, stage, saver,
+            seed=seed, step=step, images=images, slices=slices, device=device,
+            progress=progress, stop=stop, probe=probe,
+        )  # fmt: skip
+    roles.rest()
+    return TrainResult(roles, images, step)
+
+
+def _note(run: RunPaths | None, stage: str, saved: Saved) -> None:
+    if run is not None:
+        append_event(run, "saved", stage=stage, **asdict(saved))
+
+
+def _loop(
+    recipe: Recipe,
+    roles: Roles,
+    source: Source,
+    stage: TrainStage,
+    saver: Saver,
+    *,
+    seed: int,
+    step: int,
+    images: int,
+    slices: list[Rows],
+    device: torch.device,
+    progress: Progress,
+    stop: StopRequest,
+    probe: Callable[[Roles], None] | None,
+) -> tuple[int, int]:
+    """Train from `step` on, after `images` images, until `stage.images`; the step and images at the end, all saved."""
+    world, batch_size = roles.world, stage.batch_size
+    while images < stage.images:
+        # The global generator serves dropout alone, and resumes with it.
+        torch.manual_seed(key(seed, "dropout", step, world.rank))
+        with world.contact(f"step {step}, reading its batch"):
+            batches = [_to(source.batch(step, rows), device) for rows in slices]
+        carries: list[dict[str, Tensor]] = [{} for _ in slices]
+        moved: dict[str, dict[str, float]] = {}
+        for index, turn in enumerate(recipe.turns(step, images)):
+            place = f"step {step}, turn {index}, network '{turn.network}'"
+            nets, trainable = roles.view(turn.network)
+            losses = []
+            world.meet(place)
+            for rows, batch, carry in zip(slices, batches, carries, strict=True):
+                context = StepContext(step, images, StepDraw(seed, step, index, rows), carry)
+                with world.contact(place):
+                    # Not cached: a cast made without gradients would serve the next call that needs them.
+                    with torch.autocast(
+                        device.type, torch.bfloat16, enabled=stage.precision == "bf16", cache_enabled=False
+                    ):
+                        loss = turn.loss(nets, batch, context)
+                    trainable.backward(loss.total / len(slices))
+                carry.update({name: tensor.detach() for name, tensor in carry.items()})
+                losses.append(loss)
+            with world.contact(place):
+                trainable.check_reach()
+                norm = trainable.gradient_norm()
+                logs = _means(losses, norm, world)
+                if not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"])):
+                    raise RunError(
+                        f"{place}: loss {logs['loss']}, gradient norm {logs['grad_norm']}; its weights did not move; "
+                        f"last good checkpoint: {saver.last_good()}"
+                    )
+                if probe is not None:
+                    probe(roles)
+                trainable.step(learning_rate(stage.optimizer, images + batch_size / 2, stage.images), norm)
+                roles.moved(turn.network)
+            moved[turn.network] = logs
+        if not moved:
+            raise InputError(f"recipe '{stage.recipe}' gave no turn at step {step}; turns() must yield at least one")
+        step += 1
+        if "student" in moved:
+            roles.ema.update(images, batch_size)
+            images += batch_size
+        progress.update(images, _named(moved))
+        saver.look()
+        stopped, due = world.meet(f"after step {step}", stop.signal is not None, saver.checkpoints.due(images))
+        if stopped or due or images >= stage.images:
+            saver.save(step, images, roles.groups())
+        if stopped:
+            saver.finish()
+            stop.share(stopped)
+            stop.raise_if_requested(str(saver.checkpoints.last))
+    saver.finish()
+    return step, images
+
+
+def device_name(device: torch.device) -> str:
+    """Its model, or what its CPU's vectors are."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return str(name)
+
+
+def _environment(device: torch.device, micro_batch: int, world: World, zero: Zero) -> dict[str, str | int]:
+    where = {"device": device.type, "device_name": device_name(device), "threads": torch.get_num_threads()}
+    ranks = {"procs": world.size, "zero_stage": "none" if zero.stage is None else zero.stage}
+    ranks |= {"offload_optimizer": zero.offload_optimizer}
+    return {"torch": str(torch.__version__), **where, "micro_batch": micro_batch, **ranks}
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    def moved(cond: Cond) -> Cond:
+        return {name: move(tensor) for name, tensor in cond.items()}
+
+    pairs = batch.pairs
+    if pairs is not None:
+        states, times = (None if each is None else move(each) for each in (pairs.states, pairs.times))
+        pairs = Pairs(move(pairs.noise), move(pairs.data), states, times)
+    data = None if batch.data is None else move(batch.data)
+    return Batch(data, pairs, moved(batch.cond), moved(batch.data_cond))
+
+
+def _means(losses: list[Loss], norm: Tensor, world: World) -> dict[str, float]:
+    """Means over the micro-batches of all ranks, in one transfer from the device."""
+    sums: dict[str, Tensor] = {}
+    for loss in losses:
+        for name, value in {"loss": loss.total, **loss.logs}.items():
+            share = value.detach().float().to(norm.device) / len(losses)
+            sums[name] = sums[name] + share if name in sums else share
+    sums["grad_norm"] = norm.detach().float()
+    return dict(zip(sums, world.mean(torch.stack(list(sums.values()))).tolist(), strict=True))
+
+
+def _named(moved: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Numbers of the step by name: the student's plain, the others' as NETWORK.NAME."""
+    out = {}
+    for network, logs in moved.items():
+        prefix = "" if network == "student" else f"{network}."
+        out.update({f"{prefix}{name}": value for name, value in logs.items()})
+    return out

@@ -1,0 +1,151 @@
+"""What the memory of a rank holds while it trains: predicted from shapes, counted in its live tensors.
+
+Four kinds are predicted: parameters, gradients, optimizer (master weights included), EMA, as they are just before an
+optimizer step. While the last backward pass runs, there is more: stage 1 has not divided the gradients yet, stages 2
+and 3 hold a bucket of those that they send, stage 3 also the weights that it has gathered. What depends on more than
+shapes is only counted: activations, everything else (teachers among it), and what the system says of the process.
+"""
+
+import gc
+import math
+import resource
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from distill.training.roles import Roles
+from distill.training.sharding import Zero
+
+KINDS = ("parameters", "gradients", "optimizer", "ema")
+FLOAT = 4  # bytes
+PERSISTENT = 100_000  # elements up to which DeepSpeed leaves a parameter whole in stage 3, unless told otherwise
+
+
+def predict(
+    networks: Mapping[str, Iterable[int]], copies: list[str], averages: int, procs: int, zero: Zero
+) -> dict[str, int]:
+    """Bytes of a rank by kind.
+
+    networks: the sizes of the parameters of each that is trained; copies: whose target copies there are; averages: how
+    many of the student's weights.
+    """
+    sizes = {name: list(each) for name, each in networks.items()}
+    total = {name: sum(each) for name, each in sizes.items()}
+    copied = sum(total[name] for name in copies)
+    if not zero.stage:  # gradients of one network at a time
+        own, shared = total, {name: 2 * numel for name, numel in total.items()}
+        gradients = max(total.values())
+    else:  # master weights and two moments, divided
+        own = {name: sum(math.ceil(size / procs) for size in each) for name, each in sizes.items()}
+        shared = {name: 3 * numel for name, numel in own.items()}
+        gradients = sum(own.values()) if zero.stage == 3 else max(own.values())  # of stage 3 they are never given back
+    held = sum(total.values())
+    if zero.stage == 3 and procs > 1:  # alone, what is whole is the part
+        least = PERSISTENT if zero.persistence_threshold is None else zero.persistence_threshold
+        held = sum(own.values()) + sum(size for each in sizes.values() for size in each if size <= least)
+    elements = {
+        "parameters": held + copied,
+        "gradients": gradients,
+        "optimizer": sum(shared.values()),
+        "ema": averages * own["student"],
+    }
+    return {kind: FLOAT * count for kind, count in elements.items()}
+
+
+def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Bytes by address of what lies behind these tensors, each once."""
+    found = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
+
+
+@dataclass
+class Activations:
+    """While entered: counts what autograd keeps for the backward pass, parameters aside."""
+
+    peak: int = 0
+    now: int = 0
+    _held: dict[int, int] = field(default_factory=dict)  # how many tensors lie in the memory at an address
+    _hooks: saved_tensors_hooks | None = None
+
+    def __enter__(self) -> Self:
+        self._hooks = saved_tensors_hooks(self._pack, lambda kept: kept.tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Count no more."""
+        if self._hooks is not None:
+            self._hooks.__exit__(None, None, None)
+            self._hooks = None
+
+    def _pack(self, tensor: Tensor) -> "_Kept":
+        return _Kept(self, tensor)
+
+    def add(self, tensor: Tensor, count: int) -> None:
+        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+            return
+        storage = tensor.untyped_storage()
+        before = self._held.get(storage.data_ptr(), 0)
+        self._held[storage.data_ptr()] = before + count
+        if not before or not before + count:
+            self.now += count * storage.nbytes()
+        self.peak = max(self.peak, self.now)
+
+
+class _Kept:
+    def __init__(self, counted: Activations, tensor: Tensor) -> None:
+        self.counted, self.tensor = counted, tensor
+        counted.add(tensor, 1)
+
+    def __del__(self) -> None:
+        self.counted.add(self.tensor, -1)
+
+
+class Probe:
+    """Counts what is alive before each optimizer step of a training, and keeps the fullest moment."""
+
+    def __init__(self, zero: Zero, procs: int) -> None:
+        self.zero, self.procs, self.activations = zero, procs, Activations()
+        self.predicted: dict[str, int] = {}
+        self.counted: dict[str, int] = {}
+        self.other = self.saving = 0
+
+    def __call__(self, roles: Roles) -> None:
+        self.saving = roles.checkpoint_bytes() if roles.world.first else 0
+        live = roles.live()
+        live["parameters"] = [*live["parameters"], *live.pop("copies")]
+        found = {kind: storages(live[kind]) for kind in KINDS}
+        counted = {kind: sum(each.values()) for kind, each in found.items()}
+        if sum(counted.values()) <= sum(self.counted.values()):
+            return
+        sizes = {name: trainable.sizes for name, trainable in roles.trainables.items()}
+        copies = [copy.of for copy in roles.copies.values()]
+        self.predicted = predict(sizes, copies, len(roles.ema.averages), self.procs, self.zero)
+        everything = storages(thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
+        known = set().union(*found.values())
+        self.counted, self.other = counted, sum(size for at, size in everything.items() if at not in known)
+
+    def report(self, rank: int) -> dict[str, object]:
+        """All of it, in bytes; `device`: the most that torch has held on a GPU, null without one; `saving`: about what
+        a copy of a checkpoint takes of the host's memory from the first save on.
+        """
+        usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {
+            "rank": rank,
+            "predicted": self.predicted,
+            "counted": self.counted,
+            "activations": self.activations.peak,
+            "other": self.other,
+            "saving": self.saving,
+            "process": usage if sys.platform == "darwin" else 1024 * usage,
+            "device": torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None,
+        }

@@ -1,0 +1,177 @@
+"""The processes that train together: which rows are ours, and the few collectives of the loop.
+
+A rank that waits too long, or for one that is gone, ends with `PeerLost`, which says where it was: step and turn.
+"""
+
+import faulthandler
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import count
+from math import inf
+from typing import Self, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from distill.core.errors import EXIT_PEER, PeerLost, RunError
+from distill.flow.draws import Rows
+
+T = TypeVar("T")
+PLACE = 120  # bytes of what a rank says of its place when all meet
+FLAGS = 8
+GRACE = 3.0  # seconds between the timeout of a collective, which raises, and the end of a process that it cannot reach
+PATIENCE = 6  # times the timeout of a collective: what rank 0 may take for work of its own, such as saving
+POLL = 0.02  # seconds
+LOST = re.compile(r"gloo|[Tt]imed out|[Tt]imeout|remote process exited|[Cc]onnection|Broken pipe")
+Lost = Callable[[str], None]
+
+
+class Watch:
+    """Ends this process when it stays too long in one place of the loop: hung itself, or in a wait that no timeout of
+    a collective can end (a GPU's). Says where it is, and where its threads are.
+    """
+
+    def __init__(self, rank: int, seconds: float, lost: Lost) -> None:
+        self._rank, self._seconds, self._lost = rank, seconds, lost
+        self._place, self._deadline = "", inf
+        threading.Thread(target=self._look, name="watch", daemon=True).start()
+
+    def arm(self, place: str) -> None:
+        self._place, self._deadline = place, time.monotonic() + self._seconds
+
+    def disarm(self) -> None:
+        self._deadline = inf
+
+    def _look(self) -> None:
+        while time.monotonic() < self._deadline:
+            time.sleep(min(1.0, self._seconds / 4))
+        message = f"rank {self._rank}, {self._place}: has been there for {self._seconds:.0f} s"
+        faulthandler.dump_traceback(sys.__stderr__ or 2)
+        self._lost(message)
+        os.write(2, f"{message}; its stack stands above; launch.collective_minutes sets the limit\n".encode())
+        os._exit(EXIT_PEER)
+
+
+@dataclass(frozen=True)
+class World:
+    """One of `size` ranks that run the same program on different rows. Alone, its collectives are free."""
+
+    rank: int = 0
+    size: int = 1
+    watch: Watch | None = None
+    store: distributed.Store | None = None
+    timeout: timedelta = timedelta(minutes=10)
+    """of a collective"""
+    works: Iterator[int] = field(default_factory=count)  # of `alone`, the same on all ranks
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank speaks and writes for all."""
+        return self.rank == 0
+
+    def rows(self, batch_size: int, micro_batch: int) -> list[Rows]:
+        """This rank's micro-batches: the ranks' parts of a global batch follow each other."""
+        share = batch_size // self.size
+        assert share * self.size == batch_size and share % micro_batch == 0
+        begin = self.rank * share
+        return [Rows(start, start + micro_batch, batch_size) for start in range(begin, begin + share, micro_batch)]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the ranks of equally shaped tensors."""
+        if self.size == 1:
+            return values
+        total = values.detach().clone()
+        distributed.all_reduce(total)
+        return total.div_(self.size)
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Make these tensors what they are on rank 0."""
+        if self.size > 1:
+            for tensor in tensors:
+                distributed.broadcast(tensor.detach(), 0)
+
+    def meet(self, place: str, *flags: bool) -> list[bool]:
+        """For each flag, whether a rank has it. RunError unless all ranks are at the same place of the program."""
+        if self.size == 1:
+            return list(flags)
+        said = bytes(flags).ljust(FLAGS, b"\0") + place.encode()[:PLACE].ljust(PLACE)
+        ours = torch.frombuffer(bytearray(said), dtype=torch.uint8)
+        heard = [torch.empty_like(ours) for _ in range(self.size)]
+        with self.contact(place):
+            distributed.all_gather(heard, ours)
+        texts = [bytes(other.tolist()) for other in heard]
+        places = [text[FLAGS:].decode(errors="replace").strip() for text in texts]
+        if len(set(places)) > 1:
+            where = "; ".join(f"rank {rank} is at {there}" for rank, there in enumerate(places))
+            raise RunError(f"the ranks do different things: {where}; a recipe must take the same turns on every rank")
+        return [any(text[i] for text in texts) for i in range(len(flags))]
+
+    def alone(self, what: str, work: Callable[[], T]) -> T | None:
+        """What rank 0 returns from `work`, None on the others, once it is done: that may take longer than a collective.
+
+        If it raises there, the others lose contact with a rank that ends.
+        """
+        self.meet(what)
+        if self.size == 1:
+            return work()
+        assert self.store is not None
+        key = f"{what}, {next(self.works)}"
+        if self.first:
+            found = work()
+            self.store.set(key, b"done")
+            self.meet(f"after {what}")  # the store ends with this process: not before all have seen it
+            return found
+        deadline = time.monotonic() + PATIENCE * self.timeout.total_seconds()
+        with self.contact(f"waiting for rank 0: {what}", watched=False):
+            while not self.store.check([key]):
+                if time.monotonic() > deadline:
+                    raise PeerLost(f"rank {self.rank}, waiting for rank 0: {what}: it has taken too long")
+                time.sleep(POLL)
+        self.meet(f"after {what}")
+        return None
+
+    @contextmanager
+    def contact(self, place: str, *, watched: bool = True) -> Iterator[None]:
+        """Where this rank may wait for others: names the place if one of them cannot be reached."""
+        if self.watch is not None and watched:
+            self.watch.arm(place)
+        try:
+            yield
+        except RunError:
+            raise  # of our own, whatever words it holds
+        except RuntimeError as error:
+            if not LOST.search(str(error)):
+                raise
+            reason = str(error).strip().splitlines()[0][:160]
+            raise PeerLost(f"rank {self.rank}, {place}: another rank is gone or hangs ({reason})") from error
+        finally:
+            if self.watch is not None:
+                self.watch.disarm()
+
+    @classmethod
+    def join(cls, device: torch.device, timeout_minutes: float, local_rank: int, lost: Lost) -> Self:
+        """Meet the other ranks of the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+
+        device: what all of them compute on; on a GPU host rank `local_rank` takes that GPU.
+        lost: is told where this rank was, if the process must end without an exception.
+        """
+        backend, timeout = "gloo", timedelta(minutes=timeout_minutes)
+        if device.type == "cuda":
+            backend = "cpu:gloo,cuda:nccl"  # what the ranks say to each other needs no synchronisation of a GPU
+            torch.cuda.set_device(local_rank)
+        with cls(local_rank).contact("meeting the others"):
+            store, rank, size = next(distributed.rendezvous("env://", timeout=timeout))
+            works = distributed.PrefixStore("works", store)
+            distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        watch = Watch(rank, timeout.total_seconds() + GRACE, lost)
+        return cls(rank, size, watch, works, timeout)
+
+
+ALONE = World()
