@@ -14,9 +14,10 @@ from test_report import row as measured_row
 
 from distill.core.atomic import write_json
 from distill.core.errors import InputError
+from distill.evaluation import charts, report
 from distill.evaluation.pictures import images_png
 from distill.plans import budget, comparison, planning
-from distill.reports import charts, comparison_table, report
+from distill.reports import comparison_table
 from distill.reports.comparison_table import Comparison, Entry, Measured, Part
 from distill.runs.results import FILE_NAME, Results
 from distill.runs.store import CREATED, RunPaths, append_event

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from runs import make
 
-from distill.reports import curves, report
-from distill.reports.curves import KEPT, POINTS, Thinned, thin
+from distill.evaluation import curves, report
+from distill.evaluation.curves import KEPT, POINTS, Thinned, thin
 from distill.runs.store import CREATED, RunPaths, append_event
 
 

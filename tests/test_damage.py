@@ -11,8 +11,9 @@ from runs import CARD, make
 from distill.core.atomic import write_json
 from distill.core.errors import InputError
 from distill.core.text import short
+from distill.evaluation import report
 from distill.exchange import card
-from distill.reports import comparison_table, report, status
+from distill.reports import comparison_table, status
 from distill.runs import events, results
 from distill.runs.store import CREATED, RunPaths, append_event, event_files, event_line, read_events, runs
 

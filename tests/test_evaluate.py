@@ -15,7 +15,7 @@ from distill.core.errors import InputError, RunError, Stopped
 from distill.core.stop import StopRequest
 from distill.data.arrays import ArrayData
 from distill.evaluation import evaluate as evaluation
-from distill.evaluation import sample
+from distill.evaluation import report, sample
 from distill.evaluation.evaluate import evaluate
 from distill.evaluation.metrics import features
 from distill.evaluation.pictures import columns_for, images_png, scatter_png
@@ -29,7 +29,6 @@ from distill.networks.architectures import accelerated, build, two_times
 from distill.networks.flow_map import FlowMapStudent
 from distill.networks.velocity import VelocityStudent
 from distill.networks.velocity_mlp import VelocityMLP
-from distill.reports import report
 from distill.runs import results
 from distill.runs.progress import Progress
 from distill.runs.store import RunPaths

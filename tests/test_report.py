@@ -9,8 +9,8 @@ import pytest
 
 from distill.core.atomic import write_json
 from distill.core.errors import InputError
+from distill.evaluation import report
 from distill.evaluation.pictures import images_png
-from distill.reports import report
 from distill.runs import results
 from distill.runs.results import FILE_NAME, FeatureNet, Results, Row
 from distill.runs.store import RunPaths, append_event

@@ -89,7 +89,7 @@ def names_in(tree: ast.AST) -> list[ast.Name]:
 def test_a_new_sampler_is_one_file(tmp_path):
     (tmp_path / "whole.py").write_text(OWN)
     text = shipped.joined(
-        shipped.STUDENTS_DIR / "pipeline.py", [tmp_path / "whole.py", shipped.STUDENTS_DIR / "velocity_call.py"]
+        shipped.STUDENTS_DIR / "pipeline.py", [tmp_path / "whole.py", shipped.NETWORKS_DIR / "velocity_call.py"]
     )
     assert "\nimport math\nfrom collections import abc\nfrom collections.abc import Mapping, Sequence\n" in text
     assert '\n\n# Euler in whole steps only.\n#\n# Of nobody.\nSAMPLER = "whole"\n' in text

@@ -8,8 +8,9 @@ from test_report import Page
 from test_report import row as measured
 
 from distill.core.atomic import write_json
+from distill.evaluation import charts, report
 from distill.evaluation.pictures import images_png
-from distill.reports import charts, report, rounds_table
+from distill.reports import rounds_table
 from distill.runs.results import FILE_NAME, Results, card_metrics
 from distill.runs.store import RunPaths, append_event
 

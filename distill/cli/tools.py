@@ -126,7 +126,7 @@ def evaluate(
 def report(run: Annotated[str, typer.Argument(metavar="RUN")], store: StoreOption = None) -> None:
     """Write a run's report.html again from its results."""
     paths = find_run(store_path(store), run)
-    from distill.reports import report as reports
+    from distill.evaluation import report as reports
 
     say(near(reports.write(paths)))
 

@@ -178,7 +178,7 @@ def repository(spec: HfData, commit: str | None = None) -> Repository:
 
 
 def fetched(spec: HfData) -> str:
-    """Where a job finds the rows that were fetched for it, below its cache (see `inputs`)."""
+    """Where a job finds the rows that were fetched for it, below its cache (see `prefetch`)."""
     return "/".join(("fetched", *(quote(part, safe="") for part in (spec.path, spec.revision or "newest", spec.split))))
 
 

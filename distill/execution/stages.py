@@ -334,8 +334,8 @@ def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
 
 
 def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
-    from distill.evaluation import evaluate
-    from distill.reports import report, rounds_table
+    from distill.evaluation import evaluate, report
+    from distill.reports import rounds_table
 
     with work.progress(evalspec.num_samples(stage), "samples") as progress:
         inputs = work.inputs()

@@ -23,7 +23,7 @@ UNDIVIDED = "4294967294"
 LIVE = frozenset({"PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "STOPPED", "REQUEUED", "SIGNALING"})
 
 
-class NoAnswer(RunError):  # noqa: N818  (like `guard`'s)
+class NoAnswer(RunError):  # noqa: N818  (like those of `errors`)
     """Slurm could not be asked."""
 
 

@@ -1,1 +1,1 @@
-"""For people: where runs stand, tables of results, charts, the report. No tensors."""
+"""For people: where runs stand, and tables of results. No tensors."""

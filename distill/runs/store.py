@@ -119,7 +119,7 @@ class RunPaths:
 
     @property
     def comparison(self) -> Path:
-        """Exists in a run that compares recipes: which, and for how long (see `compared`)."""
+        """Exists in a run that compares recipes: which, and for how long (see `comparison_table`)."""
         return self.root / "comparison.json"
 
     @property

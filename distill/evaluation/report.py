@@ -10,9 +10,10 @@ import jinja2
 from distill.core import records
 from distill.core.atomic import write_atomic
 from distill.core.text import printable
-from distill.reports import charts, comparison_table, rounds_table
-from distill.reports.charts import Curve
-from distill.reports.curves import Thinned
+from distill.evaluation import charts
+from distill.evaluation.charts import Curve
+from distill.evaluation.curves import Thinned
+from distill.reports import comparison_table, rounds_table
 from distill.reports.rounds_table import Round
 from distill.runs import machine
 from distill.runs import results as evaluations
