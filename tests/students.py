@@ -9,7 +9,7 @@ from pathlib import Path
 from distill.exchange import card as cards
 from distill.exchange import publish
 from distill.exchange.card import Publication, StudentCard
-from distill.exchange.published import Entry
+from distill.exchange.published import PublishedVersion
 from distill.students import shipped
 
 PIPELINE = shipped.pipeline("velocity", "euler").encode()
@@ -80,7 +80,7 @@ def copy(folder: Path, to: Path) -> Path:
     return Path(shutil.copytree(folder, to, symlinks=True))
 
 
-def put(student: Path, store: Path, name: str, version: str | None = None, picture: bytes = b"") -> Entry:
+def put(student: Path, store: Path, name: str, version: str | None = None, picture: bytes = b"") -> PublishedVersion:
     """Publish a student that no run knows of."""
     about = Publication(name, publish.PICTURE if picture else "")
     return publish.publish(student, store, name, version, about, picture).entry

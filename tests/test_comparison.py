@@ -18,7 +18,7 @@ from distill.evaluation import charts, report
 from distill.evaluation.pictures import images_png
 from distill.plans import budget, comparison, planning
 from distill.reports import comparison_table
-from distill.reports.comparison_table import Comparison, Entry, Measured, Part
+from distill.reports.comparison_table import ComparedRecipe, Comparison, Measured, TrainedPart
 from distill.runs.results import FILE_NAME, Results
 from distill.runs.store import CREATED, RunPaths, append_event
 from distill.spec import checks, presets, registry, specfile
@@ -561,9 +561,11 @@ def test_commands_that_are_refused(capfd, tmp_path, case):
 
 
 def entry(name, recipe, images, calls=0.0, pair_calls=0.0, *before):
-    parts = [Part(stage=f"{name}-{i}", recipe=each, images=images, measured=timed()) for i, each in enumerate(before)]
-    last = Part(stage=name, recipe=recipe, images=images, measured=timed(memory=2_500_000, teacher_calls=calls))
-    return Entry(name=name, recipe=recipe, parts=[*parts, last], pair_calls=pair_calls)
+    parts = [
+        TrainedPart(stage=f"{name}-{i}", recipe=each, images=images, measured=timed()) for i, each in enumerate(before)
+    ]
+    last = TrainedPart(stage=name, recipe=recipe, images=images, measured=timed(memory=2_500_000, teacher_calls=calls))
+    return ComparedRecipe(name=name, recipe=recipe, parts=[*parts, last], pair_calls=pair_calls)
 
 
 RECORD = Comparison(

@@ -358,7 +358,7 @@ def test_columns_and_splits_that_do_not_fit(tmp_path):
 
 def test_a_set_without_rows_is_refused():
     rows = TableRows(datasets.Dataset.from_dict({"image": []}))
-    known = index.make(index.Found(rows, [], [], None, None, "x"), None, flatten=False)
+    known = index.make(index.FoundImages(rows, [], [], None, None, "x"), None, flatten=False)
     with pytest.raises(InputError, match="data 'x' holds no rows"):
         ImageData("x", rows, known, ImagesData(kind="images", path="x", size=8), 0)
 

@@ -23,7 +23,7 @@ from distill.core.errors import InputError, RunError
 from distill.core.regular_files import open_regular, read_regular
 from distill.exchange import card as cards
 from distill.exchange import contents, manifest, publish, published, pull, transfer, transports, web
-from distill.exchange.card import Cost, Publication
+from distill.exchange.card import Publication, TrainingCost
 from distill.exchange.transports import at
 from distill.runs.claims import Owner
 
@@ -383,7 +383,12 @@ def test_foreign_text_in_a_model_card_is_text(text):
 
     def rendered(word):
         about = Publication(
-            "digits", "samples.png", word, ["", word], [["**this student**", "1"]], [Cost(word, word, "0:01", word)]
+            "digits",
+            "samples.png",
+            word,
+            ["", word],
+            [["**this student**", "1"]],
+            [TrainingCost(word, word, "0:01", word)],
         )
         facts = card(recipe=word, summary=word, teacher=word, data=word, license=word, metrics={f"{word}@1": 1.0})
         texts = [cards.readme(facts, about), cards.readme(facts), cards.readme(card(name=word))]

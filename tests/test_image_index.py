@@ -50,7 +50,7 @@ def images(path: Path, **fields) -> ImagesData:
     return ImagesData(kind="images", path=str(path), **{"size": SIDE, **fields})
 
 
-def kept(store: Path, spec: ImagesData | HfData) -> index.Index:
+def kept(store: Path, spec: ImagesData | HfData) -> index.ImageIndex:
     found = index.read(index.path(store, spec))
     assert found is not None
     return found

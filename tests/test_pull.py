@@ -20,7 +20,7 @@ from students import WEIGHTS, copy, edit_card, make, put
 from distill.core.errors import InputError, RunError
 from distill.exchange import card as cards
 from distill.exchange import manifest, pull, transfer, transports
-from distill.exchange.transports import Folder, at
+from distill.exchange.transports import RemoteFolder, at
 from distill.spec.kinds import STUDENTS
 from distill.students import shipped
 
@@ -299,7 +299,7 @@ def test_links_and_extra_files_are_refused_by_name(tmp_path, student):
         pull.verify(student)
     with (
         pytest.raises(transports.Refused, match="is a link; links are not followed"),
-        Folder(student).open("README.md", 0),
+        RemoteFolder(student).open("README.md", 0),
     ):
         pass
 

@@ -9,7 +9,7 @@ from runs import make
 
 from distill.core.errors import InputError
 from distill.plans import rounds
-from distill.plans.rounds import Plan, expand
+from distill.plans.rounds import RoundsPlan, expand
 from distill.spec import checks, presets, specfile
 from distill.spec.model import EvaluateStage, PairsStage, RunSpec, TrainStage
 from distill.spec.resolved import resolve
@@ -46,7 +46,7 @@ def empty_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["digits", "mnist", "mixture-2d"])
-@pytest.mark.parametrize("plan", [Plan(), Plan(3), Plan(distill=True), Plan(2, distill=True)])
+@pytest.mark.parametrize("plan", [RoundsPlan(), RoundsPlan(3), RoundsPlan(distill=True), RoundsPlan(2, distill=True)])
 def test_presets_work_as_they_are(name, plan):
     one, base = preset(name)
     found = expand(resolve(one, base), plan)
@@ -64,7 +64,7 @@ def test_presets_work_as_they_are(name, plan):
 
 def test_two_rounds_of_digits_and_one_step():
     one, base = preset("digits")
-    found = expand(resolve(one, base), Plan(2, distill=True)).stages
+    found = expand(resolve(one, base), RoundsPlan(2, distill=True)).stages
     assert list(found) == [
         "teach", "pairs-1", "reflow-1", "evaluate-1", "pairs-2", "reflow-2", "evaluate-2", "pairs-distill", "one_step",
         "evaluate",
@@ -85,12 +85,14 @@ def test_two_rounds_of_digits_and_one_step():
 
 def test_one_round_alone_has_one_evaluation():
     one, base = preset("digits")
-    found = expand(resolve(one, base), Plan()).stages
+    found = expand(resolve(one, base), RoundsPlan()).stages
     assert list(found) == ["teach", "pairs-1", "reflow-1", "evaluate-1"]
     assert found["evaluate-1"].teacher_steps == [1, 2, 4, 8, 16]
     measured = {"students": {"teach": [4], "reflow": [1]}, "fine_students": ["reflow"]}
     more = one.stages["evaluate"].model_copy(update=measured)
-    found = expand(resolve(one.model_copy(update={"stages": {**one.stages, "evaluate": more}}), base), Plan()).stages
+    found = expand(
+        resolve(one.model_copy(update={"stages": {**one.stages, "evaluate": more}}), base), RoundsPlan()
+    ).stages
     assert found["evaluate-1"].teacher_steps == [], "another student is measured, so there are two"
     assert (found["evaluate"].students, found["evaluate"].fine_students) == ({"reflow-1": [1], "teach": [4]}, [])
 
@@ -100,7 +102,7 @@ def test_guidance_is_in_the_flow_after_the_first_round():
     guided = {name: stage.model_copy(update={"guidance_scale": 2.0}) for name, stage in one.stages.items()
               if isinstance(stage, PairsStage | EvaluateStage)}  # fmt: skip
     one = one.model_copy(update={"stages": {**one.stages, **guided}})
-    found = expand(resolve(one, base), Plan(2, distill=True))
+    found = expand(resolve(one, base), RoundsPlan(2, distill=True))
     checks.check(found, base)
     scales = {name: stage.guidance_scale for name, stage in found.stages.items() if not isinstance(stage, TrainStage)}
     assert scales == {
@@ -110,7 +112,7 @@ def test_guidance_is_in_the_flow_after_the_first_round():
 
 def test_real_data_against_drift():
     one, base = preset("digits")
-    found = expand(resolve(one, base), Plan(2, distill=True, forward=0.25)).stages
+    found = expand(resolve(one, base), RoundsPlan(2, distill=True, forward=0.25)).stages
     assert list(found)[1:5] == ["pairs-1", "forward-1", "reflow-1", "evaluate-1"]
     for number, teacher in ((1, "teach"), (2, "reflow-1")):
         assert found[f"reflow-{number}"].pair_shares == {f"pairs-{number}": 0.75, f"forward-{number}": 0.25}
@@ -120,7 +122,7 @@ def test_real_data_against_drift():
         again = {"paths": "backward", "count": solved.count, "solver": solved.solver}
         assert inverted.model_copy(update=again) == solved
     assert found["one_step"].pair_shares == {"pairs-distill": 1}
-    weighed = expand(resolve(one, base), Plan(2, distill=True, forward=0.25, data_weight=0.1))
+    weighed = expand(resolve(one, base), RoundsPlan(2, distill=True, forward=0.25, data_weight=0.1))
     checks.check(weighed, base)
     assert [weighed.stages[name].options for name in ("reflow-1", "reflow-2", "one_step")] == [
         {"data_weight": 0.1}, {"data_weight": 0.1}, {},
@@ -131,14 +133,14 @@ def test_inverted_paths_keep_their_ends_alone():
     """Whatever states the paths from noise have."""
     for states in ({"times": [1.0, 0.5, 0.0]}, {"optimal_times": 2}):
         paths = PAIRS | {"paths": "trajectories", "store_noise": True, **states}
-        found = expand(resolve(spec(solve=paths), specfile.Path()), Plan(forward=0.25))
+        found = expand(resolve(spec(solve=paths), specfile.Path()), RoundsPlan(forward=0.25))
         checks.check(found, specfile.Path())
         inverted = found.stages["forward-1"]
         assert (inverted.paths, inverted.times, inverted.optimal_times) == ("forward", None, None)
 
 
 def test_a_spec_without_an_evaluation_gets_one():
-    found = expand(resolve(spec(one=None), specfile.Path()), Plan(2)).stages
+    found = expand(resolve(spec(one=None), specfile.Path()), RoundsPlan(2)).stages
     assert list(found) == ["solve-1", "flow-1", "evaluate-1", "solve-2", "flow-2", "evaluate-2", "evaluate"]
     each = found["evaluate-1"]
     assert (each.fine_solver, each.fine_steps, each.students) == ("heun", 16, {"flow-1": [1, 2, 4]})
@@ -146,7 +148,7 @@ def test_a_spec_without_an_evaluation_gets_one():
 
 def test_the_distillation_may_be_any_that_begins_with_the_flow():
     one = spec(one=ONE_STEP | {"init": None, "network": MLP | {"width": 8}})
-    assert expand(resolve(one, specfile.Path()), Plan(distill=True)).stages["one"].network.width == 8
+    assert expand(resolve(one, specfile.Path()), RoundsPlan(distill=True)).stages["one"].network.width == 8
     digits, base = preset("digits")
     content = digits.model_dump(mode="json")
     content["stages"]["short"] = {
@@ -155,7 +157,7 @@ def test_the_distillation_may_be_any_that_begins_with_the_flow():
     del content["stages"]["one_step"]
     content["stages"]["evaluate"] = None
     content["stages"] = {name: stage for name, stage in content["stages"].items() if stage}
-    found = expand(resolve(specfile.validate(content, "f"), base), Plan(2, distill=True))
+    found = expand(resolve(specfile.validate(content, "f"), base), RoundsPlan(2, distill=True))
     checks.check(found, base)
     assert list(found.stages)[-2:] == ["short", "evaluate"], "it needs no pairs"
     assert (found.stages["short"].teacher, found.stages["short"].init) == ("reflow-2", "reflow-2")
@@ -165,7 +167,7 @@ def test_the_distillation_may_be_any_that_begins_with_the_flow():
 def test_changes_of_the_spec_and_of_its_rounds():
     early, late = rounds.split(["seed=5", "stages.flow.images=256", "stages.flow-2.images=512"], ["solve", "flow"])
     assert (early, late) == (["seed=5", "stages.flow.images=256"], ["stages.flow-2.images=512"])
-    found = rounds.changed(expand(resolve(spec(), specfile.Path()), Plan(2)), late, ["solve", "flow", "one"], "f")
+    found = rounds.changed(expand(resolve(spec(), specfile.Path()), RoundsPlan(2)), late, ["solve", "flow", "one"], "f")
     assert [found.stages[f"flow-{i}"].images for i in (1, 2)] == [128, 512]
 
 
@@ -175,7 +177,7 @@ def test_other_times_follow_the_flows():
     asked = one.stages["evaluate"].model_copy(update={"times": times})
     one = one.model_copy(update={"stages": {**one.stages, "evaluate": asked}})
     checks.check(one, base)
-    found = expand(resolve(one, base), Plan(2, distill=True))
+    found = expand(resolve(one, base), RoundsPlan(2, distill=True))
     checks.check(found, base)
     each = {name: stage.times for name, stage in found.stages.items() if isinstance(stage, EvaluateStage)}
     assert each == {
@@ -184,7 +186,7 @@ def test_other_times_follow_the_flows():
         "evaluate": {**{f"reflow-{i}": times["reflow"] for i in (1, 2)}, "one_step": times["one_step"],
                      "teacher": ["optimal"]},
     }  # fmt: skip
-    alone = expand(resolve(one, base), Plan())
+    alone = expand(resolve(one, base), RoundsPlan())
     checks.check(alone, base)
     assert alone.stages["evaluate-1"].times == {"teacher": ["optimal"], "reflow-1": times["reflow"]}
 
@@ -193,39 +195,47 @@ def test_other_times_follow_the_flows():
 
 FITS = rounds.FITS
 UNFIT = {
-    "no pairs": ({"solve": None, "flow": None, "one": None}, Plan(), f"spec 'x' has no pairs stage; {FITS}"),
-    "two pairs stages": ({"more": PAIRS}, Plan(), f"spec 'x' has more than one pairs stage (solve, more); {FITS}"),
+    "no pairs": ({"solve": None, "flow": None, "one": None}, RoundsPlan(), f"spec 'x' has no pairs stage; {FITS}"),
+    "two pairs stages": (
+        {"more": PAIRS},
+        RoundsPlan(),
+        f"spec 'x' has more than one pairs stage (solve, more); {FITS}",
+    ),
     "no flow": (
         {"flow": None, "one": ONE_STEP | {"init": None, "network": MLP}},
-        Plan(),
+        RoundsPlan(),
         f"spec 'x' has no train stage for the next teacher on the pairs of 'solve'; {FITS}",
     ),
     "two flows": (
         {"other": REFLOW},
-        Plan(),
+        RoundsPlan(),
         f"spec 'x' has more than one train stage for the next teacher on the pairs of 'solve' (flow, other); {FITS}",
     ),
-    "two distillations": ({"two": ONE_STEP}, Plan(), f"spec 'x' has more than one distillation (one, two); {FITS}"),
+    "two distillations": (
+        {"two": ONE_STEP},
+        RoundsPlan(),
+        f"spec 'x' has more than one distillation (one, two); {FITS}",
+    ),
     "more stages": (
         {"e": {"kind": "evaluate", "students": {"one": [1]}}, "e2": {"kind": "evaluate", "students": {"flow": [1]}}},
-        Plan(),
+        RoundsPlan(),
         f"spec 'x' has more after its pairs: e2; {FITS}",
     ),
     "nothing to distil": (
         {"one": None},
-        Plan(distill=True),
+        RoundsPlan(distill=True),
         "--distill: spec 'x' has no distillation; give it a train stage of reflow/one_step on the pairs of 'solve', or "
         "leave --distill out",
     ),
     "no data to invert": (
         {"solve": PAIRS | {"teacher": "t"}, "flow": REFLOW | {"teacher": "t"}},
-        Plan(forward=0.2),
+        RoundsPlan(forward=0.2),
         "--forward takes real data, and spec 'x' has none; give it data, e.g. data={kind: digits}, or leave --forward "
         "out",
     ),
     "no data to weigh": (
         {},
-        Plan(data_weight=0.1),
+        RoundsPlan(data_weight=0.1),
         "--data-weight takes real data, and spec 'x' has none; give it data, e.g. data={kind: digits}, or leave "
         "--data-weight out",
     ),
@@ -248,7 +258,7 @@ def test_a_stage_before_the_pairs_with_a_name_of_the_rounds():
     content["stages"] = {name.replace("teach", "reflow-2"): stage for name, stage in content["stages"].items()}
     text = json.dumps(content).replace('"teach"', '"reflow-2"')
     with pytest.raises(InputError) as caught:
-        expand(resolve(specfile.validate(json.loads(text), "f"), specfile.Path()), Plan(2))
+        expand(resolve(specfile.validate(json.loads(text), "f"), specfile.Path()), RoundsPlan(2))
     assert str(caught.value) == "stages.reflow-2: the rounds make a stage of that name; name this one otherwise"
 
 

@@ -9,7 +9,7 @@ from commands import command
 
 from distill.core.errors import InputError
 from distill.launch import script, site
-from distill.launch.script import Plan, Where
+from distill.launch.script import JobPlan, Where
 from distill.runs.store import RunPaths
 from distill.spec import specfile
 from distill.spec.model import SlurmSpec
@@ -28,7 +28,7 @@ def load(tmp_path, text):
 
 def render(tmp_path, where, plan=None, **launch):
     spec = specfile.validate({**SPEC, "launch": launch}, "spec")
-    return script.job(RunPaths(tmp_path / "one"), spec.launch, plan or Plan("teach", ["teach"], None, []), where)
+    return script.job(RunPaths(tmp_path / "one"), spec.launch, plan or JobPlan("teach", ["teach"], None, []), where)
 
 
 def test_the_example_names_every_key_and_changes_nothing():
@@ -112,7 +112,7 @@ def test_each_runtime_in_its_own_words(tmp_path):
 )
 def test_a_script_is_bash_that_reads_well(tmp_path, launch):
     text = "environment: {A: '$HOME \"x\"', B: '`c`'}\nsetup: [ulimit -n 65536]\ncontainer: {runtime: pyxis}"
-    for plan in (None, Plan("solve.parts", ["teach"], [0, 2], [])):
+    for plan in (None, JobPlan("solve.parts", ["teach"], [0, 2], [])):
         found = render(tmp_path, Where(load(tmp_path, text), tmp_path / "code", {"HF_HOME": "/a b"}), plan, **launch)
         checked = subprocess.run(["bash", "-n"], input=found, text=True, capture_output=True, check=False)
         assert checked.returncode == 0, checked.stderr
@@ -174,7 +174,7 @@ def test_a_script_does_with_a_value_what_it_means(tmp_path, text, runtime):
     launch = {"slurm": {"container": text, "memory": text, "options": [text]}}
     spec = specfile.validate({**SPEC, "launch": launch}, "spec")
     run = RunPaths(hostile / "one")
-    found = script.job(run, spec.launch, Plan("teach", ["teach"], None, []), where)
+    found = script.job(run, spec.launch, JobPlan("teach", ["teach"], None, []), where)
     path = tmp_path / "job.sbatch"
     path.write_text(found.replace("#!/bin/bash -l", "#!/bin/bash"))
     module = f"module() {{ printf '%s\\n' \"$@\" >> {tmp_path / 'modules'}; }}; export -f module; bash {path}"
@@ -204,14 +204,14 @@ def test_a_folder_with_a_line_break_in_its_name_is_refused(tmp_path, where):
     place = Where(load(folders["site"], ""), folders["code"], {})
     spec = specfile.validate(SPEC, "spec")
     with pytest.raises(InputError, match=r"a\\ntouch X.* cannot stand in the script of a job: it holds a line break"):
-        script.job(RunPaths(folders["store"] / "one"), spec.launch, Plan("teach", ["teach"], None, []), place)
+        script.job(RunPaths(folders["store"] / "one"), spec.launch, JobPlan("teach", ["teach"], None, []), place)
 
 
 def test_a_store_that_a_runtime_would_take_for_several_folders_is_refused(tmp_path):
     place = Where(load(tmp_path, "container: {runtime: pyxis}"), tmp_path / "code", {})
     spec = specfile.validate({**SPEC, "launch": {"slurm": {"container": "i"}}}, "spec")
     with pytest.raises(InputError, match="cannot be mounted in a container: it holds a comma or a colon"):
-        script.job(RunPaths(tmp_path / "a:b" / "one"), spec.launch, Plan("teach", ["teach"], None, []), place)
+        script.job(RunPaths(tmp_path / "a:b" / "one"), spec.launch, JobPlan("teach", ["teach"], None, []), place)
 
 
 SLURM = ["partition", "account", "qos", "memory", "time", "container"]

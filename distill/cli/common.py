@@ -72,7 +72,7 @@ def store_path(option: str | None) -> Path:
     return _folder(store_setting(option))
 
 
-def store_source(option: str | None) -> transports.Source:
+def store_source(option: str | None) -> transports.RemoteSource:
     """The store, a folder or a URL, for reading."""
     setting = store_setting(option)
     return transports.at(setting.value if transports.is_url(setting.value) else _folder(setting))

@@ -87,7 +87,7 @@ def compare(
 
 def _planned(
     source: "distill.spec.specfile.SpecSource", asked: Sequence[str] | None
-) -> "distill.plans.comparison.Plan":
+) -> "distill.plans.comparison.ComparisonPlan":
     from distill.plans import comparison
     from distill.spec import checks
 

@@ -88,7 +88,7 @@ OneJobOption = Annotated[
 
 
 @dataclass(frozen=True)
-class Asked:
+class JobOptions:
     """What the options of a submission ask for; None and False: nothing. The names are the options'."""
 
     nodes: int | None
@@ -152,7 +152,7 @@ def submit(
 ) -> None:
     """Submit a spec to Slurm: check it, make the run, and queue its stages as jobs, each after those that it needs."""
     check_code(code)
-    asked = Asked(
+    asked = JobOptions(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         procs_per_node=procs_per_node,
@@ -260,7 +260,7 @@ def submit_again(
 
 
 def _say_queued(
-    run: RunPaths, launch: "distill.spec.model.LaunchSpec", sent: "Mapping[str, distill.launch.script.Plan]"
+    run: RunPaths, launch: "distill.spec.model.LaunchSpec", sent: "Mapping[str, distill.launch.script.JobPlan]"
 ) -> None:
     say(f"run '{run.name}' in {near(run.root)}")
     rows = [[job, *plan.described(launch)] for job, plan in sent.items()]

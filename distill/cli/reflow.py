@@ -97,7 +97,7 @@ def reflow(
     after it, like the preset digits. Its stages X become X-1, X-2, ... of the rounds; a change may name either.
     """
     jobs.check_code(code)
-    asked = jobs.Asked(
+    asked = jobs.JobOptions(
         nodes=nodes,
         gpus_per_node=gpus_per_node,
         procs_per_node=procs,
@@ -113,12 +113,12 @@ def reflow(
         _refuse_without_slurm(asked, site, code)
     if dry_run and resume:
         raise InputError("--dry-run says what a new run would do, so --resume has no effect; leave it out")
-    from distill.plans.rounds import Plan
+    from distill.plans.rounds import RoundsPlan
 
     folder, changes = store_path(store), [*asked.changes(), *(changes or [])]
     given = {"--rounds": rounds, "--distill": distill or None, "--forward": forward, "--data-weight": data_weight}
     shaping = [option for option, value in given.items() if value is not None]
-    find = _Find(Plan(1 if rounds is None else rounds, distill, forward, data_weight))
+    find = _Find(RoundsPlan(1 if rounds is None else rounds, distill, forward, data_weight))
     if dry_run:
         _dry_run(folder, find(spec, changes, name), jobs.found_site(site) if slurm else None)
     elif resume:
@@ -141,7 +141,7 @@ def reflow(
             work.execute(start.begin(folder, source), source.spec, fresh=True)
 
 
-def _refuse_without_slurm(asked: jobs.Asked, site: Path | None, code: str) -> None:
+def _refuse_without_slurm(asked: jobs.JobOptions, site: Path | None, code: str) -> None:
     fields = {**asdict(asked), "procs_per_node": None, "site": site, "code": None if code == "run" else code}
     for field, value in fields.items():
         if value is not None and value is not False:
@@ -152,7 +152,7 @@ def _refuse_without_slurm(asked: jobs.Asked, site: Path | None, code: str) -> No
 class _Find:
     """From a spec of one round, by its file or preset, to that of the plan's."""
 
-    plan: "distill.plans.rounds.Plan"
+    plan: "distill.plans.rounds.RoundsPlan"
 
     def __call__(self, given: str, changes: Sequence[str], name: str | None) -> "distill.spec.specfile.SpecSource":
         from distill.core import yamltext

@@ -207,7 +207,7 @@ def _drawn(student: Path, out: Path) -> bytes:
     return out.read_bytes()
 
 
-def _source(given: str, store: str | None) -> "tuple[distill.exchange.transports.Source, str, str | None]":
+def _source(given: str, store: str | None) -> "tuple[distill.exchange.transports.RemoteSource, str, str | None]":
     """What is to be pulled: where it is, a name for its folder, and its digest if the store says it."""
     from distill.exchange import published, transports
 
@@ -217,7 +217,7 @@ def _source(given: str, store: str | None) -> "tuple[distill.exchange.transports
     if (Path(given) / "distill.json").is_file():
         return transports.at(Path(given)), Path(given).absolute().name, None
     source = store_source(store)
-    here = source.path if isinstance(source, transports.Folder) else None
+    here = source.path if isinstance(source, transports.RemoteFolder) else None
     run, _, stage = given.rpartition("/")
     if here is None and run and ":" not in given:
         return source.below(run).below("students").below(stage), f"{run}-{stage}", None
@@ -251,7 +251,7 @@ def _warn(skipped: list[str]) -> None:
         say_error(f"warning: {len(skipped) - MANY:,} more entries of the store are skipped")
 
 
-def _best(entry: "distill.exchange.published.Entry") -> str:
+def _best(entry: "distill.exchange.published.PublishedVersion") -> str:
     """The distance at the fewest steps, which comes first among its metrics."""
     return next((f"{key} {value:.4g}" for key, value in entry.metrics.items()), "-")
 

@@ -6,8 +6,8 @@ from distill.core import printing
 from distill.core.errors import RunError
 from distill.data import arrays, index
 from distill.data.images import ImageData
-from distill.data.index import Found, Index
-from distill.data.rows import FileRows, Rows
+from distill.data.index import FoundImages, ImageIndex
+from distill.data.rows import FileRows, ImageRows
 from distill.data.source import DataSet, DataSource
 from distill.spec import imagefolder
 from distill.spec.model import DataSpec, DigitsData, HfData, ImagesData, MnistData
@@ -15,7 +15,7 @@ from distill.spec.model import DataSpec, DigitsData, HfData, ImagesData, MnistDa
 __all__ = ["DataSet", "DataSource", "load", "update_index"]
 
 _LOADED: dict[tuple[str, int, str, int], ImageData] = {}  # with their decoded images; stages of one process share them
-_INDEXES: dict[Path, Index] = {}  # by where a store or a run keeps them
+_INDEXES: dict[Path, ImageIndex] = {}  # by where a store or a run keeps them
 
 
 def load(
@@ -81,7 +81,7 @@ def _place(spec: ImagesData | HfData, folder: Path) -> Path:
     return index.path(folder, spec)
 
 
-def _indexed(spec: ImagesData | HfData, known: Index | None) -> tuple[Rows, Index]:
+def _indexed(spec: ImagesData | HfData, known: ImageIndex | None) -> tuple[ImageRows, ImageIndex]:
     """The set as it is now, and its index."""
     place = _place(spec, Path())
     found = _found(spec)
@@ -90,17 +90,17 @@ def _indexed(spec: ImagesData | HfData, known: Index | None) -> tuple[Rows, Inde
     return found.rows, now
 
 
-def _found(spec: ImagesData | HfData) -> Found:
+def _found(spec: ImagesData | HfData) -> FoundImages:
     if isinstance(spec, HfData):
         from distill.data import tables  # here: the datasets library takes a second to import
 
         return tables.found(spec)
     folder = imagefolder.read(spec.path)
     rows = FileRows(folder.root, len(folder.names), folder.names.__getitem__)
-    return Found(rows, folder.names, folder.stats, folder.labels, folder.num_classes)
+    return FoundImages(rows, folder.names, folder.stats, folder.labels, folder.num_classes)
 
 
-def _rows(spec: ImagesData | HfData, known: Index) -> Rows:
+def _rows(spec: ImagesData | HfData, known: ImageIndex) -> ImageRows:
     """Of a set that is indexed: its folder is not looked through again."""
     if isinstance(spec, HfData):
         from distill.data import tables

@@ -11,8 +11,8 @@ from torch import Tensor
 from distill.core import printing
 from distill.core.errors import InputError, RunError
 from distill.data.decoding import COLOURS, UNREADABLE, Colour, covering, decode
-from distill.data.index import CHUNK, REASONS, Index, State
-from distill.data.rows import Rows
+from distill.data.index import CHUNK, REASONS, ImageIndex, State
+from distill.data.rows import ImageRows
 from distill.flow.draws import uniforms
 from distill.spec.model import ImageOptions
 
@@ -29,7 +29,7 @@ class ImageData:
     colour set get equal channels, colour images in a grey set their luminance; transparent ones need a background.
     """
 
-    def __init__(self, name: str, rows: Rows, index: Index, options: ImageOptions, seed: int) -> None:
+    def __init__(self, name: str, rows: ImageRows, index: ImageIndex, options: ImageOptions, seed: int) -> None:
         if len(rows) == 0:
             raise InputError(f"data '{name}' holds no rows")
         self.name, self.num_classes = name, index.head.num_classes
@@ -173,7 +173,7 @@ class ImageData:
 _WITHOUT_BYTES = [state for state in State if state >= State.EMPTY]
 
 
-def _digest(index: Index, options: ImageOptions, background: Colour | None) -> str:
+def _digest(index: ImageIndex, options: ImageOptions, background: Colour | None) -> str:
     """sha256 over the stored bytes of the images, their labels and the options that change samples."""
     content = hashlib.sha256(repr((options.size, options.channels, options.crop, options.flip)).encode())
     if background is not None:
@@ -183,7 +183,7 @@ def _digest(index: Index, options: ImageOptions, background: Colour | None) -> s
     return content.hexdigest()
 
 
-def _digest_parts(index: Index) -> Iterator[bytes]:
+def _digest_parts(index: ImageIndex) -> Iterator[bytes]:
     """Of each image the checksum of its bytes, if it has any, and its label, unless it is damaged."""
     checksums = index.sha256.tobytes()
     for start in range(0, len(index), CHUNK):

@@ -32,7 +32,7 @@ from distill.core.atomic import write_atomic
 from distill.core.errors import InputError, RunError
 from distill.core.regular_files import read_regular
 from distill.data.decoding import UNREADABLE, decode, header, is_transparent
-from distill.data.rows import FileRows, Rows
+from distill.data.rows import FileRows, ImageRows
 from distill.spec.imagefolder import MAX_CLASSES
 from distill.spec.model import HfData, ImagesData
 
@@ -79,7 +79,7 @@ class _Head(BaseModel):
 
 
 @dataclass(frozen=True)
-class Index:
+class ImageIndex:
     """Of N images, by row."""
 
     head: _Head
@@ -110,10 +110,10 @@ class Index:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundImages:
     """What a look at a set tells without reading its images."""
 
-    rows: Rows
+    rows: ImageRows
     files: Sequence[str]
     """of each row; empty: the image has no file of its own"""
     stats: Sequence[os.stat_result | None]
@@ -133,7 +133,7 @@ def path(folder: Path, spec: ImagesData | HfData) -> Path:
     return folder / "indexes" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.safetensors"
 
 
-def read(path: Path) -> Index | None:
+def read(path: Path) -> ImageIndex | None:
     """The index in a file; None if there is none, or it is damaged or of another version."""
     try:
         content = read_regular(path, MAX_BYTES)
@@ -161,14 +161,14 @@ def read(path: Path) -> Index | None:
     }
     if {name: (array.dtype, array.shape) for name, array in arrays.items()} != wanted or n == 0:
         return None
-    index = Index(head, **arrays)  # type: ignore[arg-type]  # of these types: they were compared
+    index = ImageIndex(head, **arrays)  # type: ignore[arg-type]  # of these types: they were compared
     in_order = index.ends[0] >= 0 and (np.diff(index.ends) >= 0).all() and index.ends[-1] == len(index.names)
     labelled = head.num_classes is None or (index.labels.min() >= 0 and index.labels.max() < head.num_classes)
     known = index.state.max() <= max(State) and index.sides.min() >= 0
     return index if in_order and labelled and known else None
 
 
-def write(path: Path, index: Index) -> None:
+def write(path: Path, index: ImageIndex) -> None:
     """Whole or not at all; RunError if it cannot be written."""
     arrays = {name: value for name, value in vars(index).items() if name != "head"}
     try:
@@ -178,7 +178,7 @@ def write(path: Path, index: Index) -> None:
     write_atomic(path, save(arrays, metadata={"index": index.head.model_dump_json()}))
 
 
-def make(found: Found, old: Index | None, *, flatten: bool) -> Index:
+def make(found: FoundImages, old: ImageIndex | None, *, flatten: bool) -> ImageIndex:
     """The index of a set, with what an older one still knows; that one itself, where nothing has changed.
 
     flatten: transparent images will be laid on a background, so that none has to be decoded for it.
@@ -186,7 +186,7 @@ def make(found: Found, old: Index | None, *, flatten: bool) -> Index:
     rows, n = found.rows, len(found.rows)
     head = _Head(num_classes=found.num_classes, stamp=found.stamp, written=time.time_ns())
     names = [os.fsencode(name) for name in found.files]
-    index = Index(
+    index = ImageIndex(
         head,
         state=np.zeros(n, np.uint8),
         sides=np.zeros((n, 2), np.int32),
@@ -212,7 +212,7 @@ def make(found: Found, old: Index | None, *, flatten: bool) -> Index:
     return index
 
 
-def _same_set(a: Index, b: Index) -> bool:
+def _same_set(a: ImageIndex, b: ImageIndex) -> bool:
     return (
         a.head.model_copy(update={"written": 0}) == b.head.model_copy(update={"written": 0})
         and np.array_equal(a.labels, b.labels)
@@ -221,7 +221,7 @@ def _same_set(a: Index, b: Index) -> bool:
     )
 
 
-def _compare(found: Found, old: Index | None) -> tuple[list[int], dict[int, int]]:
+def _compare(found: FoundImages, old: ImageIndex | None) -> tuple[list[int], dict[int, int]]:
     """The rows to read, and the others with their row in the old index."""
     n = len(found.rows)
     if old is None or old.head.stamp != found.stamp or (found.stamp and len(old) != n):
@@ -238,7 +238,7 @@ def _compare(found: Found, old: Index | None) -> tuple[list[int], dict[int, int]
     return new, known
 
 
-def _is_settled(old: Index, row: int, state: os.stat_result) -> bool:
+def _is_settled(old: ImageIndex, row: int, state: os.stat_result) -> bool:
     return old.is_same(row, state) and state.st_mtime_ns < old.head.written - SETTLED
 
 
@@ -258,7 +258,7 @@ class _Facts:
     sha256: bytes = bytes(32)
 
 
-def _read_all(rows: Rows, wanted: Sequence[int], flatten: bool) -> Iterator[tuple[int, _Facts]]:
+def _read_all(rows: ImageRows, wanted: Sequence[int], flatten: bool) -> Iterator[tuple[int, _Facts]]:
     """The facts of these rows. Files are read by several threads."""
     if not isinstance(rows, FileRows):
         yield from ((row, _facts(rows, flatten, row)) for row in wanted)
@@ -270,11 +270,11 @@ def _read_all(rows: Rows, wanted: Sequence[int], flatten: bool) -> Iterator[tupl
                 yield from zip(task, facts, strict=True)
 
 
-def _task(rows: Rows, flatten: bool, part: Sequence[int]) -> list[_Facts]:
+def _task(rows: ImageRows, flatten: bool, part: Sequence[int]) -> list[_Facts]:
     return [_facts(rows, flatten, row) for row in part]
 
 
-def _facts(rows: Rows, flatten: bool, row: int) -> _Facts:
+def _facts(rows: ImageRows, flatten: bool, row: int) -> _Facts:
     try:
         found = rows.read(row)
     except OSError as error:

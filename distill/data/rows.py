@@ -20,7 +20,7 @@ class Encoded:
 
 
 @runtime_checkable
-class Rows(Protocol):
+class ImageRows(Protocol):
     """Images by row, 0 to len - 1."""
 
     def __len__(self) -> int: ...

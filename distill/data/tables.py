@@ -15,7 +15,7 @@ from distill import hub
 from distill.core.errors import InputError
 from distill.core.hub_repository import Repository
 from distill.core.text import printable, suggest
-from distill.data.index import Found
+from distill.data.index import FoundImages
 from distill.data.rows import Encoded, read_file
 from distill.spec import imagefolder
 from distill.spec.model import HfData
@@ -53,14 +53,14 @@ def rows(spec: HfData) -> TableRows:
     return TableRows(_as_encoded(_opened(spec), spec))
 
 
-def found(spec: HfData) -> Found:
+def found(spec: HfData) -> FoundImages:
     """The same with their classes, and what tells the set from a changed one."""
     table = _opened(spec)
     labels, num_classes = _class_ids(table, spec.label_column) if spec.label_column else (None, None)
     encoded = _as_encoded(table, spec)
     files = _files(encoded)
     stats = [_stat(name) if name else None for name in files]
-    return Found(TableRows(encoded), files, stats, labels, num_classes, _stamp(table))
+    return FoundImages(TableRows(encoded), files, stats, labels, num_classes, _stamp(table))
 
 
 def _opened(spec: HfData) -> Dataset:

@@ -74,7 +74,7 @@ class Rounds:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ComparisonSection:
     """What the page shows of a comparison of recipes."""
 
     columns: list[str]
@@ -84,7 +84,7 @@ class Comparison:
 
 
 @dataclass
-class Training:
+class TrainingCurve:
     """The logged numbers of a stage, as they are read."""
 
     unit: str = "images"
@@ -205,7 +205,7 @@ def _rounds(found: list[Round]) -> Rounds | None:
     )
 
 
-def _comparison(run: RunPaths) -> Comparison | None:
+def _comparison(run: RunPaths) -> ComparisonSection | None:
     """Written beside the report too."""
     found = comparison_table.found(run)
     if found is None:
@@ -214,7 +214,7 @@ def _comparison(run: RunPaths) -> Comparison | None:
     chart = charts.ranks(comparison_table.ranked(found), comparison_table.teacher(found), label)
     write_atomic(run.comparison_figure, chart)
     write_atomic(run.comparison_table, comparison_table.markdown(found))
-    return Comparison(
+    return ComparisonSection(
         columns=comparison_table.columns(found),
         rows=comparison_table.rows(found),
         chart=_image(chart.encode(), "svg+xml"),
@@ -222,10 +222,10 @@ def _comparison(run: RunPaths) -> Comparison | None:
     )
 
 
-def _events(run: RunPaths) -> tuple[dict[str, str], dict[str, Training], list[str]]:
+def _events(run: RunPaths) -> tuple[dict[str, str], dict[str, TrainingCurve], list[str]]:
     """Kind of each stage, what each has logged, and warnings, from the run's events; in bounded memory."""
     kinds: dict[str, str] = {}
-    trainings: dict[str, Training] = {}
+    trainings: dict[str, TrainingCurve] = {}
     warnings: dict[str, None] = {}  # in their order, each once
     for event in read_events(run):
         match event["event"]:
@@ -237,7 +237,7 @@ def _events(run: RunPaths) -> tuple[dict[str, str], dict[str, Training], list[st
                 if len(warnings) <= MAX_WARNINGS:
                     warnings[f"{event['label']}: {event['text']}"] = None
             case "progress" if event["label"] in kinds:
-                training = trainings.setdefault(event["label"], Training())
+                training = trainings.setdefault(event["label"], TrainingCurve())
                 training.unit = event.get("unit", training.unit)
                 training.done, training.total = event["done"], event.get("total", training.total)
                 for name, value in event.get("logs", {}).items():
@@ -250,7 +250,7 @@ def _events(run: RunPaths) -> tuple[dict[str, str], dict[str, Training], list[st
     return kinds, trainings, said if len(said) <= MAX_WARNINGS else [*said[:MAX_WARNINGS], "more: see events/"]
 
 
-def _stage(run: RunPaths, name: str, kind: str, training: Training | None, has_results: bool) -> Stage:
+def _stage(run: RunPaths, name: str, kind: str, training: TrainingCurve | None, has_results: bool) -> Stage:
     if run.stage(name).done.exists() or has_results:
         state = "done"
     else:
@@ -259,7 +259,7 @@ def _stage(run: RunPaths, name: str, kind: str, training: Training | None, has_r
     return Stage(name, kind, state, amount)
 
 
-def _losses(training: Training) -> str:
+def _losses(training: TrainingCurve) -> str:
     """A chart of what a stage has logged, the losses first; "" where it has logged nothing that can be drawn."""
     filled = {name: curve for name, curve in training.curves.items() if curve.at}
     names = sorted(filled, key=lambda name: "loss" not in name)  # otherwise in the order of the events

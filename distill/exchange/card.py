@@ -209,7 +209,7 @@ def to_json(card: StudentCard) -> str:
 
 
 @dataclass(frozen=True)
-class Cost:
+class TrainingCost:
     """What a stage took on the way to a student."""
 
     stage: str
@@ -230,11 +230,11 @@ class Publication:
     columns: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
     """cells in Markdown, foreign text in them escaped"""
-    costs: list[Cost] = field(default_factory=list)
+    costs: list[TrainingCost] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredStudent:
     """A card's metrics as a table by NFE."""
 
     names: list[str]
@@ -247,7 +247,7 @@ def _at(key: str) -> tuple[str, int]:
     return (found[1], int(found[2])) if found else (key, 0)
 
 
-def _measured(card: StudentCard) -> Measured | None:
+def _measured(card: StudentCard) -> MeasuredStudent | None:
     found: dict[int, dict[str, str]] = {}
     for key, value in card.metrics.items():
         name, steps = _at(key)
@@ -257,7 +257,7 @@ def _measured(card: StudentCard) -> Measured | None:
         (network_calls(card.sampler, steps), [values.get(name, "") for name in names])
         for steps, values in sorted(found.items())
     ]
-    return Measured(names, rows) if rows else None
+    return MeasuredStudent(names, rows) if rows else None
 
 
 def readme(card: StudentCard, published: Publication | None = None) -> str:

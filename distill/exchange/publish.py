@@ -18,9 +18,9 @@ from distill.core.markdown import escape
 from distill.core.text import short, suggest, whole_number
 from distill.exchange import card as cards
 from distill.exchange import contents, manifest, published, pull
-from distill.exchange.card import Cost, FileRecord, Publication, StudentCard
-from distill.exchange.published import REGISTRY, Entry
-from distill.exchange.transports import Folder
+from distill.exchange.card import FileRecord, Publication, StudentCard, TrainingCost
+from distill.exchange.published import REGISTRY, PublishedVersion
+from distill.exchange.transports import RemoteFolder
 from distill.runs import jobs, results, todo
 from distill.runs.progress import duration
 from distill.runs.results import Results, Row
@@ -46,7 +46,7 @@ class Chosen:
 class Published:
     """What a publication has come to."""
 
-    entry: Entry
+    entry: PublishedVersion
     new: bool
     """whether the version is new; else the same bytes were published already"""
     skipped: list[str]
@@ -110,7 +110,7 @@ def publish(
         raise InputError(f"{home} is no folder, so no version can lie there; choose another name, or remove it")
     if picture:
         contents.refuse_picture(picture, PICTURE)
-    source = Folder(student)
+    source = RemoteFolder(student)
     old, _ = pull.describe(source)
     try:
         with hidden_folder(home / "new") as here:
@@ -131,7 +131,7 @@ def publish(
     return Published(entry, not same, listed.skipped)
 
 
-def _is(entry: Entry, content: bytes, version: str | None) -> bool:
+def _is(entry: PublishedVersion, content: bytes, version: str | None) -> bool:
     return entry.digest == manifest.digest(content) and version in (None, entry.version)
 
 
@@ -251,7 +251,7 @@ def _ancestry(spec: RunSpec, stage: str) -> list[str]:
     return [name for name in spec.stages if name in wanted]
 
 
-def _cost(chosen: Chosen, spec: RunSpec, name: str, images: int, took: Time) -> Cost:
+def _cost(chosen: Chosen, spec: RunSpec, name: str, images: int, took: Time) -> TrainingCost:
     stage = spec.stages[name]
     procs = spec.launch.world_size if isinstance(stage, TrainStage) else 1
     seconds = took.total + (_time_of_parts(chosen.run, name) if isinstance(stage, PairsStage) else 0.0)
@@ -261,7 +261,7 @@ def _cost(chosen: Chosen, spec: RunSpec, name: str, images: int, took: Time) -> 
         assert isinstance(stage, PairsStage), "nothing else leads to a student"
         work = f"{stage.count:,} pairs"
     processes = f"{procs} process{'es' if procs > 1 else ''}"
-    return Cost(name, work, duration(seconds), f"{processes}, {took.place}" if took.place else processes)
+    return TrainingCost(name, work, duration(seconds), f"{processes}, {took.place}" if took.place else processes)
 
 
 def _times(chosen: Chosen, stages: Sequence[str]) -> dict[str, Time]:

@@ -51,7 +51,7 @@ from distill.core.text import short, suggest
 from distill.exchange import card as cards
 from distill.exchange import manifest, pull
 from distill.exchange.card import Digest, Metrics, StudentCard
-from distill.exchange.transports import Folder, Missing, Source
+from distill.exchange.transports import Missing, RemoteFolder, RemoteSource
 from distill.spec.model import Name
 
 REGISTRY, INDEX = "registry", "_index.json"
@@ -69,7 +69,7 @@ def _first_metrics(given: object) -> object:
     return dict(islice(((name, value) for name, value in given.items() if len(str(name)) <= METRIC), MAX_METRICS))
 
 
-class Entry(FrozenModel):
+class PublishedVersion(FrozenModel):
     """One version of a student. What later versions of distill may add is ignored."""
 
     model_config = ConfigDict(extra="ignore")
@@ -99,7 +99,7 @@ class Entry(FrozenModel):
         return self.published, [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
-class Index(FrozenModel):
+class PublishedIndex(FrozenModel):
     """The content of _index.json. Its entries are looked at one by one: one that is broken harms no other."""
 
     model_config = ConfigDict(extra="ignore")
@@ -112,25 +112,25 @@ class Index(FrozenModel):
 class Listed:
     """What a store has published."""
 
-    students: list[Entry]
+    students: list[PublishedVersion]
     """by name, the oldest version first"""
     skipped: list[str] = field(default_factory=list)
     """what cannot be used, each with the reason"""
 
 
-def listed(source: Source, only: str = "*") -> Listed:
+def listed(source: RemoteSource, only: str = "*") -> Listed:
     """All that a store has published, by its folders, or by its index where it is no folder.
 
     only: a name; of a folder's students, those of other names are not looked at.
     """
-    if isinstance(source, Folder):
+    if isinstance(source, RemoteFolder):
         return scan(source.path, only)
     where = f"{source.where}/{REGISTRY}/{INDEX}"
     try:
         content = pull.read(source.below(REGISTRY), INDEX, MAX_INDEX)
         if _fills_memory(content):
             raise InputError(f"{where} holds more than an index of {MAX_ENTRIES:,} entries would; it is refused")
-        given = Index.model_validate_json(content).students
+        given = PublishedIndex.model_validate_json(content).students
     except Missing as missing:
         raise InputError(f"{missing}; nothing has been published here, or this is not a store") from missing
     except ValidationError as error:
@@ -138,7 +138,7 @@ def listed(source: Source, only: str = "*") -> Listed:
     found = Listed([])
     for number, each in enumerate(given):
         try:
-            found.students.append(Entry.model_validate(each))
+            found.students.append(PublishedVersion.model_validate(each))
         except ValidationError as error:
             found.skipped.append(f"entry {number + 1} of {where} is skipped: {records.mistake(error)}")
     return found
@@ -202,7 +202,7 @@ def _folders(path: Path, found: Listed, only: str = "*") -> list[str]:
     return sorted(folders)
 
 
-def _entry(registry: Path, name: str, version: str) -> Entry | None:
+def _entry(registry: Path, name: str, version: str) -> PublishedVersion | None:
     """None: there is no card, or no longer."""
     path = registry / name / version / cards.FILE_NAME
     try:
@@ -212,10 +212,10 @@ def _entry(registry: Path, name: str, version: str) -> Entry | None:
     return entry_of(name, version, manifest.parse(content, cards.FILE_NAME), content, published)
 
 
-def entry_of(name: str, version: str, card: StudentCard, content: bytes, published: float) -> Entry:
+def entry_of(name: str, version: str, card: StudentCard, content: bytes, published: float) -> PublishedVersion:
     """What the index says of a student; InputError if that is too much. content: of its distill.json."""
     try:
-        entry = Entry(
+        entry = PublishedVersion(
             name=name,
             version=version,
             digest=manifest.digest(content),
@@ -259,7 +259,7 @@ def write_index(store: Path) -> Listed:
     return found
 
 
-def _bytes(students: Sequence[Entry]) -> bytes:
+def _bytes(students: Sequence[PublishedVersion]) -> bytes:
     """The content of the index, a line for each student; of too many the newest."""
     head, end = b'{"format": 1, "students": [', b"\n]}\n"
     lines, size = dict[int, bytes](), len(head) + len(end)
@@ -273,7 +273,7 @@ def _bytes(students: Sequence[Entry]) -> bytes:
     return head + b",".join(lines[place] for place in sorted(lines)) + end
 
 
-def _line(entry: Entry) -> bytes:
+def _line(entry: PublishedVersion) -> bytes:
     return json.dumps(entry.model_dump(mode="json"), ensure_ascii=False, allow_nan=False).encode()
 
 
@@ -290,7 +290,7 @@ def split(given: str) -> tuple[str, str | None]:
     return name, version if colon else None
 
 
-def locate(source: Source, listed: Listed, name: str, version: str | None) -> tuple[Source, str | None]:
+def locate(source: RemoteSource, listed: Listed, name: str, version: str | None) -> tuple[RemoteSource, str | None]:
     """The folder of a version of a name, or of its newest, and its digest.
 
     A version that the index does not have is looked for in its place: who published it may not have come to that.
@@ -299,18 +299,20 @@ def locate(source: Source, listed: Listed, name: str, version: str | None) -> tu
     if version is None and found:
         version = max(found, key=lambda entry: entry.order).version
     digest = next((entry.digest for entry in found if entry.version == version), None)
-    if version is None or (digest is None and isinstance(source, Folder)):
+    if version is None or (digest is None and isinstance(source, RemoteFolder)):
         raise InputError(_absent(source, listed, name, version, found))
     return source.below(REGISTRY).below(name).below(version), digest
 
 
-def _absent(source: Source, listed: Listed, name: str, version: str | None, versions: list[Entry]) -> str:
+def _absent(
+    source: RemoteSource, listed: Listed, name: str, version: str | None, versions: list[PublishedVersion]
+) -> str:
     for place, _, why in (each.partition(" is skipped: ") for each in listed.skipped):
-        if isinstance(source, Folder) and (version is None or place.endswith((f"/{name}", f"/{name}/{version}"))):
+        if isinstance(source, RemoteFolder) and (version is None or place.endswith((f"/{name}", f"/{name}/{version}"))):
             return f"{place} cannot be used: {why}"
     if versions and version is not None:
         return f"'{name}' has no version '{version}'; {suggest(version, [entry.version for entry in versions])}"
-    if isinstance(source, Folder):
+    if isinstance(source, RemoteFolder):
         names = set(_folders(source.path / REGISTRY, Listed([])))
     else:
         names = {entry.name for entry in listed.students}

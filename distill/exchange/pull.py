@@ -19,7 +19,7 @@ from distill.exchange import card as cards
 from distill.exchange import contents, manifest
 from distill.exchange.card import StudentCard
 from distill.exchange.transfer import PAUSES, Tally, fetch
-from distill.exchange.transports import Broken, Folder, Missing, Refused, Source
+from distill.exchange.transports import Broken, Missing, Refused, RemoteFolder, RemoteSource
 from distill.runs.progress import Progress
 
 SMALL, RATE = 60.0, 64 << 10  # what a small file may take: seconds, and bytes a second beyond them
@@ -37,7 +37,7 @@ class Pulled:
     """bytes; 0: it was here already"""
 
 
-def read(source: Source, name: str, limit: int) -> bytes:
+def read(source: RemoteSource, name: str, limit: int) -> bytes:
     """A small file, whole. Missing where there is none.
 
     It may take a minute, and a second more for each RATE bytes that came, however often the other side fails.
@@ -72,7 +72,7 @@ def _is_late(begin: float, size: int) -> bool:
     return time.monotonic() - begin > SMALL + size / RATE
 
 
-def describe(source: Source) -> tuple[StudentCard, bytes]:
+def describe(source: RemoteSource) -> tuple[StudentCard, bytes]:
     """The card of the student at a source, and its bytes; refused unless a student folder may look so."""
     try:
         content = read(source, cards.FILE_NAME, cards.MAX_CARD)
@@ -87,7 +87,7 @@ def describe(source: Source) -> tuple[StudentCard, bytes]:
 
 def verify(folder: Path, show: Show | None = None) -> StudentCard:
     """The card of a folder that is a whole student and nothing else. show: takes code that is unknown."""
-    card, _ = describe(Folder(folder))
+    card, _ = describe(RemoteFolder(folder))
     if show is None:
         manifest.refuse_unknown_code(card, str(folder))
     cards.verify(folder)
@@ -96,7 +96,7 @@ def verify(folder: Path, show: Show | None = None) -> StudentCard:
     return card
 
 
-def pull(source: Source, dest: Path, *, digest: str | None = None, show: Show | None = None) -> Pulled:
+def pull(source: RemoteSource, dest: Path, *, digest: str | None = None, show: Show | None = None) -> Pulled:
     """Fetch the student at `source` to `dest`, which is not there before all of it is, and right.
 
     digest: what it must have, if that is known; show: is given code that is unknown, which is refused otherwise.
@@ -145,7 +145,7 @@ def _is_here(dest: Path, content: bytes, show: Show | None) -> bool:
     return True
 
 
-def fetch_all(source: Source, card: StudentCard, here: Path, label: str = "pull") -> None:
+def fetch_all(source: RemoteSource, card: StudentCard, here: Path, label: str = "pull") -> None:
     """Every listed file, the largest first."""
     files = sorted(card.files.items(), key=lambda item: -item[1].size)
     total, tally = sum(record.size for _, record in files), Tally()
@@ -208,7 +208,7 @@ def _is_own(path: Path) -> bool:
 
 def _settle(here: Path, dest: Path, card: StudentCard, content: bytes) -> None:
     """Give a complete student its name; one that another pull has put there meanwhile is as good."""
-    for name in Folder(here).listing() or []:
+    for name in RemoteFolder(here).listing() or []:
         if name not in card.files:  # of a process that was killed
             (here / name).unlink()
     write_atomic(here / cards.FILE_NAME, content)

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from distill.core.errors import InputError
 from distill.core.text import one_line
-from distill.exchange.transports import READ, SILENCE, Broken, Missing, Refused, Source, Stream, shown
+from distill.exchange.transports import READ, SILENCE, Broken, Missing, Refused, RemoteSource, Stream, shown
 
 LAST = 4096  # bytes kept of what ssh says
 ABSENT = 44  # exit code of our remote line where there is no such file
@@ -57,7 +57,7 @@ class Ssh:
     def listing(self) -> list[str] | None:
         return None
 
-    def below(self, name: str) -> Source:
+    def below(self, name: str) -> RemoteSource:
         return Ssh(f"{self.where}/{name}", self.host, f"{self.path}/{name}", self.parallel, self.retries)
 
 
@@ -112,7 +112,7 @@ class _Output:
         raise Broken(message)
 
 
-def at(url: str) -> Source:
+def at(url: str) -> RemoteSource:
     """ssh://[USER@]HOST[:PORT]/PATH; /~/PATH lies below the home there."""
     parts = urlsplit(url)
     user, _, host = parts.netloc.rpartition("@")

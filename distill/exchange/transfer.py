@@ -12,7 +12,7 @@ from typing import Self
 
 from distill.core.errors import InputError, RunError
 from distill.exchange.card import FileRecord
-from distill.exchange.transports import Broken, Missing, Refused, Source, Stream
+from distill.exchange.transports import Broken, Missing, Refused, RemoteSource, Stream
 
 BLOCK = 4 << 20  # bytes in memory at once, twice for each file on its way
 PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)  # seconds before asking again, by the failures in a row that brought nothing
@@ -34,7 +34,7 @@ class Tally:
             self.bytes += count
 
 
-class Part:
+class FilePart:
     """A file that is not complete: what has come is on the disk, and in the digest. The digest takes a block while the
     disk takes it too.
     """
@@ -80,13 +80,13 @@ class Part:
         return self._digest.hexdigest()
 
 
-def fetch(source: Source, name: str, record: FileRecord, path: Path, tally: Tally) -> None:
+def fetch(source: RemoteSource, name: str, record: FileRecord, path: Path, tally: Tally) -> None:
     """The file `name` at `path`, its bytes as recorded; what an earlier process left of it is resumed."""
     part_path = path.with_name(f"{path.name}.part")
     try:
         if path.exists():  # complete, unless the machine went down before it was on the disk
             path.replace(part_path)
-        with Part(part_path, record.size) as part:
+        with FilePart(part_path, record.size) as part:
             tally.add(part.size)
             _complete(source, name, record, part, tally)
         if not tally.stop.is_set():
@@ -95,7 +95,7 @@ def fetch(source: Source, name: str, record: FileRecord, path: Path, tally: Tall
         raise RunError(f"cannot write {path}: {error.strerror}; the received part is kept there") from error
 
 
-def _complete(source: Source, name: str, record: FileRecord, part: Part, tally: Tally) -> None:
+def _complete(source: RemoteSource, name: str, record: FileRecord, part: FilePart, tally: Tally) -> None:
     failures = damaged = 0
     while not tally.stop.is_set():
         before, why = part.size, ""
@@ -131,7 +131,7 @@ def _complete(source: Source, name: str, record: FileRecord, part: Part, tally: 
         tally.stop.wait(PAUSES[min(failures, len(PAUSES)) - 1] if failures else 0)
 
 
-def _receive(stream: Stream, part: Part, size: int, tally: Tally) -> str:
+def _receive(stream: Stream, part: FilePart, size: int, tally: Tally) -> str:
     """All that comes; why it is not the whole file, or nothing."""
     begin, before = time.monotonic(), part.size
     while block := stream.read(min(BLOCK, size - part.size + 1)):  # one more than is missing, to notice what is longer

@@ -58,7 +58,7 @@ class Stream(Protocol):
 
 
 @runtime_checkable
-class Source(Protocol):
+class RemoteSource(Protocol):
     """A folder somewhere, for reading."""
 
     @property
@@ -69,7 +69,7 @@ class Source(Protocol):
     def retries(self) -> int: ...  # after a failure that brought nothing
     def open(self, name: str, offset: int) -> AbstractContextManager[Stream]: ...
     def listing(self) -> list[str] | None: ...  # every file, if that can be told
-    def below(self, name: str) -> "Source": ...  # a folder in it
+    def below(self, name: str) -> "RemoteSource": ...  # a folder in it
 
 
 def is_url(text: str) -> bool:
@@ -126,17 +126,17 @@ def within(seconds: float, call: Callable[[], Result], what: str) -> Result:
     return found[0]
 
 
-def at(place: str | Path) -> Source:
+def at(place: str | Path) -> RemoteSource:
     """The folder that a path or a URL names."""
     if not isinstance(place, str) or not is_url(place):
-        return Folder(Path(place))
+        return RemoteFolder(Path(place))
     url, base = _parsed(place), place.rstrip("/")
     scheme = url.scheme.lower()
     if scheme == "file":
         path = unquote(url.path)
         if not is_text(path) or "\n" in path:
             raise InputError(f"{one_line(shown(place), 500)}: the path holds a control character; give another folder")
-        return Folder(Path(path))
+        return RemoteFolder(Path(path))
     if scheme == "ssh":
         from distill.exchange import ssh
 
@@ -193,7 +193,7 @@ def _parsed(text: str) -> SplitResult:
 
 
 @dataclass(frozen=True)
-class Folder:
+class RemoteFolder:
     """A folder of this machine."""
 
     path: Path
@@ -236,8 +236,8 @@ class Folder:
             found += [(Path(above) / each).relative_to(self.path).as_posix() for each in files]
         return sorted(found)
 
-    def below(self, name: str) -> "Source":
-        return Folder(self.path / name)
+    def below(self, name: str) -> "RemoteSource":
+        return RemoteFolder(self.path / name)
 
 
 # --- object stores ---
@@ -272,7 +272,7 @@ class Fsspec:
     def listing(self) -> list[str] | None:
         return None
 
-    def below(self, name: str) -> "Source":
+    def below(self, name: str) -> "RemoteSource":
         return Fsspec(f"{self.where}/{name}", self.system, f"{self.path}/{name}", self.errors)
 
 
@@ -291,7 +291,7 @@ class _Checked:
             raise Broken(reason(error)) from error
 
 
-def _s3(url: str) -> Source:
+def _s3(url: str) -> RemoteSource:
     where = shown(url)
     try:
         from botocore.exceptions import BotoCoreError

@@ -19,7 +19,7 @@ from distill.exchange.transports import (
     Broken,
     Missing,
     Refused,
-    Source,
+    RemoteSource,
     Stream,
     reason,
     shown,
@@ -67,7 +67,7 @@ class Http:
     def listing(self) -> list[str] | None:
         return None
 
-    def below(self, name: str) -> Source:
+    def below(self, name: str) -> RemoteSource:
         return Http(f"{self.where}/{name}", f"{self.base}/{name}", self.headers, self.parallel, self.retries)
 
 
@@ -157,7 +157,7 @@ def _skip(stream: Stream, count: int) -> None:
         count -= len(passed)
 
 
-def hub(url: str) -> Source:
+def hub(url: str) -> RemoteSource:
     """hf://ORG/NAME[@REVISION], at the commit that its revision is now."""
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", url)
     if match is None:

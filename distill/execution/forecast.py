@@ -30,7 +30,7 @@ LABEL = 8  # bytes
 
 
 @dataclass(frozen=True)
-class Cost:
+class StageCost:
     """Of one stage."""
 
     seconds: float
@@ -38,7 +38,7 @@ class Cost:
     """on the disk once it is done"""
 
 
-def forecast(ready: Ready, *, here: bool) -> dict[str, Cost]:
+def forecast(ready: Ready, *, here: bool) -> dict[str, StageCost]:
     """The costs of each stage. here: it is to run on this machine, on the device that it will have.
 
     A stage is left out where its networks are not known yet.
@@ -63,7 +63,7 @@ class _Forecast:
     device: torch.device
     measured: dict[str, float] = field(default_factory=dict)
 
-    def train(self, name: str, stage: TrainStage) -> Cost:
+    def train(self, name: str, stage: TrainStage) -> StageCost:
         launch, student = self.ready.resolved.spec.launch, self.ready.student(name)
         built = self.ready.built[name]
         cost = registry.describe(stage.recipe, self.ready.resolved.base).cost or 1.0
@@ -74,21 +74,21 @@ class _Forecast:
         kept = memory.predict(built.sizes, built.copies, len(stage.ema_half_lives), 1, Zero())
         checkpoint = kept["parameters"] + kept["optimizer"] + kept["ema"]
         exported = memory.FLOAT * sum(built.sizes["student"])
-        return Cost(seconds, exported + stage.checkpoint.keep * checkpoint)
+        return StageCost(seconds, exported + stage.checkpoint.keep * checkpoint)
 
-    def pairs(self, stage: PairsStage) -> Cost:
+    def pairs(self, stage: PairsStage) -> StageCost:
         teacher = self._teacher(stage.teacher)
         seconds = stage.count * stage.network_calls * self._seconds(teacher, stage.block)
         label = LABEL if teacher.num_classes is not None else 0
-        return Cost(seconds, stage.count * (stage.bytes_per_pair(teacher.shape) + label))
+        return StageCost(seconds, stage.count * (stage.bytes_per_pair(teacher.shape) + label))
 
-    def evaluate(self, stage: EvaluateStage) -> Cost:
+    def evaluate(self, stage: EvaluateStage) -> StageCost:
         teacher = self._teacher(stage.teacher)
         calls = evalspec.calls(stage, self.ready.resolved.samplers(stage))
         networks = {"teacher": teacher, **{name: self.ready.student(name) for name in stage.students}}
         seconds = sum(calls[name] * self._seconds(network, stage.block) for name, network in networks.items())
         endpoint = stage.samples * math.prod(teacher.shape) * memory.FLOAT
-        return Cost(stage.samples * seconds, endpoint)
+        return StageCost(stage.samples * seconds, endpoint)
 
     def _teacher(self, stage: str | None) -> Student:
         if stage is not None:

@@ -153,7 +153,7 @@ def _teacher_name(spec: RunSpec, stage: TrainStage) -> str:
 
 
 @dataclass(frozen=True)
-class Training:
+class PreparedTraining:
     """What a train stage trains: its recipe, where networks come from, and what its student will say."""
 
     recipe: Recipe
@@ -166,7 +166,7 @@ class Training:
     calls: Counted | None  # of the teacher by the recipe, where they are counted
 
 
-def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
+def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTraining:
     """device: of the teacher, and of weights that start as its."""
     asked, inputs = work.resolved.recipes[work.name], work.inputs(device)
     teacher, data = inputs.teacher, inputs.data
@@ -199,7 +199,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> Training:
     )
     read = {"teacher": teacher, "init": origin, "data": data}
     digests = {name: each.digest for name, each in read.items() if each is not None}
-    return Training(recipe, teacher, init, card, inputs.times, data, digests, calls)
+    return PreparedTraining(recipe, teacher, init, card, inputs.times, data, digests, calls)
 
 
 def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -> float:

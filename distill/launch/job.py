@@ -70,7 +70,7 @@ class OwnLog:
         return BY_WORDS.get(found[-1], ASKED) if found[-1] else "cancelled"
 
 
-class Batch:
+class BatchJob:
     """One attempt of one job."""
 
     def __init__(self, run: RunPaths, stages: list[str], part: tuple[int, int] | None, command: Sequence[str]) -> None:
@@ -290,4 +290,4 @@ class Batch:
 def execute(run: RunPaths, stages: list[str], part: tuple[int, int] | None, command: Sequence[str]) -> int:
     """Be the process of a job; `command` starts the processes of a stage, whose name is put after it."""
     with ranks.Relay(PASSED_ON) as relay:
-        return Batch(run, stages, part, command).execute(relay)
+        return BatchJob(run, stages, part, command).execute(relay)

@@ -25,7 +25,7 @@ PORTS = range(61000, 65500)  # above those that the kernel gives to outgoing con
 
 
 @dataclass(frozen=True)
-class Plan:
+class JobPlan:
     """A job to be submitted."""
 
     name: str
@@ -58,7 +58,7 @@ class Where:
     """variables that lead to what the run reads from a hub"""
 
 
-def job(run: RunPaths, launch: LaunchSpec, plan: Plan, where: Where) -> str:
+def job(run: RunPaths, launch: LaunchSpec, plan: JobPlan, where: Where) -> str:
     """The script of a job of a run."""
     options = launch.slurm
     parts = f", parts {', '.join(map(str, plan.parts))} of {options.pairs_jobs}" if plan.parts else ""
@@ -139,7 +139,7 @@ def _render(
     )
 
 
-def _header(run: RunPaths, launch: LaunchSpec, plan: Plan, site: Site) -> list[str]:
+def _header(run: RunPaths, launch: LaunchSpec, plan: JobPlan, site: Site) -> list[str]:
     options, trains = launch.slurm, plan.trains
     gpus = options.gpus_per_node if trains else min(1, options.gpus_per_node)
     given = {

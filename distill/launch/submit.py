@@ -6,7 +6,7 @@ from distill.core.atomic import write_atomic, write_json
 from distill.core.errors import InputError, RunError
 from distill.core.text import suggest
 from distill.launch import script, slurm
-from distill.launch.script import Plan, Where
+from distill.launch.script import JobPlan, Where
 from distill.launch.site import SiteSource
 from distill.runs import jobs
 from distill.runs.store import RunPaths, append_event, read_json
@@ -14,7 +14,7 @@ from distill.spec import checks
 from distill.spec.model import PairsStage, RunSpec, SlurmSpec, TrainStage
 
 
-def plans(run: RunPaths, spec: RunSpec, stages: Sequence[str], parted: Collection[str] = ()) -> list[Plan]:
+def plans(run: RunPaths, spec: RunSpec, stages: Sequence[str], parted: Collection[str] = ()) -> list[JobPlan]:
     """The jobs that compute these stages, each after those that it needs.
 
     parted: pairs stages whose parts are under way already.
@@ -24,17 +24,19 @@ def plans(run: RunPaths, spec: RunSpec, stages: Sequence[str], parted: Collectio
     if options.one_job:
         trains = any(isinstance(spec.stages[name], TrainStage) for name in stages)
         others = {target for each in needs.values() for target in each}
-        return [Plan("all", list(stages), None, [], others, trains)] if stages else []
-    found: list[Plan] = []
+        return [JobPlan("all", list(stages), None, [], others, trains)] if stages else []
+    found: list[JobPlan] = []
     for name in stages:
         stage = spec.stages[name]
         after = [target for target in needs[name] if target in stages]
         if isinstance(stage, PairsStage) and options.pairs_jobs > 1 and name not in parted:
             missing = jobs.missing_parts(stage, run.stage(name).pairs, options.pairs_jobs)
             if missing:
-                found.append(Plan(f"{name}.parts", [name], missing, after, needs[name], trains=False))
+                found.append(JobPlan(f"{name}.parts", [name], missing, after, needs[name], trains=False))
                 after = [f"{name}.parts"]
-        found.append(Plan(name, [name], None, list(dict.fromkeys(after)), needs[name], isinstance(stage, TrainStage)))
+        found.append(
+            JobPlan(name, [name], None, list(dict.fromkeys(after)), needs[name], isinstance(stage, TrainStage))
+        )
     return found
 
 
@@ -70,7 +72,7 @@ def check_container(spec: RunSpec, site: SiteSource) -> None:
 
 def submit(
     run: RunPaths, spec: RunSpec, stages: Sequence[str], where: Where, parted: Collection[str] = ()
-) -> dict[str, Plan]:
+) -> dict[str, JobPlan]:
     """Queue the `plans` of these stages as jobs, each after those that it needs: by their numbers. All, or none."""
     sent: dict[str, str] = {}
     live, planned = live_jobs(run), plans(run, spec, stages, parted)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from distill.core.errors import InputError
 from distill.exchange import card
 from distill.plans import planning
-from distill.plans.comparison import Chain, Plan
-from distill.reports.comparison_table import Comparison, Entry, Measured, Part
+from distill.plans.comparison import Chain, ComparisonPlan
+from distill.reports.comparison_table import ComparedRecipe, Comparison, Measured, TrainedPart
 from distill.runs.store import RunPaths, read_events, read_json
 from distill.spec import evalspec
 from distill.spec.model import PairsStage, RunSpec, Stage, TrainStage
@@ -22,7 +22,7 @@ MOST_MINUTES = 1_000_000  # two years
 IN_IMAGES = "_images"  # how options end that are lengths, like anneal_images
 
 
-def rehearsal(planned: Plan) -> RunSpec:
+def rehearsal(planned: ComparisonPlan) -> RunSpec:
     """A miniature of the run, with as many steps of what is compared as show how long they take."""
     small = planning.miniature(planned.spec())
     longer: dict[str, Stage] = {}
@@ -34,22 +34,24 @@ def rehearsal(planned: Plan) -> RunSpec:
     return small.model_copy(update={"stages": {**small.stages, **longer}})
 
 
-def measured(planned: Plan, run: RunPaths) -> dict[str, Measured]:
+def measured(planned: ComparisonPlan, run: RunPaths) -> dict[str, Measured]:
     """What the run of a rehearsal has shown, by train stage."""
     return {name: _measured(run, name, stage) for chain in planned.chains for name, stage in chain.trained.items()}
 
 
-def frozen(planned: Plan, found: Mapping[str, Measured], minutes: float, command: str) -> tuple[RunSpec, Comparison]:
+def frozen(
+    planned: ComparisonPlan, found: Mapping[str, Measured], minutes: float, command: str
+) -> tuple[RunSpec, Comparison]:
     """The spec whose chains take the minutes each by what was measured, and the record of it."""
     changed: dict[str, Stage] = {}
     entries = []
     for chain in planned.chains:
         scaled = _scaled(chain, found, minutes)
         changed |= scaled
-        parts = [Part(stage=n, recipe=s.recipe, images=s.images, measured=found[n]) for n, s in scaled.items()]
+        parts = [TrainedPart(stage=n, recipe=s.recipe, images=s.images, measured=found[n]) for n, s in scaled.items()]
         solved = [{**planned.shared, **chain.stages}[name] for name in chain.pairs]
         pair_calls = sum(stage.count * stage.network_calls for stage in solved if isinstance(stage, PairsStage))
-        entries.append(Entry(name=chain.name, recipe=chain.recipe, parts=parts, pair_calls=pair_calls))
+        entries.append(ComparedRecipe(name=chain.name, recipe=chain.recipe, parts=parts, pair_calls=pair_calls))
     students = {
         chain.name: planned.evaluation.students.get(chain.name) or _steps(found[chain.name]) for chain in planned.chains
     }

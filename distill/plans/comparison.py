@@ -43,7 +43,7 @@ class Chain:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """A comparison whose lengths are still the spec's."""
 
     given: RunSpec
@@ -62,7 +62,7 @@ class Plan:
         return self.given.model_copy(update={"stages": {**stages, **(changed or {})}})
 
 
-def plan(resolved: Resolved, recipes: Sequence[str] | None) -> Plan:
+def plan(resolved: Resolved, recipes: Sequence[str] | None) -> ComparisonPlan:
     """The comparison of recipes that are named; None: all that the spec distils by. InputError where it does not fit.
 
     What comes out has not been checked yet.
@@ -89,7 +89,7 @@ def plan(resolved: Resolved, recipes: Sequence[str] | None) -> Plan:
     targets = {target for stage in needing for _, target, _ in checks.references(stage) if target in common}
     used = _lines(spec, targets)
     shared = {n: s for n, s in spec.stages.items() if n in used}
-    return Plan(spec, shared, chains, name, evaluation)
+    return ComparisonPlan(spec, shared, chains, name, evaluation)
 
 
 def _refuse_one_name(chains: Sequence[Chain]) -> None:

@@ -32,7 +32,7 @@ FITS = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class RoundsPlan:
     """How many rounds, and what keeps them close to the data."""
 
     rounds: int = 1
@@ -58,7 +58,7 @@ class Template:
     evaluation: EvaluateStage
 
 
-def expand(resolved: Resolved, plan: Plan) -> RunSpec:
+def expand(resolved: Resolved, plan: RoundsPlan) -> RunSpec:
     """The spec of the rounds, from one of a single round; InputError where it does not fit."""
     spec, template = resolved.spec, _template(resolved)
     _refuse(resolved, template, plan)
@@ -159,7 +159,7 @@ def _default_evaluation(pairs: PairsStage, flow: TrainStage) -> EvaluateStage:
     )
 
 
-def _refuse(resolved: Resolved, template: Template, plan: Plan) -> None:
+def _refuse(resolved: Resolved, template: Template, plan: RoundsPlan) -> None:
     spec = resolved.spec
     if plan.rounds < 1:
         raise InputError(f"--rounds {plan.rounds}: at least 1 is expected")
@@ -187,7 +187,7 @@ def _refuse(resolved: Resolved, template: Template, plan: Plan) -> None:
         raise InputError(f"--data-weight: {recipe} has no option {DATA_WEIGHT}; leave it out, or use reflow/reflow")
 
 
-def _round(template: Template, number: int, teacher: str | None, plan: Plan) -> list[tuple[str, Stage]]:
+def _round(template: Template, number: int, teacher: str | None, plan: RoundsPlan) -> list[tuple[str, Stage]]:
     """The stages of a round, by the flow before it."""
     first, flow = number == 1, f"{template.flow_name}-{number}"
     pairs = template.pairs.model_copy(update=_of(teacher, first=first))
@@ -218,7 +218,7 @@ def _inverted(pairs: PairsStage, share: float) -> PairsStage:
     return pairs.model_copy(update={**ends, "count": count, "solver": solver})
 
 
-def _one_evaluation(template: Template, plan: Plan) -> bool:
+def _one_evaluation(template: Template, plan: RoundsPlan) -> bool:
     """Whether the last evaluation would say no more than that of the only round."""
     evaluation, ours = template.evaluation, {template.flow_name, *template.distillation}
     same = evaluation.teacher == template.flow.teacher and ours.issuperset(evaluation.students)
@@ -244,7 +244,7 @@ def _distillation(template: Template, resolved: Resolved, flow: str) -> list[tup
     return [*found.items(), (name, stage.model_copy(update=changes))]
 
 
-def _last_evaluation(template: Template, flows: Sequence[str], plan: Plan) -> EvaluateStage:
+def _last_evaluation(template: Template, flows: Sequence[str], plan: RoundsPlan) -> EvaluateStage:
     """All flows, and the distilled student, beside the first teacher."""
     given = template.evaluation.students
     students: dict[str, list[int]] = {name: given.get(template.flow_name, FEW_STEPS) for name in flows}

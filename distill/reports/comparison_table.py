@@ -34,7 +34,7 @@ class Measured(FrozenModel):
     """that its student is made for; empty: any number"""
 
 
-class Part(FrozenModel):
+class TrainedPart(FrozenModel):
     """A train stage of a chain."""
 
     stage: Name
@@ -48,13 +48,13 @@ class Part(FrozenModel):
         return self.images * self.measured.seconds_per_image
 
 
-class Entry(FrozenModel):
+class ComparedRecipe(FrozenModel):
     """A recipe in a comparison: the chain of stages that makes its student."""
 
     name: Name
     """of the stage of its student, the last of its parts"""
     recipe: Line
-    parts: list[Part] = Field(min_length=1, max_length=1000)
+    parts: list[TrainedPart] = Field(min_length=1, max_length=1000)
     pair_calls: NonNegativeFloat
     """network calls for the pairs that it trains on, also where others train on them too"""
 
@@ -81,7 +81,7 @@ class Comparison(FrozenModel):
     """of training, for each recipe"""
     evaluation: Name
     """the stage that measures all"""
-    entries: list[Entry] = Field(min_length=1, max_length=1000)
+    entries: list[ComparedRecipe] = Field(min_length=1, max_length=1000)
 
     @property
     def measured(self) -> dict[str, Measured]:
@@ -90,7 +90,7 @@ class Comparison(FrozenModel):
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundComparison:
     """A comparison that was made."""
 
     comparison: Comparison
@@ -112,7 +112,7 @@ def load(run: RunPaths) -> Comparison | None:
         return None
 
 
-def found(run: RunPaths) -> Found | None:
+def found(run: RunPaths) -> FoundComparison | None:
     """What a run has found, once its evaluation has; None: it is no comparison, or not as far."""
     comparison = load(run)
     measured = None if comparison is None else results.load(run.stage(comparison.evaluation))
@@ -133,7 +133,7 @@ def found(run: RunPaths) -> Found | None:
             ended = event["time"]
     seconds = {e.name: sum(sessions.seconds(p.stage) for p in e.parts) for e in comparison.entries}
     date = "" if ended is None else datetime.fromtimestamp(ended).astimezone().strftime("%Y-%m-%d")
-    return Found(comparison, measured, seconds, _machine(run, measured, device), date)
+    return FoundComparison(comparison, measured, seconds, _machine(run, measured, device), date)
 
 
 class Sessions:
@@ -167,12 +167,12 @@ def _machine(run: RunPaths, measured: Results, device: str) -> str:
     return f"{cores if measured.device == 'cpu' or not device else device}, torch {env.version('torch') or '?'}"
 
 
-def quantity(found: Found) -> str:
+def quantity(found: FoundComparison) -> str:
     """What is compared."""
     return found.results.distance or "RMS"
 
 
-def columns(found: Found) -> list[str]:
+def columns(found: FoundComparison) -> list[str]:
     """Heads of the numbers of a row, in the order of `rows`."""
     first, *further = _steps(found)
     return [
@@ -186,7 +186,7 @@ def columns(found: Found) -> list[str]:
     ]
 
 
-def rows(found: Found) -> list[tuple[str, list[str]]]:
+def rows(found: FoundComparison) -> list[tuple[str, list[str]]]:
     """The name of each row, and its numbers as text: the teacher by each of its solvers first."""
     measured = found.results.usual
     coarse = [row for row in measured if row.role == "teacher" and not row.fine]
@@ -202,7 +202,7 @@ def rows(found: Found) -> list[tuple[str, list[str]]]:
     return lines
 
 
-def titled(entry: Entry) -> str:
+def titled(entry: ComparedRecipe) -> str:
     """Its name and, where that says less, its recipes."""
     recipes = list(dict.fromkeys(part.recipe for part in entry.parts))
     return (
@@ -217,29 +217,29 @@ def short(recipe: str) -> str:
     return PurePosixPath(recipe).stem
 
 
-def ranked(found: Found) -> dict[str, list[tuple[int, float]]]:
+def ranked(found: FoundComparison) -> dict[str, list[tuple[int, float]]]:
     """[(steps, value)] of each recipe, the best at its fewest steps first."""
     each = {titled(e): [(row.steps, row.value) for row in _of(found, e)] for e in found.comparison.entries}
     return dict(sorted(each.items(), key=lambda line: line[1][0][1]))
 
 
-def teacher(found: Found) -> list[tuple[str, float]]:
+def teacher(found: FoundComparison) -> list[tuple[str, float]]:
     """The teacher's values by name, but for one of 0: by its fine solver, to which RMS is measured."""
     measured = [row for row in found.results.usual if row.role == "teacher" and row.value > 0]
     return [(f"{row.solver} {row.steps}" if row.fine else f"{row.steps}", row.value) for row in measured]
 
 
-def _of(found: Found, entry: Entry) -> list[Row]:
+def _of(found: FoundComparison, entry: ComparedRecipe) -> list[Row]:
     """The rows of its student by its own sampler, fewest steps first."""
     of_it = [row for row in found.results.usual if row.role == "student" and row.network == entry.name]
     return sorted((row for row in of_it if not row.fine), key=lambda row: row.steps)
 
 
-def _steps(found: Found) -> list[int]:
+def _steps(found: FoundComparison) -> list[int]:
     return sorted({row.steps for row in found.results.usual})
 
 
-def _values(found: Found, measured: Sequence[Row]) -> list[str]:
+def _values(found: FoundComparison, measured: Sequence[Row]) -> list[str]:
     values = {row.steps: number(row.value) for row in measured}
     return [values.get(steps, "-") for steps in _steps(found)]
 
@@ -249,7 +249,7 @@ def _straightness(measured: Sequence[Row]) -> str:
     return "-" if value is None else number(value)
 
 
-def note(found: Found) -> str:
+def note(found: FoundComparison) -> str:
     """What the columns are."""
     return (
         f"@N: at N steps. S: mean square difference between velocity and mean velocity along the network's own "
@@ -260,7 +260,7 @@ def note(found: Found) -> str:
     )
 
 
-def markdown(found: Found) -> str:
+def markdown(found: FoundComparison) -> str:
     """All of it for a page."""
     heads = ["recipe", *columns(found)]
     lines = [
@@ -273,7 +273,7 @@ def markdown(found: Found) -> str:
     return f"{table}\n\n{note(found)} {escape(results.describe(found.results))}\n\n{'; '.join(filter(None, said))}\n"
 
 
-def table(found: Found) -> Table:
+def table(found: FoundComparison) -> Table:
     """All of it for a terminal."""
     shown = Table(title="comparison", caption=note(found), title_justify="left", caption_justify="left")
     shown.add_column("recipe")

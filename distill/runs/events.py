@@ -36,12 +36,12 @@ Jobs = Annotated[list[Label], Field(max_length=1000)]
 MORE = with_config(ConfigDict(extra="allow"))  # fields that nothing reads stay as they are
 
 
-class _Noted(TypedDict):
+class _TimedEvent(TypedDict):
     time: Moment
 
 
 @MORE
-class Created(_Noted):
+class CreatedEvent(_TimedEvent):
     """The run was made: the kind of each of its stages."""
 
     event: Literal["created"]
@@ -49,7 +49,7 @@ class Created(_Noted):
 
 
 @MORE
-class StageStarted(_Noted):
+class StageStartedEvent(_TimedEvent):
     """A process begins with a stage, or goes on with it."""
 
     event: Literal["stage started"]
@@ -59,7 +59,7 @@ class StageStarted(_Noted):
 
 
 @MORE
-class StageDone(_Noted):
+class StageDoneEvent(_TimedEvent):
     """A stage is complete."""
 
     event: Literal["stage done"]
@@ -67,7 +67,7 @@ class StageDone(_Noted):
 
 
 @MORE
-class Progress(_Noted):
+class ProgressEvent(_TimedEvent):
     """How far a stage is; means of its numbers since the last such line."""
 
     event: Literal["progress"]
@@ -80,7 +80,7 @@ class Progress(_Noted):
 
 
 @MORE
-class Saved(_Noted):
+class SavedEvent(_TimedEvent):
     """A checkpoint is complete."""
 
     event: Literal["saved"]
@@ -90,7 +90,7 @@ class Saved(_Noted):
 
 
 @MORE
-class Resumed(_Noted):
+class ResumedEvent(_TimedEvent):
     """A train stage goes on from a checkpoint."""
 
     event: Literal["resumed"]
@@ -100,7 +100,7 @@ class Resumed(_Noted):
 
 
 @MORE
-class Warned(_Noted):
+class WarnedEvent(_TimedEvent):
     """Something that must not be missed."""
 
     event: Literal["warning"]
@@ -109,7 +109,7 @@ class Warned(_Noted):
 
 
 @MORE
-class Process(_Noted):
+class ProcessEvent(_TimedEvent):
     """A process that executes stages began, or ended."""
 
     event: Literal["started", "stopped", "failed", "finished"]
@@ -117,14 +117,14 @@ class Process(_Noted):
 
 
 @MORE
-class Other(_Noted):
+class OtherEvent(_TimedEvent):
     """What nothing here reads."""
 
     event: Line
 
 
 @MORE
-class Submitted(_Noted):
+class SubmittedEvent(_TimedEvent):
     """A job, or an array of them, went into the queue."""
 
     event: Literal["submitted"]
@@ -135,7 +135,7 @@ class Submitted(_Noted):
 
 
 @MORE
-class Began(_Noted):
+class BeganEvent(_TimedEvent):
     """An attempt of a job began."""
 
     event: Literal["began"]
@@ -143,7 +143,7 @@ class Began(_Noted):
 
 
 @MORE
-class Ended(_Noted):
+class EndedEvent(_TimedEvent):
     """An attempt of a job ended."""
 
     event: Literal["ended"]
@@ -156,7 +156,7 @@ class Ended(_Noted):
 
 
 @MORE
-class Explained(_Noted):
+class ExplainedEvent(_TimedEvent):
     """Why an attempt ended, as the next one found."""
 
     event: Literal["explained"]
@@ -166,12 +166,21 @@ class Explained(_Noted):
 
 RUN: Schema[Any] = Schema(
     Annotated[
-        Created | StageStarted | StageDone | Progress | Saved | Resumed | Warned | Process,
+        CreatedEvent
+        | StageStartedEvent
+        | StageDoneEvent
+        | ProgressEvent
+        | SavedEvent
+        | ResumedEvent
+        | WarnedEvent
+        | ProcessEvent,
         Field(discriminator="event"),
     ]
 )
-JOB: Schema[Any] = Schema(Annotated[Submitted | Began | Ended | Explained, Field(discriminator="event")])
-OTHER: Schema[Other] = Schema(Other)
+JOB: Schema[Any] = Schema(
+    Annotated[SubmittedEvent | BeganEvent | EndedEvent | ExplainedEvent, Field(discriminator="event")]
+)
+OTHER: Schema[OtherEvent] = Schema(OtherEvent)
 
 
 def parse(line: bytes, schema: Schema[Any], where: Path) -> Event | None:

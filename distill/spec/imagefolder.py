@@ -58,7 +58,7 @@ CONVERT = {  # ends of names -> what it is, and how its images become files
 
 
 @dataclass(frozen=True)
-class Folder:
+class ImageFolder:
     """The images of a folder, in order, and their classes."""
 
     root: Path
@@ -107,7 +107,7 @@ def has_classes(root: Path) -> bool:
     return bool(_classes(root))
 
 
-def read(path: str) -> Folder:
+def read(path: str) -> ImageFolder:
     """The folder `path`; InputError if it cannot be read, holds no images, or its folders are no classes."""
     root = Path(path)
     if not root.is_dir():
@@ -134,13 +134,13 @@ def read(path: str) -> Folder:
     if listed:
         labels = _of_file(root / LABELS, names)
         count = None if labels is None else count_classes(labels, str(root / LABELS))
-        return Folder(root, names, stats, labels, count)
+        return ImageFolder(root, names, stats, labels, count)
     if not classes:
-        return Folder(root, names, stats, None, None)
+        return ImageFolder(root, names, stats, None, None)
     _refuse_mixed(path, classes, names)
     _refuse_buckets(path, classes, names)
     ids = {name: i for i, name in enumerate(classes)}
-    return Folder(root, names, stats, [ids[_top(name)] for name in names], len(classes))
+    return ImageFolder(root, names, stats, [ids[_top(name)] for name in names], len(classes))
 
 
 def count_classes(labels: Sequence[int], where: str) -> int:

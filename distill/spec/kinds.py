@@ -17,7 +17,7 @@ def _as_many(steps: int) -> int:
 
 
 @dataclass(frozen=True)
-class Solver:
+class SolverFacts:
     """A numerical solver of the teacher's ODE."""
 
     calls: Callable[[int], int] = _as_many
@@ -29,7 +29,7 @@ class Solver:
 
 
 @dataclass(frozen=True)
-class Sampler:
+class SamplerFacts:
     """A way to make samples from a student."""
 
     words: str
@@ -51,19 +51,21 @@ class StudentKind:
 
 
 # Of Heun's steps to data the last is Euler's, as no call is made at t = 0; the other way none ends there.
-SOLVERS: Mapping[str, Solver] = {
-    "euler": Solver(calls_inverting=_as_many, is_reference=False),
-    "heun": Solver(lambda steps: 2 * steps - 1, lambda steps: 2 * steps),
-    "dpm_solver_pp_2m": Solver(),
+SOLVERS: Mapping[str, SolverFacts] = {
+    "euler": SolverFacts(calls_inverting=_as_many, is_reference=False),
+    "heun": SolverFacts(lambda steps: 2 * steps - 1, lambda steps: 2 * steps),
+    "dpm_solver_pp_2m": SolverFacts(),
 }
-SAMPLERS: Mapping[str, Sampler] = {
-    "euler": Sampler("Euler, x_s = x_t + (s - t) v(x_t, t)"),
-    "same_noise": Sampler("data = x_t - t v(x_t, t), x_s = (1 - s) data + s noise, with the noise that it began from"),
-    "jump": Sampler("jumps x_s = x_t + (s - t) u(x_t, t, s)"),
-    "renoise": Sampler(
+SAMPLERS: Mapping[str, SamplerFacts] = {
+    "euler": SamplerFacts("Euler, x_s = x_t + (s - t) v(x_t, t)"),
+    "same_noise": SamplerFacts(
+        "data = x_t - t v(x_t, t), x_s = (1 - s) data + s noise, with the noise that it began from"
+    ),
+    "jump": SamplerFacts("jumps x_s = x_t + (s - t) u(x_t, t, s)"),
+    "renoise": SamplerFacts(
         "jumps to data = x_t - t u(x_t, t, 0), each but the last followed by x_s = (1 - s) data + s fresh noise"
     ),
-    "accelerated": Sampler(
+    "accelerated": SamplerFacts(
         "v = v(noise, 1) once, then x_s = x_t + (s - t) (v + ((t + s) / 2 - 1) a(x_t, t, v)): N + 1 network calls in N "
         "steps",
         lambda steps: steps + 1,

@@ -59,7 +59,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Asked:
+class CostsAsked:
     """What costs are measured of, and how."""
 
     digest: str
@@ -100,8 +100,8 @@ class Costs(FrozenModel):
         return self
 
     @property
-    def asked(self) -> Asked:
-        return Asked(self.digest, self.solver, self.fine, self.samples, self.seed, self.guidance_scale)
+    def asked(self) -> CostsAsked:
+        return CostsAsked(self.digest, self.solver, self.fine, self.samples, self.seed, self.guidance_scale)
 
     @property
     def matrix(self) -> Tensor:
@@ -195,7 +195,7 @@ def find(
 ) -> Costs:
     """A network's costs: those that the store has kept, or measured now and kept there, by whoever is first."""
     solvers.known(solver)
-    asked = Asked(network.digest, solver, fine, samples, seed, guidance_scale)
+    asked = CostsAsked(network.digest, solver, fine, samples, seed, guidance_scale)
     key = json.dumps([1, *astuple(asked)])
     path = store / "schedules" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     try:
@@ -217,7 +217,7 @@ def find(
     return found
 
 
-def _kept(path: Path, asked: Asked) -> Costs:
+def _kept(path: Path, asked: CostsAsked) -> Costs:
     """What a file holds; OSError if it is none, ValueError if it is not what was asked for."""
     costs = Costs.model_validate_json(read_regular(path, MAX_BYTES), strict=True)
     if costs.asked != asked:
@@ -241,7 +241,7 @@ def with_times(stage: PairsStage, teacher: LoadedTeacher, store: Path, device: t
     return stage.model_copy(update={"times": times, "optimal_times": None})
 
 
-def _measured(network: LoadedTeacher | LoadedStudent, facts: Asked, device: torch.device) -> Costs:
+def _measured(network: LoadedTeacher | LoadedStudent, facts: CostsAsked, device: torch.device) -> Costs:
     if isinstance(network, LoadedTeacher):
         field: VelocityField = network.guided(facts.guidance_scale)
     else:

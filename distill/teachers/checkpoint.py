@@ -36,7 +36,7 @@ LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,99}")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class TeacherCheckpoint:
     """A checkpoint's network, frozen, in float32 and evaluation mode, and what its files say of it."""
 
     network: ModelMixin
@@ -70,7 +70,7 @@ def load(spec: CheckpointTeacher, device: torch.device, *, probe: bool) -> Loade
     )
 
 
-def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> Checkpoint:
+def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherCheckpoint:
     """A checkpoint whose network is of this kind, one of `NETWORKS`; any other is refused."""
     if spec.revision is not None and Path(spec.path).is_dir():
         raise InputError(
@@ -103,7 +103,7 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> Checkpoint
         "weights": [_sha256(each) for each in paths],
         **({"inverted": True} if isinstance(schedule, LinearSchedule) and schedule.inverted else {}),  # once misread
     }
-    return Checkpoint(
+    return TeacherCheckpoint(
         network=network,
         schedule=schedule,
         student=parts.student,
@@ -213,7 +213,7 @@ def _prediction(spec: CheckpointTeacher, family: Family, configured: Prediction)
 
 
 @torch.no_grad()
-def _probe(field: VelocityField, found: Checkpoint, spec: CheckpointTeacher, device: torch.device) -> None:
+def _probe(field: VelocityField, found: TeacherCheckpoint, spec: CheckpointTeacher, device: torch.device) -> None:
     """Refuse a field that is not finite at one of both ends of its times and their middle.
 
     Three calls with one sample each, where the network lies; a large sample is replaced by a small one.
@@ -236,7 +236,7 @@ def _probe(field: VelocityField, found: Checkpoint, spec: CheckpointTeacher, dev
             )
 
 
-def _probed(found: Checkpoint) -> tuple[int, ...]:
+def _probed(found: TeacherCheckpoint) -> tuple[int, ...]:
     """Shape of a sample as small as may be that the network can be called with only if it can with its own.
 
     Convolutions take every size whose halves, down to the lowest level, fit together again on the way up: that depends

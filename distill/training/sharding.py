@@ -50,7 +50,7 @@ QUIET = {"steps_per_print": 10**9, "timers": {"throughput": {"enabled": False}}}
 
 
 @dataclass(frozen=True)
-class Part:
+class ParameterPart:
     """Where this rank's part of a parameter lies: [start, start + numel) of it is [at, at + numel) of a flat tensor."""
 
     flat: int
@@ -210,23 +210,23 @@ class Sharded(Trainable):
         """What the optimizer keeps moments of."""
         return self._flats if self.stage else list(self._unique)
 
-    def _layout(self) -> tuple[list[Tensor], dict[str, Part]]:
+    def _layout(self) -> tuple[list[Tensor], dict[str, ParameterPart]]:
         optimizer, parts = self.engine.optimizer, {}
         if self.stage == 0:
             numbers = {p: i for i, p in enumerate(self._unique)}
-            parts = {key: Part(numbers[p], 0, 0, p.numel()) for key, p in self._parameters.items()}
+            parts = {key: ParameterPart(numbers[p], 0, 0, p.numel()) for key, p in self._parameters.items()}
             return [p.data for p in self._unique], parts
         if self.stage < 3:
             for key, p in self._parameters.items():
                 if (found := p._hp_mapping) is not None:
                     ours, whole = found.hp_fragment_address, found.lp_fragment_address
-                    parts[key] = Part(found.param_group_index, ours.start, whole.start, ours.numel)
+                    parts[key] = ParameterPart(found.param_group_index, ours.start, whole.start, ours.numel)
             return list(optimizer.single_partition_of_fp32_groups), parts
         for key, p in self._parameters.items():
             flat, at, share = optimizer.grad_position[optimizer.get_param_id(p)]
             start = self.world.rank * share
             if (numel := min(share, p.ds_numel - start)) > 0:  # the last rank's share may be padding
-                parts[key] = Part(flat, at, start, numel)
+                parts[key] = ParameterPart(flat, at, start, numel)
         return list(optimizer.fp32_partitioned_groups_flat), parts
 
 
