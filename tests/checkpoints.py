@@ -47,7 +47,7 @@ def write(folder: Path, network: nn.Module, scheduler) -> Path:
 
 
 def load(folder: Path, **fields) -> teachers.LoadedTeacher:
-    return teachers.load(CheckpointTeacher(path=str(folder), **fields), CPU)
+    return teachers.load_teacher(CheckpointTeacher(path=str(folder), **fields), CPU)
 
 
 def noise(batch: int = 3) -> torch.Tensor:

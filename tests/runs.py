@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 from distill.core.versions import DRAWS
-from distill.exchange.card import StudentCard
-from distill.runs.store import CREATED, RunPaths, create_run, event_line
+from distill.exchange.student_card import StudentCard
+from distill.runs.run_store import CREATED, RunPaths, create_run, event_line
 from distill.spec import presets, specfile
 
 CARD = StudentCard(

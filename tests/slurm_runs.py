@@ -14,7 +14,7 @@ from commands import Done, command
 from runs import ENV, distill
 
 from distill.runs import jobs
-from distill.runs.store import RunPaths, read_events
+from distill.runs.run_store import RunPaths, read_events
 
 NEEDS_SLURM = [  # where it is not installed; CI fails on any skip
     pytest.mark.process,
@@ -145,7 +145,7 @@ def wait_steps(cluster: Cluster, run: RunPaths, attempt: int, more: int = 2, sec
     """Until an attempt of the newest job, counted from 0, has saved some steps."""
 
     def begun() -> bool:
-        lines = jobs.events(run, last_job(run))
+        lines = jobs.history(run, last_job(run))
         return any(line["event"] == "began" and line["restart"] >= attempt for line in lines)
 
     cluster.wait(begun, seconds, f"attempt {attempt} of {said(run)}")

@@ -6,10 +6,9 @@ import shutil
 import zlib
 from pathlib import Path
 
-from distill.exchange import card as cards
-from distill.exchange import publish
-from distill.exchange.card import Publication, StudentCard
+from distill.exchange import publishing, student_card
 from distill.exchange.published import PublishedVersion
+from distill.exchange.student_card import Publication, StudentCard
 from distill.students import shipped
 
 PIPELINE = shipped.pipeline("velocity", "euler").encode()
@@ -56,7 +55,7 @@ def make(folder: Path, *, size: int = 4096, seed: int = 0, files: dict[str, byte
         **(files or {}),
     }
     facts = card(**fields)
-    content["README.md"] = cards.readme(facts).encode()
+    content["README.md"] = student_card.readme(facts).encode()
     for name, data in content.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
@@ -66,14 +65,16 @@ def make(folder: Path, *, size: int = 4096, seed: int = 0, files: dict[str, byte
 
 def relist(folder: Path, facts: StudentCard) -> None:
     """distill.json for what lies there now."""
-    (folder / cards.FILE_NAME).write_text(cards.to_json(facts.model_copy(update={"files": cards.record(folder)})))
+    (folder / student_card.FILE_NAME).write_text(
+        student_card.to_json(facts.model_copy(update={"files": student_card.record(folder)}))
+    )
 
 
 def edit_card(folder: Path, edit) -> None:
     """distill.json changed by `edit(content)`, and nothing else."""
-    content = json.loads((folder / cards.FILE_NAME).read_text())
+    content = json.loads((folder / student_card.FILE_NAME).read_text())
     edit(content)
-    (folder / cards.FILE_NAME).write_text(json.dumps(content))
+    (folder / student_card.FILE_NAME).write_text(json.dumps(content))
 
 
 def copy(folder: Path, to: Path) -> Path:
@@ -82,5 +83,5 @@ def copy(folder: Path, to: Path) -> Path:
 
 def put(student: Path, store: Path, name: str, version: str | None = None, picture: bytes = b"") -> PublishedVersion:
     """Publish a student that no run knows of."""
-    about = Publication(name, publish.PICTURE if picture else "")
-    return publish.publish(student, store, name, version, about, picture).entry
+    about = Publication(name, publishing.PICTURE if picture else "")
+    return publishing.publish(student, store, name, version, about, picture).entry

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from distill.cli import start
 from distill.core.errors import InputError
 from distill.core.versions import DRAWS
-from distill.runs.store import CREATED, RunPaths, create_run, event_line
+from distill.runs.run_store import CREATED, RunPaths, create_run, event_line
 from distill.spec import presets, registry, specfile
 from distill.spec.resolved import resolve
 from distill.spec.schema import NAME_RULE

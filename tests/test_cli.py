@@ -14,16 +14,16 @@ from commands import command, snapshot
 from runs import make
 
 import distill as package
-from distill.cli import common, given, start, work
+from distill.cli import arguments, common, start, work
 from distill.cli.main import app
 from distill.core.atomic import write_json
 from distill.core.errors import InputError
 from distill.execution import prefetch
 from distill.execution.prefetch import Input
 from distill.launch import environment
-from distill.reports import status
+from distill.reports import run_status
 from distill.runs import claims, todo
-from distill.runs.store import append_event, event_files
+from distill.runs.run_store import append_event, event_files
 from distill.spec import presets, specfile
 
 COMMANDS = ["quickstart", "run", "reflow", "plan", "init", "recipes", "list", "show", "report", "doctor", "clean"]
@@ -218,12 +218,12 @@ def test_list_and_show(capfd, tmp_path):
 
 def test_a_run_that_was_killed_far_from_its_start_is_not_new(tmp_path):
     run = make(tmp_path / "runs")
-    assert status.read(run).state == "new"
+    assert run_status.read(run).state == "new"
     append_event(run, "started", pid=1)
     for done in range(0, 10**6, 1000):
         append_event(run, "progress", label="teach", unit="images", done=done, total=10**6, per_second=1, logs={})
-    assert sum(path.stat().st_size for path in event_files(run)) > status.TAIL
-    found = status.read(run)
+    assert sum(path.stat().st_size for path in event_files(run)) > run_status.TAIL
+    found = run_status.read(run)
     assert (found.state, found.message) == ("stopped", "its process was killed")
 
 
@@ -312,11 +312,11 @@ def test_clean_takes_inputs_that_no_run_names(capfd, tmp_path):
     assert folders[1].exists()
     assert command(capfd, "clean", "--inputs", "--yes").out.endswith("deleted 1 folder, 4 B\n")
     assert [folder.exists() for folder in folders] == [True, False, True]
-    for arguments, message in (
+    for words, message in (
         (["one", "--inputs"], "--inputs looks at the whole store; leave RUN and the other options out"),
         ([], "name a run, or give --inputs; `distill list` lists the runs"),
     ):
-        done = command(capfd, "clean", *arguments)
+        done = command(capfd, "clean", *words)
         assert (done.code, done.err) == (2, f"error: {message}\n")
 
 
@@ -412,9 +412,9 @@ def test_a_teacher_in_yaml_is_found_where_that_of_a_spec_is(tmp_path, monkeypatc
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home" / "T").mkdir(parents=True)
     (tmp_path / "here").mkdir()
-    assert given.teacher("{path: ~/T}", tmp_path).path == str(tmp_path / "home" / "T")
-    assert given.teacher("{kind: diffusers, path: here}", tmp_path).path == str(tmp_path / "here")
-    assert given.data("{kind: images, path: ~/T, size: 8}").path == str(tmp_path / "home" / "T")
+    assert arguments.teacher("{path: ~/T}", tmp_path).path == str(tmp_path / "home" / "T")
+    assert arguments.teacher("{kind: diffusers, path: here}", tmp_path).path == str(tmp_path / "here")
+    assert arguments.data("{kind: images, path: ~/T, size: 8}").path == str(tmp_path / "home" / "T")
 
 
 # --- the environment that a run records ---

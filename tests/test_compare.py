@@ -5,9 +5,10 @@ import json
 import pytest
 from runs import distill, folder_bytes, kill, start, wait_for
 
+from distill.core.records import read_json
 from distill.reports import comparison_table
 from distill.runs import results
-from distill.runs.store import RunPaths, read_json
+from distill.runs.run_store import RunPaths
 
 pytestmark = pytest.mark.process
 
@@ -80,7 +81,7 @@ def test_killed_twice_it_ends_as_if_undisturbed(tmp_path):
 
 
 def check_table(run, said):
-    measured, record = results.load(run.stage("evaluate")), read_json(run.comparison)
+    measured, record = results.load_results(run.stage("evaluate")), read_json(run.comparison)
     page = run.comparison_table.read_text()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
     heads, rows = lines[0], {line[0]: line for line in lines[2:]}

@@ -14,13 +14,13 @@ from test_report import row as measured_row
 
 from distill.core.atomic import write_json
 from distill.core.errors import InputError
-from distill.evaluation import charts, report
+from distill.evaluation import charts, report_page
 from distill.evaluation.pictures import images_png
 from distill.plans import budget, comparison, planning
 from distill.reports import comparison_table
 from distill.reports.comparison_table import ComparedRecipe, Comparison, Measured, TrainedPart
 from distill.runs.results import FILE_NAME, Results
-from distill.runs.store import CREATED, RunPaths, append_event
+from distill.runs.run_store import CREATED, RunPaths, append_event
 from distill.spec import checks, presets, registry, specfile
 from distill.spec.model import EvaluateStage, TrainStage
 from distill.spec.resolved import resolve
@@ -664,7 +664,7 @@ def test_rows_along_other_times_are_not_compared(run):
 
 
 def test_the_page_is_a_table_of_github(run):
-    report.write(run)
+    report_page.write(run)
     lines = run.comparison_table.read_text().splitlines()
     table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     assert table[0] == ["recipe", *COLUMNS]
@@ -682,7 +682,7 @@ def test_what_a_comparison_names_is_text_on_its_page(run):
         part["recipe"] = f"{evil}.py"
     run.comparison.write_text(json.dumps(content))
     write_json(run.env, {"cpu": evil, "cpus": 8, "threads": 4, "packages": {"Torch": evil}})
-    report.write(run)
+    report_page.write(run)
     page = run.comparison_table.read_text()
     assert "<" not in page and "alert" in page
     assert not re.search(r"(?<!\\)[\[\]`]", page) and "https://evil" not in page
@@ -707,7 +707,7 @@ def test_without_a_distance_the_rms_is_compared(run):
     assert comparison_table.columns(found)[1] == "RMS@1"
     assert dict(comparison_table.rows(found))["reflow"][1:3] == ["0.0400", "0.0200"]
     assert comparison_table.teacher(found) == [("1", 1.0), ("8", 0.01)], "of 0 there is no logarithm"
-    report.write(run)
+    report_page.write(run)
 
 
 def test_the_best_at_its_fewest_steps_is_first(run):
@@ -746,7 +746,7 @@ def test_the_figure_has_each_number_at_its_place(run):
 def test_the_report_has_a_section_of_it(run):
     for row in results().rows:
         (run.stage("evaluate").root / row.picture).write_bytes(images_png(torch.zeros(1, 1, 8, 8), 1))
-    page = Page(report.write(run).read_text())
+    page = Page(report_page.write(run).read_text())
     assert page.open == []
     assert "Comparison" in page.text
     for name, cells in EXPECTED:
@@ -758,7 +758,7 @@ def test_the_report_has_a_section_of_it(run):
 def test_there_is_none_before_the_evaluation(run):
     (run.stage("evaluate").root / FILE_NAME).unlink()
     assert comparison_table.found(run) is None
-    assert "Comparison" not in Page(report.write(run).read_text()).text
+    assert "Comparison" not in Page(report_page.write(run).read_text()).text
     assert not run.comparison_table.exists()
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from runs import make
 
-from distill.evaluation import curves, report
+from distill.evaluation import curves, report_page
 from distill.evaluation.curves import KEPT, POINTS, Thinned, thin
-from distill.runs.store import CREATED, RunPaths, append_event
+from distill.runs.run_store import CREATED, RunPaths, append_event
 
 
 def wave(count: int) -> tuple[list[float], list[float]]:
@@ -79,7 +79,7 @@ def test_memory_of_a_report_does_not_grow_with_the_events(tmp_path, monkeypatch)
     for count in (2_000, 10_000):
         run = noted(make(tmp_path, str(count), "mixture-2d"), count)
         tracemalloc.start()
-        report._events(run)
+        report_page._events(run)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.1 * peaks[0]
@@ -87,13 +87,13 @@ def test_memory_of_a_report_does_not_grow_with_the_events(tmp_path, monkeypatch)
 
 def test_a_report_of_many_warnings_shows_the_first_hundred(tmp_path):
     run = make(tmp_path, "one", "mixture-2d")
-    for number in range(2 * report.MAX_WARNINGS):
+    for number in range(2 * report_page.MAX_WARNINGS):
         append_event(run, "warning", label="reflow", text=f"number {number // 2}.")
-    _, _, warnings = report._events(run)
+    _, _, warnings = report_page._events(run)
     assert warnings == [f"reflow: number {n}." for n in range(100)]
     append_event(run, "warning", label="reflow", text="another")
     append_event(run, "warning", label="reflow", text="and another")
-    assert report._events(run)[2][100:] == ["more: see events/"]
+    assert report_page._events(run)[2][100:] == ["more: see events/"]
 
 
 def test_nothing_foreign_becomes_part_of_the_page(tmp_path):
@@ -102,6 +102,6 @@ def test_nothing_foreign_becomes_part_of_the_page(tmp_path):
     append_event(run, "progress", label="reflow", unit=evil, done=1, total=2, logs={f"loss {evil} $\\frac{{$": 1.0})
     append_event(run, "warning", label=evil, text='"><img src=x onerror=alert(1)>')
     run.env.write_text(json.dumps({"platform": evil, "packages": {"torch": evil}}))
-    page = report.write(run).read_text()
+    page = report_page.write(run).read_text()
     assert "<script" not in page and "<img src=x" not in page
     assert page.count("&lt;script&gt;") == 4  # its amount, the warning, the platform, the version

@@ -11,11 +11,11 @@ from runs import CARD, make
 from distill.core.atomic import write_json
 from distill.core.errors import InputError
 from distill.core.text import short
-from distill.evaluation import report
-from distill.exchange import card
-from distill.reports import comparison_table, status
+from distill.evaluation import report_page
+from distill.exchange import student_card
+from distill.reports import comparison_table, run_status
 from distill.runs import events, results
-from distill.runs.store import CREATED, RunPaths, append_event, event_files, event_line, read_events, runs
+from distill.runs.run_store import CREATED, RunPaths, append_event, event_files, event_line, read_events, runs
 
 ROW = {
     "network": "teacher", "role": "teacher", "solver": "heun", "steps": 16, "fine": True, "nfe": 31, "distance": None,
@@ -332,7 +332,7 @@ def test_a_list_reads_kilobytes_of_a_run_however_long(tmp_path, done):
     run = long_run(tmp_path, done=done)
     before = read_bytes()
     nothing = read_bytes() - before
-    (found,) = status.read_all([run])
+    (found,) = run_status.read_all([run])
     assert read_bytes() - before - 2 * nothing < 16_384
     assert found.state == ("done" if done else "stopped")
 
@@ -354,7 +354,7 @@ def test_a_line_without_end_is_passed_over(tmp_path):
         file.write(b"\0" * 3_000_000 + b"\n")
     append_event(run, "stopped", message="by TERM")
     assert [each["event"] for each in read_events(run)] == ["created", "stopped"]
-    assert status.read(run).message == "by TERM"
+    assert run_status.read(run).message == "by TERM"
 
 
 def test_runs_are_what_has_a_spec(tmp_path):
@@ -374,7 +374,7 @@ def test_a_list_tells_of_the_stage_that_is_begun_and_a_run_of_all(tmp_path):
         append_event(run, "progress", label=name, unit="images", done=1, total=2, logs={})
         append_event(run, "saved", stage=name, step=3)
     write_json(run.stage("pairs").done, {})
-    (brief,), whole = status.read_all([run]), status.read(run)
+    (brief,), whole = run_status.read_all([run]), run_status.read(run)
     assert [(stage.state, stage.done, stage.saved_step) for stage in brief.stages] == [
         ("done", None, None), ("begun", 1, None), ("waiting", None, None), ("waiting", None, None)
     ]  # fmt: skip
@@ -383,12 +383,12 @@ def test_a_list_tells_of_the_stage_that_is_begun_and_a_run_of_all(tmp_path):
 
 def test_cards_and_results_of_a_whole_run_are_read(tmp_path):
     run = make(tmp_path, "one", "mixture-2d")
-    put(run.student("teach") / "distill.json", card.to_json(CARD))
+    put(run.student("teach") / "distill.json", student_card.to_json(CARD))
     put(run.stage("evaluate").root / "results.json", found())
-    assert status.students(run) == {"teach": CARD}
+    assert run_status.students(run) == {"teach": CARD}
     assert results.of_run(run)["evaluate"].rows[0].picture == "pictures/teacher.png"
     assert results.picture(run.stage("evaluate").root, results.of_run(run)["evaluate"].rows[0]) is None
-    assert "The teacher reaches RMS to the teacher" in report.write(run).read_text()  # though 0 has no logarithm
+    assert "The teacher reaches RMS to the teacher" in report_page.write(run).read_text()  # though 0 has no logarithm
     put(run.comparison, " " * (2**24 + 1))
     with pytest.raises(InputError, match="comparison.json cannot be read: it has more than 16,777,216 bytes"):
         comparison_table.load(run)

@@ -12,7 +12,7 @@ from distill.core.errors import InputError, RunError
 from distill.flow.draws import Rows, StepDraw, key
 from distill.flow.interpolants import linear
 from distill.protocols import Copy, Frozen, Loss, Trained, Turn
-from distill.runs.store import RunPaths, read_events
+from distill.runs.run_store import RunPaths, read_events
 from distill.spec.model import OptimizerSpec
 from distill.training import checkpoint
 from distill.training.trainable import Trainable, learning_rate

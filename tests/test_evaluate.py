@@ -14,12 +14,11 @@ from safetensors.torch import load_file
 from distill.core.errors import InputError, RunError, Stopped
 from distill.core.stop import StopRequest
 from distill.data.arrays import ArrayData
-from distill.evaluation import evaluate as evaluation
-from distill.evaluation import report, sample
-from distill.evaluation.evaluate import evaluate
+from distill.evaluation import measuring, report_page, sample
+from distill.evaluation.measuring import evaluate
 from distill.evaluation.metrics import features
 from distill.evaluation.pictures import columns_for, images_png, scatter_png
-from distill.exchange.card import StudentCard
+from distill.exchange.student_card import StudentCard
 from distill.execution import sources
 from distill.flow import solvers
 from distill.flow.draws import key, sample_labels, sample_noise
@@ -31,15 +30,15 @@ from distill.networks.velocity import VelocityStudent
 from distill.networks.velocity_mlp import VelocityMLP
 from distill.runs import results
 from distill.runs.progress import Progress
-from distill.runs.store import RunPaths
+from distill.runs.run_store import RunPaths
 from distill.spec.evalspec import num_samples
 from distill.spec.model import CheckpointTeacher, RunSpec, UNetSpec
 from distill.spec.resolved import resolve
-from distill.students import loaded as students
 from distill.students import sampling, step_times
-from distill.students.export import export
+from distill.students.exporting import export
+from distill.students.loaded import load_student
 from distill.students.samplers import euler, renoise
-from distill.teachers import load
+from distill.teachers import load_teacher
 
 CPU = torch.device("cpu")
 STD, MEAN = 0.5, [1.0, -2.0]
@@ -119,13 +118,13 @@ def test_gaussian_teacher_has_its_known_numbers(vector_run):
     assert one.distance == pytest.approx(STD, rel=0.2)  # of a point from N(., STD^2)
     assert abs(student.kid) < abs(one.kid) / 5
     assert found.vector
-    on_disk = results.load(vector_run.stage("evaluate"))
+    on_disk = results.load_results(vector_run.stage("evaluate"))
     assert on_disk == found
     assert results.of_run(vector_run) == {"evaluate": found}
 
 
 def test_samples_do_not_depend_on_the_block_and_rows_share_their_noise(vector_run):
-    teacher = load(vector_spec().teacher, CPU)
+    teacher = load_teacher(vector_spec().teacher, CPU)
     method = sampling.of_teacher(teacher, "euler", 4, 1.0)
     whole, parts = (
         torch.cat([b.samples for b in sampling.blocks(method, teacher, seed=3, count=10, block=n, device=CPU)])
@@ -193,10 +192,10 @@ def test_rows_along_other_times(vector_run):
     given = [("teacher", "euler", 3, "1, 0.5, 0.2, 0")]
     assert ways == [*teacher, *given, *(("exact", "euler", n, "") for n in (1, 2)), ("exact", "euler", 2, "1, 0.3, 0")]
     # The path of a centred Gaussian scales its state, so the row's RMS is that of noise times an error that is known.
-    loaded = load(spec.teacher, CPU)
+    loaded = load_teacher(spec.teacher, CPU)
     best = step_times.optimal_times(loaded, vector_run.root.parent, 4, CPU)
     noise = sample_noise(key(0, "evaluate"), range(300), (2,))
-    fine = solvers.sample(loaded.field, noise, {}, solver="heun", steps=32)
+    fine = solvers.solve(loaded.field, noise, {}, solver="heun", steps=32)
     for along, steps in (("optimal", best), ("1, 0.5, 0.2, 0", [1.0, 0.5, 0.2, 0.0])):
         x = euler.sample(loaded.field, noise, torch.tensor(steps, dtype=torch.float64), {})
         row = found.row("teacher", len(steps) - 1, along=along)
@@ -239,7 +238,7 @@ def test_rows_of_an_earlier_version_can_be_read(vector_run):
     for row in content["rows"]:
         del row["transport"]
     path.write_text(json.dumps(content))
-    again = results.load(vector_run.stage("evaluate"))
+    again = results.load_results(vector_run.stage("evaluate"))
     assert {row.transport for row in again.rows} == {None}
     assert [timeless(row) | {"transport": 0} for row in again.rows] == [
         timeless(row) | {"transport": 0} for row in found.rows
@@ -257,7 +256,7 @@ def test_straightness_is_measured_in_blocks(vector_run):
 
 
 def test_student_that_makes_no_numbers_is_named(vector_run):
-    student = students.load(vector_run.student("exact"), CPU)
+    student = load_student(vector_run.student("exact"), CPU)
     student.network.layers[2].bias.data[1] = float("inf")
     blocks = sampling.blocks(
         sampling.of_student(student, uniform_grid(1)), student, seed=0, count=4, block=4, device=CPU
@@ -269,18 +268,18 @@ def test_student_that_makes_no_numbers_is_named(vector_run):
 def test_guided_teacher_counts_twice():
     network = build(UNetSpec(kind="unet", channels=[8]), (1, 8, 8), 2, 0)
     student = VelocityStudent(network)
-    teacher = load_student(student, (1, 8, 8), 2)
+    teacher = exported(student, (1, 8, 8), 2)
     assert sampling.of_teacher(teacher, "heun", 4, 2.0).nfe == 14
     assert sampling.of_teacher(teacher, "heun", 4, 1.0).nfe == 7
 
 
-def load_student(student: VelocityStudent, shape, classes):
+def exported(student: VelocityStudent, shape, classes):
     import tempfile
     from pathlib import Path
 
     with tempfile.TemporaryDirectory() as folder:
         export(student, Path(folder) / "s", card(shape, classes))
-        return load(CheckpointTeacher(path=str(Path(folder) / "s")), CPU)
+        return load_teacher(CheckpointTeacher(path=str(Path(folder) / "s")), CPU)
 
 
 # --- flow maps ---
@@ -321,8 +320,8 @@ def test_flow_maps_are_measured_by_their_own_samplers(flow_map_run):
     assert {row.straightness for row in found.rows if row.role == "student"} == {None}, "their velocity is not known"
     assert found.row("teacher", 1).straightness > 0.1
     assert "straightness@1" not in results.card_metrics(found, "jump")
-    assert results.load(flow_map_run.stage("evaluate")) == found
-    assert "\u2013" in report.write(flow_map_run).read_text()
+    assert results.load_results(flow_map_run.stage("evaluate")) == found
+    assert "\u2013" in report_page.write(flow_map_run).read_text()
 
 
 def test_a_velocity_with_its_acceleration_costs_one_call_more_than_it_has_steps(tmp_path):
@@ -341,7 +340,7 @@ def test_a_velocity_with_its_acceleration_costs_one_call_more_than_it_has_steps(
 
 def test_fresh_noise_depends_on_seed_index_and_step_alone(flow_map_run, tmp_path, monkeypatch):
     """The same samples whatever the block, in an evaluation and by `distill sample`."""
-    student = students.load(flow_map_run.student("renoise"), CPU)
+    student = load_student(flow_map_run.student("renoise"), CPU)
     method = sampling.of_student(student, uniform_grid(3))
     whole, parts, shifted = (
         torch.cat([b.samples for b in sampling.blocks(method, student, seed=s, count=10, block=n, device=CPU)])
@@ -429,7 +428,7 @@ def test_pictures_show_the_first_samples_in_columns_of_classes(image_run):
     row = found.row("student", 1)
     sheet = np.asarray(Image.open(run.stage("evaluate").root / row.picture))[::6, ::6]  # 8 pixels are shown as 48
     assert sheet.shape == (6 * 9 - 1, 10 * 9 - 1)
-    student = students.load(run.student("student"), CPU)
+    student = load_student(run.student("student"), CPU)
     noise = sample_noise(found.seed, range(32), (1, 8, 8))
     with torch.no_grad():
         method, cond = sampling.of_student(student, uniform_grid(1)), {"class_labels": sample_labels(range(32), 10)}
@@ -459,8 +458,8 @@ def test_what_does_not_fit_is_refused(image_run, vector_run):
     assert found.rows[0].distance is None
     assert results.columns(found) == ["NFE", "RMS to teacher", "images/s"]
     stage = spec.stages["evaluate"]
-    teacher = load(CheckpointTeacher(path=str(run.student("teach"))), CPU)
-    others = {"vectors": students.load(vector_run.student("exact"), CPU)}
+    teacher = load_teacher(CheckpointTeacher(path=str(run.student("teach"))), CPU)
+    others = {"vectors": load_student(vector_run.student("exact"), CPU)}
     with (
         Progress("x", 1, "samples", None) as progress,
         pytest.raises(
@@ -468,7 +467,7 @@ def test_what_does_not_fit_is_refused(image_run, vector_run):
             match=r"student vectors makes samples of shape \[2\] with no classes, the teacher \[1, 8, 8\] with 10",
         ),
     ):
-        evaluation.measure(
+        measuring.measure(
             run.root,
             "x",
             stage,
@@ -486,7 +485,7 @@ def test_what_does_not_fit_is_refused(image_run, vector_run):
         Progress("x", 1, "samples", None) as progress,
         pytest.raises(InputError, match=r"data 'big' has samples of shape \[1, 28, 28\].* makes \[1, 8, 8\]"),
     ):
-        evaluation.measure(
+        measuring.measure(
             run.root,
             "x",
             stage,
@@ -504,7 +503,7 @@ def test_what_does_not_fit_is_refused(image_run, vector_run):
         Progress("x", 1, "samples", None) as progress,
         pytest.raises(InputError, match="data 'few' has 3 images; an evaluation .* so give at least 4"),
     ):
-        evaluation.measure(
+        measuring.measure(
             run.root,
             "x",
             stage,

@@ -13,9 +13,9 @@ from runs import make
 
 from distill.core.errors import InputError, RunError
 from distill.core.owners import Owner
-from distill.reports import status
+from distill.reports import run_status
 from distill.runs import events, jobs
-from distill.runs.store import CREATED, RunPaths, append_event, event_files, event_line, read_events
+from distill.runs.run_store import CREATED, RunPaths, append_event, event_files, event_line, read_events
 
 
 def put(path: Path, *times: float, cut: str = "") -> None:
@@ -56,7 +56,7 @@ def test_files_are_merged_by_time_then_by_name_and_keep_their_own_order(run):
 def test_each_process_writes_a_file_of_its_own(run):
     run.root.mkdir()
     code = (
-        "import sys\nfrom pathlib import Path\nfrom distill.runs.store import RunPaths, append_event\n"
+        "import sys\nfrom pathlib import Path\nfrom distill.runs.run_store import RunPaths, append_event\n"
         "for number in range(200): append_event(RunPaths(Path(sys.argv[1])), sys.argv[2], number=number)"
     )
     writers = [subprocess.Popen([sys.executable, "-c", code, str(run.root), name]) for name in "abc"]
@@ -100,7 +100,7 @@ def test_a_run_of_an_earlier_version_is_shown_and_gone_on_with(capfd, tmp_path, 
     append_event(run, "started", pid=2)
     append_event(run, "failed", message="no room")
     assert run.old_events.read_bytes() == before
-    found = status.read(run)
+    found = run_status.read(run)
     assert (found.state, found.message, len(found.stages)) == ("failed", "no room", 5)
     assert found.created == json.loads(before.splitlines()[0])["time"]
     assert "events  runs/one/events\n" in command(capfd, "show", "one").out
@@ -118,7 +118,7 @@ def test_a_run_that_was_preempted_a_thousand_times(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 10, limits[1]))
     try:
-        (found,) = status.read_all([run])
+        (found,) = run_status.read_all([run])
         tracemalloc.start()
         times = [event["time"] for event in read_events(run)]
         peak = tracemalloc.get_traced_memory()[1]
@@ -135,7 +135,7 @@ def test_what_is_no_folder_of_events_is_named(run):
     run.events.write_text("")
     run.spec.write_text("")
     with pytest.raises(InputError, match="^.*/one/events cannot be read: Not a directory; remove it$"):
-        status.read(run)
+        run_status.read(run)
     with pytest.raises(RunError, match="^cannot write .*/one/events/[0-9a-f]{24}[.]jsonl: "):
         append_event(run, "stopped")
 
@@ -160,5 +160,5 @@ def test_a_job_and_who_submits_it_write_files_of_their_own(tmp_path):
     )
     assert sorted(job.id for job in jobs.submitted(run)) == ["5", "7"]
     for job in ("5", "7"):
-        assert sorted(names(jobs.events(run, job))) == ["began", "ended", "submitted"]
+        assert sorted(names(jobs.history(run, job))) == ["began", "ended", "submitted"]
     assert jobs.restarts(run, ["7"]) == {"crash": 1}

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from distill.core.errors import InputError, RunError
 from distill.core.owners import Owner
 from distill.evaluation import sample
-from distill.exchange import card as cards
-from distill.exchange.card import StudentCard
+from distill.exchange import student_card
+from distill.exchange.student_card import StudentCard
 from distill.flow.draws import generator, sample_labels, sample_noise
 from distill.flow.times import uniform_grid
 from distill.networks.acceleration import AccelerationStudent
@@ -27,14 +27,12 @@ from distill.networks.flow_map import FlowMapStudent
 from distill.networks.velocity import VelocityStudent
 from distill.spec.kinds import STUDENTS
 from distill.spec.model import CheckpointTeacher, MlpSpec, UNetSpec
-from distill.students import export as exporter
-from distill.students import loaded as students
-from distill.students import sampling, shipped
-from distill.students.export import export
+from distill.students import exporting, sampling, shipped
+from distill.students.exporting import export
 from distill.students.init import StudentInit
-from distill.students.loaded import Student
+from distill.students.loaded import Student, load_student
 from distill.students.samplers import euler
-from distill.teachers import load
+from distill.teachers import load_teacher
 
 UNET = UNetSpec(kind="unet", channels=[8, 16])
 MLP = MlpSpec(kind="mlp", width=16)
@@ -158,7 +156,7 @@ def test_pipelines_that_one_process_has_loaded_keep_their_own_samplers(pipelines
 def test_what_is_loaded_again_is_the_student_bitwise(tmp_path, kind):
     student, card = make(kind)
     export(student, tmp_path / "s", card)
-    found = students.load(tmp_path / "s", torch.device("cpu"))
+    found = load_student(tmp_path / "s", torch.device("cpu"))
     assert type(found.student) is type(student)
     assert (found.sampler, found.t_grids, found.shape) == (card.sampler, card.t_grids, card.shape)
     assert (found.num_classes, found.null_class) == (card.num_classes, card.null_class)
@@ -171,12 +169,12 @@ def test_what_is_loaded_again_is_the_student_bitwise(tmp_path, kind):
 def test_a_flow_map_is_no_teacher(tmp_path):
     export(*_swap(make("unet-jump"), tmp_path / "s"))
     with pytest.raises(InputError, match="s is a student of kind flow_map; valid teachers: velocity"):
-        load(CheckpointTeacher(path=str(tmp_path / "s")), torch.device("cpu"))
+        load_teacher(CheckpointTeacher(path=str(tmp_path / "s")), torch.device("cpu"))
     with pytest.raises(InputError, match="s/unet is a student of kind flow_map; valid teachers: velocity"):
-        load(CheckpointTeacher(path=str(tmp_path / "s" / "unet")), torch.device("cpu"))
+        load_teacher(CheckpointTeacher(path=str(tmp_path / "s" / "unet")), torch.device("cpu"))
     (tmp_path / "s" / "model_index.json").unlink()
     with pytest.raises(InputError, match="network class FlowMapUNet2DModel is not supported; .*VelocityUNet2DModel"):
-        load(CheckpointTeacher(path=str(tmp_path / "s" / "unet")), torch.device("cpu"))
+        load_teacher(CheckpointTeacher(path=str(tmp_path / "s" / "unet")), torch.device("cpu"))
 
 
 def test_a_student_whose_card_is_of_another_kind_is_refused(tmp_path):
@@ -184,12 +182,12 @@ def test_a_student_whose_card_is_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "s" / "distill.json"
     path.write_text(path.read_text().replace('"flow_map"', '"velocity"').replace('"jump"', '"euler"'))
     with pytest.raises(InputError, match="network class FlowMapMLP is not supported; .*VelocityMLP"):
-        students.load(tmp_path / "s", torch.device("cpu"))
+        load_student(tmp_path / "s", torch.device("cpu"))
     path.write_text(path.read_text().replace('"euler"', '"jump"'))
     with pytest.raises(
         InputError, match="sampler jump does not fit a student of kind velocity; valid: euler, same_noise"
     ):
-        students.load(tmp_path / "s", torch.device("cpu"))
+        load_student(tmp_path / "s", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("module", shipped.NETWORKS.values())
@@ -228,7 +226,7 @@ def export_vp(folder: Path, sampler: str = "euler") -> tuple[Student, StudentCar
         up_block_types=("UpBlock2D",) * 2,
     )
     DDPMPipeline(unet, DDPMScheduler(prediction_type="epsilon")).save_pretrained(checkpoint)
-    teacher = load(CheckpointTeacher(path=str(checkpoint)), torch.device("cpu"))
+    teacher = load_teacher(CheckpointTeacher(path=str(checkpoint)), torch.device("cpu"))
     init, card = StudentInit(teacher, None, teacher.shape, None, 0), describe((1, 8, 8), None, sampler)
     starts = {"euler": init.velocity_field, "jump": init.flow_map, "accelerated": init.acceleration}
     student = starts[sampler]()
@@ -252,7 +250,7 @@ def test_a_flow_map_of_a_vp_network_is_exported_as_the_velocity_it_starts_as(tmp
     velocity, _ = export_vp(tmp_path / "v")
     flow_map, card = export_vp(tmp_path / "u", "jump")
     pipeline = DiffusionPipeline.from_pretrained(tmp_path / "u", trust_remote_code=True)
-    again = students.load(tmp_path / "u", torch.device("cpu")).student
+    again = load_student(tmp_path / "u", torch.device("cpu")).student
     noise, t, s = sample_noise(1, range(3), (1, 8, 8)), torch.tensor([0.1, 0.5, 1.0]), torch.tensor([0.0, 0.5, 0.3])
     with torch.no_grad():
         v = velocity.eval()(noise, t, {})
@@ -284,7 +282,7 @@ def test_a_velocity_with_its_acceleration_is_exported_for_a_vp_network_too(tmp_p
 def test_student_is_a_teacher_again(tmp_path):
     student, card = make("unet-classes")
     export(student, tmp_path / "s", card)
-    teacher = load(CheckpointTeacher(path=str(tmp_path / "s")), torch.device("cpu"))
+    teacher = load_teacher(CheckpointTeacher(path=str(tmp_path / "s")), torch.device("cpu"))
     x_t, t, labels = torch.randn(5, 3, 8, 8), torch.rand(5), {"class_labels": torch.arange(5) % 4}
     with torch.no_grad():
         assert torch.equal(teacher.field(x_t, t, labels), student.eval()(x_t, t, labels))
@@ -343,14 +341,14 @@ def test_samples_of_large_values_are_compared_by_their_own_scale(tmp_path, monke
     with torch.no_grad():
         for parameter in student.network.layers[-1].parameters():
             parameter.mul_(1000)
-    sampled, largest = exporter.by_sampler, []
+    sampled, largest = exporting.by_sampler, []
 
     def rounded(*given):
         samples = sampled(*given)
         largest.append(samples.abs().max().item())
         return samples * (1 + share)
 
-    monkeypatch.setattr(exporter, "by_sampler", rounded)
+    monkeypatch.setattr(exporting, "by_sampler", rounded)
     share = 5e-6  # more than 1e-5 of such values, which float32 tells from each other by 3e-5 at best
     export(student, tmp_path / "s", card)
     assert min(largest) > 100
@@ -366,7 +364,7 @@ def test_what_a_killed_export_left_is_cleared_and_the_old_student_comes_back(tmp
     dead = f"0123abcd-{replace(Owner.this(), start='1').label}"  # killed between the two renames
     (tmp_path / "s").rename(tmp_path / f".s.old-{dead}")
     shutil.copytree(tmp_path / f".s.old-{dead}", tmp_path / f".s.tmp-{dead}")
-    monkeypatch.setattr(exporter, "TOLERANCE", -1.0)
+    monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
     with pytest.raises(RunError, match="diffusers makes other samples"):
         export(student, tmp_path / "s", card)
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
@@ -381,7 +379,7 @@ def test_parent_that_is_a_file(tmp_path):
 
 def test_card_lists_every_file_and_damage_is_named(tmp_path):
     export(*_swap(make("mlp"), tmp_path / "s"))
-    card = cards.verify(tmp_path / "s")
+    card = student_card.verify(tmp_path / "s")
     assert set(card.files) == set(contents(tmp_path / "s")) - {"distill.json"}
     assert {"pipeline.py", "unet/velocity_mlp.py", "scheduler/scheduler_config.json"} < set(card.files)
     weights = tmp_path / "s" / "unet" / "diffusion_pytorch_model.safetensors"
@@ -389,26 +387,26 @@ def test_card_lists_every_file_and_damage_is_named(tmp_path):
     tensors["layers.0.weight"] = tensors["layers.0.weight"] + 1
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(InputError, match="diffusion_pytorch_model.safetensors is damaged: .* sha256"):
-        cards.verify(tmp_path / "s")
+        student_card.verify(tmp_path / "s")
     weights.unlink()
     with pytest.raises(InputError, match="diffusion_pytorch_model.safetensors is missing"):
-        cards.verify(tmp_path / "s")
+        student_card.verify(tmp_path / "s")
 
 
 def test_files_that_do_not_belong_and_folders_that_are_no_students_are_refused(tmp_path):
     export(*_swap(make("mlp"), tmp_path / "s"))
     (tmp_path / "s" / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="notes.txt is not listed in distill.json"):
-        cards.verify(tmp_path / "s")
+        student_card.verify(tmp_path / "s")
     with pytest.raises(InputError, match="is not a student folder: it has no distill.json"):
-        cards.read(tmp_path)
+        student_card.read(tmp_path)
     (tmp_path / "s" / "distill.json").write_text('{"format": 2}')
     with pytest.raises(InputError, match="cannot be used: format"):
-        cards.read(tmp_path / "s")
+        student_card.read(tmp_path / "s")
 
 
 def test_model_card_says_what_is_known(tmp_path):
-    text = cards.readme(make("unet-classes")[1])
+    text = student_card.readme(make("unet-classes")[1])
     assert "library_name: diffusers" in text
     assert "Reflow (Liu et al. 2022, arXiv 2209.03003)" in text
     assert "class_labels=list(range(4))" in text
@@ -419,10 +417,10 @@ def test_model_card_says_what_is_known(tmp_path):
     assert "| sampler | Euler, x_s = x_t + (s - t) v(x_t, t) |" in text
     assert "| times | 1, (N-1)/N, ..., 1/N, 0 for N steps |" in text
     assert "pipeline(num_inference_steps=1, class_labels" in text
-    licensed = cards.readme(make("mlp")[1].model_copy(update={"license": "cc-by-4.0"}))
+    licensed = student_card.readme(make("mlp")[1].model_copy(update={"license": "cc-by-4.0"}))
     assert "license: cc-by-4.0" in licensed
     assert "cc-by-4.0: the teacher's terms, passed on." in licensed and "not stated" not in licensed
-    measured = cards.readme(
+    measured = student_card.readme(
         make("mlp")[1].model_copy(update={"metrics": {"SW2@1": 0.25, "SW2@2": 0.125, "KID@2": 1.5}})
     )
     assert "| NFE | SW2 | KID |\n|---:|---:|---:|\n| 1 | 0.25 |  |\n| 2 | 0.125 | 1.5 |\n" in measured
@@ -440,7 +438,7 @@ def test_model_card_says_what_is_known(tmp_path):
     ],
 )
 def test_model_card_of_a_flow_map(kind, said):
-    text = cards.readme(make(kind)[1])
+    text = student_card.readme(make(kind)[1])
     assert said in text
     assert "| network | average velocity u(x_t, t, s) from t to s of" in text
     assert "called with timestep = 1000 t, target_timestep = 1000 s |" in text
@@ -449,7 +447,7 @@ def test_model_card_of_a_flow_map(kind, said):
 
 def test_model_card_of_a_velocity_with_its_acceleration():
     student = make("mlp-accelerated")[1].model_copy(update={"metrics": {"SW2@1": 0.25, "SW2@4": 0.125}})
-    text = cards.readme(student)
+    text = student_card.readme(student)
     assert (
         "| network | velocity v(x_t, t), called with timestep = 1000 t, and acceleration a(x_t, t, v) = dv/dt" in text
     )
@@ -459,7 +457,7 @@ def test_model_card_of_a_velocity_with_its_acceleration():
 
 def test_model_card_of_a_student_with_times_of_its_own():
     student = make("mlp-classes-same-noise-own")[1].model_copy(update={"t_grids": {4: OWN[4], 2: [1.0, 2 / 3, 0.0]}})
-    text = cards.readme(student)
+    text = student_card.readme(student)
     assert "| sampler | data = x_t - t v(x_t, t), x_s = (1 - s) data + s noise, with the noise that it began" in text
     own = "2 steps along 1, 0.6667, 0; 4 steps along 1, 0.9, 0.55, 0.2, 0 |"
     assert f"| times | its own, and no other number of steps is possible: {own}" in text
@@ -478,10 +476,10 @@ def test_a_card_from_before_there_were_times_is_read(tmp_path):
     path = tmp_path / "s" / "distill.json"
     assert '"t_grids": {}' in path.read_text()
     path.write_text(path.read_text().replace('"t_grids": {}', '"t_grid": "uniform"'))
-    assert cards.verify(tmp_path / "s").t_grids == {}
+    assert student_card.verify(tmp_path / "s").t_grids == {}
     path.write_text(path.read_text().replace('"t_grid": "uniform"', '"t_grid": "cosine"'))
     with pytest.raises(InputError, match="distill.json cannot be used: t_grid: .* given; extra inputs are not"):
-        cards.read(tmp_path / "s")
+        student_card.read(tmp_path / "s")
 
 
 def test_numbers_of_steps_that_a_student_is_not_made_for_are_refused(tmp_path):
@@ -508,7 +506,7 @@ def test_by_default_a_student_takes_the_fewest_steps_that_it_is_made_for(tmp_pat
     found = pipeline(latents=noise, output_type="pt").images
     assert torch.equal(found, pipeline(2, latents=noise, output_type="pt").images)
     assert (found - ours(student, card, noise, 2)).abs().max() <= 1e-5
-    assert cards.read(tmp_path / "s").fewest_steps == 2
+    assert student_card.read(tmp_path / "s").fewest_steps == 2
 
 
 # --- the pipeline's own manners ---

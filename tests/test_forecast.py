@@ -11,7 +11,7 @@ from distill.core.stop import StopRequest
 from distill.execution import forecast, preflight, stages
 from distill.flow.interpolants import linear
 from distill.plans import planning
-from distill.runs.store import RunPaths
+from distill.runs.run_store import RunPaths
 from distill.spec import presets, specfile
 from distill.spec.resolved import resolve
 from distill.teachers.loaded import LoadedTeacher

@@ -20,12 +20,11 @@ from students import PICTURE, WEIGHTS, card, edit_card, make, put, tensors
 from test_report import make_results
 
 from distill.core.errors import InputError, RunError
+from distill.core.owners import Owner
 from distill.core.regular_files import open_regular, read_regular
-from distill.exchange import card as cards
-from distill.exchange import contents, manifest, publish, published, pull, transfer, transports, web
-from distill.exchange.card import Publication, TrainingCost
+from distill.exchange import contents, manifest, published, publishing, pulling, student_card, transfer, transports, web
+from distill.exchange.student_card import Publication, TrainingCost
 from distill.exchange.transports import at
-from distill.runs.claims import Owner
 
 DISTILL = "distill.json"
 ONE_LINE = "must be one line of text without control characters"
@@ -38,7 +37,7 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(transfer, "PAUSES", (0.0,))
-    monkeypatch.setattr(pull, "PAUSES", (0.0,))
+    monkeypatch.setattr(pulling, "PAUSES", (0.0,))
 
 
 @pytest.fixture
@@ -54,7 +53,7 @@ def student(tmp_path):
 
 
 def get(place, dest):
-    return pull.pull(at(place), dest)
+    return pulling.pull(at(place), dest)
 
 
 def error_of(call, *arguments, error=InputError):
@@ -102,7 +101,7 @@ def test_a_broken_card_is_refused_where_it_is_read(student, case):
         path.write_bytes(re.sub(rb'"size": \d+', change, path.read_bytes(), count=1))
     else:
         path.write_bytes(change)
-    for call in (cards.read, pull.verify, lambda folder: put(folder, folder.parent / "runs", "x")):
+    for call in (student_card.read, pulling.verify, lambda folder: put(folder, folder.parent / "runs", "x")):
         assert said in error_of(call, student)
     assert not list(student.parent.glob("runs/registry/x/*"))
 
@@ -144,7 +143,7 @@ def test_broken_entries_are_named_once_and_the_others_go_on(capfd, tmp_path, sto
     listed, pulled = command(capfd, "students"), command(capfd, "pull", "digits", "got")
     assert (listed.code, pulled.code, "digits:v1" in listed.out) == (0, 0, True)
     assert "warning: " not in pulled.err, "what is wrong with others does not concern who pulls this one"
-    new = publish.publish(student, store, "other", None, Publication("other"), b"")
+    new = publishing.publish(student, store, "other", None, Publication("other"), b"")
     assert new.entry.label == "other:v1"
     for said in (listed.err.splitlines(), [f"warning: {each}" for each in new.skipped]):
         warnings = [each for each in said if each.startswith("warning: ")]
@@ -203,8 +202,8 @@ def test_nothing_is_published_through_a_link(tmp_path, store, student):
 
 
 def test_an_evaluation_without_finite_numbers_leaves_a_card_that_can_be_read(student):
-    cards.add_metrics(student, {"FD@4": float("nan"), "FD@8": 3.0})
-    assert cards.verify(student).metrics == {"FD-digits@1": 12.5, "FD-digits@2": 8.25, "FD@8": 3.0}
+    student_card.add_metrics(student, {"FD@4": float("nan"), "FD@8": 3.0})
+    assert student_card.verify(student).metrics == {"FD-digits@1": 12.5, "FD-digits@2": 8.25, "FD@8": 3.0}
 
 
 # --- files that are none ---
@@ -246,7 +245,7 @@ def test_names_that_are_not_utf8_are_shown_as_what_they_are_not(capfd, student):
 def test_a_size_that_is_wrong_is_said_without_reading_the_file(student):
     with (student / WEIGHTS).open("ab") as file:
         file.truncate(1 << 42)
-    assert "is damaged: 4398046511104 bytes, expected 4096" in error_of(pull.verify, student)
+    assert "is damaged: 4398046511104 bytes, expected 4096" in error_of(pulling.verify, student)
 
 
 def test_folders_without_end_are_no_student(student):
@@ -254,7 +253,7 @@ def test_folders_without_end_are_no_student(student):
     for _ in range(20):
         folder /= "a"
         folder.mkdir()
-    assert "16 levels of folders, so it is no student" in error_of(pull.verify, student)
+    assert "16 levels of folders, so it is no student" in error_of(pulling.verify, student)
 
 
 # --- what files hold ---
@@ -317,8 +316,8 @@ def test_what_a_file_is_not_is_refused_by_pull_verify_and_publish(tmp_path, case
     name, content, said = LIES[case]
     student = make(tmp_path / "student", files={name: content})
     for call in (
-        pull.verify,
-        lambda folder: pull.pull(at(folder), tmp_path / "s"),
+        pulling.verify,
+        lambda folder: pulling.pull(at(folder), tmp_path / "s"),
         lambda folder: put(folder, tmp_path / "runs", "x"),
     ):
         assert said in error_of(call, student)
@@ -328,22 +327,22 @@ def test_what_a_file_is_not_is_refused_by_pull_verify_and_publish(tmp_path, case
 
 def test_a_program_that_is_shown_is_the_one_that_runs(tmp_path):
     student = make(tmp_path / "student", files={"pipeline.py": b"# coding: utf-7\n# +AAo-import os\n"})
-    said = error_of(lambda: pull.pull(at(student), tmp_path / "s", show=lambda name, text: None))
+    said = error_of(lambda: pulling.pull(at(student), tmp_path / "s", show=lambda name, text: None))
     assert said == "pipeline.py is a program in another encoding than UTF-8; the student is refused"
 
 
 @pytest.mark.parametrize("name", ["pipeline.PY", "unet/w.SAFETENSORS", "x.Json"])
 def test_kinds_are_written_in_small_letters(tmp_path, name):
     student = make(tmp_path / "student", files={name: b"{}"})
-    assert "a kind of file that no student has" in error_of(pull.verify, student)
+    assert "a kind of file that no student has" in error_of(pulling.verify, student)
 
 
 def test_shards_and_pictures_that_are_right_are_taken(tmp_path):
     files = {"unet/a-1.safetensors": tensors(300, 1), SHARDS: shards("a-1.safetensors"), "x.png": PICTURE,
              "notes.txt": "Ünïcödé\ttext\r\n".encode()}  # fmt: skip
     student = make(tmp_path / "student", files=files)
-    pull.pull(at(student), tmp_path / "s")
-    assert pull.verify(tmp_path / "s") == cards.read(student)
+    pulling.pull(at(student), tmp_path / "s")
+    assert pulling.verify(tmp_path / "s") == student_card.read(student)
 
 
 def test_distills_own_pictures_are_pictures(tmp_path):
@@ -391,7 +390,7 @@ def test_foreign_text_in_a_model_card_is_text(text):
             [TrainingCost(word, word, "0:01", word)],
         )
         facts = card(recipe=word, summary=word, teacher=word, data=word, license=word, metrics={f"{word}@1": 1.0})
-        texts = [cards.readme(facts, about), cards.readme(facts), cards.readme(card(name=word))]
+        texts = [student_card.readme(facts, about), student_card.readme(facts), student_card.readme(card(name=word))]
         return [each.split("\n---\n", 1) for each in texts]
 
     ours, harmless = rendered(text), rendered("harmless")
@@ -406,7 +405,7 @@ def test_foreign_text_in_a_model_card_is_text(text):
 
 @pytest.mark.parametrize("license", ["no", "mit: x", "a #b", "'", "[x]", "!!python/object:x", "x" * 1000, "Größe"])
 def test_a_licence_is_one_value_of_the_head(license):
-    text = cards.readme(card(license=license))
+    text = student_card.readme(card(license=license))
     head = yaml.safe_load(text.split("\n---\n", 1)[0])
     assert head == {"library_name": "diffusers", "license": license, "tags": [
         "distillation", "flow-matching", "image-generation"]}  # fmt: skip
@@ -431,7 +430,7 @@ def measured(tmp_path):
         root = run.stage("evaluate").root
         root.mkdir(parents=True)
         (root / "results.json").write_text(json.dumps(content))
-        return root, publish.Chosen(run, "reflow")
+        return root, publishing.Chosen(run, "reflow")
 
     return make_with
 
@@ -441,7 +440,7 @@ def test_a_picture_is_a_png_file_below_its_stage(tmp_path, measured, picture):
     (tmp_path / "secret.png").write_bytes(PICTURE)
     root, chosen = measured(picture)
     (root / "x.txt").write_text("secret")
-    assert "picture" in error_of(publish.samples, chosen)
+    assert "picture" in error_of(publishing.samples, chosen)
 
 
 def test_a_picture_is_taken_through_no_link(tmp_path, measured):
@@ -449,15 +448,15 @@ def test_a_picture_is_taken_through_no_link(tmp_path, measured):
     (tmp_path / "private" / "x.png").write_bytes(PICTURE)
     root, chosen = measured("pictures/x.png")
     (root / "pictures").symlink_to(tmp_path / "private")
-    assert "pictures/x.png cannot be used: it is a link out of its folder" in error_of(publish.samples, chosen)
+    assert "pictures/x.png cannot be used: it is a link out of its folder" in error_of(publishing.samples, chosen)
     (root / "pictures").unlink()
     (root / "pictures").mkdir()
     (root / "pictures" / "x.png").symlink_to(tmp_path / "secret.txt")
-    assert "pictures/x.png cannot be used: it is a link out of its folder" in error_of(publish.samples, chosen)
+    assert "pictures/x.png cannot be used: it is a link out of its folder" in error_of(publishing.samples, chosen)
     (root / "pictures" / "x.png").unlink()
-    assert publish.samples(chosen) == b""
+    assert publishing.samples(chosen) == b""
     (root / "pictures" / "x.png").write_bytes(PICTURE)
-    assert publish.samples(chosen) == PICTURE
+    assert publishing.samples(chosen) == PICTURE
 
 
 # --- places ---
@@ -556,7 +555,7 @@ def answering(first, drip=b""):
 @pytest.fixture
 def hasty(monkeypatch):
     """Whoever is waited for has a second instead of minutes."""
-    monkeypatch.setattr(pull, "SMALL", 0.3)
+    monkeypatch.setattr(pulling, "SMALL", 0.3)
     monkeypatch.setattr(web, "ANSWER", 0.3)
     monkeypatch.setattr(web, "GATHER", 0.1)
     monkeypatch.setattr(transfer, "WINDOW", 0.3)
@@ -585,7 +584,7 @@ def test_a_server_that_drips_is_left(capfd, hasty, first, said):
 
 
 def test_a_file_that_drips_is_left_and_kept(tmp_path, hasty):
-    record, tally = cards.FileRecord(sha256="0" * 64, size=900_000), transfer.Tally()
+    record, tally = student_card.FileRecord(sha256="0" * 64, size=900_000), transfer.Tally()
     with answering(OK, b"x") as url:
         said = error_of(transfer.fetch, replace(at(url), retries=1), "w", record, tmp_path / "w", tally, error=RunError)
     assert "it is too slow: " in said and "bytes in 0 s; the received part is kept" in said
@@ -671,7 +670,7 @@ def test_reading_an_index_takes_time_in_proportion_to_its_size(tmp_path):
     def seconds(size):
         (tmp_path / "big").write_bytes(b" " * size)
         begin = time.process_time()
-        assert len(pull.read(server_source, "big", 64 << 20)) == size
+        assert len(pulling.read(server_source, "big", 64 << 20)) == size
         return time.process_time() - begin
 
     with Flaky(tmp_path) as server:
@@ -790,7 +789,7 @@ def test_a_card_that_is_too_large_takes_no_version(tmp_path, store):
     steps = 70_000
     grid = [1.0, *((steps - n) / steps for n in range(1, steps)), 0.0]
     edit_card(student, lambda content: content.update(t_grids={str(steps): [float(f"{t:.6f}") for t in grid]}))
-    assert (student / DISTILL).stat().st_size < cards.MAX_CARD
+    assert (student / DISTILL).stat().st_size < student_card.MAX_CARD
     assert "the card of large has 1," in error_of(put, student, store, "large")
     assert list((store / "registry" / "large").iterdir()) == []
 
@@ -800,7 +799,7 @@ def test_texts_of_a_card_are_written_as_they_are(tmp_path, store):
     student = make(tmp_path / "t", metrics={190 * "\u00e9" + f"{n}@1": 1.0 for n in range(1000)})
     assert put(student, store, "long").label == "long:v1"
     path = store / "registry" / "long" / "v1" / DISTILL
-    assert path.stat().st_size < cards.MAX_CARD and "\u00e9" in path.read_text()
+    assert path.stat().st_size < student_card.MAX_CARD and "\u00e9" in path.read_text()
 
 
 def test_what_stands_in_the_place_of_a_version_is_said(tmp_path, store):
@@ -817,7 +816,7 @@ def test_what_stands_in_the_place_of_a_version_is_said(tmp_path, store):
 @pytest.mark.parametrize("name", ["Distill.json", "DISTILL.JSON", "distill.json/x.json"])
 def test_no_file_takes_the_place_of_the_card(student, name):
     edit_card(student, lambda content: content["files"].update({name: {"sha256": "0" * 64, "size": 1}}))
-    said = error_of(pull.describe, at(student))
+    said = error_of(pulling.describe, at(student))
     assert "distill.json" in said and ("one file on some disks" in said or "a kind of file" in said or "folder" in said)
 
 
@@ -831,7 +830,7 @@ def test_the_best_student_is_one_of_the_run(tmp_path, measured):
     far = content["rows"][-1] | {"network": "../../../private/secret", "distance": 0.1}
     (root / "results.json").write_text(json.dumps(content | {"rows": [*content["rows"], far]}))
     make(tmp_path / "private" / "secret")
-    assert publish.choose(chosen.run, None, "best").stage == "one_step"
+    assert publishing.choose(chosen.run, None, "best").stage == "one_step"
     for name in ("../../../private/secret", "..", "", "a/b", "a\nb"):
         for place in (chosen.run.stage, chosen.run.student):
             assert "that is no name of a stage" in error_of(place, name)
@@ -840,7 +839,7 @@ def test_the_best_student_is_one_of_the_run(tmp_path, measured):
 @pytest.mark.parametrize("which", ["step-" + "9" * 5000, "step-\u0663", "step-", "step--1", "x" * 5000])
 def test_a_step_is_a_number(measured, which):
     _, chosen = measured("x.png")
-    said = error_of(publish.choose, chosen.run, None, which)
+    said = error_of(publishing.choose, chosen.run, None, which)
     assert said.endswith("valid: best, step-N, N the step of a checkpoint") and len(said) < 300
 
 
@@ -857,20 +856,20 @@ def test_what_another_host_left_is_taken_over_after_a_day(tmp_path):
     left = tmp_path / ".s.part-abc.7,1,boot,elsewhere"
     (left / "unet").mkdir(parents=True)
     (left / "unet" / "w.part").touch()
-    with pull.workplace(tmp_path / "s", "abc") as here:
+    with pulling.workplace(tmp_path / "s", "abc") as here:
         assert list(here.iterdir()) == []
         here.rmdir()
     for each in (left, left / "unet"):
         os.utime(each, (0, 0))
-    with pull.workplace(tmp_path / "s", "abc") as here:
+    with pulling.workplace(tmp_path / "s", "abc") as here:
         assert list(here.iterdir()) == [], "a file was written lately"
         here.rmdir()
     os.utime(left / "unet" / "w.part", (0, 0))
-    with pull.workplace(tmp_path / "s", "abc") as here:
+    with pulling.workplace(tmp_path / "s", "abc") as here:
         assert [path.name for path in here.iterdir()] == ["unet"]
 
 
 def test_a_model_card_counts_the_calls_of_its_sampler():
-    assert ": one network call per step, few steps.\n" in cards.readme(card())
+    assert ": one network call per step, few steps.\n" in student_card.readme(card())
     fields = {"kind": "acceleration", "sampler": "accelerated"}
-    assert ": N + 1 network calls in N steps, few steps.\n" in cards.readme(card(**fields))
+    assert ": N + 1 network calls in N steps, few steps.\n" in student_card.readme(card(**fields))

@@ -15,9 +15,9 @@ from hub import CLASSES, MUTE, Hub, pictures, pipeline, python
 from runs import folder_bytes
 from safetensors.torch import load_file
 
-from distill.exchange.card import StudentCard
+from distill.exchange.student_card import StudentCard
 from distill.spec.model import UNetSpec
-from distill.students.export import export
+from distill.students.exporting import export
 from distill.students.init import StudentInit
 
 pytestmark = pytest.mark.process

@@ -22,9 +22,10 @@ from runs import folder_bytes, make
 from distill.core.atomic import write_atomic
 from distill.core.errors import InputError, RunError
 from distill.core.hub_repository import Repository
+from distill.core.records import read_json
 from distill.execution import prefetch
 from distill.execution.prefetch import Input
-from distill.runs.store import RunPaths, read_json
+from distill.runs.run_store import RunPaths
 from distill.spec.model import RunSpec
 from distill.teachers import by_id
 

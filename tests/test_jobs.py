@@ -12,12 +12,13 @@ from runs import folder_bytes, make
 
 from distill.core.atomic import write_json
 from distill.core.errors import InputError, Stopped
+from distill.core.owners import Owner
 from distill.core.stop import StopRequest
 from distill.launch import slurm, standing
 from distill.pairs import generate
 from distill.runs import claims, jobs
 from distill.runs.progress import Progress
-from distill.runs.store import append_event
+from distill.runs.run_store import append_event
 from distill.spec import clusterspec, pairspec
 from distill.spec.model import GaussianTeacher, PairsStage
 from distill.spec.pairspec import size
@@ -149,11 +150,11 @@ def test_units_are_claimed_side_by_side_but_not_beside_the_run(tmp_path, monkeyp
 
 def test_a_later_attempt_of_a_job_takes_over_from_another_host(tmp_path):
     run = make(tmp_path)
-    first = claims.Owner("elsewhere", "b", 7, "1", "12", 0)
+    first = Owner("elsewhere", "b", 7, "1", "12", 0)
     place = held_by(run, "teach", first)
-    me = claims.Owner.this("12", 0)
+    me = Owner.this("12", 0)
     said = "run 'one' is being executed by job 12; wait for it, or: distill cancel one"
-    for other in (me, claims.Owner.this("13", 5), claims.Owner.this()):
+    for other in (me, Owner.this("13", 5), Owner.this()):
         with pytest.raises(InputError) as caught:
             claims.claim(run, "teach", other).__enter__()
         assert str(caught.value) == said
@@ -168,7 +169,7 @@ from pathlib import Path
 from distill import claims
 from distill.store import RunPaths
 claims.GRACE = 0.5
-with claims.claim(RunPaths(Path(sys.argv[1])), "teach", claims.Owner.this("12", int(sys.argv[2]))):
+with claims.claim(RunPaths(Path(sys.argv[1])), "teach", Owner.this("12", int(sys.argv[2]))):
     print("taken", flush=True)
     time.sleep(float(sys.argv[3]))
 """
@@ -182,7 +183,7 @@ def take(run, restart, seconds):
 @pytest.mark.process
 def test_of_several_that_take_over_exactly_one_does(tmp_path):
     run = make(tmp_path)
-    held_by(run, "teach", claims.Owner("elsewhere", "b", 7, "1", "12", 0))
+    held_by(run, "teach", Owner("elsewhere", "b", 7, "1", "12", 0))
     for _ in range(2):
         racers = [take(run, 1, 1.5) for _ in range(5)]
         assert sorted(racer.communicate()[0] for racer in racers) == [""] * 4 + ["taken\n"]
@@ -297,7 +298,7 @@ def test_an_owner_leads_nowhere(tmp_path, monkeypatch):
     """Its record once became a path: running/ was renamed into a folder of somebody else."""
     monkeypatch.setattr(claims, "GRACE", 0.1)
     run = make(tmp_path / "store")
-    me = claims.Owner.this()
+    me = Owner.this()
     (tmp_path / "victim").mkdir()
     (run.root / f".dead-{me.host}-123-").mkdir()
     run.running.mkdir()
@@ -317,7 +318,7 @@ def test_an_owner_leads_nowhere(tmp_path, monkeypatch):
 
 
 def test_a_process_of_another_boot_is_another():
-    me = claims.Owner.this()
+    me = Owner.this()
     others = [replace(me, **{name: "x"}) for name in ("host", "boot", "start", "namespace")]
     others.append(replace(me, pid=7))
     assert len({each.token for each in [me, *others]}) == 6

@@ -14,7 +14,7 @@ from programs.forked import Forked
 from safetensors.torch import load
 
 from distill.core.errors import EXIT_STOPPED
-from distill.runs.store import RunPaths, read_events
+from distill.runs.run_store import RunPaths, read_events
 from distill.training import checkpoint
 
 pytestmark = pytest.mark.process

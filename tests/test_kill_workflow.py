@@ -7,7 +7,7 @@ import time
 import pytest
 from runs import distill, folder_bytes, kill, start, wait_for
 
-from distill.runs.store import RunPaths, read_events
+from distill.runs.run_store import RunPaths, read_events
 
 pytestmark = pytest.mark.process
 

@@ -21,7 +21,7 @@ from distill.core.errors import PeerLost, RunError, Stopped
 from distill.execution import stages
 from distill.launch import environment, local, ranks
 from distill.runs import claims, todo
-from distill.runs.store import RunPaths, read_events
+from distill.runs.run_store import RunPaths, read_events
 from distill.training.world import World
 
 # argv: stage RUN STAGE... --lifeline FD. A mode is "KIND CODE TEXT": what to do, and how to leave.

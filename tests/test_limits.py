@@ -13,14 +13,14 @@ from commands import command, snapshot
 from pydantic import BaseModel
 from runs import ENV, distill, make
 
-from distill.cli import given
+from distill.cli import arguments
 from distill.core import yamltext
 from distill.core.errors import InputError
 from distill.core.owners import Owner
+from distill.core.records import read_json
 from distill.core.text import whole_number
 from distill.networks import architectures
-from distill.runs import store
-from distill.runs.store import read_json
+from distill.runs import run_store
 from distill.spec import registry, schema
 from distill.spec.model import LaunchSpec, MlpSpec, Stage, UNetSpec
 
@@ -135,7 +135,7 @@ def test_an_option_out_of_all_proportion(capfd, tmp_path, case):
 @pytest.mark.parametrize("text", ["0", "1,0", "100001", "\u00b2", "1" * 5000, "", "1,,2"])
 def test_numbers_of_steps_name_their_option(text):
     with pytest.raises(InputError) as caught:
-        given.steps("--steps", text)
+        arguments.steps("--steps", text)
     assert str(caught.value).startswith("--steps ") and len(str(caught.value)) < 250
 
 
@@ -327,7 +327,7 @@ def test_a_folder_that_is_gone(tmp_path):
     folder = tmp_path / "gone"
     folder.mkdir()
     shell = f"cd {folder} && rmdir {folder} && exec {sys.executable} -m distill list"
-    env = ENV | {"PYTHONPATH": str(Path(store.__file__).parent.parent)}
+    env = ENV | {"PYTHONPATH": str(Path(run_store.__file__).parent.parent)}
     done = subprocess.run(["bash", "-c", shell], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: the current folder no longer exists; cd to another one\n"
@@ -339,7 +339,7 @@ def test_without_a_home(tmp_path):
     code = "import pwd, os; os.environ.pop('HOME'); pwd.getpwuid = lambda uid: {}[uid]; "
     code += "from distill.cli.main import main; print(main(['list']))"
     env = {name: value for name, value in ENV.items() if name != "XDG_CONFIG_HOME"}
-    env["PYTHONPATH"] = str(Path(store.__file__).parent.parent)
+    env["PYTHONPATH"] = str(Path(run_store.__file__).parent.parent)
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
@@ -353,7 +353,7 @@ def test_without_a_home(tmp_path):
 def test_init_on_a_full_disk_leaves_nothing(tmp_path):
     """A limit on the size of a file, in place of a disk that is full in the middle of it."""
     shell = f"ulimit -f 1; exec {sys.executable} -m distill init digits"
-    env = ENV | {"PYTHONPATH": str(Path(store.__file__).parent.parent)}
+    env = ENV | {"PYTHONPATH": str(Path(run_store.__file__).parent.parent)}
     script = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); import os; "
     script += f"os.execvp('bash', ['bash', '-c', {shell!r}])"
     before = snapshot(tmp_path)
@@ -380,8 +380,8 @@ def test_init_does_not_write_over_a_link(capfd, tmp_path):
 )
 def test_a_name_that_the_store_uses_itself(capfd, tmp_path, arguments, name):
     said = (
-        f"a run cannot be called '{name}': the store uses that folder for {store.RESERVED[name]}; choose another name "
-        "(name: in the spec, or --name OTHER)"
+        f"a run cannot be called '{name}': the store uses that folder for {run_store.RESERVED[name]}; choose another "
+        "name (name: in the spec, or --name OTHER)"
     )
     refuse(capfd, tmp_path, [*arguments, f"name={name}"], said)
 
@@ -470,7 +470,7 @@ def test_a_kill_while_a_run_is_made(tmp_path):
     code = "from pathlib import Path; from distill import store; import time\n"
     code += "store.write_files = lambda folder, files: time.sleep(100)\n"
     code += "store.create_run(Path('runs'), 'one', {'a': 'b'})"
-    env = ENV | {"PYTHONPATH": str(Path(store.__file__).parent.parent)}
+    env = ENV | {"PYTHONPATH": str(Path(run_store.__file__).parent.parent)}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env)
     while not list(tmp_path.glob("runs/.one.tmp-*")):
         time.sleep(0.05)

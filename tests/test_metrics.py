@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distill import data as datasets
+from distill.data import load_data
 from distill.data.arrays import ArrayData
 from distill.evaluation.metrics import features as feature_module
 from distill.evaluation.metrics.features import prepare
@@ -141,7 +141,7 @@ def test_sliced_wasserstein_of_a_shift_and_of_itself():
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    data = datasets.load(DigitsData(kind="digits"), 0)
+    data = load_data(DigitsData(kind="digits"), 0)
     folder = tmp_path_factory.mktemp("features")
     return data, folder, prepare(data, folder)
 

@@ -69,7 +69,7 @@ def test_stored_data_solves_bitwise_from_the_regenerated_noise(tmp_path):
     for n, start in ((0, 4), (2, 20)):  # the last block is solved whole, though two of its pairs are not kept
         block = range(start, start + manifest.block)
         noise = draws.sample_noise(manifest.seed, block, manifest.shape)
-        again = solvers.sample(VECTOR.field, noise, {}, solver=manifest.solver, steps=manifest.steps)
+        again = solvers.solve(VECTOR.field, noise, {}, solver=manifest.solver, steps=manifest.steps)
         stored = load_file(shard(tmp_path, n))["data"][start - 8 * n :][:4]
         assert torch.equal(stored, again[: len(stored)])
 

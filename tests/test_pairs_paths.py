@@ -65,7 +65,7 @@ def test_forward_pairs_are_real_data_and_the_noise_that_leads_to_it(tmp_path):
     truth = TEACHER.exact_data(11, range(22))
     assert sorted(pairs.data[:, 0].tolist()) == sorted(truth[:, 0].tolist())
     assert (pairs.noise - (pairs.data - MEAN) / STD).abs().max() < 1e-3
-    again = solvers.sample(TEACHER.field, pairs.noise, {}, solver="heun", steps=128)
+    again = solvers.solve(TEACHER.field, pairs.noise, {}, solver="heun", steps=128)
     assert (again - pairs.data).abs().max() < 1e-3
 
 
@@ -238,7 +238,7 @@ def test_the_steps_that_are_enough_are_found():
     assert f"more than 1%; {found.enough} steps are enough" in found.describe()
     exact = TEACHER.field  # at what is enough, the ends are within about the tolerance of the truth
     noise = draws.sample_noise(0, range(1000), (2,))
-    ends = solvers.sample(exact, noise, {}, solver="euler", steps=found.enough)
+    ends = solvers.solve(exact, noise, {}, solver="euler", steps=found.enough)
     assert (ends - (MEAN + STD * noise)).square().mean().sqrt() < 0.025 * ends.square().mean().sqrt()
     enough = measured("heun", 64)
     assert enough.enough == 64 and enough.describe().endswith("64 steps are enough")

@@ -16,7 +16,7 @@ import pytest
 from flaky import Flaky
 from students import make, put
 
-from distill.runs.store import CREATED, create_run, event_line
+from distill.runs.run_store import CREATED, create_run, event_line
 from distill.spec import presets, specfile
 
 ROOT = Path(__file__).parent.parent

@@ -4,9 +4,9 @@ import pytest
 from runs import distill
 from safetensors.torch import load_file
 
-from distill.runs.results import load
-from distill.runs.store import RunPaths
-from distill.students.export import WEIGHTS
+from distill.runs.results import load_results
+from distill.runs.run_store import RunPaths
+from distill.students.exporting import WEIGHTS
 
 pytestmark = [pytest.mark.process, pytest.mark.train]
 
@@ -17,7 +17,7 @@ def evaluated(folder, *arguments, timeout=1500):
     assert done.returncode == 0, done.stdout + done.stderr
     run = RunPaths(folder / "runs" / "one")
     assert run.report.exists()
-    return load(run.stage("evaluate"))
+    return load_results(run.stage("evaluate"))
 
 
 @pytest.mark.timeout(1500)

@@ -16,7 +16,7 @@ from runs import CARD, ENV, distill, make
 from distill.core import printing
 from distill.core.atomic import write_json
 from distill.runs.progress import PlainLine
-from distill.runs.store import append_event
+from distill.runs.run_store import append_event
 
 RED = "\x1b[31mred\x07"
 SHOWN = "\ufffd[31mred\ufffd"

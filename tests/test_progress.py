@@ -14,7 +14,7 @@ from distill.core.errors import RunError, Stopped
 from distill.core.stop import StopRequest
 from distill.runs import progress as progress_module
 from distill.runs.progress import Means, Progress, duration
-from distill.runs.store import RunPaths, read_events
+from distill.runs.run_store import RunPaths, read_events
 
 STAMPED = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  (.*)", re.DOTALL)
 

@@ -18,10 +18,9 @@ from runs import make as make_run
 from students import PICTURE, make, put
 
 from distill.core.errors import InputError, RunError
-from distill.exchange import card as cards
-from distill.exchange import publish, published, pull
+from distill.exchange import published, publishing, pulling, student_card
 from distill.exchange.transports import at
-from distill.runs.store import CREATED, RunPaths
+from distill.runs.run_store import CREATED, RunPaths
 
 SPEC = """
 name: one
@@ -85,7 +84,7 @@ def test_a_published_student_is_its_folder_with_another_card(tmp_path, store):
     folder = store / "registry" / "digits" / "v1"
     theirs, ours = folder_bytes(student), folder_bytes(folder)
     assert {name for name in ours if ours[name] != theirs.get(name)} == {"README.md", "samples.png", "distill.json"}
-    card = pull.verify(folder)
+    card = pulling.verify(folder)
     assert (card.name, card.license, entry.license) == ("digits", "cc-by-4.0", "cc-by-4.0")
     assert sorted(path.name for path in folder.parent.iterdir()) == ["v1"], "nothing is left beside"
 
@@ -161,7 +160,7 @@ def test_publishers_and_pullers_at_once_lose_nothing(tmp_path, store):
     index = json.loads((store / "registry" / "_index.json").read_text())["students"]
     assert index == [entry.model_dump(mode="json") for entry in found]
     for entry in found:
-        pull.verify(store / "registry" / "digits" / entry.version)
+        pulling.verify(store / "registry" / "digits" / entry.version)
     assert not list((store / "registry").rglob(".*"))
 
 
@@ -339,12 +338,12 @@ def test_the_time_of_a_stage_is_that_of_its_processes(store):
     (run.root / CREATED).write_text(
         "".join(json.dumps({"time": at, "event": what, **more}) + "\n" for at, what, more in events)
     )
-    chosen = publish.Chosen(run, "reflow", None)
-    costs = {cost.stage: cost for cost in publish.describe("x", chosen, 640, "").costs}
+    chosen = publishing.Chosen(run, "reflow", None)
+    costs = {cost.stage: cost for cost in publishing.describe("x", chosen, 640, "").costs}
     assert list(costs) == ["teach", "pairs", "reflow"]
     assert (costs["teach"].time, costs["teach"].place) == ("0:23", "1 process, H200")
     assert (costs["pairs"].time, costs["reflow"].work) == ("0:41", "640 images")
-    early = publish.describe("x", publish.Chosen(run, "teach", 100), 100, "").costs
+    early = publishing.describe("x", publishing.Chosen(run, "teach", 100), 100, "").costs
     assert [(cost.stage, cost.work, cost.time) for cost in early] == [("teach", "100 images", "0:10")]
 
 
@@ -369,8 +368,8 @@ def run(finished, monkeypatch):
 
 @pytest.mark.process
 def test_the_students_of_a_run(capfd, run):
-    assert (publish.choose(run, None, "").stage, publish.choose(run, "long", "").stage) == ("short", "long")
-    assert publish.choose(run, None, "best").stage == "long", "a rate of 1 cannot be good"
+    assert (publishing.choose(run, None, "").stage, publishing.choose(run, "long", "").stage) == ("short", "long")
+    assert publishing.choose(run, None, "best").stage == "long", "a rate of 1 cannot be good"
     for given, said in [
         ("one@bset", "'@bset': did you mean 'best'? valid: best, step-N, N the step of a checkpoint"),
         ("one/long@best", "'one/long@best': best is one of all students of a run; write one@best"),
@@ -390,8 +389,8 @@ def test_a_whole_model_card(capfd, run):
     assert done.code == 0, done.err
     assert done.out == "published ring:v1: runs/registry/ring/v1\nget it with: distill pull ring:v1\n"
     folder = run.root.parent / "registry" / "ring" / "v1"
-    card, text = pull.verify(folder), (folder / "README.md").read_text()
-    assert card.metrics == cards.read(run.student("long")).metrics
+    card, text = pulling.verify(folder), (folder / "README.md").read_text()
+    assert card.metrics == student_card.read(run.student("long")).metrics
     (picture,) = run.stage("evaluate").root.glob("pictures/*long*1.png")
     assert (folder / "samples.png").read_bytes() == picture.read_bytes()
     for line in [
@@ -414,7 +413,7 @@ def test_a_checkpoint_is_exported_and_published(capfd, run):
     done = command(capfd, "publish", "one/long@step-20", "early:half")
     assert done.code == 0, done.err
     folder = run.root.parent / "registry" / "early" / "half"
-    card, text = pull.verify(folder), (folder / "README.md").read_text()
+    card, text = pulling.verify(folder), (folder / "README.md").read_text()
     assert (card.images, card.metrics) == (1280, {})
     assert "| long | 1,280 images | 0:0" in text
     assert "Its samples were not measured" in text

@@ -18,8 +18,7 @@ from runs import folder_bytes
 from students import WEIGHTS, copy, edit_card, make, put
 
 from distill.core.errors import InputError, RunError
-from distill.exchange import card as cards
-from distill.exchange import manifest, pull, transfer, transports
+from distill.exchange import manifest, pulling, student_card, transfer, transports
 from distill.exchange.transports import RemoteFolder, at
 from distill.spec.kinds import STUDENTS
 from distill.students import shipped
@@ -32,7 +31,7 @@ DISTILL = "distill.json"
 def at_once(monkeypatch):
     """Nothing waits before it asks again."""
     monkeypatch.setattr(transfer, "PAUSES", (0.0,))
-    monkeypatch.setattr(pull, "PAUSES", (0.0,))
+    monkeypatch.setattr(pulling, "PAUSES", (0.0,))
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def student(tmp_path):
 
 
 def get(place, dest, **options):
-    return pull.pull(at(place), dest, **options)
+    return pulling.pull(at(place), dest, **options)
 
 
 def same(left, right):
@@ -66,7 +65,7 @@ def test_from_a_folder_a_file_url_and_http(tmp_path, student):
         ):
             pulled = get(place, tmp_path / f"{number}")
             same(tmp_path / f"{number}", student)
-            assert pulled.card == cards.verify(student)
+            assert pulled.card == student_card.verify(student)
             assert pulled.digest == hashlib.sha256((student / DISTILL).read_bytes()).hexdigest()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1", "2", "3", "there"], "nothing is left beside"
 
@@ -296,7 +295,7 @@ def test_links_and_extra_files_are_refused_by_name(tmp_path, student):
     said = f"{student}: README.md is a link; a student has none. Copy the files themselves"
     assert refused(student, tmp_path / "s") == said
     with pytest.raises(InputError, match=re.escape(said)):
-        pull.verify(student)
+        pulling.verify(student)
     with (
         pytest.raises(transports.Refused, match="is a link; links are not followed"),
         RemoteFolder(student).open("README.md", 0),
@@ -316,7 +315,7 @@ def test_unknown_code_is_refused_by_name_and_shown_before_it_is_taken(tmp_path):
     assert shown == {"pipeline.py": ("import os\n", False), "unet/own.py": ("print('own')\n", False)}
     same(tmp_path / "s", student)
     with pytest.raises(InputError, match="brings code that distill has never shipped"):
-        pull.verify(tmp_path / "s")
+        pulling.verify(tmp_path / "s")
 
 
 INDEX = {"_class_name": ["pipeline", "DistilledPipeline"], "unet": ["diffusers", "UNet2DModel"]}

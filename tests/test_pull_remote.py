@@ -20,7 +20,7 @@ from runs import ENV, folder_bytes
 from students import WEIGHTS, make, put
 
 from distill.core.errors import InputError, RunError
-from distill.exchange import published, pull, transfer
+from distill.exchange import published, pulling, transfer
 from distill.exchange.transports import Missing, at
 
 pytestmark = pytest.mark.process
@@ -32,7 +32,7 @@ SSHD, SSH, SSH_KEYGEN = (shutil.which(name, path=PATH) for name in daemons.PROGR
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     monkeypatch.setattr(transfer, "PAUSES", (0.0,))
-    monkeypatch.setattr(pull, "PAUSES", (0.0,))
+    monkeypatch.setattr(pulling, "PAUSES", (0.0,))
 
 
 def free_port() -> int:
@@ -103,7 +103,7 @@ def ssh(sshd, monkeypatch):
 def test_ssh_with_the_users_own_config(tmp_path, ssh):
     student = make(tmp_path / "it's there $HOME" / "student", size=MB)
     for host in ("cluster", "behind"):
-        pull.pull(at(f"ssh://{host}{student}"), tmp_path / host)
+        pulling.pull(at(f"ssh://{host}{student}"), tmp_path / host)
         assert folder_bytes(tmp_path / host) == folder_bytes(student)
 
 
@@ -119,7 +119,7 @@ def test_ssh_goes_on_from_where_it_broke(tmp_path, sshd, monkeypatch):
     )
     cut.chmod(0o755)
     monkeypatch.setenv("PATH", f"{cut.parent}:{os.environ['PATH']}")
-    pull.pull(at(f"ssh://cluster{student}"), tmp_path / "s")
+    pulling.pull(at(f"ssh://cluster{student}"), tmp_path / "s")
     assert folder_bytes(tmp_path / "s") == folder_bytes(student)
     asked = re.findall(r"tail -c \+(\d+) \S*safetensors", log.read_text())
     assert asked == ["1", "300001", "600001"]
@@ -128,14 +128,14 @@ def test_ssh_goes_on_from_where_it_broke(tmp_path, sshd, monkeypatch):
 def test_what_ssh_cannot_have_is_one_message(tmp_path, ssh):
     said = "there is no such file"
     with pytest.raises(Missing, match=said):
-        pull.read(at(f"ssh://cluster{tmp_path}"), "none.json", 10)
+        pulling.read(at(f"ssh://cluster{tmp_path}"), "none.json", 10)
     with pytest.raises(InputError, match=f"ssh://cluster{tmp_path}/none is no student folder: .*{said}"):
-        pull.pull(at(f"ssh://cluster{tmp_path}/none"), tmp_path / "s")
+        pulling.pull(at(f"ssh://cluster{tmp_path}/none"), tmp_path / "s")
     with pytest.raises(InputError, match="Permission denied"):
-        pull.pull(at(f"ssh://nobody-here@cluster{tmp_path}/none"), tmp_path / "s")
+        pulling.pull(at(f"ssh://nobody-here@cluster{tmp_path}/none"), tmp_path / "s")
     port = free_port()
     with pytest.raises(RunError, match=f"port {port}: Connection refused; try again later"):
-        pull.pull(at(f"ssh://127.0.0.1:{port}{tmp_path}/none"), tmp_path / "s")
+        pulling.pull(at(f"ssh://127.0.0.1:{port}{tmp_path}/none"), tmp_path / "s")
     assert sorted(path.name for path in tmp_path.iterdir()) == []
 
 

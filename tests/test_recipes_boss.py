@@ -59,7 +59,7 @@ def test_at_zero_loss_the_student_ends_where_the_fine_path_ends():
     t_grid = grid(own_grids(boss_recipe(), TIMES), 3)
     given = noise(10)
     data = euler.sample(landing, given, t_grid, {})
-    fine = solvers.sample(exact.FIELD, given, {}, solver="euler", steps=100)
+    fine = solvers.solve(exact.FIELD, given, {}, solver="euler", steps=100)
     assert (data - fine).abs().max() < 1e-12
 
 

@@ -11,7 +11,7 @@ from test_stages import PAIRS, REFLOW, TEACH, go, spec
 
 from distill import testing
 from distill.core.errors import InputError
-from distill.exchange import card as cards
+from distill.exchange import student_card
 from distill.flow import times
 from distill.flow.draws import generator
 from distill.flow.interpolants import like
@@ -206,9 +206,9 @@ def test_all_of_it_in_one_spec(tmp_path):
     run = go(
         tmp_path, spec(None, {"kind": "digits"}, **stages, evaluate={**evaluate, "fine_steps": 2, "teacher_steps": [1]})
     )
-    card = cards.verify(run.student("student"))
+    card = student_card.verify(run.student("student"))
     assert card.t_grids == {steps: times.sigmoid_grid(steps, 20.0).tolist() for steps in range(1, 17)}
-    assert card.data == "digits" and results.load(run.stage("evaluate")).row("student", 16).nfe == 16
+    assert card.data == "digits" and results.load_results(run.stage("evaluate")).row("student", 16).nfe == 16
 
 
 SUBJECTS = [

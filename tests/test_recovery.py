@@ -14,7 +14,7 @@ from distill.flow.interpolants import linear
 from distill.flow.times import uniform_grid
 from distill.pairs import PairSet, PairSource, generate
 from distill.runs.progress import Progress
-from distill.runs.store import StagePaths
+from distill.runs.run_store import StagePaths
 from distill.spec.model import MixtureTeacher, MlpSpec, OptimizerSpec, PairsStage, TrainStage, UNetSpec
 from distill.students.init import StudentInit
 from distill.students.samplers import euler
@@ -95,9 +95,9 @@ def test_reflow_and_one_step_recover_a_ring(tmp_path):
     source = PairSource(pairs, 512, 6)
     student = run(recipe, source, init, tmp_path / "one_step", images=512_000, batch_size=512, lr=1e-3)
 
-    fine = solvers.sample(TEACHER.field, NOISE, {}, solver="heun", steps=64)
+    fine = solvers.solve(TEACHER.field, NOISE, {}, solver="heun", steps=64)
     jumps = {
-        "teacher": solvers.sample(TEACHER.field, NOISE, {}, solver="euler", steps=1),
+        "teacher": solvers.solve(TEACHER.field, NOISE, {}, solver="euler", steps=1),
         "reflow": jump(straight),
         "one_step": jump(student),
     }

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from distill.reports import rounds_table
 from distill.runs import results
-from distill.runs.store import RunPaths, read_events
+from distill.runs.run_store import RunPaths, read_events
 
 pytestmark = pytest.mark.process
 
@@ -94,7 +94,7 @@ def test_flows_begin_with_the_weights_of_the_flow_before_and_all_are_students(wh
     assert sorted(cards) == ["one_step", "reflow-1", "reflow-2"]
     assert cards["one_step"]["teacher"] == "the student of stage reflow-2"
     assert cards["one_step"]["metrics"]["SW2@1"] == pytest.approx(
-        results.load(run.stage("evaluate")).row("one_step", 1).distance, rel=1e-5
+        results.load_results(run.stage("evaluate")).row("one_step", 1).distance, rel=1e-5
     )
 
 

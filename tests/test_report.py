@@ -9,11 +9,11 @@ import pytest
 
 from distill.core.atomic import write_json
 from distill.core.errors import InputError
-from distill.evaluation import report
+from distill.evaluation import report_page
 from distill.evaluation.pictures import images_png
 from distill.runs import results
 from distill.runs.results import FILE_NAME, FeatureNet, Results, Row
-from distill.runs.store import RunPaths, append_event
+from distill.runs.run_store import RunPaths, append_event
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 
@@ -103,7 +103,7 @@ def finish(paths: RunPaths, results: Results) -> None:
 
 
 def read(paths: RunPaths) -> Page:
-    assert report.write(paths) == paths.report
+    assert report_page.write(paths) == paths.report
     page = Page(paths.report.read_text())
     assert page.open == []
     return page
@@ -159,23 +159,23 @@ def test_a_flow_map_has_no_straightness(run):
     widths = [attributes["style"] for tag, attributes in page.tags if tag == "i"]
     assert widths == ["width: 100.0%", "width: 20.0%", "width: 0.0%"]
     only = full.model_copy(update={"rows": [r.model_copy(update={"straightness": None}) for r in full.rows]})
-    assert {value for _, value, _ in report._evaluation(only, [], "").straightness} == {"\u2013"}
+    assert {value for _, value, _ in report_page._evaluation(only, [], "").straightness} == {"\u2013"}
 
 
 def test_headlines():
     full = make_results()
     worse = full.model_copy(update={"rows": [r for r in full.rows if r.steps != 16 or r.fine]})
-    assert "; the teacher is at 54.00 after 4 Euler steps and reaches 5.30 in 31 calls" in report.headline(worse)
+    assert "; the teacher is at 54.00 after 4 Euler steps and reaches 5.30 in 31 calls" in report_page.headline(worse)
     teacher_only = full.model_copy(update={"rows": full.rows[:4]})
-    assert report.headline(teacher_only) == "The teacher reaches FD-digits 5.30 in 31 network calls."
+    assert report_page.headline(teacher_only) == "The teacher reaches FD-digits 5.30 in 31 network calls."
     blind = make_results(with_distance=False)
-    assert report.headline(blind).startswith(
+    assert report_page.headline(blind).startswith(
         "In one network call one_step reaches RMS to the teacher 0.1000. one_step makes"
     )
 
 
 def test_a_resumed_run_shows_each_image_once(run):
-    _, trainings, _ = report._events(run)
+    _, trainings, _ = report_page._events(run)
     loss = trainings["teach"].curves["loss"]
     assert (loss.at, loss.values) == ([128, 256, 384, 512], [2.0, 1.5, 1.2, 1.0])
 
@@ -203,7 +203,7 @@ def test_a_picture_is_embedded_once_and_all_are_bounded(run, monkeypatch):
     assert len([reference for reference in page.references if "image/png" in reference]) == 3
     assert "More pictures" not in page.text
     size = (folder / found.rows[0].picture).stat().st_size
-    monkeypatch.setattr(report, "MAX_PICTURES", 2 * size)
+    monkeypatch.setattr(report_page, "MAX_PICTURES", 2 * size)
     page = read(run)
     assert len([reference for reference in page.references if "image/png" in reference]) == 2
     assert "More pictures: in stages/evaluate/pictures." in page.text
@@ -214,7 +214,7 @@ def test_a_file_that_only_begins_like_a_picture_is_refused(run):
     path = run.stage("evaluate").root / make_results().rows[0].picture
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"0" * 5_000_000)
     with pytest.raises(InputError, match="cannot be used: it is not a PNG picture; delete it, and evaluate again"):
-        report.write(run)
+        report_page.write(run)
 
 
 def test_a_missing_picture_is_left_out(run):
@@ -240,7 +240,7 @@ def test_rows_along_other_times_stand_beside_the_usual_ones(run):
     ]
     found = usual.model_copy(update={"rows": [*usual.rows, *better]})
     assert [row.label for row in found.rows[-2:]] == ["teacher, euler, optimal times", "reflow, along 1, 0.6, 0"]
-    assert report.headline(found) == report.headline(usual)
+    assert report_page.headline(found) == report_page.headline(usual)
     assert results.card_metrics(found, "reflow") == results.card_metrics(usual, "reflow")
     assert found.row("teacher", 4).distance == 54.0
     assert found.row("teacher", 4, along="optimal").distance == 1.0

@@ -5,7 +5,8 @@ import json
 import pytest
 from runs import distill, folder_bytes
 
-from distill.runs.store import RunPaths, read_events, read_json
+from distill.core.records import read_json
+from distill.runs.run_store import RunPaths, read_events
 from distill.spec import presets
 
 SPEC = """

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from distill.execution import preflight
 from distill.execution.estimate import estimate
-from distill.runs.store import RunPaths, read_events
+from distill.runs.run_store import RunPaths, read_events
 from distill.spec import specfile
 from distill.spec.resolved import resolve
 

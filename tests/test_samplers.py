@@ -51,7 +51,7 @@ def test_n_steps_are_n_calls_the_first_at_noise_the_last_to_data(steps, dtype): 
 @pytest.mark.parametrize("steps", [1, 3, 8])
 def test_euler_is_the_solver_of_the_same_name(steps):
     noise = randn("euler", 10, 3)
-    expected = solvers.sample(FIELD, noise, {}, solver="euler", steps=steps)
+    expected = solvers.solve(FIELD, noise, {}, solver="euler", steps=steps)
     assert torch.equal(euler.sample(FIELD, noise, uniform_grid(steps), {}), expected)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 
 from distill.core.errors import RunError, Stopped
 from distill.core.stop import StopRequest
-from distill.runs.store import RunPaths, read_events
+from distill.runs.run_store import RunPaths, read_events
 from distill.spec.model import CheckpointSpec
 from distill.training.checkpoint import Checkpoints, complete, latest
 from distill.training.saving import Image, Saver

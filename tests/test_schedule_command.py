@@ -8,14 +8,14 @@ import torch
 from commands import command
 from safetensors.torch import load_file
 
-from distill.exchange import card as cards
-from distill.exchange.card import StudentCard
+from distill.exchange import student_card
+from distill.exchange.student_card import StudentCard
 from distill.networks.architectures import build, two_times
 from distill.networks.flow_map import FlowMapStudent
 from distill.networks.velocity import VelocityStudent
 from distill.spec.model import MlpSpec
 from distill.students import loaded, step_times
-from distill.students.export import export
+from distill.students.exporting import export
 from distill.students.samplers import euler
 
 STD = math.sqrt(0.3)
@@ -99,7 +99,7 @@ def test_what_cannot_be_is_said(capfd, here, arguments, message):
 
 
 def test_a_student_is_sampled_along_other_times(capfd, here):
-    student = loaded.load(here / "student", torch.device("cpu"))
+    student = loaded.load_student(here / "student", torch.device("cpu"))
 
     def drawn(*options):
         done = command(capfd, "sample", "student", "--out", "a.safetensors", "--count", "5", *options)
@@ -139,4 +139,4 @@ def test_by_default_a_student_is_measured_at_its_own_numbers_of_steps(capfd, her
     assert [r["steps"] for r in json.loads(done.out)["rows"] if r["role"] == "student"] == [3]
     done = command(capfd, "sample", "own", "--out", "a.png", "--count", "4")
     assert "4 samples at 3 steps" in done.out
-    assert cards.read(here / "own").fewest_steps == 3
+    assert student_card.read(here / "own").fewest_steps == 3

@@ -85,7 +85,7 @@ def test_a_cost_is_how_far_a_step_lands_from_the_path():
 def test_the_path_is_the_solvers(solver):
     noise, grid = torch.randn(5, 3, generator=generator("path"), dtype=torch.float64), uniform_grid(12)
     states, step = step_times._path(exact.FIELD, noise, {}, solver, grid)
-    whole = solvers.sample(exact.FIELD, noise, {}, solver=solver, steps=12)
+    whole = solvers.solve(exact.FIELD, noise, {}, solver=solver, steps=12)
     assert torch.equal(states[-1], whole)
     first = solvers.SOLVERS[solver](exact.FIELD, noise, grid[[0, 5]], {})
     assert (step(0, 5) - first).abs().max() < 1e-12
@@ -255,11 +255,11 @@ def test_solvers_that_are_unknown_and_a_store_that_cannot_be_written(tmp_path):
 def test_solving_along_given_times():
     noise = torch.randn(5, 3, generator=generator("along"), dtype=torch.float64)
     for solver in SOLVERS:
-        found = solvers.sample_along(exact.FIELD, noise, {}, solver=solver, times=[1.0, 0.75, 0.5, 0.25, 0.0])
-        assert torch.equal(found, solvers.sample(exact.FIELD, noise, {}, solver=solver, steps=4))
+        found = solvers.solve_along(exact.FIELD, noise, {}, solver=solver, times=[1.0, 0.75, 0.5, 0.25, 0.0])
+        assert torch.equal(found, solvers.solve(exact.FIELD, noise, {}, solver=solver, steps=4))
     for times in ([1.0, 0.5], [0.9, 0.0], [1.0, 0.2, 0.4, 0.0], [1.0, 1.0, 0.0]):
         with pytest.raises(InputError, match=f"times {times[0]:g}, .*: they must fall from 1 to 0, those between from"):
-            solvers.sample_along(exact.FIELD, noise, {}, solver="euler", times=times)
+            solvers.solve_along(exact.FIELD, noise, {}, solver="euler", times=times)
 
 
 @pytest.mark.parametrize("steps", range(1, 7))
@@ -268,10 +268,10 @@ def test_a_field_is_solved_along_the_times_that_were_found(steps):
     t_grid, matrix = step_times.measure(Narrow(), UNIT, {}, solver="euler", fine=6)
     times = [1.0, *(t_grid[i] for i in step_times.least(matrix, steps)[1:])]
     counted = Counted(Narrow())
-    found = solvers.sample_along(counted, UNIT, {}, solver="euler", times=times)
+    found = solvers.solve_along(counted, UNIT, {}, solver="euler", times=times)
     assert counted.calls == steps
     if steps == 6:
-        assert torch.equal(found, solvers.sample(Narrow(), UNIT, {}, solver="euler", steps=6))
+        assert torch.equal(found, solvers.solve(Narrow(), UNIT, {}, solver="euler", steps=6))
     low = "those between from below 0.9 to 0.2, where the velocity is known"
     with pytest.raises(InputError, match=f"times 1, 0.1, 0: they must fall from 1 to 0, {low}"):
-        solvers.sample_along(Narrow(), UNIT, {}, solver="euler", times=[1.0, 0.1, 0.0])
+        solvers.solve_along(Narrow(), UNIT, {}, solver="euler", times=[1.0, 0.1, 0.0])

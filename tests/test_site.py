@@ -8,9 +8,9 @@ import yaml
 from commands import command
 
 from distill.core.errors import InputError
-from distill.launch import script, site
+from distill.launch import script, sites
 from distill.launch.script import JobPlan, Where
-from distill.runs.store import RunPaths
+from distill.runs.run_store import RunPaths
 from distill.spec import specfile
 from distill.spec.model import SlurmSpec
 
@@ -23,7 +23,7 @@ SPEC = {
 
 def load(tmp_path, text):
     (tmp_path / "site.yaml").write_text(text)
-    return site.load(tmp_path / "site.yaml")
+    return sites.load(tmp_path / "site.yaml")
 
 
 def render(tmp_path, where, plan=None, **launch):
@@ -32,12 +32,12 @@ def render(tmp_path, where, plan=None, **launch):
 
 
 def test_the_example_names_every_key_and_changes_nothing():
-    found = site.load(site.EXAMPLE)
-    assert found.site == site.Site()
-    content = yaml.safe_load(site.EXAMPLE.read_text())
-    assert set(content) == set(site.Site.model_fields)
-    assert set(content["caches"]) == set(site.CacheSite.model_fields)
-    assert set(content["container"]) == set(site.ContainerSite.model_fields)
+    found = sites.load(sites.EXAMPLE)
+    assert found.site == sites.Site()
+    content = yaml.safe_load(sites.EXAMPLE.read_text())
+    assert set(content) == set(sites.Site.model_fields)
+    assert set(content["caches"]) == set(sites.CacheSite.model_fields)
+    assert set(content["container"]) == set(sites.ContainerSite.model_fields)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def test_what_a_site_cannot_say(tmp_path, text, message):
 
 
 def test_an_empty_site_is_one(tmp_path):
-    assert load(tmp_path, "").site == site.Site()
-    assert load(tmp_path, "# nothing\n").site == site.Site()
+    assert load(tmp_path, "").site == sites.Site()
+    assert load(tmp_path, "# nothing\n").site == sites.Site()
 
 
 def test_the_specs_own_wish_goes_before_the_sites(tmp_path):

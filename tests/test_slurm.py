@@ -6,7 +6,7 @@ from cluster import Cluster
 from runs import distill, folder_bytes
 from slurm_runs import NEEDS_SLURM, ends, finish, kill_rank, last_job, said, steps, submit, wait_steps
 
-from distill.runs.store import RunPaths
+from distill.runs.run_store import RunPaths
 
 pytestmark = NEEDS_SLURM
 

@@ -10,7 +10,8 @@ from hub import Hub, environment, pipeline
 from runs import folder_bytes
 from slurm_runs import NEEDS_SLURM, finish, last_job, said
 
-from distill.runs.store import RunPaths, read_json
+from distill.core.records import read_json
+from distill.runs.run_store import RunPaths
 
 pytestmark = NEEDS_SLURM
 

@@ -10,7 +10,7 @@ from slurm_runs import MIXTURE, NEEDS_SLURM, command_line, end_jobs, enter, fini
 
 from distill.reports import rounds_table
 from distill.runs import jobs, results
-from distill.runs.store import RunPaths
+from distill.runs.run_store import RunPaths
 
 pytestmark = NEEDS_SLURM
 

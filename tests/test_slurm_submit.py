@@ -15,7 +15,7 @@ from runs import ENV
 from slurm_runs import HELD, NEEDS_SLURM, begin, command_line, end_jobs, enter, last_job, named, program, queue, said
 
 from distill.runs import jobs, todo
-from distill.runs.store import RunPaths, append_event, read_events
+from distill.runs.run_store import RunPaths, append_event, read_events
 
 ROOT = Path(__file__).parent.parent
 pytestmark = NEEDS_SLURM

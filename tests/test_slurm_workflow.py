@@ -24,7 +24,7 @@ from slurm_runs import (
 )
 
 from distill.runs import jobs
-from distill.runs.store import RunPaths
+from distill.runs.run_store import RunPaths
 from distill.spec import registry
 
 pytestmark = NEEDS_SLURM

@@ -9,7 +9,7 @@ from distill.core.errors import InputError
 from distill.flow.draws import generator
 from distill.flow.fields import Counted, Rescheduled, start
 from distill.flow.interpolants import edm, linear, trig, vp
-from distill.flow.solvers import SOLVERS, dpm_solver_pp_2m, euler, heun, march, sample, straightness
+from distill.flow.solvers import SOLVERS, dpm_solver_pp_2m, euler, heun, march, solve, straightness
 from distill.flow.times import uniform_grid
 from distill.spec import kinds
 from distill.spec.kinds import network_calls
@@ -60,13 +60,13 @@ def test_runge_kutta_on_the_gaussian_is_its_map():  # T03
 
 def test_one_euler_step_of_v1_is_the_mean_whatever_the_noise():  # T04, fact A
     noise = randn("T04", 50, 1)
-    assert (sample(V1, noise, {}, solver="euler", steps=1) - M).abs().max() < 1e-12
+    assert (solve(V1, noise, {}, solver="euler", steps=1) - M).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_euler_on_v2_is_exact_at_any_number_of_steps(steps):  # T04, fact B
     noise = randn("T04", 50, 1)
-    assert (sample(V2, noise, {}, solver="euler", steps=steps) - (M + ROOT * noise)).abs().max() < 1e-12
+    assert (solve(V2, noise, {}, solver="euler", steps=steps) - (M + ROOT * noise)).abs().max() < 1e-12
 
 
 def test_euler_on_v1_is_the_product_of_its_steps():  # fact D
@@ -75,7 +75,7 @@ def test_euler_on_v1_is_the_product_of_its_steps():  # fact D
         factor, t = 1.0, [1 - i / steps for i in range(steps + 1)]
         for now, then in zip(t[:-1], t[1:], strict=True):
             factor *= 1 + (then - now) * (now - (1 - now) * VARIANCE) / ((1 - now) ** 2 * VARIANCE + now**2)
-        result = sample(V1, noise, {}, solver="euler", steps=steps)
+        result = solve(V1, noise, {}, solver="euler", steps=steps)
         assert (result - (M + factor * noise)).abs().max() < 1e-12
         assert steps != 4 or factor == pytest.approx(0.378445, abs=5e-7)
 
@@ -234,7 +234,7 @@ def stable_diffusion():
 def test_cost_is_the_declared_cost(name, steps):
     for field in (V1, GaussianField(MEAN, STD, stable_diffusion()), GaussianField(MEAN, STD, edm(), (0.002, 0.98))):
         counted = Counted(field)
-        sample(counted, torch.zeros(2, 3, dtype=torch.float64), {}, solver=name, steps=steps)
+        solve(counted, torch.zeros(2, 3, dtype=torch.float64), {}, solver=name, steps=steps)
         assert counted.calls == network_calls(name, steps), field.interpolant.name
 
 
@@ -254,7 +254,7 @@ def test_any_path_samples_what_the_exact_map_gives(name, path):
     truth = x - t[:, None] * GaussianFlowMap(MEAN, STD)(x, t, 0 * t, {})
     # VP ends with one step from t = 0.028 to the data, whose error does not vanish with the number of steps
     tolerance = 1e-2 if path == "vp" else 5e-3
-    assert (sample(field, noise, {}, solver=name, steps=100) - truth).abs().max() < tolerance
+    assert (solve(field, noise, {}, solver=name, steps=100) - truth).abs().max() < tolerance
 
 
 def test_the_last_step_of_a_field_that_ends_above_zero_is_its_data_prediction():
@@ -271,16 +271,16 @@ def test_guided_pairs_are_the_map_of_the_shifted_gaussian():  # consistency 0.5
     means = torch.stack([MEAN, -MEAN])
     teacher, noise = class_gaussian_teacher(means, 0 * MEAN, STD), randn("guided", 6, 3)
     labels = torch.tensor([0, 1, 0, 1, 1, 0])
-    result = sample(teacher.guided(2.5), noise, {"class_labels": labels}, solver="heun", steps=200)
+    result = solve(teacher.guided(2.5), noise, {"class_labels": labels}, solver="heun", steps=200)
     assert (result - (2.5 * means[labels] + STD * noise)).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_float32_stays_float32_and_near_float64_without_gradients(name):
     noise = randn("float", 16, 3)
-    exact = sample(GaussianField(MEAN, STD), noise, {}, solver=name, steps=32)
+    exact = solve(GaussianField(MEAN, STD), noise, {}, solver=name, steps=32)
     noise = noise.float().requires_grad_()
-    result = sample(GaussianField(MEAN, STD), noise, {}, solver=name, steps=32)
+    result = solve(GaussianField(MEAN, STD), noise, {}, solver=name, steps=32)
     assert result.dtype == torch.float32 and not result.requires_grad
     assert (result.double() - exact).abs().max() < 1e-5
     assert SOLVERS[name](GaussianField(MEAN, STD), noise, uniform_grid(2), {}).requires_grad
@@ -302,9 +302,9 @@ def test_wrong_grids_and_names_are_refused():
             with pytest.raises(ValueError, match=r"t must be within \[0.002, 0.98\], got \["):
                 solver(field, x, grid, {})
     with pytest.raises(InputError, match="unknown solver 'huen': did you mean 'heun'"):
-        sample(V1, x, {}, solver="huen", steps=2)
+        solve(V1, x, {}, solver="huen", steps=2)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        sample(V1, x, {}, solver="heun", steps=0)
+        solve(V1, x, {}, solver="heun", steps=0)
 
 
 # --- straightness ---

@@ -15,24 +15,24 @@ from PIL import Image
 from runs import folder_bytes
 from safetensors.torch import load_file
 
-from distill import data as datasets
+from distill import data as data_sets
 from distill import pairs
 from distill.cli.start import begin
 from distill.core.errors import InputError, RunError, Stopped
 from distill.core.stop import StopRequest
-from distill.exchange import card as cards
-from distill.exchange.card import StudentCard
+from distill.exchange import student_card
+from distill.exchange.student_card import StudentCard
 from distill.execution import preflight, stages
 from distill.networks.architectures import build
 from distill.networks.velocity import VelocityStudent
 from distill.runs import results
-from distill.runs.store import RunPaths
+from distill.runs.run_store import RunPaths
 from distill.spec import checks, specfile
 from distill.spec.model import CheckpointTeacher, MlpSpec, RunSpec, UNetSpec
 from distill.spec.resolved import resolve
-from distill.students import loaded as students
-from distill.students.export import export
-from distill.teachers import load
+from distill.students.exporting import export
+from distill.students.loaded import load_student
+from distill.teachers import load_teacher
 from recipes.reflow import reflow
 
 CPU = torch.device("cpu")
@@ -112,7 +112,7 @@ def test_a_checkpoint_is_exported_without_pairs_or_the_runs_device(tmp_path):
     stages.export_checkpoint(run, elsewhere, "straight", "raw", tmp_path / "raw")
     assert folder_bytes(tmp_path / "raw") == folder_bytes(run.student("straight"))
     stages.export_checkpoint(run, elsewhere, "straight", 16.0, tmp_path / "averaged")
-    card = cards.verify(tmp_path / "averaged")
+    card = student_card.verify(tmp_path / "averaged")
     assert (card.weights, card.images) == (16.0, 48)
     average = load_file(next(iter(sorted(run.stage("straight").checkpoints.glob("*3/ema.*")))))
     exported = load_file(tmp_path / "averaged" / "unet" / "diffusion_pytorch_model.safetensors")
@@ -149,7 +149,9 @@ def test_labels_that_a_teacher_does_not_know_are_left_out(tmp_path):
         teacher, {"kind": "digits"}, windows=windows, fresh={**windows, "network": TEACH["network"]}, pairs=PAIRS,
         beside=beside, tuned=tuned,
     ))  # fmt: skip
-    assert [cards.read(run.student(name)).num_classes for name in ("windows", "fresh", "beside", "tuned")] == [None] * 4
+    assert [student_card.read(run.student(name)).num_classes for name in ("windows", "fresh", "beside", "tuned")] == [
+        None
+    ] * 4
 
 
 def test_labels_that_are_left_out_are_spoken_of_and_a_column_without_effect_is_refused(tmp_path, capsys):
@@ -176,10 +178,10 @@ def test_a_student_says_the_guidance_that_is_in_it(tmp_path, conditional):
         pairs={**PAIRS, "guidance_scale": 1.5}, guided=student,
         again_pairs={**PAIRS, "teacher": "guided"}, again={**student, "teacher": "guided", "pairs": "again_pairs"},
     ))  # fmt: skip
-    said = {name: cards.read(run.student(name)).guidance_scale for name in ("plain", "guided", "again")}
+    said = {name: student_card.read(run.student(name)).guidance_scale for name in ("plain", "guided", "again")}
     assert said == {"plain": 1.0, "guided": 1.5, "again": 1.5}
     assert "| guidance | scale 1.5, baked in |" in (run.student("again") / "README.md").read_text()
-    straight = load(CheckpointTeacher(path=str(run.student("plain"))), torch.device("cpu"))
+    straight = load_teacher(CheckpointTeacher(path=str(run.student("plain"))), torch.device("cpu"))
     with pytest.raises(InputError, match="has learnt from its teacher only, whose unconditional velocity it was never"):
         straight.guided(2.0)
 
@@ -190,9 +192,9 @@ def test_a_recipe_bakes_guidance_in_too(tmp_path, recipe):
         **TEACH, "recipe": recipe, "network": None, "teacher": "teach", "images": 8, "options": {"guidance_scale": 2.0},
     }  # fmt: skip
     run = go(tmp_path, spec(None, {"kind": "digits"}, teach=TEACH, student=student))
-    card = cards.verify(run.student("student"))
+    card = student_card.verify(run.student("student"))
     assert (card.kind, card.guidance_scale, card.unconditional) == ("flow_map", 2.0, False)
-    assert cards.read(run.student("teach")).unconditional
+    assert student_card.read(run.student("teach")).unconditional
     text = (run.student("student") / "README.md").read_text()
     assert "| guidance | scale 2.0, baked in |" in text and f"`{recipe}`" in text
 
@@ -201,9 +203,9 @@ def test_a_student_that_was_shown_dropped_classes_can_be_guided(tmp_path):
     options = {"guidance_sync": True, "label_dropout": 0.5, "solver_steps": 1}
     shown = {**TEACH, "recipe": "reflow/perflow", "network": None, "teacher": "teach", "images": 8, "options": options}
     run = go(tmp_path, spec(None, {"kind": "digits"}, teach=TEACH, shown=shown))
-    card = cards.read(run.student("shown"))
+    card = student_card.read(run.student("shown"))
     assert (card.guidance_scale, card.unconditional) == (1.0, True)
-    student = load(CheckpointTeacher(path=str(run.student("shown"))), torch.device("cpu"))
+    student = load_teacher(CheckpointTeacher(path=str(run.student("shown"))), torch.device("cpu"))
     assert student.guided(2.0).guidance_scale == 2.0
 
 
@@ -235,7 +237,7 @@ def test_the_terms_of_a_teacher_pass_on_to_its_students(tmp_path):
     )
     run = go(tmp_path, given)
     for stage in ("first", "second"):
-        assert cards.verify(run.student(stage)).license == "cc-by-nc-4.0"
+        assert student_card.verify(run.student(stage)).license == "cc-by-nc-4.0"
         text = (run.student(stage) / "README.md").read_text()
         assert "\nlicense: cc-by-nc-4.0\n" in text
         assert "\ncc-by-nc-4.0: the teacher's terms, passed on.\n" in text
@@ -247,8 +249,8 @@ def test_a_student_says_what_was_measured(tmp_path):
     }  # fmt: skip
     given = spec(pairs=PAIRS, straight=REFLOW, evaluate=evaluate)
     run = go(tmp_path, given)
-    folder, row = run.student("straight"), results.load(run.stage("evaluate")).row("straight", 2)
-    card = cards.verify(folder)  # the checksum of the new README among them
+    folder, row = run.student("straight"), results.load_results(run.stage("evaluate")).row("straight", 2)
+    card = student_card.verify(folder)  # the checksum of the new README among them
     assert card.metrics["SW2@2"] == pytest.approx(row.distance, rel=1e-5)
     assert card.metrics["rms@2"] == pytest.approx(row.rms, rel=1e-5)
     assert set(card.metrics) == {
@@ -331,17 +333,17 @@ def test_flow_maps_are_trained_continued_exported_and_measured(tmp_path):
     checks.check(given, tmp_path / "r")
     preflight.check(resolve(given, tmp_path / "r"))
     run = go(tmp_path, given)
-    card, folder = cards.verify(run.student("map")), run.student("map")
+    card, folder = student_card.verify(run.student("map")), run.student("map")
     assert (card.kind, card.sampler) == ("flow_map", "renoise")
     assert {"rms@1", "rms@2"} < set(card.metrics)
     assert not any(name.startswith("straightness") for name in card.metrics)
-    first, again = students.load(folder, CPU), students.load(run.student("again"), CPU)
+    first, again = load_student(folder, CPU), load_student(run.student("again"), CPU)
     assert first.network.gap.weight.abs().max() > 0, "the second time is trained"
     saved = json.loads(next(run.stage("again").checkpoints.glob("*3/meta.json")).read_text())
     assert saved["settings"]["inputs"]["init"] == first.digest
     moved = (again.network.gap.weight - first.network.gap.weight).abs().max()
     assert 0 < moved < first.network.gap.weight.abs().max() * 2, "it went on from there"
-    row = results.load(run.stage("evaluate")).row("again", 2)
+    row = results.load_results(run.stage("evaluate")).row("again", 2)
     assert (row.solver, row.nfe) == ("renoise", 2)
     stages.export_checkpoint(run, given, "again", "raw", tmp_path / "raw")
     averaged_and_measured = {"distill.json", "README.md"}
@@ -360,7 +362,7 @@ def test_a_student_is_made_for_times_of_its_own(tmp_path):
     given = spec(pairs=PAIRS, own=student, evaluate={**evaluate, "students": {"own": [2]}})
     preflight.check(resolve(given, tmp_path / "r"))
     run = go(tmp_path, given)
-    card = cards.verify(run.student("own"))
+    card = student_card.verify(run.student("own"))
     assert card.t_grids == {2: [1.0, 0.75, 0.0]} and "rms@2" in card.metrics
     wrong = spec(pairs=PAIRS, own=student, evaluate={**evaluate, "students": {"own": [2, 4]}})
     said = "stages.evaluate.students.own: this student is made for 2 steps, not 4"
@@ -391,12 +393,12 @@ def test_a_student_steps_where_its_teacher_errs_least(tmp_path):
     times = [1.0, 0.5, 0.25, 0.0]  # 6, 9 and 12 of 12 steps
     manifest = pairs.PairSet.open(run.stage("pairs").pairs, None).manifest
     assert manifest.times == times
-    assert cards.read(run.student("boss")).t_grids == {3: times}
+    assert student_card.read(run.student("boss")).t_grids == {3: times}
     (kept,) = (tmp_path / "schedules").iterdir()
     assert json.loads(kept.read_text())["fine"] == 12
     shutil.rmtree(run.stage("pairs").root)
     stages.export_checkpoint(run, given, "boss", "raw", tmp_path / "raw")
-    assert cards.read(tmp_path / "raw").t_grids == {3: times}, "also when the pairs are gone"
+    assert student_card.read(tmp_path / "raw").t_grids == {3: times}, "also when the pairs are gone"
     wrong = spec(teacher, pairs=OPTIMAL, boss=BOSS, evaluate={**evaluate, "students": {"boss": [3, 4]}})
     said = "stages.evaluate.students.boss: this student is made for 3 steps, not 4"
     with pytest.raises(InputError, match=f"^stages.boss: {said}"):
@@ -422,10 +424,12 @@ def test_a_recipe_is_given_its_teacher_on_the_linear_path(tmp_path):
     given = spec(teacher, pairs=PAIRS, map={**jumps, "network": None, "images": 16})
     preflight.check(resolve(given, tmp_path / "r"))
     run = go(tmp_path, given)
-    student = students.load(run.student("map"), CPU)
+    student = load_student(run.student("map"), CPU)
     assert (type(student.network).__name__, student.network.config.path) == ("FlowMapUNet2DModel", "vp")
-    loaded = load(CheckpointTeacher(path=str(tmp_path / "ddpm")), CPU)
-    assert cards.read(run.student("map")).teacher_digest == loaded.digest, "of what it is, not of how it is called"
+    loaded = load_teacher(CheckpointTeacher(path=str(tmp_path / "ddpm")), CPU)
+    assert student_card.read(run.student("map")).teacher_digest == loaded.digest, (
+        "of what it is, not of how it is called"
+    )
 
 
 # --- data ---
@@ -439,19 +443,19 @@ def pictures(folder, count=6):
 
 
 def test_images_are_decoded_once_a_run_and_kept_by_no_check(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "_LOADED", {})
+    monkeypatch.setattr(data_sets, "_LOADED", {})
     evaluate = {"kind": "evaluate", "teacher": "a", "students": {"b": [1]}, "samples": 16, "teacher_steps": [1]}
     given = spec(None, pictures(tmp_path / "images"), a=TEACH, b=TEACH, evaluate={**evaluate, "fine_steps": 1})
     preflight.check(resolve(given, tmp_path))
-    assert not datasets._LOADED
+    assert not data_sets._LOADED
     monkeypatch.setattr("distill.evaluation.metrics.features.TRAIN_IMAGES", 256)
     go(tmp_path, given)
-    assert len(datasets._LOADED) == 1
+    assert len(data_sets._LOADED) == 1
     assert len(list((tmp_path / "indexes").iterdir())) == 1
 
 
 def test_images_are_indexed_when_a_run_is_made_and_not_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "_INDEXES", {})
+    monkeypatch.setattr(data_sets, "_INDEXES", {})
     given = spec(None, pictures(tmp_path / "images"), teach=TEACH)
     for path in (tmp_path / "images").iterdir():
         os.utime(path, (1e9, 1e9))
@@ -461,7 +465,7 @@ def test_images_are_indexed_when_a_run_is_made_and_not_again(tmp_path, monkeypat
                                                            teach=TEACH)))  # fmt: skip
     assert not (tmp_path / "runs").exists()  # nothing is written for what is refused
     run = begin(tmp_path / "runs", source)
-    monkeypatch.setattr(datasets, "_INDEXES", {})  # as in another process
+    monkeypatch.setattr(data_sets, "_INDEXES", {})  # as in another process
     (kept,) = (tmp_path / "runs" / "indexes").iterdir()
     state = kept.stat()
     stages.run(run, given, ["teach"], StopRequest())
@@ -474,7 +478,7 @@ def test_an_export_needs_no_images(tmp_path):
     run = go(tmp_path, given)
     shutil.rmtree(tmp_path / "images")
     stages.export_checkpoint(run, given, "teach", "raw", tmp_path / "out")
-    assert students.load(tmp_path / "out", CPU).shape == (1, 8, 8)
+    assert load_student(tmp_path / "out", CPU).shape == (1, 8, 8)
 
 
 def test_a_teacher_that_is_not_square_is_given_data_of_its_shape(tmp_path, monkeypatch):
@@ -490,8 +494,8 @@ def test_a_teacher_that_is_not_square_is_given_data_of_its_shape(tmp_path, monke
     given = given.model_copy(update={"name": "wide"})
     preflight.check(resolve(given, tmp_path))
     run = go(tmp_path, given)
-    assert students.load(run.student("straight"), CPU).shape == (1, 4, 8)
-    found = results.load(run.stage("evaluate"))
+    assert load_student(run.student("straight"), CPU).shape == (1, 4, 8)
+    found = results.load_results(run.stage("evaluate"))
     assert found.features.task == "rotations" and found.reference == 6
     square = given.model_copy(update={"data": given.data.model_copy(update={"size": 8})})
     with pytest.raises(

@@ -14,10 +14,11 @@ from runs import CARD
 
 from distill.core.atomic import write_atomic, write_json
 from distill.core.errors import InputError, RunError
-from distill.exchange import card
-from distill.reports import status
+from distill.core.owners import Owner
+from distill.exchange import student_card
+from distill.reports import run_status
 from distill.runs import claims, events
-from distill.runs.store import (
+from distill.runs.run_store import (
     CREATED,
     RunPaths,
     append_event,
@@ -168,26 +169,26 @@ def test_the_claim_of_a_killed_process_is_taken_over_by_exactly_one(tmp_path):
 
 def test_a_process_number_that_was_given_away_again_is_no_owner(tmp_path):
     run = make(tmp_path)
-    held_by(run, replace(claims.Owner.this(), start="1"))  # our number, another process
+    held_by(run, replace(Owner.this(), start="1"))  # our number, another process
     with claims.claim(run):
-        assert claims.executing(run).start == claims.Owner.this().start
+        assert claims.executing(run).start == Owner.this().start
 
 
 def test_a_claim_from_before_the_last_boot_is_stale(tmp_path):
     run = make(tmp_path)
-    held_by(run, replace(claims.Owner.this(), boot="another"))
+    held_by(run, replace(Owner.this(), boot="another"))
     claims.refuse_if_executing(run)
 
 
 def test_a_claim_of_another_host_is_believed(tmp_path):
     run = make(tmp_path)
-    held_by(run, claims.Owner("elsewhere", "b", 7, "1"))
+    held_by(run, Owner("elsewhere", "b", 7, "1"))
     said = f"run 'one' is being executed by process 7 on elsewhere; if that process is gone, remove {run.running}"
     for attempt in (claims.refuse_if_executing, lambda run: claims.claim(run).__enter__()):
         with pytest.raises(InputError) as caught:
             attempt(run)
         assert str(caught.value) == said
-    assert status.read(run).state == "running"
+    assert run_status.read(run).state == "running"
 
 
 def test_a_claim_that_says_nothing(tmp_path, monkeypatch):
@@ -211,19 +212,19 @@ def test_a_claim_that_says_nothing(tmp_path, monkeypatch):
 
 def test_states(tmp_path):
     run = make(tmp_path)
-    assert status.read(run).state == "new"
+    assert run_status.read(run).state == "new"
     append_event(run, "started", pid=1)
-    found = status.read(run)
+    found = run_status.read(run)
     assert (found.state, found.message) == ("stopped", "its process was killed")
     append_event(run, "stopped", message="by TERM")
-    assert status.read(run).message == "by TERM"
+    assert run_status.read(run).message == "by TERM"
     append_event(run, "started", pid=2)
     append_event(run, "failed", message="no more")
-    assert (status.read(run).state, status.read(run).message) == ("failed", "no more")
+    assert (run_status.read(run).state, run_status.read(run).message) == ("failed", "no more")
     run.stage("a").root.mkdir(parents=True)
     append_event(run, "progress", label="a", done=5, total=10, unit="images", logs={"loss": 0.5})
     with claims.claim(run):
-        found = status.read(run)
+        found = run_status.read(run)
         assert found.state == "running"
         assert [(stage.name, stage.state, stage.done, stage.total) for stage in found.stages] == [
             ("a", "begun", 5, 10),
@@ -232,24 +233,24 @@ def test_states(tmp_path):
     for name in ("a", "b"):
         run.stage(name).root.mkdir(parents=True, exist_ok=True)
         write_json(run.stage(name).done, {})
-    assert status.read(run).state == "done"
+    assert run_status.read(run).state == "done"
 
 
 def test_a_run_without_events_can_be_looked_at(tmp_path):
     run = make(tmp_path)
     shutil.rmtree(run.events)
-    assert status.read(run).state == "new"
+    assert run_status.read(run).state == "new"
 
 
 @pytest.mark.parametrize(
     ("seconds", "said"), [(0, "0 s ago"), (100, "100 s ago"), (7200, "2 h ago"), (180, "3 min ago"), (2e6, "23 d ago")]
 )
 def test_age(seconds, said):
-    assert status.age(time.time() - seconds) == said
+    assert run_status.age(time.time() - seconds) == said
 
 
 def test_students_are_what_their_cards_say(tmp_path):
     run = make(tmp_path)
     run.student("a").mkdir(parents=True)
-    (run.student("a") / "distill.json").write_text(card.to_json(CARD))
-    assert status.students(RunPaths(run.root)) == {"a": CARD}
+    (run.student("a") / "distill.json").write_text(student_card.to_json(CARD))
+    assert run_status.students(RunPaths(run.root)) == {"a": CARD}

@@ -8,11 +8,11 @@ from test_report import Page
 from test_report import row as measured
 
 from distill.core.atomic import write_json
-from distill.evaluation import charts, report
+from distill.evaluation import charts, report_page
 from distill.evaluation.pictures import images_png
 from distill.reports import rounds_table
 from distill.runs.results import FILE_NAME, Results, card_metrics
-from distill.runs.store import RunPaths, append_event
+from distill.runs.run_store import RunPaths, append_event
 
 
 def evaluation(number: int, before: float | None, after: float | None, *, steps=(1, 2), curved=(0.4, 0.1)) -> Results:
@@ -125,7 +125,7 @@ def test_the_report_has_a_section_for_rounds(tmp_path):
         write_json(folder / FILE_NAME, results.model_dump(mode="json"))
     for _ in range(2):  # a stage that was killed after its warning says it again
         append_event(run, "warning", label="evaluate-2", text="worse")
-    report.write(run)
+    report_page.write(run)
     page = Page(run.report.read_text())
     assert page.open == []
     assert page.text.count("makes 15 times as many samples") == 2, "no evaluation but those of rounds: each is said"

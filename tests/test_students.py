@@ -11,7 +11,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from distill.core.errors import InputError
-from distill.exchange.card import StudentCard
+from distill.exchange.student_card import StudentCard
 from distill.flow.draws import generator
 from distill.flow.fields import Rescheduled
 from distill.flow.interpolants import linear, vp
@@ -23,9 +23,9 @@ from distill.networks.velocity import VelocityStudent
 from distill.networks.velocity_mlp import VelocityMLP
 from distill.networks.velocity_unet import VelocityUNet2DModel
 from distill.spec.model import GaussianTeacher, MlpSpec, UNetSpec
-from distill.students.export import export
+from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
-from distill.students.loaded import LoadedStudent, load
+from distill.students.loaded import LoadedStudent, load_student
 from distill.teachers.analytic import gaussian_teacher
 from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import EdmField, NetworkField
@@ -346,7 +346,7 @@ def exported(student: FlowMapStudent, folder: Path, shape: tuple[int, ...], clas
         num_classes=classes, null_class=classes, shape=shape, weights="raw", images=1,
     )  # fmt: skip
     export(student, folder, card)
-    return load(folder, torch.device("cpu"))
+    return load_student(folder, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("kind", "shape"), [("velocity", (1, 8, 8)), ("v_prediction", (1, 8, 8)), ("mlp", (2,))])
@@ -394,7 +394,7 @@ def test_an_acceleration_starts_beside_its_velocity_and_blind_to_it(kind, tmp_pa
         num_classes=3, null_class=3, shape=shape, weights="raw", images=1,
     )  # fmt: skip
     export(student, tmp_path / "s", card)
-    again = StudentInit(load(tmp_path / "s", torch.device("cpu")), None, shape, 3, seed=9)
+    again = StudentInit(load_student(tmp_path / "s", torch.device("cpu")), None, shape, 3, seed=9)
     assert equal(again.acceleration(), student)
     for start, what in ((again.velocity_field, "velocity field"), (again.flow_map, "flow map")):
         with pytest.raises(InputError, match=f"from s is a velocity with its acceleration, which no {what} can start"):
@@ -437,7 +437,7 @@ def test_a_velocity_student_is_continued_bitwise(tmp_path):
         weights="raw", images=1,
     )  # fmt: skip
     export(student, tmp_path / "s", card)
-    init = StudentInit(load(tmp_path / "s", torch.device("cpu")), None, (1, 8, 8), 3, 0)
+    init = StudentInit(load_student(tmp_path / "s", torch.device("cpu")), None, (1, 8, 8), 3, 0)
     x, t = torch.randn(5, 1, 8, 8), torch.linspace(0, 1, 5)
     with torch.no_grad():
         v = student.eval()(x, t, COND)

@@ -16,8 +16,8 @@ from runs import folder_bytes, make
 from distill.core import lease
 from distill.core.errors import InputError
 from distill.core.owners import Owner
-from distill.runs import claims, store
-from distill.runs.store import CREATED, RunPaths, event_files
+from distill.runs import claims, run_store
+from distill.runs.run_store import CREATED, RunPaths, event_files
 
 EVERY = 0.2  # seconds between two renewals of the processes here
 LIMIT = lease.MISSED * EVERY
@@ -289,7 +289,7 @@ def test_folders_of_another_container_are_left_alone_for_a_day(tmp_path):
     for folder in (new, old, dead):
         folder.mkdir()
     os.utime(old, (0, 0))
-    store._clear(tmp_path)
+    run_store._clear(tmp_path)
     assert list(tmp_path.iterdir()) == [new]
 
 

@@ -9,9 +9,9 @@ from PIL import Image
 from runs import distill, folder_bytes
 from safetensors.torch import load_file
 
-from distill.exchange import card as cards
-from distill.runs.results import load
-from distill.runs.store import RunPaths
+from distill.exchange import student_card
+from distill.runs.results import load_results
+from distill.runs.run_store import RunPaths
 
 SPEC = """
 name: one
@@ -102,7 +102,7 @@ def test_what_cannot_be_sampled_is_refused_and_nothing_written(capfd, run, tmp_p
 
 def test_eval_measures_what_the_run_measured(capfd, run, tmp_path):
     """From the same seed: teacher and data are those of the student's run, and the numbers the same."""
-    theirs, out = load(run.stage("evaluate")), tmp_path / "eval"
+    theirs, out = load_results(run.stage("evaluate")), tmp_path / "eval"
     options = ["--steps", "1,2", "--teacher-steps", "1,2", "--samples", "250", "--seed", str(theirs.seed), "--json"]
     done = command(capfd, "eval", "one/reflow", "--out", str(out), *options)
     assert done.code == 0, done.err
@@ -150,7 +150,7 @@ def test_export_gives_any_average_of_the_newest_checkpoint(capfd, run, tmp_path)
     def exported(name, *options):
         done = command(capfd, "export", "one", "teach", "--out", str(tmp_path / name), *options)
         assert done.code == 0, done.err
-        cards.verify(tmp_path / name)
+        student_card.verify(tmp_path / name)
         return load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors")
 
     kept = load_file(run.student("teach") / "unet" / "diffusion_pytorch_model.safetensors")

@@ -6,10 +6,10 @@ import pytest
 
 from distill.core.atomic import write_json
 from distill.core.errors import InputError
-from distill.launch import submit
+from distill.launch import queue
 from distill.plans import planning
 from distill.runs import todo
-from distill.runs.store import RunPaths
+from distill.runs.run_store import RunPaths
 from distill.spec import checks, presets, registry, specfile
 from distill.spec.resolved import resolve
 
@@ -348,7 +348,7 @@ def test_an_array_is_as_large_as_the_most_shards(tmp_path):
     small, large = vectors()["stages"]["p"] | {"count": 50}, {"shard": 50}
     content = vectors(p=large, q=small | large) | {"launch": {"slurm": {"pairs_jobs": 2}}}
     assert mistakes(content) == []
-    planned = submit.plans(RunPaths(tmp_path), specfile.validate(content, "f"), ["p", "q"])
+    planned = queue.plans(RunPaths(tmp_path), specfile.validate(content, "f"), ["p", "q"])
     assert {plan.name: plan.parts for plan in planned} == {"p.parts": [0, 1], "p": None, "q.parts": [0], "q": None}
     assert mistakes(content | {"launch": {"slurm": {"pairs_jobs": 3}}}) == [
         "launch.slurm.pairs_jobs: 3 jobs cannot share the 2 shards of stage 'p'; give fewer jobs, or a smaller "

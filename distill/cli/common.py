@@ -45,7 +45,7 @@ class Setting:
 
 def site_setting(option: Path | None) -> Setting:
     """The cluster's file: --site, else $DISTILL_SITE, else `site` of the user's config, else the example."""
-    from distill.launch import site
+    from distill.launch import sites
 
     if option is not None:
         return Setting(str(option), "--site")
@@ -53,7 +53,7 @@ def site_setting(option: Path | None) -> Setting:
         return Setting(os.environ["DISTILL_SITE"], "$DISTILL_SITE")
     if (configured := configuration().get("site")) is not None:
         return Setting(configured, str(config_path()))
-    return Setting(str(site.EXAMPLE), "the default")
+    return Setting(str(sites.EXAMPLE), "the default")
 
 
 def store_setting(option: str | None) -> Setting:

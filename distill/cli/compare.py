@@ -16,7 +16,7 @@ from distill.core.errors import InputError
 from distill.core.printing import say
 from distill.core.space import human
 from distill.runs.progress import duration
-from distill.runs.store import RunPaths
+from distill.runs.run_store import RunPaths
 
 if TYPE_CHECKING:
     import distill.plans.comparison

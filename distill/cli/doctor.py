@@ -72,14 +72,12 @@ def doctor(
 
 def _cluster(path: Path | None, store: Path, nodes: int, gpus: int, partition: str | None, json: bool) -> None:
     """What each process of a small job sees, and what is wrong with it."""
-    from distill.cli import given
-    from distill.launch import site as sites
-    from distill.launch import sitecheck
-    from distill.launch import submit as queue
+    from distill.cli import arguments
+    from distill.launch import queue, sitecheck, sites
     from distill.spec.model import SlurmSpec
 
     where = sites.load(expanded(site_setting(path).value))
-    options = given.stage(SlurmSpec, {"partition": partition, "gpus_per_node": gpus})
+    options = arguments.stage(SlurmSpec, {"partition": partition, "gpus_per_node": gpus})
     queue.check_partition(options, where)
     if not json:
         say(f"site {where.path}: a one-minute job on {nodes} node{'s' if nodes > 1 else ''}", flush=True)

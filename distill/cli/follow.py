@@ -15,12 +15,12 @@ from distill.core import records
 from distill.core.errors import InputError
 from distill.core.printing import clear, say
 from distill.runs.progress import duration
-from distill.runs.store import RunPaths, find_run, runs
+from distill.runs.run_store import RunPaths, find_run, runs
 
 if TYPE_CHECKING:
     import distill.launch.standing
-    import distill.reports.status
-    import distill.runs.logs
+    import distill.reports.run_status
+    import distill.runs.log_files
 
 WATCH_SECONDS = 5.0
 POLL = 0.5  # seconds between looks at a log
@@ -72,19 +72,19 @@ def _status(folder: Path, run: str | None, json: bool) -> None:
 
 
 def _as_json(standing: "distill.launch.standing.Standing") -> dict[str, Any]:
-    from distill.reports import status as statuses
+    from distill.reports import run_status
 
     jobs = [asdict(job) | {"state": job.state, "reason": job.reason} for job in standing.jobs]
     state = {"state": standing.state, "message": standing.message}
     metrics: dict[str, dict[str, float]] = {}
-    if standing.run.state != statuses.DAMAGED:
-        cards = statuses.students(RunPaths(Path(standing.run.path)))
+    if standing.run.state != run_status.DAMAGED:
+        cards = run_status.students(RunPaths(Path(standing.run.path)))
         metrics = {name: card.metrics for name, card in cards.items()}
     return asdict(standing.run) | state | {"jobs": jobs, "metrics": metrics, "trouble": standing.trouble}
 
 
 def _print_all(folder: Path, found: "list[distill.launch.standing.Standing]") -> None:
-    from distill.reports import status as statuses
+    from distill.reports import run_status
 
     if not found:
         say(f"no runs in {near(folder.absolute())}; make the first: distill run digits")
@@ -95,22 +95,22 @@ def _print_all(folder: Path, found: "list[distill.launch.standing.Standing]") ->
         current = next((stage for stage in each.run.stages if stage.state == "begun"), None)
         at = "" if current is None else f"{current.name} {_progress(current)}".strip()
         restarts = sum(sum(job.restarts.values()) for job in each.jobs)
-        ago = statuses.age(each.run.changed)
+        ago = run_status.age(each.run.changed)
         rows.append([each.run.name, each.state, stages_done(done, each.run), at, str(restarts or ""), ago])
     print_rows(["run", "state", "stages", "at", "restarts", "last event"], rows)
     warn_of_damage(each.run for each in found)
 
 
 def _print_one(paths: RunPaths, standing: "distill.launch.standing.Standing") -> None:
-    from distill.reports import status as statuses
+    from distill.reports import run_status
 
-    students = statuses.students(paths)
+    students = run_status.students(paths)
     say(headline(standing.run.name, standing.state, standing.message, standing.run.changed))
     rows = []
     for stage in standing.run.stages:
         mine = [job for job in standing.jobs if stage.name in job.stages]
         left = stage.seconds_left
-        saved = "" if stage.saved is None else f"step {stage.saved_step}, {statuses.age(stage.saved)}"
+        saved = "" if stage.saved is None else f"step {stage.saved_step}, {run_status.age(stage.saved)}"
         progress = _shards(paths, stage.name) if stage.kind == "pairs" and stage.done is None else _progress(stage)
         rate = "" if stage.per_second is None else f"{stage.per_second:,.1f}/s"
         eta = "" if left is None else duration(left)
@@ -138,7 +138,7 @@ def _shards(paths: RunPaths, stage: str) -> str:
     return f"{count} shard{'s' if count > 1 else ''}" if count else ""
 
 
-def _progress(stage: "distill.reports.status.StageStatus") -> str:
+def _progress(stage: "distill.reports.run_status.StageStatus") -> str:
     return "" if stage.done is None or not stage.total else f"{stage.done:,}/{stage.total:,} {stage.unit}"
 
 
@@ -162,7 +162,7 @@ def logs(
     store: StoreOption = None,
 ) -> None:
     """Print what a run's processes say: the first traceback of any of them, then the job's lines and a rank's."""
-    from distill.runs import logs as texts
+    from distill.runs import log_files
 
     paths = find_run(store_path(store), run)
     begin = None if since is None else _moment(since)
@@ -177,19 +177,19 @@ def logs(
     for path in chosen:
         place, what = _begin(path, begin, lines)
         say(f"--- {near(path)}{what}")
-        at[path] = texts.write(path, place, unfinished=not follow)
+        at[path] = log_files.write(path, place, unfinished=not follow)
     if follow:
         _follow(paths, rank, stage, at)
 
 
 def _begin(path: Path, since: datetime | None, lines: int | None) -> tuple[int, str]:
     """Where to begin with a log, and what is left out, in words."""
-    from distill.runs import logs as texts
+    from distill.runs import log_files
 
     with records.open_regular(path) as file:
-        first = 0 if since is None else texts.first_since(file, since.strftime(MOMENT))
+        first = 0 if since is None else log_files.first_since(file, since.strftime(MOMENT))
         count = (LINES if since is None else 0) if lines is None else lines
-        last = texts.last_lines(file, count) if count else 0
+        last = log_files.last_lines(file, count) if count else 0
     if last <= first:
         return first, ""
     return last, f"  (its last {count:,} lines; all of it: --lines 0)"
@@ -227,23 +227,22 @@ def _choose(paths: RunPaths, rank: int, stage: str | None) -> list[Path]:
     return sorted((path for path in jobs if stages[path] == name), key=age)[-1:] + sorted(of_rank)
 
 
-def _first_failure(paths: RunPaths) -> "distill.runs.logs.Failure | None":
+def _first_failure(paths: RunPaths) -> "distill.runs.log_files.Failure | None":
     """The earliest traceback that the logs hold of the jobs' newest attempts."""
-    from distill.runs import jobs
-    from distill.runs import logs as texts
+    from distill.runs import jobs, log_files
 
     began: dict[str, str] = {}  # by the logs' names up to the rank
     for job in jobs.submitted(paths):
         for member in job.members:
             names = [job.script.removesuffix(".sbatch"), *member.split("_")[1:], ""]
-            for line in jobs.events(paths, member):
+            for line in jobs.history(paths, member):
                 if line["event"] == "began":
                     began[".".join(names)] = datetime.fromtimestamp(line["time"]).strftime(MOMENT)  # noqa: DTZ006
     found = [
         failure
         for path in _files(paths)
         if "rank-" in path.name
-        for failure in texts.failures(path)
+        for failure in log_files.failures(path)
         if failure.time >= began.get(path.name.rpartition("rank-")[0], "")
     ]
     return min(found, key=lambda failure: (failure.time, failure.rank), default=None)
@@ -256,7 +255,7 @@ def _await(paths: RunPaths) -> None:
 
 
 def _follow(paths: RunPaths, rank: int, stage: str | None, at: dict[Path, int]) -> None:
-    from distill.runs import logs as texts
+    from distill.runs import log_files
 
     looked = time.monotonic()
     while True:
@@ -266,15 +265,14 @@ def _follow(paths: RunPaths, rank: int, stage: str | None, at: dict[Path, int]) 
         for path in _choose(paths, rank, stage):
             if path not in at:
                 say(f"--- {near(path)}")
-            at[path] = texts.write(path, at.get(path, 0), unfinished=not live)
+            at[path] = log_files.write(path, at.get(path, 0), unfinished=not live)
         if not live:
             return
         time.sleep(POLL)
 
 
 def _is_live(paths: RunPaths) -> bool:
-    from distill.launch import slurm
-    from distill.launch import submit as queue
+    from distill.launch import queue, slurm
     from distill.runs import claims
 
     if claims.executing(paths) is not None:

@@ -19,12 +19,12 @@ from distill.core.errors import InputError
 from distill.core.printing import say
 from distill.core.space import human
 from distill.core.text import expanded, suggest
-from distill.runs.store import RunPaths, find_run
+from distill.runs.run_store import RunPaths, find_run
 
 if TYPE_CHECKING:
     import distill.execution.preflight
     import distill.launch.script
-    import distill.launch.site
+    import distill.launch.sites
     import distill.spec.model
     import distill.spec.specfile
 
@@ -180,20 +180,19 @@ def check_code(code: str) -> None:
         raise InputError(f"--code {code}: {suggest(code, ['run', 'current'])}")
 
 
-def found_site(option: Path | None) -> "distill.launch.site.SiteSource":
+def found_site(option: Path | None) -> "distill.launch.sites.SiteSource":
     """The cluster's file that holds."""
-    from distill.launch import site as sites
+    from distill.launch import sites
 
     return sites.load(expanded(site_setting(option).value))
 
 
 def submit_new(
-    folder: Path, source: "distill.spec.specfile.SpecSource", site: "distill.launch.site.SiteSource", code: str
+    folder: Path, source: "distill.spec.specfile.SpecSource", site: "distill.launch.sites.SiteSource", code: str
 ) -> None:
     """Make the run of a spec, and queue all of it."""
     from distill.execution import prefetch
-    from distill.launch import snapshot
-    from distill.launch import submit as queue
+    from distill.launch import queue, snapshot
     from distill.runs import claims
 
     start.refuse_taken(folder, source)
@@ -219,12 +218,12 @@ def submit_again(
     folder: Path,
     run: RunPaths,
     source: "distill.spec.specfile.SpecSource",
-    site: "distill.launch.site.SiteSource",
+    site: "distill.launch.sites.SiteSource",
     code: str,
 ) -> None:
     """Queue what of a run is neither done nor queued; its spec is `source`, or is refused."""
     from distill.execution import prefetch
-    from distill.launch import submit as queue
+    from distill.launch import queue
     from distill.runs import claims, jobs, todo
 
     queue.check(source.spec, site)
@@ -269,7 +268,7 @@ def _say_queued(
 
 
 def _where(
-    run: RunPaths, from_hub: Collection[str], site: "distill.launch.site.SiteSource", code: str
+    run: RunPaths, from_hub: Collection[str], site: "distill.launch.sites.SiteSource", code: str
 ) -> "distill.launch.script.Where":
     """from_hub: which inputs of the run were fetched for its jobs."""
     from distill.execution import prefetch
@@ -293,12 +292,11 @@ def _dry_run(
     spec: str,
     changes: list[str],
     name: str | None,
-    site: "distill.launch.site.SiteSource",
+    site: "distill.launch.sites.SiteSource",
     resume: bool,
     code: str,
 ) -> None:
-    from distill.launch import script
-    from distill.launch import submit as queue
+    from distill.launch import queue, script
     from distill.runs import todo
 
     if resume:
@@ -341,8 +339,7 @@ def cancel(
     store: StoreOption = None,
 ) -> None:
     """Stop a run, on the cluster or here: what computes saves first, what waits is taken out of the queue."""
-    from distill.launch import slurm
-    from distill.launch import submit as queue
+    from distill.launch import queue, slurm
     from distill.runs import claims
 
     paths = find_run(store_path(store), run)

@@ -13,7 +13,7 @@ from distill.cli.stage import compute
 from distill.core.errors import InputError
 from distill.core.printing import say
 from distill.core.text import suggest
-from distill.runs.store import RunPaths
+from distill.runs.run_store import RunPaths
 from distill.spec import kinds
 from distill.spec.model import OF_DATA
 
@@ -72,18 +72,18 @@ def pairs(
 
     N processes, on as many machines as you like, share a set by --shards 1/N ... N/N; the files are the same bytes.
     """
-    from distill.cli import given as meant
+    from distill.cli import arguments
 
     share = None if shards is None else read_share("--shards", shards, 1)
     options = {
         "count": count, "paths": paths, "solver": solver, "steps": steps, "block": block, "shard": shard,
         "guidance_scale": guidance_scale, "dtype": dtype, "store_noise": store_noise, "optimal_times": optimal_times,
-        "times": None if times is None else meant.fractions("--times", times),
+        "times": None if times is None else arguments.fractions("--times", times),
     }  # fmt: skip
     options = {key: value for key, value in options.items() if value is not None}
     if check:
         _refuse({"shards": shards, "out": out}, "--check solves 1,000 pairs, and keeps none")
-    if not meant.is_yaml(given) and _is_spec(store_path(store), given):
+    if not arguments.is_yaml(given) and _is_spec(store_path(store), given):
         others = {**options, "out": out, "data": data, "seed": seed, "device": device}
         _refuse(others, "of a spec they stand in it: write changes like stages.pairs.count=5000")
         _of_spec(store_path(store), given, changes or [], name, stage, share, check)
@@ -130,29 +130,29 @@ def _of_teacher(
     share: tuple[int, int] | None,
     check: bool,
 ) -> None:
-    from distill.cli import given as meant
+    from distill.cli import arguments
     from distill.spec import pairspec
     from distill.spec.model import NoData, PairsStage
 
-    stage = meant.stage(PairsStage, {"kind": "pairs", "count": 10000, **options})
+    stage = arguments.stage(PairsStage, {"kind": "pairs", "count": 10000, **options})
     for mistake in pairspec.mistakes(stage, ""):
-        raise InputError(meant.as_option(mistake))
+        raise InputError(arguments.as_option(mistake))
     _refuse_empty(share, stage)
     if data is not None and stage.paths not in OF_DATA:
         raise InputError(f"--data: {stage.paths} paths begin with noise, so it has no effect; remove it")
-    real = NoData(kind="none") if data is None else meant.data(data)
+    real = NoData(kind="none") if data is None else arguments.data(data)
     if out is not None:
         check_out(out)
-    where = meant.teacher(given, store)
-    from distill import data as datasets
+    where = arguments.teacher(given, store)
     from distill import teachers
     from distill.core.stop import StopRequest
+    from distill.data import load_data
     from distill.execution.sources import Solving, note_labels
     from distill.runs.progress import Progress
     from distill.students import step_times
 
-    place = meant.device(device)
-    teacher, real_data = teachers.load(where, place), datasets.load(real, seed)
+    place = arguments.device(device)
+    teacher, real_data = teachers.load_teacher(where, place), load_data(real, seed)
     stage = step_times.with_times(stage, teacher, store, place)
     if stage.paths in OF_DATA and real_data is None and teacher.exact_data is None:
         raise InputError(f"--data is missing: {stage.paths} paths begin with real data, e.g. --data digits")

@@ -15,10 +15,10 @@ from distill.core.errors import InputError
 from distill.core.printing import say
 from distill.core.space import human
 from distill.runs.progress import duration
-from distill.runs.store import RunPaths
+from distill.runs.run_store import RunPaths
 
 if TYPE_CHECKING:
-    import distill.launch.site
+    import distill.launch.sites
     import distill.plans.rounds
     import distill.spec.specfile
 
@@ -170,11 +170,11 @@ class _Find:
 
 
 def _dry_run(
-    folder: Path, source: "distill.spec.specfile.SpecSource", site: "distill.launch.site.SiteSource | None"
+    folder: Path, source: "distill.spec.specfile.SpecSource", site: "distill.launch.sites.SiteSource | None"
 ) -> None:
     """What the run would do: its stages, about how long they take, and what they write; its jobs, if on a cluster."""
     from distill.execution import forecast
-    from distill.launch import submit as queue
+    from distill.launch import queue
     from distill.plans import planning
 
     if site is not None:

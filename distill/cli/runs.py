@@ -14,10 +14,10 @@ from distill.core.errors import InputError
 from distill.core.printing import say, say_table
 from distill.core.space import human
 from distill.core.text import one_line
-from distill.runs.store import RunPaths
+from distill.runs.run_store import RunPaths
 
 if TYPE_CHECKING:
-    import distill.reports.status
+    import distill.reports.run_status
     import distill.spec.model
 
 CELL, MESSAGE = 100, 1000  # letters of a cell of a table, of a message that a file holds
@@ -27,11 +27,11 @@ RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run i
 
 def list_runs(store: StoreOption = None, json: JsonOption = False) -> None:
     """List the runs of the store with their state and progress."""
-    from distill.reports import status
-    from distill.runs import store as stores
+    from distill.reports import run_status
+    from distill.runs import run_store
 
     folder = store_path(store)
-    found = status.read_all(stores.runs(folder))
+    found = run_status.read_all(run_store.runs(folder))
     if json:
         print_json([asdict(each) for each in found])
         return
@@ -43,12 +43,12 @@ def list_runs(store: StoreOption = None, json: JsonOption = False) -> None:
         done = sum(stage.state == "done" for stage in each.stages)
         current = next((stage for stage in each.stages if stage.state == "begun"), None)
         at = "" if current is None else f"{current.name} {_percent(current)}".strip()
-        rows.append([each.name, each.state, stages_done(done, each), at, status.age(each.changed)])
+        rows.append([each.name, each.state, stages_done(done, each), at, run_status.age(each.changed)])
     print_rows(["run", "state", "stages", "at", "last event"], rows)
     warn_of_damage(found)
 
 
-def stages_done(done: int, run: "distill.reports.status.RunStatus") -> str:
+def stages_done(done: int, run: "distill.reports.run_status.RunStatus") -> str:
     """2/5; "" where it is not known how many there are."""
     return f"{done}/{len(run.stages)}" if run.stages else ""
 
@@ -61,21 +61,21 @@ def print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]], letters: i
         say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
-def warn_of_damage(runs: "Iterable[distill.reports.status.RunStatus]") -> None:
+def warn_of_damage(runs: "Iterable[distill.reports.run_status.RunStatus]") -> None:
     """A line for each run whose files cannot be read, with the reason."""
-    from distill.reports import status
+    from distill.reports import run_status
 
     for each in runs:
-        if each.state == status.DAMAGED:
+        if each.state == run_status.DAMAGED:
             say(f"warning: run '{one_line(each.name)}' is damaged: {one_line(each.message, MESSAGE)}")
 
 
 def headline(name: str, state: str, message: str, changed: float | None) -> str:
     """A run in one line, whatever its files say."""
-    from distill.reports import status
+    from distill.reports import run_status
 
     why = f": {one_line(message, MESSAGE)}" if message else ""
-    return f"{one_line(name)}  {state}{why}  {status.age(changed)}"
+    return f"{one_line(name)}  {state}{why}  {run_status.age(changed)}"
 
 
 def numbers(found: Mapping[str, float]) -> str:
@@ -86,12 +86,11 @@ def numbers(found: Mapping[str, float]) -> str:
 
 def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) -> None:
     """Show a run: its spec in short, its stages, losses, students, and where the files lie."""
-    from distill.reports import status
-    from distill.runs import results, todo
-    from distill.runs import store as stores
+    from distill.reports import run_status
+    from distill.runs import results, run_store, todo
 
-    paths = stores.find_run(store_path(store), run)
-    each, students = status.read(paths), status.students(paths)
+    paths = run_store.find_run(store_path(store), run)
+    each, students = run_status.read(paths), run_status.students(paths)
     evaluations = results.of_run(paths)
     if json:
         found = {name: content.model_dump(mode="json") for name, content in evaluations.items()}
@@ -153,8 +152,7 @@ def clean(
     store: StoreOption = None,
 ) -> None:
     """Say what a run no longer needs, and how much that would free; with --yes, delete it."""
-    from distill.runs import claims
-    from distill.runs import store as stores
+    from distill.runs import claims, run_store
 
     if inputs:
         if run is not None or checkpoints or pairs or everything:
@@ -163,7 +161,7 @@ def clean(
         return
     if run is None:
         raise InputError("name a run, or give --inputs; `distill list` lists the runs")
-    paths = stores.find_run(store_path(store), run)
+    paths = run_store.find_run(store_path(store), run)
     chosen = checkpoints or pairs or everything
     if yes and not chosen:
         raise InputError("say what to delete: --checkpoints, --pairs, or --all")
@@ -220,8 +218,7 @@ def _clean_inputs(folder: Path, yes: bool) -> None:
 
 def _refuse_if_queued(paths: RunPaths) -> None:
     """InputError while jobs of the run wait in a queue: they need what is there. Where there is no Slurm, none do."""
-    from distill.launch import slurm
-    from distill.launch import submit as queue
+    from distill.launch import queue, slurm
 
     if not paths.jobs.is_dir():
         return
@@ -255,13 +252,13 @@ def _waste(root: Path, checkpoints: bool, pairs: bool) -> list[Path]:
     return found
 
 
-def _percent(stage: "distill.reports.status.StageStatus") -> str:
+def _percent(stage: "distill.reports.run_status.StageStatus") -> str:
     if stage.state == "done":
         return "100%"
     return f"{100 * stage.done / stage.total:.0f}%" if stage.done is not None and stage.total else ""
 
 
-def _count(stage: "distill.reports.status.StageStatus") -> str:
+def _count(stage: "distill.reports.run_status.StageStatus") -> str:
     return f"{stage.done:,}/{stage.total:,} {stage.unit}" if stage.done is not None and stage.total else ""
 
 

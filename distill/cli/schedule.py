@@ -39,17 +39,17 @@ def schedule(
     json: JsonOption = False,
 ) -> None:
     """Find the step times at which a solver errs least on its way, by dynamic programming; the store keeps them."""
-    from distill.cli import given
+    from distill.cli import arguments
 
     if steps > fine:
         raise InputError(f"--steps {steps}: they are chosen among --fine {fine}; give fewer, or a finer grid")
     runs = store_path(store)
-    where = given.teacher(teacher, runs)
+    where = arguments.teacher(teacher, runs)
     from distill import teachers
     from distill.students import step_times
 
-    place = given.device(device)
-    loaded = teachers.load(where, place)
+    place = arguments.device(device)
+    loaded = teachers.load_teacher(where, place)
     costs = step_times.find(
         loaded, runs, device=place, solver=solver, fine=fine, samples=samples, seed=seed, guidance_scale=guidance_scale
     )
@@ -69,7 +69,7 @@ def schedule(
     say(f"summed squared error: {best.cost:.4g}; of uniform steps: {uniform.cost:.4g}")
 
 
-def refuse(schedule: str, times: str | None) -> None:
+def refuse_schedule(schedule: str, times: str | None) -> None:
     """Refuse what --schedule and --times cannot be."""
     if schedule not in ("uniform", "optimal"):
         raise InputError(f"--schedule {schedule}: {suggest(schedule, ['uniform', 'optimal'])}")
@@ -77,7 +77,7 @@ def refuse(schedule: str, times: str | None) -> None:
         raise InputError("--schedule optimal finds the times, --times gives them; leave one out")
 
 
-def along(
+def schedule_along(
     schedule: str, times: Sequence[float] | None, steps: int, store: Path, device: "torch.device"
 ) -> "Callable[[LoadedStudent], Sequence[float]] | None":
     """The times of a student's steps, where they are not those that it has for so many."""

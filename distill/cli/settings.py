@@ -41,13 +41,13 @@ def _set(key: str, value: str) -> str:
     """Write a setting; other lines of the file, comments among them, stay as they are."""
     from distill.core import yamltext
     from distill.core.atomic import write_atomic
-    from distill.launch import site
+    from distill.launch import sites
 
     if not is_text(value):
         raise InputError(f"{key}: {ascii(value)} holds a control character, or bytes that are not UTF-8")
     if key == "site":
         value = str(expanded(value).absolute())
-        site.load(Path(value))  # refused unless it is one
+        sites.load(Path(value))  # refused unless it is one
     elif transports.is_url(value):
         transports.at(value)  # refused if it can be none
     else:

@@ -13,7 +13,7 @@ import typer
 
 from distill.cli.common import near, read_share
 from distill.core.errors import EXIT_INPUT, InputError, Stopped
-from distill.runs.store import RunPaths, append_event, find_run
+from distill.runs.run_store import RunPaths, append_event, find_run
 
 if TYPE_CHECKING:
     import distill.core.stop
@@ -44,6 +44,7 @@ def compute(
 ) -> None:
     """`stage`, its arguments read. part: (i, n), of a pairs stage, the shards i, i + n, ... alone."""
     from distill.core import versions
+    from distill.core.owners import Owner
     from distill.core.stop import StopRequest
     from distill.launch import environment, local, tasks
     from distill.runs import claims, machine
@@ -60,7 +61,7 @@ def compute(
         if int(os.environ.get("RANK", "0")) > 0:  # the first speaks and writes for all
             _compute(paths, spec, names, stop, measure)
             return
-        me = claims.Owner.this(*tasks.identity()) if tasks.is_task() else claims.Owner.this()
+        me = Owner.this(*tasks.identity()) if tasks.is_task() else Owner.this()
         note = partial(tasks.leave_word, EXIT_INPUT) if tasks.is_task() else lambda message: None
         with claims.claim(paths, os.environ.get(tasks.UNIT), me, note):
             if part is not None:
@@ -77,12 +78,11 @@ def job(
     part: PartOption = None,
 ) -> None:
     """Be the process of a job in Slurm's queue: COMMAND, then a stage's name, starts its processes."""
-    from distill.launch import job as batch
-    from distill.launch import tasks
+    from distill.launch import batch_job, tasks
 
     tasks.require("job")
     paths, _ = _found(run, stages)
-    code = batch.execute(paths, stages, None if part is None else read_share("--part", part, 0), command)
+    code = batch_job.execute(paths, stages, None if part is None else read_share("--part", part, 0), command)
     if code:
         raise typer.Exit(code)
 

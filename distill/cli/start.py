@@ -12,8 +12,16 @@ from distill.cli.common import one_line
 from distill.core.atomic import write_atomic
 from distill.core.errors import InputError
 from distill.core.text import suggest
-from distill.runs import store as stores
-from distill.runs.store import RunPaths, append_event, create_run, event_line, find_run, name_in_use, refuse_reserved
+from distill.runs import run_store
+from distill.runs.run_store import (
+    RunPaths,
+    append_event,
+    create_run,
+    event_line,
+    find_run,
+    name_in_use,
+    refuse_reserved,
+)
 
 if TYPE_CHECKING:
     import distill.execution.preflight
@@ -92,7 +100,7 @@ def create(
 
     kinds = {name: each.kind for name, each in source.spec.stages.items()}
     files: dict[str, str | bytes] = {
-        stores.CREATED: event_line("created", digest=source.spec.digest(), stages=kinds),
+        run_store.CREATED: event_line("created", digest=source.spec.digest(), stages=kinds),
         "spec.yaml": f"# distill {one_line(shlex.join(sys.argv[1:]))}\n{specfile.resolved(source.spec)}",
         "env.json": json.dumps(environment.record(), indent=2) + "\n",
         **_own_recipes(source),
@@ -101,7 +109,7 @@ def create(
     if source.spec.data.kind in ("images", "hf"):
         from distill import data  # torch comes with it
 
-        stores.make(folder)
+        run_store.make(folder)
         data.update_index(source.spec.data, folder.absolute())  # what the check found, for the processes of the run
     return create_run(folder, source.spec.name, files)
 
@@ -135,7 +143,7 @@ def is_spec(given: str) -> bool:
 
 def is_run(folder: Path, given: str) -> bool:
     """Whether a run is named, where a spec may be."""
-    return stores.is_run(folder / given) or stores.is_run(Path(given))
+    return run_store.is_run(folder / given) or run_store.is_run(Path(given))
 
 
 def find_again(

@@ -23,12 +23,12 @@ from distill.cli.runs import print_rows
 from distill.core.errors import InputError
 from distill.core.printing import say, say_error
 from distill.core.space import human
-from distill.exchange import card as cards
-from distill.runs.store import RunPaths
+from distill.exchange import student_card
+from distill.runs.run_store import RunPaths
 
 if TYPE_CHECKING:
-    import distill.exchange.publish
     import distill.exchange.published
+    import distill.exchange.publishing
     import distill.exchange.transports
 
 TrustOption = Annotated[
@@ -48,9 +48,7 @@ def publish(
     store: StoreOption = None,
 ) -> None:
     """Publish a student in the store, with its whole model card. What is published never changes."""
-    from distill.exchange import card as cards
-    from distill.exchange import publish as publishing
-    from distill.exchange import published
+    from distill.exchange import published, publishing, student_card
 
     folder = store_path(store)
     title, version = published.split(name)
@@ -65,9 +63,9 @@ def publish(
         picture = picture or _drawn(found, Path(temporary) / "samples.png")
         shown = publishing.PICTURE if picture else ""
         if isinstance(chosen, Path):
-            about = cards.Publication(title, shown)
+            about = student_card.Publication(title, shown)
         else:
-            about = publishing.describe(title, chosen, cards.read(found).images, shown)
+            about = publishing.describe(title, chosen, student_card.read(found).images, shown)
         done = publishing.publish(found, folder, title, version, about, picture)
     if done.skipped:
         say_error(f"warning: {len(done.skipped):,} of the store's students cannot be used; distill students names them")
@@ -80,7 +78,7 @@ def publish(
 def students(store: AnyStoreOption = None, json: JsonOption = False) -> None:
     """List the published students of the store, the newest version last."""
     from distill.exchange import published
-    from distill.reports import status
+    from distill.reports import run_status
 
     source = store_source(store)
     listed = published.listed(source)
@@ -93,7 +91,7 @@ def students(store: AnyStoreOption = None, json: JsonOption = False) -> None:
         say(f"no students in {source.where}; publish one: distill publish RUN NAME")
         return
     rows = [
-        [e.label, e.recipe, _best(e), human(e.size), e.license or "-", status.age(e.published), e.digest[:12]]
+        [e.label, e.recipe, _best(e), human(e.size), e.license or "-", run_status.age(e.published), e.digest[:12]]
         for e in found
     ]
     heads = ["student", "recipe", "measured", "size", "licence", "published", "sha256"]
@@ -114,7 +112,7 @@ def pull(
     store: AnyStoreOption = None,
 ) -> None:
     """Fetch a student, whole and checked or not at all, from a store or a URL: file, http(s), ssh, s3 or hf."""
-    from distill.exchange import pull as pulling
+    from distill.exchange import pulling
 
     source, name, digest = _source(given, store)
     folder = dest or Path(name)
@@ -134,8 +132,7 @@ def verify(
     trust_code: TrustOption = False,
 ) -> None:
     """Check a student folder: every checksum, nothing that does not belong there, no code that is unknown."""
-    from distill.exchange import pull as pulling
-    from distill.exchange import transports
+    from distill.exchange import pulling, transports
 
     if transports.is_url(str(folder)):
         transports.scheme_of(str(folder))
@@ -144,10 +141,9 @@ def verify(
     say(f"{near(folder.absolute())} is whole: '{one_line(card.name)}', {len(card.files) + 1} files")
 
 
-def _chosen(given: str, store: Path) -> "distill.exchange.publish.Chosen | Path | None":
+def _chosen(given: str, store: Path) -> "distill.exchange.publishing.Chosen | Path | None":
     """A student of a run, or a student folder that lies in none; None where there is neither."""
-    from distill.exchange import publish as publishing
-    from distill.exchange import transports
+    from distill.exchange import publishing, transports
 
     if transports.is_url(given):
         transports.scheme_of(given)
@@ -169,7 +165,7 @@ def _chosen(given: str, store: Path) -> "distill.exchange.publish.Chosen | Path 
     return None
 
 
-def _student(chosen: "distill.exchange.publish.Chosen", temporary: Path) -> Path:
+def _student(chosen: "distill.exchange.publishing.Chosen", temporary: Path) -> Path:
     """The folder of a run's student; that of a checkpoint is exported first."""
     folder, stage = chosen.run.student(chosen.stage), chosen.stage
     if chosen.step is None:
@@ -195,14 +191,14 @@ def _drawn(student: Path, out: Path) -> bytes:
     if find_spec("torch") is None:
         say_error("without a picture of samples: no evaluation has drawn one, and torch is not installed")
         return b""
-    from distill.exchange import pull as pulling
+    from distill.exchange import pulling
 
     pulling.verify(student, lambda name, text: None)
     from distill.evaluation import sample
     from distill.execution import stages
 
     sample.write_samples(
-        student, out, steps=cards.read(student).fewest_steps, seed=0, count=64, labels=None, device=stages.CPU
+        student, out, steps=student_card.read(student).fewest_steps, seed=0, count=64, labels=None, device=stages.CPU
     )
     return out.read_bytes()
 

@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from distill.cli import schedule as schedules
 from distill.cli.common import JsonOption, StoreOption, TeacherHelp, check_out, near, print_json, store_path
+from distill.cli.schedule import refuse_schedule, schedule_along
 from distill.core.errors import InputError
 from distill.core.field_types import MAX_STEPS
 from distill.core.printing import say, say_table
 from distill.core.text import suggest
-from distill.exchange import card as cards
-from distill.runs.store import find_run
+from distill.exchange import student_card
+from distill.runs.run_store import find_run
 
 StudentArgument = Annotated[str, typer.Argument(metavar="STUDENT", help="A student folder, or RUN/STAGE of the store.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the noise.", min=0, max=2**63 - 1)]
@@ -36,25 +36,25 @@ def sample(
     store: StoreOption = None,
 ) -> None:
     """Sample a student into a picture."""
-    from distill.cli import given
+    from distill.cli import arguments
 
-    labels = given.numbers("--classes", classes) if classes else None
-    runs, along = store_path(store), given.times("--times", times) if times else None
-    schedules.refuse(schedule, times)
+    labels = arguments.numbers("--classes", classes) if classes else None
+    runs, along = store_path(store), arguments.times("--times", times) if times else None
+    refuse_schedule(schedule, times)
     if along and steps:
         raise InputError("--steps: no effect beside --times; remove it")
     if out.is_dir():
         raise InputError(f"--out {out}: is a folder; name a file in it")
     if out.absolute().parent.is_dir():
         check_out(out.absolute().parent)
-    folder = given.student(student, runs)
-    steps = len(along) - 1 if along else steps or cards.read(folder).fewest_steps
+    folder = arguments.student(student, runs)
+    steps = len(along) - 1 if along else steps or student_card.read(folder).fewest_steps
     from distill.evaluation import sample
 
-    place = given.device(device)
+    place = arguments.device(device)
     sample.write_samples(
         folder, out, steps=steps, seed=seed, count=count, labels=labels, device=place,
-        along=schedules.along(schedule, along, steps, runs, place),
+        along=schedule_along(schedule, along, steps, runs, place),
     )  # fmt: skip
     say(f"wrote {near(out.absolute())}: {count} samples at {steps} step{'s' if steps > 1 else ''}, seed {seed}")
 
@@ -79,40 +79,42 @@ def evaluate(
     json: JsonOption = False,
 ) -> None:
     """Measure a student beside its teacher, from the same noise."""
-    from distill.cli import given
+    from distill.cli import arguments
 
     runs = store_path(store)
-    folder = given.student(student, runs)
+    folder = arguments.student(student, runs)
     from distill.spec.model import EvaluateStage
 
-    card = cards.read(folder)
-    counts = given.steps("--steps", steps) if steps is not None else sorted(card.t_grids) or [1, 2, 4]
+    card = student_card.read(folder)
+    counts = arguments.steps("--steps", steps) if steps is not None else sorted(card.t_grids) or [1, 2, 4]
     content = {"kind": "evaluate", "students": {"student": counts}, "samples": samples}
-    schedules.refuse(schedule, times)
+    refuse_schedule(schedule, times)
     if schedule == "optimal" or times:
-        ways = ["optimal" if times is None else given.times("--times", times)]
+        ways = ["optimal" if times is None else arguments.times("--times", times)]
         also = {"student": ways} if card.kind == "velocity" and not card.t_grids else {}
         content |= {"times": {"teacher": ways, **also}}
-    stage = given.stage(EvaluateStage, content | {"teacher_steps": given.steps("--teacher-steps", teacher_steps)})
-    teacher_spec = given.teacher(teacher, runs) if teacher else given.teacher_of(folder)
-    data_spec = given.data(data) if data else given.data_of(folder)
+    stage = arguments.stage(
+        EvaluateStage, content | {"teacher_steps": arguments.steps("--teacher-steps", teacher_steps)}
+    )
+    teacher_spec = arguments.teacher(teacher, runs) if teacher else arguments.teacher_of(folder)
+    data_spec = arguments.data(data) if data else arguments.data_of(folder)
     check_out(out)
-    from distill import data as datasets
     from distill import teachers
     from distill.core.stop import StopRequest
-    from distill.evaluation import evaluate as evaluation
+    from distill.data import load_data
+    from distill.evaluation import measuring
     from distill.runs import results
     from distill.runs.progress import Progress
     from distill.spec import evalspec
-    from distill.students import loaded as student_folders
+    from distill.students.loaded import load_student
 
-    place = given.device(device)
+    place = arguments.device(device)
     total = evalspec.num_samples(stage)
     with StopRequest() as stop, Progress("evaluate", total, "samples", None) as progress:
-        loaded = teachers.load(teacher_spec, place)
-        students = {"student": student_folders.load(folder, place)}
-        real = datasets.load(data_spec, seed)
-        found = evaluation.measure(
+        loaded = teachers.load_teacher(teacher_spec, place)
+        students = {"student": load_student(folder, place)}
+        real = load_data(data_spec, seed)
+        found = measuring.measure(
             out, "eval", stage, loaded, students, real,
             seed=seed, device=place, progress=progress, stop=stop, store=runs,
         )  # fmt: skip
@@ -126,9 +128,9 @@ def evaluate(
 def report(run: Annotated[str, typer.Argument(metavar="RUN")], store: StoreOption = None) -> None:
     """Write a run's report.html again from its results."""
     paths = find_run(store_path(store), run)
-    from distill.evaluation import report as reports
+    from distill.evaluation import report_page
 
-    say(near(reports.write(paths)))
+    say(near(report_page.write(paths)))
 
 
 def export(

@@ -16,8 +16,9 @@ from distill.cli.common import JsonOption, StoreOption, near, print_json, print_
 from distill.cli.runs import print_results
 from distill.core.errors import EXIT_INPUT, InputError, RunError
 from distill.core.printing import say, warn
+from distill.core.records import read_json
 from distill.core.space import human
-from distill.runs.store import RunPaths, read_json
+from distill.runs.run_store import RunPaths
 
 if TYPE_CHECKING:
     import distill.core.stop

@@ -1,4 +1,4 @@
-"""Real data: `load` a set, and read it as a stream of batches through `DataSource`."""
+"""Real data: `load_data` a set, and read it as a stream of batches through `DataSource`."""
 
 from pathlib import Path
 
@@ -12,13 +12,13 @@ from distill.data.source import DataSet, DataSource
 from distill.spec import imagefolder
 from distill.spec.model import DataSpec, DigitsData, HfData, ImagesData, MnistData
 
-__all__ = ["DataSet", "DataSource", "load", "update_index"]
+__all__ = ["DataSet", "DataSource", "load_data", "update_index"]
 
 _LOADED: dict[tuple[str, int, str, int], ImageData] = {}  # with their decoded images; stages of one process share them
 _INDEXES: dict[Path, ImageIndex] = {}  # by where a store or a run keeps them
 
 
-def load(
+def load_data(
     spec: DataSpec, seed: int, folder: Path | None = None, *, keep: bool = True, indexed: bool = False
 ) -> DataSet | None:
     """The data set of a spec, None for kind none. `seed` keys random crops and flips.

@@ -38,7 +38,7 @@ def write_samples(
         raise InputError(f"--out {out}: the name must end in .png (a picture) or .safetensors (the numbers)")
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out {out}: {out.absolute().parent} is not a folder; create it first")
-    student = loaded.load(folder, device)
+    student = loaded.load_student(folder, device)
     times = grid(student.t_grids, steps) if along is None else torch.tensor(along(student), dtype=torch.float64)
     method, parts = of_student(student, times), []
     noise = sample_noise(seed, range(count), student.shape)

@@ -18,7 +18,7 @@ from distill.core.errors import InputError
 from distill.core.png import is_png
 from distill.core.regular_files import open_regular, read_regular
 from distill.core.text import one_line, printable
-from distill.exchange.card import StudentCard
+from distill.exchange.student_card import StudentCard
 
 MAX_TEXT, MAX_HEADER = 16 << 20, 16 << 20  # bytes of a text, JSON or picture; of a safetensors file's description
 INDEX = "model_index.json"

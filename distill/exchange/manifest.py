@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 
 from distill.core.errors import InputError
-from distill.exchange import card as cards
-from distill.exchange.card import StudentCard
+from distill.exchange import student_card
+from distill.exchange.student_card import StudentCard
 
 PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")  # one name within a path
 KINDS = (".safetensors", ".json", ".py", ".md", ".png", ".txt")
@@ -20,10 +20,10 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".
 
 def parse(content: bytes, where: str) -> StudentCard:
     """The card of a distill.json, once every name in it may stand in a student folder."""
-    card = cards.parse(content, where)
-    if sum(record.size for record in card.files.values()) > cards.LARGEST:
+    card = student_card.parse(content, where)
+    if sum(record.size for record in card.files.values()) > student_card.LARGEST:
         raise InputError(f"{where} lists more bytes than any disk holds; it is refused")
-    seen = {cards.FILE_NAME: cards.FILE_NAME}
+    seen = {student_card.FILE_NAME: student_card.FILE_NAME}
     for name in card.files:
         if reason := _objection(name):
             shown = repr(name) if len(name) <= 200 else f"{name[:200]!r}..."
@@ -54,7 +54,7 @@ def _objection(name: str) -> str | None:
         return "a path that leads out of the folder"
     if not is_plain(name) or len(parts) > 8:
         return "no plain name: letters, digits, '.', '_' and '-', none hidden"
-    if name == cards.FILE_NAME:
+    if name == student_card.FILE_NAME:
         return "which is the list itself"
     if suffix.lower() in PICKLES:
         return "a pickle or compiled file, which may run anything when it is loaded"

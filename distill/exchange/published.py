@@ -48,9 +48,8 @@ from distill.core.field_types import NAME, Count, FrozenModel, Label, Line, Numb
 from distill.core.printing import warn
 from distill.core.regular_files import read_regular
 from distill.core.text import short, suggest
-from distill.exchange import card as cards
-from distill.exchange import manifest, pull
-from distill.exchange.card import Digest, Metrics, StudentCard
+from distill.exchange import manifest, pulling, student_card
+from distill.exchange.student_card import Digest, Metrics, StudentCard
 from distill.exchange.transports import Missing, RemoteFolder, RemoteSource
 from distill.spec.model import Name
 
@@ -127,7 +126,7 @@ def listed(source: RemoteSource, only: str = "*") -> Listed:
         return scan(source.path, only)
     where = f"{source.where}/{REGISTRY}/{INDEX}"
     try:
-        content = pull.read(source.below(REGISTRY), INDEX, MAX_INDEX)
+        content = pulling.read(source.below(REGISTRY), INDEX, MAX_INDEX)
         if _fills_memory(content):
             raise InputError(f"{where} holds more than an index of {MAX_ENTRIES:,} entries would; it is refused")
         given = PublishedIndex.model_validate_json(content).students
@@ -176,7 +175,9 @@ def scan(store: Path, only: str = "*") -> Listed:
             try:
                 entry = _entry(registry, name, version)
             except OSError as error:
-                found.skipped.append(f"{registry / name / version} is skipped: {cards.FILE_NAME}: {error.strerror}")
+                found.skipped.append(
+                    f"{registry / name / version} is skipped: {student_card.FILE_NAME}: {error.strerror}"
+                )
             except InputError as error:
                 found.skipped.append(f"{registry / name / version} is skipped: {error}")
             else:
@@ -204,12 +205,12 @@ def _folders(path: Path, found: Listed, only: str = "*") -> list[str]:
 
 def _entry(registry: Path, name: str, version: str) -> PublishedVersion | None:
     """None: there is no card, or no longer."""
-    path = registry / name / version / cards.FILE_NAME
+    path = registry / name / version / student_card.FILE_NAME
     try:
-        content, published = read_regular(path, cards.MAX_CARD), path.stat().st_mtime
+        content, published = read_regular(path, student_card.MAX_CARD), path.stat().st_mtime
     except FileNotFoundError:
         return None
-    return entry_of(name, version, manifest.parse(content, cards.FILE_NAME), content, published)
+    return entry_of(name, version, manifest.parse(content, student_card.FILE_NAME), content, published)
 
 
 def entry_of(name: str, version: str, card: StudentCard, content: bytes, published: float) -> PublishedVersion:
@@ -231,7 +232,7 @@ def entry_of(name: str, version: str, card: StudentCard, content: bytes, publish
     if (size := len(_line(entry))) > MAX_ENTRY:
         raise InputError(
             f"its entry in the index would take {size:,} bytes; valid: at most {MAX_ENTRY:,}. Shorten what "
-            f"{cards.FILE_NAME} says of recipe and license, or the names of its metrics"
+            f"{student_card.FILE_NAME} says of recipe and license, or the names of its metrics"
         )
     return entry
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from distill.core.errors import InputError, RunError
-from distill.exchange.card import FileRecord
+from distill.exchange.student_card import FileRecord
 from distill.exchange.transports import Broken, Missing, Refused, RemoteSource, Stream
 
 BLOCK = 4 << 20  # bytes in memory at once, twice for each file on its way

@@ -29,7 +29,7 @@ from distill.core.records import SMALL, Schema, mistake
 from distill.core.regular_files import read_regular
 from distill.core.space import human
 from distill.core.text import is_text
-from distill.runs.store import RunPaths, runs
+from distill.runs.run_store import RunPaths, runs
 from distill.spec.model import CheckpointTeacher, HfData, RunSpec
 
 RECORD = "inputs/inputs.json"  # of a run

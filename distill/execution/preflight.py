@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 
-from distill import data as datasets
 from distill import teachers
 from distill.core.errors import InputError
-from distill.data import DataSet
+from distill.data import DataSet, load_data
 from distill.execution import sources
 from distill.flow.interpolants import linear
 from distill.networks.velocity import TIME_SCALE, VelocityStudent
@@ -69,15 +68,15 @@ def check(resolved: Resolved, store: Path | None = None) -> Ready:
     with a fresh network. Others depend on students that are not trained yet. store: where the images may be indexed.
     """
     spec = resolved.spec
-    data = datasets.load(spec.data, spec.seed, store, keep=False)  # the images themselves are not needed while waiting
-    teacher = None if spec.teacher is None else teachers.load(spec.teacher, CPU)
+    data = load_data(spec.data, spec.seed, store, keep=False)  # the images themselves are not needed while waiting
+    teacher = None if spec.teacher is None else teachers.load_teacher(spec.teacher, CPU)
     for stage in spec.stages.values():
         if isinstance(stage, PairsStage | EvaluateStage) and stage.teacher is None and teacher is not None:
             teacher.guided(stage.guidance_scale)  # refused where there is no unconditional call
         if isinstance(stage, EvaluateStage) and data is not None:
-            from distill.evaluation import evaluate
+            from distill.evaluation import measuring
 
-            evaluate.refuse_few(data)
+            measuring.refuse_few(data)
     if teacher is not None and data is not None:
         sources.check_shapes(teacher, data)
         sources.check_labels(spec, teacher, data)

@@ -8,18 +8,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill import data as datasets
 from distill import pairs, teachers
 from distill.core.errors import InputError, RunError
 from distill.core.printing import say_error
+from distill.core.records import read_json
 from distill.core.stop import StopRequest
-from distill.data import DataSet
+from distill.data import DataSet, DataSource, load_data
 from distill.pairs import accuracy, paths
 from distill.pairs.accuracy import Accuracy
 from distill.pairs.paths import Real
 from distill.protocols import Source
 from distill.runs.progress import Progress
-from distill.runs.store import RunPaths, read_json
+from distill.runs.run_store import RunPaths
 from distill.spec import pairspec
 from distill.spec.model import (
     OF_DATA,
@@ -55,7 +55,7 @@ class Inputs:
 
 
 def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, indexed: bool = True) -> Inputs:
-    """The inputs of the stage `name` of a run. device: of the teacher. indexed: as of `data.load`.
+    """The inputs of the stage `name` of a run. device: of the teacher. indexed: as of `load_data`.
 
     Teachers are not probed: students are compared at their export, and the spec's own is checked before a run begins.
     """
@@ -64,9 +64,11 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
     if "teacher" in needs:
         trained = None if stage.teacher is None else CheckpointTeacher(path=str(run.student(stage.teacher)))
         given["teacher"] = trained or spec.teacher
-    loaded = {role: teachers.load(each, device, probe=False) for role, each in given.items() if each is not None}
+    loaded = {
+        role: teachers.load_teacher(each, device, probe=False) for role, each in given.items() if each is not None
+    }
     place = run.root if indexed else run.root.parent
-    data = datasets.load(spec.data, spec.seed, place, indexed=indexed) if "data" in needs else None
+    data = load_data(spec.data, spec.seed, place, indexed=indexed) if "data" in needs else None
     times = _times(run, name, stage) if isinstance(stage, TrainStage) else None
     return Inputs(loaded.get("teacher"), data, loaded.get("own"), times)
 
@@ -167,7 +169,7 @@ def batches(
     must call this, and must have read the same.
     """
     refuse_different(run, spec, stage, inputs, world)
-    real = None if data is None else datasets.DataSource(data, stage.batch_size, seed, labels=labels)
+    real = None if data is None else DataSource(data, stage.batch_size, seed, labels=labels)
     if not stage.pair_shares:
         assert real is not None, "checks.check lets no such stage through"
         return real, {}

@@ -11,26 +11,25 @@ from typing import Literal
 
 import torch
 
-from distill import data as datasets
 from distill.core.atomic import write_json
 from distill.core.errors import InputError, RunError
 from distill.core.stop import StopRequest
 from distill.core.text import one_line
-from distill.data import DataSet
-from distill.exchange import card as cards
-from distill.exchange.card import StudentCard
+from distill.data import DataSet, update_index
+from distill.exchange import student_card
+from distill.exchange.student_card import StudentCard
 from distill.execution import preflight, sources
 from distill.flow.draws import key
 from distill.flow.fields import Counted
 from distill.protocols import Recipe, Trained
 from distill.runs import results
 from distill.runs.progress import Progress
-from distill.runs.store import RunPaths, append_event
+from distill.runs.run_store import RunPaths, append_event
 from distill.spec import evalspec, pairspec, resolved
 from distill.spec.model import CheckpointTeacher, EvaluateStage, LaunchSpec, PairsStage, RunSpec, TrainStage
 from distill.spec.resolved import Resolved
 from distill.students import loaded
-from distill.students.export import export
+from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.teachers import LoadedTeacher
 from distill.training import checkpoint, engine, memory
@@ -65,7 +64,7 @@ class Work:
         return key(self.spec.seed, self.name)
 
     def inputs(self, device: torch.device | None = None, *, indexed: bool = True) -> sources.Inputs:
-        """What the stage computes from. device: of its teacher; None: that of the stage. indexed: as of `data.load`."""
+        """What the stage computes from. device: of its teacher; None: that of the stage. indexed: as of `load_data`."""
         return sources.load(self.run, self.resolved, self.name, device or self.device, indexed=indexed)
 
     def progress(self, total: int, unit: str) -> Progress:
@@ -90,7 +89,7 @@ def run(
     device, saved = place(spec.launch), "nothing had begun"
     found = resolved.of_run(spec, paths.root)
     if any(found.reads_images(name) and not paths.stage(name).done.exists() for name in names):
-        world.alone("index of the data", partial(datasets.update_index, spec.data, paths.root.parent, paths.root))
+        world.alone("index of the data", partial(update_index, spec.data, paths.root.parent, paths.root))
     for name in names:
         stop.share(*world.meet(f"before stage {name}", stop.signal is not None))
         stop.raise_if_requested(saved)
@@ -172,7 +171,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
     teacher, data = inputs.teacher, inputs.data
     if teacher is not None:
         teacher = teacher_on_linear_path(teacher)
-    origin = loaded.load(work.run.student(stage.init), device) if stage.init is not None else teacher
+    origin = loaded.load_student(work.run.student(stage.init), device) if stage.init is not None else teacher
     init = preflight.start(stage, asked, teacher, origin, data, work.seed)
     calls = Counted(teacher.field) if teacher is not None and work.measure else None
     called = teacher if teacher is None or calls is None else replace(teacher, field=calls)
@@ -180,10 +179,10 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
     card = StudentCard(
         name=work.name,
         recipe=stage.recipe,
-        summary=one_line((asked.module.__doc__ or "").strip().split("\n")[0], cards.LINE),
+        summary=one_line((asked.module.__doc__ or "").strip().split("\n")[0], student_card.LINE),
         spec_digest=work.spec.digest(),
         teacher_digest=None if teacher is None else teacher.digest,
-        teacher="" if teacher is None else one_line(_teacher_name(work.spec, stage), cards.LINE),
+        teacher="" if teacher is None else one_line(_teacher_name(work.spec, stage), student_card.LINE),
         data=work.spec.data.kind if "data" in asked.needs else "",
         license="" if teacher is None else teacher.license,
         kind=asked.config.student,
@@ -269,7 +268,7 @@ def _measure(probe: memory.Probe, progress: Progress, stage: TrainStage, roles: 
 def _publish(work: Work, stage: TrainStage) -> None:
     _export(work, stage, stage.export, work.run.student(work.name), stage.images)
     for name in work.spec.stages:
-        found = results.load(work.run.stage(name))
+        found = results.load_results(work.run.stage(name))
         if found is not None:  # an evaluation that was done before the student was lost
             _say_measured(work.run, found, work.name)
 
@@ -320,7 +319,7 @@ def _export(
 
 
 def solving(work: Work, *, indexed: bool = True) -> sources.Solving:
-    """A pairs stage, whose teacher is there, with all that its paths depend on. indexed: as of `data.load`."""
+    """A pairs stage, whose teacher is there, with all that its paths depend on. indexed: as of `load_data`."""
     stage = work.spec.stages[work.name]
     assert isinstance(stage, PairsStage)
     return sources.Solving.of_run(work.run, stage, work.inputs(indexed=indexed), work.seed, work.device)
@@ -334,12 +333,12 @@ def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
 
 
 def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
-    from distill.evaluation import evaluate, report
+    from distill.evaluation import measuring, report_page
     from distill.reports import rounds_table
 
     with work.progress(evalspec.num_samples(stage), "samples") as progress:
         inputs = work.inputs()
-        found = evaluate.evaluate(
+        found = measuring.evaluate(
             work.run,
             work.name,
             stage,
@@ -354,10 +353,10 @@ def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
         rounds_table.say(found, work.run, progress)
     for student in stage.students:
         _say_measured(work.run, found, student)
-    return {"results": str(work.run.stage(work.name).root / "results.json"), "report": str(report.write(work.run))}
+    return {"results": str(work.run.stage(work.name).root / "results.json"), "report": str(report_page.write(work.run))}
 
 
 def _say_measured(run: RunPaths, found: results.Results, student: str) -> None:
     measured = results.card_metrics(found, student)
     if measured:
-        cards.add_metrics(run.student(student), measured)
+        student_card.add_metrics(run.student(student), measured)

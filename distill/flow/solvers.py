@@ -100,15 +100,15 @@ euler, heun, dpm_solver_pp_2m = Solver(_euler, 1), Solver(_heun, 2), Solver(_dpm
 SOLVERS = {"euler": euler, "heun": heun, "dpm_solver_pp_2m": dpm_solver_pp_2m}
 
 
-def sample(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, steps: int) -> Tensor:
+def solve(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, steps: int) -> Tensor:
     """Noise [B, ...] -> data [B, ...] along the field's ODE, on a uniform grid of linear time, without gradients."""
     field = on_linear_path(field)
     t_min, t_max = field.t_range
     return _solve(field, noise, cond, solver, uniform_grid(steps, t_max, t_min))
 
 
-def sample_along(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, times: Sequence[float]) -> Tensor:
-    """As `sample`, along these linear times. The first, 1, stands for the noisiest time that the field knows."""
+def solve_along(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, times: Sequence[float]) -> Tensor:
+    """As `solve`, along these linear times. The first, 1, stands for the noisiest time that the field knows."""
     field = on_linear_path(field)
     t_min, t_max = field.t_range
     inner = times[1:-1]
@@ -135,7 +135,7 @@ def _solve(field: VelocityField, noise: Tensor, cond: Cond, solver: str, t_grid:
 def invert(
     field: VelocityField, data: Tensor, cond: Cond, *, solver: Literal["euler", "heun"], steps: int, noise: Tensor
 ) -> Tensor:
-    """Data [B, ...] -> the noise [B, ...] from which `sample` would come to it, along the field's ODE.
+    """Data [B, ...] -> the noise [B, ...] from which `solve` would come to it, along the field's ODE.
 
     Where the field is not defined at t = 0, the path starts at its lowest time, from (1 - t) data + t noise with the
     given noise (Lee et al. 2024, arXiv 2405.20320, do so at t = 0.001).

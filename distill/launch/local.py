@@ -18,7 +18,7 @@ from pathlib import Path
 from distill.core.errors import EXIT_FAILED, EXIT_STOPPED
 from distill.launch import environment, ranks
 from distill.runs import machine, todo
-from distill.runs.store import RunPaths
+from distill.runs.run_store import RunPaths
 from distill.spec.model import RunSpec, TrainStage
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -20,7 +20,7 @@ from typing import Self
 from distill.core.errors import EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_PEER, EXIT_STOPPED, RunError
 from distill.core.printing import say_error
 from distill.core.stop import Handler
-from distill.runs.store import RunPaths, append_event
+from distill.runs.run_store import RunPaths, append_event
 
 PASSED_ON = {signal.SIGTERM: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1, signal.SIGINT: signal.SIGTERM}
 STOPPING = 120.0  # seconds that the others have to save and leave once a rank has stopped

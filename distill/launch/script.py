@@ -14,8 +14,8 @@ import jinja2
 from distill.core.errors import InputError
 from distill.core.text import is_line
 from distill.launch import environment
-from distill.launch.site import Site, SiteSource
-from distill.runs.store import RunPaths
+from distill.launch.sites import Site, SiteSource
+from distill.runs.run_store import RunPaths
 from distill.spec.model import LaunchSpec, SlurmSpec
 
 TEMPLATES = environment.ROOT / "slurm"

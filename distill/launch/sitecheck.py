@@ -13,7 +13,7 @@ from distill.core.atomic import write_atomic
 from distill.core.errors import RunError
 from distill.launch import environment, script, slurm
 from distill.launch.script import Where
-from distill.launch.site import SiteSource
+from distill.launch.sites import SiteSource
 from distill.spec.model import SlurmSpec
 
 TOKEN = "token"  # a file that the processes must find with the content that was written here

@@ -8,10 +8,10 @@ from typing import Any
 from distill.core.errors import InputError
 from distill.launch import slurm
 from distill.launch.slurm import JobState, NoAnswer
-from distill.reports import status
-from distill.reports.status import RunStatus
+from distill.reports import run_status
+from distill.reports.run_status import RunStatus
 from distill.runs import jobs
-from distill.runs.store import RunPaths
+from distill.runs.run_store import RunPaths
 from distill.spec import pairspec
 
 ENDED = {"COMPLETED": "done", "CANCELLED": "cancelled"}  # any other end is a failure, under Slurm's own name
@@ -112,11 +112,11 @@ def _noted(run: RunPaths, *, brief: bool) -> _Noted:
     try:
         newest = list({job.script: job for job in jobs.submitted(run)}.values())
         ends = {member: jobs.ends(run, member) for job in newest for member in job.members}
-        return _Noted(status.read(run, brief=brief), newest, ends)
+        return _Noted(run_status.read(run, brief=brief), newest, ends)
     except InputError as error:
         if not brief:
             raise
-        return _Noted(status.damaged(run, error), [], {})
+        return _Noted(run_status.damaged(run, error), [], {})
 
 
 def _is_done(ends: Sequence[Mapping[str, Any]]) -> bool:

@@ -73,7 +73,7 @@ def solve(
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         match manifest.paths:
             case "backward":
-                end = solvers.sample(field, given, on_device, solver=manifest.solver, steps=manifest.steps)
+                end = solvers.solve(field, given, on_device, solver=manifest.solver, steps=manifest.steps)
                 found["data"] = end.cpu()
             case "forward":
                 solver: Literal["euler", "heun"] = "heun" if manifest.solver == "heun" else "euler"

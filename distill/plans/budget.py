@@ -8,11 +8,12 @@ import math
 from collections.abc import Mapping
 
 from distill.core.errors import InputError
-from distill.exchange import card
+from distill.core.records import read_json
+from distill.exchange import student_card
 from distill.plans import planning
 from distill.plans.comparison import Chain, ComparisonPlan
 from distill.reports.comparison_table import ComparedRecipe, Comparison, Measured, TrainedPart
-from distill.runs.store import RunPaths, read_events, read_json
+from distill.runs.run_store import RunPaths, read_events
 from distill.spec import evalspec
 from distill.spec.model import PairsStage, RunSpec, Stage, TrainStage
 
@@ -80,7 +81,7 @@ def _measured(run: RunPaths, name: str, stage: TrainStage) -> Measured:
         seconds_per_image=float(f"{max(ended - began, 1e-3) / (last - first):.4g}"),
         memory=max(sum(rank["counted"].values()) + rank["activations"] for rank in ranks),
         teacher_calls=sum(rank["teacher_rows"] for rank in ranks) / last,
-        steps=sorted(card.read(run.student(name)).t_grids),
+        steps=sorted(student_card.read(run.student(name)).t_grids),
     )
 
 

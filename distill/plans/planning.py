@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from distill.runs.store import RunPaths
+from distill.runs.run_store import RunPaths
 from distill.spec import evalspec, pairspec
 from distill.spec.model import (
     OF_DATA,

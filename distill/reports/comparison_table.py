@@ -18,7 +18,7 @@ from distill.core.space import human
 from distill.runs import machine, results
 from distill.runs.progress import duration
 from distill.runs.results import Results, Row, number
-from distill.runs.store import RunPaths, read_events
+from distill.runs.run_store import RunPaths, read_events
 from distill.spec.model import Name
 
 
@@ -115,7 +115,7 @@ def load(run: RunPaths) -> Comparison | None:
 def found(run: RunPaths) -> FoundComparison | None:
     """What a run has found, once its evaluation has; None: it is no comparison, or not as far."""
     comparison = load(run)
-    measured = None if comparison is None else results.load(run.stage(comparison.evaluation))
+    measured = None if comparison is None else results.load_results(run.stage(comparison.evaluation))
     if comparison is None or measured is None:
         return None
     names = {row.network for row in measured.usual if row.role == "student" and not row.fine}

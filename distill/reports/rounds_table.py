@@ -12,7 +12,7 @@ from rich.table import Table
 from distill.core.printing import say_table
 from distill.runs.progress import Progress
 from distill.runs.results import Results, Row, number, of_run
-from distill.runs.store import RunPaths
+from distill.runs.run_store import RunPaths
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ from pydantic import Field, ValidationError
 from distill.core import lease, records
 from distill.core.atomic import write_atomic
 from distill.core.errors import EXIT_FAILED, InputError, RunError
-from distill.core.owners import Owner as Owner  # for all who hold a run
+from distill.core.owners import Owner
 from distill.core.text import printable
-from distill.runs.store import RunPaths
+from distill.runs.run_store import RunPaths
 
 GRACE = 2.0  # seconds; a process that was killed a moment ago may still be on its way out
 RECORD = "owner.json"

@@ -14,8 +14,8 @@ from typing import Any
 
 from distill.core import records
 from distill.core.owners import Owner
-from distill.runs import events as noted
-from distill.runs.store import RunPaths, append_line, event_line, read_events
+from distill.runs import events
+from distill.runs.run_store import RunPaths, append_line, event_line, read_events
 from distill.spec import pairspec
 from distill.spec.model import PairsStage
 
@@ -49,18 +49,18 @@ class Job:
 
 def append(run: RunPaths, job: str, event: str, **fields: Any) -> None:  # noqa: ANN401
     """One event of a job, in this process's own file."""
-    name = f"{Owner.this().token}{noted.SUFFIX}"
+    name = f"{Owner.this().token}{events.SUFFIX}"
     path = run.jobs / job / (f"{SUBMITTED}-{name}" if event == SUBMITTED else name)
     append_line(path, event_line(event, **fields))
 
 
-def events(run: RunPaths, job: str) -> list[dict[str, Any]]:
+def history(run: RunPaths, job: str) -> list[dict[str, Any]]:
     """What is known of a job, oldest first."""
-    return list(noted.read(_files(run, job), noted.JOB))
+    return list(events.read(_files(run, job), events.JOB))
 
 
 def _files(run: RunPaths, job: str) -> list[Path]:
-    return noted.files(run.jobs / job, run.jobs / f"{job}{noted.SUFFIX}")
+    return events.files(run.jobs / job, run.jobs / f"{job}{events.SUFFIX}")
 
 
 def submitted(run: RunPaths) -> list[Job]:
@@ -69,7 +69,7 @@ def submitted(run: RunPaths) -> list[Job]:
     numbers = {match[1] for match in map(NUMBER.fullmatch, records.names(run.jobs)) if match is not None}
     for number in sorted(numbers, key=lambda name: (len(name), name))[-MOST:]:
         files = [path for path in _files(run, number) if path.stem == number or path.name.startswith(SUBMITTED)]
-        for line in islice(noted.read(files, noted.JOB, [SUBMITTED]), 1):
+        for line in islice(events.read(files, events.JOB, [SUBMITTED]), 1):
             fields = {field: line[field] for field in ("stages", "parts", "script", "after", "time")}
             found.append(Job(number, **fields))
     return sorted(found, key=lambda job: (job.time, len(job.id), job.id))
@@ -77,7 +77,7 @@ def submitted(run: RunPaths) -> list[Job]:
 
 def ends(run: RunPaths, job: str) -> list[dict[str, Any]]:
     """How each attempt of a job ended, in order. What only the next attempt could tell of one is filled in."""
-    return ends_of(events(run, job))
+    return ends_of(history(run, job))
 
 
 def ends_of(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

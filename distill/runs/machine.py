@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from distill.core import records, versions
 from distill.core.field_types import Line
-from distill.runs.store import RunPaths
+from distill.runs.run_store import RunPaths
 
 
 class Git(BaseModel):

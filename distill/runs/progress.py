@@ -11,7 +11,7 @@ from typing import Protocol, Self, runtime_checkable
 from distill.core.errors import Stopped
 from distill.core.printing import console, say_error
 from distill.core.text import printable
-from distill.runs.store import RunPaths, append_event
+from distill.runs.run_store import RunPaths, append_event
 
 EVENT_SECONDS = 5.0
 

@@ -11,7 +11,7 @@ from distill.core import records
 from distill.core.errors import InputError
 from distill.core.field_types import NAME, FrozenModel, Line, Positive
 from distill.core.png import is_png
-from distill.runs.store import RunPaths, StagePaths
+from distill.runs.run_store import RunPaths, StagePaths
 
 FILE_NAME = "results.json"
 PICTURE = re.compile(r"(?:pictures/)?[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.png")
@@ -143,7 +143,7 @@ def card_metrics(results: Results, student: str) -> dict[str, float]:
 RESULTS: records.Schema[Results] = records.Schema(Results)
 
 
-def load(stage: StagePaths) -> Results | None:
+def load_results(stage: StagePaths) -> Results | None:
     """The results of an evaluate stage, once it has any; InputError if they are damaged."""
     try:
         return records.load(
@@ -157,7 +157,7 @@ def of_run(run: RunPaths) -> dict[str, Results]:
     """Results by stage, of the stages that have any, in the order of their names; InputError if any are damaged."""
     names = sorted(path.parent.name for path in run.root.glob(f"stages/*/{FILE_NAME}"))
     names = [name for name in names if NAME.fullmatch(name)]  # others are no stages
-    found = {name: load(run.stage(name)) for name in names}
+    found = {name: load_results(run.stage(name)) for name in names}
     return {name: results for name, results in found.items() if results is not None}
 
 

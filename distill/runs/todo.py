@@ -4,7 +4,7 @@ from pathlib import Path
 
 from distill.core import records, yamltext
 from distill.core.errors import InputError
-from distill.runs.store import RunPaths
+from distill.runs.run_store import RunPaths
 from distill.spec import pairspec
 from distill.spec.model import RunSpec, TrainStage
 from distill.spec.specfile import validate

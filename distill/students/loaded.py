@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin
 
-from distill.exchange import card as cards
+from distill.exchange import student_card
 from distill.networks.acceleration import AccelerationStudent
 from distill.networks.flow_map import FlowMapStudent
 from distill.networks.velocity import VelocityStudent
@@ -40,9 +40,9 @@ class LoadedStudent:
         return self.student.network
 
 
-def load(folder: Path, device: torch.device) -> LoadedStudent:
+def load_student(folder: Path, device: torch.device) -> LoadedStudent:
     """The student of a folder that an export has written."""
-    card = cards.read(folder)
+    card = student_card.read(folder)
     found = checkpoint.read(CheckpointTeacher(path=str(folder)), device, card.kind)
     return LoadedStudent(
         student=KINDS[card.kind](found.network).eval(),

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from distill.core.errors import InputError, RunError
 from distill.flow.draws import key, sample_labels, sample_noise
-from distill.flow.solvers import sample as solve
-from distill.flow.solvers import sample_along
+from distill.flow.solvers import solve, solve_along
 from distill.flow.times import uniform_grid
 from distill.networks.velocity import VelocityStudent
 from distill.protocols import Cond, Gridded, Recipe, VelocityField
@@ -65,7 +64,7 @@ class Block:
 def of_teacher(
     teacher: LoadedTeacher, solver: str, steps: int, guidance_scale: float, times: Sequence[float] | None = None
 ) -> Method:
-    """The teacher's ODE by a solver, in steps that are uniform, or along these times (see `sample_along`)."""
+    """The teacher's ODE by a solver, in steps that are uniform, or along these times (see `solve_along`)."""
     return of_field(teacher.guided(guidance_scale), solver, steps, per_velocity(guidance_scale), times)
 
 
@@ -76,7 +75,7 @@ def of_field(
 
     def generate(noise: Tensor, cond: Cond, fresh: Sequence[Tensor]) -> Tensor:
         if times is not None:
-            return sample_along(field, noise, cond, solver=solver, times=times)
+            return solve_along(field, noise, cond, solver=solver, times=times)
         return solve(field, noise, cond, solver=solver, steps=steps)
 
     return Method(generate, calls * network_calls(solver, steps))

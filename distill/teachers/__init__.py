@@ -10,7 +10,7 @@ from distill.teachers.loaded import LoadedTeacher
 __all__ = ["LoadedTeacher", "load"]
 
 
-def load(spec: TeacherSpec, device: torch.device, *, probe: bool = True) -> LoadedTeacher:
+def load_teacher(spec: TeacherSpec, device: torch.device, *, probe: bool = True) -> LoadedTeacher:
     """The teacher of a spec; a checkpoint's network lies on `device`, closed forms follow their input.
 
     probe: call a checkpoint's network there, three times with one sample, and refuse it unless it can be called and its

@@ -20,13 +20,13 @@ import torch
 from pydantic import BaseModel
 from torch import nn
 
-from distill.exchange.card import StudentCard
+from distill.exchange.student_card import StudentCard
 from distill.flow.draws import Rows, StepDraw, sample_labels, sample_noise
 from distill.protocols import Copy, Frozen, Trained
 from distill.spec import registry
 from distill.spec.kinds import STUDENTS
-from distill.students.export import export
-from distill.students.loaded import load
+from distill.students.exporting import export
+from distill.students.loaded import load_student
 from distill.students.sampling import by_sampler, fresh_noises, grid, num_fresh, own_grids
 from distill.testing.pair import Numbers
 from distill.testing.subject import CLASSES, SHAPE, Noise, Subject, bits, start
@@ -179,7 +179,7 @@ def travels(subject: Subject, folder: Path) -> None:
         images=MOVES * BATCH,
     )  # fmt: skip
     export(student, folder / "student", card)
-    loaded = load(folder / "student", torch.device("cpu"))
+    loaded = load_student(folder / "student", torch.device("cpu"))
     noise, cond = sample_noise(0, range(4), SHAPE), {"class_labels": sample_labels(range(4), CLASSES)}
     for steps in subject.steps:
         fresh = fresh_noises(0, range(4), SHAPE, num_fresh(sampler, steps))

@@ -17,7 +17,7 @@ from distill.flow import solvers
 from distill.flow.draws import Rows, permutation, sample_noise
 from distill.protocols import Batch, Pairs, Source, VelocityField
 from distill.runs.progress import Progress
-from distill.runs.store import StagePaths
+from distill.runs.run_store import StagePaths
 from distill.spec.model import MixtureTeacher, MlpSpec, OptimizerSpec, TrainStage
 from distill.students import sampling
 from distill.students.init import StudentInit
@@ -116,7 +116,7 @@ def noise() -> Tensor:
 
 def of_field(field: VelocityField, solver: str, steps: int) -> float:
     """The excess of a field's samples."""
-    return excess(solvers.sample(field, noise(), {}, solver=solver, steps=steps))
+    return excess(solvers.solve(field, noise(), {}, solver=solver, steps=steps))
 
 
 def trained(subject: Subject, training: Training, folder: Path) -> nn.Module:

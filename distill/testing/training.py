@@ -11,7 +11,7 @@ import torch
 from distill.core.errors import Stopped
 from distill.core.stop import StopRequest
 from distill.runs.progress import Progress
-from distill.runs.store import StagePaths
+from distill.runs.run_store import StagePaths
 from distill.spec.model import CheckpointSpec, OptimizerSpec, TrainStage
 from distill.testing.subject import Noise, Subject, start
 from distill.training import engine

@@ -18,7 +18,7 @@ from distill.core.versions import DRAWS
 from distill.flow.draws import Rows, StepDraw, key
 from distill.protocols import Batch, Cond, Draw, Init, Loss, Pairs, Recipe, Source
 from distill.runs.progress import Progress
-from distill.runs.store import RunPaths, StagePaths, append_event
+from distill.runs.run_store import RunPaths, StagePaths, append_event
 from distill.spec.model import TrainStage
 from distill.training.checkpoint import Checkpoints
 from distill.training.roles import Roles

@@ -17,14 +17,13 @@ import torch
 from torch import nn
 
 from distill.core.stop import StopRequest
-from distill.data import DataSource
-from distill.data import load as load_data
+from distill.data import DataSource, load_data
 from distill.flow.draws import Rows
 from distill.networks.velocity import VelocityStudent
 from distill.protocols import Batch
 from distill.runs.progress import Progress
-from distill.runs.results import load as load_results
-from distill.runs.store import RunPaths, StagePaths
+from distill.runs.results import load_results
+from distill.runs.run_store import RunPaths, StagePaths
 from distill.spec import registry
 from distill.spec.model import DigitsData, OptimizerSpec, TrainStage, UNetSpec
 from distill.students.init import StudentInit

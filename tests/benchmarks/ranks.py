@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 
 from distill.core.stop import StopRequest
-from distill.data import DataSource
-from distill.data import load as load_data
+from distill.data import DataSource, load_data
 from distill.runs.progress import Progress
-from distill.runs.store import RunPaths, read_events
+from distill.runs.run_store import RunPaths, read_events
 from distill.spec import registry
 from distill.spec.model import CheckpointSpec, DigitsData, TrainStage, UNetSpec
 from distill.students.init import StudentInit

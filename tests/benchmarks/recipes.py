@@ -19,7 +19,7 @@ from distill.flow.interpolants import linear
 from distill.networks.architectures import build
 from distill.networks.velocity import TIME_SCALE
 from distill.runs.progress import Progress
-from distill.runs.store import StagePaths
+from distill.runs.run_store import StagePaths
 from distill.spec import registry
 from distill.spec.model import OptimizerSpec, TrainStage, UNetSpec
 from distill.students.init import StudentInit

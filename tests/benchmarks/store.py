@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from distill.runs.store import CREATED, RunPaths, event_line
+from distill.runs.run_store import CREATED, RunPaths, event_line
 from distill.spec import presets, specfile
 
 COMMANDS = ("list", "status")

@@ -12,9 +12,8 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from distill.exchange import card as cards
-from distill.exchange import published
-from distill.exchange.card import StudentCard
+from distill.exchange import published, student_card
+from distill.exchange.student_card import StudentCard
 from distill.exchange.transports import at
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
@@ -40,9 +39,9 @@ def make(folder: Path, size: int) -> Path:
             file.write(os.urandom(min(1 << 24, size - 128 - start)))
     card = StudentCard(
         name="large", recipe="any", spec_digest="", teacher_digest=None, num_classes=None, null_class=None,
-        shape=(1, 8, 8), weights="raw", images=0, files=cards.record(folder),
+        shape=(1, 8, 8), weights="raw", images=0, files=student_card.record(folder),
     )  # fmt: skip
-    (folder / cards.FILE_NAME).write_text(cards.to_json(card))
+    (folder / student_card.FILE_NAME).write_text(student_card.to_json(card))
     return folder
 
 

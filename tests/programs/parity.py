@@ -37,7 +37,7 @@ from distill.networks.architectures import build
 from distill.networks.velocity import VelocityStudent
 from distill.protocols import Batch, Copy, Frozen, Loss, Pairs, Trained, Turn
 from distill.runs.progress import Progress
-from distill.runs.store import StagePaths
+from distill.runs.run_store import StagePaths
 from distill.spec.model import CheckpointSpec, OptimizerSpec, TrainStage, UNetSpec
 from distill.training import engine
 from distill.training.memory import Probe

@@ -16,7 +16,7 @@ from distill.flow.draws import generator
 from distill.flow.interpolants import linear
 from distill.protocols import Batch, Frozen, Loss, Trained, Turn
 from distill.runs.progress import Progress
-from distill.runs.store import RunPaths
+from distill.runs.run_store import RunPaths
 from distill.spec.model import TrainStage
 from distill.training import engine
 

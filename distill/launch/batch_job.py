@@ -24,7 +24,7 @@ from distill.launch.local import RANK_VARIABLES
 from distill.launch.slurm import NoAnswer
 from distill.runs import claims, jobs, todo
 from distill.runs.progress import stamp
-from distill.runs.store import RunPaths, append_event
+from distill.runs.run_store import RunPaths, append_event
 from distill.spec import clusterspec
 from distill.spec.model import RunSpec, TrainStage
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distill.core.errors import InputError
-from distill.exchange import card
-from distill.exchange.card import StudentCard
+from distill.exchange import student_card
+from distill.exchange.student_card import StudentCard
 from distill.runs import claims, events
-from distill.runs.store import RunPaths, check_spec, event_files, first_event
+from distill.runs.run_store import RunPaths, check_spec, event_files, first_event
 
 TAIL = 64 * 1024  # bytes of events that say how a run stands now, at most
 PROCESS = ("started", "stopped", "failed", "finished")  # events of a process
@@ -164,7 +164,7 @@ def _stage(name: str, kind: str, state: str, progress: dict[str, Any], save: dic
 
 def students(run: RunPaths) -> dict[str, StudentCard]:
     """The card of every student of a run, by stage; InputError if one is damaged."""
-    return {path.parent.name: card.read(path.parent) for path in sorted(run.students.glob("*/distill.json"))}
+    return {path.parent.name: student_card.read(path.parent) for path in sorted(run.students.glob("*/distill.json"))}
 
 
 def age(then: float | None) -> str:

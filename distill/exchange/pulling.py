@@ -15,9 +15,8 @@ from distill.core.atomic import is_abandoned, sync, sync_tree, write_atomic
 from distill.core.errors import InputError, RunError
 from distill.core.owners import Owner
 from distill.core.regular_files import read_regular
-from distill.exchange import card as cards
-from distill.exchange import contents, manifest
-from distill.exchange.card import StudentCard
+from distill.exchange import contents, manifest, student_card
+from distill.exchange.student_card import StudentCard
 from distill.exchange.transfer import PAUSES, Tally, fetch
 from distill.exchange.transports import Broken, Missing, Refused, RemoteFolder, RemoteSource
 from distill.runs.progress import Progress
@@ -75,13 +74,15 @@ def _is_late(begin: float, size: int) -> bool:
 def describe(source: RemoteSource) -> tuple[StudentCard, bytes]:
     """The card of the student at a source, and its bytes; refused unless a student folder may look so."""
     try:
-        content = read(source, cards.FILE_NAME, cards.MAX_CARD)
+        content = read(source, student_card.FILE_NAME, student_card.MAX_CARD)
     except Missing as missing:
-        raise InputError(f"{source.where} is no student folder: it has no {cards.FILE_NAME} ({missing})") from missing
-    card = manifest.parse(content, f"{source.where}/{cards.FILE_NAME}")
+        raise InputError(
+            f"{source.where} is no student folder: it has no {student_card.FILE_NAME} ({missing})"
+        ) from missing
+    card = manifest.parse(content, f"{source.where}/{student_card.FILE_NAME}")
     found = source.listing()
     if found is not None:
-        cards.refuse_strange(found, card, source.where)
+        student_card.refuse_strange(found, card, source.where)
     return card, content
 
 
@@ -90,7 +91,7 @@ def verify(folder: Path, show: Show | None = None) -> StudentCard:
     card, _ = describe(RemoteFolder(folder))
     if show is None:
         manifest.refuse_unknown_code(card, str(folder))
-    cards.verify(folder)
+    student_card.verify(folder)
     contents.refuse(folder, card)
     _show(folder, card, show)
     return card
@@ -136,7 +137,7 @@ def _is_here(dest: Path, content: bytes, show: Show | None) -> bool:
     if not dest.exists() and not dest.is_symlink():
         return False
     try:
-        here = read_regular(dest / cards.FILE_NAME, cards.MAX_CARD)
+        here = read_regular(dest / student_card.FILE_NAME, student_card.MAX_CARD)
     except OSError as error:
         raise InputError(f"{dest} exists and is no student; name another folder") from error
     if here != content:
@@ -211,7 +212,7 @@ def _settle(here: Path, dest: Path, card: StudentCard, content: bytes) -> None:
     for name in RemoteFolder(here).listing() or []:
         if name not in card.files:  # of a process that was killed
             (here / name).unlink()
-    write_atomic(here / cards.FILE_NAME, content)
+    write_atomic(here / student_card.FILE_NAME, content)
     sync_tree(here)
     try:
         here.rename(dest)

@@ -15,7 +15,6 @@ from distill.core.atomic import clear_up, new_folder, write_files
 from distill.core.errors import InputError, RunError
 from distill.core.field_types import NAME
 from distill.core.owners import Owner
-from distill.core.records import read_json as read_json  # for all who read a run
 from distill.core.text import one_line, short, suggest
 from distill.runs import events
 

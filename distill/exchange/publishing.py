@@ -16,15 +16,14 @@ from distill.core.atomic import hidden_folder, sync, sync_tree, write_atomic
 from distill.core.errors import InputError, RunError
 from distill.core.markdown import escape
 from distill.core.text import short, suggest, whole_number
-from distill.exchange import card as cards
-from distill.exchange import contents, manifest, published, pull
-from distill.exchange.card import FileRecord, Publication, StudentCard, TrainingCost
+from distill.exchange import contents, manifest, published, pulling, student_card
 from distill.exchange.published import REGISTRY, PublishedVersion
+from distill.exchange.student_card import FileRecord, Publication, StudentCard, TrainingCost
 from distill.exchange.transports import RemoteFolder
 from distill.runs import jobs, results, todo
 from distill.runs.progress import duration
 from distill.runs.results import Results, Row
-from distill.runs.store import RunPaths, read_events
+from distill.runs.run_store import RunPaths, read_events
 from distill.spec.model import PairsStage, RunSpec, TrainStage
 
 PICTURE = "samples.png"
@@ -111,13 +110,13 @@ def publish(
     if picture:
         contents.refuse_picture(picture, PICTURE)
     source = RemoteFolder(student)
-    old, _ = pull.describe(source)
+    old, _ = pulling.describe(source)
     try:
         with hidden_folder(home / "new") as here:
             space.require(home, sum(record.size for record in old.files.values()), f"the files of {student}")
-            pull.fetch_all(source, old, here, "publish")
+            pulling.fetch_all(source, old, here, "publish")
             contents.refuse(here, old)
-            content = cards.to_json(_dress(here, old, about, picture)).encode()
+            content = student_card.to_json(_dress(here, old, about, picture)).encode()
             card = manifest.parse(content, f"the card of {name}")  # before it takes a version
             published.entry_of(name, version or "v999999999", card, content, round(time.time(), 3))
             same = [entry for entry in published.scan(store, name).students if _is(entry, content, version)]
@@ -137,7 +136,7 @@ def _is(entry: PublishedVersion, content: bytes, version: str | None) -> bool:
 
 def _claim(here: Path, home: Path, version: str | None, content: bytes) -> str:
     """Rename the complete folder to its version, or to the first number that is free, as only the rename can tell."""
-    write_atomic(here / cards.FILE_NAME, content)
+    write_atomic(here / student_card.FILE_NAME, content)
     sync_tree(here)
     for wanted in [version] if version is not None else _numbers(home):
         try:
@@ -167,7 +166,7 @@ def _numbers(home: Path) -> Iterator[str]:
 def _dress(here: Path, old: StudentCard, about: Publication, picture: bytes) -> StudentCard:
     """The student's folder with its whole model card and its samples: what distill.json now says."""
     card = old.model_copy(update={"name": about.name})
-    new = {cards.README: cards.readme(card, about).encode(), **({PICTURE: picture} if picture else {})}
+    new = {student_card.README: student_card.readme(card, about).encode(), **({PICTURE: picture} if picture else {})}
     for name, content in new.items():
         write_atomic(here / name, content)
     records = {name: FileRecord(sha256=manifest.digest(content), size=len(content)) for name, content in new.items()}
@@ -293,7 +292,7 @@ def _time_of_parts(run: RunPaths, stage: str) -> float:
     """Seconds that the jobs of an array were at a pairs stage, which write no events of the run."""
     total, began = 0.0, None
     members = (m for job in jobs.submitted(run) if job.parts is not None and stage in job.stages for m in job.members)
-    for line in (line for member in members for line in jobs.events(run, member)):
+    for line in (line for member in members for line in jobs.history(run, member)):
         if line["event"] == "began":
             began = line["time"]
         elif line["event"] == "ended" and began is not None:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from distill.core.atomic import new_folder
 from distill.core.errors import RunError
-from distill.exchange import card as cards
-from distill.exchange.card import StudentCard
+from distill.exchange import student_card
+from distill.exchange.student_card import StudentCard
 from distill.flow.draws import sample_labels, sample_noise
 from distill.networks.velocity import TIME_SCALE
 from distill.students import shipped
@@ -84,8 +84,10 @@ def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
             "unet": [library, class_name],
         },
     )
-    (folder / cards.README).write_text(cards.readme(card))
-    (folder / cards.FILE_NAME).write_text(cards.to_json(card.model_copy(update={"files": cards.record(folder)})))
+    (folder / student_card.README).write_text(student_card.readme(card))
+    (folder / student_card.FILE_NAME).write_text(
+        student_card.to_json(card.model_copy(update={"files": student_card.record(folder)}))
+    )
 
 
 def _compare(student: Student, folder: Path, card: StudentCard) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from distill.core.atomic import write_atomic, write_json
 from distill.core.errors import InputError
+from distill.core.records import read_json
 from distill.core.stop import StopRequest
 from distill.data import DataSet
 from distill.evaluation.metrics.manifold import NEIGHBOURS
@@ -29,7 +30,7 @@ from distill.networks.velocity import VelocityStudent
 from distill.protocols import VelocityField
 from distill.runs.progress import Progress
 from distill.runs.results import FILE_NAME, Results, Row
-from distill.runs.store import RunPaths, read_json
+from distill.runs.run_store import RunPaths
 from distill.spec.model import EvaluateStage
 from distill.students import loaded, step_times
 from distill.students.loaded import LoadedStudent
@@ -91,7 +92,7 @@ def evaluate(
     """
     if teacher is None:
         raise InputError(f"stages.{name}.teacher is not given and the spec has no teacher; name a train stage")
-    students = {student: loaded.load(run.student(student), device) for student in stage.students}
+    students = {student: loaded.load_student(run.student(student), device) for student in stage.students}
     exact = teacher.exact_data or (own.exact_data if own else None)
     return measure(
         run.stage(name).root, name, stage, teacher, students, data,

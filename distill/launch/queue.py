@@ -4,12 +4,13 @@ from collections.abc import Collection, Sequence
 
 from distill.core.atomic import write_atomic, write_json
 from distill.core.errors import InputError, RunError
+from distill.core.records import read_json
 from distill.core.text import suggest
 from distill.launch import script, slurm
 from distill.launch.script import JobPlan, Where
-from distill.launch.site import SiteSource
+from distill.launch.sites import SiteSource
 from distill.runs import jobs
-from distill.runs.store import RunPaths, append_event, read_json
+from distill.runs.run_store import RunPaths, append_event
 from distill.spec import checks
 from distill.spec.model import PairsStage, RunSpec, SlurmSpec, TrainStage
 

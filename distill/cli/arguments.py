@@ -12,7 +12,7 @@ from distill.core.errors import InputError
 from distill.core.field_types import MAX_STEPS
 from distill.core.text import short, suggest, whole_number
 from distill.runs import todo
-from distill.runs.store import RunPaths
+from distill.runs.run_store import RunPaths
 from distill.spec import checks, schema, specfile
 from distill.spec.model import CheckpointTeacher, DataSpec, LaunchSpec, RunSpec, TeacherSpec, TrainStage, is_path
 

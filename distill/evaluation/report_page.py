@@ -16,9 +16,8 @@ from distill.evaluation.curves import Thinned
 from distill.reports import comparison_table, rounds_table
 from distill.reports.rounds_table import Round
 from distill.runs import machine
-from distill.runs import results as evaluations
-from distill.runs.results import Results, Row, number
-from distill.runs.store import RunPaths, read_events
+from distill.runs.results import Results, Row, cells, columns, describe, number, of_run, picture
+from distill.runs.run_store import RunPaths, read_events
 
 LIBRARIES = ("torch", "diffusers", "safetensors", "numpy", "scipy", "scikit-learn", "pot", "datasets", "pydantic")
 MAX_CURVES = 3  # per stage
@@ -99,7 +98,7 @@ def write(run: RunPaths) -> Path:
         loader=jinja2.PackageLoader("distill"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     kinds, trainings, warnings = _events(run)
-    found = evaluations.of_run(run)
+    found = of_run(run)
     room = MAX_PICTURES
     shown: dict[str, Evaluation] = {}
     for name, results in found.items():
@@ -161,7 +160,7 @@ def _pictures(folder: Path, results: Results, room: int) -> tuple[list[Picture],
     what, more = results.distance or "RMS", False
     pictures: dict[str, Picture] = {}
     for row in results.rows:
-        if row.picture in pictures or (png := evaluations.picture(folder, row, room)) is None:
+        if row.picture in pictures or (png := picture(folder, row, room)) is None:
             continue
         if not png:
             more = True
@@ -176,9 +175,9 @@ def _evaluation(results: Results, pictures: list[Picture], more: str) -> Evaluat
     straight = {row.network: row.straightness for row in results.rows}
     widest = max((value for value in straight.values() if value is not None), default=0.0) or 1.0
     return Evaluation(
-        description=evaluations.describe(results),
-        columns=evaluations.columns(results),
-        rows=[(row, evaluations.cells(results, row)) for row in results.rows],
+        description=describe(results),
+        columns=columns(results),
+        rows=[(row, cells(results, row)) for row in results.rows],
         chart=_image(charts.quality(results).encode(), "svg+xml"),
         pictures=pictures,
         straightness=[
