@@ -24,8 +24,9 @@ test: check system ## what CI runs
 check: $(VENV)/.test ## format, lint, types, tests without processes
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not process and not train and not long" $(PYTEST_ARGS)
+	@types=$$(mktemp); $(BIN)/mypy >$$types 2>&1 & mypy=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not process and not train and not long" $(PYTEST_ARGS); tests=$$?; \
+	wait $$mypy; typed=$$?; cat $$types; rm $$types; exit $$((tests ? tests : typed))
 
 test-all: check system ## everything, in parts: make test-all PART=2/4
 	$(BIN)/pytest -m "process or train or long" --part $(PART) $(PYTEST_ARGS)

@@ -1,10 +1,15 @@
 """The command line within this process: what it returns, what it prints."""
 
+import functools
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import typer.main
+
 from distill.cli.main import main
+
+typer.main.get_command = functools.cache(typer.main.get_command)  # built once, as in a process of its own
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Types are checked at run time, under test only; parts and skips of the suite are decided here."""
 
+import gc
 import os
 import sys
 
@@ -7,11 +8,15 @@ sys.dont_write_bytecode = False  # as for most people: what Python would write b
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a hub
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
+gc.disable()  # until all tests are collected: hundreds of modules are imported, none goes away again
+
 from beartype.claw import beartype_packages  # noqa: E402
 
 beartype_packages(("distill", "recipes"))
 
 import pytest  # noqa: E402
+
+pytest_plugins = ["budgets"]
 
 LONGEST = ("test_presets.py", "test_conformance.py", "test_compare.py", "test_reflow_command.py")  # files
 
@@ -30,6 +35,12 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=[item for item in items if item.path not in mine])
     items[:] = [item for item in items if item.path in mine]
     items.sort(key=lambda item: item.path.name not in LONGEST)  # first, so that the other workers are not done before
+
+
+def pytest_collection_finish(session):
+    """What is there now stays: collections while tests run need not look at it, which makes them ten times faster."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

@@ -70,6 +70,7 @@ def mixture(path=None):
 
 CASES = [gaussian(path) for path in PATHS[:4]] + [mixture(path) for path in PATHS[:3]]
 CASE_IDS = [f"gaussian-{i}" for i in IDS[:4]] + [f"mixture-{i}" for i in IDS[:3]]
+pytestmark = pytest.mark.costs("teacher gaussian", "teacher mixture")
 each = pytest.mark.parametrize("p", CASES, ids=CASE_IDS)
 
 

@@ -40,8 +40,12 @@ def one_thread():
 
 # --- the same images as the stock scheduler ---
 
+of_class = pytest.mark.costs("teacher UNet2DModel")
+classes_or_none = pytest.mark.parametrize("classes", [pytest.param(None, marks=pytest.mark.long), 4])
 
-@pytest.mark.parametrize("classes", [None, 4])
+
+@of_class
+@classes_or_none
 @pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
 def test_ddim(tmp_path, prediction, classes):
     # A random network predicts no noise at all, so alpha = 0.006 of the default betas would make its images hundreds
@@ -60,6 +64,7 @@ def test_ddim(tmp_path, prediction, classes):
     same(ours(teacher, vp_grid(scheduler), labels), stock(network, scheduler, noise(), labels))
 
 
+@of_class
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_ddpm_config(tmp_path, spacing):
     scheduler = DDPMScheduler(
@@ -75,7 +80,8 @@ def test_ddpm_config(tmp_path, spacing):
     same(ours(teacher, vp_grid(stepper)), stock(network, stepper, noise()))
 
 
-@pytest.mark.parametrize("prediction", ["sample", "v_prediction"])
+@of_class
+@pytest.mark.parametrize("prediction", ["sample", pytest.param("v_prediction", marks=pytest.mark.long)])
 def test_zero_terminal_snr(tmp_path, prediction):
     scheduler = DDIMScheduler(
         prediction_type=prediction, rescale_betas_zero_snr=True, clip_sample=False, timestep_spacing="trailing"
@@ -89,7 +95,8 @@ def test_zero_terminal_snr(tmp_path, prediction):
     same(ours(teacher, grid), stock(network, scheduler, noise()))
 
 
-@pytest.mark.parametrize("classes", [None, 4])
+@of_class
+@classes_or_none
 @pytest.mark.parametrize(
     "scheduler", [FlowMatchEulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler(shift=3.0)], ids=["1", "shift=3"]
 )
@@ -101,6 +108,7 @@ def test_flow_match_euler(tmp_path, scheduler, classes):
     same(ours(teacher, scheduler.sigmas.double(), labels), stock(network, scheduler, noise(), labels))
 
 
+@of_class
 def test_flow_map_euler(tmp_path):
     network, scheduler = unet(), FlowMapEulerDiscreteScheduler(shift=2.0)
     teacher = load(write(tmp_path, network, scheduler))
@@ -112,8 +120,9 @@ def test_flow_map_euler(tmp_path):
     same(ours(teacher, scheduler.sigmas), expected)
 
 
-@pytest.mark.parametrize("classes", [None, 4])
-@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@of_class
+@classes_or_none
+@pytest.mark.parametrize("prediction", ["epsilon", pytest.param("v_prediction", marks=pytest.mark.long)])
 def test_edm_euler(tmp_path, prediction, classes):
     network, scheduler = unet(classes), EDMEulerScheduler(prediction_type=prediction, sigma_data=0.7)
     teacher = load(write(tmp_path, network, scheduler))
@@ -216,6 +225,7 @@ def test_a_stub_gives_back_the_velocity_of_its_oracle(kind, oracle):
 # --- guidance ---
 
 
+@of_class
 def test_guidance_is_the_usual_loop_and_scale_one_is_none(tmp_path):
     network, scheduler = unet(5), FlowMatchEulerDiscreteScheduler()
     teacher = load(write(tmp_path, network, scheduler), null_class=4)

@@ -426,3 +426,26 @@ def test_the_environment_is_recorded(tmp_path):
     assert found["packages"]["pydantic"]
     assert found["threads"] >= 1
     assert environment.git_state(tmp_path) is None
+
+
+# --- how a command starts ---
+
+START = """
+import sys
+from distill.cli.main import main
+main(sys.argv[1:])
+print(*sorted({name.split(".")[0] for name in sys.modules} - set(sys.stdlib_module_names)), file=sys.stderr)
+"""
+LIGHT = {"distill", "typer", "shellingham", "annotated_doc", "pydantic", "pydantic_core", "annotated_types"}
+LIGHT |= {"typing_extensions", "typing_inspection", "yaml", "cython_runtime", "jinja2", "markupsafe"}
+SHOWN = {"rich", "pygments", "markdown_it", "mdurl", "attr"}  # for help and tables
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("arguments", "allowed"), [(["list"], LIGHT), (["--help"], LIGHT | SHOWN)])
+def test_a_command_imports_few_packages_at_its_start(tmp_path, arguments, allowed):
+    """What takes long to start is imports; numbers of seconds are those of a machine and its load."""
+    command = [sys.executable, "-c", START, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60)
+    found = {name for name in done.stderr.splitlines()[-1].split() if not name.startswith("_")}
+    assert found - allowed == set()

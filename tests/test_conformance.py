@@ -20,7 +20,8 @@ DECLARING = sorted(path.stem for path in HERE.glob("test_recipes_*.py"))
 ALL_DECLARED = [each for module in DECLARING for each in importlib.import_module(module).SUBJECTS]
 DECLARED = {each.recipe: each for each in ALL_DECLARED}
 assert len(DECLARED) == len(ALL_DECLARED), "a recipe is declared twice"
-SUBJECTS = {name: DECLARED.get(name, testing.Subject(name)) for name in registry.names()}
+ALL = {name: DECLARED.get(name, testing.Subject(name)) for name in registry.names()}
+EACH = [pytest.param(name, marks=pytest.mark.costs(f"recipe {name}")) for name in ALL]
 
 
 def changed():
@@ -28,14 +29,14 @@ def changed():
     git = ["git", "-C", str(HERE.parent), "diff", "--name-only", "HEAD~1", "--", "recipes"]
     done = subprocess.run(git, capture_output=True, text=True, check=False)
     names = {line.removeprefix("recipes/").removesuffix(".py") for line in done.stdout.split()}
-    return names if done.returncode == 0 else set(SUBJECTS)
+    return names if done.returncode == 0 else set(ALL)
 
 
 def some():
     """One recipe of each folder and the changed ones run in `make test`; all others in `make test-all`."""
-    first = {name.split("/")[0]: name for name in sorted(SUBJECTS, reverse=True)}
+    first = {name.split("/")[0]: name for name in sorted(ALL, reverse=True)}
     now = changed() | set(first.values())
-    return [name if name in now else pytest.param(name, marks=pytest.mark.long) for name in SUBJECTS]
+    return [name if name in now else pytest.param(name, marks=pytest.mark.long) for name in ALL]
 
 
 @pytest.fixture(autouse=True)
@@ -51,16 +52,16 @@ AGAIN = [check for check in testing.CHECKS if check.__name__ != "is_right"]
 
 
 @pytest.mark.parametrize("check", AGAIN, ids=lambda check: check.__name__)
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("name", EACH)
 def test_recipe(name, check, tmp_path):
-    check(SUBJECTS[name], tmp_path)
+    check(ALL[name], tmp_path)
 
 
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("name", EACH)
 def test_closed_form_checks_are_declared_and_are_tests(name):
     """So they run, but for `is_right` not twice."""
-    assert SUBJECTS[name].closed_form
-    for check in SUBJECTS[name].closed_form:
+    assert ALL[name].closed_form
+    for check in ALL[name].closed_form:
         called = [check.__name__, *check.__code__.co_names]
         assert any(each.startswith("test_") for each in called), f"pytest collects none of {called}"
 
@@ -72,7 +73,7 @@ OTHER_OPTIONS = [
     ("pretrain/flow_matching", {"coupling": "ot_replacement", "coupling_block": 4, "within_classes": True}),
     ("pretrain/flow_matching", {"coupling": "immiscible_knn"}),
     ("pretrain/flow_matching", {"coupling": "weighted", "coupling_block": 2, "cost": "distance"}),
-    ("consistency/consistency", {"times": "continuous", "halving_images": 16, "target_decay": 0.9}),
+    ("consistency/consistency", {"times": "continuous", "halving_images": 4, "target_decay": 0.9}),
     ("consistency/consistency", {"point": "data", "distance": "l2"}),
     ("reflow/consistency_fm", {"target": "teacher", "segments": 4, "delta": 0.05, "guidance_scale": 2.0}),
     ("reflow/consistency_fm", {"boundary": 0.9, "delta": 0.1, "velocity_weight": 1.0}),
@@ -85,7 +86,7 @@ OTHER_OPTIONS = [
     ("reflow/rectified_diffusion", {"form": "phased", "phases": 1, "times": "grid"}),
     ("score/dmd2", {"gan_weight": 0.0}),
     ("score/dmd2", {"steps": 4, "weight": "kl", "ratio": 2}),
-    ("reflow/slimflow", {"phase": "anneal", "anneal_images": 16, "flip": True}),
+    ("reflow/slimflow", {"phase": "anneal", "anneal_images": 4, "flip": True}),
 ]
 
 
@@ -108,7 +109,7 @@ def test_recipe_with_other_options(subject, check, tmp_path):
 def test_a_critic_without_discriminator_trains(tmp_path):
     """Its head waits: a preset that ships asks for it."""
     next(each for each in testing.CHECKS if each.__name__ == "learns")(
-        testing.Subject("score/dmd2", {"gan_weight": 0.0}), tmp_path
+        testing.Subject("score/dmd2", {"gan_weight": 0.0, "ratio": 1}), tmp_path
     )
 
 
@@ -116,22 +117,22 @@ def test_a_critic_without_discriminator_trains(tmp_path):
 def pair(request, tmp_path_factory):
     """Of the recipes that are tested now, what one pair of processes finds."""
     items = [item for item in request.session.items if item.originalname == "test_two_processes_agree_with_one"]
-    wanted = [SUBJECTS[item.callspec.params["name"]] for item in items]
+    wanted = [ALL[item.callspec.params["name"]] for item in items]
     return testing.train_together(wanted, tmp_path_factory.mktemp("pair"))
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("name", some())
 def test_two_processes_agree_with_one(name, pair):
-    testing.agrees(SUBJECTS[name], pair)
+    testing.agrees(ALL[name], pair)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("zero_stage", [2, 3])
 def test_processes_that_divide_their_networks_agree_with_one(zero_stage, tmp_path):
     """Forward-mode derivatives stop at stage 2: what gathers weights has none."""
-    subjects = [each for each in SUBJECTS.values() if zero_stage < 3 or "jvp" not in each.config().needs]
-    assert len(subjects) >= len(SUBJECTS) - 1
+    subjects = [each for each in ALL.values() if zero_stage < 3 or "jvp" not in each.config().needs]
+    assert len(subjects) >= len(ALL) - 1
     numbers = testing.train_together(subjects, tmp_path / "pair", zero_stage=zero_stage)
     for subject in subjects:
         testing.agrees(subject, numbers)
@@ -140,7 +141,7 @@ def test_processes_that_divide_their_networks_agree_with_one(zero_stage, tmp_pat
 @pytest.mark.train
 @pytest.mark.parametrize("name", some())
 def test_a_short_training_beats_the_teacher_on_the_ring(name, tmp_path):
-    subject = SUBJECTS[name]
+    subject = ALL[name]
     found = testing.recovers(subject, subject.short, tmp_path)
     print(name, found)
     for steps, distance in found["student"].items():
@@ -149,9 +150,9 @@ def test_a_short_training_beats_the_teacher_on_the_ring(name, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("name", SUBJECTS)
+@pytest.mark.parametrize("name", ALL)
 def test_a_long_training_recovers_the_ring(name, tmp_path):
-    subject = SUBJECTS[name]
+    subject = ALL[name]
     found = testing.recovers(subject, subject.long, tmp_path)
     print(name, found)
     worst = found["teacher"][1] if 1 in found["teacher"] else max(found["teacher"].values())

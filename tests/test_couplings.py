@@ -236,6 +236,7 @@ def sampled(field):
     return x.mean().item(), x.diff(dim=0).item() / 2
 
 
+@pytest.mark.train
 @pytest.mark.parametrize("name", ALL)
 def test_samples_have_the_law_of_the_data_where_the_marginals_are_right(name, fields):
     """The best affine field of any coupling carries the mean and variance of its noise to those of its data. From
@@ -250,6 +251,7 @@ def test_samples_have_the_law_of_the_data_where_the_marginals_are_right(name, fi
         assert error < (0.03 if name == "ot_replacement" else 1e-3)  # which leaves some samples out
 
 
+@pytest.mark.train
 def test_couplings_make_paths_straighter(fields):
     noise = sides(20_000, 1, seed=5)[1]
     found = {name: solvers.straightness(field, noise, {}, STEPS) for name, field in fields.items()}

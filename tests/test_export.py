@@ -1,5 +1,6 @@
 """A student folder: the same bytes for the same weights, plain diffusers loads it, and nothing half-written is left."""
 
+import functools
 import os
 import re
 import shutil
@@ -122,11 +123,27 @@ def ours(student: Student, card: StudentCard, noise: torch.Tensor, steps: int) -
     return sampling.by_sampler(student.eval(), card.sampler, noise, t_grid, labels, more)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_folder_loads_in_plain_diffusers_with_equal_weights_and_samples(tmp_path, kind):
-    student, card = make(kind)
-    export(student, tmp_path / "s", card)
-    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "s", trust_remote_code=True)
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Of a kind: its student, its card and the folder of its export, made once."""
+
+    @functools.cache
+    def of(kind):
+        student, card = make(kind)
+        folder = tmp_path_factory.mktemp(kind) / "s"
+        export(student, folder, card)
+        return student, card, folder
+
+    return of
+
+
+SOME_KINDS = [pytest.param(kind, marks=pytest.mark.long) if kind in ("unet", "unet-jump") else kind for kind in KINDS]
+
+
+@pytest.mark.parametrize("kind", SOME_KINDS)
+def test_folder_loads_in_plain_diffusers_with_equal_weights_and_samples(exported, kind):
+    student, card, folder = exported(kind)
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     for name, value in student.network.state_dict().items():
         assert torch.equal(value, pipeline.unet.state_dict()[name])
     noise = sample_noise(1, range(3), card.shape)
@@ -152,11 +169,10 @@ def test_pipelines_that_one_process_has_loaded_keep_their_own_samplers(pipelines
         assert torch.equal(theirs, ours(student, card, noise, steps)), kind
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_loaded_again_is_the_student_bitwise(tmp_path, kind):
-    student, card = make(kind)
-    export(student, tmp_path / "s", card)
-    found = load_student(tmp_path / "s", torch.device("cpu"))
+@pytest.mark.parametrize("kind", SOME_KINDS)
+def test_what_is_loaded_again_is_the_student_bitwise(exported, kind):
+    student, card, folder = exported(kind)
+    found = load_student(folder, torch.device("cpu"))
     assert type(found.student) is type(student)
     assert (found.sampler, found.t_grids, found.shape) == (card.sampler, card.t_grids, card.shape)
     assert (found.num_classes, found.null_class) == (card.num_classes, card.null_class)
@@ -513,13 +529,9 @@ def test_by_default_a_student_takes_the_fewest_steps_that_it_is_made_for(tmp_pat
 
 
 @pytest.fixture(scope="module")
-def pipelines(tmp_path_factory):
-    loaded = {}
-    for kind in KINDS:
-        folder = tmp_path_factory.mktemp(kind) / "s"
-        export(*_swap(make(kind), folder))
-        loaded[kind] = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-    return loaded
+def pipelines(exported):
+    """Of a kind: its pipeline, loaded once."""
+    return functools.cache(lambda kind: DiffusionPipeline.from_pretrained(exported(kind)[2], trust_remote_code=True))
 
 
 @pytest.mark.parametrize(
@@ -553,39 +565,39 @@ def pipelines(tmp_path_factory):
 )
 def test_pipeline_refuses_what_cannot_work(pipelines, kind, arguments, message):
     with pytest.raises(ValueError, match=message):
-        pipelines[kind](**arguments)
+        pipelines(kind)(**arguments)
 
 
 def test_pipeline_output_types(pipelines):
     noise, labels = 3 * sample_noise(0, range(4), (3, 8, 8)), [0, 1, 2, 3]
     raw, array, images = (
-        pipelines["unet-classes"](2, labels, latents=noise, output_type=kind).images for kind in ("pt", "np", "pil")
+        pipelines("unet-classes")(2, labels, latents=noise, output_type=kind).images for kind in ("pt", "np", "pil")
     )
     assert raw.abs().max() > 1, "pt is not clamped"
     np.testing.assert_allclose(array, (raw / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy(), atol=1e-6)
     assert np.array_equal(np.asarray(images[2]), (array[2] * 255).round().astype("uint8"))
-    assert pipelines["unet"](batch_size=2).images[1].mode == "L"
-    vectors = pipelines["mlp"](2, latents=noise[:, 0, 0, :2]).images
+    assert pipelines("unet")(batch_size=2).images[1].mode == "L"
+    vectors = pipelines("mlp")(2, latents=noise[:, 0, 0, :2]).images
     assert isinstance(vectors, torch.Tensor)
     assert vectors.shape == (4, 2)
-    (single,) = pipelines["mlp"](latents=noise[:1, 0, 0, :2], return_dict=False)
-    assert torch.equal(single, pipelines["mlp"](latents=noise[:1, 0, 0, :2]).images)
+    (single,) = pipelines("mlp")(latents=noise[:1, 0, 0, :2], return_dict=False)
+    assert torch.equal(single, pipelines("mlp")(latents=noise[:1, 0, 0, :2]).images)
 
 
 def test_pipeline_draws_its_noise_from_the_generator(pipelines):
     first, again, other = (
-        pipelines["unet"](batch_size=3, generator=torch.Generator().manual_seed(s), output_type="pt").images
+        pipelines("unet")(batch_size=3, generator=torch.Generator().manual_seed(s), output_type="pt").images
         for s in (0, 0, 1)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     noise = torch.randn((3, 1, 8, 8), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(first, pipelines["unet"](latents=noise, output_type="pt").images)
-    assert len(pipelines["mlp-classes"](class_labels=torch.tensor([0, 1, 2])).images) == 3
+    assert torch.equal(first, pipelines("unet")(latents=noise, output_type="pt").images)
+    assert len(pipelines("mlp-classes")(class_labels=torch.tensor([0, 1, 2])).images) == 3
 
 
 def test_pipeline_draws_fresh_noise_from_the_generator(pipelines):
-    student, noise = pipelines["mlp-renoise"], sample_noise(0, range(5), (2,))
+    student, noise = pipelines("mlp-renoise"), sample_noise(0, range(5), (2,))
 
     def drawn(steps, seed):
         return student(steps, latents=noise, generator=torch.Generator().manual_seed(seed)).images

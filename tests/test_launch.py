@@ -17,7 +17,7 @@ from commands import command
 from runs import folder_bytes, make, wait_for
 
 import distill as package
-from distill.core.errors import PeerLost, RunError, Stopped
+from distill.core.errors import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, PeerLost, RunError, Stopped
 from distill.execution import stages
 from distill.launch import environment, local, ranks
 from distill.runs import claims, todo
@@ -398,8 +398,10 @@ def test_one_rank_fails_and_all_end_soon(parent):
     assert failures(one.run) == ["rank 1: line 29"]
 
 
-def test_all_ranks_are_gone_within_half_a_minute_of_a_failure():
-    assert ranks.FAILING + 2 * ranks.POLL < 30
+def test_a_rank_that_stopped_leaves_the_others_time_to_save_and_one_that_failed_ten_seconds():
+    """After that they are killed, as the tests around this one show."""
+    waits = {code: ranks._patience(code) for code in (0, EXIT_STOPPED, EXIT_FAILED, EXIT_INPUT, EXIT_PEER, -9)}
+    assert waits == {0: 120, EXIT_STOPPED: 120, EXIT_FAILED: 10, EXIT_INPUT: 10, EXIT_PEER: 10, -9: 10}
 
 
 @pytest.mark.process

@@ -194,6 +194,7 @@ def test_options_without_sense_are_refused():
     assert (Config().rows_together, Config(project_block=8).rows_together) == (1, 8)
 
 
+@pytest.mark.long
 def test_all_of_it_in_one_spec(tmp_path):
     """Backward and forward pairs, projected onto real data, from a teacher's weights with less dropout."""
     pairs = {**PAIRS, "teacher": "teach"}

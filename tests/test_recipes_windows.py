@@ -586,8 +586,8 @@ def test_what_they_need():
 SUBJECTS = [
     testing.Subject(
         "reflow/perflow",
-        {"windows": 2},
-        ring={"times_per_window": 8},
+        {"windows": 2, "solver_steps": 2},
+        ring={"times_per_window": 8, "solver_steps": 8},
         steps=(2,),
         short=testing.Training(192_000),
         long=testing.Training(1_100_000),
@@ -600,8 +600,8 @@ SUBJECTS = [
     ),
     testing.Subject(
         "reflow/proreflow",
-        {"windows": 2, "teacher_steps": 16},
-        ring={"times_per_window": 8},
+        {"windows": 2, "teacher_steps": 4},
+        ring={"times_per_window": 8, "teacher_steps": 16},
         steps=(2,),
         short=testing.Training(192_000),
         long=testing.Training(1_100_000),

@@ -118,6 +118,7 @@ def test_a_student_is_sampled_along_other_times(capfd, here):
     assert torch.equal(found["samples"], expected)
 
 
+@pytest.mark.long
 def test_an_evaluation_has_rows_along_other_times(capfd, here, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     asked = ["--teacher", TEACHER, "--data", "none", "--samples", "64", "--steps", "2", "--teacher-steps", "2,3"]

@@ -211,6 +211,10 @@ def started(kind: str) -> VelocityStudent:
 
 COND = {"class_labels": torch.tensor([0, 1, 2, 3, 0])}
 WRAPPED = ["epsilon", "sample", "v_prediction", "edm epsilon", "edm v_prediction"]
+STARTS = [  # one that is continued as it is and one of each wrapper; the others differ in a formula that WRAPPED tests
+    *("velocity", "epsilon", "edm v_prediction"),
+    *(pytest.param(kind, marks=pytest.mark.long) for kind in ("sample", "v_prediction", "edm epsilon")),
+]
 
 
 def test_a_linear_teacher_is_continued_bitwise_and_apart():
@@ -271,7 +275,7 @@ def test_a_wrapped_teacher_survives_save_and_load_bitwise(kind, tmp_path):
         assert torch.equal(number, student(x, torch.full((5,), 0.25), COND))
 
 
-@pytest.mark.parametrize("kind", ["velocity", *WRAPPED])
+@pytest.mark.parametrize("kind", STARTS)
 def test_a_student_has_the_dropout_that_it_is_given_and_the_weights_of_its_source(kind):
     def dropouts(module):
         """Of its residual blocks; attention has none."""
@@ -299,8 +303,6 @@ def test_dropout_of_a_network_without_any_is_refused():
 
 # --- flow maps ---
 
-FLOW_MAP_STARTS = ["velocity", *WRAPPED]
-
 
 def pairs_of_times(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """t over [0, 1], its ends too, and s <= t."""
@@ -308,7 +310,7 @@ def pairs_of_times(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return t, t * torch.tensor([0.0, 1.0, 0.3, 0.9, 0.0])[:count]
 
 
-@pytest.mark.parametrize("kind", FLOW_MAP_STARTS)
+@pytest.mark.parametrize("kind", STARTS)
 def test_a_flow_map_starts_as_the_velocity_whatever_s_and_stays_so_when_saved(kind, tmp_path):
     init = StudentInit(teacher(kind), None, (1, 8, 8), 3, 0)
     velocity, flow_map = init.velocity_field().eval(), init.flow_map()
@@ -371,7 +373,7 @@ def test_a_trained_flow_map_is_continued_bitwise_and_as_nothing_else(kind, shape
         init.critic()
 
 
-@pytest.mark.parametrize("kind", [*FLOW_MAP_STARTS, "mlp"])
+@pytest.mark.parametrize("kind", [*STARTS, "mlp"])
 def test_an_acceleration_starts_beside_its_velocity_and_blind_to_it(kind, tmp_path):
     shape = (2,) if kind == "mlp" else (1, 8, 8)
     init = StudentInit(None, MLP, shape, 3, 0) if kind == "mlp" else StudentInit(teacher(kind), None, shape, 3, 0)

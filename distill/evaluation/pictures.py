@@ -63,8 +63,10 @@ def scatter_png(points: Tensor, reference: Tensor | None, pixels: int = 360) -> 
         axes.set_yticks([])
     else:
         if reference is not None:
-            axes.scatter(reference[:, 0].tolist(), reference[:, 1].tolist(), s=2, color="#c9c9c4", linewidths=0)
-        axes.scatter(points[:, 0].tolist(), points[:, 1].tolist(), s=2, color="#2f5d8a", linewidths=0, alpha=0.7)
+            x, y = reference[:, :2].cpu().numpy().T
+            axes.scatter(x, y, s=2, color="#c9c9c4", linewidths=0)
+        x, y = points[:, :2].numpy().T
+        axes.scatter(x, y, s=2, color="#2f5d8a", linewidths=0, alpha=0.7)
         axes.set_ylim(low[1], high[1])
         axes.set_aspect("equal")
     axes.tick_params(labelsize=7, length=2)

@@ -1,6 +1,7 @@
 """The report: one HTML file with everything in it, written from a run's files, finished or not. No torch."""
 
 import base64
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,11 +93,16 @@ class TrainingCurve:
     curves: dict[str, Thinned] = field(default_factory=dict)
 
 
-def write(run: RunPaths) -> Path:
-    """Write the run's report.html and say where it is; of a comparison also its table and its figure."""
+@functools.cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("distill"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
+    return environment.get_template("report.html.j2")
+
+
+def write(run: RunPaths) -> Path:
+    """Write the run's report.html and say where it is; of a comparison also its table and its figure."""
     kinds, trainings, warnings = _events(run)
     found = of_run(run)
     room = MAX_PICTURES
@@ -105,7 +111,7 @@ def write(run: RunPaths) -> Path:
         pictures, more, room = _pictures(run.stage(name).root, results, room)
         shown[name] = _evaluation(results, pictures, f"stages/{name}/pictures" if more else "")
     wholes = [results for results in found.values() if rounds_table.round_of(results) is None]
-    page = environment.get_template("report.html.j2").render(
+    page = _template().render(
         name=printable(run.name),
         stages=[_stage(run, name, kind, trainings.get(name), name in found) for name, kind in kinds.items()],
         evaluations=shown,

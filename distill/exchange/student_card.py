@@ -1,5 +1,6 @@
 """What describes a student in its folder: distill.json for programs, README.md for people. No torch here."""
 
+import functools
 import hashlib
 import json
 import math
@@ -260,14 +261,19 @@ def _measured(card: StudentCard) -> MeasuredStudent | None:
     return MeasuredStudent(names, rows) if rows else None
 
 
-def readme(card: StudentCard, published: Publication | None = None) -> str:
-    """The model card. What others have written, in the card or the run, is shown as plain text."""
+@functools.cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("distill"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"text": markdown.escape, "code": markdown.code}
+    return environment.get_template("model_card.md.j2")
+
+
+def readme(card: StudentCard, published: Publication | None = None) -> str:
+    """The model card. What others have written, in the card or the run, is shown as plain text."""
     facts: dict[str, Any] = card.model_dump()
-    return environment.get_template("model_card.md.j2").render(
+    return _template().render(
         card=facts,
         sampler=SAMPLERS[card.sampler].words,
         more_calls=network_calls(card.sampler, 1) - 1,

@@ -22,7 +22,7 @@ from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import NetworkField
 
 SHAPE, CLASSES = (1, 8, 8), 10
-UNET = UNetSpec(kind="unet", channels=[8, 16], norm_groups=4, attention=True)
+UNET = UNetSpec(kind="unet", channels=[8], norm_groups=4, attention=True)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from distill.training.roles import Roles
 from distill.training.sharding import WHOLE, Zero
 from distill.training.world import ALONE, World
 
-BATCH, MICRO, MOVES = 8, 4, 4  # the student moves four times, whatever else does
+BATCH, MOVES = 4, 2  # the student moves twice, whatever else does
 
 
 class Recorder(Progress):
@@ -42,13 +42,16 @@ def train(
     folder: Path,
     *,
     precision: Literal["fp32", "bf16"] = "fp32",
-    micro_batch: int = MICRO,
+    micro_batch: int | None = None,
     stop_at: int | None = None,
     world: World = ALONE,
     zero: Zero = WHOLE,
     probe: Callable[[Roles], None] | None = None,
 ) -> tuple[TrainResult, list[dict[str, float]]]:
-    """The trained networks, and the numbers of every step. stop_at: stop and resume at so many images."""
+    """The trained networks, and the numbers of every step.
+
+    micro_batch: by default all rows of a rank. stop_at: stop and resume at so many images.
+    """
     recipe, init, teacher = start(subject)
     stage = TrainStage(
         kind="train",
@@ -71,7 +74,7 @@ def train(
             stage,
             seed=0,
             device=torch.device("cpu"),
-            micro_batch=micro_batch,
+            micro_batch=micro_batch or BATCH // world.size,
             paths=StagePaths(folder),
             progress=recorder,
             stop=stop,

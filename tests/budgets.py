@@ -1,0 +1,116 @@
+"""A pytest plugin: the CPU time of each test, the slowest twenty at the end of a run, and budgets.
+
+A recipe's tests may take 4 CPU seconds in all, a teacher class's 3; a run in which they take more fails. Which tests
+count for whom:
+
+- a test in a file that declares SUBJECTS counts for the recipes declared there, divided equally;
+- a test marked `costs("recipe NAME")` or `costs("teacher NAME")` counts for those that are named, divided equally;
+- tests marked `process`, `train` or `long` do not count: they don't run in `make check`.
+
+CPU time is that of the test, its setup, its teardown and the child processes it waited for. Shared fixtures count for
+the first test that asks for them.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import pytest
+
+BUDGETS = {"recipe": 4.0, "teacher": 3.0}  # CPU seconds
+FREE = ("process", "train", "long")
+SHOWN, SLOW = 20, 0.5  # a test is shown if it took at least SLOW seconds
+
+STARTED = pytest.StashKey[float]()
+
+
+def cpu_seconds() -> float:
+    """The CPU time that this process and the children it waited for have used."""
+    return sum(os.times()[:4])
+
+
+def owners(item: pytest.Item) -> list[str]:
+    """For whom a test counts: "recipe NAME" or "teacher NAME"."""
+    if any(item.get_closest_marker(name) for name in FREE):
+        return []
+    named = [name for marker in item.iter_markers("costs") for name in marker.args]
+    declared = vars(item.module).get("SUBJECTS", [])
+    return named or [f"recipe {subject.recipe}" for subject in declared]
+
+
+def spent(records: Iterable[tuple[list[str], float]]) -> dict[str, float]:
+    """The CPU seconds of each owner. records: of each test, its owners and its CPU seconds."""
+    total: dict[str, float] = defaultdict(float)
+    for names, seconds in records:
+        for name in names:
+            total[name] += seconds / len(names)
+    return dict(total)
+
+
+def over(total: Mapping[str, float]) -> list[str]:
+    """One line for each owner that is over its budget."""
+    return [
+        f"the tests of {name} took {seconds:.1f} CPU seconds; the budget of a {kind} is {BUDGETS[kind]:g}: "
+        "make them cheaper, or mark the slowest with pytest.mark.long"
+        for name, seconds in sorted(total.items())
+        if seconds > BUDGETS[kind := name.split()[0]]
+    ]
+
+
+class Recorder:
+    """Measures the tests that run in this process."""
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_setup(self, item):
+        item.stash[STARTED] = cpu_seconds()
+        return (yield)
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self, item):
+        try:
+            return (yield)
+        finally:  # properties of a test travel with its reports, from the workers of xdist too
+            item.user_properties.append(("cpu", cpu_seconds() - item.stash[STARTED]))
+            item.user_properties.append(("owners", owners(item)))
+
+
+class Summary:
+    """Collects what was measured in all processes, and judges it."""
+
+    def __init__(self) -> None:
+        self.wall: dict[str, float] = defaultdict(float)
+        self.cpu: dict[str, float] = {}
+        self.owners: dict[str, list[str]] = {}
+
+    def pytest_runtest_logreport(self, report):
+        self.wall[report.nodeid] += report.duration
+        if report.when == "teardown":
+            found = dict(report.user_properties)
+            self.cpu[report.nodeid], self.owners[report.nodeid] = found["cpu"], found["owners"]
+
+    def total(self) -> dict[str, float]:
+        return spent((self.owners[test], seconds) for test, seconds in self.cpu.items())
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session):
+        if over(self.total()) and session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        slow = [test for test in self.cpu if max(self.cpu[test], self.wall[test]) >= SLOW]
+        slow.sort(key=lambda test: -max(self.cpu[test], self.wall[test]))
+        if slow:
+            terminalreporter.section(f"slowest {SHOWN} tests: CPU seconds, seconds")
+        for test in slow[:SHOWN]:
+            terminalreporter.line(f"{self.cpu[test]:6.2f} {self.wall[test]:6.2f}  {test}")
+        for line in over(self.total()):
+            terminalreporter.line(line, red=True)
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", 'costs("recipe NAME", "teacher NAME"): whose budget of CPU time a test counts in'
+    )
+    config.pluginmanager.register(Recorder())
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        config.pluginmanager.register(Summary())
