@@ -19,9 +19,9 @@ from distill.core.owners import Owner
 PREAMBLE = """
 import os, resource, signal, sys, time
 from pathlib import Path
-from distill import atomic
-from distill.atomic import new_folder, write_atomic, write_files
-from distill.guard import RunError
+from distill.core import atomic
+from distill.core.atomic import new_folder, write_atomic, write_files
+from distill.core.errors import RunError
 path = Path(sys.argv[1])
 """
 
@@ -40,7 +40,7 @@ DIE = "os.kill(os.getpid(), signal.SIGKILL)"
 
 
 def start(code, path):
-    env = {**os.environ, "PYTHONPATH": str(Path(atomic.__file__).parent.parent)}
+    env = {**os.environ, "PYTHONPATH": str(Path(atomic.__file__).parents[2])}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.PIPE}
     return subprocess.Popen([sys.executable, "-c", PREAMBLE + code, path], env=env, text=True, **pipes)
 
@@ -227,7 +227,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
 
 
 def test_what_a_process_of_another_host_writes_is_left_for_a_day(tmp_path):
-    elsewhere = replace(Owner.this(), host="elsewhere").label
+    elsewhere = replace(Owner.this(), host="elsewhere", boot="another").label
     left = tmp_path / f".x.tmp-0123abcd-{elsewhere}"
     write_files(left, {"b/c": "1"})
     fill(tmp_path / "x", "new")
@@ -242,7 +242,7 @@ def test_what_a_process_of_another_host_writes_is_left_for_a_day(tmp_path):
 
 def test_what_a_process_of_another_host_moved_aside_comes_back_at_once(tmp_path):
     fill(tmp_path / "x", "old")
-    elsewhere = replace(Owner.this(), host="elsewhere").label
+    elsewhere = replace(Owner.this(), host="elsewhere", boot="another").label
     (tmp_path / "x").rename(tmp_path / f".x.old-0123abcd-{elsewhere}")
     mine = tmp_path / ".x.old-2024"
     mine.touch()

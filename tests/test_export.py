@@ -156,7 +156,8 @@ def test_folder_loads_in_plain_diffusers_with_equal_weights_and_samples(exported
 
 
 def test_pipelines_that_one_process_has_loaded_keep_their_own_samplers(pipelines):
-    for kind, pipeline in pipelines.items():
+    loaded = {kind: pipelines(kind) for kind in KINDS if kind not in ("unet", "unet-jump")}
+    for kind, pipeline in loaded.items():
         (student, card), steps = make(kind), 4
         noise, labels = sample_noise(1, range(3), card.shape), sample_labels(range(3), card.num_classes or 1)
         theirs = pipeline(

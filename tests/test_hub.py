@@ -199,10 +199,10 @@ def test_a_flow_map_is_loaded_from_a_hub_by_plain_diffusers(tmp_path):
 DESCRIBE = """
 import hashlib, sys
 from distill import data
-from distill.cli import given
+from distill.cli import arguments
 
 for path in sys.argv[1:]:
-    found = data.load(given.data(f"{{kind: hf, path: {path}, size: 8, label_column: label}}"), seed=0)
+    found = data.load_data(arguments.data(f"{{kind: hf, path: {path}, size: 8, label_column: label}}"), seed=0)
     images, labels = found.items(0, range(len(found)))
     print(found.digest, hashlib.sha256(images.numpy().tobytes()).hexdigest(), labels.tolist(), found.num_classes)
 """

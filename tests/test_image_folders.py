@@ -59,7 +59,7 @@ def test_dataset_json_gives_the_labels(tmp_path):
     names = [name for name, _ in LABELS]
     assert read(edm(tmp_path / "labelled", LABELS[::-1])) == (names, [2, 0, 2], 3)
     assert read(edm(tmp_path / "null", None)) == (names, None, None)
-    loaded = data.load(ImagesData(kind="images", path=str(tmp_path / "labelled"), size=8), 0)
+    loaded = data.load_data(ImagesData(kind="images", path=str(tmp_path / "labelled"), size=8), 0)
     images, labels = loaded.items(0, [0, 1, 2])
     assert labels.tolist() == [2, 0, 2] and loaded.num_classes == 3
     assert ((images[:, 0, 0, 0] + 1) * 127.5).round().tolist() == [0, 1, 2]
@@ -217,7 +217,7 @@ def test_a_folder_is_not_counted_twice(tmp_path):
 
 def unreadable(path: Path, limit: int = 0) -> str:
     with pytest.raises(InputError) as error:
-        data.load(ImagesData(kind="images", path=str(path), size=8, max_unreadable=limit), 0)
+        data.load_data(ImagesData(kind="images", path=str(path), size=8, max_unreadable=limit), 0)
     return str(error.value)
 
 
@@ -229,7 +229,7 @@ def test_files_that_cannot_be_read_are_named_and_nothing_hangs(tmp_path, capfd):
     said = unreadable(tmp_path)
     assert f"3 of 5 images cannot be decoded, data.max_unreadable is 0: {tmp_path}/fifo.png (row 2): no regular" in said
     assert "gone.png (row 3): no such file, " in said and "loop.png (row 4): no such file; repair or remove" in said
-    loaded = data.load(ImagesData(kind="images", path=str(tmp_path), size=8, max_unreadable=3), 0)
+    loaded = data.load_data(ImagesData(kind="images", path=str(tmp_path), size=8, max_unreadable=3), 0)
     assert "3 of 5 images cannot be decoded and are skipped" in capfd.readouterr().err
     assert len(loaded) == 2
 
@@ -243,7 +243,7 @@ def test_damage_of_any_kind_is_of_one_image(tmp_path, capfd):
     start = whole.rindex(b"mdat") + 4
     (tmp_path / "1.avif").write_bytes(whole[:start] + bytes(8) + whole[start + 8 :])
     assert "1 of 2 images cannot be decoded, data.max_unreadable is 0" in unreadable(tmp_path)
-    loaded = data.load(ImagesData(kind="images", path=str(tmp_path), size=8, max_unreadable=1), 0)
+    loaded = data.load_data(ImagesData(kind="images", path=str(tmp_path), size=8, max_unreadable=1), 0)
     assert "1 of 2 images cannot be decoded and are skipped" in capfd.readouterr().err
     assert len(loaded) == 1
 
@@ -292,7 +292,7 @@ def test_what_may_not_be_read_is_named():
 def test_a_name_that_is_too_long_is_refused(tmp_path):
     for kind in (ImagesData, HfData):
         with pytest.raises(InputError, match=r"data.path=x{300} cannot be looked at: File name too long; give another"):
-            data.load(kind(kind="images" if kind is ImagesData else "hf", path="x" * 400, size=8), 0)
+            data.load_data(kind(kind="images" if kind is ImagesData else "hf", path="x" * 400, size=8), 0)
 
 
 def test_names_that_are_not_utf8(tmp_path):
@@ -302,7 +302,7 @@ def test_names_that_are_not_utf8(tmp_path):
     os.rename(tmp_path / "b" / "1.png", os.fsencode(tmp_path) + b"/b/\xfe\x1b.png")  # noqa: PTH104
     spec = ImagesData(kind="images", path=str(tmp_path), size=8)
     data.update_index(spec, store)
-    loaded = data.load(spec, 0, store, indexed=True)
+    loaded = data.load_data(spec, 0, store, indexed=True)
     assert loaded.items(0, [0, 1])[1].tolist() == [0, 1]
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/b/\xfe\x1b.png")).write_text("no image")
     assert f"{tmp_path}/b/\ufffd\ufffd.png (row 0)" in unreadable(tmp_path)
@@ -339,7 +339,7 @@ def test_containers_are_refused_with_the_way_to_files(tmp_path, name, said):
         found = refused(path)
         assert f"data.path: {tmp_path / name} {said}" in found and "data.kind=images" in found
         with pytest.raises(InputError) as error:
-            data.load(hf.model_copy(update={"path": str(path)}), 0)
+            data.load_data(hf.model_copy(update={"path": str(path)}), 0)
         assert str(error.value) == found
 
 

@@ -98,7 +98,7 @@ def test_the_digest_is_of_the_bytes_the_labels_and_the_options(tmp_path):
         content = hashlib.sha256(repr(options).encode())
         for name, label in (("a/0", 0), ("a/2", 0), ("b/1", 1)):
             content.update(hashlib.sha256((root / f"{name}.png").read_bytes()).digest() + str(label).encode())
-        assert data.load(images(root, **fields), 0).digest == content.hexdigest()
+        assert data.load_data(images(root, **fields), 0).digest == content.hexdigest()
 
 
 def test_images_are_read_once_for_all_processes(tmp_path, monkeypatch):
@@ -109,16 +109,16 @@ def test_images_are_read_once_for_all_processes(tmp_path, monkeypatch):
     assert again(spec.model_copy(update={"size": 8, "flip": True}), tmp_path, monkeypatch) < BYTES
     assert kept(tmp_path, spec).head == first.head  # nor written again
     before = bytes_read()
-    rank = data.load(spec, 0, tmp_path, indexed=True)
+    rank = data.load_data(spec, 0, tmp_path, indexed=True)
     assert bytes_read() - before < BYTES
-    assert rank.digest == data.load(spec, 0).digest
+    assert rank.digest == data.load_data(spec, 0).digest
 
 
 def test_only_what_has_changed_is_read_again(tmp_path, monkeypatch):
     root = folder(tmp_path / "set")
     spec = images(root)
     data.update_index(spec, tmp_path)
-    digests = [data.load(spec, 0, tmp_path, indexed=True).digest]
+    digests = [data.load_data(spec, 0, tmp_path, indexed=True).digest]
     for change in (
         lambda: noise(99).save(root / "a" / "0.png"),
         lambda: (root / "a" / "2.png").rename(root / "b" / "2.png"),
@@ -130,8 +130,8 @@ def test_only_what_has_changed_is_read_again(tmp_path, monkeypatch):
             if path.stat().st_mtime != 1e9:
                 os.utime(path, (1e9, 1e9))
         assert again(spec, tmp_path, monkeypatch) < 3 * BYTES
-        digests.append(data.load(spec, 0, tmp_path, indexed=True).digest)
-        assert digests[-1] == data.load(spec, 0).digest
+        digests.append(data.load_data(spec, 0, tmp_path, indexed=True).digest)
+        assert digests[-1] == data.load_data(spec, 0).digest
     assert len(set(digests)) == 5
 
 
@@ -178,11 +178,11 @@ def test_a_run_keeps_its_own_index(tmp_path, monkeypatch):
     run.mkdir(parents=True)
     data.update_index(spec, store, run)
     before = index.path(run, spec).stat()
-    first = data.load(spec, 0, run, indexed=True)
+    first = data.load_data(spec, 0, run, indexed=True)
     (root / "b" / "1.png").unlink()
     again(spec, store, monkeypatch)
     assert len(kept(store, spec)) == 7
-    later = data.load(spec, 0, run, keep=False, indexed=True)
+    later = data.load_data(spec, 0, run, keep=False, indexed=True)
     assert (later.digest, len(later)) == (first.digest, 8)
     assert index.path(run, spec).stat() == before
     monkeypatch.setattr(data, "_INDEXES", {})
@@ -226,7 +226,7 @@ def test_a_store_that_cannot_keep_an_index_is_no_obstacle(tmp_path, capfd):
     data.update_index(spec, store, run)
     said = f"warning: cannot make {store}/indexes: File exists; nothing was changed; without an index in the store, "
     assert capfd.readouterr().err == said + "other runs read all these images again\n"
-    assert data.load(spec, 0, run, indexed=True).digest == data.load(spec, 0).digest
+    assert data.load_data(spec, 0, run, indexed=True).digest == data.load_data(spec, 0).digest
 
 
 def test_rows_of_a_table_are_indexed_too(tmp_path, monkeypatch):
@@ -237,9 +237,9 @@ def test_rows_of_a_table_are_indexed_too(tmp_path, monkeypatch):
     datasets.Dataset.from_dict({"image": rows, "label": [0, 1, 1, 0]}).save_to_disk(tmp_path / "saved")
     spec = HfData(kind="hf", path=str(tmp_path / "saved"), size=SIDE, label_column="label")
     data.update_index(spec, tmp_path)
-    first, loaded = kept(tmp_path, spec), data.load(spec, 0, tmp_path, indexed=True)
+    first, loaded = kept(tmp_path, spec), data.load_data(spec, 0, tmp_path, indexed=True)
     assert [first.name(row) for row in range(4)] == ["", "", *paths[2:]]
-    assert torch.equal(values(loaded), values(data.load(images(root), 0)))
+    assert torch.equal(values(loaded), values(data.load_data(images(root), 0)))
     again(spec, tmp_path, monkeypatch)
     assert kept(tmp_path, spec).head == first.head
     noise(9).save(paths[3])
@@ -260,7 +260,7 @@ def spoil(path: Path) -> None:
 
 def test_damage_within_a_file_is_named_when_the_image_is_used(tmp_path):
     spoil(folder(tmp_path / "set") / "a" / "2.png")
-    loaded = data.load(images(tmp_path / "set"), 0)
+    loaded = data.load_data(images(tmp_path / "set"), 0)
     assert len(loaded) == 8 and not loaded.unreadable
     said = r"set: 1 of 8 images cannot be decoded, data.max_unreadable is 0: .*a/2.png \(row 1\); repair or remove them"
     with pytest.raises(InputError, match=said):
@@ -271,9 +271,9 @@ def test_the_next_image_takes_the_place_of_a_damaged_one(tmp_path, capfd):
     root = folder(tmp_path / "set")
     spoil(root / "a" / "6.png")
     spec = images(root, max_unreadable=1)
-    whole, labels = data.load(images(root), 0).items(0, [0, 1, 2, 4])
+    whole, labels = data.load_data(images(root), 0).items(0, [0, 1, 2, 4])
     for order in ([3, 2], [2, 3]):  # in whichever order processes come upon it
-        loaded = data.load(spec, 0, keep=False)
+        loaded = data.load_data(spec, 0, keep=False)
         found, own = loaded.items(0, order)
         assert own.tolist() == [1 if i == 3 else 0 for i in order]
         assert torch.equal(found[order.index(3)], whole[3]) and torch.equal(found[order.index(2)], whole[2])
@@ -284,7 +284,7 @@ def test_the_next_image_takes_the_place_of_a_damaged_one(tmp_path, capfd):
 
 def test_files_that_change_while_they_are_used_end_the_run(tmp_path):
     root = folder(tmp_path / "set")
-    loaded = data.load(images(root), 0)
+    loaded = data.load_data(images(root), 0)
     noise(99).save(root / "a" / "0.png")
     with pytest.raises(RunError, match=r"a/0.png \(row 0\) has changed since the data was indexed; put the old file"):
         loaded.items(0, [0])
@@ -299,7 +299,7 @@ def test_ends_that_are_missing_are_found_in_every_common_format(tmp_path, capfd)
         content = (tmp_path / f"whole.{end}").read_bytes()
         (tmp_path / f"half.{end}").write_bytes(content[: len(content) // 2])
         (tmp_path / f"more.{end}").write_bytes(content + b"something behind the end")
-    loaded = data.load(images(tmp_path, max_unreadable=6), 0)
+    loaded = data.load_data(images(tmp_path, max_unreadable=6), 0)
     assert "6 of 18 images cannot be decoded" in capfd.readouterr().err
     assert all("half." in name for name in loaded.unreadable) and len(values(loaded)) == 12
 
@@ -313,12 +313,12 @@ def test_a_background_shows_through(tmp_path, given, expected):
     pixels[:, :4] = (51, 51, 51, 255)
     Image.fromarray(pixels).save(tmp_path / "half.png")
     Image.new("RGB", (8, 8), (51, 51, 51)).save(tmp_path / "opaque.png")
-    loaded = data.load(images(tmp_path, size=8, background=given), 0)
+    loaded = data.load_data(images(tmp_path, size=8, background=given), 0)
     found = values(loaded)
     assert torch.allclose(found[0, :, :, :4], torch.tensor(-0.6)) and torch.allclose(found[1], torch.tensor(-0.6))
     shown = found[0, :, 0, 7].tolist()
     assert shown == ([expected] * 3 if expected is not None else [-1.0, 1.0, -1.0])
-    other = data.load(images(tmp_path, size=8, background=[1, 2, 3]), 0)
+    other = data.load_data(images(tmp_path, size=8, background=[1, 2, 3]), 0)
     assert loaded.digest != other.digest
 
 
@@ -327,14 +327,14 @@ def test_a_background_without_effect_is_refused(tmp_path):
     with pytest.raises(
         InputError, match="data.background=white has no effect: none of the 8 images of .* has an alpha"
     ):
-        data.load(spec, 0)
+        data.load_data(spec, 0)
 
 
 def test_images_that_are_not_square(tmp_path):
     columns = np.repeat(np.arange(64, dtype=np.uint8) * 4, 4).reshape(1, -1).repeat(32, 0)  # 256 wide, 32 high
     Image.fromarray(columns).save(tmp_path / "wide.png")
     Image.fromarray(columns.T.copy()).save(tmp_path / "x_tall.png")
-    loaded = data.load(images(tmp_path, size=[8, 16], channels=1), 0)
+    loaded = data.load_data(images(tmp_path, size=[8, 16], channels=1), 0)
     assert loaded.shape == (1, 8, 16)
     wide, tall = values(loaded)[:, 0]
     expected = torch.arange(24, 40) * 4 / 127.5 - 1  # resized by 1/4 to 64 x 8, then columns 24 to 39
@@ -347,7 +347,7 @@ def test_images_that_are_not_square(tmp_path):
 
 def test_random_crops_of_images_that_are_not_square(tmp_path):
     noise(0).save(tmp_path / "0.png")
-    loaded = data.load(images(tmp_path, size=[16, 48], crop="random"), 0)
+    loaded = data.load_data(images(tmp_path, size=[16, 48], crop="random"), 0)
     crops = {loaded.items(epoch, [0])[0].numpy().tobytes() for epoch in range(8)}
     assert len(crops) > 4 and loaded.shape == (3, 16, 48)
 
@@ -361,7 +361,7 @@ def test_labels_that_would_make_a_table_of_terabytes_are_refused(tmp_path, label
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "x.parquet")
     said = rf"data.label_column=label: class ids from 0 to {label} for 3 images, valid: 0 to 999 .* number the classes"
     with pytest.raises(InputError, match=said):
-        data.load(HfData(kind="hf", path=str(tmp_path / "x.parquet"), size=8, label_column="label"), 0)
+        data.load_data(HfData(kind="hf", path=str(tmp_path / "x.parquet"), size=8, label_column="label"), 0)
 
 
 def test_labels_of_arrays_are_within_their_classes():

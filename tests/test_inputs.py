@@ -39,39 +39,43 @@ PICTURES = {"kind": "hf", "path": "org/pictures", "size": 8, "channels": 1, "lab
 MAKE = """
 import json, os, sys
 from pathlib import Path
-from distill import inputs, specfile, todo
-from distill.guard import InputError, RunError
-from distill.spec import RunSpec
-from distill.store import create_run
+from distill.execution import prefetch
+from distill.spec import specfile
+from distill.runs import todo
+from distill.core.errors import InputError, RunError
+from distill.spec.model import RunSpec
+from distill.runs.run_store import create_run
 
 for given in json.loads(sys.argv[2]):
     spec, store = RunSpec.model_validate(given), Path(sys.argv[1])
     print("run", spec.name, file=sys.stderr)
     try:
-        found = inputs.resolve(spec, store)
+        found = prefetch.resolve(spec, store)
     except (InputError, RunError) as error:
         print(type(error).__name__, error)
     else:
-        inputs.link(create_run(store, spec.name, {"spec.yaml": specfile.resolved(spec), **inputs.record(found)}))
+        prefetch.link(create_run(store, spec.name, {"spec.yaml": specfile.resolved(spec), **prefetch.record(found)}))
 """
 
 # What runs read, by their specs.
 READ = """
 import hashlib, json, sys, torch
 from pathlib import Path
-from distill import data, specfile, teachers, todo
-from distill.store import RunPaths
+from distill import data, teachers
+from distill.spec import specfile
+from distill.runs import todo
+from distill.runs.run_store import RunPaths
 
 for folder in sys.argv[1:]:
     spec = todo.load_spec(RunPaths(Path(folder)))
     said = {}
     if spec.teacher is not None:
-        teacher = teachers.load(spec.teacher, torch.device("cpu"))
+        teacher = teachers.load_teacher(spec.teacher, torch.device("cpu"))
         x = torch.full((1, *teacher.shape), 0.5)
         velocity = teacher.field(x, torch.tensor([0.5]), {})
         said["teacher"] = [teacher.digest, teacher.description, velocity.flatten().tolist()]
     if spec.data.kind != "none":
-        found = data.load(spec.data, seed=0)
+        found = data.load_data(spec.data, seed=0)
         images, labels = found.items(0, range(len(found)))
         images = hashlib.sha256(images.numpy().tobytes()).hexdigest()
         said["data"] = [found.name, found.digest, images, labels.tolist(), found.num_classes]

@@ -166,8 +166,8 @@ def test_a_later_attempt_of_a_job_takes_over_from_another_host(tmp_path):
 TAKE = """
 import sys, time
 from pathlib import Path
-from distill import claims
-from distill.store import RunPaths
+from distill.runs import claims
+from distill.runs.run_store import RunPaths
 claims.GRACE = 0.5
 with claims.claim(RunPaths(Path(sys.argv[1])), "teach", Owner.this("12", int(sys.argv[2]))):
     print("taken", flush=True)

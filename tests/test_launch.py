@@ -61,7 +61,7 @@ STARTER = """
 import os, signal, subprocess, sys
 from pathlib import Path
 from distill.launch import local, ranks
-from distill.store import RunPaths
+from distill.runs.run_store import RunPaths
 root, stage, asked, ranks.FAILING, ranks.STOPPING, *names = sys.argv[1:]
 ranks.FAILING, ranks.STOPPING = float(ranks.FAILING), float(ranks.STOPPING)
 real = subprocess.Popen

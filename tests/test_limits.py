@@ -327,7 +327,7 @@ def test_a_folder_that_is_gone(tmp_path):
     folder = tmp_path / "gone"
     folder.mkdir()
     shell = f"cd {folder} && rmdir {folder} && exec {sys.executable} -m distill list"
-    env = ENV | {"PYTHONPATH": str(Path(run_store.__file__).parent.parent)}
+    env = ENV | {"PYTHONPATH": str(Path(run_store.__file__).parents[2])}
     done = subprocess.run(["bash", "-c", shell], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "error: the current folder no longer exists; cd to another one\n"
@@ -339,7 +339,7 @@ def test_without_a_home(tmp_path):
     code = "import pwd, os; os.environ.pop('HOME'); pwd.getpwuid = lambda uid: {}[uid]; "
     code += "from distill.cli.main import main; print(main(['list']))"
     env = {name: value for name, value in ENV.items() if name != "XDG_CONFIG_HOME"}
-    env["PYTHONPATH"] = str(Path(run_store.__file__).parent.parent)
+    env["PYTHONPATH"] = str(Path(run_store.__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
@@ -353,7 +353,7 @@ def test_without_a_home(tmp_path):
 def test_init_on_a_full_disk_leaves_nothing(tmp_path):
     """A limit on the size of a file, in place of a disk that is full in the middle of it."""
     shell = f"ulimit -f 1; exec {sys.executable} -m distill init digits"
-    env = ENV | {"PYTHONPATH": str(Path(run_store.__file__).parent.parent)}
+    env = ENV | {"PYTHONPATH": str(Path(run_store.__file__).parents[2])}
     script = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); import os; "
     script += f"os.execvp('bash', ['bash', '-c', {shell!r}])"
     before = snapshot(tmp_path)
@@ -467,10 +467,10 @@ def test_what_a_kill_left_of_a_run_is_cleared_at_the_next_start(tmp_path):
 
 @pytest.mark.process
 def test_a_kill_while_a_run_is_made(tmp_path):
-    code = "from pathlib import Path; from distill import store; import time\n"
-    code += "store.write_files = lambda folder, files: time.sleep(100)\n"
-    code += "store.create_run(Path('runs'), 'one', {'a': 'b'})"
-    env = ENV | {"PYTHONPATH": str(Path(run_store.__file__).parent.parent)}
+    code = "from pathlib import Path; from distill.runs import run_store; import time\n"
+    code += "run_store.write_files = lambda folder, files: time.sleep(100)\n"
+    code += "run_store.create_run(Path('runs'), 'one', {'a': 'b'})"
+    env = ENV | {"PYTHONPATH": str(Path(run_store.__file__).parents[2])}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env)
     while not list(tmp_path.glob("runs/.one.tmp-*")):
         time.sleep(0.05)

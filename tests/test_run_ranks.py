@@ -156,10 +156,11 @@ def test_ranks_read_the_index_that_was_made_with_the_run(folder):
 COMPARE = """
 import sys, torch
 from pathlib import Path
-from distill import sources, world
-from distill.guard import RunError
-from distill.spec import RunSpec
-from distill.store import RunPaths
+from distill.execution import sources
+from distill.training import world
+from distill.core.errors import RunError
+from distill.spec.model import RunSpec
+from distill.runs.run_store import RunPaths
 
 spec = RunSpec.model_validate({"name": "r", "data": {"kind": "images", "path": "/set", "size": 8}, "stages": {
     "t": {"kind": "train", "recipe": "pretrain/flow_matching", "images": 8, "network": {"kind": "mlp"}}}})

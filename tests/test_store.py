@@ -135,8 +135,8 @@ def test_a_claim_excludes_others_and_is_given_back(tmp_path, monkeypatch):
 TAKE = """
 import sys, time
 from pathlib import Path
-from distill import claims
-from distill.store import RunPaths
+from distill.runs import claims
+from distill.runs.run_store import RunPaths
 claims.GRACE = 0.1
 with claims.claim(RunPaths(Path(sys.argv[1]))):
     print("taken", flush=True)

@@ -13,10 +13,10 @@ import pytest
 from commands import command
 from runs import folder_bytes, make
 
-from distill.core import lease
+from distill.core import atomic, lease
 from distill.core.errors import InputError
 from distill.core.owners import Owner
-from distill.runs import claims, run_store
+from distill.runs import claims
 from distill.runs.run_store import CREATED, RunPaths, event_files
 
 EVERY = 0.2  # seconds between two renewals of the processes here
@@ -26,8 +26,8 @@ ROOT = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from distill import claims
-from distill.store import RunPaths, append_event
+from distill.runs import claims
+from distill.runs.run_store import RunPaths, append_event
 run = RunPaths(Path(sys.argv[1]))
 with claims.claim(run, note=lambda message: print("noted", message, flush=True), every=float(sys.argv[2])):
     print("taken", os.getpid(), flush=True)
@@ -289,7 +289,7 @@ def test_folders_of_another_container_are_left_alone_for_a_day(tmp_path):
     for folder in (new, old, dead):
         folder.mkdir()
     os.utime(old, (0, 0))
-    run_store._clear(tmp_path)
+    atomic.clear_up(tmp_path)
     assert list(tmp_path.iterdir()) == [new]
 
 
@@ -302,8 +302,8 @@ def test_a_full_disk_ends_nothing(run, container):
     script = """
 import os, subprocess, sys, time
 from pathlib import Path
-from distill import claims
-from distill.store import CREATED, create_run, event_line
+from distill.runs import claims
+from distill.runs.run_store import CREATED, create_run, event_line
 folder = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", folder], check=True)
 run = create_run(folder, "one", {"spec.yaml": "name: one", CREATED: event_line("created")})
@@ -332,8 +332,8 @@ def test_a_child_neither_holds_nor_returns_the_claim_of_its_parent(run):
     script = """
 import os, sys, threading, time
 from pathlib import Path
-from distill import claims
-from distill.store import RunPaths, append_event
+from distill.runs import claims
+from distill.runs.run_store import RunPaths, append_event
 run = RunPaths(Path(sys.argv[1]))
 with claims.claim(run, every=0.1):
     child = os.fork()
@@ -359,10 +359,11 @@ RACE = """
 import os, sys, time
 from pathlib import Path
 from dataclasses import replace
-from distill import claims, lease
-from distill.guard import InputError
-from distill.owners import Owner
-from distill.store import RunPaths
+from distill.runs import claims
+from distill.core import lease
+from distill.core.errors import InputError
+from distill.core.owners import Owner
+from distill.runs.run_store import RunPaths
 
 claims.GRACE = 0.05
 root, number = Path(sys.argv[1]), int(sys.argv[2])

@@ -29,7 +29,7 @@ def bench_images() -> str:
         for work in (
             lambda: data.update_index(spec, store),
             lambda: data.update_index(spec, store),
-            lambda: data.load(spec, 0, store, indexed=True),
+            lambda: data.load_data(spec, 0, store, indexed=True),
             lambda: [decode(path.read_bytes(), "", (SIDE, SIDE), 3) for path in root.iterdir()],
         ):
             began = time.process_time()

@@ -20,10 +20,10 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 PROGRAM = """
 import re, sys, time
 from pathlib import Path
-from distill import pull
-from distill.transports import at
+from distill.exchange import pulling
+from distill.exchange.transports import at
 began = time.perf_counter()
-pull.pull(at(Path(sys.argv[1])), Path(sys.argv[2]))
+pulling.pull(at(Path(sys.argv[1])), Path(sys.argv[2]))
 seconds = time.perf_counter() - began
 print(seconds, re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 """
