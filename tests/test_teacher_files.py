@@ -618,6 +618,6 @@ def test_a_network_computes_what_is_in_no_file(tmp_path):
     made = Tabled(2)
     made.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    loaded = network_weights.network(tmp_path, config, Tabled, [tmp_path / FILE])
+    loaded, _ = network_weights.network(tmp_path, config, Tabled, [tmp_path / FILE])
     assert torch.equal(loaded.table, made.table) and torch.equal(loaded.scale, made.scale)
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in made.state_dict().items())

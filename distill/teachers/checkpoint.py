@@ -93,14 +93,14 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherChe
     chosen = None if linear_by_construction else parts.chosen
     schedule = None if chosen is None else _schedule(spec, chosen, parts.scheduler)
     paths = files.weights(parts.model)
-    network = weights.network(parts.model, content, network_class, paths)
+    network, digests = weights.network(parts.model, content, network_class, paths)
     network = network.to(device).eval().requires_grad_(False)
     identity = {
         "config": {k: v for k, v in content.items() if k not in ("_diffusers_version", "_name_or_path")},
         "scheduler": {} if chosen is None else {k: v for k, v in parse(chosen).items() if k != "_diffusers_version"},
         "prediction": spec.prediction,
         "null_class": null_class,
-        "weights": [_sha256(each) for each in paths],
+        "weights": digests,
         **({"inverted": True} if isinstance(schedule, LinearSchedule) and schedule.inverted else {}),  # once misread
     }
     return TeacherCheckpoint(
@@ -315,8 +315,3 @@ def _shape(path: Path, config: NetworkConfig) -> tuple[int, ...]:
             "of pixels, with 1 channel (grey) or 3 (colour)"
         )
     return (config.in_channels, size, size) if isinstance(size, int) else (config.in_channels, *size)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

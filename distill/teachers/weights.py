@@ -4,6 +4,7 @@ Names and shapes are compared before anything of that size is made, so what a co
 the network made, still without weights, and each file is loaded into it once.
 """
 
+import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,8 +36,13 @@ class Stored:
     shape: tuple[int, ...]
 
 
-def network(folder: Path, config: Config, network_class: type[ModelMixin], files: Sequence[Path]) -> ModelMixin:
-    """A network in float32 on the CPU, all of whose weights come from the files. config: of `folder`, and checked."""
+def network(
+    folder: Path, config: Config, network_class: type[ModelMixin], files: Sequence[Path]
+) -> tuple[ModelMixin, list[str]]:
+    """A network in float32 on the CPU, all of whose weights come from the files, and the SHA-256 of each file.
+
+    config: of `folder`, and checked.
+    """
     known = inspect.signature(network_class.__init__).parameters
     own = {key: value for key, value in config.items() if key in known or key == "_class_name"}
     with torch.device("meta"):
@@ -45,9 +51,9 @@ def network(folder: Path, config: Config, network_class: type[ModelMixin], files
     # Buffers that are in no file keep what the network computes; what it draws is thrown away.
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
         empty = _built(folder, own, network_class)
-    _load(empty, found)
+    digests = [_load(empty, path, found) for path in files]
     empty.register_to_config(_name_or_path="")  # a student that starts here must not carry this machine's paths
-    return empty
+    return empty, digests
 
 
 def _built(folder: Path, config: Config, network_class: type[ModelMixin]) -> ModelMixin:
@@ -127,28 +133,34 @@ def _renamed(name: str, expected: Mapping[str, tuple[int, ...]]) -> str:
     return f"{block}.{OLD[part]}.{kind}" if part in OLD else name
 
 
-def _load(network: ModelMixin, found: Mapping[str, Stored]) -> None:
-    """Load the weights into a network that has none, in float32; InputError where one is not finite."""
-    for path in dict.fromkeys(each.file for each in found.values()):
-        names = {name: each.name for name, each in found.items() if each.file == path}
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                said = tensors.metadata() or {}
-                if said.get("format") == "pt" and all(name == stored for name, stored in names.items()):
-                    load_checkpoint_in_model(network, str(path), device_map={"": "cpu"}, dtype=torch.float32)
-                else:
-                    for name, stored in names.items():
-                        tensor = tensors.get_tensor(stored)
-                        set_module_tensor_to_device(network, name, "cpu", tensor, dtype=torch.float32)
-        except OSError as error:
-            raise unreadable(path, error) from error
-        except SafetensorError as error:
-            raise _damaged(path, error) from error
+def _load(network: ModelMixin, path: Path, found: Mapping[str, Stored]) -> str:
+    """Load the weights of one file into a network that has none, in float32: the SHA-256 of the file.
+
+    InputError where a weight is not finite. The digest is taken right after the file is loaded, while the system still
+    has it in memory, so that the disk reads it once.
+    """
+    names = {name: each.name for name, each in found.items() if each.file == path}
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            said = tensors.metadata() or {}
+            if said.get("format") == "pt" and all(name == stored for name, stored in names.items()):
+                load_checkpoint_in_model(network, str(path), device_map={"": "cpu"}, dtype=torch.float32)
+            else:
+                for name, stored in names.items():
+                    tensor = tensors.get_tensor(stored)
+                    set_module_tensor_to_device(network, name, "cpu", tensor, dtype=torch.float32)
         loaded = network.state_dict(keep_vars=True)
         for name in names:  # into memory of their own: the file may change while it is mapped
             loaded[name].data = loaded[name].data.clone()
-        if broken := [name for name in names if not loaded[name].isfinite().all()]:
-            raise InputError(f"{path} holds NaN or infinity in {_some(broken)}; give sound weights")
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+    if broken := [name for name in names if not loaded[name].isfinite().all()]:
+        raise InputError(f"{path} holds NaN or infinity in {_some(broken)}; give sound weights")
+    return digest
 
 
 def _damaged(path: Path, error: Exception) -> InputError:
