@@ -163,8 +163,8 @@ def test_shipped_files_stand_alone():
         (r"\bdeepspeed\b", {"training/sharding.py"}, "sharding stays in training/sharding.py"),
         (
             r"\baccelerate\b",
-            {"teachers/weights.py", "students/init.py", "training/micro_batch.py"},
-            "accelerate loads weights and finds a micro-batch, and is no part of the training loop",
+            {"teachers/weights.py", "teachers/dispatching.py", "students/init.py", "training/micro_batch.py"},
+            "accelerate loads and places weights and finds a micro-batch, and is no part of the training loop",
         ),
     ],
 )
