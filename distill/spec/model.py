@@ -369,6 +369,11 @@ class RunSpec(FrozenModel):
     launch: LaunchSpec = LaunchSpec()
 
     @property
+    def has_exact_teacher(self) -> bool:
+        """Whether its own teacher is known in closed form."""
+        return isinstance(self.teacher, GaussianTeacher | MixtureTeacher)
+
+    @property
     def hub_inputs(self) -> set[str]:
         """What of it is named by hub id: "teacher", "data"; nobody is asked."""
         teacher = isinstance(self.teacher, CheckpointTeacher) and self.teacher.is_of_hub
