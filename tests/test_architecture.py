@@ -13,7 +13,7 @@ RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.py") if p.name != "__ini
 PYTHON = MODULES + RECIPES
 
 # The packages from the ground up: each imports from itself and those before it. Above CONTROL they need torch.
-CONTROL = ["core", "spec", "runs", "exchange", "reports", "plans", "launch"]
+CONTROL = ["core", "solvers", "spec", "runs", "exchange", "reports", "plans", "launch"]
 COMPUTE = ["flow", "networks", "teachers", "data", "students", "pairs", "training", "evaluation", "execution"]
 RANK = {name: rank for rank, name in enumerate([*CONTROL, *COMPUTE, "testing", "cli"])}
 RANK |= {"protocols": RANK["flow"], "hub": RANK["flow"]}

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ValidationError
 
 from distill.core.errors import InputError
-from distill.core.text import one_line, suggest
+from distill.core.importing import Importing
+from distill.core.text import suggest
 from distill.spec import schema
 
 GROUP = "distill.recipes"
@@ -156,7 +157,7 @@ def load(name: str, base: Path) -> ModuleType:
     """The module of a recipe: it has a docstring, `Config` and `Recipe`."""
     path = source(name, base)
     is_ours = path.is_relative_to(package_folder())
-    with _Importing(name, path.absolute()):
+    with Importing(f"recipe '{name}'", path.absolute()):
         if name.endswith(".py"):
             module = _load_file(path)
         else:
@@ -173,39 +174,6 @@ def load(name: str, base: Path) -> ModuleType:
     if "sampler" not in dir(module.Recipe):
         raise InputError(f"recipe '{name}' ({path}): its Recipe does not say its sampler; write sampler = \"euler\"")
     return module
-
-
-@dataclass(frozen=True)
-class _Importing:
-    """Whatever a recipe's module raises while it is imported becomes an InputError that says where."""
-
-    name: str
-    path: Path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if error is not None and not self._is_ctrl_c(error):
-            raise InputError(f"recipe '{self.name}' {self._what(error)}") from error
-
-    def _is_ctrl_c(self, error: BaseException) -> bool:
-        """Whether the user has interrupted the import; a recipe may also raise KeyboardInterrupt itself."""
-        if not isinstance(error, KeyboardInterrupt):
-            return False
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        return last.filename != str(self.path) or not (last.line or "").startswith("raise")
-
-    def _what(self, error: BaseException) -> str:
-        if isinstance(error, ModuleNotFoundError) and error.name:
-            return f"needs the package {error.name}; pip install 'distill[train]' brings those of our recipes"
-        if isinstance(error, SystemExit):
-            return f"ends the program when it is imported: it calls sys.exit({error.code}); remove that"
-        if isinstance(error, SyntaxError):
-            return f"cannot be imported: {error}"
-        lines = [each.lineno for each in traceback.extract_tb(error.__traceback__) if each.filename == str(self.path)]
-        where = f"{self.path}, line {lines[-1]}" if lines else str(self.path)
-        said = one_line(str(error), 500)
-        return f"cannot be imported: {where}: {type(error).__name__}" + (f": {said}" if said else "")
 
 
 def is_of_foreign_recipe(error: BaseException) -> bool:
