@@ -86,19 +86,20 @@ def _read(name: str, path: tuple[str, ...]) -> Solver:
     points = [point for point in _entry_points(path) if point.name == name]
     if name in _our_names():
         if points:
-            raise InputError(
-                f"{_title(points[0])}: distill has a solver of that name; {_remedy(points[0], 'rename it')}"
-            )
-        return _checked(name, f"{__name__}.{name}", f"solver '{name}'", "")
+            raise InputError(f"{_title(points[0])}: distill has one of that name; rename it, or uninstall the package")
+        return _checked(f"{__name__}.{name}", f"solver '{name}'", "")
     if not points:
         raise InputError(f"unknown solver '{name}': {suggest(name, solver_names())}")
     if len(points) > 1:
-        raise InputError(f"{_title(points[0])}: {_package(points[1])} has one of that name; uninstall either")
-    return _checked(name, points[0].module, _title(points[0]), f"; {_remedy(points[0], 'add it')}")
+        raise InputError(f"{_title(points[0])}: {_package(points[1])} has one of that name too; uninstall either")
+    return _checked(points[0].module, _title(points[0]), "; fix or uninstall the package")
 
 
-def _checked(name: str, module: str, title: str, remedy: str) -> Solver:
-    found = importlib.util.find_spec(module)
+def _checked(module: str, title: str, remedy: str) -> Solver:
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # of the package that it lies in
+        found = None
     if found is None or found.origin is None:
         raise InputError(f"{title}: its module {module} is not installed{remedy}")
     with Importing(title, Path(found.origin)):
@@ -117,7 +118,3 @@ def _package(point: EntryPoint) -> str:
 
 def _title(point: EntryPoint) -> str:
     return f"solver '{point.name}' of {_package(point)}"
-
-
-def _remedy(point: EntryPoint, mend: str) -> str:
-    return f"{mend}, or uninstall {_package(point)}"
