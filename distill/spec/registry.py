@@ -1,5 +1,7 @@
 """Finds recipes by name: a file of the package `recipes`, an entry point of the group `distill.recipes`, or ./file.py
 beside the spec. Nothing is registered by hand, and listing them imports none.
+
+A file of `recipes` whose name begins with an underscore is no recipe: it holds what the recipes of its folder share.
 """
 
 import ast
@@ -118,8 +120,8 @@ def package_folder() -> Path:
 def names() -> list[str]:
     """All recipes that can be named, ./files aside."""
     folder = package_folder()
-    files = [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.glob("*/*.py"))]
-    return [name for name in files if not name.endswith("/__init__")] + sorted(_entry_points())
+    files = [path for path in sorted(folder.glob("*/*.py")) if not path.name.startswith("_")]
+    return [path.relative_to(folder).with_suffix("").as_posix() for path in files] + sorted(_entry_points())
 
 
 def own_file(name: str, base: Path) -> Path | None:
@@ -140,7 +142,11 @@ def source(name: str, base: Path) -> Path:
     if own is not None:
         return own
     path = package_folder() / f"{name}.py"
-    if name.count("/") == 1 and path.is_file() and not name.endswith("/__init__"):
+    if name.count("/") == 1 and path.is_file():
+        if path.name.startswith("_"):
+            family = path.parent.name
+            valid = ", ".join(each for each in names() if each.startswith(f"{family}/"))
+            raise InputError(f"{name} is not a recipe: it holds what recipes of {family} share; valid: {valid}")
         return path
     point = _entry_points().get(name)
     if point is None:
@@ -157,6 +163,8 @@ def load(name: str, base: Path) -> ModuleType:
     """The module of a recipe: it has a docstring, `Config` and `Recipe`."""
     path = source(name, base)
     is_ours = path.is_relative_to(package_folder())
+    if not is_ours:
+        _refuse_shared(name, path)
     with Importing(f"recipe '{name}'", path.absolute()):
         if name.endswith(".py"):
             module = _load_file(path)
@@ -174,6 +182,23 @@ def load(name: str, base: Path) -> ModuleType:
     if "sampler" not in dir(module.Recipe):
         raise InputError(f"recipe '{name}' ({path}): its Recipe does not say its sampler; write sampler = \"euler\"")
     return module
+
+
+def _refuse_shared(name: str, path: Path) -> None:
+    """InputError if a recipe that is not ours imports what ours share."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return  # its import says so
+    for node in ast.walk(tree):
+        parts = node.module.split(".") if isinstance(node, ast.ImportFrom) and node.module else []
+        if isinstance(node, ast.ImportFrom) and parts[:1] == ["recipes"]:
+            shared = [each for each in [*parts, *(alias.name for alias in node.names)] if each.startswith("_")]
+            if shared:
+                raise InputError(
+                    f"recipe '{name}' ({path}, line {node.lineno}): {shared[0]} is for the recipes of its folder only, "
+                    "and may change with them; copy what you need of it into your file"
+                )
 
 
 def is_of_foreign_recipe(error: BaseException) -> bool:
@@ -195,11 +220,13 @@ def configure(name: str, module: ModuleType, options: dict[str, Any], where: str
 
 def describe(name: str, base: Path) -> Description:
     """What a recipe's source says of itself."""
-    tree = ast.parse(source(name, base).read_text(encoding="utf-8"))
+    path = source(name, base)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     paper = ast.get_docstring(tree) or ""
     config = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config"), None)
     body = config.body if config is not None else []
-    inherited = [option for base in (config.bases if config is not None else []) for option in _of_base(base)]
+    bases = config.bases if config is not None else []
+    inherited = [option for base in bases for option in _of_base(base, path.parent)]
     options = {option.name: option for option in [*inherited, *_options(body)]}
     needs = next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == "needs"), None)
     return Description(name, paper.split("\n")[0], paper, _needs(needs), list(options.values()), _costs().get(name))
@@ -245,11 +272,12 @@ def _needs(needs: ast.FunctionDef | None) -> list[str]:
     return [need for need in NEEDS if need in [constant.value for constant in constants]]
 
 
-def _of_base(base: ast.expr) -> list[Option]:
-    """The options that a Config takes over from a class of distill, written as module.Class."""
+def _of_base(base: ast.expr, family: Path) -> list[Option]:
+    """The options that a Config takes over from a class of distill, or of its own folder, written as module.Class."""
     if not isinstance(base, ast.Attribute) or not isinstance(base.value, ast.Name):
         return []
-    path = Path(__file__).parents[1] / "flow" / f"{base.value.id}.py"
+    shared = base.value.id.startswith("_")
+    path = (family if shared else Path(__file__).parents[1] / "flow") / f"{base.value.id}.py"
     tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == base.attr]
     return [option for node in classes for option in _options(node.body)]
