@@ -125,7 +125,7 @@ def test_a_trajectory_is_the_path_of_its_pair(tmp_path, solver):
     assert torch.equal(pairs.noise, ends.noise) and torch.equal(pairs.data, ends.data)  # the same steps, to the bit
     assert torch.equal(pairs.states[:, 0], pairs.noise) and torch.equal(pairs.states[:, -1], pairs.data)
     assert torch.equal(pairs.times, torch.tensor(TIMES).expand(22, 4))
-    path = list(solvers.SOLVERS[solver].path(TEACHER.field, pairs.noise, uniform_grid(8), {}))
+    path = list(solvers.states(solver, TEACHER.field, pairs.noise, uniform_grid(8), {}))
     assert (pairs.states[:, 1] - path[3]).abs().max() < 1e-6
 
 

@@ -14,6 +14,7 @@ from distill.flow.solvers import solve, solve_along
 from distill.flow.times import uniform_grid
 from distill.networks.velocity import VelocityStudent
 from distill.protocols import Cond, Gridded, Recipe, VelocityField
+from distill.solvers import find_solver
 from distill.spec.kinds import network_calls, per_velocity
 from distill.students.loaded import LoadedStudent, Student
 from distill.students.samplers import accelerated, euler, jump, renoise, same_noise
@@ -78,7 +79,7 @@ def of_field(
             return solve_along(field, noise, cond, solver=solver, times=times)
         return solve(field, noise, cond, solver=solver, steps=steps)
 
-    return Method(generate, calls * network_calls(solver, steps))
+    return Method(generate, calls * find_solver(solver).calls(steps))
 
 
 def of_student(student: LoadedStudent, t_grid: Tensor) -> Method:
