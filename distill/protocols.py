@@ -5,6 +5,7 @@ velocity field v(x_t, t, cond) and a flow map u(x_t, t, s, cond), the average ve
 x_s = x_t + (s - t) u. Nothing here has an implementation; a module that fits the shape fits the framework.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -135,10 +136,19 @@ class Trained:
 
     waiting: names of parameters, or patterns such as "head.*", that the first turns need not reach. Any other that no
     backward pass of its network's first two turns reaches, on any rank, is an error: most likely it never would be.
+    lr: multiplies the learning rate of the stage for this network.
+    groups: by the name of a parameter, or a pattern, a further factor of its learning rate.
     """
 
     module: nn.Module
     waiting: tuple[str, ...] = ()
+    lr: float = 1.0
+    groups: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, factor in {"lr": self.lr, **{f"groups['{key}']": each for key, each in self.groups.items()}}.items():
+            if not (math.isfinite(factor) and factor > 0):
+                raise ValueError(f"Trained: {name}={factor} multiplies a learning rate; valid: a finite number above 0")
 
 
 @dataclass(frozen=True)

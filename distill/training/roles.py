@@ -46,7 +46,8 @@ class Roles:
     ) -> None:
         self.recipe, self.name = recipe, stage.recipe
         roles = recipe.networks(init)
-        trained = {name: role.module for name, role in roles.items() if isinstance(role, Trained)}
+        own = {name: role for name, role in roles.items() if isinstance(role, Trained)}
+        trained = {name: role.module for name, role in own.items()}
         frozen = {name: role.module for name, role in roles.items() if isinstance(role, Frozen)}
         self.copies = {name: role for name, role in roles.items() if isinstance(role, Copy)}
         if "student" not in trained:
@@ -80,10 +81,7 @@ class Roles:
         make: Callable[..., Trainable] = Trainable
         if zero.stage is not None:
             make = partial(Sharded, device=device, zero=zero, slices=slices)
-        waiting = {name: role.waiting for name, role in roles.items() if isinstance(role, Trained)}
-        self.trainables = {
-            name: make(name, module, stage.optimizer, world, waiting=waiting[name]) for name, module in trained.items()
-        }
+        self.trainables = {name: make(name, role, stage.optimizer, world) for name, role in own.items()}
         self.student = self.trainables["student"]
         self.ema = Ema(self.student.masters(), stage.ema_half_lives)
         self.world = world

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from distill.flow.draws import Rows
+from distill.protocols import Trained
 from distill.spec.model import LaunchSpec, OptimizerSpec
 from distill.training.trainable import BUCKET, Trainable, buckets
 from distill.training.world import World
@@ -63,28 +64,27 @@ class ParameterPart:
 
 
 class Sharded(Trainable):
-    """`module` under AdamW in a DeepSpeed engine; in stage 3 it may come on the CPU, and is moved part by part."""
+    """The network of `role` in a DeepSpeed engine; in stage 3 it may come on the CPU, and is moved part by part."""
 
     def __init__(
         self,
         name: str,
-        module: nn.Module,
+        role: Trained,
         spec: OptimizerSpec,
         world: World,
         *,
         device: torch.device,
         zero: Zero,
         slices: list[Rows],
-        waiting: tuple[str, ...] = (),
     ) -> None:
-        super().__init__(name, module, spec, world, waiting=waiting)
+        super().__init__(name, role, spec, world)
         assert zero.stage is not None
         self.stage, self.accumulate, self._micro_steps = zero.stage, len(slices), 0
         self.shapes = {key: p.shape for key, p in self._parameters.items()}  # stage 3 empties the parameters themselves
         config = _config(sum(self.sizes), spec, zero, slices)
         if self.stage == 3:
-            _divide(module, device, config)
-        self.engine = _initialize(module, config, world, self._optimizer)
+            _divide(self.module, device, config)
+        self.engine = _initialize(self.module, config, world, self._optimizer)
         self._flats, self._parts = self._layout()
 
     @property
@@ -109,8 +109,7 @@ class Sharded(Trainable):
         return optimizer.scaled_global_norm().float()
 
     def step(self, lr: float, norm: Tensor) -> None:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        self._set_lr(lr)
         self.engine.step()
         if self.stage == 3:
             self.engine.optimizer.grad_partitions_flat_buffer.zero_()  # or what a turn does not reach moves by the last

@@ -8,16 +8,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from distill.core.errors import InputError, RunError
+from distill.protocols import Trained
 from distill.spec.model import OptimizerSpec
 from distill.training.world import ALONE, World
 
 BUCKET = 50_000_000  # elements that are sent at once, at most
+FACTOR = "lr_factor"  # of a group of the optimizer's parameters: what multiplies the learning rate of the stage
 Key = TypeVar("Key", int, str)
 
 
@@ -48,6 +50,25 @@ def buckets(sizes: Mapping[Key, int]) -> Iterator[list[Key]]:
             group = []
         group.append(key)
     yield group
+
+
+def _groups(network: str, role: Trained, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """The parameters in groups of the same learning rate, each with its factor of the stage's."""
+    chosen: dict[nn.Parameter, str] = {}  # tied ones have several names, and one factor
+    for pattern in role.groups:
+        matched = {p for key, p in parameters.items() if fnmatchcase(key, pattern)}
+        if not matched:
+            raise ValueError(f"network '{network}': groups names '{pattern}', but no trained parameter is so named")
+        for key, p in parameters.items():
+            if p in matched and chosen.setdefault(p, pattern) != pattern:
+                raise ValueError(
+                    f"network '{network}': groups names '{key}' by two patterns, '{chosen[p]}' and '{pattern}'; give "
+                    "each parameter at most one"
+                )
+    found: dict[float, list[nn.Parameter]] = {}
+    for p in dict.fromkeys(parameters.values()):
+        found.setdefault(role.lr * role.groups.get(chosen.get(p, ""), 1.0), []).append(p)
+    return [{"params": group, FACTOR: factor} for factor, group in found.items()]
 
 
 class Reach:
@@ -105,26 +126,17 @@ class Reach:
 
 
 class Trainable:
-    """`module` under AdamW, on its device in fp32. Parameters that come with requires_grad=False stay as they are.
+    """The network of `role` under AdamW, on its device in fp32. Parameters that come with requires_grad=False stay as
+    they are.
 
     Ranks average their gradients before the step. What waits for all ranks: `backward`, `check_reach`, `gradient_norm`,
     `step`, `whole`, `gather`, `weights`, `unmoved`, `state`.
-
-    waiting: parameters that the first turns need not reach, see `protocols.Trained`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        module: nn.Module,
-        spec: OptimizerSpec,
-        world: World = ALONE,
-        *,
-        waiting: tuple[str, ...] = (),
-    ) -> None:
-        self.name, self.module, self.spec, self.world = name, module, spec, world
+    def __init__(self, name: str, role: Trained, spec: OptimizerSpec, world: World = ALONE) -> None:
+        self.name, self.module, self.spec, self.world = name, role.module, spec, world
         # Tied weights keep both names: a state dict holds both, and an average must not lack one.
-        named = dict(module.named_parameters(remove_duplicate=False))
+        named = dict(self.module.named_parameters(remove_duplicate=False))
         self._parameters = {key: p for key, p in named.items() if p.requires_grad}
         if not self._parameters:
             raise ValueError(f"network '{name}' is Trained, but none of its parameters has requires_grad=True")
@@ -136,7 +148,7 @@ class Trainable:
         device = self._unique[0].device
         fused = device.type in ("cpu", "cuda")
         self._optimizer = torch.optim.AdamW(
-            self._unique,
+            _groups(name, role, self._parameters),
             lr=spec.lr,
             betas=spec.betas,
             eps=spec.eps,
@@ -145,7 +157,7 @@ class Trainable:
             foreach=None if fused else True,
         )
         self._active: bool | None = None
-        self._reach = Reach(name, self._parameters, waiting)
+        self._reach = Reach(name, self._parameters, role.waiting)
 
     @property
     def waiting(self) -> set[str]:
@@ -194,10 +206,13 @@ class Trainable:
         """Clip, move the weights, clear the gradients."""
         if self.spec.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self._unique, self.spec.clip, norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        self._set_lr(lr)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+    def _set_lr(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group[FACTOR]
 
     def masters(self) -> dict[str, Tensor]:
         """The fp32 weights that move, by name: what this rank has of them."""
@@ -236,7 +251,7 @@ class Trainable:
             return
         self._reach.close()  # what the turns before reached is not known any more
         moments: dict[int, dict[str, Tensor]] = {}
-        number = {p: i for i, p in enumerate(self._unique)}
+        number = {p: i for i, p in enumerate(p for group in self._optimizer.param_groups for p in group["params"])}
         for full, tensor in tensors.items():
             key, _, name = full.rpartition("/")
             moments.setdefault(number[self._parameters[key]], {})[name] = tensor

@@ -130,7 +130,7 @@ class Adversarial(Reflow):
     def networks(self, init):
         torch.manual_seed(5)
         critic = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
-        return {"student": Trained(init.velocity_field()), "critic": Trained(critic)}
+        return {"student": Trained(init.velocity_field()), "critic": Trained(critic, lr=2.0, groups={"1.*": 3.0})}
 
     def turns(self, step, images):
         yield Turn("critic", self.judge)
@@ -170,7 +170,7 @@ class Headstrong(Reflow):
 
     def networks(self, init):
         torch.manual_seed(3)
-        return {"student": Trained(Headed(init.velocity_field()))}
+        return {"student": Trained(Headed(init.velocity_field()), lr=0.5, groups={"head.*": 10.0})}
 
     def turns(self, step, images):
         yield Turn("student", self.both if step % 3 == 0 else self.regress)
