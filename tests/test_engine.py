@@ -16,7 +16,8 @@ from distill.protocols import Copy, Frozen, Loss, Trained, Turn
 from distill.runs.run_store import RunPaths, read_events
 from distill.spec.model import OptimizerSpec
 from distill.training import checkpoint
-from distill.training.trainable import Trainable, learning_rate
+from distill.training.optimizer import learning_rate
+from distill.training.plain import PlainTrainable
 
 
 def bits(result):
@@ -114,7 +115,7 @@ def test_a_quadratic_follows_adamw_by_hand():
     with torch.no_grad():
         layer.weight.fill_(1.0)
     spec = OptimizerSpec(lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.05, clip=None)
-    trainable = Trainable("student", Trained(layer), spec)
+    trainable = PlainTrainable("student", Trained(layer), spec)
     trainable.activate(True)
     x, m, v = 1.0, 0.0, 0.0
     for n in range(1, 21):
@@ -129,7 +130,7 @@ def test_a_quadratic_follows_adamw_by_hand():
 
 def test_clipping_scales_the_gradient_to_the_limit():
     layer = nn.Linear(2, 1, bias=False)
-    trainable = Trainable("student", Trained(layer), OptimizerSpec(clip=0.5))
+    trainable = PlainTrainable("student", Trained(layer), OptimizerSpec(clip=0.5))
     trainable.activate(True)
     trainable.backward((layer.weight * torch.tensor([[3.0, 4.0]])).sum())
     norm = trainable.gradient_norm()
@@ -571,7 +572,7 @@ def test_a_checkpoint_of_another_network_is_one_message(tmp_path):
 
 
 def test_moments_of_another_network_are_refused():
-    trainable = Trainable("student", Trained(nn.Linear(1, 1)), OptimizerSpec())
+    trainable = PlainTrainable("student", Trained(nn.Linear(1, 1)), OptimizerSpec())
     with pytest.raises(RunError, match="the optimizer state of network 'student' has 'layer.weight', the network does"):
         trainable.load_state({"layer.weight/exp_avg": torch.zeros(1)})
 
@@ -593,7 +594,7 @@ def test_learning_rates_of_a_network_and_of_its_groups_multiply_that_of_the_stag
     network = nn.Sequential(OrderedDict(first=nn.Linear(2, 3), second=nn.Linear(3, 1)))
     spec = OptimizerSpec(lr=0.1, weight_decay=0.05, clip=None)
     role = Trained(network, lr=2.0, groups={"first.w*": 3.0, "second.*": 0.5})
-    trainable = Trainable("student", role, spec)
+    trainable = PlainTrainable("student", role, spec)
     trainable.activate(True)
     alone = {name: nn.Parameter(p.detach().clone()) for name, p in network.named_parameters()}
     options = {"betas": spec.betas, "eps": spec.eps, "weight_decay": 0.05, "fused": True}

@@ -37,7 +37,11 @@ class Built:
     student: Student
     """as the stages that follow would load it"""
     sizes: dict[str, list[int]]
-    """elements of the parameters of each network that is trained"""
+    """elements of the parameters that are trained, by network"""
+    still: dict[str, list[int]]
+    """of the other parameters of these networks"""
+    exported: int
+    """elements of the student's folder"""
     copies: list[str]
     """networks that have a target copy"""
     teacher: LoadedTeacher | None
@@ -146,9 +150,11 @@ def _build(
     made: Recipe = recipe.module.Recipe(recipe.config, teacher)
     roles = made.networks(init)
     trained = {name: role.module for name, role in roles.items() if isinstance(role, Trained)}
-    sizes = {name: [p.numel() for p in network.parameters()] for name, network in trained.items()}
+    sizes = {name: [p.numel() for p in each.parameters() if p.requires_grad] for name, each in trained.items()}
+    still = {name: [p.numel() for p in each.parameters() if not p.requires_grad] for name, each in trained.items()}
     copies = [role.of for role in roles.values() if isinstance(role, Copy)]
-    return made, Built(_pretend(trained["student"], init), sizes, copies, teacher)
+    exported = sum(p.numel() for p in trained["student"].parameters())
+    return made, Built(_pretend(trained["student"], init), sizes, still, exported, copies, teacher)
 
 
 def _student(earlier: Mapping[str, Built], name: str) -> Student:

@@ -33,8 +33,8 @@ from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.teachers import LoadedTeacher
 from distill.training import checkpoint, engine, memory
+from distill.training.choice import choose_sharding
 from distill.training.roles import Roles
-from distill.training.sharding import Zero
 from distill.training.world import ALONE, World
 
 CPU = torch.device("cpu")
@@ -212,9 +212,10 @@ def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -
 
 def _train(work: Work, stage: TrainStage) -> dict[str, object]:
     launch = work.spec.launch
-    training = _training(work, stage, CPU if launch.divide_teacher else work.device)  # whole, it might not fit there
-    zero = Zero.of(launch)
-    probe = memory.Probe(zero, work.world.size) if work.measure else None
+    sharding = choose_sharding(launch)
+    # Whole, the teacher might not fit on the device.
+    training = _training(work, stage, CPU if sharding.divides_frozen else work.device)
+    probe = memory.Probe(sharding, work.world.size) if work.measure else None
     if work.world.first and training.times is not None:
         write_json(work.run.stage(work.name).times, training.times)  # an export needs them when the pairs are deleted
     source, digests = sources.batches(
@@ -243,7 +244,7 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
             run=work.run if work.world.first else None,
             inputs={**training.inputs, **digests},
             world=work.world,
-            zero=zero,
+            sharding=sharding,
             teacher=None if training.teacher is None else training.teacher.network,
             recompute=launch.activation_checkpointing,
             probe=None if probe is None else partial(_measure, probe, progress, stage),

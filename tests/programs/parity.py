@@ -41,8 +41,8 @@ from distill.runs.run_store import StagePaths
 from distill.spec.model import CheckpointSpec, OptimizerSpec, TrainStage, UNetSpec
 from distill.training import engine
 from distill.training.memory import Probe
-from distill.training.sharding import Zero
 from distill.training.world import World
+from distill.training.zero import Zero
 
 BATCH, MICRO, STEPS, SHAPE = 16, 4, 20, (1, 8, 8)
 RECIPES = {}
@@ -267,8 +267,8 @@ def train(out, ours, case):
         checkpoint=CheckpointSpec(images=BATCH * (1 if "often" in options else STEPS // 2), keep=STEPS),
     )  # fmt: skip
     threshold = None if "persist" in options else 0
-    zero = Zero(None if stage == "none" else int(stage), "divide" in options, threshold, "offload" in options)
-    probe = Probe(zero, ours.size) if "memory" in options else None
+    sharding = Zero(None if stage == "none" else int(stage), "divide" in options, threshold, "offload" in options)
+    probe = Probe(sharding, ours.size) if "memory" in options else None
     with StopRequest() as stop, probe.activations if probe else nullcontext():
         recorder = Recorder(stop if "once" in options else None)
 
@@ -276,7 +276,8 @@ def train(out, ours, case):
             return engine.train(
                 RECIPES[recipe](), Init(), Source(), spec,
                 seed=0, device=torch.device("cpu"), micro_batch=MICRO, paths=StagePaths(Path(out) / case),
-                progress=recorder, stop=stop, world=ours, zero=zero, recompute="recompute" in options, probe=probe,
+                progress=recorder, stop=stop, world=ours, sharding=sharding, recompute="recompute" in options,
+                probe=probe,
             )  # fmt: skip
 
         try:
