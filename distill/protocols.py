@@ -172,7 +172,32 @@ class Copy:
             raise ValueError(f"a copy with decay {self.decay} would never follow '{self.of}'; valid: 0 <= decay < 1")
 
 
-Role = Trained | Frozen | Copy
+@dataclass(frozen=True)
+class Adapter:
+    """A network whose weights stay, and low-rank adapters beside some of its layers, which train: each target layer
+    gets the weights W + alpha / rank B A. It starts as `module`, of which it is a copy; exports have them merged.
+
+    targets: names of linear and convolution layers, or the ends of their names, such as "to_q" or "layers.0".
+    lr: multiplies the learning rate of the stage.
+    """
+
+    module: nn.Module
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"Adapter: rank={self.rank}; valid: a whole number above 0")
+        for name, value in {"alpha": self.alpha, "lr": self.lr}.items():
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"Adapter: {name}={value}; valid: a finite number above 0")
+        if not self.targets:
+            raise ValueError("Adapter: targets is empty; name at least one layer")
+
+
+Role = Trained | Frozen | Copy | Adapter
 
 
 @runtime_checkable

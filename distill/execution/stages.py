@@ -21,7 +21,8 @@ from distill.exchange.student_card import StudentCard
 from distill.execution import preflight, sources
 from distill.flow.draws import key
 from distill.flow.fields import Counted
-from distill.protocols import Recipe, Trained
+from distill.networks.adapters import as_trained, merged
+from distill.protocols import Adapter, Recipe, Trained
 from distill.runs import results
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths, append_event
@@ -307,16 +308,17 @@ def _export(
     was trained may lie divided among the ranks, and its teacher too.
     """
     training = _training(work, stage, CPU)
-    student = training.recipe.networks(training.init)["student"]
-    assert isinstance(student, Trained)
+    role = training.recipe.networks(training.init)["student"]
+    assert isinstance(role, Trained | Adapter)
+    student = as_trained("student", role, work.seed).module
     half_life = None if weights == "raw" else weights
     tensors, images = checkpoint.weights(work.run.stage(work.name).checkpoints, "student", half_life, step)
     if images < least:
         raise RunError(
             f"the last checkpoint of stage '{work.name}' cannot be read; distill run {work.run.root} --resume"
         )
-    student.module.load_state_dict(tensors)
-    export(student.module, folder, training.card.model_copy(update={"weights": weights, "images": images}))
+    student.load_state_dict(tensors)
+    export(merged(role, student), folder, training.card.model_copy(update={"weights": weights, "images": images}))
 
 
 def solving(work: Work, *, indexed: bool = True) -> sources.Solving:

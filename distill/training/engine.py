@@ -94,6 +94,7 @@ def train(
             device,
             world,
             slices,
+            seed=seed,
             found=found,
             sharding=sharding,
             teacher=teacher,

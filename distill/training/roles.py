@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from distill.core.errors import InputError, RunError
 from distill.core.text import suggest
 from distill.flow.draws import Rows
-from distill.protocols import Copy, Frozen, Init, Nets, Recipe, Stateful, Trained
+from distill.networks.adapters import as_trained
+from distill.protocols import Adapter, Copy, Frozen, Init, Nets, Recipe, Stateful, Trained
 from distill.spec.model import TrainStage
 from distill.training.checkpoint import RECIPE_GROUP, Checkpoint, Group, ema_group, network_group, optimizer_group
 from distill.training.ema import Ema
@@ -24,6 +25,7 @@ from distill.training.world import World
 class Roles:
     """What a recipe trains and calls, on its device, as the checkpoint `found` left it.
 
+    seed: of the first weights of adapters.
     teacher: a network that the recipe calls besides those of its roles.
     recompute: compute activations again in the backward pass instead of keeping them.
     """
@@ -37,6 +39,7 @@ class Roles:
         world: World,
         slices: list[Rows],
         *,
+        seed: int,
         found: Checkpoint | None,
         sharding: Sharding,
         teacher: nn.Module | None,
@@ -44,7 +47,9 @@ class Roles:
     ) -> None:
         self.recipe, self.name = recipe, stage.recipe
         roles = recipe.networks(init)
-        own = {name: role for name, role in roles.items() if isinstance(role, Trained)}
+        own = {
+            name: as_trained(name, role, seed) for name, role in roles.items() if isinstance(role, Trained | Adapter)
+        }
         trained = {name: role.module for name, role in own.items()}
         frozen = {name: role.module for name, role in roles.items() if isinstance(role, Frozen)}
         self.copies = {name: role for name, role in roles.items() if isinstance(role, Copy)}

@@ -35,7 +35,7 @@ from distill.flow.draws import generator
 from distill.flow.interpolants import linear
 from distill.networks.architectures import build
 from distill.networks.velocity import VelocityStudent
-from distill.protocols import Batch, Copy, Frozen, Loss, Pairs, Trained, Turn
+from distill.protocols import Adapter, Batch, Copy, Frozen, Loss, Pairs, Trained, Turn
 from distill.runs.progress import Progress
 from distill.runs.run_store import StagePaths
 from distill.spec.model import CheckpointSpec, OptimizerSpec, TrainStage, UNetSpec
@@ -122,6 +122,14 @@ class Target(Reflow):
         v = student(x_t, t, batch.cond)
         through = nets["teacher"](x_t - t.view(-1, 1, 1, 1) * v, t / 2, batch.cond)  # gradients flow through it
         return Loss((v - target).square().mean() + (through - pairs.noise).square().mean())
+
+
+class Adapted(Target):
+    """Adapters of the student are trained, and their slow copy is followed."""
+
+    def networks(self, init):
+        adapter = Adapter(init.velocity_field(), 4, 8.0, ("conv1", "linear_2"), lr=3.0)
+        return {**super().networks(init), "student": adapter}
 
 
 class Adversarial(Reflow):
@@ -242,6 +250,7 @@ class Hung(Reflow):
 
 
 RECIPES = {"one": Reflow, "copy": Target, "two": Adversarial, "heads": Headstrong}
+RECIPES |= {"adapter": Adapted}
 RECIPES |= {"deaf": Deaf, "patient": Patient, "half": Half, "slope": Slope}
 RECIPES |= {"faulty": Faulty, "astray": Astray, "hung": Hung}
 
