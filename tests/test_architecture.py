@@ -168,7 +168,7 @@ def test_shipped_files_stand_alone():
             {"core/printing.py"},
             "what is printed goes through core/printing.py, which makes it safe for a terminal",
         ),
-        (r"\baccelerate\b|\bdeepspeed\b", {"training/sharding.py"}, "sharding stays in training/sharding.py"),
+        (r"\baccelerate\b|\bdeepspeed\b", {"training/zero.py"}, "DeepSpeed stays in training/zero.py"),
     ],
 )
 def test_forbidden(pattern, allowed, rule):
