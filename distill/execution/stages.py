@@ -257,7 +257,9 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
         report = {**probe.report(work.world.rank), "teacher_rows": rows}
         write_json(work.run.stage(work.name).memory(work.world.rank), report)
     result.roles.close()
-    work.world.alone("export", partial(_publish, work, stage))
+    # Read anew only where this process no longer holds it whole.
+    whole = None if sharding.divides_frozen else training
+    work.world.alone("export", partial(_publish, work, stage, whole))
     return {"images": result.images, "steps": result.step, "student": str(work.run.student(work.name))}
 
 
@@ -269,8 +271,13 @@ def _measure(probe: memory.Probe, progress: Progress, stage: TrainStage, roles: 
         probe.activations.close()
 
 
-def _publish(work: Work, stage: TrainStage) -> None:
-    _export(work, stage, stage.export, work.run.student(work.name), stage.images)
+def _publish(work: Work, stage: TrainStage, training: PreparedTraining | None) -> None:
+    """training: what was trained with, loaded; None: it is divided among the ranks, and is loaded again."""
+    if training is not None:
+        for each in (training.teacher, training.init.source):
+            if each is not None and each.network is not None:
+                each.network.to(CPU)
+    _export(work, stage, training, stage.export, work.run.student(work.name), stage.images)
     for name in work.spec.stages:
         found = results.load_results(work.run.stage(name))
         if found is not None:  # an evaluation that was done before the student was lost
@@ -295,22 +302,25 @@ def export_checkpoint(
     if not checkpoint.complete(checkpoints):
         raise InputError(f"stage '{name}' of run '{paths.name}' has no checkpoint yet; wait for the first one")
     work = Work(paths, resolved.of_run(spec, paths.root), name, CPU)
-    _export(work, stage, weights, folder, step=step)
+    _export(work, stage, None, weights, folder, step=step)
 
 
 def _export(
     work: Work,
     stage: TrainStage,
+    training: PreparedTraining | None,
     weights: Literal["raw"] | float,
     folder: Path,
     least: int = 0,
     step: int | None = None,
 ) -> None:
     """The student of the newest checkpoint, of at least `least` images, or of that of `step`; built anew: the one that
-    was trained may lie divided among the ranks, and its teacher too.
+    was trained may lie divided among the ranks. training: what it was trained with, on the CPU; None: it is loaded.
     """
-    training = _training(work, stage, CPU)
-    role = training.recipe.networks(training.init)["student"]
+    training = training or _training(work, stage, CPU)
+    asked = work.resolved.recipes[work.name]
+    recipe: Recipe = asked.module.Recipe(asked.config, training.teacher)
+    role = recipe.networks(training.init)["student"]
     assert isinstance(role, Trained | Adapter)
     student = as_trained("student", role, work.seed).module
     half_life = None if weights == "raw" else weights
