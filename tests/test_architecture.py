@@ -161,6 +161,11 @@ def test_shipped_files_stand_alone():
             "what is printed goes through core/printing.py, which makes it safe for a terminal",
         ),
         (r"\baccelerate\b|\bdeepspeed\b", {"training/zero.py"}, "DeepSpeed stays in training/zero.py"),
+        (
+            r"\bZero\(|\bzero_stage\b",
+            {"training/choice.py", "training/zero.py", "testing", "spec/checks.py", "launch"},
+            "who divides networks is chosen in training/choice.py",
+        ),
     ],
 )
 def test_forbidden(pattern, allowed, rule):
