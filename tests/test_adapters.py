@@ -131,6 +131,8 @@ def test_a_target_that_no_layer_has_is_refused_with_those_there_are():
         InputError, match="the adapter's target 'norm1' is the name, or the end of the name, of no linear"
     ):
         as_trained("student", adapter(unet(), ("norm1",)), 0)
+    with pytest.raises(InputError, match="of no linear or convolution layer; valid: 0, 2$"):
+        as_trained("student", adapter(nn.Sequential(nn.Linear(1, 1), nn.SiLU(), nn.Linear(1, 1)), ("x",)), 0)
 
 
 def test_without_peft_one_message_says_how_to_get_it(monkeypatch):
