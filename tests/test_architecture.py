@@ -174,6 +174,11 @@ def test_shipped_files_stand_alone():
             {"teachers/weights.py", "students/init.py"},
             "accelerate loads weights, and is no part of the training loop",
         ),
+        (
+            r"\bZero\(|\bzero_stage\b",
+            {"training/choice.py", "training/zero.py", "testing", "spec/checks.py", "launch"},
+            "who divides networks is chosen in training/choice.py",
+        ),
     ],
 )
 def test_forbidden(pattern, allowed, rule):

@@ -17,7 +17,8 @@ from distill.runs.run_store import RunPaths, read_events
 from distill.spec.model import OptimizerSpec
 from distill.training import checkpoint
 from distill.training.optimizer import learning_rate
-from distill.training.plain import PlainTrainable
+from distill.training.plain import Plain, PlainTrainable
+from distill.training.sharding import Sharding, Trainable
 
 
 def bits(result):
@@ -138,6 +139,31 @@ def test_clipping_scales_the_gradient_to_the_limit():
     trainable.step(0.0, norm)
     first_moment = trainable.state()["weight/exp_avg"]
     torch.testing.assert_close(first_moment, 0.1 * torch.tensor([[0.3, 0.4]]), rtol=1e-5, atol=0)
+
+
+def test_who_divides_networks_is_one_object(tmp_path):
+    """Somebody else's: the loop asks it for each network, and checkpoints note what it says of itself."""
+
+    class Other(Plain):
+        record = {**Plain.record, "divided": "by hand"}
+
+        def __init__(self):
+            self.asked = []
+
+        def wrap(self, name, role, spec, world, device, slices):
+            self.asked.append((name, device.type, slices))
+            return super().wrap(name, role, spec, world, device, slices)
+
+    other = Other()
+    assert isinstance(other, Sharding) and isinstance(
+        PlainTrainable("x", Trained(Vector()), OptimizerSpec()), Trainable
+    )
+    found = train(tmp_path / "other", Alternating(), sharding=other, images=32)
+    rows = [Rows(0, 16, 16)]
+    assert other.asked == [("student", "cpu", rows), ("critic", "cpu", rows)]
+    assert_same(bits(found), bits(train(tmp_path / "plain", Alternating(), images=32)))
+    latest = checkpoint.latest(tmp_path / "other" / "stages" / "train" / "checkpoints", print)
+    assert latest.meta.environment["divided"] == "by hand" and latest.meta.environment["zero_stage"] == "none"
 
 
 def test_turns_move_only_whose_turn_it_is(tmp_path):

@@ -61,7 +61,8 @@ def _targets(name: str, role: Adapter) -> list[str]:
 
 def _ends(paths: list[str]) -> set[str]:
     """The last part of each name; where that is a number, with the part before it."""
-    return {found.group() for path in paths if (found := re.search(r"[^.]*[^.\d][^.]*(\.\d+)*$", path)) is not None}
+    named = [re.search(r"[^.]*[^.\d][^.]*(\.\d+)*$", path) for path in paths]
+    return {path if found is None else found.group() for path, found in zip(paths, named, strict=True)}
 
 
 def _peft() -> ModuleType:

@@ -21,7 +21,7 @@ from distill.flow.draws import Rows
 from distill.protocols import Trained
 from distill.spec.model import OptimizerSpec
 from distill.training.optimizer import BUCKET, buckets
-from distill.training.plain import Plain, PlainTrainable
+from distill.training.plain import PLAIN, PlainTrainable
 from distill.training.sharding import Held, Sizes, Trainable
 from distill.training.world import World
 
@@ -142,11 +142,13 @@ class ZeroTrainable(PlainTrainable):
         return [*found, optimizer.grad_partitions_flat_buffer] if self.stage == 3 else found
 
     def unmoved(self) -> dict[str, Tensor]:
-        frozen = [p for p in self.module.parameters() if not any(p is mine for mine in self._unique)]
-        with _deepspeed().zero.GatheredParameters(frozen, enabled=self.stage == 3):
-            return {
-                key: t.detach().cpu().clone() for key, t in self.module.state_dict().items() if key not in self.shapes
-            }
+        parameters, found = dict(self.module.named_parameters(remove_duplicate=False)), {}
+        for key, tensor in self.module.state_dict().items():
+            if key not in self.shapes:
+                frozen = [parameters[key]] if key in parameters else []  # one by one: a base may not fit whole
+                with _deepspeed().zero.GatheredParameters(frozen, enabled=self.stage == 3):
+                    found[key] = (*frozen, tensor)[0].detach().cpu().clone()
+        return found
 
     def weights(self) -> dict[str, Tensor]:
         return {**self.unmoved(), **self.gather(self.masters())}
@@ -256,7 +258,7 @@ class Zero:
 
     def held(self, sizes: Sizes, still: Sizes, procs: int) -> Held:
         if not self.stage:
-            return Plain().held(sizes, still, procs)
+            return PLAIN.held(sizes, still, procs)
         own = {name: sum(math.ceil(size / procs) for size in each) for name, each in sizes.items()}
         gradients = sum(own.values()) if self.stage == 3 else max(own.values())  # of stage 3 they are never given back
         every = [size for each in (*sizes.values(), *still.values()) for size in each]
