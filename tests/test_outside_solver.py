@@ -20,7 +20,8 @@ from distill.flow.interpolants import edm
 from distill.solvers import find_solver, solver_names
 from distill.spec import kinds, presets, specfile
 from distill.students import step_times
-from distill.teachers.analytic import GaussianField, GaussianFlowMap
+from distill.teachers.analytic import GaussianField
+from distill.testing.closed_form import GaussianFlowMap
 
 HERE = Path(__file__).parent
 MEAN, STD = torch.tensor([1.0, -2.0], dtype=torch.float64), torch.tensor([0.5, 1.3], dtype=torch.float64)

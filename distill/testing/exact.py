@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from distill.flow.draws import Rows, StepDraw, generator
 from distill.flow.interpolants import like, linear
 from distill.protocols import Batch, Cond, Copy, Frozen, Nets, Recipe, Trained, VelocityField
-from distill.teachers.analytic import GaussianField, GaussianFlowMap
+from distill.teachers.analytic import GaussianField
 from distill.teachers.loaded import LoadedTeacher
+from distill.testing.closed_form import GaussianFlowMap
 from distill.training.engine import StepContext
 
 MEAN = torch.tensor([0.7, -1.1, 0.4], dtype=torch.float64)
