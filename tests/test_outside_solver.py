@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from commands import command
 from runs import distill
 
 from distill.core.errors import InputError
@@ -20,7 +21,8 @@ from distill.flow.interpolants import edm
 from distill.solvers import find_solver, solver_names
 from distill.spec import kinds, presets, specfile
 from distill.students import step_times
-from distill.teachers.analytic import GaussianField, GaussianFlowMap
+from distill.teachers.analytic import GaussianField
+from distill.testing.closed_form import GaussianFlowMap
 
 HERE = Path(__file__).parent
 MEAN, STD = torch.tensor([1.0, -2.0], dtype=torch.float64), torch.tensor([0.5, 1.3], dtype=torch.float64)
@@ -97,15 +99,18 @@ def test_it_is_named_where_solvers_are(tmp_path, midpoint):
         specfile.load(path)
 
 
-@pytest.mark.process
-def test_a_run_solves_its_pairs_by_it(tmp_path, midpoint):
+def test_a_run_solves_its_pairs_by_it(capfd, tmp_path, midpoint):
     (tmp_path / "spec.yaml").write_text(yaml.safe_dump(SPEC))
-    env = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(HERE.parent)])}
-    done = distill("run", "spec.yaml", "--store", "store", cwd=tmp_path, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    folder = tmp_path / "store"
-    manifest = json.loads(next(folder.rglob("manifest.json")).read_text())
+    done = command(capfd, "pairs", str(tmp_path / "spec.yaml"), "--store", str(tmp_path / "store"))
+    assert done.code == 0, done.err
+    (path,) = (tmp_path / "store").rglob("manifest.json")
+    manifest = json.loads(path.read_text())
     assert manifest["solver"] == "midpoint" and manifest["nfe"] == 32
+
+
+@pytest.mark.process
+def test_the_control_plane_knows_it_without_torch(tmp_path, midpoint):
+    env = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(HERE.parent)])}
     helped = distill("pairs", "--help", cwd=tmp_path, env=env).stdout
     assert "dpm_solver_pp_2m or midpoint" in " ".join(helped.replace("│", " ").split())
     torchless = "import sys; from distill.solvers import *; find_solver('midpoint'); assert 'torch' not in sys.modules"

@@ -21,8 +21,9 @@ from distill.pairs.paths import of_data
 from distill.runs.progress import Progress
 from distill.spec import pairspec
 from distill.spec.model import GaussianTeacher, PairsStage, is_path
-from distill.teachers.analytic import GaussianField, class_gaussian_teacher, gaussian_teacher
+from distill.teachers.analytic import GaussianField, gaussian_teacher
 from distill.testing import exact
+from distill.testing.closed_form import class_gaussian_teacher
 
 CPU = torch.device("cpu")
 MEAN, STD = torch.tensor([0.7, -1.0]), torch.tensor([0.5, 2.0])

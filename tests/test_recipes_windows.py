@@ -17,8 +17,9 @@ from distill.flow.interpolants import Coefficients, like, linear, vp
 from distill.flow.times import uniform_grid, window
 from distill.protocols import Batch, Pairs
 from distill.students.samplers import euler
-from distill.teachers.analytic import GaussianField, class_gaussian_teacher
+from distill.teachers.analytic import GaussianField
 from distill.testing import exact
+from distill.testing.closed_form import class_gaussian_teacher
 from recipes.reflow import perflow, proreflow, rectified_diffusion, reflow, seqrf
 
 MEAN, STD, FIELD = exact.MEAN, exact.STD, exact.FIELD

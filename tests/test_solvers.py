@@ -9,19 +9,14 @@ import torch
 from distill.core.errors import InputError
 from distill.flow.draws import generator
 from distill.flow.fields import Counted, Rescheduled, start
-from distill.flow.interpolants import edm, linear, trig, vp
+from distill.flow.interpolants import edm, linear, vp
 from distill.flow.solvers import integrate, march, solve, straightness
 from distill.flow.times import uniform_grid
 from distill.solvers import find_solver, solver_names
 from distill.spec import kinds
-from distill.teachers.analytic import (
-    GaussianField,
-    GaussianFlowMap,
-    MixtureField,
-    QuantileFlowMap,
-    class_gaussian_teacher,
-)
+from distill.teachers.analytic import GaussianField, MixtureField
 from distill.testing import exact
+from distill.testing.closed_form import GaussianFlowMap, QuantileFlowMap, class_gaussian_teacher, trig
 
 M, VARIANCE = 0.7, 0.3
 ROOT = math.sqrt(VARIANCE)

@@ -22,8 +22,10 @@ def _as_many(steps: int) -> int:
 
 @dataclass(frozen=True)
 class SamplerFacts:
-    """A way to make samples from a student."""
+    """A way to make samples from a student; its code is the file of its name in students/samplers."""
 
+    student: str
+    """the kind of student that it samples, of `STUDENTS`"""
     words: str
     """in the model card"""
     calls: Callable[[int], int] = _as_many
@@ -42,25 +44,34 @@ class StudentKind:
     """whether it is a velocity field: only then can it be a teacher, or what a student of another kind starts from"""
 
 
+# The first of each kind of student is its usual one.
 SAMPLERS: Mapping[str, SamplerFacts] = {
-    "euler": SamplerFacts("Euler, x_s = x_t + (s - t) v(x_t, t)"),
+    "euler": SamplerFacts("velocity", "Euler, x_s = x_t + (s - t) v(x_t, t)"),
     "same_noise": SamplerFacts(
-        "data = x_t - t v(x_t, t), x_s = (1 - s) data + s noise, with the noise that it began from"
+        "velocity", "data = x_t - t v(x_t, t), x_s = (1 - s) data + s noise, with the noise that it began from"
     ),
-    "jump": SamplerFacts("jumps x_s = x_t + (s - t) u(x_t, t, s)"),
+    "jump": SamplerFacts("flow_map", "jumps x_s = x_t + (s - t) u(x_t, t, s)"),
     "renoise": SamplerFacts(
-        "jumps to data = x_t - t u(x_t, t, 0), each but the last followed by x_s = (1 - s) data + s fresh noise"
+        "flow_map",
+        "jumps to data = x_t - t u(x_t, t, 0), each but the last followed by x_s = (1 - s) data + s fresh noise",
     ),
     "accelerated": SamplerFacts(
+        "acceleration",
         "v = v(noise, 1) once, then x_s = x_t + (s - t) (v + ((t + s) / 2 - 1) a(x_t, t, v)): N + 1 network calls in N "
         "steps",
         lambda steps: steps + 1,
     ),
 }
+
+
+def _samplers_of(student: str) -> tuple[str, ...]:
+    return tuple(name for name, each in SAMPLERS.items() if each.student == student)
+
+
 STUDENTS: Mapping[str, StudentKind] = {
-    "velocity": StudentKind("a velocity field", ("euler", "same_noise"), is_field=True),
-    "flow_map": StudentKind("a flow map", ("jump", "renoise")),
-    "acceleration": StudentKind("a velocity with its acceleration", ("accelerated",)),
+    "velocity": StudentKind("a velocity field", _samplers_of("velocity"), is_field=True),
+    "flow_map": StudentKind("a flow map", _samplers_of("flow_map")),
+    "acceleration": StudentKind("a velocity with its acceleration", _samplers_of("acceleration")),
 }
 
 

@@ -13,8 +13,9 @@ from distill.flow.conditioning import of_classes
 from distill.flow.draws import Rows, StepDraw, generator
 from distill.flow.interpolants import like, linear
 from distill.protocols import Batch, Cond, Conditioning, Copy, Nets, Recipe, VelocityField
-from distill.teachers.analytic import GaussianField, GaussianFlowMap
+from distill.teachers.analytic import GaussianField
 from distill.teachers.loaded import LoadedTeacher
+from distill.testing.closed_form import GaussianFlowMap
 from distill.training.engine import StepContext
 
 MEAN = torch.tensor([0.7, -1.1, 0.4], dtype=torch.float64)
