@@ -69,7 +69,7 @@ class _Forecast:
         cost = registry.describe(stage.recipe, self.ready.resolved.base).cost or 1.0
         # Processes on one machine's CPUs share what one alone would have.
         together = launch.world_size if self.device.type == "cuda" or launch.slurm.gpus_per_node else launch.nodes
-        batch = launch.micro_batch or stage.batch_size // launch.world_size
+        batch = launch.known_micro_batch or stage.batch_size // launch.world_size
         seconds = stage.images * FORWARDS * cost * self._seconds(student, batch) / together
         averages, still = len(stage.ema_half_lives), built.still["student"]
         kept = memory.predict(built.sizes, built.copies, averages, 1, PLAIN, built.still)

@@ -23,7 +23,7 @@ from distill.flow.codecs import PIXELS
 from distill.flow.draws import key
 from distill.flow.fields import Counted
 from distill.networks.adapters import as_trained, merged
-from distill.protocols import Adapter, Recipe, Trained
+from distill.protocols import Adapter, Recipe, Source, Trained
 from distill.runs import results
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths, append_event
@@ -34,7 +34,7 @@ from distill.students import loaded
 from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.teachers import LoadedTeacher
-from distill.training import checkpoint, engine, memory
+from distill.training import checkpoint, engine, memory, micro_batch
 from distill.training.choice import choose_sharding
 from distill.training.roles import Roles
 from distill.training.world import ALONE, World
@@ -232,6 +232,7 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
         teacher_digest=training.card.teacher_digest,
         world=work.world,
     )
+    size = _micro_batch(work, stage, training, source)
     with work.progress(stage.images, "images") as progress, probe.activations if probe else nullcontext():
         result = engine.train(
             training.recipe,
@@ -240,7 +241,7 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
             stage,
             seed=work.seed,
             device=work.device,
-            micro_batch=launch.micro_batch or stage.batch_size // work.world.size,
+            micro_batch=size,
             paths=work.run.stage(work.name),
             progress=progress,
             stop=work.stop,
@@ -261,6 +262,26 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
     whole = None if sharding.divides_frozen else training
     work.world.alone("export", partial(_publish, work, stage, whole))
     return {"images": result.images, "steps": result.step, "student": str(work.run.student(work.name))}
+
+
+def _micro_batch(work: Work, stage: TrainStage, training: PreparedTraining, source: Source) -> int:
+    """Samples per forward pass of this process, the same on all ranks."""
+    launch, share = work.spec.launch, stage.batch_size // work.world.size
+    if launch.micro_batch != "auto":
+        return launch.micro_batch or share
+    asked = work.resolved.recipes[work.name]
+    fits = partial(
+        micro_batch.fits,
+        lambda: asked.module.Recipe(asked.config, training.teacher),
+        training.init,
+        source,
+        stage,
+        seed=work.seed,
+        device=work.device,
+        world=work.world,
+        recompute=launch.activation_checkpointing,
+    )
+    return micro_batch.choose(work.run.stage(work.name).micro_batch, share, asked.rows_together, work.world, fits)
 
 
 def _measure(probe: memory.Probe, progress: Progress, stage: TrainStage, roles: Roles) -> None:

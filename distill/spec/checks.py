@@ -246,6 +246,13 @@ def _launch(spec: RunSpec) -> Iterator[str]:
         yield "launch.divide_teacher: one process has all of the teacher, so it has no effect; remove it, or give procs"
     if launch.activation_checkpointing and trains and all(isinstance(each.network, MlpSpec) for each in trains):
         yield "launch.activation_checkpointing: an mlp has no blocks to compute again, so it has no effect; remove it"
+    if launch.micro_batch == "auto" and launch.zero_stage is not None:
+        yield (
+            "launch.micro_batch: auto tries undivided networks, and launch.zero_stage divides them; give a number, or "
+            "zero_stage: null"
+        )
+    elif launch.micro_batch == "auto" and launch.divide_teacher:
+        yield "launch.micro_batch: auto tries an undivided teacher, and launch.divide_teacher divides it; give a number"
     given = launch.model_dump(exclude_defaults=True)
     if "collective_minutes" in given and launch.world_size == 1:
         yield "launch.collective_minutes: one process waits for no other, so it has no effect; remove it"

@@ -55,7 +55,7 @@ def network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, where
 def lengths(spec: RunSpec, stage: TrainStage, rows_together: int, where: str) -> Iterator[str]:
     """Whether images, batches, warm-up and averages come out even."""
     batch, procs, optimizer = stage.batch_size, spec.launch.world_size, stage.optimizer
-    micro = spec.launch.micro_batch
+    micro = spec.launch.known_micro_batch  # what is chosen later is chosen among those that fit
     samples = micro or batch // procs
     if stage.images % batch:
         nearest = max(batch, round(stage.images / batch) * batch)

@@ -142,47 +142,12 @@ def _loop(
     """Train from `step` on, after `images` images, until `stage.images`; the step and images at the end, all saved."""
     world, batch_size = roles.world, stage.batch_size
     while images < stage.images:
-        # The global generator serves dropout alone, and resumes with it.
-        torch.manual_seed(key(seed, "dropout", step, world.rank))
-        with world.contact(f"step {step}, reading its batch"):
-            batches = [_to(source.batch(step, rows), device) for rows in slices]
-        carries: list[dict[str, Tensor]] = [{} for _ in slices]
-        moved: dict[str, dict[str, float]] = {}
-        for index, turn in enumerate(recipe.turns(step, images)):
-            place = f"step {step}, turn {index}, network '{turn.network}'"
-            nets, trainable = roles.view(turn.network)
-            losses = []
-            world.meet(place)
-            for rows, batch, carry in zip(slices, batches, carries, strict=True):
-                context = StepContext(step, images, StepDraw(seed, step, index, rows), carry)
-                with world.contact(place):
-                    # Not cached: a cast made without gradients would serve the next call that needs them.
-                    with torch.autocast(
-                        device.type, torch.bfloat16, enabled=stage.precision == "bf16", cache_enabled=False
-                    ):
-                        loss = turn.loss(nets, batch, context)
-                    trainable.backward(loss.total / len(slices))
-                carry.update({name: tensor.detach() for name, tensor in carry.items()})
-                losses.append(loss)
-            with world.contact(place):
-                trainable.check_reach()
-                norm = trainable.gradient_norm()
-                logs = _means(losses, norm, world)
-                if not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"])):
-                    raise RunError(
-                        f"{place}: loss {logs['loss']}, gradient norm {logs['grad_norm']}; its weights did not move; "
-                        f"last good checkpoint: {saver.last_good()}"
-                    )
-                if probe is not None:
-                    probe(roles)
-                trainable.step(learning_rate(stage.optimizer, images + batch_size / 2, stage.images), norm)
-                roles.moved(turn.network)
-            moved[turn.network] = logs
-        if not moved:
-            raise InputError(f"recipe '{stage.recipe}' gave no turn at step {step}; turns() must yield at least one")
+        moved = step_once(
+            recipe, roles, source, stage, seed=seed, step=step, images=images, slices=slices, device=device,
+            probe=probe, last_good=saver.last_good,
+        )  # fmt: skip
         step += 1
         if "student" in moved:
-            roles.ema.update(images, batch_size)
             images += batch_size
         progress.update(images, _named(moved))
         saver.look()
@@ -195,6 +160,68 @@ def _loop(
             stop.raise_if_requested(str(saver.checkpoints.last))
     saver.finish()
     return step, images
+
+
+def step_once(
+    recipe: Recipe,
+    roles: Roles,
+    source: Source,
+    stage: TrainStage,
+    *,
+    seed: int,
+    step: int,
+    images: int,
+    slices: list[Rows],
+    device: torch.device,
+    probe: Callable[[Roles], None] | None = None,
+    last_good: Callable[[], object] = lambda: "none",
+) -> dict[str, dict[str, float]]:
+    """One training step, all turns of the recipe: the numbers to log, by the network that was trained.
+
+    last_good: names the newest checkpoint, for a message.
+    """
+    world = roles.world
+    # The global generator serves dropout alone, and resumes with it.
+    torch.manual_seed(key(seed, "dropout", step, world.rank))
+    with world.contact(f"step {step}, reading its batch"):
+        batches = [_to(source.batch(step, rows), device) for rows in slices]
+    carries: list[dict[str, Tensor]] = [{} for _ in slices]
+    moved: dict[str, dict[str, float]] = {}
+    for index, turn in enumerate(recipe.turns(step, images)):
+        place = f"step {step}, turn {index}, network '{turn.network}'"
+        nets, trainable = roles.view(turn.network)
+        losses = []
+        world.meet(place)
+        for rows, batch, carry in zip(slices, batches, carries, strict=True):
+            context = StepContext(step, images, StepDraw(seed, step, index, rows), carry)
+            with world.contact(place):
+                # Not cached: a cast made without gradients would serve the next call that needs them.
+                with torch.autocast(
+                    device.type, torch.bfloat16, enabled=stage.precision == "bf16", cache_enabled=False
+                ):
+                    loss = turn.loss(nets, batch, context)
+                trainable.backward(loss.total / len(slices))
+            carry.update({name: tensor.detach() for name, tensor in carry.items()})
+            losses.append(loss)
+        with world.contact(place):
+            trainable.check_reach()
+            norm = trainable.gradient_norm()
+            logs = _means(losses, norm, world)
+            if not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"])):
+                raise RunError(
+                    f"{place}: loss {logs['loss']}, gradient norm {logs['grad_norm']}; its weights did not move; "
+                    f"last good checkpoint: {last_good()}"
+                )
+            if probe is not None:
+                probe(roles)
+            trainable.step(learning_rate(stage.optimizer, images + stage.batch_size / 2, stage.images), norm)
+            roles.moved(turn.network)
+        moved[turn.network] = logs
+    if not moved:
+        raise InputError(f"recipe '{stage.recipe}' gave no turn at step {step}; turns() must yield at least one")
+    if "student" in moved:
+        roles.ema.update(images, stage.batch_size)
+    return moved
 
 
 def device_name(device: torch.device) -> str:
