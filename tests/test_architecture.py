@@ -176,7 +176,14 @@ def test_shipped_files_stand_alone():
         ),
         (
             r"\bZero\(|\bzero_stage\b",
-            {"training/choice.py", "training/zero.py", "testing", "spec/checks.py", "launch"},
+            {
+                "training/choice.py",
+                "training/zero.py",
+                "training/micro_batch.py",
+                "testing",
+                "spec/checks.py",
+                "launch",
+            },
             "who divides networks is chosen in training/choice.py",
         ),
     ],

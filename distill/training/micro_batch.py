@@ -138,8 +138,9 @@ def _try(
     recompute: bool,
 ) -> None:
     roles = Roles(
-        recipe, init, stage, device, ALONE, slices, found=None, sharding=PLAIN, teacher=None, recompute=recompute
-    )
+        recipe, init, stage, device, ALONE, slices,
+        seed=seed, found=None, sharding=PLAIN, teacher=None, recompute=recompute,
+    )  # fmt: skip
     for step in range(STEPS):
         images = step * stage.batch_size
         engine.step_once(
