@@ -5,9 +5,11 @@ velocity field v(x_t, t, cond) and a flow map u(x_t, t, s, cond), the average ve
 x_s = x_t + (s - t) u. Nothing here has an implementation; a module that fits the shape fits the framework.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -38,6 +40,48 @@ class FlowMap(Protocol):
 
 
 @runtime_checkable
+class Conditioning(Protocol):
+    """What a network is conditioned on. Data and pairs hold an index for each sample (a class id, the row of a table);
+    `collate` makes of them what the network is called with. All tensors of a condition have the first dimension B.
+    """
+
+    @property
+    def count(self) -> int | None: ...  # indices are 0 ... count - 1; None: unconditional
+    @property
+    def has_null(self) -> bool: ...  # whether there is an unconditional call
+    def collate(self, indices: Tensor) -> Cond: ...  # [B] int64 -> a condition on the same device
+    def null(self, cond: Cond) -> Cond: ...  # the condition of the unconditional call, for as many rows
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """From pixels [B, C, H, W] in [-1, 1] to what a network sees, and back."""
+
+    @property
+    def is_identity(self) -> bool: ...
+    def shape(self, pixels: tuple[int, ...]) -> tuple[int, ...]: ...  # of one encoded sample
+    def encode(self, pixels: Tensor) -> Tensor: ...
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Architecture(Protocol):
+    """How the networks of some classes are described by their config.json and called: one file for each, found by the
+    class names. Config values come from a file that anybody may have written: refuse what is wrong by an InputError.
+    """
+
+    @property
+    def classes(self) -> tuple[type[nn.Module], ...]: ...  # ModelMixins
+    def shape(self, config: dict[str, Any], path: Path) -> tuple[int, ...]: ...  # of one sample
+    def conditioning(self, config: dict[str, Any], path: Path, null_class: int | None) -> Conditioning: ...
+    def layers(self, network: nn.Module) -> Sequence[str]: ...  # modules whose outputs are features, by name
+    def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor: ...  # output like x_t
+
+    # path: of config.json. null_class: of the unconditional call, as the spec or the student's distill.json says.
+    # time [B]: as the network's schedule counts it, e.g. 1000 t on the linear path.
+
+
+@runtime_checkable
 class Teacher(Protocol):
     """A frozen velocity field and what must be known to use it. A recipe is given one on the linear path."""
 
@@ -49,6 +93,13 @@ class Teacher(Protocol):
     def num_classes(self) -> int | None: ...  # real classes; None: unconditional
     @property
     def digest(self) -> str: ...  # sha256 over configuration and weights
+    @property
+    def conditioning(self) -> Conditioning: ...
+    @property
+    def codec(self) -> Codec: ...
+    @property
+    def layers(self) -> Sequence[str]: ...  # names of what `features` can give, in the order of the network
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond, layers: Sequence[str]) -> list[Tensor]: ...
     def null(self, cond: Cond) -> Cond: ...  # the condition of the unconditional call
     def guided(self, guidance_scale: float) -> VelocityField: ...  # 1 = none
 
@@ -135,10 +186,19 @@ class Trained:
 
     waiting: names of parameters, or patterns such as "head.*", that the first turns need not reach. Any other that no
     backward pass of its network's first two turns reaches, on any rank, is an error: most likely it never would be.
+    lr: multiplies the learning rate of the stage for this network.
+    groups: by the name of a parameter, or a pattern, a further factor of its learning rate.
     """
 
     module: nn.Module
     waiting: tuple[str, ...] = ()
+    lr: float = 1.0
+    groups: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, factor in {"lr": self.lr, **{f"groups['{key}']": each for key, each in self.groups.items()}}.items():
+            if not (math.isfinite(factor) and factor > 0):
+                raise ValueError(f"Trained: {name}={factor} multiplies a learning rate; valid: a finite number above 0")
 
 
 @dataclass(frozen=True)
@@ -162,7 +222,32 @@ class Copy:
             raise ValueError(f"a copy with decay {self.decay} would never follow '{self.of}'; valid: 0 <= decay < 1")
 
 
-Role = Trained | Frozen | Copy
+@dataclass(frozen=True)
+class Adapter:
+    """A network whose weights stay, and low-rank adapters beside some of its layers, which train: each target layer
+    gets the weights W + alpha / rank B A. It starts as `module`, of which it is a copy; exports have them merged.
+
+    targets: names of linear and convolution layers, or the ends of their names, such as "to_q" or "layers.0".
+    lr: multiplies the learning rate of the stage.
+    """
+
+    module: nn.Module
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"Adapter: rank={self.rank}; valid: a whole number above 0")
+        for name, value in {"alpha": self.alpha, "lr": self.lr}.items():
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"Adapter: {name}={value}; valid: a finite number above 0")
+        if not self.targets:
+            raise ValueError("Adapter: targets is empty; name at least one layer")
+
+
+Role = Trained | Frozen | Copy | Adapter
 
 
 @runtime_checkable
@@ -176,6 +261,8 @@ class Init(Protocol):
 
     @property
     def num_classes(self) -> int | None: ...  # of the networks it makes; None: unconditional
+    @property
+    def conditioning(self) -> Conditioning: ...
     def velocity_field(self) -> nn.Module: ...  # a module that is a VelocityField on the linear path
     def flow_map(self) -> nn.Module: ...  # a module that is a FlowMap on the linear path
     def acceleration(self) -> nn.Module: ...  # (x_t, t, None, cond) -> velocity v, (x_t, t, v, cond) -> dv/dt

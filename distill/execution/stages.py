@@ -20,9 +20,11 @@ from distill.data import DataSet, update_index
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
 from distill.execution import preflight, sources
+from distill.flow.codecs import PIXELS
 from distill.flow.draws import key
 from distill.flow.fields import Counted
-from distill.protocols import Recipe, Source, Trained
+from distill.networks.adapters import as_trained, merged
+from distill.protocols import Adapter, Recipe, Source, Trained
 from distill.runs import results
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths, append_event
@@ -34,8 +36,8 @@ from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.teachers import LoadedTeacher
 from distill.training import checkpoint, engine, memory, micro_batch
+from distill.training.choice import choose_sharding
 from distill.training.roles import Roles
-from distill.training.sharding import Zero
 from distill.training.world import ALONE, World
 
 CPU = torch.device("cpu")
@@ -209,9 +211,10 @@ def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -
 
 def _train(work: Work, stage: TrainStage) -> dict[str, object]:
     launch = work.spec.launch
-    training = _training(work, stage, CPU if launch.divide_teacher else work.device)  # whole, it might not fit there
-    zero = Zero.of(launch)
-    probe = memory.Probe(zero, work.world.size) if work.measure else None
+    sharding = choose_sharding(launch)
+    # Whole, the teacher might not fit on the device.
+    training = _training(work, stage, CPU if sharding.divides_frozen else work.device)
+    probe = memory.Probe(sharding, work.world.size) if work.measure else None
     if work.world.first and training.times is not None:
         write_json(work.run.stage(work.name).times, training.times)  # an export needs them when the pairs are deleted
     source, digests = sources.batches(
@@ -221,7 +224,8 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
         training.inputs,
         seed=work.seed,
         data=training.data,
-        labels=training.init.num_classes is not None,
+        conditioning=training.init.conditioning,
+        codec=PIXELS if training.teacher is None else training.teacher.codec,
         teacher_digest=training.card.teacher_digest,
         world=work.world,
     )
@@ -241,7 +245,7 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
             run=work.run if work.world.first else None,
             inputs={**training.inputs, **digests},
             world=work.world,
-            zero=zero,
+            sharding=sharding,
             teacher=None if training.teacher is None else training.teacher.network,
             recompute=launch.activation_checkpointing,
             probe=None if probe is None else partial(_measure, probe, progress, stage),
@@ -252,7 +256,7 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
         write_json(work.run.stage(work.name).memory(work.world.rank), report)
     result.roles.close()
     # Read anew only where this process no longer holds it whole.
-    whole = None if zero.frozen else training
+    whole = None if sharding.divides_frozen else training
     work.world.alone("export", partial(_publish, work, stage, whole))
     return {"images": result.images, "steps": result.step, "student": str(work.run.student(work.name))}
 
@@ -334,16 +338,17 @@ def _export(
     training = training or _training(work, stage, CPU)
     asked = work.resolved.recipes[work.name]
     recipe: Recipe = asked.module.Recipe(asked.config, training.teacher)
-    student = recipe.networks(training.init)["student"]
-    assert isinstance(student, Trained)
+    role = recipe.networks(training.init)["student"]
+    assert isinstance(role, Trained | Adapter)
+    student = as_trained("student", role, work.seed).module
     half_life = None if weights == "raw" else weights
     tensors, images = checkpoint.weights(work.run.stage(work.name).checkpoints, "student", half_life, step)
     if images < least:
         raise RunError(
             f"the last checkpoint of stage '{work.name}' cannot be read; distill run {work.run.root} --resume"
         )
-    student.module.load_state_dict(tensors)
-    export(student.module, folder, training.card.model_copy(update={"weights": weights, "images": images}))
+    student.load_state_dict(tensors)
+    export(merged(role, student), folder, training.card.model_copy(update={"weights": weights, "images": images}))
 
 
 @contextmanager

@@ -33,8 +33,9 @@ from distill.core.field_types import (
     SolverSteps,
     Steps,
 )
+from distill.solvers import find_solver
 from distill.spec.dataspec import DataSpec, DigitsData, HfData, ImageOptions, ImagesData, MnistData, NoData  # noqa: F401  (they are parts of the spec)
-from distill.spec.kinds import SOLVERS, ReferenceName, SolverName, per_velocity
+from distill.spec.kinds import ReferenceName, SolverName, per_velocity
 
 OF_DATA, WITH_STATES = ("forward", "segments"), ("trajectories", "segments")  # paths of a pairs stage
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
@@ -236,7 +237,7 @@ class PairsStage(FrozenModel):
     @property
     def network_calls(self) -> float:
         """Calls of the teacher's network for one pair, guidance counted; of segments on average."""
-        solver = SOLVERS[self.solver]
+        solver = find_solver(self.solver)
         calls = solver.calls_inverting if self.paths == "forward" else solver.calls
         assert calls is not None, "checks.check lets no such stage through"
         segments = max(1, len(self.times or []) - 1) if self.paths == "segments" else 1
@@ -373,6 +374,11 @@ class RunSpec(FrozenModel):
     stages: dict[Name, Stage]
     """in the order in which they run"""
     launch: LaunchSpec = LaunchSpec()
+
+    @property
+    def has_exact_teacher(self) -> bool:
+        """Whether its own teacher is known in closed form."""
+        return isinstance(self.teacher, GaussianTeacher | MixtureTeacher)
 
     @property
     def hub_inputs(self) -> set[str]:

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from distill.flow.conditioning import of_classes
 from distill.flow.draws import Rows, StepDraw, generator
 from distill.flow.interpolants import like, linear
-from distill.protocols import Batch, Cond, Copy, Frozen, Nets, Recipe, Trained, VelocityField
-from distill.teachers.analytic import GaussianField, GaussianFlowMap
+from distill.protocols import Batch, Cond, Conditioning, Copy, Nets, Recipe, VelocityField
+from distill.teachers.analytic import GaussianField
 from distill.teachers.loaded import LoadedTeacher
+from distill.testing.closed_form import GaussianFlowMap
 from distill.training.engine import StepContext
 
 MEAN = torch.tensor([0.7, -1.1, 0.4], dtype=torch.float64)
@@ -60,6 +62,10 @@ class Given:
     student: nn.Module
     judge: nn.Module = field(default_factory=lambda: Network(lambda x_t, t, cond: (x_t, t)))
     num_classes: int | None = None
+
+    @property
+    def conditioning(self) -> Conditioning:
+        return of_classes(self.num_classes, self.num_classes)
 
     def velocity_field(self) -> nn.Module:
         return self.student
@@ -131,5 +137,5 @@ def posterior(x_t: Tensor, t: float, count: int, *, seed: int = 0) -> tuple[Tens
 def nets(recipe: Recipe, init: Given) -> Nets:
     """The networks of a recipe's roles; a copy is what it copies."""
     roles = recipe.networks(init)
-    own = {name: role.module for name, role in roles.items() if isinstance(role, Trained | Frozen)}
+    own = {name: role.module for name, role in roles.items() if not isinstance(role, Copy)}
     return own | {name: own[role.of] for name, role in roles.items() if isinstance(role, Copy)}

@@ -24,10 +24,11 @@ from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths, StagePaths, append_event
 from distill.spec.model import TrainStage
 from distill.training.checkpoint import Checkpoints
+from distill.training.optimizer import learning_rate
+from distill.training.plain import PLAIN
 from distill.training.roles import Roles
 from distill.training.saving import Saved, Saver
-from distill.training.sharding import WHOLE, Zero
-from distill.training.trainable import learning_rate
+from distill.training.sharding import Sharding
 from distill.training.world import ALONE, World
 
 
@@ -65,7 +66,7 @@ def train(
     run: RunPaths | None = None,
     inputs: Mapping[str, str] | None = None,
     world: World = ALONE,
-    zero: Zero = WHOLE,
+    sharding: Sharding = PLAIN,
     teacher: nn.Module | None = None,
     recompute: bool = False,
     probe: Callable[[Roles], None] | None = None,
@@ -75,7 +76,7 @@ def train(
 
     inputs: digests of what is trained on, by name; a resume with others is refused.
     world: the ranks that train together, each on its rows of a batch; `run` is given to rank 0 alone.
-    zero: what DeepSpeed divides among them.
+    sharding: who divides the networks among them.
     teacher: the teacher's network, if the recipe may call it.
     recompute: compute activations again in the backward pass instead of keeping them.
     probe: sees all that is alive before each optimizer step.
@@ -83,14 +84,24 @@ def train(
     batch_size = stage.batch_size
     slices = world.rows(batch_size, micro_batch)
     settings = {"draws": DRAWS, "seed": seed, "stage": stage.model_dump(mode="json"), "inputs": dict(inputs or {})}
-    environment = _environment(device, micro_batch, world, zero)
+    environment = _environment(device, micro_batch, world, sharding)
     checkpoints = Checkpoints(paths.checkpoints, stage.checkpoint, settings, environment, progress.warn)
     found = world.alone("clearing up", checkpoints.resume)
     if not world.first:
         found = checkpoints.resume()  # what rank 0 has left; there is nothing to clear any more
     with world.contact("at the start"):
         roles = Roles(
-            recipe, init, stage, device, world, slices, found=found, zero=zero, teacher=teacher, recompute=recompute
+            recipe,
+            init,
+            stage,
+            device,
+            world,
+            slices,
+            seed=seed,
+            found=found,
+            sharding=sharding,
+            teacher=teacher,
+            recompute=recompute,
         )
     if probe is None:  # which makes two steps, somewhere else
         world.alone("looking for room", partial(checkpoints.require_room, roles.checkpoint_bytes()))
@@ -222,10 +233,9 @@ def device_name(device: torch.device) -> str:
     return str(name)
 
 
-def _environment(device: torch.device, micro_batch: int, world: World, zero: Zero) -> dict[str, str | int]:
+def _environment(device: torch.device, micro_batch: int, world: World, sharding: Sharding) -> dict[str, str | int]:
     where = {"device": device.type, "device_name": device_name(device), "threads": torch.get_num_threads()}
-    ranks = {"procs": world.size, "zero_stage": "none" if zero.stage is None else zero.stage}
-    ranks |= {"offload_optimizer": zero.offload_optimizer}
+    ranks = {"procs": world.size, **sharding.record}
     return {"torch": str(torch.__version__), **where, "micro_batch": micro_batch, **ranks}
 
 

@@ -20,8 +20,8 @@ from distill.flow.draws import Rows
 from distill.protocols import Init, Recipe, Source
 from distill.spec.model import TrainStage
 from distill.training import engine
+from distill.training.plain import PLAIN
 from distill.training.roles import Roles
-from distill.training.sharding import WHOLE
 from distill.training.world import ALONE, World
 
 STEPS = 2  # the first makes the optimizer's moments
@@ -137,7 +137,10 @@ def _try(
     *,
     recompute: bool,
 ) -> None:
-    roles = Roles(recipe, init, stage, device, ALONE, slices, found=None, zero=WHOLE, teacher=None, recompute=recompute)
+    roles = Roles(
+        recipe, init, stage, device, ALONE, slices,
+        seed=seed, found=None, sharding=PLAIN, teacher=None, recompute=recompute,
+    )  # fmt: skip
     for step in range(STEPS):
         images = step * stage.batch_size
         engine.step_once(

@@ -12,6 +12,7 @@ from torch import nn
 
 from distill.core.errors import EXIT_FAILED, EXIT_STOPPED, RunError, Stopped
 from distill.core.stop import StopRequest
+from distill.flow.conditioning import Unconditional
 from distill.flow.draws import generator
 from distill.flow.interpolants import linear
 from distill.protocols import Batch, Frozen, Loss, Trained, Turn
@@ -19,6 +20,7 @@ from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths
 from distill.spec.model import TrainStage
 from distill.training import engine
+from distill.training.plain import PLAIN
 
 
 class Vector(nn.Module):
@@ -81,6 +83,8 @@ class NoInit:
     """Networks of these tests are made by their recipes."""
 
     num_classes = None
+
+    conditioning = Unconditional()
 
     def velocity_field(self):
         raise AssertionError
@@ -157,7 +161,9 @@ def stage(**changes):
     return TrainStage.model_validate({**content, **changes})
 
 
-def train(folder, recipe=None, source=None, *, seed=0, micro_batch=None, stop=None, recompute=False, **changes):
+def train(
+    folder, recipe=None, source=None, *, seed=0, micro_batch=None, stop=None, recompute=False, sharding=PLAIN, **changes
+):
     """`engine.train` into `folder`."""
     settings = stage(**changes)
     run = RunPaths(Path(folder))
@@ -176,6 +182,7 @@ def train(folder, recipe=None, source=None, *, seed=0, micro_batch=None, stop=No
             stop=stop or StopRequest(),
             run=run,
             recompute=recompute,
+            sharding=sharding,
         )
 
 
