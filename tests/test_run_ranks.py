@@ -199,35 +199,43 @@ def test_ranks_that_read_different_data_do_not_train(tmp_path):
         )
 
 
-LAUNCHERS = {
-    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2"],
-    "accelerate": [
-        "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2", "--machine_rank",
-        "0", "--main_process_ip", "127.0.0.1", "--mixed_precision", "no", "--dynamo_backend", "no",
-    ],
-}  # fmt: skip
+TORCHRUN = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
+ACCELERATE = [
+    "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2", "--machine_rank", "0",
+    "--main_process_ip", "127.0.0.1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port",
+]  # fmt: skip
+SHORT = ["stages.teach.images=96", "launch.threads=1", "launch.zero_stage=null"]
 
 
-def test_other_launchers_train_the_same(tmp_path):
-    """torchrun, and the form of `accelerate launch` that sets WORLD_SIZE: the same weights, moments and averages."""
-    (tmp_path / "small.yaml").write_text(SPEC)
-    changes = ["stages.teach.images=96", "launch.threads=1", "launch.zero_stage=null"]
-    done = distill("run", "small.yaml", *changes, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A run of three steps on two ranks."""
+    folder = tmp_path_factory.mktemp("short")
+    (folder / "small.yaml").write_text(SPEC)
+    done = distill("run", "small.yaml", *SHORT, cwd=folder)
     assert done.returncode == 0, done.stderr
-    ours = run_paths(tmp_path, "small")
-    for name, launcher in LAUNCHERS.items():
-        run = starting.begin(tmp_path / "runs", specfile.load(tmp_path / "small.yaml", changes, name=name))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        option = "--master-port" if name == "torchrun" else "--main_process_port"
-        module = [option, port, "--module", "distill", "stage", str(run.root), "teach"]
-        done = subprocess.run(
-            [sys.executable, "-m", *launcher, *module],
-            cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert student(tmp_path, name) == student(tmp_path, "small")
-        for saved in sorted(ours.stage("teach").checkpoints.glob("step-*/*.safetensors")):
-            again = run.stage("teach").checkpoints / saved.parent.name / saved.name
-            assert again.read_bytes() == saved.read_bytes(), (name, saved.name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [pytest.param(TORCHRUN, id="torchrun"), pytest.param(ACCELERATE, id="accelerate", marks=pytest.mark.long)],
+)
+def test_other_launchers_train_the_same(short, launcher):
+    """torchrun, and the form of `accelerate launch` that sets WORLD_SIZE: the same weights, moments and averages."""
+    name = launcher[0].partition(".")[0]
+    run = starting.begin(short / "runs", specfile.load(short / "small.yaml", SHORT, name=name))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, port, "--module", "distill", "stage", str(run.root), "teach"],
+        cwd=short, env=ENV, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert student(short, name) == student(short, "small")
+    saved = sorted(run_paths(short, "small").stage("teach").checkpoints.glob("step-*/*.safetensors"))
+    assert saved
+    for path in saved:
+        again = run.stage("teach").checkpoints / path.parent.name / path.name
+        assert again.read_bytes() == path.read_bytes(), path.name
