@@ -194,7 +194,8 @@ def _of_spec(
         from distill.spec import resolved
 
         work = stages.Work(run, resolved.of_run(spec, run.root), chosen, stages.place(spec.launch))
-        say(stages.solving(work, indexed=False).accuracy().describe())
+        with stages.solving(work, indexed=False) as solving:
+            say(solving.accuracy().describe())
         return
     from distill.launch import tasks
 

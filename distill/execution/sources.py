@@ -1,7 +1,8 @@
 """What a stage computes from: its teacher, the paths to solve, the batches to train on."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from distill.spec.model import (
 from distill.spec.resolved import Resolved
 from distill.students import step_times
 from distill.teachers import LoadedTeacher
+from distill.teachers.dispatching import dispatched
 from distill.training.world import ALONE, World
 
 Exact = Callable[[int, Sequence[int]], Tensor]  # (seed, indices) -> samples
@@ -74,6 +76,17 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
     data = load_data(spec.data, spec.seed, place, indexed=indexed) if "data" in needs else None
     times = _times(run, name, stage) if isinstance(stage, TrainStage) else None
     return Inputs(loaded.get("teacher"), data, loaded.get("own"), times)
+
+
+@contextmanager
+def called(
+    run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, indexed: bool = True
+) -> Iterator[Inputs]:
+    """`load`, for a stage that only calls its teacher, on `device`: it may be larger than that."""
+    inputs = load(run, resolved, name, torch.device("cpu"), indexed=indexed)
+    network = None if inputs.teacher is None else inputs.teacher.network
+    with nullcontext() if network is None else dispatched(network, device, run.stage(name).root / "offload"):
+        yield inputs
 
 
 def _times(run: RunPaths, name: str, stage: TrainStage) -> list[float] | None:

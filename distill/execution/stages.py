@@ -3,7 +3,8 @@
 What evaluates is imported where it is used: the libraries of its metrics take seconds, which every rank would spend.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -64,10 +65,6 @@ class Work:
     def seed(self) -> int:
         """Every stage draws from a stream of its own."""
         return key(self.spec.seed, self.name)
-
-    def inputs(self, device: torch.device | None = None, *, indexed: bool = True) -> sources.Inputs:
-        """What the stage computes from. device: of its teacher; None: that of the stage. indexed: as of `load_data`."""
-        return sources.load(self.run, self.resolved, self.name, device or self.device, indexed=indexed)
 
     def progress(self, total: int, unit: str) -> Progress:
         return Progress(self.name, total, unit, self.run if self.world.first and self.part is None else None)
@@ -169,7 +166,7 @@ class PreparedTraining:
 
 def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTraining:
     """device: of the teacher, and of weights that start as its."""
-    asked, inputs = work.resolved.recipes[work.name], work.inputs(device)
+    asked, inputs = work.resolved.recipes[work.name], sources.load(work.run, work.resolved, work.name, device)
     teacher, data = inputs.teacher, inputs.data
     if teacher is not None:
         teacher = teacher_on_linear_path(teacher)
@@ -354,17 +351,19 @@ def _export(
     export(merged(role, student), folder, training.card.model_copy(update={"weights": weights, "images": images}))
 
 
-def solving(work: Work, *, indexed: bool = True) -> sources.Solving:
+@contextmanager
+def solving(work: Work, *, indexed: bool = True) -> Iterator[sources.Solving]:
     """A pairs stage, whose teacher is there, with all that its paths depend on. indexed: as of `load_data`."""
     stage = work.spec.stages[work.name]
     assert isinstance(stage, PairsStage)
-    return sources.Solving.of_run(work.run, stage, work.inputs(indexed=indexed), work.seed, work.device)
+    with sources.called(work.run, work.resolved, work.name, work.device, indexed=indexed) as inputs:
+        yield sources.Solving.of_run(work.run, stage, inputs, work.seed, work.device)
 
 
 def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
     folder = work.run.stage(work.name).pairs
-    with work.progress(pairspec.size(stage, work.part), "pairs") as progress:
-        solving(work).generate(folder, progress, work.stop, work.part)
+    with work.progress(pairspec.size(stage, work.part), "pairs") as progress, solving(work) as solved:
+        solved.generate(folder, progress, work.stop, work.part)
     return {"count": stage.count, "pairs": str(folder)}
 
 
@@ -372,8 +371,8 @@ def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
     from distill.evaluation import measuring, report_page
     from distill.reports import rounds_table
 
-    with work.progress(evalspec.num_samples(stage), "samples") as progress:
-        inputs = work.inputs()
+    loaded_inputs = sources.called(work.run, work.resolved, work.name, work.device)
+    with work.progress(evalspec.num_samples(stage), "samples") as progress, loaded_inputs as inputs:
         found = measuring.evaluate(
             work.run,
             work.name,
