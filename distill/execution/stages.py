@@ -161,6 +161,7 @@ class PreparedTraining:
     times: list[float] | None  # of the states of its pairs, if all have the same
     data: DataSet | None  # real data of the batches
     inputs: dict[str, str]  # digests
+    places: dict[str, str]  # of the same, where they were read
     calls: Counted | None  # of the teacher by the recipe, where they are counted
 
 
@@ -170,11 +171,13 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
     teacher, data = inputs.teacher, inputs.data
     if teacher is not None:
         teacher = teacher_on_linear_path(teacher)
-    origin = loaded.load_student(work.run.student(stage.init), device) if stage.init is not None else teacher
-    init = preflight.start(stage, asked, teacher, origin, data, work.seed)
+    place = None if stage.init is None else work.run.student(stage.init)
+    origin = teacher if place is None else loaded.load_student(place, device)
     calls = Counted(teacher.field) if teacher is not None and work.measure else None
     called = teacher if teacher is None or calls is None else replace(teacher, field=calls)
     recipe = asked.module.Recipe(asked.config, called)
+    t_grids = preflight.t_grids(work.spec, work.name, recipe, inputs.times)
+    init = preflight.start(stage, asked, teacher, origin, data, work.seed)
     card = StudentCard(
         name=work.name,
         recipe=stage.recipe,
@@ -186,7 +189,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
         license="" if teacher is None else teacher.license,
         kind=asked.config.student,
         sampler=recipe.sampler,
-        t_grids=preflight.t_grids(work.spec, work.name, recipe, inputs.times),
+        t_grids=t_grids,
         shape=init.shape,
         num_classes=init.num_classes,
         null_class=init.null_class,
@@ -197,7 +200,8 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
     )
     read = {"teacher": teacher, "init": origin, "data": data}
     digests = {name: each.digest for name, each in read.items() if each is not None}
-    return PreparedTraining(recipe, teacher, init, card, inputs.times, data, digests, calls)
+    places = {"init": inputs.places.get("teacher", "") if place is None else str(place), **inputs.places}
+    return PreparedTraining(recipe, teacher, init, card, inputs.times, data, digests, places, calls)
 
 
 def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -> float:
@@ -217,11 +221,10 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
     probe = memory.Probe(sharding, work.world.size) if work.measure else None
     if work.world.first and training.times is not None:
         write_json(work.run.stage(work.name).times, training.times)  # an export needs them when the pairs are deleted
+    sources.refuse_different(training.inputs, training.places, work.world)
     source, digests = sources.batches(
         work.run,
-        work.spec,
         stage,
-        training.inputs,
         seed=work.seed,
         data=training.data,
         conditioning=training.init.conditioning,
@@ -263,22 +266,22 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
 
 def _micro_batch(work: Work, stage: TrainStage, training: PreparedTraining, source: Source) -> int:
     """Samples per forward pass of this process, the same on all ranks."""
-    launch, share = work.spec.launch, stage.batch_size // work.world.size
+    launch = work.spec.launch
     if launch.micro_batch != "auto":
-        return launch.micro_batch or share
+        return launch.micro_batch or stage.batch_size // work.world.size
     asked = work.resolved.recipes[work.name]
-    fits = partial(
-        micro_batch.fits,
+    return micro_batch.largest(
+        work.run.stage(work.name).micro_batch,
         lambda: asked.module.Recipe(asked.config, training.teacher),
         training.init,
         source,
         stage,
+        rows_together=asked.rows_together,
         seed=work.seed,
         device=work.device,
         world=work.world,
         recompute=launch.activation_checkpointing,
     )
-    return micro_batch.choose(work.run.stage(work.name).micro_batch, share, asked.rows_together, work.world, fits)
 
 
 def _measure(probe: memory.Probe, progress: Progress, stage: TrainStage, roles: Roles) -> None:
