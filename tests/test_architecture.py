@@ -168,7 +168,24 @@ def test_shipped_files_stand_alone():
             {"core/printing.py"},
             "what is printed goes through core/printing.py, which makes it safe for a terminal",
         ),
-        (r"\baccelerate\b|\bdeepspeed\b", {"training/sharding.py"}, "sharding stays in training/sharding.py"),
+        (r"\bdeepspeed\b", {"training/zero.py"}, "DeepSpeed stays in training/zero.py"),
+        (
+            r"\baccelerate\b",
+            {"teachers/weights.py", "students/init.py", "training/micro_batch.py"},
+            "accelerate loads weights and finds a micro-batch, and is no part of the training loop",
+        ),
+        (
+            r"\bZero\(|\bzero_stage\b",
+            {
+                "training/choice.py",
+                "training/zero.py",
+                "training/micro_batch.py",
+                "testing",
+                "spec/checks.py",
+                "launch",
+            },
+            "who divides networks is chosen in training/choice.py",
+        ),
     ],
 )
 def test_forbidden(pattern, allowed, rule):

@@ -168,7 +168,7 @@ def _refuse(resolved: Resolved, template: Template, plan: RoundsPlan) -> None:
             f"--distill: spec '{spec.name}' has no distillation; give it a train stage of {DISTILLATION} on the pairs "
             f"of '{template.pairs_name}', or leave --distill out"
         )
-    inexact = not resolved.has_exact_teacher  # an exact one has samples to begin with
+    inexact = not resolved.spec.has_exact_teacher  # an exact one has samples to begin with
     lacking = {"--forward": plan.forward is not None and inexact, "--data-weight": plan.data_weight is not None}
     for option in [name for name, is_lacking in lacking.items() if is_lacking and isinstance(spec.data, NoData)]:
         raise InputError(
