@@ -83,12 +83,12 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
 
 
 @contextmanager
-def called(
-    run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, indexed: bool = True
+def opened(
+    run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, indexed: bool, whole: bool
 ) -> Iterator[Inputs]:
-    """`load`, for a stage that only calls its teacher, on `device`: it may be larger than that."""
-    inputs = load(run, resolved, name, torch.device("cpu"), indexed=indexed)
-    network = None if inputs.teacher is None else inputs.teacher.network
+    """`load`, with the teacher on `device`. whole: it must lie there; else it is only called, and may be larger."""
+    inputs = load(run, resolved, name, device if whole else torch.device("cpu"), indexed=indexed)
+    network = None if inputs.teacher is None or whole else inputs.teacher.network
     with nullcontext() if network is None else dispatched(network, device, run.stage(name).root / "offload"):
         yield inputs
 
