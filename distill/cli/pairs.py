@@ -190,10 +190,10 @@ def _of_spec(
             f"distill run {f'{near(run.root)} --resume' if run.root.exists() else given}"
         )
     if check:
-        from distill.execution import stages
+        from distill.execution import devices, stages
         from distill.spec import resolved
 
-        work = stages.Work(run, resolved.of_run(spec, run.root), chosen, stages.place(spec.launch))
+        work = stages.Work(run, resolved.of_run(spec, run.root), chosen, devices.place(spec.launch))
         with stages.solving(work, indexed=False) as solving:
             say(solving.accuracy().describe())
         return
