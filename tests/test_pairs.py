@@ -286,7 +286,7 @@ def flip(path: Path, at: int) -> None:
         (lambda f: (f / "manifest.json").unlink(), r"holds no pairs \(no manifest\.json\); run the pairs stage first"),
         (
             lambda f: shard(f, 1).unlink(),
-            r"shard-00001\.safetensors is missing; delete what is damaged or foreign and go on",
+            r"shard-00001\.safetensors is missing; delete what is damaged or foreign and resume the run",
         ),
         (lambda f: flip(shard(f, 1), -3), r"shard-00001\.safetensors is damaged \(its sha256 is not the manifest's\)"),
         (lambda f: os.truncate(shard(f, 2), 100), r"shard-00002\.safetensors is damaged \(100 bytes, not \d+\)"),

@@ -251,7 +251,7 @@ def test_a_store_over_plain_http(capfd, tmp_path, store):
         assert "v3 is no student folder: it has no distill.json" in done.err
         done = command(capfd, "list")
         said = f"error: the store {url} (from {tmp_path}/config/distill/config.yaml) is a URL, from which students are "
-        assert (done.code, done.err) == (2, f"{said}pulled; this needs a folder: give one by --store\n")
+        assert (done.code, done.err) == (2, f"{said}pulled; this needs a folder: give one with --store\n")
         server.faults = [
             Fault("v2/distill.json", change=lambda content: (store / "registry/digits/v1/distill.json").read_bytes())
         ]

@@ -436,7 +436,7 @@ def test_commands_say_what_they_did(capfd, tmp_path, student, monkeypatch):
     use = 'use it: DiffusionPipeline.from_pretrained("s", trust_remote_code=True)\n'
     done = command(capfd, "pull", str(student), "s")
     assert done.out == f"pulled s: 1.0 MB in 6 files, sha256 {digest}\n{use}"
-    assert command(capfd, "pull", str(student), "s").out == f"s is here already, and whole: sha256 {digest}\n{use}"
+    assert command(capfd, "pull", str(student), "s").out == f"s exists already and is complete: sha256 {digest}\n{use}"
     assert command(capfd, "verify", "s").out == "s is whole: 'reflow', 6 files\n"
     (tmp_path / "s" / WEIGHTS).write_bytes(b"x")
     done = command(capfd, "verify", "s")

@@ -301,7 +301,7 @@ REFUSED = {
     "the code": (["digits", "--code", "now"], "--code now: valid: current, run"),
     "nothing to go on with": (
         ["digits", "--resume"],
-        "there is no run 'digits' in runs to go on with; leave --resume out to start it",
+        "there is no run 'digits' in runs to resume; start it without --resume",
     ),
     "neither new nor old": (
         ["digits", "--resume", "--dry-run"],
@@ -365,5 +365,5 @@ def test_other_rounds_are_no_way_to_go_on(capfd, tmp_path):
     make(tmp_path / "runs", "digits")
     done = command(capfd, "reflow", "digits", "--resume", "--rounds", "2")
     assert done.code == 2
-    assert done.err.startswith("error: run 'digits' cannot go on with a changed spec (only launch may change):\n")
+    assert done.err.startswith("error: run 'digits' cannot be resumed with a changed spec (only launch may change):\n")
     assert "\n  stages.reflow-2: " in done.err

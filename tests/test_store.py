@@ -67,7 +67,7 @@ def test_a_run_name_is_used_once(tmp_path):
     with pytest.raises(InputError) as caught:
         make(tmp_path)
     assert str(caught.value) == (
-        f"there is a run 'one' in {tmp_path} already; go on with it by --resume, or start another by --name OTHER"
+        f"there is a run 'one' in {tmp_path} already; resume it with --resume, or start another with --name OTHER"
     )
     assert everything(tmp_path) == before
 

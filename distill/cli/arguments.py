@@ -137,7 +137,7 @@ def teacher_of(student: Path) -> TeacherSpec:
     if isinstance(stage, TrainStage) and stage.teacher is not None:
         return CheckpointTeacher(path=str(run / "students" / stage.teacher))
     if spec.teacher is None:
-        raise InputError(f"{student} was trained without a teacher; give one by --teacher")
+        raise InputError(f"{student} was trained without a teacher; give one with --teacher")
     return spec.teacher
 
 

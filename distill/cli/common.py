@@ -18,13 +18,13 @@ from distill.exchange import transports
 
 StoreOption = Annotated[
     str | None,
-    typer.Option("--store", help="Folder of the runs. Otherwise $DISTILL_STORE, the user's config, or ./runs."),
+    typer.Option("--store", help="Folder of the runs; by default $DISTILL_STORE, your config, or ./runs."),
 ]
 AnyStoreOption = Annotated[
     str | None,
-    typer.Option("--store", help="Folder or URL of the store. Otherwise $DISTILL_STORE, the user's config, or ./runs."),
+    typer.Option("--store", help="Folder or URL of the store; by default $DISTILL_STORE, your config, or ./runs."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 TeacherHelp = "A diffusers folder or hub id, a student, RUN/STAGE, or YAML such as '{kind: gaussian, ...}'."
 SETTINGS = ("site", "store")
 
@@ -83,13 +83,13 @@ def _folder(setting: Setting) -> Path:
         transports.scheme_of(setting.value)
         raise InputError(
             f"the store {transports.shown(setting.value)} (from {setting.source}) is a URL, from which students are "
-            "pulled; this needs a folder: give one by --store"
+            "pulled; this needs a folder: give one with --store"
         )
     path = expanded(setting.value)
     if not is_text(str(path.absolute())):  # safetensors could not open its files, nor Slurm be given its name
         raise InputError(
             f"the store {ascii(str(path.absolute()))} (from {setting.source}) holds a control character, or bytes that "
-            "are not UTF-8; choose another by --store"
+            "are not UTF-8; choose another with --store"
         )
     if path.exists() and not path.is_dir():
         raise InputError(f"the store {path} (from {setting.source}) is a file; name a folder")

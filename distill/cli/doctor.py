@@ -43,17 +43,20 @@ class Finding:
 def doctor(
     site: Annotated[bool, typer.Option("--site", help="Check the cluster instead, with a one-minute job.")] = False,
     path: Annotated[
-        Path | None, typer.Argument(metavar="[SITE]", help="With --site: the cluster's file; by default as for submit.")
+        Path | None,
+        typer.Argument(
+            metavar="[SITE]", help="With --site: file that describes the cluster; by default as for submit."
+        ),
     ] = None,
     nodes: Annotated[
-        int | None, typer.Option(min=1, max=100_000, help="With --site: on how many nodes; by default 2.")
+        int | None, typer.Option(min=1, max=100_000, help="With --site: number of nodes; by default 2.")
     ] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="With --site: GPUs to ask for on each.")] = None,
-    partition: Annotated[str | None, typer.Option(help="With --site: by default the site's.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="With --site: GPUs to request per node.")] = None,
+    partition: Annotated[str | None, typer.Option(help="With --site: partition; by default the site's.")] = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Check this machine: packages, devices, threads, the store; each trouble with its remedy. Or the cluster."""
+    """Check packages, devices, threads and the store, and say how to fix what is wrong; or check the cluster."""
     if site:
         _cluster(path, store_path(store), nodes or 2, gpus_per_node or 0, partition, json)
         return

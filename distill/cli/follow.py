@@ -35,12 +35,12 @@ UNITS = {"s": "seconds", "m": "minutes", "min": "minutes", "h": "hours", "d": "d
 
 
 def status(
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run; without one, all of the store.")] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Look again every few seconds until Ctrl-C.")] = False,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run; by default all runs of the store.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every few seconds until Ctrl-C.")] = False,
     json: JsonOption = False,
     store: StoreOption = None,
 ) -> None:
-    """Say how runs stand: jobs, stages, rate, time left, checkpoints, restarts and why."""
+    """Show the progress of runs: jobs, stages, rate, time left, checkpoints, restarts and their causes."""
     folder = store_path(store)
     while True:
         if watch and not json:
@@ -68,7 +68,7 @@ def _status(folder: Path, run: str | None, json: bool) -> None:
         else:
             _print_all(folder, found)
     if found and (trouble := next((each.trouble for each in found if each.trouble), "")) and not json:
-        say(f"warning: {trouble}; what stands above is what the runs themselves have noted")
+        say(f"warning: {trouble}; the above is from the runs' own events only")
 
 
 def _as_json(standing: "distill.launch.standing.Standing") -> dict[str, Any]:
@@ -147,17 +147,17 @@ def _progress(stage: "distill.reports.run_status.StageStatus") -> str:
 
 def logs(
     run: RunArgument,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as lines come, until nothing runs.")] = False,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Keep printing new lines until nothing runs.")] = False,
     rank: Annotated[int, typer.Option(min=0, help="Rank whose log to print.")] = 0,
     stage: Annotated[
         str | None, typer.Option(help="Stage whose log to print; by default the one with the newest lines.")
     ] = None,
     since: Annotated[
-        str | None, typer.Option(help="Only what came since: 90s, 10m, 2h, 1d ago, or 2026-11-25 17:40:00.")
+        str | None, typer.Option(help="Only lines since then: 90s, 10m, 2h or 1d ago, or 2026-11-25 17:40:00.")
     ] = None,
     lines: Annotated[
         int | None,
-        typer.Option("-n", "--lines", min=0, help=f"How many of the last lines; 0: all. By default {LINES:,}."),
+        typer.Option("-n", "--lines", min=0, help=f"Number of last lines to print; 0: all. By default {LINES:,}."),
     ] = None,
     store: StoreOption = None,
 ) -> None:

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 JOB = "The job"
 SiteOption = Annotated[
     Path | None,
-    typer.Option("--site", help="The cluster's file. Otherwise $DISTILL_SITE, the user's config, or the example."),
+    typer.Option(
+        "--site", help="File that describes the cluster; by default $DISTILL_SITE, your config, or the example."
+    ),
 ]
 CodeOption = Annotated[
     str,
@@ -45,45 +47,47 @@ CodeOption = Annotated[
 
 NodesOption = Annotated[
     int | None,
-    typer.Option("--nodes", min=1, help="Machines that train together; short for launch.nodes.", rich_help_panel=JOB),
+    typer.Option("--nodes", min=1, help="Number of nodes to train on; sets launch.nodes.", rich_help_panel=JOB),
 ]
 GpusOption = Annotated[
     int | None,
     typer.Option(
         "--gpus-per-node",
         min=0,
-        help="GPUs of each, one for each process: launch.slurm.gpus_per_node, launch.procs.",
+        help="GPUs per node, one process each; sets launch.slurm.gpus_per_node, launch.procs.",
         rich_help_panel=JOB,
     ),
 ]
 PartitionOption = Annotated[
     str | None,
-    typer.Option("--partition", help="Where the jobs go: launch.slurm.partition.", rich_help_panel=JOB),
+    typer.Option("--partition", help="Partition of the jobs; sets launch.slurm.partition.", rich_help_panel=JOB),
 ]
 AccountOption = Annotated[
-    str | None, typer.Option("--account", help="Who pays: launch.slurm.account.", rich_help_panel=JOB)
+    str | None, typer.Option("--account", help="Account to charge; sets launch.slurm.account.", rich_help_panel=JOB)
 ]
 QosOption = Annotated[
-    str | None, typer.Option("--qos", help="Quality of service: launch.slurm.qos.", rich_help_panel=JOB)
+    str | None, typer.Option("--qos", help="Quality of service; sets launch.slurm.qos.", rich_help_panel=JOB)
 ]
 TimeOption = Annotated[
     str | None,
-    typer.Option("--time", help="Limit of each job, like 4:00:00 or 2-12: launch.slurm.time.", rich_help_panel=JOB),
+    typer.Option(
+        "--time", help="Time limit of a job, like 4:00:00 or 2-12; sets launch.slurm.time.", rich_help_panel=JOB
+    ),
 ]
 ContainerOption = Annotated[
-    str | None, typer.Option("--container", help="Image to compute in: launch.slurm.container.", rich_help_panel=JOB)
+    str | None, typer.Option("--container", help="Container image; sets launch.slurm.container.", rich_help_panel=JOB)
 ]
 PairsJobsOption = Annotated[
     int | None,
     typer.Option(
         "--pairs-jobs",
         min=1,
-        help="Jobs of an array that share each pairs stage: launch.slurm.pairs_jobs.",
+        help="Size of the job array that makes pairs; sets launch.slurm.pairs_jobs.",
         rich_help_panel=JOB,
     ),
 ]
 OneJobOption = Annotated[
-    bool, typer.Option("--one-job", help="All stages in one job: launch.slurm.one_job.", rich_help_panel=JOB)
+    bool, typer.Option("--one-job", help="Run all stages in one job; sets launch.slurm.one_job.", rich_help_panel=JOB)
 ]
 
 
@@ -130,7 +134,7 @@ def submit(
     gpus_per_node: GpusOption = None,
     procs_per_node: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes of each, where they compute on CPUs: launch.procs.", rich_help_panel=JOB),
+        typer.Option(min=1, help="Processes per node, on CPU nodes; sets launch.procs.", rich_help_panel=JOB),
     ] = None,
     partition: PartitionOption = None,
     account: AccountOption = None,
@@ -141,12 +145,12 @@ def submit(
     one_job: OneJobOption = False,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run of this name: submit what is neither done nor queued.")
+        bool, typer.Option("--resume", help="Resume a run of this name: submit what is neither done nor queued.")
     ] = False,
     site: SiteOption = None,
     code: CodeOption = "run",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the scripts; nothing is written and no Slurm is needed.")
+        bool, typer.Option("--dry-run", help="Print the job scripts and write nothing. Works without Slurm.")
     ] = False,
     store: StoreOption = None,
 ) -> None:
@@ -247,7 +251,7 @@ def submit_again(
             say(f"the pairs of stage '{name}' are gone or damaged, and still needed: they are made again")
             run.stage(name).done.unlink()
         for job in live:
-            say(f"job {job.id} is under way: {', '.join(job.stages)}")
+            say(f"job {job.id} is running or queued: {', '.join(job.stages)}")
         if not left:
             say(f"there is nothing to submit for run '{run.name}'" + ("" if live else ": all stages are done"))
             return
@@ -335,10 +339,10 @@ def _say_memory(ready: "distill.execution.preflight.Ready") -> None:
 
 def cancel(
     run: RunArgument,
-    now: Annotated[bool, typer.Option("--now", help="At once: what was not saved is lost.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Stop at once; what was not saved is lost.")] = False,
     store: StoreOption = None,
 ) -> None:
-    """Stop a run, on the cluster or here: what computes saves first, what waits is taken out of the queue."""
+    """Stop a run, on the cluster or on this machine: running processes save first, waiting jobs leave the queue."""
     from distill.launch import queue, slurm
     from distill.runs import claims
 
@@ -347,7 +351,7 @@ def cancel(
     for place, owner in claims.held(paths).items():
         if place == paths.running and owner.is_here and owner.is_alive():
             os.kill(owner.pid, signal.SIGKILL if now else signal.SIGTERM)
-            say(f"process {owner.pid}: {'killed' if now else 'asked to save and leave'}")
+            say(f"process {owner.pid}: {'killed' if now else 'asked to save and exit'}")
             told = True
     live = queue.live_jobs(paths) if paths.jobs.is_dir() else []
     states = slurm.states([member for job in live for member in job.members])
@@ -360,11 +364,11 @@ def cancel(
         if name in waiting:
             say(f"job {name}: cancelled")
         else:
-            say(f"job {name}: {'asked to save and leave' if slurm.ask(name) else f'not reached ({state.state})'}")
+            say(f"job {name}: {'asked to save and exit' if slurm.ask(name) else f'not reached ({state.state})'}")
         told = True
     other = claims.executing(paths)
     if not told and other is not None and not other.is_here:
         where = f"process {other.pid} on {other.host}"
         say(f"run '{paths.name}' is being executed by {where}; stop it there: kill {other.pid}")
     elif not told:
-        say(f"nothing of run '{paths.name}' is under way")
+        say(f"nothing of run '{paths.name}' is running or queued")

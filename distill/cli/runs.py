@@ -140,15 +140,20 @@ def clean(
     run: Annotated[
         str | None, typer.Argument(metavar="[RUN]", help="Name of a run in the store, or its folder.")
     ] = None,
-    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Checkpoints of stages that are done.")] = False,
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="Delete the checkpoints of stages that are done.")
+    ] = False,
     pairs: Annotated[
-        bool, typer.Option("--pairs", help="Pairs; where a stage still needs them, they are made again.")
+        bool, typer.Option("--pairs", help="Delete pairs; stages that still need them make them again.")
     ] = False,
-    everything: Annotated[bool, typer.Option("--all", help="The whole run, students included.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Delete the whole run, with its students.")] = False,
     inputs: Annotated[
-        bool, typer.Option("--inputs", help="Files fetched from the hub that no run uses any more; takes no RUN.")
+        bool,
+        typer.Option("--inputs", help="Delete files fetched from the hub that no run uses any more; takes no RUN."),
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do it.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Delete; by default, only say what would be deleted.")
+    ] = False,
     store: StoreOption = None,
 ) -> None:
     """Say what a run no longer needs, and how much that would free; with --yes, delete it."""
@@ -230,7 +235,8 @@ def _refuse_if_queued(paths: RunPaths) -> None:
     if live:
         names = ", ".join(job.id for job in live)
         raise InputError(
-            f"jobs of run '{paths.name}' are under way ({names}); wait for them, or: distill cancel {paths.name}"
+            f"jobs of run '{paths.name}' are running or queued ({names}); wait for them, "
+            f"or: distill cancel {paths.name}"
         )
 
 

@@ -42,7 +42,7 @@ def locate(given: str) -> tuple[Path, str]:
     from distill.spec import presets
 
     if "=" in given and not Path(given).exists():
-        raise InputError(f"'{given}' stands where the spec is expected; write: distill run SPEC {given}")
+        raise InputError(f"'{given}' is in the place of the spec; write: distill run SPEC {given}")
     path = Path(given)
     if path.suffix in (".yaml", ".yml") or "/" in given or path.is_file():
         if not path.exists():
@@ -67,7 +67,7 @@ def checked(
     spec = resolved.spec
     if here and spec.launch.nodes > 1:
         raise InputError(
-            f"launch.nodes={spec.launch.nodes}: here is one machine; use distill submit, or launch.nodes=1"
+            f"launch.nodes={spec.launch.nodes}: distill run uses one machine; use distill submit, or launch.nodes=1"
         )
     from distill.execution import preflight  # torch comes with it
 
@@ -166,9 +166,7 @@ def again(
     """The existing run of a spec's name."""
     paths = RunPaths(folder.absolute() / source.spec.name)
     if not paths.spec.is_file():
-        raise InputError(
-            f"there is no run '{source.spec.name}' in {folder} to go on with; leave --resume out to start it"
-        )
+        raise InputError(f"there is no run '{source.spec.name}' in {folder} to resume; start it without --resume")
     return paths, source
 
 
@@ -205,13 +203,15 @@ def go_on(
             changed.append(f"recipe ./{recipe}: its file has changed")
     if changed:
         raise InputError(
-            "\n  ".join([f"run '{paths.name}' cannot go on with a changed spec (only launch may change):", *changed])
-            + "\nstart another run by --name OTHER, or undo the change"
+            "\n  ".join(
+                [f"run '{paths.name}' cannot be resumed with a changed spec (only launch may change):", *changed]
+            )
+            + "\nstart another run with --name OTHER, or undo the change"
         )
     moved = specfile.differences(old, source.spec.model_copy(update={"name": old.name}))
     if moved and live:
         raise InputError(
-            f"jobs of run '{paths.name}' are under way ({', '.join(live)}), so nothing of launch can change "
+            f"jobs of run '{paths.name}' are running or queued ({', '.join(live)}), so nothing of launch can change "
             f"({'; '.join(moved)}); wait for them, or: distill cancel {paths.name}"
         )
     if moved:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 TrustOption = Annotated[
     bool,
-    typer.Option("--trust-code", help="Take code that distill has never shipped, too; shows it first."),
+    typer.Option("--trust-code", help="Also accept code that distill has never shipped; shows it first."),
 ]
 MANY = 20  # warnings
 WHICH = (
@@ -44,10 +44,12 @@ WHICH = (
 
 def publish(
     student: Annotated[str, typer.Argument(metavar="RUN[@best|@step-N]", help=WHICH)],
-    name: Annotated[str, typer.Argument(metavar="NAME[:VERSION]", help="By default the next free of v1, v2, ...")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME[:VERSION]", help="By default the next free version: v1, v2, ...")
+    ],
     store: StoreOption = None,
 ) -> None:
-    """Publish a student in the store, with its whole model card. What is published never changes."""
+    """Publish a student in the store, with a complete model card. What is published never changes."""
     from distill.exchange import published, publishing, student_card
 
     folder = store_path(store)
@@ -111,7 +113,7 @@ def pull(
     trust_code: TrustOption = False,
     store: AnyStoreOption = None,
 ) -> None:
-    """Fetch a student, whole and checked or not at all, from a store or a URL: file, http(s), ssh, s3 or hf."""
+    """Fetch a student from a store or a URL (file, http(s), ssh, s3, hf) and check it. It appears complete or not at all."""
     from distill.exchange import pulling
 
     source, name, digest = _source(given, store)
@@ -123,7 +125,7 @@ def pull(
             f"pulled {here}: {human(pulled.fetched)} in {len(pulled.card.files) + 1} files, sha256 {pulled.digest[:12]}"
         )
     else:
-        say(f"{here} is here already, and whole: sha256 {pulled.digest[:12]}")
+        say(f"{here} exists already and is complete: sha256 {pulled.digest[:12]}")
     say(f'use it: DiffusionPipeline.from_pretrained("{here}", trust_remote_code=True)')
 
 
@@ -131,7 +133,7 @@ def verify(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A student folder.")],
     trust_code: TrustOption = False,
 ) -> None:
-    """Check a student folder: every checksum, nothing that does not belong there, no code that is unknown."""
+    """Check a student folder: its checksums, that no other files are in it, and that its code is known."""
     from distill.exchange import pulling, transports
 
     if transports.is_url(str(folder)):

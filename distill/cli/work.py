@@ -39,7 +39,7 @@ def quickstart(store: StoreOption = None) -> None:
     folder = store_path(store)
     paths, unfinished = choose_quickstart(folder)
     if unfinished is not None:
-        say(f"going on with {near(paths.root)}")
+        say(f"resuming {near(paths.root)}")
         execute(paths, unfinished)
     else:
         source = specfile.load(presets.find(PRESET), name=paths.name)
@@ -63,7 +63,7 @@ def choose_quickstart(folder: Path) -> tuple[RunPaths, "distill.spec.model.RunSp
             if spec.digest() == digest and todo.pending(paths, spec):
                 return paths, spec
         except (InputError, RunError, OSError) as error:
-            warn(f"run '{paths.name}' is damaged, and passed over: {error}")
+            warn(f"run '{paths.name}' is damaged and skipped: {error}")
     raise AssertionError
 
 
@@ -72,15 +72,15 @@ def run(
     changes: Changes = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run of this name; SPEC may be the run itself.")
+        bool, typer.Option("--resume", help="Resume a run of this name; SPEC may be the run itself.")
     ] = False,
     procs: Annotated[
         int | None,
-        typer.Option("--procs", min=1, max=4096, help="Processes that train together; short for launch.procs=N."),
+        typer.Option("--procs", min=1, max=4096, help="Number of processes to train with; sets launch.procs."),
     ] = None,
     store: StoreOption = None,
 ) -> None:
-    """Execute a spec: train, solve pairs, export, evaluate. What is done is never redone."""
+    """Run a spec: train, solve pairs, export, evaluate. Completed stages are never repeated."""
     folder = store_path(store)
     changes = [*(changes or []), *([] if procs is None else [f"launch.procs={procs}"])]
     if resume:
@@ -94,12 +94,12 @@ def plan(
     spec: SpecArgument,
     changes: Changes = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Also make two steps of each training, and count the memory it takes.")
+        bool, typer.Option("--measure", help="Also run two steps of each training and measure its memory.")
     ] = False,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Say everything that a run would do, after all its checks; changes nothing."""
+    """Check a spec and print everything that its run would do; changes nothing."""
     from distill.plans import planning
 
     folder = store_path(store)

@@ -153,7 +153,7 @@ def _skip(stream: Stream, count: int) -> None:
             begin, left = time.monotonic(), count
         passed = stream.read(min(count, READ))
         if not passed:
-            raise Broken(f"ended {count:,} bytes before where it is to go on")
+            raise Broken(f"ended {count:,} bytes before the point to resume from")
         count -= len(passed)
 
 

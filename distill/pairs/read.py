@@ -74,7 +74,7 @@ class PairSet:
             faults += [f"{name} is not of this set" for name in foreign(folder, manifest)]
         if faults:
             raise InputError(
-                f"{folder}: {few(faults)}; delete what is damaged or foreign and go on with the run (--resume): "
+                f"{folder}: {few(faults)}; delete what is damaged or foreign and resume the run (--resume): "
                 "what is missing is made again"
             )
         if not manifest.store_noise:

@@ -195,7 +195,7 @@ def make(store: Path) -> None:
 
 
 def _unusable(store: Path, error: OSError) -> str:
-    return f"cannot make a run in the store {store}: {error.strerror}; choose another by --store"
+    return f"cannot make a run in the store {store}: {error.strerror}; choose another with --store"
 
 
 def create_run(store: Path, name: str, files: Mapping[str, str | bytes]) -> RunPaths:
@@ -227,7 +227,7 @@ def name_in_use(run: RunPaths) -> str:
         return f"{run.root} exists already and is not a run; choose another name by --name OTHER"
     return (
         f"there is a run '{run.name}' in {run.root.parent} already; "
-        "go on with it by --resume, or start another by --name OTHER"
+        "resume it with --resume, or start another with --name OTHER"
     )
 
 

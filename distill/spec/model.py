@@ -309,7 +309,7 @@ class SlurmSpec(FrozenModel):
     options: list[ScriptLine] = []
     """further options of sbatch as they stand, like --constraint=h100"""
     lead_seconds: Annotated[int, Field(gt=0, le=604_800)] = 180
-    """how long before the time limit the processes are asked to save and leave"""
+    """how long before the time limit the processes are asked to save and exit"""
     max_crashes: Annotated[int, Field(ge=0, le=1000)] = 3
     """how often a crashed job is queued again; a second crash at the same step ends it"""
     pairs_jobs: Annotated[int, Field(gt=0, le=MAX_PARTS)] = 1

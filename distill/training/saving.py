@@ -72,8 +72,8 @@ def _host_memory(size: int, *, pinned: bool) -> Tensor:
         found = torch.empty(size, dtype=torch.uint8)
     except RuntimeError as error:
         raise RunError(
-            f"no memory for the copy of a checkpoint that is written while training goes on: {space.human(size)} more "
-            "are needed on the host of rank 0"
+            f"no memory for the copy of a checkpoint that is written while training continues: {space.human(size)} "
+            "more are needed on the host of rank 0"
         ) from error
     if pinned:
         runtime = torch.cuda.cudart()
