@@ -125,7 +125,7 @@ FIELDS = {
     ),
     "unknown half-life": (
         ["stages.teach.export=9000.5"],
-        SPEC + f"stages.teach.export: 9000.5 is none of ema_half_lives; valid: raw, {HALVES}",
+        SPEC + f"stages.teach.export: 9000.5 is not one of ema_half_lives; valid: raw, {HALVES}",
     ),
     "needs data": (
         ["data={kind: none}"],
@@ -160,7 +160,7 @@ def test_several_mistakes_come_at_once(capfd, tmp_path):
 # --- files: `distill run s.yaml` ---
 
 FILES = {
-    "empty": ("", "s.yaml: empty; `distill init` lists the presets to begin with"),
+    "empty": ("", "s.yaml: empty; `distill init` lists the presets to start from"),
     "a list": ("- 1\n", "s.yaml: holds [1], not a spec; a spec has name and stages"),
     "not YAML": ("name: [1\n", "s.yaml: not YAML: line 2, column 1: did not find expected ',' or ']'"),
     "a key twice": ("name: a\nstages: {}\nname: b\n", "s.yaml: line 3: key 'name' stands twice"),
@@ -170,7 +170,7 @@ FILES = {
         "s.yaml: name: 3 given; must be text (in quotes if it looks like a number)",
     ),
     "no stages": ("name: a\n", "s.yaml: stages: missing (in the order in which they run)"),
-    "not text": ("name: \0", "s.yaml: not YAML: character 0x0 cannot stand in it"),
+    "not text": ("name: \0", "s.yaml: not YAML: character 0x0 is not allowed"),
 }  # fmt: skip
 
 
@@ -396,7 +396,7 @@ def test_export_of_what_is_not_there(capfd, tmp_path):
     for arguments, said in [
         ([], "run 'one' has 3 train stages; name one: teach, reflow, one_step"),
         (["reflw"], "run 'one' has no train stage 'reflw'; did you mean 'reflow'? valid: one_step, reflow, teach"),
-        (["teach", "--half-life", "5"], f"--half-life 5 is none of the stage's; valid: {HALVES}"),
+        (["teach", "--half-life", "5"], f"--half-life 5 is not one of the stage's; valid: {HALVES}"),
         (["teach", "--half-life", f"{TEACH.ema_half_lives[0]:g}", "--raw"], "--raw and --half-life exclude each other"),
         (["reflow"], "the checkpoints of 'reflow' were deleted; what was exported is runs/one/students/reflow"),
         (["teach"], "stage 'teach' of run 'one' has no checkpoint yet; wait for the first one"),
@@ -465,7 +465,7 @@ CHECKPOINTS = {
     "weights that are no numbers": (
         not_finite,
         [],
-        "{tmp}/teacher/diffusion_pytorch_model.safetensors holds NaN or infinity in conv_in.bias; give sound weights",
+        "{tmp}/teacher/diffusion_pytorch_model.safetensors holds NaN or infinity in conv_in.bias; give valid weights",
     ),
     "no config": (
         no_config,

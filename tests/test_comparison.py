@@ -330,7 +330,7 @@ UNFIT = {
     "nothing distilled": (
         {"solve": None, "flow": None},
         None,
-        "spec 'x' distils by no recipe; name some by --recipes, like reflow,one_step",
+        "spec 'x' has no distillation recipe; name some with --recipes, like reflow,one_step",
     ),
     "nothing to be like": (
         {"solve": None, "flow": None},
@@ -347,7 +347,7 @@ UNFIT = {
     "a name that is taken": (
         {"one_step": PAIRS},
         ["one_step"],
-        "stages.one_step: the comparison makes a stage of that name; name this one otherwise",
+        "stages.one_step: the comparison makes a stage of that name; give this one another name",
     ),
     "no teacher needed": (
         {},
@@ -416,7 +416,7 @@ def test_a_copy_with_a_name_that_is_taken():
     with pytest.raises(InputError) as caught:
         comparison.plan(resolve(specfile.validate(content, "f"), specfile.Path()), None)
     assert str(caught.value) == (
-        "stages.one_step-reflow: the comparison makes a stage of that name; name this one otherwise"
+        "stages.one_step-reflow: the comparison makes a stage of that name; give this one another name"
     )
 
 

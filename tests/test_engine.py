@@ -218,7 +218,9 @@ def test_a_non_finite_loss_stops_before_the_optimizer_moves(tmp_path, kind):
     recipe, source = Faulty(), Ring(fault=3 if kind == "data" else None)
     values = {"data": "loss nan, gradient norm nan", "gradient": r"loss \d\.\d+, gradient norm nan"}[kind]
     last = tmp_path / "stages/train/checkpoints/step-00000003"
-    message = rf"step 3, turn 0, network 'student': {values}; its weights did not move; last good checkpoint: {last}"
+    message = (
+        rf"step 3, turn 0, network 'student': {values}; its weights were not changed; last good checkpoint: {last}"
+    )
     with pytest.raises(RunError, match=message):
         train(tmp_path, recipe, source, micro_batch=8)
     after = {k: v for k, v in recipe.student.state_dict().items() if k != "calls"}

@@ -113,11 +113,11 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
         (["spec.yaml", "--stage", "pairs", f"stages.pairs.count={10**18}"], "count: 1000000000000000000 given"),
         (["spec.yaml", "--stage", "pairs", "stages.pairs.count=1e9"], "stages.pairs.shard: 1,000,000,000 pairs in fil"),
         ([GAUSSIAN, "--out", "p", "--times", "1,x"], "--times 1,x: numbers with commas between them are expected"),
-        ([GAUSSIAN, "--out", "p", "--times", "1,0"], "--times: backward paths keep their ends alone, so this has no"),
+        ([GAUSSIAN, "--out", "p", "--times", "1,0"], "--times: backward paths store only their ends, so this has no"),
         ([GAUSSIAN, "--out", "p", "--paths", "trajectories"], "--times: None given; trajectories need times from 1"),
         (
             [GAUSSIAN, "--out", "p", "--paths", "trajectories", "--times", "1,0.3,0"],
-            "--times: 0.3 are none of the solver's own, the multiples of 1/steps = 1/16",
+            "--times: 0.3 are not times of the solver, the multiples of 1/steps = 1/16",
         ),
         (
             [GAUSSIAN, "--out", "p", "--paths", "forward", "--solver", "dpm_solver_pp_2m"],

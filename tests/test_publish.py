@@ -248,7 +248,7 @@ def test_a_store_over_plain_http(capfd, tmp_path, store):
             done.err == f"error: {url} has no published student 'digit'; did you mean 'digits'? valid: digits, mnist\n"
         )
         done = command(capfd, "pull", "digits:v3")
-        assert "v3 is no student folder: it has no distill.json" in done.err
+        assert "v3 is not a student folder: it has no distill.json" in done.err
         done = command(capfd, "list")
         said = f"error: the store {url} (from {tmp_path}/config/distill/config.yaml) is a URL, from which students are "
         assert (done.code, done.err) == (2, f"{said}pulled; this needs a folder: give one with --store\n")
@@ -266,7 +266,7 @@ def test_a_store_over_plain_http(capfd, tmp_path, store):
         server.faults = [Fault("_index.json", change=lambda content: b"[]")]
         done = command(capfd, "students")
         assert (done.code, done.err) == (
-            2, f"error: {url}/registry/_index.json is no index of students: [] given; input should be an object\n"
+            2, f"error: {url}/registry/_index.json is not an index of students: [] given; input should be an object\n"
         )  # fmt: skip
         server.faults = [Fault("_index.json", change=lambda content: content.replace(b"digits", b"../x", 1))]
         done = command(capfd, "students", "--json")
@@ -438,7 +438,7 @@ def test_pull_takes_students_of_runs_too(capfd, run, tmp_path):
         assert done.code == 0, done.err
         assert folder_bytes(tmp_path / re.sub(r"\W", "-", given)) == folder_bytes(run.student(stage))
     done = command(capfd, "pull", "one@step-20", str(tmp_path / "x"))
-    assert "a checkpoint is no student yet; distill export or distill publish makes one of it" in done.err
+    assert "a checkpoint is not a student yet; distill export or distill publish makes one from it" in done.err
     with Flaky(run.root.parent) as server:
         assert command(capfd, "pull", "one/long", str(tmp_path / "far"), "--store", server.url).code == 0
     assert folder_bytes(tmp_path / "far") == folder_bytes(run.student("long"))

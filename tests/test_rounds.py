@@ -259,7 +259,7 @@ def test_a_stage_before_the_pairs_with_a_name_of_the_rounds():
     text = json.dumps(content).replace('"teach"', '"reflow-2"')
     with pytest.raises(InputError) as caught:
         expand(resolve(specfile.validate(json.loads(text), "f"), specfile.Path()), RoundsPlan(2))
-    assert str(caught.value) == "stages.reflow-2: the rounds make a stage of that name; name this one otherwise"
+    assert str(caught.value) == "stages.reflow-2: the rounds make a stage of that name; give this one another name"
 
 
 REFUSED = {
@@ -274,7 +274,8 @@ REFUSED = {
     ),
     "less than a pair": (
         ["digits", "--forward", "0.001"],
-        "spec 'digits': stages.reflow-1.pairs: a part of 0.001 of batch_size=128 is not one pair; use a larger batch "
+        "spec 'digits': stages.reflow-1.pairs: a part of 0.001 of batch_size=128 is less than one pair; use a larger "
+        "batch "
         "or other parts",
     ),
     "an endless weight": (

@@ -78,7 +78,7 @@ REFUSED = {
     ),
     "time": (
         ["--time=1:2:3:4"],
-        "spec 'mix': launch.slurm.time: '1:2:3:4' is no time limit; valid: MINUTES, H:MM:SS, D-HH or D-HH:MM:SS",
+        "spec 'mix': launch.slurm.time: '1:2:3:4' is not a time limit; valid: MINUTES, H:MM:SS, D-HH or D-HH:MM:SS",
     ),
     "lead": (
         ["--time=3"],

@@ -197,7 +197,7 @@ def test_a_claim_that_says_nothing(tmp_path, monkeypatch):
     run.running.mkdir()
     (run.running / "junk").touch()
     with pytest.raises(
-        InputError, match=r"running says nothing of who made it; if nobody executes the run, remove it$"
+        InputError, match=r"running does not say which process made it; if no process executes the run, remove it$"
     ):
         claims.claim(run).__enter__()
     (run.running / "owner.json").write_text("{")

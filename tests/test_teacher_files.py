@@ -200,7 +200,7 @@ def test_an_old_name_beside_the_new_one_is_refused_across_shards(folder):
         ),
         (
             ["diffusion_pytorch_model.fp16-00001-of-00002.safetensors"],
-            f"-00001-of-00002.safetensors but no {FILE}.index.fp16.json, which says what lies in which",
+            f"-00001-of-00002.safetensors but no {FILE}.index.fp16.json, which maps weights to files",
         ),
     ],
 )

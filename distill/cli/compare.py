@@ -130,7 +130,8 @@ def _again(
         if ours != theirs:
             raise InputError(
                 f"run '{run.name}' cannot be resumed with a changed spec: '{chain.name}' is trained by "
-                f"{', '.join(theirs)} there, by {', '.join(ours)} here; undo the change, or start another with --name OTHER"
+                f"{', '.join(theirs)} there, by {', '.join(ours)} here; undo the change, "
+                "or start another with --name OTHER"
             )
     found, _ = budget.frozen(planned, record.measured, record.budget_minutes, record.command)
     return start.resume(run, replace(source, spec=found))

@@ -113,7 +113,7 @@ def pull(
     trust_code: TrustOption = False,
     store: AnyStoreOption = None,
 ) -> None:
-    """Fetch a student from a store or a URL (file, http(s), ssh, s3, hf) and check it. It appears complete or not at all."""
+    """Fetch a student from a store or a URL (file, http(s), ssh, s3, hf) and check it: all of it or nothing."""
     from distill.exchange import pulling
 
     source, name, digest = _source(given, store)
@@ -232,7 +232,7 @@ def _source(given: str, store: str | None) -> "tuple[distill.exchange.transports
             label = folder.name if isinstance(chosen, Path) else f"{chosen.run.name}-{chosen.stage}"
             return transports.at(folder), label, None
         raise InputError(
-            f"'{given}': a checkpoint is no student yet; distill export or distill publish makes one of it"
+            f"'{given}': a checkpoint is not a student yet; distill export or distill publish makes one from it"
         )
     name, version = published.split(given)
     listed = published.listed(source, name)

@@ -168,7 +168,7 @@ def export(
     halves = trained[name].ema_half_lives
     if half_life is not None and half_life not in halves:
         valid = ", ".join(f"{half:g}" for half in halves) or "none; use --raw"
-        raise InputError(f"--half-life {half_life:g} is none of the stage's; valid: {valid}")
+        raise InputError(f"--half-life {half_life:g} is not one of the stage's; valid: {valid}")
     folder = out or Path(f"{paths.name}-{name}")
     if folder.exists():
         raise InputError(f"{folder} exists already; name another folder with --out")

@@ -104,7 +104,7 @@ def open_rows(spec: HfData) -> Dataset:
         imagefolder.refuse_container(spec.path)
     if spec.revision is not None and path.exists():
         raise InputError(
-            f"data.revision={spec.revision} has no effect: {spec.path} lies here and is not a hub id; remove it"
+            f"data.revision={spec.revision} has no effect: {spec.path} is here and is not a hub id; remove it"
         )
     with _readable(spec):
         if path.is_file():

@@ -133,7 +133,7 @@ def listed(source: RemoteSource, only: str = "*") -> Listed:
     except Missing as missing:
         raise InputError(f"{missing}; nothing has been published here, or this is not a store") from missing
     except ValidationError as error:
-        raise InputError(f"{where} is no index of students: {records.mistake(error)}") from error
+        raise InputError(f"{where} is not an index of students: {records.mistake(error)}") from error
     found = Listed([])
     for number, each in enumerate(given):
         try:
@@ -246,7 +246,7 @@ def write_index(store: Path) -> Listed:
             write_atomic(store / REGISTRY / INDEX, content)
         except RunError as error:
             raise RunError(
-                f"the student is published, but whoever reads this store over http does not see it: {error}. Once "
+                f"the student is published, but readers of this store over http do not see it: {error}. Once "
                 "that file can be written, publish the student again"
             ) from error
         found = scan(store)
@@ -255,7 +255,7 @@ def write_index(store: Path) -> Listed:
     if left_out := len(found.students) - content.count(b"\n{"):
         warn(
             f"{store / REGISTRY / INDEX} is full: it leaves out the oldest {left_out:,} of {len(found.students):,} "
-            "students, which whoever reads this store over http can pull only by NAME:VERSION"
+            "students, which readers over http can pull only by NAME:VERSION"
         )
     return found
 

@@ -106,7 +106,7 @@ def publish(
     if home.is_symlink():
         raise InputError(f"{home} is a link; nothing is published through one. Choose another name, or remove it")
     if os.path.lexists(home) and not home.is_dir():
-        raise InputError(f"{home} is no folder, so no version can lie there; choose another name, or remove it")
+        raise InputError(f"{home} is not a folder, so it cannot hold a version; choose another name, or remove it")
     if picture:
         contents.refuse_picture(picture, PICTURE)
     source = RemoteFolder(student)

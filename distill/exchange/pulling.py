@@ -77,7 +77,7 @@ def describe(source: RemoteSource) -> tuple[StudentCard, bytes]:
         content = read(source, student_card.FILE_NAME, student_card.MAX_CARD)
     except Missing as missing:
         raise InputError(
-            f"{source.where} is no student folder: it has no {student_card.FILE_NAME} ({missing})"
+            f"{source.where} is not a student folder: it has no {student_card.FILE_NAME} ({missing})"
         ) from missing
     card = manifest.parse(content, f"{source.where}/{student_card.FILE_NAME}")
     found = source.listing()
@@ -108,7 +108,7 @@ def pull(source: RemoteSource, dest: Path, *, digest: str | None = None, show: S
     if digest is not None and digest != found:
         raise InputError(
             f"{source.where} is another student (sha256 {found[:12]}) than the store's index says ({digest[:12]}); "
-            "published versions never change, so ask whoever keeps the store"
+            "published versions never change, so ask the owner of the store"
         )
     if show is None:
         manifest.refuse_unknown_code(card, source.where)
@@ -139,7 +139,7 @@ def _is_here(dest: Path, content: bytes, show: Show | None) -> bool:
     try:
         here = read_regular(dest / student_card.FILE_NAME, student_card.MAX_CARD)
     except OSError as error:
-        raise InputError(f"{dest} exists and is no student; name another folder") from error
+        raise InputError(f"{dest} exists and is not a student; name another folder") from error
     if here != content:
         raise InputError(f"{dest} holds another student; name another folder, or remove it")
     verify(dest, show)

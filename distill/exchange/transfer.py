@@ -106,7 +106,7 @@ def _complete(source: RemoteSource, name: str, record: FileRecord, part: FilePar
         except Broken as broken:
             why = "" if part.size == record.size else str(broken)
         except Missing as missing:
-            raise InputError(f"{missing}, but distill.json lists it; the student there is not whole") from missing
+            raise InputError(f"{missing}, but distill.json lists it; the student there is incomplete") from missing
         except Refused as refused:
             raise InputError(str(refused)) from refused
         if part.size == record.size:

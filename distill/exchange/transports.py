@@ -226,8 +226,8 @@ class RemoteFolder:
             seen += len(folders) + len(files)
             if seen > MAX_LISTED or len(Path(above).relative_to(self.path).parts) > MAX_DEPTH:
                 raise InputError(
-                    f"{self.path} holds more than {MAX_LISTED:,} files or {MAX_DEPTH} levels of folders, so it is no "
-                    "student"
+                    f"{self.path} holds more than {MAX_LISTED:,} files or {MAX_DEPTH} levels of folders, so it is not "
+                    "a student"
                 )
             for path in (Path(above) / each for each in sorted([*folders, *files])):
                 if path.is_symlink():

@@ -128,7 +128,7 @@ def _refuse_without_room(what: str, needs: Sequence[tuple[Path, int]]) -> None:
         if count > free:
             raise InputError(
                 f"{what} needs {human(count)} in {' and '.join(str(path) for path, _ in places)}, "
-                f"and {human(free)} are free; make room, or give other places by --store and HF_HOME"
+                f"and {human(free)} are free; make room, or set other folders with --store and HF_HOME"
             )
 
 

@@ -138,7 +138,7 @@ def _build(
     teacher = _student(earlier, stage.teacher) if stage.teacher is not None else own
     teacher = teacher if "teacher" in recipe.needs else None
     if isinstance(teacher, LoadedStudent):
-        raise InputError(f"{teacher.description} is no teacher")
+        raise InputError(f"{teacher.description} is not a teacher")
     if teacher is not None:
         teacher = teacher_on_linear_path(teacher)
     origin = _student(earlier, stage.init) if stage.init is not None else teacher

@@ -83,7 +83,7 @@ class SiteSource:
 def load(path: Path) -> SiteSource:
     """The site in a file, types taken strictly; InputError with one line per mistake."""
     if not path.is_file():
-        raise InputError(f"there is no site file {path}; write one beginning with {EXAMPLE}")
+        raise InputError(f"there is no site file {path}; copy and edit {EXAMPLE}")
     content = yamltext.parse(yamltext.read(path), str(path)) or {}
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds {schema.show(content)}, not a site; {EXAMPLE} shows one")

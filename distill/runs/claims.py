@@ -228,7 +228,9 @@ def _take(run: RunPaths, place: Path, mine: Path, me: Owner) -> None:
         found = _look(place)
         if found is None:  # it was given back between the two lines above
             if time.monotonic() > deadline:
-                raise InputError(f"{place} says nothing of who made it; if nobody executes the run, remove it")
+                raise InputError(
+                    f"{place} does not say which process made it; if no process executes the run, remove it"
+                )
             time.sleep(0.01)
         elif (found.owner.job == me.job != "" and found.owner.restart < me.restart) or not _is_alive(run, found):
             _bury(run, found)

@@ -143,7 +143,7 @@ class RunPaths:
     def _part(self, name: str) -> str:
         """The name of a stage, which leads to no other folder. InputError if it is none: it may come from a file."""
         if NAME.fullmatch(name) is None:
-            raise InputError(f"{self.root} has no stage '{one_line(name)}': that is no name of a stage")
+            raise InputError(f"{self.root} has no stage '{one_line(name)}': that is not a stage name")
         return name
 
 

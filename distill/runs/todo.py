@@ -15,7 +15,7 @@ def load_spec(run: RunPaths) -> RunSpec:
     try:
         text = records.read_small(run.spec).decode()
     except FileNotFoundError:
-        raise InputError(f"{run.spec} is missing, so {run.root} is no run that can be read") from None
+        raise InputError(f"{run.spec} is missing, so {run.root} cannot be read as a run") from None
     except UnicodeDecodeError:
         raise InputError(f"{run.spec}: not a text file (UTF-8); a spec is a YAML file") from None
     return validate(yamltext.parse(text, str(run.spec)), str(run.spec))

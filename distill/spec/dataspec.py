@@ -90,7 +90,7 @@ class ImageOptions(FrozenModel):
             Path(self.path).exists()
         except OSError as error:
             raise InputError(
-                f"data.path={printable(self.path)[:300]} cannot be looked at: {error.strerror}; give another path"
+                f"data.path={printable(self.path)[:300]} cannot be read: {error.strerror}; give another path"
             ) from error
 
 

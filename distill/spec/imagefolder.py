@@ -226,7 +226,7 @@ def _refuse_dead_links(root: str, folder: str, entries: Sequence["os.DirEntry[st
     for entry in entries:
         if _suffix(entry.name) not in suffixes() and entry.is_symlink() and _is_dead(entry):
             raise InputError(
-                f"data.path={root}: the link {printable(_below(folder, entry.name))} leads nowhere; repair or remove it"
+                f"data.path={root}: the link {printable(_below(folder, entry.name))} is broken; repair or remove it"
             )
 
 
@@ -309,14 +309,14 @@ def _refuse_splits(path: str, classes: Sequence[str]) -> None:
     held_out = [name for name in classes if HELD_OUT.fullmatch(name)]
     if (train and held_out) or (classes and len(train) + len(held_out) == len(classes)):
         raise InputError(
-            f"data.path={path} holds the parts of a data set ({', '.join([*train, *held_out])}), which are no classes; "
-            f"give one of them: data.path={_below(path, [*train, *held_out][0])}"
+            f"data.path={path} holds the parts of a data set ({', '.join([*train, *held_out])}), which are not classes;"
+            f" give one of them: data.path={_below(path, [*train, *held_out][0])}"
         )
     repeats = [match[1] for match in map(REPEATS.fullmatch, classes) if match]
     if repeats and len(repeats) == len(classes) and (len(classes) == 1 or max(Counter(repeats).values()) > 1):
         raise InputError(
             f"data.path={path}: {printable(', '.join(classes[:SHOWN]))} are named like folders of kohya's trainers, "
-            "REPEATS_NAME, which are no classes; give the folder itself (data.path="
+            "REPEATS_NAME, which are not classes; give the folder itself (data.path="
             f"{printable(_below(path, classes[0]))}), or rename the folders where they are classes"
         )
 
@@ -330,7 +330,7 @@ def _refuse_buckets(path: str, classes: Sequence[str], names: Sequence[str]) -> 
         number is not None and int(number[2]) // 1000 in (int(number[1]), int(number[1]) / 1000) for number in numbers
     ):
         raise InputError(
-            f"data.path={path}: {printable(', '.join(classes[:SHOWN]))} part the images by their numbers, and are no "
+            f"data.path={path}: {printable(', '.join(classes[:SHOWN]))} group the images by number and are not "
             f'classes; write {{"labels": null}} to {path}/{LABELS}, or the class of each image'
         )
 
@@ -350,7 +350,7 @@ def _refuse_mixed(path: str, classes: Sequence[str], names: Sequence[str]) -> No
 
 def _parsed(path: Path) -> _Labels:
     if not path.is_file():
-        raise InputError(f"{path} is no file; remove it, or give the labels there")
+        raise InputError(f"{path} is not a file; remove it, or give the labels there")
     try:
         return _Labels.model_validate_json(path.read_bytes())
     except OSError as error:

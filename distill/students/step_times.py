@@ -204,7 +204,7 @@ def find(
         damaged = False
     except (OSError, ValueError) as error:
         reason = records.mistake(error) if isinstance(error, ValidationError) else error
-        printing.warn(f"{path} does not hold the step times asked for ({reason}); they are found again")
+        printing.warn(f"{path} does not hold the step times asked for ({reason}); they are computed again")
         damaged = True
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

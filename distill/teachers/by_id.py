@@ -33,7 +33,7 @@ def read_of(name: str, files: Iterable[str], *, weights: bool = True) -> list[st
             if variants.ADAPTER.fullmatch(file):
                 raise InputError(
                     f"teacher.path={name}: the adapter {folder}{short(file)} would not be used; {variants.MERGE}, or "
-                    "download the repository without it where the teacher is meant without it"
+                    "download the repository without it to use the teacher without it"
                 )
     found = {file for file in listed if file in SMALL}
     if weights:

@@ -86,7 +86,7 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherChe
     network_class = _network_class(spec, path, content, kind)
     config = checked(NetworkConfig, content, path)
     if config.time_embedding_type == "learned":
-        raise InputError(f"{path}: time_embedding_type learned knows whole steps only; valid: positional")
+        raise InputError(f"{path}: time_embedding_type learned supports whole steps only; valid: positional")
     shape = _shape(path, config)
     num_classes, null_class = _classes(config, parts.student, spec)
     linear_by_construction = network_class in LINEAR_NETWORKS

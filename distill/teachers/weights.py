@@ -143,7 +143,7 @@ def _tensors(found: Mapping[str, Stored]) -> dict[str, Tensor]:
         except SafetensorError as error:
             raise _damaged(path, error) from error
         if broken:
-            raise InputError(f"{path} holds NaN or infinity in {_some(broken)}; give sound weights")
+            raise InputError(f"{path} holds NaN or infinity in {_some(broken)}; give valid weights")
     return state
 
 

@@ -311,7 +311,7 @@ class Checkpoints:
         if changed:
             raise InputError(
                 f"checkpoint {found.path} was trained with other settings: {'; '.join(changed)}; "
-                "give the old ones back, or start a new run"
+                "restore the old ones, or start a new run"
             )
 
 

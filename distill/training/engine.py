@@ -159,7 +159,8 @@ def _loop(
                 logs = _means(losses, norm, world)
                 if not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"])):
                     raise RunError(
-                        f"{place}: loss {logs['loss']}, gradient norm {logs['grad_norm']}; its weights did not move; "
+                        f"{place}: loss {logs['loss']}, gradient norm {logs['grad_norm']}; its weights were not "
+                        "changed; "
                         f"last good checkpoint: {saver.last_good()}"
                     )
                 if probe is not None:

@@ -204,8 +204,8 @@ def _recompute(recipe: str, networks: list[nn.Module]) -> None:
     able = [part for part in parts if part._supports_gradient_checkpointing]
     if not able:
         raise InputError(
-            f"launch.activation_checkpointing: no network that recipe '{recipe}' trains is made of blocks that can be "
-            "computed again, so this has no effect; remove it"
+            f"launch.activation_checkpointing: no network that recipe '{recipe}' trains has blocks that can be "
+            "recomputed, so this has no effect; remove it"
         )
     for part in able:
         part.enable_gradient_checkpointing()
