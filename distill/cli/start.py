@@ -149,7 +149,7 @@ def is_run(folder: Path, given: str) -> bool:
 def find_again(
     folder: Path, given: str, changes: Sequence[str], name: str | None
 ) -> tuple[RunPaths, "distill.spec.specfile.SpecSource"]:
-    """An existing run, and the spec that it is to go on with."""
+    """An existing run, and the spec to resume it with."""
     from distill.spec import specfile
 
     if not is_run(folder, given):

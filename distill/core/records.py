@@ -1,6 +1,6 @@
-"""Files that anything may have happened to, read with care: regular files only, of bounded size, by a schema.
+"""Files that may be damaged, read with care: regular files only, of bounded size, validated by a schema.
 
-A FIFO would wait for ever and a device may have no end; neither is a file of a run.
+A FIFO would wait forever and a device may have no end; neither is a file of a run.
 """
 
 import errno

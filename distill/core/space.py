@@ -1,4 +1,4 @@
-"""Room for what is about to be written, on a disk or in memory.
+"""Space for what is about to be written, on a disk or in memory.
 
 Quotas of a disk count where the file system tells them as free space; limits of memory, where a cgroup sets them.
 """

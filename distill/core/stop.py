@@ -1,4 +1,4 @@
-"""Being asked to stop: a signal is noted, the step is finished and saved, and the process leaves with code 75."""
+"""Stopping on request: a signal is recorded, the step is finished and saved, and the process exits with code 75."""
 
 import os
 import signal

@@ -8,7 +8,7 @@ A store is shared by people who do not know each other. Who may write there is a
 of whoever keeps the server; everything in it is taken to come from somebody hostile, until it is checked:
 
 - A card (distill.json) or an entry of the index, by schema: one that is broken, no plain file, or too large is skipped,
-  with a warning that names it, and all others go on. Texts are single lines without control characters, numbers finite,
+  with a warning that names it; all others are used. Texts are single lines without control characters, numbers finite,
   sizes below 2^63 (card.py). File names are plain, below the folder, and of few kinds; links are not followed
   (manifest.py, regular.py).
   The index holds of each student what fits into 4 kB; of very many students, the newest.

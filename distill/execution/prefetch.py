@@ -87,7 +87,7 @@ FETCHED = Schema[_Fetched](_Fetched)
 
 
 def resolve(spec: RunSpec, store: Path, before: Sequence[Input] = ()) -> list[Input]:
-    """Everything that the spec names by hub id, in the store, each told on stderr: InputError if it cannot be had.
+    """Everything that the spec names by hub id, in the store, reported on stderr; InputError if a download fails.
 
     A revision is what it stands for now; `before` are the inputs of a run that is resumed, which keeps its commits.
     """
@@ -178,7 +178,7 @@ def record(inputs: Sequence[Input]) -> dict[str, str]:
 
 
 def keep(run: RunPaths, inputs: Sequence[Input]) -> None:
-    """The same for a run that is there already, made before there was talk of a cluster, perhaps."""
+    """The same for a run that exists already, perhaps made by `distill run`."""
     for name, text in record(inputs).items():
         (run.root / name).parent.mkdir(exist_ok=True)
         write_atomic(run.root / name, text)

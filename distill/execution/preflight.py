@@ -1,6 +1,6 @@
 """What is checked before anything is written: that teacher, data and recipes fit, by loading and building them.
 
-Whoever goes on from there (the estimate of memory, the forecast of time) is given what was loaded and built for it.
+What follows (the estimate of memory, the forecast of time) is given what was loaded and built here.
 """
 
 from collections.abc import Mapping

@@ -1,12 +1,12 @@
 """Who executes a run: one process at a time, also after a kill -9, also when two start at once. No file locks.
 
 A claim is the folder `running`, renamed into place with its owner's record inside, which succeeds for one process only.
-The claim of a dead process is renamed away, to a name made from that process and its last renewal: whoever comes late
-with the same intention finds that name taken, and cannot remove a claim that is newer than the one it judged.
+To take over a dead process's claim, rename it to a name made from that process and its last renewal. The rename works
+once, so two takers cannot both succeed, and nobody can remove a claim that is newer than the one that they judged.
 
 Whether a process of the same machine and pid namespace is alive is looked up. One of another host or container, or from
 before a restart of this machine, counts as alive while its claim is renewed (see `lease`), and as gone 120 s after the
-last renewal. Earlier versions do not renew: such a claim of another host holds until somebody removes it.
+last renewal. Earlier versions do not renew: such a claim of another host is valid until somebody removes it.
 
 Jobs of a cluster execute units of a run (a stage, a part of one) side by side: each claims its unit. A run is not
 claimed while a unit is, nor a unit while the run is.

@@ -116,7 +116,7 @@ class HfData(ImageOptions):
 
     @property
     def is_of_hub(self) -> bool:
-        """Whether its path is a hub id, not a place here."""
+        """Whether its path is a hub id and not a local one."""
         return not Path(self.path).exists()
 
 

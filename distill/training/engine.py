@@ -1,6 +1,6 @@
-"""The loop: turns of a recipe over batches of a source, until enough images were shown. It knows no objective.
+"""The loop: turns of a recipe over batches of a source, until enough images have been shown. It knows no objectives.
 
-(seed, step) is the whole position besides the tensors in the checkpoint, so a run that is killed and started again
+(seed, step) is the whole state besides the tensors in the checkpoint, so a run that is killed and started again
 ends in the same bits.
 """
 
@@ -84,7 +84,7 @@ def train(
     checkpoints = Checkpoints(paths.checkpoints, stage.checkpoint, settings, environment, progress.warn)
     found = world.alone("clearing up", checkpoints.resume)
     if not world.first:
-        found = checkpoints.resume()  # what rank 0 has left; there is nothing to clear any more
+        found = checkpoints.resume()  # rank 0 has removed broken checkpoints; the others only find the newest
     with world.contact("at the start"):
         roles = Roles(
             recipe, init, stage, device, world, slices, found=found, zero=zero, teacher=teacher, recompute=recompute

@@ -1,5 +1,5 @@
-"""The networks of a recipe in their roles: optimizers, averages, target copies. All that moves, and so all that a
-checkpoint holds besides the position.
+"""The networks of a recipe in their roles: optimizers, averages, target copies. All that training changes, and so all
+that a checkpoint contains besides the position.
 """
 
 import gc
@@ -69,7 +69,9 @@ class Roles:
             self.networks[name].requires_grad_(False).eval()
         if found is not None:
             self._load_weights(found, [*trained, *self.copies])  # before they are divided
-        for module in self.networks.values():  # a recipe may have drawn some of them otherwise than we think
+        for module in (
+            self.networks.values()
+        ):  # all ranks take rank 0's weights: a recipe may have drawn its own differently on each
             world.share([*module.parameters(), *module.buffers()])
         if recompute:
             _recompute(self.name, list(trained.values()))

@@ -1,4 +1,4 @@
-"""Saving while training goes on: training waits until its tensors are copied, a thread brings the copy to the disk.
+"""Saving while training continues: training waits until its tensors are copied; a thread writes the copy to disk.
 
 The copy is kept until the next save, so that it costs no new memory: rank 0 holds one whole checkpoint in the host's
 memory (`Roles.checkpoint_bytes`) from its first save to the end of training.
@@ -131,7 +131,7 @@ class Saver:
             self._warn_of(self._outcome())
 
     def save(self, step: int, images: int, groups: Iterable[Group]) -> None:
-        """Copy the tensors of `groups`, and write them while the caller goes on. Every rank must call it.
+        """Copy the tensors of `groups`, and write them while the caller continues. Every rank must call it.
 
         A save that is still being written is waited for. RunError if that one has failed.
         """

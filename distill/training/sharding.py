@@ -93,7 +93,7 @@ class Sharded(Trainable):
 
     def backward(self, loss: Tensor) -> None:
         if self._micro_steps:
-            self.engine.step()  # between two micro-batches: counts, moves nothing
+            self.engine.step()  # DeepSpeed wants step() after each micro-batch; before the last it only counts
         self._micro_steps += 1
         self.engine.backward(loss, scale_wrt_gas=False)
 

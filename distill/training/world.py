@@ -114,7 +114,7 @@ class World:
         return [any(text[i] for text in texts) for i in range(len(flags))]
 
     def alone(self, what: str, work: Callable[[], T]) -> T | None:
-        """What rank 0 returns from `work`, None on the others, once it is done: that may take longer than a collective.
+        """Rank 0 runs `work` and returns its result; the others return None and wait without a collective's time limit.
 
         If it raises there, the others lose contact with a rank that ends.
         """
