@@ -7,7 +7,8 @@ x_s = x_t + (s - t) u. Nothing here has an implementation; a module that fits th
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
@@ -38,6 +39,48 @@ class FlowMap(Protocol):
 
 
 @runtime_checkable
+class Conditioning(Protocol):
+    """What a network is conditioned on. Data and pairs hold an index for each sample (a class id, the row of a table);
+    `collate` makes of them what the network is called with. All tensors of a condition have the first dimension B.
+    """
+
+    @property
+    def count(self) -> int | None: ...  # indices are 0 ... count - 1; None: unconditional
+    @property
+    def has_null(self) -> bool: ...  # whether there is an unconditional call
+    def collate(self, indices: Tensor) -> Cond: ...  # [B] int64 -> a condition on the same device
+    def null(self, cond: Cond) -> Cond: ...  # the condition of the unconditional call, for as many rows
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """From pixels [B, C, H, W] in [-1, 1] to what a network sees, and back."""
+
+    @property
+    def is_identity(self) -> bool: ...
+    def shape(self, pixels: tuple[int, ...]) -> tuple[int, ...]: ...  # of one encoded sample
+    def encode(self, pixels: Tensor) -> Tensor: ...
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+
+@runtime_checkable
+class Architecture(Protocol):
+    """How the networks of some classes are described by their config.json and called: one file for each, found by the
+    class names. Config values come from a file that anybody may have written: refuse what is wrong by an InputError.
+    """
+
+    @property
+    def classes(self) -> tuple[type[nn.Module], ...]: ...  # ModelMixins
+    def shape(self, config: dict[str, Any], path: Path) -> tuple[int, ...]: ...  # of one sample
+    def conditioning(self, config: dict[str, Any], path: Path, null_class: int | None) -> Conditioning: ...
+    def layers(self, network: nn.Module) -> Sequence[str]: ...  # modules whose outputs are features, by name
+    def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor: ...  # output like x_t
+
+    # path: of config.json. null_class: of the unconditional call, as the spec or the student's distill.json says.
+    # time [B]: as the network's schedule counts it, e.g. 1000 t on the linear path.
+
+
+@runtime_checkable
 class Teacher(Protocol):
     """A frozen velocity field and what must be known to use it. A recipe is given one on the linear path."""
 
@@ -49,6 +92,13 @@ class Teacher(Protocol):
     def num_classes(self) -> int | None: ...  # real classes; None: unconditional
     @property
     def digest(self) -> str: ...  # sha256 over configuration and weights
+    @property
+    def conditioning(self) -> Conditioning: ...
+    @property
+    def codec(self) -> Codec: ...
+    @property
+    def layers(self) -> Sequence[str]: ...  # names of what `features` can give, in the order of the network
+    def features(self, x_t: Tensor, t: Tensor, cond: Cond, layers: Sequence[str]) -> list[Tensor]: ...
     def null(self, cond: Cond) -> Cond: ...  # the condition of the unconditional call
     def guided(self, guidance_scale: float) -> VelocityField: ...  # 1 = none
 
@@ -176,6 +226,8 @@ class Init(Protocol):
 
     @property
     def num_classes(self) -> int | None: ...  # of the networks it makes; None: unconditional
+    @property
+    def conditioning(self) -> Conditioning: ...
     def velocity_field(self) -> nn.Module: ...  # a module that is a VelocityField on the linear path
     def flow_map(self) -> nn.Module: ...  # a module that is a FlowMap on the linear path
     def acceleration(self) -> nn.Module: ...  # (x_t, t, None, cond) -> velocity v, (x_t, t, v, cond) -> dv/dt

@@ -383,7 +383,7 @@ def test_any_split_of_the_batch_couples_alike(coupling):
 @pytest.mark.process
 def test_two_processes_couple_like_one(tmp_path):
     """Of one coupling: the others draw and split their batches by the same code."""
-    subject = testing.Subject("pretrain/flow_matching", {"coupling": "ot_replacement", "coupling_block": 4})
+    subject = testing.Subject("pretrain/flow_matching", {"coupling": "ot_replacement", "coupling_block": 2})
     testing.agrees(subject, testing.train_together([subject], tmp_path / "pair"))
 
 

@@ -290,9 +290,10 @@ class _Work:
         return torch.cat(found), seconds / self.stage.samples
 
     def _measure(self, plan: Plan, samples: Tensor, seconds: float, endpoint: Tensor) -> Row:
-        laws = self.reference.measure(samples) if self.reference else {}
+        pixels = self.teacher.codec.decode(samples)
+        laws = self.reference.measure(pixels) if self.reference else {}
         picture = Path("pictures") / f"{plan.slug}.png"
-        write_atomic(self.folder / picture, self._picture(plan, samples))
+        write_atomic(self.folder / picture, self._picture(plan, pixels))
         row = Row(
             network=plan.network,
             role=plan.role,

@@ -124,7 +124,8 @@ def start(
     """Where the networks of a train stage come from. teacher: on the linear path; origin: its weights are copied."""
     samples = teacher if "pairs" in recipe.needs or data is None else data
     assert samples is not None, "checks.check lets no such stage through"
-    return StudentInit(origin, stage.network, samples.shape, samples.num_classes, seed, teacher, stage.dropout)
+    shape = samples.shape if samples is teacher or teacher is None else teacher.codec.shape(samples.shape)
+    return StudentInit(origin, stage.network, shape, samples.num_classes, seed, teacher, stage.dropout)
 
 
 def _build(

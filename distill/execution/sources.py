@@ -14,10 +14,13 @@ from distill.core.printing import say_error
 from distill.core.records import read_json
 from distill.core.stop import StopRequest
 from distill.data import DataSet, DataSource, load_data
+from distill.flow.codecs import PIXELS
+from distill.flow.conditioning import ClassLabels
+from distill.flow.draws import Rows
 from distill.pairs import accuracy, paths
 from distill.pairs.accuracy import Accuracy
 from distill.pairs.paths import Real
-from distill.protocols import Source
+from distill.protocols import Batch, Codec, Cond, Conditioning, Source
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths
 from distill.spec import pairspec
@@ -85,7 +88,7 @@ def _times(run: RunPaths, name: str, stage: TrainStage) -> list[float] | None:
 
 def check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
     """Refuse data that is not of the teacher's shape and classes. Labels that no network knows: `check_labels`."""
-    if data.shape != teacher.shape:
+    if teacher.codec.shape(data.shape) != teacher.shape:
         raise InputError(
             f"data '{data.name}' has samples of shape {list(data.shape)}, the teacher ({teacher.description}) makes "
             f"{list(teacher.shape)}; use data of the teacher's shape (data.size, data.channels) or another teacher"
@@ -160,16 +163,23 @@ def batches(
     *,
     seed: int,
     data: DataSet | None,
-    labels: bool,
+    conditioning: Conditioning,
+    codec: Codec,
     teacher_digest: str | None,
     world: World = ALONE,
 ) -> tuple[Source, dict[str, str]]:
-    """Where the batches of a train stage come from, and the digests of its pairs. data: what is real in them; labels:
-    whether with its classes. inputs: digests of what a rank has read. world: the ranks that train on them, all of which
-    must call this, and must have read the same.
+    """Where the batches of a train stage come from, and the digests of its pairs; every rank must call this.
+
+    data: what is real in the batches, pixels for `codec`. conditioning: of the networks that are trained. inputs:
+    digests of what this rank has read, which must be the same on all ranks of `world`.
     """
     refuse_different(run, spec, stage, inputs, world)
-    real = None if data is None else DataSource(data, stage.batch_size, seed, labels=labels)
+    labels = conditioning.count is not None
+    real = (
+        None
+        if data is None
+        else Prepared.of(DataSource(data, stage.batch_size, seed, labels=labels), conditioning, codec)
+    )
     if not stage.pair_shares:
         assert real is not None, "checks.check lets no such stage through"
         return real, {}
@@ -178,9 +188,33 @@ def batches(
     sets = [pairs.PairSet.open(folder, teacher_digest, world.rank, world.size) for folder in folders]
     world.meet("after the checksums of the pairs")  # each rank has compared a part of them
     sources = [pairs.PairSource(each, count, seed) for each, count in zip(sets, counts, strict=True)]
-    source = sources[0] if len(sources) == 1 else pairs.Mixed(sources, counts)
+    source: Source = sources[0] if len(sources) == 1 else pairs.Mixed(sources, counts)
+    source = Prepared.of(source, conditioning, PIXELS)  # their teacher's paths lie behind the codec
     digests = {"pairs": " ".join(each.manifest.digest for each in sets)}
     return source if real is None else pairs.Beside(source, real), digests
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Batches as networks see them: indices become conditions, pixels what the codec makes of them."""
+
+    source: Source
+    conditioning: Conditioning
+    codec: Codec
+
+    @classmethod
+    def of(cls, source: Source, conditioning: Conditioning, codec: Codec) -> Source:
+        """The source itself where nothing changes."""
+        plain = conditioning.count is None or isinstance(conditioning, ClassLabels)
+        return source if plain and codec.is_identity else cls(source, conditioning, codec)
+
+    def batch(self, step: int, rows: Rows) -> Batch:
+        found = self.source.batch(step, rows)
+        data = None if found.data is None else self.codec.encode(found.data)
+        return Batch(data, found.pairs, self._collated(found.cond), self._collated(found.data_cond))
+
+    def _collated(self, cond: Cond) -> Cond:
+        return self.conditioning.collate(cond["class_labels"]) if cond else cond
 
 
 @dataclass(frozen=True)
@@ -237,5 +271,5 @@ class Solving:
     def accuracy(self) -> Accuracy:
         """What the solver's number of steps is worth, by the first pairs."""
         planned = pairs.plan(self.teacher, self.stage, self.seed, self.data_digest)
-        field = self.teacher.guided(self.stage.guidance_scale)
+        field = self.teacher.indexed(self.stage.guidance_scale)
         return accuracy.measure(field, planned, self.real, self.device, StopRequest())

@@ -19,6 +19,7 @@ from distill.data import DataSet, update_index
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
 from distill.execution import preflight, sources
+from distill.flow.codecs import PIXELS
 from distill.flow.draws import key
 from distill.flow.fields import Counted
 from distill.protocols import Recipe, Trained
@@ -224,7 +225,8 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
         training.inputs,
         seed=work.seed,
         data=training.data,
-        labels=training.init.num_classes is not None,
+        conditioning=training.init.conditioning,
+        codec=PIXELS if training.teacher is None else training.teacher.codec,
         teacher_digest=training.card.teacher_digest,
         world=work.world,
     )

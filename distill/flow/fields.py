@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.flow.interpolants import Interpolant, like
-from distill.protocols import Cond, VelocityField
+from distill.protocols import Cond, Conditioning, VelocityField
 from distill.spec.kinds import per_velocity
 
 ROUNDING = 1e-6  # how far float32 may carry a time past the end of a range
@@ -68,6 +68,17 @@ class Rescheduled:
         return new.velocity(data, noise, t).to(x_t.dtype)
 
 
+class Indexed:
+    """A field that is called with the index of each sample's condition, cond["class_labels"] [B], as pairs hold it."""
+
+    def __init__(self, field: VelocityField, conditioning: Conditioning) -> None:
+        self.field, self.conditioning = field, conditioning
+        self.interpolant, self.t_range = field.interpolant, field.t_range
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        return self.field(x_t, t, self.conditioning.collate(cond["class_labels"]) if cond else cond)
+
+
 class Counted:
     """Counts what sampling costs: `calls` per sample, a guided call as two, and `rows` that the field was given."""
 
@@ -87,7 +98,7 @@ def calls_per_sample(field: VelocityField) -> int:
     match field:
         case Guided():
             return per_velocity(field.guidance_scale) * calls_per_sample(field.field)
-        case Rescheduled() | Counted():
+        case Rescheduled() | Counted() | Indexed():
             return calls_per_sample(field.field)
     return 1
 

@@ -48,7 +48,7 @@ def generate(
     part: (i, n) makes the shards i, i + n, ... alone, beside others that make the rest. real: what paths begin with
     that begin with data; data_digest is of all of it.
     """
-    field, planned = teacher.guided(stage.guidance_scale), plan(teacher, stage, seed, data_digest)
+    field, planned = teacher.indexed(stage.guidance_scale), plan(teacher, stage, seed, data_digest)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -7,9 +7,10 @@ from diffusers import ModelMixin
 from torch import nn
 
 from distill.core.errors import InputError
+from distill.flow.conditioning import of_classes
 from distill.flow.interpolants import Interpolant, linear
 from distill.networks.acceleration import AccelerationStudent
-from distill.networks.architectures import accelerated, build, kind_of, two_times
+from distill.networks.architectures import NETWORKS, accelerated, build, kind_of, two_times
 from distill.networks.critic import Critic
 from distill.networks.flow_map import FlowMapStudent
 from distill.networks.velocity import TIME_SCALE, VelocityStudent
@@ -46,12 +47,15 @@ class StudentInit:
         shown = num_classes if teacher is None else teacher.num_classes
         self.num_classes: int | None = shown
         self.null_class: int | None = shown
+        custom = None if teacher is None else teacher.given
+        self.conditioning = custom or of_classes(shown, shown)
         if network is not None:
             return
         if source is None or source.network is None:
             given = "no teacher or init is given" if source is None else f"{source.description} has no network"
             raise InputError(f"{given}, so there are no weights to start from; describe a fresh network in `network`")
         self.num_classes, self.null_class = source.num_classes, source.null_class
+        self.conditioning = source.conditioning
         if source.num_classes != shown and not (source.num_classes is None and teacher is None):
             whose = "the data has" if teacher is None else "the teacher has"
             raise InputError(
@@ -100,18 +104,23 @@ class StudentInit:
                 "sampler, not for its velocity; start from a student of kind velocity, from the teacher, or from a "
                 "fresh `network`"
             )
+        name = type(self.source.network).__name__
+        if not any(isinstance(self.source.network, each) for members in NETWORKS.values() for each in members):
+            raise InputError(
+                f"{self.source.description}: a student cannot be exported as a {name} yet; describe a fresh `network`"
+            )
         return _copied(self.source, self.dropout)
 
     def null(self, cond: Cond) -> Cond:
         """The condition of the unconditional call; an unconditional network's is its only one."""
-        if "class_labels" not in cond:
+        if not cond:
             return cond
-        if self.null_class is None:
+        if not self.conditioning.has_null:
             raise InputError(
                 "the network has no class for the unconditional call; set teacher.null_class, or train without "
                 "dropping the condition"
             )
-        return {**cond, "class_labels": torch.full_like(cond["class_labels"], self.null_class)}
+        return self.conditioning.null(cond)
 
 
 def _is_field(source: LoadedTeacher | LoadedStudent) -> bool:

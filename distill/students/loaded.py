@@ -8,9 +8,11 @@ import torch
 from diffusers import ModelMixin
 
 from distill.exchange import student_card
+from distill.flow.conditioning import of_classes
 from distill.networks.acceleration import AccelerationStudent
 from distill.networks.flow_map import FlowMapStudent
 from distill.networks.velocity import VelocityStudent
+from distill.protocols import Conditioning
 from distill.spec.model import CheckpointTeacher
 from distill.teachers import checkpoint
 
@@ -36,6 +38,10 @@ class LoadedStudent:
     description: str  # one line for people
 
     @property
+    def conditioning(self) -> Conditioning:
+        return of_classes(self.num_classes, self.null_class)
+
+    @property
     def network(self) -> ModelMixin:
         return self.student.network
 
@@ -49,8 +55,8 @@ def load_student(folder: Path, device: torch.device) -> LoadedStudent:
         sampler=card.sampler,
         t_grids=card.t_grids,
         shape=found.shape,
-        num_classes=found.num_classes,
-        null_class=found.null_class,
+        num_classes=found.conditioning.count,
+        null_class=checkpoint.null_class(found.conditioning),
         digest=found.digest,
         description=found.description,
     )

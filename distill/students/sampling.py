@@ -177,10 +177,11 @@ def blocks(
 
 
 def condition(network: LoadedTeacher | LoadedStudent, indices: Sequence[int], device: torch.device) -> Cond:
-    """Classes by index, in turn; nothing for an unconditional network."""
-    if network.num_classes is None:
+    """Conditions in turn; nothing for an unconditional network."""
+    conditioning = network.conditioning
+    if conditioning.count is None:
         return {}
-    return {"class_labels": sample_labels(indices, network.num_classes).to(device)}
+    return conditioning.collate(sample_labels(indices, conditioning.count).to(device))
 
 
 def _wait(device: torch.device) -> None:

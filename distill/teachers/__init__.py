@@ -7,7 +7,7 @@ from distill.teachers import checkpoint
 from distill.teachers.analytic import gaussian_teacher, mixture_teacher
 from distill.teachers.loaded import LoadedTeacher
 
-__all__ = ["LoadedTeacher", "load"]
+__all__ = ["LoadedTeacher", "load_teacher"]
 
 
 def load_teacher(spec: TeacherSpec, device: torch.device, *, probe: bool = True) -> LoadedTeacher:

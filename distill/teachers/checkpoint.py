@@ -15,18 +15,19 @@ from torch import Tensor
 
 from distill.core.errors import InputError
 from distill.core.printing import say_error
+from distill.flow.conditioning import ClassLabels
 from distill.flow.draws import sample_noise
 from distill.flow.interpolants import Prediction, linear
 from distill.networks.architectures import NETWORKS
 from distill.networks.velocity import TIME_SCALE
 from distill.networks.velocity_mlp import VelocityMLP
 from distill.networks.velocity_unet import VelocityUNet2DModel
-from distill.protocols import VelocityField
+from distill.protocols import Architecture, Cond, Conditioning, VelocityField
 from distill.spec.model import CheckpointTeacher
-from distill.teachers import files, schedulers, weights
+from distill.teachers import architectures, files, schedulers, weights
 from distill.teachers.loaded import LoadedTeacher
 from distill.teachers.network_field import EdmField, NetworkField
-from distill.teachers.read import Config, NetworkConfig, StudentFacts, checked, parse, short
+from distill.teachers.read import Config, StudentFacts, parse, short
 from distill.teachers.schedulers import EdmSchedule, Family, LinearSchedule, Schedule, VpSchedule
 
 LINEAR_NETWORKS = (VelocityUNet2DModel, VelocityMLP)  # of the linear path by construction
@@ -40,11 +41,11 @@ class TeacherCheckpoint:
     """A checkpoint's network, frozen, in float32 and evaluation mode, and what its files say of it."""
 
     network: ModelMixin
+    architecture: Architecture
     schedule: Schedule | None  # None: no scheduler tells, or the network is of the linear path by construction
     student: StudentFacts
     shape: tuple[int, ...]  # of one sample
-    num_classes: int | None
-    null_class: int | None
+    conditioning: Conditioning
     digest: str
     description: str
     license: str  # as its files say; empty: they do not
@@ -53,17 +54,19 @@ class TeacherCheckpoint:
 def load(spec: CheckpointTeacher, device: torch.device, *, probe: bool) -> LoadedTeacher:
     """The network of a checkpoint as a velocity field of its own schedule; probe: called at three times."""
     found = read(spec, device, "velocity")
-    field = _field(found.network, found.schedule, spec)
+    field = _field(found, spec)
     if probe:
         _probe(field, found, spec, device)
     return LoadedTeacher(
         field=field,
         shape=found.shape,
-        num_classes=found.num_classes,
-        null_class=found.null_class,
+        num_classes=found.conditioning.count,
+        null_class=null_class(found.conditioning),
         digest=found.digest,
         description=found.description,
         network=found.network,
+        given=found.conditioning,
+        layers=found.architecture.layers(found.network),
         guidance_scale=found.student.guidance_scale,
         unconditional=found.student.unconditional,
         license=found.license,
@@ -84,11 +87,10 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherChe
     path = parts.model / files.CONFIG
     content = parse(path)
     network_class = _network_class(spec, path, content, kind)
-    config = checked(NetworkConfig, content, path)
-    if config.time_embedding_type == "learned":
-        raise InputError(f"{path}: time_embedding_type learned supports whole steps only; valid: positional")
-    shape = _shape(path, config)
-    num_classes, null_class = _classes(config, parts.student, spec)
+    architecture = architectures.known()[network_class.__name__]
+    shape = architecture.shape(content, path)
+    null = spec.null_class if spec.null_class is not None else parts.student.null_class
+    conditioning = architecture.conditioning(content, path, null)
     linear_by_construction = network_class in LINEAR_NETWORKS
     chosen = None if linear_by_construction else parts.chosen
     schedule = None if chosen is None else _schedule(spec, chosen, parts.scheduler)
@@ -99,17 +101,17 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherChe
         "config": {k: v for k, v in content.items() if k not in ("_diffusers_version", "_name_or_path")},
         "scheduler": {} if chosen is None else {k: v for k, v in parse(chosen).items() if k != "_diffusers_version"},
         "prediction": spec.prediction,
-        "null_class": null_class,
+        "null_class": null_class(conditioning),
         "weights": [_sha256(each) for each in paths],
         **({"inverted": True} if isinstance(schedule, LinearSchedule) and schedule.inverted else {}),  # once misread
     }
     return TeacherCheckpoint(
         network=network,
+        architecture=architecture,
         schedule=schedule,
         student=parts.student,
         shape=shape,
-        num_classes=num_classes,
-        null_class=null_class,
+        conditioning=conditioning,
         digest=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         # a hub id, or the folder's name alone: what is made with a teacher must not depend on where the teacher lies
         description=f"{network_class.__name__} from {Path(spec.path).name if Path(spec.path).is_dir() else spec.path}",
@@ -120,6 +122,10 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherChe
 def _network_class(spec: CheckpointTeacher, path: Path, config: Config, kind: str) -> type[ModelMixin]:
     """The class of a network by its config; settings that such a network leaves without effect are refused."""
     name, classes = config.get("_class_name"), {each.__name__: each for each in NETWORKS[kind]}
+    if kind == "velocity":  # networks that other packages describe are velocity fields
+        ours = {each.__name__ for members in NETWORKS.values() for each in members}
+        others = {each for one in architectures.known().values() for each in one.classes if each.__name__ not in ours}
+        classes |= {each.__name__: each for each in others}
     if not isinstance(name, str) or name not in classes:
         raise InputError(
             f"{path}: network class {short(str(name))} is not supported; valid: {', '.join(sorted(classes))}"
@@ -176,11 +182,12 @@ def _scale(schedule: Schedule) -> str:
     return ""
 
 
-def _field(network: ModelMixin, schedule: Schedule | None, spec: CheckpointTeacher) -> VelocityField:
+def _field(found: TeacherCheckpoint, spec: CheckpointTeacher) -> VelocityField:
     """The network in its schedule."""
+    network, schedule, call = found.network, found.schedule, found.architecture.call
     if schedule is None:
         if isinstance(network, LINEAR_NETWORKS) or spec.prediction == "velocity":
-            return NetworkField(network, linear(), "velocity", TIME_SCALE)
+            return NetworkField(network, linear(), "velocity", TIME_SCALE, call=call)
         raise InputError(
             f"teacher.path={spec.path} has no scheduler config, so its schedule is unknown; give its folder as "
             "teacher.scheduler, or teacher.prediction=velocity for a network of the linear path"
@@ -188,17 +195,18 @@ def _field(network: ModelMixin, schedule: Schedule | None, spec: CheckpointTeach
     prediction = _prediction(spec, schedule.family, schedule.prediction)
     match schedule:
         case LinearSchedule():
-            return NetworkField(network, linear(), "velocity", schedule.time_scale, inverted=schedule.inverted)
+            scale, inverted = schedule.time_scale, schedule.inverted
+            return NetworkField(network, linear(), "velocity", scale, inverted=inverted, call=call)
         case EdmSchedule():
             t_min, t_max = (sigma / (1 + sigma) for sigma in (schedule.sigma_min, schedule.sigma_max))
-            return EdmField(network, schedule.sigma_data, 1 if prediction == "epsilon" else -1, (t_min, t_max))
+            return EdmField(network, schedule.sigma_data, 1 if prediction == "epsilon" else -1, (t_min, t_max), call)
         case VpSchedule():
             if prediction == "epsilon" and schedule.zero_snr:
                 raise InputError(
                     f"teacher.path={spec.path}: a noise prediction says nothing about the data at zero terminal SNR; "
                     "valid with rescale_betas_zero_snr: sample, v_prediction"
                 )
-            return NetworkField(network, schedule.path, prediction, float(schedule.steps - 1))
+            return NetworkField(network, schedule.path, prediction, float(schedule.steps - 1), call=call)
 
 
 def _prediction(spec: CheckpointTeacher, family: Family, configured: Prediction) -> Prediction:
@@ -223,7 +231,7 @@ def _probe(field: VelocityField, found: TeacherCheckpoint, spec: CheckpointTeach
         say_error(
             f"teacher.path={spec.path}: calling its network with a sample of {list(x.shape[1:])}; this may take minutes"
         )
-    cond = {} if found.num_classes is None else {"class_labels": torch.zeros(1, dtype=torch.int64, device=device)}
+    cond = found.conditioning.collate(torch.zeros(1, dtype=torch.int64, device=device))
     first, last = field.t_range
     for t in (first, (first + last) / 2, last):
         velocity = _called(field, x, torch.tensor([t], device=device), cond, found.shape, spec)
@@ -242,7 +250,7 @@ def _probed(found: TeacherCheckpoint) -> tuple[int, ...]:
     Convolutions take every size whose halves, down to the lowest level, fit together again on the way up: that depends
     on the remainder of the size by 2^(levels - 1). At the lowest level two pixels a side remain.
     """
-    if len(found.shape) == 1:
+    if "down_block_types" not in found.network.config:
         return found.shape
     levels = len(found.network.config["down_block_types"])
     step = 1 << (levels - 1)
@@ -252,7 +260,7 @@ def _probed(found: TeacherCheckpoint) -> tuple[int, ...]:
 
 
 def _called(
-    field: VelocityField, x: Tensor, t: Tensor, cond: dict[str, Tensor], shape: tuple[int, ...], spec: CheckpointTeacher
+    field: VelocityField, x: Tensor, t: Tensor, cond: Cond, shape: tuple[int, ...], spec: CheckpointTeacher
 ) -> Tensor:
     try:
         return field(x, t, cond)
@@ -278,43 +286,9 @@ def _license(folder: Path, student: StudentFacts) -> str:
     return found if found and LICENSE.fullmatch(found) else ""
 
 
-def _classes(config: NetworkConfig, student: StudentFacts, spec: CheckpointTeacher) -> tuple[int | None, int | None]:
-    """(number of real classes, null class): the null class, if there is one, is the last embedding."""
-    if config.class_embed_type is not None:
-        raise InputError(
-            f"teacher.path={spec.path}: class_embed_type {short(config.class_embed_type)} is not supported; "
-            "valid: networks with num_class_embeds alone"
-        )
-    embeddings = config.num_class_embeds
-    null_class = spec.null_class if spec.null_class is not None else student.null_class
-    if null_class is None:
-        return embeddings, None
-    if embeddings is None:
-        raise InputError(f"teacher.null_class={null_class}, but {spec.path} has no class embeddings; leave it out")
-    if null_class != embeddings - 1:
-        raise InputError(
-            f"teacher.null_class={null_class}: {spec.path} has {embeddings} class embeddings, valid: the last, "
-            f"{embeddings - 1}"
-        )
-    return embeddings - 1, null_class
-
-
-def _shape(path: Path, config: NetworkConfig) -> tuple[int, ...]:
-    """Of one sample."""
-    if config.dim is not None:
-        return (config.dim,)
-    size = config.sample_size
-    if size is None or config.in_channels != config.out_channels:
-        raise InputError(
-            f"{path}: sample_size={size}, in_channels={config.in_channels}, out_channels={config.out_channels}; "
-            "valid: a sample_size and equal channels"
-        )
-    if config.in_channels not in (1, 3):
-        raise InputError(
-            f"{path}: its samples have {config.in_channels} channels, as those of a latent space have; valid: networks "
-            "of pixels, with 1 channel (grey) or 3 (colour)"
-        )
-    return (config.in_channels, size, size) if isinstance(size, int) else (config.in_channels, *size)
+def null_class(conditioning: Conditioning) -> int | None:
+    """The class id of the unconditional call, where there is one."""
+    return conditioning.null_class if isinstance(conditioning, ClassLabels) else None
 
 
 def _sha256(path: Path) -> str:

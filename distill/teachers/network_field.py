@@ -1,5 +1,6 @@
 """A network with its calling convention, as a velocity field in the schedule it was trained on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,13 +9,21 @@ from torch import Tensor, nn
 from distill.flow.interpolants import Interpolant, Prediction, edm, like
 from distill.protocols import Cond
 
+Call = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
+
+
+def call_unet(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    """Like diffusers' UNet2DModel."""
+    output: Tensor = network(x_t, time, class_labels=cond.get("class_labels")).sample
+    return output
+
 
 @dataclass(frozen=True)
 class NetworkField:
-    """network(x_t, time_scale t, class_labels) predicts `prediction` on `interpolant`.
+    """call(network, x_t, time_scale t, cond) predicts `prediction` on `interpolant`.
 
-    It is converted to velocity in float64. The network is called like diffusers' UNet2DModel: VP networks with
-    n = t (N - 1), those of the linear path with 1000 t. A scheduler's clipping or thresholding of samples is no part of
+    It is converted to velocity in float64. VP networks are called with n = t (N - 1), those of the linear path with
+    1000 t. A scheduler's clipping or thresholding of samples is no part of
     the network and is left out.
 
     inverted: trained with time running from noise at 0 to data at 1, it is called with time_scale (1 - t) and gives
@@ -27,12 +36,13 @@ class NetworkField:
     time_scale: float
     t_range: tuple[float, float] = (0.0, 1.0)
     inverted: bool = False
+    call: Call = call_unet
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t [B, ...], t [B] in t_range -> dx_t/dt [B, ...] in x_t's dtype."""
         like(t, x_t)
         time = self.time_scale * (1 - t if self.inverted else t)
-        output = self.network(x_t, time, class_labels=cond.get("class_labels")).sample
+        output = self.call(self.network, x_t, time, cond)
         if self.inverted:
             return -output.to(x_t.dtype)
         if self.prediction == "velocity":
@@ -52,6 +62,7 @@ class EdmField:
     sigma_data: float
     sign: int
     t_range: tuple[float, float]
+    call: Call = call_unet
 
     @property
     def interpolant(self) -> Interpolant:
@@ -65,6 +76,6 @@ class EdmField:
         c_skip, c_out, c_in = self.sigma_data**2 / norm.square(), sigma * self.sigma_data / norm, 1 / norm
         c_noise = torch.log(sigma) / 4
         scaled = (like(c_in, x) * x).to(x_t.dtype)
-        output = self.network(scaled, c_noise.to(t.dtype), class_labels=cond.get("class_labels")).sample.double()
+        output = self.call(self.network, scaled, c_noise.to(t.dtype), cond).double()
         data = like(c_skip, x) * x + self.sign * like(c_out, x) * output
         return path.convert(x, data, t.double(), "sample", "velocity").to(x_t.dtype)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from distill.flow.conditioning import of_classes
 from distill.flow.draws import Rows, StepDraw, generator
 from distill.flow.interpolants import like, linear
-from distill.protocols import Batch, Cond, Copy, Frozen, Nets, Recipe, Trained, VelocityField
+from distill.protocols import Batch, Cond, Conditioning, Copy, Frozen, Nets, Recipe, Trained, VelocityField
 from distill.teachers.analytic import GaussianField, GaussianFlowMap
 from distill.teachers.loaded import LoadedTeacher
 from distill.training.engine import StepContext
@@ -60,6 +61,10 @@ class Given:
     student: nn.Module
     judge: nn.Module = field(default_factory=lambda: Network(lambda x_t, t, cond: (x_t, t)))
     num_classes: int | None = None
+
+    @property
+    def conditioning(self) -> Conditioning:
+        return of_classes(self.num_classes, self.num_classes)
 
     def velocity_field(self) -> nn.Module:
         return self.student

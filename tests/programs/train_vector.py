@@ -12,6 +12,7 @@ from torch import nn
 
 from distill.core.errors import EXIT_FAILED, EXIT_STOPPED, RunError, Stopped
 from distill.core.stop import StopRequest
+from distill.flow.conditioning import Unconditional
 from distill.flow.draws import generator
 from distill.flow.interpolants import linear
 from distill.protocols import Batch, Frozen, Loss, Trained, Turn
@@ -81,6 +82,8 @@ class NoInit:
     """Networks of these tests are made by their recipes."""
 
     num_classes = None
+
+    conditioning = Unconditional()
 
     def velocity_field(self):
         raise AssertionError

@@ -1,0 +1,82 @@
+"""Diffusers' UNet2DModel, and the networks of ours that are built on it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from distill.core.errors import InputError
+from distill.flow.conditioning import of_classes
+from distill.networks.acceleration_unet import AccelerationUNet2DModel
+from distill.networks.flow_map_unet import FlowMapUNet2DModel
+from distill.networks.velocity_unet import VelocityUNet2DModel
+from distill.protocols import Cond, Conditioning
+from distill.teachers.network_field import call_unet
+from distill.teachers.read import NetworkConfig, checked, short
+
+
+@dataclass(frozen=True)
+class UNet:
+    """Images of pixels with class labels, or without. Fits `protocols.Architecture`."""
+
+    classes: tuple[type[nn.Module], ...] = (
+        UNet2DModel,
+        VelocityUNet2DModel,
+        FlowMapUNet2DModel,
+        AccelerationUNet2DModel,
+    )
+
+    def shape(self, content: dict[str, Any], path: Path) -> tuple[int, ...]:
+        config = checked(NetworkConfig, content, path)
+        if config.time_embedding_type == "learned":
+            raise InputError(f"{path}: time_embedding_type learned supports whole steps only; valid: positional")
+        size = config.sample_size
+        if size is None or config.in_channels != config.out_channels:
+            raise InputError(
+                f"{path}: sample_size={size}, in_channels={config.in_channels}, out_channels={config.out_channels}; "
+                "valid: a sample_size and equal channels"
+            )
+        if config.in_channels not in (1, 3):
+            raise InputError(
+                f"{path}: its samples have {config.in_channels} channels, as those of a latent space have; valid: "
+                "networks of pixels, with 1 channel (grey) or 3 (colour)"
+            )
+        return (config.in_channels, size, size) if isinstance(size, int) else (config.in_channels, *size)
+
+    def conditioning(self, content: dict[str, Any], path: Path, null_class: int | None) -> Conditioning:
+        return class_labels(checked(NetworkConfig, content, path), path, null_class)
+
+    def layers(self, network: nn.Module) -> Sequence[str]:
+        """Its blocks: down_blocks.0, ..., mid_block, up_blocks.0, ..."""
+        blocks = [name for name, _ in network.named_modules() if name.count(".") == 1]
+        down, up = ([name for name in blocks if name.startswith(part)] for part in ("down_blocks.", "up_blocks."))
+        return [*down, "mid_block", *up]
+
+    def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        return call_unet(network, x_t, time, cond)
+
+
+def class_labels(config: NetworkConfig, path: Path, null_class: int | None) -> Conditioning:
+    """The real classes of a network: the null class, if there is one, is the last embedding."""
+    if config.class_embed_type is not None:
+        raise InputError(
+            f"{path}: class_embed_type {short(config.class_embed_type)} is not supported; valid: networks with "
+            "num_class_embeds alone"
+        )
+    embeddings = config.num_class_embeds
+    if null_class is None:
+        return of_classes(embeddings, None)
+    if embeddings is None:
+        raise InputError(f"teacher.null_class={null_class}, but {path} has no class embeddings; leave it out")
+    if null_class != embeddings - 1:
+        raise InputError(
+            f"teacher.null_class={null_class}: {path} has {embeddings} class embeddings, valid: the last, "
+            f"{embeddings - 1}"
+        )
+    return of_classes(embeddings - 1, null_class)
+
+
+ARCHITECTURE = UNet()
