@@ -470,7 +470,7 @@ def test_progress_says_losses_and_rate(tmp_path, capsys):
 def test_settings_of_a_resume_may_not_change(tmp_path):
     train(tmp_path, images=64)
     with pytest.raises(
-        InputError, match=r"trained with other settings: stage\.images was 64, now is 128; give the old"
+        InputError, match=r"trained with other settings: stage\.images was 64, now is 128; restore the old"
     ):
         train(tmp_path, images=128)
     with pytest.raises(

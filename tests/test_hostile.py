@@ -184,7 +184,7 @@ def test_an_index_that_cannot_be_written_is_said(tmp_path, store, student):
     (store / "registry" / "_index.json").unlink()
     (store / "registry" / "_index.json").mkdir()
     said = error_of(put, student, store, "other", error=RunError)
-    assert "Is a directory" in said and "the student is published, but whoever reads this store over http" in said
+    assert "Is a directory" in said and "the student is published, but readers of this store over http" in said
     assert (store / "registry" / "other" / "v1").is_dir()
 
 
@@ -277,13 +277,13 @@ LIES = {
     "a signature alone": ("x.png", b"\x89PNG\r\n\x1a\n", "x.png is not a PNG file"),
     "a pickle as text": ("x.txt", PICKLE, "x.txt is not UTF-8 text"),
     "a zero in text": ("x.md", b"a\0b", "x.md is not plain text"),
-    "an escape in text": ("x.txt", b"\x1b[2J", "x.txt is no plain text"),
+    "an escape in text": ("x.txt", b"\x1b[2J", "x.txt is not plain text"),
     "a pickle as JSON": ("x.json", PICKLE, "x.json is not UTF-8 text"),
     "JSON in UTF-16": ("x.json", "{}".encode("utf-16"), "x.json is not UTF-8 text"),
     "JSON without bottom": ("x.json", b"[" * 100_000, "x.json is not JSON"),
     "weights without a header": ("x.safetensors", PICKLE, "x.safetensors is not a safetensors file"),
     "half a header": ("x.safetensors", tensors(4096, 0)[:100], "x.safetensors is not a safetensors file"),
-    "a header of words": ("x.safetensors", (20).to_bytes(8, "little") + b"{" + b"x" * 19, "no safetensors file"),
+    "a header of words": ("x.safetensors", (20).to_bytes(8, "little") + b"{" + b"x" * 19, "not a safetensors file"),
     "more than its tensors": ("x.safetensors", tensors(4096, 0) + PICKLE, "x.safetensors is not a safetensors file"),
     "a header without end": ("x.safetensors", b"\xff" * 8 + b"{}", "x.safetensors is not a safetensors file"),
     "a shard that is a picture": (SHARDS, shards("weights.png"), f'{SHARDS} names weights in "weights.png"; valid:'),
@@ -750,8 +750,8 @@ def test_a_full_index_keeps_the_newest_and_says_so(tmp_path, store, capfd, monke
     capfd.readouterr()
     assert [entry.label for entry in published.write_index(store).students] == ["a:v1", "digits:v1"]
     assert capfd.readouterr().err == (
-        f"warning: {store}/registry/_index.json is full: it leaves out the oldest 1 of 2 students, which whoever reads "
-        "this store over http can pull only by NAME:VERSION\n"
+        f"warning: {store}/registry/_index.json is full: it leaves out the oldest 1 of 2 students, which readers "
+        "over http can pull only by NAME:VERSION\n"
     )
     assert [each["name"] for each in json.loads((store / "registry" / "_index.json").read_bytes())["students"]] == ["a"]
 

@@ -196,7 +196,8 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, below):
 def test_pairs_without_room_are_not_begun(tmp_path, monkeypatch):
     monkeypatch.setattr("distill.core.space.free", lambda folder: 100)
     with pytest.raises(
-        RunError, match=r"no room for \d+ pairs: \S+ k?B needed, but 100 B are free for .*distill clean RUN"
+        RunError,
+        match=r"not enough disk space for \d+ pairs: \S+ k?B needed, but 100 B are free for .*distill clean RUN",
     ):
         make(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))

@@ -110,7 +110,9 @@ def test_a_student_that_is_damaged_is_not_published(tmp_path, store):
 def test_a_full_disk_publishes_nothing(tmp_path, store, monkeypatch):
     student = make(tmp_path / "s", size=100_000)
     monkeypatch.setattr("distill.core.space.free", lambda folder: 1000)
-    with pytest.raises(RunError, match=r"no room for the files of .*: 11\d\.\d kB needed, but 1.0 kB are free"):
+    with pytest.raises(
+        RunError, match=r"not enough disk space for the files of .*: 11\d\.\d kB needed, but 1.0 kB are free"
+    ):
         put(student, store, "digits")
     assert list((store / "registry" / "digits").iterdir()) == []
 

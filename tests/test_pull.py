@@ -167,7 +167,7 @@ def test_a_missing_file_and_a_missing_student(tmp_path, student):
         said = refused(f"{server.url}/student", tmp_path / "s")
         assert said == (
             f"{server.url}/student/unet/config.json: 404 Not Found, but distill.json lists it; the student there is "
-            "not whole"
+            "incomplete"
         )
         said = refused(f"{server.url}/none", tmp_path / "s")
         assert said.startswith(f"{server.url}/none is not a student folder: it has no distill.json (")
@@ -408,7 +408,8 @@ def test_a_full_disk_is_said_before_anything_is_fetched(tmp_path, student, monke
     monkeypatch.setattr("distill.core.space.free", lambda folder: 1000)
     said = refused(student, tmp_path / "s", RunError)
     assert said.startswith(
-        f"no room for the files of {student}: 1.0 MB needed, but 1.0 kB are free for {tmp_path}; make some"
+        f"not enough disk space for the files of {student}: 1.0 MB needed, but 1.0 kB are free for {tmp_path}; free "
+        "some"
     )
 
 
@@ -456,7 +457,7 @@ def test_code_on_trust_is_printed_without_what_moves_the_cursor(capfd, tmp_path,
     make(tmp_path / "student", files={"pipeline.py": b"import os\n# \x1b[2J clear\n"})
     done = command(capfd, "pull", "student", "s")
     assert (done.code, (tmp_path / "s").exists()) == (2, False)
-    assert "--trust-code shows the code and takes it" in done.err
+    assert "--trust-code shows the code and accepts it" in done.err
     done = command(capfd, "pull", "student", "s", "--trust-code")
     assert done.out.startswith("--- pipeline.py\nimport os\n#  [2J clear\n---\npulled s: ")
     assert command(capfd, "verify", "s").code == 2

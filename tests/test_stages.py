@@ -526,7 +526,9 @@ def test_a_resume_refuses_changed_data(tmp_path):
     go(tmp_path, given)
     run.stage("teach").done.unlink()
     Image.new("L", (8, 8), 99).save(tmp_path / "images" / "3.png")
-    with pytest.raises(InputError, match=r'other settings: inputs\.data was "\w{64}", now is "\w{64}"; give the old'):
+    with pytest.raises(
+        InputError, match=r'other settings: inputs\.data was "\w{64}", now is "\w{64}"; restore the old'
+    ):
         go(tmp_path, given)
 
 
@@ -539,7 +541,7 @@ def test_a_resume_refuses_another_teacher_and_its_pairs(tmp_path, conditional):
     shutil.rmtree(run.stage("pairs").root)
     changed = given.model_copy(update={"stages": {**given.stages, "pairs": given.stages["pairs"].model_copy(
         update={"steps": 3})}})  # fmt: skip
-    with pytest.raises(InputError, match=r"other settings: inputs\.pairs was [^;]*; give the old ones back"):
+    with pytest.raises(InputError, match=r"other settings: inputs\.pairs was [^;]*; restore the old ones"):
         go(tmp_path, changed)
 
 
