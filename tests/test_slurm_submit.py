@@ -74,7 +74,7 @@ REFUSED = {
     ),
     "no site": (
         ["--site=none.yaml"],
-        f"there is no site file none.yaml; write one beginning with {ROOT}/slurm/site.example.yaml",
+        f"there is no site file none.yaml; copy and edit {ROOT}/slurm/site.example.yaml",
     ),
     "time": (
         ["--time=1:2:3:4"],
@@ -82,7 +82,7 @@ REFUSED = {
     ),
     "lead": (
         ["--time=3"],
-        "spec 'mix': launch.slurm.lead_seconds: 180 s before a limit of 180 s (time: 3) is no time to compute in; "
+        "spec 'mix': launch.slurm.lead_seconds: 180 s before a limit of 180 s (time: 3) leaves no time to compute; "
         "give a longer time or a smaller lead",
     ),
     "GPUs": (

@@ -162,7 +162,7 @@ def test_labels_that_are_left_out_are_spoken_of_and_a_column_without_effect_is_r
     teacher = exported(tmp_path / "teacher", UNetSpec(kind="unet", channels=[8]), (1, 8, 8), None)
     windows = {**TEACH, "recipe": "reflow/perflow", "network": None, "images": 8, "options": {"solver_steps": 1}}
     preflight.check(resolve(spec(teacher, {"kind": "digits"}, windows=windows), tmp_path))
-    said = "has 10 classes, but the teacher (UNet2DModel from teacher) is unconditional: what learns from it is trained"
+    said = "has 10 classes, but the teacher (UNet2DModel from teacher) is unconditional: its students are trained"
     assert said in capsys.readouterr().err
     column = {"kind": "hf", "path": str(parquet(tmp_path / "data", [0, 1] * 8)), "size": 8, "channels": 1}
     labelled = {**column, "label_column": "label"}
@@ -186,7 +186,7 @@ def test_a_student_says_the_guidance_that_is_in_it(tmp_path, conditional):
     assert said == {"plain": 1.0, "guided": 1.5, "again": 1.5}
     assert "| guidance | scale 1.5, baked in |" in (run.student("again") / "README.md").read_text()
     straight = load_teacher(CheckpointTeacher(path=str(run.student("plain"))), torch.device("cpu"))
-    with pytest.raises(InputError, match="has learnt from its teacher only, whose unconditional velocity it was never"):
+    with pytest.raises(InputError, match="was trained on its teacher alone and never on an unconditional velocity"):
         straight.guided(2.0)
 
 
@@ -383,7 +383,9 @@ def test_a_student_is_made_for_times_of_its_own(tmp_path):
     with pytest.raises(InputError, match=f"^stages.own: {said}"):
         preflight.check(resolve(wrong, tmp_path / "r"))
     along = spec(pairs=PAIRS, own=student, evaluate={**evaluate, "students": {"own": [2]}, "times": {"own": [[1, 0]]}})
-    with pytest.raises(InputError, match=r"^stages.own: stages.evaluate.times.own: this student has times of its own"):
+    with pytest.raises(
+        InputError, match=r"^stages.own: stages.evaluate.times.own: this student has its own step times"
+    ):
         preflight.check(resolve(along, tmp_path / "r"))
     (tmp_path / "later").mkdir()
     (tmp_path / "later" / "own.py").write_text(text)

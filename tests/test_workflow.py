@@ -257,13 +257,13 @@ CASES = {
     ),
     "blocks that are cut by micro-batches": (
         images(t={"options": {"coupling": "ot", "coupling_block": 32}}) | {"launch": {"procs": 2, "micro_batch": 16}},
-        "stages.t: pretrain/flow_matching couples samples in blocks of 32, and micro-batches of 16 do not contain whole "
-        "blocks; make batch_size / processes, or launch.micro_batch, a multiple of 32",
+        "stages.t: pretrain/flow_matching couples samples in blocks of 32, and micro-batches of 16 do not contain "
+        "whole blocks; make batch_size / processes, or launch.micro_batch, a multiple of 32",
     ),
     "blocks that are cut by ranks": (
         images(t={"options": {"coupling": "weighted"}}) | {"launch": {"procs": 4}},
-        "stages.t: pretrain/flow_matching couples samples in blocks of 64, and micro-batches of 32 do not contain whole "
-        "blocks; make batch_size / processes, or launch.micro_batch, a multiple of 64",
+        "stages.t: pretrain/flow_matching couples samples in blocks of 64, and micro-batches of 32 do not contain "
+        "whole blocks; make batch_size / processes, or launch.micro_batch, a multiple of 64",
     ),
     "ranks without training": (
         vectors() | {"stages": {"p": PAIRS}, "launch": {"procs": 2}},

@@ -109,7 +109,9 @@ def refuse_other_times(student: LoadedStudent, where: str) -> None:
     """Refuse a student that has reasons for its times: only a velocity field knows how far it moves from t to any s."""
     refuse_times(student.t_grids, where)
     if not isinstance(student.student, VelocityStudent):
-        raise InputError(f"{where}: this student is not a velocity field and is made for uniform steps; leave them out")
+        raise InputError(
+            f"{where}: this student is not a velocity field and is made for uniform steps; leave other times out"
+        )
 
 
 def refuse_times(t_grids: Mapping[int, Sequence[float]], where: str) -> None:
