@@ -84,7 +84,7 @@ def device(name: str) -> "torch.device":
 
 
 def is_yaml(given: str) -> bool:
-    """Whether it stands there itself, and is no name."""
+    """Whether it is YAML itself and not a name."""
     return given.lstrip().startswith("{")
 
 
@@ -131,7 +131,7 @@ def _part(content: dict[str, object]) -> RunSpec:
 
 
 def teacher_of(student: Path) -> TeacherSpec:
-    """The teacher in the spec of the run that the student lies in."""
+    """The teacher in the spec of the student's run."""
     spec, run = _spec_of(student, "--teacher")
     stage = spec.stages.get(student.name)
     if isinstance(stage, TrainStage) and stage.teacher is not None:
@@ -142,7 +142,7 @@ def teacher_of(student: Path) -> TeacherSpec:
 
 
 def data_of(student: Path) -> DataSpec:
-    """The data in the spec of the run that the student lies in."""
+    """The data in the spec of the student's run."""
     return _spec_of(student, "--data")[0].data
 
 

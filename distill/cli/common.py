@@ -186,4 +186,4 @@ def near(path: Path) -> str:
     """A path as a user would type it: relative where it lies below the current folder."""
     here = Path.cwd()
     shown = path.relative_to(here) if path.is_relative_to(here) and path != here else path
-    return str(shown).replace("\n", " ")  # a name of somebody else's is no line of ours
+    return str(shown).replace("\n", " ")  # a name from elsewhere must not look like a line of ours

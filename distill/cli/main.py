@@ -45,7 +45,7 @@ from distill.core.text import printable, short
 from distill.launch import tasks
 from distill.runs.progress import stamp
 
-EXIT_PIPE = 141  # whoever read what is printed has left, as `head` does; a shell says the same of SIGPIPE
+EXIT_PIPE = 141  # the reader of the output has exited, as `head` does; shells use the same code for SIGPIPE
 UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]  # Typer's, or click's before
 
 # What the user can do about an error of the system; those that are not here are no fault of what was given.
@@ -57,8 +57,8 @@ REMEDIES = {
     errno.EEXIST: "give another name",
     errno.EINVAL: "give another name",
     errno.ELOOP: "its links lead in a circle",
-    errno.EACCES: "give a place that you may use, or ask whoever owns this one",
-    errno.EPERM: "give a place that you may use, or ask whoever owns this one",
+    errno.EACCES: "give a place that you may use, or ask its owner",
+    errno.EPERM: "give a place that you may use, or ask its owner",
     errno.EROFS: "give a place that can be written",
 }
 
@@ -181,7 +181,7 @@ def _refuse_usage(error: Exception) -> int:
 
 
 def _left(leaving: SystemExit, tell: Callable[[object], None]) -> int:
-    """The code of a process that was told to end from within: by Typer, or by a recipe, which must not do so."""
+    """The exit code of a process that something in it ended: Typer, or a recipe, which must not do so."""
     if isinstance(leaving.__context__, BrokenPipeError):
         raise leaving.__context__
     last = traceback.extract_tb(leaving.__traceback__)[-1]
@@ -264,6 +264,6 @@ def _leave(code: int) -> NoReturn:
 
 
 def _tell(message: object) -> None:
-    with suppress(OSError):  # said by whoever flushes it last
+    with suppress(OSError):  # reported by the last flush
         sys.stdout.flush()
     say_error(message)

@@ -1,4 +1,4 @@
-"""`distill list`, `show` and `clean`: what lies in the store. No torch, nothing computed."""
+"""`distill list`, `show` and `clean`: what is in the store. No torch, nothing computed."""
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence

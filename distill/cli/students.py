@@ -144,7 +144,7 @@ def verify(
 
 
 def _chosen(given: str, store: Path) -> "distill.exchange.publishing.Chosen | Path | None":
-    """A student of a run, or a student folder that lies in none; None where there is neither."""
+    """A student of a run, or a student folder outside of runs; None if there is neither."""
     from distill.exchange import publishing, transports
 
     if transports.is_url(given):

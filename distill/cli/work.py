@@ -130,7 +130,7 @@ def plan(
 
 
 def _measured(source: "distill.spec.specfile.SpecSource") -> dict[str, list[dict[str, Any]]]:
-    """What training takes of memory, by stage and rank, from a run of two steps that is thrown away."""
+    """What training takes of memory, by stage and rank, from a temporary run of two steps."""
     from distill.plans import planning
     from distill.spec.model import TrainStage
 
@@ -144,7 +144,7 @@ def _measured(source: "distill.spec.specfile.SpecSource") -> dict[str, list[dict
 
 @contextmanager
 def rehearsed(source: "distill.spec.specfile.SpecSource") -> Iterator[RunPaths]:
-    """The run of a spec but for its evaluations, measured, to look at before it is thrown away."""
+    """A temporary run of a spec without its evaluations, measured; deleted at the end."""
     from distill.launch import local
     from distill.spec.model import EvaluateStage
 

@@ -40,7 +40,7 @@ class Lease:
     """The renewals of one claim, made by a thread.
 
     record: the claim's file. content: of the file, as long as the claim is ours. every: seconds between two renewals.
-    grave: where whoever judges the claim by a renewal (nanoseconds) moves it. lost: called once the claim is gone.
+    grave: where a process that judges the claim by a renewal (nanoseconds) moves it. lost: called once it is gone.
     """
 
     def __init__(

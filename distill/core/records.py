@@ -99,7 +99,7 @@ def mistake(error: ValidationError) -> str:
 
 
 def names(folder: Path) -> list[str]:
-    """What lies in a folder, by name; nothing where there is none. InputError if it cannot be read."""
+    """The entries of a folder by name; empty if it does not exist. InputError if it cannot be read."""
     try:
         return sorted(path.name for path in folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):

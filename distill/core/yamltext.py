@@ -160,7 +160,7 @@ def _refuse_deep(text: str) -> None:
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """How many values a node stands for, and how many lists and mappings are in each other, aliases filled in; `known`
+    """How many values a node has, and how deeply its lists and mappings are nested, with aliases expanded; `known`
     has those of nodes that were measured before.
     """
     if id(node) in known:

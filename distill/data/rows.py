@@ -50,6 +50,6 @@ class FileRows:
 
 
 def read_file(path: str) -> Encoded:
-    """A regular file; OSError if it is none or cannot be read. Does not wait at a FIFO that nobody writes to."""
+    """A regular file; OSError if it is none or cannot be read. Does not wait at a FIFO without a writer."""
     with open_regular(Path(path), follow=True) as file:
         return Encoded(file.readall(), os.fstat(file.fileno()))

@@ -152,7 +152,7 @@ def _readable(spec: HfData) -> Iterator[None]:
 
 
 def repository(spec: HfData, commit: str | None = None) -> Repository:
-    """What a data set by hub id reads. commit: None for the one that its revision stands for now."""
+    """What a data set by hub id reads. commit: None for the current one of its revision."""
     if commit is None:
         with _readable(spec):
             commit = hub.commit("dataset", spec.path, spec.revision)

@@ -273,7 +273,7 @@ def _losses(training: TrainingCurve) -> str:
 
 
 def _environment(run: RunPaths) -> list[tuple[str, str]]:
-    """The lines of env.json that matter to whoever reads the numbers."""
+    """The lines of env.json that matter to readers of the numbers."""
     env = machine.load(run)
     commit = None if env.git is None else f"{env.git.commit[:12]}{' (with changes)' if env.git.changed else ''}"
     known = {"distill": env.distill, "commit": commit, "python": env.python, "platform": env.platform}

@@ -1,5 +1,5 @@
 """Which files a student folder may hold, judged by its distill.json before any of them is fetched: it comes from
-anywhere. Pure: bytes and names in, InputError out. What is refused is named. What stands in the files: contents.py.
+anywhere. Pure: bytes and names in, InputError out. What is refused is named. What is in the files: contents.py.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Processes that do the same work: one alone, or ranks that train together. They are told as one and end as one.
+"""Processes that do the same work: one alone, or ranks that train together. They are stopped together and end together.
 
 Signals: TERM and USR1 are passed on. INT is passed on as TERM, because a terminal's Ctrl-C reaches every process by
 itself, and a second INT would mean "now, without saving".
@@ -107,7 +107,7 @@ def run(
             process.kill()
         raise RunError(f"cannot start a process: {error.strerror}; what was saved is intact") from error
     ended = _wait(relay)
-    # Whoever died of a signal that we passed on had not begun to listen: it did stop.
+    # A process that died of a signal that we passed on had no handler yet: it did stop.
     meant = {rank: EXIT_STOPPED if -code in relay.asked else code for rank, code in ended.items()}
     # The first of those that ended worst; what all refuse alike, rank 0 has said.
     rank = min(meant, key=lambda rank: (WEIGHTS.get(meant[rank], 0), meant[rank] == EXIT_INPUT and rank > 0))

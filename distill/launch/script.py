@@ -200,7 +200,7 @@ def _quote(value: object) -> str:
 
 
 def _double_quote(value: object) -> str:
-    """Quoted, but for variables, which the shell still fills in: /scratch/$USER."""
+    """Quoted, except variables, which the shell still expands: /scratch/$USER."""
     return '"' + ESCAPED.sub(r"\\\g<0>", str(value)) + '"'
 
 

@@ -66,7 +66,7 @@ class Site(FrozenModel):
     qos: ScriptLine | None = None
     """null: Slurm's default"""
     options: list[ScriptLine] = []
-    """further options of sbatch for every job"""
+    """more options for sbatch, for every job"""
     python: ScriptLine | None = None
     """the interpreter on the nodes; null: the one that submits"""
     container: ContainerSite = ContainerSite()
@@ -74,7 +74,7 @@ class Site(FrozenModel):
 
 @dataclass(frozen=True)
 class SiteSource:
-    """A site and the file it stands in."""
+    """A site and its file."""
 
     site: Site
     path: Path

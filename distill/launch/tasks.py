@@ -14,7 +14,7 @@ from typing import Any
 from distill.core.atomic import write_json
 from distill.core.errors import InputError
 
-ENDS = "DISTILL_ENDS"  # folder of the files; set for every process of a job, and by it alone
+ENDS = "DISTILL_ENDS"  # folder of the files; set for every process of a job, and only there
 UNIT = "DISTILL_UNIT"  # what of the run the process computes, as `claims` names it
 
 

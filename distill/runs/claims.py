@@ -82,7 +82,7 @@ def _look(place: Path) -> Found | None:
 
 
 def owner(place: Path) -> Owner | None:
-    """Who holds a claim, dead or alive; None: nobody."""
+    """The owner of a claim, dead or alive; None: there is none."""
     found = _look(place)
     return None if found is None else found.owner
 
@@ -99,7 +99,7 @@ def _all(run: RunPaths) -> list[Found]:
 
 
 def executing(run: RunPaths) -> Owner | None:
-    """A process that executes the run, or a unit of it, now; None: nobody does."""
+    """A process that executes the run, or a unit of it, now; None: there is none."""
     return next((found.owner for found in _all(run) if _is_alive(run, found)), None)
 
 
@@ -163,7 +163,7 @@ def claim(
     """Hold the run while entered, or a unit of it; InputError if another process does, or holds what overlaps.
 
     me: the process that is to hold it, if it is one of a job. every: seconds between two renewals.
-    note: is told why this process ends at once, with code 1, if another one takes the run over.
+    note: called with the reason before this process ends at once, with code 1, because another has taken the run over.
     """
     me, process = me or Owner.this(), os.getpid()
     place = run.running if unit is None else run.units / unit

@@ -39,7 +39,7 @@ class PlainLine:
         self.say(f"{self.label}  {text}")
 
     def say(self, text: str) -> None:
-        with suppress(OSError):  # whoever read this may be gone, which is no reason to lose work; events say it too
+        with suppress(OSError):  # the reader may be gone, which is no reason to lose work; events record it too
             say_error(f"{stamp()}  {text}")
 
     def close(self) -> None: ...

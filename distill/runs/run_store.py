@@ -166,7 +166,7 @@ def is_run(folder: Path) -> bool:
 
 
 def check_spec(run: RunPaths) -> None:
-    """InputError unless a run's spec is a file that can be looked at: whoever reads it is not to wait for a pipe."""
+    """InputError unless a run's spec is a file that can be read: readers must not wait for a pipe."""
     try:
         mode = run.spec.stat().st_mode
     except OSError as error:

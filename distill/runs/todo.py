@@ -44,7 +44,8 @@ def lost_pairs(run: RunPaths, spec: RunSpec) -> list[str]:
 
 
 def _are_whole(folder: Path) -> bool:
-    """Whether the manifest is there, and each file that it lists at its size; checksums are for whoever reads them."""
+    """Whether the manifest is there, and each file that it lists at its size; checksums are checked when they are "
+    "read."""
     shards = pairspec.listed(folder)
     try:
         return shards is not None and all((folder / name).stat().st_size == size for name, size in shards.items())

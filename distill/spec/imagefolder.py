@@ -6,7 +6,7 @@
 
 Refused, with what to give instead: folders of train/val/test splits, of every thousand images (FFHQ), captions, and
 folders of kohya's trainers, since what their names or files say would be lost, or taken for classes. Hidden files and
-folders and `__MACOSX` are passed over, links are followed.
+folders and `__MACOSX` are skipped, links are followed.
 """
 
 import os
@@ -101,7 +101,7 @@ def suffixes() -> frozenset[str]:
 
 
 def has_classes(root: Path) -> bool:
-    """Whether its images have classes, as far as can be told without looking for images."""
+    """Whether its images have classes, as far as is known without looking for images."""
     if os.path.lexists(root / LABELS):
         return _parsed(root / LABELS).labels is not None
     return bool(_classes(root))
@@ -171,7 +171,7 @@ def refuse_container(path: str) -> None:
 def _files(root: str) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
     """Every visible file below root, by name, in the order of sorted(root.rglob("*")); links to folders are followed.
 
-    A link to a folder that it lies in is passed over: all that it leads to is there already.
+    A link to a folder that contains it is skipped: everything behind it is there already.
     """
     seen: dict[tuple[int, int], str] = {}
     stack = [("", iter(_entries(root, "")), _ancestors(root))]
@@ -257,7 +257,7 @@ def _identity(entry: "os.DirEntry[str]") -> tuple[int, int]:
 
 
 def _ancestors(root: str) -> frozenset[tuple[int, int]]:
-    """Of a folder and all that it lies in."""
+    """Of a folder and all folders that contain it."""
     place = Path(root).resolve()
     return frozenset((found.st_dev, found.st_ino) for found in (each.stat() for each in (place, *place.parents)))
 

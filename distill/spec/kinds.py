@@ -1,6 +1,6 @@
 """What solvers, samplers and kinds of student there are, and the facts of each that need no tensors.
 
-Their code is in `solvers`, `samplers` and `students`, under the same names. Whoever asks whether a solver can go from
+Their code is in `solvers`, `samplers` and `students`, under the same names. Code that asks whether a solver can go from
 data to noise, or what a sampler costs, asks the record: no other place compares names.
 """
 

@@ -79,7 +79,7 @@ class Resolved:
         return isinstance(self.spec.teacher, GaussianTeacher | MixtureTeacher)
 
     def kind(self, stage: str | None) -> StudentKind | None:
-        """Of the student of a train stage; None where there is none, or it cannot be told."""
+        """The kind of a train stage's student; None if there is none or it is unknown."""
         recipe = self.recipes.get(stage or "")
         return None if recipe is None else recipe.kind
 

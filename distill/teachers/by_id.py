@@ -48,7 +48,7 @@ def read_of(name: str, files: Iterable[str], *, weights: bool = True) -> list[st
 
 
 def repository(spec: CheckpointTeacher, commit: str | None = None) -> Repository:
-    """What a teacher by hub id reads. commit: None for the one that its revision stands for now."""
+    """What a teacher by hub id reads. commit: None for the current one of its revision."""
     if commit is None:
         with _reachable(spec):
             commit = hub.commit("model", spec.path, spec.revision)

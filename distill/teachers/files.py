@@ -136,12 +136,12 @@ def _shards(folder: Path, chosen: list[str]) -> list[Path]:
 
 
 def _there(path: Path) -> bool:
-    """Whether there is something of this name, a file or not: what cannot be read is refused, not passed over."""
+    """Whether there is something of this name, a file or not: what cannot be read is an error, not skipped."""
     return os.path.lexists(path)
 
 
 def _names(folder: Path) -> list[str]:
-    """What lies in a folder."""
+    """The names in a folder."""
     try:
         return [path.name for path in folder.iterdir()]
     except OSError as error:

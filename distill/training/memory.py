@@ -24,7 +24,7 @@ from distill.training.sharding import Zero
 
 KINDS = ("parameters", "gradients", "optimizer", "ema")
 FLOAT = 4  # bytes
-PERSISTENT = 100_000  # elements up to which DeepSpeed leaves a parameter whole in stage 3, unless told otherwise
+PERSISTENT = 100_000  # elements up to which DeepSpeed does not shard a parameter in stage 3, by default
 
 
 def predict(

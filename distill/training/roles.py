@@ -141,7 +141,7 @@ class Roles:
     def groups(self) -> Iterator[Group]:
         """What a checkpoint holds, one group at a time; every rank must take all of them, rank 0 gets them whole.
 
-        A group that was gathered for this lives as long as whoever takes it holds it.
+        A group that was gathered for this is kept in memory as long as the caller holds it.
         """
         for name, trainable in self.trainables.items():
             yield network_group(name), trainable.weights()

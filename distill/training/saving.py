@@ -115,7 +115,7 @@ class Saver:
     waits for the save that is being written. A second Ctrl-C ends at once: that save is lost, as with kill -9, and the
     one before it counts. So it may be where another rank has failed, as the launcher ends this one within seconds.
 
-    note: is told of each save that is done, on rank 0, in the thread of training.
+    note: called with each completed save, on rank 0, in the thread of training.
     """
 
     def __init__(self, checkpoints: Checkpoints, note: Callable[[Saved], None], world: World = ALONE) -> None:

@@ -160,7 +160,7 @@ class World:
         """Meet the other ranks of the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
         device: what all of them compute on; on a GPU host rank `local_rank` takes that GPU.
-        lost: is told where this rank was, if the process must end without an exception.
+        lost: called with the place of this rank, if the process must end without an exception.
         """
         backend, timeout = "gloo", timedelta(minutes=timeout_minutes)
         if device.type == "cuda":
