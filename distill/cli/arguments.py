@@ -1,4 +1,4 @@
-"""What users name on the command line, as the things meant: students, teachers, data, devices, lists of numbers."""
+"""Parses the arguments of commands: students, teachers, data, devices, lists of numbers."""
 
 import json
 import math
@@ -60,7 +60,7 @@ def times(option: str, text: str) -> list[float]:
 
 
 def stage(model: type[StageModel], content: dict[str, Any]) -> StageModel:
-    """A stage from options, checked as if it stood in a spec; messages name the options."""
+    """A stage from options, validated like one in a spec; messages name the options."""
     try:
         return model.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:

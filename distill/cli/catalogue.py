@@ -1,4 +1,4 @@
-"""`distill init` and `distill recipes`: what there is to begin with."""
+"""`distill init` and `distill recipes`: presets and recipes to start from."""
 
 from dataclasses import asdict
 from pathlib import Path

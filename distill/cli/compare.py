@@ -99,7 +99,7 @@ def _planned(
 def _again(
     folder: Path, given: str, changes: list[str], name: str | None, asked: Sequence[str] | None, minutes: float | None
 ) -> "tuple[RunPaths, distill.spec.model.RunSpec]":
-    """A comparison that was begun, once what is given now is the same."""
+    """A comparison to resume, if the given options agree with it."""
     from distill.plans import budget
     from distill.reports import comparison_table
 
@@ -146,7 +146,7 @@ def _record(
 
 
 def _say(record: "distill.reports.comparison_table.Comparison") -> None:
-    """What each recipe has, before it begins."""
+    """Print what each recipe will use, before the run starts."""
     from distill.reports import comparison_table
 
     rows = []

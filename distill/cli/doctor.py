@@ -32,7 +32,7 @@ FREE = 2e9  # bytes that a quickstart and a few checkpoints take with ease
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     what: str
     state: Literal["ok", "missing", "broken", "note"]
@@ -118,7 +118,7 @@ def _troubles(seen: "distill.launch.sitecheck.Seen", gpus: int) -> list[str]:
 def probe(
     folder: Annotated[Path, typer.Argument()], caches: Annotated[list[str] | None, typer.Argument()] = None
 ) -> None:
-    """Look around, as a process of the job of `doctor --site`; CACHES: the site's, NAME=FOLDER."""
+    """The checks of one process in the job of `doctor --site`; CACHES: the site's, NAME=FOLDER."""
     from distill.launch import sitecheck, tasks
 
     tasks.require("probe")
@@ -141,7 +141,7 @@ def _packages() -> list[Finding]:
 
 
 def _partners() -> list[Finding]:
-    """Trouble where torchvision was built for another torch: diffusers, and so every run, fails with it."""
+    """A torchvision that was built for another torch: with it diffusers, and so every run, fails."""
     if any(importlib.util.find_spec(name) is None for name in ("torch", "torchvision")):
         return []
     try:

@@ -1,4 +1,4 @@
-"""`distill status` and `logs`: how runs stand, here and on a cluster, and what their processes say."""
+"""`distill status` and `logs`: the progress of runs, here and on a cluster, and the logs of their processes."""
 
 import re
 import time
@@ -161,7 +161,7 @@ def logs(
     ] = None,
     store: StoreOption = None,
 ) -> None:
-    """Print what a run's processes say: the first traceback of any of them, then the job's lines and a rank's."""
+    """Print the logs of a run: the first traceback of any process, then the lines of the job and of a rank."""
     from distill.runs import log_files
 
     paths = find_run(store_path(store), run)
@@ -183,7 +183,7 @@ def logs(
 
 
 def _begin(path: Path, since: datetime | None, lines: int | None) -> tuple[int, str]:
-    """Where to begin with a log, and what is left out, in words."""
+    """Where to start in a log, and a text about what is left out."""
     from distill.runs import log_files
 
     with records.open_regular(path) as file:
@@ -228,7 +228,7 @@ def _choose(paths: RunPaths, rank: int, stage: str | None) -> list[Path]:
 
 
 def _first_failure(paths: RunPaths) -> "distill.runs.log_files.Failure | None":
-    """The earliest traceback that the logs hold of the jobs' newest attempts."""
+    """The earliest traceback in the logs of the jobs' newest attempts."""
     from distill.runs import jobs, log_files
 
     began: dict[str, str] = {}  # by the logs' names up to the rank
@@ -249,7 +249,7 @@ def _first_failure(paths: RunPaths) -> "distill.runs.log_files.Failure | None":
 
 
 def _await(paths: RunPaths) -> None:
-    """Until there is a log, or nothing that would write one."""
+    """Wait until there is a log, or no process that would write one."""
     while not _files(paths) and _is_live(paths):
         time.sleep(WATCH_SECONDS)
 

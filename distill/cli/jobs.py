@@ -93,7 +93,7 @@ OneJobOption = Annotated[
 
 @dataclass(frozen=True)
 class JobOptions:
-    """What the options of a submission ask for; None and False: nothing. The names are the options'."""
+    """The options of a submission; None and False: not given. The names are those of the options."""
 
     nodes: int | None
     gpus_per_node: int | None
@@ -107,7 +107,7 @@ class JobOptions:
     one_job: bool
 
     def changes(self) -> list[str]:
-        """As changes of a spec."""
+        """The options as changes of a spec."""
         given = {
             "launch.nodes": self.nodes,
             "launch.slurm.gpus_per_node": self.gpus_per_node,
@@ -179,13 +179,13 @@ def submit(
 
 
 def check_code(code: str) -> None:
-    """InputError unless it is a choice of --code."""
+    """InputError unless it is a valid value of --code."""
     if code not in ("run", "current"):
         raise InputError(f"--code {code}: {suggest(code, ['run', 'current'])}")
 
 
 def found_site(option: Path | None) -> "distill.launch.sites.SiteSource":
-    """The cluster's file that holds."""
+    """The site file to use."""
     from distill.launch import sites
 
     return sites.load(expanded(site_setting(option).value))
@@ -194,7 +194,7 @@ def found_site(option: Path | None) -> "distill.launch.sites.SiteSource":
 def submit_new(
     folder: Path, source: "distill.spec.specfile.SpecSource", site: "distill.launch.sites.SiteSource", code: str
 ) -> None:
-    """Make the run of a spec, and queue all of it."""
+    """Create the run of a spec, and queue all its stages."""
     from distill.execution import prefetch
     from distill.launch import queue, snapshot
     from distill.runs import claims
@@ -225,7 +225,7 @@ def submit_again(
     site: "distill.launch.sites.SiteSource",
     code: str,
 ) -> None:
-    """Queue what of a run is neither done nor queued; its spec is `source`, or is refused."""
+    """Queue what is neither done nor queued; InputError unless the run's spec is `source`."""
     from distill.execution import prefetch
     from distill.launch import queue
     from distill.runs import claims, jobs, todo
@@ -283,7 +283,7 @@ def _where(
 
 
 def _keep_code(run: RunPaths, code: str) -> None:
-    """The package in a run that was made without it."""
+    """Add the copy of the package to a run that was made without it."""
     from distill.launch import snapshot
 
     if code != "run" or run.code.exists():
@@ -322,7 +322,7 @@ def _dry_run(
 
 
 def _say_memory(ready: "distill.execution.preflight.Ready") -> None:
-    """What training will hold, as far as it is known before anything runs."""
+    """Print the memory of training, as far as it is known before anything runs."""
     from distill.execution.estimate import estimate
 
     found = estimate(ready)

@@ -1,4 +1,4 @@
-"""`distill pairs`: the paths of a teacher, solved and stored; those of a spec's stage also by many processes."""
+"""`distill pairs`: the paths of a teacher, solved and stored; those of a spec also by many processes."""
 
 import os
 from collections.abc import Mapping
@@ -108,7 +108,7 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
 
 
 def _refuse_empty(share: tuple[int, int] | None, stage: "distill.spec.model.Stage") -> None:
-    """InputError for a part that would have nothing to make."""
+    """InputError for a part without any shard."""
     from distill.spec import pairspec
     from distill.spec.model import PairsStage
 
@@ -208,7 +208,7 @@ def _of_spec(
 
 
 def _told(folder: Path) -> str:
-    """How far a set is, and what its numbers are worth."""
+    """How much of a set is complete, and its quality."""
     from distill.pairs import manifest
 
     found = manifest.read(folder)
@@ -230,7 +230,7 @@ def _told(folder: Path) -> str:
 def _run(
     store: Path, given: str, changes: list[str], name: str | None, *, make: bool
 ) -> tuple[RunPaths, "distill.spec.model.RunSpec"]:
-    """The run of a spec: there already, or made now, by whichever of several processes comes first; or only named."""
+    """The run of a spec: an existing one, or one made now by the first of several processes; or only its name."""
     if not start.is_run(store, given):
         source = start.find(given, changes, name)
         paths = RunPaths(store.absolute() / source.spec.name)

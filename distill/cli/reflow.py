@@ -150,7 +150,7 @@ def _refuse_without_slurm(asked: jobs.JobOptions, site: Path | None, code: str) 
 
 @dataclass(frozen=True)
 class _Find:
-    """From a spec of one round, by its file or preset, to that of the plan's."""
+    """The spec of all rounds, from that of one round."""
 
     plan: "distill.plans.rounds.RoundsPlan"
 

@@ -49,7 +49,7 @@ def list_runs(store: StoreOption = None, json: JsonOption = False) -> None:
 
 
 def stages_done(done: int, run: "distill.reports.run_status.RunStatus") -> str:
-    """2/5; "" where it is not known how many there are."""
+    """2/5; "" if the number of stages is unknown."""
     return f"{done}/{len(run.stages)}" if run.stages else ""
 
 
@@ -156,7 +156,7 @@ def clean(
     ] = False,
     store: StoreOption = None,
 ) -> None:
-    """Say what a run no longer needs, and how much that would free; with --yes, delete it."""
+    """List what a run no longer needs and how much space that would free; with --yes, delete it."""
     from distill.runs import claims, run_store
 
     if inputs:
@@ -241,14 +241,14 @@ def _refuse_if_queued(paths: RunPaths) -> None:
 
 
 def _wanted_pairs(run: RunPaths) -> list[str]:
-    """The pairs stages that are done, and that a stage still to do trains on."""
+    """The completed pairs stages that an unfinished stage trains on."""
     from distill.runs import todo
 
     return sorted(name for name in todo.wanted_pairs(run, todo.load_spec(run)) if run.stage(name).done.exists())
 
 
 def _waste(root: Path, checkpoints: bool, pairs: bool) -> list[Path]:
-    """Folders that may go: checkpoints of done stages, pairs, claims of processes that were killed."""
+    """Folders that may be deleted: checkpoints of completed stages, pairs, claims of killed processes."""
     found = [*root.glob(".dead-*"), *root.glob(".running-*")]  # the second of a kill while it claimed the run
     for stage in sorted((root / "stages").glob("*")):
         if checkpoints and (stage / "done.json").exists() and (stage / "checkpoints").is_dir():

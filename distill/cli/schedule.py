@@ -1,4 +1,4 @@
-"""`distill schedule`: the step times of least summed error; and what --schedule and --times mean elsewhere."""
+"""`distill schedule`: the step times of least summed error; and the options --schedule and --times elsewhere."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,7 +38,7 @@ def schedule(
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Find the step times at which a solver errs least on its way, by dynamic programming; the store keeps them."""
+    """Find the step times with the smallest error of a solver, by dynamic programming; they are kept in the store."""
     from distill.cli import arguments
 
     if steps > fine:
@@ -70,7 +70,7 @@ def schedule(
 
 
 def refuse_schedule(schedule: str, times: str | None) -> None:
-    """Refuse what --schedule and --times cannot be."""
+    """InputError for invalid values of --schedule and --times."""
     if schedule not in ("uniform", "optimal"):
         raise InputError(f"--schedule {schedule}: {suggest(schedule, ['uniform', 'optimal'])}")
     if schedule == "optimal" and times is not None:

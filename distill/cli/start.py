@@ -1,4 +1,4 @@
-"""From what a user names to a run in the store: found, checked, begun or gone on with. Nothing is computed here."""
+"""From what a user names to a run in the store: found, checked, created or resumed. Nothing is computed here."""
 
 import json
 import shlex
@@ -94,7 +94,7 @@ def refuse_taken(folder: Path, source: "distill.spec.specfile.SpecSource") -> No
 def create(
     folder: Path, source: "distill.spec.specfile.SpecSource", more: Mapping[str, str | bytes] | None = None
 ) -> RunPaths:
-    """A new run of a checked spec, complete or not at all; with more files than every run has."""
+    """A new run of a checked spec, complete or not at all; with additional files."""
     from distill.launch import environment
     from distill.spec import specfile
 
@@ -115,7 +115,7 @@ def create(
 
 
 def _own_recipes(source: "distill.spec.specfile.SpecSource") -> dict[str, str | bytes]:
-    """The user's own recipe files, which a run keeps a copy of."""
+    """The user's own recipe files, which are copied into the run."""
     from distill.spec import registry
     from distill.spec.model import TrainStage
 
@@ -127,7 +127,7 @@ def _own_recipes(source: "distill.spec.specfile.SpecSource") -> dict[str, str | 
 def resume(
     paths: RunPaths, source: "distill.spec.specfile.SpecSource"
 ) -> tuple[RunPaths, "distill.spec.model.RunSpec"]:
-    """An existing run that this machine is to execute, once the spec given is the run's own in all but `launch`."""
+    """An existing run to execute on this machine; InputError if the spec differs in more than `launch`."""
     from distill.runs import claims
 
     claims.refuse_if_executing(paths)
@@ -178,10 +178,10 @@ def go_on(
     live: Sequence[str] = (),
     trains: bool = True,
 ) -> "distill.spec.model.RunSpec":
-    """The spec of an existing run, once it is the old one in all but `launch`, which is then written.
+    """The spec of an existing run, if it differs from the old one in `launch` only; then the new `launch` is written.
 
-    live: jobs that have begun, or will, with the old `launch`; then nothing may change.
-    trains: this version of distill is to train what the run has still to train.
+    live: jobs that use the old `launch`; then nothing may change.
+    trains: this version of distill will train the unfinished stages.
     """
     from distill.core import versions
     from distill.runs import machine, todo

@@ -1,5 +1,5 @@
-"""`distill publish`, `students`, `pull` and `verify`: students on their way to other people. No torch, but to export a
-checkpoint and to draw samples where no evaluation has.
+"""`distill publish`, `students`, `pull` and `verify`: sharing students. torch is imported only to export a
+checkpoint, and to draw samples if no evaluation has.
 """
 
 import tempfile
@@ -242,7 +242,7 @@ def _source(given: str, store: str | None) -> "tuple[distill.exchange.transports
 
 
 def _warn(skipped: list[str]) -> None:
-    """What of a store cannot be used, on stderr, each once; the first of many."""
+    """Print the entries of a store that cannot be used on stderr; the first of many."""
     for each in skipped[:MANY]:
         say_error(f"warning: {one_line(each)}")
     if len(skipped) > MANY:
@@ -250,12 +250,12 @@ def _warn(skipped: list[str]) -> None:
 
 
 def _best(entry: "distill.exchange.published.PublishedVersion") -> str:
-    """The distance at the fewest steps, which comes first among its metrics."""
+    """The distance at the fewest steps, which is the first metric."""
     return next((f"{key} {value:.4g}" for key, value in entry.metrics.items()), "-")
 
 
 def _show(name: str, text: str) -> None:
-    """Code that is taken on trust, before it is."""
+    """Print code before it is accepted by --trust-code."""
     say(f"--- {name}")
     say("\n".join(one_line(line) for line in text.splitlines()))
     say("---")

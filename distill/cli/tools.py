@@ -40,7 +40,7 @@ def sample(
     device: DeviceOption = "auto",
     store: StoreOption = None,
 ) -> None:
-    """Sample a student into a picture."""
+    """Draw samples of a student."""
     from distill.cli import arguments
 
     labels = arguments.numbers("--classes", classes) if classes else None

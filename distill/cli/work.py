@@ -47,7 +47,7 @@ def quickstart(store: StoreOption = None) -> None:
 
 
 def choose_quickstart(folder: Path) -> tuple[RunPaths, "distill.spec.model.RunSpec | None"]:
-    """The quickstart that was stopped, with its spec; or the first name that is free: quickstart, quickstart-2, ..."""
+    """The quickstart that was stopped, with its spec; or the first free name: quickstart, quickstart-2, ..."""
     from distill.runs import claims, todo
     from distill.spec import presets, specfile
 
@@ -158,9 +158,9 @@ def rehearsed(source: "distill.spec.specfile.SpecSource") -> Iterator[RunPaths]:
 
 
 def execute(paths: RunPaths, spec: "distill.spec.model.RunSpec", *, fresh: bool = False) -> None:
-    """Compute what is not done; leave with the exit code of the process that did it.
+    """Run the unfinished stages; exit with the code of the process that did it.
 
-    fresh: the run was made just now, so that nothing of it stays if its process refuses it before any work.
+    fresh: the run was made just now; it is removed if its process refuses it before any work.
     """
     from distill.launch import local
     from distill.runs import todo
@@ -182,7 +182,7 @@ def execute(paths: RunPaths, spec: "distill.spec.model.RunSpec", *, fresh: bool 
 
 
 def _farewell(paths: RunPaths) -> None:
-    """Where everything lies, and the tables."""
+    """Print the tables, and where the results are."""
     print_results(paths)
     rows = [("run", paths.root), *((f"student {p.name}", p) for p in sorted(paths.students.glob("*")) if p.is_dir())]
     files = {"comparison": paths.comparison_table, "its figure": paths.comparison_figure, "report": paths.report}

@@ -1,4 +1,4 @@
-"""One process of a job: it takes its rank from Slurm, and leaves word of how it ended for the job's own process.
+"""One process of a job: it takes its rank from Slurm, and records how it ended for the job's own process.
 
 A file for each rank: srun's exit code is that of the last task it had to end, not that of the one that failed.
 """

@@ -68,7 +68,7 @@ class StageDoneEvent(_TimedEvent):
 
 @MORE
 class ProgressEvent(_TimedEvent):
-    """How far a stage is; means of its numbers since the last such line."""
+    """The progress of a stage, with the means of its numbers since the last such line."""
 
     event: Literal["progress"]
     label: Line
@@ -101,7 +101,7 @@ class ResumedEvent(_TimedEvent):
 
 @MORE
 class WarnedEvent(_TimedEvent):
-    """Something that must not be missed."""
+    """A warning."""
 
     event: Literal["warning"]
     label: Line
@@ -118,7 +118,7 @@ class ProcessEvent(_TimedEvent):
 
 @MORE
 class OtherEvent(_TimedEvent):
-    """What nothing here reads."""
+    """An event that nothing here reads."""
 
     event: Line
 

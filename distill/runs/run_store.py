@@ -1,4 +1,4 @@
-"""Where things lie. A run is a directory; state appears complete (write, fsync, rename) or not at all."""
+"""The files of a run and of a store. A run is a folder; state appears complete (write, fsync, rename) or not at all."""
 
 import errno
 import json
@@ -86,7 +86,7 @@ class RunPaths:
 
     @property
     def running(self) -> Path:
-        """Exists while a process executes the run; says which (see `claims`)."""
+        """Exists while a process executes the run, and names it (see `claims`)."""
         return self.root / "running"
 
     @property
@@ -130,7 +130,7 @@ class RunPaths:
         return self.root / "comparison.svg"
 
     def log(self, rank: int) -> Path:
-        """What a rank says that is not the first: that one speaks on the terminal."""
+        """The output of a rank other than the first, whose output goes to the terminal."""
         return self.logs / f"rank-{rank}.log"
 
     def stage(self, name: str) -> StagePaths:
@@ -222,7 +222,7 @@ def refuse_reserved(name: str) -> None:
 
 
 def name_in_use(run: RunPaths) -> str:
-    """What to say when a run's name is taken, with both ways out."""
+    """The message for a run's name that is taken, with both remedies."""
     if not run.spec.is_file():  # the students that were published, for one
         return f"{run.root} exists already and is not a run; choose another name by --name OTHER"
     return (

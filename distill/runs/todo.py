@@ -1,4 +1,4 @@
-"""What a run is, and what of it is still to do: its spec, and the stages that are not done."""
+"""The spec of a run, and its unfinished stages."""
 
 from pathlib import Path
 
@@ -44,8 +44,7 @@ def lost_pairs(run: RunPaths, spec: RunSpec) -> list[str]:
 
 
 def _are_whole(folder: Path) -> bool:
-    """Whether the manifest is there, and each file that it lists at its size; checksums are checked when they are "
-    "read."""
+    """Whether the manifest is there, and each file that it lists at its size; checksums are left to the readers."""
     shards = pairspec.listed(folder)
     try:
         return shards is not None and all((folder / name).stat().st_size == size for name, size in shards.items())
