@@ -1,4 +1,4 @@
-"""Where encoded images lie: here, as files of a folder; `tables` has those in rows of the `datasets` library."""
+"""Where encoded images are stored: here, files of a folder; `tables` has those in rows of the `datasets` library."""
 
 import os
 from collections.abc import Callable

@@ -98,7 +98,7 @@ def _stat(path: str) -> os.stat_result | None:
 
 
 def open_rows(spec: HfData) -> Dataset:
-    """The rows of a split, as they lie there."""
+    """The rows of a split, in their stored order."""
     path = Path(spec.path)
     if path.exists():
         imagefolder.refuse_container(spec.path)
@@ -133,7 +133,7 @@ def _refuse_folder(path: str) -> None:
 
 @contextmanager
 def _readable(spec: HfData) -> Iterator[None]:
-    """Says what cannot be read, and why."""
+    """The error that says what cannot be read, and why."""
     try:
         yield
     except InputError:

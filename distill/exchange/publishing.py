@@ -1,4 +1,4 @@
-"""Publishing: a student of a run, with all that its run knows of it, becomes a version in the store's registry.
+"""Publishing: a student of a run, with what its run knows about it, becomes a version in the store's registry.
 
 A version appears by the rename of a complete folder, which fails where it exists: of two publishers at once one has it.
 """
@@ -43,7 +43,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Published:
-    """What a publication has come to."""
+    """The result of a publication."""
 
     entry: PublishedVersion
     new: bool

@@ -1,4 +1,4 @@
-"""One file from a source to the disk: hashed as it comes, resumed where it broke, complete or not there at all."""
+"""One file from a source to the disk: hashed as it arrives, resumed where it broke, complete or absent."""
 
 import hashlib
 import os
@@ -132,7 +132,7 @@ def _complete(source: RemoteSource, name: str, record: FileRecord, part: FilePar
 
 
 def _receive(stream: Stream, part: FilePart, size: int, tally: Tally) -> str:
-    """All that comes; why it is not the whole file, or nothing."""
+    """Receive the rest; returns why the file is incomplete, or nothing."""
     begin, before = time.monotonic(), part.size
     while block := stream.read(min(BLOCK, size - part.size + 1)):  # one more than is missing, to notice what is longer
         if time.monotonic() - begin > WINDOW:

@@ -1,4 +1,4 @@
-"""Teachers by hub id: the commit that is meant, and the files of it that are read, in the library's cache."""
+"""Teachers by hub id: the commit, and those of its files that are read, in the library's cache."""
 
 import shutil
 from collections.abc import Iterable, Iterator
