@@ -5,6 +5,7 @@ velocity field v(x_t, t, cond) and a flow map u(x_t, t, s, cond), the average ve
 x_s = x_t + (s - t) u. Nothing here has an implementation; a module that fits the shape fits the framework.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -185,10 +186,19 @@ class Trained:
 
     waiting: names of parameters, or patterns such as "head.*", that the first turns need not reach. Any other that no
     backward pass of its network's first two turns reaches, on any rank, is an error: most likely it never would be.
+    lr: multiplies the learning rate of the stage for this network.
+    groups: by the name of a parameter, or a pattern, a further factor of its learning rate.
     """
 
     module: nn.Module
     waiting: tuple[str, ...] = ()
+    lr: float = 1.0
+    groups: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, factor in {"lr": self.lr, **{f"groups['{key}']": each for key, each in self.groups.items()}}.items():
+            if not (math.isfinite(factor) and factor > 0):
+                raise ValueError(f"Trained: {name}={factor} multiplies a learning rate; valid: a finite number above 0")
 
 
 @dataclass(frozen=True)
@@ -212,7 +222,32 @@ class Copy:
             raise ValueError(f"a copy with decay {self.decay} would never follow '{self.of}'; valid: 0 <= decay < 1")
 
 
-Role = Trained | Frozen | Copy
+@dataclass(frozen=True)
+class Adapter:
+    """A network whose weights stay, and low-rank adapters beside some of its layers, which train: each target layer
+    gets the weights W + alpha / rank B A. It starts as `module`, of which it is a copy; exports have them merged.
+
+    targets: names of linear and convolution layers, or the ends of their names, such as "to_q" or "layers.0".
+    lr: multiplies the learning rate of the stage.
+    """
+
+    module: nn.Module
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"Adapter: rank={self.rank}; valid: a whole number above 0")
+        for name, value in {"alpha": self.alpha, "lr": self.lr}.items():
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"Adapter: {name}={value}; valid: a finite number above 0")
+        if not self.targets:
+            raise ValueError("Adapter: targets is empty; name at least one layer")
+
+
+Role = Trained | Frozen | Copy | Adapter
 
 
 @runtime_checkable

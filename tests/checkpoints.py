@@ -12,7 +12,7 @@ from distill import teachers
 from distill.core.errors import InputError
 from distill.flow.fields import Rescheduled, start
 from distill.flow.interpolants import linear
-from distill.flow.solvers import euler
+from distill.flow.solvers import integrate
 from distill.spec.model import CheckpointTeacher
 
 CPU = torch.device("cpu")
@@ -70,7 +70,9 @@ def ours(teacher: teachers.LoadedTeacher, t_grid: torch.Tensor, labels: torch.Te
     sigma = t_grid[:1] / (1 - t_grid[:1])
     c = field.interpolant.path(field.interpolant.time_of(sigma))
     x = start(field, noise()) / (c.alpha + c.sigma).item()
-    return euler(Rescheduled(field, linear()), x, t_grid, {} if labels is None else {"class_labels": labels})
+    return integrate(
+        "euler", Rescheduled(field, linear()), x, t_grid, {} if labels is None else {"class_labels": labels}
+    )
 
 
 def vp_grid(scheduler: DDIMScheduler) -> torch.Tensor:

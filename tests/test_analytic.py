@@ -9,18 +9,11 @@ from scipy.stats import kstest, norm
 
 from distill.core.errors import InputError
 from distill.flow import draws
-from distill.flow.interpolants import edm, like, linear, trig, vp
+from distill.flow.interpolants import edm, like, linear, vp
 from distill.protocols import FlowMap, Teacher, VelocityField
 from distill.spec.model import GaussianTeacher, MixtureTeacher
-from distill.teachers.analytic import (
-    GaussianField,
-    GaussianFlowMap,
-    MixtureField,
-    QuantileFlowMap,
-    class_gaussian_teacher,
-    gaussian_teacher,
-    mixture_teacher,
-)
+from distill.teachers.analytic import GaussianField, MixtureField, gaussian_teacher, mixture_teacher
+from distill.testing.closed_form import GaussianFlowMap, QuantileFlowMap, class_gaussian_teacher, trig
 
 MEAN = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
 STD = torch.tensor([0.5, 1.3, 0.2], dtype=torch.float64)

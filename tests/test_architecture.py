@@ -9,11 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "distill").rglob("*.py"))
-RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.py") if p.name != "__init__.py")
-PYTHON = MODULES + RECIPES
+RECIPES = sorted(p for p in (ROOT / "recipes").rglob("*.py") if not p.name.startswith("_"))
+SHARED = sorted(p for p in (ROOT / "recipes").rglob("_*.py") if p.name != "__init__.py")  # by recipes of a folder
+PYTHON = MODULES + RECIPES + SHARED
 
 # The packages from the ground up: each imports from itself and those before it. Above CONTROL they need torch.
-CONTROL = ["core", "spec", "runs", "exchange", "reports", "plans", "launch"]
+CONTROL = ["core", "solvers", "spec", "runs", "exchange", "reports", "plans", "launch"]
 COMPUTE = ["flow", "networks", "teachers", "data", "students", "pairs", "training", "evaluation", "execution"]
 RANK = {name: rank for rank, name in enumerate([*CONTROL, *COMPUTE, "testing", "cli"])}
 RANK |= {"protocols": RANK["flow"], "hub": RANK["flow"]}
@@ -62,8 +63,8 @@ def imports(tree, *, anywhere=True):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:
-            if node.module == "distill":
-                yield from (f"distill.{alias.name}" for alias in node.names)
+            if node.module == "distill" or node.module.startswith("recipes"):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
             else:
                 yield node.module
 
@@ -76,7 +77,7 @@ def test_modules_are_short():
     for path in MODULES:
         lines = len(path.read_text().splitlines())
         assert lines <= 400, f"{show(path)} has {lines} lines; a module has at most 400: split it by role"
-    for path in RECIPES:
+    for path in RECIPES + SHARED:
         lines = len(path.read_text().splitlines())
         assert lines <= 120, f"{show(path)} has {lines} lines; a recipe has at most 120"
 
@@ -107,12 +108,19 @@ def test_control_plane_has_no_torch():
 
 def test_recipes_see_mathematics_only():
     allowed = {"torch", "pydantic", "math", "typing", "collections", "distill.flow", "distill.protocols"}
-    for path in RECIPES:
+    for path in RECIPES + SHARED:
+        family = {f"recipes.{path.parent.name}.{each.stem}" for each in SHARED if each.parent == path.parent}
         for name in imports(parse(path)):
             parts = name.split(".")
             first = ".".join(parts[:2]) if parts[0] == "distill" else parts[0]
-            fits = first in allowed or name == "distill.core.errors"
-            assert fits, f"{show(path)} imports {name}; valid: {sorted(allowed)}, distill.core.errors"
+            fits = first in allowed or name == "distill.core.errors" or name in family
+            assert fits, f"{show(path)} imports {name}; valid: {sorted({*allowed, *family})}, distill.core.errors"
+
+
+def test_what_recipes_share_is_used_by_two():
+    for path in SHARED:
+        users = [each for each in RECIPES if f"recipes.{path.parent.name}.{path.stem}" in imports(parse(each))]
+        assert len(users) >= 2, f"{show(path)}: used by {[show(each) for each in users]}, valid: by two recipes"
 
 
 def test_the_engine_names_no_objective():
@@ -160,7 +168,24 @@ def test_shipped_files_stand_alone():
             {"core/printing.py"},
             "what is printed goes through core/printing.py, which makes it safe for a terminal",
         ),
-        (r"\baccelerate\b|\bdeepspeed\b", {"training/sharding.py"}, "sharding stays in training/sharding.py"),
+        (r"\bdeepspeed\b", {"training/zero.py"}, "DeepSpeed stays in training/zero.py"),
+        (
+            r"\baccelerate\b",
+            {"teachers/weights.py", "students/init.py", "training/micro_batch.py"},
+            "accelerate loads weights and finds a micro-batch, and is no part of the training loop",
+        ),
+        (
+            r"\bZero\(|\bzero_stage\b",
+            {
+                "training/choice.py",
+                "training/zero.py",
+                "training/micro_batch.py",
+                "testing",
+                "spec/checks.py",
+                "launch",
+            },
+            "who divides networks is chosen in training/choice.py",
+        ),
     ],
 )
 def test_forbidden(pattern, allowed, rule):

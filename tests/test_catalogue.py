@@ -3,9 +3,12 @@
 import json
 import os
 
+import pytest
 from commands import command
 from programs import catalogue
 
+from distill.core.errors import InputError
+from distill.launch import snapshot
 from distill.spec import presets, registry, schema
 from recipes.reflow import one_step
 
@@ -49,3 +52,17 @@ def test_a_recipe_of_ones_own_is_what_stands_in_its_file_and_leaves_nothing_besi
         marks.append(registry.load("./mine.py", tmp_path).MARK)
     assert marks == [1, 2]
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_recipes_of_a_folder_share_is_no_recipe(tmp_path):
+    assert "recipes/reflow/_segments.py" in snapshot.files()  # it goes where recipes go
+    assert not [name for name in registry.names() if "/_" in name]
+    for name in ("reflow/_segments", "reflow/__init__"):
+        with pytest.raises(InputError, match=f"^{name} is not a recipe: .*; valid: reflow/boss, .*reflow/slimflow$"):
+            registry.source(name, tmp_path)
+    options = [option.name for option in registry.describe("reflow/proreflow", tmp_path).options]
+    assert options[:2] == ["windows", "times_per_window"] and options[-1] == "direction_weight"
+    text = (registry.package_folder() / "reflow" / "boss.py").read_text()
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(InputError, match=r"^recipe '\./mine.py' .*: _segments is for the recipes of its folder only"):
+        registry.load("./mine.py", tmp_path)

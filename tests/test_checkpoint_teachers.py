@@ -21,7 +21,7 @@ from torch import nn
 from distill.core.errors import InputError
 from distill.flow.fields import Rescheduled
 from distill.flow.interpolants import linear, vp
-from distill.flow.solvers import euler
+from distill.flow.solvers import integrate
 from distill.networks.velocity_mlp import VelocityMLP
 from distill.networks.velocity_unet import VelocityUNet2DModel
 from distill.students.init import StudentInit
@@ -238,7 +238,7 @@ def test_guidance_is_the_usual_loop_and_scale_one_is_none(tmp_path):
             uncond = network(expected, timestep, class_labels=null).sample
             cond = network(expected, timestep, class_labels=labels).sample
             expected = scheduler.step(uncond + scale * (cond - uncond), timestep, expected).prev_sample
-        got = euler(teacher.guided(scale), noise(), scheduler.sigmas.double(), {"class_labels": labels})
+        got = integrate("euler", teacher.guided(scale), noise(), scheduler.sigmas.double(), {"class_labels": labels})
         same(got, expected)
         t = torch.tensor([0.2, 0.5, 0.9])
         unguided = teacher.field(noise(), t, {"class_labels": labels})

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from distill.protocols import Copy, Frozen, Loss, Trained, Turn
 from distill.runs.run_store import RunPaths, read_events
 from distill.spec.model import OptimizerSpec
 from distill.training import checkpoint
-from distill.training.trainable import Trainable, learning_rate
+from distill.training.optimizer import learning_rate
+from distill.training.plain import Plain, PlainTrainable
+from distill.training.sharding import Sharding, Trainable
 
 
 def bits(result):
@@ -113,7 +116,7 @@ def test_a_quadratic_follows_adamw_by_hand():
     with torch.no_grad():
         layer.weight.fill_(1.0)
     spec = OptimizerSpec(lr=0.1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.05, clip=None)
-    trainable = Trainable("student", layer, spec)
+    trainable = PlainTrainable("student", Trained(layer), spec)
     trainable.activate(True)
     x, m, v = 1.0, 0.0, 0.0
     for n in range(1, 21):
@@ -128,7 +131,7 @@ def test_a_quadratic_follows_adamw_by_hand():
 
 def test_clipping_scales_the_gradient_to_the_limit():
     layer = nn.Linear(2, 1, bias=False)
-    trainable = Trainable("student", layer, OptimizerSpec(clip=0.5))
+    trainable = PlainTrainable("student", Trained(layer), OptimizerSpec(clip=0.5))
     trainable.activate(True)
     trainable.backward((layer.weight * torch.tensor([[3.0, 4.0]])).sum())
     norm = trainable.gradient_norm()
@@ -136,6 +139,31 @@ def test_clipping_scales_the_gradient_to_the_limit():
     trainable.step(0.0, norm)
     first_moment = trainable.state()["weight/exp_avg"]
     torch.testing.assert_close(first_moment, 0.1 * torch.tensor([[0.3, 0.4]]), rtol=1e-5, atol=0)
+
+
+def test_who_divides_networks_is_one_object(tmp_path):
+    """Somebody else's: the loop asks it for each network, and checkpoints note what it says of itself."""
+
+    class Other(Plain):
+        record = {**Plain.record, "divided": "by hand"}
+
+        def __init__(self):
+            self.asked = []
+
+        def wrap(self, name, role, spec, world, device, slices):
+            self.asked.append((name, device.type, slices))
+            return super().wrap(name, role, spec, world, device, slices)
+
+    other = Other()
+    assert isinstance(other, Sharding) and isinstance(
+        PlainTrainable("x", Trained(Vector()), OptimizerSpec()), Trainable
+    )
+    found = train(tmp_path / "other", Alternating(), sharding=other, images=32)
+    rows = [Rows(0, 16, 16)]
+    assert other.asked == [("student", "cpu", rows), ("critic", "cpu", rows)]
+    assert_same(bits(found), bits(train(tmp_path / "plain", Alternating(), images=32)))
+    latest = checkpoint.latest(tmp_path / "other" / "stages" / "train" / "checkpoints", print)
+    assert latest.meta.environment["divided"] == "by hand" and latest.meta.environment["zero_stage"] == "none"
 
 
 def test_turns_move_only_whose_turn_it_is(tmp_path):
@@ -572,6 +600,71 @@ def test_a_checkpoint_of_another_network_is_one_message(tmp_path):
 
 
 def test_moments_of_another_network_are_refused():
-    trainable = Trainable("student", nn.Linear(1, 1), OptimizerSpec())
+    trainable = PlainTrainable("student", Trained(nn.Linear(1, 1)), OptimizerSpec())
     with pytest.raises(RunError, match="the optimizer state of network 'student' has 'layer.weight', the network does"):
         trainable.load_state({"layer.weight/exp_avg": torch.zeros(1)})
+
+
+class Rates(FlowMatching):
+    """A network with learning rates of its own."""
+
+    def __init__(self, lr=1.0, groups=None):
+        super().__init__()
+        self.lr, self.groups = lr, groups or {}
+
+    def networks(self, init):
+        return {"student": Trained(Vector(), lr=self.lr, groups=self.groups)}
+
+
+def test_learning_rates_of_a_network_and_of_its_groups_multiply_that_of_the_stage():
+    """Each of two steps against AdamW with that learning rate alone, to the bit."""
+    factors = {"first.weight": 6.0, "first.bias": 2.0, "second.weight": 1.0, "second.bias": 1.0}
+    network = nn.Sequential(OrderedDict(first=nn.Linear(2, 3), second=nn.Linear(3, 1)))
+    spec = OptimizerSpec(lr=0.1, weight_decay=0.05, clip=None)
+    role = Trained(network, lr=2.0, groups={"first.w*": 3.0, "second.*": 0.5})
+    trainable = PlainTrainable("student", role, spec)
+    trainable.activate(True)
+    alone = {name: nn.Parameter(p.detach().clone()) for name, p in network.named_parameters()}
+    options = {"betas": spec.betas, "eps": spec.eps, "weight_decay": 0.05, "fused": True}
+    optimizers = {name: torch.optim.AdamW([p], lr=0.0, **options) for name, p in alone.items()}
+    for lr in (0.1, 0.03):
+        trainable.backward(network(torch.tensor([[1.0, -2.0]])).square().sum())
+        for name, p in network.named_parameters():
+            alone[name].grad = p.grad.clone()
+            optimizers[name].param_groups[0]["lr"] = lr * factors[name]
+            optimizers[name].step()
+        trainable.step(lr, trainable.gradient_norm())
+        assert all(torch.equal(alone[name], p) for name, p in network.named_parameters())
+
+
+def test_learning_rates_of_a_network_resume_to_the_bit_and_one_for_all_changes_nothing(tmp_path):
+    made = Rates(2.0, {"layers.0.*": 3.0, "layers.3.bias": 0.25})
+    undisturbed = train(tmp_path / "whole", made)
+    with pytest.raises(RunError):
+        train(tmp_path / "parts", made, source=Ring(fault=4))
+    assert_same(bits(train(tmp_path / "parts", made)), bits(undisturbed))
+    assert saved(tmp_path / "parts") == saved(tmp_path / "whole")
+    plain = bits(train(tmp_path / "plain"))
+    assert not torch.equal(plain["student/layers.0.weight"], bits(undisturbed)["student/layers.0.weight"])
+    assert_same(bits(train(tmp_path / "same", Rates(1.0, {"layers.0.*": 1.0}))), plain)
+
+
+@pytest.mark.parametrize(
+    ("lr", "groups", "message"),
+    [
+        (0.0, {}, "Trained: lr=0.0 multiplies a learning rate; valid: a finite number above 0"),
+        (math.inf, {}, "Trained: lr=inf multiplies a learning rate"),
+        (1.0, {"layers.*": -1.0}, r"Trained: groups\['layers\.\*'\]=-1.0 multiplies a learning rate; valid: a finite"),
+        (1.0, {"layers.*": math.nan}, r"Trained: groups\['layers\.\*'\]=nan multiplies a learning rate"),
+        (1.0, {"head.*": 2.0}, r"network 'student': groups names 'head\.\*', but no trained parameter is so named"),
+        (
+            1.0,
+            {"*.bias": 2.0, "layers.0.*": 3.0},
+            r"network 'student': groups names 'layers\.0\.bias' by two patterns, '\*\.bias' and 'layers\.0\.\*'; give "
+            "each parameter at most one",
+        ),
+    ],
+)
+def test_learning_rates_that_cannot_be_meant_are_refused_by_name(tmp_path, lr, groups, message):
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, Rates(lr, groups))

@@ -16,10 +16,11 @@ from distill.flow.fields import (
     rows_to_call,
     start,
 )
-from distill.flow.interpolants import edm, like, linear, trig, vp
+from distill.flow.interpolants import edm, like, linear, vp
 from distill.protocols import VelocityField
-from distill.teachers.analytic import GaussianField, MixtureField, class_gaussian_teacher
+from distill.teachers.analytic import GaussianField, MixtureField
 from distill.testing import exact
+from distill.testing.closed_form import class_gaussian_teacher, trig
 
 MEAN, VARIANCE = 0.7, 0.3
 MEANS = torch.tensor([[1.0, -2.0, 0.5], [0.3, 0.1, -1.0]], dtype=torch.float64)

@@ -11,8 +11,8 @@ from distill.flow.draws import Rows, sample_noise
 from distill.flow.times import uniform_grid
 from distill.pairs import PairSet, PairSource
 from distill.students.samplers import euler
-from distill.teachers.analytic import class_gaussian_teacher
 from distill.testing import exact
+from distill.testing.closed_form import class_gaussian_teacher
 from recipes.reflow import one_step, reflow
 
 MEANS, NULL, ROOT = torch.tensor([[0.7, -1.0], [2.0, 0.5]]), torch.tensor([-0.4, 0.3]), math.sqrt(0.3)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from distill.flow.draws import generator
-from distill.flow.interpolants import edm, like, linear, trig, vp
+from distill.flow.interpolants import edm, like, linear, vp
+from distill.testing.closed_form import trig
 
 KINDS = ["sample", "epsilon", "v_prediction", "velocity"]
 

@@ -522,9 +522,38 @@ def test_procs_is_short_for_launch_procs(capfd, tmp_path, monkeypatch):
     assert command(capfd, "run", "mixture-2d", "--procs", "0").code == 2
 
 
+@pytest.mark.parametrize(
+    ("procs", "size", "stage", "said"),
+    [
+        (2, None, "teach", "launch.nodes=1 and launch.procs=2: 2 processes train stage 'teach' together, but "
+         "WORLD_SIZE is not set, so this process would train alone; start it with `distill run`, torchrun or "
+         "`accelerate launch --multi_gpu`"),
+        (2, "4", "teach", "WORLD_SIZE=4, but launch.nodes=1 and launch.procs=2, so 2 processes must train stage "
+         "'teach'; start as many, or change launch with `distill run RUN --resume`"),
+        (1, "2", "teach", "WORLD_SIZE=2, but launch.nodes=1 and launch.procs=1, so 1 process must train stage "
+         "'teach'; start as many, or change launch with `distill run RUN --resume`"),
+        (2, "2", "pairs", "WORLD_SIZE=2, but stage 'pairs' is computed by one process; run `distill stage` for it "
+         "without a launcher"),
+    ],
+)  # fmt: skip
+def test_another_number_of_processes_than_that_of_launch_is_refused(
+    capfd, tmp_path, monkeypatch, procs, size, stage, said
+):
+    """`accelerate launch --cpu` on several machines, for example, leaves WORLD_SIZE unset."""
+    run = make(tmp_path / "runs", "one", "digits", f"launch.procs={procs}")
+    before = folder_bytes(run.root)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if size is not None:
+        monkeypatch.setenv("WORLD_SIZE", size)
+        monkeypatch.setenv("RANK", "0")
+    done = command(capfd, "stage", str(run.root), stage)
+    assert (done.code, done.err) == (2, f"error: {said}\n")
+    assert folder_bytes(run.root) == before
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_claims_the_run_and_speaks_for_all(capfd, tmp_path, monkeypatch, rank):
-    run = make(tmp_path / "runs")
+    run = make(tmp_path / "runs", "one", "digits", "launch.procs=2")
     before = folder_bytes(run.events)
     seen, endings = [], [None, Stopped("stopped by SIGTERM; on we go"), PeerLost("rank 1, step 3: lost")]
 

@@ -5,15 +5,16 @@ import torch
 from torch import nn
 
 from distill.training.memory import Activations, predict, storages
-from distill.training.sharding import Zero
+from distill.training.plain import Plain
+from distill.training.zero import Zero
 
 SIZES = {"student": [100, 7], "critic": [20]}
 
 
 @pytest.mark.parametrize(
-    ("zero", "procs", "expected"),
+    ("sharding", "procs", "expected"),
     [
-        (Zero(), 1, (127 + 107, 107, 2 * 127, 2 * 107)),  # one copy of the student, gradients of one turn
+        (Plain(), 1, (127 + 107, 107, 2 * 127, 2 * 107)),  # one copy of the student, gradients of one turn
         (Zero(0), 2, (127 + 107, 107, 2 * 127, 2 * 107)),
         (Zero(1), 2, (127 + 107, 54, 3 * 64, 2 * 54)),  # the odd parameter is padded
         (Zero(2), 4, (127 + 107, 27, 3 * 32, 2 * 27)),
@@ -24,8 +25,8 @@ SIZES = {"student": [100, 7], "critic": [20]}
         (Zero(3), 2, (64 + 127 + 107, 64, 3 * 64, 2 * 54)),  # all are small: whole beside their parts
     ],
 )
-def test_prediction_by_hand(zero, procs, expected):
-    found = predict(SIZES, ["student"], 2, procs, zero)
+def test_prediction_by_hand(sharding, procs, expected):
+    found = predict(SIZES, ["student"], 2, procs, sharding)
     assert tuple(found.values()) == tuple(4 * count for count in expected)
 
 

@@ -1,4 +1,4 @@
-"""Somebody else's package adds a teacher architecture, a condition and a recipe, without an edit in distill/."""
+"""Somebody else's package adds a teacher architecture, a condition, a solver and a recipe, with no edit in distill/."""
 
 import configparser
 import math
@@ -22,7 +22,7 @@ from distill.spec.model import CheckpointTeacher, RunSpec
 from distill.teachers import architectures, load_teacher
 
 HERE, CPU, POINTS = Path(__file__).parent, torch.device("cpu"), 4
-PAIRS = {"kind": "pairs", "count": 512, "block": 128, "shard": 256, "steps": 16}
+PAIRS = {"kind": "pairs", "count": 512, "block": 128, "shard": 256, "solver": "midpoint", "steps": 16}
 TRAIN = {
     "kind": "train", "recipe": "outside/critic", "pairs": "solve", "network": {"kind": "mlp", "width": 48, "depth": 2},
     "images": 38400, "batch_size": 128, "optimizer": {"lr": 0.003, "decay": "cosine"},

@@ -22,7 +22,8 @@ from distill.flow.interpolants import like, linear
 from distill.pairs import PairSet, PairSource, generate
 from distill.runs.progress import Progress
 from distill.spec.model import GaussianTeacher, PairsStage
-from distill.teachers.analytic import class_gaussian_teacher, gaussian_teacher
+from distill.teachers.analytic import gaussian_teacher
+from distill.testing.closed_form import class_gaussian_teacher
 
 CPU = torch.device("cpu")
 VECTOR = gaussian_teacher(GaussianTeacher(kind="gaussian", mean=[0.7, -1.0], std=[0.5, 2.0]))

@@ -18,7 +18,7 @@ from distill.pairs.numbers import Rounding
 from distill.runs.progress import Progress
 from distill.spec import pairspec
 from distill.spec.model import PairsStage
-from distill.teachers.analytic import class_gaussian_teacher
+from distill.testing.closed_form import class_gaussian_teacher
 
 TEACHER = class_gaussian_teacher(torch.arange(3.0)[:, None].expand(3, 4), torch.full((4,), 0.5), torch.full((4,), 0.3))
 STATES = {"paths": "trajectories", "times": [1.0, 0.5, 0.0], "steps": 2}

@@ -21,8 +21,9 @@ from distill.pairs.paths import of_data
 from distill.runs.progress import Progress
 from distill.spec import pairspec
 from distill.spec.model import GaussianTeacher, PairsStage, is_path
-from distill.teachers.analytic import GaussianField, class_gaussian_teacher, gaussian_teacher
+from distill.teachers.analytic import GaussianField, gaussian_teacher
 from distill.testing import exact
+from distill.testing.closed_form import class_gaussian_teacher
 
 CPU = torch.device("cpu")
 MEAN, STD = torch.tensor([0.7, -1.0]), torch.tensor([0.5, 2.0])
@@ -125,7 +126,7 @@ def test_a_trajectory_is_the_path_of_its_pair(tmp_path, solver):
     assert torch.equal(pairs.noise, ends.noise) and torch.equal(pairs.data, ends.data)  # the same steps, to the bit
     assert torch.equal(pairs.states[:, 0], pairs.noise) and torch.equal(pairs.states[:, -1], pairs.data)
     assert torch.equal(pairs.times, torch.tensor(TIMES).expand(22, 4))
-    path = list(solvers.SOLVERS[solver].path(TEACHER.field, pairs.noise, uniform_grid(8), {}))
+    path = list(solvers.states(solver, TEACHER.field, pairs.noise, uniform_grid(8), {}))
     assert (pairs.states[:, 1] - path[3]).abs().max() < 1e-6
 
 

@@ -209,6 +209,24 @@ def test_memory_is_predicted_from_shapes(together, case):
         assert found["saving"] == pytest.approx(copied, rel=0.1)
 
 
+@pytest.mark.parametrize("zero", SOME)
+def test_adapters_are_trained_by_two_ranks_as_by_one_process(tmp_path, zero):
+    pytest.importorskip("peft")
+    case, reference = f"adapter-{zero}-fp32-once-memory", "adapter-none-fp32"
+    alone = train(tmp_path / "alone", reference, procs=1)
+    together = train(tmp_path / "together", case)
+    close(losses(together, case), losses(alone, reference), 1e-5)
+    same_end(checkpoint(together, case, STEPS), checkpoint(alone, reference, STEPS))
+    found = json.loads((together / f"{case}.memory-0.json").read_text())
+    for kind in ("parameters", "optimizer", "ema"):  # gradients of so few weights are skewed
+        assert found["predicted"][kind] == pytest.approx(found["counted"][kind], rel=0.01), kind
+    saved = load_file(checkpoint(together, case, STEPS) / "network.student.safetensors")
+    still = {name.replace(".base_layer", ""): tensor for name, tensor in saved.items()}
+    for name, tensor in parity.Init().velocity_field().named_parameters():
+        assert torch.equal(still[name], tensor), name
+    assert all(saved[key].any() for key in saved if "lora_B" in key)
+
+
 @pytest.mark.long
 def test_offloaded_optimizer_states_change_nothing(alone, tmp_path):
     for case in ("two-2-fp32-offload", "two-3-fp32-offload"):

@@ -29,7 +29,7 @@ def trajectories(count):
     """States of the fine Euler paths of the exact field at TIMES, as a batch."""
     states = [noise(count)]
     for i, j in pairwise(INDICES):
-        states.append(solvers.euler(exact.FIELD, states[-1], FINE[i : j + 1], {}))
+        states.append(solvers.integrate("euler", exact.FIELD, states[-1], FINE[i : j + 1], {}))
     times = torch.tensor(TIMES, dtype=torch.float64).expand(count, -1)
     return Batch(None, Pairs(states[0], states[-1], torch.stack(states, dim=1), times), {})
 
@@ -39,7 +39,9 @@ def landing(x_t, t, cond):
     found = torch.empty_like(x_t)
     for i, j in pairwise(INDICES):
         rows = (t - FINE[i]).abs() < 1e-6
-        found[rows] = (solvers.euler(exact.FIELD, x_t[rows], FINE[i : j + 1], {}) - x_t[rows]) / (FINE[j] - FINE[i])
+        found[rows] = (solvers.integrate("euler", exact.FIELD, x_t[rows], FINE[i : j + 1], {}) - x_t[rows]) / (
+            FINE[j] - FINE[i]
+        )
     return found
 
 

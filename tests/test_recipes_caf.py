@@ -12,8 +12,8 @@ from distill.flow.interpolants import like
 from distill.flow.times import uniform_grid
 from distill.protocols import Batch, Frozen, Pairs, Trained
 from distill.students.samplers import accelerated
-from distill.teachers.analytic import class_gaussian_teacher
 from distill.testing import exact
+from distill.testing.closed_form import class_gaussian_teacher
 from recipes.reflow.caf import Config, Recipe, bent
 
 

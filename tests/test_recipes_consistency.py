@@ -11,8 +11,8 @@ from distill.flow import times
 from distill.flow.fields import jump_to_data
 from distill.flow.interpolants import like
 from distill.protocols import Batch
-from distill.teachers.analytic import GaussianFlowMap, class_gaussian_teacher
 from distill.testing import exact
+from distill.testing.closed_form import GaussianFlowMap, class_gaussian_teacher
 from recipes.consistency import consistency
 from recipes.consistency.consistency import Config, Recipe
 

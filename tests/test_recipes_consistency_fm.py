@@ -12,8 +12,8 @@ from distill.flow import draws
 from distill.flow.times import uniform_grid
 from distill.protocols import Batch, Gridded
 from distill.students.samplers import euler
-from distill.teachers.analytic import class_gaussian_teacher
 from distill.testing import exact
+from distill.testing.closed_form import class_gaussian_teacher
 from recipes.reflow.consistency_fm import Config, Recipe
 
 MEAN, STD = exact.MEAN, exact.STD

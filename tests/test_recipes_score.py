@@ -12,8 +12,8 @@ from distill import testing
 from distill.flow.draws import generator
 from distill.flow.interpolants import like, linear
 from distill.protocols import Batch
-from distill.teachers.analytic import class_gaussian_teacher
 from distill.testing import exact
+from distill.testing.closed_form import class_gaussian_teacher
 from recipes.score.dmd2 import Config, Recipe
 
 EYE = torch.eye(3, dtype=torch.float64)

@@ -10,8 +10,8 @@ from distill import testing
 from distill.flow import solvers
 from distill.flow.interpolants import like
 from distill.protocols import Batch
-from distill.teachers.analytic import GaussianFlowMap, class_gaussian_teacher
 from distill.testing import exact
+from distill.testing.closed_form import GaussianFlowMap, class_gaussian_teacher
 from recipes.shortcut import meanflow, shortcut
 
 

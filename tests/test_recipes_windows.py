@@ -17,8 +17,9 @@ from distill.flow.interpolants import Coefficients, like, linear, vp
 from distill.flow.times import uniform_grid, window
 from distill.protocols import Batch, Pairs
 from distill.students.samplers import euler
-from distill.teachers.analytic import GaussianField, class_gaussian_teacher
+from distill.teachers.analytic import GaussianField
 from distill.testing import exact
+from distill.testing.closed_form import class_gaussian_teacher
 from recipes.reflow import perflow, proreflow, rectified_diffusion, reflow, seqrf
 
 MEAN, STD, FIELD = exact.MEAN, exact.STD, exact.FIELD
@@ -214,7 +215,7 @@ def test_perflow_loss_is_the_error_of_eps(kind):
     found = loss(perflow, {"parameterisation": kind}, exact.Network(FIELD), Batch(data, None, {}), ctx).total
     t, t_s, t_e = (torch.full((count, 1), each).double() for each in (u, 0.5, 0.25))
     z_s = 0.5 * data + 0.5 * ctx.draw.normal("noise", data)
-    z_e = solvers.euler(FIELD, z_s, torch.linspace(0.5, 0.25, 9, dtype=torch.float64), {})
+    z_e = solvers.integrate("euler", FIELD, z_s, torch.linspace(0.5, 0.25, 9, dtype=torch.float64), {})
     lambda_s, eta_s = eps_form(kind, t_s, t_e)
     z_t, q = z_s + (z_e - z_s) * (t - t_s) / (t_e - t_s), lambda_s * (t - t_s) + (t_e - t)
     lambda_t, eta_t = lambda_s * (t_e - t_s) / q, eta_s * (t_e - t) / q
@@ -235,7 +236,7 @@ def test_perflow_with_one_window_is_reflow(u):
     data = exact.batch(32).data
     ctx = exact.context(32, uniforms={"t": u})
     noise = ctx.draw.normal("noise", data)
-    ends = solvers.euler(FIELD, noise, uniform_grid(8), {})
+    ends = solvers.integrate("euler", FIELD, noise, uniform_grid(8), {})
     for student in (exact.Network(FIELD), exact.Network(lambda x, t, cond: 0.3 * x)):
         one = loss(perflow, {"windows": 1}, student, Batch(data, None, {}), ctx).total
         other = loss(reflow, {}, student, Batch(None, Pairs(noise, ends), {}), ctx).total
@@ -503,7 +504,7 @@ def test_the_line_of_a_phase_is_ddims_in_any_schedule():  # T13
         t = ratio / (1 + ratio)
         assert (line.at(t) - x_n / (a + s)).abs().max() < 1e-10
         assert (line.at(t) + like(1 - t, x_n) * line.velocity - eps).abs().max() < 1e-8  # the eps of its velocity
-    one_step = solvers.euler(FIELD, start, torch.tensor([0.5, 0.2], dtype=torch.float64), {})
+    one_step = solvers.integrate("euler", FIELD, start, torch.tensor([0.5, 0.2], dtype=torch.float64), {})
     segment = windows.Segment(start, one_step, torch.full((8,), 0.5), torch.full((8,), 0.2))
     assert torch.allclose(segment.velocity, FIELD(start, segment.t_s, {}), atol=1e-6)  # eps* = eps of the teacher
 

@@ -19,8 +19,9 @@ from distill.runs.run_store import StagePaths
 from distill.spec.model import MixtureTeacher, MlpSpec, OptimizerSpec, PairsStage, TrainStage, UNetSpec
 from distill.students.init import StudentInit
 from distill.students.samplers import euler
-from distill.teachers.analytic import class_gaussian_teacher, mixture_teacher
+from distill.teachers.analytic import mixture_teacher
 from distill.teachers.network_field import NetworkField
+from distill.testing.closed_form import class_gaussian_teacher
 from distill.training.engine import train
 from recipes.reflow import one_step, reflow
 

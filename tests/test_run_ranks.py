@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from runs import distill, folder_bytes, start, wait_for
+from runs import ENV, distill, folder_bytes, start, wait_for
 from safetensors.torch import load_file
 
+from distill.cli import start as starting
 from distill.execution import preflight
 from distill.execution.estimate import estimate
 from distill.runs.run_store import RunPaths, read_events
@@ -196,3 +197,37 @@ def test_ranks_that_read_different_data_do_not_train(tmp_path):
             "the ranks have read different inputs: data (/set); it changed while they read it, or is not the same on "
             "all machines; nothing was trained since the last save: make it the same, then resume"
         )
+
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--nproc-per-node", "2"],
+    "accelerate": [
+        "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2", "--machine_rank",
+        "0", "--main_process_ip", "127.0.0.1", "--mixed_precision", "no", "--dynamo_backend", "no",
+    ],
+}  # fmt: skip
+
+
+def test_other_launchers_train_the_same(tmp_path):
+    """torchrun, and the form of `accelerate launch` that sets WORLD_SIZE: the same weights, moments and averages."""
+    (tmp_path / "small.yaml").write_text(SPEC)
+    changes = ["stages.teach.images=96", "launch.threads=1", "launch.zero_stage=null"]
+    done = distill("run", "small.yaml", *changes, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ours = run_paths(tmp_path, "small")
+    for name, launcher in LAUNCHERS.items():
+        run = starting.begin(tmp_path / "runs", specfile.load(tmp_path / "small.yaml", changes, name=name))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        option = "--master-port" if name == "torchrun" else "--main_process_port"
+        module = [option, port, "--module", "distill", "stage", str(run.root), "teach"]
+        done = subprocess.run(
+            [sys.executable, "-m", *launcher, *module],
+            cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert student(tmp_path, name) == student(tmp_path, "small")
+        for saved in sorted(ours.stage("teach").checkpoints.glob("step-*/*.safetensors")):
+            again = run.stage("teach").checkpoints / saved.parent.name / saved.name
+            assert again.read_bytes() == saved.read_bytes(), (name, saved.name)

@@ -9,8 +9,9 @@ from distill.flow.times import uniform_grid
 from distill.networks.velocity import VelocityStudent
 from distill.students import sampling
 from distill.students.samplers import euler, jump, renoise, same_noise
-from distill.teachers.analytic import GaussianField, GaussianFlowMap
+from distill.teachers.analytic import GaussianField
 from distill.testing import exact
+from distill.testing.closed_form import GaussianFlowMap
 
 STD = torch.tensor([0.5, 1.3, 0.2], dtype=torch.float64)
 MEAN = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)

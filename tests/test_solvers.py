@@ -1,6 +1,7 @@
 """Solvers: the order they declare, exact answers on straight and Gaussian paths, cost, straightness."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,19 +9,14 @@ import torch
 from distill.core.errors import InputError
 from distill.flow.draws import generator
 from distill.flow.fields import Counted, Rescheduled, start
-from distill.flow.interpolants import edm, linear, trig, vp
-from distill.flow.solvers import SOLVERS, dpm_solver_pp_2m, euler, heun, march, solve, straightness
+from distill.flow.interpolants import edm, linear, vp
+from distill.flow.solvers import integrate, march, solve, straightness
 from distill.flow.times import uniform_grid
+from distill.solvers import find_solver, solver_names
 from distill.spec import kinds
-from distill.spec.kinds import network_calls
-from distill.teachers.analytic import (
-    GaussianField,
-    GaussianFlowMap,
-    MixtureField,
-    QuantileFlowMap,
-    class_gaussian_teacher,
-)
+from distill.teachers.analytic import GaussianField, MixtureField
 from distill.testing import exact
+from distill.testing.closed_form import GaussianFlowMap, QuantileFlowMap, class_gaussian_teacher, trig
 
 M, VARIANCE = 0.7, 0.3
 ROOT = math.sqrt(VARIANCE)
@@ -87,9 +83,9 @@ def test_solvers_agree_with_their_formulas_in_one_and_two_steps():
         return V1(x, torch.full((10,), t, dtype=torch.float64), {})
 
     euler_1 = x - 0.3 * v(x, 0.9)
-    assert torch.allclose(euler(V1, x, grid[:2], {}), euler_1, rtol=1e-14)
+    assert torch.allclose(integrate("euler", V1, x, grid[:2], {}), euler_1, rtol=1e-14)
     heun_1 = x - 0.15 * (v(x, 0.9) + v(euler_1, 0.6))
-    assert torch.allclose(heun(V1, x, grid[:2], {}), heun_1, rtol=1e-14)
+    assert torch.allclose(integrate("heun", V1, x, grid[:2], {}), heun_1, rtol=1e-14)
     # three steps of DPM-Solver++(2M): first order, second order, first order (consistency 12.1)
     grid = torch.tensor([0.9, 0.6, 0.4, 0.2], dtype=torch.float64)
     lam = ((1 - grid) / grid).log()
@@ -100,20 +96,20 @@ def test_solvers_agree_with_their_formulas_in_one_and_two_steps():
     x_2 = 0.4 / 0.6 * x_1 - 0.6 * torch.expm1(-h) * (data_1 + (data_1 - data_0) * h / (2 * h_prev))
     data_2 = x_2 - 0.4 * v(x_2, 0.4)
     x_3 = 0.2 / 0.4 * x_2 - 0.8 * torch.expm1(lam[2] - lam[3]) * data_2
-    assert torch.allclose(dpm_solver_pp_2m(V1, x, grid, {}), x_3, rtol=1e-13)
+    assert torch.allclose(integrate("dpm_solver_pp_2m", V1, x, grid, {}), x_3, rtol=1e-13)
 
 
 # --- each sample between times of its own ---
 
 
-@pytest.mark.parametrize(("name", "solver"), [("euler", euler), ("heun", heun)])
-def test_a_march_is_the_solver_between_the_times_of_each_sample(name, solver):
+@pytest.mark.parametrize("name", ["euler", "heun"])
+def test_a_march_is_the_solver_between_the_times_of_each_sample(name):
     t = torch.tensor([1.0, 0.9, 0.5, 0.3], dtype=torch.float64)
     s, x = torch.tensor([0.5, 0.1, 0.5, 0.2], dtype=torch.float64), randn("march", 4, 2)
     found = march(V1, x, t, s, {}, name, 5)
     for i in (0, 1, 3):
         grid = torch.linspace(t[i], s[i], 6, dtype=torch.float64)
-        assert torch.allclose(found[i : i + 1], solver(V1, x[i : i + 1], grid, {}), rtol=0, atol=1e-13)
+        assert torch.allclose(found[i : i + 1], integrate(name, V1, x[i : i + 1], grid, {}), rtol=0, atol=1e-13)
     assert torch.equal(found[2], x[2])  # nowhere to go
 
 
@@ -164,31 +160,31 @@ def errors_along(function, problem, high, low, steps):
 
 
 @pytest.mark.parametrize("problem", [gaussian, mixture], ids=["gaussian", "mixture"])
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", solver_names())
 def test_the_measured_order_is_the_declared_one(problem, name):
     steps = [32, 64, 128]
-    errors = errors_along(SOLVERS[name], problem(), 0.95, 0.1, steps)
-    assert abs(slope(steps, errors) - SOLVERS[name].order) < 0.2, errors
+    errors = errors_along(partial(integrate, name), problem(), 0.95, 0.1, steps)
+    assert abs(slope(steps, errors) - find_solver(name).order) < 0.2, errors
 
 
 @pytest.mark.parametrize("problem", [gaussian, mixture], ids=["gaussian", "mixture"])
 @pytest.mark.parametrize("name", ["euler", "heun"])
 def test_the_order_holds_the_whole_way_from_noise_to_data(problem, name):
     steps = [64, 128, 256] if problem is gaussian else [32, 64, 128]
-    errors = errors_along(SOLVERS[name], problem(), 1.0, 0.0, steps)
-    assert abs(slope(steps, errors) - SOLVERS[name].order) < 0.12, errors
+    errors = errors_along(partial(integrate, name), problem(), 1.0, 0.0, steps)
+    assert abs(slope(steps, errors) - find_solver(name).order) < 0.12, errors
 
 
 def test_dpm_solver_loses_a_logarithm_at_the_ends():
     # its steps in lambda are 1/k at k steps from either end of a uniform grid of t, which sum to h^2 ln N
     steps = [128, 256, 512]
-    errors = errors_along(dpm_solver_pp_2m, gaussian(), 1.0, 0.0, steps)
+    errors = errors_along(partial(integrate, "dpm_solver_pp_2m"), gaussian(), 1.0, 0.0, steps)
     assert 1.5 < slope(steps, errors) < 1.9
     assert abs(slope(steps, [e / math.log(n) for e, n in zip(errors, steps, strict=True)]) - 2) < 0.15, errors
 
 
 @pytest.mark.parametrize("path", [trig(0.5), edm()], ids=lambda p: f"{p.name}")
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", solver_names())
 def test_the_order_holds_in_the_own_time_of_another_path(path, name):
     flow_map = GaussianFlowMap(MEAN, STD, path)
 
@@ -197,8 +193,8 @@ def test_the_order_holds_in_the_own_time_of_another_path(path, name):
 
     steps = [32, 64, 128]
     problem = GaussianField(MEAN, STD, path), jump, 3 * randn("own", 32, 3)
-    errors = errors_along(SOLVERS[name], problem, 0.9, 0.05, steps)
-    assert abs(slope(steps, errors) - SOLVERS[name].order) < 0.2, errors
+    errors = errors_along(partial(integrate, name), problem, 0.9, 0.05, steps)
+    assert abs(slope(steps, errors) - find_solver(name).order) < 0.2, errors
 
 
 def karras_grid(steps):
@@ -215,10 +211,10 @@ def test_edms_grid_and_solver_reach_the_data():
     x = start(on_linear, noise)
     truth = x - 80 / 81 * GaussianFlowMap(MEAN, STD)(x, one * 80 / 81, 0 * one, {})
     counted = Counted(on_linear)
-    result = heun(counted, x, karras_grid(18), {})
+    result = integrate("heun", counted, x, karras_grid(18), {})
     assert counted.calls == 35  # EDM: 2 N - 1
     assert (result - truth).abs().max() < 0.03
-    assert (heun(on_linear, x, karras_grid(72), {}) - truth).abs().max() < 0.002
+    assert (integrate("heun", on_linear, x, karras_grid(72), {}) - truth).abs().max() < 0.002
 
 
 # --- sample ---
@@ -229,13 +225,13 @@ def stable_diffusion():
     return vp((1 - betas).cumprod(0))
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", solver_names())
 @pytest.mark.parametrize("steps", [1, 2, 5, 40])
 def test_cost_is_the_declared_cost(name, steps):
     for field in (V1, GaussianField(MEAN, STD, stable_diffusion()), GaussianField(MEAN, STD, edm(), (0.002, 0.98))):
         counted = Counted(field)
         solve(counted, torch.zeros(2, 3, dtype=torch.float64), {}, solver=name, steps=steps)
-        assert counted.calls == network_calls(name, steps), field.interpolant.name
+        assert counted.calls == find_solver(name).calls(steps), field.interpolant.name
 
 
 @pytest.mark.parametrize("name", ["heun", "dpm_solver_pp_2m"])
@@ -263,8 +259,8 @@ def test_the_last_step_of_a_field_that_ends_above_zero_is_its_data_prediction():
     t = torch.full((8,), field.t_range[0], dtype=torch.float64)
     data, _ = linear().split(x, field(x, t, {}), t)
     grid = torch.tensor([field.t_range[0], 0.0], dtype=torch.float64)
-    for solver in SOLVERS.values():
-        assert torch.allclose(solver(field, x, grid, {}), data, rtol=0, atol=1e-13)
+    for name in solver_names():
+        assert torch.allclose(integrate(name, field, x, grid, {}), data, rtol=0, atol=1e-13)
 
 
 def test_guided_pairs_are_the_map_of_the_shifted_gaussian():  # consistency 0.5
@@ -275,7 +271,7 @@ def test_guided_pairs_are_the_map_of_the_shifted_gaussian():  # consistency 0.5
     assert (result - (2.5 * means[labels] + STD * noise)).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", solver_names())
 def test_float32_stays_float32_and_near_float64_without_gradients(name):
     noise = randn("float", 16, 3)
     exact = solve(GaussianField(MEAN, STD), noise, {}, solver=name, steps=32)
@@ -283,24 +279,24 @@ def test_float32_stays_float32_and_near_float64_without_gradients(name):
     result = solve(GaussianField(MEAN, STD), noise, {}, solver=name, steps=32)
     assert result.dtype == torch.float32 and not result.requires_grad
     assert (result.double() - exact).abs().max() < 1e-5
-    assert SOLVERS[name](GaussianField(MEAN, STD), noise, uniform_grid(2), {}).requires_grad
+    assert integrate(name, GaussianField(MEAN, STD), noise, uniform_grid(2), {}).requires_grad
 
 
 def test_wrong_grids_and_names_are_refused():
     x = torch.zeros(2, 1)
     wrong = [[0.0, 0.5, 0.2], [1.0], [[1.0, 0.0]], [1.0, 1.0]]
     for grid in map(torch.tensor, wrong):
-        for name, solver in SOLVERS.items():
+        for name in solver_names():
             ways = "decreasing" if name == "dpm_solver_pp_2m" else "increasing or decreasing"
             with pytest.raises(ValueError, match=rf"t_grid must be \[N\+1 >= 2\] and {ways}, got \["):
-                solver(V1, x, grid, {})
+                integrate(name, V1, x, grid, {})
     with pytest.raises(ValueError, match=r"and decreasing, got \[0.0, 1.0\]"):
-        SOLVERS["dpm_solver_pp_2m"](V1, x, torch.tensor([0.0, 1.0]), {})
+        integrate("dpm_solver_pp_2m", V1, x, torch.tensor([0.0, 1.0]), {})
     field = GaussianField(MEAN, STD, edm(), (0.002, 0.98))
     for grid in (torch.tensor([0.99, 0.5, 0.0]), torch.tensor([0.9, 0.001, 0.0])):
-        for solver in SOLVERS.values():
+        for name in solver_names():
             with pytest.raises(ValueError, match=r"t must be within \[0.002, 0.98\], got \["):
-                solver(field, x, grid, {})
+                integrate(name, field, x, grid, {})
     with pytest.raises(InputError, match="unknown solver 'huen': did you mean 'heun'"):
         solve(V1, x, {}, solver="huen", steps=2)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
@@ -335,6 +331,7 @@ def test_straightness_is_that_of_the_linear_path_whatever_the_schedule():
     assert straightness(field, noise, {}, 50) == pytest.approx(straightness(V1, noise, {}, 50), rel=1e-6)
 
 
-def test_every_solver_has_a_record():
-    assert list(SOLVERS) == list(kinds.SOLVERS)
-    assert kinds.INVERTING == ["euler", "heun"] and kinds.REFERENCES == ["heun", "dpm_solver_pp_2m"]
+def test_what_each_solver_can_do():
+    assert solver_names() == ["euler", "heun", "dpm_solver_pp_2m"]
+    assert kinds.inverting_solvers() == ["euler", "heun"]
+    assert kinds.reference_solvers() == ["heun", "dpm_solver_pp_2m"]

@@ -121,6 +121,38 @@ def test_a_checkpoint_is_exported_without_pairs_or_the_runs_device(tmp_path):
         stages.export_checkpoint(RunPaths(tmp_path / "other"), given, "straight", "raw", tmp_path / "none")
 
 
+class LosesTeacher(StopRequest):
+    """Removes a teacher's folder once a checkpoint is saved."""
+
+    def __init__(self, teacher, checkpoints):
+        self.teacher, self.checkpoints = teacher, checkpoints
+        super().__init__()
+
+    @property
+    def signal(self):
+        if any(self.checkpoints.glob("step-*")):
+            shutil.rmtree(self.teacher, ignore_errors=True)
+
+    @signal.setter
+    def signal(self, name):
+        assert name is None
+
+
+def test_a_run_reads_its_teacher_once(tmp_path):
+    teacher = exported(tmp_path / "teacher", MlpSpec(kind="mlp", width=8, depth=1), (2,), None)
+    given = spec(teacher, pairs=PAIRS, straight={**REFLOW, "network": None})
+    stages.run(RunPaths(tmp_path / given.name), given, ["pairs"], StopRequest())
+    again = Path(shutil.copytree(tmp_path, tmp_path.with_name("again")))
+    run = go(
+        tmp_path, given, LosesTeacher(tmp_path / "teacher", tmp_path / "r" / "stages" / "straight" / "checkpoints")
+    )
+    assert not (tmp_path / "teacher").exists()
+    assert student_card.verify(run.student("straight")).images == 48
+    shutil.copytree(again / "teacher", tmp_path / "teacher")
+    stages.export_checkpoint(run, given, "straight", "raw", tmp_path / "raw")
+    assert folder_bytes(tmp_path / "raw") == folder_bytes(run.student("straight"))
+
+
 # --- what a student says of itself ---
 
 

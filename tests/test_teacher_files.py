@@ -21,6 +21,7 @@ from distill.networks.velocity_mlp import VelocityMLP
 from distill.networks.velocity_unet import VelocityUNet2DModel
 from distill.students.init import StudentInit
 from distill.teachers import by_id, read, variants
+from distill.teachers import weights as network_weights
 from distill.teachers.read import NetworkConfig
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -592,3 +593,31 @@ def test_loading_draws_no_random_numbers(folder):
     state = torch.get_rng_state()
     load(folder)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_weights_of_any_dtype_with_or_without_metadata_are_read(folder):
+    plain = weights(folder)
+    save_file({name: tensor.double() for name, tensor in plain.items()}, folder / "unet" / FILE)
+    same_weights(folder, plain)
+    rewrite(folder, {name: tensor.bfloat16() for name, tensor in plain.items()})
+    same_weights(folder, {name: tensor.bfloat16() for name, tensor in plain.items()})
+    network = load(folder).network
+    assert all(p.device.type == "cpu" and p.dtype == torch.float32 for p in [*network.parameters(), *network.buffers()])
+
+
+class Tabled(VelocityMLP):
+    """A network with a table that is in no file, and a tensor that is no buffer."""
+
+    def __init__(self, dim: int, width: int = 16, depth: int = 2) -> None:
+        super().__init__(dim=dim, width=width, depth=depth)
+        self.register_buffer("table", torch.linspace(0, 1, 5), persistent=False)
+        self.scale = torch.full((3,), 2.5)
+
+
+def test_a_network_computes_what_is_in_no_file(tmp_path):
+    made = Tabled(2)
+    made.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    loaded, _ = network_weights.network(tmp_path, config, Tabled, [tmp_path / FILE])
+    assert torch.equal(loaded.table, made.table) and torch.equal(loaded.scale, made.scale)
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in made.state_dict().items())

@@ -124,31 +124,6 @@ def test_a_law_by_name_is_that_law():
         times.law("uniform", 0.0)
 
 
-# --- stratified ---
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_stratified_draws_are_one_per_stratum_and_uniform(dtype):
-    total = 5000
-    u = times.stratified(draws(total).to(dtype), Rows(0, total, total))
-    assert u.dtype == dtype
-    low = torch.arange(total, dtype=torch.float64) / total
-    assert (u.double() >= low - 1e-7).all() and (u.double() <= low + 1 / total + 1e-7).all()
-    offsets = u.double() * total - torch.arange(total)
-    assert kstest(offsets.numpy(), "uniform").pvalue > 0.01
-
-
-def test_stratified_is_the_same_for_any_number_of_ranks_and_never_reaches_one():
-    u = draws(12).float()
-    whole = times.stratified(u, Rows(0, 12, 12))
-    parts = [times.stratified(u[a:b], Rows(a, b, 12)) for a, b in ((0, 5), (5, 6), (6, 12))]
-    assert torch.equal(whole, torch.cat(parts))
-    almost = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
-    assert times.stratified(almost.expand(1), Rows(999, 1000, 1000)).item() < 1
-    with pytest.raises(ValueError, match=r"u must have shape \[3\] for Rows"):
-        times.stratified(u, Rows(0, 3, 12))
-
-
 # --- windows ---
 
 

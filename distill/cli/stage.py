@@ -31,7 +31,10 @@ def stage(
     measure: Annotated[bool, typer.Option("--measure", help="Note what training takes of memory.")] = False,
     part: PartOption = None,
 ) -> None:
-    """Compute stages of a run in this process; with RANK and WORLD_SIZE set, as one of several that train together."""
+    """Compute stages of a run in this process; with RANK and WORLD_SIZE set, as one of several that train together.
+
+    torchrun and `accelerate launch --multi_gpu` set them, too.
+    """
     compute(run, names, None if part is None else read_share("--part", part, 0), lifeline, measure)
 
 
@@ -51,6 +54,7 @@ def compute(
     from distill.spec.model import TrainStage
 
     paths, spec = _found(run, names)
+    _refuse_other_world(spec, names)
     if any(isinstance(spec.stages[name], TrainStage) for name in names):
         versions.require_same_draws(machine.load(paths).draws, f"run '{paths.name}'")
     for name, value in environment.thread_variables(spec.launch.threads or environment.threads()).items():
@@ -96,6 +100,34 @@ def _found(run: Path, names: Sequence[str]) -> tuple[RunPaths, "distill.spec.mod
     if unknown:
         raise InputError(f"run '{paths.name}' has no stage '{unknown[0]}'; valid: {', '.join(spec.stages)}")
     return paths, spec
+
+
+def _refuse_other_world(spec: "distill.spec.model.RunSpec", names: Sequence[str]) -> None:
+    """Refuse to train with another number of processes than the spec's, or to compute other stages in several."""
+    from distill.spec.model import TrainStage
+
+    launch, size = spec.launch, os.environ.get("WORLD_SIZE")
+    valid = "`distill run`, torchrun or `accelerate launch --multi_gpu`"
+    for name in names:
+        wanted = launch.world_size if isinstance(spec.stages[name], TrainStage) else 1
+        if int(size or 1) == wanted:
+            continue
+        if size is None:
+            raise InputError(
+                f"launch.nodes={launch.nodes} and launch.procs={launch.procs}: {wanted} processes train stage "
+                f"'{name}' together, but WORLD_SIZE is not set, so this process would train alone; start it with "
+                f"{valid}"
+            )
+        if wanted == 1 and not isinstance(spec.stages[name], TrainStage):
+            raise InputError(
+                f"WORLD_SIZE={size}, but stage '{name}' is computed by one process; run `distill stage` for it "
+                "without a launcher"
+            )
+        raise InputError(
+            f"WORLD_SIZE={size}, but launch.nodes={launch.nodes} and launch.procs={launch.procs}, so {wanted} "
+            f"process{'es' if wanted > 1 else ''} must train stage '{name}'; start as many, or change launch with "
+            "`distill run RUN --resume`"
+        )
 
 
 @contextmanager

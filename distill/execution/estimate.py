@@ -3,7 +3,7 @@
 from distill.execution.preflight import Ready
 from distill.spec.model import TrainStage
 from distill.training import memory
-from distill.training.sharding import Zero
+from distill.training.choice import choose_sharding
 
 
 def estimate(ready: Ready) -> dict[str, dict[str, int]]:
@@ -12,13 +12,13 @@ def estimate(ready: Ready) -> dict[str, dict[str, int]]:
     A stage whose networks are not known yet is left out.
     """
     launch, found = ready.resolved.spec.launch, {}
-    zero = Zero.of(launch)
+    sharding = choose_sharding(launch)
     for name, built in ready.built.items():
         stage = ready.resolved.spec.stages[name]
         assert isinstance(stage, TrainStage)
         averages = len(stage.ema_half_lives)
-        found[name] = memory.predict(built.sizes, built.copies, averages, launch.world_size, zero)
+        found[name] = memory.predict(built.sizes, built.copies, averages, launch.world_size, sharding, built.still)
         if built.teacher is not None and built.teacher.network is not None:
             whole = memory.FLOAT * sum(p.numel() for p in built.teacher.network.parameters())
-            found[name]["teacher"] = whole // launch.world_size if launch.divide_teacher else whole
+            found[name]["teacher"] = whole // launch.world_size if sharding.divides_frozen else whole
     return found

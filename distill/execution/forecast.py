@@ -22,7 +22,7 @@ from distill.spec.model import EvaluateStage, PairsStage, TrainStage
 from distill.students.loaded import LoadedStudent
 from distill.students.sampling import by_sampler, condition
 from distill.training import memory
-from distill.training.sharding import Zero
+from distill.training.plain import PLAIN
 
 PATIENCE, LONGEST = 0.2, 2.0  # seconds for a measurement, and of a call in it
 FORWARDS = 3  # of a forward and a backward pass
@@ -69,11 +69,12 @@ class _Forecast:
         cost = registry.describe(stage.recipe, self.ready.resolved.base).cost or 1.0
         # Processes on one machine's CPUs share what one alone would have.
         together = launch.world_size if self.device.type == "cuda" or launch.slurm.gpus_per_node else launch.nodes
-        batch = launch.micro_batch or stage.batch_size // launch.world_size
+        batch = launch.known_micro_batch or stage.batch_size // launch.world_size
         seconds = stage.images * FORWARDS * cost * self._seconds(student, batch) / together
-        kept = memory.predict(built.sizes, built.copies, len(stage.ema_half_lives), 1, Zero())
-        checkpoint = kept["parameters"] + kept["optimizer"] + kept["ema"]
-        exported = memory.FLOAT * sum(built.sizes["student"])
+        averages, still = len(stage.ema_half_lives), built.still["student"]
+        kept = memory.predict(built.sizes, built.copies, averages, 1, PLAIN, built.still)
+        checkpoint = kept["parameters"] + kept["optimizer"] + kept["ema"] + memory.FLOAT * averages * sum(still)
+        exported = memory.FLOAT * built.exported
         return StageCost(seconds, exported + stage.checkpoint.keep * checkpoint)
 
     def pairs(self, stage: PairsStage) -> StageCost:

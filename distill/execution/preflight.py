@@ -14,8 +14,9 @@ from distill.core.errors import InputError
 from distill.data import DataSet, load_data
 from distill.execution import sources
 from distill.flow.interpolants import linear
+from distill.networks.adapters import as_trained
 from distill.networks.velocity import TIME_SCALE, VelocityStudent
-from distill.protocols import Copy, Recipe, Trained
+from distill.protocols import Adapter, Copy, Recipe, Trained
 from distill.spec import pairspec
 from distill.spec.kinds import STUDENTS
 from distill.spec.model import EvaluateStage, PairsStage, RunSpec, TrainStage
@@ -37,7 +38,11 @@ class Built:
     student: Student
     """as the stages that follow would load it"""
     sizes: dict[str, list[int]]
-    """elements of the parameters of each network that is trained"""
+    """elements of the parameters that are trained, by network"""
+    still: dict[str, list[int]]
+    """of the other parameters of these networks"""
+    exported: int
+    """elements of the student's folder"""
     copies: list[str]
     """networks that have a target copy"""
     teacher: LoadedTeacher | None
@@ -146,10 +151,14 @@ def _build(
     init = start(stage, recipe, teacher, origin, data, 0)
     made: Recipe = recipe.module.Recipe(recipe.config, teacher)
     roles = made.networks(init)
-    trained = {name: role.module for name, role in roles.items() if isinstance(role, Trained)}
-    sizes = {name: [p.numel() for p in network.parameters()] for name, network in trained.items()}
+    made_of = {name: role for name, role in roles.items() if isinstance(role, Trained | Adapter)}
+    trained = {name: as_trained(name, role, init.seed).module for name, role in made_of.items()}
+    sizes = {name: [p.numel() for p in each.parameters() if p.requires_grad] for name, each in trained.items()}
+    still = {name: [p.numel() for p in each.parameters() if not p.requires_grad] for name, each in trained.items()}
     copies = [role.of for role in roles.values() if isinstance(role, Copy)]
-    return made, Built(_pretend(trained["student"], init), sizes, copies, teacher)
+    student = made_of["student"].module  # adapters are merged into it
+    exported = sum(p.numel() for p in student.parameters())
+    return made, Built(_pretend(student, init), sizes, still, exported, copies, teacher)
 
 
 def _student(earlier: Mapping[str, Built], name: str) -> Student:

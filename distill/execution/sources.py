@@ -63,7 +63,7 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
     Teachers are not probed: students are compared at their export, and the spec's own is checked before a run begins.
     """
     spec, stage, needs = resolved.spec, resolved.spec.stages[name], resolved.needs(name)
-    given: dict[str, TeacherSpec | None] = {"own": spec.teacher if resolved.has_exact_teacher else None}
+    given: dict[str, TeacherSpec | None] = {"own": spec.teacher if resolved.spec.has_exact_teacher else None}
     if "teacher" in needs:
         trained = None if stage.teacher is None else CheckpointTeacher(path=str(run.student(stage.teacher)))
         given["teacher"] = trained or spec.teacher

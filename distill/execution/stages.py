@@ -22,7 +22,8 @@ from distill.execution import preflight, sources
 from distill.flow.codecs import PIXELS
 from distill.flow.draws import key
 from distill.flow.fields import Counted
-from distill.protocols import Recipe, Trained
+from distill.networks.adapters import as_trained, merged
+from distill.protocols import Adapter, Recipe, Source, Trained
 from distill.runs import results
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths, append_event
@@ -33,9 +34,9 @@ from distill.students import loaded
 from distill.students.exporting import export
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.teachers import LoadedTeacher
-from distill.training import checkpoint, engine, memory
+from distill.training import checkpoint, engine, memory, micro_batch
+from distill.training.choice import choose_sharding
 from distill.training.roles import Roles
-from distill.training.sharding import Zero
 from distill.training.world import ALONE, World
 
 CPU = torch.device("cpu")
@@ -213,9 +214,10 @@ def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -
 
 def _train(work: Work, stage: TrainStage) -> dict[str, object]:
     launch = work.spec.launch
-    training = _training(work, stage, CPU if launch.divide_teacher else work.device)  # whole, it might not fit there
-    zero = Zero.of(launch)
-    probe = memory.Probe(zero, work.world.size) if work.measure else None
+    sharding = choose_sharding(launch)
+    # Whole, the teacher might not fit on the device.
+    training = _training(work, stage, CPU if sharding.divides_frozen else work.device)
+    probe = memory.Probe(sharding, work.world.size) if work.measure else None
     if work.world.first and training.times is not None:
         write_json(work.run.stage(work.name).times, training.times)  # an export needs them when the pairs are deleted
     source, digests = sources.batches(
@@ -230,6 +232,7 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
         teacher_digest=training.card.teacher_digest,
         world=work.world,
     )
+    size = _micro_batch(work, stage, training, source)
     with work.progress(stage.images, "images") as progress, probe.activations if probe else nullcontext():
         result = engine.train(
             training.recipe,
@@ -238,14 +241,14 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
             stage,
             seed=work.seed,
             device=work.device,
-            micro_batch=launch.micro_batch or stage.batch_size // work.world.size,
+            micro_batch=size,
             paths=work.run.stage(work.name),
             progress=progress,
             stop=work.stop,
             run=work.run if work.world.first else None,
             inputs={**training.inputs, **digests},
             world=work.world,
-            zero=zero,
+            sharding=sharding,
             teacher=None if training.teacher is None else training.teacher.network,
             recompute=launch.activation_checkpointing,
             probe=None if probe is None else partial(_measure, probe, progress, stage),
@@ -255,8 +258,30 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
         report = {**probe.report(work.world.rank), "teacher_rows": rows}
         write_json(work.run.stage(work.name).memory(work.world.rank), report)
     result.roles.close()
-    work.world.alone("export", partial(_publish, work, stage))
+    # Read anew only where this process no longer holds it whole.
+    whole = None if sharding.divides_frozen else training
+    work.world.alone("export", partial(_publish, work, stage, whole))
     return {"images": result.images, "steps": result.step, "student": str(work.run.student(work.name))}
+
+
+def _micro_batch(work: Work, stage: TrainStage, training: PreparedTraining, source: Source) -> int:
+    """Samples per forward pass of this process, the same on all ranks."""
+    launch, share = work.spec.launch, stage.batch_size // work.world.size
+    if launch.micro_batch != "auto":
+        return launch.micro_batch or share
+    asked = work.resolved.recipes[work.name]
+    fits = partial(
+        micro_batch.fits,
+        lambda: asked.module.Recipe(asked.config, training.teacher),
+        training.init,
+        source,
+        stage,
+        seed=work.seed,
+        device=work.device,
+        world=work.world,
+        recompute=launch.activation_checkpointing,
+    )
+    return micro_batch.choose(work.run.stage(work.name).micro_batch, share, asked.rows_together, work.world, fits)
 
 
 def _measure(probe: memory.Probe, progress: Progress, stage: TrainStage, roles: Roles) -> None:
@@ -267,8 +292,13 @@ def _measure(probe: memory.Probe, progress: Progress, stage: TrainStage, roles: 
         probe.activations.close()
 
 
-def _publish(work: Work, stage: TrainStage) -> None:
-    _export(work, stage, stage.export, work.run.student(work.name), stage.images)
+def _publish(work: Work, stage: TrainStage, training: PreparedTraining | None) -> None:
+    """training: what was trained with, loaded; None: it is divided among the ranks, and is loaded again."""
+    if training is not None:
+        for each in (training.teacher, training.init.source):
+            if each is not None and each.network is not None:
+                each.network.to(CPU)
+    _export(work, stage, training, stage.export, work.run.student(work.name), stage.images)
     for name in work.spec.stages:
         found = results.load_results(work.run.stage(name))
         if found is not None:  # an evaluation that was done before the student was lost
@@ -293,31 +323,35 @@ def export_checkpoint(
     if not checkpoint.complete(checkpoints):
         raise InputError(f"stage '{name}' of run '{paths.name}' has no checkpoint yet; wait for the first one")
     work = Work(paths, resolved.of_run(spec, paths.root), name, CPU)
-    _export(work, stage, weights, folder, step=step)
+    _export(work, stage, None, weights, folder, step=step)
 
 
 def _export(
     work: Work,
     stage: TrainStage,
+    training: PreparedTraining | None,
     weights: Literal["raw"] | float,
     folder: Path,
     least: int = 0,
     step: int | None = None,
 ) -> None:
     """The student of the newest checkpoint, of at least `least` images, or of that of `step`; built anew: the one that
-    was trained may lie divided among the ranks, and its teacher too.
+    was trained may lie divided among the ranks. training: what it was trained with, on the CPU; None: it is loaded.
     """
-    training = _training(work, stage, CPU)
-    student = training.recipe.networks(training.init)["student"]
-    assert isinstance(student, Trained)
+    training = training or _training(work, stage, CPU)
+    asked = work.resolved.recipes[work.name]
+    recipe: Recipe = asked.module.Recipe(asked.config, training.teacher)
+    role = recipe.networks(training.init)["student"]
+    assert isinstance(role, Trained | Adapter)
+    student = as_trained("student", role, work.seed).module
     half_life = None if weights == "raw" else weights
     tensors, images = checkpoint.weights(work.run.stage(work.name).checkpoints, "student", half_life, step)
     if images < least:
         raise RunError(
             f"the last checkpoint of stage '{work.name}' cannot be read; distill run {work.run.root} --resume"
         )
-    student.module.load_state_dict(tensors)
-    export(student.module, folder, training.card.model_copy(update={"weights": weights, "images": images}))
+    student.load_state_dict(tensors)
+    export(merged(role, student), folder, training.card.model_copy(update={"weights": weights, "images": images}))
 
 
 def solving(work: Work, *, indexed: bool = True) -> sources.Solving:

@@ -18,7 +18,6 @@ and every conversion is one solve of it (`split`) followed by one row (`predict`
 which makes a change of schedule another row, not another formula.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -125,23 +124,6 @@ def edm() -> Interpolant:
         return Coefficients(one, t / (1 - t), torch.zeros_like(t), (1 - t).square().reciprocal())
 
     return Interpolant("edm", path, linear().time_of)
-
-
-def trig(sigma_data: float = 1.0) -> Interpolant:
-    """alpha = cos(angle), sigma = sigma_data sin(angle), angle = t pi/2 (TrigFlow, Lu & Song 2024, arXiv 2410.11081).
-
-    Their z is sigma_data noise. A VP network's v-prediction is this path's velocity per unit angle at sigma_data 1.
-    """
-    half_pi = math.pi / 2
-
-    def path(t: Tensor) -> Coefficients:
-        cos, sin = torch.cos(t * half_pi), torch.sin(t * half_pi)
-        return Coefficients(cos, sigma_data * sin, -half_pi * sin, sigma_data * half_pi * cos)
-
-    def time_of(ratio: Tensor) -> Tensor:
-        return torch.atan(ratio / sigma_data) / half_pi
-
-    return Interpolant("trig", path, time_of)
 
 
 def vp(alphas_cumprod: Tensor) -> Interpolant:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from distill.core.text import suggest
-from distill.flow.draws import Rows
 
 # --- grids ---
 
@@ -135,15 +134,6 @@ def law(name: str, mu: float | None = None, sigma: float | None = None) -> Calla
     if mu is not None or sigma is not None:
         raise ValueError(f"mu and sigma have no effect with time_law: {name}; remove them or use logit_normal")
     return laws[name]
-
-
-def stratified(u: Tensor, rows: Rows) -> Tensor:
-    """Uniform draws u [B] of `rows` of a global batch -> one in each of its `total` equal strata, row i in the i-th."""
-    if u.shape != (rows.stop - rows.start,):
-        raise ValueError(f"u must have shape [{rows.stop - rows.start}] for {rows}, got {list(u.shape)}")
-    stratum = torch.arange(rows.start, rows.stop, dtype=torch.float64, device=u.device)
-    below_one = torch.nextafter(torch.ones((), dtype=u.dtype), torch.zeros((), dtype=u.dtype))
-    return ((stratum + _checked(u)) / rows.total).to(u.dtype).clamp(max=below_one.item())  # rounding must not reach 1
 
 
 def _checked(u: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -76,9 +75,8 @@ def solve(
                 end = solvers.solve(field, given, on_device, solver=manifest.solver, steps=manifest.steps)
                 found["data"] = end.cpu()
             case "forward":
-                solver: Literal["euler", "heun"] = "heun" if manifest.solver == "heun" else "euler"
                 at = found["data"].to(device)
-                noise = solvers.invert(field, at, on_device, solver=solver, steps=manifest.steps, noise=given)
+                noise = solvers.invert(field, at, on_device, solver=manifest.solver, steps=manifest.steps, noise=given)
                 found["noise"] = noise.cpu()
             case "trajectories":
                 states = _trajectory(field, start(field, given), on_device, manifest)
@@ -115,7 +113,7 @@ def _grid(field: VelocityField, manifest: Manifest) -> tuple[Tensor, list[int]]:
 def _trajectory(field: VelocityField, x: Tensor, cond: Cond, manifest: Manifest) -> list[Tensor]:
     """The states at times[1:], on the way of one solution: a multistep solver remembers the step before."""
     t_grid, (_, *kept) = _grid(field, manifest)
-    path = solvers.SOLVERS[manifest.solver].path(field, x, t_grid, cond)
+    path = solvers.states(manifest.solver, field, x, t_grid, cond)
     return [state for i, state in enumerate(path, start=1) if i in kept]
 
 
@@ -132,5 +130,5 @@ def _segments(
         if len(rows):
             of_rows = {name: value[rows] for name, value in cond.items()}
             x = starts[rows] if segment else start(field, starts[rows])  # the first begins with pure noise
-            ends[rows] = solvers.SOLVERS[manifest.solver](field, x, t_grid[i : j + 1], of_rows)
+            ends[rows] = solvers.integrate(manifest.solver, field, x, t_grid[i : j + 1], of_rows)
     return ends[:, None]

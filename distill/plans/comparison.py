@@ -210,7 +210,7 @@ def _derived_chain(resolved: Resolved, recipe: str, teachers: set[str], distille
             f"--recipes: {recipe} has no stage in spec '{spec.name}', and there is none that distils, to take its "
             "length, batch size and optimizer from; add one"
         )
-    exact = first.teacher is None and resolved.has_exact_teacher
+    exact = first.teacher is None and resolved.spec.has_exact_teacher
     stage = TrainStage(
         kind="train",
         recipe=recipe,

@@ -111,8 +111,10 @@ def _train(name: str, stage: TrainStage, launch: LaunchSpec, needs: frozenset[st
     start = f"a fresh {stage.network.kind}" if stage.network else f"the weights of {stage.init or teacher}"
     work = f"{stage.images:,} images = {stage.images // stage.batch_size:,} steps of {stage.batch_size}"
     share = stage.batch_size // launch.world_size
-    micro = launch.micro_batch or share
-    if micro < stage.batch_size:
+    micro = launch.known_micro_batch or share
+    if launch.micro_batch == "auto":
+        work += f": {launch.world_size} x auto (processes, micro-batches that fit into memory)"
+    elif micro < stage.batch_size:
         work += f": {launch.world_size} x {share // micro} x {micro} (processes, micro-batches, samples)"
     writes = [f"stages/{name}/checkpoints/", f"students/{name}/"]
     return Step(name, stage.kind, f"{stage.recipe} from {start}", work, _unique(taken), None, writes)

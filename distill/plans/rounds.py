@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from distill.core.errors import InputError
 from distill.core.text import suggest
+from distill.solvers import find_solver
 from distill.spec import evalspec, overrides, specfile
-from distill.spec.kinds import INVERTING, REFERENCES
 from distill.spec.model import EvaluateStage, NoData, PairsStage, RunSpec, Stage, TrainStage
 from distill.spec.overrides import Override
 from distill.spec.resolved import Resolved
@@ -152,7 +152,7 @@ def _default_evaluation(pairs: PairsStage, flow: TrainStage) -> EvaluateStage:
     return EvaluateStage(
         kind="evaluate",
         teacher=flow.teacher,
-        fine_solver=pairs.solver if pairs.solver in REFERENCES else "heun",
+        fine_solver=pairs.solver if find_solver(pairs.solver).is_reference else "heun",
         fine_steps=pairs.steps,
         students={},
         guidance_scale=pairs.guidance_scale,
@@ -168,7 +168,7 @@ def _refuse(resolved: Resolved, template: Template, plan: RoundsPlan) -> None:
             f"--distill: spec '{spec.name}' has no distillation; give it a train stage of {DISTILLATION} on the pairs "
             f"of '{template.pairs_name}', or leave --distill out"
         )
-    inexact = not resolved.has_exact_teacher  # an exact one has samples to begin with
+    inexact = not resolved.spec.has_exact_teacher  # an exact one has samples to begin with
     lacking = {"--forward": plan.forward is not None and inexact, "--data-weight": plan.data_weight is not None}
     for option in [name for name, is_lacking in lacking.items() if is_lacking and isinstance(spec.data, NoData)]:
         raise InputError(
@@ -213,7 +213,7 @@ def _round(template: Template, number: int, teacher: str | None, plan: RoundsPla
 def _inverted(pairs: PairsStage, share: float) -> PairsStage:
     """Pairs from real data to noise, as many as are seen as often as the others at this share of a batch."""
     count = max(1, round(pairs.count * share / (1 - share)))
-    solver = pairs.solver if pairs.solver in INVERTING else "heun"
+    solver = pairs.solver if find_solver(pairs.solver).calls_inverting is not None else "heun"
     ends = {"paths": "forward", "times": None, "optimal_times": None, "store_noise": False}
     return pairs.model_copy(update={**ends, "count": count, "solver": solver})
 

@@ -46,6 +46,11 @@ class StagePaths:
         """JSON with the times of the states that a train stage's pairs had; the pairs may be deleted."""
         return self.root / "times.json"
 
+    @property
+    def micro_batch(self) -> Path:
+        """JSON with the micro-batch that was chosen for launch.micro_batch=auto."""
+        return self.root / "micro_batch.json"
+
     def memory(self, rank: int) -> Path:
         """What a rank's memory held, where it was measured."""
         return self.root / f"memory-{rank}.json"

@@ -204,7 +204,7 @@ def _train(found: Resolved, stage: TrainStage, resolved: ResolvedRecipe, where: 
             "launch.zero_stage 3 gathers weights; use 0, 1 or 2"
         )
     if "data" in needs and isinstance(spec.data, NoData):
-        vectors = found.has_exact_teacher and "teacher" in needs and stage.teacher is None
+        vectors = found.spec.has_exact_teacher and "teacher" in needs and stage.teacher is None
         hint = "and there is none of vectors; use reflow" if vectors else "the spec has none; e.g. data: {kind: digits}"
         yield f"{where}: {recipe} needs data, {hint}"
     if "pairs" in needs and not stage.pair_shares:
@@ -224,7 +224,7 @@ def _train(found: Resolved, stage: TrainStage, resolved: ResolvedRecipe, where: 
     if stage.init is None and stage.network is None:
         if "teacher" not in needs:
             yield f"{where}: nothing to start from; give network (fresh weights) or init (an earlier train stage)"
-        elif stage.teacher is None and found.has_exact_teacher and spec.teacher is not None:
+        elif stage.teacher is None and found.spec.has_exact_teacher and spec.teacher is not None:
             yield f"{where}: the {spec.teacher.kind} teacher has no weights to start from; give network, e.g. kind: mlp"
     if "weights" in needs and stage.network is not None:
         yield (
@@ -246,7 +246,14 @@ def _launch(spec: RunSpec) -> Iterator[str]:
     if launch.divide_teacher and launch.world_size == 1:
         yield "launch.divide_teacher: with one process it has no effect; remove it, or give procs"
     if launch.activation_checkpointing and trains and all(isinstance(each.network, MlpSpec) for each in trains):
-        yield "launch.activation_checkpointing: an mlp has no blocks to recompute, so it has no effect; remove it"
+        yield "launch.activation_checkpointing: an mlp has no blocks to compute again, so it has no effect; remove it"
+    if launch.micro_batch == "auto" and launch.zero_stage is not None:
+        yield (
+            "launch.micro_batch: auto tries undivided networks, and launch.zero_stage divides them; give a number, or "
+            "zero_stage: null"
+        )
+    elif launch.micro_batch == "auto" and launch.divide_teacher:
+        yield "launch.micro_batch: auto tries an undivided teacher, and launch.divide_teacher divides it; give a number"
     given = launch.model_dump(exclude_defaults=True)
     if "collective_minutes" in given and launch.world_size == 1:
         yield "launch.collective_minutes: one process waits for no other, so it has no effect; remove it"
@@ -259,7 +266,7 @@ def _pairs(found: Resolved, stage: PairsStage, where: str) -> Iterator[str]:
     spec = found.spec
     if stage.teacher is None and spec.teacher is None:
         yield f"{where}: pairs need a teacher; give {where}.teacher (a train stage), or the spec's teacher"
-    known = found.has_exact_teacher or not isinstance(spec.data, NoData)
+    known = found.spec.has_exact_teacher or not isinstance(spec.data, NoData)
     if stage.paths in OF_DATA and not known:
         yield f"{where}.paths: {stage.paths} begin with real data; the spec has none; e.g. data: {{kind: digits}}"
     yield from pairspec.mistakes(stage, f"{where}.")

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from distill.solvers import find_solver
 from distill.spec.kinds import network_calls, per_velocity
 from distill.spec.model import EvaluateStage
 
@@ -45,8 +46,8 @@ def num_samples(stage: EvaluateStage) -> int:
 
 def calls(stage: EvaluateStage, samplers: Mapping[str, str]) -> dict[str, int]:
     """Network -> its calls for a sample in each of its rows, together; guidance counted. samplers: of the students."""
-    fine = network_calls(stage.fine_solver, stage.fine_steps)
-    by = {"teacher": "euler", **samplers}
+    fine = find_solver(stage.fine_solver).calls(stage.fine_steps)
+    by = {"teacher": "euler", **samplers}  # its fine rows aside
     found = {name: sum(network_calls(by[name], n) for n in each) for name, each in steps_of_rows(stage).items()}
     found |= {name: found[name] + fine for name in ("teacher", *stage.fine_students)}
     return {**found, "teacher": per_velocity(stage.guidance_scale) * found["teacher"]}

@@ -1,15 +1,19 @@
-"""What solvers, samplers and kinds of student there are, and the facts of each that need no tensors.
+"""What samplers and kinds of student there are, the facts of each that need no tensors, and names of solvers.
 
-Their code is in `solvers`, `samplers` and `students`, under the same names. Code that asks whether a solver can go from
-data to noise, or what a sampler costs, asks the record: no other place compares names.
+The code of samplers and students is in `students.samplers` and `networks`, under the same names; a solver is one file
+of `distill.solvers`. Whoever asks what a sampler costs, or whether a solver can go from data to noise, asks here: no
+other place compares names.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import AfterValidator, WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core.core_schema import no_info_after_validator_function
+
+from distill.solvers import find_solver, solver_names
 
 
 def _as_many(steps: int) -> int:
@@ -17,21 +21,11 @@ def _as_many(steps: int) -> int:
 
 
 @dataclass(frozen=True)
-class SolverFacts:
-    """A numerical solver of the teacher's ODE."""
-
-    calls: Callable[[int], int] = _as_many
-    """network calls for so many steps from noise to data"""
-    calls_inverting: Callable[[int], int] | None = None
-    """the same from data to noise; None: it cannot go there"""
-    is_reference: bool = True
-    """accurate enough for its endpoint to count as the teacher's own"""
-
-
-@dataclass(frozen=True)
 class SamplerFacts:
-    """A way to make samples from a student."""
+    """A way to make samples from a student; its code is the file of its name in students/samplers."""
 
+    student: str
+    """the kind of student that it samples, of `STUDENTS`"""
     words: str
     """in the model card"""
     calls: Callable[[int], int] = _as_many
@@ -50,40 +44,50 @@ class StudentKind:
     """whether it is a velocity field: only then can it be a teacher, or what a student of another kind starts from"""
 
 
-# Of Heun's steps to data the last is Euler's, as no call is made at t = 0; the other way none ends there.
-SOLVERS: Mapping[str, SolverFacts] = {
-    "euler": SolverFacts(calls_inverting=_as_many, is_reference=False),
-    "heun": SolverFacts(lambda steps: 2 * steps - 1, lambda steps: 2 * steps),
-    "dpm_solver_pp_2m": SolverFacts(),
-}
+# The first of each kind of student is its usual one.
 SAMPLERS: Mapping[str, SamplerFacts] = {
-    "euler": SamplerFacts("Euler, x_s = x_t + (s - t) v(x_t, t)"),
+    "euler": SamplerFacts("velocity", "Euler, x_s = x_t + (s - t) v(x_t, t)"),
     "same_noise": SamplerFacts(
-        "data = x_t - t v(x_t, t), x_s = (1 - s) data + s noise, with the noise that it began from"
+        "velocity", "data = x_t - t v(x_t, t), x_s = (1 - s) data + s noise, with the noise that it began from"
     ),
-    "jump": SamplerFacts("jumps x_s = x_t + (s - t) u(x_t, t, s)"),
+    "jump": SamplerFacts("flow_map", "jumps x_s = x_t + (s - t) u(x_t, t, s)"),
     "renoise": SamplerFacts(
-        "jumps to data = x_t - t u(x_t, t, 0), each but the last followed by x_s = (1 - s) data + s fresh noise"
+        "flow_map",
+        "jumps to data = x_t - t u(x_t, t, 0), each but the last followed by x_s = (1 - s) data + s fresh noise",
     ),
     "accelerated": SamplerFacts(
+        "acceleration",
         "v = v(noise, 1) once, then x_s = x_t + (s - t) (v + ((t + s) / 2 - 1) a(x_t, t, v)): N + 1 network calls in N "
         "steps",
         lambda steps: steps + 1,
     ),
 }
+
+
+def _samplers_of(student: str) -> tuple[str, ...]:
+    return tuple(name for name, each in SAMPLERS.items() if each.student == student)
+
+
 STUDENTS: Mapping[str, StudentKind] = {
-    "velocity": StudentKind("a velocity field", ("euler", "same_noise"), is_field=True),
-    "flow_map": StudentKind("a flow map", ("jump", "renoise")),
-    "acceleration": StudentKind("a velocity with its acceleration", ("accelerated",)),
+    "velocity": StudentKind("a velocity field", _samplers_of("velocity"), is_field=True),
+    "flow_map": StudentKind("a flow map", _samplers_of("flow_map")),
+    "acceleration": StudentKind("a velocity with its acceleration", _samplers_of("acceleration")),
 }
-INVERTING = [name for name, solver in SOLVERS.items() if solver.calls_inverting is not None]
-REFERENCES = [name for name, solver in SOLVERS.items() if solver.is_reference]
 
 
-def network_calls(method: str, steps: int) -> int:
-    """Network calls (NFE) for a sample in so many steps by a solver or a sampler. Guidance: `per_velocity`."""
-    found = SOLVERS[method] if method in SOLVERS else SAMPLERS[method]
-    return found.calls(steps)
+def inverting_solvers() -> list[str]:
+    """Solvers that can go from data to noise."""
+    return [name for name in solver_names() if find_solver(name).calls_inverting is not None]
+
+
+def reference_solvers() -> list[str]:
+    """Solvers whose end point can count as the teacher's own."""
+    return [name for name in solver_names() if find_solver(name).is_reference]
+
+
+def network_calls(sampler: str, steps: int) -> int:
+    """Network calls (NFE) for a sample in so many steps of a student."""
+    return SAMPLERS[sampler].calls(steps)
 
 
 def per_velocity(guidance_scale: float) -> int:
@@ -97,19 +101,29 @@ def either(names: Iterable[str]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
-def _one_of(names: list[str]) -> tuple[AfterValidator, WithJsonSchema]:
-    """Validators of a field that holds one of these names."""
-    expected = either(f"'{name}'" for name in names)
+@dataclass(frozen=True)
+class OneOf:
+    """The field holds one of these names. They are listed when a value is checked: a package that is installed may
+    bring more of them.
+    """
 
-    def check(name: str) -> str:
-        if name not in names:
+    names: Callable[[], Iterable[str]]
+
+    def __get_pydantic_core_schema__(self, source: type, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._checked, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, list[str]]:
+        return {"enum": list(self.names())}
+
+    def _checked(self, name: str) -> str:
+        valid = list(self.names())
+        if name not in valid:
+            expected = either(f"'{each}'" for each in valid)
             raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
         return name
 
-    return AfterValidator(check), WithJsonSchema({"enum": names})
 
-
-SolverName = Annotated[str, *_one_of(list(SOLVERS))]
-ReferenceName = Annotated[str, *_one_of(REFERENCES)]
-SamplerName = Annotated[str, *_one_of(list(SAMPLERS))]
-StudentName = Annotated[str, *_one_of(list(STUDENTS))]
+SolverName = Annotated[str, OneOf(solver_names)]
+ReferenceName = Annotated[str, OneOf(reference_solvers)]
+SamplerName = Annotated[str, OneOf(lambda: SAMPLERS)]
+StudentName = Annotated[str, OneOf(lambda: STUDENTS)]

@@ -34,8 +34,9 @@ from distill.core.field_types import (
     SolverSteps,
     Steps,
 )
+from distill.solvers import find_solver
 from distill.spec.dataspec import DataSpec, DigitsData, HfData, ImageOptions, ImagesData, MnistData, NoData  # noqa: F401  (they are parts of the spec)
-from distill.spec.kinds import SOLVERS, ReferenceName, SolverName, per_velocity
+from distill.spec.kinds import ReferenceName, SolverName, per_velocity
 
 OF_DATA, WITH_STATES = ("forward", "segments"), ("trajectories", "segments")  # paths of a pairs stage
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
@@ -237,7 +238,7 @@ class PairsStage(FrozenModel):
     @property
     def network_calls(self) -> float:
         """Calls of the teacher's network for one pair, guidance counted; of segments on average."""
-        solver = SOLVERS[self.solver]
+        solver = find_solver(self.solver)
         calls = solver.calls_inverting if self.paths == "forward" else solver.calls
         assert calls is not None, "checks.check lets no such stage through"
         segments = max(1, len(self.times or []) - 1) if self.paths == "segments" else 1
@@ -332,8 +333,9 @@ class LaunchSpec(FrozenModel):
     """processes of each machine that train together"""
     threads: Processes | None = None
     """CPU threads of a process; null: the CPUs this process may use, divided among procs"""
-    micro_batch: Samples | None = None
-    """samples per forward pass of a process; the rest of its part of batch_size is accumulated; null: the whole part"""
+    micro_batch: Samples | Literal["auto"] | None = None
+    """samples per forward pass of a process; the rest of its part of batch_size is accumulated; null: the whole part;
+    auto: as many as fit into memory, found by trying when training begins"""
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
     """DeepSpeed ZeRO stage: 0 shards nothing, 1 optimizer state, 2 gradients too, 3 weights too; null: no DeepSpeed"""
     zero_persistence_threshold: Annotated[int, Field(ge=0, lt=2**63)] | None = None
@@ -347,6 +349,11 @@ class LaunchSpec(FrozenModel):
     collective_minutes: Minutes = 10.0
     """how long a process waits for the others, or stays in one forward and backward pass, before it gives up"""
     slurm: SlurmSpec = SlurmSpec()
+
+    @property
+    def known_micro_batch(self) -> int | None:
+        """The micro-batch, if the spec gives a number."""
+        return None if self.micro_batch == "auto" else self.micro_batch
 
     @property
     def world_size(self) -> int:
@@ -368,6 +375,11 @@ class RunSpec(FrozenModel):
     stages: dict[Name, Stage]
     """in the order in which they run"""
     launch: LaunchSpec = LaunchSpec()
+
+    @property
+    def has_exact_teacher(self) -> bool:
+        """Whether its own teacher is known in closed form."""
+        return isinstance(self.teacher, GaussianTeacher | MixtureTeacher)
 
     @property
     def hub_inputs(self) -> set[str]:

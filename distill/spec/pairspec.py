@@ -10,7 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from distill.core.errors import InputError
 from distill.core.field_types import MAX_SHARDS
-from distill.spec.kinds import INVERTING, either
+from distill.solvers import find_solver
+from distill.spec.kinds import either, inverting_solvers
 from distill.spec.model import WITH_STATES, PairsStage, RunSpec, TrainStage, is_path
 
 MAX_MANIFEST = 256 << 20  # bytes: several times what MAX_SHARDS files need
@@ -103,8 +104,8 @@ def mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
     if stage.shard % stage.block:
         nearest = max(stage.block, round(stage.shard / stage.block) * stage.block)
         yield f"{prefix}shard: {stage.shard} is not a multiple of block ({stage.block}); nearest: {nearest}"
-    if stage.paths == "forward" and stage.solver not in INVERTING:
-        valid = either(INVERTING)
+    if stage.paths == "forward" and find_solver(stage.solver).calls_inverting is None:
+        valid = either(inverting_solvers())
         yield f"{prefix}solver: {stage.solver} solves from noise to data only; paths: forward take {valid}"
     if stage.optimal_times is not None:
         yield from _optimal(stage, stage.optimal_times, prefix)

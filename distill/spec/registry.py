@@ -1,5 +1,7 @@
 """Finds recipes by name: a file of the package `recipes`, an entry point of the group `distill.recipes`, or ./file.py
 beside the spec. Nothing is registered by hand, and listing them imports none.
+
+A file of `recipes` whose name begins with an underscore is no recipe: it holds what the recipes of its folder share.
 """
 
 import ast
@@ -14,13 +16,14 @@ from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ValidationError
 
 from distill.core.errors import InputError
-from distill.core.text import one_line, suggest
+from distill.core.importing import Importing
+from distill.core.text import suggest
 from distill.spec import schema
 
 GROUP = "distill.recipes"
@@ -117,8 +120,8 @@ def package_folder() -> Path:
 def names() -> list[str]:
     """All recipes that can be named, ./files aside."""
     folder = package_folder()
-    files = [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.glob("*/*.py"))]
-    return [name for name in files if not name.endswith("/__init__")] + sorted(_entry_points())
+    files = [path for path in sorted(folder.glob("*/*.py")) if not path.name.startswith("_")]
+    return [path.relative_to(folder).with_suffix("").as_posix() for path in files] + sorted(_entry_points())
 
 
 def own_file(name: str, base: Path) -> Path | None:
@@ -141,7 +144,11 @@ def source(name: str, base: Path) -> Path:
     if own is not None:
         return own
     path = package_folder() / f"{name}.py"
-    if name.count("/") == 1 and path.is_file() and not name.endswith("/__init__"):
+    if name.count("/") == 1 and path.is_file():
+        if path.name.startswith("_"):
+            family = path.parent.name
+            valid = ", ".join(each for each in names() if each.startswith(f"{family}/"))
+            raise InputError(f"{name} is not a recipe: it holds what recipes of {family} share; valid: {valid}")
         return path
     point = _entry_points().get(name)
     if point is None:
@@ -158,7 +165,9 @@ def load(name: str, base: Path) -> ModuleType:
     """The module of a recipe: it has a docstring, `Config` and `Recipe`."""
     path = source(name, base)
     is_ours = path.is_relative_to(package_folder())
-    with _Importing(name, path.absolute()):
+    if not is_ours:
+        _refuse_shared(name, path)
+    with Importing(f"recipe '{name}'", path.absolute()):
         if name.endswith(".py"):
             module = _load_file(path)
         else:
@@ -177,37 +186,21 @@ def load(name: str, base: Path) -> ModuleType:
     return module
 
 
-@dataclass(frozen=True)
-class _Importing:
-    """Whatever a recipe's module raises while it is imported becomes an InputError that says where."""
-
-    name: str
-    path: Path
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if error is not None and not self._is_ctrl_c(error):
-            raise InputError(f"recipe '{self.name}' {self._what(error)}") from error
-
-    def _is_ctrl_c(self, error: BaseException) -> bool:
-        """Whether the user has interrupted the import; a recipe may also raise KeyboardInterrupt itself."""
-        if not isinstance(error, KeyboardInterrupt):
-            return False
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        return last.filename != str(self.path) or not (last.line or "").startswith("raise")
-
-    def _what(self, error: BaseException) -> str:
-        if isinstance(error, ModuleNotFoundError) and error.name:
-            return f"needs the package {error.name}; pip install 'distill[train]' brings those of our recipes"
-        if isinstance(error, SystemExit):
-            return f"ends the program when it is imported: it calls sys.exit({error.code}); remove that"
-        if isinstance(error, SyntaxError):
-            return f"cannot be imported: {error}"
-        lines = [each.lineno for each in traceback.extract_tb(error.__traceback__) if each.filename == str(self.path)]
-        where = f"{self.path}, line {lines[-1]}" if lines else str(self.path)
-        said = one_line(str(error), 500)
-        return f"cannot be imported: {where}: {type(error).__name__}" + (f": {said}" if said else "")
+def _refuse_shared(name: str, path: Path) -> None:
+    """InputError if a recipe that is not ours imports what ours share."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return  # its import says so
+    for node in ast.walk(tree):
+        parts = node.module.split(".") if isinstance(node, ast.ImportFrom) and node.module else []
+        if isinstance(node, ast.ImportFrom) and parts[:1] == ["recipes"]:
+            shared = [each for each in [*parts, *(alias.name for alias in node.names)] if each.startswith("_")]
+            if shared:
+                raise InputError(
+                    f"recipe '{name}' ({path}, line {node.lineno}): {shared[0]} is for the recipes of its folder only, "
+                    "and may change with them; copy what you need of it into your file"
+                )
 
 
 def is_of_foreign_recipe(error: BaseException) -> bool:
@@ -229,11 +222,13 @@ def configure(name: str, module: ModuleType, options: dict[str, Any], where: str
 
 def describe(name: str, base: Path) -> Description:
     """What a recipe's source says of itself."""
-    tree = ast.parse(source(name, base).read_text(encoding="utf-8"))
+    path = source(name, base)
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     paper = ast.get_docstring(tree) or ""
     config = next((node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Config"), None)
     body = config.body if config is not None else []
-    inherited = [option for base in (config.bases if config is not None else []) for option in _of_base(base)]
+    bases = config.bases if config is not None else []
+    inherited = [option for base in bases for option in _of_base(base, path.parent)]
     options = {option.name: option for option in [*inherited, *_options(body)]}
     needs = next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == "needs"), None)
     return Description(name, paper.split("\n")[0], paper, _needs(needs), list(options.values()), _costs().get(name))
@@ -279,11 +274,12 @@ def _needs(needs: ast.FunctionDef | None) -> list[str]:
     return [need for need in NEEDS if need in [constant.value for constant in constants]]
 
 
-def _of_base(base: ast.expr) -> list[Option]:
-    """The options that a Config takes over from a class of distill, written as module.Class."""
+def _of_base(base: ast.expr, family: Path) -> list[Option]:
+    """The options that a Config takes over from a class of distill, or of its own folder, written as module.Class."""
     if not isinstance(base, ast.Attribute) or not isinstance(base.value, ast.Name):
         return []
-    path = Path(__file__).parents[1] / "flow" / f"{base.value.id}.py"
+    shared = base.value.id.startswith("_")
+    path = (family if shared else Path(__file__).parents[1] / "flow") / f"{base.value.id}.py"
     tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == base.attr]
     return [option for node in classes for option in _options(node.body)]

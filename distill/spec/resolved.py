@@ -11,10 +11,8 @@ from distill.spec.kinds import STUDENTS, StudentKind
 from distill.spec.model import (
     OF_DATA,
     EvaluateStage,
-    GaussianTeacher,
     HfData,
     ImagesData,
-    MixtureTeacher,
     RunSpec,
     Stage,
     TrainStage,
@@ -72,11 +70,6 @@ class Resolved:
     """by train stage"""
     failed: Mapping[str, str]
     """train stages whose recipe cannot be used, and why"""
-
-    @property
-    def has_exact_teacher(self) -> bool:
-        """Whether the spec's own teacher is known in closed form."""
-        return isinstance(self.spec.teacher, GaussianTeacher | MixtureTeacher)
 
     def kind(self, stage: str | None) -> StudentKind | None:
         """The kind of a train stage's student; None if there is none or it is unknown."""

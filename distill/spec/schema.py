@@ -6,10 +6,11 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError, WithJsonSchema
+from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from distill.core.text import suggest
+from distill.spec.kinds import OneOf
 
 Annotation = Any  # what stands behind the colon of a field
 Content = Any  # what a YAML file holds at some path
@@ -99,9 +100,9 @@ def below(content: Content, key: str | int) -> Content:
 
 def choices(field: FieldInfo) -> list[str]:
     """The words that a field may hold, if it is a choice of words."""
-    named = [each.json_schema for each in field.metadata if isinstance(each, WithJsonSchema) and each.json_schema]
+    named = [each.names() for each in field.metadata if isinstance(each, OneOf)]
     found = [member for member in alternatives(field.annotation) if get_origin(member) is Literal]
-    return [str(word) for words in [*map(get_args, found), *(each.get("enum", ()) for each in named)] for word in words]
+    return [str(word) for words in [*map(get_args, found), *named] for word in words]
 
 
 def valid(described: Mapping[str, Any]) -> str:

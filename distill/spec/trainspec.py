@@ -3,10 +3,8 @@
 from collections.abc import Iterator
 
 from distill.spec.model import (
-    GaussianTeacher,
     HfData,
     ImagesData,
-    MixtureTeacher,
     MlpSpec,
     RunSpec,
     TrainStage,
@@ -28,7 +26,7 @@ def network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, where
     """Whether a fresh network can be built, and makes what the stage's samples are."""
     if stage.dropout is not None:
         yield f"{where}: a fresh network has its own dropout, so that of the stage has no effect; remove it"
-    vectors = stage.teacher is None and isinstance(spec.teacher, GaussianTeacher | MixtureTeacher)
+    vectors = stage.teacher is None and spec.has_exact_teacher
     sides = [side for kind, side in (("digits", 8), ("mnist", 28)) if kind == spec.data.kind]
     if isinstance(spec.data, ImagesData | HfData):
         sides = list(dict.fromkeys(spec.data.height_width))
@@ -57,7 +55,7 @@ def network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, where
 def lengths(spec: RunSpec, stage: TrainStage, rows_together: int, where: str) -> Iterator[str]:
     """Whether images, batches, warm-up and averages come out even."""
     batch, procs, optimizer = stage.batch_size, spec.launch.world_size, stage.optimizer
-    micro = spec.launch.micro_batch
+    micro = spec.launch.known_micro_batch  # what is chosen later is chosen among those that fit
     samples = micro or batch // procs
     if stage.images % batch:
         nearest = max(batch, round(stage.images / batch) * batch)

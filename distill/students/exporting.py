@@ -93,7 +93,7 @@ def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
 def _compare(student: Student, folder: Path, card: StudentCard) -> None:
     """Plain diffusers must read the same weights, bitwise, and make the same samples from the same noise."""
     with _quiet(), torch.random.fork_rng(devices=[]):  # networks are initialised before their weights are read
-        pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, low_cpu_mem_usage=False)
+        pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     written, read = dict(_state(student.network)), dict(_state(pipeline.unet))
     for name, tensor in written.items():
         if name not in read or tensor.dtype != read[name].dtype or not torch.equal(tensor, read[name]):

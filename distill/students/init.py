@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from torch import nn
 
@@ -131,12 +132,14 @@ def _is_field(source: LoadedTeacher | LoadedStudent) -> bool:
 def _copied(source: LoadedTeacher | LoadedStudent, dropout: float | None) -> ModelMixin:
     """A trainable copy of its network, of the linear path; dropout: its own instead of the source's."""
     assert source.network is not None
-    network = _of_linear_path(source)
-    if dropout is not None:
-        if "dropout" not in network.config:
-            raise InputError(f"dropout: {source.description} is a network without dropout; remove it")
-        network = type(network).from_config(network.config, dropout=dropout)
-    network.load_state_dict(source.network.state_dict(), strict=True)
+    with init_empty_weights(include_buffers=False):  # they are all copied
+        network = _of_linear_path(source)
+        if dropout is not None:
+            if "dropout" not in network.config:
+                raise InputError(f"dropout: {source.description} is a network without dropout; remove it")
+            network = type(network).from_config(network.config, dropout=dropout)
+    weights = {name: tensor.detach().clone() for name, tensor in source.network.state_dict().items()}
+    network.load_state_dict(weights, strict=True, assign=True)
     return network.to(source.network.device).train()
 
 
@@ -150,7 +153,7 @@ def teacher_on_linear_path(teacher: LoadedTeacher) -> LoadedTeacher:
     if not isinstance(teacher.field, EdmField | NetworkField) or teacher.field.interpolant.name == "linear":
         return teacher
     assert teacher.network is not None
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=False):
         network = _of_linear_path(teacher)
     network.load_state_dict(teacher.network.state_dict(), strict=True, assign=True)
     network.eval().requires_grad_(False)
@@ -158,7 +161,7 @@ def teacher_on_linear_path(teacher: LoadedTeacher) -> LoadedTeacher:
 
 
 def _of_linear_path(source: LoadedTeacher | LoadedStudent) -> ModelMixin:
-    """A network with the source's weight names, called as a network of the linear path; its weights are still its own.
+    """A network with the source's weight names, called as a network of the linear path; it has its own weights.
 
     Built from its config, not copied: the source is frozen, and what its class keeps frozen must stay so.
     """

@@ -1,9 +1,10 @@
 """Samples of teachers and students from noise that depends on (seed, index) alone, made in blocks."""
 
+import importlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ from distill.flow.solvers import solve, solve_along
 from distill.flow.times import uniform_grid
 from distill.networks.velocity import VelocityStudent
 from distill.protocols import Cond, Gridded, Recipe, VelocityField
-from distill.spec.kinds import network_calls, per_velocity
+from distill.solvers import find_solver
+from distill.spec.kinds import SAMPLERS, network_calls, per_velocity
 from distill.students.loaded import LoadedStudent, Student
-from distill.students.samplers import accelerated, euler, jump, renoise, same_noise
 from distill.teachers import LoadedTeacher
 
 # Noise [B, ...], its condition, and the fresh noises that the method takes -> samples [B, ...]
@@ -35,13 +36,12 @@ class SamplerModule(Protocol):
     def sample(self) -> Callable[..., Tensor]: ...
 
 
-MODULES: dict[str, SamplerModule] = {
-    "euler": euler,
-    "same_noise": same_noise,
-    "jump": jump,
-    "renoise": renoise,
-    "accelerated": accelerated,
-}
+def _module(sampler: str) -> SamplerModule:
+    module: Any = importlib.import_module(f"distill.students.samplers.{sampler}")
+    return module
+
+
+MODULES = {name: _module(name) for name in SAMPLERS}
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def of_field(
             return solve_along(field, noise, cond, solver=solver, times=times)
         return solve(field, noise, cond, solver=solver, steps=steps)
 
-    return Method(generate, calls * network_calls(solver, steps))
+    return Method(generate, calls * find_solver(solver).calls(steps))
 
 
 def of_student(student: LoadedStudent, t_grid: Tensor) -> Method:

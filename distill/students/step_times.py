@@ -9,8 +9,9 @@ elements, and 0 at j = i + 1. The K steps of least summed cost follow from
 It is a sum of local errors along the exact path: how an error grows afterwards does not count.
 
 A step is the solver's own. Euler's needs no further call, x_i + (t_j - t_i) v_i. Heun's calls the field again for every
-(i, j), n M^2 / 2 calls in all. A step of DPM-Solver++(2M) depends on the step before, of which W knows nothing: that is
-taken to have been as long, from the time of index 2 i - j, or from the noise where there is none.
+(i, j), n M^2 / 2 calls in all. A step of a multistep solver (DPM-Solver++(2M)) depends on the step before, of which W
+knows nothing: that is taken to have been as long, from the time of index 2 i - j, or from the noise where there is
+none.
 
 Deviations: steps by other solvers than Euler's, and linear times whatever the field's own schedule.
 """
@@ -40,6 +41,7 @@ from distill.flow.fields import start
 from distill.flow.times import uniform_grid
 from distill.networks.velocity import VelocityStudent
 from distill.protocols import Cond, VelocityField
+from distill.solvers import find_solver
 from distill.spec.model import FINE, SAMPLES, SEED, PairsStage
 from distill.students.loaded import LoadedStudent
 from distill.students.sampling import condition
@@ -156,28 +158,18 @@ Step = Callable[[int, int], Tensor]  # from the state of index i to the time of 
 
 def _path(field: VelocityField, x: Tensor, cond: Cond, solver: str, t_grid: Tensor) -> tuple[list[Tensor], Step]:
     """The states of the fine path, and a step of the solver from any of them."""
-    times, states, seen = t_grid.tolist(), [x], list[Tensor]()  # seen: v_i, or the data that it points to
+    found, ode = find_solver(solver), solvers.FieldOde(field, cond)
+    times, states, seen = t_grid.tolist(), [x], list[Tensor]()
 
-    def euler(i: int, j: int) -> Tensor:
-        return states[i] + (times[j] - times[i]) * seen[i]
-
-    def heun(i: int, j: int) -> Tensor:
-        return solvers.heun_step(field, states[i], seen[i], times[i], times[j], cond)
-
-    def multistep(i: int, j: int) -> Tensor:
+    def step(i: int, j: int) -> Tensor:
         before = max(2 * i - j, 0)
-        first_order = i == 0 or j == len(times) - 1
-        return solvers.multistep(
-            field, states[i], seen[i], times[i], times[j], None if first_order else (seen[before], times[before])
+        is_end = i == 0 or j == len(times) - 1
+        return found.step(
+            ode, states[i], seen[i], times[i], times[j], None if is_end else (seen[before], times[before])
         )
 
-    look, step = {
-        "euler": (solvers.velocity, euler),
-        "heun": (solvers.velocity, heun),
-        "dpm_solver_pp_2m": (solvers.data_of, multistep),
-    }[solver]
     for i, t in enumerate(times[:-1]):
-        seen.append(look(field, states[i], t, cond))
+        seen.append(found.look(ode, states[i], t))
         states.append(step(i, i + 1))
     return states, step
 
@@ -193,8 +185,8 @@ def find(
     seed: int = SEED,
     guidance_scale: float = 1.0,
 ) -> Costs:
-    """A network's costs: those in the store, or measured now and stored by the first process that does so."""
-    solvers.known(solver)
+    """A network's costs: those that the store has kept, or measured now and kept there, by whoever is first."""
+    find_solver(solver)  # or InputError
     asked = CostsAsked(network.digest, solver, fine, samples, seed, guidance_scale)
     key = json.dumps([1, *astuple(asked)])
     path = store / "schedules" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"

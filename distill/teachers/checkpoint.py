@@ -95,14 +95,14 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherChe
     chosen = None if linear_by_construction else parts.chosen
     schedule = None if chosen is None else _schedule(spec, chosen, parts.scheduler)
     paths = files.weights(parts.model)
-    network = weights.network(parts.model, content, network_class, paths)
+    network, digests = weights.network(parts.model, content, network_class, paths)
     network = network.to(device).eval().requires_grad_(False)
     identity = {
         "config": {k: v for k, v in content.items() if k not in ("_diffusers_version", "_name_or_path")},
         "scheduler": {} if chosen is None else {k: v for k, v in parse(chosen).items() if k != "_diffusers_version"},
         "prediction": spec.prediction,
         "null_class": null_class(conditioning),
-        "weights": [_sha256(each) for each in paths],
+        "weights": digests,
         **({"inverted": True} if isinstance(schedule, LinearSchedule) and schedule.inverted else {}),  # once misread
     }
     return TeacherCheckpoint(
@@ -289,8 +289,3 @@ def _license(folder: Path, student: StudentFacts) -> str:
 def null_class(conditioning: Conditioning) -> int | None:
     """The class id of the unconditional call, where there is one."""
     return conditioning.null_class if isinstance(conditioning, ClassLabels) else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,17 +1,20 @@
 """A network from its config and its safetensors files, where every weight is there, finite and of its shape.
 
-Names and shapes are compared before anything of that size is made, so what a config claims costs nothing.
+Names and shapes are compared before anything of that size is made, so what a config claims costs nothing. Only then is
+the network made, still without weights, and each file is loaded into it once.
 """
 
+import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import init_empty_weights, load_checkpoint_in_model
+from accelerate.utils import set_module_tensor_to_device
 from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from distill.core.errors import InputError
 from distill.teachers.read import Config, short, unreadable
@@ -33,25 +36,29 @@ class Stored:
     shape: tuple[int, ...]
 
 
-def network(folder: Path, config: Config, network_class: type[ModelMixin], files: Sequence[Path]) -> ModelMixin:
-    """A network in float32 on the CPU, all of whose weights come from the files. config: of `folder`, and checked."""
+def network(
+    folder: Path, config: Config, network_class: type[ModelMixin], files: Sequence[Path]
+) -> tuple[ModelMixin, list[str]]:
+    """A network in float32 on the CPU, all of whose weights come from the files, and the SHA-256 of each file.
+
+    config: of `folder`, and checked.
+    """
     known = inspect.signature(network_class.__init__).parameters
     own = {key: value for key, value in config.items() if key in known or key == "_class_name"}
-    blank = _built(folder, own, network_class, torch.device("meta"))
-    expected = {name: tuple(tensor.shape) for name, tensor in blank.state_dict().items()}
-    found = _fitting(folder, _stored(files), expected)
-    state = _tensors(found)
-    if any(buffer.is_meta for name, buffer in blank.named_buffers() if name not in state):
-        blank = _built(folder, own, network_class, torch.device("cpu"))  # what it computes itself is in no file
-    blank.load_state_dict(state, strict=True, assign=True)
-    blank.register_to_config(_name_or_path="")  # a student that starts here must not carry this machine's paths
-    return blank
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in _built(folder, own, network_class).state_dict().items()}
+    found = _fitting(folder, _stored(files), shapes)
+    # Buffers that are in no file keep what the network computes; what it draws is thrown away.
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+        empty = _built(folder, own, network_class)
+    digests = [_load(empty, path, found) for path in files]
+    empty.register_to_config(_name_or_path="")  # a student that starts here must not carry this machine's paths
+    return empty, digests
 
 
-def _built(folder: Path, config: Config, network_class: type[ModelMixin], device: torch.device) -> ModelMixin:
+def _built(folder: Path, config: Config, network_class: type[ModelMixin]) -> ModelMixin:
     try:
-        with device:
-            return network_class.from_config(config)
+        return network_class.from_config(config)
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, RuntimeError) as error:
         raise InputError(
             f"{folder / 'config.json'} describes no network that can be built: {short(str(error), 200)}"
@@ -126,25 +133,34 @@ def _renamed(name: str, expected: Mapping[str, tuple[int, ...]]) -> str:
     return f"{block}.{OLD[part]}.{kind}" if part in OLD else name
 
 
-def _tensors(found: Mapping[str, Stored]) -> dict[str, Tensor]:
-    """All in float32, in memory of their own: a file may change while it is mapped."""
-    state: dict[str, Tensor] = {}
-    broken: list[str] = []
-    for path in dict.fromkeys(each.file for each in found.values()):
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                for name, each in found.items():
-                    if each.file != path:
-                        continue
-                    state[name] = tensors.get_tensor(each.name).to(torch.float32, copy=True)
-                    broken += [] if state[name].isfinite().all() else [name]
-        except OSError as error:
-            raise unreadable(path, error) from error
-        except SafetensorError as error:
-            raise _damaged(path, error) from error
-        if broken:
-            raise InputError(f"{path} holds NaN or infinity in {_some(broken)}; give valid weights")
-    return state
+def _load(network: ModelMixin, path: Path, found: Mapping[str, Stored]) -> str:
+    """Load the weights of one file into a network that has none, in float32: the SHA-256 of the file.
+
+    InputError where a weight is not finite. The digest is taken right after the file is loaded, while the system still
+    has it in memory, so that the disk reads it once.
+    """
+    names = {name: each.name for name, each in found.items() if each.file == path}
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            said = tensors.metadata() or {}
+            if said.get("format") == "pt" and all(name == stored for name, stored in names.items()):
+                load_checkpoint_in_model(network, str(path), device_map={"": "cpu"}, dtype=torch.float32)
+            else:
+                for name, stored in names.items():
+                    tensor = tensors.get_tensor(stored)
+                    set_module_tensor_to_device(network, name, "cpu", tensor, dtype=torch.float32)
+        loaded = network.state_dict(keep_vars=True)
+        for name in names:  # into memory of their own: the file may change while it is mapped
+            loaded[name].data = loaded[name].data.clone()
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+    if broken := [name for name in names if not loaded[name].isfinite().all()]:
+        raise InputError(f"{path} holds NaN or infinity in {_some(broken)}; give sound weights")
+    return digest
 
 
 def _damaged(path: Path, error: Exception) -> InputError:

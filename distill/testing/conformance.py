@@ -22,7 +22,8 @@ from torch import nn
 
 from distill.exchange.student_card import StudentCard
 from distill.flow.draws import Rows, StepDraw, sample_labels, sample_noise
-from distill.protocols import Copy, Frozen, Trained
+from distill.networks.adapters import merged
+from distill.protocols import Adapter, Copy, Frozen, Trained
 from distill.spec import registry
 from distill.spec.kinds import STUDENTS
 from distill.students.exporting import export
@@ -52,8 +53,8 @@ def builds(subject: Subject, folder: Path) -> None:
     recipe, init, _ = start(subject)
     assert recipe.sampler in STUDENTS[config.student].samplers, f"{config.student} by {recipe.sampler}"
     roles = recipe.networks(init)
-    assert isinstance(roles.get("student"), Trained), f"roles {roles}"
-    assert all(isinstance(role, Trained | Frozen | Copy) for role in roles.values())
+    assert isinstance(roles.get("student"), Trained | Adapter), f"roles {roles}"
+    assert all(isinstance(role, Trained | Adapter | Frozen | Copy) for role in roles.values())
 
 
 def is_right(subject: Subject, folder: Path) -> None:
@@ -115,7 +116,10 @@ def undisturbed(subject: Subject) -> Undisturbed:
     with tempfile.TemporaryDirectory(prefix="distill-") as folder:
         result, steps = train(subject, Path(folder), probe=probe)
         saved = _saved(Path(folder))
-    return Undisturbed(result.roles.networks["student"].eval(), steps, saved, probe.found(result.roles))
+    faults, (recipe, init, _) = probe.found(result.roles), start(subject)
+    role = recipe.networks(init)["student"]
+    assert isinstance(role, Trained | Adapter)
+    return Undisturbed(merged(role, result.roles.networks["student"]).eval(), steps, saved, faults)
 
 
 def _saved(folder: Path) -> dict[str, dict[str, bytes]]:
@@ -146,7 +150,7 @@ def draws_only_what_it_is_given(subject: Subject, folder: Path) -> None:
             assert node.attr not in RANDOM, f"line {node.lineno}: .{node.attr}; draw from ctx.draw"
     recipe, init, _ = start(subject)
     roles = recipe.networks(init)
-    own = {name: role.module.eval() for name, role in roles.items() if isinstance(role, Trained | Frozen)}
+    own = {name: role.module.eval() for name, role in roles.items() if not isinstance(role, Copy)}
     nets = own | {name: own[role.of] for name, role in roles.items() if isinstance(role, Copy)}
     rows, losses = Rows(0, BATCH, BATCH), []
     for seed in (1, 2):

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from distill.flow.conditioning import of_classes
 from distill.flow.draws import Rows, StepDraw, generator
 from distill.flow.interpolants import like, linear
-from distill.protocols import Batch, Cond, Conditioning, Copy, Frozen, Nets, Recipe, Trained, VelocityField
-from distill.teachers.analytic import GaussianField, GaussianFlowMap
+from distill.protocols import Batch, Cond, Conditioning, Copy, Nets, Recipe, VelocityField
+from distill.teachers.analytic import GaussianField
 from distill.teachers.loaded import LoadedTeacher
+from distill.testing.closed_form import GaussianFlowMap
 from distill.training.engine import StepContext
 
 MEAN = torch.tensor([0.7, -1.1, 0.4], dtype=torch.float64)
@@ -136,5 +137,5 @@ def posterior(x_t: Tensor, t: float, count: int, *, seed: int = 0) -> tuple[Tens
 def nets(recipe: Recipe, init: Given) -> Nets:
     """The networks of a recipe's roles; a copy is what it copies."""
     roles = recipe.networks(init)
-    own = {name: role.module for name, role in roles.items() if isinstance(role, Trained | Frozen)}
+    own = {name: role.module for name, role in roles.items() if not isinstance(role, Copy)}
     return own | {name: own[role.of] for name, role in roles.items() if isinstance(role, Copy)}

@@ -11,8 +11,8 @@ import torch
 from distill.launch import local
 from distill.testing.subject import Subject
 from distill.testing.training import train
-from distill.training.sharding import Zero
 from distill.training.world import World
+from distill.training.zero import Zero
 
 GIVEN, FOUND = "subjects.json", "numbers.json"
 Numbers = dict[str, list[dict[str, float]]]  # by recipe, of each step
@@ -36,10 +36,10 @@ def main(folder: Path, lifeline: int) -> None:
     given = json.loads((folder / GIVEN).read_text())
     torch.set_num_threads(1)
     world = World.join(torch.device("cpu"), 2.0, 0, lambda message: None)
-    zero, found = Zero(given["zero_stage"], persistence_threshold=0), Numbers()
+    sharding, found = Zero(given["zero_stage"], persistence_threshold=0), Numbers()
     for number, each in enumerate(given["subjects"]):
         subject = Subject(each["recipe"], each["options"], times=tuple(each["times"]), base=Path(each["base"]))
-        _, found[subject.recipe] = train(subject, folder / str(number), world=world, zero=zero)
+        _, found[subject.recipe] = train(subject, folder / str(number), world=world, sharding=sharding)
     if world.first:
         (folder / FOUND).write_text(json.dumps(found))
     sys.stdout.flush()

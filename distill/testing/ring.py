@@ -82,7 +82,7 @@ def _paths(times: tuple[float, ...]) -> Tensor:
     with torch.no_grad():
         for t, s in itertools.pairwise(times):
             t_grid = torch.linspace(t, s, 25, dtype=torch.float64)
-            states.append(solvers.heun(TEACHER.field, states[-1], t_grid, {}))
+            states.append(solvers.integrate("heun", TEACHER.field, states[-1], t_grid, {}))
     return torch.stack(states, dim=1)
 
 

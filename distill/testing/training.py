@@ -16,8 +16,9 @@ from distill.spec.model import CheckpointSpec, OptimizerSpec, TrainStage
 from distill.testing.subject import Noise, Subject, start
 from distill.training import engine
 from distill.training.engine import TrainResult
+from distill.training.plain import PLAIN
 from distill.training.roles import Roles
-from distill.training.sharding import WHOLE, Zero
+from distill.training.sharding import Sharding
 from distill.training.world import ALONE, World
 
 BATCH, MOVES = 4, 2  # the student moves twice, whatever else does
@@ -45,7 +46,7 @@ def train(
     micro_batch: int | None = None,
     stop_at: int | None = None,
     world: World = ALONE,
-    zero: Zero = WHOLE,
+    sharding: Sharding = PLAIN,
     probe: Callable[[Roles], None] | None = None,
 ) -> tuple[TrainResult, list[dict[str, float]]]:
     """The trained networks, and the numbers of every step.
@@ -79,7 +80,7 @@ def train(
             progress=recorder,
             stop=stop,
             world=world,
-            zero=zero,
+            sharding=sharding,
             teacher=teacher.network,
             probe=probe,
         )

@@ -21,10 +21,11 @@ from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths, StagePaths, append_event
 from distill.spec.model import TrainStage
 from distill.training.checkpoint import Checkpoints
+from distill.training.optimizer import learning_rate
+from distill.training.plain import PLAIN
 from distill.training.roles import Roles
 from distill.training.saving import Saved, Saver
-from distill.training.sharding import WHOLE, Zero
-from distill.training.trainable import learning_rate
+from distill.training.sharding import Sharding
 from distill.training.world import ALONE, World
 
 
@@ -62,7 +63,7 @@ def train(
     run: RunPaths | None = None,
     inputs: Mapping[str, str] | None = None,
     world: World = ALONE,
-    zero: Zero = WHOLE,
+    sharding: Sharding = PLAIN,
     teacher: nn.Module | None = None,
     recompute: bool = False,
     probe: Callable[[Roles], None] | None = None,
@@ -72,7 +73,7 @@ def train(
 
     inputs: digests of what is trained on, by name; a resume with others is refused.
     world: the ranks that train together, each on its rows of a batch; `run` is given to rank 0 alone.
-    zero: what DeepSpeed divides among them.
+    sharding: who divides the networks among them.
     teacher: the teacher's network, if the recipe may call it.
     recompute: compute activations again in the backward pass instead of keeping them.
     probe: sees all that is alive before each optimizer step.
@@ -80,14 +81,24 @@ def train(
     batch_size = stage.batch_size
     slices = world.rows(batch_size, micro_batch)
     settings = {"draws": DRAWS, "seed": seed, "stage": stage.model_dump(mode="json"), "inputs": dict(inputs or {})}
-    environment = _environment(device, micro_batch, world, zero)
+    environment = _environment(device, micro_batch, world, sharding)
     checkpoints = Checkpoints(paths.checkpoints, stage.checkpoint, settings, environment, progress.warn)
     found = world.alone("clearing up", checkpoints.resume)
     if not world.first:
         found = checkpoints.resume()  # rank 0 has removed broken checkpoints; the others only find the newest
     with world.contact("at the start"):
         roles = Roles(
-            recipe, init, stage, device, world, slices, found=found, zero=zero, teacher=teacher, recompute=recompute
+            recipe,
+            init,
+            stage,
+            device,
+            world,
+            slices,
+            seed=seed,
+            found=found,
+            sharding=sharding,
+            teacher=teacher,
+            recompute=recompute,
         )
     if probe is None:  # which makes two steps, somewhere else
         world.alone("looking for room", partial(checkpoints.require_room, roles.checkpoint_bytes()))
@@ -131,48 +142,12 @@ def _loop(
     """Train from `step` on, after `images` images, until `stage.images`; the step and images at the end, all saved."""
     world, batch_size = roles.world, stage.batch_size
     while images < stage.images:
-        # The global generator serves dropout alone, and resumes with it.
-        torch.manual_seed(key(seed, "dropout", step, world.rank))
-        with world.contact(f"step {step}, reading its batch"):
-            batches = [_to(source.batch(step, rows), device) for rows in slices]
-        carries: list[dict[str, Tensor]] = [{} for _ in slices]
-        moved: dict[str, dict[str, float]] = {}
-        for index, turn in enumerate(recipe.turns(step, images)):
-            place = f"step {step}, turn {index}, network '{turn.network}'"
-            nets, trainable = roles.view(turn.network)
-            losses = []
-            world.meet(place)
-            for rows, batch, carry in zip(slices, batches, carries, strict=True):
-                context = StepContext(step, images, StepDraw(seed, step, index, rows), carry)
-                with world.contact(place):
-                    # Not cached: a cast made without gradients would serve the next call that needs them.
-                    with torch.autocast(
-                        device.type, torch.bfloat16, enabled=stage.precision == "bf16", cache_enabled=False
-                    ):
-                        loss = turn.loss(nets, batch, context)
-                    trainable.backward(loss.total / len(slices))
-                carry.update({name: tensor.detach() for name, tensor in carry.items()})
-                losses.append(loss)
-            with world.contact(place):
-                trainable.check_reach()
-                norm = trainable.gradient_norm()
-                logs = _means(losses, norm, world)
-                if not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"])):
-                    raise RunError(
-                        f"{place}: loss {logs['loss']}, gradient norm {logs['grad_norm']}; its weights were not "
-                        "changed; "
-                        f"last good checkpoint: {saver.last_good()}"
-                    )
-                if probe is not None:
-                    probe(roles)
-                trainable.step(learning_rate(stage.optimizer, images + batch_size / 2, stage.images), norm)
-                roles.moved(turn.network)
-            moved[turn.network] = logs
-        if not moved:
-            raise InputError(f"recipe '{stage.recipe}' gave no turn at step {step}; turns() must yield at least one")
+        moved = step_once(
+            recipe, roles, source, stage, seed=seed, step=step, images=images, slices=slices, device=device,
+            probe=probe, last_good=saver.last_good,
+        )  # fmt: skip
         step += 1
         if "student" in moved:
-            roles.ema.update(images, batch_size)
             images += batch_size
         progress.update(images, _named(moved))
         saver.look()
@@ -187,16 +162,77 @@ def _loop(
     return step, images
 
 
+def step_once(
+    recipe: Recipe,
+    roles: Roles,
+    source: Source,
+    stage: TrainStage,
+    *,
+    seed: int,
+    step: int,
+    images: int,
+    slices: list[Rows],
+    device: torch.device,
+    probe: Callable[[Roles], None] | None = None,
+    last_good: Callable[[], object] = lambda: "none",
+) -> dict[str, dict[str, float]]:
+    """One training step, all turns of the recipe: the numbers to log, by the network that was trained.
+
+    last_good: names the newest checkpoint, for a message.
+    """
+    world = roles.world
+    # The global generator serves dropout alone, and resumes with it.
+    torch.manual_seed(key(seed, "dropout", step, world.rank))
+    with world.contact(f"step {step}, reading its batch"):
+        batches = [_to(source.batch(step, rows), device) for rows in slices]
+    carries: list[dict[str, Tensor]] = [{} for _ in slices]
+    moved: dict[str, dict[str, float]] = {}
+    for index, turn in enumerate(recipe.turns(step, images)):
+        place = f"step {step}, turn {index}, network '{turn.network}'"
+        nets, trainable = roles.view(turn.network)
+        losses = []
+        world.meet(place)
+        for rows, batch, carry in zip(slices, batches, carries, strict=True):
+            context = StepContext(step, images, StepDraw(seed, step, index, rows), carry)
+            with world.contact(place):
+                # Not cached: a cast made without gradients would serve the next call that needs them.
+                with torch.autocast(
+                    device.type, torch.bfloat16, enabled=stage.precision == "bf16", cache_enabled=False
+                ):
+                    loss = turn.loss(nets, batch, context)
+                trainable.backward(loss.total / len(slices))
+            carry.update({name: tensor.detach() for name, tensor in carry.items()})
+            losses.append(loss)
+        with world.contact(place):
+            trainable.check_reach()
+            norm = trainable.gradient_norm()
+            logs = _means(losses, norm, world)
+            if not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"])):
+                raise RunError(
+                    f"{place}: loss {logs['loss']}, gradient norm {logs['grad_norm']}; its weights did not move; "
+                    f"last good checkpoint: {last_good()}"
+                )
+            if probe is not None:
+                probe(roles)
+            trainable.step(learning_rate(stage.optimizer, images + stage.batch_size / 2, stage.images), norm)
+            roles.moved(turn.network)
+        moved[turn.network] = logs
+    if not moved:
+        raise InputError(f"recipe '{stage.recipe}' gave no turn at step {step}; turns() must yield at least one")
+    if "student" in moved:
+        roles.ema.update(images, stage.batch_size)
+    return moved
+
+
 def device_name(device: torch.device) -> str:
     """Its model, or what its CPU's vectors are."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return str(name)
 
 
-def _environment(device: torch.device, micro_batch: int, world: World, zero: Zero) -> dict[str, str | int]:
+def _environment(device: torch.device, micro_batch: int, world: World, sharding: Sharding) -> dict[str, str | int]:
     where = {"device": device.type, "device_name": device_name(device), "threads": torch.get_num_threads()}
-    ranks = {"procs": world.size, "zero_stage": "none" if zero.stage is None else zero.stage}
-    ranks |= {"offload_optimizer": zero.offload_optimizer}
+    ranks = {"procs": world.size, **sharding.record}
     return {"torch": str(torch.__version__), **where, "micro_batch": micro_batch, **ranks}
 
 

@@ -7,10 +7,9 @@ shapes is only counted: activations, everything else (teachers among it), and wh
 """
 
 import gc
-import math
 import resource
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -20,40 +19,27 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from distill.training.roles import Roles
-from distill.training.sharding import Zero
+from distill.training.sharding import Sharding, Sizes
 
 KINDS = ("parameters", "gradients", "optimizer", "ema")
 FLOAT = 4  # bytes
-PERSISTENT = 100_000  # elements up to which DeepSpeed does not shard a parameter in stage 3, by default
 
 
 def predict(
-    networks: Mapping[str, Iterable[int]], copies: list[str], averages: int, procs: int, zero: Zero
+    sizes: Sizes, copies: list[str], averages: int, procs: int, sharding: Sharding, still: Sizes | None = None
 ) -> dict[str, int]:
     """Bytes of a rank by kind.
 
-    networks: the sizes of the parameters of each that is trained; copies: whose target copies there are; averages: how
-    many of the student's weights.
+    sizes: of the parameters of each network that are trained; still: of its others; copies: whose target copies there
+    are; averages: how many of the student's weights.
     """
-    sizes = {name: list(each) for name, each in networks.items()}
-    total = {name: sum(each) for name, each in sizes.items()}
-    copied = sum(total[name] for name in copies)
-    if not zero.stage:  # gradients of one network at a time
-        own, shared = total, {name: 2 * numel for name, numel in total.items()}
-        gradients = max(total.values())
-    else:  # master weights and two moments, divided
-        own = {name: sum(math.ceil(size / procs) for size in each) for name, each in sizes.items()}
-        shared = {name: 3 * numel for name, numel in own.items()}
-        gradients = sum(own.values()) if zero.stage == 3 else max(own.values())  # of stage 3 they are never given back
-    held = sum(total.values())
-    if zero.stage == 3 and procs > 1:  # alone, what is whole is the part
-        least = PERSISTENT if zero.persistence_threshold is None else zero.persistence_threshold
-        held = sum(own.values()) + sum(size for each in sizes.values() for size in each if size <= least)
+    others = still or {}
+    held = sharding.held(sizes, others, procs)
     elements = {
-        "parameters": held + copied,
-        "gradients": gradients,
-        "optimizer": sum(shared.values()),
-        "ema": averages * own["student"],
+        "parameters": held.parameters + sum(sum(sizes[name]) + sum(others.get(name, ())) for name in copies),
+        "gradients": held.gradients,
+        "optimizer": held.optimizer,
+        "ema": averages * held.masters["student"],
     }
     return {kind: FLOAT * count for kind, count in elements.items()}
 
@@ -113,8 +99,8 @@ class _Kept:
 class Probe:
     """Counts what is alive before each optimizer step of a training, and keeps the fullest moment."""
 
-    def __init__(self, zero: Zero, procs: int) -> None:
-        self.zero, self.procs, self.activations = zero, procs, Activations()
+    def __init__(self, sharding: Sharding, procs: int) -> None:
+        self.sharding, self.procs, self.activations = sharding, procs, Activations()
         self.predicted: dict[str, int] = {}
         self.counted: dict[str, int] = {}
         self.other = self.saving = 0
@@ -128,8 +114,9 @@ class Probe:
         if sum(counted.values()) <= sum(self.counted.values()):
             return
         sizes = {name: trainable.sizes for name, trainable in roles.trainables.items()}
+        still = {name: trainable.still for name, trainable in roles.trainables.items()}
         copies = [copy.of for copy in roles.copies.values()]
-        self.predicted = predict(sizes, copies, len(roles.ema.averages), self.procs, self.zero)
+        self.predicted = predict(sizes, copies, len(roles.ema.averages), self.procs, self.sharding, still)
         everything = storages(thing for thing in gc.get_objects() if issubclass(type(thing), Tensor))
         known = set().union(*found.values())
         self.counted, self.other = counted, sum(size for at, size in everything.items() if at not in known)

@@ -3,9 +3,8 @@ that a checkpoint contains besides the position.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from functools import partial
 
 import torch
 from diffusers import ModelMixin
@@ -14,18 +13,19 @@ from torch import Tensor, nn
 from distill.core.errors import InputError, RunError
 from distill.core.text import suggest
 from distill.flow.draws import Rows
-from distill.protocols import Copy, Frozen, Init, Nets, Recipe, Stateful, Trained
+from distill.networks.adapters import as_trained
+from distill.protocols import Adapter, Copy, Frozen, Init, Nets, Recipe, Stateful, Trained
 from distill.spec.model import TrainStage
 from distill.training.checkpoint import RECIPE_GROUP, Checkpoint, Group, ema_group, network_group, optimizer_group
 from distill.training.ema import Ema
-from distill.training.sharding import Sharded, Zero, divide
-from distill.training.trainable import Trainable
+from distill.training.sharding import Sharding, Trainable
 from distill.training.world import World
 
 
 class Roles:
     """What a recipe trains and calls, on its device, as the checkpoint `found` left it.
 
+    seed: of the first weights of adapters.
     teacher: a network that the recipe calls besides those of its roles.
     recompute: compute activations again in the backward pass instead of keeping them.
     """
@@ -39,14 +39,18 @@ class Roles:
         world: World,
         slices: list[Rows],
         *,
+        seed: int,
         found: Checkpoint | None,
-        zero: Zero,
+        sharding: Sharding,
         teacher: nn.Module | None,
         recompute: bool,
     ) -> None:
         self.recipe, self.name = recipe, stage.recipe
         roles = recipe.networks(init)
-        trained = {name: role.module for name, role in roles.items() if isinstance(role, Trained)}
+        own = {
+            name: as_trained(name, role, seed) for name, role in roles.items() if isinstance(role, Trained | Adapter)
+        }
+        trained = {name: role.module for name, role in own.items()}
         frozen = {name: role.module for name, role in roles.items() if isinstance(role, Frozen)}
         self.copies = {name: role for name, role in roles.items() if isinstance(role, Copy)}
         if "student" not in trained:
@@ -59,8 +63,8 @@ class Roles:
                 )
             frozen[name] = deepcopy(trained[copy.of])
         self.networks = {**trained, **frozen}
-        apart = [module for name, module in frozen.items() if name not in self.copies] if zero.frozen else []
-        in_parts = [*apart, *(trained.values() if zero.stage == 3 else [])]  # they move to the device when divided
+        apart = [network for name, network in frozen.items() if sharding.divides_frozen and name not in self.copies]
+        in_parts = [*apart, *(trained.values() if sharding.divides_trained else [])]  # moved to the device when divided
         for module in self.networks.values():
             if module not in in_parts:
                 module.to(device)
@@ -75,16 +79,12 @@ class Roles:
             world.share([*module.parameters(), *module.buffers()])
         if recompute:
             _recompute(self.name, list(trained.values()))
-        if zero.frozen and teacher is not None:
+        if sharding.divides_frozen and teacher is not None:
             apart.append(teacher)
         for network in apart:
-            divide(network, device, world, zero.persistence_threshold)
-        make: Callable[..., Trainable] = Trainable
-        if zero.stage is not None:
-            make = partial(Sharded, device=device, zero=zero, slices=slices)
-        waiting = {name: role.waiting for name, role in roles.items() if isinstance(role, Trained)}
-        self.trainables = {
-            name: make(name, module, stage.optimizer, world, waiting=waiting[name]) for name, module in trained.items()
+            sharding.divide(network, device, world)
+        self.trainables: dict[str, Trainable] = {
+            name: sharding.wrap(name, role, stage.optimizer, world, device, slices) for name, role in own.items()
         }
         self.student = self.trainables["student"]
         self.ema = Ema(self.student.masters(), stage.ema_half_lives)
@@ -155,10 +155,10 @@ class Roles:
 
     def checkpoint_bytes(self) -> int:
         """About what the tensors of `groups` take: float32 weights, two moments each, averages and copies."""
-        trained = 3 * sum(sum(trainable.sizes) for trainable in self.trainables.values())
-        averages = len(self.ema.averages) * sum(self.student.sizes)
-        copies = sum(sum(self.trainables[role.of].sizes) for role in self.copies.values())
-        return 4 * (trained + averages + copies)
+        moments = 2 * sum(sum(trainable.sizes) for trainable in self.trainables.values())
+        whole = {name: sum(each.sizes) + sum(each.still) for name, each in self.trainables.items()}
+        copies = sum(whole[role.of] for role in self.copies.values())
+        return 4 * (moments + sum(whole.values()) + len(self.ema.averages) * whole["student"] + copies)
 
     def live(self) -> dict[str, list[Tensor]]:
         """The tensors of this rank by kind: those of `Trainable.live`, and "ema", "copies"."""

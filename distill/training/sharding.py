@@ -1,302 +1,119 @@
-"""A trained network whose gradients, moments and weights DeepSpeed divides among the ranks (Rajbhandari et al. 2020,
-ZeRO, arXiv 1910.02054): stage 0 none of them, 1 the moments, 2 also the gradients, 3 also the weights.
+"""What the loop needs of a network that is trained, and of whoever divides networks among the processes.
 
-What leaves this module is whole: state dicts by parameter name in fp32, as a network that is trained alone has them, so
-that a checkpoint fits any number of ranks and any stage.
+`plain` and `zero` fit these protocols. Another way to divide networks is one more such file and its choice in `choice`.
 """
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
-from types import ModuleType
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from distill.flow.draws import Rows
-from distill.spec.model import LaunchSpec, OptimizerSpec
-from distill.training.trainable import BUCKET, Trainable, buckets
+from distill.protocols import Trained
+from distill.spec.model import OptimizerSpec
 from distill.training.world import World
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+Sizes = Mapping[str, Sequence[int]]  # elements of each parameter, by network
 
 
-@dataclass(frozen=True)
-class Zero:
-    """What is divided, and where it lies. By default nothing is, and DeepSpeed is not imported."""
+@runtime_checkable
+class Trainable(Protocol):
+    """A network with an optimizer of its own; its parameters that come with requires_grad=False stay as they are.
 
-    stage: int | None = None
-    """of the trained networks"""
-    frozen: bool = False
-    """whether the weights of frozen networks are divided, the teacher's too"""
-    persistence_threshold: int | None = None
-    """parameters of fewer elements stay whole where weights are divided; None: DeepSpeed's own choice"""
-    offload_optimizer: bool = False
-    """master weights and moments lie in the CPU's memory, where AdamW moves them (torch's own: nothing is compiled)"""
-
-    @classmethod
-    def of(cls, launch: LaunchSpec) -> "Zero":
-        """As a run is launched."""
-        return cls(
-            launch.zero_stage, launch.divide_teacher, launch.zero_persistence_threshold, launch.offload_optimizer
-        )
-
-
-WHOLE = Zero()
-QUIET = {"steps_per_print": 10**9, "timers": {"throughput": {"enabled": False}}}  # these would wait for the GPU
-
-
-@dataclass(frozen=True)
-class ParameterPart:
-    """Where this rank's part of a parameter lies: [start, start + numel) of it is [at, at + numel) of a flat tensor."""
-
-    flat: int
-    at: int
-    start: int
-    numel: int
-
-    def of(self, flats: list[Tensor]) -> Tensor:
-        return flats[self.flat].view(-1).narrow(0, self.at, self.numel)
-
-
-class Sharded(Trainable):
-    """`module` under AdamW in a DeepSpeed engine; in stage 3 it may come on the CPU, and is moved part by part."""
-
-    def __init__(
-        self,
-        name: str,
-        module: nn.Module,
-        spec: OptimizerSpec,
-        world: World,
-        *,
-        device: torch.device,
-        zero: Zero,
-        slices: list[Rows],
-        waiting: tuple[str, ...] = (),
-    ) -> None:
-        super().__init__(name, module, spec, world, waiting=waiting)
-        assert zero.stage is not None
-        self.stage, self.accumulate, self._micro_steps = zero.stage, len(slices), 0
-        self.shapes = {key: p.shape for key, p in self._parameters.items()}  # stage 3 empties the parameters themselves
-        config = _config(sum(self.sizes), spec, zero, slices)
-        if self.stage == 3:
-            _divide(module, device, config)
-        self.engine = _initialize(module, config, world, self._optimizer)
-        self._flats, self._parts = self._layout()
+    All ranks must call these together: `backward`, `check_reach`, `gradient_norm`, `step`, `whole`, `gather`,
+    `weights`, `unmoved`, `state`.
+    """
 
     @property
-    def callable(self) -> nn.Module:
-        return self.engine
+    def module(self) -> nn.Module: ...
+    @property
+    def callable(self) -> nn.Module: ...  # what the loss of its own turn calls
+    @property
+    def sizes(self) -> Sequence[int]: ...  # elements of each trained parameter
+    @property
+    def still(self) -> Sequence[int]: ...  # elements of each parameter that stays as it is
+    @property
+    def waiting(self) -> set[str]: ...  # names of the parameters that the first turns need not reach
+
+    def activate(self, active: bool) -> None:
+        """Active: in train() with gradients; else in eval() and frozen, though gradients may flow through it."""
 
     def backward(self, loss: Tensor) -> None:
-        if self._micro_steps:
-            self.engine.step()  # DeepSpeed wants step() after each micro-batch; before the last it only counts
-        self._micro_steps += 1
-        self.engine.backward(loss, scale_wrt_gas=False)
+        """Add the gradients of `loss` (already divided by the number of micro-batches)."""
+
+    def check_reach(self) -> None:
+        """InputError if the first turns' backward passes left trained weights without a gradient, on all ranks."""
 
     def gradient_norm(self) -> Tensor:
-        assert self._micro_steps == self.accumulate
-        optimizer = self.engine.optimizer
-        if self.stage == 0:
-            return torch.nn.utils.get_total_norm([p.grad for p in self._unique if p.grad is not None])
-        if self.stage == 3:
-            from deepspeed.runtime.utils import combine_grad_norm_groups
-
-            return combine_grad_norm_groups(optimizer._get_norm_groups()).float()  # infinite where a part says -1
-        return optimizer.scaled_global_norm().float()
+        """Global norm of the gradients' means over the ranks, before clipping. What no turn reached has gradient 0."""
 
     def step(self, lr: float, norm: Tensor) -> None:
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
-        self.engine.step()
-        if self.stage == 3:
-            self.engine.optimizer.grad_partitions_flat_buffer.zero_()  # or what a turn does not reach moves by the last
-        self._micro_steps = 0
+        """Clip, move the weights, clear the gradients. lr: of the stage."""
 
     def masters(self) -> dict[str, Tensor]:
-        """This rank's parts of the fp32 weights, flat, by name."""
-        return {key: part.of(self._flats) for key, part in self._parts.items()}
+        """The fp32 weights that move, by name: what this rank has of them."""
 
-    @torch.no_grad()
     def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors of all ranks' parts, on rank 0; nothing on the others."""
-        whole: dict[str, Tensor] = {}
-        for keys in buckets({key: shape.numel() for key, shape in self.shapes.items()}):
-            sizes = [self.shapes[key].numel() for key in keys]
-            full = torch.zeros(sum(sizes), device=self.engine.device)
-            for key, target in zip(keys, full.split(sizes), strict=True):
-                if key in parts:
-                    part = self._parts[key]
-                    target[part.start : part.start + part.numel] = parts[key]
-            if self.stage > 0 and self.world.size > 1:
-                distributed.reduce(full, 0)
-            if self.world.first:
-                for key, found in zip(keys, full.cpu().split(sizes), strict=True):
-                    whole[key] = found.view(self.shapes[key])
-        return whole
+        """Whole tensors by name from tensors that are divided as `masters`; on rank 0 at least."""
 
     def scatter(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {key: whole[key].reshape(-1)[part.start : part.start + part.numel] for key, part in self._parts.items()}
+        """Tensors divided as `masters` from whole ones."""
 
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        with _deepspeed().zero.GatheredParameters(list(self.module.parameters()), enabled=self.stage == 3):
-            yield
-
-    def live(self) -> dict[str, list[Tensor]]:
-        if self.stage == 0:
-            return super().live()
-        masters = self._flats
-        found = {"optimizer": [*masters, *(t for flat in masters for t in self._moments(flat).values())]}
-        if self.stage == 3:
-            owned = [p.ds_tensor for p in self.module.parameters()]
-            return {**found, "parameters": [*self.module.parameters(), *owned], "gradients": self._divided_gradients()}
-        return {**found, "parameters": list(self.module.parameters()), "gradients": self._divided_gradients()}
-
-    def _divided_gradients(self) -> list[Tensor]:
-        optimizer = self.engine.optimizer
-        found = [t for group in optimizer.averaged_gradients.values() for t in group or ()]
-        found += [flat.grad for flat in self._flats if flat.grad is not None]
-        return [*found, optimizer.grad_partitions_flat_buffer] if self.stage == 3 else found
-
-    def unmoved(self) -> dict[str, Tensor]:
-        frozen = [p for p in self.module.parameters() if not any(p is mine for mine in self._unique)]
-        with _deepspeed().zero.GatheredParameters(frozen, enabled=self.stage == 3):
-            return {
-                key: t.detach().cpu().clone() for key, t in self.module.state_dict().items() if key not in self.shapes
-            }
+    def whole(self) -> AbstractContextManager[None]:
+        """While entered, the module's own parameters are whole, on every rank."""
 
     def weights(self) -> dict[str, Tensor]:
-        return {**self.unmoved(), **self.gather(self.masters())}
+        """The whole state dict; on rank 0 at least."""
+
+    def unmoved(self) -> dict[str, Tensor]:
+        """What of the state dict the optimizer does not move: buffers and frozen parameters, whole on every rank."""
 
     def state(self) -> dict[str, Tensor]:
-        moments = [self._moments(flat) for flat in self._keys()]
-        if not all(moments):
-            return {}  # it has not moved yet
-        out: dict[str, Tensor] = {}
-        for name in MOMENTS:
-            flats = [moment[name] for moment in moments]
-            whole = self.gather({key: part.of(flats) for key, part in self._parts.items()})
-            out.update({f"{key}/{name}": tensor for key, tensor in whole.items()})
-        if self.world.first:
-            out.update({f"{key}/step": moments[0]["step"].cpu().clone() for key in self.shapes})
-        return out
+        """The optimizer's whole tensors as "PARAMETER/MOMENT", on rank 0 at least; none before the first step."""
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self._refuse_unknown(tensors)
-        if not tensors:
-            return
-        self._reach.close()
-        steps = torch.stack([tensor for key, tensor in tensors.items() if key.endswith("/step")])
-        for flat in self._keys():
-            zeros = {name: torch.zeros_like(flat) for name in MOMENTS}
-            self._moments(flat).update(step=steps.max().to(flat.device, copy=True), **zeros)
-        for name in MOMENTS:
-            flats = [self._moments(flat)[name] for flat in self._keys()]
-            for key, part in self._parts.items():
-                if (moment := tensors.get(f"{key}/{name}")) is not None:
-                    part.of(flats).copy_(moment.reshape(-1)[part.start : part.start + part.numel])
+        """Take back what `state` gave: nothing, if it was taken before the first step."""
+
+    def live(self) -> dict[str, list[Tensor]]:
+        """The tensors of this rank by kind: "parameters", "gradients", "optimizer" (master weights are among them)."""
 
     def close(self) -> None:
-        self.engine.destroy()
-
-    def _moments(self, flat: Tensor) -> dict[str, Any]:
-        return self._optimizer.state[flat]
-
-    def _keys(self) -> list[Tensor]:
-        """What the optimizer keeps moments of."""
-        return self._flats if self.stage else list(self._unique)
-
-    def _layout(self) -> tuple[list[Tensor], dict[str, ParameterPart]]:
-        optimizer, parts = self.engine.optimizer, {}
-        if self.stage == 0:
-            numbers = {p: i for i, p in enumerate(self._unique)}
-            parts = {key: ParameterPart(numbers[p], 0, 0, p.numel()) for key, p in self._parameters.items()}
-            return [p.data for p in self._unique], parts
-        if self.stage < 3:
-            for key, p in self._parameters.items():
-                if (found := p._hp_mapping) is not None:
-                    ours, whole = found.hp_fragment_address, found.lp_fragment_address
-                    parts[key] = ParameterPart(found.param_group_index, ours.start, whole.start, ours.numel)
-            return list(optimizer.single_partition_of_fp32_groups), parts
-        for key, p in self._parameters.items():
-            flat, at, share = optimizer.grad_position[optimizer.get_param_id(p)]
-            start = self.world.rank * share
-            if (numel := min(share, p.ds_numel - start)) > 0:  # the last rank's share may be padding
-                parts[key] = ParameterPart(flat, at, start, numel)
-        return list(optimizer.fp32_partitioned_groups_flat), parts
+        """Let go of what would outlive this object."""
 
 
-def divide(network: nn.Module, device: torch.device, world: World, persistence_threshold: int | None) -> None:
-    """Divide a frozen network's weights among the ranks, in place: a call gathers them, layer by layer, on all ranks.
+@dataclass(frozen=True)
+class Held:
+    """Elements in float32 that a process holds for the networks of a training, just before an optimizer step."""
 
-    Gradients flow through it to its input. It may lie on the CPU: whole weights come to the device one by one.
-    """
-    division = {"stage": 3, **_division(sum(p.numel() for p in network.parameters())), "stage3_max_reuse_distance": 0}
-    if persistence_threshold is not None:
-        division["stage3_param_persistence_threshold"] = persistence_threshold
-    config = {"train_micro_batch_size_per_gpu": 1, **QUIET, "zero_optimization": division}
-    _divide(network, device, config)
-    _initialize(network, config, world)
-
-
-def _divide(network: nn.Module, device: torch.device, config: dict[str, Any]) -> None:
-    _deepspeed().zero.Init(module=network, config_dict_or_path=config)
-    for buffer in network.buffers():
-        buffer.data = buffer.to(device)
+    parameters: int
+    gradients: int
+    optimizer: int
+    """its moments, and master weights where they are not the parameters themselves"""
+    masters: Mapping[str, int]
+    """of `Trainable.masters`, by network"""
 
 
-def _division(numel: int) -> dict[str, Any]:
-    # Buffers of DeepSpeed's own choice take 2 GB, however small the network. Its own linear layer would replace torch's
-    # in the whole process, the teacher's networks included; torch's keeps gathered weights for the backward pass, which
-    # launch.activation_checkpointing avoids.
-    bucket = min(numel + numel % 2, BUCKET)  # even, or DeepSpeed refuses it
-    return {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "memory_efficient_linear": False}
+@runtime_checkable
+class Sharding(Protocol):
+    """Which process holds what of the networks of a training."""
 
+    @property
+    def record(self) -> Mapping[str, str | int]: ...  # for the environment that checkpoints note, as `launch` names it
+    @property
+    def divides_trained(self) -> bool: ...  # the weights of trained networks, which may then come on the CPU
+    @property
+    def divides_frozen(self) -> bool: ...  # those of frozen ones, the teacher's too, which may then come on the CPU
 
-def _config(numel: int, spec: OptimizerSpec, zero: Zero, slices: list[Rows]) -> dict[str, Any]:
-    division = {"stage": zero.stage, **_division(numel)}
-    if zero.persistence_threshold is not None:
-        division["stage3_param_persistence_threshold"] = zero.persistence_threshold
-    if zero.offload_optimizer:
-        division["offload_optimizer"] = {"device": "cpu"}
-    return {
-        "train_micro_batch_size_per_gpu": slices[0].stop - slices[0].start,
-        "gradient_accumulation_steps": len(slices),
-        "gradient_clipping": spec.clip or 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": division,
-        **QUIET,
-    }
+    def wrap(
+        self, name: str, role: Trained, spec: OptimizerSpec, world: World, device: torch.device, slices: list[Rows]
+    ) -> Trainable:
+        """The network `name` of a recipe, ready to be trained in micro-batches of these rows."""
 
+    def divide(self, network: nn.Module, device: torch.device, world: World) -> None:
+        """Divide a frozen network's weights among the ranks, in place, where `divides_frozen`."""
 
-def _initialize(
-    module: nn.Module, config: dict[str, Any], world: World, optimizer: torch.optim.Optimizer | None = None
-) -> Any:  # noqa: ANN401
-    from deepspeed.utils import groups
-
-    deepspeed = _deepspeed()
-    if groups._WORLD_GROUP is None:  # else it makes one that waits for half an hour, whatever ours does
-        groups._WORLD_GROUP = distributed.new_group(timeout=world.timeout)
-    return deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
-
-
-@cache
-def _deepspeed() -> ModuleType:
-    """Imported only where something is divided: it takes seconds."""
-    # What it calls in torch by old names would be said at every step.
-    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
-    import deepspeed
-
-    # An operator for memory that ranks of one host share: nothing here uses it, and it would be compiled at the start.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Autocast is the engine's and the recipe's decision. DeepSpeed's would replace it in every call of a network:
-    # derivatives that turn it off would be taken in bf16, and casts made without gradients would be cached.
-    engine = vars(deepspeed.runtime.engine)
-    assert "autocast_if_enabled" in engine, f"DeepSpeed {deepspeed.__version__} decides on autocast somewhere else"
-    engine["autocast_if_enabled"] = lambda _: nullcontext()
-    return deepspeed
+    def held(self, sizes: Sizes, still: Sizes, procs: int) -> Held:
+        """Of each of `procs` processes. sizes: of the parameters that are trained; still: of the others."""

@@ -13,14 +13,12 @@ Unverified: the tables of the paper.
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from distill.core.errors import InputError
 from distill.flow import distances
-from distill.flow.interpolants import like
-from distill.flow.times import one_of
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
+from recipes.reflow import _segments
 
 
 class Config(BaseModel):
@@ -55,10 +53,6 @@ class Recipe:
         yield Turn("student", self.loss)
 
     def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
-        assert batch.pairs is not None and batch.pairs.states is not None and batch.pairs.times is not None
-        states, times = batch.pairs.states, batch.pairs.times  # [B, K + 1, ...], [B, K + 1]
-        rows = torch.arange(len(states), device=states.device)
-        i = one_of(times.shape[1] - 1, ctx.draw.uniform("step", states))  # [B]
-        x_i, x_j, t_i, t_j = states[rows, i], states[rows, i + 1], times[rows, i], times[rows, i + 1]
-        v = (x_j - x_i) / like(t_j - t_i, x_i)
-        return Loss(distances.mse(nets["student"](x_i, t_i, batch.cond), v).mean())
+        assert batch.pairs is not None
+        step = _segments.stored(batch.pairs, ctx.draw.uniform("step", batch.pairs.noise))
+        return Loss(distances.mse(nets["student"](step.start, step.t_s, batch.cond), step.velocity).mean())

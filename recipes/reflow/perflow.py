@@ -17,33 +17,24 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from distill.core.errors import InputError
-from distill.flow import distances, windows
+from distill.flow import distances
 from distill.flow.fields import drop_condition
-from distill.flow.times import discrete, uniform, uniform_grid, window_grids
+from distill.flow.times import uniform_grid
 from distill.protocols import Batch, Cond, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
+from recipes.reflow import _segments
 
 
-class Config(BaseModel):
+class Config(_segments.WindowOptions):
     """Options of reflow/perflow."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    windows: Annotated[int, Field(gt=0, le=100_000)] = 4
-    """equal windows of time, K; the student takes K steps or more"""
-    solver: Literal["euler", "heun"] = "euler"
-    """of the teacher, within a window"""
     solver_steps: Annotated[int, Field(gt=0, le=100_000)] = 8
     """its steps in each window"""
     parameterisation: Literal["velocity", "diff_eps", "ddim_eps"] = "velocity"
     """of the regression, which decides the weight of a time; the student is a velocity field in each"""
-    times_per_window: Annotated[int, Field(gt=0, le=100_000)] | None = None
-    """train at so many times of a window, equally far apart, its start the first; 1: for K steps only; null: any"""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """of the teacher, baked into the student; 1 = none"""
     label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
     """probability of training a sample without its class; only where there are classes"""
     guidance_sync: bool = False
@@ -88,20 +79,17 @@ class Recipe:
         yield Turn("student", self.loss)
 
     def t_grids(self, times: Sequence[float] | None) -> Mapping[int, Sequence[float]]:
-        return window_grids(self.borders, most=1 if self.config.times_per_window == 1 else 16)
+        return _segments.grids(self.borders, self.config.times_per_window)
 
     def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
-        assert batch.data is not None and self.teacher is not None
-        c, data, cond = self.config, batch.data, batch.cond
-        u, noise = ctx.draw.uniform("t", data), ctx.draw.normal("noise", data)
-        t = uniform(u) if c.times_per_window is None else discrete(u, c.windows * c.times_per_window)  # [B]
+        assert batch.data is not None
+        c, cond, borders, levels = self.config, batch.cond, self.borders, self.config.times_per_window
         if c.label_dropout > 0:
-            cond = drop_condition(cond, self.null(cond), ctx.draw.uniform("dropped", data) < c.label_dropout)
-        seen = cond if c.guidance_sync else batch.cond
-        with torch.no_grad():
-            segment = windows.solve(
-                self.teacher, data, noise, t, seen, borders=self.borders, solver=c.solver, steps=c.solver_steps
-            )
+            cond = drop_condition(cond, self.null(cond), ctx.draw.uniform("dropped", batch.data) < c.label_dropout)
+        seen, steps = cond if c.guidance_sync else batch.cond, c.solver_steps
+        t, segment = _segments.solved(
+            self.teacher, batch, seen, ctx, borders=borders, levels=levels, solver=c.solver, steps=steps
+        )
         v = nets["student"](segment.at(t), t, cond)
         weight = eps_slope(c.parameterisation, t, segment.t_s, segment.t_e).square()
         return Loss((weight * distances.mse(v, segment.velocity)).mean())

@@ -12,31 +12,21 @@ Deviations: of the linear path. The form of the sum, alpha and the windows of th
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from distill.flow import distances, windows
-from distill.flow.times import discrete, uniform, uniform_grid, window_grids
+from distill.flow import distances
+from distill.flow.times import uniform_grid
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
+from recipes.reflow import _segments
 
 
-class Config(BaseModel):
+class Config(_segments.WindowOptions):
     """Options of reflow/proreflow."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    windows: Annotated[int, Field(gt=0, le=100_000)] = 4
-    """equal windows of time in this stage, K; the student takes K steps or more"""
-    times_per_window: Annotated[int, Field(gt=0, le=100_000)] | None = None
-    """train at so many times of a window, equally far apart, its start the first; 1: for K steps only; null: any"""
-    solver: Literal["euler", "heun"] = "euler"
-    """of the teacher, within a window"""
     teacher_steps: Annotated[int, Field(gt=0, le=100_000)] = 32
     """its steps in all windows together, a multiple of windows"""
-    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """of the teacher, baked into the student; 1 = none"""
     direction_weight: Annotated[float, Field(ge=0)] = 0.1
     """alpha, of 1 - cos beside the mean square error; 0: reflow/perflow"""
 
@@ -70,18 +60,15 @@ class Recipe:
         yield Turn("student", self.loss)
 
     def t_grids(self, times: Sequence[float] | None) -> Mapping[int, Sequence[float]]:
-        return window_grids(self.borders, most=1 if self.config.times_per_window == 1 else 16)
+        return _segments.grids(self.borders, self.config.times_per_window)
 
     def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
-        assert batch.data is not None and self.teacher is not None
-        c, data, noise = self.config, batch.data, ctx.draw.normal("noise", batch.data)
-        u, steps = ctx.draw.uniform("t", data), c.teacher_steps // c.windows
-        t = uniform(u) if c.times_per_window is None else discrete(u, c.windows * c.times_per_window)  # [B]
-        with torch.no_grad():
-            segment = windows.solve(
-                self.teacher, data, noise, t, batch.cond, borders=self.borders, solver=c.solver, steps=steps
-            )
-        v = nets["student"](segment.at(t), t, batch.cond)
+        c, cond, borders, levels = self.config, batch.cond, self.borders, self.config.times_per_window
+        steps = c.teacher_steps // c.windows
+        t, segment = _segments.solved(
+            self.teacher, batch, cond, ctx, borders=borders, levels=levels, solver=c.solver, steps=steps
+        )
+        v = nets["student"](segment.at(t), t, cond)
         square = distances.mse(v, segment.velocity).mean()
         direction = distances.direction(v, segment.velocity).mean()
         return Loss(square + c.direction_weight * direction, {"direction": direction.detach()})

@@ -18,11 +18,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 from torch import Tensor
 
-from distill.flow import distances, windows
+from distill.flow import distances
 from distill.flow.interpolants import like
-from distill.flow.times import discrete, uniform, uniform_grid, window_grids
+from distill.flow.times import uniform, uniform_grid
 from distill.flow.windows import Segment
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
+from recipes.reflow import _segments
 
 
 class Config(BaseModel):
@@ -78,11 +79,10 @@ class Recipe:
         yield Turn("student", self.loss)
 
     def t_grids(self, times: Sequence[float] | None) -> Mapping[int, Sequence[float]]:
-        return {} if self.config.form == "full" else window_grids(self.borders)
+        return {} if self.config.form == "full" else _segments.grids(self.borders, None)
 
     def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
-        with torch.no_grad():
-            t, segment = self.across(batch, ctx)
+        t, segment = self.across(batch, ctx)
         x_t = segment.at(t)
         end = x_t + like(segment.t_e - t, x_t) * nets["student"](x_t, t, batch.cond)
         return Loss(self.distance(end, segment.end).mean())
@@ -93,11 +93,10 @@ class Recipe:
             assert batch.pairs is not None
             t = uniform(ctx.draw.uniform("t", batch.pairs.data))
             return t, Segment(batch.pairs.noise, batch.pairs.data, torch.ones_like(t), torch.zeros_like(t))
-        assert batch.data is not None and self.teacher is not None
-        data, u, noise = batch.data, ctx.draw.uniform("t", batch.data), ctx.draw.normal("noise", batch.data)
-        t = uniform(u) if self.config.times == "uniform" else discrete(u, (len(self.borders) - 1) * self.steps)
-        cond, borders = batch.cond, self.borders
-        return t, windows.solve(self.teacher, data, noise, t, cond, borders=borders, solver="euler", steps=self.steps)
+        levels, borders, steps = None if self.config.times == "uniform" else self.steps, self.borders, self.steps
+        return _segments.solved(
+            self.teacher, batch, batch.cond, ctx, borders=borders, levels=levels, solver="euler", steps=steps
+        )
 
     def distance(self, prediction: Tensor, target: Tensor) -> Tensor:
         if self.config.distance == "l2":

@@ -18,9 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from distill.core.errors import InputError
 from distill.flow import distances
-from distill.flow.times import discrete, one_of, window_grids
-from distill.flow.windows import Segment
+from distill.flow.times import discrete
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
+from recipes.reflow import _segments
 
 
 class Config(BaseModel):
@@ -55,17 +55,12 @@ class Recipe:
     def t_grids(self, times: Sequence[float] | None) -> Mapping[int, Sequence[float]]:
         if times is None:
             raise InputError("reflow/seqrf steps along the times of its pairs; give all of them the same times")
-        borders = torch.tensor(times, dtype=torch.float64)
-        return window_grids(borders, most=1 if self.config.times_per_segment == 1 else 16)
+        return _segments.grids(torch.tensor(times, dtype=torch.float64), self.config.times_per_segment)
 
     def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
-        assert batch.pairs is not None and batch.pairs.states is not None and batch.pairs.times is not None
-        states, times, student = batch.pairs.states, batch.pairs.times, nets["student"]  # [B, K + 1, ...], [B, K + 1]
-        rows = torch.arange(len(states), device=states.device)
-        k = one_of(states.shape[1] - 1, ctx.draw.uniform("segment", times))  # [B]
-        segment = Segment(states[rows, k], states[rows, k + 1], times[rows, k], times[rows, k + 1])
-        u, levels = ctx.draw.uniform("t", times), self.config.times_per_segment
-        t = torch.lerp(
-            segment.t_e, segment.t_s, 1 - u if levels is None else discrete(u, levels)
-        )  # [B], t_e < t <= t_s
+        assert batch.pairs is not None
+        noise, levels, student = batch.pairs.noise, self.config.times_per_segment, nets["student"]
+        segment, u = _segments.stored(batch.pairs, ctx.draw.uniform("segment", noise)), ctx.draw.uniform("t", noise)
+        part = 1 - u if levels is None else discrete(u, levels)
+        t = torch.lerp(segment.t_e, segment.t_s, part)  # [B], t_e < t <= t_s
         return Loss(distances.mse(student(segment.at(t), t, batch.cond), segment.velocity).mean())

@@ -20,8 +20,8 @@ from distill.spec.model import CheckpointSpec, DigitsData, TrainStage, UNetSpec
 from distill.students.init import StudentInit
 from distill.training import engine
 from distill.training.memory import KINDS, Probe
-from distill.training.sharding import Zero
 from distill.training.world import World
+from distill.training.zero import Zero
 from tests.programs.forked import Forked
 
 ZERO = ("plain", "0", "1", "2", "3")
@@ -58,15 +58,15 @@ def rank(out, rounds, save, *cases):
             source = Clocked(load_data(DigitsData(kind="digits"), 0), BATCH, 0)
             source.times = []
             init = StudentInit(None, UNetSpec(kind="unet", channels=SIZES[size]), (1, 8, 8), 10, 0)
-            zero = Zero(None if stage == "plain" else int(stage))
-            probe = Probe(zero, procs)
+            sharding = Zero(None if stage == "plain" else int(stage))
+            probe = Probe(sharding, procs)
             measured = probe if number == rounds - 1 and not save else None
             counting = probe.activations if measured else nullcontext()
             with Progress("bench", spec.images, "images", None) as progress, StopRequest() as stop, counting:
                 result = engine.train(
                     module.Recipe(module.Config(), None), init, source, spec, seed=0, device=torch.device("cpu"),
                     micro_batch=MICRO, paths=run.stage("train"), progress=progress, stop=stop, world=world,
-                    run=run if me == 0 else None, zero=zero, probe=measured,
+                    run=run if me == 0 else None, sharding=sharding, probe=measured,
                 )  # fmt: skip
             copied = copying(list(result.roles.groups())) if save else None
             result.roles.close()

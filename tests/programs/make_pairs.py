@@ -14,7 +14,7 @@ from distill.core.stop import StopRequest
 from distill.pairs import generate
 from distill.runs.progress import Progress
 from distill.spec.model import PairsStage
-from distill.teachers.analytic import class_gaussian_teacher
+from distill.testing.closed_form import class_gaussian_teacher
 
 SHAPE = (3, 16, 16)
 STAGE = PairsStage(kind="pairs", count=1500, steps=3, block=24, shard=48, solver="heun")  # 32 shards, the last short

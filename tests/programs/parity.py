@@ -35,14 +35,14 @@ from distill.flow.draws import generator
 from distill.flow.interpolants import linear
 from distill.networks.architectures import build
 from distill.networks.velocity import VelocityStudent
-from distill.protocols import Batch, Copy, Frozen, Loss, Pairs, Trained, Turn
+from distill.protocols import Adapter, Batch, Copy, Frozen, Loss, Pairs, Trained, Turn
 from distill.runs.progress import Progress
 from distill.runs.run_store import StagePaths
 from distill.spec.model import CheckpointSpec, OptimizerSpec, TrainStage, UNetSpec
 from distill.training import engine
 from distill.training.memory import Probe
-from distill.training.sharding import Zero
 from distill.training.world import World
+from distill.training.zero import Zero
 
 BATCH, MICRO, STEPS, SHAPE = 16, 4, 20, (1, 8, 8)
 RECIPES = {}
@@ -124,13 +124,21 @@ class Target(Reflow):
         return Loss((v - target).square().mean() + (through - pairs.noise).square().mean())
 
 
+class Adapted(Target):
+    """Adapters of the student are trained, and their slow copy is followed."""
+
+    def networks(self, init):
+        adapter = Adapter(init.velocity_field(), 4, 8.0, ("conv1", "linear_2"), lr=3.0)
+        return {**super().networks(init), "student": adapter}
+
+
 class Adversarial(Reflow):
     """Two networks: the student's loss goes through the frozen critic."""
 
     def networks(self, init):
         torch.manual_seed(5)
         critic = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1))
-        return {"student": Trained(init.velocity_field()), "critic": Trained(critic)}
+        return {"student": Trained(init.velocity_field()), "critic": Trained(critic, lr=2.0, groups={"1.*": 3.0})}
 
     def turns(self, step, images):
         yield Turn("critic", self.judge)
@@ -170,7 +178,7 @@ class Headstrong(Reflow):
 
     def networks(self, init):
         torch.manual_seed(3)
-        return {"student": Trained(Headed(init.velocity_field()))}
+        return {"student": Trained(Headed(init.velocity_field()), lr=0.5, groups={"head.*": 10.0})}
 
     def turns(self, step, images):
         yield Turn("student", self.both if step % 3 == 0 else self.regress)
@@ -242,6 +250,7 @@ class Hung(Reflow):
 
 
 RECIPES = {"one": Reflow, "copy": Target, "two": Adversarial, "heads": Headstrong}
+RECIPES |= {"adapter": Adapted}
 RECIPES |= {"deaf": Deaf, "patient": Patient, "half": Half, "slope": Slope}
 RECIPES |= {"faulty": Faulty, "astray": Astray, "hung": Hung}
 
@@ -267,8 +276,8 @@ def train(out, ours, case):
         checkpoint=CheckpointSpec(images=BATCH * (1 if "often" in options else STEPS // 2), keep=STEPS),
     )  # fmt: skip
     threshold = None if "persist" in options else 0
-    zero = Zero(None if stage == "none" else int(stage), "divide" in options, threshold, "offload" in options)
-    probe = Probe(zero, ours.size) if "memory" in options else None
+    sharding = Zero(None if stage == "none" else int(stage), "divide" in options, threshold, "offload" in options)
+    probe = Probe(sharding, ours.size) if "memory" in options else None
     with StopRequest() as stop, probe.activations if probe else nullcontext():
         recorder = Recorder(stop if "once" in options else None)
 
@@ -276,7 +285,8 @@ def train(out, ours, case):
             return engine.train(
                 RECIPES[recipe](), Init(), Source(), spec,
                 seed=0, device=torch.device("cpu"), micro_batch=MICRO, paths=StagePaths(Path(out) / case),
-                progress=recorder, stop=stop, world=ours, zero=zero, recompute="recompute" in options, probe=probe,
+                progress=recorder, stop=stop, world=ours, sharding=sharding, recompute="recompute" in options,
+                probe=probe,
             )  # fmt: skip
 
         try:

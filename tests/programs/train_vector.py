@@ -20,6 +20,7 @@ from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths
 from distill.spec.model import TrainStage
 from distill.training import engine
+from distill.training.plain import PLAIN
 
 
 class Vector(nn.Module):
@@ -160,7 +161,9 @@ def stage(**changes):
     return TrainStage.model_validate({**content, **changes})
 
 
-def train(folder, recipe=None, source=None, *, seed=0, micro_batch=None, stop=None, recompute=False, **changes):
+def train(
+    folder, recipe=None, source=None, *, seed=0, micro_batch=None, stop=None, recompute=False, sharding=PLAIN, **changes
+):
     """`engine.train` into `folder`."""
     settings = stage(**changes)
     run = RunPaths(Path(folder))
@@ -179,6 +182,7 @@ def train(folder, recipe=None, source=None, *, seed=0, micro_batch=None, stop=No
             stop=stop or StopRequest(),
             run=run,
             recompute=recompute,
+            sharding=sharding,
         )
 
 

@@ -1,0 +1,44 @@
+"""Importing code that others wrote: whatever it raises becomes one error that says what was imported and where."""
+
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from distill.core.errors import InputError
+from distill.core.text import one_line
+
+
+@dataclass(frozen=True)
+class Importing:
+    """Whatever a module raises while it is imported becomes an InputError that says where."""
+
+    what: str
+    """recipe 'reflow/reflow'"""
+    path: Path
+    """of the module"""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is not None and not self._is_ctrl_c(error):
+            raise InputError(f"{self.what} {self._reason(error)}") from error
+
+    def _is_ctrl_c(self, error: BaseException) -> bool:
+        """Whether the user has interrupted the import; the module may also raise KeyboardInterrupt itself."""
+        if not isinstance(error, KeyboardInterrupt):
+            return False
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        return last.filename != str(self.path) or not (last.line or "").startswith("raise")
+
+    def _reason(self, error: BaseException) -> str:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            return f"needs the package {error.name}; pip install 'distill[train]' brings those of our recipes"
+        if isinstance(error, SystemExit):
+            return f"ends the program when it is imported: it calls sys.exit({error.code}); remove that"
+        if isinstance(error, SyntaxError):
+            return f"cannot be imported: {error}"
+        lines = [each.lineno for each in traceback.extract_tb(error.__traceback__) if each.filename == str(self.path)]
+        where = f"{self.path}, line {lines[-1]}" if lines else str(self.path)
+        said = one_line(str(error), 500)
+        return f"cannot be imported: {where}: {type(error).__name__}" + (f": {said}" if said else "")

@@ -1,0 +1,120 @@
+"""Solvers of the teacher's ODE dx/dt = v(x, t), one a file; a package that is installed may bring more.
+
+A solver is a module: a file here, or an entry point of the group `distill.solvers`, under the name that specs use. It
+does arithmetic on tensors that it is given, so that it does without torch: what plans a run asks it for its cost. Its
+parts:
+
+    ORDER = 2               of convergence
+    IS_REFERENCE = True     whether its end point is accurate enough to count as the teacher's own
+    calls(steps)            network calls for so many steps from noise to data
+    calls_inverting         the same from data to noise; None: it cannot go there
+    look(ode, x, t)         what its step needs to know of the state x at t: its velocity, or the data it points to
+    step(ode, x, seen, t, t_next, before)   the state at t_next; `seen` is what `look` returned for x at t
+
+`before` is what `look` returned for the step before, with its time; None in the first step and the last.
+"""
+
+import functools
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from distill.core.errors import InputError
+from distill.core.importing import Importing
+from distill.core.text import suggest
+
+GROUP = "distill.solvers"
+FIRST = ["euler", "heun", "dpm_solver_pp_2m"]  # in lists; the others follow by name
+Tensor = Any  # of torch, which is not imported here
+
+
+@runtime_checkable
+class Ode(Protocol):
+    """The ODE that a solver is given, of one batch with its condition."""
+
+    lowest: float
+    """The lowest time at which the velocity is known. The last step may go below it, to 0: make no call there."""
+
+    def velocity(self, x: Tensor, t: float) -> Tensor: ...  # v [B, ...] of x [B, ...] at t
+    def data(self, x: Tensor, t: float) -> Tensor: ...  # the data [B, ...] that this velocity points to
+    def path(self, t: float) -> tuple[float, float]: ...  # (alpha, sigma) in x = alpha data + sigma noise
+
+
+class Solver(BaseModel):
+    """What is read from the module of a solver."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    order: PositiveInt = Field(alias="ORDER")
+    is_reference: bool = Field(alias="IS_REFERENCE")
+    calls: Callable[[int], int]
+    calls_inverting: Callable[[int], int] | None
+    look: Callable[..., Any]
+    step: Callable[..., Any]
+
+
+def solver_names() -> list[str]:
+    """The solvers that a spec can name, found without importing one."""
+    files = sorted(_our_names(), key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
+    return [*files, *sorted({point.name for point in _entry_points(tuple(sys.path))} - set(files))]
+
+
+def find_solver(name: str) -> Solver:
+    """The solver of that name; InputError if there is none, or its package is not as it must be."""
+    return _read(name, tuple(sys.path))
+
+
+@functools.cache
+def _our_names() -> list[str]:
+    return [module.name for module in pkgutil.iter_modules(__path__)]
+
+
+@functools.cache
+def _entry_points(path: tuple[str, ...]) -> list[EntryPoint]:
+    """path: sys.path; reading what every package on it declares takes milliseconds."""
+    return list(entry_points(group=GROUP))
+
+
+@functools.cache
+def _read(name: str, path: tuple[str, ...]) -> Solver:
+    points = [point for point in _entry_points(path) if point.name == name]
+    if name in _our_names():
+        if points:
+            raise InputError(f"{_title(points[0])}: distill has one of that name; rename it, or uninstall the package")
+        return _checked(f"{__name__}.{name}", f"solver '{name}'", "")
+    if not points:
+        raise InputError(f"unknown solver '{name}': {suggest(name, solver_names())}")
+    if len(points) > 1:
+        raise InputError(f"{_title(points[0])}: {_package(points[1])} has one of that name too; uninstall either")
+    return _checked(points[0].module, _title(points[0]), "; fix or uninstall the package")
+
+
+def _checked(module: str, title: str, remedy: str) -> Solver:
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:  # of the package that it lies in
+        found = None
+    if found is None or found.origin is None:
+        raise InputError(f"{title}: its module {module} is not installed{remedy}")
+    with Importing(title, Path(found.origin)):
+        parts = vars(importlib.import_module(module))
+    try:
+        return Solver.model_validate(parts)
+    except ValidationError as error:
+        wrong = [(str(each["loc"][0]), each) for each in error.errors(include_url=False)]
+        said = [f"{part} is missing" if each["type"] == "missing" else f"{part}: {each['msg']}" for part, each in wrong]
+        raise InputError(f"{title} ({found.origin}): {'; '.join(said)}{remedy}") from None
+
+
+def _package(point: EntryPoint) -> str:
+    return f"the package {point.dist.name}" if point.dist is not None else f"the module {point.module}"
+
+
+def _title(point: EntryPoint) -> str:
+    return f"solver '{point.name}' of {_package(point)}"

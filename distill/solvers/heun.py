@@ -1,0 +1,29 @@
+"""Heun: the trapezoidal rule on an Euler step (Karras et al. 2022, arXiv 2206.00364, alg. 1).
+
+A step to sigma = 0, or to below the field's range, is Euler's: one such step keeps the order of the whole.
+"""
+
+from distill.solvers import Ode, Tensor
+
+ORDER = 2
+IS_REFERENCE = True
+
+
+def calls(steps: int) -> int:
+    """The last step is Euler's: no call is made at t = 0."""
+    return 2 * steps - 1
+
+
+def calls_inverting(steps: int) -> int:
+    return 2 * steps
+
+
+def look(ode: Ode, x: Tensor, t: float) -> Tensor:
+    return ode.velocity(x, t)
+
+
+def step(ode: Ode, x: Tensor, v: Tensor, t: float, t_next: float, before: tuple[Tensor, float] | None) -> Tensor:
+    x_next = x + (t_next - t) * v
+    if t_next >= ode.lowest and ode.path(t_next)[1] > 0:
+        x_next = x + (t_next - t) * (v + ode.velocity(x_next, t_next)) / 2
+    return x_next

@@ -1,0 +1,149 @@
+"""`launch.micro_batch: auto`: the largest micro-batch that every rank has the memory for.
+
+A candidate is tried by two real training steps: the second begins with all that a training holds. Each rank tries it
+with networks of its own and calls no collective meanwhile, so that a rank that runs out of memory leaves no other
+waiting. Then all ranks meet, and if one of them failed, all go on to a smaller candidate.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
+from distill.core import records
+from distill.core.atomic import write_json
+from distill.core.errors import InputError
+from distill.flow.draws import Rows
+from distill.protocols import Init, Recipe, Source
+from distill.spec.model import TrainStage
+from distill.training import engine
+from distill.training.plain import PLAIN
+from distill.training.roles import Roles
+from distill.training.world import ALONE, World
+
+STEPS = 2  # the first makes the optimizer's moments
+
+
+class Chosen(BaseModel):
+    """The file in which a stage keeps what was chosen, so that a resume computes the same numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    micro_batch: PositiveInt
+    share: PositiveInt
+    """samples of a batch that each process had to train on"""
+
+
+CHOSEN: records.Schema[Chosen] = records.Schema(Chosen)
+
+
+def candidates(share: int, rows_together: int) -> list[int]:
+    """Micro-batches that divide a rank's share of a batch and hold whole blocks, largest first, each at most half of
+    the one before.
+    """
+    found: list[int] = []
+    for size in range(share, 0, -1):
+        if share % size == 0 and size % rows_together == 0 and (not found or 2 * size <= found[-1]):
+            found.append(size)
+    return found
+
+
+def choose(path: Path, share: int, rows_together: int, world: World, fits: Callable[[int], bool]) -> int:
+    """The micro-batch of all ranks: the one in the file `path` if it was chosen for the same share, else the first
+    candidate that fits, which is written there. All ranks must call this.
+
+    fits: whether this rank can train with a candidate; it calls no collective.
+    """
+    kept = torch.tensor([world.alone("reading the micro-batch", lambda: _kept(path, share, rows_together)) or 0])
+    with world.contact("sharing the micro-batch"):
+        world.share([kept])
+    if found := int(kept):
+        return found
+    left = candidates(share, rows_together)
+    least = left[-1]
+
+    def smaller() -> int:
+        left.pop(0)
+        return left[0] if left else 0
+
+    @find_executable_batch_size(starting_batch_size=left[0], reduce_batch_size_fn=smaller)
+    def tried(size: int) -> int:
+        failed = not fits(size)
+        if world.meet(f"after trying micro-batches of {size}", failed)[0]:
+            if size == least:
+                raise InputError(
+                    f"launch.micro_batch=auto: there is not enough memory for micro-batches of {size}, the smallest "
+                    "that are possible; use a smaller network, fewer ema_half_lives, "
+                    "launch.activation_checkpointing, or launch.zero_stage with a number for launch.micro_batch"
+                )
+            raise torch.OutOfMemoryError(f"micro-batches of {size}: a rank is out of memory.")
+        return size
+
+    found = tried()
+    world.alone(
+        "keeping the micro-batch", lambda: write_json(path, Chosen(micro_batch=found, share=share).model_dump())
+    )
+    return found
+
+
+def _kept(path: Path, share: int, rows_together: int) -> int | None:
+    try:
+        found = records.load(path, CHOSEN, "delete that file: a micro-batch is chosen again")
+    except FileNotFoundError:
+        return None
+    if found.share == share and (found.micro_batch not in candidates(share, rows_together)):
+        raise InputError(
+            f"{path} cannot be used: micro_batch: {found.micro_batch} given; valid: "
+            f"{', '.join(map(str, candidates(share, rows_together)))}; delete that file: a micro-batch is chosen again"
+        )
+    return found.micro_batch if found.share == share else None
+
+
+def fits(
+    recipe: Callable[[], Recipe],
+    init: Init,
+    source: Source,
+    stage: TrainStage,
+    size: int,
+    *,
+    seed: int,
+    device: torch.device,
+    world: World,
+    recompute: bool,
+) -> bool:
+    """Whether this rank has the memory to train with micro-batches of `size`: makes two steps and drops them."""
+    try:
+        _try(recipe(), init, source, stage, world.rows(stage.batch_size, size), seed, device, recompute=recompute)
+        enough = True
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
+            raise
+        enough = False
+    clear_device_cache(garbage_collection=True)  # here nothing holds the networks any more
+    return enough
+
+
+def _try(
+    recipe: Recipe,
+    init: Init,
+    source: Source,
+    stage: TrainStage,
+    slices: list[Rows],
+    seed: int,
+    device: torch.device,
+    *,
+    recompute: bool,
+) -> None:
+    roles = Roles(
+        recipe, init, stage, device, ALONE, slices,
+        seed=seed, found=None, sharding=PLAIN, teacher=None, recompute=recompute,
+    )  # fmt: skip
+    for step in range(STEPS):
+        images = step * stage.batch_size
+        engine.step_once(
+            recipe, roles, source, stage, seed=seed, step=step, images=images, slices=slices, device=device
+        )
+    roles.close()

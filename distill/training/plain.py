@@ -1,0 +1,173 @@
+"""Networks that every process holds whole: plain PyTorch, and the mean of the gradients."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from distill.core.errors import RunError
+from distill.flow.draws import Rows
+from distill.protocols import Trained
+from distill.spec.model import OptimizerSpec
+from distill.training.optimizer import FACTOR, Reach, buckets, parameter_groups
+from distill.training.sharding import Held, Sizes
+from distill.training.world import ALONE, World
+
+
+class PlainTrainable:
+    """The network of `role` under AdamW, on its device in fp32; ranks average their gradients before the step. Fits
+    `sharding.Trainable`.
+    """
+
+    def __init__(self, name: str, role: Trained, spec: OptimizerSpec, world: World = ALONE) -> None:
+        self.name, self.module, self.spec, self.world = name, role.module, spec, world
+        # Tied weights keep both names: a state dict holds both, and an average must not lack one.
+        named = dict(self.module.named_parameters(remove_duplicate=False))
+        self._parameters = {key: p for key, p in named.items() if p.requires_grad}
+        if not self._parameters:
+            raise ValueError(f"network '{name}' is Trained, but none of its parameters has requires_grad=True")
+        for key, p in self._parameters.items():
+            if p.dtype != torch.float32:
+                raise ValueError(f"network '{name}': {key} is {p.dtype}; trained weights are torch.float32")
+        self._unique = list(dict.fromkeys(self._parameters.values()))
+        self.sizes = [p.numel() for p in self._unique]
+        self.still = [p.numel() for p in self.module.parameters() if not p.requires_grad]
+        device = self._unique[0].device
+        fused = device.type in ("cpu", "cuda")
+        self._optimizer = torch.optim.AdamW(
+            parameter_groups(name, role, self._parameters),
+            lr=spec.lr,
+            betas=spec.betas,
+            eps=spec.eps,
+            weight_decay=spec.weight_decay,
+            fused=fused,
+            foreach=None if fused else True,
+        )
+        self._active: bool | None = None
+        self._reach = Reach(name, self._parameters, role.waiting)
+
+    @property
+    def waiting(self) -> set[str]:
+        return self._reach.waiting
+
+    @property
+    def callable(self) -> nn.Module:
+        return self.module
+
+    def activate(self, active: bool) -> None:
+        if active == self._active:
+            return
+        self._active = active
+        self.module.train(active)
+        for parameter in self._unique:
+            parameter.requires_grad_(active)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def check_reach(self) -> None:
+        self._reach.check(self.world)
+
+    def gradient_norm(self) -> Tensor:
+        """Global norm of the gradients, before clipping; they are the means over the ranks from now on.
+
+        What a turn does not reach has gradient 0, as where gradients are divided: moments and weight decay go on.
+        """
+        for p in self._unique:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        grads = [p.grad for p in self._unique if p.grad is not None]
+        if self.world.size > 1:
+            for bucket in buckets({i: grad.numel() for i, grad in enumerate(grads)}):
+                mean = self.world.mean(torch.cat([grads[i].reshape(-1) for i in bucket]))
+                for i, part in zip(bucket, mean.split([grads[i].numel() for i in bucket]), strict=True):
+                    grads[i].copy_(part.view_as(grads[i]))
+        return torch.nn.utils.get_total_norm(grads)
+
+    def step(self, lr: float, norm: Tensor) -> None:
+        """Clip, move the weights, clear the gradients."""
+        if self.spec.clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._unique, self.spec.clip, norm)
+        self._set_lr(lr)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _set_lr(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr * group[FACTOR]
+
+    def masters(self) -> dict[str, Tensor]:
+        return dict(self._parameters)
+
+    def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(parts)
+
+    def scatter(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: whole[key] for key in self._parameters}
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        yield
+
+    def weights(self) -> dict[str, Tensor]:
+        return self.module.state_dict()
+
+    def unmoved(self) -> dict[str, Tensor]:
+        return {key: t for key, t in self.module.state_dict().items() if key not in self._parameters}
+
+    def state(self) -> dict[str, Tensor]:
+        moments = self._optimizer.state
+        return {f"{key}/{name}": t for key, p in self._parameters.items() for name, t in moments.get(p, {}).items()}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self._refuse_unknown(tensors)
+        if not tensors:
+            return
+        self._reach.close()  # what the turns before reached is not known any more
+        moments: dict[int, dict[str, Tensor]] = {}
+        number = {p: i for i, p in enumerate(p for group in self._optimizer.param_groups for p in group["params"])}
+        for full, tensor in tensors.items():
+            key, _, name = full.rpartition("/")
+            moments.setdefault(number[self._parameters[key]], {})[name] = tensor
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+    def close(self) -> None:
+        """There is nothing that would outlive this object."""
+
+    def _refuse_unknown(self, tensors: Mapping[str, Tensor]) -> None:
+        for full in tensors:
+            if (key := full.rpartition("/")[0]) not in self._parameters:
+                raise RunError(f"the optimizer state of network '{self.name}' has '{key}', the network does not")
+
+    def live(self) -> dict[str, list[Tensor]]:
+        return {
+            "parameters": list(self.module.parameters()),
+            "gradients": [p.grad for p in self._unique if p.grad is not None],
+            "optimizer": [t for moments in self._optimizer.state.values() for t in moments.values()],
+        }
+
+
+class Plain:
+    """Nothing is divided. Fits `sharding.Sharding`."""
+
+    record: Mapping[str, str | int] = {"zero_stage": "none", "offload_optimizer": False}
+    divides_trained = divides_frozen = False
+
+    def wrap(
+        self, name: str, role: Trained, spec: OptimizerSpec, world: World, device: torch.device, slices: list[Rows]
+    ) -> PlainTrainable:
+        return PlainTrainable(name, role, spec, world)
+
+    def divide(self, network: nn.Module, device: torch.device, world: World) -> None:
+        raise AssertionError("nothing is divided")
+
+    def held(self, sizes: Sizes, still: Sizes, procs: int) -> Held:
+        total = {name: sum(each) for name, each in sizes.items()}
+        parameters = sum(total.values()) + sum(sum(each) for each in still.values())
+        gradients = max(total.values())  # of one network at a time
+        return Held(parameters, gradients, 2 * sum(total.values()), total)
+
+
+PLAIN = Plain()

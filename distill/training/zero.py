@@ -1,0 +1,328 @@
+"""A trained network whose gradients, moments and weights DeepSpeed divides among the ranks (Rajbhandari et al. 2020,
+ZeRO, arXiv 1910.02054): stage 0 none of them, 1 the moments, 2 also the gradients, 3 also the weights.
+
+What leaves this module is whole: state dicts by parameter name in fp32, as a network that is trained alone has them, so
+that a checkpoint fits any number of ranks and any stage.
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from distill.flow.draws import Rows
+from distill.protocols import Trained
+from distill.spec.model import OptimizerSpec
+from distill.training.optimizer import BUCKET, buckets
+from distill.training.plain import PLAIN, PlainTrainable
+from distill.training.sharding import Held, Sizes, Trainable
+from distill.training.world import World
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+PERSISTENT = 100_000  # elements up to which DeepSpeed leaves a parameter whole in stage 3, unless told otherwise
+QUIET = {"steps_per_print": 10**9, "timers": {"throughput": {"enabled": False}}}  # these would wait for the GPU
+
+
+@dataclass(frozen=True)
+class ParameterPart:
+    """Where this rank's part of a parameter lies: [start, start + numel) of it is [at, at + numel) of a flat tensor."""
+
+    flat: int
+    at: int
+    start: int
+    numel: int
+
+    def of(self, flats: list[Tensor]) -> Tensor:
+        return flats[self.flat].view(-1).narrow(0, self.at, self.numel)
+
+
+class ZeroTrainable(PlainTrainable):
+    """The network of `role` in a DeepSpeed engine; in stage 3 it may come on the CPU, and is moved part by part."""
+
+    def __init__(
+        self,
+        name: str,
+        role: Trained,
+        spec: OptimizerSpec,
+        world: World,
+        *,
+        device: torch.device,
+        zero: "Zero",
+        slices: list[Rows],
+    ) -> None:
+        super().__init__(name, role, spec, world)
+        assert zero.stage is not None
+        self.stage, self.accumulate, self._micro_steps = zero.stage, len(slices), 0
+        self.shapes = {key: p.shape for key, p in self._parameters.items()}  # stage 3 empties the parameters themselves
+        config = _config(sum(self.sizes), spec, zero, slices)
+        if self.stage == 3:
+            _divide(self.module, device, config)
+        self.engine = _initialize(self.module, config, world, self._optimizer)
+        self._flats, self._parts = self._layout()
+
+    @property
+    def callable(self) -> nn.Module:
+        return self.engine
+
+    def backward(self, loss: Tensor) -> None:
+        if self._micro_steps:
+            self.engine.step()  # between two micro-batches: counts, moves nothing
+        self._micro_steps += 1
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def gradient_norm(self) -> Tensor:
+        assert self._micro_steps == self.accumulate
+        optimizer = self.engine.optimizer
+        if self.stage == 0:
+            return torch.nn.utils.get_total_norm([p.grad for p in self._unique if p.grad is not None])
+        if self.stage == 3:
+            from deepspeed.runtime.utils import combine_grad_norm_groups
+
+            return combine_grad_norm_groups(optimizer._get_norm_groups()).float()  # infinite where a part says -1
+        return optimizer.scaled_global_norm().float()
+
+    def step(self, lr: float, norm: Tensor) -> None:
+        self._set_lr(lr)
+        self.engine.step()
+        if self.stage == 3:
+            self.engine.optimizer.grad_partitions_flat_buffer.zero_()  # or what a turn does not reach moves by the last
+        self._micro_steps = 0
+
+    def masters(self) -> dict[str, Tensor]:
+        """This rank's parts of the fp32 weights, flat, by name."""
+        return {key: part.of(self._flats) for key, part in self._parts.items()}
+
+    @torch.no_grad()
+    def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors of all ranks' parts, on rank 0; nothing on the others."""
+        whole: dict[str, Tensor] = {}
+        for keys in buckets({key: shape.numel() for key, shape in self.shapes.items()}):
+            sizes = [self.shapes[key].numel() for key in keys]
+            full = torch.zeros(sum(sizes), device=self.engine.device)
+            for key, target in zip(keys, full.split(sizes), strict=True):
+                if key in parts:
+                    part = self._parts[key]
+                    target[part.start : part.start + part.numel] = parts[key]
+            if self.stage > 0 and self.world.size > 1:
+                distributed.reduce(full, 0)
+            if self.world.first:
+                for key, found in zip(keys, full.cpu().split(sizes), strict=True):
+                    whole[key] = found.view(self.shapes[key])
+        return whole
+
+    def scatter(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: whole[key].reshape(-1)[part.start : part.start + part.numel] for key, part in self._parts.items()}
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        with _deepspeed().zero.GatheredParameters(list(self.module.parameters()), enabled=self.stage == 3):
+            yield
+
+    def live(self) -> dict[str, list[Tensor]]:
+        if self.stage == 0:
+            return super().live()
+        masters = self._flats
+        found = {"optimizer": [*masters, *(t for flat in masters for t in self._moments(flat).values())]}
+        if self.stage == 3:
+            owned = [p.ds_tensor for p in self.module.parameters()]
+            return {**found, "parameters": [*self.module.parameters(), *owned], "gradients": self._divided_gradients()}
+        return {**found, "parameters": list(self.module.parameters()), "gradients": self._divided_gradients()}
+
+    def _divided_gradients(self) -> list[Tensor]:
+        optimizer = self.engine.optimizer
+        found = [t for group in optimizer.averaged_gradients.values() for t in group or ()]
+        found += [flat.grad for flat in self._flats if flat.grad is not None]
+        return [*found, optimizer.grad_partitions_flat_buffer] if self.stage == 3 else found
+
+    def unmoved(self) -> dict[str, Tensor]:
+        parameters, found = dict(self.module.named_parameters(remove_duplicate=False)), {}
+        for key, tensor in self.module.state_dict().items():
+            if key not in self.shapes:
+                frozen = [parameters[key]] if key in parameters else []  # one by one: a base may not fit whole
+                with _deepspeed().zero.GatheredParameters(frozen, enabled=self.stage == 3):
+                    found[key] = (*frozen, tensor)[0].detach().cpu().clone()
+        return found
+
+    def weights(self) -> dict[str, Tensor]:
+        return {**self.unmoved(), **self.gather(self.masters())}
+
+    def state(self) -> dict[str, Tensor]:
+        moments = [self._moments(flat) for flat in self._keys()]
+        if not all(moments):
+            return {}  # it has not moved yet
+        out: dict[str, Tensor] = {}
+        for name in MOMENTS:
+            flats = [moment[name] for moment in moments]
+            whole = self.gather({key: part.of(flats) for key, part in self._parts.items()})
+            out.update({f"{key}/{name}": tensor for key, tensor in whole.items()})
+        if self.world.first:
+            out.update({f"{key}/step": moments[0]["step"].cpu().clone() for key in self.shapes})
+        return out
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        self._refuse_unknown(tensors)
+        if not tensors:
+            return
+        self._reach.close()
+        steps = torch.stack([tensor for key, tensor in tensors.items() if key.endswith("/step")])
+        for flat in self._keys():
+            zeros = {name: torch.zeros_like(flat) for name in MOMENTS}
+            self._moments(flat).update(step=steps.max().to(flat.device, copy=True), **zeros)
+        for name in MOMENTS:
+            flats = [self._moments(flat)[name] for flat in self._keys()]
+            for key, part in self._parts.items():
+                if (moment := tensors.get(f"{key}/{name}")) is not None:
+                    part.of(flats).copy_(moment.reshape(-1)[part.start : part.start + part.numel])
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+    def _moments(self, flat: Tensor) -> dict[str, Any]:
+        return self._optimizer.state[flat]
+
+    def _keys(self) -> list[Tensor]:
+        """What the optimizer keeps moments of."""
+        return self._flats if self.stage else list(self._unique)
+
+    def _layout(self) -> tuple[list[Tensor], dict[str, ParameterPart]]:
+        optimizer, parts = self.engine.optimizer, {}
+        if self.stage == 0:
+            numbers = {p: i for i, p in enumerate(self._unique)}
+            parts = {key: ParameterPart(numbers[p], 0, 0, p.numel()) for key, p in self._parameters.items()}
+            return [p.data for p in self._unique], parts
+        if self.stage < 3:
+            for key, p in self._parameters.items():
+                if (found := p._hp_mapping) is not None:
+                    ours, whole = found.hp_fragment_address, found.lp_fragment_address
+                    parts[key] = ParameterPart(found.param_group_index, ours.start, whole.start, ours.numel)
+            return list(optimizer.single_partition_of_fp32_groups), parts
+        for key, p in self._parameters.items():
+            flat, at, share = optimizer.grad_position[optimizer.get_param_id(p)]
+            start = self.world.rank * share
+            if (numel := min(share, p.ds_numel - start)) > 0:  # the last rank's share may be padding
+                parts[key] = ParameterPart(flat, at, start, numel)
+        return list(optimizer.fp32_partitioned_groups_flat), parts
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What DeepSpeed divides, and where it lies. Fits `sharding.Sharding`."""
+
+    stage: int | None
+    """of the trained networks; None: they are trained without DeepSpeed"""
+    frozen: bool = False
+    """whether the weights of frozen networks are divided, the teacher's too"""
+    persistence_threshold: int | None = None
+    """parameters of fewer elements stay whole where weights are divided; None: DeepSpeed's own choice"""
+    offload_optimizer: bool = False
+    """master weights and moments lie in the CPU's memory, where AdamW moves them (torch's own: nothing is compiled)"""
+
+    @property
+    def record(self) -> dict[str, str | int]:
+        return {
+            "zero_stage": "none" if self.stage is None else self.stage,
+            "offload_optimizer": self.offload_optimizer,
+        }
+
+    @property
+    def divides_trained(self) -> bool:
+        return self.stage == 3
+
+    @property
+    def divides_frozen(self) -> bool:
+        return self.frozen
+
+    def wrap(
+        self, name: str, role: Trained, spec: OptimizerSpec, world: World, device: torch.device, slices: list[Rows]
+    ) -> Trainable:
+        if self.stage is None:
+            return PlainTrainable(name, role, spec, world)
+        return ZeroTrainable(name, role, spec, world, device=device, zero=self, slices=slices)
+
+    def divide(self, network: nn.Module, device: torch.device, world: World) -> None:
+        """A call gathers the weights, layer by layer, on all ranks. Gradients flow through them to the input."""
+        numel = sum(p.numel() for p in network.parameters())
+        division = {"stage": 3, **_division(numel), "stage3_max_reuse_distance": 0}
+        if self.persistence_threshold is not None:
+            division["stage3_param_persistence_threshold"] = self.persistence_threshold
+        config = {"train_micro_batch_size_per_gpu": 1, **QUIET, "zero_optimization": division}
+        _divide(network, device, config)
+        _initialize(network, config, world)
+
+    def held(self, sizes: Sizes, still: Sizes, procs: int) -> Held:
+        if not self.stage:
+            return PLAIN.held(sizes, still, procs)
+        own = {name: sum(math.ceil(size / procs) for size in each) for name, each in sizes.items()}
+        gradients = sum(own.values()) if self.stage == 3 else max(own.values())  # of stage 3 they are never given back
+        every = [size for each in (*sizes.values(), *still.values()) for size in each]
+        parameters = sum(every)
+        if self.stage == 3 and procs > 1:  # alone, what is whole is the part
+            least = PERSISTENT if self.persistence_threshold is None else self.persistence_threshold
+            parameters = sum(math.ceil(size / procs) for size in every) + sum(size for size in every if size <= least)
+        return Held(parameters, gradients, 3 * sum(own.values()), own)  # master weights and two moments, divided
+
+
+def _divide(network: nn.Module, device: torch.device, config: dict[str, Any]) -> None:
+    _deepspeed().zero.Init(module=network, config_dict_or_path=config)
+    for buffer in network.buffers():
+        buffer.data = buffer.to(device)
+
+
+def _division(numel: int) -> dict[str, Any]:
+    # Buffers of DeepSpeed's own choice take 2 GB, however small the network. Its own linear layer would replace torch's
+    # in the whole process, the teacher's networks included; torch's keeps gathered weights for the backward pass, which
+    # launch.activation_checkpointing avoids.
+    bucket = min(numel + numel % 2, BUCKET)  # even, or DeepSpeed refuses it
+    return {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "memory_efficient_linear": False}
+
+
+def _config(numel: int, spec: OptimizerSpec, zero: "Zero", slices: list[Rows]) -> dict[str, Any]:
+    division = {"stage": zero.stage, **_division(numel)}
+    if zero.persistence_threshold is not None:
+        division["stage3_param_persistence_threshold"] = zero.persistence_threshold
+    if zero.offload_optimizer:
+        division["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": slices[0].stop - slices[0].start,
+        "gradient_accumulation_steps": len(slices),
+        "gradient_clipping": spec.clip or 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": division,
+        **QUIET,
+    }
+
+
+def _initialize(
+    module: nn.Module, config: dict[str, Any], world: World, optimizer: torch.optim.Optimizer | None = None
+) -> Any:  # noqa: ANN401
+    from deepspeed.utils import groups
+
+    deepspeed = _deepspeed()
+    if groups._WORLD_GROUP is None:  # else it makes one that waits for half an hour, whatever ours does
+        groups._WORLD_GROUP = distributed.new_group(timeout=world.timeout)
+    return deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
+
+
+@cache
+def _deepspeed() -> ModuleType:
+    """Imported only where something is divided: it takes seconds."""
+    # What it calls in torch by old names would be said at every step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    import deepspeed
+
+    # An operator for memory that ranks of one host share: nothing here uses it, and it would be compiled at the start.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Autocast is the engine's and the recipe's decision. DeepSpeed's would replace it in every call of a network:
+    # derivatives that turn it off would be taken in bf16, and casts made without gradients would be cached.
+    engine = vars(deepspeed.runtime.engine)
+    assert "autocast_if_enabled" in engine, f"DeepSpeed {deepspeed.__version__} decides on autocast somewhere else"
+    engine["autocast_if_enabled"] = lambda _: nullcontext()
+    return deepspeed
