@@ -25,8 +25,8 @@ MAX_FINE = 10_000  # of each pair of times of the grid there is a cost
 
 def schedule(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help=TeacherHelp)],
-    steps: Annotated[int, typer.Option("--steps", help="Steps to find the times of.", min=1, max=MAX_STEPS)],
-    solver: Annotated[str, typer.Option(help=f"Whose steps they are: {kinds.either(solver_names())}.")] = "euler",
+    steps: Annotated[int, typer.Option("--steps", help="Number of steps to find times for.", min=1, max=MAX_STEPS)],
+    solver: Annotated[str, typer.Option(help=f"Solver of these steps: {kinds.either(solver_names())}.")] = "euler",
     fine: Annotated[
         int, typer.Option(help="Steps of the fine grid that the times are chosen from.", min=1, max=MAX_FINE)
     ] = FINE,

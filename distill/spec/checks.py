@@ -246,7 +246,7 @@ def _launch(spec: RunSpec) -> Iterator[str]:
     if launch.divide_teacher and launch.world_size == 1:
         yield "launch.divide_teacher: with one process it has no effect; remove it, or give procs"
     if launch.activation_checkpointing and trains and all(isinstance(each.network, MlpSpec) for each in trains):
-        yield "launch.activation_checkpointing: an mlp has no blocks to compute again, so it has no effect; remove it"
+        yield "launch.activation_checkpointing: an mlp has no blocks to recompute, so it has no effect; remove it"
     if launch.micro_batch == "auto" and launch.zero_stage is not None:
         yield (
             "launch.micro_batch: auto tries undivided networks, and launch.zero_stage divides them; give a number, or "

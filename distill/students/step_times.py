@@ -185,7 +185,7 @@ def find(
     seed: int = SEED,
     guidance_scale: float = 1.0,
 ) -> Costs:
-    """A network's costs: those that the store has kept, or measured now and kept there, by whoever is first."""
+    """A network's costs: those in the store, or measured now and stored by the first process that does so."""
     find_solver(solver)  # or InputError
     asked = CostsAsked(network.digest, solver, fine, samples, seed, guidance_scale)
     key = json.dumps([1, *astuple(asked)])

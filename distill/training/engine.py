@@ -209,7 +209,7 @@ def step_once(
             logs = _means(losses, norm, world)
             if not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"])):
                 raise RunError(
-                    f"{place}: loss {logs['loss']}, gradient norm {logs['grad_norm']}; its weights did not move; "
+                    f"{place}: loss {logs['loss']}, gradient norm {logs['grad_norm']}; its weights were not changed; "
                     f"last good checkpoint: {last_good()}"
                 )
             if probe is not None:
