@@ -26,8 +26,6 @@ from distill.spec.resolved import resolve
 from distill.students.loaded import load_student
 from distill.training import checkpoint
 
-peft = pytest.importorskip("peft")
-
 PROGRAMS = Path(__file__).parent / "programs"
 SUBJECT = testing.Subject("./adapted.py", base=PROGRAMS)
 CPU = torch.device("cpu")

@@ -63,6 +63,9 @@ def test_what_recipes_of_a_folder_share_is_no_recipe(tmp_path):
     options = [option.name for option in registry.describe("reflow/proreflow", tmp_path).options]
     assert options[:2] == ["windows", "times_per_window"] and options[-1] == "direction_weight"
     text = (registry.package_folder() / "reflow" / "boss.py").read_text()
-    (tmp_path / "mine.py").write_text(text)
-    with pytest.raises(InputError, match=r"^recipe '\./mine.py' .*: _segments is for the recipes of its folder only"):
-        registry.load("./mine.py", tmp_path)
+    for mine in (text, "import recipes.reflow._segments", "from recipes.reflow._segments import stored"):
+        (tmp_path / "mine.py").write_text(mine)
+        with pytest.raises(
+            InputError, match=r"^recipe '\./mine.py' .*: recipes.reflow._segments\S* is for the recipes of its folder"
+        ):
+            registry.load("./mine.py", tmp_path)

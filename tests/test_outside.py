@@ -109,6 +109,7 @@ def test_its_recipe_distils_its_teacher(teacher, tmp_path):
     run.root.mkdir()
     stages.run(run, spec, list(spec.stages), StopRequest())
     pairs = PairSet.open(run.stage("solve").pairs, None)
+    assert (pairs.manifest.solver, pairs.manifest.nfe) == ("midpoint", 32)
     ends = torch.stack([pairs.load(0).data[pairs.load(0).labels == k].mean(0) for k in range(POINTS)])
     angles = torch.arange(POINTS) * 2 * math.pi / POINTS
     torch.testing.assert_close(ends, torch.stack([angles.cos(), angles.sin()], 1), atol=0.08, rtol=0)

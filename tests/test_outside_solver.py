@@ -20,6 +20,7 @@ from distill.flow.fields import Counted
 from distill.flow.interpolants import edm
 from distill.solvers import find_solver, solver_names
 from distill.spec import kinds, presets, specfile
+from distill.spec.model import EvaluateStage
 from distill.students import step_times
 from distill.teachers.analytic import GaussianField
 from distill.testing.closed_form import GaussianFlowMap
@@ -134,7 +135,8 @@ def test_one_that_lacks_something_is_refused_where_it_is_used(site, text, messag
         (site / "outside_wrong.py").write_text(text)
     with pytest.raises(InputError, match=f"^solver 'wrong' of the package outside-solvers.*{message}"):
         find_solver("wrong")
-    assert find_solver("heun").order == 2  # nobody else is disturbed
+    evaluation = {"kind": "evaluate", "students": {}, "fine_solver": "heun"}  # nobody else is disturbed
+    assert EvaluateStage.model_validate(evaluation).fine_solver == "heun"
 
 
 def test_a_name_that_exists_is_refused(site, midpoint):

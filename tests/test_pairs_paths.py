@@ -19,7 +19,7 @@ from distill.pairs import Beside, Mixed, PairSet, PairSource, accuracy, generate
 from distill.pairs.numbers import Rounding, Whiteness, restored, stored
 from distill.pairs.paths import of_data
 from distill.runs.progress import Progress
-from distill.spec import pairspec
+from distill.spec.apportion import rows_by_share
 from distill.spec.model import GaussianTeacher, PairsStage, is_path
 from distill.teachers.analytic import GaussianField, gaussian_teacher
 from distill.testing import exact
@@ -302,10 +302,10 @@ def test_parts_in_any_order_make_the_same_files(tmp_path, parts, options):
 
 
 def test_parts_of_a_batch_are_the_nearest_whole_rows():
-    assert pairspec.parts(10, [0.75, 0.25]) == [8, 2] and pairspec.parts(128, [0.8, 0.2]) == [102, 26]
-    assert pairspec.parts(7, [1.0]) == [7] and sum(pairspec.parts(11, [1 / 3] * 3)) == 11
+    assert rows_by_share(10, [0.75, 0.25]) == [8, 2] and rows_by_share(128, [0.8, 0.2]) == [102, 26]
+    assert rows_by_share(7, [1.0]) == [7] and sum(rows_by_share(11, [1 / 3] * 3)) == 11
     with pytest.raises(InputError, match="a part of 0.05 of batch_size=4 is not one pair"):
-        pairspec.parts(4, [0.95, 0.05])
+        rows_by_share(4, [0.95, 0.05])
 
 
 def test_a_mixture_holds_its_parts_whoever_reads_it(tmp_path):

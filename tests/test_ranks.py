@@ -211,7 +211,6 @@ def test_memory_is_predicted_from_shapes(together, case):
 
 @pytest.mark.parametrize("zero", SOME)
 def test_adapters_are_trained_by_two_ranks_as_by_one_process(tmp_path, zero):
-    pytest.importorskip("peft")
     case, reference = f"adapter-{zero}-fp32-once-memory", "adapter-none-fp32"
     alone = train(tmp_path / "alone", reference, procs=1)
     together = train(tmp_path / "together", case)

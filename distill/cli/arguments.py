@@ -76,11 +76,11 @@ def as_option(mistake: str) -> str:
 
 def device(name: str) -> "torch.device":
     """The device that --device names."""
-    from distill.execution import stages
+    from distill.execution import devices
 
     if name not in ("auto", "cpu", "cuda"):
         raise InputError(f"--device {name}: {suggest(name, ['auto', 'cpu', 'cuda'])}")
-    return stages.place(LaunchSpec.model_validate({"device": name}))
+    return devices.place(LaunchSpec.model_validate({"device": name}))
 
 
 def is_yaml(given: str) -> bool:

@@ -192,11 +192,12 @@ def _of_spec(
             f"distill run {f'{near(run.root)} --resume' if run.root.exists() else given}"
         )
     if check:
-        from distill.execution import stages
+        from distill.execution import devices, stages
         from distill.spec import resolved
 
-        work = stages.Work(run, resolved.of_run(spec, run.root), chosen, stages.place(spec.launch))
-        say(stages.solving(work, indexed=False).accuracy().describe())
+        work = stages.Work(run, resolved.of_run(spec, run.root), chosen, devices.place(spec.launch))
+        with stages.solving(work, indexed=False) as solving:
+            say(solving.accuracy().describe())
         return
     from distill.launch import tasks
 

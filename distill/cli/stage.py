@@ -160,7 +160,7 @@ def _compute(
     stop: "distill.core.stop.StopRequest",
     measure: bool,
 ) -> None:
-    from distill.execution import stages  # torch comes with it
+    from distill.execution import devices, stages  # torch comes with it
 
     if "WORLD_SIZE" not in os.environ:
         stop.raise_if_requested("nothing had begun")
@@ -172,7 +172,7 @@ def _compute(
             if int(os.environ["RANK"]) == 0:
                 append_event(paths, "failed", message=message)
 
-        device = stages.place(spec.launch)
+        device = devices.place(spec.launch)
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # it would end us before we have said where
         world = World.join(device, spec.launch.collective_minutes, int(os.environ["LOCAL_RANK"]), lost)

@@ -69,12 +69,12 @@ def checked(
         raise InputError(
             f"launch.nodes={spec.launch.nodes}: distill run uses one machine; use distill submit, or launch.nodes=1"
         )
-    from distill.execution import preflight  # torch comes with it
+    from distill.execution import devices, preflight  # torch comes with it
 
     if here:
-        from distill.execution import stages
+        from distill.execution import devices
 
-        stages.place(spec.launch)
+        devices.place(spec.launch)
     return preflight.check(resolved, store)
 
 

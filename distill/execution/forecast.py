@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from distill.core.errors import InputError
-from distill.execution import stages
+from distill.execution import devices
 from distill.execution.preflight import Ready, Student
 from distill.flow.draws import sample_noise
 from distill.flow.times import uniform_grid
@@ -44,7 +44,7 @@ def forecast(ready: Ready, *, here: bool) -> dict[str, StageCost]:
     A stage is left out where its networks are not known yet.
     """
     spec = ready.resolved.spec
-    work = _Forecast(ready, stages.place(spec.launch) if here else torch.device("cpu"))
+    work = _Forecast(ready, devices.place(spec.launch) if here else torch.device("cpu"))
     found = {}
     for name, stage in spec.stages.items():
         try:

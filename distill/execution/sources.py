@@ -1,7 +1,8 @@
 """What a stage computes from: its teacher, the paths to solve, the batches to train on."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,6 @@ from distill.pairs.paths import Real
 from distill.protocols import Batch, Codec, Cond, Conditioning, Source
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths
-from distill.spec import pairspec
 from distill.spec.model import (
     OF_DATA,
     CheckpointTeacher,
@@ -39,6 +39,7 @@ from distill.spec.model import (
 from distill.spec.resolved import Resolved
 from distill.students import step_times
 from distill.teachers import LoadedTeacher
+from distill.teachers.dispatching import dispatched
 from distill.training.world import ALONE, World
 
 Exact = Callable[[int, Sequence[int]], Tensor]  # (seed, indices) -> samples
@@ -55,6 +56,8 @@ class Inputs:
     """the spec's own teacher, where it is known in closed form: it stands in for data"""
     times: list[float] | None
     """of the states of the pairs it trains on, where all have the same"""
+    places: dict[str, str]
+    """where teacher and data were read, or what they are"""
 
 
 def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, indexed: bool = True) -> Inputs:
@@ -73,7 +76,21 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
     place = run.root if indexed else run.root.parent
     data = load_data(spec.data, spec.seed, place, indexed=indexed) if "data" in needs else None
     times = _times(run, name, stage) if isinstance(stage, TrainStage) else None
-    return Inputs(loaded.get("teacher"), data, loaded.get("own"), times)
+    places = {"data": spec.data.path if isinstance(spec.data, ImagesData | HfData) else spec.data.kind}
+    if (used := given.get("teacher")) is not None:
+        places["teacher"] = used.path if isinstance(used, CheckpointTeacher) else used.kind
+    return Inputs(loaded.get("teacher"), data, loaded.get("own"), times, places)
+
+
+@contextmanager
+def opened(
+    run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, indexed: bool, whole: bool
+) -> Iterator[Inputs]:
+    """`load`, with the teacher on `device`. whole: it must lie there; else it is only called, and may be larger."""
+    inputs = load(run, resolved, name, device if whole else torch.device("cpu"), indexed=indexed)
+    network = None if inputs.teacher is None or whole else inputs.teacher.network
+    with nullcontext() if network is None else dispatched(network, device, run.stage(name).root / "offload"):
+        yield inputs
 
 
 def _times(run: RunPaths, name: str, stage: TrainStage) -> list[float] | None:
@@ -132,8 +149,11 @@ def _has_own_network(stage: Stage) -> bool:
     return isinstance(stage, TrainStage) and stage.network is not None
 
 
-def refuse_different(run: RunPaths, spec: RunSpec, stage: TrainStage, inputs: Mapping[str, str], world: World) -> None:
-    """RunError where a rank has read other inputs than rank 0, by their digests; all ranks must call this."""
+def refuse_different(inputs: Mapping[str, str], places: Mapping[str, str], world: World) -> None:
+    """RunError where a rank has read other inputs than rank 0; all ranks must call this.
+
+    inputs: digests, by name. places: where each was read.
+    """
     if world.size == 1 or not inputs:
         return
     ours = torch.tensor([list(hashlib.sha256(digest.encode()).digest()) for digest in inputs.values()])
@@ -141,12 +161,6 @@ def refuse_different(run: RunPaths, spec: RunSpec, stage: TrainStage, inputs: Ma
     with world.contact("comparing inputs"):
         world.share([first])
     other = world.meet("after comparing inputs", *(ours != first).any(1).tolist())
-    places = {"data": spec.data.path if isinstance(spec.data, ImagesData | HfData) else spec.data.kind}
-    if stage.teacher is not None:
-        places["teacher"] = str(run.student(stage.teacher))
-    elif spec.teacher is not None:
-        places["teacher"] = spec.teacher.path if isinstance(spec.teacher, CheckpointTeacher) else spec.teacher.kind
-    places["init"] = places.get("teacher", "") if stage.init is None else str(run.student(stage.init))
     different = [f"{name} ({places[name]})" for name, is_other in zip(inputs, other, strict=True) if is_other]
     if different:
         raise RunError(
@@ -157,9 +171,7 @@ def refuse_different(run: RunPaths, spec: RunSpec, stage: TrainStage, inputs: Ma
 
 def batches(
     run: RunPaths,
-    spec: RunSpec,
     stage: TrainStage,
-    inputs: Mapping[str, str],
     *,
     seed: int,
     data: DataSet | None,
@@ -170,10 +182,8 @@ def batches(
 ) -> tuple[Source, dict[str, str]]:
     """Where the batches of a train stage come from, and the digests of its pairs; every rank must call this.
 
-    data: what is real in the batches, pixels for `codec`. conditioning: of the networks that are trained. inputs:
-    digests of what this rank has read, which must be the same on all ranks of `world`.
+    data: what is real in the batches, pixels for `codec`. conditioning: of the networks that are trained.
     """
-    refuse_different(run, spec, stage, inputs, world)
     labels = conditioning.count is not None
     real = (
         None
@@ -183,7 +193,7 @@ def batches(
     if not stage.pair_shares:
         assert real is not None, "checks.check lets no such stage through"
         return real, {}
-    counts = pairspec.parts(stage.batch_size, list(stage.pair_shares.values()))
+    counts = stage.rows_of_pairs
     folders = [run.stage(name).pairs for name in stage.pair_shares]
     sets = [pairs.PairSet.open(folder, teacher_digest, world.rank, world.size) for folder in folders]
     world.meet("after the checksums of the pairs")  # each rank has compared a part of them

@@ -3,7 +3,8 @@
 What evaluates is imported where it is used: the libraries of its metrics take seconds, which every rank would spend.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from distill.core.text import one_line
 from distill.data import DataSet, update_index
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
-from distill.execution import preflight, sources
+from distill.execution import devices, preflight, sources
 from distill.flow.codecs import PIXELS
 from distill.flow.draws import key
 from distill.flow.fields import Counted
@@ -28,7 +29,7 @@ from distill.runs import results
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths, append_event
 from distill.spec import evalspec, pairspec, resolved
-from distill.spec.model import CheckpointTeacher, EvaluateStage, LaunchSpec, PairsStage, RunSpec, TrainStage
+from distill.spec.model import CheckpointTeacher, EvaluateStage, PairsStage, RunSpec, TrainStage
 from distill.spec.resolved import Resolved
 from distill.students import loaded
 from distill.students.exporting import export
@@ -65,9 +66,14 @@ class Work:
         """Every stage draws from a stream of its own."""
         return key(self.spec.seed, self.name)
 
-    def inputs(self, device: torch.device | None = None, *, indexed: bool = True) -> sources.Inputs:
-        """What the stage computes from. device: of its teacher; None: that of the stage. indexed: as of `load_data`."""
-        return sources.load(self.run, self.resolved, self.name, device or self.device, indexed=indexed)
+    @contextmanager
+    def inputs(self, device: torch.device | None = None, *, indexed: bool = True) -> Iterator[sources.Inputs]:
+        """What the stage computes from. device: where its teacher must lie whole; None: it is called on the stage's
+        device, and may be larger than that. indexed: as of `load_data`.
+        """
+        where, whole = device or self.device, device is not None
+        with sources.opened(self.run, self.resolved, self.name, where, indexed=indexed, whole=whole) as inputs:
+            yield inputs
 
     def progress(self, total: int, unit: str) -> Progress:
         return Progress(self.name, total, unit, self.run if self.world.first and self.part is None else None)
@@ -88,7 +94,7 @@ def run(
     Of several ranks, which train together, the first writes. measure: each rank notes what training takes of memory.
     part: (i, n), of a pairs stage, its shards i, i + n, ... alone; then it is not done yet, and no event is written.
     """
-    device, saved = place(spec.launch), "nothing had begun"
+    device, saved = devices.place(spec.launch), "nothing had begun"
     found = resolved.of_run(spec, paths.root)
     if any(found.reads_images(name) and not paths.stage(name).done.exists() for name in names):
         world.alone("index of the data", partial(update_index, spec.data, paths.root.parent, paths.root))
@@ -123,24 +129,6 @@ def run(
             append_event(paths, "stage done", stage=name)
 
 
-def place(launch: LaunchSpec) -> torch.device:
-    """The device of this process; its CPU threads are those of OMP_NUM_THREADS, which the launcher sets."""
-    if launch.threads is not None:
-        torch.set_num_threads(launch.threads)
-    if launch.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("launch.device=cuda, but torch sees no GPU here; use launch.device=auto or cpu")
-    if launch.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    if launch.procs > (found := torch.cuda.device_count()):
-        raise InputError(
-            f"launch.procs={launch.procs}, but there are {found} GPUs here, one for each process; give fewer"
-        )
-    # Same numbers from the same spec: fp32 means fp32, and no kernel is chosen by timing or sums in a varying order.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
-    return torch.device("cuda")
-
-
 def _teacher_name(spec: RunSpec, stage: TrainStage) -> str:
     """For the model card: which teacher, without the places of this machine."""
     if stage.teacher is not None:
@@ -164,20 +152,24 @@ class PreparedTraining:
     times: list[float] | None  # of the states of its pairs, if all have the same
     data: DataSet | None  # real data of the batches
     inputs: dict[str, str]  # digests
+    places: dict[str, str]  # of the same, where they were read
     calls: Counted | None  # of the teacher by the recipe, where they are counted
 
 
 def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTraining:
     """device: of the teacher, and of weights that start as its."""
-    asked, inputs = work.resolved.recipes[work.name], work.inputs(device)
-    teacher, data = inputs.teacher, inputs.data
+    asked = work.resolved.recipes[work.name]
+    with work.inputs(device) as inputs:
+        teacher, data = inputs.teacher, inputs.data
     if teacher is not None:
         teacher = teacher_on_linear_path(teacher)
-    origin = loaded.load_student(work.run.student(stage.init), device) if stage.init is not None else teacher
-    init = preflight.start(stage, asked, teacher, origin, data, work.seed)
+    place = None if stage.init is None else work.run.student(stage.init)
+    origin = teacher if place is None else loaded.load_student(place, device)
     calls = Counted(teacher.field) if teacher is not None and work.measure else None
     called = teacher if teacher is None or calls is None else replace(teacher, field=calls)
     recipe = asked.module.Recipe(asked.config, called)
+    t_grids = preflight.t_grids(work.spec, work.name, recipe, inputs.times)
+    init = preflight.start(stage, asked, teacher, origin, data, work.seed)
     card = StudentCard(
         name=work.name,
         recipe=stage.recipe,
@@ -189,7 +181,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
         license="" if teacher is None else teacher.license,
         kind=asked.config.student,
         sampler=recipe.sampler,
-        t_grids=preflight.t_grids(work.spec, work.name, recipe, inputs.times),
+        t_grids=t_grids,
         shape=init.shape,
         num_classes=init.num_classes,
         null_class=init.null_class,
@@ -200,7 +192,8 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
     )
     read = {"teacher": teacher, "init": origin, "data": data}
     digests = {name: each.digest for name, each in read.items() if each is not None}
-    return PreparedTraining(recipe, teacher, init, card, inputs.times, data, digests, calls)
+    places = {"init": inputs.places.get("teacher", "") if place is None else str(place), **inputs.places}
+    return PreparedTraining(recipe, teacher, init, card, inputs.times, data, digests, places, calls)
 
 
 def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -> float:
@@ -220,11 +213,10 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
     probe = memory.Probe(sharding, work.world.size) if work.measure else None
     if work.world.first and training.times is not None:
         write_json(work.run.stage(work.name).times, training.times)  # an export needs them when the pairs are deleted
+    sources.refuse_different(training.inputs, training.places, work.world)
     source, digests = sources.batches(
         work.run,
-        work.spec,
         stage,
-        training.inputs,
         seed=work.seed,
         data=training.data,
         conditioning=training.init.conditioning,
@@ -266,22 +258,22 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
 
 def _micro_batch(work: Work, stage: TrainStage, training: PreparedTraining, source: Source) -> int:
     """Samples per forward pass of this process, the same on all ranks."""
-    launch, share = work.spec.launch, stage.batch_size // work.world.size
+    launch = work.spec.launch
     if launch.micro_batch != "auto":
-        return launch.micro_batch or share
+        return launch.micro_batch or stage.batch_size // work.world.size
     asked = work.resolved.recipes[work.name]
-    fits = partial(
-        micro_batch.fits,
+    return micro_batch.largest(
+        work.run.stage(work.name).micro_batch,
         lambda: asked.module.Recipe(asked.config, training.teacher),
         training.init,
         source,
         stage,
+        rows_together=asked.rows_together,
         seed=work.seed,
         device=work.device,
         world=work.world,
         recompute=launch.activation_checkpointing,
     )
-    return micro_batch.choose(work.run.stage(work.name).micro_batch, share, asked.rows_together, work.world, fits)
 
 
 def _measure(probe: memory.Probe, progress: Progress, stage: TrainStage, roles: Roles) -> None:
@@ -354,17 +346,19 @@ def _export(
     export(merged(role, student), folder, training.card.model_copy(update={"weights": weights, "images": images}))
 
 
-def solving(work: Work, *, indexed: bool = True) -> sources.Solving:
+@contextmanager
+def solving(work: Work, *, indexed: bool = True) -> Iterator[sources.Solving]:
     """A pairs stage, whose teacher is there, with all that its paths depend on. indexed: as of `load_data`."""
     stage = work.spec.stages[work.name]
     assert isinstance(stage, PairsStage)
-    return sources.Solving.of_run(work.run, stage, work.inputs(indexed=indexed), work.seed, work.device)
+    with work.inputs(indexed=indexed) as inputs:
+        yield sources.Solving.of_run(work.run, stage, inputs, work.seed, work.device)
 
 
 def _pairs(work: Work, stage: PairsStage) -> dict[str, object]:
     folder = work.run.stage(work.name).pairs
-    with work.progress(pairspec.size(stage, work.part), "pairs") as progress:
-        solving(work).generate(folder, progress, work.stop, work.part)
+    with work.progress(pairspec.size(stage, work.part), "pairs") as progress, solving(work) as solved:
+        solved.generate(folder, progress, work.stop, work.part)
     return {"count": stage.count, "pairs": str(folder)}
 
 
@@ -372,8 +366,7 @@ def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
     from distill.evaluation import measuring, report_page
     from distill.reports import rounds_table
 
-    with work.progress(evalspec.num_samples(stage), "samples") as progress:
-        inputs = work.inputs()
+    with work.progress(evalspec.num_samples(stage), "samples") as progress, work.inputs() as inputs:
         found = measuring.evaluate(
             work.run,
             work.name,

@@ -38,6 +38,7 @@ class FieldOde:
         return self.field.interpolant.split(x, self.velocity(x, t), _times_of(x, t))[0].to(x.dtype)
 
     def path(self, t: float) -> tuple[float, float]:
+        """alpha and sigma at t."""
         c = self.field.interpolant.path(torch.tensor([t], dtype=torch.float64))
         return c.alpha.item(), c.sigma.item()
 

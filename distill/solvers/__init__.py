@@ -1,8 +1,8 @@
 """Solvers of the teacher's ODE dx/dt = v(x, t), one a file; a package that is installed may bring more.
 
 A solver is a module: a file here, or an entry point of the group `distill.solvers`, under the name that specs use. It
-does arithmetic on tensors that it is given, so that it does without torch: what plans a run asks it for its cost. Its
-parts:
+does arithmetic on the tensors that it is given. If it needs torch, it imports it inside a function: commands that only
+plan a run ask it for its cost, where torch may not be installed. Its parts:
 
     ORDER = 2               of convergence
     IS_REFERENCE = True     whether its end point is accurate enough to count as the teacher's own

@@ -1,8 +1,7 @@
-"""What samplers and kinds of student there are, the facts of each that need no tensors, and names of solvers.
+"""What samplers and kinds of student there are and the facts of each that need no tensors; fields that hold a name.
 
-The code of samplers and students is in `students.samplers` and `networks`, under the same names; a solver is one file
-of `distill.solvers`. Whoever asks what a sampler costs, or whether a solver can go from data to noise, asks here: no
-other place compares names.
+The code of samplers and students is in `students.samplers` and `networks`, under the same names. A solver's facts stand
+in its own file, in `distill.solvers`. No other place compares names.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -82,7 +81,11 @@ def inverting_solvers() -> list[str]:
 
 def reference_solvers() -> list[str]:
     """Solvers whose end point can count as the teacher's own."""
-    return [name for name in solver_names() if find_solver(name).is_reference]
+    return [name for name in solver_names() if _is_reference(name)]
+
+
+def _is_reference(name: str) -> bool:
+    return name in solver_names() and find_solver(name).is_reference
 
 
 def network_calls(sampler: str, steps: int) -> int:
@@ -108,6 +111,8 @@ class OneOf:
     """
 
     names: Callable[[], Iterable[str]]
+    fits: Callable[[str], bool] | None = None
+    """whether a name is one of them, where that can be told without reading all of them"""
 
     def __get_pydantic_core_schema__(self, source: type, handler: GetCoreSchemaHandler) -> CoreSchema:
         return no_info_after_validator_function(self._checked, handler(source))
@@ -116,14 +121,13 @@ class OneOf:
         return {"enum": list(self.names())}
 
     def _checked(self, name: str) -> str:
-        valid = list(self.names())
-        if name not in valid:
-            expected = either(f"'{each}'" for each in valid)
+        if not (name in self.names() if self.fits is None else self.fits(name)):
+            expected = either(f"'{each}'" for each in self.names())
             raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
         return name
 
 
 SolverName = Annotated[str, OneOf(solver_names)]
-ReferenceName = Annotated[str, OneOf(reference_solvers)]
+ReferenceName = Annotated[str, OneOf(reference_solvers, _is_reference)]
 SamplerName = Annotated[str, OneOf(lambda: SAMPLERS)]
 StudentName = Annotated[str, OneOf(lambda: STUDENTS)]

@@ -35,6 +35,7 @@ from distill.core.field_types import (
     Steps,
 )
 from distill.solvers import find_solver
+from distill.spec.apportion import rows_by_share
 from distill.spec.dataspec import DataSpec, DigitsData, HfData, ImageOptions, ImagesData, MnistData, NoData  # noqa: F401  (they are parts of the spec)
 from distill.spec.kinds import ReferenceName, SolverName, per_velocity
 
@@ -202,6 +203,11 @@ class TrainStage(FrozenModel):
         if self.pairs is None:
             return {}
         return {self.pairs: 1.0} if isinstance(self.pairs, str) else dict(self.pairs)
+
+    @property
+    def rows_of_pairs(self) -> list[int]:
+        """How many rows of a batch each of these stages gives. InputError if one of them would give none."""
+        return rows_by_share(self.batch_size, list(self.pair_shares.values()))
 
 
 class PairsStage(FrozenModel):

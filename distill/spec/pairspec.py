@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from distill.core.errors import InputError
 from distill.core.field_types import MAX_SHARDS
 from distill.solvers import find_solver
+from distill.spec.apportion import rows_by_share
 from distill.spec.kinds import either, inverting_solvers
 from distill.spec.model import WITH_STATES, PairsStage, RunSpec, TrainStage, is_path
 
@@ -159,20 +160,6 @@ def _times(stage: PairsStage, prefix: str) -> Iterator[str]:
         )
 
 
-def parts(batch_size: int, shares: Sequence[float]) -> list[int]:
-    """How many rows of a batch each source gives: as near to its share as whole rows come, at least one."""
-    counts = [int(batch_size * share) for share in shares]
-    by_rest = sorted(range(len(shares)), key=lambda i: counts[i] - batch_size * shares[i])
-    for i in by_rest[: batch_size - sum(counts)]:
-        counts[i] += 1
-    if min(counts) < 1:
-        raise InputError(
-            f"a part of {min(shares):g} of batch_size={batch_size} is less than one pair; use a larger batch or "
-            "other parts"
-        )
-    return counts
-
-
 def of_training(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: str) -> Iterator[str]:
     """Whether the pairs of a train stage are its teacher's, of the kind that its recipe takes, in parts that add up."""
     shares, found = stage.pair_shares, []
@@ -181,7 +168,7 @@ def of_training(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: 
         yield f"{where}: the parts {{{given}}} must be above 0 and add up to 1"
     else:
         try:
-            parts(stage.batch_size, list(shares.values()))
+            rows_by_share(stage.batch_size, list(shares.values()))
         except InputError as error:
             yield f"{where}: {error}"
     for name in shares:

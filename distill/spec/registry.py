@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import json
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -193,12 +194,13 @@ def _refuse_shared(name: str, path: Path) -> None:
     except (SyntaxError, ValueError):
         return  # its import says so
     for node in ast.walk(tree):
-        parts = node.module.split(".") if isinstance(node, ast.ImportFrom) and node.module else []
-        if isinstance(node, ast.ImportFrom) and parts[:1] == ["recipes"]:
-            shared = [each for each in [*parts, *(alias.name for alias in node.names)] if each.startswith("_")]
-            if shared:
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
+        package = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+        for imported in (package + alias.name for alias in node.names):
+            if re.match(r"recipes\.(\w+\.)*_", imported):
                 raise InputError(
-                    f"recipe '{name}' ({path}, line {node.lineno}): {shared[0]} is for the recipes of its folder only, "
+                    f"recipe '{name}' ({path}, line {node.lineno}): {imported} is for the recipes of its folder only, "
                     "and may change with them; copy what you need of it into your file"
                 )
 

@@ -2,6 +2,9 @@
 
 (seed, step) is the whole state besides the tensors in the checkpoint, so a run that is killed and started again
 ends in the same bits.
+
+accelerate's `Accelerator` is not used here: it serves one engine of DeepSpeed, where a recipe may train several
+networks, and without a GPU it leaves every rank believing that it is alone unless it is given the backend.
 """
 
 import math

@@ -6,6 +6,7 @@ waiting. Then all ranks meet, and if one of them failed, all go on to a smaller 
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -87,6 +88,24 @@ def choose(path: Path, share: int, rows_together: int, world: World, fits: Calla
         "keeping the micro-batch", lambda: write_json(path, Chosen(micro_batch=found, share=share).model_dump())
     )
     return found
+
+
+def largest(
+    path: Path,
+    recipe: Callable[[], Recipe],
+    init: Init,
+    source: Source,
+    stage: TrainStage,
+    *,
+    rows_together: int,
+    seed: int,
+    device: torch.device,
+    world: World,
+    recompute: bool,
+) -> int:
+    """`choose`, among what this stage trains."""
+    tried = partial(fits, recipe, init, source, stage, seed=seed, device=device, world=world, recompute=recompute)
+    return choose(path, stage.batch_size // world.size, rows_together, world, tried)
 
 
 def _kept(path: Path, share: int, rows_together: int) -> int | None:

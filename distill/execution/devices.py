@@ -1,0 +1,24 @@
+"""The device that a process computes on."""
+
+import torch
+
+from distill.core.errors import InputError
+from distill.spec.model import LaunchSpec
+
+
+def place(launch: LaunchSpec) -> torch.device:
+    """The device of this process; its CPU threads are those of OMP_NUM_THREADS, which the launcher sets."""
+    if launch.threads is not None:
+        torch.set_num_threads(launch.threads)
+    if launch.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("launch.device=cuda, but torch sees no GPU here; use launch.device=auto or cpu")
+    if launch.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if launch.procs > (found := torch.cuda.device_count()):
+        raise InputError(
+            f"launch.procs={launch.procs}, but there are {found} GPUs here, one for each process; give fewer"
+        )
+    # Same numbers from the same spec: fp32 means fp32, and no kernel is chosen by timing or sums in a varying order.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    return torch.device("cuda")
