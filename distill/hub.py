@@ -1,4 +1,4 @@
-"""The Hugging Face hub: which commit a name stands for, how large its files are, and why it cannot be had."""
+"""The Hugging Face hub: which commit a name refers to, how large its files are, and why it cannot be downloaded."""
 
 import re
 from dataclasses import dataclass
@@ -24,11 +24,11 @@ class File:
 
     name: str
     bytes: int
-    cached: bool  # it lies in the library's cache already
+    cached: bool  # it is in the library's cache already
 
 
 def commit(kind: Kind, name: str, revision: str | None) -> str:
-    """What a branch or tag, or by default the main branch, stands for now; a commit is itself, without a request."""
+    """The commit of a branch or tag, by default of the main branch; a commit is returned without a request."""
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     return str(HfApi().repo_info(name, repo_type=kind, revision=revision).sha)

@@ -125,7 +125,7 @@ FIELDS = {
     ),
     "unknown half-life": (
         ["stages.teach.export=9000.5"],
-        SPEC + f"stages.teach.export: 9000.5 is none of ema_half_lives; valid: raw, {HALVES}",
+        SPEC + f"stages.teach.export: 9000.5 is not one of ema_half_lives; valid: raw, {HALVES}",
     ),
     "needs data": (
         ["data={kind: none}"],
@@ -160,7 +160,7 @@ def test_several_mistakes_come_at_once(capfd, tmp_path):
 # --- files: `distill run s.yaml` ---
 
 FILES = {
-    "empty": ("", "s.yaml: empty; `distill init` lists the presets to begin with"),
+    "empty": ("", "s.yaml: empty; `distill init` lists the presets to start from"),
     "a list": ("- 1\n", "s.yaml: holds [1], not a spec; a spec has name and stages"),
     "not YAML": ("name: [1\n", "s.yaml: not YAML: line 2, column 1: did not find expected ',' or ']'"),
     "a key twice": ("name: a\nstages: {}\nname: b\n", "s.yaml: line 3: key 'name' stands twice"),
@@ -170,7 +170,7 @@ FILES = {
         "s.yaml: name: 3 given; must be text (in quotes if it looks like a number)",
     ),
     "no stages": ("name: a\n", "s.yaml: stages: missing (in the order in which they run)"),
-    "not text": ("name: \0", "s.yaml: not YAML: character 0x0 cannot stand in it"),
+    "not text": ("name: \0", "s.yaml: not YAML: character 0x0 is not allowed"),
 }  # fmt: skip
 
 
@@ -197,12 +197,12 @@ COMMANDS = {
     ),
     "change instead of a spec": (
         ["run", "seed=1"],
-        "'seed=1' stands where the spec is expected; write: distill run SPEC seed=1",
+        "'seed=1' is in the place of the spec; write: distill run SPEC seed=1",
     ),
     "a folder": (["run", "."], "there is no spec file and no preset '.'; valid: " + PRESETS),
     "nothing to resume": (
         ["run", "digits", "--resume"],
-        "there is no run 'digits' in runs to go on with; leave --resume out to start it",
+        "there is no run 'digits' in runs to resume; start it without --resume",
     ),
     "no such run": (
         ["show", "one"],
@@ -290,7 +290,7 @@ def test_the_store_is_a_file(capfd, tmp_path):
 
 def test_the_store_lies_below_a_file(capfd, tmp_path):
     (tmp_path / "file").touch()
-    said = "cannot make a run in the store file/runs: Not a directory; choose another by --store"
+    said = "cannot make a run in the store file/runs: Not a directory; choose another with --store"
     refuse(capfd, tmp_path, ["run", "digits", "--store", "file/runs"], said)
 
 
@@ -299,21 +299,21 @@ def test_the_store_cannot_be_written(capfd, tmp_path):
     done = command(capfd, "run", "digits", "--store", "/proc/sys/runs")
     assert done.code == 2
     assert done.err.startswith("error: cannot make a run in the store /proc/sys/runs: ")
-    assert done.err.endswith("; choose another by --store\n")
+    assert done.err.endswith("; choose another with --store\n")
 
 
 def test_a_run_name_in_use(capfd, tmp_path):
     make_run(tmp_path / "runs")
-    said = "there is a run 'one' in {tmp}/runs already; go on with it by --resume, or start another by --name OTHER"
+    said = "there is a run 'one' in {tmp}/runs already; resume it with --resume, or start another with --name OTHER"
     refuse(capfd, tmp_path, ["run", "digits", "--name", "one"], said)
 
 
 def test_resume_with_a_changed_spec(capfd, tmp_path):
     make_run(tmp_path / "runs")
     said = (
-        "run 'one' cannot go on with a changed spec (only launch may change):\n"
+        "run 'one' cannot be resumed with a changed spec (only launch may change):\n"
         f"  seed: 0 -> 3\n  stages.pairs.count: {PAIRS.count} -> 100\n"
-        "start another run by --name OTHER, or undo the change"
+        "start another run with --name OTHER, or undo the change"
     )
     changes = ["seed=3", "stages.pairs.count=100"]
     refuse(capfd, tmp_path, ["run", "one", *changes, "--resume"], said)
@@ -354,8 +354,8 @@ def test_resume_with_a_changed_recipe(capfd, tmp_path):
     shutil.copy(run.spec, tmp_path / "s.yaml")
     (tmp_path / "mine.py").write_text(text + "\n")
     said = (
-        "run 'one' cannot go on with a changed spec (only launch may change):\n"
-        "  recipe ./mine.py: its file has changed\nstart another run by --name OTHER, or undo the change"
+        "run 'one' cannot be resumed with a changed spec (only launch may change):\n"
+        "  recipe ./mine.py: its file has changed\nstart another run with --name OTHER, or undo the change"
     )
     refuse(capfd, tmp_path, ["run", "s.yaml", "--resume"], said)
 
@@ -396,7 +396,7 @@ def test_export_of_what_is_not_there(capfd, tmp_path):
     for arguments, said in [
         ([], "run 'one' has 3 train stages; name one: teach, reflow, one_step"),
         (["reflw"], "run 'one' has no train stage 'reflw'; did you mean 'reflow'? valid: one_step, reflow, teach"),
-        (["teach", "--half-life", "5"], f"--half-life 5 is none of the stage's; valid: {HALVES}"),
+        (["teach", "--half-life", "5"], f"--half-life 5 is not one of the stage's; valid: {HALVES}"),
         (["teach", "--half-life", f"{TEACH.ema_half_lives[0]:g}", "--raw"], "--raw and --half-life exclude each other"),
         (["reflow"], "the checkpoints of 'reflow' were deleted; what was exported is runs/one/students/reflow"),
         (["teach"], "stage 'teach' of run 'one' has no checkpoint yet; wait for the first one"),
@@ -465,7 +465,7 @@ CHECKPOINTS = {
     "weights that are no numbers": (
         not_finite,
         [],
-        "{tmp}/teacher/diffusion_pytorch_model.safetensors holds NaN or infinity in conv_in.bias; give sound weights",
+        "{tmp}/teacher/diffusion_pytorch_model.safetensors holds NaN or infinity in conv_in.bias; give valid weights",
     ),
     "no config": (
         no_config,

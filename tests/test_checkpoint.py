@@ -336,7 +336,9 @@ def test_a_disk_that_fails_while_room_is_looked_for_is_one_message(tmp_path, mon
 def test_room_is_looked_for_before_training_and_before_each_save(tmp_path, monkeypatch):
     left = 1000
     monkeypatch.setattr("distill.core.space.free", lambda folder: left)
-    with pytest.raises(RunError, match=r"no room for 3 checkpoints: \d+\.\d [kM]B needed, but 1.0 kB are free for"):
+    with pytest.raises(
+        RunError, match=r"not enough disk space for 3 checkpoints: \d+\.\d [kM]B needed, but 1.0 kB are free for"
+    ):
         train(tmp_path, checkpoint={"images": 16, "minutes": None, "keep": 2})
     assert not (tmp_path / "stages/train/checkpoints").exists()
     saver = make(tmp_path)

@@ -393,7 +393,7 @@ def test_what_is_not_supported_says_what_is(tmp_path):
     edit(config, class_embed_type=None, sample_size=None)
     refused(folder, "sample_size=None, in_channels=1", prediction="sample")
     edit(config, time_embedding_type="learned")
-    refused(folder, "time_embedding_type learned knows whole steps only")
+    refused(folder, "time_embedding_type learned supports whole steps only")
     edit(config, _class_name="UNet2DConditionModel")
     refused(folder, "network class UNet2DConditionModel is not supported", "valid: UNet2DModel, VelocityMLP")
     config.write_text("{")

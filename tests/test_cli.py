@@ -141,7 +141,7 @@ def test_init_writes_a_spec_that_is_the_preset(capfd, tmp_path):
         assert written.spec.digest() == specfile.load(presets.find(name)).spec.digest()
         assert (tmp_path / f"{name}.yaml").read_text().startswith(f"# distill run {name}.yaml\n# ")
     done = command(capfd, "init", "digits")
-    assert (done.code, done.err) == (2, "error: digits.yaml exists already; name another file by --out\n")
+    assert (done.code, done.err) == (2, "error: digits.yaml exists already; name another file with --out\n")
     assert command(capfd, "init", "digits", "--out", "other.yaml").code == 0
 
 
@@ -394,7 +394,7 @@ def test_a_damaged_quickstart_is_named_and_passed_over(tmp_path, capfd):
     paths, unfinished = work.choose_quickstart(store)
     assert (paths.name, unfinished) == ("quickstart-3", None)
     first, second = capfd.readouterr().err.splitlines()
-    said = "is damaged, and passed over: "
+    said = "is damaged and skipped: "
     assert first.startswith(
         f"warning: run 'quickstart' {said}{store}/quickstart/spec.yaml: not YAML: line 2, column 1: "
     )

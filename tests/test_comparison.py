@@ -330,7 +330,7 @@ UNFIT = {
     "nothing distilled": (
         {"solve": None, "flow": None},
         None,
-        "spec 'x' distils by no recipe; name some by --recipes, like reflow,one_step",
+        "spec 'x' has no distillation recipe; name some with --recipes, like reflow,one_step",
     ),
     "nothing to be like": (
         {"solve": None, "flow": None},
@@ -347,7 +347,7 @@ UNFIT = {
     "a name that is taken": (
         {"one_step": PAIRS},
         ["one_step"],
-        "stages.one_step: the comparison makes a stage of that name; name this one otherwise",
+        "stages.one_step: the comparison makes a stage of that name; give this one another name",
     ),
     "no teacher needed": (
         {},
@@ -416,7 +416,7 @@ def test_a_copy_with_a_name_that_is_taken():
     with pytest.raises(InputError) as caught:
         comparison.plan(resolve(specfile.validate(content, "f"), specfile.Path()), None)
     assert str(caught.value) == (
-        "stages.one_step-reflow: the comparison makes a stage of that name; name this one otherwise"
+        "stages.one_step-reflow: the comparison makes a stage of that name; give this one another name"
     )
 
 
@@ -489,7 +489,7 @@ REFUSED = {
     ),
     "nothing to go on with": (
         ["digits", "--resume"],
-        "there is no run 'digits' in runs to go on with; leave --resume out to start it",
+        "there is no run 'digits' in runs to resume; start it without --resume",
     ),
     "neither new nor old": (
         ["digits", "--resume", "--dry-run"],
@@ -497,11 +497,11 @@ REFUSED = {
     ),
     "taken": (
         ["digits", "--budget", "1", "--name", "one"],
-        "there is a run 'one' in {store} already; go on with it by --resume, or start another by --name OTHER",
+        "there is a run 'one' in {store} already; resume it with --resume, or start another with --name OTHER",
     ),
     "no comparison": (
         ["one", "--resume"],
-        "run 'one' is no comparison; go on with it by: distill run runs/one --resume",
+        "run 'one' is not a comparison; resume it with: distill run runs/one --resume",
     ),
     "a budget for a run": (
         ["two", "--resume", "--budget", "1"],
@@ -513,21 +513,21 @@ REFUSED = {
     ),
     "another budget": (
         ["digits", "--resume", "--budget", "2", "--name", "two"],
-        "--budget 2: run 'two' gives each recipe 1.5 minutes; leave it out, or start another by --name OTHER",
+        "--budget 2: run 'two' gives each recipe 1.5 minutes; leave it out, or start another with --name OTHER",
     ),
     "other recipes": (
         ["digits", "--resume", "--recipes", "one_step", "--name", "two"],
-        "run 'two' compares reflow, not one_step; name the same recipes, or start another by --name OTHER",
+        "run 'two' compares reflow, not one_step; name the same recipes, or start another with --name OTHER",
     ),
     "another spec": (
         ["digits", "--resume", "--recipes", "reflow", "--name", "two", "seed=5"],
-        "run 'two' cannot go on with a changed spec (only launch may change):\n  seed: 0 -> 5\nstart another run by "
-        "--name OTHER, or undo the change",
+        "run 'two' cannot be resumed with a changed spec (only launch may change):\n  seed: 0 -> 5\nstart another run "
+        "with --name OTHER, or undo the change",
     ),
     "another chain": (
         ["./two.yaml", "--resume", "--recipes", "reflow", "--name", "two"],
-        "run 'two' cannot go on with a changed spec: 'reflow' is trained by reflow there, by before, reflow here; undo "
-        "the change, or start another by --name OTHER",
+        "run 'two' cannot be resumed with a changed spec: 'reflow' is trained by reflow there, by before, reflow here; "
+        "undo the change, or start another with --name OTHER",
     ),
 }  # fmt: skip
 

@@ -246,7 +246,9 @@ def test_a_non_finite_loss_stops_before_the_optimizer_moves(tmp_path, kind):
     recipe, source = Faulty(), Ring(fault=3 if kind == "data" else None)
     values = {"data": "loss nan, gradient norm nan", "gradient": r"loss \d\.\d+, gradient norm nan"}[kind]
     last = tmp_path / "stages/train/checkpoints/step-00000003"
-    message = rf"step 3, turn 0, network 'student': {values}; its weights did not move; last good checkpoint: {last}"
+    message = (
+        rf"step 3, turn 0, network 'student': {values}; its weights were not changed; last good checkpoint: {last}"
+    )
     with pytest.raises(RunError, match=message):
         train(tmp_path, recipe, source, micro_batch=8)
     after = {k: v for k, v in recipe.student.state_dict().items() if k != "calls"}
@@ -496,7 +498,7 @@ def test_progress_says_losses_and_rate(tmp_path, capsys):
 def test_settings_of_a_resume_may_not_change(tmp_path):
     train(tmp_path, images=64)
     with pytest.raises(
-        InputError, match=r"trained with other settings: stage\.images was 64, now is 128; give the old"
+        InputError, match=r"trained with other settings: stage\.images was 64, now is 128; restore the old"
     ):
         train(tmp_path, images=128)
     with pytest.raises(

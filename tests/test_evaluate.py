@@ -208,7 +208,7 @@ def test_rows_along_other_times(vector_run):
         go(vector_run, vector_spec(times={"teacher": [[1.0, 0.5, 0.5, 0.0]]}))
     own = card((2,), None).model_copy(update={"t_grids": {1: [1.0, 0.0], 2: [1.0, 0.9, 0.0]}})
     export(one_step_student(), vector_run.student("exact"), own)
-    with pytest.raises(InputError, match="times.exact: this student has times of its own, so others are not for it"):
+    with pytest.raises(InputError, match="times.exact: this student has its own step times; leave other times out"):
         go(vector_run, spec)
     found = go(vector_run, vector_spec(students={"exact": [1]}, teacher_steps=[]))
     assert found.row("exact", 1).straightness is None, "it was never shown the times between its own"

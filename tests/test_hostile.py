@@ -184,7 +184,7 @@ def test_an_index_that_cannot_be_written_is_said(tmp_path, store, student):
     (store / "registry" / "_index.json").unlink()
     (store / "registry" / "_index.json").mkdir()
     said = error_of(put, student, store, "other", error=RunError)
-    assert "Is a directory" in said and "the student is published, but whoever reads this store over http" in said
+    assert "Is a directory" in said and "the student is published, but readers of this store over http" in said
     assert (store / "registry" / "other" / "v1").is_dir()
 
 
@@ -253,7 +253,7 @@ def test_folders_without_end_are_no_student(student):
     for _ in range(20):
         folder /= "a"
         folder.mkdir()
-    assert "16 levels of folders, so it is no student" in error_of(pulling.verify, student)
+    assert "16 levels of folders, so it is not a student" in error_of(pulling.verify, student)
 
 
 # --- what files hold ---
@@ -271,21 +271,21 @@ def shards(name):
 PICKLE = b"\x80\x04\x95" + b"x" * 50
 SHARDS = "unet/diffusion_pytorch_model.safetensors.index.json"
 LIES = {
-    "a pickle as a picture": ("unet/weights.png", PICKLE, "unet/weights.png is no PNG file"),
-    "a pickle behind a picture": ("x.png", PICTURE + PICKLE, "x.png is no PNG file"),
-    "a picture that ends": ("x.png", PICTURE[:-5], "x.png is no PNG file"),
-    "a signature alone": ("x.png", b"\x89PNG\r\n\x1a\n", "x.png is no PNG file"),
-    "a pickle as text": ("x.txt", PICKLE, "x.txt is no UTF-8 text"),
-    "a zero in text": ("x.md", b"a\0b", "x.md is no plain text"),
-    "an escape in text": ("x.txt", b"\x1b[2J", "x.txt is no plain text"),
-    "a pickle as JSON": ("x.json", PICKLE, "x.json is no UTF-8 text"),
-    "JSON in UTF-16": ("x.json", "{}".encode("utf-16"), "x.json is no UTF-8 text"),
+    "a pickle as a picture": ("unet/weights.png", PICKLE, "unet/weights.png is not a PNG file"),
+    "a pickle behind a picture": ("x.png", PICTURE + PICKLE, "x.png is not a PNG file"),
+    "a picture that ends": ("x.png", PICTURE[:-5], "x.png is not a PNG file"),
+    "a signature alone": ("x.png", b"\x89PNG\r\n\x1a\n", "x.png is not a PNG file"),
+    "a pickle as text": ("x.txt", PICKLE, "x.txt is not UTF-8 text"),
+    "a zero in text": ("x.md", b"a\0b", "x.md is not plain text"),
+    "an escape in text": ("x.txt", b"\x1b[2J", "x.txt is not plain text"),
+    "a pickle as JSON": ("x.json", PICKLE, "x.json is not UTF-8 text"),
+    "JSON in UTF-16": ("x.json", "{}".encode("utf-16"), "x.json is not UTF-8 text"),
     "JSON without bottom": ("x.json", b"[" * 100_000, "x.json is not JSON"),
-    "weights without a header": ("x.safetensors", PICKLE, "x.safetensors is no safetensors file"),
-    "half a header": ("x.safetensors", tensors(4096, 0)[:100], "x.safetensors is no safetensors file"),
-    "a header of words": ("x.safetensors", (20).to_bytes(8, "little") + b"{" + b"x" * 19, "no safetensors file"),
-    "more than its tensors": ("x.safetensors", tensors(4096, 0) + PICKLE, "x.safetensors is no safetensors file"),
-    "a header without end": ("x.safetensors", b"\xff" * 8 + b"{}", "x.safetensors is no safetensors file"),
+    "weights without a header": ("x.safetensors", PICKLE, "x.safetensors is not a safetensors file"),
+    "half a header": ("x.safetensors", tensors(4096, 0)[:100], "x.safetensors is not a safetensors file"),
+    "a header of words": ("x.safetensors", (20).to_bytes(8, "little") + b"{" + b"x" * 19, "not a safetensors file"),
+    "more than its tensors": ("x.safetensors", tensors(4096, 0) + PICKLE, "x.safetensors is not a safetensors file"),
+    "a header without end": ("x.safetensors", b"\xff" * 8 + b"{}", "x.safetensors is not a safetensors file"),
     "a shard that is a picture": (SHARDS, shards("weights.png"), f'{SHARDS} names weights in "weights.png"; valid:'),
     "a shard elsewhere": (SHARDS, shards("../x.safetensors"), f'{SHARDS} names weights in "../x.safetensors"; valid:'),
     "a shard that is not listed": (SHARDS, shards("y.safetensors"), 'names weights in "y.safetensors"; valid:'),
@@ -750,8 +750,8 @@ def test_a_full_index_keeps_the_newest_and_says_so(tmp_path, store, capfd, monke
     capfd.readouterr()
     assert [entry.label for entry in published.write_index(store).students] == ["a:v1", "digits:v1"]
     assert capfd.readouterr().err == (
-        f"warning: {store}/registry/_index.json is full: it leaves out the oldest 1 of 2 students, which whoever reads "
-        "this store over http can pull only by NAME:VERSION\n"
+        f"warning: {store}/registry/_index.json is full: it leaves out the oldest 1 of 2 students, which readers "
+        "over http can pull only by NAME:VERSION\n"
     )
     assert [each["name"] for each in json.loads((store / "registry" / "_index.json").read_bytes())["students"]] == ["a"]
 
@@ -833,7 +833,7 @@ def test_the_best_student_is_one_of_the_run(tmp_path, measured):
     assert publishing.choose(chosen.run, None, "best").stage == "one_step"
     for name in ("../../../private/secret", "..", "", "a/b", "a\nb"):
         for place in (chosen.run.stage, chosen.run.student):
-            assert "that is no name of a stage" in error_of(place, name)
+            assert "that is not a stage name" in error_of(place, name)
 
 
 @pytest.mark.parametrize("which", ["step-" + "9" * 5000, "step-\u0663", "step-", "step--1", "x" * 5000])

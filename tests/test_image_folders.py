@@ -90,7 +90,7 @@ def test_a_dataset_json_that_is_none(tmp_path, content):
     assert f"{tmp_path / 'dataset.json'}" in refused(tmp_path)
     (tmp_path / "dataset.json").unlink()
     os.mkfifo(tmp_path / "dataset.json")
-    assert "dataset.json is no file" in refused(tmp_path)
+    assert "dataset.json is not a file" in refused(tmp_path)
 
 
 def test_what_archives_and_systems_leave_behind_is_no_class(tmp_path):
@@ -123,7 +123,7 @@ def test_files_come_in_the_order_of_their_names(tmp_path):
 def test_the_parts_of_a_data_set_are_no_classes(tmp_path, names):
     folder(tmp_path, *(f"{name}/{label}/1.png" for name in names for label in "ab"))
     said = refused(tmp_path)
-    assert f"holds the parts of a data set ({', '.join(names[:2])}), which are no classes" in said
+    assert f"holds the parts of a data set ({', '.join(names[:2])}), which are not classes" in said
     assert f"give one of them: data.path={tmp_path}/{names[0]}" in said
     assert read(tmp_path / names[0])[1:] == ([0, 1], 2)
 
@@ -131,7 +131,7 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path, names):
 def test_the_parts_of_a_data_set_in_the_one_folder_it_was_unpacked_into_are_no_classes(tmp_path):
     folder(tmp_path, *(f"imagenet/{part}/{label}/1.png" for part in ("train", "val") for label in "ab"))
     said = refused(tmp_path)
-    assert f"data.path={tmp_path}/imagenet holds the parts of a data set (train, val), which are no classes" in said
+    assert f"data.path={tmp_path}/imagenet holds the parts of a data set (train, val), which are not classes" in said
     assert f"give one of them: data.path={tmp_path}/imagenet/train" in said
 
 
@@ -145,7 +145,7 @@ def test_the_parts_of_a_data_set_in_the_one_folder_it_was_unpacked_into_are_no_c
 )
 def test_folders_of_a_thousand_images_each_are_no_classes(tmp_path, names, shown):
     said = refused(folder(tmp_path, *names))
-    assert f"{shown} part the images by their numbers, and are no classes; write" in said
+    assert f"{shown} group the images by number and are not classes; write" in said
     (tmp_path / "dataset.json").write_text('{"labels": null}')
     assert read(tmp_path)[1:] == (None, None)
     other = folder(tmp_path / "classes", "00000/00001.png", "00001/00002.png", "00001/img00000003.png")
@@ -286,12 +286,12 @@ def test_what_may_not_be_read_is_named():
         (root / "b").chmod(0)
         assert f"data.path={root}: the folder 'b' cannot be read: Permission denied" in unreadable(root)
         assert f"data.path={root}/b cannot be read: Permission denied" in unreadable(root / "b")
-        assert f"data.path={root}/b/x cannot be looked at: Permission denied" in unreadable(root / "b" / "x")
+        assert f"data.path={root}/b/x cannot be read: Permission denied" in unreadable(root / "b" / "x")
 
 
 def test_a_name_that_is_too_long_is_refused(tmp_path):
     for kind in (ImagesData, HfData):
-        with pytest.raises(InputError, match=r"data.path=x{300} cannot be looked at: File name too long; give another"):
+        with pytest.raises(InputError, match=r"data.path=x{300} cannot be read: File name too long; give another"):
             data.load_data(kind(kind="images" if kind is ImagesData else "hf", path="x" * 400, size=8), 0)
 
 
@@ -374,8 +374,8 @@ def test_lists_of_a_spec_are_sizes_and_colours(tmp_path):
 def test_a_class_that_is_a_dead_link_is_named(tmp_path):
     folder(tmp_path, "a/0.png", "a/1.png")
     (tmp_path / "b").symlink_to(tmp_path / "nowhere")
-    assert refused(tmp_path) == f"data.path={tmp_path}: the link b leads nowhere; repair or remove it"
-    with pytest.raises(InputError, match="the link b leads nowhere"):
+    assert refused(tmp_path) == f"data.path={tmp_path}: the link b is broken; repair or remove it"
+    with pytest.raises(InputError, match="the link b is broken"):
         imagefolder.has_classes(tmp_path)
     (tmp_path / "b").rename(tmp_path / "a" / "b")
-    assert "the link a/b leads nowhere" in refused(tmp_path)
+    assert "the link a/b is broken" in refused(tmp_path)

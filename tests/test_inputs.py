@@ -267,7 +267,7 @@ def test_what_cannot_be_had_is_one_message_and_leaves_nothing(tmp_path):
     for line, start in zip(refused, said, strict=True):
         assert line.startswith(start)
     assert "TB are free" in refused[4] or "GB are free" in refused[4]
-    assert refused[4].endswith("; make room, or give other places by --store and HF_HOME")
+    assert refused[4].endswith("; make room, or set other folders with --store and HF_HOME")
     assert f"Dataset '{GATED}' is a gated dataset on the Hub" in refused[7]
     assert not (tmp_path / "store").exists()
 

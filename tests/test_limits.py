@@ -268,7 +268,7 @@ def test_a_store_whose_name_is_no_text(capfd, tmp_path, monkeypatch, name):
     shown = ascii(str(tmp_path / folder))
     said = "holds a control character, or bytes that are not UTF-8"
     done = command(capfd, "run", "ok.yaml", "--store", folder)
-    assert done.err == f"error: the store {shown} (from --store) {said}; choose another by --store\n"
+    assert done.err == f"error: the store {shown} (from --store) {said}; choose another with --store\n"
     monkeypatch.chdir(tmp_path / folder)
     (tmp_path / folder / "pictures").mkdir()
     (tmp_path / folder / "s.yaml").write_text((tmp_path / "ok.yaml").read_text())
@@ -368,7 +368,7 @@ def test_init_on_a_full_disk_leaves_nothing(tmp_path):
 def test_init_does_not_write_over_a_link(capfd, tmp_path):
     (tmp_path / "digits.yaml").symlink_to("nowhere")
     done = command(capfd, "init", "digits")
-    assert (done.code, done.err) == (2, "error: digits.yaml exists already; name another file by --out\n")
+    assert (done.code, done.err) == (2, "error: digits.yaml exists already; name another file with --out\n")
     assert (tmp_path / "digits.yaml").is_symlink()
 
 

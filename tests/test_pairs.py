@@ -197,7 +197,8 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, below):
 def test_pairs_without_room_are_not_begun(tmp_path, monkeypatch):
     monkeypatch.setattr("distill.core.space.free", lambda folder: 100)
     with pytest.raises(
-        RunError, match=r"no room for \d+ pairs: \S+ k?B needed, but 100 B are free for .*distill clean RUN"
+        RunError,
+        match=r"not enough disk space for \d+ pairs: \S+ k?B needed, but 100 B are free for .*distill clean RUN",
     ):
         make(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
@@ -287,7 +288,7 @@ def flip(path: Path, at: int) -> None:
         (lambda f: (f / "manifest.json").unlink(), r"holds no pairs \(no manifest\.json\); run the pairs stage first"),
         (
             lambda f: shard(f, 1).unlink(),
-            r"shard-00001\.safetensors is missing; delete what is damaged or foreign and go on",
+            r"shard-00001\.safetensors is missing; delete what is damaged or foreign and resume the run",
         ),
         (lambda f: flip(shard(f, 1), -3), r"shard-00001\.safetensors is damaged \(its sha256 is not the manifest's\)"),
         (lambda f: os.truncate(shard(f, 2), 100), r"shard-00002\.safetensors is damaged \(100 bytes, not \d+\)"),

@@ -101,7 +101,7 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([GAUSSIAN], "--out is missing: the folder that the pairs of this teacher shall lie in"),
+        ([GAUSSIAN], "--out is missing: the folder to write the pairs to"),
         ([GAUSSIAN, "--out", "p", "--stage", "x"], "--stage: no effect here; '{kind: gaussian, mean: [0.5, 0.0]"),
         ([GAUSSIAN, "--out", "p", "--shards", "0/2"], "--shards 0/2: I/N is expected, I from 1 to N, like 1/4"),
         ([GAUSSIAN, "--out", "p", "--shards", "3/2"], "--shards 3/2: I/N is expected"),
@@ -113,11 +113,11 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
         (["spec.yaml", "--stage", "pairs", f"stages.pairs.count={10**18}"], "count: 1000000000000000000 given"),
         (["spec.yaml", "--stage", "pairs", "stages.pairs.count=1e9"], "stages.pairs.shard: 1,000,000,000 pairs in fil"),
         ([GAUSSIAN, "--out", "p", "--times", "1,x"], "--times 1,x: numbers with commas between them are expected"),
-        ([GAUSSIAN, "--out", "p", "--times", "1,0"], "--times: backward paths keep their ends alone, so this has no"),
+        ([GAUSSIAN, "--out", "p", "--times", "1,0"], "--times: backward paths store only their ends, so this has no"),
         ([GAUSSIAN, "--out", "p", "--paths", "trajectories"], "--times: None given; trajectories need times from 1"),
         (
             [GAUSSIAN, "--out", "p", "--paths", "trajectories", "--times", "1,0.3,0"],
-            "--times: 0.3 are none of the solver's own, the multiples of 1/steps = 1/16",
+            "--times: 0.3 are not times of the solver, the multiples of 1/steps = 1/16",
         ),
         (
             [GAUSSIAN, "--out", "p", "--paths", "forward", "--solver", "dpm_solver_pp_2m"],
@@ -132,7 +132,7 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
             "data 'digits' has samples of shape [1, 8, 8], the teacher",
         ),
         ([GAUSSIAN, "--out", "p", "--data", "digits"], "--data: backward paths begin with noise, so it has no effect"),
-        (["spec.yaml"], "run 'many' has 2 pairs stages; name one by --stage: pairs, real"),
+        (["spec.yaml"], "run 'many' has 2 pairs stages; name one with --stage: pairs, real"),
         (["spec.yaml", "--stage", "pairz"], "--stage pairz: run 'many' has no such pairs stage; did you mean 'pairs'?"),
         (["spec.yaml", "--count", "5"], "--count: no effect here; of a spec they stand in it: write changes like"),
         (["spec.yaml", "--seed", "0", "--guidance-scale", "0"], "--guidance-scale, --seed: no effect here; of a spec"),

@@ -110,7 +110,9 @@ def test_a_student_that_is_damaged_is_not_published(tmp_path, store):
 def test_a_full_disk_publishes_nothing(tmp_path, store, monkeypatch):
     student = make(tmp_path / "s", size=100_000)
     monkeypatch.setattr("distill.core.space.free", lambda folder: 1000)
-    with pytest.raises(RunError, match=r"no room for the files of .*: 11\d\.\d kB needed, but 1.0 kB are free"):
+    with pytest.raises(
+        RunError, match=r"not enough disk space for the files of .*: 11\d\.\d kB needed, but 1.0 kB are free"
+    ):
         put(student, store, "digits")
     assert list((store / "registry" / "digits").iterdir()) == []
 
@@ -248,10 +250,10 @@ def test_a_store_over_plain_http(capfd, tmp_path, store):
             done.err == f"error: {url} has no published student 'digit'; did you mean 'digits'? valid: digits, mnist\n"
         )
         done = command(capfd, "pull", "digits:v3")
-        assert "v3 is no student folder: it has no distill.json" in done.err
+        assert "v3 is not a student folder: it has no distill.json" in done.err
         done = command(capfd, "list")
         said = f"error: the store {url} (from {tmp_path}/config/distill/config.yaml) is a URL, from which students are "
-        assert (done.code, done.err) == (2, f"{said}pulled; this needs a folder: give one by --store\n")
+        assert (done.code, done.err) == (2, f"{said}pulled; this needs a folder: give one with --store\n")
         server.faults = [
             Fault("v2/distill.json", change=lambda content: (store / "registry/digits/v1/distill.json").read_bytes())
         ]
@@ -266,7 +268,7 @@ def test_a_store_over_plain_http(capfd, tmp_path, store):
         server.faults = [Fault("_index.json", change=lambda content: b"[]")]
         done = command(capfd, "students")
         assert (done.code, done.err) == (
-            2, f"error: {url}/registry/_index.json is no index of students: [] given; input should be an object\n"
+            2, f"error: {url}/registry/_index.json is not an index of students: [] given; input should be an object\n"
         )  # fmt: skip
         server.faults = [Fault("_index.json", change=lambda content: content.replace(b"digits", b"../x", 1))]
         done = command(capfd, "students", "--json")
@@ -438,7 +440,7 @@ def test_pull_takes_students_of_runs_too(capfd, run, tmp_path):
         assert done.code == 0, done.err
         assert folder_bytes(tmp_path / re.sub(r"\W", "-", given)) == folder_bytes(run.student(stage))
     done = command(capfd, "pull", "one@step-20", str(tmp_path / "x"))
-    assert "a checkpoint is no student yet; distill export or distill publish makes one of it" in done.err
+    assert "a checkpoint is not a student yet; distill export or distill publish makes one from it" in done.err
     with Flaky(run.root.parent) as server:
         assert command(capfd, "pull", "one/long", str(tmp_path / "far"), "--store", server.url).code == 0
     assert folder_bytes(tmp_path / "far") == folder_bytes(run.student("long"))

@@ -88,7 +88,7 @@ def test_a_place_that_is_taken_is_left_alone(tmp_path, student):
     before = snapshot(tmp_path)
     for dest, said in [
         (other, f"{other} holds another student; name another folder, or remove it"),
-        (notes, f"{notes} exists and is no student; name another folder"),
+        (notes, f"{notes} exists and is not a student; name another folder"),
         (damaged, f"{damaged}: {WEIGHTS} is damaged: 1 bytes"),
     ]:
         with pytest.raises(InputError, match=re.escape(said)):
@@ -167,10 +167,10 @@ def test_a_missing_file_and_a_missing_student(tmp_path, student):
         said = refused(f"{server.url}/student", tmp_path / "s")
         assert said == (
             f"{server.url}/student/unet/config.json: 404 Not Found, but distill.json lists it; the student there is "
-            "not whole"
+            "incomplete"
         )
         said = refused(f"{server.url}/none", tmp_path / "s")
-        assert said.startswith(f"{server.url}/none is no student folder: it has no distill.json (")
+        assert said.startswith(f"{server.url}/none is not a student folder: it has no distill.json (")
         server.faults = [Fault("", status=403)]
         assert refused(f"{server.url}/student", tmp_path / "s") == f"{server.url}/student/{DISTILL}: 403 Forbidden"
     said = refused(f"{server.url}/student", tmp_path / "s", RunError)
@@ -225,11 +225,11 @@ NAMES = {
     "C:\\x.json": "an absolute path",
     "../outside.json": "a path that leads out of the folder",
     "unet/../../outside.json": "a path that leads out of the folder",
-    ".hidden.json": "no plain name: letters, digits, '.', '_' and '-', none hidden",
-    "unet//x.json": "no plain name: letters, digits, '.', '_' and '-', none hidden",
-    "a b.json": "no plain name: letters, digits, '.', '_' and '-', none hidden",
-    "unet\\x.json": "no plain name: letters, digits, '.', '_' and '-', none hidden",
-    "x\n.json": "no plain name: letters, digits, '.', '_' and '-', none hidden",
+    ".hidden.json": "not a plain name: letters, digits, '.', '_' and '-', none hidden",
+    "unet//x.json": "not a plain name: letters, digits, '.', '_' and '-', none hidden",
+    "a b.json": "not a plain name: letters, digits, '.', '_' and '-', none hidden",
+    "unet\\x.json": "not a plain name: letters, digits, '.', '_' and '-', none hidden",
+    "x\n.json": "not a plain name: letters, digits, '.', '_' and '-', none hidden",
     "distill.json": "which is the list itself",
     "unet/model.bin": "a pickle or compiled file, which may run anything when it is loaded",
     "model.PT": "a pickle or compiled file, which may run anything when it is loaded",
@@ -307,20 +307,20 @@ def test_unknown_code_is_refused_by_name_and_shown_before_it_is_taken(tmp_path):
     student = make(tmp_path / "student", files={"unet/own.py": b"print('own')\n", "pipeline.py": b"import os\n"})
     said = refused(student, tmp_path / "s")
     assert said.startswith(
-        f"{student} brings code that distill has never shipped: pipeline.py, unet/own.py; it would run when the "
+        f"{student} contains code that distill has never shipped: pipeline.py, unet/own.py; it would run when the "
         "student is loaded."
     )
     shown = {}
     get(student, tmp_path / "s", show=lambda name, text: shown.update({name: (text, (tmp_path / "s").exists())}))
     assert shown == {"pipeline.py": ("import os\n", False), "unet/own.py": ("print('own')\n", False)}
     same(tmp_path / "s", student)
-    with pytest.raises(InputError, match="brings code that distill has never shipped"):
+    with pytest.raises(InputError, match="contains code that distill has never shipped"):
         pulling.verify(tmp_path / "s")
 
 
 INDEX = {"_class_name": ["pipeline", "DistilledPipeline"], "unet": ["diffusers", "UNet2DModel"]}
 CONTENTS = {
-    "a pickle by another name": ("unet/more.safetensors", b"\x80\x04\x95" + b"x" * 50, "is no safetensors file"),
+    "a pickle by another name": ("unet/more.safetensors", b"\x80\x04\x95" + b"x" * 50, "is not a safetensors file"),
     "no JSON": ("unet/config.json", b"{", "unet/config.json is not JSON"),
     "code elsewhere": (
         "unet/config.json", b'{"auto_map": {"AutoModel": "x/y--m.C"}}',
@@ -408,7 +408,8 @@ def test_a_full_disk_is_said_before_anything_is_fetched(tmp_path, student, monke
     monkeypatch.setattr("distill.core.space.free", lambda folder: 1000)
     said = refused(student, tmp_path / "s", RunError)
     assert said.startswith(
-        f"no room for the files of {student}: 1.0 MB needed, but 1.0 kB are free for {tmp_path}; make some"
+        f"not enough disk space for the files of {student}: 1.0 MB needed, but 1.0 kB are free for {tmp_path}; free "
+        "some"
     )
 
 
@@ -436,7 +437,7 @@ def test_commands_say_what_they_did(capfd, tmp_path, student, monkeypatch):
     use = 'use it: DiffusionPipeline.from_pretrained("s", trust_remote_code=True)\n'
     done = command(capfd, "pull", str(student), "s")
     assert done.out == f"pulled s: 1.0 MB in 6 files, sha256 {digest}\n{use}"
-    assert command(capfd, "pull", str(student), "s").out == f"s is here already, and whole: sha256 {digest}\n{use}"
+    assert command(capfd, "pull", str(student), "s").out == f"s exists already and is complete: sha256 {digest}\n{use}"
     assert command(capfd, "verify", "s").out == "s is whole: 'reflow', 6 files\n"
     (tmp_path / "s" / WEIGHTS).write_bytes(b"x")
     done = command(capfd, "verify", "s")
@@ -446,7 +447,9 @@ def test_commands_say_what_they_did(capfd, tmp_path, student, monkeypatch):
     assert (done.code, done.err) == (
         2, f"error: {'x' * 90}... (313 letters): File name too long; give a shorter name\n"
     )  # fmt: skip
-    assert command(capfd, "verify", "none").err.startswith("error: none is no student folder: it has no distill.json (")
+    assert command(capfd, "verify", "none").err.startswith(
+        "error: none is not a student folder: it has no distill.json ("
+    )
 
 
 def test_code_on_trust_is_printed_without_what_moves_the_cursor(capfd, tmp_path, monkeypatch):
@@ -454,7 +457,7 @@ def test_code_on_trust_is_printed_without_what_moves_the_cursor(capfd, tmp_path,
     make(tmp_path / "student", files={"pipeline.py": b"import os\n# \x1b[2J clear\n"})
     done = command(capfd, "pull", "student", "s")
     assert (done.code, (tmp_path / "s").exists()) == (2, False)
-    assert "--trust-code shows the code and takes it" in done.err
+    assert "--trust-code shows the code and accepts it" in done.err
     done = command(capfd, "pull", "student", "s", "--trust-code")
     assert done.out.startswith("--- pipeline.py\nimport os\n#  [2J clear\n---\npulled s: ")
     assert command(capfd, "verify", "s").code == 2

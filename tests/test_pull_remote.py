@@ -129,7 +129,7 @@ def test_what_ssh_cannot_have_is_one_message(tmp_path, ssh):
     said = "there is no such file"
     with pytest.raises(Missing, match=said):
         pulling.read(at(f"ssh://cluster{tmp_path}"), "none.json", 10)
-    with pytest.raises(InputError, match=f"ssh://cluster{tmp_path}/none is no student folder: .*{said}"):
+    with pytest.raises(InputError, match=f"ssh://cluster{tmp_path}/none is not a student folder: .*{said}"):
         pulling.pull(at(f"ssh://cluster{tmp_path}/none"), tmp_path / "s")
     with pytest.raises(InputError, match="Permission denied"):
         pulling.pull(at(f"ssh://nobody-here@cluster{tmp_path}/none"), tmp_path / "s")
@@ -190,7 +190,7 @@ def test_s3(capfd, tmp_path, s3, monkeypatch):
         assert stream.read(100) == (student / WEIGHTS).read_bytes()[-10:]
     done = command(capfd, "pull", "s3://bucket/none")
     assert done.code == 2
-    assert "s3://bucket/none is no student folder: it has no distill.json" in done.err
+    assert "s3://bucket/none is not a student folder: it has no distill.json" in done.err
     s3.pipe(f"bucket/store/registry/digits/v1/{WEIGHTS}", b"x" * 7 * MB)
     done = command(capfd, "pull", "digits:v1", "other", "--store", "s3://bucket/store")
     assert done.code == 1

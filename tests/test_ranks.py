@@ -331,7 +331,7 @@ def test_a_gradient_that_is_no_number_stops_all_before_the_weights_move(together
     last = checkpoint(tmp_path, case, 3)
     for rank in ranks:
         assert re.fullmatch(
-            rf"step 3, turn 0, network 'student': loss [\d.]+, gradient norm (nan|inf); its weights did not move; "
+            rf"step 3, turn 0, network 'student': loss [\d.]+, gradient norm (nan|inf); its weights were not changed; "
             rf"last good checkpoint: {last}",
             rank.said.splitlines()[-1],
         )

@@ -259,7 +259,7 @@ def test_a_stage_before_the_pairs_with_a_name_of_the_rounds():
     text = json.dumps(content).replace('"teach"', '"reflow-2"')
     with pytest.raises(InputError) as caught:
         expand(resolve(specfile.validate(json.loads(text), "f"), specfile.Path()), RoundsPlan(2))
-    assert str(caught.value) == "stages.reflow-2: the rounds make a stage of that name; name this one otherwise"
+    assert str(caught.value) == "stages.reflow-2: the rounds make a stage of that name; give this one another name"
 
 
 REFUSED = {
@@ -274,7 +274,8 @@ REFUSED = {
     ),
     "less than a pair": (
         ["digits", "--forward", "0.001"],
-        "spec 'digits': stages.reflow-1.pairs: a part of 0.001 of batch_size=128 is not one pair; use a larger batch "
+        "spec 'digits': stages.reflow-1.pairs: a part of 0.001 of batch_size=128 is less than one pair; use a larger "
+        "batch "
         "or other parts",
     ),
     "an endless weight": (
@@ -301,7 +302,7 @@ REFUSED = {
     "the code": (["digits", "--code", "now"], "--code now: valid: current, run"),
     "nothing to go on with": (
         ["digits", "--resume"],
-        "there is no run 'digits' in runs to go on with; leave --resume out to start it",
+        "there is no run 'digits' in runs to resume; start it without --resume",
     ),
     "neither new nor old": (
         ["digits", "--resume", "--dry-run"],
@@ -365,5 +366,5 @@ def test_other_rounds_are_no_way_to_go_on(capfd, tmp_path):
     make(tmp_path / "runs", "digits")
     done = command(capfd, "reflow", "digits", "--resume", "--rounds", "2")
     assert done.code == 2
-    assert done.err.startswith("error: run 'digits' cannot go on with a changed spec (only launch may change):\n")
+    assert done.err.startswith("error: run 'digits' cannot be resumed with a changed spec (only launch may change):\n")
     assert "\n  stages.reflow-2: " in done.err

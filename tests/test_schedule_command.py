@@ -85,10 +85,13 @@ def test_any_solver_has_its_own(capfd, here):
         ),
         (
             ["sample", "own", "--out", "a.png", "--times", "1,0"],
-            "--times: this student has times of its own, so others",
+            "--times: this student has its own step times; leave other times out",
         ),
         (["sample", "own", "--out", "a.png", "--steps", "2"], "steps: this student is made for 3 steps, not 2"),
-        (["sample", "map", "--out", "a.png", "--schedule", "optimal"], "--schedule: this student is no velocity field"),
+        (
+            ["sample", "map", "--out", "a.png", "--schedule", "optimal"],
+            "--schedule: this student is not a velocity field",
+        ),
         (["eval", "own", "--out", "e", "--teacher", TEACHER, "--data", "none", "--steps", "2"], "is made for 3 steps"),
     ],
 )

@@ -241,7 +241,7 @@ def test_a_kept_file_that_does_not_fit_is_measured_again(tmp_path, capfd, change
     assert find(tmp_path) == found
     said = capfd.readouterr().err
     assert said.startswith(f"warning: {path} does not hold the step times asked for (") and reason in said
-    assert said.endswith("); they are found again\n")
+    assert said.endswith("); they are computed again\n")
     assert path.read_bytes() == whole and not path.is_symlink()
 
 

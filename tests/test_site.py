@@ -203,7 +203,9 @@ def test_a_folder_with_a_line_break_in_its_name_is_refused(tmp_path, where):
         folder.mkdir()
     place = Where(load(folders["site"], ""), folders["code"], {})
     spec = specfile.validate(SPEC, "spec")
-    with pytest.raises(InputError, match=r"a\\ntouch X.* cannot stand in the script of a job: it holds a line break"):
+    with pytest.raises(
+        InputError, match=r"a\\ntouch X.* cannot be written into a job script: it contains a line break"
+    ):
         script.job(RunPaths(folders["store"] / "one"), spec.launch, JobPlan("teach", ["teach"], None, []), place)
 
 

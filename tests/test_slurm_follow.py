@@ -120,18 +120,18 @@ def test_what_waits_is_cancelled_and_what_runs_here_too(capfd, cluster, here):
     members = [name for job in jobs.submitted(named("mix")) for name in job.members]
     assert command_line(capfd, "cancel", "mix").out == "".join(f"job {name}: cancelled\n" for name in members)
     assert queue(cluster) == []
-    assert command_line(capfd, "cancel", "mix").out == "nothing of run 'mix' is under way\n"
+    assert command_line(capfd, "cancel", "mix").out == "nothing of run 'mix' is running or queued\n"
     assert command_line(capfd, "status", "mix").out.startswith("mix  cancelled")
 
     local = begin("run", "teach.yaml")
     wait_for(lambda: steps(named("teach")) >= 2, local)
     told = command_line(capfd, "cancel", "teach").out
-    assert told.endswith(": asked to save and leave\n")
+    assert told.endswith(": asked to save and exit\n")
     out, _ = local.communicate(timeout=60)
     assert local.returncode == 75, out
     last = steps(named("teach"))
     assert f"step-{last:08}" in out
-    assert command_line(capfd, "cancel", "teach").out == "nothing of run 'teach' is under way\n"
+    assert command_line(capfd, "cancel", "teach").out == "nothing of run 'teach' is running or queued\n"
 
 
 # --- a controller that does not answer ---
@@ -163,7 +163,7 @@ def test_a_controller_that_does_not_answer(capfd, cluster, here, how):
             os.kill(pid, signal.SIGCONT)
     assert found["status"].out.startswith("mix  new  ")
     assert "warning: Slurm does not answer (" in found["status"].out
-    assert "what stands above is what the runs themselves have noted\n" in found["status"].out
+    assert "the above is from the runs' own events only\n" in found["status"].out
     for name in ("cancel", "submit"):
         assert found[name].err.startswith("error: Slurm does not answer ("), found[name]
         assert found[name].err.endswith("; try again later\n")

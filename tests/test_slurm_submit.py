@@ -74,15 +74,15 @@ REFUSED = {
     ),
     "no site": (
         ["--site=none.yaml"],
-        f"there is no site file none.yaml; write one beginning with {ROOT}/slurm/site.example.yaml",
+        f"there is no site file none.yaml; copy and edit {ROOT}/slurm/site.example.yaml",
     ),
     "time": (
         ["--time=1:2:3:4"],
-        "spec 'mix': launch.slurm.time: '1:2:3:4' is no time limit; valid: MINUTES, H:MM:SS, D-HH or D-HH:MM:SS",
+        "spec 'mix': launch.slurm.time: '1:2:3:4' is not a time limit; valid: MINUTES, H:MM:SS, D-HH or D-HH:MM:SS",
     ),
     "lead": (
         ["--time=3"],
-        "spec 'mix': launch.slurm.lead_seconds: 180 s before a limit of 180 s (time: 3) is no time to compute in; "
+        "spec 'mix': launch.slurm.lead_seconds: 180 s before a limit of 180 s (time: 3) leaves no time to compute; "
         "give a longer time or a smaller lead",
     ),
     "GPUs": (
@@ -205,26 +205,27 @@ def test_a_name_that_is_taken_is_refused_and_what_is_queued_is_not_queued_again(
     before = snapshot(here)
     done = submit(capfd, "mix.yaml", HELD, code=2)
     assert done.err == (
-        f"error: there is a run 'mix' in {here}/runs already; go on with it by --resume, or start another by "
+        f"error: there is a run 'mix' in {here}/runs already; resume it with --resume, or start another with "
         "--name OTHER\n"
     )
     assert snapshot(here) == before
     done = submit(capfd, "mix", "--resume")
     assert done.out.splitlines() == [
-        f"job {first} is under way: solve",
-        f"job {second} is under way: reflow",
-        f"job {third} is under way: evaluate",
+        f"job {first} is running or queued: solve",
+        f"job {second} is running or queued: reflow",
+        f"job {third} is running or queued: evaluate",
         "there is nothing to submit for run 'mix'",
     ]
     done = submit(capfd, "mix", "--resume", "--nodes=2", code=2)
     assert done.err == (
-        f"error: jobs of run 'mix' are under way ({first}, {second}, {third}), so nothing of launch can change "
+        f"error: jobs of run 'mix' are running or queued ({first}, {second}, {third}), so nothing of launch can change "
         "(launch.nodes: 1 -> 2); wait for them, or: distill cancel mix\n"
     )
     done = command(capfd, "clean", "mix", "--all", "--yes")
     assert (done.code, done.err) == (
         2,
-        f"error: jobs of run 'mix' are under way ({first}, {second}, {third}); wait for them, or: distill cancel mix\n",
+        f"error: jobs of run 'mix' are running or queued ({first}, {second}, {third}); wait for them, "
+        "or: distill cancel mix\n",
     )
     assert snapshot(here) == before
     cluster.run("scancel", third)

@@ -111,7 +111,7 @@ def test_cancelled_it_saves_first_and_goes_on_to_the_same_bytes(capfd, cluster, 
     run = named("mix")
     job = last_job(run)
     cluster.wait(lambda: steps(run) >= 3, 120, "some steps")
-    assert command_line(capfd, "cancel", "mix").out == f"job {job}: asked to save and leave\n"
+    assert command_line(capfd, "cancel", "mix").out == f"job {job}: asked to save and exit\n"
     assert cluster.wait_state(job, "FAILED", "CANCELLED", "COMPLETED", "PENDING") in ("FAILED", "CANCELLED"), said(run)
     assert ends(run, job) == [("cancelled", False)]
     (last,) = jobs.ends(run, job)
@@ -122,7 +122,7 @@ def test_cancelled_it_saves_first_and_goes_on_to_the_same_bytes(capfd, cluster, 
     submit(capfd, "mix", "--resume")
     finish(cluster, run, last_job(run))
     same(run, local)
-    assert command_line(capfd, "cancel", "mix").out == "nothing of run 'mix' is under way\n"
+    assert command_line(capfd, "cancel", "mix").out == "nothing of run 'mix' is running or queued\n"
 
 
 def test_what_fails_for_good_takes_those_that_wait_for_it_and_only_what_is_missing_is_made(capfd, cluster, here, local):

@@ -194,7 +194,7 @@ def test_labels_that_are_left_out_are_spoken_of_and_a_column_without_effect_is_r
     teacher = exported(tmp_path / "teacher", UNetSpec(kind="unet", channels=[8]), (1, 8, 8), None)
     windows = {**TEACH, "recipe": "reflow/perflow", "network": None, "images": 8, "options": {"solver_steps": 1}}
     preflight.check(resolve(spec(teacher, {"kind": "digits"}, windows=windows), tmp_path))
-    said = "has 10 classes, but the teacher (UNet2DModel from teacher) is unconditional: what learns from it is trained"
+    said = "has 10 classes, but the teacher (UNet2DModel from teacher) is unconditional: its students are trained"
     assert said in capsys.readouterr().err
     column = {"kind": "hf", "path": str(parquet(tmp_path / "data", [0, 1] * 8)), "size": 8, "channels": 1}
     labelled = {**column, "label_column": "label"}
@@ -218,7 +218,7 @@ def test_a_student_says_the_guidance_that_is_in_it(tmp_path, conditional):
     assert said == {"plain": 1.0, "guided": 1.5, "again": 1.5}
     assert "| guidance | scale 1.5, baked in |" in (run.student("again") / "README.md").read_text()
     straight = load_teacher(CheckpointTeacher(path=str(run.student("plain"))), torch.device("cpu"))
-    with pytest.raises(InputError, match="has learnt from its teacher only, whose unconditional velocity it was never"):
+    with pytest.raises(InputError, match="was trained on its teacher alone and never on an unconditional velocity"):
         straight.guided(2.0)
 
 
@@ -415,7 +415,9 @@ def test_a_student_is_made_for_times_of_its_own(tmp_path):
     with pytest.raises(InputError, match=f"^stages.own: {said}"):
         preflight.check(resolve(wrong, tmp_path / "r"))
     along = spec(pairs=PAIRS, own=student, evaluate={**evaluate, "students": {"own": [2]}, "times": {"own": [[1, 0]]}})
-    with pytest.raises(InputError, match=r"^stages.own: stages.evaluate.times.own: this student has times of its own"):
+    with pytest.raises(
+        InputError, match=r"^stages.own: stages.evaluate.times.own: this student has its own step times"
+    ):
         preflight.check(resolve(along, tmp_path / "r"))
     (tmp_path / "later").mkdir()
     (tmp_path / "later" / "own.py").write_text(text)
@@ -558,7 +560,9 @@ def test_a_resume_refuses_changed_data(tmp_path):
     go(tmp_path, given)
     run.stage("teach").done.unlink()
     Image.new("L", (8, 8), 99).save(tmp_path / "images" / "3.png")
-    with pytest.raises(InputError, match=r'other settings: inputs\.data was "\w{64}", now is "\w{64}"; give the old'):
+    with pytest.raises(
+        InputError, match=r'other settings: inputs\.data was "\w{64}", now is "\w{64}"; restore the old'
+    ):
         go(tmp_path, given)
 
 
@@ -571,7 +575,7 @@ def test_a_resume_refuses_another_teacher_and_its_pairs(tmp_path, conditional):
     shutil.rmtree(run.stage("pairs").root)
     changed = given.model_copy(update={"stages": {**given.stages, "pairs": given.stages["pairs"].model_copy(
         update={"steps": 3})}})  # fmt: skip
-    with pytest.raises(InputError, match=r"other settings: inputs\.pairs was [^;]*; give the old ones back"):
+    with pytest.raises(InputError, match=r"other settings: inputs\.pairs was [^;]*; restore the old ones"):
         go(tmp_path, changed)
 
 

@@ -67,7 +67,7 @@ def test_a_run_name_is_used_once(tmp_path):
     with pytest.raises(InputError) as caught:
         make(tmp_path)
     assert str(caught.value) == (
-        f"there is a run 'one' in {tmp_path} already; go on with it by --resume, or start another by --name OTHER"
+        f"there is a run 'one' in {tmp_path} already; resume it with --resume, or start another with --name OTHER"
     )
     assert everything(tmp_path) == before
 
@@ -197,7 +197,7 @@ def test_a_claim_that_says_nothing(tmp_path, monkeypatch):
     run.running.mkdir()
     (run.running / "junk").touch()
     with pytest.raises(
-        InputError, match=r"running says nothing of who made it; if nobody executes the run, remove it$"
+        InputError, match=r"running does not say which process made it; if no process executes the run, remove it$"
     ):
         claims.claim(run).__enter__()
     (run.running / "owner.json").write_text("{")

@@ -124,7 +124,7 @@ def test_an_adapter_is_named(folder):
     rewrite(folder, plain)
     beside = folder / "pytorch_lora_weights.safetensors"
     save_file({"unet.x": torch.zeros(1)}, beside)
-    refused(folder, f"the adapter {beside} would not be used; merge it", "or move it away where the teacher is meant")
+    refused(folder, f"the adapter {beside} would not be used; merge it", "or move it away to use the teacher")
     refused(folder / "unet", f"the adapter {beside} would not be used")
     rewrite(folder, {f"base_layer.{k}": t for k, t in plain.items()})
     beside.unlink()
@@ -140,7 +140,7 @@ def test_an_adapter_is_named(folder):
 )
 def test_an_adapter_beside_the_weights_is_refused_whatever_its_name(folder, place, name):
     (folder / place / name).write_bytes(b"x")
-    refused(folder, f"the adapter {folder / place / name} would not be used; merge it", "or move it away where the")
+    refused(folder, f"the adapter {folder / place / name} would not be used; merge it", "or move it away to use the")
     inside = str(Path(place) / name)
     with pytest.raises(InputError, match=f"teacher.path=org/x: the adapter {inside} would not be used; merge it"):
         by_id.read_of("org/x", ["model_index.json", f"unet/{FILE}", inside], weights=False)
@@ -197,11 +197,11 @@ def test_an_old_name_beside_the_new_one_is_refused_across_shards(folder):
         (["diffusion_pytorch_model.fp16.bin"], "M.from_pretrained('{unet}', variant='fp16', use_safetensors=False)."),
         (
             ["diffusion_pytorch_model-00001-of-00002.safetensors"],
-            f"has diffusion_pytorch_model-00001-of-00002.safetensors but no {FILE}.index.json, which says what lies in",
+            f"has diffusion_pytorch_model-00001-of-00002.safetensors but no {FILE}.index.json, which maps weights to",
         ),
         (
             ["diffusion_pytorch_model.fp16-00001-of-00002.safetensors"],
-            f"-00001-of-00002.safetensors but no {FILE}.index.fp16.json, which says what lies in which",
+            f"-00001-of-00002.safetensors but no {FILE}.index.fp16.json, which maps weights to files",
         ),
     ],
 )

@@ -81,14 +81,14 @@ CASES = {
         vectors(e={"fine_students": ["rr"]}),
         "stages.e.fine_students: 'rr' is none of stages.e.students; did you mean 'r'? valid: r",
     ),
-    "a flow twice": (vectors(e={"fine_students": ["r", "r"]}), "stages.e.fine_students: 'r' stands there twice"),
+    "a flow twice": (vectors(e={"fine_students": ["r", "r"]}), "stages.e.fine_students: 'r' is listed twice"),
     "pairs of another teacher": (
         vectors(p2={**PAIRS, "teacher": "r"}, r2={**REFLOW, "pairs": "p2"}),
         "stages.r2.pairs: 'p2' has pairs of r, this stage's teacher is the spec's teacher; make them agree",
     ),
     "a stage that tables would take for the teacher": (
         images(teacher=TEACH),
-        "stages.teacher: the name 'teacher' stands for the teacher in tables; name the stage otherwise",
+        "stages.teacher: the name 'teacher' is reserved for the teacher in tables; give the stage another name",
     ),
     "no such recipe": (
         vectors(r={"recipe": "reflow/reflw"}),
@@ -101,7 +101,8 @@ CASES = {
     ),
     "file elsewhere": (
         vectors(r={"recipe": "../mine.py"}),
-        "stages.r.recipe: recipe '../mine.py': a recipe of your own lies beside its spec or below; write ./file.py",
+        "stages.r.recipe: recipe '../mine.py': a recipe of your own must be in the folder of its spec or below; "
+        "write ./file.py",
     ),
     "unknown option": (
         vectors(r={"options": {"distanse": "l2"}}),
@@ -175,11 +176,11 @@ CASES = {
     ),
     "unknown half-life": (
         vectors(r={"ema_half_lives": [500, 1000], "export": 600}),
-        "stages.r.export: 600 is none of ema_half_lives; valid: raw, 500, 1000",
+        "stages.r.export: 600 is not one of ema_half_lives; valid: raw, 500, 1000",
     ),
     "half-life twice": (
         vectors(r={"ema_half_lives": [500, 500]}),
-        "stages.r.ema_half_lives: [500.0, 500.0] holds a value twice",
+        "stages.r.ema_half_lives: [500.0, 500.0] contains a value twice",
     ),
     "long warm-up": (
         vectors(r={"optimizer": {"warmup_images": 1280}}),
@@ -256,13 +257,13 @@ CASES = {
     ),
     "blocks that are cut by micro-batches": (
         images(t={"options": {"coupling": "ot", "coupling_block": 32}}) | {"launch": {"procs": 2, "micro_batch": 16}},
-        "stages.t: pretrain/flow_matching couples samples in blocks of 32, and micro-batches of 16 do not hold whole "
-        "ones; make batch_size / processes, or launch.micro_batch, a multiple of 32",
+        "stages.t: pretrain/flow_matching couples samples in blocks of 32, and micro-batches of 16 do not contain "
+        "whole blocks; make batch_size / processes, or launch.micro_batch, a multiple of 32",
     ),
     "blocks that are cut by ranks": (
         images(t={"options": {"coupling": "weighted"}}) | {"launch": {"procs": 4}},
-        "stages.t: pretrain/flow_matching couples samples in blocks of 64, and micro-batches of 32 do not hold whole "
-        "ones; make batch_size / processes, or launch.micro_batch, a multiple of 64",
+        "stages.t: pretrain/flow_matching couples samples in blocks of 64, and micro-batches of 32 do not contain "
+        "whole blocks; make batch_size / processes, or launch.micro_batch, a multiple of 64",
     ),
     "ranks without training": (
         vectors() | {"stages": {"p": PAIRS}, "launch": {"procs": 2}},
@@ -290,7 +291,7 @@ CASES = {
     ),
     "one process": (
         vectors() | {"launch": {"divide_teacher": True}},
-        "launch.divide_teacher: one process has all of the teacher, so it has no effect; remove it, or give procs",
+        "launch.divide_teacher: with one process it has no effect; remove it, or give procs",
     ),
     "no teacher to divide": (
         images() | {"launch": {"divide_teacher": True, "procs": 2}},
@@ -298,7 +299,7 @@ CASES = {
     ),
     "nothing to compute again": (
         vectors() | {"launch": {"activation_checkpointing": True}},
-        "launch.activation_checkpointing: an mlp has no blocks to compute again, so it has no effect; remove it",
+        "launch.activation_checkpointing: an mlp has no blocks to recompute, so it has no effect; remove it",
     ),
     "closed forms have no weights": (
         vectors() | {"launch": {"divide_teacher": True, "procs": 2}},
@@ -310,7 +311,7 @@ CASES = {
     ),
     "a part without a pair": (
         vectors(q=PAIRS, r={"pairs": {"p": 0.95, "q": 0.05}, "batch_size": 4}),
-        "stages.r.pairs: a part of 0.05 of batch_size=4 is not one pair; use a larger batch or other parts",
+        "stages.r.pairs: a part of 0.05 of batch_size=4 is less than one pair; use a larger batch or other parts",
     ),
     "times of no rows": (
         vectors(e={"teacher_steps": [], "times": {"teacher": [[1, 0.5, 0]]}}),
@@ -482,14 +483,14 @@ def test_a_flow_map_is_a_student_and_no_teacher(tmp_path, sampler):
     assert mistakes(vectors(r=flow_map, again=again), tmp_path) == [], "of one flow map another is made"
     assert mistakes(vectors(again=again), tmp_path) == [], "and of a velocity student"
 
-    no_path = "the student of 'r' is a flow map, no velocity field; name a stage with a velocity student"
+    no_path = "the student of 'r' is a flow map; it is not a velocity field; name a stage with a velocity student"
     pairs, student = {**PAIRS, "teacher": "r"}, {**REFLOW, "teacher": "r", "pairs": "p2"}
     evaluation = {**EVALUATE, "teacher": "r"}
     found = mistakes(vectors(r=flow_map, p2=pairs, s=student, e=evaluation), tmp_path)
     assert found == [f"stages.{name}.teacher: {no_path}" for name in ("e", "p2", "s")]
 
     assert mistakes(vectors(r=flow_map, e={"fine_students": ["r"]}), tmp_path) == [
-        "stages.e.fine_students: 'r' is a flow map, which no solver follows; remove it"
+        "stages.e.fine_students: 'r' is a flow map, which a solver cannot integrate; remove it"
     ]
     velocity = {**REFLOW, "network": None, "init": "r"}
     assert mistakes(vectors(r=flow_map, s=velocity), tmp_path) == [
@@ -504,7 +505,8 @@ def test_a_flow_map_is_a_student_and_no_teacher(tmp_path, sampler):
         "name a stage with a velocity student"
     ]
     assert mistakes(vectors(r=bent, s={**again, "init": "r"}, e=evaluation), tmp_path) == [
-        "stages.e.teacher: the student of 'r' is a velocity with its acceleration, no velocity field; name a stage "
+        "stages.e.teacher: the student of 'r' is a velocity with its acceleration; it is not a velocity field; name "
+        "a stage "
         "with a velocity student",
         "stages.s.init: the student of 'r' is a velocity with its acceleration, ./map.py makes one of kind flow_map; "
         "name a stage with a velocity student",
@@ -519,7 +521,8 @@ def test_a_flow_map_is_a_student_and_no_teacher(tmp_path, sampler):
 def test_what_starts_from_trained_weights_takes_no_fresh_network(tmp_path):
     distill = {**REFLOW, "recipe": "reflow/slimflow"}
     assert mistakes(vectors(d=distill)) == [
-        "stages.d.network: reflow/slimflow starts from trained weights, which a fresh network has not; remove it, and "
+        "stages.d.network: reflow/slimflow starts from trained weights, which a new network does not have; remove "
+        "it, and "
         "give init (an earlier train stage)"
     ]
     anneal = {**distill, "options": {"phase": "anneal", "anneal_images": 640}}
@@ -531,7 +534,7 @@ def test_derivatives_do_not_pass_where_weights_are_divided(tmp_path):
     for zero_stage, refused in ((None, False), (0, False), (2, False), (3, True)):
         content = vectors(r={"recipe": "./mine.py"}) | {"launch": {"zero_stage": zero_stage}}
         said = (
-            "stages.r: ./mine.py takes forward-mode derivatives (jvp), which cannot pass through the hooks by which "
+            "stages.r: ./mine.py uses forward-mode derivatives (jvp), which do not work with the hooks by which "
             "launch.zero_stage 3 gathers weights; use 0, 1 or 2"
         )
         assert mistakes(content, tmp_path) == ([said] if refused else [])
@@ -545,7 +548,7 @@ def test_a_config_says_what_it_needs(tmp_path):
 
 # --- guidance by a student of the run ---
 
-SHOWN = "has learnt from its teacher only, whose unconditional velocity it was never shown; use 1, or a teacher trained"
+SHOWN = "was trained on its teacher alone and never on an unconditional velocity; use 1, or a teacher trained"
 
 
 def test_guidance_needs_an_unconditional_velocity(tmp_path):
@@ -554,7 +557,7 @@ def test_guidance_needs_an_unconditional_velocity(tmp_path):
     assert mistakes(images(p=guided, e=evaluation)) == [], "of labelled data"
 
     pictures = {"kind": "images", "path": str(tmp_path), "size": 8}
-    said = "given, but the data has no classes, so 't' has no unconditional velocity beside its own; use 1, or labelled"
+    said = "given, but the data has no classes, so 't' has no unconditional velocity of its own; use 1, or labelled"
     expected = [f"stages.p.guidance_scale: 2 {said} data", f"stages.e.guidance_scale: 2 {said} data"]
     for data in (pictures, {**pictures, "kind": "hf"}):
         assert mistakes(images(p=guided, e=evaluation) | {"data": data}) == expected
@@ -594,7 +597,7 @@ def test_what_is_wrong_with_a_recipe_of_ones_own(tmp_path):
         ("import nonexistent_package", "needs the package nonexistent_package"),
         ('"""Doc."""\nclass Config: ...', "has no class Recipe"),
         ("class Config: ...\nclass Recipe: ...", "has no docstring that names its paper"),
-        ('"""Doc."""\nclass Config: ...\nclass Recipe: ...', "its Recipe does not say its sampler; write sampler = "),
+        ('"""Doc."""\nclass Config: ...\nclass Recipe: ...', "its Recipe has no sampler; write sampler = "),
     ]:
         (tmp_path / "mine.py").write_text(content)
         with pytest.raises(InputError, match=said):

@@ -1,4 +1,4 @@
-"""What users name on the command line, as the things meant: students, teachers, data, devices, lists of numbers."""
+"""Parses the arguments of commands: students, teachers, data, devices, lists of numbers."""
 
 import json
 import math
@@ -60,7 +60,7 @@ def times(option: str, text: str) -> list[float]:
 
 
 def stage(model: type[StageModel], content: dict[str, Any]) -> StageModel:
-    """A stage from options, checked as if it stood in a spec; messages name the options."""
+    """A stage from options, validated like one in a spec; messages name the options."""
     try:
         return model.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
@@ -84,7 +84,7 @@ def device(name: str) -> "torch.device":
 
 
 def is_yaml(given: str) -> bool:
-    """Whether it stands there itself, and is no name."""
+    """Whether it is YAML itself and not a name."""
     return given.lstrip().startswith("{")
 
 
@@ -131,18 +131,18 @@ def _part(content: dict[str, object]) -> RunSpec:
 
 
 def teacher_of(student: Path) -> TeacherSpec:
-    """The teacher in the spec of the run that the student lies in."""
+    """The teacher in the spec of the student's run."""
     spec, run = _spec_of(student, "--teacher")
     stage = spec.stages.get(student.name)
     if isinstance(stage, TrainStage) and stage.teacher is not None:
         return CheckpointTeacher(path=str(run / "students" / stage.teacher))
     if spec.teacher is None:
-        raise InputError(f"{student} was trained without a teacher; give one by --teacher")
+        raise InputError(f"{student} was trained without a teacher; give one with --teacher")
     return spec.teacher
 
 
 def data_of(student: Path) -> DataSpec:
-    """The data in the spec of the run that the student lies in."""
+    """The data in the spec of the student's run."""
     return _spec_of(student, "--data")[0].data
 
 

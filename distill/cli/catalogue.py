@@ -1,4 +1,4 @@
-"""`distill init` and `distill recipes`: what there is to begin with."""
+"""`distill init` and `distill recipes`: presets and recipes to start from."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -13,10 +13,10 @@ from distill.core.printing import say
 
 
 def init(
-    preset: Annotated[str | None, typer.Argument(help="Name of a preset; without one, they are listed.")] = None,
+    preset: Annotated[str | None, typer.Argument(help="Name of a preset; by default, list them.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write; by default PRESET.yaml.")] = None,
 ) -> None:
-    """Write a spec to begin with: every field of a preset, with its meaning as a comment."""
+    """Write a spec to start from: every field of a preset, with its meaning as a comment."""
     from distill.spec import presets, specfile
 
     if preset is None:
@@ -26,7 +26,7 @@ def init(
     source = specfile.load(presets.find(preset))
     path = out or Path(f"{preset}.yaml")
     if path.exists() or path.is_symlink():
-        raise InputError(f"{path} exists already; name another file by --out")
+        raise InputError(f"{path} exists already; name another file with --out")
     head = [f"# distill run {one_line(str(path))}", *(f"# {line}" for line in presets.head(preset)[1:])]
     text = "\n".join([*head, "", presets.annotated(source.spec, source.base)])
     try:
@@ -37,10 +37,10 @@ def init(
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="A recipe, for its options and its paper.")] = None,
+    name: Annotated[str | None, typer.Argument(help="A recipe to show; by default, list them.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """List the recipes, or say what one can need, which options it has and what a step of it costs."""
+    """List the recipes, or show what one needs, its options and what a step of it costs."""
     from distill.spec import registry, schema
 
     here = Path.cwd()
@@ -50,7 +50,7 @@ def recipes(
             print_json([{"name": d.name, "summary": d.summary, "needs": d.needs} for d in found])
         else:
             print_table(["recipe", "can need", "what it is"], [[d.name, ", ".join(d.needs), d.summary] for d in found])
-            say("options of one: distill recipes NAME")
+            say("show one: distill recipes NAME")
         return
     module = registry.load(name, here)  # so that what is shown can also be run
     described = registry.describe(name, here)
@@ -60,7 +60,7 @@ def recipes(
     say(f"{name}\n\n{described.paper}\n")
     cost = "not measured" if described.cost is None else f"{described.cost:g} x flow matching (two CPU cores)"
     say(f"can need, depending on its options: {', '.join(described.needs)}")
-    say(f"sampler: {module.Recipe.sampler}\na move of the student costs: {cost}\n")
+    say(f"sampler: {module.Recipe.sampler}\none update of the student costs: {cost}\n")
     fields = module.Config.model_json_schema()["properties"] if described.options else {}
     rows = [[o.name, schema.valid(fields[o.name]), _default(o.default), o.meaning] for o in described.options]
     print_table(["option", "valid", "default", "meaning"], rows)

@@ -18,13 +18,13 @@ from distill.exchange import transports
 
 StoreOption = Annotated[
     str | None,
-    typer.Option("--store", help="Folder of the runs. Otherwise $DISTILL_STORE, the user's config, or ./runs."),
+    typer.Option("--store", help="Folder of the runs; by default $DISTILL_STORE, your config, or ./runs."),
 ]
 AnyStoreOption = Annotated[
     str | None,
-    typer.Option("--store", help="Folder or URL of the store. Otherwise $DISTILL_STORE, the user's config, or ./runs."),
+    typer.Option("--store", help="Folder or URL of the store; by default $DISTILL_STORE, your config, or ./runs."),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 TeacherHelp = "A diffusers folder or hub id, a student, RUN/STAGE, or YAML such as '{kind: gaussian, ...}'."
 SETTINGS = ("site", "store")
 
@@ -37,14 +37,14 @@ def config_path() -> Path:
 
 @dataclass(frozen=True)
 class Setting:
-    """What holds, and who said so."""
+    """The value of a setting, and where it comes from."""
 
     value: str
     source: str
 
 
 def site_setting(option: Path | None) -> Setting:
-    """The cluster's file: --site, else $DISTILL_SITE, else `site` of the user's config, else the example."""
+    """The site file: --site, otherwise $DISTILL_SITE, otherwise `site` of the user's config, otherwise the example."""
     from distill.launch import sites
 
     if option is not None:
@@ -57,7 +57,7 @@ def site_setting(option: Path | None) -> Setting:
 
 
 def store_setting(option: str | None) -> Setting:
-    """The store: --store, else $DISTILL_STORE, else `store` of the user's config, else ./runs. A folder or a URL."""
+    """The store: --store, otherwise $DISTILL_STORE, `store` of the user's config, or ./runs. A folder or a URL."""
     if option is not None:
         return Setting(option, "--store")
     if os.environ.get("DISTILL_STORE"):
@@ -83,13 +83,13 @@ def _folder(setting: Setting) -> Path:
         transports.scheme_of(setting.value)
         raise InputError(
             f"the store {transports.shown(setting.value)} (from {setting.source}) is a URL, from which students are "
-            "pulled; this needs a folder: give one by --store"
+            "pulled; this needs a folder: give one with --store"
         )
     path = expanded(setting.value)
     if not is_text(str(path.absolute())):  # safetensors could not open its files, nor Slurm be given its name
         raise InputError(
             f"the store {ascii(str(path.absolute()))} (from {setting.source}) holds a control character, or bytes that "
-            "are not UTF-8; choose another by --store"
+            "are not UTF-8; choose another with --store"
         )
     if path.exists() and not path.is_dir():
         raise InputError(f"the store {path} (from {setting.source}) is a file; name a folder")
@@ -146,7 +146,7 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Se
 
 
 def one_line(text: str) -> str:
-    """Text that can stand in a comment of a file: what cannot be printed, line breaks among it, becomes a space."""
+    """Text for a comment of a file: what cannot be printed, including line breaks, becomes a space."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
@@ -163,7 +163,7 @@ def check_out(out: Path) -> None:
 
 
 def print_json(content: Any) -> None:  # noqa: ANN401
-    """JSON for programs: a number that is none, as a loss may be, is null."""
+    """Print JSON; numbers that are not finite, as a loss may be, become null."""
     say(json.dumps(_finite(content), indent=2, allow_nan=False))
 
 
@@ -183,7 +183,7 @@ def size(path: Path) -> int:
 
 
 def near(path: Path) -> str:
-    """A path as a user would type it: relative where it lies below the current folder."""
+    """A path as a user would type it: relative if it is below the current folder."""
     here = Path.cwd()
     shown = path.relative_to(here) if path.is_relative_to(here) and path != here else path
-    return str(shown).replace("\n", " ")  # a name of somebody else's is no line of ours
+    return str(shown).replace("\n", " ")  # a name from elsewhere must not look like a line of ours

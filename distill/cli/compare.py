@@ -31,7 +31,7 @@ def compare(
         str | None,
         typer.Option(
             metavar="A,B,...",
-            help="Recipes to compare, like reflow,slimflow; by default every recipe with which SPEC distils.",
+            help="Recipes to compare, like reflow,slimflow; by default every distillation recipe in SPEC.",
         ),
     ] = None,
     minutes: Annotated[
@@ -40,17 +40,17 @@ def compare(
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run of this name; SPEC may be the run itself.")
+        bool, typer.Option("--resume", help="Resume a run of this name; SPEC may be the run itself.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Measure and say what each would have; no run is made.")
+        bool, typer.Option("--dry-run", help="Measure the speed and print the plan of each recipe; make no run.")
     ] = False,
     store: StoreOption = None,
 ) -> None:
-    """Train several recipes on one teacher, its data and the same minutes each: one table, one figure.
+    """Train several recipes on the same teacher, data and minutes; write one table and one figure.
 
     SPEC gives the teacher, the pairs and the evaluation. A recipe that SPEC trains keeps its stages, scaled to the
-    budget; any other gets one stage with default options. A short rehearsal measures speed first.
+    budget; any other gets one stage with default options. Speed is measured first, in a short run.
     """
     from distill.plans import budget
 
@@ -69,7 +69,7 @@ def compare(
     planned = _planned(source, asked)
     if not dry_run:
         start.refuse_taken(folder, source)
-    say(f"measuring {budget.BATCHES} steps of each training, in a run that is thrown away", flush=True)
+    say(f"measuring {budget.BATCHES} steps of each training, in a temporary run", flush=True)
     with work.rehearsed(replace(source, spec=budget.rehearsal(planned))) as run:
         measured = budget.measured(planned, run)
     command = one_line(f"distill {shlex.join(sys.argv[1:])}")
@@ -99,7 +99,7 @@ def _planned(
 def _again(
     folder: Path, given: str, changes: list[str], name: str | None, asked: Sequence[str] | None, minutes: float | None
 ) -> "tuple[RunPaths, distill.spec.model.RunSpec]":
-    """A comparison that was begun, once what is given now is the same."""
+    """A comparison to resume, if the given options agree with it."""
     from distill.plans import budget
     from distill.reports import comparison_table
 
@@ -116,21 +116,22 @@ def _again(
     if minutes is not None and minutes != record.budget_minutes:
         raise InputError(
             f"--budget {minutes:g}: run '{run.name}' gives each recipe {record.budget_minutes:g} minutes; leave it "
-            "out, or start another by --name OTHER"
+            "out, or start another with --name OTHER"
         )
     planned = _planned(source, asked)
     chosen, begun = ([each.name for each in entries] for entries in (planned.chains, record.entries))
     if chosen != begun:
         raise InputError(
             f"run '{run.name}' compares {', '.join(begun)}, not {', '.join(chosen)}; name the same recipes, or start "
-            "another by --name OTHER"
+            "another with --name OTHER"
         )
     for chain, entry in zip(planned.chains, record.entries, strict=True):
         ours, theirs = list(chain.trained), [part.stage for part in entry.parts]
         if ours != theirs:
             raise InputError(
-                f"run '{run.name}' cannot go on with a changed spec: '{chain.name}' is trained by {', '.join(theirs)} "
-                f"there, by {', '.join(ours)} here; undo the change, or start another by --name OTHER"
+                f"run '{run.name}' cannot be resumed with a changed spec: '{chain.name}' is trained by "
+                f"{', '.join(theirs)} there, by {', '.join(ours)} here; undo the change, "
+                "or start another with --name OTHER"
             )
     found, _ = budget.frozen(planned, record.measured, record.budget_minutes, record.command)
     return start.resume(run, replace(source, spec=found))
@@ -140,12 +141,12 @@ def _record(
     run: RunPaths, found: "distill.reports.comparison_table.Comparison | None"
 ) -> "distill.reports.comparison_table.Comparison":
     if found is None:
-        raise InputError(f"run '{run.name}' is no comparison; go on with it by: distill run {near(run.root)} --resume")
+        raise InputError(f"run '{run.name}' is not a comparison; resume it with: distill run {near(run.root)} --resume")
     return found
 
 
 def _say(record: "distill.reports.comparison_table.Comparison") -> None:
-    """What each recipe has, before it begins."""
+    """Print what each recipe will use, before the run starts."""
     from distill.reports import comparison_table
 
     rows = []

@@ -32,7 +32,7 @@ FREE = 2e9  # bytes that a quickstart and a few checkpoints take with ease
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """The result of one check."""
 
     what: str
     state: Literal["ok", "missing", "broken", "note"]
@@ -43,17 +43,20 @@ class Finding:
 def doctor(
     site: Annotated[bool, typer.Option("--site", help="Check the cluster instead, with a one-minute job.")] = False,
     path: Annotated[
-        Path | None, typer.Argument(metavar="[SITE]", help="With --site: the cluster's file; by default as for submit.")
+        Path | None,
+        typer.Argument(
+            metavar="[SITE]", help="With --site: file that describes the cluster; by default as for submit."
+        ),
     ] = None,
     nodes: Annotated[
-        int | None, typer.Option(min=1, max=100_000, help="With --site: on how many nodes; by default 2.")
+        int | None, typer.Option(min=1, max=100_000, help="With --site: number of nodes; by default 2.")
     ] = None,
-    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="With --site: GPUs to ask for on each.")] = None,
-    partition: Annotated[str | None, typer.Option(help="With --site: by default the site's.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=0, help="With --site: GPUs to request per node.")] = None,
+    partition: Annotated[str | None, typer.Option(help="With --site: partition; by default the site's.")] = None,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Check this machine: packages, devices, threads, the store; each trouble with its remedy. Or the cluster."""
+    """Check packages, devices, threads and the store, and say how to fix what is wrong; or check the cluster."""
     if site:
         _cluster(path, store_path(store), nodes or 2, gpus_per_node or 0, partition, json)
         return
@@ -115,7 +118,7 @@ def _troubles(seen: "distill.launch.sitecheck.Seen", gpus: int) -> list[str]:
 def probe(
     folder: Annotated[Path, typer.Argument()], caches: Annotated[list[str] | None, typer.Argument()] = None
 ) -> None:
-    """Look around, as a process of the job of `doctor --site`; CACHES: the site's, NAME=FOLDER."""
+    """The checks of one process in the job of `doctor --site`; CACHES: the site's, NAME=FOLDER."""
     from distill.launch import sitecheck, tasks
 
     tasks.require("probe")
@@ -138,7 +141,7 @@ def _packages() -> list[Finding]:
 
 
 def _partners() -> list[Finding]:
-    """Trouble where torchvision was built for another torch: diffusers, and so every run, fails with it."""
+    """A torchvision that was built for another torch: with it diffusers, and so every run, fails."""
     if any(importlib.util.find_spec(name) is None for name in ("torch", "torchvision")):
         return []
     try:

@@ -1,4 +1,4 @@
-"""`distill status` and `logs`: how runs stand, here and on a cluster, and what their processes say."""
+"""`distill status` and `logs`: the progress of runs, here and on a cluster, and the logs of their processes."""
 
 import re
 import time
@@ -35,12 +35,12 @@ UNITS = {"s": "seconds", "m": "minutes", "min": "minutes", "h": "hours", "d": "d
 
 
 def status(
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run; without one, all of the store.")] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Look again every few seconds until Ctrl-C.")] = False,
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run; by default all runs of the store.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every few seconds until Ctrl-C.")] = False,
     json: JsonOption = False,
     store: StoreOption = None,
 ) -> None:
-    """Say how runs stand: jobs, stages, rate, time left, checkpoints, restarts and why."""
+    """Show the progress of runs: jobs, stages, rate, time left, checkpoints, restarts and their causes."""
     folder = store_path(store)
     while True:
         if watch and not json:
@@ -68,7 +68,7 @@ def _status(folder: Path, run: str | None, json: bool) -> None:
         else:
             _print_all(folder, found)
     if found and (trouble := next((each.trouble for each in found if each.trouble), "")) and not json:
-        say(f"warning: {trouble}; what stands above is what the runs themselves have noted")
+        say(f"warning: {trouble}; the above is from the runs' own events only")
 
 
 def _as_json(standing: "distill.launch.standing.Standing") -> dict[str, Any]:
@@ -147,21 +147,21 @@ def _progress(stage: "distill.reports.run_status.StageStatus") -> str:
 
 def logs(
     run: RunArgument,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on as lines come, until nothing runs.")] = False,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Keep printing new lines until nothing runs.")] = False,
     rank: Annotated[int, typer.Option(min=0, help="Rank whose log to print.")] = 0,
     stage: Annotated[
         str | None, typer.Option(help="Stage whose log to print; by default the one with the newest lines.")
     ] = None,
     since: Annotated[
-        str | None, typer.Option(help="Only what came since: 90s, 10m, 2h, 1d ago, or 2026-11-25 17:40:00.")
+        str | None, typer.Option(help="Only lines since then: 90s, 10m, 2h or 1d ago, or 2026-11-25 17:40:00.")
     ] = None,
     lines: Annotated[
         int | None,
-        typer.Option("-n", "--lines", min=0, help=f"How many of the last lines; 0: all. By default {LINES:,}."),
+        typer.Option("-n", "--lines", min=0, help=f"Number of last lines to print; 0: all. By default {LINES:,}."),
     ] = None,
     store: StoreOption = None,
 ) -> None:
-    """Print what a run's processes say: the first traceback of any of them, then the job's lines and a rank's."""
+    """Print the logs of a run: the first traceback of any process, then the lines of the job and of a rank."""
     from distill.runs import log_files
 
     paths = find_run(store_path(store), run)
@@ -183,7 +183,7 @@ def logs(
 
 
 def _begin(path: Path, since: datetime | None, lines: int | None) -> tuple[int, str]:
-    """Where to begin with a log, and what is left out, in words."""
+    """Where to start in a log, and a text about what is left out."""
     from distill.runs import log_files
 
     with records.open_regular(path) as file:
@@ -228,7 +228,7 @@ def _choose(paths: RunPaths, rank: int, stage: str | None) -> list[Path]:
 
 
 def _first_failure(paths: RunPaths) -> "distill.runs.log_files.Failure | None":
-    """The earliest traceback that the logs hold of the jobs' newest attempts."""
+    """The earliest traceback in the logs of the jobs' newest attempts."""
     from distill.runs import jobs, log_files
 
     began: dict[str, str] = {}  # by the logs' names up to the rank
@@ -249,7 +249,7 @@ def _first_failure(paths: RunPaths) -> "distill.runs.log_files.Failure | None":
 
 
 def _await(paths: RunPaths) -> None:
-    """Until there is a log, or nothing that would write one."""
+    """Wait until there is a log, or no process that would write one."""
     while not _files(paths) and _is_live(paths):
         time.sleep(WATCH_SECONDS)
 

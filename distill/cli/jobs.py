@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 JOB = "The job"
 SiteOption = Annotated[
     Path | None,
-    typer.Option("--site", help="The cluster's file. Otherwise $DISTILL_SITE, the user's config, or the example."),
+    typer.Option(
+        "--site", help="File that describes the cluster; by default $DISTILL_SITE, your config, or the example."
+    ),
 ]
 CodeOption = Annotated[
     str,
@@ -45,51 +47,53 @@ CodeOption = Annotated[
 
 NodesOption = Annotated[
     int | None,
-    typer.Option("--nodes", min=1, help="Machines that train together; short for launch.nodes.", rich_help_panel=JOB),
+    typer.Option("--nodes", min=1, help="Number of nodes to train on; sets launch.nodes.", rich_help_panel=JOB),
 ]
 GpusOption = Annotated[
     int | None,
     typer.Option(
         "--gpus-per-node",
         min=0,
-        help="GPUs of each, one for each process: launch.slurm.gpus_per_node, launch.procs.",
+        help="GPUs per node, one process each; sets launch.slurm.gpus_per_node, launch.procs.",
         rich_help_panel=JOB,
     ),
 ]
 PartitionOption = Annotated[
     str | None,
-    typer.Option("--partition", help="Where the jobs go: launch.slurm.partition.", rich_help_panel=JOB),
+    typer.Option("--partition", help="Partition of the jobs; sets launch.slurm.partition.", rich_help_panel=JOB),
 ]
 AccountOption = Annotated[
-    str | None, typer.Option("--account", help="Who pays: launch.slurm.account.", rich_help_panel=JOB)
+    str | None, typer.Option("--account", help="Account to charge; sets launch.slurm.account.", rich_help_panel=JOB)
 ]
 QosOption = Annotated[
-    str | None, typer.Option("--qos", help="Quality of service: launch.slurm.qos.", rich_help_panel=JOB)
+    str | None, typer.Option("--qos", help="Quality of service; sets launch.slurm.qos.", rich_help_panel=JOB)
 ]
 TimeOption = Annotated[
     str | None,
-    typer.Option("--time", help="Limit of each job, like 4:00:00 or 2-12: launch.slurm.time.", rich_help_panel=JOB),
+    typer.Option(
+        "--time", help="Time limit of a job, like 4:00:00 or 2-12; sets launch.slurm.time.", rich_help_panel=JOB
+    ),
 ]
 ContainerOption = Annotated[
-    str | None, typer.Option("--container", help="Image to compute in: launch.slurm.container.", rich_help_panel=JOB)
+    str | None, typer.Option("--container", help="Container image; sets launch.slurm.container.", rich_help_panel=JOB)
 ]
 PairsJobsOption = Annotated[
     int | None,
     typer.Option(
         "--pairs-jobs",
         min=1,
-        help="Jobs of an array that share each pairs stage: launch.slurm.pairs_jobs.",
+        help="Size of the job array that makes pairs; sets launch.slurm.pairs_jobs.",
         rich_help_panel=JOB,
     ),
 ]
 OneJobOption = Annotated[
-    bool, typer.Option("--one-job", help="All stages in one job: launch.slurm.one_job.", rich_help_panel=JOB)
+    bool, typer.Option("--one-job", help="Run all stages in one job; sets launch.slurm.one_job.", rich_help_panel=JOB)
 ]
 
 
 @dataclass(frozen=True)
 class JobOptions:
-    """What the options of a submission ask for; None and False: nothing. The names are the options'."""
+    """The options of a submission; None and False: not given. The names are those of the options."""
 
     nodes: int | None
     gpus_per_node: int | None
@@ -103,7 +107,7 @@ class JobOptions:
     one_job: bool
 
     def changes(self) -> list[str]:
-        """As changes of a spec."""
+        """The options as changes of a spec."""
         given = {
             "launch.nodes": self.nodes,
             "launch.slurm.gpus_per_node": self.gpus_per_node,
@@ -130,7 +134,7 @@ def submit(
     gpus_per_node: GpusOption = None,
     procs_per_node: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes of each, where they compute on CPUs: launch.procs.", rich_help_panel=JOB),
+        typer.Option(min=1, help="Processes per node, on CPU nodes; sets launch.procs.", rich_help_panel=JOB),
     ] = None,
     partition: PartitionOption = None,
     account: AccountOption = None,
@@ -141,12 +145,12 @@ def submit(
     one_job: OneJobOption = False,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run of this name: submit what is neither done nor queued.")
+        bool, typer.Option("--resume", help="Resume a run of this name: submit what is neither done nor queued.")
     ] = False,
     site: SiteOption = None,
     code: CodeOption = "run",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the scripts; nothing is written and no Slurm is needed.")
+        bool, typer.Option("--dry-run", help="Print the job scripts and write nothing. Works without Slurm.")
     ] = False,
     store: StoreOption = None,
 ) -> None:
@@ -175,13 +179,13 @@ def submit(
 
 
 def check_code(code: str) -> None:
-    """InputError unless it is a choice of --code."""
+    """InputError unless it is a valid value of --code."""
     if code not in ("run", "current"):
         raise InputError(f"--code {code}: {suggest(code, ['run', 'current'])}")
 
 
 def found_site(option: Path | None) -> "distill.launch.sites.SiteSource":
-    """The cluster's file that holds."""
+    """The site file to use."""
     from distill.launch import sites
 
     return sites.load(expanded(site_setting(option).value))
@@ -190,7 +194,7 @@ def found_site(option: Path | None) -> "distill.launch.sites.SiteSource":
 def submit_new(
     folder: Path, source: "distill.spec.specfile.SpecSource", site: "distill.launch.sites.SiteSource", code: str
 ) -> None:
-    """Make the run of a spec, and queue all of it."""
+    """Create the run of a spec, and queue all its stages."""
     from distill.execution import prefetch
     from distill.launch import queue, snapshot
     from distill.runs import claims
@@ -221,7 +225,7 @@ def submit_again(
     site: "distill.launch.sites.SiteSource",
     code: str,
 ) -> None:
-    """Queue what of a run is neither done nor queued; its spec is `source`, or is refused."""
+    """Queue what is neither done nor queued; InputError unless the run's spec is `source`."""
     from distill.execution import prefetch
     from distill.launch import queue
     from distill.runs import claims, jobs, todo
@@ -247,7 +251,7 @@ def submit_again(
             say(f"the pairs of stage '{name}' are gone or damaged, and still needed: they are made again")
             run.stage(name).done.unlink()
         for job in live:
-            say(f"job {job.id} is under way: {', '.join(job.stages)}")
+            say(f"job {job.id} is running or queued: {', '.join(job.stages)}")
         if not left:
             say(f"there is nothing to submit for run '{run.name}'" + ("" if live else ": all stages are done"))
             return
@@ -279,7 +283,7 @@ def _where(
 
 
 def _keep_code(run: RunPaths, code: str) -> None:
-    """The package in a run that was made without it."""
+    """Add the copy of the package to a run that was made without it."""
     from distill.launch import snapshot
 
     if code != "run" or run.code.exists():
@@ -318,7 +322,7 @@ def _dry_run(
 
 
 def _say_memory(ready: "distill.execution.preflight.Ready") -> None:
-    """What training will hold, as far as it is known before anything runs."""
+    """Print the memory of training, as far as it is known before anything runs."""
     from distill.execution.estimate import estimate
 
     found = estimate(ready)
@@ -335,10 +339,10 @@ def _say_memory(ready: "distill.execution.preflight.Ready") -> None:
 
 def cancel(
     run: RunArgument,
-    now: Annotated[bool, typer.Option("--now", help="At once: what was not saved is lost.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Stop at once; what was not saved is lost.")] = False,
     store: StoreOption = None,
 ) -> None:
-    """Stop a run, on the cluster or here: what computes saves first, what waits is taken out of the queue."""
+    """Stop a run, on the cluster or on this machine: running processes save first, waiting jobs leave the queue."""
     from distill.launch import queue, slurm
     from distill.runs import claims
 
@@ -347,7 +351,7 @@ def cancel(
     for place, owner in claims.held(paths).items():
         if place == paths.running and owner.is_here and owner.is_alive():
             os.kill(owner.pid, signal.SIGKILL if now else signal.SIGTERM)
-            say(f"process {owner.pid}: {'killed' if now else 'asked to save and leave'}")
+            say(f"process {owner.pid}: {'killed' if now else 'asked to save and exit'}")
             told = True
     live = queue.live_jobs(paths) if paths.jobs.is_dir() else []
     states = slurm.states([member for job in live for member in job.members])
@@ -360,11 +364,11 @@ def cancel(
         if name in waiting:
             say(f"job {name}: cancelled")
         else:
-            say(f"job {name}: {'asked to save and leave' if slurm.ask(name) else f'not reached ({state.state})'}")
+            say(f"job {name}: {'asked to save and exit' if slurm.ask(name) else f'not reached ({state.state})'}")
         told = True
     other = claims.executing(paths)
     if not told and other is not None and not other.is_here:
         where = f"process {other.pid} on {other.host}"
         say(f"run '{paths.name}' is being executed by {where}; stop it there: kill {other.pid}")
     elif not told:
-        say(f"nothing of run '{paths.name}' is under way")
+        say(f"nothing of run '{paths.name}' is running or queued")

@@ -1,4 +1,4 @@
-"""The command `distill`: its commands, and what an error looks like to a user."""
+"""The command `distill`: its subcommands, and how errors are shown."""
 
 import errno
 import os
@@ -45,7 +45,7 @@ from distill.core.text import printable, short
 from distill.launch import tasks
 from distill.runs.progress import stamp
 
-EXIT_PIPE = 141  # whoever read what is printed has left, as `head` does; a shell says the same of SIGPIPE
+EXIT_PIPE = 141  # the reader of the output has exited, as `head` does; shells use the same code for SIGPIPE
 UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]  # Typer's, or click's before
 
 # What the user can do about an error of the system; those that are not here are no fault of what was given.
@@ -57,8 +57,8 @@ REMEDIES = {
     errno.EEXIST: "give another name",
     errno.EINVAL: "give another name",
     errno.ELOOP: "its links lead in a circle",
-    errno.EACCES: "give a place that you may use, or ask whoever owns this one",
-    errno.EPERM: "give a place that you may use, or ask whoever owns this one",
+    errno.EACCES: "give a place that you may use, or ask its owner",
+    errno.EPERM: "give a place that you may use, or ask its owner",
     errno.EROFS: "give a place that can be written",
 }
 
@@ -118,7 +118,7 @@ def _options(
 
 
 def main(arguments: Sequence[str] | None = None, tell: Callable[[object], None] | None = None) -> int:
-    """Run a command: its exit code. What a user can cause is one message, anything else keeps its traceback.
+    """Run a command and return its exit code. Errors of the user are one message; all others keep their traceback.
 
     tell: of a process among several, which takes its messages; an error of the system keeps its traceback there, and
     everywhere one that comes out of a user's own recipe, whose author needs to see where.
@@ -171,7 +171,7 @@ def _outcome(arguments: Sequence[str] | None, tell: Callable[[object], None]) ->
 
 
 def _refuse_usage(error: Exception) -> int:
-    """What Typer says of wrong options; it shows them as they were given."""
+    """Print Typer's message about wrong options, with unsafe characters replaced."""
     from typer import rich_utils
 
     found = vars(error)
@@ -181,7 +181,7 @@ def _refuse_usage(error: Exception) -> int:
 
 
 def _left(leaving: SystemExit, tell: Callable[[object], None]) -> int:
-    """The code of a process that was told to end from within: by Typer, or by a recipe, which must not do so."""
+    """The exit code of a process that something in it ended: Typer, or a recipe, which must not do so."""
     if isinstance(leaving.__context__, BrokenPipeError):
         raise leaving.__context__
     last = traceback.extract_tb(leaving.__traceback__)[-1]
@@ -203,7 +203,7 @@ def _is_of_recipe(error: OSError) -> bool:
 
 
 def described(error: OSError) -> tuple[str, int]:
-    """What the system refused, for people, and the exit code: 2 where another name or place would help."""
+    """A message for a system error, and the exit code: 2 if another name or place would help."""
     places = [short(str(each)) for each in (error.filename, error.filename2) if each is not None]
     reason = error.strerror or str(error) or type(error).__name__
     if error.errno == errno.ENOENT and not places and not _has_folder():
@@ -225,7 +225,7 @@ def run() -> NoReturn:
     """`main`, and the end of its process.
 
     A rank ends at once, without taking the interpreter down: threads of gloo and NCCL that are still there abort it
-    (one time in ten with torch 2.14) after all the work is done. One of a cluster's job leaves word of its end.
+    (one time in ten with torch 2.14) after all the work is done. A process of a cluster's job records how it ended.
     """
     in_job = tasks.is_task()
     if in_job:
@@ -264,6 +264,6 @@ def _leave(code: int) -> NoReturn:
 
 
 def _tell(message: object) -> None:
-    with suppress(OSError):  # said by whoever flushes it last
+    with suppress(OSError):  # reported by the last flush
         sys.stdout.flush()
     say_error(message)

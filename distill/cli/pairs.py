@@ -1,4 +1,4 @@
-"""`distill pairs`: the paths of a teacher, solved and stored; those of a spec's stage also by many processes."""
+"""`distill pairs`: the paths of a teacher, solved and stored; those of a spec also by many processes."""
 
 import os
 from collections.abc import Mapping
@@ -29,11 +29,13 @@ def pairs(
     ],
     changes: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Changes of the spec.")] = None,
     shards: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Only shards I, I + N, ...: the I-th of N such processes.")
+        str | None, typer.Option(metavar="I/N", help="Make only shards I, I + N, ...: this is process I of N.")
     ] = None,
     check: Annotated[
         bool,
-        typer.Option("--check", help="Make no set; solve 1,000 pairs at N and 2 N steps and say whether N is enough."),
+        typer.Option(
+            "--check", help="Write no pairs; solve 1,000 pairs at N and 2 N steps and say whether N is enough."
+        ),
     ] = False,
     stage: Annotated[
         str | None, typer.Option(help="With a SPEC: the pairs stage to make; may be left out if there is only one.")
@@ -42,10 +44,10 @@ def pairs(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="Of a teacher: folder for the pairs. If it holds an unfinished set, that is continued."
+            "--out", help="With a TEACHER: folder for the pairs. If it holds an unfinished set, that is continued."
         ),
     ] = None,
-    count: Annotated[int | None, typer.Option(help="Of a teacher: number of pairs [10000].")] = None,
+    count: Annotated[int | None, typer.Option(help="With a TEACHER: number of pairs [10000].")] = None,
     paths: Annotated[str | None, typer.Option(help="backward, forward, segments, trajectories [backward].")] = None,
     times: Annotated[
         str | None, typer.Option(help="Times of the stored states (trajectories, segments), like 1,0.5,0.")
@@ -69,9 +71,9 @@ def pairs(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda [auto].")] = None,
     store: StoreOption = None,
 ) -> None:
-    """Solve a teacher's ODE and store the ends of its paths: of a teacher into --out, of a spec into its run.
+    """Solve a teacher's ODE and store the ends of its paths, in --out for a TEACHER, in the run for a SPEC.
 
-    N processes, on as many machines as you like, share a set by --shards 1/N ... N/N; the files are the same bytes.
+    N processes, on any machines, can share the work with --shards 1/N ... N/N; the files are the same bytes.
     """
     from distill.cli import arguments
 
@@ -91,7 +93,7 @@ def pairs(
         return
     _refuse({"stage": stage, "name": name, "changes": changes}, f"'{given}' is a teacher, not a spec")
     if out is None and not check:
-        raise InputError("--out is missing: the folder that the pairs of this teacher shall lie in")
+        raise InputError("--out is missing: the folder to write the pairs to")
     _of_teacher(store_path(store), given, options, out, data, seed or 0, device or "auto", share, check)
 
 
@@ -107,7 +109,7 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
 
 
 def _refuse_empty(share: tuple[int, int] | None, stage: "distill.spec.model.Stage") -> None:
-    """InputError for a part that would have nothing to make."""
+    """InputError for a part without any shard."""
     from distill.spec import pairspec
     from distill.spec.model import PairsStage
 
@@ -208,7 +210,7 @@ def _of_spec(
 
 
 def _told(folder: Path) -> str:
-    """How far a set is, and what its numbers are worth."""
+    """How much of a set is complete, and its quality."""
     from distill.pairs import manifest
 
     found = manifest.read(folder)
@@ -230,7 +232,7 @@ def _told(folder: Path) -> str:
 def _run(
     store: Path, given: str, changes: list[str], name: str | None, *, make: bool
 ) -> tuple[RunPaths, "distill.spec.model.RunSpec"]:
-    """The run of a spec: there already, or made now, by whichever of several processes comes first; or only named."""
+    """The run of a spec: an existing one, or one made now by the first of several processes; or only its name."""
     if not start.is_run(store, given):
         source = start.find(given, changes, name)
         paths = RunPaths(store.absolute() / source.spec.name)
@@ -255,7 +257,7 @@ def _stage(spec: "distill.spec.model.RunSpec", given: str | None) -> str:
     if not names:
         raise InputError(f"run '{spec.name}' has no pairs stage; its stages: {', '.join(spec.stages)}")
     if given is None:
-        raise InputError(f"run '{spec.name}' has {len(names)} pairs stages; name one by --stage: {', '.join(names)}")
+        raise InputError(f"run '{spec.name}' has {len(names)} pairs stages; name one with --stage: {', '.join(names)}")
     if given not in names:
         raise InputError(f"--stage {given}: run '{spec.name}' has no such pairs stage; {suggest(given, names)}")
     return given

@@ -35,7 +35,7 @@ def reflow(
         bool,
         typer.Option(
             "--distill",
-            help="Then the spec's one-step distillation, on new pairs of the last flow.",
+            help="Afterwards, run the spec's one-step distillation on new pairs of the last flow.",
             rich_help_panel=ROUNDS,
         ),
     ] = False,
@@ -62,7 +62,7 @@ def reflow(
         bool,
         typer.Option(
             "--slurm",
-            help="Submit it, as `distill submit` does, by the spec's launch.slurm; --pairs-jobs makes pairs by arrays.",
+            help="Submit to Slurm, as `distill submit` does, with the spec's launch.slurm.",
             rich_help_panel=jobs.JOB,
         ),
     ] = False,
@@ -79,14 +79,14 @@ def reflow(
     code: jobs.CodeOption = "run",
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run of this name; SPEC may be the run itself.")
+        bool, typer.Option("--resume", help="Resume a run of this name; SPEC may be the run itself.")
     ] = False,
     procs: Annotated[
         int | None,
-        typer.Option("--procs", min=1, help="Processes of each machine that train together: launch.procs."),
+        typer.Option("--procs", min=1, help="Processes per node that train together; sets launch.procs."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done, and about what it costs; nothing is written.")
+        bool, typer.Option("--dry-run", help="Print the stages and an estimate of their cost; write nothing.")
     ] = False,
     store: StoreOption = None,
 ) -> None:
@@ -150,7 +150,7 @@ def _refuse_without_slurm(asked: jobs.JobOptions, site: Path | None, code: str) 
 
 @dataclass(frozen=True)
 class _Find:
-    """From a spec of one round, by its file or preset, to that of the plan's."""
+    """The spec of all rounds, from that of one round."""
 
     plan: "distill.plans.rounds.RoundsPlan"
 

@@ -1,4 +1,4 @@
-"""`distill list`, `show` and `clean`: what lies in the store. No torch, nothing computed."""
+"""`distill list`, `show` and `clean`: what is in the store. No torch, nothing computed."""
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -49,7 +49,7 @@ def list_runs(store: StoreOption = None, json: JsonOption = False) -> None:
 
 
 def stages_done(done: int, run: "distill.reports.run_status.RunStatus") -> str:
-    """2/5; "" where it is not known how many there are."""
+    """2/5; "" if the number of stages is unknown."""
     return f"{done}/{len(run.stages)}" if run.stages else ""
 
 
@@ -140,18 +140,23 @@ def clean(
     run: Annotated[
         str | None, typer.Argument(metavar="[RUN]", help="Name of a run in the store, or its folder.")
     ] = None,
-    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="Checkpoints of stages that are done.")] = False,
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="Delete the checkpoints of stages that are done.")
+    ] = False,
     pairs: Annotated[
-        bool, typer.Option("--pairs", help="Pairs; where a stage still needs them, they are made again.")
+        bool, typer.Option("--pairs", help="Delete pairs; stages that still need them make them again.")
     ] = False,
-    everything: Annotated[bool, typer.Option("--all", help="The whole run, students included.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Delete the whole run, with its students.")] = False,
     inputs: Annotated[
-        bool, typer.Option("--inputs", help="Files fetched from the hub that no run uses any more; takes no RUN.")
+        bool,
+        typer.Option("--inputs", help="Delete files fetched from the hub that no run uses any more; takes no RUN."),
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do it.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Delete; by default, only say what would be deleted.")
+    ] = False,
     store: StoreOption = None,
 ) -> None:
-    """Say what a run no longer needs, and how much that would free; with --yes, delete it."""
+    """List what a run no longer needs and how much space that would free; with --yes, delete it."""
     from distill.runs import claims, run_store
 
     if inputs:
@@ -230,19 +235,20 @@ def _refuse_if_queued(paths: RunPaths) -> None:
     if live:
         names = ", ".join(job.id for job in live)
         raise InputError(
-            f"jobs of run '{paths.name}' are under way ({names}); wait for them, or: distill cancel {paths.name}"
+            f"jobs of run '{paths.name}' are running or queued ({names}); wait for them, "
+            f"or: distill cancel {paths.name}"
         )
 
 
 def _wanted_pairs(run: RunPaths) -> list[str]:
-    """The pairs stages that are done, and that a stage still to do trains on."""
+    """The completed pairs stages that an unfinished stage trains on."""
     from distill.runs import todo
 
     return sorted(name for name in todo.wanted_pairs(run, todo.load_spec(run)) if run.stage(name).done.exists())
 
 
 def _waste(root: Path, checkpoints: bool, pairs: bool) -> list[Path]:
-    """Folders that may go: checkpoints of done stages, pairs, claims of processes that were killed."""
+    """Folders that may be deleted: checkpoints of completed stages, pairs, claims of killed processes."""
     found = [*root.glob(".dead-*"), *root.glob(".running-*")]  # the second of a kill while it claimed the run
     for stage in sorted((root / "stages").glob("*")):
         if checkpoints and (stage / "done.json").exists() and (stage / "checkpoints").is_dir():

@@ -1,4 +1,4 @@
-"""`distill schedule`: the step times of least summed error; and what --schedule and --times mean elsewhere."""
+"""`distill schedule`: the step times of least summed error; and the options --schedule and --times elsewhere."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,21 +25,21 @@ MAX_FINE = 10_000  # of each pair of times of the grid there is a cost
 
 def schedule(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help=TeacherHelp)],
-    steps: Annotated[int, typer.Option("--steps", help="Steps to find the times of.", min=1, max=MAX_STEPS)],
-    solver: Annotated[str, typer.Option(help=f"Whose steps they are: {kinds.either(solver_names())}.")] = "euler",
+    steps: Annotated[int, typer.Option("--steps", help="Number of steps to find times for.", min=1, max=MAX_STEPS)],
+    solver: Annotated[str, typer.Option(help=f"Solver of these steps: {kinds.either(solver_names())}.")] = "euler",
     fine: Annotated[
-        int, typer.Option(help="Steps of the fine grid that they are chosen from.", min=1, max=MAX_FINE)
+        int, typer.Option(help="Steps of the fine grid that the times are chosen from.", min=1, max=MAX_FINE)
     ] = FINE,
     samples: Annotated[
-        int, typer.Option(help="Paths that the errors are measured on.", min=1, max=MAX_SAMPLES)
+        int, typer.Option(help="Number of paths to measure errors on.", min=1, max=MAX_SAMPLES)
     ] = SAMPLES,
-    seed: Annotated[int, typer.Option(help="Seed of their noise.", min=0, max=2**63 - 1)] = SEED,
+    seed: Annotated[int, typer.Option(help="Seed of the noise of these paths.", min=0, max=2**63 - 1)] = SEED,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 = none.", min=0, max=10_000)] = 1.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Find the step times at which a solver errs least on its way, by dynamic programming; the store keeps them."""
+    """Find the step times with the smallest error of a solver, by dynamic programming; they are kept in the store."""
     from distill.cli import arguments
 
     if steps > fine:
@@ -71,7 +71,7 @@ def schedule(
 
 
 def refuse_schedule(schedule: str, times: str | None) -> None:
-    """Refuse what --schedule and --times cannot be."""
+    """InputError for invalid values of --schedule and --times."""
     if schedule not in ("uniform", "optimal"):
         raise InputError(f"--schedule {schedule}: {suggest(schedule, ['uniform', 'optimal'])}")
     if schedule == "optimal" and times is not None:

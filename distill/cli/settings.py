@@ -38,7 +38,7 @@ def _shown(value: str) -> str:
 
 
 def _set(key: str, value: str) -> str:
-    """Write a setting; other lines of the file, comments among them, stay as they are."""
+    """Write a setting; other lines of the file, including comments, are kept."""
     from distill.core import yamltext
     from distill.core.atomic import write_atomic
     from distill.launch import sites

@@ -27,7 +27,7 @@ PartOption = Annotated[str | None, typer.Option("--part", metavar="I/N", help="O
 def stage(
     run: RunFolder,
     names: StageNames,
-    lifeline: Annotated[int | None, typer.Option(help="A pipe whose other end is held by whoever started us.")] = None,
+    lifeline: Annotated[int | None, typer.Option(help="A pipe whose other end is held by the parent process.")] = None,
     measure: Annotated[bool, typer.Option("--measure", help="Note what training takes of memory.")] = False,
     part: PartOption = None,
 ) -> None:

@@ -1,4 +1,4 @@
-"""From what a user names to a run in the store: found, checked, begun or gone on with. Nothing is computed here."""
+"""From what a user names to a run in the store: found, checked, created or resumed. Nothing is computed here."""
 
 import json
 import shlex
@@ -42,7 +42,7 @@ def locate(given: str) -> tuple[Path, str]:
     from distill.spec import presets
 
     if "=" in given and not Path(given).exists():
-        raise InputError(f"'{given}' stands where the spec is expected; write: distill run SPEC {given}")
+        raise InputError(f"'{given}' is in the place of the spec; write: distill run SPEC {given}")
     path = Path(given)
     if path.suffix in (".yaml", ".yml") or "/" in given or path.is_file():
         if not path.exists():
@@ -67,7 +67,7 @@ def checked(
     spec = resolved.spec
     if here and spec.launch.nodes > 1:
         raise InputError(
-            f"launch.nodes={spec.launch.nodes}: here is one machine; use distill submit, or launch.nodes=1"
+            f"launch.nodes={spec.launch.nodes}: distill run uses one machine; use distill submit, or launch.nodes=1"
         )
     from distill.execution import devices, preflight  # torch comes with it
 
@@ -94,7 +94,7 @@ def refuse_taken(folder: Path, source: "distill.spec.specfile.SpecSource") -> No
 def create(
     folder: Path, source: "distill.spec.specfile.SpecSource", more: Mapping[str, str | bytes] | None = None
 ) -> RunPaths:
-    """A new run of a checked spec, complete or not at all; with more files than every run has."""
+    """A new run of a checked spec, complete or not at all; with additional files."""
     from distill.launch import environment
     from distill.spec import specfile
 
@@ -115,7 +115,7 @@ def create(
 
 
 def _own_recipes(source: "distill.spec.specfile.SpecSource") -> dict[str, str | bytes]:
-    """The user's own recipe files, which a run keeps a copy of."""
+    """The user's own recipe files, which are copied into the run."""
     from distill.spec import registry
     from distill.spec.model import TrainStage
 
@@ -127,7 +127,7 @@ def _own_recipes(source: "distill.spec.specfile.SpecSource") -> dict[str, str | 
 def resume(
     paths: RunPaths, source: "distill.spec.specfile.SpecSource"
 ) -> tuple[RunPaths, "distill.spec.model.RunSpec"]:
-    """An existing run that this machine is to execute, once the spec given is the run's own in all but `launch`."""
+    """An existing run to execute on this machine; InputError if the spec differs in more than `launch`."""
     from distill.runs import claims
 
     claims.refuse_if_executing(paths)
@@ -149,7 +149,7 @@ def is_run(folder: Path, given: str) -> bool:
 def find_again(
     folder: Path, given: str, changes: Sequence[str], name: str | None
 ) -> tuple[RunPaths, "distill.spec.specfile.SpecSource"]:
-    """An existing run, and the spec that it is to go on with."""
+    """An existing run, and the spec to resume it with."""
     from distill.spec import specfile
 
     if not is_run(folder, given):
@@ -166,9 +166,7 @@ def again(
     """The existing run of a spec's name."""
     paths = RunPaths(folder.absolute() / source.spec.name)
     if not paths.spec.is_file():
-        raise InputError(
-            f"there is no run '{source.spec.name}' in {folder} to go on with; leave --resume out to start it"
-        )
+        raise InputError(f"there is no run '{source.spec.name}' in {folder} to resume; start it without --resume")
     return paths, source
 
 
@@ -180,10 +178,10 @@ def go_on(
     live: Sequence[str] = (),
     trains: bool = True,
 ) -> "distill.spec.model.RunSpec":
-    """The spec of an existing run, once it is the old one in all but `launch`, which is then written.
+    """The spec of an existing run, if it differs from the old one in `launch` only; then the new `launch` is written.
 
-    live: jobs that have begun, or will, with the old `launch`; then nothing may change.
-    trains: this version of distill is to train what the run has still to train.
+    live: jobs that use the old `launch`; then nothing may change.
+    trains: this version of distill will train the unfinished stages.
     """
     from distill.core import versions
     from distill.runs import machine, todo
@@ -205,13 +203,15 @@ def go_on(
             changed.append(f"recipe ./{recipe}: its file has changed")
     if changed:
         raise InputError(
-            "\n  ".join([f"run '{paths.name}' cannot go on with a changed spec (only launch may change):", *changed])
-            + "\nstart another run by --name OTHER, or undo the change"
+            "\n  ".join(
+                [f"run '{paths.name}' cannot be resumed with a changed spec (only launch may change):", *changed]
+            )
+            + "\nstart another run with --name OTHER, or undo the change"
         )
     moved = specfile.differences(old, source.spec.model_copy(update={"name": old.name}))
     if moved and live:
         raise InputError(
-            f"jobs of run '{paths.name}' are under way ({', '.join(live)}), so nothing of launch can change "
+            f"jobs of run '{paths.name}' are running or queued ({', '.join(live)}), so nothing of launch can change "
             f"({'; '.join(moved)}); wait for them, or: distill cancel {paths.name}"
         )
     if moved:

@@ -1,5 +1,5 @@
-"""`distill publish`, `students`, `pull` and `verify`: students on their way to other people. No torch, but to export a
-checkpoint and to draw samples where no evaluation has.
+"""`distill publish`, `students`, `pull` and `verify`: sharing students. torch is imported only to export a
+checkpoint, and to draw samples if no evaluation has.
 """
 
 import tempfile
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 TrustOption = Annotated[
     bool,
-    typer.Option("--trust-code", help="Take code that distill has never shipped, too; shows it first."),
+    typer.Option("--trust-code", help="Also accept code that distill has never shipped; shows it first."),
 ]
 MANY = 20  # warnings
 WHICH = (
@@ -44,10 +44,12 @@ WHICH = (
 
 def publish(
     student: Annotated[str, typer.Argument(metavar="RUN[@best|@step-N]", help=WHICH)],
-    name: Annotated[str, typer.Argument(metavar="NAME[:VERSION]", help="By default the next free of v1, v2, ...")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME[:VERSION]", help="By default the next free version: v1, v2, ...")
+    ],
     store: StoreOption = None,
 ) -> None:
-    """Publish a student in the store, with its whole model card. What is published never changes."""
+    """Publish a student in the store, with a complete model card. What is published never changes."""
     from distill.exchange import published, publishing, student_card
 
     folder = store_path(store)
@@ -111,7 +113,7 @@ def pull(
     trust_code: TrustOption = False,
     store: AnyStoreOption = None,
 ) -> None:
-    """Fetch a student, whole and checked or not at all, from a store or a URL: file, http(s), ssh, s3 or hf."""
+    """Fetch a student from a store or a URL (file, http(s), ssh, s3, hf) and check it: all of it or nothing."""
     from distill.exchange import pulling
 
     source, name, digest = _source(given, store)
@@ -123,7 +125,7 @@ def pull(
             f"pulled {here}: {human(pulled.fetched)} in {len(pulled.card.files) + 1} files, sha256 {pulled.digest[:12]}"
         )
     else:
-        say(f"{here} is here already, and whole: sha256 {pulled.digest[:12]}")
+        say(f"{here} exists already and is complete: sha256 {pulled.digest[:12]}")
     say(f'use it: DiffusionPipeline.from_pretrained("{here}", trust_remote_code=True)')
 
 
@@ -131,7 +133,7 @@ def verify(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A student folder.")],
     trust_code: TrustOption = False,
 ) -> None:
-    """Check a student folder: every checksum, nothing that does not belong there, no code that is unknown."""
+    """Check a student folder: its checksums, that no other files are in it, and that its code is known."""
     from distill.exchange import pulling, transports
 
     if transports.is_url(str(folder)):
@@ -142,7 +144,7 @@ def verify(
 
 
 def _chosen(given: str, store: Path) -> "distill.exchange.publishing.Chosen | Path | None":
-    """A student of a run, or a student folder that lies in none; None where there is neither."""
+    """A student of a run, or a student folder outside of runs; None if there is neither."""
     from distill.exchange import publishing, transports
 
     if transports.is_url(given):
@@ -230,7 +232,7 @@ def _source(given: str, store: str | None) -> "tuple[distill.exchange.transports
             label = folder.name if isinstance(chosen, Path) else f"{chosen.run.name}-{chosen.stage}"
             return transports.at(folder), label, None
         raise InputError(
-            f"'{given}': a checkpoint is no student yet; distill export or distill publish makes one of it"
+            f"'{given}': a checkpoint is not a student yet; distill export or distill publish makes one from it"
         )
     name, version = published.split(given)
     listed = published.listed(source, name)
@@ -240,7 +242,7 @@ def _source(given: str, store: str | None) -> "tuple[distill.exchange.transports
 
 
 def _warn(skipped: list[str]) -> None:
-    """What of a store cannot be used, on stderr, each once; the first of many."""
+    """Print the entries of a store that cannot be used on stderr; the first of many."""
     for each in skipped[:MANY]:
         say_error(f"warning: {one_line(each)}")
     if len(skipped) > MANY:
@@ -248,12 +250,12 @@ def _warn(skipped: list[str]) -> None:
 
 
 def _best(entry: "distill.exchange.published.PublishedVersion") -> str:
-    """The distance at the fewest steps, which comes first among its metrics."""
+    """The distance at the fewest steps, which is the first metric."""
     return next((f"{key} {value:.4g}" for key, value in entry.metrics.items()), "-")
 
 
 def _show(name: str, text: str) -> None:
-    """Code that is taken on trust, before it is."""
+    """Print code before it is accepted by --trust-code."""
     say(f"--- {name}")
     say("\n".join(one_line(line) for line in text.splitlines()))
     say("---")

@@ -21,21 +21,26 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 def sample(
     student: StudentArgument,
-    out: Annotated[Path, typer.Option("--out", help="A picture (.png), or the numbers (.safetensors).")],
+    out: Annotated[
+        Path, typer.Option("--out", help="File to write: .png for a picture, .safetensors for the numbers.")
+    ],
     steps: Annotated[
-        int | None, typer.Option(help="Steps; by default the fewest it is made for.", min=1, max=MAX_STEPS)
+        int | None,
+        typer.Option(help="Number of steps; by default the fewest that the student is made for.", min=1, max=MAX_STEPS),
     ] = None,
     schedule: Annotated[
-        str, typer.Option(help="uniform; or optimal: at the times where they err least (see `distill schedule`).")
+        str, typer.Option(help="uniform, or optimal: the step times with the smallest error (see `distill schedule`).")
     ] = "uniform",
-    times: Annotated[str | None, typer.Option(help="Steps along these times instead, like 1,0.6,0.")] = None,
+    times: Annotated[str | None, typer.Option(help="Step times to use instead, like 1,0.6,0.")] = None,
     seed: SeedOption = 0,
     count: Annotated[int, typer.Option(help="Number of samples.", min=1, max=1_000_000)] = 64,
-    classes: Annotated[str, typer.Option(help="One class, or one a sample: 3 or 0,1,2; by default all in turn.")] = "",
+    classes: Annotated[
+        str, typer.Option(help="One class, or one for each sample, like 3 or 0,1,2; by default all in turn.")
+    ] = "",
     device: DeviceOption = "auto",
     store: StoreOption = None,
 ) -> None:
-    """Sample a student into a picture."""
+    """Draw samples of a student."""
     from distill.cli import arguments
 
     labels = arguments.numbers("--classes", classes) if classes else None
@@ -61,7 +66,7 @@ def sample(
 
 def evaluate(
     student: StudentArgument,
-    out: Annotated[Path, typer.Option("--out", help="Folder of results.json and pictures.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write results.json and pictures to.")],
     teacher: Annotated[str | None, typer.Option(help=f"{TeacherHelp} By default the one of the student's run.")] = None,
     data: Annotated[str | None, typer.Option(help="Real data: digits, mnist, or YAML; by default the run's.")] = None,
     steps: Annotated[
@@ -69,16 +74,19 @@ def evaluate(
     ] = None,
     teacher_steps: Annotated[str, typer.Option(help="Euler steps of the teacher.")] = "1,2,4,8,16",
     schedule: Annotated[
-        str, typer.Option(help="optimal: rows also at the times where Euler errs least (see `distill schedule`).")
+        str,
+        typer.Option(
+            help="optimal: also measure at the step times of Euler's smallest error (see `distill schedule`)."
+        ),
     ] = "uniform",
-    times: Annotated[str | None, typer.Option(help="Rows also along these times, like 1,0.6,0.")] = None,
+    times: Annotated[str | None, typer.Option(help="Also measure at these step times, like 1,0.6,0.")] = None,
     samples: Annotated[int, typer.Option(help="Samples per row of the table.")] = 2500,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Measure a student beside its teacher, from the same noise."""
+    """Measure a student and its teacher, from the same noise."""
     from distill.cli import arguments
 
     runs = store_path(store)
@@ -136,8 +144,10 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN")], store: StoreOptio
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN")],
     stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="By default the only train stage.")] = None,
-    half_life: Annotated[float | None, typer.Option(help="Averaged weights, by their half-life in images.")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="The weights themselves, not averaged ones.")] = False,
+    half_life: Annotated[
+        float | None, typer.Option(help="Export averaged weights with this half-life, in images.")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Export the weights themselves, not averaged ones.")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write; by default RUN-STAGE.")] = None,
     store: StoreOption = None,
 ) -> None:
@@ -158,10 +168,10 @@ def export(
     halves = trained[name].ema_half_lives
     if half_life is not None and half_life not in halves:
         valid = ", ".join(f"{half:g}" for half in halves) or "none; use --raw"
-        raise InputError(f"--half-life {half_life:g} is none of the stage's; valid: {valid}")
+        raise InputError(f"--half-life {half_life:g} is not one of the stage's; valid: {valid}")
     folder = out or Path(f"{paths.name}-{name}")
     if folder.exists():
-        raise InputError(f"{folder} exists already; name another folder by --out")
+        raise InputError(f"{folder} exists already; name another folder with --out")
     if paths.stage(name).done.exists() and not paths.stage(name).checkpoints.is_dir():
         raise InputError(f"the checkpoints of '{name}' were deleted; what was exported is {near(paths.student(name))}")
     from distill.execution import stages

@@ -39,7 +39,7 @@ def quickstart(store: StoreOption = None) -> None:
     folder = store_path(store)
     paths, unfinished = choose_quickstart(folder)
     if unfinished is not None:
-        say(f"going on with {near(paths.root)}")
+        say(f"resuming {near(paths.root)}")
         execute(paths, unfinished)
     else:
         source = specfile.load(presets.find(PRESET), name=paths.name)
@@ -47,7 +47,7 @@ def quickstart(store: StoreOption = None) -> None:
 
 
 def choose_quickstart(folder: Path) -> tuple[RunPaths, "distill.spec.model.RunSpec | None"]:
-    """The quickstart that was stopped, with its spec; or the first name that is free: quickstart, quickstart-2, ..."""
+    """The quickstart that was stopped, with its spec; or the first free name: quickstart, quickstart-2, ..."""
     from distill.runs import claims, todo
     from distill.spec import presets, specfile
 
@@ -63,7 +63,7 @@ def choose_quickstart(folder: Path) -> tuple[RunPaths, "distill.spec.model.RunSp
             if spec.digest() == digest and todo.pending(paths, spec):
                 return paths, spec
         except (InputError, RunError, OSError) as error:
-            warn(f"run '{paths.name}' is damaged, and passed over: {error}")
+            warn(f"run '{paths.name}' is damaged and skipped: {error}")
     raise AssertionError
 
 
@@ -72,15 +72,15 @@ def run(
     changes: Changes = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with a run of this name; SPEC may be the run itself.")
+        bool, typer.Option("--resume", help="Resume a run of this name; SPEC may be the run itself.")
     ] = False,
     procs: Annotated[
         int | None,
-        typer.Option("--procs", min=1, max=4096, help="Processes that train together; short for launch.procs=N."),
+        typer.Option("--procs", min=1, max=4096, help="Number of processes to train with; sets launch.procs."),
     ] = None,
     store: StoreOption = None,
 ) -> None:
-    """Execute a spec: train, solve pairs, export, evaluate. What is done is never redone."""
+    """Run a spec: train, solve pairs, export, evaluate. Completed stages are never repeated."""
     folder = store_path(store)
     changes = [*(changes or []), *([] if procs is None else [f"launch.procs={procs}"])]
     if resume:
@@ -94,12 +94,12 @@ def plan(
     spec: SpecArgument,
     changes: Changes = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Also make two steps of each training, and count the memory it takes.")
+        bool, typer.Option("--measure", help="Also run two steps of each training and measure its memory.")
     ] = False,
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Say everything that a run would do, after all its checks; changes nothing."""
+    """Check a spec and print everything that its run would do; changes nothing."""
     from distill.plans import planning
 
     folder = store_path(store)
@@ -130,7 +130,7 @@ def plan(
 
 
 def _measured(source: "distill.spec.specfile.SpecSource") -> dict[str, list[dict[str, Any]]]:
-    """What training takes of memory, by stage and rank, from a run of two steps that is thrown away."""
+    """What training takes of memory, by stage and rank, from a temporary run of two steps."""
     from distill.plans import planning
     from distill.spec.model import TrainStage
 
@@ -144,7 +144,7 @@ def _measured(source: "distill.spec.specfile.SpecSource") -> dict[str, list[dict
 
 @contextmanager
 def rehearsed(source: "distill.spec.specfile.SpecSource") -> Iterator[RunPaths]:
-    """The run of a spec but for its evaluations, measured, to look at before it is thrown away."""
+    """A temporary run of a spec without its evaluations, measured; deleted at the end."""
     from distill.launch import local
     from distill.spec.model import EvaluateStage
 
@@ -158,9 +158,9 @@ def rehearsed(source: "distill.spec.specfile.SpecSource") -> Iterator[RunPaths]:
 
 
 def execute(paths: RunPaths, spec: "distill.spec.model.RunSpec", *, fresh: bool = False) -> None:
-    """Compute what is not done; leave with the exit code of the process that did it.
+    """Run the unfinished stages; exit with the code of the process that did it.
 
-    fresh: the run was made just now, so that nothing of it stays if its process refuses it before any work.
+    fresh: the run was made just now; it is removed if its process refuses it before any work.
     """
     from distill.launch import local
     from distill.runs import todo
@@ -182,7 +182,7 @@ def execute(paths: RunPaths, spec: "distill.spec.model.RunSpec", *, fresh: bool 
 
 
 def _farewell(paths: RunPaths) -> None:
-    """Where everything lies, and the tables."""
+    """Print the tables, and where the results are."""
     print_results(paths)
     rows = [("run", paths.root), *((f"student {p.name}", p) for p in sorted(paths.students.glob("*")) if p.is_dir())]
     files = {"comparison": paths.comparison_table, "its figure": paths.comparison_figure, "report": paths.report}

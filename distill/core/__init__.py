@@ -1,1 +1,1 @@
-"""What every part stands on: errors, text, files, records. No tensors."""
+"""What all other packages use: errors, text, files, records. No tensors."""

@@ -172,6 +172,6 @@ def _hidden(folder: Path) -> list[tuple[Path, str, str, str]]:
 
 
 def _stem(name: str) -> str:
-    """A name, or, for a long one, a short one that stands for it alone."""
+    """A name, or, for a long one, a short one that is unique to it."""
     content = os.fsencode(name)
     return name if len(content) <= LONGEST else f"{name[:10]}~{hashlib.sha256(content).hexdigest()[:16]}"

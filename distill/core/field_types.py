@@ -35,7 +35,7 @@ Positive = Annotated[int, Field(gt=0, lt=2**63, strict=True)]
 Number = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-# Far above what anybody uses; a number beyond them is a slip of the hand, and would be hours of work before it shows.
+# Far above what anybody uses; a larger number is a typing error, which would show only after hours of work.
 MAX_STEPS, MAX_SAMPLES = 100_000, 100_000_000
 MAX_SHARDS = 100_000  # files of a pair set: they lie in one folder, and their names have five digits
 MAX_SHARD = 2**20  # pairs of a file, which is put together in memory; of a block, too

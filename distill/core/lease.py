@@ -2,7 +2,7 @@
 
 Whether a process of another host or container is alive cannot be looked up. Others go by the age of its last renewal:
 the modification time of the claim's record, by the clock of the file system that holds it, since hosts' clocks differ.
-A process that was suspended for longer than that limit may find, when it goes on, that another has taken over.
+A process that was suspended for longer than that limit may find afterwards that another process has taken over.
 
 Who takes over by age moves the claim to a name made from the renewal that it was judged by (its grave), and a renewal
 that comes late first takes that name itself. Only one of the two succeeds, whatever happens between their steps.
@@ -40,7 +40,7 @@ class Lease:
     """The renewals of one claim, made by a thread.
 
     record: the claim's file. content: of the file, as long as the claim is ours. every: seconds between two renewals.
-    grave: where whoever judges the claim by a renewal (nanoseconds) moves it. lost: called once the claim is gone.
+    grave: where a process that judges the claim by a renewal (nanoseconds) moves it. lost: called once it is gone.
     """
 
     def __init__(

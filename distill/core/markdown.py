@@ -1,4 +1,4 @@
-"""Text that somebody else wrote, as Markdown that shows it and nothing more: no markup, HTML, link or table cell."""
+"""Text from elsewhere, as Markdown that shows it and nothing more: no markup, HTML, link or table cell."""
 
 import re
 

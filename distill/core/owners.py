@@ -1,4 +1,4 @@
-"""Processes that own a file or a folder, by its record or its name: told apart from later ones with the same number.
+"""Processes that own a file or a folder, by its record or its name: distinguished from later ones with the same number.
 
 A process number means something only on one machine and there only in one pid namespace: containers on one machine,
 which may have the same host name, count their processes separately. Whether a process of another namespace or machine

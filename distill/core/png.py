@@ -1,4 +1,4 @@
-"""PNG files, told by their bytes."""
+"""PNG files, recognised by their bytes."""
 
 import re
 

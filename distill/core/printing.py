@@ -34,7 +34,7 @@ def warn(text: str) -> None:
     """Say on stderr what must not be missed: once in the life of the process, however often it is found."""
     if text not in _warned:
         _warned.add(text)
-        with suppress(OSError):  # whoever read this may be gone, which is no reason to lose work
+        with suppress(OSError):  # the reader may be gone, which is no reason to lose work
             say_error(f"warning: {text}")
 
 
@@ -62,7 +62,7 @@ def clear() -> None:
 
 
 class _Record(logging.LogRecord):
-    """A message of a library's log; it may name what stands in a file."""
+    """A message of a library's log; it may contain text from a file."""
 
     def getMessage(self) -> str:  # noqa: N802  (logging's name)
         return printable(super().getMessage())

@@ -1,6 +1,6 @@
-"""Files that anything may have happened to, read with care: regular files only, of bounded size, by a schema.
+"""Files that may be damaged, read with care: regular files only, of bounded size, validated by a schema.
 
-A FIFO would wait for ever and a device may have no end; neither is a file of a run.
+A FIFO would wait forever and a device may have no end; neither is a file of a run.
 """
 
 import errno
@@ -99,7 +99,7 @@ def mistake(error: ValidationError) -> str:
 
 
 def names(folder: Path) -> list[str]:
-    """What lies in a folder, by name; nothing where there is none. InputError if it cannot be read."""
+    """The entries of a folder by name; empty if it does not exist. InputError if it cannot be read."""
     try:
         return sorted(path.name for path in folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):

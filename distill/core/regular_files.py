@@ -1,6 +1,6 @@
 """Files in folders that others write to: opened only where they are files, without following links, read to a limit.
 
-A FIFO blocks whoever opens it, a device never ends, a link leads anywhere: each is an OSError that says what it is.
+A FIFO blocks its reader, a device never ends, a link leads anywhere: each is an OSError that says what it is.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""Room for what is about to be written, on a disk or in memory.
+"""Space for what is about to be written, on a disk or in memory.
 
 Quotas of a disk count where the file system tells them as free space; limits of memory, where a cgroup sets them.
 """
@@ -71,6 +71,7 @@ def require(folder: Path, need: int, what: str) -> None:
     """RunError unless `need` bytes can be written below `folder`."""
     if missing := shortage(folder, need):
         raise RunError(
-            f"no room for {what}: {missing}; make some (`distill clean RUN` says what a run no longer needs), "
+            f"not enough disk space for {what}: {missing}; free some (`distill clean RUN` lists what a run no longer "
+            "needs), "
             "or use another store"
         )

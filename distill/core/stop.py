@@ -1,4 +1,4 @@
-"""Being asked to stop: a signal is noted, the step is finished and saved, and the process leaves with code 75."""
+"""Stopping on request: a signal is recorded, the step is finished and saved, and the process exits with code 75."""
 
 import os
 import signal
@@ -37,7 +37,7 @@ class StopRequest:
     def raise_if_requested(self, saved: str) -> None:
         """Leave if a signal has come; call it where nothing would be lost. `saved`: where the work stands."""
         if self.signal is not None:
-            raise Stopped(f"stopped by {self.signal}; saved: {saved}; run the same command again to go on")
+            raise Stopped(f"stopped by {self.signal}; saved: {saved}; run the same command again to resume")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

@@ -123,7 +123,7 @@ def parse(text: str, source: str) -> Any:  # noqa: ANN401  (whatever YAML holds)
         where = f" line {mark.line + 1}, column {mark.column + 1}:" if mark else ""
         raise InputError(f"{source}: not YAML:{where} {error.problem or error.context}") from None
     except yaml.reader.ReaderError as error:
-        raise InputError(f"{source}: not YAML: character {error.character:#x} cannot stand in it") from None
+        raise InputError(f"{source}: not YAML: character {error.character:#x} is not allowed") from None
 
 
 def _parse(text: str) -> Any:  # noqa: ANN401
@@ -160,7 +160,7 @@ def _refuse_deep(text: str) -> None:
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """How many values a node stands for, and how many lists and mappings are in each other, aliases filled in; `known`
+    """How many values a node has, and how deeply its lists and mappings are nested, with aliases expanded; `known`
     has those of nodes that were measured before.
     """
     if id(node) in known:

@@ -1,4 +1,4 @@
-"""Data sets small enough to lie in memory: digits and MNIST."""
+"""Data sets small enough to keep in memory: digits and MNIST."""
 
 import hashlib
 from collections.abc import Sequence

@@ -6,7 +6,7 @@ its format is rare. Damage in the middle of a file is found when the image is us
 
 STORE/indexes keeps them for later runs, RUN/indexes those of a run, for its ranks and stages: what other runs write
 does not change it. A file whose size and times are the same as before is not read again. Indexes may be deleted at any
-time. Those of a store are anybody's: they are read with care, and a file that holds no index is made again.
+time. Those of a store may be anybody's: they are validated, and a file that is not an index is made again.
 """
 
 import errno

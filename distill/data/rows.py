@@ -1,4 +1,4 @@
-"""Where encoded images lie: here, as files of a folder; `tables` has those in rows of the `datasets` library."""
+"""Where encoded images are stored: here, files of a folder; `tables` has those in rows of the `datasets` library."""
 
 import os
 from collections.abc import Callable
@@ -50,6 +50,6 @@ class FileRows:
 
 
 def read_file(path: str) -> Encoded:
-    """A regular file; OSError if it is none or cannot be read. Does not wait at a FIFO that nobody writes to."""
+    """A regular file; OSError if it is none or cannot be read. Does not wait at a FIFO without a writer."""
     with open_regular(Path(path), follow=True) as file:
         return Encoded(file.readall(), os.fstat(file.fileno()))

@@ -98,13 +98,13 @@ def _stat(path: str) -> os.stat_result | None:
 
 
 def open_rows(spec: HfData) -> Dataset:
-    """The rows of a split, as they lie there."""
+    """The rows of a split, in their stored order."""
     path = Path(spec.path)
     if path.exists():
         imagefolder.refuse_container(spec.path)
     if spec.revision is not None and path.exists():
         raise InputError(
-            f"data.revision={spec.revision} has no effect: {spec.path} lies here and is not a hub id; remove it"
+            f"data.revision={spec.revision} has no effect: {spec.path} is here and is not a hub id; remove it"
         )
     with _readable(spec):
         if path.is_file():
@@ -133,7 +133,7 @@ def _refuse_folder(path: str) -> None:
 
 @contextmanager
 def _readable(spec: HfData) -> Iterator[None]:
-    """Says what cannot be read, and why."""
+    """The error that says what cannot be read, and why."""
     try:
         yield
     except InputError:
@@ -152,7 +152,7 @@ def _readable(spec: HfData) -> Iterator[None]:
 
 
 def repository(spec: HfData, commit: str | None = None) -> Repository:
-    """What a data set by hub id reads. commit: None for the one that its revision stands for now."""
+    """What a data set by hub id reads. commit: None for the current one of its revision."""
     if commit is None:
         with _readable(spec):
             commit = hub.commit("dataset", spec.path, spec.revision)

@@ -115,7 +115,7 @@ def measure(
     store: Path,
     exact: Callable[[int, Sequence[int]], Tensor] | None = None,
 ) -> Results:
-    """Measure every row of `stage`; results.json, rows and pictures go to `folder`. Goes on where it was killed.
+    """Measure every row of `stage`; results.json, rows and pictures go to `folder`. Resumes where it was killed.
 
     Without data, samples are compared with `exact` ones, (seed, indices) -> samples; by default the teacher's, if any.
     store: where optimal times are kept.
@@ -157,7 +157,7 @@ def measure(
 
 
 def refuse_few(data: DataSet) -> None:
-    """Refuse data that nothing can be compared with."""
+    """InputError for data that nothing can be compared with."""
     if len(data) <= NEIGHBOURS:
         raise InputError(
             f"data '{data.name}' has {len(data)} images; an evaluation compares each with its {NEIGHBOURS} nearest "
@@ -172,7 +172,7 @@ def _fine(stage: EvaluateStage) -> Plan:
 def _check(
     stage: EvaluateStage, teacher: LoadedTeacher, students: Mapping[str, LoadedStudent], data: DataSet | None
 ) -> None:
-    """Refuse what cannot be compared, before anything is written."""
+    """InputError for networks that cannot be compared, before anything is written."""
     assert all(isinstance(students[name].student, VelocityStudent) for name in stage.fine_students), "checks.check"
     for name, student in students.items():
         if (student.shape, student.num_classes) != (teacher.shape, teacher.num_classes):

@@ -29,7 +29,7 @@ MAX_PICTURES = 64 * 2**20  # bytes of all that are embedded
 
 @dataclass(frozen=True)
 class Stage:
-    """How one stage stands."""
+    """The state of one stage."""
 
     name: str
     kind: str
@@ -273,7 +273,7 @@ def _losses(training: TrainingCurve) -> str:
 
 
 def _environment(run: RunPaths) -> list[tuple[str, str]]:
-    """The lines of env.json that matter to whoever reads the numbers."""
+    """The lines of env.json that matter to readers of the numbers."""
     env = machine.load(run)
     commit = None if env.git is None else f"{env.git.commit[:12]}{' (with changes)' if env.git.changed else ''}"
     known = {"distill": env.distill, "commit": commit, "python": env.python, "platform": env.platform}
@@ -283,7 +283,7 @@ def _environment(run: RunPaths) -> list[tuple[str, str]]:
 
 
 def _files(run: RunPaths) -> list[tuple[str, str]]:
-    """What lies where, of what exists; relative to the run."""
+    """The paths of the files that exist, relative to the run."""
     named = [
         ("spec", run.spec),
         ("events", run.events),

@@ -60,7 +60,7 @@ def _refuse(path: Path, name: str, card: StudentCard) -> None:
 def refuse_picture(content: bytes, name: str) -> None:
     """InputError unless the bytes are those of a PNG file."""
     if not is_png(content):
-        raise InputError(f"{name} is no PNG file; the student is refused")
+        raise InputError(f"{name} is not a PNG file; the student is refused")
 
 
 def _refuse_weights(path: Path, name: str) -> None:
@@ -76,7 +76,7 @@ def _refuse_weights(path: Path, name: str) -> None:
     except (ValueError, RecursionError):
         header = None
     if not text.startswith(b"{") or not isinstance(header, dict) or _bytes(header) != size - 8 - length:
-        raise InputError(f"{name} is no safetensors file; the student is refused")
+        raise InputError(f"{name} is not a safetensors file; the student is refused")
 
 
 def _bytes(header: dict[str, Any]) -> int | None:
@@ -100,10 +100,10 @@ def _text(content: bytes, name: str) -> str:
     try:
         text = content.decode()
     except UnicodeDecodeError:
-        raise InputError(f"{name} is no UTF-8 text; the student is refused") from None
+        raise InputError(f"{name} is not UTF-8 text; the student is refused") from None
     # A program may hold any but NUL: it is shown without them before it is taken.
     if re.search(r"\x00" if name.endswith(".py") else r"[\x00-\x08\x0e-\x1f\x7f-\x9f]", text):
-        raise InputError(f"{name} is no plain text: it holds control characters; the student is refused")
+        raise InputError(f"{name} is not plain text: it contains control characters; the student is refused")
     return text
 
 
@@ -162,7 +162,7 @@ def _refuse_shards(parsed: dict[str, Any], name: str, card: StudentCard) -> None
 def _refuse_index(parsed: Any, name: str, card: StudentCard) -> None:  # noqa: ANN401
     """Its classes are diffusers' own, or come from files that are listed."""
     if not isinstance(parsed, dict):
-        raise InputError(f"{name} holds no JSON object; the student is refused")
+        raise InputError(f"{name} is not a JSON object; the student is refused")
     for part, value in parsed.items():
         pair = value if isinstance(value, list) and len(value) == 2 else [None, None]
         module, title = (each if isinstance(each, str) else "" for each in pair)

@@ -1,5 +1,5 @@
 """Which files a student folder may hold, judged by its distill.json before any of them is fetched: it comes from
-anywhere. Pure: bytes and names in, InputError out. What is refused is named. What stands in the files: contents.py.
+anywhere. Pure: bytes and names in, InputError out. What is refused is named. What is in the files: contents.py.
 """
 
 import hashlib
@@ -53,7 +53,7 @@ def _objection(name: str) -> str | None:
     if ".." in parts:
         return "a path that leads out of the folder"
     if not is_plain(name) or len(parts) > 8:
-        return "no plain name: letters, digits, '.', '_' and '-', none hidden"
+        return "not a plain name: letters, digits, '.', '_' and '-', none hidden"
     if name == student_card.FILE_NAME:
         return "which is the list itself"
     if suffix.lower() in PICKLES:
@@ -79,8 +79,9 @@ def refuse_unknown_code(card: StudentCard, where: str) -> None:
     unknown = unknown_code(card)
     if unknown:
         raise InputError(
-            f"{where} brings code that distill has never shipped: {', '.join(unknown)}; it would run when the student "
-            "is loaded. If you trust whoever made it, --trust-code shows the code and takes it"
+            f"{where} contains code that distill has never shipped: {', '.join(unknown)}; it would run when the "
+            "student "
+            "is loaded. If you trust its author, --trust-code shows the code and accepts it"
         )
 
 

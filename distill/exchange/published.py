@@ -1,33 +1,32 @@
 """The published students of a store: STORE/registry/NAME/VERSION/, each a student folder that never changes.
 
-The folders are the truth. `_index.json` beside them says the same where folders cannot be listed, as over plain http.
-It is written after each publication, and written again until it says what the folders say; so whoever of several
-publishers is the last to write it has seen the versions of all.
+The folders are authoritative. `_index.json` beside them has the same content for where folders cannot be listed, as
+over plain http. It is written after each publication, and again until it agrees with the folders; so the last of
+several publishers to write it has seen the versions of all.
 
-A store is shared by people who do not know each other. Who may write there is a matter of its folder's permissions, or
-of whoever keeps the server; everything in it is taken to come from somebody hostile, until it is checked:
+A store is shared by people who do not know each other. The permissions of its folder or server decide who may write
+there; everything in it is treated as hostile until it is checked:
 
-- A card (distill.json) or an entry of the index, by schema: one that is broken, no plain file, or too large is skipped,
-  with a warning that names it, and all others go on. Texts are single lines without control characters, numbers finite,
-  sizes below 2^63 (card.py). File names are plain, below the folder, and of few kinds; links are not followed
-  (manifest.py, regular.py).
-  The index holds of each student what fits into 4 kB; of very many students, the newest.
-- What a student holds, when it is pulled, verified or published, before it has its name: size and sha256 of each file,
-  no file that is not listed, each of the kind that its name says, nothing that leads a loader to other files, classes,
-  weights or code (contents.py). Code must be, byte for byte, what distill has shipped, or is shown and taken on trust.
-- What the other side of a connection says: time, size and redirections are limited (transports.py, web.py, ssh.py,
-  pull.py), and it is printed as one short line.
-- What saves time beside them. An index of images (indexes/) or the costs of steps (schedules/), by schema, the
-  latter also by what was asked for: what does not fit is made again. Of what was fetched (inputs/), that it is there:
-  what is not is fetched again, under another name. All are read as plain files of bounded size.
-- Foreign text in a model card is plain text there (markdown.py), and in a terminal it is without control characters.
+- A card (distill.json) or an entry of the index, by schema: one that is broken, not a file, or too large is skipped,
+  with a warning that names it; all others are used. Texts are single lines without control characters, numbers finite,
+  sizes below 2^63 (student_card.py). File names are plain, below the folder, and of few kinds; links are not followed
+  (manifest.py, core/regular_files.py). The index has at most 4 kB for each student; of very many, only the newest.
+- The content of a student, when it is pulled, verified or published, before it has its name: size and sha256 of each
+  file, no file that is not listed, each of the kind that its name says, nothing that leads a loader to other files,
+  classes, weights or code (contents.py). Code must be, byte for byte, what distill has shipped, or is shown and
+  accepted only by --trust-code.
+- Whatever a server sends: time, size and redirections are limited (transports.py, web.py, ssh.py, pulling.py), and
+  messages are printed as one short line.
+- Files that only save time. An index of images (indexes/) or the costs of steps (schedules/), by schema, the latter
+  also against the request: what does not fit is made again. Fetched inputs (inputs/) must be complete: others are
+  fetched again, under another name. All are read as plain files of bounded size.
+- Foreign text in a model card is plain text there (core/markdown.py), and printed without control characters.
 
-Not promised: that a published student is good, is by whom it says, or has the licence it names; that a version stays
-(whoever may write in the folder may also remove or replace it: the sha256 that `students` shows tells one from the
-other); that its README.md is what distill would write (it is text that somebody made, and may lead anywhere); that an
-index over http is complete; that the numbers of an index of images or of costs are right; that inputs/ holds what the
-hub has (whoever makes inputs/DIGEST first decides the weights); that a store which somebody fills up stays quick, or
-has room.
+Not promised: that a published student is good, is by its stated author, or has its stated licence; that a version
+stays (who may write in the folder may also remove or replace it: compare the sha256 that `students` shows); that its
+README.md is what distill would write (it may contain any text and links); that an index over http is complete; that
+the numbers of an index of images or of costs are right; that inputs/ has what the hub has (the first to make
+inputs/DIGEST decides the weights); that a store which somebody fills up stays quick, or has space.
 """
 
 import json
@@ -62,7 +61,7 @@ ROUNDS = 100  # times that an index is written anew because others publish too
 
 
 def _first_metrics(given: object) -> object:
-    """So many as an index is to hold; cards may have more, and older versions put all of them there."""
+    """As many as an index may have; cards may have more, and older versions wrote all of them there."""
     if not isinstance(given, dict):
         return given
     return dict(islice(((name, value) for name, value in given.items() if len(str(name)) <= METRIC), MAX_METRICS))
@@ -133,7 +132,7 @@ def listed(source: RemoteSource, only: str = "*") -> Listed:
     except Missing as missing:
         raise InputError(f"{missing}; nothing has been published here, or this is not a store") from missing
     except ValidationError as error:
-        raise InputError(f"{where} is no index of students: {records.mistake(error)}") from error
+        raise InputError(f"{where} is not an index of students: {records.mistake(error)}") from error
     found = Listed([])
     for number, each in enumerate(given):
         try:
@@ -214,7 +213,7 @@ def _entry(registry: Path, name: str, version: str) -> PublishedVersion | None:
 
 
 def entry_of(name: str, version: str, card: StudentCard, content: bytes, published: float) -> PublishedVersion:
-    """What the index says of a student; InputError if that is too much. content: of its distill.json."""
+    """A student's entry in the index; InputError if it is too large. content: of its distill.json."""
     try:
         entry = PublishedVersion(
             name=name,
@@ -238,7 +237,7 @@ def entry_of(name: str, version: str, card: StudentCard, content: bytes, publish
 
 
 def write_index(store: Path) -> Listed:
-    """Let `_index.json` say what the folders say, which is returned; of too many students the newest."""
+    """Update `_index.json` from the folders, and return their content; of too many students the newest."""
     found = scan(store)
     for _ in range(ROUNDS):
         content = _bytes(found.students)
@@ -246,7 +245,7 @@ def write_index(store: Path) -> Listed:
             write_atomic(store / REGISTRY / INDEX, content)
         except RunError as error:
             raise RunError(
-                f"the student is published, but whoever reads this store over http does not see it: {error}. Once "
+                f"the student is published, but readers of this store over http do not see it: {error}. Once "
                 "that file can be written, publish the student again"
             ) from error
         found = scan(store)
@@ -255,7 +254,7 @@ def write_index(store: Path) -> Listed:
     if left_out := len(found.students) - content.count(b"\n{"):
         warn(
             f"{store / REGISTRY / INDEX} is full: it leaves out the oldest {left_out:,} of {len(found.students):,} "
-            "students, which whoever reads this store over http can pull only by NAME:VERSION"
+            "students, which readers over http can pull only by NAME:VERSION"
         )
     return found
 
@@ -294,7 +293,7 @@ def split(given: str) -> tuple[str, str | None]:
 def locate(source: RemoteSource, listed: Listed, name: str, version: str | None) -> tuple[RemoteSource, str | None]:
     """The folder of a version of a name, or of its newest, and its digest.
 
-    A version that the index does not have is looked for in its place: who published it may not have come to that.
+    A version missing from the index is looked for in its folder: the index may lag behind.
     """
     found = [entry for entry in listed.students if entry.name == name]
     if version is None and found:

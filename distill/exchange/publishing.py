@@ -1,4 +1,4 @@
-"""Publishing: a student of a run, with all that its run knows of it, becomes a version in the store's registry.
+"""Publishing: a student of a run, with what its run knows about it, becomes a version in the store's registry.
 
 A version appears by the rename of a complete folder, which fails where it exists: of two publishers at once one has it.
 """
@@ -43,7 +43,7 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Published:
-    """What a publication has come to."""
+    """The result of a publication."""
 
     entry: PublishedVersion
     new: bool
@@ -106,7 +106,7 @@ def publish(
     if home.is_symlink():
         raise InputError(f"{home} is a link; nothing is published through one. Choose another name, or remove it")
     if os.path.lexists(home) and not home.is_dir():
-        raise InputError(f"{home} is no folder, so no version can lie there; choose another name, or remove it")
+        raise InputError(f"{home} is not a folder, so it cannot hold a version; choose another name, or remove it")
     if picture:
         contents.refuse_picture(picture, PICTURE)
     source = RemoteFolder(student)

@@ -28,7 +28,7 @@ Show = Callable[[str, str], None]  # file name and text of code that is unknown
 
 @dataclass(frozen=True)
 class Pulled:
-    """What a pull has come to."""
+    """The result of a pull."""
 
     card: StudentCard
     digest: str
@@ -37,7 +37,7 @@ class Pulled:
 
 
 def read(source: RemoteSource, name: str, limit: int) -> bytes:
-    """A small file, whole. Missing where there is none.
+    """A complete small file; raises Missing if there is none.
 
     It may take a minute, and a second more for each RATE bytes that came, however often the other side fails.
     """
@@ -77,7 +77,7 @@ def describe(source: RemoteSource) -> tuple[StudentCard, bytes]:
         content = read(source, student_card.FILE_NAME, student_card.MAX_CARD)
     except Missing as missing:
         raise InputError(
-            f"{source.where} is no student folder: it has no {student_card.FILE_NAME} ({missing})"
+            f"{source.where} is not a student folder: it has no {student_card.FILE_NAME} ({missing})"
         ) from missing
     card = manifest.parse(content, f"{source.where}/{student_card.FILE_NAME}")
     found = source.listing()
@@ -87,7 +87,7 @@ def describe(source: RemoteSource) -> tuple[StudentCard, bytes]:
 
 
 def verify(folder: Path, show: Show | None = None) -> StudentCard:
-    """The card of a folder that is a whole student and nothing else. show: takes code that is unknown."""
+    """The card of a complete student folder without other files. show: called with unknown code."""
     card, _ = describe(RemoteFolder(folder))
     if show is None:
         manifest.refuse_unknown_code(card, str(folder))
@@ -98,9 +98,9 @@ def verify(folder: Path, show: Show | None = None) -> StudentCard:
 
 
 def pull(source: RemoteSource, dest: Path, *, digest: str | None = None, show: Show | None = None) -> Pulled:
-    """Fetch the student at `source` to `dest`, which is not there before all of it is, and right.
+    """Fetch the student at `source` to `dest`, which appears only when it is complete and checked.
 
-    digest: what it must have, if that is known; show: is given code that is unknown, which is refused otherwise.
+    digest: the expected one, if known; show: called with unknown code, which is refused without it.
     """
     dest = dest.absolute()
     card, content = describe(source)
@@ -108,7 +108,7 @@ def pull(source: RemoteSource, dest: Path, *, digest: str | None = None, show: S
     if digest is not None and digest != found:
         raise InputError(
             f"{source.where} is another student (sha256 {found[:12]}) than the store's index says ({digest[:12]}); "
-            "published versions never change, so ask whoever keeps the store"
+            "published versions never change, so ask the owner of the store"
         )
     if show is None:
         manifest.refuse_unknown_code(card, source.where)
@@ -139,7 +139,7 @@ def _is_here(dest: Path, content: bytes, show: Show | None) -> bool:
     try:
         here = read_regular(dest / student_card.FILE_NAME, student_card.MAX_CARD)
     except OSError as error:
-        raise InputError(f"{dest} exists and is no student; name another folder") from error
+        raise InputError(f"{dest} exists and is not a student; name another folder") from error
     if here != content:
         raise InputError(f"{dest} holds another student; name another folder, or remove it")
     verify(dest, show)
@@ -173,8 +173,8 @@ def _show(folder: Path, card: StudentCard, show: Show | None) -> None:
 def workplace(dest: Path, digest: str) -> Iterator[Path]:
     """A hidden folder beside `dest` for this process alone, with what an earlier pull of the same student left there.
 
-    It bears its process's name. One whose process is gone is taken over by a rename, which succeeds once. Not a
-    `new_folder`, which starts empty: what has been downloaded is resumed.
+    Its name contains that of its process. A folder whose process is gone is taken over by a rename, which succeeds
+    once. Not a `new_folder`, which starts empty: what has been downloaded is resumed.
     """
     free = dest.with_name(f".{dest.name}.part-{digest[:16]}")
     mine = free.with_name(f"{free.name}.{Owner.this().label}")

@@ -1,4 +1,4 @@
-"""Files over the system's own ssh, with all that the user's config says of the host: jump hosts, agents, names."""
+"""Files over the system's own ssh, with the user's config for the host: jump hosts, agents, names."""
 
 import os
 import re
@@ -63,7 +63,7 @@ class Ssh:
 
 @dataclass
 class _Output:
-    """What ssh brings; at its end, why it ended. Only the end of what it says is kept: it may be long."""
+    """The output of ssh, and at its end the reason. Only the end of its messages is kept: they may be long."""
 
     process: subprocess.Popen[bytes]
     where: str
@@ -82,7 +82,7 @@ class _Output:
             pipe.close()
 
     def read(self, size: int, /) -> bytes:
-        """What has come; b"" once ssh has ended well. Broken after a minute without a byte of the file."""
+        """The next bytes; b"" once ssh has ended well. Broken after a minute without a byte of the file."""
         end = time.monotonic() + SILENCE
         while self.waiting.get_map():
             left = end - time.monotonic()
@@ -113,7 +113,7 @@ class _Output:
 
 
 def at(url: str) -> RemoteSource:
-    """ssh://[USER@]HOST[:PORT]/PATH; /~/PATH lies below the home there."""
+    """ssh://[USER@]HOST[:PORT]/PATH; /~/PATH is below the home folder there."""
     parts = urlsplit(url)
     user, _, host = parts.netloc.rpartition("@")
     port, name = parts.port, parts.hostname or ""
@@ -122,6 +122,8 @@ def at(url: str) -> RemoteSource:
     path = unquote(parts.path)
     path = f"./{path[3:]}" if path.startswith("/~/") else path
     if not HOST.fullmatch(name) or (user and not USER.fullmatch(user)) or not path.strip("/") or "\0" in path:
-        raise InputError(f"{shown(url)}: ssh://[USER@]HOST[:PORT]/PATH is expected; /~/PATH lies below the home there")
+        raise InputError(
+            f"{shown(url)}: ssh://[USER@]HOST[:PORT]/PATH is expected; /~/PATH is below the home folder there"
+        )
     options = (*(["-p", str(port)] if port else []), *(["-l", user] if user else []))
     return Ssh(shown(url), (*options, "--", name), path)

@@ -1,4 +1,4 @@
-"""What describes a student in its folder: distill.json for programs, README.md for people. No torch here."""
+"""The description of a student in its folder: distill.json for programs, README.md for people. No torch here."""
 
 import functools
 import hashlib
@@ -43,7 +43,7 @@ class FileRecord(FrozenModel):
 
 
 class StudentCard(FrozenModel):
-    """The content of distill.json. Depends on nothing but the student: no dates, no places.
+    """The content of distill.json. Depends on the student alone: no dates, no paths.
 
     It may come from anybody, so each value is bounded: texts are lines without control characters, numbers finite.
     """
@@ -158,7 +158,7 @@ def parse(content: bytes, where: str) -> StudentCard:
 def verify(folder: Path) -> StudentCard:
     """The card, once every file it names is there, whole and unchanged, and no other file is.
 
-    A size that is wrong is said without reading the file.
+    A wrong size is reported without reading the file.
     """
     card = read(folder)
     for name, expected in card.files.items():
@@ -191,7 +191,7 @@ def refuse_strange(found: Collection[str], card: StudentCard, where: str) -> Non
 
 
 def add_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
-    """Say in distill.json and README.md what was measured. What a kill between the two leaves, the next call mends.
+    """Write the measurements to distill.json and README.md. After a kill in between, call it again.
 
     A value that is not finite is left out: cards hold numbers that can be compared.
     """
@@ -211,7 +211,7 @@ def to_json(card: StudentCard) -> str:
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """What a stage took on the way to a student."""
+    """The cost of a stage on the way to a student."""
 
     stage: str
     work: str
@@ -221,7 +221,7 @@ class TrainingCost:
 
 @dataclass(frozen=True)
 class Publication:
-    """What the model card of a published student says beyond the student, from its run. Plain text, except `rows`."""
+    """The part of a published student's model card that comes from its run. Plain text, except `rows`."""
 
     name: str
     picture: str = ""

@@ -1,4 +1,4 @@
-"""One file from a source to the disk: hashed as it comes, resumed where it broke, complete or not there at all."""
+"""One file from a source to the disk: hashed as it arrives, resumed where it broke, complete or absent."""
 
 import hashlib
 import os
@@ -106,7 +106,7 @@ def _complete(source: RemoteSource, name: str, record: FileRecord, part: FilePar
         except Broken as broken:
             why = "" if part.size == record.size else str(broken)
         except Missing as missing:
-            raise InputError(f"{missing}, but distill.json lists it; the student there is not whole") from missing
+            raise InputError(f"{missing}, but distill.json lists it; the student there is incomplete") from missing
         except Refused as refused:
             raise InputError(str(refused)) from refused
         if part.size == record.size:
@@ -132,7 +132,7 @@ def _complete(source: RemoteSource, name: str, record: FileRecord, part: FilePar
 
 
 def _receive(stream: Stream, part: FilePart, size: int, tally: Tally) -> str:
-    """All that comes; why it is not the whole file, or nothing."""
+    """Receive the rest; returns why the file is incomplete, or nothing."""
     begin, before = time.monotonic(), part.size
     while block := stream.read(min(BLOCK, size - part.size + 1)):  # one more than is missing, to notice what is longer
         if time.monotonic() - begin > WINDOW:

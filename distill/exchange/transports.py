@@ -1,7 +1,7 @@
 """Where files come from: a folder, http(s), a hub, an object store, ssh. Each opens a file at an offset.
 
-The other side is not trusted to be quick, nor to end: whatever waits for it does so for a limited time, and what it
-says is made one short line before anybody sees it. Passwords in a URL are used, and never shown.
+Servers may be slow or never end: every wait has a time limit, and their messages are shortened to one line before they
+are shown. Passwords in a URL are used, and never shown.
 """
 
 import errno
@@ -39,11 +39,11 @@ Result = TypeVar("Result")
 
 
 class Broken(Exception):  # noqa: N818  (what the network did; asking again may help)
-    """A transfer that ended before its time."""
+    """A transfer that ended too early."""
 
 
 class Refused(Exception):  # noqa: N818  (the other side's answer; asking again does not help)
-    """What will not be had from there."""
+    """A file that the source refuses to send."""
 
 
 class Missing(Refused):
@@ -94,7 +94,7 @@ def reason(error: BaseException) -> str:
 
 
 class _Caught:
-    """Keeps what is raised in a thread for the one that waits for it."""
+    """Keeps an exception of a thread for the thread that waits for it."""
 
     error: BaseException | None = None
 
@@ -226,8 +226,8 @@ class RemoteFolder:
             seen += len(folders) + len(files)
             if seen > MAX_LISTED or len(Path(above).relative_to(self.path).parts) > MAX_DEPTH:
                 raise InputError(
-                    f"{self.path} holds more than {MAX_LISTED:,} files or {MAX_DEPTH} levels of folders, so it is no "
-                    "student"
+                    f"{self.path} holds more than {MAX_LISTED:,} files or {MAX_DEPTH} levels of folders, so it is not "
+                    "a student"
                 )
             for path in (Path(above) / each for each in sorted([*folders, *files])):
                 if path.is_symlink():

@@ -36,7 +36,7 @@ GATHER = 1.0  # seconds for which what comes is put together
 
 @dataclass(frozen=True)
 class Http:
-    """Files below a URL. A server that knows no ranges works too: what is known already is read again."""
+    """Files below a URL. A server without ranges works, too: the known part is read again."""
 
     where: str
     base: str = field(repr=False)
@@ -83,7 +83,7 @@ def _session() -> type["requests.Session"]:
     import requests
 
     class Session(requests.Session):
-        """Goes where it is sent only over http(s), and never from https to http."""
+        """Follows redirects only over http(s), and never from https to http."""
 
         def get_redirect_target(self, resp: requests.Response) -> str | None:
             target = super().get_redirect_target(resp)
@@ -118,7 +118,7 @@ def _refuse_status(response: "requests.Response", where: str, offset: int) -> No
 
 
 class _Body:
-    """The body of a response. What comes within a second is given at once, so that a slow server is noticed."""
+    """The body of a response. What arrives within a second is returned at once, so that a slow server is noticed."""
 
     def __init__(self, response: "requests.Response") -> None:
         self._raw = response.raw
@@ -153,7 +153,7 @@ def _skip(stream: Stream, count: int) -> None:
             begin, left = time.monotonic(), count
         passed = stream.read(min(count, READ))
         if not passed:
-            raise Broken(f"ended {count:,} bytes before where it is to go on")
+            raise Broken(f"ended {count:,} bytes before the point to resume from")
         count -= len(passed)
 
 

@@ -1,1 +1,1 @@
-"""Stages of a run, computed: what is loaded and checked before, and what each of them does."""
+"""Executing the stages of a run: what is loaded and checked before, and what each of them does."""

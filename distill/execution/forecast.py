@@ -1,6 +1,6 @@
 """About how long the stages of a run will take, and what they will write, before anything runs.
 
-Time is a number of network calls; one is measured here, on a network that is built and dropped. A training sample costs
+Time is a number of network calls; one is measured here, on a network that is built and deleted. A training sample costs
 the three forward passes of its own forward and backward pass, times what its recipe costs in recipes/costs.json.
 """
 

@@ -49,7 +49,7 @@ Bytes = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class Input:
-    """A commit of a repository of the hub, or a part of it, that lies in the store."""
+    """A commit of a repository of the hub, or a part of it, in the store."""
 
     what: Literal["teacher", "data"]
     id: Below
@@ -87,9 +87,9 @@ FETCHED = Schema[_Fetched](_Fetched)
 
 
 def resolve(spec: RunSpec, store: Path, before: Sequence[Input] = ()) -> list[Input]:
-    """Everything that the spec names by hub id, in the store, each told on stderr: InputError if it cannot be had.
+    """Everything that the spec names by hub id, in the store, reported on stderr; InputError if a download fails.
 
-    A revision is what it stands for now; `before` are the inputs of a run that is resumed, which keeps its commits.
+    A revision is resolved to its current commit; `before`: the inputs of a resumed run, which keeps its commits.
     """
     found = []
     for each in _repositories(spec, {(input.what, input.id, input.revision): input.commit for input in before}):
@@ -128,7 +128,7 @@ def _refuse_without_room(what: str, needs: Sequence[tuple[Path, int]]) -> None:
         if count > free:
             raise InputError(
                 f"{what} needs {human(count)} in {' and '.join(str(path) for path, _ in places)}, "
-                f"and {human(free)} are free; make room, or give other places by --store and HF_HOME"
+                f"and {human(free)} are free; make room, or set other folders with --store and HF_HOME"
             )
 
 
@@ -178,7 +178,7 @@ def record(inputs: Sequence[Input]) -> dict[str, str]:
 
 
 def keep(run: RunPaths, inputs: Sequence[Input]) -> None:
-    """The same for a run that is there already, made before there was talk of a cluster, perhaps."""
+    """The same for a run that exists already, perhaps made by `distill run`."""
     for name, text in record(inputs).items():
         (run.root / name).parent.mkdir(exist_ok=True)
         write_atomic(run.root / name, text)
@@ -210,7 +210,7 @@ def link(run: RunPaths) -> None:
             temporary = hidden(place)
             temporary.symlink_to(target)
             temporary.replace(place)
-        if each.what == "teacher":  # the cache of a hub keeps what a name stands for in a file
+        if each.what == "teacher":  # the cache of a hub keeps the commit of a name in a file
             name = place.parent.parent / "refs" / (each.revision or "main")
             if not name.is_file():
                 name.parent.mkdir(parents=True, exist_ok=True)

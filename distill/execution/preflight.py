@@ -1,6 +1,6 @@
 """What is checked before anything is written: that teacher, data and recipes fit, by loading and building them.
 
-Whoever goes on from there (the estimate of memory, the forecast of time) is given what was loaded and built for it.
+What follows (the estimate of memory, the forecast of time) is given what was loaded and built here.
 """
 
 from collections.abc import Mapping
@@ -144,7 +144,7 @@ def _build(
     teacher = _student(earlier, stage.teacher) if stage.teacher is not None else own
     teacher = teacher if "teacher" in recipe.needs else None
     if isinstance(teacher, LoadedStudent):
-        raise InputError(f"{teacher.description} is no teacher")
+        raise InputError(f"{teacher.description} is not a teacher")
     if teacher is not None:
         teacher = teacher_on_linear_path(teacher)
     origin = _student(earlier, stage.init) if stage.init is not None else teacher

@@ -137,7 +137,7 @@ def note_labels(teacher: LoadedTeacher, data: DataSet) -> None:
         return
     say_error(
         f"note: data '{data.name}' has {data.num_classes} classes, but the teacher ({teacher.description}) is "
-        "unconditional: what learns from it is trained without labels"
+        "unconditional: its students are trained without labels"
     )
 
 

@@ -1,4 +1,4 @@
-"""The compute plane's entry: turn one stage of a spec into files of its run. A stage that is done is never redone.
+"""The compute plane's entry: turn one stage of a spec into files of its run. A completed stage is never repeated.
 
 What evaluates is imported where it is used: the libraries of its metrics take seconds, which every rank would spend.
 """
@@ -89,7 +89,7 @@ def run(
     measure: bool = False,
     part: tuple[int, int] | None = None,
 ) -> None:
-    """Compute the stages `names` of a run, in order; each appears done only when it is complete.
+    """Run the stages `names` of a run, in order; each is marked as done only when it is complete.
 
     Of several ranks, which train together, the first writes. measure: each rank notes what training takes of memory.
     part: (i, n), of a pairs stage, its shards i, i + n, ... alone; then it is not done yet, and no event is written.

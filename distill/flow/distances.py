@@ -93,7 +93,7 @@ class Lpips(nn.Module):
     """LPIPS (Zhang et al. 2018, arXiv 1801.03924): images [B, 1 or 3, H, W] in [-1, 1] -> [B].
 
     The trunk's weights come from `path`: safetensors of torchvision's squeezenet1_1, alexnet or vgg16 (layers after
-    the features are passed over). `heads`: the channels are weighted by the package's calibrated heads; False: they
+    the features are skipped). `heads`: the channels are weighted by the package's calibrated heads; False: they
     are summed, for a trunk to which the heads were not fitted. `resize`: images whose shorter side is below 64 or 224
     are enlarged to it (bilinear), with aligned corners under to_64_corners; "none": the trunk sees them as they are.
     Grey is replicated. Frozen, in eval, and float32 whatever the autocast: features are divided by their norm.

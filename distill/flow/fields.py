@@ -127,8 +127,8 @@ def drop_condition(cond: Cond, null: Cond, mask: Tensor) -> Cond:
 
 
 def rows_to_call(mask: Tensor) -> Tensor:
-    """Indices [n >= 1] of the rows where mask [B] bool is true; the first row where it is nowhere: networks take no
-    empty batches, and ranks that divide one must call it together. The caller leaves out what that row gives.
+    """Indices [n >= 1] of the rows where mask [B] bool is true. Row 0 if there are none: networks take no empty batch,
+    and under ZeRO-3 all ranks must make the call. Ignore that row's result.
     """
     found = mask.nonzero().squeeze(1)
     return found if len(found) else torch.zeros(1, dtype=torch.int64, device=mask.device)

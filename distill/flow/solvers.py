@@ -69,7 +69,7 @@ def solve(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, steps
 
 
 def solve_along(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, times: Sequence[float]) -> Tensor:
-    """As `solve`, along these linear times. The first, 1, stands for the noisiest time that the field knows."""
+    """As `solve`, along these linear times. The first, 1, means the noisiest time at which the field is defined."""
     field = on_linear_path(field)
     t_min, t_max = field.t_range
     inner = times[1:-1]

@@ -1,1 +1,1 @@
-"""Starts the compute plane: as processes of this machine."""
+"""Starts the processes that compute: on this machine, or as jobs of Slurm."""

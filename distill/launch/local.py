@@ -1,4 +1,4 @@
-"""Processes on this machine for the stages of a run. They are told to stop when we are.
+"""Processes on this machine for the stages of a run. They are asked to stop when we are.
 
 Train stages are computed by `launch.procs` ranks, which write to this terminal (rank 0) and to the run's logs; all
 other stages by one process. If we are killed outright, their end of a pipe is closed, and they save and leave as if

@@ -1,9 +1,9 @@
-"""Processes that do the same work: one alone, or ranks that train together. They are told as one and end as one.
+"""Processes that do the same work: one alone, or ranks that train together. They are stopped together and end together.
 
 Signals: TERM and USR1 are passed on. INT is passed on as TERM, because a terminal's Ctrl-C reaches every process by
 itself, and a second INT would mean "now, without saving".
 
-Ends: ranks wait for each other, so that none can go on where one has failed. The others have a moment to say what they
+Ends: ranks wait for each other, so none can continue after one has failed. The others have a moment to report what they
 lost, and are killed. The cause is the first that failed for a reason of its own, and its code is the code of all.
 """
 
@@ -95,7 +95,7 @@ def run(
     """Run a command in one process for each of `envs`, to the end of all: its exit code, 128 + number for a signal.
 
     lifeline: an open file that they inherit. The first speaks for all; what the others say goes to logs. measure: the
-    run is thrown away, so that nobody can go on with it.
+    run is temporary, so that nobody can resume it.
     """
     logs = {rank: Log.open(paths.log(rank)) for rank in range(1, len(envs))}
     relay.processes = []
@@ -107,7 +107,7 @@ def run(
             process.kill()
         raise RunError(f"cannot start a process: {error.strerror}; what was saved is intact") from error
     ended = _wait(relay)
-    # Whoever died of a signal that we passed on had not begun to listen: it did stop.
+    # A process that died of a signal that we passed on had no handler yet: it did stop.
     meant = {rank: EXIT_STOPPED if -code in relay.asked else code for rank, code in ended.items()}
     # The first of those that ended worst; what all refuse alike, rank 0 has said.
     rank = min(meant, key=lambda rank: (WEIGHTS.get(meant[rank], 0), meant[rank] == EXIT_INPUT and rank > 0))

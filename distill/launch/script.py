@@ -200,7 +200,7 @@ def _quote(value: object) -> str:
 
 
 def _double_quote(value: object) -> str:
-    """Quoted, but for variables, which the shell still fills in: /scratch/$USER."""
+    """Quoted, except variables, which the shell still expands: /scratch/$USER."""
     return '"' + ESCAPED.sub(r"\\\g<0>", str(value)) + '"'
 
 
@@ -208,7 +208,8 @@ def _one_line(value: object) -> object:
     """What is about to be written into a script, wherever it came from: a line break in it would begin a command."""
     if not is_line(str(value)):
         raise InputError(
-            f"{ascii(str(value))} cannot stand in the script of a job: it holds a line break or a control character; "
+            f"{ascii(str(value))} cannot be written into a job script: it contains a line break or a control "
+            "character; "
             "rename that folder or file"
         )
     return value

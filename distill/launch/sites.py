@@ -66,7 +66,7 @@ class Site(FrozenModel):
     qos: ScriptLine | None = None
     """null: Slurm's default"""
     options: list[ScriptLine] = []
-    """further options of sbatch for every job"""
+    """more options for sbatch, for every job"""
     python: ScriptLine | None = None
     """the interpreter on the nodes; null: the one that submits"""
     container: ContainerSite = ContainerSite()
@@ -74,7 +74,7 @@ class Site(FrozenModel):
 
 @dataclass(frozen=True)
 class SiteSource:
-    """A site and the file it stands in."""
+    """A site and its file."""
 
     site: Site
     path: Path
@@ -83,7 +83,7 @@ class SiteSource:
 def load(path: Path) -> SiteSource:
     """The site in a file, types taken strictly; InputError with one line per mistake."""
     if not path.is_file():
-        raise InputError(f"there is no site file {path}; write one beginning with {EXAMPLE}")
+        raise InputError(f"there is no site file {path}; copy and edit {EXAMPLE}")
     content = yamltext.parse(yamltext.read(path), str(path)) or {}
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds {schema.show(content)}, not a site; {EXAMPLE} shows one")

@@ -66,7 +66,7 @@ def cancel(jobs: Sequence[str]) -> None:
 
 
 def ask(job: str) -> bool:
-    """Send a running job's script USR1: it saves and leaves; whether it could be told."""
+    """Send USR1 to a running job's script, which saves and exits; whether it could be sent."""
     return _call("scancel", "--batch", "--signal=USR1", job).returncode == 0
 
 
@@ -104,7 +104,7 @@ def queued(comment: str) -> dict[str, str]:
 
 
 def states(jobs: Sequence[str]) -> dict[str, JobState]:
-    """How these jobs stand (ID or ARRAY_PART); those that nobody knows are left out. NoAnswer if Slurm is not there."""
+    """The states of these jobs (ID or ARRAY_PART); unknown ones are left out. NoAnswer if Slurm is not there."""
     if not jobs:
         return {}
     found = _from_accounting(jobs)

@@ -1,4 +1,4 @@
-"""How a run stands on a cluster: what Slurm says of its jobs, beside what the run itself has noted."""
+"""The state of a run on a cluster, from Slurm's data on its jobs and the run's own events."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""One process of a job: it takes its rank from Slurm, and leaves word of how it ended for the job's own process.
+"""One process of a job: it takes its rank from Slurm, and records how it ended for the job's own process.
 
 A file for each rank: srun's exit code is that of the last task it had to end, not that of the one that failed.
 """
@@ -14,7 +14,7 @@ from typing import Any
 from distill.core.atomic import write_json
 from distill.core.errors import InputError
 
-ENDS = "DISTILL_ENDS"  # folder of the files; set for every process of a job, and by it alone
+ENDS = "DISTILL_ENDS"  # folder of the files; set for every process of a job, and only there
 UNIT = "DISTILL_UNIT"  # what of the run the process computes, as `claims` names it
 
 

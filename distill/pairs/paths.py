@@ -49,7 +49,7 @@ def _exact(exact: Callable[[int, Sequence[int]], Tensor], num_classes: int | Non
 def solve(
     field: VelocityField, manifest: Manifest, indices: range, real: Real | None, device: torch.device
 ) -> dict[str, Tensor]:
-    """Paths `indices`, a whole block, each [n, ...] on the CPU, as float32 but for labels:
+    """Paths `indices`, a whole block, each [n, ...] on the CPU, as float32 except labels:
 
     data: the end of the path, or the real data that it is of, already as the file rounds it.
     noise: inverted from the data.

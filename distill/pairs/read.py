@@ -51,7 +51,7 @@ class PairSet:
     def open(cls, folder: Path, teacher_digest: str | None, rank: int = 0, size: int = 1) -> Self:
         """The set in `folder`, verified. InputError for one that is incomplete, damaged or foreign.
 
-        teacher_digest: whose pairs they must be, None if anybody's will do. rank, size: of `size` processes that open
+        teacher_digest: of the teacher that the pairs must be of; None: any. rank, size: of `size` processes that open
         the set, this one reads the shards rank, rank + size, ... alone; none may use the set until all have opened it.
         """
         manifest = read(folder)
@@ -74,7 +74,7 @@ class PairSet:
             faults += [f"{name} is not of this set" for name in foreign(folder, manifest)]
         if faults:
             raise InputError(
-                f"{folder}: {few(faults)}; delete what is damaged or foreign and go on with the run (--resume): "
+                f"{folder}: {few(faults)}; delete what is damaged or foreign and resume the run (--resume): "
                 "what is missing is made again"
             )
         if not manifest.store_noise:
@@ -159,7 +159,7 @@ class PairSource:
     """Batches of pairs. Position p of the stream is in epoch p // len(pairs), in which every pair comes once.
 
     An epoch permutes the shards, cuts them into groups, and permutes the pairs within a group. At most one group of
-    files is open, whatever the size of the set, and no more than the rows of a batch are read. Stateless but for that
+    files is open, whatever the size of the set, and only the rows of a batch are read. Stateless except for that
     cache: any step can be asked for at any time.
     Fits `protocols.Source`.
     """

@@ -75,7 +75,9 @@ def plan(resolved: Resolved, recipes: Sequence[str] | None) -> ComparisonPlan:
     if recipes is not None:
         chosen = _resolve(recipes, [s.recipe for s in spec.stages.values() if isinstance(s, TrainStage)])
     elif not chosen:
-        raise InputError(f"spec '{spec.name}' distils by no recipe; name some by --recipes, like reflow,one_step")
+        raise InputError(
+            f"spec '{spec.name}' has no distillation recipe; name some with --recipes, like reflow,one_step"
+        )
     ends = {recipe: _ends(spec, distilled, recipe) for recipe in chosen}
     common = teachers | _shared_pairs(spec, teachers)
     parts = {end: _line(spec, end) - common for each in ends.values() for end in each}
@@ -180,7 +182,7 @@ def _own_chain(spec: RunSpec, end: str, parts: Mapping[str, set[str]]) -> Chain:
 def _new(spec: RunSpec, name: str) -> str:
     """A name for a stage that the spec does not have."""
     if name in spec.stages:
-        raise InputError(f"stages.{name}: the comparison makes a stage of that name; name this one otherwise")
+        raise InputError(f"stages.{name}: the comparison makes a stage of that name; give this one another name")
     return name
 
 

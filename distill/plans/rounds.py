@@ -72,7 +72,7 @@ def expand(resolved: Resolved, plan: RoundsPlan) -> RunSpec:
         stages.append((template.evaluation_name, _last_evaluation(template, flows, plan)))
     names = [name for name, _ in stages]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"stages.{twice[0]}: the rounds make a stage of that name; name this one otherwise")
+        raise InputError(f"stages.{twice[0]}: the rounds make a stage of that name; give this one another name")
     return spec.model_copy(update={"stages": dict(stages)})
 
 

@@ -1,1 +1,1 @@
-"""For people: where runs stand, and tables of results. No tensors."""
+"""For people: the progress of runs, and tables of results. No tensors."""

@@ -224,7 +224,7 @@ def ranked(found: FoundComparison) -> dict[str, list[tuple[int, float]]]:
 
 
 def teacher(found: FoundComparison) -> list[tuple[str, float]]:
-    """The teacher's values by name, but for one of 0: by its fine solver, to which RMS is measured."""
+    """The teacher's values by name, except one of 0: that of its fine solver, to which RMS is measured."""
     measured = [row for row in found.results.usual if row.role == "teacher" and row.value > 0]
     return [(f"{row.solver} {row.steps}" if row.fine else f"{row.steps}", row.value) for row in measured]
 

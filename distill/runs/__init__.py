@@ -1,1 +1,1 @@
-"""Runs in a store: where their files lie, who executes them, what they note and have measured. No tensors."""
+"""Runs in a store: their files, the processes that execute them, their events and results. No tensors."""

@@ -1,12 +1,12 @@
 """Who executes a run: one process at a time, also after a kill -9, also when two start at once. No file locks.
 
 A claim is the folder `running`, renamed into place with its owner's record inside, which succeeds for one process only.
-The claim of a dead process is renamed away, to a name made from that process and its last renewal: whoever comes late
-with the same intention finds that name taken, and cannot remove a claim that is newer than the one it judged.
+To take over a dead process's claim, rename it to a name made from that process and its last renewal. The rename works
+once, so two takers cannot both succeed, and nobody can remove a claim that is newer than the one that they judged.
 
 Whether a process of the same machine and pid namespace is alive is looked up. One of another host or container, or from
 before a restart of this machine, counts as alive while its claim is renewed (see `lease`), and as gone 120 s after the
-last renewal. Earlier versions do not renew: such a claim of another host holds until somebody removes it.
+last renewal. Earlier versions do not renew: such a claim of another host is valid until somebody removes it.
 
 Jobs of a cluster execute units of a run (a stage, a part of one) side by side: each claims its unit. A run is not
 claimed while a unit is, nor a unit while the run is.
@@ -82,7 +82,7 @@ def _look(place: Path) -> Found | None:
 
 
 def owner(place: Path) -> Owner | None:
-    """Who holds a claim, dead or alive; None: nobody."""
+    """The owner of a claim, dead or alive; None: there is none."""
     found = _look(place)
     return None if found is None else found.owner
 
@@ -99,7 +99,7 @@ def _all(run: RunPaths) -> list[Found]:
 
 
 def executing(run: RunPaths) -> Owner | None:
-    """A process that executes the run, or a unit of it, now; None: nobody does."""
+    """A process that executes the run, or a unit of it, now; None: there is none."""
     return next((found.owner for found in _all(run) if _is_alive(run, found)), None)
 
 
@@ -163,7 +163,7 @@ def claim(
     """Hold the run while entered, or a unit of it; InputError if another process does, or holds what overlaps.
 
     me: the process that is to hold it, if it is one of a job. every: seconds between two renewals.
-    note: is told why this process ends at once, with code 1, if another one takes the run over.
+    note: called with the reason before this process ends at once, with code 1, because another has taken the run over.
     """
     me, process = me or Owner.this(), os.getpid()
     place = run.running if unit is None else run.units / unit
@@ -228,7 +228,9 @@ def _take(run: RunPaths, place: Path, mine: Path, me: Owner) -> None:
         found = _look(place)
         if found is None:  # it was given back between the two lines above
             if time.monotonic() > deadline:
-                raise InputError(f"{place} says nothing of who made it; if nobody executes the run, remove it")
+                raise InputError(
+                    f"{place} does not say which process made it; if no process executes the run, remove it"
+                )
             time.sleep(0.01)
         elif (found.owner.job == me.job != "" and found.owner.restart < me.restart) or not _is_alive(run, found):
             _bury(run, found)

@@ -4,7 +4,7 @@ Each process appends to a file of its own, because lines that two hosts append t
 merge the files by time; within a file, lines keep their order. Files are read in blocks, from either end, and are open
 only while a block is read: memory and open files stay bounded however long and however many they are.
 
-A line that a kill has cut short is no JSON, and passed over. A whole line that does not fit is an InputError.
+A line that a kill has cut short is not JSON, and is skipped. A complete line that does not fit is an InputError.
 """
 
 import heapq
@@ -50,7 +50,7 @@ class CreatedEvent(_TimedEvent):
 
 @MORE
 class StageStartedEvent(_TimedEvent):
-    """A process begins with a stage, or goes on with it."""
+    """A process starts or resumes a stage."""
 
     event: Literal["stage started"]
     stage: Name
@@ -68,7 +68,7 @@ class StageDoneEvent(_TimedEvent):
 
 @MORE
 class ProgressEvent(_TimedEvent):
-    """How far a stage is; means of its numbers since the last such line."""
+    """The progress of a stage, with the means of its numbers since the last such line."""
 
     event: Literal["progress"]
     label: Line
@@ -91,7 +91,7 @@ class SavedEvent(_TimedEvent):
 
 @MORE
 class ResumedEvent(_TimedEvent):
-    """A train stage goes on from a checkpoint."""
+    """A train stage resumes from a checkpoint."""
 
     event: Literal["resumed"]
     stage: Name
@@ -101,7 +101,7 @@ class ResumedEvent(_TimedEvent):
 
 @MORE
 class WarnedEvent(_TimedEvent):
-    """Something that must not be missed."""
+    """A warning."""
 
     event: Literal["warning"]
     label: Line
@@ -118,7 +118,7 @@ class ProcessEvent(_TimedEvent):
 
 @MORE
 class OtherEvent(_TimedEvent):
-    """What nothing here reads."""
+    """An event that nothing here reads."""
 
     event: Line
 

@@ -1,4 +1,4 @@
-"""What a run keeps of its jobs on a cluster: what was submitted, how each ended, why it was queued again.
+"""A run's records of its jobs on a cluster: what was submitted, how each ended, why it was queued again.
 
 Each process that notes something of a job (who submits it, each attempt of the job) writes a file of its own in the
 job's folder, `jobs/JOB/`. Earlier versions kept one file for each job, `jobs/JOB.jsonl`. Nothing here asks Slurm.

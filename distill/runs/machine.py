@@ -48,6 +48,6 @@ MACHINE: records.Schema[Machine] = records.Schema(Machine)
 def load(run: RunPaths) -> Machine:
     """What a run was made with; InputError if its env.json is damaged. Nothing is known where there is none."""
     try:
-        return records.load(run.env, MACHINE, "delete that file: the run goes on without it")
+        return records.load(run.env, MACHINE, "delete that file: the run works without it")
     except FileNotFoundError:
         return Machine(draws=versions.DRAWS)  # checkpoints say theirs

@@ -1,4 +1,4 @@
-"""How far the work is: one live line on a terminal, plain lines elsewhere, and "progress" events in the run."""
+"""Progress: one live line on a terminal, plain lines elsewhere, and "progress" events in the run."""
 
 import sys
 import time
@@ -39,7 +39,7 @@ class PlainLine:
         self.say(f"{self.label}  {text}")
 
     def say(self, text: str) -> None:
-        with suppress(OSError):  # whoever read this may be gone, which is no reason to lose work; events say it too
+        with suppress(OSError):  # the reader may be gone, which is no reason to lose work; events record it too
             say_error(f"{stamp()}  {text}")
 
     def close(self) -> None: ...
@@ -148,7 +148,7 @@ class Progress:
             self._event()
 
     def warn(self, text: str) -> None:
-        """Say something that must not be missed, above the line, and note it in the run's events."""
+        """Print a warning above the line, and add it to the run's events."""
         self._sink.say(f"warning: {text}")
         if self.run is not None:
             append_event(self.run, "warning", label=self.label, text=text)

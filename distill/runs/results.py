@@ -183,7 +183,7 @@ def picture(folder: Path, row: Row, room: int = PICTURE_BYTES) -> bytes | None:
 
 
 def number(value: float) -> str:
-    """Four digits at most, so that columns can be compared by eye."""
+    """At most four digits, so that columns are easy to compare."""
     if value != 0 and abs(value) < 1e-4:
         return f"{value:.1e}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"

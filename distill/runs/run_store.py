@@ -1,4 +1,4 @@
-"""Where things lie. A run is a directory; state appears complete (write, fsync, rename) or not at all."""
+"""The files of a run and of a store. A run is a folder; state appears complete (write, fsync, rename) or not at all."""
 
 import errno
 import json
@@ -91,7 +91,7 @@ class RunPaths:
 
     @property
     def running(self) -> Path:
-        """Exists while a process executes the run; says which (see `claims`)."""
+        """Exists while a process executes the run, and names it (see `claims`)."""
         return self.root / "running"
 
     @property
@@ -135,7 +135,7 @@ class RunPaths:
         return self.root / "comparison.svg"
 
     def log(self, rank: int) -> Path:
-        """What a rank says that is not the first: that one speaks on the terminal."""
+        """The output of a rank other than the first, whose output goes to the terminal."""
         return self.logs / f"rank-{rank}.log"
 
     def stage(self, name: str) -> StagePaths:
@@ -148,7 +148,7 @@ class RunPaths:
     def _part(self, name: str) -> str:
         """The name of a stage, which leads to no other folder. InputError if it is none: it may come from a file."""
         if NAME.fullmatch(name) is None:
-            raise InputError(f"{self.root} has no stage '{one_line(name)}': that is no name of a stage")
+            raise InputError(f"{self.root} has no stage '{one_line(name)}': that is not a stage name")
         return name
 
 
@@ -171,7 +171,7 @@ def is_run(folder: Path) -> bool:
 
 
 def check_spec(run: RunPaths) -> None:
-    """InputError unless a run's spec is a file that can be looked at: whoever reads it is not to wait for a pipe."""
+    """InputError unless a run's spec is a file that can be read: readers must not wait for a pipe."""
     try:
         mode = run.spec.stat().st_mode
     except OSError as error:
@@ -200,7 +200,7 @@ def make(store: Path) -> None:
 
 
 def _unusable(store: Path, error: OSError) -> str:
-    return f"cannot make a run in the store {store}: {error.strerror}; choose another by --store"
+    return f"cannot make a run in the store {store}: {error.strerror}; choose another with --store"
 
 
 def create_run(store: Path, name: str, files: Mapping[str, str | bytes]) -> RunPaths:
@@ -227,12 +227,12 @@ def refuse_reserved(name: str) -> None:
 
 
 def name_in_use(run: RunPaths) -> str:
-    """What to say when a run's name is taken, with both ways out."""
+    """The message for a run's name that is taken, with both remedies."""
     if not run.spec.is_file():  # the students that were published, for one
         return f"{run.root} exists already and is not a run; choose another name by --name OTHER"
     return (
         f"there is a run '{run.name}' in {run.root.parent} already; "
-        "go on with it by --resume, or start another by --name OTHER"
+        "resume it with --resume, or start another with --name OTHER"
     )
 
 

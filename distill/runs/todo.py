@@ -1,4 +1,4 @@
-"""What a run is, and what of it is still to do: its spec, and the stages that are not done."""
+"""The spec of a run, and its unfinished stages."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ def load_spec(run: RunPaths) -> RunSpec:
     try:
         text = records.read_small(run.spec).decode()
     except FileNotFoundError:
-        raise InputError(f"{run.spec} is missing, so {run.root} is no run that can be read") from None
+        raise InputError(f"{run.spec} is missing, so {run.root} cannot be read as a run") from None
     except UnicodeDecodeError:
         raise InputError(f"{run.spec}: not a text file (UTF-8); a spec is a YAML file") from None
     return validate(yamltext.parse(text, str(run.spec)), str(run.spec))
@@ -44,7 +44,7 @@ def lost_pairs(run: RunPaths, spec: RunSpec) -> list[str]:
 
 
 def _are_whole(folder: Path) -> bool:
-    """Whether the manifest is there, and each file that it lists at its size; checksums are for whoever reads them."""
+    """Whether the manifest is there, and each file that it lists at its size; checksums are left to the readers."""
     shards = pairspec.listed(folder)
     try:
         return shards is not None and all((folder / name).stat().st_size == size for name, size in shards.items())

@@ -1,1 +1,1 @@
-"""What a run is to do: the spec, its checks, the recipes that it names. No tensors."""
+"""What a run does: the spec, its checks, the recipes that it names. No tensors."""

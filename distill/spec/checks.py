@@ -47,7 +47,7 @@ def _mistakes(found: Resolved) -> Iterator[str]:
     yield from clusterspec.mistakes(spec)
     used: set[str] = set()
     if "teacher" in spec.stages:
-        yield "stages.teacher: the name 'teacher' stands for the teacher in tables; name the stage otherwise"
+        yield "stages.teacher: the name 'teacher' is reserved for the teacher in tables; give the stage another name"
     for name, stage in spec.stages.items():
         where = f"stages.{name}"
         yield from _references(spec, name, stage)
@@ -153,7 +153,8 @@ def _kinds(found: Resolved, name: str) -> Iterator[str]:
     teacher = found.kind(stage.teacher)
     if teacher is not None and not teacher.is_field:
         yield (
-            f"stages.{name}.teacher: the student of '{stage.teacher}' is {teacher.words}, no velocity field; name a "
+            f"stages.{name}.teacher: the student of '{stage.teacher}' is {teacher.words}; it is not a velocity "
+            "field; name a "
             "stage with a velocity student"
         )
     if not isinstance(stage, TrainStage) or name not in found.recipes:
@@ -177,12 +178,12 @@ def _guidance(found: Resolved, stage: Stage, guidance_scale: float, where: str) 
     given = f"{where}.guidance_scale: {guidance_scale:g} given, but"
     if not recipe.unconditional:
         yield (
-            f"{given} the student of '{stage.teacher}' has learnt from its teacher only, whose unconditional velocity "
-            "it was never shown; use 1, or a teacher trained on data"
+            f"{given} the student of '{stage.teacher}' was trained on its teacher alone and never on an "
+            "unconditional velocity; use 1, or a teacher trained on data"
         )
     elif teacher.network is not None and not _has_classes(found.spec):
         yield (
-            f"{given} the data has no classes, so '{stage.teacher}' has no unconditional velocity beside its own; "
+            f"{given} the data has no classes, so '{stage.teacher}' has no unconditional velocity of its own; "
             "use 1, or labelled data"
         )
 
@@ -199,7 +200,7 @@ def _train(found: Resolved, stage: TrainStage, resolved: ResolvedRecipe, where: 
     spec, recipe, needs = found.spec, stage.recipe, resolved.needs
     if "jvp" in needs and spec.launch.zero_stage == 3:
         yield (
-            f"{where}: {recipe} takes forward-mode derivatives (jvp), which cannot pass through the hooks by which "
+            f"{where}: {recipe} uses forward-mode derivatives (jvp), which do not work with the hooks by which "
             "launch.zero_stage 3 gathers weights; use 0, 1 or 2"
         )
     if "data" in needs and isinstance(spec.data, NoData):
@@ -227,7 +228,7 @@ def _train(found: Resolved, stage: TrainStage, resolved: ResolvedRecipe, where: 
             yield f"{where}: the {spec.teacher.kind} teacher has no weights to start from; give network, e.g. kind: mlp"
     if "weights" in needs and stage.network is not None:
         yield (
-            f"{where}.network: {recipe} starts from trained weights, which a fresh network has not; remove it, and "
+            f"{where}.network: {recipe} starts from trained weights, which a new network does not have; remove it, and "
             "give init (an earlier train stage)"
         )
     if stage.network is not None:
@@ -243,9 +244,9 @@ def _launch(spec: RunSpec) -> Iterator[str]:
     if launch.offload_optimizer and not launch.zero_stage:
         yield "launch.offload_optimizer: only zero_stage 1 to 3 move the optimizer, so it has no effect; remove it"
     if launch.divide_teacher and launch.world_size == 1:
-        yield "launch.divide_teacher: one process has all of the teacher, so it has no effect; remove it, or give procs"
+        yield "launch.divide_teacher: with one process it has no effect; remove it, or give procs"
     if launch.activation_checkpointing and trains and all(isinstance(each.network, MlpSpec) for each in trains):
-        yield "launch.activation_checkpointing: an mlp has no blocks to compute again, so it has no effect; remove it"
+        yield "launch.activation_checkpointing: an mlp has no blocks to recompute, so it has no effect; remove it"
     if launch.micro_batch == "auto" and launch.zero_stage is not None:
         yield (
             "launch.micro_batch: auto tries undivided networks, and launch.zero_stage divides them; give a number, or "
@@ -295,6 +296,6 @@ def _evaluate(found: Resolved, stage: EvaluateStage, where: str) -> Iterator[str
         if student not in stage.students:
             yield f"{where}.fine_students: '{student}' is none of {where}.students; {suggest(student, stage.students)}"
         elif stage.fine_students.count(student) > 1:
-            yield f"{where}.fine_students: '{student}' stands there twice"
+            yield f"{where}.fine_students: '{student}' is listed twice"
         elif (kind := found.kind(student)) is not None and not kind.is_field:
-            yield f"{where}.fine_students: '{student}' is {kind.words}, which no solver follows; remove it"
+            yield f"{where}.fine_students: '{student}' is {kind.words}, which a solver cannot integrate; remove it"

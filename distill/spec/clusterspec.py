@@ -29,11 +29,11 @@ def mistakes(spec: RunSpec) -> Iterator[str]:
     if slurm.time is not None:
         limit = limit_seconds(slurm.time)
         if limit is None:
-            yield f"launch.slurm.time: '{slurm.time}' is no time limit; valid: MINUTES, H:MM:SS, D-HH or D-HH:MM:SS"
+            yield f"launch.slurm.time: '{slurm.time}' is not a time limit; valid: MINUTES, H:MM:SS, D-HH or D-HH:MM:SS"
         elif slurm.lead_seconds >= limit:
             yield (
                 f"launch.slurm.lead_seconds: {slurm.lead_seconds} s before a limit of {limit} s (time: {slurm.time}) "
-                "is no time to compute in; give a longer time or a smaller lead"
+                "leaves no time to compute; give a longer time or a smaller lead"
             )
     yield from _processes(spec, launch)
     shards = {

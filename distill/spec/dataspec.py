@@ -90,7 +90,7 @@ class ImageOptions(FrozenModel):
             Path(self.path).exists()
         except OSError as error:
             raise InputError(
-                f"data.path={printable(self.path)[:300]} cannot be looked at: {error.strerror}; give another path"
+                f"data.path={printable(self.path)[:300]} cannot be read: {error.strerror}; give another path"
             ) from error
 
 
@@ -116,7 +116,7 @@ class HfData(ImageOptions):
 
     @property
     def is_of_hub(self) -> bool:
-        """Whether its path is a hub id, not a place here."""
+        """Whether its path is a hub id and not a local one."""
         return not Path(self.path).exists()
 
 

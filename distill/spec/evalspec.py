@@ -25,7 +25,7 @@ def measuring(
 
 
 def steps_of_rows(stage: EvaluateStage) -> dict[str, list[int]]:
-    """Network -> steps of each row that an evaluation will have of it, but for those of the fine solver."""
+    """Network -> steps of each row that an evaluation will have of it, except those of the fine solver."""
     usual = {"teacher": stage.teacher_steps, **stage.students}
     further = {
         name: [steps for way in stage.times.get(name, []) for steps in (own if way == "optimal" else [len(way) - 1])]

@@ -6,7 +6,7 @@
 
 Refused, with what to give instead: folders of train/val/test splits, of every thousand images (FFHQ), captions, and
 folders of kohya's trainers, since what their names or files say would be lost, or taken for classes. Hidden files and
-folders and `__MACOSX` are passed over, links are followed.
+folders and `__MACOSX` are skipped, links are followed.
 """
 
 import os
@@ -101,7 +101,7 @@ def suffixes() -> frozenset[str]:
 
 
 def has_classes(root: Path) -> bool:
-    """Whether its images have classes, as far as can be told without looking for images."""
+    """Whether its images have classes, as far as is known without looking for images."""
     if os.path.lexists(root / LABELS):
         return _parsed(root / LABELS).labels is not None
     return bool(_classes(root))
@@ -171,7 +171,7 @@ def refuse_container(path: str) -> None:
 def _files(root: str) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
     """Every visible file below root, by name, in the order of sorted(root.rglob("*")); links to folders are followed.
 
-    A link to a folder that it lies in is passed over: all that it leads to is there already.
+    A link to a folder that contains it is skipped: everything behind it is there already.
     """
     seen: dict[tuple[int, int], str] = {}
     stack = [("", iter(_entries(root, "")), _ancestors(root))]
@@ -226,7 +226,7 @@ def _refuse_dead_links(root: str, folder: str, entries: Sequence["os.DirEntry[st
     for entry in entries:
         if _suffix(entry.name) not in suffixes() and entry.is_symlink() and _is_dead(entry):
             raise InputError(
-                f"data.path={root}: the link {printable(_below(folder, entry.name))} leads nowhere; repair or remove it"
+                f"data.path={root}: the link {printable(_below(folder, entry.name))} is broken; repair or remove it"
             )
 
 
@@ -257,7 +257,7 @@ def _identity(entry: "os.DirEntry[str]") -> tuple[int, int]:
 
 
 def _ancestors(root: str) -> frozenset[tuple[int, int]]:
-    """Of a folder and all that it lies in."""
+    """Of a folder and all folders that contain it."""
     place = Path(root).resolve()
     return frozenset((found.st_dev, found.st_ino) for found in (each.stat() for each in (place, *place.parents)))
 
@@ -309,14 +309,14 @@ def _refuse_splits(path: str, classes: Sequence[str]) -> None:
     held_out = [name for name in classes if HELD_OUT.fullmatch(name)]
     if (train and held_out) or (classes and len(train) + len(held_out) == len(classes)):
         raise InputError(
-            f"data.path={path} holds the parts of a data set ({', '.join([*train, *held_out])}), which are no classes; "
-            f"give one of them: data.path={_below(path, [*train, *held_out][0])}"
+            f"data.path={path} holds the parts of a data set ({', '.join([*train, *held_out])}), which are not classes;"
+            f" give one of them: data.path={_below(path, [*train, *held_out][0])}"
         )
     repeats = [match[1] for match in map(REPEATS.fullmatch, classes) if match]
     if repeats and len(repeats) == len(classes) and (len(classes) == 1 or max(Counter(repeats).values()) > 1):
         raise InputError(
             f"data.path={path}: {printable(', '.join(classes[:SHOWN]))} are named like folders of kohya's trainers, "
-            "REPEATS_NAME, which are no classes; give the folder itself (data.path="
+            "REPEATS_NAME, which are not classes; give the folder itself (data.path="
             f"{printable(_below(path, classes[0]))}), or rename the folders where they are classes"
         )
 
@@ -330,7 +330,7 @@ def _refuse_buckets(path: str, classes: Sequence[str], names: Sequence[str]) -> 
         number is not None and int(number[2]) // 1000 in (int(number[1]), int(number[1]) / 1000) for number in numbers
     ):
         raise InputError(
-            f"data.path={path}: {printable(', '.join(classes[:SHOWN]))} part the images by their numbers, and are no "
+            f"data.path={path}: {printable(', '.join(classes[:SHOWN]))} group the images by number and are not "
             f'classes; write {{"labels": null}} to {path}/{LABELS}, or the class of each image'
         )
 
@@ -350,7 +350,7 @@ def _refuse_mixed(path: str, classes: Sequence[str], names: Sequence[str]) -> No
 
 def _parsed(path: Path) -> _Labels:
     if not path.is_file():
-        raise InputError(f"{path} is no file; remove it, or give the labels there")
+        raise InputError(f"{path} is not a file; remove it, or give the labels there")
     try:
         return _Labels.model_validate_json(path.read_bytes())
     except OSError as error:

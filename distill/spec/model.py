@@ -1,8 +1,9 @@
-"""The run spec: frozen, validated data. A run is its spec; everything a job does stands here, units included.
+"""The run spec: frozen, validated data. A run is its spec: all that a job does is set here, with units.
 
 A spec is a DAG of stages that refer to each other by name. A stage's student is a checkpoint like any other, so
 "teacher: teach" and "a folder from the hub" are the same thing to the stages that follow. Progress is measured in
-images (samples shown to the optimizer), never in steps. How a run is executed stands in `launch`, outside the digest.
+images (samples shown to the optimizer), never in steps. How a run is executed is set in
+`launch`, which is not part of the digest.
 """
 
 import hashlib
@@ -52,7 +53,7 @@ def is_path(times: Sequence[float]) -> bool:
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a teacher's path is no place here and has the form of a hub id, org/name."""
+    """Whether a teacher's path does not exist here and has the form of a hub id, org/name."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path, re.ASCII) is not None and not Path(path).exists()
 
 
@@ -91,11 +92,11 @@ class CheckpointTeacher(FrozenModel):
     scheduler: str | None = None
     """folder of a scheduler config, where the checkpoint is a single model folder without one"""
     null_class: int | None = None
-    """class id of the unconditional call; null: what distill.json says, else guidance is refused"""
+    """class id of the unconditional call; null: the one in distill.json; without one, guidance is an error"""
 
     @property
     def is_of_hub(self) -> bool:
-        """Whether its path is a hub id, not a place here."""
+        """Whether its path is a hub id and not a local one."""
         return is_hub_id(self.path)
 
 
@@ -158,9 +159,9 @@ class CheckpointSpec(FrozenModel):
     """When to save, and how much to keep. A save that is due while another is still being written waits for it."""
 
     images: Images | None = None
-    """every this many images; null: by minutes only"""
+    """save after this many images; null: by minutes only"""
     minutes: Minutes | None = 10.0
-    """every this many minutes, from the beginning of one save to that of the next; null: by images only"""
+    """save after this many minutes, counted from the start of the last save; null: by images only"""
     keep: Annotated[int, Field(gt=0, le=1_000_000)] = 2
     """complete checkpoints to keep"""
 
@@ -218,9 +219,9 @@ class PairsStage(FrozenModel):
     count: Pairs
     """number of pairs"""
     paths: Literal["backward", "forward", "segments", "trajectories"] = "backward"
-    """forward: from real data to noise; the last two keep states"""
+    """backward: from noise to data; forward: from real data to noise; segments and trajectories also keep states"""
     times: list[Fraction] | None = None
-    """from 1 to 0, of a trajectory's states; a segment goes from data, noised to one of them, to the next"""
+    """from 1 down to 0: trajectories keep the states at these times; segments go from data noised to one to the next"""
     optimal_times: Steps | None = None
     """instead of times, for trajectories: number of steps; chosen from the solver's times for the least Euler error"""
     solver: SolverName = "heun"
@@ -234,7 +235,7 @@ class PairsStage(FrozenModel):
     shard: ShardPairs = 4096
     """pairs per file, a multiple of block"""
     dtype: Literal["float32", "float16", "bfloat16", "uint8"] = "float32"
-    """of the stored data; uint8: pixels in [-1, 1], rounded to 1/127.5"""
+    """type of the stored data; uint8: pixels in [-1, 1], rounded to 1/127.5"""
     store_noise: bool = False
     """store the noise too, in float32; false: it is drawn again from the seed. Inverted noise is always stored"""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -278,26 +279,26 @@ class EvaluateStage(FrozenModel):
     fine_solver: ReferenceName = "heun"
     """solver whose endpoint counts as the teacher's own"""
     fine_steps: Steps = 16
-    """its steps"""
+    """steps of the fine solver"""
     students: dict[Name, list[Steps]]
     """train stage: numbers of steps to measure its student at"""
     times: dict[Name, list[Literal["optimal"] | list[Fraction]]] = {}
-    """further rows along other times: {teacher: [optimal, [1, 0.6, 0]]}; optimal: where its steps err least"""
+    """also measure at other step times: {teacher: [optimal, [1, 0.6, 0]]}; optimal: those of the least error"""
     fine_students: list[Name] = []
-    """those of students that are measured by the fine solver too: velocity fields that may be the next teacher"""
+    """students that are measured by the fine solver, too: velocity fields that may be the next teacher"""
     samples: Annotated[int, Field(ge=16, le=MAX_SAMPLES)] = 2500
     """samples per row; each set is generated once for all columns"""
     block: Samples = 250
     """samples generated at once; part of the numbers"""
     guidance_scale: Annotated[float, Field(ge=0, le=10_000)] = 1.0
-    """of the teacher; 1 = none"""
+    """classifier-free guidance of the teacher; 1 = none"""
 
 
 Stage = Annotated[TrainStage | PairsStage | EvaluateStage, Field(discriminator="kind")]
 
 
 class SlurmSpec(FrozenModel):
-    """What `distill submit` asks Slurm for, for each job; `distill run` takes no notice of it."""
+    """What `distill submit` requests from Slurm for each job; `distill run` ignores it."""
 
     partition: Line | None = None
     """null: the site's, else Slurm's default"""
@@ -306,17 +307,17 @@ class SlurmSpec(FrozenModel):
     qos: Line | None = None
     """null: the site's, else Slurm's default"""
     time: Line | None = None
-    """limit of a job: H:MM:SS, D-HH, D-HH:MM:SS, or minutes in quotes; null: the partition's default"""
+    """time limit of a job: H:MM:SS, D-HH, D-HH:MM:SS, or minutes in quotes; null: the partition's default"""
     gpus_per_node: Annotated[int, Field(ge=0, le=4096)] = 0
     """GPUs of each node, one for each process; 0: the processes compute on CPUs"""
     cpus_per_task: Processes | None = None
     """CPUs of each process; null: Slurm's default"""
     memory: Line | None = None
-    """of each node, like 120G; null: Slurm's default"""
+    """memory of each node, like 120G; null: Slurm's default"""
     options: list[ScriptLine] = []
-    """further options of sbatch as they stand, like --constraint=h100"""
+    """more options for sbatch, like --constraint=h100"""
     lead_seconds: Annotated[int, Field(gt=0, le=604_800)] = 180
-    """how long before the time limit the processes are asked to save and leave"""
+    """how long before the time limit the processes are asked to save and exit"""
     max_crashes: Annotated[int, Field(ge=0, le=1000)] = 3
     """how often a crashed job is queued again; a second crash at the same step ends it"""
     pairs_jobs: Annotated[int, Field(gt=0, le=MAX_PARTS)] = 1
@@ -324,11 +325,11 @@ class SlurmSpec(FrozenModel):
     one_job: bool = False
     """compute all stages in one job, one after the other, instead of a job for each"""
     container: Line | None = None
-    """image to compute in, as the site's container runtime names it; null: none"""
+    """container image, as the site's container runtime names it; null: none"""
 
 
 class LaunchSpec(FrozenModel):
-    """How the run is executed. Outside the digest: a resume may change it, which is recorded."""
+    """How the run is executed. Not part of the digest: a resume may change it, and the change is recorded."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one"""
@@ -342,15 +343,15 @@ class LaunchSpec(FrozenModel):
     """samples per forward pass of a process; the rest of its part of batch_size is accumulated; null: the whole part;
     auto: as many as fit into memory, found by trying when training begins"""
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
-    """DeepSpeed ZeRO stage: 0 divides nothing, 1 optimizer state, 2 gradients too, 3 weights too; null: no DeepSpeed"""
+    """DeepSpeed ZeRO stage: 0 shards nothing, 1 optimizer state, 2 gradients too, 3 weights too; null: no DeepSpeed"""
     zero_persistence_threshold: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    """of divided weights, those of fewer elements stay whole on each process; null: DeepSpeed's own choice"""
+    """zero_stage 3: weights with fewer elements are not sharded; null: DeepSpeed's own choice"""
     offload_optimizer: bool = False
-    """zero_stage 1-3: optimizer state lies in the CPU's memory and is updated there"""
+    """zero_stage 1-3: keep the optimizer state in the CPU's memory and update it there"""
     divide_teacher: bool = False
-    """divide the weights of the frozen teacher as zero_stage 3 does; false: each process has all of them"""
+    """shard the weights of the frozen teacher as zero_stage 3 does; false: each process has all of them"""
     activation_checkpointing: bool = False
-    """compute activations again in the backward pass instead of keeping them: less memory, about a third more time"""
+    """recompute activations in the backward pass instead of keeping them: less memory, about a third more time"""
     collective_minutes: Minutes = 10.0
     """how long a process waits for the others, or stays in one forward and backward pass, before it gives up"""
     slurm: SlurmSpec = SlurmSpec()
@@ -370,9 +371,9 @@ class RunSpec(FrozenModel):
     """A whole run."""
 
     name: Name
-    """of the run; outside the digest"""
+    """name of the run; not part of the digest"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """of everything drawn: same spec, same seed, same numbers"""
+    """seed of all random numbers: same spec, same seed, same numbers"""
     teacher: TeacherSpec | None = None
     """the teacher of every stage that names no other"""
     data: DataSpec = NoData(kind="none")
@@ -388,7 +389,7 @@ class RunSpec(FrozenModel):
 
     @property
     def hub_inputs(self) -> set[str]:
-        """What of it is named by hub id: "teacher", "data"; nobody is asked."""
+        """Which inputs are named by hub id ("teacher", "data"). Makes no request."""
         teacher = isinstance(self.teacher, CheckpointTeacher) and self.teacher.is_of_hub
         data = isinstance(self.data, HfData) and self.data.is_of_hub
         return {name for name, is_of_hub in (("teacher", teacher), ("data", data)) if is_of_hub}

@@ -70,7 +70,7 @@ def _field(annotation: schema.Annotation, here: dict[str, Any], key: str, where:
 
 
 def _default(field: FieldInfo) -> schema.Content:
-    """What stands there when the file says nothing, so that a part of it can be changed."""
+    """The default of a field that the file leaves out, so that a part of it can be changed."""
     if field.is_required():
         return None
     value = field.get_default(call_default_factory=True)

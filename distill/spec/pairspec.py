@@ -113,7 +113,7 @@ def mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
     elif stage.paths in WITH_STATES:
         yield from _times(stage, prefix)
     elif stage.times is not None:
-        yield f"{prefix}times: {stage.paths} paths keep their ends alone, so this has no effect; remove it"
+        yield f"{prefix}times: {stage.paths} paths store only their ends, so this has no effect; remove it"
     if stage.store_noise and stage.paths == "forward":
         yield f"{prefix}store_noise: inverted noise is always stored, so this has no effect; remove it"
 
@@ -155,7 +155,7 @@ def _times(stage: PairsStage, prefix: str) -> Iterator[str]:
     strange = [t for t in times if not math.isclose(t * stage.steps, round(t * stage.steps), abs_tol=1e-6)]
     if strange:
         yield (
-            f"{prefix}times: {', '.join(f'{t:g}' for t in strange)} are none of the solver's own, the multiples of "
+            f"{prefix}times: {', '.join(f'{t:g}' for t in strange)} are not times of the solver, the multiples of "
             f"1/steps = 1/{stage.steps}"
         )
 
@@ -181,7 +181,7 @@ def of_training(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: 
             yield f"{where}: '{name}' has pairs of {theirs}, this stage's teacher is {ours}; make them agree"
         if "states" in needs and solved.paths not in WITH_STATES:
             yield (
-                f"{where}: {stage.recipe} needs states along the paths, '{name}' has ends alone (paths: "
+                f"{where}: {stage.recipe} needs states along the paths, '{name}' stores only their ends (paths: "
                 f"{solved.paths}); use paths: {' or '.join(WITH_STATES)}"
             )
         if "states" not in needs and solved.paths == "segments":

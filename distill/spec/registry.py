@@ -130,7 +130,9 @@ def own_file(name: str, base: Path) -> Path | None:
     if not name.endswith(".py"):
         return None
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise InputError(f"recipe '{name}': a recipe of your own lies beside its spec or below; write ./file.py")
+        raise InputError(
+            f"recipe '{name}': a recipe of your own must be in the folder of its spec or below; write ./file.py"
+        )
     path = base / name
     if not path.is_file():
         raise InputError(f"recipe '{name}': there is no file {path}")
@@ -181,7 +183,7 @@ def load(name: str, base: Path) -> ModuleType:
         what = " and ".join(f"class {part}" for part in missing) or "docstring that names its paper"
         raise InputError(f"recipe '{name}' ({path}) has no {what}")
     if "sampler" not in dir(module.Recipe):
-        raise InputError(f"recipe '{name}' ({path}): its Recipe does not say its sampler; write sampler = \"euler\"")
+        raise InputError(f"recipe '{name}' ({path}): its Recipe has no sampler; write sampler = \"euler\"")
     return module
 
 

@@ -72,7 +72,7 @@ class Resolved:
     """train stages whose recipe cannot be used, and why"""
 
     def kind(self, stage: str | None) -> StudentKind | None:
-        """Of the student of a train stage; None where there is none, or it cannot be told."""
+        """The kind of a train stage's student; None if there is none or it is unknown."""
         recipe = self.recipes.get(stage or "")
         return None if recipe is None else recipe.kind
 

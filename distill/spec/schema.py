@@ -58,7 +58,7 @@ def kind_of(model: type[BaseModel]) -> str | None:
 
 
 def model_at(annotation: Annotation, content: Content) -> type[BaseModel] | None:
-    """The model that `content` is one of, as its `kind` says; None: it cannot be told, or there is none."""
+    """The model that `content` is one of, by its `kind`; None if there is none or it is unknown."""
     candidates = models(annotation)
     if len(candidates) == 1:
         return candidates[0]

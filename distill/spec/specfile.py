@@ -52,7 +52,7 @@ def change_from(text: str) -> Override:
 def validate(content: Any, source: str) -> RunSpec:  # noqa: ANN401
     """Content as a RunSpec, types taken strictly; InputError with one line per mistake."""
     if content is None:
-        raise InputError(f"{source}: empty; `distill init` lists the presets to begin with")
+        raise InputError(f"{source}: empty; `distill init` lists the presets to start from")
     if not isinstance(content, dict):
         raise InputError(f"{source}: holds {schema.show(content)}, not a spec; a spec has name and stages")
     teacher = content.get("teacher")

@@ -69,7 +69,8 @@ def lengths(spec: RunSpec, stage: TrainStage, rows_together: int, where: str) ->
     elif samples % rows_together:
         yield (
             f"{where}: {stage.recipe} couples samples in blocks of {rows_together}, and micro-batches of {samples} "
-            f"do not hold whole ones; make batch_size / processes, or launch.micro_batch, a multiple of {rows_together}"
+            f"do not contain whole blocks; make batch_size / processes, or launch.micro_batch, a multiple of "
+            f"{rows_together}"
         )
     if optimizer.warmup_images >= stage.images:
         yield (
@@ -80,9 +81,9 @@ def lengths(spec: RunSpec, stage: TrainStage, rows_together: int, where: str) ->
         yield f"{where}.optimizer.betas: {list(optimizer.betas)}; both must be below 1"
     halves = stage.ema_half_lives
     if len(set(halves)) != len(halves):
-        yield f"{where}.ema_half_lives: {halves} holds a value twice"
+        yield f"{where}.ema_half_lives: {halves} contains a value twice"
     if stage.export != "raw" and stage.export not in halves:
         valid = ", ".join(["raw", *(f"{half:g}" for half in halves)])
-        yield f"{where}.export: {stage.export:g} is none of ema_half_lives; valid: {valid}"
+        yield f"{where}.export: {stage.export:g} is not one of ema_half_lives; valid: {valid}"
     if stage.checkpoint.images is None and stage.checkpoint.minutes is None:
         yield f"{where}.checkpoint: images and minutes are both null, so nothing would be saved; give one"

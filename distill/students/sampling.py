@@ -110,15 +110,14 @@ def refuse_other_times(student: LoadedStudent, where: str) -> None:
     refuse_times(student.t_grids, where)
     if not isinstance(student.student, VelocityStudent):
         raise InputError(
-            f"{where}: this student is no velocity field and made for uniform steps, so others are not for it; leave "
-            "them out"
+            f"{where}: this student is not a velocity field and is made for uniform steps; leave other times out"
         )
 
 
 def refuse_times(t_grids: Mapping[int, Sequence[float]], where: str) -> None:
     """Refuse other times than its own for a student that has some."""
     if t_grids:
-        raise InputError(f"{where}: this student has times of its own, so others are not for it; leave them out")
+        raise InputError(f"{where}: this student has its own step times; leave other times out")
 
 
 def refuse_steps(t_grids: Mapping[int, Sequence[float]], asked: Sequence[int], where: str) -> None:

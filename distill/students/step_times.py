@@ -56,7 +56,7 @@ class Choice:
     """Steps along a fine grid, and what they cost."""
 
     indices: list[int]  # of the fine grid, 0 ... M
-    times: list[float]  # linear, 1 ... 0; 1 stands for the noisiest that the field knows
+    times: list[float]  # linear, 1 ... 0; 1 means the noisiest at which the field is defined
     cost: float
 
 
@@ -185,7 +185,7 @@ def find(
     seed: int = SEED,
     guidance_scale: float = 1.0,
 ) -> Costs:
-    """A network's costs: those that the store has kept, or measured now and kept there, by whoever is first."""
+    """A network's costs: those in the store, or measured now and stored by the first process that does so."""
     find_solver(solver)  # or InputError
     asked = CostsAsked(network.digest, solver, fine, samples, seed, guidance_scale)
     key = json.dumps([1, *astuple(asked)])
@@ -196,7 +196,7 @@ def find(
         damaged = False
     except (OSError, ValueError) as error:
         reason = records.mistake(error) if isinstance(error, ValidationError) else error
-        printing.warn(f"{path} does not hold the step times asked for ({reason}); they are found again")
+        printing.warn(f"{path} does not hold the step times asked for ({reason}); they are computed again")
         damaged = True
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +204,7 @@ def find(
         raise InputError(f"cannot keep step times in {path.parent}: {error.strerror}; give --store") from error
     found = _measured(network, asked, device)
     write_atomic(path, found.model_dump_json(), replace=damaged)
-    with suppress(OSError, ValueError):  # of whoever was first
+    with suppress(OSError, ValueError):  # of the process that was first
         return _kept(path, asked)
     return found
 
@@ -220,7 +220,7 @@ def _kept(path: Path, asked: CostsAsked) -> Costs:
 def optimal_times(
     network: LoadedTeacher | LoadedStudent, store: Path, steps: int, device: torch.device, guidance_scale: float = 1.0
 ) -> list[float]:
-    """Those of Euler's steps, by the fine grid and samples that nobody has asked to be others."""
+    """Those of Euler's steps, with the default fine grid and samples."""
     return find(network, store, device=device, guidance_scale=guidance_scale).best(steps).times
 
 

@@ -1,4 +1,4 @@
-"""Teachers by hub id: the commit that is meant, and the files of it that are read, in the library's cache."""
+"""Teachers by hub id: the commit, and those of its files that are read, in the library's cache."""
 
 import shutil
 from collections.abc import Iterable, Iterator
@@ -33,7 +33,7 @@ def read_of(name: str, files: Iterable[str], *, weights: bool = True) -> list[st
             if variants.ADAPTER.fullmatch(file):
                 raise InputError(
                     f"teacher.path={name}: the adapter {folder}{short(file)} would not be used; {variants.MERGE}, or "
-                    "download the repository without it where the teacher is meant without it"
+                    "download the repository without it to use the teacher without it"
                 )
     found = {file for file in listed if file in SMALL}
     if weights:
@@ -48,7 +48,7 @@ def read_of(name: str, files: Iterable[str], *, weights: bool = True) -> list[st
 
 
 def repository(spec: CheckpointTeacher, commit: str | None = None) -> Repository:
-    """What a teacher by hub id reads. commit: None for the one that its revision stands for now."""
+    """What a teacher by hub id reads. commit: None for the current one of its revision."""
     if commit is None:
         with _reachable(spec):
             commit = hub.commit("model", spec.path, spec.revision)

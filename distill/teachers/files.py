@@ -60,7 +60,7 @@ def _parts(spec: CheckpointTeacher, folder: Path) -> Parts:
             if ADAPTER.fullmatch(name) and not (place / name).is_dir():
                 raise InputError(
                     f"teacher.path={spec.path}: the adapter {place / short(name)} would not be used; {MERGE}, or move "
-                    "it away where the teacher is meant without it"
+                    "it away to use the teacher without it"
                 )
     found = next((path for path in (near / SCHEDULER for near in nearby) if _there(path)), None)
     facts = root / STUDENT
@@ -123,8 +123,8 @@ def _shards(folder: Path, chosen: list[str]) -> list[Path]:
         found = WEIGHTS.fullmatch(chosen[0])
         variant = f"{found['variant']}." if found is not None and found["variant"] else ""
         raise InputError(
-            f"{folder} has {listing(chosen)} but no {STEM}.safetensors.index.{variant}json, which says "
-            "what lies in which; copy or download it"
+            f"{folder} has {listing(chosen)} but no {STEM}.safetensors.index.{variant}json, which "
+            "maps weights to files; copy or download it"
         )
     index = checked(WeightIndex, parse(indices[0]), indices[0])
     files = [folder / name for name in sorted(set(index.weight_map.values()))]
@@ -136,12 +136,12 @@ def _shards(folder: Path, chosen: list[str]) -> list[Path]:
 
 
 def _there(path: Path) -> bool:
-    """Whether there is something of this name, a file or not: what cannot be read is refused, not passed over."""
+    """Whether there is something of this name, a file or not: what cannot be read is an error, not skipped."""
     return os.path.lexists(path)
 
 
 def _names(folder: Path) -> list[str]:
-    """What lies in a folder."""
+    """The names in a folder."""
     try:
         return [path.name for path in folder.iterdir()]
     except OSError as error:

@@ -77,7 +77,7 @@ class LoadedTeacher:
             self.null({})  # the same refusal, before any work
         if not self.unconditional:
             raise InputError(
-                f"{self.description} has learnt from its teacher only, whose unconditional velocity it was never "
-                "shown; use guidance_scale: 1, or guide a teacher trained on data"
+                f"{self.description} was trained on its teacher alone and never on an unconditional velocity; "
+                "use guidance_scale: 1, or guide a teacher trained on data"
             )
         return Guided(self.field, self.null, guidance_scale)

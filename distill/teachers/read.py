@@ -109,7 +109,7 @@ def _beside(name: str) -> str:
 
 
 class WeightIndex(Read):
-    """diffusion_pytorch_model.safetensors.index.json: which weight lies in which file beside it."""
+    """diffusion_pytorch_model.safetensors.index.json: which weight is in which file beside it."""
 
     weight_map: dict[str, Annotated[str, AfterValidator(_beside)]] = Field(min_length=1)
 

@@ -48,7 +48,7 @@ def one_of(names: Iterable[str], where: str) -> list[str]:
 
 
 def listing(names: Iterable[str]) -> str:
-    """What lies in a folder, for a message."""
+    """The names in a folder, for a message."""
     listed = sorted(short(name, 60) for name in names)
     return ", ".join(listed[:6]) + (", ..." if len(listed) > 6 else "") if listed else "nothing"
 

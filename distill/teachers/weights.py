@@ -159,7 +159,7 @@ def _load(network: ModelMixin, path: Path, found: Mapping[str, Stored]) -> str:
     except SafetensorError as error:
         raise _damaged(path, error) from error
     if broken := [name for name in names if not loaded[name].isfinite().all()]:
-        raise InputError(f"{path} holds NaN or infinity in {_some(broken)}; give sound weights")
+        raise InputError(f"{path} holds NaN or infinity in {_some(broken)}; give valid weights")
     return digest
 
 

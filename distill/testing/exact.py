@@ -85,7 +85,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Draws:
-    """The draws of a step, but for those that are given by name. Fits `protocols.Draw`."""
+    """The draws of a step, except those that are given by name. Fits `protocols.Draw`."""
 
     draw: StepDraw
     normals: Mapping[str, Tensor]

@@ -25,7 +25,7 @@ BATCH, MOVES = 4, 2  # the student moves twice, whatever else does
 
 
 class Recorder(Progress):
-    """Keeps the numbers of every step; asks to stop where it is told to."""
+    """Keeps the numbers of every step; requests a stop at a given step."""
 
     def __init__(self, stop: StopRequest, stop_at: int | None) -> None:
         super().__init__("test", MOVES * BATCH, "images", None)

@@ -7,8 +7,8 @@
         meta.json                       position, settings, environment, sha256 and size of every file
     checkpoints/.step-00001234.tmp-...  being written, or being deleted   (step-00001234.damaged: put aside)
 
-Room is needed for one more than `keep`: the old ones go after the new one is complete. `saving` makes the bytes, and
-has them written while training goes on.
+Space is needed for one more than `keep`: old ones are deleted after the new one is complete. `saving` makes the bytes,
+and has them written while training continues.
 """
 
 import hashlib
@@ -122,7 +122,7 @@ def complete(folder: Path) -> list[Path]:
 def latest(folder: Path, warn: Warn) -> Checkpoint | None:
     """The newest checkpoint that is whole; None where there is none yet.
 
-    A damaged one is named through `warn` and passed over. If all are damaged it is an error: never silently step 0.
+    A damaged one is reported through `warn` and skipped. If all are damaged it is an error: never silently step 0.
     """
     listed = complete(folder)
     damaged: dict[Path, str] = {}
@@ -187,7 +187,7 @@ def weights(
 
 
 class Checkpoints:
-    """The checkpoints of one training: when to save, where to, and where to go on.
+    """The checkpoints of one training: when and where to save, and from where to resume.
 
     settings: what a resume may not change; environment: what it may, at the price of bit-identity.
     """
@@ -207,7 +207,7 @@ class Checkpoints:
         self._images, self._time, self._size = 0, time.monotonic(), 0
 
     def resume(self) -> Checkpoint | None:
-        """The checkpoint to go on from, or None to begin; clears away what a kill left behind."""
+        """The checkpoint to resume from, or None to start; removes what a killed process left behind."""
         found = latest(self.folder, self.warn)
         if found is not None:
             self._check_settings(found)
@@ -225,13 +225,13 @@ class Checkpoints:
         return found
 
     def require_room(self, size: int) -> None:
-        """RunError unless there is room for all checkpoints of `size` bytes that are there at once."""
+        """RunError unless there is space for all checkpoints of `size` bytes that are there at once."""
         held = len(complete(self.folder))
         left = max(self.spec.keep + 1 - held, 1)
         space.require(self.folder, left * size, f"{left} checkpoint{'s' if left > 1 else ''}")
 
     def warn_of_memory(self, size: int) -> None:
-        """Say so now, where the copy of a checkpoint of `size` bytes (see `saving`) does not fit into memory."""
+        """Warn now if the copy of a checkpoint of `size` bytes (see `saving`) does not fit into memory."""
         left = space.memory()
         if left is not None and size > left:
             self.warn(
@@ -255,7 +255,7 @@ class Checkpoints:
         self.last = self._path(step)
 
     def write(self, step: int, images: int, files: Iterable[tuple[str, bytes | memoryview]]) -> None:
-        """Write a checkpoint after `step` steps; it appears whole or not at all. Then remove the oldest.
+        """Write a checkpoint after `step` steps, completely or not at all. Then remove the oldest.
 
         files: (group, content) in the order of writing; nobody may change the content meanwhile. A RunError names the
         last good checkpoint.
@@ -287,7 +287,7 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def _clear(self, newer_than: int | None) -> None:
-        """Remove what a kill left; put aside the damaged, which would pass for the newest at the next start."""
+        """Remove what a killed process left; move damaged ones aside, or they would be the newest at the next start."""
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if LEFTOVER.fullmatch(path.name):
                 shutil.rmtree(path)
@@ -311,7 +311,7 @@ class Checkpoints:
         if changed:
             raise InputError(
                 f"checkpoint {found.path} was trained with other settings: {'; '.join(changed)}; "
-                "give the old ones back, or start a new run"
+                "restore the old ones, or start a new run"
             )
 
 

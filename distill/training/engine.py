@@ -1,6 +1,6 @@
-"""The loop: turns of a recipe over batches of a source, until enough images were shown. It knows no objective.
+"""The loop: turns of a recipe over batches of a source, until enough images have been shown. It knows no objectives.
 
-(seed, step) is the whole position besides the tensors in the checkpoint, so a run that is killed and started again
+(seed, step) is the whole state besides the tensors in the checkpoint, so a run that is killed and started again
 ends in the same bits.
 
 accelerate's `Accelerator` is not used here: it serves one engine of DeepSpeed, where a recipe may train several
@@ -88,7 +88,7 @@ def train(
     checkpoints = Checkpoints(paths.checkpoints, stage.checkpoint, settings, environment, progress.warn)
     found = world.alone("clearing up", checkpoints.resume)
     if not world.first:
-        found = checkpoints.resume()  # what rank 0 has left; there is nothing to clear any more
+        found = checkpoints.resume()  # rank 0 has removed broken checkpoints; the others only find the newest
     with world.contact("at the start"):
         roles = Roles(
             recipe,
@@ -212,7 +212,7 @@ def step_once(
             logs = _means(losses, norm, world)
             if not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"])):
                 raise RunError(
-                    f"{place}: loss {logs['loss']}, gradient norm {logs['grad_norm']}; its weights did not move; "
+                    f"{place}: loss {logs['loss']}, gradient norm {logs['grad_norm']}; its weights were not changed; "
                     f"last good checkpoint: {last_good()}"
                 )
             if probe is not None:

@@ -72,7 +72,7 @@ class PlainTrainable:
     def gradient_norm(self) -> Tensor:
         """Global norm of the gradients, before clipping; they are the means over the ranks from now on.
 
-        What a turn does not reach has gradient 0, as where gradients are divided: moments and weight decay go on.
+        What a turn does not reach has gradient 0, as where gradients are divided: moments and weight decay continue.
         """
         for p in self._unique:
             if p.grad is None:

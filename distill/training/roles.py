@@ -1,5 +1,5 @@
-"""The networks of a recipe in their roles: optimizers, averages, target copies. All that moves, and so all that a
-checkpoint holds besides the position.
+"""The networks of a recipe in their roles: optimizers, averages, target copies. All that training changes, and so all
+that a checkpoint contains besides the position.
 """
 
 import gc
@@ -73,7 +73,9 @@ class Roles:
             self.networks[name].requires_grad_(False).eval()
         if found is not None:
             self._load_weights(found, [*trained, *self.copies])  # before they are divided
-        for module in self.networks.values():  # a recipe may have drawn some of them otherwise than we think
+        for module in (
+            self.networks.values()
+        ):  # all ranks take rank 0's weights: a recipe may have drawn its own differently on each
             world.share([*module.parameters(), *module.buffers()])
         if recompute:
             _recompute(self.name, list(trained.values()))
@@ -139,7 +141,7 @@ class Roles:
     def groups(self) -> Iterator[Group]:
         """What a checkpoint holds, one group at a time; every rank must take all of them, rank 0 gets them whole.
 
-        A group that was gathered for this lives as long as whoever takes it holds it.
+        A group that was gathered for this is kept in memory as long as the caller holds it.
         """
         for name, trainable in self.trainables.items():
             yield network_group(name), trainable.weights()
@@ -204,8 +206,8 @@ def _recompute(recipe: str, networks: list[nn.Module]) -> None:
     able = [part for part in parts if part._supports_gradient_checkpointing]
     if not able:
         raise InputError(
-            f"launch.activation_checkpointing: no network that recipe '{recipe}' trains is made of blocks that can be "
-            "computed again, so this has no effect; remove it"
+            f"launch.activation_checkpointing: no network that recipe '{recipe}' trains has blocks that can be "
+            "recomputed, so this has no effect; remove it"
         )
     for part in able:
         part.enable_gradient_checkpointing()

@@ -1,4 +1,4 @@
-"""Saving while training goes on: training waits until its tensors are copied, a thread brings the copy to the disk.
+"""Saving while training continues: training waits until its tensors are copied; a thread writes the copy to disk.
 
 The copy is kept until the next save, so that it costs no new memory: rank 0 holds one whole checkpoint in the host's
 memory (`Roles.checkpoint_bytes`) from its first save to the end of training.
@@ -72,8 +72,8 @@ def _host_memory(size: int, *, pinned: bool) -> Tensor:
         found = torch.empty(size, dtype=torch.uint8)
     except RuntimeError as error:
         raise RunError(
-            f"no memory for the copy of a checkpoint that is written while training goes on: {space.human(size)} more "
-            "are needed on the host of rank 0"
+            f"no memory for the copy of a checkpoint that is written while training continues: {space.human(size)} "
+            "more are needed on the host of rank 0"
         ) from error
     if pinned:
         runtime = torch.cuda.cudart()
@@ -115,7 +115,7 @@ class Saver:
     waits for the save that is being written. A second Ctrl-C ends at once: that save is lost, as with kill -9, and the
     one before it counts. So it may be where another rank has failed, as the launcher ends this one within seconds.
 
-    note: is told of each save that is done, on rank 0, in the thread of training.
+    note: called with each completed save, on rank 0, in the thread of training.
     """
 
     def __init__(self, checkpoints: Checkpoints, note: Callable[[Saved], None], world: World = ALONE) -> None:
@@ -131,7 +131,7 @@ class Saver:
             self._warn_of(self._outcome())
 
     def save(self, step: int, images: int, groups: Iterable[Group]) -> None:
-        """Copy the tensors of `groups`, and write them while the caller goes on. Every rank must call it.
+        """Copy the tensors of `groups`, and write them while the caller continues. Every rank must call it.
 
         A save that is still being written is waited for. RunError if that one has failed.
         """

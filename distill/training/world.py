@@ -114,7 +114,7 @@ class World:
         return [any(text[i] for text in texts) for i in range(len(flags))]
 
     def alone(self, what: str, work: Callable[[], T]) -> T | None:
-        """What rank 0 returns from `work`, None on the others, once it is done: that may take longer than a collective.
+        """Rank 0 runs `work` and returns its result; the others return None and wait without a collective's time limit.
 
         If it raises there, the others lose contact with a rank that ends.
         """
@@ -160,7 +160,7 @@ class World:
         """Meet the other ranks of the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
         device: what all of them compute on; on a GPU host rank `local_rank` takes that GPU.
-        lost: is told where this rank was, if the process must end without an exception.
+        lost: called with the place of this rank, if the process must end without an exception.
         """
         backend, timeout = "gloo", timedelta(minutes=timeout_minutes)
         if device.type == "cuda":

@@ -26,7 +26,7 @@ from distill.training.sharding import Held, Sizes, Trainable
 from distill.training.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PERSISTENT = 100_000  # elements up to which DeepSpeed leaves a parameter whole in stage 3, unless told otherwise
+PERSISTENT = 100_000  # elements up to which DeepSpeed does not shard a parameter in stage 3, by default
 QUIET = {"steps_per_print": 10**9, "timers": {"throughput": {"enabled": False}}}  # these would wait for the GPU
 
 
@@ -73,7 +73,7 @@ class ZeroTrainable(PlainTrainable):
 
     def backward(self, loss: Tensor) -> None:
         if self._micro_steps:
-            self.engine.step()  # between two micro-batches: counts, moves nothing
+            self.engine.step()  # DeepSpeed wants step() after each micro-batch; before the last it only counts
         self._micro_steps += 1
         self.engine.backward(loss, scale_wrt_gas=False)
 

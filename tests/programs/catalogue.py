@@ -11,7 +11,7 @@ SMALLEST = "reflow/reflow"
 
 def table() -> str:
     """All recipes, from their docstrings."""
-    lines = ["| recipe | what it is | can need | a move costs |", "|---|---|---|---:|"]
+    lines = ["| recipe | what it is | can need | an update costs |", "|---|---|---|---:|"]
     for name in registry.names():
         found = registry.describe(name, Path())
         assert found.cost is not None, f"{name} has no cost yet; run: python -m tests.benchmarks recipes"

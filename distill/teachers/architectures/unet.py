@@ -32,7 +32,7 @@ class UNet:
     def shape(self, content: dict[str, Any], path: Path) -> tuple[int, ...]:
         config = checked(NetworkConfig, content, path)
         if config.time_embedding_type == "learned":
-            raise InputError(f"{path}: time_embedding_type learned knows whole steps only; valid: positional")
+            raise InputError(f"{path}: time_embedding_type learned supports whole steps only; valid: positional")
         size = config.sample_size
         if size is None or config.in_channels != config.out_channels:
             raise InputError(
