@@ -1,4 +1,4 @@
-"""Export: a student becomes a folder that plain diffusers loads, checked before it appears under its name.
+"""Export of a student to a folder that plain diffusers can load. It is checked before it appears under its name.
 
 The same weights and card give the same bytes, so that students can be compared by their files.
 """
@@ -28,13 +28,14 @@ from distill.students.sampling import by_sampler, fresh_noises, grid, num_fresh
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CHECK_STEPS, CHECK_BATCH, CHECK_SEED = (1, 2, 4), 2, 0
-TOLERANCE = 1e-5  # of samples within [-1, 1]; of larger ones, this share of the largest value
+TOLERANCE = 1e-5  # absolute for samples within [-1, 1], relative to the largest value for larger ones
 
 
 def export(student: Student, folder: Path, card: StudentCard) -> None:
-    """Write the student folder, reload it with plain diffusers, compare, and only then give it its name.
+    """Write the student folder, reload it with plain diffusers, compare, and rename it to `folder`.
 
-    A folder that is there already is replaced. Whatever goes wrong, `folder` is what it was.
+    An existing folder is replaced. RunError if a weight is not finite, if diffusers reads other weights or makes other
+    samples, or if writing fails; `folder` is then unchanged.
     """
     assert isinstance(student, KINDS[card.kind]), f"{type(student)} is no {card.kind}"
     folder = folder.absolute()
@@ -62,7 +63,7 @@ def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
     (folder / "pipeline.py").write_text(shipped.pipeline(card.kind, card.sampler))
 
     config = json.loads(network.to_json_string())
-    config.pop("_name_or_path", None)  # where the weights once came from is not part of the student
+    config.pop("_name_or_path", None)  # the origin of the weights is not part of the student
     _write_json(folder / "unet" / "config.json", config)
     weights = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in _state(network)}
     save_file(weights, folder / "unet" / WEIGHTS, metadata={"format": "pt"})
@@ -91,8 +92,8 @@ def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
 
 
 def _compare(student: Student, folder: Path, card: StudentCard) -> None:
-    """Plain diffusers must read the same weights, bitwise, and make the same samples from the same noise."""
-    with _quiet(), torch.random.fork_rng(devices=[]):  # networks are initialised before their weights are read
+    """RunError unless plain diffusers reads the same weights, bit for bit, and makes the same samples."""
+    with _quiet(), torch.random.fork_rng(devices=[]):  # loading initialises the networks at random first
         pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     written, read = dict(_state(student.network)), dict(_state(pipeline.unet))
     for name, tensor in written.items():
@@ -107,7 +108,7 @@ def _compare(student: Student, folder: Path, card: StudentCard) -> None:
         ours = by_sampler(student, card.sampler, noise, grid(card.t_grids, steps), cond, fresh)
         theirs = pipeline(steps, class_labels=labels, latents=noise, fresh=fresh, output_type="pt").images
         error, allowed = (ours - theirs).abs().max().item(), TOLERANCE * max(1.0, ours.abs().max().item())
-        if not error <= allowed:  # not (nan <= x)
+        if not error <= allowed:  # also true for NaN
             raise RunError(
                 f"export failed: at {steps} steps diffusers makes other samples from the same noise, max difference "
                 f"{error:.3g} (allowed {allowed:.3g}); nothing was exported"
@@ -124,7 +125,7 @@ def _write_json(path: Path, content: dict[str, object]) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Loading four files needs no progress bar."""
+    """Turn off the progress bar and the warnings of diffusers."""
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""Where a recipe's networks come from: a source's weights, or fresh ones."""
+"""The networks that a recipe starts from: copies of a teacher or student, or newly initialised ones."""
 
 from dataclasses import replace
 
@@ -25,12 +25,18 @@ from distill.teachers.network_field import EdmField, NetworkField
 
 
 class StudentInit:
-    """Fits `protocols.Init`. `network` given: fresh weights keyed by `seed`; else a copy of the source's, with its
-    dropout or, if given, another.
+    """Makes the networks of a recipe. Implements `protocols.Init`.
 
-    The critic starts as the teacher, if that has weights, whatever the student starts as.
-    `num_classes` and `null_class` are those of the networks it makes: K classes of a fresh one have null class K. Fresh
-    ones have the teacher's classes where there is a teacher, or else the samples'; all others must have them too.
+    source: the network to copy, unless `network` is given.
+    network: describes a new network; its weights depend on `seed`.
+    shape, num_classes: of the training samples.
+    teacher: the critic starts from its weights, if it has any, whatever the student starts from.
+    dropout: of a copy, instead of the source's own.
+
+    The attributes `num_classes` and `null_class` are those of the networks made here. A new network has the classes of
+    the teacher, or of the samples if there is no teacher; with K classes its null class is K. A copied network must
+    have the same classes, except that without a teacher an unconditional one may be trained on labelled samples.
+    InputError otherwise.
     """
 
     def __init__(
@@ -65,25 +71,30 @@ class StudentInit:
             )
 
     def velocity_field(self) -> nn.Module:
-        """A trainable VelocityStudent on the linear path; every call gives the same weights."""
+        """A trainable VelocityStudent on the linear path. Every call returns the same weights."""
         return VelocityStudent(self._network("velocity field"))
 
     def flow_map(self) -> nn.Module:
-        """A trainable FlowMapStudent on the linear path: until it is trained it is, whatever s, the velocity of
-        `velocity_field`; or a copy of the source, where that is a flow map.
+        """A trainable FlowMapStudent on the linear path: a copy of the source if that is a flow map.
+
+        Otherwise its initial output is the velocity of `velocity_field`, for every s.
         """
         network = self._network("flow map", "flow_map")
         return FlowMapStudent(network if kind_of(network) == "flow_map" else two_times(network, self.seed))
 
     def acceleration(self) -> nn.Module:
-        """A trainable AccelerationStudent: until it is trained both its networks are the velocity of `velocity_field`;
-        or a copy of the source, where that is of this kind.
+        """A trainable AccelerationStudent: a copy of the source if that is of this kind.
+
+        Otherwise the initial output of both its networks is the velocity of `velocity_field`.
         """
         network = self._network("velocity with its acceleration", "acceleration")
         return AccelerationStudent(network if kind_of(network) == "acceleration" else accelerated(network, self.seed))
 
     def critic(self) -> nn.Module:
-        """A trainable Critic: the teacher's velocity, or else that of `velocity_field`, and a logit per sample."""
+        """A trainable Critic, with a velocity and one logit per sample.
+
+        It starts from the teacher's weights, or from those of `velocity_field` if the teacher has none.
+        """
         if self.teacher is None or self.teacher.network is None:
             if self.network is None and self.source is not None and not _is_field(self.source):
                 raise InputError(
@@ -94,7 +105,10 @@ class StudentInit:
         return Critic(VelocityStudent(_copied(self.teacher, None)), self.seed)
 
     def _network(self, what: str, kind: str = "velocity") -> ModelMixin:
-        """A velocity network of the linear path, from which `what` can start, or a network of this kind already."""
+        """A velocity network on the linear path, or a copy of a source that already is of this kind.
+
+        what: the kind in words, for the message of the InputError.
+        """
         if self.network is not None:
             return build(self.network, self.shape, self.num_classes, self.seed)
         assert self.source is not None
@@ -113,7 +127,7 @@ class StudentInit:
         return _copied(self.source, self.dropout)
 
     def null(self, cond: Cond) -> Cond:
-        """The condition of the unconditional call; an unconditional network's is its only one."""
+        """The condition of the unconditional call, for as many rows as `cond`. InputError if the network has none."""
         if not cond:
             return cond
         if not self.conditioning.has_null:
@@ -125,14 +139,14 @@ class StudentInit:
 
 
 def _is_field(source: LoadedTeacher | LoadedStudent) -> bool:
-    """Whether it is a velocity field, or has none of the networks that are something else."""
+    """Whether the source is a velocity field; true also if it has no network."""
     return source.network is None or STUDENTS[kind_of(source.network)].is_field
 
 
 def _copied(source: LoadedTeacher | LoadedStudent, dropout: float | None) -> ModelMixin:
-    """A trainable copy of its network, of the linear path; dropout: its own instead of the source's."""
+    """A trainable copy of the source's network, on the linear path. dropout: None keeps the source's."""
     assert source.network is not None
-    with init_empty_weights(include_buffers=False):  # they are all copied
+    with init_empty_weights(include_buffers=False):  # all weights are set below
         network = _of_linear_path(source)
         if dropout is not None:
             if "dropout" not in network.config:
@@ -144,11 +158,11 @@ def _copied(source: LoadedTeacher | LoadedStudent, dropout: float | None) -> Mod
 
 
 def teacher_on_linear_path(teacher: LoadedTeacher) -> LoadedTeacher:
-    """The same teacher, as a recipe calls it: a network of a VP or EDM schedule is called as a velocity network of the
-    linear path, finite at both ends, around the very same weights.
+    """The teacher as recipes call it: as a velocity network on the linear path, finite at both ends.
 
-    Outside the noise levels of its training the network is told the nearest of them: for EDM, c_noise stays that of
-    sigma 80 from t = 80/81 on. Its input is scaled by the true level.
+    A network of a VP or EDM schedule is converted; it shares the weights of the original. Outside the noise levels of
+    its training, the network is given the nearest trained level, while its input is scaled by the true one. For EDM,
+    for example, c_noise stays that of sigma 80 from t = 80/81 on.
     """
     if not isinstance(teacher.field, EdmField | NetworkField) or teacher.field.interpolant.name == "linear":
         return teacher
@@ -161,9 +175,10 @@ def teacher_on_linear_path(teacher: LoadedTeacher) -> LoadedTeacher:
 
 
 def _of_linear_path(source: LoadedTeacher | LoadedStudent) -> ModelMixin:
-    """A network with the source's weight names, called as a network of the linear path; it has its own weights.
+    """A new network with the same weight names as the source, called as a network on the linear path.
 
-    Built from its config, not copied: the source is frozen, and what its class keeps frozen must stay so.
+    It is built from the config instead of copied. All parameters of the source are frozen; in the new network only
+    those are frozen that its class freezes. InputError if the source cannot be converted.
     """
     if isinstance(source, LoadedStudent):
         return type(source.network).from_config(source.network.config)

@@ -1,4 +1,4 @@
-"""A student folder, loaded: its network as its sampler calls it, and what must be known to use it."""
+"""Loading of student folders."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,14 +26,14 @@ KINDS: dict[str, type[Student]] = {
 
 @dataclass(frozen=True)
 class LoadedStudent:
-    """What all kinds of student become: frozen, in float32 and evaluation mode."""
+    """A student of any kind: frozen, in float32 and in evaluation mode."""
 
     student: Student
     sampler: str  # a name in samplers/
-    t_grids: Mapping[int, Sequence[float]]  # number of steps -> times, 1 ... 0; empty: uniform, any number
+    t_grids: Mapping[int, Sequence[float]]  # number of steps -> times from 1 to 0; empty: uniform times, any number
     shape: tuple[int, ...]  # of one sample
-    num_classes: int | None  # real classes; None: unconditional
-    null_class: int | None
+    num_classes: int | None  # without the null class; None: unconditional
+    null_class: int | None  # class of the unconditional call
     digest: str  # sha256 over configuration and weights
     description: str  # one line for people
 
@@ -47,7 +47,7 @@ class LoadedStudent:
 
 
 def load_student(folder: Path, device: torch.device) -> LoadedStudent:
-    """The student of a folder that an export has written."""
+    """Load a student from a folder written by `exporting.export`."""
     card = student_card.read(folder)
     found = checkpoint.read(CheckpointTeacher(path=str(folder)), device, card.kind)
     return LoadedStudent(

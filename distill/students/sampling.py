@@ -1,4 +1,4 @@
-"""Samples of teachers and students from noise that depends on (seed, index) alone, made in blocks."""
+"""Sampling of teachers and students, in blocks. The noise of a sample depends on (seed, index) alone."""
 
 import importlib
 import time
@@ -20,13 +20,13 @@ from distill.spec.kinds import SAMPLERS, network_calls, per_velocity
 from distill.students.loaded import LoadedStudent, Student
 from distill.teachers import LoadedTeacher
 
-# Noise [B, ...], its condition, and the fresh noises that the method takes -> samples [B, ...]
+# (noise [B, ...], its condition, further noises of the same shape) -> samples [B, ...]
 Generate = Callable[[Tensor, Cond, Sequence[Tensor]], Tensor]
 
 
 @runtime_checkable
 class SamplerModule(Protocol):
-    """What a file in samplers/ has; see there."""
+    """Interface of a module in `samplers/`; its `__init__.py` describes the members."""
 
     SAMPLER: str
 
@@ -46,32 +46,32 @@ MODULES = {name: _module(name) for name in SAMPLERS}
 
 @dataclass(frozen=True)
 class Method:
-    """One way to make samples, and what it costs."""
+    """A way to make samples, and its cost."""
 
     generate: Generate
-    nfe: int  # network evaluations per sample, guidance counted
-    fresh: int = 0  # noises that it takes beside the first
+    nfe: int  # network evaluations per sample, those of guidance included
+    fresh: int = 0  # number of noises in addition to the first one
 
 
 @dataclass(frozen=True)
 class Block:
-    """Consecutive samples, and the seconds that it took to make one of them."""
+    """Consecutive samples."""
 
-    samples: Tensor  # [n, ...] on the CPU, as the last step left them
-    seconds: float
+    samples: Tensor  # [n, ...] on the CPU, not clamped
+    seconds: float  # per sample
 
 
 def of_teacher(
     teacher: LoadedTeacher, solver: str, steps: int, guidance_scale: float, times: Sequence[float] | None = None
 ) -> Method:
-    """The teacher's ODE by a solver, in steps that are uniform, or along these times (see `solve_along`)."""
+    """Solve the teacher's ODE, in uniform steps or along `times` (see `solve_along`)."""
     return of_field(teacher.guided(guidance_scale), solver, steps, per_velocity(guidance_scale), times)
 
 
 def of_field(
     field: VelocityField, solver: str, steps: int, calls: int = 1, times: Sequence[float] | None = None
 ) -> Method:
-    """The ODE of a velocity field by a solver; calls: of a network, for one of the field."""
+    """Solve the ODE of a velocity field. calls: network calls for one call of the field."""
 
     def generate(noise: Tensor, cond: Cond, fresh: Sequence[Tensor]) -> Tensor:
         if times is not None:
@@ -82,7 +82,7 @@ def of_field(
 
 
 def of_student(student: LoadedStudent, t_grid: Tensor) -> Method:
-    """A student by the sampler that its folder ships."""
+    """Sample a student along `t_grid` [N + 1] with the sampler named in its folder."""
     steps = len(t_grid) - 1
 
     def generate(noise: Tensor, cond: Cond, fresh: Sequence[Tensor]) -> Tensor:
@@ -92,13 +92,16 @@ def of_student(student: LoadedStudent, t_grid: Tensor) -> Method:
 
 
 def own_grids(recipe: Recipe, times: Sequence[float] | None) -> dict[int, list[float]]:
-    """The t_grids of a recipe's students; empty: it has none. times: of the states of its pairs, if known."""
+    """The times of a recipe's student by number of steps; empty if it has none of its own.
+
+    times: those of the states in the recipe's pairs, if known.
+    """
     given = recipe.t_grids(times) if isinstance(recipe, Gridded) else {}
     return {steps: list(grid) for steps, grid in given.items()}
 
 
 def grid(t_grids: Mapping[int, Sequence[float]], steps: int) -> Tensor:
-    """The times [steps + 1] of a student: its own, or uniform where it has none."""
+    """The times [steps + 1] of a student: its own, or uniform ones if it has none. InputError for other `steps`."""
     if not t_grids:
         return uniform_grid(steps)
     refuse_steps(t_grids, [steps], "steps")
@@ -106,7 +109,10 @@ def grid(t_grids: Mapping[int, Sequence[float]], steps: int) -> Tensor:
 
 
 def refuse_other_times(student: LoadedStudent, where: str) -> None:
-    """Refuse a student that has reasons for its times: only a velocity field knows how far it moves from t to any s."""
+    """InputError if a student cannot be sampled at other times than its own.
+
+    That needs a velocity field without `t_grids`: other students are trained for certain pairs of times t and s.
+    """
     refuse_times(student.t_grids, where)
     if not isinstance(student.student, VelocityStudent):
         raise InputError(
@@ -115,13 +121,13 @@ def refuse_other_times(student: LoadedStudent, where: str) -> None:
 
 
 def refuse_times(t_grids: Mapping[int, Sequence[float]], where: str) -> None:
-    """Refuse other times than its own for a student that has some."""
+    """InputError if a student has step times of its own, so that no others can be given."""
     if t_grids:
         raise InputError(f"{where}: this student has its own step times; leave other times out")
 
 
 def refuse_steps(t_grids: Mapping[int, Sequence[float]], asked: Sequence[int], where: str) -> None:
-    """Refuse numbers of steps that a student is not made for."""
+    """InputError if a student has times of its own, but not for one of the numbers of steps `asked`."""
     wrong = [steps for steps in asked if t_grids and steps not in t_grids]
     if wrong:
         *others, last = map(str, sorted(t_grids))
@@ -138,18 +144,18 @@ def by_sampler(
     cond: Cond,
     fresh: Sequence[Tensor],
 ) -> Tensor:
-    """The sampler of that name along t_grid. fresh: `num_fresh` noises like `noise` [B, ...]."""
+    """Run the sampler of that name along `t_grid` [N + 1]. fresh: `num_fresh` noises like `noise` [B, ...]."""
     assert sampler in MODULES, f"there is no sampler '{sampler}'"
     return MODULES[sampler].sample(student, noise, t_grid, cond, *fresh)
 
 
 def num_fresh(sampler: str, steps: int) -> int:
-    """How many noises a sampler takes beside the first."""
+    """How many noises a sampler takes in addition to the first one."""
     return MODULES[sampler].num_fresh(steps)
 
 
 def fresh_noises(seed: int, indices: Sequence[int], shape: tuple[int, ...], count: int) -> list[Tensor]:
-    """Each [len(indices), *shape] on the CPU; that of step k of sample i depends on (seed, i, k) alone."""
+    """`count` noises [len(indices), *shape] on the CPU. Noise k of sample i depends on (seed, i, k) alone."""
     return [sample_noise(key(seed, "renoise", k), indices, shape) for k in range(count)]
 
 
@@ -158,8 +164,8 @@ def blocks(
 ) -> Iterator[Block]:
     """Samples 0 to count - 1, `block` at a time, in the shape and with the classes of `like`.
 
-    The last block is filled up with further indices that are thrown away: a sample's numbers must not depend on how
-    many were asked for.
+    The last block is filled up with further samples, which are dropped: the values of a sample must not depend on
+    `count`. RunError if a sample is not finite.
     """
     for start in range(0, count, block):
         indices = range(start, start + block)
@@ -179,7 +185,7 @@ def blocks(
 
 
 def condition(network: LoadedTeacher | LoadedStudent, indices: Sequence[int], device: torch.device) -> Cond:
-    """Conditions in turn; nothing for an unconditional network."""
+    """The conditions of the samples `indices`, whose classes take turns; empty for an unconditional network."""
     conditioning = network.conditioning
     if conditioning.count is None:
         return {}

@@ -1,8 +1,8 @@
 """The code in student folders, as text: `pipeline.py`, and one file for a network that diffusers does not have.
 
-Each file is complete. From a hub, diffusers downloads one code file for the pipeline and one for the network, and a
-module that a process has imported from one folder by a relative import is reused for all later folders. So instead of
-importing a sampler or another network, a file contains its text.
+Each file is self-contained: instead of importing a sampler or another network, it contains its text. There are two
+reasons. From a hub, diffusers downloads only one code file for the pipeline and one for the network. And Python reuses
+a module that was imported by a relative import from one folder for all folders loaded later.
 """
 
 import ast
@@ -16,7 +16,7 @@ from pathlib import Path
 
 STUDENTS_DIR = Path(__file__).parent
 SAMPLERS_DIR, NETWORKS_DIR = STUDENTS_DIR / "samplers", STUDENTS_DIR.parent / "networks"
-# Networks that diffusers does not have: class -> the module that is shipped beside their weights.
+# Networks that diffusers does not have: class -> the module that is shipped with the weights.
 NETWORKS = {
     "VelocityMLP": "velocity_mlp",
     "VelocityUNet2DModel": "velocity_unet",
@@ -39,8 +39,10 @@ def pipeline(kind: str, sampler: str) -> str:
 
 
 def joined(module: Path, parts: Sequence[Path]) -> str:
-    """One module made of several: the docstring of `module`, all imports except those from distill, the code of each
-    part below its docstring, which becomes a comment, and the code of `module`.
+    """The text of one module that contains several.
+
+    It consists of the docstring of `module`, all imports except those from distill, the code of each part with its
+    docstring as a comment above it, and the code of `module`.
     """
     main, *others = files = [_read(path) for path in (module, *parts)]
     sections = [f'"""{main.docstring}"""', _imports([line for each in files for line in each.imports])]
@@ -67,7 +69,7 @@ def _read(path: Path) -> _File:
 
 
 def _imports(statements: Sequence[ast.Import | ast.ImportFrom]) -> str:
-    """Each name once, sorted as ruff sorts them, the standard library first."""
+    """The import statements without duplicates, sorted like ruff sorts them, the standard library first."""
     lines: set[str] = set()
     names: dict[str, set[str]] = defaultdict(set)
     for statement in statements:

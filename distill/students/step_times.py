@@ -1,19 +1,20 @@
-"""Step times of least summed error, by dynamic programming (BOSS, Nguyen et al. 2023, arXiv 2312.16414).
+"""Step times with the least total error, by dynamic programming (BOSS, Nguyen et al. 2023, arXiv 2312.16414).
 
-A field's own paths are solved on a fine uniform grid of M steps. The cost of a long step from the i-th time to the j-th
-is how far it lands from the path: c(i, j) = mean over samples of || step(x_i; t_i -> t_j) - x_j ||^2, summed over the
-elements, and 0 at j = i + 1. The K steps of least summed cost follow from
+The ODE of a velocity field is solved on a fine uniform grid of M steps, from n noises. The cost of one long step from
+time t_i to t_j is its squared distance from the fine path: c(i, j) = mean over samples of || step(x_i; t_i -> t_j) -
+x_j ||^2, summed over the elements, and 0 for j = i + 1. The K steps with the least total cost follow from
 
-    W_1(i) = c(i, M),    W_k(i) = min over j > i of c(i, j) + W_{k-1}(j),    the least cost from t_i to 0 in k steps.
+    W_1(i) = c(i, M),    W_k(i) = min over j > i of c(i, j) + W_{k-1}(j),
 
-It is a sum of local errors along the exact path: how an error grows afterwards does not count.
+where W_k(i) is the least cost from t_i to the end in k steps. This total is a sum of local errors: it ignores how an
+error grows in later steps.
 
-A step is the solver's own. Euler's needs no further call, x_i + (t_j - t_i) v_i. Heun's calls the field again for every
-(i, j), n M^2 / 2 calls in all. A step of a multistep solver (DPM-Solver++(2M)) depends on the step before, of which W
-knows nothing: that is taken to have been as long, from the time of index 2 i - j, or from the noise where there is
-none.
+Steps are those of the chosen solver. An Euler step, x_i + (t_j - t_i) v_i, needs no further network call. Heun calls
+the network for every (i, j): n M^2 / 2 calls in all. A step of a multistep solver (DPM-Solver++(2M)) also depends on
+the step before it, which W does not know. That step is assumed to have the same length: it starts at index 2 i - j, or
+at index 0 if that is negative.
 
-Deviations: steps by other solvers than Euler's, and linear times whatever the field's own schedule.
+Deviations from the paper: other solvers than Euler; times on the linear path, whatever the field's own schedule.
 """
 
 import hashlib
@@ -47,22 +48,22 @@ from distill.students.loaded import LoadedStudent
 from distill.students.sampling import condition
 from distill.teachers import LoadedTeacher
 
-MEMORY = 2**29  # bytes of states that are held at once
-MAX_BYTES = 2**30  # of a file: that of ten thousand fine steps
+MEMORY = 2**29  # bytes of states in memory at once, about
+MAX_BYTES = 2**30  # largest file that is read: enough for ten thousand fine steps
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Steps along a fine grid, and what they cost."""
+    """Step times chosen from a fine grid."""
 
-    indices: list[int]  # of the fine grid, 0 ... M
-    times: list[float]  # linear, 1 ... 0; 1 means the noisiest at which the field is defined
-    cost: float
+    indices: list[int]  # positions in the fine grid, from 0 to M
+    times: list[float]  # on the linear path, from 1 down; 1 stands for the field's noisiest time
+    cost: float  # sum over the steps
 
 
 @dataclass(frozen=True)
 class CostsAsked:
-    """What costs are measured of, and how."""
+    """The network and the settings for which costs are measured; fields as in `Costs`."""
 
     digest: str
     solver: str
@@ -73,21 +74,21 @@ class CostsAsked:
 
 
 class Costs(FrozenModel):
-    """What a step costs between any two times of a fine grid. A file of STORE/schedules."""
+    """The cost of a step between any two times of a fine grid. Stored as a JSON file in STORE/schedules."""
 
     format: Literal[1] = 1
     digest: str
-    """of the network"""
+    """digest of the network"""
     solver: str
     fine: int
-    """steps of the fine grid, M"""
+    """number of steps of the fine grid, M"""
     samples: int
     seed: int
     guidance_scale: float
     t_grid: list[float]
-    """the M + 1 linear times"""
+    """the M + 1 times on the linear path, decreasing"""
     costs: list[list[float]]
-    """row i: of the steps to i + 1, ..., M"""
+    """row i: costs of the steps from i to i + 1, ..., M"""
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
@@ -107,19 +108,22 @@ class Costs(FrozenModel):
 
     @property
     def matrix(self) -> Tensor:
-        """c [M + 1, M + 1] float64, infinite where no step goes."""
+        """c(i, j) [M + 1, M + 1] float64, infinite for j <= i."""
         rows = [torch.tensor([torch.inf] * (i + 1) + row, dtype=torch.float64) for i, row in enumerate(self.costs)]
         return torch.stack([*rows, torch.full((self.fine + 1,), torch.inf, dtype=torch.float64)])
 
     def best(self, steps: int) -> Choice:
-        """The K steps of least summed cost; uniform ones where none cost less."""
+        """The `steps` steps with the least total cost, or uniform ones if no others cost less.
+
+        InputError unless 1 <= steps <= M.
+        """
         if not 1 <= steps <= self.fine:
             raise InputError(f"{steps} steps cannot be chosen among {self.fine} fine ones; give 1 to {self.fine}")
         found, uniform = self._choice(least(self.matrix, steps)), self.uniform(steps)
         return found if found.cost < uniform.cost else uniform
 
     def uniform(self, steps: int) -> Choice:
-        """K steps of equal length, as nearly as the fine grid has them."""
+        """`steps` steps of equal length, up to the resolution of the fine grid."""
         return self._choice([(2 * k * self.fine + steps) // (2 * steps) for k in range(steps + 1)])
 
     def _choice(self, indices: list[int]) -> Choice:
@@ -128,10 +132,10 @@ class Costs(FrozenModel):
 
 
 def least(costs: Tensor, steps: int) -> list[int]:
-    """The indices 0 ... M of the `steps` steps of least summed cost. costs [M + 1, M + 1], infinite where j <= i."""
+    """Indices, from 0 to M, of the `steps` steps with the least total cost. costs: as `Costs.matrix`."""
     summed, chosen = costs[:, -1], []  # W_1
     for _ in range(steps - 1):
-        summed, best = (costs + summed).min(dim=1)  # W_k(i), and its j
+        summed, best = (costs + summed).min(dim=1)  # W_k(i) and the j that attains it
         chosen.append(best)
     indices = [0]
     for best in reversed(chosen):
@@ -140,7 +144,7 @@ def least(costs: Tensor, steps: int) -> list[int]:
 
 
 def measure(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, fine: int) -> tuple[list[float], Tensor]:
-    """The fine grid's linear times, and the costs [M + 1, M + 1] of a field over its paths from noise [n, ...]."""
+    """The M + 1 times of the fine grid, and the costs [M + 1, M + 1] on the field's paths from noise [n, ...]."""
     field = solvers.on_linear_path(field)
     t_grid = uniform_grid(fine, field.t_range[1], field.t_range[0])
     costs = torch.full((fine + 1, fine + 1), torch.inf, dtype=torch.float64, device=noise.device)
@@ -153,11 +157,11 @@ def measure(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, fin
     return t_grid.tolist(), costs.cpu()
 
 
-Step = Callable[[int, int], Tensor]  # from the state of index i to the time of index j
+Step = Callable[[int, int], Tensor]  # (i, j) -> the state after one step from state i to time j
 
 
 def _path(field: VelocityField, x: Tensor, cond: Cond, solver: str, t_grid: Tensor) -> tuple[list[Tensor], Step]:
-    """The states of the fine path, and a step of the solver from any of them."""
+    """The M + 1 states of the fine path, and a function that makes one solver step from any of them."""
     found, ode = find_solver(solver), solvers.FieldOde(field, cond)
     times, states, seen = t_grid.tolist(), [x], list[Tensor]()
 
@@ -185,8 +189,12 @@ def find(
     seed: int = SEED,
     guidance_scale: float = 1.0,
 ) -> Costs:
-    """A network's costs: those in the store, or measured now and stored by the first process that does so."""
-    find_solver(solver)  # or InputError
+    """A network's costs, from the store if they are there; otherwise they are measured now and stored.
+
+    If several processes measure at the same time, the first result is stored, and all return it. InputError for an
+    unknown solver or a store that cannot be written; RunError if an error is not finite.
+    """
+    find_solver(solver)  # raises InputError
     asked = CostsAsked(network.digest, solver, fine, samples, seed, guidance_scale)
     key = json.dumps([1, *astuple(asked)])
     path = store / "schedules" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
@@ -204,13 +212,13 @@ def find(
         raise InputError(f"cannot keep step times in {path.parent}: {error.strerror}; give --store") from error
     found = _measured(network, asked, device)
     write_atomic(path, found.model_dump_json(), replace=damaged)
-    with suppress(OSError, ValueError):  # of the process that was first
+    with suppress(OSError, ValueError):  # the file may be another process's, which was first
         return _kept(path, asked)
     return found
 
 
 def _kept(path: Path, asked: CostsAsked) -> Costs:
-    """What a file holds; OSError if it is none, ValueError if it is not what was asked for."""
+    """The costs stored in a file. OSError if it cannot be read, ValueError if it is invalid or not what `asked` says."""
     costs = Costs.model_validate_json(read_regular(path, MAX_BYTES), strict=True)
     if costs.asked != asked:
         raise ValueError("it is of another network, or of other settings")
@@ -220,12 +228,12 @@ def _kept(path: Path, asked: CostsAsked) -> Costs:
 def optimal_times(
     network: LoadedTeacher | LoadedStudent, store: Path, steps: int, device: torch.device, guidance_scale: float = 1.0
 ) -> list[float]:
-    """Those of Euler's steps, with the default fine grid and samples."""
+    """The times of the best `steps` Euler steps, with the default fine grid and number of samples."""
     return find(network, store, device=device, guidance_scale=guidance_scale).best(steps).times
 
 
 def with_times(stage: PairsStage, teacher: LoadedTeacher, store: Path, device: torch.device) -> PairsStage:
-    """The stage with the times that its `optimal_times` asks for, of Euler steps, which students take."""
+    """The stage with its `optimal_times` replaced by times: the best ones for Euler steps, which students take."""
     if stage.optimal_times is None:
         return stage
     costs = find(teacher, store, device=device, fine=stage.steps, guidance_scale=stage.guidance_scale)
