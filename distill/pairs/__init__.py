@@ -1,4 +1,4 @@
-"""Pairs (noise, data = ODE(noise)) of a teacher: solved once, stored in shards, streamed in constant memory."""
+"""Pairs (noise, data = ODE(noise)) of a teacher: solved once, stored in shards, read in constant memory."""
 
 from distill.pairs.generate import generate, plan
 from distill.pairs.manifest import Manifest

@@ -1,4 +1,4 @@
-"""Is the solver accurate enough? Pairs of a coarse solver straighten another map than the teacher's."""
+"""Checks whether the solver of the pairs is accurate enough. If not, students learn another map than the teacher's."""
 
 from pathlib import Path
 
@@ -14,27 +14,27 @@ from distill.pairs.paths import Real
 from distill.protocols import VelocityField
 from distill.runs.progress import Progress
 
-BIG = 50_000  # pairs: from here on, a thousand of them are solved beforehand, unasked, at N and 2 N steps
-SAMPLE = 1000  # pairs to compare
-TOLERATED = 0.01  # RMS difference at twice the steps, relative to the pairs' own RMS
+BIG = 50_000  # sets of at least so many pairs are checked before they are made, without being asked for
+SAMPLE = 1000  # pairs that are solved with N and with 2 N steps
+TOLERATED = 0.01  # RMS difference from twice the steps, relative to the RMS of the pairs themselves
 DOUBLINGS = 6
 
 
 class Accuracy(FrozenModel):
-    """The ends of the first pairs at a number of steps, compared with those at twice as many."""
+    """The difference between the ends of the first pairs with N solver steps and those with 2 N."""
 
     steps: int
     pairs: int
     differences: dict[int, float]
-    """relative RMS difference between N and 2 N steps, by N"""
+    """by N: relative RMS difference between N and 2 N steps"""
 
     @property
     def enough(self) -> int | None:
-        """The fewest steps found with a difference that is tolerated; None: none of those tried."""
+        """The smallest tried number of steps whose difference is at most `TOLERATED`; None if there is none."""
         return next((steps for steps, found in sorted(self.differences.items()) if found <= TOLERATED), None)
 
     def describe(self) -> str:
-        """The finding in one sentence."""
+        """The result in one sentence."""
         given = self.differences[self.steps]
         said = (
             f"at {self.steps} steps the ends of {self.pairs:,} pairs are {given:.2%} (RMS) from those at twice as many"
@@ -58,7 +58,10 @@ def measure(
     stop: StopRequest,
     doublings: int = DOUBLINGS,
 ) -> Accuracy:
-    """Compare N and 2 N steps, then 2 N and 4 N, ..., until they agree."""
+    """Compare N and 2 N steps, then 2 N and 4 N, ..., until they agree or after `doublings` comparisons.
+
+    N is the manifest's number of steps. Nothing is written.
+    """
     count, steps, found = min(SAMPLE, manifest.count), manifest.steps, dict[int, float]()
     coarse = _ends(field, manifest, real, device, count, stop)
     for _ in range(doublings):
@@ -80,7 +83,7 @@ def advise(
     progress: Progress,
     stop: StopRequest,
 ) -> None:
-    """Before a big set is begun: measure once, keep it in `accuracy.json`, and warn where the steps are too few."""
+    """Before a set of at least `BIG` pairs is made: measure once, write `accuracy.json`, and warn of too few steps."""
     path = folder / "accuracy.json"
     if manifest.count < BIG or path.exists():
         return
@@ -93,7 +96,7 @@ def advise(
 def _ends(
     field: VelocityField, manifest: Manifest, real: Real | None, device: torch.device, count: int, stop: StopRequest
 ) -> Tensor:
-    """What the solver made of the first paths, [count, ...]."""
+    """The ends that the solver computes for the first `count` paths, [count, ...]."""
     key, blocks = {"forward": "noise", "segments": "states"}.get(manifest.paths, "data"), list[Tensor]()
     for start in range(0, count, manifest.block):
         stop.raise_if_requested("nothing yet, as the solver was being measured")

@@ -1,7 +1,7 @@
-"""Solving the teacher's ODE shard by shard. A kill costs the shard in hand and nothing else.
+"""Solves the teacher's ODE shard by shard. A process that is killed loses only the shard that it is working on.
 
-The work of a shard does not grow with their number: the shard is written, then its record, and the manifest once, when
-the set is complete.
+The cost of a shard does not depend on the number of shards: first the shard is written, then its record. The manifest
+is written twice: before the first shard, and with all shards listed when the set is complete.
 """
 
 import hashlib
@@ -42,11 +42,15 @@ def generate(
     real: Real | None = None,
     data_digest: str | None = None,
 ) -> None:
-    """Make what `folder` lacks of the stage's pairs. On the same device kind the files are the same bytes, whatever
-    interrupted them: each block of consecutive indices is solved whole, and appears in a complete shard or not at all.
+    """Make the shards of the stage's pairs that `folder` does not have yet.
 
-    part: (i, n) makes the shards i, i + n, ... alone, beside others that make the rest. real: what paths begin with
-    that begin with data; data_digest is of all of it.
+    On devices of the same kind, the files are the same bytes, whether or not the work was interrupted: blocks of
+    consecutive indices are always solved as a whole, and a shard appears complete or not at all.
+
+    part: (i, n) makes only the shards i, i + n, ...; other processes make the rest.
+    real: the data from which paths start that do not start from noise. data_digest: of all of that data.
+
+    InputError if the folder holds other pairs or cannot be written; RunError if a pair is not finite.
     """
     field, planned = teacher.indexed(stage.guidance_scale), plan(teacher, stage, seed, data_digest)
     try:
@@ -68,7 +72,7 @@ def generate(
         blocks: list[dict[str, Tensor]] = []
         for start in range(indices.start, indices.stop, manifest.block):
             stop.raise_if_requested(f"{made} of {len(ours)} shards in {folder}")
-            block = range(start, start + manifest.block)  # whole, even where the count ends
+            block = range(start, start + manifest.block)  # a whole block, even if it goes beyond the count
             solved = paths.solve(field, manifest, block, real, device)
             solved = {key: values[: indices.stop - start] for key, values in solved.items()}
             _refuse_non_finite(solved, start, name, manifest)
@@ -79,7 +83,7 @@ def generate(
         write_atomic(folder / name, content)
         write_atomic(pairspec.shard_record(folder / name), listed[name].model_dump_json())
     if part is not None and len(listed) < layout.files:
-        listed = listed | records(folder, layout)[0]  # of the parts, the last one to end finishes the set
+        listed = listed | records(folder, layout)[0]  # the part that ends last completes the set
     if len(listed) == layout.files and not manifest.done:
         manifest = manifest.model_copy(update={"shards": dict(sorted(listed.items())), "done": True})
         manifest.save(folder)
@@ -91,7 +95,7 @@ def generate(
 
 
 def _judge(manifest: Manifest, progress: Progress) -> None:
-    """Say what a finished set's numbers are worth, where that is little."""
+    """Warn if storing the pairs changed them too much, or if inverted noise is not like standard normal noise."""
     if (rounding := manifest.rounding.relative) > TOLERATED:
         fits = "is for pixels in [-1, 1]" if manifest.dtype == "uint8" else "does not hold such numbers well"
         progress.warn(
@@ -108,12 +112,12 @@ def _judge(manifest: Manifest, progress: Progress) -> None:
 
 
 def plan(teacher: LoadedTeacher, stage: PairsStage, seed: int, data_digest: str | None) -> Manifest:
-    """What the set will be, before any of it is made; InputError for a stage that cannot be."""
+    """The manifest of a set of pairs, without shards. InputError if the options of the stage do not fit together."""
     for mistake in pairspec.mistakes(stage, ""):
         raise InputError(mistake)
     times = None if stage.times is None else paths.actual_times(teacher.field, stage.steps, stage.times)
     if times is not None:
-        times[0] = 1.0  # there the state is the noise, wherever the teacher's own range ends
+        times[0] = 1.0  # the first state is the noise itself, even if the teacher's time range ends below 1
     return Manifest(
         teacher=teacher.description,
         teacher_digest=teacher.digest,
@@ -138,10 +142,13 @@ def plan(teacher: LoadedTeacher, stage: PairsStage, seed: int, data_digest: str 
 
 
 def _resume(folder: Path, planned: Manifest, ours: range, progress: Progress) -> Manifest:
-    """The folder's manifest, or the planned one, saved, if there is none; with all shards that are complete, and of the
-    files `ours` without those that are gone or damaged.
+    """The folder's manifest, with all shards that are complete. If there is none, the planned one is saved.
+
+    The shards with numbers in `ours` are read and compared with their checksums; missing and damaged ones are left out.
+    InputError if the folder holds other pairs.
     """
-    shards = sorted(path.name for path in folder.glob("*.safetensors"))  # before the manifest, as others may make both
+    # Listed before the manifest is read, because another process may be creating both.
+    shards = sorted(path.name for path in folder.glob("*.safetensors"))
     layout, found = planned.layout, read(folder)
     strangers = foreign(folder, planned) if found else shards
     if found and (differences := found.differences(planned)):
@@ -183,7 +190,7 @@ def _refuse_non_finite(solved: Mapping[str, Tensor], start: int, name: str, mani
 
 
 def _encode(blocks: list[dict[str, Tensor]], indices: range, manifest: Manifest) -> tuple[bytes, ShardFile]:
-    """A shard as safetensors, and what the manifest says of it."""
+    """The bytes of a shard, in safetensors format, and its entry in the manifest."""
     found = {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
     rounded = [found[name] for name in ("data", "states") if name in found]
     rounding = Rounding.of(torch.cat([values.flatten() for values in rounded]), manifest.dtype)
@@ -196,7 +203,7 @@ def _encode(blocks: list[dict[str, Tensor]], indices: range, manifest: Manifest)
         tensors["noise"] = found["noise"] if drawn is None else drawn
     if "class_labels" in found:
         tensors["class_labels"] = found["class_labels"]
-    # One key of metadata: with more, their order in the file is not fixed.
+    # Only one metadata key: the order of several keys in the file is not fixed.
     metadata = {"start": indices.start, "stop": indices.stop, "seed": manifest.seed, "teacher": manifest.teacher_digest}
     content = save(tensors, {"distill": json.dumps(metadata)})
     sha256 = hashlib.sha256(content).hexdigest()

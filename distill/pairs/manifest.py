@@ -1,10 +1,11 @@
-"""What a folder of pairs holds: `manifest.json`, which fixes every number of it, and shards of consecutive indices.
+"""A folder of pairs: `manifest.json`, which determines all values of the pairs, and shards of consecutive indices.
 
-The noise of pair i is drawn again from (seed, i), if it is not stored; the manifest's checksum of sixteen all over the
-set proves that it is the same noise. While a set is being made, each shard has a small file beside it, its record, with
-its checksum; the manifest lists all of them once the set is complete. A shard counts once it is listed or recorded.
+Noise that is not stored is drawn again: that of pair i depends on (seed, i). The manifest has a checksum of the noise
+of sixteen pairs from all parts of the set, which shows whether the same noise is drawn. While a set is being made, each
+shard has a small file next to it, its record, with its checksum. Once the set is complete, the manifest lists all
+shards. A shard is complete once it is listed or has a record.
 
-All of it is validated here, where it is read: a manifest or a record may come from anywhere.
+Manifests and records may come from anybody, so everything that is read from them is validated here.
 """
 
 import hashlib
@@ -42,7 +43,7 @@ Index = Annotated[int, Field(ge=0, le=MAX_SHARDS * MAX_SHARD)]
 
 
 class ShardFile(FrozenModel):
-    """A complete shard: pairs [start, stop)."""
+    """The entry of a complete shard, which has the pairs start, ..., stop - 1."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -52,48 +53,48 @@ class ShardFile(FrozenModel):
     """bytes"""
     sha256: Sha256
     rounding: Rounding
-    """of the data and states"""
+    """error of storing the data and states"""
     whiteness: Whiteness | None = None
-    """of inverted noise"""
+    """statistics of inverted noise, if there is any"""
 
 
 class Manifest(FrozenModel):
-    """Everything that the numbers of a pair set depend on, and its shards."""
+    """All settings that the values of a set of pairs depend on, and its shards."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
     format: Literal[2] = 2
     teacher: str
-    """the teacher's description, for people"""
+    """description of the teacher, for readers"""
     teacher_digest: str
     solver: str
     steps: SolverSteps
     nfe: NonNegativeFloat
-    """network calls per pair, guidance counted; of segments on average"""
+    """network calls per pair, those of guidance included; the average if paths are segments"""
     guidance_scale: NonNegativeFloat
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     count: Pairs
     block: ShardPairs
-    """samples solved at once"""
+    """samples that are solved together"""
     shard: ShardPairs
     """pairs per file"""
     paths: Literal["backward", "forward", "segments", "trajectories"]
     times: Annotated[list[float], Field(min_length=2, max_length=MAX_SOLVER_STEPS + 1)] | None
-    """of the states, as the solver's grid has them"""
+    """times of the stored states, taken from the solver's grid"""
     data_digest: str | None
-    """of the real data that paths begin with"""
+    """digest of the real data that paths start from"""
     dtype: Literal["float32", "float16", "bfloat16", "uint8"]
     """of the stored data and states"""
     store_noise: bool
     """whether the noise is in the shards, in float32"""
     precision: Literal["fp32", "bf16"]
-    """of the teacher's networks"""
+    """in which the teacher's networks are called"""
     shape: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=8)]
     """of one sample"""
     num_classes: PositiveInt | None
-    """class of pair i: that of its real data, or i mod num_classes; null: unconditional"""
+    """the class of pair i is that of its real data, or i mod num_classes; null: unconditional"""
     noise_sha256: Sha256
-    """of the drawn noise of sixteen pairs all over the set, float32, little endian"""
+    """of the drawn noise of sixteen pairs from all parts of the set, as float32, little endian"""
     shards: dict[str, ShardFile] = {}
     done: bool = False
 
@@ -116,18 +117,18 @@ class Manifest(FrozenModel):
 
     @property
     def layout(self) -> Layout:
-        """Which pairs each file holds, whether made or not."""
+        """Which pairs belong in which file, whether or not it exists."""
         return Layout(self.count, self.shard)
 
     @property
     def rounding(self) -> Rounding:
-        """Of the whole set."""
+        """The rounding error of the whole set."""
         parts = [(file.stop - file.start, file.rounding) for file in self.shards.values()]
         return Rounding(signal=_mean((n, r.signal) for n, r in parts), error=_mean((n, r.error) for n, r in parts))
 
     @property
     def whiteness(self) -> Whiteness | None:
-        """Of the whole set; None where no noise is inverted."""
+        """The noise statistics of the whole set; None if no noise was inverted."""
         parts = [(file.stop - file.start, file.whiteness) for file in self.shards.values() if file.whiteness]
         if not parts:
             return None
@@ -139,11 +140,11 @@ class Manifest(FrozenModel):
 
     @property
     def digest(self) -> str:
-        """sha256 over all that it says, the checksums of the shards included."""
+        """sha256 over all fields, including the checksums of the shards."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     def differences(self, other: "Manifest") -> list[str]:
-        """What is not the same in two sets' numbers, "name mine (other's)"."""
+        """The settings that differ between two sets, each as "name value (other's value)"."""
         mine, others = (m.model_dump(exclude={"teacher", "shards", "done"}) for m in (self, other))
         return [f"{name} {value} ({others[name]})" for name, value in mine.items() if value != others[name]]
 
@@ -152,7 +153,7 @@ class Manifest(FrozenModel):
 
 
 def read(folder: Path) -> Manifest | None:
-    """The folder's manifest; None if there is none, InputError if it is damaged."""
+    """The folder's manifest, or None if there is none. InputError if it is damaged."""
     path, onward = folder / "manifest.json", f"delete {folder} and make it again"
     content, wrong = _content(path, MAX_MANIFEST)
     if wrong:
@@ -164,13 +165,13 @@ def read(folder: Path) -> Manifest | None:
 
 
 def records(folder: Path, layout: Layout) -> tuple[dict[str, ShardFile], dict[str, str]]:
-    """The shards that have records, by their names, and what is wrong with records that are none."""
+    """The entries of shards that have a valid record, and what is wrong with invalid records, by the shard's name."""
     found, faults = dict[str, ShardFile](), dict[str, str]()
     for path in sorted(folder.glob("shard-*.json")):
         name = path.with_suffix(".safetensors").name
         number = layout.number(name)
         content, wrong = _content(path, MAX_RECORD)
-        if number is None or (content is None and not wrong):  # the set was finished, and they were removed, just now
+        if number is None or (content is None and not wrong):  # another process has just completed the set
             continue
         try:
             file = None if content is None else ShardFile.model_validate_json(content, strict=True)
@@ -185,7 +186,7 @@ def records(folder: Path, layout: Layout) -> tuple[dict[str, ShardFile], dict[st
 
 
 def misfit(indices: range, file: ShardFile) -> str:
-    """What is wrong with the pairs that a shard is said to hold, of those that it must; empty: nothing."""
+    """What is wrong if the entry of a shard does not have exactly the pairs `indices`; "" if it has."""
     fits = (file.start, file.stop) == (indices.start, indices.stop)
     return "" if fits else f"has pairs {file.start} to {file.stop}, not {indices.start} to {indices.stop}"
 
@@ -195,15 +196,16 @@ def _falls(times: list[float]) -> bool:
 
 
 def _first(error: ValidationError) -> str:
-    """The first thing that is wrong, and where."""
+    """The first error, with its place, for a message."""
     first = error.errors(include_url=False, include_input=False)[0]
     place = ".".join(map(str, first["loc"]))[:200] or "the file"
     return printable(f"{place}: {first['msg'].removeprefix('Value error, ')}").replace("\n", " ")
 
 
 def _content(path: Path, limit: int) -> tuple[bytes | None, str]:
-    """The bytes of a file, None if there is none; and what is wrong with one that cannot be read, or would hang whoever
-    reads it, as pipes do.
+    """The bytes of a file (None if it does not exist or cannot be read), and what is wrong with it ("": nothing).
+
+    Only regular files are read: reading a pipe could block forever.
     """
     try:
         status = path.stat()
@@ -224,7 +226,7 @@ def noise_sha256(seed: int, count: int, shape: tuple[int, ...]) -> str:
 
 
 def _mean(parts: Iterable[tuple[int, float]]) -> float:
-    """Of numbers, each with how often it counts."""
+    """The weighted mean of (weight, value) pairs."""
     weights, values = zip(*parts, strict=True)
     return sum(n * value for n, value in zip(weights, values, strict=True)) / sum(weights)
 
@@ -235,19 +237,19 @@ def file_sha256(path: Path) -> str:
 
 
 def few(what: Sequence[str]) -> str:
-    """The first of many things, for a message."""
+    """The first `FEW` of the strings and how many more there are, for a message."""
     more = f", and {len(what) - FEW:,} more" if len(what) > FEW else ""
     return printable(", ".join(what[:FEW]) + more)
 
 
 def foreign(folder: Path, manifest: Manifest) -> list[str]:
-    """Names of shards in the folder that are not the manifest's."""
+    """Names of shards in the folder that do not belong to the manifest's set."""
     names = (path.name for path in folder.glob("*.safetensors"))
     return sorted(name for name in names if manifest.layout.number(name) is None)
 
 
 def fault(path: Path, file: ShardFile) -> str | None:
-    """What is wrong with a listed shard: "missing", "damaged (...)", or None. Reads all of it."""
+    """What is wrong with a shard, e.g. "missing" or "damaged (...)"; None if nothing is. Reads the whole file."""
     try:
         status = path.stat()
         if not S_ISREG(status.st_mode):

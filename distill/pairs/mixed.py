@@ -1,4 +1,4 @@
-"""Batches from several sources: pair sets in fixed parts, and real data beside pairs."""
+"""Batches from several sources: several sets of pairs in fixed proportions, or real data together with pairs."""
 
 from collections.abc import Sequence
 
@@ -10,15 +10,17 @@ from distill.protocols import Batch, Pairs, Source
 
 
 class Mixed:
-    """Every global batch holds a fixed number of rows of each source, spread evenly over it, so that every micro-batch
-    of every rank holds about the same of each. Stateless as its sources are. Fits `protocols.Source`.
+    """Global batches with a fixed number of rows from each source. Implements `protocols.Source`.
+
+    The rows of a source are spread evenly over the batch, so that all micro-batches of all ranks have about the same
+    proportions. It has no state of its own.
     """
 
     def __init__(self, sources: Sequence[Source], counts: Sequence[int]) -> None:
-        """counts: rows of each source in a batch, which is the size of that source's own batches."""
+        """counts: rows of each source in a global batch, which must be the batch size of that source."""
         self.sources, self.counts = sources, counts
         places = [((row + 0.5) / count, i) for i, count in enumerate(counts) for row in range(count)]
-        self.origin = torch.tensor([source for _, source in sorted(places)])  # [B]: which source each row is of
+        self.origin = torch.tensor([source for _, source in sorted(places)])  # [B]: the source of each row
 
     def batch(self, step: int, rows: Rows) -> Batch:
         ours = self.origin[rows.start : rows.stop]
@@ -38,7 +40,7 @@ class Mixed:
 
 
 class Beside:
-    """Pairs, and beside them real data. Fits `protocols.Source`."""
+    """Batches with both pairs and real data. Implements `protocols.Source`."""
 
     def __init__(self, pairs: Source, data: Source) -> None:
         self.pairs, self.data = pairs, data
@@ -49,6 +51,6 @@ class Beside:
 
 
 def _joined(parts: Sequence[Tensor | None], back: Tensor) -> Tensor | None:
-    """Rows of all parts in the order of the batch; None where some have no such tensor."""
+    """The rows of all parts, in the order of the batch; None if a part does not have the tensor."""
     found = [part for part in parts if part is not None]
     return torch.cat(found)[back] if len(found) == len(parts) else None

@@ -1,4 +1,4 @@
-"""How the numbers of pairs are stored, what that costs them, and whether inverted noise is noise."""
+"""How pairs are stored, the error of storing them, and whether inverted noise looks like noise."""
 
 from typing import Self
 
@@ -14,31 +14,31 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "uint8": torch.uint8,
 }
-LEVELS = 127.5  # of uint8: -1 is 0, 1 is 255
-TOLERATED = 0.01  # rounding error, relative to the numbers themselves
+LEVELS = 127.5  # in uint8, -1 is stored as 0, and 1 as 255
+TOLERATED = 0.01  # relative RMS of the rounding error
 TOLERATED_MEAN, TOLERATED_VARIANCE, TOLERATED_CORRELATION = 0.05, 0.1, 0.1
 
 
 def stored(values: Tensor, dtype: str) -> Tensor:
-    """Float32 values of any shape as they are written; those of uint8 are clamped to [-1, 1]."""
+    """Convert float32 values of any shape to the stored dtype. For uint8 they are clamped to [-1, 1]."""
     if dtype == "uint8":
         return ((values.clamp(-1, 1) + 1) * LEVELS).round().to(torch.uint8)
     return values.to(DTYPES[dtype])
 
 
 def restored(values: Tensor) -> Tensor:
-    """What was written, in float32."""
+    """Convert stored values back to float32."""
     return values.float() / LEVELS - 1 if values.dtype == torch.uint8 else values.float()
 
 
 def _mean_square(values: Tensor) -> float:
-    """Of float32 values, finite: also where their squares are too large for float32."""
+    """The mean square of finite float32 values, even if their squares overflow float32."""
     found = values.square().mean(dtype=torch.float64)
     return (found if found.isfinite() else values.double().square().mean()).item()
 
 
 class Rounding(FrozenModel):
-    """Mean squares of stored numbers, and of what storing changed in them."""
+    """Mean squares of values (`signal`) and of the errors that storing them makes (`error`)."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -53,13 +53,15 @@ class Rounding(FrozenModel):
 
     @property
     def relative(self) -> float:
-        """Root mean square of the error, over that of the numbers."""
+        """The RMS of the error divided by that of the values."""
         return float((self.error / self.signal) ** 0.5) if self.signal else 0.0
 
 
 class Whiteness(FrozenModel):
-    """Means over inverted noise: of its elements, their squares, and products of neighbours (adjacent elements of a
-    vector, adjacent pixels of an image in either direction). Standard normal noise has 0, 1 and 0.
+    """Statistics of inverted noise: the means of its elements, of their squares, and of the products of neighbours.
+
+    Neighbours are adjacent elements of a vector, or pixels of an image that are adjacent in a row or a column. For
+    standard normal noise, the three means are 0, 1 and 0.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -85,11 +87,11 @@ class Whiteness(FrozenModel):
 
     @property
     def correlation(self) -> float:
-        """Of neighbours."""
+        """The correlation of neighbours."""
         return (self.neighbours - self.mean**2) / self.variance if self.variance > 0 else 0.0
 
     def faults(self, elements: int) -> list[str]:
-        """Which numbers are off by more than is tolerated, sampling error of so many elements aside."""
+        """The statistics that deviate too much, as text. A sampling error for `elements` elements is allowed for."""
         chance = 4 / elements**0.5
         found = {
             f"mean {self.mean:.3f} (0)": abs(self.mean) > TOLERATED_MEAN + chance,

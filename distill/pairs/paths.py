@@ -1,4 +1,4 @@
-"""The paths of one block: solved from noise, or from real data. What is returned is what a shard stores."""
+"""Solves the paths of one block, from noise or from real data, and returns the tensors that a shard stores."""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -17,13 +17,15 @@ from distill.pairs.numbers import restored, stored
 from distill.protocols import Cond, VelocityField
 from distill.teachers.loaded import LoadedTeacher
 
-# Indices of a block -> real data [n, ...] and its condition, on the CPU.
+# Indices of a block -> the real data [n, ...] of its paths and the condition, on the CPU.
 Real = Callable[[range], tuple[Tensor, Cond]]
 
 
 def of_data(data: DataSet | None, law: LoadedTeacher | None, *, seed: int, block: int) -> tuple[Real, str]:
-    """What paths that begin with data begin with, and its digest: path i with sample i of the set, in the keyed order
-    of its epochs; without a set, with exact sample i of a teacher in closed form.
+    """The data that paths start from, and its digest.
+
+    Path i starts from the i-th sample of `data`, in the order of its shuffled epochs. Without `data` it starts from
+    exact sample i of `law`, a teacher in closed form.
     """
     if data is None:
         assert law is not None and law.exact_data is not None, "checks.check lets no such stage through"
@@ -49,23 +51,23 @@ def _exact(exact: Callable[[int, Sequence[int]], Tensor], num_classes: int | Non
 def solve(
     field: VelocityField, manifest: Manifest, indices: range, real: Real | None, device: torch.device
 ) -> dict[str, Tensor]:
-    """Paths `indices`, a whole block, each [n, ...] on the CPU, as float32 except labels:
+    """Solve the paths `indices`, a whole block. Returns tensors on the CPU, float32 except the labels:
 
-    data: the end of the path, or the real data that it is of, already as the file rounds it.
-    noise: inverted from the data.
-    states: of trajectories those at times[1:-1] [n, K - 2, ...], of segments their end [n, 1, ...].
-    class_labels: of the path, if there are classes.
+    data [n, ...]: the end of the path; or the real data of the path, rounded as in the file.
+    noise [n, ...]: for forward paths only, the noise to which the data was inverted.
+    states: for trajectories, those at times[1:-1], [n, len(times) - 2, ...]; for segments, their ends, [n, 1, ...].
+    class_labels [n]: if the teacher has classes.
     """
     noise = draws.sample_noise(manifest.seed, indices, manifest.shape)
     found: dict[str, Tensor] = {}
     cond: Cond = {}
     if real is not None:
         data, cond = real(indices)
-        found["data"] = restored(stored(data, manifest.dtype))  # the path begins at what can be read again
+        found["data"] = restored(stored(data, manifest.dtype))  # the path starts from what readers will get
     elif manifest.num_classes is not None:
         cond = {"class_labels": draws.sample_labels(indices, manifest.num_classes)}
     if manifest.num_classes is None:
-        cond = {}  # labels that the teacher does not know
+        cond = {}  # the teacher is unconditional
     on_device = {name: value.to(device) for name, value in cond.items()}
     field, given = solvers.on_linear_path(field), noise.to(device)
     bf16 = manifest.precision == "bf16"
@@ -88,7 +90,10 @@ def solve(
 
 
 def segment_starts(data: Tensor, noise: Tensor, indices: Sequence[int], times: list[float]) -> tuple[Tensor, Tensor]:
-    """(x_t [n, ...], times [n, 2]) of segments: path i goes from times[i mod K] to the next, K = len(times) - 1."""
+    """The starts x_t [n, ...] of segments, and their start and end times [n, 2].
+
+    Path i goes from times[i mod K] to the next time, where K = len(times) - 1. x_t is a mix of data and noise.
+    """
     number = torch.tensor(indices) % (len(times) - 1)
     of_path = torch.tensor(times, dtype=torch.float32)
     span = torch.stack([of_path[number], of_path[number + 1]], dim=1)  # [n, 2]
@@ -96,14 +101,14 @@ def segment_starts(data: Tensor, noise: Tensor, indices: Sequence[int], times: l
 
 
 def actual_times(field: VelocityField, steps: int, times: list[float]) -> list[float]:
-    """The times of the solver's grid that are meant by fractions of its range; where noise is the state, 1."""
+    """The times of the solver's grid for `times`, which are fractions of its range, multiples of 1 / steps."""
     t_min, t_max = solvers.on_linear_path(field).t_range
     grid = uniform_grid(steps, t_max, t_min).tolist()
     return [grid[steps - round(t * steps)] for t in times]
 
 
 def _grid(field: VelocityField, manifest: Manifest) -> tuple[Tensor, list[int]]:
-    """The solver's, and where the manifest's times are in it."""
+    """The solver's time grid, and the positions of the manifest's times in it."""
     t_min, t_max = field.t_range
     t_grid = uniform_grid(manifest.steps, t_max, t_min)
     assert manifest.times is not None
@@ -111,7 +116,7 @@ def _grid(field: VelocityField, manifest: Manifest) -> tuple[Tensor, list[int]]:
 
 
 def _trajectory(field: VelocityField, x: Tensor, cond: Cond, manifest: Manifest) -> list[Tensor]:
-    """The states at times[1:], on the way of one solution: a multistep solver remembers the step before."""
+    """The states at times[1:]. All belong to one solution, because multistep solvers use the previous step."""
     t_grid, (_, *kept) = _grid(field, manifest)
     path = solvers.states(manifest.solver, field, x, t_grid, cond)
     return [state for i, state in enumerate(path, start=1) if i in kept]
@@ -120,7 +125,7 @@ def _trajectory(field: VelocityField, x: Tensor, cond: Cond, manifest: Manifest)
 def _segments(
     field: VelocityField, data: Tensor, noise: Tensor, cond: Cond, indices: range, manifest: Manifest
 ) -> Tensor:
-    """The ends of the segments of a block, [n, 1, ...]; those of one segment are solved together."""
+    """The ends of the segments of a block, [n, 1, ...]. Paths with the same times are solved together."""
     assert manifest.times is not None
     starts, _ = segment_starts(data, noise, indices, manifest.times)
     ends, number = torch.empty_like(starts), torch.tensor(indices) % (len(manifest.times) - 1)
@@ -129,6 +134,6 @@ def _segments(
         rows = (number == segment).nonzero().squeeze(1).to(data.device)
         if len(rows):
             of_rows = {name: value[rows] for name, value in cond.items()}
-            x = starts[rows] if segment else start(field, starts[rows])  # the first begins with pure noise
+            x = starts[rows] if segment else start(field, starts[rows])  # the first segment starts from pure noise
             ends[rows] = solvers.integrate(manifest.solver, field, x, t_grid[i : j + 1], of_rows)
     return ends[:, None]

@@ -1,6 +1,6 @@
-"""Reading pairs: a verified set, and a source of batches that holds a few shards at a time.
+"""Reading pairs: a verified set, and a source of batches that has only a few shards open at a time.
 
-Of a shard only the rows of a batch are read, and only their noise is drawn.
+Only the rows of a batch are read from a shard, and only their noise is drawn.
 """
 
 from bisect import bisect_right
@@ -27,21 +27,20 @@ from distill.protocols import Batch, Pairs
 
 @dataclass(frozen=True)
 class Shard:
-    """Consecutive pairs `indices`, as the file has them, mapped into memory and not read yet: data [n, ...] in the
-    stored dtype, noise [n, ...] float32 if it is stored, labels [n] if there are classes, states [n, K, ...] in the
-    stored dtype if they are kept.
-    """
+    """The tensors of a shard as they are in its file, mapped into memory: they are read when they are used."""
 
-    data: Tensor
-    noise: Tensor | None
-    labels: Tensor | None
-    states: Tensor | None
-    indices: range
+    data: Tensor  # [n, ...] in the stored dtype
+    noise: Tensor | None  # [n, ...] float32; None: not stored
+    labels: Tensor | None  # [n]; None: no classes
+    states: Tensor | None  # [n, K, ...] in the stored dtype; None: not kept
+    indices: range  # of the n pairs
 
 
 class PairSet:
-    """A complete folder of pairs, whose every byte is compared with its checksum before any of it is used: by `open`,
-    once, at about a gigabyte a second. Ranks that train together share that work.
+    """A complete folder of pairs.
+
+    `open` first compares all files with their checksums, at about one gigabyte per second. Ranks that train together
+    share this work.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -49,10 +48,11 @@ class PairSet:
 
     @classmethod
     def open(cls, folder: Path, teacher_digest: str | None, rank: int = 0, size: int = 1) -> Self:
-        """The set in `folder`, verified. InputError for one that is incomplete, damaged or foreign.
+        """Verify the set in `folder`. InputError if it is incomplete, damaged, or made by another teacher.
 
-        teacher_digest: of the teacher that the pairs must be of; None: any. rank, size: of `size` processes that open
-        the set, this one reads the shards rank, rank + size, ... alone; none may use the set until all have opened it.
+        teacher_digest: digest of the teacher that must have made the pairs; None: any.
+        rank, size: this process checks only the shards rank, rank + size, ..., the other `size - 1` check the rest. No
+        process may use the set before all have opened it.
         """
         manifest = read(folder)
         if manifest is None:
@@ -94,7 +94,7 @@ class PairSet:
         return self.manifest.shape
 
     def load(self, number: int) -> Shard:
-        """Shard `number`, mapped into memory; RunError if it is not what the manifest says."""
+        """Shard `number`, mapped into memory. RunError if it cannot be read or does not fit the manifest."""
         path, indices = self.folder / self.layout.name(number), self.layout.indices(number)
         try:
             tensors = load_file(path)
@@ -110,7 +110,7 @@ class PairSet:
         return Shard(tensors["data"], tensors.get("noise"), labels, tensors.get("states"), indices)
 
     def fields(self, shard: Shard, rows: Tensor) -> dict[str, Tensor]:
-        """The fields of `protocols.Pairs` of these rows [n] of a shard, in float32, and labels if there are any."""
+        """The fields of `protocols.Pairs` for these rows [n] of a shard, in float32, and labels if there are any."""
         indices, data = [shard.indices[row] for row in rows.tolist()], restored(shard.data[rows])
         stored, seed = shard.noise, self.manifest.seed
         noise = draws.sample_noise(seed, indices, self.shape) if stored is None else stored[rows]
@@ -130,7 +130,7 @@ class PairSet:
         return found | {"states": states, "times": times}
 
     def _tensors(self, pairs: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Those of a shard of so many pairs, by name."""
+        """The dtype and shape of each tensor in a shard of `pairs` pairs, by name."""
         manifest, dtype = self.manifest, DTYPES[self.manifest.dtype]
         found = {"data": (dtype, (pairs, *manifest.shape))}
         if manifest.times is not None:
@@ -149,29 +149,29 @@ def _told(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
 
 @dataclass(frozen=True)
 class Group:
-    """Some shards of an epoch, and the order in which their pairs come."""
+    """Some shards of an epoch, and the order of their pairs."""
 
     shards: list[int]
-    order: Tensor  # [n, 2] int64: shard, row
+    order: Tensor  # [n, 2] int64: (shard, row) of each pair
 
 
 class PairSource:
-    """Batches of pairs. Position p of the stream is in epoch p // len(pairs), in which every pair comes once.
+    """Batches of pairs. Implements `protocols.Source`.
 
-    An epoch permutes the shards, cuts them into groups, and permutes the pairs within a group. At most one group of
-    files is open, whatever the size of the set, and only the rows of a batch are read. Stateless except for that
-    cache: any step can be asked for at any time.
-    Fits `protocols.Source`.
+    The pairs form an endless stream of epochs, each of which contains every pair once. For an epoch the shards are
+    shuffled and cut into groups of `group`, and the pairs are shuffled within each group. The files of at most one
+    group are open at a time, whatever the size of the set. They are only a cache: any step can be asked for at any
+    time.
     """
 
     def __init__(self, pairs: PairSet, batch_size: int, seed: int, group: int = 4) -> None:
         self.pairs, self.batch_size, self.seed, self.group = pairs, batch_size, seed, group
         self.held: dict[int, Shard] = {}
-        self._layout: tuple[int, list[list[int]], list[int]] = (-1, [], [])  # epoch, its groups, where they start
-        self._group: tuple[int, int, Group] | None = None  # epoch, number, group
+        self._layout: tuple[int, list[list[int]], list[int]] = (-1, [], [])  # epoch, its groups, their first positions
+        self._group: tuple[int, int, Group] | None = None  # epoch, number of the group, group
 
     def batch(self, step: int, rows: Rows) -> Batch:
-        """These rows of step's batch: noise and data [B, ...] float32, class_labels [B] if there are classes."""
+        """These rows of the batch of `step`: noise and data [B, ...] float32, class_labels [B] if there are classes."""
         assert rows.total == self.batch_size
         position, stop = (step * self.batch_size + row for row in (rows.start, rows.stop))
         parts: list[dict[str, Tensor]] = []
@@ -185,7 +185,7 @@ class PairSource:
         return Batch(data=None, pairs=Pairs(**found), cond={} if labels is None else {"class_labels": labels})
 
     def _find(self, position: int) -> tuple[Group, int]:
-        """The group that position is in, and where in its order."""
+        """The group that contains a position of the stream, and the place in its order."""
         epoch, offset = divmod(position, len(self.pairs))
         if self._layout[0] != epoch:
             shards = draws.permutation(self.pairs.layout.files, self.seed, "pairs", epoch, "shards").tolist()
@@ -206,8 +206,10 @@ class PairSource:
         return len(self.pairs.layout.indices(shard))
 
     def _gather(self, group: Group, chosen: Tensor) -> dict[str, Tensor]:
-        """The fields of `Pairs`, and labels if there are any, of the chosen (shard, row) [n, 2], in that order."""
-        self.held = {number: shard for number, shard in self.held.items() if number in group.shards}  # before loading
+        """The fields of `Pairs`, and the labels if there are any, for the rows `chosen` [n, 2], in their order."""
+        self.held = {
+            number: shard for number, shard in self.held.items() if number in group.shards
+        }  # free memory before loading
         numbers = chosen[:, 0].unique().tolist()
         back = torch.argsort(torch.cat([(chosen[:, 0] == number).nonzero().squeeze(1) for number in numbers]))
         parts = []

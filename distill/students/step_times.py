@@ -218,7 +218,7 @@ def find(
 
 
 def _kept(path: Path, asked: CostsAsked) -> Costs:
-    """The costs stored in a file. OSError if it cannot be read, ValueError if it is invalid or not what `asked` says."""
+    """The costs stored in a file. OSError if it cannot be read, ValueError if it is invalid or does not fit `asked`."""
     costs = Costs.model_validate_json(read_regular(path, MAX_BYTES), strict=True)
     if costs.asked != asked:
         raise ValueError("it is of another network, or of other settings")
