@@ -207,9 +207,7 @@ class PairSource:
 
     def _gather(self, group: Group, chosen: Tensor) -> dict[str, Tensor]:
         """The fields of `Pairs`, and the labels if there are any, for the rows `chosen` [n, 2], in their order."""
-        self.held = {
-            number: shard for number, shard in self.held.items() if number in group.shards
-        }  # free memory before loading
+        self.held = {number: shard for number, shard in self.held.items() if number in group.shards}  # frees memory
         numbers = chosen[:, 0].unique().tolist()
         back = torch.argsort(torch.cat([(chosen[:, 0] == number).nonzero().squeeze(1) for number in numbers]))
         parts = []

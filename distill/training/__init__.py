@@ -1,1 +1,1 @@
-"""Training: the loop, networks in their roles, sharding, checkpoints, processes that train together."""
+"""Training: the loop, the networks and their roles, sharding, checkpoints, distributed processes."""

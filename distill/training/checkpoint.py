@@ -1,14 +1,15 @@
-"""Checkpoints: a directory each, complete or absent, verified before it is used.
+"""Checkpoints: each is a directory that is either complete or absent. It is verified before it is used.
 
-    checkpoints/step-00001234/          appears by a rename, once all of it is on the disk
+    checkpoints/step-00001234/          renamed to this name once all files are on the disk
         network.student.safetensors     one file per group of tensors
         optimizer.student.safetensors
         ema.student.2000.0.safetensors
-        meta.json                       position, settings, environment, sha256 and size of every file
-    checkpoints/.step-00001234.tmp-...  being written, or being deleted   (step-00001234.damaged: put aside)
+        meta.json                       step, settings, environment, sha256 and size of every file
+    checkpoints/.step-00001234.tmp-...  being written or deleted
+    checkpoints/step-00001234.damaged   damaged, moved aside
 
-Space is needed for one more than `keep`: old ones are deleted after the new one is complete. `saving` makes the bytes,
-and has them written while training continues.
+Disk space is needed for `keep` + 1 checkpoints: old ones are deleted after the new one is complete. `saving` makes the
+bytes, and writes them while training continues.
 """
 
 import hashlib
@@ -33,32 +34,32 @@ from distill.core.printing import say_error
 from distill.spec.model import CheckpointSpec
 
 COMPLETE = re.compile(r"step-\d{8,}")
-LEFTOVER = re.compile(r"\.?step-\d{8,}\.(tmp|trash)-.+")  # of any process, also of older versions
-CHUNK = 1 << 24  # bytes that are hashed and written at once: other threads run meanwhile
+LEFTOVER = re.compile(r"\.?step-\d{8,}\.(tmp|trash)-.+")  # of any process, also from older versions of distill
+CHUNK = 1 << 24  # bytes that are hashed and written at once, so that other threads can run in between
 Warn = Callable[[str], None]
-Group = tuple[str, Mapping[str, Tensor]]  # its name, its tensors
+Group = tuple[str, Mapping[str, Tensor]]  # name, tensors by name
 
 
-RECIPE_GROUP = "recipe"  # group of what the recipe itself remembers
+RECIPE_GROUP = "recipe"  # name of the group with the recipe's own state
 
 
 def network_group(network: str) -> str:
-    """Group of a network's own weights."""
+    """Name of the group with a network's raw weights."""
     return f"network.{network}"
 
 
 def optimizer_group(network: str) -> str:
-    """Group of its optimizer's moments, by parameter name."""
+    """Name of the group with the state of a network's optimizer."""
     return f"optimizer.{network}"
 
 
 def ema_group(network: str, half_life: float) -> str:
-    """Group of its averaged weights."""
+    """Name of the group with a network's averaged weights. half_life: in images."""
     return f"ema.{network}.{float(half_life)!r}"
 
 
 class FileMeta(BaseModel):
-    """What a file must be."""
+    """Expected checksum and size (bytes) of a file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     sha256: str
@@ -66,28 +67,28 @@ class FileMeta(BaseModel):
 
 
 class Meta(BaseModel):
-    """meta.json."""
+    """The content of meta.json."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: Literal[1] = 1
     step: int
-    """completed steps: the next to do"""
+    """number of completed steps"""
     images: int
     settings: dict[str, Any]
-    """seed, version of the draws, stage spec and digests of the inputs: a resume may not change them"""
+    """seed, version of the random draws, spec of the stage, digests of the inputs: they may not change on resume"""
     environment: dict[str, str | int]
-    """torch, device, threads, micro-batch: a resume may change them, which ends bit-identity"""
+    """torch, device, threads, micro-batch, ...: they may change on resume, but results are then not bit-identical"""
     files: dict[str, FileMeta]
     digest: str = ""
-    """sha256 over the rest of this file"""
+    """sha256 over the other fields"""
 
     def sealed(self) -> "Meta":
-        """With the digest of the rest."""
+        """A copy with the digest of the other fields."""
         content = json.dumps(self.model_dump(mode="json", exclude={"digest"}), sort_keys=True)
         return self.model_copy(update={"digest": hashlib.sha256(content.encode()).hexdigest()})
 
 
-class Damaged(Exception):  # noqa: N818  (why a checkpoint cannot be used; never leaves this module)
+class Damaged(Exception):  # noqa: N818  (says why a checkpoint cannot be used; is always caught in this module)
     pass
 
 
@@ -99,7 +100,7 @@ class Checkpoint:
     meta: Meta
 
     def tensors(self, group: str) -> dict[str, Tensor]:
-        """The tensors of a group, on the CPU."""
+        """Read the tensors of a group, to the CPU. RunError if the checkpoint has no such group."""
         file = self.path / f"{group}.safetensors"
         if file.name not in self.meta.files:
             raise RunError(f"checkpoint {self.path} has no '{group}'; it has {self.groups}")
@@ -107,12 +108,12 @@ class Checkpoint:
 
     @property
     def groups(self) -> str:
-        """What it holds, for messages."""
+        """The names of its groups, for messages."""
         return ", ".join(sorted(name.removesuffix(".safetensors") for name in self.meta.files))
 
 
 def complete(folder: Path) -> list[Path]:
-    """The checkpoints that appeared in `folder`, newest first; not verified."""
+    """The checkpoints in `folder`, newest first; they are not verified."""
     if not folder.is_dir():
         return []
     found = (path for path in folder.iterdir() if COMPLETE.fullmatch(path.name))
@@ -120,9 +121,9 @@ def complete(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path, warn: Warn) -> Checkpoint | None:
-    """The newest checkpoint that is whole; None where there is none yet.
+    """The newest checkpoint that is not damaged; None if there is no checkpoint yet.
 
-    A damaged one is reported through `warn` and skipped. If all are damaged it is an error: never silently step 0.
+    Damaged ones are skipped with a warning. RunError if all are damaged, so that training never silently restarts.
     """
     listed = complete(folder)
     damaged: dict[Path, str] = {}
@@ -135,7 +136,7 @@ def latest(folder: Path, warn: Warn) -> Checkpoint | None:
         for bad, why in damaged.items():
             warn(f"checkpoint {bad} is damaged ({why}); going back to {path.name}")
         return found
-    if complete(folder) != listed:  # a running trainer replaced what we were reading
+    if complete(folder) != listed:  # a running training replaced them meanwhile
         return latest(folder, warn)
     if damaged:
         reasons = "; ".join(f"{path.name}: {why}" for path, why in damaged.items())
@@ -147,12 +148,12 @@ def latest(folder: Path, warn: Warn) -> Checkpoint | None:
 
 
 def to_stderr(text: str) -> None:
-    """The warning of a command that shows no progress."""
+    """Print a warning, for commands that show no progress."""
     say_error(f"warning: {text}")
 
 
 def of_step(folder: Path, step: int) -> Checkpoint:
-    """The checkpoint after `step` steps."""
+    """The checkpoint after `step` steps, verified. InputError if it is damaged or does not exist."""
     for path in complete(folder):
         if _step(path) == step:
             try:
@@ -170,9 +171,12 @@ def weights(
     step: int | None = None,
     warn: Warn = to_stderr,
 ) -> tuple[dict[str, Tensor], int]:
-    """A network's state dict from the newest checkpoint in `folder`, of a run in progress too, and its images.
+    """A network's state dict from the newest checkpoint in `folder`, and the number of images it was trained for.
 
-    half_life: None for the raw weights, else one of the stage's half-lives in images. step: of another checkpoint.
+    The run may be in progress. InputError if there is no such checkpoint or group.
+
+    half_life: None for the raw weights, else one of the stage's `ema_half_lives`, in images.
+    step: use the checkpoint of this step instead of the newest.
     """
     found = latest(folder, warn) if step is None else of_step(folder, step)
     if found is None:
@@ -182,14 +186,15 @@ def weights(
         raise InputError(f"checkpoint {found.path} has no '{group}'; it has {found.groups}")
     try:
         return found.tensors(group), found.meta.images
-    except FileNotFoundError:  # a running trainer removed it meanwhile, so there is a newer one
+    except FileNotFoundError:  # a running training removed it meanwhile, so there is a newer one
         return weights(folder, network, half_life, step, warn)
 
 
 class Checkpoints:
-    """The checkpoints of one training: when and where to save, and from where to resume.
+    """The checkpoints of one training: when to save, where to save, and from which one to resume.
 
-    settings: what a resume may not change; environment: what it may, at the price of bit-identity.
+    settings: may not change on resume.
+    environment: may change on resume, but results are then not bit-identical.
     """
 
     def __init__(
@@ -203,11 +208,14 @@ class Checkpoints:
         self.folder, self.spec, self.warn = folder, spec, warn
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.environment = dict(environment)
-        self.last: Path | None = None  # the newest that is whole
+        self.last: Path | None = None  # the newest complete checkpoint
         self._images, self._time, self._size = 0, time.monotonic(), 0
 
     def resume(self) -> Checkpoint | None:
-        """The checkpoint to resume from, or None to start; removes what a killed process left behind."""
+        """The checkpoint to resume from, or None to start from the beginning.
+
+        Removes what a killed process left behind. InputError if the settings differ from the checkpoint's.
+        """
         found = latest(self.folder, self.warn)
         if found is not None:
             self._check_settings(found)
@@ -225,13 +233,13 @@ class Checkpoints:
         return found
 
     def require_room(self, size: int) -> None:
-        """RunError unless there is space for all checkpoints of `size` bytes that are there at once."""
+        """RunError unless the disk has space for all checkpoints, of `size` bytes, that exist at the same time."""
         held = len(complete(self.folder))
         left = max(self.spec.keep + 1 - held, 1)
         space.require(self.folder, left * size, f"{left} checkpoint{'s' if left > 1 else ''}")
 
     def warn_of_memory(self, size: int) -> None:
-        """Warn now if the copy of a checkpoint of `size` bytes (see `saving`) does not fit into memory."""
+        """Warn if the copy of a checkpoint of `size` bytes (see `saving`) does not fit into memory."""
         left = space.memory()
         if left is not None and size > left:
             self.warn(
@@ -241,29 +249,30 @@ class Checkpoints:
             )
 
     def due(self, images: int) -> bool:
-        """Whether it is time to save: by images, or by minutes, since the last save began."""
+        """Whether it is time to save, by the images or the minutes since the last save began."""
         by_images = self.spec.images is not None and images // self.spec.images > self._images // self.spec.images
         by_time = self.spec.minutes is not None and time.monotonic() - self._time >= 60 * self.spec.minutes
         return by_images or by_time
 
     def began(self, images: int) -> None:
-        """A save after `images` images begins, on every rank: from here on, `due` counts to the next."""
+        """Note that a save after `images` images begins; `due` counts from here. Called on every rank."""
         self._images, self._time = images, time.monotonic()
 
     def appeared(self, step: int) -> None:
-        """The checkpoint of this step is on the disk: what `write` notes, for the ranks that do not write."""
+        """Note that the checkpoint of this step is complete. `write` calls this, so it is for ranks that do not write."""
         self.last = self._path(step)
 
     def write(self, step: int, images: int, files: Iterable[tuple[str, bytes | memoryview]]) -> None:
         """Write a checkpoint after `step` steps, completely or not at all. Then remove the oldest.
 
-        files: (group, content) in the order of writing; nobody may change the content meanwhile. A RunError names the
-        last good checkpoint.
+        RunError if writing fails; its message names the last good checkpoint.
+
+        files: (group, content) in the order of writing. The content may not change meanwhile.
         """
         path = self._path(step)
         last = self.last or "none yet"
         try:
-            if missing := space.shortage(self.folder, self._size):  # as much as the last one
+            if missing := space.shortage(self.folder, self._size):  # assumes the size of the last one
                 raise RunError(f"cannot save checkpoint {path}: {missing}; last good checkpoint: {last}")
             with new_folder(path) as new:
                 names = ((f"{group}.safetensors", content) for group, content in files)
@@ -287,7 +296,7 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def _clear(self, newer_than: int | None) -> None:
-        """Remove what a killed process left; move damaged ones aside, or they would be the newest at the next start."""
+        """Remove what a killed process left. Checkpoints after step `newer_than` are damaged: they are moved aside."""
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
             if LEFTOVER.fullmatch(path.name):
                 shutil.rmtree(path)
@@ -301,7 +310,7 @@ class Checkpoints:
         damaged = [path for path in self.folder.iterdir() if path.name.endswith(".damaged")]
         for path in (*complete(self.folder)[self.spec.keep :], *damaged):
             trash = hidden(path)
-            path.rename(trash)  # first, so that a kill never leaves half of it under its own name
+            path.rename(trash)  # first, so that a killed process never leaves a part under this name
             shutil.rmtree(trash)
 
     def _check_settings(self, found: Checkpoint) -> None:
@@ -316,7 +325,7 @@ class Checkpoints:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two JSON objects, as "path was X, now is Y"."""
+    """The differences between two JSON objects, each as "path was X, now is Y"."""
     out = []
     for name in dict.fromkeys((*old, *new)):
         before, after = old.get(name), new.get(name)
@@ -343,7 +352,7 @@ def _store(path: Path, content: bytes | memoryview) -> FileMeta:
             digest.update(content[at : at + CHUNK])
             file.write(content[at : at + CHUNK])
         file.flush()
-        os.fsync(file.fileno())  # here, where no error of writing it can be missed
+        os.fsync(file.fileno())  # reports errors of writing, which close() may not
     return FileMeta(sha256=digest.hexdigest(), size=len(content))
 
 

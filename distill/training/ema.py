@@ -3,22 +3,22 @@
 import torch
 from torch import Tensor
 
-RAMP = 0.05  # the half-life is at most this share of the images seen
+RAMP = 0.05  # the half-life is at most this fraction of the images so far
 
 
 def decay(half_life: float, images: int, batch: int) -> float:
-    """Weight of the old average in a step of `batch` images after `images` images, all of the same unit.
+    """Weight of the old average in a step of `batch` images after `images` images. All arguments are in images.
 
-    0.5 ** (batch / half_life), where the half-life ramps up as min(half_life, 0.05 images) (Karras et al. 2022,
-    arXiv 2206.00364, appendix F.2): the first step copies the weights, so an average never holds on to the start.
-    That matters here, because a student often starts as a teacher, which is useless at one step.
+    It is 0.5 ** (batch / h) with h = min(half_life, 0.05 images), so that the half-life ramps up (Karras et al. 2022,
+    arXiv 2206.00364, appendix F.2). The first step copies the weights, so an average does not contain the initial
+    weights. This matters because a student often starts as its teacher, which makes no good samples in one step.
     """
     ramped = min(half_life, RAMP * images)
     return 0.5 ** (batch / ramped) if ramped > 0 else 0.0
 
 
 class Ema:
-    """Averages of `tensors` (a network's fp32 weights by name), one for each half-life, on their device in fp32."""
+    """Averages of `tensors` (a network's fp32 weights by name), for each half-life in images, on the same device."""
 
     def __init__(self, tensors: dict[str, Tensor], half_lives: list[float]) -> None:
         self.tensors = tensors
@@ -28,12 +28,12 @@ class Ema:
         }
 
     def update(self, images: int, batch: int) -> None:
-        """Move towards the weights after a step of `batch` images that began at `images`."""
+        """Update the averages after a step of `batch` images that began at `images`."""
         weights = [t.detach().float() for t in self.tensors.values()]
         for half_life, average in self.averages.items():
             torch._foreach_lerp_(list(average.values()), weights, 1 - decay(half_life, images, batch))
 
     def load(self, half_life: float, state: dict[str, Tensor]) -> None:
-        """Take the averages from `state`."""
+        """Copy the averages of one half-life from `state`."""
         for name, average in self.averages[half_life].items():
             average.copy_(state[name])

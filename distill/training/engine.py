@@ -1,10 +1,10 @@
-"""The loop: turns of a recipe over batches of a source, until enough images have been shown. It knows no objectives.
+"""The training loop: runs the turns of a recipe on the batches of a source, for a given number of images.
 
-(seed, step) is the whole state besides the tensors in the checkpoint, so a run that is killed and started again
-ends in the same bits.
+Besides the tensors in the checkpoint, the state is only (seed, step). So a run that is killed and resumed ends with
+bit-identical weights.
 
-accelerate's `Accelerator` is not used here: it serves one engine of DeepSpeed, where a recipe may train several
-networks, and without a GPU it leaves every rank believing that it is alone unless it is given the backend.
+accelerate's `Accelerator` is not used: it supports only one DeepSpeed engine, while a recipe may train several
+networks. And without a GPU, unless it is given the backend, each rank would train alone.
 """
 
 import math
@@ -34,7 +34,7 @@ from distill.training.world import ALONE, World
 
 @dataclass(frozen=True)
 class StepContext:
-    """What a loss may know of the run. Fits `protocols.Context`."""
+    """The context that a loss is given. Implements `protocols.Context`."""
 
     step: int
     images: int
@@ -44,7 +44,7 @@ class StepContext:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training leaves."""
+    """The trained networks, and how many images and steps they were trained for."""
 
     roles: Roles
     images: int
@@ -71,15 +71,18 @@ def train(
     recompute: bool = False,
     probe: Callable[[Roles], None] | None = None,
 ) -> TrainResult:
-    """Train a recipe's networks for `stage.images` images (rounded up to whole batches), from the newest checkpoint
-    in `paths.checkpoints` if there is one. A signal noted by `stop` saves after the step and raises `Stopped`.
+    """Train a recipe's networks for `stage.images` images, rounded up to whole batches.
 
-    inputs: digests of what is trained on, by name; a resume with others is refused.
-    world: the ranks that train together, each on its rows of a batch; `run` is given to rank 0 alone.
-    sharding: who divides the networks among them.
+    Training resumes from the newest checkpoint in `paths.checkpoints`, if there is one. After a signal noted by `stop`,
+    the step is completed and saved, and `Stopped` is raised. InputError if the checkpoint was made with other settings.
+
+    inputs: digests of the inputs (teacher, data, pairs), by name; they may not change when a run is resumed.
+    run: where events are written; given to rank 0 only.
+    world: the ranks that train together, each on its rows of a batch.
+    sharding: how the networks are divided among the ranks.
     teacher: the teacher's network, if the recipe may call it.
-    recompute: compute activations again in the backward pass instead of keeping them.
-    probe: sees all that is alive before each optimizer step.
+    recompute: recompute activations in the backward pass instead of keeping them.
+    probe: called before each optimizer step, to measure memory.
     """
     batch_size = stage.batch_size
     slices = world.rows(batch_size, micro_batch)
@@ -88,7 +91,7 @@ def train(
     checkpoints = Checkpoints(paths.checkpoints, stage.checkpoint, settings, environment, progress.warn)
     found = world.alone("clearing up", checkpoints.resume)
     if not world.first:
-        found = checkpoints.resume()  # rank 0 has removed broken checkpoints; the others only find the newest
+        found = checkpoints.resume()  # rank 0 has cleared the folder; the others only find the newest
     with world.contact("at the start"):
         roles = Roles(
             recipe,
@@ -103,7 +106,7 @@ def train(
             teacher=teacher,
             recompute=recompute,
         )
-    if probe is None:  # which makes two steps, somewhere else
+    if probe is None:  # with a probe, the run is a temporary one
         world.alone("looking for room", partial(checkpoints.require_room, roles.checkpoint_bytes()))
         if world.first:
             checkpoints.warn_of_memory(roles.checkpoint_bytes())
@@ -142,7 +145,7 @@ def _loop(
     stop: StopRequest,
     probe: Callable[[Roles], None] | None,
 ) -> tuple[int, int]:
-    """Train from `step` on, after `images` images, until `stage.images`; the step and images at the end, all saved."""
+    """Train from `step`, after `images` images, to `stage.images`. Returns both at the end, where they are saved."""
     world, batch_size = roles.world, stage.batch_size
     while images < stage.images:
         moved = step_once(
@@ -179,12 +182,14 @@ def step_once(
     probe: Callable[[Roles], None] | None = None,
     last_good: Callable[[], object] = lambda: "none",
 ) -> dict[str, dict[str, float]]:
-    """One training step, all turns of the recipe: the numbers to log, by the network that was trained.
+    """One training step with all turns of the recipe. Returns the values to log, by trained network.
 
-    last_good: names the newest checkpoint, for a message.
+    InputError if the recipe yields no turn; RunError if a loss or gradient norm is not finite.
+
+    last_good: returns the newest checkpoint, for a message.
     """
     world = roles.world
-    # The global generator serves dropout alone, and resumes with it.
+    # Only dropout uses the global generator. It is seeded at every step, so that a resumed run drops the same.
     torch.manual_seed(key(seed, "dropout", step, world.rank))
     with world.contact(f"step {step}, reading its batch"):
         batches = [_to(source.batch(step, rows), device) for rows in slices]
@@ -198,7 +203,7 @@ def step_once(
         for rows, batch, carry in zip(slices, batches, carries, strict=True):
             context = StepContext(step, images, StepDraw(seed, step, index, rows), carry)
             with world.contact(place):
-                # Not cached: a cast made without gradients would serve the next call that needs them.
+                # No cache: a cast made without gradients would be reused by a later call that needs gradients.
                 with torch.autocast(
                     device.type, torch.bfloat16, enabled=stage.precision == "bf16", cache_enabled=False
                 ):
@@ -228,7 +233,7 @@ def step_once(
 
 
 def device_name(device: torch.device) -> str:
-    """Its model, or what its CPU's vectors are."""
+    """The model of a GPU, or the vector instructions of the CPU (e.g. AVX2)."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     return str(name)
 
@@ -255,7 +260,7 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
 
 def _means(losses: list[Loss], norm: Tensor, world: World) -> dict[str, float]:
-    """Means over the micro-batches of all ranks, in one transfer from the device."""
+    """The means of losses and logs over the micro-batches of all ranks, copied from the device at once."""
     sums: dict[str, Tensor] = {}
     for loss in losses:
         for name, value in {"loss": loss.total, **loss.logs}.items():
@@ -266,7 +271,7 @@ def _means(losses: list[Loss], norm: Tensor, world: World) -> dict[str, float]:
 
 
 def _named(moved: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Numbers of the step by name: the student's plain, the others' as NETWORK.NAME."""
+    """The values of a step by name: NAME for the student's, NETWORK.NAME for those of other networks."""
     out = {}
     for network, logs in moved.items():
         prefix = "" if network == "student" else f"{network}."

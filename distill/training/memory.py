@@ -1,9 +1,9 @@
-"""What the memory of a rank holds while it trains: predicted from shapes, counted in its live tensors.
+"""The memory of a rank in training: predicted from the shapes of parameters, and counted in its live tensors.
 
-Four kinds are predicted: parameters, gradients, optimizer (master weights included), EMA, as they are just before an
-optimizer step. While the last backward pass runs, there is more: stage 1 has not divided the gradients yet, stages 2
-and 3 hold a bucket of those that they send, stage 3 also the weights that it has gathered. What depends on more than
-shapes is only counted: activations, everything else (teachers among it), and what the system says of the process.
+Four kinds are predicted: parameters, gradients, optimizer (with master weights) and EMA, just before an optimizer step.
+During the last backward pass there is more: ZeRO stage 1 has not divided the gradients yet, stages 2 and 3 have a
+bucket of gradients to send, and stage 3 also has gathered weights. What depends on more than shapes is only counted:
+activations, all other tensors (e.g. the teacher's), and the memory of the process as the system reports it.
 """
 
 import gc
@@ -22,16 +22,16 @@ from distill.training.roles import Roles
 from distill.training.sharding import Sharding, Sizes
 
 KINDS = ("parameters", "gradients", "optimizer", "ema")
-FLOAT = 4  # bytes
+FLOAT = 4  # bytes of a float32
 
 
 def predict(
     sizes: Sizes, copies: list[str], averages: int, procs: int, sharding: Sharding, still: Sizes | None = None
 ) -> dict[str, int]:
-    """Bytes of a rank by kind.
+    """Predicted bytes of a rank by kind.
 
-    sizes: of the parameters of each network that are trained; still: of its others; copies: whose target copies there
-    are; averages: how many of the student's weights.
+    sizes: elements of the trained parameters, by network. still: the same of the other parameters.
+    copies: for each target copy, the network that it copies. averages: number of averages of the student's weights.
     """
     others = still or {}
     held = sharding.held(sizes, others, procs)
@@ -45,18 +45,18 @@ def predict(
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Bytes by address of what lies behind these tensors, each once."""
+    """The storages of these tensors, each once: size in bytes by address."""
     found = (tensor.untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
 
 
 @dataclass
 class Activations:
-    """While entered: counts what autograd keeps for the backward pass, parameters aside."""
+    """Context that counts the bytes that autograd keeps for the backward pass, without parameters."""
 
     peak: int = 0
     now: int = 0
-    _held: dict[int, int] = field(default_factory=dict)  # how many tensors lie in the memory at an address
+    _held: dict[int, int] = field(default_factory=dict)  # number of kept tensors by the address of their storage
     _hooks: saved_tensors_hooks | None = None
 
     def __enter__(self) -> Self:
@@ -68,7 +68,7 @@ class Activations:
         self.close()
 
     def close(self) -> None:
-        """Count no more."""
+        """Stop counting."""
         if self._hooks is not None:
             self._hooks.__exit__(None, None, None)
             self._hooks = None
@@ -97,7 +97,7 @@ class _Kept:
 
 
 class Probe:
-    """Counts what is alive before each optimizer step of a training, and keeps the fullest moment."""
+    """Counts the live tensors before each optimizer step of a training, and keeps the largest count."""
 
     def __init__(self, sharding: Sharding, procs: int) -> None:
         self.sharding, self.procs, self.activations = sharding, procs, Activations()
@@ -122,8 +122,10 @@ class Probe:
         self.counted, self.other = counted, sum(size for at, size in everything.items() if at not in known)
 
     def report(self, rank: int) -> dict[str, object]:
-        """All of it, in bytes; `device`: the most that torch has held on a GPU, null without one; `saving`: about what
-        a copy of a checkpoint takes of the host's memory from the first save on.
+        """All counts in bytes, as JSON.
+
+        `device` is the peak that torch allocated on the GPU, null without one. `process` is the peak memory of the
+        process. `saving` is about the host memory for the copy of a checkpoint, from the first save on.
         """
         usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {

@@ -1,8 +1,8 @@
-"""`launch.micro_batch: auto`: the largest micro-batch that every rank has the memory for.
+"""`launch.micro_batch: auto`: finds the largest micro-batch for which every rank has enough memory.
 
-A candidate is tried by two real training steps: the second begins with all that a training holds. Each rank tries it
-with networks of its own and calls no collective meanwhile, so that a rank that runs out of memory leaves no other
-waiting. Then all ranks meet, and if one of them failed, all go on to a smaller candidate.
+A candidate is tested by two real training steps; from the second one on, memory use is that of training. Each rank
+tests it on networks of its own and calls no collective, so that no rank waits for one that runs out of memory. Then all
+ranks exchange their results. If one of them failed, all continue with a smaller candidate.
 """
 
 from collections.abc import Callable
@@ -25,25 +25,27 @@ from distill.training.plain import PLAIN
 from distill.training.roles import Roles
 from distill.training.world import ALONE, World
 
-STEPS = 2  # the first makes the optimizer's moments
+STEPS = 2  # the optimizer's moments are allocated in the first
 
 
 class Chosen(BaseModel):
-    """The file in which a stage keeps what was chosen, so that a resume computes the same numbers."""
+    """The file in which a stage keeps the chosen micro-batch, so that a resumed run computes the same values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     micro_batch: PositiveInt
     share: PositiveInt
-    """samples of a batch that each process had to train on"""
+    """samples of a global batch per process, when it was chosen"""
 
 
 CHOSEN: records.Schema[Chosen] = records.Schema(Chosen)
 
 
 def candidates(share: int, rows_together: int) -> list[int]:
-    """Micro-batches that divide a rank's share of a batch and hold whole blocks, largest first, each at most half of
-    the one before.
+    """The micro-batch sizes to try, largest first.
+
+    Each divides `share` (a rank's samples of a batch), is a multiple of `rows_together`, and is at most half of the
+    one before.
     """
     found: list[int] = []
     for size in range(share, 0, -1):
@@ -53,10 +55,12 @@ def candidates(share: int, rows_together: int) -> list[int]:
 
 
 def choose(path: Path, share: int, rows_together: int, world: World, fits: Callable[[int], bool]) -> int:
-    """The micro-batch of all ranks: the one in the file `path` if it was chosen for the same share, else the first
-    candidate that fits, which is written there. All ranks must call this.
+    """The micro-batch size for all ranks. All ranks must call this.
 
-    fits: whether this rank can train with a candidate; it calls no collective.
+    It is read from the file `path` if it was chosen for the same share. Otherwise it is the first candidate that fits,
+    and is written there. InputError if none fits.
+
+    fits: tells whether this rank can train with a candidate; it must call no collective.
     """
     kept = torch.tensor([world.alone("reading the micro-batch", lambda: _kept(path, share, rows_together)) or 0])
     with world.contact("sharing the micro-batch"):
@@ -103,7 +107,7 @@ def largest(
     world: World,
     recompute: bool,
 ) -> int:
-    """`choose`, among what this stage trains."""
+    """The largest micro-batch with which this stage can be trained; see `choose`. All ranks must call this."""
     tried = partial(fits, recipe, init, source, stage, seed=seed, device=device, world=world, recompute=recompute)
     return choose(path, stage.batch_size // world.size, rows_together, world, tried)
 
@@ -133,7 +137,7 @@ def fits(
     world: World,
     recompute: bool,
 ) -> bool:
-    """Whether this rank has the memory to train with micro-batches of `size`: makes two steps and drops them."""
+    """Whether this rank has enough memory for micro-batches of `size`. Makes two training steps and discards them."""
     try:
         _try(recipe(), init, source, stage, world.rows(stage.batch_size, size), seed, device, recompute=recompute)
         enough = True
@@ -141,7 +145,7 @@ def fits(
         if not isinstance(error, MemoryError) and not should_reduce_batch_size(error):
             raise
         enough = False
-    clear_device_cache(garbage_collection=True)  # here nothing holds the networks any more
+    clear_device_cache(garbage_collection=True)  # nothing refers to the networks any more
     return enough
 
 

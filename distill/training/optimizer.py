@@ -1,6 +1,4 @@
-"""What trained networks have in common, however they are divided: learning rates, groups of parameters, and which of
-them the first turns reach.
-"""
+"""Shared by all ways to divide networks: learning rates, parameter groups, a check that gradients reach all weights."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -16,15 +14,16 @@ from distill.protocols import Trained
 from distill.spec.model import OptimizerSpec
 from distill.training.world import World
 
-BUCKET = 50_000_000  # elements that are sent at once, at most
-FACTOR = "lr_factor"  # of a group of the optimizer's parameters: what multiplies the learning rate of the stage
+BUCKET = 50_000_000  # most elements that are sent at once
+FACTOR = "lr_factor"  # key in a parameter group: the factor of the stage's learning rate
 Key = TypeVar("Key", int, str)
 
 
 def learning_rate(spec: OptimizerSpec, images: float, total: int) -> float:
-    """lr after `images` of `total` images: linear warm-up, then constant, or cosine or linear decay to 0 at `total`.
+    """Learning rate after `images` of `total` images.
 
-    The engine asks at the middle of a step, so neither the first nor the last step is spent at lr 0.
+    Linear warm-up, then constant, or cosine or linear decay to 0 at `total`. The engine passes the middle of each step,
+    so that neither the first nor the last step has learning rate 0.
     """
     if images < spec.warmup_images:
         return spec.lr * images / spec.warmup_images
@@ -40,7 +39,7 @@ def learning_rate(spec: OptimizerSpec, images: float, total: int) -> float:
 
 
 def buckets(sizes: Mapping[Key, int]) -> Iterator[list[Key]]:
-    """Keys in order, in groups of at most `BUCKET` elements, or of one tensor."""
+    """Split the keys, in order, into groups of at most `BUCKET` elements; a larger tensor is a group of its own."""
     group: list[Key] = []
     for key, size in sizes.items():
         if group and sum(sizes[other] for other in group) + size > BUCKET:
@@ -51,8 +50,11 @@ def buckets(sizes: Mapping[Key, int]) -> Iterator[list[Key]]:
 
 
 def parameter_groups(network: str, role: Trained, parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
-    """The parameters in groups of the same learning rate, each with its factor of the stage's."""
-    chosen: dict[nn.Parameter, str] = {}  # tied ones have several names, and one factor
+    """Parameter groups for the optimizer, one for each learning rate, with the factor of the stage's learning rate.
+
+    ValueError if a pattern of `role.groups` matches no trained parameter, or two patterns match the same one.
+    """
+    chosen: dict[nn.Parameter, str] = {}  # a tied parameter has several names but one factor
     for pattern in role.groups:
         matched = {p for key, p in parameters.items() if fnmatchcase(key, pattern)}
         if not matched:
@@ -70,10 +72,12 @@ def parameter_groups(network: str, role: Trained, parameters: Mapping[str, nn.Pa
 
 
 class Reach:
-    """Which parameters the backward passes of a network's first turns reach. What none reaches is refused by name.
+    """Checks that every trained parameter gets a gradient in the network's first `TURNS` turns.
 
-    A gradient of zero counts as reached: layers that begin at zero pass nothing on at first. No gradient at all means
-    that the loss does not depend on the parameter; that would train on, moved by weight decay alone.
+    A parameter without any gradient does not influence the loss: only weight decay would change it. A gradient of zero
+    is accepted, because layers that are initialised to zero block the gradients of others at first.
+
+    waiting: names or patterns of parameters that need no gradient in these turns. ValueError if one matches nothing.
     """
 
     TURNS = 2
@@ -86,24 +90,27 @@ class Reach:
                 )
         self._network, self._turns = network, 0
         waits = {p for key, p in parameters.items() if any(fnmatchcase(key, pattern) for pattern in waiting)}
-        self.waiting = {key for key, p in parameters.items() if p in waits}  # tied ones have several names
+        self.waiting = {key for key, p in parameters.items() if p in waits}  # with all names of tied ones
         self._names = [key for key in parameters if key not in self.waiting]
         self._reached = dict.fromkeys(parameters, False)
         self._device = next(iter(parameters.values())).device
-        # A hook, as DeepSpeed takes gradients away as soon as they are there.
+        # Hooks, because DeepSpeed removes a gradient as soon as it is computed.
         self._hooks = [parameters[key].register_hook(partial(self._note, key)) for key in self._names]
 
     def _note(self, key: str, gradient: Tensor | None) -> None:
         self._reached[key] = self._reached[key] or gradient is not None
 
     def close(self) -> None:
-        """Look no more: the first turns are over."""
+        """Stop checking."""
         self._turns = self.TURNS
         for hook in self._hooks:
             hook.remove()
 
     def check(self, world: World) -> None:
-        """After the backward passes of each turn; every rank must call it."""
+        """Call after the backward passes of each turn, on every rank.
+
+        InputError after the last checked turn if parameters got no gradient on any rank.
+        """
         if self._turns == self.TURNS:
             return
         self._turns += 1

@@ -1,4 +1,4 @@
-"""Networks that every process holds whole: plain PyTorch, and the mean of the gradients."""
+"""Data-parallel training in plain PyTorch: every process has the whole networks, and gradients are averaged."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,13 +16,14 @@ from distill.training.world import ALONE, World
 
 
 class PlainTrainable:
-    """The network of `role` under AdamW, on its device in fp32; ranks average their gradients before the step. Fits
-    `sharding.Trainable`.
+    """The network of `role` with AdamW, on the network's device. Implements `sharding.Trainable`.
+
+    ValueError if no parameter has requires_grad=True, or if one that has is not float32.
     """
 
     def __init__(self, name: str, role: Trained, spec: OptimizerSpec, world: World = ALONE) -> None:
         self.name, self.module, self.spec, self.world = name, role.module, spec, world
-        # Tied weights keep both names: a state dict holds both, and an average must not lack one.
+        # Tied weights keep all their names, as in a state dict: averages must contain all of them.
         named = dict(self.module.named_parameters(remove_duplicate=False))
         self._parameters = {key: p for key, p in named.items() if p.requires_grad}
         if not self._parameters:
@@ -70,9 +71,10 @@ class PlainTrainable:
         self._reach.check(self.world)
 
     def gradient_norm(self) -> Tensor:
-        """Global norm of the gradients, before clipping; they are the means over the ranks from now on.
+        """Average the gradients over the ranks, in place, and return their global norm before clipping.
 
-        What a turn does not reach has gradient 0, as where gradients are divided: moments and weight decay continue.
+        A parameter without a gradient gets gradient 0, so that its moments and weight decay are updated too, as with
+        DeepSpeed.
         """
         for p in self._unique:
             if p.grad is None:
@@ -86,7 +88,7 @@ class PlainTrainable:
         return torch.nn.utils.get_total_norm(grads)
 
     def step(self, lr: float, norm: Tensor) -> None:
-        """Clip, move the weights, clear the gradients."""
+        """Clip the gradients, update the weights, clear the gradients."""
         if self.spec.clip is not None:
             torch.nn.utils.clip_grads_with_norm_(self._unique, self.spec.clip, norm)
         self._set_lr(lr)
@@ -124,7 +126,7 @@ class PlainTrainable:
         self._refuse_unknown(tensors)
         if not tensors:
             return
-        self._reach.close()  # what the turns before reached is not known any more
+        self._reach.close()  # the turns before the checkpoint are not known any more
         moments: dict[int, dict[str, Tensor]] = {}
         number = {p: i for i, p in enumerate(p for group in self._optimizer.param_groups for p in group["params"])}
         for full, tensor in tensors.items():
@@ -134,7 +136,7 @@ class PlainTrainable:
         self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
     def close(self) -> None:
-        """There is nothing that would outlive this object."""
+        """Nothing to free."""
 
     def _refuse_unknown(self, tensors: Mapping[str, Tensor]) -> None:
         for full in tensors:
@@ -150,7 +152,7 @@ class PlainTrainable:
 
 
 class Plain:
-    """Nothing is divided. Fits `sharding.Sharding`."""
+    """Every process has all networks whole. Implements `sharding.Sharding`."""
 
     record: Mapping[str, str | int] = {"zero_stage": "none", "offload_optimizer": False}
     divides_trained = divides_frozen = False

@@ -1,5 +1,6 @@
-"""The networks of a recipe in their roles: optimizers, averages, target copies. All that training changes, and so all
-that a checkpoint contains besides the position.
+"""The networks of a recipe, with their optimizers, averages and target copies.
+
+This is everything that training changes, so it is what a checkpoint contains besides `meta.json`.
 """
 
 import gc
@@ -23,11 +24,14 @@ from distill.training.world import World
 
 
 class Roles:
-    """What a recipe trains and calls, on its device, as the checkpoint `found` left it.
+    """The networks of a recipe on their device, with the state of the checkpoint `found` if there is one.
 
-    seed: of the first weights of adapters.
-    teacher: a network that the recipe calls besides those of its roles.
-    recompute: compute activations again in the backward pass instead of keeping them.
+    InputError if the recipe trains no network "student" or copies one that it does not train; ValueError if a trained
+    network shares weights with another; RunError if the checkpoint does not fit.
+
+    seed: for the initial weights of adapters.
+    teacher: the teacher's network, if the recipe calls it.
+    recompute: recompute activations in the backward pass instead of keeping them.
     """
 
     def __init__(
@@ -64,7 +68,7 @@ class Roles:
             frozen[name] = deepcopy(trained[copy.of])
         self.networks = {**trained, **frozen}
         apart = [network for name, network in frozen.items() if sharding.divides_frozen and name not in self.copies]
-        in_parts = [*apart, *(trained.values() if sharding.divides_trained else [])]  # moved to the device when divided
+        in_parts = [*apart, *(trained.values() if sharding.divides_trained else [])]  # divide() moves these
         for module in self.networks.values():
             if module not in in_parts:
                 module.to(device)
@@ -73,9 +77,8 @@ class Roles:
             self.networks[name].requires_grad_(False).eval()
         if found is not None:
             self._load_weights(found, [*trained, *self.copies])  # before they are divided
-        for module in (
-            self.networks.values()
-        ):  # all ranks take rank 0's weights: a recipe may have drawn its own differently on each
+        # All ranks take the weights of rank 0: the recipe may have initialised them differently on each rank.
+        for module in self.networks.values():
             world.share([*module.parameters(), *module.buffers()])
         if recompute:
             _recompute(self.name, list(trained.values()))
@@ -93,7 +96,10 @@ class Roles:
             self._load_optimizers(found)
 
     def view(self, active: str) -> tuple[Nets, Trainable]:
-        """The networks as the loss of `active`'s turn sees them: it trains, the others are raw and frozen."""
+        """The networks for the loss of a turn of `active`, which is trainable; the others are frozen.
+
+        InputError if the recipe does not train `active`.
+        """
         if active not in self.trainables:
             raise InputError(
                 f"recipe '{self.name}' gave a turn to '{active}', which it does not train; "
@@ -104,7 +110,7 @@ class Roles:
         return {**self.networks, active: self.trainables[active].callable}, self.trainables[active]
 
     def moved(self, name: str) -> None:
-        """`name` has made a step of its optimizer: its copies follow. Buffers are what they are on rank 0."""
+        """Call after an optimizer step of `name`: updates its target copies. Buffers are taken from rank 0."""
         self.world.share(self.networks[name].buffers())
         for copy, role in self.copies.items():
             if role.of == name:
@@ -118,12 +124,12 @@ class Roles:
             ours.copy_(theirs)
 
     def rest(self) -> None:
-        """Every network in eval() and frozen."""
+        """Freeze the trained networks and set them to eval() mode; the others always are."""
         for trainable in self.trainables.values():
             trainable.activate(False)
 
     def close(self) -> None:
-        """Let go of all memory, for the stages that follow in this process."""
+        """Free all memory, for later stages in the same process."""
         for trainable in self.trainables.values():
             trainable.close()
         self.trainables.clear()
@@ -132,16 +138,19 @@ class Roles:
         gc.collect()
 
     def averages(self) -> dict[float, dict[str, Tensor]]:
-        """Whole state dicts of the student: averaged weights, and buffers as they are; on rank 0 at least."""
+        """The student's state dicts with averaged weights, by half-life in images; whole at least on rank 0.
+
+        Buffers and frozen parameters are not averaged.
+        """
         return {half_life: self._average(own) for half_life, own in self.ema.averages.items()}
 
     def _average(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {**self.student.unmoved(), **self.student.gather(own)}
 
     def groups(self) -> Iterator[Group]:
-        """What a checkpoint holds, one group at a time; every rank must take all of them, rank 0 gets them whole.
+        """The groups of a checkpoint, one at a time. Every rank must iterate over all; they are whole on rank 0.
 
-        A group that was gathered for this is kept in memory as long as the caller holds it.
+        A group may be gathered from all ranks for this; its memory is freed when the caller drops it.
         """
         for name, trainable in self.trainables.items():
             yield network_group(name), trainable.weights()
@@ -154,14 +163,14 @@ class Roles:
             yield RECIPE_GROUP, self.recipe.state()
 
     def checkpoint_bytes(self) -> int:
-        """About what the tensors of `groups` take: float32 weights, two moments each, averages and copies."""
+        """About the size of a checkpoint: float32 weights, two moments for each trained one, averages and copies."""
         moments = 2 * sum(sum(trainable.sizes) for trainable in self.trainables.values())
         whole = {name: sum(each.sizes) + sum(each.still) for name, each in self.trainables.items()}
         copies = sum(whole[role.of] for role in self.copies.values())
         return 4 * (moments + sum(whole.values()) + len(self.ema.averages) * whole["student"] + copies)
 
     def live(self) -> dict[str, list[Tensor]]:
-        """The tensors of this rank by kind: those of `Trainable.live`, and "ema", "copies"."""
+        """This rank's tensors by kind: the kinds of `Trainable.live`, "ema" and "copies"."""
         found = [trainable.live() for trainable in self.trainables.values()]
         kinds = {kind: [tensor for each in found for tensor in each[kind]] for kind in found[0]}
         copies = [p for name in self.copies for p in self.networks[name].parameters()]
@@ -201,7 +210,7 @@ def _refuse_sharing(networks: Mapping[str, nn.Module], trained: list[str]) -> No
 
 
 def _recompute(recipe: str, networks: list[nn.Module]) -> None:
-    """Have the blocks of these networks computed again in the backward pass instead of kept in memory."""
+    """Turn on activation checkpointing. InputError if no network supports it."""
     parts = [m for network in networks for m in network.modules() if isinstance(m, ModelMixin)]
     able = [part for part in parts if part._supports_gradient_checkpointing]
     if not able:

@@ -1,7 +1,7 @@
-"""Saving while training continues: training waits until its tensors are copied; a thread writes the copy to disk.
+"""Saves checkpoints while training continues: training waits only until its tensors are copied; a thread writes them.
 
-The copy is kept until the next save, so that it costs no new memory: rank 0 holds one whole checkpoint in the host's
-memory (`Roles.checkpoint_bytes`) from its first save to the end of training.
+The memory of the copy is reused by the next save. So rank 0 needs memory for one whole checkpoint on its host
+(`Roles.checkpoint_bytes`), from the first save to the end of training.
 """
 
 import json
@@ -26,20 +26,20 @@ from distill.training.world import ALONE, World
 
 
 class Image:
-    """The bytes of a safetensors file, kept in memory: tensors are copied straight into their places in it.
+    """The bytes of a safetensors file in memory. Tensors are copied directly to their places in it.
 
-    They are the very bytes that the library would write, but need no second copy to be written.
+    The bytes are the same as those that the safetensors library writes, but the library would need a second copy.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        # The library names the types and chooses the order; of empty tensors, as it wants to copy what it is given.
+        # The library determines the dtype names and the order. It is given empty tensors, because it copies its input.
         empty = to_bytes({name: torch.empty(0, dtype=tensor.dtype) for name, tensor in tensors.items()})
         header, size = json.loads(empty[8:]), 0
         for name, entry in header.items():
             begin, size = size, size + tensors[name].nbytes
             entry |= {"shape": list(tensors[name].shape), "data_offsets": [begin, size]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        text = text.ljust(-(-len(text) // 8) * 8)  # the data begins at a multiple of 8 bytes
+        text = text.ljust(-(-len(text) // 8) * 8)  # the data must start at a multiple of 8 bytes
         start = 8 + len(text)
         self._bytes = _host_memory(start + size, pinned=any(tensor.is_cuda for tensor in tensors.values()))
         self.content = memoryview(self._bytes.numpy())
@@ -50,11 +50,11 @@ class Image:
             self._places[name] = self._bytes[start + begin : start + end].view(tensor.dtype).view(tensor.shape)
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether these have the names, types and shapes of those that it was made for."""
+        """Whether `tensors` have the same names, dtypes and shapes as those that this image was made for."""
         return _layout(self._places) == _layout(tensors)
 
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy them in; what lies on a GPU is there once the GPU has been waited for."""
+        """Copy the tensors into the image. Copies from a GPU are asynchronous: synchronize before using them."""
         for name, tensor in tensors.items():
             self._places[name].copy_(tensor, non_blocking=tensor.is_cuda)
 
@@ -64,9 +64,10 @@ def _layout(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch
 
 
 def _host_memory(size: int, *, pinned: bool) -> Tensor:
-    """uint8 [size]. pinned: a GPU can write to it by itself, at the full speed of the bus.
+    """uint8 [size] in host memory. RunError if there is not enough.
 
-    Torch's own pinned memory would be rounded up to a power of two, and never given back.
+    pinned: page-locked, so that a GPU can write to it at full speed. torch's own pinned memory is not used: its size is
+    rounded up to a power of two, and it is never freed.
     """
     try:
         found = torch.empty(size, dtype=torch.uint8)
@@ -78,28 +79,28 @@ def _host_memory(size: int, *, pinned: bool) -> Tensor:
     if pinned:
         runtime = torch.cuda.cudart()
         if int(runtime.cudaHostRegister(found.data_ptr(), size, 1)):  # 1: for all GPUs of the process
-            with suppress(RuntimeError):  # CUDA keeps the failure, and the next kernel that is started would raise it
+            with suppress(RuntimeError):  # clears the error that CUDA keeps: the next kernel would raise it
                 torch.ones(1, device="cuda").add_(1)
-            return found  # copied to by the CPU, which is slower
+            return found  # not pinned: copies are slower
         weakref.finalize(found, runtime.cudaHostUnregister, found.data_ptr()).atexit = False
     return found
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A save that is done."""
+    """A completed save."""
 
     step: int
     images: int
     seconds: float
-    """from when it was due until all of it was on the disk"""
+    """time from the start of the save until the checkpoint was on the disk"""
     standstill: float
-    """seconds of these that training waited: for the save before, and until its tensors were copied"""
+    """the part of `seconds` for which training waited: for the previous save, and for the copy of its tensors"""
 
 
 @dataclass
 class _Writing:
-    """A save that is not done yet. On other ranks than the first it has no thread."""
+    """A save in progress. Only on rank 0 it has a thread."""
 
     step: int
     images: int
@@ -111,16 +112,18 @@ class _Writing:
 
 
 class Saver:
-    """Makes the saves of a training: one at a time, on all ranks together. While it is entered, whatever ends training
-    waits for the save that is being written. A second Ctrl-C ends at once: that save is lost, as with kill -9, and the
-    one before it counts. So it may be where another rank has failed, as the launcher ends this one within seconds.
+    """Makes the saves of a training, one at a time, on all ranks together.
 
-    note: called with each completed save, on rank 0, in the thread of training.
+    Use it as a context manager: if training ends with an exception, the save in progress is completed first. Two cases
+    can interrupt it: a second Ctrl-C, and the failure of another rank, after which the launcher ends this process
+    within seconds. Then the previous checkpoint remains the newest, as after kill -9.
+
+    note: called with each completed save, on rank 0, in the training thread.
     """
 
     def __init__(self, checkpoints: Checkpoints, note: Callable[[Saved], None], world: World = ALONE) -> None:
         self.checkpoints, self.world, self._note = checkpoints, world, note
-        self.images: dict[str, Image] = {}  # of the last save, by group
+        self.images: dict[str, Image] = {}  # of the last save, by group; reused by the next
         self._writing: _Writing | None = None
 
     def __enter__(self) -> Self:
@@ -133,7 +136,7 @@ class Saver:
     def save(self, step: int, images: int, groups: Iterable[Group]) -> None:
         """Copy the tensors of `groups`, and write them while the caller continues. Every rank must call it.
 
-        A save that is still being written is waited for. RunError if that one has failed.
+        Waits first for the previous save. RunError if that one has failed.
         """
         writing = _Writing(step, images, time.monotonic())
         self.finish()
@@ -142,19 +145,19 @@ class Saver:
             if self.world.first:
                 self._copy(groups)
             else:
-                for _ in groups:  # its part of what all ranks gather
+                for _ in groups:  # takes part in gathering the tensors
                     pass
         if self.world.first:
-            # A daemon: a process that is to end at once need not wait for the disk.
+            # A daemon thread, so that a process that must end at once does not wait for the disk.
             writing.thread = Thread(target=self._write, args=(writing,), name="saving", daemon=True)
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # the main thread takes them all
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # leaves them to the main thread
             writing.thread.start()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         writing.standstill = time.monotonic() - writing.due
         self._writing = writing
 
     def look(self) -> None:
-        """Note a save that has become done since the last look; waits for nothing. RunError if it has failed."""
+        """Note a save that was completed since the last call. Does not wait. RunError if the save has failed."""
         writing = self._writing
         if writing is None or writing.thread is None or writing.thread.is_alive():
             return
@@ -162,17 +165,19 @@ class Saver:
             raise error
 
     def finish(self) -> None:
-        """Wait for the save that is being written. Every rank must call it. RunError if it has failed."""
+        """Wait for the save in progress. Every rank must call it. RunError on rank 0 and PeerLost on the others if
+        it has failed.
+        """
         if (error := self._settled()) is not None:
             raise error
 
     def last_good(self) -> str:
-        """The newest checkpoint that is complete, for messages: `finish`, but a failed save is only a warning."""
+        """The newest complete checkpoint, for messages. Waits like `finish`, but only warns of a failed save."""
         self._warn_of(self._settled())
         return str(self.checkpoints.last or "none yet")
 
     def _settled(self) -> RunError | PeerLost | None:
-        """Why the last save has failed; None on all ranks, once it is complete."""
+        """Wait for the save in progress. Returns its error, or None on all ranks if it is complete."""
         error: RunError | PeerLost | None = self.world.alone("waiting for the last save", self._outcome)
         [failed] = self.world.meet("after the last save", error is not None)
         if failed and not self.world.first:
@@ -183,7 +188,7 @@ class Saver:
         return error
 
     def _outcome(self) -> RunError | None:
-        """Waits for the thread that writes; why the save has failed."""
+        """Wait for the writing thread of this rank, if any. Returns the error of the save, or None."""
         writing = self._writing
         if writing is None or writing.thread is None:
             return None
@@ -199,12 +204,12 @@ class Saver:
             self.checkpoints.warn(str(error))
 
     def _copy(self, groups: Iterable[Group]) -> None:
-        """One group at a time, as each may have been gathered for this alone."""
+        """Copy one group at a time: a group may have been gathered from all ranks just for this."""
         kept, self.images, devices = self.images, {}, set[torch.device]()
         for group, tensors in groups:
             image = kept.pop(group, None)
             if image is None or not image.fits(tensors):
-                image = None  # its memory goes first
+                image = None  # free its memory first
                 image = Image(tensors)
             image.fill(tensors)
             self.images[group] = image

@@ -1,6 +1,6 @@
-"""What the loop needs of a network that is trained, and of whoever divides networks among the processes.
+"""The interfaces between the training loop and the ways to divide networks among processes.
 
-`plain` and `zero` fit these protocols. Another way to divide networks is one more such file and its choice in `choice`.
+`plain` and `zero` implement them. For another way, add such a file, and select it in `choice`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,99 +21,102 @@ Sizes = Mapping[str, Sequence[int]]  # elements of each parameter, by network
 
 @runtime_checkable
 class Trainable(Protocol):
-    """A network with an optimizer of its own; its parameters that come with requires_grad=False stay as they are.
+    """A network with its own optimizer. Parameters that have requires_grad=False at the start are not trained.
 
-    All ranks must call these together: `backward`, `check_reach`, `gradient_norm`, `step`, `whole`, `gather`,
+    All ranks must call these methods together: `backward`, `check_reach`, `gradient_norm`, `step`, `whole`, `gather`,
     `weights`, `unmoved`, `state`.
     """
 
     @property
     def module(self) -> nn.Module: ...
     @property
-    def callable(self) -> nn.Module: ...  # what the loss of its own turn calls
+    def callable(self) -> nn.Module: ...  # the module that the loss of its own turn calls
     @property
     def sizes(self) -> Sequence[int]: ...  # elements of each trained parameter
     @property
-    def still(self) -> Sequence[int]: ...  # elements of each parameter that stays as it is
+    def still(self) -> Sequence[int]: ...  # elements of each parameter that is not trained
     @property
-    def waiting(self) -> set[str]: ...  # names of the parameters that the first turns need not reach
+    def waiting(self) -> set[str]: ...  # names of parameters that need no gradient in the first turns
 
     def activate(self, active: bool) -> None:
-        """Active: in train() with gradients; else in eval() and frozen, though gradients may flow through it."""
+        """Active: set train() mode and requires_grad. Else set eval() mode and freeze; gradients may flow through."""
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of `loss` (already divided by the number of micro-batches)."""
+        """Add the gradients of `loss`, which is already divided by the number of micro-batches."""
 
     def check_reach(self) -> None:
-        """InputError if the first turns' backward passes left trained weights without a gradient, on all ranks."""
+        """InputError if trained weights got no gradient in the first turns, on any rank. Called once per turn."""
 
     def gradient_norm(self) -> Tensor:
-        """Global norm of the gradients' means over the ranks, before clipping. What no turn reached has gradient 0."""
+        """Global norm of the gradients, averaged over the ranks, before clipping. A missing gradient counts as 0."""
 
     def step(self, lr: float, norm: Tensor) -> None:
-        """Clip, move the weights, clear the gradients. lr: of the stage."""
+        """Clip the gradients, update the weights, clear the gradients. lr: the stage's. norm: of `gradient_norm`."""
 
     def masters(self) -> dict[str, Tensor]:
-        """The fp32 weights that move, by name: what this rank has of them."""
+        """The trained fp32 weights by name, or this rank's parts of them."""
 
     def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors by name from tensors that are divided as `masters`; on rank 0 at least."""
+        """Whole tensors by name, from tensors divided in the same way as `masters`; at least on rank 0."""
 
     def scatter(self, whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors divided as `masters` from whole ones."""
+        """The inverse of `gather`: this rank's parts of whole tensors."""
 
     def whole(self) -> AbstractContextManager[None]:
-        """While entered, the module's own parameters are whole, on every rank."""
+        """A context in which the module's parameters are whole on every rank."""
 
     def weights(self) -> dict[str, Tensor]:
-        """The whole state dict; on rank 0 at least."""
+        """The whole state dict; at least on rank 0."""
 
     def unmoved(self) -> dict[str, Tensor]:
-        """What of the state dict the optimizer does not move: buffers and frozen parameters, whole on every rank."""
+        """The part of the state dict that is not trained, buffers and frozen parameters; whole on every rank."""
 
     def state(self) -> dict[str, Tensor]:
-        """The optimizer's whole tensors as "PARAMETER/MOMENT", on rank 0 at least; none before the first step."""
+        """The optimizer's state, whole, as "PARAMETER/MOMENT"; at least on rank 0. Empty before the first step."""
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `state` gave: nothing, if it was taken before the first step."""
+        """Load what `state` returned. RunError if it has a parameter that the network does not have."""
 
     def live(self) -> dict[str, list[Tensor]]:
-        """The tensors of this rank by kind: "parameters", "gradients", "optimizer" (master weights are among them)."""
+        """This rank's tensors by kind: "parameters", "gradients", "optimizer" (with separate master weights)."""
 
     def close(self) -> None:
-        """Let go of what would outlive this object."""
+        """Free resources that would otherwise stay after this object is deleted."""
 
 
 @dataclass(frozen=True)
 class Held:
-    """Elements in float32 that a process holds for the networks of a training, just before an optimizer step."""
+    """Numbers of float32 elements that a process has in memory just before an optimizer step."""
 
     parameters: int
     gradients: int
     optimizer: int
-    """its moments, and master weights where they are not the parameters themselves"""
+    """moments, and master weights if they are not the parameters themselves"""
     masters: Mapping[str, int]
-    """of `Trainable.masters`, by network"""
+    """elements of `Trainable.masters`, by network"""
 
 
 @runtime_checkable
 class Sharding(Protocol):
-    """Which process holds what of the networks of a training."""
+    """A way to divide networks among processes."""
 
     @property
-    def record(self) -> Mapping[str, str | int]: ...  # for the environment that checkpoints note, as `launch` names it
+    def record(self) -> Mapping[str, str | int]: ...  # the options of `launch`, for the environment in checkpoints
     @property
-    def divides_trained(self) -> bool: ...  # the weights of trained networks, which may then come on the CPU
+    def divides_trained(self) -> bool: ...  # whether weights of trained networks are; these may then be on the CPU
     @property
-    def divides_frozen(self) -> bool: ...  # those of frozen ones, the teacher's too, which may then come on the CPU
+    def divides_frozen(self) -> bool: ...  # the same for frozen networks, including the teacher
 
     def wrap(
         self, name: str, role: Trained, spec: OptimizerSpec, world: World, device: torch.device, slices: list[Rows]
     ) -> Trainable:
-        """The network `name` of a recipe, ready to be trained in micro-batches of these rows."""
+        """The network `name` of a recipe, ready to be trained in micro-batches of the rows `slices`."""
 
     def divide(self, network: nn.Module, device: torch.device, world: World) -> None:
-        """Divide a frozen network's weights among the ranks, in place, where `divides_frozen`."""
+        """Divide the weights of a frozen network among the ranks, in place. Only if `divides_frozen`."""
 
     def held(self, sizes: Sizes, still: Sizes, procs: int) -> Held:
-        """Of each of `procs` processes. sizes: of the parameters that are trained; still: of the others."""
+        """What each of `procs` processes has in memory.
+
+        sizes: of the trained parameters. still: of the parameters that are not trained.
+        """

@@ -1,6 +1,7 @@
-"""The processes that train together: which rows are ours, and the few collectives of the loop.
+"""The processes (ranks) that train together: the rows of each, and the collectives of the training loop.
 
-A rank that waits too long, or for one that is gone, ends with `PeerLost`, which says where it was: step and turn.
+A rank that waits too long for another one, or for one that has ended, raises `PeerLost`. The message says where in the
+loop it was: step and turn.
 """
 
 import faulthandler
@@ -24,18 +25,22 @@ from distill.core.errors import EXIT_PEER, PeerLost, RunError
 from distill.flow.draws import Rows
 
 T = TypeVar("T")
-PLACE = 120  # bytes of what a rank says of its place when all meet
-FLAGS = 8
-GRACE = 3.0  # seconds between the timeout of a collective, which raises, and the end of a process that it cannot reach
-PATIENCE = 6  # times the timeout of a collective: what rank 0 may take for work of its own, such as saving
+PLACE = 120  # bytes of the place that ranks exchange in `meet`
+FLAGS = 8  # most flags that they exchange there
+GRACE = 3.0  # seconds by which a watch waits longer than the timeout of a collective, which raises an exception
+PATIENCE = 6  # in timeouts of a collective: how long the ranks wait for rank 0's own work, such as saving
 POLL = 0.02  # seconds
 LOST = re.compile(r"gloo|[Tt]imed out|[Tt]imeout|remote process exited|[Cc]onnection|Broken pipe")
 Lost = Callable[[str], None]
 
 
 class Watch:
-    """Ends this process when it stays too long in one place of the loop: hung itself, or in a wait that no timeout of
-    a collective can end (a GPU's). Says where it is, and where its threads are.
+    """Ends this process if it stays too long in one place of the loop.
+
+    The process may hang, or wait for a GPU, which the timeout of a collective cannot end. Before the end, the place and
+    the stacks of all threads are written to stderr.
+
+    seconds: the limit. lost: called with a message before the process ends.
     """
 
     def __init__(self, rank: int, seconds: float, lost: Lost) -> None:
@@ -61,7 +66,7 @@ class Watch:
 
 @dataclass(frozen=True)
 class World:
-    """One of `size` ranks that run the same program on different rows. Alone, its collectives are free."""
+    """One of `size` ranks that run the same program on different rows. With one rank, collectives do nothing."""
 
     rank: int = 0
     size: int = 1
@@ -69,22 +74,22 @@ class World:
     store: distributed.Store | None = None
     timeout: timedelta = timedelta(minutes=10)
     """of a collective"""
-    works: Iterator[int] = field(default_factory=count)  # of `alone`, the same on all ranks
+    works: Iterator[int] = field(default_factory=count)  # numbers the calls of `alone`, equally on all ranks
 
     @property
     def first(self) -> bool:
-        """Whether this rank speaks and writes for all."""
+        """Whether this is rank 0, which prints and writes files for all."""
         return self.rank == 0
 
     def rows(self, batch_size: int, micro_batch: int) -> list[Rows]:
-        """This rank's micro-batches: the ranks' parts of a global batch follow each other."""
+        """The rows of this rank's micro-batches. Rank r has the r-th contiguous part of the global batch."""
         share = batch_size // self.size
         assert share * self.size == batch_size and share % micro_batch == 0
         begin = self.rank * share
         return [Rows(start, start + micro_batch, batch_size) for start in range(begin, begin + share, micro_batch)]
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over the ranks of equally shaped tensors."""
+        """The mean of a tensor over the ranks; all ranks must give the same shape."""
         if self.size == 1:
             return values
         total = values.detach().clone()
@@ -92,13 +97,16 @@ class World:
         return total.div_(self.size)
 
     def share(self, tensors: Iterable[Tensor]) -> None:
-        """Make these tensors what they are on rank 0."""
+        """Broadcast these tensors from rank 0, in place."""
         if self.size > 1:
             for tensor in tensors:
                 distributed.broadcast(tensor.detach(), 0)
 
     def meet(self, place: str, *flags: bool) -> list[bool]:
-        """For each flag, whether a rank has it. RunError unless all ranks are at the same place of the program."""
+        """Wait for all ranks. Returns for each flag whether it is set on any rank.
+
+        RunError unless all ranks are at the same `place` of the program.
+        """
         if self.size == 1:
             return list(flags)
         said = bytes(flags).ljust(FLAGS, b"\0") + place.encode()[:PLACE].ljust(PLACE)
@@ -114,9 +122,10 @@ class World:
         return [any(text[i] for text in texts) for i in range(len(flags))]
 
     def alone(self, what: str, work: Callable[[], T]) -> T | None:
-        """Rank 0 runs `work` and returns its result; the others return None and wait without a collective's time limit.
+        """Rank 0 runs `work` and returns its result. The other ranks wait and return None.
 
-        If it raises there, the others lose contact with a rank that ends.
+        They wait up to `PATIENCE` times the timeout of a collective. If `work` raises an exception, rank 0 ends, and
+        the other ranks raise `PeerLost`.
         """
         self.meet(what)
         if self.size == 1:
@@ -126,7 +135,7 @@ class World:
         if self.first:
             found = work()
             self.store.set(key, b"done")
-            self.meet(f"after {what}")  # the store ends with this process: not before all have seen it
+            self.meet(f"after {what}")  # the store ends with this process, so wait until all have read it
             return found
         deadline = time.monotonic() + PATIENCE * self.timeout.total_seconds()
         with self.contact(f"waiting for rank 0: {what}", watched=False):
@@ -139,13 +148,16 @@ class World:
 
     @contextmanager
     def contact(self, place: str, *, watched: bool = True) -> Iterator[None]:
-        """Where this rank may wait for others: names the place if one of them cannot be reached."""
+        """Context for code that may wait for other ranks. `PeerLost` with the `place` if one cannot be reached.
+
+        watched: whether the watch may end the process there.
+        """
         if self.watch is not None and watched:
             self.watch.arm(place)
         try:
             yield
         except RunError:
-            raise  # of our own, whatever words it holds
+            raise  # one of ours, even if its text matches LOST
         except RuntimeError as error:
             if not LOST.search(str(error)):
                 raise
@@ -157,14 +169,15 @@ class World:
 
     @classmethod
     def join(cls, device: torch.device, timeout_minutes: float, local_rank: int, lost: Lost) -> Self:
-        """Meet the other ranks of the environment (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+        """Join the other ranks, as the environment says (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 
-        device: what all of them compute on; on a GPU host rank `local_rank` takes that GPU.
-        lost: called with the place of this rank, if the process must end without an exception.
+        device: the kind of device on which all ranks compute; with GPUs, this rank uses number `local_rank`.
+        timeout_minutes: of a collective.
+        lost: called with a message if the process must end without an exception.
         """
         backend, timeout = "gloo", timedelta(minutes=timeout_minutes)
         if device.type == "cuda":
-            backend = "cpu:gloo,cuda:nccl"  # what the ranks say to each other needs no synchronisation of a GPU
+            backend = "cpu:gloo,cuda:nccl"  # messages go by gloo, which need not wait for a GPU
             torch.cuda.set_device(local_rank)
         with cls(local_rank).contact("meeting the others"):
             store, rank, size = next(distributed.rendezvous("env://", timeout=timeout))

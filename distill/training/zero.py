@@ -1,8 +1,8 @@
-"""A trained network whose gradients, moments and weights DeepSpeed divides among the ranks (Rajbhandari et al. 2020,
-ZeRO, arXiv 1910.02054): stage 0 none of them, 1 the moments, 2 also the gradients, 3 also the weights.
+"""Trained networks that DeepSpeed divides among the ranks: ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054).
 
-What leaves this module is whole: state dicts by parameter name in fp32, as a network that is trained alone has them, so
-that a checkpoint fits any number of ranks and any stage.
+Stage 0 divides nothing, stage 1 the optimizer's moments, stage 2 also the gradients, stage 3 also the weights. State
+dicts that leave this module are whole, in fp32 and by parameter name, as those of a network that is trained on one
+process. So a checkpoint can be loaded with any number of ranks and any stage.
 """
 
 import math
@@ -26,15 +26,15 @@ from distill.training.sharding import Held, Sizes, Trainable
 from distill.training.world import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-PERSISTENT = 100_000  # elements up to which DeepSpeed does not shard a parameter in stage 3, by default
-QUIET = {"steps_per_print": 10**9, "timers": {"throughput": {"enabled": False}}}  # these would wait for the GPU
+PERSISTENT = 100_000  # DeepSpeed's default in stage 3: parameters of at most so many elements stay whole
+QUIET = {"steps_per_print": 10**9, "timers": {"throughput": {"enabled": False}}}  # both would wait for the GPU
 
 
 @dataclass(frozen=True)
 class ParameterPart:
-    """Where this rank's part of a parameter lies: [start, start + numel) of it is [at, at + numel) of a flat tensor."""
+    """This rank's part of a parameter: its elements [start, start + numel) are [at, at + numel) of a flat tensor."""
 
-    flat: int
+    flat: int  # number of the flat tensor
     at: int
     start: int
     numel: int
@@ -44,7 +44,10 @@ class ParameterPart:
 
 
 class ZeroTrainable(PlainTrainable):
-    """The network of `role` in a DeepSpeed engine; in stage 3 it may come on the CPU, and is moved part by part."""
+    """The network of `role` in a DeepSpeed engine. Implements `sharding.Trainable`.
+
+    In stage 3 the network may be on the CPU: it is moved to the device part by part while it is divided.
+    """
 
     def __init__(
         self,
@@ -60,7 +63,7 @@ class ZeroTrainable(PlainTrainable):
         super().__init__(name, role, spec, world)
         assert zero.stage is not None
         self.stage, self.accumulate, self._micro_steps = zero.stage, len(slices), 0
-        self.shapes = {key: p.shape for key, p in self._parameters.items()}  # stage 3 empties the parameters themselves
+        self.shapes = {key: p.shape for key, p in self._parameters.items()}  # stage 3 makes the parameters empty
         config = _config(sum(self.sizes), spec, zero, slices)
         if self.stage == 3:
             _divide(self.module, device, config)
@@ -73,7 +76,8 @@ class ZeroTrainable(PlainTrainable):
 
     def backward(self, loss: Tensor) -> None:
         if self._micro_steps:
-            self.engine.step()  # DeepSpeed wants step() after each micro-batch; before the last it only counts
+            # DeepSpeed expects step() after every micro-batch; it updates the weights only after the last one.
+            self.engine.step()
         self._micro_steps += 1
         self.engine.backward(loss, scale_wrt_gas=False)
 
@@ -85,23 +89,24 @@ class ZeroTrainable(PlainTrainable):
         if self.stage == 3:
             from deepspeed.runtime.utils import combine_grad_norm_groups
 
-            return combine_grad_norm_groups(optimizer._get_norm_groups()).float()  # infinite where a part says -1
+            return combine_grad_norm_groups(optimizer._get_norm_groups()).float()  # infinite if a group says -1
         return optimizer.scaled_global_norm().float()
 
     def step(self, lr: float, norm: Tensor) -> None:
         self._set_lr(lr)
         self.engine.step()
         if self.stage == 3:
-            self.engine.optimizer.grad_partitions_flat_buffer.zero_()  # or what a turn does not reach moves by the last
+            # Otherwise a parameter that the next turn does not reach would be updated with these gradients again.
+            self.engine.optimizer.grad_partitions_flat_buffer.zero_()
         self._micro_steps = 0
 
     def masters(self) -> dict[str, Tensor]:
-        """This rank's parts of the fp32 weights, flat, by name."""
+        """This rank's parts of the fp32 weights, as flat tensors by name."""
         return {key: part.of(self._flats) for key, part in self._parts.items()}
 
     @torch.no_grad()
     def gather(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole tensors of all ranks' parts, on rank 0; nothing on the others."""
+        """The whole tensors, made from the parts of all ranks, on rank 0; an empty dict on the others."""
         whole: dict[str, Tensor] = {}
         for keys in buckets({key: shape.numel() for key, shape in self.shapes.items()}):
             sizes = [self.shapes[key].numel() for key in keys]
@@ -145,7 +150,7 @@ class ZeroTrainable(PlainTrainable):
         parameters, found = dict(self.module.named_parameters(remove_duplicate=False)), {}
         for key, tensor in self.module.state_dict().items():
             if key not in self.shapes:
-                frozen = [parameters[key]] if key in parameters else []  # one by one: a base may not fit whole
+                frozen = [parameters[key]] if key in parameters else []  # one by one: all may not fit on a device
                 with _deepspeed().zero.GatheredParameters(frozen, enabled=self.stage == 3):
                     found[key] = (*frozen, tensor)[0].detach().cpu().clone()
         return found
@@ -156,7 +161,7 @@ class ZeroTrainable(PlainTrainable):
     def state(self) -> dict[str, Tensor]:
         moments = [self._moments(flat) for flat in self._keys()]
         if not all(moments):
-            return {}  # it has not moved yet
+            return {}  # before the first step
         out: dict[str, Tensor] = {}
         for name in MOMENTS:
             flats = [moment[name] for moment in moments]
@@ -188,7 +193,7 @@ class ZeroTrainable(PlainTrainable):
         return self._optimizer.state[flat]
 
     def _keys(self) -> list[Tensor]:
-        """What the optimizer keeps moments of."""
+        """The tensors for which the optimizer has moments."""
         return self._flats if self.stage else list(self._unique)
 
     def _layout(self) -> tuple[list[Tensor], dict[str, ParameterPart]]:
@@ -206,23 +211,23 @@ class ZeroTrainable(PlainTrainable):
         for key, p in self._parameters.items():
             flat, at, share = optimizer.grad_position[optimizer.get_param_id(p)]
             start = self.world.rank * share
-            if (numel := min(share, p.ds_numel - start)) > 0:  # the last rank's share may be padding
+            if (numel := min(share, p.ds_numel - start)) > 0:  # the last shares may be padding only
                 parts[key] = ParameterPart(flat, at, start, numel)
         return list(optimizer.fp32_partitioned_groups_flat), parts
 
 
 @dataclass(frozen=True)
 class Zero:
-    """What DeepSpeed divides, and where it lies. Fits `sharding.Sharding`."""
+    """Division of networks by DeepSpeed. Implements `sharding.Sharding`."""
 
     stage: int | None
-    """of the trained networks; None: they are trained without DeepSpeed"""
+    """ZeRO stage of the trained networks; None: they are trained without DeepSpeed"""
     frozen: bool = False
-    """whether the weights of frozen networks are divided, the teacher's too"""
+    """whether the weights of frozen networks, including the teacher, are divided"""
     persistence_threshold: int | None = None
-    """parameters of fewer elements stay whole where weights are divided; None: DeepSpeed's own choice"""
+    """where weights are divided, parameters of at most so many elements stay whole; None: DeepSpeed's default"""
     offload_optimizer: bool = False
-    """master weights and moments lie in the CPU's memory, where AdamW moves them (torch's own: nothing is compiled)"""
+    """keep master weights and moments in CPU memory and update them there, by torch's AdamW (nothing is compiled)"""
 
     @property
     def record(self) -> dict[str, str | int]:
@@ -247,7 +252,10 @@ class Zero:
         return ZeroTrainable(name, role, spec, world, device=device, zero=self, slices=slices)
 
     def divide(self, network: nn.Module, device: torch.device, world: World) -> None:
-        """A call gathers the weights, layer by layer, on all ranks. Gradients flow through them to the input."""
+        """Divide a frozen network. A call gathers its weights layer by layer, and gradients can flow to its input.
+
+        All ranks must call the network together.
+        """
         numel = sum(p.numel() for p in network.parameters())
         division = {"stage": 3, **_division(numel), "stage3_max_reuse_distance": 0}
         if self.persistence_threshold is not None:
@@ -260,10 +268,10 @@ class Zero:
         if not self.stage:
             return PLAIN.held(sizes, still, procs)
         own = {name: sum(math.ceil(size / procs) for size in each) for name, each in sizes.items()}
-        gradients = sum(own.values()) if self.stage == 3 else max(own.values())  # of stage 3 they are never given back
+        gradients = sum(own.values()) if self.stage == 3 else max(own.values())  # stage 3 never frees them
         every = [size for each in (*sizes.values(), *still.values()) for size in each]
         parameters = sum(every)
-        if self.stage == 3 and procs > 1:  # alone, what is whole is the part
+        if self.stage == 3 and procs > 1:  # one process has all of it anyway
             least = PERSISTENT if self.persistence_threshold is None else self.persistence_threshold
             parameters = sum(math.ceil(size / procs) for size in every) + sum(size for size in every if size <= least)
         return Held(parameters, gradients, 3 * sum(own.values()), own)  # master weights and two moments, divided
@@ -276,10 +284,10 @@ def _divide(network: nn.Module, device: torch.device, config: dict[str, Any]) ->
 
 
 def _division(numel: int) -> dict[str, Any]:
-    # Buffers of DeepSpeed's own choice take 2 GB, however small the network. Its own linear layer would replace torch's
-    # in the whole process, the teacher's networks included; torch's keeps gathered weights for the backward pass, which
-    # launch.activation_checkpointing avoids.
-    bucket = min(numel + numel % 2, BUCKET)  # even, or DeepSpeed refuses it
+    # By default, DeepSpeed's buffers take 2 GB even for a small network. Its memory-efficient linear layer would also
+    # replace torch's in all networks of the process, e.g. the teacher. torch's layer keeps gathered weights for the
+    # backward pass; launch.activation_checkpointing avoids that.
+    bucket = min(numel + numel % 2, BUCKET)  # DeepSpeed refuses odd sizes
     return {"reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "memory_efficient_linear": False}
 
 
@@ -306,22 +314,22 @@ def _initialize(
     from deepspeed.utils import groups
 
     deepspeed = _deepspeed()
-    if groups._WORLD_GROUP is None:  # else it makes one that waits for half an hour, whatever ours does
+    if groups._WORLD_GROUP is None:  # DeepSpeed's own group would have a timeout of half an hour
         groups._WORLD_GROUP = distributed.new_group(timeout=world.timeout)
     return deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
 
 
 @cache
 def _deepspeed() -> ModuleType:
-    """Imported only where something is divided: it takes seconds."""
-    # What it calls in torch by old names would be said at every step.
+    """The deepspeed module. It is imported only if it is used, because that takes seconds."""
+    # DeepSpeed calls deprecated functions of torch; the warning would be shown at every step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     import deepspeed
 
-    # An operator for memory that ranks of one host share: nothing here uses it, and it would be compiled at the start.
+    # The operator for memory shared by the ranks of a host would be compiled at the start, and is not used here.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Autocast is the engine's and the recipe's decision. DeepSpeed's would replace it in every call of a network:
-    # derivatives that turn it off would be taken in bf16, and casts made without gradients would be cached.
+    # Only the training loop and the recipe decide on autocast. DeepSpeed would set its own in every call of a network:
+    # derivatives that turn autocast off would be computed in bf16, and casts made without gradients would be cached.
     engine = vars(deepspeed.runtime.engine)
     assert "autocast_if_enabled" in engine, f"DeepSpeed {deepspeed.__version__} decides on autocast somewhere else"
     engine["autocast_if_enabled"] = lambda _: nullcontext()
