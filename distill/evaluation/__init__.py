@@ -1,1 +1,1 @@
-"""Measuring teachers and students: samples, metrics, pictures, the report."""
+"""Evaluation of teachers and students: samples, metrics, pictures, the report."""

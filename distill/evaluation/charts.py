@@ -1,4 +1,4 @@
-"""The report's charts, as SVG without dates or random names: the same numbers give the same bytes."""
+"""The charts of the report, as SVG. They have no dates or random names, so the same data gives the same bytes."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,9 @@ TEACHER = "#8a8d91"
 SHADES = LinearSegmentedColormap.from_list("steps", ("#e3a48f", "#c96f54", "#9c3c24", "#5e2213"))  # few to many
 STUDENTS = ("#b4472e", "#2f5d8a", "#5b7f3b", "#8a5a9e", "#b08a2e")
 STYLE = {
-    "svg.fonttype": "none",  # text stays text, in the reader's own sans-serif
+    "svg.fonttype": "none",  # text is not converted to paths; the viewer's sans-serif font is used
     "svg.hashsalt": "distill",
-    "text.parse_math": False,  # a $ in a name is a $
+    "text.parse_math": False,  # a $ in a name does not start a formula
     "font.family": "sans-serif",
     "font.size": 9,
     "text.color": INK,
@@ -41,21 +41,21 @@ STYLE = {
     "xtick.minor.size": 0,
     "ytick.minor.size": 0,
 }
-FEW = 6  # networks whose numbers all fit beside their points
+FEW = 6  # up to so many networks, every point has its value beside it
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Some numbers in a row, like the logged ones of a stage."""
+    """A curve, e.g. of the values that a stage has logged."""
 
     name: str
     at: Sequence[float] | Sequence[int]
-    """images, or rounds"""
+    """position of each value, in images or rounds"""
     values: Sequence[float]
 
 
 def quality(results: Results) -> str:
-    """Distance (or, without a reference, RMS to the teacher) against network calls, both logarithmic."""
+    """Distance against network calls, both logarithmic; without a reference, RMS to the teacher instead of distance."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(6.4, 3.9)
         lowest = {row.nfe: min(r.value for r in results.rows if r.nfe == row.nfe) for row in results.rows}
@@ -75,7 +75,7 @@ def quality(results: Results) -> str:
                 if row.fine:
                     label = f"{network}, {row.solver}"
                     axes.plot([row.nfe], [row.value], "D", color=colour, ms=5.5, mfc="white", label=label)
-                # Teacher beside its falling line; the best student of a column below its point, others to the right.
+                # Labels: of the teacher above its points, of the best student per number of calls below, of others beside.
                 place, align = (5, 4), "left"
                 if crowded and row.role == "student" and row.value != lowest[row.nfe]:
                     continue
@@ -99,7 +99,7 @@ def quality(results: Results) -> str:
 
 
 def rounds(panels: Mapping[str, Sequence[Curve]]) -> str:
-    """Numbers of each round, in panels; round 0 is the first teacher."""
+    """Panels with the values of each reflow round, by title. Round 0 is the first teacher."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.3 * len(panels), 2.6), layout="constrained")
         FigureCanvasSVG(figure)
@@ -124,9 +124,9 @@ def rounds(panels: Mapping[str, Sequence[Curve]]) -> str:
 
 
 def ranks(lines: Mapping[str, Sequence[tuple[int, float]]], teacher: Sequence[tuple[str, float]], label: str) -> str:
-    """A line for each recipe, the first on top, with a dot at its value for each number of steps.
+    """A horizontal line for each recipe, the first on top, with a dot at its value for each number of steps.
 
-    teacher: vertical lines, by name.
+    lines: (steps, value) by recipe. teacher: (label, value) of vertical lines. label: of the axis.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(7.2, 1.5 + 0.36 * len(lines))
@@ -158,7 +158,7 @@ def ranks(lines: Mapping[str, Sequence[tuple[int, float]]], teacher: Sequence[tu
 
 
 def losses(curves: Sequence[Curve], unit: str) -> str:
-    """The numbers that a stage logged, each in a panel of its own."""
+    """The values that a stage has logged, one panel for each curve. unit: of the horizontal axis."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.3 * len(curves), 2.3), layout="constrained")
         FigureCanvasSVG(figure)
@@ -177,7 +177,7 @@ def losses(curves: Sequence[Curve], unit: str) -> str:
 
 
 def _plain_powers(axis: Axis) -> None:
-    """Numbers beside a logarithmic axis, written as 0.1 and 20: matplotlib's own are formulas, which are not drawn."""
+    """Label a logarithmic axis with numbers such as 0.1 and 20. matplotlib's default is formulas, which STYLE turns off."""
     low, high = axis.get_data_interval()
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -185,7 +185,7 @@ def _plain_powers(axis: Axis) -> None:
 
 
 def colours_of(results: Results) -> Mapping[str, str]:
-    """A colour for each network, the teacher's grey."""
+    """A colour for each network; the teacher's is grey."""
     students = dict.fromkeys(row.network for row in results.rows if row.role == "student")
     colours = {name: STUDENTS[i % len(STUDENTS)] for i, name in enumerate(students)}
     return {results.rows[0].network: TEACHER, **colours}

@@ -1,6 +1,7 @@
-"""Evaluation: teacher and students from the same noise, every sample set made once and used for all columns.
+"""Measures the samples that teacher and students make from the same noise.
 
-A finished row is kept as a file of its own, keyed by everything its numbers depend on, so that a kill costs one row.
+The samples of a row are made once and used for all its columns. A finished row is kept in a file, with a key of
+everything that its values depend on. So a process that is killed loses only one row.
 """
 
 import hashlib
@@ -46,7 +47,7 @@ from distill.students.sampling import (
 )
 from distill.teachers import LoadedTeacher
 
-VERSION = 2  # of the measurements: part of a row's key
+VERSION = 2  # of the measurements; part of the key of a row
 PICTURE_ROWS, PICTURE_POINTS = 6, 2000
 STRAIGHTNESS_STEPS, STRAIGHTNESS_SAMPLES = 16, 256
 
@@ -60,8 +61,8 @@ class Plan:
     solver: str
     steps: int
     fine: bool = False
-    along: str = ""  # as in `Row`
-    times: tuple[float, ...] | None = None  # of its steps; None: uniform
+    along: str = ""  # which times, in words, as in `Row`; "": the usual ones
+    times: tuple[float, ...] | None = None  # of the steps, from 1 to 0; None: uniform
 
     @property
     def slug(self) -> str:
@@ -87,8 +88,9 @@ def evaluate(
     progress: Progress,
     stop: StopRequest,
 ) -> Results:
-    """The evaluate stage `name` of a run: results.json and pictures in its folder. own: a teacher in closed form, whose
-    samples stand in for data.
+    """Run the evaluate stage `name` of a run; writes results.json and pictures to its folder. See `measure`.
+
+    own: a teacher in closed form, whose exact samples are used in place of data.
     """
     if teacher is None:
         raise InputError(f"stages.{name}.teacher is not given and the spec has no teacher; name a train stage")
@@ -115,10 +117,12 @@ def measure(
     store: Path,
     exact: Callable[[int, Sequence[int]], Tensor] | None = None,
 ) -> Results:
-    """Measure every row of `stage`; results.json, rows and pictures go to `folder`. Resumes where it was killed.
+    """Measure every row of `stage`; writes results.json, rows and pictures to `folder`. Finished rows are reused.
 
-    Without data, samples are compared with `exact` ones, (seed, indices) -> samples; by default the teacher's, if any.
-    store: where optimal times are kept.
+    Without data, samples are compared with exact ones. InputError if the networks or the data do not fit together.
+
+    store: folder where optimal step times are kept.
+    exact: (seed, indices) -> exact samples; None: the teacher's, if it is known in closed form.
     """
     _check(stage, teacher, students, data)
     try:
@@ -157,7 +161,7 @@ def measure(
 
 
 def refuse_few(data: DataSet) -> None:
-    """InputError for data that nothing can be compared with."""
+    """InputError if there are too few images for the metrics."""
     if len(data) <= NEIGHBOURS:
         raise InputError(
             f"data '{data.name}' has {len(data)} images; an evaluation compares each with its {NEIGHBOURS} nearest "
@@ -172,7 +176,7 @@ def _fine(stage: EvaluateStage) -> Plan:
 def _check(
     stage: EvaluateStage, teacher: LoadedTeacher, students: Mapping[str, LoadedStudent], data: DataSet | None
 ) -> None:
-    """InputError for networks that cannot be compared, before anything is written."""
+    """InputError if networks and data cannot be compared. Called before anything is written."""
     assert all(isinstance(students[name].student, VelocityStudent) for name in stage.fine_students), "checks.check"
     for name, student in students.items():
         if (student.shape, student.num_classes) != (teacher.shape, teacher.num_classes):
@@ -205,11 +209,12 @@ class _Work:
     progress: Progress
     stop: StopRequest
     store: Path
-    straight: dict[tuple[str, str], float | None] = field(default_factory=dict)  # by role and network
+    straight: dict[tuple[str, str], float | None] = field(default_factory=dict)  # cached, by role and network
 
     def plans(self) -> list[Plan]:
-        """The rows of the stage: teacher by Euler, teacher by the fine solver, students by their own samplers; of each
-        network those along other times behind its usual ones.
+        """The rows of the stage: the teacher with Euler and with the fine solver, students with their own samplers.
+
+        For each network, rows with other step times come after its usual ones.
         """
         rows = [Plan("teacher", "teacher", "euler", steps) for steps in self.stage.teacher_steps]
         rows += [*self._along(rows, self.teacher), _fine(self.stage)]
@@ -222,7 +227,7 @@ class _Work:
         return rows
 
     def _along(self, usual: list[Plan], network: LoadedTeacher | LoadedStudent) -> Iterator[Plan]:
-        """The usual rows of a network along other times, as the stage asks for."""
+        """The rows of a network with the other step times that the stage asks for. usual: its rows with usual times."""
         for asked in self.stage.times.get(usual[0].network, []) if usual else []:
             if asked == "optimal":
                 scale = self.stage.guidance_scale if isinstance(network, LoadedTeacher) else 1.0
@@ -238,7 +243,7 @@ class _Work:
         return self.folder / "endpoint.safetensors"
 
     def fine(self) -> tuple[Row, Tensor]:
-        """The row of the fine solver and its samples [N, ...], which are kept until all rows are measured."""
+        """The teacher's row with the fine solver, and its samples [N, ...], which are kept until all rows are done."""
         plan, path = _fine(self.stage), self.endpoint_path
         kept, stamp = self.kept(plan), {"key": self._key(plan)}
         if kept is not None and path.exists():
@@ -251,7 +256,7 @@ class _Work:
         return self._measure(plan, samples, seconds, samples), samples
 
     def row(self, plan: Plan, endpoint: Tensor) -> Row:
-        """A row, measured now or by an earlier process."""
+        """A row, measured now or by an earlier process. endpoint: samples of the fine solver."""
         kept = self.kept(plan)
         if kept is None:
             return self._measure(plan, *self._samples(plan), endpoint)
@@ -265,7 +270,7 @@ class _Work:
         return self.teacher if plan.role == "teacher" else self.students[plan.network]
 
     def _method(self, plan: Plan, steps: int | None = None) -> Method:
-        """steps: uniform ones, in place of the plan's."""
+        """How the samples of a row are made. steps: use so many uniform steps instead of the plan's."""
         times = None if steps else plan.times
         if plan.role == "teacher":
             return of_teacher(self.teacher, plan.solver, steps or plan.steps, self.stage.guidance_scale, times)
@@ -276,10 +281,10 @@ class _Work:
         return of_student(student, given)
 
     def _samples(self, plan: Plan) -> tuple[Tensor, float]:
-        """All samples of a row, and the mean seconds for one."""
+        """All samples of a row [N, ...], and the mean seconds per sample."""
         network, block = self._network(plan), self.stage.block
         for _ in blocks(self._method(plan, steps=1), network, seed=self.seed, count=1, block=block, device=self.device):
-            pass  # the first call pays for allocations and the choice of kernels; the rate should not
+            pass  # warm-up: allocations and the choice of kernels are not part of the measured time
         method, before = self._method(plan), self.progress.done
         found, seconds = [], 0.0
         for made in blocks(method, network, seed=self.seed, count=self.stage.samples, block=block, device=self.device):
@@ -316,7 +321,7 @@ class _Work:
         return row
 
     def _transport(self, samples: Tensor) -> float:
-        """E || sample - noise ||^2 / d, of the noises that they were made from."""
+        """E || sample - noise ||^2 / d, with the noise from which each sample was made."""
         total = 0.0
         for start in range(0, len(samples), self.stage.block):
             part = samples[start : start + self.stage.block]
@@ -325,10 +330,10 @@ class _Work:
         return total / samples.numel()
 
     def _straightness(self, plan: Plan) -> float | None:
-        """Of the network's own paths, by a fixed number of Euler steps over the first samples; found once for each.
+        """Straightness of the network's own paths, by a fixed number of Euler steps from the first noises.
 
-        A flow map has none: not every recipe trains u(x_t, t, t), and where it does not, its paths would mean nothing;
-        nor has a velocity that was trained for fewer steps. Paths of constant acceleration are bent by design.
+        It is computed once for each network. It is None for flow maps, since not every recipe trains u(x_t, t, t); for
+        velocities that are trained for fewer steps; and for paths of constant acceleration, which are curved by design.
         """
         name = (plan.role, plan.network)
         if name not in self.straight:
@@ -361,7 +366,7 @@ class _Work:
         return self.folder / "rows" / f"{plan.slug}.json"
 
     def _key(self, plan: Plan) -> str:
-        """Everything that the numbers of a row depend on."""
+        """A digest of everything that the values of a row depend on."""
         stage, reference = self.stage, self.reference
         facts = [VERSION, stage.samples, stage.block, self.seed, self.device.type, stage.guidance_scale, repr(plan)]
         facts += [self.teacher.digest, self._network(plan).digest, repr(_fine(stage))]
@@ -369,7 +374,7 @@ class _Work:
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def kept(self, plan: Plan) -> Row | None:
-        """A row that an earlier process has measured."""
+        """The row of an earlier process; None if there is none, or if it was measured under other conditions."""
         path = self._path(plan)
         if not path.exists():
             return None

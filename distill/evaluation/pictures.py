@@ -8,22 +8,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-GAP = 1  # pixels between images, before they are magnified
-MIN_SIDE = 48  # pixels of a shown image: smaller ones are magnified by a whole factor
+GAP = 1  # pixels between images, before magnification
+MIN_SIDE = 48  # pixels; smaller images are magnified by a whole factor
 WHITE = 255
 
 
 def columns_for(count: int, num_classes: int | None) -> int:
-    """One column per class, where that is a readable number; else about as many columns as rows, at most 16."""
+    """One column per class for 2 to 20 classes; else about as many columns as rows, at most 16."""
     if num_classes is not None and 2 <= num_classes <= 20:
         return num_classes
     return min(16, max(1, math.ceil(math.sqrt(count))))
 
 
 def images_png(images: Tensor, columns: int) -> bytes:
-    """Images [N, C, H, W] in [-1, 1], clamped, C = 1 or 3, row by row with `columns` in a row.
+    """A grid of images as PNG, row by row. images: [N, C, H, W], C = 1 or 3, clamped to [-1, 1].
 
-    Small ones are magnified without smoothing, so that digits of 8x8 can be judged by eye.
+    Small images are magnified without smoothing, so that single pixels can be seen. ValueError for another C.
     """
     count, channels, height, width = images.shape
     if channels not in (1, 3):
@@ -40,7 +40,10 @@ def images_png(images: Tensor, columns: int) -> bytes:
 
 
 def scatter_png(points: Tensor, reference: Tensor | None, pixels: int = 360) -> bytes:
-    """Vectors [N, D] over a reference [M, D] in grey, if there is one: first two coordinates; D = 1: histograms."""
+    """A scatter plot as PNG: the first two coordinates of points [N, D]; if D = 1, a histogram.
+
+    reference: [M, D], drawn below in grey. pixels: side length at which it is shown; the PNG has twice as many.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -52,7 +55,7 @@ def scatter_png(points: Tensor, reference: Tensor | None, pixels: int = 360) -> 
     low, high = shown.quantile(0.001, dim=0), shown.quantile(0.999, dim=0)
     centre, reach = (low + high) / 2, 0.65 * (high - low) + 1e-6
     if points.shape[1] > 1:
-        reach = reach[:2].max().expand(points.shape[1])  # a square, so that both axes have one scale
+        reach = reach[:2].max().expand(points.shape[1])  # a square: both axes have the same scale
     low, high = (centre - reach).tolist(), (centre + reach).tolist()
     axes.set_xlim(low[0], high[0])
     if points.shape[1] == 1:

@@ -1,4 +1,4 @@
-"""The report: one HTML file with everything in it, written from a run's files, finished or not. No torch."""
+"""The report: one self-contained HTML file, made from the files of a run, which may be unfinished. Needs no torch."""
 
 import base64
 import functools
@@ -22,9 +22,9 @@ from distill.runs.run_store import RunPaths, read_events
 
 LIBRARIES = ("torch", "diffusers", "safetensors", "numpy", "scipy", "scikit-learn", "pot", "datasets", "pydantic")
 MAX_CURVES = 3  # per stage
-MAX_NAMES = 50  # of logged numbers that are kept of a stage, to choose from
+MAX_NAMES = 50  # logged values per stage that are read, from which the curves are chosen
 MAX_WARNINGS = 100
-MAX_PICTURES = 64 * 2**20  # bytes of all that are embedded
+MAX_PICTURES = 64 * 2**20  # bytes of all embedded pictures together
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Picture:
-    """The first samples of a row."""
+    """A picture of the first samples of a row."""
 
     title: str
     note: str
@@ -49,22 +49,22 @@ class Picture:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What the page shows of an evaluate stage."""
+    """The section of an evaluate stage."""
 
     description: str
     columns: list[str]
     rows: list[tuple[Row, list[str]]]
     chart: str
     pictures: list[Picture]
-    straightness: list[tuple[str, str, float]]  # network, value or a dash, width of its bar in percent
+    straightness: list[tuple[str, str, float]]  # network, value or a dash, width of the bar in percent
     pixelated: bool
     more: str
-    """folder of pictures that are not shown; empty: all are"""
+    """folder with the pictures that are not shown; "": all are shown"""
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """What the page shows of rounds of reflow."""
+    """The section of reflow rounds."""
 
     columns: list[str]
     rows: list[tuple[str, list[str]]]
@@ -75,7 +75,7 @@ class Rounds:
 
 @dataclass(frozen=True)
 class ComparisonSection:
-    """What the page shows of a comparison of recipes."""
+    """The section of a comparison of recipes."""
 
     columns: list[str]
     rows: list[tuple[str, list[str]]]
@@ -85,7 +85,7 @@ class ComparisonSection:
 
 @dataclass
 class TrainingCurve:
-    """The logged numbers of a stage, as they are read."""
+    """The progress and the logged values of a stage."""
 
     unit: str = "images"
     done: int = 0
@@ -102,7 +102,7 @@ def _template() -> jinja2.Template:
 
 
 def write(run: RunPaths) -> Path:
-    """Write the run's report.html and say where it is; of a comparison also its table and its figure."""
+    """Write the run's report.html and return its path. For a comparison, its table and figure are written too."""
     kinds, trainings, warnings = _events(run)
     found = of_run(run)
     room = MAX_PICTURES
@@ -121,7 +121,7 @@ def write(run: RunPaths) -> Path:
         warnings=warnings,
         spec=_spec(run),
         environment=_environment(run),
-        comparison=_comparison(run),  # when nothing of the run can be refused any more: it writes two files
+        comparison=_comparison(run),  # after all that may raise errors, because this writes two files
         files=_files(run),
     )
     write_atomic(run.report, page)
@@ -136,7 +136,7 @@ def _spec(run: RunPaths) -> str:
 
 
 def headline(results: Results) -> str:
-    """The result in one sentence: the student of fewest calls (the best of those) beside its teacher."""
+    """The result in short: the student with the fewest network calls (the best of those), compared to its teacher."""
     students = [row for row in results.usual if row.role == "student"]
     fine = next(row for row in results.rows if row.fine)
     what = results.distance or "RMS to the teacher"
@@ -162,7 +162,10 @@ def headline(results: Results) -> str:
 
 
 def _pictures(folder: Path, results: Results, room: int) -> tuple[list[Picture], bool, int]:
-    """Each picture of an evaluation once, whether there are more than `room` bytes have place for, and what is left."""
+    """The pictures of an evaluation, each once, in at most `room` bytes.
+
+    Also returns whether some were left out, and how many bytes are left.
+    """
     what, more = results.distance or "RMS", False
     pictures: dict[str, Picture] = {}
     for row in results.rows:
@@ -211,7 +214,7 @@ def _rounds(found: list[Round]) -> Rounds | None:
 
 
 def _comparison(run: RunPaths) -> ComparisonSection | None:
-    """Written beside the report too."""
+    """The section of a comparison, if the run is one. Its figure and table are also written to files."""
     found = comparison_table.found(run)
     if found is None:
         return None
@@ -228,10 +231,10 @@ def _comparison(run: RunPaths) -> ComparisonSection | None:
 
 
 def _events(run: RunPaths) -> tuple[dict[str, str], dict[str, TrainingCurve], list[str]]:
-    """Kind of each stage, what each has logged, and warnings, from the run's events; in bounded memory."""
+    """From the run's events, in bounded memory: the kind of each stage, its logged values, and all warnings."""
     kinds: dict[str, str] = {}
     trainings: dict[str, TrainingCurve] = {}
-    warnings: dict[str, None] = {}  # in their order, each once
+    warnings: dict[str, None] = {}  # in order, without duplicates
     for event in read_events(run):
         match event["event"]:
             case "created":
@@ -265,15 +268,15 @@ def _stage(run: RunPaths, name: str, kind: str, training: TrainingCurve | None, 
 
 
 def _losses(training: TrainingCurve) -> str:
-    """A chart of what a stage has logged, the losses first; "" where it has logged nothing that can be drawn."""
+    """A chart of the values that a stage has logged, losses first; "" if there is nothing to draw."""
     filled = {name: curve for name, curve in training.curves.items() if curve.at}
-    names = sorted(filled, key=lambda name: "loss" not in name)  # otherwise in the order of the events
+    names = sorted(filled, key=lambda name: "loss" not in name)  # losses first, else in the order of the events
     curves = [Curve(name, *filled[name].drawn()) for name in names[:MAX_CURVES]]
     return _image(charts.losses(curves, training.unit).encode(), "svg+xml") if curves else ""
 
 
 def _environment(run: RunPaths) -> list[tuple[str, str]]:
-    """The lines of env.json that matter to readers of the numbers."""
+    """The entries of env.json that matter for the results."""
     env = machine.load(run)
     commit = None if env.git is None else f"{env.git.commit[:12]}{' (with changes)' if env.git.changed else ''}"
     known = {"distill": env.distill, "commit": commit, "python": env.python, "platform": env.platform}
@@ -283,7 +286,7 @@ def _environment(run: RunPaths) -> list[tuple[str, str]]:
 
 
 def _files(run: RunPaths) -> list[tuple[str, str]]:
-    """The paths of the files that exist, relative to the run."""
+    """Label and path, relative to the run, of each file that exists."""
     named = [
         ("spec", run.spec),
         ("events", run.events),

@@ -15,7 +15,7 @@ from distill.students import loaded
 from distill.students.loaded import LoadedStudent
 from distill.students.sampling import fresh_noises, grid, of_student
 
-BLOCK = 250  # samples that are made at once
+BLOCK = 250  # samples that are made together
 
 
 def write_samples(
@@ -29,10 +29,12 @@ def write_samples(
     device: torch.device,
     along: Callable[[LoadedStudent], Sequence[float]] | None = None,
 ) -> None:
-    """Samples of a student folder as a picture (.png), or as all noises, samples and labels (.safetensors).
+    """Write samples of a student as a picture (.png), or with their noises and labels (.safetensors).
 
-    labels: one class, one for each sample, or None for all classes in turn. along: other times than those it has for
-    so many steps.
+    labels: one class for all samples, one class for each sample, or None for all classes in turn.
+    along: returns the step times to use; None: the student's times for this number of steps.
+
+    InputError for options that do not fit the student; RunError if a sample is not finite.
     """
     if out.suffix not in (".png", ".safetensors"):
         raise InputError(f"--out {out}: the name must end in .png (a picture) or .safetensors (the numbers)")

@@ -259,7 +259,7 @@ class Checkpoints:
         self._images, self._time = images, time.monotonic()
 
     def appeared(self, step: int) -> None:
-        """Note that the checkpoint of this step is complete. `write` calls this, so it is for ranks that do not write."""
+        """Note that the checkpoint of this step is complete. `write` does this too; other ranks must call it."""
         self.last = self._path(step)
 
     def write(self, step: int, images: int, files: Iterable[tuple[str, bytes | memoryview]]) -> None:

@@ -1,1 +1,1 @@
-"""Distances between sample sets, and the features some of them need."""
+"""Distances between sets of samples, and the features that some of them need."""

@@ -1,9 +1,9 @@
-"""Features of images: a small classifier trained on the run's own data, which names the distance "FD-<data>".
+"""Features of images, from a small classifier that is trained on the run's own data. The distance is named "FD-<data>".
 
-Data of several classes: which class. Other data: which of four rotations was applied (Gidaris et al. 2018, arXiv
-1803.07728), or which of two where images are not square. Training is on the CPU, keyed by the data alone, and cached:
-every run on the same data measures with the same network. It takes seconds, needs no download, and sees what matters in
-these data; its values can be compared only with values of the same name.
+If the data has several classes, the classifier learns them. Otherwise it learns which of four rotations was applied to
+an image (Gidaris et al. 2018, arXiv 1803.07728), or which of two if images are not square. Training runs on the CPU,
+takes seconds and needs no download. It depends on the data alone, and the network is cached, so all runs on the same
+data measure with the same network. Distances can be compared only with distances of the same name.
 """
 
 import hashlib
@@ -23,11 +23,11 @@ from distill.core.regular_files import open_regular
 from distill.data import DataSet
 from distill.flow.draws import key, permutation
 
-VERSION = 1  # of the network and its training: part of the cache's key
+VERSION = 1  # of the network and its training; part of the key of the cache
 DIM = 64
 BATCH = 128
 TRAIN_IMAGES = 40_000
-HELD_OUT = 10  # every tenth image measures the accuracy
+HELD_OUT = 10  # every tenth image is held out, to measure the accuracy
 MAX_HELD_OUT = 6_000
 MAX_REFERENCE = 60_000
 CHUNK = 512
@@ -35,7 +35,7 @@ LEARNING_RATE = 8e-3
 
 
 class Classifier(nn.Module):
-    """Convolutions until the longer side is 4, a layer of DIM features, one linear layer of logits."""
+    """Convolutions until the longer side is at most 4, a layer of DIM features, and a linear layer of logits."""
 
     def __init__(self, channels: int, sides: tuple[int, int], classes: int) -> None:
         super().__init__()
@@ -58,19 +58,19 @@ class Features:
     """A trained feature network and the features of the real data."""
 
     name: str  # "FD-digits"
-    digest: str  # of the data and the recipe of the network
+    digest: str  # of the data and of VERSION
     task: str  # "classes" | "rotations"
     accuracy: float  # of the classifier, on held-out images
     network: Classifier
-    reference: Tensor  # [N, DIM] float32, in an order that any first part represents the whole
+    reference: Tensor  # [N, DIM] float32, shuffled: the first rows represent all
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Images [N, C, H, W], clamped to [-1, 1] as a viewer sees them -> features [N, DIM] on the CPU."""
+        """Images [N, C, H, W], which are clamped to [-1, 1] like in a picture -> features [N, DIM] on the CPU."""
         return _features(self.network, images)
 
 
 def prepare(data: DataSet, folder: Path) -> Features:
-    """The feature network of `data`, from `folder` if it is there, else trained and put there."""
+    """The feature network of `data`, read from `folder`, or trained and stored there."""
     digest = hashlib.sha256(f"{VERSION}/{data.digest}".encode()).hexdigest()[:16]
     path = folder / f"features-{digest}.safetensors"
     classes = _classes(data)
@@ -96,7 +96,7 @@ def prepare(data: DataSet, folder: Path) -> Features:
 
 
 def _kept(path: Path, network: Classifier, rows: int) -> tuple[dict[str, Tensor], float] | None:
-    """The tensors and the accuracy in a file; None where there is none, or it is damaged."""
+    """The tensors and the accuracy in a file; None if there is no file, or (with a warning) if it is damaged."""
     try:
         open_regular(path).close()
         tensors = load_file(path)
@@ -125,7 +125,7 @@ def _chunks(indices: list[int]) -> Iterator[list[int]]:
 
 
 def _train(network: Classifier, data: DataSet, digest: str) -> float:
-    """Train in place; accuracy on the images that were held out."""
+    """Train in place. Returns the accuracy on the held-out images."""
     order = permutation(len(data), "features", digest)
     is_held_out = torch.arange(len(data)) % HELD_OUT == 0
     train, held_out = order[~is_held_out], order[is_held_out]
@@ -148,7 +148,7 @@ def _train(network: Classifier, data: DataSet, digest: str) -> float:
 
 
 def _stream(data: DataSet, indices: Tensor, steps: int, digest: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """`steps` full batches over keyed epochs; a set smaller than a batch is one batch."""
+    """`steps` full batches from shuffled epochs of `indices`; a set smaller than a batch is one batch."""
     size = min(BATCH, len(indices))
     per_epoch = len(indices) // size
     for step in range(steps):
@@ -159,7 +159,7 @@ def _stream(data: DataSet, indices: Tensor, steps: int, digest: str) -> Iterator
 
 
 def _classes(data: DataSet) -> int | None:
-    """How many there are to tell apart, if there are."""
+    """The number of classes, or None if there is at most one."""
     return data.num_classes if data.num_classes is not None and data.num_classes > 1 else None
 
 
@@ -174,5 +174,5 @@ def _with_task(data: DataSet, epoch: int, indices: list[int]) -> tuple[Tensor, T
 
 
 def _turns(data: DataSet) -> tuple[int, ...]:
-    """Quarter turns to tell apart: those that keep the shape."""
+    """The rotations to classify, in quarter turns: those that keep the shape."""
     return (0, 1, 2, 3) if data.shape[1] == data.shape[2] else (0, 2)

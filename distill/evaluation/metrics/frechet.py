@@ -1,8 +1,8 @@
 """Frechet distance between Gaussians fitted to two feature sets (Heusel et al. 2017, arXiv 1706.08500).
 
-Own code, since torchmetrics' FID takes images (bytes, or a feature module that it calls itself) and this framework
-computes each set's features once for several metrics. Everything in float64: means cancel, and the square root of a
-covariance with small eigenvalues loses half the digits.
+torchmetrics' FID is not used because it takes images and computes features itself, while here the features of a set are
+computed once for several metrics. All is computed in float64: differences of means cancel, and the square root of a
+covariance with small eigenvalues loses half of the digits.
 """
 
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor
 def frechet(x: Tensor, y: Tensor) -> float:
     """|m_x - m_y|^2 + Tr(S_x + S_y - 2 (S_x S_y)^(1/2)) for features x [N, D], y [M, D]; N, M >= 2.
 
-    Biased upwards by O(1/N): compare only values of equal sample counts.
+    The estimate is biased upwards by O(1/N): compare only values from equal numbers of samples.
     """
     (mean_x, cov_x), (mean_y, cov_y) = _moments(x), _moments(y)
     return gaussian_frechet(mean_x, cov_x, mean_y, cov_y)
 
 
 def gaussian_frechet(mean_x: Tensor, cov_x: Tensor, mean_y: Tensor, cov_y: Tensor) -> float:
-    """The same from moments: means [D], covariances [D, D]."""
+    """The same distance from moments: means [D], covariances [D, D]."""
     root = _sqrt(cov_x.double())
     middle = root @ cov_y.double() @ root  # symmetric, with the eigenvalues of S_x S_y
     trace = torch.linalg.eigvalsh((middle + middle.T) / 2).clamp(min=0).sqrt().sum()

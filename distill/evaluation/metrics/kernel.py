@@ -1,6 +1,6 @@
 """Kernel distance: the unbiased MMD^2 of two feature sets (Binkowski et al. 2018, arXiv 1801.01401, "KID").
 
-Own code for the reason given in `frechet`: torchmetrics' KID takes images and draws random subsets of its own.
+torchmetrics' KID is not used for the reason given in `frechet`; it also draws random subsets.
 """
 
 import torch
@@ -10,9 +10,10 @@ CHUNK = 2048  # rows of a kernel matrix held at once
 
 
 def kid(x: Tensor, y: Tensor) -> float:
-    """MMD^2 with the kernel (x.y / D + 1)^3 for features x [N, D], y [M, D]: expectation 0 for equal laws.
+    """MMD^2 with the kernel (x.y / D + 1)^3 for features x [N, D], y [M, D]; N, M >= 2.
 
-    All rows at once instead of the mean over random subsets: the same expectation, less variance, nothing to seed.
+    Its expectation is 0 for equal distributions. It uses all rows instead of the mean over random subsets: this has the
+    same expectation, less variance, and needs no seed.
     """
     if min(x.shape[0], y.shape[0]) < 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"features must be [N >= 2, D] and [M >= 2, D], got {list(x.shape)} and {list(y.shape)}")

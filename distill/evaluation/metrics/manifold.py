@@ -1,6 +1,6 @@
 """Improved precision and recall by nearest neighbours (Kynkaanniemi et al. 2019, arXiv 1904.06991).
 
-Own code: torchmetrics has none, and features are computed once for all metrics.
+torchmetrics does not have these metrics.
 """
 
 import torch
@@ -11,10 +11,11 @@ CHUNK = 2048  # rows of a distance matrix held at once
 
 
 def precision_recall(real: Tensor, generated: Tensor, k: int = NEIGHBOURS) -> tuple[float, float]:
-    """Fractions of generated [N, D] within the real manifold, and of real [M, D] within the generated one.
+    """Precision and recall of generated [N, D] against real [M, D].
 
-    A manifold is the union of balls around its samples that reach to each one's k-th nearest other. The larger set is
-    cut to the smaller, since the balls of a denser set are smaller.
+    They are the fraction of generated samples inside the manifold of the real ones, and vice versa. A manifold is the
+    union of balls around its samples; the radius of each is the distance to its k-th nearest other sample. The larger
+    set is cut to the size of the smaller, because balls of a denser set are smaller. ValueError for at most k samples.
     """
     count = min(real.shape[0], generated.shape[0])
     if count <= k:
@@ -31,5 +32,5 @@ def _covered(points: Tensor, centres: Tensor, k: int) -> float:
 
 
 def _squares(x: Tensor, y: Tensor) -> Tensor:
-    """Squared distances [N, M]; float64, since near neighbours cancel in |x|^2 - 2 x.y + |y|^2."""
+    """Squared distances [N, M]. Needs float64: for near neighbours |x|^2 - 2 x.y + |y|^2 cancels."""
     return torch.addmm(x.square().sum(1, keepdim=True) + y.square().sum(1), x, y.T, alpha=-2)

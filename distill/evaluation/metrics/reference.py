@@ -1,4 +1,4 @@
-"""What sample sets are compared with: features of the real images, or exact vectors of a teacher in closed form."""
+"""The reference for samples: features of real images, or exact samples of a teacher in closed form."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,42 +15,45 @@ from distill.evaluation.metrics.wasserstein import sliced_wasserstein
 from distill.flow.draws import key
 from distill.runs.results import FeatureNet
 
-MAX_COMPARED = 5_000  # samples of each set where every pair is compared: time grows with the square
+MAX_COMPARED = 5_000  # most samples of each set for metrics whose time grows with the square of their number
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The law that samples should have, by a set of it."""
+    """A set of samples from the distribution that generated samples should have, and how to compare with it."""
 
-    name: str  # of the distance: "FD-digits" or "SW2"
-    identity: str  # of the set: other values are not comparable
+    name: str  # of the distance, e.g. "FD-digits" or "SW2"
+    identity: str  # identifies the set; distances from other sets are not comparable
     embed: Callable[[Tensor], Tensor]  # samples [N, ...] -> features [N, D]
-    values: Tensor  # [M, D], of the real data
+    values: Tensor  # features of the set [M, D]
     distance: Callable[[Tensor, Tensor], float]
     network: FeatureNet | None = None
-    floor: float | None = None  # distance of two exact sets
+    floor: float | None = None  # distance between two sets of exact samples
     points: Tensor | None = None  # exact samples, for pictures
 
     def measure(self, samples: Tensor) -> dict[str, float]:
-        """The columns that compare laws, for samples [N, ...]."""
+        """The metrics of samples [N, ...]: distance, KID, precision and recall."""
         found = self.embed(samples)
         real, some = self.values[:MAX_COMPARED], found[:MAX_COMPARED]
         precision, recall = precision_recall(real, some)
         distance = self.distance(found, self.values)
-        scale = self.values.square().mean().sqrt()  # the cubic kernel is made for features of about 1
+        scale = self.values.square().mean().sqrt()  # the cubic kernel expects features of magnitude 1
         kernel = kid(some / scale, real / scale)
         return {"distance": distance, "kid": kernel, "precision": precision, "recall": recall}
 
 
 def of_images(data: DataSet, folder: Path) -> Reference:
-    """The Frechet distance to the real images, by a feature network kept in `folder`."""
+    """The Frechet distance to real images. The feature network is kept in `folder`, and trained if it is not there."""
     net = features.prepare(data, folder)
     shown = FeatureNet(task=net.task, accuracy=net.accuracy, dim=net.reference.shape[1])
     return Reference(net.name, net.digest, net, net.reference, frechet, shown)
 
 
 def of_exact(exact_data: Callable[[int, Sequence[int]], Tensor], count: int, seed: int) -> Reference:
-    """The sliced Wasserstein distance to `count` exact samples, drawn apart from the noise of `seed`."""
+    """The sliced Wasserstein distance to `count` exact samples, which are independent of the noise of `seed`.
+
+    exact_data: (seed, indices) -> samples [N, D].
+    """
     values, other = (exact_data(key(seed, name), range(count)) for name in ("reference", "floor"))
     floor = sliced_wasserstein(other, values)
     return Reference("SW2", f"exact/{count}", _itself, values, sliced_wasserstein, floor=floor, points=values[:2000])
