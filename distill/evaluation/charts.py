@@ -75,7 +75,7 @@ def quality(results: Results) -> str:
                 if row.fine:
                     label = f"{network}, {row.solver}"
                     axes.plot([row.nfe], [row.value], "D", color=colour, ms=5.5, mfc="white", label=label)
-                # Labels: of the teacher above its points, of the best student per number of calls below, of others beside.
+                # Labels: the teacher's are above its points, those of the best student per column below, others beside.
                 place, align = (5, 4), "left"
                 if crowded and row.role == "student" and row.value != lowest[row.nfe]:
                     continue
@@ -177,7 +177,7 @@ def losses(curves: Sequence[Curve], unit: str) -> str:
 
 
 def _plain_powers(axis: Axis) -> None:
-    """Label a logarithmic axis with numbers such as 0.1 and 20. matplotlib's default is formulas, which STYLE turns off."""
+    """Label a logarithmic axis with numbers such as 0.1 and 20, not with formulas, as matplotlib does by default."""
     low, high = axis.get_data_interval()
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)))
     axis.set_major_formatter(StrMethodFormatter("{x:g}"))

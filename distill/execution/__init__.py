@@ -1,1 +1,1 @@
-"""Executing the stages of a run: what is loaded and checked before, and what each of them does."""
+"""Execution of the stages of a run: checks and estimates before it starts, and the work of each stage."""

@@ -7,7 +7,11 @@ from distill.spec.model import LaunchSpec
 
 
 def place(launch: LaunchSpec) -> torch.device:
-    """The device of this process; its CPU threads are those of OMP_NUM_THREADS, which the launcher sets."""
+    """The device of this process. Also sets up torch for reproducible results.
+
+    The number of CPU threads is that of `launch.threads`, or else of OMP_NUM_THREADS, which the launcher sets.
+    InputError if there are no GPUs, or too few for the processes.
+    """
     if launch.threads is not None:
         torch.set_num_threads(launch.threads)
     if launch.device == "cuda" and not torch.cuda.is_available():
@@ -18,7 +22,7 @@ def place(launch: LaunchSpec) -> torch.device:
         raise InputError(
             f"launch.procs={launch.procs}, but there are {found} GPUs here, one for each process; give fewer"
         )
-    # Same numbers from the same spec: fp32 means fp32, and no kernel is chosen by timing or sums in a varying order.
+    # The same spec must give the same values: no TF32, no kernels that are chosen by timing, no varying order of sums.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     return torch.device("cuda")

@@ -1,4 +1,4 @@
-"""What training will hold in memory, stage by stage, before anything runs."""
+"""Predicts the memory of training, stage by stage, before a run starts."""
 
 from distill.execution.preflight import Ready
 from distill.spec.model import TrainStage
@@ -7,9 +7,9 @@ from distill.training.choice import choose_sharding
 
 
 def estimate(ready: Ready) -> dict[str, dict[str, int]]:
-    """Bytes of a process by stage and kind: those of `memory.predict`, and "teacher". Activations come on top.
+    """Bytes of a process by stage and kind: the kinds of `memory.predict`, and "teacher". Activations are not included.
 
-    A stage whose networks are not known yet is left out.
+    Stages whose networks are not known yet are left out.
     """
     launch, found = ready.resolved.spec.launch, {}
     sharding = choose_sharding(launch)

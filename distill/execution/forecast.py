@@ -1,7 +1,7 @@
-"""About how long the stages of a run will take, and what they will write, before anything runs.
+"""Predicts how long the stages of a run will take and how much they will write, before the run starts.
 
-Time is a number of network calls; one is measured here, on a network that is built and deleted. A training sample costs
-the three forward passes of its own forward and backward pass, times what its recipe costs in recipes/costs.json.
+The time of a stage is its number of network calls times the time of one call, which is measured here. A training sample
+costs three forward passes (its forward and backward pass), times the cost of the recipe in recipes/costs.json.
 """
 
 import json
@@ -24,24 +24,24 @@ from distill.students.sampling import by_sampler, condition
 from distill.training import memory
 from distill.training.plain import PLAIN
 
-PATIENCE, LONGEST = 0.2, 2.0  # seconds for a measurement, and of a call in it
-FORWARDS = 3  # of a forward and a backward pass
-LABEL = 8  # bytes
+PATIENCE, LONGEST = 0.2, 2.0  # seconds: of repeated calls in a measurement; most for a call
+FORWARDS = 3  # cost of a forward and a backward pass, in forward passes
+LABEL = 8  # bytes of a class label
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """Of one stage."""
+    """The predicted cost of a stage."""
 
     seconds: float
     bytes: int
-    """on the disk once it is done"""
+    """on the disk after the stage"""
 
 
 def forecast(ready: Ready, *, here: bool) -> dict[str, StageCost]:
-    """The costs of each stage. here: it is to run on this machine, on the device that it will have.
+    """The cost of each stage. Stages whose networks are not known yet are left out.
 
-    A stage is left out where its networks are not known yet.
+    here: the run will be on this machine, so calls are measured on its device; else on the CPU.
     """
     spec = ready.resolved.spec
     work = _Forecast(ready, devices.place(spec.launch) if here else torch.device("cpu"))
@@ -53,7 +53,7 @@ def forecast(ready: Ready, *, here: bool) -> dict[str, StageCost]:
             else:
                 found[name] = work.pairs(stage) if isinstance(stage, PairsStage) else work.evaluate(stage)
         except InputError:
-            continue  # the stage itself will say so
+            continue  # the stage itself will report the error
     return found
 
 
@@ -67,7 +67,7 @@ class _Forecast:
         launch, student = self.ready.resolved.spec.launch, self.ready.student(name)
         built = self.ready.built[name]
         cost = registry.describe(stage.recipe, self.ready.resolved.base).cost or 1.0
-        # Processes on one machine's CPUs share what one alone would have.
+        # Processes on the CPUs of one machine share them, so together they are no faster than one.
         together = launch.world_size if self.device.type == "cuda" or launch.slurm.gpus_per_node else launch.nodes
         batch = launch.known_micro_batch or stage.batch_size // launch.world_size
         seconds = stage.images * FORWARDS * cost * self._seconds(student, batch) / together
@@ -98,7 +98,7 @@ class _Forecast:
         return self.ready.teacher
 
     def _seconds(self, network: Student, batch: int) -> float:
-        """Of one call, for one sample of a batch; measured once for networks that are built alike."""
+        """Seconds of a network call per sample of a batch. It is measured once for networks with the same config."""
         module = network.network
         kind = network.description if module is None else f"{type(module).__name__} {json.dumps(dict(module.config))}"
         key = f"{kind} {network.shape} {batch}"
@@ -108,7 +108,10 @@ class _Forecast:
 
 
 def _fastest(network: Student, batch: int, device: torch.device) -> float:
-    """By one thread or all of them: beside others that compute, threads wait for each other longer than for work."""
+    """The smaller of the times with one thread and with all threads.
+
+    If other processes are computing, several threads can be slower than one, because they wait for each other.
+    """
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -119,12 +122,14 @@ def _fastest(network: Student, batch: int, device: torch.device) -> float:
 
 
 def _measure(network: Student, batch: int, device: torch.device) -> float:
-    """In batches that grow up to the one that is meant, or as far as a call may take; a larger one costs in proportion
-    to its samples, beyond what a call costs in any case.
+    """Seconds of a call per sample, for batches of size `batch`.
+
+    Batches of increasing size are measured, up to `batch` or until a call takes too long. The time of a larger batch is
+    extrapolated: the time of a call with one sample, plus a constant time for each further sample.
     """
     if network.network is not None:
         network.network.to(device)
-    _call(network, 1, device)  # allocations, choice of kernels
+    _call(network, 1, device)  # warm-up
     size, one = 1, min(_call(network, 1, device) for _ in range(2))
     taken, each = one, one
     while size < batch and taken + 3 * size * each * (size > 1) < LONGEST / 2:
@@ -138,7 +143,7 @@ def _measure(network: Student, batch: int, device: torch.device) -> float:
 
 
 def _call(network: Student, size: int, device: torch.device) -> float:
-    """Seconds of one call for `size` samples."""
+    """Seconds of one network call for `size` samples."""
     x = sample_noise(0, range(size), network.shape).to(device)
     t = torch.full((size,), 0.5, dtype=torch.float64, device=device)
     cond = condition(network, range(size), device)

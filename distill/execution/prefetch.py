@@ -1,9 +1,9 @@
-"""What a run reads from the hub, fetched before its job is queued: jobs run without a network.
+"""Downloads what a run reads from the Hugging Face hub before its job is queued, because jobs run without a network.
 
-STORE/inputs/DIGEST holds one input, of any number of runs: `content` (the files of a commit, or the rows of a data
-set's split) and `input.json`. It appears complete or not at all, and never changes. A run keeps a list of its inputs,
-and links to them where the libraries look: its jobs are given `hub` and `datasets` in place of the user's caches. The
-links are relative, so that a store may be moved, or lie elsewhere in a container.
+STORE/inputs/DIGEST is one input, which any number of runs may share: `content` (the files of a commit, or the rows of a
+data set's split) and `input.json`. It appears complete or not at all, and never changes. A run has a list of its inputs
+and links to them. The links are in its folders `hub` and `datasets`, which its jobs use in place of the user's caches.
+They are relative, so that a store can be moved, or mounted at another path in a container.
 """
 
 import hashlib
@@ -32,12 +32,12 @@ from distill.core.text import is_text
 from distill.runs.run_store import RunPaths, runs
 from distill.spec.model import CheckpointTeacher, HfData, RunSpec
 
-RECORD = "inputs/inputs.json"  # of a run
-UNUSED_SECONDS = 86400.0  # what was asked for within the last day may be of a run that is being made
+RECORD = "inputs/inputs.json"  # in the folder of a run: the list of its inputs
+UNUSED_SECONDS = 86400.0  # an input that was requested within the last day may belong to a run that is being created
 
 
 def _below(text: str) -> str:
-    """A relative path that leads nowhere else."""
+    """Validate a relative path: ValueError unless it stays below its folder."""
     if not is_text(text) or any(part in ("", ".", "..") for part in text.split("/")):
         raise ValueError("must be a relative path without . and ..")
     return text
@@ -49,15 +49,15 @@ Bytes = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class Input:
-    """A commit of a repository of the hub, or a part of it, in the store."""
+    """A commit of a hub repository, or a part of it, in the store."""
 
     what: Literal["teacher", "data"]
     id: Below
-    revision: Below | None  # as the spec says
-    commit: Annotated[str, Field(pattern=r"\A[0-9a-f]{40}\z")]  # what the revision was when it was fetched
-    digest: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]  # of what, id, commit and which part
+    revision: Below | None  # as in the spec
+    commit: Annotated[str, Field(pattern=r"\A[0-9a-f]{40}\z")]  # of the revision when it was fetched
+    digest: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]  # of `what`, `id`, `commit` and the part
     link: Annotated[Below, Field(pattern=r"\A(hub/models--[^/]+/snapshots/[0-9a-f]{40}|datasets/fetched(/[^/]+){3})\z")]
-    """where the run has it, below its `inputs`"""
+    """path of the run's link to it, below its folder `inputs`"""
     bytes: Bytes = 0
 
     def folder(self, store: Path) -> Path:
@@ -75,7 +75,7 @@ INPUTS = Schema[list[Input]](list[Input])
 
 @dataclass(frozen=True)
 class _Fetched:
-    """What is read of input.json: the rest is for people."""
+    """The part of input.json that is read; the rest is information for users."""
 
     bytes: Bytes
 
@@ -83,13 +83,15 @@ class _Fetched:
 FETCHED = Schema[_Fetched](_Fetched)
 
 
-# --- before a run is made ---
+# --- before a run is created ---
 
 
 def resolve(spec: RunSpec, store: Path, before: Sequence[Input] = ()) -> list[Input]:
-    """Everything that the spec names by hub id, in the store, reported on stderr; InputError if a download fails.
+    """Download everything that the spec names by hub id to the store, and report it on stderr.
 
-    A revision is resolved to its current commit; `before`: the inputs of a resumed run, which keeps its commits.
+    A revision is resolved to its current commit. InputError if a download fails.
+
+    before: the inputs of the run if it is resumed; it keeps their commits.
     """
     found = []
     for each in _repositories(spec, {(input.what, input.id, input.revision): input.commit for input in before}):
@@ -101,7 +103,7 @@ def resolve(spec: RunSpec, store: Path, before: Sequence[Input] = ()) -> list[In
 
 
 def _repositories(spec: RunSpec, commits: Mapping[tuple[str, str, str | None], str]) -> Iterator[Repository]:
-    """What the spec names by hub id. commits: of those that are known."""
+    """The repositories that the spec names by hub id. commits: known ones by (what, id, revision)."""
     teacher, data = spec.teacher, spec.data
     if isinstance(teacher, CheckpointTeacher) and teacher.is_of_hub:
         from distill.teachers import by_id
@@ -118,7 +120,7 @@ def _digest(*parts: str) -> str:
 
 
 def _refuse_without_room(what: str, needs: Sequence[tuple[Path, int]]) -> None:
-    """InputError where less is free than will be written; places on one file system share what is free."""
+    """InputError if a disk has less free space than will be written to it. needs: (folder, bytes)."""
     shared: dict[int, list[tuple[Path, int]]] = {}
     for place, count in needs:
         existing = next(path for path in [place.absolute(), *place.absolute().parents] if path.exists())
@@ -133,9 +135,9 @@ def _refuse_without_room(what: str, needs: Sequence[tuple[Path, int]]) -> None:
 
 
 def _in_store(wanted: Input, store: Path, repository: Repository) -> Input:
-    """The input, fetched unless it is there; under a name of its own until it is whole, so that others never see it.
+    """The input in the store. It is downloaded under a temporary name, unless it is there already.
 
-    What is there under its name and is not whole stays, as runs may use it: then the input has another name.
+    An incomplete folder with its name is not changed, because runs may use it; the input then gets another digest.
     """
     for number in itertools.count(1):
         folder = wanted.folder(store)
@@ -148,7 +150,7 @@ def _in_store(wanted: Input, store: Path, repository: Repository) -> Input:
             warn(f"{folder} is not whole (input.json: {reason}); the {wanted} is fetched under another name")
             wanted = replace(wanted, digest=_digest(wanted.digest, f"{number}"))
             continue
-        with suppress(OSError):  # it is another user's
+        with suppress(OSError):  # the folder may belong to another user
             os.utime(folder)
         return found
     try:
@@ -158,14 +160,14 @@ def _in_store(wanted: Input, store: Path, repository: Repository) -> Input:
             size = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
             write_json(new / "input.json", asdict(replace(wanted, bytes=size)))
     except OSError as error:
-        if not folder.is_dir():  # else another process was first: its folder is as good
+        if not folder.is_dir():  # otherwise another process was first, and its folder is used
             raise RunError(f"cannot write {folder}: {error.strerror or error}; nothing of it was kept") from error
     return _with_size(wanted, folder)
 
 
 def _with_size(wanted: Input, folder: Path) -> Input:
-    """OSError or pydantic's ValidationError where the folder is not whole."""
-    os.listdir(folder / "content")  # noqa: PTH208  (Path's own would wait until it is asked for a name)
+    """The input with its size in bytes. OSError or pydantic's ValidationError if the folder is not complete."""
+    os.listdir(folder / "content")  # noqa: PTH208  (Path.iterdir would raise only when it is iterated)
     return replace(wanted, bytes=FETCHED.parse(read_regular(folder / "input.json", SMALL)).bytes)
 
 
@@ -173,12 +175,12 @@ def _with_size(wanted: Input, folder: Path) -> Input:
 
 
 def record(inputs: Sequence[Input]) -> dict[str, str]:
-    """What `create_run` is given, so that the run knows its inputs from the first."""
+    """The list of inputs as a file of the run, by path: `create_run` writes it."""
     return {RECORD: json.dumps([asdict(each) for each in inputs], indent=2) + "\n"}
 
 
 def keep(run: RunPaths, inputs: Sequence[Input]) -> None:
-    """The same for a run that exists already, perhaps made by `distill run`."""
+    """Write the list of inputs of an existing run, e.g. one made by `distill run`, and link to them."""
     for name, text in record(inputs).items():
         (run.root / name).parent.mkdir(exist_ok=True)
         write_atomic(run.root / name, text)
@@ -186,7 +188,7 @@ def keep(run: RunPaths, inputs: Sequence[Input]) -> None:
 
 
 def read(run: RunPaths) -> list[Input]:
-    """The inputs of a run; none where they were not fetched beforehand."""
+    """The inputs of a run; empty if they were not downloaded beforehand. RunError if the list cannot be read."""
     path = run.root / RECORD
     try:
         return INPUTS.parse(read_regular(path, SMALL))
@@ -198,7 +200,7 @@ def read(run: RunPaths) -> list[Input]:
 
 
 def link(run: RunPaths) -> None:
-    """Put the run's inputs where its jobs look for them; what is there already stays."""
+    """Create the links to the run's inputs, unless they exist. RunError if an input is not in the store any more."""
     store = run.root.parent
     for each in read(run):
         content, place = each.content(store), run.root / "inputs" / each.link
@@ -210,7 +212,7 @@ def link(run: RunPaths) -> None:
             temporary = hidden(place)
             temporary.symlink_to(target)
             temporary.replace(place)
-        if each.what == "teacher":  # the cache of a hub keeps the commit of a name in a file
+        if each.what == "teacher":  # in the hub's cache, a file has the commit of each revision
             name = place.parent.parent / "refs" / (each.revision or "main")
             if not name.is_file():
                 name.parent.mkdir(parents=True, exist_ok=True)
@@ -218,17 +220,18 @@ def link(run: RunPaths) -> None:
 
 
 def environment(kinds: Collection[str], root: Path) -> dict[str, str]:
-    """What a job of the run sets before it starts python; root: the run's folder, as the job sees it."""
+    """Environment variables for the jobs of a run. kinds: of its inputs. root: path of the run, as seen by the job."""
     caches = {"teacher": ("HF_HUB_CACHE", "hub"), "data": ("HF_DATASETS_CACHE", "datasets")}
     places = {variable: str(root / "inputs" / name) for variable, name in (caches[kind] for kind in sorted(kinds))}
     return {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", **places}
 
 
 def unused(store: Path) -> list[Path]:
-    """Folders of inputs that no run names, and what was left of killed downloads; nothing that was asked for lately.
+    """Folders that can be deleted: inputs that no run uses, and the rest of interrupted downloads.
 
-    A run whose list cannot be read is warned of. It may need what was asked for within a day before it was made, or
-    since then, and what its list seems to name.
+    What was requested within the last day is left out. If the list of a run cannot be read, a warning is shown, and
+    everything is left out that the run may need: what looks like a digest in its list, and what was requested later
+    than a day before the run was created.
     """
     used, before = set(), time.time() - UNUSED_SECONDS
     for run in runs(store):
@@ -244,7 +247,7 @@ def unused(store: Path) -> list[Path]:
 
 
 def _named(run: RunPaths) -> set[str]:
-    """What looks like the name of an input in the run's list."""
+    """Everything in the run's list of inputs that looks like a digest."""
     try:
         return {name.decode() for name in re.findall(rb"[0-9a-f]{64}", read_regular(run.root / RECORD, SMALL))}
     except OSError:
@@ -252,7 +255,7 @@ def _named(run: RunPaths) -> set[str]:
 
 
 def _made(run: RunPaths) -> float:
-    """When the run was made, at the latest; 0 if that cannot be seen."""
+    """A time (seconds since the epoch) when the run existed already; 0 if it is not known."""
     try:
         return min(path.lstat().st_mtime for path in run.root.iterdir())
     except (OSError, ValueError):

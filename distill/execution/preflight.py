@@ -1,6 +1,6 @@
-"""What is checked before anything is written: that teacher, data and recipes fit, by loading and building them.
+"""Checks before anything is written: teacher, data and networks are loaded and built, to see whether they fit together.
 
-What follows (the estimate of memory, the forecast of time) is given what was loaded and built here.
+The predictions of memory (`estimate`) and time (`forecast`) use what was loaded and built here.
 """
 
 from collections.abc import Mapping
@@ -28,7 +28,7 @@ from distill.teachers import LoadedTeacher
 from distill.teachers.network_field import NetworkField
 
 CPU = torch.device("cpu")
-Student = LoadedTeacher | LoadedStudent  # one that another stage may start from
+Student = LoadedTeacher | LoadedStudent  # what a later stage may start from; a velocity field may also teach it
 
 
 @dataclass(frozen=True)
@@ -36,28 +36,28 @@ class Built:
     """The networks of a train stage, untrained."""
 
     student: Student
-    """as the stages that follow would load it"""
+    """as later stages would load it"""
     sizes: dict[str, list[int]]
-    """elements of the parameters that are trained, by network"""
+    """elements of each trained parameter, by network"""
     still: dict[str, list[int]]
-    """of the other parameters of these networks"""
+    """elements of each other parameter of these networks"""
     exported: int
-    """elements of the student's folder"""
+    """number of elements in the exported student"""
     copies: list[str]
-    """networks that have a target copy"""
+    """for each target copy, the network that it copies"""
     teacher: LoadedTeacher | None
-    """the teacher that the recipe calls"""
+    """the teacher that the recipe calls, if any"""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A spec that has passed every check, and what they have loaded. Its networks are large: do not keep it."""
+    """A spec that has passed all checks, with what they have loaded. Its networks are large: do not keep it."""
 
     resolved: Resolved
     teacher: LoadedTeacher | None
-    """the spec's own"""
+    """the teacher that the spec names"""
     built: Mapping[str, Built]
-    """by train stage; without those whose networks are not known before earlier stages have run"""
+    """by train stage; stages whose networks are known only after earlier stages are left out"""
 
     def student(self, stage: str) -> Student:
         """The untrained student of a stage. InputError if its networks are not known yet."""
@@ -67,17 +67,19 @@ class Ready:
 
 
 def check(resolved: Resolved, store: Path | None = None) -> Ready:
-    """Load the teacher and the data of a spec, and refuse what does not fit.
+    """Load the teacher and the data of a spec, build the networks of its train stages, and check that they fit.
 
-    Builds the networks of every train stage; it refuses those of a stage that begins with the spec's own teacher or
-    with a fresh network. Others depend on students that are not trained yet. store: where the images may be indexed.
+    InputError if they do not. Errors in a stage that starts from, or is taught by, the student of an earlier stage are
+    not reported, because that student is not trained yet: the stage is left out of `Ready.built`.
+
+    store: where an index of the images may be kept.
     """
     spec = resolved.spec
-    data = load_data(spec.data, spec.seed, store, keep=False)  # the images themselves are not needed while waiting
+    data = load_data(spec.data, spec.seed, store, keep=False)  # the images are not needed after the checks
     teacher = None if spec.teacher is None else teachers.load_teacher(spec.teacher, CPU)
     for stage in spec.stages.values():
         if isinstance(stage, PairsStage | EvaluateStage) and stage.teacher is None and teacher is not None:
-            teacher.guided(stage.guidance_scale)  # refused where there is no unconditional call
+            teacher.guided(stage.guidance_scale)  # InputError if there is no unconditional call
         if isinstance(stage, EvaluateStage) and data is not None:
             from distill.evaluation import measuring
 
@@ -106,9 +108,11 @@ def check(resolved: Resolved, store: Path | None = None) -> Ready:
 
 
 def t_grids(spec: RunSpec, name: str, recipe: Recipe, times: list[float] | None) -> dict[int, list[float]]:
-    """The times of its student's own; refuses, before hours are spent, evaluations that it will not be made for.
+    """The step times of the student of stage `name`, by number of steps; empty if it has none of its own.
 
-    times: of the states of its pairs, if all have the same.
+    InputError if the spec evaluates the student with a number of steps, or with times, that it will not support.
+
+    times: those of the states of its pairs, if they are the same for all.
     """
     found = sampling.own_grids(recipe, times)
     for where, each in ((f"stages.{n}", s) for n, s in spec.stages.items() if isinstance(s, EvaluateStage)):
@@ -126,7 +130,7 @@ def start(
     data: DataSet | None,
     seed: int,
 ) -> StudentInit:
-    """Where the networks of a train stage come from. teacher: on the linear path; origin: its weights are copied."""
+    """The `Init` of a train stage. teacher: on the linear path. origin: the network whose weights are copied."""
     samples = teacher if "pairs" in recipe.needs or data is None else data
     assert samples is not None, "checks.check lets no such stage through"
     shape = samples.shape if samples is teacher or teacher is None else teacher.codec.shape(samples.shape)
@@ -140,7 +144,7 @@ def _build(
     data: DataSet | None,
     earlier: Mapping[str, Built],
 ) -> tuple[Recipe, Built]:
-    """own: the spec's teacher."""
+    """Build the recipe and the networks of a train stage. own: the spec's teacher. InputError if they do not fit."""
     teacher = _student(earlier, stage.teacher) if stage.teacher is not None else own
     teacher = teacher if "teacher" in recipe.needs else None
     if isinstance(teacher, LoadedStudent):
@@ -156,7 +160,7 @@ def _build(
     sizes = {name: [p.numel() for p in each.parameters() if p.requires_grad] for name, each in trained.items()}
     still = {name: [p.numel() for p in each.parameters() if not p.requires_grad] for name, each in trained.items()}
     copies = [role.of for role in roles.values() if isinstance(role, Copy)]
-    student = made_of["student"].module  # adapters are merged into it
+    student = made_of["student"].module  # adapters will be merged into it
     exported = sum(p.numel() for p in student.parameters())
     return made, Built(_pretend(student, init), sizes, still, exported, copies, teacher)
 
@@ -168,7 +172,7 @@ def _student(earlier: Mapping[str, Built], name: str) -> Student:
 
 
 def _pretend(student: torch.nn.Module, init: StudentInit) -> Student:
-    """An untrained student, as the stages that follow would load it."""
+    """An untrained student, as later stages would load it."""
     facts = (init.shape, init.num_classes, init.null_class, "", "a student")
     for kind, each in KINDS.items():
         if not STUDENTS[kind].is_field and isinstance(student, each):

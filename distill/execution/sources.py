@@ -1,4 +1,4 @@
-"""What a stage computes from: its teacher, the paths to solve, the batches to train on."""
+"""The inputs of a stage: its teacher, its data, the paths to solve, the batches to train on."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,23 +47,23 @@ Exact = Callable[[int, Sequence[int]], Tensor]  # (seed, indices) -> samples
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a stage computes from, loaded; None: it needs none, or there is none."""
+    """The loaded inputs of a stage; None where it needs none or there is none."""
 
     teacher: LoadedTeacher | None
-    """the student of an earlier stage, or the spec's own"""
+    """the student of an earlier stage, or the teacher of the spec"""
     data: DataSet | None
     own: LoadedTeacher | None
-    """the spec's own teacher, where it is known in closed form: it stands in for data"""
+    """the teacher of the spec if it is in closed form: its exact samples replace data"""
     times: list[float] | None
-    """of the states of the pairs it trains on, where all have the same"""
+    """times of the states of the pairs to train on, if they are the same for all"""
     places: dict[str, str]
-    """where teacher and data were read, or what they are"""
+    """where teacher and data were read, or their kinds, for messages"""
 
 
 def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, indexed: bool = True) -> Inputs:
-    """The inputs of the stage `name` of a run. device: of the teacher. indexed: as of `load_data`.
+    """Load the inputs of the stage `name` of a run. device: of the teacher. indexed: see `load_data`.
 
-    Teachers are not probed: students are compared at their export, and the spec's own is checked before a run begins.
+    Teachers are not probed: students are compared at export, and the spec's teacher is checked before a run starts.
     """
     spec, stage, needs = resolved.spec, resolved.spec.stages[name], resolved.needs(name)
     given: dict[str, TeacherSpec | None] = {"own": spec.teacher if resolved.spec.has_exact_teacher else None}
@@ -86,7 +86,10 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
 def opened(
     run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, indexed: bool, whole: bool
 ) -> Iterator[Inputs]:
-    """`load`, with the teacher on `device`. whole: it must lie there; else it is only called, and may be larger."""
+    """A context with the inputs of a stage (see `load`), with a teacher that can be called on `device`.
+
+    whole: all weights of the teacher must be on `device`; else it may be larger than the device's memory.
+    """
     inputs = load(run, resolved, name, device if whole else torch.device("cpu"), indexed=indexed)
     network = None if inputs.teacher is None or whole else inputs.teacher.network
     with nullcontext() if network is None else dispatched(network, device, run.stage(name).root / "offload"):
@@ -94,7 +97,7 @@ def opened(
 
 
 def _times(run: RunPaths, name: str, stage: TrainStage) -> list[float] | None:
-    """Of the states of its pairs; those that the stage has noted where the pairs are deleted."""
+    """The times of the states of a stage's pairs, or those that the stage has noted if the pairs were deleted."""
     found = [pairs.manifest.read(run.stage(each).pairs) for each in stage.pair_shares]
     times = [each.times for each in found if each is not None]
     if len(times) < len(found):
@@ -104,7 +107,7 @@ def _times(run: RunPaths, name: str, stage: TrainStage) -> list[float] | None:
 
 
 def check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
-    """Refuse data that is not of the teacher's shape and classes. Labels that no network knows: `check_labels`."""
+    """InputError if the data does not have the teacher's shape and classes. For unused labels see `check_labels`."""
     if teacher.codec.shape(data.shape) != teacher.shape:
         raise InputError(
             f"data '{data.name}' has samples of shape {list(data.shape)}, the teacher ({teacher.description}) makes "
@@ -118,9 +121,9 @@ def check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
 
 
 def check_labels(spec: RunSpec, teacher: LoadedTeacher, data: DataSet) -> None:
-    """Refuse a label_column that nothing can use, as the teacher knows no classes; else `note_labels`.
+    """InputError if `data.label_column` has no effect because the teacher is unconditional; else `note_labels`.
 
-    A fresh network of a recipe without a teacher may learn them, and an evaluation has features that tell them apart.
+    Labels have an effect if there is a new network, which may learn them, or an evaluation, whose features use them.
     """
     elsewhere = [stage for stage in spec.stages.values() if isinstance(stage, EvaluateStage) or _has_own_network(stage)]
     if isinstance(spec.data, HfData) and _left_out(teacher, data) and not elsewhere:
@@ -132,7 +135,7 @@ def check_labels(spec: RunSpec, teacher: LoadedTeacher, data: DataSet) -> None:
 
 
 def note_labels(teacher: LoadedTeacher, data: DataSet) -> None:
-    """Say on stderr that the labels of the data are left out, where they are."""
+    """Print a note to stderr if the data has labels and the teacher is unconditional."""
     if not _left_out(teacher, data):
         return
     say_error(
@@ -150,9 +153,9 @@ def _has_own_network(stage: Stage) -> bool:
 
 
 def refuse_different(inputs: Mapping[str, str], places: Mapping[str, str], world: World) -> None:
-    """RunError where a rank has read other inputs than rank 0; all ranks must call this.
+    """RunError if a rank has read other inputs than rank 0. All ranks must call this.
 
-    inputs: digests, by name. places: where each was read.
+    inputs: digests by name. places: where each was read, by name.
     """
     if world.size == 1 or not inputs:
         return
@@ -180,9 +183,11 @@ def batches(
     teacher_digest: str | None,
     world: World = ALONE,
 ) -> tuple[Source, dict[str, str]]:
-    """Where the batches of a train stage come from, and the digests of its pairs; every rank must call this.
+    """The source of the batches of a train stage, and the digests of its pairs. Every rank must call this.
 
-    data: what is real in the batches, pixels for `codec`. conditioning: of the networks that are trained.
+    data: real data of the batches, in pixels, which `codec` encodes.
+    conditioning: of the trained networks.
+    teacher_digest: digest of the teacher that must have made the pairs; None: any.
     """
     labels = conditioning.count is not None
     real = (
@@ -196,17 +201,17 @@ def batches(
     counts = stage.rows_of_pairs
     folders = [run.stage(name).pairs for name in stage.pair_shares]
     sets = [pairs.PairSet.open(folder, teacher_digest, world.rank, world.size) for folder in folders]
-    world.meet("after the checksums of the pairs")  # each rank has compared a part of them
+    world.meet("after the checksums of the pairs")  # each rank has verified a part of them
     sources = [pairs.PairSource(each, count, seed) for each, count in zip(sets, counts, strict=True)]
     source: Source = sources[0] if len(sources) == 1 else pairs.Mixed(sources, counts)
-    source = Prepared.of(source, conditioning, PIXELS)  # their teacher's paths lie behind the codec
+    source = Prepared.of(source, conditioning, PIXELS)  # pairs are already encoded
     digests = {"pairs": " ".join(each.manifest.digest for each in sets)}
     return source if real is None else pairs.Beside(source, real), digests
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Batches as networks see them: indices become conditions, pixels what the codec makes of them."""
+    """Batches for networks: class indices are converted to conditions, and pixels are encoded."""
 
     source: Source
     conditioning: Conditioning
@@ -214,7 +219,7 @@ class Prepared:
 
     @classmethod
     def of(cls, source: Source, conditioning: Conditioning, codec: Codec) -> Source:
-        """The source itself where nothing changes."""
+        """The prepared source, or `source` itself if nothing has to be converted."""
         plain = conditioning.count is None or isinstance(conditioning, ClassLabels)
         return source if plain and codec.is_identity else cls(source, conditioning, codec)
 
@@ -229,7 +234,7 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Solving:
-    """A pairs stage, with all that its paths depend on."""
+    """A pairs stage with everything that its paths depend on."""
 
     teacher: LoadedTeacher
     stage: PairsStage
@@ -240,7 +245,7 @@ class Solving:
 
     @classmethod
     def of_run(cls, run: RunPaths, stage: PairsStage, inputs: Inputs, seed: int, device: torch.device) -> "Solving":
-        """Of a stage of a run, with its `load`ed inputs."""
+        """For a stage of a run. inputs: as returned by `load`."""
         assert inputs.teacher is not None, "checks.check lets no such stage through"
         stage = step_times.with_times(stage, inputs.teacher, run.root.parent, device)
         return cls.of(inputs.teacher, stage, seed=seed, device=device, data=inputs.data, law=inputs.own)
@@ -256,7 +261,7 @@ class Solving:
         data: DataSet | None,
         law: LoadedTeacher | None,
     ) -> "Solving":
-        """data, or a law in closed form: of paths that begin with data."""
+        """data, law: the data that paths start from, or a teacher in closed form; for stages that need either."""
         if stage.paths not in OF_DATA:
             return cls(teacher, stage, seed, device)
         if data is not None:
@@ -264,7 +269,7 @@ class Solving:
         return cls(teacher, stage, seed, device, *paths.of_data(data, law, seed=seed, block=stage.block))
 
     def generate(self, folder: Path, progress: Progress, stop: StopRequest, part: tuple[int, int] | None) -> None:
-        """`pairs.generate`."""
+        """Make the pairs; see `pairs.generate`."""
         pairs.generate(
             self.teacher,
             self.stage,
@@ -279,7 +284,7 @@ class Solving:
         )
 
     def accuracy(self) -> Accuracy:
-        """What the solver's number of steps is worth, by the first pairs."""
+        """Measure, on the first pairs, whether the solver's number of steps is enough; see `pairs.accuracy.measure`."""
         planned = pairs.plan(self.teacher, self.stage, self.seed, self.data_digest)
         field = self.teacher.indexed(self.stage.guidance_scale)
         return accuracy.measure(field, planned, self.real, self.device, StopRequest())

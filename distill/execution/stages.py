@@ -1,6 +1,6 @@
-"""The compute plane's entry: turn one stage of a spec into files of its run. A completed stage is never repeated.
+"""Runs the stages of a spec and writes their files to the run. A completed stage is not repeated.
 
-What evaluates is imported where it is used: the libraries of its metrics take seconds, which every rank would spend.
+Modules for evaluation are imported where they are used: their libraries take seconds to import, on every rank.
 """
 
 from collections.abc import Iterator
@@ -41,12 +41,12 @@ from distill.training.roles import Roles
 from distill.training.world import ALONE, World
 
 CPU = torch.device("cpu")
-MEASURED = 2  # batches whose memory is counted
+MEASURED = 2  # number of batches for which memory is counted
 
 
 @dataclass(frozen=True)
 class Work:
-    """One stage of one run, and where it is computed."""
+    """A stage of a run, and the device and the ranks that compute it."""
 
     run: RunPaths
     resolved: Resolved
@@ -63,13 +63,13 @@ class Work:
 
     @property
     def seed(self) -> int:
-        """Every stage draws from a stream of its own."""
+        """The seed of this stage: every stage has its own stream of random numbers."""
         return key(self.spec.seed, self.name)
 
     @contextmanager
     def inputs(self, device: torch.device | None = None, *, indexed: bool = True) -> Iterator[sources.Inputs]:
-        """What the stage computes from. device: where its teacher must lie whole; None: it is called on the stage's
-        device, and may be larger than that. indexed: as of `load_data`.
+        """The inputs of the stage. device: where all weights of the teacher are loaded; None: the teacher is called on
+        the stage's device, and may be larger than its memory. indexed: see `load_data`.
         """
         where, whole = device or self.device, device is not None
         with sources.opened(self.run, self.resolved, self.name, where, indexed=indexed, whole=whole) as inputs:
@@ -89,10 +89,12 @@ def run(
     measure: bool = False,
     part: tuple[int, int] | None = None,
 ) -> None:
-    """Run the stages `names` of a run, in order; each is marked as done only when it is complete.
+    """Run the stages `names` of a run, in order. A stage is marked as done once it is complete.
 
-    Of several ranks, which train together, the first writes. measure: each rank notes what training takes of memory.
-    part: (i, n), of a pairs stage, its shards i, i + n, ... alone; then it is not done yet, and no event is written.
+    If several ranks train together, rank 0 writes all files, except for the reports of memory.
+
+    measure: each rank reports the memory that training needs.
+    part: (i, n) makes only the shards i, i + n, ... of a pairs stage, which is then not marked as done; no events.
     """
     device, saved = devices.place(spec.launch), "nothing had begun"
     found = resolved.of_run(spec, paths.root)
@@ -130,7 +132,7 @@ def run(
 
 
 def _teacher_name(spec: RunSpec, stage: TrainStage) -> str:
-    """For the model card: which teacher, without the places of this machine."""
+    """The name of the teacher for the model card, without paths of this machine."""
     if stage.teacher is not None:
         return f"the student of stage {stage.teacher}"
     assert spec.teacher is not None
@@ -143,21 +145,21 @@ def _teacher_name(spec: RunSpec, stage: TrainStage) -> str:
 
 @dataclass(frozen=True)
 class PreparedTraining:
-    """What a train stage trains: its recipe, where networks come from, and what its student will say."""
+    """Everything that a train stage needs: recipe, teacher, initial networks, data, and the card of its student."""
 
     recipe: Recipe
     teacher: LoadedTeacher | None
     init: StudentInit
     card: StudentCard
-    times: list[float] | None  # of the states of its pairs, if all have the same
+    times: list[float] | None  # of the states of its pairs, if they are the same for all
     data: DataSet | None  # real data of the batches
-    inputs: dict[str, str]  # digests
-    places: dict[str, str]  # of the same, where they were read
-    calls: Counted | None  # of the teacher by the recipe, where they are counted
+    inputs: dict[str, str]  # digests by name
+    places: dict[str, str]  # where each input was read
+    calls: Counted | None  # counts the recipe's calls of the teacher, if memory is measured
 
 
 def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTraining:
-    """device: of the teacher, and of weights that start as its."""
+    """Prepare a train stage. device: of the teacher and of networks that are copied from it."""
     asked = work.resolved.recipes[work.name]
     with work.inputs(device) as inputs:
         teacher, data = inputs.teacher, inputs.data
@@ -197,7 +199,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
 
 
 def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -> float:
-    """What the student will contain: null + a (null + b (cond - null) - null) = null + a b (cond - null)."""
+    """Scales of teacher and pairs multiply: null + a (null + b (cond - null) - null) = null + a b (cond - null)."""
     if teacher is None:
         return 1.0
     solved = [spec.stages[name] for name in stage.pair_shares]
@@ -208,11 +210,11 @@ def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -
 def _train(work: Work, stage: TrainStage) -> dict[str, object]:
     launch = work.spec.launch
     sharding = choose_sharding(launch)
-    # Whole, the teacher might not fit on the device.
+    # Before it is divided, the teacher might not fit on the device.
     training = _training(work, stage, CPU if sharding.divides_frozen else work.device)
     probe = memory.Probe(sharding, work.world.size) if work.measure else None
     if work.world.first and training.times is not None:
-        write_json(work.run.stage(work.name).times, training.times)  # an export needs them when the pairs are deleted
+        write_json(work.run.stage(work.name).times, training.times)  # for exports after the pairs are deleted
     sources.refuse_different(training.inputs, training.places, work.world)
     source, digests = sources.batches(
         work.run,
@@ -250,14 +252,14 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
         report = {**probe.report(work.world.rank), "teacher_rows": rows}
         write_json(work.run.stage(work.name).memory(work.world.rank), report)
     result.roles.close()
-    # Read anew only where this process no longer holds it whole.
+    # If the teacher is divided, it must be loaded again.
     whole = None if sharding.divides_frozen else training
     work.world.alone("export", partial(_publish, work, stage, whole))
     return {"images": result.images, "steps": result.step, "student": str(work.run.student(work.name))}
 
 
 def _micro_batch(work: Work, stage: TrainStage, training: PreparedTraining, source: Source) -> int:
-    """Samples per forward pass of this process, the same on all ranks."""
+    """The micro-batch size: samples per forward pass of a process, the same on all ranks."""
     launch = work.spec.launch
     if launch.micro_batch != "auto":
         return launch.micro_batch or stage.batch_size // work.world.size
@@ -277,7 +279,7 @@ def _micro_batch(work: Work, stage: TrainStage, training: PreparedTraining, sour
 
 
 def _measure(probe: memory.Probe, progress: Progress, stage: TrainStage, roles: Roles) -> None:
-    """Count in the first batches only, so that those after them take as long as in a run that is not measured."""
+    """Count memory in the first batches only, so that later batches take as long as without measurement."""
     if progress.done < MEASURED * stage.batch_size:
         probe(roles)
     else:
@@ -285,7 +287,7 @@ def _measure(probe: memory.Probe, progress: Progress, stage: TrainStage, roles: 
 
 
 def _publish(work: Work, stage: TrainStage, training: PreparedTraining | None) -> None:
-    """training: what was trained with, loaded; None: it is divided among the ranks, and is loaded again."""
+    """Export the student, and add results to its card. training: None loads it again, since it is divided."""
     if training is not None:
         for each in (training.teacher, training.init.source):
             if each is not None and each.network is not None:
@@ -293,7 +295,7 @@ def _publish(work: Work, stage: TrainStage, training: PreparedTraining | None) -
     _export(work, stage, training, stage.export, work.run.student(work.name), stage.images)
     for name in work.spec.stages:
         found = results.load_results(work.run.stage(name))
-        if found is not None:  # an evaluation that was done before the student was lost
+        if found is not None:  # evaluated earlier, before the student's folder was lost
             _say_measured(work.run, found, work.name)
 
 
@@ -305,9 +307,12 @@ def export_checkpoint(
     folder: Path,
     step: int | None = None,
 ) -> None:
-    """Export the student of a train stage from its newest checkpoint, of a run in progress too, to `folder`.
+    """Export the student of a train stage from a checkpoint to `folder`. The run may be in progress.
 
-    weights: raw, or one of the stage's half-lives in images. step: of another checkpoint than the newest.
+    InputError if there is no such checkpoint.
+
+    weights: "raw", or one of the stage's `ema_half_lives`, in images.
+    step: of the checkpoint; None: the newest.
     """
     stage = spec.stages[name]
     assert isinstance(stage, TrainStage)
@@ -327,8 +332,9 @@ def _export(
     least: int = 0,
     step: int | None = None,
 ) -> None:
-    """The student of the newest checkpoint, of at least `least` images, or of that of `step`; built anew: the one that
-    was trained may lie divided among the ranks. training: what it was trained with, on the CPU; None: it is loaded.
+    """Build the student again (the trained one may be divided) and export it with the weights of a checkpoint.
+
+    step: of the checkpoint; None: the newest. RunError if it has fewer than `least` images. training: None loads it.
     """
     training = training or _training(work, stage, CPU)
     asked = work.resolved.recipes[work.name]
@@ -348,7 +354,7 @@ def _export(
 
 @contextmanager
 def solving(work: Work, *, indexed: bool = True) -> Iterator[sources.Solving]:
-    """A pairs stage, whose teacher is there, with all that its paths depend on. indexed: as of `load_data`."""
+    """A context with a pairs stage and its loaded inputs. indexed: see `load_data`."""
     stage = work.spec.stages[work.name]
     assert isinstance(stage, PairsStage)
     with work.inputs(indexed=indexed) as inputs:
