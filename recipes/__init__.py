@@ -1,1 +1,1 @@
-"""The objectives: one file each, found by name (`reflow/reflow`), never imported by the engine."""
+"""The recipes, one file each. They are found by name, e.g. `reflow/reflow`; the training loop does not import them."""

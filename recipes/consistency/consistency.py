@@ -1,12 +1,12 @@
 """Consistency models (Song et al. 2023, arXiv 2303.01469): every point of a path is mapped to the path's clean end.
 
-f(x_t, t) = x_t - t u(x_t, t, 0) is regressed on itself at an earlier point: D( f(x_t, t), f-(x_s, s) ) / (t - s). x_s
-comes from a step of the teacher (distillation, alg. 2), or is of the same data and noise (training, alg. 3). t and s
-are neighbours on a grid, or Easy Consistency Tuning's (Geng et al. 2024, arXiv 2406.14548), nearer and nearer.
+f(x_t, t) = x_t - t u(x_t, t, 0) learns its own value at s < t: the loss is D( f(x_t, t), f-(x_s, s) ) / (t - s). x_s is
+the teacher's step from x_t (distillation, alg. 2) or has the same data and noise (training, alg. 3). t and s are
+neighbours on a grid, or get closer and closer (Easy Consistency Tuning, Geng et al. 2024, arXiv 2406.14548).
 
-Deviations: linear path, t = 1 exactly. The grid is uniform in t, theirs is EDM's. Weight and pseudo-Huber are of iCT
-(Song & Dhariwal 2023, arXiv 2310.14189), the gap in t, not in noise levels. Under dropout the two ends see other masks.
-Tuning keeps its own t and s, but for t below 0.002 and above 0.9999.
+Deviations: linear path, t = 1 exactly. The grid is uniform in t, theirs is EDM's. Weight and pseudo-Huber distance are
+from iCT (Song & Dhariwal 2023, arXiv 2310.14189), with t - s in place of the difference of noise levels. With dropout,
+x_t and x_s get different masks. Tuning uses its own t and s, except that t is clamped to [0.002, 0.9999].
 """
 
 import math
@@ -22,7 +22,7 @@ from distill.flow.fields import jump_to_data
 from distill.flow.interpolants import like
 from distill.protocols import Batch, Context, Copy, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
-FIRST, LAST = 0.002, 0.9999  # sigma 0.002, EDM's cleanest, and 9999: at 0 and 1 themselves t and s are the same
+FIRST, LAST = 0.002, 0.9999  # sigma 0.002, EDM's smallest, and 9999; at t = 0 and t = 1, s would be equal to t
 
 
 class Config(BaseModel):
@@ -31,23 +31,23 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     point: Literal["heun", "euler", "data"] = "heun"
-    """the earlier point: by a step of the teacher, or of the same data and noise, which needs no teacher"""
+    """x_s: by this step of the teacher, or (data) from the same data and noise, which needs no teacher"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """of the teacher, baked into the student; 1 = none"""
+    """guidance scale of the teacher, which the student learns; 1: no guidance"""
     times: Literal["grid", "continuous"] = "grid"
-    """grid: neighbours on a grid; continuous: Easy Consistency Tuning"""
+    """grid: t and s are neighbours on a grid; continuous: Easy Consistency Tuning"""
     levels: Annotated[int, Field(gt=0, le=100_000)] = 18
-    """steps of the grid, at first"""
+    """number of steps of the grid, at the start of training"""
     mu: float = -1.1
     """mean of logit(t) under continuous"""
     sigma: PositiveFloat = 2.0
     """standard deviation of logit(t) under continuous"""
     halving_images: Annotated[int, Field(gt=0, le=10**13)] | None = None
-    """images after which t and s are twice as near, up to ten times (bf16: let it be three at most); null: never"""
+    """t - s is halved every so many images, at most ten times (with bf16, use at most three); null: never"""
     target_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """per step, of the copy that is the target; null: the student's own weights"""
+    """decay per step of the averaged copy that makes the target; null: the student itself makes it"""
     distance: Literal["l2", "pseudo_huber", "pseudo_huber_elementwise"] = "pseudo_huber"
-    """between the two clean ends"""
+    """distance D between the two predictions of data"""
     huber_c: PositiveFloat | None = None
     """c of the pseudo-Huber distances; null: 0.00054 sqrt(d)"""
 

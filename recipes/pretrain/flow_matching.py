@@ -2,14 +2,15 @@
 
 Minimises E || v(x_t, t) - (noise - data) ||^2 / d, x_t = (1 - t) data + t noise: v(x, t) = E[noise - data | x_t = x].
 The condition is dropped with probability label_dropout, for guidance (Ho & Salimans 2022, arXiv 2207.12598). Couplings
-make paths straighter: optimal transport (Tong et al. 2023, arXiv 2302.00482); immiscible, of least distances, not
-squares, or the nearest of k noises (Li et al. 2024, arXiv 2406.12303; 2025, arXiv 2505.18521); weights w = exp(-cost /
-epsilon), L = sum w l / sum w (Calvo-Ordonez et al. 2025, arXiv 2507.22270). The last two, nearest and weighted, tilt
-the laws of data and noise: from Gaussian noise, samples are then not quite of the data's law.
+make paths straighter: ot, optimal transport (Tong et al. 2023, arXiv 2302.00482); immiscible, with least distances, not
+squares, and immiscible_knn, the nearest of k noises (Li et al. 2024, arXiv 2406.12303; 2025, arXiv 2505.18521);
+weighted, L = sum w l / sum w with w = exp(-cost / epsilon) (Calvo-Ordonez et al. 2025, arXiv 2507.22270). The last two
+change the distributions of data and noise slightly: samples from Gaussian noise then do not quite follow the data's.
 
-Deviations: pairs are made, and weights normalised, in blocks of the global batch. Data keeps its class; the noise of a
-class is Gaussian under within_classes only. Immiscible distances lack a factor of 0.1, which changes nothing. cost and
-epsilon are unverified: options. Logit-normal t (Esser et al. 2024, arXiv 2403.03206) hardly learns t near 1.
+Deviations: pairs and weights are made within blocks of the global batch. Data keeps its class; only with within_classes
+is the noise of each class Gaussian. Immiscible distances lack a factor of 0.1, which changes nothing. The paper's cost
+and epsilon are unverified, so they are options. With logit-normal t (Esser et al. 2024, arXiv 2403.03206), times near 1
+are hardly trained.
 """
 
 from collections.abc import Callable, Iterator
@@ -33,25 +34,25 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     time_law: Literal["uniform", "logit_normal"] = "uniform"
-    """density of the training times"""
+    """distribution of the training times"""
     mu: float | None = None
     """mean of logit(t) under logit_normal; null: 0"""
     sigma: PositiveFloat | None = None
     """standard deviation of logit(t) under logit_normal; null: 1"""
     label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """probability of training a sample without its class; only where there are classes"""
+    """probability of training a sample without its class; only if there are classes"""
     coupling: Literal["independent", "ot", "ot_replacement", "immiscible", "immiscible_knn", "weighted"] = "independent"
-    """which noise goes with which data; ot_replacement draws pairs from the plan, so that some samples are left out"""
+    """how noise is assigned to data; ot_replacement draws pairs from the plan, so some samples are left out"""
     coupling_block: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
-    """samples that are matched, or weighted, together; micro-batches must hold whole blocks; null: 64"""
+    """samples that are matched or weighted together; must divide the micro-batch; null: 64"""
     within_classes: bool | None = None
     """match samples of one class only; null: false"""
     candidates: Annotated[int, Field(gt=0, le=100_000)] | None = None
-    """noises for each sample, k, of which immiscible_knn keeps the nearest; null: 4"""
+    """number of noises per sample, k, of which immiscible_knn takes the nearest; null: 4"""
     cost: Literal["squared", "distance"] | None = None
-    """of a weighted pair: ||data - noise||^2 or ||data - noise||; null: squared"""
+    """cost of a pair for weighted: ||data - noise||^2 or ||data - noise||; null: squared"""
     epsilon: PositiveFloat | None = None
-    """of weights; raise it while effective_share, in the log, is below 0.5; null: twice the median cost of the block"""
+    """for weighted; increase it if effective_share, in the log, is below 0.5; null: twice the block's median cost"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
@@ -77,7 +78,7 @@ class Config(BaseModel):
 
 class Recipe:
     sampler = "euler"
-    null: Callable[[Cond], Cond]  # known once the networks are
+    null: Callable[[Cond], Cond]  # set by `networks`
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
         self.config, self.law = config, times.law(config.time_law, config.mu, config.sigma)
@@ -106,7 +107,7 @@ class Recipe:
         return Loss((weights * losses).mean(), {"effective_share": share})
 
     def coupled(self, batch: Batch, ctx: Context) -> tuple[Tensor, Tensor, Cond]:
-        """Data, the noise that goes with each, and the data's condition."""
+        """Data, the noise assigned to each sample, and the data's condition."""
         assert batch.data is not None
         c, data, cond, noise = self.config, batch.data, batch.cond, ctx.draw.normal("noise", batch.data)
         if c.coupling == "immiscible_knn":

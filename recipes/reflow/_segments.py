@@ -1,4 +1,4 @@
-"""Shared by the recipes that learn the teacher's paths segment by segment: options, grids, where segments come from."""
+"""Shared by recipes that learn the teacher's paths in segments of time: options, step times, sources of segments."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal
@@ -19,17 +19,20 @@ class WindowOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     windows: Annotated[int, Field(gt=0, le=100_000)] = 4
-    """equal windows of time in this stage, K; the student takes K steps or more"""
+    """number of equal windows of time, K; the student takes K steps or more"""
     times_per_window: Annotated[int, Field(gt=0, le=100_000)] | None = None
-    """train at so many times of a window, equally far apart, its start the first; 1: for K steps only; null: any"""
+    """train at so many equally spaced times per window, from its start on; 1: for K steps only; null: at all times"""
     solver: Literal["euler", "heun"] = "euler"
-    """of the teacher, within a window"""
+    """solver of the teacher's path within a window"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """of the teacher, baked into the student; 1 = none"""
+    """guidance scale of the teacher, which the student learns; 1: no guidance"""
 
 
 def grids(borders: Tensor, levels: int | None) -> Mapping[int, Sequence[float]]:
-    """The t_grids of a student of segments between these borders; levels: times of each that it was trained at."""
+    """Step times by number of steps N, for a student of K segments between `borders`: N = K, ..., 16.
+
+    levels: number of times per segment at which the student was trained. If it is 1, or if K > 16, only N = K.
+    """
     return window_grids(borders, most=1 if levels == 1 else 16)
 
 
@@ -44,8 +47,10 @@ def solved(
     solver: Literal["euler", "heun"],
     steps: int,
 ) -> tuple[Tensor, Segment]:
-    """Times t [B], uniform or on so many levels of each window, and the window's segment for each: from real data
-    noised to its start, by steps of the teacher to its end.
+    """Times t [B], and for each the segment of its window: from real data noised to the window's start to where `steps`
+    steps of the teacher take it.
+
+    levels: t is one of so many times of each window; None: t is uniform.
     """
     assert batch.data is not None and teacher is not None
     u, noise = ctx.draw.uniform("t", batch.data), ctx.draw.normal("noise", batch.data)
@@ -55,7 +60,7 @@ def solved(
 
 
 def stored(pairs: Pairs | None, u: Tensor) -> Segment:
-    """Of each path of the pairs one segment between states that follow one another, any of them by u [B] in [0, 1)."""
+    """One segment of each path of the pairs, between two consecutive states. u [B], uniform in [0, 1), selects it."""
     assert pairs is not None and pairs.states is not None and pairs.times is not None
     states, times, rows = pairs.states, pairs.times, torch.arange(len(u), device=u.device)  # [B, K + 1, ...]
     k = one_of(times.shape[1] - 1, u)

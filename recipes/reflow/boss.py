@@ -1,14 +1,14 @@
 """BOSS fine-tuning (Nguyen et al. 2023, arXiv 2312.16414, sec. 4): each of K long steps lands on the teacher's path.
 
-Minimises E || v(x_i, t_i) - (x_j - x_i)/(t_j - t_i) ||^2 / d over the steps i -> j of a trajectory of the teacher, one
-drawn uniformly for each sample. At zero loss K Euler steps along its times end where the teacher's fine path ends.
-The times are those at which the pairs keep their states: paths: trajectories with optimal_times: K has the ones of
-least summed error of Euler steps (`distill schedule`, with the pairs' steps as --fine, prints them). The student is
-valid at these times alone.
+Minimises E || v(x_i, t_i) - (x_j - x_i)/(t_j - t_i) ||^2 / d over the steps i -> j of a teacher's trajectory; one step
+is drawn uniformly for each sample. If the loss is zero, K Euler steps end where the teacher's fine path ends. The times
+are those at which the pairs store states. Pairs with `paths: trajectories` and `optimal_times: K` have the times for
+which Euler steps have the least total error. (`distill schedule` prints them; give it the pairs' steps as --fine.) The
+student can be sampled only along these times.
 
-Deviations: the whole network is trained, there is no LoRA; the perceptual distance of the authors' code, which leaves
-out the length of the step, is not offered; the network is given t itself, theirs 0.999 u + 0.001 with u = 1 - t.
-Unverified: the tables of the paper.
+Deviations: the whole network is trained, without LoRA. The perceptual distance of the authors' code, which ignores the
+length of the step, is not offered. The network is given t itself, theirs 0.999 u + 0.001 with u = 1 - t. The tables of
+the paper are unverified.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ from recipes.reflow import _segments
 
 
 class Config(BaseModel):
-    """Options of reflow/boss: there are none; the pairs say the times."""
+    """Options of reflow/boss: there are none. The times are those of the pairs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 

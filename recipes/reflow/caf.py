@@ -1,16 +1,17 @@
-"""Constant Acceleration Flow (Park et al. 2024, arXiv 2411.00322): bent paths, told apart by their first velocity.
+"""Constant Acceleration Flow (Park et al. 2024, arXiv 2411.00322): curved paths, identified by their initial velocity.
 
-Of the ends of a teacher's path, data = ODE(noise), with line = noise - data and u = 1 - t: the path that leaves the
-noise with velocity v and arrives at the data under constant acceleration is x_t = noise - u v + u^2 (v - line), with
-dv/dt = 2 (v - line). One network learns v = h line at points of that path. The other learns, given v(noise, 1) of the
-first, what that velocity needs: 2 (v(noise, 1) - line), at points of its path; so it makes up for errors of the first.
-Sampling calls the first network once and the second N times: N steps are N + 1 network calls.
+Let data = ODE(noise) be the ends of a teacher's path, line = noise - data and u = 1 - t. The path that leaves the noise
+with velocity v and reaches the data with constant acceleration is x_t = noise - u v + u^2 (v - line), where dv/dt =
+2 (v - line). One network learns the initial velocity v = h line, at points of this path. The other network is given the
+first one's v = v(noise, 1), and learns the acceleration 2 (v - line) of the path that starts with it. So the second
+network corrects errors of the first. Sampling calls the first network once and the second N times: N steps are N + 1
+network calls.
 
-Deviations: both networks are trained at once, the second on the first as it is then, not on the average that may be
-exported; the paper trains the first, then freezes it. t is uniform on [0, 1), theirs one of 1,001; sampling calls at
-i/N exactly, theirs at i/N truncated to thousandths. LPIPS compares the data to which a prediction leads: of the
-velocity theirs is biased off the ends by u (1 - u) (h - 1) line, ours is not. Not built: their third stage, a GAN, and
-the inversion of data; and samples are not clamped to [-1, 1].
+Deviations: both networks are trained together, the second one with the current weights of the first, not with averages
+that may be exported; the paper trains the first network, then freezes it. t is uniform in [0, 1), theirs one of 1,001
+values. Sampling calls the network at exactly i/N, theirs at i/N truncated to thousandths. LPIPS compares the data to
+which a prediction leads. For the velocity, their formula is biased between the ends by u (1 - u) (h - 1) line; ours is
+not. Not implemented: their third stage, a GAN, and the inversion of data. Samples are not clamped to [-1, 1].
 """
 
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ class Config(distances.LpipsOptions):
     """Options of reflow/caf."""
 
     h: Annotated[float, Field(gt=0)] = 1.5
-    """first velocity, relative to that of the straight line; 1: no acceleration, above: braking"""
+    """initial velocity, relative to that of the straight line; 1: no acceleration, above 1: paths slow down"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
@@ -73,7 +74,7 @@ class Recipe:
         v = student(x_t, t, None, cond)
         logs = {"velocity": distances.pseudo_huber(v, h * line).mean()}
         if "lpips" in nets:
-            factor = t * (1 + (1 - t) * (1 - h)) / h  # of what is left of the path, in v
+            factor = t * (1 + (1 - t) * (1 - h)) / h  # x_t - factor v is the data, if v = h line
             logs["velocity_lpips"] = nets["lpips"](x_t - like(factor, v) * v, data).mean()
         with torch.no_grad():
             v = student(noise, torch.ones_like(t), None, cond)
@@ -88,6 +89,6 @@ class Recipe:
 
 
 def bent(noise: Tensor, line: Tensor, v: Tensor, t: Tensor) -> Tensor:
-    """x_t of the path that leaves noise with velocity v and arrives at noise - line: noise - u v + u^2 (v - line)."""
+    """x_t of the path from `noise`, with initial velocity v, to noise - line: noise - u v + u^2 (v - line)."""
     u = like(1 - t, noise)
     return noise - u * v + u.square() * (v - line)

@@ -1,17 +1,19 @@
 """Consistency flow matching (Yang et al. 2024, arXiv 2407.02398): one velocity along each line, segment by segment.
 
-Time is cut into K equal segments; f(x_t, t) = x_t - (t - e) v(x_t, t) is where x_t comes to at e, its segment's end on
-the side of the data. With x_t and x_r, r = t - delta, on one line between data and noise, it minimises the mean of
+Time is divided into K equal segments. f(x_t, t) = x_t - (t - e) v(x_t, t) is the predicted point at time e, the end of
+the segment on the side of the data. With x_t and x_r, r = t - delta, on one line between data and noise, the loss is
 
     || f(x_t, t) - f-(x_r, r) ||^2 / d  +  velocity_weight || v(x_t, t) - v-(x_r, r) ||^2 / d,
 
-f- and v- without gradients, the second term where t - e > 1.01 delta and t > boundary alone. Where r <= boundary, the
-target of f is the line's own x_e. What is learnt are jumps, N = K of them; more steps in a segment follow no ODE.
+where f- and v- have no gradients. The second term is used only if t - e > 1.01 delta and t > boundary. The target of f
+is x_e, the line's own point, if r <= boundary. The student learns one jump per segment, so it is made for K steps; more
+steps per segment are possible, but do not follow an ODE.
 
-Deviations: means over elements for half their sums, in both terms: velocity_weight is the paper's alpha. boundary is in
-our t, 1 - theirs. t covers (0, 1], where the authors' code stops at 0.999; a border belongs to the segment below it. f-
-and v- have the current weights, as in the code, not averaged ones. Under dropout the two ends see other masks. The
-paper speaks of distillation without a formula: under target: teacher, x_r is the teacher's Euler step from x_t.
+Deviations: both terms are means over elements, theirs half of the sums; so velocity_weight is the paper's alpha.
+boundary is in our t, which is 1 - theirs. t is in (0, 1]; the authors' code stops at 0.999. A border between segments
+belongs to the segment below it. f- and v- use the current weights, as in the authors' code, not averages. With dropout,
+x_t and x_r get different masks. The paper mentions distillation without a formula: here, with target: teacher, x_r is
+the teacher's Euler step from x_t.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +27,7 @@ from distill.flow.interpolants import like
 from distill.flow.times import uniform_grid
 from distill.protocols import Batch, Context, Init, Loss, Nets, Role, Teacher, Trained, Turn
 
-NEAR = 1.01  # in deltas: no second term so near to the end of a segment
+NEAR = 1.01  # in units of delta: no second term closer than this to the end of a segment
 
 
 class Config(BaseModel):
@@ -34,17 +36,17 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     target: Literal["data", "teacher"] = "data"
-    """where x_r lies: on the line of data and noise, which needs no teacher, or a step of the teacher from x_t"""
+    """x_r: on the line between data and noise, which needs no teacher; or the teacher's step from x_t"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """of the teacher, baked into the student; 1 = none"""
+    """guidance scale of the teacher, which the student learns; 1: no guidance"""
     segments: Annotated[int, Field(gt=0, le=100_000)] = 2
-    """of time, K: the student's steps"""
+    """number of equal segments of time, K, which is the student's number of steps"""
     delta: Annotated[float, Field(gt=0)] = 1e-3
-    """t - r; the larger, the faster it learns, and the larger its error; under precision bf16, 0.01 or more"""
+    """t - r; a larger value learns faster, with a larger error; with precision bf16, use 0.01 or more"""
     boundary: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """r up to which the target is the line's own point at the end of the segment; 0: at the data only"""
+    """for r up to this, the target is the line's own point at the end of the segment; 0: only at r = 0"""
     velocity_weight: Annotated[float, Field(ge=0)] = 1e-5
-    """of the difference of velocities"""
+    """weight of the difference of velocities"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:

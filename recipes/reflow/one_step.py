@@ -1,11 +1,11 @@
 """One-step distillation of a rectified flow (Liu et al. 2022, arXiv 2209.03003): jump from noise to the teacher's data.
 
-Minimises E D( v(x_t, t), noise - data ) with data = ODE(noise), x_t = (1 - t) data + t noise and t uniform on the
-student's own grid {1, (k-1)/k, ..., 1/k}, the only times at which it is valid. At k = 1, t is 1 and x_t the noise; the
-perceptual distance then compares images, LPIPS( noise - v(noise, 1), data ).
+Minimises E D( v(x_t, t), noise - data ), where D is a distance, data = ODE(noise) and x_t = (1 - t) data + t noise. t
+is uniform on the grid of the student's step times, {1, (k-1)/k, ..., 1/k}; the student can be used only at these times.
+For k = 1, t is 1 and x_t is the noise, so a perceptual distance can compare images: LPIPS( noise - v(noise, 1), data ).
 
-Deviations: t = 1 exactly, where the authors' code stops at 0.999 and so shows the student 0.1 % of its target;
-pseudo-Huber (rf++, Lee et al. 2024, arXiv 2405.20320) as another choice.
+Deviations: t = 1 exactly; the authors' code stops at 0.999, where x_t contains 0.1 % of the data. The pseudo-Huber
+distance (rf++, Lee et al. 2024, arXiv 2405.20320) is added as an option.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,13 +22,13 @@ class Config(distances.LpipsOptions):
     """Options of reflow/one_step."""
 
     steps: Annotated[int, Field(gt=0, le=100_000)] = 1
-    """Euler steps of the student, k"""
+    """number of Euler steps of the student, k"""
     distance: Literal["l2", "pseudo_huber", "lpips", "l2+lpips"] = "l2"
-    """between prediction and target, per sample; with lpips at steps: 1 only"""
+    """distance between prediction and target, per sample; lpips needs steps: 1"""
     lpips_weight: PositiveFloat | None = None
-    """weight of LPIPS beside L2 under l2+lpips; null: 1"""
+    """weight of LPIPS in l2+lpips; null: 1"""
     lpips_resize: Literal["none", "to_64", "to_64_corners", "to_224"] = "none"
-    """enlarge images for LPIPS to 64 or 224 pixels; none: at their own size, as the authors do"""
+    """enlarge images for LPIPS to 64 or 224 pixels; none: do not enlarge, as the authors"""
 
     @property
     def perceptual(self) -> bool:

@@ -1,16 +1,17 @@
 """PeRFlow (Yan et al. 2024, arXiv 2405.07510): straighten the teacher's paths within each of K windows of time.
 
-A drawn t lies in a window, t_e < t <= t_s; z_s is real data noised to t_s, z_e is where the teacher takes it, z_t lies
-on the line between them. Minimises E w || v(z_t, t) - (z_e - z_s)/(t_e - t_s) ||^2 / d. Where that is zero, one Euler
-step a window is the teacher's map; one window is reflow.
+The drawn time t lies in a window t_e < t <= t_s. z_s is real data noised to t_s, z_e is the end at t_e of the teacher's
+path from z_s, and z_t is on the line between them. Minimises E w || v(z_t, t) - (z_e - z_s)/(t_e - t_s) ||^2 / d. If
+the loss is zero, one Euler step per window is the teacher's map. With one window, this is reflow.
 
-Deviations: all is of the linear path, where the teacher's DDIM steps are Euler's; theirs is of VP states. The student
-is a velocity field in every parameterisation. The authors' predict eps of z_s = gamma z_e + kappa eps, with gamma =
-(1 - t_s)/(1 - t_e), and decode z_e: diff_eps, the forward process, kappa = sqrt(t_s^2 - (gamma t_e)^2); ddim_eps, where
-eps stays along the window, kappa = t_s - gamma t_e. On the line eps is affine in v, so they keep the optimum and weigh
-with w = (d eps/d v)^2. That is (1 - t)^2 in ddim_eps, the same times a constant of the window in diff_eps, and nothing
-at t = 1, where sampling begins: velocity, w = 1, is the default. Conditions are dropped only if asked. v jumps at the
-borders, where steps begin; a network that is smooth in t blurs it unless `times_per_window` keeps its times apart.
+Deviations: everything is on the linear path, where the teacher's DDIM steps are Euler steps; the authors' states are
+VP. The student is a velocity field in every parameterisation. The authors predict eps in z_s = gamma z_e + kappa eps,
+with gamma = (1 - t_s)/(1 - t_e), and compute z_e from it. In diff_eps, from the forward process, kappa = sqrt(t_s^2 -
+(gamma t_e)^2). In ddim_eps, where eps is constant within the window, kappa = t_s - gamma t_e. For a fixed z_t, eps is
+affine in v: the optimum is the same as for velocity, and the weight is w = (d eps/d v)^2. For ddim_eps it is (1 - t)^2,
+for diff_eps the same times a constant of the window. Both are 0 at t = 1, where sampling starts, so the default is
+velocity with w = 1. Conditions are dropped only with label_dropout. v is discontinuous at the borders of windows, where
+steps start. A network that is smooth in t blurs this, unless `times_per_window` limits training to separate times.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,13 +33,13 @@ class Config(_segments.WindowOptions):
     """Options of reflow/perflow."""
 
     solver_steps: Annotated[int, Field(gt=0, le=100_000)] = 8
-    """its steps in each window"""
+    """steps of the teacher in each window"""
     parameterisation: Literal["velocity", "diff_eps", "ddim_eps"] = "velocity"
-    """of the regression, which decides the weight of a time; the student is a velocity field in each"""
+    """parameterisation of the loss: determines the weight of each time; the student is always a velocity field"""
     label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """probability of training a sample without its class; only where there are classes"""
+    """probability of training a sample without its class; only if there are classes"""
     guidance_sync: bool = False
-    """true: the teacher is not guided, and sees the dropped class too, so that the student can be guided like it"""
+    """true: the teacher is unguided and its class is dropped, too, so that the student can be guided later"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
@@ -63,7 +64,7 @@ class Config(_segments.WindowOptions):
 
 class Recipe:
     sampler = "euler"
-    null: Callable[[Cond], Cond]  # known once the networks are
+    null: Callable[[Cond], Cond]  # set by `networks`
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
         self.config, self.borders = config, uniform_grid(config.windows)
@@ -96,7 +97,7 @@ class Recipe:
 
 
 def eps_slope(parameterisation: str, t: Tensor, t_s: Tensor, t_e: Tensor) -> Tensor:
-    """d eps/d v at a fixed z_t [B]: kappa eps = z_s - gamma z_e, z_s = z_t + (t_s - t) v, z_e = z_t - (t - t_e) v."""
+    """d eps/d v [B] for a fixed z_t: kappa eps = z_s - gamma z_e, z_s = z_t + (t_s - t) v, z_e = z_t - (t - t_e) v."""
     if parameterisation == "velocity":
         return torch.ones_like(t)
     gamma = (1 - t_s) / (1 - t_e)

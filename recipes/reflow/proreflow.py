@@ -1,14 +1,14 @@
 """ProReflow (Ke et al. 2025, arXiv 2503.04824): PeRFlow's windows, fewer from stage to stage, with aligned velocities.
 
-Minimises E || v - v* ||^2 / d + alpha (1 - cos(v, v*)), v = v(z_t, t) and v* = (z_e - z_s)/(t_e - t_s) the velocity of
-the teacher's path across the window of t, from real data noised to its start, as in reflow/perflow. A wrong direction
-costs more than a wrong length.
+Minimises E || v - v* ||^2 / d + alpha (1 - cos(v, v*)) with v = v(z_t, t). As in reflow/perflow, the target v* =
+(z_e - z_s)/(t_e - t_s) is the mean velocity of the teacher's path across the window that contains t, from real data
+noised to the start of the window. The second term makes a wrong direction cost more than a wrong length.
 
-The progression is a chain of train stages, e.g. of `windows: 8`, then 4, then 2, each with `init:` the one before and
-the same teacher. The cheap way is to make the one before the teacher too (`teacher:`), with its windows as
-`teacher_steps`: at its optimum its steps are the teacher's map, so the targets are the same, but its errors add up.
+For the progression, use several train stages, e.g. with `windows: 8`, then 4, then 2. Each has the previous stage as
+its `init:`, and all have the same teacher. It is cheaper to use the previous stage as the teacher, too (`teacher:`),
+with `teacher_steps` equal to its windows. At its optimum, the targets are the same, but in practice errors add up.
 
-Deviations: of the linear path. The form of the sum, alpha and the windows of the stages are unverified.
+Deviations: on the linear path. The form of the sum, alpha and the numbers of windows are unverified.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,9 +26,9 @@ class Config(_segments.WindowOptions):
     """Options of reflow/proreflow."""
 
     teacher_steps: Annotated[int, Field(gt=0, le=100_000)] = 32
-    """its steps in all windows together, a multiple of windows"""
+    """steps of the teacher in all windows together; a multiple of windows"""
     direction_weight: Annotated[float, Field(ge=0)] = 0.1
-    """alpha, of 1 - cos beside the mean square error; 0: reflow/perflow"""
+    """alpha, the weight of 1 - cos; 0: only the mean square error, as in reflow/perflow"""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

@@ -1,14 +1,16 @@
 """Rectified Diffusion (Wang et al. 2024, arXiv 2410.07303): retrain on the teacher's pairs, in data prediction.
 
-What one step needs is not a straight path but one along which eps stays: then DDIM is exact. Minimises
-E PHe( x_t + (t_e - t) v(x_t, t) - x_e ), the prediction of the end against the end. full: from noise to the data of
-pairs. phased: in each of K phases, from real data noised to its start to where steps of the teacher, online, take it.
+One step needs a path with constant eps, not a straight path: for constant eps, DDIM is exact. Minimises
+E PHe( x_t + (t_e - t) v(x_t, t) - x_e ), the elementwise pseudo-Huber distance between the predicted and the true end
+of a path. With form: full, paths go from the noise to the data of pairs. With form: phased, time is divided into K
+phases; in each, a path goes from real data, noised to the start of the phase, to where the teacher's steps take it.
+These steps are made during training.
 
-Deviations: of the linear path. In its coordinates x/(alpha + sigma), t = sigma/(alpha + sigma), the DDIM line of any
-schedule is the straight line, and eps-, data- and v-predictions have one optimum: the student is a velocity field. The
-error of the end is t - t_e times that of the velocity, whose square has the weight (t - t_e)^2 under l2. t is uniform
-in linear time, theirs in the index of a VP schedule. No condition is dropped: students are not guided here. Their third
-stage is consistency/consistency.
+Deviations: on the linear path. In the coordinates x/(alpha + sigma), t = sigma/(alpha + sigma), the DDIM line of every
+schedule is a straight line, and predictions of eps, data or v have the same optimum. So the student is a velocity
+field. The error of the end is t - t_e times that of the velocity; with l2, a velocity error has the weight (t - t_e)^2.
+t is uniform in linear time, theirs in the index of a VP schedule. Conditions are never dropped: students are not guided
+here. Their third stage is consistency/consistency.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,17 +34,17 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     form: Literal["full", "phased"] = "full"
-    """full: from pairs; phased: window by window, from data and the teacher"""
+    """full: train on pairs; phased: on windows of time (phases), from data and the teacher"""
     phases: Annotated[int, Field(gt=0, le=100_000)] | None = None
-    """equal windows of time of phased, K; the student takes K steps or more; null: 4"""
+    """for phased: number of equal windows of time, K; the student takes K steps or more; null: 4"""
     solver_steps: Annotated[int, Field(gt=0, le=100_000)] | None = None
-    """Euler steps of the teacher in each phase; null: 10"""
+    """for phased: Euler steps of the teacher in each phase; null: 10"""
     times: Literal["uniform", "grid"] = "uniform"
-    """of training; grid: those of the teacher's steps, under phased"""
+    """training times; grid (for phased): only the times of the teacher's steps"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """of the teacher, baked into the student of phased; 1 = none"""
+    """for phased: guidance scale of the teacher, which the student learns; 1: no guidance"""
     distance: Literal["pseudo_huber_elementwise", "l2"] = "pseudo_huber_elementwise"
-    """between predicted and true end, per sample"""
+    """distance between predicted and true end, per sample"""
     huber_c: PositiveFloat | None = None
     """c of the pseudo-Huber distance; null: 0.001"""
 
@@ -88,7 +90,7 @@ class Recipe:
         return Loss(self.distance(end, segment.end).mean())
 
     def across(self, batch: Batch, ctx: Context) -> tuple[Tensor, Segment]:
-        """Times t [B], and the teacher's path across the phase of each."""
+        """Times t [B], and for each the segment of the teacher's path in its phase (full: the whole path)."""
         if self.config.form == "full":
             assert batch.pairs is not None
             t = uniform(ctx.draw.uniform("t", batch.pairs.data))

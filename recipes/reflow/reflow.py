@@ -1,13 +1,14 @@
 """Reflow (Liu et al. 2022, arXiv 2209.03003, Alg. 1): regress the straight line between the ends of teacher paths.
 
-Minimises E || v(x_t, t) - (noise - data) ||^2 / d with data = ODE(noise), x_t = (1 - t) data + t noise. Where the
-minimiser is zero its paths are straight and one Euler step is the teacher's map. With data_weight, that times the same
-loss on real data and independent noise is added: it holds the student to the data where rounds of reflow drift away.
+Minimises E || v(x_t, t) - (noise - data) ||^2 / d, where data = ODE(noise), x_t = (1 - t) data + t noise, and d is the
+number of elements. If the loss is zero, the student's paths are straight, and one Euler step is the teacher's map. With
+data_weight, the same loss on real data and independent noise is added, times this weight. It keeps the student close to
+the data over several rounds of reflow.
 
-Deviations: t covers [0, 1), where the authors' code stops at 0.999, since our samplers start at exactly 1. A later
-round starts from the exported weights, averages if so, the paper's from raw ones. The pseudo-Huber distance and the
-time laws u_shaped and exp10 are those of rf++ (Lee et al. 2024, arXiv 2405.20320); real data always has the squared
-distance: x_t does not determine its velocity, and only the square finds the mean.
+Deviations: t is in [0, 1), because our samplers start at exactly 1; the authors' code stops at 0.999. A later round
+starts from the exported weights, which may be averages; the paper's starts from raw weights. The pseudo-Huber distance
+and the time distributions u_shaped and exp10 are from rf++ (Lee et al. 2024, arXiv 2405.20320). For real data, the
+distance is always squared: x_t does not determine the velocity there, and only the squared error finds its mean.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,15 +29,15 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     time_law: Literal["uniform", "u_shaped", "exp10", "logit_normal"] = "uniform"
-    """density of the training times; u_shaped: at both ends, exp10: at the noise"""
+    """distribution of the training times; u_shaped: more at both ends, exp10: more near the noise"""
     mu: float | None = None
     """mean of logit(t) under logit_normal; null: 0"""
     sigma: PositiveFloat | None = None
     """standard deviation of logit(t) under logit_normal; null: 1"""
     distance: Literal["l2", "pseudo_huber"] = "l2"
-    """between predicted and true velocity, per sample"""
+    """distance between predicted and true velocity, per sample"""
     data_weight: PositiveFloat | None = None
-    """of flow matching on real data beside the pairs; it fights straightness, so at most 0.1; null: none"""
+    """weight of flow matching on real data; use at most 0.1, as it makes paths less straight; null: none"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
@@ -84,6 +85,6 @@ class Recipe:
 def regress(
     student: nn.Module, data: Tensor, noise: Tensor, t: Tensor, cond: Cond, distance: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """The distance of v(x_t, t) to the velocity of the line between data and noise, in the mean over the batch."""
+    """Mean over the batch of the distance between v(x_t, t) and the velocity of the line from data to noise."""
     x_t, v = student.interpolant.mix(data, noise, t), student.interpolant.velocity(data, noise, t)
     return distance(student(x_t, t, cond), v).mean()

@@ -1,17 +1,19 @@
-"""2-rectified flow++ (Lee et al. 2024, arXiv 2405.20320): one round of reflow, with the losses and times that suit it.
+"""2-rectified flow++ (Lee et al. 2024, arXiv 2405.20320): one round of reflow, with better losses and training times.
 
-The lines between the ends of teacher paths hardly ever cross, so x_t determines its pair, and the minimum of any
-premetric is that of the square. With x_t = (1 - t) data + t noise and t of the U-shaped law, each sample has the loss
+The lines between the ends of teacher paths almost never cross, so x_t determines its pair. Then every loss that is zero
+only at the target has the same minimum, and the squared error need not be used. With x_t = (1 - t) data + t noise and t
+from a U-shaped distribution, the loss of a sample is
 
     (1 - t) PH( v(x_t, t), noise - data ) + w LPIPS( x_t - t v(x_t, t), data )
 
-PH: pseudo-Huber; w = 1 (their configuration E) or 1/t (F). The student starts as the teacher, from an EDM or VP network
-through the exact change of schedule. Inverted real data is mixed in by the spec, pairs: {backward: 0.8, forward: 0.2}.
+where PH is the pseudo-Huber distance, and w is 1 (configuration E of the paper) or 1/t (configuration F). The student
+starts from the teacher; a network of an EDM or VP schedule is converted exactly to the linear path. Inverted real data
+is mixed in by the spec: `pairs: {backward: 0.8, forward: 0.2}`. The paper's new update rule, which mixes each
+prediction of the data with the initial noise of the path, is `sampler: same_noise`.
 
-Deviations: without lpips_trunk PH alone with weight 1, since by 1 - t nothing would train t = 1; 1/t is at most 1000,
-as their t goes down to 1e-5; LPIPS is that of the package lpips, not piq's; times are independent, not mirrored. The
-part of inverted data is not in their code (unverified). Their new update rule, which mixes each predicted data with the
-noise it came from, is `sampler: same_noise`.
+Deviations: without lpips_trunk, the loss is PH with weight 1, because with 1 - t nothing would be learnt at t = 1. 1/t
+is limited to 1000; the authors' t goes down to 1e-5. LPIPS is that of the package lpips, theirs that of piq. Times are
+independent, theirs mirrored. The fraction of inverted data is not in their code (unverified).
 """
 
 from collections.abc import Iterator
@@ -29,11 +31,11 @@ class Config(distances.LpipsOptions):
     """Options of reflow/rf_plus_plus."""
 
     lpips_resize: Literal["none", "to_64", "to_64_corners", "to_224"] = "to_224"
-    """enlarge images for LPIPS to 64 or, as the authors do, 224 pixels; none: at their own size"""
+    """enlarge images for LPIPS to 64 pixels or, as the authors do, to 224; none: do not enlarge"""
     lpips_over_t: bool | None = None
-    """weigh LPIPS by 1/t, configuration F; null: false, configuration E"""
+    """weight of LPIPS: 1/t (true, configuration F) or 1 (false, configuration E); null: false"""
     sampler: Literal["euler", "same_noise"] = "euler"
-    """of the student; same_noise: the new update rule, which is Euler's in 1 and 2 steps"""
+    """sampler of the student; same_noise: the paper's new update rule, equal to euler for 1 and 2 steps"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:

@@ -1,13 +1,14 @@
 """SeqRF (Yoon & Lee 2024, arXiv 2402.06461): reflow on each of K segments of time, from stored segments of paths.
 
-Minimises E || v(x_t, t) - (x_s - x_e)/(t_s - t_e) ||^2 / d over segments, with x_e = ODE(x_s) from t_s to t_e < t_s and
-x_t on the line between the two, t uniform. Paths that bend less within a segment have a smaller error over all; where
-the minimum is zero, one Euler step a segment is the teacher's map. `times_per_segment: 1` is their distillation of
-each segment to one step.
+Minimises E || v(x_t, t) - (x_s - x_e)/(t_s - t_e) ||^2 / d over segments from t_s to t_e < t_s. x_e = ODE(x_s) is the
+end of a segment, x_t is on the line between x_s and x_e, and t is uniform. Paths are less curved within a segment, so
+the total error is smaller. If the loss is zero, one Euler step per segment is the teacher's map. With
+`times_per_segment: 1`, this is the paper's distillation of each segment to one step.
 
-Deviations: which starts the authors use is unverified. Both are possible, by the pairs: `paths: segments` begin with
-noised real data, `paths: trajectories` lie on the teacher's own paths, of which each sample takes one segment at
-random. All segments are as likely, whatever their length. The number of segments is up to the pairs' `times`.
+Deviations: it is unverified where the authors' segments start. The pairs decide. With `paths: segments`, a segment
+starts from noised real data. With `paths: trajectories`, it is part of the teacher's own path, chosen at random for
+each sample. All segments are equally likely, whatever their length. The number of segments follows from the pairs'
+`times`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +30,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     times_per_segment: Annotated[int, Field(gt=0, le=100_000)] | None = None
-    """train at so many times of a segment, equally far apart, its start the first; 1: for K steps only; null: any"""
+    """train at so many equally spaced times per segment, from its start on; 1: for K steps only; null: at all times"""
 
     @property
     def needs(self) -> frozenset[str]:

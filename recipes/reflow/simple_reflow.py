@@ -1,19 +1,19 @@
-"""Simple ReFlow (Kim et al. 2024, arXiv 2410.07815): reflow without premetrics, each of its choices made anew.
+"""Simple ReFlow (Kim et al. 2024, arXiv 2410.07815): reflow with improved loss, times, dropout and pairs.
 
-With x_t = (1 - t) data + t noise and the student as a denoiser D(x_t) = x_t - t v(x_t, t), each sample has the loss
-l = || phi(D(x_t) - data) ||^2 / d, phi = I + high_pass_weight (I - blur), which is linear and invertible, so that the
-minimum stays; it counts as l / sg[l]: all times and samples alike, the gradient that of the mean of log l. t of the law
-10^t, denser at the noise. Samplers go along a sigmoid grid, dense at both ends.
+With x_t = (1 - t) data + t noise and the student as a denoiser D(x_t) = x_t - t v(x_t, t), the error of a sample is
+l = || phi(D(x_t) - data) ||^2 / d. phi = I + high_pass_weight (I - blur) is linear and invertible, and so keeps the
+minimum. The loss is l / sg[l] (sg: no gradient), with the gradient of log l: all times and samples count equally. The
+density of t is proportional to 10^t. The step times are a sigmoid grid, dense at both ends.
 
-Three more of its choices stand in the spec. Dropout below the teacher's: `dropout` of the train stage. Forward pairs,
-real data and the noise that inverts to it: pairs: {backward: 0.8, forward: 0.2}. Start from an EDM or VP teacher: as
-every student. Projected pairs, for the exact law of the data: project_block, which matches generated to real data by
-optimal transport; data brings its class.
+Three further parts are set in the spec. Less dropout than the teacher: `dropout` of the train stage. Forward pairs, of
+real data and the noise to which it is inverted: `pairs: {backward: 0.8, forward: 0.2}`. A start from an EDM or VP
+teacher: possible for every student. Projected pairs, an option here, have the exact distribution of the data:
+project_block replaces generated data by real data, matched by optimal transport, with the class of the real data.
 
-Deviations: l / sg[l + 1e-6], and l of the sample itself where the paper may mean an average (unverified), which is the
-same where x_t determines its pair; the blur is [1, 2, 1]/4 along both sides, edges repeated, and 10 its weight;
-sharpness 20 (all unverified); pairs are projected within a batch, classes first, not as a set (unverified); Euler's
-steps instead of DPM-Solver's. Forward pairs beside generated ones are projected like them.
+Deviations: the loss is l / sg[l + 1e-6] with l of each sample. The paper may use an average of l (unverified), which is
+the same if x_t determines its pair. The blur is [1, 2, 1]/4 along both axes with repeated edges, its weight is 10, and
+sharpness is 20 (all unverified). Pairs are projected within a batch, preferably to the same class, not over the
+whole set (unverified). Forward pairs in the batch are projected, too. Steps are Euler's, not DPM-Solver's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,11 +37,11 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     high_pass_weight: Annotated[float, Field(ge=0)] | None = None
-    """of what a blur takes away, in the distance of images; null: 10; vectors have none"""
+    """weight of the details that a blur removes, in the distance between images; null: 10; not for vectors"""
     sharpness: Annotated[float, Field(gt=0, le=50)] | None = 20.0
-    """of the students' sigmoid grid, for 1 to 16 steps; null: a uniform grid, any number of steps"""
+    """sharpness of the sigmoid grid of step times, for 1 to 16 steps; null: a uniform grid, any number of steps"""
     project_block: Annotated[int, Field(ge=2, le=100_000)] | None = None
-    """pairs whose generated data is exchanged for real data together; null: it is kept"""
+    """number of pairs that are matched with real data together; null: generated data is kept"""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -91,7 +91,7 @@ class Recipe:
         return Loss((each / (each.detach() + SMALL)).mean(), {"distance": each.mean().detach()})
 
     def data_ends(self, batch: Batch) -> tuple[Tensor, Cond]:
-        """Generated data and its condition, or the real data that is matched with it and the real data's own."""
+        """The generated data and its condition; or, for projected pairs, the matched real data and its condition."""
         assert batch.pairs is not None
         block = self.config.project_block
         if block is None:
@@ -100,14 +100,14 @@ class Recipe:
         cost = couplings.costs(batch.pairs.data, batch.data, block).square()
         if "class_labels" in batch.cond:
             rows, columns = (couplings.in_blocks(c["class_labels"].cpu(), block) for c in (batch.cond, batch.data_cond))
-            # A match outside its class costs more than any permutation could save.
+            # A match with another class costs more than any permutation could save.
             cost += block * cost.max() * (rows[:, :, None] != columns[:, None, :])
         match = couplings.assignment(cost).to(batch.data.device)  # [B]
         return batch.data[match], {name: value[match] for name, value in batch.data_cond.items()}
 
 
 def high_pass(images: Tensor) -> Tensor:
-    """Images [B, C, H, W] less their blur: symmetric, with eigenvalues in [0, 1]."""
+    """Images [B, C, H, W] minus their blur: a symmetric linear map with eigenvalues in [0, 1]."""
     blur = images
     for side in (2, 3):
         last = blur.shape[side] - 1

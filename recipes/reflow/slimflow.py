@@ -1,13 +1,13 @@
-"""SlimFlow (Zhu et al. 2024, arXiv 2407.12718): a one-step student smaller than its teacher, from no weights of it.
+"""SlimFlow (Zhu et al. 2024, arXiv 2407.12718): a one-step student in a new, smaller network.
 
-anneal trains a fresh `network` while the coupling slides from independent to the teacher's, data = ODE(noise):
-|| v(x_t, t) - (noise_b - data) ||^2 / d with noise_b = sqrt(1 - beta^2) noise + beta fresh, x_t = (1 - t) data + t
-noise_b; beta falls from 1, flow matching on the teacher's samples, to 0, reflow. distill starts from that student (the
-stage's `init`) and keeps it as v_T: D( noise - v(noise, 1), data ) + D( fresh - v(fresh, 1), x_t - t v_T(x_t, t) ), of
-two small steps, x_t = fresh - (1 - t) v(fresh, 1), t uniform in (0.2, 0.8).
+Phase anneal trains a new `network`, with the loss || v(x_t, t) - (noise_b - data) ||^2 / d, where data = ODE(noise),
+noise_b = sqrt(1 - beta^2) noise + beta fresh, and x_t = (1 - t) data + t noise_b. beta decreases from 1 (flow matching
+on the teacher's samples) to 0 (reflow). Phase distill starts from that student (the stage's `init`) and keeps a frozen
+copy v_T. Its loss is D( noise - v(noise, 1), data ) + D( fresh - v(fresh, 1), x_t - t v_T(x_t, t) ). The target of the
+second term takes two steps: x_t = fresh - (1 - t) v(fresh, 1), with t uniform in (0.2, 0.8), then v_T from there.
 
-Deviations: t = 1 exactly in distill, where the authors' code shows the student 0.1 % of its target; t covers [0, 1) in
-anneal; student and v_T start from the same weights, those that the stage before has exported.
+Deviations: t = 1 exactly in distill; in the authors' code, the input contains 0.1 % of the target. In anneal, t is in
+[0, 1). The student and v_T start from the same weights, those that the previous stage has exported.
 """
 
 import math
@@ -32,19 +32,19 @@ class Config(distances.LpipsOptions):
     """Options of reflow/slimflow."""
 
     phase: Literal["anneal", "distill"] = "distill"
-    """anneal: annealed reflow of a fresh network; distill: flow-guided distillation of it, into one step"""
+    """anneal: annealed reflow of a new network; distill: its flow-guided distillation to one step"""
     anneal_images: Annotated[int, Field(gt=0, le=10**13)] | None = None
-    """of anneal: images until beta is 0 (under exp: 1/e); well below the stage's own"""
+    """for anneal: images until beta is 0 (with exp: 1/e); should be well below the stage's images"""
     schedule: Literal["linear", "exp", "cosine"] | None = None
-    """of beta in anneal; null: linear"""
+    """for anneal: how beta decreases; null: linear"""
     flip: bool = False
-    """mirror images and their noise left-right, half of the batches"""
+    """mirror images and their noise horizontally, in half of the batches"""
     middle: Literal["student", "flow"] | None = None
-    """who makes the first of the two steps in distill; null: student"""
+    """for distill: the network of the first of the two steps, v or v_T; null: student"""
     distance: Literal["l2", "lpips"] = "l2"
-    """of both terms of distill, between data"""
+    """for distill: distance D between data, in both terms"""
     lpips_resize: Literal["none", "to_64", "to_64_corners", "to_224"] = "to_64_corners"
-    """enlarge images for LPIPS to 64 (corners aligned, as the authors do) or 224 pixels; none: at their own size"""
+    """enlarge images for LPIPS to 64 (corners aligned, as the authors do) or 224 pixels; none: do not enlarge"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
@@ -112,7 +112,7 @@ class Recipe:
         return Loss(pairs + guided, {"pairs": pairs.detach(), "guided": guided.detach()})
 
     def ends(self, batch: Batch, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Data and noise of the pairs, both mirrored or neither."""
+        """Data and noise of the pairs; both are mirrored, or none."""
         assert batch.pairs is not None
         data, noise = batch.pairs.data, batch.pairs.noise
         mirrored = self.config.flip and ctx.draw.integer("flip", 2) == 1

@@ -1,13 +1,13 @@
-"""DMD2 (Yin et al. 2024, arXiv 2405.14867): match the law of the student's samples to the teacher's by two scores.
+"""DMD2 (Yin et al. 2024, arXiv 2405.14867): match the student's distribution to the teacher's by two scores.
 
-The student's turn moves its samples along x0_fake - x0_teacher at x_t, the gradient of KL(fake_t || teacher_t), each
-normalised by the mean of |sample - x0_teacher|, and fools a discriminator. The critic learns the velocity of samples,
-`ratio` turns to one of the student, and on the same features tells noised samples from noised data. Students of several
-steps train on their own states (backward simulation), with gradients through the last; between steps comes fresh noise.
+The student's samples get the gradient of KL(fake_t || teacher_t), x0_fake - x0_teacher at x_t, divided by the mean of
+|sample - x0_teacher|, and are trained to fool a discriminator. The critic has `ratio` turns per turn of the student: it
+learns the velocity of samples, and to tell noised samples from noised data. Students of several steps are trained on
+states that they make themselves, with fresh noise between steps (backward simulation), by gradients of the last step.
 
-Deviations: flow form, x0 = x_t - t v, from exactly noise at t = 1. Every turn makes new samples, the critic's first,
-judged where scores are compared; the head is one convolution and a mean. t is uniform, between 0.02 and 0.98 for the
-student. `weight: kl`, ((1 - t)/t)^2 without the normaliser, gives the exact gradient of the KL divergence.
+Deviations: flow form, x0 = x_t - t v, from pure noise at t = 1. Every turn makes new samples; the critic's is first.
+The discriminator sees the same x_t as the scores; its head is one convolution and a mean. t is uniform, for the student
+in [0.02, 0.98]. `weight: kl`, ((1 - t)/t)^2 without the normaliser, is the exact gradient of the KL divergence.
 """
 
 from collections.abc import Iterator
@@ -29,17 +29,17 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     steps: Annotated[int, Field(gt=0, le=100_000)] = 1
-    """steps of the student, N"""
+    """number of steps of the student, N"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """of the teacher, baked into the student; 1 = none"""
+    """guidance scale of the teacher, which the student learns; 1: no guidance"""
     ratio: Annotated[int, Field(gt=0, le=100_000)] = 5
-    """turns of the critic to one of the student"""
+    """turns of the critic per turn of the student"""
     gan_weight: Annotated[float, Field(ge=0)] = 3e-3
-    """of the student's adversarial loss; 0: scores alone"""
+    """weight of the student's adversarial loss; 0: no discriminator"""
     critic_gan_weight: Annotated[float, Field(gt=0)] | None = None
-    """of the discriminator's loss beside the critic's score loss; null: 0.01"""
+    """weight of the discriminator's loss in the critic's loss; null: 0.01"""
     weight: Literal["normalised", "kl"] = "normalised"
-    """of the difference of the scores"""
+    """weight of the difference of the scores"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
@@ -64,7 +64,7 @@ class Recipe:
         self.teacher = None if teacher is None else teacher.guided(config.guidance_scale)
 
     def networks(self, init: Init) -> dict[str, Role]:
-        waiting = ("head.*",) if self.config.gan_weight == 0 else ()  # the head alone tells samples from data
+        waiting = ("head.*",) if self.config.gan_weight == 0 else ()  # only the GAN trains the head
         return {"student": Trained(init.flow_map()), "critic": Trained(init.critic(), waiting)}
 
     def turns(self, step: int, images: int) -> Iterator[Turn]:
@@ -84,7 +84,7 @@ class Recipe:
             towards_fake = like(t, x_t) * (v_real - v_fake)  # x0_fake - x0_teacher
             weight = ((1 - t) / t).square()
             if c.weight == "normalised":
-                weight = 1 / ((samples - x_t + like(t, x_t) * v_real).abs().flatten(1).mean(1) + 1e-6)  # it may be 0
+                weight = 1 / ((samples - x_t + like(t, x_t) * v_real).abs().flatten(1).mean(1) + 1e-6)  # not 1 / 0
             g = like(weight, x_t) * towards_fake
         match = distances.mse(samples, samples.detach() - g).mean() / 2  # d match / d samples = g / (B d)
         if c.gan_weight == 0:
@@ -109,7 +109,7 @@ class Recipe:
         return Loss(score + (self.config.critic_gan_weight or 0.01) * told_apart, logs)
 
     def generate(self, nets: Nets, batch: Batch, ctx: Context) -> Tensor:
-        """Samples of the student at one of its steps, from its own states before; gradients through the last call."""
+        """Samples of one of the student's steps, after its own earlier steps; gradients of the last call only."""
         assert batch.data is not None
         x, last = ctx.draw.normal("noise", batch.data), ctx.draw.integer("steps", self.config.steps)
         for step, t in enumerate(self.t_grid[: last + 1]):

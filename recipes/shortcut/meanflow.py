@@ -1,12 +1,13 @@
 """MeanFlow (Geng et al. 2025, arXiv 2505.13447): regress the average velocity on the identity that defines it.
 
-u(x_t, t, s) = v - (t - s) Du, with Du its derivative along (v, 1, 0), eq. (6): one forward-mode call, stopped. On a
-fixed part of the batch s = t: flow matching. Where v is noise - data, a sample, the identity holds in the mean.
+The identity is u(x_t, t, s) = v - (t - s) Du, eq. (6), with Du the derivative of u along (v, 1, 0). Its right side is
+the target, without gradients; Du takes one forward-mode call. On a fixed part of the batch s = t, which is flow
+matching. If v is a sample, noise - data, the identity holds only in the mean.
 
-Deviations: with a teacher, v is its velocity on real data's paths, as in NVIDIA's FastGen. The paper's guidance while
-training on data alone (omega, kappa) is left out: guide a teacher. The error is the mean over elements, so that c does
-not depend on their number; theirs is the sum, with c = 0.01. Central differences stay within [s, 1], a little earlier
-than t where that is 1. Under dropout, the derivative sees other masks than the prediction.
+Deviations: with a teacher, v is its velocity at noised real data, as in NVIDIA's FastGen. The paper's guidance for
+training on data alone (omega, kappa) is not implemented: use a guided teacher. The error is a mean over elements, so c
+does not depend on their number; theirs is a sum, with c = 0.01. Central differences stay within [s, 1]: near t = 1,
+their centre is slightly below t. With dropout, the derivative and the prediction get different masks.
 """
 
 from collections.abc import Iterator
@@ -28,27 +29,27 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     velocity: Literal["teacher", "data"] = "teacher"
-    """of the paths: the teacher's, or noise - data, which needs no teacher"""
+    """v: the teacher's velocity, or noise - data, which needs no teacher"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """of the teacher, baked into the student; 1 = none"""
+    """guidance scale of the teacher, which the student learns; 1: no guidance"""
     diagonal: Annotated[float, Field(ge=0, lt=1)] = 0.75
-    """part of the batch with s = t"""
+    """fraction of the batch with s = t"""
     to_data: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """part of the rest with s = 0, the jump that a single step makes"""
+    """fraction of the rest with s = 0, as in sampling with one step"""
     time_law: Literal["logit_normal", "uniform"] = "logit_normal"
-    """of both times, before the later one becomes t"""
+    """distribution of two times, of which the larger one is t and the other one s"""
     mu: float = -0.4
     """mean of logit(t) under logit_normal"""
     sigma: PositiveFloat = 1.0
     """standard deviation of logit(t) under logit_normal"""
     power: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """p of the weight 1 / (error + c)^p of a sample; 0: plain squares"""
+    """exponent p of the weight 1 / (error + c)^p of a sample; 0: no weighting"""
     c: PositiveFloat | None = None
-    """c of that weight; null: 0.001"""
+    """c in this weight; null: 0.001"""
     derivative: Literal["forward", "central"] = "forward"
-    """forward: exact; central: by differences, for networks without forward derivatives or with a restless one"""
+    """forward: exact; central: finite differences, if forward-mode derivatives are not supported or too noisy"""
     h: Annotated[float, Field(gt=0, lt=0.5)] | None = None
-    """half the time that differences span, at most half of t - s; null: 0.01"""
+    """half of the time between the two points of central; at most half of t - s; null: 0.01"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
@@ -108,7 +109,7 @@ class Recipe:
     def target(
         self, student: nn.Module, x_t: Tensor, t: Tensor, s: Tensor, v: Tensor, batch: Batch, rows: Tensor
     ) -> Tensor:
-        """v - (t - s) Du, eq. (10); Du is asked for where it counts, in these rows."""
+        """The target v - (t - s) Du [B, ...], eq. (10). Du is computed for `rows` only; in the others s = t."""
         c, cond = self.config, {name: value[rows] for name, value in batch.cond.items()}
         x, at, to, along = x_t[rows], t[rows], s[rows], v[rows]
         h = torch.minimum((at - to) / 2, torch.full_like(at, c.h or 0.01)).clamp(min=1e-4)

@@ -1,14 +1,17 @@
 """Shortcut models (Frans et al. 2024, arXiv 2410.12557, alg. 1): a step of size d is two of its own steps of size d/2.
 
-On M = 2^L grid points, the finest step is flow matching; part of the batch is taught steps d = 2/M ... 1 by the mean of
-two half steps of a slow copy, eq. (5). From a frozen teacher (our own derivation, checked in closed form) the finest
-step is `base`: velocity, the teacher's velocity at x_t, so that the optimum is M Euler steps of the teacher; step, its
-Heun step of 1/M, which is nearer its ODE; two_steps, its velocity, and d = 2/M from two Euler steps of the teacher
-itself, so that the bootstrap starts with one guess less.
+On a grid of M = 2^L steps, the finest step, d = 1/M, is learnt by flow matching. For a part of the batch, larger steps,
+d = 2/M ... 1, are learnt from the mean of two half steps of an averaged copy of the student, eq. (5).
 
-Deviations: the network is told d by two times, t and s = t - d. Sizes d are drawn, not dealt out equally. The authors
-clip states and targets at 4, which suits latents of unit variance; we do not. Their guidance while training on data
-alone is left out: guide a teacher. Under dropout without target_decay, the half steps see other masks.
+With a frozen teacher (our own derivation, checked in closed form), `base` is the target of the finest step. velocity:
+the teacher's velocity at x_t; at the optimum, the student makes M Euler steps of the teacher. step: the teacher's Heun
+step of size 1/M, which is closer to its ODE. two_steps: as velocity, but for d = 2/M the two half steps are Euler steps
+of the teacher, so that one level less is learnt from the student itself.
+
+Deviations: the network is given d as two times, t and s = t - d. Sizes d are drawn at random, not distributed equally.
+The authors clip states and targets at 4, which suits latents of unit variance; we do not. Their guidance for training
+on data alone is not implemented: use a guided teacher. With dropout and target_decay: null, the half steps get
+different masks.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,15 +33,15 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     base: Literal["velocity", "step", "two_steps", "data"] = "velocity"
-    """what the finest step is taught by: the teacher in three ways, or data, noise - data, which needs no teacher"""
+    """target of the finest step: from the teacher, in three ways; or noise - data, which needs no teacher"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    """of the teacher, baked into the student; 1 = none"""
+    """guidance scale of the teacher, which the student learns; 1: no guidance"""
     grid: Annotated[int, Field(gt=0, le=100_000)] = 128
-    """finest number of steps, M, a power of two"""
+    """number of steps of the finest grid, M, a power of two"""
     bootstrap: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    """part of the batch that is taught by two half steps"""
+    """fraction of the batch that learns from two half steps"""
     target_decay: Annotated[float, Field(ge=0, lt=1)] | None = 0.999
-    """per step, of the copy that makes the half steps; null: the student itself makes them"""
+    """decay per step of the averaged copy that makes the half steps; null: the student itself makes them"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
@@ -76,7 +79,7 @@ class Recipe:
     def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:
         assert batch.data is not None
         c, data, student, path = self.config, batch.data, nets["student"], nets["student"].interpolant
-        taught = ctx.draw.every(c.bootstrap, data)  # [B], by two half steps
+        taught = ctx.draw.every(c.bootstrap, data)  # [B] bool: learns from two half steps
         level = (ctx.draw.uniform("level", data) * (c.grid.bit_length() - 1)).floor()
         d = torch.where(taught, 2**-level, self.finest)  # 1, 1/2, ..., 2/M; or 1/M
         t = d * ((ctx.draw.uniform("t", data) / d).floor() + 1)  # a multiple of d in (0, 1]
@@ -95,14 +98,14 @@ class Recipe:
         return Loss(distances.mse(student(x_t, t, t - d, batch.cond), target).mean())
 
     def finest_step(self, x_t: Tensor, t: Tensor, d: Tensor, cond: Cond) -> Tensor:
-        """The teacher's velocity at x_t, or its average over d = 1/M."""
+        """The teacher's velocity at x_t, or its average velocity over a Heun step of size d = 1/M."""
         assert self.teacher is not None
         if self.config.base != "step":
             return self.teacher(x_t, t, cond)
         return (x_t - solvers.step(self.teacher, x_t, t, t - d, cond, "heun")) / self.finest
 
     def two_half_steps(self, copy: nn.Module, x_t: Tensor, t: Tensor, d: Tensor, cond: Cond) -> Tensor:
-        """The mean of two average velocities over d/2 each, eq. (5)."""
+        """The mean of the average velocities of two steps of size d/2, eq. (5)."""
         half = d / 2
 
         def average(x: Tensor, at: Tensor) -> Tensor:
