@@ -2,8 +2,8 @@
 
 STORE/inputs/DIGEST is one input, which any number of runs may share: `content` (the files of a commit, or the rows of a
 data set's split) and `input.json`. It appears complete or not at all, and never changes. A run has a list of its inputs
-and links to them. The links are in its folders `hub` and `datasets`, which its jobs use in place of the user's caches.
-They are relative, so that a store can be moved, or mounted at another path in a container.
+and links to them, in `inputs/hub` and `inputs/datasets`, which its jobs use in place of the user's caches. The links
+are relative, so that a store can be moved, or mounted at another path in a container.
 """
 
 import hashlib

@@ -221,6 +221,7 @@ def _content(path: Path, limit: int) -> tuple[bytes | None, str]:
 
 
 def noise_sha256(seed: int, count: int, shape: tuple[int, ...]) -> str:
+    """sha256 of the drawn noise of `CHECKED_NOISE` pairs from all parts of a set of `count` pairs."""
     indices = [count * i // CHECKED_NOISE for i in range(CHECKED_NOISE)]
     return hashlib.sha256(draws.sample_noise(seed, indices, shape).numpy().astype("<f4").tobytes()).hexdigest()
 

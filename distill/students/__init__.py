@@ -1,1 +1,1 @@
-"""Students: how they start, are sampled, exported and loaded."""
+"""Students: their initial networks, sampling, export and loading."""

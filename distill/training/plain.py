@@ -168,7 +168,7 @@ class Plain:
     def held(self, sizes: Sizes, still: Sizes, procs: int) -> Held:
         total = {name: sum(each) for name, each in sizes.items()}
         parameters = sum(total.values()) + sum(sum(each) for each in still.values())
-        gradients = max(total.values())  # of one network at a time
+        gradients = max(total.values())  # only one network has gradients at a time
         return Held(parameters, gradients, 2 * sum(total.values()), total)
 
 

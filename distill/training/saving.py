@@ -100,7 +100,7 @@ class Saved:
 
 @dataclass
 class _Writing:
-    """A save in progress. Only on rank 0 it has a thread."""
+    """A save in progress. It has a thread only on rank 0."""
 
     step: int
     images: int
@@ -165,8 +165,9 @@ class Saver:
             raise error
 
     def finish(self) -> None:
-        """Wait for the save in progress. Every rank must call it. RunError on rank 0 and PeerLost on the others if
-        it has failed.
+        """Wait for the save in progress. Every rank must call it.
+
+        If the save has failed, this raises RunError on rank 0, and PeerLost on the others.
         """
         if (error := self._settled()) is not None:
             raise error

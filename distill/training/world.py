@@ -148,7 +148,7 @@ class World:
 
     @contextmanager
     def contact(self, place: str, *, watched: bool = True) -> Iterator[None]:
-        """Context for code that may wait for other ranks. `PeerLost` with the `place` if one cannot be reached.
+        """A context for code that may wait for other ranks. Raises PeerLost, with `place`, if one cannot be reached.
 
         watched: whether the watch may end the process there.
         """
