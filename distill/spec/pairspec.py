@@ -73,7 +73,7 @@ def shard_path(folder: Path, number: int) -> Path:
 
 
 def shard_record(shard: Path) -> Path:
-    """Path of the record that a shard is complete. A job that makes a part writes it; merging the parts uses it."""
+    """Path of the record that is written once a shard is complete. The manifest lists all shards in the end."""
     return shard.with_suffix(".json")
 
 
