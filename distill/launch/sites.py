@@ -1,4 +1,4 @@
-"""A cluster as all its users see it: one file, site.yaml, in place of lines copied from script to script."""
+"""The site file site.yaml: the settings of a cluster that all its users share."""
 
 import re
 from dataclasses import dataclass
@@ -81,7 +81,7 @@ class SiteSource:
 
 
 def load(path: Path) -> SiteSource:
-    """The site in a file, types taken strictly; InputError with one line per mistake."""
+    """Read and validate a site file strictly. InputError with one line per mistake."""
     if not path.is_file():
         raise InputError(f"there is no site file {path}; copy and edit {EXAMPLE}")
     content = yamltext.parse(yamltext.read(path), str(path)) or {}
