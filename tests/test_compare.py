@@ -1,4 +1,4 @@
-"""`distill compare` by the real command: rehearsed, killed, gone on with; its table says what the run's files say."""
+"""`distill compare` with the real command: rehearsed, killed, resumed; its table agrees with the files of the run."""
 
 import json
 

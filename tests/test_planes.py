@@ -1,4 +1,4 @@
-"""Two planes: what each command imports, how fast it starts, and that the bare wheel is the control plane."""
+"""Imports and start time of commands: commands that compute nothing start fast without torch, and need few packages."""
 
 import json
 import os
