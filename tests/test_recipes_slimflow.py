@@ -1,4 +1,4 @@
-"""Recipe slimflow on Gaussians (reflow sheet T14): annealed coupling, its optimal velocity, zero guidance loss at v2."""
+"""Recipe slimflow on Gaussians (reflow sheet T14): annealed coupling, optimal velocity, zero guidance loss at v2."""
 
 import math
 
