@@ -75,7 +75,7 @@ def _first_metrics(given: object) -> object:
 
 
 class PublishedVersion(FrozenModel):
-    """One version of a student. What later versions of distill may add is ignored."""
+    """One published version of a student. Unknown fields, as of later versions of distill, are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 

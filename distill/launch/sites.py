@@ -26,7 +26,7 @@ Variable = Annotated[str, AfterValidator(_variable)]
 
 
 class CacheSite(FrozenModel):
-    """Where libraries keep files between jobs; null: their own choice, often the home directory and its small quota."""
+    """Folders of libraries for files between jobs. null: the library's default, often the home directory."""
 
     HF_HOME: ScriptLine | None = None
     TORCH_EXTENSIONS_DIR: ScriptLine | None = None
@@ -48,7 +48,7 @@ class ContainerSite(FrozenModel):
 
 
 class Site(FrozenModel):
-    """One cluster."""
+    """The settings of a cluster."""
 
     modules: list[ScriptLine] = []
     """loaded before anything else"""

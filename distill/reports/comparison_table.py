@@ -23,7 +23,7 @@ from distill.spec.model import Name
 
 
 class Measured(FrozenModel):
-    """What a rehearsal found of a training."""
+    """The measurements of a training in a rehearsal."""
 
     seconds_per_image: PositiveFloat
     memory: NonNegativeInt

@@ -30,7 +30,7 @@ Number = Annotated[float, Field(gt=-1e100, lt=1e100)]
 
 
 class Row(FrozenModel):
-    """One way to make samples, measured."""
+    """The measurements of a network with one solver at one number of steps."""
 
     network: Line
     """"teacher", or the name of a student"""

@@ -368,7 +368,7 @@ class LaunchSpec(FrozenModel):
 
 
 class RunSpec(FrozenModel):
-    """A whole run."""
+    """The spec of a run."""
 
     name: Name
     """name of the run; not part of the digest"""
