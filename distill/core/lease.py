@@ -5,8 +5,8 @@ last renewal. A renewal sets the modification time of the claim's record, by the
 clocks of hosts differ. A process that was suspended for too long may thus have lost its claim to another process.
 
 Taking over a claim by its age and a late renewal exclude each other. The process that takes over renames the claim to
-its grave, a name made from the last renewal that it saw. A late renewal first creates that name itself. Only one of
-the two can succeed, in whatever order their steps happen.
+its grave, a name made from the last renewal that it saw. A late renewal counts only if it can create that name itself.
+Only one of the two can succeed, in whatever order their steps happen.
 """
 
 import os

@@ -312,7 +312,7 @@ def locate(source: RemoteSource, listed: Listed, name: str, version: str | None)
     """(folder, digest) of a published version; version None: the newest.
 
     If the index lacks the version, its folder is returned with the digest None, since the index may be older. Raises
-    InputError if there is no such student in a local store, or no version of this name is known.
+    InputError if a local store lacks the version, or if none is given and the store has no student of this name.
     """
     found = [entry for entry in listed.students if entry.name == name]
     if version is None and found:

@@ -5,10 +5,10 @@ succeeds for one process only. A claim of a dead process is taken over by renami
 and its last renewal. A rename succeeds only once, so two processes cannot both take it over. No process can remove a
 newer claim than the one that it has checked.
 
-If the owner runs in the same pid namespace of this machine, since its last boot, it is looked up whether it is alive.
-Any other owner (another host or container, or before a reboot) counts as alive while it renews its claim (see `lease`),
-and as dead 120 s after the last renewal. Earlier versions do not renew their claims: such a claim from another host is
-valid until someone removes it.
+An owner in the same pid namespace of this machine, started since its last boot, is looked up to see if it is alive. Any
+other owner (on another host, in another container, or from before a reboot) counts as alive while it renews its claim
+(see `core.lease`), and as dead 120 s after the last renewal. Earlier versions do not renew their claims: such a claim
+from another host is valid until someone removes it.
 
 Cluster jobs execute units of a run (a stage, or a part of one) in parallel, and each job claims its unit. The whole run
 and one of its units cannot be claimed at the same time.
