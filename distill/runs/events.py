@@ -22,7 +22,7 @@ from distill.core.errors import InputError
 from distill.core.field_types import MAX_PARTS, Count, Label, Line, Name, Rate
 from distill.core.records import Schema
 
-BLOCK = 4096  # bytes of the first block that is read, from either end; each further block has twice as many
+BLOCK = 4096  # bytes of the first block; each further block is twice as large, forwards at most LARGEST
 LARGEST = 2**16
 SUFFIX = ".jsonl"
 YEARS = 250_000_000_000  # unix seconds; Python's dates end in the year 9999
