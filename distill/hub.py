@@ -1,4 +1,4 @@
-"""The Hugging Face hub: which commit a name refers to, how large its files are, and why it cannot be downloaded."""
+"""Queries to the Hugging Face hub: the commit of a revision, the sizes of files, and the reason of a failure."""
 
 import re
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFound
 Kind = Literal["model", "dataset"]
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-UNREACHABLE = (HTTPError, OSError, ValueError)  # HTTPError is httpx's from version 1 on: no OSError, unlike the rest
-REASONS = (  # the first that fits: what is gated is also not found
+UNREACHABLE = (HTTPError, OSError, ValueError)  # from huggingface_hub 1.0 on, HTTPError is httpx's and no OSError
+REASONS = (  # the first match counts: GatedRepoError is a subclass of RepositoryNotFoundError
     (GatedRepoError, "access has to be asked for on its page; then log in by `hf auth login`"),
     (RevisionNotFoundError, "there is no such revision"),
     (RepositoryNotFoundError, "there is no such repository, or it is private"),
@@ -24,20 +24,18 @@ class File:
 
     name: str
     bytes: int
-    cached: bool  # it is in the library's cache already
+    cached: bool  # whether it is in the local Hugging Face cache
 
 
 def commit(kind: Kind, name: str, revision: str | None) -> str:
-    """The commit of a branch or tag, by default of the main branch; a commit is returned without a request."""
+    """Returns the commit hash of a branch or tag (None: the main branch). A hash is returned without a request."""
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     return str(HfApi().repo_info(name, repo_type=kind, revision=revision).sha)
 
 
 def files(kind: Kind, name: str, commit: str | None) -> list[File]:
-    """Of a commit, by default that of the main branch; none where the hub must not be asked, so that nothing can be
-    downloaded either.
-    """
+    """Lists the files of a commit (None: the newest of the main branch). In offline mode the list is empty."""
     if constants.HF_HUB_OFFLINE:
         return []
     found = HfApi().repo_info(name, repo_type=kind, revision=commit, files_metadata=True).siblings or []
@@ -49,7 +47,7 @@ def files(kind: Kind, name: str, commit: str | None) -> list[File]:
 
 
 def reason(error: Exception) -> str:
-    """Why it cannot be had, in one line."""
+    """Describes in one line why a download or a query failed."""
     for kind, text in REASONS:
         if isinstance(error, kind):
             return text

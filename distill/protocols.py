@@ -1,8 +1,9 @@
-"""The nouns of the framework: what a field, a flow map, a teacher, a batch, a turn and a recipe are.
+"""The interfaces of the framework: velocity fields, flow maps, teachers, batches, turns and recipes.
 
-One time axis (t = 0 data, t = 1 noise), one quantity (velocity v = dx_t/dt), two kinds of network: a
-velocity field v(x_t, t, cond) and a flow map u(x_t, t, s, cond), the average velocity from t to s, so that
-x_s = x_t + (s - t) u. Nothing here has an implementation; a module that fits the shape fits the framework.
+Time t runs from 0 (data) to 1 (noise), and velocities are v = dx_t/dt. A network is a velocity field v(x_t, t, cond) or
+a flow map u(x_t, t, s, cond). A flow map is the average velocity from t to s, so that x_s = x_t + (s - t) u.
+
+Most classes are `typing.Protocol`s: a class that has their attributes and methods can be used without inheriting.
 """
 
 import math
@@ -21,7 +22,7 @@ Cond = Mapping[str, Tensor]  # e.g. {"class_labels": [B] int64}; empty for an un
 
 @runtime_checkable
 class VelocityField(Protocol):
-    """v(x_t, t, cond): x_t [B, ...], t [B] in `t_range` of its own interpolant's time -> [B, ...]."""
+    """The velocity v(x_t, t, cond), in the shape of x_t [B, ...]. t [B] is the time of `interpolant`, in `t_range`."""
 
     @property
     def interpolant(self) -> Interpolant: ...
@@ -32,7 +33,7 @@ class VelocityField(Protocol):
 
 @runtime_checkable
 class FlowMap(Protocol):
-    """u(x_t, t, s, cond): the average velocity from t to s <= t, both [B] -> [B, ...]."""
+    """The average velocity u(x_t, t, s, cond) from t to s <= t, in the shape of x_t [B, ...]. t and s are [B]."""
 
     @property
     def interpolant(self) -> Interpolant: ...
@@ -41,21 +42,23 @@ class FlowMap(Protocol):
 
 @runtime_checkable
 class Conditioning(Protocol):
-    """What a network is conditioned on. Data and pairs hold an index for each sample (a class id, the row of a table);
-    `collate` makes of them what the network is called with. All tensors of a condition have the first dimension B.
+    """What a network is conditioned on.
+
+    Data and pairs hold one index per sample, such as a class id or the row of a table. `collate` converts the indices
+    of a batch to the condition that the network is called with. The first dimension of all tensors of a condition is B.
     """
 
     @property
     def count(self) -> int | None: ...  # indices are 0 ... count - 1; None: unconditional
     @property
-    def has_null(self) -> bool: ...  # whether there is an unconditional call
+    def has_null(self) -> bool: ...  # whether the network can be called without a condition (the null condition)
     def collate(self, indices: Tensor) -> Cond: ...  # [B] int64 -> a condition on the same device
-    def null(self, cond: Cond) -> Cond: ...  # the condition of the unconditional call, for as many rows
+    def null(self, cond: Cond) -> Cond: ...  # the null condition, for as many rows as `cond` has
 
 
 @runtime_checkable
 class Codec(Protocol):
-    """From pixels [B, C, H, W] in [-1, 1] to what a network sees, and back."""
+    """Converts pixels [B, C, H, W] in [-1, 1] to the samples that a network works on (such as latents), and back."""
 
     @property
     def is_identity(self) -> bool: ...
@@ -66,51 +69,54 @@ class Codec(Protocol):
 
 @runtime_checkable
 class Architecture(Protocol):
-    """How the networks of some classes are described by their config.json and called: one file for each, found by the
-    class names. Config values come from a file that anybody may have written: refuse what is wrong by an InputError.
+    """How to read the config.json of networks of some classes, and how to call these networks.
+
+    An architecture is found by the class name in config.json. That file is untrusted input: `shape` and `conditioning`
+    must raise InputError if a value is invalid.
+
+    path: where config.json is, for messages.
+    null_class: class id of the null condition, from the spec or the student's distill.json.
+    time: [B], in the units of the network's schedule, e.g. 1000 t on the linear path.
     """
 
     @property
-    def classes(self) -> tuple[type[nn.Module], ...]: ...  # ModelMixins
+    def classes(self) -> tuple[type[nn.Module], ...]: ...  # subclasses of diffusers' ModelMixin
     def shape(self, config: dict[str, Any], path: Path) -> tuple[int, ...]: ...  # of one sample
     def conditioning(self, config: dict[str, Any], path: Path, null_class: int | None) -> Conditioning: ...
-    def layers(self, network: nn.Module) -> Sequence[str]: ...  # modules whose outputs are features, by name
-    def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor: ...  # output like x_t
-
-    # path: of config.json. null_class: of the unconditional call, as the spec or the student's distill.json says.
-    # time [B]: as the network's schedule counts it, e.g. 1000 t on the linear path.
+    def layers(self, network: nn.Module) -> Sequence[str]: ...  # names of the modules whose outputs are features
+    def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor: ...  # -> shape of x_t
 
 
 @runtime_checkable
 class Teacher(Protocol):
-    """A frozen velocity field and what must be known to use it. A recipe is given one on the linear path."""
+    """A frozen velocity field, with the facts needed to use it. Recipes get a teacher on the linear path."""
 
     @property
     def field(self) -> VelocityField: ...
     @property
     def shape(self) -> tuple[int, ...]: ...  # of one sample, e.g. (1, 8, 8) or (2,)
     @property
-    def num_classes(self) -> int | None: ...  # real classes; None: unconditional
+    def num_classes(self) -> int | None: ...  # without the null class; None: unconditional
     @property
-    def digest(self) -> str: ...  # sha256 over configuration and weights
+    def digest(self) -> str: ...  # SHA-256 over configuration and weights
     @property
     def conditioning(self) -> Conditioning: ...
     @property
     def codec(self) -> Codec: ...
     @property
-    def layers(self) -> Sequence[str]: ...  # names of what `features` can give, in the order of the network
+    def layers(self) -> Sequence[str]: ...  # names of the layers that `features` accepts, in the order of the network
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, layers: Sequence[str]) -> list[Tensor]: ...
-    def null(self, cond: Cond) -> Cond: ...  # the condition of the unconditional call
-    def guided(self, guidance_scale: float) -> VelocityField: ...  # 1 = none
+    def null(self, cond: Cond) -> Cond: ...  # the null condition
+    def guided(self, guidance_scale: float) -> VelocityField: ...  # 1: no guidance
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Ends of the teacher's own paths: data = ODE(noise). Both [B, ...]. Where they were kept, also `states`
-    [B, K, ...] of each path at its decreasing `times` [B, K], float32.
+    """Endpoints of the teacher's ODE paths: data = ODE(noise), both [B, ...].
 
-    States of a trajectory begin with noise at t = 1 and end with data at t = 0; of a segment there are two: noised real
-    data, x_t = (1 - t) data + t noise, and where the teacher's ODE takes it.
+    If the states of the paths were stored, `states` [B, K, ...] are those at the decreasing `times` [B, K], float32.
+    The states of a trajectory start with noise at t = 1 and end with data at t = 0. A segment has two states: noised
+    real data, x_t = (1 - t) data + t noise, and the solution of the teacher's ODE from there at the second time.
     """
 
     noise: Tensor
@@ -121,43 +127,47 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one micro-batch holds: real data, pairs, or both, and their conditions."""
+    """One micro-batch: real data, pairs, or both, with their conditions."""
 
     data: Tensor | None
     pairs: Pairs | None
-    cond: Cond  # of the pairs; where there are none, of the data
-    data_cond: Cond = field(default_factory=dict)  # of the data, where it comes beside pairs
+    cond: Cond  # of the pairs, or of the data if there are no pairs
+    data_cond: Cond = field(default_factory=dict)  # of the data, if there are both data and pairs
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Where batches come from; stateless, so that (seed, step) is the whole position."""
+    """A stateless source of batches: a batch depends only on the seed and the step."""
 
-    def batch(self, step: int, rows: Rows) -> Batch: ...  # these rows of step's global batch, on the CPU
+    def batch(self, step: int, rows: Rows) -> Batch: ...  # these rows of the global batch of `step`, on the CPU
 
 
 @runtime_checkable
 class Draw(Protocol):
-    """The only randomness of a recipe: keyed (seed, step, turn, name, row of the batch), so any ranks draw the same."""
+    """Random numbers for a recipe, which must use no others.
 
-    def normal(self, name: str, like: Tensor) -> Tensor: ...  # like's shape, dtype and device
+    They depend only on (seed, step, turn, name, row of the global batch), so any number of ranks draws the same
+    numbers.
+    """
+
+    def normal(self, name: str, like: Tensor) -> Tensor: ...  # in the shape, dtype and device of `like`
     def uniform(self, name: str, like: Tensor) -> Tensor: ...  # [B] in [0, 1), float32
-    def integer(self, name: str, below: int) -> int: ...  # one in 0 ... below - 1, for all ranks and micro-batches
-    def every(self, fraction: float, like: Tensor) -> Tensor: ...  # [B] bool: this part of the global batch, evenly
+    def integer(self, name: str, below: int) -> int: ...  # in 0 ... below - 1, equal on all ranks and micro-batches
+    def every(self, fraction: float, like: Tensor) -> Tensor: ...  # [B] bool: true for this fraction, evenly spaced
 
 
 @runtime_checkable
 class Context(Protocol):
-    """What a loss may know of the run."""
+    """What a loss is told about the run."""
 
     @property
     def step(self) -> int: ...
     @property
-    def images(self) -> int: ...
+    def images(self) -> int: ...  # samples that the student has been trained on so far
     @property
     def draw(self) -> Draw: ...
     @property
-    def carry(self) -> dict[str, Tensor]: ...  # detached; shared by the turns of one step and micro-batch
+    def carry(self) -> dict[str, Tensor]: ...  # passed from turn to turn of one step and micro-batch, detached
 
 
 @dataclass(frozen=True)
@@ -168,13 +178,13 @@ class Loss:
     logs: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-# A network as a loss sees it: the active one trainable, the others raw and frozen, all called alike.
+# The networks of a recipe by name, as a loss gets them: only the network of the current turn is trainable.
 Nets = Mapping[str, nn.Module]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One network, one loss, one optimizer step."""
+    """One optimizer step of one network, on one loss."""
 
     network: str
     loss: Callable[[Nets, Batch, Context], Loss]
@@ -182,12 +192,13 @@ class Turn:
 
 @dataclass(frozen=True)
 class Trained:
-    """A network with an optimizer of its own.
+    """A network that is trained, by an optimizer of its own.
 
-    waiting: names of parameters, or patterns such as "head.*", that the first turns need not reach. Any other that no
-    backward pass of its network's first two turns reaches, on any rank, is an error: most likely it never would be.
-    lr: multiplies the learning rate of the stage for this network.
-    groups: by the name of a parameter, or a pattern, a further factor of its learning rate.
+    waiting: parameters, by name or by a pattern such as "head.*", that may get no gradient in the first turns. If any
+    other parameter has a gradient on none of the ranks in the first two turns of its network, InputError is raised:
+    most likely the loss does not depend on it.
+    lr: factor of the stage's learning rate for this network.
+    groups: further factors of the learning rate, by parameter name or pattern.
     """
 
     module: nn.Module
@@ -203,15 +214,17 @@ class Trained:
 
 @dataclass(frozen=True)
 class Frozen:
-    """A network that is called but never moves (gradients may flow through it)."""
+    """A network that is called but not trained. Gradients may flow through it."""
 
     module: nn.Module
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A target network, frozen, with full weights on every rank: it starts as the trained network `of`, and after each
-    of its optimizer steps becomes decay copy + (1 - decay) of. Decay 0: its last weights, always.
+    """A frozen target network: an exponential moving average (EMA) of the trained network `of`.
+
+    Every rank holds its full weights. It starts as `of`. After each optimizer step of `of`,
+    copy = decay * copy + (1 - decay) * of. With decay 0, it always equals `of`.
     """
 
     of: str
@@ -224,11 +237,13 @@ class Copy:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A network whose weights stay, and low-rank adapters beside some of its layers, which train: each target layer
-    gets the weights W + alpha / rank B A. It starts as `module`, of which it is a copy; exports have them merged.
+    """A copy of `module` with frozen weights and trained low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685).
+
+    Each target layer has the weights W + alpha / rank B A, of which A and B are trained. At first B A is zero. In
+    exported networks the adapters are merged into the weights.
 
     targets: names of linear and convolution layers, or the ends of their names, such as "to_q" or "layers.0".
-    lr: multiplies the learning rate of the stage.
+    lr: factor of the stage's learning rate.
     """
 
     module: nn.Module
@@ -252,50 +267,53 @@ Role = Trained | Frozen | Copy | Adapter
 
 @runtime_checkable
 class Init(Protocol):
-    """Where a recipe's networks come from: the teacher's weights, another stage's student, or fresh ones.
+    """Makes a recipe's networks from the teacher's weights, from the student of another stage, or from fresh weights.
 
-    A flow map that starts from a velocity network is that velocity, whatever s; a velocity with its acceleration is it
-    twice, whatever v. A critic starts as the teacher, if that
-    has weights.
+    A flow map that starts from a velocity network v returns v(x_t, t) for every s. An acceleration network that starts
+    from it returns v(x_t, t) both as velocity and as acceleration, for every given velocity. A critic starts from the
+    teacher if the teacher has weights.
     """
 
     @property
-    def num_classes(self) -> int | None: ...  # of the networks it makes; None: unconditional
+    def num_classes(self) -> int | None: ...  # of the networks that are made; None: unconditional
     @property
     def conditioning(self) -> Conditioning: ...
     def velocity_field(self) -> nn.Module: ...  # a module that is a VelocityField on the linear path
     def flow_map(self) -> nn.Module: ...  # a module that is a FlowMap on the linear path
     def acceleration(self) -> nn.Module: ...  # (x_t, t, None, cond) -> velocity v, (x_t, t, v, cond) -> dv/dt
     def critic(self) -> nn.Module: ...  # (x_t, t, cond) -> velocity [B, ...] and logit [B]
-    def null(self, cond: Cond) -> Cond: ...  # the condition of the unconditional call
+    def null(self, cond: Cond) -> Cond: ...  # the null condition
 
 
 @runtime_checkable
 class Recipe(Protocol):
-    """An objective. Its module has a docstring naming the paper, `class Config(BaseModel)` and `class Recipe`.
+    """A training objective.
 
-    `Config` has the properties `needs` (a set of "data", "pairs", "states", "teacher", "weights", "jvp"; "states"
-    beside "pairs": those with states; "weights": trained ones to start from) and `student` ("velocity" | "flow_map" |
-    "acceleration" | "generator"), which may depend on its options.
+    The module of a recipe has a docstring that names the paper, `class Config(BaseModel)` and `class Recipe`. `Config`
+    has two properties, which may depend on its options. `needs` is a set of "data", "pairs", "states", "teacher",
+    "weights" and "jvp": "states" with "pairs" means pairs that have states, and "weights" means trained weights to
+    start from. `student` is "velocity", "flow_map", "acceleration" or "generator".
     """
 
-    sampler: str  # a name in distill/samplers/
+    sampler: str  # the sampler of its students: a file in distill/students/samplers/
 
     def networks(self, init: Init) -> dict[str, Role]: ...
-    def turns(self, step: int, images: int) -> Iterator[Turn]: ...  # the same on every rank
+    def turns(self, step: int, images: int) -> Iterator[Turn]: ...  # of one step; must be the same on every rank
 
 
 @runtime_checkable
 class Stateful(Protocol):
-    """A recipe that remembers something from step to step."""
+    """A recipe with state that is kept from step to step and saved in checkpoints."""
 
-    def state(self) -> dict[str, Tensor]: ...  # small, equal on all ranks; a resume copies the saved ones into these
+    def state(self) -> dict[str, Tensor]: ...  # small, equal on all ranks; on resume, saved values are copied into them
 
 
 @runtime_checkable
 class Gridded(Protocol):
-    """A recipe whose student is sampled along times of its own, and at some numbers of steps only."""
+    """A recipe that defines the sampling times of its student.
+
+    `t_grids` maps each number of steps N that is allowed to its N + 1 times, from 1 to 0. An empty mapping allows any
+    N, on a uniform grid. times: of the states of the pairs, if they are the same for all pairs; else None.
+    """
 
     def t_grids(self, times: Sequence[float] | None) -> Mapping[int, Sequence[float]]: ...
-
-    # N -> its times [N + 1], 1 ... 0; none: uniform, any N. times: of the states of its pairs, if all have the same.

@@ -20,7 +20,7 @@ CARD = StudentCard(
 ENV = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200", "NO_COLOR": "1"}
 
 
-def make(store: Path, name: str = "one", preset: str = "digits", *changes: str, threads: int = 1) -> RunPaths:
+def make_run(store: Path, name: str = "one", preset: str = "digits", *changes: str, threads: int = 1) -> RunPaths:
     """A new run of a preset, of which nothing is done yet."""
     spec = specfile.load(presets.find(preset), changes, name=name).spec
     kinds = {stage: each.kind for stage, each in spec.stages.items()}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 from commands import command, snapshot
-from runs import make
+from runs import make_run
 
 import distill as package
 from distill.cli import arguments, common, start, work
@@ -188,7 +188,7 @@ def test_recipes(capfd):
 
 def test_list_and_show(capfd, tmp_path):
     assert command(capfd, "list").out == "no runs in runs; make the first: distill run digits\n"
-    run = make(tmp_path / "runs")
+    run = make_run(tmp_path / "runs")
     run.stage("teach").root.mkdir(parents=True)
     write_json(run.stage("teach").done, {})
     run.stage("pairs").root.mkdir()
@@ -217,7 +217,7 @@ def test_list_and_show(capfd, tmp_path):
 
 
 def test_a_run_that_was_killed_far_from_its_start_is_not_new(tmp_path):
-    run = make(tmp_path / "runs")
+    run = make_run(tmp_path / "runs")
     assert run_status.read(run).state == "new"
     append_event(run, "started", pid=1)
     for done in range(0, 10**6, 1000):
@@ -239,7 +239,7 @@ def test_a_line_break_among_the_arguments_leaves_the_spec_whole(tmp_path, monkey
 
 
 def test_clean_says_what_it_would_free_and_deletes_when_told(capfd, tmp_path):
-    run = make(tmp_path / "runs")
+    run = make_run(tmp_path / "runs")
     for stage in ("teach", "reflow"):
         run.stage(stage).checkpoints.mkdir(parents=True)
         (run.stage(stage).checkpoints / "file").write_bytes(b"x" * 1500)
@@ -271,7 +271,7 @@ def test_clean_says_what_it_would_free_and_deletes_when_told(capfd, tmp_path):
 
 
 def test_pairs_that_a_stage_still_needs_are_to_do_again_once_deleted(capfd, tmp_path):
-    run = make(tmp_path / "runs")
+    run = make_run(tmp_path / "runs")
     for stage in ("teach", "pairs"):
         run.stage(stage).pairs.mkdir(parents=True)
         write_json(run.stage(stage).done, {})
@@ -290,7 +290,7 @@ def test_pairs_that_a_stage_still_needs_are_to_do_again_once_deleted(capfd, tmp_
 
 
 def test_clean_takes_what_killed_processes_left(capfd, tmp_path):
-    run = make(tmp_path / "runs")
+    run = make_run(tmp_path / "runs")
     for name in (".dead-host-1-2", ".running-host-3-4"):
         (run.root / name).mkdir()
     assert command(capfd, "clean", "one", "--pairs", "--yes").out.endswith("deleted 2 folders, 0 B\n")
@@ -304,7 +304,7 @@ def test_clean_takes_inputs_that_no_run_names(capfd, tmp_path):
         (folder / "content" / "file").write_text("1234")
     for folder in folders[:2]:
         os.utime(folder, (0, 0))
-    run = make(tmp_path / "runs")
+    run = make_run(tmp_path / "runs")
     record = Input("teacher", "org/tiny", None, "c" * 40, "a" * 64, f"hub/models--org--tiny/snapshots/{'c' * 40}")
     prefetch.keep(run, [record])
     said = command(capfd, "clean", "--inputs").out
@@ -356,7 +356,7 @@ def test_doctor_finds_a_torchvision_of_another_torch(tmp_path):
 
 
 def test_where_a_run_without_logs_prints(capfd, tmp_path):
-    make(tmp_path / "runs", "one")
+    make_run(tmp_path / "runs", "one")
     done = command(capfd, "logs", "one")
     said = "a run on this machine prints to its terminal, and only the other ranks write logs"
     assert (done.code, done.err) == (2, f"error: run 'one' has no logs: {said}\n")
@@ -373,7 +373,7 @@ def test_quickstart_goes_on_with_what_was_stopped_and_repeats_nothing(tmp_path):
         return paths.name, unfinished is not None
 
     assert choice() == ("quickstart", False)
-    run = make(store, "quickstart")
+    run = make_run(store, "quickstart")
     assert choice() == ("quickstart", True)
     with claims.claim(run):
         assert choice() == ("quickstart-2", False)
@@ -381,14 +381,14 @@ def test_quickstart_goes_on_with_what_was_stopped_and_repeats_nothing(tmp_path):
         run.stage(stage).root.mkdir(parents=True)
         write_json(run.stage(stage).done, {})
     assert choice() == ("quickstart-2", False)
-    make(store, "quickstart-2", preset="mixture-2d")  # somebody's own run of that name
+    make_run(store, "quickstart-2", preset="mixture-2d")  # somebody's own run of that name
     assert choice() == ("quickstart-3", False)
 
 
 def test_a_damaged_quickstart_is_named_and_passed_over(tmp_path, capfd):
     store = tmp_path / "runs"
-    make(store, "quickstart").spec.write_text("name: [")
-    os.mkfifo(make(store, "quickstart-2").root / "fifo")
+    make_run(store, "quickstart").spec.write_text("name: [")
+    os.mkfifo(make_run(store, "quickstart-2").root / "fifo")
     (store / "quickstart-2" / "spec.yaml").unlink()
     (store / "quickstart-2" / "fifo").rename(store / "quickstart-2" / "spec.yaml")
     paths, unfinished = work.choose_quickstart(store)

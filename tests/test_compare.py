@@ -36,39 +36,37 @@ def checkpoints(run, stage):
     return any(run.stage(stage).checkpoints.glob("step-*"))
 
 
-def test_killed_it_goes_on_with_the_lengths_that_it_began_with(tmp_path):
+def test_the_table_holds_what_the_files_hold(tmp_path):
+    run = RunPaths(tmp_path / "runs" / "one")
+    done = distill(*COMPARE, "--name", "one", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_table(run, done.stdout)
+    before = run.comparison_table.read_bytes(), run.comparison_figure.read_bytes()
+    run.comparison_table.unlink()
+    run.comparison_figure.unlink()
+    again = distill("report", "one", "--store", "runs", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (run.comparison_table.read_bytes(), run.comparison_figure.read_bytes()) == before
+
+
+@pytest.mark.long  # test_reflow_command kills runs, which this is from its spec on
+@pytest.mark.timeout(900)
+def test_killed_twice_it_ends_as_if_undisturbed(tmp_path):
+    """It resumes with the lengths that it began with."""
     run, log = RunPaths(tmp_path / "runs" / "killed"), tmp_path / "log"
     process = start(*COMPARE, "--name", "killed", cwd=tmp_path, log=log)
     assert wait_for(lambda: checkpoints(run, "one_step-reflow"), process), log.read_text()
     kill(process)
     assert not run.stage("one_step").done.exists()
     frozen = run.spec.read_bytes(), run.comparison.read_bytes()
-    end = distill(*COMPARE, "--name", "killed", "--resume", cwd=tmp_path)
-    assert end.returncode == 0, end.stdout + end.stderr
-    assert (run.spec.read_bytes(), run.comparison.read_bytes()) == frozen
-
-    check_table(run, end.stdout)
-    before = run.comparison_table.read_bytes(), run.comparison_figure.read_bytes()
-    run.comparison_table.unlink()
-    run.comparison_figure.unlink()
-    again = distill("report", "killed", "--store", "runs", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert (run.comparison_table.read_bytes(), run.comparison_figure.read_bytes()) == before
-
-
-@pytest.mark.long  # test_kill_workflow kills plain runs, which this is from its spec on
-@pytest.mark.timeout(900)
-def test_killed_twice_it_ends_as_if_undisturbed(tmp_path):
-    run, log = RunPaths(tmp_path / "runs" / "killed"), tmp_path / "log"
-    process = start(*COMPARE, "--name", "killed", cwd=tmp_path, log=log)
-    assert wait_for(lambda: checkpoints(run, "one_step-reflow"), process), log.read_text()
-    kill(process)
-    process = start("compare", "killed", "--resume", "--store", "runs", cwd=tmp_path, log=log)
+    process = start(*COMPARE, "--name", "killed", "--resume", cwd=tmp_path, log=log)
     assert wait_for(lambda: any((run.stage("evaluate").root / "rows").glob("*.json")), process), log.read_text()
     kill(process)
     assert not run.comparison_table.exists()
     end = distill("compare", "killed", "--resume", "--store", "runs", cwd=tmp_path)
     assert end.returncode == 0, end.stdout + end.stderr
+    assert (run.spec.read_bytes(), run.comparison.read_bytes()) == frozen
+    check_table(run, end.stdout)
 
     whole = RunPaths(tmp_path / "runs" / "whole")
     done = distill("run", str(run.spec), "--name", "whole", "--store", "runs", cwd=tmp_path)

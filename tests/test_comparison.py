@@ -8,9 +8,8 @@ import pytest
 import torch
 from commands import command, snapshot
 from rich.console import Console
-from runs import make
-from test_report import Page
-from test_report import row as measured_row
+from runs import make_run
+from test_report import Page, measured_row
 
 from distill.core.atomic import write_json
 from distill.core.errors import InputError
@@ -298,7 +297,7 @@ def test_a_miniature_of_states_can_be_made():
 
 def test_a_rehearsal_tells_what_was_measured(tmp_path):
     plan, _ = planned("digits", "reflow")
-    run = make(tmp_path / "runs")
+    run = make_run(tmp_path / "runs")
     for batch in range(1, 25):  # the first four are slow
         time = batch if batch <= 4 else 4 + (batch - 4) * 0.1
         with (run.root / CREATED).open("a") as file:
@@ -534,10 +533,10 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_commands_that_are_refused(capfd, tmp_path, case):
-    make(tmp_path / "runs", "one")
+    make_run(tmp_path / "runs", "one")
     plan, base = planned("digits", "reflow")
     found, record = budget.frozen(plan, alike(plan), 1.5, "distill compare digits")
-    two = make(tmp_path / "runs", "two")
+    two = make_run(tmp_path / "runs", "two")
     two.spec.write_text(specfile.resolved(found.model_copy(update={"name": "two"})))
     two.comparison.write_text(record.model_dump_json())
     (tmp_path / "mine.yaml").write_text(

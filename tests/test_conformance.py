@@ -24,19 +24,9 @@ ALL = {name: DECLARED.get(name, testing.Subject(name)) for name in registry.name
 EACH = [pytest.param(name, marks=pytest.mark.costs(f"recipe {name}")) for name in ALL]
 
 
-def changed():
-    """The recipes whose file differs from the commit before; all, where that cannot be said."""
-    git = ["git", "-C", str(HERE.parent), "diff", "--name-only", "HEAD~1", "--", "recipes"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
-    names = {line.removeprefix("recipes/").removesuffix(".py") for line in done.stdout.split()}
-    return names if done.returncode == 0 else set(ALL)
-
-
-def some():
-    """One recipe of each folder and the changed ones run in `make test`; all others in `make test-all`."""
-    first = {name.split("/")[0]: name for name in sorted(ALL, reverse=True)}
-    now = changed() | set(first.values())
-    return [name if name in now else pytest.param(name, marks=pytest.mark.long) for name in ALL]
+def some(*names):
+    """All recipes; those that are not named are trained in `make test-all` only."""
+    return [name if name in names else pytest.param(name, marks=pytest.mark.long) for name in ALL]
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +112,7 @@ def pair(request, tmp_path_factory):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("name", some())
+@pytest.mark.parametrize("name", some("consistency/consistency", "reflow/reflow", "score/dmd2", "shortcut/meanflow"))
 def test_two_processes_agree_with_one(name, pair):
     testing.agrees(ALL[name], pair)
 
@@ -139,7 +129,7 @@ def test_processes_that_divide_their_networks_agree_with_one(zero_stage, tmp_pat
 
 
 @pytest.mark.train
-@pytest.mark.parametrize("name", some())
+@pytest.mark.parametrize("name", some("consistency/consistency", "reflow/boss"))
 def test_a_short_training_beats_the_teacher_on_the_ring(name, tmp_path):
     subject = ALL[name]
     found = testing.recovers(subject, subject.short, tmp_path)

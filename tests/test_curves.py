@@ -6,7 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from runs import make
+from runs import make_run
 
 from distill.evaluation import curves, report_page
 from distill.evaluation.curves import KEPT, POINTS, Thinned, thin
@@ -77,7 +77,7 @@ def test_memory_of_a_report_does_not_grow_with_the_events(tmp_path, monkeypatch)
     monkeypatch.setattr(curves, "POINTS", 100)
     peaks = []
     for count in (2_000, 10_000):
-        run = noted(make(tmp_path, str(count), "mixture-2d"), count)
+        run = noted(make_run(tmp_path, str(count), "mixture-2d"), count)
         tracemalloc.start()
         report_page._events(run)
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -86,7 +86,7 @@ def test_memory_of_a_report_does_not_grow_with_the_events(tmp_path, monkeypatch)
 
 
 def test_a_report_of_many_warnings_shows_the_first_hundred(tmp_path):
-    run = make(tmp_path, "one", "mixture-2d")
+    run = make_run(tmp_path, "one", "mixture-2d")
     for number in range(2 * report_page.MAX_WARNINGS):
         append_event(run, "warning", label="reflow", text=f"number {number // 2}.")
     _, _, warnings = report_page._events(run)
@@ -97,7 +97,7 @@ def test_a_report_of_many_warnings_shows_the_first_hundred(tmp_path):
 
 
 def test_nothing_foreign_becomes_part_of_the_page(tmp_path):
-    run = make(tmp_path, "one", "mixture-2d")
+    run = make_run(tmp_path, "one", "mixture-2d")
     evil = "<script>alert(1)</script>"
     append_event(run, "progress", label="reflow", unit=evil, done=1, total=2, logs={f"loss {evil} $\\frac{{$": 1.0})
     append_event(run, "warning", label=evil, text='"><img src=x onerror=alert(1)>')

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from commands import command
-from runs import CARD, make
+from runs import CARD, make_run
 
 from distill.core.atomic import write_json
 from distill.core.errors import InputError
@@ -113,7 +113,7 @@ def store(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs"
     for name in ("first", "bad", "last"):
-        make(folder, name, "mixture-2d")
+        make_run(folder, name, "mixture-2d")
     append_event(RunPaths(folder / "last"), "stopped", message="stopped by SIGTERM")
     return folder
 
@@ -314,7 +314,7 @@ def read_bytes() -> int:
 
 def long_run(store: Path, *, done: bool) -> RunPaths:
     """A run with megabytes of events."""
-    run = make(store, "long", "mixture-2d")
+    run = make_run(store, "long", "mixture-2d")
     stages = next(read_events(run))["stages"]
     with (run.root / CREATED).open("a") as file:
         file.writelines(json.dumps(PROGRESS | {"label": "pairs", "done": step}) + "\n" for step in range(10_000))
@@ -349,7 +349,7 @@ def test_events_are_read_backwards_as_far_as_is_asked_for(tmp_path):
 
 
 def test_a_line_without_end_is_passed_over(tmp_path):
-    run = make(tmp_path, "one", "mixture-2d")
+    run = make_run(tmp_path, "one", "mixture-2d")
     with (run.root / CREATED).open("ab") as file:
         file.write(b"\0" * 3_000_000 + b"\n")
     append_event(run, "stopped", message="by TERM")
@@ -358,7 +358,7 @@ def test_a_line_without_end_is_passed_over(tmp_path):
 
 
 def test_runs_are_what_has_a_spec(tmp_path):
-    make(tmp_path, "one", "mixture-2d")
+    make_run(tmp_path, "one", "mixture-2d")
     (tmp_path / "notes.txt").touch()
     (tmp_path / "registry").mkdir()
     (tmp_path / ".hidden").mkdir()
@@ -368,7 +368,7 @@ def test_runs_are_what_has_a_spec(tmp_path):
 
 
 def test_a_list_tells_of_the_stage_that_is_begun_and_a_run_of_all(tmp_path):
-    run = make(tmp_path, "one", "mixture-2d")
+    run = make_run(tmp_path, "one", "mixture-2d")
     for name in ("pairs", "reflow"):
         run.stage(name).root.mkdir(parents=True)
         append_event(run, "progress", label=name, unit="images", done=1, total=2, logs={})
@@ -382,7 +382,7 @@ def test_a_list_tells_of_the_stage_that_is_begun_and_a_run_of_all(tmp_path):
 
 
 def test_cards_and_results_of_a_whole_run_are_read(tmp_path):
-    run = make(tmp_path, "one", "mixture-2d")
+    run = make_run(tmp_path, "one", "mixture-2d")
     put(run.student("teach") / "distill.json", student_card.to_json(CARD))
     put(run.stage("evaluate").root / "results.json", found())
     assert run_status.students(run) == {"teach": CARD}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import command
-from runs import make
+from runs import make_run
 
 from distill.core.errors import InputError, RunError
 from distill.core.owners import Owner
@@ -89,7 +89,7 @@ def test_a_disk_that_is_full_for_a_moment_spoils_no_later_line(run):
 
 def test_a_run_of_an_earlier_version_is_shown_and_gone_on_with(capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = make(tmp_path / "runs")
+    run = make_run(tmp_path / "runs")
     (run.root / CREATED).rename(run.old_events)
     run.events.rmdir()
     with run.old_events.open("a") as file:
@@ -109,7 +109,7 @@ def test_a_run_of_an_earlier_version_is_shown_and_gone_on_with(capfd, tmp_path, 
 
 def test_a_run_that_was_preempted_a_thousand_times(tmp_path):
     """Neither memory nor open files nor what is read grows with what each of its processes has written."""
-    run = make(tmp_path)
+    run = make_run(tmp_path)
     for number in range(1000):
         lines = [{"event": "started"}, *[{"event": "progress", "label": "teach", "done": number}] * 10]
         text = "".join(json.dumps({"time": 2e9 + number, **line}) + "\n" for line in lines)
@@ -144,7 +144,7 @@ def test_what_is_no_folder_of_events_is_named(run):
 
 
 def test_a_job_and_who_submits_it_write_files_of_their_own(tmp_path):
-    run = make(tmp_path)
+    run = make_run(tmp_path)
     run.jobs.mkdir()
     fields = {"stages": ["teach"], "parts": None, "script": "teach.sbatch", "after": []}
     jobs.append(run, "7", "submitted", **fields)

@@ -14,8 +14,7 @@ import yaml
 from commands import command
 from flaky import Flaky
 from markdown_it import MarkdownIt
-from runs import folder_bytes
-from runs import make as make_run
+from runs import folder_bytes, make_run
 from students import PICTURE, WEIGHTS, card, edit_card, make, put, tensors
 from test_report import make_results
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from hub import CLASSES, GATED, MUTE, Commit, Hub, environment, pictures, pipeline, python
 from PIL import Image
-from runs import folder_bytes, make
+from runs import folder_bytes, make_run
 
 from distill.core.atomic import write_atomic
 from distill.core.errors import InputError, RunError
@@ -399,14 +399,14 @@ def test_a_spec_without_hub_ids_has_no_inputs(tmp_path):
 
 def test_no_run_is_called_as_the_folder_of_inputs(tmp_path):
     with pytest.raises(InputError, match="a run cannot be called 'inputs': the store uses that folder for files f"):
-        make(tmp_path, "inputs")
+        make_run(tmp_path, "inputs")
     with pytest.raises(InputError, match="a run cannot be called 'registry': the store uses that folder for published"):
-        make(tmp_path, "registry")
+        make_run(tmp_path, "registry")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_links_are_relative_and_made_again_where_they_are_gone(tmp_path):
-    run, one = make(tmp_path), kept(tmp_path, "a")
+    run, one = make_run(tmp_path), kept(tmp_path, "a")
     prefetch.link(run)
     assert not (run.root / "inputs").exists(), "a run without inputs"
     (run.root / "inputs").mkdir()
@@ -426,7 +426,7 @@ def test_links_are_relative_and_made_again_where_they_are_gone(tmp_path):
 
 def test_unused_is_what_no_run_names_and_nobody_asked_for_lately(tmp_path):
     assert prefetch.unused(tmp_path) == []
-    run, used, old, new = make(tmp_path), *(kept(tmp_path, name) for name in "abc")
+    run, used, old, new = make_run(tmp_path), *(kept(tmp_path, name) for name in "abc")
     (run.root / "inputs").mkdir()
     write_atomic(run.root / prefetch.RECORD, prefetch.record([used])[prefetch.RECORD])
     (tmp_path / "inputs" / "link").symlink_to("nowhere")
@@ -456,7 +456,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("field", "value", "said"), WRONG)
 def test_a_list_of_inputs_leads_nowhere_else(tmp_path, field, value, said):
-    run, one = make(tmp_path / "runs"), kept(tmp_path / "runs", "a")
+    run, one = make_run(tmp_path / "runs"), kept(tmp_path / "runs", "a")
     (run.root / "inputs").mkdir()
     (run.root / prefetch.RECORD).write_text(json.dumps([asdict(one) | {field: value}]))
     before = sorted(tmp_path.rglob("*"))
@@ -469,7 +469,7 @@ def test_a_list_of_inputs_leads_nowhere_else(tmp_path, field, value, said):
 
 
 def test_a_list_that_cannot_be_read_is_warned_of_and_keeps_what_it_may_need(tmp_path, capfd):
-    run, named, old, ancient = make(tmp_path), *(kept(tmp_path, name) for name in "abc")
+    run, named, old, ancient = make_run(tmp_path), *(kept(tmp_path, name) for name in "abc")
     (run.root / "inputs").mkdir()
     write_atomic(run.root / prefetch.RECORD, json.dumps([{"digest": named.digest}]))
     for each, days in ((named, 9), (ancient, 9), (old, 2)):

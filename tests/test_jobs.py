@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from runs import folder_bytes, make
+from runs import folder_bytes, make_run
 
 from distill.core.atomic import write_json
 from distill.core.errors import InputError, Stopped
@@ -69,7 +69,7 @@ def ended(run, job, restart, why, again, **more):
 
 
 def test_ends_and_restarts_by_reason(tmp_path):
-    run = make(tmp_path)
+    run = make_run(tmp_path)
     run.jobs.mkdir()
     for restart, why in enumerate(["asked", "crash", "asked"]):
         jobs.append(run, "7", "began", restart=restart, nodes="n1", stages=["teach"])
@@ -88,7 +88,7 @@ def test_ends_and_restarts_by_reason(tmp_path):
 
 def test_an_end_that_is_said_twice_counts_as_the_second_says(tmp_path):
     """A job that could not be queued again says so after it has said that it will be."""
-    run = make(tmp_path)
+    run = make_run(tmp_path)
     run.jobs.mkdir()
     ended(run, "7", 0, "asked", True)
     ended(run, "7", 0, "asked", False)
@@ -97,7 +97,7 @@ def test_an_end_that_is_said_twice_counts_as_the_second_says(tmp_path):
 
 
 def test_a_crash_at_the_step_of_the_last_one(tmp_path):
-    run = make(tmp_path)
+    run = make_run(tmp_path)
     run.jobs.mkdir()
     assert not jobs.crashed_before(run, "7", "teach", 5)
     ended(run, "7", 0, "crash", True, stage="teach", step=5)
@@ -110,7 +110,7 @@ def test_a_crash_at_the_step_of_the_last_one(tmp_path):
 
 
 def test_the_position_of_a_failure_and_the_lead_that_saves_need(tmp_path):
-    run = make(tmp_path)
+    run = make_run(tmp_path)
     assert jobs.position(run, "teach", "no place") is None
     assert jobs.lead_needed(run) == 0
     for step, seconds in ((3, 1.5), (6, 20.0)):
@@ -133,7 +133,7 @@ def held_by(run, unit, owner):
 
 def test_units_are_claimed_side_by_side_but_not_beside_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "GRACE", 0.1)
-    run = make(tmp_path)
+    run = make_run(tmp_path)
     with claims.claim(run, "teach"), claims.claim(run, "solve.0"):
         with pytest.raises(InputError, match="run 'one' is being executed by process"):
             claims.claim(run).__enter__()
@@ -149,7 +149,7 @@ def test_units_are_claimed_side_by_side_but_not_beside_the_run(tmp_path, monkeyp
 
 
 def test_a_later_attempt_of_a_job_takes_over_from_another_host(tmp_path):
-    run = make(tmp_path)
+    run = make_run(tmp_path)
     first = Owner("elsewhere", "b", 7, "1", "12", 0)
     place = held_by(run, "teach", first)
     me = Owner.this("12", 0)
@@ -182,7 +182,7 @@ def take(run, restart, seconds):
 
 @pytest.mark.process
 def test_of_several_that_take_over_exactly_one_does(tmp_path):
-    run = make(tmp_path)
+    run = make_run(tmp_path)
     held_by(run, "teach", Owner("elsewhere", "b", 7, "1", "12", 0))
     for _ in range(2):
         racers = [take(run, 1, 1.5) for _ in range(5)]
@@ -261,7 +261,7 @@ def test_more_parts_than_are_left_have_nothing_to_do(tmp_path):
 
 
 def test_a_run_whose_jobs_have_said_how_they_ended_stands_so_without_asking_slurm(tmp_path):
-    run = make(tmp_path)
+    run = make_run(tmp_path)
     run.jobs.mkdir()
     jobs.append(run, "7", "submitted", stages=["pairs"], parts=[0, 1], script="pairs.parts.sbatch", after=[])
     jobs.append(run, "9", "submitted", stages=["teach"], parts=None, script="teach.sbatch", after=["7"])
@@ -277,7 +277,7 @@ def test_a_run_whose_jobs_have_said_how_they_ended_stands_so_without_asking_slur
 
 
 def test_shards_are_counted_by_the_manifest_and_by_their_own_records(tmp_path):
-    run = make(tmp_path)
+    run = make_run(tmp_path)
     folder = run.stage("pairs").pairs
     folder.mkdir(parents=True)
     assert standing.shards(run, "pairs") == 0
@@ -297,7 +297,7 @@ def test_shards_are_counted_by_the_manifest_and_by_their_own_records(tmp_path):
 def test_an_owner_leads_nowhere(tmp_path, monkeypatch):
     """Its record once became a path: running/ was renamed into a folder of somebody else."""
     monkeypatch.setattr(claims, "GRACE", 0.1)
-    run = make(tmp_path / "store")
+    run = make_run(tmp_path / "store")
     me = Owner.this()
     (tmp_path / "victim").mkdir()
     (run.root / f".dead-{me.host}-123-").mkdir()
@@ -325,7 +325,7 @@ def test_a_process_of_another_boot_is_another():
 
 
 def test_submissions_are_of_bounded_number_and_size(tmp_path):
-    run = make(tmp_path)
+    run = make_run(tmp_path)
     run.jobs.mkdir()
     fields = {"stages": ["teach"], "parts": None, "script": "a.sh", "after": []}
     for number in range(1, 1011):

@@ -38,6 +38,7 @@ def under_way(run, stage):
     return any(kept.get(stage, paths.checkpoints.glob("step-*")))
 
 
+@pytest.mark.long  # test_reflow_command kills rounds in each kind of stage
 def test_killed_in_each_stage(tmp_path):
     whole = distill("run", "digits", *SMALL, "--name", "whole", "--store", "runs", cwd=tmp_path)
     assert whole.returncode == 0, whole.stdout + whole.stderr
@@ -65,7 +66,10 @@ def test_killed_in_each_stage(tmp_path):
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, *(pytest.param(each, marks=pytest.mark.long) for each in (signal.SIGTERM, signal.SIGUSR1))],
+)
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     run, log = RunPaths(tmp_path / "runs" / "one"), tmp_path / "log"
     process = start("run", "digits", *SMALL, "stages.teach.images=1280000", "--name", "one", "--store", "runs",

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from commands import command
-from runs import folder_bytes, make, wait_for
+from runs import folder_bytes, make_run, wait_for
 
 import distill as package
 from distill.core.errors import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, PeerLost, RunError, Stopped
@@ -131,7 +131,9 @@ def parent(tmp_path):
         folder.mkdir()
         (folder / "stage.py").write_text(FAKE)
         built.append(
-            Parent(make(tmp_path / "runs", "one", "digits", f"launch.procs={procs}", *changes, threads=threads), folder)
+            Parent(
+                make_run(tmp_path / "runs", "one", "digits", f"launch.procs={procs}", *changes, threads=threads), folder
+            )
         )
         return built[-1]
 
@@ -193,7 +195,7 @@ def test_how_threads_wait_is_the_users_choice(monkeypatch, name):
 
 
 def test_one_process_computes_all_stages_and_ranks_only_train(tmp_path):
-    spec = todo.load_spec(make(tmp_path))
+    spec = todo.load_spec(make_run(tmp_path))
     names = list(spec.stages)
     assert names == ["teach", "pairs", "reflow", "one_step", "evaluate"]
     assert local.groups(spec, names) == [(1, names)]
@@ -285,7 +287,7 @@ def test_nobody_is_told_to_go_on_with_a_run_that_is_thrown_away(parent):
 
 
 def test_what_was_stopped_while_it_was_measured_names_no_way_on(capfd, tmp_path, monkeypatch):
-    run = make(tmp_path / "runs")
+    run = make_run(tmp_path / "runs")
 
     def stopped(paths, spec, names, stop, *, measure):
         raise Stopped("stopped by SIGTERM; saved: 1 image")
@@ -467,7 +469,7 @@ def test_what_all_refuse_is_said_once(parent):
 
 
 def test_a_log_that_cannot_be_written_is_refused(tmp_path):
-    run = make(tmp_path)
+    run = make_run(tmp_path)
     (run.root / "logs").write_text("")
     with pytest.raises(RunError) as caught:
         ranks.run(run, ["true"], 0, [{}, {}], ranks.Relay())
@@ -476,7 +478,7 @@ def test_a_log_that_cannot_be_written_is_refused(tmp_path):
 
 @pytest.mark.process
 def test_where_one_process_cannot_be_started_none_stays(tmp_path):
-    run, relay = make(tmp_path), ranks.Relay()
+    run, relay = make_run(tmp_path), ranks.Relay()
     with pytest.raises(RunError) as caught:
         ranks.run(run, ["sleep", "60"], 0, [{"PATH": os.environ["PATH"]}, {"A": "b" * 2**20}], relay)
     assert str(caught.value) == "cannot start a process: Argument list too long; what was saved is intact"
@@ -540,7 +542,7 @@ def test_another_number_of_processes_than_that_of_launch_is_refused(
     capfd, tmp_path, monkeypatch, procs, size, stage, said
 ):
     """`accelerate launch --cpu` on several machines, for example, leaves WORLD_SIZE unset."""
-    run = make(tmp_path / "runs", "one", "digits", f"launch.procs={procs}")
+    run = make_run(tmp_path / "runs", "one", "digits", f"launch.procs={procs}")
     before = folder_bytes(run.root)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if size is not None:
@@ -553,7 +555,7 @@ def test_another_number_of_processes_than_that_of_launch_is_refused(
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_claims_the_run_and_speaks_for_all(capfd, tmp_path, monkeypatch, rank):
-    run = make(tmp_path / "runs", "one", "digits", "launch.procs=2")
+    run = make_run(tmp_path / "runs", "one", "digits", "launch.procs=2")
     before = folder_bytes(run.events)
     seen, endings = [], [None, Stopped("stopped by SIGTERM; on we go"), PeerLost("rank 1, step 3: lost")]
 

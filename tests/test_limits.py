@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from commands import command, snapshot
 from pydantic import BaseModel
-from runs import ENV, distill, make
+from runs import ENV, distill, make_run
 
 from distill.cli import arguments
 from distill.core import yamltext
@@ -461,7 +461,7 @@ def test_what_a_kill_left_of_a_run_is_cleared_at_the_next_start(tmp_path):
     for name in [*old, ".f.new-x"]:
         for folder in (here / name / "code", here / name):
             os.utime(folder, (0, 0))
-    make(here)
+    make_run(here)
     assert {path.name for path in here.iterdir()} == {"one", *kept}
 
 
@@ -476,7 +476,7 @@ def test_a_kill_while_a_run_is_made(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    make(tmp_path / "runs")
+    make_run(tmp_path / "runs")
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["one"]
 
 
@@ -492,7 +492,7 @@ def test_a_process_among_several_keeps_its_traceback_and_leaves_word(tmp_path):
     """`distill logs` finds the first failure by it, and the job's own process reads how each ended."""
     (tmp_path / "ends").mkdir()
     job = {"DISTILL_ENDS": str(tmp_path / "ends"), "SLURM_PROCID": "0", "SLURM_JOB_ID": "3"}
-    make(tmp_path / "runs")
+    make_run(tmp_path / "runs")
     done = distill("stage", "runs/one", "teach", "--lifeline", "99", cwd=tmp_path, env=job)  # no such pipe
     assert done.returncode == 1
     assert done.stderr.splitlines()[0].endswith("  rank 0 failed:")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from commands import command
-from runs import make
+from runs import make_run
 
 from distill.runs import log_files
 from distill.runs.log_files import BLOCK, TAIL
@@ -87,7 +87,7 @@ def test_memory_does_not_grow_with_the_log(tmp_path, capfd):
 
 def test_logs_prints_the_last_thousand_lines_unless_told_otherwise(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    run = make(tmp_path / "runs", "one", "mixture-2d")
+    run = make_run(tmp_path / "runs", "one", "mixture-2d")
     run.logs.mkdir()
     content = b"".join(line + b"\n" for line in LINES)
     log(run.logs, content)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from commands import command, snapshot
-from runs import ENV, distill, folder_bytes, make
+from runs import ENV, distill, folder_bytes, make_run
 
 SPEC = """
 name: many
@@ -189,5 +189,5 @@ def test_a_plan_counts_the_calls_of_every_kind_of_paths(capfd, here):
 def test_a_plan_says_what_a_run_needs_where_its_name_is_taken(capfd, here):
     said = "(a run of this name exists: distill run needs --name OTHER or --resume)"
     assert said not in command(capfd, "plan", "spec.yaml").out
-    make(here / "runs", "many")
+    make_run(here / "runs", "many")
     assert said in command(capfd, "plan", "spec.yaml").out

@@ -20,6 +20,7 @@ def evaluated(folder, *arguments, timeout=1500):
     return load_results(run.stage("evaluate"))
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_the_one_step_student_of_digits_reaches_the_bar(tmp_path):
     # Measured on 10,000 samples; the rows that the bar does not need are left out. Three seeds: tests/benchmarks.
@@ -38,7 +39,7 @@ def test_the_one_step_student_of_digits_reaches_the_bar(tmp_path):
     assert student <= 2 * fine
 
 
-@pytest.mark.long  # test_recovery trains on the ring too, in half the time
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_one_step_student_of_the_ring_recovers_it(tmp_path):
     results = evaluated(tmp_path, "mixture-2d", "stages.evaluate.students={one_step: [1]}")

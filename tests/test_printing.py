@@ -11,7 +11,7 @@ import warnings
 import pytest
 from commands import command
 from rich.table import Table
-from runs import CARD, ENV, distill, make
+from runs import CARD, ENV, distill, make_run
 
 from distill.core import printing
 from distill.core.atomic import write_json
@@ -77,7 +77,7 @@ def test_what_libraries_say_is_safe(capfd):
 
 def test_names_and_metrics_of_others_in_the_lists_of_runs(capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = make(tmp_path / "runs")
+    run = make_run(tmp_path / "runs")
     append_event(run, "started")
     append_event(run, "failed", message=f"{RED} no room")
     run.student("teach").mkdir(parents=True)
@@ -110,7 +110,7 @@ def test_errors_show_no_escape_sequence_of_what_was_given(capfd, tmp_path, monke
 
 def test_a_log_is_shown_without_colours(capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = make(tmp_path / "runs")
+    run = make_run(tmp_path / "runs")
     run.logs.mkdir()
     run.log(1).write_bytes(b"\x1b[1mbold\x1b[0m\r\n10%\r20%\n\x1b]0;title\x07\n\xff\n")
     done = command(capfd, "logs", "one", "--rank", "1")

@@ -13,8 +13,7 @@ import pytest
 import torch
 from commands import command, snapshot
 from flaky import Fault, Flaky
-from runs import distill, folder_bytes
-from runs import make as make_run
+from runs import distill, folder_bytes, make_run
 from students import PICTURE, make, put
 
 from distill.core.errors import InputError, RunError

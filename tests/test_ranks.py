@@ -22,7 +22,7 @@ from distill.core.errors import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED
 pytestmark = pytest.mark.process
 ZERO = ("none", "0", "1", "2", "3")
 RECIPES = ("one", "copy", "two", "heads")
-SOME = [pytest.param(zero, marks=pytest.mark.long) if zero in "01" else zero for zero in ZERO]  # of tests that kill
+QUICK = ("none", "2")  # without DeepSpeed, and with it; the other stages run in `make test-all`
 STEPS = parity.STEPS
 
 
@@ -100,7 +100,14 @@ def options(recipe, zero):
     ]
 
 
+def each(cases):
+    """Parameters of a test; those of other stages than QUICK are long."""
+    stage = re.compile(r"(?:^|-)(none|\d)(?:-|$)")
+    return [case if stage.search(case)[1] in QUICK else pytest.param(case, marks=pytest.mark.long) for case in cases]
+
+
 MATRIX = [f"{recipe}-{zero}-fp32-{options(recipe, zero)}" for zero in ZERO for recipe in RECIPES]
+COPIES = [case for case in MATRIX if case.startswith("copy")]
 BF16 = [f"copy-{zero}-bf16-masters" if zero != "none" else "copy-none-bf16" for zero in ZERO]
 SPECIAL = ["copy-2-fp32-divide-recompute", "copy-3-fp32-divide-recompute", "copy-none-fp32-divide"]
 SPECIAL += ["copy-3-fp32-persist"]
@@ -113,12 +120,16 @@ def alone(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory):
-    """Two processes, one start for the whole matrix."""
-    return train(tmp_path_factory.mktemp("together"), *MATRIX, *BF16, *SPECIAL)
+def together(request, tmp_path_factory):
+    """Two processes, one start for the whole matrix, or for QUICK if no long test runs."""
+    here = [item for item in request.session.items if item.path == request.path]
+    cases = [*MATRIX, *BF16, *SPECIAL]
+    if not any(item.get_closest_marker("long") for item in here):
+        cases = [case for case in cases if case.split("-")[1] in QUICK]
+    return train(tmp_path_factory.mktemp("together"), *cases)
 
 
-@pytest.mark.parametrize("case", MATRIX)
+@pytest.mark.parametrize("case", each(MATRIX))
 def test_two_ranks_train_as_one_process(alone, together, case):
     recipe = case.split("-")[0]
     reference = f"{recipe}-none-fp32-{options(recipe, 'none')}"
@@ -133,12 +144,12 @@ def test_two_ranks_train_as_one_process(alone, together, case):
     same_end(checkpoint(together, case, STEPS), checkpoint(alone, reference, STEPS))
 
 
-@pytest.mark.parametrize("case", SPECIAL)
+@pytest.mark.parametrize("case", each(SPECIAL))
 def test_divided_teachers_and_activations_computed_again_change_nothing(alone, together, case):
     close(losses(together, case), losses(alone, "copy-none-fp32-once-memory"), 1e-5)
 
 
-@pytest.mark.parametrize("case", BF16)
+@pytest.mark.parametrize("case", each(BF16))
 def test_two_ranks_train_in_bf16(alone, together, case):
     found, expected = losses(together, case), losses(alone, "copy-none-fp32-once-memory")
     close(found, expected, 3e-2)
@@ -153,18 +164,18 @@ def test_two_ranks_train_in_bf16(alone, together, case):
     assert rounded < len(student) / 2
 
 
-def test_the_precision_of_a_derivative_is_the_recipes(tmp_path):
+@pytest.mark.parametrize("zero", each(ZERO))
+def test_the_precision_of_a_derivative_is_the_recipes(tmp_path, zero):
     """DeepSpeed would turn autocast on again inside it: a difference in bf16 is noise."""
-    cases = [f"slope-{zero}-bf16" for zero in ZERO]
-    train(tmp_path, "slope-none-fp32", *cases)
-    exact, *others = (json.loads((tmp_path / f"{case}.json").read_text()) for case in ("slope-none-fp32", *cases))
-    for case, steps in zip(cases, others, strict=True):
-        assert steps[0]["slope"] == pytest.approx(exact[0]["slope"], rel=1e-5), case
-        assert steps[0]["loss"] == pytest.approx(exact[0]["loss"], rel=1e-2), case
-        assert steps[0]["loss"] != exact[0]["loss"], case
+    case = f"slope-{zero}-bf16"
+    train(tmp_path, "slope-none-fp32", case)
+    exact, found = (json.loads((tmp_path / f"{name}.json").read_text())[0] for name in ("slope-none-fp32", case))
+    assert found["slope"] == pytest.approx(exact["slope"], rel=1e-5)
+    assert found["loss"] == pytest.approx(exact["loss"], rel=1e-2)
+    assert found["loss"] != exact["loss"]
 
 
-@pytest.mark.parametrize("zero", SOME)
+@pytest.mark.parametrize("zero", each(ZERO))
 def test_weights_that_the_first_turns_do_not_reach_are_refused_by_name(tmp_path, zero):
     # "half", which one rank's second turn reaches: DeepSpeed needs the same gradients on all ranks.
     train(tmp_path, f"patient-{zero}-fp32", *(["half-none-fp32"] if zero == "none" else []))
@@ -180,7 +191,7 @@ def test_weights_that_the_first_turns_do_not_reach_are_refused_by_name(tmp_path,
     assert newest(tmp_path, f"deaf-{zero}-fp32-often") == 1
 
 
-@pytest.mark.parametrize("case", [case for case in MATRIX if case.startswith("copy")])
+@pytest.mark.parametrize("case", each(COPIES))
 def test_a_target_copy_is_the_average_of_the_weights(together, case):
     """After one step from equal weights w0: 0.9 w0 + 0.1 w1; later it is what no other step would give."""
     student, copy = (
@@ -193,7 +204,7 @@ def test_a_target_copy_is_the_average_of_the_weights(together, case):
         assert torch.equal(copy[name], torch.lerp(start_.detach(), student[name], 0.1)), name
 
 
-@pytest.mark.parametrize("case", [case for case in MATRIX if case.startswith("copy")])
+@pytest.mark.parametrize("case", each(COPIES))
 def test_memory_is_predicted_from_shapes(together, case):
     """Parameters, gradients, optimizer and EMA, within 10 % of the bytes of the live tensors, on each rank."""
     for rank in range(2):
@@ -209,7 +220,7 @@ def test_memory_is_predicted_from_shapes(together, case):
         assert found["saving"] == pytest.approx(copied, rel=0.1)
 
 
-@pytest.mark.parametrize("zero", SOME)
+@pytest.mark.parametrize("zero", each(ZERO))
 def test_adapters_are_trained_by_two_ranks_as_by_one_process(tmp_path, zero):
     case, reference = f"adapter-{zero}-fp32-once-memory", "adapter-none-fp32"
     alone = train(tmp_path / "alone", reference, procs=1)
@@ -237,31 +248,33 @@ def test_offloaded_optimizer_states_change_nothing(alone, tmp_path):
 
 # --- going on elsewhere ---
 
-MOVES = [("3", "none", 1), ("none", "2", 2), ("1", "3", 2), ("2", "0", 1), ("0", "1", 2)]
+MOVES = {"3": ("none", 1), "none": ("2", 2), "1": ("3", 2), "2": ("0", 1), "0": ("1", 2)}
 
 
-def test_a_checkpoint_fits_any_number_of_ranks_and_any_stage(alone, together, tmp_path):
-    for before, after, procs in MOVES:
-        where = alone if (before, procs) == ("none", 2) else together
-        case = f"two-{after}-fp32"
-        shutil.copytree(checkpoint(where, f"two-{before}-fp32-once", 10), checkpoint(tmp_path, case, 10))
-    for procs in (1, 2):
-        train(tmp_path, *(f"two-{after}-fp32" for _, after, many in MOVES if many == procs), procs=procs)
-    for before, after, procs in MOVES:
-        expected = losses(alone, "two-none-fp32-once")
-        close(losses(tmp_path, f"two-{after}-fp32"), expected[len(expected) // 2 :], 1e-5)
-        warned = f"zero_stage was {json.dumps(before if before == 'none' else int(before))}, now is "
-        said = (tmp_path / "rank-0.log").read_text()
-        same_end(checkpoint(tmp_path, f"two-{after}-fp32", STEPS), checkpoint(alone, "two-none-fp32-once", STEPS))
-        assert warned in said and "will not be bit-identical" in said, (before, after, procs)
+@pytest.mark.parametrize(
+    "before", [pytest.param(zero, marks=[] if zero == "none" else pytest.mark.long) for zero in MOVES]
+)
+def test_a_checkpoint_fits_any_number_of_ranks_and_any_stage(request, alone, tmp_path, before):
+    """From one process to two that divide their networks, and back and across."""
+    after, procs = MOVES[before]
+    where = alone if before == "none" else request.getfixturevalue("together")
+    case, whole = f"two-{after}-fp32", checkpoint(alone, "two-none-fp32-once", STEPS)
+    shutil.copytree(checkpoint(where, f"two-{before}-fp32-once", 10), checkpoint(tmp_path, case, 10))
+    train(tmp_path, case, procs=procs)
+    expected = losses(alone, "two-none-fp32-once")
+    close(losses(tmp_path, case), expected[len(expected) // 2 :], 1e-5)
+    same_end(checkpoint(tmp_path, case, STEPS), whole)
+    said = (tmp_path / "rank-0.log").read_text()
+    assert f"zero_stage was {json.dumps(before if before == 'none' else int(before))}, now is " in said
+    assert "will not be bit-identical" in said
 
 
 @pytest.mark.parametrize("piece", ["network.critic", "optimizer.student", "ema.student.64.0", "recipe", "network.slow"])
-def test_a_missing_piece_is_named(together, tmp_path, piece):
+def test_a_missing_piece_is_named(alone, tmp_path, piece):
     recipe = "copy" if piece == "network.slow" else "two"
     case = f"{recipe}-none-fp32"
     ours = checkpoint(tmp_path, case, 10)
-    shutil.copytree(checkpoint(together, f"{recipe}-none-fp32-{options(recipe, 'none')}", 10), ours)
+    shutil.copytree(checkpoint(alone, f"{recipe}-none-fp32-{options(recipe, 'none')}", 10), ours)
     (ours / f"{piece}.safetensors").unlink()
     (rank,) = start(tmp_path, case, procs=1)
     assert rank.end() == EXIT_FAILED
@@ -271,7 +284,7 @@ def test_a_missing_piece_is_named(together, tmp_path, piece):
 # --- kills and signals ---
 
 
-@pytest.mark.parametrize("zero", SOME)
+@pytest.mark.parametrize("zero", each(ZERO))
 def test_kills_at_random_moments_change_no_bit(together, tmp_path, zero):
     """One rank, the other, both; in a step or while a checkpoint is gathered or written."""
     case, chance = f"two-{zero}-fp32-often", random.Random(zero)
@@ -303,7 +316,7 @@ def test_kills_at_random_moments_change_no_bit(together, tmp_path, zero):
     assert bits(checkpoint(tmp_path, case, STEPS)) == bits(undisturbed)
 
 
-@pytest.mark.parametrize("zero", SOME)
+@pytest.mark.parametrize("zero", each(ZERO))
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(together, tmp_path, zero):
     case = f"copy-{zero}-fp32-often"
     ranks = start(tmp_path, case)
@@ -323,7 +336,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(together, tmp_path, zer
 # --- ranks that do not follow ---
 
 
-@pytest.mark.parametrize("zero", SOME)
+@pytest.mark.parametrize("zero", each(ZERO))
 def test_a_gradient_that_is_no_number_stops_all_before_the_weights_move(together, tmp_path, zero):
     case = f"faulty-{zero}-fp32-often"
     ranks = start(tmp_path, case)
@@ -338,7 +351,7 @@ def test_a_gradient_that_is_no_number_stops_all_before_the_weights_move(together
     assert newest(tmp_path, case) == 3
 
 
-@pytest.mark.parametrize("zero", SOME)
+@pytest.mark.parametrize("zero", each(ZERO))
 def test_a_save_that_fails_ends_all_and_names_the_last_good_one(tmp_path, zero):
     case = f"one-{zero}-fp32-often"
     ranks = start(tmp_path, case)
@@ -361,7 +374,7 @@ def test_a_rank_that_takes_another_branch_is_told_at_once(tmp_path):
         )
 
 
-@pytest.mark.parametrize("zero", SOME)
+@pytest.mark.parametrize("zero", each(ZERO))
 def test_a_rank_that_hangs_is_given_up_and_says_itself_where_it_is(tmp_path, zero):
     ranks = start(tmp_path, f"hung-{zero}-fp32", minutes=0.05)
     assert ranks[0].end(60) == EXIT_PEER

@@ -44,7 +44,7 @@ class Page(HTMLParser):
         return re.sub(r"\s+", " ", " ".join(self.texts))
 
 
-def row(network: str, role: str, solver: str, steps: int, nfe: int, distance: float | None, **changes) -> Row:
+def measured_row(network: str, role: str, solver: str, steps: int, nfe: int, distance: float | None, **changes) -> Row:
     values = {"kid": 0.001, "precision": 0.8, "recall": 0.7} if distance is not None else {}
     content = {
         "network": network, "role": role, "solver": solver, "steps": steps, "nfe": nfe, "distance": distance,
@@ -61,12 +61,12 @@ def make_results(*, with_distance: bool = True) -> Results:
         distance="FD-digits" if with_distance else None, reference=1797, vector=False,
         features=FeatureNet(task="classes", accuracy=0.983, dim=64) if with_distance else None,
         rows=[
-            row("teacher", "teacher", "euler", 1, 1, d(1481.0)),
-            row("teacher", "teacher", "euler", 4, 4, d(54.0)),
-            row("teacher", "teacher", "euler", 16, 16, d(8.0)),
-            row("teacher", "teacher", "heun", 16, 31, d(5.3), fine=True, rms=0.0),
-            row("one_step", "student", "euler", 1, 1, d(8.6)),
-            row("reflow", "student", "euler", 1, 1, d(11.7)),
+            measured_row("teacher", "teacher", "euler", 1, 1, d(1481.0)),
+            measured_row("teacher", "teacher", "euler", 4, 4, d(54.0)),
+            measured_row("teacher", "teacher", "euler", 16, 16, d(8.0)),
+            measured_row("teacher", "teacher", "heun", 16, 31, d(5.3), fine=True, rms=0.0),
+            measured_row("one_step", "student", "euler", 1, 1, d(8.6)),
+            measured_row("reflow", "student", "euler", 1, 1, d(11.7)),
         ],
     )  # fmt: skip
 
@@ -150,7 +150,7 @@ def test_a_flow_map_has_no_straightness(run):
     finish(
         run,
         full.model_copy(
-            update={"rows": [*full.rows[:-1], row("map", "student", "jump", 1, 1, 9.0, straightness=None)]}
+            update={"rows": [*full.rows[:-1], measured_row("map", "student", "jump", 1, 1, 9.0, straightness=None)]}
         ),
     )
     page = read(run)

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 from commands import command, snapshot
-from runs import make
+from runs import make_run
 
 from distill.core.errors import InputError
 from distill.plans import rounds
@@ -355,7 +355,7 @@ def test_commands_that_are_refused(capfd, tmp_path, case):
 
 @pytest.mark.parametrize("option", [["--rounds", "2"], ["--distill"], ["--forward", "0.1"], ["--data-weight", "0.1"]])
 def test_a_run_that_goes_on_has_its_rounds(capfd, tmp_path, option):
-    make(tmp_path / "runs", "one")
+    make_run(tmp_path / "runs", "one")
     done = command(capfd, "reflow", "one", "--resume", *option)
     assert done.code == 2
     assert done.err == f"error: {option[0]} has no effect when run 'one' is resumed; leave it out\n"
@@ -363,7 +363,7 @@ def test_a_run_that_goes_on_has_its_rounds(capfd, tmp_path, option):
 
 def test_other_rounds_are_no_way_to_go_on(capfd, tmp_path):
     """Where a spec and a run have the same name, the spec is meant: a run that goes on has its rounds."""
-    make(tmp_path / "runs", "digits")
+    make_run(tmp_path / "runs", "digits")
     done = command(capfd, "reflow", "digits", "--resume", "--rounds", "2")
     assert done.code == 2
     assert done.err.startswith("error: run 'digits' cannot be resumed with a changed spec (only launch may change):\n")

@@ -4,8 +4,7 @@ import re
 
 import pytest
 from rich.console import Console
-from test_report import Page
-from test_report import row as measured
+from test_report import Page, measured_row
 
 from distill.core.atomic import write_json
 from distill.evaluation import charts, report_page
@@ -19,15 +18,17 @@ def evaluation(number: int, before: float | None, after: float | None, *, steps=
     """Of a round: the flow before at `before` by its full solver, this one at `after`, and 10/N more at N steps."""
     flow = f"reflow-{number}"
     few = [
-        measured(flow, "student", "euler", n, n, None if after is None else after + 10 / n, rms=1 / n, transport=1.5)
+        measured_row(
+            flow, "student", "euler", n, n, None if after is None else after + 10 / n, rms=1 / n, transport=1.5
+        )
         for n in steps
     ]
     rows = [
-        measured(
+        measured_row(
             "teacher", "teacher", "heun", 8, 15, before, fine=True, rms=0.0, transport=1.75, straightness=curved[0]
         ),
         *few,
-        measured(flow, "student", "heun", 8, 15, after, fine=True, rms=0.25, transport=1.5, straightness=curved[1]),
+        measured_row(flow, "student", "heun", 8, 15, after, fine=True, rms=0.25, transport=1.5, straightness=curved[1]),
     ]
     return Results(
         stage=f"evaluate-{number}", samples=100, seed=1, block=50, device="cpu", guidance_scale=1.0, features=None,
@@ -59,7 +60,7 @@ def test_rounds_are_those_evaluations_that_measured_a_flow_by_the_full_solver():
 
 def test_a_round_is_told_by_its_usual_steps():
     usual = evaluation(1, 5.0, 4.0)
-    along = measured("reflow-1", "student", "euler", 2, 2, 3.0, along="optimal")
+    along = measured_row("reflow-1", "student", "euler", 2, 2, 3.0, along="optimal")
     (only,) = rounds_table.rounds(found(usual.model_copy(update={"rows": [*usual.rows, along]})))
     assert only.few == {n: usual.row("reflow-1", n) for n in (1, 2)}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from commands import command
-from runs import folder_bytes, make
+from runs import folder_bytes, make_run
 
 from distill.core import atomic, lease
 from distill.core.errors import InputError
@@ -64,7 +64,7 @@ class Holder:
 
 @pytest.fixture
 def run(tmp_path):
-    return make(tmp_path / "store")
+    return make_run(tmp_path / "store")
 
 
 @pytest.fixture(scope="session")

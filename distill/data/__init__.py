@@ -1,4 +1,4 @@
-"""Real data: `load_data` a set, and read it as a stream of batches through `DataSource`."""
+"""Real data: `load_data` loads a data set, `DataSource` reads it as a stream of batches."""
 
 from pathlib import Path
 
@@ -14,18 +14,20 @@ from distill.spec.model import DataSpec, DigitsData, HfData, ImagesData, MnistDa
 
 __all__ = ["DataSet", "DataSource", "load_data", "update_index"]
 
-_LOADED: dict[tuple[str, int, str, int], ImageData] = {}  # with their decoded images; stages of one process share them
-_INDEXES: dict[Path, ImageIndex] = {}  # by where a store or a run keeps them
+_LOADED: dict[tuple[str, int, str, int], ImageData] = {}  # with decoded images; shared by all stages of the process
+_INDEXES: dict[Path, ImageIndex] = {}  # by their path relative to a store or a run
 
 
 def load_data(
     spec: DataSpec, seed: int, folder: Path | None = None, *, keep: bool = True, indexed: bool = False
 ) -> DataSet | None:
-    """The data set of a spec, None for kind none. `seed` keys random crops and flips.
+    """Loads the data set of a spec. Returns None for kind none.
 
-    folder: a store or a run, where an index of the images may be (see `index`); it is not written. keep: hold the
-    decoded images for the life of the process, so that the next load of the same set has them at once. indexed:
-    `update_index` was called for this run, by any process, so the index in the run's folder is taken as it is.
+    seed: the seed of random crops and flips.
+    folder: the folder of a store or a run. The index of the images is read from it if it has one (see `index`), but not
+    written.
+    keep: cache the decoded images in this process for later loads of the same data set.
+    indexed: use the index in the run's folder without checking it, because `update_index` was called for this run.
     """
     match spec:
         case DigitsData():
@@ -38,10 +40,11 @@ def load_data(
 
 
 def update_index(spec: DataSpec, store: Path, run: Path | None = None) -> None:
-    """Write the index of a set of images in the store, unless the one there is of the images as they are now.
+    """Writes the index of an image data set to the store, unless the store has an up-to-date index.
 
-    run: the folder of a run, which keeps its own: what others write in the store does not change what it reads. The
-    store's only saves time, so that a run can do without.
+    run: the folder of a run, which gets its own copy, so that it does not depend on later changes in the store.
+
+    If the index cannot be written to the store, only a warning is printed: that copy just saves time in later runs.
     """
     if not isinstance(spec, ImagesData | HfData):
         return
@@ -76,13 +79,13 @@ def _images(spec: ImagesData | HfData, seed: int, folder: Path | None, keep: boo
 
 
 def _place(spec: ImagesData | HfData, folder: Path) -> Path:
-    """Where a store or a run keeps the index of a set."""
+    """The path of the index of a data set in a store or a run. Raises InputError if the data's path is inaccessible."""
     spec.refuse_hidden_place()
     return index.path(folder, spec)
 
 
 def _indexed(spec: ImagesData | HfData, known: ImageIndex | None) -> tuple[ImageRows, ImageIndex]:
-    """The set as it is now, and its index."""
+    """Lists the images of a data set and indexes those that are new or have changed."""
     place = _place(spec, Path())
     found = _found(spec)
     now = index.make(found, _INDEXES.get(place, known), flatten=spec.background is not None)
@@ -92,7 +95,7 @@ def _indexed(spec: ImagesData | HfData, known: ImageIndex | None) -> tuple[Image
 
 def _found(spec: ImagesData | HfData) -> FoundImages:
     if isinstance(spec, HfData):
-        from distill.data import tables  # here: the datasets library takes a second to import
+        from distill.data import tables  # imported here because the datasets library takes a second
 
         return tables.found(spec)
     folder = imagefolder.read(spec.path)
@@ -101,7 +104,7 @@ def _found(spec: ImagesData | HfData) -> FoundImages:
 
 
 def _rows(spec: ImagesData | HfData, known: ImageIndex) -> ImageRows:
-    """Of a set that is indexed: its folder is not looked through again."""
+    """The rows of an indexed data set. For a folder of images, the names come from the index."""
     if isinstance(spec, HfData):
         from distill.data import tables
 

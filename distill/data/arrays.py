@@ -1,4 +1,4 @@
-"""Data sets small enough to keep in memory: digits and MNIST."""
+"""Data sets that fit in memory: digits and MNIST."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,7 +20,10 @@ MNIST_FILES = {  # name -> first 16 hex digits of its sha256
 
 
 class ArrayData:
-    """Images [N, ...] float32 in [-1, 1] and labels [N] int64 (or None), in memory."""
+    """An in-memory data set: images [N, ...] float32 in [-1, 1] and labels [N] int64 (or None).
+
+    Implements `source.DataSet`. Raises InputError if images or labels are invalid.
+    """
 
     def __init__(self, name: str, images: Tensor, labels: Tensor | None, num_classes: int | None) -> None:
         finite = images.isfinite().flatten(1).all(1)
@@ -50,14 +53,14 @@ class ArrayData:
         return len(self._images)
 
     def items(self, epoch: int, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """The same in every epoch."""
+        """Returns images [n, ...] and labels [n], the same in every epoch."""
         rows = list(indices)
         return self._images[rows], None if self._labels is None else self._labels[rows]
 
 
 def digits() -> ArrayData:
-    """scikit-learn's digits: 1,797 of 1x8x8 with 17 levels, ten classes."""
-    from sklearn.datasets import load_digits  # here: takes a second that other data should not pay
+    """scikit-learn's digits: 1,797 images of 1x8x8 with 17 grey levels, in ten classes."""
+    from sklearn.datasets import load_digits  # imported here because it takes a second
 
     images, labels = load_digits(return_X_y=True)
     scaled = torch.from_numpy(images).float().reshape(-1, 1, 8, 8) / 8 - 1
@@ -65,7 +68,10 @@ def digits() -> ArrayData:
 
 
 def mnist() -> ArrayData:
-    """MNIST's training images 5,000 to 60,000, 1x28x28, from a PyPI package that is located but never imported."""
+    """MNIST's training images 5,000 to 59,999, of 1x28x28, read from the files of a PyPI package without importing it.
+
+    Raises InputError if the package is not installed.
+    """
     package = find_spec("tfjs_mnist")
     if package is None or not package.submodule_search_locations:
         raise InputError(f"data.kind=mnist needs a package that is not installed; install it: {MNIST_INSTALL}")
@@ -73,7 +79,10 @@ def mnist() -> ArrayData:
 
 
 def read_mnist(folder: Path) -> ArrayData:
-    """The training part of a sprite of 65,000 rows and its one-hot labels; checks both files' checksums."""
+    """Reads the 55,000 training images of a sprite of 65,000 rows, with one-hot labels.
+
+    Raises InputError if a file is missing or its checksum is wrong.
+    """
     for name, expected in MNIST_FILES.items():
         path = folder / name
         found = hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else "no such file"

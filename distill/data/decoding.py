@@ -1,4 +1,4 @@
-"""From the bytes of an image (PNG, JPEG ...) to pixels, and what its header tells without decoding."""
+"""Decodes images (PNG, JPEG ...) to pixels, and reads their headers without decoding."""
 
 import io
 import struct
@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from distill.core.errors import InputError
 from distill.spec.imagefolder import formats
 
-# What Pillow raises on a file that is damaged or no image at all.
+# What Pillow raises for a file that is damaged or not an image.
 UNREADABLE = (
     *(OSError, SyntaxError, ValueError, EOFError, RuntimeError, KeyError, IndexError, TypeError),
     *(struct.error, Image.DecompressionBombError),
@@ -25,30 +25,33 @@ Colour = tuple[int, int, int]  # red, green, blue, 0 to 255
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of an image before it is decoded."""
+    """What is known about an image before it is decoded."""
 
     height: int
     width: int
     alpha: bool
-    """it may be transparent in places"""
+    """whether the image has an alpha channel or a transparent colour"""
     decoded: bool
-    """whether only decoding can tell that it is whole and its values are in range"""
+    """whether it must be decoded to check that it is complete and that its values are in range"""
 
 
 def _opened(encoded: bytes) -> Image.Image:
-    """An encoded image of the formats that are read, whatever the name of its file says."""
+    """Opens an encoded image of any supported format. The format is detected from the content."""
     return Image.open(io.BytesIO(encoded), formats=formats())
 
 
 def header(encoded: bytes) -> Header:
-    """Of an encoded image; one of UNREADABLE if it has none."""
+    """Reads the header of an encoded image. Raises one of UNREADABLE if there is no valid header."""
     with _opened(encoded) as image:
         sure = image.mode[0] not in "IF" and _has_end(encoded, image.format)
         return Header(image.height, image.width, _has_alpha(image), not sure)
 
 
 def _has_end(encoded: bytes, kind: str | None) -> bool:
-    """Whether the last bytes are there, for the formats of large sets. JPEGs may have anything behind their end."""
+    """Whether a PNG, JPEG or WebP file has its last bytes; False for other formats.
+
+    A JPEG file may have other data after the end of the image.
+    """
     match kind:
         case "PNG":
             return encoded.endswith(PNG_END)
@@ -60,7 +63,7 @@ def _has_end(encoded: bytes, kind: str | None) -> bool:
 
 
 def is_transparent(encoded: bytes) -> bool:
-    """Whether any pixel is; decodes."""
+    """Whether any pixel is transparent. Decodes the image if it has an alpha channel."""
     with _opened(encoded) as image:
         return bool(_has_alpha(image) and image.convert("RGBA").getchannel("A").getextrema()[0] < 255)
 
@@ -72,8 +75,14 @@ def _has_alpha(image: Image.Image) -> bool:
 def decode(
     encoded: bytes, name: str, size: tuple[int, int], channels: int, background: Colour | None = None
 ) -> NDArray[np.generic]:
-    """[C, H, W] that just covers `size` (height, width), resized with antialiasing: uint8, or float32 in [0, 1] of deep
-    images. Transparent pixels show the background; without one they are refused.
+    """Decodes an image to pixels [C, H, W], resized with antialiasing to just cover `size` (height, width).
+
+    The pixels are uint8, or float32 in [0, 1] for 16-bit and floating-point images.
+
+    name: the name of the image in messages.
+    background: the colour behind transparent pixels. None: transparent pixels raise InputError.
+
+    Raises InputError if floating-point values are not in 0 to 1, and one of UNREADABLE if the image cannot be decoded.
     """
     with _opened(encoded) as opened:
         image = ImageOps.exif_transpose(opened)
@@ -87,7 +96,7 @@ def decode(
     if image.mode[0] in "IF":  # 16-bit integers or floating point, one channel
         scale = np.float32(1 if image.mode == "F" else 65535)
         values = np.asarray(image, dtype=np.float32) / scale
-        low, high = float(values.min()), float(values.max())  # NaN, if any value is
+        low, high = float(values.min()), float(values.max())  # NaN if any value is NaN
         if not (low >= 0 and high <= 1):
             raise InputError(
                 f"{name} has values from {low:g} to {high:g}; floating-point images must be finite and lie in 0 to 1"
@@ -100,13 +109,13 @@ def decode(
         image = image.resize(target[::-1], Image.Resampling.LANCZOS)
     pixels = np.asarray(image)
     if pixels.dtype == np.float32:
-        pixels = pixels.clip(0, 1)  # Lanczos overshoots at edges; Pillow clips 8-bit images itself
+        pixels = pixels.clip(0, 1)  # Lanczos filters overshoot at edges; Pillow itself clips 8-bit images only
     if pixels.ndim == 2:
         return np.repeat(pixels[None], channels, axis=0)
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def covering(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of an image once it is resized to just cover `size`, keeping its proportions."""
+    """The (height, width) of an image after it is resized to just cover `size`, with its aspect ratio kept."""
     scale = max(size[0] / height, size[1] / width)
     return max(size[0], round(height * scale)), max(size[1], round(width * scale))

@@ -1,4 +1,4 @@
-"""Encoded images (PNG, JPEG ...) as samples: known from their index, decoded, cropped and flipped when asked for."""
+"""A data set of encoded images (PNG, JPEG ...), which are decoded, cropped and flipped when they are used."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -16,17 +16,18 @@ from distill.data.rows import ImageRows
 from distill.flow.draws import uniforms
 from distill.spec.model import ImageOptions
 
-KEEP_BYTES = 2**30  # decoded images are kept in memory up to this much
-MAX_PIXELS = 2**26  # of an image that is resized to cover a sample
-SHOWN = 5  # names in a message
+KEEP_BYTES = 2**30  # maximum size of all decoded images that are kept in memory
+MAX_PIXELS = 2**26  # maximum size of an image after it is resized to cover a sample
+SHOWN = 5  # maximum number of names in a message
 
 
 class ImageData:
-    """Rows of encoded images as samples of channels x height x width.
+    """Rows of encoded images as samples [channels, height, width]. Implements `source.DataSet`.
 
-    Images that are known to be damaged are named and skipped; what is found only when an image is decoded is skipped
-    too, and the next one takes its place. More than options.max_unreadable together are refused. Grey images in a
-    colour set get equal channels, colour images in a grey set their luminance; transparent ones need a background.
+    Images that the index lists as damaged are reported and skipped. If an image turns out to be damaged when it is
+    decoded, the next image takes its place. More than options.max_unreadable damaged images raise InputError. Grey
+    images are repeated to three channels in a colour data set, and colour images are converted to grey in a grey one.
+    Transparent images need options.background.
     """
 
     def __init__(self, name: str, rows: ImageRows, index: ImageIndex, options: ImageOptions, seed: int) -> None:
@@ -52,13 +53,16 @@ class ImageData:
         return len(self._readable)
 
     def items(self, epoch: int, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Images [n, C, H, W] float32 in [-1, 1] and labels; crop and flip keyed by (seed, epoch, row)."""
+        """Returns images [n, C, H, W] float32 in [-1, 1] and labels [n]. Crop and flip depend on (seed, epoch, row)."""
         found = [self._item(int(i), epoch) for i in indices]
         images = torch.stack([sample for _, sample in found])
         return images, None if self._labels is None else self._labels[[row for row, _ in found]]
 
     def _item(self, i: int, epoch: int) -> tuple[int, Tensor]:
-        """The i-th readable image and its row: the same in every process, so also if it turns out to be damaged."""
+        """Returns the row and the sample of the i-th readable image, or of the next one if that image is damaged.
+
+        The result is the same in every process: it does not depend on which damage a process has already found.
+        """
         for k in range(len(self)):
             row = int(self._readable[(i + k) % len(self)])
             if row in self._damaged:
@@ -76,7 +80,7 @@ class ImageData:
         raise AssertionError("_report refuses a set without readable images")
 
     def _sample(self, pixels: NDArray[np.generic], row: int, epoch: int) -> Tensor:
-        """pixels [C, H, W], which just cover a sample."""
+        """Crops and flips pixels [C, H, W] that just cover a sample, and scales them to [-1, 1]."""
         height, width = self._options.height_width
         spare_y, spare_x = pixels.shape[1] - height, pixels.shape[2] - width
         u = uniforms(3, self._seed, epoch, row)
@@ -101,7 +105,7 @@ class ImageData:
         return pixels
 
     def _encoded(self, row: int) -> bytes:
-        """What the index is of; RunError if the file has changed since."""
+        """The stored bytes of an image. Raises RunError if its file is gone or has changed since it was indexed."""
         try:
             found = self._rows.read(row)
         except OSError as error:
@@ -119,14 +123,14 @@ class ImageData:
         reason = REASONS.get(State(int(self._index.state[row])))
         return self._rows.name(row) + (f": {reason}" if reason else "")
 
-    # --- what is refused ---
+    # --- checks ---
 
     def _refuse(self) -> None:
-        """InputError for images that would have to be changed first, all of them in one message."""
+        """Raises InputError if images cannot be used as they are; one message lists all with the same problem."""
         index, total = self._index, len(self._index)
         out_of_range = np.flatnonzero(index.state == State.OUT_OF_RANGE)
         if len(out_of_range):
-            self._decoded(int(out_of_range[0]))  # says which values it has
+            self._decoded(int(out_of_range[0]))  # raises InputError with the range of values
         transparent = np.flatnonzero(index.state == State.TRANSPARENT)
         if len(transparent) and self._background is None:
             raise InputError(
@@ -150,7 +154,10 @@ class ImageData:
             )
 
     def _resized_pixels(self) -> NDArray[np.float64]:
-        """Of each image, either way up: its header may say that it has to be turned."""
+        """The number of pixels of each image after resizing, [N]; the maximum over both orientations.
+
+        EXIF data, which the index does not hold, may swap width and height.
+        """
         sides = self._index.sides.clip(1).astype(np.float64)
         scales = [np.max(self._options.height_width / each, axis=1) for each in (sides, sides[:, ::-1])]
         return np.maximum(*scales) ** 2 * sides.prod(axis=1)
@@ -159,7 +166,7 @@ class ImageData:
         return ", ".join(map(self._rows.name, rows[:SHOWN].tolist())) + (", ..." if len(rows) > SHOWN else "")
 
     def _report(self) -> None:
-        """Name the images that cannot be decoded, as far as they are known."""
+        """Warns about the unreadable images found so far. Raises InputError if there are too many."""
         found, limit = len(self.unreadable), self._options.max_unreadable
         names = ", ".join(self.unreadable[:SHOWN]) + (", ..." if found > SHOWN else "")
         count = f"{self.name}: {found} of {len(self._index)} images cannot be decoded"
@@ -174,7 +181,7 @@ _WITHOUT_BYTES = [state for state in State if state >= State.EMPTY]
 
 
 def _digest(index: ImageIndex, options: ImageOptions, background: Colour | None) -> str:
-    """sha256 over the stored bytes of the images, their labels and the options that change samples."""
+    """SHA-256 over the stored bytes of the images, their labels and the options that change samples."""
     content = hashlib.sha256(repr((options.size, options.channels, options.crop, options.flip)).encode())
     if background is not None:
         content.update(repr(background).encode())
@@ -184,7 +191,7 @@ def _digest(index: ImageIndex, options: ImageOptions, background: Colour | None)
 
 
 def _digest_parts(index: ImageIndex) -> Iterator[bytes]:
-    """Of each image the checksum of its bytes, if it has any, and its label, unless it is damaged."""
+    """Yields, in chunks, the checksum of each image that has bytes, and its label unless the image is damaged."""
     checksums = index.sha256.tobytes()
     for start in range(0, len(index), CHUNK):
         parts = []

@@ -1,12 +1,12 @@
-"""What is known of every image of a set without decoding it: checksums, sizes and labels, found once for all runs.
+"""The index of an image data set: checksum, size, state and label of every image, computed once for all runs.
 
-To index a set, each file is read once, for its checksum and its header. An image is decoded only where the header
-cannot tell whether it can be used: if its end is missing, it has an alpha channel, its values may lie out of range, or
-its format is rare. Damage in the middle of a file is found when the image is used.
+To make an index, each file is read once for its checksum and its header. An image is decoded only if the header cannot
+tell whether the image is usable: if its end is missing, if it has an alpha channel, if its values may be out of range,
+or if its format is rare. Damage in the middle of a file is found when the image is used.
 
-STORE/indexes keeps them for later runs, RUN/indexes those of a run, for its ranks and stages: what other runs write
-does not change it. A file whose size and times are the same as before is not read again. Indexes may be deleted at any
-time. Those of a store may be anybody's: they are validated, and a file that is not an index is made again.
+STORE/indexes holds indexes for later runs. RUN/indexes holds a copy for the ranks and stages of one run, which other
+runs do not change. A file whose size and timestamps have not changed is not read again. Indexes can be deleted at any
+time. Other users may have written the indexes of a store, so every index is validated, and an invalid one is replaced.
 """
 
 import errno
@@ -36,18 +36,18 @@ from distill.data.rows import FileRows, ImageRows
 from distill.spec.imagefolder import MAX_CLASSES
 from distill.spec.model import HfData, ImagesData
 
-MAX_BYTES = 2**33  # of an index: that of about seventy million images
-TYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64}  # names of safetensors
-THREADS = 16  # that read files: a file system of a network answers many at once
-TASK = 32  # files that a thread reads in a row
-CHUNK = THREADS * TASK * 8  # rows that are under way together
-SETTLED = (
-    2 * 10**9
-)  # nanoseconds: a file changed less than this before it was indexed may change at the same time again
+MAX_BYTES = 2**33  # maximum size of an index, enough for about 70 million images
+TYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64}  # by safetensors' names
+THREADS = 16  # threads that read files, because network file systems serve many requests at once
+TASK = 32  # files that a thread reads per task
+CHUNK = THREADS * TASK * 8  # rows that are submitted together
+# In nanoseconds. A file that was modified less than this before indexing may have been modified again within the
+# resolution of its timestamp, so it is read again.
+SETTLED = 2 * 10**9
 
 
 class State(IntEnum):
-    """What can be done with an image."""
+    """Whether an image can be used, and if not, why. From EMPTY on, the image has no bytes."""
 
     FINE = 0
     BROKEN = 1
@@ -55,77 +55,77 @@ class State(IntEnum):
     TRANSPARENT = 2
     OUT_OF_RANGE = 3
     EMPTY = 4
-    """there is no image in the row; it and those below have no bytes"""
+    """the row has no image"""
     MISSING = 5
     DENIED = 6
     UNREAD = 7
-    """no regular file, or the disk fails"""
+    """not a regular file, or a read error"""
 
 
 REASONS = {State.MISSING: "no such file", State.DENIED: "no permission to read it", State.UNREAD: "no regular file"}
 
 
 class _Head(BaseModel):
-    """What an index says beside its arrays."""
+    """The metadata of an index, stored beside its arrays."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     format: Literal[1] = 1
     num_classes: int | None = Field(ge=1, le=MAX_CLASSES)
     stamp: str
-    """of the table that the rows are of; empty: they are files"""
+    """fingerprint of the table that holds the rows; empty: the rows are files"""
     written: int
-    """nanoseconds since 1970 when it was begun"""
+    """when indexing started, in nanoseconds since 1970"""
 
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """Of N images, by row."""
+    """The index of N images, by row."""
 
     head: _Head
-    state: NDArray[np.uint8]  # [N], of State
+    state: NDArray[np.uint8]  # [N], values of State
     sides: NDArray[np.int32]  # [N, 2]: height, width
     alpha: NDArray[np.uint8]  # [N]: whether there is an alpha channel
-    file: NDArray[np.int64]  # [N, 3]: bytes, and when content and anything of the file changed, in ns since 1970
+    file: NDArray[np.int64]  # [N, 3]: size in bytes, mtime and ctime in ns since 1970
     sha256: NDArray[np.uint8]  # [N, 32], of the stored bytes
-    labels: NDArray[np.int64]  # [N], or [0]: unconditional
-    names: NDArray[np.uint8]  # of the files, one after the other
-    ends: NDArray[np.int64]  # [N]: where in `names` each ends
+    labels: NDArray[np.int64]  # [N], or [0] if unconditional
+    names: NDArray[np.uint8]  # the bytes of all file names, concatenated
+    ends: NDArray[np.int64]  # [N]: where each file name ends in `names`
 
     def __len__(self) -> int:
         return len(self.state)
 
     def name(self, row: int) -> str:
-        """Of the row's file; empty: it has none of its own."""
+        """The name of the row's file; empty if the image has no file of its own."""
         start = int(self.ends[row - 1]) if row else 0
         return os.fsdecode(self.names[start : int(self.ends[row])].tobytes())
 
     def is_same(self, row: int, found: os.stat_result) -> bool:
-        """Whether a file has been left alone since."""
+        """Whether size, mtime and ctime of the row's file are those of the index."""
         return tuple(self.file[row].tolist()) == _times(found)
 
     def is_same_content(self, row: int, found: os.stat_result) -> bool:
-        """Whether a file has not been written to since; its owner, permissions or links may have changed."""
+        """Like `is_same`, but ignores ctime: owner, permissions or links of the file may have changed."""
         return tuple(self.file[row, :2].tolist()) == _times(found)[:2]
 
 
 @dataclass(frozen=True)
 class FoundImages:
-    """What a look at a set tells without reading its images."""
+    """The rows and labels of a data set, found without reading its images."""
 
     rows: ImageRows
     files: Sequence[str]
-    """of each row; empty: the image has no file of its own"""
+    """the file name of each row; empty: the image has no file of its own"""
     stats: Sequence[os.stat_result | None]
-    """of these files; None: they may not be seen, or there is none"""
+    """stat of these files; None: there is no file, or no permission"""
     labels: Sequence[int] | None
     num_classes: int | None
     stamp: str = ""
-    """changes with the rows that have no files of their own"""
+    """fingerprint of the table that holds the rows; empty: the rows are files"""
 
 
 def path(folder: Path, spec: ImagesData | HfData) -> Path:
-    """Where a store or a run keeps the index of a set."""
+    """The path of the index of a data set in a store or a run."""
     place = str(Path(spec.path).absolute()) if Path(spec.path).exists() else spec.path
     parts = [spec.kind, place, spec.background is None]
     if isinstance(spec, HfData):
@@ -134,7 +134,7 @@ def path(folder: Path, spec: ImagesData | HfData) -> Path:
 
 
 def read(path: Path) -> ImageIndex | None:
-    """The index in a file; None if there is none, or it is damaged or of another version."""
+    """Reads an index. Returns None if there is none, or if it is damaged or of another version."""
     try:
         content = read_regular(path, MAX_BYTES)
         tensors = dict(safetensors.deserialize(content))
@@ -161,7 +161,7 @@ def read(path: Path) -> ImageIndex | None:
     }
     if {name: (array.dtype, array.shape) for name, array in arrays.items()} != wanted or n == 0:
         return None
-    index = ImageIndex(head, **arrays)  # type: ignore[arg-type]  # of these types: they were compared
+    index = ImageIndex(head, **arrays)  # type: ignore[arg-type]  # the types were compared above
     in_order = index.ends[0] >= 0 and (np.diff(index.ends) >= 0).all() and index.ends[-1] == len(index.names)
     labelled = head.num_classes is None or (index.labels.min() >= 0 and index.labels.max() < head.num_classes)
     known = index.state.max() <= max(State) and index.sides.min() >= 0
@@ -169,7 +169,7 @@ def read(path: Path) -> ImageIndex | None:
 
 
 def write(path: Path, index: ImageIndex) -> None:
-    """Whole or not at all; RunError if it cannot be written."""
+    """Writes an index atomically. Raises RunError if it cannot be written."""
     arrays = {name: value for name, value in vars(index).items() if name != "head"}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -179,9 +179,10 @@ def write(path: Path, index: ImageIndex) -> None:
 
 
 def make(found: FoundImages, old: ImageIndex | None, *, flatten: bool) -> ImageIndex:
-    """The index of a set, with what an older one still knows; that one itself, where nothing has changed.
+    """Makes the index of a data set. Entries of `old` are reused for unchanged images.
 
-    flatten: transparent images will be laid on a background, so that none has to be decoded for it.
+    Returns `old` itself if nothing has changed. flatten: there is a background for transparent images, so they need not
+    be decoded to check whether they are transparent.
     """
     rows, n = found.rows, len(found.rows)
     head = _Head(num_classes=found.num_classes, stamp=found.stamp, written=time.time_ns())
@@ -222,7 +223,7 @@ def _same_set(a: ImageIndex, b: ImageIndex) -> bool:
 
 
 def _compare(found: FoundImages, old: ImageIndex | None) -> tuple[list[int], dict[int, int]]:
-    """The rows to read, and the others with their row in the old index."""
+    """Returns the rows to read, and a mapping of the unchanged rows to their rows in the old index."""
     n = len(found.rows)
     if old is None or old.head.stamp != found.stamp or (found.stamp and len(old) != n):
         return list(range(n)), {}
@@ -259,7 +260,7 @@ class _Facts:
 
 
 def _read_all(rows: ImageRows, wanted: Sequence[int], flatten: bool) -> Iterator[tuple[int, _Facts]]:
-    """The facts of these rows. Files are read by several threads."""
+    """Yields each of these rows with its facts. Files are read by several threads."""
     if not isinstance(rows, FileRows):
         yield from ((row, _facts(rows, flatten, row)) for row in wanted)
         return

@@ -1,4 +1,4 @@
-"""Where encoded images are stored: here, files of a folder; `tables` has those in rows of the `datasets` library."""
+"""Access to encoded images by row. Here they are files in a folder; `tables` reads them with the `datasets` library."""
 
 import os
 from collections.abc import Callable
@@ -12,44 +12,44 @@ from distill.core.text import printable
 
 @dataclass(frozen=True)
 class Encoded:
-    """An image as it is stored."""
+    """The stored bytes of an image."""
 
     content: bytes
     file: os.stat_result | None = None
-    """state of its file; None: it has none of its own"""
+    """stat of the image's file; None: the image has no file of its own"""
 
 
 @runtime_checkable
 class ImageRows(Protocol):
-    """Images by row, 0 to len - 1."""
+    """Encoded images by row, 0 to len - 1."""
 
     def __len__(self) -> int: ...
     def name(self, row: int) -> str: ...  # for messages
-    def read(self, row: int) -> Encoded | None: ...  # None: the row holds no image. OSError: it cannot be read
+    def read(self, row: int) -> Encoded | None: ...  # None: the row has no image; raises OSError if it cannot be read
 
 
 @dataclass(frozen=True)
 class FileRows:
-    """Files below a folder."""
+    """Image files in a folder and its sub-folders."""
 
     root: Path
     count: int
     names: Callable[[int], str]
-    """of each row, below root"""
+    """row -> path of its file, relative to root"""
 
     def __len__(self) -> int:
         return self.count
 
     def name(self, row: int) -> str:
-        """Path and row."""
+        """The path and the row number."""
         return f"{printable(str(self.root / self.names(row)))} (row {row})"
 
     def read(self, row: int) -> Encoded:
-        """The whole file."""
+        """Reads the file. Raises OSError if it cannot be read."""
         return read_file(f"{self.root}/{self.names(row)}")
 
 
 def read_file(path: str) -> Encoded:
-    """A regular file; OSError if it is none or cannot be read. Does not wait at a FIFO without a writer."""
+    """Reads a regular file. Raises OSError for anything else, without blocking on a FIFO that has no writer."""
     with open_regular(Path(path), follow=True) as file:
         return Encoded(file.readall(), os.fstat(file.fileno()))

@@ -1,4 +1,4 @@
-"""Batches of real data: one endless stream, any number of readers."""
+"""An endless stream of batches of real data, which any number of processes can read."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -13,7 +13,7 @@ from distill.protocols import Batch
 
 @runtime_checkable
 class DataSet(Protocol):
-    """Samples in [-1, 1] with their class ids, each a function of (epoch, index) alone."""
+    """Samples in [-1, 1] with class ids. A sample depends only on (epoch, index)."""
 
     @property
     def name(self) -> str: ...
@@ -22,11 +22,11 @@ class DataSet(Protocol):
     @property
     def num_classes(self) -> int | None: ...  # None: unconditional
     @property
-    def digest(self) -> str: ...  # sha256 over samples, labels and the options that change them
+    def digest(self) -> str: ...  # SHA-256 over samples, labels and the options that change them
     def __len__(self) -> int: ...
     def items(self, epoch: int, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]: ...
 
-    # -> images [n, ...] float32 in [-1, 1], labels [n] int64
+    # items returns images [n, ...] float32 in [-1, 1], and labels [n] int64 or None
 
 
 @lru_cache(maxsize=4)
@@ -35,17 +35,18 @@ def _order(n: int, seed: int, epoch: int) -> Tensor:
 
 
 class DataSource:
-    """Step k of the stream holds positions [k B, (k+1) B) of the concatenated epochs, each a keyed permutation.
+    """A stream of batches of size B. Implements `protocols.Source`.
 
-    Fits `protocols.Source`: every epoch shows every sample once, a batch may span epochs, and any process can read any
-    rows of any step.
+    The stream is a concatenation of epochs. Each epoch is a permutation of the data set, keyed by (seed, epoch). The
+    batch of step k holds the positions [k B, (k+1) B), so it may span two or more epochs. Any process can read any rows
+    of any step.
     """
 
     def __init__(self, data: DataSet, batch_size: int, seed: int, *, labels: bool = True) -> None:
         self.data, self.batch_size, self.seed, self.labels = data, batch_size, seed, labels
 
     def batch(self, step: int, rows: Rows) -> Batch:
-        """These rows of the step's global batch, on the CPU."""
+        """Returns these rows of the global batch of `step`, on the CPU."""
         if rows.total != self.batch_size:
             raise ValueError(
                 f"rows of a batch of {rows.total} were asked from a source of batches of {self.batch_size}"

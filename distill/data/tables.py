@@ -1,4 +1,4 @@
-"""Data sets of the `datasets` library: by hub id, parquet, or saved to disk."""
+"""Data sets read by the `datasets` library: a hub id, parquet files, or a folder of save_to_disk."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -20,15 +20,15 @@ from distill.data.rows import Encoded, read_file
 from distill.spec import imagefolder
 from distill.spec.model import HfData
 
-SHOWN = 5  # names in a message
-BATCH = 4096  # rows looked at together
+SHOWN = 5  # maximum number of names in a message
+BATCH = 4096  # rows per batch when a table is scanned
 
-datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or every load, of local files too, would tell a host of it
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # otherwise every load, even of local files, sends a request
 
 
 @dataclass(frozen=True)
 class TableRows:
-    """The column "image" of a table, with {"bytes", "path"} in each row."""
+    """The images in the column "image" of a table, whose entries are {"bytes", "path"} or None."""
 
     table: Dataset
 
@@ -36,12 +36,12 @@ class TableRows:
         return len(self.table)
 
     def name(self, row: int) -> str:
-        """The row, and the path if there is one."""
+        """The row number, and the path if there is one."""
         image = self.table[row]["image"]
         return f"row {row}" if image is None or not image["path"] else f"{printable(image['path'])} (row {row})"
 
     def read(self, row: int) -> Encoded | None:
-        """The bytes of the row, or of the file that it names."""
+        """The bytes in the row, or those of the file that it refers to; None if the row has neither."""
         image = self.table[row]["image"]
         if image is None or image["bytes"] is image["path"] is None:
             return None
@@ -49,12 +49,12 @@ class TableRows:
 
 
 def rows(spec: HfData) -> TableRows:
-    """The images of a data set of the `datasets` library: a hub id, parquet, or a folder of save_to_disk."""
+    """The images of a data set. Raises InputError if it cannot be read or the columns do not fit."""
     return TableRows(_as_encoded(_opened(spec), spec))
 
 
 def found(spec: HfData) -> FoundImages:
-    """The same with their classes, and what tells the set from a changed one."""
+    """The images of a data set with their class ids, and with what `index` needs to detect changes."""
     table = _opened(spec)
     labels, num_classes = _class_ids(table, spec.label_column) if spec.label_column else (None, None)
     encoded = _as_encoded(table, spec)
@@ -73,7 +73,7 @@ def _opened(spec: HfData) -> Dataset:
 
 
 def _files(table: Dataset) -> list[str]:
-    """Of each row the path of the file that it names, empty where the row has the image itself, which is not read."""
+    """The path of the file that each row refers to, or "" if the row holds the image itself. Reads no image."""
     found: list[str] = []
     for batch in table.with_format("arrow").iter(batch_size=BATCH):
         for part in batch.column("image").chunks:
@@ -83,7 +83,7 @@ def _files(table: Dataset) -> list[str]:
 
 
 def _stamp(table: Dataset) -> str:
-    """The library's fingerprint, and the state of the files that hold the rows: they may have been replaced."""
+    """The library's fingerprint of a table, with size and mtime of its files, because files may be replaced."""
     states = [
         (each.st_size, each.st_mtime_ns) for each in (Path(file["filename"]).stat() for file in table.cache_files)
     ]
@@ -98,7 +98,7 @@ def _stat(path: str) -> os.stat_result | None:
 
 
 def open_rows(spec: HfData) -> Dataset:
-    """The rows of a split, in their stored order."""
+    """Opens a split, with its rows in stored order. Raises InputError if it cannot be read."""
     path = Path(spec.path)
     if path.exists():
         imagefolder.refuse_container(spec.path)
@@ -119,7 +119,7 @@ def open_rows(spec: HfData) -> Dataset:
 
 
 def _refuse_folder(path: str) -> None:
-    """Of something else than tables; data.kind=images is named only where it would do."""
+    """Raises InputError for a folder without tables. The message suggests data.kind=images if there are images."""
     found = sorted(Path(path).rglob("*"))
     for file in found:
         imagefolder.refuse_container(str(file))
@@ -133,13 +133,13 @@ def _refuse_folder(path: str) -> None:
 
 @contextmanager
 def _readable(spec: HfData) -> Iterator[None]:
-    """The error that says what cannot be read, and why."""
+    """Context manager: converts errors of the libraries to an InputError that says what cannot be read, and why."""
     try:
         yield
     except InputError:
         raise
     except (*hub.UNREACHABLE, IndexError, datasets.exceptions.DatasetsError) as error:
-        empty = isinstance(error, IndexError)  # what load_from_disk makes of a set without rows
+        empty = isinstance(error, IndexError)  # load_from_disk raises IndexError if there are no rows
         at = f" at revision {spec.revision}" if spec.revision else ""
         raise InputError(
             f"data.path={spec.path}{at} (split '{spec.split}') cannot be read: "
@@ -152,25 +152,25 @@ def _readable(spec: HfData) -> Iterator[None]:
 
 
 def repository(spec: HfData, commit: str | None = None) -> Repository:
-    """What a data set by hub id reads. commit: None for the current one of its revision."""
+    """The repository that a data set with a hub id reads. commit: None for the newest commit of its revision."""
     if commit is None:
         with _readable(spec):
             commit = hub.commit("dataset", spec.path, spec.revision)
     pinned = spec.model_copy(update={"revision": commit})
 
     def needs(folder: Path) -> list[tuple[Path, int]]:
-        """The files of all splits are read before there are rows."""
+        """The disk space needed, by place. The library downloads the files of all splits, not only of one."""
         with _readable(pinned):
             found = datasets.load_dataset_builder(pinned.path, revision=commit).config.data_files or {}
             names = {url.partition(f"@{commit}/")[2] for urls in found.values() for url in urls}
             files = [file for file in hub.files("dataset", pinned.path, commit) if file.name in names]
         missing = sum(file.bytes for file in files if not file.cached)
-        rows = sum(file.bytes for file in files)  # at least: files may be compressed
+        rows = sum(file.bytes for file in files)  # a lower bound, because files may be compressed
         caches = datasets.config.HF_DATASETS_CACHE
         return [(Path(constants.HF_HUB_CACHE), missing), (Path(caches), rows), (folder, rows)]
 
     def copy(folder: Path) -> None:
-        """Rows with their images in them: those of the cache may be paths into it, and are read under a lock."""
+        """Saves the rows with their images: rows in the cache may refer to files there, and reading it takes a lock."""
         open_rows(pinned).save_to_disk(str(folder))
 
     part, link = [spec.split], f"datasets/{fetched(spec)}"
@@ -178,12 +178,15 @@ def repository(spec: HfData, commit: str | None = None) -> Repository:
 
 
 def fetched(spec: HfData) -> str:
-    """Where a job finds the rows that were fetched for it, below its cache (see `prefetch`)."""
+    """The path, relative to a job's cache, of the rows that were fetched for the job (see `prefetch`)."""
     return "/".join(("fetched", *(quote(part, safe="") for part in (spec.path, spec.revision or "newest", spec.split))))
 
 
 def _of_the_hub(spec: HfData) -> Dataset:
-    """The revision that was asked for, or nothing: without the hub, the library takes the last one it has seen."""
+    """Loads rows by hub id. If the spec names a revision, exactly that one is loaded, or ValueError is raised.
+
+    The check is needed because the library silently uses the newest revision in its cache if the hub cannot be reached.
+    """
     here = Path(datasets.config.HF_DATASETS_CACHE) / fetched(spec)
     if here.is_dir():
         return datasets.load_from_disk(str(here))
@@ -207,7 +210,10 @@ def _split_of(saved: Dataset | DatasetDict, spec: HfData) -> Dataset:
 
 
 def _as_encoded(rows: Dataset, spec: HfData) -> Dataset:
-    """Only the image column, named "image", as {"bytes", "path"} without decoding."""
+    """Selects the image column, renames it to "image", and disables decoding: entries are {"bytes", "path"}.
+
+    Raises InputError if the column does not hold images.
+    """
     rows = rows.select_columns([spec.image_column])
     if spec.image_column != "image":
         rows = rows.rename_column(spec.image_column, "image")

@@ -1,1 +1,1 @@
-"""The mathematics: paths between noise and data, times, solvers, draws, distances."""
+"""The mathematics: paths between noise and data, times, ODE solvers, random numbers, distances."""

@@ -1,4 +1,4 @@
-"""Directional derivatives of networks: exact by forward mode, or by central differences of plain calls."""
+"""Directional derivatives of networks, by forward-mode differentiation (exact) or by central differences."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -16,8 +16,10 @@ Function = Callable[..., Tensor]
 
 
 class ContiguousGroupNorm(TorchFunctionMode):
-    """Group norm gets its input [B, C, ...] contiguous: before torch 2.14 its derivative on CPUs takes no other.
-    After attention the channels come last in memory.
+    """Makes the input [B, C, ...] of every group norm contiguous.
+
+    Before torch 2.14, the forward derivative of group norm on CPUs supports contiguous inputs only. The output of an
+    attention layer is channels-last.
     """
 
     def __torch_function__(
@@ -36,15 +38,17 @@ def jvp(
     method: Derivative = "forward",
     step: float | Tensor = 1e-4,
 ) -> Tensor:
-    """Df along: the derivative of f at the point `at` in the direction `along`, without gradients.
+    """Returns the Jacobian-vector product: the derivative of `function` at the point `at` in the direction `along`.
 
-    at, along: as many tensors of equal shapes, floating point; the first are samples [B, ...], the others may be times
-    [B]. Always without autocast, in the precision of `at` and the weights: differences of bf16 values are mostly noise.
-    forward: one call with dual numbers, with attention by its mathematical formula, as the fused kernels have no
-    forward derivative. For networks whose operations all have one; not under hooks that change weights.
-    central: (f(at + h along) - f(at - h along)) / 2h with h = `step`, a number or [B]: two plain calls. Its error is
-    of order h^2 from curvature and eps/h from rounding. A network called with 1000 t changes noticeably when t moves by
-    1e-3, so keep h well below that.
+    at, along: floating-point tensors, pairwise of equal shapes. The first is a batch of samples [B, ...], the others
+    may be times [B].
+    method "forward": one call in forward mode. All operations of the network need a forward derivative. Attention uses
+    the math kernel, because the fused kernels have none. Not supported under hooks that change weights.
+    method "central": (f(at + h along) - f(at - h along)) / 2h with h = `step`, a number or [B]. This takes two calls.
+    Its error is of order h^2 (curvature) plus eps/h (rounding). A network that is called with 1000 t changes noticeably
+    if t changes by 1e-3, so keep h well below that.
+
+    The result has no gradient. Autocast is disabled, because differences of bf16 values are mostly rounding noise.
     """
     with torch.no_grad(), torch.autocast(at[0].device.type, enabled=False):
         if method == "forward":

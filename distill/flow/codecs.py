@@ -1,4 +1,4 @@
-"""From pixels to what a network sees, and back. Networks of pixels need no codec; others fit `protocols.Codec`."""
+"""The codec of networks that work on pixels. Codecs of latent-space networks implement `protocols.Codec` too."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Pixels:
-    """The identity."""
+    """The identity: samples are pixels."""
 
     is_identity: bool = True
 

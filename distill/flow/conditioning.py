@@ -1,4 +1,4 @@
-"""What networks are conditioned on: class labels, or nothing. Others fit `protocols.Conditioning` too."""
+"""Conditioning on class labels, and no conditioning. Other kinds can implement `protocols.Conditioning`."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from distill.protocols import Cond, Conditioning
 
 @dataclass(frozen=True)
 class ClassLabels:
-    """Class ids, cond["class_labels"] [B] int64. null_class: the id of the unconditional call; None: there is none."""
+    """Class ids, cond["class_labels"] [B] int64. null_class: class id of the null condition; None: there is none."""
 
     count: int
     null_class: int | None = None
@@ -29,7 +29,7 @@ class ClassLabels:
 
 @dataclass(frozen=True)
 class Unconditional:
-    """No condition at all."""
+    """No condition: `cond` is always empty."""
 
     count: None = None
     has_null: bool = False
@@ -42,5 +42,5 @@ class Unconditional:
 
 
 def of_classes(num_classes: int | None, null_class: int | None) -> Conditioning:
-    """Of a network with that many classes; None: an unconditional network."""
+    """Returns the conditioning of a network with `num_classes` classes. None: an unconditional network."""
     return Unconditional() if num_classes is None else ClassLabels(num_classes, null_class)

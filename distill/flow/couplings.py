@@ -1,9 +1,9 @@
-"""Which noise goes with which data: couplings of training samples, for flow matching on straighter paths.
+"""Couplings: which noise is paired with which data sample, for flow matching on straighter paths.
 
-data and noise are [B, ...], rows of the global batch. Rows are matched, or weighted, within blocks of `block`
-consecutive ones, B a multiple of it: a block sees nothing outside, so it is coupled alike on whatever rank and in
-whatever micro-batch it lies. Distances are found where the samples are, in float32 or float64 whatever the autocast;
-plans on the CPU in float64. Nothing here has gradients.
+`data` and `noise` are [B, ...], rows of the global batch. Rows are matched or weighted within blocks of `block`
+consecutive rows, and B must be a multiple of `block`. A block does not depend on rows outside it, so the result is the
+same on every rank and for every micro-batch size. Distances are computed on the device of the samples in float32 or
+float64, also under autocast. Transport plans are computed on the CPU in float64. Results have no gradient.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,21 +15,21 @@ from torch import Tensor
 from distill.core.errors import InputError, RunError
 from distill.flow.interpolants import like
 
-Matched = tuple[Tensor, Tensor]  # rows of data and the rows of the noise that goes with them, each [B] int64
+Matched = tuple[Tensor, Tensor]  # row indices of the data, and of the noise paired with them, each [B] int64
 
 
 def ot(data: Tensor, noise: Tensor, u: Tensor, block: int, labels: Tensor | None) -> Matched:
-    """The permutation of the noise with the least sum of squared distances (Tong et al. 2023, arXiv 2302.00482)."""
+    """Permutes the noise to the minimum sum of squared distances (Tong et al. 2023, arXiv 2302.00482)."""
     return torch.arange(len(data)), assignment(costs(data, noise, block, labels).square())
 
 
 def ot_replacement(data: Tensor, noise: Tensor, u: Tensor, block: int, labels: Tensor | None) -> Matched:
-    """As many pairs drawn, by uniform u [B], from the plan of least mean squared distance."""
+    """Draws B pairs, by uniform numbers u [B], from the plan with the minimum mean squared distance."""
     return drawn(plans(costs(data, noise, block, labels).square()), u)
 
 
 def immiscible(data: Tensor, noise: Tensor, u: Tensor, block: int, labels: Tensor | None) -> Matched:
-    """The permutation of the noise with the least sum of distances (Li et al. 2024, arXiv 2406.12303)."""
+    """Permutes the noise to the minimum sum of distances (Li et al. 2024, arXiv 2406.12303)."""
     return torch.arange(len(data)), assignment(costs(data, noise, block, labels))
 
 
@@ -38,7 +38,7 @@ MATCHINGS: dict[str, Matching] = {"ot": ot, "ot_replacement": ot_replacement, "i
 
 
 def nearest(data: Tensor, noise: Tensor, more: Iterable[Tensor]) -> Tensor:
-    """Of the noises of each sample the nearest to it, [B, ...]; of equally near ones the first."""
+    """Returns for each sample the nearest of its candidates `noise` and `more` [B, ...]; the first one if they tie."""
     least = distance(data, noise)
     for other in more:
         length = distance(data, other)
@@ -48,10 +48,10 @@ def nearest(data: Tensor, noise: Tensor, more: Iterable[Tensor]) -> Tensor:
 
 
 def gibbs_weights(cost: Tensor, block: int, epsilon: float | None) -> tuple[Tensor, Tensor]:
-    """w = exp(-cost / epsilon) over its mean in the block, [B], and the effective share of the samples,
-    (sum w)^2 / (block sum w^2), a mean over blocks: 1 where all weights are equal.
+    """Returns weights w = exp(-cost / epsilon) [B], divided by their mean in each block, and the effective sample size.
 
-    epsilon None: twice the block's median cost.
+    The effective sample size is given as a share of the samples, (sum w)^2 / (block sum w^2), averaged over blocks. It
+    is 1 if all weights are equal. epsilon None: twice the median cost of the block.
     """
     cost = in_blocks(cost, block)
     scale = 2 * cost.median(1, keepdim=True).values if epsilon is None else epsilon
@@ -65,9 +65,10 @@ def distance(data: Tensor, noise: Tensor) -> Tensor:
 
 
 def costs(data: Tensor, noise: Tensor, block: int, labels: Tensor | None = None) -> Tensor:
-    """||data_i - noise_j|| of all rows i, j of each block, [B / block, block, block] float64 on the CPU.
+    """||data_i - noise_j|| for all rows i, j of each block, [B / block, block, block] float64 on the CPU.
 
-    labels [B]: rows of different ones are infinitely far from each other.
+    labels [B]: the distance between rows with different labels is set to infinity. Raises RunError if the samples are
+    not finite.
     """
     sides = (in_blocks(_flat(side), block) for side in (data, noise))
     found = torch.cdist(*sides, compute_mode="donot_use_mm_for_euclid_dist").to("cpu", torch.float64)
@@ -80,19 +81,23 @@ def costs(data: Tensor, noise: Tensor, block: int, labels: Tensor | None = None)
 
 
 def assignment(cost: Tensor) -> Tensor:
-    """The permutation in each block of least total cost [B / block, block, block], as rows [B]. Infinite: never."""
-    from scipy.optimize import linear_sum_assignment  # takes a third of a second, and few need it
+    """Solves the assignment problem of each block: cost [B / block, block, block] -> row indices [B].
+
+    Pairs of infinite cost are never assigned.
+    """
+    from scipy.optimize import linear_sum_assignment  # imported here because it takes a third of a second
 
     return _rows([linear_sum_assignment(each)[1] for each in cost.numpy()])
 
 
 def plans(cost: Tensor) -> Tensor:
-    """The exact plan of least mean cost between uniform weights in each block, [B / block, block, block], of sum 1."""
-    from ot import emd  # takes more than a second, and few need it
+    """The optimal transport plan between uniform weights in each block, [B / block, block, block]; each sums to 1."""
+    from ot import emd  # imported here because it takes more than a second
 
     found = []
     for each in cost.numpy():
-        # The network simplex knows no infinite cost; one above that of any finite permutation does the same.
+        # The network simplex does not support infinite costs. A cost above that of every finite permutation is
+        # avoided just as well.
         finite = np.where(np.isinf(each), len(each) * each[np.isfinite(each)].max() + 1, each)
         plan, log = emd([], [], finite, numItermax=10**9, log=True)
         assert log["result_code"] == 1, log["warning"]
@@ -101,16 +106,16 @@ def plans(cost: Tensor) -> Tensor:
 
 
 def drawn(plan: Tensor, u: Tensor) -> Matched:
-    """Pairs drawn with replacement from each block's plan [B / block, block, block] by its part of uniform u [B]."""
+    """Draws pairs with replacement from the plan [B / block, block, block] of each block, by uniform numbers u [B]."""
     block = plan.shape[1]
     mass = plan.flatten(1).cumsum(1)
     draws = in_blocks(u.cpu().double(), block) * mass[:, -1:]
-    found = torch.searchsorted(mass, draws, right=True)  # of pairs without mass, none
+    found = torch.searchsorted(mass, draws, right=True)  # right=True: pairs without mass are never drawn
     return _rows(found // block), _rows(found % block)
 
 
 def in_blocks(rows: Tensor, block: int) -> Tensor:
-    """[B, ...] -> [B / block, block, ...]."""
+    """[B, ...] -> [B / block, block, ...]. Raises InputError if B is not a multiple of `block`."""
     if len(rows) % block:
         raise InputError(
             f"a micro-batch of {len(rows)} samples does not hold whole blocks of {block}, whose samples are coupled "
@@ -126,5 +131,5 @@ def _flat(samples: Tensor) -> Tensor:
 
 
 def _rows(within: Iterable[np.ndarray | Tensor]) -> Tensor:
-    """Rows within each block -> rows of the micro-batch [B]."""
+    """Converts row indices within each block to row indices of the micro-batch [B]."""
     return torch.cat([torch.as_tensor(rows) + i * len(rows) for i, rows in enumerate(within)])

@@ -1,4 +1,4 @@
-"""Distances per sample: prediction and target [B, ...] -> [B]. Zero exactly where the two are equal."""
+"""Distances per sample: prediction and target [B, ...] -> [B]. They are exactly 0 if the two are equal."""
 
 import warnings
 from collections.abc import Callable, Sequence
@@ -17,19 +17,19 @@ from distill.core.errors import InputError
 Trunk = Literal["squeeze", "alex", "vgg"]
 Resize = Literal["none", "to_64", "to_64_corners", "to_224"]
 
-SMALLEST = {"none": 0, "to_64": 64, "to_64_corners": 64, "to_224": 224}  # shorter side in pixels that LPIPS sees
-POOLED = {"squeeze": 17, "alex": 31, "vgg": 16}  # pixels of the smallest images that a trunk can pool
+SMALLEST = {"none": 0, "to_64": 64, "to_64_corners": 64, "to_224": 224}  # minimum shorter side in pixels, by `resize`
+POOLED = {"squeeze": 17, "alex": 31, "vgg": 16}  # minimum shorter side in pixels for the pooling layers of a trunk
 
 
 def mse(prediction: Tensor, target: Tensor) -> Tensor:
-    """||prediction - target||^2 / d, d the elements of one sample."""
+    """||prediction - target||^2 / d, where d is the number of elements of one sample."""
     return (prediction - target).square().flatten(1).mean(1)
 
 
 def pseudo_huber(prediction: Tensor, target: Tensor, scale: float = 0.00054) -> Tensor:
     """(sqrt(||prediction - target||^2 + c^2) - c) / d with c = scale d (Lee et al. 2024, arXiv 2405.20320).
 
-    Not the constant of iCT, which is 0.00054 sqrt(d).
+    d is the number of elements of one sample. Note that iCT uses c = 0.00054 sqrt(d) instead.
     """
     squares = (prediction - target).square().flatten(1)  # [B, ...] -> [B, d]
     d = squares.shape[1]
@@ -42,21 +42,21 @@ def pseudo_huber_elementwise(prediction: Tensor, target: Tensor, c: float = 1e-3
 
 
 def direction(prediction: Tensor, target: Tensor) -> Tensor:
-    """1 - cos of the angle between the two, each sample one vector; zero wherever they point the same way.
+    """Cosine distance: 1 - cos of the angle between prediction and target, each sample taken as one vector.
 
-    As half the square between unit vectors, which keeps its digits where the angle is small.
+    It is computed as half the squared distance of the unit vectors, which stays accurate at small angles.
     """
     a, b = (F.normalize(each.flatten(1), dim=1, eps=1e-6) for each in (prediction, target))  # [B, d]
     return (a - b).square().sum(1) / 2
 
 
 def _huber(square: Tensor, c: float) -> Tensor:
-    """sqrt(square + c^2) - c, in the form that keeps its digits where square << c^2."""
+    """sqrt(square + c^2) - c, in a form that stays accurate if square << c^2."""
     return square / ((square + c * c).sqrt() + c)
 
 
 class LpipsOptions(BaseModel):
-    """The LPIPS options of a recipe that can compare images by LPIPS."""
+    """The options of recipes that can compare images by LPIPS."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -70,11 +70,11 @@ class LpipsOptions(BaseModel):
     """enlarge images whose shorter side is below 64 or 224, bilinear; to_64_corners: with corners aligned"""
 
     def lpips_given(self) -> list[str]:
-        """The names of the LPIPS options that are not at their defaults."""
+        """The names of the LPIPS options that differ from their defaults."""
         return [name for name in self.model_dump(exclude_defaults=True) if name.startswith("lpips_")]
 
     def check_shape(self, shape: Sequence[int], remedy: str) -> None:
-        """InputError if LPIPS is asked for and cannot compare samples of this shape."""
+        """Raises InputError if LPIPS is enabled but cannot compare samples of this shape."""
         if self.lpips_trunk is None:
             return
         if not Lpips.takes(shape):
@@ -82,7 +82,7 @@ class LpipsOptions(BaseModel):
         _check_size(self.lpips_trunk, self.lpips_resize, shape[1:])
 
     def lpips(self) -> "Lpips | None":
-        """The network; None where there is no trunk, or no path to its weights."""
+        """The LPIPS network; None if no trunk is selected or the path of its weights is not given."""
         if self.lpips_trunk is None or self.lpips_path is None:
             return None
         heads = self.lpips_heads is not False
@@ -90,33 +90,40 @@ class LpipsOptions(BaseModel):
 
 
 class Lpips(nn.Module):
-    """LPIPS (Zhang et al. 2018, arXiv 1801.03924): images [B, 1 or 3, H, W] in [-1, 1] -> [B].
+    """LPIPS (Zhang et al. 2018, arXiv 1801.03924): two batches of images [B, 1 or 3, H, W] in [-1, 1] -> [B].
 
-    The trunk's weights come from `path`: safetensors of torchvision's squeezenet1_1, alexnet or vgg16 (layers after
-    the features are skipped). `heads`: the channels are weighted by the package's calibrated heads; False: they
-    are summed, for a trunk to which the heads were not fitted. `resize`: images whose shorter side is below 64 or 224
-    are enlarged to it (bilinear), with aligned corners under to_64_corners; "none": the trunk sees them as they are.
-    Grey is replicated. Frozen, in eval, and float32 whatever the autocast: features are divided by their norm.
+    path: a safetensors file with the weights of torchvision's squeezenet1_1, alexnet or vgg16. Layers after the
+    features are ignored.
+    heads: weight the channels by the calibrated heads of the lpips package. False: sum the channels, for a trunk that
+    the heads were not fitted to.
+    resize: enlarge images (bilinear) whose shorter side is below 64 or 224 to that size; to_64_corners does so with
+    align_corners. "none": no resizing.
+
+    Grey images are repeated to three channels. The network is frozen and always in evaluation mode. It computes in
+    float32, also under autocast, because features are divided by their norm.
     """
 
     def __init__(self, trunk: Trunk, path: Path, *, heads: bool = True, resize: Resize = "to_64") -> None:
         super().__init__()
         self.trunk, self.resize = trunk, resize
         try:
-            import lpips  # takes two seconds, and only this distance needs it
-        except (ImportError, OSError, RuntimeError) as error:  # torchvision may be of another torch
+            import lpips  # imported here because it takes two seconds
+        except (ImportError, OSError, RuntimeError) as error:  # e.g. torchvision was built for another torch version
             raise InputError(
                 f"lpips_trunk={trunk} needs the packages lpips and torchvision, and they cannot be loaded ({error}); "
                 "install them beside this torch, or set lpips_trunk to null"
             ) from error
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # random weights, replaced below
-            warnings.simplefilter("ignore", UserWarning)  # torchvision: the package's way to ask for no weights is old
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # the random weights are replaced below
+            warnings.simplefilter("ignore", UserWarning)  # lpips uses a deprecated argument of torchvision
             self.metric = lpips.LPIPS(net=trunk, pnet_rand=True, lpips=heads, verbose=False)
         self.metric.net.load_state_dict(self._trunk_weights(trunk, path))
         self.requires_grad_(False).eval()
 
     def _trunk_weights(self, trunk: Trunk, path: Path) -> dict[str, Tensor]:
-        """torchvision's `features.N.rest` under the package's names `sliceK.N.rest`."""
+        """Loads torchvision's weights `features.N.rest`, renamed to `sliceK.N.rest` as the lpips package names them.
+
+        Raises InputError if the file cannot be read, or if weights are missing or have another shape.
+        """
         if not path.is_file():
             raise InputError(
                 f"LPIPS trunk {path} does not exist; give a safetensors file of torchvision's {trunk} weights"
@@ -137,11 +144,11 @@ class Lpips(nn.Module):
 
     @staticmethod
     def takes(shape: Sequence[int]) -> bool:
-        """Whether it compares samples of this shape: images of one or three channels."""
+        """Whether samples of this shape can be compared: images with one or three channels."""
         return len(shape) == 3 and shape[0] in (1, 3)
 
     def train(self, mode: bool = True) -> "Lpips":
-        """Always in eval: the heads have a dropout."""
+        """Keeps evaluation mode, because the heads contain dropout."""
         return super().train(False)
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -151,20 +158,20 @@ class Lpips(nn.Module):
             return torch.stack(distances).sum(0)
 
     def _features(self, images: Tensor) -> list[Tensor]:
-        """Each layer's features, of unit length over the channels [B, C, h, w]."""
+        """The features of each layer [B, C, h, w], normalized to unit length over the channels."""
         features = self.metric.net(self.metric.scaling_layer(self._prepare(images)))
-        # The package takes the root of an exact zero where no channel is active: its gradient is then not finite.
+        # If no channel is active, the lpips package takes the square root of 0, whose gradient is not finite.
         norms = [f.square().sum(1, keepdim=True).clamp(min=torch.finfo(f.dtype).tiny).sqrt() for f in features]
         return [f / (norm + 1e-10) for f, norm in zip(features, norms, strict=True)]
 
     def _heads(self) -> list[Callable[[Tensor], Tensor]]:
-        """Each layer's weighting of its channels, [B, C, h, w] -> [B, 1, h, w]."""
+        """Functions that sum the channels of each layer with their weights, [B, C, h, w] -> [B, 1, h, w]."""
         if self.metric.lpips:
             return list(self.metric.lins)
         return [lambda squares: squares.sum(1, keepdim=True)] * self.metric.L
 
     def _prepare(self, images: Tensor) -> Tensor:
-        """[B, 1 or 3, H, W] -> [B, 3, h, w] float32, of the size that the trunk is to see."""
+        """[B, 1 or 3, H, W] -> [B, 3, h, w] float32, resized for the trunk."""
         if not self.takes(images.shape[1:]):
             raise ValueError(f"LPIPS compares images [B, 1 or 3, H, W], got {list(images.shape)}")
         _check_size(self.trunk, self.resize, images.shape[2:])

@@ -1,6 +1,7 @@
-"""All randomness. Training draws are keyed by (seed, step, turn, name, row of the global batch), sample draws by (seed,
-index): neither has a state to lose, so (seed, step) is the whole of it, and any number of processes sees the same
-numbers.
+"""Random numbers without generator state.
+
+Random numbers for training are a function of (seed, step, turn, name, row of the global batch), those for sampling of
+(seed, index). A run is therefore reproducible from its seed and step, with any number of processes.
 """
 
 import hashlib
@@ -15,23 +16,23 @@ from torch import Tensor
 from distill.core.errors import InputError
 from distill.flow import philox
 
-SLACK = 1e-9  # 0.29 x 100 is below 29 in floating point
+SLACK = 1e-9  # added before rounding down, because e.g. 0.29 * 100 < 29 in floating point
 
 
 def key(*parts: int | str) -> int:
-    """63 bits that depend on all parts: the seed of a generator that is used once."""
+    """Returns a 63-bit hash of all parts, to seed a generator that is used once."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator keyed by parts: its numbers do not depend on the device that uses them."""
+    """Returns a CPU generator seeded by `key(*parts)`, so that its numbers are the same for every device."""
     return torch.Generator("cpu").manual_seed(key(*parts))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """This micro-batch's rows [start, stop) of a global batch of `total`."""
+    """The rows [start, stop) of a global batch of `total` rows that a micro-batch holds."""
 
     start: int
     stop: int
@@ -44,10 +45,10 @@ class Rows:
 
 @dataclass(frozen=True)
 class StepDraw:
-    """Draws of one turn of one step. Fits `protocols.Draw`.
+    """Random numbers for one turn of one step. Implements `protocols.Draw`.
 
-    Row i of the global batch has numbers of its own (`philox`), so only `rows` are drawn, on the device of `like`, and
-    they are those that one process would draw for the whole batch.
+    Each row of the global batch has its own stream (see `philox`). Only the numbers of `rows` are computed, on the
+    device of `like`, and they equal those that a single process would draw for these rows.
     """
 
     seed: int
@@ -56,22 +57,23 @@ class StepDraw:
     rows: Rows
 
     def normal(self, name: str, like: Tensor) -> Tensor:
-        """Standard normal in the shape, dtype and on the device of `like` [B, ...]; drawn in float32."""
+        """Standard normal numbers in the shape, dtype and device of `like` [B, ...], computed in float32."""
         numbers = philox.normal(self._key("normal", name), self._own(name, like), like[0].numel(), like.device)
         return numbers.view(like.shape).to(like.dtype)
 
     def uniform(self, name: str, like: Tensor) -> Tensor:
-        """Uniform on [0, 1), [B], float32 whatever the dtype of `like` [B, ...] (times are never bf16)."""
+        """Uniform numbers on [0, 1), [B], on the device of `like` [B, ...]; always float32, because times need it."""
         return philox.uniform(self._key("uniform", name), self._own(name, like), 1, like.device).squeeze(1)
 
     def integer(self, name: str, below: int) -> int:
-        """One number in 0 ... below - 1, the same for all ranks and micro-batches of the turn."""
+        """An integer in 0 ... below - 1, the same for all ranks and micro-batches of the turn."""
         return self._key("integer", name) % below
 
     def every(self, fraction: float, like: Tensor) -> Tensor:
-        """[B] bool on the device of `like`: `fraction` of the rows of the global batch, rounded down, spread evenly.
+        """Selects `fraction` of the rows of the global batch, rounded down and evenly spaced: [B] bool.
 
-        Which rows they are is not random: what they hold is.
+        The choice of rows is not random, but the samples in them are. The mask is on the device of `like` [B, ...].
+        Raises InputError if a fraction between 0 and 1 selects no row or all rows.
         """
         own, total = self._own("every", like), self.rows.total
         if 0 < fraction < 1 and math.floor(total * fraction + SLACK) in (0, total):
@@ -83,7 +85,7 @@ class StepDraw:
         return counts[1:] > counts[:-1]
 
     def _own(self, name: str, like: Tensor) -> range:
-        """The rows of the global batch that `like` holds."""
+        """The range of rows of the global batch in this micro-batch. Raises ValueError if `like` has another length."""
         if like.shape[0] != self.rows.stop - self.rows.start:
             raise ValueError(f"draw '{name}': {like.shape[0]} rows given, this micro-batch has {self.rows}")
         return range(self.rows.start, self.rows.stop)
@@ -93,31 +95,31 @@ class StepDraw:
 
 
 def sample_noise(seed: int, indices: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal noise of samples `indices`, [len(indices), *shape] float32 on the CPU.
+    """Standard normal noise for the samples `indices`, [len(indices), *shape] float32 on the CPU.
 
-    Row i depends on (seed, index) alone: Philox 4x64 keyed by the seed, with the index in the counter's highest word.
-    The one function for pairs, sampling and evaluation.
+    Each row depends only on (seed, index): Philox 4x64 keyed by the seed, with the index in the counter's highest word.
+    Pairs, sampling and evaluation all use this function.
     """
     out = np.empty((len(indices), *shape), dtype=np.float32)
     bits = np.random.Philox(key=seed, counter=0)
     stream, state = np.random.Generator(bits), bits.state
     for row, index in enumerate(indices):
         state["state"]["counter"][3] = index
-        bits.state = state  # a fifth of the time of a new generator, the same numbers
+        bits.state = state  # five times as fast as a new generator, with the same numbers
         stream.standard_normal(dtype=np.float32, out=out[row, ...])
     return torch.from_numpy(out)
 
 
 def sample_labels(indices: Sequence[int], num_classes: int) -> Tensor:
-    """Class of each sample [len(indices)] int64: index mod num_classes, so that any consecutive range is balanced."""
+    """Class ids of samples, index mod num_classes, [len(indices)] int64. Consecutive indices have balanced classes."""
     return torch.tensor([i % num_classes for i in indices], dtype=torch.int64)
 
 
 def permutation(n: int, *parts: int | str) -> Tensor:
-    """A permutation of range(n) keyed by parts, [n] int64: the order of an epoch."""
+    """A random permutation of range(n), [n] int64, seeded by `parts`; used as the order of an epoch."""
     return torch.randperm(n, generator=generator("order", *parts))
 
 
 def uniforms(count: int, *parts: int | str) -> list[float]:
-    """`count` uniform numbers on [0, 1) keyed by parts: the crop and flip of a sample."""
+    """`count` uniform numbers on [0, 1), seeded by `parts`; used to crop and flip a sample."""
     return torch.rand(count, generator=generator("uniforms", *parts)).tolist()

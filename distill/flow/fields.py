@@ -1,6 +1,6 @@
-"""Fields that wrap a field: guidance, change of schedule, call counting.
+"""Velocity fields that wrap another field: guidance, change of schedule, call counting.
 
-A field takes t in float32 or float64 whatever the dtype of x_t, and returns a velocity in the dtype of x_t.
+A field takes t in float32 or float64, for any dtype of x_t, and returns a velocity in the dtype of x_t.
 """
 
 from collections.abc import Callable
@@ -12,13 +12,14 @@ from distill.flow.interpolants import Interpolant, like
 from distill.protocols import Cond, Conditioning, VelocityField
 from distill.spec.kinds import per_velocity
 
-ROUNDING = 1e-6  # how far float32 may carry a time past the end of a range
+ROUNDING = 1e-6  # a time may lie outside a range by this much, due to rounding in float32
 
 
 class Guided:
     """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): v(null) + scale (v(cond) - v(null)).
 
-    Scale 1 calls the field once and is bitwise the field; any other scale is ONE call of 2B rows, cond first.
+    With scale 1 the result is bitwise that of the field. Any other scale takes one call with 2B rows, those with the
+    condition first. Raises ValueError if the condition is empty or has other keys than the null condition.
     """
 
     def __init__(self, field: VelocityField, null: Callable[[Cond], Cond], guidance_scale: float) -> None:
@@ -44,10 +45,13 @@ class Guided:
 class Rescheduled:
     """The same ODE in the time and scale of another interpolant (Karras et al. 2022, arXiv 2206.00364, sec. 2).
 
-    At equal sigma/alpha a point is the same (data, noise), so x_t is rescaled, the field is called at its own time and
-    its velocity is split into (data, noise), of which the new velocity is a row. Coefficients and split are in float64:
-    near the ends of a VP or EDM schedule they are large and cancel. `t_range` is the old range at equal sigma/alpha.
-    A time outside it is refused: there the teacher knows nothing, and the nearest known time would be another ODE.
+    Points of two schedules with equal sigma/alpha have the same (data, noise). So x_t is rescaled to the field's own
+    schedule, the field is called at its own time, its velocity is split into (data, noise), and the velocity of the new
+    schedule is computed from these. Coefficients and split are computed in float64, because near the ends of a VP or
+    EDM schedule they are large and cancel.
+
+    `t_range` is the range of the field, converted at equal sigma/alpha. A time outside it raises ValueError: the
+    teacher was not trained there, and using the nearest known time would solve another ODE.
     """
 
     def __init__(self, field: VelocityField, to: Interpolant) -> None:
@@ -61,7 +65,7 @@ class Rescheduled:
         t = inside(t.double(), self.t_range)
         old_t = inside(old.time_of(new.ratio(t)), self.field.t_range)
         at_old, at_new = old.path(old_t), new.path(t)
-        # alpha_old/alpha_new = sigma_old/sigma_new; the ratio of sums is that number where either vanishes too
+        # alpha_old/alpha_new = sigma_old/sigma_new. The ratio of the sums is equal to both, also where one is 0/0.
         scale = (at_old.alpha + at_old.sigma) / (at_new.alpha + at_new.sigma)
         x_old = (like(scale, x_t) * x_t).to(x_t.dtype)
         data, noise = old.split(x_old.double(), self.field(x_old, old_t, cond).double(), old_t)
@@ -69,7 +73,7 @@ class Rescheduled:
 
 
 class Indexed:
-    """A field that is called with the index of each sample's condition, cond["class_labels"] [B], as pairs hold it."""
+    """A field that takes the index of each sample's condition in cond["class_labels"] [B], as pairs store it."""
 
     def __init__(self, field: VelocityField, conditioning: Conditioning) -> None:
         self.field, self.conditioning = field, conditioning
@@ -80,7 +84,7 @@ class Indexed:
 
 
 class Counted:
-    """Counts what sampling costs: `calls` per sample, a guided call as two, and `rows` that the field was given."""
+    """Counts the cost of sampling: network `calls` per sample (two per guided call), and `rows` passed to the field."""
 
     def __init__(self, field: VelocityField) -> None:
         self.field, self.interpolant, self.t_range = field, field.interpolant, field.t_range
@@ -94,7 +98,7 @@ class Counted:
 
 
 def calls_per_sample(field: VelocityField) -> int:
-    """Network calls per sample in one call of the field: 2 if guided, else 1."""
+    """The number of network calls per sample in one call of the field: 2 if it is guided, else 1."""
     match field:
         case Guided():
             return per_velocity(field.guidance_scale) * calls_per_sample(field.field)
@@ -104,21 +108,22 @@ def calls_per_sample(field: VelocityField) -> int:
 
 
 def start(field: VelocityField, noise: Tensor) -> Tensor:
-    """x at the noisy end of the field's range, sqrt(alpha^2 + sigma^2) noise: right in variance for unit-variance data.
+    """Returns x at the noisiest time of the field, sqrt(alpha^2 + sigma^2) noise.
 
-    Diffusers' init_noise_sigma: 1 for VP and linear paths, sqrt(sigma_max^2 + 1) for EDM.
+    This has the variance of x_t at that time for data of unit variance.
+    The factor is init_noise_sigma of diffusers: 1 for VP and linear paths, sqrt(sigma_max^2 + 1) for EDM.
     """
     c = field.interpolant.path(torch.tensor([field.t_range[1]], dtype=torch.float64))
     return (c.alpha.square() + c.sigma.square()).sqrt().item() * noise
 
 
 def jump_to_data(flow_map: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-    """f(x_t, t) = x_t - t u(x_t, t, 0): the end at t = 0 of the path through x_t [B, ...], t [B]."""
+    """Jumps from x_t [B, ...] at t [B] to the end of its path at time 0: f(x_t, t) = x_t - t u(x_t, t, 0)."""
     return x_t - like(t, x_t) * flow_map(x_t, t, torch.zeros_like(t), cond)
 
 
 def drop_condition(cond: Cond, null: Cond, mask: Tensor) -> Cond:
-    """The rows where mask [B] bool is true take the null condition."""
+    """Replaces the condition by the null condition in the rows where mask [B] bool is true."""
     if cond.keys() != null.keys():
         raise ValueError(f"cond has {sorted(cond)}, its null condition {sorted(null)}")
     if mask.dtype != torch.bool or any(mask.shape != value.shape[:1] for value in cond.values()):
@@ -127,15 +132,17 @@ def drop_condition(cond: Cond, null: Cond, mask: Tensor) -> Cond:
 
 
 def rows_to_call(mask: Tensor) -> Tensor:
-    """Indices [n >= 1] of the rows where mask [B] bool is true. Row 0 if there are none: networks take no empty batch,
-    and under ZeRO-3 all ranks must make the call. Ignore that row's result.
+    """Returns the indices [n >= 1] of the rows where mask [B] bool is true.
+
+    If no row is selected, row 0 is used: networks cannot take an empty batch, and under ZeRO-3 every rank must make the
+    call. The caller must then ignore the result.
     """
     found = mask.nonzero().squeeze(1)
     return found if len(found) else torch.zeros(1, dtype=torch.int64, device=mask.device)
 
 
 def inside(t: Tensor, t_range: tuple[float, float]) -> Tensor:
-    """t, refused outside t_range; a time that only rounding carried past an end is that end."""
+    """Clamps t to t_range. Raises ValueError if a time is outside by more than rounding."""
     low, high = t_range
     if not ((t >= low - ROUNDING) & (t <= high + ROUNDING)).all():
         raise ValueError(f"t must be within [{low:.6g}, {high:.6g}], got [{t.min():.6g}, {t.max():.6g}]")

@@ -1,21 +1,22 @@
-r"""The one assumption: x_t = alpha(t) data + sigma(t) noise, with data and noise independent and noise ~ N(0, I).
+r"""Interpolants (noise schedules): x_t = alpha(t) data + sigma(t) noise, with independent data and noise ~ N(0, I).
 
-A schedule is t -> (alpha, sigma) with its derivatives, t in [0, 1], t = 0 data, t = 1 noise. Anything a network
-may predict is a row c data + d noise, so with x_t it forms the 2x2 system
+A schedule maps t to alpha, sigma and their derivatives. t lies in [0, 1], from t = 0 (data) to t = 1 (noise). Every
+kind of prediction is a linear combination c data + d noise. With x_t it forms the 2x2 system
 
     | alpha  sigma | | data  |   | x_t        |
     |   c      d   | | noise | = | prediction |          determinant  D = alpha d - sigma c,
 
-and every conversion is one solve of it (`split`) followed by one row (`predict`):
+To convert a prediction, solve this system for data and noise (`split`), then combine them with the coefficients of the
+other kind (`predict`):
 
     prediction      c         d
     "sample"        1         0
     "epsilon"       0         1
     "v_prediction"  -sigma/n  alpha/n     n = sqrt(alpha^2 + sigma^2)   (Salimans & Ho 2022, arXiv 2202.00512)
-    "velocity"      alpha'    sigma'      dx_t/dt, the framework's own
+    "velocity"      alpha'    sigma'      dx_t/dt, which the framework uses everywhere
 
-(data, noise) are the same numbers in every schedule at equal sigma/alpha (Karras et al. 2022, arXiv 2206.00364),
-which makes a change of schedule another row, not another formula.
+At equal sigma/alpha, every schedule has the same data and noise (Karras et al. 2022, arXiv 2206.00364). A change of
+schedule therefore needs other coefficients only.
 """
 
 from collections.abc import Callable
@@ -38,7 +39,10 @@ class Coefficients(NamedTuple):
 
 
 def like(t: Tensor, x: Tensor) -> Tensor:
-    """t [B] -> [B, 1, ..., 1] to broadcast over x [B, ...]. The only way to broadcast a time; refuses other shapes."""
+    """Reshapes t [B] to [B, 1, ..., 1], to broadcast over x [B, ...]. Raises ValueError if t has another shape.
+
+    All code broadcasts times by this function, so that a wrong shape is an error instead of a wrong result.
+    """
     if t.ndim != 1 or x.ndim < 1 or t.shape[0] != x.shape[0]:
         raise ValueError(
             f"a time must have shape [B] = [{x.shape[0] if x.ndim else '?'}] for x of shape {list(x.shape)}, "
@@ -49,7 +53,7 @@ def like(t: Tensor, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Interpolant:
-    """A schedule. `path`: t [B] -> Coefficients; `time_of`: sigma/alpha [B] -> t [B], its inverse."""
+    """A schedule. path: t [B] -> Coefficients. time_of: the inverse of `ratio`, sigma/alpha [B] -> t [B]."""
 
     name: str
     path: Callable[[Tensor], Coefficients]
@@ -65,12 +69,15 @@ class Interpolant:
         return self.predict(data, noise, t, "velocity")
 
     def predict(self, data: Tensor, noise: Tensor, t: Tensor, kind: Prediction) -> Tensor:
-        """The row of `kind`: what a network of that kind should output at (data, noise, t)."""
+        """The prediction of `kind` at (data, noise, t): the target of a network that predicts this kind."""
         row_data, row_noise = self._row(t, kind)
         return like(row_data, data) * data + like(row_noise, noise) * noise
 
     def split(self, x_t: Tensor, prediction: Tensor, t: Tensor, kind: Prediction = "velocity") -> tuple[Tensor, Tensor]:
-        """(x_t, prediction of `kind`) -> (data, noise): the 2x2 solve."""
+        """Solves the 2x2 system: x_t and a prediction of `kind` -> (data, noise).
+
+        Raises ValueError if the prediction does not determine the data at t.
+        """
         alpha, sigma, _, _ = self.path(t)
         row_data, row_noise = self._row(t, kind)
         determinant = alpha * row_noise - sigma * row_data  # [B]
@@ -81,14 +88,14 @@ class Interpolant:
         return data, noise
 
     def convert(self, x_t: Tensor, prediction: Tensor, t: Tensor, kind: Prediction, to: Prediction) -> Tensor:
-        """A prediction of one kind as another, at the same (x_t, t)."""
+        """Converts a prediction from `kind` to the kind `to`, at the same (x_t, t)."""
         if kind == to:
-            like(t, x_t)  # a wrong t is refused here too
+            like(t, x_t)  # checks the shape of t
             return prediction
         return self.predict(*self.split(x_t, prediction, t, kind), t, to)
 
     def ratio(self, t: Tensor) -> Tensor:
-        """sigma/alpha, the noise-to-signal ratio [B]; infinite where alpha is 0."""
+        """The noise-to-signal ratio sigma/alpha [B]; infinite if alpha is 0."""
         c = self.path(t)
         return c.sigma / c.alpha
 
@@ -127,10 +134,11 @@ def edm() -> Interpolant:
 
 
 def vp(alphas_cumprod: Tensor) -> Interpolant:
-    """DDPM's discrete schedule made continuous: t = n/(N-1), log(sigma/alpha) linear in n between the N entries.
+    """The continuous extension of DDPM's discrete schedule: t = n/(N-1), with log(sigma/alpha) linear between entries.
 
-    alphas_cumprod: [N], decreasing in (0, 1). A zero terminal SNR (last entry 0) keeps log(sigma/alpha) finite by
-    treating the last entry as 1e-12, far below float32's resolution of x_t.
+    alphas_cumprod: [N], decreasing, below 1. A last entry of 0 (zero terminal SNR) is treated as 1e-12, so that
+    log(sigma/alpha) is finite. The difference is far below the float32 resolution of x_t. Raises ValueError if the
+    entries are not like this.
     """
     cumulative = alphas_cumprod.detach().to("cpu", torch.float64)
     decreasing = (

@@ -1,8 +1,9 @@
-"""Solving dx/dt = v(x, t, cond) from noise to data, and the straightness of its paths.
+"""Solves the ODE dx/dt = v(x, t, cond) between noise and data, and measures the straightness of its paths.
 
-A solver of `distill.solvers` takes x at t_grid[0] along t_grid [N+1], decreasing in the field's own time, to t_grid[N].
-The field is called with t in float64, the state keeps its dtype. The last time may lie below the field's range: no call
-is made there. Solvers that can invert also go from data to noise, along an increasing grid.
+A solver of `distill.solvers` integrates x from t_grid[0] to t_grid[N] along t_grid [N+1], decreasing times in the
+field's own schedule. The field is called with t in float64, and x keeps its dtype. The last time may be below the
+field's range, because the field is not called there. Solvers that support inversion also integrate from data to noise,
+along an increasing grid.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,19 +23,19 @@ from distill.spec.model import is_path
 
 
 class FieldOde:
-    """The ODE of a field for one condition, as solvers take it. Fits `distill.solvers.Ode`."""
+    """The ODE of a field for one batch of conditions. Implements `distill.solvers.Ode`."""
 
     def __init__(self, field: VelocityField, cond: Cond) -> None:
         self.field, self.cond, self.lowest = field, cond, field.t_range[0]
 
     def velocity(self, x: Tensor, t: float) -> Tensor:
-        """v [B, ...] of x [B, ...], all at one time, in x's dtype."""
+        """The velocity at x [B, ...], with one time for all samples, in the dtype of x."""
         v = self.field(x, _times_of(x, t), self.cond)
         assert v.shape == x.shape, f"a field of shape {list(v.shape)} for x of shape {list(x.shape)}"
         return v.to(x.dtype)
 
     def data(self, x: Tensor, t: float) -> Tensor:
-        """The data [B, ...] that the velocity at x [B, ...] points to."""
+        """The data prediction [B, ...] that corresponds to the velocity at x [B, ...]."""
         return self.field.interpolant.split(x, self.velocity(x, t), _times_of(x, t))[0].to(x.dtype)
 
     def path(self, t: float) -> tuple[float, float]:
@@ -44,7 +45,7 @@ class FieldOde:
 
 
 def states(solver: str, field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Iterator[Tensor]:
-    """The states [B, ...] at t_grid[1:] of the path through x at t_grid[0]."""
+    """Yields the states [B, ...] at t_grid[1:] of the path that starts from x [B, ...] at t_grid[0]."""
     found, ode = find_solver(solver), FieldOde(field, cond)
     times, before = _times(field, t_grid, up=found.calls_inverting is not None), None
     for t, t_next in pairwise(times):
@@ -55,21 +56,25 @@ def states(solver: str, field: VelocityField, x: Tensor, t_grid: Tensor, cond: C
 
 
 def integrate(solver: str, field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Tensor:
-    """The last of `states`, at the end of the grid."""
+    """Returns the last of `states` [B, ...], at the end of the grid."""
     for x_next in states(solver, field, x, t_grid, cond):
         x = x_next
     return x
 
 
 def solve(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, steps: int) -> Tensor:
-    """Noise [B, ...] -> data [B, ...] along the field's ODE, on a uniform grid of linear time, without gradients."""
+    """Solves the ODE from noise [B, ...] to data [B, ...] on a uniform grid of linear-path time, without gradients."""
     field = on_linear_path(field)
     t_min, t_max = field.t_range
     return _solve(field, noise, cond, solver, uniform_grid(steps, t_max, t_min))
 
 
 def solve_along(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, times: Sequence[float]) -> Tensor:
-    """As `solve`, along these linear times. The first, 1, means the noisiest time at which the field is defined."""
+    """Like `solve`, but along the given times of the linear path, which decrease from 1 to 0.
+
+    The first time, 1, stands for the noisiest time at which the field is defined. Raises InputError if an inner time is
+    outside the field's range.
+    """
     field = on_linear_path(field)
     t_min, t_max = field.t_range
     inner = times[1:-1]
@@ -87,10 +92,10 @@ def _solve(field: VelocityField, noise: Tensor, cond: Cond, solver: str, t_grid:
 
 
 def invert(field: VelocityField, data: Tensor, cond: Cond, *, solver: str, steps: int, noise: Tensor) -> Tensor:
-    """Data [B, ...] -> the noise [B, ...] from which `solve` would come to it, along the field's ODE.
+    """Inverts `solve`: solves the ODE from data [B, ...] to noise [B, ...], on a uniform grid, without gradients.
 
-    Where the field is not defined at t = 0, the path starts at its lowest time, from (1 - t) data + t noise with the
-    given noise (Lee et al. 2024, arXiv 2405.20320, do so at t = 0.001).
+    If the field is not defined at t = 0, the path starts at its lowest time t, from (1 - t) data + t noise with the
+    given noise (Lee et al. 2024, arXiv 2405.20320, start at t = 0.001).
     """
     field = on_linear_path(field)
     t_min, t_max = field.t_range
@@ -104,7 +109,7 @@ def invert(field: VelocityField, data: Tensor, cond: Cond, *, solver: str, steps
 def step(
     field: VelocityField, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond, solver: Literal["euler", "heun"]
 ) -> Tensor:
-    """x_s [B, ...] by one step of each sample from its own t to its own s <= t, both [B]."""
+    """Makes one solver step per sample, from its own time t to its own time s <= t, both [B]. Returns x_s [B, ...]."""
     gap, v = like(s - t, x_t), field(x_t, t, cond)
     x_s = x_t + gap * v
     return x_s if solver == "euler" else x_t + gap * (v + field(x_s, s, cond)) / 2
@@ -113,7 +118,7 @@ def step(
 def march(
     field: VelocityField, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond, solver: Literal["euler", "heun"], steps: int
 ) -> Tensor:
-    """x_s [B, ...] by `steps` equal steps of each sample from its own t to its own s <= t, both [B]."""
+    """Like `step`, but with `steps` equal steps from t to s."""
     times = [torch.lerp(t, s, i / steps) for i in range(steps + 1)]
     for now, then in pairwise(times):
         x_t = step(field, x_t, now, then, cond, solver)
@@ -121,9 +126,10 @@ def march(
 
 
 def straightness(field: VelocityField, noise: Tensor, cond: Cond, steps: int) -> float:
-    """S_N, the mean square of v minus the mean velocity of its path (Liu et al. 2022, arXiv 2209.03003, eq. 8).
+    """The straightness S_N of the paths from noise [B, ...] (Liu et al. 2022, arXiv 2209.03003, eq. 8); 0: straight.
 
-    Over N Euler steps of equal length in linear time and over the elements of noise [B, ...]; 0: straight paths.
+    S_N is the mean square of the velocity minus the mean velocity of its path. The mean is over time, in N = `steps`
+    Euler steps on a uniform grid of linear-path time, and over all elements of the batch.
     """
     field = on_linear_path(field)
     t_min, t_max = field.t_range
@@ -140,12 +146,12 @@ def straightness(field: VelocityField, noise: Tensor, cond: Cond, steps: int) ->
 
 
 def on_linear_path(field: VelocityField) -> VelocityField:
-    """The field, its ODE in the time and scale of the linear path."""
+    """Returns the field, with its ODE converted to the time and scale of the linear path if it has another schedule."""
     return field if field.interpolant.name == "linear" else Rescheduled(field, linear())
 
 
 def _times(field: VelocityField, t_grid: Tensor, *, up: bool = False) -> list[float]:
-    """The times of a grid. up: one from data to noise will do too."""
+    """Checks a time grid and returns it as a list. up: allow increasing grids too (from data to noise)."""
     steps = t_grid.diff()
     if t_grid.ndim != 1 or t_grid.numel() < 2 or not ((steps < 0).all() or (up and (steps > 0).all())):
         ways = "increasing or decreasing" if up else "decreasing"
@@ -155,5 +161,5 @@ def _times(field: VelocityField, t_grid: Tensor, *, up: bool = False) -> list[fl
 
 
 def _times_of(x: Tensor, t: float) -> Tensor:
-    """One time for all of x: [B]."""
+    """Repeats t for each sample of x: [B] float64."""
     return torch.full((x.shape[0],), t, dtype=torch.float64, device=x.device)

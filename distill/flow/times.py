@@ -1,7 +1,7 @@
-"""Training times, windows of time and sampling grids. All times are t in [0, 1], t = 0 data, t = 1 noise.
+"""Sampling grids, time windows and distributions of training times. All times are in [0, 1], 0 is data, 1 is noise.
 
-A law takes uniform draws u [B] to times t [B], increasing, by its inverse distribution function: so stratified draws
-make stratified times. Grids are float64, decreasing, and end at 0.
+A time distribution ("law") is given by its inverse distribution function, which maps uniform numbers u [B] to times t
+[B]. It is increasing, so stratified u give stratified t. Grids are float64, decreasing, and end at 0.
 """
 
 import math
@@ -18,10 +18,10 @@ from distill.core.text import suggest
 
 
 def uniform_grid(steps: int, t_max: float = 1.0, t_min: float = 0.0) -> Tensor:
-    """[steps + 1] from t_max to 0 in equal steps, such that a field is called at t_min or above only.
+    """A uniform grid from t_max to 0, [steps + 1], on which every time except the last is at least t_min.
 
-    t_min: the lowest time at which the field is defined. If t_max/steps is below it, the last time before 0 is t_min
-    and the others are spread evenly above it; the last step, to 0, is the jump to the data prediction.
+    t_min: the lowest time at which the field is defined. If t_max/steps < t_min, only the first `steps` times are
+    evenly spaced, from t_max to t_min. The last step then goes from t_min to the data prediction at 0.
     """
     _check_steps(steps)
     if not 0 <= t_min < t_max <= 1:
@@ -32,23 +32,27 @@ def uniform_grid(steps: int, t_max: float = 1.0, t_min: float = 0.0) -> Tensor:
 
 
 def sigmoid_grid(steps: int, sharpness: float) -> Tensor:
-    """[steps + 1] from 1 to 0, t_i = (s(k/2 - k i/N) - s(-k/2)) / (s(k/2) - s(-k/2)), s the logistic function and k the
-    sharpness: dense at both ends, uniform as k goes to 0 (Kim et al. 2024, arXiv 2410.07815).
+    """A grid from 1 to 0, [steps + 1], that is dense at both ends (Kim et al. 2024, arXiv 2410.07815).
+
+    t_i = (s(k/2 - k i/N) - s(-k/2)) / (s(k/2) - s(-k/2)), where s is the logistic function, N = `steps` and k is the
+    sharpness. The grid becomes uniform as k goes to 0.
     """
     _check_steps(steps)
     if sharpness <= 0:
         raise ValueError(f"sharpness must be positive, got {sharpness}")
     i = torch.arange(steps + 1, dtype=torch.float64)
-    bent = torch.tanh(sharpness / 4 * (steps - 2 * i) / steps)  # s(x) = 1/2 + tanh(x/2)/2: symmetric to the last bit
+    bent = torch.tanh(sharpness / 4 * (steps - 2 * i) / steps)  # s(x) = 1/2 + tanh(x/2)/2; tanh is exactly symmetric
     return (1 + bent / bent[0]) / 2
 
 
-# --- windows: borders are [K + 1], 1 ... 0, as of `uniform_grid(K)`; window k lies between the k-th and the next ---
+# --- windows: `borders` are [K + 1], from 1 to 0, like `uniform_grid(K)`; window k lies between borders k and k + 1 ---
 
 
 def window(t: Tensor, borders: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the window of each t [B] starts and ends, t_e < t <= t_s, both [B]: a border is the start of the window
-    below it, even if rounding has moved it by 1e-6. t = 0 belongs to the last window.
+    """Returns start t_s and end t_e of the window that contains each t [B]: t_e < t <= t_s, both [B].
+
+    A border belongs to the window below it, also if rounding has changed it by up to 1e-6. t = 0 belongs to the last
+    window.
     """
     ascending = borders.flip(0).to(t.device)
     above = torch.searchsorted(ascending, t.double() - 1e-6).clamp(1, len(ascending) - 1)
@@ -56,8 +60,10 @@ def window(t: Tensor, borders: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def window_grids(borders: Tensor, most: int = 16) -> dict[int, list[float]]:
-    """Grids of N = K ... `most` steps through all borders: N // K steps in each window and one more in the first N % K,
-    equal within a window (PeRFlow, Yan et al. 2024, arXiv 2405.07510). N = K alone, where K is more than `most`.
+    """Returns sampling grids that contain all borders, for N = K ... `most` steps; only for N = K if K > `most`.
+
+    Each window has N // K equal steps, and the first N % K windows have one more (PeRFlow, Yan et al. 2024, arXiv
+    2405.07510).
     """
     num_windows, grids = len(borders) - 1, {}
     for steps in range(num_windows, max(num_windows, most) + 1):
@@ -70,35 +76,41 @@ def window_grids(borders: Tensor, most: int = 16) -> dict[int, list[float]]:
     return grids
 
 
-# --- laws ---
+# --- distributions of training times ---
 
 
 def uniform(u: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """t uniform on [low, high]."""
+    """Uniform on [low, high]."""
     if not 0 <= low < high <= 1:
         raise ValueError(f"need 0 <= low < high <= 1, got low={low}, high={high}")
     return _as_time(low + (high - low) * _checked(u), u)
 
 
 def discrete(u: Tensor, levels: int) -> Tensor:
-    """t uniform on {1/levels, 2/levels, ..., 1}."""
+    """Uniform on {1/levels, 2/levels, ..., 1}."""
     return _as_time(((_checked(u) * levels).floor() + 1) / levels, u)
 
 
 def one_of(count: int, u: Tensor) -> Tensor:
-    """Uniform on {0, ..., count - 1}, [B] int64, of u in [0, 1): rounding does not take u count to count."""
+    """Uniform integers in {0, ..., count - 1}, [B] int64, from u [B] in [0, 1). Rounding never gives `count` itself."""
     return (u * count).long()
 
 
 def logit_normal(u: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
-    """logit t ~ N(mean, std^2) (Esser et al. 2024), which is ln(sigma/alpha) ~ N(mean, std^2): EDM is (-1.2, 1.2)."""
+    """logit(t) ~ N(mean, std^2) (Esser et al. 2024, arXiv 2403.03206).
+
+    On the linear path, logit(t) = ln(sigma/alpha). EDM's training distribution is mean=-1.2, std=1.2.
+    """
     if std <= 0:
         raise ValueError(f"std must be positive, got {std}")
     return _as_time(torch.sigmoid(mean + std * torch.special.ndtri(_checked(u))), u)
 
 
 def u_shaped(u: Tensor, sharpness: float = 4.0, margin: float = 1e-5) -> Tensor:
-    """p(t) ~ cosh(A (t - 1/2)), A the sharpness, squeezed into [margin, 1 - margin] (Lee et al. 2024, 2405.20320)."""
+    """p(t) proportional to cosh(sharpness (t - 1/2)) (Lee et al. 2024, arXiv 2405.20320).
+
+    Times are scaled linearly from [0, 1] to [margin, 1 - margin].
+    """
     if sharpness <= 0 or not 0 <= margin < 0.5:
         raise ValueError(f"need sharpness > 0 and 0 <= margin < 0.5, got {sharpness}, {margin}")
     half = math.sinh(sharpness / 2)
@@ -107,16 +119,15 @@ def u_shaped(u: Tensor, sharpness: float = 4.0, margin: float = 1e-5) -> Tensor:
 
 
 def exp10(u: Tensor) -> Tensor:
-    """p(t) = ln(10) 10^t / 9: towards the noise."""
+    """p(t) = ln(10) 10^t / 9, which favours noisy times."""
     return _as_time(torch.log10(1 + 9 * _checked(u)), u)
 
 
 def nearer(t: Tensor, closeness: float, k: float = 8.0, b: float = 1.0) -> tuple[Tensor, Tensor]:
-    """s < t [B] and t - s, which is exact where s and t are equal to the last digit of float32.
+    """Returns times s < t [B] and the difference t - s [B], by Easy Consistency Tuning (Geng et al. 2024, 2406.14548).
 
-    With the ratio of noise to data r = t / (1 - t), r_s = r (1 - closeness (1 + k sigmoid(-b r))), or 0.
-
-    The mapping of Easy Consistency Tuning (Geng et al. 2024, arXiv 2406.14548), closeness = q^-(stage + 1).
+    With the noise-to-data ratio r = t / (1 - t): r_s = max(0, r (1 - closeness (1 + k sigmoid(-b r)))). In the paper,
+    closeness = q^-(stage + 1). The difference is accurate even if s and t are equal in float32.
     """
     ratio = t / (1 - t)
     gap = ratio * (closeness * (1 + k * torch.sigmoid(-b * ratio))).clamp(max=1)
@@ -125,7 +136,10 @@ def nearer(t: Tensor, closeness: float, k: float = 8.0, b: float = 1.0) -> tuple
 
 
 def law(name: str, mu: float | None = None, sigma: float | None = None) -> Callable[[Tensor], Tensor]:
-    """The law of that name; mu (null: 0) and sigma (null: 1) are mean and standard deviation of logit_normal."""
+    """Returns the time distribution called `name`. Raises ValueError if there is none.
+
+    mu (None: 0) and sigma (None: 1): mean and standard deviation of logit_normal; ValueError with any other.
+    """
     laws: dict[str, Callable[[Tensor], Tensor]] = {"uniform": uniform, "u_shaped": u_shaped, "exp10": exp10}
     if name == "logit_normal":
         return partial(logit_normal, mean=0.0 if mu is None else mu, std=1.0 if sigma is None else sigma)
@@ -145,7 +159,7 @@ def _checked(u: Tensor) -> Tensor:
 
 
 def _as_time(t: Tensor, u: Tensor) -> Tensor:
-    return t.clamp(0, 1).to(u.dtype)  # rounding only: every law maps [0, 1] into [0, 1]
+    return t.clamp(0, 1).to(u.dtype)  # every distribution maps to [0, 1]; clamping corrects rounding errors
 
 
 def _ending_at_zero(t: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Segments of a teacher's paths, between the borders of windows of time, and the straight lines that replace them.
+"""Segments of the teacher's paths within time windows, and the straight lines that replace them.
 
-Straight in the linear path's coordinates: that is where one Euler step, which is one DDIM step, takes either end to
-the other. Shared by the recipes that straighten window by window.
+Used by the recipes that straighten paths window by window. The lines are straight in the coordinates of the linear
+path, where a single Euler step, which is a DDIM step, goes from one end to the other.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from distill.protocols import Cond, VelocityField
 
 @dataclass(frozen=True)
 class Segment:
-    """Of each sample's path, `start` at t_s and `end` at t_e < t_s. Points [B, ...], times [B]."""
+    """A segment of each sample's path, from `start` [B, ...] at t_s [B] to `end` [B, ...] at t_e [B], t_e < t_s."""
 
     start: Tensor
     end: Tensor
@@ -25,11 +25,11 @@ class Segment:
 
     @property
     def velocity(self) -> Tensor:
-        """(z_e - z_s) / (t_e - t_s), of the line between the ends [B, ...]."""
+        """The velocity of the line between the ends, (end - start) / (t_e - t_s), [B, ...]."""
         return (self.end - self.start) / like(self.t_e - self.t_s, self.start)
 
     def at(self, t: Tensor) -> Tensor:
-        """z_t [B, ...] on the line between the ends; t [B]."""
+        """The points [B, ...] on the line between the ends at t [B]."""
         return self.start + like(t - self.t_s, self.start) * self.velocity
 
 
@@ -44,7 +44,10 @@ def solve(
     solver: Literal["euler", "heun"],
     steps: int,
 ) -> Segment:
-    """The segment of the window that holds t [B]: from data noised to its start, by steps of the field to its end."""
+    """Solves the field's ODE through the window that contains t [B], and returns the segment.
+
+    The segment starts from `data` noised with `noise` to the start of the window. steps: number of solver steps.
+    """
     t_s, t_e = times.window(t, borders)
     start = linear().mix(data, noise, t_s)
     return Segment(start, solvers.march(field, start, t_s, t_e, cond, solver, steps), t_s, t_e)

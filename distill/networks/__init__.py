@@ -1,1 +1,1 @@
-"""Networks that distill builds and ships with students, and how each kind is called."""
+"""The networks of students, and the modules that call them with the framework's conventions."""

@@ -1,4 +1,4 @@
-"""A velocity and its acceleration as a student: paths that bend, all the way by as much as at first."""
+"""The student that predicts a velocity and its acceleration, so that its paths are curved."""
 
 from torch import Tensor, nn
 
@@ -8,19 +8,21 @@ from distill.protocols import Cond
 
 
 class AccelerationStudent(nn.Module):
-    """Two networks of one module: v(x_t, t, None, cond), a velocity, of which that of the noise at t = 1 is used, and
-    a(x_t, t, v, cond), the acceleration dv/dt of the path that left t = 1 with velocity v.
+    """A module with two networks: a velocity and an acceleration.
 
-    Called as network(x_t, 1000 t, class_labels, velocity). The result has the dtype of x_t.
+    v(x_t, t, None, cond) is a velocity. Sampling uses it at t = 1 only. a(x_t, t, v, cond) is the acceleration dv/dt of
+    the path that starts at t = 1 with velocity v.
+
+    `network` is called as network(x_t, 1000 t, class_labels, velocity). The result has the dtype of x_t.
     """
 
-    interpolant = linear()  # of both ends; between them the path bends
+    interpolant = linear()  # for both endpoints of a path; in between, the path is curved
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, x_t: Tensor, t: Tensor, v: Tensor | None, cond: Cond) -> Tensor:
-        """x_t [B, ...], t [B] in [0, 1], v like x_t or None -> acceleration or velocity [B, ...]."""
-        like(t, x_t)  # refuses any other shape of t
+        """x_t [B, ...], t [B] in [0, 1], v [B, ...] -> acceleration [B, ...]. If v is None: -> velocity [B, ...]."""
+        like(t, x_t)  # checks the shape of t
         return call(self.network, x_t, t, v, cond)

@@ -1,5 +1,6 @@
-"""Low-rank adapters (Hu et al. 2021, LoRA, arXiv 2106.09685): beside the frozen weights W of a layer, factors B and A
-are trained, and the layer computes with W + alpha / rank B A. PEFT makes the layers.
+"""Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685), made by the PEFT library.
+
+The weights W of a layer are frozen and two factors B and A are trained. The layer computes with W + alpha / rank B A.
 """
 
 import re
@@ -15,15 +16,16 @@ from distill.protocols import Adapter, Trained
 
 
 def as_trained(name: str, role: Trained | Adapter, seed: int) -> Trained:
-    """The role of network `name` with the module that is trained: an adapter's is made here.
+    """Converts the role of network `name` to `Trained`. For an adapter, the adapted network is made here.
 
-    An adapted network is a copy of its base, frozen, with adapters in the target layers, whose first weights are keyed
-    by (seed, name). It starts as its base, exactly.
+    The adapted network is a frozen copy of the base network with adapters in the target layers. Its output is at first
+    exactly that of the base network. The adapters' initial weights depend on (seed, name). Raises InputError if a
+    target matches no layer.
     """
     if isinstance(role, Trained):
         return role
     peft, network = _peft(), deepcopy(role.module).requires_grad_(False)
-    # A pattern of whole names: PEFT would take a list of names for suffixes of further ones.
+    # A regular expression of full names, because PEFT would also match names that end with a name in a list.
     layers = "|".join(re.escape(layer) for layer in _targets(name, role))
     config = peft.LoraConfig(r=role.rank, lora_alpha=role.alpha, target_modules=layers)
     with drawn(seed, f"adapter of {name}"):
@@ -32,7 +34,7 @@ def as_trained(name: str, role: Trained | Adapter, seed: int) -> Trained:
 
 
 def merged(role: Trained | Adapter, network: nn.Module) -> nn.Module:
-    """The network of a role without adapters: their product is added to the weights, in place."""
+    """Merges the adapters of a network into its weights, in place, and returns the network."""
     if isinstance(role, Trained):
         return network
     layer_type = _peft().tuners.lora.LoraLayer
@@ -40,12 +42,12 @@ def merged(role: Trained | Adapter, network: nn.Module) -> nn.Module:
         if isinstance(layer, layer_type):
             layer.merge()
             network.set_submodule(path, layer.get_base_layer())
-    del network.peft_config  # PEFT's note of what it has put in
+    del network.peft_config  # set by inject_adapter_in_model
     return network
 
 
 def _targets(name: str, role: Adapter) -> list[str]:
-    """Names of the layers that are adapted."""
+    """The full names of the layers to adapt. Raises InputError if a target matches none."""
     layers = [path for path, layer in role.module.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     found: list[str] = []
     for target in role.targets:
@@ -60,13 +62,13 @@ def _targets(name: str, role: Adapter) -> list[str]:
 
 
 def _ends(paths: list[str]) -> set[str]:
-    """The last part of each name; where that is a number, with the part before it."""
+    """The last part of each name that is not a number, with the numbers that follow it, e.g. "layers.0"."""
     named = [re.search(r"[^.]*[^.\d][^.]*(\.\d+)*$", path) for path in paths]
     return {path if found is None else found.group() for path, found in zip(paths, named, strict=True)}
 
 
 def _peft() -> ModuleType:
-    """Imported only where there is an adapter: it takes seconds."""
+    """Imports PEFT. This takes seconds, so it is done only if there is an adapter."""
     try:
         import peft
     except ModuleNotFoundError as error:

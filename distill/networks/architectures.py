@@ -1,4 +1,4 @@
-"""Fresh networks from a spec; the same spec and seed give bit-equal weights, whatever ran before."""
+"""Builds networks with fresh weights from a spec. The same spec and seed always give bitwise the same weights."""
 
 import os
 from collections.abc import Iterator
@@ -27,15 +27,16 @@ NETWORKS: dict[str, tuple[type[ModelMixin], ...]] = {  # by the kind of student
 
 
 def kind_of(network: ModelMixin) -> str:
-    """The kind of student that a network is of; one of a class that no student has is a velocity field's."""
+    """Returns the kind of student (a key of `NETWORKS`) that a network belongs to; "velocity" for unknown classes."""
     return next((kind for kind, classes in NETWORKS.items() if type(network) in classes), "velocity")
 
 
 def build(spec: NetworkSpec, shape: tuple[int, ...], num_classes: int | None, seed: int) -> ModelMixin:
-    """A float32 network for samples of `shape`, on the CPU.
+    """Builds a float32 network for samples of `shape`, on the CPU.
 
-    K classes give K + 1 embeddings: class K is the null class of the unconditional call. The weights depend on
-    (spec, seed) alone; the global generator is neither used nor moved.
+    A network with K classes has K + 1 class embeddings: class K is the null class. The weights depend only on the
+    arguments, and the state of the global generator is not changed. Raises InputError if the spec does not fit `shape`,
+    or if the weights are larger than this machine's memory.
     """
     embeddings = None if num_classes is None else num_classes + 1
     size, here = 4 * trainspec.parameters(spec), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -50,9 +51,9 @@ def build(spec: NetworkSpec, shape: tuple[int, ...], num_classes: int | None, se
 
 
 def two_times(network: ModelMixin, seed: int) -> ModelMixin:
-    """A flow map u(x_t, t, s) with the weights of a velocity network of the linear path, which it equals for all s.
+    """Makes a flow map u(x_t, t, s) from a velocity network of the linear path. At first they are equal for every s.
 
-    Only what takes in t - s is drawn, keyed by `seed`.
+    Only the weights of the additional input t - s are random; they depend on `seed`.
     """
     with drawn(seed, "second time"):
         grown = _grown(network, FlowMapMLP, FlowMapUNet2DModel)
@@ -66,10 +67,11 @@ def two_times(network: ModelMixin, seed: int) -> ModelMixin:
 
 
 def accelerated(network: ModelMixin, seed: int) -> ModelMixin:
-    """A velocity network of the linear path and, from the same weights, one of the acceleration beside it, which is
-    blind to the velocity that it is given.
+    """Adds an acceleration network to a velocity network of the linear path, with the same weights.
+
+    The weights of its additional input, the velocity, are zero, so at first it does not depend on this input.
     """
-    with drawn(seed, "acceleration"):  # nothing of it is kept
+    with drawn(seed, "acceleration"):  # all random weights are replaced below
         grown = _grown(network, AccelerationMLP, AccelerationUNet2DModel)
     weights = dict(network.state_dict())
     beside = {f"acceleration.{name}": tensor for name, tensor in weights.items()}
@@ -83,7 +85,7 @@ def accelerated(network: ModelMixin, seed: int) -> ModelMixin:
 
 
 def _grown(network: ModelMixin, mlp: type[ModelMixin], unet: type[ModelMixin]) -> ModelMixin:
-    """A fresh network that holds more than a velocity network of the linear path, of its config."""
+    """Builds a fresh network of class `mlp` or `unet` from the config of a velocity network of the linear path."""
     if isinstance(network, VelocityMLP):
         return mlp.from_config(network.config)
     if isinstance(network, VelocityUNet2DModel):
@@ -93,9 +95,9 @@ def _grown(network: ModelMixin, mlp: type[ModelMixin], unet: type[ModelMixin]) -
 
 @contextmanager
 def drawn(seed: int, name: str) -> Iterator[None]:
-    """While entered, the CPU's generator is keyed by (seed, name); afterwards it is what it was."""
+    """Context manager: seeds the global CPU generator by (seed, name) and restores its state at exit."""
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(key(seed, name))  # the CPU's alone: torch.manual_seed moves CUDA's too
+        torch.default_generator.manual_seed(key(seed, name))  # torch.manual_seed would seed the CUDA generators too
         yield
 
 

@@ -1,4 +1,4 @@
-"""The critic of distribution matching: a velocity field of the student's samples that also tells them from data."""
+"""The critic of distribution matching: it models the velocity of the student's samples and classifies real or fake."""
 
 import torch
 from diffusers import UNet2DModel
@@ -13,10 +13,11 @@ from distill.protocols import Cond
 
 
 class Critic(nn.Module):
-    """(x_t, t, cond) -> velocity [B, ...] and logit [B], positive for real data, from the field's innermost features.
+    """A velocity field `field` with a classifier head on its innermost features (Yin et al. 2024, arXiv 2405.14867).
 
-    One module, so that both are trained in one turn by one optimizer (Yin et al. 2024, arXiv 2405.14867). The field
-    starts as `field`, the head is drawn, keyed by `seed`.
+    (x_t, t, cond) -> velocity [B, ...] and logit [B], which is positive for real data. Field and head are one module,
+    so that one optimizer trains both in one turn. The initial weights of the head depend on `seed`. Raises InputError
+    if `field.network` is neither a UNet2DModel with a mid block nor a VelocityMLP.
     """
 
     interpolant = linear()

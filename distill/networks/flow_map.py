@@ -1,4 +1,4 @@
-"""A network as a student that knows two times: the flow map of the linear path."""
+"""The student that is a flow map of the linear path."""
 
 from torch import Tensor, nn
 
@@ -8,9 +8,10 @@ from distill.protocols import Cond
 
 
 class FlowMapStudent(nn.Module):
-    """u(x_t, t, s, cond), the average velocity from t to s <= t, from network(x_t, 1000 t, 1000 s, class_labels).
+    """The average velocity u(x_t, t, s, cond) from t to s <= t, so that x_s = x_t + (s - t) u.
 
-    x_s = x_t + (s - t) u. At s = t, u is the velocity. The result has the dtype of x_t.
+    `network` is called as network(x_t, 1000 t, 1000 s, class_labels). At s = t, u is the velocity. The result has the
+    dtype of x_t.
     """
 
     interpolant = linear()
@@ -21,5 +22,5 @@ class FlowMapStudent(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
         """x_t [B, ...], t and s [B] in [0, 1] -> average velocity [B, ...]."""
-        like(t, x_t), like(s, x_t)  # refuses any other shape
+        like(t, x_t), like(s, x_t)  # checks the shapes of t and s
         return call(self.network, x_t, t, s, cond)

@@ -1,4 +1,4 @@
-"""A network as a student: the velocity field of the linear path."""
+"""The student that is a velocity field of the linear path."""
 
 from torch import Tensor, nn
 
@@ -6,14 +6,14 @@ from distill.flow.interpolants import like, linear
 from distill.networks.velocity_call import call
 from distill.protocols import Cond
 
-TIME_SCALE = 1000.0  # networks of the linear path are called with timestep = 1000 t, as diffusers' flow schedulers do
+TIME_SCALE = 1000.0  # networks of the linear path are called with timestep = 1000 t, like by diffusers' flow schedulers
 
 
 class VelocityStudent(nn.Module):
-    """v(x_t, t, cond) on the linear path from a network called as network(x_t, 1000 t, class_labels).
+    """The velocity v(x_t, t, cond) on the linear path.
 
-    `network` has the call signature of diffusers' UNet2DModel. The result has the dtype of x_t, so that under bf16
-    autocast losses and solver states stay float32.
+    `network` is called as network(x_t, 1000 t, class_labels), like diffusers' UNet2DModel. The result has the dtype of
+    x_t, so that losses and solver states stay float32 under bf16 autocast.
     """
 
     interpolant = linear()
@@ -25,5 +25,5 @@ class VelocityStudent(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t [B, ...], t [B] in [0, 1] -> velocity [B, ...]."""
-        like(t, x_t)  # refuses any other shape of t
+        like(t, x_t)  # checks the shape of t
         return call(self.network, x_t, t, cond)

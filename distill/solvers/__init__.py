@@ -1,17 +1,18 @@
-"""Solvers of the teacher's ODE dx/dt = v(x, t), one a file; a package that is installed may bring more.
+"""Solvers of the teacher's ODE dx/dt = v(x, t), one per file. Installed packages can add more.
 
-A solver is a module: a file here, or an entry point of the group `distill.solvers`, under the name that specs use. It
-does arithmetic on the tensors that it is given. If it needs torch, it imports it inside a function: commands that only
-plan a run ask it for its cost, where torch may not be installed. Its parts:
+A solver is a module: a file here, or an entry point of the group `distill.solvers`, with the name that specs use. It
+must not import torch at the top level, because commands that only plan a run import solvers to compute costs, possibly
+without torch. A solver module contains:
 
-    ORDER = 2               of convergence
+    ORDER = 2               the order of convergence
     IS_REFERENCE = True     whether its end point is accurate enough to count as the teacher's own
-    calls(steps)            network calls for so many steps from noise to data
-    calls_inverting         the same from data to noise; None: it cannot go there
-    look(ode, x, t)         what its step needs to know of the state x at t: its velocity, or the data it points to
-    step(ode, x, seen, t, t_next, before)   the state at t_next; `seen` is what `look` returned for x at t
+    calls(steps)            the number of network calls for `steps` steps from noise to data
+    calls_inverting(steps)  the same from data to noise; calls_inverting = None: inversion is not supported
+    look(ode, x, t)         evaluates the ODE at x and t: returns what `step` needs, the velocity or the data prediction
+    step(ode, x, seen, t, t_next, before)   returns the state at t_next; `seen` is the result of look(ode, x, t)
 
-`before` is what `look` returned for the step before, with its time; None in the first step and the last.
+`before` is a tuple of the result of `look` and the time t of the previous step. It is None in the first and the last
+step.
 """
 
 import functools
@@ -30,24 +31,24 @@ from distill.core.importing import Importing
 from distill.core.text import suggest
 
 GROUP = "distill.solvers"
-FIRST = ["euler", "heun", "dpm_solver_pp_2m"]  # in lists; the others follow by name
-Tensor = Any  # of torch, which is not imported here
+FIRST = ["euler", "heun", "dpm_solver_pp_2m"]  # the order in lists; other solvers follow by name
+Tensor = Any  # torch.Tensor; torch is not imported here
 
 
 @runtime_checkable
 class Ode(Protocol):
-    """The ODE that a solver is given, of one batch with its condition."""
+    """The ODE of one batch with its condition, as passed to a solver."""
 
     lowest: float
-    """The lowest time at which the velocity is known. The last step may go below it, to 0: make no call there."""
+    """The lowest time at which the velocity is defined. The last step may go below it, to 0; make no call there."""
 
-    def velocity(self, x: Tensor, t: float) -> Tensor: ...  # v [B, ...] of x [B, ...] at t
-    def data(self, x: Tensor, t: float) -> Tensor: ...  # the data [B, ...] that this velocity points to
+    def velocity(self, x: Tensor, t: float) -> Tensor: ...  # v [B, ...] at x [B, ...] and t
+    def data(self, x: Tensor, t: float) -> Tensor: ...  # the data prediction [B, ...] at x and t
     def path(self, t: float) -> tuple[float, float]: ...  # (alpha, sigma) in x = alpha data + sigma noise
 
 
 class Solver(BaseModel):
-    """What is read from the module of a solver."""
+    """The contents of a solver module, validated."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -60,13 +61,13 @@ class Solver(BaseModel):
 
 
 def solver_names() -> list[str]:
-    """The solvers that a spec can name, found without importing one."""
+    """The names of all available solvers. Does not import them."""
     files = sorted(_our_names(), key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name))
     return [*files, *sorted({point.name for point in _entry_points(tuple(sys.path))} - set(files))]
 
 
 def find_solver(name: str) -> Solver:
-    """The solver of that name; InputError if there is none, or its package is not as it must be."""
+    """Returns the solver called `name`. Raises InputError if there is none or its module is invalid."""
     return _read(name, tuple(sys.path))
 
 
@@ -77,7 +78,7 @@ def _our_names() -> list[str]:
 
 @functools.cache
 def _entry_points(path: tuple[str, ...]) -> list[EntryPoint]:
-    """path: sys.path; reading what every package on it declares takes milliseconds."""
+    """The entry points of our group. path: sys.path, as the key of the cache; a search takes milliseconds."""
     return list(entry_points(group=GROUP))
 
 
@@ -98,7 +99,7 @@ def _read(name: str, path: tuple[str, ...]) -> Solver:
 def _checked(module: str, title: str, remedy: str) -> Solver:
     try:
         found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # of the package that it lies in
+    except ModuleNotFoundError:  # the parent package is missing
         found = None
     if found is None or found.origin is None:
         raise InputError(f"{title}: its module {module} is not installed{remedy}")

@@ -1,7 +1,7 @@
-"""DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, alg. 2): multistep in lambda = ln(alpha/sigma).
+"""DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, alg. 2), a multistep solver in lambda = ln(alpha/sigma).
 
-First and last step are of first order. On a uniform grid of t between noise and data the error is h^2 ln(1/h), not
-h^2: near them the steps in lambda do not become small.
+The first and the last step are of first order. On a uniform grid of t with step size h, the error is of order
+h^2 ln(1/h) instead of h^2, because near noise and data the steps in lambda do not become small.
 """
 
 import math
@@ -24,8 +24,9 @@ def look(ode: Ode, x: Tensor, t: float) -> Tensor:
 
 
 def step(ode: Ode, x: Tensor, data: Tensor, t: float, t_next: float, before: tuple[Tensor, float] | None) -> Tensor:
-    """With e^-h = (alpha sigma_next)/(sigma alpha_next) nothing diverges where lambda does (alpha = 0 at pure noise,
-    sigma = 0 at data).
+    """Uses e^-h = (alpha sigma_next)/(sigma alpha_next), with h the step in lambda.
+
+    This stays finite where lambda is infinite: at pure noise (alpha = 0) and at data (sigma = 0).
     """
     (alpha, sigma), (alpha_next, sigma_next) = ode.path(t), ode.path(t_next)
     if before is not None and not math.isinf(h_prev := _h(ode, before[1], t)):
@@ -34,6 +35,6 @@ def step(ode: Ode, x: Tensor, data: Tensor, t: float, t_next: float, before: tup
 
 
 def _h(ode: Ode, t: float, t_next: float) -> float:
-    """The step in lambda."""
+    """The step size in lambda; infinite from pure noise or to data."""
     (alpha, sigma), (alpha_next, sigma_next) = ode.path(t), ode.path(t_next)
     return math.inf if alpha * sigma_next == 0 else math.log((alpha_next * sigma) / (alpha * sigma_next))

@@ -1,6 +1,6 @@
-"""Heun: the trapezoidal rule on an Euler step (Karras et al. 2022, arXiv 2206.00364, alg. 1).
+"""Heun's method: an Euler step corrected by the trapezoidal rule (Karras et al. 2022, arXiv 2206.00364, alg. 1).
 
-A step to sigma = 0, or to below the field's range, is Euler's: one such step keeps the order of the whole.
+A step to sigma = 0, or to a time below the field's range, is an Euler step. One such step does not change the order.
 """
 
 from distill.solvers import Ode, Tensor
@@ -10,7 +10,7 @@ IS_REFERENCE = True
 
 
 def calls(steps: int) -> int:
-    """The last step is Euler's: no call is made at t = 0."""
+    """Two calls per step, but one in the last: it is an Euler step, which makes no call at t = 0."""
     return 2 * steps - 1
 
 

@@ -11,11 +11,13 @@ __all__ = ["LoadedTeacher", "load_teacher"]
 
 
 def load_teacher(spec: TeacherSpec, device: torch.device, *, probe: bool = True) -> LoadedTeacher:
-    """The teacher of a spec; a checkpoint's network lies on `device`, closed forms follow their input.
+    """Loads the teacher of a spec. The network of a checkpoint is moved to `device`.
 
-    probe: call a checkpoint's network there, three times with one sample, and refuse it unless it can be called and its
-    velocity is finite. Ranks do without: the command that checked their run has done it, and they may divide a teacher
-    that is too large to be called on one CPU.
+    Closed-form teachers compute on the device of their input.
+
+    probe: call a checkpoint's network on `device` with one sample at three times. Raises InputError if it cannot be
+    called or its velocity is not finite. Ranks skip this: the command that validated their run has done it, and ranks
+    may shard a teacher that is too large to be called on one CPU.
     """
     if isinstance(spec, GaussianTeacher):
         return gaussian_teacher(spec)

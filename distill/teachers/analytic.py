@@ -1,7 +1,8 @@
-"""Teachers in closed form: the exact velocity of Gaussian and mixture data on any path.
+"""Closed-form teachers: the exact velocity of Gaussian data and of Gaussian mixtures, on any interpolant.
 
-With x_t = alpha data + sigma noise and data ~ N(m, S^2): x_t ~ N(alpha m, q^2), q^2 = alpha^2 S^2 + sigma^2. What holds
-of a coordinate here is computed in float64 and returned in the dtype of x_t: these are the tests' truth.
+With x_t = alpha data + sigma noise and data ~ N(m, S^2), per coordinate: x_t ~ N(alpha m, q^2), where
+q^2 = alpha^2 S^2 + sigma^2. Velocities are computed in float64 and returned in the dtype of x_t, because tests use them
+as ground truth.
 """
 
 import hashlib
@@ -20,11 +21,11 @@ from distill.teachers.loaded import LoadedTeacher
 
 
 class GaussianField:
-    """v = alpha' m + (q'/q) (x - alpha m) for data N(m, diag(std^2)).
+    """The velocity v = alpha' m + (q'/q) (x - alpha m) of data N(m, diag(std^2)).
 
-    mean: of one sample's shape, or [K + 1, ...] where `conditional`: class_labels choose the row, the last is null.
-    std has one sample's shape. With one std for all classes, the guided field is that of the mean
-    null + scale (mean - null), since v is affine in m.
+    mean: in the shape of one sample. If `conditional`: [K + 1, ...], a row per class label; the last is the null class.
+    std: in the shape of one sample, the same for all classes. Since v is affine in m, the field under guidance is that
+    of the mean null + scale (mean - null).
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class GaussianField:
 
 
 class MixtureField:
-    """v = alpha' E[data | x] + sigma' E[noise | x] for data sum_k weights_k N(means_k, std_k^2 I).
+    """The velocity v = alpha' E[data | x] + sigma' E[noise | x] of data from sum_k weights_k N(means_k, std_k^2 I).
 
-    means [K, ...], std a number or [K], weights [K] (null: equal). Where `conditional`, class label k means component k
-    alone and label K, the null class, the whole mixture. Nothing is divided by t: exact at both ends. std = 0 is the
-    teacher that memorises its means (then not at t = 0).
+    means: [K, ...]. std: a number or [K]. weights: [K]; None: equal weights.
+    conditional: class label k selects component k alone, and label K (the null class) the whole mixture.
+
+    There is no division by t, so the velocity is exact at both ends. With std = 0 the teacher memorises its means; it
+    is then not defined at t = 0.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class MixtureField:
         c = alpha.square() * variance + sigma.square()  # [B, K]: the variance of x_t from component k
         offset = x_t.double().flatten(1)[:, None] - alpha[:, :, None] * means  # [B, K, d]
         logits = self._log_weights(x_t, cond) - means.shape[1] / 2 * c.log() - offset.square().sum(2) / (2 * c)
-        # [B, K]: probability of component k given x_t; not softmax, which wakes all threads for a few numbers
+        # [B, K]: probability of component k given x_t. softmax would start all threads for a few numbers.
         posterior = (logits - logits.logsumexp(1, keepdim=True)).exp()
         data = posterior @ means + ((posterior * alpha * variance / c)[:, :, None] * offset).sum(1)
         noise = ((posterior * sigma / c)[:, :, None] * offset).sum(1)
@@ -97,7 +100,7 @@ class MixtureField:
 
 
 def gaussian_teacher(spec: GaussianTeacher) -> LoadedTeacher:
-    """The teacher of a spec's {kind: gaussian}."""
+    """Makes the teacher of a spec {kind: gaussian}. Raises InputError if mean and std differ in length or are empty."""
     if not spec.mean or len(spec.mean) != len(spec.std):
         raise InputError(
             f"teacher.mean has {len(spec.mean)} numbers and teacher.std {len(spec.std)}; give one of each per dimension"
@@ -119,7 +122,7 @@ def gaussian_teacher(spec: GaussianTeacher) -> LoadedTeacher:
 
 
 def mixture_teacher(spec: MixtureTeacher) -> LoadedTeacher:
-    """The teacher of a spec's {kind: mixture}."""
+    """Makes the teacher of a spec {kind: mixture}. Raises InputError if the lengths of its lists do not fit."""
     lengths = sorted({len(row) for row in spec.means})
     if len(lengths) != 1 or not lengths[0]:
         raise InputError(f"teacher.means needs rows of one length of at least 1, got lengths {lengths}")
@@ -148,19 +151,19 @@ def mixture_teacher(spec: MixtureTeacher) -> LoadedTeacher:
 
 
 def mean_of(mean: Tensor, conditional: bool, x_t: Tensor, cond: Cond) -> Tensor:
-    """The mean of the whole law, or of the class of each sample."""
+    """The mean of the whole distribution, or if `conditional`, of the class of each sample [B, ...]."""
     mean = mean.to(x_t.device)
     return mean[cond["class_labels"]] if conditional else mean
 
 
 def normalised(weights: Tensor | None, count: int) -> Tensor:
-    """Weights [K] that add up to 1, float64; null: equal ones."""
+    """Scales weights [K] to sum to 1, in float64. None: equal weights."""
     weights = torch.ones(count, dtype=torch.float64) if weights is None else weights.double()
     return weights / weights.sum()
 
 
 def exact_noise(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """What exact samples are made of [n, ...], float64; not the noise that sampling begins with."""
+    """The noise from which exact samples are made, [n, ...] float64; not the noise that sampling starts with."""
     return draws.sample_noise(draws.key(seed, "exact data"), indices, tuple(shape)).double()
 
 

@@ -1,4 +1,4 @@
-"""Teachers by hub id: the commit, and those of its files that are read, in the library's cache."""
+"""Teachers by hub id: finds the commit, and downloads the files that are read to the Hugging Face cache."""
 
 import shutil
 from collections.abc import Iterable, Iterator
@@ -15,15 +15,16 @@ from distill.spec.model import CheckpointTeacher
 from distill.teachers import variants
 from distill.teachers.read import short
 
-FILES = ["*.json", "*.safetensors", "README.md"]  # of these kinds are the files that are read; the last for its licence
-MODELS = ("", "unet/")  # where the weights of a network may lie
+FILES = ["*.json", "*.safetensors", "README.md"]  # patterns of the files that are read; README.md for the licence
+MODELS = ("", "unet/")  # folders that can contain the network's weights
 SMALL = {"model_index.json", "distill.json", "config.json", "README.md"}
 SMALL |= {"unet/config.json", "scheduler/scheduler_config.json"}
 
 
 def read_of(name: str, files: Iterable[str], *, weights: bool = True) -> list[str]:
-    """Of the files of a repository of this name, those that are read: the weights in one variant, and what describes
-    them. InputError where an adapter lies beside them, or weights are there in pickled files alone.
+    """Selects the files of repository `name` that are read: the weights in one variant, and the configs.
+
+    Raises InputError if there is also an adapter (LoRA), or if the only weights are pickled files.
     """
     listed = list(files)
     places = {folder: [file.removeprefix(folder) for file in listed if file.startswith(folder)] for folder in MODELS}
@@ -48,7 +49,7 @@ def read_of(name: str, files: Iterable[str], *, weights: bool = True) -> list[st
 
 
 def repository(spec: CheckpointTeacher, commit: str | None = None) -> Repository:
-    """What a teacher by hub id reads. commit: None for the current one of its revision."""
+    """The repository that a teacher with a hub id reads. commit: None for the newest commit of its revision."""
     if commit is None:
         with _reachable(spec):
             commit = hub.commit("model", spec.path, spec.revision)
@@ -62,7 +63,7 @@ def repository(spec: CheckpointTeacher, commit: str | None = None) -> Repository
         return [(Path(constants.HF_HUB_CACHE), missing), (folder, sum(file.bytes for file in files))]
 
     def copy(folder: Path) -> None:
-        """Through the library's cache, which resumes a download that was cut short, and has what a plan has read."""
+        """Copies the files from the Hugging Face cache, which can resume downloads and holds what a plan has read."""
         found = snapshot(pinned)
         folder.mkdir(parents=True)
         there = [path.relative_to(found).as_posix() for path in found.rglob("*") if path.is_file()]
@@ -75,9 +76,10 @@ def repository(spec: CheckpointTeacher, commit: str | None = None) -> Repository
 
 
 def snapshot(spec: CheckpointTeacher, *, weights: bool = True) -> Path:
-    """The folder of its files, downloaded where they are not cached. Others may lie among them.
+    """Downloads the files that are not cached, and returns their folder. It may contain other files too.
 
-    weights: false, if only what describes them is needed yet.
+    If the hub cannot be reached, the cached files are used; InputError is raised if there are none. weights: False:
+    download the configs only.
     """
     with _reachable(spec):
         try:
@@ -94,9 +96,9 @@ def snapshot(spec: CheckpointTeacher, *, weights: bool = True) -> Path:
 
 
 def _cached(spec: CheckpointTeacher, *, weights: bool) -> Path | None:
-    """What the library's cache has of it, where that has a network."""
+    """The folder of a teacher in the Hugging Face cache; None if its config, or its weights if needed, are missing."""
     try:
-        # Without patterns the library refuses a folder that lacks files which it has seen listed, of any kind.
+        # With the default patterns, the library raises an error if any listed file of the repository is not cached.
         found = snapshot_download(spec.path, revision=spec.revision, local_files_only=True, allow_patterns=[])
     except hub.UNREACHABLE:
         return None
@@ -108,7 +110,7 @@ def _cached(spec: CheckpointTeacher, *, weights: bool) -> Path | None:
 
 @contextmanager
 def _reachable(spec: CheckpointTeacher) -> Iterator[None]:
-    """Says what cannot be had, and why."""
+    """Context manager: converts errors of the hub to an InputError that says what cannot be loaded, and why."""
     try:
         yield
     except InputError:

@@ -1,6 +1,7 @@
-"""Teachers from diffusers checkpoints: a pipeline folder, a hub id or a single model folder. Only safetensors is read,
-and no code of the folder is run: student folders' own network classes are loaded from this package. Students are read
-here too (`students.loaded`).
+"""Loads teachers from diffusers checkpoints: a pipeline folder, a single model folder or a hub id.
+
+Only safetensors files are loaded and no code from the folder is run. The network classes of students are taken from
+this package. `students.loaded` reads students through this module too.
 """
 
 import hashlib
@@ -30,29 +31,29 @@ from distill.teachers.network_field import EdmField, NetworkField
 from distill.teachers.read import Config, StudentFacts, parse, short
 from distill.teachers.schedulers import EdmSchedule, Family, LinearSchedule, Schedule, VpSchedule
 
-LINEAR_NETWORKS = (VelocityUNet2DModel, VelocityMLP)  # of the linear path by construction
-PROBED = 64  # pixels a side that suffice to call a network, where it allows that
-LARGE = 4 * PROBED  # more takes long enough to say so
+LINEAR_NETWORKS = (VelocityUNet2DModel, VelocityMLP)  # classes that are always called on the linear path
+PROBED = 64  # pixels per side of the sample that probes a network, if the network can take that size
+LARGE = 4 * PROBED  # above this size, a message is printed because probing takes long
 LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,99}")
 
 
 @dataclass(frozen=True)
 class TeacherCheckpoint:
-    """A checkpoint's network, frozen, in float32 and evaluation mode, and what its files say of it."""
+    """The network of a checkpoint, frozen, in float32 and evaluation mode, with the facts from its files."""
 
     network: ModelMixin
     architecture: Architecture
-    schedule: Schedule | None  # None: no scheduler tells, or the network is of the linear path by construction
+    schedule: Schedule | None  # None: there is no scheduler config, or the network's class is in LINEAR_NETWORKS
     student: StudentFacts
     shape: tuple[int, ...]  # of one sample
     conditioning: Conditioning
     digest: str
     description: str
-    license: str  # as its files say; empty: they do not
+    license: str  # from its files; empty: not stated
 
 
 def load(spec: CheckpointTeacher, device: torch.device, *, probe: bool) -> LoadedTeacher:
-    """The network of a checkpoint as a velocity field of its own schedule; probe: called at three times."""
+    """Loads the network of a checkpoint as a velocity field in its own schedule. probe: see `load_teacher`."""
     found = read(spec, device, "velocity")
     field = _field(found, spec)
     if probe:
@@ -74,7 +75,7 @@ def load(spec: CheckpointTeacher, device: torch.device, *, probe: bool) -> Loade
 
 
 def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherCheckpoint:
-    """A checkpoint whose network is of this kind, one of `NETWORKS`; any other is refused."""
+    """Reads a checkpoint. Raises InputError unless its network is of this kind, one of the keys of `NETWORKS`."""
     if spec.revision is not None and Path(spec.path).is_dir():
         raise InputError(
             f"teacher.revision={spec.revision} has no effect: {spec.path} is a folder here, not a hub id; remove it"
@@ -103,7 +104,8 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherChe
         "prediction": spec.prediction,
         "null_class": null_class(conditioning),
         "weights": digests,
-        **({"inverted": True} if isinstance(schedule, LinearSchedule) and schedule.inverted else {}),  # once misread
+        # Gives inverted schedules a new digest, because earlier versions read them wrongly.
+        **({"inverted": True} if isinstance(schedule, LinearSchedule) and schedule.inverted else {}),
     }
     return TeacherCheckpoint(
         network=network,
@@ -113,16 +115,19 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherChe
         shape=shape,
         conditioning=conditioning,
         digest=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
-        # a hub id, or the folder's name alone: what is made with a teacher must not depend on where the teacher lies
+        # The hub id or only the folder's name, because results must not depend on the location of the teacher.
         description=f"{network_class.__name__} from {Path(spec.path).name if Path(spec.path).is_dir() else spec.path}",
         license=_license(parts.root, parts.student),
     )
 
 
 def _network_class(spec: CheckpointTeacher, path: Path, config: Config, kind: str) -> type[ModelMixin]:
-    """The class of a network by its config; settings that such a network leaves without effect are refused."""
+    """The network class that a config names.
+
+    Raises InputError if it is not supported, or if the spec has options that have no effect on it.
+    """
     name, classes = config.get("_class_name"), {each.__name__: each for each in NETWORKS[kind]}
-    if kind == "velocity":  # networks that other packages describe are velocity fields
+    if kind == "velocity":  # architectures of other packages are velocity fields
         ours = {each.__name__ for members in NETWORKS.values() for each in members}
         others = {each for one in architectures.known().values() for each in one.classes if each.__name__ not in ours}
         classes |= {each.__name__: each for each in others}
@@ -141,9 +146,10 @@ def _network_class(spec: CheckpointTeacher, path: Path, config: Config, kind: st
 
 
 def _schedule(spec: CheckpointTeacher, chosen: Path, own: Path | None) -> Schedule:
-    """The schedule that is chosen, which must not be of another kind than the checkpoint's own.
+    """Reads the schedule of the scheduler config `chosen`.
 
-    Of an own scheduler that is not known, or has options that are not, the choice is taken on trust in these.
+    Raises InputError if it contradicts `own`, the checkpoint's own config. What `own` does not tell, because its class
+    or an option is not known, is not compared.
     """
     schedule = schedulers.read(chosen)
     if own is None or own == chosen:
@@ -173,7 +179,7 @@ def _schedule(spec: CheckpointTeacher, chosen: Path, own: Path | None) -> Schedu
 
 
 def _scale(schedule: Schedule) -> str:
-    """What of a schedule is not its path and the network is called by, as a message says it."""
+    """The option besides the path that changes how the network is called, as a text to compare and to show."""
     match schedule:
         case VpSchedule():
             return f"num_train_timesteps={schedule.steps}"
@@ -183,7 +189,7 @@ def _scale(schedule: Schedule) -> str:
 
 
 def _field(found: TeacherCheckpoint, spec: CheckpointTeacher) -> VelocityField:
-    """The network in its schedule."""
+    """The velocity field of a network in its schedule. Raises InputError if the schedule is not known."""
     network, schedule, call = found.network, found.schedule, found.architecture.call
     if schedule is None:
         if isinstance(network, LINEAR_NETWORKS) or spec.prediction == "velocity":
@@ -210,7 +216,7 @@ def _field(found: TeacherCheckpoint, spec: CheckpointTeacher) -> VelocityField:
 
 
 def _prediction(spec: CheckpointTeacher, family: Family, configured: Prediction) -> Prediction:
-    """What the network predicts, among what its schedule allows."""
+    """The prediction type of the network. Raises InputError if it does not exist in this family of schedules."""
     given = spec.prediction or configured
     if given not in schedulers.PREDICTIONS[family]:
         raise InputError(
@@ -222,9 +228,10 @@ def _prediction(spec: CheckpointTeacher, family: Family, configured: Prediction)
 
 @torch.no_grad()
 def _probe(field: VelocityField, found: TeacherCheckpoint, spec: CheckpointTeacher, device: torch.device) -> None:
-    """Refuse a field that is not finite at one of both ends of its times and their middle.
+    """Raises InputError if the field cannot be called, or is not finite at the start, middle or end of its time range.
 
-    Three calls with one sample each, where the network lies; a large sample is replaced by a small one.
+    Makes three calls with one sample each, on the device of the network. The sample may be smaller than the network's
+    own (see `_probed`).
     """
     x = sample_noise(0, [0], _probed(found)).to(device)
     if max(x.shape[2:], default=0) > LARGE:
@@ -245,10 +252,10 @@ def _probe(field: VelocityField, found: TeacherCheckpoint, spec: CheckpointTeach
 
 
 def _probed(found: TeacherCheckpoint) -> tuple[int, ...]:
-    """Shape of a sample as small as may be that the network can be called with only if it can with its own.
+    """The shape of the sample that probes the network: a small one that it can take if and only if it can take its own.
 
-    Convolutions take every size whose halves, down to the lowest level, fit together again on the way up: that depends
-    on the remainder of the size by 2^(levels - 1). At the lowest level two pixels a side remain.
+    A U-Net halves the size at each level, and on the way up the sizes must match again. Whether they do depends only on
+    size modulo 2^(levels - 1), which the small shape keeps. At the lowest level at least two pixels per side remain.
     """
     if "down_block_types" not in found.network.config:
         return found.shape
@@ -275,7 +282,7 @@ def _called(
 
 
 def _license(folder: Path, student: StudentFacts) -> str:
-    """The terms that a checkpoint's distill.json or the head of its model card names, if they are one plain word."""
+    """The licence named by a checkpoint's distill.json or by the metadata of its model card; "" if none is valid."""
     found: str | None = student.license
     path = folder / "README.md"
     if not found and path.is_file():
@@ -287,5 +294,5 @@ def _license(folder: Path, student: StudentFacts) -> str:
 
 
 def null_class(conditioning: Conditioning) -> int | None:
-    """The class id of the unconditional call, where there is one."""
+    """The class id of the null condition; None if there is none."""
     return conditioning.null_class if isinstance(conditioning, ClassLabels) else None

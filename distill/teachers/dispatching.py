@@ -1,8 +1,8 @@
-"""A teacher whose weights do not fit on the device that calls it: part of them stays in the CPU's memory, or on the
-disk, and each layer's are brought to the device when it is called. The numbers are the same.
+"""Offloading for teachers whose weights do not fit on the device.
 
-Everything is computed on the one device of the process. Several GPUs are not used: networks do arithmetic between
-their layers, whose operands would lie on different ones.
+Part of the weights stays in CPU memory or on disk, and the weights of each layer are copied to the device when the
+layer is called. The results are the same. A process computes on a single device: with layers on several GPUs,
+operations between layers would have operands on different devices.
 """
 
 import logging
@@ -16,18 +16,20 @@ from torch import nn
 
 from distill.core.atomic import hidden_folder
 
-SHARE = 0.8  # of a device's free memory that weights may take; activations need the rest
+SHARE = 0.8  # maximum share of a device's free memory for weights; activations need the rest
 
-Limits = Mapping[int | str, int]  # bytes by the number of a GPU, or "cpu"
+Limits = Mapping[int | str, int]  # bytes by GPU index or "cpu"
 
 
 @contextmanager
 def dispatched(network: nn.Module, device: torch.device, folder: Path, limits: Limits | None = None) -> Iterator[None]:
-    """While entered, a frozen network that lies on the CPU can be called with samples on `device`.
+    """Context manager: a frozen network on the CPU can be called with samples on `device`; do not use it after exit.
 
-    It moves there whole if its weights fit. folder: a hidden folder beside it holds what stays on the disk, until the
-    end of the block. limits: bytes that weights may take; None: what the device has free, and the CPU's memory.
-    Afterwards the network must not be used.
+    If all weights fit, the network is moved to the device.
+
+    folder: weights that stay on disk are in a hidden folder beside this one, which is removed at exit.
+    limits: maximum bytes of weights per place. None: a share of the device's free memory, and CPU memory for all
+    weights.
     """
     total = sum(each.numel() * each.element_size() for each in [*network.parameters(), *network.buffers()])
     place = torch.cuda.current_device() if device.type == "cuda" else "cpu"
@@ -39,14 +41,14 @@ def dispatched(network: nn.Module, device: torch.device, folder: Path, limits: L
     lists = [each for each in network.children() if isinstance(each, nn.ModuleList)]
     blocks = sorted({type(block).__name__ for each in lists for block in each})
     places = infer_auto_device_map(network, max_memory=dict(limits), no_split_module_classes=blocks, clean_result=False)
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is meant
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it would warn about offloading
     with hidden_folder(folder) if "disk" in places.values() else nullcontext() as offload:
         dispatch_model(network, places, main_device=device, offload_dir=offload)
         yield
 
 
 def _free(place: int | str, total: int) -> Limits:
-    """What weights of `total` bytes, which the CPU's memory holds now, may take."""
+    """The default limits for weights of `total` bytes, which are in CPU memory now."""
     if isinstance(place, str):
         return {place: total}
     free, _ = torch.cuda.mem_get_info(place)

@@ -1,4 +1,4 @@
-"""Where the parts of a checkpoint lie: a pipeline folder, a single model folder, or what was fetched of a hub id."""
+"""Finds the files of a checkpoint in a pipeline folder, in a single model folder, or in the download of a hub id."""
 
 import os
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ INDEX, CONFIG, STUDENT, SCHEDULER = "model_index.json", "config.json", "distill.
 class Parts:
     """The files of a checkpoint."""
 
-    root: Path  # of the pipeline, if it is one, else of the model
+    root: Path  # folder of the pipeline, or of the model if there is no pipeline
     model: Path  # folder of config.json and the weights
-    scheduler: Path | None  # its own scheduler_config.json
-    chosen: Path | None  # the one that counts: that of teacher.scheduler, else its own
+    scheduler: Path | None  # the checkpoint's own scheduler_config.json
+    chosen: Path | None  # the scheduler_config.json that is used: that of teacher.scheduler, else the checkpoint's own
     student: StudentFacts
 
 
 def find(spec: CheckpointTeacher) -> Parts:
-    """The parts of the checkpoint of a path or hub id; all that is not one is refused."""
+    """Finds the files of the checkpoint of a spec. Raises InputError if its path or hub id is not a checkpoint."""
     path = Path(spec.path)
     if path.is_dir():
         return _parts(spec, path)
@@ -34,13 +34,13 @@ def find(spec: CheckpointTeacher) -> Parts:
         raise InputError(f"teacher.path={spec.path} is a file; give the folder that holds config.json and safetensors")
     if not spec.is_of_hub:
         raise InputError(f"teacher.path={spec.path} does not exist; give a folder, or a hub id like org/name")
-    for weights in (False, True):  # what is refused is not downloaded
+    for weights in (False, True):  # configs first: the weights of an invalid checkpoint are not downloaded
         found = _parts(spec, by_id.snapshot(spec, weights=weights))
     return found
 
 
 def _parts(spec: CheckpointTeacher, folder: Path) -> Parts:
-    """Where network and scheduler of a pipeline or of a single model folder lie."""
+    """Finds network and scheduler of a pipeline folder or a single model folder, and checks them."""
     pipeline = _pipeline(folder)
     if pipeline is not None and (parts := components(pipeline / INDEX)) != ["scheduler", "unet"]:
         inside = f"lies in {pipeline}, " if pipeline != folder else "is "
@@ -69,13 +69,16 @@ def _parts(spec: CheckpointTeacher, folder: Path) -> Parts:
 
 
 def _pipeline(folder: Path) -> Path | None:
-    """The folder itself where it is a pipeline, or the one around it: a network alone does not tell its latents."""
+    """The pipeline folder: `folder`, or its parent (with or without links resolved); None if there is none.
+
+    The parent is searched because only the pipeline shows whether a network works on latents.
+    """
     places = (folder, folder.absolute().parent, folder.resolve().parent)
     return next((place for place in places if _there(place / INDEX)), None)
 
 
 def _nothing(folder: Path) -> str:
-    """Why a folder is no checkpoint, and what to give."""
+    """The message why a folder is not a checkpoint, and what to give instead."""
     networks = [name for name in ("unet_ema", "unet") if (folder / name / CONFIG).is_file()]
     if networks:
         averaged = ", the averaged weights," if networks[0] == "unet_ema" else ""
@@ -90,7 +93,7 @@ def _nothing(folder: Path) -> str:
 
 
 def _override(spec: CheckpointTeacher) -> Path | None:
-    """The scheduler_config.json of teacher.scheduler."""
+    """The scheduler_config.json of teacher.scheduler; None if that option is not set."""
     if spec.scheduler is None:
         return None
     path = Path(spec.scheduler) / SCHEDULER
@@ -100,7 +103,10 @@ def _override(spec: CheckpointTeacher) -> Path | None:
 
 
 def weights(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: one, or the shards of an index; of one variant. All can be opened."""
+    """The safetensors files of a model folder, of one variant: a single file, or the shards listed in an index.
+
+    Raises InputError if there are none, or if one cannot be opened.
+    """
     names = _names(folder)
     chosen = one_of(names, str(folder))
     if not chosen:
@@ -117,7 +123,7 @@ def weights(folder: Path) -> list[Path]:
 
 
 def _shards(folder: Path, chosen: list[str]) -> list[Path]:
-    """The shards that the index among the chosen names tells of."""
+    """The shards listed in the index, which is one of the `chosen` names. Raises InputError if any is missing."""
     indices = [folder / name for name in chosen if name.endswith(".json")]
     if not indices:
         found = WEIGHTS.fullmatch(chosen[0])
@@ -136,12 +142,12 @@ def _shards(folder: Path, chosen: list[str]) -> list[Path]:
 
 
 def _there(path: Path) -> bool:
-    """Whether there is something of this name, a file or not: what cannot be read is an error, not skipped."""
+    """Whether the path exists, even as a broken link, so that an unreadable file is an error instead of ignored."""
     return os.path.lexists(path)
 
 
 def _names(folder: Path) -> list[str]:
-    """The names in a folder."""
+    """The names in a folder. Raises InputError if it cannot be read."""
     try:
         return [path.name for path in folder.iterdir()]
     except OSError as error:

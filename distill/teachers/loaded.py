@@ -1,4 +1,4 @@
-"""A teacher, loaded: a frozen velocity field and what must be known to use it."""
+"""A loaded teacher: a frozen velocity field, with the facts needed to use it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,29 +15,29 @@ from distill.protocols import Codec, Cond, Conditioning, VelocityField
 
 @dataclass(frozen=True)
 class LoadedTeacher:
-    """What every kind of teacher becomes. Fits `protocols.Teacher`."""
+    """A teacher of any kind after loading. Implements `protocols.Teacher`."""
 
     field: VelocityField
     shape: tuple[int, ...]  # of one sample
-    num_classes: int | None  # real classes; None: unconditional
-    null_class: int | None  # class id of the unconditional call; None: guidance is refused
-    digest: str  # sha256 over configuration and weights
-    description: str  # one line for people
+    num_classes: int | None  # without the null class; None: unconditional
+    null_class: int | None  # class id of the null condition; None: there is none
+    digest: str  # SHA-256 over configuration and weights
+    description: str  # one line, for messages
     network: nn.Module | None = None  # the ModelMixin behind a checkpoint; None: closed form
     exact_data: Callable[[int, Sequence[int]], Tensor] | None = None  # (seed, indices) -> exact samples
-    guidance_scale: float = 1.0  # classifier-free guidance that the network was trained to contain; 1: none
+    guidance_scale: float = 1.0  # scale of the guided velocity that the network was trained to predict; 1: no guidance
     unconditional: bool = True  # whether the null class, if there is one, was trained
-    license: str = ""  # its terms, which pass on to its students; empty: not known
-    given: Conditioning | None = None  # None: class labels, or nothing
+    license: str = ""  # the licence, which also applies to its students; empty: not known
+    given: Conditioning | None = None  # None: class labels, or no conditioning if there are no classes
     codec: Codec = PIXELS
-    layers: Sequence[str] = ()  # names of what `features` can give, in the order of the network
+    layers: Sequence[str] = ()  # names of the layers that `features` accepts, in the order of the network
 
     @property
     def conditioning(self) -> Conditioning:
         return self.given or of_classes(self.num_classes, self.null_class)
 
     def null(self, cond: Cond) -> Cond:
-        """The condition of the unconditional call, for as many rows as `cond` has."""
+        """Returns the null condition, for as many rows as `cond` has. Raises InputError if there is none."""
         if not self.conditioning.has_null:
             raise InputError(
                 f"{self.description} has no unconditional call, so it cannot be guided; "
@@ -46,7 +46,10 @@ class LoadedTeacher:
         return self.conditioning.null(cond)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Cond, layers: Sequence[str]) -> list[Tensor]:
-        """What these layers of the network give for x_t [B, ...] at t [B], [B, ...] each; gradients reach x_t."""
+        """Returns the outputs of these layers for x_t [B, ...] at t [B], each [B, ...]. Gradients flow to x_t.
+
+        Raises InputError for a layer that is not in `layers`, and for closed-form teachers.
+        """
         unknown = [name for name in layers if name not in self.layers]
         if unknown or self.network is None:
             valid = ", ".join(self.layers) or "none, as it is known in closed form"
@@ -65,16 +68,19 @@ class LoadedTeacher:
         return [found[name] for name in layers]
 
     def indexed(self, guidance_scale: float) -> VelocityField:
-        """`guided`, called with the index of each sample's condition: what solves the paths of pairs."""
+        """Like `guided`, but called with the index of each sample's condition. Used to solve the paths of pairs."""
         field = self.guided(guidance_scale)
         return field if self.given is None or isinstance(self.given, ClassLabels) else Indexed(field, self.given)
 
     def guided(self, guidance_scale: float) -> VelocityField:
-        """The field under classifier-free guidance; 1 = the field itself."""
+        """Returns the field with classifier-free guidance. With scale 1, it is the field itself.
+
+        Raises InputError if there is no null condition, or if it was not trained.
+        """
         if guidance_scale == 1:
             return self.field
         if not self.conditioning.has_null:
-            self.null({})  # the same refusal, before any work
+            self.null({})  # raises the error of `null` before any computation
         if not self.unconditional:
             raise InputError(
                 f"{self.description} was trained on its teacher alone and never on an unconditional velocity; "

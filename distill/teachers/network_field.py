@@ -1,4 +1,4 @@
-"""A network with its calling convention, as a velocity field in the schedule it was trained on."""
+"""Converts networks to velocity fields, in the schedules they were trained with."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,21 +13,21 @@ Call = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
 
 
 def call_unet(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
-    """Like diffusers' UNet2DModel."""
+    """Calls a network that has the signature of diffusers' UNet2DModel."""
     output: Tensor = network(x_t, time, class_labels=cond.get("class_labels")).sample
     return output
 
 
 @dataclass(frozen=True)
 class NetworkField:
-    """call(network, x_t, time_scale t, cond) predicts `prediction` on `interpolant`.
+    """The velocity of a network that predicts `prediction` on `interpolant`.
 
-    It is converted to velocity in float64. VP networks are called with n = t (N - 1), those of the linear path with
-    1000 t. A scheduler's clipping or thresholding of samples is no part of
-    the network and is left out.
+    The network is called as call(network, x_t, time_scale t, cond). Predictions of other kinds are converted to
+    velocity in float64. VP networks have time_scale N - 1, networks of the linear path usually 1000. Clipping and
+    thresholding of samples by a scheduler are not part of the network and are not applied.
 
-    inverted: trained with time running from noise at 0 to data at 1, it is called with time_scale (1 - t) and gives
-    minus the velocity (linear path only).
+    inverted: the network was trained with time from 0 (noise) to 1 (data). It is called with time_scale (1 - t), and
+    its output is the negative velocity (linear path only).
     """
 
     network: nn.Module
@@ -53,9 +53,10 @@ class NetworkField:
 
 @dataclass(frozen=True)
 class EdmField:
-    """D = c_skip x + c_out F(c_in x, c_noise), Karras et al. 2022 (arXiv 2206.00364), eq. (7) and table 1, on `edm()`.
+    """The velocity of an EDM network F on the path `edm()`: D = c_skip x + c_out F(c_in x, c_noise).
 
-    `sign` is -1 for networks that diffusers' EDMEulerScheduler calls v_prediction (their F is the negative), else 1.
+    See Karras et al. 2022 (arXiv 2206.00364), eq. (7) and table 1. sign: -1 for networks that diffusers'
+    EDMEulerScheduler calls v_prediction, which output -F; else 1.
     """
 
     network: nn.Module

@@ -1,4 +1,4 @@
-"""What a checkpoint's JSON files say, checked where they are read: one message names the file and the key."""
+"""Reads and validates the JSON files of a checkpoint. An error message names the file and the key."""
 
 import errno
 import json
@@ -17,12 +17,12 @@ from distill.core.text import printable
 
 Config = dict[str, Any]  # parsed JSON
 
-MAX_BYTES = 32 << 20  # of a JSON file; an index of 12 billion parameters takes less than one
-MAX_TABLE = 100_000  # entries of a list of betas
+MAX_BYTES = 32 << 20  # maximum size of a JSON file; the index of a model of 12 billion parameters is below 1 MiB
+MAX_TABLE = 100_000  # maximum number of entries in a list of betas
 
 
 class Read(BaseModel):
-    """A part of a file: what is not named here is not read."""
+    """Base class of file schemas. Keys without a field are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -42,7 +42,7 @@ def _table(values: list[float]) -> list[float]:
 
 
 class NetworkConfig(Read):
-    """Every option of the network classes that are loaded, UNet2DModel's and our own."""
+    """The options of all network classes that are loaded: UNet2DModel and our own classes."""
 
     sample_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
     in_channels: Count = 3
@@ -72,7 +72,7 @@ class NetworkConfig(Read):
     class_embed_type: Word | None = None
     num_class_embeds: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
     num_train_timesteps: Annotated[int, Field(ge=1, le=MAX_TABLE)] | None = None
-    # of our own classes
+    # options of our own classes
     path: Word = ""
     prediction: Word = ""
     alphas_cumprod: Annotated[list[float], Field(max_length=MAX_TABLE), AfterValidator(_table)] | None = None
@@ -93,7 +93,7 @@ class NetworkConfig(Read):
 
 
 class StudentFacts(Read):
-    """What is read of the distill.json of an exported student."""
+    """The parts of an exported student's distill.json that are read here."""
 
     kind: Word = "velocity"
     null_class: Annotated[int, Field(ge=0)] | None = None
@@ -109,13 +109,13 @@ def _beside(name: str) -> str:
 
 
 class WeightIndex(Read):
-    """diffusion_pytorch_model.safetensors.index.json: which weight is in which file beside it."""
+    """diffusion_pytorch_model.safetensors.index.json, which maps weight names to files in the same folder."""
 
     weight_map: dict[str, Annotated[str, AfterValidator(_beside)]] = Field(min_length=1)
 
 
 def parse(path: Path) -> Config:
-    """The JSON object in a file."""
+    """Reads the JSON object in a file. Raises InputError if the file cannot be read or is not a JSON object."""
     try:
         with open_regular(path, follow=True) as file:
             if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
@@ -135,7 +135,7 @@ def parse(path: Path) -> Config:
 
 
 def unreadable(path: Path, error: OSError) -> InputError:
-    """What to say of a file or folder that cannot be opened."""
+    """Makes the InputError for a file or folder that cannot be opened."""
     if error.errno == errno.ENOENT:
         link = f"a link to {short(str(path.readlink()), 200)}, which is " if path.is_symlink() else ""
         return InputError(f"{path} is {link}not there; copy or download it again")
@@ -143,12 +143,12 @@ def unreadable(path: Path, error: OSError) -> InputError:
 
 
 def checked(model: type[Model], content: Config, path: Path) -> Model:
-    """What `model` reads of the content of a file; InputError names the first key that is wrong."""
+    """Validates the content of a file against `model`. Raises InputError that names the first invalid key."""
     try:
         return model.model_validate(content)
     except ValidationError as error:
         entries = error.errors(include_url=False)
-    if not entries[0]["loc"]:  # of several keys
+    if not entries[0]["loc"]:  # the error is about several keys
         raise InputError(f"{path}: {short(entries[0]['msg'], 300)}")
     key = entries[0]["loc"][0]
     if entries[0]["type"] == "missing":
@@ -161,7 +161,7 @@ def checked(model: type[Model], content: Config, path: Path) -> Model:
 
 
 def components(path: Path) -> list[str]:
-    """The parts of a pipeline by its model_index.json, those that it leaves out aside."""
+    """The names of a pipeline's components in its model_index.json, without those that are null."""
     found = []
     for key, value in parse(path).items():
         if key.startswith("_") or not isinstance(value, list):
@@ -174,6 +174,6 @@ def components(path: Path) -> list[str]:
 
 
 def short(text: str, letters: int = 80) -> str:
-    """Text of a stranger, as a message may show it: on one line, and cut."""
+    """Makes untrusted text safe for a message: printable, on one line, and cut to at most `letters` characters."""
     text = " ".join(printable(text).split())
     return text if len(text) <= letters else text[: letters - 3] + "..."

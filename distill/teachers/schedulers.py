@@ -1,9 +1,14 @@
-"""What a scheduler config says of the network's path, whichever of diffusers' samplers it is meant for.
+"""Reads the network's noise schedule from a scheduler config of diffusers, for any of its scheduler classes.
 
-A scheduler class belongs to one family: "vp" (betas), "linear" (flow matching) or "edm". Of its options some are the
-path, and are honoured; some would change the path in a way that is not supported, and are refused unless they are
-neutral; all others say where a sampler calls the network, or what it does with the result, and change nothing here.
-Every option of every class is in one of these groups: `tests/test_schedulers.py` compares them with diffusers' own.
+A scheduler class belongs to one family: "vp" (betas), "linear" (flow matching) or "edm". There are three groups of
+options:
+
+- Options that define the path are used.
+- Options that would change the path in an unsupported way raise InputError, unless they have their neutral value.
+- All other options concern sampling only: where a sampler calls the network, and what it does with the result. They are
+  ignored.
+
+`tests/test_schedulers.py` checks against diffusers that every option of every class is in one of these groups.
 """
 
 from collections.abc import Mapping
@@ -21,17 +26,17 @@ from distill.teachers.read import MAX_TABLE, Config, Positive, Read, Word, check
 Family = Literal["vp", "linear", "edm"]
 Whole = Annotated[int, Field(ge=0, le=1 << 31)]
 Beta = Annotated[float, Field(gt=0, lt=1)]
-Sigma = Annotated[float, Field(ge=1e-6, le=1e5)]  # far beyond what any network is trained for
+Sigma = Annotated[float, Field(ge=1e-6, le=1e5)]  # the range is far wider than that of any trained network
 
 
 class Options(Read):
-    """Every option of every class in `KINDS`; null, as an old file may say, is the default."""
+    """The options of all classes in `KINDS`. In a file, null means the default, because old files contain it."""
 
     model_config = ConfigDict(extra="forbid")
 
-    # the path
+    # options of the path
     num_train_timesteps: Annotated[int, Field(ge=1, le=MAX_TABLE)] = 1000
-    beta_start: Beta | None = None  # null: the class's own
+    beta_start: Beta | None = None  # None: the default of the scheduler class
     beta_end: Beta | None = None
     beta_schedule: Word | None = None
     trained_betas: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(max_length=MAX_TABLE)] | None = None
@@ -42,11 +47,11 @@ class Options(Read):
     sigma_data: Sigma = 0.5
     sigma_min: Sigma = 0.002
     sigma_max: Sigma = 80.0
-    # refused unless it is this
-    timestep_type: Literal["discrete"] = "discrete"  # continuous: the network takes log(sigma) / 4
-    snr_shift_scale: Literal[1] = 1  # of CogVideoX
-    predict_epsilon: Literal[True] = True  # before there was prediction_type
-    # of samplers alone
+    # unsupported options: any other value is an error
+    timestep_type: Literal["discrete"] = "discrete"  # with "continuous", the network takes log(sigma) / 4
+    snr_shift_scale: Literal[1] = 1  # for CogVideoX
+    predict_epsilon: Literal[True] = True  # in old versions, instead of prediction_type
+    # options of sampling only
     algorithm_type: Word = ""
     base_image_seq_len: Whole = 0
     base_shift: float = 0
@@ -81,7 +86,7 @@ class Options(Read):
     steps_offset: Whole = 0
     stochastic_sampling: bool = False
     tau_func: None = None
-    tensor_format: Word = ""  # of the first versions, like timestep_values
+    tensor_format: Word = ""  # in the first versions only, like timestep_values
     thresholding: bool = False
     time_shift_type: Word = ""
     timestep_scaling: float = 0
@@ -98,7 +103,11 @@ class Options(Read):
 
 @dataclass(frozen=True)
 class Kind:
-    """A class of schedulers. path: the options that are honoured; betas: start, end and schedule where none is said."""
+    """A scheduler class.
+
+    path: the options that are used. betas: the default start, end and schedule. schedules: the supported
+    beta_schedules.
+    """
 
     family: Family
     path: frozenset[str]
@@ -106,8 +115,8 @@ class Kind:
     schedules: tuple[str, ...] = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
-REFUSED = {"timestep_type", "snr_shift_scale", "predict_epsilon"}  # unless neutral, by the schema
-FLAGS = ("rescale_betas_zero_snr", "use_flow_sigmas", "invert_sigmas")  # refused if set where a class ignores them
+REFUSED = {"timestep_type", "snr_shift_scale", "predict_epsilon"}  # `Options` allows the neutral value only
+FLAGS = ("rescale_betas_zero_snr", "use_flow_sigmas", "invert_sigmas")  # an error if set for a class that ignores them
 BETAS = frozenset(
     {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
 )
@@ -152,18 +161,21 @@ PREDICTIONS: Mapping[Family, tuple[Prediction, ...]] = {
 
 @dataclass(frozen=True)
 class VpSchedule:
-    """The network is called with n = t (steps - 1) on the path of a table of betas."""
+    """A schedule given by a table of betas. The network is called with n = t (steps - 1)."""
 
     path: Interpolant
     steps: int
     prediction: Prediction
-    zero_snr: bool  # no data at the last time
+    zero_snr: bool  # zero terminal SNR: x_t is pure noise at the last time
     family: Family = "vp"
 
 
 @dataclass(frozen=True)
 class LinearSchedule:
-    """The network is called with time_scale t. Inverted: with time_scale (1 - t), and it gives minus the velocity."""
+    """The linear path. The network is called with time_scale t.
+
+    inverted: it is called with time_scale (1 - t), and its output is the negative velocity.
+    """
 
     time_scale: float
     inverted: bool = False
@@ -173,7 +185,7 @@ class LinearSchedule:
 
 @dataclass(frozen=True)
 class EdmSchedule:
-    """Karras et al. 2022, with sigma from sigma_min to sigma_max."""
+    """The schedule of EDM (Karras et al. 2022, arXiv 2206.00364), with sigma from sigma_min to sigma_max."""
 
     sigma_data: float
     sigma_min: float
@@ -186,7 +198,10 @@ Schedule = VpSchedule | LinearSchedule | EdmSchedule
 
 
 def read(path: Path, *, strict: bool = True) -> Schedule:
-    """The schedule that a scheduler_config.json describes. strict: refuse options that are not known here."""
+    """Reads the schedule of a scheduler_config.json. Raises InputError if its class or options are not supported.
+
+    strict: also raise InputError for options that are not in `Options`, instead of ignoring them.
+    """
     config = parse(path)
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in KINDS:
@@ -216,7 +231,7 @@ def read(path: Path, *, strict: bool = True) -> Schedule:
 
 
 def classes() -> str:
-    """The scheduler classes that are read, by family."""
+    """A list of the supported scheduler classes by family, for messages."""
     families: dict[str, list[str]] = {}
     for name, kind in KINDS.items():
         families.setdefault(kind.family, []).append(name)

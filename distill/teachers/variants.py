@@ -1,4 +1,4 @@
-"""The names of weight files: plain, of a variant like fp16, whole or in shards with an index; and of adapters."""
+"""The names of weight files: with or without a variant such as fp16, single or sharded; and the names of adapters."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -7,15 +7,13 @@ from distill.core.errors import InputError
 from distill.teachers.read import short
 
 STEM = "diffusion_pytorch_model"
-WEIGHTS = re.compile(  # STEM.safetensors, STEM.fp16.safetensors, STEM.fp16-00001-of-00002.safetensors, and an index
+WEIGHTS = re.compile(  # STEM.safetensors, STEM.fp16.safetensors, STEM.fp16-00001-of-00002.safetensors, or an index
     rf"{STEM}(?:\.(?P<variant>[A-Za-z0-9_]+))?(?:-\d+-of-\d+)?\.safetensors|"
     rf"{STEM}\.safetensors\.index(?:\.(?P<of>[A-Za-z0-9_]+))?\.json"
 )
-PREFERRED = ("", "fp32", "fp16", "bf16")  # of several variants the first that is there; "" is the plain file
+PREFERRED = ("", "fp32", "fp16", "bf16")  # if there are several variants, the first of these; "": no variant
 SUFFIXES = r"\.(?:safetensors|bin|pt|pth|ckpt)"
-LORA = (
-    r"(?i:(?:.*[^a-z])?lora(?:[^a-z].*)?)|.*[a-z]L(?:oRA|ora|ORA)(?:[^a-z].*)?"  # as a word, which exploration has not
-)
+LORA = r"(?i:(?:.*[^a-z])?lora(?:[^a-z].*)?)|.*[a-z]L(?:oRA|ora|ORA)(?:[^a-z].*)?"  # as a word: not in "exploration"
 ADAPTER = re.compile(rf"(?:{LORA}|(?i:adapter_model))(?i:{SUFFIXES})", re.DOTALL)
 PICKLED = re.compile(rf"{STEM}(?:\.(?P<variant>[A-Za-z0-9_]+))?(?:-\d+-of-\d+)?\.bin")
 MERGE = (
@@ -25,15 +23,16 @@ MERGE = (
 
 
 def one_of(names: Iterable[str], where: str) -> list[str]:
-    """Of the names in a model folder, those of its weights in one variant: the plain one, else the most precise.
+    """Selects the weight files in a model folder, of one variant only: the first in `PREFERRED`, else the only one.
 
-    where: the folder, as a message calls it.
+    where: name of the folder in messages. Returns [] if there are no weights. Raises InputError if none of several
+    variants is preferred.
     """
     variants: dict[str, list[str]] = {}
     for name in sorted(names):
         if (found := WEIGHTS.fullmatch(name)) is not None:
             variants.setdefault(found["variant"] or found["of"] or "", []).append(name)
-    for variant, inside in variants.items():  # what is there whole is not read in shards
+    for variant, inside in variants.items():  # a single file is preferred to shards
         whole = [name for name in inside if name.endswith(".safetensors") and "-of-" not in name]
         variants[variant] = whole or inside
     for variant in PREFERRED:
@@ -48,15 +47,15 @@ def one_of(names: Iterable[str], where: str) -> list[str]:
 
 
 def listing(names: Iterable[str]) -> str:
-    """The names in a folder, for a message."""
+    """Lists the names in a folder for a message."""
     listed = sorted(short(name, 60) for name in names)
     return ", ".join(listed[:6]) + (", ..." if len(listed) > 6 else "") if listed else "nothing"
 
 
 def no_weights(names: Sequence[str], where: str, source: str) -> InputError:
-    """What to say of a folder with these names in it, among which `one_of` finds none.
+    """Makes the InputError for a folder with these file names, none of which `one_of` selects.
 
-    where: the folder, as a message calls it; source: the first arguments of from_pretrained() that load it.
+    where: name of the folder in the message. source: the first arguments of the from_pretrained() call that loads it.
     """
     others = sorted(name for name in names if re.fullmatch(f".*{SUFFIXES}", name, re.DOTALL))
     safe = [name for name in others if name.endswith(".safetensors")]

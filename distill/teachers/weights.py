@@ -1,7 +1,7 @@
-"""A network from its config and its safetensors files, where every weight is there, finite and of its shape.
+"""Makes a network from its config and its safetensors files, and checks that all weights are present and valid.
 
-Names and shapes are compared before anything of that size is made, so what a config claims costs nothing. Only then is
-the network made, still without weights, and each file is loaded into it once.
+Names and shapes are compared first, on the meta device, so that a wrong config cannot allocate much memory. Then the
+network is made without weights, and each file is loaded into it once.
 """
 
 import hashlib
@@ -20,15 +20,15 @@ from distill.core.errors import InputError
 from distill.teachers.read import Config, short, unreadable
 from distill.teachers.variants import MERGE
 
-FLOATS = {"F64", "F32", "F16", "BF16"}  # as safetensors names them
-WRAPPERS = ("_orig_mod.", "module.")  # of torch.compile and of parallel training
+FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of floating-point dtypes
+WRAPPERS = ("_orig_mod.", "module.")  # name prefixes added by torch.compile and by (distributed) data parallel training
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # attention in diffusers before 0.15
-ADAPTED = ("lora_", "_lora.", ".lora.", ".base_layer.", ".base_model.")  # in names, after a dot, of adapted weights
+ADAPTED = ("lora_", "_lora.", ".lora.", ".base_layer.", ".base_model.")  # parts of "." + name of adapted weights
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A weight in a file."""
+    """The header entry of a weight in a safetensors file."""
 
     file: Path
     name: str
@@ -39,20 +39,21 @@ class Stored:
 def network(
     folder: Path, config: Config, network_class: type[ModelMixin], files: Sequence[Path]
 ) -> tuple[ModelMixin, list[str]]:
-    """A network in float32 on the CPU, all of whose weights come from the files, and the SHA-256 of each file.
+    """Loads a network in float32 on the CPU. Returns it with the SHA-256 of each file.
 
-    config: of `folder`, and checked.
+    config: the validated config.json of `folder`. Raises InputError if config and weights do not fit together, or if a
+    weight is not finite.
     """
     known = inspect.signature(network_class.__init__).parameters
     own = {key: value for key, value in config.items() if key in known or key == "_class_name"}
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in _built(folder, own, network_class).state_dict().items()}
     found = _fitting(folder, _stored(files), shapes)
-    # Buffers that are in no file keep what the network computes; what it draws is thrown away.
+    # Buffers that are in no file keep their computed values. The random state is restored after initialization.
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
         empty = _built(folder, own, network_class)
     digests = [_load(empty, path, found) for path in files]
-    empty.register_to_config(_name_or_path="")  # a student that starts here must not carry this machine's paths
+    empty.register_to_config(_name_or_path="")  # so that the config of a student does not contain local paths
     return empty, digests
 
 
@@ -66,7 +67,7 @@ def _built(folder: Path, config: Config, network_class: type[ModelMixin]) -> Mod
 
 
 def _stored(files: Sequence[Path]) -> list[Stored]:
-    """The weights in the files."""
+    """Reads the headers of the files."""
     found: list[Stored] = []
     for path in files:
         try:
@@ -82,7 +83,7 @@ def _stored(files: Sequence[Path]) -> list[Stored]:
 
 
 def _plain(name: str) -> str:
-    """A name without `_orig_mod.`, which stands before each part that was compiled, and `module.` at its head."""
+    """Removes the prefixes of wrappers from a name: every `_orig_mod.`, and each `module.` at the start."""
     name = name.replace(WRAPPERS[0], "")
     while name.startswith(WRAPPERS[1]):
         name = name.removeprefix(WRAPPERS[1])
@@ -90,7 +91,10 @@ def _plain(name: str) -> str:
 
 
 def _fitting(folder: Path, stored: Sequence[Stored], expected: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
-    """What is stored by the names that the network has; InputError where it is not the same, or there twice."""
+    """Maps the names of the network's weights to the stored weights.
+
+    Raises InputError if weights are missing, unknown or duplicate, or have a wrong shape or dtype.
+    """
     found: dict[str, Stored] = {}
     for each in stored:
         name = _renamed(_plain(each.name), expected)
@@ -125,7 +129,7 @@ def _fitting(folder: Path, stored: Sequence[Stored], expected: Mapping[str, tupl
 
 
 def _renamed(name: str, expected: Mapping[str, tuple[int, ...]]) -> str:
-    """A name as diffusers has it now."""
+    """Converts a name from old versions of diffusers to the current name."""
     if name in expected:
         return name
     block, _, kind = name.rpartition(".")
@@ -134,10 +138,10 @@ def _renamed(name: str, expected: Mapping[str, tuple[int, ...]]) -> str:
 
 
 def _load(network: ModelMixin, path: Path, found: Mapping[str, Stored]) -> str:
-    """Load the weights of one file into a network that has none, in float32: the SHA-256 of the file.
+    """Loads the weights of one file, in float32, into a network without weights. Returns the SHA-256 of the file.
 
-    InputError where a weight is not finite. The digest is taken right after the file is loaded, while the system still
-    has it in memory, so that the disk reads it once.
+    The digest is computed right after loading, while the file is in the page cache, so that it is read from disk once.
+    Raises InputError if a weight is not finite.
     """
     names = {name: each.name for name, each in found.items() if each.file == path}
     try:
@@ -150,7 +154,7 @@ def _load(network: ModelMixin, path: Path, found: Mapping[str, Stored]) -> str:
                     tensor = tensors.get_tensor(stored)
                     set_module_tensor_to_device(network, name, "cpu", tensor, dtype=torch.float32)
         loaded = network.state_dict(keep_vars=True)
-        for name in names:  # into memory of their own: the file may change while it is mapped
+        for name in names:  # copy the weights, because the memory-mapped file may change
             loaded[name].data = loaded[name].data.clone()
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -168,5 +172,5 @@ def _damaged(path: Path, error: Exception) -> InputError:
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first of many names."""
+    """Joins up to three names, with the number of the others."""
     return ", ".join(short(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,7 +1,7 @@
-"""How networks are described by their config.json and called: one file for each family of classes.
+"""Architectures: how to read the config.json of a family of network classes, and how to call these networks.
 
-A module of this package, or of the entry points of the group `distill.architectures`, has `ARCHITECTURE`, which fits
-`protocols.Architecture`. It is found by the name of the network's class.
+Each module of this package, and each entry point of the group `distill.architectures`, defines `ARCHITECTURE`, which
+implements `protocols.Architecture`. An architecture is found by the class name of the network.
 """
 
 import importlib
@@ -17,7 +17,10 @@ GROUP = "distill.architectures"
 
 @cache
 def known() -> dict[str, Architecture]:
-    """By the name of each class of networks; InputError for a package that gives none, or another's classes."""
+    """Maps the name of each network class to its architecture.
+
+    Raises InputError if an entry point has no valid `ARCHITECTURE`, or one for a class that another module describes.
+    """
     ours = [f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__)]
     found: dict[str, Architecture] = {}
     for module in [*ours, *sorted(point.module for point in entry_points(group=GROUP))]:

@@ -1,4 +1,4 @@
-"""Our networks of vectors."""
+"""The architecture of our networks for vectors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from distill.teachers.read import NetworkConfig, checked
 
 @dataclass(frozen=True)
 class Mlp:
-    """Vectors with class labels, or without. Fits `protocols.Architecture`."""
+    """Networks for vectors, with or without class labels. Implements `protocols.Architecture`."""
 
     classes: tuple[type[nn.Module], ...] = (VelocityMLP, FlowMapMLP, AccelerationMLP)
 
@@ -33,7 +33,7 @@ class Mlp:
         return class_labels(checked(NetworkConfig, content, path), path, null_class)
 
     def layers(self, network: nn.Module) -> Sequence[str]:
-        """Its layers: layers.0, layers.1, ..."""
+        """The names layers.0, layers.1, ..."""
         return [name for name, _ in network.named_modules() if name.startswith("layers.")]
 
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:

@@ -1,4 +1,4 @@
-"""Diffusers' UNet2DModel, and the networks of ours that are built on it."""
+"""The architecture of diffusers' UNet2DModel and of our networks that are derived from it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from distill.teachers.read import NetworkConfig, checked, short
 
 @dataclass(frozen=True)
 class UNet:
-    """Images of pixels with class labels, or without. Fits `protocols.Architecture`."""
+    """Networks for images in pixel space, with or without class labels. Implements `protocols.Architecture`."""
 
     classes: tuple[type[nn.Module], ...] = (
         UNet2DModel,
@@ -50,7 +50,7 @@ class UNet:
         return class_labels(checked(NetworkConfig, content, path), path, null_class)
 
     def layers(self, network: nn.Module) -> Sequence[str]:
-        """Its blocks: down_blocks.0, ..., mid_block, up_blocks.0, ..."""
+        """The names of the blocks: down_blocks.0, ..., mid_block, up_blocks.0, ..."""
         blocks = [name for name, _ in network.named_modules() if name.count(".") == 1]
         down, up = ([name for name in blocks if name.startswith(part)] for part in ("down_blocks.", "up_blocks."))
         return [*down, "mid_block", *up]
@@ -60,7 +60,10 @@ class UNet:
 
 
 def class_labels(config: NetworkConfig, path: Path, null_class: int | None) -> Conditioning:
-    """The real classes of a network: the null class, if there is one, is the last embedding."""
+    """The conditioning of a network on class labels. The null class, if there is one, must be the last embedding.
+
+    Raises InputError if `null_class` is any other, or if the network has another kind of class embedding.
+    """
     if config.class_embed_type is not None:
         raise InputError(
             f"{path}: class_embed_type {short(config.class_embed_type)} is not supported; valid: networks with "
