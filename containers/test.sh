@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# `make container-test`: build the CPU image from nothing, then distil a mixture in it. No image registry is asked:
-# debootstrap makes the base. Packages come from where this machine's own pip and apt get them.
+# `make container-test`: builds the CPU image from scratch, then distils a mixture in it. No image registry is used:
+# debootstrap makes the base image. Packages come from the sources that pip and apt use on this machine.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-NEEDED_GB=11  # 9.1 at most were counted: vfs copies whole file systems, for the image and for each container
+NEEDED_GB=11  # at most 9.1 GB were measured: vfs copies whole file systems, for the image and for each container
 SUITE=bookworm
 SUITE_PYTHON=3.11
 SHORT="stages.pairs.count=8192 stages.reflow.images=256000 stages.one_step.images=256000 stages.evaluate.samples=2048"
@@ -42,7 +42,7 @@ du --summarize --human-readable "$work/wheels" | cut -f 1
 
 step "the base: Debian $SUITE, by debootstrap"
 in_storage from --name base scratch
-# The mirror that this machine's apt uses for the suite, if any; else debootstrap's own.
+# The mirror that apt uses for this suite on this machine, if any; else the default of debootstrap.
 mirror=$(apt-get indextargets --format '$(REPO_URI)' "Codename: $SUITE" "Identifier: Packages" | head -n 1)
 quietly debootstrap --variant=minbase "$SUITE" "$(in_storage mount base)" ${mirror:+"$mirror"}
 in_storage commit --quiet --rm base localhost/base

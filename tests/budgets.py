@@ -1,14 +1,14 @@
-"""A pytest plugin: the CPU time of each test, the slowest twenty at the end of a run, and budgets.
+"""A pytest plugin: CPU time of each test, the twenty slowest tests at the end of a run, and CPU-time budgets.
 
-A recipe's tests may take 4 CPU seconds in all, a teacher class's 3; a run in which they take more fails. Which tests
-count for whom:
+The tests of a recipe may take 4 CPU seconds in total, those of a teacher class 3. A run in which they take more fails.
+Tests count for recipes and teacher classes as follows:
 
 - a test in a file that declares SUBJECTS counts for the recipes declared there, divided equally;
-- a test marked `costs("recipe NAME")` or `costs("teacher NAME")` counts for those that are named, divided equally;
-- tests marked `process`, `train` or `long` do not count: they don't run in `make check`.
+- a test marked `costs("recipe NAME")` or `costs("teacher NAME")` counts for these, divided equally;
+- tests marked `process`, `train` or `long` do not count, since they do not run in `make check`.
 
-CPU time is that of the test, its setup, its teardown and the child processes it waited for. Shared fixtures count for
-the first test that asks for them.
+The CPU time includes setup, teardown and the child processes that the test waited for. Shared fixtures count for the
+first test that uses them.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Small teachers in folders as diffusers writes them, and the stock loops whose images theirs must be."""
+"""Small teachers in folders in diffusers' format, and the standard sampling loops that the tests compare with."""
 
 import json
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""A real Slurm of several nodes on this machine: its own munged, slurmctld and slurmds, in a folder, until it is left.
+"""A real Slurm cluster of several nodes on this machine, with its own munged, slurmctld and slurmds. A context manager.
 
-Every node is a slurmd with a port of its own at 127.0.0.1, and claims CPUs and GPUs that need not exist. Partitions:
-batch (default), low (preempted by high, queued again), high.
+Each node is a slurmd with its own port at 127.0.0.1. The CPUs and GPUs that it declares need not exist. Partitions:
+batch (default), low (preempted by high and then requeued), high.
 """
 
 import getpass

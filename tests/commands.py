@@ -1,4 +1,4 @@
-"""The command line within this process: what it returns, what it prints."""
+"""Runs commands within the test process: their exit codes and output."""
 
 import functools
 import os

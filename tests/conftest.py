@@ -1,4 +1,4 @@
-"""Types are checked at run time, under test only; parts and skips of the suite are decided here."""
+"""Configuration of the test suite: run-time type checks, running the suite in parts, and skipped tests as failures."""
 
 import gc
 import os

@@ -1,7 +1,8 @@
-"""Slurm and ssh for the tests: this machine's own, or else what `make system` downloads and unpacks below .venv.
+"""Slurm and ssh for the tests: those of this machine, or packages that `make system` downloads and unpacks in .venv.
 
-Nothing is installed and no service is started, so root is not needed. The packages of Debian and Ubuntu also work where
-they are unpacked: a small script for each program sets LD_LIBRARY_PATH and says where the program's other files are.
+Nothing is installed and no service is started, so root is not needed. To run the packages of Debian and Ubuntu from
+another folder, there is a small script for each program. It sets LD_LIBRARY_PATH and the paths of the program's other
+files.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A real HTTP server of a folder that misbehaves as told."""
+"""A real HTTP server of a folder that can be told to fail in various ways."""
 
 import re
 import threading

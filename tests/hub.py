@@ -1,8 +1,7 @@
-"""A stand-in for the Hugging Face hub: folders served as repositories, over HTTP, on this machine alone.
+"""A local HTTP server that replaces the Hugging Face Hub in tests. It serves folders as repositories.
 
-It answers what `snapshot_download` and `load_dataset` ask, and fails in some of the ways in which a hub does. It is a
-proxy that leads nowhere, too: a process that has it as its proxy reaches no other host, and what it asks of others
-stands among the requests.
+It answers the requests of `snapshot_download` and `load_dataset`, and can fail in some ways in which the hub fails. It
+can also be set as the proxy of a process. It then answers no requests to other hosts, but records them.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Runs: made without being executed; and of the real command in processes of their own: start, kill, start again."""
+"""Runs for tests: created without being executed, or executed by the real command, which can be killed and resumed."""
 
 import json
 import os

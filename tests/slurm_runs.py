@@ -1,4 +1,4 @@
-"""Runs on a cluster: submitted, followed by their files, disturbed."""
+"""Runs on a cluster: submits them, follows them by their files, and disturbs them."""
 
 import getpass
 import os

@@ -1,4 +1,4 @@
-"""Student folders made in no time: right in every way that does not need a network to be loaded."""
+"""Student folders that are made quickly: valid in all checks that do not load a network."""
 
 import json
 import random

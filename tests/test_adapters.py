@@ -1,4 +1,4 @@
-"""Low-rank adapters: they start as their base, train alone, resume, and are merged before the export."""
+"""Low-rank adapters: they start as their base network, only they are trained, they resume, and export merges them."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""The teachers in closed form: identities I1-I7 of flow maps, quantiles against Runge-Kutta, exact data."""
+"""Closed-form teachers: identities I1-I7 of flow maps, quantiles against Runge-Kutta, exact data."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The rules of the house that matter, as tests: each message names the offender and the rule."""
+"""The architecture rules of this project, as tests. Each message names the file and the rule."""
 
 import ast
 import re

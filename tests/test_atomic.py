@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all: errors, full disks, kills at any moment, several processes at once."""
+"""Files and folders appear complete or not at all: errors, full disks, kills at any moment, many processes at once."""
 
 import os
 import signal

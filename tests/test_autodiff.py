@@ -1,4 +1,4 @@
-"""Directional derivatives: known answers, the order of differences, and both ways through networks of diffusers."""
+"""Directional derivatives: known answers, the order of finite differences, and both methods on diffusers' networks."""
 
 import math
 

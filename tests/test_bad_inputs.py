@@ -1,7 +1,7 @@
-"""What a user can get wrong: exit code 2, one exact message, and nothing written.
+"""Mistakes of users: exit code 2, one exact message, and nothing is written.
 
-To add a case: a line in FIELDS (a change of the preset `digits`), FILES (the text of a spec), COMMANDS (arguments) or
-CHECKPOINTS (what is done to a sound teacher's folder). {tmp} stands for the current folder.
+To add a case, add a line to FIELDS (an override of the preset `digits`), FILES (the text of a spec), COMMANDS
+(arguments) or CHECKPOINTS (a change of a valid teacher's folder). {tmp} is replaced by the current folder.
 """
 
 import json

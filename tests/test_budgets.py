@@ -1,4 +1,4 @@
-"""Budgets of CPU time: whose tests are too slow fails the run, in one process and in several."""
+"""CPU-time budgets: a run fails if a subject's tests are too slow, in one process and in several."""
 
 import os
 import subprocess

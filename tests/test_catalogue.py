@@ -1,4 +1,4 @@
-"""recipes/README.md says what the recipes' docstrings say, and `distill recipes NAME` what a step costs."""
+"""recipes/README.md agrees with the recipes' docstrings, and `distill recipes NAME` shows the cost of an update."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, verified, kept, and what is said when one cannot be read or written."""
+"""Checkpoints: complete or absent, verified, kept, and the messages if one cannot be read or written."""
 
 import re
 import resource

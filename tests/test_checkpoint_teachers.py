@@ -1,5 +1,6 @@
-"""Teachers from checkpoints: our Euler solver on a scheduler's own grid makes the images of the stock scheduler, and a
-network that carries an oracle's exact prediction gives back the oracle's velocity."""
+"""Teachers from checkpoints: the Euler solver on the grid of a scheduler gives the images of that scheduler, and a
+network that predicts exactly gives the exact velocity.
+"""
 
 import json
 from types import SimpleNamespace

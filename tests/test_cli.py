@@ -1,4 +1,4 @@
-"""The commands that look and prepare: what they print, what they leave behind, how they refuse."""
+"""Commands that show or prepare something: their output, the files that they write, and what they refuse."""
 
 import inspect
 import json

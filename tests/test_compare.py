@@ -1,4 +1,4 @@
-"""`distill compare` by the real command: rehearsed, killed and resumed; its table agrees with the run's files."""
+"""`distill compare` with the real command: rehearsed, killed, resumed; its table agrees with the files of the run."""
 
 import json
 

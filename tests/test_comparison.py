@@ -1,4 +1,4 @@
-"""A comparison of recipes: its spec, its lengths, its table and figure, and what each mistake is told."""
+"""Comparisons of recipes: their spec, lengths, table and figure, and the message for each mistake."""
 
 import json
 import math

@@ -1,5 +1,5 @@
-"""Every recipe there is, through everything that is asked of one. What is particular to a recipe, the ring's trainings
-and its closed-form checks, is declared as SUBJECTS in the test file of its folder.
+"""Runs all conformance checks on every recipe. What is specific to a recipe, such as its trainings on the ring and its
+closed-form checks, is declared as SUBJECTS in the test file of its folder.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The containers' files, read as text: what is built from them is a matter of `make container-test`."""
+"""The container files, read as text. `make container-test` builds an image from them."""
 
 import itertools
 import os

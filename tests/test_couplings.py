@@ -1,4 +1,4 @@
-"""Couplings (reflow sheet 1, T20): each against brute force or its closed form, and flow matching under them."""
+"""Couplings (reflow sheet 1, T20): each against brute force or its closed form, and flow matching with them."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""A curve of any length is drawn by two thousand points that look the same, and read in bounded memory."""
+"""A curve of any length is drawn with two thousand points that look the same, and is read with bounded memory."""
 
 import json
 import math

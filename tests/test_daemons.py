@@ -1,4 +1,4 @@
-"""`make system`: programs of packages are unpacked and work, and nothing else changes. The packages are made here."""
+"""`make system`: programs in packages are unpacked and work, and nothing else changes. The tests make the packages."""
 
 import hashlib
 import os

@@ -1,4 +1,4 @@
-"""A damaged run hides no other, and is one clear error itself: whatever one of its files holds, or is."""
+"""A damaged run does not hide other runs and gives one clear error, whichever of its files is damaged."""
 
 import json
 import os

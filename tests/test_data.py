@@ -1,4 +1,4 @@
-"""Real data: what becomes of an image, a stream any number of processes reads alike, and what is refused."""
+"""Real data: conversion of images, a stream that is the same for any number of processes, and what is refused."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""A teacher that is larger than the memory it may take: the same pairs and results, and nothing left behind."""
+"""A teacher that is larger than its memory limit: pairs and results are the same, and no temporary files are left."""
 
 import pytest
 import torch

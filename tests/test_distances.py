@@ -1,4 +1,4 @@
-"""Distances: closed forms, LPIPS against its own package, and the conversion of a trunk."""
+"""Distances: closed forms, LPIPS against its original package, and the conversion of a trunk."""
 
 import importlib.util
 import math

@@ -1,4 +1,4 @@
-"""Randomness: the same numbers for any number of ranks, in any order, and the laws they are drawn from."""
+"""Random numbers: the same for any number of ranks and in any order, and their distributions."""
 
 import hashlib
 import re

@@ -1,4 +1,4 @@
-"""Averages of weights: the known answer of the recurrence, half-lives that are half-lives, fp32."""
+"""Exponential moving averages of weights: the known result of the recurrence, half-lives, fp32."""
 
 import pytest
 import torch

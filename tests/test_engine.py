@@ -1,4 +1,4 @@
-"""The loop: the same bits as a bare PyTorch loop, whose turn it is, where it stops, and how it resumes."""
+"""The training loop: bitwise equal to a plain PyTorch loop, turns of networks, stopping and resuming."""
 
 import math
 import re

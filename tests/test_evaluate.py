@@ -1,4 +1,4 @@
-"""Evaluation: known answers for a teacher in closed form, one noise for all rows, and a kill costs one row."""
+"""Evaluation: known results for a closed-form teacher, the same noise for all rows; a kill loses at most one row."""
 
 import io
 import json

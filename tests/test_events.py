@@ -1,4 +1,4 @@
-"""Events of a run in a file for each process that writes any: merged by time, from either end, in bounded memory."""
+"""Events of a run, with one file per process: merged by time, read from either end, in bounded memory."""
 
 import json
 import resource

@@ -1,4 +1,4 @@
-"""A student folder: the same bytes for the same weights, plain diffusers loads it, and nothing half-written is left."""
+"""Student folders: the same bytes for the same weights, loaded by plain diffusers, and never partly written."""
 
 import functools
 import os

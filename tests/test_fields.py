@@ -1,4 +1,4 @@
-"""Fields that wrap fields: guidance is exact and counted, a change of schedule is the same ODE."""
+"""Velocity fields that wrap other fields: guidance is exact and counted; a change of schedule gives the same ODE."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What a run would cost, said before it runs: disk as it will be, time as calls of a network."""
+"""The forecast of a run's cost: disk space in bytes, and time from measured network calls."""
 
 import time
 from dataclasses import replace

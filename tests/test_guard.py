@@ -1,4 +1,4 @@
-"""What reaches a terminal."""
+"""Text that reaches a terminal has no control characters."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A store of people who do not know each other: what is broken or hostile in it harms nobody else and is named once."""
+"""A store with invalid or malicious content: it does not affect other students, and is reported once."""
 
 import json
 import os

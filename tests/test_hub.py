@@ -1,5 +1,5 @@
-"""Hub ids, over real HTTP: what the hub serves from a folder is what the folder itself gives, and the cache gives the
-same when the hub is gone. Processes of their own, since the environment is read when the libraries are imported.
+"""Hub ids over real HTTP: a repository gives the same as its folder, and the cache gives the same without the hub. Each
+test uses its own process, since the libraries read the environment when they are imported.
 """
 
 import json

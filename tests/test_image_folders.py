@@ -1,4 +1,4 @@
-"""What a folder of images is: which have classes, which are refused, and what is said to do."""
+"""Folders of images: which have classes, which are refused, and the hints in the messages."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The index of a set of images: what it keeps, when it is made again, and what is found only when images are used."""
+"""The image index: its content, when it is made again, and which errors are found only when images are read."""
 
 import hashlib
 import json

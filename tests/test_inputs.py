@@ -1,6 +1,6 @@
-"""Inputs of a run, fetched over real HTTP before its job would be queued, and read by the job without a network.
+"""Inputs of a run: fetched over real HTTP before its job is submitted, and read by the job without a network.
 
-Processes of their own, since the environment is read when the libraries are imported.
+Each test uses its own process, since the libraries read the environment when they are imported.
 """
 
 import hashlib

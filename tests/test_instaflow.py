@@ -1,4 +1,4 @@
-"""InstaFlow (reflow sheet 3): a student of guided pairs, called without guidance, on classes that are Gaussians."""
+"""InstaFlow (reflow sheet 3): a student of guided pairs, called without guidance, for Gaussian classes."""
 
 import math
 

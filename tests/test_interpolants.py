@@ -1,4 +1,4 @@
-"""The schedules: their derivatives, conversions and maps, and that a time of another shape than [B] is refused."""
+"""Interpolants: derivatives, conversions and maps, and that times of another shape than [B] are refused."""
 
 import math
 

@@ -1,5 +1,5 @@
-"""Other environments than this one, each made from nothing as a user does: every Python that is found on this machine
-with its locked packages, the newest release of everything, and the oldest torch that is allowed. Each takes 6 GB.
+"""Other environments, each created from scratch: every Python on this machine with its locked packages, the newest
+release of every package, and the oldest supported torch. Each needs 6 GB.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""What a run keeps of its jobs, without Slurm: limits, ends, leads, claims of units, parts of pairs."""
+"""Records of cluster jobs, without Slurm: limits, ends, lead times, claims of units, parts of pairs."""
 
 import re
 import signal

@@ -1,4 +1,4 @@
-"""Real processes that train two networks, killed and stopped at random moments: the end is the undisturbed one's."""
+"""Processes that train two networks, killed and stopped at random moments: the result is that of an undisturbed one."""
 
 import random
 import re

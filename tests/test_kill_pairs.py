@@ -1,4 +1,4 @@
-"""kill -9 at random moments of a process that makes pairs: what is there is whole, and the end is byte-identical."""
+"""kill -9 at random moments while pairs are made: existing files are complete, the final files byte-identical."""
 
 import contextlib
 import json

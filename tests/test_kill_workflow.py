@@ -1,4 +1,4 @@
-"""A whole workflow, killed once in every stage: the students are the undisturbed run's, byte for byte."""
+"""A whole workflow, killed once in every stage: the students are byte-identical to those of an uninterrupted run."""
 
 import os
 import signal

@@ -1,6 +1,6 @@
-"""How the parent of a run behaves, alone or over ranks: exit codes, signals, deaths; and what a rank itself leaves out.
+"""The parent process of a run, with one process or several ranks: exit codes, signals, killed processes.
 
-In the place of `distill stage` stands a process that does what the test tells it: the parent is what is tested.
+A fake process that follows the instructions of the test replaces `distill stage`, since only the parent is tested.
 """
 
 import json

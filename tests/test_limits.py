@@ -1,4 +1,4 @@
-"""What is more than anybody means is refused before any work, and what the system refuses is one message."""
+"""Values far beyond any real use are refused before any work, and system errors give one message."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Logs are printed from a place that is found by reading in pieces, without what a terminal would obey."""
+"""Logs are read in blocks and printed from an offset, without characters that control a terminal."""
 
 import tracemalloc
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Memory of a rank: the prediction by hand, and what is counted while autograd keeps it."""
+"""Memory of a rank: the prediction against a calculation by hand, and the measurement while autograd keeps tensors."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
-"""`launch.micro_batch: auto`: what is chosen where memory is short, that it is kept, and that its numbers are those of
-the same micro-batch given. Memory is short because the recipe asks torch for more than any machine has.
+"""`launch.micro_batch: auto`: which size is chosen if memory is short, that it is kept, and that the numbers equal
+those with the same size given explicitly. Memory is short because the recipe requests more than any machine has.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Somebody else's package adds a teacher architecture, a condition, a solver and a recipe, with no edit in distill/."""
+"""An external package adds a teacher architecture, a condition, a solver and a recipe, without changes in distill/."""
 
 import configparser
 import math

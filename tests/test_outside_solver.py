@@ -1,4 +1,4 @@
-"""A solver of a package that is installed: used by its name, with no edit in distill/, or refused in one sentence."""
+"""A solver of an installed external package: used by its name, without changes in distill/, or refused clearly."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Pairs: known ends, byte-identical files whatever interrupted them, refusals, and a stream without gaps."""
+"""Pairs: known ends, byte-identical files after any interruption, refusals, and a stream without gaps."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""`distill pairs` as a user types it: of a teacher, and the shards of a spec by many processes."""
+"""The command `distill pairs`: for a teacher, and for a spec whose shards are made by several processes."""
 
 import json
 import subprocess

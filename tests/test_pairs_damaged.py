@@ -1,4 +1,4 @@
-"""Folders of pairs that are damaged or made to harm: each is one message that names the file, and nothing hangs."""
+"""Damaged or malicious folders of pairs: each gives one message that names the file, and nothing blocks."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Paths of every kind, stored and read: known ends on Gaussians, and what the numbers are worth."""
+"""All kinds of paths, stored and read: known ends for Gaussian data, and the accuracy of the numbers."""
 
 import dataclasses
 import json

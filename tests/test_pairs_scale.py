@@ -1,4 +1,4 @@
-"""What pair sets cost as they grow: work is counted (calls, bytes, files), not timed."""
+"""The cost of growing pair sets: work is counted (calls, bytes, files), not timed."""
 
 import inspect
 import sys

@@ -1,4 +1,4 @@
-"""The numbers of training: the published generator, the law, and the same bits however they are asked for."""
+"""The random numbers of training: the published generator, the distribution, the same bits in any order."""
 
 import hashlib
 import itertools

@@ -1,4 +1,4 @@
-"""Two planes: what each command imports, and that the bare wheel is the control plane."""
+"""Imports of commands: those that compute nothing do not import torch, and the base wheel needs few packages."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The presets as they ship, through the real command: the bar on digits, recovery on the ring."""
+"""The presets, run by the real command: the required quality on digits, and recovery of the ring."""
 
 import pytest
 from runs import distill

@@ -1,4 +1,4 @@
-"""What reaches a terminal, and what happens where nothing can be printed."""
+"""Output to a terminal, and the behaviour if nothing can be printed."""
 
 import json
 import logging

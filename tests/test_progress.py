@@ -1,4 +1,4 @@
-"""Stop requests and progress: what is counted, what is said, what is written."""
+"""Stop requests and progress: what is counted, printed and recorded."""
 
 import os
 import pty

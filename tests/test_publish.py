@@ -1,4 +1,4 @@
-"""Publishing students: versions that never change, an index that several publishers write, model cards that say all."""
+"""Publishing of students: versions that never change, an index with several writers, complete model cards."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Pulling students: over real HTTP that breaks in every way, resumed, refused by name, and never half there."""
+"""Pulling of students over real HTTP with all kinds of failures: resumed, refused by name, and never partly written."""
 
 import hashlib
 import json

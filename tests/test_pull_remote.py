@@ -1,4 +1,4 @@
-"""Pulling over ssh from Debian's sshd on loopback, from an object store (moto), and from a stand-in for the hub."""
+"""Pulling over ssh from a local sshd, from an object store (moto), and from a local replacement of the hub."""
 
 import getpass
 import os

@@ -1,5 +1,5 @@
-"""Ranks that train together over gloo, as real processes: the numbers of one process, whatever is divided; killed and
-told to stop at any moment, they end in the undisturbed run's bits.
+"""Ranks that train together over gloo, as real processes. Whatever is sharded, the numbers are those of one process.
+After a kill or a stop at any moment, the result is bitwise equal to an uninterrupted run.
 """
 
 import json

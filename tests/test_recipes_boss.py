@@ -1,4 +1,4 @@
-"""boss at its exact solution (reflow sheet, 13): K long steps that land on the teacher's fine path."""
+"""Recipe boss at its exact solution (reflow sheet, 13): K long steps that end on the teacher's fine path."""
 
 from itertools import pairwise
 

@@ -1,4 +1,4 @@
-"""caf on Gaussian pairs (reflow sheet T16): paths of constant acceleration, exact in any number of steps."""
+"""Recipe caf on Gaussian pairs (reflow sheet T16): paths of constant acceleration, exact for any number of steps."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""consistency at its exact solution (sheet consistency 1.8): zero at the flow map, the order of a teacher's step."""
+"""Recipe consistency at its exact solution (sheet consistency 1.8): zero at the flow map, order of a teacher step."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""consistency_fm at its exact solutions (reflow sheet 11, T15), on the Gaussian oracle."""
+"""Recipe consistency_fm at its exact solutions (reflow sheet 11, T15), for Gaussian data."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""flow_matching, reflow and one_step at their exact solutions (reflow sheet T06, T07), on the Gaussian oracle."""
+"""Recipes flow_matching, reflow and one_step at their exact solutions (reflow sheet T06, T07), for Gaussian data."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""rf_plus_plus at its exact solution (reflow sheet 4: T07, T09), on the Gaussian oracle."""
+"""Recipe rf_plus_plus at its exact solution (reflow sheet 4: T07, T09), for Gaussian data."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""dmd2 on Gaussians (sheet score 0.4): the student's gradient is that of the KL divergence."""
+"""Recipe dmd2 on Gaussians (sheet score 0.4): the gradient of the student is that of the KL divergence."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""shortcut and meanflow at their exact solutions (sheets consistency 5.5 and 6.1)."""
+"""Recipes shortcut and meanflow at their exact solutions (sheets consistency 5.5 and 6.1)."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""simple_reflow at its exact solution and in its parts (reflow sheet 5: T09, T10), on the Gaussian oracle."""
+"""Recipe simple_reflow at its exact solution, and its parts (reflow sheet 5: T09, T10), for Gaussian data."""
 
 import math
 

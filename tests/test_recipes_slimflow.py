@@ -1,4 +1,4 @@
-"""slimflow on Gaussians (reflow sheet T14): the annealed coupling, its optimal velocity, and guidance at rest at v2."""
+"""Recipe slimflow on Gaussians (reflow sheet T14): annealed coupling, optimal velocity, zero guidance loss at v2."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""perflow, proreflow, seqrf and rectified_diffusion at their exact solutions (reflow sheet 6-9, T11-T13)."""
+"""Recipes perflow, proreflow, seqrf and rectified_diffusion at their exact solutions (reflow sheet 6-9, T11-T13)."""
 
 import math
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""A mixture in the plane, recovered through the real engine, from pairs on disk by reflow and then one step."""
+"""A mixture in the plane is recovered with the real training engine, from stored pairs: by reflow, then in one step."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""`distill reflow` as a user runs it: rounds straighten the ring's flow, and kills cost nothing but time."""
+"""The command `distill reflow`: rounds straighten the flow of the ring, and kills cost only time."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The report is one file that says what the run's files say, at any moment of a run."""
+"""The report is one file that agrees with the files of the run, at any moment of the run."""
 
 import base64
 import html

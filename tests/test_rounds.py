@@ -1,4 +1,4 @@
-"""Rounds of reflow: the spec that one round becomes, and what each mistake is told."""
+"""Rounds of reflow: the spec that is made from one round, and the message for each mistake."""
 
 import json
 from itertools import pairwise

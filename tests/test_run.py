@@ -1,4 +1,4 @@
-"""A run from its spec to its students, by the real command: small, over vectors, with a recipe of the user's own."""
+"""A small run on vectors from its spec to its students, by the real command, with a recipe of the user."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""`distill run --procs N`, as a user types it: killed, told to stop, gone on with in other numbers of processes."""
+"""The command `distill run --procs N`: killed, stopped, and resumed with other numbers of processes."""
 
 import json
 import os

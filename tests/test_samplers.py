@@ -1,4 +1,4 @@
-"""Samplers of students over the exact field and flow map: exact jumps, exact marginals, N calls from t = 1 to 0."""
+"""Samplers with the exact velocity field and flow map: exact jumps, exact marginals, N calls from t = 1 to 0."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Saving while training goes on: what is copied, what waits for what, and how a failure is told."""
+"""Saving during training: what is copied, what waits for what, and how a failure is reported."""
 
 import json
 import re

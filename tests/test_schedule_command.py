@@ -1,4 +1,4 @@
-"""`distill schedule`, and the times that `sample` and `eval` are given, as a user types them."""
+"""The command `distill schedule`, and the step times of `sample` and `eval`."""
 
 import json
 import math

@@ -1,5 +1,6 @@
-"""Scheduler configs as schedules: every option of every class is classified, every class gives the field of diffusers'
-own loop, and whatever would change the path is honoured or refused."""
+"""Scheduler configs: every option of every class is classified, every class gives the field of diffusers' own loop, and
+options that would change the path are respected or refused.
+"""
 
 import ast
 import importlib.util

@@ -1,4 +1,4 @@
-"""Step times of least summed error: against all choices there are, on paths whose costs are known."""
+"""Step times with the smallest summed error: compared with all possible choices, on paths with known costs."""
 
 import dataclasses
 import itertools

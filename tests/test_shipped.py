@@ -1,4 +1,4 @@
-"""The code in student folders: complete, clean, and that of the samplers, word for word."""
+"""The code in student folders: complete, clean, and identical to the code of the samplers."""
 
 import ast
 import inspect

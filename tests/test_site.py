@@ -1,4 +1,4 @@
-"""A cluster's file, and the scripts that it shapes, without Slurm."""
+"""Site files of clusters, and the scripts that are made with them, without Slurm."""
 
 import subprocess
 import sys

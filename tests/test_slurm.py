@@ -1,4 +1,4 @@
-"""Runs on a real Slurm of two nodes: whatever disturbs a run, it ends by itself in the same student, to the bit."""
+"""Runs on a real Slurm cluster of two nodes: after any disturbance, a run ends by itself with the same student."""
 
 import pytest
 import slurm_runs

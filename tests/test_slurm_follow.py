@@ -1,4 +1,4 @@
-"""`distill status`, `logs`, `cancel` and `doctor --site` on a real Slurm, and on one that has died."""
+"""`distill status`, `logs`, `cancel` and `doctor --site` with a real Slurm, and with one that no longer answers."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A teacher by hub id on a cluster: fetched where the job is submitted, read where nothing can be fetched."""
+"""A teacher by hub id on a cluster: fetched when the job is submitted, and read on nodes without network access."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Rounds of reflow on a real Slurm of two nodes: the same students as on one machine, the pairs as arrays."""
+"""Rounds of reflow on a real Slurm cluster of two nodes: the same students as on one machine; job arrays make pairs."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`distill submit` on a real Slurm: what it refuses before anything is queued, and that it never queues twice."""
+"""`distill submit` with a real Slurm: what it refuses before anything is queued, and that it never queues twice."""
 
 import json
 import os

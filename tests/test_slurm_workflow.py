@@ -1,4 +1,4 @@
-"""Workflows on a real Slurm: the same bytes as on one machine, whatever fails or is stopped on the way."""
+"""Workflows on a real Slurm cluster: the same bytes as on one machine, after any failure or stop."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Solvers: the order they declare, exact answers on straight and Gaussian paths, cost, straightness."""
+"""Solvers: the declared order, exact results on straight and Gaussian paths, cost, straightness."""
 
 import math
 from functools import partial

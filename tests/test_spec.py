@@ -1,4 +1,4 @@
-"""Specs: read strictly, explained when wrong, written so that they read back the same."""
+"""Specs: strict validation, clear errors, and output that reads back as the same spec."""
 
 import json
 

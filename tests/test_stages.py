@@ -1,4 +1,4 @@
-"""Stages of a run within this process: where it stops, what students say of themselves, what a resume refuses."""
+"""Stages of a run within the test process: where they stop, what student cards say, what a resume refuses."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all; a run is executed by one process at a time, whatever was killed before."""
+"""Files are written atomically, and only one process at a time executes a run, even after kills."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""What evaluations of rounds say of them: in the terminal, in the report, and when errors add up."""
+"""What is reported about rounds of reflow: in the terminal, in the report, and the warning if errors add up."""
 
 import re
 

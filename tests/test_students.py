@@ -1,4 +1,4 @@
-"""Networks of students: deterministic, of the right form, refused where they cannot work."""
+"""Networks of students: deterministic, of the right kind, and refused where they cannot work."""
 
 import dataclasses
 import math

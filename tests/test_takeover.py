@@ -1,4 +1,4 @@
-"""Claims of processes that cannot be looked up, of other containers and hosts: renewed, given up, taken over."""
+"""Claims of processes in other containers and hosts, which cannot be looked up: renewed, given up, taken over."""
 
 import json
 import os

@@ -1,5 +1,6 @@
-"""Folders as people have them: variants, wrapped names, adapters, training folders, parts of pipelines, and files that
-hold what no checkpoint holds. Each is read as what it is, or refused in one message that names the file and the key."""
+"""Folders of teachers as users have them: variants, wrapped names, adapters, training folders, parts of pipelines, and
+files with unexpected content. Each is read correctly, or refused with one message that names the file and the key.
+"""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Time laws against their stated densities, stratification, and the grids of samplers."""
+"""Distributions of times against their stated densities, stratification, and the time grids of samplers."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""`distill sample`, `eval`, `pairs`, `report` and `export` on the students of a run, as a user types them."""
+"""The commands `distill sample`, `eval`, `pairs`, `report` and `export` on the students of a run."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A spec as a DAG: every impossible or effectless combination has its message, and the presets have none."""
+"""A spec as a DAG: each impossible or ineffective combination has its message, and the presets have none."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""One rank among others: its rows, and what it makes of a lost connection. Collectives are tested in test_ranks."""
+"""One rank among others: its rows, and how it handles a lost connection. test_ranks tests collectives."""
 
 import pytest
 import torch

@@ -1,1 +1,1 @@
-"""The command line: Typer commands over the control plane; torch is imported only where something is computed."""
+"""The command line, made of Typer commands. torch is imported only by commands that compute something."""

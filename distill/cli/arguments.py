@@ -1,4 +1,4 @@
-"""Parses the arguments of commands: students, teachers, data, devices, lists of numbers."""
+"""Parses arguments of commands: students, teachers, data, devices, lists of numbers. Invalid ones raise InputError."""
 
 import json
 import math
@@ -23,7 +23,7 @@ StageModel = TypeVar("StageModel", bound=BaseModel)
 
 
 def numbers(option: str, text: str) -> list[int]:
-    """Whole numbers with commas between them."""
+    """Parse comma-separated whole numbers."""
     found = [number for part in text.split(",") if (number := whole_number(part.strip())) is not None]
     if len(found) != text.count(",") + 1:
         raise InputError(f"{option} {short(text)}: whole numbers with commas between them are expected, like 1,2,4")
@@ -31,7 +31,7 @@ def numbers(option: str, text: str) -> list[int]:
 
 
 def steps(option: str, text: str) -> list[int]:
-    """Numbers of steps with commas between them."""
+    """Parse comma-separated numbers of steps."""
     found = numbers(option, text)
     if not all(1 <= number <= MAX_STEPS for number in found):
         raise InputError(f"{option} {short(text)}: numbers of steps are at least 1, and at most {MAX_STEPS:,}")
@@ -39,7 +39,7 @@ def steps(option: str, text: str) -> list[int]:
 
 
 def fractions(option: str, text: str) -> list[float]:
-    """Numbers with commas between them."""
+    """Parse comma-separated finite numbers."""
     try:
         found = [float(part) for part in text.split(",")]
         if all(map(math.isfinite, found)):
@@ -52,7 +52,7 @@ def fractions(option: str, text: str) -> list[float]:
 
 
 def times(option: str, text: str) -> list[float]:
-    """Times from noise to data with commas between them."""
+    """Parse comma-separated times, which must go down from 1 (noise) to 0 (data)."""
     found = fractions(option, text)
     if not is_path(found):
         raise InputError(f"{option} {short(text)}: times go from 1 down to 0, like 1,0.6,0")
@@ -60,7 +60,7 @@ def times(option: str, text: str) -> list[float]:
 
 
 def stage(model: type[StageModel], content: dict[str, Any]) -> StageModel:
-    """A stage from options, validated like one in a spec; messages name the options."""
+    """A stage from options, validated strictly as in a spec. Messages name the options."""
     try:
         return model.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
@@ -69,13 +69,13 @@ def stage(model: type[StageModel], content: dict[str, Any]) -> StageModel:
 
 
 def as_option(mistake: str) -> str:
-    """What is wrong with a field, as what is wrong with its option."""
+    """A message about a field, rewritten to name the option of the field."""
     field, _, rest = mistake.partition(":")
     return f"--{field.replace('_', '-')}:{rest}"
 
 
 def device(name: str) -> "torch.device":
-    """The device that --device names."""
+    """The device for a value of --device."""
     from distill.execution import devices
 
     if name not in ("auto", "cpu", "cuda"):
@@ -84,12 +84,12 @@ def device(name: str) -> "torch.device":
 
 
 def is_yaml(given: str) -> bool:
-    """Whether it is YAML itself and not a name."""
+    """Whether the text is a YAML mapping and not a name."""
     return given.lstrip().startswith("{")
 
 
 def student(given: str, store: Path) -> Path:
-    """A student folder by its path, or by RUN/STAGE."""
+    """The folder of a student, given as a path or as RUN/STAGE."""
     run, _, stage = given.rpartition("/")
     for folder in (Path(given), store / run / "students" / stage) if run else (Path(given),):
         if (folder / "distill.json").is_file():
@@ -101,7 +101,7 @@ def student(given: str, store: Path) -> Path:
 
 
 def teacher(given: str, store: Path) -> TeacherSpec:
-    """A teacher by YAML, by RUN/STAGE, or by a checkpoint's folder or hub id."""
+    """A teacher, given as YAML, as RUN/STAGE, or as the folder or hub id of a checkpoint."""
     run, _, stage = given.rpartition("/")
     content: object = {"path": given}
     if is_yaml(given):
@@ -116,13 +116,13 @@ def teacher(given: str, store: Path) -> TeacherSpec:
 
 
 def data(given: str) -> DataSpec:
-    """Data by the name of their kind, or by YAML."""
+    """Real data, given as the name of its kind or as YAML."""
     content = yamltext.parse(given, "--data") if is_yaml(given) else {"kind": given}
     return _part({"data": content}).data
 
 
 def _part(content: dict[str, object]) -> RunSpec:
-    """A spec that has one part only, checked. Its paths are those of a spec in the current folder."""
+    """A validated spec with a teacher or data only. Its paths are relative to the current folder."""
     spec = specfile.located(specfile.validate({"name": "options", "stages": {}, **content}, "options"), [Path.cwd()])
     mistakes = list(checks.teacher_mistakes(spec))
     if mistakes:

@@ -1,4 +1,4 @@
-"""`distill init` and `distill recipes`: presets and recipes to start from."""
+"""`distill init` and `distill recipes`: write the spec of a preset, and list presets and recipes."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -52,7 +52,7 @@ def recipes(
             print_table(["recipe", "can need", "what it is"], [[d.name, ", ".join(d.needs), d.summary] for d in found])
             say("show one: distill recipes NAME")
         return
-    module = registry.load(name, here)  # so that what is shown can also be run
+    module = registry.load(name, here)  # raises if the recipe cannot be imported
     described = registry.describe(name, here)
     if json:
         print_json(asdict(described) | {"sampler": module.Recipe.sampler})

@@ -1,4 +1,4 @@
-"""What commands share: where the store is, and how tables, sizes and JSON are printed."""
+"""Helpers of several commands: settings such as the store, and output as tables or JSON."""
 
 import json
 import math
@@ -30,14 +30,14 @@ SETTINGS = ("site", "store")
 
 
 def config_path() -> Path:
-    """The user's settings, a YAML file."""
+    """Path of the user's settings, a YAML file."""
     home = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")  # noqa: PTH111  (no home: no error)
     return Path(home) / "distill" / "config.yaml"
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The value of a setting, and where it comes from."""
+    """The value of a setting and its source, like "--store"."""
 
     value: str
     source: str
@@ -68,7 +68,7 @@ def store_setting(option: str | None) -> Setting:
 
 
 def store_path(option: str | None) -> Path:
-    """The store as a folder; InputError if it is a URL."""
+    """The store as a local folder. InputError if it is a URL or not usable as a folder."""
     return _folder(store_setting(option))
 
 
@@ -86,7 +86,7 @@ def _folder(setting: Setting) -> Path:
             "pulled; this needs a folder: give one with --store"
         )
     path = expanded(setting.value)
-    if not is_text(str(path.absolute())):  # safetensors could not open its files, nor Slurm be given its name
+    if not is_text(str(path.absolute())):  # neither safetensors nor Slurm could use such a path
         raise InputError(
             f"the store {ascii(str(path.absolute()))} (from {setting.source}) holds a control character, or bytes that "
             "are not UTF-8; choose another with --store"
@@ -97,7 +97,7 @@ def _folder(setting: Setting) -> Path:
 
 
 def configuration() -> dict[str, str]:
-    """The user's settings."""
+    """The user's settings: name -> value; empty without a file. InputError if the file is not valid."""
     path = config_path()
     if not path.is_file():
         return {}
@@ -116,14 +116,17 @@ def configuration() -> dict[str, str]:
 
 
 def is_place(value: object, setting: str = "store") -> bool:
-    """Whether it is an absolute path or, of the store, a URL."""
+    """Whether the value is an absolute path or, for the setting `store`, a URL."""
     if not isinstance(value, str):
         return False
     return (setting == "store" and transports.is_url(value)) or expanded(value).is_absolute()
 
 
 def read_share(option: str, text: str, first: int) -> tuple[int, int]:
-    """I and N of I/N, the I-th of N: read as counted from `first`, given as counted from 0."""
+    """Parse I/N, part I of N, and return (index from 0, N). InputError if it is malformed.
+
+    first: the smallest valid I, that is, whether the user counts from 0 or from 1.
+    """
     number, count = (whole_number(part) for part in text.partition("/")[::2])
     if number is None or count is None or not first <= number < count + first:
         last = "N" if first == 1 else "N - 1"
@@ -132,7 +135,7 @@ def read_share(option: str, text: str, first: int) -> tuple[int, int]:
 
 
 def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """A plain table; columns named in `right` are aligned to the right."""
+    """Print a plain table. right: names of the columns that are right-aligned."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
@@ -146,12 +149,12 @@ def print_table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Se
 
 
 def one_line(text: str) -> str:
-    """Text for a comment of a file: what cannot be printed, including line breaks, becomes a space."""
+    """Text with every unprintable character, including line breaks, replaced by a space; for comments in files."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def check_out(out: Path) -> None:
-    """InputError unless the folder --out can be written, or made; nothing is made yet."""
+    """Raise InputError unless the folder --out is writable or can be created. It is not created yet."""
     try:
         existing = next(path for path in [out.absolute(), *out.absolute().parents] if path.exists())
         if not existing.is_dir():
@@ -163,7 +166,7 @@ def check_out(out: Path) -> None:
 
 
 def print_json(content: Any) -> None:  # noqa: ANN401
-    """Print JSON; numbers that are not finite, as a loss may be, become null."""
+    """Print JSON. Numbers that are not finite, as a loss may be, become null."""
     say(json.dumps(_finite(content), indent=2, allow_nan=False))
 
 
@@ -176,14 +179,14 @@ def _finite(content: Any) -> Any:  # noqa: ANN401
 
 
 def size(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder."""
+    """Size of a file, or of all files in a folder, in bytes. Links inside a folder are not counted."""
     if path.is_file():
         return path.stat().st_size
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file() and not file.is_symlink())
 
 
 def near(path: Path) -> str:
-    """A path as a user would type it: relative if it is below the current folder."""
+    """A path for messages: relative if it is inside the current folder."""
     here = Path.cwd()
     shown = path.relative_to(here) if path.is_relative_to(here) and path != here else path
-    return str(shown).replace("\n", " ")  # a name from elsewhere must not look like a line of ours
+    return str(shown).replace("\n", " ")  # a file name must not be able to add a line to a message

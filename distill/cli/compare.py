@@ -1,4 +1,4 @@
-"""`distill compare`: several recipes on the same teacher, data and minutes of training."""
+"""`distill compare`: trains several recipes on the same teacher, data and minutes, and compares them."""
 
 import shlex
 import sys
@@ -99,7 +99,7 @@ def _planned(
 def _again(
     folder: Path, given: str, changes: list[str], name: str | None, asked: Sequence[str] | None, minutes: float | None
 ) -> "tuple[RunPaths, distill.spec.model.RunSpec]":
-    """A comparison to resume, if the given options agree with it."""
+    """The run and spec of a comparison to resume. InputError if the given options do not agree with it."""
     from distill.plans import budget
     from distill.reports import comparison_table
 
@@ -146,7 +146,7 @@ def _record(
 
 
 def _say(record: "distill.reports.comparison_table.Comparison") -> None:
-    """Print what each recipe will use, before the run starts."""
+    """Print the expected cost of each recipe, before the run starts."""
     from distill.reports import comparison_table
 
     rows = []

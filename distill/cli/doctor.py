@@ -1,4 +1,4 @@
-"""`distill doctor`: what this machine has, what is missing, and how to get it."""
+"""`distill doctor`: checks this machine or a cluster, and says how to fix what is missing."""
 
 import importlib.util
 import os
@@ -27,7 +27,7 @@ TRAIN = (
     *("torch", "torchvision", "diffusers", "datasets", "safetensors", "numpy", "scipy", "scikit-learn"),
     *("deepspeed", "lpips", "matplotlib", "pillow", "pot"),
 )
-FREE = 2e9  # bytes that a quickstart and a few checkpoints take with ease
+FREE = 2e9  # bytes; enough for the quickstart and a few checkpoints
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def doctor(
 
 
 def _cluster(path: Path | None, store: Path, nodes: int, gpus: int, partition: str | None, json: bool) -> None:
-    """What each process of a small job sees, and what is wrong with it."""
+    """Run a small job on the cluster, and print what each of its processes found and which problems there are."""
     from distill.cli import arguments
     from distill.launch import queue, sitecheck, sites
     from distill.spec.model import SlurmSpec
@@ -141,7 +141,7 @@ def _packages() -> list[Finding]:
 
 
 def _partners() -> list[Finding]:
-    """A torchvision that was built for another torch: with it diffusers, and so every run, fails."""
+    """Check that torchvision was built for the installed torch. Otherwise diffusers, and so every run, would fail."""
     if any(importlib.util.find_spec(name) is None for name in ("torch", "torchvision")):
         return []
     try:
@@ -175,7 +175,7 @@ def _threads() -> Finding:
 
 
 def _store(folder: Path) -> list[Finding]:
-    """Whether the store can be written, or made, and what is free there; it is not made."""
+    """Check that the store is writable or can be created, and its free space. It is not created."""
     existing = next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
     try:
         with tempfile.NamedTemporaryFile(dir=existing):

@@ -1,4 +1,4 @@
-"""`distill status` and `logs`: the progress of runs, here and on a cluster, and the logs of their processes."""
+"""`distill status` and `logs`: the progress of runs, on this machine or a cluster, and the logs of their processes."""
 
 import re
 import time
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     import distill.runs.log_files
 
 WATCH_SECONDS = 5.0
-POLL = 0.5  # seconds between looks at a log
+POLL = 0.5  # seconds between two reads of a log
 MOMENT = "%Y-%m-%d %H:%M:%S"
-LINES = 1000  # of a log that are printed where nothing else is asked for
+LINES = 1000  # default number of lines of a log that are printed
 RANK_LOG = re.compile(
     r"(?:(?P<stage>.+?)(?:\.parts(?:\.\d+)?)?\.)?rank-(?P<rank>[0-9]+)\.log"
-)  # of a machine: no stage
+)  # without a stage for a run on one machine
 JOB_LOG = re.compile(r"(?P<stage>.+?)(?:\.parts)?\.\d+(?:_\d+)?\.job\.log")
 AGO = re.compile(r"([0-9]{1,9})(s|min|m|h|d)")
 UNITS = {"s": "seconds", "m": "minutes", "min": "minutes", "h": "hours", "d": "days"}
@@ -183,7 +183,7 @@ def logs(
 
 
 def _begin(path: Path, since: datetime | None, lines: int | None) -> tuple[int, str]:
-    """Where to start in a log, and a text about what is left out."""
+    """(offset in a log at which to start, text about what is left out)."""
     from distill.runs import log_files
 
     with records.open_regular(path) as file:
@@ -196,13 +196,16 @@ def _begin(path: Path, since: datetime | None, lines: int | None) -> tuple[int, 
 
 
 def _files(paths: RunPaths) -> list[Path]:
-    """All logs of a run, by name."""
+    """All logs of a run, sorted by name."""
     found = (paths.logs / name for name in records.names(paths.logs) if name.endswith(".log"))
     return [path for path in found if path.is_file()]
 
 
 def _choose(paths: RunPaths, rank: int, stage: str | None) -> list[Path]:
-    """The newest log of a job, and the rank's, of one stage."""
+    """The logs to print for a stage: the newest log of its jobs, and the logs of the rank.
+
+    stage: None: the one with the newest log. Raises InputError if there is no such log.
+    """
     files = _files(paths)
     ranks = {path: match for path in files if (match := RANK_LOG.fullmatch(path.name))}
     jobs = {path: match for path in files if (match := JOB_LOG.fullmatch(path.name))}
@@ -228,7 +231,7 @@ def _choose(paths: RunPaths, rank: int, stage: str | None) -> list[Path]:
 
 
 def _first_failure(paths: RunPaths) -> "distill.runs.log_files.Failure | None":
-    """The earliest traceback in the logs of the jobs' newest attempts."""
+    """The earliest traceback in the logs, without those of earlier attempts of jobs; None if there is none."""
     from distill.runs import jobs, log_files
 
     began: dict[str, str] = {}  # by the logs' names up to the rank
@@ -249,7 +252,7 @@ def _first_failure(paths: RunPaths) -> "distill.runs.log_files.Failure | None":
 
 
 def _await(paths: RunPaths) -> None:
-    """Wait until there is a log, or no process that would write one."""
+    """Wait until there is a log, or until no process of the run is left."""
     while not _files(paths) and _is_live(paths):
         time.sleep(WATCH_SECONDS)
 

@@ -1,4 +1,4 @@
-"""`distill submit` and `cancel`: a run as jobs in Slurm's queue."""
+"""`distill submit` and `cancel`: submit a run as Slurm jobs, and stop it."""
 
 import json
 import os
@@ -93,7 +93,7 @@ OneJobOption = Annotated[
 
 @dataclass(frozen=True)
 class JobOptions:
-    """The options of a submission; None and False: not given. The names are those of the options."""
+    """The options of a submission, by their names. None and False mean: not given."""
 
     nodes: int | None
     gpus_per_node: int | None
@@ -107,7 +107,7 @@ class JobOptions:
     one_job: bool
 
     def changes(self) -> list[str]:
-        """The options as changes of a spec."""
+        """The options as overrides of a spec."""
         given = {
             "launch.nodes": self.nodes,
             "launch.slurm.gpus_per_node": self.gpus_per_node,
@@ -121,7 +121,7 @@ class JobOptions:
             "launch.slurm.one_job": True if self.one_job else None,
         }
         return [
-            f"{field}={json.dumps(value, ensure_ascii=False)}"  # text, as it stands
+            f"{field}={json.dumps(value, ensure_ascii=False)}"  # quoted, so that text is not parsed as another type
             for field, value in given.items()
             if value is not None
         ]
@@ -179,13 +179,13 @@ def submit(
 
 
 def check_code(code: str) -> None:
-    """InputError unless it is a valid value of --code."""
+    """Raise InputError unless it is a valid value of --code."""
     if code not in ("run", "current"):
         raise InputError(f"--code {code}: {suggest(code, ['run', 'current'])}")
 
 
 def found_site(option: Path | None) -> "distill.launch.sites.SiteSource":
-    """The site file to use."""
+    """The site to use, from the option or the user's settings."""
     from distill.launch import sites
 
     return sites.load(expanded(site_setting(option).value))
@@ -194,7 +194,7 @@ def found_site(option: Path | None) -> "distill.launch.sites.SiteSource":
 def submit_new(
     folder: Path, source: "distill.spec.specfile.SpecSource", site: "distill.launch.sites.SiteSource", code: str
 ) -> None:
-    """Create the run of a spec, and queue all its stages."""
+    """Create the run of a spec, and submit all its stages."""
     from distill.execution import prefetch
     from distill.launch import queue, snapshot
     from distill.runs import claims
@@ -204,7 +204,7 @@ def submit_new(
     ready = start.checked(source, here=False, store=folder)
     _say_memory(ready)
     source = replace(source, spec=ready.resolved.spec)
-    del ready  # which holds networks
+    del ready  # frees its networks
     found = prefetch.resolve(source.spec, folder)
     more = {f"code/{path}": content for path, content in snapshot.files().items()} if code == "run" else {}
     run = start.create(folder, source, {**more, **prefetch.record(found)})
@@ -225,7 +225,7 @@ def submit_again(
     site: "distill.launch.sites.SiteSource",
     code: str,
 ) -> None:
-    """Queue what is neither done nor queued; InputError unless the run's spec is `source`."""
+    """Submit the stages that are neither done nor queued. InputError if the spec differs in more than `launch`."""
     from distill.execution import prefetch
     from distill.launch import queue
     from distill.runs import claims, jobs, todo
@@ -242,7 +242,7 @@ def submit_again(
             )
             longer = source.spec.launch.model_copy(update={"slurm": slurm.model_copy(update={"lead_seconds": lead})})
             source = replace(source, spec=source.spec.model_copy(update={"launch": longer}))
-        trains = code != "run" or not run.code.exists()  # else the version that the run has kept does
+        trains = code != "run" or not run.code.exists()  # else the jobs use the copy of the package in the run
         content = start.go_on(run, source, here=False, live=[job.id for job in live], trains=trains)
         parted = queue.parted(run, content, live)
         under_way = {name for job in live for name in job.stages}.difference(parted)
@@ -274,7 +274,7 @@ def _say_queued(
 def _where(
     run: RunPaths, from_hub: Collection[str], site: "distill.launch.sites.SiteSource", code: str
 ) -> "distill.launch.script.Where":
-    """from_hub: which inputs of the run were fetched for its jobs."""
+    """The settings that the jobs share. from_hub: the inputs of the run that come from the hub."""
     from distill.execution import prefetch
     from distill.launch import environment
     from distill.launch.script import Where
@@ -283,7 +283,7 @@ def _where(
 
 
 def _keep_code(run: RunPaths, code: str) -> None:
-    """Add the copy of the package to a run that was made without it."""
+    """Add the copy of the package to a run that has none, if --code is "run"."""
     from distill.launch import snapshot
 
     if code != "run" or run.code.exists():
@@ -322,7 +322,7 @@ def _dry_run(
 
 
 def _say_memory(ready: "distill.execution.preflight.Ready") -> None:
-    """Print the memory of training, as far as it is known before anything runs."""
+    """Print the predicted memory of each training; activations are not included."""
     from distill.execution.estimate import estimate
 
     found = estimate(ready)

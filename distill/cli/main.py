@@ -1,4 +1,4 @@
-"""The command `distill`: its subcommands, and how errors are shown."""
+"""The command `distill`: its subcommands and error handling."""
 
 import errno
 import os
@@ -45,10 +45,10 @@ from distill.core.text import printable, short
 from distill.launch import tasks
 from distill.runs.progress import stamp
 
-EXIT_PIPE = 141  # the reader of the output has exited, as `head` does; shells use the same code for SIGPIPE
-UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]  # Typer's, or click's before
+EXIT_PIPE = 141  # the reader of stdout has exited, as `head` does; shells use the same code for SIGPIPE
+UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assignment]  # of Typer; click in old versions
 
-# What the user can do about an error of the system; those that are not here are no fault of what was given.
+# What the user can do about a system error. Errors that are not listed are not caused by the user's input.
 REMEDIES = {
     errno.ENAMETOOLONG: "give a shorter name",
     errno.ENOENT: "is it spelt right, and still there?",
@@ -118,10 +118,10 @@ def _options(
 
 
 def main(arguments: Sequence[str] | None = None, tell: Callable[[object], None] | None = None) -> int:
-    """Run a command and return its exit code. Errors of the user are one message; all others keep their traceback.
+    """Run a command and return its exit code. Expected errors are printed as one message; others keep their traceback.
 
-    tell: of a process among several, which takes its messages; an error of the system keeps its traceback there, and
-    everywhere one that comes out of a user's own recipe, whose author needs to see where.
+    tell: prints a message; given for a rank or a process of a job. System errors then keep their traceback. Those
+    raised in a user's own recipe always do, since its author needs to see where.
     """
     printing.prepare()
     code = 0
@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None, tell: Callable[[object], None] 
             say_error(f"error: {message}")
         try:
             sys.stdout.flush()
-        except OSError:  # it was stdout that could not be written
+        except OSError:  # stdout cannot be written
             printing.abandon()
     return code
 
@@ -181,7 +181,7 @@ def _refuse_usage(error: Exception) -> int:
 
 
 def _left(leaving: SystemExit, tell: Callable[[object], None]) -> int:
-    """The exit code of a process that something in it ended: Typer, or a recipe, which must not do so."""
+    """The exit code after SystemExit, which is raised by Typer, or by a recipe, which is an error."""
     if isinstance(leaving.__context__, BrokenPipeError):
         raise leaving.__context__
     last = traceback.extract_tb(leaving.__traceback__)[-1]
@@ -195,7 +195,7 @@ def _left(leaving: SystemExit, tell: Callable[[object], None]) -> int:
 
 
 def _is_of_recipe(error: OSError) -> bool:
-    if "distill.spec.registry" not in sys.modules:  # then no recipe was loaded
+    if "distill.spec.registry" not in sys.modules:  # no recipe was loaded
         return False
     from distill.spec import registry
 
@@ -203,7 +203,7 @@ def _is_of_recipe(error: OSError) -> bool:
 
 
 def described(error: OSError) -> tuple[str, int]:
-    """A message for a system error, and the exit code: 2 if another name or place would help."""
+    """(message, exit code) for a system error. The exit code is 2 if another path or name would help."""
     places = [short(str(each)) for each in (error.filename, error.filename2) if each is not None]
     reason = error.strerror or str(error) or type(error).__name__
     if error.errno == errno.ENOENT and not places and not _has_folder():
@@ -222,10 +222,10 @@ def _has_folder() -> bool:
 
 
 def run() -> NoReturn:
-    """`main`, and the end of its process.
+    """Run `main` and exit; the entry point of the program.
 
-    A rank ends at once, without taking the interpreter down: threads of gloo and NCCL that are still there abort it
-    (one time in ten with torch 2.14) after all the work is done. A process of a cluster's job records how it ended.
+    A rank exits with os._exit, without a normal interpreter shutdown: remaining threads of gloo and NCCL can abort it
+    (one time in ten with torch 2.14) after all the work is done. A process of a cluster job records how it ended.
     """
     in_job = tasks.is_task()
     if in_job:
@@ -244,7 +244,7 @@ def run() -> NoReturn:
             sys.exit(code)
         _leave(code)
 
-    try:  # not by sys.excepthook, which both Typer and torch make theirs
+    try:  # sys.excepthook is not used, since both Typer and torch replace it
         code = main(tell=tell if is_rank else None)
     finally:
         error = sys.exception()
@@ -264,6 +264,6 @@ def _leave(code: int) -> NoReturn:
 
 
 def _tell(message: object) -> None:
-    with suppress(OSError):  # reported by the last flush
+    with suppress(OSError):  # `main` handles this error at its last flush
         sys.stdout.flush()
     say_error(message)

@@ -1,4 +1,4 @@
-"""`distill pairs`: the paths of a teacher, solved and stored; those of a spec also by many processes."""
+"""`distill pairs`: solves a teacher's paths and stores them. Several processes can share the work."""
 
 import os
 from collections.abc import Mapping
@@ -109,7 +109,7 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
 
 
 def _refuse_empty(share: tuple[int, int] | None, stage: "distill.spec.model.Stage") -> None:
-    """InputError for a part without any shard."""
+    """Raise InputError for a part without shards."""
     from distill.spec import pairspec
     from distill.spec.model import PairsStage
 
@@ -210,7 +210,7 @@ def _of_spec(
 
 
 def _told(folder: Path) -> str:
-    """How much of a set is complete, and its quality."""
+    """A text that says how much of a set is complete, and how good it is."""
     from distill.pairs import manifest
 
     found = manifest.read(folder)
@@ -232,7 +232,10 @@ def _told(folder: Path) -> str:
 def _run(
     store: Path, given: str, changes: list[str], name: str | None, *, make: bool
 ) -> tuple[RunPaths, "distill.spec.model.RunSpec"]:
-    """The run of a spec: an existing one, or one made now by the first of several processes; or only its name."""
+    """(run, spec): an existing run, or a new one. Several processes may call this at once; the first creates the run.
+
+    make: if False, the run is not created.
+    """
     if not start.is_run(store, given):
         source = start.find(given, changes, name)
         paths = RunPaths(store.absolute() / source.spec.name)
@@ -243,7 +246,7 @@ def _run(
                 return start.begin(store, source), source.spec
             except InputError:
                 if not paths.spec.is_file():
-                    raise  # it was not that another process has made it
+                    raise  # the error is not that another process created the run first
     paths, again = start.find_again(store, given, changes, name)
     return paths, start.go_on(paths, again, trains=False)
 

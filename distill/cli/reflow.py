@@ -1,4 +1,4 @@
-"""`distill reflow`: rounds of reflow from a spec of one, here or on a cluster, and what they would cost."""
+"""`distill reflow`: runs rounds of reflow from a spec of one round, and estimates their cost."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -150,7 +150,7 @@ def _refuse_without_slurm(asked: jobs.JobOptions, site: Path | None, code: str) 
 
 @dataclass(frozen=True)
 class _Find:
-    """The spec of all rounds, from that of one round."""
+    """Finds the spec of one round, and expands it to all rounds."""
 
     plan: "distill.plans.rounds.RoundsPlan"
 
@@ -172,7 +172,7 @@ class _Find:
 def _dry_run(
     folder: Path, source: "distill.spec.specfile.SpecSource", site: "distill.launch.sites.SiteSource | None"
 ) -> None:
-    """What the run would do: its stages, about how long they take, and what they write; its jobs, if on a cluster."""
+    """Print the stages of the run with an estimate of their time and disk use, and its jobs if on a cluster."""
     from distill.execution import forecast
     from distill.launch import queue
     from distill.plans import planning
@@ -185,7 +185,7 @@ def _dry_run(
     costs = forecast.forecast(ready, here=site is None)
     rows = []
     for step in planning.steps(ready.resolved):
-        cost = costs.get(step.name)  # none: its networks are not known yet
+        cost = costs.get(step.name)  # None: its networks are not known yet
         about = ["-", "-"] if cost is None else [f"about {duration(cost.seconds)}", human(cost.bytes)]
         rows.append([step.name, step.what, step.work, ", ".join(step.needs), *about])
     taken = "  (a run of this name exists: distill reflow needs --name OTHER or --resume)" if run.root.exists() else ""

@@ -1,4 +1,4 @@
-"""`distill list`, `show` and `clean`: what is in the store. No torch, nothing computed."""
+"""`distill list`, `show` and `clean`: list, show and clean up runs. Does not import torch."""
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import distill.reports.run_status
     import distill.spec.model
 
-CELL, MESSAGE = 100, 1000  # letters of a cell of a table, of a message that a file holds
-MANY = 50  # numbers of a stage or a student
+CELL, MESSAGE = 100, 1000  # longest cell of a table, longest message from a file, in characters
+MANY = 50  # at most this many numbers of a stage or a student are printed
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run in the store, or its folder.")]
 
 
@@ -49,12 +49,15 @@ def list_runs(store: StoreOption = None, json: JsonOption = False) -> None:
 
 
 def stages_done(done: int, run: "distill.reports.run_status.RunStatus") -> str:
-    """2/5; "" if the number of stages is unknown."""
+    """Text like 2/5; "" if the number of stages is unknown."""
     return f"{done}/{len(run.stages)}" if run.stages else ""
 
 
 def print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]], letters: int = CELL) -> None:
-    """A table of one line for each row, however many: rich needs a millisecond for each. letters: of a cell."""
+    """Print a table with one line per row. rich is not used, since it needs a millisecond per row.
+
+    letters: longest cell in characters.
+    """
     clean = [[one_line(cell, letters) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(headers, *clean, strict=True)]
     for row in (headers, ["\u2500" * width for width in widths], *clean):
@@ -62,7 +65,7 @@ def print_rows(headers: Sequence[str], rows: Sequence[Sequence[str]], letters: i
 
 
 def warn_of_damage(runs: "Iterable[distill.reports.run_status.RunStatus]") -> None:
-    """A line for each run whose files cannot be read, with the reason."""
+    """Print a warning for each run whose files cannot be read, with the reason."""
     from distill.reports import run_status
 
     for each in runs:
@@ -71,7 +74,7 @@ def warn_of_damage(runs: "Iterable[distill.reports.run_status.RunStatus]") -> No
 
 
 def headline(name: str, state: str, message: str, changed: float | None) -> str:
-    """A run in one line, whatever its files say."""
+    """A run in one line: name, state, message, time since the last event."""
     from distill.reports import run_status
 
     why = f": {one_line(message, MESSAGE)}" if message else ""
@@ -79,7 +82,7 @@ def headline(name: str, state: str, message: str, changed: float | None) -> str:
 
 
 def numbers(found: Mapping[str, float]) -> str:
-    """Numbers by name; of very many the first."""
+    """Names and numbers as one line; at most `MANY`."""
     shown = [f"{one_line(name)} {value:.4g}" for name, value in islice(found.items(), MANY)]
     return "  ".join([*shown, "..."] if len(found) > MANY else shown)
 
@@ -118,7 +121,7 @@ def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) 
 
 
 def print_results(run: RunPaths) -> None:
-    """The table of each evaluation that a run has, of its rounds of reflow, and of the recipes that it compares."""
+    """Print the tables of a run: of each evaluation, of its rounds of reflow, and of the recipes that it compares."""
     from distill.reports import comparison_table, rounds_table
     from distill.runs import results
 
@@ -187,14 +190,14 @@ def clean(
         return
     _refuse_if_queued(paths)
     with claims.claim(paths):
-        for name in wanted:  # first, so that whatever happens no stage counts as done without its pairs
+        for name in wanted:  # first, so that no stage counts as done without its pairs, even after a crash
             paths.stage(name).done.unlink()
             say(f"stage '{name}' has to be computed again, because an unfinished stage needs its pairs")
         for path in found:
             if path.is_dir() and path != paths.root:
                 shutil.rmtree(path)
             elif path != paths.root:
-                path.unlink()  # a claim that was renewed late left it
+                path.unlink()  # an empty file left by a late renewal, see `core.lease`
     if everything:
         shutil.rmtree(paths.root)
     folders = f"{len(found)} folder{'s' if len(found) > 1 else ''}"
@@ -222,7 +225,10 @@ def _clean_inputs(folder: Path, yes: bool) -> None:
 
 
 def _refuse_if_queued(paths: RunPaths) -> None:
-    """InputError while jobs of the run wait in a queue: they need what is there. Where there is no Slurm, none do."""
+    """Raise InputError if jobs of the run are queued or running, since they need its files.
+
+    If Slurm does not answer, only a warning is printed.
+    """
     from distill.launch import queue, slurm
 
     if not paths.jobs.is_dir():
@@ -248,8 +254,8 @@ def _wanted_pairs(run: RunPaths) -> list[str]:
 
 
 def _waste(root: Path, checkpoints: bool, pairs: bool) -> list[Path]:
-    """Folders that may be deleted: checkpoints of completed stages, pairs, claims of killed processes."""
-    found = [*root.glob(".dead-*"), *root.glob(".running-*")]  # the second of a kill while it claimed the run
+    """Paths that may be deleted: checkpoints of completed stages, pairs, claims of killed processes."""
+    found = [*root.glob(".dead-*"), *root.glob(".running-*")]  # .running-*: of a process killed while claiming the run
     for stage in sorted((root / "stages").glob("*")):
         if checkpoints and (stage / "done.json").exists() and (stage / "checkpoints").is_dir():
             found.append(stage / "checkpoints")
@@ -269,7 +275,7 @@ def _count(stage: "distill.reports.run_status.StageStatus") -> str:
 
 
 def _summary(spec: "distill.spec.model.RunSpec") -> list[str]:
-    """A spec in a few lines."""
+    """A summary of a spec in a few lines."""
     from distill.spec.model import CheckpointTeacher, PairsStage, TrainStage
 
     lines = [f"seed {spec.seed}, data {spec.data.kind}"]

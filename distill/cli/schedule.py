@@ -1,4 +1,4 @@
-"""`distill schedule`: the step times of least summed error; and the options --schedule and --times elsewhere."""
+"""`distill schedule`: finds the step times with the smallest error. Also the options --schedule and --times."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from distill.students.loaded import LoadedStudent
 
-MAX_FINE = 10_000  # of each pair of times of the grid there is a cost
+MAX_FINE = 10_000  # the number of costs is quadratic: one for each pair of times of the grid
 
 
 def schedule(
@@ -71,7 +71,7 @@ def schedule(
 
 
 def refuse_schedule(schedule: str, times: str | None) -> None:
-    """InputError for invalid values of --schedule and --times."""
+    """Raise InputError for invalid values of --schedule and --times."""
     if schedule not in ("uniform", "optimal"):
         raise InputError(f"--schedule {schedule}: {suggest(schedule, ['uniform', 'optimal'])}")
     if schedule == "optimal" and times is not None:
@@ -81,7 +81,10 @@ def refuse_schedule(schedule: str, times: str | None) -> None:
 def schedule_along(
     schedule: str, times: Sequence[float] | None, steps: int, store: Path, device: "torch.device"
 ) -> "Callable[[LoadedStudent], Sequence[float]] | None":
-    """The times of a student's steps, where they are not those that it has for so many."""
+    """A function that returns the step times for a student; None for its default times.
+
+    times: the value of --times. store: where optimal times are stored.
+    """
     from distill.students import sampling, step_times
 
     def find(student: "LoadedStudent") -> Sequence[float]:

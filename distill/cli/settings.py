@@ -1,4 +1,4 @@
-"""`distill config`: the user's settings, and where each comes from."""
+"""`distill config`: shows the user's settings with their sources, or changes one."""
 
 import re
 from pathlib import Path
@@ -29,16 +29,16 @@ def config(
         return
     found = {"site": site_setting(None), "store": store_setting(None)}
     rows = [[name, _shown(each.value), each.source] for name, each in found.items()]
-    print_rows(["setting", "value", "from"], rows, letters=4096)  # of a path: whole, on one line
+    print_rows(["setting", "value", "from"], rows, letters=4096)  # long enough for a whole path
 
 
 def _shown(value: str) -> str:
-    """A setting for people: a URL without its password."""
+    """A setting for messages: a URL is shown without its password."""
     return transports.shown(value) if transports.is_url(value) else value
 
 
 def _set(key: str, value: str) -> str:
-    """Write a setting; other lines of the file, including comments, are kept."""
+    """Validate and write a setting, and return its value. Other lines of the file, including comments, are kept."""
     from distill.core import yamltext
     from distill.core.atomic import write_atomic
     from distill.launch import sites
@@ -47,14 +47,14 @@ def _set(key: str, value: str) -> str:
         raise InputError(f"{key}: {ascii(value)} holds a control character, or bytes that are not UTF-8")
     if key == "site":
         value = str(expanded(value).absolute())
-        sites.load(Path(value))  # refused unless it is one
+        sites.load(Path(value))  # raises if it is not a valid site file
     elif transports.is_url(value):
-        transports.at(value)  # refused if it can be none
+        transports.at(value)  # raises if it is not a valid URL
     else:
         value = str(expanded(value).absolute())
         if Path(value).exists() and not Path(value).is_dir():
             raise InputError(f"{key}: {value} is a file; name a folder or a URL")
-    configuration()  # refused as long as the file is not in order
+    configuration()  # raises if the existing file is not valid
     path = config_path()
     lines = path.read_text().splitlines() if path.is_file() else []
     line = yamltext.dump({key: value}).strip()

@@ -1,4 +1,4 @@
-"""The hidden `distill stage` and `distill job`: what launchers start, on this machine and on a cluster's nodes."""
+"""The hidden commands `distill stage` and `distill job`, which launchers start on this machine or on cluster nodes."""
 
 import os
 import platform
@@ -33,7 +33,7 @@ def stage(
 ) -> None:
     """Compute stages of a run in this process; with RANK and WORLD_SIZE set, as one of several that train together.
 
-    torchrun and `accelerate launch --multi_gpu` set them, too.
+    torchrun and `accelerate launch --multi_gpu` set these variables too.
     """
     compute(run, names, None if part is None else read_share("--part", part, 0), lifeline, measure)
 
@@ -45,7 +45,10 @@ def compute(
     lifeline: int | None = None,
     measure: bool = False,
 ) -> None:
-    """`stage`, its arguments read. part: (i, n), of a pairs stage, the shards i, i + n, ... alone."""
+    """Compute stages of a run in this process; see `stage`.
+
+    part: (i, n): of a pairs stage, only the shards i, i + n, ...
+    """
     from distill.core import versions
     from distill.core.owners import Owner
     from distill.core.stop import StopRequest
@@ -62,7 +65,7 @@ def compute(
     with StopRequest() as stop:
         if lifeline is not None:
             local.watch(lifeline)
-        if int(os.environ.get("RANK", "0")) > 0:  # the first speaks and writes for all
+        if int(os.environ.get("RANK", "0")) > 0:  # only rank 0 claims the run and writes its events
             _compute(paths, spec, names, stop, measure)
             return
         me = Owner.this(*tasks.identity()) if tasks.is_task() else Owner.this()
@@ -81,7 +84,7 @@ def job(
     stages: Annotated[list[str], typer.Option("--stage")],
     part: PartOption = None,
 ) -> None:
-    """Be the process of a job in Slurm's queue: COMMAND, then a stage's name, starts its processes."""
+    """Run the main process of a Slurm job. COMMAND, followed by the run and a stage, starts the stage's processes."""
     from distill.launch import batch_job, tasks
 
     tasks.require("job")
@@ -132,7 +135,7 @@ def _refuse_other_world(spec: "distill.spec.model.RunSpec", names: Sequence[str]
 
 @contextmanager
 def _in_events(paths: RunPaths, names: list[str], measure: bool) -> Iterator[None]:
-    """The run's events say what began here, and how it ended."""
+    """Context manager that records in the run's events that this process began, and how it ended."""
     from distill.launch import ranks, tasks
 
     append_event(paths, "started", pid=os.getpid(), host=platform.node(), stages=names)
@@ -160,12 +163,12 @@ def _compute(
     stop: "distill.core.stop.StopRequest",
     measure: bool,
 ) -> None:
-    from distill.execution import devices, stages  # torch comes with it
+    from distill.execution import devices, stages  # imports torch
 
     if "WORLD_SIZE" not in os.environ:
         stop.raise_if_requested("nothing had begun")
         stages.run(paths, spec, names, stop, measure=measure)
-    else:  # none leaves before all have met: the others would wait for it
+    else:  # no stop before all ranks have joined, since the others would wait for this one
         from distill.training.world import World
 
         def lost(message: str) -> None:
@@ -174,7 +177,7 @@ def _compute(
 
         device = devices.place(spec.launch)
         os.environ.setdefault("DS_ACCELERATOR", device.type)
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # it would end us before we have said where
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # else NCCL kills the process before it reports
         world = World.join(device, spec.launch.collective_minutes, int(os.environ["LOCAL_RANK"]), lost)
         stages.run(paths, spec, names, stop, world, measure=measure)
 

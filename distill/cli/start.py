@@ -1,4 +1,4 @@
-"""From what a user names to a run in the store: found, checked, created or resumed. Nothing is computed here."""
+"""Finds specs and runs that the user names, validates specs, and creates runs or prepares to resume them."""
 
 import json
 import shlex
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def find(given: str, changes: Sequence[str], name: str | None) -> "distill.spec.specfile.SpecSource":
-    """A spec by the path of its file, or by the name of a preset."""
+    """Load a spec by the path of its file or the name of a preset. name: replaces the name of the run."""
     from distill.spec import specfile
 
     path, source = locate(given)
@@ -38,7 +38,7 @@ def find(given: str, changes: Sequence[str], name: str | None) -> "distill.spec.
 
 
 def locate(given: str) -> tuple[Path, str]:
-    """The file of a spec or of a preset, and what messages call it."""
+    """(file, name in messages) of a spec or a preset. InputError if there is none."""
     from distill.spec import presets
 
     if "=" in given and not Path(given).exists():
@@ -56,9 +56,10 @@ def locate(given: str) -> tuple[Path, str]:
 def checked(
     source: "distill.spec.specfile.SpecSource", *, here: bool = True, store: Path | None = None
 ) -> "distill.execution.preflight.Ready":
-    """The spec, resolved, once everything is known to fit that can be known before it runs.
+    """Resolve a spec, and check everything that can be checked before it runs, including its teacher and data.
 
-    here: it is to run on this machine, whose devices must do. store: where its images may be indexed already.
+    Raises InputError if a check fails. here: it will run on this machine, so its devices are checked too.
+    store: the store, which may already have an index of the images.
     """
     from distill.spec import checks
 
@@ -69,7 +70,7 @@ def checked(
         raise InputError(
             f"launch.nodes={spec.launch.nodes}: distill run uses one machine; use distill submit, or launch.nodes=1"
         )
-    from distill.execution import devices, preflight  # torch comes with it
+    from distill.execution import devices, preflight  # imports torch
 
     if here:
         from distill.execution import devices
@@ -79,13 +80,13 @@ def checked(
 
 
 def begin(folder: Path, source: "distill.spec.specfile.SpecSource") -> RunPaths:
-    """A new run in the store, complete or not at all, that this machine can execute."""
+    """Validate a spec for this machine, and create its run."""
     refuse_taken(folder, source)
     return create(folder, replace(source, spec=checked(source, store=folder).resolved.spec))
 
 
 def refuse_taken(folder: Path, source: "distill.spec.specfile.SpecSource") -> None:
-    """InputError if the store has a run of the spec's name."""
+    """Raise InputError if the store already has a run (or any folder) of the spec's name."""
     paths = RunPaths(folder.absolute() / source.spec.name)
     if paths.root.exists():
         raise InputError(name_in_use(paths))
@@ -94,7 +95,7 @@ def refuse_taken(folder: Path, source: "distill.spec.specfile.SpecSource") -> No
 def create(
     folder: Path, source: "distill.spec.specfile.SpecSource", more: Mapping[str, str | bytes] | None = None
 ) -> RunPaths:
-    """A new run of a checked spec, complete or not at all; with additional files."""
+    """Create the run of a validated spec, atomically. more: additional files (relative path -> content)."""
     from distill.launch import environment
     from distill.spec import specfile
 
@@ -107,15 +108,15 @@ def create(
         **(more or {}),
     }
     if source.spec.data.kind in ("images", "hf"):
-        from distill import data  # torch comes with it
+        from distill import data  # imports torch
 
         run_store.make(folder)
-        data.update_index(source.spec.data, folder.absolute())  # what the check found, for the processes of the run
+        data.update_index(source.spec.data, folder.absolute())  # store the index of the check for the run's processes
     return create_run(folder, source.spec.name, files)
 
 
 def _own_recipes(source: "distill.spec.specfile.SpecSource") -> dict[str, str | bytes]:
-    """The user's own recipe files, which are copied into the run."""
+    """Relative path -> content of the user's own recipes, which are copied into the run."""
     from distill.spec import registry
     from distill.spec.model import TrainStage
 
@@ -127,7 +128,7 @@ def _own_recipes(source: "distill.spec.specfile.SpecSource") -> dict[str, str | 
 def resume(
     paths: RunPaths, source: "distill.spec.specfile.SpecSource"
 ) -> tuple[RunPaths, "distill.spec.model.RunSpec"]:
-    """An existing run to execute on this machine; InputError if the spec differs in more than `launch`."""
+    """(run, spec) to resume on this machine. InputError if it is running, or the spec differs in more than `launch`."""
     from distill.runs import claims
 
     claims.refuse_if_executing(paths)
@@ -135,21 +136,21 @@ def resume(
 
 
 def is_spec(given: str) -> bool:
-    """Whether a spec is named: its file, or a preset."""
+    """Whether the text is the path of a file or the name of a preset."""
     from distill.spec import presets
 
     return Path(given).is_file() or given in presets.names()
 
 
 def is_run(folder: Path, given: str) -> bool:
-    """Whether a run is named, where a spec may be."""
+    """Whether the text is the name of a run in the store or the path of a run."""
     return run_store.is_run(folder / given) or run_store.is_run(Path(given))
 
 
 def find_again(
     folder: Path, given: str, changes: Sequence[str], name: str | None
 ) -> tuple[RunPaths, "distill.spec.specfile.SpecSource"]:
-    """An existing run, and the spec to resume it with."""
+    """(existing run, spec to resume it with). given: a run, or a spec whose name is that of the run."""
     from distill.spec import specfile
 
     if not is_run(folder, given):
@@ -163,7 +164,7 @@ def find_again(
 def again(
     folder: Path, source: "distill.spec.specfile.SpecSource"
 ) -> tuple[RunPaths, "distill.spec.specfile.SpecSource"]:
-    """The existing run of a spec's name."""
+    """(existing run of the spec's name, the spec). InputError if there is no such run."""
     paths = RunPaths(folder.absolute() / source.spec.name)
     if not paths.spec.is_file():
         raise InputError(f"there is no run '{source.spec.name}' in {folder} to resume; start it without --resume")
@@ -178,10 +179,12 @@ def go_on(
     live: Sequence[str] = (),
     trains: bool = True,
 ) -> "distill.spec.model.RunSpec":
-    """The spec of an existing run, if it differs from the old one in `launch` only; then the new `launch` is written.
+    """Check that an existing run can be resumed with a spec, and return the spec.
 
-    live: jobs that use the old `launch`; then nothing may change.
-    trains: this version of distill will train the unfinished stages.
+    Only `launch` may differ; a new `launch` is written to the run. Raises InputError for any other difference.
+
+    here: see `checked`. live: ids of jobs that use the old `launch`; if there are any, it must not change.
+    trains: this version of distill will train the unfinished stages, so its random numbers must be those of the run.
     """
     from distill.core import versions
     from distill.runs import machine, todo

@@ -1,5 +1,6 @@
-"""`distill publish`, `students`, `pull` and `verify`: sharing students. torch is imported only to export a
-checkpoint, and to draw samples if no evaluation has.
+"""`distill publish`, `students`, `pull` and `verify`: sharing of students.
+
+torch is imported only to export a checkpoint, or to draw samples if no evaluation has drawn any.
 """
 
 import tempfile
@@ -35,7 +36,7 @@ TrustOption = Annotated[
     bool,
     typer.Option("--trust-code", help="Also accept code that distill has never shipped; shows it first."),
 ]
-MANY = 20  # warnings
+MANY = 20  # at most this many warnings are printed
 WHICH = (
     "RUN: the student of its last train stage. RUN/STAGE: that stage's. RUN@best: the one with the smallest distance "
     "at the fewest steps measured. RUN@step-N: exported from that checkpoint. Or a student's folder."
@@ -144,7 +145,7 @@ def verify(
 
 
 def _chosen(given: str, store: Path) -> "distill.exchange.publishing.Chosen | Path | None":
-    """A student of a run, or a student folder outside of runs; None if there is neither."""
+    """The student that the user has named: of a run, or a folder outside of runs; None if there is none."""
     from distill.exchange import publishing, transports
 
     if transports.is_url(given):
@@ -168,7 +169,7 @@ def _chosen(given: str, store: Path) -> "distill.exchange.publishing.Chosen | Pa
 
 
 def _student(chosen: "distill.exchange.publishing.Chosen", temporary: Path) -> Path:
-    """The folder of a run's student; that of a checkpoint is exported first."""
+    """The folder of a run's student. The student of a checkpoint is first exported to `temporary`."""
     folder, stage = chosen.run.student(chosen.stage), chosen.stage
     if chosen.step is None:
         if not (folder / "distill.json").is_file():
@@ -189,7 +190,7 @@ def _student(chosen: "distill.exchange.publishing.Chosen", temporary: Path) -> P
 
 
 def _drawn(student: Path, out: Path) -> bytes:
-    """Samples of a student that no evaluation has drawn; nothing where torch is not installed."""
+    """Draw samples of a student as a PNG file. Without torch, a message is printed and b"" is returned."""
     if find_spec("torch") is None:
         say_error("without a picture of samples: no evaluation has drawn one, and torch is not installed")
         return b""
@@ -206,7 +207,7 @@ def _drawn(student: Path, out: Path) -> bytes:
 
 
 def _source(given: str, store: str | None) -> "tuple[distill.exchange.transports.RemoteSource, str, str | None]":
-    """What is to be pulled: where it is, a name for its folder, and its digest if the store says it."""
+    """(source, name for its folder, digest or None) of the student to pull. The digest comes from the store's index."""
     from distill.exchange import published, transports
 
     if transports.is_url(given):
@@ -242,7 +243,7 @@ def _source(given: str, store: str | None) -> "tuple[distill.exchange.transports
 
 
 def _warn(skipped: list[str]) -> None:
-    """Print the entries of a store that cannot be used on stderr; the first of many."""
+    """Print a warning on stderr for each entry of a store that cannot be used, for at most `MANY`."""
     for each in skipped[:MANY]:
         say_error(f"warning: {one_line(each)}")
     if len(skipped) > MANY:
@@ -250,12 +251,12 @@ def _warn(skipped: list[str]) -> None:
 
 
 def _best(entry: "distill.exchange.published.PublishedVersion") -> str:
-    """The distance at the fewest steps, which is the first metric."""
+    """The first metric as text, which is the distance at the fewest steps; "-" if there is none."""
     return next((f"{key} {value:.4g}" for key, value in entry.metrics.items()), "-")
 
 
 def _show(name: str, text: str) -> None:
-    """Print code before it is accepted by --trust-code."""
+    """Print code that --trust-code accepts."""
     say(f"--- {name}")
     say("\n".join(one_line(line) for line in text.splitlines()))
     say("---")

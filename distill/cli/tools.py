@@ -1,4 +1,4 @@
-"""`distill sample`, `eval`, `report` and `export`: single steps, with a folder instead of a spec."""
+"""`distill sample`, `eval`, `report` and `export`: tools for single students and runs, without a spec."""
 
 from pathlib import Path
 from typing import Annotated

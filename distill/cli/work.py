@@ -1,4 +1,4 @@
-"""`distill quickstart`, `run` and `plan`: from a spec to a run."""
+"""`distill quickstart`, `run` and `plan`: run a spec, or show what it would do."""
 
 import itertools
 import shutil
@@ -47,7 +47,7 @@ def quickstart(store: StoreOption = None) -> None:
 
 
 def choose_quickstart(folder: Path) -> tuple[RunPaths, "distill.spec.model.RunSpec | None"]:
-    """The quickstart that was stopped, with its spec; or the first free name: quickstart, quickstart-2, ..."""
+    """(run, spec) of a quickstart to resume, or (run, None) with the first free name: quickstart, quickstart-2, ..."""
     from distill.runs import claims, todo
     from distill.spec import presets, specfile
 
@@ -130,7 +130,7 @@ def plan(
 
 
 def _measured(source: "distill.spec.specfile.SpecSource") -> dict[str, list[dict[str, Any]]]:
-    """What training takes of memory, by stage and rank, from a temporary run of two steps."""
+    """Stage -> memory use of each rank in training, measured in a temporary run of two steps."""
     from distill.plans import planning
     from distill.spec.model import TrainStage
 
@@ -144,7 +144,10 @@ def _measured(source: "distill.spec.specfile.SpecSource") -> dict[str, list[dict
 
 @contextmanager
 def rehearsed(source: "distill.spec.specfile.SpecSource") -> Iterator[RunPaths]:
-    """A temporary run of a spec without its evaluations, measured; deleted at the end."""
+    """Context manager: execute a spec without its evaluations in a temporary run with measurements, and yield the run.
+
+    It is deleted at the end.
+    """
     from distill.launch import local
     from distill.spec.model import EvaluateStage
 
@@ -158,9 +161,9 @@ def rehearsed(source: "distill.spec.specfile.SpecSource") -> Iterator[RunPaths]:
 
 
 def execute(paths: RunPaths, spec: "distill.spec.model.RunSpec", *, fresh: bool = False) -> None:
-    """Run the unfinished stages; exit with the code of the process that did it.
+    """Run the unfinished stages of a run, and print the results. Raises typer.Exit if a process fails.
 
-    fresh: the run was made just now; it is removed if its process refuses it before any work.
+    fresh: the run has just been created. It is deleted if its process refuses the input before any work.
     """
     from distill.launch import local
     from distill.runs import todo
@@ -182,7 +185,7 @@ def execute(paths: RunPaths, spec: "distill.spec.model.RunSpec", *, fresh: bool 
 
 
 def _farewell(paths: RunPaths) -> None:
-    """Print the tables, and where the results are."""
+    """Print the tables of results and the paths of the output."""
     print_results(paths)
     rows = [("run", paths.root), *((f"student {p.name}", p) for p in sorted(paths.students.glob("*")) if p.is_dir())]
     files = {"comparison": paths.comparison_table, "its figure": paths.comparison_figure, "report": paths.report}

@@ -1,1 +1,1 @@
-"""What all other packages use: errors, text, files, records. No tensors."""
+"""Helpers that all other packages use: errors, text, files, records. Does not import torch."""

@@ -1,7 +1,8 @@
-"""Files and folders that appear whole or not at all, whatever happens to the process, the disk or the machine.
+"""Atomic writing: a file or folder appears complete or not at all, even if the process or the machine crashes.
 
-Each is written under a hidden name beside its own, `.NAME.tmp-TOKEN-LABEL`, brought to the disk, and renamed in one
-step. LABEL says which process it belongs to (see `owners`): the next use of NAME removes what a killed process left.
+Each is written under a hidden name in the same folder, `.NAME.tmp-TOKEN-LABEL`, synced to disk (fsync), and renamed in
+one step. LABEL identifies the process that writes it (see `owners`). If that process is killed, the next use of NAME
+removes the unfinished file.
 """
 
 import hashlib
@@ -21,18 +22,18 @@ from distill.core import lease
 from distill.core.errors import RunError
 from distill.core.owners import Owner
 
-HIDDEN = re.compile(r"\.(.+)\.(tmp|new|old)-(?:[0-9a-f]{8}-)?([0-9].*)")  # "new", and without TOKEN: older versions
+HIDDEN = re.compile(r"\.(.+)\.(tmp|new|old)-(?:[0-9a-f]{8}-)?([0-9].*)")  # older versions wrote "new", or no TOKEN
 FORGOTTEN_SECONDS = 86400.0
-LONGEST = 80  # bytes of NAME: with token and label, a file name may have 255
+LONGEST = 80  # bytes of NAME: with token and label it must fit into a file name of 255 bytes
 
 
 @contextmanager
 def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """An empty hidden folder to fill; at the end of the block it is brought to the disk and becomes `path` in one step.
+    """An empty hidden folder to fill. At the end of the block it is synced to disk and renamed to `path` in one step.
 
-    Whatever goes wrong, `path` stays what it was, and the hidden folder is removed. OSError if `path` exists and is
-    not an empty folder, unless `replace`. What is replaced is moved aside first: if the process is killed right then,
-    the next use of `path` begins by putting it back.
+    After an error, `path` is unchanged and the hidden folder is removed. Raises OSError if `path` exists and is not an
+    empty folder, unless `replace` is set. With `replace`, the old folder is moved aside first. If the process is killed
+    at that moment, the next use of `path` moves the old folder back.
     """
     with hidden_folder(path) as folder:
         yield folder
@@ -44,14 +45,14 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
                 with suppress(FileNotFoundError):
                     path.rename(aside)
             folder.rename(path)
-            sync(path.parent)  # before the old one is removed
+            sync(path.parent)  # before the old folder is removed
         finally:
             _put_back(aside, path)
 
 
 @contextmanager
 def hidden_folder(path: Path) -> Iterator[Path]:
-    """A new hidden folder beside `path`; it is removed at the end unless the caller has renamed it."""
+    """A new hidden folder next to `path`. It is removed at the end unless the caller has renamed it."""
     if not path.parent.is_dir():
         path.parent.mkdir(parents=True, exist_ok=True)
         sync(path.parent.parent)
@@ -65,9 +66,9 @@ def hidden_folder(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, content: str | bytes, *, replace: bool = True) -> None:
-    """Write `content` so that `path` holds either the old or the new content, whole, whatever happens.
+    """Write a file atomically: `path` always has either the old or the new content. Raises RunError if it cannot.
 
-    replace: else a file that is there stays, because another process has been first.
+    replace: if False, an existing file is kept, since another process wrote it first.
     """
     lease.confirm()
     temporary = hidden(path)
@@ -84,28 +85,31 @@ def write_atomic(path: Path, content: str | bytes, *, replace: bool = True) -> N
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror}; nothing was changed") from error
     finally:
-        with suppress(OSError):  # it has been renamed, or could not be made
+        with suppress(OSError):  # it was renamed, or could not be created
             temporary.unlink()
     sync(path.parent)
 
 
 def write_json(path: Path, content: Any) -> None:  # noqa: ANN401  (anything json takes)
-    """`write_atomic` of indented JSON."""
+    """Write indented JSON with `write_atomic`."""
     write_atomic(path, json.dumps(content, indent=2, sort_keys=False) + "\n")
 
 
 def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
-    """Fill a new folder with files, by their paths below it."""
+    """Write files into a new folder. files: relative path -> content."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def clear_up(folder: Path, name: str | None = None) -> None:
-    """Remove what processes that are gone left unfinished in a folder; of one name, also restore what they replaced."""
+    """Remove the unfinished files in a folder whose processes have ended.
+
+    name: only those of this name; a version of it that was moved aside to be replaced is then restored.
+    """
     for path, of, kind, label in _hidden(folder):
         if name is None or of == _stem(name):
-            with suppress(OSError):  # another process clears up too, or it is another user's
+            with suppress(OSError):  # another process may remove it too, or it belongs to another user
                 if kind == "old":
                     if name and Owner.of_label(label) and is_abandoned(path, label, seconds=-math.inf):
                         _put_back(path, folder / name)
@@ -114,14 +118,20 @@ def clear_up(folder: Path, name: str | None = None) -> None:
 
 
 def remove_unfinished(folder: Path, is_ours: Callable[[str], bool] = lambda name: True) -> None:
-    """Remove all that is unfinished in a folder; is_ours: only for the names that no other process writes now."""
+    """Remove unfinished files in a folder, also those of live processes.
+
+    is_ours: whether to remove those of a name. It must be False for names that another process may be writing.
+    """
     for path, of, kind, _ in _hidden(folder):
         if kind != "old" and is_ours(of):
             _remove(path)
 
 
 def is_abandoned(path: Path, label: str, seconds: float = FORGOTTEN_SECONDS) -> bool:
-    """Whether the process of a label is gone. For another host: whether nothing in `path` was written for so long."""
+    """Whether the process of a label has ended.
+
+    If it cannot be looked up (another host, say), whether nothing in `path` was written for `seconds`.
+    """
     owner = Owner.of_label(label)
     if owner is not None and owner.is_here:
         return not owner.is_alive()
@@ -129,18 +139,18 @@ def is_abandoned(path: Path, label: str, seconds: float = FORGOTTEN_SECONDS) -> 
 
 
 def hidden(path: Path, kind: str = "tmp") -> Path:
-    """A hidden name beside `path` that only this process uses, once."""
+    """A new hidden path next to `path`, unique to this process and this call."""
     return path.with_name(f".{_stem(path.name)}.{kind}-{secrets.token_hex(4)}-{Owner.this().label}")
 
 
 def sync_tree(folder: Path) -> None:
-    """Make a new folder durable, with all that is in it."""
+    """Sync a new folder and everything in it to disk."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
 
 def sync(path: Path) -> None:
-    """Make a file durable, or the names in a folder."""
+    """Sync a file to disk; for a folder, the list of names in it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -149,8 +159,8 @@ def sync(path: Path) -> None:
 
 
 def _put_back(aside: Path, path: Path) -> None:
-    """Give what was moved aside its place again; if that is taken, remove it."""
-    with suppress(OSError):  # there is nothing, or another process was first
+    """Move a folder that was moved aside back to `path`; if `path` exists, remove the one that was moved aside."""
+    with suppress(OSError):  # nothing was moved aside, or another process moved it back first
         if not os.path.lexists(path):
             aside.rename(path)
     with suppress(OSError):
@@ -166,12 +176,12 @@ def _remove(path: Path) -> None:
 
 
 def _hidden(folder: Path) -> list[tuple[Path, str, str, str]]:
-    """The hidden files and folders of processes: path, the name they are for (see `_stem`), kind, and label."""
+    """The hidden files and folders in a folder: (path, the final name (see `_stem`), kind, label) of each."""
     found = ((path, HIDDEN.fullmatch(path.name)) for path in folder.iterdir())
     return [(path, match[1], match[2], match[3]) for path, match in found if match is not None]
 
 
 def _stem(name: str) -> str:
-    """A name, or, for a long one, a short one that is unique to it."""
+    """The name itself if it is short enough, else a short name with its hash."""
     content = os.fsencode(name)
     return name if len(content) <= LONGEST else f"{name[:10]}~{hashlib.sha256(content).hexdigest()[:16]}"

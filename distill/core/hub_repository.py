@@ -1,4 +1,4 @@
-"""What a run reads of a hub: a commit of a repository, and how to get it."""
+"""A hub repository that a run reads from: the commit, and how to copy it."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Repository:
-    """A commit of a repository that a run reads, and how to get it."""
+    """A commit of a hub repository that a run reads from, and how to copy it."""
 
     what: Literal["teacher", "data"]
     id: str
     revision: str | None
-    """as the spec says"""
+    """as given in the spec; None: the default"""
     commit: str
     part: Sequence[str]
-    """what tells the part of the commit that is read"""
+    """identifies the part of the commit that is read"""
     link: str
-    """where the run has it, below its `inputs`"""
+    """path of the copy in the run, relative to its `inputs` folder"""
     needs: Callable[[Path], list[tuple[Path, int]]]
-    """folder of the copy -> places that will be written to, and bytes"""
+    """folder of the copy -> [(path that will be written to, bytes)]"""
     copy: Callable[[Path], object]
-    """makes this folder, which does not exist yet"""
+    """copies into this folder, which must not exist yet"""

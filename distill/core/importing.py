@@ -1,4 +1,4 @@
-"""Importing code that others wrote: whatever it raises becomes one error that says what was imported and where."""
+"""Import of user code: any exception becomes an InputError that says what was imported and where it failed."""
 
 import traceback
 from dataclasses import dataclass
@@ -11,12 +11,12 @@ from distill.core.text import one_line
 
 @dataclass(frozen=True)
 class Importing:
-    """Whatever a module raises while it is imported becomes an InputError that says where."""
+    """Context manager around an import. Any exception of the module becomes an InputError with its file and line."""
 
     what: str
-    """recipe 'reflow/reflow'"""
+    """begins the message, like: recipe 'reflow/reflow'"""
     path: Path
-    """of the module"""
+    """file of the module"""
 
     def __enter__(self) -> None: ...
 
@@ -25,7 +25,7 @@ class Importing:
             raise InputError(f"{self.what} {self._reason(error)}") from error
 
     def _is_ctrl_c(self, error: BaseException) -> bool:
-        """Whether the user has interrupted the import; the module may also raise KeyboardInterrupt itself."""
+        """Whether the user interrupted the import. False if the module itself raised KeyboardInterrupt."""
         if not isinstance(error, KeyboardInterrupt):
             return False
         last = traceback.extract_tb(error.__traceback__)[-1]

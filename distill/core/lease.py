@@ -1,11 +1,12 @@
-"""A claim is renewed while it is held; once it is no longer its own, this process ends before it writes more.
+"""Renewal of claims (see `runs.claims`). A process that has lost its claim ends before it writes anything more.
 
-Whether a process of another host or container is alive cannot be looked up. Others go by the age of its last renewal:
-the modification time of the claim's record, by the clock of the file system that holds it, since hosts' clocks differ.
-A process that was suspended for longer than that limit may find afterwards that another process has taken over.
+Whether a process of another host or container is alive cannot be looked up. Other processes judge it by the age of its
+last renewal. A renewal sets the modification time of the claim's record, by the clock of its file system, since the
+clocks of hosts differ. A process that was suspended for too long may thus have lost its claim to another process.
 
-Who takes over by age moves the claim to a name made from the renewal that it was judged by (its grave), and a renewal
-that comes late first takes that name itself. Only one of the two succeeds, whatever happens between their steps.
+Taking over a claim by its age and a late renewal exclude each other. The process that takes over renames the claim to
+its grave, a name made from the last renewal that it saw. A late renewal counts only if it can create that name itself.
+Only one of the two can succeed, in whatever order their steps happen.
 """
 
 import os
@@ -22,53 +23,54 @@ from distill.core import records
 from distill.core.errors import InputError
 
 EVERY = 30.0  # seconds between two renewals
-MISSED = 4  # so many times that: the age at which a claim counts as given up, 120 s
-LATE = 2  # so many times that: a renewal after longer than this may come too late
-TICKS = 30  # looks between two renewals, so that the one that is due when a laptop wakes up is made at once
+MISSED = 4  # a claim counts as given up if its last renewal is older than MISSED * EVERY (120 s)
+LATE = 2  # a renewal is late if the one before is older than LATE * EVERY
+TICKS = 30  # checks per interval, so that an overdue renewal is made soon after a suspended machine wakes up
 
-_held: list["Lease"] = []  # by this process
-os.register_at_fork(after_in_child=_held.clear)  # a child has no thread that renews, and claims nothing for its parent
+_held: list["Lease"] = []  # the leases of this process
+os.register_at_fork(after_in_child=_held.clear)  # a forked child has no renewing thread; the claim is its parent's
 
 
 def confirm() -> None:
-    """Call it before writing to a run: ends this process if a claim that it held is gone. Nearly free."""
+    """Call this before writing to a run. Ends this process if it has lost a claim. Cheap if no renewal is overdue."""
     for lease in list(_held):
         lease.confirm()
 
 
 class Lease:
-    """The renewals of one claim, made by a thread.
+    """Renews one claim from a thread.
 
-    record: the claim's file. content: of the file, as long as the claim is ours. every: seconds between two renewals.
-    grave: where a process that judges the claim by a renewal (nanoseconds) moves it. lost: called once it is gone.
+    record: the file of the claim. content: its content as long as this process holds the claim.
+    every: seconds between two renewals. grave: renewal time (nanoseconds) -> the path to which a process moves the
+    claim if it takes over by that renewal. lost: called when the claim is lost.
     """
 
     def __init__(
         self, record: Path, content: bytes, every: float, grave: Callable[[int], Path], lost: Callable[[], NoReturn]
     ) -> None:
         self._record, self._content, self._every, self._grave, self._lost = record, content, every, grave, lost
-        self._confirmed = 0.0  # when it was last known to be ours, by our clock
-        self._overdue: set[int] = set()  # renewals after which the next one came late, and whose graves are still free
+        self._confirmed = 0.0  # when this process last verified that it holds the claim, see `_now`
+        self._overdue: set[int] = set()  # renewals that were followed by a late one, and whose graves are still free
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="claim", daemon=True)
 
     def start(self) -> None:
-        """Renew at once, and from now on."""
+        """Renew now, and start the thread that renews."""
         self._try_to_renew()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # the main thread takes them all
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())  # the main thread handles all signals
         self._thread.start()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         _held.append(self)
 
     def stop(self) -> None:
-        """Renew no more."""
+        """Stop renewing."""
         _held.remove(self)
         self._ended.set()
         self._thread.join()
 
     def confirm(self) -> None:
-        """Renew if that is overdue, as after a suspension."""
+        """Renew if the renewal is overdue, as after a suspension."""
         if _now() - self._confirmed > LATE * self._every:
             self._try_to_renew()
 
@@ -78,7 +80,7 @@ class Lease:
                 self._try_to_renew()
 
     def _try_to_renew(self) -> None:
-        """What the file system refuses for a moment is tried again at the next look."""
+        """Renew. If the file system fails, the thread tries again at its next check."""
         with self._lock, suppress(OSError, InputError):
             self._renew()
 
@@ -89,7 +91,7 @@ class Lease:
                 if file.read(len(self._content) + 1) != self._content:
                     self._lost()
                 before = os.fstat(file.fileno()).st_mtime_ns
-                os.utime(file.fileno())  # by the clock of the file system; needs no room on the disk
+                os.utime(file.fileno())  # sets the time by the clock of the file system; needs no disk space
                 after = os.fstat(file.fileno()).st_mtime_ns
         except FileNotFoundError:
             self._lost()
@@ -105,5 +107,5 @@ class Lease:
 
 
 def _now() -> float:
-    """Seconds by a clock that also counts while the machine sleeps, where there is one."""
+    """Seconds of a monotonic clock. On Linux it also counts while the machine is suspended."""
     return time.clock_gettime(time.CLOCK_BOOTTIME) if sys.platform == "linux" else time.monotonic()

@@ -1,8 +1,8 @@
-"""Processes that own a file or a folder, by its record or its name: distinguished from later ones with the same number.
+"""The process that owns a file or a folder, identified so that no later process with the same pid is mistaken for it.
 
-A process number means something only on one machine and there only in one pid namespace: containers on one machine,
-which may have the same host name, count their processes separately. Whether a process of another namespace or machine
-is alive cannot be looked up.
+The owner is stored in a record, or in the name of the file. A pid is valid only on one machine, and there only in one
+pid namespace: containers on one machine, which may share a host name, number their processes separately. Whether a
+process of another namespace or machine is alive cannot be looked up.
 """
 
 import hashlib
@@ -27,23 +27,23 @@ def _is_word(text: str) -> str:
 
 
 Word = Annotated[Line, AfterValidator(_is_word)]
-"""The record may have been written by anybody: nothing in it is a path."""
+"""One line of text without '/': a record may come from anyone, so its fields must not be usable as paths."""
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process, told apart from later ones with the same number by its start time and the machine's boot."""
+    """A process. The start time and the machine's boot id distinguish it from later processes with the same pid."""
 
     host: Word
     boot: Word
     pid: Annotated[int, Field(gt=0, lt=2**31)]
     start: Word
     job: Word = ""
-    """of the cluster, that the process belongs to"""
+    """the cluster job of the process; "": none"""
     restart: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """how often that job had been started before"""
+    """how many times that job had been started before"""
     namespace: Word = ""
-    """in which its number counts; "": the system has none, or the record is of an earlier version"""
+    """pid namespace; "": the system has none, or the record was written by an earlier version"""
 
     @classmethod
     def this(cls, job: str = "", restart: int = 0) -> "Owner":
@@ -51,7 +51,7 @@ class Owner:
 
     @property
     def is_here(self) -> bool:
-        """Whether this process can look its number up."""
+        """Whether this process can look up the owner's pid: same machine, same pid namespace."""
         if not self.namespace:
             return self.host == platform.node()
         on_this_machine = self.host == platform.node() or self.is_of_this_boot
@@ -59,17 +59,17 @@ class Owner:
 
     @property
     def is_of_this_boot(self) -> bool:
-        """Whether it was started since this very machine was."""
+        """Whether it was started on this machine, since its last boot."""
         return self.boot == _boot()
 
     @property
     def label(self) -> str:
-        """In one word, for the names of folders that are its own."""
+        """The owner as one word, for the names of its folders; see `of_label`."""
         return ",".join([str(self.pid), self.start, self.boot, *filter(None, [self.namespace]), self.host])
 
     @classmethod
     def of_label(cls, label: str) -> "Owner | None":
-        """None: this is no label."""
+        """The owner that a label describes; None if the text is not a label."""
         pid, *others = label.split(",")
         number = whole_number(pid)
         if number is None or len(others) not in (3, 4) or not others[-1]:  # an earlier version wrote no namespace
@@ -78,19 +78,19 @@ class Owner:
 
     @property
     def token(self) -> str:
-        """A name that only this process has, and that leads nowhere, whatever its record says."""
+        """A name unique to this process. It is a hash, so it is a safe file name whatever the record contains."""
         told = [self.host, self.pid, self.boot, self.start, self.namespace]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
 
     def is_alive(self) -> bool:
-        """False once it is known to be gone; a process that cannot be looked up counts as alive."""
+        """False if the process is known to have ended. A process that cannot be looked up counts as alive."""
         return not self.is_here or (self.is_of_this_boot and _start(self.pid) == self.start)
 
 
 def _namespace() -> str:
-    """In which the numbers of processes count, like "pid:[4026531836]".
+    """The pid namespace of this process, like "pid:[4026531836]"; "" if the system has none.
 
-    Where /proc was mounted in another one, no number can be looked up: then our number there is added.
+    If /proc belongs to another namespace, pids cannot be looked up. The pid of this process in /proc is then appended.
     """
     with suppress(OSError):
         number, namespace = Path("/proc/self").readlink(), str(Path("/proc/self/ns/pid").readlink())
@@ -111,8 +111,11 @@ def _own_start() -> str:
 
 
 def _start(pid: int) -> str | None:
-    """When a process of this host started, in the kernel's ticks; None: there is none, or only its zombie."""
-    if not Path("/proc/self/stat").exists():  # not Linux: its number must do
+    """Start time of a process of this host, in clock ticks since boot; None if there is none, or it is a zombie.
+
+    Without /proc (not Linux), "" for a process that exists.
+    """
+    if not Path("/proc/self/stat").exists():
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
@@ -128,5 +131,5 @@ def _start(pid: int) -> str | None:
 
 
 def _fields(process: str) -> list[str]:
-    """What the kernel tells of a process, after its name."""
+    """The fields of /proc/PID/stat that follow the process name."""
     return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()

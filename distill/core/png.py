@@ -1,4 +1,4 @@
-"""PNG files, recognised by their bytes."""
+"""Recognises PNG files by their content."""
 
 import re
 
@@ -7,7 +7,7 @@ CHUNK = re.compile(rb"[A-Za-z]{4}")
 
 
 def is_png(content: bytes) -> bool:
-    """Whether the bytes are those of a PNG file, from its signature to its end, and nothing more."""
+    """Whether the bytes are one whole PNG file: signature, chunks up to IEND, and nothing after it."""
     if not content.startswith(PNG):
         return False
     at, first = len(PNG), True

@@ -1,5 +1,7 @@
-"""The one place that prints. Whatever it is given comes from files, names and other programs, so what a terminal would
-obey (escape sequences, reversed text) is taken out first; see `text.printable`.
+"""All printing goes through this module.
+
+Printed text may come from files, names and other programs. Characters that control a terminal (escape sequences,
+reversed text) are therefore replaced first; see `text.printable`.
 """
 
 import logging
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     import rich.console
 
 _format_warning = warnings.formatwarning
-_warned: set[str] = set()  # by this process
+_warned: set[str] = set()  # the warnings that this process has printed
 
 
 def say(text: object = "", *, end: str = "\n", flush: bool = False) -> None:
@@ -26,20 +28,20 @@ def say(text: object = "", *, end: str = "\n", flush: bool = False) -> None:
 
 
 def say_error(text: object, *, end: str = "\n") -> None:
-    """Print a text on stderr, at once."""
+    """Print a text on stderr and flush it."""
     print(printable(str(text)), end=end, file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
-    """Say on stderr what must not be missed: once in the life of the process, however often it is found."""
+    """Print a warning on stderr. The same warning is printed only once per process."""
     if text not in _warned:
         _warned.add(text)
-        with suppress(OSError):  # the reader may be gone, which is no reason to lose work
+        with suppress(OSError):  # the reader of stderr may have ended; the work continues
             say_error(f"warning: {text}")
 
 
 def say_table(shown: "rich.console.RenderableType") -> None:
-    """Print a table of rich on stdout. Square brackets in it are text, no markup."""
+    """Print a rich table on stdout. Square brackets in it are printed as they are, not read as markup."""
     from rich.segment import Segment, Segments
 
     out = console()
@@ -48,7 +50,7 @@ def say_table(shown: "rich.console.RenderableType") -> None:
 
 
 def console(*, stderr: bool = False) -> "rich.console.Console":
-    """Where rich prints, for `say_table` and for a line that moves; takes no markup."""
+    """The console of rich, for tables and progress bars. Text is not read as markup."""
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
@@ -57,24 +59,26 @@ def console(*, stderr: bool = False) -> "rich.console.Console":
 
 
 def clear() -> None:
-    """Empty the terminal; nothing happens where stdout is none."""
+    """Clear the terminal. Does nothing if stdout is not a terminal."""
     console().clear()
 
 
 class _Record(logging.LogRecord):
-    """A message of a library's log; it may contain text from a file."""
+    """A log record whose message is made printable: libraries may log text from files."""
 
     def getMessage(self) -> str:  # noqa: N802  (logging's name)
         return printable(super().getMessage())
 
 
 def prepare() -> None:
-    """To be called before a command begins: what libraries print is made safe as well, and a closed stdout, or one
-    that cannot take every letter, is no trouble.
+    """Prepare the process for printing; call it before a command begins.
+
+    Log messages and warnings of libraries become printable too. A closed stdout or stderr is replaced by /dev/null.
+    Characters that stdout cannot encode are printed as backslash escapes.
     """
     logging.setLogRecordFactory(_Record)
     warnings.formatwarning = lambda *given: printable(_format_warning(*given))
-    if sys.stdout is None:  # closed by who started us
+    if sys.stdout is None:  # closed by the parent process
         sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115  (for as long as the process lives)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
@@ -83,7 +87,7 @@ def prepare() -> None:
 
 
 def abandon() -> None:
-    """Print no more on stdout, which cannot be written: otherwise the end of the process would complain of it."""
+    """Redirect stdout to /dev/null once writing to it has failed; otherwise Python reports an error at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

@@ -1,6 +1,6 @@
-"""Files that may be damaged, read with care: regular files only, of bounded size, validated by a schema.
+"""Safe reading of files that may be damaged: regular files only, of limited size, validated by a schema.
 
-A FIFO would wait forever and a device may have no end; neither is a file of a run.
+Reading a FIFO may block forever and a device may be endless, so both are refused.
 """
 
 import errno
@@ -16,16 +16,19 @@ from distill.core import regular_files
 from distill.core.errors import InputError
 from distill.core.text import one_line
 
-SMALL = 16 * 2**20  # bytes that a file read whole may have
-LINE = 2**20  # bytes of a line; a longer one is no event
-SHOWN = 60  # letters of a value in a message
-NOT_JSON = "json_invalid"  # pydantic's name for that mistake
+SMALL = 16 * 2**20  # bytes: the default limit for a file that is read as a whole
+LINE = 2**20  # bytes: the longest line that is kept in memory
+SHOWN = 60  # characters of a value that a message shows
+NOT_JSON = "json_invalid"  # pydantic's error type for text that is not JSON
 
 T = TypeVar("T")
 
 
 def open_regular(path: Path) -> FileIO:
-    """A regular file, open for reading; FileNotFoundError where there is none, InputError where it cannot be read."""
+    """Open a regular file for reading.
+
+    Raises FileNotFoundError if it does not exist, and InputError if it is not a regular file or cannot be opened.
+    """
     try:
         return regular_files.open_regular(path, follow=True)
     except FileNotFoundError:
@@ -36,7 +39,7 @@ def open_regular(path: Path) -> FileIO:
 
 
 def read_small(path: Path, limit: int = SMALL) -> bytes:
-    """A regular file of at most `limit` bytes, whole; errors as of `open_regular`, and InputError if it is larger."""
+    """The content of a regular file. Raises like `open_regular`, and InputError if it has more than `limit` bytes."""
     try:
         return regular_files.read_regular(path, limit, follow=True)
     except FileNotFoundError:
@@ -46,36 +49,38 @@ def read_small(path: Path, limit: int = SMALL) -> bytes:
 
 
 def read_text(path: Path) -> str:
-    """A small text file; what is no UTF-8 in it is shown as U+FFFD."""
+    """The content of a small text file. Bytes that are not UTF-8 are replaced by U+FFFD."""
     return read_small(path).decode(errors="replace")
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401
-    """Parsed JSON of a small file that must exist; InputError if it is no JSON."""
+    """The parsed content of a small JSON file. FileNotFoundError if it is missing, InputError if it is not JSON."""
     try:
         return json.loads(read_small(path))
     except InputError:
         raise
-    except (ValueError, RecursionError):  # nested too deep, too
+    except (ValueError, RecursionError):  # RecursionError: too deeply nested
         raise InputError(f"{path} cannot be used: it is not JSON") from None
 
 
 class Schema(Generic[T]):
-    """What a JSON text must hold: a model, a dataclass or a union of them, its types taken strictly."""
+    """The schema of a JSON text: a model, a dataclass or a union of them. Types are not converted (strict mode)."""
 
     def __init__(self, shape: Any) -> None:  # noqa: ANN401  (unions have no type of their own)
         self._adapter: Any = TypeAdapter(shape)
 
     def parse(self, content: bytes) -> T:
-        """The value of a JSON text; pydantic's ValidationError if it does not fit."""
+        """Parse and validate a JSON text. Raises pydantic's ValidationError if it does not match the schema."""
         value: T = self._adapter.validate_json(content, strict=True)
         return value
 
 
 def load(path: Path, schema: Schema[T], remedy: str, limit: int = SMALL) -> T:
-    """What a small JSON file holds; FileNotFoundError if it is missing, InputError if it does not fit the schema.
+    """Read and validate a small JSON file.
 
-    remedy: what to do then, the end of the message.
+    Raises FileNotFoundError if it is missing, and InputError if it cannot be read or does not match the schema.
+
+    remedy: the end of the message for a mismatch: what the user can do.
     """
     try:
         return schema.parse(read_small(path, limit))
@@ -84,7 +89,7 @@ def load(path: Path, schema: Schema[T], remedy: str, limit: int = SMALL) -> T:
 
 
 def mistake(error: ValidationError) -> str:
-    """The first mistake that a schema found, in words: where, what was given, what is valid."""
+    """The first mistake of a validation error in words: the field, the given value, and what is valid."""
     first = error.errors(include_url=False)[0]
     if first["type"] == NOT_JSON:
         return "it is not JSON"
@@ -99,7 +104,7 @@ def mistake(error: ValidationError) -> str:
 
 
 def names(folder: Path) -> list[str]:
-    """The entries of a folder by name; empty if it does not exist. InputError if it cannot be read."""
+    """The sorted names in a folder; empty if there is no such folder. InputError if it cannot be read."""
     try:
         return sorted(path.name for path in folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -109,7 +114,7 @@ def names(folder: Path) -> list[str]:
 
 
 def lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """The lines of a file that is read in blocks, without those of more than `LINE` bytes; memory is bounded."""
+    """The lines of a file that is read in blocks. Lines of more than `LINE` bytes are skipped, to limit memory."""
     rest = b""
     skipping = False
     for part in blocks:

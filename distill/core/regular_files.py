@@ -1,6 +1,7 @@
-"""Files in folders that others write to: opened only where they are files, without following links, read to a limit.
+"""Safe reading of files in folders that other users or programs write to.
 
-A FIFO blocks its reader, a device never ends, a link leads anywhere: each is an OSError that says what it is.
+Only regular files are opened, and at most a given number of bytes is read. A FIFO can block its reader, a device may
+be endless, and a symbolic link may point anywhere. Each raises an OSError that names it; links can be allowed.
 """
 
 import errno
@@ -9,7 +10,7 @@ import stat
 from io import FileIO
 from pathlib import Path
 
-BLOCK = 1 << 24  # bytes read at once: a buffer of the whole limit may not fit
+BLOCK = 1 << 24  # bytes read at once: a buffer of the full limit may not fit into memory
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a FIFO",
@@ -20,9 +21,9 @@ KINDS = {
 
 
 def open_regular(path: Path, *, follow: bool = False) -> FileIO:
-    """A file, unbuffered, for reading. OSError, without waiting, if it is anything else.
+    """Open a regular file for reading, unbuffered. Raises OSError at once, without blocking, for anything else.
 
-    follow: take a link for what it leads to, for a path that the user has named.
+    follow: follow symbolic links. Meant for a path that the user has given.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
@@ -42,7 +43,7 @@ def open_regular(path: Path, *, follow: bool = False) -> FileIO:
 
 
 def read_regular(path: Path, limit: int, *, follow: bool = False) -> bytes:
-    """The bytes of a small file. OSError if it is no file, or has more than `limit` bytes."""
+    """The content of a small file. Raises OSError if it is not a regular file or has more than `limit` bytes."""
     with open_regular(path, follow=follow) as file:
         content = bytearray()
         while len(content) <= limit and (block := file.read(min(BLOCK, limit + 1 - len(content)))):

@@ -1,6 +1,6 @@
-"""Space for what is about to be written, on a disk or in memory.
+"""Free space on disk and in memory.
 
-Quotas of a disk count where the file system tells them as free space; limits of memory, where a cgroup sets them.
+A disk quota is respected if the file system reports it as free space. A memory limit is respected if a cgroup sets it.
 """
 
 import os
@@ -11,7 +11,7 @@ from distill.core.errors import RunError
 
 
 def human(count: int | float) -> str:
-    """A number of bytes for people."""
+    """A number of bytes as text, like "1.5 GB" (powers of 1000)."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -20,16 +20,17 @@ def human(count: int | float) -> str:
 
 
 def free(folder: Path) -> int:
-    """Bytes that this user may still write to the disk of `folder`, or of the nearest folder above it that exists."""
+    """Free bytes for this user on the disk of `folder`. If it does not exist, its nearest existing parent is used."""
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     disk = os.statvfs(existing)
     return disk.f_bavail * disk.f_frsize
 
 
 def memory(root: Path = Path("/")) -> int | None:
-    """Bytes of memory that this process may still take: of this host, or of its cgroup (as Slurm and containers set).
+    """Bytes of memory that this process may still allocate; None if unknown.
 
-    What caches hold counts as free. None: the system does not say. root: below which /proc and /sys lie.
+    The minimum over the host and the cgroups of the process (Slurm and containers set these limits). Memory used by
+    file caches counts as free. root: the folder that contains proc and sys.
     """
     host = _numbers(root / "proc/meminfo")
     found = [1024 * host["MemAvailable"]] if "MemAvailable" in host else []
@@ -41,7 +42,7 @@ def memory(root: Path = Path("/")) -> int | None:
         (v1, root / "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         folder = base / match[1] if match else root
-        while folder.is_relative_to(base):  # a group above may have a lower limit
+        while folder.is_relative_to(base):  # a parent group may have a lower limit
             limits, usage = _text(folder / limit).strip(), _text(folder / used).strip()
             if limits.isdecimal() and usage.isdecimal():
                 found.append(int(limits) - int(usage) + _numbers(folder / "memory.stat").get("inactive_file", 0))
@@ -50,7 +51,7 @@ def memory(root: Path = Path("/")) -> int | None:
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """Of a file of lines NAME NUMBER."""
+    """Name -> number, of a file with lines NAME NUMBER or NAME: NUMBER."""
     return {name: int(number) for name, number in re.findall(r"^(\w+):?\s+(\d+)", _text(path), re.MULTILINE)}
 
 
@@ -62,13 +63,13 @@ def _text(path: Path) -> str:
 
 
 def shortage(folder: Path, need: int) -> str:
-    """What is missing for `need` bytes below `folder`; empty: nothing."""
+    """A text that says how much space is missing to write `need` bytes in `folder`; empty if there is enough."""
     left = free(folder)
     return f"{human(need)} needed, but {human(left)} are free for {folder}" if need > left else ""
 
 
 def require(folder: Path, need: int, what: str) -> None:
-    """RunError unless `need` bytes can be written below `folder`."""
+    """Raise RunError unless `need` bytes are free for `folder`."""
     if missing := shortage(folder, need):
         raise RunError(
             f"not enough disk space for {what}: {missing}; free some (`distill clean RUN` lists what a run no longer "

@@ -1,4 +1,4 @@
-"""Stopping on request: a signal is recorded, the step is finished and saved, and the process exits with code 75."""
+"""Stopping by a signal: the current step is finished and saved, then the process exits with code 75."""
 
 import os
 import signal
@@ -14,10 +14,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # scheduler's kill, C
 
 
 class StopRequest:
-    """Notes the first signal while entered; a second SIGINT raises KeyboardInterrupt at once, saving nothing."""
+    """Context manager that records the first stop signal. A second SIGINT raises KeyboardInterrupt, without saving."""
 
     def __init__(self) -> None:
-        self.signal: str | None = None  # name of the signal that asked
+        self.signal: str | None = None  # name of the first signal
         self._interrupts = 0
         self._previous: dict[signal.Signals, Handler] = {}
 
@@ -30,12 +30,15 @@ class StopRequest:
             signal.signal(number, handler)
 
     def share(self, asked: bool) -> None:
-        """Take over that a rank was asked, so that all of them stop at the same step."""
+        """Record that some rank received a signal, so that all ranks stop at the same step."""
         if asked and self.signal is None:
             self.signal = "a signal to another rank"
 
     def raise_if_requested(self, saved: str) -> None:
-        """Leave if a signal has come; call it where nothing would be lost. `saved`: where the work stands."""
+        """Raise Stopped if a signal was received. Call it only after saving.
+
+        saved: what was saved, for the message.
+        """
         if self.signal is not None:
             raise Stopped(f"stopped by {self.signal}; saved: {saved}; run the same command again to resume")
 
@@ -46,5 +49,5 @@ class StopRequest:
                 raise KeyboardInterrupt
         if self.signal is None:
             self.signal = signal.Signals(number).name
-            with suppress(OSError):  # nobody may be there to read it
+            with suppress(OSError):  # stderr may be closed
                 os.write(2, f"\n{self.signal}: saving, then stopping (Ctrl-C twice: stop at once)\n".encode())

@@ -1,4 +1,4 @@
-"""Text for people: what a terminal could obey is taken out, long lines are cut, near names are suggested."""
+"""Text for messages: replaces characters that control a terminal, shortens long lines, suggests similar names."""
 
 import difflib
 import re
@@ -12,7 +12,7 @@ UNSAFE = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # Unicode categories of characters that
 
 
 def suggest(given: str, valid: Iterable[str]) -> str:
-    """The end of an error message: the nearest valid name, if any is near, and all of them."""
+    """The end of an error message: the most similar valid name, if one is similar, and all valid names."""
     names = sorted(valid)
     near = difflib.get_close_matches(given, names, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
@@ -20,46 +20,46 @@ def suggest(given: str, valid: Iterable[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """`text` with every character that a terminal could obey replaced by U+FFFD; line breaks and tabs stay.
+    """`text` with every character that could control a terminal replaced by U+FFFD. Line breaks and tabs are kept.
 
-    These are Unicode's control characters (escape sequences begin with one), its format characters (some reverse the
-    direction of text), lone surrogates (bytes of a file name that are not UTF-8), and its own line separators.
+    Replaced are control characters (escape sequences begin with one), format characters (some reverse the direction
+    of text), lone surrogates (from bytes of a file name that are not UTF-8), and Unicode's line separators.
     """
-    if text.isprintable():  # almost always
+    if text.isprintable():  # the usual case
         return text
     if text.replace("\n", "").replace("\t", "").isprintable():
-        return text  # nearly always, and much faster
+        return text  # also common; much faster than the loop below
     return "".join(letter if letter in "\n\t" or category(letter) not in UNSAFE else "\ufffd" for letter in text)
 
 
 def is_text(text: str) -> bool:
-    """Whether it may be a path, a name or a word: no control characters but line breaks and tabs, all of it UTF-8."""
+    """Whether it is plain text: encodable as UTF-8, with no control characters except line breaks and tabs."""
     return re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", text) is None
 
 
 def is_line(text: str) -> bool:
-    """Whether it is one line of text that `printable` leaves as it is."""
+    """Whether it is a single line of text that `printable` would not change."""
     return text.isprintable() or (printable(text) == text and {"\n", "\t"}.isdisjoint(text))
 
 
 def one_line(text: str, limit: int = 100) -> str:
-    """A stranger's text as one line of at most `limit` characters, without what a terminal would obey."""
+    """Untrusted text as one printable line of at most `limit` characters."""
     line = " ".join(printable(text).split())
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 
 def short(text: str) -> str:
-    """At most 100 letters of a text, for a message."""
+    """A text shortened for a message: up to 100 characters, or its first 90 and its length."""
     return text if len(text) <= 100 else f"{text[:90]}... ({len(text):,} letters)"
 
 
 def whole_number(text: str) -> int | None:
-    """The number written in ASCII digits, at most 18 of them; None where it is none."""
+    """Parse a non-negative integer of at most 18 ASCII digits; None if the text is not one."""
     return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with ~ and ~USER at its beginning filled in; InputError where that user is not known."""
+    """A path with a leading ~ or ~USER expanded. Raises InputError if the user's home folder is unknown."""
     try:
         return Path(path).expanduser()
     except RuntimeError:

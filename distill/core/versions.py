@@ -1,16 +1,19 @@
-"""What a version of distill cannot resume, and which version can."""
+"""Which runs this version of distill can resume, and which version can resume the others."""
 
 from distill.core.errors import InputError
 from distill.core.text import short
 
 DRAWS = 2
-"""version of the random numbers that training draws (`draws.StepDraw`): a training ends with those it began with"""
+"""Version of the random numbers in training (`draws.StepDraw`). A training must use one version from start to end."""
 
-LAST_WITH = {1: "0.1.0"}  # the last version of distill that draws these
+LAST_WITH = {1: "0.1.0"}  # version of the random numbers -> the last version of distill that uses it
 
 
 def require_same_draws(found: object, what: str) -> None:
-    """InputError unless `what` was begun with the draws of this version. found: as a file says."""
+    """Raise InputError unless `what` was started with the random numbers of this version.
+
+    found: the version that its file records.
+    """
     if not isinstance(found, int) or found < 1:
         raise InputError(
             f"{what} says that its version of the training random numbers is {short(repr(found))}; valid: a whole "

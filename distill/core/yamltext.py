@@ -1,6 +1,7 @@
-"""YAML text: read strictly, written so that it reads back the same.
+"""Strict YAML reading, and writing that reads back as the same content.
 
-It is version 1.2's core: 1e-3 is a number, yes and on are words, 012 is twelve, and a key stands once.
+Values follow the core schema of YAML 1.2: 1e-3 is a number, yes and on are text, 012 is twelve. A repeated key is an
+error.
 """
 
 import math
@@ -13,11 +14,11 @@ import yaml
 
 from distill.core.errors import InputError
 
-MAX_BYTES = 16 * 1024 * 1024  # of a file
-MAX_DEPTH = 64  # of lists and mappings in each other
-MAX_NODES = 200_000  # values, those behind an alias counted wherever it stands
-OPEN = (0, 0)  # what is measured just now
-MAX_DIGITS = 300  # of a number: more are no number of anything
+MAX_BYTES = 16 * 1024 * 1024  # size of a file
+MAX_DEPTH = 64  # nesting of lists and mappings
+MAX_NODES = 200_000  # values; the values of an alias are counted each time that it is used
+OPEN = (0, 0)  # marks a node whose measurement has begun but not ended, see `_measure`
+MAX_DIGITS = 300  # digits of an integer
 _SCALARS = [
     ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
     ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", list("tTfF")),
@@ -31,7 +32,7 @@ _PATTERNS = {f"tag:yaml.org,2002:{tag}": re.compile(pattern) for tag, pattern, _
 
 
 class _Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  # type: ignore[misc]
-    """Safe, and a key that stands twice is an error."""
+    """A safe loader for which a repeated key is an error."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
     yaml_constructors: dict[str | None, Any] = {}
@@ -47,7 +48,7 @@ class _Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes exactly what the loader would take for something else than text."""
+    """Quotes exactly those texts that the loader would read as another type."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}
 
@@ -57,7 +58,7 @@ def _refuse(node: yaml.Node, problem: str) -> NoReturn:
 
 
 def _scalar(node: yaml.Node, what: str) -> str:
-    """The text of a scalar that must look like what its tag says, which may have been written out: `!!int abc`."""
+    """The text of a scalar. Refuses one that does not match its tag, as in `!!int abc`."""
     if not isinstance(node, yaml.ScalarNode):
         _refuse(node, f"a list or mapping is no {what}")
     if not _PATTERNS[node.tag].match(node.value):
@@ -76,7 +77,7 @@ def _number(loader: _Loader, node: yaml.Node) -> float | int:
     value = float(_scalar(node, "number").replace("_", ""))
     if math.isinf(value):
         _refuse(node, f"{node.value} is beyond the largest floating-point number")
-    return int(value) if value.is_integer() and "." not in node.value else value  # 1e6 images are a whole number
+    return int(value) if value.is_integer() and "." not in node.value else value  # 1e6 is read as an integer
 
 
 def _truth(loader: _Loader, node: yaml.Node) -> bool:
@@ -109,7 +110,11 @@ _Loader.add_constructor(None, _unknown)
 
 
 def parse(text: str, source: str) -> Any:  # noqa: ANN401  (whatever YAML holds)
-    """The content of a YAML text; InputError with the line of the mistake, or where it holds more than any spec."""
+    """The content of a YAML text.
+
+    Raises InputError, with the line of the mistake, if it is not valid YAML, or is larger or more deeply nested than
+    the limits of this module.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -143,7 +148,7 @@ def _parse(text: str) -> Any:  # noqa: ANN401
 
 
 def _refuse_deep(text: str) -> None:
-    """Before anything recurses into it."""
+    """Refuse a text that is too deeply nested or too long, before any recursive function reads it."""
     depth = count = 0
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.CollectionStartEvent | yaml.ScalarEvent):
@@ -160,8 +165,9 @@ def _refuse_deep(text: str) -> None:
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """How many values a node has, and how deeply its lists and mappings are nested, with aliases expanded; `known`
-    has those of nodes that were measured before.
+    """(number of values, nesting depth) of a node, with aliases expanded.
+
+    known: the results so far, by id of the node.
     """
     if id(node) in known:
         if known[id(node)] == OPEN:
@@ -181,17 +187,17 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, i
 
 
 def dump(content: Any) -> str:  # noqa: ANN401
-    """YAML that `parse` reads back to the same content."""
+    """The content as YAML, which `parse` reads back unchanged."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)
 
 
 def dump_line(content: Any) -> str:  # noqa: ANN401
-    """The same on one line."""
+    """Like `dump`, on one line."""
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=float("inf"), default_flow_style=True).strip()
 
 
 def read(path: Path) -> str:
-    """A text file that a user named."""
+    """The text of a file that the user named. InputError if it cannot be read, is too large or is not UTF-8."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)

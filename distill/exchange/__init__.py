@@ -1,1 +1,1 @@
-"""Students between machines and people: cards, checks of foreign files, pull and publish. No tensors."""
+"""Sharing of students: model cards, checks of untrusted files, publishing and pulling. Does not import torch."""

@@ -1,8 +1,9 @@
-"""Whether the files of a student are what their names say, and lead to nothing that it does not list.
+"""Checks the files of an untrusted student: their format, and that they refer to no files that are not listed.
 
-`DiffusionPipeline.from_pretrained` follows what it finds: an index of shards names files of weights, which are
-unpickled unless they end in .safetensors; model_index.json names classes and modules, and classes that load further
-folders; configurations name code of other repositories. So each of these may only name what the student lists itself.
+`DiffusionPipeline.from_pretrained` follows references. An index of shards names weight files, which are unpickled
+unless they end in .safetensors. model_index.json names classes and modules, and some classes load further folders.
+Configurations can name code of other repositories. Each of these may therefore refer only to files that the student
+lists itself, or to classes of diffusers.
 """
 
 import codecs
@@ -20,20 +21,21 @@ from distill.core.regular_files import open_regular, read_regular
 from distill.core.text import one_line, printable
 from distill.exchange.student_card import StudentCard
 
-MAX_TEXT, MAX_HEADER = 16 << 20, 16 << 20  # bytes of a text, JSON or picture; of a safetensors file's description
+MAX_TEXT, MAX_HEADER = 16 << 20, 16 << 20  # bytes of a text, JSON or picture; bytes of the header of a safetensors file
 INDEX = "model_index.json"
-# Of a model_index.json, beside the parts of the pipeline.
+# The keys of a model_index.json in addition to the components of the pipeline.
 FACTS = ("_class_name", "_diffusers_version", "_name_or_path")
 OPTIONS = ("num_classes", "sampler", "t_grid", "t_grids")
-# Classes of diffusers that load their own folder and nothing else: no pipelines, and none that look for a class.
+# Classes of diffusers that load only their own folder: no pipelines, and no classes that select another class.
 CLASSES = re.compile(r"(?!Auto|Modular|Onnx|Flax)[A-Z][A-Za-z0-9]*(Model|Scheduler)|AutoencoderKL|AutoencoderTiny")
-# Keys of configurations by which diffusers and its like load code or weights of another place.
+# Keys of configurations with which diffusers and similar libraries load code or weights from elsewhere.
 LEADING = ("auto_map", "custom_pipelines", "quantization_config", "base_model_name_or_path")
 
 
 def refuse(folder: Path, card: StudentCard) -> None:
-    """InputError if a listed file of the folder is not what its name says, or leads elsewhere. Their bytes are those
-    of the list already.
+    """Raise InputError if a listed file does not have the format of its name, or refers to anything not listed.
+
+    The sha256 of each file must have been verified before.
     """
     for name in card.files:
         try:
@@ -58,13 +60,13 @@ def _refuse(path: Path, name: str, card: StudentCard) -> None:
 
 
 def refuse_picture(content: bytes, name: str) -> None:
-    """InputError unless the bytes are those of a PNG file."""
+    """Raise InputError unless the content is a PNG file."""
     if not is_png(content):
         raise InputError(f"{name} is not a PNG file; the student is refused")
 
 
 def _refuse_weights(path: Path, name: str) -> None:
-    """The description must be JSON, and its tensors exactly what follows it."""
+    """Raise InputError unless it is a safetensors file: a JSON header, then exactly the bytes of its tensors."""
     with open_regular(path) as file:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
@@ -80,7 +82,7 @@ def _refuse_weights(path: Path, name: str) -> None:
 
 
 def _bytes(header: dict[str, Any]) -> int | None:
-    """How many bytes the tensors of a description take, one after the other; None where it makes no sense."""
+    """Total bytes of the tensors in a header; None if they are not contiguous or the header is invalid."""
     spans = []
     for name, tensor in header.items():
         if name != "__metadata__":
@@ -101,14 +103,14 @@ def _text(content: bytes, name: str) -> str:
         text = content.decode()
     except UnicodeDecodeError:
         raise InputError(f"{name} is not UTF-8 text; the student is refused") from None
-    # A program may hold any but NUL: it is shown without them before it is taken.
+    # Code may contain any control character except NUL: they are replaced when the code is shown to the user.
     if re.search(r"\x00" if name.endswith(".py") else r"[\x00-\x08\x0e-\x1f\x7f-\x9f]", text):
         raise InputError(f"{name} is not plain text: it contains control characters; the student is refused")
     return text
 
 
 def _refuse_encoding(content: bytes, name: str) -> None:
-    """A program that says it is written in another encoding runs as something else than what is shown."""
+    """Refuse code that declares another encoding than UTF-8: it would run as something else than what is shown."""
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
     except SyntaxError:
@@ -135,7 +137,7 @@ def _refuse_json(text: str, name: str, card: StudentCard) -> None:
 
 
 def _keys(parsed: Any) -> Iterator[str]:  # noqa: ANN401  (whatever a file holds)
-    """Every key of JSON, at any depth."""
+    """All keys in JSON content, at any depth."""
     todo = [parsed]
     while todo:
         each = todo.pop()
@@ -147,7 +149,7 @@ def _keys(parsed: Any) -> Iterator[str]:  # noqa: ANN401  (whatever a file holds
 
 
 def _refuse_shards(parsed: dict[str, Any], name: str, card: StudentCard) -> None:
-    """Shards are .safetensors files beside their index, and listed."""
+    """Refuse an index unless its shards are listed .safetensors files in the same folder."""
     shards, above = parsed.get("weight_map"), name.rpartition("/")[0]
     if not isinstance(shards, dict):
         raise InputError(f"{name} is an index of weights without a weight_map; the student is refused")
@@ -160,7 +162,7 @@ def _refuse_shards(parsed: dict[str, Any], name: str, card: StudentCard) -> None
 
 
 def _refuse_index(parsed: Any, name: str, card: StudentCard) -> None:  # noqa: ANN401
-    """Its classes are diffusers' own, or come from files that are listed."""
+    """Refuse a model_index.json unless its classes are from diffusers or from listed files."""
     if not isinstance(parsed, dict):
         raise InputError(f"{name} is not a JSON object; the student is refused")
     for part, value in parsed.items():
@@ -176,7 +178,7 @@ def _refuse_index(parsed: Any, name: str, card: StudentCard) -> None:  # noqa: A
         elif isinstance(value, list):
             own = bool(title) and f"{part}/{module}.py" in card.files
             known = value == [None, None] or own or (module == "diffusers" and CLASSES.fullmatch(title) is not None)
-        else:  # diffusers takes a text of two letters for a module and a class
+        else:  # text is refused, as diffusers would take a text of two letters for [module, class]
             known = part in OPTIONS or not isinstance(value, str | dict)
         if not known:
             raise InputError(

@@ -1,5 +1,7 @@
-"""Which files a student folder may hold, judged by its distill.json before any of them is fetched: it comes from
-anywhere. Pure: bytes and names in, InputError out. What is refused is named. What is in the files: contents.py.
+"""Checks the distill.json of an untrusted student folder, before any other file is fetched: which files may be in it.
+
+The functions here work on bytes and names only, and raise InputError with the refused name. `contents` checks what is
+in the files.
 """
 
 import hashlib
@@ -13,13 +15,13 @@ from distill.core.errors import InputError
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
 
-PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")  # one name within a path
+PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}")  # one component of a path
 KINDS = (".safetensors", ".json", ".py", ".md", ".png", ".txt")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".joblib", ".pyc")
 
 
 def parse(content: bytes, where: str) -> StudentCard:
-    """The card of a distill.json, once every name in it may stand in a student folder."""
+    """The card in a distill.json. InputError if it is invalid, or a name in it is not allowed in a student folder."""
     card = student_card.parse(content, where)
     if sum(record.size for record in card.files.values()) > student_card.LARGEST:
         raise InputError(f"{where} lists more bytes than any disk holds; it is refused")
@@ -40,12 +42,12 @@ def parse(content: bytes, where: str) -> StudentCard:
 
 
 def is_plain(name: str) -> bool:
-    """Whether it is a relative path of plain names: letters, digits, '.', '_' and '-', none hidden."""
+    """Whether it is a relative path of plain names: letters, digits, '.', '_' and '-', not hidden."""
     return len(name) <= 2000 and all(PART.fullmatch(part) for part in name.split("/"))
 
 
 def _objection(name: str) -> str | None:
-    """Why a file of this name may not stand in a student folder."""
+    """Why a file of this name is not allowed in a student folder; None if it is allowed."""
     parts = name.split("/")
     suffix = Path(parts[-1]).suffix
     if name.startswith(("/", "\\")) or ":" in name:
@@ -63,19 +65,19 @@ def _objection(name: str) -> str | None:
 
 @cache
 def shipped() -> Mapping[str, Collection[str]]:
-    """File name -> sha256 of every version of it that this project has shipped."""
+    """File name -> sha256 of each version of the file that distill has shipped."""
     found: dict[str, list[str]] = json.loads((Path(__file__).parents[1] / "students" / "shipped.json").read_bytes())
     return found
 
 
 def unknown_code(card: StudentCard) -> list[str]:
-    """The listed program files that are not, byte for byte, a version that this project has shipped."""
+    """The listed .py files that are not identical to a version that distill has shipped."""
     code = {name: record for name, record in card.files.items() if name.endswith(".py")}
     return sorted(n for n, record in code.items() if record.sha256 not in shipped().get(n.rpartition("/")[2], ()))
 
 
 def refuse_unknown_code(card: StudentCard, where: str) -> None:
-    """InputError if the student brings code of its own."""
+    """Raise InputError if the student contains code that distill has not shipped."""
     unknown = unknown_code(card)
     if unknown:
         raise InputError(
@@ -86,5 +88,5 @@ def refuse_unknown_code(card: StudentCard, where: str) -> None:
 
 
 def digest(content: bytes) -> str:
-    """Of a student: the sha256 of its distill.json, which has those of all other files."""
+    """sha256 of bytes. The digest of a student is that of its distill.json, which has the sha256 of all other files."""
     return hashlib.sha256(content).hexdigest()

@@ -1,32 +1,38 @@
 """The published students of a store: STORE/registry/NAME/VERSION/, each a student folder that never changes.
 
-The folders are authoritative. `_index.json` beside them has the same content for where folders cannot be listed, as
-over plain http. It is written after each publication, and again until it agrees with the folders; so the last of
-several publishers to write it has seen the versions of all.
+The folders are authoritative. `_index.json` has the same content, for sources whose folders cannot be listed, such as
+plain http. It is written after each publication, and again until it agrees with the folders. If several people publish
+at the same time, the last one to write it has thus seen all versions.
 
-A store is shared by people who do not know each other. The permissions of its folder or server decide who may write
-there; everything in it is treated as hostile until it is checked:
+A store may be shared by people who do not know each other. The permissions of its folder or server decide who may write
+to it. Everything in it is untrusted until it is checked:
 
-- A card (distill.json) or an entry of the index, by schema: one that is broken, not a file, or too large is skipped,
-  with a warning that names it; all others are used. Texts are single lines without control characters, numbers finite,
-  sizes below 2^63 (student_card.py). File names are plain, below the folder, and of few kinds; links are not followed
-  (manifest.py, core/regular_files.py). The index has at most 4 kB for each student; of very many, only the newest.
-- The content of a student, when it is pulled, verified or published, before it has its name: size and sha256 of each
-  file, no file that is not listed, each of the kind that its name says, nothing that leads a loader to other files,
-  classes, weights or code (contents.py). Code must be, byte for byte, what distill has shipped, or is shown and
-  accepted only by --trust-code.
-- Whatever a server sends: time, size and redirections are limited (transports.py, web.py, ssh.py, pulling.py), and
-  messages are printed as one short line.
-- Files that only save time. An index of images (indexes/) or the costs of steps (schedules/), by schema, the latter
-  also against the request: what does not fit is made again. Fetched inputs (inputs/) must be complete: others are
-  fetched again, under another name. All are read as plain files of bounded size.
-- Foreign text in a model card is plain text there (core/markdown.py), and printed without control characters.
+- Cards (distill.json) and entries of the index are validated by a schema. One that is invalid, not a file or too large
+  is skipped with a warning; all others are used. Text is one line without control characters, numbers are finite,
+  sizes are below 2^63 (student_card.py). File names are plain paths inside the folder with a few known suffixes. Links
+  are not followed (manifest.py, core/regular_files.py). An entry of the index has at most 4 kB; if there are too many
+  students, the index has only the newest.
+- The content of a student is checked when it is pulled, verified or published, before it gets its final name. Size and
+  sha256 of each file must match, and no other files may be there. Each file must have the format of its name, and must
+  not lead a loader to other files, classes, weights or code (contents.py). Code must be identical to code that distill
+  has shipped; other code is shown, and accepted only with --trust-code.
+- For data from a server, time, size and redirects are limited (transports.py, web.py, ssh.py, pulling.py). Its messages
+  are printed as one short line.
+- Files that only save time: image indexes (indexes/) and costs of steps (schedules/) are validated by a schema, the
+  latter also against the request; an invalid one is made again. Fetched inputs (inputs/) must be complete; others are
+  fetched again under another name. All are read as regular files of limited size.
+- Text from others is escaped in model cards (core/markdown.py), and printed without control characters.
 
-Not promised: that a published student is good, is by its stated author, or has its stated licence; that a version
-stays (who may write in the folder may also remove or replace it: compare the sha256 that `students` shows); that its
-README.md is what distill would write (it may contain any text and links); that an index over http is complete; that
-the numbers of an index of images or of costs are right; that inputs/ has what the hub has (the first to make
-inputs/DIGEST decides the weights); that a store which somebody fills up stays quick, or has space.
+Not guaranteed:
+
+- that a published student is good, is from its stated author, or has its stated licence;
+- that a version stays: whoever may write to the folder may remove or replace it, so compare the sha256 that `students`
+  shows;
+- that README.md is what distill would write: it may contain any text and links;
+- that an index over http is complete;
+- that the numbers in an image index or in costs are right;
+- that inputs/ has the same content as the hub: the first process that makes inputs/DIGEST decides the weights;
+- that a store that someone fills up stays fast or has free space.
 """
 
 import json
@@ -54,21 +60,22 @@ from distill.spec.model import Name
 
 REGISTRY, INDEX = "registry", "_index.json"
 MAX_INDEX, MAX_ENTRIES = 64 << 20, 50_000  # bytes and entries of an index
-MAX_ENTRY, MAX_METRICS, METRIC = 4096, 16, 100  # bytes of an entry, its metrics, letters of the name of one
-MAX_OPENED, MAX_PARTS = 4 * MAX_ENTRIES, 60 * MAX_ENTRIES  # lists and objects of an index; its colons and commas
-PIECE = 1 << 18  # bytes of an index that are looked through at once
-ROUNDS = 100  # times that an index is written anew because others publish too
+# Bytes of an entry, number of its metrics, characters of the name of a metric.
+MAX_ENTRY, MAX_METRICS, METRIC = 4096, 16, 100
+MAX_OPENED, MAX_PARTS = 4 * MAX_ENTRIES, 60 * MAX_ENTRIES  # lists and objects in an index; its colons and commas
+PIECE = 1 << 18  # bytes of an index that are scanned at once
+ROUNDS = 100  # how often an index is rewritten because others publish at the same time
 
 
 def _first_metrics(given: object) -> object:
-    """As many as an index may have; cards may have more, and older versions wrote all of them there."""
+    """The first `MAX_METRICS` metrics. Cards may have more, and older versions wrote all of them to the index."""
     if not isinstance(given, dict):
         return given
     return dict(islice(((name, value) for name, value in given.items() if len(str(name)) <= METRIC), MAX_METRICS))
 
 
 class PublishedVersion(FrozenModel):
-    """One version of a student. What later versions of distill may add is ignored."""
+    """One published version of a student. Unknown fields, as of later versions of distill, are ignored."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -92,13 +99,13 @@ class PublishedVersion(FrozenModel):
 
     @property
     def order(self) -> tuple[float, list[tuple[int, str]]]:
-        """By time; then v10 after v9."""
+        """Sort key: by time, then by version, with v10 after v9."""
         parts = re.findall(r"\d+|\D+", self.version)
         return self.published, [(int(part), "") if part.isdigit() else (-1, part) for part in parts]
 
 
 class PublishedIndex(FrozenModel):
-    """The content of _index.json. Its entries are looked at one by one: one that is broken harms no other."""
+    """The content of _index.json. Entries are validated one by one, so that an invalid one does not affect others."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -108,18 +115,19 @@ class PublishedIndex(FrozenModel):
 
 @dataclass(frozen=True)
 class Listed:
-    """What a store has published."""
+    """The published students of a store."""
 
     students: list[PublishedVersion]
-    """by name, the oldest version first"""
+    """sorted by name, the oldest version first"""
     skipped: list[str] = field(default_factory=list)
-    """what cannot be used, each with the reason"""
+    """entries that cannot be used, each with the reason"""
 
 
 def listed(source: RemoteSource, only: str = "*") -> Listed:
-    """All that a store has published, by its folders, or by its index where it is no folder.
+    """The published students of a store: from its folders if it is a local folder, else from its index.
 
-    only: a name; of a folder's students, those of other names are not looked at.
+    only: a name. In a local folder, students of other names are not read; an index is always read as a whole.
+    Raises InputError if the store or its index cannot be read.
     """
     if isinstance(source, RemoteFolder):
         return scan(source.path, only)
@@ -143,9 +151,9 @@ def listed(source: RemoteSource, only: str = "*") -> Listed:
 
 
 def _fills_memory(content: bytes) -> bool:
-    """Whether JSON has so many values outside its strings that it must not be parsed."""
+    """Whether JSON has too many values to be parsed safely, counted without parsing it."""
     plain = content.replace(rb"\\", b"").replace(rb"\"", b"")
-    opened, parts, within = 0, 0, 0  # within: 1 in a string
+    opened, parts, within = 0, 0, 0  # within: 1 inside a string
     for begin in range(0, len(plain), PIECE):
         pieces = plain[begin : begin + PIECE].split(b'"')
         outside = b" ".join(pieces[within::2])
@@ -158,7 +166,7 @@ def _fills_memory(content: bytes) -> bool:
 
 
 def scan(store: Path, only: str = "*") -> Listed:
-    """The versions that lie in a store's folder, of one name or of all."""
+    """The published students in the folder of a store. only: a name; "*": all."""
     found, registry = Listed([]), store / REGISTRY
     try:
         names = _folders(registry, found, only)
@@ -186,7 +194,10 @@ def scan(store: Path, only: str = "*") -> Listed:
 
 
 def _folders(path: Path, found: Listed, only: str = "*") -> list[str]:
-    """The folders in a folder that may be names or versions, all or one; none where it does not exist."""
+    """Sorted names of the folders in `path` that can be names or versions; empty if it does not exist.
+
+    Links are added to `found.skipped`. only: a name; "*": all.
+    """
     folders = []
     try:
         with os.scandir(path) as inside:
@@ -203,7 +214,7 @@ def _folders(path: Path, found: Listed, only: str = "*") -> list[str]:
 
 
 def _entry(registry: Path, name: str, version: str) -> PublishedVersion | None:
-    """None: there is no card, or no longer."""
+    """The entry of a published version; None if it has no card. InputError if the card is invalid."""
     path = registry / name / version / student_card.FILE_NAME
     try:
         content, published = read_regular(path, student_card.MAX_CARD), path.stat().st_mtime
@@ -213,7 +224,10 @@ def _entry(registry: Path, name: str, version: str) -> PublishedVersion | None:
 
 
 def entry_of(name: str, version: str, card: StudentCard, content: bytes, published: float) -> PublishedVersion:
-    """A student's entry in the index; InputError if it is too large. content: of its distill.json."""
+    """The entry of a student in the index. InputError if it is invalid or too large.
+
+    content: content of its distill.json. published: unix seconds.
+    """
     try:
         entry = PublishedVersion(
             name=name,
@@ -237,7 +251,11 @@ def entry_of(name: str, version: str, card: StudentCard, content: bytes, publish
 
 
 def write_index(store: Path) -> Listed:
-    """Update `_index.json` from the folders, and return their content; of too many students the newest."""
+    """Write `_index.json` from the folders, and return all published students.
+
+    If there are too many students, the index has only the newest, and a warning is printed. Raises RunError if it
+    cannot be written.
+    """
     found = scan(store)
     for _ in range(ROUNDS):
         content = _bytes(found.students)
@@ -260,7 +278,7 @@ def write_index(store: Path) -> Listed:
 
 
 def _bytes(students: Sequence[PublishedVersion]) -> bytes:
-    """The content of the index, a line for each student; of too many the newest."""
+    """The content of the index, one line per student; the newest students if there are too many."""
     head, end = b'{"format": 1, "students": [', b"\n]}\n"
     lines, size = dict[int, bytes](), len(head) + len(end)
     newest = sorted(range(len(students)), key=lambda place: students[place].published, reverse=True)
@@ -278,9 +296,9 @@ def _line(entry: PublishedVersion) -> bytes:
 
 
 def split(given: str) -> tuple[str, str | None]:
-    """NAME[:VERSION]; InputError if it cannot be one."""
+    """Split NAME[:VERSION] into (name, version or None). InputError if it is malformed."""
     name, colon, version = given.partition(":")
-    plain = short(re.sub(".*:.*@", "...@", given, flags=re.DOTALL))  # it may be an address with a password
+    plain = short(re.sub(".*:.*@", "...@", given, flags=re.DOTALL))  # it may be a URL with a password
     for word, text in (("name", name), ("version", version)):
         if (word == "name" or colon) and not NAME.fullmatch(text):
             raise InputError(
@@ -291,9 +309,10 @@ def split(given: str) -> tuple[str, str | None]:
 
 
 def locate(source: RemoteSource, listed: Listed, name: str, version: str | None) -> tuple[RemoteSource, str | None]:
-    """The folder of a version of a name, or of its newest, and its digest.
+    """(folder, digest) of a published version; version None: the newest.
 
-    A version missing from the index is looked for in its folder: the index may lag behind.
+    If the index lacks the version, its folder is returned with the digest None, since the index may be older. Raises
+    InputError if a local store lacks the version, or if none is given and the store has no student of this name.
     """
     found = [entry for entry in listed.students if entry.name == name]
     if version is None and found:

@@ -1,6 +1,7 @@
-"""Publishing: a student of a run, with what its run knows about it, becomes a version in the store's registry.
+"""Publishes a student as a version in the store's registry, with information from its run in the model card.
 
-A version appears by the rename of a complete folder, which fails where it exists: of two publishers at once one has it.
+A complete folder is renamed to the version, which fails if the version exists. Of two publishers at the same time, only
+one can thus get a version.
 """
 
 import itertools
@@ -27,18 +28,18 @@ from distill.runs.run_store import RunPaths, read_events
 from distill.spec.model import PairsStage, RunSpec, TrainStage
 
 PICTURE = "samples.png"
-ENDS = ("started", "finished", "stopped", "failed")  # events after which no stage is being computed
+ENDS = ("started", "finished", "stopped", "failed")  # events at which no stage is running
 NUMBERED = re.compile(r"v([0-9]{1,9})")
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What is to be published."""
+    """The student to publish."""
 
     run: RunPaths
     stage: str
     step: int | None = None
-    """of the checkpoint that it is exported from; null: the stage's own student"""
+    """step of the checkpoint to export it from; None: the student that the stage has exported"""
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,16 @@ class Published:
 
     entry: PublishedVersion
     new: bool
-    """whether the version is new; else the same bytes were published already"""
+    """whether the version is new; False: the same student was already published"""
     skipped: list[str]
-    """what cannot be used in the store, each with the reason"""
+    """entries of the store that cannot be used, each with the reason"""
 
 
 def choose(run: RunPaths, stage: str | None, which: str) -> Chosen:
-    """A student of a run. which: "" (of its last train stage), "best", or "step-N"."""
+    """Select a student of a run. InputError if there is no such student.
+
+    stage: None: the last train stage. which: "", "best" or "step-N" (exported from that checkpoint).
+    """
     spec = todo.load_spec(run)
     trained = [name for name, each in spec.stages.items() if isinstance(each, TrainStage)]
     if stage is not None and stage not in trained:
@@ -71,9 +75,9 @@ def choose(run: RunPaths, stage: str | None, which: str) -> Chosen:
 
 
 def best(run: RunPaths) -> str:
-    """The student with the smallest distance at the smallest number of steps that any was measured at.
+    """The train stage of the student with the smallest distance, at the smallest measured number of steps.
 
-    Where several evaluations measured, the last stage of the spec counts.
+    The last evaluate stage with a distance counts. Raises InputError if no student was measured.
     """
     measured = [found for found in _evaluations(run).values() if found.distance is not None]
     trained = {name for name, each in todo.load_spec(run).stages.items() if isinstance(each, TrainStage)}
@@ -85,7 +89,7 @@ def best(run: RunPaths) -> str:
 
 
 def _evaluations(run: RunPaths) -> dict[str, Results]:
-    """By stage, in the order of the spec."""
+    """Stage -> results, in the order of the spec."""
     found = results.of_run(run)
     return {name: found[name] for name in todo.load_spec(run).stages if name in found}
 
@@ -93,9 +97,11 @@ def _evaluations(run: RunPaths) -> dict[str, Results]:
 def publish(
     student: Path, store: Path, name: str, version: str | None, about: Publication, picture: bytes
 ) -> Published:
-    """The student folder as NAME:VERSION, by default the next free v1, v2, ...; as an older one if it is the same.
+    """Publish a student folder as NAME:VERSION.
 
-    picture: a PNG file of samples; empty: none.
+    version: None: the next free one of v1, v2, ... If the same student is already published, its version is returned.
+    picture: content of a PNG file with samples; empty: none.
+    Raises InputError if the student or the name cannot be used, and RunError if writing fails.
     """
     home = store.absolute() / REGISTRY / name
     if (store / REGISTRY / "spec.yaml").exists():
@@ -117,7 +123,7 @@ def publish(
             pulling.fetch_all(source, old, here, "publish")
             contents.refuse(here, old)
             content = student_card.to_json(_dress(here, old, about, picture)).encode()
-            card = manifest.parse(content, f"the card of {name}")  # before it takes a version
+            card = manifest.parse(content, f"the card of {name}")  # validate before a version is claimed
             published.entry_of(name, version or "v999999999", card, content, round(time.time(), 3))
             same = [entry for entry in published.scan(store, name).students if _is(entry, content, version)]
             found = same[0].version if same else _claim(here, home, version, content)
@@ -135,7 +141,7 @@ def _is(entry: PublishedVersion, content: bytes, version: str | None) -> bool:
 
 
 def _claim(here: Path, home: Path, version: str | None, content: bytes) -> str:
-    """Rename the complete folder to its version, or to the first number that is free, as only the rename can tell."""
+    """Rename the complete folder to its version, or to the first free one. Only the rename tells if it is free."""
     write_atomic(here / student_card.FILE_NAME, content)
     sync_tree(here)
     for wanted in [version] if version is not None else _numbers(home):
@@ -149,7 +155,7 @@ def _claim(here: Path, home: Path, version: str | None, content: bytes) -> str:
                 raise InputError(
                     f"{home / wanted} is {kind}, not a published student; publish another version, or remove it"
                 ) from None
-            continue  # another publisher has it
+            continue  # another publisher has taken it
         sync(home)
         return wanted
     raise InputError(
@@ -164,7 +170,7 @@ def _numbers(home: Path) -> Iterator[str]:
 
 
 def _dress(here: Path, old: StudentCard, about: Publication, picture: bytes) -> StudentCard:
-    """The student's folder with its whole model card and its samples: what distill.json now says."""
+    """Add the complete model card and the picture to a student folder; returns its new card."""
     card = old.model_copy(update={"name": about.name})
     new = {student_card.README: student_card.readme(card, about).encode(), **({PICTURE: picture} if picture else {})}
     for name, content in new.items():
@@ -173,18 +179,18 @@ def _dress(here: Path, old: StudentCard, about: Publication, picture: bytes) -> 
     return card.model_copy(update={"files": dict(sorted({**old.files, **records}.items()))})
 
 
-# --- what the run knows ---
+# --- information from the run ---
 
 
 @dataclass
 class Time:
-    """That processes were at a stage, as its events are read."""
+    """The time that processes spent on a stage, summed up while events are read."""
 
     total: float = 0.0
-    """seconds"""
+    """seconds of the finished sessions"""
     began: float | None = None
     last: float = 0.0
-    """when something was heard of it"""
+    """time of the last event of the stage"""
     place: str = ""
     """device"""
 
@@ -194,9 +200,9 @@ class Time:
 
 
 def describe(name: str, chosen: Chosen, images: int, picture: str) -> Publication:
-    """What the model card says beyond the student, which has seen `images`.
+    """The information from the run for the model card.
 
-    A checkpoint's student is not the one that was measured.
+    images: samples that the student was trained on. The student of a checkpoint has no measurements.
     """
     spec = todo.load_spec(chosen.run)
     _, found = _measured(chosen)
@@ -213,23 +219,23 @@ def describe(name: str, chosen: Chosen, images: int, picture: str) -> Publicatio
 
 
 def _cells(found: Results, row: Row, stage: str) -> list[str]:
-    """A row of the table, as Markdown."""
+    """The cells of a table row, as Markdown."""
     own = row.role == "student"
     label = f"**this student**{escape(row.label.removeprefix(stage))}" if own else escape(row.label)
     return [label, *map(escape, [str(row.steps), *results.cells(found, row)])]
 
 
 def _measured(chosen: Chosen) -> tuple[str, Results | None]:
-    """The last evaluation of the run that has the student among its rows, and its stage. A checkpoint has none."""
+    """(stage, results) of the last evaluation that measured the student; ("", None) for a checkpoint or if none did."""
     measured = _evaluations(chosen.run) if chosen.step is None else {}
     with_it = [(n, each) for n, each in measured.items() if any(row.network == chosen.stage for row in each.rows)]
     return with_it[-1] if with_it else ("", None)
 
 
 def samples(chosen: Chosen) -> bytes:
-    """The picture of its samples at the fewest steps that its evaluation drew; nothing where there is none.
+    """The picture of the student's samples at the smallest evaluated number of steps; b"" if there is none.
 
-    InputError if results.json names anything but a picture in a folder of its stage.
+    Raises InputError if results.json names anything but a picture in the folder of its stage.
     """
     stage, found = _measured(chosen)
     rows = [row for row in found.usual if row.role == "student" and row.network == chosen.stage] if found else []
@@ -240,7 +246,7 @@ def samples(chosen: Chosen) -> bytes:
 
 
 def _ancestry(spec: RunSpec, stage: str) -> list[str]:
-    """The stages that a student comes from, itself the last."""
+    """The stages that a student's stage depends on, and itself as the last."""
     wanted = {stage}
     for name in reversed(spec.stages):
         if name in wanted:
@@ -264,9 +270,9 @@ def _cost(chosen: Chosen, spec: RunSpec, name: str, images: int, took: Time) -> 
 
 
 def _times(chosen: Chosen, stages: Sequence[str]) -> dict[str, Time]:
-    """Of these stages; of the student's own up to the checkpoint that it is exported from."""
+    """Stage -> time; for the student's own stage, up to the checkpoint that it is exported from."""
     times = {stage: Time() for stage in stages}
-    counted = dict(times)  # those of which more may be counted
+    counted = dict(times)  # the stages that are still counted
     for event in read_events(chosen.run):
         kind, of = event["event"], event.get("stage", event.get("label", ""))
         mine = counted.get(of)
@@ -289,7 +295,7 @@ def _times(chosen: Chosen, stages: Sequence[str]) -> dict[str, Time]:
 
 
 def _time_of_parts(run: RunPaths, stage: str) -> float:
-    """Seconds that the jobs of an array were at a pairs stage, which write no events of the run."""
+    """Seconds that the jobs of an array spent on a pairs stage. These jobs write no events of the run."""
     total, began = 0.0, None
     members = (m for job in jobs.submitted(run) if job.parts is not None and stage in job.stages for m in job.members)
     for line in (line for member in members for line in jobs.history(run, member)):

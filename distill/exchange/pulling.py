@@ -1,4 +1,6 @@
-"""A student from anywhere to a folder: judged by its distill.json, fetched beside the folder, checked, then renamed."""
+"""Pulls a student into a folder: its distill.json is checked first, then all files are fetched into a hidden folder
+next to the destination, checked, and renamed.
+"""
 
 import os
 import shutil
@@ -21,9 +23,9 @@ from distill.exchange.transfer import PAUSES, Tally, fetch
 from distill.exchange.transports import Broken, Missing, Refused, RemoteFolder, RemoteSource
 from distill.runs.progress import Progress
 
-SMALL, RATE = 60.0, 64 << 10  # what a small file may take: seconds, and bytes a second beyond them
+SMALL, RATE = 60.0, 64 << 10  # time limit of a small file: seconds, and the bytes that allow one more second
 
-Show = Callable[[str, str], None]  # file name and text of code that is unknown
+Show = Callable[[str, str], None]  # gets the file name and the text of unknown code
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,14 @@ class Pulled:
     card: StudentCard
     digest: str
     fetched: int
-    """bytes; 0: it was here already"""
+    """bytes that were fetched; 0: the student was already there"""
 
 
 def read(source: RemoteSource, name: str, limit: int) -> bytes:
-    """A complete small file; raises Missing if there is none.
+    """The content of a small file.
 
-    It may take a minute, and a second more for each RATE bytes that came, however often the other side fails.
+    Raises Missing if there is none, InputError if it is refused or has more than `limit` bytes, and RunError if the
+    source fails or is too slow. The time limit, with retries, is a minute plus a second for each RATE bytes received.
     """
     failures, begin = 0, time.monotonic()
     while True:
@@ -72,7 +75,10 @@ def _is_late(begin: float, size: int) -> bool:
 
 
 def describe(source: RemoteSource) -> tuple[StudentCard, bytes]:
-    """The card of the student at a source, and its bytes; refused unless a student folder may look so."""
+    """(card, content of distill.json) of the student at a source.
+
+    Raises InputError if it is not a student folder, the card is invalid, or there are files that it does not list.
+    """
     try:
         content = read(source, student_card.FILE_NAME, student_card.MAX_CARD)
     except Missing as missing:
@@ -87,7 +93,10 @@ def describe(source: RemoteSource) -> tuple[StudentCard, bytes]:
 
 
 def verify(folder: Path, show: Show | None = None) -> StudentCard:
-    """The card of a complete student folder without other files. show: called with unknown code."""
+    """Check a student folder completely, and return its card. InputError if a check fails.
+
+    show: called with each file of unknown code; None: unknown code is refused.
+    """
     card, _ = describe(RemoteFolder(folder))
     if show is None:
         manifest.refuse_unknown_code(card, str(folder))
@@ -98,9 +107,10 @@ def verify(folder: Path, show: Show | None = None) -> StudentCard:
 
 
 def pull(source: RemoteSource, dest: Path, *, digest: str | None = None, show: Show | None = None) -> Pulled:
-    """Fetch the student at `source` to `dest`, which appears only when it is complete and checked.
+    """Fetch the student at `source` to the folder `dest`, which appears only when it is complete and checked.
 
-    digest: the expected one, if known; show: called with unknown code, which is refused without it.
+    digest: the expected digest, if known. show: called with each file of unknown code; None: unknown code is refused.
+    Raises InputError if the student is refused or `dest` is something else, and RunError if the transfer fails.
     """
     dest = dest.absolute()
     card, content = describe(source)
@@ -133,7 +143,7 @@ def pull(source: RemoteSource, dest: Path, *, digest: str | None = None, show: S
 
 
 def _is_here(dest: Path, content: bytes, show: Show | None) -> bool:
-    """Whether `dest` is this very student, whole. InputError if it is anything else."""
+    """Whether `dest` already is this student. InputError if it is anything else or damaged."""
     if not dest.exists() and not dest.is_symlink():
         return False
     try:
@@ -147,7 +157,7 @@ def _is_here(dest: Path, content: bytes, show: Show | None) -> bool:
 
 
 def fetch_all(source: RemoteSource, card: StudentCard, here: Path, label: str = "pull") -> None:
-    """Every listed file, the largest first."""
+    """Fetch all listed files into the folder `here`, several at once, the largest first."""
     files = sorted(card.files.items(), key=lambda item: -item[1].size)
     total, tally = sum(record.size for _, record in files), Tally()
     with Progress(label, total // 1000, "kB", None) as progress, ThreadPoolExecutor(source.parallel) as pool:
@@ -171,16 +181,16 @@ def _show(folder: Path, card: StudentCard, show: Show | None) -> None:
 
 @contextmanager
 def workplace(dest: Path, digest: str) -> Iterator[Path]:
-    """A hidden folder beside `dest` for this process alone, with what an earlier pull of the same student left there.
+    """A hidden folder next to `dest` for this process alone. It has the files of an earlier, unfinished pull, if any.
 
-    Its name contains that of its process. A folder whose process is gone is taken over by a rename, which succeeds
-    once. Not a `new_folder`, which starts empty: what has been downloaded is resumed.
+    Its name contains the label of its process. The folder of a dead process is taken over by renaming it, which
+    succeeds only once. `atomic.new_folder` is not used, since it starts with an empty folder.
     """
     free = dest.with_name(f".{dest.name}.part-{digest[:16]}")
     mine = free.with_name(f"{free.name}.{Owner.this().label}")
     dest.parent.mkdir(parents=True, exist_ok=True)
     for left in sorted(dest.parent.iterdir()):
-        with suppress(OSError):  # another process was faster
+        with suppress(OSError):  # another process took it over first
             if left.name.startswith(free.name) and _is_left(left, free):
                 left.rename(mine)
                 break
@@ -191,26 +201,26 @@ def workplace(dest: Path, digest: str) -> Iterator[Path]:
         yield mine
     finally:
         if mine.exists():
-            with suppress(OSError):  # another pull has left one too
+            with suppress(OSError):  # another pull has left a folder of this name
                 mine.rename(free)
 
 
 def _is_left(path: Path, free: Path) -> bool:
-    """Whether this user made the folder, in a process that is gone, or on another host and long ago."""
+    """Whether this user owns the folder and its process is dead, or on another host and silent for long."""
     label = path.name.removeprefix(f"{free.name}.")
     return (path == free or (Owner.of_label(label) is not None and is_abandoned(path, label))) and _is_own(path)
 
 
 def _is_own(path: Path) -> bool:
-    """Whether it is a folder of this user's, and no link."""
+    """Whether it is a folder that this user owns, and not a link."""
     state = path.lstat()
     return S_ISDIR(state.st_mode) and state.st_uid == os.geteuid()
 
 
 def _settle(here: Path, dest: Path, card: StudentCard, content: bytes) -> None:
-    """Give a complete student its name; one that another pull has put there meanwhile is as good."""
+    """Rename a complete student to `dest`. If another pull has put the same student there first, that one is kept."""
     for name in RemoteFolder(here).listing() or []:
-        if name not in card.files:  # of a process that was killed
+        if name not in card.files:  # left by a killed process
             (here / name).unlink()
     write_atomic(here / student_card.FILE_NAME, content)
     sync_tree(here)

@@ -1,4 +1,4 @@
-"""Files over the system's own ssh, with the user's config for the host: jump hosts, agents, names."""
+"""Reads files with the system's ssh client, so that the user's ssh config applies: jump hosts, agents, host names."""
 
 import os
 import re
@@ -15,22 +15,22 @@ from distill.core.errors import InputError
 from distill.core.text import one_line
 from distill.exchange.transports import READ, SILENCE, Broken, Missing, Refused, RemoteSource, Stream, shown
 
-LAST = 4096  # bytes kept of what ssh says
-ABSENT = 44  # exit code of our remote line where there is no such file
+LAST = 4096  # bytes of ssh's messages that are kept
+ABSENT = 44  # exit code of the remote script if there is no such file
 HOST = re.compile(r"[A-Za-z0-9_\[][A-Za-z0-9_.:%\[\]-]*")
 USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]*")
-# Ask nothing on a terminal; notice within a minute that the other side is gone.
+# Never prompt on a terminal, and notice a lost connection within a minute.
 OPTIONS = ("-T", "-o", "BatchMode=yes", "-o", "ServerAliveInterval=15", "-o", "ConnectTimeout=20")
 FATAL = ("Permission denied", "Host key verification failed", "Could not resolve hostname", "Bad configuration option")
 
 
 @dataclass(frozen=True)
 class Ssh:
-    """A folder of another machine. Its shell must know `test` and `tail`."""
+    """A folder of another machine, which must have the commands `test` and `tail`."""
 
     where: str
     host: tuple[str, ...]
-    """what stands on ssh's command line for it"""
+    """the arguments of ssh that select the host"""
     path: str
     parallel: int = 2
     retries: int = 5
@@ -63,7 +63,7 @@ class Ssh:
 
 @dataclass
 class _Output:
-    """The output of ssh, and at its end the reason. Only the end of its messages is kept: they may be long."""
+    """The output of ssh as a stream, which raises an error if ssh fails. Only the end of ssh's messages is kept."""
 
     process: subprocess.Popen[bytes]
     where: str
@@ -82,7 +82,11 @@ class _Output:
             pipe.close()
 
     def read(self, size: int, /) -> bytes:
-        """The next bytes; b"" once ssh has ended well. Broken after a minute without a byte of the file."""
+        """The next bytes; b"" once ssh has ended successfully.
+
+        Raises Broken after a minute without data or if the connection fails, Missing if there is no such file, and
+        Refused for errors that a retry cannot fix.
+        """
         end = time.monotonic() + SILENCE
         while self.waiting.get_map():
             left = end - time.monotonic()
@@ -113,11 +117,11 @@ class _Output:
 
 
 def at(url: str) -> RemoteSource:
-    """ssh://[USER@]HOST[:PORT]/PATH; /~/PATH is below the home folder there."""
+    """The folder ssh://[USER@]HOST[:PORT]/PATH. /~/PATH is relative to the home folder on that host."""
     parts = urlsplit(url)
     user, _, host = parts.netloc.rpartition("@")
     port, name = parts.port, parts.hostname or ""
-    # The host as it was written: ssh's config may tell capitals apart.
+    # The host as it was written, since ssh's config may be case-sensitive.
     name = re.sub(r":\d+$", "", host) if not host.startswith("[") else name
     path = unquote(parts.path)
     path = f"./{path[3:]}" if path.startswith("/~/") else path

@@ -1,4 +1,4 @@
-"""The description of a student in its folder: distill.json for programs, README.md for people. No torch here."""
+"""The description of a student in its folder: distill.json and the model card README.md. Does not import torch."""
 
 import functools
 import hashlib
@@ -27,15 +27,15 @@ from distill.spec.model import is_path
 FILE_NAME, README = "distill.json", "README.md"
 MAX_CARD = 1 << 20  # bytes of a distill.json
 MAX_FILES = 1000
-LARGEST = 2**63 - 1  # bytes of all
+LARGEST = 2**63 - 1  # total bytes of all files
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Length = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
-Steps = Annotated[int, Field(ge=1, le=2**31 - 1)]  # a key, which JSON has as text
+Steps = Annotated[int, Field(ge=1, le=2**31 - 1)]  # not strict, since it is a key, which is text in JSON
 Metrics = Annotated[dict[Label, Number], Field(max_length=1000)]
 
 
 class FileRecord(FrozenModel):
-    """One file of the folder."""
+    """Checksum and size of a file of the folder."""
 
     sha256: Digest
     size: Count
@@ -43,9 +43,9 @@ class FileRecord(FrozenModel):
 
 
 class StudentCard(FrozenModel):
-    """The content of distill.json. Depends on the student alone: no dates, no paths.
+    """The content of distill.json. It depends on the student alone, so it has no dates and no paths.
 
-    It may come from anybody, so each value is bounded: texts are lines without control characters, numbers finite.
+    It may be untrusted, so each value is restricted: text is one line without control characters, numbers are finite.
     """
 
     format: Literal[1] = 1
@@ -93,7 +93,7 @@ class StudentCard(FrozenModel):
     @model_validator(mode="before")
     @classmethod
     def _of_before(cls, content: Any) -> Any:  # noqa: ANN401  (whatever a file holds)
-        """Cards said t_grid: uniform, before there were others."""
+        """Remove `t_grid: uniform`, which earlier versions wrote."""
         if isinstance(content, dict) and content.get("t_grid") == "uniform":
             return {name: value for name, value in content.items() if name != "t_grid"}
         return content
@@ -112,12 +112,12 @@ class StudentCard(FrozenModel):
 
     @property
     def fewest_steps(self) -> int:
-        """The smallest number of steps that it is made for."""
+        """The smallest number of steps that the student is made for."""
         return min(self.t_grids, default=1)
 
 
 def record(folder: Path) -> dict[str, FileRecord]:
-    """sha256 and size of every file of a student folder but distill.json, by relative name."""
+    """Relative path -> sha256 and size, for all files of a student folder except distill.json."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / FILE_NAME)
     records = {}
     for path in files:
@@ -128,7 +128,10 @@ def record(folder: Path) -> dict[str, FileRecord]:
 
 
 def read(folder: Path) -> StudentCard:
-    """The card of a student folder that the user has named; it may be a link, as in the cache of a hub."""
+    """The card of a student folder that the user has given. InputError if it is missing or invalid.
+
+    distill.json may be a link, as in the hub's cache.
+    """
     path = folder / FILE_NAME
     try:
         content = read_regular(path, MAX_CARD, follow=True)
@@ -146,7 +149,7 @@ def read(folder: Path) -> StudentCard:
 
 
 def parse(content: bytes, where: str) -> StudentCard:
-    """The card that a distill.json holds."""
+    """The card from the content of a distill.json. InputError if it is invalid. where: its name in the message."""
     if len(content) > MAX_CARD:
         raise InputError(f"{where} has {len(content):,} bytes; valid: at most {MAX_CARD:,}")
     try:
@@ -156,9 +159,10 @@ def parse(content: bytes, where: str) -> StudentCard:
 
 
 def verify(folder: Path) -> StudentCard:
-    """The card, once every file it names is there, whole and unchanged, and no other file is.
+    """Check the files of a student folder, and return its card.
 
-    A wrong size is reported without reading the file.
+    Raises InputError if a listed file is missing or changed, or if there are other files. A file of the wrong size is
+    not read.
     """
     card = read(folder)
     for name, expected in card.files.items():
@@ -182,7 +186,7 @@ def verify(folder: Path) -> StudentCard:
 
 
 def refuse_strange(found: Collection[str], card: StudentCard, where: str) -> None:
-    """InputError if a folder holds files that its distill.json does not list."""
+    """Raise InputError if a folder contains files that its distill.json does not list."""
     if strange := sorted(set(found) - card.files.keys() - {FILE_NAME}):
         raise InputError(
             f"{where}: {one_line(', '.join(strange), 200)} is not listed in {FILE_NAME}; "
@@ -191,9 +195,9 @@ def refuse_strange(found: Collection[str], card: StudentCard, where: str) -> Non
 
 
 def add_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
-    """Write the measurements to distill.json and README.md. After a kill in between, call it again.
+    """Write metrics to distill.json and README.md. If the process is killed in between, call it again.
 
-    A value that is not finite is left out: cards hold numbers that can be compared.
+    Values that are not finite are left out, since a card may not have them.
     """
     remove_unfinished(folder)
     old, finite = read(folder), {name: value for name, value in metrics.items() if math.isfinite(value)}
@@ -205,13 +209,13 @@ def add_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
 
 
 def to_json(card: StudentCard) -> str:
-    """The bytes of distill.json."""
+    """The card as the text of distill.json."""
     return json.dumps(card.model_dump(mode="json"), ensure_ascii=False, indent=2) + "\n"
 
 
 @dataclass(frozen=True)
 class TrainingCost:
-    """The cost of a stage on the way to a student."""
+    """The cost of one of the stages that make a student."""
 
     stage: str
     work: str
@@ -225,25 +229,25 @@ class Publication:
 
     name: str
     picture: str = ""
-    """file of samples in the folder; empty: none"""
+    """name of the file with samples; empty: none"""
     measured: str = ""
-    """what the table below is of"""
+    """description of the table of measurements"""
     columns: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
-    """cells in Markdown, foreign text in them escaped"""
+    """cells as Markdown, in which untrusted text is escaped"""
     costs: list[TrainingCost] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class MeasuredStudent:
-    """A card's metrics as a table by NFE."""
+    """The metrics of a card as a table: names of the columns, and (NFE, cells) of each row."""
 
     names: list[str]
     rows: list[tuple[int, list[str]]]
 
 
 def _at(key: str) -> tuple[str, int]:
-    """The name and the number of steps of a metric like FD-digits@2; 0: it names none."""
+    """(name, number of steps) of a metric like FD-digits@2. The number is 0 if the key has none."""
     found = re.fullmatch(r"(.*)@([0-9]{1,6})", key)
     return (found[1], int(found[2])) if found else (key, 0)
 
@@ -271,7 +275,7 @@ def _template() -> jinja2.Template:
 
 
 def readme(card: StudentCard, published: Publication | None = None) -> str:
-    """The model card. What others have written, in the card or the run, is shown as plain text."""
+    """The model card README.md. Text from the card or the run is escaped, since it may be untrusted."""
     facts: dict[str, Any] = card.model_dump()
     return _template().render(
         card=facts,
@@ -286,7 +290,7 @@ def readme(card: StudentCard, published: Publication | None = None) -> str:
 
 
 def _head(card: StudentCard) -> str:
-    """The YAML that a hub reads at the beginning of a model card."""
+    """The YAML metadata at the beginning of a model card, which the hub reads."""
     tags = ["distillation", "flow-matching", *(["image-generation"] if len(card.shape) > 1 else [])]
     head = {"library_name": "diffusers", "license": card.license or "other", "tags": tags}
     dumped: str = yaml.safe_dump(head, sort_keys=False, width=10 * LINE)

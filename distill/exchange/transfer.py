@@ -1,4 +1,4 @@
-"""One file from a source to the disk: hashed as it arrives, resumed where it broke, complete or absent."""
+"""Downloads one file: hashes it while it arrives, resumes after a failure, and gives it its name once complete."""
 
 import hashlib
 import os
@@ -14,16 +14,16 @@ from distill.core.errors import InputError, RunError
 from distill.exchange.student_card import FileRecord
 from distill.exchange.transports import Broken, Missing, Refused, RemoteSource, Stream
 
-BLOCK = 4 << 20  # bytes in memory at once, twice for each file on its way
-PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)  # seconds before asking again, by the failures in a row that brought nothing
-LEAST = 64 << 10  # bytes that make a broken transfer one that went on
-WINDOW = 60.0  # seconds in which so many must come
-CORRUPT = 2  # times that a file is fetched anew because it arrived damaged
+BLOCK = 4 << 20  # bytes of a block; at most two blocks of each file are in memory
+PAUSES = (0.2, 0.5, 1.0, 2.0, 4.0)  # seconds before the next attempt, by the number of failures in a row
+LEAST = 64 << 10  # bytes; an attempt that received fewer counts as a failure
+WINDOW = 60.0  # seconds in which at least LEAST bytes must arrive
+CORRUPT = 2  # how often a file is fetched again if it arrives damaged
 
 
 @dataclass
 class Tally:
-    """Bytes that have come, of all files, and whether to stop."""
+    """The number of bytes received for all files, and a flag to stop. Shared between threads."""
 
     bytes: int = 0
     stop: threading.Event = field(default_factory=threading.Event)
@@ -35,9 +35,7 @@ class Tally:
 
 
 class FilePart:
-    """A file that is not complete: what has come is on the disk, and in the digest. The digest takes a block while the
-    disk takes it too.
-    """
+    """A partial file and the digest of its content. A thread hashes each block while it is written to disk."""
 
     def __init__(self, path: Path, size: int) -> None:
         self.size = 0
@@ -49,7 +47,7 @@ class FilePart:
         if self._file.tell() > size:
             self.restart()
         self._file.seek(0)
-        while block := self._file.read(BLOCK):  # of an earlier process
+        while block := self._file.read(BLOCK):  # received by an earlier process
             self._digest.update(block)
             self.size += len(block)
 
@@ -74,17 +72,21 @@ class FilePart:
         self._digest, self.size = hashlib.sha256(), 0
 
     def finish(self) -> str:
-        """Its sha256, once it is durable."""
+        """Sync the file to disk, and return its sha256."""
         os.fsync(self._file.fileno())
         self._hashing.result()
         return self._digest.hexdigest()
 
 
 def fetch(source: RemoteSource, name: str, record: FileRecord, path: Path, tally: Tally) -> None:
-    """The file `name` at `path`, its bytes as recorded; what an earlier process left of it is resumed."""
+    """Fetch the file `name` to `path`, and verify its size and sha256. Resumes a partial file of an earlier process.
+
+    Raises RunError if the transfer or writing fails, and InputError if the source does not have or give the file. If
+    `tally.stop` is set, it returns early without a complete file.
+    """
     part_path = path.with_name(f"{path.name}.part")
     try:
-        if path.exists():  # complete, unless the machine went down before it was on the disk
+        if path.exists():  # complete, unless the machine crashed before the file was synced to disk
             path.replace(part_path)
         with FilePart(part_path, record.size) as part:
             tally.add(part.size)
@@ -132,9 +134,9 @@ def _complete(source: RemoteSource, name: str, record: FileRecord, part: FilePar
 
 
 def _receive(stream: Stream, part: FilePart, size: int, tally: Tally) -> str:
-    """Receive the rest; returns why the file is incomplete, or nothing."""
+    """Receive the rest of a file; returns why it is incomplete, or "" if it is complete."""
     begin, before = time.monotonic(), part.size
-    while block := stream.read(min(BLOCK, size - part.size + 1)):  # one more than is missing, to notice what is longer
+    while block := stream.read(min(BLOCK, size - part.size + 1)):  # one byte more than expected, to detect extra data
         if time.monotonic() - begin > WINDOW:
             if (came := part.size + len(block) - before) < LEAST and part.size + len(block) < size:
                 return f"it is too slow: {came:,} bytes in {WINDOW:.0f} s"

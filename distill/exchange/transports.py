@@ -1,7 +1,7 @@
-"""Where files come from: a folder, http(s), a hub, an object store, ssh. Each opens a file at an offset.
+"""Sources of files: a folder, http(s), the hub, an object store, ssh. Each can open a file at an offset.
 
-Servers may be slow or never end: every wait has a time limit, and their messages are shortened to one line before they
-are shown. Passwords in a URL are used, and never shown.
+Servers may be slow or send data without end, so every wait has a time limit. Their messages are shortened to one line
+before they are shown. Passwords in a URL are used but never shown.
 """
 
 import errno
@@ -28,64 +28,64 @@ SCHEMES = ("file", "http", "https", "s3", "hf", "ssh")
 ACCOUNTS = {
     "s3": "write s3://BUCKET/PATH, and give the keys by $AWS_ACCESS_KEY_ID and $AWS_SECRET_ACCESS_KEY, or ~/.aws",
     "hf": "write hf://ORG/NAME or hf://ORG/NAME@REVISION, and give the token by $HF_TOKEN, or: hf auth login",
-}  # how these take a user's keys
-ANSWER = 120.0  # seconds until the other side has begun to send a file
-SILENCE = 60.0  # seconds without a byte
-BLOCK = 600.0  # seconds for a block of an object store, which may fetch 50 MB ahead
-READ = 256 * 1024  # bytes asked of a network at once: what a broken connection may cost
-MAX_LISTED, MAX_DEPTH = 10_000, 16  # files and folders of a folder that is to be a student
+}  # scheme -> how the user gives credentials
+ANSWER = 120.0  # seconds until a source must begin to send a file
+SILENCE = 60.0  # seconds without any data
+BLOCK = 600.0  # seconds for a block of an object store, whose library may read 50 MB ahead
+READ = 256 * 1024  # bytes per network read: at most this much is lost when a connection breaks
+MAX_LISTED, MAX_DEPTH = 10_000, 16  # limits for a student folder: files and folders in it, depth of folders
 
 Result = TypeVar("Result")
 
 
-class Broken(Exception):  # noqa: N818  (what the network did; asking again may help)
-    """A transfer that ended too early."""
+class Broken(Exception):  # noqa: N818  (a failure of the network; a retry may help)
+    """A transfer ended too early. A retry may help."""
 
 
-class Refused(Exception):  # noqa: N818  (the other side's answer; asking again does not help)
-    """A file that the source refuses to send."""
+class Refused(Exception):  # noqa: N818  (the answer of the source; a retry does not help)
+    """The source refuses to send a file. A retry does not help."""
 
 
 class Missing(Refused):
-    """There is no such file."""
+    """The source has no such file."""
 
 
 @runtime_checkable
 class Stream(Protocol):
-    """Bytes in their order; b"" at the end. Broken or Refused where they cannot be had."""
+    """A stream of bytes. `read` returns b"" at the end, and raises Broken or Refused if it fails."""
 
     def read(self, size: int, /) -> bytes: ...
 
 
 @runtime_checkable
 class RemoteSource(Protocol):
-    """A folder somewhere, for reading."""
+    """A readable folder, local or remote."""
 
     @property
-    def where(self) -> str: ...  # for people, without passwords
+    def where(self) -> str: ...  # its address for messages, without passwords
     @property
-    def parallel(self) -> int: ...  # files at once
+    def parallel(self) -> int: ...  # number of files to fetch at the same time
     @property
-    def retries(self) -> int: ...  # after a failure that brought nothing
+    def retries(self) -> int: ...  # number of retries after failures in a row
     def open(self, name: str, offset: int) -> AbstractContextManager[Stream]: ...
-    def listing(self) -> list[str] | None: ...  # every file, if that can be told
-    def below(self, name: str) -> "RemoteSource": ...  # a folder in it
+    def listing(self) -> list[str] | None: ...  # all files; None: it cannot be listed
+    def below(self, name: str) -> "RemoteSource": ...  # a sub-folder
 
 
 def is_url(text: str) -> bool:
-    """Whether a place is given as scheme:/..., or holds one in another form, which `scheme_of` refuses."""
+    """Whether a text is a URL: scheme:/..., or a malformed URL, which `scheme_of` refuses."""
     return URL.match(text) is not None
 
 
 def shown(url: str) -> str:
-    """A URL for people: without a user, a password or a query, which may hold a token."""
-    # The second form is a password with a '/', which no program reads as one.
+    """A URL for messages: without user, password and query, which may contain a token."""
+    # The second alternative is a password that contains '/', which is not valid in a URL.
     plain = re.sub(r"(?<=:)(/+)(?:[^/?#]*@|[^/?#@:]*:(?![0-9]*(?:/|$))[^?#]*@)", r"\1", url)
     return re.sub(r"[?#].*", "", plain, flags=re.DOTALL)
 
 
 def reason(error: BaseException) -> str:
-    """The innermost of the errors that a library wraps in each other, in one short line without passwords."""
+    """The message of the innermost cause of an error, as one short line without passwords."""
     cause = error
     while (inner := cause.__cause__ or cause.__context__) is not None:
         cause = inner
@@ -94,7 +94,7 @@ def reason(error: BaseException) -> str:
 
 
 class _Caught:
-    """Keeps an exception of a thread for the thread that waits for it."""
+    """Context manager that catches an exception in a thread, for the thread that waits for it."""
 
     error: BaseException | None = None
 
@@ -106,9 +106,10 @@ class _Caught:
 
 
 def within(seconds: float, call: Callable[[], Result], what: str) -> Result:
-    """What `call` returns or raises. Broken if it takes longer: its thread is left behind, and ends with the program.
+    """Call `call` in a thread, and return its result or raise its exception. Raises Broken if it takes longer.
 
-    Time limits of libraries hold for each byte, so that a server which sends one now and then is never too slow.
+    The timeouts of libraries are per received byte, so a server that sends a byte now and then would never be too slow.
+    After a timeout, the thread is not stopped; it ends with the program.
     """
     found, caught = list[Result](), _Caught()
 
@@ -127,7 +128,7 @@ def within(seconds: float, call: Callable[[], Result], what: str) -> Result:
 
 
 def at(place: str | Path) -> RemoteSource:
-    """The folder that a path or a URL names."""
+    """The source for a path or a URL of a folder. InputError if the URL is not valid."""
     if not isinstance(place, str) or not is_url(place):
         return RemoteFolder(Path(place))
     url, base = _parsed(place), place.rstrip("/")
@@ -149,21 +150,21 @@ def at(place: str | Path) -> RemoteSource:
 
 
 def scheme_of(text: str) -> str:
-    """The scheme of a URL; InputError, without its passwords, if it is none of ours or there are several in a row."""
+    """The scheme of a URL. Raises InputError, without passwords, if it is unknown or if URLs are chained by '::'."""
     scheme = re.match(r"\s*([a-z][a-z0-9+.-]*):/", text, re.IGNORECASE)
-    if scheme is None or re.search(r"::\w+:", text):  # fsspec would go from one to the next
+    if scheme is None or re.search(r"::\w+:", text):  # fsspec would follow such a chain
         raise InputError(
             "the address given is not a plain URL of a folder, without '?', '#' and '::'; write SCHEME://HOST/PATH; "
             f"valid schemes: {', '.join(SCHEMES)}"
         )
     if scheme[1].lower() not in SCHEMES:
-        plain = one_line(re.sub(":/(?!/)", "://", shown(text), count=1), 500)  # a Path has lost one of them
+        plain = one_line(re.sub(":/(?!/)", "://", shown(text), count=1), 500)  # Path changes '//' to '/'
         raise InputError(f"{plain}: unknown scheme '{scheme[1].lower()}'; valid: {', '.join(SCHEMES)}")
     return scheme[1].lower()
 
 
 def _parsed(text: str) -> SplitResult:
-    """The parts of a URL; InputError, without its passwords, unless it is of a scheme and form that is taken."""
+    """The parts of a URL. Raises InputError, without passwords, if its scheme or form is not supported."""
     plain, scheme = one_line(shown(text), 500), scheme_of(text)
     try:
         url = urlsplit(text)
@@ -171,7 +172,7 @@ def _parsed(text: str) -> SplitResult:
         raise InputError(f"{plain}: {error}") from None
     try:
         _ = url.port
-    except ValueError:  # it may be the beginning of a password
+    except ValueError:  # what follows ':' may be a part of a password
         raise InputError(
             f"{scheme}://{url.hostname}:...: the port is not a number. If the password contains '/', write it as %2F"
         ) from None
@@ -194,7 +195,7 @@ def _parsed(text: str) -> SplitResult:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder of this machine."""
+    """A folder on this machine."""
 
     path: Path
     parallel: int = 2
@@ -220,7 +221,7 @@ class RemoteFolder:
             yield file
 
     def listing(self) -> list[str] | None:
-        """InputError where there is a link, which may lead anywhere, or more than a student has."""
+        """All files. Raises InputError if there is a link, or more files or folders than a student may have."""
         found, seen = list[str](), 0
         for above, folders, files in os.walk(self.path):
             seen += len(folders) + len(files)
@@ -252,7 +253,7 @@ class Fsspec:
     path: str
     errors: tuple[type[Exception], ...]
     parallel: int = 4
-    retries: int = 2  # these libraries try again themselves
+    retries: int = 2  # few, since the libraries retry themselves
 
     @contextmanager
     def open(self, name: str, offset: int) -> Iterator[Stream]:
@@ -278,7 +279,7 @@ class Fsspec:
 
 @dataclass(frozen=True)
 class _Checked:
-    """A stream whose errors are ours."""
+    """A stream with a time limit, whose errors are converted to Broken."""
 
     stream: Stream
     errors: tuple[type[Exception], ...]

@@ -1,4 +1,4 @@
-"""Files over http(s) and from a hub."""
+"""Reads files over http(s) and from the Hugging Face Hub."""
 
 import re
 import time
@@ -29,14 +29,14 @@ from distill.exchange.transports import (
 if TYPE_CHECKING:
     import requests
 
-CONNECT = 20.0  # seconds
+CONNECT = 20.0  # seconds to establish a connection
 REDIRECTS = 10
-GATHER = 1.0  # seconds for which what comes is put together
+GATHER = 1.0  # seconds for which received data is collected before it is returned
 
 
 @dataclass(frozen=True)
 class Http:
-    """Files below a URL. A server without ranges works, too: the known part is read again."""
+    """Files below a URL. A server without range requests works too: the known part is read again and skipped."""
 
     where: str
     base: str = field(repr=False)
@@ -79,7 +79,7 @@ def _get(url: str, headers: Mapping[str, str]) -> "requests.Response":
 
 @cache
 def _session() -> type["requests.Session"]:
-    """requests is imported only where it is needed: it costs a third of a command's start."""
+    """The session class. requests is imported only when needed, since the import is a third of a command's startup."""
     import requests
 
     class Session(requests.Session):
@@ -118,11 +118,11 @@ def _refuse_status(response: "requests.Response", where: str, offset: int) -> No
 
 
 class _Body:
-    """The body of a response. What arrives within a second is returned at once, so that a slow server is noticed."""
+    """The body of a response. A read returns after a second with what has arrived, so that a slow server is noticed."""
 
     def __init__(self, response: "requests.Response") -> None:
         self._raw = response.raw
-        self._broken = ""  # why, once what came before it was given
+        self._broken = ""  # the error to raise at the next read, after the data before it was returned
 
     def read(self, size: int, /) -> bytes:
         from urllib3.exceptions import HTTPError
@@ -144,7 +144,7 @@ class _Body:
 
 
 def _skip(stream: Stream, count: int) -> None:
-    """Read over what is known already; Broken if less than a block of it comes in a minute."""
+    """Skip the first `count` bytes of a stream. Raises Broken if less than a block arrives in a minute."""
     begin, left = time.monotonic(), count
     while count:
         if time.monotonic() - begin > SILENCE:
@@ -158,7 +158,7 @@ def _skip(stream: Stream, count: int) -> None:
 
 
 def hub(url: str) -> RemoteSource:
-    """hf://ORG/NAME[@REVISION], at the commit that its revision is now."""
+    """The files of hf://ORG/NAME[@REVISION], at the current commit of the revision. InputError if it is not found."""
     match = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", url)
     if match is None:
         raise InputError(f"{shown(url)}: hf://ORG/NAME or hf://ORG/NAME@REVISION is expected")

@@ -1,1 +1,1 @@
-"""Starts the processes that compute: on this machine, or as jobs of Slurm."""
+"""Starts the processes that compute stages: on this machine or as Slurm jobs."""

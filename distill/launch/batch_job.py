@@ -1,10 +1,10 @@
-"""The process of a job itself, on its first node: it starts the stages' processes by srun, passes signals on, and
-decides whether Slurm is to queue the job again.
+"""The main process of a Slurm job, on its first node. It starts the processes of the stages with srun, forwards signals
+to them, and decides whether the job is queued again.
 
-It takes the place of the script's shell, so that signals reach it whatever it waits for. Signals, and what they mean:
-Slurm sends USR1 some time before the limit, and at a preemption; TERM when the job is cancelled or requeued, or to the
-processes alone in a preempted job's grace period. Each time all ranks finish the same step, save and leave with code
-75. Then the job must queue itself again: one that just ends, whatever its code, counts as ended.
+It replaces the shell of the job script (exec), so that it receives signals directly. Slurm sends USR1 some time before
+the time limit and at a preemption. It sends TERM if the job is cancelled or requeued; in the grace period of a
+preempted job, only the processes receive TERM. In all these cases, all ranks finish the same step, save and exit with
+code 75. The job must then requeue itself, since Slurm counts a job that exits as ended, whatever its exit code.
 """
 
 import os
@@ -28,12 +28,13 @@ from distill.runs.run_store import RunPaths, append_event
 from distill.spec import clusterspec
 from distill.spec.model import RunSpec, TrainStage
 
-NEAR = 90.0  # seconds beside the lead in which a signal is taken for that of the time limit: Slurm looks now and then
-LOOK = 60.0  # seconds between two looks at how long saving takes
-PASSED_ON = dict.fromkeys((signal.SIGUSR1, signal.SIGTERM, signal.SIGINT), signal.SIGUSR1)  # srun has uses for the rest
-ATTEMPTS = 3  # to queue a job again
-ASKED, LOST = "asked", "lost"  # by somebody who did not say why; without a word
-BY_STATE = {"PREEMPTED": "preempted", "NODE_FAIL": "node failure", "TIMEOUT": "time limit"}  # of an attempt that ended
+NEAR = 90.0  # a signal within lead + NEAR seconds of the limit counts as that of the limit: Slurm checks infrequently
+LOOK = 60.0  # seconds between two checks of how long saving takes
+# All are forwarded as USR1, since srun itself reacts to the others.
+PASSED_ON = dict.fromkeys((signal.SIGUSR1, signal.SIGTERM, signal.SIGINT), signal.SIGUSR1)
+ATTEMPTS = 3  # attempts to requeue a job
+ASKED, LOST = "asked", "lost"  # ended by a signal of unknown reason; ended without recording anything
+BY_STATE = {"PREEMPTED": "preempted", "NODE_FAIL": "node failure", "TIMEOUT": "time limit"}  # Slurm's state -> reason
 BY_WORDS = {"PREEMPTION": "preempted", "NODE FAILURE": "node failure", "TIME LIMIT": "time limit", "JOB REQUEUE": ASKED}
 ENDED_FOR = re.compile(r"\*\*\* JOB \S+ ON \S+ CANCELLED AT [\w:-]+(?: DUE TO ([A-Z ]+[A-Z]))?")
 
@@ -47,11 +48,11 @@ class Verdict:
     code: int
     message: str = ""
     again: bool = False
-    """whether the job is to be queued again"""
+    """whether to queue the job again"""
 
 
 class OwnLog:
-    """Where Slurm says, beside our own words, why it ends a job."""
+    """The job's own log, to which Slurm also writes why it ends the job."""
 
     def __init__(self) -> None:
         here = Path("/proc/self/fd/1")
@@ -59,7 +60,7 @@ class OwnLog:
         self.begin = 0 if self.path is None else self.path.stat().st_size
 
     def reason(self, *, before: bool = False) -> str | None:
-        """Of this attempt, or of the last one before it; None: it has not said."""
+        """Why Slurm ended this attempt, or with `before` the one before it; None if the log does not say."""
         if self.path is None:
             return None
         content = self.path.read_bytes()
@@ -82,7 +83,7 @@ class BatchJob:
         self._warned = False
 
     def execute(self, relay: ranks.Relay) -> int:
-        """Compute the stages, one after the other: the job's exit code."""
+        """Compute the stages, one after the other, and return the exit code of the job."""
         self._explain()
         self._note("began", nodes=os.environ.get("SLURM_JOB_NODELIST", ""), stages=self.stages)
         self._bury()
@@ -120,7 +121,7 @@ class BatchJob:
         return self._judge(name, process.returncode, size, tasks.read(ends), bool(relay.asked))
 
     def _environment(self, name: str, index: int, ends: Path) -> dict[str, str]:
-        """Of srun, and through it of every process. How many there are, srun takes from it."""
+        """The environment of srun and all its processes. It also sets the number of processes that srun starts."""
         launch = self.spec.launch
         train = isinstance(self.spec.stages[name], TrainStage)
         procs, nodes = (launch.procs, launch.nodes) if train else (1, 1)
@@ -142,7 +143,7 @@ class BatchJob:
         return env
 
     def _judge(self, name: str, code: int, size: int, ends: list[tasks.End], asked: bool) -> Verdict:
-        """What the ends of a stage's processes say together: the first that failed for a reason of its own decides."""
+        """The verdict on a stage from the ends of its processes: the first one that failed by itself decides."""
         if code == 0 and self.part is None and not self.run.stage(name).done.exists():
             return self._crash(name, EXIT_FAILED, "its processes ended with code 0 before it was done")
         if code == 0:
@@ -181,7 +182,7 @@ class BatchJob:
         return Verdict(why, EXIT_STOPPED, message, again=why != "cancelled")
 
     def _why(self) -> str:
-        """Why Slurm, or somebody, has asked the job to stop."""
+        """Why the job was asked to stop, by Slurm or by a user."""
         said = self.log.reason()
         if said is not None:
             return said
@@ -203,7 +204,7 @@ class BatchJob:
         return ASKED
 
     def _explain(self) -> None:
-        """Say why the last attempt was ended, where it could not tell, or left no word: now Slurm knows."""
+        """Record why the last attempt ended if it did not know or recorded nothing: Slurm knows it by now."""
         known = {line["restart"] for line in jobs.ends(self.run, self.job)}
         for restart in sorted(set(range(self.restart)) - known):
             message = "ended without a word"
@@ -235,7 +236,7 @@ class BatchJob:
         return verdict.code
 
     def _queue_again(self) -> str:
-        """ "" once the job is queued again, by us or by Slurm; else why it is not."""
+        """Queue the job again, unless Slurm has done so; returns "" on success, else why it failed."""
         trouble = "Slurm was not asked"
         for attempt in range(ATTEMPTS):
             time.sleep(attempt)
@@ -250,7 +251,7 @@ class BatchJob:
         return trouble
 
     def _is_queued_again(self, fields: dict[str, str]) -> bool:
-        """Whether Slurm has queued the job again while we were still there."""
+        """Whether Slurm has already queued the job again while this process was still running."""
         return int(fields.get("Restarts", "0")) > self.restart
 
     @property
@@ -258,7 +259,7 @@ class BatchJob:
         return float(self.slurm.lead_seconds)
 
     def _watch_lead(self) -> None:
-        """Warn, once, where a save takes so long that the warning before a limit would not do."""
+        """Warn once if saving takes so long that the lead time before the time limit is too short."""
         needed = jobs.lead_needed(self.run)
         if needed > self.lead and not self._warned:
             self._warned = True
@@ -270,7 +271,7 @@ class BatchJob:
             append_event(self.run, "warning", label=self.job, text=text)
 
     def _bury(self) -> None:
-        """Take away the claims of jobs that Slurm says are over: their processes may have been on other hosts."""
+        """Remove the claims of jobs that Slurm says have ended; their processes may have been on other hosts."""
         for place, owner in claims.held(self.run).items():
             if owner.job and owner.job != self.job and not owner.is_here:
                 try:
@@ -288,6 +289,9 @@ class BatchJob:
 
 
 def execute(run: RunPaths, stages: list[str], part: tuple[int, int] | None, command: Sequence[str]) -> int:
-    """Be the process of a job; `command` starts the processes of a stage, whose name is put after it."""
+    """Run the main process of a job, and return its exit code.
+
+    part: (i, n) of a pairs stage. command: starts the processes of a stage; the run and the stage are appended to it.
+    """
     with ranks.Relay(PASSED_ON) as relay:
         return BatchJob(run, stages, part, command).execute(relay)

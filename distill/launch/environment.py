@@ -1,4 +1,4 @@
-"""What a run was made with: versions, machine, threads. Read without importing what is recorded."""
+"""Records the environment of a run: versions, machine, threads. The recorded packages are not imported."""
 
 import os
 import platform
@@ -12,7 +12,7 @@ import distill
 from distill.core import versions
 from distill.core.text import whole_number
 
-SPINS = 50_000  # rounds of GNU's OpenMP before a waiting thread sleeps
+SPINS = 50_000  # GOMP_SPINCOUNT: spins of a waiting thread in GNU OpenMP before it sleeps
 
 ROOT = Path(distill.__file__).parent.parent
 
@@ -36,7 +36,7 @@ def record() -> dict[str, Any]:
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of a checkout and whether files differ from it; None: not a checkout, or git is not installed."""
+    """The commit of a checkout and whether files differ from it; None if it is not a checkout or git fails."""
     if not (folder / ".git").exists():
         return None
     try:
@@ -48,12 +48,12 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def host() -> str:
-    """The name of this machine."""
+    """Host name of this machine."""
     return platform.node()
 
 
 def quota() -> str:
-    """What the file systems allow this user, as far as the command `quota` knows; "" where it knows nothing."""
+    """This user's disk quotas from the command `quota`; "" if there are none or the command fails."""
     try:
         done = subprocess.run(["quota", "-w", "-s", "-Q"], capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.SubprocessError):
@@ -62,7 +62,7 @@ def quota() -> str:
 
 
 def cpu() -> str:
-    """The model of this machine's CPU, as far as its system tells."""
+    """The CPU model of this machine; the architecture if the model is unknown."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -70,24 +70,24 @@ def cpu() -> str:
 
 
 def cpus() -> int:
-    """CPUs that this process may use."""
+    """Number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def thread_variables(threads: int) -> dict[str, str]:
-    """Environment variables of a process that computes with so many CPU threads.
+    """Environment variables for a process with this number of CPU threads.
 
-    OpenMP's threads spin while they wait for each other. Without a bound a waiting thread keeps a core that another
-    process needs: beside two busy loops a step took 3.6 times as long (recipes/LOG.md). OMP_WAIT_POLICY=passive avoids
-    that, but is slower on an idle machine; `python -m tests.benchmarks threads` measures it. If the user has set either
-    variable, neither is changed.
+    OpenMP threads spin while they wait for each other. Without a limit, a waiting thread occupies a core that another
+    process needs: next to two busy loops, a step took 3.6 times as long (recipes/LOG.md). OMP_WAIT_POLICY=passive
+    avoids this but is slower on an idle machine; `python -m tests.benchmarks threads` measures it. If the user has set
+    OMP_WAIT_POLICY or GOMP_SPINCOUNT, neither is changed.
     """
     chosen = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
     return {"OMP_NUM_THREADS": str(threads)} | ({} if chosen else {"GOMP_SPINCOUNT": str(SPINS)})
 
 
 def threads() -> int:
-    """CPU threads of a process where the spec names none: OMP_NUM_THREADS, else the CPUs it may use."""
+    """Default number of CPU threads of a process: OMP_NUM_THREADS, else the CPUs that it may use."""
     return whole_number(os.environ.get("OMP_NUM_THREADS", "")) or cpus()
 
 

@@ -1,8 +1,8 @@
-"""Processes on this machine for the stages of a run. They are asked to stop when we are.
+"""Starts processes on this machine for the stages of a run, and forwards stop signals to them.
 
-Train stages are computed by `launch.procs` ranks, which write to this terminal (rank 0) and to the run's logs; all
-other stages by one process. If we are killed outright, their end of a pipe is closed, and they save and leave as if
-TERM had come.
+A train stage uses `launch.procs` ranks. Rank 0 prints to the terminal, the others write to the run's logs. Other stages
+use one process. The processes hold one end of a pipe. If this parent process is killed, the pipe is closed, and they
+save and exit as after a TERM signal.
 """
 
 import itertools
@@ -25,10 +25,10 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTE
 
 
 def run_stages(run: RunPaths, stages: list[str], *, measure: bool = False) -> int:
-    """Compute stages of a run in processes of their own: an exit code, of the first that did not end well.
+    """Compute stages of a run in new processes; returns 0, or the exit code of the first group that failed or stopped.
 
-    They say themselves why they stopped, unless they could not: then we do. measure: they note their memory, in a run
-    that is thrown away.
+    The processes print themselves why they stopped; this function prints it if they could not. measure: record the
+    memory use, in a temporary run.
     """
     with ranks.Relay() as relay:
         spec = todo.load_spec(run)
@@ -47,7 +47,10 @@ def run_stages(run: RunPaths, stages: list[str], *, measure: bool = False) -> in
 
 
 def run_ranks(folder: Path, module: str, *arguments: str, size: int) -> int:
-    """`python -m module ARGUMENTS --lifeline N` in ranks of one thread: an exit code. Their logs lie in `folder`."""
+    """Run `python -m module ARGUMENTS --lifeline N` in `size` ranks with one thread each; returns the exit code.
+
+    folder: for their logs.
+    """
     with ranks.Relay() as relay:
         return _run(
             RunPaths(folder), [module, *arguments], _of_ranks(_own(folder, threads=1), size), relay, measure=True
@@ -62,7 +65,7 @@ def _run(
     *,
     measure: bool = False,
 ) -> int:
-    theirs, ours = os.pipe()  # we hold the writing end, and never write
+    theirs, ours = os.pipe()  # this process keeps the write end open, and never writes to it
     try:
         python = [sys.executable, "-P", "-m", *command, "--lifeline", str(theirs)]
         return ranks.run(run, python, theirs, envs, relay, measure=measure)
@@ -72,7 +75,10 @@ def _run(
 
 
 def groups(spec: RunSpec, stages: list[str]) -> list[tuple[int, list[str]]]:
-    """Consecutive stages that the same processes compute, and how many processes: only training is shared out."""
+    """[(number of processes, stages)]: consecutive stages that the same processes compute.
+
+    Only train stages use several processes.
+    """
 
     def size(name: str) -> int:
         return spec.launch.procs if isinstance(spec.stages[name], TrainStage) else 1
@@ -81,34 +87,34 @@ def groups(spec: RunSpec, stages: list[str]) -> list[tuple[int, list[str]]]:
 
 
 def watch(lifeline: int) -> None:
-    """Ask this process to stop (TERM) when the other end of a pipe is closed: the process that started it is gone."""
+    """Send TERM to this process when the other end of a pipe is closed, that is, when its parent process has ended."""
     os.set_inheritable(lifeline, False)
 
     def wait() -> None:
         os.read(lifeline, 1)  # returns only when the pipe is closed
         os.kill(os.getpid(), signal.SIGTERM)
 
-    # The thread takes no signals: one that woke it would leave the main thread, which handles them all, asleep.
+    # The thread blocks all these signals. If it received one, the main thread, which handles them, would not wake up.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ranks.PASSED_ON)
     threading.Thread(target=wait, name="lifeline", daemon=True).start()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _environments(run: RunPaths, spec: RunSpec, size: int) -> list[dict[str, str]]:
-    """Of each process of a group, with its share of the threads."""
+    """The environment of each process of a group. The threads are divided among the processes."""
     threads = machine.load(run).threads or environment.threads()
     env = _own(run.root, spec.launch.threads or max(1, threads // size))
     return [env] if size == 1 and spec.launch.zero_stage is None else _of_ranks(env, size)
 
 
 def _own(folder: Path, threads: int) -> dict[str, str]:
-    """Our environment, for a process with this very copy of the package."""
+    """The environment of this process, changed so that a new process imports the same copy of the package."""
     env = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
     env |= environment.thread_variables(threads)
-    # diffusers copies a student's pipeline.py there before it imports it, not atomically: one folder for each process
+    # diffusers copies a student's pipeline.py there before it imports it, not atomically: each process needs its own
     env.setdefault("HF_MODULES_CACHE", str(folder / ".modules"))
     installed = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}
-    if environment.ROOT not in installed:  # -P leaves the current folder, where we may have come from, out of the path
+    if environment.ROOT not in installed:  # -P removes the current folder from sys.path, which may contain the package
         env["PYTHONPATH"] = os.pathsep.join([str(environment.ROOT), *filter(None, [env.get("PYTHONPATH")])])
     return env
 
@@ -117,7 +123,7 @@ def _of_ranks(env: Mapping[str, str], size: int) -> list[dict[str, str]]:
     modules, port = Path(env["HF_MODULES_CACHE"]), _free_port()
     return [
         {
-            "TORCH_CPP_LOG_LEVEL": "ERROR",  # a lost connection is said once, without a stack of C++
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # a lost connection is reported once, without a C++ stack trace
             **env,
             "HF_MODULES_CACHE": str(modules / f"rank-{rank}"),
             **dict(zip(RANK_VARIABLES, map(str, (rank, rank, size, size, "127.0.0.1", port)), strict=True)),

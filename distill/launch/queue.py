@@ -1,4 +1,4 @@
-"""From the stages that a run still has to do to jobs in Slurm's queue: their scripts, and in which order."""
+"""Submits the unfinished stages of a run as Slurm jobs with dependencies."""
 
 from collections.abc import Collection, Sequence
 
@@ -16,9 +16,9 @@ from distill.spec.model import PairsStage, RunSpec, SlurmSpec, TrainStage
 
 
 def plans(run: RunPaths, spec: RunSpec, stages: Sequence[str], parted: Collection[str] = ()) -> list[JobPlan]:
-    """The jobs that compute these stages, each after those that it needs.
+    """The jobs that compute these stages, with their dependencies.
 
-    parted: pairs stages whose parts are under way already.
+    parted: pairs stages whose parts are already queued or running.
     """
     options = spec.launch.slurm
     needs = {name: [target for _, target, _ in checks.references(spec.stages[name])] for name in stages}
@@ -42,13 +42,13 @@ def plans(run: RunPaths, spec: RunSpec, stages: Sequence[str], parted: Collectio
 
 
 def check(spec: RunSpec, site: SiteSource) -> None:
-    """Refuse what Slurm, or the site, would refuse once the run is made, or later."""
+    """Raise InputError for settings that Slurm or the site would refuse later."""
     check_partition(spec.launch.slurm, site)
     check_container(spec, site)
 
 
 def check_partition(options: SlurmSpec, site: SiteSource) -> None:
-    """The partition must be Slurm's and the site's."""
+    """Raise InputError unless the partition exists in Slurm and the site allows it."""
     slurm.require()
     known = slurm.partitions()
     partition = options.partition or site.site.partition
@@ -63,7 +63,7 @@ def check_partition(options: SlurmSpec, site: SiteSource) -> None:
 
 
 def check_container(spec: RunSpec, site: SiteSource) -> None:
-    """A container needs a runtime."""
+    """Raise InputError if the spec sets a container but the site has no container runtime."""
     if spec.launch.slurm.container is not None and site.site.container.runtime == "none":
         raise InputError(
             f"launch.slurm.container: {spec.launch.slurm.container} given, but {site.path} names no container.runtime; "
@@ -74,7 +74,11 @@ def check_container(spec: RunSpec, site: SiteSource) -> None:
 def submit(
     run: RunPaths, spec: RunSpec, stages: Sequence[str], where: Where, parted: Collection[str] = ()
 ) -> dict[str, JobPlan]:
-    """Queue the `plans` of these stages as jobs, each after those that it needs: by their numbers. All, or none."""
+    """Submit the `plans` of these stages as jobs; returns job id -> plan.
+
+    If Slurm refuses a job, all are cancelled, and InputError is raised. If Slurm stops answering, the jobs so far stay
+    queued, and RunError is raised.
+    """
     sent: dict[str, str] = {}
     live, planned = live_jobs(run), plans(run, spec, stages, parted)
     scripts = {plan.name: script.job(run, spec.launch, plan, where) for plan in planned}
@@ -86,7 +90,7 @@ def submit(
             write_atomic(path, scripts[plan.name])
             write_json(path.with_suffix(".json"), {"stages": plan.stages, "parts": plan.parts})
             after = [sent[name] for name in plan.after if name in sent]
-            needs = {*plan.needs, *plan.stages}  # the latter: parts of its own
+            needs = {*plan.needs, *plan.stages}  # its own stages: their parts may be computed by other jobs
             after += [job.id for job in live if needs & set(job.stages)]
             waits = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
             sent[plan.name] = job = slurm.submit(path, waits)
@@ -103,7 +107,10 @@ def submit(
 
 
 def live_jobs(run: RunPaths) -> list[jobs.Job]:
-    """The submissions of a run that wait or run; those that were submitted by a process that was killed then, too."""
+    """The submissions of a run that are queued or running, oldest first.
+
+    Includes jobs whose submitting process was killed before it could record them; they are recorded now.
+    """
     known = {job.id: job for job in jobs.submitted(run)}
     found = []
     for number, name in slurm.queued(script.comment(run)).items():
@@ -116,7 +123,10 @@ def live_jobs(run: RunPaths) -> list[jobs.Job]:
 
 
 def parted(run: RunPaths, spec: RunSpec, live: Sequence[jobs.Job]) -> list[str]:
-    """Pairs stages of which only parts are under way; InputError where another part has ended before it was made."""
+    """The pairs stages of which only parts are queued or running, without the job that completes the stage.
+
+    Raises InputError if one of the parts has failed.
+    """
     whole = {name for job in live if job.parts is None for name in job.stages}
     found = {job.stages[0]: job for job in live if job.parts is not None and not whole.issuperset(job.stages)}
     states = slurm.states([member for job in found.values() for member in job.members])

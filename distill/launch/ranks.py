@@ -1,10 +1,10 @@
-"""Processes that do the same work: one alone, or ranks that train together. They are stopped together and end together.
+"""Runs one process, or several ranks that train together, and stops them together.
 
-Signals: TERM and USR1 are passed on. INT is passed on as TERM, because a terminal's Ctrl-C reaches every process by
-itself, and a second INT would mean "now, without saving".
+Signals: TERM and USR1 are forwarded to all processes. INT is forwarded as TERM: Ctrl-C in a terminal already sends INT
+to every process, and a second INT means to stop immediately, without saving.
 
-Ends: ranks wait for each other, so none can continue after one has failed. The others have a moment to report what they
-lost, and are killed. The cause is the first that failed for a reason of its own, and its code is the code of all.
+Failures: ranks wait for each other, so no rank can continue after one has failed. The others have a few seconds to
+report this, and are then killed. The exit code of all is that of the first rank that failed by itself.
 """
 
 import signal
@@ -23,17 +23,18 @@ from distill.core.stop import Handler
 from distill.runs.run_store import RunPaths, append_event
 
 PASSED_ON = {signal.SIGTERM: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1, signal.SIGINT: signal.SIGTERM}
-STOPPING = 120.0  # seconds that the others have to save and leave once a rank has stopped
-FAILING = 10.0  # seconds that they have to leave by themselves once a rank has failed
-POLL = 0.02  # seconds
-OURS = (0, EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, EXIT_PEER, EXIT_INTERRUPTED)  # of processes that have said why
-WEIGHTS = {EXIT_STOPPED: 1, EXIT_PEER: 2, 0: 3}  # of how a rank may end; any other code is its own fault, and weighs 0
-MEASURED = "it was only measured, and nothing was made"  # of a run that is thrown away
-LAST_LINES, LAST_BYTES = 20, 64 * 1024  # of a log, at most
+STOPPING = 120.0  # seconds for the other ranks to save and exit once a rank has stopped
+FAILING = 10.0  # seconds for the other ranks to exit by themselves once a rank has failed
+POLL = 0.02  # seconds between two checks of the processes
+# A process that exits with one of these codes has reported why.
+OURS = (0, EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, EXIT_PEER, EXIT_INTERRUPTED)
+WEIGHTS = {EXIT_STOPPED: 1, EXIT_PEER: 2, 0: 3}  # the lowest weight decides; any other code is a failure with weight 0
+MEASURED = "it was only measured, and nothing was made"  # in messages about a temporary run
+LAST_LINES, LAST_BYTES = 20, 64 * 1024  # at most this much of the end of a log is shown
 
 
 class Relay:
-    """While entered: passes signals on to the processes of the moment, and to those that start later."""
+    """Context manager that forwards signals to the current processes, and to those that are started later."""
 
     def __init__(self, passed_on: Mapping[signal.Signals, signal.Signals] = PASSED_ON) -> None:
         self.passed_on = passed_on
@@ -51,7 +52,7 @@ class Relay:
 
     def add(self, process: subprocess.Popen[bytes]) -> None:
         self.processes.append(process)
-        for passed in list(self.asked):  # what came before there was a process
+        for passed in list(self.asked):  # signals that arrived before this process was started
             process.send_signal(passed)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -63,7 +64,7 @@ class Relay:
 
 @dataclass(frozen=True)
 class Log:
-    """What a process says from `begin` on."""
+    """The output of a process: its log file from offset `begin`."""
 
     path: Path
     begin: int
@@ -92,10 +93,13 @@ def run(
     *,
     measure: bool = False,
 ) -> int:
-    """Run a command in one process for each of `envs`, to the end of all: its exit code, 128 + number for a signal.
+    """Run a command in one process for each of `envs`, wait for all, and return the exit code.
 
-    lifeline: an open file that they inherit. The first speaks for all; what the others say goes to logs. measure: the
-    run is temporary, so that nobody can resume it.
+    The exit code is 128 + its number if a process was killed by a signal. Rank 0 prints to the terminal; the output of
+    the other ranks goes to logs. Raises RunError if a process cannot be started or a log cannot be written.
+
+    lifeline: an open file descriptor that the processes inherit, see `local.watch`. measure: the run is temporary, so
+    that messages do not offer to resume it.
     """
     logs = {rank: Log.open(paths.log(rank)) for rank in range(1, len(envs))}
     relay.processes = []
@@ -107,9 +111,9 @@ def run(
             process.kill()
         raise RunError(f"cannot start a process: {error.strerror}; what was saved is intact") from error
     ended = _wait(relay)
-    # A process that died of a signal that we passed on had no handler yet: it did stop.
+    # A process that was killed by a forwarded signal had no handler yet. It counts as stopped.
     meant = {rank: EXIT_STOPPED if -code in relay.asked else code for rank, code in ended.items()}
-    # The first of those that ended worst; what all refuse alike, rank 0 has said.
+    # The first rank with the lowest weight. If all refuse the input, it is rank 0, which has printed the reason.
     rank = min(meant, key=lambda rank: (WEIGHTS.get(meant[rank], 0), meant[rank] == EXIT_INPUT and rank > 0))
     code = meant[rank]
     if code == EXIT_STOPPED and ended.get(0) != EXIT_STOPPED:
@@ -131,7 +135,7 @@ def run(
 
 
 def say_left(paths: RunPaths, code: int, *, measure: bool = False) -> None:
-    """For a process that ended in the middle of its work with a code that says nothing of why."""
+    """Report a process that ended before its work was done, with an exit code that does not say why."""
     message = f"a process ended with code {code} before its stage was done (os._exit or exit in a recipe or a library?)"
     append_event(paths, "failed", message=message)
     onward = MEASURED if measure else f"what it saved is intact; {_onward(paths)}"
@@ -139,7 +143,7 @@ def say_left(paths: RunPaths, code: int, *, measure: bool = False) -> None:
 
 
 def say_not_begun(paths: RunPaths, *, measure: bool = False) -> None:
-    """For processes that were asked to stop before they could hear it."""
+    """Report that the processes were stopped before they could handle signals."""
     say_error(f"stopped before it began; {MEASURED if measure else _onward(paths)}")
 
 
@@ -155,7 +159,7 @@ def _start(command: Sequence[str], env: Mapping[str, str], lifeline: int, log: L
 
 
 def _wait(relay: Relay) -> dict[int, int]:
-    """Codes by rank, in the order in which they ended; those that had to be killed are not among them."""
+    """Rank -> exit code, in the order in which the ranks ended, without those that had to be killed."""
     ended: dict[int, int] = {}
     deadline = inf
     while len(ended) < len(relay.processes):
@@ -179,7 +183,7 @@ def _patience(code: int) -> float:
 
 
 def _say_stopped(paths: RunPaths, *, began: bool, measure: bool) -> None:
-    """Where rank 0 could not."""
+    """Report a stop that rank 0 could not report itself."""
     if not began:
         say_not_begun(paths, measure=measure)
         return
@@ -188,7 +192,7 @@ def _say_stopped(paths: RunPaths, *, began: bool, measure: bool) -> None:
 
 
 def _say_failed(paths: RunPaths, rank: int, code: int, log: Log) -> None:
-    """A failure that rank 0 can at best have felt."""
+    """Report the failure of a rank other than 0."""
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     lines = log.last_lines()
     if lines or code >= 0:

@@ -1,4 +1,4 @@
-"""The scripts that Slurm runs, rendered from the templates in slurm/: long names, to be read."""
+"""Renders job scripts from the templates in slurm/."""
 
 import os
 import re
@@ -19,9 +19,9 @@ from distill.runs.run_store import RunPaths
 from distill.spec.model import LaunchSpec, SlurmSpec
 
 TEMPLATES = environment.ROOT / "slurm"
-# What a shell may fill in of "...": $NAME, ${NAME} and ${NAME:-text}, but neither commands nor anything that ends it.
+# Characters to escape within "...". The shell still expands $NAME, ${NAME} and ${NAME:-text}, but runs no commands.
 ESCAPED = re.compile(r"""["\\`]|\$(?![A-Za-z_]|\{[A-Za-z_][A-Za-z0-9_]*(:?-[\w./~ -]*)?\})""", re.ASCII)
-PORTS = range(61000, 65500)  # above those that the kernel gives to outgoing connections
+PORTS = range(61000, 65500)  # above the ports that the kernel uses for outgoing connections
 
 
 @dataclass(frozen=True)
@@ -29,19 +29,19 @@ class JobPlan:
     """A job to be submitted."""
 
     name: str
-    """of its script and logs"""
+    """name of its script and logs"""
     stages: list[str]
     parts: list[int] | None
-    """of the array; null: one job"""
+    """parts of a job array; None: not an array"""
     after: list[str]
-    """names of jobs of the same submission that must end well first"""
+    """names of jobs of the same submission that must succeed first"""
     needs: Collection[str] = ()
     """stages, of this submission or an earlier one, that must be done first"""
     trains: bool = True
-    """whether a stage of it trains: others compute in one process"""
+    """whether one of its stages trains; other stages use one process"""
 
     def described(self, launch: LaunchSpec) -> list[str]:
-        """A row for people: name, what it computes, on what, after which jobs."""
+        """Cells of a table row: name, what it computes, nodes x processes, jobs that it waits for."""
         where = f"{launch.nodes} x {launch.procs}" if self.trains else "1 x 1"
         kind = f"array of {len(self.parts)}" if self.parts else ", ".join(self.stages)
         return [self.name, kind, where, ", ".join(self.after)]
@@ -49,17 +49,17 @@ class JobPlan:
 
 @dataclass(frozen=True)
 class Where:
-    """What the jobs of a submission share."""
+    """The settings that all jobs of a submission share."""
 
     site: SiteSource
     code: Path
-    """the folder that holds the package"""
+    """folder that contains the package"""
     inputs: dict[str, str]
-    """variables that lead to what the run reads from a hub"""
+    """environment variables that point to the inputs fetched from the hub"""
 
 
 def job(run: RunPaths, launch: LaunchSpec, plan: JobPlan, where: Where) -> str:
-    """The script of a job of a run."""
+    """The job script for a plan of a run."""
     options = launch.slurm
     parts = f", parts {', '.join(map(str, plan.parts))} of {options.pairs_jobs}" if plan.parts else ""
     return _render(
@@ -83,7 +83,7 @@ def job(run: RunPaths, launch: LaunchSpec, plan: JobPlan, where: Where) -> str:
 
 
 def doctor(folder: Path, options: SlurmSpec, nodes: int, where: Where) -> str:
-    """The script of a job that looks around, and writes what it finds into a folder."""
+    """The script of the job of `distill doctor --site`, whose processes write their findings to a folder."""
     given = {
         "job-name": "distill.doctor",
         "nodes": nodes,
@@ -99,14 +99,15 @@ def doctor(folder: Path, options: SlurmSpec, nodes: int, where: Where) -> str:
 
 
 def port(cluster: str, job: int, restart: int, launch: int) -> int:
-    """Where the ranks of a job meet: jobs that share a host, also of two clusters, and launches of one job, do so
-    elsewhere.
+    """The rendezvous port of the ranks of a job.
+
+    It differs between launches of one job, and usually between jobs that share a host, even of two clusters.
     """
     return PORTS[(zlib.crc32(cluster.encode()) + job * 64 + restart * 8 + launch) % len(PORTS)]
 
 
 def comment(run: RunPaths) -> str:
-    """What the jobs of a run carry, so that they are found even by who does not know their numbers."""
+    """The comment of all jobs of a run, by which they are found without their ids."""
     return f"distill:{run.root}"
 
 
@@ -161,7 +162,7 @@ def _header(run: RunPaths, launch: LaunchSpec, plan: JobPlan, site: Site) -> lis
 
 
 def _ours(options: SlurmSpec, site: Site) -> dict[str, object]:
-    """Where a job goes, and on whose account."""
+    """The partition, account and quality of service of a job."""
     return {
         "partition": options.partition or site.partition,
         "account": options.account or site.account,
@@ -174,7 +175,7 @@ def _lines(given: Mapping[str, object]) -> list[str]:
 
 
 def _container(image: str | None, site: Site, store: Path) -> str:
-    """What stands between srun and the interpreter."""
+    """The part of the command between srun and the interpreter that starts the container; "" without one."""
     if image is None:
         return ""
     folders = list(dict.fromkeys([str(store), *site.container.mounts]))
@@ -191,7 +192,7 @@ def _container(image: str | None, site: Site, store: Path) -> str:
 
 
 def _pattern(folder: Path) -> Path:
-    """A folder as Slurm's names of files want it, in which % begins a pattern."""
+    """A folder with % escaped, since % begins a pattern in Slurm's file names."""
     return Path(str(folder).replace("%", "%%"))
 
 
@@ -200,12 +201,12 @@ def _quote(value: object) -> str:
 
 
 def _double_quote(value: object) -> str:
-    """Quoted, except variables, which the shell still expands: /scratch/$USER."""
+    """The value in double quotes. The shell still expands variables, as in /scratch/$USER."""
     return '"' + ESCAPED.sub(r"\\\g<0>", str(value)) + '"'
 
 
 def _one_line(value: object) -> object:
-    """What is about to be written into a script, wherever it came from: a line break in it would begin a command."""
+    """`value` if it is one line, else InputError: after a line break, the rest would run as a command of the script."""
     if not is_line(str(value)):
         raise InputError(
             f"{ascii(str(value))} cannot be written into a job script: it contains a line break or a control "

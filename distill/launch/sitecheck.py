@@ -1,4 +1,4 @@
-"""Trying a cluster out: a one-minute job on some nodes, each process of which writes down what it sees."""
+"""Checks a cluster with a one-minute job. Each process of the job records what it finds on its node."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from distill.launch.script import Where
 from distill.launch.sites import SiteSource
 from distill.spec.model import SlurmSpec
 
-TOKEN = "token"  # a file that the processes must find with the content that was written here
+TOKEN = "token"  # a file that the processes must find in the store, with the same content
 CACHES = ("HF_HOME", "TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TMPDIR")
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one process found where it ran."""
+    """The findings of one process on its node."""
 
     rank: int
     size: int
@@ -31,22 +31,25 @@ class Seen:
     address: str
     cpus: int
     store: str
-    """ok, or what is wrong with the folder of the runs there"""
+    """ok, or what is wrong with the store on this node"""
     free: int
-    """bytes that may be written to the store"""
+    """free bytes in the store"""
     quota: str
-    """what the command quota says, if it is there"""
+    """output of the command quota; "": none"""
     caches: dict[str, str]
-    """by variable: ok, or what is wrong"""
+    """environment variable -> ok, or what is wrong with its folder"""
     devices: list[str]
     torch: str
     """its version, or why it cannot be imported"""
     peers: str
-    """ok: the processes have exchanged their ranks; else why not"""
+    """ok if the processes could exchange their ranks; else why not"""
 
 
 def run(store: Path, site: SiteSource, options: SlurmSpec, nodes: int, say: Callable[[str], None]) -> list[Seen]:
-    """Submit the job, wait for its end, and read what its processes have written. The folder goes again."""
+    """Submit the job, wait until it ends, and return the findings of its processes.
+
+    Raises RunError if the job fails. Its temporary folder is deleted. say: prints a message.
+    """
     store.mkdir(parents=True, exist_ok=True)
     folder = store.absolute() / f".doctor-{secrets.token_hex(4)}"
     folder.mkdir()
@@ -72,7 +75,7 @@ def run(store: Path, site: SiteSource, options: SlurmSpec, nodes: int, say: Call
             slurm.cancel([job])
         try:
             shutil.rmtree(folder)
-        except OSError as error:  # a job that dies may still write there
+        except OSError as error:  # a job that is ending may still write there
             say(f"{folder} could not be removed ({error.strerror}); remove it yourself")
 
 
@@ -90,9 +93,10 @@ def _wait(job: str, say: Callable[[str], None]) -> slurm.JobState:
 
 
 def probe(folder: Path, caches: Mapping[str, str]) -> Seen:
-    """Look around, as one process of the job, and write it down.
+    """Check the node as one process of the job, and write the findings to `folder`.
 
-    caches: the site's own; a TMPDIR that cannot be made, Slurm replaces by /tmp.
+    caches: the cache folders of the site. They are passed explicitly, since Slurm replaces a TMPDIR that cannot be
+    created by /tmp.
     """
     rank, size = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
     address = slurm.address(os.environ["SLURM_JOB_NODELIST"])
@@ -140,7 +144,7 @@ def _writable(folder: Path) -> str:
 
 
 def _torch(rank: int, size: int, address: str) -> tuple[list[str], str, str]:
-    """(devices, version, whether the others are heard)"""
+    """(names of the GPUs, torch version, "ok" or why the other ranks are not reached)."""
     try:
         import torch
         from torch import distributed

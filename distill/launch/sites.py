@@ -1,4 +1,4 @@
-"""A cluster as all its users see it: one file, site.yaml, in place of lines copied from script to script."""
+"""The site file site.yaml: the settings of a cluster that all its users share."""
 
 import re
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ Variable = Annotated[str, AfterValidator(_variable)]
 
 
 class CacheSite(FrozenModel):
-    """Where libraries keep files between jobs; null: their own choice, often the home directory and its small quota."""
+    """Folders of libraries for files between jobs. null: the library's default, often the home directory."""
 
     HF_HOME: ScriptLine | None = None
     TORCH_EXTENSIONS_DIR: ScriptLine | None = None
@@ -48,7 +48,7 @@ class ContainerSite(FrozenModel):
 
 
 class Site(FrozenModel):
-    """One cluster."""
+    """The settings of a cluster."""
 
     modules: list[ScriptLine] = []
     """loaded before anything else"""
@@ -81,7 +81,7 @@ class SiteSource:
 
 
 def load(path: Path) -> SiteSource:
-    """The site in a file, types taken strictly; InputError with one line per mistake."""
+    """Read and validate a site file strictly. InputError with one line per mistake."""
     if not path.is_file():
         raise InputError(f"there is no site file {path}; copy and edit {EXAMPLE}")
     content = yamltext.parse(yamltext.read(path), str(path)) or {}

@@ -1,7 +1,7 @@
-"""Slurm's commands: the few we use, each with a limit on how long it may take. Nothing here knows of runs.
+"""Wrappers of Slurm's commands, each with a time limit. This module does not depend on runs.
 
-States come from the accounting (sacct) where there is one, else from the controller, which forgets a job some minutes
-after its end, else from the log of ended jobs, where the site keeps one that can be read.
+Job states come from the accounting database (sacct) if there is one, else from the controller, which forgets a job some
+minutes after its end, else from the job completion log, if the site has one that can be read.
 """
 
 import os
@@ -15,44 +15,44 @@ from pathlib import Path
 
 from distill.core.errors import InputError, RunError
 
-PATIENCE = 4.5  # seconds that a command may take: a controller that is gone lets its clients wait for minutes
-LONG = 60.0  # of what changes something: a busy controller may take its time
-LOG_BYTES = 4 * 1024 * 1024  # of the log of ended jobs, from its end
-FEW = 5  # jobs that the controller is asked of one by one; of more, it is asked once of all that it knows
-UNDIVIDED = "4294967294"
+PATIENCE = 4.5  # time limit of a query in seconds: without a controller, commands would wait for minutes
+LONG = 60.0  # time limit of a command that changes something, which may take longer on a busy controller
+LOG_BYTES = 4 * 1024 * 1024  # bytes that are read from the end of the job completion log
+FEW = 5  # up to this many jobs are queried one by one; for more, a single query of all jobs is made
+UNDIVIDED = "4294967294"  # Slurm's ArrayTaskId (NO_VAL) of a record of a whole array
 LIVE = frozenset({"PENDING", "RUNNING", "SUSPENDED", "COMPLETING", "CONFIGURING", "STOPPED", "REQUEUED", "SIGNALING"})
 
 
-class NoAnswer(RunError):  # noqa: N818  (like those of `errors`)
-    """Slurm could not be asked."""
+class NoAnswer(RunError):  # noqa: N818  (named like the exceptions of `errors`)
+    """Slurm is not available, does not answer in time, or a query fails."""
 
 
 @dataclass(frozen=True)
 class JobState:
-    """How a job stands."""
+    """The state of a job."""
 
     state: str
-    """Slurm's word: PENDING, RUNNING, COMPLETED, FAILED, TIMEOUT, PREEMPTED, NODE_FAIL, OUT_OF_MEMORY, CANCELLED"""
+    """Slurm's name: PENDING, RUNNING, COMPLETED, FAILED, TIMEOUT, PREEMPTED, NODE_FAIL, OUT_OF_MEMORY, CANCELLED"""
     reason: str = ""
-    """why it waits"""
+    """why it is pending"""
     exit_code: str = ""
     """CODE:SIGNAL"""
     nodes: str = ""
 
     @property
     def is_live(self) -> bool:
-        """Whether it waits or runs."""
+        """Whether the job is queued or running."""
         return self.state in LIVE
 
 
 def require() -> None:
-    """InputError where Slurm's commands are not installed."""
+    """Raise InputError if Slurm's commands are not installed."""
     if shutil.which("sbatch") is None:
         raise InputError("there is no Slurm here (no command sbatch); use a login node, or --dry-run to see the script")
 
 
 def submit(script: Path, options: Sequence[str] = ()) -> str:
-    """The number of a new job."""
+    """Submit a job script, and return the job id. InputError if Slurm refuses it."""
     done = _call("sbatch", "--parsable", *options, str(script), patience=LONG)
     if done.returncode:
         raise InputError(f"Slurm refuses {script.name}: {_said(done)}")
@@ -60,18 +60,18 @@ def submit(script: Path, options: Sequence[str] = ()) -> str:
 
 
 def cancel(jobs: Sequence[str]) -> None:
-    """End jobs at once; one that has ended is no error."""
+    """Cancel jobs immediately. Jobs that have ended are ignored."""
     if jobs:
         _call("scancel", "--quiet", *jobs, patience=LONG)
 
 
 def ask(job: str) -> bool:
-    """Send USR1 to a running job's script, which saves and exits; whether it could be sent."""
+    """Send USR1 to the script of a running job, which then saves and exits. Returns whether the signal was sent."""
     return _call("scancel", "--batch", "--signal=USR1", job).returncode == 0
 
 
 def requeue(job: str) -> str:
-    """Queue this job again: "" or why it could not be."""
+    """Requeue a job; returns "" on success, else the reason for the failure."""
     try:
         done = _call("scontrol", "requeue", job, patience=LONG)
     except NoAnswer as error:
@@ -80,35 +80,35 @@ def requeue(job: str) -> str:
 
 
 def partitions() -> list[str]:
-    """Their names."""
+    """The names of all partitions."""
     return sorted(set(_ask("sinfo", "--noheader", "--format=%R").split()))
 
 
 def show(job: str) -> dict[str, str]:
-    """What the controller knows of a job, by Slurm's names of the fields; {}: it knows it no more."""
+    """The controller's record of a job: Slurm's field name -> value; {} if the controller has forgotten the job."""
     return next(iter(_records(job)), {})
 
 
 def address(nodes: str) -> str:
-    """Where the first of some nodes is reached: its address, as names need not resolve on other nodes."""
+    """The address of the first node of a node list, since its name may not resolve on other nodes."""
     head = _ask("scontrol", "show", "hostnames", nodes).split()[0]
     found = re.search(r"\bNodeAddr=(\S+)", _ask("scontrol", "show", "node", head))
     return found[1] if found else head
 
 
 def queued(comment: str) -> dict[str, str]:
-    """Names of our jobs that wait or run and carry this comment, by number."""
+    """Job id -> name of this user's queued and running jobs that have this comment."""
     lines = _ask("squeue", "--me", "--noheader", "--format=%F|%j|%k").splitlines()
     found = (line.split("|", 2) for line in lines)
     return {job: name for job, name, theirs in found if theirs == comment}
 
 
 def states(jobs: Sequence[str]) -> dict[str, JobState]:
-    """The states of these jobs (ID or ARRAY_PART); unknown ones are left out. NoAnswer if Slurm is not there."""
+    """Job -> state, for jobs ID or ARRAY_PART. Unknown jobs are left out. NoAnswer if Slurm is not available."""
     if not jobs:
         return {}
     found = _from_accounting(jobs)
-    missing = [job for job in jobs if job not in found or found[job].state == "PENDING"]  # why, the controller knows
+    missing = [job for job in jobs if job not in found or found[job].state == "PENDING"]  # to get the pending reason
     roots = list(dict.fromkeys(_root(job) for job in missing))
     for each in [[root] for root in roots] if len(roots) <= FEW else [[]]:
         found |= _by_job(_records(*each), missing)
@@ -116,7 +116,7 @@ def states(jobs: Sequence[str]) -> dict[str, JobState]:
 
 
 def previous_state(job: str) -> str:
-    """How the last attempt of a job that runs again ended; "" where nothing says so."""
+    """The final state of the previous attempt of a requeued job; "" if unknown."""
     if shutil.which("sacct") is not None:
         done = _call("sacct", "-X", "--duplicates", "--noheader", "--parsable2", "--format=State", f"--jobs={job}")
         ended = [state for state in done.stdout.split() if state not in LIVE]
@@ -133,16 +133,16 @@ def _from_accounting(jobs: Sequence[str]) -> dict[str, JobState]:
     roots = ",".join(sorted({_root(job) for job in jobs}))
     try:
         done = _call("sacct", "-X", "--noheader", "--parsable2", f"--format={','.join(names)}", f"--jobs={roots}")
-    except NoAnswer:  # its database may be gone while the controller is there
+    except NoAnswer:  # the database may be unavailable while the controller is available
         return {}
-    if done.returncode:  # there is no accounting here
+    if done.returncode:  # this cluster has no accounting
         return {}
     rows, wanted = (line.split("|") for line in done.stdout.splitlines()), set(jobs)
     return {row[0]: JobState(row[1].split()[0], *row[2:5]) for row in rows if row[0] in wanted}
 
 
 def _from_log(jobs: Sequence[str]) -> dict[str, JobState]:
-    """From the log of ended jobs; the last line of a job counts."""
+    """Job -> state, from the job completion log. The last line of a job counts."""
     if not jobs:
         return {}
     config = _ask("scontrol", "show", "config")
@@ -159,7 +159,10 @@ def _from_log(jobs: Sequence[str]) -> dict[str, JobState]:
 
 
 def _records(*job: str) -> list[dict[str, str]]:
-    """What the controller knows of a job, or of all: of an array one for each of its jobs; none: it knows nothing."""
+    """The controller's records of a job, or of all jobs if none is given; empty if the job is unknown.
+
+    An array may have several records.
+    """
     done = _call("scontrol", "show", "job", "--oneliner", *job)
     if done.returncode:
         if "Invalid job id" in done.stderr or "not found" in done.stderr:
@@ -169,7 +172,10 @@ def _records(*job: str) -> list[dict[str, str]]:
 
 
 def _by_job(records: Sequence[dict[str, str]], jobs: Sequence[str]) -> dict[str, JobState]:
-    """The states that records tell of these jobs; of two that are about the same, the later counts."""
+    """Job -> state, from records.
+
+    A record of a single job of an array takes precedence over one of the whole array; else the later record counts.
+    """
     of_root: dict[str, list[str]] = {}
     for job in jobs:
         of_root.setdefault(_root(job), []).append(job)
@@ -182,12 +188,12 @@ def _by_job(records: Sequence[dict[str, str]], jobs: Sequence[str]) -> dict[str,
 
 
 def _is_divided(fields: dict[str, str]) -> bool:
-    """Whether a record tells which jobs of an array it is about; one that was cancelled as a whole does not."""
+    """Whether a record says which jobs of an array it is about. An array that was cancelled as a whole has none."""
     return fields.get("ArrayTaskId", UNDIVIDED) != UNDIVIDED
 
 
 def _about(fields: dict[str, str], jobs: list[str]) -> list[str]:
-    """Those of the jobs of its array that a record is about."""
+    """The jobs, among these of the same array, that a record is about."""
     if not _is_divided(fields):
         return jobs
     named = {f"{fields['ArrayJobId']}_{number}" for number in _numbers(fields["ArrayTaskId"])}
@@ -220,7 +226,7 @@ def _ask(*command: str) -> str:
 def _call(*command: str, patience: float = PATIENCE) -> subprocess.CompletedProcess[str]:
     began = time.monotonic()
     try:
-        env = {**os.environ, "SLURM_BITSTR_LEN": "0"}  # numbers of an array are not cut short
+        env = {**os.environ, "SLURM_BITSTR_LEN": "0"}  # print the task ids of an array without truncation
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=patience, check=False)
     except FileNotFoundError:
         raise NoAnswer(f"there is no command {command[0]} here; Slurm is not installed on this machine") from None

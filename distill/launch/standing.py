@@ -14,7 +14,7 @@ from distill.runs import jobs
 from distill.runs.run_store import RunPaths
 from distill.spec import pairspec
 
-ENDED = {"COMPLETED": "done", "CANCELLED": "cancelled"}  # any other end is a failure, under Slurm's own name
+ENDED = {"COMPLETED": "done", "CANCELLED": "cancelled"}  # any other final state is shown under Slurm's own name
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class StageJob:
     job: str
     stages: list[str]
     states: dict[str, JobState]
-    """of its jobs, as far as Slurm knows them"""
+    """job -> state, for the jobs that Slurm still knows or that are recorded as done"""
     restarts: dict[str, int]
-    """how often they were queued again, by reason"""
+    """reason -> how often the jobs were queued again"""
     last: str
-    """how the last attempt ended; "": none has, or all is well"""
+    """how the last attempt failed or was cancelled; "": neither"""
 
     @property
     def state(self) -> str:
-        """In Slurm's words, with numbers where its jobs differ."""
+        """The state as named by Slurm; with counts if the jobs of an array differ."""
         counts = Counter(each.state for each in self.states.values())
         if len(counts) <= 1:
             return next(iter(counts), "unknown")
@@ -40,7 +40,7 @@ class StageJob:
 
     @property
     def reason(self) -> str:
-        """Why it waits."""
+        """Why it is pending."""
         return next((s.reason for s in self.states.values() if s.state == "PENDING" and s.reason != "None"), "")
 
 
@@ -51,11 +51,11 @@ class Standing:
     run: RunStatus
     jobs: list[StageJob] = field(default_factory=list)
     trouble: str = ""
-    """why Slurm could not be asked"""
+    """why Slurm could not be queried"""
 
     @property
     def state(self) -> str:
-        """queued, running, or what the run's own files say; a job that Slurm has ended is named as Slurm does."""
+        """queued, running, the state from the run's files, or the final state of a failed job as named by Slurm."""
         found = [state for job in self.jobs for state in job.states.values()]
         if self.run.state == "done" or not found:
             return self.run.state
@@ -68,16 +68,16 @@ class Standing:
 
     @property
     def message(self) -> str:
-        """Why it stopped."""
+        """Why the run stopped; "" if it is queued, running or done."""
         if self.state in ("running", "queued", "done"):
             return ""
         return next((job.last for job in reversed(self.jobs) if job.last), self.run.message)
 
 
 def read(runs: Sequence[RunPaths], *, brief: bool = False) -> list[Standing]:
-    """How these runs stand, with as few questions to Slurm as possible; InputError if one is damaged.
+    """The state of these runs, with as few queries to Slurm as possible. InputError if a run is damaged.
 
-    brief: as `status.read`; and a damaged run is in state "damaged", and keeps no other from being listed.
+    brief: as in `run_status.read`. A damaged run then gets the state "damaged" instead of raising an error.
     """
     noted = [_noted(run, brief=brief) for run in runs]
     states: dict[str, JobState] = {}
@@ -94,17 +94,17 @@ def read(runs: Sequence[RunPaths], *, brief: bool = False) -> list[Standing]:
 
 @dataclass(frozen=True)
 class _Noted:
-    """What a run's files say."""
+    """The information from a run's files."""
 
     run: RunStatus
     jobs: list[jobs.Job]
-    """of each script the last submission"""
+    """the last submission of each script"""
     ends: dict[str, list[dict[str, Any]]]
-    """how the attempts of each of their members ended"""
+    """job -> how each of its attempts ended"""
 
     @property
     def open(self) -> list[str]:
-        """Members that have not said themselves that all is well: Slurm forgets one that has, and need not be asked."""
+        """The jobs that are not recorded as done, whose states must be queried from Slurm."""
         return [member for member, lines in self.ends.items() if not _is_done(lines)]
 
 
@@ -129,7 +129,7 @@ def _job(job: jobs.Job, noted: Mapping[str, list[dict[str, Any]]], states: Mappi
     done = JobState("COMPLETED", exit_code="0:0")
     known = {member: done if _is_done(noted[member]) else states.get(member) for member in job.members}
     found = {member: state for member, state in known.items() if state is not None}
-    for member in found.keys() & cancelled:  # it has saved and left, for Slurm a failure
+    for member in found.keys() & cancelled:  # it saved and exited with code 75, which Slurm calls a failure
         found[member] = replace(found[member], state="CANCELLED")
     bad = [
         line.get("message", "") if member in cancelled else f"{line['why']}: {line.get('message', '')}"
@@ -141,7 +141,7 @@ def _job(job: jobs.Job, noted: Mapping[str, list[dict[str, Any]]], states: Mappi
 
 
 def shards(run: RunPaths, stage: str) -> int:
-    """Shards of a pairs stage that are there."""
+    """Number of shards of a pairs stage that are complete."""
     folder = run.stage(stage).pairs
     listed = pairspec.listed(folder) or {}
     return len({*listed, *(path.with_suffix(".safetensors").name for path in folder.glob("shard-*.json"))})

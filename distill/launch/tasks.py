@@ -1,6 +1,6 @@
-"""One process of a job: it takes its rank from Slurm, and records how it ended for the job's own process.
+"""A process of a Slurm job: it takes its rank from Slurm, and records how it ended for the main process of the job.
 
-A file for each rank: srun's exit code is that of the last task it had to end, not that of the one that failed.
+Each rank writes a file, since the exit code of srun need not be that of the rank that failed first.
 """
 
 import json
@@ -14,8 +14,8 @@ from typing import Any
 from distill.core.atomic import write_json
 from distill.core.errors import InputError
 
-ENDS = "DISTILL_ENDS"  # folder of the files; set for every process of a job, and only there
-UNIT = "DISTILL_UNIT"  # what of the run the process computes, as `claims` names it
+ENDS = "DISTILL_ENDS"  # folder of these files; set in every process of a job, and only there
+UNIT = "DISTILL_UNIT"  # the unit of the run that the process computes, see `claims`
 
 
 @dataclass(frozen=True)
@@ -30,25 +30,25 @@ class End:
 
 
 def is_task() -> bool:
-    """Whether this process is one of a job."""
+    """Whether this process was started by the main process of a job."""
     return ENDS in os.environ
 
 
 def require(command: str) -> None:
-    """InputError where this is no process of Slurm's."""
+    """Raise InputError if this process was not started by Slurm."""
     if "SLURM_JOB_ID" not in os.environ:
         raise InputError(f"`distill {command}` is started by a job in Slurm's queue; use `distill submit`")
 
 
 def identity() -> tuple[str, int]:
-    """The job of this process, and how often that had been started before."""
+    """(job id of this process, how many times that job had been started before)."""
     array, part = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     job = f"{array}_{part}" if array else os.environ.get("SLURM_JOB_ID", "")
     return job, int(os.environ.get("SLURM_RESTART_COUNT") or 0)
 
 
 def adopt() -> None:
-    """Set what the ranks of one machine are given by their launcher (see `local`), from what Slurm says."""
+    """Set the environment variables of a rank from those of Slurm. On one machine, `local` sets them."""
     names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
     if os.environ.get("MASTER_ADDR"):  # the process trains together with others
         os.environ.update({name: os.environ[slurm] for name, slurm in names.items()})
@@ -59,13 +59,13 @@ def adopt() -> None:
 
 
 def leave_word(code: int, message: str) -> None:
-    """Note how this process ends."""
+    """Record how this process ends."""
     rank = int(os.environ["SLURM_PROCID"])
     write_json(Path(os.environ[ENDS]) / f"rank-{rank}", asdict(End(rank, code, message, time.time())))
 
 
 def read(folder: Path) -> list[End]:
-    """The ends of a job's processes, in the order of their time; a process that was killed has none."""
+    """The recorded ends of a job's processes, in order of time. A process that was killed has none."""
     found = (End(**each) for each in _contents(folder))
     return sorted(found, key=lambda end: end.time)
 

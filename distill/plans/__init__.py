@@ -1,1 +1,1 @@
-"""Specs made from specs: reflow rounds, comparisons, what a run would do. No tensors."""
+"""Makes specs from specs (reflow rounds, comparisons) and describes what a run would do. No tensors are created."""

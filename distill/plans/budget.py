@@ -1,7 +1,7 @@
-"""The minutes that a comparison gives each recipe, as lengths in images: by what a rehearsal has shown. No tensors.
+"""Converts the budget of a comparison from minutes to images, by speeds measured in a short run (the rehearsal).
 
-The lengths of a chain are scaled by one factor, so that its training takes the minutes. From there on the run is a spec
-like any other: it ends in the same numbers, however long it takes.
+The lengths of a chain are scaled by one factor, so that its training takes the given minutes. The result is an ordinary
+spec: its numbers do not depend on how long the run really takes.
 """
 
 import math
@@ -17,14 +17,15 @@ from distill.runs.run_store import RunPaths, read_events
 from distill.spec import evalspec
 from distill.spec.model import PairsStage, RunSpec, Stage, TrainStage
 
-STEPS, OWN_STEPS = (1, 2, 4), (1, 2, 4, 8)  # to measure a student at: of any number of steps, of some only
-BATCHES, UNTIMED = 24, 4  # of a rehearsal, and those at its beginning, which are slower
+# Default numbers of steps to measure a student at: if it accepts any number, and if it accepts only some.
+STEPS, OWN_STEPS = (1, 2, 4), (1, 2, 4, 8)
+BATCHES, UNTIMED = 24, 4  # batches of each training in a rehearsal; the first of them are slower and not timed
 MOST_MINUTES = 1_000_000  # two years
-IN_IMAGES = "_images"  # how options end that are lengths, like anneal_images
+IN_IMAGES = "_images"  # suffix of options that are lengths, like anneal_images
 
 
 def rehearsal(planned: ComparisonPlan) -> RunSpec:
-    """A miniature of the run, with as many steps of what is compared as show how long they take."""
+    """The spec of the rehearsal: a miniature of the run, with enough steps of the compared stages to time them."""
     small = planning.miniature(planned.spec())
     longer: dict[str, Stage] = {}
     for chain in planned.chains:
@@ -36,14 +37,17 @@ def rehearsal(planned: ComparisonPlan) -> RunSpec:
 
 
 def measured(planned: ComparisonPlan, run: RunPaths) -> dict[str, Measured]:
-    """What the run of a rehearsal has shown, by train stage."""
+    """Train stage -> measurements, from the run of a rehearsal."""
     return {name: _measured(run, name, stage) for chain in planned.chains for name, stage in chain.trained.items()}
 
 
 def frozen(
     planned: ComparisonPlan, found: Mapping[str, Measured], minutes: float, command: str
 ) -> tuple[RunSpec, Comparison]:
-    """The spec whose chains take the minutes each by what was measured, and the record of it."""
+    """(spec, record) of a comparison whose chains each take the given minutes, according to the measurements.
+
+    found: see `measured`. Raises InputError if the minutes are too short for a chain.
+    """
     changed: dict[str, Stage] = {}
     entries = []
     for chain in planned.chains:
@@ -64,7 +68,7 @@ def frozen(
 
 
 def check(minutes: float) -> None:
-    """InputError unless it is a time."""
+    """Raise InputError unless the minutes are a valid budget."""
     if not 0 < minutes <= MOST_MINUTES:
         raise InputError(
             f"--budget {minutes:g}: minutes of training for each recipe are expected, above 0 and at most "
@@ -86,7 +90,7 @@ def _measured(run: RunPaths, name: str, stage: TrainStage) -> Measured:
 
 
 def _scaled(chain: Chain, found: Mapping[str, Measured], minutes: float) -> dict[str, TrainStage]:
-    """The train stages of a chain, by one factor as long or short as the minutes allow, in whole batches."""
+    """The train stages of a chain, scaled by one factor to the given minutes, in whole batches."""
     trained = chain.trained
     whole = sum(stage.images * found[name].seconds_per_image for name, stage in trained.items()) / 60
     least, short = max((stage.batch_size / stage.images, name) for name, stage in trained.items())
@@ -100,10 +104,10 @@ def _scaled(chain: Chain, found: Mapping[str, Measured], minutes: float) -> dict
 
 
 def _of_length(stage: TrainStage, factor: float) -> TrainStage:
-    """All that is a length scaled; half-lives stay, since students are named by them."""
+    """A stage with all lengths scaled. Half-lives are not scaled, since `export` selects weights by them."""
     optimizer, saving = stage.optimizer, stage.checkpoint
     images = max(1, math.floor(factor * stage.images / stage.batch_size)) * stage.batch_size
-    share = images / stage.images  # of whole batches, so that what ends within the training still does
+    share = images / stage.images  # the rounded factor, so that warm-up and the like still end within the training
     return stage.model_copy(
         update={
             "images": images,
@@ -120,7 +124,7 @@ def _of_length(stage: TrainStage, factor: float) -> TrainStage:
 
 
 def _steps(found: Measured) -> list[int]:
-    """Numbers of steps to measure a student at that none was given for."""
+    """Default numbers of steps to measure a student at."""
     if not found.steps:
         return list(STEPS)
     return [n for n in OWN_STEPS if n in found.steps] or found.steps[:1]

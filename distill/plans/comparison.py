@@ -1,13 +1,13 @@
-"""Several recipes on one teacher, its data and the same minutes each: the spec of a comparison. No tensors.
+"""The spec of a comparison: several recipes with the same teacher, data and minutes of training. Creates no tensors.
 
     spec                 teach, pairs, anneal, slimflow, reflow, evaluate
     slimflow, meanflow   teach, pairs, anneal, slimflow, meanflow, evaluate
 
-What makes the teacher, and its pairs, stay as they are and serve all. What the spec trains by a recipe is a chain: its
-stage, and those that it starts from or learns from, with pairs of their own. Of a recipe that the spec lacks there is
-one stage with default options, else like the first that distils. The lengths of a chain are scaled together, so that
-its training takes the minutes given; how long an image takes is seen before, in a rehearsal of a few steps. What comes
-out is a spec like any other.
+The stages that make the teacher and its pairs are unchanged, and all recipes share them. For each recipe there is a
+chain: its stage and the stages that this one starts from or learns from, including their own pairs. A recipe without a
+stage in the spec gets one stage with default options; its other settings are those of the first distilling stage. The
+lengths of a chain are scaled together, so that its training takes the given minutes. The time per image is measured
+before, in a rehearsal of a few steps. The result is an ordinary spec.
 """
 
 from collections import Counter
@@ -24,13 +24,13 @@ from distill.spec.resolved import Resolved, resolve_recipe
 
 @dataclass(frozen=True)
 class Chain:
-    """What one student is made by."""
+    """The stages that make one student."""
 
     name: str
-    """of the stage that makes it"""
+    """name of the last stage, which makes the student"""
     recipe: str
     stages: dict[str, Stage]
-    """in their order, its own the last; without what serves all"""
+    """the stages in order, without the shared ones; the last one makes the student"""
 
     @property
     def trained(self) -> dict[str, TrainStage]:
@@ -38,13 +38,13 @@ class Chain:
 
     @property
     def pairs(self) -> list[str]:
-        """All that it trains on."""
+        """Names of the pairs stages that the chain trains on."""
         return list(dict.fromkeys(name for stage in self.trained.values() for name in stage.pair_shares))
 
 
 @dataclass(frozen=True)
 class ComparisonPlan:
-    """A comparison whose lengths are still the spec's."""
+    """A comparison with the original lengths of the spec."""
 
     given: RunSpec
     shared: dict[str, Stage]
@@ -53,7 +53,10 @@ class ComparisonPlan:
     evaluation: EvaluateStage
 
     def spec(self, changed: Mapping[str, Stage] | None = None) -> RunSpec:
-        """As a spec, with some of the stages changed. Students for which no steps were given are not measured yet."""
+        """The spec of the comparison. changed: stages to replace.
+
+        Students without given numbers of steps are not evaluated in it yet.
+        """
         stages = dict(self.shared)
         for chain in self.chains:
             stages |= chain.stages
@@ -63,9 +66,9 @@ class ComparisonPlan:
 
 
 def plan(resolved: Resolved, recipes: Sequence[str] | None) -> ComparisonPlan:
-    """The comparison of recipes that are named; None: all that the spec distils by. InputError where it does not fit.
+    """The comparison of these recipes; None: all distillation recipes of the spec. InputError if the spec does not fit.
 
-    What comes out has not been checked yet.
+    The spec of the result is not validated yet.
     """
     spec = resolved.spec
     name, evaluation = _evaluation(spec)
@@ -95,7 +98,10 @@ def plan(resolved: Resolved, recipes: Sequence[str] | None) -> ComparisonPlan:
 
 
 def _refuse_one_name(chains: Sequence[Chain]) -> None:
-    """Names that are made are checked against the spec's where they are made."""
+    """Raise InputError if two chains have a stage of the same name.
+
+    `_new` already compares new names with those of the spec.
+    """
     recipes: dict[str, list[str]] = {}
     for chain in chains:
         for name in chain.stages:
@@ -119,7 +125,7 @@ def _evaluation(spec: RunSpec) -> tuple[str, EvaluateStage]:
 
 
 def _teachers(resolved: Resolved, evaluation: EvaluateStage) -> set[str]:
-    """The stages that make the teacher of the evaluation, or one that is trained on data alone."""
+    """The stages that make the teacher of the evaluation, or any other teacher that is trained on data alone."""
     spec, recipes = resolved.spec, resolved.recipes
     named = {stage.teacher for stage in spec.stages.values() if stage.teacher is not None}
     alone = [name for name in named if name in recipes and not recipes[name].needs & {"teacher", "pairs"}]
@@ -127,7 +133,7 @@ def _teachers(resolved: Resolved, evaluation: EvaluateStage) -> set[str]:
 
 
 def _line(spec: RunSpec, name: str) -> set[str]:
-    """A stage, and all that it comes from."""
+    """A stage and all stages that it depends on."""
     found = {name}
     for _, target, _ in checks.references(spec.stages[name]):
         found |= _line(spec, target)
@@ -139,13 +145,13 @@ def _lines(spec: RunSpec, names: Iterable[str]) -> set[str]:
 
 
 def _shared_pairs(spec: RunSpec, teachers: set[str]) -> set[str]:
-    """Pairs of a teacher, which anyone may train on."""
+    """The pairs stages of the teachers, which all chains share."""
     pairs = {name: stage for name, stage in spec.stages.items() if isinstance(stage, PairsStage)}
     return {name for name, stage in pairs.items() if stage.teacher is None or stage.teacher in teachers}
 
 
 def _resolve(given: Sequence[str], of_spec: Sequence[str]) -> list[str]:
-    """Whole names of recipes, which may be named without their folder."""
+    """Full names of recipes, which may be given without their folder. InputError if one is unknown or ambiguous."""
     known = dict.fromkeys([*registry.names(), *of_spec])
     times = Counter(short(name) for name in known)
     found = []
@@ -164,13 +170,16 @@ def _resolve(given: Sequence[str], of_spec: Sequence[str]) -> list[str]:
 
 
 def _ends(spec: RunSpec, distilled: Mapping[str, TrainStage], recipe: str) -> list[str]:
-    """The stages of a recipe whose students are compared: those from which none of the same recipe comes."""
+    """The stages of a recipe whose students are compared: those that no other stage of the same recipe depends on."""
     own = [name for name, stage in distilled.items() if stage.recipe == recipe]
     return [name for name in own if not any(name in _line(spec, other) - {other} for other in own)]
 
 
 def _own_chain(spec: RunSpec, end: str, parts: Mapping[str, set[str]]) -> Chain:
-    """parts: by the end of each chain, the stages that only chains have. A stage of several is made for each anew."""
+    """The chain that ends in stage `end`. A stage that belongs to several chains is copied for each of them.
+
+    parts: last stage of each chain -> the stages of the chain, without the shared ones.
+    """
     found = Counter(name for each in parts.values() for name in each)
     names = {n: n if n == end or found[n] == 1 else _new(spec, f"{end}-{n}") for n in spec.stages if n in parts[end]}
     stages = {new: _renamed(spec.stages[old], names) for old, new in names.items()}
@@ -180,14 +189,14 @@ def _own_chain(spec: RunSpec, end: str, parts: Mapping[str, set[str]]) -> Chain:
 
 
 def _new(spec: RunSpec, name: str) -> str:
-    """A name for a stage that the spec does not have."""
+    """`name` for a new stage. InputError if the spec already has a stage of that name."""
     if name in spec.stages:
         raise InputError(f"stages.{name}: the comparison makes a stage of that name; give this one another name")
     return name
 
 
 def _renamed(stage: Stage, names: Mapping[str, str]) -> Stage:
-    """A stage that refers to others by their new names."""
+    """A copy of a stage that refers to other stages by their new names."""
     changed: dict[str, object] = {"teacher": names.get(stage.teacher or "", stage.teacher)}
     if isinstance(stage, TrainStage):
         changed["init"] = names.get(stage.init or "", stage.init)
@@ -199,7 +208,7 @@ def _renamed(stage: Stage, names: Mapping[str, str]) -> Stage:
 
 
 def _derived_chain(resolved: Resolved, recipe: str, teachers: set[str], distilled: Mapping[str, TrainStage]) -> Chain:
-    """One stage of a recipe of which the spec has none."""
+    """The chain of a recipe without a stage in the spec: one stage, based on the first distilling stage."""
     spec = resolved.spec
     made = [n for n in teachers if isinstance(s := spec.stages[n], TrainStage) and s.recipe == recipe]
     if made:
@@ -236,7 +245,7 @@ def _derived_chain(resolved: Resolved, recipe: str, teachers: set[str], distille
 
 
 def _pairs_for(spec: RunSpec, recipe: str, needs: frozenset[str], first: TrainStage) -> str | dict[str, float] | None:
-    """Those that the first distilling stage trains on, or others of its teacher."""
+    """The pairs for a derived stage: those of the first distilling stage if they fit, else others of its teacher."""
 
     def fit(stage: Stage) -> bool:
         if not isinstance(stage, PairsStage):

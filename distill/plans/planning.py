@@ -1,4 +1,4 @@
-"""What a run would do, stage by stage, before anything is done."""
+"""Describes what a run would do, stage by stage, before it is started."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -29,22 +29,22 @@ CHECKS = (
 
 @dataclass(frozen=True)
 class Step:
-    """One stage, as a person wants to know it beforehand."""
+    """The description of one stage of a plan."""
 
     name: str
     kind: str
     what: str
     work: str
     needs: list[str]
-    """stages that come before it, and what it takes from the spec"""
+    """stages that it depends on, and its inputs from the spec"""
     network_calls: int | None
-    """samples through a network; null: that is up to the recipe"""
+    """number of samples passed through a network; None for training, where it depends on the recipe"""
     writes: list[str]
-    """files and folders, relative to the run"""
+    """files and folders that it writes, relative to the run"""
 
 
 def steps(resolved: Resolved) -> list[Step]:
-    """All stages in their order."""
+    """The descriptions of all stages, in order."""
     spec = resolved.spec
     return [
         _train(name, stage, spec.launch, resolved.recipes[name].needs)
@@ -57,7 +57,7 @@ def steps(resolved: Resolved) -> list[Step]:
 
 
 def as_json(spec: RunSpec, paths: RunPaths, planned: list[Step]) -> dict[str, Any]:
-    """The plan for programs."""
+    """The plan as JSON-serialisable data."""
     return {
         "name": spec.name,
         "digest": spec.digest(),
@@ -69,9 +69,10 @@ def as_json(spec: RunSpec, paths: RunPaths, planned: list[Step]) -> dict[str, An
 
 
 def miniature(spec: RunSpec) -> RunSpec:
-    """The same run with two steps of each training, on as few pairs as a block has; it is not worth evaluating.
+    """A miniature of a run, for measuring: two steps of each training, on at most one block of pairs.
 
-    Only paths that keep states are solved with all their steps, of which those are some.
+    Pairs are solved with one Euler step. Only paths that keep states use all solver steps, since their states are at
+    times of these steps. The evaluations are unchanged.
     """
     stages: dict[str, Stage] = {}
     for name, stage in spec.stages.items():
@@ -84,12 +85,15 @@ def miniature(spec: RunSpec) -> RunSpec:
             few = {"count": min(stage.count, stage.block)}
             coarse = {} if stage.paths in WITH_STATES else {"solver": "euler", "steps": 1}
             stages[name] = stage.model_copy(update={**few, **coarse})
-    here = spec.launch.model_copy(update={"slurm": SlurmSpec()})  # an array would find too few shards
+    here = spec.launch.model_copy(update={"slurm": SlurmSpec()})  # there are too few shards for an array
     return spec.model_copy(update={"stages": stages, "launch": here})
 
 
 def memory_rows(memory: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, str, int | None, list[int]]]:
-    """(stage, what, bytes predicted, bytes of each rank), from what `memory.Probe` reports of each stage's ranks."""
+    """(stage, what, predicted bytes, bytes of each rank) for each row of the memory table.
+
+    memory: stage -> the reports of `memory.Probe` of its ranks.
+    """
     for stage, ranks in memory.items():
         predicted, counted = ranks[0]["predicted"], [rank["counted"] for rank in ranks]
         for kind, expected in predicted.items():

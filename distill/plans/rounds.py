@@ -1,12 +1,12 @@
-"""Rounds of reflow (Liu et al. 2022, arXiv 2209.03003): from a spec of one round to that of several. No tensors.
+"""Rounds of reflow (Liu et al. 2022, arXiv 2209.03003): expands a spec of one round to several. Creates no tensors.
 
     one round             teach, pairs, reflow, one_step, evaluate
     two, and distilled    teach, pairs-1, reflow-1, evaluate-1, pairs-2, reflow-2, evaluate-2, pairs-distill, one_step,
                           evaluate
 
-The flow of a round is the teacher of the next: it solves the pairs, and the next flow starts from its weights. The last
-flow solves new pairs for the distillation. The evaluation of a round compares its flow with the one before, from the
-same noise; the last evaluation compares all with the first teacher. What comes out is a spec like any other.
+The flow of a round is the teacher of the next round: it solves the pairs, and the next flow starts from its weights.
+The last flow solves new pairs for the distillation. The evaluation of a round compares its flow with the flow before,
+from the same noise. The last evaluation compares all flows with the first teacher. The result is an ordinary spec.
 """
 
 import math
@@ -33,19 +33,19 @@ FITS = (
 
 @dataclass(frozen=True)
 class RoundsPlan:
-    """How many rounds, and what keeps them close to the data."""
+    """The number of rounds, and the options that keep the flows close to the data."""
 
     rounds: int = 1
     distill: bool = False
     forward: float | None = None
-    """part of each batch that are real data with the noise to which the round's teacher takes them"""
+    """fraction of each batch that is real data, paired with the noise that the round's teacher maps it to"""
     data_weight: float | None = None
-    """of a flow-matching term on real data beside the loss of each round"""
+    """weight of a flow-matching term on real data that is added to the loss of each round"""
 
 
 @dataclass(frozen=True)
 class Template:
-    """The stages of a spec of one round."""
+    """The stages of a spec of one round, by their role."""
 
     before: dict[str, Stage]
     pairs_name: str
@@ -53,13 +53,13 @@ class Template:
     flow_name: str
     flow: TrainStage
     distillation: dict[str, TrainStage]
-    """one, or none"""
+    """at most one stage"""
     evaluation_name: str
     evaluation: EvaluateStage
 
 
 def expand(resolved: Resolved, plan: RoundsPlan) -> RunSpec:
-    """The spec of the rounds, from one of a single round; InputError where it does not fit."""
+    """The spec of all rounds, from a spec of one round. InputError if that spec or the plan does not fit."""
     spec, template = resolved.spec, _template(resolved)
     _refuse(resolved, template, plan)
     flows = [f"{template.flow_name}-{number}" for number in range(1, plan.rounds + 1)]
@@ -77,13 +77,16 @@ def expand(resolved: Resolved, plan: RoundsPlan) -> RunSpec:
 
 
 def split(changes: Sequence[str], stages: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Changes of a spec with these stages, and those of stages that only its rounds have."""
+    """Split overrides into (those for a spec with these stages, those for stages that only its rounds have)."""
     late = [text for text in changes if (name := _stage_of(specfile.change_from(text))) and name not in stages]
     return [text for text in changes if text not in late], late
 
 
 def changed(spec: RunSpec, changes: Sequence[str], stages: Sequence[str], source: str) -> RunSpec:
-    """The spec of the rounds with changes of its own stages. stages: of the spec that it was made from."""
+    """The spec of the rounds with overrides applied. InputError for an unknown stage.
+
+    stages: names of the stages of the original spec, for suggestions. source: name of the file in messages.
+    """
     found = [specfile.change_from(text) for text in changes]
     for change in found:
         name = _stage_of(change)
@@ -148,7 +151,7 @@ def _named(what: str, names: Sequence[str]) -> str:
 
 
 def _default_evaluation(pairs: PairsStage, flow: TrainStage) -> EvaluateStage:
-    """Of a spec that has none: by the solver of its pairs."""
+    """The evaluation for a spec without one: its fine solver is the solver of the pairs, if that is possible."""
     return EvaluateStage(
         kind="evaluate",
         teacher=flow.teacher,
@@ -168,7 +171,7 @@ def _refuse(resolved: Resolved, template: Template, plan: RoundsPlan) -> None:
             f"--distill: spec '{spec.name}' has no distillation; give it a train stage of {DISTILLATION} on the pairs "
             f"of '{template.pairs_name}', or leave --distill out"
         )
-    inexact = not resolved.spec.has_exact_teacher  # an exact one has samples to begin with
+    inexact = not resolved.spec.has_exact_teacher  # an exact teacher can draw real samples itself
     lacking = {"--forward": plan.forward is not None and inexact, "--data-weight": plan.data_weight is not None}
     for option in [name for name, is_lacking in lacking.items() if is_lacking and isinstance(spec.data, NoData)]:
         raise InputError(
@@ -188,7 +191,7 @@ def _refuse(resolved: Resolved, template: Template, plan: RoundsPlan) -> None:
 
 
 def _round(template: Template, number: int, teacher: str | None, plan: RoundsPlan) -> list[tuple[str, Stage]]:
-    """The stages of a round, by the flow before it."""
+    """(name, stage) of the stages of a round. teacher: the flow before it; None: the spec's teacher."""
     first, flow = number == 1, f"{template.flow_name}-{number}"
     pairs = template.pairs.model_copy(update=_of(teacher, first=first))
     found: dict[str, Stage] = {f"{template.pairs_name}-{number}": pairs}
@@ -200,7 +203,7 @@ def _round(template: Template, number: int, teacher: str | None, plan: RoundsPla
     if plan.data_weight is not None:
         options = {**options, DATA_WEIGHT: plan.data_weight}
     changes = {"teacher": teacher, "pairs": shares if len(shares) > 1 else next(iter(shares)), "options": options}
-    start = {} if first else {"init": None, "network": None}  # the weights of the flow before
+    start = {} if first else {"init": None, "network": None}  # then it starts from the flow before
     found[flow] = template.flow.model_copy(update={**changes, **start})
     steps = template.evaluation.students.get(template.flow_name, FEW_STEPS)
     coarse = template.evaluation.teacher_steps if _one_evaluation(template, plan) else []
@@ -211,7 +214,10 @@ def _round(template: Template, number: int, teacher: str | None, plan: RoundsPla
 
 
 def _inverted(pairs: PairsStage, share: float) -> PairsStage:
-    """Pairs from real data to noise, as many as are seen as often as the others at this share of a batch."""
+    """A stage of pairs from real data to noise.
+
+    Its count is chosen so that at this share of a batch, all pairs are used equally often.
+    """
     count = max(1, round(pairs.count * share / (1 - share)))
     solver = pairs.solver if find_solver(pairs.solver).calls_inverting is not None else "heun"
     ends = {"paths": "forward", "times": None, "optimal_times": None, "store_noise": False}
@@ -219,19 +225,19 @@ def _inverted(pairs: PairsStage, share: float) -> PairsStage:
 
 
 def _one_evaluation(template: Template, plan: RoundsPlan) -> bool:
-    """Whether the last evaluation would say no more than that of the only round."""
+    """Whether the last evaluation can be left out, since it would repeat that of the only round."""
     evaluation, ours = template.evaluation, {template.flow_name, *template.distillation}
     same = evaluation.teacher == template.flow.teacher and ours.issuperset(evaluation.students)
     return plan.rounds == 1 and not plan.distill and same
 
 
 def _of(teacher: str | None, *, first: bool) -> dict[str, object]:
-    """What a stage is to know of its teacher. What the first was guided by is in all that follow."""
+    """The changes of a stage for its teacher. Guidance is used in the first round only: later flows have learnt it."""
     return {"teacher": teacher} if first else {"teacher": teacher, "guidance_scale": 1.0}
 
 
 def _distillation(template: Template, resolved: Resolved, flow: str) -> list[tuple[str, Stage]]:
-    """From the last flow, and from pairs that it solves."""
+    """(name, stage) of the distillation of the last flow, and of the pairs that it solves."""
     ((name, stage),) = template.distillation.items()
     needs = resolved.recipes[name].needs
     found: dict[str, Stage] = {}
@@ -245,7 +251,7 @@ def _distillation(template: Template, resolved: Resolved, flow: str) -> list[tup
 
 
 def _last_evaluation(template: Template, flows: Sequence[str], plan: RoundsPlan) -> EvaluateStage:
-    """All flows, and the distilled student, beside the first teacher."""
+    """The evaluation of all flows and the distilled student against the first teacher."""
     given = template.evaluation.students
     students: dict[str, list[int]] = {name: given.get(template.flow_name, FEW_STEPS) for name in flows}
     for name in template.distillation:
@@ -253,5 +259,5 @@ def _last_evaluation(template: Template, flows: Sequence[str], plan: RoundsPlan)
             students = {name: given.get(name, [1]), **students}
     others = {name: steps for name, steps in given.items() if name in template.before}
     measured = evalspec.measuring(template.evaluation, {**students, **others}, dict.fromkeys(flows, template.flow_name))
-    fine = [name for name in measured.fine_students if name in others]  # of flows, their rounds say it
+    fine = [name for name in measured.fine_students if name in others]  # the rounds have already measured the flows
     return measured.model_copy(update={"fine_students": fine})

@@ -1,1 +1,1 @@
-"""For people: the progress of runs, and tables of results. No tensors."""
+"""Reports for users: the status of runs and tables of results. Does not import torch."""

@@ -1,4 +1,4 @@
-"""What a comparison is of and what it found: comparison.json, and from it and the run's files a table. No torch."""
+"""Comparisons of recipes: the record comparison.json, and the table of results. Does not import torch."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ from distill.spec.model import Name
 
 
 class Measured(FrozenModel):
-    """What a rehearsal found of a training."""
+    """The measurements of a training in a rehearsal."""
 
     seconds_per_image: PositiveFloat
     memory: NonNegativeInt
@@ -44,7 +44,7 @@ class TrainedPart(FrozenModel):
 
     @property
     def seconds(self) -> float:
-        """That it is to take."""
+        """Expected training time in seconds."""
         return self.images * self.measured.seconds_per_image
 
 
@@ -68,7 +68,7 @@ class ComparedRecipe(FrozenModel):
 
     @property
     def teacher_calls(self) -> float:
-        """For its pairs and while it trains."""
+        """Calls of the teacher's network for its pairs and during training."""
         return self.pair_calls + sum(part.images * part.measured.teacher_calls for part in self.parts)
 
 
@@ -85,18 +85,18 @@ class Comparison(FrozenModel):
 
     @property
     def measured(self) -> dict[str, Measured]:
-        """By train stage."""
+        """Train stage -> its measurements."""
         return {part.stage: part.measured for entry in self.entries for part in entry.parts}
 
 
 @dataclass(frozen=True)
 class FoundComparison:
-    """A comparison that was made."""
+    """A finished comparison with its results."""
 
     comparison: Comparison
     results: Results
     seconds: dict[str, float]
-    """that training took, by entry"""
+    """name of an entry -> seconds of its training"""
     machine: str
     date: str
 
@@ -105,7 +105,7 @@ COMPARISON: records.Schema[Comparison] = records.Schema(Comparison)
 
 
 def load(run: RunPaths) -> Comparison | None:
-    """What a run compares; None: it is no comparison. InputError if its record is damaged."""
+    """The comparison of a run; None if the run is not a comparison. InputError if its record is damaged."""
     try:
         return records.load(run.comparison, COMPARISON, "delete that file: the run stays, and compares nothing")
     except FileNotFoundError:
@@ -113,7 +113,10 @@ def load(run: RunPaths) -> Comparison | None:
 
 
 def found(run: RunPaths) -> FoundComparison | None:
-    """What a run has found, once its evaluation has; None: it is no comparison, or not as far."""
+    """The results of a comparison; None if the run is not a comparison or is not evaluated yet.
+
+    Raises InputError if the record or the results are damaged.
+    """
     comparison = load(run)
     measured = None if comparison is None else results.load_results(run.stage(comparison.evaluation))
     if comparison is None or measured is None:
@@ -137,13 +140,14 @@ def found(run: RunPaths) -> FoundComparison | None:
 
 
 class Sessions:
-    """How long the loops of train stages have taken, from the events of a run as they come."""
+    """Sums up the time of the training loops of stages, from the events of a run."""
 
     def __init__(self) -> None:
-        self._of: dict[str, list[tuple[int, int, float]]] = {}  # images at the beginning and at the end, a second
+        # stage -> (images at the beginning, images at the end, images per second) of each process that trained it
+        self._of: dict[str, list[tuple[int, int, float]]] = {}
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Take the next event, the oldest first."""
+        """Add the next event. Events must be added oldest first."""
         match event["event"]:
             case "stage started":
                 self._of.setdefault(event["stage"], []).append((0, 0, 1.0))
@@ -153,7 +157,7 @@ class Sessions:
                 sessions[-1] = (sessions[-1][0], event["done"], event["per_second"])
 
     def seconds(self, stage: str) -> float:
-        """Of a stage, until its checkpoints counted: what a kill undid is left out."""
+        """Training time of a stage in seconds. Work that was lost after a kill is not counted."""
         total, limit = 0.0, math.inf
         for begin, end, rate in reversed(self._of.get(stage, [])):
             total += max(0.0, min(end, limit) - begin) / rate
@@ -168,12 +172,12 @@ def _machine(run: RunPaths, measured: Results, device: str) -> str:
 
 
 def quantity(found: FoundComparison) -> str:
-    """What is compared."""
+    """Name of the compared quantity."""
     return found.results.distance or "RMS"
 
 
 def columns(found: FoundComparison) -> list[str]:
-    """Heads of the numbers of a row, in the order of `rows`."""
+    """Column titles for the numbers of `rows`, in the same order."""
     first, *further = _steps(found)
     return [
         "images",
@@ -187,7 +191,7 @@ def columns(found: FoundComparison) -> list[str]:
 
 
 def rows(found: FoundComparison) -> list[tuple[str, list[str]]]:
-    """The name of each row, and its numbers as text: the teacher by each of its solvers first."""
+    """(name, numbers as text) of each row. The rows of the teacher, one for each of its solvers, come first."""
     measured = found.results.usual
     coarse = [row for row in measured if row.role == "teacher" and not row.fine]
     fine = [row for row in measured if row.role == "teacher" and row.fine]
@@ -203,7 +207,7 @@ def rows(found: FoundComparison) -> list[tuple[str, list[str]]]:
 
 
 def titled(entry: ComparedRecipe) -> str:
-    """Its name and, where that says less, its recipes."""
+    """The name of an entry, followed by its recipes if the name does not say them."""
     recipes = list(dict.fromkeys(part.recipe for part in entry.parts))
     return (
         entry.name
@@ -213,24 +217,24 @@ def titled(entry: ComparedRecipe) -> str:
 
 
 def short(recipe: str) -> str:
-    """The name of a recipe without its folder, and without the .py of a file."""
+    """The name of a recipe without its folder and without .py."""
     return PurePosixPath(recipe).stem
 
 
 def ranked(found: FoundComparison) -> dict[str, list[tuple[int, float]]]:
-    """[(steps, value)] of each recipe, the best at its fewest steps first."""
+    """Recipe -> [(steps, value)], sorted by the value at the recipe's smallest number of steps, best first."""
     each = {titled(e): [(row.steps, row.value) for row in _of(found, e)] for e in found.comparison.entries}
     return dict(sorted(each.items(), key=lambda line: line[1][0][1]))
 
 
 def teacher(found: FoundComparison) -> list[tuple[str, float]]:
-    """The teacher's values by name, except one of 0: that of its fine solver, to which RMS is measured."""
+    """(name, value) of the teacher's rows, without values of 0 (the RMS of the fine solver, which is the reference)."""
     measured = [row for row in found.results.usual if row.role == "teacher" and row.value > 0]
     return [(f"{row.solver} {row.steps}" if row.fine else f"{row.steps}", row.value) for row in measured]
 
 
 def _of(found: FoundComparison, entry: ComparedRecipe) -> list[Row]:
-    """The rows of its student by its own sampler, fewest steps first."""
+    """The rows of an entry's student with its own sampler, fewest steps first."""
     of_it = [row for row in found.results.usual if row.role == "student" and row.network == entry.name]
     return sorted((row for row in of_it if not row.fine), key=lambda row: row.steps)
 
@@ -250,7 +254,7 @@ def _straightness(measured: Sequence[Row]) -> str:
 
 
 def note(found: FoundComparison) -> str:
-    """What the columns are."""
+    """An explanation of the columns."""
     return (
         f"@N: at N steps. S: mean square difference between velocity and mean velocity along the network's own "
         f"paths, 0 = straight; a flow map has none. Training: time of the loop, of "
@@ -261,7 +265,7 @@ def note(found: FoundComparison) -> str:
 
 
 def markdown(found: FoundComparison) -> str:
-    """All of it for a page."""
+    """The table with its notes as Markdown."""
     heads = ["recipe", *columns(found)]
     lines = [
         ["@".join(map(escape, head.split("@"))) for head in heads],
@@ -274,7 +278,7 @@ def markdown(found: FoundComparison) -> str:
 
 
 def table(found: FoundComparison) -> Table:
-    """All of it for a terminal."""
+    """The table with its notes for a terminal."""
     shown = Table(title="comparison", caption=note(found), title_justify="left", caption_justify="left")
     shown.add_column("recipe")
     for name in columns(found):

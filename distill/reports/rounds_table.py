@@ -1,6 +1,7 @@
-"""What rounds of reflow did to a flow, from their evaluations: straighter, but nearer to the data or further? No torch.
+"""Tables of rounds of reflow: how straightness and distance to the data change. Does not import torch.
 
-A round is an evaluation with one flow, measured beside the flow before it from the same noise, both by the fine solver.
+A round is measured by an evaluation that compares a flow with the flow before it. Both start from the same noise and
+use the fine solver.
 """
 
 import re
@@ -17,22 +18,22 @@ from distill.runs.run_store import RunPaths
 
 @dataclass(frozen=True)
 class Round:
-    """One flow beside the one before it."""
+    """The measurements of a flow and of the flow before it."""
 
     stage: str
-    """the evaluation"""
+    """name of the evaluation"""
     distance: str | None
-    """as `Results.distance`"""
+    """name of the distance, see `Results.distance`"""
     before: Row
-    """the flow before, by the fine solver"""
+    """the flow before, with the fine solver"""
     after: Row
-    """this flow, likewise"""
+    """this flow, with the fine solver"""
     few: dict[int, Row]
-    """this flow by its own sampler, by the number of steps"""
+    """number of steps -> this flow with its own sampler"""
 
     @property
     def warning(self) -> str | None:
-        """Whether errors add up."""
+        """A warning if this flow is further from the data than the flow before; else None."""
         before, after = self.before.distance, self.after.distance
         if before is None or after is None or after <= before:
             return None
@@ -44,9 +45,9 @@ class Round:
 
 
 def round_of(results: Results) -> Round | None:
-    """The round that an evaluation measured; None if it did not."""
+    """The round that an evaluation measured; None if it measured none."""
     fine = [row for row in results.rows if row.fine]
-    if len(fine) != 2:  # that of the teacher is the first
+    if len(fine) != 2:  # the first is the teacher
         return None
     before, after = fine
     few = {row.steps: row for row in results.usual if row.network == after.network and not row.fine}
@@ -54,13 +55,13 @@ def round_of(results: Results) -> Round | None:
 
 
 def rounds(found: Mapping[str, Results]) -> list[Round]:
-    """Those of a run's evaluations, in their order."""
+    """The rounds among a run's evaluations (stage -> results), ordered by name with numbers in numeric order."""
     each = [round_ for results in found.values() if (round_ := round_of(results)) is not None]
     return sorted(each, key=lambda round_: [(len(part), part) for part in re.findall(r"\d+|\D+", round_.stage)])
 
 
 def columns(found: Sequence[Round]) -> list[str]:
-    """Heads of `cells`."""
+    """Column titles for `cells`."""
     what = found[0].distance
     distance = [f"{what}, full solver", *map(_named, _steps(found))] if what else []
     return ["straightness", *distance, "RMS to flow before, full solver", "RMS, 1 step", "transport"]
@@ -79,12 +80,12 @@ def cells(found: Sequence[Round], each: Round) -> list[str]:
         *distance,
         _or_dash(after.rms),
         _or_dash(one),
-        " -> ".join("-" if x is None else f"{x:.4f}" for x in (before.transport, after.transport)),  # it moves little
+        " -> ".join("-" if x is None else f"{x:.4f}" for x in (before.transport, after.transport)),  # changes are small
     ]
 
 
 def curves(found: Sequence[Round]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """By title of a panel and name: (round, value), where there are values; round 0 is the first teacher."""
+    """Title of a panel -> name of a curve -> [(round, value)], without missing values. Round 0 is the first teacher."""
     ends = [found[0].before, *(each.after for each in found)]
     panels: dict[str, dict[str, list[tuple[int, float | None]]]] = {
         "straightness": {"straightness": [(i, row.straightness) for i, row in enumerate(ends)]},
@@ -126,7 +127,7 @@ def table(found: Sequence[Round]) -> Table:
 
 
 def say(measured: Results, run: RunPaths, progress: Progress) -> None:
-    """If an evaluation of the run was of a round: the table of the rounds so far, and a warning if it has one."""
+    """If an evaluation measured a round, print the table of the rounds so far, and the warning if there is one."""
     if (last := round_of(measured)) is None:
         return
     say_table(table(rounds(of_run(run))))

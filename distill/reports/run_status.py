@@ -1,4 +1,4 @@
-"""How runs stand, from their files alone: state, stages, progress, losses. Reads little, so that lists are quick."""
+"""The status of runs, from their files: state, stages, progress, losses. Reads little, so that listing is fast."""
 
 import time
 from collections.abc import Iterable
@@ -11,14 +11,14 @@ from distill.exchange.student_card import StudentCard
 from distill.runs import claims, events
 from distill.runs.run_store import RunPaths, check_spec, event_files, first_event
 
-TAIL = 64 * 1024  # bytes of events that say how a run stands now, at most
-PROCESS = ("started", "stopped", "failed", "finished")  # events of a process
+TAIL = 64 * 1024  # at most this many bytes of the newest events are read
+PROCESS = ("started", "stopped", "failed", "finished")  # kinds of `events.ProcessEvent`
 DAMAGED = "damaged"
 
 
 @dataclass(frozen=True)
 class StageStatus:
-    """One stage: "done", "begun" or "waiting", and how far it is."""
+    """The state of a stage ("done", "begun" or "waiting") and its progress."""
 
     name: str
     kind: str
@@ -27,16 +27,16 @@ class StageStatus:
     total: int | None = None
     unit: str = ""
     per_second: float | None = None
-    """units that its process has done in a second"""
+    """units per second of its process"""
     saved_step: int | None = None
-    """of the last checkpoint"""
+    """step of the last checkpoint"""
     saved: float | None = None
-    """when that was, unix seconds"""
+    """time of the last checkpoint, unix seconds"""
     logs: dict[str, float] = field(default_factory=dict)
 
     @property
     def seconds_left(self) -> float | None:
-        """At the rate so far; None where that is not known."""
+        """Remaining seconds at the current rate; None if unknown."""
         if self.state == "done" or self.done is None or self.total is None or not self.per_second:
             return None
         return (self.total - self.done) / self.per_second
@@ -44,7 +44,7 @@ class StageStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """One run."""
+    """The status of a run."""
 
     name: str
     path: str
@@ -53,16 +53,16 @@ class RunStatus:
     message: str
     """why it stopped or failed, or what is damaged"""
     created: float | None
-    """unix seconds"""
+    """time of creation, unix seconds"""
     changed: float | None
-    """unix seconds of the last event"""
+    """time of the last event, unix seconds"""
     stages: list[StageStatus]
 
 
 def read(run: RunPaths, *, brief: bool = False) -> RunStatus:
-    """How a run stands; InputError, naming the file, if it is damaged.
+    """The status of a run. Raises InputError, with the name of the file, if the run is damaged.
 
-    brief: of progress only that of the first stage that is begun, which a few kilobytes tell.
+    brief: read the progress of the first begun stage only, which needs a few kilobytes.
     """
     check_spec(run)
     try:
@@ -72,12 +72,12 @@ def read(run: RunPaths, *, brief: bool = False) -> RunStatus:
 
 
 def read_all(runs: Iterable[RunPaths]) -> list[RunStatus]:
-    """How these runs stand, in brief. A damaged one is in state "damaged", and its message says why."""
+    """The brief status of these runs. A damaged run has the state "damaged" and a message with the reason."""
     return [_read_any(run) for run in runs]
 
 
 def damaged(run: RunPaths, error: InputError) -> RunStatus:
-    """What is known of a run whose files cannot be read."""
+    """The status of a run whose files cannot be read."""
     return RunStatus(run.name, str(run.root), DAMAGED, str(error), None, None, [])
 
 
@@ -90,13 +90,13 @@ def _read_any(run: RunPaths) -> RunStatus:
 
 @dataclass
 class _Seen:
-    """The newest events that say how a run stands."""
+    """The newest events that determine the status of a run."""
 
     process: dict[str, Any] = field(default_factory=dict)
-    """the last that began or ended"""
+    """the last event of a process that began or ended"""
     changed: float | None = None
     progress: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """by stage"""
+    """stage -> its last progress event"""
     saves: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
@@ -105,7 +105,7 @@ def _read(run: RunPaths, *, brief: bool) -> RunStatus:
     kinds: dict[str, str] = first.get("stages", {}) if first.get("event") == "created" else {}
     states = {name: _state_of(run, name) for name in kinds}
     begun = [name for name, state in states.items() if state == "begun"]
-    shown = begun[:1] if brief else list(kinds)  # of which progress is wanted
+    shown = begun[:1] if brief else list(kinds)  # stages whose progress is read
     wanted = {(kind, name) for kind in (["progress"] if brief else ["progress", "saved"]) for name in shown}
     unknown = {name for name, state in states.items() if state != "done"}
     seen = _Seen()
@@ -122,7 +122,7 @@ def _read(run: RunPaths, *, brief: bool) -> RunStatus:
             wanted.remove((kind, event["stage"]))
         if not wanted and (seen.process or (kinds and not unknown)):
             break
-    # A run that has come far since it was started says so before the tail.
+    # In a run with many events, the "started" event may be before the part that was read.
     before = "started" if sum(path.stat().st_size for path in files) > TAIL else "created"
     stages = [
         _stage(name, kind, states[name], seen.progress.get(name, {}), seen.saves.get(name, {}))
@@ -137,7 +137,7 @@ def _state(run: RunPaths, stages: list[StageStatus], last: str, message: str) ->
         return "running", f"process {held.pid} on {held.host}"
     if stages and all(stage.state == "done" for stage in stages):
         return "done", ""
-    if last == "started":  # and nothing after it
+    if last == "started":  # no event says how that process ended
         return "stopped", "its process was killed"
     return {"failed": ("failed", message), "created": ("new", "")}.get(last, ("stopped", message))
 
@@ -163,12 +163,12 @@ def _stage(name: str, kind: str, state: str, progress: dict[str, Any], save: dic
 
 
 def students(run: RunPaths) -> dict[str, StudentCard]:
-    """The card of every student of a run, by stage; InputError if one is damaged."""
+    """Stage -> card of its student. InputError if a card is damaged."""
     return {path.parent.name: student_card.read(path.parent) for path in sorted(run.students.glob("*/distill.json"))}
 
 
 def age(then: float | None) -> str:
-    """How long ago, for people."""
+    """How long ago a time was, like "3 h ago"; "" for None. then: unix seconds."""
     if then is None:
         return ""
     seconds = max(0.0, time.time() - then)

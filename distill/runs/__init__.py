@@ -1,1 +1,1 @@
-"""Runs in a store: their files, the processes that execute them, their events and results. No tensors."""
+"""Runs in a store: their files, the processes that execute them, their events and results. Does not import torch."""

@@ -1,15 +1,17 @@
-"""Who executes a run: one process at a time, also after a kill -9, also when two start at once. No file locks.
+"""Claims: only one process executes a run at a time, even after a kill -9 or if two processes start together.
 
-A claim is the folder `running`, renamed into place with its owner's record inside, which succeeds for one process only.
-To take over a dead process's claim, rename it to a name made from that process and its last renewal. The rename works
-once, so two takers cannot both succeed, and nobody can remove a claim that is newer than the one that they judged.
+No file locks are used. A claim is the folder `running` with a record of its owner. It is renamed into place, which
+succeeds for one process only. A claim of a dead process is taken over by renaming it to a name made from that process
+and its last renewal. A rename succeeds only once, so two processes cannot both take it over. No process can remove a
+newer claim than the one that it has checked.
 
-Whether a process of the same machine and pid namespace is alive is looked up. One of another host or container, or from
-before a restart of this machine, counts as alive while its claim is renewed (see `lease`), and as gone 120 s after the
-last renewal. Earlier versions do not renew: such a claim of another host is valid until somebody removes it.
+An owner in the same pid namespace of this machine, started since its last boot, is looked up to see if it is alive. Any
+other owner (on another host, in another container, or from before a reboot) counts as alive while it renews its claim
+(see `core.lease`), and as dead 120 s after the last renewal. Earlier versions do not renew their claims: such a claim
+from another host is valid until someone removes it.
 
-Jobs of a cluster execute units of a run (a stage, a part of one) side by side: each claims its unit. A run is not
-claimed while a unit is, nor a unit while the run is.
+Cluster jobs execute units of a run (a stage, or a part of one) in parallel, and each job claims its unit. The whole run
+and one of its units cannot be claimed at the same time.
 """
 
 import json
@@ -35,17 +37,17 @@ from distill.core.owners import Owner
 from distill.core.text import printable
 from distill.runs.run_store import RunPaths
 
-GRACE = 2.0  # seconds; a process that was killed a moment ago may still be on its way out
+GRACE = 2.0  # seconds to wait for the owner, which may have just been killed and not have exited yet
 RECORD = "owner.json"
 OWNER: records.Schema[Owner] = records.Schema(Owner)
 
 
 @dataclass(frozen=True)
 class Renewal:
-    """What a claim's record says beyond its owner."""
+    """The fields of a claim's record in addition to its owner."""
 
     every: Annotated[float, Field(ge=0, le=3600)] = 0.0
-    """seconds between two renewals; 0: it is never renewed, as by earlier versions"""
+    """seconds between two renewals; 0: not renewed (earlier versions)"""
 
 
 RENEWAL: records.Schema[Renewal] = records.Schema(Renewal)
@@ -53,23 +55,26 @@ RENEWAL: records.Schema[Renewal] = records.Schema(Renewal)
 
 @dataclass(frozen=True)
 class Found:
-    """A claim as it was found."""
+    """A claim that was read, with the time of its last renewal."""
 
     place: Path
     owner: Owner
     every: float
-    """as of `Renewal`"""
+    """see `Renewal`"""
     renewed: int
-    """nanoseconds, by the clock of the file system"""
+    """time of the last renewal in nanoseconds, by the clock of the file system"""
 
     @property
     def can_be_looked_up(self) -> bool:
-        """Whether its process can be, so that the age of its renewal says nothing."""
+        """Whether the owner itself tells if the claim is valid, so that the age of the renewal is ignored.
+
+        This also holds for claims that are never renewed.
+        """
         return self.every == 0 or (self.owner.is_here and self.owner.is_of_this_boot)
 
 
 def _look(place: Path) -> Found | None:
-    """The claim at a place; None: there is none."""
+    """Read the claim at a path; None if there is none. InputError if it is damaged."""
     remedy = f"{place} cannot be read; if no process executes this run, remove that folder"
     try:
         with records.open_regular(place / RECORD) as file:
@@ -82,13 +87,13 @@ def _look(place: Path) -> Found | None:
 
 
 def owner(place: Path) -> Owner | None:
-    """The owner of a claim, dead or alive; None: there is none."""
+    """The owner of the claim at a path, dead or alive; None if there is no claim."""
     found = _look(place)
     return None if found is None else found.owner
 
 
 def held(run: RunPaths) -> dict[Path, Owner]:
-    """Every claim on the run or a unit of it, dead or alive."""
+    """Path -> owner of every claim on the run or its units, dead or alive."""
     return {found.place: found.owner for found in _all(run)}
 
 
@@ -99,7 +104,7 @@ def _all(run: RunPaths) -> list[Found]:
 
 
 def executing(run: RunPaths) -> Owner | None:
-    """A process that executes the run, or a unit of it, now; None: there is none."""
+    """A live process that executes the run or a unit of it; None if there is none."""
     return next((found.owner for found in _all(run) if _is_alive(run, found)), None)
 
 
@@ -108,9 +113,9 @@ def _is_alive(run: RunPaths, found: Found) -> bool:
 
 
 def _seconds_left(run: RunPaths, found: Found) -> float:
-    """Until a claim counts as given up, unless it is renewed.
+    """Seconds until a claim counts as given up, unless it is renewed.
 
-    A renewal in the far future, by a clock that was set back since, is worth as little as one that is as long ago.
+    A renewal too far in the future counts as given up too: the clock must have been set back since.
     """
     limit, age = lease.MISSED * found.every, (_now(run.root) - found.renewed) / 1e9
     return limit - age if age > -limit else 0.0
@@ -122,29 +127,29 @@ def _now(folder: Path) -> int:
         with tempfile.TemporaryFile(dir=folder) as file:
             os.utime(file.fileno())
             return os.fstat(file.fileno()).st_mtime_ns
-    except OSError:  # we may not write there: we only look
+    except OSError:  # no permission to write: use the clock of this host
         return time.time_ns()
 
 
 def bury(run: RunPaths, place: Path, dead: Owner) -> None:
-    """Take a claim away from an owner that is known to be gone."""
+    """Remove a claim whose owner is known to be dead, by moving it to its grave."""
     found = _look(place)
     if found is not None and found.owner == dead:
         _bury(run, found)
 
 
 def _bury(run: RunPaths, dead: Found) -> None:
-    with suppress(OSError):  # another process has done so before, or the claim was renewed
+    with suppress(OSError):  # another process has already done this, or the claim was renewed
         dead.place.rename(_grave(run, dead.owner, dead.renewed))
 
 
 def _grave(run: RunPaths, dead: Owner, renewed: int) -> Path:
-    """Where a claim goes whose last renewal was this one."""
+    """The path to which a claim is moved that is taken over; it depends on the owner and its last renewal."""
     return run.root / f".dead-{sha256(f'{dead.token} {renewed}'.encode()).hexdigest()[:24]}"
 
 
 def refuse_if_executing(run: RunPaths) -> None:
-    """InputError if another process executes the run."""
+    """Raise InputError if another process executes the run or a unit of it."""
     deadline = time.monotonic() + GRACE
     while alive := [found for found in _all(run) if _is_alive(run, found)]:
         if time.monotonic() > deadline or not alive[0].owner.is_here:
@@ -160,10 +165,13 @@ def claim(
     note: Callable[[str], None] = lambda message: None,
     every: float = lease.EVERY,
 ) -> Iterator[None]:
-    """Hold the run while entered, or a unit of it; InputError if another process does, or holds what overlaps.
+    """Context manager that holds a claim on the run, or on a unit of it.
 
-    me: the process that is to hold it, if it is one of a job. every: seconds between two renewals.
-    note: called with the reason before this process ends at once, with code 1, because another has taken the run over.
+    Raises InputError if another process holds this claim or an overlapping one, and RunError if the claim cannot be
+    written. If the claim is lost later, this process ends at once with exit code 1.
+
+    me: the owner to record; None: this process without a job. every: seconds between two renewals.
+    note: called with the reason before the process ends because it has lost its claim.
     """
     me, process = me or Owner.this(), os.getpid()
     place = run.running if unit is None else run.units / unit
@@ -186,7 +194,7 @@ def claim(
         _refuse_overlap(run, place)
         yield
     finally:
-        if os.getpid() == process:  # not in a child that was forked meanwhile
+        if os.getpid() == process:  # not in a forked child
             kept.stop()
             if owner(place) == me:
                 place.rename(mine)
@@ -194,9 +202,9 @@ def claim(
 
 
 def _leave(run: RunPaths, place: Path, me: Owner, note: Callable[[str], None]) -> NoReturn:
-    """End this process, whose claim is gone, before any of its threads writes more.
+    """End this process, which has lost its claim, before any of its threads writes anything more.
 
-    A request to stop, as after a signal, would not do: the process would save first.
+    A normal stop, as after a signal, is not possible here, since the process would save first.
     """
     other = None
     with suppress(InputError, OSError):
@@ -213,7 +221,7 @@ def _leave(run: RunPaths, place: Path, me: Owner, note: Callable[[str], None]) -
         f"process executes the run: distill run {run.root} --resume"
     )
     with suppress(OSError):
-        os.write(2, printable(f"error: {message}\n").encode())  # print might wait for another thread
+        os.write(2, printable(f"error: {message}\n").encode())  # print could wait for a lock of another thread
     with suppress(OSError):
         note(message)
     os._exit(EXIT_FAILED)
@@ -222,11 +230,11 @@ def _leave(run: RunPaths, place: Path, me: Owner, note: Callable[[str], None]) -
 def _take(run: RunPaths, place: Path, mine: Path, me: Owner) -> None:
     deadline = time.monotonic() + GRACE
     while True:
-        with suppress(OSError):  # the folder is there and not empty
+        with suppress(OSError):  # another claim is there: the folder is not empty
             mine.rename(place)
             return
         found = _look(place)
-        if found is None:  # it was given back between the two lines above
+        if found is None:  # the claim was released after the rename had failed
             if time.monotonic() > deadline:
                 raise InputError(
                     f"{place} does not say which process made it; if no process executes the run, remove it"
@@ -234,7 +242,7 @@ def _take(run: RunPaths, place: Path, mine: Path, me: Owner) -> None:
             time.sleep(0.01)
         elif (found.owner.job == me.job != "" and found.owner.restart < me.restart) or not _is_alive(run, found):
             _bury(run, found)
-            if _look(place) == found:  # the name that it is to get is taken
+            if _look(place) == found:  # it could not be renamed: the name of its grave is in use
                 if time.monotonic() > deadline:
                     raise InputError(
                         f"{place} is of process {found.owner.pid}, which is gone, and cannot be renamed to "
@@ -248,7 +256,10 @@ def _take(run: RunPaths, place: Path, mine: Path, me: Owner) -> None:
 
 
 def _refuse_overlap(run: RunPaths, mine: Path) -> None:
-    """Two that claim what overlaps at once both look after they have claimed: at least one of them leaves."""
+    """Raise InputError if a live process holds an overlapping claim.
+
+    It is called after claiming. If two processes claim overlapping parts at the same time, at least one sees the other.
+    """
     for found in _all(run):
         if found.place != mine and run.running in (found.place, mine) and _is_alive(run, found):
             raise InputError(_held_by(run, found))

@@ -1,10 +1,11 @@
-"""The events of a run (RUN/events/) and of its jobs (RUN/jobs/JOB/): their schema, and how they are read.
+"""Schema and reading of the events of a run (RUN/events/) and of its jobs (RUN/jobs/JOB/).
 
-Each process appends to a file of its own, because lines that two hosts append to one file on NFS may be lost. Readers
-merge the files by time; within a file, lines keep their order. Files are read in blocks, from either end, and are open
-only while a block is read: memory and open files stay bounded however long and however many they are.
+Each process appends to its own file, because lines that two hosts append to one file on NFS may be lost. Readers merge
+the files by time; the lines of a file keep their order. Files are read in blocks, from either end, and are open only
+while a block is read. This limits the memory and the number of open files.
 
-A line that a kill has cut short is not JSON, and is skipped. A complete line that does not fit is an InputError.
+A line that was cut short when its process was killed is not JSON, and is skipped. A complete line that does not match
+the schema raises InputError.
 """
 
 import heapq
@@ -21,10 +22,10 @@ from distill.core.errors import InputError
 from distill.core.field_types import MAX_PARTS, Count, Label, Line, Name, Rate
 from distill.core.records import Schema
 
-BLOCK = 4096  # bytes of the first look at a file, from either end; each further block has twice as many, up to LARGEST
+BLOCK = 4096  # bytes of the first block; each further block is twice as large, forwards at most LARGEST
 LARGEST = 2**16
 SUFFIX = ".jsonl"
-YEARS = 250_000_000_000  # unix seconds; dates end at year 9999
+YEARS = 250_000_000_000  # unix seconds; Python's dates end in the year 9999
 
 Event = dict[str, Any]
 Moment = Annotated[float, Field(ge=0, lt=YEARS)]
@@ -33,7 +34,7 @@ Text = Annotated[str, Field(max_length=100_000)]
 Logs = Annotated[dict[Label, float], Field(max_length=1000)]
 Stages = Annotated[list[Name], Field(max_length=1000)]
 Jobs = Annotated[list[Label], Field(max_length=1000)]
-MORE = with_config(ConfigDict(extra="allow"))  # fields that nothing reads stay as they are
+MORE = with_config(ConfigDict(extra="allow"))  # unknown fields are kept
 
 
 class _TimedEvent(TypedDict):
@@ -42,7 +43,7 @@ class _TimedEvent(TypedDict):
 
 @MORE
 class CreatedEvent(_TimedEvent):
-    """The run was made: the kind of each of its stages."""
+    """The run was created. stages: name -> kind."""
 
     event: Literal["created"]
     stages: NotRequired[Annotated[dict[Name, Line], Field(max_length=1000)]]
@@ -68,7 +69,7 @@ class StageDoneEvent(_TimedEvent):
 
 @MORE
 class ProgressEvent(_TimedEvent):
-    """The progress of a stage, with the means of its numbers since the last such line."""
+    """The progress of a stage. logs: means of its logged numbers since the last progress event."""
 
     event: Literal["progress"]
     label: Line
@@ -81,7 +82,7 @@ class ProgressEvent(_TimedEvent):
 
 @MORE
 class SavedEvent(_TimedEvent):
-    """A checkpoint is complete."""
+    """A checkpoint was saved completely."""
 
     event: Literal["saved"]
     stage: Name
@@ -110,7 +111,7 @@ class WarnedEvent(_TimedEvent):
 
 @MORE
 class ProcessEvent(_TimedEvent):
-    """A process that executes stages began, or ended."""
+    """A process that executes stages began or ended."""
 
     event: Literal["started", "stopped", "failed", "finished"]
     message: NotRequired[Text]
@@ -118,14 +119,14 @@ class ProcessEvent(_TimedEvent):
 
 @MORE
 class OtherEvent(_TimedEvent):
-    """An event that nothing here reads."""
+    """An event of an unknown kind."""
 
     event: Line
 
 
 @MORE
 class SubmittedEvent(_TimedEvent):
-    """A job, or an array of them, went into the queue."""
+    """A job or a job array was submitted."""
 
     event: Literal["submitted"]
     stages: Stages
@@ -157,7 +158,7 @@ class EndedEvent(_TimedEvent):
 
 @MORE
 class ExplainedEvent(_TimedEvent):
-    """Why an attempt ended, as the next one found."""
+    """The reason why an attempt ended, found by the next attempt."""
 
     event: Literal["explained"]
     restart: Count
@@ -184,7 +185,7 @@ OTHER: Schema[OtherEvent] = Schema(OtherEvent)
 
 
 def parse(line: bytes, schema: Schema[Any], where: Path) -> Event | None:
-    """A line's event; None: a kill has cut it short, or it is empty. InputError if it does not fit the schema."""
+    """The event of a line; None if the line is empty or cut short. InputError if it does not match the schema."""
     try:
         found: Event = schema.parse(line)
     except ValidationError as error:
@@ -201,8 +202,10 @@ def parse(line: bytes, schema: Schema[Any], where: Path) -> Event | None:
 
 
 def files(folder: Path, older: Path) -> list[Path]:
-    """The files of events in `folder`, one for each process that wrote any, by name; first `older`, in which all
-    processes wrote before there was such a folder. InputError if the folder cannot be read.
+    """The event files in `folder`, sorted by name, one for each process that wrote events.
+
+    If `older` exists, it comes first: in earlier versions, all processes wrote to this file. Raises InputError if the
+    folder cannot be read.
     """
     try:
         names = sorted(path.name for path in folder.iterdir())
@@ -216,22 +219,22 @@ def files(folder: Path, older: Path) -> list[Path]:
 
 
 def read(paths: Sequence[Path], schema: Schema[Any], kinds: Collection[str] = ()) -> Iterator[Event]:
-    """The events of these files, oldest first; of some kinds only, if any is named. A file that is gone has none.
+    """The events of these files, oldest first. A file that does not exist has none.
 
-    Lines of other kinds are then not even parsed.
+    kinds: only events of these kinds, without parsing lines of other kinds; empty: all events.
     """
     return heapq.merge(*(_forwards(path, schema, kinds) for path in paths), key=_time)
 
 
 def first(path: Path) -> Event:
-    """The first event of a file of a run; {}: there is none."""
+    """The first event in an event file of a run; {} if there is none."""
     return next(_forwards(path, RUN, ()), {})
 
 
 def backwards(paths: Sequence[Path], limit: int) -> Iterator[Event]:
-    """The newest `limit` bytes of events of a run, newest first; reads as far as is asked for."""
+    """The events in the newest `limit` bytes of a run's event files, newest first, read lazily."""
     left = limit
-    # Of the same time, the last file comes first: the reverse of `read`.
+    # For events of the same time, the last file comes first: the reverse order of `read`.
     for event, size in heapq.merge(*(_tail(path, limit) for path in reversed(paths)), key=_time_of_sized, reverse=True):
         left -= size
         if left < 0:
@@ -259,7 +262,7 @@ def _forwards(path: Path, schema: Schema[Any], kinds: Collection[str]) -> Iterat
 
 
 def _blocks(path: Path) -> Iterator[bytes]:
-    """The content of a file from its beginning."""
+    """The content of a file in blocks, from its beginning."""
     place, size = 0, BLOCK
     while block := _block(path, place, size):
         yield block
@@ -276,7 +279,7 @@ def _block(path: Path, place: int, size: int) -> bytes:
 
 
 def _tail(path: Path, limit: int) -> Iterator[tuple[Event, int]]:
-    """The events within a file's last `limit` bytes, newest first, each with the bytes of its line."""
+    """(event, bytes of its line) for the events in the last `limit` bytes of a file, newest first."""
     begin, content = _last_block(path, min(limit, BLOCK))
     least, rest, size = max(0, begin + len(content) - limit), b"", BLOCK
     while content:
@@ -292,7 +295,7 @@ def _tail(path: Path, limit: int) -> Iterator[tuple[Event, int]]:
 
 
 def _last_block(path: Path, size: int) -> tuple[int, bytes]:
-    """Where the last `size` bytes of a file begin, and these bytes."""
+    """(offset, content) of the last `size` bytes of a file."""
     try:
         with records.open_regular(path) as file:
             place = file.seek(max(0, file.seek(0, os.SEEK_END) - size))

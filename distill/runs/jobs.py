@@ -1,7 +1,7 @@
-"""A run's records of its jobs on a cluster: what was submitted, how each ended, why it was queued again.
+"""A run's records of its cluster jobs: what was submitted, how each job ended, why it was queued again.
 
-Each process that notes something of a job (who submits it, each attempt of the job) writes a file of its own in the
-job's folder, `jobs/JOB/`. Earlier versions kept one file for each job, `jobs/JOB.jsonl`. Nothing here asks Slurm.
+Each process that records events of a job (the submitting process, each attempt of the job) writes its own file in the
+job's folder, `jobs/JOB/`. Earlier versions wrote one file per job, `jobs/JOB.jsonl`. This module does not call Slurm.
 """
 
 import re
@@ -19,43 +19,43 @@ from distill.runs.run_store import RunPaths, append_line, event_line, read_event
 from distill.spec import pairspec
 from distill.spec.model import PairsStage
 
-ATTEMPT = 2  # how many saves the lead must have room for
-SPARE = 60.0  # seconds of the lead beside them
+ATTEMPT = 2  # number of saves for which the lead time must suffice
+SPARE = 60.0  # seconds of the lead time in addition to these saves
 STEP = re.compile(r"step (\d{1,18})\b")
-NUMBER = re.compile(r"([0-9]{1,18})(\.jsonl)?")  # of a submission: the name of its folder, or file
-SUBMITTED = "submitted"  # begins the name of a file of the event of that name, so that it is found without the others
-MOST = 1000  # submissions of a run that are read, the newest
+NUMBER = re.compile(r"([0-9]{1,18})(\.jsonl)?")  # name of a submission's folder; with .jsonl, its file in old versions
+SUBMITTED = "submitted"  # an event; files with it have this prefix, so that they are found without reading the others
+MOST = 1000  # only the newest submissions of a run are read, at most this many
 
 
 @dataclass(frozen=True)
 class Job:
-    """One submission: a job, or an array of them."""
+    """One submission to the cluster: a job or a job array."""
 
     id: str
     stages: list[str]
     parts: list[int] | None
-    """of a pairs stage, one a job of the array; null: not an array"""
+    """parts of a pairs stage, one for each job of the array; None: not an array"""
     script: str
     after: list[str]
-    """jobs that must end well before it begins"""
+    """jobs that must succeed before this one begins"""
     time: float
-    """of the submission, unix seconds"""
+    """time of the submission, unix seconds"""
 
     @property
     def members(self) -> list[str]:
-        """Names of the jobs themselves: those of an array are ID_PART."""
+        """Ids of the individual jobs; those of an array are ID_PART."""
         return [self.id] if self.parts is None else [f"{self.id}_{part}" for part in self.parts]
 
 
 def append(run: RunPaths, job: str, event: str, **fields: Any) -> None:  # noqa: ANN401
-    """One event of a job, in this process's own file."""
+    """Append an event of a job to this process's own file."""
     name = f"{Owner.this().token}{events.SUFFIX}"
     path = run.jobs / job / (f"{SUBMITTED}-{name}" if event == SUBMITTED else name)
     append_line(path, event_line(event, **fields))
 
 
 def history(run: RunPaths, job: str) -> list[dict[str, Any]]:
-    """What is known of a job, oldest first."""
+    """The events of a job, oldest first."""
     return list(events.read(_files(run, job), events.JOB))
 
 
@@ -64,7 +64,7 @@ def _files(run: RunPaths, job: str) -> list[Path]:
 
 
 def submitted(run: RunPaths) -> list[Job]:
-    """Every submission of a run, oldest first; of very many the newest."""
+    """The submissions of a run, oldest first. Only the newest `MOST` are read."""
     found = []
     numbers = {match[1] for match in map(NUMBER.fullmatch, records.names(run.jobs)) if match is not None}
     for number in sorted(numbers, key=lambda name: (len(name), name))[-MOST:]:
@@ -76,12 +76,15 @@ def submitted(run: RunPaths) -> list[Job]:
 
 
 def ends(run: RunPaths, job: str) -> list[dict[str, Any]]:
-    """How each attempt of a job ended, in order. What only the next attempt could tell of one is filled in."""
+    """The "ended" event of each attempt of a job, in order.
+
+    If the next attempt found out why an attempt ended, its `why` is replaced by that.
+    """
     return ends_of(history(run, job))
 
 
 def ends_of(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The same, of what is known of the job."""
+    """Like `ends`, from the events of a job."""
     found: dict[int, dict[str, Any]] = {}
     for line in lines:
         if line["event"] == "ended":
@@ -92,17 +95,17 @@ def ends_of(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def restarts(run: RunPaths, members: Iterable[str]) -> dict[str, int]:
-    """How often these jobs were queued again, by reason."""
+    """Reason -> how often these jobs were queued again."""
     return counted(line for member in members for line in ends(run, member))
 
 
 def counted(ended: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """How many of these ends were followed by another attempt, by reason."""
+    """Reason -> number of these ends after which the job was queued again."""
     return dict(Counter(str(line["why"]) for line in ended if line["again"]))
 
 
 def position(run: RunPaths, stage: str, message: str) -> int | None:
-    """The step a stage had come to when it failed: the one that its message names, else the last that was saved."""
+    """The step at which a stage failed: the one in its message, else the last saved one, else None."""
     if (found := STEP.search(message)) is not None:
         return int(found[1])
     last = None
@@ -112,19 +115,19 @@ def position(run: RunPaths, stage: str, message: str) -> int | None:
 
 
 def crashed_before(run: RunPaths, job: str, stage: str, step: int | None) -> bool:
-    """Whether the last crash of this stage was at this very step."""
+    """Whether the last crash of this job was in the same stage at the same step."""
     crashes = [line for line in ends(run, job) if line["why"] == "crash"]
     return any(line.get("stage") == stage and line.get("step") == step for line in crashes[-1:])
 
 
 def lead_needed(run: RunPaths) -> float:
-    """Seconds of warning that saving takes, as this run's slowest save tells; 0: nothing was saved yet."""
+    """Lead time in seconds needed for saving, from this run's slowest save; 0 if nothing was saved yet."""
     slowest = max((float(line.get("seconds", 0.0)) for line in read_events(run, ["saved"])), default=0.0)
     return 0.0 if slowest == 0 else ATTEMPT * slowest + SPARE
 
 
 def missing_parts(stage: PairsStage, folder: Path, parts: int) -> list[int]:
-    """Those of the jobs of an array that still have shards to make."""
+    """The parts (jobs of an array of `parts` jobs) that still have shards to make."""
     made = {path.name for path in folder.glob("shard-*.json")}
     todo = (
         n

@@ -1,4 +1,4 @@
-"""Logs of a run's processes, read in pieces: however long a log is, the memory is the same."""
+"""Reads logs of a run's processes in blocks, so that memory use does not depend on their length."""
 
 import re
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from distill.core.printing import say
 from distill.core.text import printable
 
 BLOCK = 2**16  # bytes read at once
-TAIL = 2**20  # bytes at the end of a log in which a failure is looked for: it is the last that a process says
+TAIL = 2**20  # bytes at the end of a log in which failures are searched; a failure is the last output of a process
 STAMP = re.compile(rb"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ")
 LINE_STAMP = re.compile(STAMP.pattern.replace(rb"(", rb"^(", 1), re.MULTILINE)
 SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
@@ -29,9 +29,9 @@ class Failure:
 
 
 def last_lines(file: BinaryIO, count: int) -> int:
-    """The place in an open log where its last `count` lines begin."""
+    """The offset in an open log at which its last `count` lines begin."""
     end = place = file.seek(0, 2)
-    left = count + 1  # line breaks; that of the last line ends it
+    left = count + 1  # line breaks to find, including the one that ends the last line
     while place > 0:
         begin = max(0, place - BLOCK)
         file.seek(begin)
@@ -49,7 +49,7 @@ def last_lines(file: BinaryIO, count: int) -> int:
 
 
 def first_since(file: BinaryIO, moment: str) -> int:
-    """The place in an open log of the first line that is stamped with this moment or a later one; else its end."""
+    """The offset in an open log of the first line whose time stamp is `moment` or later; its end if there is none."""
     file.seek(0)
     text, place, rest = moment.encode(), 0, b""
     while block := file.read(BLOCK):
@@ -64,9 +64,10 @@ def first_since(file: BinaryIO, moment: str) -> int:
 
 
 def write(path: Path, at: int, *, unfinished: bool = True) -> int:
-    """Print a log from a place on: the place it has come to. unfinished: also a last line without its end.
+    """Print a log from the offset `at`, and return the offset up to which it was printed.
 
-    What a terminal would obey is replaced. A log that is shorter than `at` was begun anew, and is printed whole.
+    Characters that control a terminal are replaced. A log that is shorter than `at` has been rewritten, so all of it is
+    printed. unfinished: also print a last line that has no line break yet.
     """
     with records.open_regular(path) as file:
         at = file.seek(at if at <= file.seek(0, 2) else 0)
@@ -86,7 +87,7 @@ def write(path: Path, at: int, *, unfinished: bool = True) -> int:
 
 
 def failures(path: Path) -> Iterator[Failure]:
-    """The tracebacks at the end of a log."""
+    """The failures with their tracebacks in the last `TAIL` bytes of a log."""
     with records.open_regular(path) as file:
         file.seek(max(0, file.seek(0, 2) - TAIL))
         text = file.read(TAIL)
@@ -98,4 +99,4 @@ def failures(path: Path) -> Iterator[Failure]:
 
 def _say(content: bytes) -> None:
     text = SEQUENCE.sub("", content.decode(errors="replace"))
-    say(text.replace("\r\n", "\n").replace("\r", "\n"), end="")  # a bar of progress that was written over, as lines
+    say(text.replace("\r\n", "\n").replace("\r", "\n"), end="")  # each update of a progress bar becomes a line

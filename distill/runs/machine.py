@@ -1,4 +1,4 @@
-"""What a run was made with, read from its env.json: versions, machine, threads. `launch.environment` records it."""
+"""The environment in which a run was created, read from its env.json. `launch.environment` writes that file."""
 
 from typing import Annotated
 
@@ -19,26 +19,26 @@ class Git(BaseModel):
 
 
 class Machine(BaseModel):
-    """The content of env.json, as far as anything reads it; a record of an older version may lack some."""
+    """The fields of env.json that are used. Files of older versions may lack some."""
 
     model_config = ConfigDict(frozen=True)
 
     distill: Line | None = None
     draws: int = 1
-    """version of the random numbers of training, see `versions`"""
+    """version of the random numbers in training, see `core.versions`"""
     git: Git | None = None
     python: Line | None = None
     platform: Line | None = None
     cpu: Line = "an unknown CPU"
     cpus: int | None = None
-    """that its processes might use"""
+    """number of CPUs that its processes may use"""
     threads: Annotated[int, Field(gt=0)] | None = None
-    """of a process, where the spec names none"""
+    """threads of a process if the spec does not set them"""
     packages: Annotated[dict[Line, Line | None], Field(max_length=10_000)] = {}
-    """version by name"""
+    """installed packages: name -> version"""
 
     def version(self, package: str) -> str | None:
-        """Of an installed package, whatever the case of its name; None: not installed, or not recorded."""
+        """Version of a package; None if it is not installed or not recorded. package: its name in lower case."""
         return {name.lower(): version for name, version in self.packages.items()}.get(package)
 
 
@@ -46,8 +46,8 @@ MACHINE: records.Schema[Machine] = records.Schema(Machine)
 
 
 def load(run: RunPaths) -> Machine:
-    """What a run was made with; InputError if its env.json is damaged. Nothing is known where there is none."""
+    """Read a run's env.json. If there is none, all fields are unknown. InputError if it is damaged."""
     try:
         return records.load(run.env, MACHINE, "delete that file: the run works without it")
     except FileNotFoundError:
-        return Machine(draws=versions.DRAWS)  # checkpoints say theirs
+        return Machine(draws=versions.DRAWS)  # checkpoints record the version too

@@ -1,4 +1,4 @@
-"""Progress: one live line on a terminal, plain lines elsewhere, and "progress" events in the run."""
+"""Progress: a live line on a terminal, plain lines elsewhere, and "progress" events in the run."""
 
 import sys
 import time
@@ -18,7 +18,7 @@ EVENT_SECONDS = 5.0
 
 @runtime_checkable
 class Line(Protocol):
-    """Where the line goes: at most one in `seconds`."""
+    """An output for the progress line, which is updated at most once in `seconds`."""
 
     @property
     def seconds(self) -> float: ...
@@ -28,7 +28,7 @@ class Line(Protocol):
 
 
 class PlainLine:
-    """A new line each time, for files and pipes."""
+    """Prints a new line for each update, for files and pipes."""
 
     seconds = 10.0
 
@@ -39,14 +39,14 @@ class PlainLine:
         self.say(f"{self.label}  {text}")
 
     def say(self, text: str) -> None:
-        with suppress(OSError):  # the reader may be gone, which is no reason to lose work; events record it too
+        with suppress(OSError):  # the reader of stderr may have ended; the work continues, and events record it too
             say_error(f"{stamp()}  {text}")
 
     def close(self) -> None: ...
 
 
 class LiveLine:
-    """One line that moves, with a bar. Rich is imported only here: it costs a third of a command's start."""
+    """A live line with a bar. Rich is imported only when needed, since the import is a third of a command's startup."""
 
     seconds = 0.2
 
@@ -70,7 +70,7 @@ class LiveLine:
 
 
 class Means:
-    """Means of named numbers since they were last taken."""
+    """Means of named numbers since the last `take`."""
 
     def __init__(self) -> None:
         self._sums: dict[str, tuple[float, int]] = {}
@@ -87,7 +87,7 @@ class Means:
 
 
 def stamp() -> str:
-    """Now, as a line of a log begins."""
+    """The current local time, as at the beginning of a log line."""
     return datetime.now().astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
@@ -99,10 +99,10 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """Progress of `label` towards `total` of `unit` ("images", "pairs", "samples"); use as a context manager.
+    """Reports the progress of `label` towards `total` of `unit` ("images", "pairs", "samples"). A context manager.
 
-    Rate and time left count only what this process did: `start(done)` says where it takes over. Logs are averaged
-    since the last report, separately for the line and for the events.
+    The rate and the remaining time count only the work of this process; `start(done)` sets where it begins. Logged
+    numbers are averaged since the last report, separately for the line and for the events.
     """
 
     def __init__(self, label: str, total: int, unit: str, run: RunPaths | None) -> None:
@@ -131,18 +131,18 @@ class Progress:
         self._sink.close()
 
     def start(self, done: int) -> None:
-        """Take over at `done`: what an earlier process did counts neither for the rate nor for the time left."""
+        """Begin at `done`. Work of earlier processes counts neither for the rate nor for the remaining time."""
         self._begin(done)
 
     def update(self, done: int, logs: Mapping[str, float]) -> None:
-        """`done` of `total` are done; `logs` are this step's numbers. Cheap enough to call at every step."""
+        """Report that `done` of `total` are done. logs: the numbers of this step. Cheap enough for every step."""
         self.done = done
         self._line_means.add(logs)
         self._event_means.add(logs)
         now = time.monotonic()
         if now - self._line_time >= self._sink.seconds:
             self._line()
-        # At least every hundredth of the way; long runs wait longer between events, so that the file stays readable.
+        # At least one event per percent. Events of long stages are less frequent in time, to keep the file small.
         patience = max(EVENT_SECONDS, (now - self._started) / 1000)
         if (done - self._event_done) * 100 >= self.total or now - self._event_time >= patience:
             self._event()
@@ -155,7 +155,7 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Units per second of this process."""
+        """Units per second that this process has done."""
         return (self.done - self._from) / max(time.monotonic() - self._started, 1e-9)
 
     def _line(self) -> None:

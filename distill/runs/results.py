@@ -1,4 +1,4 @@
-"""What an evaluation found, as data and as a table. No torch here."""
+"""The results of an evaluation, as data and as a table. Does not import torch."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ from distill.runs.run_store import RunPaths, StagePaths
 
 FILE_NAME = "results.json"
 PICTURE = re.compile(r"(?:pictures/)?[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.png")
-PICTURE_BYTES = 64 * 2**20  # at most
+PICTURE_BYTES = 64 * 2**20  # largest size of a picture
 
 
 def _plain(name: str) -> str:
@@ -26,11 +26,11 @@ def _plain(name: str) -> str:
 
 PictureName = Annotated[str, AfterValidator(_plain)]
 Number = Annotated[float, Field(gt=-1e100, lt=1e100)]
-"""finite, and small enough to be drawn"""
+"""A finite number, small enough for charts."""
 
 
 class Row(FrozenModel):
-    """One way to make samples, measured."""
+    """The measurements of a network with one solver at one number of steps."""
 
     network: Line
     """"teacher", or the name of a student"""
@@ -62,17 +62,17 @@ class Row(FrozenModel):
 
     @property
     def value(self) -> float:
-        """The distance, or the RMS where there is nothing to compare with."""
+        """The distance; if there is no reference data, the RMS difference to the teacher."""
         return self.rms if self.distance is None else self.distance
 
     @property
     def way(self) -> str:
-        """For people, after a name: what is unusual of its steps."""
+        """Text that follows the name of the network: its step times, if they are not the default."""
         return f", {self.along} times" if self.along == "optimal" else f", along {self.along}" if self.along else ""
 
     @property
     def label(self) -> str:
-        """For people: teacher, heun 16."""
+        """Text that identifies the row, without its number of steps, like: teacher, heun."""
         return (f"{self.network}, {self.solver}" if self.role == "teacher" or self.fine else self.network) + self.way
 
 
@@ -113,11 +113,11 @@ class Results(FrozenModel):
 
     @property
     def usual(self) -> list[Row]:
-        """Without those along other times."""
+        """The rows with default step times."""
         return [row for row in self.rows if not row.along]
 
     def row(self, network: str, steps: int, *, fine: bool = False, along: str = "") -> Row:
-        """The row of a network at a number of steps."""
+        """The row of a network at a number of steps. InputError if there is none."""
         for row in self.rows:
             if (row.network, row.steps, row.fine, row.along) == (network, steps, fine, along):
                 return row
@@ -127,9 +127,10 @@ class Results(FrozenModel):
 
 
 def card_metrics(results: Results, student: str) -> dict[str, float]:
-    """What a student's model card says: its numbers that the same spec gives again, as NAME@STEPS, to six digits.
+    """The metrics of a student's model card: NAME@STEPS -> value, from the rows of its own sampler.
 
-    Of its own sampler: others are not what it is for. Further digits may depend on where in memory a sum began.
+    Only numbers that are reproducible from the spec are included. They are rounded to six digits, since further digits
+    may depend on the memory alignment of sums.
     """
     found: dict[str, float] = {}
     for row in results.usual:
@@ -144,7 +145,7 @@ RESULTS: records.Schema[Results] = records.Schema(Results)
 
 
 def load_results(stage: StagePaths) -> Results | None:
-    """The results of an evaluate stage, once it has any; InputError if they are damaged."""
+    """The results of an evaluate stage; None if there are none yet. InputError if they are damaged."""
     try:
         return records.load(
             stage.root / FILE_NAME, RESULTS, f"delete that file and {stage.done.name} to evaluate again"
@@ -154,17 +155,17 @@ def load_results(stage: StagePaths) -> Results | None:
 
 
 def of_run(run: RunPaths) -> dict[str, Results]:
-    """Results by stage, of the stages that have any, in the order of their names; InputError if any are damaged."""
+    """Stage -> results, sorted by stage name, for the stages that have results. InputError if any are damaged."""
     names = sorted(path.parent.name for path in run.root.glob(f"stages/*/{FILE_NAME}"))
-    names = [name for name in names if NAME.fullmatch(name)]  # others are no stages
+    names = [name for name in names if NAME.fullmatch(name)]  # other folders are not stages
     found = {name: load_results(run.stage(name)) for name in names}
     return {name: results for name, results in found.items() if results is not None}
 
 
 def picture(folder: Path, row: Row, room: int = PICTURE_BYTES) -> bytes | None:
-    """The PNG of a row's first samples; None: there is none any more. InputError if it is no picture of this folder.
+    """The PNG file with a row's first samples; None if it no longer exists, b"" if it has more than `room` bytes.
 
-    folder: of the results; room: nothing is returned of a picture of more bytes.
+    Raises InputError if it is not a PNG file or is outside of `folder`. folder: the folder of the results.
     """
     path = folder / row.picture
     try:
@@ -183,20 +184,20 @@ def picture(folder: Path, row: Row, room: int = PICTURE_BYTES) -> bytes | None:
 
 
 def number(value: float) -> str:
-    """At most four digits, so that columns are easy to compare."""
+    """A number as text: four decimals below 1, two below 1000, none above; tiny values in scientific notation."""
     if value != 0 and abs(value) < 1e-4:
         return f"{value:.1e}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
 
 
 def columns(results: Results) -> list[str]:
-    """Heads of the numbers of a row, in the order of `cells`."""
+    """Column titles for `cells`, in the same order."""
     distance = [results.distance, "KID x 1000", "precision", "recall"] if results.distance else []
     return ["NFE", *distance, "RMS to teacher", "samples/s" if results.vector else "images/s"]
 
 
 def cells(results: Results, row: Row) -> list[str]:
-    """The numbers of a row, as text that lines up below each other."""
+    """The numbers of a row as text."""
     measured = []
     if row.distance is not None and row.kid is not None and row.precision is not None and row.recall is not None:
         distance = f"{row.distance:.4f}" if results.vector else number(row.distance)
@@ -205,7 +206,7 @@ def cells(results: Results, row: Row) -> list[str]:
 
 
 def describe(results: Results) -> str:
-    """What the numbers are of, in one sentence or two."""
+    """A short description of the numbers: samples per row, and the distance with its reference."""
     said = [f"{results.samples:,} samples a row"]
     net = results.features
     if net is not None:

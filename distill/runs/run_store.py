@@ -1,4 +1,4 @@
-"""The files of a run and of a store. A run is a folder; state appears complete (write, fsync, rename) or not at all."""
+"""The files of a run and of a store. A run is a folder; its state files are written atomically (fsync, rename)."""
 
 import errno
 import json
@@ -24,7 +24,7 @@ RESERVED = {
     "registry": "published students",
     "schedules": "step times",
 }
-CREATED = "events/created.jsonl"  # in the folder of a run: its first event, written with it
+CREATED = "events/created.jsonl"  # in the folder of a run: its first event, written when the run is created
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class StagePaths:
 
     @property
     def times(self) -> Path:
-        """JSON with the times of the states that a train stage's pairs had; the pairs may be deleted."""
+        """JSON with the times of the states of a train stage's pairs, kept because the pairs may be deleted."""
         return self.root / "times.json"
 
     @property
@@ -52,7 +52,7 @@ class StagePaths:
         return self.root / "micro_batch.json"
 
     def memory(self, rank: int) -> Path:
-        """What a rank's memory held, where it was measured."""
+        """The memory use of a rank, if it was measured."""
         return self.root / f"memory-{rank}.json"
 
     @property
@@ -63,7 +63,7 @@ class StagePaths:
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The files of one run; the only place that knows their names."""
+    """The paths of the files of one run. Their names are defined only here."""
 
     root: Path
 
@@ -81,27 +81,27 @@ class RunPaths:
 
     @property
     def events(self) -> Path:
-        """What happened: a file of JSON lines for each process that noted something (see `events`)."""
+        """Folder of the run's events: a file of JSON lines for each process that wrote any (see `events`)."""
         return self.root / "events"
 
     @property
     def old_events(self) -> Path:
-        """The same in one file, of a run made by an earlier version."""
+        """The single events file of a run that was made by an earlier version."""
         return self.root / "events.jsonl"
 
     @property
     def running(self) -> Path:
-        """Exists while a process executes the run, and names it (see `claims`)."""
+        """Claim on the run: exists while a process executes it, and identifies that process (see `claims`)."""
         return self.root / "running"
 
     @property
     def jobs(self) -> Path:
-        """What was submitted to a cluster, and how it ended (see `jobs`)."""
+        """Folder of the records of cluster jobs: what was submitted, and how it ended (see `jobs`)."""
         return self.root / "jobs"
 
     @property
     def units(self) -> Path:
-        """Like `running`, of parts of the run that jobs of a cluster execute side by side."""
+        """Folder of the claims on parts of the run that cluster jobs execute in parallel; like `running`."""
         return self.jobs / "running"
 
     @property
@@ -110,7 +110,7 @@ class RunPaths:
 
     @property
     def code(self) -> Path:
-        """The package as it was when the run was submitted."""
+        """A copy of the package from when the run was submitted."""
         return self.root / "code"
 
     @property
@@ -123,7 +123,7 @@ class RunPaths:
 
     @property
     def comparison(self) -> Path:
-        """Exists in a run that compares recipes: which, and for how long (see `comparison_table`)."""
+        """Exists in a run that compares recipes: the recipes and their budget (see `comparison_table`)."""
         return self.root / "comparison.json"
 
     @property
@@ -135,43 +135,43 @@ class RunPaths:
         return self.root / "comparison.svg"
 
     def log(self, rank: int) -> Path:
-        """The output of a rank other than the first, whose output goes to the terminal."""
+        """The log of a rank other than 0. The output of rank 0 goes to the terminal."""
         return self.logs / f"rank-{rank}.log"
 
     def stage(self, name: str) -> StagePaths:
         return StagePaths(self.root / "stages" / self._part(name))
 
     def student(self, stage: str) -> Path:
-        """The student exported by a train stage."""
+        """Folder of the student that a train stage exports."""
         return self.students / self._part(stage)
 
     def _part(self, name: str) -> str:
-        """The name of a stage, which leads to no other folder. InputError if it is none: it may come from a file."""
+        """`name` if it is valid for a stage, else InputError. It may come from a file, so it must not be a path."""
         if NAME.fullmatch(name) is None:
             raise InputError(f"{self.root} has no stage '{one_line(name)}': that is not a stage name")
         return name
 
 
 def runs(store: Path) -> list[RunPaths]:
-    """All runs of a store, by name, damaged ones too; InputError if the store cannot be read."""
+    """All runs of a store, sorted by name, including damaged ones. InputError if the store cannot be read."""
     return [
         RunPaths(store / name) for name in records.names(store) if not name.startswith(".") and is_run(store / name)
     ]
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run, perhaps a damaged one: has something called spec.yaml, or is closed to us."""
+    """Whether a folder is a run, perhaps a damaged one: it has an entry spec.yaml, or may not be read."""
     try:
         os.lstat(f"{folder}/spec.yaml")
     except PermissionError:
         return True
-    except OSError:  # nothing there, or no name that a file can have
+    except OSError:  # it does not exist, or is not a valid file name
         return False
     return True
 
 
 def check_spec(run: RunPaths) -> None:
-    """InputError unless a run's spec is a file that can be read: readers must not wait for a pipe."""
+    """Raise InputError unless a run's spec is a regular file, so that readers do not block on a pipe."""
     try:
         mode = run.spec.stat().st_mode
     except OSError as error:
@@ -181,7 +181,7 @@ def check_spec(run: RunPaths) -> None:
 
 
 def find_run(store: Path, given: str) -> RunPaths:
-    """The run that a user names: by its name in the store, or by the path of its folder. InputError without one."""
+    """The run given by its name in the store or by the path of its folder. InputError if there is none."""
     for root in (store / given, Path(given)):
         if is_run(root):
             check_spec(RunPaths(root))
@@ -192,7 +192,7 @@ def find_run(store: Path, given: str) -> RunPaths:
 
 
 def make(store: Path) -> None:
-    """The folder of a store, unless it is there."""
+    """Create the folder of a store if it does not exist. InputError if that fails."""
     try:
         store.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -204,13 +204,13 @@ def _unusable(store: Path, error: OSError) -> str:
 
 
 def create_run(store: Path, name: str, files: Mapping[str, str | bytes]) -> RunPaths:
-    """A new run with these files, complete or not at all."""
+    """Create a run with these files (relative path -> content), atomically. InputError if its name is in use."""
     refuse_reserved(name)
     run = RunPaths(store.absolute() / name)
     make(store)
     try:
-        clear_up(store)  # of runs of any name: few names are used twice
-        with new_folder(run.root) as new:  # refused where a run of this name is: its folder is not empty
+        clear_up(store)  # for runs of all names, since a name is rarely used again
+        with new_folder(run.root) as new:  # fails if a run of this name exists, since its folder is not empty
             write_files(new, files)
     except OSError as error:
         raise InputError(name_in_use(run) if run.root.exists() else _unusable(store, error)) from None
@@ -218,7 +218,7 @@ def create_run(store: Path, name: str, files: Mapping[str, str | bytes]) -> RunP
 
 
 def refuse_reserved(name: str) -> None:
-    """InputError for a name that a store uses itself."""
+    """Raise InputError for a name that the store uses itself."""
     if name in RESERVED:
         raise InputError(
             f"a run cannot be called '{name}': the store uses that folder for {RESERVED[name]}; choose another name "
@@ -227,8 +227,8 @@ def refuse_reserved(name: str) -> None:
 
 
 def name_in_use(run: RunPaths) -> str:
-    """The message for a run's name that is taken, with both remedies."""
-    if not run.spec.is_file():  # the students that were published, for one
+    """The message for a run name that is already in use, with what the user can do."""
+    if not run.spec.is_file():  # e.g. a folder of other files
         return f"{run.root} exists already and is not a run; choose another name by --name OTHER"
     return (
         f"there is a run '{run.name}' in {run.root.parent} already; "
@@ -237,24 +237,24 @@ def name_in_use(run: RunPaths) -> str:
 
 
 def event_line(event: str, **fields: Any) -> str:  # noqa: ANN401
-    """A JSON line of a run's events: {"time": unix seconds, "event": event, ...}."""
+    """An event as a JSON line: {"time": unix seconds, "event": event, ...}."""
     return json.dumps({"time": round(time.time(), 3), "event": event, **fields}) + "\n"
 
 
 def append_event(run: RunPaths, event: str, **fields: Any) -> None:  # noqa: ANN401
-    """One line in the run's events, in this process's own file."""
+    """Append an event to this process's own file in the run's events."""
     append_line(run.events / f"{Owner.this().token}{events.SUFFIX}", event_line(event, **fields))
 
 
 def append_line(path: Path, line: str) -> None:
-    """One line more in a file of lines that no other process writes; its folder is made if there is none."""
+    """Append a line to a file that only this process writes. Creates its folder. RunError if it cannot be written."""
     lease.confirm()
     try:
         path.parent.mkdir(exist_ok=True)
         with path.open("ab+", buffering=0) as file:  # one write for each line
             if file.tell() > 0:
                 file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a full disk cut the line before
+                if file.read(1) != b"\n":  # the previous line was cut short, as by a full disk
                     line = "\n" + line
             content = line.encode()
             if file.write(content) != len(content):
@@ -264,15 +264,15 @@ def append_line(path: Path, line: str) -> None:
 
 
 def event_files(run: RunPaths) -> list[Path]:
-    """The files of the run's events, also of one made by an earlier version."""
+    """The event files of a run, including the single file of an earlier version."""
     return events.files(run.events, run.old_events)
 
 
 def first_event(run: RunPaths) -> dict[str, Any]:
-    """The event that the run was made with; {}: there is none."""
+    """The event of the run's creation; {} if there is none."""
     return events.first(run.root / CREATED) or events.first(run.old_events)
 
 
 def read_events(run: RunPaths, kinds: Collection[str] = ()) -> Iterator[dict[str, Any]]:
-    """The run's events, oldest first, in a stream; of some kinds only, if any is named. See `events`."""
+    """The run's events, oldest first, read lazily. kinds: only events of these kinds; empty: all. See `events`."""
     return events.read(event_files(run), events.RUN, kinds)

@@ -1,4 +1,4 @@
-"""The spec of a run, and its unfinished stages."""
+"""Loads the spec of a run and finds its unfinished stages."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from distill.spec.specfile import validate
 
 
 def load_spec(run: RunPaths) -> RunSpec:
-    """The spec of an existing run; InputError if it is damaged."""
+    """The spec of an existing run. InputError if it is missing or damaged."""
     try:
         text = records.read_small(run.spec).decode()
     except FileNotFoundError:
@@ -22,13 +22,13 @@ def load_spec(run: RunPaths) -> RunSpec:
 
 
 def pending(run: RunPaths, spec: RunSpec) -> list[str]:
-    """The stages still to do, in order; done ones are among them where `lost_pairs` says so."""
+    """The unfinished stages, in order. Finished pairs stages are included if `lost_pairs` finds them."""
     lost = lost_pairs(run, spec)
     return [name for name in spec.stages if name in lost or not run.stage(name).done.exists()]
 
 
 def wanted_pairs(run: RunPaths, spec: RunSpec) -> set[str]:
-    """The pairs stages that a stage still to do trains on."""
+    """The pairs stages that an unfinished stage trains on."""
     return {
         pairs
         for name, stage in spec.stages.items()
@@ -38,13 +38,13 @@ def wanted_pairs(run: RunPaths, spec: RunSpec) -> set[str]:
 
 
 def lost_pairs(run: RunPaths, spec: RunSpec) -> list[str]:
-    """Pairs stages that are done, but whose files are no longer there, or cut short, while they are still wanted."""
+    """Finished pairs stages that are still needed but whose files are missing or truncated."""
     done = [name for name in wanted_pairs(run, spec) if run.stage(name).done.exists()]
     return sorted(name for name in done if not _are_whole(run.stage(name).pairs))
 
 
 def _are_whole(folder: Path) -> bool:
-    """Whether the manifest is there, and each file that it lists at its size; checksums are left to the readers."""
+    """Whether the manifest exists and each listed file has its size. Checksums are verified when pairs are read."""
     shards = pairspec.listed(folder)
     try:
         return shards is not None and all((folder / name).stat().st_size == size for name, size in shards.items())

@@ -1,1 +1,1 @@
-"""What a run does: the spec, its checks, the recipes that it names. No tensors."""
+"""The run spec, its validation, and the lookup of recipes. No tensors are created."""

@@ -1,4 +1,4 @@
-"""Whole rows of a batch by shares: the method of largest remainders."""
+"""Divides the rows of a batch by shares, with the method of largest remainders."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,10 @@ from distill.core.errors import InputError
 
 
 def rows_by_share(batch_size: int, shares: Sequence[float]) -> list[int]:
-    """How many rows of a batch each source gives: as near to its share as whole rows come, at least one."""
+    """Number of rows of a batch from each source, as close to its share as possible.
+
+    Raises InputError if a source would get no row.
+    """
     counts = [int(batch_size * share) for share in shares]
     by_rest = sorted(range(len(shares)), key=lambda i: counts[i] - batch_size * shares[i])
     for i in by_rest[: batch_size - sum(counts)]:

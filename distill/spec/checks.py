@@ -1,4 +1,7 @@
-"""A spec as a DAG of stages: what refers to what, what has no effect, what is to do. No tensors, nothing written."""
+"""Validation of a spec as a DAG of stages: references, settings without effect, and so on.
+
+No tensors are created and nothing is written.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,8 +31,12 @@ from distill.spec.resolved import Resolved, ResolvedRecipe
 
 
 def check(spec: RunSpec, base: Path) -> Resolved:
-    """The spec, resolved. Refuses one that cannot work, or whose settings have no effect: one InputError with a line
-    per mistake. What only the teacher and the data themselves can tell is checked by `preflight.check`.
+    """Resolve and validate a spec.
+
+    Raises one InputError, with a line per mistake, if the spec cannot work or has settings without effect. Checks that
+    need the teacher or the data themselves are in `preflight.check`.
+
+    base: folder of the user's own recipes.
     """
     found = resolved.resolve(spec, base)
     mistakes = list(_mistakes(found))
@@ -55,7 +62,7 @@ def _mistakes(found: Resolved) -> Iterator[str]:
         if isinstance(stage, TrainStage):
             if name in found.failed:
                 yield found.failed[name]
-                used |= {"data", "teacher"}  # it may well use them
+                used |= {"data", "teacher"}  # unknown, but it may use them
                 continue
             recipe = found.recipes[name]
             used |= recipe.needs if stage.teacher is None else recipe.needs - {"teacher"}
@@ -82,7 +89,7 @@ def _mistakes(found: Resolved) -> Iterator[str]:
 
 
 def references(stage: Stage) -> list[tuple[str, str, str]]:
-    """(field, the stage it names, the kind that must be) of everything a stage needs of others."""
+    """(field, name of the other stage, required kind of that stage) of each reference of a stage."""
     found: list[tuple[str, str | None, str]] = [("teacher", stage.teacher, "train")]
     if isinstance(stage, TrainStage):
         found += [("init", stage.init, "train"), *(("pairs", pairs, "pairs") for pairs in stage.pair_shares)]
@@ -92,7 +99,7 @@ def references(stage: Stage) -> list[tuple[str, str, str]]:
 
 
 def _references(spec: RunSpec, name: str, stage: Stage) -> Iterator[str]:
-    """Every reference is to an earlier stage of the right kind, so that there are no cycles."""
+    """The mistakes in references. Each must name an earlier stage of the right kind, so that there are no cycles."""
     order = list(spec.stages)
     earlier = order[: order.index(name)]
     for field, target, kind in references(stage):
@@ -110,7 +117,7 @@ def _references(spec: RunSpec, name: str, stage: Stage) -> Iterator[str]:
 
 
 def teacher_mistakes(spec: RunSpec) -> Iterator[str]:
-    """What is wrong with a spec's own teacher."""
+    """The mistakes in the spec's teacher."""
     teacher = spec.teacher
     size: int | None = None
     if isinstance(teacher, GaussianTeacher):
@@ -136,7 +143,7 @@ def teacher_mistakes(spec: RunSpec) -> Iterator[str]:
 
 
 def _recipe(stage: TrainStage, recipe: ResolvedRecipe, where: str) -> Iterator[str]:
-    """What a recipe may say of itself, but the rest of the package has no answer to."""
+    """The mistakes in what a recipe declares: an unknown kind of student, a sampler that does not fit, and so on."""
     if recipe.kind is None:
         kinds = ", ".join(STUDENTS)
         yield f"{where}: {stage.recipe} makes a {recipe.config.student} student, which is not built yet; valid: {kinds}"
@@ -148,7 +155,10 @@ def _recipe(stage: TrainStage, recipe: ResolvedRecipe, where: str) -> Iterator[s
 
 
 def _kinds(found: Resolved, name: str) -> Iterator[str]:
-    """What is no velocity field is neither a teacher, nor what a student of another kind starts from."""
+    """The mistakes in kinds of students.
+
+    A teacher must be a velocity field. A student can start only from a velocity field or a student of its own kind.
+    """
     stage = found.spec.stages[name]
     teacher = found.kind(stage.teacher)
     if teacher is not None and not teacher.is_field:
@@ -168,8 +178,9 @@ def _kinds(found: Resolved, name: str) -> Iterator[str]:
 
 
 def _guidance(found: Resolved, stage: Stage, guidance_scale: float, where: str) -> Iterator[str]:
-    """Guidance by a student of this run: it must have learnt the unconditional velocity. (The spec's own teacher says
-    itself whether it has.)
+    """The mistakes in guidance with a student of this run as the teacher: it must know the unconditional velocity.
+
+    For the spec's teacher, this is checked when it is loaded.
     """
     teacher = found.spec.stages.get(stage.teacher or "")
     recipe = found.recipes.get(stage.teacher or "")

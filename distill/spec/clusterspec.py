@@ -1,4 +1,4 @@
-"""What a spec asks of a cluster. No tensors, and Slurm is not asked."""
+"""Validation of the cluster settings of a spec. Does not import torch, and does not call Slurm."""
 
 import re
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ TIME = re.compile(r"(?:(D)-)?(D)(?::(D))?(?::(D))?".replace("D", "[0-9]{1,9}"))
 
 
 def limit_seconds(text: str) -> int | None:
-    """A time limit in Slurm's notation (MINUTES, M:SS, H:MM:SS, D-HH, D-HH:MM:SS) in seconds; None: it is none."""
+    """Seconds of a time limit in Slurm's notation (MINUTES, M:SS, H:MM:SS, D-HH, D-HH:MM:SS); None if invalid."""
     match = TIME.fullmatch(text)
     if match is None:
         return None
@@ -24,7 +24,7 @@ def limit_seconds(text: str) -> int | None:
 
 
 def mistakes(spec: RunSpec) -> Iterator[str]:
-    """What is wrong with what a spec asks of a cluster."""
+    """The mistakes in the cluster settings of a spec."""
     launch, slurm = spec.launch, spec.launch.slurm
     if slurm.time is not None:
         limit = limit_seconds(slurm.time)
@@ -43,7 +43,7 @@ def mistakes(spec: RunSpec) -> Iterator[str]:
         yield f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} given, but no stage makes pairs; remove it"
     if slurm.pairs_jobs > 1 and slurm.one_job:
         yield f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} given, but one_job computes all in one job; remove either"
-    if shards and slurm.pairs_jobs > max(shards.values()):  # of a smaller stage the array has as many as its shards
+    if shards and slurm.pairs_jobs > max(shards.values()):  # a smaller stage gets one job per shard
         most = max(shards, key=lambda name: shards[name])
         yield (
             f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} jobs cannot share the {shards[most]} shards of stage "

@@ -1,4 +1,4 @@
-"""The `data` of a run spec: real data, and how images become samples."""
+"""The `data` of a run spec: real data, and how images are converted to samples."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +11,8 @@ from distill.core.errors import InputError
 from distill.core.field_types import FrozenModel
 from distill.core.text import printable
 
-Pixels = Annotated[int, Field(ge=1, le=16384)]  # of a side
-Level = Annotated[int, Field(ge=0, le=255)]  # of a colour
+Pixels = Annotated[int, Field(ge=1, le=16384)]  # length of a side
+Level = Annotated[int, Field(ge=0, le=255)]  # one channel of a colour
 
 
 class NoData(FrozenModel):
@@ -34,12 +34,12 @@ class MnistData(FrozenModel):
 
 
 def _as_tuple(given: object) -> object:
-    """What JSON and YAML have as a list: where types are taken strictly, that is no tuple."""
+    """A list as a tuple: JSON and YAML have only lists, and strict validation does not convert them."""
     return tuple(given) if isinstance(given, list) else given
 
 
 def _size(given: object, check: Callable[[object], int | tuple[int, int]]) -> int | tuple[int, int]:
-    """[N, N] and N are the same size, so they are the same spec."""
+    """Normalise [N, N] to N, so that both give the same spec and digest."""
     try:
         size = check(_as_tuple(given))
     except ValidationError as error:
@@ -55,7 +55,7 @@ def _background(given: object, check: Callable[[object], object]) -> object:
 
 
 def _other_form(valid: str) -> PydanticCustomError:
-    """One mistake, where the members of a union would each name one."""
+    """One error for a union; pydantic would report one for each of its members."""
     return PydanticCustomError("other_form", "must be {valid}", {"valid": valid})
 
 
@@ -81,11 +81,11 @@ class ImageOptions(FrozenModel):
 
     @property
     def height_width(self) -> tuple[int, int]:
-        """Of a sample, in pixels."""
+        """Height and width of a sample in pixels."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
 
     def refuse_hidden_place(self) -> None:
-        """InputError where the system does not say whether anything is there: no permission, too long a name ..."""
+        """Raise InputError if it cannot be found out whether the path exists, as without permission."""
         try:
             Path(self.path).exists()
         except OSError as error:
@@ -116,7 +116,7 @@ class HfData(ImageOptions):
 
     @property
     def is_of_hub(self) -> bool:
-        """Whether its path is a hub id and not a local one."""
+        """Whether the path is a hub id, that is, there is no such local path."""
         return not Path(self.path).exists()
 
 

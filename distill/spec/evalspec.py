@@ -1,4 +1,4 @@
-"""An evaluate stage before it runs: of whom it has rows, in how many steps, what a sample of each costs. No tensors."""
+"""The rows of an evaluate stage before it runs: their networks, steps and network calls. Does not import torch."""
 
 from collections.abc import Mapping
 
@@ -10,9 +10,9 @@ from distill.spec.model import EvaluateStage
 def measuring(
     stage: EvaluateStage, students: Mapping[str, list[int]], origins: Mapping[str, str] | None = None
 ) -> EvaluateStage:
-    """The evaluation of these students, at their numbers of steps; what the stage says of others is left out.
+    """A copy of the stage that measures these students, at these numbers of steps, and no others.
 
-    origins: of students that are to be measured like one that the stage names.
+    origins: new student -> the student of `stage` whose settings it gets.
     """
     like = {name: (origins or {}).get(name, name) for name in students}
     networks = {**({"teacher": "teacher"} if stage.teacher_steps else {}), **like}
@@ -25,7 +25,7 @@ def measuring(
 
 
 def steps_of_rows(stage: EvaluateStage) -> dict[str, list[int]]:
-    """Network -> steps of each row that an evaluation will have of it, except those of the fine solver."""
+    """Network -> number of steps of each of its rows, without the rows of the fine solver."""
     usual = {"teacher": stage.teacher_steps, **stage.students}
     further = {
         name: [steps for way in stage.times.get(name, []) for steps in (own if way == "optimal" else [len(way) - 1])]
@@ -35,19 +35,22 @@ def steps_of_rows(stage: EvaluateStage) -> dict[str, list[int]]:
 
 
 def num_rows(stage: EvaluateStage) -> int:
-    """Sets of samples that are made."""
+    """Number of rows, that is, of sets of samples that are generated."""
     return sum(map(len, steps_of_rows(stage).values())) + 1 + len(stage.fine_students)
 
 
 def num_samples(stage: EvaluateStage) -> int:
-    """In all sets together: the length of the stage's progress."""
+    """Number of samples of all rows: the total in the stage's progress."""
     return stage.samples * num_rows(stage)
 
 
 def calls(stage: EvaluateStage, samplers: Mapping[str, str]) -> dict[str, int]:
-    """Network -> its calls for a sample in each of its rows, together; guidance counted. samplers: of the students."""
+    """Network -> network calls for one sample of every row, summed over its rows, with those for guidance.
+
+    samplers: student -> name of its sampler.
+    """
     fine = find_solver(stage.fine_solver).calls(stage.fine_steps)
-    by = {"teacher": "euler", **samplers}  # its fine rows aside
+    by = {"teacher": "euler", **samplers}  # the fine rows are added below
     found = {name: sum(network_calls(by[name], n) for n in each) for name, each in steps_of_rows(stage).items()}
     found |= {name: found[name] + fine for name in ("teacher", *stage.fine_students)}
     return {**found, "teacher": per_velocity(stage.guidance_scale) * found["teacher"]}

@@ -1,12 +1,12 @@
-"""What a folder of images is, decided by its structure alone: which files are its images, and which classes they have.
+"""Finds the images of a folder and their classes, from the structure of the folder alone.
 
-- `dataset.json` in it (the format of EDM and StyleGAN3): its images and their labels.
-- Sub-folders, otherwise: each is a class, in alphabetical order.
-- Images alone: unconditional.
+- With a file `dataset.json` (the format of EDM and StyleGAN3), the labels come from that file.
+- Otherwise, each sub-folder is a class, in alphabetical order.
+- A folder with images only is unconditional.
 
-Refused, with what to give instead: folders of train/val/test splits, of every thousand images (FFHQ), captions, and
-folders of kohya's trainers, since what their names or files say would be lost, or taken for classes. Hidden files and
-folders and `__MACOSX` are skipped, links are followed.
+Some structures are refused with a hint, since their folders are not classes or information would be lost: train, val
+and test splits, folders of a thousand images each (FFHQ), captions, and folders of kohya's trainers. Hidden files and
+folders and `__MACOSX` are skipped. Links are followed.
 """
 
 import os
@@ -24,23 +24,23 @@ from distill.core.errors import InputError
 from distill.core.text import printable
 
 LABELS = "dataset.json"
-MAX_CLASSES = 1_000_000  # more are a mistake: each costs a row of an embedding
-PER_IMAGE = 10  # highest label, in units of the number of images: beyond it, labels are no class ids
-ALWAYS = 1_000  # classes that few images may have
-IGNORED = {"__MACOSX", "@eaDir"}  # of macOS and Synology
-CAPTIONS = {"metadata.jsonl", "metadata.csv", "metadata.parquet"}  # of `datasets`' image folders
+MAX_CLASSES = 1_000_000  # more are taken as a mistake: each class needs a row of an embedding
+PER_IMAGE = 10  # class ids up to this many times the number of images are valid
+ALWAYS = 1_000  # class ids below this are valid for any number of images
+IGNORED = {"__MACOSX", "@eaDir"}  # created by macOS and Synology
+CAPTIONS = {"metadata.jsonl", "metadata.csv", "metadata.parquet"}  # in image folders of the `datasets` library
 CAPTION_SUFFIXES = {".txt", ".caption"}
 PARTS = r"([-_]?(set|images|imgs|data))?[-_]?\d*"
 TRAIN = re.compile(r"train(ing)?" + PARTS, re.IGNORECASE)
 HELD_OUT = re.compile(r"(val|valid|validation|dev|test|testing|eval)" + PARTS, re.IGNORECASE)
-REPEATS = re.compile(r"(\d+)_.+")  # kohya: 10_name is shown ten times an epoch
-REFUSED = {  # of what Pillow opens
-    *("EPS", "WMF"),  # are drawn by another program or the system
-    *("FPX", "MIC"),  # are documents of many parts
-    *("BLP", "IM"),  # are rare, and their readers fail in any way
+REPEATS = re.compile(r"(\d+)_.+")  # kohya: images in 10_name are shown ten times per epoch
+REFUSED = {  # formats that Pillow can open, but that are not read
+    *("EPS", "WMF"),  # rendered by another program or the operating system
+    *("FPX", "MIC"),  # compound documents
+    *("BLP", "IM"),  # rare formats whose readers may raise any exception
 }
-SHOWN = 3  # names in a message
-CONVERT = {  # ends of names -> what it is, and how its images become files
+SHOWN = 3  # names that a message lists
+CONVERT = {  # suffix -> (what the file is, how to extract its images)
     **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.zst"), ("a tar archive", "unpack it with `tar -xf`")),
     ".zip": ("a zip archive", "unpack it with `unzip`"),
     **dict.fromkeys(
@@ -63,16 +63,16 @@ class ImageFolder:
 
     root: Path
     names: list[str]
-    """below root; one whose bytes are not UTF-8 holds surrogates, as in the os module"""
+    """paths relative to root; bytes that are not UTF-8 are surrogates, as in the os module"""
     stats: list[os.stat_result | None]
-    """of the files that the names lead to; None: they may not be seen, or a link leads nowhere"""
+    """stat of each file, with links followed; None: no permission, or a broken link"""
     labels: list[int] | None
     """class id of each image; None: unconditional"""
     num_classes: int | None
 
 
 class _Labels(BaseModel):
-    """What is read of dataset.json."""
+    """The part of dataset.json that is read."""
 
     model_config = ConfigDict(strict=True)
 
@@ -82,9 +82,9 @@ class _Labels(BaseModel):
 
 @cache
 def formats() -> tuple[str, ...]:
-    """By Pillow's names, those that are read."""
+    """The image formats that are read, by their names in Pillow. InputError if Pillow is not installed."""
     try:
-        from PIL import Image  # which the control plane is installed without
+        from PIL import Image  # a plain installation does not include Pillow
     except ModuleNotFoundError as error:
         raise InputError("folders of images need the package pillow; pip install 'distill[train]' brings it") from error
     Image.init()
@@ -93,7 +93,7 @@ def formats() -> tuple[str, ...]:
 
 @cache
 def suffixes() -> frozenset[str]:
-    """Of the files that are read, in lower case."""
+    """The suffixes of the files that are read, in lower case."""
     kinds = formats()
     from PIL import Image
 
@@ -101,14 +101,14 @@ def suffixes() -> frozenset[str]:
 
 
 def has_classes(root: Path) -> bool:
-    """Whether its images have classes, as far as is known without looking for images."""
+    """Whether the images of a folder have classes, decided without listing the images."""
     if os.path.lexists(root / LABELS):
         return _parsed(root / LABELS).labels is not None
     return bool(_classes(root))
 
 
 def read(path: str) -> ImageFolder:
-    """The folder `path`; InputError if it cannot be read, holds no images, or its folders are no classes."""
+    """Read the folder `path`. InputError if it cannot be read, has no images, or its sub-folders are not classes."""
     root = Path(path)
     if not root.is_dir():
         refuse_container(path)
@@ -116,11 +116,11 @@ def read(path: str) -> ImageFolder:
     listed = os.path.lexists(root / LABELS)
     classes = [] if listed else _classes(root)
     _refuse_splits(path, classes)
-    if len(classes) == 1:  # what a data set was unpacked into
+    if len(classes) == 1:  # probably the top folder of an unpacked archive
         _refuse_splits(_below(path, classes[0]), _classes(root, classes[0]))
     names: list[str] = []
     stats: list[os.stat_result | None] = []
-    other: str | None = None  # the first file that is no image
+    other: str | None = None  # the first file that is not an image
     for name, entry in _files(path):
         if _suffix(name) in suffixes():
             names.append(name)
@@ -144,7 +144,10 @@ def read(path: str) -> ImageFolder:
 
 
 def count_classes(labels: Sequence[int], where: str) -> int:
-    """The number of classes that class ids 0, 1, 2 ... mean: one more than the highest, which is bounded."""
+    """The number of classes: the highest class id + 1. InputError if an id is negative or implausibly high.
+
+    where: the beginning of the message.
+    """
     low, high = min(labels, default=0), max(labels, default=0)
     most = min(MAX_CLASSES, max(ALWAYS, PER_IMAGE * len(labels)))
     if low < 0 or high >= most:
@@ -156,7 +159,7 @@ def count_classes(labels: Sequence[int], where: str) -> int:
 
 
 def refuse_container(path: str) -> None:
-    """InputError for an archive, a database, a video ..., with the way to a folder of images."""
+    """Raise InputError for an archive, a database, a video or the like, and say how to get a folder of images."""
     found = next((value for end, value in CONVERT.items() if path.lower().endswith(end)), None)
     if found is not None:
         raise InputError(
@@ -169,9 +172,9 @@ def refuse_container(path: str) -> None:
 
 
 def _files(root: str) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
-    """Every visible file below root, by name, in the order of sorted(root.rglob("*")); links to folders are followed.
+    """(relative path, entry) of every visible file below root, in the order of sorted(root.rglob("*")).
 
-    A link to a folder that contains it is skipped: everything behind it is there already.
+    Links to folders are followed. A link to a folder that contains the link is skipped, to avoid an endless loop.
     """
     seen: dict[tuple[int, int], str] = {}
     stack = [("", iter(_entries(root, "")), _ancestors(root))]
@@ -198,7 +201,7 @@ def _files(root: str) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
 
 
 def _entries(root: str, folder: str) -> list["os.DirEntry[str]"]:
-    """What is visible in a folder, by name; captions are refused."""
+    """The visible entries of a folder, sorted by name. InputError if there are captions."""
     try:
         with os.scandir(_below(root, folder)) as found:
             entries = sorted((e for e in found if not _is_ignored(e.name)), key=lambda entry: entry.name)
@@ -222,7 +225,10 @@ def _entries(root: str, folder: str) -> list["os.DirEntry[str]"]:
 
 
 def _refuse_dead_links(root: str, folder: str, entries: Sequence["os.DirEntry[str]"]) -> None:
-    """A link that leads nowhere may have led to a folder, whose class would be missing. Images are named later."""
+    """Raise InputError for a broken link: it may have led to a folder, whose class would be missing.
+
+    Broken links with the name of an image are reported later.
+    """
     for entry in entries:
         if _suffix(entry.name) not in suffixes() and entry.is_symlink() and _is_dead(entry):
             raise InputError(
@@ -237,7 +243,7 @@ def _is_ignored(name: str) -> bool:
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link that leads to itself
+    except OSError:  # a link to itself
         return False
 
 
@@ -246,7 +252,7 @@ def _is_dead(link: "os.DirEntry[str]") -> bool:
         link.stat()
     except FileNotFoundError:
         return True
-    except OSError:  # it leads to itself, or must not be looked at
+    except OSError:  # a link to itself, or no permission
         return False
     return False
 
@@ -257,7 +263,7 @@ def _identity(entry: "os.DirEntry[str]") -> tuple[int, int]:
 
 
 def _ancestors(root: str) -> frozenset[tuple[int, int]]:
-    """Of a folder and all folders that contain it."""
+    """The identities (see `_identity`) of a folder and all folders that contain it."""
     place = Path(root).resolve()
     return frozenset((found.st_dev, found.st_ino) for found in (each.stat() for each in (place, *place.parents)))
 
@@ -290,7 +296,7 @@ def _top(name: str) -> str:
 
 
 def _classes(root: Path, folder: str = "") -> list[str]:
-    """The visible folders in it, or in a folder of it, by name."""
+    """The sorted names of the visible folders in root, or in its sub-folder `folder`."""
     place = root / folder
     above = _ancestors(str(place))
     try:
@@ -304,7 +310,7 @@ def _classes(root: Path, folder: str = "") -> list[str]:
 
 
 def _refuse_splits(path: str, classes: Sequence[str]) -> None:
-    """train, val and test are parts of a data set; 10_name says how often a trainer of kohya's shows an image."""
+    """Refuse sub-folders that are splits (train, val, test), or kohya's folders like 10_name, with 10 repeats."""
     train = [name for name in classes if TRAIN.fullmatch(name)]
     held_out = [name for name in classes if HELD_OUT.fullmatch(name)]
     if (train and held_out) or (classes and len(train) + len(held_out) == len(classes)):
@@ -322,7 +328,10 @@ def _refuse_splits(path: str, classes: Sequence[str]) -> None:
 
 
 def _refuse_buckets(path: str, classes: Sequence[str], names: Sequence[str]) -> None:
-    """FFHQ (01000/01234.png) and the tools of EDM (00001/img00001234.png) part images by number, in thousands."""
+    """Refuse sub-folders that group images by number, in thousands.
+
+    FFHQ (01000/01234.png) and the tools of EDM (00001/img00001234.png) do so.
+    """
     if not all(re.fullmatch(r"\d{5}", name) for name in classes):
         return
     numbers = [re.fullmatch(r"(\d{5})/(?:img)?(\d+)\.\w+", name) for name in names]
@@ -336,7 +345,7 @@ def _refuse_buckets(path: str, classes: Sequence[str], names: Sequence[str]) -> 
 
 
 def _refuse_mixed(path: str, classes: Sequence[str], names: Sequence[str]) -> None:
-    """Images beside class folders, and class folders without images."""
+    """Refuse images next to class folders, and class folders without images."""
     loose = [name for name in names if "/" not in name]
     if loose:
         raise InputError(
@@ -365,7 +374,10 @@ def _parsed(path: Path) -> _Labels:
 
 
 def _of_file(path: Path, names: Sequence[str]) -> list[int] | None:
-    """The class id of each image, which dataset.json has to name."""
+    """The class id of each image from dataset.json; None if it says that there are no classes.
+
+    Raises InputError unless the file lists exactly these images.
+    """
     listed = _parsed(path).labels
     if listed is None:
         return None

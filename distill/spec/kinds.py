@@ -1,7 +1,7 @@
-"""What samplers and kinds of student there are and the facts of each that need no tensors; fields that hold a name.
+"""The known samplers and kinds of student with their properties, and types of fields that hold such a name.
 
-The code of samplers and students is in `students.samplers` and `networks`, under the same names. A solver's facts stand
-in its own file, in `distill.solvers`. No other place compares names.
+The code of samplers and students is in `students.samplers` and `networks`, under the same names. The properties of a
+solver are in its own file in `distill.solvers`. Other code uses these properties and does not compare names.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,29 +21,29 @@ def _as_many(steps: int) -> int:
 
 @dataclass(frozen=True)
 class SamplerFacts:
-    """A way to make samples from a student; its code is the file of its name in students/samplers."""
+    """Properties of a sampler. Its code is in the file of the same name in students/samplers."""
 
     student: str
-    """the kind of student that it samples, of `STUDENTS`"""
+    """the kind of student that it samples, a key of `STUDENTS`"""
     words: str
-    """in the model card"""
+    """its description in the model card"""
     calls: Callable[[int], int] = _as_many
-    """network calls for a sample in so many steps"""
+    """number of steps -> network calls per sample"""
 
 
 @dataclass(frozen=True)
 class StudentKind:
-    """What the network of a student computes."""
+    """A kind of student: what its network computes."""
 
     words: str
-    """after "is", in messages"""
+    """its description, which follows "is" in messages"""
     samplers: tuple[str, ...]
-    """those that fit; the first is the usual one"""
+    """its samplers; the first is the default"""
     is_field: bool = False
-    """whether it is a velocity field: only then can it be a teacher, or what a student of another kind starts from"""
+    """whether it is a velocity field; only these can be a teacher, or initialise a student of another kind"""
 
 
-# The first of each kind of student is its usual one.
+# The first sampler of each kind of student is its default.
 SAMPLERS: Mapping[str, SamplerFacts] = {
     "euler": SamplerFacts("velocity", "Euler, x_s = x_t + (s - t) v(x_t, t)"),
     "same_noise": SamplerFacts(
@@ -75,12 +75,12 @@ STUDENTS: Mapping[str, StudentKind] = {
 
 
 def inverting_solvers() -> list[str]:
-    """Solvers that can go from data to noise."""
+    """Names of the solvers that can also solve from data to noise."""
     return [name for name in solver_names() if find_solver(name).calls_inverting is not None]
 
 
 def reference_solvers() -> list[str]:
-    """Solvers whose end point can count as the teacher's own."""
+    """Names of the solvers whose end points can serve as the teacher's own samples."""
     return [name for name in solver_names() if _is_reference(name)]
 
 
@@ -89,7 +89,7 @@ def _is_reference(name: str) -> bool:
 
 
 def network_calls(sampler: str, steps: int) -> int:
-    """Network calls (NFE) for a sample in so many steps of a student."""
+    """Network calls (NFE) per sample, for a sampler with this number of steps."""
     return SAMPLERS[sampler].calls(steps)
 
 
@@ -106,13 +106,11 @@ def either(names: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class OneOf:
-    """The field holds one of these names. They are listed when a value is checked: a package that is installed may
-    bring more of them.
-    """
+    """A field must hold one of these names. They are listed at each check, since installed packages may add names."""
 
     names: Callable[[], Iterable[str]]
     fits: Callable[[str], bool] | None = None
-    """whether a name is one of them, where that can be told without reading all of them"""
+    """whether a name is valid, if that can be checked without listing all names"""
 
     def __get_pydantic_core_schema__(self, source: type, handler: GetCoreSchemaHandler) -> CoreSchema:
         return no_info_after_validator_function(self._checked, handler(source))

@@ -1,9 +1,9 @@
-"""The run spec: frozen, validated data. A run is its spec: all that a job does is set here, with units.
+"""The run spec: immutable, validated data that defines everything a run does.
 
-A spec is a DAG of stages that refer to each other by name. A stage's student is a checkpoint like any other, so
-"teacher: teach" and "a folder from the hub" are the same thing to the stages that follow. Progress is measured in
-images (samples shown to the optimizer), never in steps. How a run is executed is set in
-`launch`, which is not part of the digest.
+A spec is a DAG of stages that refer to each other by name. The student of a stage is a checkpoint like any other, so a
+stage uses a student of this run as its teacher in the same way as a checkpoint from the hub. Progress is measured in
+images (samples shown to the optimizer), never in steps. `launch` sets how a run is executed and is not part of the
+digest.
 """
 
 import hashlib
@@ -41,11 +41,11 @@ from distill.spec.kinds import ReferenceName, SolverName, per_velocity
 
 OF_DATA, WITH_STATES = ("forward", "segments"), ("trajectories", "segments")  # paths of a pairs stage
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
-FINE, SAMPLES, SEED = 100, 100, 0  # what optimal times are found by, where nothing else is asked for
+FINE, SAMPLES, SEED = 100, 100, 0  # defaults for finding optimal times: fine solver steps, samples, seed
 
 
 def is_path(times: Sequence[float]) -> bool:
-    """Whether they go from noise to data: from 1 down to 0."""
+    """Whether these times go strictly down from 1 (noise) to 0 (data)."""
     return len(times) > 1 and times[0] == 1 and times[-1] == 0 and all(t > s for t, s in pairwise(times))
 
 
@@ -199,14 +199,14 @@ class TrainStage(FrozenModel):
 
     @property
     def pair_shares(self) -> dict[str, float]:
-        """The pairs stages that it trains on, and the part of each in a batch."""
+        """The pairs stages that this stage trains on -> the share of each in a batch."""
         if self.pairs is None:
             return {}
         return {self.pairs: 1.0} if isinstance(self.pairs, str) else dict(self.pairs)
 
     @property
     def rows_of_pairs(self) -> list[int]:
-        """How many rows of a batch each of these stages gives. InputError if one of them would give none."""
+        """Number of rows of a batch from each stage of `pair_shares`. InputError if one would give no row."""
         return rows_by_share(self.batch_size, list(self.pair_shares.values()))
 
 
@@ -243,7 +243,7 @@ class PairsStage(FrozenModel):
 
     @property
     def network_calls(self) -> float:
-        """Calls of the teacher's network for one pair, guidance counted; of segments on average."""
+        """Calls of the teacher's network per pair, including those for guidance; for segments, the average."""
         solver = find_solver(self.solver)
         calls = solver.calls_inverting if self.paths == "forward" else solver.calls
         assert calls is not None, "checks.check lets no such stage through"
@@ -252,17 +252,17 @@ class PairsStage(FrozenModel):
 
     @property
     def times_of_states(self) -> list[float] | None:
-        """Of a trajectory; uniform ones in place of the optimal, which are found when the pairs are made."""
+        """`times`, or with `optimal_times` uniform times as a placeholder: optimal ones are found during generation."""
         steps = self.optimal_times
         return self.times if steps is None else [(steps - i) / steps for i in range(steps + 1)]
 
     @property
     def num_states(self) -> int:
-        """Of each path, its ends included."""
+        """States that are stored per path, including its ends."""
         return len(self.times_of_states or [1, 0]) if self.paths == "trajectories" else 2
 
     def bytes_per_pair(self, shape: Sequence[int]) -> int:
-        """On disk, headers and labels aside. shape: of one sample."""
+        """Bytes of one pair on disk, without headers and labels. shape: shape of one sample."""
         states = 1 if self.paths == "segments" else self.num_states - 2
         stored = (1 + states) * STORED_BYTES[self.dtype]
         return math.prod(shape) * (stored + (4 if self.store_noise or self.paths == "forward" else 0))
@@ -363,12 +363,12 @@ class LaunchSpec(FrozenModel):
 
     @property
     def world_size(self) -> int:
-        """Processes that train together, on all machines."""
+        """Number of processes that train together, on all nodes."""
         return self.nodes * self.procs
 
 
 class RunSpec(FrozenModel):
-    """A whole run."""
+    """The spec of a run."""
 
     name: Name
     """name of the run; not part of the digest"""
@@ -384,17 +384,17 @@ class RunSpec(FrozenModel):
 
     @property
     def has_exact_teacher(self) -> bool:
-        """Whether its own teacher is known in closed form."""
+        """Whether the spec's teacher is known in closed form."""
         return isinstance(self.teacher, GaussianTeacher | MixtureTeacher)
 
     @property
     def hub_inputs(self) -> set[str]:
-        """Which inputs are named by hub id ("teacher", "data"). Makes no request."""
+        """The inputs that are given by hub id: a subset of "teacher" and "data". Makes no network request."""
         teacher = isinstance(self.teacher, CheckpointTeacher) and self.teacher.is_of_hub
         data = isinstance(self.data, HfData) and self.data.is_of_hub
         return {name for name, is_of_hub in (("teacher", teacher), ("data", data)) if is_of_hub}
 
     def digest(self) -> str:
-        """sha256 over everything but `launch` and the run's name: same digest, same numbers."""
+        """sha256 of the spec without `launch` and `name`. Specs with the same digest give the same numbers."""
         content = self.model_dump(mode="json", exclude={"launch", "name"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

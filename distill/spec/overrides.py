@@ -1,4 +1,4 @@
-"""Changes of a spec from the command line: `stages.teach.images=64000`, `data={kind: none}`, `stages.a.steps.0=2`."""
+"""Overrides from the command line: `stages.teach.images=64000`, `data={kind: none}`, `stages.a.steps.0=2`."""
 
 import copy
 from collections.abc import Sequence
@@ -16,16 +16,19 @@ from distill.spec.model import RunSpec
 
 @dataclass(frozen=True)
 class Override:
-    """One `a.b=c`, its value read as YAML."""
+    """One override `a.b=c`. The value is parsed as YAML."""
 
     text: str
-    """as messages show it"""
+    """the override as shown in messages"""
     path: list[str]
     value: Any
 
 
 def apply(content: dict[str, Any], changes: Sequence[Override]) -> dict[str, Any]:
-    """A copy of a spec's content with the changes made, in order; an unknown path is an InputError with the nearest."""
+    """A copy of a spec's content with the overrides applied in order.
+
+    Raises InputError for an unknown path, with the most similar name.
+    """
     content = copy.deepcopy(content)
     for change in changes:
         content = _set(content, RunSpec, change, 0)
@@ -33,7 +36,7 @@ def apply(content: dict[str, Any], changes: Sequence[Override]) -> dict[str, Any
 
 
 def _set(here: schema.Content, annotation: schema.Annotation, change: Override, depth: int) -> schema.Content:
-    """What stands at the first `depth` parts of the path, with the change made in it."""
+    """A copy of `here` with the override applied. here: the content at the first `depth` parts of the path."""
     if depth == len(change.path):
         return change.value
     key, where = change.path[depth], schema.dotted(change.path[:depth]) or "the spec"
@@ -51,7 +54,7 @@ def _set(here: schema.Content, annotation: schema.Annotation, change: Override, 
     if schema.models(annotation):
         field = _field(annotation, here, key, f"{change.text}: {where}")
         below, inner = here.get(key, _default(field)), field.annotation
-    else:  # names of stages or students, or anything below a recipe's options
+    else:  # names of stages or students, or anything inside a recipe's options
         below, inner = here.get(key), schema.value_type(annotation, dict)
         if key not in here and depth + 1 < len(change.path) and schema.models(inner):
             raise InputError(f"{change.text}: {where} has no '{short(key)}'; {suggest(key, here)}")
@@ -59,7 +62,7 @@ def _set(here: schema.Content, annotation: schema.Annotation, change: Override, 
 
 
 def _field(annotation: schema.Annotation, here: dict[str, Any], key: str, where: str) -> FieldInfo:
-    """The field `key` of the model that `here` is, or of any it may become where its kind is not known yet."""
+    """The field `key` of the model of `here`; if its kind is not known yet, of any model that it may be."""
     chosen = schema.model_at(annotation, here)
     fields: dict[str, FieldInfo] = {}
     for model in [chosen] if chosen is not None else schema.models(annotation):
@@ -70,7 +73,7 @@ def _field(annotation: schema.Annotation, here: dict[str, Any], key: str, where:
 
 
 def _default(field: FieldInfo) -> schema.Content:
-    """The default of a field that the file leaves out, so that a part of it can be changed."""
+    """The default of a field that is not in the file, so that a part of it can be overridden."""
     if field.is_required():
         return None
     value = field.get_default(call_default_factory=True)

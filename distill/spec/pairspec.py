@@ -1,4 +1,4 @@
-"""Which file holds which pairs; what is wrong with a pairs stage, and with the pairs of a train stage. No tensors."""
+"""Layout of pairs in files, and validation of pairs stages and of the pairs of train stages. Does not import torch."""
 
 import math
 import re
@@ -15,14 +15,15 @@ from distill.spec.apportion import rows_by_share
 from distill.spec.kinds import either, inverting_solvers
 from distill.spec.model import WITH_STATES, PairsStage, RunSpec, TrainStage, is_path
 
-MAX_MANIFEST = 256 << 20  # bytes: several times what MAX_SHARDS files need
+MAX_MANIFEST = 256 << 20  # bytes; several times the size that MAX_SHARDS files need
 SHARD_NAME = re.compile(r"shard-([0-9]{5,15})\.safetensors")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How `count` pairs lie in files of `shard` each, the last one shorter. Computed, never listed: a count may be huge
-    before it is refused.
+    """Layout of `count` pairs in files of `shard` pairs each; the last file may have fewer.
+
+    Everything is computed without building lists, since a spec's count may be huge before it is refused.
     """
 
     count: int
@@ -37,42 +38,42 @@ class Layout:
         return -(-self.count // self.shard)
 
     def indices(self, number: int) -> range:
-        """The pairs of a file."""
+        """Indices of the pairs in file `number`."""
         return range(number * self.shard, min((number + 1) * self.shard, self.count))
 
     def name(self, number: int) -> str:
         return shard_path(Path(), number).name
 
     def number(self, name: str) -> int | None:
-        """The file that has this name; None if none of the set has."""
+        """The number of the file with this name; None if no file of the set has it."""
         match = SHARD_NAME.fullmatch(name)
         number = int(match[1]) if match else self.files
         return number if number < self.files and self.name(number) == name else None
 
     def part(self, part: tuple[int, int] | None) -> range:
-        """The files i, i + n, ... of part (i, n); None: all of them."""
+        """The file numbers i, i + n, ... of part (i, n). None: all files."""
         first, step = part or (0, 1)
         return range(first, self.files, step)
 
     def pairs(self, files: range) -> int:
-        """How many pairs some of the files hold."""
+        """Number of pairs in these files."""
         missing = self.files * self.shard - self.count if self.files - 1 in files else 0
         return len(files) * self.shard - missing
 
 
 def size(stage: PairsStage, part: tuple[int, int] | None = None) -> int:
-    """Pairs of a stage, or of the shards of one part (i, n)."""
+    """Number of pairs of a stage, or of the shards of one part (i, n)."""
     layout = Layout.of(stage)
     return layout.pairs(layout.part(part))
 
 
 def shard_path(folder: Path, number: int) -> Path:
-    """A file of a folder of pairs."""
+    """Path of shard `number` in a folder of pairs."""
     return folder / f"shard-{number:05}.safetensors"
 
 
 def shard_record(shard: Path) -> Path:
-    """Where who makes a part of the pairs says that a shard is complete; who makes the whole takes it over."""
+    """Path of the record that is written once a shard is complete. The manifest lists all shards in the end."""
     return shard.with_suffix(".json")
 
 
@@ -85,8 +86,9 @@ class _Listing(BaseModel):
 
 
 def listed(folder: Path) -> dict[str, int] | None:
-    """The shards that the manifest of a folder of pairs lists, by name, and their sizes in bytes; None if it is absent
-    or damaged. For who needs no more than that: `pairs.manifest.read` checks the rest.
+    """Shard name -> size in bytes, from the manifest of a folder of pairs; None if it is missing or damaged.
+
+    Nothing else in the manifest is validated; `pairs.manifest.read` does that.
     """
     path = folder / "manifest.json"
     try:
@@ -100,7 +102,7 @@ def listed(folder: Path) -> dict[str, int] | None:
 
 
 def mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
-    """What is wrong with a pairs stage by itself."""
+    """The mistakes in a pairs stage that can be found without the rest of the spec."""
     yield from _too_many_files(stage, prefix)
     if stage.shard % stage.block:
         nearest = max(stage.block, round(stage.shard / stage.block) * stage.block)
@@ -130,8 +132,9 @@ def _too_many_files(stage: PairsStage, prefix: str) -> Iterator[str]:
 
 
 def times_of(spec: RunSpec, stage: TrainStage) -> list[float] | None:
-    """The times of the states that a train stage's paths will have, where all have the same; uniform ones in place of
-    the optimal, which are found when the pairs are made.
+    """The times of the states of a train stage's paths; None if its pairs stages differ in them.
+
+    With `optimal_times`, these are uniform times as a placeholder: optimal ones are found during generation.
     """
     solved = [spec.stages[name] for name in stage.pair_shares]
     found = [each.times_of_states for each in solved if isinstance(each, PairsStage)]
@@ -161,7 +164,10 @@ def _times(stage: PairsStage, prefix: str) -> Iterator[str]:
 
 
 def of_training(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: str) -> Iterator[str]:
-    """Whether the pairs of a train stage are its teacher's, of the kind that its recipe takes, in parts that add up."""
+    """The mistakes in the pairs of a train stage.
+
+    The pairs must come from the stage's teacher and be of a kind that the recipe can use. Their shares must sum to 1.
+    """
     shares, found = stage.pair_shares, []
     if not (math.isclose(sum(shares.values()), 1) and all(shares.values())):
         given = ", ".join(f"{name}: {share:g}" for name, share in shares.items())
@@ -174,7 +180,7 @@ def of_training(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: 
     for name in shares:
         solved = spec.stages.get(name)
         if not isinstance(solved, PairsStage):
-            continue  # said where references are
+            continue  # `checks._references` reports it
         found.append(solved)
         if solved.teacher != stage.teacher:
             theirs, ours = (each or "the spec's teacher" for each in (solved.teacher, stage.teacher))

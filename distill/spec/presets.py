@@ -1,4 +1,4 @@
-"""The specs that ship, and how a spec is written for a person: every field, its value and its meaning."""
+"""The presets, and the output of a spec as commented YAML: every field, its value and its description."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -17,24 +17,24 @@ WIDTH = 110
 
 
 def folder() -> Path:
-    """Where the presets lie."""
+    """The folder of the presets."""
     return registry.package_folder() / "presets"
 
 
 def names() -> list[str]:
-    """The presets, in alphabetical order."""
+    """The names of the presets, in alphabetical order."""
     return sorted(path.stem for path in folder().glob("*.yaml"))
 
 
 def find(name: str) -> Path:
-    """The file of a preset."""
+    """The file of a preset. InputError if there is no such preset."""
     if name not in names():
         raise InputError(f"there is no preset '{name}'; {suggest(name, names())}")
     return folder() / f"{name}.yaml"
 
 
 def head(name: str) -> list[str]:
-    """The comment at the top of a preset: the command, what it makes, how long it takes."""
+    """The lines of the comment at the top of a preset: the command, its result and how long it takes."""
     lines = []
     for line in yamltext.read(find(name)).splitlines():
         if not line.startswith("#"):
@@ -44,7 +44,10 @@ def head(name: str) -> list[str]:
 
 
 def annotated(spec: RunSpec, base: Path) -> str:
-    """A spec as YAML with every field, defaults written out, its meaning as a comment; reads back to the same spec."""
+    """A spec as YAML with all fields and defaults, with comments; it reads back as the same spec.
+
+    base: folder of the user's own recipes.
+    """
     return "\n".join(_fields(spec, "", base)) + "\n"
 
 
@@ -73,7 +76,7 @@ def _fields(model: BaseModel, indent: str, base: Path) -> list[str]:
 
 
 def _kind(annotation: schema.Annotation, value: BaseModel, indent: str) -> list[str]:
-    """The line that selects a model from its union, naming the others."""
+    """The line `kind: ...` that selects a model in its union, with a comment that lists the other kinds."""
     kinds = [str(schema.kind_of(model)) for model in schema.models(annotation)]
     kind = schema.kind_of(type(value))
     return [] if kind is None else _line(f"{indent}  kind: {kind}", _with_choices("", kinds), indent + "  ")
@@ -85,7 +88,7 @@ def _with_choices(meaning: str, choices: Sequence[str]) -> str:
 
 
 def _options(given: Mapping[str, Any], recipe: str, indent: str, base: Path) -> list[str]:
-    """A recipe's options: those that are given, and the others as comments with their defaults."""
+    """The options of a recipe: the given ones, then the others as comments with their defaults."""
     meanings = {option.name: option for option in registry.describe(recipe, base).options}
     lines = [f"{indent}options:"]
     if not given:
@@ -103,13 +106,13 @@ def _options(given: Mapping[str, Any], recipe: str, indent: str, base: Path) -> 
 
 
 def _plain(value: object) -> str:
-    """A value on one line of YAML."""
+    """A value as YAML on one line."""
     text = yamltext.dump_line(value)
     return text.removesuffix("...").strip()
 
 
 def _line(line: str, meaning: str, indent: str) -> list[str]:
-    """The meaning beside its field, or above it where both are long."""
+    """A field with its description as a comment: at the end of the line, or above it if that would be too long."""
     if not meaning:
         return [line]
     beside = f"{line:<38}  # {meaning}"

@@ -1,7 +1,8 @@
 """Finds recipes by name: a file of the package `recipes`, an entry point of the group `distill.recipes`, or ./file.py
-beside the spec. Nothing is registered by hand, and listing them imports none.
+next to the spec. Recipes need no registration, and listing them imports none of them.
 
-A file of `recipes` whose name begins with an underscore is no recipe: it holds what the recipes of its folder share.
+A file of `recipes` whose name begins with an underscore is not a recipe: it has code that the recipes of its folder
+share.
 """
 
 import ast
@@ -29,89 +30,92 @@ from distill.spec import schema
 
 GROUP = "distill.recipes"
 PARTS = ("Config", "Recipe")
-COSTS = "costs.json"  # of our recipes, beside them; written by tests/benchmarks
+COSTS = "costs.json"  # file in the package `recipes` with the cost of each of its recipes; written by tests/benchmarks
 NEEDS = ("data", "pairs", "states", "teacher", "weights", "jvp")
-_FOREIGN: set[str] = set()  # files of the recipes loaded so far that are not of the package `recipes`
+_FOREIGN: set[str] = set()  # files of the loaded recipes that are not in the package `recipes`
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a recipe, as its source says."""
+    """An option of a recipe, read from its source."""
 
     name: str
     type: str
     choices: list[str]
-    """the words that are valid, if it is a choice of words"""
+    """the valid words, for a Literal; else empty"""
     default: Any
-    """None also where it must be given"""
+    """None also for a required option"""
     meaning: str
 
 
 @dataclass(frozen=True)
 class Description:
-    """What the source of a recipe says, read without importing it."""
+    """The description of a recipe, read from its source without importing it."""
 
     name: str
     summary: str
     paper: str
-    """the whole docstring of its module"""
+    """the docstring of its module"""
     needs: list[str]
     options: list[Option]
     cost: float | None
-    """seconds until the student has moved once, relative to flow matching; None: not measured"""
+    """time per update of the student, relative to flow matching; None: not measured"""
 
 
 @runtime_checkable
 class RecipeConfig(Protocol):
-    """What every recipe's Config says of itself, its options considered."""
+    """The properties that the Config of every recipe has. They may depend on its options."""
 
     @property
-    def needs(self) -> frozenset[str]: ...  # of NEEDS
+    def needs(self) -> frozenset[str]: ...  # a subset of NEEDS
     @property
-    def student(self) -> str: ...  # "velocity", "flow_map", "acceleration", "generator"
+    def student(self) -> str: ...  # kind of the student, a key of `kinds.STUDENTS`
 
 
 @runtime_checkable
 class Guiding(Protocol):
-    """A Config by which a guided teacher is baked into the student."""
+    """A Config that distils a teacher with classifier-free guidance."""
 
     @property
     def guidance_scale(self) -> float: ...  # 1 = none
 
 
 def guidance_scale(config: RecipeConfig) -> float:
-    """The classifier-free guidance that a recipe asks of its teacher."""
+    """Classifier-free guidance scale with which a recipe calls its teacher; 1 = none."""
     return config.guidance_scale if isinstance(config, Guiding) else 1.0
 
 
 @runtime_checkable
 class Synchronised(Protocol):
-    """A Config under which the teacher may see the dropped condition too."""
+    """A Config in which the teacher can get the dropped condition as well."""
 
     @property
     def guidance_sync(self) -> bool: ...
 
 
 def unconditional(config: RecipeConfig) -> bool:
-    """Whether the student learns the unconditional velocity: on data alone, or where its teacher shows it that too."""
+    """Whether the student learns the unconditional velocity.
+
+    It does if it trains on data alone, or if the condition is dropped for its teacher as well (`guidance_sync`).
+    """
     return "teacher" not in config.needs or (isinstance(config, Synchronised) and config.guidance_sync)
 
 
 @runtime_checkable
 class Coupling(Protocol):
-    """A Config under which a loss looks at blocks of consecutive samples of the global batch, and needs them whole."""
+    """A Config whose loss couples blocks of consecutive samples of the global batch. A block must not be split."""
 
     @property
-    def rows_together(self) -> int: ...  # samples of a block; 1: each by itself
+    def rows_together(self) -> int: ...  # samples per block; 1: no coupling
 
 
 def rows_together(config: RecipeConfig) -> int:
-    """The samples that a micro-batch must hold, or a multiple of them."""
+    """The size of a micro-batch must be a multiple of this."""
     return config.rows_together if isinstance(config, Coupling) else 1
 
 
 def package_folder() -> Path:
-    """The folder of the package `recipes`, found without importing it."""
+    """The folder of the package `recipes`, found without importing it. InputError if it is not installed."""
     found = importlib.util.find_spec("recipes")
     if found is None or not found.submodule_search_locations:
         raise InputError("the package `recipes` is missing from this installation; install distill again")
@@ -119,14 +123,17 @@ def package_folder() -> Path:
 
 
 def names() -> list[str]:
-    """All recipes that can be named, ./files aside."""
+    """The names of all installed recipes; ./file.py recipes are not listed."""
     folder = package_folder()
     files = [path for path in sorted(folder.glob("*/*.py")) if not path.name.startswith("_")]
     return [path.relative_to(folder).with_suffix("").as_posix() for path in files] + sorted(_entry_points())
 
 
 def own_file(name: str, base: Path) -> Path | None:
-    """The file of a recipe that lies beside its spec; None: the name is not a path."""
+    """The file of a recipe ./file.py in the folder of the spec; None if the name is not such a path.
+
+    Raises InputError if the file does not exist or is outside of that folder.
+    """
     if not name.endswith(".py"):
         return None
     if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -140,7 +147,7 @@ def own_file(name: str, base: Path) -> Path | None:
 
 
 def source(name: str, base: Path) -> Path:
-    """The file of a recipe, found without importing it."""
+    """The file of a recipe, found without importing it. InputError if there is no such recipe."""
     own = own_file(name, base)
     if own is not None:
         return own
@@ -153,7 +160,7 @@ def source(name: str, base: Path) -> Path:
         return path
     point = _entry_points().get(name)
     if point is None:
-        last = [each for each in names() if each.rpartition("/")[2] == name]  # named without its folder
+        last = [each for each in names() if each.rpartition("/")[2] == name]  # given without its folder
         hint = suggest(last[0] if last else name, names())
         raise InputError(f"there is no recipe '{name}'; {hint}; or a file of your own: ./file.py")
     found = importlib.util.find_spec(point.module)
@@ -163,7 +170,7 @@ def source(name: str, base: Path) -> Path:
 
 
 def load(name: str, base: Path) -> ModuleType:
-    """The module of a recipe: it has a docstring, `Config` and `Recipe`."""
+    """Import the module of a recipe. InputError if the import fails or its docstring, Config or Recipe is missing."""
     path = source(name, base)
     is_ours = path.is_relative_to(package_folder())
     if not is_ours:
@@ -188,11 +195,11 @@ def load(name: str, base: Path) -> ModuleType:
 
 
 def _refuse_shared(name: str, path: Path) -> None:
-    """InputError if a recipe that is not ours imports what ours share."""
+    """Raise InputError if a user's recipe imports the shared private modules of the package `recipes`."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError):
-        return  # its import says so
+        return  # importing it will report the error
     for node in ast.walk(tree):
         if not isinstance(node, ast.Import | ast.ImportFrom):
             continue
@@ -206,12 +213,12 @@ def _refuse_shared(name: str, path: Path) -> None:
 
 
 def is_of_foreign_recipe(error: BaseException) -> bool:
-    """Whether an error comes out of the code of a recipe that is not ours, which is for its author to mend."""
+    """Whether an error was raised in a recipe outside of the package `recipes`, so that its author must fix it."""
     return any(each.filename in _FOREIGN for each in traceback.extract_tb(error.__traceback__))
 
 
 def configure(name: str, module: ModuleType, options: dict[str, Any], where: str) -> RecipeConfig:
-    """A recipe's options as its Config, types taken strictly; InputError with one line per mistake."""
+    """The Config of a recipe from its options, validated strictly. InputError with one line per mistake."""
     model: type[BaseModel] = module.Config
     try:
         config = model.model_validate_json(json.dumps(options), strict=True)
@@ -223,7 +230,7 @@ def configure(name: str, module: ModuleType, options: dict[str, Any], where: str
 
 
 def describe(name: str, base: Path) -> Description:
-    """What a recipe's source says of itself."""
+    """The description of a recipe, from its source."""
     path = source(name, base)
     tree = ast.parse(path.read_text(encoding="utf-8"))
     paper = ast.get_docstring(tree) or ""
@@ -241,7 +248,7 @@ def _costs() -> dict[str, float]:
 
 
 def _load_file(path: Path) -> ModuleType:
-    """A module from a file, once per content: pydantic looks its names up in sys.modules."""
+    """Import a module from a file, once per content. It is added to sys.modules, where pydantic looks up its names."""
     content = path.read_bytes()
     name = f"distill_recipe_{sha256(content).hexdigest()[:16]}"
     if name in sys.modules:
@@ -251,8 +258,8 @@ def _load_file(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module
     try:
-        # Not by the usual loader: it writes __pycache__ beside the file, and would reuse it for another version saved
-        # within the same second.
+        # The usual loader is not used. It writes __pycache__ next to the file, and would reuse that for a new version
+        # of the file that was saved within the same second.
         exec(compile(content, path, "exec"), vars(module))
     finally:
         if sys.exception() is not None:
@@ -266,18 +273,18 @@ def _entry_points() -> dict[str, EntryPoint]:
 
 @functools.cache
 def _entry_points_on(path: tuple[str, ...]) -> dict[str, EntryPoint]:
-    """path: sys.path; reading what every package on it declares takes milliseconds."""
+    """path: sys.path. The result is cached, since reading the entry points of all packages takes milliseconds."""
     return {point.name: point for point in entry_points(group=GROUP)}
 
 
 def _needs(needs: ast.FunctionDef | None) -> list[str]:
-    """What a `needs` property can name."""
+    """The needs that a `needs` property may return."""
     constants = [node for node in ast.walk(needs) if isinstance(node, ast.Constant)] if needs else []
     return [need for need in NEEDS if need in [constant.value for constant in constants]]
 
 
 def _of_base(base: ast.expr, family: Path) -> list[Option]:
-    """The options that a Config takes over from a class of distill, or of its own folder, written as module.Class."""
+    """The options that a Config inherits from `base`, written module.Class: of distill.flow, or of its own folder."""
     if not isinstance(base, ast.Attribute) or not isinstance(base.value, ast.Name):
         return []
     shared = base.value.id.startswith("_")
@@ -308,7 +315,7 @@ def _choices(annotation: ast.expr) -> list[str]:
 
 
 def _value(node: ast.expr | None) -> Any:  # noqa: ANN401
-    """A default as a value; where it is computed, as its source text."""
+    """The value of a default; if it is not a literal, its source text."""
     if node is None:
         return None
     try:

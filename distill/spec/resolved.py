@@ -1,4 +1,7 @@
-"""A spec with its recipes found and configured: once, for all who check, plan or compute. No tensors."""
+"""A spec whose recipes are imported and configured, for checking, planning and execution. No tensors are created.
+
+Recipes are resolved once, so that all later code uses the same modules and options.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ from distill.spec.registry import RecipeConfig
 
 @dataclass(frozen=True)
 class ResolvedRecipe:
-    """The recipe of a train stage with the options of that stage."""
+    """The recipe of a train stage, configured with the options of the stage."""
 
     module: ModuleType
     config: RecipeConfig
@@ -33,55 +36,55 @@ class ResolvedRecipe:
 
     @property
     def sampler(self) -> str:
-        """Of its student."""
+        """Name of the student's sampler."""
         name: str = self.module.Recipe.sampler
         return name
 
     @property
     def kind(self) -> StudentKind | None:
-        """Of its student; None: there is no such kind."""
+        """Kind of the student; None if it is not a known kind."""
         return STUDENTS.get(self.config.student)
 
     @property
     def guidance_scale(self) -> float:
-        """The classifier-free guidance that it asks of its teacher."""
+        """Classifier-free guidance scale with which the recipe calls its teacher; 1 = none."""
         return registry.guidance_scale(self.config)
 
     @property
     def rows_together(self) -> int:
-        """The samples that a micro-batch must hold, or a multiple of them."""
+        """The size of a micro-batch must be a multiple of this."""
         return registry.rows_together(self.config)
 
     @property
     def unconditional(self) -> bool:
-        """Whether its student learns the unconditional velocity."""
+        """Whether the student learns the unconditional velocity."""
         return registry.unconditional(self.config)
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A spec whose recipes are known."""
+    """A spec whose recipes are resolved."""
 
     spec: RunSpec
-    """paths among the options of recipes are absolute"""
+    """the spec; paths in the options of recipes are absolute"""
     base: Path
-    """the folder of own recipes"""
+    """folder of the user's own recipes"""
     recipes: Mapping[str, ResolvedRecipe]
-    """by train stage"""
+    """train stage -> its recipe"""
     failed: Mapping[str, str]
-    """train stages whose recipe cannot be used, and why"""
+    """train stage whose recipe cannot be used -> why"""
 
     def kind(self, stage: str | None) -> StudentKind | None:
-        """The kind of a train stage's student; None if there is none or it is unknown."""
+        """The kind of a train stage's student; None if there is no such stage or its kind is unknown."""
         recipe = self.recipes.get(stage or "")
         return None if recipe is None else recipe.kind
 
     def samplers(self, evaluation: EvaluateStage) -> dict[str, str]:
-        """Of the students that an evaluation measures."""
+        """Train stage -> sampler, for the students that an evaluation measures."""
         return {name: self.recipes[name].sampler for name in evaluation.students if name in self.recipes}
 
     def needs(self, name: str) -> frozenset[str]:
-        """What a stage computes from: "teacher", "data", and what else its recipe needs."""
+        """The inputs of a stage: "teacher", "data", and other needs of its recipe."""
         stage = self.spec.stages[name]
         if isinstance(stage, TrainStage):
             return self.recipes[name].needs
@@ -89,14 +92,14 @@ class Resolved:
         return frozenset({"teacher", "data"} if of_data else {"teacher"})
 
     def reads_images(self, name: str) -> bool:
-        """Whether a stage computes from images that have an index."""
+        """Whether a stage reads image data that needs an image index (kinds images and hf)."""
         return isinstance(self.spec.data, ImagesData | HfData) and "data" in self.needs(name)
 
 
 def resolve(spec: RunSpec, base: Path) -> Resolved:
-    """The spec with every recipe imported and configured. One that cannot be used is noted in `failed`.
+    """Import and configure all recipes of a spec. A recipe that cannot be used is recorded in `failed`.
 
-    base: the folder that own recipes and relative paths in their options are looked up in.
+    base: the folder of the user's own recipes. Relative paths in options are searched for there first.
     """
     stages: dict[str, Stage] = dict(spec.stages)
     recipes: dict[str, ResolvedRecipe] = {}
@@ -118,7 +121,7 @@ def resolve(spec: RunSpec, base: Path) -> Resolved:
 
 
 def of_run(spec: RunSpec, root: Path) -> Resolved:
-    """The spec of a run, which was checked when the run was made; InputError if a recipe can no longer be used."""
+    """Resolve the spec of an existing run, which was checked before. InputError if a recipe can no longer be used."""
     found = resolve(spec, root)
     for mistake in found.failed.values():
         raise InputError(mistake)
@@ -126,13 +129,13 @@ def of_run(spec: RunSpec, root: Path) -> Resolved:
 
 
 def resolve_recipe(stage: TrainStage, base: Path, where: str = "options") -> ResolvedRecipe:
-    """That of a stage which is no part of a spec yet."""
+    """The recipe of a stage that is not part of a spec yet. InputError if it cannot be used."""
     module = registry.load(stage.recipe, base)
     return ResolvedRecipe(module, registry.configure(stage.recipe, module, stage.options, where))
 
 
 def _located(options: Mapping[str, object], module: ModuleType, base: Path) -> dict[str, object]:
-    """Options with absolute paths, as `specfile.load` makes those of all other fields."""
+    """The options with absolute paths; `specfile.load` does the same for the other fields of a spec."""
     fields = module.Config.model_fields
     return {
         key: specfile.absolute(value, [base, Path.cwd()])

@@ -1,6 +1,4 @@
-"""Walks pydantic models along a path like stages.teach.images: which model a value belongs to, what its fields mean,
-and how a failed validation reads to the person who wrote the file.
-"""
+"""Looks up models and fields of the spec by a path like stages.teach.images, and explains validation errors."""
 
 import types
 from collections.abc import Mapping, Sequence
@@ -12,8 +10,8 @@ from pydantic.fields import FieldInfo
 from distill.core.text import suggest
 from distill.spec.kinds import OneOf
 
-Annotation = Any  # what stands behind the colon of a field
-Content = Any  # what a YAML file holds at some path
+Annotation = Any  # the type annotation of a field
+Content = Any  # the content of a YAML file at some path
 
 NAME_RULE = "letters, digits, '.', '_' and '-', at most 64, beginning with a letter or digit"
 KINDS = {
@@ -37,7 +35,7 @@ BOUNDS = {
 
 
 def alternatives(annotation: Annotation) -> list[Annotation]:
-    """The members of a union (Annotated and None taken off), or the annotation alone."""
+    """The members of a union without Annotated and None; for another annotation, the annotation alone."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return alternatives(get_args(annotation)[0])
@@ -47,18 +45,18 @@ def alternatives(annotation: Annotation) -> list[Annotation]:
 
 
 def models(annotation: Annotation) -> list[type[BaseModel]]:
-    """The models that may stand there."""
+    """The pydantic models that an annotation allows."""
     return [member for member in alternatives(annotation) if isinstance(member, type) and issubclass(member, BaseModel)]
 
 
 def kind_of(model: type[BaseModel]) -> str | None:
-    """The value of `kind` that selects this model from its union; None: it needs no selection."""
+    """The value of `kind` that selects this model in its union; None if the model has no `kind`."""
     field = model.model_fields.get("kind")
     return None if field is None else str(get_args(field.annotation)[0])
 
 
 def model_at(annotation: Annotation, content: Content) -> type[BaseModel] | None:
-    """The model that `content` is one of, by its `kind`; None if there is none or it is unknown."""
+    """The model of `content`, selected by its `kind`; None if there is no model or the kind is unknown."""
     candidates = models(annotation)
     if len(candidates) == 1:
         return candidates[0]
@@ -67,7 +65,10 @@ def model_at(annotation: Annotation, content: Content) -> type[BaseModel] | None
 
 
 def value_type(annotation: Annotation, origin: type) -> Annotation | None:
-    """The type of the values of a dict, or of the items of a list; None: it is neither."""
+    """The type of the values of a dict or of the items of a list; None if the annotation has no such member.
+
+    origin: dict, list or tuple.
+    """
     for member in alternatives(annotation):
         if get_origin(member) is origin:
             return get_args(member)[-1]
@@ -75,7 +76,10 @@ def value_type(annotation: Annotation, origin: type) -> Annotation | None:
 
 
 def declared(model: type[BaseModel], path: Sequence[str | int], content: Content) -> tuple[Annotation, str]:
-    """The type of what stands at `path` of `content` (a `model` in the making), and what it means."""
+    """The annotation and the description of the field at `path`.
+
+    content: the content of the whole file, not validated yet. model: the model that it should be.
+    """
     annotation: Annotation = model
     meaning = ""
     for key in path:
@@ -90,7 +94,7 @@ def declared(model: type[BaseModel], path: Sequence[str | int], content: Content
 
 
 def below(content: Content, key: str | int) -> Content:
-    """content[key], or None where there is no such thing."""
+    """content[key], or None if there is no such entry."""
     if isinstance(content, Mapping):
         return content.get(key)
     if isinstance(content, list) and isinstance(key, int) and key < len(content):
@@ -99,14 +103,14 @@ def below(content: Content, key: str | int) -> Content:
 
 
 def choices(field: FieldInfo) -> list[str]:
-    """The words that a field may hold, if it is a choice of words."""
+    """The valid values of a field that is a choice (Literal or `OneOf`); else an empty list."""
     named = [each.names() for each in field.metadata if isinstance(each, OneOf)]
     found = [member for member in alternatives(field.annotation) if get_origin(member) is Literal]
     return [str(word) for words in [*map(get_args, found), *named] for word in words]
 
 
 def valid(described: Mapping[str, Any]) -> str:
-    """What may stand in a field, for people: from its part of `model_json_schema()`."""
+    """The valid values of a field as text. described: the field's part of `model_json_schema()`."""
     if "anyOf" in described:
         return " or ".join(valid(member) for member in described["anyOf"])
     if "enum" in described or "const" in described:
@@ -125,12 +129,12 @@ def _bound(number: int | float) -> str:
 
 
 def dotted(path: Sequence[str | int]) -> str:
-    """stages.teach.images"""
+    """A path as text, like stages.teach.images."""
     return ".".join(str(part) for part in path)
 
 
 def show(value: Content) -> str:
-    """A value as a message shows it: as YAML would, and short."""
+    """A value as text for a message, shortened; null and booleans as in YAML."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -140,7 +144,7 @@ def show(value: Content) -> str:
 
 
 def explain(error: ValidationError, model: type[BaseModel], content: Content, prefix: str = "") -> list[str]:
-    """One line per mistake: path of the field, what was given, what is valid, the nearest name."""
+    """One line per mistake: path of the field, the given value, what is valid, the most similar name."""
     merged: dict[str, list[str]] = {}
     given: dict[str, str] = {}
     for entry in error.errors(include_url=False):
@@ -163,7 +167,10 @@ def explain(error: ValidationError, model: type[BaseModel], content: Content, pr
 def _locate(
     loc: Sequence[str | int], model: type[BaseModel], content: Content
 ) -> tuple[list[str | int], type[BaseModel] | None]:
-    """pydantic's location without the labels of union members, and the model that has the last part as a field."""
+    """(path, model) of a pydantic location.
+
+    The path has no labels of union members. The model is the one that has the last part of the path as a field.
+    """
     path: list[str | int] = []
     annotation: Annotation = model
     owner: type[BaseModel] | None = None
@@ -197,7 +204,7 @@ def _one(
     model: type[BaseModel],
     content: Content,
 ) -> tuple[str, bool]:
-    """One mistake as words, and whether they are a rule about the value ("must be ...") or a whole message."""
+    """(text, is a rule) of one mistake. A rule completes "must be ..."; any other text is a whole message."""
     context = entry.get("ctx", {})
     if kind == "extra_forbidden":
         return f"unknown key; {suggest(str(path[-1]), owner.model_fields if owner else [])}", False

@@ -1,4 +1,4 @@
-"""A run spec as a file: read strictly, explained when wrong, written so that it reads back the same."""
+"""Reading and writing of spec files: strict validation, clear errors, and output that reads back as the same spec."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -15,22 +15,22 @@ from distill.spec import overrides, schema
 from distill.spec.model import CheckpointTeacher, HfData, ImagesData, RunSpec
 from distill.spec.overrides import Override
 
-MOST_SHOWN = 20  # mistakes of a file
+MOST_SHOWN = 20  # mistakes that one message lists
 
 
 @dataclass(frozen=True)
 class SpecSource:
-    """A validated spec and where it came from."""
+    """A validated spec and its origin."""
 
     spec: RunSpec
     base: Path
-    """the folder that ./recipe.py and relative paths are looked up in"""
+    """folder of ./recipe.py files and relative paths"""
     source: str
-    """as messages name it"""
+    """name of the file in messages"""
 
 
 def change_from(text: str) -> Override:
-    """An override from its text `a.b=c`."""
+    """Parse an override `a.b=c`. InputError if it is malformed."""
     if not is_text(text):
         raise InputError(
             f"{short(ascii(text))} is not a change of the spec: it holds a control character, or bytes not UTF-8"
@@ -50,7 +50,7 @@ def change_from(text: str) -> Override:
 
 
 def validate(content: Any, source: str) -> RunSpec:  # noqa: ANN401
-    """Content as a RunSpec, types taken strictly; InputError with one line per mistake."""
+    """Validate content strictly as a RunSpec. InputError with one line per mistake."""
     if content is None:
         raise InputError(f"{source}: empty; `distill init` lists the presets to start from")
     if not isinstance(content, dict):
@@ -79,7 +79,7 @@ def validate(content: Any, source: str) -> RunSpec:  # noqa: ANN401
 
 
 def join(source: str, mistakes: Sequence[str]) -> str:
-    """One message of one or several mistakes; of very many, the first."""
+    """One message for one or more mistakes; at most `MOST_SHOWN` are listed."""
     if len(mistakes) == 1:
         return f"{source}: {mistakes[0]}"
     more = [f"and {len(mistakes) - MOST_SHOWN:,} more"] if len(mistakes) > MOST_SHOWN else []
@@ -87,7 +87,10 @@ def join(source: str, mistakes: Sequence[str]) -> str:
 
 
 def load(path: Path, changes: Sequence[str] = (), *, name: str | None = None, source: str | None = None) -> SpecSource:
-    """The spec in a file, with overrides `a.b=c` applied and paths made absolute."""
+    """Read a spec file, apply overrides `a.b=c` and make paths absolute. InputError if the result is not valid.
+
+    name: replaces the name of the run. source: name of the file in messages.
+    """
     source = source or str(path)
     content = yamltext.parse(yamltext.read(path), source)
     if isinstance(content, dict):
@@ -99,12 +102,12 @@ def load(path: Path, changes: Sequence[str] = (), *, name: str | None = None, so
 
 
 def resolved(spec: RunSpec) -> str:
-    """The whole spec as YAML, every default written out; reads back to the same spec."""
+    """The whole spec as YAML with all defaults; it reads back as the same spec."""
     return yamltext.dump(spec.model_dump(mode="json"))
 
 
 def differences(old: RunSpec, new: RunSpec) -> list[str]:
-    """The fields in which two specs differ, with both values: "stages.teach.images: 100 -> 200"."""
+    """The fields in which two specs differ, like "stages.teach.images: 100 -> 200"."""
     return [
         f"{path}: {schema.show(before)} -> {schema.show(after)}"
         for path, before, after in _differences("", old.model_dump(mode="json"), new.model_dump(mode="json"))
@@ -121,7 +124,7 @@ def _differences(path: str, old: object, new: object) -> list[tuple[str, object,
 
 
 def _words(content: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """Every key, and every value that is text, each with the path of where it stands."""
+    """(path, key or text) for every key and every text value."""
     if isinstance(content, dict):
         for key, value in content.items():
             yield path, key
@@ -134,7 +137,7 @@ def _words(content: object, path: str = "") -> Iterator[tuple[str, object]]:
 
 
 def absolute(path: str, folders: Sequence[Path]) -> str:
-    """A path that exists below one of `folders`, absolute; anything else (a hub id, a missing file) as it is."""
+    """The absolute path if `path` exists in one of `folders`; anything else (a hub id, a missing file) is unchanged."""
     given = expanded(path)
     found = next((str((folder / given).resolve()) for folder in folders if (folder / given).exists()), path)
     if not is_text(found):
@@ -143,7 +146,7 @@ def absolute(path: str, folders: Sequence[Path]) -> str:
 
 
 def located(spec: RunSpec, folders: Sequence[Path]) -> RunSpec:
-    """Paths that exist beside the spec, or in the current folder, made absolute: a run may be resumed anywhere."""
+    """The spec with paths that exist in one of `folders` made absolute, since a run may be resumed from any folder."""
     changed: dict[str, Any] = {}
     if isinstance(spec.teacher, CheckpointTeacher):
         update = {"path": absolute(spec.teacher.path, folders)}

@@ -1,4 +1,4 @@
-"""What is wrong with the network and the lengths of a train stage. No tensors."""
+"""Validation of the network and the lengths of a train stage. Does not import torch."""
 
 from collections.abc import Iterator
 
@@ -15,15 +15,15 @@ MAX_PARAMETERS = 100_000_000_000
 
 
 def parameters(network: UNetSpec | MlpSpec) -> int:
-    """About how many a fresh network has, without building it: those of its largest layers."""
+    """Rough number of parameters of a new network, from its largest layers; the network is not built."""
     if isinstance(network, MlpSpec):
         return network.width**2 * network.depth
-    down, up = 2 * network.layers_per_block, 3 * (network.layers_per_block + 1)  # 3 x 3 convolutions of a resolution
+    down, up = 2 * network.layers_per_block, 3 * (network.layers_per_block + 1)  # 3 x 3 convolutions per resolution
     return sum(9 * channels**2 * (down + up) for channels in network.channels)
 
 
 def network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, where: str) -> Iterator[str]:
-    """Whether a fresh network can be built, and makes what the stage's samples are."""
+    """The mistakes in the spec of a new network: whether it can be built and fits the shape of the samples."""
     if stage.dropout is not None:
         yield f"{where}: a fresh network has its own dropout, so that of the stage has no effect; remove it"
     vectors = stage.teacher is None and spec.has_exact_teacher
@@ -53,9 +53,9 @@ def network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, where
 
 
 def lengths(spec: RunSpec, stage: TrainStage, rows_together: int, where: str) -> Iterator[str]:
-    """Whether images, batches, warm-up and averages come out even."""
+    """The mistakes in the lengths of a stage: images, batch size, micro-batch, warm-up, averages, checkpoints."""
     batch, procs, optimizer = stage.batch_size, spec.launch.world_size, stage.optimizer
-    micro = spec.launch.known_micro_batch  # what is chosen later is chosen among those that fit
+    micro = spec.launch.known_micro_batch  # with "auto", only fitting sizes are tried later
     samples = micro or batch // procs
     if stage.images % batch:
         nearest = max(batch, round(stage.images / batch) * batch)

@@ -1,7 +1,7 @@
-"""Conformance of recipes, ours and others': declare a `Subject`, run `CHECKS` on it.
+"""Conformance tests for recipes, including your own: declare a `Subject` and run `CHECKS` on it.
 
-`exact` has what closed-form checks are made of; `train_together` and `agrees` compare two processes with one;
-`recovers` trains on a ring of eight modes.
+`exact` has building blocks for closed-form checks. `train_together` and `agrees` compare a training with two processes
+to one with a single process. `recovers` trains on a ring of eight modes.
 """
 
 from distill.testing.conformance import CHECKS, agrees

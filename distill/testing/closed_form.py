@@ -1,4 +1,4 @@
-"""More in closed form, for tests: flow maps of Gaussian and mixture data, a teacher of classes, one more path.
+"""Closed-form objects for tests: flow maps of Gaussian and mixture data, a class-conditional teacher, the trig path.
 
 As in `teachers.analytic`, coordinates are computed in float64 and returned in the dtype of x_t.
 """
@@ -17,13 +17,14 @@ from distill.protocols import Cond
 from distill.teachers.analytic import GaussianField, MixtureField, exact_noise, mean_of, normalised
 from distill.teachers.loaded import LoadedTeacher
 
-_NEAR = 1e-5  # times nearer than this: a divided difference is the derivative at the midpoint, exact to 1e-11
+# If |s - t| is smaller, divided differences are replaced by the derivative at the midpoint, which is exact to 1e-11.
+_NEAR = 1e-5
 
 
 class GaussianFlowMap:
     """The exact average velocity of `GaussianField`, from X = alpha_s m + (q_s/q_t) (x - alpha_t m).
 
-    Differences over s - t are taken of alpha and sigma alone, so that nothing cancels as s -> t, where u = v.
+    Only alpha and sigma are divided by s - t, so that there is no cancellation as s -> t, where u = v.
     """
 
     def __init__(
@@ -50,10 +51,11 @@ class GaussianFlowMap:
 
 
 class QuantileFlowMap:
-    """The exact average velocity of a 1-D mixture, applied to every coordinate: ODE flows on a line keep quantiles.
+    """The exact average velocity of a 1-D mixture, applied to every coordinate.
 
-    CDF_s(X) = CDF_t(x) by bisection, in logarithms of the smaller tail, then one Newton step, through which derivatives
-    flow (exact in both modes). means, std, weights: [K]. At s = t, u is the velocity.
+    An ODE flow in one dimension preserves quantiles, so CDF_s(X) = CDF_t(x) is solved for X: by bisection on the
+    logarithm of the smaller tail, then by one Newton step. Derivatives are taken through the Newton step and are exact
+    in forward and reverse mode. At s = t, u is the velocity. means, std, weights: [K].
     """
 
     def __init__(
@@ -75,10 +77,10 @@ class QuantileFlowMap:
         return u.to(x_t.dtype)
 
     def jump(self, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """X(x_t, t, s): x_s on the path through x_t [B, ...]; t and s [B]."""
+        """X(x_t, t, s): the state x_s on the path through x_t [B, ...]; t and s are [B]."""
         z = self._standard(x_t.detach(), t.detach())  # [B, ..., K]
         alpha, q = self._moments(s.detach(), x_t)
-        bracket = alpha * self.means.to(x_t.device) + q * z  # where each component alone would go: X is between them
+        bracket = alpha * self.means.to(x_t.device) + q * z  # the maps of the single components; X is between them
         low, high = bracket.amin(-1), bracket.amax(-1)
         upper = self._log_cdf(x_t.detach(), t.detach(), 1.0) > self._log_cdf(x_t.detach(), t.detach(), -1.0)
         side = torch.where(upper, -1.0, 1.0).to(x_t)  # 1: lower tail; -1: upper tail
@@ -112,9 +114,10 @@ class QuantileFlowMap:
 
 
 def class_gaussian_teacher(means: Tensor, null_mean: Tensor, std: Tensor) -> LoadedTeacher:
-    """Class k is N(means[k], diag(std^2)), unconditional N(null_mean, same): guided, it is a Gaussian too.
+    """A class-conditional Gaussian teacher: class k is N(means[k], diag(std^2)).
 
-    means [K, ...]; null_mean and std have one sample's shape. exact_data has the classes of `draws.sample_labels`.
+    Unconditional data is N(null_mean, diag(std^2)), so the guided data is Gaussian too. means: [K, ...]; null_mean and
+    std have the shape of one sample. Samples of exact_data have the classes of `draws.sample_labels`.
     """
     num_classes = means.shape[0]
     rows = torch.cat([means, null_mean[None]]).double()
@@ -138,7 +141,8 @@ def class_gaussian_teacher(means: Tensor, null_mean: Tensor, std: Tensor) -> Loa
 def trig(sigma_data: float = 1.0) -> Interpolant:
     """alpha = cos(angle), sigma = sigma_data sin(angle), angle = t pi/2 (TrigFlow, Lu & Song 2024, arXiv 2410.11081).
 
-    Their z is sigma_data noise. A VP network's v-prediction is this path's velocity per unit angle at sigma_data 1.
+    The paper's z is sigma_data * noise. With sigma_data = 1, the v-prediction of a VP network is the velocity of this
+    path per unit of angle.
     """
     half_pi = math.pi / 2
 

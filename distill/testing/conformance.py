@@ -1,4 +1,4 @@
-"""What is asked of every recipe. Each check takes a `Subject` and a scratch folder, and raises AssertionError.
+"""The checks that every recipe must pass. Each takes a `Subject` and a temporary folder, and raises AssertionError.
 
 MINE = testing.Subject("./mine.py", base=HERE, closed_form=(zero_at_the_solution,))
 
@@ -6,7 +6,7 @@ MINE = testing.Subject("./mine.py", base=HERE, closed_form=(zero_at_the_solution
 def test_mine(check, tmp_path):
     check(MINE, tmp_path)
 
-What an undisturbed training finds, several of them ask of the same one: declare a subject once.
+Several checks use the same reference training of a subject, so create each subject only once.
 """
 
 import ast
@@ -43,7 +43,7 @@ RANDOM |= {"random_", "exponential_", "bernoulli", "bernoulli_", "multinomial", 
 
 
 def builds(subject: Subject, folder: Path) -> None:
-    """From its defaults; what it says of itself is possible, true, and survives being written out."""
+    """The recipe can be built from its defaults. Its description is complete, and its config survives a round trip."""
     config, described = subject.config(), registry.describe(subject.recipe, subject.base)
     assert config.needs <= set(described.needs) <= set(registry.NEEDS), f"needs {config.needs}"
     assert all(option.meaning for option in described.options), "an option says nothing of itself"
@@ -58,7 +58,7 @@ def builds(subject: Subject, folder: Path) -> None:
 
 
 def is_right(subject: Subject, folder: Path) -> None:
-    """The closed-form checks that it declares; it declares some."""
+    """The recipe declares closed-form checks, and passes them."""
     assert subject.closed_form, f"{subject.recipe} declares no closed-form check: give its Subject(closed_form=...)"
     for check in subject.closed_form:
         check()
@@ -66,25 +66,25 @@ def is_right(subject: Subject, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Undisturbed:
-    """One training in fp32 from beginning to end, of which several checks ask different things."""
+    """The reference training: in fp32, without interruption. Several checks use it."""
 
     student: nn.Module
     steps: Steps
     saved: dict[str, dict[str, bytes]]
-    """the bits of its last checkpoint, by group"""
+    """its last checkpoint: group -> name -> bytes"""
     faults: list[str]
-    """of its gradients"""
+    """what is wrong with its gradients"""
 
 
 class GradientProbe:
-    """Looks at the gradients before each step of an optimizer: those of the network whose turn it is, and no others."""
+    """Checks before each optimizer step that only the network that is updated has gradients."""
 
     def __init__(self) -> None:
         self.moved: dict[str, set[str]] = {}
         self.faults: list[str] = []
 
     def __call__(self, roles: Roles) -> None:
-        """Note which weights have a gradient that is not zero, and where one does not belong."""
+        """Record which weights have a nonzero gradient, and gradients where none may be."""
         active = [
             name for name, each in roles.trainables.items() if any(p.requires_grad for p in each.module.parameters())
         ]
@@ -98,10 +98,10 @@ class GradientProbe:
                     self.moved.setdefault(name, set()).add(key)
 
     def found(self, roles: Roles) -> list[str]:
-        """What was wrong, and the weights that no gradient ever moved."""
+        """All faults, including weights that never had a nonzero gradient."""
         faults = list(self.faults)
         for name, each in roles.trainables.items():
-            trained = each.masters().keys() & dict(each.module.named_parameters()).keys()  # tied ones once
+            trained = each.masters().keys() & dict(each.module.named_parameters()).keys()  # tied weights only once
             still = trained - self.moved.get(name, set()) - each.waiting
             if still:
                 faults.append(f"nothing reaches {len(still)} weights of {name}: {', '.join(sorted(still)[:5])}")
@@ -110,7 +110,7 @@ class GradientProbe:
 
 @functools.cache
 def undisturbed(subject: Subject) -> Undisturbed:
-    """Of a subject, made once."""
+    """The reference training of a subject, run once and cached."""
     probe = GradientProbe()
 
     with tempfile.TemporaryDirectory(prefix="distill-") as folder:
@@ -129,7 +129,10 @@ def _saved(folder: Path) -> dict[str, dict[str, bytes]]:
 
 
 def learns(subject: Subject, folder: Path) -> None:
-    """Finite losses in fp32 and bf16; every gradient is its own network's, and every weight of it has one."""
+    """Losses in bf16 are close to those in fp32. Each update gives gradients only to its own network.
+
+    Every trained weight has a nonzero gradient at some step.
+    """
     exactly = undisturbed(subject)
     assert not exactly.faults, exactly.faults[0]
     probe = GradientProbe()
@@ -143,7 +146,7 @@ def learns(subject: Subject, folder: Path) -> None:
 
 
 def draws_only_what_it_is_given(subject: Subject, folder: Path) -> None:
-    """No generator but the context's: the same loss whatever the global one holds, which does not move."""
+    """Random numbers come only from the context: losses do not depend on the global generator and do not advance it."""
     tree = ast.parse(registry.source(subject.recipe, subject.base).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
@@ -168,7 +171,7 @@ def draws_only_what_it_is_given(subject: Subject, folder: Path) -> None:
 
 
 def resumes(subject: Subject, folder: Path) -> None:
-    """Stopped and resumed at half, it ends in the bits of the undisturbed run: networks, optimizers, all."""
+    """A training that is stopped at half and resumed ends with the same checkpoint, bitwise, as the reference."""
     train(subject, folder / "halves", stop_at=MOVES * BATCH // 2)
     whole, halves = undisturbed(subject).saved, _saved(folder / "halves")
     assert whole.keys() == halves.keys()
@@ -177,7 +180,7 @@ def resumes(subject: Subject, folder: Path) -> None:
 
 
 def travels(subject: Subject, folder: Path) -> None:
-    """Exported and loaded again, the student makes the same samples, at every number of steps it is made for."""
+    """After export and loading, the student makes the same samples, at each of its numbers of steps."""
     student, recipe = undisturbed(subject).student, start(subject)[0]
     sampler, own = recipe.sampler, own_grids(recipe, subject.times)
     t_grids = {steps: own[steps] for steps in subject.steps} if own else {}
@@ -197,13 +200,13 @@ def travels(subject: Subject, folder: Path) -> None:
 
 
 def splits(subject: Subject, folder: Path) -> None:
-    """The losses of the smallest micro-batches, a sample or a block of coupled ones each, are those of the batch."""
+    """The losses with the smallest micro-batches (one sample, or one block of coupled samples) equal the reference."""
     _, single = train(subject, folder, micro_batch=registry.rows_together(subject.config()))
     _same_losses(undisturbed(subject).steps, single, "in one batch", "sample by sample")
 
 
 def agrees(subject: Subject, numbers: Numbers) -> None:
-    """Two processes find the losses of one. numbers: what `pair.train_together` found."""
+    """The losses with two processes equal the reference. numbers: the result of `pair.train_together`."""
     _same_losses(undisturbed(subject).steps, numbers[subject.recipe], "alone", "together")
 
 

@@ -1,6 +1,6 @@
-"""What closed-form checks are made of: exact networks and teachers in float64, and draws that can be held fixed.
+"""Building blocks for closed-form checks: exact networks and teachers in float64, and draws with fixed values.
 
-A recipe is given the exact solution as its network. Its loss, or the gradient of it, is then a known number.
+A recipe gets the exact solution as its network. Its loss, or the gradient of the loss, is then known.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,17 +19,17 @@ from distill.testing.closed_form import GaussianFlowMap
 from distill.training.engine import StepContext
 
 MEAN = torch.tensor([0.7, -1.1, 0.4], dtype=torch.float64)
-STD = torch.tensor([0.5, 1.3, 0.2], dtype=torch.float64)  # unequal: at 1 everywhere, mistakes cancel
+STD = torch.tensor([0.5, 1.3, 0.2], dtype=torch.float64)  # unequal values, since some mistakes cancel if all are 1
 FIELD, FLOW_MAP = GaussianField(MEAN, STD), GaussianFlowMap(MEAN, STD)
 
 
 def teacher(velocity: VelocityField, shape: tuple[int, ...] = (3,)) -> LoadedTeacher:
-    """An unconditional teacher around any field."""
+    """An unconditional teacher with any velocity field."""
     return LoadedTeacher(velocity, shape, None, None, digest="0" * 64, description="an exact teacher")
 
 
 class Network(nn.Module):
-    """A network of the linear path from a function: of (x_t, t, cond), (x_t, t, s, cond) or (x_t, t, v, cond)."""
+    """A function as a network for the linear path: of (x_t, t, cond), (x_t, t, s, cond) or (x_t, t, v, cond)."""
 
     interpolant = linear()
     t_range = (0.0, 1.0)
@@ -43,7 +43,7 @@ class Network(nn.Module):
 
 
 def straight(mean: Tensor | float, std: Tensor | float) -> Network:
-    """The velocity of the straight paths from noise to mean + std noise, what `FIELD` has after reflow."""
+    """The velocity of the straight paths from noise to mean + std * noise, which is `FIELD` after reflow."""
 
     def velocity(x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         t = like(t, x_t).double()
@@ -57,7 +57,7 @@ STRAIGHT = straight(MEAN, STD)
 
 @dataclass(frozen=True)
 class Given:
-    """Hands out given networks. Fits `protocols.Init`."""
+    """Returns given networks. Implements `protocols.Init`."""
 
     student: nn.Module
     judge: nn.Module = field(default_factory=lambda: Network(lambda x_t, t, cond: (x_t, t)))
@@ -85,7 +85,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Draws:
-    """The draws of a step, except those that are given by name. Fits `protocols.Draw`."""
+    """The draws of a step, with some replaced by given values, by name. Implements `protocols.Draw`."""
 
     draw: StepDraw
     normals: Mapping[str, Tensor]
@@ -113,19 +113,19 @@ def context(
     normals: Mapping[str, Tensor] | None = None,
     uniforms: Mapping[str, float] | None = None,
 ) -> StepContext:
-    """The context of a step with a batch of `count`, all in one micro-batch."""
+    """The context of a step with a batch of `count` in a single micro-batch. normals, uniforms: see `Draws`."""
     draw = Draws(StepDraw(0, step, 0, Rows(0, count, count)), normals or {}, uniforms or {})
     return StepContext(step, images, draw, {})
 
 
 def batch(count: int, *, seed: int = 0) -> Batch:
-    """Data of `FIELD`, [count, 3]."""
+    """A batch of data of `FIELD`, [count, 3]."""
     latent = torch.randn(count, 3, generator=generator("exact", seed), dtype=torch.float64)
     return Batch(MEAN + STD * latent, None, {})
 
 
 def posterior(x_t: Tensor, t: float, count: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """(data, noise), each [count, 3], as they may have been where x_t [3] is what became of them at t."""
+    """Samples (data, noise), each [count, 3], of the posterior given x_t [3] at time t."""
     q_squared = (1 - t) ** 2 * STD.square() + t**2
     mean = MEAN + (1 - t) * STD.square() / q_squared * (x_t - (1 - t) * MEAN)  # E[data | x_t]
     std = STD * t / q_squared.sqrt()
@@ -135,7 +135,7 @@ def posterior(x_t: Tensor, t: float, count: int, *, seed: int = 0) -> tuple[Tens
 
 
 def nets(recipe: Recipe, init: Given) -> Nets:
-    """The networks of a recipe's roles; a copy is what it copies."""
+    """The networks of a recipe's roles. A `Copy` is the same network as its original."""
     roles = recipe.networks(init)
     own = {name: role.module for name, role in roles.items() if not isinstance(role, Copy)}
     return own | {name: own[role.of] for name, role in roles.items() if isinstance(role, Copy)}

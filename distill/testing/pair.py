@@ -1,4 +1,4 @@
-"""Two ranks that train recipe after recipe: `python -m distill.testing.pair FOLDER`, started by `train_together`."""
+"""Two ranks that train recipes in turn: `python -m distill.testing.pair FOLDER`, started by `train_together`."""
 
 import json
 import os
@@ -15,11 +15,14 @@ from distill.training.world import World
 from distill.training.zero import Zero
 
 GIVEN, FOUND = "subjects.json", "numbers.json"
-Numbers = dict[str, list[dict[str, float]]]  # by recipe, of each step
+Numbers = dict[str, list[dict[str, float]]]  # recipe -> the logged numbers of each step
 
 
 def train_together(subjects: Sequence[Subject], folder: Path, *, zero_stage: int | None = None) -> Numbers:
-    """What one pair of processes finds, for all subjects. zero_stage: what DeepSpeed divides; 3: every weight."""
+    """Train all subjects with two processes; returns their logged numbers.
+
+    zero_stage: the DeepSpeed ZeRO stage (3 shards all weights); None: no DeepSpeed. folder: for input, output and logs.
+    """
     given = [
         {"recipe": s.recipe, "options": dict(s.options), "times": s.times, "base": str(s.base.absolute())}
         for s in subjects
@@ -43,7 +46,7 @@ def main(folder: Path, lifeline: int) -> None:
     if world.first:
         (folder / FOUND).write_text(json.dumps(found))
     sys.stdout.flush()
-    os._exit(0)  # as ranks end: threads of gloo would abort the interpreter's end
+    os._exit(0)  # as all ranks end: threads of gloo can abort a normal interpreter exit
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Eight modes on a ring in the plane, with their exact velocity as the teacher: does a recipe recover them?"""
+"""Test whether a recipe recovers eight modes on a ring in the plane. The teacher is their exact velocity."""
 
 import itertools
 import math
@@ -33,7 +33,7 @@ SAMPLES = 8192
 
 @dataclass(frozen=True)
 class Exact:
-    """Samples of the ring as a data set. Fits `data.DataSet`."""
+    """Samples of the ring as a data set. Implements `data.DataSet`."""
 
     data: Tensor
     name = "ring"
@@ -50,9 +50,9 @@ class Exact:
 
 @dataclass(frozen=True)
 class Solved:
-    """Paths of the teacher, in one order after another. Fits `protocols.Source`.
+    """Batches of solved paths of the teacher, in a new random order per epoch. Implements `protocols.Source`.
 
-    states: [N, K, ...] at times [K], 1 ... 0. real: a source of the data that comes beside them.
+    states: [N, K, ...] at times [K], from 1 to 0. real: a source of real data for the same batches; None: no data.
     """
 
     states: Tensor
@@ -70,14 +70,14 @@ class Solved:
 
 
 def exact(seed: int, count: int) -> Tensor:
-    """Samples of the ring itself."""
+    """Exact samples of the ring, [count, 2]."""
     assert TEACHER.exact_data is not None
     return TEACHER.exact_data(seed, range(count))
 
 
 @lru_cache(maxsize=2)
 def _paths(times: tuple[float, ...]) -> Tensor:
-    """States of 16,384 paths at times, [N, K, 2], by 24 steps of Heun between any two of them."""
+    """States of 16,384 paths at these times, [N, K, 2], solved with 24 Heun steps between consecutive times."""
     states = [sample_noise(4, range(16384), (2,))]
     with torch.no_grad():
         for t, s in itertools.pairwise(times):
@@ -88,14 +88,14 @@ def _paths(times: tuple[float, ...]) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _truths() -> tuple[list[Tensor], float]:
-    """Sets of exact samples, and how far they are from each other on average."""
+    """(sets of exact samples, average distance between two of them)."""
     sets = [exact(seed, SAMPLES) for seed in range(20, 25)]
     apart = [sliced_wasserstein(a, b) for a, b in itertools.combinations(sets, 2)]
     return sets, sum(apart) / len(apart)
 
 
 def source(needs: frozenset[str], times: tuple[float, ...], batch_size: int) -> Source:
-    """Batches of the ring for a recipe that needs these; times: of the states of pairs."""
+    """Batches of the ring for a recipe with these needs. times: times of the states of its pairs."""
     real = DataSource(Exact(exact(7, 65536)), batch_size, 8)
     if "pairs" not in needs:
         return real
@@ -104,23 +104,23 @@ def source(needs: frozenset[str], times: tuple[float, ...], batch_size: int) -> 
 
 
 def excess(samples: Tensor) -> float:
-    """Sliced Wasserstein-2 to the ring, less what sets of the ring itself are apart."""
+    """Sliced Wasserstein-2 distance to the ring, minus the average distance between two sets of exact samples."""
     sets, floor = _truths()
     return sum(sliced_wasserstein(samples, each) for each in sets) / len(sets) - floor
 
 
 def noise() -> Tensor:
-    """Of the samples that are compared; of no pair."""
+    """The noise of the samples that are compared. It is in no training pair."""
     return sample_noise(1, range(100_000, 100_000 + SAMPLES), (2,))
 
 
 def of_field(field: VelocityField, solver: str, steps: int) -> float:
-    """The excess of a field's samples."""
+    """The excess (see `excess`) of samples of a velocity field."""
     return excess(solvers.solve(field, noise(), {}, solver=solver, steps=steps))
 
 
 def trained(subject: Subject, training: Training, folder: Path) -> nn.Module:
-    """The student of the real engine, from a fresh network."""
+    """Train a student from a new network with the training engine."""
     config = subject.config(subject.ring)
     recipe, batch = subject.module.Recipe(config, TEACHER), training.batch_size
     stage = TrainStage(
@@ -147,9 +147,10 @@ def trained(subject: Subject, training: Training, folder: Path) -> nn.Module:
 
 
 def recovers(subject: Subject, training: Training, folder: Path) -> dict[str, dict[int, float]]:
-    """The excess of {"student": ..., "teacher": ...} by number of steps: of Euler's for the teacher.
+    """Train on the ring, and return {"student": {steps: excess}, "teacher": {steps: excess}}.
 
-    For a recipe that makes a teacher, of the trained and the untrained network's, both by a fine solver.
+    The teacher uses Euler steps. For a recipe that makes a teacher, "student" is the trained network and "teacher" the
+    untrained one, both with a fine solver.
     """
     student = trained(subject, training, folder)
     if subject.makes_teacher:

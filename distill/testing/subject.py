@@ -1,4 +1,4 @@
-"""A recipe under test, and small things for it to train on."""
+"""A recipe under test, and a small data source and teacher for it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -27,22 +27,23 @@ UNET = UNetSpec(kind="unet", channels=[8], norm_groups=4, attention=True)
 
 @dataclass(frozen=True)
 class Training:
-    """How long to train on the ring."""
+    """Length and settings of a training on the ring."""
 
     images: int
     batch_size: int = 512
     lr: float = 3e-3
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity: what was found of one is found once
+@dataclass(frozen=True, eq=False)  # hashed by identity, so that the results of a subject can be cached
 class Subject:
-    """A recipe, and what its test file declares of it.
+    """A recipe and the settings of its tests.
 
-    options: what it is tested with beside its defaults. ring: options that suit the ring.
-    steps: the numbers of steps that its students are made for. times: of the states of its pairs, where it needs them.
-    short, long: trainings on the ring of about 15 and 90 seconds of one CPU core.
-    closed_form: checks at its exact solution, which raise AssertionError.
-    base: where a recipe ./file.py lies.
+    recipe: name of the recipe. options: options for all tests; others have their defaults.
+    ring: additional options for the ring. steps: numbers of steps that its students are made for.
+    times: times of the states of its pairs, if it needs states.
+    short, long: trainings on the ring that take about 15 and 90 seconds on one CPU core.
+    closed_form: checks at the exact solution, which raise AssertionError.
+    base: folder of a recipe ./file.py.
     """
 
     recipe: str
@@ -64,16 +65,16 @@ class Subject:
 
     @property
     def makes_teacher(self) -> bool:
-        """Whether it needs none, and its student is what a teacher is: followed along any grid."""
+        """Whether it trains a teacher: it needs no teacher, and its student is a velocity field for any time grid."""
         few_steps = issubclass(self.module.Recipe, Gridded)
         return self.config().student == "velocity" and not self.config().needs & {"teacher", "pairs"} and not few_steps
 
 
 @dataclass(frozen=True)
 class Noise:
-    """Images and pairs of noise, with classes: nothing to learn, but like anything else. Fits `protocols.Source`.
+    """Random images and pairs with classes, in the format of real ones. Implements `protocols.Source`.
 
-    times: of the states of the pairs, 1 ... 0.
+    times: times of the states of the pairs, from 1 to 0.
     """
 
     batch_size: int
@@ -95,11 +96,11 @@ class Noise:
 
 
 def unet_teacher() -> LoadedTeacher:
-    """An untrained U-Net of 8x8 images and ten classes."""
+    """A teacher with an untrained U-Net for 8x8 images and ten classes."""
     network = build(UNET, SHAPE, CLASSES, seed=1).eval().requires_grad_(False)
     generators = ((parameter, generator("teacher", index)) for index, parameter in enumerate(network.parameters()))
     with torch.no_grad():
-        for parameter, numbers in generators:  # a fresh network's last layers are nearly zero
+        for parameter, numbers in generators:  # noise is added, as the last layers of a new network are nearly zero
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=numbers))
     return LoadedTeacher(
         field=NetworkField(network, linear(), "velocity", TIME_SCALE),
@@ -113,11 +114,14 @@ def unet_teacher() -> LoadedTeacher:
 
 
 def start(subject: Subject) -> tuple[Recipe, StudentInit, LoadedTeacher]:
-    """The recipe and its networks on images: fresh ones, as some recipes have nothing to learn at their teacher."""
+    """(recipe, init, teacher) for images. The student starts from a new network.
+
+    If it started from the teacher, some recipes would have nothing to learn.
+    """
     teacher = unet_teacher()
     return subject.module.Recipe(subject.config(), teacher), StudentInit(None, UNET, SHAPE, CLASSES, seed=0), teacher
 
 
 def bits(tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
-    """For comparisons to the last bit."""
+    """The tensors as bytes, for bitwise comparison."""
     return {name: tensor.detach().contiguous().numpy().tobytes() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""A few steps of a recipe on images that are noise, through the real engine."""
+"""Trains a recipe for a few steps on random images, with the training engine."""
 
 import contextlib
 import io
@@ -21,11 +21,11 @@ from distill.training.roles import Roles
 from distill.training.sharding import Sharding
 from distill.training.world import ALONE, World
 
-BATCH, MOVES = 4, 2  # the student moves twice, whatever else does
+BATCH, MOVES = 4, 2  # batch size, and number of updates of the student; other networks may have more or fewer
 
 
 class Recorder(Progress):
-    """Keeps the numbers of every step; requests a stop at a given step."""
+    """Records the logged numbers of every step, and requests a stop after a given number of images."""
 
     def __init__(self, stop: StopRequest, stop_at: int | None) -> None:
         super().__init__("test", MOVES * BATCH, "images", None)
@@ -49,9 +49,9 @@ def train(
     sharding: Sharding = PLAIN,
     probe: Callable[[Roles], None] | None = None,
 ) -> tuple[TrainResult, list[dict[str, float]]]:
-    """The trained networks, and the numbers of every step.
+    """Train a recipe; returns the result and the logged numbers of every step.
 
-    micro_batch: by default all rows of a rank. stop_at: stop and resume at so many images.
+    micro_batch: None: all rows of a rank. stop_at: stop after this many images, then resume.
     """
     recipe, init, teacher = start(subject)
     stage = TrainStage(

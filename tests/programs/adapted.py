@@ -1,4 +1,4 @@
-"""Reflow (Liu et al. 2022, arXiv 2209.03003) of low-rank adapters, held near their slow copy: a recipe under test."""
+"""Reflow (Liu et al. 2022, arXiv 2209.03003) with low-rank adapters, kept near their slow copy: a recipe for tests."""
 
 from pydantic import BaseModel, ConfigDict
 

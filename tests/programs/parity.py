@@ -1,12 +1,12 @@
-"""Ranks that train case after case: main(OUT, MINUTES, CASE ...), with RANK etc. in the environment.
+"""Ranks that train one case after another: main(OUT, MINUTES, CASE ...), with RANK etc. in the environment.
 
 A case is RECIPE-ZERO-PRECISION and options, e.g. "two-3-fp32" or "one-2-fp32-offload"; ZERO "none" is without
-DeepSpeed. Rank 0 writes OUT/CASE.json, the numbers of each step since this start; checkpoints lie in OUT/CASE.
+DeepSpeed. Rank 0 writes OUT/CASE.json with the numbers of each step since this start. Checkpoints are in OUT/CASE.
 
-Options: offload, recompute, divide (launch.*); persist (in stage 3, small parameters stay whole); often (a checkpoint
-of every step); once (stop after the first step and go on in the same process: its checkpoint holds the gradients);
-masters (hold all that leaves against DeepSpeed's own reading of its master weights); memory (each rank writes
-OUT/CASE.memory-RANK.json).
+Options: offload, recompute, divide (fields of launch); persist (in stage 3, small parameters are not sharded); often (a
+checkpoint at every step); once (stop after the first step and resume in the same process: its checkpoint holds the
+gradients); masters (compare all exported weights with DeepSpeed's own copy of the master weights); memory (each rank
+writes OUT/CASE.memory-RANK.json).
 """
 
 import json

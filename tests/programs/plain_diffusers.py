@@ -1,7 +1,7 @@
-"""Load student folders where `distill` and `recipes` cannot be imported, and sample them: FOLDER STUDENT...
+"""Loads and samples student folders where `distill` and `recipes` cannot be imported: FOLDER STUDENT...
 
-Student FOLDER/S reads its noise (labels, fresh noises) from FOLDER/S.in.safetensors; its samples at 1, 2 and 4 steps
-go to FOLDER/S.out.safetensors.
+The noise (and labels and fresh noises) of a student FOLDER/S is read from FOLDER/S.in.safetensors. Its samples at 1, 2
+and 4 steps are written to FOLDER/S.out.safetensors.
 """
 
 import importlib

@@ -1,8 +1,8 @@
-"""`python planes.py FOLDER`: runs commands in processes forked from one that has imported the command line alone.
+"""Runs commands in processes forked from one that has imported only the command line: `python planes.py FOLDER`.
 
-The standard input holds a JSON list of [[folder, arguments], ...]; FOLDER/N.out and FOLDER/N.err get what command N
-prints. Prints a JSON list with [exit code, imported modules] of each. A fork costs milliseconds, an interpreter half a
-second.
+Standard input is a JSON list of [[folder, arguments], ...]. FOLDER/N.out and FOLDER/N.err get the output of command N.
+A JSON list with [exit code, imported modules] of each command is printed. A fork takes milliseconds, a new interpreter
+half a second.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The picture in README.md: a teacher at several numbers of steps above its one-step student, from the same noise.
+"""Draws the picture in README.md: a teacher at several numbers of steps above its one-step student, from equal noise.
 
 python -m tests.programs.steps_picture TEACHER STUDENT OUT.png
 

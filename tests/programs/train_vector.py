@@ -1,7 +1,7 @@
-"""A small training in a process of its own, to be killed: FOLDER IMAGES SAVE_EVERY [BALLAST]; and the networks of
-engine tests. BALLAST: see `Vector`; FOLDER/asked then has a line for each step whose batch was asked for.
+"""A small training in its own process, which tests kill: FOLDER IMAGES SAVE_EVERY [BALLAST]. Also the networks of the
+engine tests. BALLAST: see `Vector`; FOLDER/asked then gets a line for each step whose batch was requested.
 
-Exit codes are the command line's: 0 done, 1 failed, 75 stopped by a signal after saving.
+Exit codes are those of the command line: 0 done, 1 failed, 75 stopped by a signal after saving.
 """
 
 import sys
