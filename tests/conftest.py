@@ -18,7 +18,21 @@ import pytest  # noqa: E402
 
 pytest_plugins = ["budgets"]
 
-LONGEST = ("test_presets.py", "test_conformance.py", "test_compare.py", "test_reflow_command.py")  # files
+LONGEST = (  # files of `make test`, the longest first, so that one worker is not left with it at the end
+    "test_ranks.py",
+    "test_slurm_workflow.py",
+    "test_run_ranks.py",
+    "test_slurm.py",
+    "test_reflow_command.py",
+    "test_slurm_follow.py",
+    "test_inputs.py",
+    "test_conformance.py",
+    "test_run.py",
+    "test_launch.py",
+    "test_hub.py",
+    "test_slurm_submit.py",
+    "test_compare.py",
+)
 
 
 def pytest_addoption(parser):
@@ -34,7 +48,8 @@ def pytest_collection_modifyitems(config, items):
     mine = set(files[part - 1 :: parts])
     config.hook.pytest_deselected(items=[item for item in items if item.path not in mine])
     items[:] = [item for item in items if item.path in mine]
-    items.sort(key=lambda item: item.path.name not in LONGEST)  # first, so that the other workers are not done before
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 def pytest_collection_finish(session):

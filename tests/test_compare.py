@@ -124,6 +124,7 @@ def test_a_dry_run_measures_and_writes_nothing(tmp_path):
     assert list(tmp_path.glob("distill-*")) == [], "the rehearsal is gone"
 
 
+@pytest.mark.long
 def test_a_mixture_is_compared_by_its_own_distance(tmp_path):
     small = ["stages.pairs.count=2048", "stages.pairs.shard=2048", "stages.reflow.network.width=16"]
     done = distill("compare", "mixture-2d", "--recipes", "reflow", "--budget", "0.01", *small,

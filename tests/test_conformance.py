@@ -129,7 +129,7 @@ def test_processes_that_divide_their_networks_agree_with_one(zero_stage, tmp_pat
 
 
 @pytest.mark.train
-@pytest.mark.parametrize("name", some("consistency/consistency", "reflow/boss"))
+@pytest.mark.parametrize("name", some("reflow/boss"))
 def test_a_short_training_beats_the_teacher_on_the_ring(name, tmp_path):
     subject = ALL[name]
     found = testing.recovers(subject, subject.short, tmp_path)

@@ -125,7 +125,7 @@ class Fetched:
     hub: Hub
     online: dict[str, dict[str, list]]
     told: str
-    requests: dict[str, list[str]]  # of later fetches
+    requests: list[str]  # of later fetches, of a name and of its commit
 
 
 @pytest.fixture(scope="module")
@@ -154,13 +154,11 @@ def fetched(tmp_path_factory) -> Fetched:
         assert done.returncode == 0, done.stderr
         said = [json.loads(line) for line in done.stdout.splitlines()]
         online = {each["name"]: answer for each, answer in zip(specs, said, strict=True)}
-        requests = {}
-        sha = hub.commits["models/org/tiny"]["main"].sha
+        sha, before = hub.commits["models/org/tiny"]["main"].sha, len(hub.requests)
         shutil.rmtree(root / "home")  # the caches of whoever fetches next are empty
-        for name, revision in (("again", None), ("by-sha", sha)):
-            before = len(hub.requests)
-            assert made(store, spec(name, teacher=TINY | {"revision": revision}), hub=hub)[0] == []
-            requests[name] = [request for request in hub.requests[before:] if "/org/" in request]
+        again = [spec("again", teacher=TINY), spec("by-sha", teacher=TINY | {"revision": sha})]
+        assert made(store, *again, hub=hub)[0] == []
+        requests = [request for request in hub.requests[before:] if "/org/" in request]
         hub.commits["models/org/tiny"]["main"] = Commit(tiny["next"])
         hub.commits["datasets/org/pictures"]["main"] = Commit(sets["next"])
         assert made(store, spec("later", teacher=TINY, data=PICTURES), hub=hub)[0] == []
@@ -172,7 +170,7 @@ def fetched(tmp_path_factory) -> Fetched:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("name", ["both", "named", "files"])
+@pytest.mark.parametrize("name", ["both", pytest.param("named", marks=pytest.mark.long), "files"])
 def test_a_job_reads_what_the_hub_had_when_it_was_submitted(fetched, name):
     """The hub is gone, its branches had moved before, the store lies elsewhere, and the user's caches are empty."""
     assert read_by_job(fetched.store / name, fetched.hub) == fetched.online[name]
@@ -208,7 +206,7 @@ def test_a_stage_makes_the_same_pairs_without_a_network(fetched, tmp_path):
 @pytest.mark.process
 def test_what_was_fetched_is_not_fetched_again(fetched):
     """For a name, the hub is asked for its commit; for a commit, it is not asked at all."""
-    assert fetched.requests == {"again": ["GET /api/models/org/tiny"], "by-sha": []}
+    assert fetched.requests == ["GET /api/models/org/tiny"]
 
 
 @pytest.mark.process
@@ -497,14 +495,14 @@ def test_an_input_that_is_not_whole_is_fetched_under_another_name(tmp_path, capf
         one.content(tmp_path).rmdir()
     else:
         record.write_text(damage)
-    needs, copy = (lambda store: []), (lambda folder: folder.mkdir(parents=True))
-    asked = Repository("teacher", "org/a", None, one.commit, [], one.link, needs, copy)
+    needs, download = (lambda store: []), (lambda: lambda folder: folder.mkdir(parents=True))
+    asked = Repository("teacher", "org/a", None, one.commit, [], one.link, needs, download)
     found = prefetch._in_store(one, tmp_path, asked)
     assert found.digest != one.digest and found.content(tmp_path).is_dir()
     said = capfd.readouterr().err
     assert said.startswith(f"warning: {one.folder(tmp_path)} is not whole (input.json: ")
     assert said.endswith("; the teacher org/a@cccccccccccc is fetched under another name\n")
-    assert prefetch._in_store(one, tmp_path, replace(asked, copy=lambda folder: folder / "never")) == found, (
+    assert prefetch._in_store(one, tmp_path, replace(asked, download=lambda: pytest.fail("fetched"))) == found, (
         "it is there now"
     )
     assert one.folder(tmp_path).exists(), "a run may use it"

@@ -166,6 +166,7 @@ def test_a_later_attempt_of_a_job_takes_over_from_another_host(tmp_path):
 TAKE = """
 import sys, time
 from pathlib import Path
+from distill.core.owners import Owner
 from distill.runs import claims
 from distill.runs.run_store import RunPaths
 claims.GRACE = 0.5

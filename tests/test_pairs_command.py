@@ -37,13 +37,13 @@ def test_processes_that_share_a_spec_make_the_files_of_one(here):
     arguments = ["pairs", "spec.yaml", "--stage", "pairs", "--shards"]
     shares = [
         subprocess.Popen(
-            [sys.executable, "-m", "distill", *arguments, f"{i}/3"],
+            [sys.executable, "-m", "distill", *arguments, f"{i}/2"],
             cwd=here, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
-        for i in (1, 2, 3)
+        for i in (1, 2)
     ]  # fmt: skip
     said = [each.communicate(timeout=120)[0] for each in shares]
-    assert [each.returncode for each in shares] == [0, 0, 0], said
+    assert [each.returncode for each in shares] == [0, 0], said
     assert any("the set of 200 is complete" in each for each in said)
     alone, together = (folder_bytes(here / "runs" / name / "stages" / "pairs" / "pairs") for name in ("one", "many"))
     assert alone == {name: together[name] for name in alone} and len(alone) == 8
@@ -54,6 +54,7 @@ def test_processes_that_share_a_spec_make_the_files_of_one(here):
     assert (here / "runs" / "many" / "students" / "reflow" / "distill.json").is_file()
 
 
+@pytest.mark.long
 @pytest.mark.process
 def test_ranks_that_share_the_checksums_refuse_a_shard_that_one_of_them_finds_damaged(capfd, here):
     for stage in ("pairs", "real"):

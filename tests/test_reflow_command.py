@@ -33,7 +33,7 @@ FEW = [
     "stages.evaluate.samples=1024",
     "stages.evaluate.block=512",
 ]
-KILLED = ["pairs-1", "reflow-1", "evaluate-1", "reflow-2", "pairs-distill", "one_step", "evaluate"]
+KILLED = ["pairs-1", "reflow-1", "evaluate-1", "one_step"]
 ROUNDS = ["reflow", "mixture-2d", "--rounds", "2", "--distill", *FEW, "--store", "runs"]
 
 
@@ -143,6 +143,7 @@ TINY = [
 ]
 
 
+@pytest.mark.long
 def test_real_data_in_both_ways_on_digits(tmp_path):
     """Inverted real data among the pairs of each round, by its own teacher, and flow matching beside them."""
     options = ["--rounds", "2", "--forward", "0.25", "--data-weight", "0.1", "stages.forward-2.count=200"]

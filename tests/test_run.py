@@ -28,7 +28,7 @@ stages:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("code", "ends"), [(0, 1), (7, 7)])
+@pytest.mark.parametrize(("code", "ends"), [(0, 1), pytest.param(7, 7, marks=pytest.mark.long)])
 def test_a_process_that_ends_in_the_middle_without_a_word_is_a_failure(tmp_path, code, ends):
     text = (presets.folder().parent / "reflow" / "reflow.py").read_text()
     leaves = f"    def loss(*_):\n        __import__('os')._exit({code})\n\n    def other("
@@ -72,6 +72,18 @@ def test_a_run_with_a_recipe_of_ones_own(tmp_path):
     done = distill("run", str(run.root), "--resume", cwd=elsewhere)
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, "all stages of run 'one' are done")
     assert folder_bytes(run.root) == before
+
+
+@pytest.mark.long
+@pytest.mark.process
+def test_what_is_gone_is_made_again_to_the_same_bytes(tmp_path):
+    (tmp_path / "mine.py").write_text((presets.folder().parent / "reflow" / "reflow.py").read_text())
+    (tmp_path / "s.yaml").write_text(SPEC)
+    env = {"OMP_NUM_THREADS": "1"}
+    done = distill("run", "s.yaml", cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    run = RunPaths(tmp_path / "runs" / "one")
+    (tmp_path / "mine.py").unlink()
 
     # a change of launch is noted; a stage whose result is gone is computed again, to the same bytes,
     # and the pairs that it needs are made again where one of their files is gone

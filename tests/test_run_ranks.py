@@ -95,6 +95,7 @@ def test_kill_9_of_a_rank_is_named_and_costs_no_bit(folder):
     assert student(folder, "killed") == student(folder, "small")
 
 
+@pytest.mark.long
 def test_a_signal_to_the_launcher_saves_once_and_other_processes_go_on(folder):
     process = begin(folder, "moved")
     process.send_signal(signal.SIGUSR1)
@@ -126,6 +127,7 @@ def test_what_a_user_gets_wrong_is_one_message(folder):
         assert not run_paths(folder, "wrong").root.exists()
 
 
+@pytest.mark.long
 def test_plan_measures_memory_and_leaves_nothing(folder):
     before = sorted(path.name for path in (folder / "runs").iterdir())
     done = distill("plan", "small.yaml", "--measure", "--json", cwd=folder)
@@ -140,6 +142,7 @@ def test_plan_measures_memory_and_leaves_nothing(folder):
     assert sorted(path.name for path in (folder / "runs").iterdir()) == before
 
 
+@pytest.mark.long
 def test_ranks_read_the_index_that_was_made_with_the_run(folder):
     for i in range(4):
         (folder / "images").mkdir(exist_ok=True)

@@ -137,7 +137,7 @@ def test_what_waits_is_cancelled_and_what_runs_here_too(capfd, cluster, here):
 # --- a controller that does not answer ---
 
 
-@pytest.mark.parametrize("how", ["dead", "hung"])
+@pytest.mark.parametrize("how", ["dead", pytest.param("hung", marks=pytest.mark.long)])
 def test_a_controller_that_does_not_answer(capfd, cluster, here, how):
     command_line(capfd, "submit", "solve.yaml", HELD)
     run = named("mix")
@@ -226,6 +226,7 @@ def test_the_accounting_is_preferred(cluster, here, monkeypatch):
 # --- what a site does otherwise ---
 
 
+@pytest.mark.long
 def test_a_preempted_job_that_only_its_processes_hear_of(capfd, tmp_path, monkeypatch):
     """GraceTime, and no signal to the script: the processes get TERM, save and leave; the job queues itself again."""
     with Cluster(1, grace=30, user_signal=False) as cluster:
@@ -245,6 +246,7 @@ def test_a_preempted_job_that_only_its_processes_hear_of(capfd, tmp_path, monkey
         assert ends(run, job) == [("preempted", True), ("done", False)], said(run)
 
 
+@pytest.mark.long
 def test_where_the_node_cannot_ask_for_another_attempt(capfd, cluster, here):
     fake = program(
         here / "bin", "scontrol", 'if [ "$1" = requeue ]; then echo "no such right" >&2; exit 1; fi; exec REAL "$@"'

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from cluster import Cluster
 from hub import Hub, environment, pipeline
 from runs import folder_bytes
@@ -24,6 +25,7 @@ launch: {{threads: 1}}
 """
 
 
+@pytest.mark.long
 def test_the_job_reads_the_commit_of_its_submission_without_the_hub(tmp_path):
     teacher = pipeline(tmp_path / "tiny", 0)
     for name, path in (("hub", "org/tiny"), ("folder", teacher)):

@@ -50,6 +50,7 @@ def test_options_of_the_queue_are_checked(capfd, here):
     assert snapshot(here) == before
 
 
+@pytest.mark.long
 def test_rounds_on_two_nodes_make_the_students_of_one_machine(capfd, cluster, here):
     (here / "local").mkdir()
     (here / "local" / "mix.yaml").write_text(MIXTURE)

@@ -327,8 +327,8 @@ def test_the_lead_grows_with_the_saves(capfd, cluster, here):
     before = snapshot(here)
     done = submit(capfd, "mix", "--resume", "--time=4", code=2)
     assert done.err == (
-        "error: spec 'mix': launch.slurm.lead_seconds: 260 s before a limit of 240 s (time: 4) is no time to compute "
-        "in; give a longer time or a smaller lead\n"
+        "error: spec 'mix': launch.slurm.lead_seconds: 260 s before a limit of 240 s (time: 4) leaves no time to "
+        "compute; give a longer time or a smaller lead\n"
     )
     assert snapshot(here) == before
     done = submit(capfd, "mix", "--resume")

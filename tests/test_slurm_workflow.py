@@ -105,6 +105,7 @@ def test_a_workflow_makes_the_same_bytes_as_on_one_machine(capfd, cluster, local
     assert (run.stage("evaluate").root / "results.json").exists()
 
 
+@pytest.mark.long
 def test_cancelled_it_saves_first_and_goes_on_to_the_same_bytes(capfd, cluster, local):
     """All stages in one job, which `cancel` ends in the middle of the training."""
     submit(capfd, "mix.yaml", "--nodes=2", "--one-job")
@@ -125,6 +126,7 @@ def test_cancelled_it_saves_first_and_goes_on_to_the_same_bytes(capfd, cluster, 
     assert command_line(capfd, "cancel", "mix").out == "nothing of run 'mix' is running or queued\n"
 
 
+@pytest.mark.long
 def test_what_fails_for_good_takes_those_that_wait_for_it_and_only_what_is_missing_is_made(capfd, cluster, here, local):
     (here / "two.yaml").write_text(MIXTURE[: MIXTURE.index("  evaluate:")] + "launch: {threads: 1}\n")
     submit(capfd, "two.yaml", "--pairs-jobs=2", "launch.slurm.max_crashes=0", HELD)

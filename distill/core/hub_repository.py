@@ -21,5 +21,5 @@ class Repository:
     """path of the copy in the run, relative to its `inputs` folder"""
     needs: Callable[[Path], list[tuple[Path, int]]]
     """folder of the copy -> [(path that will be written to, bytes)]"""
-    copy: Callable[[Path], object]
-    """copies into this folder, which must not exist yet"""
+    download: Callable[[], Callable[[Path], None]]
+    """downloads into the caches; the result copies from there into a folder, which must not exist yet"""

@@ -1,7 +1,7 @@
 """Data sets read by the `datasets` library: a hub id, parquet files, or a folder of save_to_disk."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,12 +169,13 @@ def repository(spec: HfData, commit: str | None = None) -> Repository:
         caches = datasets.config.HF_DATASETS_CACHE
         return [(Path(constants.HF_HUB_CACHE), missing), (Path(caches), rows), (folder, rows)]
 
-    def copy(folder: Path) -> None:
-        """Saves the rows with their images: rows in the cache may refer to files there, and reading it takes a lock."""
-        open_rows(pinned).save_to_disk(str(folder))
+    def download() -> Callable[[Path], None]:
+        """Copies have the images: rows in the cache may refer to files there, and reading it takes a lock."""
+        rows = open_rows(pinned)
+        return lambda folder: rows.save_to_disk(str(folder))
 
     part, link = [spec.split], f"datasets/{fetched(spec)}"
-    return Repository("data", spec.path, spec.revision, commit, part, link, needs, copy)
+    return Repository("data", spec.path, spec.revision, commit, part, link, needs, download)
 
 
 def fetched(spec: HfData) -> str:

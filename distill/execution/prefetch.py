@@ -154,9 +154,10 @@ def _in_store(wanted: Input, store: Path, repository: Repository) -> Input:
             os.utime(folder)
         return found
     try:
+        _refuse_without_room(f"{wanted.what}.path={wanted.id}", repository.needs(store))
+        copy = repository.download()  # before anything is created in the store
         with new_folder(folder) as new:
-            _refuse_without_room(f"{wanted.what}.path={wanted.id}", repository.needs(store))
-            repository.copy(new / "content")
+            copy(new / "content")
             size = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
             write_json(new / "input.json", asdict(replace(wanted, bytes=size)))
     except OSError as error:

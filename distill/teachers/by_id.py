@@ -1,7 +1,7 @@
 """Teachers by hub id: finds the commit, and downloads the files that are read to the Hugging Face cache."""
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
@@ -62,17 +62,21 @@ def repository(spec: CheckpointTeacher, commit: str | None = None) -> Repository
         missing = sum(file.bytes for file in files if not file.cached)
         return [(Path(constants.HF_HUB_CACHE), missing), (folder, sum(file.bytes for file in files))]
 
-    def copy(folder: Path) -> None:
-        """Copies the files from the Hugging Face cache, which can resume downloads and holds what a plan has read."""
+    def download() -> Callable[[Path], None]:
+        """Downloads into the Hugging Face cache, which can resume downloads and holds what a plan has read."""
         found = snapshot(pinned)
-        folder.mkdir(parents=True)
-        there = [path.relative_to(found).as_posix() for path in found.rglob("*") if path.is_file()]
-        for name in read_of(pinned.path, there):
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(found / name, folder / name)
+
+        def copy(folder: Path) -> None:
+            folder.mkdir(parents=True)
+            there = [path.relative_to(found).as_posix() for path in found.rglob("*") if path.is_file()]
+            for name in read_of(pinned.path, there):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(found / name, folder / name)
+
+        return copy
 
     link = f"hub/models--{spec.path.replace('/', '--')}/snapshots/{commit}"
-    return Repository("teacher", spec.path, spec.revision, commit, FILES, link, needs, copy)
+    return Repository("teacher", spec.path, spec.revision, commit, FILES, link, needs, download)
 
 
 def snapshot(spec: CheckpointTeacher, *, weights: bool = True) -> Path:
