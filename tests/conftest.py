@@ -1,14 +1,19 @@
 """Configuration of the test suite: run-time type checks, running the suite in parts, and skipped tests as failures."""
 
+import functools
 import gc
 import os
 import sys
+import typing
 
 sys.dont_write_bytecode = False  # as for most people: what Python would write beside their files is seen
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a hub
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 gc.disable()  # until all tests are collected: hundreds of modules are imported, none goes away again
+
+if sys.version_info < (3, 12):  # which remembers them: each check of a protocol lists its members again
+    typing._get_protocol_attrs = functools.cache(typing._get_protocol_attrs)
 
 from beartype.claw import beartype_packages  # noqa: E402
 
@@ -52,10 +57,28 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
-def pytest_collection_finish(session):
-    """What is there now stays: collections while tests run need not look at it, which makes them ten times faster."""
+MODULES = 50  # so many new ones make collections slow again
+frozen_modules = 0
+
+
+def freeze():
+    """What is there now stays: later collections do not look at it, which makes them ten times faster."""
+    global frozen_modules
+    frozen_modules = len(sys.modules)
     gc.freeze()
+
+
+def pytest_collection_finish(session):
+    freeze()
     gc.enable()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item):
+    """Libraries import much of themselves at first use, and accelerate collects at each checkpoint that it loads."""
+    if len(sys.modules) > frozen_modules + MODULES:
+        gc.collect()
+        freeze()
 
 
 @pytest.fixture(scope="session")

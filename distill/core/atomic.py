@@ -5,6 +5,7 @@ one step. LABEL identifies the process that writes it (see `owners`). If that pr
 removes the unfinished file.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -159,13 +160,15 @@ def sync(path: Path) -> None:
 
 
 def _put_back(aside: Path, path: Path) -> None:
-    """Move a folder that was moved aside back to `path`; if `path` exists, remove the one that was moved aside."""
-    with suppress(OSError):  # nothing was moved aside, or another process moved it back first
-        if not os.path.lexists(path):
+    """Move a folder that was moved aside back to `path`; if another version is there, remove the one moved aside."""
+    if not os.path.lexists(path):
+        try:
             aside.rename(path)
-    with suppress(OSError):
-        if os.path.lexists(path):
-            _remove(aside)
+        except OSError as error:  # nothing was moved aside, or another process was first
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                return
+    with suppress(OSError):  # `path` has been replaced since, even if a third version is just about to replace it again
+        _remove(aside)
 
 
 def _remove(path: Path) -> None:
