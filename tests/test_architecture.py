@@ -39,6 +39,7 @@ def top(path):
 
 
 @cache
+@cache
 def parse(path):
     return ast.parse(path.read_text(), str(path))
 

@@ -139,15 +139,16 @@ def test_the_default_size_of_lpips_is_the_authors():
 def test_images_that_a_trunk_cannot_pool_are_refused(trunks, trunk, least):
     path = trunks[trunk][0]
     message = rf"LPIPS by {trunk} compares images of {least} x {least} pixels or more, these are 12 x 40; set lpips_res"
+    metric = Lpips(trunk, path, resize="none")
     image = torch.zeros(1, 3, 12, 40)
     with pytest.raises(InputError, match=message):
-        Lpips(trunk, path, resize="none")(image, image)
+        metric(image, image)
     options = distances.LpipsOptions(lpips_trunk=trunk, lpips_path=path, lpips_resize="none")
     with pytest.raises(InputError, match=message):
         options.check_shape((3, 12, 40), "remove it")
     options.check_shape((3, least, least), "remove it")
     image = torch.zeros(1, 3, least, least)
-    assert Lpips(trunk, path, resize="none")(image, image).isfinite().all()
+    assert metric(image, image).isfinite().all()
 
 
 def test_lpips_is_frozen_float32_and_leaves_the_global_generator_alone(trunks):

@@ -597,7 +597,7 @@ def image_teacher(tmp_path):
 def test_what_only_the_networks_can_refuse_is_refused_first(tmp_path, image_teacher):
     trunk = tmp_path / "trunk.safetensors"
     trunk.write_bytes(b"no trunk")
-    lpips = {"distance": "lpips", "lpips_trunk": "alex", "lpips_path": str(trunk), "lpips_resize": "to_64"}
+    lpips = {"distance": "lpips", "lpips_trunk": "squeeze", "lpips_path": str(trunk), "lpips_resize": "to_64"}
     one_step = {**REFLOW, "recipe": "reflow/one_step", "options": lpips}
     unet = {"kind": "unet", "channels": [8, 16, 16, 16, 16]}
     for given, said in (

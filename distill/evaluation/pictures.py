@@ -47,9 +47,9 @@ def scatter_png(points: Tensor, reference: Tensor | None, pixels: int = 360) -> 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(pixels / 100, pixels / 100), dpi=200, layout="tight")
+    figure = Figure(figsize=(pixels / 100, pixels / 100), dpi=200)
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    axes = figure.add_axes((0.13, 0.08, 0.84, 0.89))  # a layout computed from the labels would double the time
     points = points.float().cpu()
     shown = points if reference is None else reference.float().cpu()
     low, high = shown.quantile(0.001, dim=0), shown.quantile(0.999, dim=0)

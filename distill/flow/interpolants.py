@@ -21,6 +21,7 @@ schedule therefore needs other coefficients only.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -110,6 +111,7 @@ class Interpolant:
         return (one, zero) if kind == "sample" else (zero, one)
 
 
+@cache
 def linear() -> Interpolant:
     """alpha = 1 - t, sigma = t (rectified flow, Liu et al. 2022, arXiv 2209.03003): v = noise - data."""
 
@@ -123,6 +125,7 @@ def linear() -> Interpolant:
     return Interpolant("linear", path, time_of)
 
 
+@cache
 def edm() -> Interpolant:
     """alpha = 1, sigma = t / (1 - t): variance exploding with t = sigma / (1 + sigma) (Karras et al. 2022, EDM)."""
 

@@ -11,6 +11,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -59,6 +60,7 @@ class _File:
     code: str  # everything after the imports
 
 
+@cache
 def _read(path: Path) -> _File:
     text = path.read_text(encoding="utf-8")
     tree = ast.parse(text)

@@ -19,7 +19,7 @@ from distill.core.errors import InputError, RunError
 from distill.core.stop import StopRequest
 from distill.core.versions import DRAWS
 from distill.flow.draws import Rows, StepDraw, key
-from distill.protocols import Batch, Cond, Draw, Init, Loss, Pairs, Recipe, Source
+from distill.protocols import Batch, Draw, Init, Loss, Pairs, Recipe, Source
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths, StagePaths, append_event
 from distill.spec.model import TrainStage
@@ -245,18 +245,13 @@ def _environment(device: torch.device, micro_batch: int, world: World, sharding:
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
-    def move(tensor: Tensor) -> Tensor:
-        return tensor.to(device, non_blocking=True)
-
-    def moved(cond: Cond) -> Cond:
-        return {name: move(tensor) for name, tensor in cond.items()}
-
+    move = partial(Tensor.to, device=device, non_blocking=True)
+    cond, data_cond = ({name: move(tensor) for name, tensor in each.items()} for each in (batch.cond, batch.data_cond))
     pairs = batch.pairs
     if pairs is not None:
         states, times = (None if each is None else move(each) for each in (pairs.states, pairs.times))
         pairs = Pairs(move(pairs.noise), move(pairs.data), states, times)
-    data = None if batch.data is None else move(batch.data)
-    return Batch(data, pairs, moved(batch.cond), moved(batch.data_cond))
+    return Batch(None if batch.data is None else move(batch.data), pairs, cond, data_cond)
 
 
 def _means(losses: list[Loss], norm: Tensor, world: World) -> dict[str, float]:
