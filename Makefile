@@ -28,6 +28,7 @@ check: $(VENV)/.test ## format, lint, types, tests without processes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m "not process and not train and not long" $(PYTEST_ARGS); tests=$$?; \
 	wait $$mypy; typed=$$?; cat $$types; rm $$types; exit $$((tests ? tests : typed))
 
+test-all: export CHECK_TYPES = yes
 test-all: check system ## everything, in parts: make test-all PART=2/4
 	$(BIN)/pytest -m "process or train or long" --part $(PART) $(PYTEST_ARGS)
 

@@ -32,7 +32,7 @@ def make(teacher, folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("part", [0.0, 0.5])
+@pytest.mark.parametrize("part", [pytest.param(0.0, marks=pytest.mark.long), 0.5])
 def test_pairs_of_a_teacher_on_the_disk_are_the_same_bytes(folder, tmp_path, part, capfd):
     expected = make(load(folder), tmp_path / "whole")
     teacher = load(folder)
@@ -47,6 +47,7 @@ def test_pairs_of_a_teacher_on_the_disk_are_the_same_bytes(folder, tmp_path, par
     assert "meta device" not in capfd.readouterr().err
 
 
+@pytest.mark.long  # pairs use the same teacher
 def test_an_evaluation_of_a_teacher_on_the_disk_is_the_same(folder, tmp_path):
     stage = EvaluateStage(kind="evaluate", samples=16, block=16, teacher_steps=[1], fine_steps=2, students={})
     found = {}

@@ -94,7 +94,9 @@ def test_direction_keeps_its_digits_at_small_angles_and_is_finite_at_zero():
     assert zero.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(("trunk", "heads"), [("squeeze", True), ("squeeze", False), ("alex", True)])
+@pytest.mark.parametrize(
+    ("trunk", "heads"), [("squeeze", True), ("squeeze", False), pytest.param("alex", True, marks=pytest.mark.long)]
+)
 def test_lpips_is_the_package(trunks, trunk, heads):
     path, features = trunks[trunk]
     with warnings.catch_warnings():

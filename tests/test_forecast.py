@@ -117,6 +117,7 @@ def test_a_call_is_measured_in_a_batch(batch, each):
     assert each <= forecast._measure(teacher, batch, torch.device("cpu")) < 2 * each
 
 
+@pytest.mark.long
 def test_students_of_all_kinds_are_measured(tmp_path):
     digits = specfile.load(presets.find("digits-recipes")).spec
     kept = {name: digits.stages[name] for name in ("teach", "shortcut")}

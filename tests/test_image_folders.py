@@ -248,6 +248,7 @@ def test_damage_of_any_kind_is_of_one_image(tmp_path, capfd):
     assert len(loaded) == 1
 
 
+@pytest.mark.filterwarnings("ignore:IM image format is deprecated")
 @pytest.mark.parametrize("kind", ["EPS", "IM"])
 def test_formats_whose_readers_cannot_be_trusted_are_not_opened(tmp_path, monkeypatch, kind):
     """Whatever the name of the file says: a picture of EPS would be drawn by Ghostscript."""
