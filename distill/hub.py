@@ -12,7 +12,7 @@ Kind = Literal["model", "dataset"]
 COMMIT = re.compile(r"[0-9a-f]{40}")
 UNREACHABLE = (HTTPError, OSError, ValueError)  # from huggingface_hub 1.0 on, HTTPError is httpx's and no OSError
 REASONS = (  # the first match counts: GatedRepoError is a subclass of RepositoryNotFoundError
-    (GatedRepoError, "access has to be asked for on its page; then log in by `hf auth login`"),
+    (GatedRepoError, "request access on the repository's page, then log in with `hf auth login`"),
     (RevisionNotFoundError, "there is no such revision"),
     (RepositoryNotFoundError, "there is no such repository, or it is private"),
 )

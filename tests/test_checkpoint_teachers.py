@@ -376,7 +376,7 @@ def test_a_missing_shard_is_refused_by_name(tmp_path):
     unet().save_pretrained(tmp_path, max_shard_size="30KB")
     first = min(tmp_path.glob("*.safetensors"))
     first.unlink()
-    refused(tmp_path, f"names {first.name}, which are not there", prediction="velocity")
+    refused(tmp_path, f"names {first.name}, which do not exist", prediction="velocity")
 
 
 def test_what_is_not_supported_says_what_is(tmp_path):

@@ -346,7 +346,7 @@ UNFIT = {
     "a name that is taken": (
         {"one_step": PAIRS},
         ["one_step"],
-        "stages.one_step: the comparison makes a stage of that name; give this one another name",
+        "stages.one_step: the comparison creates a stage with that name; give this one another name",
     ),
     "no teacher needed": (
         {},
@@ -415,7 +415,7 @@ def test_a_copy_with_a_name_that_is_taken():
     with pytest.raises(InputError) as caught:
         comparison.plan(resolve(specfile.validate(content, "f"), specfile.Path()), None)
     assert str(caught.value) == (
-        "stages.one_step-reflow: the comparison makes a stage of that name; give this one another name"
+        "stages.one_step-reflow: the comparison creates a stage with that name; give this one another name"
     )
 
 

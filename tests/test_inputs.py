@@ -238,7 +238,7 @@ def test_what_cannot_be_had_is_one_message_and_leaves_nothing(tmp_path):
         f"datasets/{GATED}": {"main": some},
     }
     neither = "is neither a folder here nor a hub id that can be fetched or is cached"
-    gated = "access has to be asked for on its page; then log in by `hf auth login`"
+    gated = "request access on the repository's page, then log in with `hf auth login`"
     hint = "; check the name and the network, or download it and give the folder"
     with Hub(served) as hub:
         hub.commits["models/org/huge"]["main"].said = {f"unet/{WEIGHTS}": 10**15}

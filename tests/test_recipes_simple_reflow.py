@@ -188,7 +188,7 @@ def test_options_without_sense_are_refused():
     ):
         with pytest.raises(ValidationError, match=message):
             Config(**options)
-    with pytest.raises(InputError, match="a micro-batch of 6 samples does not hold whole blocks of 4"):
+    with pytest.raises(InputError, match="a micro-batch of 6 samples is not a multiple of the block size 4"):
         projected(Batch(randn("six", 6, 3), oracle_pairs((6, 3)).pairs, {}), 4)
     assert Config().needs == {"teacher", "pairs"} and Config(project_block=8).needs == {"teacher", "pairs", "data"}
     assert (Config().rows_together, Config(project_block=8).rows_together) == (1, 8)

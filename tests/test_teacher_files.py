@@ -405,7 +405,7 @@ def test_json_that_cannot_be_read_is_named(folder, file):
     for text, said in (
         (DEEP, "cannot be read as JSON (nested too deeply)"),
         ("{", "cannot be read as JSON (Expecting property name"),
-        ("[1]", "holds no JSON object"),
+        ("[1]", "does not contain a JSON object"),
         ('{"a": ' + "1" * 5000 + "}", "cannot be read as JSON (Exceeds the limit"),
     ):
         path.write_text(text)
@@ -430,11 +430,11 @@ IN_PLACE = {
     "folder": (os.mkdir, "cannot be read: it is a folder, not a file"),
     "dangling link": (
         lambda path: path.symlink_to("../blobs/ab12"),
-        "is a link to ../blobs/ab12, which is not there; copy or download it again",
+        "is a link to ../blobs/ab12, which does not exist; copy or download it again",
     ),
     "link to itself": (
         lambda path: path.symlink_to(path.name),
-        "cannot be read: Too many levels of symbolic links; correct that, or give a copy that can be read",
+        "cannot be read: Too many levels of symbolic links; fix this, or give a readable copy",
     ),
 }
 
@@ -465,7 +465,7 @@ def test_what_is_no_file_is_refused_as_what_it_is(folder, file, what):
 
 def test_a_pipeline_without_its_network_says_what_is_missing(folder):
     shutil.rmtree(folder / "unet")
-    refused(folder, f"{folder / 'unet' / 'config.json'} is not there; copy or download it again")
+    refused(folder, f"{folder / 'unet' / 'config.json'} does not exist; copy or download it again")
 
 
 @pytest.mark.process
@@ -493,7 +493,7 @@ def test_what_may_not_be_read_says_so(folder, file):
         said = pipe.read()
     os.waitpid(child, 0)
     (folder / file).chmod(0o755)
-    assert said == f"teacher/{file} cannot be read: Permission denied; correct that, or give a copy that can be read"
+    assert said == f"teacher/{file} cannot be read: Permission denied; fix this, or give a readable copy"
 
 
 @pytest.mark.parametrize(
@@ -507,7 +507,7 @@ def test_what_may_not_be_read_says_so(folder, file):
             "weight_map.a='../../other.safetensors'; valid: the name of a .",
         ),
         ({"weight_map": {"a": "weights.png"}}, "weight_map.a='weights.png'; valid: the name of a .safetensors file in"),
-        ({"weight_map": {"a": "gone.safetensors"}}, "names gone.safetensors, which are not there"),
+        ({"weight_map": {"a": "gone.safetensors"}}, "names gone.safetensors, which do not exist"),
     ],
 )
 def test_an_index_of_shards_names_files_beside_it(folder, index, said):

@@ -62,7 +62,7 @@ class State(IntEnum):
     """not a regular file, or a read error"""
 
 
-REASONS = {State.MISSING: "no such file", State.DENIED: "no permission to read it", State.UNREAD: "no regular file"}
+REASONS = {State.MISSING: "no such file", State.DENIED: "no permission to read it", State.UNREAD: "not a regular file"}
 
 
 class _Head(BaseModel):

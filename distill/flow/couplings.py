@@ -73,7 +73,7 @@ def costs(data: Tensor, noise: Tensor, block: int, labels: Tensor | None = None)
     sides = (in_blocks(_flat(side), block) for side in (data, noise))
     found = torch.cdist(*sides, compute_mode="donot_use_mm_for_euclid_dist").to("cpu", torch.float64)
     if not found.isfinite().all():
-        raise RunError("the data, which is to be coupled with noise, is not finite; look for nan or inf in it")
+        raise RunError("the data, which is to be coupled with noise, contains NaN or infinity; correct it")
     if labels is not None:
         theirs = in_blocks(labels.cpu(), block)
         found = found.masked_fill(theirs[:, :, None] != theirs[:, None, :], torch.inf)
@@ -118,8 +118,8 @@ def in_blocks(rows: Tensor, block: int) -> Tensor:
     """[B, ...] -> [B / block, block, ...]. Raises InputError if B is not a multiple of `block`."""
     if len(rows) % block:
         raise InputError(
-            f"a micro-batch of {len(rows)} samples does not hold whole blocks of {block}, whose samples are coupled "
-            "with each other; change batch_size, launch.micro_batch or the size of a block"
+            f"a micro-batch of {len(rows)} samples is not a multiple of the block size {block} (samples are "
+            "coupled within blocks); change batch_size, launch.micro_batch or the block size"
         )
     return rows.reshape(-1, block, *rows.shape[1:])
 

@@ -191,7 +191,7 @@ def _own_chain(spec: RunSpec, end: str, parts: Mapping[str, set[str]]) -> Chain:
 def _new(spec: RunSpec, name: str) -> str:
     """`name` for a new stage. InputError if the spec already has a stage of that name."""
     if name in spec.stages:
-        raise InputError(f"stages.{name}: the comparison makes a stage of that name; give this one another name")
+        raise InputError(f"stages.{name}: the comparison creates a stage with that name; give this one another name")
     return name
 
 

@@ -137,7 +137,7 @@ def _shards(folder: Path, chosen: list[str]) -> list[Path]:
     missing = [short(path.name) for path in files if not _there(path)]
     if missing:
         some = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise InputError(f"{indices[0]} names {some}, which are not there; copy or download them")
+        raise InputError(f"{indices[0]} names {some}, which do not exist; copy or download them")
     return files
 
 

@@ -130,16 +130,16 @@ def parse(path: Path) -> Config:
     except ValueError as error:
         raise InputError(f"{path} cannot be read as JSON ({short(str(error))}); copy or download it again") from error
     if not isinstance(parsed, dict):
-        raise InputError(f"{path} holds no JSON object; copy or download it again")
+        raise InputError(f"{path} does not contain a JSON object; copy or download it again")
     return parsed
 
 
 def unreadable(path: Path, error: OSError) -> InputError:
     """Makes the InputError for a file or folder that cannot be opened."""
     if error.errno == errno.ENOENT:
-        link = f"a link to {short(str(path.readlink()), 200)}, which is " if path.is_symlink() else ""
-        return InputError(f"{path} is {link}not there; copy or download it again")
-    return InputError(f"{path} cannot be read: {error.strerror}; correct that, or give a copy that can be read")
+        link = f"is a link to {short(str(path.readlink()), 200)}, which " if path.is_symlink() else ""
+        return InputError(f"{path} {link}does not exist; copy or download it again")
+    return InputError(f"{path} cannot be read: {error.strerror}; fix this, or give a readable copy")
 
 
 def checked(model: type[Model], content: Config, path: Path) -> Model:

@@ -262,7 +262,7 @@ def _edm(options: Options, path: Path) -> EdmSchedule:
 def _vp(name: str, kind: Kind, options: Options, path: Path) -> VpSchedule:
     prediction, steps = options.prediction_type or "epsilon", options.num_train_timesteps
     if prediction == "flow_prediction":
-        raise InputError(f"{path}: prediction_type=flow_prediction; valid with use_flow_sigmas=true alone")
+        raise InputError(f"{path}: prediction_type=flow_prediction; valid only with use_flow_sigmas=true")
     if steps < 2:
         raise InputError(f"{path}: num_train_timesteps={steps}; valid: 2 or more")
     start, end, schedule = kind.betas
