@@ -108,6 +108,7 @@ def check_table(run, said):
     assert "distill compare digits --recipes one_step,reflow,perflow" in page
 
 
+@pytest.mark.long
 def test_a_dry_run_measures_and_writes_nothing(tmp_path):
     guided = ["stages.reflow.recipe=reflow/perflow", "stages.reflow.pairs=null",
               "stages.reflow.options={windows: 2, solver_steps: 3, guidance_scale: 2.0}",

@@ -93,6 +93,7 @@ def test_only_json_safetensors_and_the_card_are_asked_for_and_no_other_host(solv
     assert [path for path in asked if not path.startswith("/")] == []
 
 
+@pytest.mark.long
 def test_of_variants_one_is_fetched_and_of_a_latent_pipeline_no_weights(tmp_path):
     variants = pipeline(tmp_path / "variants", 0)
     half = variants / "unet" / "diffusion_pytorch_model.fp16.safetensors"
@@ -174,6 +175,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.long
 def test_a_flow_map_is_loaded_from_a_hub_by_plain_diffusers(tmp_path):
     """Of a network's code it fetches one file, so there must be no second one."""
     init = StudentInit(None, UNetSpec(kind="unet", channels=[8]), (1, 8, 8), None, seed=0)
@@ -217,7 +219,7 @@ def test_pictures_by_hub_id_are_those_of_the_folder_and_of_the_cache(tmp_path):
             return done.stdout.splitlines()
 
         sha = hub.commits["datasets/org/pictures"]["main"].sha
-        by_id, by_folder, old = described("org/pictures", str(folder), "org/pictures, revision: old")
+        old, by_id, by_folder = described("org/pictures, revision: old", "org/pictures", str(folder))
         assert by_id == by_folder
         assert by_id.endswith(f" {labels} {len(CLASSES)}")
         assert old.endswith(f" {labels[:2]} {len(CLASSES)}")

@@ -227,7 +227,9 @@ def test_files_that_cannot_be_read_are_named_and_nothing_hangs(tmp_path, capfd):
     (tmp_path / "gone.png").symlink_to("nowhere.png")
     (tmp_path / "loop.png").symlink_to("loop.png")
     said = unreadable(tmp_path)
-    assert f"3 of 5 images cannot be decoded, data.max_unreadable is 0: {tmp_path}/fifo.png (row 2): not a regular" in said
+    assert (
+        f"3 of 5 images cannot be decoded, data.max_unreadable is 0: {tmp_path}/fifo.png (row 2): not a regular" in said
+    )
     assert "gone.png (row 3): no such file, " in said and "loop.png (row 4): no such file; repair or remove" in said
     loaded = data.load_data(ImagesData(kind="images", path=str(tmp_path), size=8, max_unreadable=3), 0)
     assert "3 of 5 images cannot be decoded and are skipped" in capfd.readouterr().err
@@ -314,7 +316,8 @@ def test_an_image_that_would_fill_the_memory_is_refused(tmp_path):
     Image.new("L", (1, 3_000_000)).save(tmp_path / "long.png")
     said = unreadable(tmp_path)
     assert (
-        "1 of 2 images are too elongated: " in said and "long.png (row 1); the first, of 1 x 3000000 pixels, would" in said
+        "1 of 2 images are too elongated: " in said
+        and "long.png (row 1); the first, of 1 x 3000000 pixels, would" in said
     )
     assert "be resized to 8 x 24000000, valid: at most 67,108,864 pixels; crop or remove them" in said
 

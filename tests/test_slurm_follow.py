@@ -97,6 +97,7 @@ def test_a_run_is_followed_to_its_end(capfd, cluster, here):
 # --- cancel ---
 
 
+@pytest.mark.long
 def test_cancel_at_once_and_by_slurms_own_command(capfd, cluster, here):
     runs = {}
     for name in ("now", "scancel"):

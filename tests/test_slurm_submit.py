@@ -313,6 +313,7 @@ def test_an_edited_package_does_not_change_a_queued_job(cluster, here):
     assert noted == {"kept": None, "current": str(copy)}
 
 
+@pytest.mark.long
 def test_the_lead_grows_with_the_saves(capfd, cluster, here):
     submit(capfd, "solve.yaml", "--time=5", HELD)
     run = named("mix")

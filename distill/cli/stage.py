@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill.cli.common import near, read_share
+from distill.core.collection import importing
 from distill.core.errors import EXIT_INPUT, InputError, Stopped
 from distill.runs.run_store import RunPaths, append_event, find_run
 
@@ -163,7 +164,8 @@ def _compute(
     stop: "distill.core.stop.StopRequest",
     measure: bool,
 ) -> None:
-    from distill.execution import devices, stages  # imports torch
+    with importing():
+        from distill.execution import devices, stages  # imports torch
 
     if "WORLD_SIZE" not in os.environ:
         stop.raise_if_requested("nothing had begun")
@@ -189,7 +191,8 @@ def _compute_part(
     stop: "distill.core.stop.StopRequest",
     part: tuple[int, int],
 ) -> None:
-    from distill.execution import stages
+    with importing():
+        from distill.execution import stages
 
     stages.run(paths, spec, names, stop, part=part)
 

@@ -148,8 +148,8 @@ class ImageData:
             height, width = index.sides[long[0]].tolist()
             covers = covering(height, width, self._options.height_width)
             raise InputError(
-                f"{self.name}: {len(long)} of {total} images are too elongated: {self._names(long)}; the first, of {width} "
-                f"x {height} pixels, would be resized to {covers[1]} x {covers[0]}, valid: at most {MAX_PIXELS:,} "
+                f"{self.name}: {len(long)} of {total} images are too elongated: {self._names(long)}; the first, of "
+                f"{width} x {height} pixels, would be resized to {covers[1]} x {covers[0]}, valid: at most {MAX_PIXELS:,} "
                 "pixels; crop or remove them"
             )
 
