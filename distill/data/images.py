@@ -149,8 +149,8 @@ class ImageData:
             covers = covering(height, width, self._options.height_width)
             raise InputError(
                 f"{self.name}: {len(long)} of {total} images are too elongated: {self._names(long)}; the first, of "
-                f"{width} x {height} pixels, would be resized to {covers[1]} x {covers[0]}, valid: at most {MAX_PIXELS:,} "
-                "pixels; crop or remove them"
+                f"{width} x {height} pixels, would be resized to {covers[1]} x {covers[0]}, valid: at most "
+                f"{MAX_PIXELS:,} pixels; crop or remove them"
             )
 
     def _resized_pixels(self) -> NDArray[np.float64]:
