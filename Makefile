@@ -6,22 +6,22 @@ PART   ?= 1/1
 NEWEST ?=
 UPGRADE ?=
 
-# The versions of all packages that each of these Pythons gets, by `make lock`; NEWEST=1 takes the newest instead.
+# `make lock` writes the package versions for each of these Pythons; NEWEST=1 installs the newest releases instead.
 PYTHONS := 3.11 3.12 3.13 3.14
 LOCKS   := $(wildcard containers/constraints-*.txt)
 
-# All is kept below .venv, unless SYSTEM=yes: then root's apt-get installs what the machine lacks (venv, Slurm, sshd).
+# Everything is kept in .venv. As root, SYSTEM=yes installs missing system packages (venv, Slurm, sshd) instead.
 SYSTEM ?=
 
 .PHONY: quickstart test check test-all bench container-test lock format clean system
 
-quickstart: $(VENV)/.train ## from nothing to a one-step student
+quickstart: $(VENV)/.train ## trains a teacher and a one-step student
 	$(BIN)/distill quickstart
 
-test: check system ## what CI runs
+test: check system ## all tests that CI runs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "(process or train) and not long" $(PYTEST_ARGS)
 
-check: $(VENV)/.test ## format, lint, types, tests without processes
+check: $(VENV)/.test ## format, lint, types, quick tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	@types=$$(mktemp); $(BIN)/mypy >$$types 2>&1 & mypy=$$!; \
@@ -32,15 +32,15 @@ test-all: export CHECK_TYPES = yes
 test-all: check system ## everything, in parts: make test-all PART=2/4
 	$(BIN)/pytest -m "process or train or long" --part $(PART) $(PYTEST_ARGS)
 
-bench: $(VENV)/.test ## measurements of tests/benchmarks, as ratios within one run
+bench: $(VENV)/.test ## the quick measurements of tests/benchmarks, as ratios within one run
 	$(BIN)/python -m tests.benchmarks
 
-container-test: ## builds the CPU image and distils in it, about 5 minutes; as root, see containers/README.md
+container-test: ## builds the CPU image and trains a student in it, about 5 minutes; as root, see containers/README.md
 	PYTHON=$(PYTHON) containers/test.sh
 
-# What is pinned stays, unless UPGRADE says otherwise: make lock UPGRADE=--upgrade, or UPGRADE="--upgrade-package NAME".
-# torch and torchvision are those of the CUDA container for every Python; uv resolves for Pythons that are not here.
-lock: | $(BIN)/python ## containers/*.lock and constraints-*.txt, after a change of pyproject.toml
+# Pinned versions stay, unless UPGRADE says otherwise: make lock UPGRADE=--upgrade, or UPGRADE="--upgrade-package NAME".
+# torch and torchvision are those of the CUDA container for every Python; uv also resolves for Pythons that are not installed.
+lock: | $(BIN)/python ## updates containers/*.lock and constraints-*.txt after a change of pyproject.toml
 	$(BIN)/python -m pip install -q pip-tools uv
 	for variant in cpu cuda; do \
 	  CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile -q $(UPGRADE) --extra train --build-deps-for wheel --allow-unsafe \
@@ -58,10 +58,10 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-clean: ## the environment and caches; never runs
+clean: ## deletes the environment and caches, but no runs
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
-system: | $(BIN)/python ## what tests of Slurm and ssh need; without it they are skipped
+system: | $(BIN)/python ## the programs that tests of Slurm and ssh need; without them these tests are skipped
 	@$(BIN)/python tests/daemons.py $(if $(filter yes,$(SYSTEM)),--install)
 
 $(BIN)/python:
@@ -72,7 +72,7 @@ $(BIN)/python:
 	  else echo "missing: venv for $(PYTHON). Run: sudo apt-get install -y python3-venv"; exit 1; fi; }
 	$(PYTHON) -m venv $(VENV)
 
-# The variables reach the environments in which pip builds packages, too: in older pips the first, in newer the second.
+# The variables also apply when pip builds packages: the first for older versions of pip, the second for newer ones.
 define install
 @constraints=containers/constraints-$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])').txt; \
 if [ -e $$constraints ] && [ -z "$(NEWEST)" ]; then \

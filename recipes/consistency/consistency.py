@@ -1,4 +1,4 @@
-"""Consistency models (Song et al. 2023, arXiv 2303.01469): every point of a path is mapped to the path's clean end.
+"""Consistency models (Song et al. 2023, arXiv 2303.01469): map every point of a path to its clean end.
 
 f(x_t, t) = x_t - t u(x_t, t, 0) learns its own value at s < t: the loss is D( f(x_t, t), f-(x_s, s) ) / (t - s). x_s is
 the teacher's step from x_t (distillation, alg. 2) or has the same data and noise (training, alg. 3). t and s are

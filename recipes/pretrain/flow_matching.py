@@ -1,4 +1,4 @@
-"""Flow matching (Lipman et al. 2022, arXiv 2210.02747; Liu et al. 2022, arXiv 2209.03003): a teacher from real data.
+"""Flow matching (Lipman et al. 2022, arXiv 2210.02747; Liu et al. 2022, arXiv 2209.03003): train a teacher on data.
 
 Minimises E || v(x_t, t) - (noise - data) ||^2 / d, x_t = (1 - t) data + t noise: v(x, t) = E[noise - data | x_t = x].
 The condition is dropped with probability label_dropout, for guidance (Ho & Salimans 2022, arXiv 2207.12598). Couplings

@@ -1,4 +1,4 @@
-"""Constant Acceleration Flow (Park et al. 2024, arXiv 2411.00322): curved paths, identified by their initial velocity.
+"""Constant Acceleration Flow (Park et al. 2024, arXiv 2411.00322): curved paths, determined by their initial velocity.
 
 Let data = ODE(noise) be the ends of a teacher's path, line = noise - data and u = 1 - t. The path that leaves the noise
 with velocity v and reaches the data with constant acceleration is x_t = noise - u v + u^2 (v - line), where dv/dt =

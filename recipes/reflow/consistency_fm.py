@@ -1,4 +1,4 @@
-"""Consistency flow matching (Yang et al. 2024, arXiv 2407.02398): one velocity along each line, segment by segment.
+"""Consistency flow matching (Yang et al. 2024, arXiv 2407.02398): constant velocity along each line, by segments.
 
 Time is divided into K equal segments. f(x_t, t) = x_t - (t - e) v(x_t, t) is the predicted point at time e, the end of
 the segment on the side of the data. With x_t and x_r, r = t - delta, on one line between data and noise, the loss is

@@ -1,4 +1,4 @@
-"""ProReflow (Ke et al. 2025, arXiv 2503.04824): PeRFlow's windows, fewer from stage to stage, with aligned velocities.
+"""ProReflow (Ke et al. 2025, arXiv 2503.04824): PeRFlow with fewer windows from stage to stage and aligned velocities.
 
 Minimises E || v - v* ||^2 / d + alpha (1 - cos(v, v*)) with v = v(z_t, t). As in reflow/perflow, the target v* =
 (z_e - z_s)/(t_e - t_s) is the mean velocity of the teacher's path across the window that contains t, from real data

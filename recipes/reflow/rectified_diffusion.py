@@ -1,4 +1,4 @@
-"""Rectified Diffusion (Wang et al. 2024, arXiv 2410.07303): retrain on the teacher's pairs, in data prediction.
+"""Rectified Diffusion (Wang et al. 2024, arXiv 2410.07303): retrain on the teacher's pairs, with data prediction.
 
 One step needs a path with constant eps, not a straight path: for constant eps, DDIM is exact. Minimises
 E PHe( x_t + (t_e - t) v(x_t, t) - x_e ), the elementwise pseudo-Huber distance between the predicted and the true end

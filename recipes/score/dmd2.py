@@ -1,4 +1,4 @@
-"""DMD2 (Yin et al. 2024, arXiv 2405.14867): match the student's distribution to the teacher's by two scores.
+"""DMD2 (Yin et al. 2024, arXiv 2405.14867): match the student's distribution to the teacher's with two score models.
 
 The student's samples get the gradient of KL(fake_t || teacher_t), x0_fake - x0_teacher at x_t, divided by the mean of
 |sample - x0_teacher|, and are trained to fool a discriminator. The critic has `ratio` turns per turn of the student: it

@@ -1,4 +1,4 @@
-"""MeanFlow (Geng et al. 2025, arXiv 2505.13447): regress the average velocity on the identity that defines it.
+"""MeanFlow (Geng et al. 2025, arXiv 2505.13447): learn the average velocity from the identity that defines it.
 
 The identity is u(x_t, t, s) = v - (t - s) Du, eq. (6), with Du the derivative of u along (v, 1, 0). Its right side is
 the target, without gradients; Du takes one forward-mode call. On a fixed part of the batch s = t, which is flow

@@ -11,7 +11,7 @@ SMALLEST = "reflow/reflow"
 
 def table() -> str:
     """All recipes, from their docstrings."""
-    lines = ["| recipe | what it is | can need | an update costs |", "|---|---|---|---:|"]
+    lines = ["| recipe | what it is | may need | cost of an update |", "|---|---|---|---:|"]
     for name in registry.names():
         found = registry.describe(name, Path())
         assert found.cost is not None, f"{name} has no cost yet; run: python -m tests.benchmarks recipes"
@@ -26,10 +26,15 @@ def smallest() -> str:
 
 def generated(text: str) -> str:
     """The text of README.md with its generated parts as they should be."""
-    text = re.sub(r"(<!-- recipes: [^\n]*-->\n).*?(<!-- end -->)", rf"\1\n{table()}\n\2", text, flags=re.DOTALL)
-    return re.sub(
-        r"(whole:\n\n```python\n).*?(```\n)", lambda found: found[1] + smallest() + found[2], text, flags=re.DOTALL
-    )
+    text = _replaced(text, r"(<!-- recipes: [^\n]*-->\n).*?(<!-- end -->)", f"\n{table()}\n")
+    return _replaced(text, rf"(This is a complete recipe, `{SMALLEST}`:\n\n```python\n).*?(```\n)", smallest())
+
+
+def _replaced(text: str, pattern: str, content: str) -> str:
+    """The text with `content` between the two groups of `pattern`, which must match in exactly one place."""
+    text, count = re.subn(pattern, lambda found: found[1] + content + found[2], text, flags=re.DOTALL)
+    assert count == 1, f"{README} has {count} places that match {pattern!r} instead of 1"
+    return text
 
 
 if __name__ == "__main__":
