@@ -337,7 +337,7 @@ def test_existing_student_is_replaced_and_a_failed_export_changes_nothing(tmp_pa
     first = contents(tmp_path / "s")
     with torch.no_grad():
         student.network.layers[0].weight[0, 0] = float("nan")
-    with pytest.raises(RunError, match="layers.0.weight holds numbers that are not finite; nothing was exported"):
+    with pytest.raises(RunError, match="layers.0.weight contains values that are not finite; nothing was exported"):
         export(student, tmp_path / "s", card)
     assert contents(tmp_path / "s") == first
     export(make("mlp", seed=1)[0], tmp_path / "s", card)
@@ -483,7 +483,7 @@ def test_model_card_of_a_student_with_times_of_its_own():
 
 @pytest.mark.parametrize("times", [[1.0, 0.0], [1.0, 0.5, 0.5, 0.0], [0.9, 0.5, 0.2, 0.0], [1.0, 0.5, 0.2, 0.1]])
 def test_times_that_are_no_path_from_noise_to_data_are_refused(times):
-    with pytest.raises(ValueError, match=r"t_grids: 3 steps go along 4 times from 1 down to 0, not along \[.*\]"):
+    with pytest.raises(ValueError, match=r"t_grids: 3 steps need 4 times that decrease from 1 to 0, got \[.*\]"):
         describe((2,), None, t_grids={3: times})
 
 

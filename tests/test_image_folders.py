@@ -68,8 +68,11 @@ def test_dataset_json_gives_the_labels(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        (LABELS[:2], "it lacks 1 labels of images that are in the folder (00001/img00001000.png)"),
-        ([*LABELS, ["x.png", 1]], "the folder lacks 1 images that it labels (x.png); copy the whole data set, or"),
+        (LABELS[:2], "it does not contain 1 labels of images that are in the folder (00001/img00001000.png)"),
+        (
+            [*LABELS, ["x.png", 1]],
+            "the folder does not contain 1 images that it labels (x.png); copy the whole data set, or",
+        ),
         ([*LABELS, ["00000/img00000000.png", 1]], "gives 00000/img00000000.png the classes 2 and 1; remove one"),
         ([["00000/img00000000.png", -1]], "labels[0][1]: Input should be greater than or equal to 0; valid: {"),
         ([["00000/img00000000.png", 10**12]], "labels[0][1]: Input should be less than 1000000; valid: {"),
@@ -178,7 +181,7 @@ def test_folders_of_kohya_are_no_classes(tmp_path):
 )
 def test_captions_are_not_lost_in_silence(tmp_path, names, shown):
     said = refused(folder(tmp_path, *names))
-    assert f"has captions ({shown}), which data of kind images does not take: they would be lost; give a folder" in said
+    assert f"has captions ({shown}), which data of kind images does not read: they would be lost; give a folder" in said
 
 
 def test_a_text_that_belongs_to_no_image_is_no_caption(tmp_path):
@@ -227,7 +230,9 @@ def test_files_that_cannot_be_read_are_named_and_nothing_hangs(tmp_path, capfd):
     (tmp_path / "gone.png").symlink_to("nowhere.png")
     (tmp_path / "loop.png").symlink_to("loop.png")
     said = unreadable(tmp_path)
-    assert f"3 of 5 images cannot be decoded, data.max_unreadable is 0: {tmp_path}/fifo.png (row 2): not a regular" in said
+    assert (
+        f"3 of 5 images cannot be decoded, data.max_unreadable is 0: {tmp_path}/fifo.png (row 2): not a regular" in said
+    )
     assert "gone.png (row 3): no such file, " in said and "loop.png (row 4): no such file; repair or remove" in said
     loaded = data.load_data(ImagesData(kind="images", path=str(tmp_path), size=8, max_unreadable=3), 0)
     assert "3 of 5 images cannot be decoded and are skipped" in capfd.readouterr().err
@@ -314,7 +319,8 @@ def test_an_image_that_would_fill_the_memory_is_refused(tmp_path):
     Image.new("L", (1, 3_000_000)).save(tmp_path / "long.png")
     said = unreadable(tmp_path)
     assert (
-        "1 of 2 images are too elongated: " in said and "long.png (row 1); the first, of 1 x 3000000 pixels, would" in said
+        "1 of 2 images are too elongated: " in said
+        and "long.png (row 1); the first, of 1 x 3000000 pixels, would" in said
     )
     assert "be resized to 8 x 24000000, valid: at most 67,108,864 pixels; crop or remove them" in said
 

@@ -142,7 +142,9 @@ def test_one_that_lacks_something_is_refused_where_it_is_used(site, text, messag
 def test_a_name_that_exists_is_refused(site, midpoint):
     install(site, "late", heun="outside_midpoint", midpoint="outside_midpoint")
     assert solver_names() == ["euler", "heun", "dpm_solver_pp_2m", "midpoint"]
-    with pytest.raises(InputError, match="^solver 'heun' of the package late: distill already has a solver with this name; rename it"):
+    with pytest.raises(
+        InputError, match="^solver 'heun' of the package late: distill already has a solver with this name; rename it"
+    ):
         find_solver("heun")
     with pytest.raises(InputError, match="^solver 'midpoint' of the package (late|outside-recipes): the package"):
         find_solver("midpoint")

@@ -66,7 +66,7 @@ def test_ranks_that_share_the_checksums_refuse_a_shard_that_one_of_them_finds_da
     run = distill("run", "runs/many", "--resume", "launch.procs=2", cwd=here)
     assert run.returncode == 2, run.stderr
     assert "rank 1: error: " in run.stderr
-    assert "shard-00001.safetensors is damaged (its sha256 is not the manifest's); delete what is damaged" in run.stderr
+    assert "shard-00001.safetensors is damaged (its sha256 is not the manifest's); delete these files" in run.stderr
     assert not list((here / "runs" / "many" / "stages" / "reflow").glob("checkpoints/*"))
 
 
@@ -104,18 +104,21 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
     [
         ([GAUSSIAN], "--out is missing: the folder to write the pairs to"),
         ([GAUSSIAN, "--out", "p", "--stage", "x"], "--stage: no effect here; '{kind: gaussian, mean: [0.5, 0.0]"),
-        ([GAUSSIAN, "--out", "p", "--shards", "0/2"], "--shards 0/2: I/N is expected, I from 1 to N, like 1/4"),
-        ([GAUSSIAN, "--out", "p", "--shards", "3/2"], "--shards 3/2: I/N is expected"),
-        ([GAUSSIAN, "--out", "p", "--shards", "4/4"], "--shards 4/4: the set has 3 files, so nothing is left for this"),
-        (["spec.yaml", "--stage", "real", "--shards", "3/3"], "--shards 3/3: the set has 2 files, so nothing is left"),
-        ([GAUSSIAN, "--out", "p", "--shards", "²/2"], "--shards ²/2: I/N is expected"),
+        ([GAUSSIAN, "--out", "p", "--shards", "0/2"], "--shards 0/2: must be I/N with I from 1 to N, like 1/4"),
+        ([GAUSSIAN, "--out", "p", "--shards", "3/2"], "--shards 3/2: must be I/N with I"),
+        ([GAUSSIAN, "--out", "p", "--shards", "4/4"], "--shards 4/4: the set has 3 files, so this part would be empty"),
+        (
+            ["spec.yaml", "--stage", "real", "--shards", "3/3"],
+            "--shards 3/3: the set has 2 files, so this part would be",
+        ),
+        ([GAUSSIAN, "--out", "p", "--shards", "²/2"], "--shards ²/2: must be I/N with I"),
         ([GAUSSIAN, "--out", "p", "--count", f"{10**18}"], "--count: 1000000000000000000 given; must be at most"),
         ([GAUSSIAN, "--out", "p", "--steps", f"{10**9}"], "--steps: 1000000000 given; must be at most 10,000"),
         (["spec.yaml", "--stage", "pairs", f"stages.pairs.count={10**18}"], "count: 1000000000000000000 given"),
         (["spec.yaml", "--stage", "pairs", "stages.pairs.count=1e9"], "stages.pairs.shard: 1,000,000,000 pairs in fil"),
-        ([GAUSSIAN, "--out", "p", "--times", "1,x"], "--times 1,x: numbers with commas between them are expected"),
+        ([GAUSSIAN, "--out", "p", "--times", "1,x"], "--times 1,x: give numbers separated by commas, like"),
         ([GAUSSIAN, "--out", "p", "--times", "1,0"], "--times: backward paths store only their ends, so this has no"),
-        ([GAUSSIAN, "--out", "p", "--paths", "trajectories"], "--times: None given; trajectories need times from 1"),
+        ([GAUSSIAN, "--out", "p", "--paths", "trajectories"], "--times: None given; trajectories need times that"),
         (
             [GAUSSIAN, "--out", "p", "--paths", "trajectories", "--times", "1,0.3,0"],
             "--times: 0.3 are not times of the solver, the multiples of 1/steps = 1/16",
@@ -125,7 +128,7 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
             "--solver: dpm_solver_pp_2m solves from noise to data only; paths: forward take euler or heun",
         ),
         ([GAUSSIAN, "--out", "p", "--optimal-times", "2"], "--optimal-times: backward paths have none; remove it, or"),
-        ([*OPTIMAL, "20"], "--optimal-times: 20 steps cannot be chosen among the solver's 16; give more steps"),
+        ([*OPTIMAL, "20"], "--optimal-times: 20 steps cannot be chosen from the solver's 16; increase steps"),
         ([*OPTIMAL, "2", "--times", "1,0"], "--times: optimal_times finds them, so both cannot be given; remove one"),
         ([GAUSSIAN, "--out", "p", "--paths", "forward", "--store-noise"], "--store-noise: inverted noise is always"),
         (
@@ -135,7 +138,7 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
         ([GAUSSIAN, "--out", "p", "--data", "digits"], "--data: backward paths begin with noise, so it has no effect"),
         (["spec.yaml"], "run 'many' has 2 pairs stages; name one with --stage: pairs, real"),
         (["spec.yaml", "--stage", "pairz"], "--stage pairz: run 'many' has no such pairs stage; did you mean 'pairs'?"),
-        (["spec.yaml", "--count", "5"], "--count: no effect here; of a spec they stand in it: write changes like"),
+        (["spec.yaml", "--count", "5"], "--count: no effect here; a SPEC sets them: write changes like"),
         (["spec.yaml", "--seed", "0", "--guidance-scale", "0"], "--guidance-scale, --seed: no effect here; of a spec"),
         ([GAUSSIAN, "--check", "--out", "p", "--shards", "1/2"], "--shards, --out: no effect here; --check solves"),
         (["digits", "--check"], "which is not trained yet; distill run digits"),

@@ -278,7 +278,9 @@ def test_measuring_stops_when_asked(tmp_path, monkeypatch):
         return TEACHER.field(x_t, t, cond)
 
     teacher = dataclasses.replace(TEACHER, field=exact.Network(asked))
-    with pytest.raises(Stopped, match="stopped by SIGUSR1; saved: nothing yet, as the solver was being measured"):
+    with pytest.raises(
+        Stopped, match="stopped by SIGUSR1; saved: nothing, since the accuracy of the solver was being measured"
+    ):
         make(tmp_path, teacher, stop=stop)
     assert len(calls) == 15, "the first block of Heun's eight steps"
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]

@@ -64,9 +64,7 @@ def test_versions_are_numbered_and_never_change(tmp_path, store):
     assert put(a, store, "digits").label == "digits:v1", "the same bytes"
     assert put(a, store, "digits", "v1").label == "digits:v1"
     before = snapshot(store)
-    with pytest.raises(
-        InputError, match="digits:v1 is published already, with other bytes, and never changes; publish"
-    ):
+    with pytest.raises(InputError, match="digits:v1 is already published with other files, and never changes; publish"):
         put(b, store, "digits", "v1")
     assert snapshot(store) == before
     assert put(a, store, "digits", "final").label == "digits:final", "asked for by name"
@@ -258,7 +256,10 @@ def test_a_store_over_plain_http(capfd, tmp_path, store):
         ]
         done = command(capfd, "pull", "digits:v2", "again")
         assert done.code == 2
-        assert "is another student (sha256 " in done.err and "published versions never change" in done.err
+        assert (
+            "is not the student in the store's index (sha256 " in done.err
+            and "published versions never change" in done.err
+        )
         server.faults = [Fault("_index.json", status=404)]
         assert (
             "_index.json: 404 Not Found; nothing has been published here, or this is not a store"
@@ -406,7 +407,7 @@ def test_a_whole_model_card(capfd, run):
         assert line in text, line
     assert "short" not in text, "a stage that it does not come from"
     again = command(capfd, "publish", "one/long", "ring")
-    assert again.out.startswith("the same student is published already: ring:v1\n")
+    assert again.out.startswith("this student is already published: ring:v1\n")
 
 
 @pytest.mark.process

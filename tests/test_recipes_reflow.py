@@ -349,7 +349,7 @@ def test_one_step_lpips_compares_images(lpips_options):
 def test_lpips_is_refused_for_vectors(lpips_options):
     teacher = gaussian_teacher(GaussianTeacher(kind="gaussian", mean=[M, M], std=[ROOT, ROOT]))
     config = one_step.Config(**lpips_options, distance="lpips")
-    with pytest.raises(InputError, match=r"LPIPS compares images, the teacher makes \(2,\); use distance: l2"):
+    with pytest.raises(InputError, match=r"LPIPS compares images, but samples have shape \[2\]; use distance: l2"):
         one_step.Recipe(config, teacher)
 
 

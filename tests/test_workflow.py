@@ -164,7 +164,7 @@ CASES = {
     ),
     "nothing to start from": (
         images(t={"network": None}),
-        "stages.t: nothing to start from; give network (fresh weights) or init (an earlier train stage)",
+        "stages.t: nothing to start from; give network (new weights) or init (an earlier train stage)",
     ),
     "dropout of a fresh network": (
         vectors(r={"dropout": 0.1}),
@@ -279,7 +279,7 @@ CASES = {
     ),
     "times that lead nowhere": (
         vectors(e={"times": {"teacher": [[1, 0.5]]}}),
-        "stages.e.times.teacher: [1.0, 0.5] given; times go from 1 down to 0, like [1, 0.6, 0]",
+        "stages.e.times.teacher: [1.0, 0.5] given; times must decrease from 1 to 0, like [1, 0.6, 0]",
     ),
     "times by another word": (
         vectors(e={"times": {"teacher": ["best"]}}),
@@ -327,7 +327,8 @@ CASES = {
     ),
     "too many resolutions": (
         images(t={"network": {"kind": "unet", "channels": [8, 8, 8, 8, 8]}}),
-        "stages.t.network.channels: 5 resolutions halve the images 4 times, and their side of 8 cannot be; give fewer",
+        "stages.t.network.channels: 5 resolutions halve the images 4 times, and their side of 8 is not "
+        "divisible by 16; give fewer",
     ),
 }
 
@@ -548,7 +549,7 @@ def test_a_config_says_what_it_needs(tmp_path):
 
 # --- guidance by a student of the run ---
 
-SHOWN = "was trained on its teacher alone and never on an unconditional velocity; use 1, or a teacher trained"
+SHOWN = "was trained only on its teacher, never on an unconditional velocity; use 1, or a teacher trained"
 
 
 def test_guidance_needs_an_unconditional_velocity(tmp_path):
@@ -647,7 +648,7 @@ def test_a_miniature_trains_all_stages_for_two_steps():
 def test_plan_counts_work_and_network_calls():
     spec = specfile.validate(vectors(p={"steps": 5}), "f")
     pairs, train, evaluation = planning.steps(resolve(spec, Path()))
-    assert pairs.network_calls == 100 * 9, "heun calls twice a step but the last"
+    assert pairs.network_calls == 100 * 9, "heun calls twice per step, except in the last"
     assert train.work == "1,280 images = 10 steps of 128"
     assert train.needs == ["p", "the spec's teacher"]
     divided = specfile.validate(vectors() | {"launch": {"procs": 2, "micro_batch": 16}}, "f")

@@ -28,7 +28,7 @@ def stage(
     run: RunFolder,
     names: StageNames,
     lifeline: Annotated[int | None, typer.Option(help="A pipe whose other end is held by the parent process.")] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Note what training takes of memory.")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Record the memory that training uses.")] = False,
     part: PartOption = None,
 ) -> None:
     """Compute stages of a run in this process; with RANK and WORLD_SIZE set, as one of several that train together.

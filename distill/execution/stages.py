@@ -110,7 +110,7 @@ def run(
         try:
             stage_paths.root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(f"cannot make {stage_paths.root}: {error.strerror}; earlier stages are intact") from error
+            raise RunError(f"cannot create {stage_paths.root}: {error.strerror}; earlier stages are intact") from error
         stage = spec.stages[name]
         work = Work(paths, found, name, device, stop, world, measure, part)
         if part is not None:

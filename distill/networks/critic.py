@@ -37,7 +37,9 @@ class Critic(nn.Module):
                 width = network.config.width
                 head = [nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)]
             else:
-                raise InputError(f"a discriminator does not support {type(network).__name__}: its innermost features are not known")
+                raise InputError(
+                    f"a discriminator does not support {type(network).__name__}: its innermost features are not known"
+                )
             self.head = nn.Sequential(*head).to(next(network.parameters()).device)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:

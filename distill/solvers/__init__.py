@@ -87,12 +87,16 @@ def _read(name: str, path: tuple[str, ...]) -> Solver:
     points = [point for point in _entry_points(path) if point.name == name]
     if name in _our_names():
         if points:
-            raise InputError(f"{_title(points[0])}: distill already has a solver with this name; rename it, or uninstall the package")
+            raise InputError(
+                f"{_title(points[0])}: distill already has a solver with this name; rename it, or uninstall the package"
+            )
         return _checked(f"{__name__}.{name}", f"solver '{name}'", "")
     if not points:
         raise InputError(f"unknown solver '{name}': {suggest(name, solver_names())}")
     if len(points) > 1:
-        raise InputError(f"{_title(points[0])}: {_package(points[1])} also has a solver with this name; uninstall one of the two")
+        raise InputError(
+            f"{_title(points[0])}: {_package(points[1])} also has a solver with this name; uninstall one of the two"
+        )
     return _checked(points[0].module, _title(points[0]), "; fix or uninstall the package")
 
 

@@ -156,7 +156,9 @@ def source(name: str, base: Path) -> Path:
         if path.name.startswith("_"):
             family = path.parent.name
             valid = ", ".join(each for each in names() if each.startswith(f"{family}/"))
-            raise InputError(f"{name} is not a recipe: it holds what recipes of {family} share; valid: {valid}")
+            raise InputError(
+                f"{name} is not a recipe: it contains code that the recipes of {family} share; valid: {valid}"
+            )
         return path
     point = _entry_points().get(name)
     if point is None:

@@ -41,7 +41,7 @@ def one_of(names: Iterable[str], where: str) -> list[str]:
     if len(variants) > 1:
         raise InputError(
             f"{where} has weights in the variants {short(', '.join(variants))}; with several, only no variant, fp32, "
-            "fp16 or bf16 can be chosen automatically. Put the one you mean into a folder of its own"
+            "fp16 or bf16 can be chosen automatically. Move the one you want to a separate folder"
         )
     return next(iter(variants.values()), [])
 
@@ -66,14 +66,14 @@ def no_weights(names: Sequence[str], where: str, source: str) -> InputError:
         variant = next((each for each in PREFERRED if each in pickled), min(pickled))
         told = f", variant='{variant}'" if variant else ""
         todo = (
-            'only safetensors is loaded. Where you trust a pickled file, convert it: python -c "from diffusers '
+            'only safetensors files are loaded. If you trust a pickled file, convert it: python -c "from diffusers '
             f"import UNet2DModel as M; M.from_pretrained({source}{told}, use_safetensors=False)"
             ".save_pretrained('NEW')\""
         )
     elif others:
         todo = (
-            f"only safetensors is loaded. Where you trust {short(others[0], 60)}, load it into its network and save "
-            "that with save_pretrained()"
+            f"only safetensors files are loaded. If you trust {short(others[0], 60)}, load it into its network and "
+            "save the network with save_pretrained()"
         )
     else:
         todo = "copy or download the weights"

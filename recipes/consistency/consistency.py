@@ -43,7 +43,7 @@ class Config(BaseModel):
     sigma: PositiveFloat = 2.0
     """standard deviation of logit(t) under continuous"""
     halving_images: Annotated[int, Field(gt=0, le=10**13)] | None = None
-    """t - s is halved every so many images, at most ten times (with bf16, use at most three); null: never"""
+    """t - s is halved after every this many images, at most ten times (with bf16, use at most three); null: never"""
     target_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     """decay per step of the averaged copy that makes the target; null: the student itself makes it"""
     distance: Literal["l2", "pseudo_huber", "pseudo_huber_elementwise"] = "pseudo_huber"
@@ -55,9 +55,9 @@ class Config(BaseModel):
     def _has_effect(self) -> Self:
         unused = {"levels"} if self.times == "continuous" else {"mu", "sigma"}
         if given := sorted(unused & self.model_fields_set):
-            raise ValueError(f"{', '.join(given)}: no effect with times: {self.times}; remove")
+            raise ValueError(f"{', '.join(given)}: no effect with times: {self.times}; remove them")
         if self.times == "continuous" and self.halving_images is None:
-            raise ValueError("times: continuous needs halving_images; at first, most of s are 0")
+            raise ValueError("times: continuous needs halving_images; without it, s stays 0 for most samples")
         if self.point == "data" and self.guidance_scale != 1:
             raise ValueError("guidance_scale has no effect with point: data; remove it, or use heun or euler")
         if self.distance == "l2" and self.huber_c is not None:

@@ -42,11 +42,11 @@ class Config(BaseModel):
     label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     """probability of training a sample without its class; only if there are classes"""
     coupling: Literal["independent", "ot", "ot_replacement", "immiscible", "immiscible_knn", "weighted"] = "independent"
-    """how noise is assigned to data; ot_replacement draws pairs from the plan, so some samples are left out"""
+    """how noise is assigned to data; ot_replacement draws pairs from the transport plan, so some samples are unused"""
     coupling_block: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
     """samples that are matched or weighted together; must divide the micro-batch; null: 64"""
     within_classes: bool | None = None
-    """match samples of one class only; null: false"""
+    """match only samples of the same class; null: false"""
     candidates: Annotated[int, Field(gt=0, le=100_000)] | None = None
     """number of noises per sample, k, of which immiscible_knn takes the nearest; null: 4"""
     cost: Literal["squared", "distance"] | None = None

@@ -37,7 +37,7 @@ class Config(distances.LpipsOptions):
         if (self.lpips_trunk is None) != (self.lpips_path is None):
             raise ValueError("lpips_trunk and lpips_path go together; give both, or neither")
         if self.lpips_trunk is None and (given := self.lpips_given()):
-            raise ValueError(f"{', '.join(given)}: no effect without lpips_trunk; give it, or remove")
+            raise ValueError(f"{', '.join(given)}: no effect without lpips_trunk; give it, or remove them")
         return self
 
     @property

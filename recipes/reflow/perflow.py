@@ -45,7 +45,8 @@ class Config(_segments.WindowOptions):
     def _has_effect(self) -> Self:
         if self.times_per_window == 1 and self.parameterisation != "velocity":
             raise ValueError(
-                f"times_per_window: 1 is the start of each, where {self.parameterisation} has no weight at t = 1"
+                f"times_per_window: 1 trains only at the start of each window, but {self.parameterisation} has no "
+                "weight at t = 1"
             )
         if self.guidance_sync and self.guidance_scale != 1:
             raise ValueError("guidance_scale has no effect with guidance_sync: true; remove one of them")

@@ -52,7 +52,7 @@ class Config(BaseModel):
     def _has_effect(self) -> Self:
         phased = {"phases", "solver_steps", "times", "guidance_scale"} & self.model_fields_set
         if self.form == "full" and phased:
-            raise ValueError(f"{', '.join(sorted(phased))}: no effect with form: full; remove, or use phased")
+            raise ValueError(f"{', '.join(sorted(phased))}: no effect with form: full; remove them, or use phased")
         if self.distance == "l2" and self.huber_c is not None:
             raise ValueError("huber_c has no effect with distance: l2; remove it, or use pseudo_huber_elementwise")
         return self

@@ -40,7 +40,7 @@ class Config(distances.LpipsOptions):
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
         if (given := self.lpips_given()) and self.lpips_trunk is None:
-            raise ValueError(f"{', '.join(given)}: no effect without lpips_trunk; give it, or remove")
+            raise ValueError(f"{', '.join(given)}: no effect without lpips_trunk; give it, or remove them")
         if self.lpips_trunk is not None and self.lpips_path is None:
             raise ValueError("lpips_trunk needs lpips_path, the file of its weights")
         return self
