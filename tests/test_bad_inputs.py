@@ -197,7 +197,7 @@ COMMANDS = {
     ),
     "change instead of a spec": (
         ["run", "seed=1"],
-        "'seed=1' is in the place of the spec; write: distill run SPEC seed=1",
+        "'seed=1' was given instead of a spec; write: distill run SPEC seed=1",
     ),
     "a folder": (["run", "."], "there is no spec file and no preset '.'; valid: " + PRESETS),
     "nothing to resume": (
@@ -515,7 +515,7 @@ def test_pairs_of_another_teacher(capfd, tmp_path):
     before = snapshot(tmp_path)
     done = command(capfd, "pairs", "{kind: gaussian, mean: [1], std: [1]}", *arguments)
     assert done.code == 2
-    assert done.err.startswith("error: p holds other pairs than this stage asks for: ")
+    assert done.err.startswith("error: p contains other pairs than this stage requires: ")
     assert "teacher_digest" in done.err
     assert done.err.endswith("; delete the folder, or give this run another name\n")
     assert snapshot(tmp_path) == before

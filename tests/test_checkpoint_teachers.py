@@ -347,7 +347,7 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path):
     refused(
         folder,
         "has no diffusion_pytorch_model.safetensors, but config.json, diffusion_pytorch_model.bin",
-        "only safetensors is loaded",
+        "only safetensors files are loaded",
         "use_safetensors=False).save_pretrained('NEW')",
     )
 
@@ -369,7 +369,7 @@ def test_damaged_weights_are_refused_by_name(tmp_path):
     save_file({**unet().state_dict(), "stray": torch.zeros(1)}, file, {"format": "pt"})
     refused(folder, "config.json and the weights do not match: unknown weights: stray")
     save_file({**unet().state_dict(), "conv_in.bias": torch.zeros(3)}, file, {"format": "pt"})
-    refused(folder, "do not fit together: conv_in.bias has shape [3] in the weights, but config.json implies [8]")
+    refused(folder, "do not match: conv_in.bias has shape [3] in the weights, but config.json implies [8]")
 
 
 def test_a_missing_shard_is_refused_by_name(tmp_path):

@@ -349,7 +349,7 @@ def test_doctor_finds_a_torchvision_of_another_torch(tmp_path):
     found = {each["what"]: each for each in json.loads(done.stdout)}["torch, torchvision"]
     assert found["state"] == "broken", "it is there, so installing it would change nothing"
     assert found["found"].endswith(": operator torchvision::nms is unknown")
-    assert found["fix"] == "install both from one index, in one pip install"
+    assert found["fix"] == "install both from the same index, with one pip install"
 
 
 # --- logs ---

@@ -235,7 +235,7 @@ def test_folders_that_cannot_be_used(tmp_path):
     (tmp_path / "empty").mkdir()
     refused_folder(tmp_path / "empty", "contains no images; valid are files like .png")
     mixed = folder(tmp_path / "mixed", **{"": [1], "a": [2]})
-    refused_folder(mixed, "contains images (0.png) beside folders (a); sub-folders are classes")
+    refused_folder(mixed, "contains images (0.png) next to folders (a); sub-folders are classes")
     hollow = folder(tmp_path / "hollow", a=[1], b=[])
     refused_folder(hollow, "the class folders b contain no images")
     gone = folder(tmp_path / "gone", **{"": [1]})

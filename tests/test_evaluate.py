@@ -446,7 +446,7 @@ def test_table_has_a_line_for_every_row_and_says_what_was_measured(image_run):
     text = console.export_text()
     for word in ("NFE", "FD-digits", "KID", "precision", "recall", "RMS to teacher", "images/s", "teacher, heun"):
         assert word in text
-    assert "70 samples a row" in text
+    assert "70 samples per row" in text
     assert results.cells(found, found.rows[0])[2] == f"{1000 * found.rows[0].kid:.2f}"
     numbers = [results.number(value) for value in (1481.3, 10.123, 0.98765, 0.00001234, 0.0)]
     assert numbers == ["1,481", "10.12", "0.9877", "1.2e-05", "0.0000"]

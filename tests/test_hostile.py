@@ -633,7 +633,7 @@ def test_redirections_from_https_stay_there():
 def test_what_a_server_says_is_one_line_without_control_characters(capfd):
     for first, said in [
         (b"HTTP/1.1 403 \x1b[2J\x1b]0;x\x07" + b"y" * 500 + b"\r\n\r\n", "403 \ufffd[2J\ufffd]0;x\ufffdyyy"),
-        (b"HTTP/1.1 206 OK\r\nContent-Range: \x1b[2J\r\n\r\n", "asked for byte 0, given \ufffd[2J"),
+        (b"HTTP/1.1 206 OK\r\nContent-Range: \x1b[2J\r\n\r\n", "byte 0 was requested, the answer has \ufffd[2J"),
         (b"\x1b[2J\r\n\r\n", "\ufffd[2J"),
     ]:
         with answering(first) as url:
@@ -832,7 +832,7 @@ def test_the_best_student_is_one_of_the_run(tmp_path, measured):
     assert publishing.choose(chosen.run, None, "best").stage == "one_step"
     for name in ("../../../private/secret", "..", "", "a/b", "a\nb"):
         for place in (chosen.run.stage, chosen.run.student):
-            assert "that is not a stage name" in error_of(place, name)
+            assert "that is not a valid stage name" in error_of(place, name)
 
 
 @pytest.mark.parametrize("which", ["step-" + "9" * 5000, "step-\u0663", "step-", "step--1", "x" * 5000])

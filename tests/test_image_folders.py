@@ -126,7 +126,7 @@ def test_files_come_in_the_order_of_their_names(tmp_path):
 def test_the_parts_of_a_data_set_are_no_classes(tmp_path, names):
     folder(tmp_path, *(f"{name}/{label}/1.png" for name in names for label in "ab"))
     said = refused(tmp_path)
-    assert f"holds the parts of a data set ({', '.join(names[:2])}), which are not classes" in said
+    assert f"contains the splits of a data set ({', '.join(names[:2])}), which are not classes" in said
     assert f"give one of them: data.path={tmp_path}/{names[0]}" in said
     assert read(tmp_path / names[0])[1:] == ([0, 1], 2)
 
@@ -134,7 +134,9 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path, names):
 def test_the_parts_of_a_data_set_in_the_one_folder_it_was_unpacked_into_are_no_classes(tmp_path):
     folder(tmp_path, *(f"imagenet/{part}/{label}/1.png" for part in ("train", "val") for label in "ab"))
     said = refused(tmp_path)
-    assert f"data.path={tmp_path}/imagenet holds the parts of a data set (train, val), which are not classes" in said
+    assert (
+        f"data.path={tmp_path}/imagenet contains the splits of a data set (train, val), which are not classes" in said
+    )
     assert f"give one of them: data.path={tmp_path}/imagenet/train" in said
 
 

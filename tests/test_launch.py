@@ -371,7 +371,7 @@ def test_ranks_that_do_not_follow_one_that_stopped_are_killed(parent):
     environments = one.begun(3)
     assert one.end() == (75, f"stopped; what was saved is intact; {one.resume()}")
     assert gone(environments, 0)
-    assert failures(one.run) == ["rank 0 did not end by itself"]
+    assert failures(one.run) == ["rank 0 did not exit on its own"]
 
 
 @pytest.mark.process

@@ -184,7 +184,7 @@ YAML = {
     "many digits": ("seed: " + "1" * 5000, "line 1: a number of 5000 digits; valid: at most 300"),
     "no int": ("a: !!int abc", "line 1: 'abc' is no whole number"),
     "no bool": ("a: !!bool maybe", "line 1: 'maybe' is no bool (true or false)"),
-    "a list as an int": ("a: !!int [1]", "line 1: a list or mapping is no whole number"),
+    "a list as an int": ("a: !!int [1]", "line 1: a list or mapping is not a whole number"),
     "a scalar as a mapping": ("!!map 3", "expected a mapping node, but found scalar"),
     "a date": (
         "a: !!timestamp soon",
@@ -243,8 +243,11 @@ CHANGES = {
         "seed=\udcff",
         "'seed=\\udcff' is not a change of the spec: it contains a control character, or bytes not",
     ),
-    "bytes as a key": ("stages.\udcff=1", "'stages.\\udcff=1' is not a change of the spec: it holds a control"),
-    "an escape sequence": ("seed=\x1b[2J", "'seed=\\x1b[2J' is not a change of the spec: it holds a control character"),
+    "bytes as a key": ("stages.\udcff=1", "'stages.\\udcff=1' is not a change of the spec: it contains a control"),
+    "an escape sequence": (
+        "seed=\x1b[2J",
+        "'seed=\\x1b[2J' is not a change of the spec: it contains a control character",
+    ),
     "a tag": ("seed=!!int abc", "seed=!!int abc: line 1: 'abc' is no whole number"),
     "a superscript": ("teacher.mean.\u00b2=1", "teacher.mean.\u00b2=1: teacher.mean has 2 items; '\u00b2' is none of"),
     "digits": ("teacher.mean." + "9" * 5000 + "=1", "teacher.mean.999"),

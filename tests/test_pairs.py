@@ -259,7 +259,7 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path):
 )
 def test_a_folder_of_other_pairs_is_refused(tmp_path, change, named):
     whole = contents(make(tmp_path, CLASSES))
-    with pytest.raises(InputError, match=f"holds other pairs than this stage asks for: {named}"):
+    with pytest.raises(InputError, match=f"contains other pairs than this stage requires: {named}"):
         make(tmp_path, **{"teacher": CLASSES, **change})
     assert contents(tmp_path) == whole
 

@@ -96,7 +96,7 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
         command(capfd, "pairs", GAUSSIAN, *options[:-1], "parts", "--shard", "256", "--shards", f"{i}/2")
         for i in (1, 2)
     ]
-    assert "1 of 2 shards are there" in parts[0].out and "the set of 512 is complete" in parts[1].out
+    assert "1 of 2 shards are complete" in parts[0].out and "the set of 512 is complete" in parts[1].out
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_a_plan_counts_the_calls_of_every_kind_of_paths(capfd, here):
 
 
 def test_a_plan_says_what_a_run_needs_where_its_name_is_taken(capfd, here):
-    said = "(a run of this name exists: distill run needs --name OTHER or --resume)"
+    said = "(a run with this name exists: distill run needs --name OTHER or --resume)"
     assert said not in command(capfd, "plan", "spec.yaml").out
     make_run(here / "runs", "many")
     assert said in command(capfd, "plan", "spec.yaml").out

@@ -117,7 +117,7 @@ def test_a_full_disk_publishes_nothing(tmp_path, store, monkeypatch):
 def test_a_run_that_lies_where_students_belong(tmp_path, store):
     (store / "registry").mkdir(parents=True)
     (store / "registry" / "spec.yaml").touch()
-    with pytest.raises(InputError, match="registry is a run, but published students are kept in a folder of"):
+    with pytest.raises(InputError, match="registry is a run, but published students are stored in a folder with"):
         put(make(tmp_path / "s"), store, "digits")
 
 
@@ -399,7 +399,7 @@ def test_a_whole_model_card(capfd, run):
         "# ring", "](samples.png)", 'DiffusionPipeline.from_pretrained("path/to/this/folder", trust_remote_code=True)',
         "distill pull ring",
         "| recipe | `reflow/reflow`: Reflow (Liu et al. 2022", "| teacher | mixture in closed form",
-        "NFE: calls of a network per sample. 256 samples a row. SW2: sliced Wasserstein-2",
+        "NFE: calls of a network per sample. 256 samples per row. SW2: sliced Wasserstein-2",
         "|  | steps | NFE | SW2 | KID x 1000 |", "| **this student** | 1 | 1 |", "| **this student** | 2 | 2 |",
         "| teacher, euler | 2 | 2 |", "## Training cost", "| long | 2,560 images | 0:0", "1 process, ",
         "| pairs | 64 pairs | 0:0", "## Limits", "It cannot be guided", "Terms of use: not stated",
@@ -418,7 +418,7 @@ def test_a_checkpoint_is_exported_and_published(capfd, run):
     card, text = pulling.verify(folder), (folder / "README.md").read_text()
     assert (card.images, card.metrics) == (1280, {})
     assert "| long | 1,280 images | 0:0" in text
-    assert "Its samples were not measured" in text
+    assert "Its samples were not evaluated" in text
     assert (folder / "samples.png").read_bytes().startswith(b"\x89PNG")
     same = command(capfd, "publish", "one/long@step-40", "late")
     assert same.code == 0

@@ -87,7 +87,7 @@ def test_a_place_that_is_taken_is_left_alone(tmp_path, student):
     (damaged / WEIGHTS).write_bytes(b"x")
     before = snapshot(tmp_path)
     for dest, said in [
-        (other, f"{other} holds another student; name another folder, or remove it"),
+        (other, f"{other} contains another student; name another folder, or remove it"),
         (notes, f"{notes} exists and is not a student; name another folder"),
         (damaged, f"{damaged}: {WEIGHTS} is damaged: 1 bytes"),
     ]:
@@ -244,8 +244,7 @@ def test_names_are_refused_before_anything_is_fetched(tmp_path, student, name):
     with Flaky(tmp_path / "there") as server:
         said = refused(f"{server.url}/student", tmp_path / "s")
         assert (
-            said
-            == f"{server.url}/student/{DISTILL} lists {name!r}, {NAMES[name]}; it is refused and nothing of it was kept"
+            said == f"{server.url}/student/{DISTILL} lists {name!r}, {NAMES[name]}; it is refused, and nothing was kept"
         )
         assert len(server.requests) == 1
 

@@ -379,7 +379,7 @@ def test_label_dropout_without_classes_is_refused():
         (reflow, {"data_weight": 0}, "greater than 0"),
         (reflow, {"steps": 2}, "Extra inputs are not permitted"),
         (one_step, {"steps": 0}, "greater than 0"),
-        (one_step, {"lpips_heads": True}, "lpips_heads: no effect with distance: l2; remove, or use l2+lpips"),
+        (one_step, {"lpips_heads": True}, "lpips_heads: no effect with distance: l2; remove them, or use l2+lpips"),
         (one_step, {"distance": "lpips"}, "distance: lpips needs lpips_trunk and lpips_path"),
         (one_step, {"distance": "lpips", "lpips_trunk": "vgg"}, "distance: lpips needs lpips_trunk and lpips_path"),
         (one_step, {"distance": "l2+lpips", "lpips_path": "nowhere"}, "Path does not point to a file"),

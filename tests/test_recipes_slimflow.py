@@ -225,7 +225,7 @@ def test_lpips_is_refused_for_what_it_cannot_see(lpips_options, shape):
         ({**ANNEAL, "middle": "flow"}, "middle: no effect with phase: anneal; remove"),
         ({**ANNEAL, "distance": "lpips"}, "distance: no effect with phase: anneal; remove"),
         ({"distance": "lpips"}, "distance: lpips needs lpips_trunk and lpips_path"),
-        ({"lpips_trunk": "vgg"}, "lpips_trunk: no effect with distance: l2; remove, or use lpips"),
+        ({"lpips_trunk": "vgg"}, "lpips_trunk: no effect with distance: l2; remove them, or use lpips"),
         ({**ANNEAL, "anneal_images": 0}, "greater than 0"),
         ({**ANNEAL, "schedule": "sine"}, "'linear', 'exp' or 'cosine'"),
     ],

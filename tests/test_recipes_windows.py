@@ -565,7 +565,7 @@ def test_no_gradient_goes_through_the_teacher(module, options):
         (
             rectified_diffusion,
             {"phases": 2, "guidance_scale": 2.0},
-            "guidance_scale, phases: no effect with form: full; remove, or use phased",
+            "guidance_scale, phases: no effect with form: full; remove them, or use phased",
         ),
         (rectified_diffusion, {"times": "grid"}, "times: no effect with form: full"),
         (rectified_diffusion, {"distance": "l2", "huber_c": 0.1}, "huber_c has no effect with distance: l2; remove it"),

@@ -263,7 +263,7 @@ def test_a_stage_before_the_pairs_with_a_name_of_the_rounds():
 
 
 REFUSED = {
-    "no rounds": (["digits", "--rounds", "0"], "--rounds 0: at least 1 is expected"),
+    "no rounds": (["digits", "--rounds", "0"], "--rounds 0: must be at least 1"),
     "no part": (
         ["digits", "--forward", "1"],
         "--forward 1: must be a fraction of each batch, above 0 and below 1, like 0.2",

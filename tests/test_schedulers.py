@@ -262,7 +262,7 @@ DDPM, FLOW, EDM = "DDPMScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerS
         (
             DDPM,
             {"beta_end": 0.9},
-            "betas from 0.0001 to 0.9 in 1000 steps: alphas_cumprod reaches 0 before the last step, so nothing of the "
+            "betas from 0.0001 to 0.9 in 1000 steps: alphas_cumprod reaches 0 before the last step, so none of the "
             "data is left; check beta_start, beta_end and num_train_timesteps",
         ),
         (DDPM, {"beta_end": 10**400}, "beta_end=1"),
@@ -276,7 +276,7 @@ DDPM, FLOW, EDM = "DDPMScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerS
         (
             DDPM,
             {"trained_betas": [0.5] * 1000},
-            "the 1000 trained_betas, from 0.5 to 0.5: alphas_cumprod reaches 0 before the last step, so nothing of the "
+            "the 1000 trained_betas, from 0.5 to 0.5: alphas_cumprod reaches 0 before the last step, so none of the "
             "data is left; check trained_betas",
         ),
         (

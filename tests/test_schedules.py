@@ -198,7 +198,7 @@ def test_uniform_steps_are_chosen_where_none_are_better():
     assert [given.best(steps).indices for steps in (1, 2, 3, 6)] == [[0, 6], [0, 3, 6], [0, 2, 4, 6], list(range(7))]
     assert given.uniform(4).indices == [0, 2, 3, 5, 6], "as nearly as there are times"
     for steps in (0, 7):
-        with pytest.raises(InputError, match=f"{steps} steps cannot be chosen among 6 fine ones; give 1 to 6"):
+        with pytest.raises(InputError, match=f"{steps} steps cannot be chosen from 6 fine ones; give 1 to 6"):
             given.best(steps)
 
 

@@ -212,7 +212,7 @@ def test_a_folder_with_a_line_break_in_its_name_is_refused(tmp_path, where):
 def test_a_store_that_a_runtime_would_take_for_several_folders_is_refused(tmp_path):
     place = Where(load(tmp_path, "container: {runtime: pyxis}"), tmp_path / "code", {})
     spec = specfile.validate({**SPEC, "launch": {"slurm": {"container": "i"}}}, "spec")
-    with pytest.raises(InputError, match="cannot be mounted in a container: it holds a comma or a colon"):
+    with pytest.raises(InputError, match="cannot be mounted in a container: it contains a comma or a colon"):
         script.job(RunPaths(tmp_path / "a:b" / "one"), spec.launch, JobPlan("teach", ["teach"], None, []), place)
 
 

@@ -120,7 +120,7 @@ def test_what_waits_is_cancelled_and_what_runs_here_too(capfd, cluster, here):
     members = [name for job in jobs.submitted(named("mix")) for name in job.members]
     assert command_line(capfd, "cancel", "mix").out == "".join(f"job {name}: cancelled\n" for name in members)
     assert queue(cluster) == []
-    assert command_line(capfd, "cancel", "mix").out == "nothing of run 'mix' is running or queued\n"
+    assert command_line(capfd, "cancel", "mix").out == "no process or job of run 'mix' is running or queued\n"
     assert command_line(capfd, "status", "mix").out.startswith("mix  cancelled")
 
     local = begin("run", "teach.yaml")
@@ -131,7 +131,7 @@ def test_what_waits_is_cancelled_and_what_runs_here_too(capfd, cluster, here):
     assert local.returncode == 75, out
     last = steps(named("teach"))
     assert f"step-{last:08}" in out
-    assert command_line(capfd, "cancel", "teach").out == "nothing of run 'teach' is running or queued\n"
+    assert command_line(capfd, "cancel", "teach").out == "no process or job of run 'teach' is running or queued\n"
 
 
 # --- a controller that does not answer ---

@@ -169,7 +169,7 @@ def test_a_weight_that_is_there_twice_is_refused(folder, wrapped):
         load(folder)
     assert str(error.value).startswith(f"{path}: ")
     assert {"conv_in.bias", wrapped} <= set(str(error.value).replace(",", "").split())
-    assert "are both the weight conv_in.bias; keep only one of them" in str(error.value)
+    assert "are both stored as weight conv_in.bias; keep only one of them" in str(error.value)
 
 
 def test_an_old_name_beside_the_new_one_is_refused_across_shards(folder):
@@ -181,7 +181,7 @@ def test_an_old_name_beside_the_new_one_is_refused_across_shards(folder):
     save_file({old: plain[name]}, folder / "unet" / "b.safetensors", {"format": "pt"})
     index = {"weight_map": {old: "b.safetensors", name: "a.safetensors"}}
     (folder / "unet" / f"{FILE}.index.json").write_text(json.dumps(index))
-    refused(folder, f"{folder / 'unet' / 'b.safetensors'}: ", " of a.safetensors are both the weight ")
+    refused(folder, f"{folder / 'unet' / 'b.safetensors'}: ", " of a.safetensors are both stored as weight ")
 
 
 # --- no weights that can be read ---
@@ -233,7 +233,7 @@ def test_weights_that_do_not_fit_are_named_and_few(folder, capfd):
     rewrite(folder, {f"\x1b[31mother{i}.{'x' * 200}": torch.zeros(1) for i in range(50)})
     with pytest.raises(InputError) as error:
         load(folder)
-    assert "do not fit together: missing weights: conv_in.weight, conv_in.bias, " in str(error.value)
+    assert "do not match: missing weights: conv_in.weight, conv_in.bias, " in str(error.value)
     assert "more" in str(error.value) and len(str(error.value)) < 600
     rewrite(folder, {**weights(folder), **unet().state_dict()})
     with pytest.raises(InputError) as error:
@@ -348,7 +348,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ("unet/config.json", {"sample_size": [8, 8191]}, "with a sample of shape [1, 8, 8191] (tried: [1, 8, 65]): "),
         ("unet/config.json", {"in_channels": "one"}, "in_channels='one'; valid: a valid integer"),
         ("unet/config.json", {"block_out_channels": [10**9]}, "block_out_channels.0=1000000000; valid: less than"),
-        ("unet/config.json", {"block_out_channels": [8, 60000]}, "the weights do not fit together: "),
+        ("unet/config.json", {"block_out_channels": [8, 60000]}, "the weights do not match: "),
         ("unet/config.json", {"layers_per_block": 10**7}, "layers_per_block=10000000; valid: less than or equal"),
         ("unet/config.json", {"num_class_embeds": 10**7}, "missing weights: class_embedding.weight"),
         ("unet/config.json", {"num_class_embeds": 10**12}, "num_class_embeds=1000000000000; valid: less than"),

@@ -168,7 +168,7 @@ CASES = {
     ),
     "dropout of a fresh network": (
         vectors(r={"dropout": 0.1}),
-        "stages.r.network: a fresh network has its own dropout, so that of the stage has no effect; remove it",
+        "stages.r.network: a new network has its own dropout, so the dropout of the stage has no effect; remove it",
     ),
     "teacher without weights": (
         vectors(r={"network": None}),
@@ -319,11 +319,11 @@ CASES = {
     ),
     "more optimal steps than there are": (
         vectors(e={"students": {"r": [1, 101]}, "times": {"r": ["optimal"]}}),
-        "stages.e.times.r: optimal times of 101 steps cannot be chosen among 100; give fewer steps",
+        "stages.e.times.r: optimal times of 101 steps cannot be chosen from 100; give fewer steps",
     ),
     "more optimal steps of the teacher": (
         vectors(e={"teacher_steps": [128], "times": {"teacher": [[1, 0], "optimal"]}}),
-        "stages.e.times.teacher: optimal times of 128 steps cannot be chosen among 100; give fewer steps",
+        "stages.e.times.teacher: optimal times of 128 steps cannot be chosen from 100; give fewer steps",
     ),
     "too many resolutions": (
         images(t={"network": {"kind": "unet", "channels": [8, 8, 8, 8, 8]}}),
@@ -543,7 +543,10 @@ def test_derivatives_do_not_pass_where_weights_are_divided(tmp_path):
 
 def test_a_config_says_what_it_needs(tmp_path):
     (tmp_path / "mine.py").write_text(OWN.partition("    @property")[0] + '\nclass Recipe:\n    sampler = "euler"\n')
-    said = "stages.r.recipe: recipe './mine.py': its Config lacks the properties needs and student; see reflow/reflow"
+    said = (
+        "stages.r.recipe: recipe './mine.py': its Config does not have the properties needs and student; see "
+        "reflow/reflow"
+    )
     assert said in mistakes(vectors(r={"recipe": "./mine.py"}), tmp_path)
 
 

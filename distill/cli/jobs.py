@@ -154,7 +154,7 @@ def submit(
     ] = False,
     store: StoreOption = None,
 ) -> None:
-    """Submit a spec to Slurm: check it, make the run, and queue its stages as jobs, each after those that it needs."""
+    """Submit a spec to Slurm: check it, create the run, and queue its stages as jobs that wait for those they need."""
     check_code(code)
     asked = JobOptions(
         nodes=nodes,

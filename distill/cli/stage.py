@@ -166,7 +166,7 @@ def _compute(
     from distill.execution import devices, stages  # imports torch
 
     if "WORLD_SIZE" not in os.environ:
-        stop.raise_if_requested("nothing had begun")
+        stop.raise_if_requested("nothing, no stage had begun")
         stages.run(paths, spec, names, stop, measure=measure)
     else:  # no stop before all ranks have joined, since the others would wait for this one
         from distill.training.world import World

@@ -106,7 +106,7 @@ def publish(
     home = store.absolute() / REGISTRY / name
     if (store / REGISTRY / "spec.yaml").exists():
         raise InputError(
-            f"{store / REGISTRY} is a run, but published students are kept in a folder of that name; move the run "
+            f"{store / REGISTRY} is a run, but published students are stored in a folder with this name; move the run "
             "elsewhere"
         )
     if home.is_symlink():

@@ -151,7 +151,7 @@ def _is_here(dest: Path, content: bytes, show: Show | None) -> bool:
     except OSError as error:
         raise InputError(f"{dest} exists and is not a student; name another folder") from error
     if here != content:
-        raise InputError(f"{dest} holds another student; name another folder, or remove it")
+        raise InputError(f"{dest} contains another student; name another folder, or remove it")
     verify(dest, show)
     return True
 

@@ -101,7 +101,7 @@ class BatchJob:
 
     def _stage(self, name: str, index: int, relay: ranks.Relay) -> Verdict:
         if relay.asked:
-            return self._stopped("nothing had begun")
+            return self._stopped("no stage had begun")
         ends = self.run.jobs / "ends" / f"{self.job}.{self.restart}.{name}"
         ends.mkdir(parents=True, exist_ok=True)
         relay.processes = []

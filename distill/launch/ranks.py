@@ -187,7 +187,7 @@ def _say_stopped(paths: RunPaths, *, began: bool, measure: bool) -> None:
     if not began:
         say_not_begun(paths, measure=measure)
         return
-    append_event(paths, "stopped", message="rank 0 did not end by itself")
+    append_event(paths, "stopped", message="rank 0 did not exit on its own")
     say_error(f"stopped; {MEASURED if measure else f'what was saved is intact; {_onward(paths)}'}")
 
 

@@ -349,7 +349,7 @@ def _refuse_mixed(path: str, classes: Sequence[str], names: Sequence[str]) -> No
     loose = [name for name in names if "/" not in name]
     if loose:
         raise InputError(
-            f"data.path={path} contains images ({printable(', '.join(loose[:SHOWN]))}) beside folders "
+            f"data.path={path} contains images ({printable(', '.join(loose[:SHOWN]))}) next to folders "
             f"({printable(', '.join(classes[:SHOWN]))}); sub-folders are classes, so move the images into one"
         )
     empty = sorted(set(classes) - {_top(name) for name in names})

@@ -221,9 +221,9 @@ class PairsStage(FrozenModel):
     paths: Literal["backward", "forward", "segments", "trajectories"] = "backward"
     """backward: from noise to data; forward: from real data to noise; segments and trajectories also store states"""
     times: list[Fraction] | None = None
-    """decreasing from 1 to 0: trajectories store states at these; segments go from data noised to one to the next"""
+    """decreasing from 1 to 0: trajectories store states at these; segments go from noised data at one time to the next"""
     optimal_times: Steps | None = None
-    """instead of times, for trajectories: number of steps, chosen from the solver's for the smallest Euler error"""
+    """for trajectories, instead of times: number of steps, at those solver times with the smallest Euler error"""
     solver: SolverName = "heun"
     """solver of the teacher's ODE"""
     steps: SolverSteps = 16

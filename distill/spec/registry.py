@@ -227,7 +227,9 @@ def configure(name: str, module: ModuleType, options: dict[str, Any], where: str
     except ValidationError as error:
         raise InputError("\n  ".join(schema.explain(error, model, options, where))) from None
     if not isinstance(config, RecipeConfig):
-        raise InputError(f"recipe '{name}': its Config lacks the properties needs and student; see reflow/reflow")
+        raise InputError(
+            f"recipe '{name}': its Config does not have the properties needs and student; see reflow/reflow"
+        )
     return config
 
 

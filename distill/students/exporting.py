@@ -57,7 +57,7 @@ def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
     class_name = type(network).__name__
     library = shipped.NETWORKS.get(class_name, "diffusers")
     if library == "diffusers":
-        assert type(network).__module__.startswith("diffusers."), f"{class_name} is neither stock nor shipped"
+        assert type(network).__module__.startswith("diffusers."), f"{class_name} is neither of diffusers nor shipped"
     else:
         (folder / "unet" / f"{library}.py").write_text(shipped.network(library))
     (folder / "pipeline.py").write_text(shipped.pipeline(card.kind, card.sampler))

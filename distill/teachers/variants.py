@@ -61,7 +61,7 @@ def no_weights(names: Sequence[str], where: str, source: str) -> InputError:
     safe = [name for name in others if name.endswith(".safetensors")]
     pickled = {found["variant"] or "" for name in others if (found := PICKLED.fullmatch(name))}
     if safe:
-        todo = f"rename {short(safe[0], 60)} to {STEM}.safetensors if it holds the weights of this config.json"
+        todo = f"rename {short(safe[0], 60)} to {STEM}.safetensors if it contains the weights of this config.json"
     elif pickled:
         variant = next((each for each in PREFERRED if each in pickled), min(pickled))
         told = f", variant='{variant}'" if variant else ""

@@ -99,8 +99,8 @@ def _fitting(folder: Path, stored: Sequence[Stored], expected: Mapping[str, tupl
         if (before := found.setdefault(name, each)) is not each:
             other = "" if before.file == each.file else f" of {short(before.file.name)}"
             raise InputError(
-                f"{each.file}: {short(each.name)} and {short(before.name)}{other} are both the weight {short(name)}; "
-                "keep only one of them"
+                f"{each.file}: {short(each.name)} and {short(before.name)}{other} are both stored as weight "
+                f"{short(name)}; keep only one of them"
             )
     adapted = [name for name in found if name not in expected and any(part in f".{name}" for part in ADAPTED)]
     if adapted:

@@ -28,7 +28,7 @@ class Config(distances.LpipsOptions):
     lpips_weight: PositiveFloat | None = None
     """weight of LPIPS in l2+lpips; null: 1"""
     lpips_resize: Literal["none", "to_64", "to_64_corners", "to_224"] = "none"
-    """enlarge images for LPIPS to 64 or 224 pixels; none: do not enlarge, as the authors"""
+    """enlarge images for LPIPS to 64 or 224 pixels; none: do not enlarge, as in the authors' code"""
 
     @property
     def perceptual(self) -> bool:

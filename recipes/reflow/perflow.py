@@ -1,6 +1,6 @@
 """PeRFlow (Yan et al. 2024, arXiv 2405.07510): straighten the teacher's paths within each of K windows of time.
 
-The drawn time t lies in a window t_e < t <= t_s. z_s is real data noised to t_s, z_e is the end at t_e of the teacher's
+The drawn time t is in a window t_e < t <= t_s. z_s is real data noised to t_s, z_e is the end at t_e of the teacher's
 path from z_s, and z_t is on the line between them. Minimises E w || v(z_t, t) - (z_e - z_s)/(t_e - t_s) ||^2 / d. If
 the loss is zero, one Euler step per window is the teacher's map. With one window, this is reflow.
 
