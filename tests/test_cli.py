@@ -187,7 +187,7 @@ def test_recipes(capfd):
 
 
 def test_list_and_show(capfd, tmp_path):
-    assert command(capfd, "list").out == "no runs in runs; make the first: distill run digits\n"
+    assert command(capfd, "list").out == "no runs in runs; start one with: distill run digits\n"
     run = make_run(tmp_path / "runs")
     run.stage("teach").root.mkdir(parents=True)
     write_json(run.stage("teach").done, {})

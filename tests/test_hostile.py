@@ -816,7 +816,9 @@ def test_what_stands_in_the_place_of_a_version_is_said(tmp_path, store):
 def test_no_file_takes_the_place_of_the_card(student, name):
     edit_card(student, lambda content: content["files"].update({name: {"sha256": "0" * 64, "size": 1}}))
     said = error_of(pulling.describe, at(student))
-    assert "distill.json" in said and ("one file on some disks" in said or "a kind of file" in said or "folder" in said)
+    assert "distill.json" in said and (
+        "the same file on some disks" in said or "a kind of file" in said or "folder" in said
+    )
 
 
 # --- what an evaluation names ---

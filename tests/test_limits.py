@@ -352,7 +352,7 @@ def test_without_a_home(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
-    assert done.stdout == "no runs in runs; make the first: distill run digits\n0\n", done.stderr
+    assert done.stdout == "no runs in runs; start one with: distill run digits\n0\n", done.stderr
 
 
 # --- what is given half ---

@@ -66,7 +66,7 @@ FIRST = "shards/shard-00000.safetensors"
         ({"shard": 0}, r"shard: Input should be greater than 0"),
         ({"shard": 10**12}, r"shard: Input should be less than or equal to 1048576"),
         ({"count": 10**9}, r"the file: count 1,000,000,000 in files of 8: more than 100,000 files"),
-        ({"count": 16}, r"the file: shards: 'shard-00002\.safetensors' is no file of this set"),
+        ({"count": 16}, r"the file: shards: 'shard-00002\.safetensors' is not a file of this set"),
         ({"seed": 2**63}, r"seed: Input should be less than 9223372036854775808"),
         ({"seed": -1}, r"seed: Input should be greater than or equal to 0"),
         ({"shape": []}, r"shape: Tuple should have at least 1 item"),
@@ -97,7 +97,7 @@ def test_a_manifest_is_validated_where_it_is_read(tmp_path, changes, message):
         content = json.loads(path.read_text())
         content["shards"]["../shard-00000.safetensors"] = content["shards"]["shard-00000.safetensors"]
         path.write_text(json.dumps(content))
-        message = r"shards: '\.\./shard-00000\.safetensors' is no file of this set"
+        message = r"shards: '\.\./shard-00000\.safetensors' is not a file of this set"
     else:
         edit(tmp_path / "manifest.json", **changes)
     for read in (lambda: PairSet.open(tmp_path, None), lambda: make(tmp_path)):

@@ -262,7 +262,7 @@ def list_as(*names):
     ("edit", "said"),
     [
         (list_as("A.md", "a.md"),
-         "lists both 'A.md' and 'a.md', one file on some disks"),
+         "lists both 'A.md' and 'a.md', the same file on some disks"),
         (list_as("unet"), "lists 'unet', a kind of file that no student"),
         (list_as("x.md", "x.md/y.md"),
          "lists 'x.md' as a file and as a folder"),

@@ -44,7 +44,7 @@ def test_the_times_are_found_told_and_kept(capfd, here, monkeypatch):
     first = command(capfd, *asked)
     assert first.code == 0, first.err
     lines = first.out.splitlines()
-    assert lines[0].startswith("euler, 3 steps of ") and lines[0].endswith(", chosen among 12 on 20 paths")
+    assert lines[0].startswith("euler, 3 steps of ") and lines[0].endswith(", chosen from 12 on 20 paths")
     assert lines[1] == "times: 1, 0.5, 0.25, 0"
     assert lines[2].startswith("summed squared error: 0.0") and "; of uniform steps: 0.0" in lines[2]
     monkeypatch.setattr(step_times, "measure", None)  # not measured again

@@ -87,7 +87,7 @@ def _print_all(folder: Path, found: "list[distill.launch.standing.Standing]") ->
     from distill.reports import run_status
 
     if not found:
-        say(f"no runs in {near(folder.absolute())}; make the first: distill run digits")
+        say(f"no runs in {near(folder.absolute())}; start one with: distill run digits")
         return
     rows = []
     for each in found:

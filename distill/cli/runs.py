@@ -36,7 +36,7 @@ def list_runs(store: StoreOption = None, json: JsonOption = False) -> None:
         print_json([asdict(each) for each in found])
         return
     if not found:
-        say(f"no runs in {near(folder.absolute())}; make the first: distill run digits")
+        say(f"no runs in {near(folder.absolute())}; start one with: distill run digits")
         return
     rows = []
     for each in found:

@@ -67,7 +67,7 @@ def schedule(
         )  # fmt: skip
         return
     plural = "s" if steps > 1 else ""
-    say(f"{solver}, {steps} step{plural} of {loaded.description}, chosen among {fine} on {samples} paths")
+    say(f"{solver}, {steps} step{plural} of {loaded.description}, chosen from {fine} on {samples} paths")
     say(f"times: {', '.join(f'{t:.4g}' for t in best.times)}")
     say(f"summed squared error: {best.cost:.4g}; of uniform steps: {uniform.cost:.4g}")
 

@@ -192,7 +192,7 @@ def _student(chosen: "distill.exchange.publishing.Chosen", temporary: Path) -> P
 def _drawn(student: Path, out: Path) -> bytes:
     """Draw samples of a student as a PNG file. Without torch, a message is printed and b"" is returned."""
     if find_spec("torch") is None:
-        say_error("without a picture of samples: no evaluation has drawn one, and torch is not installed")
+        say_error("the model card has no picture of samples: no evaluation has drawn one, and torch is not installed")
         return b""
     from distill.exchange import pulling
 

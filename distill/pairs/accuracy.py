@@ -36,7 +36,8 @@ class Accuracy(FrozenModel):
     def describe(self) -> str:
         """The result in one sentence."""
         given = self.differences[self.steps]
-        said = f"at {self.steps} steps, the ends of {self.pairs:,} pairs differ by {given:.2%} (RMS) from twice as many"
+        ends = f"at {self.steps} steps, the ends of {self.pairs:,} pairs"
+        said = f"{ends} differ by {given:.2%} (RMS) from those at twice as many"
         if self.enough == self.steps:
             return f"{said}; {self.steps} steps are enough"
         if self.enough is not None:

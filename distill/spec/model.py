@@ -221,7 +221,7 @@ class PairsStage(FrozenModel):
     paths: Literal["backward", "forward", "segments", "trajectories"] = "backward"
     """backward: from noise to data; forward: from real data to noise; segments and trajectories also store states"""
     times: list[Fraction] | None = None
-    """decreasing from 1 to 0: trajectories store states at these; segments go from noised data at one time to the next"""
+    """decreasing from 1 to 0: trajectories store states at these; segments go from noised data at one to the next"""
     optimal_times: Steps | None = None
     """for trajectories, instead of times: number of steps, at those solver times with the smallest Euler error"""
     solver: SolverName = "heun"
