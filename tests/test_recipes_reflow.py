@@ -411,7 +411,7 @@ def test_configs_say_what_they_need_and_survive_being_written_out(module, needs)
         assert module.Config(data_weight=0.1).needs == needs | {"data"}
     assert module.Config(**config.model_dump(mode="json")) == config  # a resolved spec can be run again
     for name, field in module.Config.model_fields.items():
-        assert field.description, f"option {name} says nothing of itself"
+        assert field.description, f"option {name} has no description"
 
 
 SUBJECTS = [

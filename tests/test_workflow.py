@@ -495,21 +495,22 @@ def test_a_flow_map_is_a_student_and_no_teacher(tmp_path, sampler):
     ]
     velocity = {**REFLOW, "network": None, "init": "r"}
     assert mistakes(vectors(r=flow_map, s=velocity), tmp_path) == [
-        "stages.s.init: the student of 'r' is a flow map, reflow/reflow makes one of kind velocity; "
+        "stages.s.init: the student of 'r' is a flow map, but reflow/reflow makes one of kind velocity; "
         "name a stage with a velocity student"
     ]
     (tmp_path / "bent.py").write_text(OWN.replace('"velocity"', '"acceleration"').replace('"euler"', '"accelerated"'))
     bent = {**flow_map, "recipe": "./bent.py"}
     assert mistakes(vectors(r=bent, again={**bent, "network": None, "init": "r"}), tmp_path) == []
     assert mistakes(vectors(r=flow_map, s={**bent, "network": None, "init": "r"}), tmp_path) == [
-        "stages.s.init: the student of 'r' is a flow map, ./bent.py makes one of kind acceleration; "
+        "stages.s.init: the student of 'r' is a flow map, but ./bent.py makes one of kind acceleration; "
         "name a stage with a velocity student"
     ]
     assert mistakes(vectors(r=bent, s={**again, "init": "r"}, e=evaluation), tmp_path) == [
         "stages.e.teacher: the student of 'r' is a velocity with its acceleration; it is not a velocity field; name "
         "a stage "
         "with a velocity student",
-        "stages.s.init: the student of 'r' is a velocity with its acceleration, ./map.py makes one of kind flow_map; "
+        "stages.s.init: the student of 'r' is a velocity with its acceleration, but ./map.py makes one of kind "
+        "flow_map; "
         "name a stage with a velocity student",
     ]
     unknown = {**flow_map, "recipe": "./map.py", "options": {"weight": "x"}}

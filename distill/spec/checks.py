@@ -172,8 +172,8 @@ def _kinds(found: Resolved, name: str) -> Iterator[str]:
     own, origin = found.recipes[name], found.kind(stage.init)
     if origin is not None and not origin.is_field and own.kind != origin:
         yield (
-            f"stages.{name}.init: the student of '{stage.init}' is {origin.words}, {stage.recipe} makes one of kind "
-            f"{own.config.student}; name a stage with a velocity student"
+            f"stages.{name}.init: the student of '{stage.init}' is {origin.words}, but {stage.recipe} makes one of "
+            f"kind {own.config.student}; name a stage with a velocity student"
         )
 
 
