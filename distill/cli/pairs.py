@@ -64,7 +64,9 @@ def pairs(
     seed: Annotated[int | None, typer.Option(help="Seed of the noise [0].", min=0, max=2**63 - 1)] = None,
     block: Annotated[int | None, typer.Option(help="Pairs solved at once [256].")] = None,
     shard: Annotated[int | None, typer.Option(help="Pairs per file, a multiple of --block [4096].")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16, uint8, as stored [float32].")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Stored type: float32, float16, bfloat16 or uint8 [float32].")
+    ] = None,
     store_noise: Annotated[bool | None, typer.Option("--store-noise", help="Store the noise too.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda [auto].")] = None,
     store: StoreOption = None,

@@ -94,7 +94,7 @@ def reflow(
     with one-step distillation.
 
     SPEC has one round: a pairs stage, a train stage on its pairs, and perhaps a one-step distillation and an evaluation
-    after it, like the preset digits. Its stages X become X-1, X-2, ... of the rounds; a change may use either name.
+    after it, like the preset digits. Its stages X become X-1, X-2, ... of the rounds; changes may use either name.
     """
     jobs.check_code(code)
     asked = jobs.JobOptions(

@@ -152,7 +152,9 @@ def clean(
     everything: Annotated[bool, typer.Option("--all", help="Delete the whole run, with its students.")] = False,
     inputs: Annotated[
         bool,
-        typer.Option("--inputs", help="Delete files fetched from the hub that no run uses any more; takes no RUN."),
+        typer.Option(
+            "--inputs", help="Delete files fetched from the hub that no run uses any more; give no RUN with it."
+        ),
     ] = False,
     yes: Annotated[
         bool, typer.Option("--yes", "-y", help="Delete; by default, only list what would be deleted.")
