@@ -53,7 +53,7 @@ def pairs(
     optimal_times: Annotated[
         int | None,
         typer.Option(
-            help="Instead of --times, for trajectories: the number of steps; their times are chosen for the least "
+            help="Instead of --times, for trajectories: the number of steps; their times are chosen for the smallest "
             "error (see `distill schedule`)."
         ),
     ] = None,
