@@ -293,7 +293,7 @@ def flip(path: Path, at: int) -> None:
         ),
         (
             lambda f: shard(f, 1).unlink(),
-            r"shard-00001\.safetensors is missing; delete these files and resume the run",
+            r"shard-00001\.safetensors is missing; delete damaged and unknown files, then resume",
         ),
         (lambda f: flip(shard(f, 1), -3), r"shard-00001\.safetensors is damaged \(its sha256 is not the manifest's\)"),
         (lambda f: os.truncate(shard(f, 2), 100), r"shard-00002\.safetensors is damaged \(100 bytes, not \d+\)"),

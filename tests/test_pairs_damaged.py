@@ -166,7 +166,7 @@ def test_what_is_no_manifest_is_named_at_once(tmp_path, kind, message):
 def test_what_is_no_file_is_no_shard(tmp_path, kind):
     make(tmp_path)
     put(tmp_path / "shard-00001.safetensors", kind)
-    with pytest.raises(InputError, match=r"shard-00001\.safetensors is not a file; delete these files"):
+    with pytest.raises(InputError, match=r"shard-00001\.safetensors is not a file; delete damaged and unknown files"):
         PairSet.open(tmp_path, None)
 
 

@@ -74,8 +74,8 @@ class PairSet:
             faults += [f"{name} does not belong to this set" for name in foreign(folder, manifest)]
         if faults:
             raise InputError(
-                f"{folder}: {few(faults)}; delete these files and resume the run (--resume): "
-                "missing shards are made again"
+                f"{folder}: {few(faults)}; delete damaged and unknown files, then resume "
+                "the run (--resume): missing shards are made again"
             )
         if not manifest.store_noise:
             drawn = noise_sha256(manifest.seed, manifest.count, manifest.shape)

@@ -95,7 +95,9 @@ class Costs(FrozenModel):
         times = self.t_grid
         falls = all(a > b for a, b in pairwise(times)) and all(0 <= t <= 1 for t in times)
         if len(times) != self.fine + 1 or not falls:
-            raise ValueError(f"t_grid: {len(times)} times; valid: {self.fine + 1}, decreasing within 1 to 0")
+            raise ValueError(
+                f"t_grid: {len(times)} times; valid: {self.fine + 1}, decreasing from at most 1 to at least 0"
+            )
         if [len(row) for row in self.costs] != list(range(self.fine, 0, -1)):
             raise ValueError(f"costs: its rows are not those of {self.fine} steps")
         if not all(math.isfinite(cost) and cost >= 0 for row in self.costs for cost in row):
