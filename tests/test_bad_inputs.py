@@ -161,7 +161,7 @@ def test_several_mistakes_come_at_once(capfd, tmp_path):
 
 FILES = {
     "empty": ("", "s.yaml: empty; `distill init` lists the presets to start from"),
-    "a list": ("- 1\n", "s.yaml: holds [1], not a spec; a spec has name and stages"),
+    "a list": ("- 1\n", "s.yaml: contains [1], not a spec; a spec has name and stages"),
     "not YAML": ("name: [1\n", "s.yaml: not YAML: line 2, column 1: did not find expected ',' or ']'"),
     "a key twice": ("name: a\nstages: {}\nname: b\n", "s.yaml: line 3: key 'name' appears twice"),
     "a number as key": ("name: a\nstages: {1: {}}\n", "s.yaml: key 1 is not text; write it in quotes"),

@@ -113,9 +113,9 @@ def test_the_store_is_an_option_then_the_environment_then_the_settings_then_here
         ("stoer: /a\n", "unknown setting 'stoer'; did you mean 'store'? valid: site, store"),
         ("store: a\n", "store: 'a' given; must be an absolute path or a URL"),
         ("store: 5\n", "store: 5 given; must be an absolute path or a URL"),
-        (f"store: {'a' * 200}\n", f"store: '{'a' * 89}... (202 letters) given; must be an absolute path or a URL"),
-        (f"site: {[1] * 99}\n", f"site: {str([1] * 99)[:90]}... (297 letters) given; must be an absolute path"),
-        (f"{'a' * 200}: 1\n", f"unknown setting '{'a' * 90}... (200 letters)'; valid: site, store"),
+        (f"store: {'a' * 200}\n", f"store: '{'a' * 89}... (202 characters) given; must be an absolute path or a URL"),
+        (f"site: {[1] * 99}\n", f"site: {str([1] * 99)[:90]}... (297 characters) given; must be an absolute path"),
+        (f"{'a' * 200}: 1\n", f"unknown setting '{'a' * 90}... (200 characters)'; valid: site, store"),
         ("[1]\n", "must be a mapping of settings; valid: site, store"),
     ],
 )

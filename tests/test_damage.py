@@ -198,7 +198,7 @@ UNSEEN = {
         lambda run: put(run.env, '{"git": "none", "packages": 3}'), "env.json cannot be used: git: \"none\"", ["report"]
     ),
     "a number for stages": (lambda run: put(run.spec, "name: a\nstages: 3\n"), "spec.yaml: stages: 3 given", ["show"]),
-    "a list for a spec": (lambda run: put(run.spec, "- 1\n"), "spec.yaml: holds [1], not a spec", ["show"]),
+    "a list for a spec": (lambda run: put(run.spec, "- 1\n"), "spec.yaml: contains [1], not a spec", ["show"]),
     "a damaged comparison": (lambda run: put(run.comparison, "{"), "comparison.json cannot be used: it is", ["report"]),
     "a word for a loss, long ago": (
         lambda run: (

@@ -340,8 +340,10 @@ def test_columns_and_splits_that_do_not_fit(tmp_path):
     refused(
         hf(saved, image_column="img"), "data.image_column=img: no such column; ", "valid: image, label, names, number"
     )
-    refused(hf(saved, image_column="number"), "data.image_column=number holds Value('float64'), valid: encoded images")
-    refused(hf(saved, label_column="names"), "data.label_column=names holds", "class_encode_column('names')")
+    refused(
+        hf(saved, image_column="number"), "data.image_column=number contains Value('float64'), valid: encoded images"
+    )
+    refused(hf(saved, label_column="names"), "data.label_column=names contains", "class_encode_column('names')")
     table([0, -1, 2]).save_to_disk(tmp_path / "negative")
     refused(hf(tmp_path / "negative", label_column="label"), "1 rows have no valid class id (row 1: -1), valid: 0 to 2")
     table([0, None, 2]).save_to_disk(tmp_path / "none")

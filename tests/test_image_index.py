@@ -291,7 +291,9 @@ def test_files_that_change_while_they_are_used_end_the_run(tmp_path):
     ):
         loaded.items(0, [0])
     (root / "a" / "2.png").unlink()
-    with pytest.raises(RunError, match=r"a/2.png \(row 1\) cannot be read any more: No such file or directory; put"):
+    with pytest.raises(
+        RunError, match=r"a/2.png \(row 1\) cannot be read any more: No such file or directory; restore"
+    ):
         loaded.items(0, [1])
 
 

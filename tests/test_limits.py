@@ -182,8 +182,8 @@ YAML = {
     "very deep": ("[" * 100_000, "not YAML: line 1, column 1001: exceeded maximum nesting depth"),
     "a large number": ("seed: 1e999", "line 1: 1e999 is beyond the largest floating-point number"),
     "many digits": ("seed: " + "1" * 5000, "line 1: a number of 5000 digits; valid: at most 300"),
-    "no int": ("a: !!int abc", "line 1: 'abc' is no whole number"),
-    "no bool": ("a: !!bool maybe", "line 1: 'maybe' is no bool (true or false)"),
+    "no int": ("a: !!int abc", "line 1: 'abc' is not a whole number"),
+    "no bool": ("a: !!bool maybe", "line 1: 'maybe' is not a bool (true or false)"),
     "a list as an int": ("a: !!int [1]", "line 1: a list or mapping is not a whole number"),
     "a scalar as a mapping": ("!!map 3", "expected a mapping node, but found scalar"),
     "a date": (
@@ -225,7 +225,7 @@ def test_a_file_without_end_is_not_read(capfd, tmp_path):
 
 def test_a_path_of_very_many_parts_is_refused(capfd, tmp_path):
     change = f"stages.r.options{'.x' * 1500}=1"
-    said = f"'{change[:90]}... ({len(change):,} letters)' is not a change of the spec: its path has 1,503 parts; "
+    said = f"'{change[:90]}... ({len(change):,} characters)' is not a change of the spec: its path has 1,503 parts; "
     refuse(capfd, tmp_path, ["plan", "ok.yaml", change], said + "valid: at most 64")
 
 
@@ -248,7 +248,7 @@ CHANGES = {
         "seed=\x1b[2J",
         "'seed=\\x1b[2J' is not a change of the spec: it contains a control character",
     ),
-    "a tag": ("seed=!!int abc", "seed=!!int abc: line 1: 'abc' is no whole number"),
+    "a tag": ("seed=!!int abc", "seed=!!int abc: line 1: 'abc' is not a whole number"),
     "a superscript": ("teacher.mean.\u00b2=1", "teacher.mean.\u00b2=1: teacher.mean has 2 items; '\u00b2' is none of"),
     "digits": ("teacher.mean." + "9" * 5000 + "=1", "teacher.mean.999"),
     "digits of a value": ("seed=" + "1" * 5000, "seed=111"),
@@ -292,7 +292,7 @@ def test_a_store_whose_name_is_no_text(capfd, tmp_path, monkeypatch, name):
 # --- what the system refuses ---
 
 LONG = "x" * 300
-SHOWN = f"{'x' * 90}... (300 letters)"
+SHOWN = f"{'x' * 90}... (300 characters)"
 NAMES = {
     "run": ["run", LONG], "plan": ["plan", LONG], "list": ["list", "--store", LONG], "show": ["show", LONG],
     "status": ["status", LONG], "logs": ["logs", LONG], "cancel": ["cancel", LONG], "report": ["report", LONG],

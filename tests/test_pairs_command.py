@@ -33,7 +33,7 @@ def here(tmp_path, monkeypatch):
 def test_processes_that_share_a_spec_make_the_files_of_one(here):
     one = distill("pairs", "spec.yaml", "--stage", "pairs", "--name", "one", cwd=here)
     assert one.returncode == 0, one.stderr
-    assert "the set of 200 is complete; the rest of the run: distill run runs/one --resume" in one.stdout
+    assert "the set of 200 pairs is complete; the rest of the run: distill run runs/one --resume" in one.stdout
     arguments = ["pairs", "spec.yaml", "--stage", "pairs", "--shards"]
     shares = [
         subprocess.Popen(
@@ -44,7 +44,7 @@ def test_processes_that_share_a_spec_make_the_files_of_one(here):
     ]  # fmt: skip
     said = [each.communicate(timeout=120)[0] for each in shares]
     assert [each.returncode for each in shares] == [0, 0], said
-    assert any("the set of 200 is complete" in each for each in said)
+    assert any("the set of 200 pairs is complete" in each for each in said)
     alone, together = (folder_bytes(here / "runs" / name / "stages" / "pairs" / "pairs") for name in ("one", "many"))
     assert alone == {name: together[name] for name in alone} and len(alone) == 8
     done = distill("run", "runs/many", "--resume", cwd=here)  # takes them as they are, and goes on
@@ -87,19 +87,19 @@ def test_a_teacher_in_yaml_may_be_longer_than_the_name_of_a_file(capfd, here):
     long = f"{{kind: mixture, means: {[[i, -i] for i in range(40)]}, std: 0.3}}"
     assert len(long) > 255
     done = command(capfd, "pairs", long, "--out", "p", "--count", "16")
-    assert done.code == 0 and "the set of 16 is complete" in done.out, done.err
+    assert done.code == 0 and "the set of 16 pairs is complete" in done.out, done.err
 
 
 def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
     options = ["--paths", "forward", "--count", "512", "--steps", "32", "--out", "pairs"]
     done = command(capfd, "pairs", GAUSSIAN, *options)
     assert done.code == 0, done.err
-    assert "its noise has mean " in done.out and "the set of 512 is complete" in done.out
+    assert "its noise has mean " in done.out and "the set of 512 pairs is complete" in done.out
     parts = [
         command(capfd, "pairs", GAUSSIAN, *options[:-1], "parts", "--shard", "256", "--shards", f"{i}/2")
         for i in (1, 2)
     ]
-    assert "1 of 2 shards are complete" in parts[0].out and "the set of 512 is complete" in parts[1].out
+    assert "1 of 2 shards are complete" in parts[0].out and "the set of 512 pairs is complete" in parts[1].out
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,10 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
         (["spec.yaml", "--stage", "pairs", "stages.pairs.count=1e9"], "stages.pairs.shard: 1,000,000,000 pairs in fil"),
         ([GAUSSIAN, "--out", "p", "--times", "1,x"], "--times 1,x: give numbers separated by commas, like"),
         ([GAUSSIAN, "--out", "p", "--times", "1,0"], "--times: backward paths store only their ends, so this has no"),
-        ([GAUSSIAN, "--out", "p", "--paths", "trajectories"], "--times: None given; trajectories need times that"),
+        (
+            [GAUSSIAN, "--out", "p", "--paths", "trajectories"],
+            "--times: None given; trajectories need times decreasing",
+        ),
         (
             [GAUSSIAN, "--out", "p", "--paths", "trajectories", "--times", "1,0.3,0"],
             "--times: 0.3 are not times of the solver, the multiples of 1/steps = 1/16",
@@ -142,7 +145,7 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
         (["spec.yaml"], "run 'many' has 2 pairs stages; name one with --stage: pairs, real"),
         (["spec.yaml", "--stage", "pairz"], "--stage pairz: run 'many' has no such pairs stage; did you mean 'pairs'?"),
         (["spec.yaml", "--count", "5"], "--count: no effect here; a SPEC sets them: write changes like"),
-        (["spec.yaml", "--seed", "0", "--guidance-scale", "0"], "--guidance-scale, --seed: no effect here; of a spec"),
+        (["spec.yaml", "--seed", "0", "--guidance-scale", "0"], "--guidance-scale, --seed: no effect here; a SPEC"),
         ([GAUSSIAN, "--check", "--out", "p", "--shards", "1/2"], "--shards, --out: no effect here; --check solves"),
         (["digits", "--check"], "which is not trained yet; distill run digits"),
         (["mixture-2d", "stages.pairs.paths=segments"], "stages.pairs.times: None given; segments need times"),

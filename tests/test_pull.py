@@ -447,7 +447,7 @@ def test_commands_say_what_they_did(capfd, tmp_path, student, monkeypatch):
     assert done.err.startswith(f"error: s: {WEIGHTS} is damaged: 1 bytes, expected 1000000 with ")
     done = command(capfd, "verify", "x" * 300)
     assert (done.code, done.err) == (
-        2, f"error: {'x' * 90}... (313 letters): File name too long; give a shorter name\n"
+        2, f"error: {'x' * 90}... (313 characters): File name too long; give a shorter name\n"
     )  # fmt: skip
     assert command(capfd, "verify", "none").err.startswith(
         "error: none is not a student folder: it has no distill.json ("

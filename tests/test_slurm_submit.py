@@ -70,7 +70,7 @@ REFUSED = {
     ),
     "no mapping": (
         ["--site=list.yaml"],
-        f"list.yaml: holds ['cuda'], not a site; {ROOT}/slurm/site.example.yaml shows one",
+        f"list.yaml: contains ['cuda'], not a site; {ROOT}/slurm/site.example.yaml shows one",
     ),
     "no site": (
         ["--site=none.yaml"],

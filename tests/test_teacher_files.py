@@ -278,7 +278,7 @@ def latent(folder: Path) -> Path:
 
 def test_the_network_of_a_latent_pipeline_is_no_pixel_teacher(folder, tmp_path, monkeypatch):
     latent(folder)
-    said = f"lies in {folder}, a pipeline of scheduler, unet, vae; valid: pixel pipelines of scheduler and unet"
+    said = f"is part of {folder}, a pipeline of scheduler, unet, vae; valid: pixel pipelines of scheduler and unet"
     refused(folder / "unet", f"teacher.path={folder / 'unet'} {said}")
     refused(folder / "unet", said, scheduler=str(folder / "scheduler"))
     (tmp_path / "link").symlink_to(folder / "unet")

@@ -79,7 +79,7 @@ CASES = {
     ),
     "a flow that is not evaluated": (
         vectors(e={"fine_students": ["rr"]}),
-        "stages.e.fine_students: 'rr' is none of stages.e.students; did you mean 'r'? valid: r",
+        "stages.e.fine_students: 'rr' is not in stages.e.students; did you mean 'r'? valid: r",
     ),
     "a flow twice": (vectors(e={"fine_students": ["r", "r"]}), "stages.e.fine_students: 'r' is listed twice"),
     "pairs of another teacher": (

@@ -379,7 +379,7 @@ class RunSpec(FrozenModel):
     data: DataSpec = NoData(kind="none")
     """real data, for recipes that need it and for the evaluation"""
     stages: dict[Name, Stage]
-    """stages, in the order in which they run"""
+    """in the order in which they run"""
     launch: LaunchSpec = LaunchSpec()
 
     @property
