@@ -292,7 +292,7 @@ class Recipe(Protocol):
     The module of a recipe has a docstring that names the paper, `class Config(BaseModel)` and `class Recipe`. `Config`
     has two properties, which may depend on its options. `needs` is a set of "data", "pairs", "states", "teacher",
     "weights" and "jvp": "states" with "pairs" means pairs that have states, and "weights" means trained weights to
-    start from. `student` is "velocity", "flow_map", "acceleration" or "generator".
+    start from. `student` is "velocity", "flow_map" or "acceleration".
     """
 
     sampler: str  # the sampler of its students: a file in distill/students/samplers/

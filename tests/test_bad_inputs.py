@@ -161,9 +161,9 @@ def test_several_mistakes_come_at_once(capfd, tmp_path):
 
 FILES = {
     "empty": ("", "s.yaml: empty; `distill init` lists the presets to start from"),
-    "a list": ("- 1\n", "s.yaml: holds [1], not a spec; a spec has name and stages"),
+    "a list": ("- 1\n", "s.yaml: contains [1], not a spec; a spec has name and stages"),
     "not YAML": ("name: [1\n", "s.yaml: not YAML: line 2, column 1: did not find expected ',' or ']'"),
-    "a key twice": ("name: a\nstages: {}\nname: b\n", "s.yaml: line 3: key 'name' stands twice"),
+    "a key twice": ("name: a\nstages: {}\nname: b\n", "s.yaml: line 3: key 'name' appears twice"),
     "a number as key": ("name: a\nstages: {1: {}}\n", "s.yaml: key 1 is not text; write it in quotes"),
     "a number as name": (
         "name: 3\nstages: {}\n",
@@ -197,7 +197,7 @@ COMMANDS = {
     ),
     "change instead of a spec": (
         ["run", "seed=1"],
-        "'seed=1' is in the place of the spec; write: distill run SPEC seed=1",
+        "'seed=1' was given instead of a spec; write: distill run SPEC seed=1",
     ),
     "a folder": (["run", "."], "there is no spec file and no preset '.'; valid: " + PRESETS),
     "nothing to resume": (
@@ -206,7 +206,7 @@ COMMANDS = {
     ),
     "no such run": (
         ["show", "one"],
-        "there is no run 'one' in runs; the store is empty; `distill run digits` makes a first run",
+        "there is no run 'one' in runs; the store is empty; `distill run digits` creates a first run",
     ),
     "no such student": (
         ["sample", "one/teach", "--out", "a.png"],
@@ -214,7 +214,7 @@ COMMANDS = {
     ),
     "words for numbers": (
         ["sample", "one", "--classes", "a,b", "--out", "a.png"],
-        "--classes a,b: whole numbers with commas between them are expected, like 1,2,4",
+        "--classes a,b: give whole numbers separated by commas, like 1,2,4",
     ),
     "pairs of nothing": (
         ["pairs", "./nowhere", "--out", "p"],
@@ -290,7 +290,7 @@ def test_the_store_is_a_file(capfd, tmp_path):
 
 def test_the_store_lies_below_a_file(capfd, tmp_path):
     (tmp_path / "file").touch()
-    said = "cannot make a run in the store file/runs: Not a directory; choose another with --store"
+    said = "cannot create a run in the store file/runs: Not a directory; choose another with --store"
     refuse(capfd, tmp_path, ["run", "digits", "--store", "file/runs"], said)
 
 
@@ -298,7 +298,7 @@ def test_the_store_lies_below_a_file(capfd, tmp_path):
 def test_the_store_cannot_be_written(capfd, tmp_path):
     done = command(capfd, "run", "digits", "--store", "/proc/sys/runs")
     assert done.code == 2
-    assert done.err.startswith("error: cannot make a run in the store /proc/sys/runs: ")
+    assert done.err.startswith("error: cannot create a run in the store /proc/sys/runs: ")
     assert done.err.endswith("; choose another with --store\n")
 
 
@@ -326,8 +326,8 @@ def test_resume_of_a_run_with_other_random_numbers(capfd, tmp_path, record, vers
     run.env.write_text(json.dumps({"threads": 1, **record}))
     able = "a newer version of distill" if remedy == "newer" else f"distill {remedy}"
     said = (
-        f"run 'one' began with version {version} of the training random numbers; this distill draws version 2, and "
-        f"would train another student. Resume it with {able}, or start another run"
+        f"run 'one' began with version {version} of the training random numbers; this distill uses version 2, and "
+        f"would train a different student. Resume it with {able}, or start another run"
     )
     refuse(capfd, tmp_path, ["run", "one", "--resume"], said)
     refuse(capfd, tmp_path, ["run", "digits", "--name", "one", "--resume"], said)
@@ -397,8 +397,8 @@ def test_export_of_what_is_not_there(capfd, tmp_path):
         ([], "run 'one' has 3 train stages; name one: teach, reflow, one_step"),
         (["reflw"], "run 'one' has no train stage 'reflw'; did you mean 'reflow'? valid: one_step, reflow, teach"),
         (["teach", "--half-life", "5"], f"--half-life 5 is not one of the stage's; valid: {HALVES}"),
-        (["teach", "--half-life", f"{TEACH.ema_half_lives[0]:g}", "--raw"], "--raw and --half-life exclude each other"),
-        (["reflow"], "the checkpoints of 'reflow' were deleted; what was exported is runs/one/students/reflow"),
+        (["teach", "--half-life", f"{TEACH.ema_half_lives[0]:g}", "--raw"], "--raw and --half-life cannot be combined"),
+        (["reflow"], "the checkpoints of 'reflow' were deleted; the exported student is runs/one/students/reflow"),
         (["teach"], "stage 'teach' of run 'one' has no checkpoint yet; wait for the first one"),
     ]:
         refuse(capfd, tmp_path, ["export", "one", *arguments], said)
@@ -451,7 +451,7 @@ def sound(folder): ...
 
 NO_WEIGHTS = (
     "{tmp}/teacher has no diffusion_pytorch_model.safetensors, but config.json, diffusion_pytorch_model.bin, "
-    'scheduler; only safetensors is loaded. Where you trust a pickled file, convert it: python -c "from diffusers '
+    'scheduler; only safetensors files are loaded. If you trust a pickled file, convert it: python -c "from diffusers '
     "import UNet2DModel as M; M.from_pretrained('{tmp}/teacher', use_safetensors=False).save_pretrained('NEW')\""
 )
 CHECKPOINTS = {
@@ -465,7 +465,8 @@ CHECKPOINTS = {
     "weights that are no numbers": (
         not_finite,
         [],
-        "{tmp}/teacher/diffusion_pytorch_model.safetensors holds NaN or infinity in conv_in.bias; give valid weights",
+        "{tmp}/teacher/diffusion_pytorch_model.safetensors contains NaN or infinity in conv_in.bias; give valid "
+        "weights",
     ),
     "no config": (
         no_config,
@@ -514,7 +515,7 @@ def test_pairs_of_another_teacher(capfd, tmp_path):
     before = snapshot(tmp_path)
     done = command(capfd, "pairs", "{kind: gaussian, mean: [1], std: [1]}", *arguments)
     assert done.code == 2
-    assert done.err.startswith("error: p holds other pairs than this stage asks for: ")
+    assert done.err.startswith("error: p contains other pairs than this stage requires: ")
     assert "teacher_digest" in done.err
     assert done.err.endswith("; delete the folder, or give this run another name\n")
     assert snapshot(tmp_path) == before
@@ -530,7 +531,7 @@ def test_data_that_cannot_be_read(capfd, tmp_path):
     said = "data.path=pictures is not a folder; give a folder of images, or of one folder per class"
     refuse(capfd, tmp_path, ["run", "digits", teach, images], said)
     (tmp_path / "pictures").mkdir()
-    said = "data.path={tmp}/pictures holds no images; valid are files like .png, .jpg, .webp, .bmp, .tiff"
+    said = "data.path={tmp}/pictures contains no images; valid are files like .png, .jpg, .webp, .bmp, .tiff"
     refuse(capfd, tmp_path, ["run", "digits", teach, images], said)
 
 
@@ -564,7 +565,7 @@ def test_numbers_that_are_none_are_refused_by_the_process_of_the_stage(tmp_path)
     done = distill("run", "digits", teach, "data={kind: images, path: pictures, size: 8, channels: 1}", cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     assert (
-        "2.tiff (row 2) has values from nan to nan; floating-point images must be finite and lie in 0 to 1"
+        "2.tiff (row 2) has values from nan to nan; floating-point images must be finite and within 0 to 1"
         in done.stderr
     )
     assert "Traceback" not in done.stderr

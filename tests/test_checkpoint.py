@@ -156,7 +156,7 @@ def test_all_damaged_is_an_error_and_never_step_zero(tmp_path):
         flip(save(saver, step, step, groups(step)) / "network.student.safetensors")
     message = (
         rf"every checkpoint in {tmp_path} is damaged \(step-00000002: network\.student\.safetensors: wrong checksum; "
-        r"step-00000001: .*\); put one back from a backup, or remove that folder to start this stage again from step 0"
+        r"step-00000001: .*\); restore one from a backup, or remove that folder to start this stage again from step 0"
     )
     with pytest.raises(RunError, match=message):
         make(tmp_path).resume()

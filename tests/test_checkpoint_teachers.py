@@ -347,7 +347,7 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path):
     refused(
         folder,
         "has no diffusion_pytorch_model.safetensors, but config.json, diffusion_pytorch_model.bin",
-        "only safetensors is loaded",
+        "only safetensors files are loaded",
         "use_safetensors=False).save_pretrained('NEW')",
     )
 
@@ -361,15 +361,15 @@ def test_damaged_weights_are_refused_by_name(tmp_path):
     tensors = {**unet().state_dict()}
     tensors["conv_in.bias"] = torch.full_like(tensors["conv_in.bias"], float("nan"))
     save_file(tensors, file, {"format": "pt"})
-    refused(folder, f"{file} holds NaN or infinity in conv_in.bias")
+    refused(folder, f"{file} contains NaN or infinity in conv_in.bias")
     tensors = unet().state_dict()
     tensors.pop("conv_in.bias")
     save_file(tensors, file, {"format": "pt"})
-    refused(folder, "config.json and the weights do not fit together: missing weights: conv_in.bias")
+    refused(folder, "config.json and the weights do not match: missing weights: conv_in.bias")
     save_file({**unet().state_dict(), "stray": torch.zeros(1)}, file, {"format": "pt"})
-    refused(folder, "config.json and the weights do not fit together: unknown weights: stray")
+    refused(folder, "config.json and the weights do not match: unknown weights: stray")
     save_file({**unet().state_dict(), "conv_in.bias": torch.zeros(3)}, file, {"format": "pt"})
-    refused(folder, "do not fit together: conv_in.bias has shape [3] in the weights, but config.json implies [8]")
+    refused(folder, "do not match: conv_in.bias has shape [3] in the weights, but config.json implies [8]")
 
 
 def test_a_missing_shard_is_refused_by_name(tmp_path):
@@ -387,7 +387,7 @@ def test_what_is_not_supported_says_what_is(tmp_path):
     IPNDMScheduler().save_pretrained(folder / "scheduler")
     refused(folder, "scheduler class IPNDMScheduler is not supported; valid: DDIMParallelScheduler, DDIMScheduler, ")
     DDIMScheduler(rescale_betas_zero_snr=True).save_pretrained(folder / "scheduler")
-    refused(folder, "says nothing about the data at zero terminal SNR; valid with rescale_betas_zero_snr: sample")
+    refused(folder, "does not determine the data at zero terminal SNR; valid with rescale_betas_zero_snr: sample")
     config = folder / "unet" / "config.json"
     edit(config, class_embed_type="identity")
     refused(folder, "class_embed_type identity is not supported")
@@ -407,7 +407,7 @@ def test_classes_are_embeddings(tmp_path):
     folder = write(tmp_path, unet(), DDIMScheduler())
     refused(folder, "teacher.null_class=3, but ", "has no class embeddings; leave it out", null_class=3)
     edit(folder / "unet" / "config.json", class_embed_type="identity")
-    refused(folder, "class_embed_type identity is not supported; valid: networks with num_class_embeds alone")
+    refused(folder, "class_embed_type identity is not supported; valid: networks with only num_class_embeds")
 
 
 def test_paths_that_hold_no_checkpoint(tmp_path):
@@ -427,7 +427,7 @@ def test_a_teacher_with_another_time_scale_is_refused_as_a_start(tmp_path):
     source = load(write(tmp_path, unet(), FlowMatchEulerDiscreteScheduler(num_train_timesteps=500)))
     init = StudentInit(source, None, source.shape, None, 0)
     with pytest.raises(
-        InputError, match="trained with num_train_timesteps=500; students .* start from a fresh `network`"
+        InputError, match="trained with num_train_timesteps=500; students .* start from a new `network`"
     ):
         init.velocity_field()
 

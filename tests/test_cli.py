@@ -79,7 +79,7 @@ def test_usage_errors_end_with_2(capfd):
 
 def test_the_part_of_a_job_is_counted_from_0(capfd):
     for part in ("4/4", "-1/4", "1", "x/y"):
-        said = f"error: --part {part}: I/N is expected, I from 0 to N - 1, like 0/4\n"
+        said = f"error: --part {part}: must be I/N with I from 0 to N - 1, like 0/4\n"
         done = command(capfd, "stage", "run", "pairs", f"--part={part}")
         assert (done.code, done.err) == (2, said)
 
@@ -113,10 +113,10 @@ def test_the_store_is_an_option_then_the_environment_then_the_settings_then_here
         ("stoer: /a\n", "unknown setting 'stoer'; did you mean 'store'? valid: site, store"),
         ("store: a\n", "store: 'a' given; must be an absolute path or a URL"),
         ("store: 5\n", "store: 5 given; must be an absolute path or a URL"),
-        (f"store: {'a' * 200}\n", f"store: '{'a' * 89}... (202 letters) given; must be an absolute path or a URL"),
-        (f"site: {[1] * 99}\n", f"site: {str([1] * 99)[:90]}... (297 letters) given; must be an absolute path"),
-        (f"{'a' * 200}: 1\n", f"unknown setting '{'a' * 90}... (200 letters)'; valid: site, store"),
-        ("[1]\n", "a mapping of settings is expected; valid: site, store"),
+        (f"store: {'a' * 200}\n", f"store: '{'a' * 89}... (202 characters) given; must be an absolute path or a URL"),
+        (f"site: {[1] * 99}\n", f"site: {str([1] * 99)[:90]}... (297 characters) given; must be an absolute path"),
+        (f"{'a' * 200}: 1\n", f"unknown setting '{'a' * 90}... (200 characters)'; valid: site, store"),
+        ("[1]\n", "must be a mapping of settings; valid: site, store"),
     ],
 )
 def test_wrong_settings(tmp_path, monkeypatch, text, said):
@@ -187,7 +187,7 @@ def test_recipes(capfd):
 
 
 def test_list_and_show(capfd, tmp_path):
-    assert command(capfd, "list").out == "no runs in runs; make the first: distill run digits\n"
+    assert command(capfd, "list").out == "no runs in runs; start one with: distill run digits\n"
     run = make_run(tmp_path / "runs")
     run.stage("teach").root.mkdir(parents=True)
     write_json(run.stage("teach").done, {})
@@ -252,10 +252,10 @@ def test_clean_says_what_it_would_free_and_deletes_when_told(capfd, tmp_path):
     assert (done.code, done.err) == (2, "error: say what to delete: --checkpoints, --pairs, or --all\n")
     kept = "    1.5 kB  runs/one/stages/teach/checkpoints\n"
     done = command(capfd, "clean", "one", "--checkpoints")
-    assert done.out == f"{kept}1.5 kB would be free; nothing was deleted: add --yes\n"
+    assert done.out == f"{kept}1.5 kB would be freed; nothing was deleted: add --yes\n"
     done = command(capfd, "clean", "one")
     add = "nothing was deleted: add --checkpoints, --pairs or --all, and --yes\n"
-    assert done.out == f"       0 B  runs/one/stages/pairs/pairs\n{kept}1.5 kB would be free; {add}"
+    assert done.out == f"       0 B  runs/one/stages/pairs/pairs\n{kept}1.5 kB would be freed; {add}"
     assert snapshot(tmp_path) == before
 
     assert command(capfd, "clean", "one", "--checkpoints", "--pairs", "--yes").out.endswith(
@@ -308,12 +308,12 @@ def test_clean_takes_inputs_that_no_run_names(capfd, tmp_path):
     record = Input("teacher", "org/tiny", None, "c" * 40, "a" * 64, f"hub/models--org--tiny/snapshots/{'c' * 40}")
     prefetch.keep(run, [record])
     said = command(capfd, "clean", "--inputs").out
-    assert said.endswith("4 B  runs/inputs/unused\n4 B would be free; nothing was deleted: add --yes\n")
+    assert said.endswith("4 B  runs/inputs/unused\n4 B would be freed; nothing was deleted: add --yes\n")
     assert folders[1].exists()
     assert command(capfd, "clean", "--inputs", "--yes").out.endswith("deleted 1 folder, 4 B\n")
     assert [folder.exists() for folder in folders] == [True, False, True]
     for words, message in (
-        (["one", "--inputs"], "--inputs looks at the whole store; leave RUN and the other options out"),
+        (["one", "--inputs"], "--inputs applies to the whole store; leave RUN and the other options out"),
         ([], "name a run, or give --inputs; `distill list` lists the runs"),
     ):
         done = command(capfd, "clean", *words)
@@ -325,7 +325,7 @@ def test_doctor(capfd, tmp_path):
     found = {each["what"]: each for each in json.loads(done.out)}
     assert done.code == 0
     assert found["torch"]["state"] == "ok"
-    assert found["store"]["found"] == f"{tmp_path}/runs (not made yet)"
+    assert found["store"]["found"] == f"{tmp_path}/runs (not created yet)"
     assert snapshot(tmp_path) == {}, "it looks, and makes nothing"
 
 
@@ -349,7 +349,7 @@ def test_doctor_finds_a_torchvision_of_another_torch(tmp_path):
     found = {each["what"]: each for each in json.loads(done.stdout)}["torch, torchvision"]
     assert found["state"] == "broken", "it is there, so installing it would change nothing"
     assert found["found"].endswith(": operator torchvision::nms is unknown")
-    assert found["fix"] == "install both from one index, in one pip install"
+    assert found["fix"] == "install both from the same index, with one pip install"
 
 
 # --- logs ---

@@ -334,8 +334,8 @@ UNFIT = {
     "nothing to be like": (
         {"solve": None, "flow": None},
         ["reflow"],
-        "--recipes: reflow/reflow has no stage in spec 'x', and there is none that distils, to take its length, batch "
-        "size and optimizer from; add one",
+        "--recipes: reflow/reflow has no stage in spec 'x', and no other distillation stage sets a length, batch size "
+        "and optimizer for it; add one",
     ),
     "no states": (
         {},
@@ -351,8 +351,8 @@ UNFIT = {
     "no teacher needed": (
         {},
         ["flow_matching"],
-        "--recipes: pretrain/flow_matching with default options needs no teacher, so it would not distil one; give the "
-        "spec a stage of it that does, or that starts from the teacher (init)",
+        "--recipes: pretrain/flow_matching uses no teacher with default options, so it would not distil one; add a "
+        "stage of it to the spec that uses the teacher, or starts from it (init)",
     ),
     "twice": ({}, ["reflow", "reflow/reflow"], "--recipes names reflow/reflow twice; name it once"),
 }
@@ -424,7 +424,7 @@ def test_two_recipes_of_one_short_name(tmp_path):
     spec = vectors(flow=REFLOW | {"recipe": "./reflow.py"})
     with pytest.raises(InputError) as caught:
         comparison.plan(resolve(spec, tmp_path), ["reflow"])
-    assert str(caught.value) == "--recipes: 'reflow' is both reflow/reflow and ./reflow.py; give the whole name"
+    assert str(caught.value) == "--recipes: 'reflow' matches reflow/reflow and ./reflow.py; give the full name"
     (chain,) = comparison.plan(resolve(spec, tmp_path), ["./reflow.py"]).chains
     assert (chain.name, chain.recipe) == ("flow", "./reflow.py")
 
@@ -451,19 +451,19 @@ REFUSED = {
     "no budget": (["digits"], "--budget is missing: minutes of training for each recipe, like --budget 2"),
     "no time": (
         ["digits", "--budget", "0"],
-        "--budget 0: minutes of training for each recipe are expected, above 0 and at most 1,000,000, like 2",
+        "--budget 0: give minutes of training for each recipe, above 0 and at most 1,000,000, like 2",
     ),
     "less than none": (
         ["digits", "--budget", "-1"],
-        "--budget -1: minutes of training for each recipe are expected, above 0 and at most 1,000,000, like 2",
+        "--budget -1: give minutes of training for each recipe, above 0 and at most 1,000,000, like 2",
     ),
     "no number": (
         ["digits", "--budget", "nan"],
-        "--budget nan: minutes of training for each recipe are expected, above 0 and at most 1,000,000, like 2",
+        "--budget nan: give minutes of training for each recipe, above 0 and at most 1,000,000, like 2",
     ),
     "endless": (
         ["digits", "--budget", "inf"],
-        "--budget inf: minutes of training for each recipe are expected, above 0 and at most 1,000,000, like 2",
+        "--budget inf: give minutes of training for each recipe, above 0 and at most 1,000,000, like 2",
     ),
     "unknown": (
         ["digits", "--budget", "1", "--recipes", "reflow, one-step"],
@@ -525,8 +525,8 @@ REFUSED = {
     ),
     "another chain": (
         ["./two.yaml", "--resume", "--recipes", "reflow", "--name", "two"],
-        "run 'two' cannot be resumed with a changed spec: 'reflow' is trained by reflow there, by before, reflow here; "
-        "undo the change, or start another with --name OTHER",
+        "run 'two' cannot be resumed with a changed spec: 'reflow' is trained by reflow in the run, by before, reflow "
+        "in the spec; undo the change, or start another with --name OTHER",
     ),
 }  # fmt: skip
 
@@ -670,7 +670,7 @@ def test_the_page_is_a_table_of_github(run):
     assert table[1] == ["---", *["---:"] * 10]
     assert table[2:] == [[name, *cells] for name, cells in EXPECTED]
     assert lines[-1] == "`distill compare digits --budget 2`; 4 of 8 cores of A CPU, torch 2.9; 2000-01-01"
-    assert "of 2 minutes for each" in lines[-3]
+    assert "with a budget of 2 minutes each" in lines[-3]
 
 
 def test_what_a_comparison_names_is_text_on_its_page(run):

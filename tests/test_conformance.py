@@ -177,7 +177,7 @@ WRONG = {
     "learns": (
         "student(x_t, t, cond)",
         "0 * student(x_t, t, cond)",
-        "nothing reaches",
+        "gradients are zero for",
     ),
     "draws_only_what_it_is_given": ('ctx.draw.uniform("t", data)', "__import__('torch').rand(len(data))", "ctx.draw"),
     "splits": (", v).mean()", ", v).mean().sqrt()", "sample by sample"),

@@ -178,7 +178,7 @@ UNSEEN = {
     "results of another kind": (result('{"a": 1}'), "results.json cannot be used: stage: is missing", ["show"]),
     "results nested without end": (result("[" * 100_000), "results.json cannot be used", ["show", "report"]),
     "results without rows": (result(found(rows=[])), "rows: [] given; list should have at least 1 item", ["show"]),
-    "results without the fine row": (result(row(fine=False)), "a row of the teacher by its fine solver is", ["report"]),
+    "results without the fine row": (result(row(fine=False)), "the teacher's row with its fine solver is", ["report"]),
     "no rate": (result(row(images_per_second=0)), "images_per_second: 0 given", ["report"]),
     "numbers that are none": (result(row(rms=float("nan"))), "rows.0.rms: NaN given", ["show", "report"]),
     "names that move the cursor": (result(row(network="\x1b[2J")), "without control characters", ["show", "report"]),
@@ -189,7 +189,7 @@ UNSEEN = {
         ["show", "report"],
     ),
     "a picture by its whole path": (result(row(picture="/etc/passwd.png")), "rows.0.picture", ["report"]),
-    "a picture that is a link": (linked, "teacher.png cannot be used: it is a link out of its folder", ["report"]),
+    "a picture that is a link": (linked, "teacher.png cannot be used: it links out of its folder", ["report"]),
     "a picture that is none": (no_picture, "teacher.png cannot be used: it is not a PNG picture", ["report"]),
     "an empty card": (student(""), "teach/distill.json cannot be used", ["show", "status"]),
     "a card of another kind": (student("[]"), "teach/distill.json cannot be used", ["show", "status"]),
@@ -198,7 +198,7 @@ UNSEEN = {
         lambda run: put(run.env, '{"git": "none", "packages": 3}'), "env.json cannot be used: git: \"none\"", ["report"]
     ),
     "a number for stages": (lambda run: put(run.spec, "name: a\nstages: 3\n"), "spec.yaml: stages: 3 given", ["show"]),
-    "a list for a spec": (lambda run: put(run.spec, "- 1\n"), "spec.yaml: holds [1], not a spec", ["show"]),
+    "a list for a spec": (lambda run: put(run.spec, "- 1\n"), "spec.yaml: contains [1], not a spec", ["show"]),
     "a damaged comparison": (lambda run: put(run.comparison, "{"), "comparison.json cannot be used: it is", ["report"]),
     "a word for a loss, long ago": (
         lambda run: (

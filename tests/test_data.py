@@ -147,7 +147,7 @@ def test_no_data_is_none():
 def test_values_that_are_no_images_are_refused():
     images = torch.zeros(3, 1, 2, 2)
     images[1, 0, 0, 0] = float("nan")
-    with pytest.raises(InputError, match="data 'x': sample 1 holds NaN or infinity; remove it"):
+    with pytest.raises(InputError, match="data 'x': sample 1 contains NaN or infinity; remove it"):
         ArrayData("x", images, None, None)
     with pytest.raises(InputError, match="data 'x': values from 0 to 255, valid: -1 to 1; rescale them"):
         ArrayData("x", torch.tensor([[0.0], [255.0]]), None, None)
@@ -233,11 +233,11 @@ def test_a_truncated_image_is_named_skipped_and_counted(tmp_path, capfd):
 def test_folders_that_cannot_be_used(tmp_path):
     refused_folder(tmp_path / "nowhere", "nowhere is not a folder; give a folder of images, or of one folder per class")
     (tmp_path / "empty").mkdir()
-    refused_folder(tmp_path / "empty", "holds no images; valid are files like .png")
+    refused_folder(tmp_path / "empty", "contains no images; valid are files like .png")
     mixed = folder(tmp_path / "mixed", **{"": [1], "a": [2]})
-    refused_folder(mixed, "holds images (0.png) beside folders (a); sub-folders are classes")
+    refused_folder(mixed, "contains images (0.png) next to folders (a); sub-folders are classes")
     hollow = folder(tmp_path / "hollow", a=[1], b=[])
-    refused_folder(hollow, "the class folders b hold no images")
+    refused_folder(hollow, "the class folders b contain no images")
     gone = folder(tmp_path / "gone", **{"": [1]})
     (gone / "0.png").write_bytes(b"")
     refused_folder(gone, "1 of 1 images cannot be decoded", max_unreadable=5)
@@ -257,7 +257,7 @@ def test_transparency_and_values_out_of_range_are_refused_by_name(tmp_path):
         path.unlink()
     for values in (np.full((8, 8), 200, np.float32), np.full((8, 8), np.nan, np.float32)):
         Image.fromarray(values).save(tmp_path / "raw.tiff")
-        refused_folder(tmp_path, "raw.tiff (row 0) has values from", "must be finite and lie in 0 to 1")
+        refused_folder(tmp_path, "raw.tiff (row 0) has values from", "must be finite and within 0 to 1")
 
 
 # --- data sets of the library ---
@@ -340,8 +340,10 @@ def test_columns_and_splits_that_do_not_fit(tmp_path):
     refused(
         hf(saved, image_column="img"), "data.image_column=img: no such column; ", "valid: image, label, names, number"
     )
-    refused(hf(saved, image_column="number"), "data.image_column=number holds Value('float64'), valid: encoded images")
-    refused(hf(saved, label_column="names"), "data.label_column=names holds", "class_encode_column('names')")
+    refused(
+        hf(saved, image_column="number"), "data.image_column=number contains Value('float64'), valid: encoded images"
+    )
+    refused(hf(saved, label_column="names"), "data.label_column=names contains", "class_encode_column('names')")
     table([0, -1, 2]).save_to_disk(tmp_path / "negative")
     refused(hf(tmp_path / "negative", label_column="label"), "1 rows have no valid class id (row 1: -1), valid: 0 to 2")
     table([0, None, 2]).save_to_disk(tmp_path / "none")
@@ -351,13 +353,13 @@ def test_columns_and_splits_that_do_not_fit(tmp_path):
     table().select([]).to_parquet(tmp_path / "empty.parquet")
     refused(hf(tmp_path / "empty.parquet"), "(split 'train') cannot be read: ", "no data")
     table().select([]).save_to_disk(tmp_path / "empty")
-    refused(hf(tmp_path / "empty"), "(split 'train') cannot be read: it holds no rows")
+    refused(hf(tmp_path / "empty"), "(split 'train') cannot be read: it has no rows")
 
 
 def test_a_set_without_rows_is_refused():
     rows = TableRows(datasets.Dataset.from_dict({"image": []}))
     known = index.make(index.FoundImages(rows, [], [], None, None, "x"), None, flatten=False)
-    with pytest.raises(InputError, match="data 'x' holds no rows"):
+    with pytest.raises(InputError, match="data 'x' has no rows"):
         ImageData("x", rows, known, ImagesData(kind="images", path="x", size=8), 0)
 
 

@@ -557,7 +557,9 @@ def test_weights_that_no_backward_pass_reaches_are_refused_in_the_second_turn(tm
 def test_weights_may_wait_where_the_recipe_says_so_and_have_gradients_of_zero(tmp_path):
     train(tmp_path / "said", Unreached(("spare.*",)), images=64)
     train(tmp_path / "zero", Unreached(("spare.bias",), reached=lambda step: step == 1), images=64)
-    with pytest.raises(ValueError, match="network 'student': waiting names 'head.*', but no trained parameter is so"):
+    with pytest.raises(
+        ValueError, match="network 'student': waiting names 'head.*', but no trained parameter has this"
+    ):
         train(tmp_path / "nothing", Unreached(("head.*",)))
 
 
@@ -656,7 +658,7 @@ def test_learning_rates_of_a_network_resume_to_the_bit_and_one_for_all_changes_n
         (math.inf, {}, "Trained: lr=inf multiplies a learning rate"),
         (1.0, {"layers.*": -1.0}, r"Trained: groups\['layers\.\*'\]=-1.0 multiplies a learning rate; valid: a finite"),
         (1.0, {"layers.*": math.nan}, r"Trained: groups\['layers\.\*'\]=nan multiplies a learning rate"),
-        (1.0, {"head.*": 2.0}, r"network 'student': groups names 'head\.\*', but no trained parameter is so named"),
+        (1.0, {"head.*": 2.0}, r"network 'student': groups names 'head\.\*', but no trained parameter has this name"),
         (
             1.0,
             {"*.bias": 2.0, "layers.0.*": 3.0},

@@ -204,7 +204,7 @@ def test_rows_along_other_times(vector_run):
         assert row.nfe == len(steps) - 1
     assert found.row("teacher", 4, along="optimal").rms != found.row("teacher", 4).rms
     assert len({row.picture for row in found.rows}) == len(found.rows)
-    with pytest.raises(InputError, match=r"times 1, 0.5, 0.5, 0: they must fall from 1 to 0, those between from below"):
+    with pytest.raises(InputError, match=r"times 1, 0.5, 0.5, 0: they must decrease from 1 to 0; between these, valid"):
         go(vector_run, vector_spec(times={"teacher": [[1.0, 0.5, 0.5, 0.0]]}))
     own = card((2,), None).model_copy(update={"t_grids": {1: [1.0, 0.0], 2: [1.0, 0.9, 0.0]}})
     export(one_step_student(), vector_run.student("exact"), own)
@@ -263,7 +263,7 @@ def test_student_that_makes_no_numbers_is_named(vector_run):
     blocks = sampling.blocks(
         sampling.of_student(student, uniform_grid(1)), student, seed=0, count=4, block=4, device=CPU
     )
-    with pytest.raises(RunError, match="sample 0 of VelocityMLP from .* holds numbers that are not finite"):
+    with pytest.raises(RunError, match="sample 0 of VelocityMLP from .* contains values that are not finite"):
         next(blocks)
 
 
@@ -446,7 +446,7 @@ def test_table_has_a_line_for_every_row_and_says_what_was_measured(image_run):
     text = console.export_text()
     for word in ("NFE", "FD-digits", "KID", "precision", "recall", "RMS to teacher", "images/s", "teacher, heun"):
         assert word in text
-    assert "70 samples a row" in text
+    assert "70 samples per row" in text
     assert results.cells(found, found.rows[0])[2] == f"{1000 * found.rows[0].kid:.2f}"
     numbers = [results.number(value) for value in (1481.3, 10.123, 0.98765, 0.00001234, 0.0)]
     assert numbers == ["1,481", "10.12", "0.9877", "1.2e-05", "0.0000"]

@@ -337,7 +337,7 @@ def test_existing_student_is_replaced_and_a_failed_export_changes_nothing(tmp_pa
     first = contents(tmp_path / "s")
     with torch.no_grad():
         student.network.layers[0].weight[0, 0] = float("nan")
-    with pytest.raises(RunError, match="layers.0.weight holds numbers that are not finite; nothing was exported"):
+    with pytest.raises(RunError, match="layers.0.weight contains values that are not finite; nothing was exported"):
         export(student, tmp_path / "s", card)
     assert contents(tmp_path / "s") == first
     export(make("mlp", seed=1)[0], tmp_path / "s", card)
@@ -348,7 +348,9 @@ def test_existing_student_is_replaced_and_a_failed_export_changes_nothing(tmp_pa
 def test_disagreement_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
     student, card = make("mlp")
     monkeypatch.setattr(sampling, "uniform_grid", lambda steps: torch.linspace(1, 0, steps + 1).square())
-    with pytest.raises(RunError, match="at 2 steps diffusers makes other samples from the same noise, max difference"):
+    with pytest.raises(
+        RunError, match="at 2 steps diffusers makes different samples from the same noise, max difference"
+    ):
         export(student, tmp_path / "s", card)
     assert list(tmp_path.iterdir()) == []
 
@@ -370,7 +372,7 @@ def test_samples_of_large_values_are_compared_by_their_own_scale(tmp_path, monke
     export(student, tmp_path / "s", card)
     assert min(largest) > 100
     share = 5e-5
-    with pytest.raises(RunError, match="diffusers makes other samples from the same noise, max difference"):
+    with pytest.raises(RunError, match="diffusers makes different samples from the same noise, max difference"):
         export(student, tmp_path / "s", card)
 
 
@@ -382,7 +384,7 @@ def test_what_a_killed_export_left_is_cleared_and_the_old_student_comes_back(tmp
     (tmp_path / "s").rename(tmp_path / f".s.old-{dead}")
     shutil.copytree(tmp_path / f".s.old-{dead}", tmp_path / f".s.tmp-{dead}")
     monkeypatch.setattr(exporting, "TOLERANCE", -1.0)
-    with pytest.raises(RunError, match="diffusers makes other samples"):
+    with pytest.raises(RunError, match="diffusers makes different samples"):
         export(student, tmp_path / "s", card)
     assert [p.name for p in tmp_path.iterdir()] == ["s"]
     assert contents(tmp_path / "s") == first
@@ -441,7 +443,7 @@ def test_model_card_says_what_is_known(tmp_path):
         make("mlp")[1].model_copy(update={"metrics": {"SW2@1": 0.25, "SW2@2": 0.125, "KID@2": 1.5}})
     )
     assert "| NFE | SW2 | KID |\n|---:|---:|---:|\n| 1 | 0.25 |  |\n| 2 | 0.125 | 1.5 |\n" in measured
-    assert "Its samples were not measured" in text and "not measured" not in measured
+    assert "Its samples were not evaluated" in text and "not measured" not in measured
 
 
 @pytest.mark.parametrize(
@@ -483,7 +485,7 @@ def test_model_card_of_a_student_with_times_of_its_own():
 
 @pytest.mark.parametrize("times", [[1.0, 0.0], [1.0, 0.5, 0.5, 0.0], [0.9, 0.5, 0.2, 0.0], [1.0, 0.5, 0.2, 0.1]])
 def test_times_that_are_no_path_from_noise_to_data_are_refused(times):
-    with pytest.raises(ValueError, match=r"t_grids: 3 steps go along 4 times from 1 down to 0, not along \[.*\]"):
+    with pytest.raises(ValueError, match=r"t_grids: 3 steps need 4 times that decrease from 1 to 0, got \[.*\]"):
         describe((2,), None, t_grids={3: times})
 
 

@@ -129,7 +129,7 @@ def broken_entries(registry):
     outside = {"files": {"../x.json": {"sha256": "0" * 64, "size": 1}}}
     entry("outside", "a path that leads out of the folder").write_text(json.dumps(good | outside))
     most = {"files": {f"{n}.md": {"sha256": "0" * 64, "size": 2**63 - 1} for n in range(2)}}
-    entry("most", "lists more bytes than any disk holds").write_text(json.dumps(good | most))
+    entry("most", "lists more bytes than any disk has").write_text(json.dumps(good | most))
     (registry / "away").symlink_to("/etc")
     return made | {"away": "it is a link; links are not followed"}
 
@@ -196,7 +196,7 @@ def test_a_number_that_is_too_long_takes_no_version_away(store, student):
 def test_nothing_is_published_through_a_link(tmp_path, store, student):
     (tmp_path / "private").mkdir()
     (store / "registry" / "other").symlink_to(tmp_path / "private")
-    assert "other is a link; nothing is published through one" in error_of(put, student, store, "other")
+    assert "other is a link; distill does not publish through links" in error_of(put, student, store, "other")
     assert list((tmp_path / "private").iterdir()) == []
 
 
@@ -237,7 +237,7 @@ def test_names_that_are_not_utf8_are_shown_as_what_they_are_not(capfd, student):
         done = command(capfd, *line)
         assert done.code == 2
         assert done.err.endswith(
-            "error: student: \ufffd\ufffd[2J.md is not listed in distill.json; remove what does not belong there\n"
+            "error: student: \ufffd\ufffd[2J.md is not listed in distill.json; remove files that do not belong there\n"
         )
 
 
@@ -306,7 +306,7 @@ LIES = {
         "model_index.json", index(**{"\x1b[2J": ["os", "system"]}), '\ufffd[2J is ["os", "system"]'),
     "code elsewhere, deep": ("unet/config.json", b'{"a": [{"auto_map": {}}]}', "(auto_map)"),
     "weights that unpack themselves": (
-        "unet/config.json", b'{"quantization_config": {}}', "unet/config.json names code or weights of another place"),
+        "unet/config.json", b'{"quantization_config": {}}', "unet/config.json refers to code or weights elsewhere"),
 }  # fmt: skip
 
 
@@ -447,11 +447,11 @@ def test_a_picture_is_taken_through_no_link(tmp_path, measured):
     (tmp_path / "private" / "x.png").write_bytes(PICTURE)
     root, chosen = measured("pictures/x.png")
     (root / "pictures").symlink_to(tmp_path / "private")
-    assert "pictures/x.png cannot be used: it is a link out of its folder" in error_of(publishing.samples, chosen)
+    assert "pictures/x.png cannot be used: it links out of its folder" in error_of(publishing.samples, chosen)
     (root / "pictures").unlink()
     (root / "pictures").mkdir()
     (root / "pictures" / "x.png").symlink_to(tmp_path / "secret.txt")
-    assert "pictures/x.png cannot be used: it is a link out of its folder" in error_of(publishing.samples, chosen)
+    assert "pictures/x.png cannot be used: it links out of its folder" in error_of(publishing.samples, chosen)
     (root / "pictures" / "x.png").unlink()
     assert publishing.samples(chosen) == b""
     (root / "pictures" / "x.png").write_bytes(PICTURE)
@@ -633,7 +633,7 @@ def test_redirections_from_https_stay_there():
 def test_what_a_server_says_is_one_line_without_control_characters(capfd):
     for first, said in [
         (b"HTTP/1.1 403 \x1b[2J\x1b]0;x\x07" + b"y" * 500 + b"\r\n\r\n", "403 \ufffd[2J\ufffd]0;x\ufffdyyy"),
-        (b"HTTP/1.1 206 OK\r\nContent-Range: \x1b[2J\r\n\r\n", "asked for byte 0, given \ufffd[2J"),
+        (b"HTTP/1.1 206 OK\r\nContent-Range: \x1b[2J\r\n\r\n", "byte 0 was requested, the answer has \ufffd[2J"),
         (b"\x1b[2J\r\n\r\n", "\ufffd[2J"),
     ]:
         with answering(first) as url:
@@ -704,7 +704,7 @@ def test_an_index_of_a_broken_entry_and_of_too_many(capfd, tmp_path, store, monk
         for text in (b'{"students":[' + b"{}," * 1_000_000 + b"{}]}", b"[" * 1_000_000, b"{}" * 1_000_000):
             path.write_bytes(text)
             done = command(capfd, "students", "--store", url)
-            said = "_index.json holds more than an index of 50,000 entries would; it is refused"
+            said = "_index.json is larger than an index of 50,000 entries can be; it is refused"
             assert (done.code, done.err) == (2, f"error: {url}/registry/{said}\n")
         monkeypatch.setattr(published, "MAX_INDEX", 1_000_000)
         done = command(capfd, "students", "--store", url)
@@ -738,7 +738,7 @@ def test_a_card_that_the_index_has_no_room_for_is_not_published_and_not_read(cap
     done = command(capfd, "students")
     assert (done.code, "digits:v1" in done.out) == (0, True)
     assert done.err.startswith(f"warning: runs/registry/emoji/v1 is skipped: {why}")
-    assert "valid: at most 4,096. Shorten what distill.json says of recipe and license" in done.err
+    assert "valid: at most 4,096. Shorten recipe and license in distill.json" in done.err
 
 
 def test_a_full_index_keeps_the_newest_and_says_so(tmp_path, store, capfd, monkeypatch):
@@ -770,7 +770,7 @@ def test_what_would_fill_the_memory_is_not_parsed(capfd, tmp_path, store, text):
     (store / "registry" / "_index.json").write_bytes(text)
     with Flaky(tmp_path) as server:
         done = command(capfd, "students", "--store", f"{server.url}/runs")
-    assert (done.code, "holds more than an index of 50,000 entries would; it is refused" in done.err) == (2, True)
+    assert (done.code, "is larger than an index of 50,000 entries can be; it is refused" in done.err) == (2, True)
 
 
 def test_what_stands_in_texts_is_no_structure():
@@ -816,7 +816,9 @@ def test_what_stands_in_the_place_of_a_version_is_said(tmp_path, store):
 def test_no_file_takes_the_place_of_the_card(student, name):
     edit_card(student, lambda content: content["files"].update({name: {"sha256": "0" * 64, "size": 1}}))
     said = error_of(pulling.describe, at(student))
-    assert "distill.json" in said and ("one file on some disks" in said or "a kind of file" in said or "folder" in said)
+    assert "distill.json" in said and (
+        "the same file on some disks" in said or "a kind of file" in said or "folder" in said
+    )
 
 
 # --- what an evaluation names ---
@@ -832,7 +834,7 @@ def test_the_best_student_is_one_of_the_run(tmp_path, measured):
     assert publishing.choose(chosen.run, None, "best").stage == "one_step"
     for name in ("../../../private/secret", "..", "", "a/b", "a\nb"):
         for place in (chosen.run.stage, chosen.run.student):
-            assert "that is not a stage name" in error_of(place, name)
+            assert "that is not a valid stage name" in error_of(place, name)
 
 
 @pytest.mark.parametrize("which", ["step-" + "9" * 5000, "step-\u0663", "step-", "step--1", "x" * 5000])
@@ -844,7 +846,7 @@ def test_a_step_is_a_number(measured, which):
 
 @pytest.mark.parametrize("url", ["file:///tmp/a%00b", "file:///tmp/a%0Ab", "file:///tmp/%1B[2J"])
 def test_an_address_holds_no_hidden_characters(capfd, monkeypatch, url):
-    said = f"error: {url}: the path holds a control character; give another folder\n"
+    said = f"error: {url}: the path contains a control character; give another folder\n"
     assert command(capfd, "pull", url).err == said
     monkeypatch.setenv("DISTILL_STORE", url)
     assert command(capfd, "students").err == said

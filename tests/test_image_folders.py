@@ -68,8 +68,11 @@ def test_dataset_json_gives_the_labels(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        (LABELS[:2], "it lacks 1 labels of images that are in the folder (00001/img00001000.png)"),
-        ([*LABELS, ["x.png", 1]], "the folder lacks 1 images that it labels (x.png); copy the whole data set, or"),
+        (LABELS[:2], "it does not contain 1 labels of images that are in the folder (00001/img00001000.png)"),
+        (
+            [*LABELS, ["x.png", 1]],
+            "the folder does not contain 1 images that it labels (x.png); copy the whole data set, or",
+        ),
         ([*LABELS, ["00000/img00000000.png", 1]], "gives 00000/img00000000.png the classes 2 and 1; remove one"),
         ([["00000/img00000000.png", -1]], "labels[0][1]: Input should be greater than or equal to 0; valid: {"),
         ([["00000/img00000000.png", 10**12]], "labels[0][1]: Input should be less than 1000000; valid: {"),
@@ -123,7 +126,7 @@ def test_files_come_in_the_order_of_their_names(tmp_path):
 def test_the_parts_of_a_data_set_are_no_classes(tmp_path, names):
     folder(tmp_path, *(f"{name}/{label}/1.png" for name in names for label in "ab"))
     said = refused(tmp_path)
-    assert f"holds the parts of a data set ({', '.join(names[:2])}), which are not classes" in said
+    assert f"contains the splits of a data set ({', '.join(names[:2])}), which are not classes" in said
     assert f"give one of them: data.path={tmp_path}/{names[0]}" in said
     assert read(tmp_path / names[0])[1:] == ([0, 1], 2)
 
@@ -131,7 +134,9 @@ def test_the_parts_of_a_data_set_are_no_classes(tmp_path, names):
 def test_the_parts_of_a_data_set_in_the_one_folder_it_was_unpacked_into_are_no_classes(tmp_path):
     folder(tmp_path, *(f"imagenet/{part}/{label}/1.png" for part in ("train", "val") for label in "ab"))
     said = refused(tmp_path)
-    assert f"data.path={tmp_path}/imagenet holds the parts of a data set (train, val), which are not classes" in said
+    assert (
+        f"data.path={tmp_path}/imagenet contains the splits of a data set (train, val), which are not classes" in said
+    )
     assert f"give one of them: data.path={tmp_path}/imagenet/train" in said
 
 
@@ -178,7 +183,7 @@ def test_folders_of_kohya_are_no_classes(tmp_path):
 )
 def test_captions_are_not_lost_in_silence(tmp_path, names, shown):
     said = refused(folder(tmp_path, *names))
-    assert f"has captions ({shown}), which data of kind images does not take: they would be lost; give a folder" in said
+    assert f"has captions ({shown}), which data of kind images does not read: they would be lost; give a folder" in said
 
 
 def test_a_text_that_belongs_to_no_image_is_no_caption(tmp_path):

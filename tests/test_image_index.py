@@ -224,7 +224,7 @@ def test_a_store_that_cannot_keep_an_index_is_no_obstacle(tmp_path, capfd):
     (store / "indexes").write_text("")
     spec = images(folder(tmp_path / "set"))
     data.update_index(spec, store, run)
-    said = f"warning: cannot make {store}/indexes: File exists; nothing was changed; without an index in the store, "
+    said = f"warning: cannot create {store}/indexes: File exists; nothing was changed; without an index in the store, "
     assert capfd.readouterr().err == said + "other runs read all these images again\n"
     assert data.load_data(spec, 0, run, indexed=True).digest == data.load_data(spec, 0).digest
 
@@ -286,10 +286,14 @@ def test_files_that_change_while_they_are_used_end_the_run(tmp_path):
     root = folder(tmp_path / "set")
     loaded = data.load_data(images(root), 0)
     noise(99).save(root / "a" / "0.png")
-    with pytest.raises(RunError, match=r"a/0.png \(row 0\) has changed since the data was indexed; put the old file"):
+    with pytest.raises(
+        RunError, match=r"a/0.png \(row 0\) has changed since the data was indexed; restore the old file"
+    ):
         loaded.items(0, [0])
     (root / "a" / "2.png").unlink()
-    with pytest.raises(RunError, match=r"a/2.png \(row 1\) cannot be read any more: No such file or directory; put"):
+    with pytest.raises(
+        RunError, match=r"a/2.png \(row 1\) cannot be read any more: No such file or directory; restore"
+    ):
         loaded.items(0, [1])
 
 

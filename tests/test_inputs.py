@@ -266,7 +266,7 @@ def test_what_cannot_be_had_is_one_message_and_leaves_nothing(tmp_path):
     for line, start in zip(refused, said, strict=True):
         assert line.startswith(start)
     assert "TB are free" in refused[4] or "GB are free" in refused[4]
-    assert refused[4].endswith("; make room, or set other folders with --store and HF_HOME")
+    assert refused[4].endswith("; free some space, or set other folders with --store and HF_HOME")
     assert f"Dataset '{GATED}' is a gated dataset on the Hub" in refused[7]
     assert not (tmp_path / "store").exists()
 
@@ -504,7 +504,7 @@ def test_an_input_that_is_not_whole_is_fetched_under_another_name(tmp_path, capf
     found = prefetch._in_store(one, tmp_path, asked)
     assert found.digest != one.digest and found.content(tmp_path).is_dir()
     said = capfd.readouterr().err
-    assert said.startswith(f"warning: {one.folder(tmp_path)} is not whole (input.json: ")
+    assert said.startswith(f"warning: {one.folder(tmp_path)} is incomplete (input.json: ")
     assert said.endswith("; the teacher org/a@cccccccccccc is fetched under another name\n")
     assert prefetch._in_store(one, tmp_path, replace(asked, download=lambda: pytest.fail("fetched"))) == found, (
         "it is there now"

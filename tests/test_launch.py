@@ -371,7 +371,7 @@ def test_ranks_that_do_not_follow_one_that_stopped_are_killed(parent):
     environments = one.begun(3)
     assert one.end() == (75, f"stopped; what was saved is intact; {one.resume()}")
     assert gone(environments, 0)
-    assert failures(one.run) == ["rank 0 did not end by itself"]
+    assert failures(one.run) == ["rank 0 did not exit on its own"]
 
 
 @pytest.mark.process
@@ -414,7 +414,7 @@ def test_what_an_earlier_start_said_is_not_said_again(parent):
     one.launch("leave 1 second", r0=LISTEN, failing=0.2)
     assert one.end() == (1, "rank 1: second\n")
     one.launch("leave 3 ", r0=LISTEN, failing=0.2)
-    assert one.end() == (3, "rank 1: ended with code 3 and said nothing\n")
+    assert one.end() == (3, "rank 1: ended with code 3 without a message\n")
     assert one.run.log(1).read_text() == "first\nsecond\n"
     assert failures(one.run) == ["rank 1: first", "rank 1: second", "rank 1: ended with code 3"]
 
@@ -453,7 +453,7 @@ def test_where_all_lost_each_other_the_first_counts(parent):
     one.launch("later 76 lost too", r2="leave 76 lost")
     assert gone(one.begun(3)[2:])
     one.go()
-    assert one.end() == (76, f"lost too\nrank 2: lost\nwhat other ranks said last: {one.run.root / 'logs'}\n")
+    assert one.end() == (76, f"lost too\nrank 2: lost\nlast messages of the other ranks: {one.run.root / 'logs'}\n")
 
 
 @pytest.mark.process

@@ -167,35 +167,38 @@ def bomb(levels: int) -> str:
 
 
 YAML = {
-    "aliases of aliases": (bomb(30), "line 1: holds more than 200,000 values, with those that aliases repeat"),
+    "aliases of aliases": (bomb(30), "line 1: contains more than 200,000 values, counting those that aliases repeat"),
     "aliases in each other": (
         "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 600)),
-        "line 1: holds more than 64 lists or mappings in each other, with those that aliases repeat",
+        "line 1: contains more than 64 nested lists or mappings, counting those that aliases repeat",
     ),
     "merged aliases": (
         "a0: &a0 {k: 1}\n" + "\n".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}]}}" for i in range(1, 30)),
-        "line 1: holds more than 200,000 values, with those that aliases repeat",
+        "line 1: contains more than 200,000 values, counting those that aliases repeat",
     ),
-    "itself": ("a: &a [*a]", "line 1: a value stands within itself"),
-    "many values": ("- 1\n" * 200_001, "line 200000: holds more than 200,000 values"),
-    "deep": ("[" * 65, "line 1: holds more than 64 lists or mappings in each other"),
+    "itself": ("a: &a [*a]", "line 1: a value contains itself"),
+    "many values": ("- 1\n" * 200_001, "line 200000: contains more than 200,000 values"),
+    "deep": ("[" * 65, "line 1: contains more than 64 nested lists or mappings"),
     "very deep": ("[" * 100_000, "not YAML: line 1, column 1001: exceeded maximum nesting depth"),
     "a large number": ("seed: 1e999", "line 1: 1e999 is beyond the largest floating-point number"),
-    "many digits": ("seed: " + "1" * 5000, "line 1: a number of 5000 digits; at most 300 are read"),
-    "no int": ("a: !!int abc", "line 1: 'abc' is no whole number"),
-    "no bool": ("a: !!bool maybe", "line 1: 'maybe' is no bool (true or false)"),
-    "a list as an int": ("a: !!int [1]", "line 1: a list or mapping is no whole number"),
+    "many digits": ("seed: " + "1" * 5000, "line 1: a number of 5000 digits; valid: at most 300"),
+    "no int": ("a: !!int abc", "line 1: 'abc' is not a whole number"),
+    "no bool": ("a: !!bool maybe", "line 1: 'maybe' is not a bool (true or false)"),
+    "a list as an int": ("a: !!int [1]", "line 1: a list or mapping is not a whole number"),
     "a scalar as a mapping": ("!!map 3", "expected a mapping node, but found scalar"),
     "a date": (
         "a: !!timestamp soon",
-        "line 1: the tag !!timestamp means nothing here; valid: !!str, !!int, !!float, !!bool, !!null, !!seq, !!map",
+        "line 1: the tag !!timestamp is not supported; valid: !!str, !!int, !!float, !!bool, !!null, !!seq, !!map",
     ),
     "code": (
         "a: !!python/object/apply:os.system [id]",
-        "line 1: the tag !!python/object/apply:os.system means nothing here; "
+        "line 1: the tag !!python/object/apply:os.system is not supported; "
         "valid: !!str, !!int, !!float, !!bool, !!null, !!seq, !!map",
     ),
-    "a control character": ('name: "a\\0b"', "name: 'a\\x00b' holds a control character, or bytes that are not UTF-8"),
+    "a control character": (
+        'name: "a\\0b"',
+        "name: 'a\\x00b' contains a control character, or bytes that are not UTF-8",
+    ),
 }
 
 
@@ -217,12 +220,12 @@ def test_what_yaml_may_say_is_taken():
 
 
 def test_a_file_without_end_is_not_read(capfd, tmp_path):
-    refuse(capfd, tmp_path, ["plan", "/dev/zero"], "/dev/zero: holds more than 16 MiB; a spec is a short YAML file")
+    refuse(capfd, tmp_path, ["plan", "/dev/zero"], "/dev/zero: contains more than 16 MiB; a spec is a short YAML file")
 
 
 def test_a_path_of_very_many_parts_is_refused(capfd, tmp_path):
     change = f"stages.r.options{'.x' * 1500}=1"
-    said = f"'{change[:90]}... ({len(change):,} letters)' is not a change of the spec: its path has 1,503 parts; "
+    said = f"'{change[:90]}... ({len(change):,} characters)' is not a change of the spec: its path has 1,503 parts; "
     refuse(capfd, tmp_path, ["plan", "ok.yaml", change], said + "valid: at most 64")
 
 
@@ -236,10 +239,16 @@ def test_very_many_mistakes_are_counted(capfd, tmp_path):
 
 
 CHANGES = {
-    "bytes": ("seed=\udcff", "'seed=\\udcff' is not a change of the spec: it holds a control character, or bytes not"),
-    "bytes as a key": ("stages.\udcff=1", "'stages.\\udcff=1' is not a change of the spec: it holds a control"),
-    "an escape sequence": ("seed=\x1b[2J", "'seed=\\x1b[2J' is not a change of the spec: it holds a control character"),
-    "a tag": ("seed=!!int abc", "seed=!!int abc: line 1: 'abc' is no whole number"),
+    "bytes": (
+        "seed=\udcff",
+        "'seed=\\udcff' is not a change of the spec: it contains a control character, or bytes not",
+    ),
+    "bytes as a key": ("stages.\udcff=1", "'stages.\\udcff=1' is not a change of the spec: it contains a control"),
+    "an escape sequence": (
+        "seed=\x1b[2J",
+        "'seed=\\x1b[2J' is not a change of the spec: it contains a control character",
+    ),
+    "a tag": ("seed=!!int abc", "seed=!!int abc: line 1: 'abc' is not a whole number"),
     "a superscript": ("teacher.mean.\u00b2=1", "teacher.mean.\u00b2=1: teacher.mean has 2 items; '\u00b2' is none of"),
     "digits": ("teacher.mean." + "9" * 5000 + "=1", "teacher.mean.999"),
     "digits of a value": ("seed=" + "1" * 5000, "seed=111"),
@@ -257,7 +266,7 @@ def test_changes_that_cannot_be_meant(capfd, tmp_path, case):
 
 @pytest.mark.parametrize("name", ["\udcff", "\x1b[31m"])
 def test_a_name_that_is_no_text(capfd, tmp_path, name):
-    said = f"ok.yaml: name: {ascii(name)} holds a control character, or bytes that are not UTF-8"
+    said = f"ok.yaml: name: {ascii(name)} contains a control character, or bytes that are not UTF-8"
     refuse(capfd, tmp_path, ["run", "ok.yaml", "--name", name], said)
 
 
@@ -266,7 +275,7 @@ def test_a_store_whose_name_is_no_text(capfd, tmp_path, monkeypatch, name):
     folder = os.fsdecode(name)
     (tmp_path / folder).mkdir()
     shown = ascii(str(tmp_path / folder))
-    said = "holds a control character, or bytes that are not UTF-8"
+    said = "contains a control character, or bytes that are not UTF-8"
     done = command(capfd, "run", "ok.yaml", "--store", folder)
     assert done.err == f"error: the store {shown} (from --store) {said}; choose another with --store\n"
     monkeypatch.chdir(tmp_path / folder)
@@ -283,7 +292,7 @@ def test_a_store_whose_name_is_no_text(capfd, tmp_path, monkeypatch, name):
 # --- what the system refuses ---
 
 LONG = "x" * 300
-SHOWN = f"{'x' * 90}... (300 letters)"
+SHOWN = f"{'x' * 90}... (300 characters)"
 NAMES = {
     "run": ["run", LONG], "plan": ["plan", LONG], "list": ["list", "--store", LONG], "show": ["show", LONG],
     "status": ["status", LONG], "logs": ["logs", LONG], "cancel": ["cancel", LONG], "report": ["report", LONG],
@@ -343,7 +352,7 @@ def test_without_a_home(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=False
     )
-    assert done.stdout == "no runs in runs; make the first: distill run digits\n0\n", done.stderr
+    assert done.stdout == "no runs in runs; start one with: distill run digits\n0\n", done.stderr
 
 
 # --- what is given half ---
@@ -406,8 +415,8 @@ def test_a_recipe_that_ends_the_program(capfd, tmp_path):
     done = command(capfd, "plan", "s.yaml")
     assert done.code == 2
     assert done.err == (
-        f"error: {tmp_path}/mine.py, line 8, ends the program: sys.exit(0). A recipe must not do so; remove that, or "
-        "raise an error that says what is wrong\n"
+        f"error: {tmp_path}/mine.py, line 8, ends the program: sys.exit(0). A recipe must not do this; remove it, or "
+        "raise an error that describes the problem\n"
     )
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == before
 
@@ -440,7 +449,7 @@ def test_a_run_does_without_the_stores_index_of_its_images(capfd, tmp_path):
     (tmp_path / "runs" / "indexes").write_text("")
     source = start.find("s.yaml", ["stages.r.images=8", "stages.r.batch_size=8"], None)
     run = start.begin(tmp_path / "runs", source)
-    said = f"warning: cannot make {tmp_path}/runs/indexes: File exists; nothing was changed; without an index in the "
+    said = f"warning: cannot create {tmp_path}/runs/indexes: File exists; nothing was changed; without an index in the "
     assert capfd.readouterr().err == said + "store, other runs read all these images again\n"
     stages.run(run, source.spec, ["r"], StopRequest())
     assert run.stage("r").done.exists()

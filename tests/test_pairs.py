@@ -259,7 +259,7 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path):
 )
 def test_a_folder_of_other_pairs_is_refused(tmp_path, change, named):
     whole = contents(make(tmp_path, CLASSES))
-    with pytest.raises(InputError, match=f"holds other pairs than this stage asks for: {named}"):
+    with pytest.raises(InputError, match=f"contains other pairs than this stage requires: {named}"):
         make(tmp_path, **{"teacher": CLASSES, **change})
     assert contents(tmp_path) == whole
 
@@ -269,7 +269,9 @@ def test_generate_refuses_strangers_and_blocks_that_do_not_fit(tmp_path):
         make(tmp_path / "odd", shard=10)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "other.safetensors").write_bytes(b"")
-    with pytest.raises(InputError, match=r"holds shards that are not of this set: other\.safetensors; remove them"):
+    with pytest.raises(
+        InputError, match=r"contains shards that do not belong to this set: other\.safetensors; remove them"
+    ):
         make(tmp_path / "a")
     with pytest.raises(InputError, match=r"the Gaussian teacher .* has no unconditional call, so it cannot be guided"):
         make(tmp_path / "guided", guidance_scale=3.0)
@@ -285,16 +287,19 @@ def flip(path: Path, at: int) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "manifest.json").unlink(), r"holds no pairs \(no manifest\.json\); run the pairs stage first"),
+        (
+            lambda f: (f / "manifest.json").unlink(),
+            r"contains no pairs \(no manifest\.json\); run the pairs stage first",
+        ),
         (
             lambda f: shard(f, 1).unlink(),
-            r"shard-00001\.safetensors is missing; delete what is damaged or foreign and resume the run",
+            r"shard-00001\.safetensors is missing; delete damaged and unknown files, then resume",
         ),
         (lambda f: flip(shard(f, 1), -3), r"shard-00001\.safetensors is damaged \(its sha256 is not the manifest's\)"),
         (lambda f: os.truncate(shard(f, 2), 100), r"shard-00002\.safetensors is damaged \(100 bytes, not \d+\)"),
         (
             lambda f: shard(f, 0).rename(shard(f, 7)),
-            r"00000\.safetensors is missing, shard-00007\.safetensors is not of this set",
+            r"00000\.safetensors is missing, shard-00007\.safetensors does not belong to this set",
         ),
         (
             lambda f: shard(f, 0).replace(shard(f, 1)),
@@ -302,12 +307,15 @@ def flip(path: Path, at: int) -> None:
         ),
         (
             lambda f: edit_manifest(f, noise_sha256="0" * 64),
-            r"draws other noise from seed 11 than the pairs were solved from",
+            r"draws different noise from seed 11 than the pairs were solved from",
         ),
-        (lambda f: edit_manifest(f, extra=1), r"manifest\.json is damaged or foreign \(extra: Extra inputs"),
+        (
+            lambda f: edit_manifest(f, extra=1),
+            r"manifest\.json is damaged or was not written by distill \(extra: Extra inputs",
+        ),
         (
             lambda f: os.truncate(f / "manifest.json", 50),
-            r"manifest\.json is damaged or foreign \(the file: Invalid JSON",
+            r"manifest\.json is damaged or was not written by distill \(the file: Invalid JSON",
         ),
         (lambda f: edit_manifest(f, done=False), r"is incomplete, 3 of 3 shards"),
         (lambda f: edit_manifest(f, shards={}), r"is incomplete, 0 of 3 shards"),

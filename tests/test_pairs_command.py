@@ -33,7 +33,7 @@ def here(tmp_path, monkeypatch):
 def test_processes_that_share_a_spec_make_the_files_of_one(here):
     one = distill("pairs", "spec.yaml", "--stage", "pairs", "--name", "one", cwd=here)
     assert one.returncode == 0, one.stderr
-    assert "the set of 200 is complete; the rest of the run: distill run runs/one --resume" in one.stdout
+    assert "the set of 200 pairs is complete; the rest of the run: distill run runs/one --resume" in one.stdout
     arguments = ["pairs", "spec.yaml", "--stage", "pairs", "--shards"]
     shares = [
         subprocess.Popen(
@@ -44,7 +44,7 @@ def test_processes_that_share_a_spec_make_the_files_of_one(here):
     ]  # fmt: skip
     said = [each.communicate(timeout=120)[0] for each in shares]
     assert [each.returncode for each in shares] == [0, 0], said
-    assert any("the set of 200 is complete" in each for each in said)
+    assert any("the set of 200 pairs is complete" in each for each in said)
     alone, together = (folder_bytes(here / "runs" / name / "stages" / "pairs" / "pairs") for name in ("one", "many"))
     assert alone == {name: together[name] for name in alone} and len(alone) == 8
     done = distill("run", "runs/many", "--resume", cwd=here)  # takes them as they are, and goes on
@@ -66,17 +66,20 @@ def test_ranks_that_share_the_checksums_refuse_a_shard_that_one_of_them_finds_da
     run = distill("run", "runs/many", "--resume", "launch.procs=2", cwd=here)
     assert run.returncode == 2, run.stderr
     assert "rank 1: error: " in run.stderr
-    assert "shard-00001.safetensors is damaged (its sha256 is not the manifest's); delete what is damaged" in run.stderr
+    assert (
+        "shard-00001.safetensors is damaged (its sha256 is not the manifest's); delete damaged and unknown files"
+        in run.stderr
+    )
     assert not list((here / "runs" / "many" / "stages" / "reflow").glob("checkpoints/*"))
 
 
 def test_the_accuracy_of_a_solver_is_told(capfd, here):
     done = command(capfd, "pairs", GAUSSIAN, "--check", "--solver", "euler", "--steps", "4", "--count", "500")
     assert (done.code, snapshot(here)) == (0, snapshot(here))
-    assert "at 4 steps the ends of 500 pairs are " in done.out and " steps are enough" in done.out
+    assert "at 4 steps, the ends of 500 pairs differ by " in done.out and " steps are enough" in done.out
     assert not (here / "runs").exists()
     told = command(capfd, "pairs", "spec.yaml", "--check", "--stage", "real")
-    assert told.code == 0 and "at 8 steps the ends of 64 pairs" in told.out
+    assert told.code == 0 and "at 8 steps, the ends of 64 pairs" in told.out
     assert not (here / "runs").exists(), "none is made for it"
 
 
@@ -84,19 +87,19 @@ def test_a_teacher_in_yaml_may_be_longer_than_the_name_of_a_file(capfd, here):
     long = f"{{kind: mixture, means: {[[i, -i] for i in range(40)]}, std: 0.3}}"
     assert len(long) > 255
     done = command(capfd, "pairs", long, "--out", "p", "--count", "16")
-    assert done.code == 0 and "the set of 16 is complete" in done.out, done.err
+    assert done.code == 0 and "the set of 16 pairs is complete" in done.out, done.err
 
 
 def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
     options = ["--paths", "forward", "--count", "512", "--steps", "32", "--out", "pairs"]
     done = command(capfd, "pairs", GAUSSIAN, *options)
     assert done.code == 0, done.err
-    assert "its noise has mean " in done.out and "the set of 512 is complete" in done.out
+    assert "its noise has mean " in done.out and "the set of 512 pairs is complete" in done.out
     parts = [
         command(capfd, "pairs", GAUSSIAN, *options[:-1], "parts", "--shard", "256", "--shards", f"{i}/2")
         for i in (1, 2)
     ]
-    assert "1 of 2 shards are there" in parts[0].out and "the set of 512 is complete" in parts[1].out
+    assert "1 of 2 shards are complete" in parts[0].out and "the set of 512 pairs is complete" in parts[1].out
 
 
 @pytest.mark.parametrize(
@@ -104,18 +107,24 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
     [
         ([GAUSSIAN], "--out is missing: the folder to write the pairs to"),
         ([GAUSSIAN, "--out", "p", "--stage", "x"], "--stage: no effect here; '{kind: gaussian, mean: [0.5, 0.0]"),
-        ([GAUSSIAN, "--out", "p", "--shards", "0/2"], "--shards 0/2: I/N is expected, I from 1 to N, like 1/4"),
-        ([GAUSSIAN, "--out", "p", "--shards", "3/2"], "--shards 3/2: I/N is expected"),
-        ([GAUSSIAN, "--out", "p", "--shards", "4/4"], "--shards 4/4: the set has 3 files, so nothing is left for this"),
-        (["spec.yaml", "--stage", "real", "--shards", "3/3"], "--shards 3/3: the set has 2 files, so nothing is left"),
-        ([GAUSSIAN, "--out", "p", "--shards", "²/2"], "--shards ²/2: I/N is expected"),
+        ([GAUSSIAN, "--out", "p", "--shards", "0/2"], "--shards 0/2: must be I/N with I from 1 to N, like 1/4"),
+        ([GAUSSIAN, "--out", "p", "--shards", "3/2"], "--shards 3/2: must be I/N with I"),
+        ([GAUSSIAN, "--out", "p", "--shards", "4/4"], "--shards 4/4: the set has 3 files, so this part would be empty"),
+        (
+            ["spec.yaml", "--stage", "real", "--shards", "3/3"],
+            "--shards 3/3: the set has 2 files, so this part would be",
+        ),
+        ([GAUSSIAN, "--out", "p", "--shards", "²/2"], "--shards ²/2: must be I/N with I"),
         ([GAUSSIAN, "--out", "p", "--count", f"{10**18}"], "--count: 1000000000000000000 given; must be at most"),
         ([GAUSSIAN, "--out", "p", "--steps", f"{10**9}"], "--steps: 1000000000 given; must be at most 10,000"),
         (["spec.yaml", "--stage", "pairs", f"stages.pairs.count={10**18}"], "count: 1000000000000000000 given"),
         (["spec.yaml", "--stage", "pairs", "stages.pairs.count=1e9"], "stages.pairs.shard: 1,000,000,000 pairs in fil"),
-        ([GAUSSIAN, "--out", "p", "--times", "1,x"], "--times 1,x: numbers with commas between them are expected"),
+        ([GAUSSIAN, "--out", "p", "--times", "1,x"], "--times 1,x: give numbers separated by commas, like"),
         ([GAUSSIAN, "--out", "p", "--times", "1,0"], "--times: backward paths store only their ends, so this has no"),
-        ([GAUSSIAN, "--out", "p", "--paths", "trajectories"], "--times: None given; trajectories need times from 1"),
+        (
+            [GAUSSIAN, "--out", "p", "--paths", "trajectories"],
+            "--times: None given; trajectories need times decreasing",
+        ),
         (
             [GAUSSIAN, "--out", "p", "--paths", "trajectories", "--times", "1,0.3,0"],
             "--times: 0.3 are not times of the solver, the multiples of 1/steps = 1/16",
@@ -125,7 +134,7 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
             "--solver: dpm_solver_pp_2m solves from noise to data only; paths: forward take euler or heun",
         ),
         ([GAUSSIAN, "--out", "p", "--optimal-times", "2"], "--optimal-times: backward paths have none; remove it, or"),
-        ([*OPTIMAL, "20"], "--optimal-times: 20 steps cannot be chosen among the solver's 16; give more steps"),
+        ([*OPTIMAL, "20"], "--optimal-times: 20 steps cannot be chosen from the solver's 16; increase steps"),
         ([*OPTIMAL, "2", "--times", "1,0"], "--times: optimal_times finds them, so both cannot be given; remove one"),
         ([GAUSSIAN, "--out", "p", "--paths", "forward", "--store-noise"], "--store-noise: inverted noise is always"),
         (
@@ -135,8 +144,8 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
         ([GAUSSIAN, "--out", "p", "--data", "digits"], "--data: backward paths begin with noise, so it has no effect"),
         (["spec.yaml"], "run 'many' has 2 pairs stages; name one with --stage: pairs, real"),
         (["spec.yaml", "--stage", "pairz"], "--stage pairz: run 'many' has no such pairs stage; did you mean 'pairs'?"),
-        (["spec.yaml", "--count", "5"], "--count: no effect here; of a spec they stand in it: write changes like"),
-        (["spec.yaml", "--seed", "0", "--guidance-scale", "0"], "--guidance-scale, --seed: no effect here; of a spec"),
+        (["spec.yaml", "--count", "5"], "--count: no effect here; a SPEC sets them: write changes like"),
+        (["spec.yaml", "--seed", "0", "--guidance-scale", "0"], "--guidance-scale, --seed: no effect here; a SPEC"),
         ([GAUSSIAN, "--check", "--out", "p", "--shards", "1/2"], "--shards, --out: no effect here; --check solves"),
         (["digits", "--check"], "which is not trained yet; distill run digits"),
         (["mixture-2d", "stages.pairs.paths=segments"], "stages.pairs.times: None given; segments need times"),
@@ -188,7 +197,7 @@ def test_a_plan_counts_the_calls_of_every_kind_of_paths(capfd, here):
 
 
 def test_a_plan_says_what_a_run_needs_where_its_name_is_taken(capfd, here):
-    said = "(a run of this name exists: distill run needs --name OTHER or --resume)"
+    said = "(a run with this name exists: distill run needs --name OTHER or --resume)"
     assert said not in command(capfd, "plan", "spec.yaml").out
     make_run(here / "runs", "many")
     assert said in command(capfd, "plan", "spec.yaml").out

@@ -66,7 +66,7 @@ FIRST = "shards/shard-00000.safetensors"
         ({"shard": 0}, r"shard: Input should be greater than 0"),
         ({"shard": 10**12}, r"shard: Input should be less than or equal to 1048576"),
         ({"count": 10**9}, r"the file: count 1,000,000,000 in files of 8: more than 100,000 files"),
-        ({"count": 16}, r"the file: shards: 'shard-00002\.safetensors' is no file of this set"),
+        ({"count": 16}, r"the file: shards: 'shard-00002\.safetensors' is not a file of this set"),
         ({"seed": 2**63}, r"seed: Input should be less than 9223372036854775808"),
         ({"seed": -1}, r"seed: Input should be greater than or equal to 0"),
         ({"shape": []}, r"shape: Tuple should have at least 1 item"),
@@ -97,17 +97,20 @@ def test_a_manifest_is_validated_where_it_is_read(tmp_path, changes, message):
         content = json.loads(path.read_text())
         content["shards"]["../shard-00000.safetensors"] = content["shards"]["shard-00000.safetensors"]
         path.write_text(json.dumps(content))
-        message = r"shards: '\.\./shard-00000\.safetensors' is no file of this set"
+        message = r"shards: '\.\./shard-00000\.safetensors' is not a file of this set"
     else:
         edit(tmp_path / "manifest.json", **changes)
     for read in (lambda: PairSet.open(tmp_path, None), lambda: make(tmp_path)):
-        with pytest.raises(InputError, match=rf"manifest\.json is damaged or foreign \(.*{message}.*\); delete .* and"):
+        with pytest.raises(
+            InputError,
+            match=rf"manifest\.json is damaged or was not written by distill \(.*{message}.*\); delete .* and",
+        ):
             read()
 
 
 @pytest.mark.parametrize(
     ("times", "message"),
-    [([1.0, 1.0, 0.0], "do not go down"), ([2.0, 0.5, 0.0], "do not go down"), ([1.0], "at least 2 items")],
+    [([1.0, 1.0, 0.0], "do not decrease"), ([2.0, 0.5, 0.0], "do not decrease"), ([1.0], "at least 2 items")],
 )
 def test_times_of_states_are_validated(tmp_path, times, message):
     make(tmp_path, **STATES)
@@ -138,11 +141,15 @@ def put(path, kind):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("pipe", r"manifest\.json is not a file; delete .* and make it again"),
-        ("folder", r"manifest\.json is not a file; delete .* and make it again"),
+        ("pipe", r"manifest\.json is not a file; delete .* and make the pairs again"),
+        ("folder", r"manifest\.json is not a file; delete .* and make the pairs again"),
         ("loop", r"manifest\.json cannot be read \(Too many levels of symbolic links"),
-        ("nested", r"manifest\.json is damaged or foreign \(the file: Invalid JSON: recursion limit exceeded"),
-        ("bytes", r"manifest\.json is damaged or foreign \(the file: Invalid JSON"),
+        (
+            "nested",
+            r"manifest\.json is damaged or was not written by distill \(the file: Invalid JSON: "
+            r"recursion limit exceeded",
+        ),
+        ("bytes", r"manifest\.json is damaged or was not written by distill \(the file: Invalid JSON"),
         ("large", r"manifest\.json has 1,000,000,000,000 bytes, at most 268,435,456 are expected; delete"),
     ],
 )
@@ -159,7 +166,7 @@ def test_what_is_no_manifest_is_named_at_once(tmp_path, kind, message):
 def test_what_is_no_file_is_no_shard(tmp_path, kind):
     make(tmp_path)
     put(tmp_path / "shard-00001.safetensors", kind)
-    with pytest.raises(InputError, match=r"shard-00001\.safetensors is not a file; delete what is damaged or foreign"):
+    with pytest.raises(InputError, match=r"shard-00001\.safetensors is not a file; delete damaged and unknown files"):
         PairSet.open(tmp_path, None)
 
 
@@ -214,12 +221,12 @@ def forge(folder, name, tensors):
         ({"class_labels": torch.full((8,), -1)}, r"has labels outside 0 \.\.\. 2, the classes of its manifest"),
         (
             {"data": torch.zeros(8, 5)},
-            r"holds class_labels int64 \[8\], data float32 \[8, 5\], but by its manifest\.json it has class_labels "
+            r"contains class_labels int64 \[8\], data float32 \[8, 5\], but its manifest\.json lists class_labels "
             r"int64 \[8\], data float32 \[8, 4\]",
         ),
-        ({"data": torch.zeros(9, 4)}, r"holds .*data float32 \[9, 4\], but"),
-        ({"data": torch.zeros(8, 4).double()}, r"holds .*data float64 \[8, 4\], but"),
-        ({"more": torch.zeros(8, 4)}, r"holds .*more float32 \[8, 4\], but"),
+        ({"data": torch.zeros(9, 4)}, r"contains .*data float32 \[9, 4\], but"),
+        ({"data": torch.zeros(8, 4).double()}, r"contains .*data float64 \[8, 4\], but"),
+        ({"more": torch.zeros(8, 4)}, r"contains .*more float32 \[8, 4\], but"),
     ],
 )
 def test_a_shard_that_its_checksum_fits_must_hold_what_the_manifest_says(tmp_path, change, message):

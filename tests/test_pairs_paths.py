@@ -251,7 +251,7 @@ def test_a_big_set_is_measured_once_and_advised(tmp_path, capsys, monkeypatch):
     make(tmp_path, dataclasses.replace(TEACHER, field=field), solver="euler")
     assert field.calls == 6 * (8 + 16) + 6 * 8, "six blocks, at N and 2 N steps, whatever they say; then the set"
     said = capsys.readouterr().err
-    assert "at 8 steps the ends of 22 pairs are" in said
+    assert "at 8 steps, the ends of 22 pairs differ by" in said
     assert "more than 1%; `distill pairs` with --check finds how many steps are enough" in said
     for name in ("shard-00001.safetensors", "shard-00000.safetensors"):
         (tmp_path / name).unlink()
@@ -265,7 +265,7 @@ def test_the_first_of_several_parts_measures_whatever_the_others_have_made(tmp_p
     make(tmp_path, part=(1, 2), solver="euler")
     assert not (tmp_path / "accuracy.json").exists()
     make(tmp_path, part=(0, 2), solver="euler")
-    assert "at 8 steps the ends of 22 pairs are" in capsys.readouterr().err
+    assert "at 8 steps, the ends of 22 pairs differ by" in capsys.readouterr().err
 
 
 def test_measuring_stops_when_asked(tmp_path, monkeypatch):
@@ -278,7 +278,9 @@ def test_measuring_stops_when_asked(tmp_path, monkeypatch):
         return TEACHER.field(x_t, t, cond)
 
     teacher = dataclasses.replace(TEACHER, field=exact.Network(asked))
-    with pytest.raises(Stopped, match="stopped by SIGUSR1; saved: nothing yet, as the solver was being measured"):
+    with pytest.raises(
+        Stopped, match="stopped by SIGUSR1; saved: nothing, since the accuracy of the solver was being measured"
+    ):
         make(tmp_path, teacher, stop=stop)
     assert len(calls) == 15, "the first block of Heun's eight steps"
     assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]

@@ -204,7 +204,9 @@ def test_a_message_names_a_few_of_many_files(tmp_path):
     make(tmp_path, 10)
     for path in tmp_path.glob("*.safetensors"):
         path.unlink()
-    with pytest.raises(InputError, match=r"shard-00004\.safetensors is missing, and 5 more; delete what is damaged"):
+    with pytest.raises(
+        InputError, match=r"shard-00004\.safetensors is missing, and 5 more; delete damaged and unknown files"
+    ):
         PairSet.open(tmp_path, None)
 
 

@@ -196,7 +196,7 @@ def test_the_bare_wheel_is_the_control_plane(wheel, tmp_path):
     )  # fmt: skip
     assert where.stdout.count(str(site)) == 2, "the installed copy, not the sources"
     bare("--help")
-    assert bare("list").stdout == "no runs in runs; make the first: distill run digits\n"
+    assert bare("list").stdout == "no runs in runs; start one with: distill run digits\n"
     bare("init", "digits", "--out", "d.yaml")
     assert (empty / "d.yaml").is_file()
     assert {each["name"] for each in json.loads(bare("recipes", "--json").stdout)} >= {"reflow/reflow"}
@@ -210,7 +210,7 @@ def test_the_bare_wheel_is_the_control_plane(wheel, tmp_path):
         assert bare("pull", f"{server.url}/small", "again").stdout.startswith("pulled again: ")
     assert bare("verify", "again").returncode == 0
     said = bare("publish", "again", "same").stderr
-    assert "without a picture of samples: no evaluation has drawn one, and torch is not installed\n" in said
+    assert "the model card has no picture of samples: no evaluation has drawn one, and torch is not installed\n" in said
     shutil.rmtree(empty / "runs" / "registry")
     said = bare("run", "digits", code=2).stderr
     assert "needs the package torch; pip install 'distill[train]'" in said

@@ -64,9 +64,7 @@ def test_versions_are_numbered_and_never_change(tmp_path, store):
     assert put(a, store, "digits").label == "digits:v1", "the same bytes"
     assert put(a, store, "digits", "v1").label == "digits:v1"
     before = snapshot(store)
-    with pytest.raises(
-        InputError, match="digits:v1 is published already, with other bytes, and never changes; publish"
-    ):
+    with pytest.raises(InputError, match="digits:v1 is already published with other files, and never changes; publish"):
         put(b, store, "digits", "v1")
     assert snapshot(store) == before
     assert put(a, store, "digits", "final").label == "digits:final", "asked for by name"
@@ -119,7 +117,7 @@ def test_a_full_disk_publishes_nothing(tmp_path, store, monkeypatch):
 def test_a_run_that_lies_where_students_belong(tmp_path, store):
     (store / "registry").mkdir(parents=True)
     (store / "registry" / "spec.yaml").touch()
-    with pytest.raises(InputError, match="registry is a run, but published students are kept in a folder of"):
+    with pytest.raises(InputError, match="registry is a run, but published students are stored in a folder with"):
         put(make(tmp_path / "s"), store, "digits")
 
 
@@ -258,7 +256,10 @@ def test_a_store_over_plain_http(capfd, tmp_path, store):
         ]
         done = command(capfd, "pull", "digits:v2", "again")
         assert done.code == 2
-        assert "is another student (sha256 " in done.err and "published versions never change" in done.err
+        assert (
+            "is not the student in the store's index (sha256 " in done.err
+            and "published versions never change" in done.err
+        )
         server.faults = [Fault("_index.json", status=404)]
         assert (
             "_index.json: 404 Not Found; nothing has been published here, or this is not a store"
@@ -398,7 +399,7 @@ def test_a_whole_model_card(capfd, run):
         "# ring", "](samples.png)", 'DiffusionPipeline.from_pretrained("path/to/this/folder", trust_remote_code=True)',
         "distill pull ring",
         "| recipe | `reflow/reflow`: Reflow (Liu et al. 2022", "| teacher | mixture in closed form",
-        "NFE: calls of a network per sample. 256 samples a row. SW2: sliced Wasserstein-2",
+        "NFE: calls of a network per sample. 256 samples per row. SW2: sliced Wasserstein-2",
         "|  | steps | NFE | SW2 | KID x 1000 |", "| **this student** | 1 | 1 |", "| **this student** | 2 | 2 |",
         "| teacher, euler | 2 | 2 |", "## Training cost", "| long | 2,560 images | 0:0", "1 process, ",
         "| pairs | 64 pairs | 0:0", "## Limits", "It cannot be guided", "Terms of use: not stated",
@@ -406,7 +407,7 @@ def test_a_whole_model_card(capfd, run):
         assert line in text, line
     assert "short" not in text, "a stage that it does not come from"
     again = command(capfd, "publish", "one/long", "ring")
-    assert again.out.startswith("the same student is published already: ring:v1\n")
+    assert again.out.startswith("this student is already published: ring:v1\n")
 
 
 @pytest.mark.process
@@ -417,7 +418,7 @@ def test_a_checkpoint_is_exported_and_published(capfd, run):
     card, text = pulling.verify(folder), (folder / "README.md").read_text()
     assert (card.images, card.metrics) == (1280, {})
     assert "| long | 1,280 images | 0:0" in text
-    assert "Its samples were not measured" in text
+    assert "Its samples were not evaluated" in text
     assert (folder / "samples.png").read_bytes().startswith(b"\x89PNG")
     same = command(capfd, "publish", "one/long@step-40", "late")
     assert same.code == 0

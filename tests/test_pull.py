@@ -87,7 +87,7 @@ def test_a_place_that_is_taken_is_left_alone(tmp_path, student):
     (damaged / WEIGHTS).write_bytes(b"x")
     before = snapshot(tmp_path)
     for dest, said in [
-        (other, f"{other} holds another student; name another folder, or remove it"),
+        (other, f"{other} contains another student; name another folder, or remove it"),
         (notes, f"{notes} exists and is not a student; name another folder"),
         (damaged, f"{damaged}: {WEIGHTS} is damaged: 1 bytes"),
     ]:
@@ -130,8 +130,8 @@ def test_a_changed_byte_is_fetched_again_and_a_lasting_one_is_an_error(tmp_path,
         server.faults = [Fault(WEIGHTS, change=flip)]
         said = refused(f"{server.url}/student", tmp_path / "t", RunError)
         assert re.fullmatch(
-            rf"{server.url}/student: {WEIGHTS}: it arrives damaged: sha256 \w{{12}} instead of \w{{12}}; "
-            "nothing was kept of it", said
+            rf"{server.url}/student: {WEIGHTS}: it is damaged: sha256 \w{{12}} instead of \w{{12}}; "
+            "nothing of it was kept", said
         )  # fmt: skip
         server.faults = []
         get(f"{server.url}/student", tmp_path / "t")
@@ -244,8 +244,7 @@ def test_names_are_refused_before_anything_is_fetched(tmp_path, student, name):
     with Flaky(tmp_path / "there") as server:
         said = refused(f"{server.url}/student", tmp_path / "s")
         assert (
-            said
-            == f"{server.url}/student/{DISTILL} lists {name!r}, {NAMES[name]}; it is refused and nothing of it was kept"
+            said == f"{server.url}/student/{DISTILL} lists {name!r}, {NAMES[name]}; it is refused, and nothing was kept"
         )
         assert len(server.requests) == 1
 
@@ -263,7 +262,7 @@ def list_as(*names):
     ("edit", "said"),
     [
         (list_as("A.md", "a.md"),
-         "lists both 'A.md' and 'a.md', one file on some disks"),
+         "lists both 'A.md' and 'a.md', the same file on some disks"),
         (list_as("unet"), "lists 'unet', a kind of file that no student"),
         (list_as("x.md", "x.md/y.md"),
          "lists 'x.md' as a file and as a folder"),
@@ -287,12 +286,12 @@ def test_a_list_without_end_is_refused(tmp_path, student):
 def test_links_and_extra_files_are_refused_by_name(tmp_path, student):
     (student / "notes.md").write_text("x")
     assert refused(student, tmp_path / "s") == (
-        f"{student}: notes.md is not listed in distill.json; remove what does not belong there"
+        f"{student}: notes.md is not listed in distill.json; remove files that do not belong there"
     )
     (student / "notes.md").unlink()
     (student / "README.md").rename(tmp_path / "README.md")
     (student / "README.md").symlink_to(tmp_path / "README.md")
-    said = f"{student}: README.md is a link; a student has none. Copy the files themselves"
+    said = f"{student}: README.md is a link; a student must not contain links. Copy the files themselves"
     assert refused(student, tmp_path / "s") == said
     with pytest.raises(InputError, match=re.escape(said)):
         pulling.verify(student)
@@ -324,7 +323,7 @@ CONTENTS = {
     "no JSON": ("unet/config.json", b"{", "unet/config.json is not JSON"),
     "code elsewhere": (
         "unet/config.json", b'{"auto_map": {"AutoModel": "x/y--m.C"}}',
-        "unet/config.json names code or weights of another place (auto_map)"),
+        "unet/config.json refers to code or weights elsewhere (auto_map)"),
     "a module of the system": (
         "model_index.json", json.dumps(INDEX | {"unet": ["os", "system"]}).encode(),
         'model_index.json: unet is ["os", "system"]; valid: [null, null], a model or scheduler class of diffusers, or'),
@@ -373,15 +372,18 @@ def test_code_that_older_versions_shipped_stays_known():
     [
         ("ftpx://host/s", "unknown scheme 'ftpx'; valid: file, http, https, s3, hf, ssh"),
         ("http://[::1/s", "Invalid IPv6 URL"),
-        ("http:///s", "names no host; write http://HOST/PATH"),
+        ("http:///s", "the host is missing; write http://HOST/PATH"),
         ("https://host/s?token=1", "without '?', '#' and '::'"),
         ("s3://bucket/s::file://x", "without '?', '#' and '::'"),
         ("file://host/s", "a file URL has three slashes"),
         (
             "s3://me:secret@bucket/s",
-            "s3://bucket/s: s3 takes no user and no password in a URL; write s3://BUCKET/PATH, ",
+            "s3://bucket/s: s3 URLs must not contain a user or a password; write s3://BUCKET/PATH, ",
         ),
-        ("hf://me:secret@org/s", "hf://org/s: hf takes no user and no password in a URL; write hf://ORG/NAME or hf:/"),
+        (
+            "hf://me:secret@org/s",
+            "hf://org/s: hf URLs must not contain a user or a password; write hf://ORG/NAME or hf:/",
+        ),
         (
             "simplecache::http://host/s",
             "without '?', '#' and '::'; write SCHEME://HOST/PATH; valid schemes: file, http",
@@ -438,14 +440,14 @@ def test_commands_say_what_they_did(capfd, tmp_path, student, monkeypatch):
     done = command(capfd, "pull", str(student), "s")
     assert done.out == f"pulled s: 1.0 MB in 6 files, sha256 {digest}\n{use}"
     assert command(capfd, "pull", str(student), "s").out == f"s exists already and is complete: sha256 {digest}\n{use}"
-    assert command(capfd, "verify", "s").out == "s is whole: 'reflow', 6 files\n"
+    assert command(capfd, "verify", "s").out == "s is complete: 'reflow', 6 files\n"
     (tmp_path / "s" / WEIGHTS).write_bytes(b"x")
     done = command(capfd, "verify", "s")
     assert done.code == 2
     assert done.err.startswith(f"error: s: {WEIGHTS} is damaged: 1 bytes, expected 1000000 with ")
     done = command(capfd, "verify", "x" * 300)
     assert (done.code, done.err) == (
-        2, f"error: {'x' * 90}... (313 letters): File name too long; give a shorter name\n"
+        2, f"error: {'x' * 90}... (313 characters): File name too long; give a shorter name\n"
     )  # fmt: skip
     assert command(capfd, "verify", "none").err.startswith(
         "error: none is not a student folder: it has no distill.json ("

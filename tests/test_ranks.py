@@ -382,7 +382,9 @@ def test_a_rank_that_hangs_is_given_up_and_says_itself_where_it_is(tmp_path, zer
     assert re.search(lost, ranks[0].said, re.MULTILINE)
     assert ranks[1].end(60) == EXIT_PEER
     *_, last = ranks[1].said.splitlines()
-    assert last.startswith("rank 1, step 3, turn 0, network 'student': has been there for 6 s; its stack stands above;")
+    assert last.startswith(
+        "rank 1, step 3, turn 0, network 'student': has not continued for 6 s; its stack is printed above;"
+    )
     assert re.search(r'File ".*parity\.py", line \d+ in regress', ranks[1].said)
 
 

@@ -198,7 +198,9 @@ def test_lpips_is_refused_for_vectors(tmp_path):
     (tmp_path / "trunk").touch()
     config = Config(lpips_trunk="vgg", lpips_path=tmp_path / "trunk")
     teacher = class_gaussian_teacher(torch.zeros(2, 3), torch.zeros(3), torch.ones(3))
-    with pytest.raises(InputError, match=r"LPIPS compares images, the teacher makes \(3,\); remove it and lpips_path"):
+    with pytest.raises(
+        InputError, match=r"LPIPS compares images, but samples have shape \[3\]; remove it and lpips_path"
+    ):
         Recipe(config, teacher)
 
 

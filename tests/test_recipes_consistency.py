@@ -157,7 +157,7 @@ def test_easy_tuning_has_its_own_times(images):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"times": "continuous"}, "times: continuous needs halving_images; at first, most of s are 0"),
+        ({"times": "continuous"}, "times: continuous needs halving_images; without it, s stays 0 for most samples"),
         ({"times": "continuous", "levels": 4}, "levels: no effect with times: continuous; remove"),
         ({"mu": -1.0, "sigma": 1.0}, "mu, sigma: no effect with times: grid; remove"),
         ({"point": "data", "guidance_scale": 2.0}, "guidance_scale has no effect with point: data; remove it"),

@@ -349,7 +349,7 @@ def test_one_step_lpips_compares_images(lpips_options):
 def test_lpips_is_refused_for_vectors(lpips_options):
     teacher = gaussian_teacher(GaussianTeacher(kind="gaussian", mean=[M, M], std=[ROOT, ROOT]))
     config = one_step.Config(**lpips_options, distance="lpips")
-    with pytest.raises(InputError, match=r"LPIPS compares images, the teacher makes \(2,\); use distance: l2"):
+    with pytest.raises(InputError, match=r"LPIPS compares images, but samples have shape \[2\]; use distance: l2"):
         one_step.Recipe(config, teacher)
 
 
@@ -379,7 +379,7 @@ def test_label_dropout_without_classes_is_refused():
         (reflow, {"data_weight": 0}, "greater than 0"),
         (reflow, {"steps": 2}, "Extra inputs are not permitted"),
         (one_step, {"steps": 0}, "greater than 0"),
-        (one_step, {"lpips_heads": True}, "lpips_heads: no effect with distance: l2; remove, or use l2+lpips"),
+        (one_step, {"lpips_heads": True}, "lpips_heads: no effect with distance: l2; remove them, or use l2+lpips"),
         (one_step, {"distance": "lpips"}, "distance: lpips needs lpips_trunk and lpips_path"),
         (one_step, {"distance": "lpips", "lpips_trunk": "vgg"}, "distance: lpips needs lpips_trunk and lpips_path"),
         (one_step, {"distance": "l2+lpips", "lpips_path": "nowhere"}, "Path does not point to a file"),
@@ -411,7 +411,7 @@ def test_configs_say_what_they_need_and_survive_being_written_out(module, needs)
         assert module.Config(data_weight=0.1).needs == needs | {"data"}
     assert module.Config(**config.model_dump(mode="json")) == config  # a resolved spec can be run again
     for name, field in module.Config.model_fields.items():
-        assert field.description, f"option {name} says nothing of itself"
+        assert field.description, f"option {name} has no description"
 
 
 SUBJECTS = [

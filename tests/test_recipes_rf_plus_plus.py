@@ -127,7 +127,9 @@ def test_the_new_update_rule_is_an_option():
 
 def test_lpips_is_refused_for_vectors(lpips_options):
     teacher = gaussian_teacher(GaussianTeacher(kind="gaussian", mean=[M, M], std=[1, 1]))
-    with pytest.raises(InputError, match=r"lpips_trunk: LPIPS compares images, the teacher makes \(2,\); remove it"):
+    with pytest.raises(
+        InputError, match=r"lpips_trunk: LPIPS compares images, but samples have shape \[2\]; remove it"
+    ):
         Recipe(Config(**lpips_options), teacher)
     Recipe(Config(), teacher)
 

@@ -201,7 +201,7 @@ def test_a_mirrored_batch_is_mirrored_at_both_ends_on_every_rank(options):
 
 @pytest.mark.parametrize("options", [{"flip": True}, {**ANNEAL, "flip": True}])
 def test_vectors_are_not_mirrored_but_latents_are(options):
-    with pytest.raises(InputError, match=r"flip mirrors images, the teacher makes \(3,\); remove it"):
+    with pytest.raises(InputError, match=r"flip is for images, but samples have shape \[3\]; remove it"):
         Recipe(Config(**options), exact.teacher(exact.FIELD))
     Recipe(Config(**options), exact.teacher(exact.FIELD, (4, 8, 8)))
 
@@ -209,7 +209,7 @@ def test_vectors_are_not_mirrored_but_latents_are(options):
 @pytest.mark.parametrize("shape", [(3,), (4, 8, 8)])
 def test_lpips_is_refused_for_what_it_cannot_see(lpips_options, shape):
     config = Config(distance="lpips", **lpips_options)
-    with pytest.raises(InputError, match=r"LPIPS compares images, the teacher makes \(.*\); use distance: l2"):
+    with pytest.raises(InputError, match=r"LPIPS compares images, but samples have shape \[.*\]; use distance: l2"):
         Recipe(config, exact.teacher(exact.FIELD, shape))
     Recipe(config, exact.teacher(exact.FIELD, (1, 8, 8)))
 
@@ -225,7 +225,7 @@ def test_lpips_is_refused_for_what_it_cannot_see(lpips_options, shape):
         ({**ANNEAL, "middle": "flow"}, "middle: no effect with phase: anneal; remove"),
         ({**ANNEAL, "distance": "lpips"}, "distance: no effect with phase: anneal; remove"),
         ({"distance": "lpips"}, "distance: lpips needs lpips_trunk and lpips_path"),
-        ({"lpips_trunk": "vgg"}, "lpips_trunk: no effect with distance: l2; remove, or use lpips"),
+        ({"lpips_trunk": "vgg"}, "lpips_trunk: no effect with distance: l2; remove them, or use lpips"),
         ({**ANNEAL, "anneal_images": 0}, "greater than 0"),
         ({**ANNEAL, "schedule": "sine"}, "'linear', 'exp' or 'cosine'"),
     ],

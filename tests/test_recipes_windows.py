@@ -552,7 +552,7 @@ def test_no_gradient_goes_through_the_teacher(module, options):
     [
         (perflow, {"windows": 0}, "greater than 0"),
         (perflow, {"parameterisation": "eps"}, "'velocity', 'diff_eps' or 'ddim_eps'"),
-        (perflow, {"times_per_window": 1, "parameterisation": "ddim_eps"}, "where ddim_eps has no weight at t = 1"),
+        (perflow, {"times_per_window": 1, "parameterisation": "ddim_eps"}, "but ddim_eps has no weight at t = 1"),
         (
             perflow,
             {"guidance_sync": True, "guidance_scale": 2.0, "label_dropout": 0.1},
@@ -565,7 +565,7 @@ def test_no_gradient_goes_through_the_teacher(module, options):
         (
             rectified_diffusion,
             {"phases": 2, "guidance_scale": 2.0},
-            "guidance_scale, phases: no effect with form: full; remove, or use phased",
+            "guidance_scale, phases: no effect with form: full; remove them, or use phased",
         ),
         (rectified_diffusion, {"times": "grid"}, "times: no effect with form: full"),
         (rectified_diffusion, {"distance": "l2", "huber_c": 0.1}, "huber_c has no effect with distance: l2; remove it"),

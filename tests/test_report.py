@@ -132,11 +132,11 @@ def test_page_says_what_the_files_say(run):
     text = page.text
     assert (
         "In one network call one_step reaches FD-digits 8.60; the teacher needs 16 Euler steps for 8.00 and reaches "
-        "5.30 in 31 calls of heun. one_step makes 31 times as many samples a second." in text
+        "5.30 in 31 calls of heun. one_step makes 31 times as many samples per second." in text
     )
     for said in (
         "a <b> & c", "<script>alert(1)</script>", "0123456789ab (with changes)", "2.14.1", "0.9.7", "students/one_step",
-        "teach: checkpoint 3 is damaged", "512 of 1,024 images", "1,481", "Straightness", "2,500 samples a row",
+        "teach: checkpoint 3 is damaged", "512 of 1,024 images", "1,481", "Straightness", "2,500 samples per row",
     ):  # fmt: skip
         assert said in text, said
     rows = [attributes.get("class") for tag, attributes in page.tags if tag == "tr" and attributes.get("class")]
@@ -155,7 +155,7 @@ def test_a_flow_map_has_no_straightness(run):
     )
     page = read(run)
     assert re.search(r"Straightness teacher 0.5000 one_step 0.1000 map \u2013 Mean square", page.text)
-    assert "A flow map jumps and has no paths, an accelerated path is bent by design: \u2013." in page.text
+    assert "A flow map jumps and has no paths, and accelerated paths are curved by design: \u2013." in page.text
     widths = [attributes["style"] for tag, attributes in page.tags if tag == "i"]
     assert widths == ["width: 100.0%", "width: 20.0%", "width: 0.0%"]
     only = full.model_copy(update={"rows": [r.model_copy(update={"straightness": None}) for r in full.rows]})

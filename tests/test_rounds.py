@@ -219,7 +219,7 @@ UNFIT = {
     "more stages": (
         {"e": {"kind": "evaluate", "students": {"one": [1]}}, "e2": {"kind": "evaluate", "students": {"flow": [1]}}},
         RoundsPlan(),
-        f"spec 'x' has more after its pairs: e2; {FITS}",
+        f"spec 'x' has other stages after its pairs: e2; {FITS}",
     ),
     "nothing to distil": (
         {"one": None},
@@ -259,18 +259,18 @@ def test_a_stage_before_the_pairs_with_a_name_of_the_rounds():
     text = json.dumps(content).replace('"teach"', '"reflow-2"')
     with pytest.raises(InputError) as caught:
         expand(resolve(specfile.validate(json.loads(text), "f"), specfile.Path()), RoundsPlan(2))
-    assert str(caught.value) == "stages.reflow-2: the rounds make a stage of that name; give this one another name"
+    assert str(caught.value) == "stages.reflow-2: the rounds create a stage with that name; give this one another name"
 
 
 REFUSED = {
-    "no rounds": (["digits", "--rounds", "0"], "--rounds 0: at least 1 is expected"),
+    "no rounds": (["digits", "--rounds", "0"], "--rounds 0: must be at least 1"),
     "no part": (
         ["digits", "--forward", "1"],
-        "--forward 1: a part of each batch is expected, above 0 and below 1, like 0.2",
+        "--forward 1: must be a fraction of each batch, above 0 and below 1, like 0.2",
     ),
     "no number": (
         ["digits", "--forward", "nan"],
-        "--forward nan: a part of each batch is expected, above 0 and below 1, like 0.2",
+        "--forward nan: must be a fraction of each batch, above 0 and below 1, like 0.2",
     ),
     "less than a pair": (
         ["digits", "--forward", "0.001"],
@@ -280,9 +280,9 @@ REFUSED = {
     ),
     "an endless weight": (
         ["digits", "--data-weight", "inf"],
-        "--data-weight inf: a weight above 0 is expected, like 0.1",
+        "--data-weight inf: must be a weight above 0, like 0.1",
     ),
-    "no weight": (["digits", "--data-weight", "0"], "--data-weight 0: a weight above 0 is expected, like 0.1"),
+    "no weight": (["digits", "--data-weight", "0"], "--data-weight 0: must be a weight above 0, like 0.1"),
     "a recipe without such an option": (
         ["digits", "--data-weight", "0.1", "stages.reflow.recipe=./mine.py"],
         "--data-weight: ./mine.py has no option data_weight; leave it out, or use reflow/reflow",
@@ -332,7 +332,7 @@ REFUSED = {
     ),
     "a preset of something else": (
         ["digits-recipes"],
-        "spec 'digits-recipes' has more after its pairs: consistency, shortcut, meanflow, dmd2; " + FITS,
+        "spec 'digits-recipes' has other stages after its pairs: consistency, shortcut, meanflow, dmd2; " + FITS,
     ),
 }  # fmt: skip
 

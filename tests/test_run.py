@@ -93,7 +93,7 @@ def test_what_is_gone_is_made_again_to_the_same_bytes(tmp_path):
     done = distill("run", "one", "launch.micro_batch=32", "--resume", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[:2] == [
-        "the pairs of stage 'pairs' are gone or damaged, and still needed: they are made again",
+        "the pairs of stage 'pairs' are missing or damaged, and still needed: they are made again",
         "run 'one' in runs/one: pairs, straight",
     ]
     assert folder_bytes(run.student("straight")) == student

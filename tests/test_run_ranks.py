@@ -193,8 +193,8 @@ def test_ranks_that_read_different_data_do_not_train(tmp_path):
         first, second = out.splitlines()
         assert first == "same"
         assert second == (
-            "the ranks have read different inputs: data (/set); it changed while they read it, or is not the same on "
-            "all machines; nothing was trained since the last save: make it the same, then resume"
+            "the ranks have read different inputs: data (/set); files changed while they were read, or differ "
+            "between machines; nothing was trained since the last save: make them the same, then resume"
         )
 
 

@@ -44,7 +44,7 @@ def test_the_times_are_found_told_and_kept(capfd, here, monkeypatch):
     first = command(capfd, *asked)
     assert first.code == 0, first.err
     lines = first.out.splitlines()
-    assert lines[0].startswith("euler, 3 steps of ") and lines[0].endswith(", chosen among 12 on 20 paths")
+    assert lines[0].startswith("euler, 3 steps of ") and lines[0].endswith(", chosen from 12 on 20 paths")
     assert lines[1] == "times: 1, 0.5, 0.25, 0"
     assert lines[2].startswith("summed squared error: 0.0") and "; of uniform steps: 0.0" in lines[2]
     monkeypatch.setattr(step_times, "measure", None)  # not measured again
@@ -66,22 +66,28 @@ def test_any_solver_has_its_own(capfd, here):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["schedule", TEACHER, "--steps", "13", "--fine", "12"], "--steps 13: they are chosen among --fine 12; give"),
+        (
+            ["schedule", TEACHER, "--steps", "13", "--fine", "12"],
+            "--steps 13: their times are chosen from a grid of --fine 12; give",
+        ),
         (["schedule", TEACHER, "--steps", "2", "--solver", "heum"], "unknown solver 'heum': did you mean 'heun'?"),
         (["schedule", "nowhere", "--steps", "2"], "nowhere"),
         (["sample", "student", "--out", "a.png", "--schedule", "best"], "--schedule best: valid: optimal, uniform"),
-        (["sample", "student", "--out", "a.png", "--times", "1,0.5"], "--times 1,0.5: times go from 1 down to 0, like"),
+        (
+            ["sample", "student", "--out", "a.png", "--times", "1,0.5"],
+            "--times 1,0.5: times must decrease from 1 to 0, like",
+        ),
         (
             ["sample", "student", "--out", "a.png", "--times", "1,a"],
-            "--times 1,a: numbers with commas between them are",
+            "--times 1,a: give numbers separated by commas, like",
         ),
         (
             ["sample", "student", "--out", "a.png", "--times", "1,0", "--schedule", "optimal"],
-            "--schedule optimal finds the times, --times gives them; leave one out",
+            "--schedule optimal and --times both set the times; leave one out",
         ),
         (
             ["sample", "student", "--out", "a.png", "--times", "1,0", "--steps", "1"],
-            "--steps: no effect beside --times",
+            "--steps: no effect with --times",
         ),
         (
             ["sample", "own", "--out", "a.png", "--times", "1,0"],

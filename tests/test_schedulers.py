@@ -248,7 +248,7 @@ DDPM, FLOW, EDM = "DDPMScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerS
         (DDPM, {"snr_shift_scale": 3.0}, "snr_shift_scale=3.0; valid: 1"),
         (DDPM, {"predict_epsilon": False}, "predict_epsilon=False; valid: True"),
         (DDPM, {"prediction_type": "flow_prediction"}, "valid only with use_flow_sigmas=true"),
-        (DDPM, {"new_path": 1}, "new_path=1 is an option of no scheduler that is known here, so it may change"),
+        (DDPM, {"new_path": 1}, "new_path=1 is not an option of any scheduler that distill knows, so it may change"),
         ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "prediction_type=epsilon contradicts use_flow_sigmas"),
         (FLOW, {"prediction_type": "epsilon"}, "prediction_type=epsilon contradicts FlowMatchEulerDiscreteScheduler"),
         (EDM, {"prediction_type": "sample"}, "prediction_type=sample; valid on the edm path: epsilon, v_prediction"),
@@ -262,7 +262,7 @@ DDPM, FLOW, EDM = "DDPMScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerS
         (
             DDPM,
             {"beta_end": 0.9},
-            "betas from 0.0001 to 0.9 in 1000 steps: alphas_cumprod reaches 0 before the last step, so nothing of the "
+            "betas from 0.0001 to 0.9 in 1000 steps: alphas_cumprod reaches 0 before the last step, so none of the "
             "data is left; check beta_start, beta_end and num_train_timesteps",
         ),
         (DDPM, {"beta_end": 10**400}, "beta_end=1"),
@@ -276,7 +276,7 @@ DDPM, FLOW, EDM = "DDPMScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerS
         (
             DDPM,
             {"trained_betas": [0.5] * 1000},
-            "the 1000 trained_betas, from 0.5 to 0.5: alphas_cumprod reaches 0 before the last step, so nothing of the "
+            "the 1000 trained_betas, from 0.5 to 0.5: alphas_cumprod reaches 0 before the last step, so none of the "
             "data is left; check trained_betas",
         ),
         (
@@ -366,8 +366,8 @@ def test_an_option_that_is_not_known_is_repaired_by_an_override_that_agrees_in_t
     folder = write(tmp_path / "teacher", unet(), DDPMScheduler())
     edit(folder / "scheduler" / "scheduler_config.json", new_path=1)
     refused(
-        folder, "new_path=1 is an option of no scheduler that is known here, so it may change the path; if it does "
-        "not, remove it, or give the folder of a config without it as teacher.scheduler",
+        folder, "new_path=1 is not an option of any scheduler that distill knows, so it may change the path; if it "
+        "does not, remove it, or give the folder of a config without it as teacher.scheduler",
     )  # fmt: skip
     DDPMScheduler().save_pretrained(tmp_path / "same")
     assert load(folder, scheduler=str(tmp_path / "same")).field.prediction == "epsilon"

@@ -198,7 +198,7 @@ def test_uniform_steps_are_chosen_where_none_are_better():
     assert [given.best(steps).indices for steps in (1, 2, 3, 6)] == [[0, 6], [0, 3, 6], [0, 2, 4, 6], list(range(7))]
     assert given.uniform(4).indices == [0, 2, 3, 5, 6], "as nearly as there are times"
     for steps in (0, 7):
-        with pytest.raises(InputError, match=f"{steps} steps cannot be chosen among 6 fine ones; give 1 to 6"):
+        with pytest.raises(InputError, match=f"{steps} steps cannot be chosen from 6 fine ones; give 1 to 6"):
             given.best(steps)
 
 
@@ -218,12 +218,12 @@ def test_pairs_keep_their_states_at_the_times_found(tmp_path, solver):
         ({"format": 2}, "format: 2 given; input should be 1"),
         ({"costs": []}, "costs: its rows are not those of 12 steps"),
         ({"costs": [[0.0] * n for n in range(11, -1, -1)]}, "costs: its rows are not those of 12 steps"),
-        ({"t_grid": [5, -3, 7, 1e9, *[0] * 9]}, "t_grid: 13 times; valid: 13, falling within 1 to 0"),
-        ({"t_grid": [1, 0.5, 0]}, "t_grid: 3 times; valid: 13, falling within 1 to 0"),
+        ({"t_grid": [5, -3, 7, 1e9, *[0] * 9]}, "t_grid: 13 times; valid: 13, decreasing from at most 1 to at least 0"),
+        ({"t_grid": [1, 0.5, 0]}, "t_grid: 3 times; valid: 13, decreasing from at most 1 to at least 0"),
         ({"costs": [[-1.0] * n for n in range(12, 0, -1)]}, "costs: valid are finite numbers of at least 0"),
         ({"costs": [[math.inf] * n for n in range(12, 0, -1)]}, "costs: valid are finite numbers of at least 0"),
-        ({"solver": "heun"}, "it is of another network, or of other settings"),
-        ({"digest": "0" * 64}, "it is of another network, or of other settings"),
+        ({"solver": "heun"}, "it was computed for another network, or with other settings"),
+        ({"digest": "0" * 64}, "it was computed for another network, or with other settings"),
         (None, "it is not JSON"),
         ("fifo", "it is a FIFO, not a file"),
         ("link", "it is a link; links are not followed"),
@@ -240,14 +240,14 @@ def test_a_kept_file_that_does_not_fit_is_measured_again(tmp_path, capfd, change
         path.write_text("" if change is None else json.dumps(json.loads(whole) | change))
     assert find(tmp_path) == found
     said = capfd.readouterr().err
-    assert said.startswith(f"warning: {path} does not hold the step times asked for (") and reason in said
+    assert said.startswith(f"warning: {path} does not contain the requested step times (") and reason in said
     assert said.endswith("); they are computed again\n")
     assert path.read_bytes() == whole and not path.is_symlink()
 
 
 def test_solvers_that_are_unknown_and_a_store_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot keep step times in .*file/schedules: Not a directory; give --store"):
+    with pytest.raises(InputError, match="cannot save step times in .*file/schedules: Not a directory; give --store"):
         find(tmp_path / "file")
     with pytest.raises(InputError, match="unknown solver 'eule': did you mean 'euler'"):
         find(tmp_path, solver="eule")
@@ -259,7 +259,9 @@ def test_solving_along_given_times():
         found = solvers.solve_along(exact.FIELD, noise, {}, solver=solver, times=[1.0, 0.75, 0.5, 0.25, 0.0])
         assert torch.equal(found, solvers.solve(exact.FIELD, noise, {}, solver=solver, steps=4))
     for times in ([1.0, 0.5], [0.9, 0.0], [1.0, 0.2, 0.4, 0.0], [1.0, 1.0, 0.0]):
-        with pytest.raises(InputError, match=f"times {times[0]:g}, .*: they must fall from 1 to 0, those between from"):
+        with pytest.raises(
+            InputError, match=f"times {times[0]:g}, .*: they must decrease from 1 to 0; between these, valid times"
+        ):
             solvers.solve_along(exact.FIELD, noise, {}, solver="euler", times=times)
 
 
@@ -273,6 +275,6 @@ def test_a_field_is_solved_along_the_times_that_were_found(steps):
     assert counted.calls == steps
     if steps == 6:
         assert torch.equal(found, solvers.solve(Narrow(), UNIT, {}, solver="euler", steps=6))
-    low = "those between from below 0.9 to 0.2, where the velocity is known"
-    with pytest.raises(InputError, match=f"times 1, 0.1, 0: they must fall from 1 to 0, {low}"):
+    low = "between these, valid times are below 0.9 and at least 0.2, where the velocity is known"
+    with pytest.raises(InputError, match=f"times 1, 0.1, 0: they must decrease from 1 to 0; {low}"):
         solvers.solve_along(Narrow(), UNIT, {}, solver="euler", times=[1.0, 0.1, 0.0])

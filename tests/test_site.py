@@ -52,8 +52,8 @@ def test_the_example_names_every_key_and_changes_nothing():
         ('options: ["--a\\tb"]', "options.0: '--a\\tb' given; must be one line of text without control characters"),
         ("setup: ['a\n\n  b']", "setup.0: 'a\\nb' given; must be one line of text without control characters"),
         ('environment: {A: "\\e[2J"}', "environment.A: '\\x1b[2J' given; must be one line of text without"),
-        ("environment: {A B: x}", "environment.A B: 'A B' cannot name a variable; letters, digits and _ can"),
-        ('environment: {"A=1\\ntouch X; B": x}', "cannot name a variable"),
+        ("environment: {A B: x}", "environment.A B: 'A B' is not the name of a variable; valid: letters, digits and _"),
+        ('environment: {"A=1\\ntouch X; B": x}', "is not the name of a variable"),
         ('caches: {TMPDIR: "/a\\u2028b"}', "caches.TMPDIR: '/a\\u2028b' given; must be one line of text without"),
     ],
 )
@@ -212,7 +212,7 @@ def test_a_folder_with_a_line_break_in_its_name_is_refused(tmp_path, where):
 def test_a_store_that_a_runtime_would_take_for_several_folders_is_refused(tmp_path):
     place = Where(load(tmp_path, "container: {runtime: pyxis}"), tmp_path / "code", {})
     spec = specfile.validate({**SPEC, "launch": {"slurm": {"container": "i"}}}, "spec")
-    with pytest.raises(InputError, match="cannot be mounted in a container: it holds a comma or a colon"):
+    with pytest.raises(InputError, match="cannot be mounted in a container: it contains a comma or a colon"):
         script.job(RunPaths(tmp_path / "a:b" / "one"), spec.launch, JobPlan("teach", ["teach"], None, []), place)
 
 

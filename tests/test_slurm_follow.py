@@ -86,7 +86,7 @@ def test_a_run_is_followed_to_its_end(capfd, cluster, here):
     heads = [line for line in plain.splitlines() if line.startswith("--- ")]
     assert command_line(capfd, "logs", "teach", "--since=2999-01-01 00:00:00").out.splitlines() == heads
     refused = {
-        "--since=soon": "--since soon: 90s, 10m, 2h, 1d, or a moment like 2026-11-25 17:40:00 is expected",
+        "--since=soon": "--since soon: must be 90s, 10m, 2h, 1d, or a time like 2026-11-25 17:40:00",
         "--rank=3": "--rank 3 has no log; there are logs of ranks 0",
         "--stage=tech": "stage 'tech' of run 'teach' has no logs in runs/teach/logs; valid: teach",
     }
@@ -121,7 +121,7 @@ def test_what_waits_is_cancelled_and_what_runs_here_too(capfd, cluster, here):
     members = [name for job in jobs.submitted(named("mix")) for name in job.members]
     assert command_line(capfd, "cancel", "mix").out == "".join(f"job {name}: cancelled\n" for name in members)
     assert queue(cluster) == []
-    assert command_line(capfd, "cancel", "mix").out == "nothing of run 'mix' is running or queued\n"
+    assert command_line(capfd, "cancel", "mix").out == "no process or job of run 'mix' is running or queued\n"
     assert command_line(capfd, "status", "mix").out.startswith("mix  cancelled")
 
     local = begin("run", "teach.yaml")
@@ -132,7 +132,7 @@ def test_what_waits_is_cancelled_and_what_runs_here_too(capfd, cluster, here):
     assert local.returncode == 75, out
     last = steps(named("teach"))
     assert f"step-{last:08}" in out
-    assert command_line(capfd, "cancel", "teach").out == "nothing of run 'teach' is running or queued\n"
+    assert command_line(capfd, "cancel", "teach").out == "no process or job of run 'teach' is running or queued\n"
 
 
 # --- a controller that does not answer ---
@@ -164,7 +164,7 @@ def test_a_controller_that_does_not_answer(capfd, cluster, here, how):
             os.kill(pid, signal.SIGCONT)
     assert found["status"].out.startswith("mix  new  ")
     assert "warning: Slurm does not answer (" in found["status"].out
-    assert "the above is from the runs' own events only\n" in found["status"].out
+    assert "the output above is from the runs' own events only\n" in found["status"].out
     for name in ("cancel", "submit"):
         assert found[name].err.startswith("error: Slurm does not answer ("), found[name]
         assert found[name].err.endswith("; try again later\n")
@@ -286,7 +286,7 @@ def test_a_node_without_slurms_commands_is_named(capfd, cluster, here):
 
 def test_the_doctor_finds_all_well(capfd, cluster, here):
     done = command_line(capfd, "doctor", "--site", "--nodes=2")
-    assert done.out.splitlines()[-1] == "all is well", done.out
+    assert done.out.splitlines()[-1] == "no problems found", done.out
     assert [path.name for path in (here / "runs").iterdir()] == []
 
 
@@ -312,5 +312,5 @@ def test_a_job_of_the_doctor_ends_with_it(cluster, here):
 def test_a_setup_that_fails_is_shown(capfd, cluster, here):
     (here / "site.yaml").write_text(json.dumps({"setup": ["cd /no/such/folder"]}))
     done = command_line(capfd, "doctor", "--site", "site.yaml", code=1)
-    assert "ended as FAILED (1:0); it said:\n" in done.err
+    assert "ended as FAILED (1:0); its log ends with:\n" in done.err
     assert "/no/such/folder: No such file or directory" in done.err

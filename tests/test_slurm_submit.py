@@ -52,12 +52,12 @@ SITES = {
 REFUSED = {
     "unknown partition": (
         ["--partition=btach"],
-        "launch.slurm.partition: there is no partition 'btach' for our jobs; did you mean 'batch'? "
+        "launch.slurm.partition: there is no partition 'btach' for jobs of distill; did you mean 'batch'? "
         "valid: batch, high, low",
     ),
     "not the site's": (
         ["--partition=batch", "--site=few.yaml"],
-        "launch.slurm.partition: there is no partition 'batch' for our jobs; valid: low",
+        "launch.slurm.partition: there is no partition 'batch' for jobs of distill; valid: low",
     ),
     "the site's own": (
         ["--site=wrong.yaml"],
@@ -70,7 +70,7 @@ REFUSED = {
     ),
     "no mapping": (
         ["--site=list.yaml"],
-        f"list.yaml: holds ['cuda'], not a site; {ROOT}/slurm/site.example.yaml shows one",
+        f"list.yaml: contains ['cuda'], not a site; {ROOT}/slurm/site.example.yaml shows one",
     ),
     "no site": (
         ["--site=none.yaml"],
@@ -96,7 +96,7 @@ REFUSED = {
     ),
     "container": (
         ["--container=i.sif"],
-        f"launch.slurm.container: i.sif given, but {ROOT}/slurm/site.example.yaml names no container.runtime; "
+        f"launch.slurm.container: i.sif given, but {ROOT}/slurm/site.example.yaml sets no container.runtime; "
         "valid: pyxis, apptainer",
     ),
     "code": (["--code=mine"], "--code mine: valid: current, run"),
@@ -218,7 +218,7 @@ def test_a_name_that_is_taken_is_refused_and_what_is_queued_is_not_queued_again(
     ]
     done = submit(capfd, "mix", "--resume", "--nodes=2", code=2)
     assert done.err == (
-        f"error: jobs of run 'mix' are running or queued ({first}, {second}, {third}), so nothing of launch can change "
+        f"error: jobs of run 'mix' are running or queued ({first}, {second}, {third}), so launch cannot change "
         "(launch.nodes: 1 -> 2); wait for them, or: distill cancel mix\n"
     )
     done = command(capfd, "clean", "mix", "--all", "--yes")
@@ -321,7 +321,7 @@ def test_the_lead_grows_with_the_saves(capfd, cluster, here):
     first = last_job(run)
     cluster.run("scontrol", "release", first)
     cluster.wait_state(first, "COMPLETED")
-    text = "saving has taken 100 s, so that launch.slurm.lead_seconds=180 is short; the next submission asks for 260"
+    text = "saving has taken 100 s, so launch.slurm.lead_seconds=180 is too short; the next submission will use 260"
     assert [event["text"] for event in read_events(run) if event["event"] == "warning"] == [text]
     assert f"warning: {text}" in said(run)
     run.stage("solve").done.unlink()

@@ -123,7 +123,7 @@ def test_cancelled_it_saves_first_and_goes_on_to_the_same_bytes(capfd, cluster, 
     submit(capfd, "mix", "--resume")
     finish(cluster, run, last_job(run))
     same(run, local)
-    assert command_line(capfd, "cancel", "mix").out == "nothing of run 'mix' is running or queued\n"
+    assert command_line(capfd, "cancel", "mix").out == "no process or job of run 'mix' is running or queued\n"
 
 
 @pytest.mark.long

@@ -62,12 +62,12 @@ def test_text_stays_text(text):
 
 
 def test_a_key_stands_once():
-    with pytest.raises(InputError, match=r"^f: line 3: key 'a' stands twice$"):
+    with pytest.raises(InputError, match=r"^f: line 3: key 'a' appears twice$"):
         yamltext.parse("a: 1\nb: 2\na: 3\n", "f")
 
 
 def test_a_spec_cannot_hold_itself():
-    with pytest.raises(InputError, match="^f: line 2: a value stands within itself$"):
+    with pytest.raises(InputError, match="^f: line 2: a value contains itself$"):
         yamltext.parse("name: x\nstages: &s\n  a: *s\n", "f")
 
 

@@ -97,7 +97,7 @@ def test_a_signal_between_two_stages_is_not_lost(tmp_path):
 def test_a_stage_whose_folder_cannot_be_made_is_one_message(tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "stages").write_text("")
-    with pytest.raises(RunError, match=r"cannot make .*r/stages/first: Not a directory; earlier stages are intact"):
+    with pytest.raises(RunError, match=r"cannot create .*r/stages/first: Not a directory; earlier stages are intact"):
         go(tmp_path, spec(first=PAIRS))
 
 
@@ -218,7 +218,7 @@ def test_a_student_says_the_guidance_that_is_in_it(tmp_path, conditional):
     assert said == {"plain": 1.0, "guided": 1.5, "again": 1.5}
     assert "| guidance | scale 1.5, baked in |" in (run.student("again") / "README.md").read_text()
     straight = load_teacher(CheckpointTeacher(path=str(run.student("plain"))), torch.device("cpu"))
-    with pytest.raises(InputError, match="was trained on its teacher alone and never on an unconditional velocity"):
+    with pytest.raises(InputError, match="was trained only on its teacher, never on an unconditional velocity"):
         straight.guided(2.0)
 
 
@@ -603,7 +603,7 @@ def test_what_only_the_networks_can_refuse_is_refused_first(tmp_path, image_teac
     for given, said in (
         (
             spec(pairs=PAIRS, jump=one_step),
-            r"stages\.jump: lpips_trunk: LPIPS compares images, the teacher makes \(2,\)",
+            r"stages\.jump: lpips_trunk: LPIPS compares images, but samples have shape \[2\]",
         ),
         (
             spec(image_teacher, pairs=PAIRS, jump={**one_step, "network": None}),

@@ -79,7 +79,7 @@ def test_find_run_by_name_and_by_folder(tmp_path, monkeypatch):
     assert find_run(Path("elsewhere"), "store/one").root == run.root
     with pytest.raises(InputError, match=r"^there is no run 'on' in .*store; did you mean 'one'\? valid: one$"):
         find_run(tmp_path / "store", "on")
-    with pytest.raises(InputError, match="the store is empty; `distill run digits` makes a first run"):
+    with pytest.raises(InputError, match="the store is empty; `distill run digits` creates a first run"):
         find_run(tmp_path / "empty", "one")
 
 
@@ -197,7 +197,7 @@ def test_a_claim_that_says_nothing(tmp_path, monkeypatch):
     run.running.mkdir()
     (run.running / "junk").touch()
     with pytest.raises(
-        InputError, match=r"running does not say which process made it; if no process executes the run, remove it$"
+        InputError, match=r"running does not say which process created it; if no process executes the run, remove it$"
     ):
         claims.claim(run).__enter__()
     (run.running / "owner.json").write_text("{")

@@ -176,7 +176,7 @@ def test_no_weights_to_start_from_is_refused():
 
 def test_a_network_of_other_classes_is_no_start():
     source = teacher("velocity")
-    said = "has 3 classes, the data has none; start from a network with the same, or from a fresh `network`"
+    said = "has 3 classes, the data has none; start from a network with the same classes, or from a new `network`"
     with pytest.raises(InputError, match=said):
         StudentInit(source, None, (1, 8, 8), None, 0)
     unknowing = dataclasses.replace(source, num_classes=None, null_class=None)
@@ -297,7 +297,9 @@ def test_dropout_of_a_network_without_any_is_refused():
     network = build(MLP, (2,), None, seed=0)
     field = NetworkField(network, linear(), "velocity", 1000.0)
     source = LoadedTeacher(field, (2,), None, None, "0" * 64, "an mlp", network)
-    with pytest.raises(InputError, match="dropout: an mlp is a network without dropout; remove it"):
+    with pytest.raises(
+        InputError, match="dropout: an mlp is a network without dropout, so this has no effect; remove it"
+    ):
         StudentInit(source, None, (2,), None, 0, None, 0.1).velocity_field()
 
 
@@ -367,9 +369,13 @@ def test_a_trained_flow_map_is_continued_bitwise_and_as_nothing_else(kind, shape
         u = student.eval()(x, t, s, COND)
         assert torch.equal(again.eval()(x, t, s, COND), u)
         assert not torch.allclose(u, first.velocity_field().eval()(x, t, COND)), "t - s has an effect by now"
-    with pytest.raises(InputError, match="from s is a flow map, which no velocity field can start from: .* student"):
+    with pytest.raises(
+        InputError, match="from s is a flow map; a velocity field cannot start from its weights, .* student"
+    ):
         init.velocity_field()
-    with pytest.raises(InputError, match="no velocity network for the critic to start from: the teacher has none, and"):
+    with pytest.raises(
+        InputError, match="no velocity network for the critic to start from: the teacher has no network"
+    ):
         init.critic()
 
 
@@ -399,15 +405,17 @@ def test_an_acceleration_starts_beside_its_velocity_and_blind_to_it(kind, tmp_pa
     again = StudentInit(load_student(tmp_path / "s", torch.device("cpu")), None, shape, 3, seed=9)
     assert equal(again.acceleration(), student)
     for start, what in ((again.velocity_field, "velocity field"), (again.flow_map, "flow map")):
-        with pytest.raises(InputError, match=f"from s is a velocity with its acceleration, which no {what} can start"):
+        with pytest.raises(InputError, match=f"from s is a velocity with its acceleration; a {what} cannot start"):
             start()
-    with pytest.raises(InputError, match="no velocity network for the critic to start from: the teacher has none, and"):
+    with pytest.raises(
+        InputError, match="no velocity network for the critic to start from: the teacher has no network"
+    ):
         again.critic()
 
 
 def test_no_acceleration_starts_from_a_flow_map(tmp_path):
     source = exported(StudentInit(None, MLP, (2,), 3, 0).flow_map(), tmp_path / "s", (2,), 3)
-    with pytest.raises(InputError, match="from s is a flow map, which no velocity with its acceleration can start"):
+    with pytest.raises(InputError, match="from s is a flow map; a velocity with its acceleration cannot start"):
         StudentInit(source, None, (2,), 3, 0).acceleration()
 
 
@@ -497,7 +505,7 @@ def test_wrapped_networks_refuse_what_does_not_exist():
 def test_a_field_of_another_kind_cannot_be_continued():
     source = teacher("velocity")
     foreign = LoadedTeacher(VelocityStudent(source.network), (1, 8, 8), 3, 3, "0" * 64, "a foreign one", source.network)
-    with pytest.raises(InputError, match="a foreign one cannot be continued as a student; describe a fresh `network`"):
+    with pytest.raises(InputError, match="a foreign one cannot be continued as a student; describe a new `network`"):
         StudentInit(foreign, None, (1, 8, 8), 3, 0).velocity_field()
 
 

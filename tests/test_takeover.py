@@ -260,7 +260,7 @@ def test_cancel_says_where_a_process_must_be_stopped(run, capfd):
         f"run 'one' is being executed by process {os.getpid()} on elsewhere; stop it there: kill {os.getpid()}\n"
     )
     plant(run, 121.0, **FOREIGN, every=30.0)
-    assert command(capfd, "cancel", str(run.root)).out == "nothing of run 'one' is running or queued\n"
+    assert command(capfd, "cancel", str(run.root)).out == "no process or job of run 'one' is running or queued\n"
 
 
 def test_what_is_never_renewed_holds_until_it_is_removed(run):

@@ -121,7 +121,9 @@ def test_an_adapter_is_named(folder):
     name = next(name for name in plain if name.endswith("to_q.weight"))
     base, lora = name.replace("to_q.", "to_q.base_layer."), name.replace("to_q.", "to_q.lora_A.default.")
     rewrite(folder, {**{k: t for k, t in plain.items() if k != name}, base: plain[name], lora: torch.zeros(2, 16)})
-    refused(folder, f"{folder / 'unet'}: the weights hold an adapter (LoRA), like ", "merge it into the weights first")
+    refused(
+        folder, f"{folder / 'unet'}: the weights contain an adapter (LoRA), like ", "merge it into the weights first"
+    )
     rewrite(folder, plain)
     beside = folder / "pytorch_lora_weights.safetensors"
     save_file({"unet.x": torch.zeros(1)}, beside)
@@ -129,9 +131,9 @@ def test_an_adapter_is_named(folder):
     refused(folder / "unet", f"the adapter {beside} would not be used")
     rewrite(folder, {f"base_layer.{k}": t for k, t in plain.items()})
     beside.unlink()
-    refused(folder, "the weights hold an adapter (LoRA), like base_layer.conv_")
+    refused(folder, "the weights contain an adapter (LoRA), like base_layer.conv_")
     rewrite(folder, {f"base_model.model.{k}": t for k, t in plain.items()})
-    refused(folder, "the weights hold an adapter (LoRA), like base_model.model.conv_")
+    refused(folder, "the weights contain an adapter (LoRA), like base_model.model.conv_")
 
 
 @pytest.mark.parametrize("place", ["", "unet"])
@@ -167,7 +169,7 @@ def test_a_weight_that_is_there_twice_is_refused(folder, wrapped):
         load(folder)
     assert str(error.value).startswith(f"{path}: ")
     assert {"conv_in.bias", wrapped} <= set(str(error.value).replace(",", "").split())
-    assert "are both the weight conv_in.bias; keep the one that is meant" in str(error.value)
+    assert "are both stored as weight conv_in.bias; keep only one of them" in str(error.value)
 
 
 def test_an_old_name_beside_the_new_one_is_refused_across_shards(folder):
@@ -179,7 +181,7 @@ def test_an_old_name_beside_the_new_one_is_refused_across_shards(folder):
     save_file({old: plain[name]}, folder / "unet" / "b.safetensors", {"format": "pt"})
     index = {"weight_map": {old: "b.safetensors", name: "a.safetensors"}}
     (folder / "unet" / f"{FILE}.index.json").write_text(json.dumps(index))
-    refused(folder, f"{folder / 'unet' / 'b.safetensors'}: ", " of a.safetensors are both the weight ")
+    refused(folder, f"{folder / 'unet' / 'b.safetensors'}: ", " of a.safetensors are both stored as weight ")
 
 
 # --- no weights that can be read ---
@@ -192,7 +194,7 @@ def test_an_old_name_beside_the_new_one_is_refused_across_shards(folder):
         (["model.safetensors"], f"but config.json, model.safetensors; rename model.safetensors to {FILE} if it"),
         (
             ["unet.ckpt"],
-            "only safetensors is loaded. Where you trust unet.ckpt, load it into its network and save that",
+            "only safetensors files are loaded. If you trust unet.ckpt, load it into its network and save",
         ),
         (["diffusion_pytorch_model.bin"], "M.from_pretrained('{unet}', use_safetensors=False).save_pretrained('NEW')"),
         (["diffusion_pytorch_model.fp16.bin"], "M.from_pretrained('{unet}', variant='fp16', use_safetensors=False)."),
@@ -231,7 +233,7 @@ def test_weights_that_do_not_fit_are_named_and_few(folder, capfd):
     rewrite(folder, {f"\x1b[31mother{i}.{'x' * 200}": torch.zeros(1) for i in range(50)})
     with pytest.raises(InputError) as error:
         load(folder)
-    assert "do not fit together: missing weights: conv_in.weight, conv_in.bias, " in str(error.value)
+    assert "do not match: missing weights: conv_in.weight, conv_in.bias, " in str(error.value)
     assert "more" in str(error.value) and len(str(error.value)) < 600
     rewrite(folder, {**weights(folder), **unet().state_dict()})
     with pytest.raises(InputError) as error:
@@ -253,7 +255,7 @@ def test_double_weights_are_read_and_what_float32_cannot_hold_is_refused(folder)
     rewrite(folder, double)
     same_weights(folder, double)
     rewrite(folder, {**double, "conv_in.bias": torch.full((8,), 1e300, dtype=torch.float64)})
-    refused(folder, "holds NaN or infinity in conv_in.bias")
+    refused(folder, "contains NaN or infinity in conv_in.bias")
 
 
 def test_a_loaded_network_keeps_nothing_of_its_file(folder):
@@ -276,7 +278,7 @@ def latent(folder: Path) -> Path:
 
 def test_the_network_of_a_latent_pipeline_is_no_pixel_teacher(folder, tmp_path, monkeypatch):
     latent(folder)
-    said = f"lies in {folder}, a pipeline of scheduler, unet, vae; valid: pixel pipelines of scheduler and unet"
+    said = f"is part of {folder}, a pipeline of scheduler, unet, vae; valid: pixel pipelines of scheduler and unet"
     refused(folder / "unet", f"teacher.path={folder / 'unet'} {said}")
     refused(folder / "unet", said, scheduler=str(folder / "scheduler"))
     (tmp_path / "link").symlink_to(folder / "unet")
@@ -346,40 +348,44 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ("unet/config.json", {"sample_size": [8, 8191]}, "with a sample of shape [1, 8, 8191] (tried: [1, 8, 65]): "),
         ("unet/config.json", {"in_channels": "one"}, "in_channels='one'; valid: a valid integer"),
         ("unet/config.json", {"block_out_channels": [10**9]}, "block_out_channels.0=1000000000; valid: less than"),
-        ("unet/config.json", {"block_out_channels": [8, 60000]}, "the weights do not fit together: "),
+        ("unet/config.json", {"block_out_channels": [8, 60000]}, "the weights do not match: "),
         ("unet/config.json", {"layers_per_block": 10**7}, "layers_per_block=10000000; valid: less than or equal"),
         ("unet/config.json", {"num_class_embeds": 10**7}, "missing weights: class_embedding.weight"),
         ("unet/config.json", {"num_class_embeds": 10**12}, "num_class_embeds=1000000000000; valid: less than"),
-        ("unet/config.json", {"down_block_types": ["NoBlock"]}, "describes no network that can be built: "),
-        ("unet/config.json", {"norm_num_groups": 7}, "describes no network that can be built: "),
-        ("unet/config.json", {"act_fn": "\x1b[2Jx"}, "describes no network that can be built: "),
+        ("unet/config.json", {"down_block_types": ["NoBlock"]}, "no network can be built from "),
+        ("unet/config.json", {"norm_num_groups": 7}, "no network can be built from "),
+        ("unet/config.json", {"act_fn": "\x1b[2Jx"}, "no network can be built from "),
         ("unet/config.json", {"time_embedding_type": 3}, "time_embedding_type=3; valid: 'positional', 'fourier' or"),
         ("unet/config.json", {"_class_name": {"a": 1}}, "network class {'a': 1} is not supported; valid: UNet2DModel"),
         (
             "unet/config.json",
             {"alphas_cumprod": [0.1, 0.5, 0.9]},
-            "alphas_cumprod=[0.1, 0.5, 0.9]; valid: 2 numbers or more, falling from below",
+            "alphas_cumprod=[0.1, 0.5, 0.9]; valid: 2 numbers or more, decreasing from below",
         ),
-        ("unet/config.json", {"alphas_cumprod": []}, "alphas_cumprod=[]; valid: 2 numbers or more, falling from below"),
+        (
+            "unet/config.json",
+            {"alphas_cumprod": []},
+            "alphas_cumprod=[]; valid: 2 numbers or more, decreasing from below",
+        ),
         (
             "unet/config.json",
             {"alphas_cumprod": [0.5]},
-            "alphas_cumprod=[0.5]; valid: 2 numbers or more, falling from below",
+            "alphas_cumprod=[0.5]; valid: 2 numbers or more, decreasing from below",
         ),
         (
             "unet/config.json",
             {"alphas_cumprod": [0.5, 0.5]},
-            "alphas_cumprod=[0.5, 0.5]; valid: 2 numbers or more, falling from below",
+            "alphas_cumprod=[0.5, 0.5]; valid: 2 numbers or more, decreasing from below",
         ),
         (
             "unet/config.json",
             {"alphas_cumprod": [1.0, 0.5]},
-            "alphas_cumprod=[1.0, 0.5]; valid: 2 numbers or more, falling from below",
+            "alphas_cumprod=[1.0, 0.5]; valid: 2 numbers or more, decreasing from below",
         ),
         (
             "unet/config.json",
             {"alphas_cumprod": [0.5, -0.5]},
-            "alphas_cumprod=[0.5, -0.5]; valid: 2 numbers or more, falling from below",
+            "alphas_cumprod=[0.5, -0.5]; valid: 2 numbers or more, decreasing from below",
         ),
         ("unet/config.json", {"sigma_min": 90.0}, "sigma_min=90; valid: less than sigma_max=80"),
         ("unet/config.json", {"sigma_max": 0.002}, "sigma_min=0.002; valid: less than sigma_max=0.002"),

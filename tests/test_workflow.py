@@ -79,7 +79,7 @@ CASES = {
     ),
     "a flow that is not evaluated": (
         vectors(e={"fine_students": ["rr"]}),
-        "stages.e.fine_students: 'rr' is none of stages.e.students; did you mean 'r'? valid: r",
+        "stages.e.fine_students: 'rr' is not in stages.e.students; did you mean 'r'? valid: r",
     ),
     "a flow twice": (vectors(e={"fine_students": ["r", "r"]}), "stages.e.fine_students: 'r' is listed twice"),
     "pairs of another teacher": (
@@ -164,11 +164,11 @@ CASES = {
     ),
     "nothing to start from": (
         images(t={"network": None}),
-        "stages.t: nothing to start from; give network (fresh weights) or init (an earlier train stage)",
+        "stages.t: nothing to start from; give network (new weights) or init (an earlier train stage)",
     ),
     "dropout of a fresh network": (
         vectors(r={"dropout": 0.1}),
-        "stages.r.network: a fresh network has its own dropout, so that of the stage has no effect; remove it",
+        "stages.r.network: a new network has its own dropout, so the dropout of the stage has no effect; remove it",
     ),
     "teacher without weights": (
         vectors(r={"network": None}),
@@ -279,7 +279,7 @@ CASES = {
     ),
     "times that lead nowhere": (
         vectors(e={"times": {"teacher": [[1, 0.5]]}}),
-        "stages.e.times.teacher: [1.0, 0.5] given; times go from 1 down to 0, like [1, 0.6, 0]",
+        "stages.e.times.teacher: [1.0, 0.5] given; times must decrease from 1 to 0, like [1, 0.6, 0]",
     ),
     "times by another word": (
         vectors(e={"times": {"teacher": ["best"]}}),
@@ -319,15 +319,16 @@ CASES = {
     ),
     "more optimal steps than there are": (
         vectors(e={"students": {"r": [1, 101]}, "times": {"r": ["optimal"]}}),
-        "stages.e.times.r: optimal times of 101 steps cannot be chosen among 100; give fewer steps",
+        "stages.e.times.r: optimal times of 101 steps cannot be chosen from 100; give fewer steps",
     ),
     "more optimal steps of the teacher": (
         vectors(e={"teacher_steps": [128], "times": {"teacher": [[1, 0], "optimal"]}}),
-        "stages.e.times.teacher: optimal times of 128 steps cannot be chosen among 100; give fewer steps",
+        "stages.e.times.teacher: optimal times of 128 steps cannot be chosen from 100; give fewer steps",
     ),
     "too many resolutions": (
         images(t={"network": {"kind": "unet", "channels": [8, 8, 8, 8, 8]}}),
-        "stages.t.network.channels: 5 resolutions halve the images 4 times, and their side of 8 cannot be; give fewer",
+        "stages.t.network.channels: 5 resolutions halve the images 4 times, and their side of 8 is not "
+        "divisible by 16; give fewer",
     ),
 }
 
@@ -494,21 +495,22 @@ def test_a_flow_map_is_a_student_and_no_teacher(tmp_path, sampler):
     ]
     velocity = {**REFLOW, "network": None, "init": "r"}
     assert mistakes(vectors(r=flow_map, s=velocity), tmp_path) == [
-        "stages.s.init: the student of 'r' is a flow map, reflow/reflow makes one of kind velocity; "
+        "stages.s.init: the student of 'r' is a flow map, but reflow/reflow makes one of kind velocity; "
         "name a stage with a velocity student"
     ]
     (tmp_path / "bent.py").write_text(OWN.replace('"velocity"', '"acceleration"').replace('"euler"', '"accelerated"'))
     bent = {**flow_map, "recipe": "./bent.py"}
     assert mistakes(vectors(r=bent, again={**bent, "network": None, "init": "r"}), tmp_path) == []
     assert mistakes(vectors(r=flow_map, s={**bent, "network": None, "init": "r"}), tmp_path) == [
-        "stages.s.init: the student of 'r' is a flow map, ./bent.py makes one of kind acceleration; "
+        "stages.s.init: the student of 'r' is a flow map, but ./bent.py makes one of kind acceleration; "
         "name a stage with a velocity student"
     ]
     assert mistakes(vectors(r=bent, s={**again, "init": "r"}, e=evaluation), tmp_path) == [
         "stages.e.teacher: the student of 'r' is a velocity with its acceleration; it is not a velocity field; name "
         "a stage "
         "with a velocity student",
-        "stages.s.init: the student of 'r' is a velocity with its acceleration, ./map.py makes one of kind flow_map; "
+        "stages.s.init: the student of 'r' is a velocity with its acceleration, but ./map.py makes one of kind "
+        "flow_map; "
         "name a stage with a velocity student",
     ]
     unknown = {**flow_map, "recipe": "./map.py", "options": {"weight": "x"}}
@@ -542,13 +544,16 @@ def test_derivatives_do_not_pass_where_weights_are_divided(tmp_path):
 
 def test_a_config_says_what_it_needs(tmp_path):
     (tmp_path / "mine.py").write_text(OWN.partition("    @property")[0] + '\nclass Recipe:\n    sampler = "euler"\n')
-    said = "stages.r.recipe: recipe './mine.py': its Config lacks the properties needs and student; see reflow/reflow"
+    said = (
+        "stages.r.recipe: recipe './mine.py': its Config does not have the properties needs and student; see "
+        "reflow/reflow"
+    )
     assert said in mistakes(vectors(r={"recipe": "./mine.py"}), tmp_path)
 
 
 # --- guidance by a student of the run ---
 
-SHOWN = "was trained on its teacher alone and never on an unconditional velocity; use 1, or a teacher trained"
+SHOWN = "was trained only on its teacher, never on an unconditional velocity; use 1, or a teacher trained"
 
 
 def test_guidance_needs_an_unconditional_velocity(tmp_path):
@@ -647,7 +652,7 @@ def test_a_miniature_trains_all_stages_for_two_steps():
 def test_plan_counts_work_and_network_calls():
     spec = specfile.validate(vectors(p={"steps": 5}), "f")
     pairs, train, evaluation = planning.steps(resolve(spec, Path()))
-    assert pairs.network_calls == 100 * 9, "heun calls twice a step but the last"
+    assert pairs.network_calls == 100 * 9, "heun calls twice per step, except in the last"
     assert train.work == "1,280 images = 10 steps of 128"
     assert train.needs == ["p", "the spec's teacher"]
     divided = specfile.validate(vectors() | {"launch": {"procs": 2, "micro_batch": 16}}, "f")

@@ -26,7 +26,7 @@ def numbers(option: str, text: str) -> list[int]:
     """Parse comma-separated whole numbers."""
     found = [number for part in text.split(",") if (number := whole_number(part.strip())) is not None]
     if len(found) != text.count(",") + 1:
-        raise InputError(f"{option} {short(text)}: whole numbers with commas between them are expected, like 1,2,4")
+        raise InputError(f"{option} {short(text)}: give whole numbers separated by commas, like 1,2,4")
     return found
 
 
@@ -34,7 +34,7 @@ def steps(option: str, text: str) -> list[int]:
     """Parse comma-separated numbers of steps."""
     found = numbers(option, text)
     if not all(1 <= number <= MAX_STEPS for number in found):
-        raise InputError(f"{option} {short(text)}: numbers of steps are at least 1, and at most {MAX_STEPS:,}")
+        raise InputError(f"{option} {short(text)}: numbers of steps must be from 1 to {MAX_STEPS:,}")
     return found
 
 
@@ -46,16 +46,14 @@ def fractions(option: str, text: str) -> list[float]:
             return found
         raise ValueError
     except ValueError:
-        raise InputError(
-            f"{option} {short(text)}: numbers with commas between them are expected, like 1,0.5,0"
-        ) from None
+        raise InputError(f"{option} {short(text)}: give numbers separated by commas, like 1,0.5,0") from None
 
 
 def times(option: str, text: str) -> list[float]:
     """Parse comma-separated times, which must go down from 1 (noise) to 0 (data)."""
     found = fractions(option, text)
     if not is_path(found):
-        raise InputError(f"{option} {short(text)}: times go from 1 down to 0, like 1,0.6,0")
+        raise InputError(f"{option} {short(text)}: times must decrease from 1 to 0, like 1,0.6,0")
     return found
 
 
@@ -149,5 +147,5 @@ def data_of(student: Path) -> DataSpec:
 def _spec_of(student: Path, option: str) -> tuple[RunSpec, Path]:
     run = RunPaths(student.parent.parent)
     if student.parent.name != "students" or not run.spec.is_file():
-        raise InputError(f"{student} does not lie in a run, so its {option[2:]} is not known; give {option}")
+        raise InputError(f"{student} is not part of a run, so its {option[2:]} is not known; give {option}")
     return todo.load_spec(run), run.root

@@ -16,7 +16,7 @@ def init(
     preset: Annotated[str | None, typer.Argument(help="Name of a preset; by default, list them.")] = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write; by default PRESET.yaml.")] = None,
 ) -> None:
-    """Write a spec to start from: every field of a preset, with its meaning as a comment."""
+    """Write a spec to start from: every field of a preset, with its description as a comment."""
     from distill.spec import presets, specfile
 
     if preset is None:
@@ -40,7 +40,7 @@ def recipes(
     name: Annotated[str | None, typer.Argument(help="A recipe to show; by default, list them.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """List the recipes, or show what one needs, its options and what a step of it costs."""
+    """List the recipes, or show what one needs, its options and the cost of a step."""
     from distill.spec import registry, schema
 
     here = Path.cwd()

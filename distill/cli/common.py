@@ -88,8 +88,8 @@ def _folder(setting: Setting) -> Path:
     path = expanded(setting.value)
     if not is_text(str(path.absolute())):  # neither safetensors nor Slurm could use such a path
         raise InputError(
-            f"the store {ascii(str(path.absolute()))} (from {setting.source}) holds a control character, or bytes that "
-            "are not UTF-8; choose another with --store"
+            f"the store {ascii(str(path.absolute()))} (from {setting.source}) contains a control character, or bytes "
+            "that are not UTF-8; choose another with --store"
         )
     if path.exists() and not path.is_dir():
         raise InputError(f"the store {path} (from {setting.source}) is a file; name a folder")
@@ -105,7 +105,7 @@ def configuration() -> dict[str, str]:
 
     content = yamltext.parse(yamltext.read(path), str(path)) or {}
     if not isinstance(content, dict):
-        raise InputError(f"{path}: a mapping of settings is expected; valid: {', '.join(SETTINGS)}")
+        raise InputError(f"{path}: must be a mapping of settings; valid: {', '.join(SETTINGS)}")
     for key, value in content.items():
         if key not in SETTINGS:
             raise InputError(f"{path}: unknown setting '{short(str(key))}'; {suggest(str(key), SETTINGS)}")
@@ -130,7 +130,7 @@ def read_share(option: str, text: str, first: int) -> tuple[int, int]:
     number, count = (whole_number(part) for part in text.partition("/")[::2])
     if number is None or count is None or not first <= number < count + first:
         last = "N" if first == 1 else "N - 1"
-        raise InputError(f"{option} {short(text)}: I/N is expected, I from {first} to {last}, like {first}/4")
+        raise InputError(f"{option} {short(text)}: must be I/N with I from {first} to {last}, like {first}/4")
     return number - first, count
 
 

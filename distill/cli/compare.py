@@ -40,14 +40,14 @@ def compare(
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume a run of this name; SPEC may be the run itself.")
+        bool, typer.Option("--resume", help="Resume the run with this name; SPEC may be the run itself.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Measure the speed and print the plan of each recipe; make no run.")
+        bool, typer.Option("--dry-run", help="Measure the speed and print the plan of each recipe; create no run.")
     ] = False,
     store: StoreOption = None,
 ) -> None:
-    """Train several recipes on the same teacher, data and minutes; write one table and one figure.
+    """Train several recipes with the same teacher, data and time; write one table and one figure.
 
     SPEC gives the teacher, the pairs and the evaluation. A recipe that SPEC trains keeps its stages, scaled to the
     budget; any other gets one stage with default options. Speed is measured first, in a short run.
@@ -78,7 +78,9 @@ def compare(
     _say(record)
     if dry_run:
         taken = RunPaths(folder.absolute() / found.name).root
-        exists = "; a run of this name exists: distill compare needs --name OTHER or --resume" if taken.exists() else ""
+        exists = (
+            "; a run with this name exists: distill compare needs --name OTHER or --resume" if taken.exists() else ""
+        )
         say(f"nothing was written{exists}")
         return
     run = start.create(folder, source, {"comparison.json": record.model_dump_json(indent=2) + "\n"})
@@ -130,7 +132,7 @@ def _again(
         if ours != theirs:
             raise InputError(
                 f"run '{run.name}' cannot be resumed with a changed spec: '{chain.name}' is trained by "
-                f"{', '.join(theirs)} there, by {', '.join(ours)} here; undo the change, "
+                f"{', '.join(theirs)} in the run, by {', '.join(ours)} in the spec; undo the change, "
                 "or start another with --name OTHER"
             )
     found, _ = budget.frozen(planned, record.measured, record.budget_minutes, record.command)
@@ -163,5 +165,5 @@ def _say(record: "distill.reports.comparison_table.Comparison") -> None:
                     f"{part.measured.teacher_calls:.3g}",
                 ]
             )
-    columns = ["recipe", "stage", "images/s", "images", "training", "memory", "teacher calls an image"]
+    columns = ["recipe", "stage", "images/s", "images", "training", "memory", "teacher calls per image"]
     print_table(columns, rows, right=columns[2:])

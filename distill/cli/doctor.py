@@ -56,14 +56,14 @@ def doctor(
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Check packages, devices, threads and the store, and say how to fix what is wrong; or check the cluster."""
+    """Check packages, devices, threads and the store, and say how to fix problems; or check the cluster."""
     if site:
         _cluster(path, store_path(store), nodes or 2, gpus_per_node or 0, partition, json)
         return
     given = {"SITE": path, "--nodes": nodes, "--gpus-per-node": gpus_per_node, "--partition": partition}
     without_effect = [name for name, value in given.items() if value is not None]
     if without_effect:
-        raise InputError(f"{', '.join(without_effect)} given, but only --site looks at a cluster; add it")
+        raise InputError(f"{', '.join(without_effect)} has no effect without --site, which checks a cluster; add it")
     findings = [_python(), *_packages(), *_partners(), *_devices(), _threads(), *_store(store_path(store))]
     if json:
         print_json([asdict(finding) for finding in findings])
@@ -88,7 +88,7 @@ def _cluster(path: Path | None, store: Path, nodes: int, gpus: int, partition: s
     found = sitecheck.run(store, where, options, nodes, said)
     troubles = [f"rank {seen.rank} on {seen.node}: {trouble}" for seen in found for trouble in _troubles(seen, gpus)]
     missing = sorted(set(range(found[0].size)) - {seen.rank for seen in found})
-    troubles += [f"rank {rank}: has written nothing into the store" for rank in missing]
+    troubles += [f"rank {rank}: wrote nothing to the store" for rank in missing]
     if json:
         print_json({"ranks": [asdict(seen) for seen in found], "troubles": troubles})
     else:
@@ -99,7 +99,7 @@ def _cluster(path: Path | None, store: Path, nodes: int, gpus: int, partition: s
         ]  # fmt: skip
         columns = ["rank", "node", "rendezvous", "CPUs", "GPUs", "store", "free", "quota", "other ranks", "torch"]
         print_table(columns, rows)
-        say("\n".join(troubles) or "all is well")
+        say("\n".join(troubles) or "no problems found")
     if troubles:
         raise typer.Exit(1)
 
@@ -107,9 +107,9 @@ def _cluster(path: Path | None, store: Path, nodes: int, gpus: int, partition: s
 def _troubles(seen: "distill.launch.sitecheck.Seen", gpus: int) -> list[str]:
     found = [f"store: {seen.store}"] if seen.store != "ok" else []
     found += [f"{name}: {state}" for name, state in seen.caches.items() if state != "ok"]
-    found += [f"does not hear the others: {seen.peers}"] if seen.peers != "ok" else []
+    found += [f"cannot reach the other ranks: {seen.peers}"] if seen.peers != "ok" else []
     if gpus and len(seen.devices) < gpus:
-        found.append(f"torch sees {len(seen.devices)} of {gpus} GPUs; is it a CUDA build, and the driver there?")
+        found.append(f"torch sees {len(seen.devices)} of {gpus} GPUs; is it a CUDA build, and is the driver installed?")
     if seen.free < FREE:
         found.append(f"only {human(seen.free)} are free in the store")
     return found
@@ -147,8 +147,10 @@ def _partners() -> list[Finding]:
     try:
         importlib.import_module("torchvision")
     except (ImportError, OSError, RuntimeError) as error:
-        found = f"torchvision does not load beside torch {version('torch')}: {error}"
-        return [Finding("torch, torchvision", "broken", found, "install both from one index, in one pip install")]
+        found = f"torchvision cannot be imported with torch {version('torch')}: {error}"
+        return [
+            Finding("torch, torchvision", "broken", found, "install both from the same index, with one pip install")
+        ]
     return []
 
 
@@ -180,7 +182,7 @@ def _store(folder: Path) -> list[Finding]:
     try:
         with tempfile.NamedTemporaryFile(dir=existing):
             pass
-        writable = Finding("store", "ok", f"{folder.absolute()}{'' if folder.exists() else ' (not made yet)'}")
+        writable = Finding("store", "ok", f"{folder.absolute()}{'' if folder.exists() else ' (not created yet)'}")
     except OSError as error:
         writable = Finding(
             "store", "broken", f"{existing}: {error.strerror}", "choose another: --store or $DISTILL_STORE"

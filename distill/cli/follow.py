@@ -68,7 +68,7 @@ def _status(folder: Path, run: str | None, json: bool) -> None:
         else:
             _print_all(folder, found)
     if found and (trouble := next((each.trouble for each in found if each.trouble), "")) and not json:
-        say(f"warning: {trouble}; the above is from the runs' own events only")
+        say(f"warning: {trouble}; the output above is from the runs' own events only")
 
 
 def _as_json(standing: "distill.launch.standing.Standing") -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _print_all(folder: Path, found: "list[distill.launch.standing.Standing]") ->
     from distill.reports import run_status
 
     if not found:
-        say(f"no runs in {near(folder.absolute())}; make the first: distill run digits")
+        say(f"no runs in {near(folder.absolute())}; start one with: distill run digits")
         return
     rows = []
     for each in found:
@@ -147,13 +147,13 @@ def _progress(stage: "distill.reports.run_status.StageStatus") -> str:
 
 def logs(
     run: RunArgument,
-    follow: Annotated[bool, typer.Option("-f", "--follow", help="Keep printing new lines until nothing runs.")] = False,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Keep printing new lines until the run ends.")] = False,
     rank: Annotated[int, typer.Option(min=0, help="Rank whose log to print.")] = 0,
     stage: Annotated[
         str | None, typer.Option(help="Stage whose log to print; by default the one with the newest lines.")
     ] = None,
     since: Annotated[
-        str | None, typer.Option(help="Only lines since then: 90s, 10m, 2h or 1d ago, or 2026-11-25 17:40:00.")
+        str | None, typer.Option(help="Only lines since this time: 90s, 10m, 2h or 1d ago, or 2026-11-25 17:40:00.")
     ] = None,
     lines: Annotated[
         int | None,
@@ -192,7 +192,7 @@ def _begin(path: Path, since: datetime | None, lines: int | None) -> tuple[int, 
         last = log_files.last_lines(file, count) if count else 0
     if last <= first:
         return first, ""
-    return last, f"  (its last {count:,} lines; all of it: --lines 0)"
+    return last, f"  (its last {count:,} lines; for all of them: --lines 0)"
 
 
 def _files(paths: RunPaths) -> list[Path]:
@@ -293,6 +293,4 @@ def _moment(text: str) -> datetime:
             return datetime.now() - timedelta(**{UNITS[match[2]]: int(match[1])})  # noqa: DTZ005
         return datetime.fromisoformat(text.strip())
     except (ValueError, OverflowError):
-        raise InputError(
-            f"--since {text}: 90s, 10m, 2h, 1d, or a moment like 2026-11-25 17:40:00 is expected"
-        ) from None
+        raise InputError(f"--since {text}: must be 90s, 10m, 2h, 1d, or a time like 2026-11-25 17:40:00") from None

@@ -39,8 +39,8 @@ CodeOption = Annotated[
     str,
     typer.Option(
         "--code",
-        help="Which distill the jobs use. run: a copy made now, kept in the run; current: the installed one at the "
-        "time a job starts.",
+        help="Which distill the jobs use. run: a copy made now and stored in the run; current: the installed one at "
+        "the time a job starts.",
     ),
 ]
 
@@ -145,7 +145,7 @@ def submit(
     one_job: OneJobOption = False,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume a run of this name: submit what is neither done nor queued.")
+        bool, typer.Option("--resume", help="Resume the run with this name: submit what is neither done nor queued.")
     ] = False,
     site: SiteOption = None,
     code: CodeOption = "run",
@@ -154,7 +154,7 @@ def submit(
     ] = False,
     store: StoreOption = None,
 ) -> None:
-    """Submit a spec to Slurm: check it, make the run, and queue its stages as jobs, each after those that it needs."""
+    """Submit a spec to Slurm: check it, create the run, and queue its stages as jobs that wait for those they need."""
     check_code(code)
     asked = JobOptions(
         nodes=nodes,
@@ -248,7 +248,7 @@ def submit_again(
         under_way = {name for job in live for name in job.stages}.difference(parted)
         left = [name for name in todo.pending(run, content) if name not in under_way]
         for name in todo.lost_pairs(run, content):
-            say(f"the pairs of stage '{name}' are gone or damaged, and still needed: they are made again")
+            say(f"the pairs of stage '{name}' are missing or damaged, and still needed: they are made again")
             run.stage(name).done.unlink()
         for job in live:
             say(f"job {job.id} is running or queued: {', '.join(job.stages)}")
@@ -334,7 +334,7 @@ def _say_memory(ready: "distill.execution.preflight.Ready") -> None:
     if rows:
         columns = ["memory of a process", *kinds, "together"]
         print_table(columns, rows, right=columns[1:])
-        say("activations come on top; `distill plan SPEC --measure` counts them in two real steps")
+        say("activations are not included; `distill plan SPEC --measure` measures them in two real steps")
 
 
 def cancel(
@@ -342,7 +342,7 @@ def cancel(
     now: Annotated[bool, typer.Option("--now", help="Stop at once; what was not saved is lost.")] = False,
     store: StoreOption = None,
 ) -> None:
-    """Stop a run, on the cluster or on this machine: running processes save first, waiting jobs leave the queue."""
+    """Stop a run, on the cluster or on this machine: running processes save first, queued jobs are cancelled."""
     from distill.launch import queue, slurm
     from distill.runs import claims
 
@@ -371,4 +371,4 @@ def cancel(
         where = f"process {other.pid} on {other.host}"
         say(f"run '{paths.name}' is being executed by {where}; stop it there: kill {other.pid}")
     elif not told:
-        say(f"nothing of run '{paths.name}' is running or queued")
+        say(f"no process or job of run '{paths.name}' is running or queued")

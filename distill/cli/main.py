@@ -51,15 +51,15 @@ UsageError: type[Exception] = typer.BadParameter.__base__  # type: ignore[assign
 # What the user can do about a system error. Errors that are not listed are not caused by the user's input.
 REMEDIES = {
     errno.ENAMETOOLONG: "give a shorter name",
-    errno.ENOENT: "is it spelt right, and still there?",
+    errno.ENOENT: "check its spelling, and that it still exists",
     errno.ENOTDIR: "a part of its path is a file, not a folder",
     errno.EISDIR: "give a file, not a folder",
     errno.EEXIST: "give another name",
     errno.EINVAL: "give another name",
-    errno.ELOOP: "its links lead in a circle",
-    errno.EACCES: "give a place that you may use, or ask its owner",
-    errno.EPERM: "give a place that you may use, or ask its owner",
-    errno.EROFS: "give a place that can be written",
+    errno.ELOOP: "its links form a loop",
+    errno.EACCES: "give a path that you may use, or ask its owner",
+    errno.EPERM: "give a path that you may use, or ask its owner",
+    errno.EROFS: "give a path that is writable",
 }
 
 app = typer.Typer(
@@ -188,8 +188,8 @@ def _left(leaving: SystemExit, tell: Callable[[object], None]) -> int:
     if "typer" in Path(last.filename).parts:
         return leaving.code if isinstance(leaving.code, int) else 0
     tell(
-        f"error: {last.filename}, line {last.lineno}, ends the program: {last.line}. A recipe must not do so; remove "
-        "that, or raise an error that says what is wrong"
+        f"error: {last.filename}, line {last.lineno}, ends the program: {last.line}. A recipe must not do this; remove "
+        "it, or raise an error that describes the problem"
     )
     return EXIT_INPUT
 

@@ -43,9 +43,7 @@ def pairs(
     name: Annotated[str | None, typer.Option("--name", help="With a SPEC: name of the run.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            "--out", help="With a TEACHER: folder for the pairs. If it holds an unfinished set, that is continued."
-        ),
+        typer.Option("--out", help="With a TEACHER: folder for the pairs. An unfinished set in it is continued."),
     ] = None,
     count: Annotated[int | None, typer.Option(help="With a TEACHER: number of pairs [10000].")] = None,
     paths: Annotated[str | None, typer.Option(help="backward, forward, segments, trajectories [backward].")] = None,
@@ -55,7 +53,7 @@ def pairs(
     optimal_times: Annotated[
         int | None,
         typer.Option(
-            help="Instead of --times, for trajectories: the number of steps; their times are chosen for the least "
+            help="Instead of --times, for trajectories: the number of steps; their times are chosen for the smallest "
             "error (see `distill schedule`)."
         ),
     ] = None,
@@ -66,14 +64,16 @@ def pairs(
     seed: Annotated[int | None, typer.Option(help="Seed of the noise [0].", min=0, max=2**63 - 1)] = None,
     block: Annotated[int | None, typer.Option(help="Pairs solved at once [256].")] = None,
     shard: Annotated[int | None, typer.Option(help="Pairs per file, a multiple of --block [4096].")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, float16, bfloat16, uint8, as stored [float32].")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Stored type: float32, float16, bfloat16 or uint8 [float32].")
+    ] = None,
     store_noise: Annotated[bool | None, typer.Option("--store-noise", help="Store the noise too.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda [auto].")] = None,
     store: StoreOption = None,
 ) -> None:
     """Solve a teacher's ODE and store the ends of its paths, in --out for a TEACHER, in the run for a SPEC.
 
-    N processes, on any machines, can share the work with --shards 1/N ... N/N; the files are the same bytes.
+    N processes, on any machines, can share the work with --shards 1/N ... N/N; the files are the same, byte for byte.
     """
     from distill.cli import arguments
 
@@ -85,10 +85,10 @@ def pairs(
     }  # fmt: skip
     options = {key: value for key, value in options.items() if value is not None}
     if check:
-        _refuse({"shards": shards, "out": out}, "--check solves 1,000 pairs, and keeps none")
+        _refuse({"shards": shards, "out": out}, "--check solves 1,000 pairs and stores none")
     if not arguments.is_yaml(given) and _is_spec(store_path(store), given):
         others = {**options, "out": out, "data": data, "seed": seed, "device": device}
-        _refuse(others, "of a spec they stand in it: write changes like stages.pairs.count=5000")
+        _refuse(others, "a SPEC sets them: write changes like stages.pairs.count=5000")
         _of_spec(store_path(store), given, changes or [], name, stage, share, check)
         return
     _refuse({"stage": stage, "name": name, "changes": changes}, f"'{given}' is a teacher, not a spec")
@@ -117,8 +117,8 @@ def _refuse_empty(share: tuple[int, int] | None, stage: "distill.spec.model.Stag
     files = pairspec.Layout(stage.count, stage.shard).files
     if share is not None and share[0] >= files:
         raise InputError(
-            f"--shards {share[0] + 1}/{share[1]}: the set has {files:,} file{'s' if files > 1 else ''}, so nothing is "
-            "left for this part; give a smaller N, or a smaller shard"
+            f"--shards {share[0] + 1}/{share[1]}: the set has {files:,} file{'s' if files > 1 else ''}, so this "
+            "part would be empty; give a smaller N, or a smaller shard"
         )
 
 
@@ -217,8 +217,8 @@ def _told(folder: Path) -> str:
     assert found is not None
     if not found.done:
         made = {*found.shards, *manifest.records(folder, found.layout)[0]}
-        return f"{len(made)} of {found.layout.files} shards are there"
-    said = [f"the set of {found.count:,} is complete"]
+        return f"{len(made)} of {found.layout.files} shards are complete"
+    said = [f"the set of {found.count:,} pairs is complete"]
     if found.rounding.error:
         said.append(f"storing it as {found.dtype} changed it by {found.rounding.relative:.2%} (RMS)")
     if found.whiteness:

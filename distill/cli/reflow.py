@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import distill.plans.rounds
     import distill.spec.specfile
 
-ROUNDS, DRIFT = "Rounds", "Against the errors that add up over rounds"
+ROUNDS, DRIFT = "Rounds", "Against errors that accumulate over rounds"
 
 
 def reflow(
@@ -79,7 +79,7 @@ def reflow(
     code: jobs.CodeOption = "run",
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume a run of this name; SPEC may be the run itself.")
+        bool, typer.Option("--resume", help="Resume the run with this name; SPEC may be the run itself.")
     ] = False,
     procs: Annotated[
         int | None,
@@ -94,7 +94,7 @@ def reflow(
     with one-step distillation.
 
     SPEC has one round: a pairs stage, a train stage on its pairs, and perhaps a one-step distillation and an evaluation
-    after it, like the preset digits. Its stages X become X-1, X-2, ... of the rounds; a change may name either.
+    after it, like the preset digits. Its stages X become X-1, X-2, ... of the rounds; changes may use either name.
     """
     jobs.check_code(code)
     asked = jobs.JobOptions(
@@ -188,12 +188,14 @@ def _dry_run(
         cost = costs.get(step.name)  # None: its networks are not known yet
         about = ["-", "-"] if cost is None else [f"about {duration(cost.seconds)}", human(cost.bytes)]
         rows.append([step.name, step.what, step.work, ", ".join(step.needs), *about])
-    taken = "  (a run of this name exists: distill reflow needs --name OTHER or --resume)" if run.root.exists() else ""
+    taken = (
+        "  (a run with this name exists: distill reflow needs --name OTHER or --resume)" if run.root.exists() else ""
+    )
     say(f"run {spec.name}, seed {spec.seed}, spec {spec.digest()[:12]}\n")
     columns = ["stage", "what", "work", "needs", "time", "disk"]
     print_table(columns, rows, right=columns[-2:])
     total, size = sum(cost.seconds for cost in costs.values()), sum(cost.bytes for cost in costs.values())
-    say(f"about {duration(total)} one after the other, by network calls that were measured here")
+    say(f"about {duration(total)} one after the other, estimated from network calls measured here")
     say(f"writes {human(size)} into {near(run.root)}{taken}; {human(space.free(folder))} are free")
     if site is not None:
         planned = queue.plans(run, spec, list(spec.stages))

@@ -36,7 +36,7 @@ def list_runs(store: StoreOption = None, json: JsonOption = False) -> None:
         print_json([asdict(each) for each in found])
         return
     if not found:
-        say(f"no runs in {near(folder.absolute())}; make the first: distill run digits")
+        say(f"no runs in {near(folder.absolute())}; start one with: distill run digits")
         return
     rows = []
     for each in found:
@@ -88,7 +88,7 @@ def numbers(found: Mapping[str, float]) -> str:
 
 
 def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) -> None:
-    """Show a run: its spec in short, its stages, losses, students, and where the files lie."""
+    """Show a run: a summary of its spec, its stages, losses, students, and the paths of its files."""
     from distill.reports import run_status
     from distill.runs import results, run_store, todo
 
@@ -152,10 +152,12 @@ def clean(
     everything: Annotated[bool, typer.Option("--all", help="Delete the whole run, with its students.")] = False,
     inputs: Annotated[
         bool,
-        typer.Option("--inputs", help="Delete files fetched from the hub that no run uses any more; takes no RUN."),
+        typer.Option(
+            "--inputs", help="Delete files fetched from the hub that no run uses any more; give no RUN with it."
+        ),
     ] = False,
     yes: Annotated[
-        bool, typer.Option("--yes", "-y", help="Delete; by default, only say what would be deleted.")
+        bool, typer.Option("--yes", "-y", help="Delete; by default, only list what would be deleted.")
     ] = False,
     store: StoreOption = None,
 ) -> None:
@@ -164,7 +166,7 @@ def clean(
 
     if inputs:
         if run is not None or checkpoints or pairs or everything:
-            raise InputError("--inputs looks at the whole store; leave RUN and the other options out")
+            raise InputError("--inputs applies to the whole store; leave RUN and the other options out")
         _clean_inputs(store_path(store), yes)
         return
     if run is None:
@@ -186,7 +188,7 @@ def clean(
         for name in wanted:
             say(f"stage '{name}' would have to be computed again, because an unfinished stage needs its pairs")
         options = "--yes" if chosen else "--checkpoints, --pairs or --all, and --yes"
-        say(f"{human(sum(sizes.values()))} would be free; nothing was deleted: add {options}")
+        say(f"{human(sum(sizes.values()))} would be freed; nothing was deleted: add {options}")
         return
     _refuse_if_queued(paths)
     with claims.claim(paths):
@@ -217,7 +219,7 @@ def _clean_inputs(folder: Path, yes: bool) -> None:
             "requested within the last day"
         )
     elif not yes:
-        say(f"{total} would be free; nothing was deleted: add --yes")
+        say(f"{total} would be freed; nothing was deleted: add --yes")
     else:
         for path in sizes:
             shutil.rmtree(path)
@@ -236,7 +238,7 @@ def _refuse_if_queued(paths: RunPaths) -> None:
     try:
         live = queue.live_jobs(paths)
     except slurm.NoAnswer as error:
-        say(f"warning: {error}; so it is not known whether jobs of this run wait in a queue")
+        say(f"warning: {error}; it is therefore not known whether jobs of this run are queued")
         return
     if live:
         names = ", ".join(job.id for job in live)

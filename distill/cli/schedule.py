@@ -39,11 +39,13 @@ def schedule(
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Find the step times with the smallest error of a solver, by dynamic programming; they are kept in the store."""
+    """Find the step times with the smallest error of a solver, by dynamic programming; they are saved in the store."""
     from distill.cli import arguments
 
     if steps > fine:
-        raise InputError(f"--steps {steps}: they are chosen among --fine {fine}; give fewer, or a finer grid")
+        raise InputError(
+            f"--steps {steps}: their times are chosen from a grid of --fine {fine}; give fewer, or a finer grid"
+        )
     runs = store_path(store)
     where = arguments.teacher(teacher, runs)
     from distill import teachers
@@ -65,7 +67,7 @@ def schedule(
         )  # fmt: skip
         return
     plural = "s" if steps > 1 else ""
-    say(f"{solver}, {steps} step{plural} of {loaded.description}, chosen among {fine} on {samples} paths")
+    say(f"{solver}, {steps} step{plural} of {loaded.description}, chosen from {fine} on {samples} paths")
     say(f"times: {', '.join(f'{t:.4g}' for t in best.times)}")
     say(f"summed squared error: {best.cost:.4g}; of uniform steps: {uniform.cost:.4g}")
 
@@ -75,7 +77,7 @@ def refuse_schedule(schedule: str, times: str | None) -> None:
     if schedule not in ("uniform", "optimal"):
         raise InputError(f"--schedule {schedule}: {suggest(schedule, ['uniform', 'optimal'])}")
     if schedule == "optimal" and times is not None:
-        raise InputError("--schedule optimal finds the times, --times gives them; leave one out")
+        raise InputError("--schedule optimal and --times both set the times; leave one out")
 
 
 def schedule_along(

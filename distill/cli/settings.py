@@ -44,7 +44,7 @@ def _set(key: str, value: str) -> str:
     from distill.launch import sites
 
     if not is_text(value):
-        raise InputError(f"{key}: {ascii(value)} holds a control character, or bytes that are not UTF-8")
+        raise InputError(f"{key}: {ascii(value)} contains a control character, or bytes that are not UTF-8")
     if key == "site":
         value = str(expanded(value).absolute())
         sites.load(Path(value))  # raises if it is not a valid site file

@@ -29,7 +29,7 @@ def stage(
     run: RunFolder,
     names: StageNames,
     lifeline: Annotated[int | None, typer.Option(help="A pipe whose other end is held by the parent process.")] = None,
-    measure: Annotated[bool, typer.Option("--measure", help="Note what training takes of memory.")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Record the memory that training uses.")] = False,
     part: PartOption = None,
 ) -> None:
     """Compute stages of a run in this process; with RANK and WORLD_SIZE set, as one of several that train together.
@@ -168,7 +168,7 @@ def _compute(
         from distill.execution import devices, stages  # imports torch
 
     if "WORLD_SIZE" not in os.environ:
-        stop.raise_if_requested("nothing had begun")
+        stop.raise_if_requested("nothing, no stage had begun")
         stages.run(paths, spec, names, stop, measure=measure)
     else:  # no stop before all ranks have joined, since the others would wait for this one
         from distill.training.world import World

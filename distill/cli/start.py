@@ -42,7 +42,7 @@ def locate(given: str) -> tuple[Path, str]:
     from distill.spec import presets
 
     if "=" in given and not Path(given).exists():
-        raise InputError(f"'{given}' is in the place of the spec; write: distill run SPEC {given}")
+        raise InputError(f"'{given}' was given instead of a spec; write: distill run SPEC {given}")
     path = Path(given)
     if path.suffix in (".yaml", ".yml") or "/" in given or path.is_file():
         if not path.exists():
@@ -214,7 +214,7 @@ def go_on(
     moved = specfile.differences(old, source.spec.model_copy(update={"name": old.name}))
     if moved and live:
         raise InputError(
-            f"jobs of run '{paths.name}' are running or queued ({', '.join(live)}), so nothing of launch can change "
+            f"jobs of run '{paths.name}' are running or queued ({', '.join(live)}), so launch cannot change "
             f"({'; '.join(moved)}); wait for them, or: distill cancel {paths.name}"
         )
     if moved:

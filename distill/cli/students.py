@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 TrustOption = Annotated[
     bool,
-    typer.Option("--trust-code", help="Also accept code that distill has never shipped; shows it first."),
+    typer.Option("--trust-code", help="Also accept code that distill has never shipped, after showing it."),
 ]
 MANY = 20  # at most this many warnings are printed
 WHICH = (
@@ -50,7 +50,7 @@ def publish(
     ],
     store: StoreOption = None,
 ) -> None:
-    """Publish a student in the store, with a complete model card. What is published never changes."""
+    """Publish a student in the store, with a complete model card. Published versions never change."""
     from distill.exchange import published, publishing, student_card
 
     folder = store_path(store)
@@ -71,10 +71,10 @@ def publish(
             about = publishing.describe(title, chosen, student_card.read(found).images, shown)
         done = publishing.publish(found, folder, title, version, about, picture)
     if done.skipped:
-        say_error(f"warning: {len(done.skipped):,} of the store's students cannot be used; distill students names them")
+        say_error(f"warning: {len(done.skipped):,} of the store's students cannot be used; distill students lists them")
     entry, new = done.entry, done.new
     where = near(folder.absolute() / published.REGISTRY / entry.name / entry.version)
-    say(f"published {entry.label}: {where}" if new else f"the same student is published already: {entry.label}")
+    say(f"published {entry.label}: {where}" if new else f"this student is already published: {entry.label}")
     say(f"get it with: distill pull {entry.label}")
 
 
@@ -105,7 +105,7 @@ def pull(
     given: Annotated[
         str,
         typer.Argument(
-            metavar="SOURCE", help="NAME[:VERSION] as published, else RUN, RUN/STAGE, RUN@best; a folder or URL."
+            metavar="SOURCE", help="A published NAME[:VERSION], else RUN, RUN/STAGE, RUN@best, a folder or a URL."
         ),
     ],
     dest: Annotated[
@@ -114,7 +114,7 @@ def pull(
     trust_code: TrustOption = False,
     store: AnyStoreOption = None,
 ) -> None:
-    """Fetch a student from a store or a URL (file, http(s), ssh, s3, hf) and check it: all of it or nothing."""
+    """Fetch a student from a store or a URL (file, http(s), ssh, s3, hf) and verify it; an invalid one is not kept."""
     from distill.exchange import pulling
 
     source, name, digest = _source(given, store)
@@ -141,7 +141,7 @@ def verify(
         transports.scheme_of(str(folder))
         raise InputError(f"{transports.shown(str(folder))} is a URL; verify takes a folder: pull it first")
     card = pulling.verify(folder, _show if trust_code else None)
-    say(f"{near(folder.absolute())} is whole: '{one_line(card.name)}', {len(card.files) + 1} files")
+    say(f"{near(folder.absolute())} is complete: '{one_line(card.name)}', {len(card.files) + 1} files")
 
 
 def _chosen(given: str, store: Path) -> "distill.exchange.publishing.Chosen | Path | None":
@@ -192,7 +192,7 @@ def _student(chosen: "distill.exchange.publishing.Chosen", temporary: Path) -> P
 def _drawn(student: Path, out: Path) -> bytes:
     """Draw samples of a student as a PNG file. Without torch, a message is printed and b"" is returned."""
     if find_spec("torch") is None:
-        say_error("without a picture of samples: no evaluation has drawn one, and torch is not installed")
+        say_error("the model card has no picture of samples: no evaluation has drawn one, and torch is not installed")
         return b""
     from distill.exchange import pulling
 

@@ -47,7 +47,7 @@ def sample(
     runs, along = store_path(store), arguments.times("--times", times) if times else None
     refuse_schedule(schedule, times)
     if along and steps:
-        raise InputError("--steps: no effect beside --times; remove it")
+        raise InputError("--steps: no effect with --times; remove it")
     if out.is_dir():
         raise InputError(f"--out {out}: is a folder; name a file in it")
     if out.absolute().parent.is_dir():
@@ -72,11 +72,11 @@ def evaluate(
     steps: Annotated[
         str | None, typer.Option(help="Numbers of steps of the student; by default 1,2,4 or all it is made for.")
     ] = None,
-    teacher_steps: Annotated[str, typer.Option(help="Euler steps of the teacher.")] = "1,2,4,8,16",
+    teacher_steps: Annotated[str, typer.Option(help="Numbers of Euler steps of the teacher.")] = "1,2,4,8,16",
     schedule: Annotated[
         str,
         typer.Option(
-            help="optimal: also measure at the step times of Euler's smallest error (see `distill schedule`)."
+            help="optimal: also measure at the step times with the smallest Euler error (see `distill schedule`)."
         ),
     ] = "uniform",
     times: Annotated[str | None, typer.Option(help="Also measure at these step times, like 1,0.6,0.")] = None,
@@ -164,7 +164,7 @@ def export(
     if name not in trained:
         raise InputError(f"run '{paths.name}' has no train stage '{name}'; {suggest(name, trained)}")
     if raw and half_life is not None:
-        raise InputError("--raw and --half-life exclude each other")
+        raise InputError("--raw and --half-life cannot be combined")
     halves = trained[name].ema_half_lives
     if half_life is not None and half_life not in halves:
         valid = ", ".join(f"{half:g}" for half in halves) or "none; use --raw"
@@ -173,7 +173,9 @@ def export(
     if folder.exists():
         raise InputError(f"{folder} exists already; name another folder with --out")
     if paths.stage(name).done.exists() and not paths.stage(name).checkpoints.is_dir():
-        raise InputError(f"the checkpoints of '{name}' were deleted; what was exported is {near(paths.student(name))}")
+        raise InputError(
+            f"the checkpoints of '{name}' were deleted; the exported student is {near(paths.student(name))}"
+        )
     from distill.execution import stages
 
     stages.export_checkpoint(paths, spec, name, "raw" if raw else half_life or trained[name].export, folder)

@@ -72,7 +72,7 @@ def run(
     changes: Changes = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume a run of this name; SPEC may be the run itself.")
+        bool, typer.Option("--resume", help="Resume the run with this name; SPEC may be the run itself.")
     ] = False,
     procs: Annotated[
         int | None,
@@ -112,13 +112,13 @@ def plan(
         measured = {"memory": memory} if measure else {}
         print_json({**planning.as_json(source.spec, paths, steps), **measured})
         return
-    taken = "  (a run of this name exists: distill run needs --name OTHER or --resume)" if paths.root.exists() else ""
+    taken = "  (a run with this name exists: distill run needs --name OTHER or --resume)" if paths.root.exists() else ""
     say(f"run {source.spec.name}, seed {source.spec.seed}, spec {source.spec.digest()[:12]}\n")
     print_table(
         ["stage", "kind", "what", "work", "needs", "writes"],
         [[s.name, s.kind, s.what, s.work, ", ".join(s.needs), "\n".join(s.writes)] for s in steps],
     )
-    say(f"writes into {near(paths.root)}{taken}")
+    say(f"writes to {near(paths.root)}{taken}")
     say(f"checked: {'; '.join(planning.CHECKS)}")
     if measure:
         columns = ["memory of a process", "", "predicted", "counted, least", "most"]
@@ -170,7 +170,7 @@ def execute(paths: RunPaths, spec: "distill.spec.model.RunSpec", *, fresh: bool 
 
     pending = todo.pending(paths, spec)
     for name in todo.lost_pairs(paths, spec):
-        say(f"the pairs of stage '{name}' are gone or damaged, and still needed: they are made again")
+        say(f"the pairs of stage '{name}' are missing or damaged, and still needed: they are made again")
         paths.stage(name).done.unlink()
     if pending:
         say(f"run '{paths.name}' in {near(paths.root)}: {', '.join(pending)}", flush=True)

@@ -50,7 +50,7 @@ def one_line(text: str, limit: int = 100) -> str:
 
 def short(text: str) -> str:
     """A text shortened for a message: up to 100 characters, or its first 90 and its length."""
-    return text if len(text) <= 100 else f"{text[:90]}... ({len(text):,} letters)"
+    return text if len(text) <= 100 else f"{text[:90]}... ({len(text):,} characters)"
 
 
 def whole_number(text: str) -> int | None:

@@ -22,6 +22,6 @@ def require_same_draws(found: object, what: str) -> None:
     if found != DRAWS:
         able = f"distill {LAST_WITH[found]}" if found in LAST_WITH else "a newer version of distill"
         raise InputError(
-            f"{what} began with version {found} of the training random numbers; this distill draws version {DRAWS}, "
-            f"and would train another student. Resume it with {able}, or start another run"
+            f"{what} began with version {found} of the training random numbers; this distill uses version {DRAWS}, "
+            f"and would train a different student. Resume it with {able}, or start another run"
         )

@@ -41,7 +41,7 @@ class _Loader(yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader):  
         seen: set[str] = set()
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if str(key.value) in seen:
-                _refuse(key, f"key '{key.value}' stands twice")
+                _refuse(key, f"key '{key.value}' appears twice")
             seen.add(str(key.value))
         mapping: dict[Hashable, Any] = super().construct_mapping(node, deep)
         return mapping
@@ -60,16 +60,16 @@ def _refuse(node: yaml.Node, problem: str) -> NoReturn:
 def _scalar(node: yaml.Node, what: str) -> str:
     """The text of a scalar. Refuses one that does not match its tag, as in `!!int abc`."""
     if not isinstance(node, yaml.ScalarNode):
-        _refuse(node, f"a list or mapping is no {what}")
+        _refuse(node, f"a list or mapping is not a {what}")
     if not _PATTERNS[node.tag].match(node.value):
-        _refuse(node, f"'{node.value}' is no {what}")
+        _refuse(node, f"'{node.value}' is not a {what}")
     return node.value
 
 
 def _whole(loader: _Loader, node: yaml.Node) -> int:
     text = _scalar(node, "whole number").replace("_", "")
     if len(text) > MAX_DIGITS:
-        _refuse(node, f"a number of {len(text)} digits; at most {MAX_DIGITS} are read")
+        _refuse(node, f"a number of {len(text)} digits; valid: at most {MAX_DIGITS}")
     return int(text)
 
 
@@ -85,12 +85,12 @@ def _truth(loader: _Loader, node: yaml.Node) -> bool:
 
 
 def _nothing(loader: _Loader, node: yaml.Node) -> None:
-    _scalar(node, "null")
+    _scalar(node, "null value")
 
 
 def _unknown(loader: _Loader, node: yaml.Node) -> NoReturn:
     tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-    _refuse(node, f"the tag {tag} means nothing here; valid: !!str, !!int, !!float, !!bool, !!null, !!seq, !!map")
+    _refuse(node, f"the tag {tag} is not supported; valid: !!str, !!int, !!float, !!bool, !!null, !!seq, !!map")
 
 
 for _tag, _pattern, _first in _SCALARS:
@@ -118,7 +118,7 @@ def parse(text: str, source: str) -> Any:  # noqa: ANN401  (whatever YAML holds)
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise InputError(f"{source}: not text: it holds bytes that are not UTF-8") from None
+        raise InputError(f"{source}: not text: it contains bytes that are not UTF-8") from None
     try:
         return _parse(text)
     except yaml.constructor.ConstructorError as error:
@@ -139,9 +139,9 @@ def _parse(text: str) -> Any:  # noqa: ANN401
         if node is None:
             return None
         count, depth = _measure(node, {})
-        for found, most, what in ((count, MAX_NODES, "values"), (depth, MAX_DEPTH, "lists or mappings in each other")):
+        for found, most, what in ((count, MAX_NODES, "values"), (depth, MAX_DEPTH, "nested lists or mappings")):
             if found > most:
-                _refuse(node, f"holds more than {most:,} {what}, with those that aliases repeat")
+                _refuse(node, f"contains more than {most:,} {what}, counting those that aliases repeat")
         return loader.construct_document(node)
     finally:
         loader.dispose()
@@ -158,10 +158,10 @@ def _refuse_deep(text: str) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             depth -= 1
         if depth > MAX_DEPTH or count > MAX_NODES:
-            limit = f"{MAX_DEPTH} lists or mappings in each other" if depth > MAX_DEPTH else f"{MAX_NODES:,} values"
+            limit = f"{MAX_DEPTH} nested lists or mappings" if depth > MAX_DEPTH else f"{MAX_NODES:,} values"
             mark = event.start_mark
             line = f"line {mark.line + 1}: " if mark else ""
-            raise yaml.constructor.ConstructorError(None, None, f"{line}holds more than {limit}")
+            raise yaml.constructor.ConstructorError(None, None, f"{line}contains more than {limit}")
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, int]:
@@ -171,7 +171,7 @@ def _measure(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, i
     """
     if id(node) in known:
         if known[id(node)] == OPEN:
-            _refuse(node, "a value stands within itself")
+            _refuse(node, "a value contains itself")
         return known[id(node)]
     known[id(node)] = OPEN
     below: list[yaml.Node] = []
@@ -204,7 +204,7 @@ def read(path: Path) -> str:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     if len(content) > MAX_BYTES:
-        raise InputError(f"{path}: holds more than {MAX_BYTES // 2**20} MiB; a spec is a short YAML file")
+        raise InputError(f"{path}: contains more than {MAX_BYTES // 2**20} MiB; a spec is a short YAML file")
     try:
         return content.decode()
     except UnicodeDecodeError:

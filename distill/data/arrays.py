@@ -28,7 +28,7 @@ class ArrayData:
     def __init__(self, name: str, images: Tensor, labels: Tensor | None, num_classes: int | None) -> None:
         finite = images.isfinite().flatten(1).all(1)
         if not finite.all():
-            raise InputError(f"data '{name}': sample {int((~finite).nonzero()[0])} holds NaN or infinity; remove it")
+            raise InputError(f"data '{name}': sample {int((~finite).nonzero()[0])} contains NaN or infinity; remove it")
         if images.min() < -1 or images.max() > 1:
             raise InputError(
                 f"data '{name}': values from {images.min():g} to {images.max():g}, valid: -1 to 1; rescale them"

@@ -99,7 +99,7 @@ def decode(
         low, high = float(values.min()), float(values.max())  # NaN if any value is NaN
         if not (low >= 0 and high <= 1):
             raise InputError(
-                f"{name} has values from {low:g} to {high:g}; floating-point images must be finite and lie in 0 to 1"
+                f"{name} has values from {low:g} to {high:g}; floating-point images must be finite and within 0 to 1"
             )
         image = Image.fromarray(values)
     else:

@@ -32,7 +32,7 @@ class ImageData:
 
     def __init__(self, name: str, rows: ImageRows, index: ImageIndex, options: ImageOptions, seed: int) -> None:
         if len(rows) == 0:
-            raise InputError(f"data '{name}' holds no rows")
+            raise InputError(f"data '{name}' has no rows")
         self.name, self.num_classes = name, index.head.num_classes
         self.shape = (options.channels, *options.height_width)
         self._rows, self._index, self._options, self._seed = rows, index, options, seed
@@ -110,12 +110,12 @@ class ImageData:
             found = self._rows.read(row)
         except OSError as error:
             raise RunError(
-                f"{self._rows.name(row)} cannot be read any more: {error.strerror}; put it back, then resume"
+                f"{self._rows.name(row)} cannot be read any more: {error.strerror}; restore it, then resume"
             ) from error
         assert found is not None, "rows without an image are not readable"
         if found.file is not None and not self._index.is_same_content(row, found.file):
             raise RunError(
-                f"{self._rows.name(row)} has changed since the data was indexed; put the old file back, then resume"
+                f"{self._rows.name(row)} has changed since the data was indexed; restore the old file, then resume"
             )
         return found.content
 

@@ -174,7 +174,7 @@ def write(path: Path, index: ImageIndex) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(f"cannot make {path.parent}: {error.strerror}; nothing was changed") from error
+        raise RunError(f"cannot create {path.parent}: {error.strerror}; nothing was changed") from error
     write_atomic(path, save(arrays, metadata={"index": index.head.model_dump_json()}))
 
 

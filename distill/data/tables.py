@@ -126,7 +126,7 @@ def _refuse_folder(path: str) -> None:
     names = ", ".join(dict.fromkeys(file.relative_to(path).parts[0] for file in found[:SHOWN])) or "nothing"
     images = any(file.suffix.lower() in imagefolder.suffixes() for file in found)
     raise InputError(
-        f"data.path={path} holds neither parquet files nor a data set saved to disk, but {printable(names)}; "
+        f"data.path={path} contains neither parquet files nor a data set saved to disk, but {printable(names)}; "
         + ("use data.kind=images for a folder of images" if images else "give a folder of parquet files, or of images")
     )
 
@@ -143,8 +143,8 @@ def _readable(spec: HfData) -> Iterator[None]:
         at = f" at revision {spec.revision}" if spec.revision else ""
         raise InputError(
             f"data.path={spec.path}{at} (split '{spec.split}') cannot be read: "
-            f"{'it holds no rows' if empty else hub.reason(error)}; valid: a parquet file, a folder "
-            "of parquet, a folder of save_to_disk, or a hub id that can be reached or is cached"
+            f"{'it has no rows' if empty else hub.reason(error)}; valid: a parquet file, a folder "
+            "of parquet, a folder written by save_to_disk, or a hub id that can be reached or is cached"
         ) from error
 
 
@@ -196,7 +196,7 @@ def _of_the_hub(spec: HfData) -> Dataset:
     commit = hub.commit("dataset", spec.path, spec.revision)
     rows = datasets.load_dataset(spec.path, revision=commit, split=spec.split)
     if not any(commit in Path(file["filename"]).parts for file in rows.cache_files):
-        raise ValueError(f"without the hub there is another revision than {spec.revision} in the cache")
+        raise ValueError(f"the hub cannot be reached, and the cache contains another revision than {spec.revision}")
     return rows
 
 
@@ -206,7 +206,7 @@ def _split_of(saved: Dataset | DatasetDict, spec: HfData) -> Dataset:
             raise InputError(f"data.split={spec.split}: no such split; {suggest(spec.split, saved)}")
         return saved[spec.split]
     if saved.split is not None and str(saved.split) != spec.split:
-        raise InputError(f"data.split={spec.split}: {spec.path} holds the split '{saved.split}' alone")
+        raise InputError(f"data.split={spec.split}: {spec.path} contains only the split '{saved.split}'")
     return saved
 
 
@@ -222,7 +222,7 @@ def _as_encoded(rows: Dataset, spec: HfData) -> Dataset:
     encoded = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
     binary = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary", "string")
     if not (isinstance(feature, datasets.Image) or encoded or binary):
-        raise InputError(f"data.image_column={spec.image_column} holds {feature}, valid: encoded images or paths")
+        raise InputError(f"data.image_column={spec.image_column} contains {feature}, valid: encoded images or paths")
     return rows.cast_column("image", datasets.Image(decode=False))
 
 
@@ -232,7 +232,7 @@ def _class_ids(rows: Dataset, column: str) -> tuple[Sequence[int], int]:
     named = isinstance(feature, datasets.ClassLabel)
     if not named and not all(isinstance(label, int) for label in labels if label is not None):
         raise InputError(
-            f"data.label_column={column} holds {feature}, valid: class ids 0, 1, 2 ...; convert names with "
+            f"data.label_column={column} contains {feature}, valid: class ids 0, 1, 2 ...; convert names with "
             f"class_encode_column('{column}')"
         )
     highest = max((label for label in labels if label is not None), default=0)

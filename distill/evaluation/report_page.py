@@ -158,7 +158,7 @@ def headline(results: Results) -> str:
         said += f" and reaches {number(fine.value)} in {fine.nfe} calls of {fine.solver}"
     faster = best.images_per_second / fine.images_per_second
     times = f"{faster:.1f}" if faster < 10 else f"{faster:.0f}"
-    return f"{said}. {best.network} makes {times} times as many samples a second."
+    return f"{said}. {best.network} makes {times} times as many samples per second."
 
 
 def _pictures(folder: Path, results: Results, room: int) -> tuple[list[Picture], bool, int]:
@@ -218,7 +218,7 @@ def _comparison(run: RunPaths) -> ComparisonSection | None:
     found = comparison_table.found(run)
     if found is None:
         return None
-    label = f"{comparison_table.quantity(found)}; dashed: the teacher at its steps"
+    label = f"{comparison_table.quantity(found)}; dashed: the teacher at its numbers of steps"
     chart = charts.ranks(comparison_table.ranked(found), comparison_table.teacher(found), label)
     write_atomic(run.comparison_figure, chart)
     write_atomic(run.comparison_table, comparison_table.markdown(found))

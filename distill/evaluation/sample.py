@@ -53,7 +53,7 @@ def write_samples(
         parts.append(method.generate(noise[rows].to(device), cond, further).cpu())
     samples = torch.cat(parts)
     if not samples.isfinite().all():
-        raise RunError(f"{folder} makes numbers that are not finite; nothing was written")
+        raise RunError(f"{folder} makes values that are not finite; nothing was written")
     if out.suffix == ".safetensors":
         tensors = {"latents": noise, "samples": samples.contiguous()}
         if fresh:

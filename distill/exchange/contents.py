@@ -126,7 +126,7 @@ def _refuse_json(text: str, name: str, card: StudentCard) -> None:
         raise InputError(f"{name} is not JSON ({one_line(str(error), 100)}); the student is refused") from None
     for key in _keys(parsed):
         if key in LEADING:
-            raise InputError(f"{name} names code or weights of another place ({key}); the student is refused")
+            raise InputError(f"{name} refers to code or weights elsewhere ({key}); the student is refused")
     parts = name.split("/")
     if parts[-1] == INDEX:
         if len(parts) > 1:
@@ -157,7 +157,7 @@ def _refuse_shards(parsed: dict[str, Any], name: str, card: StudentCard) -> None
         plain = isinstance(shard, str) and "/" not in shard and shard.endswith(".safetensors")
         if not plain or f"{above}/{shard}".lstrip("/") not in card.files:
             raise InputError(
-                f"{name} names weights in {_shown(shard)}; valid: .safetensors files beside it that distill.json lists"
+                f"{name} names weights in {_shown(shard)}; valid: .safetensors files next to it that distill.json lists"
             )
 
 

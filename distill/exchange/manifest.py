@@ -24,15 +24,17 @@ def parse(content: bytes, where: str) -> StudentCard:
     """The card in a distill.json. InputError if it is invalid, or a name in it is not allowed in a student folder."""
     card = student_card.parse(content, where)
     if sum(record.size for record in card.files.values()) > student_card.LARGEST:
-        raise InputError(f"{where} lists more bytes than any disk holds; it is refused")
+        raise InputError(f"{where} lists more bytes than any disk has; it is refused")
     seen = {student_card.FILE_NAME: student_card.FILE_NAME}
     for name in card.files:
         if reason := _objection(name):
             shown = repr(name) if len(name) <= 200 else f"{name[:200]!r}..."
-            raise InputError(f"{where} lists {shown}, {reason}; it is refused and nothing of it was kept")
+            raise InputError(f"{where} lists {shown}, {reason}; it is refused, and nothing was kept")
         folded = name.casefold()
         if folded in seen:
-            raise InputError(f"{where} lists both {seen[folded]!r} and {name!r}, one file on some disks; it is refused")
+            raise InputError(
+                f"{where} lists both {seen[folded]!r} and {name!r}, the same file on some disks; it is refused"
+            )
         seen[folded] = name
     for name in seen:
         for above in Path(name).parents:

@@ -135,7 +135,7 @@ def listed(source: RemoteSource, only: str = "*") -> Listed:
     try:
         content = pulling.read(source.below(REGISTRY), INDEX, MAX_INDEX)
         if _fills_memory(content):
-            raise InputError(f"{where} holds more than an index of {MAX_ENTRIES:,} entries would; it is refused")
+            raise InputError(f"{where} is larger than an index of {MAX_ENTRIES:,} entries can be; it is refused")
         given = PublishedIndex.model_validate_json(content).students
     except Missing as missing:
         raise InputError(f"{missing}; nothing has been published here, or this is not a store") from missing
@@ -244,8 +244,8 @@ def entry_of(name: str, version: str, card: StudentCard, content: bytes, publish
         raise InputError(records.mistake(error)) from error
     if (size := len(_line(entry))) > MAX_ENTRY:
         raise InputError(
-            f"its entry in the index would take {size:,} bytes; valid: at most {MAX_ENTRY:,}. Shorten what "
-            f"{student_card.FILE_NAME} says of recipe and license, or the names of its metrics"
+            f"its entry in the index would take {size:,} bytes; valid: at most {MAX_ENTRY:,}. Shorten "
+            f"recipe and license in {student_card.FILE_NAME}, or the names of its metrics"
         )
     return entry
 

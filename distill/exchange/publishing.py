@@ -106,13 +106,13 @@ def publish(
     home = store.absolute() / REGISTRY / name
     if (store / REGISTRY / "spec.yaml").exists():
         raise InputError(
-            f"{store / REGISTRY} is a run, but published students are kept in a folder of that name; move the run "
+            f"{store / REGISTRY} is a run, but published students are stored in a folder with this name; move the run "
             "elsewhere"
         )
     if home.is_symlink():
-        raise InputError(f"{home} is a link; nothing is published through one. Choose another name, or remove it")
+        raise InputError(f"{home} is a link; distill does not publish through links. Choose another name, or remove it")
     if os.path.lexists(home) and not home.is_dir():
-        raise InputError(f"{home} is not a folder, so it cannot hold a version; choose another name, or remove it")
+        raise InputError(f"{home} is not a folder, so it cannot contain a version; choose another name, or remove it")
     if picture:
         contents.refuse_picture(picture, PICTURE)
     source = RemoteFolder(student)
@@ -159,7 +159,7 @@ def _claim(here: Path, home: Path, version: str | None, content: bytes) -> str:
         sync(home)
         return wanted
     raise InputError(
-        f"{home.name}:{version} is published already, with other bytes, and never changes; "
+        f"{home.name}:{version} is already published with other files, and never changes; "
         f"publish it as another version, or leave the version out: {home.name}"
     )
 

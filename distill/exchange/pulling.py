@@ -55,7 +55,7 @@ def read(source: RemoteSource, name: str, limit: int) -> bytes:
                         raise InputError(f"{source.where}: {name} has more than {limit:,} bytes; it is refused")
                     if _is_late(begin, len(content)):
                         raise RunError(
-                            f"{source.where} is too slow: {len(content):,} bytes of {name} in {SMALL:.0f} s and more; "
+                            f"{source.where} is too slow: {len(content):,} bytes of {name} in more than {SMALL:.0f} s; "
                             "try again later"
                         )
             return bytes(content)
@@ -117,7 +117,7 @@ def pull(source: RemoteSource, dest: Path, *, digest: str | None = None, show: S
     found = manifest.digest(content)
     if digest is not None and digest != found:
         raise InputError(
-            f"{source.where} is another student (sha256 {found[:12]}) than the store's index says ({digest[:12]}); "
+            f"{source.where} is not the student in the store's index (sha256 {found[:12]}, expected {digest[:12]}); "
             "published versions never change, so ask the owner of the store"
         )
     if show is None:
@@ -151,7 +151,7 @@ def _is_here(dest: Path, content: bytes, show: Show | None) -> bool:
     except OSError as error:
         raise InputError(f"{dest} exists and is not a student; name another folder") from error
     if here != content:
-        raise InputError(f"{dest} holds another student; name another folder, or remove it")
+        raise InputError(f"{dest} contains another student; name another folder, or remove it")
     verify(dest, show)
     return True
 

@@ -92,7 +92,7 @@ class _Output:
             left = end - time.monotonic()
             ready = self.waiting.select(left) if left > 0 else []
             if left <= 0:
-                raise Broken(f"{self.where}: nothing came for {SILENCE:.0f} s")
+                raise Broken(f"{self.where}: no data for {SILENCE:.0f} s")
             for key, _ in ready:
                 content = os.read(key.fd, min(size, READ))
                 if not content:

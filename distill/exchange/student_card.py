@@ -56,27 +56,27 @@ class StudentCard(FrozenModel):
     """first sentence of the recipe: the method and its paper"""
     spec_digest: Annotated[str, Field(pattern="^[0-9a-f]{0,64}$")]
     teacher_digest: Annotated[str, Field(pattern="^[0-9a-f]{0,64}$")] | None
-    """null: trained on data alone"""
+    """null: trained on data only"""
     teacher: Line = ""
-    """one line for people"""
+    """description of the teacher, in one line"""
     data: Line = ""
     """name of the data set; empty: none"""
     license: Line = ""
     """terms of the weights, if known"""
     kind: StudentName = "velocity"
-    """v(x_t, t), u(x_t, t, s), or v(noise, 1) with a(x_t, t, v)"""
+    """velocity: v(x_t, t); flow_map: u(x_t, t, s); acceleration: v(noise, 1) and a(x_t, t, v)"""
     prediction: Literal["velocity"] = "velocity"
-    """of a flow map: its average from t to s; of kind acceleration: that at t = 1"""
+    """flow_map: the average velocity from t to s; acceleration: the velocity at t = 1"""
     interpolant: Literal["linear"] = "linear"
     sampler: SamplerName = "euler"
     """a name in samplers/"""
     t_grids: Annotated[dict[Steps, Annotated[list[Number], Field(fail_fast=True)]], Field(max_length=1000)] = {}
-    """number of steps N: its N + 1 times from 1 to 0, and it has no other N; empty: 1, (N-1)/N, ..., 0 for any N"""
+    """number of steps N -> its N + 1 times from 1 to 0; no other N is possible; empty: 1, (N-1)/N, ..., 0 for any N"""
     num_classes: Length | None
     null_class: Count | None
     """class id of the unconditional call"""
     unconditional: StrictBool = True
-    """whether it has learnt the unconditional velocity; one trained on guided or labelled pairs alone has not"""
+    """whether it has learnt the unconditional velocity; one trained only on guided or labelled pairs has not"""
     shape: Annotated[tuple[Length, ...], Field(min_length=1, max_length=8)]
     """of one sample"""
     guidance_scale: Number = 1.0
@@ -106,7 +106,7 @@ class StudentCard(FrozenModel):
         for steps, times in self.t_grids.items():
             if len(times) != steps + 1 or not is_path(times):
                 raise ValueError(
-                    f"t_grids: {steps} steps go along {steps + 1} times from 1 down to 0, not along {times}"
+                    f"t_grids: {steps} steps need {steps + 1} times that decrease from 1 to 0, got {times}"
                 )
         return self
 
@@ -190,7 +190,7 @@ def refuse_strange(found: Collection[str], card: StudentCard, where: str) -> Non
     if strange := sorted(set(found) - card.files.keys() - {FILE_NAME}):
         raise InputError(
             f"{where}: {one_line(', '.join(strange), 200)} is not listed in {FILE_NAME}; "
-            "remove what does not belong there"
+            "remove files that do not belong there"
         )
 
 

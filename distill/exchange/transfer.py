@@ -116,12 +116,12 @@ def _complete(source: RemoteSource, name: str, record: FileRecord, part: FilePar
                 found = part.finish()
                 if found == record.sha256:
                     return
-                why = f"it arrives damaged: sha256 {found[:12]} instead of {record.sha256[:12]}"
+                why = f"it is damaged: sha256 {found[:12]} instead of {record.sha256[:12]}"
             tally.add(-part.size)
             part.restart()
             damaged += 1
             if damaged > min(CORRUPT, source.retries):
-                raise RunError(f"{source.where}: {name}: {why}; nothing was kept of it")
+                raise RunError(f"{source.where}: {name}: {why}; nothing of it was kept")
         failures = 0 if part.size - before >= LEAST else failures + 1
         if failures > source.retries:
             hint = (

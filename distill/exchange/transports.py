@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 URL = re.compile(r"[a-z][a-z0-9+.-]*:(/|:)|.*:/(/|.*@)", re.IGNORECASE | re.DOTALL)
 SCHEMES = ("file", "http", "https", "s3", "hf", "ssh")
 ACCOUNTS = {
-    "s3": "write s3://BUCKET/PATH, and give the keys by $AWS_ACCESS_KEY_ID and $AWS_SECRET_ACCESS_KEY, or ~/.aws",
-    "hf": "write hf://ORG/NAME or hf://ORG/NAME@REVISION, and give the token by $HF_TOKEN, or: hf auth login",
+    "s3": "write s3://BUCKET/PATH, and set the keys in $AWS_ACCESS_KEY_ID and $AWS_SECRET_ACCESS_KEY, or ~/.aws",
+    "hf": "write hf://ORG/NAME or hf://ORG/NAME@REVISION, and set the token in $HF_TOKEN, or run: hf auth login",
 }  # scheme -> how the user gives credentials
 ANSWER = 120.0  # seconds until a source must begin to send a file
 SILENCE = 60.0  # seconds without any data
@@ -136,7 +136,9 @@ def at(place: str | Path) -> RemoteSource:
     if scheme == "file":
         path = unquote(url.path)
         if not is_text(path) or "\n" in path:
-            raise InputError(f"{one_line(shown(place), 500)}: the path holds a control character; give another folder")
+            raise InputError(
+                f"{one_line(shown(place), 500)}: the path contains a control character; give another folder"
+            )
         return RemoteFolder(Path(path))
     if scheme == "ssh":
         from distill.exchange import ssh
@@ -184,9 +186,9 @@ def _parsed(text: str) -> SplitResult:
         if url.netloc not in ("", "localhost"):
             raise InputError(f"{plain}: a file URL has three slashes: file:///path")
     elif not url.netloc:
-        raise InputError(f"{plain}: names no host; write {scheme}://HOST/PATH")
+        raise InputError(f"{plain}: the host is missing; write {scheme}://HOST/PATH")
     elif scheme in ACCOUNTS and "@" in url.netloc:
-        raise InputError(f"{plain}: {scheme} takes no user and no password in a URL; {ACCOUNTS[scheme]}")
+        raise InputError(f"{plain}: {scheme} URLs must not contain a user or a password; {ACCOUNTS[scheme]}")
     return url
 
 
@@ -227,13 +229,15 @@ class RemoteFolder:
             seen += len(folders) + len(files)
             if seen > MAX_LISTED or len(Path(above).relative_to(self.path).parts) > MAX_DEPTH:
                 raise InputError(
-                    f"{self.path} holds more than {MAX_LISTED:,} files or {MAX_DEPTH} levels of folders, so it is not "
-                    "a student"
+                    f"{self.path} contains more than {MAX_LISTED:,} files or {MAX_DEPTH} levels of folders, so it is "
+                    "not a student"
                 )
             for path in (Path(above) / each for each in sorted([*folders, *files])):
                 if path.is_symlink():
                     name = one_line(path.relative_to(self.path).as_posix(), 200)
-                    raise InputError(f"{self.path}: {name} is a link; a student has none. Copy the files themselves")
+                    raise InputError(
+                        f"{self.path}: {name} is a link; a student must not contain links. Copy the files themselves"
+                    )
             found += [(Path(above) / each).relative_to(self.path).as_posix() for each in files]
         return sorted(found)
 

@@ -114,7 +114,9 @@ def _refuse_status(response: "requests.Response", where: str, offset: int) -> No
     given = response.headers.get("Content-Range", "")
     start = re.match(r"bytes ([0-9]{1,20})-", given)
     if status == 206 and (start is None or int(start[1]) != offset):
-        raise Refused(f"{where}: asked for byte {offset:,}, given {one_line(given, 100) or 'no Content-Range'}")
+        raise Refused(
+            f"{where}: byte {offset:,} was requested, the answer has {one_line(given, 100) or 'no Content-Range'}"
+        )
 
 
 class _Body:

@@ -130,7 +130,7 @@ def _refuse_without_room(what: str, needs: Sequence[tuple[Path, int]]) -> None:
         if count > free:
             raise InputError(
                 f"{what} needs {human(count)} in {' and '.join(str(path) for path, _ in places)}, "
-                f"and {human(free)} are free; make room, or set other folders with --store and HF_HOME"
+                f"but only {human(free)} are free; free some space, or set other folders with --store and HF_HOME"
             )
 
 
@@ -147,7 +147,7 @@ def _in_store(wanted: Input, store: Path, repository: Repository) -> Input:
             found = _with_size(wanted, folder)
         except (OSError, ValidationError) as error:
             reason = mistake(error) if isinstance(error, ValidationError) else error.strerror
-            warn(f"{folder} is not whole (input.json: {reason}); the {wanted} is fetched under another name")
+            warn(f"{folder} is incomplete (input.json: {reason}); the {wanted} is fetched under another name")
             wanted = replace(wanted, digest=_digest(wanted.digest, f"{number}"))
             continue
         with suppress(OSError):  # the folder may belong to another user

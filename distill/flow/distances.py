@@ -65,7 +65,7 @@ class LpipsOptions(BaseModel):
     lpips_path: FilePath | None = None
     """safetensors file of the trunk: torchvision's squeezenet1_1, alexnet or vgg16"""
     lpips_heads: bool | None = None
-    """weigh the features by LPIPS' calibrated heads; null: true; false for a trunk they were not fitted to"""
+    """weight the features by the calibrated heads of LPIPS; null: true; false for a trunk they were not fitted to"""
     lpips_resize: Literal["none", "to_64", "to_64_corners", "to_224"] = "to_64"
     """enlarge images whose shorter side is below 64 or 224, bilinear; to_64_corners: with corners aligned"""
 
@@ -78,7 +78,7 @@ class LpipsOptions(BaseModel):
         if self.lpips_trunk is None:
             return
         if not Lpips.takes(shape):
-            raise InputError(f"lpips_trunk: LPIPS compares images, the teacher makes {tuple(shape)}; {remedy}")
+            raise InputError(f"lpips_trunk: LPIPS compares images, but samples have shape {list(shape)}; {remedy}")
         _check_size(self.lpips_trunk, self.lpips_resize, shape[1:])
 
     def lpips(self) -> "Lpips | None":
@@ -110,8 +110,8 @@ class Lpips(nn.Module):
             import lpips  # imported here because it takes two seconds
         except (ImportError, OSError, RuntimeError) as error:  # e.g. torchvision was built for another torch version
             raise InputError(
-                f"lpips_trunk={trunk} needs the packages lpips and torchvision, and they cannot be loaded ({error}); "
-                "install them beside this torch, or set lpips_trunk to null"
+                f"lpips_trunk={trunk} needs the packages lpips and torchvision, and they cannot be imported ({error}); "
+                "install versions that fit this torch, or set lpips_trunk to null"
             ) from error
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # the random weights are replaced below
             warnings.simplefilter("ignore", UserWarning)  # lpips uses a deprecated argument of torchvision

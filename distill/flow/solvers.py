@@ -31,7 +31,7 @@ class FieldOde:
     def velocity(self, x: Tensor, t: float) -> Tensor:
         """The velocity at x [B, ...], with one time for all samples, in the dtype of x."""
         v = self.field(x, _times_of(x, t), self.cond)
-        assert v.shape == x.shape, f"a field of shape {list(v.shape)} for x of shape {list(x.shape)}"
+        assert v.shape == x.shape, f"the field has shape {list(v.shape)}, but x has shape {list(x.shape)}"
         return v.to(x.dtype)
 
     def data(self, x: Tensor, t: float) -> Tensor:
@@ -80,8 +80,8 @@ def solve_along(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str,
     inner = times[1:-1]
     if not is_path(times) or not all(t_min - ROUNDING <= t < t_max for t in inner):
         raise InputError(
-            f"times {', '.join(f'{t:g}' for t in times)}: they must fall from 1 to 0, those between from below "
-            f"{t_max:.4g} to {t_min:.4g}, where the velocity is known"
+            f"times {', '.join(f'{t:g}' for t in times)}: they must decrease from 1 to 0; between these, valid times "
+            f"are below {t_max:.4g} and at least {t_min:.4g}, where the velocity is known"
         )
     return _solve(field, noise, cond, solver, torch.tensor([t_max, *inner, 0.0], dtype=torch.float64))
 

@@ -101,7 +101,7 @@ class BatchJob:
 
     def _stage(self, name: str, index: int, relay: ranks.Relay) -> Verdict:
         if relay.asked:
-            return self._stopped("nothing had begun")
+            return self._stopped("no stage had begun")
         ends = self.run.jobs / "ends" / f"{self.job}.{self.restart}.{name}"
         ends.mkdir(parents=True, exist_ok=True)
         relay.processes = []
@@ -157,11 +157,13 @@ class BatchJob:
         stopped = next((end for end in ends if end.code == EXIT_STOPPED), None)
         if asked or stopped is not None:
             return self._stopped(
-                stopped.message.partition("; run the same")[0] if stopped else "before it could hear it"
+                stopped.message.partition("; run the same")[0] if stopped else "before it could handle the signal"
             )
         silent = sorted(set(range(size)) - {end.rank for end in ends})
         lost = next((end.message for end in ends if end.code == EXIT_PEER), "")
-        killed = f"rank {', '.join(map(str, silent))} ended without a word (killed? out of memory?)" if silent else ""
+        killed = (
+            f"rank {', '.join(map(str, silent))} ended without reporting why (killed? out of memory?)" if silent else ""
+        )
         message = "; ".join(filter(None, [killed, lost])) or f"srun ended with code {code}"
         return self._crash(name, EXIT_FAILED, message)
 
@@ -169,8 +171,8 @@ class BatchJob:
         step = jobs.position(self.run, name, message)
         before = jobs.restarts(self.run, [self.job]).get("crash", 0)
         if jobs.crashed_before(self.run, self.job, name, step):
-            where = "" if step is None else f"at step {step}, "
-            return Verdict("crash", code, f"{message}; {where}as the last time: not queued again")
+            where = "at the same place" if step is None else f"at step {step},"
+            return Verdict("crash", code, f"{message}; {where} as the last time: not queued again")
         if before >= self.slurm.max_crashes:
             return Verdict("crash", code, f"{message}; launch.slurm.max_crashes={before} is reached: not queued again")
         return Verdict("crash", code, message, again=True)
@@ -207,7 +209,7 @@ class BatchJob:
         """Record why the last attempt ended if it did not know or recorded nothing: Slurm knows it by now."""
         known = {line["restart"] for line in jobs.ends(self.run, self.job)}
         for restart in sorted(set(range(self.restart)) - known):
-            message = "ended without a word"
+            message = "ended without reporting why"
             jobs.append(self.run, self.job, "ended", restart=restart, why=LOST, again=True, message=message)
         last = next(reversed(jobs.ends(self.run, self.job)), None)
         if last is None or last["why"] not in (ASKED, LOST):
@@ -264,8 +266,8 @@ class BatchJob:
         if needed > self.lead and not self._warned:
             self._warned = True
             text = (
-                f"saving has taken {(needed - jobs.SPARE) / jobs.ATTEMPT:.0f} s, so that launch.slurm.lead_seconds="
-                f"{self.slurm.lead_seconds} is short; the next submission asks for {needed:.0f}"
+                f"saving has taken {(needed - jobs.SPARE) / jobs.ATTEMPT:.0f} s, so launch.slurm.lead_seconds="
+                f"{self.slurm.lead_seconds} is too short; the next submission will use {needed:.0f}"
             )
             self._say(f"warning: {text}")
             append_event(self.run, "warning", label=self.job, text=text)

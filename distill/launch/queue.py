@@ -58,7 +58,8 @@ def check_partition(options: SlurmSpec, site: SiteSource) -> None:
             raise InputError(f"{site.path}: partitions: Slurm has no partition '{name}'; {suggest(name, known)}")
     if partition is not None and partition not in (allowed if partition in known else known):
         raise InputError(
-            f"launch.slurm.partition: there is no partition '{partition}' for our jobs; {suggest(partition, allowed)}"
+            f"launch.slurm.partition: there is no partition '{partition}' for jobs of distill; "
+            f"{suggest(partition, allowed)}"
         )
 
 
@@ -66,7 +67,7 @@ def check_container(spec: RunSpec, site: SiteSource) -> None:
     """Raise InputError if the spec sets a container but the site has no container runtime."""
     if spec.launch.slurm.container is not None and site.site.container.runtime == "none":
         raise InputError(
-            f"launch.slurm.container: {spec.launch.slurm.container} given, but {site.path} names no container.runtime; "
+            f"launch.slurm.container: {spec.launch.slurm.container} given, but {site.path} sets no container.runtime; "
             "valid: pyxis, apptainer"
         )
 

@@ -29,7 +29,7 @@ POLL = 0.02  # seconds between two checks of the processes
 # A process that exits with one of these codes has reported why.
 OURS = (0, EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, EXIT_PEER, EXIT_INTERRUPTED)
 WEIGHTS = {EXIT_STOPPED: 1, EXIT_PEER: 2, 0: 3}  # the lowest weight decides; any other code is a failure with weight 0
-MEASURED = "it was only measured, and nothing was made"  # in messages about a temporary run
+MEASURED = "this was only a measurement, and nothing was written"  # in messages about a temporary run
 LAST_LINES, LAST_BYTES = 20, 64 * 1024  # at most this much of the end of a log is shown
 
 
@@ -121,7 +121,7 @@ def run(
     if code not in (0, EXIT_STOPPED) and rank > 0:
         _say_failed(paths, rank, code, logs[rank])
     if code == EXIT_PEER:
-        say_error(f"what other ranks said last: {logs[1].path.parent}")
+        say_error(f"last messages of the other ranks: {logs[1].path.parent}")
     if code >= 0:
         if rank == 0 and code not in OURS:
             say_left(paths, code, measure=measure)
@@ -187,7 +187,7 @@ def _say_stopped(paths: RunPaths, *, began: bool, measure: bool) -> None:
     if not began:
         say_not_begun(paths, measure=measure)
         return
-    append_event(paths, "stopped", message="rank 0 did not end by itself")
+    append_event(paths, "stopped", message="rank 0 did not exit on its own")
     say_error(f"stopped; {MEASURED if measure else f'what was saved is intact; {_onward(paths)}'}")
 
 
@@ -196,5 +196,5 @@ def _say_failed(paths: RunPaths, rank: int, code: int, log: Log) -> None:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     lines = log.last_lines()
     if lines or code >= 0:
-        say_error(f"rank {rank}: " + ("\n".join(lines) or f"{how} and said nothing"))
+        say_error(f"rank {rank}: " + ("\n".join(lines) or f"{how} without a message"))
     append_event(paths, "failed", message=f"rank {rank}: {lines[-1] if lines else how}")

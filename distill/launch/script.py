@@ -94,7 +94,7 @@ def doctor(folder: Path, options: SlurmSpec, nodes: int, where: Where) -> str:
         "output": _pattern(folder) / "job.log",
     }
     lines = [*_lines(given), *where.site.site.options, *options.options]
-    fields = {"folder": folder, "code_comment": "the package that asks"}
+    fields = {"folder": folder, "code_comment": "the package of `distill doctor`"}
     return _render("doctor.sbatch", lines, where, options.container, folder.parent, fields)
 
 
@@ -180,7 +180,7 @@ def _container(image: str | None, site: Site, store: Path) -> str:
         return ""
     folders = list(dict.fromkeys([str(store), *site.container.mounts]))
     if {",", ":"} & {*str(store)}:
-        raise InputError(f"{store} cannot be mounted in a container: it holds a comma or a colon; rename it")
+        raise InputError(f"{store} cannot be mounted in a container: it contains a comma or a colon; rename it")
     if site.container.runtime == "pyxis":
         mounts = ",".join(f"{folder}:{folder}" for folder in folders)
         words = [f"--container-image={image}", f"--container-mounts={mounts}", "--no-container-entrypoint"]

@@ -66,9 +66,9 @@ def run(store: Path, site: SiteSource, options: SlurmSpec, nodes: int, say: Call
             text = (
                 log.read_text(errors="replace").strip()
                 if log.exists()
-                else "it has no log: the nodes do not see the store"
+                else "(there is no log: the nodes cannot access the store)"
             )
-            raise RunError(f"job {job} ended as {state.state} ({state.exit_code}); it said:\n{text[-3000:]}")
+            raise RunError(f"job {job} ended as {state.state} ({state.exit_code}); its log ends with:\n{text[-3000:]}")
         return found
     finally:
         if job:
@@ -129,7 +129,7 @@ def _store(folder: Path) -> str:
         told = (folder / TOKEN).read_text()
     except OSError as error:
         return f"{folder}: {error.strerror}"
-    return _writable(folder) if told == folder.name else f"{folder}: holds something else than what was written there"
+    return _writable(folder) if told == folder.name else f"{folder}: does not contain what was written there"
 
 
 def _writable(folder: Path) -> str:

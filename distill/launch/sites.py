@@ -18,7 +18,9 @@ EXAMPLE = environment.ROOT / "slurm" / "site.example.yaml"
 
 def _variable(name: str) -> str:
     if re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) is None:
-        raise ValueError(f"'{name}' cannot name a variable; letters, digits and _ can, not beginning with a digit")
+        raise ValueError(
+            f"'{name}' is not the name of a variable; valid: letters, digits and _, not beginning with a digit"
+        )
     return name
 
 
@@ -40,27 +42,27 @@ class ContainerSite(FrozenModel):
     runtime: Literal["none", "pyxis", "apptainer"] = "none"
     """pyxis: srun --container-image; apptainer: srun apptainer exec"""
     mounts: list[ScriptLine] = []
-    """folders that are seen inside under the same path, beside the store"""
+    """folders visible inside under the same path, in addition to the store"""
     options: list[ScriptLine] = []
     """further options of the runtime, like --nv"""
     python: ScriptLine = "python3"
-    """the interpreter inside"""
+    """the Python interpreter inside the container"""
 
 
 class Site(FrozenModel):
     """The settings of a cluster."""
 
     modules: list[ScriptLine] = []
-    """loaded before anything else"""
+    """modules to load before anything else"""
     setup: list[ScriptLine] = []
-    """lines of bash after that, each an item of its own"""
+    """lines of bash to run after that, one per item"""
     environment: dict[Variable, ScriptLine] = {}
-    """variables of every process, like NCCL_SOCKET_IFNAME"""
+    """environment variables of every process, like NCCL_SOCKET_IFNAME"""
     caches: CacheSite = CacheSite()
     partition: ScriptLine | None = None
-    """where jobs go that name none; null: Slurm's default"""
+    """partition of jobs that set none; null: Slurm's default"""
     partitions: list[ScriptLine] = []
-    """those that may be named; empty: all that Slurm has"""
+    """partitions that users may choose; empty: all partitions of Slurm"""
     account: ScriptLine | None = None
     """null: Slurm's default"""
     qos: ScriptLine | None = None
@@ -68,7 +70,7 @@ class Site(FrozenModel):
     options: list[ScriptLine] = []
     """more options for sbatch, for every job"""
     python: ScriptLine | None = None
-    """the interpreter on the nodes; null: the one that submits"""
+    """the Python interpreter on the nodes; null: that of `distill submit`"""
     container: ContainerSite = ContainerSite()
 
 
@@ -86,7 +88,7 @@ def load(path: Path) -> SiteSource:
         raise InputError(f"there is no site file {path}; copy and edit {EXAMPLE}")
     content = yamltext.parse(yamltext.read(path), str(path)) or {}
     if not isinstance(content, dict):
-        raise InputError(f"{path}: holds {schema.show(content)}, not a site; {EXAMPLE} shows one")
+        raise InputError(f"{path}: contains {schema.show(content)}, not a site; {EXAMPLE} shows one")
     try:
         return SiteSource(Site.model_validate(content, strict=True), path)
     except ValidationError as error:

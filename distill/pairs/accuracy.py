@@ -36,9 +36,8 @@ class Accuracy(FrozenModel):
     def describe(self) -> str:
         """The result in one sentence."""
         given = self.differences[self.steps]
-        said = (
-            f"at {self.steps} steps the ends of {self.pairs:,} pairs are {given:.2%} (RMS) from those at twice as many"
-        )
+        ends = f"at {self.steps} steps, the ends of {self.pairs:,} pairs"
+        said = f"{ends} differ by {given:.2%} (RMS) from those at twice as many"
         if self.enough == self.steps:
             return f"{said}; {self.steps} steps are enough"
         if self.enough is not None:
@@ -99,6 +98,6 @@ def _ends(
     """The ends that the solver computes for the first `count` paths, [count, ...]."""
     key, blocks = {"forward": "noise", "segments": "states"}.get(manifest.paths, "data"), list[Tensor]()
     for start in range(0, count, manifest.block):
-        stop.raise_if_requested("nothing yet, as the solver was being measured")
+        stop.raise_if_requested("nothing, since the accuracy of the solver was being measured")
         blocks.append(paths.solve(field, manifest, range(start, start + manifest.block), real, device)[key])
     return torch.cat(blocks)[:count]

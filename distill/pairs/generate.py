@@ -97,7 +97,7 @@ def generate(
 def _judge(manifest: Manifest, progress: Progress) -> None:
     """Warn if storing the pairs changed them too much, or if inverted noise is not like standard normal noise."""
     if (rounding := manifest.rounding.relative) > TOLERATED:
-        fits = "is for pixels in [-1, 1]" if manifest.dtype == "uint8" else "does not hold such numbers well"
+        fits = "is for pixels in [-1, 1]" if manifest.dtype == "uint8" else "is not precise enough for it"
         progress.warn(
             f"storing the data as {manifest.dtype} changed it by {rounding:.2%} (RMS); {manifest.dtype} {fits}; "
             "use dtype: float32"
@@ -153,11 +153,11 @@ def _resume(folder: Path, planned: Manifest, ours: range, progress: Progress) ->
     strangers = foreign(folder, planned) if found else shards
     if found and (differences := found.differences(planned)):
         raise InputError(
-            f"{folder} holds other pairs than this stage asks for: {', '.join(differences)} (asked for in brackets); "
-            "delete the folder, or give this run another name"
+            f"{folder} contains other pairs than this stage requires: {', '.join(differences)} (required values in "
+            "brackets); delete the folder, or give this run another name"
         )
     if strangers:
-        raise InputError(f"{folder} holds shards that are not of this set: {few(strangers)}; remove them")
+        raise InputError(f"{folder} contains shards that do not belong to this set: {few(strangers)}; remove them")
     whole = len(ours) == layout.files
     remove_unfinished(folder, lambda name: whole or layout.number(f"{name.partition('.')[0]}.safetensors") in ours)
     if found is None:

@@ -106,11 +106,11 @@ class Manifest(FrozenModel):
         if (self.times is None) == (self.paths in WITH_STATES):
             raise ValueError(f"times: {self.paths} paths {'need them' if self.times is None else 'have none'}")
         if self.times is not None and not (self.times[0] <= 1 and self.times[-1] >= 0 and _falls(self.times)):
-            raise ValueError("times do not go down from at most 1 to at least 0")
+            raise ValueError("times do not decrease from at most 1 to at least 0")
         for name, file in self.shards.items():
             number = layout.number(name)
             if number is None:
-                raise ValueError(f"shards: {name[:100]!r} is no file of this set")
+                raise ValueError(f"shards: {name[:100]!r} is not a file of this set")
             if (wrong := misfit(layout.indices(number), file)) or file.size < (file.stop - file.start) * least:
                 raise ValueError(f"shards: {name} {wrong or f'has {file.size} bytes, too few for its pairs'}")
         return self
@@ -154,14 +154,14 @@ class Manifest(FrozenModel):
 
 def read(folder: Path) -> Manifest | None:
     """The folder's manifest, or None if there is none. InputError if it is damaged."""
-    path, onward = folder / "manifest.json", f"delete {folder} and make it again"
+    path, onward = folder / "manifest.json", f"delete {folder} and make the pairs again"
     content, wrong = _content(path, MAX_MANIFEST)
     if wrong:
         raise InputError(f"{path} {wrong}; {onward}")
     try:
         return None if content is None else Manifest.model_validate_json(content, strict=True)
     except ValidationError as error:
-        raise InputError(f"{path} is damaged or foreign ({_first(error)}); {onward}") from None
+        raise InputError(f"{path} is damaged or was not written by distill ({_first(error)}); {onward}") from None
 
 
 def records(folder: Path, layout: Layout) -> tuple[dict[str, ShardFile], dict[str, str]]:

@@ -56,7 +56,7 @@ class PairSet:
         """
         manifest = read(folder)
         if manifest is None:
-            raise InputError(f"{folder} holds no pairs (no manifest.json); run the pairs stage first")
+            raise InputError(f"{folder} contains no pairs (no manifest.json); run the pairs stage first")
         layout = manifest.layout
         if not manifest.done or len(manifest.shards) < layout.files:
             made = manifest.shards.keys() | records(folder, layout)[0].keys()
@@ -65,24 +65,24 @@ class PairSet:
             )
         if teacher_digest not in (None, manifest.teacher_digest):
             raise InputError(
-                f"{folder} holds pairs of another teacher: {printable(manifest.teacher[:200])}, digest "
+                f"{folder} contains pairs of another teacher: {printable(manifest.teacher[:200])}, digest "
                 f"{printable(manifest.teacher_digest[:12])}, not {str(teacher_digest)[:12]}; make pairs of this teacher"
             )
         names = [layout.name(number) for number in layout.part((rank, size))]
         faults = [f"{name} is {wrong}" for name in names if (wrong := fault(folder / name, manifest.shards[name]))]
         if rank == 0:
-            faults += [f"{name} is not of this set" for name in foreign(folder, manifest)]
+            faults += [f"{name} does not belong to this set" for name in foreign(folder, manifest)]
         if faults:
             raise InputError(
-                f"{folder}: {few(faults)}; delete what is damaged or foreign and resume the run (--resume): "
-                "what is missing is made again"
+                f"{folder}: {few(faults)}; delete damaged and unknown files, then resume "
+                "the run (--resume): missing shards are made again"
             )
         if not manifest.store_noise:
             drawn = noise_sha256(manifest.seed, manifest.count, manifest.shape)
             if drawn != manifest.noise_sha256:
                 raise InputError(
-                    f"{folder}: this machine draws other noise from seed {manifest.seed} than the pairs were solved "
-                    "from (another numpy?); make the pairs again, or store their noise (store_noise: true)"
+                    f"{folder}: this machine draws different noise from seed {manifest.seed} than the pairs were "
+                    "solved from (another numpy?); make the pairs again, or store their noise (store_noise: true)"
                 )
         return cls(folder, manifest)
 
@@ -103,7 +103,7 @@ class PairSet:
         found = {name: (values.dtype, tuple(values.shape)) for name, values in tensors.items()}
         expected = self._tensors(len(indices))
         if found != expected:
-            raise RunError(f"{path} holds {_told(found)}, but by its manifest.json it has {_told(expected)}")
+            raise RunError(f"{path} contains {_told(found)}, but its manifest.json lists {_told(expected)}")
         labels, classes = tensors.get("class_labels"), self.manifest.num_classes
         if labels is not None and classes is not None and not 0 <= labels.min() <= labels.max() < classes:
             raise RunError(f"{path} has labels outside 0 ... {classes - 1}, the classes of its manifest.json")

@@ -71,7 +71,7 @@ def check(minutes: float) -> None:
     """Raise InputError unless the minutes are a valid budget."""
     if not 0 < minutes <= MOST_MINUTES:
         raise InputError(
-            f"--budget {minutes:g}: minutes of training for each recipe are expected, above 0 and at most "
+            f"--budget {minutes:g}: give minutes of training for each recipe, above 0 and at most "
             f"{MOST_MINUTES:,}, like 2"
         )
 

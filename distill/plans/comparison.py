@@ -159,7 +159,7 @@ def _resolve(given: Sequence[str], of_spec: Sequence[str]) -> list[str]:
         fitting = [name for name in known if each in (name, short(name))]
         fitting = [each] if each in known else fitting
         if len(fitting) > 1:
-            raise InputError(f"--recipes: '{each}' is both {' and '.join(fitting)}; give the whole name")
+            raise InputError(f"--recipes: '{each}' matches {' and '.join(fitting)}; give the full name")
         if not fitting:
             valid = [short(name) if times[short(name)] == 1 else name for name in known]
             raise InputError(f"--recipes: there is no recipe '{each}'; {suggest(each, valid)}")
@@ -216,8 +216,8 @@ def _derived_chain(resolved: Resolved, recipe: str, teachers: set[str], distille
     name, first = _new(spec, short(recipe)), next(iter(distilled.values()), None)
     if first is None:
         raise InputError(
-            f"--recipes: {recipe} has no stage in spec '{spec.name}', and there is none that distils, to take its "
-            "length, batch size and optimizer from; add one"
+            f"--recipes: {recipe} has no stage in spec '{spec.name}', and no other distillation stage sets a "
+            "length, batch size and optimizer for it; add one"
         )
     exact = first.teacher is None and resolved.spec.has_exact_teacher
     stage = TrainStage(
@@ -236,8 +236,8 @@ def _derived_chain(resolved: Resolved, recipe: str, teachers: set[str], distille
     needs = resolve_recipe(stage, resolved.base, f"--recipes: {recipe}").needs
     if not needs & {"teacher", "pairs"}:
         raise InputError(
-            f"--recipes: {recipe} with default options needs no teacher, so it would not distil one; give the spec a "
-            "stage of it that does, or that starts from the teacher (init)"
+            f"--recipes: {recipe} uses no teacher with default options, so it would not distil one; add a stage of it "
+            "to the spec that uses the teacher, or starts from it (init)"
         )
     if "pairs" in needs:
         stage = stage.model_copy(update={"pairs": _pairs_for(spec, recipe, needs, first)})

@@ -72,7 +72,7 @@ def expand(resolved: Resolved, plan: RoundsPlan) -> RunSpec:
         stages.append((template.evaluation_name, _last_evaluation(template, flows, plan)))
     names = [name for name, _ in stages]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"stages.{twice[0]}: the rounds make a stage of that name; give this one another name")
+        raise InputError(f"stages.{twice[0]}: the rounds create a stage with that name; give this one another name")
     return spec.model_copy(update={"stages": dict(stages)})
 
 
@@ -123,11 +123,11 @@ def _template(resolved: Resolved) -> Template:
     ((name, flow),) = flows.items()
     recipe = resolved.recipes[name]
     if recipe.kind is None or not recipe.kind.is_field or "states" in recipe.needs:
-        raise _unfit(spec, f"has no student of whole paths in '{name}' ({flow.recipe})")
+        raise _unfit(spec, f"has no student that learns whole paths in stage '{name}' ({flow.recipe})")
     evaluations = [n for n in after if isinstance(spec.stages[n], EvaluateStage)]
     others = [n for n in after if n not in {name, *distillation, *evaluations[:1]}]
     if others:
-        raise _unfit(spec, f"has more after its pairs: {', '.join(others)}")
+        raise _unfit(spec, f"has other stages after its pairs: {', '.join(others)}")
     measured = spec.stages[evaluations[0]] if evaluations else _default_evaluation(solved, flow)
     assert isinstance(measured, EvaluateStage)
     return Template(
@@ -165,7 +165,7 @@ def _default_evaluation(pairs: PairsStage, flow: TrainStage) -> EvaluateStage:
 def _refuse(resolved: Resolved, template: Template, plan: RoundsPlan) -> None:
     spec = resolved.spec
     if plan.rounds < 1:
-        raise InputError(f"--rounds {plan.rounds}: at least 1 is expected")
+        raise InputError(f"--rounds {plan.rounds}: must be at least 1")
     if plan.distill and not template.distillation:
         raise InputError(
             f"--distill: spec '{spec.name}' has no distillation; give it a train stage of {DISTILLATION} on the pairs "
@@ -179,11 +179,11 @@ def _refuse(resolved: Resolved, template: Template, plan: RoundsPlan) -> None:
             f"or leave {option} out"
         )
     if plan.forward is not None and not 0 < plan.forward < 1:
-        raise InputError(f"--forward {plan.forward:g}: a part of each batch is expected, above 0 and below 1, like 0.2")
+        raise InputError(f"--forward {plan.forward:g}: must be a fraction of each batch, above 0 and below 1, like 0.2")
     if plan.forward is not None and template.pairs.paths == "forward":
         raise InputError(f"--forward: the pairs of '{template.pairs_name}' are of real data already; leave it out")
     if plan.data_weight is not None and not 0 < plan.data_weight < math.inf:
-        raise InputError(f"--data-weight {plan.data_weight:g}: a weight above 0 is expected, like 0.1")
+        raise InputError(f"--data-weight {plan.data_weight:g}: must be a weight above 0, like 0.1")
     options = resolved.recipes[template.flow_name].module.Config.model_fields
     if plan.data_weight is not None and DATA_WEIGHT not in options:
         recipe = template.flow.recipe

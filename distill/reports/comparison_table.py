@@ -29,9 +29,9 @@ class Measured(FrozenModel):
     memory: NonNegativeInt
     """bytes of a process: weights, gradients, optimizer, averages, activations"""
     teacher_calls: NonNegativeFloat
-    """of its teacher's network, for an image; guidance counted"""
+    """calls of its teacher's network per image, including guidance"""
     steps: Annotated[list[PositiveInt], Field(max_length=1000)]
-    """that its student is made for; empty: any number"""
+    """numbers of steps of its student; empty: any number"""
 
 
 class TrainedPart(FrozenModel):
@@ -107,7 +107,7 @@ COMPARISON: records.Schema[Comparison] = records.Schema(Comparison)
 def load(run: RunPaths) -> Comparison | None:
     """The comparison of a run; None if the run is not a comparison. InputError if its record is damaged."""
     try:
-        return records.load(run.comparison, COMPARISON, "delete that file: the run stays, and compares nothing")
+        return records.load(run.comparison, COMPARISON, "delete that file: the run remains, without a comparison")
     except FileNotFoundError:
         return None
 
@@ -257,10 +257,10 @@ def note(found: FoundComparison) -> str:
     """An explanation of the columns."""
     return (
         f"@N: at N steps. S: mean square difference between velocity and mean velocity along the network's own "
-        f"paths, 0 = straight; a flow map has none. Training: time of the loop, of "
-        f"{found.comparison.budget_minutes:g} minutes for each. Memory: of a process, for weights, gradients, "
-        "optimizer, averages and activations. Teacher calls: of a network, for the pairs, counted in full for each "
-        "recipe, and while it trains."
+        f"paths, 0 = straight; a flow map has none. Training: time of the training loop, with a "
+        f"budget of {found.comparison.budget_minutes:g} minutes each. Memory: of one process, for weights, gradients, "
+        "optimizer, averages and activations. Teacher calls: network calls for the pairs, counted in full for each "
+        "recipe, and during training."
     )
 
 

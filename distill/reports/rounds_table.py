@@ -111,7 +111,7 @@ def curves(found: Sequence[Round]) -> dict[str, dict[str, list[tuple[int, float]
 NOTE = (
     "before -> after, each round from the same noise. Straightness: mean square difference between velocity and mean "
     "velocity along the flow's paths, 0 = straight. RMS: between the ends of the paths from the same noise. Transport: "
-    "mean square of data less noise; it cannot rise but by errors."
+    "mean square of data minus noise; only errors can increase it."
 )
 
 

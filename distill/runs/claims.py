@@ -237,7 +237,7 @@ def _take(run: RunPaths, place: Path, mine: Path, me: Owner) -> None:
         if found is None:  # the claim was released after the rename had failed
             if time.monotonic() > deadline:
                 raise InputError(
-                    f"{place} does not say which process made it; if no process executes the run, remove it"
+                    f"{place} does not say which process created it; if no process executes the run, remove it"
                 )
             time.sleep(0.01)
         elif (found.owner.job == me.job != "" and found.owner.restart < me.restart) or not _is_alive(run, found):

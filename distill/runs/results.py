@@ -38,9 +38,9 @@ class Row(FrozenModel):
     solver: Line
     steps: Positive
     fine: bool = False
-    """the solver whose endpoint counts as the teacher's own; of a student: by that solver, not by its own sampler"""
+    """whether it was sampled by the fine solver, whose endpoint of the teacher is the reference for all rows"""
     along: Line = ""
-    """the times of the steps: empty: uniform, or the student's own; optimal; or the times"""
+    """step times. empty: uniform, or the student's own; optimal; or a list of times"""
     nfe: Positive
     """network evaluations per sample, guidance counted"""
     distance: Number | None
@@ -52,13 +52,13 @@ class Row(FrozenModel):
     rms: Number
     """root mean square difference to the teacher's fine endpoint from the same noise"""
     images_per_second: Annotated[float, Field(gt=0, lt=1e100)]
-    """generation alone"""
+    """generation only"""
     straightness: Number | None
     """of the network's own paths, 0 = straight; the same in all rows of a network; null: a flow map and the like"""
     transport: Number | None = None
-    """mean over samples and elements of (sample - its noise)^2; null: measured before this was"""
+    """mean over samples and elements of (sample - its noise)^2; null: results of an earlier version"""
     picture: PictureName
-    """file of the first samples, beside the results or in pictures/"""
+    """file of the first samples, in the folder of the results or in pictures/"""
 
     @property
     def value(self) -> float:
@@ -96,10 +96,10 @@ class Results(FrozenModel):
     device: Line
     guidance_scale: Number
     distance: Line | None
-    """FD-<data>, SW2, or null where there is nothing to compare with"""
+    """FD-<data>, SW2, or null if there is nothing to compare with"""
     features: FeatureNet | None
     reference: NonNegativeInt
-    """samples of the real data, or exact samples, compared with"""
+    """number of real or exact samples to compare with"""
     floor: Number | None = None
     """distance of two sets of exact samples"""
     vector: bool
@@ -108,7 +108,7 @@ class Results(FrozenModel):
     @model_validator(mode="after")
     def _has_a_teacher(self) -> Self:
         if not any(row.fine for row in self.rows):
-            raise ValueError("a row of the teacher by its fine solver is missing")
+            raise ValueError("the teacher's row with its fine solver is missing")
         return self
 
     @property
@@ -170,7 +170,7 @@ def picture(folder: Path, row: Row, room: int = PICTURE_BYTES) -> bytes | None:
     path = folder / row.picture
     try:
         if not path.resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"{path} cannot be used: it is a link out of its folder; delete it, and evaluate again")
+            raise InputError(f"{path} cannot be used: it links out of its folder; delete it, and evaluate again")
         if path.stat().st_size > room:
             return b""
         content = records.read_small(path, PICTURE_BYTES)
@@ -207,7 +207,7 @@ def cells(results: Results, row: Row) -> list[str]:
 
 def describe(results: Results) -> str:
     """A short description of the numbers: samples per row, and the distance with its reference."""
-    said = [f"{results.samples:,} samples a row"]
+    said = [f"{results.samples:,} samples per row"]
     net = results.features
     if net is not None:
         said.append(

@@ -148,7 +148,7 @@ class RunPaths:
     def _part(self, name: str) -> str:
         """`name` if it is valid for a stage, else InputError. It may come from a file, so it must not be a path."""
         if NAME.fullmatch(name) is None:
-            raise InputError(f"{self.root} has no stage '{one_line(name)}': that is not a stage name")
+            raise InputError(f"{self.root} has no stage '{one_line(name)}': that is not a valid stage name")
         return name
 
 
@@ -187,7 +187,7 @@ def find_run(store: Path, given: str) -> RunPaths:
             check_spec(RunPaths(root))
             return RunPaths(root.absolute())
     names = [run.name for run in runs(store)]
-    hint = suggest(given, names) if names else "the store is empty; `distill run digits` makes a first run"
+    hint = suggest(given, names) if names else "the store is empty; `distill run digits` creates a first run"
     raise InputError(f"there is no run '{short(given)}' in {store}; {hint}")
 
 
@@ -200,7 +200,7 @@ def make(store: Path) -> None:
 
 
 def _unusable(store: Path, error: OSError) -> str:
-    return f"cannot make a run in the store {store}: {error.strerror}; choose another with --store"
+    return f"cannot create a run in the store {store}: {error.strerror}; choose another with --store"
 
 
 def create_run(store: Path, name: str, files: Mapping[str, str | bytes]) -> RunPaths:

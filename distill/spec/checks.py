@@ -172,8 +172,8 @@ def _kinds(found: Resolved, name: str) -> Iterator[str]:
     own, origin = found.recipes[name], found.kind(stage.init)
     if origin is not None and not origin.is_field and own.kind != origin:
         yield (
-            f"stages.{name}.init: the student of '{stage.init}' is {origin.words}, {stage.recipe} makes one of kind "
-            f"{own.config.student}; name a stage with a velocity student"
+            f"stages.{name}.init: the student of '{stage.init}' is {origin.words}, but {stage.recipe} makes one of "
+            f"kind {own.config.student}; name a stage with a velocity student"
         )
 
 
@@ -189,7 +189,7 @@ def _guidance(found: Resolved, stage: Stage, guidance_scale: float, where: str) 
     given = f"{where}.guidance_scale: {guidance_scale:g} given, but"
     if not recipe.unconditional:
         yield (
-            f"{given} the student of '{stage.teacher}' was trained on its teacher alone and never on an "
+            f"{given} the student of '{stage.teacher}' was trained only on its teacher, never on an "
             "unconditional velocity; use 1, or a teacher trained on data"
         )
     elif teacher.network is not None and not _has_classes(found.spec):
@@ -234,7 +234,7 @@ def _train(found: Resolved, stage: TrainStage, resolved: ResolvedRecipe, where: 
         yield f"{where}: init and network are both given, but a network starts from one of them; remove one"
     if stage.init is None and stage.network is None:
         if "teacher" not in needs:
-            yield f"{where}: nothing to start from; give network (fresh weights) or init (an earlier train stage)"
+            yield f"{where}: nothing to start from; give network (new weights) or init (an earlier train stage)"
         elif stage.teacher is None and found.spec.has_exact_teacher and spec.teacher is not None:
             yield f"{where}: the {spec.teacher.kind} teacher has no weights to start from; give network, e.g. kind: mlp"
     if "weights" in needs and stage.network is not None:
@@ -297,15 +297,15 @@ def _evaluate(found: Resolved, stage: EvaluateStage, where: str) -> Iterator[str
             yield f"{here}: its student is {kind.words}, made for uniform steps; remove it"
         for times in ways:
             if times != "optimal" and not is_path(times):
-                yield f"{here}: {times} given; times go from 1 down to 0, like [1, 0.6, 0]"
+                yield f"{here}: {times} given; times must decrease from 1 to 0, like [1, 0.6, 0]"
         most = max({"teacher": stage.teacher_steps, **stage.students}.get(network, []), default=0)
         if network == "teacher" and not stage.teacher_steps:
             yield f"{here}: teacher_steps is empty, so this has no effect; remove it, or give numbers of steps"
         if "optimal" in ways and most > FINE:
-            yield f"{here}: optimal times of {most} steps cannot be chosen among {FINE}; give fewer steps"
+            yield f"{here}: optimal times of {most} steps cannot be chosen from {FINE}; give fewer steps"
     for student in stage.fine_students:
         if student not in stage.students:
-            yield f"{where}.fine_students: '{student}' is none of {where}.students; {suggest(student, stage.students)}"
+            yield f"{where}.fine_students: '{student}' is not in {where}.students; {suggest(student, stage.students)}"
         elif stage.fine_students.count(student) > 1:
             yield f"{where}.fine_students: '{student}' is listed twice"
         elif (kind := found.kind(student)) is not None and not kind.is_field:

@@ -42,7 +42,9 @@ def mistakes(spec: RunSpec) -> Iterator[str]:
     if slurm.pairs_jobs > 1 and not shards:
         yield f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} given, but no stage makes pairs; remove it"
     if slurm.pairs_jobs > 1 and slurm.one_job:
-        yield f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} given, but one_job computes all in one job; remove either"
+        yield (
+            f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} given, but one_job runs all stages in one job; remove either"
+        )
     if shards and slurm.pairs_jobs > max(shards.values()):  # a smaller stage gets one job per shard
         most = max(shards, key=lambda name: shards[name])
         yield (

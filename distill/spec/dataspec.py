@@ -73,7 +73,7 @@ class ImageOptions(FrozenModel):
     flip: bool = False
     """flip left-right at random, half of the time"""
     max_unreadable: int = Field(0, ge=0)
-    """images that cannot be decoded are named and skipped up to this number, then the run stops"""
+    """images that cannot be decoded are reported and skipped up to this number, then the run stops"""
     background: Annotated[Literal["white", "black"] | tuple[Level, Level, Level] | None, WrapValidator(_background)] = (
         None
     )
@@ -108,7 +108,7 @@ class HfData(ImageOptions):
     revision: str | None = None
     """branch, tag or commit of a hub id; null: the newest"""
     split: str = "train"
-    """part of the data set"""
+    """split of the data set"""
     image_column: str = "image"
     """column of the images"""
     label_column: str | None = None

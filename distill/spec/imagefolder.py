@@ -130,7 +130,7 @@ def read(path: str) -> ImageFolder:
     if not names:
         if other is not None:
             refuse_container(f"{path}/{other}")
-        raise InputError(f"data.path={path} holds no images; valid are files like .png, .jpg, .webp, .bmp, .tiff")
+        raise InputError(f"data.path={path} contains no images; valid are files like .png, .jpg, .webp, .bmp, .tiff")
     if listed:
         labels = _of_file(root / LABELS, names)
         count = None if labels is None else count_classes(labels, str(root / LABELS))
@@ -218,8 +218,8 @@ def _entries(root: str, folder: str) -> list["os.DirEntry[str]"]:
         shown = printable(", ".join(_below(folder, name) for name in captions[:SHOWN]))
         raise InputError(
             f"data.path={root} has captions ({shown}{', ...' if len(captions) > SHOWN else ''}), which data of kind "
-            "images does not take: they would be lost; give a folder of the images alone, in one sub-folder per class "
-            "where there are classes"
+            "images does not read: they would be lost; give a folder with only the images, in one sub-folder per "
+            "class if there are classes"
         )
     return entries
 
@@ -315,8 +315,8 @@ def _refuse_splits(path: str, classes: Sequence[str]) -> None:
     held_out = [name for name in classes if HELD_OUT.fullmatch(name)]
     if (train and held_out) or (classes and len(train) + len(held_out) == len(classes)):
         raise InputError(
-            f"data.path={path} holds the parts of a data set ({', '.join([*train, *held_out])}), which are not classes;"
-            f" give one of them: data.path={_below(path, [*train, *held_out][0])}"
+            f"data.path={path} contains the splits of a data set ({', '.join([*train, *held_out])}), which are not "
+            f"classes; give one of them: data.path={_below(path, [*train, *held_out][0])}"
         )
     repeats = [match[1] for match in map(REPEATS.fullmatch, classes) if match]
     if repeats and len(repeats) == len(classes) and (len(classes) == 1 or max(Counter(repeats).values()) > 1):
@@ -349,12 +349,12 @@ def _refuse_mixed(path: str, classes: Sequence[str], names: Sequence[str]) -> No
     loose = [name for name in names if "/" not in name]
     if loose:
         raise InputError(
-            f"data.path={path} holds images ({printable(', '.join(loose[:SHOWN]))}) beside folders "
+            f"data.path={path} contains images ({printable(', '.join(loose[:SHOWN]))}) next to folders "
             f"({printable(', '.join(classes[:SHOWN]))}); sub-folders are classes, so move the images into one"
         )
     empty = sorted(set(classes) - {_top(name) for name in names})
     if empty:
-        raise InputError(f"data.path={path}: the class folders {printable(', '.join(empty[:5]))} hold no images")
+        raise InputError(f"data.path={path}: the class folders {printable(', '.join(empty[:5]))} contain no images")
 
 
 def _parsed(path: Path) -> _Labels:
@@ -390,7 +390,7 @@ def _of_file(path: Path, names: Sequence[str]) -> list[int] | None:
     for found, what in ((missing, "labels of images that are in the folder"), (gone, "images that it labels")):
         if found:
             shown = printable(", ".join(found[:SHOWN]))
-            where = "it lacks" if found is missing else "the folder lacks"
+            where = "it does not contain" if found is missing else "the folder does not contain"
             raise InputError(
                 f"{path}: {where} {len(found)} {what} ({shown}{', ...' if len(found) > SHOWN else ''}); "
                 "copy the whole data set, or correct the list"

@@ -90,7 +90,7 @@ class CheckpointTeacher(FrozenModel):
     prediction: Literal["epsilon", "sample", "v_prediction", "velocity"] | None = None
     """what the network predicts; null: what its scheduler config says"""
     scheduler: str | None = None
-    """folder of a scheduler config, where the checkpoint is a single model folder without one"""
+    """folder of a scheduler config, if the checkpoint is a single model folder without one"""
     null_class: int | None = None
     """class id of the unconditional call; null: the one in distill.json; without one, guidance is an error"""
 
@@ -106,11 +106,11 @@ TeacherSpec = Annotated[GaussianTeacher | MixtureTeacher | CheckpointTeacher, Fi
 
 
 class UNetSpec(FrozenModel):
-    """A fresh pixel U-Net (diffusers UNet2DModel) in the shape of the data."""
+    """A new pixel U-Net (diffusers UNet2DModel) in the shape of the data."""
 
     kind: Literal["unet"]
     channels: Annotated[list[Annotated[int, Field(gt=0, le=16384)]], Field(max_length=12)]
-    """channels of each resolution, finest first"""
+    """channels at each resolution, finest first"""
     layers_per_block: Annotated[int, Field(gt=0, le=100)] = 1
     """residual blocks at each resolution"""
     attention: bool = False
@@ -122,7 +122,7 @@ class UNetSpec(FrozenModel):
 
 
 class MlpSpec(FrozenModel):
-    """A fresh MLP for vectors in the shape of the teacher."""
+    """A new MLP for vectors in the shape of the teacher."""
 
     kind: Literal["mlp"]
     width: Annotated[int, Field(gt=0, le=65536)] = 192
@@ -144,13 +144,13 @@ class OptimizerSpec(FrozenModel):
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
     """decay of the averages of gradient and squared gradient"""
     eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
-    """added to the denominator"""
+    """epsilon, added to the denominator of the update"""
     weight_decay: float = Field(0.0, ge=0, le=1000)
     """decoupled weight decay"""
     warmup_images: int = Field(0, ge=0, le=10**13)
     """linear warm-up, in images"""
     decay: Literal["constant", "cosine", "linear"] = "constant"
-    """of the learning rate, from the end of the warm-up to the end of the stage"""
+    """learning-rate schedule from the end of the warm-up to the end of the stage"""
     clip: PositiveFloat | None = 1.0
     """largest gradient norm per network; null: no clipping"""
 
@@ -163,7 +163,7 @@ class CheckpointSpec(FrozenModel):
     minutes: Minutes | None = 10.0
     """save after this many minutes, counted from the start of the last save; null: by images only"""
     keep: Annotated[int, Field(gt=0, le=1_000_000)] = 2
-    """complete checkpoints to keep"""
+    """number of complete checkpoints to keep"""
 
 
 class TrainStage(FrozenModel):
@@ -179,11 +179,11 @@ class TrainStage(FrozenModel):
     init: Name | None = None
     """stage whose student's weights to start from; null: the teacher's, or `network`"""
     network: NetworkSpec | None = None
-    """a fresh network; null: in the shape of, and with the weights of, init or the teacher"""
+    """a new network; null: the architecture and the weights of init or the teacher"""
     dropout: Fraction | None = None
     """dropout probability in training, for a network started from init or the teacher; null: as in that network"""
     pairs: Name | dict[Name, Fraction] | None = None
-    """stage whose pairs to train on; or several, with the part of each in every batch: {pairs: 0.8, forward: 0.2}"""
+    """stage whose pairs to train on; or several, with the fraction of each in a batch: {pairs: 0.8, forward: 0.2}"""
     images: Images
     """training length in images"""
     batch_size: Samples = 128
@@ -219,19 +219,19 @@ class PairsStage(FrozenModel):
     count: Pairs
     """number of pairs"""
     paths: Literal["backward", "forward", "segments", "trajectories"] = "backward"
-    """backward: from noise to data; forward: from real data to noise; segments and trajectories also keep states"""
+    """backward: from noise to data; forward: from real data to noise; segments and trajectories also store states"""
     times: list[Fraction] | None = None
-    """from 1 down to 0: trajectories keep the states at these times; segments go from data noised to one to the next"""
+    """decreasing from 1 to 0: trajectories store states at these; segments go from noised data at one to the next"""
     optimal_times: Steps | None = None
-    """instead of times, for trajectories: number of steps; chosen from the solver's times for the least Euler error"""
+    """for trajectories, instead of times: number of steps, at those solver times with the smallest Euler error"""
     solver: SolverName = "heun"
     """solver of the teacher's ODE"""
     steps: SolverSteps = 16
-    """solver steps (heun calls the network twice a step but the last)"""
+    """solver steps (heun calls the network twice per step, except in the last)"""
     guidance_scale: Annotated[float, Field(ge=0, le=10_000)] = 1.0
     """classifier-free guidance baked into the pairs; 1 = none"""
     block: ShardPairs = 256
-    """samples solved at once; part of the numbers, so it is fixed here and not in launch"""
+    """samples solved at once; it affects the results, so it is set here and not in launch"""
     shard: ShardPairs = 4096
     """pairs per file, a multiple of block"""
     dtype: Literal["float32", "float16", "bfloat16", "uint8"] = "float32"
@@ -275,21 +275,21 @@ class EvaluateStage(FrozenModel):
     teacher: Name | None = None
     """stage whose student is the teacher; null: the spec's teacher"""
     teacher_steps: list[Steps] = [1, 2, 4, 8, 16]
-    """Euler steps of the teacher, beside its fine solver"""
+    """numbers of Euler steps to measure the teacher at, in addition to its fine solver"""
     fine_solver: ReferenceName = "heun"
-    """solver whose endpoint counts as the teacher's own"""
+    """accurate solver; the teacher's endpoint with it is the reference for all rows"""
     fine_steps: Steps = 16
     """steps of the fine solver"""
     students: dict[Name, list[Steps]]
     """train stage: numbers of steps to measure its student at"""
     times: dict[Name, list[Literal["optimal"] | list[Fraction]]] = {}
-    """also measure at other step times: {teacher: [optimal, [1, 0.6, 0]]}; optimal: those of the least error"""
+    """also measure at other step times: {teacher: [optimal, [1, 0.6, 0]]}; optimal: those with the smallest error"""
     fine_students: list[Name] = []
-    """students that are measured by the fine solver, too: velocity fields that may be the next teacher"""
+    """students to measure with the fine solver, too: velocity fields that may be the next teacher"""
     samples: Annotated[int, Field(ge=16, le=MAX_SAMPLES)] = 2500
     """samples per row; each set is generated once for all columns"""
     block: Samples = 250
-    """samples generated at once; part of the numbers"""
+    """samples generated at once; it affects the results"""
     guidance_scale: Annotated[float, Field(ge=0, le=10_000)] = 1.0
     """classifier-free guidance of the teacher; 1 = none"""
 
@@ -317,7 +317,7 @@ class SlurmSpec(FrozenModel):
     options: list[ScriptLine] = []
     """more options for sbatch, like --constraint=h100"""
     lead_seconds: Annotated[int, Field(gt=0, le=604_800)] = 180
-    """how long before the time limit the processes are asked to save and exit"""
+    """seconds before the time limit at which the processes are asked to save and exit"""
     max_crashes: Annotated[int, Field(ge=0, le=1000)] = 3
     """how often a crashed job is queued again; a second crash at the same step ends it"""
     pairs_jobs: Annotated[int, Field(gt=0, le=MAX_PARTS)] = 1
@@ -345,7 +345,7 @@ class LaunchSpec(FrozenModel):
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
     """DeepSpeed ZeRO stage: 0 shards nothing, 1 optimizer state, 2 gradients too, 3 weights too; null: no DeepSpeed"""
     zero_persistence_threshold: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    """zero_stage 3: weights with fewer elements are not sharded; null: DeepSpeed's own choice"""
+    """zero_stage 3: weights with at most this many elements are not sharded; null: DeepSpeed's default"""
     offload_optimizer: bool = False
     """zero_stage 1-3: keep the optimizer state in the CPU's memory and update it there"""
     divide_teacher: bool = False
@@ -375,7 +375,7 @@ class RunSpec(FrozenModel):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """seed of all random numbers: same spec, same seed, same numbers"""
     teacher: TeacherSpec | None = None
-    """the teacher of every stage that names no other"""
+    """the teacher of every stage that sets no other"""
     data: DataSpec = NoData(kind="none")
     """real data, for recipes that need it and for the evaluation"""
     stages: dict[Name, Stage]

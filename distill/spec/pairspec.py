@@ -147,13 +147,13 @@ def _optimal(stage: PairsStage, steps: int, prefix: str) -> Iterator[str]:
     if stage.times is not None:
         yield f"{prefix}times: optimal_times finds them, so both cannot be given; remove one"
     if steps > stage.steps:
-        yield f"{prefix}optimal_times: {steps} steps cannot be chosen among the solver's {stage.steps}; give more steps"
+        yield f"{prefix}optimal_times: {steps} steps cannot be chosen from the solver's {stage.steps}; increase steps"
 
 
 def _times(stage: PairsStage, prefix: str) -> Iterator[str]:
     times = stage.times or []
     if not is_path(times):
-        yield f"{prefix}times: {stage.times} given; {stage.paths} need times from 1 down to 0, like [1, 0.5, 0]"
+        yield f"{prefix}times: {stage.times} given; {stage.paths} need times decreasing from 1 to 0, like [1, 0.5, 0]"
         return
     strange = [t for t in times if not math.isclose(t * stage.steps, round(t * stage.steps), abs_tol=1e-6)]
     if strange:

@@ -156,7 +156,9 @@ def source(name: str, base: Path) -> Path:
         if path.name.startswith("_"):
             family = path.parent.name
             valid = ", ".join(each for each in names() if each.startswith(f"{family}/"))
-            raise InputError(f"{name} is not a recipe: it holds what recipes of {family} share; valid: {valid}")
+            raise InputError(
+                f"{name} is not a recipe: it contains code that the recipes of {family} share; valid: {valid}"
+            )
         return path
     point = _entry_points().get(name)
     if point is None:
@@ -225,7 +227,9 @@ def configure(name: str, module: ModuleType, options: dict[str, Any], where: str
     except ValidationError as error:
         raise InputError("\n  ".join(schema.explain(error, model, options, where))) from None
     if not isinstance(config, RecipeConfig):
-        raise InputError(f"recipe '{name}': its Config lacks the properties needs and student; see reflow/reflow")
+        raise InputError(
+            f"recipe '{name}': its Config does not have the properties needs and student; see reflow/reflow"
+        )
     return config
 
 

@@ -33,7 +33,7 @@ def change_from(text: str) -> Override:
     """Parse an override `a.b=c`. InputError if it is malformed."""
     if not is_text(text):
         raise InputError(
-            f"{short(ascii(text))} is not a change of the spec: it holds a control character, or bytes not UTF-8"
+            f"{short(ascii(text))} is not a change of the spec: it contains a control character, or bytes not UTF-8"
         )
     path, equals, value = text.partition("=")
     if not equals or "" in path.split("."):
@@ -54,14 +54,16 @@ def validate(content: Any, source: str) -> RunSpec:  # noqa: ANN401
     if content is None:
         raise InputError(f"{source}: empty; `distill init` lists the presets to start from")
     if not isinstance(content, dict):
-        raise InputError(f"{source}: holds {schema.show(content)}, not a spec; a spec has name and stages")
+        raise InputError(f"{source}: contains {schema.show(content)}, not a spec; a spec has name and stages")
     teacher = content.get("teacher")
     if isinstance(teacher, dict) and "path" in teacher and "kind" not in teacher:
         content = {**content, "teacher": {"kind": "diffusers", **teacher}}
     try:
         text = json.dumps(content)
     except (TypeError, ValueError, RecursionError):
-        raise InputError(f"{source}: a spec holds text, numbers, lists and mappings only, none inside itself") from None
+        raise InputError(
+            f"{source}: a spec contains only text, numbers, lists and mappings, none inside itself"
+        ) from None
     words = list(_words(content))
     odd = [word for _, word in words if not isinstance(word, str)]
     if odd:
@@ -69,7 +71,7 @@ def validate(content: Any, source: str) -> RunSpec:  # noqa: ANN401
     if unreadable := [(path, word) for path, word in words if isinstance(word, str) and not is_text(word)]:
         path, word = unreadable[0]
         raise InputError(
-            f"{source}: {f'{printable(path)}: ' if path else ''}{short(ascii(word))} holds a control character, or "
+            f"{source}: {f'{printable(path)}: ' if path else ''}{short(ascii(word))} contains a control character, or "
             "bytes that are not UTF-8"
         )
     try:
@@ -141,7 +143,9 @@ def absolute(path: str, folders: Sequence[Path]) -> str:
     given = expanded(path)
     found = next((str((folder / given).resolve()) for folder in folders if (folder / given).exists()), path)
     if not is_text(found):
-        raise InputError(f"{ascii(found)} holds a control character, or bytes that are not UTF-8; rename that folder")
+        raise InputError(
+            f"{ascii(found)} contains a control character, or bytes that are not UTF-8; rename that folder"
+        )
     return found
 
 

@@ -25,7 +25,7 @@ def parameters(network: UNetSpec | MlpSpec) -> int:
 def network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, where: str) -> Iterator[str]:
     """The mistakes in the spec of a new network: whether it can be built and fits the shape of the samples."""
     if stage.dropout is not None:
-        yield f"{where}: a fresh network has its own dropout, so that of the stage has no effect; remove it"
+        yield f"{where}: a new network has its own dropout, so the dropout of the stage has no effect; remove it"
     vectors = stage.teacher is None and spec.has_exact_teacher
     sides = [side for kind, side in (("digits", 8), ("mnist", 28)) if kind == spec.data.kind]
     if isinstance(spec.data, ImagesData | HfData):
@@ -48,7 +48,7 @@ def network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, where
             halvings = len(network.channels) - 1
             yield (
                 f"{where}.channels: {halvings + 1} resolutions halve the images {halvings} times, "
-                f"and their side of {side} cannot be; give fewer"
+                f"and their side of {side} is not divisible by {2**halvings}; give fewer"
             )
 
 

@@ -42,7 +42,7 @@ def export(student: Student, folder: Path, card: StudentCard) -> None:
     reference = copy.deepcopy(student).to("cpu").eval()
     for name, tensor in _state(reference.network):
         if not tensor.isfinite().all():
-            raise RunError(f"export failed: {name} holds numbers that are not finite; nothing was exported")
+            raise RunError(f"export failed: {name} contains values that are not finite; nothing was exported")
     try:
         with new_folder(folder, replace=True) as new:
             _write(reference.network, new, card)
@@ -57,7 +57,7 @@ def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
     class_name = type(network).__name__
     library = shipped.NETWORKS.get(class_name, "diffusers")
     if library == "diffusers":
-        assert type(network).__module__.startswith("diffusers."), f"{class_name} is neither stock nor shipped"
+        assert type(network).__module__.startswith("diffusers."), f"{class_name} is neither of diffusers nor shipped"
     else:
         (folder / "unet" / f"{library}.py").write_text(shipped.network(library))
     (folder / "pipeline.py").write_text(shipped.pipeline(card.kind, card.sampler))
@@ -110,8 +110,8 @@ def _compare(student: Student, folder: Path, card: StudentCard) -> None:
         error, allowed = (ours - theirs).abs().max().item(), TOLERANCE * max(1.0, ours.abs().max().item())
         if not error <= allowed:  # also true for NaN
             raise RunError(
-                f"export failed: at {steps} steps diffusers makes other samples from the same noise, max difference "
-                f"{error:.3g} (allowed {allowed:.3g}); nothing was exported"
+                f"export failed: at {steps} steps diffusers makes different samples from the same noise, max "
+                f"difference {error:.3g} (allowed {allowed:.3g}); nothing was exported"
             )
 
 

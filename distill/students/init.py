@@ -60,14 +60,14 @@ class StudentInit:
             return
         if source is None or source.network is None:
             given = "no teacher or init is given" if source is None else f"{source.description} has no network"
-            raise InputError(f"{given}, so there are no weights to start from; describe a fresh network in `network`")
+            raise InputError(f"{given}, so there are no weights to start from; describe a new network in `network`")
         self.num_classes, self.null_class = source.num_classes, source.null_class
         self.conditioning = source.conditioning
         if source.num_classes != shown and not (source.num_classes is None and teacher is None):
             whose = "the data has" if teacher is None else "the teacher has"
             raise InputError(
                 f"{source.description} has {source.num_classes or 'no'} classes, {whose} {shown or 'none'}; start from "
-                "a network with the same, or from a fresh `network`"
+                "a network with the same classes, or from a new `network`"
             )
 
     def velocity_field(self) -> nn.Module:
@@ -98,8 +98,8 @@ class StudentInit:
         if self.teacher is None or self.teacher.network is None:
             if self.network is None and self.source is not None and not _is_field(self.source):
                 raise InputError(
-                    f"there is no velocity network for the critic to start from: the teacher has none, and "
-                    f"{self.source.description} is none; use a teacher with weights, or a fresh `network`"
+                    f"there is no velocity network for the critic to start from: the teacher has no network, and "
+                    f"{self.source.description} is not one; use a teacher with weights, or a new `network`"
                 )
             return Critic(self.velocity_field(), self.seed)
         return Critic(VelocityStudent(_copied(self.teacher, None)), self.seed)
@@ -115,14 +115,14 @@ class StudentInit:
         if not _is_field(self.source) and kind_of(self.source.network) != kind:
             words = STUDENTS[kind_of(self.source.network)].words
             raise InputError(
-                f"{self.source.description} is {words}, which no {what} can start from: it was trained for its own "
-                "sampler, not for its velocity; start from a student of kind velocity, from the teacher, or from a "
-                "fresh `network`"
+                f"{self.source.description} is {words}; a {what} cannot start from its weights, which were trained for "
+                "its own sampler, not for its velocity; start from a student of kind velocity, from the teacher, or "
+                "from a new `network`"
             )
         name = type(self.source.network).__name__
         if not any(isinstance(self.source.network, each) for members in NETWORKS.values() for each in members):
             raise InputError(
-                f"{self.source.description}: a student cannot be exported as a {name} yet; describe a fresh `network`"
+                f"{self.source.description}: a student cannot be exported as a {name} yet; describe a new `network`"
             )
         return _copied(self.source, self.dropout)
 
@@ -150,7 +150,9 @@ def _copied(source: LoadedTeacher | LoadedStudent, dropout: float | None) -> Mod
         network = _of_linear_path(source)
         if dropout is not None:
             if "dropout" not in network.config:
-                raise InputError(f"dropout: {source.description} is a network without dropout; remove it")
+                raise InputError(
+                    f"dropout: {source.description} is a network without dropout, so this has no effect; remove it"
+                )
             network = type(network).from_config(network.config, dropout=dropout)
     weights = {name: tensor.detach().clone() for name, tensor in source.network.state_dict().items()}
     network.load_state_dict(weights, strict=True, assign=True)
@@ -187,7 +189,7 @@ def _of_linear_path(source: LoadedTeacher | LoadedStudent) -> ModelMixin:
             if time_scale != TIME_SCALE:
                 raise InputError(
                     f"{source.description} was trained with num_train_timesteps={time_scale:g}; students of the linear "
-                    f"path are called with {TIME_SCALE:g} t, so start from a fresh `network`"
+                    f"path are called with {TIME_SCALE:g} t, so start from a new `network`"
                 )
             if inverted:
                 return VelocityUNet2DModel.from_config(network.config, path="inverted", prediction="velocity")
@@ -209,4 +211,4 @@ def _of_linear_path(source: LoadedTeacher | LoadedStudent) -> ModelMixin:
                 sigma_max=sigma_max,
             )
         case _:
-            raise InputError(f"{source.description} cannot be continued as a student; describe a fresh `network`")
+            raise InputError(f"{source.description} cannot be continued as a student; describe a new `network`")

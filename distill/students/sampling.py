@@ -180,7 +180,7 @@ def blocks(
         samples = samples[: count - start].cpu()
         if not samples.isfinite().all():
             bad = start + int((~samples.isfinite()).flatten(1).any(1).nonzero()[0])
-            raise RunError(f"sample {bad} of {like.description} holds numbers that are not finite")
+            raise RunError(f"sample {bad} of {like.description} contains values that are not finite")
         yield Block(samples, seconds)
 
 

@@ -95,7 +95,9 @@ class Costs(FrozenModel):
         times = self.t_grid
         falls = all(a > b for a, b in pairwise(times)) and all(0 <= t <= 1 for t in times)
         if len(times) != self.fine + 1 or not falls:
-            raise ValueError(f"t_grid: {len(times)} times; valid: {self.fine + 1}, falling within 1 to 0")
+            raise ValueError(
+                f"t_grid: {len(times)} times; valid: {self.fine + 1}, decreasing from at most 1 to at least 0"
+            )
         if [len(row) for row in self.costs] != list(range(self.fine, 0, -1)):
             raise ValueError(f"costs: its rows are not those of {self.fine} steps")
         if not all(math.isfinite(cost) and cost >= 0 for row in self.costs for cost in row):
@@ -118,7 +120,7 @@ class Costs(FrozenModel):
         InputError unless 1 <= steps <= M.
         """
         if not 1 <= steps <= self.fine:
-            raise InputError(f"{steps} steps cannot be chosen among {self.fine} fine ones; give 1 to {self.fine}")
+            raise InputError(f"{steps} steps cannot be chosen from {self.fine} fine ones; give 1 to {self.fine}")
         found, uniform = self._choice(least(self.matrix, steps)), self.uniform(steps)
         return found if found.cost < uniform.cost else uniform
 
@@ -204,12 +206,12 @@ def find(
         damaged = False
     except (OSError, ValueError) as error:
         reason = records.mistake(error) if isinstance(error, ValidationError) else error
-        printing.warn(f"{path} does not hold the step times asked for ({reason}); they are computed again")
+        printing.warn(f"{path} does not contain the requested step times ({reason}); they are computed again")
         damaged = True
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot keep step times in {path.parent}: {error.strerror}; give --store") from error
+        raise InputError(f"cannot save step times in {path.parent}: {error.strerror}; give --store") from error
     found = _measured(network, asked, device)
     write_atomic(path, found.model_dump_json(), replace=damaged)
     with suppress(OSError, ValueError):  # the file may be another process's, which was first
@@ -221,7 +223,7 @@ def _kept(path: Path, asked: CostsAsked) -> Costs:
     """The costs stored in a file. OSError if it cannot be read, ValueError if it is invalid or does not fit `asked`."""
     costs = Costs.model_validate_json(read_regular(path, MAX_BYTES), strict=True)
     if costs.asked != asked:
-        raise ValueError("it is of another network, or of other settings")
+        raise ValueError("it was computed for another network, or with other settings")
     return costs
 
 

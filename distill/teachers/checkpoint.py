@@ -209,7 +209,7 @@ def _field(found: TeacherCheckpoint, spec: CheckpointTeacher) -> VelocityField:
         case VpSchedule():
             if prediction == "epsilon" and schedule.zero_snr:
                 raise InputError(
-                    f"teacher.path={spec.path}: a noise prediction says nothing about the data at zero terminal SNR; "
+                    f"teacher.path={spec.path}: a noise prediction does not determine the data at zero terminal SNR; "
                     "valid with rescale_betas_zero_snr: sample, v_prediction"
                 )
             return NetworkField(network, schedule.path, prediction, float(schedule.steps - 1), call=call)

@@ -31,7 +31,9 @@ def find(spec: CheckpointTeacher) -> Parts:
     if path.is_dir():
         return _parts(spec, path)
     if path.exists():
-        raise InputError(f"teacher.path={spec.path} is a file; give the folder that holds config.json and safetensors")
+        raise InputError(
+            f"teacher.path={spec.path} is a file; give the folder that contains config.json and safetensors"
+        )
     if not spec.is_of_hub:
         raise InputError(f"teacher.path={spec.path} does not exist; give a folder, or a hub id like org/name")
     for weights in (False, True):  # configs first: the weights of an invalid checkpoint are not downloaded
@@ -43,7 +45,7 @@ def _parts(spec: CheckpointTeacher, folder: Path) -> Parts:
     """Finds network and scheduler of a pipeline folder or a single model folder, and checks them."""
     pipeline = _pipeline(folder)
     if pipeline is not None and (parts := components(pipeline / INDEX)) != ["scheduler", "unet"]:
-        inside = f"lies in {pipeline}, " if pipeline != folder else "is "
+        inside = f"is part of {pipeline}, " if pipeline != folder else "is "
         raise InputError(
             f"teacher.path={spec.path} {inside}a pipeline of {short(', '.join(parts)) or 'nothing'}; valid: pixel "
             "pipelines of scheduler and unet"

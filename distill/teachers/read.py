@@ -37,7 +37,7 @@ Positive = Annotated[float, Field(gt=0)]
 def _table(values: list[float]) -> list[float]:
     falls = all(before > after for before, after in pairwise(values))
     if len(values) < 2 or not falls or values[0] >= 1 or values[-1] < 0:
-        raise PydanticCustomError("table", "2 numbers or more, falling from below 1 to 0 or above")
+        raise PydanticCustomError("table", "2 numbers or more, decreasing from below 1 to 0 or above")
     return values
 
 

@@ -214,7 +214,7 @@ def read(path: Path, *, strict: bool = True) -> Schedule:
         ignored = flag not in kind.path and not (flag == "use_flow_sigmas" and kind.family == "linear")
         if ignored and flag in config and config[flag]:
             raise InputError(
-                f"{path}: {flag}=true changes the path, but {name} does not honour it; remove it, or name the class "
+                f"{path}: {flag}=true changes the path, but {name} ignores it; remove it, or name the class "
                 "that the network was trained with"
             )
     if kind.family == "edm":
@@ -243,9 +243,9 @@ def _options(config: Config, path: Path, strict: bool) -> Options:
     unknown = [key for key in given if key not in Options.model_fields]
     if unknown and strict:
         raise InputError(
-            f"{path}: {short(unknown[0])}={short(repr(given[unknown[0]]))} is an option of no scheduler that is known "
-            "here, so it may change the path; if it does not, remove it, or give the folder of a config without it as "
-            "teacher.scheduler"
+            f"{path}: {short(unknown[0])}={short(repr(given[unknown[0]]))} is not an option of any scheduler that "
+            "distill knows, so it may change the path; if it does not, remove it, or give the folder of a config "
+            "without it as teacher.scheduler"
         )
     return checked(Options, {key: value for key, value in given.items() if key not in unknown}, path)
 
@@ -289,6 +289,6 @@ def _vp(name: str, kind: Kind, options: Options, path: Path) -> VpSchedule:
             told = f"the betas of beta_schedule={schedule} in {steps} steps"
         trouble = "does not decrease at every step, so some steps add no noise"
         if table[-2] < 1e-12:
-            trouble = "reaches 0 before the last step, so nothing of the data is left"
+            trouble = "reaches 0 before the last step, so none of the data is left"
         named = "beta_start, beta_end and num_train_timesteps" if options.trained_betas is None else "trained_betas"
         raise InputError(f"{path}: {told}: alphas_cumprod {trouble}; check {named}") from error

@@ -41,7 +41,7 @@ def one_of(names: Iterable[str], where: str) -> list[str]:
     if len(variants) > 1:
         raise InputError(
             f"{where} has weights in the variants {short(', '.join(variants))}; with several, only no variant, fp32, "
-            "fp16 or bf16 can be chosen automatically. Put the one you mean into a folder of its own"
+            "fp16 or bf16 can be chosen automatically. Move the one you want to a separate folder"
         )
     return next(iter(variants.values()), [])
 
@@ -61,19 +61,19 @@ def no_weights(names: Sequence[str], where: str, source: str) -> InputError:
     safe = [name for name in others if name.endswith(".safetensors")]
     pickled = {found["variant"] or "" for name in others if (found := PICKLED.fullmatch(name))}
     if safe:
-        todo = f"rename {short(safe[0], 60)} to {STEM}.safetensors if it holds the weights of this config.json"
+        todo = f"rename {short(safe[0], 60)} to {STEM}.safetensors if it contains the weights of this config.json"
     elif pickled:
         variant = next((each for each in PREFERRED if each in pickled), min(pickled))
         told = f", variant='{variant}'" if variant else ""
         todo = (
-            'only safetensors is loaded. Where you trust a pickled file, convert it: python -c "from diffusers '
+            'only safetensors files are loaded. If you trust a pickled file, convert it: python -c "from diffusers '
             f"import UNet2DModel as M; M.from_pretrained({source}{told}, use_safetensors=False)"
             ".save_pretrained('NEW')\""
         )
     elif others:
         todo = (
-            f"only safetensors is loaded. Where you trust {short(others[0], 60)}, load it into its network and save "
-            "that with save_pretrained()"
+            f"only safetensors files are loaded. If you trust {short(others[0], 60)}, load it into its network and "
+            "save the network with save_pretrained()"
         )
     else:
         todo = "copy or download the weights"

@@ -61,9 +61,7 @@ def _built(folder: Path, config: Config, network_class: type[ModelMixin]) -> Mod
     try:
         return network_class.from_config(config)
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, RuntimeError) as error:
-        raise InputError(
-            f"{folder / 'config.json'} describes no network that can be built: {short(str(error), 200)}"
-        ) from error
+        raise InputError(f"no network can be built from {folder / 'config.json'}: {short(str(error), 200)}") from error
 
 
 def _stored(files: Sequence[Path]) -> list[Stored]:
@@ -101,23 +99,23 @@ def _fitting(folder: Path, stored: Sequence[Stored], expected: Mapping[str, tupl
         if (before := found.setdefault(name, each)) is not each:
             other = "" if before.file == each.file else f" of {short(before.file.name)}"
             raise InputError(
-                f"{each.file}: {short(each.name)} and {short(before.name)}{other} are both the weight {short(name)}; "
-                "keep the one that is meant"
+                f"{each.file}: {short(each.name)} and {short(before.name)}{other} are both stored as weight "
+                f"{short(name)}; keep only one of them"
             )
     adapted = [name for name in found if name not in expected and any(part in f".{name}" for part in ADAPTED)]
     if adapted:
-        raise InputError(f"{folder}: the weights hold an adapter (LoRA), like {short(adapted[0])}; {MERGE}")
+        raise InputError(f"{folder}: the weights contain an adapter (LoRA), like {short(adapted[0])}; {MERGE}")
     wrong = {
         "missing weights": [name for name in expected if name not in found],
         "unknown weights": [name for name in found if name not in expected],
     }
     for what, names in wrong.items():
         if names:
-            raise InputError(f"{folder}: config.json and the weights do not fit together: {what}: {_some(names)}")
+            raise InputError(f"{folder}: config.json and the weights do not match: {what}: {_some(names)}")
     for name, each in found.items():
         if each.shape != expected[name]:
             raise InputError(
-                f"{folder}: config.json and the weights do not fit together: {short(name)} has shape "
+                f"{folder}: config.json and the weights do not match: {short(name)} has shape "
                 f"{list(each.shape)} in the weights, but config.json implies {list(expected[name])}"
             )
         if each.dtype not in FLOATS:
@@ -163,7 +161,7 @@ def _load(network: ModelMixin, path: Path, found: Mapping[str, Stored]) -> str:
     except SafetensorError as error:
         raise _damaged(path, error) from error
     if broken := [name for name in names if not loaded[name].isfinite().all()]:
-        raise InputError(f"{path} holds NaN or infinity in {_some(broken)}; give valid weights")
+        raise InputError(f"{path} contains NaN or infinity in {_some(broken)}; give valid weights")
     return digest
 
 

@@ -46,7 +46,7 @@ def builds(subject: Subject, folder: Path) -> None:
     """The recipe can be built from its defaults. Its description is complete, and its config survives a round trip."""
     config, described = subject.config(), registry.describe(subject.recipe, subject.base)
     assert config.needs <= set(described.needs) <= set(registry.NEEDS), f"needs {config.needs}"
-    assert all(option.meaning for option in described.options), "an option says nothing of itself"
+    assert all(option.meaning for option in described.options), "an option has no description"
     assert isinstance(config, BaseModel)
     written = config.model_dump(mode="json", exclude_unset=True)
     assert registry.configure(subject.recipe, subject.module, written, "again") == config
@@ -104,7 +104,7 @@ class GradientProbe:
             trained = each.masters().keys() & dict(each.module.named_parameters()).keys()  # tied weights only once
             still = trained - self.moved.get(name, set()) - each.waiting
             if still:
-                faults.append(f"nothing reaches {len(still)} weights of {name}: {', '.join(sorted(still)[:5])}")
+                faults.append(f"gradients are zero for {len(still)} weights of {name}: {', '.join(sorted(still)[:5])}")
         return faults
 
 
@@ -150,7 +150,7 @@ def draws_only_what_it_is_given(subject: Subject, folder: Path) -> None:
     tree = ast.parse(registry.source(subject.recipe, subject.base).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
-            assert node.attr not in RANDOM, f"line {node.lineno}: .{node.attr}; draw from ctx.draw"
+            assert node.attr not in RANDOM, f"line {node.lineno}: .{node.attr}; use ctx.draw"
     recipe, init, _ = start(subject)
     roles = recipe.networks(init)
     own = {name: role.module.eval() for name, role in roles.items() if not isinstance(role, Copy)}
@@ -196,7 +196,7 @@ def travels(subject: Subject, folder: Path) -> None:
         fresh = fresh_noises(0, range(4), SHAPE, num_fresh(sampler, steps))
         t_grid = grid(t_grids, steps)
         ours, theirs = (by_sampler(each, sampler, noise, t_grid, cond, fresh) for each in (student, loaded.student))
-        assert torch.equal(ours, theirs), f"other samples at {steps} steps"
+        assert torch.equal(ours, theirs), f"different samples at {steps} steps"
 
 
 def splits(subject: Subject, folder: Path) -> None:

@@ -142,7 +142,7 @@ def latest(folder: Path, warn: Warn) -> Checkpoint | None:
         reasons = "; ".join(f"{path.name}: {why}" for path, why in damaged.items())
         raise RunError(
             f"every checkpoint in {folder} is damaged ({reasons}); "
-            "put one back from a backup, or remove that folder to start this stage again from step 0"
+            "restore one from a backup, or remove that folder to start this stage again from step 0"
         )
     return None
 
@@ -223,7 +223,7 @@ class Checkpoints:
             if changed:
                 self.warn(
                     f"resuming {found.path.name} with {'; '.join(changed)}: "
-                    "the result will not be bit-identical to that of an undisturbed run"
+                    "the result will not be bit-identical to that of an uninterrupted run"
                 )
             self.last, self._images, self._size = found.path, found.meta.images, _bytes(found.meta)
         try:

@@ -107,7 +107,7 @@ def train(
             recompute=recompute,
         )
     if probe is None:  # with a probe, the run is a temporary one
-        world.alone("looking for room", partial(checkpoints.require_room, roles.checkpoint_bytes()))
+        world.alone("checking free space", partial(checkpoints.require_room, roles.checkpoint_bytes()))
         if world.first:
             checkpoints.warn_of_memory(roles.checkpoint_bytes())
     step, images = (0, 0) if found is None else (found.meta.step, found.meta.images)

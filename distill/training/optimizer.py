@@ -58,7 +58,7 @@ def parameter_groups(network: str, role: Trained, parameters: Mapping[str, nn.Pa
     for pattern in role.groups:
         matched = {p for key, p in parameters.items() if fnmatchcase(key, pattern)}
         if not matched:
-            raise ValueError(f"network '{network}': groups names '{pattern}', but no trained parameter is so named")
+            raise ValueError(f"network '{network}': groups names '{pattern}', but no trained parameter has this name")
         for key, p in parameters.items():
             if p in matched and chosen.setdefault(p, pattern) != pattern:
                 raise ValueError(
@@ -86,7 +86,7 @@ class Reach:
         for pattern in waiting:
             if not any(fnmatchcase(key, pattern) for key in parameters):
                 raise ValueError(
-                    f"network '{network}': waiting names '{pattern}', but no trained parameter is so named"
+                    f"network '{network}': waiting names '{pattern}', but no trained parameter has this name"
                 )
         self._network, self._turns = network, 0
         waits = {p for key, p in parameters.items() if any(fnmatchcase(key, pattern) for pattern in waiting)}

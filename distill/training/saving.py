@@ -220,7 +220,7 @@ class Saver:
             torch.cuda.synchronize(device)
 
     def _write(self, writing: _Writing) -> None:
-        writing.error = RunError(f"cannot save step {writing.step}: its thread failed, as the traceback above says")
+        writing.error = RunError(f"cannot save step {writing.step}: the writing thread failed; see the traceback above")
         try:
             self.checkpoints.write(
                 writing.step, writing.images, [(group, image.content) for group, image in self.images.items()]

@@ -57,10 +57,10 @@ class Watch:
     def _look(self) -> None:
         while time.monotonic() < self._deadline:
             time.sleep(min(1.0, self._seconds / 4))
-        message = f"rank {self._rank}, {self._place}: has been there for {self._seconds:.0f} s"
+        message = f"rank {self._rank}, {self._place}: has not continued for {self._seconds:.0f} s"
         faulthandler.dump_traceback(sys.__stderr__ or 2)
         self._lost(message)
-        os.write(2, f"{message}; its stack stands above; launch.collective_minutes sets the limit\n".encode())
+        os.write(2, f"{message}; its stack is printed above; launch.collective_minutes sets the limit\n".encode())
         os._exit(EXIT_PEER)
 
 
@@ -179,7 +179,7 @@ class World:
         if device.type == "cuda":
             backend = "cpu:gloo,cuda:nccl"  # messages go by gloo, which need not wait for a GPU
             torch.cuda.set_device(local_rank)
-        with cls(local_rank).contact("meeting the others"):
+        with cls(local_rank).contact("joining the other ranks"):
             store, rank, size = next(distributed.rendezvous("env://", timeout=timeout))
             works = distributed.PrefixStore("works", store)
             distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)

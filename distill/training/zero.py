@@ -225,7 +225,7 @@ class Zero:
     frozen: bool = False
     """whether the weights of frozen networks, including the teacher, are divided"""
     persistence_threshold: int | None = None
-    """where weights are divided, parameters of at most so many elements stay whole; None: DeepSpeed's default"""
+    """if weights are divided, parameters with at most this many elements stay whole; None: DeepSpeed's default"""
     offload_optimizer: bool = False
     """keep master weights and moments in CPU memory and update them there, by torch's AdamW (nothing is compiled)"""
 

@@ -4,9 +4,9 @@ f(x_t, t) = x_t - t u(x_t, t, 0) learns its own value at s < t: the loss is D( f
 the teacher's step from x_t (distillation, alg. 2) or has the same data and noise (training, alg. 3). t and s are
 neighbours on a grid, or get closer and closer (Easy Consistency Tuning, Geng et al. 2024, arXiv 2406.14548).
 
-Deviations: linear path, t = 1 exactly. The grid is uniform in t, theirs is EDM's. Weight and pseudo-Huber distance are
-from iCT (Song & Dhariwal 2023, arXiv 2310.14189), with t - s in place of the difference of noise levels. With dropout,
-x_t and x_s get different masks. Tuning uses its own t and s, except that t is clamped to [0.002, 0.9999].
+Deviations: linear path, t = 1 exactly. The grid is uniform in t; the paper uses EDM's. Weight and pseudo-Huber distance
+are from iCT (Song & Dhariwal 2023, arXiv 2310.14189), with t - s in place of the difference of noise levels. With
+dropout, x_t and x_s get different masks. Tuning uses its own t and s, except that t is clamped to [0.002, 0.9999].
 """
 
 import math
@@ -43,7 +43,7 @@ class Config(BaseModel):
     sigma: PositiveFloat = 2.0
     """standard deviation of logit(t) under continuous"""
     halving_images: Annotated[int, Field(gt=0, le=10**13)] | None = None
-    """t - s is halved every so many images, at most ten times (with bf16, use at most three); null: never"""
+    """t - s is halved after every this many images, at most ten times (with bf16, use at most three); null: never"""
     target_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     """decay per step of the averaged copy that makes the target; null: the student itself makes it"""
     distance: Literal["l2", "pseudo_huber", "pseudo_huber_elementwise"] = "pseudo_huber"
@@ -55,9 +55,9 @@ class Config(BaseModel):
     def _has_effect(self) -> Self:
         unused = {"levels"} if self.times == "continuous" else {"mu", "sigma"}
         if given := sorted(unused & self.model_fields_set):
-            raise ValueError(f"{', '.join(given)}: no effect with times: {self.times}; remove")
+            raise ValueError(f"{', '.join(given)}: no effect with times: {self.times}; remove them")
         if self.times == "continuous" and self.halving_images is None:
-            raise ValueError("times: continuous needs halving_images; at first, most of s are 0")
+            raise ValueError("times: continuous needs halving_images; without it, s stays 0 for most samples")
         if self.point == "data" and self.guidance_scale != 1:
             raise ValueError("guidance_scale has no effect with point: data; remove it, or use heun or euler")
         if self.distance == "l2" and self.huber_c is not None:

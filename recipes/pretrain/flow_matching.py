@@ -2,13 +2,13 @@
 
 Minimises E || v(x_t, t) - (noise - data) ||^2 / d, x_t = (1 - t) data + t noise: v(x, t) = E[noise - data | x_t = x].
 The condition is dropped with probability label_dropout, for guidance (Ho & Salimans 2022, arXiv 2207.12598). Couplings
-make paths straighter: ot, optimal transport (Tong et al. 2023, arXiv 2302.00482); immiscible, with least distances, not
-squares, and immiscible_knn, the nearest of k noises (Li et al. 2024, arXiv 2406.12303; 2025, arXiv 2505.18521);
+make paths straighter: ot, optimal transport (Tong et al. 2023, arXiv 2302.00482); immiscible, with distances instead of
+squared ones, and immiscible_knn, the nearest of k noises (Li et al. 2024, arXiv 2406.12303; 2025, arXiv 2505.18521);
 weighted, L = sum w l / sum w with w = exp(-cost / epsilon) (Calvo-Ordonez et al. 2025, arXiv 2507.22270). The last two
-change the distributions of data and noise slightly: samples from Gaussian noise then do not quite follow the data's.
+change the distributions of data and noise slightly, so samples from Gaussian noise do not quite follow the data.
 
 Deviations: pairs and weights are made within blocks of the global batch. Data keeps its class; only with within_classes
-is the noise of each class Gaussian. Immiscible distances lack a factor of 0.1, which changes nothing. The paper's cost
+is the noise of each class Gaussian. Immiscible distances have no factor of 0.1, which changes nothing. The paper's cost
 and epsilon are unverified, so they are options. With logit-normal t (Esser et al. 2024, arXiv 2403.03206), times near 1
 are hardly trained.
 """
@@ -42,11 +42,11 @@ class Config(BaseModel):
     label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     """probability of training a sample without its class; only if there are classes"""
     coupling: Literal["independent", "ot", "ot_replacement", "immiscible", "immiscible_knn", "weighted"] = "independent"
-    """how noise is assigned to data; ot_replacement draws pairs from the plan, so some samples are left out"""
+    """how noise is assigned to data; ot_replacement draws pairs from the transport plan, so some samples are unused"""
     coupling_block: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
     """samples that are matched or weighted together; must divide the micro-batch; null: 64"""
     within_classes: bool | None = None
-    """match samples of one class only; null: false"""
+    """match only samples of the same class; null: false"""
     candidates: Annotated[int, Field(gt=0, le=100_000)] | None = None
     """number of noises per sample, k, of which immiscible_knn takes the nearest; null: 4"""
     cost: Literal["squared", "distance"] | None = None

@@ -7,8 +7,8 @@ which Euler steps have the least total error. (`distill schedule` prints them; g
 student can be sampled only along these times.
 
 Deviations: the whole network is trained, without LoRA. The perceptual distance of the authors' code, which ignores the
-length of the step, is not offered. The network is given t itself, theirs 0.999 u + 0.001 with u = 1 - t. The tables of
-the paper are unverified.
+length of the step, is not offered. The network is given t itself; the authors give it 0.999 u + 0.001 with u = 1 - t.
+The tables of the paper are unverified.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -8,10 +8,10 @@ network corrects errors of the first. Sampling calls the first network once and 
 network calls.
 
 Deviations: both networks are trained together, the second one with the current weights of the first, not with averages
-that may be exported; the paper trains the first network, then freezes it. t is uniform in [0, 1), theirs one of 1,001
-values. Sampling calls the network at exactly i/N, theirs at i/N truncated to thousandths. LPIPS compares the data to
-which a prediction leads. For the velocity, their formula is biased between the ends by u (1 - u) (h - 1) line; ours is
-not. Not implemented: their third stage, a GAN, and the inversion of data. Samples are not clamped to [-1, 1].
+that may be exported; the paper trains the first network, then freezes it. t is uniform in [0, 1); the authors draw one
+of 1,001 values. Sampling calls the network at exactly i/N; the authors truncate i/N to thousandths. LPIPS compares the
+data to which a prediction leads. For the velocity, their formula is biased between the ends by u (1 - u) (h - 1) line;
+ours is not. Not implemented: their third stage, a GAN, and the inversion of data. Samples are not clamped to [-1, 1].
 """
 
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ class Config(distances.LpipsOptions):
         if (self.lpips_trunk is None) != (self.lpips_path is None):
             raise ValueError("lpips_trunk and lpips_path go together; give both, or neither")
         if self.lpips_trunk is None and (given := self.lpips_given()):
-            raise ValueError(f"{', '.join(given)}: no effect without lpips_trunk; give it, or remove")
+            raise ValueError(f"{', '.join(given)}: no effect without lpips_trunk; give it, or remove them")
         return self
 
     @property

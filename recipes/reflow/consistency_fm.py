@@ -9,11 +9,11 @@ where f- and v- have no gradients. The second term is used only if t - e > 1.01 
 is x_e, the line's own point, if r <= boundary. The student learns one jump per segment, so it is made for K steps; more
 steps per segment are possible, but do not follow an ODE.
 
-Deviations: both terms are means over elements, theirs half of the sums; so velocity_weight is the paper's alpha.
-boundary is in our t, which is 1 - theirs. t is in (0, 1]; the authors' code stops at 0.999. A border between segments
-belongs to the segment below it. f- and v- use the current weights, as in the authors' code, not averages. With dropout,
-x_t and x_r get different masks. The paper mentions distillation without a formula: here, with target: teacher, x_r is
-the teacher's Euler step from x_t.
+Deviations: both terms are means over elements; the authors use half of the sums, so velocity_weight is the paper's
+alpha. boundary is in our t, which is 1 - theirs. t is in (0, 1]; the authors' code stops at 0.999. A border between
+segments belongs to the segment below it. f- and v- use the current weights, as in the authors' code, not averages. With
+dropout, x_t and x_r get different masks. The paper mentions distillation without a formula: here, with target: teacher,
+x_r is the teacher's Euler step from x_t.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

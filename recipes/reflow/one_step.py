@@ -28,7 +28,7 @@ class Config(distances.LpipsOptions):
     lpips_weight: PositiveFloat | None = None
     """weight of LPIPS in l2+lpips; null: 1"""
     lpips_resize: Literal["none", "to_64", "to_64_corners", "to_224"] = "none"
-    """enlarge images for LPIPS to 64 or 224 pixels; none: do not enlarge, as the authors"""
+    """enlarge images for LPIPS to 64 or 224 pixels; none: do not enlarge, as in the authors' code"""
 
     @property
     def perceptual(self) -> bool:
@@ -37,7 +37,9 @@ class Config(distances.LpipsOptions):
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
         if (given := self.lpips_given()) and not self.perceptual:
-            raise ValueError(f"{', '.join(given)}: no effect with distance: {self.distance}; remove, or use l2+lpips")
+            raise ValueError(
+                f"{', '.join(given)}: no effect with distance: {self.distance}; remove them, or use l2+lpips"
+            )
         if self.perceptual and (self.lpips_trunk is None or self.lpips_path is None):
             raise ValueError(f"distance: {self.distance} needs lpips_trunk and lpips_path")
         if self.perceptual and self.steps > 1:
@@ -45,7 +47,7 @@ class Config(distances.LpipsOptions):
                 f"distance: {self.distance} compares images, which are known at steps: 1 only, not {self.steps}"
             )
         if self.lpips_weight is not None and self.distance == "lpips":
-            raise ValueError("lpips_weight has no effect with distance: lpips; remove, or use l2+lpips")
+            raise ValueError("lpips_weight has no effect with distance: lpips; remove it, or use l2+lpips")
         return self
 
     @property

@@ -1,6 +1,6 @@
 """PeRFlow (Yan et al. 2024, arXiv 2405.07510): straighten the teacher's paths within each of K windows of time.
 
-The drawn time t lies in a window t_e < t <= t_s. z_s is real data noised to t_s, z_e is the end at t_e of the teacher's
+The drawn time t is in a window t_e < t <= t_s. z_s is real data noised to t_s, z_e is the end at t_e of the teacher's
 path from z_s, and z_t is on the line between them. Minimises E w || v(z_t, t) - (z_e - z_s)/(t_e - t_s) ||^2 / d. If
 the loss is zero, one Euler step per window is the teacher's map. With one window, this is reflow.
 
@@ -45,7 +45,8 @@ class Config(_segments.WindowOptions):
     def _has_effect(self) -> Self:
         if self.times_per_window == 1 and self.parameterisation != "velocity":
             raise ValueError(
-                f"times_per_window: 1 is the start of each, where {self.parameterisation} has no weight at t = 1"
+                f"times_per_window: 1 trains only at the start of each window, but {self.parameterisation} has no "
+                "weight at t = 1"
             )
         if self.guidance_sync and self.guidance_scale != 1:
             raise ValueError("guidance_scale has no effect with guidance_sync: true; remove one of them")

@@ -9,8 +9,8 @@ These steps are made during training.
 Deviations: on the linear path. In the coordinates x/(alpha + sigma), t = sigma/(alpha + sigma), the DDIM line of every
 schedule is a straight line, and predictions of eps, data or v have the same optimum. So the student is a velocity
 field. The error of the end is t - t_e times that of the velocity; with l2, a velocity error has the weight (t - t_e)^2.
-t is uniform in linear time, theirs in the index of a VP schedule. Conditions are never dropped: students are not guided
-here. Their third stage is consistency/consistency.
+t is uniform in linear time; the authors' t is uniform in the index of a VP schedule. Conditions are never dropped:
+students are not guided here. Their third stage is consistency/consistency.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,7 +52,7 @@ class Config(BaseModel):
     def _has_effect(self) -> Self:
         phased = {"phases", "solver_steps", "times", "guidance_scale"} & self.model_fields_set
         if self.form == "full" and phased:
-            raise ValueError(f"{', '.join(sorted(phased))}: no effect with form: full; remove, or use phased")
+            raise ValueError(f"{', '.join(sorted(phased))}: no effect with form: full; remove them, or use phased")
         if self.distance == "l2" and self.huber_c is not None:
             raise ValueError("huber_c has no effect with distance: l2; remove it, or use pseudo_huber_elementwise")
         return self

@@ -12,8 +12,8 @@ is mixed in by the spec: `pairs: {backward: 0.8, forward: 0.2}`. The paper's new
 prediction of the data with the initial noise of the path, is `sampler: same_noise`.
 
 Deviations: without lpips_trunk, the loss is PH with weight 1, because with 1 - t nothing would be learnt at t = 1. 1/t
-is limited to 1000; the authors' t goes down to 1e-5. LPIPS is that of the package lpips, theirs that of piq. Times are
-independent, theirs mirrored. The fraction of inverted data is not in their code (unverified).
+is limited to 1000; the authors' t goes down to 1e-5. LPIPS is from the package lpips; the authors use piq. Times are
+independent; the authors' are mirrored. The fraction of inverted data is not in their code (unverified).
 """
 
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ class Config(distances.LpipsOptions):
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
         if (given := self.lpips_given()) and self.lpips_trunk is None:
-            raise ValueError(f"{', '.join(given)}: no effect without lpips_trunk; give it, or remove")
+            raise ValueError(f"{', '.join(given)}: no effect without lpips_trunk; give it, or remove them")
         if self.lpips_trunk is not None and self.lpips_path is None:
             raise ValueError("lpips_trunk needs lpips_path, the file of its weights")
         return self

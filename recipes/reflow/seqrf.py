@@ -30,7 +30,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     times_per_segment: Annotated[int, Field(gt=0, le=100_000)] | None = None
-    """train at so many equally spaced times per segment, from its start on; 1: for K steps only; null: at all times"""
+    """number of equally spaced training times per segment, from its start on; 1: for K steps only; null: all times"""
 
     @property
     def needs(self) -> frozenset[str]:

@@ -62,7 +62,7 @@ class Recipe:
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
         if config.high_pass_weight is not None and teacher is not None and len(teacher.shape) != 3:
-            raise InputError(f"high_pass_weight is of images, the teacher makes {teacher.shape}; remove it")
+            raise InputError(f"high_pass_weight is for images, but samples have shape {list(teacher.shape)}; remove it")
         self.config = config
         self.high_pass_weight = 10.0 if config.high_pass_weight is None else config.high_pass_weight
 

@@ -51,11 +51,11 @@ class Config(distances.LpipsOptions):
         given, lpips = self.model_dump(exclude_defaults=True).keys(), set(self.lpips_given())
         distill = {"middle", "distance", *lpips}
         if unused := sorted(given & (distill if self.phase == "anneal" else {"anneal_images", "schedule"})):
-            raise ValueError(f"{', '.join(unused)}: no effect with phase: {self.phase}; remove")
+            raise ValueError(f"{', '.join(unused)}: no effect with phase: {self.phase}; remove them")
         if self.phase == "anneal" and self.anneal_images is None:
             raise ValueError("phase: anneal needs anneal_images; from there on the pairs are the teacher's own")
         if lpips and self.distance == "l2":
-            raise ValueError(f"{', '.join(sorted(lpips))}: no effect with distance: l2; remove, or use lpips")
+            raise ValueError(f"{', '.join(sorted(lpips))}: no effect with distance: l2; remove them, or use lpips")
         if self.distance == "lpips" and not lpips >= LPIPS:
             raise ValueError("distance: lpips needs lpips_trunk and lpips_path")
         return self
@@ -74,7 +74,7 @@ class Recipe:
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
         if config.flip and teacher is not None and len(teacher.shape) != 3:
-            raise InputError(f"flip mirrors images, the teacher makes {teacher.shape}; remove it")
+            raise InputError(f"flip is for images, but samples have shape {list(teacher.shape)}; remove it")
         if teacher is not None:
             config.check_shape(teacher.shape, "use distance: l2")
         self.config = config

@@ -5,9 +5,9 @@ The student's samples get the gradient of KL(fake_t || teacher_t), x0_fake - x0_
 learns the velocity of samples, and to tell noised samples from noised data. Students of several steps are trained on
 states that they make themselves, with fresh noise between steps (backward simulation), by gradients of the last step.
 
-Deviations: flow form, x0 = x_t - t v, from pure noise at t = 1. Every turn makes new samples; the critic's is first.
-The discriminator sees the same x_t as the scores; its head is one convolution and a mean. t is uniform, for the student
-in [0.02, 0.98]. `weight: kl`, ((1 - t)/t)^2 without the normaliser, is the exact gradient of the KL divergence.
+Deviations: flow form, x0 = x_t - t v, from pure noise at t = 1. Every turn makes new samples; the critic's turn is
+first. The discriminator sees the same x_t as the scores; its head is one convolution and a mean. t is uniform, for the
+student in [0.02, 0.98]. `weight: kl`, ((1 - t)/t)^2 without the normaliser, is the exact gradient of the KL divergence.
 """
 
 from collections.abc import Iterator

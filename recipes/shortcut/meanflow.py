@@ -56,7 +56,7 @@ class Config(BaseModel):
         if self.velocity == "data" and self.guidance_scale != 1:
             raise ValueError("guidance_scale has no effect with velocity: data; remove it, or use velocity: teacher")
         if self.time_law == "uniform" and (given := sorted({"mu", "sigma"} & self.model_fields_set)):
-            raise ValueError(f"{', '.join(given)}: no effect with time_law: uniform; remove")
+            raise ValueError(f"{', '.join(given)}: no effect with time_law: uniform; remove them")
         if self.derivative == "forward" and self.h is not None:
             raise ValueError("h has no effect with derivative: forward; remove it, or use derivative: central")
         if self.power == 0 and self.c is not None:

@@ -53,7 +53,7 @@ class Angles:
 
 @dataclass(frozen=True)
 class Around:
-    """Fits `protocols.Architecture`."""
+    """Implements `protocols.Architecture`."""
 
     classes: tuple[type[nn.Module], ...] = (Circle,)
 

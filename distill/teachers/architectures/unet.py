@@ -66,8 +66,8 @@ def class_labels(config: NetworkConfig, path: Path, null_class: int | None) -> C
     """
     if config.class_embed_type is not None:
         raise InputError(
-            f"{path}: class_embed_type {short(config.class_embed_type)} is not supported; valid: networks with "
-            "num_class_embeds alone"
+            f"{path}: class_embed_type {short(config.class_embed_type)} is not supported; valid: networks with only "
+            "num_class_embeds"
         )
     embeddings = config.num_class_embeds
     if null_class is None:
