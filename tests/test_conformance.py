@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from choices import few
 
 from distill import testing
 from distill.spec import registry
@@ -22,11 +23,6 @@ DECLARED = {each.recipe: each for each in ALL_DECLARED}
 assert len(DECLARED) == len(ALL_DECLARED), "a recipe is declared twice"
 ALL = {name: DECLARED.get(name, testing.Subject(name)) for name in registry.names()}
 EACH = [pytest.param(name, marks=pytest.mark.costs(f"recipe {name}")) for name in ALL]
-
-
-def some(*names):
-    """All recipes; those that are not named are trained in `make test-all` only."""
-    return [name if name in names else pytest.param(name, marks=pytest.mark.long) for name in ALL]
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +108,7 @@ def pair(request, tmp_path_factory):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("name", some("consistency/consistency", "score/dmd2"))
+@pytest.mark.parametrize("name", few(ALL, "consistency/consistency", "score/dmd2"))
 def test_two_processes_agree_with_one(name, pair):
     testing.agrees(ALL[name], pair)
 
@@ -129,7 +125,7 @@ def test_processes_that_divide_their_networks_agree_with_one(zero_stage, tmp_pat
 
 
 @pytest.mark.train
-@pytest.mark.parametrize("name", some())
+@pytest.mark.parametrize("name", few(ALL))
 def test_a_short_training_beats_the_teacher_on_the_ring(name, tmp_path):
     subject = ALL[name]
     found = testing.recovers(subject, subject.short, tmp_path)

@@ -10,6 +10,7 @@ from pathlib import Path
 import lpips
 import pytest
 import torch
+from choices import few
 from programs import convert_lpips_trunk
 from safetensors.torch import load_file, save_file
 from torchvision.models import alexnet, squeezenet1_1
@@ -137,7 +138,7 @@ def test_the_default_size_of_lpips_is_the_authors():
     assert defaults == {one_step: "none", slimflow: "to_64_corners", rf_plus_plus: "to_224", caf: "to_64"}
 
 
-@pytest.mark.parametrize(("trunk", "least"), [("squeeze", 17), ("alex", 31)])
+@pytest.mark.parametrize(("trunk", "least"), few([("squeeze", 17), ("alex", 31)], ("squeeze", 17)))
 def test_images_that_a_trunk_cannot_pool_are_refused(trunks, trunk, least):
     path = trunks[trunk][0]
     message = rf"LPIPS by {trunk} compares images of {least} x {least} pixels or more, these are 12 x 40; set lpips_res"

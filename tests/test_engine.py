@@ -262,7 +262,10 @@ def test_a_non_finite_first_step_says_there_is_no_checkpoint(tmp_path):
         train(tmp_path, source=Ring(fault=0))
 
 
-@pytest.mark.parametrize(("recipe", "images"), [(FlowMatching(dropout=0.3), 96), (Alternating(dropout=0.3), 48)])
+@pytest.mark.parametrize(
+    ("recipe", "images"),
+    [(FlowMatching(dropout=0.3), 96), pytest.param(Alternating(dropout=0.3), 48, marks=pytest.mark.long)],
+)
 def test_resuming_after_any_step_changes_no_bit(tmp_path, recipe, images):
     class KilledError(Exception):
         pass

@@ -183,6 +183,7 @@ def test_a_student_is_measured_along_its_own_times(vector_run):
         go(vector_run, vector_spec(students={"exact": [2, 3]}))
 
 
+@pytest.mark.long
 def test_rows_along_other_times(vector_run):
     """Of the teacher by Euler and of a velocity student; the optimal ones are those that the store keeps."""
     times = {"teacher": ["optimal", [1.0, 0.5, 0.2, 0.0]], "exact": [[1.0, 0.3, 0.0]]}
@@ -301,6 +302,7 @@ def flow_map_run(tmp_path) -> RunPaths:
     return run
 
 
+@pytest.mark.long
 def test_flow_maps_are_measured_by_their_own_samplers(flow_map_run):
     found = go(flow_map_run, vector_spec(students={"jump": [1, 2], "renoise": [1, 2]}))
     rows = [(row.network, row.solver, row.steps, row.nfe) for row in found.rows if row.role == "student"]

@@ -325,6 +325,7 @@ def test_a_process_of_another_boot_is_another():
     assert len({each.token for each in [me, *others]}) == 6
 
 
+@pytest.mark.long
 def test_submissions_are_of_bounded_number_and_size(tmp_path):
     run = make_run(tmp_path)
     run.jobs.mkdir()

@@ -219,7 +219,8 @@ def test_features_are_trained_the_same_again_whatever_the_global_random_state(di
     assert first.accuracy == second.accuracy
 
 
-@pytest.mark.parametrize("classes", [None, pytest.param(1, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("classes", [None, 1])
 def test_images_without_several_classes_are_told_apart_by_rotation(digits, tmp_path, monkeypatch, classes):
     monkeypatch.setattr(feature_module, "TRAIN_IMAGES", 12_800)
     labelled = digits[0]

@@ -138,6 +138,7 @@ def test_the_report_has_a_section_for_rounds(tmp_path):
     assert "reflow-1, heun" in page.text, "a flow by the full solver is called so"
 
 
+@pytest.mark.long
 def test_the_chart_of_rounds_is_the_same_each_time():
     curves = {"SW2": [charts.Curve("1 step", [1, 2], [2.0, 1.0])], "transport": [charts.Curve("t", [0, 1], [1.0, 1.0])]}
     first = charts.rounds(curves)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from choices import few
 from diffusers import DDIMScheduler, UNet2DModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
@@ -211,10 +212,7 @@ def started(kind: str) -> VelocityStudent:
 
 COND = {"class_labels": torch.tensor([0, 1, 2, 3, 0])}
 WRAPPED = ["epsilon", "sample", "v_prediction", "edm epsilon", "edm v_prediction"]
-STARTS = [  # one that is continued as it is and one of each wrapper; the others differ in a formula that WRAPPED tests
-    *("velocity", "epsilon", "edm v_prediction"),
-    *(pytest.param(kind, marks=pytest.mark.long) for kind in ("sample", "v_prediction", "edm epsilon")),
-]
+STARTS = ["velocity", *WRAPPED]
 
 
 def test_a_linear_teacher_is_continued_bitwise_and_apart():
@@ -275,7 +273,7 @@ def test_a_wrapped_teacher_survives_save_and_load_bitwise(kind, tmp_path):
         assert torch.equal(number, student(x, torch.full((5,), 0.25), COND))
 
 
-@pytest.mark.parametrize("kind", STARTS)
+@pytest.mark.parametrize("kind", few(STARTS, "epsilon"))
 def test_a_student_has_the_dropout_that_it_is_given_and_the_weights_of_its_source(kind):
     def dropouts(module):
         """Of its residual blocks; attention has none."""
@@ -312,7 +310,8 @@ def pairs_of_times(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return t, t * torch.tensor([0.0, 1.0, 0.3, 0.9, 0.0])[:count]
 
 
-@pytest.mark.parametrize("kind", STARTS)
+# one that is continued as it is and one of each wrapper; the others differ in a formula that WRAPPED tests
+@pytest.mark.parametrize("kind", few(STARTS, "velocity", "epsilon", "edm v_prediction"))
 def test_a_flow_map_starts_as_the_velocity_whatever_s_and_stays_so_when_saved(kind, tmp_path):
     init = StudentInit(teacher(kind), None, (1, 8, 8), 3, 0)
     velocity, flow_map = init.velocity_field().eval(), init.flow_map()
@@ -379,7 +378,7 @@ def test_a_trained_flow_map_is_continued_bitwise_and_as_nothing_else(kind, shape
         init.critic()
 
 
-@pytest.mark.parametrize("kind", [*STARTS, "mlp"])
+@pytest.mark.parametrize("kind", few([*STARTS, "mlp"], "velocity", "mlp"))
 def test_an_acceleration_starts_beside_its_velocity_and_blind_to_it(kind, tmp_path):
     shape = (2,) if kind == "mlp" else (1, 8, 8)
     init = StudentInit(None, MLP, shape, 3, 0) if kind == "mlp" else StudentInit(teacher(kind), None, shape, 3, 0)
@@ -459,7 +458,7 @@ def test_a_velocity_student_is_continued_bitwise(tmp_path):
 # --- a recipe's teacher ---
 
 
-@pytest.mark.parametrize("kind", WRAPPED)
+@pytest.mark.parametrize("kind", few(WRAPPED, "epsilon", "edm v_prediction"))
 def test_a_recipes_teacher_is_on_the_linear_path_with_the_very_same_weights(kind):
     source = teacher(kind)
     given = teacher_on_linear_path(source)
