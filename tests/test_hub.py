@@ -219,15 +219,15 @@ def test_pictures_by_hub_id_are_those_of_the_folder_and_of_the_cache(tmp_path):
             return done.stdout.splitlines()
 
         sha = hub.commits["datasets/org/pictures"]["main"].sha
-        old, by_id, by_folder = described("org/pictures, revision: old", "org/pictures", str(folder))
+        by_id, by_folder = described("org/pictures", str(folder))
         assert by_id == by_folder
         assert by_id.endswith(f" {labels} {len(CLASSES)}")
+        assert described("org/pictures", offline=True) == [by_id]
+        by_sha, old = described(f"org/pictures, revision: {sha}", "org/pictures, revision: old")
+        assert by_sha == by_id
         assert old.endswith(f" {labels[:2]} {len(CLASSES)}")
-        again = "org/pictures", f"org/pictures, revision: {sha}"
-        offline = python(DESCRIBE, *again, hub=hub, cwd=tmp_path / "work", offline=True)
-        assert f"the hub cannot be reached, and the cache contains another revision than {sha}" in offline.stderr
-        assert offline.stdout.splitlines() == [by_id]
-        assert described(again[1]) == [by_id]
+        refused = python(DESCRIBE, f"org/pictures, revision: {sha}", hub=hub, cwd=tmp_path / "work", offline=True)
+        assert f"the hub cannot be reached, and the cache contains another revision than {sha}" in refused.stderr
     assert [request for request in hub.requests if request.startswith("GET ") and request.endswith(".parquet")]
     others = [request for request in hub.requests if not request.split()[1].startswith("/")]
     assert [request for request in others if f".{urlsplit(hub.url).netloc}/" not in request] == [], "of another host"

@@ -38,7 +38,7 @@ stages:
     ema_half_lives: [100]
     export: 100
     checkpoint: {images: 32, minutes: null}
-launch: {micro_batch: 8, zero_stage: 2, procs: 2}
+launch: {micro_batch: 8, zero_stage: 2, procs: 2, threads: 1}
 """
 
 
@@ -203,37 +203,26 @@ ACCELERATE = [
     "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", "2", "--machine_rank", "0",
     "--main_process_ip", "127.0.0.1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port",
 ]  # fmt: skip
-SHORT = ["stages.teach.images=96", "launch.threads=1", "launch.zero_stage=null"]
-
-
-@pytest.fixture(scope="module")
-def short(tmp_path_factory):
-    """A run of three steps on two ranks."""
-    folder = tmp_path_factory.mktemp("short")
-    (folder / "small.yaml").write_text(SPEC)
-    done = distill("run", "small.yaml", *SHORT, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder
 
 
 @pytest.mark.parametrize(
     "launcher",
     [pytest.param(TORCHRUN, id="torchrun"), pytest.param(ACCELERATE, id="accelerate", marks=pytest.mark.long)],
 )
-def test_other_launchers_train_the_same(short, launcher):
+def test_other_launchers_train_the_same(folder, launcher):
     """torchrun, and the form of `accelerate launch` that sets WORLD_SIZE: the same weights, moments and averages."""
     name = launcher[0].partition(".")[0]
-    run = starting.begin(short / "runs", specfile.load(short / "small.yaml", SHORT, name=name))
+    run = starting.begin(folder / "runs", specfile.load(folder / "small.yaml", name=name))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     done = subprocess.run(
         [sys.executable, "-m", *launcher, port, "--module", "distill", "stage", str(run.root), "teach"],
-        cwd=short, env=ENV, capture_output=True, text=True, timeout=300, check=False,
+        cwd=folder, env=ENV, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert student(short, name) == student(short, "small")
-    saved = sorted(run_paths(short, "small").stage("teach").checkpoints.glob("step-*/*.safetensors"))
+    assert student(folder, name) == student(folder, "small")
+    saved = sorted(run_paths(folder, "small").stage("teach").checkpoints.glob("step-*/*.safetensors"))
     assert saved
     for path in saved:
         again = run.stage("teach").checkpoints / path.parent.name / path.name
