@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from choices import few
 from programs import parity
 from programs.forked import Forked
 from runs import folder_bytes
@@ -164,7 +165,7 @@ def test_two_ranks_train_in_bf16(alone, together, case):
     assert rounded < len(student) / 2
 
 
-@pytest.mark.parametrize("zero", each(ZERO))
+@pytest.mark.parametrize("zero", few(ZERO, "2"))
 def test_the_precision_of_a_derivative_is_the_recipes(tmp_path, zero):
     """DeepSpeed would turn autocast on again inside it: a difference in bf16 is noise."""
     case = f"slope-{zero}-bf16"
@@ -175,7 +176,7 @@ def test_the_precision_of_a_derivative_is_the_recipes(tmp_path, zero):
     assert found["loss"] != exact["loss"]
 
 
-@pytest.mark.parametrize("zero", each(ZERO))
+@pytest.mark.parametrize("zero", few(ZERO, "2"))
 def test_weights_that_the_first_turns_do_not_reach_are_refused_by_name(tmp_path, zero):
     # "half", which one rank's second turn reaches: DeepSpeed needs the same gradients on all ranks.
     train(tmp_path, f"patient-{zero}-fp32", *(["half-none-fp32"] if zero == "none" else []))
@@ -220,7 +221,7 @@ def test_memory_is_predicted_from_shapes(together, case):
         assert found["saving"] == pytest.approx(copied, rel=0.1)
 
 
-@pytest.mark.parametrize("zero", each(ZERO))
+@pytest.mark.parametrize("zero", few(ZERO, "2"))
 def test_adapters_are_trained_by_two_ranks_as_by_one_process(tmp_path, zero):
     case, reference = f"adapter-{zero}-fp32-once-memory", "adapter-none-fp32"
     alone = train(tmp_path / "alone", reference, procs=1)
@@ -374,7 +375,7 @@ def test_a_rank_that_takes_another_branch_is_told_at_once(tmp_path):
         )
 
 
-@pytest.mark.parametrize("zero", each(ZERO))
+@pytest.mark.parametrize("zero", few(ZERO, "2"))
 def test_a_rank_that_hangs_is_given_up_and_says_itself_where_it_is(tmp_path, zero):
     ranks = start(tmp_path, f"hung-{zero}-fp32", minutes=0.1)
     assert ranks[0].end(60) == EXIT_PEER
@@ -383,7 +384,7 @@ def test_a_rank_that_hangs_is_given_up_and_says_itself_where_it_is(tmp_path, zer
     assert ranks[1].end(60) == EXIT_PEER
     *_, last = ranks[1].said.splitlines()
     assert last.startswith(
-        "rank 1, step 3, turn 0, network 'student': has not continued for 12 s; its stack is printed above;"
+        "rank 1, step 3, turn 0, network 'student': has not continued for 9 s; its stack is printed above;"
     )
     assert re.search(r'File ".*parity\.py", line \d+ in regress', ranks[1].said)
 
