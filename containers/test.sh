@@ -60,18 +60,18 @@ entry=$(in_storage inspect --type image --format '{{index .OCIv1.Config.Entrypoi
 user=$(in_storage run "$container" -- id --user --name)
 [ "$user" = distill ] || refuse "the image runs as $user, not as distill"
 
-step "$entry doctor, as $user"
+step "$entry doctor, as the user $user"
 in_storage run "$container" -- "$entry" doctor 2>"$work/log" || true
 missing=$({ in_storage run "$container" -- "$entry" doctor --json 2>"$work/log" || true; } | "$PYTHON" -c \
   'import json, sys; print(*[f["what"] for f in json.load(sys.stdin) if f["state"] == "missing"], sep="; ")')
 if [ "$missing" = "torch, torchvision" ]; then
-  step "torchvision came from another index than torch's CPU wheel: both lpips and it leave this container, untried"
+  step "torchvision does not load, as it is not from the index of torch: torchvision and lpips are removed, so lpips is not tested"
   in_storage run --user root "$container" -- pip uninstall --quiet --yes torchvision lpips
 elif [ -n "$missing" ]; then
   refuse "doctor misses: $missing"
 fi
 
-step "a run as Slurm's jobs do it: a user unknown to the image, the code in the store, the store under its own path"
+step "a run like a Slurm job's: with a user id that the image lacks, code from the store, and the store mounted at the same path"
 store=$work/store
 mkdir --parents "$store/code"
 cp --recursive distill recipes slurm "$store/code"

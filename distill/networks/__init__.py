@@ -1,1 +1,1 @@
-"""The networks of students, and the modules that call them with the framework's conventions."""
+"""The networks of students, and wrappers that give them distill's interface."""

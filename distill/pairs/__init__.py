@@ -1,4 +1,7 @@
-"""Pairs (noise, data = ODE(noise)) of a teacher: solved once, stored in shards, read in constant memory."""
+"""Pairs (noise, data = ODE(noise)) of a teacher: solved once, stored in shards.
+
+Reading them takes an amount of memory that does not depend on their number.
+"""
 
 from distill.pairs.generate import generate, plan
 from distill.pairs.manifest import Manifest

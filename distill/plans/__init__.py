@@ -1,1 +1,1 @@
-"""Makes specs from specs (reflow rounds, comparisons) and describes what a run would do. No tensors are created."""
+"""Makes specs from specs (reflow rounds, comparisons) and describes what a run would do. Does not import torch."""

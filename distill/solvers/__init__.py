@@ -5,9 +5,9 @@ must not import torch at the top level, because commands that only plan a run im
 without torch. A solver module contains:
 
     ORDER = 2               the order of convergence
-    IS_REFERENCE = True     whether its end point is accurate enough to count as the teacher's own
-    calls(steps)            the number of network calls for `steps` steps from noise to data
-    calls_inverting(steps)  the same from data to noise; calls_inverting = None: inversion is not supported
+    IS_REFERENCE = True     whether it is accurate enough to make reference samples of the teacher
+    calls(steps)            the number of network calls in `steps` steps from noise to data
+    calls_inverting(steps)  the same from data to noise; set calls_inverting = None if the solver cannot do this
     look(ode, x, t)         evaluates the ODE at x and t: returns what `step` needs, the velocity or the data prediction
     step(ode, x, seen, t, t_next, before)   returns the state at t_next; `seen` is the result of look(ode, x, t)
 

@@ -1,1 +1,1 @@
-"""The run spec, its validation, and the lookup of recipes. No tensors are created."""
+"""The run spec, its validation, and the lookup of recipes. Does not import torch itself."""

@@ -1,12 +1,12 @@
 """Consistency models (Song et al. 2023, arXiv 2303.01469): map every point of a path to its clean end.
 
-f(x_t, t) = x_t - t u(x_t, t, 0) learns its own value at s < t: the loss is D( f(x_t, t), f-(x_s, s) ) / (t - s). x_s is
-the teacher's step from x_t (distillation, alg. 2) or has the same data and noise (training, alg. 3). t and s are
-neighbours on a grid, or get closer and closer (Easy Consistency Tuning, Geng et al. 2024, arXiv 2406.14548).
+f(x_t, t) = x_t - t u(x_t, t, 0) is trained to equal its value at s < t: D( f(x_t, t), f-(x_s, s) ) / (t - s); f- has no
+gradient. x_s is the teacher's step from x_t (distillation, alg. 2) or has the same data and noise (training, alg. 3). t
+and s are neighbours on a grid, or approach each other (Easy Consistency Tuning, Geng et al. 2024, arXiv 2406.14548).
 
 Deviations: linear path, t = 1 exactly. The grid is uniform in t; the paper uses EDM's. Weight and pseudo-Huber distance
 are from iCT (Song & Dhariwal 2023, arXiv 2310.14189), with t - s in place of the difference of noise levels. With
-dropout, x_t and x_s get different masks. Tuning uses its own t and s, except that t is clamped to [0.002, 0.9999].
+dropout, x_t and x_s get different masks. Tuning uses its paper's t and s; t is clamped to [0.002, 0.9999].
 """
 
 import math

@@ -2,15 +2,15 @@
 
 Minimises E || v(x_t, t) - (noise - data) ||^2 / d, x_t = (1 - t) data + t noise: v(x, t) = E[noise - data | x_t = x].
 The condition is dropped with probability label_dropout, for guidance (Ho & Salimans 2022, arXiv 2207.12598). Couplings
-make paths straighter: ot, optimal transport (Tong et al. 2023, arXiv 2302.00482); immiscible, with distances instead of
-squared ones, and immiscible_knn, the nearest of k noises (Li et al. 2024, arXiv 2406.12303; 2025, arXiv 2505.18521);
-weighted, L = sum w l / sum w with w = exp(-cost / epsilon) (Calvo-Ordonez et al. 2025, arXiv 2507.22270). The last two
-change the distributions of data and noise slightly, so samples from Gaussian noise do not quite follow the data.
+make paths straighter: ot, optimal transport, or ot_replacement, pairs drawn from its plan (Tong et al. 2023, arXiv
+2302.00482); immiscible, ot with unsquared distances, and immiscible_knn, the nearest of k noises (Li et al. 2024, arXiv
+2406.12303; 2025, arXiv 2505.18521); weighted, L = sum w l / sum w with w = exp(-cost / epsilon) (Calvo-Ordonez et al.
+2025, arXiv 2507.22270). The last two slightly change the distributions of data and noise, and so those of samples.
 
-Deviations: pairs and weights are made within blocks of the global batch. Data keeps its class; only with within_classes
-is the noise of each class Gaussian. Immiscible distances have no factor of 0.1, which changes nothing. The paper's cost
-and epsilon are unverified, so they are options. With logit-normal t (Esser et al. 2024, arXiv 2403.03206), times near 1
-are hardly trained.
+Deviations: pairs and weights are made within blocks of the global batch. Data keeps its class; the noise of each class
+is Gaussian only with within_classes. Immiscible distances have no factor of 0.1, which changes nothing. The paper's
+cost and epsilon are unverified, so they are options. With logit-normal t (Esser et al. 2024, arXiv 2403.03206), times
+near 1 are hardly trained.
 """
 
 from collections.abc import Callable, Iterator

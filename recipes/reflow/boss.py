@@ -1,14 +1,14 @@
 """BOSS fine-tuning (Nguyen et al. 2023, arXiv 2312.16414, sec. 4): each of K long steps lands on the teacher's path.
 
 Minimises E || v(x_i, t_i) - (x_j - x_i)/(t_j - t_i) ||^2 / d over the steps i -> j of a teacher's trajectory; one step
-is drawn uniformly for each sample. If the loss is zero, K Euler steps end where the teacher's fine path ends. The times
-are those at which the pairs store states. Pairs with `paths: trajectories` and `optimal_times: K` have the times for
-which Euler steps have the least total error. (`distill schedule` prints them; give it the pairs' steps as --fine.) The
-student can be sampled only along these times.
+is drawn uniformly for each sample. If the loss is zero, K Euler steps end at the same point as the teacher's path. The
+times are those at which the pairs store states. Pairs with `paths: trajectories` and `optimal_times: K` store states at
+the times for which K Euler steps have the smallest total error. (`distill schedule` prints these times; set its --fine
+to the number of solver steps of the pairs.) The student can be sampled only along these times.
 
 Deviations: the whole network is trained, without LoRA. The perceptual distance of the authors' code, which ignores the
-length of the step, is not offered. The network is given t itself; the authors give it 0.999 u + 0.001 with u = 1 - t.
-The tables of the paper are unverified.
+length of the step, is not implemented. The network is given t itself; the authors give it 0.999 u + 0.001 with
+u = 1 - t. The numbers in the paper's tables are unverified.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,17 +1,18 @@
 """Constant Acceleration Flow (Park et al. 2024, arXiv 2411.00322): curved paths, determined by their initial velocity.
 
-Let data = ODE(noise) be the ends of a teacher's path, line = noise - data and u = 1 - t. The path that leaves the noise
-with velocity v and reaches the data with constant acceleration is x_t = noise - u v + u^2 (v - line), where dv/dt =
-2 (v - line). One network learns the initial velocity v = h line, at points of this path. The other network is given the
-first one's v = v(noise, 1), and learns the acceleration 2 (v - line) of the path that starts with it. So the second
-network corrects errors of the first. Sampling calls the first network once and the second N times: N steps are N + 1
-network calls.
+A teacher's path goes from noise to data = ODE(noise). Let line = noise - data and u = 1 - t. The path that leaves the
+noise with velocity v and reaches the data with constant acceleration is x_t = noise - u v + u^2 (v - line), where
+dv/dt = 2 (v - line). One network learns the initial velocity v = h line, at points of this path. The other network gets
+the velocity v(noise, 1) that the first predicts, and learns the acceleration 2 (v - line) of the path that starts with
+this velocity. So the second network corrects errors of the first. Sampling calls the first network once and the second
+N times: N steps are N + 1 network calls.
 
 Deviations: both networks are trained together, the second one with the current weights of the first, not with averages
 that may be exported; the paper trains the first network, then freezes it. t is uniform in [0, 1); the authors draw one
 of 1,001 values. Sampling calls the network at exactly i/N; the authors truncate i/N to thousandths. LPIPS compares the
-data to which a prediction leads. For the velocity, their formula is biased between the ends by u (1 - u) (h - 1) line;
-ours is not. Not implemented: their third stage, a GAN, and the inversion of data. Samples are not clamped to [-1, 1].
+data with the end of the path that a prediction defines. For the velocity, the authors' formula for this end is wrong by
+u (1 - u) (h - 1) line within the path; ours is exact. Not implemented: their third stage, a GAN, and the inversion of
+data. Samples are not clamped to [-1, 1].
 """
 
 from collections.abc import Iterator

@@ -1,19 +1,19 @@
 """Consistency flow matching (Yang et al. 2024, arXiv 2407.02398): constant velocity along each line, by segments.
 
 Time is divided into K equal segments. f(x_t, t) = x_t - (t - e) v(x_t, t) is the predicted point at time e, the end of
-the segment on the side of the data. With x_t and x_r, r = t - delta, on one line between data and noise, the loss is
+the segment on the side of the data. If x_t and x_r, r = t - delta, are on one line between data and noise, the loss is
 
     || f(x_t, t) - f-(x_r, r) ||^2 / d  +  velocity_weight || v(x_t, t) - v-(x_r, r) ||^2 / d,
 
-where f- and v- have no gradients. The second term is used only if t - e > 1.01 delta and t > boundary. The target of f
-is x_e, the line's own point, if r <= boundary. The student learns one jump per segment, so it is made for K steps; more
-steps per segment are possible, but do not follow an ODE.
+where f- and v- have no gradients. The second term is used only if t - e > 1.01 delta and t > boundary. If
+r <= boundary, the target of f is x_e, the point of the line at time e. The student learns one jump per segment, so it
+is made for K steps; up to four steps per segment are possible, but do not follow an ODE.
 
 Deviations: both terms are means over elements; the authors use half of the sums, so velocity_weight is the paper's
-alpha. boundary is in our t, which is 1 - theirs. t is in (0, 1]; the authors' code stops at 0.999. A border between
-segments belongs to the segment below it. f- and v- use the current weights, as in the authors' code, not averages. With
-dropout, x_t and x_r get different masks. The paper mentions distillation without a formula: here, with target: teacher,
-x_r is the teacher's Euler step from x_t.
+alpha. boundary is in our t, which is 1 - theirs. t is in (0, 1]; the authors' code stops at 0.999. A border between two
+segments belongs to the one at smaller times. f- and v- use the current weights, as in the authors' code, not averages.
+With dropout, x_t and x_r get different masks. The paper mentions distillation without a formula: here, with
+`target: teacher`, x_r is the end of the teacher's Euler step from x_t.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

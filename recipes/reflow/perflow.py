@@ -1,17 +1,19 @@
 """PeRFlow (Yan et al. 2024, arXiv 2405.07510): straighten the teacher's paths within each of K windows of time.
 
-The drawn time t is in a window t_e < t <= t_s. z_s is real data noised to t_s, z_e is the end at t_e of the teacher's
-path from z_s, and z_t is on the line between them. Minimises E w || v(z_t, t) - (z_e - z_s)/(t_e - t_s) ||^2 / d. If
-the loss is zero, one Euler step per window is the teacher's map. With one window, this is reflow.
+The random time t is in a window t_e < t <= t_s. z_s is real data noised to t_s, z_e is the point at t_e on the
+teacher's path from z_s, and z_t is on the line between them. Minimises E w || v(z_t, t) - (z_e - z_s)/(t_e - t_s)
+||^2 / d. If the loss is zero, one Euler step per window maps z_s to the same z_e as the teacher's ODE. With one window,
+this is reflow.
 
 Deviations: everything is on the linear path, where the teacher's DDIM steps are Euler steps; the authors' states are
 VP. The student is a velocity field in every parameterisation. The authors predict eps in z_s = gamma z_e + kappa eps,
-with gamma = (1 - t_s)/(1 - t_e), and compute z_e from it. In diff_eps, from the forward process, kappa = sqrt(t_s^2 -
-(gamma t_e)^2). In ddim_eps, where eps is constant within the window, kappa = t_s - gamma t_e. For a fixed z_t, eps is
-affine in v: the optimum is the same as for velocity, and the weight is w = (d eps/d v)^2. For ddim_eps it is (1 - t)^2,
-for diff_eps the same times a constant of the window. Both are 0 at t = 1, where sampling starts, so the default is
-velocity with w = 1. Conditions are dropped only with label_dropout. v is discontinuous at the borders of windows, where
-steps start. A network that is smooth in t blurs this, unless `times_per_window` limits training to separate times.
+with gamma = (1 - t_s)/(1 - t_e), and compute z_e from it. With `parameterisation: diff_eps`,
+kappa = sqrt(t_s^2 - (gamma t_e)^2), from the forward process. With ddim_eps, kappa = t_s - gamma t_e: eps is constant
+within the window. For a fixed z_t, eps is affine in v: the optimum is the same as for velocity, and the weight is
+w = (d eps/d v)^2. For ddim_eps it is (1 - t)^2, for diff_eps the same times a constant of the window. Both are 0 at
+t = 1, where sampling starts, so the default is `velocity`, with w = 1. Conditions are dropped only with
+`label_dropout`. v is discontinuous at the borders of windows, where steps start. A network that is smooth in t blurs
+this, unless `times_per_window` limits training to separate times.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,14 +1,16 @@
-"""ProReflow (Ke et al. 2025, arXiv 2503.04824): PeRFlow with fewer windows from stage to stage and aligned velocities.
+"""ProReflow (Ke et al. 2025, arXiv 2503.04824): PeRFlow with fewer windows in each stage, and a loss on directions.
 
-Minimises E || v - v* ||^2 / d + alpha (1 - cos(v, v*)) with v = v(z_t, t). As in reflow/perflow, the target v* =
-(z_e - z_s)/(t_e - t_s) is the mean velocity of the teacher's path across the window that contains t, from real data
-noised to the start of the window. The second term makes a wrong direction cost more than a wrong length.
+Minimises E || v - v* ||^2 / d + alpha (1 - cos(v, v*)) with v = v(z_t, t). As in reflow/perflow, the target
+v* = (z_e - z_s)/(t_e - t_s) is the mean velocity of the teacher's path across the window that contains t, from real
+data noised to the start of the window. The second term, a loss on the direction of velocities, makes a wrong direction
+cost more than a wrong length.
 
-For the progression, use several train stages, e.g. with `windows: 8`, then 4, then 2. Each has the previous stage as
-its `init:`, and all have the same teacher. It is cheaper to use the previous stage as the teacher, too (`teacher:`),
-with `teacher_steps` equal to its windows. At its optimum, the targets are the same, but in practice errors add up.
+To decrease the number of windows, use several train stages, e.g. with `windows: 8`, then 4, then 2. Each has the
+previous stage as its `init:`, and all have the same teacher. It is cheaper to use the previous stage as the teacher,
+too (`teacher:`), with `teacher_steps` equal to its windows. At its optimum, the targets are the same, but in practice
+errors add up.
 
-Deviations: on the linear path. The form of the sum, alpha and the numbers of windows are unverified.
+Deviations: everything is on the linear path. The form of the loss, alpha and the numbers of windows are unverified.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

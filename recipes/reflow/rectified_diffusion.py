@@ -1,16 +1,16 @@
 """Rectified Diffusion (Wang et al. 2024, arXiv 2410.07303): retrain on the teacher's pairs, with data prediction.
 
-One step needs a path with constant eps, not a straight path: for constant eps, DDIM is exact. Minimises
-E PHe( x_t + (t_e - t) v(x_t, t) - x_e ), the elementwise pseudo-Huber distance between the predicted and the true end
-of a path. With form: full, paths go from the noise to the data of pairs. With form: phased, time is divided into K
-phases; in each, a path goes from real data, noised to the start of the phase, to where the teacher's steps take it.
-These steps are made during training.
+For one step, the path need not be straight, but eps must be constant along it: then DDIM is exact. Minimises E PHe(
+x_t + (t_e - t) v(x_t, t) - x_e ), the elementwise pseudo-Huber distance between the predicted and the true end of a
+path. With `form: full`, paths go from the noise to the data of pairs. With `form: phased`, time is divided into K
+phases; in each, a path goes from real data, noised to the start of the phase, to the end of the teacher's steps, which
+are made during training.
 
-Deviations: on the linear path. In the coordinates x/(alpha + sigma), t = sigma/(alpha + sigma), the DDIM line of every
-schedule is a straight line, and predictions of eps, data or v have the same optimum. So the student is a velocity
-field. The error of the end is t - t_e times that of the velocity; with l2, a velocity error has the weight (t - t_e)^2.
-t is uniform in linear time; the authors' t is uniform in the index of a VP schedule. Conditions are never dropped:
-students are not guided here. Their third stage is consistency/consistency.
+Deviations: everything is on the linear path. In the coordinates x/(alpha + sigma), t = sigma/(alpha + sigma), the DDIM
+line of every schedule is a straight line, and predictions of eps, data or v have the same optimum. So the student is a
+velocity field. The error of the end is t - t_e times that of the velocity, so with `distance: l2`, a velocity error has
+the weight (t - t_e)^2. t is uniform in linear time; the authors' t is uniform in the index of a VP schedule. Conditions
+are never dropped: students are not guided here. For the authors' third stage, use consistency/consistency.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

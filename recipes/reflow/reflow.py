@@ -1,9 +1,9 @@
 """Reflow (Liu et al. 2022, arXiv 2209.03003, Alg. 1): regress the straight line between the ends of teacher paths.
 
 Minimises E || v(x_t, t) - (noise - data) ||^2 / d, where data = ODE(noise), x_t = (1 - t) data + t noise, and d is the
-number of elements. If the loss is zero, the student's paths are straight, and one Euler step is the teacher's map. With
-data_weight, the same loss on real data and independent noise is added, times this weight. It keeps the student close to
-the data over several rounds of reflow.
+number of elements. If the loss is zero, the student's paths are straight, and one Euler step maps noise to the same
+data as the teacher's ODE. With data_weight, the same loss on real data and independent noise is added, times this
+weight. It keeps the student close to the data over several rounds of reflow.
 
 Deviations: t is in [0, 1), because our samplers start at exactly 1; the authors' code stops at 0.999. A later round
 starts from the exported weights, which may be averages; the paper's starts from raw weights. The pseudo-Huber distance

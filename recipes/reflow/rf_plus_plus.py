@@ -1,19 +1,21 @@
 """2-rectified flow++ (Lee et al. 2024, arXiv 2405.20320): one round of reflow, with better losses and training times.
 
 The lines between the ends of teacher paths almost never cross, so x_t determines its pair. Then every loss that is zero
-only at the target has the same minimum, and the squared error need not be used. With x_t = (1 - t) data + t noise and t
-from a U-shaped distribution, the loss of a sample is
+only at the target has the same minimum, and losses other than the squared error can be used. With x_t = (1 - t)
+data + t noise and t from a U-shaped distribution, the loss of a sample is
 
     (1 - t) PH( v(x_t, t), noise - data ) + w LPIPS( x_t - t v(x_t, t), data )
 
 where PH is the pseudo-Huber distance, and w is 1 (configuration E of the paper) or 1/t (configuration F). The student
-starts from the teacher; a network of an EDM or VP schedule is converted exactly to the linear path. Inverted real data
-is mixed in by the spec: `pairs: {backward: 0.8, forward: 0.2}`. The paper's new update rule, which mixes each
-prediction of the data with the initial noise of the path, is `sampler: same_noise`.
+starts from the teacher; a network of an EDM or VP schedule is converted exactly to the linear path. To add pairs of
+real data and the noise to which it is inverted, set `pairs: {backward: 0.8, forward: 0.2}` in the spec. With
+`sampler: same_noise`, sampling uses the paper's new update rule, which mixes each prediction of the data with the
+initial noise of the path.
 
-Deviations: without lpips_trunk, the loss is PH with weight 1, because with 1 - t nothing would be learnt at t = 1. 1/t
-is limited to 1000; the authors' t goes down to 1e-5. LPIPS is from the package lpips; the authors use piq. Times are
-independent; the authors' are mirrored. The fraction of inverted data is not in their code (unverified).
+Deviations: without lpips_trunk, the loss is PH with weight 1, because with weight 1 - t, nothing would be learnt at
+t = 1. 1/t is limited to 1000; the authors' t goes down to 1e-5. LPIPS is from the package lpips; the authors use piq.
+Times are independent; the authors draw them in mirrored pairs. The fraction of inverted data is not in their code
+(unverified).
 """
 
 from collections.abc import Iterator

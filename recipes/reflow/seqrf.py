@@ -2,12 +2,12 @@
 
 Minimises E || v(x_t, t) - (x_s - x_e)/(t_s - t_e) ||^2 / d over segments from t_s to t_e < t_s. x_e = ODE(x_s) is the
 end of a segment, x_t is on the line between x_s and x_e, and t is uniform. Paths are less curved within a segment, so
-the total error is smaller. If the loss is zero, one Euler step per segment is the teacher's map. With
-`times_per_segment: 1`, this is the paper's distillation of each segment to one step.
+the total error is smaller. If the loss is zero, one Euler step per segment maps x_s to the same x_e as the teacher's
+ODE. With `times_per_segment: 1`, this is the paper's distillation of each segment to one step.
 
-Deviations: it is unverified where the authors' segments start. The pairs decide. With `paths: segments`, a segment
-starts from noised real data. With `paths: trajectories`, it is part of the teacher's own path, chosen at random for
-each sample. All segments are equally likely, whatever their length. The number of segments follows from the pairs'
+Deviations: where the authors' segments start is unverified. Here, it depends on the pairs. With `paths: segments`, a
+segment starts from noised real data. With `paths: trajectories`, it is part of the teacher's own path, chosen at random
+for each sample. All segments are equally likely, whatever their length. The number of segments follows from the pairs'
 `times`.
 """
 

@@ -1,19 +1,19 @@
 """Simple ReFlow (Kim et al. 2024, arXiv 2410.07815): reflow with improved loss, times, dropout and pairs.
 
 With x_t = (1 - t) data + t noise and the student as a denoiser D(x_t) = x_t - t v(x_t, t), the error of a sample is
-l = || phi(D(x_t) - data) ||^2 / d. phi = I + high_pass_weight (I - blur) is linear and invertible, and so keeps the
-minimum. The loss is l / sg[l] (sg: no gradient), with the gradient of log l: all times and samples count equally. The
-density of t is proportional to 10^t. The step times are a sigmoid grid, dense at both ends.
+l = || phi(D(x_t) - data) ||^2 / d. phi = I + high_pass_weight (I - blur) is linear and invertible, so the minimum stays
+the same. The loss is l / sg[l] (sg: no gradient), whose gradient is that of log l: all times and samples count equally.
+The density of t is proportional to 10^t. The step times are a sigmoid grid, dense at both ends.
 
 Three further parts are set in the spec. Less dropout than the teacher: `dropout` of the train stage. Forward pairs, of
 real data and the noise to which it is inverted: `pairs: {backward: 0.8, forward: 0.2}`. A start from an EDM or VP
-teacher: possible for every student. Projected pairs, an option here, have the exact distribution of the data:
-project_block replaces generated data by real data, matched by optimal transport, with the class of the real data.
+teacher: works for every student. Projected pairs have the exact distribution of the data: with the option
+`project_block`, generated data is replaced by real data, matched by optimal transport, with the class of the real data.
 
 Deviations: the loss is l / sg[l + 1e-6] with l of each sample. The paper may use an average of l (unverified), which is
 the same if x_t determines its pair. The blur is [1, 2, 1]/4 along both axes with repeated edges, its weight is 10, and
-sharpness is 20 (all unverified). Pairs are projected within a batch, preferably to the same class, not over the
-whole set (unverified). Forward pairs in the batch are projected, too. Steps are Euler's, not DPM-Solver's.
+sharpness is 20 (all unverified). Pairs are projected within a batch, preferably to the same class, not over the whole
+set (unverified). Forward pairs in the batch are projected, too. Steps are Euler's, not DPM-Solver's.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

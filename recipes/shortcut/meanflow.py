@@ -1,8 +1,8 @@
 """MeanFlow (Geng et al. 2025, arXiv 2505.13447): learn the average velocity from the identity that defines it.
 
-The identity is u(x_t, t, s) = v - (t - s) Du, eq. (6), with Du the derivative of u along (v, 1, 0). Its right side is
-the target, without gradients; Du takes one forward-mode call. On a fixed part of the batch s = t, which is flow
-matching. If v is a sample, noise - data, the identity holds only in the mean.
+The identity is u(x_t, t, s) = v - (t - s) Du, eq. (6), where Du is the derivative of u along (v, 1, 0). Its right side
+is the target, without gradients; Du takes one forward-mode call. On a fixed part of the batch s = t, which is flow
+matching. If v is a sample, noise - data, the identity holds only in expectation.
 
 Deviations: with a teacher, v is its velocity at noised real data, as in NVIDIA's FastGen. The paper's guidance for
 training on data alone (omega, kappa) is not implemented: use a guided teacher. The error is a mean over elements, so c

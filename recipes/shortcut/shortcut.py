@@ -1,12 +1,12 @@
-"""Shortcut models (Frans et al. 2024, arXiv 2410.12557, alg. 1): a step of size d is two of its own steps of size d/2.
+"""Shortcut models (Frans et al. 2024, arXiv 2410.12557, alg. 1): one step of size d equals two of its own of size d/2.
 
 On a grid of M = 2^L steps, the finest step, d = 1/M, is learnt by flow matching. For a part of the batch, larger steps,
 d = 2/M ... 1, are learnt from the mean of two half steps of an averaged copy of the student, eq. (5).
 
-With a frozen teacher (our own derivation, checked in closed form), `base` is the target of the finest step. velocity:
-the teacher's velocity at x_t; at the optimum, the student makes M Euler steps of the teacher. step: the teacher's Heun
-step of size 1/M, which is closer to its ODE. two_steps: as velocity, but for d = 2/M the two half steps are Euler steps
-of the teacher, so that one level less is learnt from the student itself.
+With a frozen teacher (our own derivation, checked in closed form), `base` sets the target of the finest step. With
+`base: velocity`, it is the teacher's velocity at x_t: at the optimum, M steps of the student are M Euler steps of the
+teacher. With `base: step`, it is the teacher's Heun step of size 1/M, which is closer to its ODE. `base: two_steps` is
+like velocity, but for d = 2/M, the half steps are the teacher's Euler steps.
 
 Deviations: the network is given d as two times, t and s = t - d. Sizes d are drawn at random, not distributed equally.
 The authors clip states and targets at 4, which suits latents of unit variance; we do not. Their guidance for training
