@@ -557,7 +557,8 @@ def test_another_number_of_processes_than_that_of_launch_is_refused(
 def test_one_rank_claims_the_run_and_speaks_for_all(capfd, tmp_path, monkeypatch, rank):
     run = make_run(tmp_path / "runs", "one", "digits", "launch.procs=2")
     before = folder_bytes(run.events)
-    seen, endings = [], [None, Stopped("stopped by SIGTERM; on we go"), PeerLost("rank 1, step 3: lost")]
+    again = "; run the same command again to resume"
+    seen, endings = [], [None, Stopped(f"stopped by SIGTERM; on we go{again}"), PeerLost("rank 1, step 3: lost")]
 
     def fake(paths, spec, names, stop, world, measure):
         assert not measure
@@ -571,7 +572,7 @@ def test_one_rank_claims_the_run_and_speaks_for_all(capfd, tmp_path, monkeypatch
     monkeypatch.setattr(stages, "run", fake)
     monkeypatch.setattr(World, "join", lambda device, minutes, local_rank, lost: World(rank, 2))
     stage = ["stage", str(run.root), "teach"]
-    hint = "" if rank else f": distill run {run.root} --resume"
+    hint = again if rank else f"; resume with: distill run {run.root} --resume"
     for code, said in ((0, ""), (75, f"stopped by SIGTERM; on we go{hint}\n"), (76, "rank 1, step 3: lost\n")):
         done = command(capfd, *stage)
         assert (done.code, done.err) == (code, said)

@@ -101,7 +101,7 @@ def test_a_signal_to_the_launcher_saves_once_and_other_processes_go_on(folder):
     process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == 75
     said = (folder / "moved.log").read_text()
-    stopped = re.search(r"^stopped by SIGUSR1; saved: \S+/step-0*(\d+); run the same command again", said, re.MULTILINE)
+    stopped = re.search(r"^stopped by SIGUSR1; saved: \S+/step-0*(\d+); resume with: distill run", said, re.MULTILINE)
     assert stopped and said.count("stopped by") == 1
     done = distill("run", "moved", "--resume", "--procs", "1", "launch.zero_stage=null", cwd=folder)
     assert done.returncode == 0, done.stderr

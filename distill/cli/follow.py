@@ -103,6 +103,7 @@ def _print_all(folder: Path, found: "list[distill.launch.standing.Standing]") ->
 
 def _print_one(paths: RunPaths, standing: "distill.launch.standing.Standing") -> None:
     from distill.reports import run_status
+    from distill.runs.jobs import shown
 
     students = run_status.students(paths)
     say(headline(standing.run.name, standing.state, standing.message, standing.run.changed))
@@ -123,7 +124,7 @@ def _print_one(paths: RunPaths, standing: "distill.launch.standing.Standing") ->
         say(f"student {name}: {measured}")
     for job in standing.jobs:
         if job.restarts:
-            counts = ", ".join(f"{count} x {why}" for why, count in job.restarts.items())
+            counts = ", ".join(f"{count} x {shown(why)}" for why, count in job.restarts.items())
             say(f"job {job.job} was queued again: {counts}")
 
 

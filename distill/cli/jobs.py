@@ -145,7 +145,8 @@ def submit(
     one_job: OneJobOption = False,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume the run with this name: submit what is neither done nor queued.")
+        bool,
+        typer.Option("--resume", help="Resume an existing run: submit the stages that are neither done nor queued."),
     ] = False,
     site: SiteOption = None,
     code: CodeOption = "run",
@@ -237,8 +238,8 @@ def submit_again(
         slurm = source.spec.launch.slurm
         if lead > slurm.lead_seconds and not live:
             say(
-                f"two saves of this run take up to {lead - jobs.SPARE:.0f} s; launch.slurm.lead_seconds is raised to "
-                f"{lead}"
+                f"two saves of this run can take {lead - jobs.SPARE:.0f} s, so launch.slurm.lead_seconds is raised "
+                f"from {slurm.lead_seconds} to {lead}"
             )
             longer = source.spec.launch.model_copy(update={"slurm": slurm.model_copy(update={"lead_seconds": lead})})
             source = replace(source, spec=source.spec.model_copy(update={"launch": longer}))
@@ -253,7 +254,8 @@ def submit_again(
         for job in live:
             say(f"job {job.id} is running or queued: {', '.join(job.stages)}")
         if not left:
-            say(f"there is nothing to submit for run '{run.name}'" + ("" if live else ": all stages are done"))
+            reason = "its unfinished stages are already queued or running" if live else "all stages are done"
+            say(f"nothing to submit for run '{run.name}': {reason}")
             return
         _keep_code(run, code)
         found = prefetch.resolve(content, folder, prefetch.read(run))
@@ -267,7 +269,7 @@ def _say_queued(
 ) -> None:
     say(f"run '{run.name}' in {near(run.root)}")
     rows = [[job, *plan.described(launch)] for job, plan in sent.items()]
-    print_table(["job", "name", "computes", "nodes x processes", "after"], rows)
+    print_table(["job", "name", "stages", "nodes x processes", "waits for"], rows)
     say(f"follow it: distill status {run.name}    distill logs {run.name} -f")
 
 
@@ -332,14 +334,14 @@ def _say_memory(ready: "distill.execution.preflight.Ready") -> None:
         for name, each in found.items()
     ]
     if rows:
-        columns = ["memory of a process", *kinds, "together"]
+        columns = ["memory per process", *kinds, "total"]
         print_table(columns, rows, right=columns[1:])
         say("activations are not included; `distill plan SPEC --measure` measures them in two real steps")
 
 
 def cancel(
     run: RunArgument,
-    now: Annotated[bool, typer.Option("--now", help="Stop at once; what was not saved is lost.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Kill immediately; unsaved progress is lost.")] = False,
     store: StoreOption = None,
 ) -> None:
     """Stop a run, on the cluster or on this machine: running processes save first, queued jobs are cancelled."""
@@ -364,7 +366,8 @@ def cancel(
         if name in waiting:
             say(f"job {name}: cancelled")
         else:
-            say(f"job {name}: {'asked to save and exit' if slurm.ask(name) else f'not reached ({state.state})'}")
+            lost = f"could not be signalled (state {state.state}); run the command again, or use --now"
+            say(f"job {name}: {'asked to save and exit' if slurm.ask(name) else lost}")
         told = True
     other = claims.executing(paths)
     if not told and other is not None and not other.is_here:

@@ -200,4 +200,4 @@ def _dry_run(
     if site is not None:
         planned = queue.plans(run, spec, list(spec.stages))
         rows = [plan.described(spec.launch) for plan in planned]
-        print_table(["job", "computes", "nodes x processes", "after"], rows)
+        print_table(["job", "stages", "nodes x processes", "waits for"], rows)

@@ -137,6 +137,7 @@ def _refuse_other_world(spec: "distill.spec.model.RunSpec", names: Sequence[str]
 @contextmanager
 def _in_events(paths: RunPaths, names: list[str], measure: bool) -> Iterator[None]:
     """Context manager that records in the run's events that this process began, and how it ended."""
+    from distill.core.stop import AGAIN
     from distill.launch import ranks, tasks
 
     append_event(paths, "started", pid=os.getpid(), host=platform.node(), stages=names)
@@ -148,7 +149,9 @@ def _in_events(paths: RunPaths, names: list[str], measure: bool) -> Iterator[Non
         outcome, message = "stopped", str(stopped)
         if measure:
             raise Stopped(f"stopped; {ranks.MEASURED}") from None
-        raise Stopped(message if tasks.is_task() else f"{message}: distill run {near(paths.root)} --resume") from None
+        if tasks.is_task():
+            raise
+        raise Stopped(f"{message.removesuffix(AGAIN)}; resume with: distill run {near(paths.root)} --resume") from None
     except KeyboardInterrupt:
         outcome, message = "stopped", "interrupted without saving"
         raise
@@ -168,7 +171,7 @@ def _compute(
         from distill.execution import devices, stages  # imports torch
 
     if "WORLD_SIZE" not in os.environ:
-        stop.raise_if_requested("nothing, no stage had begun")
+        stop.raise_if_requested("nothing (no stage had started yet)")
         stages.run(paths, spec, names, stop, measure=measure)
     else:  # no stop before all ranks have joined, since the others would wait for this one
         from distill.training.world import World
