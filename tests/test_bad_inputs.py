@@ -197,7 +197,7 @@ COMMANDS = {
     ),
     "change instead of a spec": (
         ["run", "seed=1"],
-        "'seed=1' was given instead of a spec; write: distill run SPEC seed=1",
+        "the first argument must be a spec or preset, not an override ('seed=1'); e.g. distill run SPEC seed=1",
     ),
     "a folder": (["run", "."], "there is no spec file and no preset '.'; valid: " + PRESETS),
     "nothing to resume": (
@@ -398,7 +398,10 @@ def test_export_of_what_is_not_there(capfd, tmp_path):
         (["reflw"], "run 'one' has no train stage 'reflw'; did you mean 'reflow'? valid: one_step, reflow, teach"),
         (["teach", "--half-life", "5"], f"--half-life 5 is not one of the stage's; valid: {HALVES}"),
         (["teach", "--half-life", f"{TEACH.ema_half_lives[0]:g}", "--raw"], "--raw and --half-life cannot be combined"),
-        (["reflow"], "the checkpoints of 'reflow' were deleted; the exported student is runs/one/students/reflow"),
+        (
+            ["reflow"],
+            "the checkpoints of stage 'reflow' were deleted; use its exported student: runs/one/students/reflow",
+        ),
         (["teach"], "stage 'teach' of run 'one' has no checkpoint yet; wait for the first one"),
     ]:
         refuse(capfd, tmp_path, ["export", "one", *arguments], said)

@@ -527,13 +527,12 @@ def test_procs_is_short_for_launch_procs(capfd, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("procs", "size", "stage", "said"),
     [
-        (2, None, "teach", "launch.nodes=1 and launch.procs=2: 2 processes train stage 'teach' together, but "
-         "WORLD_SIZE is not set, so this process would train alone; start it with `distill run`, torchrun or "
-         "`accelerate launch --multi_gpu`"),
-        (2, "4", "teach", "WORLD_SIZE=4, but launch.nodes=1 and launch.procs=2, so 2 processes must train stage "
-         "'teach'; start as many, or change launch with `distill run RUN --resume`"),
-        (1, "2", "teach", "WORLD_SIZE=2, but launch.nodes=1 and launch.procs=1, so 1 process must train stage "
-         "'teach'; start as many, or change launch with `distill run RUN --resume`"),
+        (2, None, "teach", "stage 'teach' must be trained by 2 processes (launch.nodes=1, launch.procs=2), but "
+         "WORLD_SIZE is not set; start them with `distill run`, torchrun or `accelerate launch --multi_gpu`"),
+        (2, "4", "teach", "WORLD_SIZE=4, but stage 'teach' must be trained by 2 processes (launch.nodes=1, "
+         "launch.procs=2); start this number, or change launch, e.g. distill run RUN --resume launch.procs=4"),
+        (1, "2", "teach", "WORLD_SIZE=2, but stage 'teach' must be trained by 1 process (launch.nodes=1, "
+         "launch.procs=1); start this number, or change launch, e.g. distill run RUN --resume launch.procs=2"),
         (2, "2", "pairs", "WORLD_SIZE=2, but stage 'pairs' is computed by one process; run `distill stage` for it "
          "without a launcher"),
     ],

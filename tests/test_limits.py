@@ -415,8 +415,8 @@ def test_a_recipe_that_ends_the_program(capfd, tmp_path):
     done = command(capfd, "plan", "s.yaml")
     assert done.code == 2
     assert done.err == (
-        f"error: {tmp_path}/mine.py, line 8, ends the program: sys.exit(0). A recipe must not do this; remove it, or "
-        "raise an error that describes the problem\n"
+        f"error: {tmp_path}/mine.py, line 8, exits the program: sys.exit(0). A recipe must not do this; remove the "
+        "line, or raise an exception that describes the problem\n"
     )
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == before
 

@@ -195,7 +195,7 @@ def test_recipes_that_fail(capfd, cluster, here):
     assert heads["refuses"].startswith("refuses  FAILED: refused: error: no such step  ")
     run = runs["twice"]
     lines = command_line(capfd, "logs", "twice").out.splitlines()
-    assert lines[0].startswith("--- the first failure: rank 1 at 20")
+    assert lines[0].startswith("--- first traceback: rank 1 at 20")
     assert lines[0].endswith(", runs/twice/logs/teach.rank-1.log")
     assert lines[1] == "Traceback (most recent call last):"
     assert lines.index("ZeroDivisionError: the fifth") < lines.index("--- runs/twice/logs/teach.rank-0.log")

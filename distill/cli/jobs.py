@@ -32,15 +32,16 @@ JOB = "The job"
 SiteOption = Annotated[
     Path | None,
     typer.Option(
-        "--site", help="File that describes the cluster; by default $DISTILL_SITE, your config, or the example."
+        "--site",
+        help="YAML file that describes the cluster; by default $DISTILL_SITE, `site` of your config, or the example.",
     ),
 ]
 CodeOption = Annotated[
     str,
     typer.Option(
         "--code",
-        help="Which distill the jobs use. run: a copy made now and stored in the run; current: the installed one at "
-        "the time a job starts.",
+        help="Which copy of the distill package the jobs use. run: a copy made now, in the run; current: the one that "
+        "is installed when a job starts.",
     ),
 ]
 
@@ -54,7 +55,7 @@ GpusOption = Annotated[
     typer.Option(
         "--gpus-per-node",
         min=0,
-        help="GPUs per node, one process each; sets launch.slurm.gpus_per_node, launch.procs.",
+        help="GPUs per node, with one process per GPU; sets launch.slurm.gpus_per_node and launch.procs.",
         rich_help_panel=JOB,
     ),
 ]
@@ -82,7 +83,7 @@ PairsJobsOption = Annotated[
     typer.Option(
         "--pairs-jobs",
         min=1,
-        help="Size of the job array that makes pairs; sets launch.slurm.pairs_jobs.",
+        help="Size of the job array that generates pairs; sets launch.slurm.pairs_jobs.",
         rich_help_panel=JOB,
     ),
 ]
@@ -134,7 +135,7 @@ def submit(
     gpus_per_node: GpusOption = None,
     procs_per_node: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes per node, on CPU nodes; sets launch.procs.", rich_help_panel=JOB),
+        typer.Option(min=1, help="Processes per node, for nodes without GPUs; sets launch.procs.", rich_help_panel=JOB),
     ] = None,
     partition: PartitionOption = None,
     account: AccountOption = None,
@@ -155,7 +156,7 @@ def submit(
     ] = False,
     store: StoreOption = None,
 ) -> None:
-    """Submit a spec to Slurm: check it, create the run, and queue its stages as jobs that wait for those they need."""
+    """Submit a spec to Slurm: check it, create the run, and submit its stages as jobs with dependencies."""
     check_code(code)
     asked = JobOptions(
         nodes=nodes,

@@ -118,9 +118,8 @@ def _refuse_other_world(spec: "distill.spec.model.RunSpec", names: Sequence[str]
             continue
         if size is None:
             raise InputError(
-                f"launch.nodes={launch.nodes} and launch.procs={launch.procs}: {wanted} processes train stage "
-                f"'{name}' together, but WORLD_SIZE is not set, so this process would train alone; start it with "
-                f"{valid}"
+                f"stage '{name}' must be trained by {wanted} processes (launch.nodes={launch.nodes}, "
+                f"launch.procs={launch.procs}), but WORLD_SIZE is not set; start them with {valid}"
             )
         if wanted == 1 and not isinstance(spec.stages[name], TrainStage):
             raise InputError(
@@ -128,9 +127,9 @@ def _refuse_other_world(spec: "distill.spec.model.RunSpec", names: Sequence[str]
                 "without a launcher"
             )
         raise InputError(
-            f"WORLD_SIZE={size}, but launch.nodes={launch.nodes} and launch.procs={launch.procs}, so {wanted} "
-            f"process{'es' if wanted > 1 else ''} must train stage '{name}'; start as many, or change launch with "
-            "`distill run RUN --resume`"
+            f"WORLD_SIZE={size}, but stage '{name}' must be trained by {wanted} process{'es' if wanted > 1 else ''} "
+            f"(launch.nodes={launch.nodes}, launch.procs={launch.procs}); start this number, or change launch, e.g. "
+            f"distill run RUN --resume launch.procs={size}"
         )
 
 
