@@ -326,8 +326,8 @@ def test_resume_of_a_run_with_other_random_numbers(capfd, tmp_path, record, vers
     run.env.write_text(json.dumps({"threads": 1, **record}))
     able = "a newer version of distill" if remedy == "newer" else f"distill {remedy}"
     said = (
-        f"run 'one' began with version {version} of the training random numbers; this distill uses version 2, and "
-        f"would train a different student. Resume it with {able}, or start another run"
+        f"run 'one' was started with version {version} of the random numbers for training, but this distill uses "
+        f"version 2 and would train a different student. Resume it with {able}, or start another run"
     )
     refuse(capfd, tmp_path, ["run", "one", "--resume"], said)
     refuse(capfd, tmp_path, ["run", "digits", "--name", "one", "--resume"], said)
@@ -337,7 +337,9 @@ def test_only_what_trains_needs_the_same_random_numbers(capfd, tmp_path):
     run = make_run(tmp_path / "runs")
     run.env.write_text(json.dumps({"threads": 1}))
     source = specfile.load(run.spec, [])
-    with pytest.raises(InputError, match="run 'one' began with version 1 of the training random numbers; this dis"):
+    with pytest.raises(
+        InputError, match="run 'one' was started with version 1 of the random numbers for training, but"
+    ):
         start.go_on(run, source)
     start.go_on(run, source, trains=False)  # pairs, or the version that a submitted run has kept
     said = command(capfd, "stage", str(run.root), "teach")  # as a job does that has waited while distill was upgraded
@@ -518,9 +520,9 @@ def test_pairs_of_another_teacher(capfd, tmp_path):
     before = snapshot(tmp_path)
     done = command(capfd, "pairs", "{kind: gaussian, mean: [1], std: [1]}", *arguments)
     assert done.code == 2
-    assert done.err.startswith("error: p contains other pairs than this stage requires: ")
+    assert done.err.startswith("error: p contains pairs with other settings: ")
     assert "teacher_digest" in done.err
-    assert done.err.endswith("; delete the folder, or give this run another name\n")
+    assert done.err.endswith("; delete the folder, or use another folder or run name\n")
     assert snapshot(tmp_path) == before
 
 

@@ -270,7 +270,7 @@ def test_a_child_that_had_not_begun_counts_as_stopped(parent, procs):
     one.launch(DEAF)
     one.begun(procs)
     one.process.send_signal(signal.SIGTERM)
-    assert one.end() == (75, f"stopped before it began; {one.resume()}")
+    assert one.end() == (75, f"stopped before it had started; {one.resume()}")
 
 
 @pytest.mark.process
@@ -279,7 +279,7 @@ def test_nobody_is_told_to_go_on_with_a_run_that_is_thrown_away(parent):
     one.launch(DEAF, "teach", "--measure")
     one.begun()
     one.process.send_signal(signal.SIGTERM)
-    assert one.end() == (75, f"stopped before it began; {ranks.MEASURED}\n")
+    assert one.end() == (75, f"stopped before it had started; {ranks.MEASURED}\n")
     one.launch(DEAF, "teach", "--measure")
     os.kill(one.begun()[0]["pid"], signal.SIGKILL)
     killed = f"error: the process of run 'one' was killed by SIGKILL (out of memory?); {ranks.MEASURED}\n"
@@ -302,7 +302,7 @@ def test_what_was_stopped_while_it_was_measured_names_no_way_on(capfd, tmp_path,
 def test_a_signal_while_processes_are_being_started_reaches_all(parent, procs):
     one = parent(procs)
     one.launch(DEAF, asked="SIGINT")
-    assert one.end() == (75, f"stopped before it began; {one.resume()}")
+    assert one.end() == (75, f"stopped before it had started; {one.resume()}")
 
 
 @pytest.mark.process
@@ -335,7 +335,7 @@ def test_no_group_begins_after_a_signal(parent):
     one.launch("listen 0 ", "teach", "pairs")
     one.begun(2)
     one.process.send_signal(signal.SIGTERM)
-    assert one.end() == (75, f"stopped before it began; {one.resume()}")
+    assert one.end() == (75, f"stopped before it had started; {one.resume()}")
     assert not list(one.folder.glob("pairs*"))
 
 
@@ -371,7 +371,7 @@ def test_ranks_that_do_not_follow_one_that_stopped_are_killed(parent):
     environments = one.begun(3)
     assert one.end() == (75, f"stopped; what was saved is intact; {one.resume()}")
     assert gone(environments, 0)
-    assert failures(one.run) == ["rank 0 did not exit on its own"]
+    assert failures(one.run) == ["rank 0 did not report the stop"]
 
 
 @pytest.mark.process
@@ -414,9 +414,9 @@ def test_what_an_earlier_start_said_is_not_said_again(parent):
     one.launch("leave 1 second", r0=LISTEN, failing=0.2)
     assert one.end() == (1, "rank 1: second\n")
     one.launch("leave 3 ", r0=LISTEN, failing=0.2)
-    assert one.end() == (3, "rank 1: ended with code 3 without a message\n")
+    assert one.end() == (3, "rank 1: exited with code 3 without a message\n")
     assert one.run.log(1).read_text() == "first\nsecond\n"
-    assert failures(one.run) == ["rank 1: first", "rank 1: second", "rank 1: ended with code 3"]
+    assert failures(one.run) == ["rank 1: first", "rank 1: second", "rank 1: exited with code 3"]
 
 
 @pytest.mark.process
@@ -453,7 +453,7 @@ def test_where_all_lost_each_other_the_first_counts(parent):
     one.launch("later 76 lost too", r2="leave 76 lost")
     assert gone(one.begun(3)[2:])
     one.go()
-    assert one.end() == (76, f"lost too\nrank 2: lost\nlast messages of the other ranks: {one.run.root / 'logs'}\n")
+    assert one.end() == (76, f"lost too\nrank 2: lost\nthe logs of the other ranks are in {one.run.root / 'logs'}\n")
 
 
 @pytest.mark.process

@@ -406,7 +406,7 @@ import sys
 def test_a_recipe_that_ends_the_program(capfd, tmp_path):
     (tmp_path / "mine.py").write_text(RECIPE.format(what="sys.exit(0)\nConfig = Ours"))
     (tmp_path / "s.yaml").write_text(SPEC.format(recipe="./mine.py"))
-    ends = "recipe './mine.py' ends the program when it is imported: it calls sys.exit(0); remove that"
+    ends = "recipe './mine.py' exits the program when it is imported: it calls sys.exit(0); remove this call"
     before = {path.name for path in tmp_path.iterdir()}
     done = command(capfd, "plan", "s.yaml")
     assert (done.code, done.err) == (2, f"error: spec 'a': stages.r.recipe: {ends}\n")

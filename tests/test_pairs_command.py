@@ -78,7 +78,7 @@ def test_ranks_that_share_the_checksums_refuse_a_shard_that_one_of_them_finds_da
 def test_the_accuracy_of_a_solver_is_told(capfd, here):
     done = command(capfd, "pairs", GAUSSIAN, "--check", "--solver", "euler", "--steps", "4", "--count", "500")
     assert (done.code, snapshot(here)) == (0, snapshot(here))
-    assert "at 4 steps, the ends of 500 pairs differ by " in done.out and " steps are enough" in done.out
+    assert "with 4 steps, the endpoints of 500 pairs differ by " in done.out and " steps are enough" in done.out
     assert not (here / "runs").exists()
     told = command(capfd, "pairs", "spec.yaml", "--check", "--stage", "real")
     assert told.code == 0 and "at 8 steps, the ends of 64 pairs" in told.out

@@ -216,7 +216,7 @@ def test_the_bare_wheel_is_the_control_plane(wheel, tmp_path):
     )
     shutil.rmtree(empty / "runs" / "registry")
     said = bare("run", "digits", code=2).stderr
-    assert "needs the package torch; pip install 'distill[train]'" in said
+    assert "needs the package torch; distill's own recipes need: pip install 'distill[train]'" in said
     said = bare("doctor", code=1).stdout
     assert "pip install 'distill[train]'" in said
     assert sorted(path.name for path in (empty / "runs").iterdir()) == ["one"], "nothing was begun"

@@ -108,7 +108,7 @@ def test_a_full_disk_publishes_nothing(tmp_path, store, monkeypatch):
     student = make(tmp_path / "s", size=100_000)
     monkeypatch.setattr("distill.core.space.free", lambda folder: 1000)
     with pytest.raises(
-        RunError, match=r"not enough disk space for the files of .*: 11\d\.\d kB needed, but 1.0 kB are free"
+        RunError, match=r"not enough disk space for the files of .*: 11\d\.\d kB needed, but only 1.0 kB free"
     ):
         put(student, store, "digits")
     assert list((store / "registry" / "digits").iterdir()) == []

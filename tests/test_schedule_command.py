@@ -92,14 +92,17 @@ def test_any_solver_has_its_own(capfd, here):
         ),
         (
             ["sample", "own", "--out", "a.png", "--times", "1,0"],
-            "--times: this student has its own step times; leave other times out",
+            "--times: this student supports only its own step times; remove this option",
         ),
-        (["sample", "own", "--out", "a.png", "--steps", "2"], "steps: this student is made for 3 steps, not 2"),
+        (["sample", "own", "--out", "a.png", "--steps", "2"], "steps: this student supports only 3 steps, not 2"),
         (
             ["sample", "map", "--out", "a.png", "--schedule", "optimal"],
             "--schedule: this student is not a velocity field",
         ),
-        (["eval", "own", "--out", "e", "--teacher", TEACHER, "--data", "none", "--steps", "2"], "is made for 3 steps"),
+        (
+            ["eval", "own", "--out", "e", "--teacher", TEACHER, "--data", "none", "--steps", "2"],
+            "supports only 3 steps",
+        ),
     ],
 )
 def test_what_cannot_be_is_said(capfd, here, arguments, message):

@@ -346,7 +346,8 @@ def _export(
     tensors, images = checkpoint.weights(work.run.stage(work.name).checkpoints, "student", half_life, step)
     if images < least:
         raise RunError(
-            f"the last checkpoint of stage '{work.name}' cannot be read; distill run {work.run.root} --resume"
+            f"the last checkpoint of stage '{work.name}' cannot be read; resume with: "
+            f"distill run {work.run.root} --resume"
         )
     student.load_state_dict(tensors)
     export(merged(role, student), folder, training.card.model_copy(update={"weights": weights, "images": images}))
