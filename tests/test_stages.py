@@ -416,7 +416,7 @@ def test_a_student_is_made_for_times_of_its_own(tmp_path):
         preflight.check(resolve(wrong, tmp_path / "r"))
     along = spec(pairs=PAIRS, own=student, evaluate={**evaluate, "students": {"own": [2]}, "times": {"own": [[1, 0]]}})
     with pytest.raises(
-        InputError, match=r"^stages.own: stages.evaluate.times.own: this student has its own step times"
+        InputError, match=r"^stages.own: stages.evaluate.times.own: this student supports only its own step times"
     ):
         preflight.check(resolve(along, tmp_path / "r"))
     (tmp_path / "later").mkdir()
@@ -573,7 +573,7 @@ def test_a_resume_refuses_another_teacher_and_its_pairs(tmp_path, conditional):
     shutil.rmtree(run.stage("pairs").root)
     changed = given.model_copy(update={"stages": {**given.stages, "pairs": given.stages["pairs"].model_copy(
         update={"steps": 3})}})  # fmt: skip
-    with pytest.raises(InputError, match=r"other settings: inputs\.pairs was [^;]*; restore the old ones"):
+    with pytest.raises(InputError, match=r"other settings: inputs\.pairs: [^;]* -> [^;]*; restore the old ones"):
         go(tmp_path, changed)
 
 
