@@ -102,7 +102,7 @@ REFUSED = {
     "code": (["--code=mine"], "--code mine: valid: current, run"),
     "an option of sbatch": (
         ["launch.slurm.options=[--no-such-option]"],
-        "Slurm refuses solve.sbatch: sbatch: unrecognized option '--no-such-option'",
+        "Slurm rejected solve.sbatch: sbatch: unrecognized option '--no-such-option'",
     ),
 }  # fmt: skip
 
@@ -284,7 +284,7 @@ def test_all_jobs_are_queued_or_none(capfd, cluster, here, monkeypatch):
     )
     monkeypatch.setenv("PATH", f"{fake}:{os.environ['PATH']}")
     done = submit(capfd, "mix.yaml", HELD, code=2)
-    assert done.err == "error: Slurm refuses reflow.sbatch: sbatch: error: full\n"
+    assert done.err == "error: Slurm rejected reflow.sbatch: sbatch: error: full\n"
     assert queue(cluster) == []
     assert list((here / "runs").iterdir()) == []
 

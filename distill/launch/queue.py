@@ -100,7 +100,9 @@ def submit(
         raise
     except slurm.NoAnswer as error:
         queued = ", ".join(sent.values()) or "no job"
-        raise RunError(f"{error}; queued so far: {queued}; resume with: distill submit {run.root} --resume") from error
+        raise RunError(
+            f"{error}; submitted so far: {queued}; submit the rest with: distill submit {run.root} --resume"
+        ) from error
     current = {"code": str(where.code)} if where.code != run.code else {}
     append_event(run, "submitted", jobs=sent, **current)
     return {sent[plan.name]: plan for plan in planned}
