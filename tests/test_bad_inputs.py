@@ -197,7 +197,7 @@ COMMANDS = {
     ),
     "change instead of a spec": (
         ["run", "seed=1"],
-        "'seed=1' was given instead of a spec; write: distill run SPEC seed=1",
+        "the first argument must be a spec or preset, not an override ('seed=1'); e.g. distill run SPEC seed=1",
     ),
     "a folder": (["run", "."], "there is no spec file and no preset '.'; valid: " + PRESETS),
     "nothing to resume": (
@@ -326,8 +326,8 @@ def test_resume_of_a_run_with_other_random_numbers(capfd, tmp_path, record, vers
     run.env.write_text(json.dumps({"threads": 1, **record}))
     able = "a newer version of distill" if remedy == "newer" else f"distill {remedy}"
     said = (
-        f"run 'one' began with version {version} of the training random numbers; this distill uses version 2, and "
-        f"would train a different student. Resume it with {able}, or start another run"
+        f"run 'one' was started with version {version} of the random numbers for training, but this distill uses "
+        f"version 2 and would train a different student. Resume it with {able}, or start another run"
     )
     refuse(capfd, tmp_path, ["run", "one", "--resume"], said)
     refuse(capfd, tmp_path, ["run", "digits", "--name", "one", "--resume"], said)
@@ -337,7 +337,9 @@ def test_only_what_trains_needs_the_same_random_numbers(capfd, tmp_path):
     run = make_run(tmp_path / "runs")
     run.env.write_text(json.dumps({"threads": 1}))
     source = specfile.load(run.spec, [])
-    with pytest.raises(InputError, match="run 'one' began with version 1 of the training random numbers; this dis"):
+    with pytest.raises(
+        InputError, match="run 'one' was started with version 1 of the random numbers for training, but"
+    ):
         start.go_on(run, source)
     start.go_on(run, source, trains=False)  # pairs, or the version that a submitted run has kept
     said = command(capfd, "stage", str(run.root), "teach")  # as a job does that has waited while distill was upgraded
@@ -398,7 +400,10 @@ def test_export_of_what_is_not_there(capfd, tmp_path):
         (["reflw"], "run 'one' has no train stage 'reflw'; did you mean 'reflow'? valid: one_step, reflow, teach"),
         (["teach", "--half-life", "5"], f"--half-life 5 is not one of the stage's; valid: {HALVES}"),
         (["teach", "--half-life", f"{TEACH.ema_half_lives[0]:g}", "--raw"], "--raw and --half-life cannot be combined"),
-        (["reflow"], "the checkpoints of 'reflow' were deleted; the exported student is runs/one/students/reflow"),
+        (
+            ["reflow"],
+            "the checkpoints of stage 'reflow' were deleted; use its exported student: runs/one/students/reflow",
+        ),
         (["teach"], "stage 'teach' of run 'one' has no checkpoint yet; wait for the first one"),
     ]:
         refuse(capfd, tmp_path, ["export", "one", *arguments], said)
@@ -515,9 +520,9 @@ def test_pairs_of_another_teacher(capfd, tmp_path):
     before = snapshot(tmp_path)
     done = command(capfd, "pairs", "{kind: gaussian, mean: [1], std: [1]}", *arguments)
     assert done.code == 2
-    assert done.err.startswith("error: p contains other pairs than this stage requires: ")
+    assert done.err.startswith("error: p contains pairs with other settings: ")
     assert "teacher_digest" in done.err
-    assert done.err.endswith("; delete the folder, or give this run another name\n")
+    assert done.err.endswith("; delete the folder, or use another folder or run name\n")
     assert snapshot(tmp_path) == before
 
 

@@ -24,13 +24,13 @@ def test_every_recipe_of_ours_has_a_measured_cost(capfd):
     assert list(costs) == registry.names() and costs["pretrain/flow_matching"] == 1
     assert all(cost >= 0.5 for cost in costs.values())
     shown = command(capfd, "recipes", "score/dmd2").out
-    assert f"one update of the student costs: {costs['score/dmd2']:g} x flow matching (two CPU cores)" in shown
+    assert f"cost of one student update: {costs['score/dmd2']:g} x flow matching (two CPU cores)" in shown
 
 
 def test_a_recipe_of_ones_own_has_none(capfd, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text((registry.package_folder() / "reflow" / "reflow.py").read_text())
     monkeypatch.chdir(tmp_path)
-    assert "one update of the student costs: not measured" in command(capfd, "recipes", "./mine.py").out
+    assert "cost of one student update: not measured" in command(capfd, "recipes", "./mine.py").out
 
 
 def test_valid_values_are_said_in_words():

@@ -89,7 +89,7 @@ def test_leftovers_that_cannot_be_cleared_are_one_message(tmp_path):
     good = save(make(tmp_path), 3, 48, groups(3))
     odd = tmp_path / "step-00000004.tmp-123"
     odd.write_text("a file, where a kill leaves a folder")
-    with pytest.raises(RunError, match=f"cannot clear {odd}: Not a directory; last good: {good}"):
+    with pytest.raises(RunError, match=f"cannot delete {odd}: Not a directory; last good checkpoint: {good}"):
         make(tmp_path).resume()
 
 
@@ -185,9 +185,9 @@ def test_differences_name_the_field():
     old = {"seed": 1, "stage": {"images": 5, "clip": None, "gone": "x"}}
     new = {"seed": 1, "stage": {"images": 6, "clip": 1.0}}
     assert differences(old, new) == [
-        "stage.images was 5, now is 6",
-        "stage.clip was null, now is 1.0",
-        'stage.gone was "x", now is null',
+        "stage.images: 5 -> 6",
+        "stage.clip: null -> 1.0",
+        'stage.gone: "x" -> null',
     ]
 
 
@@ -314,8 +314,8 @@ def test_memory_for_the_copy_of_a_checkpoint_is_looked_for_before_training(tmp_p
     monkeypatch.setattr("distill.core.space.memory", lambda: 1000)
     train(tmp_path / "short")
     assert re.search(
-        r"warning: a copy of each checkpoint, about \d+\.\d [kM]B, is kept in the memory of rank 0's host from "
-        r"the first save on, and only 1.0 kB are free there",
+        r"warning: saving keeps a copy of the checkpoint, about \d+\.\d [kM]B, in the memory of rank 0's host, but "
+        r"only 1.0 kB is free there",
         capsys.readouterr().err,
     )
 
@@ -337,7 +337,7 @@ def test_room_is_looked_for_before_training_and_before_each_save(tmp_path, monke
     left = 1000
     monkeypatch.setattr("distill.core.space.free", lambda folder: left)
     with pytest.raises(
-        RunError, match=r"not enough disk space for 3 checkpoints: \d+\.\d [kM]B needed, but 1.0 kB are free for"
+        RunError, match=r"not enough disk space for 3 checkpoints: \d+\.\d [kM]B needed, but only 1.0 kB free in"
     ):
         train(tmp_path, checkpoint={"images": 16, "minutes": None, "keep": 2})
     assert not (tmp_path / "stages/train/checkpoints").exists()
@@ -347,7 +347,7 @@ def test_room_is_looked_for_before_training_and_before_each_save(tmp_path, monke
         save(saver, 2, 2, groups(2, size=1000))
     step = tmp_path / "step-00000002"
     assert re.fullmatch(
-        rf"cannot save checkpoint {step}: \S+ kB needed, but 1.0 kB are free for {tmp_path}; "
+        rf"cannot save checkpoint {step}: \S+ kB needed, but only 1.0 kB free in {tmp_path}; "
         rf"last good checkpoint: {good}", str(caught.value)
     )  # fmt: skip
     assert latest(tmp_path, refuse_warning).meta.step == 1

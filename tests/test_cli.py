@@ -136,7 +136,7 @@ def test_init_writes_a_spec_that_is_the_preset(capfd, tmp_path):
     for name in presets.names():
         done = command(capfd, "init", name)
         assert done.code == 0
-        assert done.out == f"wrote {name}.yaml; change what you like, then: distill plan {name}.yaml\n"
+        assert done.out == f"wrote {name}.yaml; edit it, then check it with: distill plan {name}.yaml\n"
         written = specfile.load(tmp_path / f"{name}.yaml")
         assert written.spec.digest() == specfile.load(presets.find(name)).spec.digest()
         assert (tmp_path / f"{name}.yaml").read_text().startswith(f"# distill run {name}.yaml\n# ")
@@ -276,10 +276,10 @@ def test_pairs_that_a_stage_still_needs_are_to_do_again_once_deleted(capfd, tmp_
         run.stage(stage).pairs.mkdir(parents=True)
         write_json(run.stage(stage).done, {})
     said = command(capfd, "clean", "one", "--pairs").out
-    assert "stage 'pairs' would have to be computed again, because an unfinished stage needs its pairs\n" in said
+    assert "stage 'pairs' would have to run again, because an unfinished stage needs its pairs\n" in said
     assert run.stage("pairs").done.exists()
     assert command(capfd, "clean", "one", "--pairs", "--yes").out.endswith(
-        "stage 'pairs' has to be computed again, because an unfinished stage needs its pairs\ndeleted 2 folders, 0 B\n"
+        "stage 'pairs' has to run again, because an unfinished stage needs its pairs\ndeleted 2 folders, 0 B\n"
     )
     assert not run.stage("pairs").done.exists()
     for stage in ("pairs", "reflow", "one_step"):
@@ -358,7 +358,7 @@ def test_doctor_finds_a_torchvision_of_another_torch(tmp_path):
 def test_where_a_run_without_logs_prints(capfd, tmp_path):
     make_run(tmp_path / "runs", "one")
     done = command(capfd, "logs", "one")
-    said = "a run on this machine prints to its terminal, and only the other ranks write logs"
+    said = "on one machine, rank 0 prints to the terminal, and only the other ranks write logs"
     assert (done.code, done.err) == (2, f"error: run 'one' has no logs: {said}\n")
 
 
@@ -405,7 +405,7 @@ def test_a_damaged_quickstart_is_named_and_passed_over(tmp_path, capfd):
 def test_a_url_as_store_is_named_as_it_was_given(capfd):
     done = command(capfd, "list", "--store", "https://a.b/c")
     assert done.code == 2
-    assert done.err.startswith("error: the store https://a.b/c (from --store) is a URL, from which students are pulled")
+    assert done.err.startswith("error: the store https://a.b/c (from --store) is a URL, which works only for `distill")
 
 
 def test_a_teacher_in_yaml_is_found_where_that_of_a_spec_is(tmp_path, monkeypatch):

@@ -448,7 +448,7 @@ def test_a_budget_that_is_too_short_says_what_would_do():
 
 RECIPES = ", ".join(sorted(name.rpartition("/")[2] for name in registry.names()))
 REFUSED = {
-    "no budget": (["digits"], "--budget is missing: minutes of training for each recipe, like --budget 2"),
+    "no budget": (["digits"], "--budget is missing; give the minutes of training for each recipe, e.g. --budget 2"),
     "no time": (
         ["digits", "--budget", "0"],
         "--budget 0: give minutes of training for each recipe, above 0 and at most 1,000,000, like 2",
@@ -492,7 +492,7 @@ REFUSED = {
     ),
     "neither new nor old": (
         ["digits", "--resume", "--dry-run"],
-        "--dry-run says what a new run would do, so --resume has no effect; leave it out",
+        "--dry-run describes a new run and cannot be combined with --resume; remove --resume",
     ),
     "taken": (
         ["digits", "--budget", "1", "--name", "one"],
@@ -512,11 +512,12 @@ REFUSED = {
     ),
     "another budget": (
         ["digits", "--resume", "--budget", "2", "--name", "two"],
-        "--budget 2: run 'two' gives each recipe 1.5 minutes; leave it out, or start another with --name OTHER",
+        "--budget 2: run 'two' was started with 1.5 minutes for each recipe; leave the option out, or start another "
+        "run with --name OTHER",
     ),
     "other recipes": (
         ["digits", "--resume", "--recipes", "one_step", "--name", "two"],
-        "run 'two' compares reflow, not one_step; name the same recipes, or start another with --name OTHER",
+        "run 'two' compares reflow, not one_step; name the same recipes, or start another run with --name OTHER",
     ),
     "another spec": (
         ["digits", "--resume", "--recipes", "reflow", "--name", "two", "seed=5"],
@@ -525,8 +526,8 @@ REFUSED = {
     ),
     "another chain": (
         ["./two.yaml", "--resume", "--recipes", "reflow", "--name", "two"],
-        "run 'two' cannot be resumed with a changed spec: 'reflow' is trained by reflow in the run, by before, reflow "
-        "in the spec; undo the change, or start another with --name OTHER",
+        "run 'two' cannot be resumed with a changed spec: the stages of 'reflow' are reflow in the run, but before, "
+        "reflow in the spec; undo the change, or start another run with --name OTHER",
     ),
 }  # fmt: skip
 

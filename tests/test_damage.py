@@ -98,12 +98,12 @@ SEEN = {
     "a negative count": (event(json.dumps(PROGRESS | {"total": -1})), "progress.total: -1 given"),
     "a count without end": (event(json.dumps(PROGRESS | {"done": 10**400})), "progress.done: 1000"),
     "a pipe as events": (lambda run: fifo(run.root / CREATED), "created.jsonl cannot be read: it is a FIFO, not"),
-    "a folder as events": (no_folder, "created.jsonl cannot be read: it is a folder, not a file; remove it"),
+    "a folder as events": (no_folder, "created.jsonl cannot be read: it is a folder, not a file; delete it"),
     "a device as events": (
         lambda run: ((run.root / CREATED).unlink(), (run.root / CREATED).symlink_to("/dev/zero")),
         "created.jsonl cannot be read: it is a device, not a file",
     ),
-    "a pipe as spec": (lambda run: fifo(run.spec), "spec.yaml cannot be read: it is not a file"),
+    "a pipe as spec": (lambda run: fifo(run.spec), "spec.yaml cannot be read: it is not a regular file"),
     "a spec that is itself": (looped, "spec.yaml cannot be read: Too many levels of symbolic links"),
 }  # fmt: skip
 

@@ -244,10 +244,11 @@ def test_a_non_finite_loss_stops_before_the_optimizer_moves(tmp_path, kind):
             return loss
 
     recipe, source = Faulty(), Ring(fault=3 if kind == "data" else None)
-    values = {"data": "loss nan, gradient norm nan", "gradient": r"loss \d\.\d+, gradient norm nan"}[kind]
+    loss = {"data": "nan", "gradient": r"\d\.\d+"}[kind]
     last = tmp_path / "stages/train/checkpoints/step-00000003"
     message = (
-        rf"step 3, turn 0, network 'student': {values}; its weights were not changed; last good checkpoint: {last}"
+        rf"step 3, turn 0, network 'student': non-finite loss \({loss}\) or gradient norm \(nan\); the weights were "
+        rf"not changed\. Last good checkpoint: {last};"
     )
     with pytest.raises(RunError, match=message):
         train(tmp_path, recipe, source, micro_batch=8)
@@ -258,7 +259,7 @@ def test_a_non_finite_loss_stops_before_the_optimizer_moves(tmp_path, kind):
 
 
 def test_a_non_finite_first_step_says_there_is_no_checkpoint(tmp_path):
-    with pytest.raises(RunError, match="step 0, .* last good checkpoint: none yet"):
+    with pytest.raises(RunError, match="step 0, .* Last good checkpoint: none yet;"):
         train(tmp_path, source=Ring(fault=0))
 
 
@@ -399,7 +400,7 @@ def test_what_a_recipe_may_not_do(tmp_path):
         def turns(self, step, images):
             yield from ()
 
-    with pytest.raises(InputError, match=r"gave no turn at step 0; turns\(\) must yield at least one"):
+    with pytest.raises(InputError, match=r"turns\(\) yielded nothing at step 0; it must yield at least one turn"):
         train(tmp_path, Idle())
     assert checkpoint.complete(tmp_path / "stages/train/checkpoints") == []
 
@@ -500,13 +501,9 @@ def test_progress_says_losses_and_rate(tmp_path, capsys):
 
 def test_settings_of_a_resume_may_not_change(tmp_path):
     train(tmp_path, images=64)
-    with pytest.raises(
-        InputError, match=r"trained with other settings: stage\.images was 64, now is 128; restore the old"
-    ):
+    with pytest.raises(InputError, match=r"trained with other settings: stage\.images: 64 -> 128; restore the old"):
         train(tmp_path, images=128)
-    with pytest.raises(
-        InputError, match=r"settings: seed was 0, now is 3; stage\.optimizer\.lr was 0\.01, now is 0\.1"
-    ):
+    with pytest.raises(InputError, match=r"settings: seed: 0 -> 3; stage\.optimizer\.lr: 0\.01 -> 0\.1"):
         train(tmp_path, images=64, seed=3, optimizer={**stage().optimizer.model_dump(), "lr": 0.1})
 
 
@@ -516,12 +513,14 @@ def test_a_training_with_the_random_numbers_of_an_older_version_is_not_resumed(t
     meta = checkpoint.Meta.model_validate_json(newest.read_bytes())
     assert meta.settings.pop("draws") == 2
     newest.write_text(meta.sealed().model_dump_json())
-    with pytest.raises(InputError, match=r"checkpoint .*step-00000004 began with version 1 .*with distill 0\.1\.0, or"):
+    with pytest.raises(
+        InputError, match=r"checkpoint .*step-00000004 was started with version 1 .*with distill 0\.1\.0, or"
+    ):
         train(tmp_path, images=64)
     for odd in ([], "x", -5):
         meta.settings["draws"] = odd
         newest.write_text(meta.sealed().model_dump_json())
-        said = f"says that its version of the training random numbers is {re.escape(repr(odd))}; valid: a whole number"
+        said = f"is damaged: its version of the random numbers for training is {re.escape(repr(odd))}, but must be a w"
         with pytest.raises(InputError, match=said):
             train(tmp_path, images=64)
 
@@ -589,7 +588,7 @@ def test_another_micro_batch_is_said_to_end_bit_identity(tmp_path, capsys):
     with pytest.raises(RunError):
         train(tmp_path, source=Ring(fault=4))
     train(tmp_path, micro_batch=8)
-    text = "resuming step-00000004 with micro_batch was 16, now is 8: the result will not be bit-identical"
+    text = "resuming step-00000004 with changed settings (micro_batch: 16 -> 8): the result will not be bit-identical"
     assert text in capsys.readouterr().err
     assert any(e["event"] == "warning" and text in e["text"] for e in read_events(RunPaths(tmp_path)))
 

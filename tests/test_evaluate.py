@@ -179,7 +179,7 @@ def test_a_student_is_measured_along_its_own_times(vector_run):
         expected = (x - (mean + STD * noise)).square().mean().sqrt().item()
         assert found.rms == pytest.approx(expected, abs=1e-3), "the fine solver's error aside"
         assert abs(found.rms - uniform.rms) > 5e-3
-    with pytest.raises(InputError, match="^students.exact: this student is made for 2 steps, not 3"):
+    with pytest.raises(InputError, match="^students.exact: this student supports only 2 steps, not 3"):
         go(vector_run, vector_spec(students={"exact": [2, 3]}))
 
 
@@ -209,7 +209,9 @@ def test_rows_along_other_times(vector_run):
         go(vector_run, vector_spec(times={"teacher": [[1.0, 0.5, 0.5, 0.0]]}))
     own = card((2,), None).model_copy(update={"t_grids": {1: [1.0, 0.0], 2: [1.0, 0.9, 0.0]}})
     export(one_step_student(), vector_run.student("exact"), own)
-    with pytest.raises(InputError, match="times.exact: this student has its own step times; leave other times out"):
+    with pytest.raises(
+        InputError, match="times.exact: this student supports only its own step times; remove this option"
+    ):
         go(vector_run, spec)
     found = go(vector_run, vector_spec(students={"exact": [1]}, teacher_steps=[]))
     assert found.row("exact", 1).straightness is None, "it was never shown the times between its own"
@@ -505,7 +507,7 @@ def test_what_does_not_fit_is_refused(image_run, vector_run):
     few = ArrayData("few", torch.zeros(3, 1, 8, 8), None, None)
     with (
         Progress("x", 1, "samples", None) as progress,
-        pytest.raises(InputError, match="data 'few' has 3 images; an evaluation .* so give at least 4"),
+        pytest.raises(InputError, match="data 'few' has 3 images, but an evaluation needs at least 4, since"),
     ):
         measuring.measure(
             run.root,

@@ -134,7 +134,7 @@ def test_what_is_no_folder_of_events_is_named(run):
     run.root.mkdir()
     run.events.write_text("")
     run.spec.write_text("")
-    with pytest.raises(InputError, match="^.*/one/events cannot be read: Not a directory; remove it$"):
+    with pytest.raises(InputError, match="^.*/one/events cannot be read: it is not a folder; delete it$"):
         run_status.read(run)
     with pytest.raises(RunError, match="^cannot write .*/one/events/[0-9a-f]{24}[.]jsonl: "):
         append_event(run, "stopped")

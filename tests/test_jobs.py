@@ -153,7 +153,7 @@ def test_a_later_attempt_of_a_job_takes_over_from_another_host(tmp_path):
     first = Owner("elsewhere", "b", 7, "1", "12", 0)
     place = held_by(run, "teach", first)
     me = Owner.this("12", 0)
-    said = "run 'one' is being executed by job 12; wait for it, or: distill cancel one"
+    said = "run 'one' is being executed by job 12; wait for it, or stop it: distill cancel one"
     for other in (me, Owner.this("13", 5), Owner.this()):
         with pytest.raises(InputError) as caught:
             claims.claim(run, "teach", other).__enter__()
@@ -314,7 +314,7 @@ def test_an_owner_leads_nowhere(tmp_path, monkeypatch):
     (dead,) = [path for path in run.root.glob(".dead-*") if re.fullmatch("[.]dead-[0-9a-f]{24}", path.name)]
     dead.rename(run.running)
     (dead / "full").mkdir(parents=True)
-    with pytest.raises(InputError, match=f"cannot be renamed to {dead.name}; remove both folders"):
+    with pytest.raises(InputError, match=f"cannot be renamed to {dead.name}; delete both folders"):
         claims.claim(run).__enter__()
 
 

@@ -270,7 +270,7 @@ def test_a_child_that_had_not_begun_counts_as_stopped(parent, procs):
     one.launch(DEAF)
     one.begun(procs)
     one.process.send_signal(signal.SIGTERM)
-    assert one.end() == (75, f"stopped before it began; {one.resume()}")
+    assert one.end() == (75, f"stopped before it had started; {one.resume()}")
 
 
 @pytest.mark.process
@@ -279,7 +279,7 @@ def test_nobody_is_told_to_go_on_with_a_run_that_is_thrown_away(parent):
     one.launch(DEAF, "teach", "--measure")
     one.begun()
     one.process.send_signal(signal.SIGTERM)
-    assert one.end() == (75, f"stopped before it began; {ranks.MEASURED}\n")
+    assert one.end() == (75, f"stopped before it had started; {ranks.MEASURED}\n")
     one.launch(DEAF, "teach", "--measure")
     os.kill(one.begun()[0]["pid"], signal.SIGKILL)
     killed = f"error: the process of run 'one' was killed by SIGKILL (out of memory?); {ranks.MEASURED}\n"
@@ -302,7 +302,7 @@ def test_what_was_stopped_while_it_was_measured_names_no_way_on(capfd, tmp_path,
 def test_a_signal_while_processes_are_being_started_reaches_all(parent, procs):
     one = parent(procs)
     one.launch(DEAF, asked="SIGINT")
-    assert one.end() == (75, f"stopped before it began; {one.resume()}")
+    assert one.end() == (75, f"stopped before it had started; {one.resume()}")
 
 
 @pytest.mark.process
@@ -335,7 +335,7 @@ def test_no_group_begins_after_a_signal(parent):
     one.launch("listen 0 ", "teach", "pairs")
     one.begun(2)
     one.process.send_signal(signal.SIGTERM)
-    assert one.end() == (75, f"stopped before it began; {one.resume()}")
+    assert one.end() == (75, f"stopped before it had started; {one.resume()}")
     assert not list(one.folder.glob("pairs*"))
 
 
@@ -371,7 +371,7 @@ def test_ranks_that_do_not_follow_one_that_stopped_are_killed(parent):
     environments = one.begun(3)
     assert one.end() == (75, f"stopped; what was saved is intact; {one.resume()}")
     assert gone(environments, 0)
-    assert failures(one.run) == ["rank 0 did not exit on its own"]
+    assert failures(one.run) == ["rank 0 did not report the stop"]
 
 
 @pytest.mark.process
@@ -414,9 +414,9 @@ def test_what_an_earlier_start_said_is_not_said_again(parent):
     one.launch("leave 1 second", r0=LISTEN, failing=0.2)
     assert one.end() == (1, "rank 1: second\n")
     one.launch("leave 3 ", r0=LISTEN, failing=0.2)
-    assert one.end() == (3, "rank 1: ended with code 3 without a message\n")
+    assert one.end() == (3, "rank 1: exited with code 3 without a message\n")
     assert one.run.log(1).read_text() == "first\nsecond\n"
-    assert failures(one.run) == ["rank 1: first", "rank 1: second", "rank 1: ended with code 3"]
+    assert failures(one.run) == ["rank 1: first", "rank 1: second", "rank 1: exited with code 3"]
 
 
 @pytest.mark.process
@@ -453,7 +453,7 @@ def test_where_all_lost_each_other_the_first_counts(parent):
     one.launch("later 76 lost too", r2="leave 76 lost")
     assert gone(one.begun(3)[2:])
     one.go()
-    assert one.end() == (76, f"lost too\nrank 2: lost\nlast messages of the other ranks: {one.run.root / 'logs'}\n")
+    assert one.end() == (76, f"lost too\nrank 2: lost\nthe logs of the other ranks are in {one.run.root / 'logs'}\n")
 
 
 @pytest.mark.process
@@ -527,13 +527,12 @@ def test_procs_is_short_for_launch_procs(capfd, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("procs", "size", "stage", "said"),
     [
-        (2, None, "teach", "launch.nodes=1 and launch.procs=2: 2 processes train stage 'teach' together, but "
-         "WORLD_SIZE is not set, so this process would train alone; start it with `distill run`, torchrun or "
-         "`accelerate launch --multi_gpu`"),
-        (2, "4", "teach", "WORLD_SIZE=4, but launch.nodes=1 and launch.procs=2, so 2 processes must train stage "
-         "'teach'; start as many, or change launch with `distill run RUN --resume`"),
-        (1, "2", "teach", "WORLD_SIZE=2, but launch.nodes=1 and launch.procs=1, so 1 process must train stage "
-         "'teach'; start as many, or change launch with `distill run RUN --resume`"),
+        (2, None, "teach", "stage 'teach' must be trained by 2 processes (launch.nodes=1, launch.procs=2), but "
+         "WORLD_SIZE is not set; start them with `distill run`, torchrun or `accelerate launch --multi_gpu`"),
+        (2, "4", "teach", "WORLD_SIZE=4, but stage 'teach' must be trained by 2 processes (launch.nodes=1, "
+         "launch.procs=2); start this number, or change launch, e.g. distill run RUN --resume launch.procs=4"),
+        (1, "2", "teach", "WORLD_SIZE=2, but stage 'teach' must be trained by 1 process (launch.nodes=1, "
+         "launch.procs=1); start this number, or change launch, e.g. distill run RUN --resume launch.procs=2"),
         (2, "2", "pairs", "WORLD_SIZE=2, but stage 'pairs' is computed by one process; run `distill stage` for it "
          "without a launcher"),
     ],
@@ -557,7 +556,8 @@ def test_another_number_of_processes_than_that_of_launch_is_refused(
 def test_one_rank_claims_the_run_and_speaks_for_all(capfd, tmp_path, monkeypatch, rank):
     run = make_run(tmp_path / "runs", "one", "digits", "launch.procs=2")
     before = folder_bytes(run.events)
-    seen, endings = [], [None, Stopped("stopped by SIGTERM; on we go"), PeerLost("rank 1, step 3: lost")]
+    again = "; run the same command again to resume"
+    seen, endings = [], [None, Stopped(f"stopped by SIGTERM; on we go{again}"), PeerLost("rank 1, step 3: lost")]
 
     def fake(paths, spec, names, stop, world, measure):
         assert not measure
@@ -571,7 +571,7 @@ def test_one_rank_claims_the_run_and_speaks_for_all(capfd, tmp_path, monkeypatch
     monkeypatch.setattr(stages, "run", fake)
     monkeypatch.setattr(World, "join", lambda device, minutes, local_rank, lost: World(rank, 2))
     stage = ["stage", str(run.root), "teach"]
-    hint = "" if rank else f": distill run {run.root} --resume"
+    hint = again if rank else f"; resume with: distill run {run.root} --resume"
     for code, said in ((0, ""), (75, f"stopped by SIGTERM; on we go{hint}\n"), (76, "rank 1, step 3: lost\n")):
         done = command(capfd, *stage)
         assert (done.code, done.err) == (code, said)

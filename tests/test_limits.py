@@ -406,7 +406,7 @@ import sys
 def test_a_recipe_that_ends_the_program(capfd, tmp_path):
     (tmp_path / "mine.py").write_text(RECIPE.format(what="sys.exit(0)\nConfig = Ours"))
     (tmp_path / "s.yaml").write_text(SPEC.format(recipe="./mine.py"))
-    ends = "recipe './mine.py' ends the program when it is imported: it calls sys.exit(0); remove that"
+    ends = "recipe './mine.py' exits the program when it is imported: it calls sys.exit(0); remove this call"
     before = {path.name for path in tmp_path.iterdir()}
     done = command(capfd, "plan", "s.yaml")
     assert (done.code, done.err) == (2, f"error: spec 'a': stages.r.recipe: {ends}\n")
@@ -415,8 +415,8 @@ def test_a_recipe_that_ends_the_program(capfd, tmp_path):
     done = command(capfd, "plan", "s.yaml")
     assert done.code == 2
     assert done.err == (
-        f"error: {tmp_path}/mine.py, line 8, ends the program: sys.exit(0). A recipe must not do this; remove it, or "
-        "raise an error that describes the problem\n"
+        f"error: {tmp_path}/mine.py, line 8, exits the program: sys.exit(0). A recipe must not do this; remove the "
+        "line, or raise an exception that describes the problem\n"
     )
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == before
 
@@ -491,7 +491,7 @@ def test_a_kill_while_a_run_is_made(tmp_path):
 
 def test_commands_of_jobs_say_who_starts_them(capfd, tmp_path, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    said = "is started by a job in Slurm's queue; use `distill submit`"
+    said = "runs only inside a Slurm job; use `distill submit`"
     refuse(capfd, tmp_path, ["probe", "x"], f"`distill probe` {said}")
     refuse(capfd, tmp_path, ["job", "x", "--stage", "a", "--", "srun"], f"`distill job` {said}")
 

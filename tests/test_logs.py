@@ -95,9 +95,9 @@ def test_logs_prints_the_last_thousand_lines_unless_told_otherwise(tmp_path, mon
     whole = content.decode().splitlines()
     assert command(capfd, "logs", "one", "--lines", "0").out.splitlines() == [head, *whole]
     last = command(capfd, "logs", "one").out.splitlines()
-    assert last == [f"{head}  (its last 1,000 lines; for all of them: --lines 0)", *whole[-1000:]]
+    assert last == [f"{head}  (last 1,000 lines; use --lines 0 for the whole log)", *whole[-1000:]]
     few = command(capfd, "logs", "one", "-n", "2").out.splitlines()
-    assert few == [f"{head}  (its last 2 lines; for all of them: --lines 0)", *whole[-2:]]
+    assert few == [f"{head}  (last 2 lines; use --lines 0 for the whole log)", *whole[-2:]]
     assert command(capfd, "logs", "one", "--since", "2026-11-25 17:00:10").out.splitlines() == [head, *whole[10:]]
     late = command(capfd, "logs", "one", "--since", "999999999d")
     assert late.code == 2

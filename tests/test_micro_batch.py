@@ -106,12 +106,13 @@ def test_a_damaged_choice_is_refused(tmp_path, text, said):
     kept.write_text(text)
     with pytest.raises(InputError) as error:
         train(tmp_path / "one", 32, "auto")
-    assert str(error.value) == f"{kept} cannot be used: {said}; delete that file: a micro-batch is chosen again"
+    assert str(error.value) == f"{kept} cannot be used: {said}; delete this file, so that a new micro-batch is chosen"
 
 
 def test_too_little_memory_for_the_smallest_is_one_message(tmp_path):
     with pytest.raises(
-        InputError, match="launch.micro_batch=auto: there is not enough memory for micro-batches of 1, "
+        InputError,
+        match="launch.micro_batch=auto: there is not enough memory for the smallest possible micro-batch size, 1; ",
     ):
         train(tmp_path / "one", 0, "auto")
     run = RunPaths(tmp_path / "one")

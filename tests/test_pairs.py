@@ -148,8 +148,8 @@ def test_only_what_is_missing_or_damaged_is_made_again(tmp_path, capsys):
     assert contents(tmp_path) == whole
     assert shard(tmp_path, 1).stat().st_ino == inodes["shard-00001.safetensors"]
     said = capsys.readouterr().err
-    assert "shard-00000.safetensors is missing; it is made again" in said
-    assert "shard-00002.safetensors is damaged (its sha256 is not the manifest's); it is made again" in said
+    assert "shard-00000.safetensors is missing; regenerating it" in said
+    assert "shard-00002.safetensors is damaged (its sha256 is not the manifest's); regenerating it" in said
     inodes = {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
     make(tmp_path)  # nothing is missing, nothing is written
     assert {path.name: path.stat().st_ino for path in tmp_path.iterdir()} == inodes
@@ -198,7 +198,7 @@ def test_pairs_without_room_are_not_begun(tmp_path, monkeypatch):
     monkeypatch.setattr("distill.core.space.free", lambda folder: 100)
     with pytest.raises(
         RunError,
-        match=r"not enough disk space for \d+ pairs: \S+ k?B needed, but 100 B are free for .*distill clean RUN",
+        match=r"not enough disk space for \d+ pairs: \S+ k?B needed, but only 100 B free in .*distill clean RUN",
     ):
         make(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
@@ -233,11 +233,11 @@ class BadAt:
 
 def test_numbers_that_are_not_finite_are_not_written(tmp_path):
     with pytest.raises(
-        RunError, match=r"pair 2 of shard-00000\.safetensors is not finite as float32 after 4 steps of heun"
+        RunError, match=r"pair 2 of shard-00000\.safetensors contains NaN or infinity as float32 after 4 steps of heun"
     ):
         make(tmp_path / "nan", dataclasses.replace(CLASSES, field=BadAt()))
     far = gaussian_teacher(GaussianTeacher(kind="gaussian", mean=[1e6], std=[1.0]))
-    with pytest.raises(RunError, match=r"pair 0 of shard-00000\.safetensors is not finite as float16"):
+    with pytest.raises(RunError, match=r"pair 0 of shard-00000\.safetensors contains NaN or infinity as float16"):
         make(tmp_path / "far", far, dtype="float16")
     for name in ("nan", "far"):
         assert set(contents(tmp_path / name)) == {"manifest.json"}
@@ -249,17 +249,17 @@ def test_numbers_that_are_not_finite_are_not_written(tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"solver": "euler"}, r"solver heun \(euler\), nfe 7\.0 \(4\.0\)"),
-        ({"steps": 5}, r"steps 4 \(5\), nfe 7\.0 \(9\.0\)"),
-        ({"seed": 12}, r"seed 11 \(12\), noise_sha256 "),
-        ({"guidance_scale": 2.0}, r"nfe 7\.0 \(14\.0\), guidance_scale 1\.0 \(2\.0\)"),
-        ({"count": 30}, r"count 22 \(30\)"),
-        ({"teacher": VECTOR}, r"teacher_digest .*, shape \(4,\) \(\(2,\)\), num_classes 3 \(None\)"),
+        ({"solver": "euler"}, r"solver is heun, expected euler, nfe is 7\.0, expected 4\.0"),
+        ({"steps": 5}, r"steps is 4, expected 5, nfe is 7\.0, expected 9\.0"),
+        ({"seed": 12}, r"seed is 11, expected 12, noise_sha256 is "),
+        ({"guidance_scale": 2.0}, r"nfe is 7\.0, expected 14\.0, guidance_scale is 1\.0, expected 2\.0"),
+        ({"count": 30}, r"count is 22, expected 30"),
+        ({"teacher": VECTOR}, r"teacher_digest .*, shape is \(4,\), expected \(2,\), num_classes is 3, expected None"),
     ],
 )
 def test_a_folder_of_other_pairs_is_refused(tmp_path, change, named):
     whole = contents(make(tmp_path, CLASSES))
-    with pytest.raises(InputError, match=f"contains other pairs than this stage requires: {named}"):
+    with pytest.raises(InputError, match=f"contains pairs with other settings: {named}"):
         make(tmp_path, **{"teacher": CLASSES, **change})
     assert contents(tmp_path) == whole
 

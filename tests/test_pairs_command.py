@@ -33,7 +33,9 @@ def here(tmp_path, monkeypatch):
 def test_processes_that_share_a_spec_make_the_files_of_one(here):
     one = distill("pairs", "spec.yaml", "--stage", "pairs", "--name", "one", cwd=here)
     assert one.returncode == 0, one.stderr
-    assert "the set of 200 pairs is complete; the rest of the run: distill run runs/one --resume" in one.stdout
+    assert (
+        "the set of 200 pairs is complete; run the remaining stages with: distill run runs/one --resume" in one.stdout
+    )
     arguments = ["pairs", "spec.yaml", "--stage", "pairs", "--shards"]
     shares = [
         subprocess.Popen(
@@ -76,7 +78,7 @@ def test_ranks_that_share_the_checksums_refuse_a_shard_that_one_of_them_finds_da
 def test_the_accuracy_of_a_solver_is_told(capfd, here):
     done = command(capfd, "pairs", GAUSSIAN, "--check", "--solver", "euler", "--steps", "4", "--count", "500")
     assert (done.code, snapshot(here)) == (0, snapshot(here))
-    assert "at 4 steps, the ends of 500 pairs differ by " in done.out and " steps are enough" in done.out
+    assert "with 4 steps, the endpoints of 500 pairs differ by " in done.out and " steps are enough" in done.out
     assert not (here / "runs").exists()
     told = command(capfd, "pairs", "spec.yaml", "--check", "--stage", "real")
     assert told.code == 0 and "at 8 steps, the ends of 64 pairs" in told.out
@@ -94,7 +96,7 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
     options = ["--paths", "forward", "--count", "512", "--steps", "32", "--out", "pairs"]
     done = command(capfd, "pairs", GAUSSIAN, *options)
     assert done.code == 0, done.err
-    assert "its noise has mean " in done.out and "the set of 512 pairs is complete" in done.out
+    assert "the noise has mean " in done.out and "the set of 512 pairs is complete" in done.out
     parts = [
         command(capfd, "pairs", GAUSSIAN, *options[:-1], "parts", "--shard", "256", "--shards", f"{i}/2")
         for i in (1, 2)
@@ -105,14 +107,17 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([GAUSSIAN], "--out is missing: the folder to write the pairs to"),
-        ([GAUSSIAN, "--out", "p", "--stage", "x"], "--stage: no effect here; '{kind: gaussian, mean: [0.5, 0.0]"),
+        ([GAUSSIAN], "--out is missing; give the folder to write the pairs to"),
+        (
+            [GAUSSIAN, "seed=5", "--out", "p", "--stage", "x"],
+            "--stage, seed=5 cannot be used with a teacher ('{kind: gaussian, mean: [0.5, 0.0]",
+        ),
         ([GAUSSIAN, "--out", "p", "--shards", "0/2"], "--shards 0/2: must be I/N with I from 1 to N, like 1/4"),
         ([GAUSSIAN, "--out", "p", "--shards", "3/2"], "--shards 3/2: must be I/N with I"),
-        ([GAUSSIAN, "--out", "p", "--shards", "4/4"], "--shards 4/4: the set has 3 files, so this part would be empty"),
+        ([GAUSSIAN, "--out", "p", "--shards", "4/4"], "--shards 4/4: the set has 3 shards, so there is none for"),
         (
             ["spec.yaml", "--stage", "real", "--shards", "3/3"],
-            "--shards 3/3: the set has 2 files, so this part would be",
+            "--shards 3/3: the set has 2 shards, so there is none for",
         ),
         ([GAUSSIAN, "--out", "p", "--shards", "²/2"], "--shards ²/2: must be I/N with I"),
         ([GAUSSIAN, "--out", "p", "--count", f"{10**18}"], "--count: 1000000000000000000 given; must be at most"),
@@ -141,13 +146,13 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
             [GAUSSIAN, "--out", "p", "--paths", "forward", "--data", "digits"],
             "data 'digits' has samples of shape [1, 8, 8], the teacher",
         ),
-        ([GAUSSIAN, "--out", "p", "--data", "digits"], "--data: backward paths begin with noise, so it has no effect"),
+        ([GAUSSIAN, "--out", "p", "--data", "digits"], "--data has no effect on backward paths, which start from"),
         (["spec.yaml"], "run 'many' has 2 pairs stages; name one with --stage: pairs, real"),
         (["spec.yaml", "--stage", "pairz"], "--stage pairz: run 'many' has no such pairs stage; did you mean 'pairs'?"),
-        (["spec.yaml", "--count", "5"], "--count: no effect here; a SPEC sets them: write changes like"),
-        (["spec.yaml", "--seed", "0", "--guidance-scale", "0"], "--guidance-scale, --seed: no effect here; a SPEC"),
-        ([GAUSSIAN, "--check", "--out", "p", "--shards", "1/2"], "--shards, --out: no effect here; --check solves"),
-        (["digits", "--check"], "which is not trained yet; distill run digits"),
+        (["spec.yaml", "--count", "5"], "--count cannot be used with a SPEC; override its values instead, like"),
+        (["spec.yaml", "--seed", "0", "--guidance-scale", "0"], "--guidance-scale, --seed cannot be used with a SPEC"),
+        ([GAUSSIAN, "--check", "--out", "p", "--shards", "1/2"], "--shards, --out cannot be used with --check, which"),
+        (["digits", "--check"], "which is not trained yet; train it with: distill run digits"),
         (["mixture-2d", "stages.pairs.paths=segments"], "stages.pairs.times: None given; segments need times"),
     ],
 )
@@ -160,7 +165,8 @@ def test_what_cannot_be_is_said(capfd, here, arguments, message):
 def test_a_teacher_that_is_not_trained_yet_is_named(capfd, here):
     done = command(capfd, "pairs", "digits", "--shards", "1/2")
     assert done.code == 2
-    assert "stage 'pairs' solves the paths of the student of 'teach', which is not trained yet; distill run" in done.err
+    said = "the teacher of stage 'pairs' is the student of stage 'teach', which is not trained yet; train it with: "
+    assert f"{said}distill run" in done.err
 
 
 WRONG = {
@@ -197,7 +203,7 @@ def test_a_plan_counts_the_calls_of_every_kind_of_paths(capfd, here):
 
 
 def test_a_plan_says_what_a_run_needs_where_its_name_is_taken(capfd, here):
-    said = "(a run with this name exists: distill run needs --name OTHER or --resume)"
+    said = "(a run with this name already exists; use --name OTHER for a new one, or --resume)"
     assert said not in command(capfd, "plan", "spec.yaml").out
     make_run(here / "runs", "many")
     assert said in command(capfd, "plan", "spec.yaml").out

@@ -173,11 +173,14 @@ def test_what_is_no_file_is_no_shard(tmp_path, kind):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda path: put(path, "pipe"), r"shard-00000\.json is not a file; it is made again"),
-        (lambda path: put(path, "nested"), r"shard-00000\.json has 100,000 bytes, at most 65,536 are expected; it is"),
+        (lambda path: put(path, "pipe"), r"shard-00000\.json is not a file; regenerating it"),
+        (
+            lambda path: put(path, "nested"),
+            r"shard-00000\.json has 100,000 bytes, at most 65,536 are expected; regenerating it",
+        ),
         (lambda path: path.write_text("{"), r"shard-00000\.json is damaged \(the file: Invalid JSON"),
         (lambda path: edit(path, size=-1), r"shard-00000\.json is damaged \(size: Input should be greater than 0\)"),
-        (lambda path: edit(path, stop=9), r"shard-00000\.json has pairs 0 to 9, not 0 to 8; it is"),
+        (lambda path: edit(path, stop=9), r"shard-00000\.json has pairs 0 to 9, not 0 to 8; regenerating it"),
     ],
 )
 def test_a_shard_with_a_damaged_record_is_made_again(tmp_path, capsys, change, said):

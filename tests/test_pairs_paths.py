@@ -178,7 +178,9 @@ def test_a_set_knows_what_its_rounding_costs_and_says_so_where_it_is_much(tmp_pa
     )
     error = (restored(wide) - full).square().mean() / full.square().mean()
     assert math.isclose(manifest.rounding.relative, error.sqrt().item(), rel_tol=1e-5)
-    said = f"storing the data as uint8 changed it by {manifest.rounding.relative:.2%} (RMS); uint8 is for pixels in"
+    said = (
+        f"storing the data as uint8 changed it by {manifest.rounding.relative:.2%} (RMS); uint8 is only for pixels in"
+    )
     assert said in capsys.readouterr().err
     narrow = gaussian_teacher(GaussianTeacher(kind="gaussian", mean=[0.1], std=[0.2]))
     make(tmp_path / "narrow", narrow, dtype="uint8", count=64)
@@ -220,7 +222,7 @@ def test_inverted_noise_that_is_none_is_said(tmp_path, capsys):
     folder = make(tmp_path, wide, law=TEACHER, paths="forward", steps=64, count=2000, block=200, shard=1000)
     whiteness = PairSet.open(folder, None).manifest.whiteness
     assert abs(whiteness.variance - 0.25) < 0.02
-    assert "the inverted noise is not standard normal noise: variance 0.2" in capsys.readouterr().err
+    assert "the inverted noise is not standard normal: variance 0.2" in capsys.readouterr().err
     assert PairSet.open(make(tmp_path / "b"), None).manifest.whiteness is None
 
 
@@ -236,7 +238,7 @@ def test_the_steps_that_are_enough_are_found():
     found = measured("euler", 8)
     assert found.enough > 8 and found.differences[found.enough] <= 0.01 < found.differences[found.enough // 2]
     assert 1.7 < found.differences[8] / found.differences[16] < 2.3  # Euler's order
-    assert f"more than 1%; {found.enough} steps are enough" in found.describe()
+    assert f"more than the tolerated 1%; {found.enough} steps are enough" in found.describe()
     exact = TEACHER.field  # at what is enough, the ends are within about the tolerance of the truth
     noise = draws.sample_noise(0, range(1000), (2,))
     ends = solvers.solve(exact, noise, {}, solver="euler", steps=found.enough)
@@ -251,8 +253,9 @@ def test_a_big_set_is_measured_once_and_advised(tmp_path, capsys, monkeypatch):
     make(tmp_path, dataclasses.replace(TEACHER, field=field), solver="euler")
     assert field.calls == 6 * (8 + 16) + 6 * 8, "six blocks, at N and 2 N steps, whatever they say; then the set"
     said = capsys.readouterr().err
-    assert "at 8 steps, the ends of 22 pairs differ by" in said
-    assert "more than 1%; `distill pairs` with --check finds how many steps are enough" in said
+    assert "with 8 steps, the endpoints of 22 pairs differ by" in said
+    advice = "to find how many steps are enough, use `distill pairs` with --check"
+    assert f"(RMS) from those with 16 steps, more than the tolerated 1%; {advice}" in said
     for name in ("shard-00001.safetensors", "shard-00000.safetensors"):
         (tmp_path / name).unlink()
         before = field.calls
@@ -265,7 +268,7 @@ def test_the_first_of_several_parts_measures_whatever_the_others_have_made(tmp_p
     make(tmp_path, part=(1, 2), solver="euler")
     assert not (tmp_path / "accuracy.json").exists()
     make(tmp_path, part=(0, 2), solver="euler")
-    assert "at 8 steps, the ends of 22 pairs differ by" in capsys.readouterr().err
+    assert "with 8 steps, the endpoints of 22 pairs differ by" in capsys.readouterr().err
 
 
 def test_measuring_stops_when_asked(tmp_path, monkeypatch):

@@ -210,10 +210,13 @@ def test_the_bare_wheel_is_the_control_plane(wheel, tmp_path):
         assert bare("pull", f"{server.url}/small", "again").stdout.startswith("pulled again: ")
     assert bare("verify", "again").returncode == 0
     said = bare("publish", "again", "same").stderr
-    assert "the model card has no picture of samples: no evaluation has drawn one, and torch is not installed\n" in said
+    assert (
+        "the model card has no picture of samples: no evaluation has drawn samples, and torch is not installed\n"
+        in said
+    )
     shutil.rmtree(empty / "runs" / "registry")
     said = bare("run", "digits", code=2).stderr
-    assert "needs the package torch; pip install 'distill[train]'" in said
+    assert "needs the package torch; distill's own recipes need: pip install 'distill[train]'" in said
     said = bare("doctor", code=1).stdout
     assert "pip install 'distill[train]'" in said
     assert sorted(path.name for path in (empty / "runs").iterdir()) == ["one"], "nothing was begun"

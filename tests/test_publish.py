@@ -108,7 +108,7 @@ def test_a_full_disk_publishes_nothing(tmp_path, store, monkeypatch):
     student = make(tmp_path / "s", size=100_000)
     monkeypatch.setattr("distill.core.space.free", lambda folder: 1000)
     with pytest.raises(
-        RunError, match=r"not enough disk space for the files of .*: 11\d\.\d kB needed, but 1.0 kB are free"
+        RunError, match=r"not enough disk space for the files of .*: 11\d\.\d kB needed, but only 1.0 kB free"
     ):
         put(student, store, "digits")
     assert list((store / "registry" / "digits").iterdir()) == []
@@ -249,8 +249,9 @@ def test_a_store_over_plain_http(capfd, tmp_path, store):
         done = command(capfd, "pull", "digits:v3")
         assert "v3 is not a student folder: it has no distill.json" in done.err
         done = command(capfd, "list")
-        said = f"error: the store {url} (from {tmp_path}/config/distill/config.yaml) is a URL, from which students are "
-        assert (done.code, done.err) == (2, f"{said}pulled; this needs a folder: give one with --store\n")
+        said = f"error: the store {url} (from {tmp_path}/config/distill/config.yaml) is a URL, which works only for "
+        said += "`distill pull` and `distill students`; for this command, give a local folder with --store\n"
+        assert (done.code, done.err) == (2, said)
         server.faults = [
             Fault("v2/distill.json", change=lambda content: (store / "registry/digits/v1/distill.json").read_bytes())
         ]
@@ -440,7 +441,7 @@ def test_pull_takes_students_of_runs_too(capfd, run, tmp_path):
         assert done.code == 0, done.err
         assert folder_bytes(tmp_path / re.sub(r"\W", "-", given)) == folder_bytes(run.student(stage))
     done = command(capfd, "pull", "one@step-20", str(tmp_path / "x"))
-    assert "a checkpoint is not a student yet; distill export or distill publish makes one from it" in done.err
+    assert "' is a checkpoint, not a student; first export it with distill export or distill publish" in done.err
     with Flaky(run.root.parent) as server:
         assert command(capfd, "pull", "one/long", str(tmp_path / "far"), "--store", server.url).code == 0
     assert folder_bytes(tmp_path / "far") == folder_bytes(run.student("long"))

@@ -410,7 +410,7 @@ def test_a_full_disk_is_said_before_anything_is_fetched(tmp_path, student, monke
     monkeypatch.setattr("distill.core.space.free", lambda folder: 1000)
     said = refused(student, tmp_path / "s", RunError)
     assert said.startswith(
-        f"not enough disk space for the files of {student}: 1.0 MB needed, but 1.0 kB are free for {tmp_path}; free "
+        f"not enough disk space for the files of {student}: 1.0 MB needed, but only 1.0 kB free in {tmp_path}; free "
         "some"
     )
 

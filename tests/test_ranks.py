@@ -25,6 +25,7 @@ ZERO = ("none", "0", "1", "2", "3")
 RECIPES = ("one", "copy", "two", "heads")
 QUICK = ("none", "2")  # without DeepSpeed, and with it; the other stages run in `make test-all`
 STEPS = parity.STEPS
+LOST = "lost contact with another rank, which has exited or hangs"
 
 
 def start(out, *cases, procs=2, minutes=2.0):
@@ -266,7 +267,7 @@ def test_a_checkpoint_fits_any_number_of_ranks_and_any_stage(request, alone, tmp
     close(losses(tmp_path, case), expected[len(expected) // 2 :], 1e-5)
     same_end(checkpoint(tmp_path, case, STEPS), whole)
     said = (tmp_path / "rank-0.log").read_text()
-    assert f"zero_stage was {json.dumps(before if before == 'none' else int(before))}, now is " in said
+    assert f"zero_stage: {json.dumps(before if before == 'none' else int(before))} -> " in said
     assert "will not be bit-identical" in said
 
 
@@ -309,7 +310,7 @@ def test_kills_at_random_moments_change_no_bit(together, tmp_path, zero):
                 training = r"step \d+, (turn [01], network '\w+'|reading its batch)"
                 saving = r"(after )?saving step \d+|after (step \d+|waiting for).*|waiting for rank 0: .*"
                 place = rf"rank {rank}, ({training}|{saving})"
-                assert re.search(rf"^{place}: another rank is gone or hangs \(", survivor.said, re.MULTILINE)
+                assert re.search(rf"^{place}: {LOST} \(", survivor.said, re.MULTILINE)
     assert newest(tmp_path, case) < STEPS
     train(tmp_path, case)
     assert not [path for path in folder.iterdir() if ".tmp-" in path.name]
@@ -345,8 +346,9 @@ def test_a_gradient_that_is_no_number_stops_all_before_the_weights_move(together
     last = checkpoint(tmp_path, case, 3)
     for rank in ranks:
         assert re.fullmatch(
-            rf"step 3, turn 0, network 'student': loss [\d.]+, gradient norm (nan|inf); its weights were not changed; "
-            rf"last good checkpoint: {last}",
+            r"step 3, turn 0, network 'student': non-finite loss \([\d.]+\) or gradient norm \((nan|inf)\); the "
+            rf"weights were not changed\. Last good checkpoint: {last}; lower the learning rate, or use precision: "
+            "fp32",
             rank.said.splitlines()[-1],
         )
     assert newest(tmp_path, case) == 3
@@ -370,8 +372,8 @@ def test_a_rank_that_takes_another_branch_is_told_at_once(tmp_path):
     assert [rank.end(30) for rank in ranks] == [EXIT_FAILED, EXIT_FAILED]
     for rank in ranks:
         assert rank.said.splitlines()[-1] == (
-            "the ranks do different things: rank 0 is at step 3, turn 0, network 'critic'; "
-            "rank 1 is at step 3, turn 0, network 'student'; a recipe must take the same turns on every rank"
+            "the ranks are at different places of the program: rank 0 is at step 3, turn 0, network 'critic'; "
+            "rank 1 is at step 3, turn 0, network 'student'; a recipe must yield the same turns on every rank"
         )
 
 
@@ -379,12 +381,12 @@ def test_a_rank_that_takes_another_branch_is_told_at_once(tmp_path):
 def test_a_rank_that_hangs_is_given_up_and_says_itself_where_it_is(tmp_path, zero):
     ranks = start(tmp_path, f"hung-{zero}-fp32", minutes=0.1)
     assert ranks[0].end(60) == EXIT_PEER
-    lost = r"^rank 0, step 3, turn 0, network 'student': another rank is gone or hangs \(.*[Tt]imed out.*\)$"
+    lost = rf"^rank 0, step 3, turn 0, network 'student': {LOST} \(.*[Tt]imed out.*\)$"
     assert re.search(lost, ranks[0].said, re.MULTILINE)
     assert ranks[1].end(60) == EXIT_PEER
     *_, last = ranks[1].said.splitlines()
     assert last.startswith(
-        "rank 1, step 3, turn 0, network 'student': has not continued for 9 s; its stack is printed above;"
+        "rank 1 has made no progress for 9 s at: step 3, turn 0, network 'student'; its stack is printed above;"
     )
     assert re.search(r'File ".*parity\.py", line \d+ in regress', ranks[1].said)
 
@@ -394,6 +396,6 @@ def test_a_rank_that_is_held_is_given_up(tmp_path):
     ranks[0].wait_until(lambda: newest(tmp_path, "one-none-fp32-often") >= 3)
     ranks[1].send(signal.SIGSTOP)
     assert ranks[0].end(60) == EXIT_PEER
-    assert re.search(r"^rank 0, .*step \d+.*: another rank is gone or hangs", ranks[0].said, re.MULTILINE)
+    assert re.search(rf"^rank 0, .*step \d+.*: {LOST}", ranks[0].said, re.MULTILINE)
     ranks[1].send(signal.SIGKILL)
     ranks[1].end()

@@ -306,7 +306,7 @@ REFUSED = {
     ),
     "neither new nor old": (
         ["digits", "--resume", "--dry-run"],
-        "--dry-run says what a new run would do, so --resume has no effect; leave it out",
+        "--dry-run describes a new run and cannot be combined with --resume; remove --resume",
     ),
     "a change of the spec": (
         ["digits", "stages.reflow.images=10000"],

@@ -35,7 +35,9 @@ def test_a_process_that_ends_in_the_middle_without_a_word_is_a_failure(tmp_path,
     (tmp_path / "mine.py").write_text(text.replace("    def loss(", leaves, 1))
     (tmp_path / "s.yaml").write_text(SPEC)
     done = distill("run", "s.yaml", cwd=tmp_path)
-    message = f"a process ended with code {code} before its stage was done (os._exit or exit in a recipe or a library?)"
+    message = (
+        f"a process exited with code {code} before its stage was done (does a recipe or library call exit or os._exit?)"
+    )
     run = tmp_path / "runs" / "one"
     said = f"error: run 'one': {message}; what it saved is intact; resume with: distill run {run} --resume"
     assert (done.returncode, done.stderr.splitlines()[-1]) == (ends, said)

@@ -87,7 +87,8 @@ def test_kill_9_of_a_rank_is_named_and_costs_no_bit(folder):
     os.kill(ranks_of(process)[1], signal.SIGKILL)
     assert process.wait(30) == 128 + signal.SIGKILL
     said = (folder / "killed.log").read_text()
-    assert re.search(r"^rank 0, .*step \d+.*: another rank is gone or hangs", said, re.MULTILINE)
+    lost = "lost contact with another rank, which has exited or hangs"
+    assert re.search(rf"^rank 0, .*step \d+.*: {lost}", said, re.MULTILINE)
     assert "error: rank 1 of run 'killed' was killed by SIGKILL (out of memory?); what it saved is intact" in said
     done = distill("run", "killed", "--resume", cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -101,11 +102,11 @@ def test_a_signal_to_the_launcher_saves_once_and_other_processes_go_on(folder):
     process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == 75
     said = (folder / "moved.log").read_text()
-    stopped = re.search(r"^stopped by SIGUSR1; saved: \S+/step-0*(\d+); run the same command again", said, re.MULTILINE)
+    stopped = re.search(r"^stopped by SIGUSR1; saved: \S+/step-0*(\d+); resume with: distill run", said, re.MULTILINE)
     assert stopped and said.count("stopped by") == 1
     done = distill("run", "moved", "--resume", "--procs", "1", "launch.zero_stage=null", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert "procs was 2, now is 1; zero_stage was 2, now is" in done.stderr
+    assert "procs: 2 -> 1; zero_stage: 2 -> " in done.stderr
     ours, theirs = (
         load_file(run_paths(folder, name).student("teach") / "unet" / "diffusion_pytorch_model.safetensors")
         for name in ("moved", "small")
@@ -193,8 +194,8 @@ def test_ranks_that_read_different_data_do_not_train(tmp_path):
         first, second = out.splitlines()
         assert first == "same"
         assert second == (
-            "the ranks have read different inputs: data (/set); files changed while they were read, or differ "
-            "between machines; nothing was trained since the last save: make them the same, then resume"
+            "the ranks have read different inputs: data (/set); the files changed while they were read, or differ "
+            "between machines. No step was trained with them; make the files identical, then resume"
         )
 
 

@@ -44,9 +44,10 @@ def test_the_times_are_found_told_and_kept(capfd, here, monkeypatch):
     first = command(capfd, *asked)
     assert first.code == 0, first.err
     lines = first.out.splitlines()
-    assert lines[0].startswith("euler, 3 steps of ") and lines[0].endswith(", chosen from 12 on 20 paths")
+    assert lines[0].startswith("euler, 3 steps of ")
+    assert lines[0].endswith(", chosen from a grid of 12 with errors measured on 20 paths")
     assert lines[1] == "times: 1, 0.5, 0.25, 0"
-    assert lines[2].startswith("summed squared error: 0.0") and "; of uniform steps: 0.0" in lines[2]
+    assert lines[2].startswith("sum of squared errors: 0.0") and "; with uniform steps: 0.0" in lines[2]
     monkeypatch.setattr(step_times, "measure", None)  # not measured again
     assert command(capfd, *asked).out == first.out
     found = json.loads(command(capfd, *asked, "--json").out)
@@ -68,7 +69,7 @@ def test_any_solver_has_its_own(capfd, here):
     [
         (
             ["schedule", TEACHER, "--steps", "13", "--fine", "12"],
-            "--steps 13: their times are chosen from a grid of --fine 12; give",
+            "--steps 13 is more than --fine 12, the steps of the grid from which times are chosen; use fewer steps, or",
         ),
         (["schedule", TEACHER, "--steps", "2", "--solver", "heum"], "unknown solver 'heum': did you mean 'heun'?"),
         (["schedule", "nowhere", "--steps", "2"], "nowhere"),
@@ -91,14 +92,17 @@ def test_any_solver_has_its_own(capfd, here):
         ),
         (
             ["sample", "own", "--out", "a.png", "--times", "1,0"],
-            "--times: this student has its own step times; leave other times out",
+            "--times: this student supports only its own step times; remove this option",
         ),
-        (["sample", "own", "--out", "a.png", "--steps", "2"], "steps: this student is made for 3 steps, not 2"),
+        (["sample", "own", "--out", "a.png", "--steps", "2"], "steps: this student supports only 3 steps, not 2"),
         (
             ["sample", "map", "--out", "a.png", "--schedule", "optimal"],
             "--schedule: this student is not a velocity field",
         ),
-        (["eval", "own", "--out", "e", "--teacher", TEACHER, "--data", "none", "--steps", "2"], "is made for 3 steps"),
+        (
+            ["eval", "own", "--out", "e", "--teacher", TEACHER, "--data", "none", "--steps", "2"],
+            "supports only 3 steps",
+        ),
     ],
 )
 def test_what_cannot_be_is_said(capfd, here, arguments, message):

@@ -168,7 +168,9 @@ def test_what_was_measured_is_kept_and_not_measured_again(tmp_path):
 
 def test_costs_that_are_not_finite_are_not_kept(tmp_path):
     broken = exact.Network(lambda x_t, t, cond: x_t / (t[:, None] > 0.6))
-    with pytest.raises(RunError, match=r"a step of euler from t=1 is not finite on the paths of .*; nothing was kept"):
+    with pytest.raises(
+        RunError, match=r"a step of euler from t=1 is NaN or infinity on the paths of .*; nothing was saved"
+    ):
         find(tmp_path, dataclasses.replace(TEACHER, field=broken))
     assert list((tmp_path / "schedules").iterdir()) == []
     assert find(tmp_path).best(3).indices == [0, 6, 9, 12]
@@ -198,7 +200,7 @@ def test_uniform_steps_are_chosen_where_none_are_better():
     assert [given.best(steps).indices for steps in (1, 2, 3, 6)] == [[0, 6], [0, 3, 6], [0, 2, 4, 6], list(range(7))]
     assert given.uniform(4).indices == [0, 2, 3, 5, 6], "as nearly as there are times"
     for steps in (0, 7):
-        with pytest.raises(InputError, match=f"{steps} steps cannot be chosen from 6 fine ones; give 1 to 6"):
+        with pytest.raises(InputError, match=f"{steps} steps cannot be chosen from a grid of 6 steps; give 1 to 6"):
             given.best(steps)
 
 
@@ -247,7 +249,9 @@ def test_a_kept_file_that_does_not_fit_is_measured_again(tmp_path, capfd, change
 
 def test_solvers_that_are_unknown_and_a_store_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot save step times in .*file/schedules: Not a directory; give --store"):
+    with pytest.raises(
+        InputError, match="cannot save step times in .*file/schedules: Not a directory; use another store \(--store\)"
+    ):
         find(tmp_path / "file")
     with pytest.raises(InputError, match="unknown solver 'eule': did you mean 'euler'"):
         find(tmp_path, solver="eule")

@@ -65,7 +65,7 @@ def test_whatever_ends_a_job_the_student_is_the_same(cluster, tmp_path, procs, z
     assert student(run) == student(RunPaths(tmp_path / "runs" / "local"))
     shown = distill("status", "small", cwd=tmp_path, env=cluster.env).stdout
     assert "small  done" in shown
-    assert f"job {job} was queued again: 1 x asked, 1 x preempted, 1 x crash, 1 x node failure" in shown
+    assert f"job {job} was queued again: 1 x stop signal, 1 x preempted, 1 x crash, 1 x node failure" in shown
 
 
 @pytest.mark.long

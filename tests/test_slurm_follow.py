@@ -164,7 +164,7 @@ def test_a_controller_that_does_not_answer(capfd, cluster, here, how):
             os.kill(pid, signal.SIGCONT)
     assert found["status"].out.startswith("mix  new  ")
     assert "warning: Slurm does not answer (" in found["status"].out
-    assert "the output above is from the runs' own events only\n" in found["status"].out
+    assert "the output above uses only the runs' own events, not Slurm's job states\n" in found["status"].out
     for name in ("cancel", "submit"):
         assert found[name].err.startswith("error: Slurm does not answer ("), found[name]
         assert found[name].err.endswith("; try again later\n")

@@ -43,7 +43,7 @@ def test_options_of_the_queue_are_checked(capfd, here):
     before = snapshot(here)
     done = command_line(capfd, *ROUNDS, "--slurm", "--partition=btach", code=2)
     assert done.err.startswith(
-        "error: launch.slurm.partition: there is no partition 'btach' for jobs of distill; did you mean"
+        "error: launch.slurm.partition: 'btach' is not a partition for distill jobs; did you mean"
     )
     done = command_line(capfd, *ROUNDS, "--slurm", "--pairs-jobs=9", code=2)
     assert "launch.slurm.pairs_jobs: 9 jobs cannot share the 8 shards of stage 'solve'" in done.err
@@ -62,7 +62,7 @@ def test_rounds_on_two_nodes_make_the_students_of_one_machine(capfd, cluster, he
         (["solve-2"], [0, 1]), (["solve-2"], None), (["reflow-2"], None), (["evaluate-2"], None), (["evaluate"], None),
     ]  # fmt: skip
     again = command_line(capfd, *ROUNDS, *SLURM, "--resume").out
-    assert "there is nothing to submit for run 'mix'" in again
+    assert "nothing to submit for run 'mix': its unfinished stages are already queued or running\n" in again
     local = distill(*ROUNDS, "--procs=2", cwd=here / "local")  # meanwhile, by as many processes
     assert local.returncode == 0, local.stderr
     finish(cluster, run, last_job(run))

@@ -52,12 +52,12 @@ SITES = {
 REFUSED = {
     "unknown partition": (
         ["--partition=btach"],
-        "launch.slurm.partition: there is no partition 'btach' for jobs of distill; did you mean 'batch'? "
+        "launch.slurm.partition: 'btach' is not a partition for distill jobs; did you mean 'batch'? "
         "valid: batch, high, low",
     ),
     "not the site's": (
         ["--partition=batch", "--site=few.yaml"],
-        "launch.slurm.partition: there is no partition 'batch' for jobs of distill; valid: low",
+        "launch.slurm.partition: 'batch' is not a partition for distill jobs; valid: low",
     ),
     "the site's own": (
         ["--site=wrong.yaml"],
@@ -102,7 +102,7 @@ REFUSED = {
     "code": (["--code=mine"], "--code mine: valid: current, run"),
     "an option of sbatch": (
         ["launch.slurm.options=[--no-such-option]"],
-        "Slurm refuses solve.sbatch: sbatch: unrecognized option '--no-such-option'",
+        "Slurm rejected solve.sbatch: sbatch: unrecognized option '--no-such-option'",
     ),
 }  # fmt: skip
 
@@ -214,7 +214,7 @@ def test_a_name_that_is_taken_is_refused_and_what_is_queued_is_not_queued_again(
         f"job {first} is running or queued: solve",
         f"job {second} is running or queued: reflow",
         f"job {third} is running or queued: evaluate",
-        "there is nothing to submit for run 'mix'",
+        "nothing to submit for run 'mix': its unfinished stages are already queued or running",
     ]
     done = submit(capfd, "mix", "--resume", "--nodes=2", code=2)
     assert done.err == (
@@ -246,8 +246,8 @@ def test_what_waits_for_parts_that_have_failed_is_not_queued_beside_the_others(c
     cluster.run("scancel", f"{array}_0", *others)
     done = submit(capfd, "mix", "--resume", code=2)
     assert done.err == (
-        f"error: job {array} still makes parts of stage 'solve', but {array}_0 has failed; wait for the others, "
-        "or: distill cancel mix\n"
+        f"error: job {array}_0 failed while other parts of stage 'solve' are still running or queued in array {array}; "
+        "wait for them and resume again, or cancel them with: distill cancel mix\n"
     )
     assert queue(cluster) == ["mix.solve.parts"]
 
@@ -284,7 +284,7 @@ def test_all_jobs_are_queued_or_none(capfd, cluster, here, monkeypatch):
     )
     monkeypatch.setenv("PATH", f"{fake}:{os.environ['PATH']}")
     done = submit(capfd, "mix.yaml", HELD, code=2)
-    assert done.err == "error: Slurm refuses reflow.sbatch: sbatch: error: full\n"
+    assert done.err == "error: Slurm rejected reflow.sbatch: sbatch: error: full\n"
     assert queue(cluster) == []
     assert list((here / "runs").iterdir()) == []
 
@@ -321,7 +321,10 @@ def test_the_lead_grows_with_the_saves(capfd, cluster, here):
     first = last_job(run)
     cluster.run("scontrol", "release", first)
     cluster.wait_state(first, "COMPLETED")
-    text = "saving has taken 100 s, so launch.slurm.lead_seconds=180 is too short; the next submission will use 260"
+    text = (
+        "saving took 100 s, so launch.slurm.lead_seconds=180 is too short to save before the time limit; "
+        f"`distill submit {run.root} --resume` will use 260 s"
+    )
     assert [event["text"] for event in read_events(run) if event["event"] == "warning"] == [text]
     assert f"warning: {text}" in said(run)
     run.stage("solve").done.unlink()
@@ -333,6 +336,6 @@ def test_the_lead_grows_with_the_saves(capfd, cluster, here):
     )
     assert snapshot(here) == before
     done = submit(capfd, "mix", "--resume")
-    assert "two saves of this run take up to 200 s; launch.slurm.lead_seconds is raised to 260\n" in done.out
+    assert "two saves of this run can take 200 s, so launch.slurm.lead_seconds is raised from 180 to 260\n" in done.out
     assert "#SBATCH --signal=B:USR1@260\n" in (run.jobs / "solve.sbatch").read_text()
     assert todo.load_spec(run).launch.slurm.lead_seconds == 260

@@ -101,7 +101,7 @@ def test_a_workflow_makes_the_same_bytes_as_on_one_machine(capfd, cluster, local
     same(run, local)
     shown = command_line(capfd, "status", "mix").out
     assert "mix  done" in shown
-    assert f"job {array} was queued again: 1 x asked, 1 x crash" in shown
+    assert f"job {array} was queued again: 1 x stop signal, 1 x crash" in shown
     assert (run.stage("evaluate").root / "results.json").exists()
 
 
@@ -184,16 +184,18 @@ def test_recipes_that_fail(capfd, cluster, here):
     }
     heads = {name: command_line(capfd, "status", name).out.splitlines()[0] for name in RAISES}
     assert heads["twice"].startswith(
-        "twice  FAILED: crash: rank 1: ZeroDivisionError: the fifth; at step 5, as the last time: not queued again  "
+        "twice  FAILED: crash: rank 1: ZeroDivisionError: the fifth; the job crashed at step 5 for the second time, so "
+        f"it was not queued again; fix the cause, then: distill submit {runs['twice'].root} --resume  "
     )
     assert heads["once"].startswith("once  done  ")
     assert heads["often"].startswith(
-        "often  FAILED: crash: rank 0: ZeroDivisionError: often; launch.slurm.max_crashes=1 is reached: not queued "
+        "often  FAILED: crash: rank 0: ZeroDivisionError: often; launch.slurm.max_crashes=1 is reached, so it was not "
+        f"queued again; fix the cause, then: distill submit {runs['often'].root} --resume  "
     )
     assert heads["refuses"].startswith("refuses  FAILED: refused: error: no such step  ")
     run = runs["twice"]
     lines = command_line(capfd, "logs", "twice").out.splitlines()
-    assert lines[0].startswith("--- the first failure: rank 1 at 20")
+    assert lines[0].startswith("--- first traceback: rank 1 at 20")
     assert lines[0].endswith(", runs/twice/logs/teach.rank-1.log")
     assert lines[1] == "Traceback (most recent call last):"
     assert lines.index("ZeroDivisionError: the fifth") < lines.index("--- runs/twice/logs/teach.rank-0.log")

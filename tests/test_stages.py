@@ -411,12 +411,12 @@ def test_a_student_is_made_for_times_of_its_own(tmp_path):
     card = student_card.verify(run.student("own"))
     assert card.t_grids == {2: [1.0, 0.75, 0.0]} and "rms@2" in card.metrics
     wrong = spec(pairs=PAIRS, own=student, evaluate={**evaluate, "students": {"own": [2, 4]}})
-    said = "stages.evaluate.students.own: this student is made for 2 steps, not 4"
+    said = "stages.evaluate.students.own: this student supports only 2 steps, not 4"
     with pytest.raises(InputError, match=f"^stages.own: {said}"):
         preflight.check(resolve(wrong, tmp_path / "r"))
     along = spec(pairs=PAIRS, own=student, evaluate={**evaluate, "students": {"own": [2]}, "times": {"own": [[1, 0]]}})
     with pytest.raises(
-        InputError, match=r"^stages.own: stages.evaluate.times.own: this student has its own step times"
+        InputError, match=r"^stages.own: stages.evaluate.times.own: this student supports only its own step times"
     ):
         preflight.check(resolve(along, tmp_path / "r"))
     (tmp_path / "later").mkdir()
@@ -448,7 +448,7 @@ def test_a_student_steps_where_its_teacher_errs_least(tmp_path):
     stages.export_checkpoint(run, given, "boss", "raw", tmp_path / "raw")
     assert student_card.read(tmp_path / "raw").t_grids == {3: times}, "also when the pairs are gone"
     wrong = spec(teacher, pairs=OPTIMAL, boss=BOSS, evaluate={**evaluate, "students": {"boss": [3, 4]}})
-    said = "stages.evaluate.students.boss: this student is made for 3 steps, not 4"
+    said = "stages.evaluate.students.boss: this student supports only 3 steps, not 4"
     with pytest.raises(InputError, match=f"^stages.boss: {said}"):
         preflight.check(resolve(wrong, tmp_path))
 
@@ -560,9 +560,7 @@ def test_a_resume_refuses_changed_data(tmp_path):
     go(tmp_path, given)
     run.stage("teach").done.unlink()
     Image.new("L", (8, 8), 99).save(tmp_path / "images" / "3.png")
-    with pytest.raises(
-        InputError, match=r'other settings: inputs\.data was "\w{64}", now is "\w{64}"; restore the old'
-    ):
+    with pytest.raises(InputError, match=r'other settings: inputs\.data: "\w{64}" -> "\w{64}"; restore the old'):
         go(tmp_path, given)
 
 
@@ -575,7 +573,7 @@ def test_a_resume_refuses_another_teacher_and_its_pairs(tmp_path, conditional):
     shutil.rmtree(run.stage("pairs").root)
     changed = given.model_copy(update={"stages": {**given.stages, "pairs": given.stages["pairs"].model_copy(
         update={"steps": 3})}})  # fmt: skip
-    with pytest.raises(InputError, match=r"other settings: inputs\.pairs was [^;]*; restore the old ones"):
+    with pytest.raises(InputError, match=r"other settings: inputs\.pairs: [^;]* -> [^;]*; restore the old ones"):
         go(tmp_path, changed)
 
 
@@ -623,5 +621,5 @@ def test_what_only_the_networks_can_refuse_is_refused_first(tmp_path, image_teac
 def test_an_evaluation_with_too_few_images_is_refused_first(tmp_path):
     evaluate = {"kind": "evaluate", "teacher": "a", "students": {"a": [1]}}
     given = spec(None, pictures(tmp_path / "images", count=3), a=TEACH, evaluate=evaluate)
-    with pytest.raises(InputError, match="data 'images' has 3 images; an evaluation .* give at least 4"):
+    with pytest.raises(InputError, match="data 'images' has 3 images, but an evaluation needs at least 4, since"):
         preflight.check(resolve(given, tmp_path))

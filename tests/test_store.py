@@ -183,7 +183,8 @@ def test_a_claim_from_before_the_last_boot_is_stale(tmp_path):
 def test_a_claim_of_another_host_is_believed(tmp_path):
     run = make(tmp_path)
     held_by(run, Owner("elsewhere", "b", 7, "1"))
-    said = f"run 'one' is being executed by process 7 on elsewhere; if that process is gone, remove {run.running}"
+    gone = f"if that process no longer exists, delete its lock folder {run.running}"
+    said = f"run 'one' is being executed by process 7 on elsewhere; {gone}"
     for attempt in (claims.refuse_if_executing, lambda run: claims.claim(run).__enter__()):
         with pytest.raises(InputError) as caught:
             attempt(run)
@@ -197,7 +198,9 @@ def test_a_claim_that_says_nothing(tmp_path, monkeypatch):
     run.running.mkdir()
     (run.running / "junk").touch()
     with pytest.raises(
-        InputError, match=r"running does not say which process created it; if no process executes the run, remove it$"
+        InputError,
+        match=r"^the lock folder \S+running does not name the process that created it; if no process executes the run, "
+        "delete this folder$",
     ):
         claims.claim(run).__enter__()
     (run.running / "owner.json").write_text("{")

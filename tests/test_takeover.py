@@ -105,7 +105,7 @@ def test_another_container_is_refused_while_the_claim_is_renewed_and_takes_over_
             f"run 'one' is being executed by process 1 in another container on {os.uname().nodename}"
         )
         assert said.endswith(
-            "; wait for it, or stop it there; if that process is gone, run this command again in 1 s"
+            "; wait for it, or stop it there; if that process no longer exists, run this command again in 1 s"
         ), said
         assert claims.executing(run).pid == 1
         with pytest.raises(InputError, match="in another container"):
@@ -169,9 +169,9 @@ def test_a_process_that_was_suspended_too_long_ends_before_it_writes(run, contai
         assert holder.process.returncode == 1
         assert err == (
             f"error: process {os.getpid()} on {os.uname().nodename} has taken over run 'one', because this process (1 "
-            f"on {os.uname().nodename}) was suspended or could not reach {run.root} for too long; this process ends "
-            "and writes nothing more; what was saved is intact. To resume here once no other process executes the run: "
-            f"distill run {run.root} --resume\n"
+            f"on {os.uname().nodename}) was suspended or could not reach {run.root} for too long; this process exits "
+            "and writes nothing more; what was saved is intact. When no other process executes the run, you can resume "
+            f"it here with: distill run {run.root} --resume\n"
         )
         assert out == f"noted {err.removeprefix('error: ')}"
         time.sleep(2 * EVERY)
@@ -226,7 +226,7 @@ def test_a_claim_that_somebody_removes_ends_its_process(run):
     (run.running / claims.RECORD).unlink()
     assert holder.process.wait(30) == 1
     said = (
-        f"error: the claim {run.running} of this process is gone: it was removed, or another process is taking over; "
+        f"error: the lock folder {run.running} of this process was deleted, or another process is taking over the run; "
     )
     assert holder.process.communicate()[1].startswith(said)
 
@@ -242,8 +242,8 @@ def test_the_age_of_a_renewal_decides_by_the_clock_of_the_file_system(run, monke
     for age, left in ((0.0, 120), (100.0, 20), (119.0, 1), (-100.0, 220)):
         plant(run, age, **FOREIGN, every=30.0)
         assert refusal(run) == (
-            "run 'one' is being executed by process 7 on elsewhere; wait for it, or stop it there; if that process is "
-            f"gone, run this command again in {left} s"
+            "run 'one' is being executed by process 7 on elsewhere; wait for it, or stop it there; if that process no "
+            f"longer exists, run this command again in {left} s"
         )
         assert claims.executing(run).host == "elsewhere"
     for age in (121.0, 1e6, -121.0, -1e6):  # the last two: the clock was set back since
@@ -265,7 +265,9 @@ def test_cancel_says_where_a_process_must_be_stopped(run, capfd):
 
 def test_what_is_never_renewed_holds_until_it_is_removed(run):
     plant(run, 1e9, **{name: value for name, value in FOREIGN.items() if name != "namespace"})
-    assert refusal(run).endswith(f"process 7 on elsewhere; if that process is gone, remove {run.running}")
+    assert refusal(run).endswith(
+        f"process 7 on elsewhere; if that process no longer exists, delete its lock folder {run.running}"
+    )
 
 
 def test_a_claim_from_before_a_restart_of_this_machine_is_judged_by_its_age(run, monkeypatch):
@@ -273,7 +275,7 @@ def test_a_claim_from_before_a_restart_of_this_machine_is_judged_by_its_age(run,
     monkeypatch.setattr(claims, "GRACE", 0.0)
     fields = asdict(replace(Owner.this(), boot="another"))
     plant(run, 100.0, **fields, every=30.0)
-    assert refusal(run).endswith("if that process is gone, run this command again in 20 s")
+    assert refusal(run).endswith("if that process no longer exists, run this command again in 20 s")
     plant(run, 121.0, **fields, every=30.0)
     with claims.claim(run):
         pass

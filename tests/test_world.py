@@ -23,7 +23,11 @@ def test_alone_nothing_is_waited_for():
 
 def test_a_lost_connection_says_where_it_was_lost():
     with (
-        pytest.raises(PeerLost, match=r"^rank 1, step 3, turn 0: another rank is gone or hangs \(\[gloo\] closed\)$"),
+        pytest.raises(
+            PeerLost,
+            match=r"^rank 1, step 3, turn 0: lost contact with another rank, which has exited or hangs "
+            r"\(\[gloo\] closed\)$",
+        ),
         World(1, 2).contact("step 3, turn 0"),
     ):
         raise RuntimeError("[gloo] closed\nat pair.cc")

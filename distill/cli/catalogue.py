@@ -33,14 +33,14 @@ def init(
         write_atomic(path, text)
     except RunError as error:
         raise InputError(str(error)) from None
-    say(f"wrote {path}; change what you like, then: distill plan {path}")
+    say(f"wrote {path}; edit it, then check it with: distill plan {path}")
 
 
 def recipes(
-    name: Annotated[str | None, typer.Argument(help="A recipe to show; by default, list them.")] = None,
+    name: Annotated[str | None, typer.Argument(help="Recipe to show; by default, all are listed.")] = None,
     json: JsonOption = False,
 ) -> None:
-    """List the recipes, or show what one needs, its options and the cost of a step."""
+    """List the recipes, or show what one needs, its options and the cost of a student update."""
     from distill.spec import registry, schema
 
     here = Path.cwd()
@@ -49,7 +49,7 @@ def recipes(
         if json:
             print_json([{"name": d.name, "summary": d.summary, "needs": d.needs} for d in found])
         else:
-            print_table(["recipe", "can need", "what it is"], [[d.name, ", ".join(d.needs), d.summary] for d in found])
+            print_table(["recipe", "may need", "what it is"], [[d.name, ", ".join(d.needs), d.summary] for d in found])
             say("show one: distill recipes NAME")
         return
     module = registry.load(name, here)  # raises if the recipe cannot be imported
@@ -59,8 +59,8 @@ def recipes(
         return
     say(f"{name}\n\n{described.paper}\n")
     cost = "not measured" if described.cost is None else f"{described.cost:g} x flow matching (two CPU cores)"
-    say(f"can need, depending on its options: {', '.join(described.needs)}")
-    say(f"sampler: {module.Recipe.sampler}\none update of the student costs: {cost}\n")
+    say(f"may need, depending on its options: {', '.join(described.needs)}")
+    say(f"sampler: {module.Recipe.sampler}\ncost of one student update: {cost}\n")
     fields = module.Config.model_json_schema()["properties"] if described.options else {}
     rows = [[o.name, schema.valid(fields[o.name]), _default(o.default), o.meaning] for o in described.options]
     print_table(["option", "valid", "default", "meaning"], rows)

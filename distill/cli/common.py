@@ -82,8 +82,8 @@ def _folder(setting: Setting) -> Path:
     if transports.is_url(setting.value):
         transports.scheme_of(setting.value)
         raise InputError(
-            f"the store {transports.shown(setting.value)} (from {setting.source}) is a URL, from which students are "
-            "pulled; this needs a folder: give one with --store"
+            f"the store {transports.shown(setting.value)} (from {setting.source}) is a URL, which works only for "
+            "`distill pull` and `distill students`; for this command, give a local folder with --store"
         )
     path = expanded(setting.value)
     if not is_text(str(path.absolute())):  # neither safetensors nor Slurm could use such a path

@@ -40,7 +40,11 @@ def compare(
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume the run with this name; SPEC may be the run itself.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Resume an existing run. SPEC can be the run's name or folder, or the spec it was started from.",
+        ),
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Measure the speed and print the plan of each recipe; create no run.")
@@ -49,13 +53,13 @@ def compare(
 ) -> None:
     """Train several recipes with the same teacher, data and time; write one table and one figure.
 
-    SPEC gives the teacher, the pairs and the evaluation. A recipe that SPEC trains keeps its stages, scaled to the
-    budget; any other gets one stage with default options. Speed is measured first, in a short run.
+    SPEC defines the teacher, the pairs and the evaluation. A recipe that SPEC uses keeps its stages, with a length that
+    fits the budget; any other recipe gets one stage with default options. Speed is measured first, in a short run.
     """
     from distill.plans import budget
 
     if dry_run and resume:
-        raise InputError("--dry-run says what a new run would do, so --resume has no effect; leave it out")
+        raise InputError("--dry-run describes a new run and cannot be combined with --resume; remove --resume")
     if minutes is not None:
         budget.check(minutes)
     asked = None if recipes is None else [each.strip() for each in recipes.split(",")]
@@ -64,7 +68,7 @@ def compare(
         work.execute(*_again(folder, spec, changes or [], name, asked, minutes))
         return
     if minutes is None:
-        raise InputError("--budget is missing: minutes of training for each recipe, like --budget 2")
+        raise InputError("--budget is missing; give the minutes of training for each recipe, e.g. --budget 2")
     source = start.find(spec, changes or [], name)
     planned = _planned(source, asked)
     if not dry_run:
@@ -79,7 +83,9 @@ def compare(
     if dry_run:
         taken = RunPaths(folder.absolute() / found.name).root
         exists = (
-            "; a run with this name exists: distill compare needs --name OTHER or --resume" if taken.exists() else ""
+            "; a run with this name already exists; use --name OTHER for a new one, or --resume"
+            if taken.exists()
+            else ""
         )
         say(f"nothing was written{exists}")
         return
@@ -117,23 +123,23 @@ def _again(
     record = _record(run, comparison_table.load(run))
     if minutes is not None and minutes != record.budget_minutes:
         raise InputError(
-            f"--budget {minutes:g}: run '{run.name}' gives each recipe {record.budget_minutes:g} minutes; leave it "
-            "out, or start another with --name OTHER"
+            f"--budget {minutes:g}: run '{run.name}' was started with {record.budget_minutes:g} minutes for each "
+            "recipe; leave the option out, or start another run with --name OTHER"
         )
     planned = _planned(source, asked)
     chosen, begun = ([each.name for each in entries] for entries in (planned.chains, record.entries))
     if chosen != begun:
         raise InputError(
             f"run '{run.name}' compares {', '.join(begun)}, not {', '.join(chosen)}; name the same recipes, or start "
-            "another with --name OTHER"
+            "another run with --name OTHER"
         )
     for chain, entry in zip(planned.chains, record.entries, strict=True):
         ours, theirs = list(chain.trained), [part.stage for part in entry.parts]
         if ours != theirs:
             raise InputError(
-                f"run '{run.name}' cannot be resumed with a changed spec: '{chain.name}' is trained by "
-                f"{', '.join(theirs)} in the run, by {', '.join(ours)} in the spec; undo the change, "
-                "or start another with --name OTHER"
+                f"run '{run.name}' cannot be resumed with a changed spec: the stages of "
+                f"'{chain.name}' are {', '.join(theirs)} in the run, but {', '.join(ours)} in the spec; undo the "
+                "change, or start another run with --name OTHER"
             )
     found, _ = budget.frozen(planned, record.measured, record.budget_minutes, record.command)
     return start.resume(run, replace(source, spec=found))

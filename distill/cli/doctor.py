@@ -27,6 +27,7 @@ TRAIN = (
     *("torch", "torchvision", "diffusers", "datasets", "safetensors", "numpy", "scipy", "scikit-learn"),
     *("deepspeed", "lpips", "matplotlib", "pillow", "pot"),
 )
+NO_REPORT = "no report found in the store; it crashed, or its node cannot write to the store"
 FREE = 2e9  # bytes; enough for the quickstart and a few checkpoints
 
 
@@ -45,7 +46,8 @@ def doctor(
     path: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[SITE]", help="With --site: file that describes the cluster; by default as for submit."
+            metavar="[SITE]",
+            help="With --site: file that describes the cluster; the default is that of `distill submit`.",
         ),
     ] = None,
     nodes: Annotated[
@@ -63,7 +65,7 @@ def doctor(
     given = {"SITE": path, "--nodes": nodes, "--gpus-per-node": gpus_per_node, "--partition": partition}
     without_effect = [name for name, value in given.items() if value is not None]
     if without_effect:
-        raise InputError(f"{', '.join(without_effect)} has no effect without --site, which checks a cluster; add it")
+        raise InputError(f"{', '.join(without_effect)} has no effect without --site; add --site to check the cluster")
     findings = [_python(), *_packages(), *_partners(), *_devices(), _threads(), *_store(store_path(store))]
     if json:
         print_json([asdict(finding) for finding in findings])
@@ -88,7 +90,7 @@ def _cluster(path: Path | None, store: Path, nodes: int, gpus: int, partition: s
     found = sitecheck.run(store, where, options, nodes, said)
     troubles = [f"rank {seen.rank} on {seen.node}: {trouble}" for seen in found for trouble in _troubles(seen, gpus)]
     missing = sorted(set(range(found[0].size)) - {seen.rank for seen in found})
-    troubles += [f"rank {rank}: wrote nothing to the store" for rank in missing]
+    troubles += [f"rank {rank}: {NO_REPORT}" for rank in missing]
     if json:
         print_json({"ranks": [asdict(seen) for seen in found], "troubles": troubles})
     else:
@@ -109,9 +111,11 @@ def _troubles(seen: "distill.launch.sitecheck.Seen", gpus: int) -> list[str]:
     found += [f"{name}: {state}" for name, state in seen.caches.items() if state != "ok"]
     found += [f"cannot reach the other ranks: {seen.peers}"] if seen.peers != "ok" else []
     if gpus and len(seen.devices) < gpus:
-        found.append(f"torch sees {len(seen.devices)} of {gpus} GPUs; is it a CUDA build, and is the driver installed?")
+        found.append(
+            f"torch sees {len(seen.devices)} of {gpus} GPUs; check that torch is a CUDA build and the driver works"
+        )
     if seen.free < FREE:
-        found.append(f"only {human(seen.free)} are free in the store")
+        found.append(f"only {human(seen.free)} free in the store")
     return found
 
 

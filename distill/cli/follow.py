@@ -68,7 +68,7 @@ def _status(folder: Path, run: str | None, json: bool) -> None:
         else:
             _print_all(folder, found)
     if found and (trouble := next((each.trouble for each in found if each.trouble), "")) and not json:
-        say(f"warning: {trouble}; the output above is from the runs' own events only")
+        say(f"warning: {trouble}; the output above uses only the runs' own events, not Slurm's job states")
 
 
 def _as_json(standing: "distill.launch.standing.Standing") -> dict[str, Any]:
@@ -103,6 +103,7 @@ def _print_all(folder: Path, found: "list[distill.launch.standing.Standing]") ->
 
 def _print_one(paths: RunPaths, standing: "distill.launch.standing.Standing") -> None:
     from distill.reports import run_status
+    from distill.runs.jobs import shown
 
     students = run_status.students(paths)
     say(headline(standing.run.name, standing.state, standing.message, standing.run.changed))
@@ -123,7 +124,7 @@ def _print_one(paths: RunPaths, standing: "distill.launch.standing.Standing") ->
         say(f"student {name}: {measured}")
     for job in standing.jobs:
         if job.restarts:
-            counts = ", ".join(f"{count} x {why}" for why, count in job.restarts.items())
+            counts = ", ".join(f"{count} x {shown(why)}" for why, count in job.restarts.items())
             say(f"job {job.job} was queued again: {counts}")
 
 
@@ -153,7 +154,8 @@ def logs(
         str | None, typer.Option(help="Stage whose log to print; by default the one with the newest lines.")
     ] = None,
     since: Annotated[
-        str | None, typer.Option(help="Only lines since this time: 90s, 10m, 2h or 1d ago, or 2026-11-25 17:40:00.")
+        str | None,
+        typer.Option(help="Print only lines since 90s, 10m, 2h or 1d ago, or since a time like '2026-11-25 17:40:00'."),
     ] = None,
     lines: Annotated[
         int | None,
@@ -171,7 +173,7 @@ def logs(
     chosen = _choose(paths, rank, stage)
     first = _first_failure(paths)
     if first is not None:
-        say(f"--- the first failure: rank {first.rank} at {first.time}, {near(first.path)}")
+        say(f"--- first traceback: rank {first.rank} at {first.time}, {near(first.path)}")
         say(first.text, end="" if first.text.endswith("\n") else "\n")
     at: dict[Path, int] = {}
     for path in chosen:
@@ -192,7 +194,7 @@ def _begin(path: Path, since: datetime | None, lines: int | None) -> tuple[int, 
         last = log_files.last_lines(file, count) if count else 0
     if last <= first:
         return first, ""
-    return last, f"  (its last {count:,} lines; for all of them: --lines 0)"
+    return last, f"  (last {count:,} lines; use --lines 0 for the whole log)"
 
 
 def _files(paths: RunPaths) -> list[Path]:
@@ -215,7 +217,7 @@ def _choose(paths: RunPaths, rank: int, stage: str | None) -> list[Path]:
         raise InputError(f"stage '{stage}' of run '{paths.name}' has no logs in {near(paths.logs)}; valid: {known}")
     if not stages:
         raise InputError(
-            f"run '{paths.name}' has no logs: a run on this machine prints to its terminal, and only the other ranks "
+            f"run '{paths.name}' has no logs: on one machine, rank 0 prints to the terminal, and only the other ranks "
             "write logs"
         )
 

@@ -32,15 +32,16 @@ JOB = "The job"
 SiteOption = Annotated[
     Path | None,
     typer.Option(
-        "--site", help="File that describes the cluster; by default $DISTILL_SITE, your config, or the example."
+        "--site",
+        help="YAML file that describes the cluster; by default $DISTILL_SITE, `site` of your config, or the example.",
     ),
 ]
 CodeOption = Annotated[
     str,
     typer.Option(
         "--code",
-        help="Which distill the jobs use. run: a copy made now and stored in the run; current: the installed one at "
-        "the time a job starts.",
+        help="Which copy of the distill package the jobs use. run: a copy made now, in the run; current: the one that "
+        "is installed when a job starts.",
     ),
 ]
 
@@ -54,7 +55,7 @@ GpusOption = Annotated[
     typer.Option(
         "--gpus-per-node",
         min=0,
-        help="GPUs per node, one process each; sets launch.slurm.gpus_per_node, launch.procs.",
+        help="GPUs per node, with one process per GPU; sets launch.slurm.gpus_per_node and launch.procs.",
         rich_help_panel=JOB,
     ),
 ]
@@ -82,7 +83,7 @@ PairsJobsOption = Annotated[
     typer.Option(
         "--pairs-jobs",
         min=1,
-        help="Size of the job array that makes pairs; sets launch.slurm.pairs_jobs.",
+        help="Size of the job array that generates pairs; sets launch.slurm.pairs_jobs.",
         rich_help_panel=JOB,
     ),
 ]
@@ -134,7 +135,7 @@ def submit(
     gpus_per_node: GpusOption = None,
     procs_per_node: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes per node, on CPU nodes; sets launch.procs.", rich_help_panel=JOB),
+        typer.Option(min=1, help="Processes per node, for nodes without GPUs; sets launch.procs.", rich_help_panel=JOB),
     ] = None,
     partition: PartitionOption = None,
     account: AccountOption = None,
@@ -145,7 +146,8 @@ def submit(
     one_job: OneJobOption = False,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume the run with this name: submit what is neither done nor queued.")
+        bool,
+        typer.Option("--resume", help="Resume an existing run: submit the stages that are neither done nor queued."),
     ] = False,
     site: SiteOption = None,
     code: CodeOption = "run",
@@ -154,7 +156,7 @@ def submit(
     ] = False,
     store: StoreOption = None,
 ) -> None:
-    """Submit a spec to Slurm: check it, create the run, and queue its stages as jobs that wait for those they need."""
+    """Submit a spec to Slurm: check it, create the run, and submit its stages as jobs with dependencies."""
     check_code(code)
     asked = JobOptions(
         nodes=nodes,
@@ -237,8 +239,8 @@ def submit_again(
         slurm = source.spec.launch.slurm
         if lead > slurm.lead_seconds and not live:
             say(
-                f"two saves of this run take up to {lead - jobs.SPARE:.0f} s; launch.slurm.lead_seconds is raised to "
-                f"{lead}"
+                f"two saves of this run can take {lead - jobs.SPARE:.0f} s, so launch.slurm.lead_seconds is raised "
+                f"from {slurm.lead_seconds} to {lead}"
             )
             longer = source.spec.launch.model_copy(update={"slurm": slurm.model_copy(update={"lead_seconds": lead})})
             source = replace(source, spec=source.spec.model_copy(update={"launch": longer}))
@@ -253,7 +255,8 @@ def submit_again(
         for job in live:
             say(f"job {job.id} is running or queued: {', '.join(job.stages)}")
         if not left:
-            say(f"there is nothing to submit for run '{run.name}'" + ("" if live else ": all stages are done"))
+            reason = "its unfinished stages are already queued or running" if live else "all stages are done"
+            say(f"nothing to submit for run '{run.name}': {reason}")
             return
         _keep_code(run, code)
         found = prefetch.resolve(content, folder, prefetch.read(run))
@@ -267,7 +270,7 @@ def _say_queued(
 ) -> None:
     say(f"run '{run.name}' in {near(run.root)}")
     rows = [[job, *plan.described(launch)] for job, plan in sent.items()]
-    print_table(["job", "name", "computes", "nodes x processes", "after"], rows)
+    print_table(["job", "name", "stages", "nodes x processes", "waits for"], rows)
     say(f"follow it: distill status {run.name}    distill logs {run.name} -f")
 
 
@@ -332,14 +335,14 @@ def _say_memory(ready: "distill.execution.preflight.Ready") -> None:
         for name, each in found.items()
     ]
     if rows:
-        columns = ["memory of a process", *kinds, "together"]
+        columns = ["memory per process", *kinds, "total"]
         print_table(columns, rows, right=columns[1:])
         say("activations are not included; `distill plan SPEC --measure` measures them in two real steps")
 
 
 def cancel(
     run: RunArgument,
-    now: Annotated[bool, typer.Option("--now", help="Stop at once; what was not saved is lost.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Kill immediately; unsaved progress is lost.")] = False,
     store: StoreOption = None,
 ) -> None:
     """Stop a run, on the cluster or on this machine: running processes save first, queued jobs are cancelled."""
@@ -364,7 +367,8 @@ def cancel(
         if name in waiting:
             say(f"job {name}: cancelled")
         else:
-            say(f"job {name}: {'asked to save and exit' if slurm.ask(name) else f'not reached ({state.state})'}")
+            lost = f"could not be signalled (state {state.state}); run the command again, or use --now"
+            say(f"job {name}: {'asked to save and exit' if slurm.ask(name) else lost}")
         told = True
     other = claims.executing(paths)
     if not told and other is not None and not other.is_here:

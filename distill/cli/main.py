@@ -55,7 +55,7 @@ REMEDIES = {
     errno.ENOTDIR: "a part of its path is a file, not a folder",
     errno.EISDIR: "give a file, not a folder",
     errno.EEXIST: "give another name",
-    errno.EINVAL: "give another name",
+    errno.EINVAL: "use another path or name",
     errno.ELOOP: "its links form a loop",
     errno.EACCES: "give a path that you may use, or ask its owner",
     errno.EPERM: "give a path that you may use, or ask its owner",
@@ -63,14 +63,14 @@ REMEDIES = {
 }
 
 app = typer.Typer(
-    help="Distil diffusion and flow teachers into students of one, two or four network calls.",
+    help="Distil diffusion and flow teachers into students that sample in one, two or four network calls.",
     rich_markup_mode="markdown",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-MAKE, LOOK, STUDENTS, TOOLS = "Run", "Look", "Students", "Tools"
+MAKE, LOOK, STUDENTS, TOOLS = "Run", "Inspect", "Students", "Tools"
 app.command(rich_help_panel=MAKE)(work.quickstart)
 app.command(rich_help_panel=MAKE)(work.run)
 app.command(rich_help_panel=MAKE)(reflow.reflow)
@@ -188,8 +188,8 @@ def _left(leaving: SystemExit, tell: Callable[[object], None]) -> int:
     if "typer" in Path(last.filename).parts:
         return leaving.code if isinstance(leaving.code, int) else 0
     tell(
-        f"error: {last.filename}, line {last.lineno}, ends the program: {last.line}. A recipe must not do this; remove "
-        "it, or raise an error that describes the problem"
+        f"error: {last.filename}, line {last.lineno}, exits the program: {last.line}. A recipe must not do this; "
+        "remove the line, or raise an exception that describes the problem"
     )
     return EXIT_INPUT
 

@@ -1,4 +1,4 @@
-"""`distill pairs`: solves a teacher's paths and stores them. Several processes can share the work."""
+"""`distill pairs`: generates pairs with a teacher and stores them. Several processes can share the work."""
 
 import os
 from collections.abc import Mapping
@@ -25,44 +25,47 @@ if TYPE_CHECKING:
 def pairs(
     given: Annotated[
         str,
-        typer.Argument(metavar="TEACHER|SPEC", help="A teacher as for `distill eval`; or a spec, a preset, or a run."),
+        typer.Argument(metavar="TEACHER|SPEC", help="A teacher, as for `distill eval`; or a spec, a preset or a run."),
     ],
     changes: Annotated[list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Changes of the spec.")] = None,
     shards: Annotated[
-        str | None, typer.Option(metavar="I/N", help="Make only shards I, I + N, ...: this is process I of N.")
+        str | None,
+        typer.Option(metavar="I/N", help="Share the work among N processes: this is process I, from 1 to N."),
     ] = None,
     check: Annotated[
         bool,
         typer.Option(
-            "--check", help="Write no pairs; solve 1,000 pairs at N and 2 N steps and say whether N is enough."
+            "--check", help="Compare 1,000 pairs at N and 2 N solver steps, report whether N is enough, write nothing."
         ),
     ] = False,
     stage: Annotated[
-        str | None, typer.Option(help="With a SPEC: the pairs stage to make; may be left out if there is only one.")
+        str | None, typer.Option(help="With a SPEC: the pairs stage to run; not needed if there is only one.")
     ] = None,
     name: Annotated[str | None, typer.Option("--name", help="With a SPEC: name of the run.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", help="With a TEACHER: folder for the pairs. An unfinished set in it is continued."),
+        typer.Option("--out", help="With a TEACHER: folder for the pairs. If it has an unfinished set, it is resumed."),
     ] = None,
     count: Annotated[int | None, typer.Option(help="With a TEACHER: number of pairs [10000].")] = None,
-    paths: Annotated[str | None, typer.Option(help="backward, forward, segments, trajectories [backward].")] = None,
+    paths: Annotated[
+        str | None, typer.Option(help="Kind of paths: backward, forward, segments or trajectories [backward].")
+    ] = None,
     times: Annotated[
         str | None, typer.Option(help="Times of the stored states (trajectories, segments), like 1,0.5,0.")
     ] = None,
     optimal_times: Annotated[
         int | None,
         typer.Option(
-            help="Instead of --times, for trajectories: the number of steps; their times are chosen for the smallest "
-            "error (see `distill schedule`)."
+            help="For trajectories, instead of --times: the number of steps between stored states; their times are "
+            "chosen to minimize the error (see `distill schedule`)."
         ),
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Real data of forward paths and segments: digits, or YAML.")] = None,
+    data: Annotated[str | None, typer.Option(help="Real data for forward paths and segments: digits, or YAML.")] = None,
     solver: Annotated[str | None, typer.Option(help=f"{kinds.either(solver_names())} [heun].")] = None,
     steps: Annotated[int | None, typer.Option(help="Solver steps [16].")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 = none [1].")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise [0].", min=0, max=2**63 - 1)] = None,
-    block: Annotated[int | None, typer.Option(help="Pairs solved at once [256].")] = None,
+    block: Annotated[int | None, typer.Option(help="Batch size of the solver [256].")] = None,
     shard: Annotated[int | None, typer.Option(help="Pairs per file, a multiple of --block [4096].")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="Stored type: float32, float16, bfloat16 or uint8 [float32].")
@@ -71,7 +74,8 @@ def pairs(
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda [auto].")] = None,
     store: StoreOption = None,
 ) -> None:
-    """Solve a teacher's ODE and store the ends of its paths, in --out for a TEACHER, in the run for a SPEC.
+    """Generate pairs of noise and data by solving a teacher's ODE. With a TEACHER they are written to --out, with a
+    SPEC to its run.
 
     N processes, on any machines, can share the work with --shards 1/N ... N/N; the files are the same, byte for byte.
     """
@@ -85,15 +89,17 @@ def pairs(
     }  # fmt: skip
     options = {key: value for key, value in options.items() if value is not None}
     if check:
-        _refuse({"shards": shards, "out": out}, "--check solves 1,000 pairs and stores none")
+        _refuse({"--shards": shards, "--out": out}, "with --check, which writes nothing")
     if not arguments.is_yaml(given) and _is_spec(store_path(store), given):
         others = {**options, "out": out, "data": data, "seed": seed, "device": device}
-        _refuse(others, "a SPEC sets them: write changes like stages.pairs.count=5000")
+        others = {f"--{key.replace('_', '-')}": value for key, value in others.items()}
+        _refuse(others, "with a SPEC; override its values instead, like stages.pairs.count=5000")
         _of_spec(store_path(store), given, changes or [], name, stage, share, check)
         return
-    _refuse({"stage": stage, "name": name, "changes": changes}, f"'{given}' is a teacher, not a spec")
+    overrides = dict.fromkeys(changes or [], True)
+    _refuse({"--stage": stage, "--name": name, **overrides}, f"with a teacher ('{given}'), only with a SPEC")
     if out is None and not check:
-        raise InputError("--out is missing: the folder to write the pairs to")
+        raise InputError("--out is missing; give the folder to write the pairs to")
     _of_teacher(store_path(store), given, options, out, data, seed or 0, device or "auto", share, check)
 
 
@@ -103,9 +109,9 @@ def _is_spec(store: Path, given: str) -> bool:
 
 
 def _refuse(options: Mapping[str, object], why: str) -> None:
-    found = [key.replace("_", "-") for key, value in options.items() if value not in (None, [])]
+    found = [key for key, value in options.items() if value is not None]
     if found:
-        raise InputError(f"{', '.join(f'--{key}' for key in found)}: no effect here; {why}")
+        raise InputError(f"{', '.join(found)} cannot be used {why}")
 
 
 def _refuse_empty(share: tuple[int, int] | None, stage: "distill.spec.model.Stage") -> None:
@@ -117,8 +123,8 @@ def _refuse_empty(share: tuple[int, int] | None, stage: "distill.spec.model.Stag
     files = pairspec.Layout(stage.count, stage.shard).files
     if share is not None and share[0] >= files:
         raise InputError(
-            f"--shards {share[0] + 1}/{share[1]}: the set has {files:,} file{'s' if files > 1 else ''}, so this "
-            "part would be empty; give a smaller N, or a smaller shard"
+            f"--shards {share[0] + 1}/{share[1]}: the set has {files:,} shard{'s' if files > 1 else ''}, so there is "
+            "none for this process; use a smaller N, or fewer pairs per shard"
         )
 
 
@@ -142,7 +148,7 @@ def _of_teacher(
         raise InputError(arguments.as_option(mistake))
     _refuse_empty(share, stage)
     if data is not None and stage.paths not in OF_DATA:
-        raise InputError(f"--data: {stage.paths} paths begin with noise, so it has no effect; remove it")
+        raise InputError(f"--data has no effect on {stage.paths} paths, which start from noise; remove it")
     real = NoData(kind="none") if data is None else arguments.data(data)
     if out is not None:
         check_out(out)
@@ -158,7 +164,7 @@ def _of_teacher(
     teacher, real_data = teachers.load_teacher(where, place), load_data(real, seed)
     stage = step_times.with_times(stage, teacher, store, place)
     if stage.paths in OF_DATA and real_data is None and teacher.exact_data is None:
-        raise InputError(f"--data is missing: {stage.paths} paths begin with real data, e.g. --data digits")
+        raise InputError(f"--data is missing: {stage.paths} paths start from real data; add it, e.g. --data digits")
     if stage.paths in OF_DATA and real_data is not None:
         note_labels(teacher, real_data)
     solving = Solving.of(teacher, stage, seed=seed, device=place, data=real_data, law=teacher)
@@ -188,7 +194,7 @@ def _of_spec(
     of = spec.stages[chosen].teacher
     if of is not None and not run.stage(of).done.exists():
         raise InputError(
-            f"stage '{chosen}' solves the paths of the student of '{of}', which is not trained yet; "
+            f"the teacher of stage '{chosen}' is the student of stage '{of}', which is not trained yet; train it with: "
             f"distill run {f'{near(run.root)} --resume' if run.root.exists() else given}"
         )
     if check:
@@ -206,7 +212,7 @@ def _of_spec(
     compute(run.root, [chosen], share)
     folder = run.stage(chosen).pairs
     say(f"pairs of stage '{chosen}' in {near(folder)}")
-    say(f"{_told(folder)}; the rest of the run: distill run {near(run.root)} --resume")
+    say(f"{_told(folder)}; run the remaining stages with: distill run {near(run.root)} --resume")
 
 
 def _told(folder: Path) -> str:
@@ -220,11 +226,12 @@ def _told(folder: Path) -> str:
         return f"{len(made)} of {found.layout.files} shards are complete"
     said = [f"the set of {found.count:,} pairs is complete"]
     if found.rounding.error:
-        said.append(f"storing it as {found.dtype} changed it by {found.rounding.relative:.2%} (RMS)")
+        said.append(f"storing the data as {found.dtype} changed it by {found.rounding.relative:.2%} (RMS)")
     if found.whiteness:
         w = found.whiteness
         said.append(
-            f"its noise has mean {w.mean:.3f}, variance {w.variance:.3f}, correlation of neighbours {w.correlation:.3f}"
+            f"the noise has mean {w.mean:.3f}, variance {w.variance:.3f}, correlation of neighbouring values "
+            f"{w.correlation:.3f}"
         )
     return "; ".join(said)
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import distill.plans.rounds
     import distill.spec.specfile
 
-ROUNDS, DRIFT = "Rounds", "Against errors that accumulate over rounds"
+ROUNDS, DRIFT = "Rounds", "Options that limit error accumulation"
 
 
 def reflow(
@@ -35,7 +35,7 @@ def reflow(
         bool,
         typer.Option(
             "--distill",
-            help="Afterwards, run the spec's one-step distillation on new pairs of the last flow.",
+            help="After the last round, generate pairs with its flow and run SPEC's one-step distillation on them.",
             rich_help_panel=ROUNDS,
         ),
     ] = False,
@@ -44,8 +44,8 @@ def reflow(
         typer.Option(
             "--forward",
             metavar="FRACTION",
-            help="Fraction of each batch taken from real data, paired with the noise that the teacher maps it to, like "
-            "0.2.",
+            help="Fraction of each batch, like 0.2, that consists of real data and the noise that the teacher's ODE "
+            "maps it to.",
             rich_help_panel=DRIFT,
         ),
     ] = None,
@@ -54,7 +54,7 @@ def reflow(
         typer.Option(
             "--data-weight",
             metavar="WEIGHT",
-            help="Weight of a flow-matching term on real data, like 0.1: the recipe's data_weight.",
+            help="Weight of a flow-matching loss on real data, like 0.1; sets the recipe's option data_weight.",
             rich_help_panel=DRIFT,
         ),
     ] = None,
@@ -79,7 +79,11 @@ def reflow(
     code: jobs.CodeOption = "run",
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume the run with this name; SPEC may be the run itself.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Resume an existing run. SPEC can be the run's name or folder, or the spec it was started from.",
+        ),
     ] = False,
     procs: Annotated[
         int | None,
@@ -90,11 +94,12 @@ def reflow(
     ] = False,
     store: StoreOption = None,
 ) -> None:
-    """Straighten a flow in rounds: solve pairs, train on them, use the student as the next teacher; with --distill, end
-    with one-step distillation.
+    """Straighten a flow in rounds: generate pairs, train on them, and use the student as the teacher of the next round;
+    with --distill, end with one-step distillation.
 
-    SPEC has one round: a pairs stage, a train stage on its pairs, and perhaps a one-step distillation and an evaluation
-    after it, like the preset digits. Its stages X become X-1, X-2, ... of the rounds; changes may use either name.
+    SPEC describes one round: a pairs stage, a train stage on its pairs, and optionally a one-step distillation and an
+    evaluation, like the preset digits. Stage X becomes X-1, X-2, ... in rounds 1, 2, ... A change of stages.X applies
+    to all rounds, a change of stages.X-2 to round 2.
     """
     jobs.check_code(code)
     asked = jobs.JobOptions(
@@ -112,7 +117,7 @@ def reflow(
     if not slurm:
         _refuse_without_slurm(asked, site, code)
     if dry_run and resume:
-        raise InputError("--dry-run says what a new run would do, so --resume has no effect; leave it out")
+        raise InputError("--dry-run describes a new run and cannot be combined with --resume; remove --resume")
     from distill.plans.rounds import RoundsPlan
 
     folder, changes = store_path(store), [*asked.changes(), *(changes or [])]
@@ -189,15 +194,17 @@ def _dry_run(
         about = ["-", "-"] if cost is None else [f"about {duration(cost.seconds)}", human(cost.bytes)]
         rows.append([step.name, step.what, step.work, ", ".join(step.needs), *about])
     taken = (
-        "  (a run with this name exists: distill reflow needs --name OTHER or --resume)" if run.root.exists() else ""
+        "  (a run with this name already exists; use --name OTHER for a new one, or --resume)"
+        if run.root.exists()
+        else ""
     )
     say(f"run {spec.name}, seed {spec.seed}, spec {spec.digest()[:12]}\n")
     columns = ["stage", "what", "work", "needs", "time", "disk"]
     print_table(columns, rows, right=columns[-2:])
     total, size = sum(cost.seconds for cost in costs.values()), sum(cost.bytes for cost in costs.values())
-    say(f"about {duration(total)} one after the other, estimated from network calls measured here")
-    say(f"writes {human(size)} into {near(run.root)}{taken}; {human(space.free(folder))} are free")
+    say(f"total time if the stages run one after the other: about {duration(total)}, estimated from the speed here")
+    say(f"writes {human(size)} to {near(run.root)}{taken}; {human(space.free(folder))} free")
     if site is not None:
         planned = queue.plans(run, spec, list(spec.stages))
         rows = [plan.described(spec.launch) for plan in planned]
-        print_table(["job", "computes", "nodes x processes", "after"], rows)
+        print_table(["job", "stages", "nodes x processes", "waits for"], rows)

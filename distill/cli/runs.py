@@ -147,13 +147,13 @@ def clean(
         bool, typer.Option("--checkpoints", help="Delete the checkpoints of stages that are done.")
     ] = False,
     pairs: Annotated[
-        bool, typer.Option("--pairs", help="Delete pairs; stages that still need them make them again.")
+        bool, typer.Option("--pairs", help="Delete pairs; they are generated again if a stage still needs them.")
     ] = False,
     everything: Annotated[bool, typer.Option("--all", help="Delete the whole run, with its students.")] = False,
     inputs: Annotated[
         bool,
         typer.Option(
-            "--inputs", help="Delete files fetched from the hub that no run uses any more; give no RUN with it."
+            "--inputs", help="Delete files downloaded from the hub that no run uses any more; give it without RUN."
         ),
     ] = False,
     yes: Annotated[
@@ -186,7 +186,7 @@ def clean(
         say(f"{human(count):>10}  {near(path)}")
     if not yes:
         for name in wanted:
-            say(f"stage '{name}' would have to be computed again, because an unfinished stage needs its pairs")
+            say(f"stage '{name}' would have to run again, because an unfinished stage needs its pairs")
         options = "--yes" if chosen else "--checkpoints, --pairs or --all, and --yes"
         say(f"{human(sum(sizes.values()))} would be freed; nothing was deleted: add {options}")
         return
@@ -194,7 +194,7 @@ def clean(
     with claims.claim(paths):
         for name in wanted:  # first, so that no stage counts as done without its pairs, even after a crash
             paths.stage(name).done.unlink()
-            say(f"stage '{name}' has to be computed again, because an unfinished stage needs its pairs")
+            say(f"stage '{name}' has to run again, because an unfinished stage needs its pairs")
         for path in found:
             if path.is_dir() and path != paths.root:
                 shutil.rmtree(path)
@@ -238,7 +238,7 @@ def _refuse_if_queued(paths: RunPaths) -> None:
     try:
         live = queue.live_jobs(paths)
     except slurm.NoAnswer as error:
-        say(f"warning: {error}; it is therefore not known whether jobs of this run are queued")
+        say(f"warning: {error}; jobs of this run may still be queued or running")
         return
     if live:
         names = ", ".join(job.id for job in live)

@@ -28,7 +28,7 @@ def schedule(
     steps: Annotated[int, typer.Option("--steps", help="Number of steps to find times for.", min=1, max=MAX_STEPS)],
     solver: Annotated[str, typer.Option(help=f"Solver of these steps: {kinds.either(solver_names())}.")] = "euler",
     fine: Annotated[
-        int, typer.Option(help="Steps of the fine grid that the times are chosen from.", min=1, max=MAX_FINE)
+        int, typer.Option(help="Number of steps of the fine grid from which the times are chosen.", min=1, max=MAX_FINE)
     ] = FINE,
     samples: Annotated[
         int, typer.Option(help="Number of paths to measure errors on.", min=1, max=MAX_SAMPLES)
@@ -39,12 +39,13 @@ def schedule(
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Find the step times with the smallest error of a solver, by dynamic programming; they are saved in the store."""
+    """Find the step times that minimize the error of a solver, by dynamic programming, and save them in the store."""
     from distill.cli import arguments
 
     if steps > fine:
         raise InputError(
-            f"--steps {steps}: their times are chosen from a grid of --fine {fine}; give fewer, or a finer grid"
+            f"--steps {steps} is more than --fine {fine}, the steps of the grid from which times are chosen; use fewer "
+            "steps, or a larger --fine"
         )
     runs = store_path(store)
     where = arguments.teacher(teacher, runs)
@@ -67,9 +68,12 @@ def schedule(
         )  # fmt: skip
         return
     plural = "s" if steps > 1 else ""
-    say(f"{solver}, {steps} step{plural} of {loaded.description}, chosen from {fine} on {samples} paths")
+    say(
+        f"{solver}, {steps} step{plural} of {loaded.description}, chosen from a grid of {fine} with errors measured on "
+        f"{samples} paths"
+    )
     say(f"times: {', '.join(f'{t:.4g}' for t in best.times)}")
-    say(f"summed squared error: {best.cost:.4g}; of uniform steps: {uniform.cost:.4g}")
+    say(f"sum of squared errors: {best.cost:.4g}; with uniform steps: {uniform.cost:.4g}")
 
 
 def refuse_schedule(schedule: str, times: str | None) -> None:

@@ -118,9 +118,8 @@ def _refuse_other_world(spec: "distill.spec.model.RunSpec", names: Sequence[str]
             continue
         if size is None:
             raise InputError(
-                f"launch.nodes={launch.nodes} and launch.procs={launch.procs}: {wanted} processes train stage "
-                f"'{name}' together, but WORLD_SIZE is not set, so this process would train alone; start it with "
-                f"{valid}"
+                f"stage '{name}' must be trained by {wanted} processes (launch.nodes={launch.nodes}, "
+                f"launch.procs={launch.procs}), but WORLD_SIZE is not set; start them with {valid}"
             )
         if wanted == 1 and not isinstance(spec.stages[name], TrainStage):
             raise InputError(
@@ -128,15 +127,16 @@ def _refuse_other_world(spec: "distill.spec.model.RunSpec", names: Sequence[str]
                 "without a launcher"
             )
         raise InputError(
-            f"WORLD_SIZE={size}, but launch.nodes={launch.nodes} and launch.procs={launch.procs}, so {wanted} "
-            f"process{'es' if wanted > 1 else ''} must train stage '{name}'; start as many, or change launch with "
-            "`distill run RUN --resume`"
+            f"WORLD_SIZE={size}, but stage '{name}' must be trained by {wanted} process{'es' if wanted > 1 else ''} "
+            f"(launch.nodes={launch.nodes}, launch.procs={launch.procs}); start this number, or change launch, e.g. "
+            f"distill run RUN --resume launch.procs={size}"
         )
 
 
 @contextmanager
 def _in_events(paths: RunPaths, names: list[str], measure: bool) -> Iterator[None]:
     """Context manager that records in the run's events that this process began, and how it ended."""
+    from distill.core.stop import AGAIN
     from distill.launch import ranks, tasks
 
     append_event(paths, "started", pid=os.getpid(), host=platform.node(), stages=names)
@@ -148,7 +148,9 @@ def _in_events(paths: RunPaths, names: list[str], measure: bool) -> Iterator[Non
         outcome, message = "stopped", str(stopped)
         if measure:
             raise Stopped(f"stopped; {ranks.MEASURED}") from None
-        raise Stopped(message if tasks.is_task() else f"{message}: distill run {near(paths.root)} --resume") from None
+        if tasks.is_task():
+            raise
+        raise Stopped(f"{message.removesuffix(AGAIN)}; resume with: distill run {near(paths.root)} --resume") from None
     except KeyboardInterrupt:
         outcome, message = "stopped", "interrupted without saving"
         raise
@@ -168,7 +170,7 @@ def _compute(
         from distill.execution import devices, stages  # imports torch
 
     if "WORLD_SIZE" not in os.environ:
-        stop.raise_if_requested("nothing, no stage had begun")
+        stop.raise_if_requested("nothing (no stage had started yet)")
         stages.run(paths, spec, names, stop, measure=measure)
     else:  # no stop before all ranks have joined, since the others would wait for this one
         from distill.training.world import World

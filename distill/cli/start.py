@@ -42,7 +42,9 @@ def locate(given: str) -> tuple[Path, str]:
     from distill.spec import presets
 
     if "=" in given and not Path(given).exists():
-        raise InputError(f"'{given}' was given instead of a spec; write: distill run SPEC {given}")
+        raise InputError(
+            f"the first argument must be a spec or preset, not an override ('{given}'); e.g. distill run SPEC {given}"
+        )
     path = Path(given)
     if path.suffix in (".yaml", ".yml") or "/" in given or path.is_file():
         if not path.exists():

@@ -34,12 +34,14 @@ if TYPE_CHECKING:
 
 TrustOption = Annotated[
     bool,
-    typer.Option("--trust-code", help="Also accept code that distill has never shipped, after showing it."),
+    typer.Option(
+        "--trust-code", help="Print the student's code, and accept it even if it is not code that distill ships."
+    ),
 ]
 MANY = 20  # at most this many warnings are printed
 WHICH = (
-    "RUN: the student of its last train stage. RUN/STAGE: that stage's. RUN@best: the one with the smallest distance "
-    "at the fewest steps measured. RUN@step-N: exported from that checkpoint. Or a student's folder."
+    "RUN: the student of its last train stage. RUN/STAGE: the student of this stage. RUN@best: the student with the "
+    "smallest distance at the fewest measured steps. RUN@step-N: exported from this checkpoint. Or a student's folder."
 )
 
 
@@ -71,7 +73,7 @@ def publish(
             about = publishing.describe(title, chosen, student_card.read(found).images, shown)
         done = publishing.publish(found, folder, title, version, about, picture)
     if done.skipped:
-        say_error(f"warning: {len(done.skipped):,} of the store's students cannot be used; distill students lists them")
+        say_error(f"warning: {len(done.skipped):,} of the store's students are skipped; to see why: distill students")
     entry, new = done.entry, done.new
     where = near(folder.absolute() / published.REGISTRY / entry.name / entry.version)
     say(f"published {entry.label}: {where}" if new else f"this student is already published: {entry.label}")
@@ -134,7 +136,7 @@ def verify(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A student folder.")],
     trust_code: TrustOption = False,
 ) -> None:
-    """Check a student folder: its checksums, that no other files are in it, and that its code is known."""
+    """Check a student folder: all files match their checksums, there are no others, and its code is distill's."""
     from distill.exchange import pulling, transports
 
     if transports.is_url(str(folder)):
@@ -192,7 +194,9 @@ def _student(chosen: "distill.exchange.publishing.Chosen", temporary: Path) -> P
 def _drawn(student: Path, out: Path) -> bytes:
     """Draw samples of a student as a PNG file. Without torch, a message is printed and b"" is returned."""
     if find_spec("torch") is None:
-        say_error("the model card has no picture of samples: no evaluation has drawn one, and torch is not installed")
+        say_error(
+            "the model card has no picture of samples: no evaluation has drawn samples, and torch is not installed"
+        )
         return b""
     from distill.exchange import pulling
 
@@ -233,7 +237,7 @@ def _source(given: str, store: str | None) -> "tuple[distill.exchange.transports
             label = folder.name if isinstance(chosen, Path) else f"{chosen.run.name}-{chosen.stage}"
             return transports.at(folder), label, None
         raise InputError(
-            f"'{given}': a checkpoint is not a student yet; distill export or distill publish makes one from it"
+            f"'{given}' is a checkpoint, not a student; first export it with distill export or distill publish"
         )
     name, version = published.split(given)
     listed = published.listed(source, name)

@@ -21,21 +21,21 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 def sample(
     student: StudentArgument,
-    out: Annotated[
-        Path, typer.Option("--out", help="File to write: .png for a picture, .safetensors for the numbers.")
-    ],
+    out: Annotated[Path, typer.Option("--out", help="Output file: .png for a picture, .safetensors for the tensors.")],
     steps: Annotated[
         int | None,
-        typer.Option(help="Number of steps; by default the fewest that the student is made for.", min=1, max=MAX_STEPS),
+        typer.Option(help="Number of steps; by default the fewest that the student supports.", min=1, max=MAX_STEPS),
     ] = None,
     schedule: Annotated[
         str, typer.Option(help="uniform, or optimal: the step times with the smallest error (see `distill schedule`).")
     ] = "uniform",
-    times: Annotated[str | None, typer.Option(help="Step times to use instead, like 1,0.6,0.")] = None,
+    times: Annotated[
+        str | None, typer.Option(help="Step times, like 1,0.6,0; replaces --steps and --schedule.")
+    ] = None,
     seed: SeedOption = 0,
     count: Annotated[int, typer.Option(help="Number of samples.", min=1, max=1_000_000)] = 64,
     classes: Annotated[
-        str, typer.Option(help="One class, or one for each sample, like 3 or 0,1,2; by default all in turn.")
+        str, typer.Option(help="One class, or one for each sample, like 3 or 0,1,2; by default all classes in turn.")
     ] = "",
     device: DeviceOption = "auto",
     store: StoreOption = None,
@@ -67,10 +67,12 @@ def sample(
 def evaluate(
     student: StudentArgument,
     out: Annotated[Path, typer.Option("--out", help="Folder to write results.json and pictures to.")],
-    teacher: Annotated[str | None, typer.Option(help=f"{TeacherHelp} By default the one of the student's run.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help=f"{TeacherHelp} By default the teacher of the student's run.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Real data: digits, mnist, or YAML; by default the run's.")] = None,
     steps: Annotated[
-        str | None, typer.Option(help="Numbers of steps of the student; by default 1,2,4 or all it is made for.")
+        str | None, typer.Option(help="Numbers of steps of the student; by default 1,2,4 or all that it supports.")
     ] = None,
     teacher_steps: Annotated[str, typer.Option(help="Numbers of Euler steps of the teacher.")] = "1,2,4,8,16",
     schedule: Annotated[
@@ -145,13 +147,13 @@ def export(
     run: Annotated[str, typer.Argument(metavar="RUN")],
     stage: Annotated[str | None, typer.Argument(metavar="[STAGE]", help="By default the only train stage.")] = None,
     half_life: Annotated[
-        float | None, typer.Option(help="Export averaged weights with this half-life, in images.")
+        float | None, typer.Option(help="Export the EMA weights with this half-life, in images.")
     ] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Export the weights themselves, not averaged ones.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Export the weights without averaging (EMA).")] = False,
     out: Annotated[Path | None, typer.Option("--out", help="Folder to write; by default RUN-STAGE.")] = None,
     store: StoreOption = None,
 ) -> None:
-    """Export a student from a run's newest checkpoint, also while it trains."""
+    """Export a student from a run's newest checkpoint, even during training."""
     from distill.runs import todo
     from distill.spec.model import TrainStage
 
@@ -174,7 +176,7 @@ def export(
         raise InputError(f"{folder} exists already; name another folder with --out")
     if paths.stage(name).done.exists() and not paths.stage(name).checkpoints.is_dir():
         raise InputError(
-            f"the checkpoints of '{name}' were deleted; the exported student is {near(paths.student(name))}"
+            f"the checkpoints of stage '{name}' were deleted; use its exported student: {near(paths.student(name))}"
         )
     from distill.execution import stages
 

@@ -72,7 +72,11 @@ def run(
     changes: Changes = None,
     name: Annotated[str | None, typer.Option("--name", help="Name of the run; by default the spec's.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Resume the run with this name; SPEC may be the run itself.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Resume an existing run. SPEC can be the run's name or folder, or the spec it was started from.",
+        ),
     ] = False,
     procs: Annotated[
         int | None,
@@ -80,7 +84,7 @@ def run(
     ] = None,
     store: StoreOption = None,
 ) -> None:
-    """Run a spec: train, solve pairs, export, evaluate. Completed stages are never repeated."""
+    """Run a spec: train, generate pairs, export, evaluate. Completed stages are never repeated."""
     folder = store_path(store)
     changes = [*(changes or []), *([] if procs is None else [f"launch.procs={procs}"])]
     if resume:
@@ -112,7 +116,8 @@ def plan(
         measured = {"memory": memory} if measure else {}
         print_json({**planning.as_json(source.spec, paths, steps), **measured})
         return
-    taken = "  (a run with this name exists: distill run needs --name OTHER or --resume)" if paths.root.exists() else ""
+    exists = "  (a run with this name already exists; use --name OTHER for a new one, or --resume)"
+    taken = exists if paths.root.exists() else ""
     say(f"run {source.spec.name}, seed {source.spec.seed}, spec {source.spec.digest()[:12]}\n")
     print_table(
         ["stage", "kind", "what", "work", "needs", "writes"],
@@ -121,7 +126,7 @@ def plan(
     say(f"writes to {near(paths.root)}{taken}")
     say(f"checked: {'; '.join(planning.CHECKS)}")
     if measure:
-        columns = ["memory of a process", "", "predicted", "counted, least", "most"]
+        columns = ["memory per process", "", "predicted", "measured: min", "max"]
         rows = [
             [stage, what, "-" if expected is None else human(expected), human(min(found)), human(max(found))]
             for stage, what, expected, found in planning.memory_rows(memory)

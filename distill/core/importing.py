@@ -33,9 +33,9 @@ class Importing:
 
     def _reason(self, error: BaseException) -> str:
         if isinstance(error, ModuleNotFoundError) and error.name:
-            return f"needs the package {error.name}; pip install 'distill[train]' brings those of our recipes"
+            return f"needs the package {error.name}; distill's own recipes need: pip install 'distill[train]'"
         if isinstance(error, SystemExit):
-            return f"ends the program when it is imported: it calls sys.exit({error.code}); remove that"
+            return f"exits the program when it is imported: it calls sys.exit({error.code}); remove this call"
         if isinstance(error, SyntaxError):
             return f"cannot be imported: {error}"
         lines = [each.lineno for each in traceback.extract_tb(error.__traceback__) if each.filename == str(self.path)]

@@ -34,7 +34,7 @@ def open_regular(path: Path) -> FileIO:
     except FileNotFoundError:
         raise
     except OSError as error:
-        remedy = "; remove it" if error.errno == errno.EINVAL else ""  # a folder, FIFO or device
+        remedy = "; delete it" if error.errno == errno.EINVAL else ""  # a folder, FIFO or device
         raise InputError(f"{path} cannot be read: {error.strerror}{remedy}") from None
 
 

@@ -65,14 +65,13 @@ def _text(path: Path) -> str:
 def shortage(folder: Path, need: int) -> str:
     """A text that says how much space is missing to write `need` bytes in `folder`; empty if there is enough."""
     left = free(folder)
-    return f"{human(need)} needed, but {human(left)} are free for {folder}" if need > left else ""
+    return f"{human(need)} needed, but only {human(left)} free in {folder}" if need > left else ""
 
 
 def require(folder: Path, need: int, what: str) -> None:
     """Raise RunError unless `need` bytes are free for `folder`."""
     if missing := shortage(folder, need):
         raise RunError(
-            f"not enough disk space for {what}: {missing}; free some (`distill clean RUN` lists what a run no longer "
-            "needs), "
-            "or use another store"
+            f"not enough disk space for {what}: {missing}; free some space (`distill clean RUN` lists what a run no "
+            "longer needs), or use another store"
         )

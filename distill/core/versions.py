@@ -16,12 +16,12 @@ def require_same_draws(found: object, what: str) -> None:
     """
     if not isinstance(found, int) or found < 1:
         raise InputError(
-            f"{what} says that its version of the training random numbers is {short(repr(found))}; valid: a whole "
-            "number from 1 on. It is damaged; start another run"
+            f"{what} is damaged: its version of the random numbers for training is {short(repr(found))}, but must be a "
+            "whole number, at least 1; start another run"
         )
     if found != DRAWS:
         able = f"distill {LAST_WITH[found]}" if found in LAST_WITH else "a newer version of distill"
         raise InputError(
-            f"{what} began with version {found} of the training random numbers; this distill uses version {DRAWS}, "
-            f"and would train a different student. Resume it with {able}, or start another run"
+            f"{what} was started with version {found} of the random numbers for training, but this distill uses "
+            f"version {DRAWS} and would train a different student. Resume it with {able}, or start another run"
         )

@@ -37,7 +37,7 @@ def write_samples(
     InputError for options that do not fit the student; RunError if a sample is not finite.
     """
     if out.suffix not in (".png", ".safetensors"):
-        raise InputError(f"--out {out}: the name must end in .png (a picture) or .safetensors (the numbers)")
+        raise InputError(f"--out {out}: the name must end in .png (a picture) or .safetensors (tensors)")
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out {out}: {out.absolute().parent} is not a folder; create it first")
     student = loaded.load_student(folder, device)
@@ -53,7 +53,7 @@ def write_samples(
         parts.append(method.generate(noise[rows].to(device), cond, further).cpu())
     samples = torch.cat(parts)
     if not samples.isfinite().all():
-        raise RunError(f"{folder} makes values that are not finite; nothing was written")
+        raise RunError(f"the samples of {folder} contain NaN or infinity; nothing was written")
     if out.suffix == ".safetensors":
         tensors = {"latents": noise, "samples": samples.contiguous()}
         if fresh:

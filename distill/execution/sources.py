@@ -167,8 +167,8 @@ def refuse_different(inputs: Mapping[str, str], places: Mapping[str, str], world
     different = [f"{name} ({places[name]})" for name, is_other in zip(inputs, other, strict=True) if is_other]
     if different:
         raise RunError(
-            f"the ranks have read different inputs: {', '.join(different)}; files changed while they were read, or "
-            "differ between machines; nothing was trained since the last save: make them the same, then resume"
+            f"the ranks have read different inputs: {', '.join(different)}; the files changed while they were read, or "
+            "differ between machines. No step was trained with them; make the files identical, then resume"
         )
 
 

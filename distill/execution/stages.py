@@ -96,7 +96,7 @@ def run(
     measure: each rank reports the memory that training needs.
     part: (i, n) makes only the shards i, i + n, ... of a pairs stage, which is then not marked as done; no events.
     """
-    device, saved = devices.place(spec.launch), "nothing, no stage had begun"
+    device, saved = devices.place(spec.launch), "nothing (no stage had started yet)"
     found = resolved.of_run(spec, paths.root)
     if any(found.reads_images(name) and not paths.stage(name).done.exists() for name in names):
         world.alone("index of the data", partial(update_index, spec.data, paths.root.parent, paths.root))
@@ -346,7 +346,8 @@ def _export(
     tensors, images = checkpoint.weights(work.run.stage(work.name).checkpoints, "student", half_life, step)
     if images < least:
         raise RunError(
-            f"the last checkpoint of stage '{work.name}' cannot be read; distill run {work.run.root} --resume"
+            f"the last checkpoint of stage '{work.name}' cannot be read; resume with: "
+            f"distill run {work.run.root} --resume"
         )
     student.load_state_dict(tensors)
     export(merged(role, student), folder, training.card.model_copy(update={"weights": weights, "images": images}))

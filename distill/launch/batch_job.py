@@ -19,6 +19,7 @@ from pathlib import Path
 
 from distill.core.errors import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, RunError
 from distill.core.printing import say
+from distill.core.stop import AGAIN
 from distill.launch import environment, ranks, script, slurm, tasks
 from distill.launch.local import RANK_VARIABLES
 from distill.launch.slurm import NoAnswer
@@ -33,7 +34,7 @@ LOOK = 60.0  # seconds between two checks of how long saving takes
 # All are forwarded as USR1, since srun itself reacts to the others.
 PASSED_ON = dict.fromkeys((signal.SIGUSR1, signal.SIGTERM, signal.SIGINT), signal.SIGUSR1)
 ATTEMPTS = 3  # attempts to requeue a job
-ASKED, LOST = "asked", "lost"  # ended by a signal of unknown reason; ended without recording anything
+ASKED, LOST = jobs.ASKED, jobs.LOST
 BY_STATE = {"PREEMPTED": "preempted", "NODE_FAIL": "node failure", "TIMEOUT": "time limit"}  # Slurm's state -> reason
 BY_WORDS = {"PREEMPTION": "preempted", "NODE FAILURE": "node failure", "TIME LIMIT": "time limit", "JOB REQUEUE": ASKED}
 ENDED_FOR = re.compile(r"\*\*\* JOB \S+ ON \S+ CANCELLED AT [\w:-]+(?: DUE TO ([A-Z ]+[A-Z]))?")
@@ -101,7 +102,7 @@ class BatchJob:
 
     def _stage(self, name: str, index: int, relay: ranks.Relay) -> Verdict:
         if relay.asked:
-            return self._stopped("no stage had begun")
+            return self._stopped("no stage had started yet")
         ends = self.run.jobs / "ends" / f"{self.job}.{self.restart}.{name}"
         ends.mkdir(parents=True, exist_ok=True)
         relay.processes = []
@@ -145,7 +146,7 @@ class BatchJob:
     def _judge(self, name: str, code: int, size: int, ends: list[tasks.End], asked: bool) -> Verdict:
         """The verdict on a stage from the ends of its processes: the first one that failed by itself decides."""
         if code == 0 and self.part is None and not self.run.stage(name).done.exists():
-            return self._crash(name, EXIT_FAILED, "its processes ended with code 0 before it was done")
+            return self._crash(name, EXIT_FAILED, "all processes exited with code 0, but the stage is not finished")
         if code == 0:
             return Verdict("done", 0)
         failed = [end for end in ends if end.code not in (0, EXIT_STOPPED, EXIT_PEER)]
@@ -156,13 +157,14 @@ class BatchJob:
             return self._crash(name, failed[0].code, f"rank {failed[0].rank}: {failed[0].message}")
         stopped = next((end for end in ends if end.code == EXIT_STOPPED), None)
         if asked or stopped is not None:
-            return self._stopped(
-                stopped.message.partition("; run the same")[0] if stopped else "before it could handle the signal"
-            )
+            early = "it received the signal during startup, so nothing new was saved"
+            return self._stopped(stopped.message.partition(AGAIN)[0] if stopped else early)
         silent = sorted(set(range(size)) - {end.rank for end in ends})
         lost = next((end.message for end in ends if end.code == EXIT_PEER), "")
         killed = (
-            f"rank {', '.join(map(str, silent))} ended without reporting why (killed? out of memory?)" if silent else ""
+            f"rank {', '.join(map(str, silent))} exited without an error message (killed? out of memory?)"
+            if silent
+            else ""
         )
         message = "; ".join(filter(None, [killed, lost])) or f"srun ended with code {code}"
         return self._crash(name, EXIT_FAILED, message)
@@ -171,11 +173,14 @@ class BatchJob:
         step = jobs.position(self.run, name, message)
         before = jobs.restarts(self.run, [self.job]).get("crash", 0)
         if jobs.crashed_before(self.run, self.job, name, step):
-            where = "at the same place" if step is None else f"at step {step},"
-            return Verdict("crash", code, f"{message}; {where} as the last time: not queued again")
-        if before >= self.slurm.max_crashes:
-            return Verdict("crash", code, f"{message}; launch.slurm.max_crashes={before} is reached: not queued again")
-        return Verdict("crash", code, message, again=True)
+            where = "at the same place" if step is None else f"at step {step}"
+            reason = f"the job crashed {where} for the second time"
+        elif before >= self.slurm.max_crashes:
+            reason = f"launch.slurm.max_crashes={before} is reached"
+        else:
+            return Verdict("crash", code, message, again=True)
+        advice = f"fix the cause, then: distill submit {self.run.root} --resume"
+        return Verdict("crash", code, f"{message}; {reason}, so it was not queued again; {advice}")
 
     def _stopped(self, message: str) -> Verdict:
         if (self.run.jobs / f"{self.job}.cancel").exists():
@@ -209,7 +214,7 @@ class BatchJob:
         """Record why the last attempt ended if it did not know or recorded nothing: Slurm knows it by now."""
         known = {line["restart"] for line in jobs.ends(self.run, self.job)}
         for restart in sorted(set(range(self.restart)) - known):
-            message = "ended without reporting why"
+            message = "ended without an error message"
             jobs.append(self.run, self.job, "ended", restart=restart, why=LOST, again=True, message=message)
         last = next(reversed(jobs.ends(self.run, self.job)), None)
         if last is None or last["why"] not in (ASKED, LOST):
@@ -226,7 +231,7 @@ class BatchJob:
         step = jobs.position(self.run, name, verdict.message)
         fields = {"why": verdict.why, "code": verdict.code, "message": verdict.message, "again": verdict.again}
         self._note("ended", stage=name, step=step, **fields)
-        self._say(f"stage {name}: {verdict.why}: {verdict.message}")
+        self._say(f"stage {name}: {jobs.shown(verdict.why)}: {verdict.message}")
         if verdict.again:
             trouble = self._queue_again()
             if trouble:
@@ -239,7 +244,7 @@ class BatchJob:
 
     def _queue_again(self) -> str:
         """Queue the job again, unless Slurm has done so; returns "" on success, else why it failed."""
-        trouble = "Slurm was not asked"
+        trouble = "no requeue request was sent"
         for attempt in range(ATTEMPTS):
             time.sleep(attempt)
             try:
@@ -266,8 +271,9 @@ class BatchJob:
         if needed > self.lead and not self._warned:
             self._warned = True
             text = (
-                f"saving has taken {(needed - jobs.SPARE) / jobs.ATTEMPT:.0f} s, so launch.slurm.lead_seconds="
-                f"{self.slurm.lead_seconds} is too short; the next submission will use {needed:.0f}"
+                f"saving took {(needed - jobs.SPARE) / jobs.ATTEMPT:.0f} s, so launch.slurm.lead_seconds="
+                f"{self.slurm.lead_seconds} is too short to save before the time limit; "
+                f"`distill submit {self.run.root} --resume` will use {needed:.0f} s"
             )
             self._say(f"warning: {text}")
             append_event(self.run, "warning", label=self.job, text=text)

@@ -58,8 +58,7 @@ def check_partition(options: SlurmSpec, site: SiteSource) -> None:
             raise InputError(f"{site.path}: partitions: Slurm has no partition '{name}'; {suggest(name, known)}")
     if partition is not None and partition not in (allowed if partition in known else known):
         raise InputError(
-            f"launch.slurm.partition: there is no partition '{partition}' for jobs of distill; "
-            f"{suggest(partition, allowed)}"
+            f"launch.slurm.partition: '{partition}' is not a partition for distill jobs; {suggest(partition, allowed)}"
         )
 
 
@@ -101,7 +100,9 @@ def submit(
         raise
     except slurm.NoAnswer as error:
         queued = ", ".join(sent.values()) or "no job"
-        raise RunError(f"{error}; queued so far: {queued}; resume with: distill submit {run.root} --resume") from error
+        raise RunError(
+            f"{error}; submitted so far: {queued}; submit the rest with: distill submit {run.root} --resume"
+        ) from error
     current = {"code": str(where.code)} if where.code != run.code else {}
     append_event(run, "submitted", jobs=sent, **current)
     return {sent[plan.name]: plan for plan in planned}
@@ -138,7 +139,7 @@ def parted(run: RunPaths, spec: RunSpec, live: Sequence[jobs.Job]) -> list[str]:
         for part, member in zip(job.parts, job.members, strict=True):
             if part in missing and not (member in states and states[member].is_live):
                 raise InputError(
-                    f"job {job.id} still makes parts of stage '{name}', but {member} has failed; wait for the others, "
-                    f"or: distill cancel {run.name}"
+                    f"job {member} failed while other parts of stage '{name}' are still running or queued in array "
+                    f"{job.id}; wait for them and resume again, or cancel them with: distill cancel {run.name}"
                 )
     return list(found)

@@ -29,7 +29,7 @@ POLL = 0.02  # seconds between two checks of the processes
 # A process that exits with one of these codes has reported why.
 OURS = (0, EXIT_FAILED, EXIT_INPUT, EXIT_STOPPED, EXIT_PEER, EXIT_INTERRUPTED)
 WEIGHTS = {EXIT_STOPPED: 1, EXIT_PEER: 2, 0: 3}  # the lowest weight decides; any other code is a failure with weight 0
-MEASURED = "this was only a measurement, and nothing was written"  # in messages about a temporary run
+MEASURED = "this was a temporary run for measurements, and nothing was saved"  # in messages about a temporary run
 LAST_LINES, LAST_BYTES = 20, 64 * 1024  # at most this much of the end of a log is shown
 
 
@@ -121,7 +121,7 @@ def run(
     if code not in (0, EXIT_STOPPED) and rank > 0:
         _say_failed(paths, rank, code, logs[rank])
     if code == EXIT_PEER:
-        say_error(f"last messages of the other ranks: {logs[1].path.parent}")
+        say_error(f"the logs of the other ranks are in {logs[1].path.parent}")
     if code >= 0:
         if rank == 0 and code not in OURS:
             say_left(paths, code, measure=measure)
@@ -136,7 +136,9 @@ def run(
 
 def say_left(paths: RunPaths, code: int, *, measure: bool = False) -> None:
     """Report a process that ended before its work was done, with an exit code that does not say why."""
-    message = f"a process ended with code {code} before its stage was done (os._exit or exit in a recipe or a library?)"
+    message = (
+        f"a process exited with code {code} before its stage was done (does a recipe or library call exit or os._exit?)"
+    )
     append_event(paths, "failed", message=message)
     onward = MEASURED if measure else f"what it saved is intact; {_onward(paths)}"
     say_error(f"error: run '{paths.name}': {message}; {onward}")
@@ -144,7 +146,7 @@ def say_left(paths: RunPaths, code: int, *, measure: bool = False) -> None:
 
 def say_not_begun(paths: RunPaths, *, measure: bool = False) -> None:
     """Report that the processes were stopped before they could handle signals."""
-    say_error(f"stopped before it began; {MEASURED if measure else _onward(paths)}")
+    say_error(f"stopped before it had started; {MEASURED if measure else _onward(paths)}")
 
 
 def _onward(paths: RunPaths) -> str:
@@ -187,13 +189,13 @@ def _say_stopped(paths: RunPaths, *, began: bool, measure: bool) -> None:
     if not began:
         say_not_begun(paths, measure=measure)
         return
-    append_event(paths, "stopped", message="rank 0 did not exit on its own")
+    append_event(paths, "stopped", message="rank 0 did not report the stop")
     say_error(f"stopped; {MEASURED if measure else f'what was saved is intact; {_onward(paths)}'}")
 
 
 def _say_failed(paths: RunPaths, rank: int, code: int, log: Log) -> None:
     """Report the failure of a rank other than 0."""
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
     lines = log.last_lines()
     if lines or code >= 0:
         say_error(f"rank {rank}: " + ("\n".join(lines) or f"{how} without a message"))

@@ -66,9 +66,12 @@ def run(store: Path, site: SiteSource, options: SlurmSpec, nodes: int, say: Call
             text = (
                 log.read_text(errors="replace").strip()
                 if log.exists()
-                else "(there is no log: the nodes cannot access the store)"
+                else "(no log file; probably the nodes cannot access the store)"
             )
-            raise RunError(f"job {job} ended as {state.state} ({state.exit_code}); its log ends with:\n{text[-3000:]}")
+            raise RunError(
+                f"job {job} ended in state {state.state} (exit code {state.exit_code}); its log ends with:\n"
+                f"{text[-3000:]}"
+            )
         return found
     finally:
         if job:
@@ -129,7 +132,11 @@ def _store(folder: Path) -> str:
         told = (folder / TOKEN).read_text()
     except OSError as error:
         return f"{folder}: {error.strerror}"
-    return _writable(folder) if told == folder.name else f"{folder}: does not contain what was written there"
+    return (
+        _writable(folder)
+        if told == folder.name
+        else f"{folder}: a file written by the submitting process has other content on this node"
+    )
 
 
 def _writable(folder: Path) -> str:
@@ -156,7 +163,8 @@ def _torch(rank: int, size: int, address: str) -> tuple[list[str], str, str]:
         distributed.init_process_group("gloo", init_method=f"tcp://{address}:{port}", rank=rank, world_size=size)
         heard = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
         distributed.all_gather(heard, torch.tensor([rank]))
-        peers = "ok" if [int(each) for each in heard] == list(range(size)) else f"heard {heard}"
+        ranks = [int(each) for each in heard]
+        peers = "ok" if ranks == list(range(size)) else f"received ranks {ranks} instead of 0 to {size - 1}"
         distributed.barrier()
         distributed.destroy_process_group()
     except RuntimeError as error:

@@ -132,7 +132,7 @@ def _job(job: jobs.Job, noted: Mapping[str, list[dict[str, Any]]], states: Mappi
     for member in found.keys() & cancelled:  # it saved and exited with code 75, which Slurm calls a failure
         found[member] = replace(found[member], state="CANCELLED")
     bad = [
-        line.get("message", "") if member in cancelled else f"{line['why']}: {line.get('message', '')}"
+        line.get("message", "") if member in cancelled else f"{jobs.shown(line['why'])}: {line.get('message', '')}"
         for member, line in ends.items()
         if line["why"] != "done"
     ]

@@ -36,17 +36,17 @@ class Accuracy(FrozenModel):
     def describe(self) -> str:
         """The result in one sentence."""
         given = self.differences[self.steps]
-        ends = f"at {self.steps} steps, the ends of {self.pairs:,} pairs"
-        said = f"{ends} differ by {given:.2%} (RMS) from those at twice as many"
+        ends = f"with {self.steps} steps, the endpoints of {self.pairs:,} pairs"
+        said = f"{ends} differ by {given:.2%} (RMS) from those with {2 * self.steps} steps"
         if self.enough == self.steps:
             return f"{said}; {self.steps} steps are enough"
         if self.enough is not None:
             found = self.differences[self.enough]
-            return f"{said}, more than {TOLERATED:.0%}; {self.enough} steps are enough ({found:.2%})"
+            return f"{said}, more than the tolerated {TOLERATED:.0%}; {self.enough} steps are enough ({found:.2%})"
         last = max(self.differences)
         if last == self.steps:
-            return f"{said}, more than {TOLERATED:.0%}"
-        return f"{said}, and at {last} still {self.differences[last]:.2%}"
+            return f"{said}, more than the tolerated {TOLERATED:.0%}"
+        return f"{said}; even {last} steps are not enough ({self.differences[last]:.2%})"
 
 
 def measure(
@@ -89,7 +89,7 @@ def advise(
     found = measure(field, manifest, real, device, stop, doublings=1)
     write_json(path, found.model_dump(mode="json"))
     if found.enough is None:
-        progress.warn(f"{found.describe()}; `distill pairs` with --check finds how many steps are enough")
+        progress.warn(f"{found.describe()}; to find how many steps are enough, use `distill pairs` with --check")
 
 
 def _ends(

@@ -97,7 +97,7 @@ def generate(
 def _judge(manifest: Manifest, progress: Progress) -> None:
     """Warn if storing the pairs changed them too much, or if inverted noise is not like standard normal noise."""
     if (rounding := manifest.rounding.relative) > TOLERATED:
-        fits = "is for pixels in [-1, 1]" if manifest.dtype == "uint8" else "is not precise enough for it"
+        fits = "is only for pixels in [-1, 1]" if manifest.dtype == "uint8" else "is not precise enough for this data"
         progress.warn(
             f"storing the data as {manifest.dtype} changed it by {rounding:.2%} (RMS); {manifest.dtype} {fits}; "
             "use dtype: float32"
@@ -106,8 +106,8 @@ def _judge(manifest: Manifest, progress: Progress) -> None:
     faults = whiteness.faults(manifest.count * math.prod(manifest.shape)) if whiteness else []
     if faults:
         progress.warn(
-            f"the inverted noise is not standard normal noise: {', '.join(faults)}; a student trained on it will be "
-            "sampled from other noise; use more steps, or a teacher that fits its data better"
+            f"the inverted noise is not standard normal: {', '.join(faults)}; but a student that is trained on it will "
+            "be sampled from standard normal noise. Use more steps, or a teacher that fits its data better"
         )
 
 
@@ -153,8 +153,8 @@ def _resume(folder: Path, planned: Manifest, ours: range, progress: Progress) ->
     strangers = foreign(folder, planned) if found else shards
     if found and (differences := found.differences(planned)):
         raise InputError(
-            f"{folder} contains other pairs than this stage requires: {', '.join(differences)} (required values in "
-            "brackets); delete the folder, or give this run another name"
+            f"{folder} contains pairs with other settings: {', '.join(differences)}; delete the folder, or use another "
+            "folder or run name"
         )
     if strangers:
         raise InputError(f"{folder} contains shards that do not belong to this set: {few(strangers)}; remove them")
@@ -172,7 +172,7 @@ def _resume(folder: Path, planned: Manifest, ours: range, progress: Progress) ->
         elif name in listed and (wrong := fault(folder / name, listed[name])):
             faults[name] = f"{folder / name} is {wrong}"
     for wrong in faults.values():
-        progress.warn(f"{wrong}; it is made again")
+        progress.warn(f"{wrong}; regenerating it")
     kept = {name: file for name, file in sorted(listed.items()) if name not in faults}
     done = found.done and len(kept) == layout.files and kept == found.shards
     return found.model_copy(update={"shards": kept, "done": done})
@@ -184,8 +184,9 @@ def _refuse_non_finite(solved: Mapping[str, Tensor], start: int, name: str, mani
         finite = (solved[key].isfinite() & kept.isfinite()).flatten(1).all(1)
         if not finite.all():
             raise RunError(
-                f"pair {start + int(finite.int().argmin())} of {name} is not finite as {manifest.dtype} after "
-                f"{manifest.steps} steps of {manifest.solver}; the shard was not written, earlier shards are intact"
+                f"pair {start + int(finite.int().argmin())} of {name} contains NaN or infinity as {manifest.dtype} "
+                f"after {manifest.steps} steps of {manifest.solver}; the shard was not written, earlier shards are "
+                "intact. Try more steps, precision: fp32, or dtype: float32"
             )
 
 

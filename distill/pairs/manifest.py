@@ -144,9 +144,9 @@ class Manifest(FrozenModel):
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     def differences(self, other: "Manifest") -> list[str]:
-        """The settings that differ between two sets, each as "name value (other's value)"."""
+        """The settings that differ from those of the set `other`, each as "name is X, expected Y"."""
         mine, others = (m.model_dump(exclude={"teacher", "shards", "done"}) for m in (self, other))
-        return [f"{name} {value} ({others[name]})" for name, value in mine.items() if value != others[name]]
+        return [f"{name} is {value}, expected {others[name]}" for name, value in mine.items() if value != others[name]]
 
     def save(self, folder: Path) -> None:
         write_json(folder / "manifest.json", self.model_dump(mode="json"))

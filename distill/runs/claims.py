@@ -210,15 +210,15 @@ def _leave(run: RunPaths, place: Path, me: Owner, note: Callable[[str], None]) -
     with suppress(InputError, OSError):
         other = owner(place)
     if other is None or other == me:
-        what = f"the claim {place} of this process is gone: it was removed, or another process is taking over"
+        what = f"the lock folder {place} of this process was deleted, or another process is taking over the run"
     else:
         what = (
             f"process {other.pid} on {other.host} has taken over run '{run.name}', because this process ({me.pid} on "
             f"{me.host}) was suspended or could not reach {run.root} for too long"
         )
     message = (
-        f"{what}; this process ends and writes nothing more; what was saved is intact. To resume here once no other "
-        f"process executes the run: distill run {run.root} --resume"
+        f"{what}; this process exits and writes nothing more; what was saved is intact. When no other process executes "
+        f"the run, you can resume it here with: distill run {run.root} --resume"
     )
     with suppress(OSError):
         os.write(2, printable(f"error: {message}\n").encode())  # print could wait for a lock of another thread
@@ -237,7 +237,8 @@ def _take(run: RunPaths, place: Path, mine: Path, me: Owner) -> None:
         if found is None:  # the claim was released after the rename had failed
             if time.monotonic() > deadline:
                 raise InputError(
-                    f"{place} does not say which process created it; if no process executes the run, remove it"
+                    f"the lock folder {place} does not name the process that created it; if no process executes the "
+                    "run, delete this folder"
                 )
             time.sleep(0.01)
         elif (found.owner.job == me.job != "" and found.owner.restart < me.restart) or not _is_alive(run, found):
@@ -245,8 +246,8 @@ def _take(run: RunPaths, place: Path, mine: Path, me: Owner) -> None:
             if _look(place) == found:  # it could not be renamed: the name of its grave is in use
                 if time.monotonic() > deadline:
                     raise InputError(
-                        f"{place} is of process {found.owner.pid}, which is gone, and cannot be renamed to "
-                        f"{_grave(run, found.owner, found.renewed).name}; remove both folders"
+                        f"the lock folder {place} of process {found.owner.pid}, which no longer exists, cannot be "
+                        f"renamed to {_grave(run, found.owner, found.renewed).name}; delete both folders"
                     )
                 time.sleep(0.01)
         elif time.monotonic() > deadline or not found.owner.is_here:
@@ -268,15 +269,17 @@ def _refuse_overlap(run: RunPaths, mine: Path) -> None:
 def _held_by(run: RunPaths, found: Found) -> str:
     other = found.owner
     if other.job:
-        return f"run '{run.name}' is being executed by job {other.job}; wait for it, or: distill cancel {run.name}"
+        return (
+            f"run '{run.name}' is being executed by job {other.job}; wait for it, or stop it: distill cancel {run.name}"
+        )
     said = f"run '{run.name}' is being executed by process {other.pid}"
     if not found.can_be_looked_up:
         container = " in another container" if other.is_of_this_boot else ""
         seconds = max(1, math.ceil(_seconds_left(run, found)))
         return (
-            f"{said}{container} on {other.host}; wait for it, or stop it there; if that process is gone, run this "
-            f"command again in {seconds} s"
+            f"{said}{container} on {other.host}; wait for it, or stop it there; if that process no longer exists, run "
+            f"this command again in {seconds} s"
         )
     if other.is_here:
         return f"{said}; wait for it, or stop it: kill {other.pid}"
-    return f"{said} on {other.host}; if that process is gone, remove {found.place}"
+    return f"{said} on {other.host}; if that process no longer exists, delete its lock folder {found.place}"

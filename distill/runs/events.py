@@ -212,8 +212,8 @@ def files(folder: Path, older: Path) -> list[Path]:
     except FileNotFoundError:
         names = []
     except OSError as error:
-        remedy = "; remove it" if isinstance(error, NotADirectoryError) else ""
-        raise InputError(f"{folder} cannot be read: {error.strerror}{remedy}") from None
+        problem = "it is not a folder; delete it" if isinstance(error, NotADirectoryError) else error.strerror
+        raise InputError(f"{folder} cannot be read: {problem}") from None
     found = [folder / name for name in names if name.endswith(SUFFIX) and not name.startswith(".")]
     return [*([older] if os.path.lexists(older) else []), *found]
 

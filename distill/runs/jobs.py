@@ -19,6 +19,8 @@ from distill.runs.run_store import RunPaths, append_line, event_line, read_event
 from distill.spec import pairspec
 from distill.spec.model import PairsStage
 
+ASKED, LOST = "asked", "lost"  # ended by a signal of unknown reason; ended without recording anything
+SHOWN = {ASKED: "stop signal", LOST: "no exit report"}  # how these reasons are shown to users
 ATTEMPT = 2  # number of saves for which the lead time must suffice
 SPARE = 60.0  # seconds of the lead time in addition to these saves
 STEP = re.compile(r"step (\d{1,18})\b")
@@ -92,6 +94,11 @@ def ends_of(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         elif line["event"] == "explained" and line["restart"] in found:
             found[line["restart"]]["why"] = line["why"]
     return list(found.values())
+
+
+def shown(why: str) -> str:
+    """A stored reason, as it is shown to users."""
+    return SHOWN.get(why, why)
 
 
 def restarts(run: RunPaths, members: Iterable[str]) -> dict[str, int]:

@@ -48,6 +48,6 @@ MACHINE: records.Schema[Machine] = records.Schema(Machine)
 def load(run: RunPaths) -> Machine:
     """Read a run's env.json. If there is none, all fields are unknown. InputError if it is damaged."""
     try:
-        return records.load(run.env, MACHINE, "delete that file: the run works without it")
+        return records.load(run.env, MACHINE, "delete this file; the run does not need it")
     except FileNotFoundError:
         return Machine(draws=versions.DRAWS)  # checkpoints record the version too

@@ -177,7 +177,9 @@ def check_spec(run: RunPaths) -> None:
     except OSError as error:
         raise InputError(f"{run.spec} cannot be read: {error.strerror}") from None
     if not stat.S_ISREG(mode):
-        raise InputError(f"{run.spec} cannot be read: it is not a file; remove the run, or put its spec there")
+        raise InputError(
+            f"{run.spec} cannot be read: it is not a regular file; replace it with the run's spec, or delete the run"
+        )
 
 
 def find_run(store: Path, given: str) -> RunPaths:

@@ -42,7 +42,7 @@ def export(student: Student, folder: Path, card: StudentCard) -> None:
     reference = copy.deepcopy(student).to("cpu").eval()
     for name, tensor in _state(reference.network):
         if not tensor.isfinite().all():
-            raise RunError(f"export failed: {name} contains values that are not finite; nothing was exported")
+            raise RunError(f"export failed: {name} contains NaN or infinity; nothing was exported")
     try:
         with new_folder(folder, replace=True) as new:
             _write(reference.network, new, card)
@@ -98,7 +98,9 @@ def _compare(student: Student, folder: Path, card: StudentCard) -> None:
     written, read = dict(_state(student.network)), dict(_state(pipeline.unet))
     for name, tensor in written.items():
         if name not in read or tensor.dtype != read[name].dtype or not torch.equal(tensor, read[name]):
-            raise RunError(f"export failed: diffusers does not read {name} as it was written; nothing was exported")
+            raise RunError(
+                f"export failed: diffusers loads other values of {name} than were written; nothing was exported"
+            )
     indices = range(CHECK_BATCH)
     noise = sample_noise(CHECK_SEED, indices, card.shape)
     labels = None if card.num_classes is None else sample_labels(indices, card.num_classes)
@@ -110,8 +112,8 @@ def _compare(student: Student, folder: Path, card: StudentCard) -> None:
         error, allowed = (ours - theirs).abs().max().item(), TOLERANCE * max(1.0, ours.abs().max().item())
         if not error <= allowed:  # also true for NaN
             raise RunError(
-                f"export failed: at {steps} steps diffusers makes different samples from the same noise, max "
-                f"difference {error:.3g} (allowed {allowed:.3g}); nothing was exported"
+                f"export failed: at {steps} steps, the exported student generates other samples in diffusers than in "
+                f"distill from the same noise, max difference {error:.3g} (allowed {allowed:.3g}); nothing was exported"
             )
 
 

@@ -116,14 +116,14 @@ def refuse_other_times(student: LoadedStudent, where: str) -> None:
     refuse_times(student.t_grids, where)
     if not isinstance(student.student, VelocityStudent):
         raise InputError(
-            f"{where}: this student is not a velocity field and is made for uniform steps; leave other times out"
+            f"{where}: this student is not a velocity field, so it supports only uniform steps; remove this option"
         )
 
 
 def refuse_times(t_grids: Mapping[int, Sequence[float]], where: str) -> None:
     """InputError if a student has step times of its own, so that no others can be given."""
     if t_grids:
-        raise InputError(f"{where}: this student has its own step times; leave other times out")
+        raise InputError(f"{where}: this student supports only its own step times; remove this option")
 
 
 def refuse_steps(t_grids: Mapping[int, Sequence[float]], asked: Sequence[int], where: str) -> None:
@@ -132,7 +132,7 @@ def refuse_steps(t_grids: Mapping[int, Sequence[float]], asked: Sequence[int], w
     if wrong:
         *others, last = map(str, sorted(t_grids))
         made = f"{', '.join(others)} and {last} steps" if others else f"{last} step{'s' if last != '1' else ''}"
-        raise InputError(f"{where}: this student is made for {made}, not {wrong[0]}")
+        raise InputError(f"{where}: this student supports only {made}, not {wrong[0]}")
 
 
 @torch.no_grad()

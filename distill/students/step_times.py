@@ -120,7 +120,7 @@ class Costs(FrozenModel):
         InputError unless 1 <= steps <= M.
         """
         if not 1 <= steps <= self.fine:
-            raise InputError(f"{steps} steps cannot be chosen from {self.fine} fine ones; give 1 to {self.fine}")
+            raise InputError(f"{steps} steps cannot be chosen from a grid of {self.fine} steps; give 1 to {self.fine}")
         found, uniform = self._choice(least(self.matrix, steps)), self.uniform(steps)
         return found if found.cost < uniform.cost else uniform
 
@@ -211,7 +211,9 @@ def find(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot save step times in {path.parent}: {error.strerror}; give --store") from error
+        raise InputError(
+            f"cannot save step times in {path.parent}: {error.strerror}; use another store (--store)"
+        ) from error
     found = _measured(network, asked, device)
     write_atomic(path, found.model_dump_json(), replace=damaged)
     with suppress(OSError, ValueError):  # the file may be another process's, which was first
@@ -261,8 +263,8 @@ def _measured(network: LoadedTeacher | LoadedStudent, facts: CostsAsked, device:
     for i in range(facts.fine):
         if not total[i, i + 1 :].isfinite().all():
             raise RunError(
-                f"the error of a step of {facts.solver} from t={times[i]:.4g} is not finite on the paths of "
-                f"{network.description}; nothing was kept"
+                f"the error of a step of {facts.solver} from t={times[i]:.4g} is NaN or infinity on the paths of "
+                f"{network.description}; nothing was saved"
             )
     rows = [[float(f"{c:.9g}") for c in total[i, i + 1 :].tolist()] for i in range(facts.fine)]
     return Costs.model_validate({**asdict(facts), "t_grid": list(times), "costs": rows})

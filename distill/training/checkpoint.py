@@ -159,7 +159,7 @@ def of_step(folder: Path, step: int) -> Checkpoint:
             try:
                 return Checkpoint(path, _verified(path))
             except Damaged as reason:
-                raise InputError(f"checkpoint {path} is damaged ({reason}); name another") from reason
+                raise InputError(f"checkpoint {path} is damaged ({reason}); choose another step") from reason
     steps = ", ".join(f"step-{_step(path)}" for path in complete(folder)) or "none yet"
     raise InputError(f"there is no checkpoint of step {step} in {folder}; there are: {steps}")
 
@@ -222,14 +222,16 @@ class Checkpoints:
             changed = differences(found.meta.environment, self.environment)
             if changed:
                 self.warn(
-                    f"resuming {found.path.name} with {'; '.join(changed)}: "
-                    "the result will not be bit-identical to that of an uninterrupted run"
+                    f"resuming {found.path.name} with changed settings ({'; '.join(changed)}): the result will not be "
+                    "bit-identical to that of an uninterrupted run"
                 )
             self.last, self._images, self._size = found.path, found.meta.images, _bytes(found.meta)
         try:
             self._clear(newer_than=None if found is None else found.meta.step)
         except OSError as error:
-            raise RunError(f"cannot clear {error.filename}: {error.strerror}; last good: {self.last}") from error
+            raise RunError(
+                f"cannot delete {error.filename}: {error.strerror}; last good checkpoint: {self.last}"
+            ) from error
         return found
 
     def require_room(self, size: int) -> None:
@@ -243,9 +245,9 @@ class Checkpoints:
         left = space.memory()
         if left is not None and size > left:
             self.warn(
-                f"a copy of each checkpoint, about {space.human(size)}, is kept in the memory of rank 0's host from "
-                f"the first save on, and only {space.human(left)} are free there: the system may end this run at its "
-                "first save. Give the job more memory, or start fewer processes on that host"
+                f"saving keeps a copy of the checkpoint, about {space.human(size)}, in the memory of rank 0's host, "
+                f"but only {space.human(left)} is free there: the run may be killed at its first save. Give the job "
+                "more memory, or start fewer processes on that host"
             )
 
     def due(self, images: int) -> bool:
@@ -325,14 +327,14 @@ class Checkpoints:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The differences between two JSON objects, each as "path was X, now is Y"."""
+    """The differences between two JSON objects, each as "path: X -> Y"."""
     out = []
     for name in dict.fromkeys((*old, *new)):
         before, after = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(after, dict):
             out += differences(before, after, f"{prefix}{name}.")
         elif before != after:
-            out.append(f"{prefix}{name} was {json.dumps(before)}, now is {json.dumps(after)}")
+            out.append(f"{prefix}{name}: {json.dumps(before)} -> {json.dumps(after)}")
     return out
 
 

@@ -217,8 +217,9 @@ def step_once(
             logs = _means(losses, norm, world)
             if not (math.isfinite(logs["loss"]) and math.isfinite(logs["grad_norm"])):
                 raise RunError(
-                    f"{place}: loss {logs['loss']}, gradient norm {logs['grad_norm']}; its weights were not changed; "
-                    f"last good checkpoint: {last_good()}"
+                    f"{place}: non-finite loss ({logs['loss']}) or gradient norm ({logs['grad_norm']}); the weights "
+                    f"were not changed. Last good checkpoint: {last_good()}; lower the learning rate, or use "
+                    "precision: fp32"
                 )
             if probe is not None:
                 probe(roles)
@@ -226,7 +227,9 @@ def step_once(
             roles.moved(turn.network)
         moved[turn.network] = logs
     if not moved:
-        raise InputError(f"recipe '{stage.recipe}' gave no turn at step {step}; turns() must yield at least one")
+        raise InputError(
+            f"recipe '{stage.recipe}': turns() yielded nothing at step {step}; it must yield at least one turn"
+        )
     if "student" in moved:
         roles.ema.update(images, stage.batch_size)
     return moved

@@ -39,6 +39,7 @@ class Chosen(BaseModel):
 
 
 CHOSEN: records.Schema[Chosen] = records.Schema(Chosen)
+REMEDY = "delete this file, so that a new micro-batch is chosen"
 
 
 def candidates(share: int, rows_together: int) -> list[int]:
@@ -80,9 +81,9 @@ def choose(path: Path, share: int, rows_together: int, world: World, fits: Calla
         if world.meet(f"after trying micro-batches of {size}", failed)[0]:
             if size == least:
                 raise InputError(
-                    f"launch.micro_batch=auto: there is not enough memory for micro-batches of {size}, the smallest "
-                    "that are possible; use a smaller network, fewer ema_half_lives, "
-                    "launch.activation_checkpointing, or launch.zero_stage with a number for launch.micro_batch"
+                    "launch.micro_batch=auto: there is not enough memory for the smallest possible micro-batch size, "
+                    f"{size}; use a smaller network, fewer ema_half_lives, launch.activation_checkpointing, or "
+                    "launch.zero_stage with a number as launch.micro_batch"
                 )
             raise torch.OutOfMemoryError(f"micro-batches of {size}: a rank is out of memory.")
         return size
@@ -114,13 +115,13 @@ def largest(
 
 def _kept(path: Path, share: int, rows_together: int) -> int | None:
     try:
-        found = records.load(path, CHOSEN, "delete that file: a micro-batch is chosen again")
+        found = records.load(path, CHOSEN, REMEDY)
     except FileNotFoundError:
         return None
     if found.share == share and (found.micro_batch not in candidates(share, rows_together)):
         raise InputError(
             f"{path} cannot be used: micro_batch: {found.micro_batch} given; valid: "
-            f"{', '.join(map(str, candidates(share, rows_together)))}; delete that file: a micro-batch is chosen again"
+            f"{', '.join(map(str, candidates(share, rows_together)))}; {REMEDY}"
         )
     return found.micro_batch if found.share == share else None
 

@@ -73,8 +73,8 @@ def _host_memory(size: int, *, pinned: bool) -> Tensor:
         found = torch.empty(size, dtype=torch.uint8)
     except RuntimeError as error:
         raise RunError(
-            f"no memory for the copy of a checkpoint that is written while training continues: {space.human(size)} "
-            "more are needed on the host of rank 0"
+            "not enough memory on the host of rank 0 for a copy of the checkpoint, which is written while training "
+            f"continues: {space.human(size)} more needed"
         ) from error
     if pinned:
         runtime = torch.cuda.cudart()
@@ -220,7 +220,9 @@ class Saver:
             torch.cuda.synchronize(device)
 
     def _write(self, writing: _Writing) -> None:
-        writing.error = RunError(f"cannot save step {writing.step}: the writing thread failed; see the traceback above")
+        writing.error = RunError(
+            f"cannot save step {writing.step}: the thread that writes it failed; see the traceback above"
+        )
         try:
             self.checkpoints.write(
                 writing.step, writing.images, [(group, image.content) for group, image in self.images.items()]

@@ -57,10 +57,11 @@ class Watch:
     def _look(self) -> None:
         while time.monotonic() < self._deadline:
             time.sleep(min(1.0, self._seconds / 4))
-        message = f"rank {self._rank}, {self._place}: has not continued for {self._seconds:.0f} s"
+        message = f"rank {self._rank} has made no progress for {self._seconds:.0f} s at: {self._place}"
         faulthandler.dump_traceback(sys.__stderr__ or 2)
         self._lost(message)
-        os.write(2, f"{message}; its stack is printed above; launch.collective_minutes sets the limit\n".encode())
+        advice = "if this is expected, increase launch.collective_minutes"
+        os.write(2, f"{message}; its stack is printed above; {advice}\n".encode())
         os._exit(EXIT_PEER)
 
 
@@ -118,7 +119,10 @@ class World:
         places = [text[FLAGS:].decode(errors="replace").strip() for text in texts]
         if len(set(places)) > 1:
             where = "; ".join(f"rank {rank} is at {there}" for rank, there in enumerate(places))
-            raise RunError(f"the ranks do different things: {where}; a recipe must take the same turns on every rank")
+            raise RunError(
+                f"the ranks are at different places of the program: {where}; a recipe must yield the same turns on "
+                "every rank"
+            )
         return [any(text[i] for text in texts) for i in range(len(flags))]
 
     def alone(self, what: str, work: Callable[[], T]) -> T | None:
@@ -141,7 +145,7 @@ class World:
         with self.contact(f"waiting for rank 0: {what}", watched=False):
             while not self.store.check([key]):
                 if time.monotonic() > deadline:
-                    raise PeerLost(f"rank {self.rank}, waiting for rank 0: {what}: it has taken too long")
+                    raise PeerLost(f"rank {self.rank} has waited too long for rank 0: {what}")
                 time.sleep(POLL)
         self.meet(f"after {what}")
         return None
@@ -162,7 +166,9 @@ class World:
             if not LOST.search(str(error)):
                 raise
             reason = str(error).strip().splitlines()[0][:160]
-            raise PeerLost(f"rank {self.rank}, {place}: another rank is gone or hangs ({reason})") from error
+            raise PeerLost(
+                f"rank {self.rank}, {place}: lost contact with another rank, which has exited or hangs ({reason})"
+            ) from error
         finally:
             if self.watch is not None:
                 self.watch.disarm()
