@@ -70,7 +70,7 @@ REFUSED = {
     ),
     "no mapping": (
         ["--site=list.yaml"],
-        f"list.yaml: contains ['cuda'], not a site; {ROOT}/slurm/site.example.yaml shows one",
+        f"list.yaml: contains ['cuda'], not the settings of a site; see {ROOT}/slurm/site.example.yaml",
     ),
     "no site": (
         ["--site=none.yaml"],

@@ -102,7 +102,7 @@ def test_mistakes_are_listed_one_per_line():
         "f: 7 mistakes",
         "  name: 'a b' given; must be letters, digits, '.', '_' and '-', at most 64, beginning with a letter or digit",
         "  data: kind is 'digit'; did you mean 'digits'? valid: digits, hf, images, mnist, none",
-        "  stages.a.recipe: missing (a file of recipes/, like reflow/reflow, or a path ./mine.py)",
+        "  stages.a.recipe: missing (name of a recipe, like reflow/reflow (see `distill recipes`), or your own file, like ./mine.py)",
         "  stages.a.images: missing (training length in images)",
         "  stages.a.imges: unknown key; did you mean 'images'? valid: batch_size, checkpoint, dropout, "
         "ema_half_lives, export, images, init, kind, network, optimizer, options, pairs, precision, recipe, teacher",
