@@ -102,7 +102,7 @@ FIELDS = {
     "unknown recipe": (
         ["stages.reflow.recipe=reflow/reflw"],
         SPEC + "stages.reflow.recipe: there is no recipe 'reflow/reflw'; did you mean 'reflow/reflow'? "
-        f"valid: {RECIPES}; or a file of your own: ./file.py",
+        f"valid: {RECIPES}; for a recipe of your own, give its file: ./file.py",
     ),
     "unknown option": (
         ["stages.reflow.options.distanse=l2"],

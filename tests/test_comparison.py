@@ -479,7 +479,7 @@ REFUSED = {
     ),
     "data that is not there": (
         ["mixture-2d", "--budget", "1", "--recipes", "meanflow"],
-        "spec 'mixture-2d': stages.meanflow: shortcut/meanflow needs data, and there is none of vectors; use reflow",
+        "spec 'mixture-2d': stages.meanflow: shortcut/meanflow needs data, but the teacher makes vectors, for which there is no data; use reflow/reflow",
     ),
     "without a teacher": (
         ["./mine.yaml", "--budget", "1"],

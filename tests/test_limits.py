@@ -100,7 +100,7 @@ def test_every_count_has_a_bound():
 
 def test_a_network_beyond_any_machine(capfd, tmp_path):
     change = "stages.r.network={kind: mlp, depth: 1000, width: 65536}"
-    said = "spec 'a': stages.r.network: about 4,294,967,296,000 parameters; at most 100,000,000,000; make it smaller"
+    said = "spec 'a': stages.r.network: about 4,294,967,296,000 parameters, more than the maximum of 100,000,000,000; make it smaller"
     refuse(capfd, tmp_path, ["plan", "ok.yaml", change], said)
 
 

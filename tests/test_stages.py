@@ -218,7 +218,9 @@ def test_a_student_says_the_guidance_that_is_in_it(tmp_path, conditional):
     assert said == {"plain": 1.0, "guided": 1.5, "again": 1.5}
     assert "| guidance | scale 1.5, baked in |" in (run.student("again") / "README.md").read_text()
     straight = load_teacher(CheckpointTeacher(path=str(run.student("plain"))), torch.device("cpu"))
-    with pytest.raises(InputError, match="was trained only on its teacher, never on an unconditional velocity"):
+    with pytest.raises(
+        InputError, match="has no unconditional prediction, because it was trained only on its teacher's outputs"
+    ):
         straight.guided(2.0)
 
 
@@ -460,7 +462,7 @@ def test_paths_of_other_times_are_no_steps_of_one_student(tmp_path):
     checks.check(given, tmp_path)
     with pytest.raises(InputError, match="stages.boss: reflow/boss steps along the times of its pairs; give all of"):
         preflight.check(resolve(given, tmp_path))
-    with pytest.raises(InputError, match="stages.boss.pairs: paths of different numbers of states do not fit into"):
+    with pytest.raises(InputError, match="stages.boss.pairs: the pairs stages store different numbers of states per"):
         checks.check(spec(ours=ours, theirs=OPTIMAL, boss=boss), tmp_path)
 
 
