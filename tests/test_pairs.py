@@ -273,7 +273,7 @@ def test_generate_refuses_strangers_and_blocks_that_do_not_fit(tmp_path):
         InputError, match=r"contains shards that do not belong to this set: other\.safetensors; remove them"
     ):
         make(tmp_path / "a")
-    with pytest.raises(InputError, match=r"the Gaussian teacher .* has no unconditional call, so it cannot be guided"):
+    with pytest.raises(InputError, match=r"the Gaussian teacher .* has no class id for the unconditional call"):
         make(tmp_path / "guided", guidance_scale=3.0)
     assert not (tmp_path / "guided").exists() and not (tmp_path / "odd").exists()
 

@@ -127,7 +127,8 @@ def test_a_huge_count_is_refused_without_work():
     [
         (
             {"count": 10**9},
-            "shard: 1,000,000,000 pairs in files of 4,096 are 244,141 files, more than 100,000; set shard to 10240 or more, or give a smaller count",
+            "shard: 1,000,000,000 pairs in files of 4,096 are 244,141 files, more than 100,000; set shard to "
+            "10240 or more, or give a smaller count",
         ),
     ],
 )

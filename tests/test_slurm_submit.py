@@ -82,11 +82,13 @@ REFUSED = {
     ),
     "lead": (
         ["--time=3"],
-        "spec 'mix': launch.slurm.lead_seconds: 180 s must be less than the time limit of 180 s (time: 3); increase time, or decrease lead_seconds",
+        "spec 'mix': launch.slurm.lead_seconds: 180 s must be less than the time limit of 180 s (time: 3); "
+        "increase time, or decrease lead_seconds",
     ),
     "GPUs": (
         ["--gpus-per-node=2", "--procs-per-node=1"],
-        "spec 'mix': launch.slurm.gpus_per_node: 2 given, but launch.procs is 1; each process uses one GPU, so make them equal",
+        "spec 'mix': launch.slurm.gpus_per_node: 2 given, but launch.procs is 1; each process uses one GPU, so "
+        "make them equal",
     ),
     "parts": (
         ["--pairs-jobs=9"],
@@ -327,7 +329,8 @@ def test_the_lead_grows_with_the_saves(capfd, cluster, here):
     before = snapshot(here)
     done = submit(capfd, "mix", "--resume", "--time=4", code=2)
     assert done.err == (
-        "error: spec 'mix': launch.slurm.lead_seconds: 260 s must be less than the time limit of 240 s (time: 4); increase time, or decrease lead_seconds\n"
+        "error: spec 'mix': launch.slurm.lead_seconds: 260 s must be less than the time limit of 240 s (time: "
+        "4); increase time, or decrease lead_seconds\n"
     )
     assert snapshot(here) == before
     done = submit(capfd, "mix", "--resume")

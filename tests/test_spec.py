@@ -221,7 +221,8 @@ def test_later_overrides_win():
         ("stages.b.images=1", "stages.b.images=1: stages has no 'b'; valid: a"),
         ("stages.a.optimizer.beta.0=1", "stages.a.optimizer.beta.0=1: stages.a.optimizer has no 'beta'; did you mean "
          "'betas'? valid: betas, clip, decay, eps, lr, warmup_images, weight_decay"),
-        ("stages.a.optimizer.betas.2=1", "stages.a.optimizer.betas.2=1: stages.a.optimizer.betas has 2 items; '2' must be one of 0 to 1"),
+        ("stages.a.optimizer.betas.2=1", "stages.a.optimizer.betas.2=1: stages.a.optimizer.betas has 2 items; "
+            "'2' must be one of 0 to 1"),
         ("seed.x=1", "seed.x=1: seed is 0, which has no key 'x'"),
         ("seed", "'seed' is not a change of the spec; write path=value, like stages.teach.images=64000"),
         ("a..b=1", "'a..b=1' is not a change of the spec; write path=value, like stages.teach.images=64000"),

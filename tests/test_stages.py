@@ -460,7 +460,7 @@ def test_paths_of_other_times_are_no_steps_of_one_student(tmp_path):
     boss = {**BOSS, "pairs": {"ours": 0.5, "theirs": 0.5}}
     given = spec(ours=ours, theirs={**ours, "times": theirs}, boss=boss)
     checks.check(given, tmp_path)
-    with pytest.raises(InputError, match="stages.boss: reflow/boss steps along the times of its pairs; give all of"):
+    with pytest.raises(InputError, match="stages.boss: reflow/boss: all its pairs stages need the same"):
         preflight.check(resolve(given, tmp_path))
     with pytest.raises(InputError, match="stages.boss.pairs: the pairs stages store different numbers of states per"):
         checks.check(spec(ours=ours, theirs=OPTIMAL, boss=boss), tmp_path)

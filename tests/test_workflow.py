@@ -62,7 +62,8 @@ CASES = {
     ),
     "later reference": (
         vectors(r={"network": None, "init": "s"}, s=REFLOW),
-        "stages.r.init: refers to 's', which comes later; a stage can refer only to earlier stages; no train stage comes "
+        "stages.r.init: refers to 's', which comes later; a stage can refer only to earlier stages; no train "
+        "stage comes "
         "before 'r'",
     ),
     "itself": (
@@ -115,11 +116,12 @@ CASES = {
     ),
     "needs data of vectors": (
         vectors(c={**TEACH, "recipe": "consistency/consistency", "network": {"kind": "mlp"}}),
-        "stages.c: consistency/consistency needs data, but the teacher makes vectors, for which there is no data; use reflow/reflow",
+        "stages.c: consistency/consistency needs data, but the teacher makes vectors, for which there is no "
+        "data; use reflow/reflow",
     ),
     "needs data": (
         vectors(t={**TEACH, "network": MLP}),
-        "stages.t: pretrain/flow_matching needs data, the spec has none; e.g. data: {kind: digits}",
+        "stages.t: pretrain/flow_matching needs data, but the spec has none; e.g. data: {kind: digits}",
     ),
     "needs pairs": (
         vectors(r={"pairs": None}),
@@ -168,7 +170,7 @@ CASES = {
     ),
     "dropout of a fresh network": (
         vectors(r={"dropout": 0.1}),
-        "stages.r.network: the stage's dropout has no effect on a new network; remove it",
+        "stages.r.network: the stage's dropout has no effect on a new network; remove it, or set network.dropout",
     ),
     "teacher without weights": (
         vectors(r={"network": None}),
@@ -271,7 +273,8 @@ CASES = {
     ),
     "whole weights": (
         images() | {"launch": {"zero_stage": 2, "zero_persistence_threshold": 0}},
-        "launch.zero_persistence_threshold: has no effect, because no weights are sharded; remove it, or set zero_stage: 3",
+        "launch.zero_persistence_threshold: has no effect, because no weights are sharded; remove it, or set "
+        "zero_stage: 3",
     ),
     "times of nobody": (
         vectors(e={"times": {"s": ["optimal"]}}),
@@ -327,7 +330,8 @@ CASES = {
     ),
     "too many resolutions": (
         images(t={"network": {"kind": "unet", "channels": [8, 8, 8, 8, 8]}}),
-        "stages.t.network.channels: 5 resolutions halve the images 4 times, but their side of 8 is not divisible by 16; give fewer resolutions",
+        "stages.t.network.channels: 5 resolutions halve the images 4 times, but their side of 8 is not "
+        "divisible by 16; give fewer resolutions",
     ),
 }
 
@@ -452,8 +456,16 @@ def test_a_recipe_beside_the_spec(tmp_path):
             'return "generator"',
             "makes a student of unknown kind 'generator'; valid: velocity, flow_map, acceleration",
         ),
-        ('return "velocity"', 'return "flow_map"', "samples a flow_map student by euler; valid: jump, renoise"),
-        ('sampler = "euler"', 'sampler = "jump"', "samples a velocity student by jump; valid: euler, same_noise"),
+        (
+            'return "velocity"',
+            'return "flow_map"',
+            "sets the sampler euler, which cannot sample a flow_map student; valid: jump, renoise",
+        ),
+        (
+            'sampler = "euler"',
+            'sampler = "jump"',
+            "sets the sampler jump, which cannot sample a velocity student; valid: euler, same_noise",
+        ),
         (
             '{"pairs", "teacher"}',
             '{"pairs"}',
@@ -507,7 +519,8 @@ def test_a_flow_map_is_a_student_and_no_teacher(tmp_path, sampler):
         "name a stage with a velocity student"
     ]
     assert mistakes(vectors(r=bent, s={**again, "init": "r"}, e=evaluation), tmp_path) == [
-        "stages.e.teacher: the student of 'r' is a velocity with its acceleration, but a teacher must be a velocity field; name a stage "
+        "stages.e.teacher: the student of 'r' is a velocity with its acceleration, but a teacher must be a "
+        "velocity field; name a stage "
         "with a velocity student",
         "stages.s.init: the student of 'r' is a velocity with its acceleration, but ./map.py makes one of kind "
         "flow_map; "
@@ -535,13 +548,19 @@ def test_derivatives_do_not_pass_where_weights_are_divided(tmp_path):
     (tmp_path / "mine.py").write_text(OWN.replace('{"pairs", "teacher"}', '{"pairs", "teacher", "jvp"}'))
     for zero_stage, refused in ((None, False), (0, False), (2, False), (3, True)):
         content = vectors(r={"recipe": "./mine.py"}) | {"launch": {"zero_stage": zero_stage}}
-        said = "stages.r: ./mine.py uses forward-mode derivatives (jvp), which do not work with launch.zero_stage: 3; use 0, 1 or 2"
+        said = (
+            "stages.r: ./mine.py uses forward-mode derivatives (jvp), which do not work with "
+            "launch.zero_stage: 3; use 0, 1 or 2"
+        )
         assert mistakes(content, tmp_path) == ([said] if refused else [])
 
 
 def test_a_config_says_what_it_needs(tmp_path):
     (tmp_path / "mine.py").write_text(OWN.partition("    @property")[0] + '\nclass Recipe:\n    sampler = "euler"\n')
-    said = "stages.r.recipe: recipe './mine.py': its class Config must have the properties needs and student, as reflow/reflow does"
+    said = (
+        "stages.r.recipe: recipe './mine.py': its class Config must have the properties needs and student, "
+        "as reflow/reflow does"
+    )
     assert said in mistakes(vectors(r={"recipe": "./mine.py"}), tmp_path)
 
 
@@ -558,7 +577,10 @@ def test_guidance_needs_an_unconditional_velocity(tmp_path):
     assert mistakes(images(p=guided, e=evaluation)) == [], "of labelled data"
 
     pictures = {"kind": "images", "path": str(tmp_path), "size": 8}
-    said = "given, but the data has no classes, so the student of 't' has no separate unconditional prediction; use 1, or labelled"
+    said = (
+        "given, but the data has no classes, so the student of 't' has no separate unconditional prediction; "
+        "use 1, or labelled"
+    )
     expected = [f"stages.p.guidance_scale: 2 {said} data", f"stages.e.guidance_scale: 2 {said} data"]
     for data in (pictures, {**pictures, "kind": "hf"}):
         assert mistakes(images(p=guided, e=evaluation) | {"data": data}) == expected
