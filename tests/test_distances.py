@@ -183,7 +183,7 @@ def test_without_the_package_lpips_is_refused_with_what_it_needs(trunks, monkeyp
 
 def test_lpips_refuses_what_is_not_its_trunk(trunks, tmp_path):
     path, _ = trunks["squeeze"]
-    with pytest.raises(InputError, match=r"LPIPS trunk .*nowhere does not exist; give a safetensors file"):
+    with pytest.raises(InputError, match=r"lpips_path=.*nowhere does not exist; give a safetensors file"):
         Lpips("squeeze", tmp_path / "nowhere")
     with pytest.raises(
         InputError,

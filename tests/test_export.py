@@ -415,7 +415,7 @@ def test_card_lists_every_file_and_damage_is_named(tmp_path):
 def test_files_that_do_not_belong_and_folders_that_are_no_students_are_refused(tmp_path):
     export(*_swap(make("mlp"), tmp_path / "s"))
     (tmp_path / "s" / "notes.txt").write_text("mine")
-    with pytest.raises(InputError, match="notes.txt is not listed in distill.json"):
+    with pytest.raises(InputError, match="files that distill.json does not list: notes.txt"):
         student_card.verify(tmp_path / "s")
     with pytest.raises(InputError, match="is not a student folder: it has no distill.json"):
         student_card.read(tmp_path)
