@@ -275,11 +275,11 @@ LIES = {
     "a picture that ends": ("x.png", PICTURE[:-5], "x.png is not a PNG file"),
     "a signature alone": ("x.png", b"\x89PNG\r\n\x1a\n", "x.png is not a PNG file"),
     "a pickle as text": ("x.txt", PICKLE, "x.txt is not UTF-8 text"),
-    "a zero in text": ("x.md", b"a\0b", "x.md is not plain text"),
-    "an escape in text": ("x.txt", b"\x1b[2J", "x.txt is not plain text"),
+    "a zero in text": ("x.md", b"a\0b", "x.md contains control characters"),
+    "an escape in text": ("x.txt", b"\x1b[2J", "x.txt contains control characters"),
     "a pickle as JSON": ("x.json", PICKLE, "x.json is not UTF-8 text"),
     "JSON in UTF-16": ("x.json", "{}".encode("utf-16"), "x.json is not UTF-8 text"),
-    "JSON without bottom": ("x.json", b"[" * 100_000, "x.json is not JSON"),
+    "JSON without bottom": ("x.json", b"[" * 100_000, "x.json is not valid JSON"),
     "weights without a header": ("x.safetensors", PICKLE, "x.safetensors is not a safetensors file"),
     "half a header": ("x.safetensors", tensors(4096, 0)[:100], "x.safetensors is not a safetensors file"),
     "a header of words": ("x.safetensors", (20).to_bytes(8, "little") + b"{" + b"x" * 19, "not a safetensors file"),
@@ -292,7 +292,7 @@ LIES = {
     "a shard that is not listed": (SHARDS, shards("y.safetensors"), 'refers to weights in "y.safetensors"; valid:'),
     "a shard that is no name": (SHARDS, shards(["y"]), 'refers to weights in ["y"]; valid:'),
     "an index of another name": ("unet/x.json", shards("x.bin"), 'unet/x.json refers to weights in "x.bin"; valid:'),
-    "an index without shards": ("unet/m.bin.index.json", b"{}", "is an index of weights without a weight_map"),
+    "an index without shards": ("unet/m.bin.index.json", b"{}", "is an index of weights without a valid weight_map"),
     "a pipeline within": ("unet/model_index.json", index(), "would load a second pipeline inside the pipeline"),
     "a part that is a pipeline": (
         "model_index.json", index(unet=["diffusers", "DiffusionPipeline"]), "unet is ["),
@@ -876,6 +876,6 @@ def test_what_another_host_left_is_taken_over_after_a_day(tmp_path):
 
 
 def test_a_model_card_counts_the_calls_of_its_sampler():
-    assert ": one network call per step, few steps.\n" in student_card.readme(card())
+    assert ", in few steps: one network call per step.\n" in student_card.readme(card())
     fields = {"kind": "acceleration", "sampler": "accelerated"}
-    assert ": N + 1 network calls in N steps, few steps.\n" in student_card.readme(card(**fields))
+    assert ", in few steps: N + 1 network calls in N steps.\n" in student_card.readme(card(**fields))

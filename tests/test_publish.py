@@ -406,7 +406,8 @@ def test_a_whole_model_card(capfd, run):
         "NFE: calls of a network per sample. 256 samples per row. SW2: sliced Wasserstein-2",
         "|  | steps | NFE | SW2 | KID x 1000 |", "| **this student** | 1 | 1 |", "| **this student** | 2 | 2 |",
         "| teacher, euler | 2 | 2 |", "## Training cost", "| long | 2,560 images | 0:0", "1 process, ",
-        "| pairs | 64 pairs | 0:0", "## Limits", "It cannot be guided", "Terms of use: not stated",
+        "| pairs | 64 pairs | 0:0", "## Limits", "It does not support classifier-free guidance", "Terms of use: "
+        "not stated",
     ]:  # fmt: skip
         assert line in text, line
     assert "short" not in text, "a stage that it does not come from"

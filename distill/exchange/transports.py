@@ -179,7 +179,7 @@ def _parsed(text: str) -> SplitResult:
             f"{scheme}://{url.hostname}:...: the port is not a number. If the password contains '/', write it as %2F"
         ) from None
     if url.query or url.fragment or re.search(r"[?#]", text):
-        raise InputError(f"{plain}: the URL of a folder must not contain '?', '#' or '::'")
+        raise InputError(f"{plain}: give the URL of a folder, without '?', '#' and '::'")
     if one_line(text, len(text)) != text:
         raise InputError(f"{plain}: the URL must not contain control characters, or spaces at its ends or in a row")
     if scheme == "file":
