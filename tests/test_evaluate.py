@@ -505,7 +505,7 @@ def test_what_does_not_fit_is_refused(image_run, vector_run):
     few = ArrayData("few", torch.zeros(3, 1, 8, 8), None, None)
     with (
         Progress("x", 1, "samples", None) as progress,
-        pytest.raises(InputError, match="data 'few' has 3 images; an evaluation .* so give at least 4"),
+        pytest.raises(InputError, match="data 'few' has 3 images; an evaluation needs at least 4"),
     ):
         measuring.measure(
             run.root,

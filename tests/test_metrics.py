@@ -204,7 +204,7 @@ def test_features_that_are_damaged_are_trained_again(digits, tmp_path, monkeypat
             save_file(tensors, path)
     again = prepare(digits[0], tmp_path)
     assert torch.equal(again.reference, first.reference) and again.accuracy == first.accuracy
-    assert capfd.readouterr().err == f"warning: {path} is damaged; the network in it is trained again\n"
+    assert capfd.readouterr().err == f"warning: {path} is damaged; training the feature network again\n"
     assert torch.equal(load_file(path)["reference"], first.reference)
 
 

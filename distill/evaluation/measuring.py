@@ -164,8 +164,8 @@ def refuse_few(data: DataSet) -> None:
     """InputError if there are too few images for the metrics."""
     if len(data) <= NEIGHBOURS:
         raise InputError(
-            f"data '{data.name}' has {len(data)} images; an evaluation compares each with its {NEIGHBOURS} nearest "
-            f"others, so give at least {NEIGHBOURS + 1}"
+            f"data '{data.name}' has {len(data)} images; an evaluation needs at least {NEIGHBOURS + 1}, because it "
+            f"compares each image with its {NEIGHBOURS} nearest neighbours"
         )
 
 

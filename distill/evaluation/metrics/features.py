@@ -110,7 +110,7 @@ def _kept(path: Path, network: Classifier, rows: int) -> tuple[dict[str, Tensor]
     fits = {name: each.shape for name, each in tensors.items()} == wanted and 0 <= accuracy <= 1
     if fits and all(each.dtype == torch.float32 and bool(each.isfinite().all()) for each in tensors.values()):
         return tensors, accuracy
-    warn(f"{path} is damaged; the network in it is trained again")
+    warn(f"{path} is damaged; training the feature network again")
     return None
 
 
