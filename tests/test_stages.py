@@ -625,5 +625,5 @@ def test_what_only_the_networks_can_refuse_is_refused_first(tmp_path, image_teac
 def test_an_evaluation_with_too_few_images_is_refused_first(tmp_path):
     evaluate = {"kind": "evaluate", "teacher": "a", "students": {"a": [1]}}
     given = spec(None, pictures(tmp_path / "images", count=3), a=TEACH, evaluate=evaluate)
-    with pytest.raises(InputError, match="data 'images' has 3 images; an evaluation .* give at least 4"):
+    with pytest.raises(InputError, match="data 'images' has 3 images; an evaluation needs at least 4"):
         preflight.check(resolve(given, tmp_path))
