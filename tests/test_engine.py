@@ -381,11 +381,7 @@ def test_what_a_recipe_may_not_do(tmp_path):
     shared = Vector()
     cases = [
         ({"critic": Trained(Vector())}, "student", "trains no network named 'student'; it trains ['critic']"),
-        (
-            {"student": Trained(Vector())},
-            "studnet",
-            "a turn names the network 'studnet', which the recipe does not train; did you mean 'stud",
-        ),
+        ({"student": Trained(Vector())}, "studnet", "a turn to 'studnet', which it does not train; did you mean 'stud"),
         ({"student": Trained(shared), "old": Frozen(shared)}, "student", "'student' and 'old' share weights"),
         ({"student": Trained(Vector().requires_grad_(False))}, "student", "none of its parameters has requires_grad"),
         ({"student": Trained(Vector().double())}, "student", "layers.0.weight is torch.float64; trained weights are"),
@@ -549,15 +545,13 @@ class Unreached(FlowMatching):
 
 def test_weights_that_no_backward_pass_reaches_are_refused_in_the_second_turn(tmp_path):
     message = (
-        r"network 'student': 2 of its \d+ trained parameters got no gradient in its first 2 turns: "
-        r"spare\.weight, spare\.bias\. In the recipe, set requires_grad=False for parameters that "
-        r"should not be trained, and list those that get a gradient only later in Trained\(waiting=\.\.\.\)"
+        r"network 'student': in its first 2 turns no backward pass reached 2 of its \d+ trained parameters: "
+        r"spare\.weight, spare\.bias\. In the recipe, set requires_grad=False where a parameter is not to be trained; "
+        r"name it in Trained\(waiting=\.\.\.\) if only later turns reach it"
     )
     with pytest.raises(InputError, match=message):
         train(tmp_path / "never", Unreached())
-    with pytest.raises(
-        InputError, match=r"1 of its \d+ trained parameters got no gradient in its first 2 turns: spare\.bias\. "
-    ):
+    with pytest.raises(InputError, match=r"reached 1 of its \d+ trained parameters: spare\.bias\. "):
         train(tmp_path / "weight", Unreached(reached=lambda step: step == 1))
     with pytest.raises(InputError, match="spare.weight"):
         train(tmp_path / "late", Unreached(("*.bias",), reached=lambda step: step == 2))
@@ -567,7 +561,7 @@ def test_weights_may_wait_where_the_recipe_says_so_and_have_gradients_of_zero(tm
     train(tmp_path / "said", Unreached(("spare.*",)), images=64)
     train(tmp_path / "zero", Unreached(("spare.bias",), reached=lambda step: step == 1), images=64)
     with pytest.raises(
-        ValueError, match="network 'student': the pattern 'head.*' in waiting matches no trained parameter"
+        ValueError, match="network 'student': waiting names 'head.*', but no trained parameter has this"
     ):
         train(tmp_path / "nothing", Unreached(("head.*",)))
 
@@ -667,13 +661,12 @@ def test_learning_rates_of_a_network_resume_to_the_bit_and_one_for_all_changes_n
         (math.inf, {}, "Trained: lr=inf multiplies a learning rate"),
         (1.0, {"layers.*": -1.0}, r"Trained: groups\['layers\.\*'\]=-1.0 multiplies a learning rate; valid: a finite"),
         (1.0, {"layers.*": math.nan}, r"Trained: groups\['layers\.\*'\]=nan multiplies a learning rate"),
-        (1.0, {"head.*": 2.0}, r"network 'student': the pattern 'head\.\*' in groups matches no trained parameter"),
+        (1.0, {"head.*": 2.0}, r"network 'student': groups names 'head\.\*', but no trained parameter has this name"),
         (
             1.0,
             {"*.bias": 2.0, "layers.0.*": 3.0},
-            r"network 'student': parameter 'layers\.0\.bias' matches two patterns in groups, '\*\.bias' and "
-            r"'layers\.0\.\*'; it may "
-            "match at most one",
+            r"network 'student': groups names 'layers\.0\.bias' by two patterns, '\*\.bias' and 'layers\.0\.\*'; give "
+            "each parameter at most one",
         ),
     ],
 )

@@ -500,7 +500,7 @@ def test_a_kill_while_a_run_is_made(tmp_path):
 
 def test_commands_of_jobs_say_who_starts_them(capfd, tmp_path, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    said = "can be started only by a Slurm job; use `distill submit`"
+    said = "is started by a job in Slurm's queue; use `distill submit`"
     refuse(capfd, tmp_path, ["probe", "x"], f"`distill probe` {said}")
     refuse(capfd, tmp_path, ["job", "x", "--stage", "a", "--", "srun"], f"`distill job` {said}")
 

@@ -183,8 +183,8 @@ def test_weights_that_the_first_turns_do_not_reach_are_refused_by_name(tmp_path,
     assert [rank.end(60) for rank in ranks] == [EXIT_INPUT, EXIT_INPUT]
     for rank in ranks:
         assert re.search(
-            r"^network 'student': 2 of its \d+ trained parameters got no gradient in its first 2 turns: "
-            r"head\.weight, head\.bias\. In the recipe, set requires_grad=False for",
+            r"^network 'student': in its first 2 turns no backward pass reached 2 of its \d+ trained parameters: "
+            r"head\.weight, head\.bias\. In the recipe, set requires_grad=False where",
             rank.said,
             re.MULTILINE,
         )

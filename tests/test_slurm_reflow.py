@@ -43,7 +43,7 @@ def test_options_of_the_queue_are_checked(capfd, here):
     before = snapshot(here)
     done = command_line(capfd, *ROUNDS, "--slurm", "--partition=btach", code=2)
     assert done.err.startswith(
-        "error: launch.slurm.partition: there is no partition 'btach', or the site does not allow it; did you mean"
+        "error: launch.slurm.partition: there is no partition 'btach' for jobs of distill; did you mean"
     )
     done = command_line(capfd, *ROUNDS, "--slurm", "--pairs-jobs=9", code=2)
     assert "launch.slurm.pairs_jobs: 9 jobs given, but stage 'solve' has only 8 shards" in done.err

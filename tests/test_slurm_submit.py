@@ -52,12 +52,12 @@ SITES = {
 REFUSED = {
     "unknown partition": (
         ["--partition=btach"],
-        "launch.slurm.partition: there is no partition 'btach', or the site does not allow it; did you mean 'batch'? "
+        "launch.slurm.partition: there is no partition 'btach' for jobs of distill; did you mean 'batch'? "
         "valid: batch, high, low",
     ),
     "not the site's": (
         ["--partition=batch", "--site=few.yaml"],
-        "launch.slurm.partition: there is no partition 'batch', or the site does not allow it; valid: low",
+        "launch.slurm.partition: there is no partition 'batch' for jobs of distill; valid: low",
     ),
     "the site's own": (
         ["--site=wrong.yaml"],
@@ -103,7 +103,7 @@ REFUSED = {
     "code": (["--code=mine"], "--code mine: valid: current, run"),
     "an option of sbatch": (
         ["launch.slurm.options=[--no-such-option]"],
-        "Slurm did not accept solve.sbatch: sbatch: unrecognized option '--no-such-option'",
+        "Slurm refuses solve.sbatch: sbatch: unrecognized option '--no-such-option'",
     ),
 }  # fmt: skip
 
@@ -285,7 +285,7 @@ def test_all_jobs_are_queued_or_none(capfd, cluster, here, monkeypatch):
     )
     monkeypatch.setenv("PATH", f"{fake}:{os.environ['PATH']}")
     done = submit(capfd, "mix.yaml", HELD, code=2)
-    assert done.err == "error: Slurm did not accept reflow.sbatch: sbatch: error: full\n"
+    assert done.err == "error: Slurm refuses reflow.sbatch: sbatch: error: full\n"
     assert queue(cluster) == []
     assert list((here / "runs").iterdir()) == []
 

@@ -58,7 +58,7 @@ def check_partition(options: SlurmSpec, site: SiteSource) -> None:
             raise InputError(f"{site.path}: partitions: Slurm has no partition '{name}'; {suggest(name, known)}")
     if partition is not None and partition not in (allowed if partition in known else known):
         raise InputError(
-            f"launch.slurm.partition: there is no partition '{partition}', or the site does not allow it; "
+            f"launch.slurm.partition: there is no partition '{partition}' for jobs of distill; "
             f"{suggest(partition, allowed)}"
         )
 

@@ -71,9 +71,9 @@ def job(run: RunPaths, launch: LaunchSpec, plan: JobPlan, where: Where) -> str:
         {
             "run": run,
             "what": f"{', '.join(plan.stages)}{parts}",
-            "code_comment": "the code as of the submission"
+            "code_comment": "the package as it was when this was submitted"
             if where.code == run.code
-            else "the code as of the start of the job (--code current)",
+            else "the package as it is when the job begins (--code current)",
             "inputs": where.inputs,
             "stages": plan.stages,
             "part": "" if plan.parts is None else f' --part="$SLURM_ARRAY_TASK_ID/{options.pairs_jobs}"',

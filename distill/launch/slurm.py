@@ -55,7 +55,7 @@ def submit(script: Path, options: Sequence[str] = ()) -> str:
     """Submit a job script, and return the job id. InputError if Slurm refuses it."""
     done = _call("sbatch", "--parsable", *options, str(script), patience=LONG)
     if done.returncode:
-        raise InputError(f"Slurm did not accept {script.name}: {_said(done)}")
+        raise InputError(f"Slurm refuses {script.name}: {_said(done)}")
     return done.stdout.strip().split(";")[0]
 
 
@@ -234,7 +234,7 @@ def _call(*command: str, patience: float = PATIENCE) -> subprocess.CompletedProc
         took = time.monotonic() - began
         raise NoAnswer(f"Slurm does not answer ({command[0]} took more than {took:.0f} s); try again later") from None
     if "configuration source" in done.stderr:
-        raise NoAnswer("Slurm's commands are installed here, but no cluster is configured; use a login node")
+        raise NoAnswer("Slurm's commands are here, but no cluster is configured; use a login node")
     return done
 
 

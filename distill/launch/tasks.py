@@ -37,7 +37,7 @@ def is_task() -> bool:
 def require(command: str) -> None:
     """Raise InputError if this process was not started by Slurm."""
     if "SLURM_JOB_ID" not in os.environ:
-        raise InputError(f"`distill {command}` can be started only by a Slurm job; use `distill submit`")
+        raise InputError(f"`distill {command}` is started by a job in Slurm's queue; use `distill submit`")
 
 
 def identity() -> tuple[str, int]:

@@ -58,12 +58,12 @@ def parameter_groups(network: str, role: Trained, parameters: Mapping[str, nn.Pa
     for pattern in role.groups:
         matched = {p for key, p in parameters.items() if fnmatchcase(key, pattern)}
         if not matched:
-            raise ValueError(f"network '{network}': the pattern '{pattern}' in groups matches no trained parameter")
+            raise ValueError(f"network '{network}': groups names '{pattern}', but no trained parameter has this name")
         for key, p in parameters.items():
             if p in matched and chosen.setdefault(p, pattern) != pattern:
                 raise ValueError(
-                    f"network '{network}': parameter '{key}' matches two patterns in groups, '{chosen[p]}' and "
-                    f"'{pattern}'; it may match at most one"
+                    f"network '{network}': groups names '{key}' by two patterns, '{chosen[p]}' and '{pattern}'; give "
+                    "each parameter at most one"
                 )
     found: dict[float, list[nn.Parameter]] = {}
     for p in dict.fromkeys(parameters.values()):
@@ -86,7 +86,7 @@ class Reach:
         for pattern in waiting:
             if not any(fnmatchcase(key, pattern) for key in parameters):
                 raise ValueError(
-                    f"network '{network}': the pattern '{pattern}' in waiting matches no trained parameter"
+                    f"network '{network}': waiting names '{pattern}', but no trained parameter has this name"
                 )
         self._network, self._turns = network, 0
         waits = {p for key, p in parameters.items() if any(fnmatchcase(key, pattern) for pattern in waiting)}
@@ -123,8 +123,8 @@ class Reach:
         if missed:
             more = f" and {len(missed) - 5} more" if len(missed) > 5 else ""
             raise InputError(
-                f"network '{self._network}': {len(missed)} of its {len(found)} trained parameters got no gradient in "
-                f"its first {self.TURNS} turns: {', '.join(missed[:5])}{more}. In the recipe, set requires_grad=False "
-                "for parameters that should not be trained, and list those that get a gradient only later in "
-                "Trained(waiting=...)"
+                f"network '{self._network}': in its first {self.TURNS} turns no backward pass reached {len(missed)} of "
+                f"its {len(found)} trained parameters: {', '.join(missed[:5])}{more}. In the recipe, set "
+                "requires_grad=False where a parameter is not to be trained; name it in Trained(waiting=...) if only "
+                "later turns reach it"
             )

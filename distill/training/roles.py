@@ -102,7 +102,7 @@ class Roles:
         """
         if active not in self.trainables:
             raise InputError(
-                f"recipe '{self.name}': a turn names the network '{active}', which the recipe does not train; "
+                f"recipe '{self.name}' gave a turn to '{active}', which it does not train; "
                 f"{suggest(active, self.trainables)}"
             )
         for name, trainable in self.trainables.items():
@@ -206,7 +206,7 @@ def _refuse_sharing(networks: Mapping[str, nn.Module], trained: list[str]) -> No
         own = set(networks[name].parameters())
         for other, network in networks.items():
             if other != name and own & set(network.parameters()):
-                raise ValueError(f"networks '{name}' and '{other}' share weights; use a copy in one of them")
+                raise ValueError(f"networks '{name}' and '{other}' share weights; give one of them a copy")
 
 
 def _recompute(recipe: str, networks: list[nn.Module]) -> None:
