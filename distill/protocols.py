@@ -232,7 +232,7 @@ class Copy:
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
-            raise ValueError(f"a copy with decay {self.decay} would never follow '{self.of}'; valid: 0 <= decay < 1")
+            raise ValueError(f"copy of '{self.of}': decay={self.decay} is invalid; valid: 0 <= decay < 1")
 
 
 @dataclass(frozen=True)

@@ -326,7 +326,10 @@ def test_an_unconditional_teacher_refuses_guidance():
     for name in ("gaussian", "mixture"):
         teacher = TEACHERS[name]()
         assert teacher.guided(1.0) is teacher.field
-        with pytest.raises(InputError, match=f"the {name.title() if name == 'gaussian' else name}.* cannot be guided"):
+        with pytest.raises(
+            InputError,
+            match=f"the {name.title() if name == 'gaussian' else name}.* has no class id for the unconditional call",
+        ):
             teacher.guided(2.0)
 
 

@@ -102,7 +102,7 @@ FIELDS = {
     "unknown recipe": (
         ["stages.reflow.recipe=reflow/reflw"],
         SPEC + "stages.reflow.recipe: there is no recipe 'reflow/reflw'; did you mean 'reflow/reflow'? "
-        f"valid: {RECIPES}; or a file of your own: ./file.py",
+        f"valid: {RECIPES}; for a recipe of your own, give its file: ./file.py",
     ),
     "unknown option": (
         ["stages.reflow.options.distanse=l2"],
@@ -129,7 +129,7 @@ FIELDS = {
     ),
     "needs data": (
         ["data={kind: none}"],
-        SPEC + "stages.teach: pretrain/flow_matching needs data, the spec has none; e.g. "
+        SPEC + "stages.teach: pretrain/flow_matching needs data, but the spec has none; e.g. "
         "data: {kind: digits}",
     ),
     "no such pairs": (
@@ -169,7 +169,7 @@ FILES = {
         "name: 3\nstages: {}\n",
         "s.yaml: name: 3 given; must be text (in quotes if it looks like a number)",
     ),
-    "no stages": ("name: a\n", "s.yaml: stages: missing (in the order in which they run)"),
+    "no stages": ("name: a\n", "s.yaml: stages: missing (the stages by name, in the order in which they run)"),
     "not text": ("name: \0", "s.yaml: not YAML: character 0x0 is not allowed"),
 }  # fmt: skip
 
@@ -482,8 +482,8 @@ CHECKPOINTS = {
     "guidance without classes": (
         sound,
         ["stages.pairs.guidance_scale=2"],
-        "UNet2DModel from teacher has no unconditional call, so it cannot be guided; use guidance_scale: 1, or "
-        "name the class id of its unconditional call in teacher.null_class",
+        "UNet2DModel from teacher has no class id for the unconditional call, which guidance needs; use "
+        "guidance_scale: 1, or set teacher.null_class to that class id",
     ),
     "data of another shape": (
         sound,
@@ -533,7 +533,7 @@ def test_data_that_cannot_be_read(capfd, tmp_path):
     teach = "stages={teach: {kind: train, recipe: pretrain/flow_matching, images: 128, network: {kind: unet, "
     teach += "channels: [8]}}}"
     images = "data={kind: images, path: pictures, size: 8, channels: 1}"
-    said = "data.path=pictures is not a folder; give a folder of images, or of one folder per class"
+    said = "data.path=pictures is not a folder; give a folder of images, or one with a folder per class"
     refuse(capfd, tmp_path, ["run", "digits", teach, images], said)
     (tmp_path / "pictures").mkdir()
     said = "data.path={tmp}/pictures contains no images; valid are files like .png, .jpg, .webp, .bmp, .tiff"

@@ -58,7 +58,9 @@ def test_what_recipes_of_a_folder_share_is_no_recipe(tmp_path):
     assert "recipes/reflow/_segments.py" in snapshot.files()  # it goes where recipes go
     assert not [name for name in registry.names() if "/_" in name]
     for name in ("reflow/_segments", "reflow/__init__"):
-        with pytest.raises(InputError, match=f"^{name} is not a recipe: .*; valid: reflow/boss, .*reflow/slimflow$"):
+        with pytest.raises(
+            InputError, match=f"^{name} is not a recipe, but .*; valid: reflow/boss, .*reflow/slimflow$"
+        ):
             registry.source(name, tmp_path)
     options = [option.name for option in registry.describe("reflow/proreflow", tmp_path).options]
     assert options[:2] == ["windows", "times_per_window"] and options[-1] == "direction_weight"
@@ -66,6 +68,7 @@ def test_what_recipes_of_a_folder_share_is_no_recipe(tmp_path):
     for mine in (text, "import recipes.reflow._segments", "from recipes.reflow._segments import stored"):
         (tmp_path / "mine.py").write_text(mine)
         with pytest.raises(
-            InputError, match=r"^recipe '\./mine.py' .*: recipes.reflow._segments\S* is for the recipes of its folder"
+            InputError,
+            match=r"^recipe '\./mine.py' .*: recipes.reflow._segments\S* is private to the recipes of its folder",
         ):
             registry.load("./mine.py", tmp_path)

@@ -250,7 +250,11 @@ def test_guidance_is_the_usual_loop_and_scale_one_is_none(tmp_path):
 def test_guidance_without_a_null_class_and_a_call_without_labels_are_refused(tmp_path):
     teacher = load(write(tmp_path, unet(5), FlowMatchEulerDiscreteScheduler()))
     assert (teacher.num_classes, teacher.null_class) == (5, None)
-    with pytest.raises(InputError, match=r"cannot be guided; use guidance_scale: 1, .* teacher\.null_class"):
+    with pytest.raises(
+        InputError,
+        match=r"has no class id for the unconditional call, which guidance needs; use guidance_scale: 1, .* "
+        r"teacher\.null_class",
+    ):
         teacher.guided(2.0)
     with pytest.raises(ValueError, match="class_labels should be provided"):
         teacher.field(noise(), torch.full((3,), 0.5), {})
@@ -383,25 +387,35 @@ def test_a_missing_shard_is_refused_by_name(tmp_path):
 def test_what_is_not_supported_says_what_is(tmp_path):
     folder = write(tmp_path, unet(4), DDIMScheduler())
     refused(folder, "teacher.null_class=1: ", "has 4 class embeddings, valid: the last, 3", null_class=1)
-    refused(folder, "prediction=velocity does not exist on the vp path; valid: epsilon, sample", prediction="velocity")
+    refused(
+        folder, "prediction=velocity is not supported for the vp path; valid: epsilon, sample", prediction="velocity"
+    )
     refused(folder, "teacher.scheduler=/nowhere has no scheduler_config.json", scheduler="/nowhere")
     IPNDMScheduler().save_pretrained(folder / "scheduler")
     refused(folder, "scheduler class IPNDMScheduler is not supported; valid: DDIMParallelScheduler, DDIMScheduler, ")
     DDIMScheduler(rescale_betas_zero_snr=True).save_pretrained(folder / "scheduler")
-    refused(folder, "does not determine the data at zero terminal SNR; valid with rescale_betas_zero_snr: sample")
+    refused(
+        folder,
+        "prediction epsilon does not work with rescale_betas_zero_snr, because it does not determine the data "
+        "at zero SNR; valid: sample",
+    )
     config = folder / "unet" / "config.json"
     edit(config, class_embed_type="identity")
     refused(folder, "class_embed_type identity is not supported")
     edit(config, class_embed_type=None, sample_size=None)
     refused(folder, "sample_size=None, in_channels=1", prediction="sample")
     edit(config, time_embedding_type="learned")
-    refused(folder, "time_embedding_type learned supports whole steps only")
+    refused(folder, "time_embedding_type learned supports only integer timesteps")
     edit(config, _class_name="UNet2DConditionModel")
     refused(folder, "network class UNet2DConditionModel is not supported", "valid: UNet2DModel, VelocityMLP")
     config.write_text("{")
     refused(folder, f"{config} cannot be read as JSON")
     edit(folder / "model_index.json", vae=["diffusers", "AutoencoderKL"])
-    refused(folder, "is a pipeline of scheduler, unet, vae; valid: pixel pipelines of scheduler and unet")
+    refused(
+        folder,
+        "is a pipeline with the components scheduler, unet, vae; valid: pixel-space pipelines with only "
+        "scheduler and unet",
+    )
 
 
 def test_classes_are_embeddings(tmp_path):
@@ -421,14 +435,16 @@ def test_paths_that_hold_no_checkpoint(tmp_path):
     refused("org/not-there", "is neither a folder here nor a hub id that can be fetched or is cached")
     refused("org/not-there", "teacher.path=org/not-there at revision abc is", revision="abc")
     unet().save_pretrained(tmp_path / "lone")
-    refused(tmp_path / "lone", "has no scheduler config, so its schedule is unknown", "teacher.prediction=velocity")
+    refused(
+        tmp_path / "lone", "has no scheduler config, so its noise schedule is unknown", "teacher.prediction=velocity"
+    )
 
 
 def test_a_teacher_with_another_time_scale_is_refused_as_a_start(tmp_path):
     source = load(write(tmp_path, unet(), FlowMatchEulerDiscreteScheduler(num_train_timesteps=500)))
     init = StudentInit(source, None, source.shape, None, 0)
     with pytest.raises(
-        InputError, match="trained with num_train_timesteps=500; students .* start from a new `network`"
+        InputError, match="trained with num_train_timesteps=500, but students .* start from a new `network`"
     ):
         init.velocity_field()
 
@@ -437,7 +453,7 @@ def test_settings_without_effect_are_refused(tmp_path):
     write(tmp_path / "stock", unet(), DDIMScheduler())
     refused(tmp_path / "stock", "teacher.revision=abc has no effect:", "is a folder here, not a hub id", revision="abc")
     VelocityMLP(dim=2, width=4, depth=1).save_pretrained(tmp_path / "mlp")
-    said = "is a VelocityMLP, which predicts the velocity of the linear path by construction; remove it"
+    said = "is a VelocityMLP, which always predicts the velocity of the linear path; remove it"
     for name, value in (("prediction", "epsilon"), ("scheduler", str(tmp_path / "stock" / "scheduler"))):
         refused(tmp_path / "mlp", f"teacher.{name}={value} has no effect: ", said, **{name: value})
     assert load(tmp_path / "mlp").field.interpolant.name == "linear"

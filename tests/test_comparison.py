@@ -323,7 +323,8 @@ UNFIT = {
     "no evaluation": (
         {"evaluate": None},
         None,
-        "spec 'x' has no evaluate stage to compare by; add one, like evaluate: {kind: evaluate, teacher: teach, "
+        "spec 'x' has no evaluate stage, which a comparison needs; add one, like evaluate: {kind: evaluate, "
+        "teacher: teach, "
         "students: {}}",
     ),
     "nothing distilled": (
@@ -334,25 +335,25 @@ UNFIT = {
     "nothing to be like": (
         {"solve": None, "flow": None},
         ["reflow"],
-        "--recipes: reflow/reflow has no stage in spec 'x', and no other distillation stage sets a length, batch size "
-        "and optimizer for it; add one",
+        "--recipes: reflow/reflow has no stage in spec 'x', and there is no other distillation stage whose "
+        "length, batch size and optimizer it could use; add a stage for it",
     ),
     "no states": (
         {},
         ["seqrf"],
-        "--recipes: reflow/seqrf needs pairs with states, and spec 'x' has none of its teacher; add a pairs stage with "
+        "--recipes: reflow/seqrf needs pairs with states of its teacher, but spec 'x' has none; add a pairs stage with "
         "paths: trajectories and times",
     ),
     "a name that is taken": (
         {"one_step": PAIRS},
         ["one_step"],
-        "stages.one_step: the comparison creates a stage with that name; give this one another name",
+        "stages.one_step: the comparison also creates a stage with this name; rename this one",
     ),
     "no teacher needed": (
         {},
         ["flow_matching"],
-        "--recipes: pretrain/flow_matching uses no teacher with default options, so it would not distil one; add a "
-        "stage of it to the spec that uses the teacher, or starts from it (init)",
+        "--recipes: pretrain/flow_matching uses no teacher with its default options; add a stage with this "
+        "recipe to the spec that uses the teacher, or starts from it (init)",
     ),
     "twice": ({}, ["reflow", "reflow/reflow"], "--recipes names reflow/reflow twice; name it once"),
 }
@@ -378,8 +379,8 @@ def test_recipes_of_one_last_name(tmp_path, monkeypatch):
     with pytest.raises(InputError) as caught:
         comparison.plan(resolve(vectors(), specfile.Path()), both)
     assert str(caught.value) == (
-        "--recipes: other/one_step and reflow/one_step would both have a stage 'one_step'; give the spec a stage of "
-        "one of them"
+        "--recipes: other/one_step and reflow/one_step would both get a stage 'one_step'; add a stage for one "
+        "of them to the spec, with another name"
     )
     other = {**REFLOW, "recipe": "other/one_step"}
     named = comparison.plan(resolve(vectors(evaluate=None, theirs=other, last=EVALUATE), specfile.Path()), both)
@@ -395,7 +396,7 @@ def test_no_pairs_for_a_recipe():
     with pytest.raises(InputError) as caught:
         comparison.plan(resolve(specfile.validate(content, "f"), base), ["reflow"])
     assert str(caught.value) == (
-        "--recipes: reflow/reflow needs pairs, and spec 'digits-recipes' has none of 'teach'; add a pairs stage with "
+        "--recipes: reflow/reflow needs pairs of 'teach', but spec 'digits-recipes' has none; add a pairs stage with "
         "kind: pairs"
     )
 
@@ -415,7 +416,7 @@ def test_a_copy_with_a_name_that_is_taken():
     with pytest.raises(InputError) as caught:
         comparison.plan(resolve(specfile.validate(content, "f"), specfile.Path()), None)
     assert str(caught.value) == (
-        "stages.one_step-reflow: the comparison creates a stage with that name; give this one another name"
+        "stages.one_step-reflow: the comparison also creates a stage with this name; rename this one"
     )
 
 
@@ -435,7 +436,7 @@ def test_a_budget_that_is_too_short_says_what_would_do():
     with pytest.raises(InputError) as caught:
         budget.frozen(plan, found, 0.04, "c")
     said = re.fullmatch(
-        r"--budget 0.04: too short for 'slimflow': it leaves less than one batch for 'slimflow'; give at least (\S+) "
+        r"--budget 0.04: too short for 'slimflow': less than one batch of 'slimflow' fits; give at least (\S+) "
         r"minutes",
         str(caught.value),
     )
@@ -475,11 +476,12 @@ REFUSED = {
     ),
     "the teacher": (
         ["digits", "--budget", "1", "--recipes", "flow_matching"],
-        "--recipes: pretrain/flow_matching makes the teacher here ('teach'); name recipes that distil it",
+        "--recipes: pretrain/flow_matching trains the teacher here ('teach'); name recipes that distil it",
     ),
     "data that is not there": (
         ["mixture-2d", "--budget", "1", "--recipes", "meanflow"],
-        "spec 'mixture-2d': stages.meanflow: shortcut/meanflow needs data, and there is none of vectors; use reflow",
+        "spec 'mixture-2d': stages.meanflow: shortcut/meanflow needs data, but the teacher makes vectors, for "
+        "which there is no data; use reflow/reflow",
     ),
     "without a teacher": (
         ["./mine.yaml", "--budget", "1"],

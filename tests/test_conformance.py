@@ -169,7 +169,7 @@ def test_somebody_elses_package_is_installed_and_conforms(tmp_path):
 # What each check is for: a recipe that is wrong in one way, and what is said of it.
 WRONG = {
     "builds": ('frozenset({"teacher", "pairs"})', 'frozenset({"images"})', "needs"),
-    "is_right": ("", "", "declares no closed-form check"),
+    "is_right": ("", "", "has no closed-form check"),
     "learns": (
         "student(x_t, t, cond)",
         "0 * student(x_t, t, cond)",

@@ -136,7 +136,7 @@ def test_what_cannot_be_coupled_is_refused():
     with pytest.raises(InputError, match="a micro-batch of 10 samples is not a multiple of the block size 4 "):
         couplings.ot(data, noise, uniforms(10), 4, None)
     data[3, 1] = math.nan
-    with pytest.raises(RunError, match="the data, which is to be coupled with noise, contains NaN or infinity; "):
+    with pytest.raises(RunError, match="the data or the noise to be coupled contains NaN or infinity; "):
         couplings.ot(data, noise, uniforms(10), 5, None)
 
 

@@ -93,7 +93,7 @@ def test_a_report_of_many_warnings_shows_the_first_hundred(tmp_path):
     assert warnings == [f"reflow: number {n}." for n in range(100)]
     append_event(run, "warning", label="reflow", text="another")
     append_event(run, "warning", label="reflow", text="and another")
-    assert report_page._events(run)[2][100:] == ["more: see events/"]
+    assert report_page._events(run)[2][100:] == ["more warnings: see events/"]
 
 
 def test_nothing_foreign_becomes_part_of_the_page(tmp_path):

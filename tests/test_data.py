@@ -216,10 +216,10 @@ def test_a_truncated_image_is_named_skipped_and_counted(tmp_path, capfd):
     (tmp_path / "b" / "note.jpg").write_text("no image")
     refused_folder(
         tmp_path,
-        "2 of 5 images cannot be decoded, data.max_unreadable is 1: ",
+        "2 of 5 images cannot be decoded: ",
         f"{broken} (row 1)",
         "note.jpg",
-        "repair or remove them, or raise the limit",
+        "repair or remove them, or increase data.max_unreadable",
         max_unreadable=1,
     )
     loaded = load(tmp_path, max_unreadable=2)
@@ -231,7 +231,9 @@ def test_a_truncated_image_is_named_skipped_and_counted(tmp_path, capfd):
 
 
 def test_folders_that_cannot_be_used(tmp_path):
-    refused_folder(tmp_path / "nowhere", "nowhere is not a folder; give a folder of images, or of one folder per class")
+    refused_folder(
+        tmp_path / "nowhere", "nowhere is not a folder; give a folder of images, or one with a folder per class"
+    )
     (tmp_path / "empty").mkdir()
     refused_folder(tmp_path / "empty", "contains no images; valid are files like .png")
     mixed = folder(tmp_path / "mixed", **{"": [1], "a": [2]})
@@ -249,9 +251,9 @@ def test_transparency_and_values_out_of_range_are_refused_by_name(tmp_path):
     picture(9).save(tmp_path / "opaque.png")
     refused_folder(
         tmp_path,
-        "7 of 8 images are transparent in places: ",
+        "7 of 8 images have transparent pixels: ",
         "glass0.png (row 0), ",
-        "glass4.png (row 4), ...; give the colour behind them by data.background=white, black or [red, green, blue]",
+        "glass4.png (row 4), ...; set their background: data.background=white, black or [red, green, blue]",
     )
     for path in tmp_path.iterdir():
         path.unlink()
@@ -326,7 +328,7 @@ def test_a_damaged_row_is_named_and_skipped(tmp_path, capfd):
     whole = table().cast_column("image", datasets.Image(decode=False))
     mixed = datasets.Dataset.from_dict({"image": [whole[0]["image"], *rows, whole[2]["image"]], "label": [0, 1, 1, 1]})
     mixed.to_parquet(tmp_path / "mixed.parquet")
-    refused(hf(tmp_path / "mixed.parquet"), "2 of 4 images cannot be decoded, data.max_unreadable is 0: row 1, ")
+    refused(hf(tmp_path / "mixed.parquet"), "2 of 4 images cannot be decoded: row 1, ")
     loaded = data.load_data(hf(tmp_path / "mixed.parquet", max_unreadable=2, label_column="label"), 0)
     assert re.search("row 1, .*gone.png", capfd.readouterr().err)
     assert values_of(loaded) == pytest.approx([-0.6, 0.6])
@@ -341,7 +343,8 @@ def test_columns_and_splits_that_do_not_fit(tmp_path):
         hf(saved, image_column="img"), "data.image_column=img: no such column; ", "valid: image, label, names, number"
     )
     refused(
-        hf(saved, image_column="number"), "data.image_column=number contains Value('float64'), valid: encoded images"
+        hf(saved, image_column="number"),
+        "data.image_column=number contains Value('float64'); valid: columns of encoded images",
     )
     refused(hf(saved, label_column="names"), "data.label_column=names contains", "class_encode_column('names')")
     table([0, -1, 2]).save_to_disk(tmp_path / "negative")

@@ -177,17 +177,17 @@ def test_lpips_has_a_gradient_where_no_channel_is_active(trunks, tmp_path):
 
 def test_without_the_package_lpips_is_refused_with_what_it_needs(trunks, monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)  # as where it is not installed
-    with pytest.raises(InputError, match="lpips_trunk=squeeze needs the packages lpips and torchvision, and they can"):
+    with pytest.raises(InputError, match="lpips_trunk=squeeze needs the packages lpips and torchvision, which can"):
         Lpips("squeeze", trunks["squeeze"][0])
 
 
 def test_lpips_refuses_what_is_not_its_trunk(trunks, tmp_path):
     path, _ = trunks["squeeze"]
-    with pytest.raises(InputError, match=r"LPIPS trunk .*nowhere does not exist; give a safetensors file"):
+    with pytest.raises(InputError, match=r"lpips_path=.*nowhere does not exist; give a safetensors file"):
         Lpips("squeeze", tmp_path / "nowhere")
     with pytest.raises(
         InputError,
-        match=r"is not torchvision's alex: features\.3\.weight is missing, .*"
+        match=r"does not contain torchvision's alex: features\.3\.weight is missing, .*"
         r"features\.0\.weight is \[64, 3, 3, 3\], not \[64, 3, 11, 11\]",
     ):
         Lpips("alex", path)

@@ -114,7 +114,7 @@ def test_dtypes_normal_as_like_uniform_always_float32():
 
 
 def test_a_part_of_a_batch_that_holds_no_sample_is_refused():
-    said = re.escape("0.25 of a batch of 2 samples selects no sample, or all of them; increase batch_size")
+    said = re.escape("a fraction of 0.25 selects none or all of the 2 samples of a batch; increase batch_size")
     with pytest.raises(InputError, match=f"^{said}$"):
         StepDraw(0, 0, 0, Rows(0, 2, 2)).every(0.25, torch.zeros(2, 1))
 

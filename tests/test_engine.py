@@ -407,7 +407,7 @@ def test_what_a_recipe_may_not_do(tmp_path):
 
 def test_a_copy_that_would_never_follow_is_refused():
     for decay in (1.0, -0.1):
-        with pytest.raises(ValueError, match=rf"decay {decay} would never follow 'student'; valid: 0 <= decay < 1"):
+        with pytest.raises(ValueError, match=rf"copy of 'student': decay={decay} is invalid; valid: 0 <= decay < 1"):
             Copy("student", decay)
 
 

@@ -205,7 +205,7 @@ def test_rows_along_other_times(vector_run):
         assert row.nfe == len(steps) - 1
     assert found.row("teacher", 4, along="optimal").rms != found.row("teacher", 4).rms
     assert len({row.picture for row in found.rows}) == len(found.rows)
-    with pytest.raises(InputError, match=r"times 1, 0.5, 0.5, 0: they must decrease from 1 to 0; between these, valid"):
+    with pytest.raises(InputError, match=r"times 1, 0.5, 0.5, 0: must decrease from 1 to 0; times in between"):
         go(vector_run, vector_spec(times={"teacher": [[1.0, 0.5, 0.5, 0.0]]}))
     own = card((2,), None).model_copy(update={"t_grids": {1: [1.0, 0.0], 2: [1.0, 0.9, 0.0]}})
     export(one_step_student(), vector_run.student("exact"), own)

@@ -183,7 +183,7 @@ def test_an_index_that_cannot_be_written_is_said(tmp_path, store, student):
     (store / "registry" / "_index.json").unlink()
     (store / "registry" / "_index.json").mkdir()
     said = error_of(put, student, store, "other", error=RunError)
-    assert "Is a directory" in said and "the student is published, but readers of this store over http" in said
+    assert "Is a directory" in said and "the student is published, but users who read this store over http" in said
     assert (store / "registry" / "other" / "v1").is_dir()
 
 
@@ -237,7 +237,7 @@ def test_names_that_are_not_utf8_are_shown_as_what_they_are_not(capfd, student):
         done = command(capfd, *line)
         assert done.code == 2
         assert done.err.endswith(
-            "error: student: \ufffd\ufffd[2J.md is not listed in distill.json; remove files that do not belong there\n"
+            "error: student: files that distill.json does not list: \ufffd\ufffd[2J.md; remove them\n"
         )
 
 
@@ -275,23 +275,25 @@ LIES = {
     "a picture that ends": ("x.png", PICTURE[:-5], "x.png is not a PNG file"),
     "a signature alone": ("x.png", b"\x89PNG\r\n\x1a\n", "x.png is not a PNG file"),
     "a pickle as text": ("x.txt", PICKLE, "x.txt is not UTF-8 text"),
-    "a zero in text": ("x.md", b"a\0b", "x.md is not plain text"),
-    "an escape in text": ("x.txt", b"\x1b[2J", "x.txt is not plain text"),
+    "a zero in text": ("x.md", b"a\0b", "x.md contains control characters"),
+    "an escape in text": ("x.txt", b"\x1b[2J", "x.txt contains control characters"),
     "a pickle as JSON": ("x.json", PICKLE, "x.json is not UTF-8 text"),
     "JSON in UTF-16": ("x.json", "{}".encode("utf-16"), "x.json is not UTF-8 text"),
-    "JSON without bottom": ("x.json", b"[" * 100_000, "x.json is not JSON"),
+    "JSON without bottom": ("x.json", b"[" * 100_000, "x.json is not valid JSON"),
     "weights without a header": ("x.safetensors", PICKLE, "x.safetensors is not a safetensors file"),
     "half a header": ("x.safetensors", tensors(4096, 0)[:100], "x.safetensors is not a safetensors file"),
     "a header of words": ("x.safetensors", (20).to_bytes(8, "little") + b"{" + b"x" * 19, "not a safetensors file"),
     "more than its tensors": ("x.safetensors", tensors(4096, 0) + PICKLE, "x.safetensors is not a safetensors file"),
     "a header without end": ("x.safetensors", b"\xff" * 8 + b"{}", "x.safetensors is not a safetensors file"),
-    "a shard that is a picture": (SHARDS, shards("weights.png"), f'{SHARDS} names weights in "weights.png"; valid:'),
-    "a shard elsewhere": (SHARDS, shards("../x.safetensors"), f'{SHARDS} names weights in "../x.safetensors"; valid:'),
-    "a shard that is not listed": (SHARDS, shards("y.safetensors"), 'names weights in "y.safetensors"; valid:'),
-    "a shard that is no name": (SHARDS, shards(["y"]), 'names weights in ["y"]; valid:'),
-    "an index of another name": ("unet/x.json", shards("x.bin"), 'unet/x.json names weights in "x.bin"; valid:'),
-    "an index without shards": ("unet/m.bin.index.json", b"{}", "is an index of weights without a weight_map"),
-    "a pipeline within": ("unet/model_index.json", index(), "would load a pipeline within the pipeline"),
+    "a shard that is a picture": (SHARDS, shards("weights.png"), f'{SHARDS} refers to weights in "weights.png"; '
+        f'valid:'),
+    "a shard elsewhere": (SHARDS, shards("../x.safetensors"), f'{SHARDS} refers to weights in '
+        f'"../x.safetensors"; valid:'),
+    "a shard that is not listed": (SHARDS, shards("y.safetensors"), 'refers to weights in "y.safetensors"; valid:'),
+    "a shard that is no name": (SHARDS, shards(["y"]), 'refers to weights in ["y"]; valid:'),
+    "an index of another name": ("unet/x.json", shards("x.bin"), 'unet/x.json refers to weights in "x.bin"; valid:'),
+    "an index without shards": ("unet/m.bin.index.json", b"{}", "is an index of weights without a valid weight_map"),
+    "a pipeline within": ("unet/model_index.json", index(), "would load a second pipeline inside the pipeline"),
     "a part that is a pipeline": (
         "model_index.json", index(unet=["diffusers", "DiffusionPipeline"]), "unet is ["),
     "a part that looks for its class": (
@@ -327,13 +329,16 @@ def test_what_a_file_is_not_is_refused_by_pull_verify_and_publish(tmp_path, case
 def test_a_program_that_is_shown_is_the_one_that_runs(tmp_path):
     student = make(tmp_path / "student", files={"pipeline.py": b"# coding: utf-7\n# +AAo-import os\n"})
     said = error_of(lambda: pulling.pull(at(student), tmp_path / "s", show=lambda name, text: None))
-    assert said == "pipeline.py is a program in another encoding than UTF-8; the student is refused"
+    assert (
+        said == "pipeline.py is Python code that is not encoded in UTF-8; the student is not loaded because it may "
+        "be unsafe or damaged"
+    )
 
 
 @pytest.mark.parametrize("name", ["pipeline.PY", "unet/w.SAFETENSORS", "x.Json"])
 def test_kinds_are_written_in_small_letters(tmp_path, name):
     student = make(tmp_path / "student", files={name: b"{}"})
-    assert "a kind of file that no student has" in error_of(pulling.verify, student)
+    assert "a file type that students do not have" in error_of(pulling.verify, student)
 
 
 def test_shards_and_pictures_that_are_right_are_taken(tmp_path):
@@ -586,7 +591,7 @@ def test_a_file_that_drips_is_left_and_kept(tmp_path, hasty):
     record, tally = student_card.FileRecord(sha256="0" * 64, size=900_000), transfer.Tally()
     with answering(OK, b"x") as url:
         said = error_of(transfer.fetch, replace(at(url), retries=1), "w", record, tmp_path / "w", tally, error=RunError)
-    assert "it is too slow: " in said and "bytes in 0 s; the received part is kept" in said
+    assert "too slow: " in said and "bytes in 0 s; the part received so far is kept" in said
     assert tally.bytes == (tmp_path / "w.part").stat().st_size > 0
 
 
@@ -594,7 +599,7 @@ def test_what_is_passed_over_must_come_too(tmp_path, monkeypatch):
     """A server without ranges sends all from the beginning; slowly, where a part is here already."""
     monkeypatch.setattr(web, "GATHER", 0.1)
     monkeypatch.setattr(web, "SILENCE", 0.3)
-    late = pytest.raises(transports.Broken, match="it is too slow: .* bytes in 0 s")
+    late = pytest.raises(transports.Broken, match="too slow: .* bytes in 0 s")
     with answering(OK, b"x") as url, late, at(url).open("w", 800_000):
         pass
 
@@ -649,7 +654,7 @@ def test_a_folder_that_somebody_else_made_is_not_worked_in(tmp_path, student):
     (tmp_path / "private" / "mine.txt").touch()
     digest = manifest.digest((student / DISTILL).read_bytes())
     (tmp_path / f".got.part-{digest[:16]}.{Owner.this().label}").symlink_to(tmp_path / "private")
-    assert "was made by somebody else; remove it" in error_of(get, student, tmp_path / "got", error=RunError)
+    assert "belongs to another user; remove it" in error_of(get, student, tmp_path / "got", error=RunError)
     assert [path.name for path in (tmp_path / "private").iterdir()] == ["mine.txt"]
     assert not (tmp_path / "got").exists()
 
@@ -704,11 +709,11 @@ def test_an_index_of_a_broken_entry_and_of_too_many(capfd, tmp_path, store, monk
         for text in (b'{"students":[' + b"{}," * 1_000_000 + b"{}]}", b"[" * 1_000_000, b"{}" * 1_000_000):
             path.write_bytes(text)
             done = command(capfd, "students", "--store", url)
-            said = "_index.json is larger than an index of 50,000 entries can be; it is refused"
+            said = "_index.json is too large: an index can have at most 50,000 entries"
             assert (done.code, done.err) == (2, f"error: {url}/registry/{said}\n")
         monkeypatch.setattr(published, "MAX_INDEX", 1_000_000)
         done = command(capfd, "students", "--store", url)
-        assert (done.code, "_index.json has more than 1,000,000 bytes; it is refused" in done.err) == (2, True)
+        assert (done.code, "_index.json is larger than the limit of 1,000,000 bytes" in done.err) == (2, True)
 
 
 CROWDED = {f"{'[' * 190}{n}@1": 1.0 for n in range(980)}
@@ -749,8 +754,8 @@ def test_a_full_index_keeps_the_newest_and_says_so(tmp_path, store, capfd, monke
     capfd.readouterr()
     assert [entry.label for entry in published.write_index(store).students] == ["a:v1", "digits:v1"]
     assert capfd.readouterr().err == (
-        f"warning: {store}/registry/_index.json is full: it leaves out the oldest 1 of 2 students, which readers "
-        "over http can pull only by NAME:VERSION\n"
+        f"warning: {store}/registry/_index.json is full: the oldest 1 of 2 students are not in it; over http "
+        f"they can be pulled only by NAME:VERSION\n"
     )
     assert [each["name"] for each in json.loads((store / "registry" / "_index.json").read_bytes())["students"]] == ["a"]
 
@@ -770,7 +775,7 @@ def test_what_would_fill_the_memory_is_not_parsed(capfd, tmp_path, store, text):
     (store / "registry" / "_index.json").write_bytes(text)
     with Flaky(tmp_path) as server:
         done = command(capfd, "students", "--store", f"{server.url}/runs")
-    assert (done.code, "is larger than an index of 50,000 entries can be; it is refused" in done.err) == (2, True)
+    assert (done.code, "is too large: an index can have at most 50,000 entries" in done.err) == (2, True)
 
 
 def test_what_stands_in_texts_is_no_structure():
@@ -817,7 +822,7 @@ def test_no_file_takes_the_place_of_the_card(student, name):
     edit_card(student, lambda content: content["files"].update({name: {"sha256": "0" * 64, "size": 1}}))
     said = error_of(pulling.describe, at(student))
     assert "distill.json" in said and (
-        "the same file on some disks" in said or "a kind of file" in said or "folder" in said
+        "the same file on some disks" in said or "a file type" in said or "folder" in said
     )
 
 
@@ -841,7 +846,7 @@ def test_the_best_student_is_one_of_the_run(tmp_path, measured):
 def test_a_step_is_a_number(measured, which):
     _, chosen = measured("x.png")
     said = error_of(publishing.choose, chosen.run, None, which)
-    assert said.endswith("valid: best, step-N, N the step of a checkpoint") and len(said) < 300
+    assert said.endswith("valid: best, step-N, N: step of a checkpoint") and len(said) < 300
 
 
 @pytest.mark.parametrize("url", ["file:///tmp/a%00b", "file:///tmp/a%0Ab", "file:///tmp/%1B[2J"])
@@ -871,6 +876,6 @@ def test_what_another_host_left_is_taken_over_after_a_day(tmp_path):
 
 
 def test_a_model_card_counts_the_calls_of_its_sampler():
-    assert ": one network call per step, few steps.\n" in student_card.readme(card())
+    assert ", in few steps: one network call per step.\n" in student_card.readme(card())
     fields = {"kind": "acceleration", "sampler": "accelerated"}
-    assert ": N + 1 network calls in N steps, few steps.\n" in student_card.readme(card(**fields))
+    assert ", in few steps: N + 1 network calls in N steps.\n" in student_card.readme(card(**fields))

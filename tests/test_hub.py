@@ -104,7 +104,10 @@ def test_of_variants_one_is_fetched_and_of_a_latent_pipeline_no_weights(tmp_path
     with Hub({"models/org/variants": {"main": variants}, "models/org/latent": {"main": latent}}) as hub:
         codes, err = commands(pairs("org/variants", "p"), pairs("org/latent", "q"), hub=hub, cwd=tmp_path / "work")
     assert codes == [0, 2], err
-    assert "teacher.path=org/latent is a pipeline of scheduler, unet, vae; valid: pixel pipelines" in err
+    assert (
+        "teacher.path=org/latent is a pipeline with the components scheduler, unet, vae; valid: pixel-space pipelines"
+        in err
+    )
     asked = {request.split()[1] for request in hub.requests if "/resolve/" in request and "safetensors" in request}
     (one,) = asked
     assert one.startswith("/org/variants/resolve/") and one.endswith("/unet/diffusion_pytorch_model.safetensors")

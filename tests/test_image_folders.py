@@ -68,17 +68,20 @@ def test_dataset_json_gives_the_labels(tmp_path):
 @pytest.mark.parametrize(
     ("labels", "said"),
     [
-        (LABELS[:2], "it does not contain 1 labels of images that are in the folder (00001/img00001000.png)"),
+        (LABELS[:2], "the file does not list 1 images of the folder (00001/img00001000.png)"),
         (
             [*LABELS, ["x.png", 1]],
-            "the folder does not contain 1 images that it labels (x.png); copy the whole data set, or",
+            "the folder does not contain 1 images that the file lists (x.png); copy the whole data set, or",
         ),
         ([*LABELS, ["00000/img00000000.png", 1]], "gives 00000/img00000000.png the classes 2 and 1; remove one"),
         ([["00000/img00000000.png", -1]], "labels[0][1]: Input should be greater than or equal to 0; valid: {"),
         ([["00000/img00000000.png", 10**12]], "labels[0][1]: Input should be less than 1000000; valid: {"),
         ([["00000/img00000000.png", "cat"]], "labels[0][1]: Input should be a valid integer; valid: {"),
         ([["00000/img00000000.png", [0.5, 1]]], "labels[0][1]: Input should be a valid integer; valid: {"),
-        ([[*LABELS[0]], [*LABELS[1]], ["00001/img00001000.png", 5000]], "class ids from 0 to 5000 for 3 images, valid"),
+        (
+            [[*LABELS[0]], [*LABELS[1]], ["00001/img00001000.png", 5000]],
+            "3 images have class ids from 0 to 5000; valid",
+        ),
         ("cat", "labels: Input should be a valid array; valid: {"),
     ],
 )
@@ -150,7 +153,7 @@ def test_the_parts_of_a_data_set_in_the_one_folder_it_was_unpacked_into_are_no_c
 )
 def test_folders_of_a_thousand_images_each_are_no_classes(tmp_path, names, shown):
     said = refused(folder(tmp_path, *names))
-    assert f"{shown} group the images by number and are not classes; write" in said
+    assert f"{shown} group the images by number and are not classes; create" in said
     (tmp_path / "dataset.json").write_text('{"labels": null}')
     assert read(tmp_path)[1:] == (None, None)
     other = folder(tmp_path / "classes", "00000/00001.png", "00001/00002.png", "00001/img00000003.png")
@@ -165,7 +168,7 @@ def test_folders_of_kohya_are_no_classes(tmp_path):
     folder(tmp_path / "one", "10_cat/1.png")
     said = refused(tmp_path / "one")
     assert "10_cat are named like folders of kohya's trainers" in said
-    assert f"give the folder itself (data.path={tmp_path}/one/10_cat), or rename the folders where they are" in said
+    assert f"give one of these folders (data.path={tmp_path}/one/10_cat), or rename them if they are" in said
     assert "kohya" in refused(folder(tmp_path / "same", "10_cat/1.png", "10_dog/1.png"))
     assert read(folder(tmp_path / "numbered", "0_cat/1.png", "1_dog/1.png"))[1:] == ([0, 1], 2)
 
@@ -183,7 +186,7 @@ def test_folders_of_kohya_are_no_classes(tmp_path):
 )
 def test_captions_are_not_lost_in_silence(tmp_path, names, shown):
     said = refused(folder(tmp_path, *names))
-    assert f"has captions ({shown}), which data of kind images does not read: they would be lost; give a folder" in said
+    assert f"has captions ({shown}), which data of kind images does not support; give a folder" in said
 
 
 def test_a_text_that_belongs_to_no_image_is_no_caption(tmp_path):
@@ -217,7 +220,9 @@ def test_a_link_to_a_folder_around_it_is_passed_over(tmp_path):
 def test_a_folder_is_not_counted_twice(tmp_path):
     folder(tmp_path, "a/1.png")
     (tmp_path / "b").symlink_to("a")
-    assert "b and a are the same folder, so its images would count twice; remove one of the links" in refused(tmp_path)
+    assert "b and a link to the same folder, so its images would be used twice; remove one of the links" in refused(
+        tmp_path
+    )
 
 
 def unreadable(path: Path, limit: int = 0) -> str:
@@ -232,9 +237,7 @@ def test_files_that_cannot_be_read_are_named_and_nothing_hangs(tmp_path, capfd):
     (tmp_path / "gone.png").symlink_to("nowhere.png")
     (tmp_path / "loop.png").symlink_to("loop.png")
     said = unreadable(tmp_path)
-    assert (
-        f"3 of 5 images cannot be decoded, data.max_unreadable is 0: {tmp_path}/fifo.png (row 2): not a regular" in said
-    )
+    assert f"3 of 5 images cannot be decoded: {tmp_path}/fifo.png (row 2): not a regular" in said
     assert "gone.png (row 3): no such file, " in said and "loop.png (row 4): no such file; repair or remove" in said
     loaded = data.load_data(ImagesData(kind="images", path=str(tmp_path), size=8, max_unreadable=3), 0)
     assert "3 of 5 images cannot be decoded and are skipped" in capfd.readouterr().err
@@ -249,7 +252,7 @@ def test_damage_of_any_kind_is_of_one_image(tmp_path, capfd):
     whole = (tmp_path / "1.avif").read_bytes()
     start = whole.rindex(b"mdat") + 4
     (tmp_path / "1.avif").write_bytes(whole[:start] + bytes(8) + whole[start + 8 :])
-    assert "1 of 2 images cannot be decoded, data.max_unreadable is 0" in unreadable(tmp_path)
+    assert "1 of 2 images cannot be decoded: " in unreadable(tmp_path)
     loaded = data.load_data(ImagesData(kind="images", path=str(tmp_path), size=8, max_unreadable=1), 0)
     assert "1 of 2 images cannot be decoded and are skipped" in capfd.readouterr().err
     assert len(loaded) == 1
@@ -268,7 +271,7 @@ def test_formats_whose_readers_cannot_be_trusted_are_not_opened(tmp_path, monkey
     monkeypatch.setenv("PATH", str(script.parent), prepend=":")
     assert read(tmp_path / "set")[0] == ["0.png", "1.png"]
     said = unreadable(tmp_path / "set")
-    assert f"1 of 2 images cannot be decoded, data.max_unreadable is 0: {tmp_path}/set/0.png (row 0); repair" in said
+    assert f"1 of 2 images cannot be decoded: {tmp_path}/set/0.png (row 0); repair" in said
     assert not (tmp_path / "started").exists()
 
 
@@ -321,10 +324,10 @@ def test_an_image_that_would_fill_the_memory_is_refused(tmp_path):
     Image.new("L", (1, 3_000_000)).save(tmp_path / "long.png")
     said = unreadable(tmp_path)
     assert (
-        "1 of 2 images are too elongated: " in said
+        "1 of 2 images have an extreme aspect ratio: " in said
         and "long.png (row 1); the first, of 1 x 3000000 pixels, would" in said
     )
-    assert "be resized to 8 x 24000000, valid: at most 67,108,864 pixels; crop or remove them" in said
+    assert "be resized to 8 x 24000000, more than 67,108,864 pixels; crop or remove them" in said
 
 
 # --- what is no folder of images ---

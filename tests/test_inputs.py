@@ -422,7 +422,7 @@ def test_links_are_relative_and_made_again_where_they_are_gone(tmp_path):
     prefetch.link(run)
     assert link.resolve() == one.content(tmp_path).resolve()
     shutil.rmtree(one.folder(tmp_path))
-    with pytest.raises(RunError, match="the teacher org/a@cccccccccccc is not in .*/inputs/a{64} any more; submit the"):
+    with pytest.raises(RunError, match="the teacher org/a@cccccccccccc is no longer in .*/inputs/a{64}; submit the"):
         prefetch.link(run)
 
 
@@ -462,9 +462,7 @@ def test_a_list_of_inputs_leads_nowhere_else(tmp_path, field, value, said):
     (run.root / "inputs").mkdir()
     (run.root / prefetch.RECORD).write_text(json.dumps([asdict(one) | {field: value}]))
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(
-        RunError, match=r"inputs\.json cannot be read .*; start the run again under another name"
-    ) as info:
+    with pytest.raises(RunError, match=r"inputs\.json cannot be read .*; start a new run with another name") as info:
         prefetch.link(run)
     assert said in str(info.value)
     assert sorted(tmp_path.rglob("*")) == before
@@ -479,10 +477,8 @@ def test_a_list_that_cannot_be_read_is_warned_of_and_keeps_what_it_may_need(tmp_
     for path in run.root.iterdir():
         os.utime(path, (time.time() - 3 * DAY,) * 2)
     assert prefetch.unused(tmp_path) == [ancient.folder(tmp_path)]
-    said = (
-        f"warning: {run.root}/{prefetch.RECORD} cannot be read (0.what: is missing); start the run again under another "
-    )
-    assert capfd.readouterr().err == said + "name; until then, inputs that it may need are kept\n"
+    said = f"warning: {run.root}/{prefetch.RECORD} cannot be read (0.what: is missing); start a new run with another "
+    assert capfd.readouterr().err == said + "name; inputs that this run may need are kept\n"
     (run.root / prefetch.RECORD).unlink()
     os.mkfifo(run.root / prefetch.RECORD)
     assert prefetch.unused(tmp_path) == [each.folder(tmp_path) for each in (named, ancient)], "nothing waits for it"
@@ -505,7 +501,7 @@ def test_an_input_that_is_not_whole_is_fetched_under_another_name(tmp_path, capf
     assert found.digest != one.digest and found.content(tmp_path).is_dir()
     said = capfd.readouterr().err
     assert said.startswith(f"warning: {one.folder(tmp_path)} is incomplete (input.json: ")
-    assert said.endswith("; the teacher org/a@cccccccccccc is fetched under another name\n")
+    assert said.endswith("; the teacher org/a@cccccccccccc is downloaded again to another folder\n")
     assert prefetch._in_store(one, tmp_path, replace(asked, download=lambda: pytest.fail("fetched"))) == found, (
         "it is there now"
     )

@@ -100,7 +100,10 @@ def test_every_count_has_a_bound():
 
 def test_a_network_beyond_any_machine(capfd, tmp_path):
     change = "stages.r.network={kind: mlp, depth: 1000, width: 65536}"
-    said = "spec 'a': stages.r.network: about 4,294,967,296,000 parameters; at most 100,000,000,000; make it smaller"
+    said = (
+        "spec 'a': stages.r.network: about 4,294,967,296,000 parameters, more than the maximum of "
+        "100,000,000,000; make it smaller"
+    )
     refuse(capfd, tmp_path, ["plan", "ok.yaml", change], said)
 
 
@@ -249,7 +252,10 @@ CHANGES = {
         "'seed=\\x1b[2J' is not a change of the spec: it contains a control character",
     ),
     "a tag": ("seed=!!int abc", "seed=!!int abc: line 1: 'abc' is not a whole number"),
-    "a superscript": ("teacher.mean.\u00b2=1", "teacher.mean.\u00b2=1: teacher.mean has 2 items; '\u00b2' is none of"),
+    "a superscript": (
+        "teacher.mean.\u00b2=1",
+        "teacher.mean.\u00b2=1: teacher.mean has 2 items; '\u00b2' must be one of",
+    ),
     "digits": ("teacher.mean." + "9" * 5000 + "=1", "teacher.mean.999"),
     "digits of a value": ("seed=" + "1" * 5000, "seed=111"),
     "a number": ("seed=" + "1" * 200, "ok.yaml: seed: 111"),
@@ -449,8 +455,11 @@ def test_a_run_does_without_the_stores_index_of_its_images(capfd, tmp_path):
     (tmp_path / "runs" / "indexes").write_text("")
     source = start.find("s.yaml", ["stages.r.images=8", "stages.r.batch_size=8"], None)
     run = start.begin(tmp_path / "runs", source)
-    said = f"warning: cannot create {tmp_path}/runs/indexes: File exists; nothing was changed; without an index in the "
-    assert capfd.readouterr().err == said + "store, other runs read all these images again\n"
+    said = (
+        f"warning: cannot create {tmp_path}/runs/indexes: File exists; nothing was changed; without an image "
+        "index in the "
+    )
+    assert capfd.readouterr().err == said + "store, each new run reads all images again\n"
     stages.run(run, source.spec, ["r"], StopRequest())
     assert run.stage("r").done.exists()
     assert (tmp_path / "runs" / "indexes").read_text() == ""

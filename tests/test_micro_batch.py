@@ -136,10 +136,10 @@ def test_a_spec_says_auto_and_where_it_cannot(tmp_path):
     (_, step, *_) = planning.steps(resolve(spec, tmp_path))
     assert step.work == "96 images = 3 steps of 32: 1 x auto (processes, micro-batches that fit into memory)"
     for launch, said in (
-        ({"zero_stage": 2}, "launch.micro_batch: auto tries undivided networks, and launch.zero_stage divides them; "
-         "give a number, or zero_stage: null"),
-        ({"procs": 2, "divide_teacher": True}, "launch.micro_batch: auto tries an undivided teacher, and "
-         "launch.divide_teacher divides it; give a number"),
+        ({"zero_stage": 2}, "launch.micro_batch: auto does not work with launch.zero_stage; give a number, or "
+            "zero_stage: null"),
+        ({"procs": 2, "divide_teacher": True}, "launch.micro_batch: auto does not work with "
+            "launch.divide_teacher; give a number"),
     ):  # fmt: skip
         given = specfile.validate({**SPEC, "launch": {"micro_batch": "auto", **launch}}, "s")
         with pytest.raises(InputError) as error:

@@ -96,7 +96,7 @@ def test_a_student_cannot_be_a_network_that_is_not_shipped(teacher, tmp_path):
     fresh = spec.model_copy(
         update={"stages": {**spec.stages, "one": spec.stages["one"].model_copy(update={"network": None})}}
     )
-    with pytest.raises(InputError, match="cannot be exported as a Circle yet; describe a new `network`"):
+    with pytest.raises(InputError, match="exporting a student of class Circle is not supported; use a new `network`"):
         preflight.check(checks.check(fresh, tmp_path))
 
 

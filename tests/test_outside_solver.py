@@ -143,7 +143,7 @@ def test_a_name_that_exists_is_refused(site, midpoint):
     install(site, "late", heun="outside_midpoint", midpoint="outside_midpoint")
     assert solver_names() == ["euler", "heun", "dpm_solver_pp_2m", "midpoint"]
     with pytest.raises(
-        InputError, match="^solver 'heun' of the package late: distill already has a solver with this name; rename it"
+        InputError, match="^solver 'heun' of the package late: distill has a solver with this name; rename yours"
     ):
         find_solver("heun")
     with pytest.raises(InputError, match="^solver 'midpoint' of the package (late|outside-recipes): the package"):

@@ -149,7 +149,7 @@ def test_only_what_is_missing_or_damaged_is_made_again(tmp_path, capsys):
     assert shard(tmp_path, 1).stat().st_ino == inodes["shard-00001.safetensors"]
     said = capsys.readouterr().err
     assert "shard-00000.safetensors is missing; regenerating it" in said
-    assert "shard-00002.safetensors is damaged (its sha256 is not the manifest's); regenerating it" in said
+    assert "shard-00002.safetensors is damaged (checksum mismatch); regenerating it" in said
     inodes = {path.name: path.stat().st_ino for path in tmp_path.iterdir()}
     make(tmp_path)  # nothing is missing, nothing is written
     assert {path.name: path.stat().st_ino for path in tmp_path.iterdir()} == inodes
@@ -170,7 +170,7 @@ def test_a_signal_stops_after_the_block_and_the_rest_is_made_later(tmp_path):
     with StopRequest() as stop, pytest.raises(Stopped, match=r"SIGTERM; saved: 1 of 3 shards in .*stopped"):
         make(folder, dataclasses.replace(VECTOR, field=Interrupting(VECTOR.field)), stop=stop)
     assert shard(folder, 0).exists() and not shard(folder, 1).exists()
-    with pytest.raises(InputError, match=r"is incomplete, 1 of 3 shards; run its pairs stage again to finish it"):
+    with pytest.raises(InputError, match=r"is incomplete: 1 of 3 shards exist; run its pairs stage again to finish it"):
         PairSet.open(folder, None)
     assert contents(make(folder)) == whole
 
@@ -273,7 +273,7 @@ def test_generate_refuses_strangers_and_blocks_that_do_not_fit(tmp_path):
         InputError, match=r"contains shards that do not belong to this set: other\.safetensors; remove them"
     ):
         make(tmp_path / "a")
-    with pytest.raises(InputError, match=r"the Gaussian teacher .* has no unconditional call, so it cannot be guided"):
+    with pytest.raises(InputError, match=r"the Gaussian teacher .* has no class id for the unconditional call"):
         make(tmp_path / "guided", guidance_scale=3.0)
     assert not (tmp_path / "guided").exists() and not (tmp_path / "odd").exists()
 
@@ -295,8 +295,8 @@ def flip(path: Path, at: int) -> None:
             lambda f: shard(f, 1).unlink(),
             r"shard-00001\.safetensors is missing; delete damaged and unknown files, then resume",
         ),
-        (lambda f: flip(shard(f, 1), -3), r"shard-00001\.safetensors is damaged \(its sha256 is not the manifest's\)"),
-        (lambda f: os.truncate(shard(f, 2), 100), r"shard-00002\.safetensors is damaged \(100 bytes, not \d+\)"),
+        (lambda f: flip(shard(f, 1), -3), r"shard-00001\.safetensors is damaged \(checksum mismatch\)"),
+        (lambda f: os.truncate(shard(f, 2), 100), r"shard-00002\.safetensors is damaged \(100 bytes, expected \d+\)"),
         (
             lambda f: shard(f, 0).rename(shard(f, 7)),
             r"00000\.safetensors is missing, shard-00007\.safetensors does not belong to this set",
@@ -307,7 +307,7 @@ def flip(path: Path, at: int) -> None:
         ),
         (
             lambda f: edit_manifest(f, noise_sha256="0" * 64),
-            r"draws different noise from seed 11 than the pairs were solved from",
+            r"on this machine, seed 11 gives other noise than the noise of the pairs",
         ),
         (
             lambda f: edit_manifest(f, extra=1),
@@ -317,8 +317,8 @@ def flip(path: Path, at: int) -> None:
             lambda f: os.truncate(f / "manifest.json", 50),
             r"manifest\.json is damaged or was not written by distill \(the file: Invalid JSON",
         ),
-        (lambda f: edit_manifest(f, done=False), r"is incomplete, 3 of 3 shards"),
-        (lambda f: edit_manifest(f, shards={}), r"is incomplete, 0 of 3 shards"),
+        (lambda f: edit_manifest(f, done=False), r"is incomplete: 3 of 3 shards exist"),
+        (lambda f: edit_manifest(f, shards={}), r"is incomplete: 0 of 3 shards exist"),
     ],
 )
 def test_open_names_what_is_wrong(tmp_path, damage, message):
@@ -330,7 +330,7 @@ def test_open_names_what_is_wrong(tmp_path, damage, message):
 def test_open_refuses_pairs_of_another_teacher(tmp_path):
     make(tmp_path)
     with pytest.raises(
-        InputError, match=r"pairs of another teacher: the Gaussian teacher in 2 dimensions, digest \w{12}, not "
+        InputError, match=r"pairs of another teacher: the Gaussian teacher in 2 dimensions, digest \w{12}, expected "
     ):
         PairSet.open(tmp_path, CLASSES.digest)
 
@@ -338,7 +338,7 @@ def test_open_refuses_pairs_of_another_teacher(tmp_path):
 def test_a_shard_that_vanishes_later_is_named(tmp_path):
     pairs = PairSet.open(make(tmp_path), None)
     shard(tmp_path, 1).write_bytes(struct.pack("<Q", 1 << 40))
-    with pytest.raises(RunError, match=r"shard-00001\.safetensors was complete at the start and cannot be read now"):
+    with pytest.raises(RunError, match=r"shard-00001\.safetensors was complete at the start, but cannot be read now"):
         pairs.load(1)
 
 

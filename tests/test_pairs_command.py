@@ -68,10 +68,7 @@ def test_ranks_that_share_the_checksums_refuse_a_shard_that_one_of_them_finds_da
     run = distill("run", "runs/many", "--resume", "launch.procs=2", cwd=here)
     assert run.returncode == 2, run.stderr
     assert "rank 1: error: " in run.stderr
-    assert (
-        "shard-00001.safetensors is damaged (its sha256 is not the manifest's); delete damaged and unknown files"
-        in run.stderr
-    )
+    assert "shard-00001.safetensors is damaged (checksum mismatch); delete damaged and unknown files" in run.stderr
     assert not list((here / "runs" / "many" / "stages" / "reflow").glob("checkpoints/*"))
 
 
@@ -125,23 +122,29 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
         (["spec.yaml", "--stage", "pairs", f"stages.pairs.count={10**18}"], "count: 1000000000000000000 given"),
         (["spec.yaml", "--stage", "pairs", "stages.pairs.count=1e9"], "stages.pairs.shard: 1,000,000,000 pairs in fil"),
         ([GAUSSIAN, "--out", "p", "--times", "1,x"], "--times 1,x: give numbers separated by commas, like"),
-        ([GAUSSIAN, "--out", "p", "--times", "1,0"], "--times: backward paths store only their ends, so this has no"),
+        ([GAUSSIAN, "--out", "p", "--times", "1,0"], "--times: has no effect with paths: backward, which store no"),
         (
             [GAUSSIAN, "--out", "p", "--paths", "trajectories"],
             "--times: None given; trajectories need times decreasing",
         ),
         (
             [GAUSSIAN, "--out", "p", "--paths", "trajectories", "--times", "1,0.3,0"],
-            "--times: 0.3 are not times of the solver, the multiples of 1/steps = 1/16",
+            "--times: 0.3 given; times must be multiples of 1/steps = 1/16, the step size of the solver",
         ),
         (
             [GAUSSIAN, "--out", "p", "--paths", "forward", "--solver", "dpm_solver_pp_2m"],
-            "--solver: dpm_solver_pp_2m solves from noise to data only; paths: forward take euler or heun",
+            "--solver: dpm_solver_pp_2m solves only from noise to data; with paths: forward, use euler or heun",
         ),
-        ([GAUSSIAN, "--out", "p", "--optimal-times", "2"], "--optimal-times: backward paths have none; remove it, or"),
-        ([*OPTIMAL, "20"], "--optimal-times: 20 steps cannot be chosen from the solver's 16; increase steps"),
-        ([*OPTIMAL, "2", "--times", "1,0"], "--times: optimal_times finds them, so both cannot be given; remove one"),
-        ([GAUSSIAN, "--out", "p", "--paths", "forward", "--store-noise"], "--store-noise: inverted noise is always"),
+        (
+            [GAUSSIAN, "--out", "p", "--optimal-times", "2"],
+            "--optimal-times: does not work with paths: backward; remove it, or",
+        ),
+        ([*OPTIMAL, "20"], "--optimal-times: 20 is more than the 16 steps of the solver; increase steps"),
+        ([*OPTIMAL, "2", "--times", "1,0"], "--times: cannot be given together with optimal_times; remove one"),
+        (
+            [GAUSSIAN, "--out", "p", "--paths", "forward", "--store-noise"],
+            "--store-noise: has no effect with paths: forward",
+        ),
         (
             [GAUSSIAN, "--out", "p", "--paths", "forward", "--data", "digits"],
             "data 'digits' has samples of shape [1, 8, 8], the teacher",
@@ -173,16 +176,19 @@ WRONG = {
     "pairs: {pairs: 0.75, real: 0.25}": [
         (
             "pairs: {pairs: 0.75, real: 0.5}",
-            "stages.reflow.pairs: the parts {pairs: 0.75, real: 0.5} must be above 0 and add",
+            "stages.reflow.pairs: {pairs: 0.75, real: 0.5} given; the fractions must be greater than 0 and add",
         ),
         ("pairs: {pairs: 0.75, none: 0.25}", "stages.reflow.pairs: there is no stage 'none'"),
     ],
     "paths: forward, solver: euler": [
-        ("paths: segments, times: [1, 0.5, 0]", "'real' has segments, which begin with noised data and do not end at"),
-        ("guidance_scale: 2.0", "pairs of different guidance_scale would teach two things at once"),
+        (
+            "paths: segments, times: [1, 0.5, 0]",
+            "'real' has segments of paths, but reflow/reflow needs whole paths from noise",
+        ),
+        ("guidance_scale: 2.0", "the pairs stages have different guidance scales; use the same"),
     ],
     "{kind: mixture, means: [[-2, 0], [2, 0]], std: 0.3}": [
-        ("{kind: diffusers, path: teacher}", "stages.real.paths: forward begin with real data; the spec has none"),
+        ("{kind: diffusers, path: teacher}", "stages.real.paths: forward needs real data, but the spec has none"),
     ],
 }
 

@@ -187,7 +187,7 @@ def test_a_shard_with_a_damaged_record_is_made_again(tmp_path, capsys, change, s
     whole = folder_bytes(make(tmp_path / "whole"))
     folder = make(tmp_path / "parts", part=(0, 2))
     change(folder / "shard-00000.json")
-    with pytest.raises(InputError, match="is incomplete, 1 of 3 shards"):
+    with pytest.raises(InputError, match="is incomplete: 1 of 3 shards exist"):
         PairSet.open(folder, None)
     capsys.readouterr()
     assert folder_bytes(make(folder)) == whole

@@ -203,7 +203,7 @@ def test_stored_noise_is_the_noise_and_needs_no_drawing(tmp_path, monkeypatch):
     PairSet.open(tmp_path / "stored", None)  # whatever this machine would draw
     path = tmp_path / "drawn" / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "noise_sha256": "0" * 64}))
-    with pytest.raises(InputError, match="or store their noise"):
+    with pytest.raises(InputError, match="or with their noise"):
         PairSet.open(tmp_path / "drawn", None)
 
 

@@ -127,8 +127,8 @@ def test_a_huge_count_is_refused_without_work():
     [
         (
             {"count": 10**9},
-            "shard: 1,000,000,000 pairs in files of 4,096 are 244,141 files, more than 100,000; give 10240 pairs or "
-            "more a file, or a smaller count",
+            "shard: 1,000,000,000 pairs in files of 4,096 are 244,141 files, more than 100,000; set shard to "
+            "10240 or more, or give a smaller count",
         ),
     ],
 )
@@ -194,7 +194,7 @@ def test_a_damaged_shard_is_found_by_one_of_the_ranks(tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"shard-00001\.safetensors is damaged \(its sha256 is not the manifest's\)"):
+    with pytest.raises(InputError, match=r"shard-00001\.safetensors is damaged \(checksum mismatch\)"):
         PairSet.open(tmp_path, None, 1, 3)
     for rank in (0, 2):
         PairSet.open(tmp_path, None, rank, 3)
@@ -215,7 +215,7 @@ def test_an_interrupted_set_is_counted_by_its_records(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*.json")) == ["manifest.json"] + [
         f"shard-{number:05}.json" for number in (0, 2, 4)
     ]
-    with pytest.raises(InputError, match=r"is incomplete, 3 of 5 shards; run its pairs stage again to finish it"):
+    with pytest.raises(InputError, match=r"is incomplete: 3 of 5 shards exist; run its pairs stage again to finish it"):
         PairSet.open(tmp_path, None)
     make(tmp_path, 5)
     assert [path.name for path in tmp_path.glob("*.json")] == ["manifest.json"], "the manifest lists them now"

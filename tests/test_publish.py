@@ -64,7 +64,9 @@ def test_versions_are_numbered_and_never_change(tmp_path, store):
     assert put(a, store, "digits").label == "digits:v1", "the same bytes"
     assert put(a, store, "digits", "v1").label == "digits:v1"
     before = snapshot(store)
-    with pytest.raises(InputError, match="digits:v1 is already published with other files, and never changes; publish"):
+    with pytest.raises(
+        InputError, match="digits:v1 is already published with other files, and published versions never change; give"
+    ):
         put(b, store, "digits", "v1")
     assert snapshot(store) == before
     assert put(a, store, "digits", "final").label == "digits:final", "asked for by name"
@@ -99,7 +101,9 @@ def test_names_that_cannot_be(capfd, tmp_path, name):
 def test_a_student_that_is_damaged_is_not_published(tmp_path, store):
     student = make(tmp_path / "s")
     (student / "model_index.json").write_text("{}")
-    with pytest.raises(RunError, match="model_index.json: it ended after 2 of 108 bytes; the copy there is incomplete"):
+    with pytest.raises(
+        RunError, match="model_index.json: the transfer ended after 2 of 108 bytes; the published copy is incomplete"
+    ):
         put(student, store, "digits")
     assert list((store / "registry" / "digits").iterdir()) == []
 
@@ -374,8 +378,8 @@ def test_the_students_of_a_run(capfd, run):
     assert (publishing.choose(run, None, "").stage, publishing.choose(run, "long", "").stage) == ("short", "long")
     assert publishing.choose(run, None, "best").stage == "long", "a rate of 1 cannot be good"
     for given, said in [
-        ("one@bset", "'@bset': did you mean 'best'? valid: best, step-N, N the step of a checkpoint"),
-        ("one/long@best", "'one/long@best': best is one of all students of a run; write one@best"),
+        ("one@bset", "'@bset': did you mean 'best'? valid: best, step-N, N: step of a checkpoint"),
+        ("one/long@best", "'one/long@best': best is for a whole run; write one@best"),
         ("one/none", "run 'one' has no train stage 'none'; valid: long, short"),
         ("two", "there is no run or student 'two'; give RUN or RUN/STAGE of runs, or a student's folder"),
         ("one/long@step-7", f"there is no checkpoint of step 7 in {run.stage('long').checkpoints}; there are: "
@@ -403,7 +407,8 @@ def test_a_whole_model_card(capfd, run):
         "NFE: calls of a network per sample. 256 samples per row. SW2: sliced Wasserstein-2",
         "|  | steps | NFE | SW2 | KID x 1000 |", "| **this student** | 1 | 1 |", "| **this student** | 2 | 2 |",
         "| teacher, euler | 2 | 2 |", "## Training cost", "| long | 2,560 images | 0:0", "1 process, ",
-        "| pairs | 64 pairs | 0:0", "## Limits", "It cannot be guided", "Terms of use: not stated",
+        "| pairs | 64 pairs | 0:0", "## Limits", "It does not support classifier-free guidance", "Terms of use: "
+        "not stated",
     ]:  # fmt: skip
         assert line in text, line
     assert "short" not in text, "a stage that it does not come from"

@@ -130,8 +130,8 @@ def test_a_changed_byte_is_fetched_again_and_a_lasting_one_is_an_error(tmp_path,
         server.faults = [Fault(WEIGHTS, change=flip)]
         said = refused(f"{server.url}/student", tmp_path / "t", RunError)
         assert re.fullmatch(
-            rf"{server.url}/student: {WEIGHTS}: it is damaged: sha256 \w{{12}} instead of \w{{12}}; "
-            "nothing of it was kept", said
+            rf"{server.url}/student: {WEIGHTS}: damaged: sha256 \w{{12}}, expected \w{{12}}; "
+            "the received data was discarded", said
         )  # fmt: skip
         server.faults = []
         get(f"{server.url}/student", tmp_path / "t")
@@ -143,13 +143,12 @@ def test_lies_about_sizes(tmp_path, student):
     with Flaky(tmp_path / "there") as server:
         place = place.format(server.url)
         server.faults = [Fault(WEIGHTS, change=lambda content: content[:700_000])]  # the file itself is cut
-        assert "ends before byte 700,000; the received part is kept; repeat the command to continue" in refused(
-            place, tmp_path / "s", RunError
+        assert (
+            "ends before byte 700,000; the part received so far is kept; run the same command again to continue"
+            in refused(place, tmp_path / "s", RunError)
         )
         server.faults = [Fault(WEIGHTS, change=lambda content: content + b"more")]
-        assert "it sends more than the 1,000,000 bytes that distill.json lists" in refused(
-            place, tmp_path / "t", RunError
-        )
+        assert "longer than the 1,000,000 bytes that distill.json lists" in refused(place, tmp_path / "t", RunError)
         server.faults = [Fault(WEIGHTS, promise=10)]  # more is promised than comes: what distill.json lists is there
         get(place, tmp_path / "u")
         server.faults = [Fault(WEIGHTS, promise=-10, times=1)]  # less is promised: the rest is asked for
@@ -166,8 +165,8 @@ def test_a_missing_file_and_a_missing_student(tmp_path, student):
     with Flaky(tmp_path / "there", Fault("config.json", status=404)) as server:
         said = refused(f"{server.url}/student", tmp_path / "s")
         assert said == (
-            f"{server.url}/student/unet/config.json: 404 Not Found, but distill.json lists it; the student there is "
-            "incomplete"
+            f"{server.url}/student/unet/config.json: 404 Not Found, but distill.json lists it; the published "
+            f"student is incomplete"
         )
         said = refused(f"{server.url}/none", tmp_path / "s")
         assert said.startswith(f"{server.url}/none is not a student folder: it has no distill.json (")
@@ -225,15 +224,15 @@ NAMES = {
     "C:\\x.json": "an absolute path",
     "../outside.json": "a path that leads out of the folder",
     "unet/../../outside.json": "a path that leads out of the folder",
-    ".hidden.json": "not a plain name: letters, digits, '.', '_' and '-', none hidden",
-    "unet//x.json": "not a plain name: letters, digits, '.', '_' and '-', none hidden",
-    "a b.json": "not a plain name: letters, digits, '.', '_' and '-', none hidden",
-    "unet\\x.json": "not a plain name: letters, digits, '.', '_' and '-', none hidden",
-    "x\n.json": "not a plain name: letters, digits, '.', '_' and '-', none hidden",
-    "distill.json": "which is the list itself",
-    "unet/model.bin": "a pickle or compiled file, which may run anything when it is loaded",
-    "model.PT": "a pickle or compiled file, which may run anything when it is loaded",
-    "run.sh": "a kind of file that no student has (valid: .safetensors, .json, .py, .md, .png, .txt)",
+    ".hidden.json": "not a valid name (letters, digits, '.', '_' and '-'; not hidden)",
+    "unet//x.json": "not a valid name (letters, digits, '.', '_' and '-'; not hidden)",
+    "a b.json": "not a valid name (letters, digits, '.', '_' and '-'; not hidden)",
+    "unet\\x.json": "not a valid name (letters, digits, '.', '_' and '-'; not hidden)",
+    "x\n.json": "not a valid name (letters, digits, '.', '_' and '-'; not hidden)",
+    "distill.json": "which is the list of files itself",
+    "unet/model.bin": "a pickle or compiled file, which can run any code when it is loaded",
+    "model.PT": "a pickle or compiled file, which can run any code when it is loaded",
+    "run.sh": "a file type that students do not have (valid: .safetensors, .json, .py, .md, .png, .txt)",
 }
 
 
@@ -243,9 +242,7 @@ def test_names_are_refused_before_anything_is_fetched(tmp_path, student, name):
     (tmp_path / "there" / "outside.json").write_text("{}")
     with Flaky(tmp_path / "there") as server:
         said = refused(f"{server.url}/student", tmp_path / "s")
-        assert (
-            said == f"{server.url}/student/{DISTILL} lists {name!r}, {NAMES[name]}; it is refused, and nothing was kept"
-        )
+        assert said == f"{server.url}/student/{DISTILL} is invalid: it lists {name!r}, {NAMES[name]}; nothing was saved"
         assert len(server.requests) == 1
 
 
@@ -262,10 +259,10 @@ def list_as(*names):
     ("edit", "said"),
     [
         (list_as("A.md", "a.md"),
-         "lists both 'A.md' and 'a.md', the same file on some disks"),
-        (list_as("unet"), "lists 'unet', a kind of file that no student"),
+         "is invalid: it lists both 'A.md' and 'a.md', the same file on some disks"),
+        (list_as("unet"), "lists 'unet', a file type that students do not"),
         (list_as("x.md", "x.md/y.md"),
-         "lists 'x.md' as a file and as a folder"),
+         "is invalid: it lists 'x.md' as a file and as a folder"),
         (lambda c: readme(c).update(size=-1), "files.README.md.size: -1 given; input should be greater than or equal"),
         (lambda c: readme(c).update(sha256="../x"), 'files.README.md.sha256: "../x" given; string should match'),
         (lambda c: c.update(command="rm"), 'command: "rm" given; extra inputs are not permitted'),
@@ -280,13 +277,15 @@ def test_lists_that_cannot_be_are_refused(tmp_path, student, edit, said):
 
 def test_a_list_without_end_is_refused(tmp_path, student):
     with Flaky(tmp_path / "there", Fault(DISTILL, change=lambda content: content + b" " * (5 << 20))) as server:
-        assert "distill.json has more than 1,048,576 bytes" in refused(f"{server.url}/student", tmp_path / "s")
+        assert "distill.json is larger than the limit of 1,048,576 bytes" in refused(
+            f"{server.url}/student", tmp_path / "s"
+        )
 
 
 def test_links_and_extra_files_are_refused_by_name(tmp_path, student):
     (student / "notes.md").write_text("x")
     assert refused(student, tmp_path / "s") == (
-        f"{student}: notes.md is not listed in distill.json; remove files that do not belong there"
+        f"{student}: files that distill.json does not list: notes.md; remove them"
     )
     (student / "notes.md").unlink()
     (student / "README.md").rename(tmp_path / "README.md")
@@ -320,7 +319,7 @@ def test_unknown_code_is_refused_by_name_and_shown_before_it_is_taken(tmp_path):
 INDEX = {"_class_name": ["pipeline", "DistilledPipeline"], "unet": ["diffusers", "UNet2DModel"]}
 CONTENTS = {
     "a pickle by another name": ("unet/more.safetensors", b"\x80\x04\x95" + b"x" * 50, "is not a safetensors file"),
-    "no JSON": ("unet/config.json", b"{", "unet/config.json is not JSON"),
+    "no JSON": ("unet/config.json", b"{", "unet/config.json is not valid JSON"),
     "code elsewhere": (
         "unet/config.json", b'{"auto_map": {"AutoModel": "x/y--m.C"}}',
         "unet/config.json refers to code or weights elsewhere (auto_map)"),
@@ -375,7 +374,7 @@ def test_code_that_older_versions_shipped_stays_known():
         ("http:///s", "the host is missing; write http://HOST/PATH"),
         ("https://host/s?token=1", "without '?', '#' and '::'"),
         ("s3://bucket/s::file://x", "without '?', '#' and '::'"),
-        ("file://host/s", "a file URL has three slashes"),
+        ("file://host/s", "a file URL needs three slashes"),
         (
             "s3://me:secret@bucket/s",
             "s3://bucket/s: s3 URLs must not contain a user or a password; write s3://BUCKET/PATH, ",
@@ -386,12 +385,12 @@ def test_code_that_older_versions_shipped_stays_known():
         ),
         (
             "simplecache::http://host/s",
-            "without '?', '#' and '::'; write SCHEME://HOST/PATH; valid schemes: file, http",
+            "without '?', '#' and '::'; valid schemes: file, http",
         ),
         ("hf://org", "hf://ORG/NAME or hf://ORG/NAME@REVISION is expected"),
-        ("ssh://-oProxyCommand=x/s", "ssh://[USER@]HOST[:PORT]/PATH is expected"),
+        ("ssh://-oProxyCommand=x/s", "must be ssh://[USER@]HOST[:PORT]/PATH"),
         ("ssh://host:x/s", "the port is not a number. If the password contains '/', write it as %2F"),
-        ("ssh://host", "ssh://[USER@]HOST[:PORT]/PATH is expected"),
+        ("ssh://host", "must be ssh://[USER@]HOST[:PORT]/PATH"),
     ],
 )
 def test_urls_that_cannot_be(url, said):
@@ -425,7 +424,7 @@ def test_a_disk_that_is_full_keeps_what_came(tmp_path, student, monkeypatch):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, handler)
-    assert re.fullmatch(rf"cannot write \S+/{WEIGHTS}: File too large; the received part is kept there", said)
+    assert re.fullmatch(rf"cannot write \S+/{WEIGHTS}: File too large; the part received so far is kept", said)
     get(student, tmp_path / "s")
     same(tmp_path / "s", student)
 

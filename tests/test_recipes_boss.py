@@ -80,7 +80,7 @@ def test_each_step_has_its_own_ends(drawn, step):
 
 def test_the_students_times_are_those_of_its_pairs():
     assert own_grids(boss_recipe(), TIMES) == {3: TIMES}
-    with pytest.raises(InputError, match="reflow/boss steps along the times of its pairs; give all of them the same"):
+    with pytest.raises(InputError, match="reflow/boss: all its pairs stages need the same times"):
         boss_recipe().t_grids(None)
 
 

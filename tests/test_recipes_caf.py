@@ -184,7 +184,7 @@ def test_lpips_compares_the_data_to_which_predictions_lead(h, lpips_options):
     ("options", "message"),
     [
         ({"h": 0.0}, "greater than 0"),
-        ({"lpips_trunk": "vgg"}, "lpips_trunk and lpips_path go together; give both, or neither"),
+        ({"lpips_trunk": "vgg"}, "lpips_trunk and lpips_path must be given together; give both or neither"),
         ({"steps": 2}, "Extra inputs are not permitted"),
     ],
 )

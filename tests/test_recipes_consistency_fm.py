@@ -222,8 +222,11 @@ def test_times_cover_all_but_the_data():
             {"target": "teacher", "boundary": 0.1},
             "boundary has no effect with target: teacher; remove it, or use target",
         ),
-        ({"delta": 0.5}, "delta: 0.5 is not well within a segment; valid: below 0.495 with segments: 2"),
-        ({"delta": 0.3, "segments": 4}, "delta: 0.3 is not well within a segment; valid: below 0.248 with segments: 4"),
+        ({"delta": 0.5}, "delta: 0.5 is too large for the length of a segment; valid: below 0.495 with segments: 2"),
+        (
+            {"delta": 0.3, "segments": 4},
+            "delta: 0.3 is too large for the length of a segment; valid: below 0.248 with segments: 4",
+        ),
         ({"boundary": 1.0}, "less than 1"),
         ({"segments": 0}, "greater than 0"),
     ],

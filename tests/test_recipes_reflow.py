@@ -176,7 +176,7 @@ def test_flow_matching_drops_labels_as_often_as_it_says(probability):
 def test_flow_matching_without_dropout_asks_for_no_unconditional_call():
     class Given(exact.Given):
         def null(self, cond):
-            raise InputError("the network has no class for the unconditional call")
+            raise InputError("the network has no class id for the unconditional call")
 
     recipe, labels = flow_matching.Recipe(flow_matching.Config(label_dropout=0), None), torch.arange(4)
     roles = recipe.networks(Given(Student(v1), num_classes=10))
@@ -392,7 +392,7 @@ def test_options_without_effect_or_sense_are_refused(module, options, message):
 
 
 def test_lpips_options_without_effect_are_refused(lpips_options):
-    with pytest.raises(ValidationError, match="known at steps: 1 only, not 4"):
+    with pytest.raises(ValidationError, match="works only with steps: 1, not 4"):
         one_step.Config(**lpips_options, distance="lpips", steps=4)
     with pytest.raises(ValidationError, match="lpips_weight has no effect with distance: lpips; remove"):
         one_step.Config(**lpips_options, distance="lpips", lpips_weight=2.0)

@@ -178,7 +178,7 @@ def test_projected_data_brings_its_class_and_classes_stay_together():
 
 def test_options_without_sense_are_refused():
     teacher = gaussian_teacher(GaussianTeacher(kind="gaussian", mean=[M, M], std=[1, 1]))
-    with pytest.raises(InputError, match=r"high_pass_weight is for images, but samples have shape \[2\]; remove it"):
+    with pytest.raises(InputError, match=r"high_pass_weight needs images, but samples have shape \[2\]; remove it"):
         Recipe(Config(high_pass_weight=3.0), teacher)
     Recipe(Config(), teacher)
     for options, message in (

@@ -202,7 +202,7 @@ def test_a_mirrored_batch_is_mirrored_at_both_ends_on_every_rank(options):
 
 @pytest.mark.parametrize("options", [{"flip": True}, {**ANNEAL, "flip": True}])
 def test_vectors_are_not_mirrored_but_latents_are(options):
-    with pytest.raises(InputError, match=r"flip is for images, but samples have shape \[3\]; remove it"):
+    with pytest.raises(InputError, match=r"flip needs images, but samples have shape \[3\]; remove it"):
         Recipe(Config(**options), exact.teacher(exact.FIELD))
     Recipe(Config(**options), exact.teacher(exact.FIELD, (4, 8, 8)))
 
@@ -221,7 +221,7 @@ def test_lpips_is_refused_for_what_it_cannot_see(lpips_options, shape):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"phase": "anneal"}, "phase: anneal needs anneal_images; from there on the pairs are the teacher's own"),
+        ({"phase": "anneal"}, "phase: anneal needs anneal_images, the number of images until beta is 0"),
         ({"anneal_images": 5, "schedule": "exp"}, "anneal_images, schedule: no effect with phase: distill; remove"),
         ({**ANNEAL, "middle": "flow"}, "middle: no effect with phase: anneal; remove"),
         ({**ANNEAL, "distance": "lpips"}, "distance: no effect with phase: anneal; remove"),

@@ -138,7 +138,7 @@ def test_grids_go_through_all_borders_and_are_exact_at_the_oracle():
             assert (found - (MEAN + STD * noise)).abs().max() < 1e-6  # the network's times are float32
     sequential = seqrf.Recipe(seqrf.Config(), TEACHER)
     assert [*sequential.t_grids(QUARTERS)] == [*range(4, 17)] and sequential.t_grids((1.0, 0.5, 0.0))[2] == [1, 0.5, 0]
-    with pytest.raises(InputError, match="steps along the times of its pairs; give all of them the same times"):
+    with pytest.raises(InputError, match="reflow/seqrf: all its pairs stages need the same times"):
         sequential.t_grids(None)
     assert rectified_diffusion.Recipe(rectified_diffusion.Config(), None).t_grids(None) == {}
 

@@ -131,8 +131,9 @@ def test_page_says_what_the_files_say(run):
     page = read(run)
     text = page.text
     assert (
-        "In one network call one_step reaches FD-digits 8.60; the teacher needs 16 Euler steps for 8.00 and reaches "
-        "5.30 in 31 calls of heun. one_step makes 31 times as many samples per second." in text
+        "With one network call, one_step reaches FD-digits 8.60; the teacher needs 16 Euler steps for 8.00; the "
+        "teacher reaches "
+        "5.30 with 31 network calls of heun. one_step generates 31 times as many samples per second." in text
     )
     for said in (
         "a <b> & c", "<script>alert(1)</script>", "0123456789ab (with changes)", "2.14.1", "0.9.7", "students/one_step",
@@ -155,7 +156,7 @@ def test_a_flow_map_has_no_straightness(run):
     )
     page = read(run)
     assert re.search(r"Straightness teacher 0.5000 one_step 0.1000 map \u2013 Mean square", page.text)
-    assert "A flow map jumps and has no paths, and accelerated paths are curved by design: \u2013." in page.text
+    assert "\u2013: not defined, for a flow map, which has no paths" in page.text
     widths = [attributes["style"] for tag, attributes in page.tags if tag == "i"]
     assert widths == ["width: 100.0%", "width: 20.0%", "width: 0.0%"]
     only = full.model_copy(update={"rows": [r.model_copy(update={"straightness": None}) for r in full.rows]})
@@ -165,12 +166,15 @@ def test_a_flow_map_has_no_straightness(run):
 def test_headlines():
     full = make_results()
     worse = full.model_copy(update={"rows": [r for r in full.rows if r.steps != 16 or r.fine]})
-    assert "; the teacher is at 54.00 after 4 Euler steps and reaches 5.30 in 31 calls" in report_page.headline(worse)
+    assert (
+        "; the teacher reaches 54.00 with 4 Euler steps; the teacher reaches 5.30 with 31 network calls"
+        in report_page.headline(worse)
+    )
     teacher_only = full.model_copy(update={"rows": full.rows[:4]})
-    assert report_page.headline(teacher_only) == "The teacher reaches FD-digits 5.30 in 31 network calls."
+    assert report_page.headline(teacher_only) == "The teacher reaches FD-digits 5.30 with 31 network calls."
     blind = make_results(with_distance=False)
     assert report_page.headline(blind).startswith(
-        "In one network call one_step reaches RMS to the teacher 0.1000. one_step makes"
+        "With one network call, one_step reaches RMS to the teacher 0.1000. one_step generates"
     )
 
 

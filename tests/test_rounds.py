@@ -224,20 +224,19 @@ UNFIT = {
     "nothing to distil": (
         {"one": None},
         RoundsPlan(distill=True),
-        "--distill: spec 'x' has no distillation; give it a train stage of reflow/one_step on the pairs of 'solve', or "
-        "leave --distill out",
+        "--distill: spec 'x' has no distillation stage; add a train stage with reflow/one_step on the pairs of "
+        "'solve', or remove --distill",
     ),
     "no data to invert": (
         {"solve": PAIRS | {"teacher": "t"}, "flow": REFLOW | {"teacher": "t"}},
         RoundsPlan(forward=0.2),
-        "--forward takes real data, and spec 'x' has none; give it data, e.g. data={kind: digits}, or leave --forward "
-        "out",
+        "--forward needs real data, but spec 'x' has none; add data, e.g. data={kind: digits}, or remove --forward",
     ),
     "no data to weigh": (
         {},
         RoundsPlan(data_weight=0.1),
-        "--data-weight takes real data, and spec 'x' has none; give it data, e.g. data={kind: digits}, or leave "
-        "--data-weight out",
+        "--data-weight needs real data, but spec 'x' has none; add data, e.g. data={kind: digits}, or remove "
+        "--data-weight",
     ),
 }  # fmt: skip
 
@@ -259,18 +258,18 @@ def test_a_stage_before_the_pairs_with_a_name_of_the_rounds():
     text = json.dumps(content).replace('"teach"', '"reflow-2"')
     with pytest.raises(InputError) as caught:
         expand(resolve(specfile.validate(json.loads(text), "f"), specfile.Path()), RoundsPlan(2))
-    assert str(caught.value) == "stages.reflow-2: the rounds create a stage with that name; give this one another name"
+    assert str(caught.value) == "stages.reflow-2: the rounds also create a stage with this name; rename this one"
 
 
 REFUSED = {
     "no rounds": (["digits", "--rounds", "0"], "--rounds 0: must be at least 1"),
     "no part": (
         ["digits", "--forward", "1"],
-        "--forward 1: must be a fraction of each batch, above 0 and below 1, like 0.2",
+        "--forward 1: must be a fraction between 0 and 1, like 0.2",
     ),
     "no number": (
         ["digits", "--forward", "nan"],
-        "--forward nan: must be a fraction of each batch, above 0 and below 1, like 0.2",
+        "--forward nan: must be a fraction between 0 and 1, like 0.2",
     ),
     "less than a pair": (
         ["digits", "--forward", "0.001"],
@@ -280,16 +279,16 @@ REFUSED = {
     ),
     "an endless weight": (
         ["digits", "--data-weight", "inf"],
-        "--data-weight inf: must be a weight above 0, like 0.1",
+        "--data-weight inf: must be greater than 0, like 0.1",
     ),
-    "no weight": (["digits", "--data-weight", "0"], "--data-weight 0: must be a weight above 0, like 0.1"),
+    "no weight": (["digits", "--data-weight", "0"], "--data-weight 0: must be greater than 0, like 0.1"),
     "a recipe without such an option": (
         ["digits", "--data-weight", "0.1", "stages.reflow.recipe=./mine.py"],
-        "--data-weight: ./mine.py has no option data_weight; leave it out, or use reflow/reflow",
+        "--data-weight: ./mine.py has no option data_weight; remove it, or use reflow/reflow",
     ),
     "inverted already": (
         ["digits", "--forward", "0.1", "stages.pairs.paths=forward", "stages.pairs.solver=heun"],
-        "--forward: the pairs of 'pairs' are of real data already; leave it out",
+        "--forward: 'pairs' already generates forward pairs; remove --forward",
     ),
     "options of submit": (
         ["digits", "--partition", "low"],

@@ -119,9 +119,12 @@ def test_a_signal_to_the_launcher_saves_once_and_other_processes_go_on(folder):
 
 def test_what_a_user_gets_wrong_is_one_message(folder):
     for changes, message in (
-        (["--procs", "3"], "launch.procs: 3 processes cannot share stages.teach.batch_size (32) evenly; change either"),
+        (
+            ["--procs", "3"],
+            "launch.procs: stages.teach.batch_size (32) is not a multiple of the 3 processes; change one of them",
+        ),
         (["launch.zero_stage=4"], "launch.zero_stage"),
-        (["launch.zero_persistence_threshold=0"], "only zero_stage 3 divides weights, so it has no effect; remove it"),
+        (["launch.zero_persistence_threshold=0"], "has no effect, because no weights are sharded; remove it, or set"),
     ):
         refused = distill("run", "small.yaml", "--name", "wrong", *changes, cwd=folder)
         assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr

@@ -248,9 +248,9 @@ DDPM, FLOW, EDM = "DDPMScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerS
         (DDPM, {"snr_shift_scale": 3.0}, "snr_shift_scale=3.0; valid: 1"),
         (DDPM, {"predict_epsilon": False}, "predict_epsilon=False; valid: True"),
         (DDPM, {"prediction_type": "flow_prediction"}, "valid only with use_flow_sigmas=true"),
-        (DDPM, {"new_path": 1}, "new_path=1 is not an option of any scheduler that distill knows, so it may change"),
-        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "prediction_type=epsilon contradicts use_flow_sigmas"),
-        (FLOW, {"prediction_type": "epsilon"}, "prediction_type=epsilon contradicts FlowMatchEulerDiscreteScheduler"),
+        (DDPM, {"new_path": 1}, "new_path=1 is not a known scheduler option, so it may change"),
+        ("UniPCMultistepScheduler", {"use_flow_sigmas": True}, "prediction_type=epsilon does not fit use_flow_sigmas"),
+        (FLOW, {"prediction_type": "epsilon"}, "prediction_type=epsilon does not fit FlowMatchEulerDiscreteScheduler"),
         (EDM, {"prediction_type": "sample"}, "prediction_type=sample; valid on the edm path: epsilon, v_prediction"),
         # values
         (DDPM, {"beta_schedule": "quadratic"}, "beta_schedule=quadratic; valid for DDPMScheduler: linear, scaled_"),
@@ -366,8 +366,8 @@ def test_an_option_that_is_not_known_is_repaired_by_an_override_that_agrees_in_t
     folder = write(tmp_path / "teacher", unet(), DDPMScheduler())
     edit(folder / "scheduler" / "scheduler_config.json", new_path=1)
     refused(
-        folder, "new_path=1 is not an option of any scheduler that distill knows, so it may change the path; if it "
-        "does not, remove it, or give the folder of a config without it as teacher.scheduler",
+        folder, "new_path=1 is not a known scheduler option, so it may change the path; if it does not, remove "
+            "it, or set teacher.scheduler to the folder of a config without it",
     )  # fmt: skip
     DDPMScheduler().save_pretrained(tmp_path / "same")
     assert load(folder, scheduler=str(tmp_path / "same")).field.prediction == "epsilon"

@@ -264,7 +264,7 @@ def test_solving_along_given_times():
         assert torch.equal(found, solvers.solve(exact.FIELD, noise, {}, solver=solver, steps=4))
     for times in ([1.0, 0.5], [0.9, 0.0], [1.0, 0.2, 0.4, 0.0], [1.0, 1.0, 0.0]):
         with pytest.raises(
-            InputError, match=f"times {times[0]:g}, .*: they must decrease from 1 to 0; between these, valid times"
+            InputError, match=f"times {times[0]:g}, .*: must decrease from 1 to 0; times in between must be"
         ):
             solvers.solve_along(exact.FIELD, noise, {}, solver="euler", times=times)
 
@@ -279,6 +279,6 @@ def test_a_field_is_solved_along_the_times_that_were_found(steps):
     assert counted.calls == steps
     if steps == 6:
         assert torch.equal(found, solvers.solve(Narrow(), UNIT, {}, solver="euler", steps=6))
-    low = "between these, valid times are below 0.9 and at least 0.2, where the velocity is known"
-    with pytest.raises(InputError, match=f"times 1, 0.1, 0: they must decrease from 1 to 0; {low}"):
+    low = "times in between must be less than 0.9 and at least 0.2, where the teacher's velocity is defined"
+    with pytest.raises(InputError, match=f"times 1, 0.1, 0: must decrease from 1 to 0; {low}"):
         solvers.solve_along(Narrow(), UNIT, {}, solver="euler", times=[1.0, 0.1, 0.0])

@@ -52,8 +52,8 @@ def test_the_example_names_every_key_and_changes_nothing():
         ('options: ["--a\\tb"]', "options.0: '--a\\tb' given; must be one line of text without control characters"),
         ("setup: ['a\n\n  b']", "setup.0: 'a\\nb' given; must be one line of text without control characters"),
         ('environment: {A: "\\e[2J"}', "environment.A: '\\x1b[2J' given; must be one line of text without"),
-        ("environment: {A B: x}", "environment.A B: 'A B' is not the name of a variable; valid: letters, digits and _"),
-        ('environment: {"A=1\\ntouch X; B": x}', "is not the name of a variable"),
+        ("environment: {A B: x}", "environment.A B: 'A B' is not a valid variable name; valid: letters, digits and _"),
+        ('environment: {"A=1\\ntouch X; B": x}', "is not a valid variable name"),
         ('caches: {TMPDIR: "/a\\u2028b"}', "caches.TMPDIR: '/a\\u2028b' given; must be one line of text without"),
     ],
 )

@@ -46,7 +46,7 @@ def test_options_of_the_queue_are_checked(capfd, here):
         "error: launch.slurm.partition: 'btach' is not a partition for distill jobs; did you mean"
     )
     done = command_line(capfd, *ROUNDS, "--slurm", "--pairs-jobs=9", code=2)
-    assert "launch.slurm.pairs_jobs: 9 jobs cannot share the 8 shards of stage 'solve'" in done.err
+    assert "launch.slurm.pairs_jobs: 9 jobs given, but stage 'solve' has only 8 shards" in done.err
     assert snapshot(here) == before
 
 

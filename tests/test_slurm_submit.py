@@ -70,7 +70,7 @@ REFUSED = {
     ),
     "no mapping": (
         ["--site=list.yaml"],
-        f"list.yaml: contains ['cuda'], not a site; {ROOT}/slurm/site.example.yaml shows one",
+        f"list.yaml: contains ['cuda'], not the settings of a site; see {ROOT}/slurm/site.example.yaml",
     ),
     "no site": (
         ["--site=none.yaml"],
@@ -82,16 +82,17 @@ REFUSED = {
     ),
     "lead": (
         ["--time=3"],
-        "spec 'mix': launch.slurm.lead_seconds: 180 s before a limit of 180 s (time: 3) leaves no time to compute; "
-        "give a longer time or a smaller lead",
+        "spec 'mix': launch.slurm.lead_seconds: 180 s must be less than the time limit of 180 s (time: 3); "
+        "increase time, or decrease lead_seconds",
     ),
     "GPUs": (
         ["--gpus-per-node=2", "--procs-per-node=1"],
-        "spec 'mix': launch.slurm.gpus_per_node: 2 GPUs for 1 processes of a node; give one for each",
+        "spec 'mix': launch.slurm.gpus_per_node: 2 given, but launch.procs is 1; each process uses one GPU, so "
+        "make them equal",
     ),
     "parts": (
         ["--pairs-jobs=9"],
-        "spec 'mix': launch.slurm.pairs_jobs: 9 jobs cannot share the 8 shards of stage 'solve'; give fewer jobs, or a "
+        "spec 'mix': launch.slurm.pairs_jobs: 9 jobs given, but stage 'solve' has only 8 shards; give fewer jobs, or a "
         "smaller stages.solve.shard",
     ),
     "container": (
@@ -331,8 +332,8 @@ def test_the_lead_grows_with_the_saves(capfd, cluster, here):
     before = snapshot(here)
     done = submit(capfd, "mix", "--resume", "--time=4", code=2)
     assert done.err == (
-        "error: spec 'mix': launch.slurm.lead_seconds: 260 s before a limit of 240 s (time: 4) leaves no time to "
-        "compute; give a longer time or a smaller lead\n"
+        "error: spec 'mix': launch.slurm.lead_seconds: 260 s must be less than the time limit of 240 s (time: "
+        "4); increase time, or decrease lead_seconds\n"
     )
     assert snapshot(here) == before
     done = submit(capfd, "mix", "--resume")

@@ -102,7 +102,8 @@ def test_mistakes_are_listed_one_per_line():
         "f: 7 mistakes",
         "  name: 'a b' given; must be letters, digits, '.', '_' and '-', at most 64, beginning with a letter or digit",
         "  data: kind is 'digit'; did you mean 'digits'? valid: digits, hf, images, mnist, none",
-        "  stages.a.recipe: missing (a file of recipes/, like reflow/reflow, or a path ./mine.py)",
+        "  stages.a.recipe: missing (name of a recipe, like reflow/reflow (see `distill recipes`), or your own file, "
+        "like ./mine.py)",
         "  stages.a.images: missing (training length in images)",
         "  stages.a.imges: unknown key; did you mean 'images'? valid: batch_size, checkpoint, dropout, "
         "ema_half_lives, export, images, init, kind, network, optimizer, options, pairs, precision, recipe, teacher",
@@ -221,8 +222,8 @@ def test_later_overrides_win():
         ("stages.a.optimizer.beta.0=1", "stages.a.optimizer.beta.0=1: stages.a.optimizer has no 'beta'; did you mean "
          "'betas'? valid: betas, clip, decay, eps, lr, warmup_images, weight_decay"),
         ("stages.a.optimizer.betas.2=1", "stages.a.optimizer.betas.2=1: stages.a.optimizer.betas has 2 items; "
-         "'2' is none of 0 to 1"),
-        ("seed.x=1", "seed.x=1: seed is 0, which has no 'x'"),
+            "'2' must be one of 0 to 1"),
+        ("seed.x=1", "seed.x=1: seed is 0, which has no key 'x'"),
         ("seed", "'seed' is not a change of the spec; write path=value, like stages.teach.images=64000"),
         ("a..b=1", "'a..b=1' is not a change of the spec; write path=value, like stages.teach.images=64000"),
     ],

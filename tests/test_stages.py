@@ -216,9 +216,11 @@ def test_a_student_says_the_guidance_that_is_in_it(tmp_path, conditional):
     ))  # fmt: skip
     said = {name: student_card.read(run.student(name)).guidance_scale for name in ("plain", "guided", "again")}
     assert said == {"plain": 1.0, "guided": 1.5, "again": 1.5}
-    assert "| guidance | scale 1.5, baked in |" in (run.student("again") / "README.md").read_text()
+    assert "| guidance | scale 1.5, learned in training |" in (run.student("again") / "README.md").read_text()
     straight = load_teacher(CheckpointTeacher(path=str(run.student("plain"))), torch.device("cpu"))
-    with pytest.raises(InputError, match="was trained only on its teacher, never on an unconditional velocity"):
+    with pytest.raises(
+        InputError, match="has no unconditional prediction, because it was trained only on its teacher's outputs"
+    ):
         straight.guided(2.0)
 
 
@@ -240,7 +242,7 @@ def test_a_recipe_bakes_guidance_in_too(tmp_path, recipe):
     assert (card.kind, card.guidance_scale, card.unconditional) == ("flow_map", 2.0, False)
     assert student_card.read(run.student("teach")).unconditional
     text = (run.student("student") / "README.md").read_text()
-    assert "| guidance | scale 2.0, baked in |" in text and f"`{recipe}`" in text
+    assert "| guidance | scale 2.0, learned in training |" in text and f"`{recipe}`" in text
 
 
 @pytest.mark.long
@@ -458,9 +460,9 @@ def test_paths_of_other_times_are_no_steps_of_one_student(tmp_path):
     boss = {**BOSS, "pairs": {"ours": 0.5, "theirs": 0.5}}
     given = spec(ours=ours, theirs={**ours, "times": theirs}, boss=boss)
     checks.check(given, tmp_path)
-    with pytest.raises(InputError, match="stages.boss: reflow/boss steps along the times of its pairs; give all of"):
+    with pytest.raises(InputError, match="stages.boss: reflow/boss: all its pairs stages need the same"):
         preflight.check(resolve(given, tmp_path))
-    with pytest.raises(InputError, match="stages.boss.pairs: paths of different numbers of states do not fit into"):
+    with pytest.raises(InputError, match="stages.boss.pairs: the pairs stages store different numbers of states per"):
         checks.check(spec(ours=ours, theirs=OPTIMAL, boss=boss), tmp_path)
 
 

@@ -68,7 +68,7 @@ def test_a_round_is_told_by_its_usual_steps():
 def test_the_table_says_each_number_of_a_round():
     rounds = rounds_table.rounds(found(evaluation(1, 5.0, 4.0), evaluation(2, 4.5, 4.25, steps=(1, 4))))
     assert rounds_table.columns(rounds) == [
-        "straightness", "SW2, full solver", "1 step", "2 steps", "4 steps", "RMS to flow before, full solver",
+        "straightness", "SW2, fine solver", "1 step", "2 steps", "4 steps", "RMS to previous flow, fine solver",
         "RMS, 1 step", "transport",
     ]  # fmt: skip
     assert rounds_table.cells(rounds, rounds[0]) == [
@@ -77,12 +77,12 @@ def test_the_table_says_each_number_of_a_round():
     assert rounds_table.cells(rounds, rounds[1])[2:5] == ["14.25", "-", "6.75"]
     shown = text(rounds)
     assert re.search(r"reflow-1 .* 5\.00 -> 4\.00 ", shown)
-    assert "before -> after, each round from the same noise" in shown
+    assert "before -> after each round; all use the same noise" in shown
 
 
 def test_without_a_reference_there_is_no_distance():
     (only,) = rounds_table.rounds(found(evaluation(1, None, None)))
-    assert rounds_table.columns([only])[:2] == ["straightness", "RMS to flow before, full solver"]
+    assert rounds_table.columns([only])[:2] == ["straightness", "RMS to previous flow, fine solver"]
     assert rounds_table.cells([only], only) == ["0.4000 -> 0.1000", "0.2500", "1.00", "1.7500 -> 1.5000"]
     assert only.warning is None
     assert list(rounds_table.curves([only])) == ["straightness", "transport"]
@@ -94,7 +94,7 @@ def test_a_worse_full_solver_is_a_warning(before, after, worse):
     assert (only.warning is not None) == worse
     if worse:
         assert only.warning == (
-            "by the full solver reflow-3 is further from the data than the flow before it: SW2 5.00 -> 5.25. Errors "
+            "with the fine solver, reflow-3 is further from the data than the previous flow: SW2 5.00 -> 5.25. Errors "
             "add up over rounds: use fewer (--rounds), more pairs or solver steps (count and steps of the pairs), or "
             "real data (--forward, --data-weight)"
         )
@@ -104,7 +104,7 @@ def test_the_curves_begin_at_the_first_teacher():
     rounds = rounds_table.rounds(found(evaluation(1, 5.0, 4.0), evaluation(2, 4.5, 4.25)))
     assert rounds_table.curves(rounds) == {
         "SW2": {
-            "full solver": [(0, 5.0), (1, 4.0), (2, 4.25)],
+            "fine solver": [(0, 5.0), (1, 4.0), (2, 4.25)],
             "1 step": [(1, 14.0), (2, 14.25)],
             "2 steps": [(1, 9.0), (2, 9.25)],
         },
@@ -129,13 +129,13 @@ def test_the_report_has_a_section_for_rounds(tmp_path):
     report_page.write(run)
     page = Page(run.report.read_text())
     assert page.open == []
-    assert page.text.count("makes 15 times as many samples") == 2, "no evaluation but those of rounds: each is said"
-    assert "Rounds flow straightness SW2, full solver 1 step 2 steps" in page.text
+    assert page.text.count("generates 15 times as many samples") == 2, "no evaluation but those of rounds: each is said"
+    assert "Rounds flow straightness SW2, fine solver 1 step 2 steps" in page.text
     assert "reflow-2 0.4000 → 0.1000 4.00 → 4.50 14.50 9.50 0.2500 1.00 1.7500 → 1.5000" in page.text
-    assert page.text.count("further from the data than the flow before it: SW2 4.00 -> 4.50") == 1
+    assert page.text.count("further from the data than the previous flow: SW2 4.00 -> 4.50") == 1
     assert page.text.count("evaluate-2: worse") == 1
     assert [a["alt"] for tag, a in page.tags if tag == "img"][0].startswith("Distance, straightness and transport")
-    assert "reflow-1, heun" in page.text, "a flow by the full solver is called so"
+    assert "reflow-1, heun" in page.text, "a flow with the fine solver is called so"
 
 
 @pytest.mark.long

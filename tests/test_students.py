@@ -177,11 +177,11 @@ def test_no_weights_to_start_from_is_refused():
 
 def test_a_network_of_other_classes_is_no_start():
     source = teacher("velocity")
-    said = "has 3 classes, the data has none; start from a network with the same classes, or from a new `network`"
+    said = "has 3 classes, but the data has none; start from a network with the same classes, or from a new `network`"
     with pytest.raises(InputError, match=said):
         StudentInit(source, None, (1, 8, 8), None, 0)
     unknowing = dataclasses.replace(source, num_classes=None, null_class=None)
-    with pytest.raises(InputError, match="has no classes, the teacher has 3"):
+    with pytest.raises(InputError, match="has no classes, but the teacher has 3"):
         StudentInit(unknowing, None, (1, 8, 8), 3, 0, source)
     assert StudentInit(unknowing, None, (1, 8, 8), 3, 0).num_classes is None, "labels of data can be left out"
     assert StudentInit(None, UNET, (1, 8, 8), 3, 0, unknowing).num_classes is None, "fresh ones are as the teacher"
@@ -369,12 +369,10 @@ def test_a_trained_flow_map_is_continued_bitwise_and_as_nothing_else(kind, shape
         assert torch.equal(again.eval()(x, t, s, COND), u)
         assert not torch.allclose(u, first.velocity_field().eval()(x, t, COND)), "t - s has an effect by now"
     with pytest.raises(
-        InputError, match="from s is a flow map; a velocity field cannot start from its weights, .* student"
+        InputError, match="from s is a flow map, and a velocity field cannot start from its weights; .* student"
     ):
         init.velocity_field()
-    with pytest.raises(
-        InputError, match="no velocity network for the critic to start from: the teacher has no network"
-    ):
+    with pytest.raises(InputError, match="no weights for the critic: the teacher has no network"):
         init.critic()
 
 
@@ -404,17 +402,15 @@ def test_an_acceleration_starts_beside_its_velocity_and_blind_to_it(kind, tmp_pa
     again = StudentInit(load_student(tmp_path / "s", torch.device("cpu")), None, shape, 3, seed=9)
     assert equal(again.acceleration(), student)
     for start, what in ((again.velocity_field, "velocity field"), (again.flow_map, "flow map")):
-        with pytest.raises(InputError, match=f"from s is a velocity with its acceleration; a {what} cannot start"):
+        with pytest.raises(InputError, match=f"from s is a velocity with its acceleration, and a {what} cannot start"):
             start()
-    with pytest.raises(
-        InputError, match="no velocity network for the critic to start from: the teacher has no network"
-    ):
+    with pytest.raises(InputError, match="no weights for the critic: the teacher has no network"):
         again.critic()
 
 
 def test_no_acceleration_starts_from_a_flow_map(tmp_path):
     source = exported(StudentInit(None, MLP, (2,), 3, 0).flow_map(), tmp_path / "s", (2,), 3)
-    with pytest.raises(InputError, match="from s is a flow map; a velocity with its acceleration cannot start"):
+    with pytest.raises(InputError, match="from s is a flow map, and a velocity with its acceleration cannot start"):
         StudentInit(source, None, (2,), 3, 0).acceleration()
 
 
@@ -504,7 +500,9 @@ def test_wrapped_networks_refuse_what_does_not_exist():
 def test_a_field_of_another_kind_cannot_be_continued():
     source = teacher("velocity")
     foreign = LoadedTeacher(VelocityStudent(source.network), (1, 8, 8), 3, 3, "0" * 64, "a foreign one", source.network)
-    with pytest.raises(InputError, match="a foreign one cannot be continued as a student; describe a new `network`"):
+    with pytest.raises(
+        InputError, match="a student cannot start from the weights of a foreign one; use a new `network`"
+    ):
         StudentInit(foreign, None, (1, 8, 8), 3, 0).velocity_field()
 
 

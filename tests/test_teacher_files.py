@@ -86,7 +86,7 @@ def test_of_several_variants_one_is_chosen_or_asked_for():
     assert variants.one_of([f"{stem}.non_ema.safetensors"], "X") == [f"{stem}.non_ema.safetensors"]
     assert variants.one_of([f"{stem}.bin", "other.safetensors"], "X") == []
     with pytest.raises(
-        InputError, match="X has weights in the variants ema, non_ema; with several, only no variant, fp32, fp16"
+        InputError, match="X has weights in the variants ema, non_ema, and none of them is chosen automatically"
     ):
         variants.one_of([f"{stem}.ema.safetensors", f"{stem}.non_ema.safetensors"], "X")
 
@@ -128,8 +128,8 @@ def test_an_adapter_is_named(folder):
     rewrite(folder, plain)
     beside = folder / "pytorch_lora_weights.safetensors"
     save_file({"unet.x": torch.zeros(1)}, beside)
-    refused(folder, f"the adapter {beside} would not be used; merge it", "or move it away to use the teacher")
-    refused(folder / "unet", f"the adapter {beside} would not be used")
+    refused(folder, f"adapters like {beside} are not loaded; merge it", "or move it away to use the teacher")
+    refused(folder / "unet", f"adapters like {beside} are not loaded")
     rewrite(folder, {f"base_layer.{k}": t for k, t in plain.items()})
     beside.unlink()
     refused(folder, "the weights contain an adapter (LoRA), like base_layer.conv_")
@@ -144,9 +144,9 @@ def test_an_adapter_is_named(folder):
 )
 def test_an_adapter_beside_the_weights_is_refused_whatever_its_name(folder, place, name):
     (folder / place / name).write_bytes(b"x")
-    refused(folder, f"the adapter {folder / place / name} would not be used; merge it", "or move it away to use the")
+    refused(folder, f"adapters like {folder / place / name} are not loaded; merge it", "or move it away to use the")
     inside = str(Path(place) / name)
-    with pytest.raises(InputError, match=f"teacher.path=org/x: the adapter {inside} would not be used; merge it"):
+    with pytest.raises(InputError, match=f"teacher.path=org/x: adapters like {inside} are not loaded; merge it"):
         by_id.read_of("org/x", ["model_index.json", f"unet/{FILE}", inside], weights=False)
 
 
@@ -170,7 +170,7 @@ def test_a_weight_that_is_there_twice_is_refused(folder, wrapped):
         load(folder)
     assert str(error.value).startswith(f"{path}: ")
     assert {"conv_in.bias", wrapped} <= set(str(error.value).replace(",", "").split())
-    assert "are both stored as weight conv_in.bias; keep only one of them" in str(error.value)
+    assert "are the same weight, conv_in.bias; keep only one of them" in str(error.value)
 
 
 def test_an_old_name_beside_the_new_one_is_refused_across_shards(folder):
@@ -182,7 +182,7 @@ def test_an_old_name_beside_the_new_one_is_refused_across_shards(folder):
     save_file({old: plain[name]}, folder / "unet" / "b.safetensors", {"format": "pt"})
     index = {"weight_map": {old: "b.safetensors", name: "a.safetensors"}}
     (folder / "unet" / f"{FILE}.index.json").write_text(json.dumps(index))
-    refused(folder, f"{folder / 'unet' / 'b.safetensors'}: ", " of a.safetensors are both stored as weight ")
+    refused(folder, f"{folder / 'unet' / 'b.safetensors'}: ", " of a.safetensors are the same weight, ")
 
 
 # --- no weights that can be read ---
@@ -248,7 +248,7 @@ def test_weights_that_do_not_fit_are_named_and_few(folder, capfd):
 )
 def test_quantized_weights_are_refused_by_name(folder, dtype, named):
     rewrite(folder, {**weights(folder), "conv_in.bias": torch.zeros(8).to(dtype)})
-    refused(folder, f"{folder / 'unet' / FILE}: conv_in.bias is stored as {named}; valid: BF16, F16, F32, F64")
+    refused(folder, f"{folder / 'unet' / FILE}: conv_in.bias has dtype {named}; valid: BF16, F16, F32, F64")
 
 
 def test_double_weights_are_read_and_what_float32_cannot_hold_is_refused(folder):
@@ -279,13 +279,16 @@ def latent(folder: Path) -> Path:
 
 def test_the_network_of_a_latent_pipeline_is_no_pixel_teacher(folder, tmp_path, monkeypatch):
     latent(folder)
-    said = f"is part of {folder}, a pipeline of scheduler, unet, vae; valid: pixel pipelines of scheduler and unet"
+    said = (
+        f"is part of {folder}, a pipeline with the components scheduler, unet, vae; valid: pixel-space "
+        f"pipelines with only scheduler and unet"
+    )
     refused(folder / "unet", f"teacher.path={folder / 'unet'} {said}")
     refused(folder / "unet", said, scheduler=str(folder / "scheduler"))
     (tmp_path / "link").symlink_to(folder / "unet")
     refused(tmp_path / "link", said)
     monkeypatch.chdir(folder / "unet")
-    refused(".", "a pipeline of scheduler, unet, vae")
+    refused(".", "a pipeline with the components scheduler, unet, vae")
 
 
 def test_the_network_of_a_student_folder_is_that_student(tmp_path):
@@ -343,7 +346,7 @@ DEEP = "[" * 100_000 + "]" * 100_000
         (
             "unet/config.json",
             {"in_channels": 4, "out_channels": 4},
-            "its samples have 4 channels, as those of a",
+            "in_channels=4, as in a latent space",
         ),
         ("unet/config.json", {"sample_size": 8191}, "with a sample of shape [1, 8191, 8191] (tried: [1, 65, 65]): "),
         ("unet/config.json", {"sample_size": [8, 8191]}, "with a sample of shape [1, 8, 8191] (tried: [1, 8, 65]): "),
@@ -545,8 +548,9 @@ def test_a_network_that_takes_the_logarithm_of_its_time_is_refused(tmp_path, sch
     )
     refused(
         write(tmp_path, network, scheduler),
-        f"the velocity of UNet2DModel from {tmp_path.name} at t={t} is not finite (its time_embedding_type is fourier)",
-        "give a network that can be called at all times from",
+        f"the velocity of UNet2DModel from {tmp_path.name} at t={t} contains NaN or infinity (its "
+        f"time_embedding_type is fourier)",
+        "use a network that works at all times from",
     )
 
 
@@ -579,7 +583,7 @@ def test_a_network_of_many_levels_needs_a_large_sample_and_says_so(tmp_path, cap
     narrow(9, "DownBlock2D", "UpBlock2D").save_pretrained(tmp_path)
     edit(tmp_path / "config.json", sample_size=1024)
     assert load(tmp_path, prediction="velocity").shape == (1, 1024, 1024)
-    said = f"teacher.path={tmp_path}: calling its network with a sample of [1, 512, 512]; this may take minutes\n"
+    said = f"teacher.path={tmp_path}: testing its network on a sample of shape [1, 512, 512]; this may take minutes\n"
     assert capfd.readouterr() == ("", said)
 
 

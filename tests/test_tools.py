@@ -132,7 +132,7 @@ def test_a_student_that_learnt_from_pairs_cannot_be_guided(capfd, run, tmp_path)
     options = ["--out", str(tmp_path / "p"), "--guidance-scale", "2", "--count", "32", "--block", "16", "--shard", "32"]
     done = command(capfd, "pairs", "one/reflow", *options)
     assert (done.code, snapshot(tmp_path)) == (2, {})
-    assert "was trained only on its teacher, never on an unconditional velocity" in done.err
+    assert "has no unconditional prediction, because it was trained only on its teacher's outputs" in done.err
     assert command(capfd, "pairs", "one/teach", *options, "--steps", "2").code == 0
 
 

@@ -55,19 +55,20 @@ def test_right_specs_pass():
 
 
 CASES = {
-    "no stages": ({"name": "x", "stages": {}}, "stages: empty; a run has at least one stage"),
+    "no stages": ({"name": "x", "stages": {}}, "stages: empty; a run needs at least one stage"),
     "unknown reference": (
         vectors(r={"pairs": "pp"}),
         "stages.r.pairs: there is no stage 'pp'; did you mean 'p'? valid: p",
     ),
     "later reference": (
         vectors(r={"network": None, "init": "s"}, s=REFLOW),
-        "stages.r.init: refers to 's', which comes later; a stage refers to earlier ones; no train stage comes "
+        "stages.r.init: refers to 's', which comes later; a stage can refer only to earlier stages; no train "
+        "stage comes "
         "before 'r'",
     ),
     "itself": (
         vectors(r={"network": None, "init": "r"}),
-        "stages.r.init: refers to itself; a stage refers to earlier ones; no train stage comes before 'r'",
+        "stages.r.init: refers to itself; a stage can refer only to earlier stages; no train stage comes before 'r'",
     ),
     "wrong kind": (
         vectors(e={"students": {"p": [1]}}),
@@ -84,7 +85,7 @@ CASES = {
     "a flow twice": (vectors(e={"fine_students": ["r", "r"]}), "stages.e.fine_students: 'r' is listed twice"),
     "pairs of another teacher": (
         vectors(p2={**PAIRS, "teacher": "r"}, r2={**REFLOW, "pairs": "p2"}),
-        "stages.r2.pairs: 'p2' has pairs of r, this stage's teacher is the spec's teacher; make them agree",
+        "stages.r2.pairs: 'p2' has pairs of r, but this stage's teacher is the spec's teacher; make them the same",
     ),
     "a stage that tables would take for the teacher": (
         images(teacher=TEACH),
@@ -93,7 +94,7 @@ CASES = {
     "no such recipe": (
         vectors(r={"recipe": "reflow/reflw"}),
         "stages.r.recipe: there is no recipe 'reflow/reflw'; did you mean 'reflow/reflow'? valid: "
-        f"{', '.join(registry.names())}; or a file of your own: ./file.py",
+        f"{', '.join(registry.names())}; for a recipe of your own, give its file: ./file.py",
     ),
     "no such file": (
         vectors(r={"recipe": "./mine.py"}),
@@ -115,11 +116,12 @@ CASES = {
     ),
     "needs data of vectors": (
         vectors(c={**TEACH, "recipe": "consistency/consistency", "network": {"kind": "mlp"}}),
-        "stages.c: consistency/consistency needs data, and there is none of vectors; use reflow",
+        "stages.c: consistency/consistency needs data, but the teacher makes vectors, for which there is no "
+        "data; use reflow/reflow",
     ),
     "needs data": (
         vectors(t={**TEACH, "network": MLP}),
-        "stages.t: pretrain/flow_matching needs data, the spec has none; e.g. data: {kind: digits}",
+        "stages.t: pretrain/flow_matching needs data, but the spec has none; e.g. data: {kind: digits}",
     ),
     "needs pairs": (
         vectors(r={"pairs": None}),
@@ -160,19 +162,19 @@ CASES = {
     ),
     "init and network": (
         vectors(s={**REFLOW, "init": "r"}),
-        "stages.s: init and network are both given, but a network starts from one of them; remove one",
+        "stages.s: init and network are both given, but training starts from only one of them; remove one",
     ),
     "nothing to start from": (
         images(t={"network": None}),
-        "stages.t: nothing to start from; give network (new weights) or init (an earlier train stage)",
+        "stages.t: no initial weights; give network (new weights) or init (an earlier train stage)",
     ),
     "dropout of a fresh network": (
         vectors(r={"dropout": 0.1}),
-        "stages.r.network: a new network has its own dropout, so the dropout of the stage has no effect; remove it",
+        "stages.r.network: the stage's dropout has no effect on a new network; remove it, or set network.dropout",
     ),
     "teacher without weights": (
         vectors(r={"network": None}),
-        "stages.r: the gaussian teacher has no weights to start from; give network, e.g. kind: mlp",
+        "stages.r: the gaussian teacher has no weights to start from; give network, e.g. network: {kind: mlp}",
     ),
     "unknown half-life": (
         vectors(r={"ema_half_lives": [500, 1000], "export": 600}),
@@ -233,11 +235,11 @@ CASES = {
     ),
     "mlp for images": (
         images(t={"network": MLP}),
-        "stages.t.network: an mlp makes vectors, data of kind digits has images; use kind: unet",
+        "stages.t.network: an mlp is for vectors, but data of kind digits has images; use kind: unet",
     ),
     "unet for vectors": (
         vectors(r={"network": UNET}),
-        "stages.r.network: a unet makes images, the teacher makes vectors; use kind: mlp",
+        "stages.r.network: a unet is for images, but the teacher makes vectors; use kind: mlp",
     ),
     "groups do not divide": (
         images(t={"network": {"kind": "unet", "channels": [8, 12]}}),
@@ -245,11 +247,11 @@ CASES = {
     ),
     "no channels": (
         images(t={"network": {"kind": "unet", "channels": []}}),
-        "stages.t.network.channels: empty; give the channels of each resolution, finest first",
+        "stages.t.network.channels: empty; give the number of channels of each resolution, finest first",
     ),
     "ranks share a batch": (
         images() | {"launch": {"procs": 3}},
-        "launch.procs: 3 processes cannot share stages.t.batch_size (128) evenly; change either",
+        "launch.procs: stages.t.batch_size (128) is not a multiple of the 3 processes; change one of them",
     ),
     "micro-batches of ranks": (
         images() | {"launch": {"procs": 2, "micro_batch": 48}},
@@ -267,15 +269,16 @@ CASES = {
     ),
     "ranks without training": (
         vectors() | {"stages": {"p": PAIRS}, "launch": {"procs": 2}},
-        "launch.procs: 2 given for training, but no stage trains; remove it",
+        "launch.procs: 2 given, but it applies to training, and no stage trains; remove it",
     ),
     "whole weights": (
         images() | {"launch": {"zero_stage": 2, "zero_persistence_threshold": 0}},
-        "launch.zero_persistence_threshold: only zero_stage 3 divides weights, so it has no effect; remove it",
+        "launch.zero_persistence_threshold: has no effect, because no weights are sharded; remove it, or set "
+        "zero_stage: 3",
     ),
     "times of nobody": (
         vectors(e={"times": {"s": ["optimal"]}}),
-        "stages.e.times.s: not measured here; valid: r, teacher",
+        "stages.e.times.s: this stage does not measure 's'; valid: r, teacher",
     ),
     "times that lead nowhere": (
         vectors(e={"times": {"teacher": [[1, 0.5]]}}),
@@ -287,11 +290,11 @@ CASES = {
     ),
     "nothing to offload": (
         images() | {"launch": {"zero_stage": 0, "offload_optimizer": True}},
-        "launch.offload_optimizer: only zero_stage 1 to 3 move the optimizer, so it has no effect; remove it",
+        "launch.offload_optimizer: works only with zero_stage 1 to 3; remove it, or set zero_stage",
     ),
     "one process": (
         vectors() | {"launch": {"divide_teacher": True}},
-        "launch.divide_teacher: with one process it has no effect; remove it, or give procs",
+        "launch.divide_teacher: has no effect with one process; remove it, or increase procs",
     ),
     "no teacher to divide": (
         images() | {"launch": {"divide_teacher": True, "procs": 2}},
@@ -299,7 +302,7 @@ CASES = {
     ),
     "nothing to compute again": (
         vectors() | {"launch": {"activation_checkpointing": True}},
-        "launch.activation_checkpointing: an mlp has no blocks to recompute, so it has no effect; remove it",
+        "launch.activation_checkpointing: has no effect for an mlp; remove it",
     ),
     "closed forms have no weights": (
         vectors() | {"launch": {"divide_teacher": True, "procs": 2}},
@@ -307,7 +310,7 @@ CASES = {
     ),
     "nobody to wait for": (
         images() | {"launch": {"collective_minutes": 3}},
-        "launch.collective_minutes: one process waits for no other, so it has no effect; remove it",
+        "launch.collective_minutes: has no effect with one process; remove it",
     ),
     "a part without a pair": (
         vectors(q=PAIRS, r={"pairs": {"p": 0.95, "q": 0.05}, "batch_size": 4}),
@@ -315,20 +318,20 @@ CASES = {
     ),
     "times of no rows": (
         vectors(e={"teacher_steps": [], "times": {"teacher": [[1, 0.5, 0]]}}),
-        "stages.e.times.teacher: teacher_steps is empty, so this has no effect; remove it, or give numbers of steps",
+        "stages.e.times.teacher: has no effect, because teacher_steps is empty; remove it, or give numbers of steps",
     ),
     "more optimal steps than there are": (
         vectors(e={"students": {"r": [1, 101]}, "times": {"r": ["optimal"]}}),
-        "stages.e.times.r: optimal times of 101 steps cannot be chosen from 100; give fewer steps",
+        "stages.e.times.r: optimal times are found for at most 100 steps, not 101; give fewer steps",
     ),
     "more optimal steps of the teacher": (
         vectors(e={"teacher_steps": [128], "times": {"teacher": [[1, 0], "optimal"]}}),
-        "stages.e.times.teacher: optimal times of 128 steps cannot be chosen from 100; give fewer steps",
+        "stages.e.times.teacher: optimal times are found for at most 100 steps, not 128; give fewer steps",
     ),
     "too many resolutions": (
         images(t={"network": {"kind": "unet", "channels": [8, 8, 8, 8, 8]}}),
-        "stages.t.network.channels: 5 resolutions halve the images 4 times, and their side of 8 is not "
-        "divisible by 16; give fewer",
+        "stages.t.network.channels: 5 resolutions halve the images 4 times, but their side of 8 is not "
+        "divisible by 16; give fewer resolutions",
     ),
 }
 
@@ -353,7 +356,7 @@ def test_an_array_is_as_large_as_the_most_shards(tmp_path):
     planned = queue.plans(RunPaths(tmp_path), specfile.validate(content, "f"), ["p", "q"])
     assert {plan.name: plan.parts for plan in planned} == {"p.parts": [0, 1], "p": None, "q.parts": [0], "q": None}
     assert mistakes(content | {"launch": {"slurm": {"pairs_jobs": 3}}}) == [
-        "launch.slurm.pairs_jobs: 3 jobs cannot share the 2 shards of stage 'p'; give fewer jobs, or a smaller "
+        "launch.slurm.pairs_jobs: 3 jobs given, but stage 'p' has only 2 shards; give fewer jobs, or a smaller "
         "stages.p.shard"
     ]
 
@@ -451,14 +454,22 @@ def test_a_recipe_beside_the_spec(tmp_path):
         (
             'return "velocity"',
             'return "generator"',
-            "makes a generator student, which is not built yet; valid: velocity, flow_map, acceleration",
+            "makes a student of unknown kind 'generator'; valid: velocity, flow_map, acceleration",
         ),
-        ('return "velocity"', 'return "flow_map"', "samples a flow_map student by euler; valid: jump, renoise"),
-        ('sampler = "euler"', 'sampler = "jump"', "samples a velocity student by jump; valid: euler, same_noise"),
+        (
+            'return "velocity"',
+            'return "flow_map"',
+            "sets the sampler euler, which cannot sample a flow_map student; valid: jump, renoise",
+        ),
+        (
+            'sampler = "euler"',
+            'sampler = "jump"',
+            "sets the sampler jump, which cannot sample a velocity student; valid: euler, same_noise",
+        ),
         (
             '{"pairs", "teacher"}',
             '{"pairs"}',
-            "needs pairs, which are a teacher's; its Config.needs must name teacher as well",
+            "needs pairs, which a teacher generates; add 'teacher' to its Config.needs",
         ),
     ],
 )
@@ -478,13 +489,15 @@ def test_a_flow_map_is_a_student_and_no_teacher(tmp_path, sampler):
     assert mistakes(vectors(r=flow_map), tmp_path) == []
     along = vectors(r=flow_map, e={"times": {"r": ["optimal"]}})
     assert mistakes(along, tmp_path) == [
-        "stages.e.times.r: its student is a flow map, made for uniform steps; remove it"
+        "stages.e.times.r: its student is a flow map, for which step times cannot be chosen; remove it"
     ]
     again = {**flow_map, "network": None, "init": "r"}
     assert mistakes(vectors(r=flow_map, again=again), tmp_path) == [], "of one flow map another is made"
     assert mistakes(vectors(again=again), tmp_path) == [], "and of a velocity student"
 
-    no_path = "the student of 'r' is a flow map; it is not a velocity field; name a stage with a velocity student"
+    no_path = (
+        "the student of 'r' is a flow map, but a teacher must be a velocity field; name a stage with a velocity student"
+    )
     pairs, student = {**PAIRS, "teacher": "r"}, {**REFLOW, "teacher": "r", "pairs": "p2"}
     evaluation = {**EVALUATE, "teacher": "r"}
     found = mistakes(vectors(r=flow_map, p2=pairs, s=student, e=evaluation), tmp_path)
@@ -506,8 +519,8 @@ def test_a_flow_map_is_a_student_and_no_teacher(tmp_path, sampler):
         "name a stage with a velocity student"
     ]
     assert mistakes(vectors(r=bent, s={**again, "init": "r"}, e=evaluation), tmp_path) == [
-        "stages.e.teacher: the student of 'r' is a velocity with its acceleration; it is not a velocity field; name "
-        "a stage "
+        "stages.e.teacher: the student of 'r' is a velocity with its acceleration, but a teacher must be a "
+        "velocity field; name a stage "
         "with a velocity student",
         "stages.s.init: the student of 'r' is a velocity with its acceleration, but ./map.py makes one of kind "
         "flow_map; "
@@ -536,8 +549,8 @@ def test_derivatives_do_not_pass_where_weights_are_divided(tmp_path):
     for zero_stage, refused in ((None, False), (0, False), (2, False), (3, True)):
         content = vectors(r={"recipe": "./mine.py"}) | {"launch": {"zero_stage": zero_stage}}
         said = (
-            "stages.r: ./mine.py uses forward-mode derivatives (jvp), which do not work with the hooks by which "
-            "launch.zero_stage 3 gathers weights; use 0, 1 or 2"
+            "stages.r: ./mine.py uses forward-mode derivatives (jvp), which do not work with "
+            "launch.zero_stage: 3; use 0, 1 or 2"
         )
         assert mistakes(content, tmp_path) == ([said] if refused else [])
 
@@ -545,15 +558,17 @@ def test_derivatives_do_not_pass_where_weights_are_divided(tmp_path):
 def test_a_config_says_what_it_needs(tmp_path):
     (tmp_path / "mine.py").write_text(OWN.partition("    @property")[0] + '\nclass Recipe:\n    sampler = "euler"\n')
     said = (
-        "stages.r.recipe: recipe './mine.py': its Config does not have the properties needs and student; see "
-        "reflow/reflow"
+        "stages.r.recipe: recipe './mine.py': its class Config must have the properties needs and student, "
+        "as reflow/reflow does"
     )
     assert said in mistakes(vectors(r={"recipe": "./mine.py"}), tmp_path)
 
 
 # --- guidance by a student of the run ---
 
-SHOWN = "was trained only on its teacher, never on an unconditional velocity; use 1, or a teacher trained"
+SHOWN = (
+    "has no unconditional prediction, because it was trained only on its teacher's outputs; use 1, or a teacher trained"
+)
 
 
 def test_guidance_needs_an_unconditional_velocity(tmp_path):
@@ -562,7 +577,10 @@ def test_guidance_needs_an_unconditional_velocity(tmp_path):
     assert mistakes(images(p=guided, e=evaluation)) == [], "of labelled data"
 
     pictures = {"kind": "images", "path": str(tmp_path), "size": 8}
-    said = "given, but the data has no classes, so 't' has no unconditional velocity of its own; use 1, or labelled"
+    said = (
+        "given, but the data has no classes, so the student of 't' has no separate unconditional prediction; "
+        "use 1, or labelled"
+    )
     expected = [f"stages.p.guidance_scale: 2 {said} data", f"stages.e.guidance_scale: 2 {said} data"]
     for data in (pictures, {**pictures, "kind": "hf"}):
         assert mistakes(images(p=guided, e=evaluation) | {"data": data}) == expected
@@ -601,8 +619,8 @@ def test_what_is_wrong_with_a_recipe_of_ones_own(tmp_path):
         ("raise ModuleNotFoundError('x')", f"{at} 1: ModuleNotFoundError: x$"),
         ("import nonexistent_package", "needs the package nonexistent_package"),
         ('"""Doc."""\nclass Config: ...', "has no class Recipe"),
-        ("class Config: ...\nclass Recipe: ...", "has no docstring that names its paper"),
-        ('"""Doc."""\nclass Config: ...\nclass Recipe: ...', "its Recipe has no sampler; write sampler = "),
+        ("class Config: ...\nclass Recipe: ...", "has no docstring; add one that names its paper"),
+        ('"""Doc."""\nclass Config: ...\nclass Recipe: ...', "its class Recipe sets no sampler; add sampler = "),
     ]:
         (tmp_path / "mine.py").write_text(content)
         with pytest.raises(InputError, match=said):

@@ -59,7 +59,7 @@ def update_index(spec: DataSpec, store: Path, run: Path | None = None) -> None:
         try:
             index.write(shared, now)
         except RunError as error:
-            printing.warn(f"{error}; without an index in the store, other runs read all these images again")
+            printing.warn(f"{error}; without an image index in the store, each new run reads all images again")
     if own is not None:
         index.write(own, now)
 

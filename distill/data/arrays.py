@@ -35,8 +35,8 @@ class ArrayData:
             )
         if labels is not None and (num_classes is None or labels.min() < 0 or labels.max() >= num_classes):
             raise InputError(
-                f"data '{name}': class ids from {labels.min()} to {labels.max()}, valid: 0 to the number of classes "
-                f"({num_classes}) - 1; correct either"
+                f"data '{name}': class ids from {labels.min()} to {labels.max()}, but there are {num_classes} classes "
+                "(valid ids: 0 to the number of classes - 1); correct the ids or the number of classes"
             )
         self.name, self.num_classes = name, num_classes
         self._images, self._labels = images, labels

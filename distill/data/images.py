@@ -134,8 +134,8 @@ class ImageData:
         transparent = np.flatnonzero(index.state == State.TRANSPARENT)
         if len(transparent) and self._background is None:
             raise InputError(
-                f"{self.name}: {len(transparent)} of {total} images are transparent in places: "
-                f"{self._names(transparent)}; give the colour behind them by data.background=white, black or "
+                f"{self.name}: {len(transparent)} of {total} images have transparent pixels: "
+                f"{self._names(transparent)}; set their background: data.background=white, black or "
                 "[red, green, blue]"
             )
         if self._background is not None and not index.alpha.any():
@@ -148,8 +148,8 @@ class ImageData:
             height, width = index.sides[long[0]].tolist()
             covers = covering(height, width, self._options.height_width)
             raise InputError(
-                f"{self.name}: {len(long)} of {total} images are too elongated: {self._names(long)}; the first, of "
-                f"{width} x {height} pixels, would be resized to {covers[1]} x {covers[0]}, valid: at most "
+                f"{self.name}: {len(long)} of {total} images have an extreme aspect ratio: {self._names(long)}; the "
+                f"first, of {width} x {height} pixels, would be resized to {covers[1]} x {covers[0]}, more than "
                 f"{MAX_PIXELS:,} pixels; crop or remove them"
             )
 
@@ -171,9 +171,7 @@ class ImageData:
         names = ", ".join(self.unreadable[:SHOWN]) + (", ..." if found > SHOWN else "")
         count = f"{self.name}: {found} of {len(self._index)} images cannot be decoded"
         if found > limit or found == len(self._index):
-            raise InputError(
-                f"{count}, data.max_unreadable is {limit}: {names}; repair or remove them, or raise the limit"
-            )
+            raise InputError(f"{count}: {names}; repair or remove them, or increase data.max_unreadable (now {limit})")
         printing.warn(f"{count} and are skipped: {names}")
 
 

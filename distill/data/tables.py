@@ -222,7 +222,9 @@ def _as_encoded(rows: Dataset, spec: HfData) -> Dataset:
     encoded = isinstance(feature, dict) and {"bytes", "path"} <= feature.keys()
     binary = isinstance(feature, datasets.Value) and feature.dtype in ("binary", "large_binary", "string")
     if not (isinstance(feature, datasets.Image) or encoded or binary):
-        raise InputError(f"data.image_column={spec.image_column} contains {feature}, valid: encoded images or paths")
+        raise InputError(
+            f"data.image_column={spec.image_column} contains {feature}; valid: columns of encoded images or of paths"
+        )
     return rows.cast_column("image", datasets.Image(decode=False))
 
 

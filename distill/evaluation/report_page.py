@@ -142,10 +142,10 @@ def headline(results: Results) -> str:
     what = results.distance or "RMS to the teacher"
 
     if not students:
-        return f"The teacher reaches {what} {number(fine.value)} in {fine.nfe} network calls."
+        return f"The teacher reaches {what} {number(fine.value)} with {fine.nfe} network calls."
     best = min(students, key=lambda row: (row.nfe, row.value))
     calls = "one network call" if best.nfe == 1 else f"{best.nfe} network calls"
-    said = f"In {calls} {best.network} reaches {what} {number(best.value)}"
+    said = f"With {calls}, {best.network} reaches {what} {number(best.value)}"
     coarse = [row for row in results.usual if row.role == "teacher" and not row.fine]
     if results.distance is not None:
         as_good = [row for row in coarse if row.value <= best.value]
@@ -154,11 +154,11 @@ def headline(results: Results) -> str:
             said += f"; the teacher needs {first.nfe} Euler steps for {number(first.value)}"
         elif coarse:
             last = max(coarse, key=lambda row: row.nfe)
-            said += f"; the teacher is at {number(last.value)} after {last.nfe} Euler steps"
-        said += f" and reaches {number(fine.value)} in {fine.nfe} calls of {fine.solver}"
+            said += f"; the teacher reaches {number(last.value)} with {last.nfe} Euler steps"
+        said += f"; the teacher reaches {number(fine.value)} with {fine.nfe} network calls of {fine.solver}"
     faster = best.images_per_second / fine.images_per_second
     times = f"{faster:.1f}" if faster < 10 else f"{faster:.0f}"
-    return f"{said}. {best.network} makes {times} times as many samples per second."
+    return f"{said}. {best.network} generates {times} times as many samples per second."
 
 
 def _pictures(folder: Path, results: Results, room: int) -> tuple[list[Picture], bool, int]:
@@ -218,7 +218,7 @@ def _comparison(run: RunPaths) -> ComparisonSection | None:
     found = comparison_table.found(run)
     if found is None:
         return None
-    label = f"{comparison_table.quantity(found)}; dashed: the teacher at its numbers of steps"
+    label = f"{comparison_table.quantity(found)}; dashed: the teacher, with its number of steps"
     chart = charts.ranks(comparison_table.ranked(found), comparison_table.teacher(found), label)
     write_atomic(run.comparison_figure, chart)
     write_atomic(run.comparison_table, comparison_table.markdown(found))
@@ -255,7 +255,7 @@ def _events(run: RunPaths) -> tuple[dict[str, str], dict[str, TrainingCurve], li
                     if curve is not None:
                         curve.add(float(event["done"]), value)
     said = list(warnings)
-    return kinds, trainings, said if len(said) <= MAX_WARNINGS else [*said[:MAX_WARNINGS], "more: see events/"]
+    return kinds, trainings, said if len(said) <= MAX_WARNINGS else [*said[:MAX_WARNINGS], "more warnings: see events/"]
 
 
 def _stage(run: RunPaths, name: str, kind: str, training: TrainingCurve | None, has_results: bool) -> Stage:

@@ -23,6 +23,7 @@ from distill.exchange.student_card import StudentCard
 
 MAX_TEXT, MAX_HEADER = 16 << 20, 16 << 20  # bytes of a text, JSON or picture; bytes of the header of a safetensors file
 INDEX = "model_index.json"
+NOT_LOADED = "the student is not loaded because it may be unsafe or damaged"
 # The keys of a model_index.json in addition to the components of the pipeline.
 FACTS = ("_class_name", "_diffusers_version", "_name_or_path")
 OPTIONS = ("num_classes", "sampler", "t_grid", "t_grids")
@@ -62,7 +63,7 @@ def _refuse(path: Path, name: str, card: StudentCard) -> None:
 def refuse_picture(content: bytes, name: str) -> None:
     """Raise InputError unless the content is a PNG file."""
     if not is_png(content):
-        raise InputError(f"{name} is not a PNG file; the student is refused")
+        raise InputError(f"{name} is not a PNG file; {NOT_LOADED}")
 
 
 def _refuse_weights(path: Path, name: str) -> None:
@@ -78,7 +79,7 @@ def _refuse_weights(path: Path, name: str) -> None:
     except (ValueError, RecursionError):
         header = None
     if not text.startswith(b"{") or not isinstance(header, dict) or _bytes(header) != size - 8 - length:
-        raise InputError(f"{name} is not a safetensors file; the student is refused")
+        raise InputError(f"{name} is not a safetensors file; {NOT_LOADED}")
 
 
 def _bytes(header: dict[str, Any]) -> int | None:
@@ -102,10 +103,10 @@ def _text(content: bytes, name: str) -> str:
     try:
         text = content.decode()
     except UnicodeDecodeError:
-        raise InputError(f"{name} is not UTF-8 text; the student is refused") from None
+        raise InputError(f"{name} is not UTF-8 text; {NOT_LOADED}") from None
     # Code may contain any control character except NUL: they are replaced when the code is shown to the user.
     if re.search(r"\x00" if name.endswith(".py") else r"[\x00-\x08\x0e-\x1f\x7f-\x9f]", text):
-        raise InputError(f"{name} is not plain text: it contains control characters; the student is refused")
+        raise InputError(f"{name} contains control characters; {NOT_LOADED}")
     return text
 
 
@@ -116,21 +117,21 @@ def _refuse_encoding(content: bytes, name: str) -> None:
     except SyntaxError:
         encoding = ""
     if encoding != "utf-8" or content.startswith(codecs.BOM_UTF8):
-        raise InputError(f"{name} is a program in another encoding than UTF-8; the student is refused")
+        raise InputError(f"{name} is Python code that is not encoded in UTF-8; {NOT_LOADED}")
 
 
 def _refuse_json(text: str, name: str, card: StudentCard) -> None:
     try:
         parsed: Any = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{name} is not JSON ({one_line(str(error), 100)}); the student is refused") from None
+        raise InputError(f"{name} is not valid JSON ({one_line(str(error), 100)}); {NOT_LOADED}") from None
     for key in _keys(parsed):
         if key in LEADING:
-            raise InputError(f"{name} refers to code or weights elsewhere ({key}); the student is refused")
+            raise InputError(f"{name} refers to code or weights elsewhere ({key}); {NOT_LOADED}")
     parts = name.split("/")
     if parts[-1] == INDEX:
         if len(parts) > 1:
-            raise InputError(f"{name} would load a pipeline within the pipeline; the student is refused")
+            raise InputError(f"{name} would load a second pipeline inside the pipeline; {NOT_LOADED}")
         _refuse_index(parsed, name, card)
     elif isinstance(parsed, dict) and ("weight_map" in parsed or name.endswith(".index.json")):
         _refuse_shards(parsed, name, card)
@@ -152,19 +153,20 @@ def _refuse_shards(parsed: dict[str, Any], name: str, card: StudentCard) -> None
     """Refuse an index unless its shards are listed .safetensors files in the same folder."""
     shards, above = parsed.get("weight_map"), name.rpartition("/")[0]
     if not isinstance(shards, dict):
-        raise InputError(f"{name} is an index of weights without a weight_map; the student is refused")
+        raise InputError(f"{name} is an index of weights without a valid weight_map; {NOT_LOADED}")
     for shard in shards.values():
         plain = isinstance(shard, str) and "/" not in shard and shard.endswith(".safetensors")
         if not plain or f"{above}/{shard}".lstrip("/") not in card.files:
             raise InputError(
-                f"{name} names weights in {_shown(shard)}; valid: .safetensors files next to it that distill.json lists"
+                f"{name} refers to weights in {_shown(shard)}; valid: .safetensors files in the same folder that "
+                f"distill.json lists; {NOT_LOADED}"
             )
 
 
 def _refuse_index(parsed: Any, name: str, card: StudentCard) -> None:  # noqa: ANN401
     """Refuse a model_index.json unless its classes are from diffusers or from listed files."""
     if not isinstance(parsed, dict):
-        raise InputError(f"{name} is not a JSON object; the student is refused")
+        raise InputError(f"{name} is not a JSON object; {NOT_LOADED}")
     for part, value in parsed.items():
         pair = value if isinstance(value, list) and len(value) == 2 else [None, None]
         module, title = (each if isinstance(each, str) else "" for each in pair)
@@ -181,9 +183,7 @@ def _refuse_index(parsed: Any, name: str, card: StudentCard) -> None:  # noqa: A
         else:  # text is refused, as diffusers would take a text of two letters for [module, class]
             known = part in OPTIONS or not isinstance(value, str | dict)
         if not known:
-            raise InputError(
-                f"{name}: {one_line(part, 100)} is {_shown(value)}; valid: {valid}; the student is refused"
-            )
+            raise InputError(f"{name}: {one_line(part, 100)} is {_shown(value)}; valid: {valid}; {NOT_LOADED}")
 
 
 def _shown(value: Any) -> str:  # noqa: ANN401

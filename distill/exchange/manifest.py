@@ -24,22 +24,22 @@ def parse(content: bytes, where: str) -> StudentCard:
     """The card in a distill.json. InputError if it is invalid, or a name in it is not allowed in a student folder."""
     card = student_card.parse(content, where)
     if sum(record.size for record in card.files.values()) > student_card.LARGEST:
-        raise InputError(f"{where} lists more bytes than any disk has; it is refused")
+        raise InputError(f"{where} is invalid: it lists more bytes than any disk has")
     seen = {student_card.FILE_NAME: student_card.FILE_NAME}
     for name in card.files:
         if reason := _objection(name):
             shown = repr(name) if len(name) <= 200 else f"{name[:200]!r}..."
-            raise InputError(f"{where} lists {shown}, {reason}; it is refused, and nothing was kept")
+            raise InputError(f"{where} is invalid: it lists {shown}, {reason}; nothing was saved")
         folded = name.casefold()
         if folded in seen:
             raise InputError(
-                f"{where} lists both {seen[folded]!r} and {name!r}, the same file on some disks; it is refused"
+                f"{where} is invalid: it lists both {seen[folded]!r} and {name!r}, the same file on some disks"
             )
         seen[folded] = name
     for name in seen:
         for above in Path(name).parents:
             if above.as_posix() in seen:
-                raise InputError(f"{where} lists {seen[above.as_posix()]!r} as a file and as a folder; it is refused")
+                raise InputError(f"{where} is invalid: it lists {seen[above.as_posix()]!r} as a file and as a folder")
     return card
 
 
@@ -57,12 +57,12 @@ def _objection(name: str) -> str | None:
     if ".." in parts:
         return "a path that leads out of the folder"
     if not is_plain(name) or len(parts) > 8:
-        return "not a plain name: letters, digits, '.', '_' and '-', none hidden"
+        return "not a valid name (letters, digits, '.', '_' and '-'; not hidden)"
     if name == student_card.FILE_NAME:
-        return "which is the list itself"
+        return "which is the list of files itself"
     if suffix.lower() in PICKLES:
-        return "a pickle or compiled file, which may run anything when it is loaded"
-    return None if suffix in KINDS else f"a kind of file that no student has (valid: {', '.join(KINDS)})"
+        return "a pickle or compiled file, which can run any code when it is loaded"
+    return None if suffix in KINDS else f"a file type that students do not have (valid: {', '.join(KINDS)})"
 
 
 @cache

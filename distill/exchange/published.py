@@ -135,7 +135,7 @@ def listed(source: RemoteSource, only: str = "*") -> Listed:
     try:
         content = pulling.read(source.below(REGISTRY), INDEX, MAX_INDEX)
         if _fills_memory(content):
-            raise InputError(f"{where} is larger than an index of {MAX_ENTRIES:,} entries can be; it is refused")
+            raise InputError(f"{where} is too large: an index can have at most {MAX_ENTRIES:,} entries")
         given = PublishedIndex.model_validate_json(content).students
     except Missing as missing:
         raise InputError(f"{missing}; nothing has been published here, or this is not a store") from missing
@@ -263,16 +263,16 @@ def write_index(store: Path) -> Listed:
             write_atomic(store / REGISTRY / INDEX, content)
         except RunError as error:
             raise RunError(
-                f"the student is published, but readers of this store over http do not see it: {error}. Once "
-                "that file can be written, publish the student again"
+                f"the student is published, but users who read this store over http cannot see it: {error}. Make "
+                "that file writable, then publish the student again"
             ) from error
         found = scan(store)
         if _bytes(found.students) == content:
             break
     if left_out := len(found.students) - content.count(b"\n{"):
         warn(
-            f"{store / REGISTRY / INDEX} is full: it leaves out the oldest {left_out:,} of {len(found.students):,} "
-            "students, which readers over http can pull only by NAME:VERSION"
+            f"{store / REGISTRY / INDEX} is full: the oldest {left_out:,} of {len(found.students):,} students are not "
+            "in it; over http they can be pulled only by NAME:VERSION"
         )
     return found
 

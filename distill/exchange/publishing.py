@@ -64,13 +64,13 @@ def choose(run: RunPaths, stage: str | None, which: str) -> Chosen:
         raise InputError(f"run '{run.name}' has no train stage '{stage}'; {suggest(stage, trained)}")
     if which == "best":
         if stage is not None:
-            raise InputError(f"'{run.name}/{stage}@best': best is one of all students of a run; write {run.name}@best")
+            raise InputError(f"'{run.name}/{stage}@best': best is for a whole run; write {run.name}@best")
         return Chosen(run, best(run))
     if not trained:
         raise InputError(f"run '{run.name}' has no train stage, so it has no student")
     step = whole_number(which.removeprefix("step-")) if which.startswith("step-") else None
     if which and step is None:
-        raise InputError(f"'@{short(which)}': {suggest(which[:100], ['best', 'step-N'])}, N the step of a checkpoint")
+        raise InputError(f"'@{short(which)}': {suggest(which[:100], ['best', 'step-N'])}, N: step of a checkpoint")
     return Chosen(run, stage or trained[-1], step)
 
 
@@ -83,7 +83,7 @@ def best(run: RunPaths) -> str:
     trained = {name for name, each in todo.load_spec(run).stages.items() if isinstance(each, TrainStage)}
     rows = [row for row in measured[-1].usual if row.role == "student" and row.network in trained] if measured else []
     if not rows:
-        raise InputError(f"run '{run.name}' has measured no student yet; name one: {run.name}/STAGE")
+        raise InputError(f"run '{run.name}' has no evaluated student yet; choose one: {run.name}/STAGE")
     fewest = min(row.steps for row in rows)
     return min((row for row in rows if row.steps == fewest), key=lambda row: row.value).network
 
@@ -132,7 +132,7 @@ def publish(
     listed = published.write_index(store)
     entry = next((each for each in listed.students if (each.name, each.version) == (name, found)), None)
     if entry is None:
-        raise RunError(f"{home / found} was published, but someone removed or changed it immediately afterwards")
+        raise RunError(f"{home / found} was published, but it was removed or changed immediately afterwards")
     return Published(entry, not same, listed.skipped)
 
 
@@ -159,8 +159,8 @@ def _claim(here: Path, home: Path, version: str | None, content: bytes) -> str:
         sync(home)
         return wanted
     raise InputError(
-        f"{home.name}:{version} is already published with other files, and never changes; "
-        f"publish it as another version, or leave the version out: {home.name}"
+        f"{home.name}:{version} is already published with other files, and published versions never change; "
+        f"give another version, or none: {home.name}"
     )
 
 

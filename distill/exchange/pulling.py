@@ -52,7 +52,7 @@ def read(source: RemoteSource, name: str, limit: int) -> bytes:
                 while block := stream.read(limit + 1 - len(content)):
                     content += block
                     if len(content) > limit:
-                        raise InputError(f"{source.where}: {name} has more than {limit:,} bytes; it is refused")
+                        raise InputError(f"{source.where}: {name} is larger than the limit of {limit:,} bytes")
                     if _is_late(begin, len(content)):
                         raise RunError(
                             f"{source.where} is too slow: {len(content):,} bytes of {name} in more than {SMALL:.0f} s; "
@@ -196,7 +196,7 @@ def workplace(dest: Path, digest: str) -> Iterator[Path]:
                 break
     mine.mkdir(exist_ok=True)
     if not _is_own(mine):
-        raise RunError(f"{mine} was made by somebody else; remove it, or name another folder")
+        raise RunError(f"{mine} belongs to another user; remove it, or give another folder")
     try:
         yield mine
     finally:

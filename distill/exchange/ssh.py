@@ -127,7 +127,7 @@ def at(url: str) -> RemoteSource:
     path = f"./{path[3:]}" if path.startswith("/~/") else path
     if not HOST.fullmatch(name) or (user and not USER.fullmatch(user)) or not path.strip("/") or "\0" in path:
         raise InputError(
-            f"{shown(url)}: ssh://[USER@]HOST[:PORT]/PATH is expected; /~/PATH is below the home folder there"
+            f"{shown(url)}: must be ssh://[USER@]HOST[:PORT]/PATH; /~/PATH is relative to the home folder on that host"
         )
     options = (*(["-p", str(port)] if port else []), *(["-l", user] if user else []))
     return Ssh(shown(url), (*options, "--", name), path)

@@ -189,8 +189,7 @@ def refuse_strange(found: Collection[str], card: StudentCard, where: str) -> Non
     """Raise InputError if a folder contains files that its distill.json does not list."""
     if strange := sorted(set(found) - card.files.keys() - {FILE_NAME}):
         raise InputError(
-            f"{where}: {one_line(', '.join(strange), 200)} is not listed in {FILE_NAME}; "
-            "remove files that do not belong there"
+            f"{where}: files that {FILE_NAME} does not list: {one_line(', '.join(strange), 200)}; remove them"
         )
 
 

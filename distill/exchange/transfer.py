@@ -94,7 +94,7 @@ def fetch(source: RemoteSource, name: str, record: FileRecord, path: Path, tally
         if not tally.stop.is_set():
             part_path.rename(path)
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}; the received part is kept there") from error
+        raise RunError(f"cannot write {path}: {error.strerror}; the part received so far is kept") from error
 
 
 def _complete(source: RemoteSource, name: str, record: FileRecord, part: FilePart, tally: Tally) -> None:
@@ -108,7 +108,7 @@ def _complete(source: RemoteSource, name: str, record: FileRecord, part: FilePar
         except Broken as broken:
             why = "" if part.size == record.size else str(broken)
         except Missing as missing:
-            raise InputError(f"{missing}, but distill.json lists it; the student there is incomplete") from missing
+            raise InputError(f"{missing}, but distill.json lists it; the published student is incomplete") from missing
         except Refused as refused:
             raise InputError(str(refused)) from refused
         if part.size == record.size:
@@ -116,18 +116,18 @@ def _complete(source: RemoteSource, name: str, record: FileRecord, part: FilePar
                 found = part.finish()
                 if found == record.sha256:
                     return
-                why = f"it is damaged: sha256 {found[:12]} instead of {record.sha256[:12]}"
+                why = f"damaged: sha256 {found[:12]}, expected {record.sha256[:12]}"
             tally.add(-part.size)
             part.restart()
             damaged += 1
             if damaged > min(CORRUPT, source.retries):
-                raise RunError(f"{source.where}: {name}: {why}; nothing of it was kept")
+                raise RunError(f"{source.where}: {name}: {why}; the received data was discarded")
         failures = 0 if part.size - before >= LEAST else failures + 1
         if failures > source.retries:
             hint = (
-                "the received part is kept; repeat the command to continue"
+                "the part received so far is kept; run the same command again to continue"
                 if source.retries
-                else "the copy there is incomplete"
+                else "the published copy is incomplete"
             )
             raise RunError(f"{source.where}: {name}: {why}; {hint}")
         tally.stop.wait(PAUSES[min(failures, len(PAUSES)) - 1] if failures else 0)
@@ -139,13 +139,13 @@ def _receive(stream: Stream, part: FilePart, size: int, tally: Tally) -> str:
     while block := stream.read(min(BLOCK, size - part.size + 1)):  # one byte more than expected, to detect extra data
         if time.monotonic() - begin > WINDOW:
             if (came := part.size + len(block) - before) < LEAST and part.size + len(block) < size:
-                return f"it is too slow: {came:,} bytes in {WINDOW:.0f} s"
+                return f"too slow: {came:,} bytes in {WINDOW:.0f} s"
             begin, before = time.monotonic(), part.size
         own = block[: size - part.size]
         part.add(own)
         tally.add(len(own))
         if len(own) < len(block):
-            return f"it sends more than the {size:,} bytes that distill.json lists"
+            return f"longer than the {size:,} bytes that distill.json lists"
         if tally.stop.is_set():
             break
-    return "" if part.size == size else f"it ended after {part.size:,} of {size:,} bytes"
+    return "" if part.size == size else f"the transfer ended after {part.size:,} of {size:,} bytes"

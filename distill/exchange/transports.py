@@ -156,7 +156,7 @@ def scheme_of(text: str) -> str:
     scheme = re.match(r"\s*([a-z][a-z0-9+.-]*):/", text, re.IGNORECASE)
     if scheme is None or re.search(r"::\w+:", text):  # fsspec would follow such a chain
         raise InputError(
-            "the address given is not a plain URL of a folder, without '?', '#' and '::'; write SCHEME://HOST/PATH; "
+            "the URL must have the form SCHEME://HOST/PATH, without '?', '#' and '::'; "
             f"valid schemes: {', '.join(SCHEMES)}"
         )
     if scheme[1].lower() not in SCHEMES:
@@ -179,12 +179,12 @@ def _parsed(text: str) -> SplitResult:
             f"{scheme}://{url.hostname}:...: the port is not a number. If the password contains '/', write it as %2F"
         ) from None
     if url.query or url.fragment or re.search(r"[?#]", text):
-        raise InputError(f"{plain}: a plain URL of a folder is expected, without '?', '#' and '::'")
+        raise InputError(f"{plain}: give the URL of a folder, without '?', '#' and '::'")
     if one_line(text, len(text)) != text:
-        raise InputError(f"{plain}: a URL has no control characters, and no spaces at its ends or in a row")
+        raise InputError(f"{plain}: the URL must not contain control characters, or spaces at its ends or in a row")
     if scheme == "file":
         if url.netloc not in ("", "localhost"):
-            raise InputError(f"{plain}: a file URL has three slashes: file:///path")
+            raise InputError(f"{plain}: a file URL needs three slashes: file:///path")
     elif not url.netloc:
         raise InputError(f"{plain}: the host is missing; write {scheme}://HOST/PATH")
     elif scheme in ACCOUNTS and "@" in url.netloc:

@@ -20,7 +20,7 @@ def place(launch: LaunchSpec) -> torch.device:
         return torch.device("cpu")
     if launch.procs > (found := torch.cuda.device_count()):
         raise InputError(
-            f"launch.procs={launch.procs}, but there are only {found} GPUs here, one for each process; give fewer"
+            f"launch.procs={launch.procs}, but there are only {found} GPUs, and each process needs one; give fewer"
         )
     # The same spec must give the same values: no TF32, no kernels that are chosen by timing, no varying order of sums.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

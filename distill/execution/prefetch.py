@@ -147,7 +147,7 @@ def _in_store(wanted: Input, store: Path, repository: Repository) -> Input:
             found = _with_size(wanted, folder)
         except (OSError, ValidationError) as error:
             reason = mistake(error) if isinstance(error, ValidationError) else error.strerror
-            warn(f"{folder} is incomplete (input.json: {reason}); the {wanted} is fetched under another name")
+            warn(f"{folder} is incomplete (input.json: {reason}); the {wanted} is downloaded again to another folder")
             wanted = replace(wanted, digest=_digest(wanted.digest, f"{number}"))
             continue
         with suppress(OSError):  # the folder may belong to another user
@@ -197,7 +197,7 @@ def read(run: RunPaths) -> list[Input]:
         return []
     except (OSError, ValidationError) as error:
         reason = mistake(error) if isinstance(error, ValidationError) else error.strerror
-        raise RunError(f"{path} cannot be read ({reason}); start the run again under another name") from error
+        raise RunError(f"{path} cannot be read ({reason}); start a new run with another name") from error
 
 
 def link(run: RunPaths) -> None:
@@ -206,7 +206,7 @@ def link(run: RunPaths) -> None:
     for each in read(run):
         content, place = each.content(store), run.root / "inputs" / each.link
         if not content.is_dir():
-            raise RunError(f"the {each} is not in {each.folder(store)} any more; submit the run again with --resume")
+            raise RunError(f"the {each} is no longer in {each.folder(store)}; submit the run again with --resume")
         place.parent.mkdir(parents=True, exist_ok=True)
         target = os.path.relpath(content, place.parent)
         if not (place.is_symlink() and str(place.readlink()) == target):
@@ -239,7 +239,7 @@ def unused(store: Path) -> list[Path]:
         try:
             used |= {each.digest for each in read(run)}
         except RunError as error:
-            warn(f"{error}; until then, inputs that it may need are kept")
+            warn(f"{error}; inputs that this run may need are kept")
             used |= _named(run)
             before = min(before, _made(run) - UNUSED_SECONDS)
     found = sorted((store / "inputs").glob("*")) if (store / "inputs").is_dir() else []

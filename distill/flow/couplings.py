@@ -73,7 +73,7 @@ def costs(data: Tensor, noise: Tensor, block: int, labels: Tensor | None = None)
     sides = (in_blocks(_flat(side), block) for side in (data, noise))
     found = torch.cdist(*sides, compute_mode="donot_use_mm_for_euclid_dist").to("cpu", torch.float64)
     if not found.isfinite().all():
-        raise RunError("the data, which is to be coupled with noise, contains NaN or infinity; correct it")
+        raise RunError("the data or the noise to be coupled contains NaN or infinity; check the data")
     if labels is not None:
         theirs = in_blocks(labels.cpu(), block)
         found = found.masked_fill(theirs[:, :, None] != theirs[:, None, :], torch.inf)

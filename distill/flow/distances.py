@@ -61,11 +61,11 @@ class LpipsOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     lpips_trunk: Literal["squeeze", "alex", "vgg"] | None = None
-    """network whose features LPIPS compares; null: no LPIPS"""
+    """backbone whose features LPIPS compares; null: no LPIPS"""
     lpips_path: FilePath | None = None
-    """safetensors file of the trunk: torchvision's squeezenet1_1, alexnet or vgg16"""
+    """safetensors file with the weights of this network: torchvision's squeezenet1_1, alexnet or vgg16"""
     lpips_heads: bool | None = None
-    """weight the features by the calibrated heads of LPIPS; null: true; false for a trunk they were not fitted to"""
+    """use the trained linear heads of LPIPS; null: true; use false for a backbone with other weights"""
     lpips_resize: Literal["none", "to_64", "to_64_corners", "to_224"] = "to_64"
     """enlarge images whose shorter side is below 64 or 224, bilinear; to_64_corners: with corners aligned"""
 
@@ -110,8 +110,8 @@ class Lpips(nn.Module):
             import lpips  # imported here because it takes two seconds
         except (ImportError, OSError, RuntimeError) as error:  # e.g. torchvision was built for another torch version
             raise InputError(
-                f"lpips_trunk={trunk} needs the packages lpips and torchvision, and they cannot be imported ({error}); "
-                "install versions that fit this torch, or set lpips_trunk to null"
+                f"lpips_trunk={trunk} needs the packages lpips and torchvision, which cannot be imported ({error}); "
+                "install versions that fit this version of torch, or set lpips_trunk to null"
             ) from error
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # the random weights are replaced below
             warnings.simplefilter("ignore", UserWarning)  # lpips uses a deprecated argument of torchvision
@@ -126,12 +126,12 @@ class Lpips(nn.Module):
         """
         if not path.is_file():
             raise InputError(
-                f"LPIPS trunk {path} does not exist; give a safetensors file of torchvision's {trunk} weights"
+                f"lpips_path={path} does not exist; give a safetensors file of torchvision's {trunk} weights"
             )
         try:
             given = load_file(path)
         except SafetensorError as error:
-            raise InputError(f"LPIPS trunk {path} is not a complete safetensors file ({error})") from error
+            raise InputError(f"lpips_path={path} is not a complete safetensors file ({error})") from error
         expected = self.metric.net.state_dict()
         sources = {name: "features." + name.split(".", 1)[1] for name in expected}
         wrong = [f"{source} is missing" for source in sources.values() if source not in given]
@@ -139,7 +139,7 @@ class Lpips(nn.Module):
             if source in given and given[source].shape != expected[name].shape:
                 wrong.append(f"{source} is {list(given[source].shape)}, not {list(expected[name].shape)}")
         if wrong:
-            raise InputError(f"LPIPS trunk {path} is not torchvision's {trunk}: {', '.join(wrong)}")
+            raise InputError(f"lpips_path={path} does not contain torchvision's {trunk}: {', '.join(wrong)}")
         return {name: given[source] for name, source in sources.items()}
 
     @staticmethod

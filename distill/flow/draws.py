@@ -78,7 +78,7 @@ class StepDraw:
         own, total = self._own("every", like), self.rows.total
         if 0 < fraction < 1 and math.floor(total * fraction + SLACK) in (0, total):
             raise InputError(
-                f"{fraction:g} of a batch of {total} samples selects no sample, or all of them; increase batch_size"
+                f"a fraction of {fraction:g} selects none or all of the {total} samples of a batch; increase batch_size"
             )
         before = torch.arange(own.start, own.stop + 1, dtype=torch.float64, device=like.device)
         counts = (before * fraction + SLACK).floor()

@@ -80,8 +80,8 @@ def solve_along(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str,
     inner = times[1:-1]
     if not is_path(times) or not all(t_min - ROUNDING <= t < t_max for t in inner):
         raise InputError(
-            f"times {', '.join(f'{t:g}' for t in times)}: they must decrease from 1 to 0; between these, valid times "
-            f"are below {t_max:.4g} and at least {t_min:.4g}, where the velocity is known"
+            f"times {', '.join(f'{t:g}' for t in times)}: must decrease from 1 to 0; times in between must be less "
+            f"than {t_max:.4g} and at least {t_min:.4g}, where the teacher's velocity is defined"
         )
     return _solve(field, noise, cond, solver, torch.tensor([t_max, *inner, 0.0], dtype=torch.float64))
 

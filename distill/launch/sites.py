@@ -19,7 +19,7 @@ EXAMPLE = environment.ROOT / "slurm" / "site.example.yaml"
 def _variable(name: str) -> str:
     if re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name) is None:
         raise ValueError(
-            f"'{name}' is not the name of a variable; valid: letters, digits and _, not beginning with a digit"
+            f"'{name}' is not a valid variable name; valid: letters, digits and _, not beginning with a digit"
         )
     return name
 
@@ -28,7 +28,7 @@ Variable = Annotated[str, AfterValidator(_variable)]
 
 
 class CacheSite(FrozenModel):
-    """Folders of libraries for files between jobs. null: the library's default, often the home directory."""
+    """Folders in which libraries keep files for later jobs. null: the library's default, often in the home folder."""
 
     HF_HOME: ScriptLine | None = None
     TORCH_EXTENSIONS_DIR: ScriptLine | None = None
@@ -42,11 +42,11 @@ class ContainerSite(FrozenModel):
     runtime: Literal["none", "pyxis", "apptainer"] = "none"
     """pyxis: srun --container-image; apptainer: srun apptainer exec"""
     mounts: list[ScriptLine] = []
-    """folders visible inside under the same path, in addition to the store"""
+    """folders to mount in the container under the same path, in addition to the store"""
     options: list[ScriptLine] = []
     """further options of the runtime, like --nv"""
     python: ScriptLine = "python3"
-    """the Python interpreter inside the container"""
+    """Python interpreter inside the container"""
 
 
 class Site(FrozenModel):
@@ -55,22 +55,22 @@ class Site(FrozenModel):
     modules: list[ScriptLine] = []
     """modules to load before anything else"""
     setup: list[ScriptLine] = []
-    """lines of bash to run after that, one per item"""
+    """bash commands to run after the modules are loaded, one per item"""
     environment: dict[Variable, ScriptLine] = {}
-    """environment variables of every process, like NCCL_SOCKET_IFNAME"""
+    """environment variables to set for every process, like NCCL_SOCKET_IFNAME"""
     caches: CacheSite = CacheSite()
     partition: ScriptLine | None = None
-    """partition of jobs that set none; null: Slurm's default"""
+    """partition for jobs whose spec sets none; null: Slurm's default"""
     partitions: list[ScriptLine] = []
     """partitions that users may choose; empty: all partitions of Slurm"""
     account: ScriptLine | None = None
-    """null: Slurm's default"""
+    """account for jobs whose spec sets none; null: Slurm's default"""
     qos: ScriptLine | None = None
-    """null: Slurm's default"""
+    """QOS for jobs whose spec sets none; null: Slurm's default"""
     options: list[ScriptLine] = []
-    """more options for sbatch, for every job"""
+    """further options for sbatch, for every job"""
     python: ScriptLine | None = None
-    """the Python interpreter on the nodes; null: that of `distill submit`"""
+    """Python interpreter on the nodes; null: the one that runs `distill submit`"""
     container: ContainerSite = ContainerSite()
 
 
@@ -88,7 +88,7 @@ def load(path: Path) -> SiteSource:
         raise InputError(f"there is no site file {path}; copy and edit {EXAMPLE}")
     content = yamltext.parse(yamltext.read(path), str(path)) or {}
     if not isinstance(content, dict):
-        raise InputError(f"{path}: contains {schema.show(content)}, not a site; {EXAMPLE} shows one")
+        raise InputError(f"{path}: contains {schema.show(content)}, not the settings of a site; see {EXAMPLE}")
     try:
         return SiteSource(Site.model_validate(content, strict=True), path)
     except ValidationError as error:

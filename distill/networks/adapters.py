@@ -54,8 +54,8 @@ def _targets(name: str, role: Adapter) -> list[str]:
         matched = [path for path in layers if path == target or path.endswith(f".{target}")]
         if not matched:
             raise InputError(
-                f"network '{name}': no linear or convolution layer has a name that is, or ends with, the "
-                f"adapter's target '{target}'; {suggest(target, _ends(layers))}"
+                f"network '{name}': the adapter's target '{target}' matches no linear or convolution layer (by full "
+                f"name or last part); {suggest(target, _ends(layers))}"
             )
         found += matched
     return list(dict.fromkeys(found))

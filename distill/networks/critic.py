@@ -38,7 +38,8 @@ class Critic(nn.Module):
                 head = [nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)]
             else:
                 raise InputError(
-                    f"a discriminator does not support {type(network).__name__}: its innermost features are not known"
+                    f"a discriminator does not support {type(network).__name__}; valid: a UNet2DModel with a "
+                    f"mid block, an MLP"
                 )
             self.head = nn.Sequential(*head).to(next(network.parameters()).device)
 

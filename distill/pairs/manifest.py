@@ -256,8 +256,8 @@ def fault(path: Path, file: ShardFile) -> str | None:
         if not S_ISREG(status.st_mode):
             return "not a file"
         if status.st_size != file.size:
-            return f"damaged ({status.st_size} bytes, not {file.size})"
-        return None if file_sha256(path) == file.sha256 else "damaged (its sha256 is not the manifest's)"
+            return f"damaged ({status.st_size} bytes, expected {file.size})"
+        return None if file_sha256(path) == file.sha256 else "damaged (checksum mismatch)"
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
     except OSError as error:

@@ -61,12 +61,14 @@ class PairSet:
         if not manifest.done or len(manifest.shards) < layout.files:
             made = manifest.shards.keys() | records(folder, layout)[0].keys()
             raise InputError(
-                f"{folder} is incomplete, {len(made)} of {layout.files} shards; run its pairs stage again to finish it"
+                f"{folder} is incomplete: {len(made)} of {layout.files} shards exist; run its pairs stage again to "
+                "finish it"
             )
         if teacher_digest not in (None, manifest.teacher_digest):
             raise InputError(
                 f"{folder} contains pairs of another teacher: {printable(manifest.teacher[:200])}, digest "
-                f"{printable(manifest.teacher_digest[:12])}, not {str(teacher_digest)[:12]}; make pairs of this teacher"
+                f"{printable(manifest.teacher_digest[:12])}, expected {str(teacher_digest)[:12]}; generate pairs with "
+                "this teacher"
             )
         names = [layout.name(number) for number in layout.part((rank, size))]
         faults = [f"{name} is {wrong}" for name in names if (wrong := fault(folder / name, manifest.shards[name]))]
@@ -75,14 +77,14 @@ class PairSet:
         if faults:
             raise InputError(
                 f"{folder}: {few(faults)}; delete damaged and unknown files, then resume "
-                "the run (--resume): missing shards are made again"
+                "the run (--resume): missing shards are generated again"
             )
         if not manifest.store_noise:
             drawn = noise_sha256(manifest.seed, manifest.count, manifest.shape)
             if drawn != manifest.noise_sha256:
                 raise InputError(
-                    f"{folder}: this machine draws different noise from seed {manifest.seed} than the pairs were "
-                    "solved from (another numpy?); make the pairs again, or store their noise (store_noise: true)"
+                    f"{folder}: on this machine, seed {manifest.seed} gives other noise than the noise of the pairs "
+                    "(another numpy version?); generate the pairs again, or with their noise (store_noise: true)"
                 )
         return cls(folder, manifest)
 
@@ -99,7 +101,7 @@ class PairSet:
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise RunError(f"{path} was complete at the start and cannot be read now: {error}") from error
+            raise RunError(f"{path} was complete at the start, but cannot be read now: {error}") from error
         found = {name: (values.dtype, tuple(values.shape)) for name, values in tensors.items()}
         expected = self._tensors(len(indices))
         if found != expected:

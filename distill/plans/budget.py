@@ -97,8 +97,8 @@ def _scaled(chain: Chain, found: Mapping[str, Measured], minutes: float) -> dict
     factor = minutes / whole
     if factor < least:
         raise InputError(
-            f"--budget {minutes:g}: too short for '{chain.name}': it leaves less than one batch for '{short}'; give at "
-            f"least {1.01 * least * whole:.3g} minutes"
+            f"--budget {minutes:g}: too short for '{chain.name}': less than one batch of '{short}' fits; give at least "
+            f"{1.01 * least * whole:.3g} minutes"
         )
     return {name: _of_length(stage, factor) for name, stage in trained.items()}
 

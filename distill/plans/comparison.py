@@ -109,8 +109,8 @@ def _refuse_one_name(chains: Sequence[Chain]) -> None:
     for name, each in recipes.items():
         if len(each) > 1:
             raise InputError(
-                f"--recipes: {' and '.join(each)} would both have a stage '{name}'; give the spec a stage of one of "
-                "them"
+                f"--recipes: {' and '.join(each)} would both get a stage '{name}'; add a stage for one of them to the "
+                "spec, with another name"
             )
 
 
@@ -118,7 +118,7 @@ def _evaluation(spec: RunSpec) -> tuple[str, EvaluateStage]:
     found = [(name, stage) for name, stage in spec.stages.items() if isinstance(stage, EvaluateStage)]
     if not found:
         raise InputError(
-            f"spec '{spec.name}' has no evaluate stage to compare by; add one, like "
+            f"spec '{spec.name}' has no evaluate stage, which a comparison needs; add one, like "
             "evaluate: {kind: evaluate, teacher: teach, students: {}}"
         )
     return found[-1]
@@ -191,7 +191,7 @@ def _own_chain(spec: RunSpec, end: str, parts: Mapping[str, set[str]]) -> Chain:
 def _new(spec: RunSpec, name: str) -> str:
     """`name` for a new stage. InputError if the spec already has a stage of that name."""
     if name in spec.stages:
-        raise InputError(f"stages.{name}: the comparison creates a stage with that name; give this one another name")
+        raise InputError(f"stages.{name}: the comparison also creates a stage with this name; rename this one")
     return name
 
 
@@ -212,12 +212,12 @@ def _derived_chain(resolved: Resolved, recipe: str, teachers: set[str], distille
     spec = resolved.spec
     made = [n for n in teachers if isinstance(s := spec.stages[n], TrainStage) and s.recipe == recipe]
     if made:
-        raise InputError(f"--recipes: {recipe} makes the teacher here ('{made[0]}'); name recipes that distil it")
+        raise InputError(f"--recipes: {recipe} trains the teacher here ('{made[0]}'); name recipes that distil it")
     name, first = _new(spec, short(recipe)), next(iter(distilled.values()), None)
     if first is None:
         raise InputError(
-            f"--recipes: {recipe} has no stage in spec '{spec.name}', and no other distillation stage sets a "
-            "length, batch size and optimizer for it; add one"
+            f"--recipes: {recipe} has no stage in spec '{spec.name}', and there is no other distillation stage whose "
+            "length, batch size and optimizer it could use; add a stage for it"
         )
     exact = first.teacher is None and resolved.spec.has_exact_teacher
     stage = TrainStage(
@@ -236,8 +236,8 @@ def _derived_chain(resolved: Resolved, recipe: str, teachers: set[str], distille
     needs = resolve_recipe(stage, resolved.base, f"--recipes: {recipe}").needs
     if not needs & {"teacher", "pairs"}:
         raise InputError(
-            f"--recipes: {recipe} uses no teacher with default options, so it would not distil one; add a stage of it "
-            "to the spec that uses the teacher, or starts from it (init)"
+            f"--recipes: {recipe} uses no teacher with its default options; add a stage with this recipe to the spec "
+            "that uses the teacher, or starts from it (init)"
         )
     if "pairs" in needs:
         stage = stage.model_copy(update={"pairs": _pairs_for(spec, recipe, needs, first)})
@@ -262,5 +262,5 @@ def _pairs_for(spec: RunSpec, recipe: str, needs: frozenset[str], first: TrainSt
     )
     teacher = f"'{first.teacher}'" if first.teacher else "its teacher"
     raise InputError(
-        f"--recipes: {recipe} needs {what}, and spec '{spec.name}' has none of {teacher}; add a pairs stage with {how}"
+        f"--recipes: {recipe} needs {what} of {teacher}, but spec '{spec.name}' has none; add a pairs stage with {how}"
     )

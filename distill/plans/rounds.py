@@ -25,9 +25,9 @@ DISTILLATION, EVALUATION = "reflow/one_step", "evaluate"
 DATA_WEIGHT = "data_weight"  # option of a recipe: weight of a flow-matching term on real data
 FEW_STEPS = [1, 2, 4]
 FITS = (
-    "rounds are made from a spec with one pairs stage, one train stage on its pairs whose velocity student can be the "
-    "next teacher (reflow/reflow), and at most a one-step distillation and an evaluation after it; "
-    "`distill init digits` writes one"
+    "reflow needs a spec with one pairs stage, one train stage on its pairs whose velocity student can be the next "
+    "teacher (reflow/reflow), and then at most one one-step distillation and one evaluation; for an example: "
+    "`distill init digits`"
 )
 
 
@@ -72,7 +72,7 @@ def expand(resolved: Resolved, plan: RoundsPlan) -> RunSpec:
         stages.append((template.evaluation_name, _last_evaluation(template, flows, plan)))
     names = [name for name, _ in stages]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"stages.{twice[0]}: the rounds create a stage with that name; give this one another name")
+        raise InputError(f"stages.{twice[0]}: the rounds also create a stage with this name; rename this one")
     return spec.model_copy(update={"stages": dict(stages)})
 
 
@@ -123,7 +123,7 @@ def _template(resolved: Resolved) -> Template:
     ((name, flow),) = flows.items()
     recipe = resolved.recipes[name]
     if recipe.kind is None or not recipe.kind.is_field or "states" in recipe.needs:
-        raise _unfit(spec, f"has no student that learns whole paths in stage '{name}' ({flow.recipe})")
+        raise _unfit(spec, f"trains stage '{name}' with {flow.recipe}, whose student cannot be the next teacher")
     evaluations = [n for n in after if isinstance(spec.stages[n], EvaluateStage)]
     others = [n for n in after if n not in {name, *distillation, *evaluations[:1]}]
     if others:
@@ -168,26 +168,26 @@ def _refuse(resolved: Resolved, template: Template, plan: RoundsPlan) -> None:
         raise InputError(f"--rounds {plan.rounds}: must be at least 1")
     if plan.distill and not template.distillation:
         raise InputError(
-            f"--distill: spec '{spec.name}' has no distillation; give it a train stage of {DISTILLATION} on the pairs "
-            f"of '{template.pairs_name}', or leave --distill out"
+            f"--distill: spec '{spec.name}' has no distillation stage; add a train stage with {DISTILLATION} on the "
+            f"pairs of '{template.pairs_name}', or remove --distill"
         )
     inexact = not resolved.spec.has_exact_teacher  # an exact teacher can draw real samples itself
     lacking = {"--forward": plan.forward is not None and inexact, "--data-weight": plan.data_weight is not None}
     for option in [name for name, is_lacking in lacking.items() if is_lacking and isinstance(spec.data, NoData)]:
         raise InputError(
-            f"{option} takes real data, and spec '{spec.name}' has none; give it data, e.g. data={{kind: digits}}, "
-            f"or leave {option} out"
+            f"{option} needs real data, but spec '{spec.name}' has none; add data, e.g. data={{kind: digits}}, "
+            f"or remove {option}"
         )
     if plan.forward is not None and not 0 < plan.forward < 1:
-        raise InputError(f"--forward {plan.forward:g}: must be a fraction of each batch, above 0 and below 1, like 0.2")
+        raise InputError(f"--forward {plan.forward:g}: must be a fraction between 0 and 1, like 0.2")
     if plan.forward is not None and template.pairs.paths == "forward":
-        raise InputError(f"--forward: the pairs of '{template.pairs_name}' are of real data already; leave it out")
+        raise InputError(f"--forward: '{template.pairs_name}' already generates forward pairs; remove --forward")
     if plan.data_weight is not None and not 0 < plan.data_weight < math.inf:
-        raise InputError(f"--data-weight {plan.data_weight:g}: must be a weight above 0, like 0.1")
+        raise InputError(f"--data-weight {plan.data_weight:g}: must be greater than 0, like 0.1")
     options = resolved.recipes[template.flow_name].module.Config.model_fields
     if plan.data_weight is not None and DATA_WEIGHT not in options:
         recipe = template.flow.recipe
-        raise InputError(f"--data-weight: {recipe} has no option {DATA_WEIGHT}; leave it out, or use reflow/reflow")
+        raise InputError(f"--data-weight: {recipe} has no option {DATA_WEIGHT}; remove it, or use reflow/reflow")
 
 
 def _round(template: Template, number: int, teacher: str | None, plan: RoundsPlan) -> list[tuple[str, Stage]]:

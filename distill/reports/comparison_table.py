@@ -125,7 +125,7 @@ def found(run: RunPaths) -> FoundComparison | None:
     if missing := [entry.name for entry in comparison.entries if entry.name not in names]:
         raise InputError(
             f"{run.stage(comparison.evaluation).root / results.FILE_NAME} cannot be used: it has no row of "
-            f"'{missing[0]}', which {run.comparison.name} names; delete it and done.json to evaluate again"
+            f"'{missing[0]}', which {run.comparison.name} lists; delete it and done.json to evaluate again"
         )
     sessions, ended, device = Sessions(), None, ""
     for event in read_events(run, ["stage started", "resumed", "progress"]):
@@ -256,10 +256,10 @@ def _straightness(measured: Sequence[Row]) -> str:
 def note(found: FoundComparison) -> str:
     """An explanation of the columns."""
     return (
-        f"@N: at N steps. S: mean square difference between velocity and mean velocity along the network's own "
-        f"paths, 0 = straight; a flow map has none. Training: time of the training loop, with a "
+        f"@N: with N steps. S: straightness, the mean square difference between velocity and mean velocity along the "
+        f"network's own paths; 0: straight; a flow map has no paths. Training: time of the training loop, with a "
         f"budget of {found.comparison.budget_minutes:g} minutes each. Memory: of one process, for weights, gradients, "
-        "optimizer, averages and activations. Teacher calls: network calls for the pairs, counted in full for each "
+        "optimizer, EMA weights and activations. Teacher calls: network calls for the pairs, counted in full for each "
         "recipe, and during training."
     )
 

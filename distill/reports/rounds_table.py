@@ -38,7 +38,7 @@ class Round:
         if before is None or after is None or after <= before:
             return None
         return (
-            f"by the full solver {self.after.network} is further from the data than the flow before it: "
+            f"with the fine solver, {self.after.network} is further from the data than the previous flow: "
             f"{self.distance} {number(before)} -> {number(after)}. Errors add up over rounds: use fewer (--rounds), "
             "more pairs or solver steps (count and steps of the pairs), or real data (--forward, --data-weight)"
         )
@@ -63,8 +63,8 @@ def rounds(found: Mapping[str, Results]) -> list[Round]:
 def columns(found: Sequence[Round]) -> list[str]:
     """Column titles for `cells`."""
     what = found[0].distance
-    distance = [f"{what}, full solver", *map(_named, _steps(found))] if what else []
-    return ["straightness", *distance, "RMS to flow before, full solver", "RMS, 1 step", "transport"]
+    distance = [f"{what}, fine solver", *map(_named, _steps(found))] if what else []
+    return ["straightness", *distance, "RMS to previous flow, fine solver", "RMS, 1 step", "transport"]
 
 
 def cells(found: Sequence[Round], each: Round) -> list[str]:
@@ -97,7 +97,7 @@ def curves(found: Sequence[Round]) -> dict[str, dict[str, list[tuple[int, float]
             for n in _steps(found)
         }
         panels = {
-            found[0].distance: {"full solver": [(i, row.distance) for i, row in enumerate(ends)], **few},
+            found[0].distance: {"fine solver": [(i, row.distance) for i, row in enumerate(ends)], **few},
             **panels,
         }
     shown = {
@@ -109,9 +109,9 @@ def curves(found: Sequence[Round]) -> dict[str, dict[str, list[tuple[int, float]
 
 
 NOTE = (
-    "before -> after, each round from the same noise. Straightness: mean square difference between velocity and mean "
-    "velocity along the flow's paths, 0 = straight. RMS: between the ends of the paths from the same noise. Transport: "
-    "mean square of data minus noise; only errors can increase it."
+    "before -> after each round; all use the same noise. Straightness: mean square difference between velocity and "
+    "mean velocity along the flow's paths; 0: straight. RMS: root mean square difference between the ends of the "
+    "paths. Transport: mean square of data minus noise; only errors can increase it."
 )
 
 

@@ -88,7 +88,7 @@ def _read(name: str, path: tuple[str, ...]) -> Solver:
     if name in _our_names():
         if points:
             raise InputError(
-                f"{_title(points[0])}: distill already has a solver with this name; rename it, or uninstall the package"
+                f"{_title(points[0])}: distill has a solver with this name; rename yours, or uninstall the package"
             )
         return _checked(f"{__name__}.{name}", f"solver '{name}'", "")
     if not points:

@@ -48,7 +48,7 @@ def check(spec: RunSpec, base: Path) -> Resolved:
 def _mistakes(found: Resolved) -> Iterator[str]:
     spec = found.spec
     if not spec.stages:
-        yield "stages: empty; a run has at least one stage"
+        yield "stages: empty; a run needs at least one stage"
     yield from teacher_mistakes(spec)
     yield from _launch(spec)
     yield from clusterspec.mistakes(spec)
@@ -111,7 +111,7 @@ def _references(spec: RunSpec, name: str, stage: Stage) -> Iterator[str]:
             yield f"stages.{name}.{field}: there is no stage '{target}'; {valid}"
         elif target not in earlier:
             itself = "itself" if target == name else f"'{target}', which comes later"
-            yield f"stages.{name}.{field}: refers to {itself}; a stage refers to earlier ones; {valid}"
+            yield f"stages.{name}.{field}: refers to {itself}; a stage can refer only to earlier stages; {valid}"
         else:
             yield f"stages.{name}.{field}: '{target}' is a {spec.stages[target].kind} stage, not {kind}; {valid}"
 
@@ -146,12 +146,15 @@ def _recipe(stage: TrainStage, recipe: ResolvedRecipe, where: str) -> Iterator[s
     """The mistakes in what a recipe declares: an unknown kind of student, a sampler that does not fit, and so on."""
     if recipe.kind is None:
         kinds = ", ".join(STUDENTS)
-        yield f"{where}: {stage.recipe} makes a {recipe.config.student} student, which is not built yet; valid: {kinds}"
+        yield f"{where}: {stage.recipe} makes a student of unknown kind '{recipe.config.student}'; valid: {kinds}"
     elif recipe.sampler not in recipe.kind.samplers:
         valid = ", ".join(recipe.kind.samplers)
-        yield f"{where}: {stage.recipe} samples a {recipe.config.student} student by {recipe.sampler}; valid: {valid}"
+        yield (
+            f"{where}: {stage.recipe} sets the sampler {recipe.sampler}, which cannot sample a "
+            f"{recipe.config.student} student; valid: {valid}"
+        )
     if "pairs" in recipe.needs and "teacher" not in recipe.needs:
-        yield f"{where}: {stage.recipe} needs pairs, which are a teacher's; its Config.needs must name teacher as well"
+        yield f"{where}: {stage.recipe} needs pairs, which a teacher generates; add 'teacher' to its Config.needs"
 
 
 def _kinds(found: Resolved, name: str) -> Iterator[str]:
@@ -163,9 +166,8 @@ def _kinds(found: Resolved, name: str) -> Iterator[str]:
     teacher = found.kind(stage.teacher)
     if teacher is not None and not teacher.is_field:
         yield (
-            f"stages.{name}.teacher: the student of '{stage.teacher}' is {teacher.words}; it is not a velocity "
-            "field; name a "
-            "stage with a velocity student"
+            f"stages.{name}.teacher: the student of '{stage.teacher}' is {teacher.words}, but a teacher must be a "
+            "velocity field; name a stage with a velocity student"
         )
     if not isinstance(stage, TrainStage) or name not in found.recipes:
         return
@@ -189,13 +191,13 @@ def _guidance(found: Resolved, stage: Stage, guidance_scale: float, where: str) 
     given = f"{where}.guidance_scale: {guidance_scale:g} given, but"
     if not recipe.unconditional:
         yield (
-            f"{given} the student of '{stage.teacher}' was trained only on its teacher, never on an "
-            "unconditional velocity; use 1, or a teacher trained on data"
+            f"{given} the student of '{stage.teacher}' has no unconditional prediction, because it was trained only "
+            "on its teacher's outputs; use 1, or a teacher trained on data"
         )
     elif teacher.network is not None and not _has_classes(found.spec):
         yield (
-            f"{given} the data has no classes, so '{stage.teacher}' has no unconditional velocity of its own; "
-            "use 1, or labelled data"
+            f"{given} the data has no classes, so the student of '{stage.teacher}' has no separate unconditional "
+            "prediction; use 1, or labelled data"
         )
 
 
@@ -211,13 +213,17 @@ def _train(found: Resolved, stage: TrainStage, resolved: ResolvedRecipe, where: 
     spec, recipe, needs = found.spec, stage.recipe, resolved.needs
     if "jvp" in needs and spec.launch.zero_stage == 3:
         yield (
-            f"{where}: {recipe} uses forward-mode derivatives (jvp), which do not work with the hooks by which "
-            "launch.zero_stage 3 gathers weights; use 0, 1 or 2"
+            f"{where}: {recipe} uses forward-mode derivatives (jvp), which do not work with launch.zero_stage: 3; "
+            "use 0, 1 or 2"
         )
     if "data" in needs and isinstance(spec.data, NoData):
         vectors = found.spec.has_exact_teacher and "teacher" in needs and stage.teacher is None
-        hint = "and there is none of vectors; use reflow" if vectors else "the spec has none; e.g. data: {kind: digits}"
-        yield f"{where}: {recipe} needs data, {hint}"
+        hint = (
+            "the teacher makes vectors, for which there is no data; use reflow/reflow"
+            if vectors
+            else "the spec has none; e.g. data: {kind: digits}"
+        )
+        yield f"{where}: {recipe} needs data, but {hint}"
     if "pairs" in needs and not stage.pair_shares:
         known = [name for name, other in spec.stages.items() if isinstance(other, PairsStage)]
         yield f"{where}: {recipe} needs pairs; name a pairs stage in {where}.pairs ({', '.join(known) or 'none yet'})"
@@ -231,12 +237,15 @@ def _train(found: Resolved, stage: TrainStage, resolved: ResolvedRecipe, where: 
     if "teacher" not in needs and stage.teacher is not None:
         yield f"{where}.teacher: {recipe} needs no teacher, so this has no effect; remove it"
     if stage.init is not None and stage.network is not None:
-        yield f"{where}: init and network are both given, but a network starts from one of them; remove one"
+        yield f"{where}: init and network are both given, but training starts from only one of them; remove one"
     if stage.init is None and stage.network is None:
         if "teacher" not in needs:
-            yield f"{where}: nothing to start from; give network (new weights) or init (an earlier train stage)"
+            yield f"{where}: no initial weights; give network (new weights) or init (an earlier train stage)"
         elif stage.teacher is None and found.spec.has_exact_teacher and spec.teacher is not None:
-            yield f"{where}: the {spec.teacher.kind} teacher has no weights to start from; give network, e.g. kind: mlp"
+            yield (
+                f"{where}: the {spec.teacher.kind} teacher has no weights to start from; give network, e.g. "
+                "network: {kind: mlp}"
+            )
     if "weights" in needs and stage.network is not None:
         yield (
             f"{where}.network: {recipe} starts from trained weights, which a new network does not have; remove it, and "
@@ -251,26 +260,26 @@ def _launch(spec: RunSpec) -> Iterator[str]:
     launch = spec.launch
     trains = [stage for stage in spec.stages.values() if isinstance(stage, TrainStage)]
     if launch.zero_persistence_threshold is not None and launch.zero_stage != 3 and not launch.divide_teacher:
-        yield "launch.zero_persistence_threshold: only zero_stage 3 divides weights, so it has no effect; remove it"
-    if launch.offload_optimizer and not launch.zero_stage:
-        yield "launch.offload_optimizer: only zero_stage 1 to 3 move the optimizer, so it has no effect; remove it"
-    if launch.divide_teacher and launch.world_size == 1:
-        yield "launch.divide_teacher: with one process it has no effect; remove it, or give procs"
-    if launch.activation_checkpointing and trains and all(isinstance(each.network, MlpSpec) for each in trains):
-        yield "launch.activation_checkpointing: an mlp has no blocks to recompute, so it has no effect; remove it"
-    if launch.micro_batch == "auto" and launch.zero_stage is not None:
         yield (
-            "launch.micro_batch: auto tries undivided networks, and launch.zero_stage divides them; give a number, or "
-            "zero_stage: null"
+            "launch.zero_persistence_threshold: has no effect, because no weights are sharded; remove it, or set "
+            "zero_stage: 3"
         )
+    if launch.offload_optimizer and not launch.zero_stage:
+        yield "launch.offload_optimizer: works only with zero_stage 1 to 3; remove it, or set zero_stage"
+    if launch.divide_teacher and launch.world_size == 1:
+        yield "launch.divide_teacher: has no effect with one process; remove it, or increase procs"
+    if launch.activation_checkpointing and trains and all(isinstance(each.network, MlpSpec) for each in trains):
+        yield "launch.activation_checkpointing: has no effect for an mlp; remove it"
+    if launch.micro_batch == "auto" and launch.zero_stage is not None:
+        yield ("launch.micro_batch: auto does not work with launch.zero_stage; give a number, or zero_stage: null")
     elif launch.micro_batch == "auto" and launch.divide_teacher:
-        yield "launch.micro_batch: auto tries an undivided teacher, and launch.divide_teacher divides it; give a number"
+        yield "launch.micro_batch: auto does not work with launch.divide_teacher; give a number"
     given = launch.model_dump(exclude_defaults=True)
     if "collective_minutes" in given and launch.world_size == 1:
-        yield "launch.collective_minutes: one process waits for no other, so it has no effect; remove it"
+        yield "launch.collective_minutes: has no effect with one process; remove it"
     for name in ("nodes", "procs", "zero_stage", "activation_checkpointing", "divide_teacher", "micro_batch"):
         if name in given and not trains:
-            yield f"launch.{name}: {given[name]} given for training, but no stage trains; remove it"
+            yield f"launch.{name}: {given[name]} given, but it applies to training, and no stage trains; remove it"
 
 
 def _pairs(found: Resolved, stage: PairsStage, where: str) -> Iterator[str]:
@@ -279,7 +288,7 @@ def _pairs(found: Resolved, stage: PairsStage, where: str) -> Iterator[str]:
         yield f"{where}: pairs need a teacher; give {where}.teacher (a train stage), or the spec's teacher"
     known = found.spec.has_exact_teacher or not isinstance(spec.data, NoData)
     if stage.paths in OF_DATA and not known:
-        yield f"{where}.paths: {stage.paths} begin with real data; the spec has none; e.g. data: {{kind: digits}}"
+        yield f"{where}.paths: {stage.paths} needs real data, but the spec has none; e.g. data: {{kind: digits}}"
     yield from pairspec.mistakes(stage, f"{where}.")
 
 
@@ -292,17 +301,17 @@ def _evaluate(found: Resolved, stage: EvaluateStage, where: str) -> Iterator[str
     for network, ways in stage.times.items():
         here = f"{where}.times.{network}"
         if network not in ("teacher", *stage.students):
-            yield f"{here}: not measured here; {suggest(network, ['teacher', *stage.students])}"
+            yield f"{here}: this stage does not measure '{network}'; {suggest(network, ['teacher', *stage.students])}"
         if (kind := found.kind(network)) is not None and not kind.is_field:
-            yield f"{here}: its student is {kind.words}, made for uniform steps; remove it"
+            yield f"{here}: its student is {kind.words}, for which step times cannot be chosen; remove it"
         for times in ways:
             if times != "optimal" and not is_path(times):
                 yield f"{here}: {times} given; times must decrease from 1 to 0, like [1, 0.6, 0]"
         most = max({"teacher": stage.teacher_steps, **stage.students}.get(network, []), default=0)
         if network == "teacher" and not stage.teacher_steps:
-            yield f"{here}: teacher_steps is empty, so this has no effect; remove it, or give numbers of steps"
+            yield f"{here}: has no effect, because teacher_steps is empty; remove it, or give numbers of steps"
         if "optimal" in ways and most > FINE:
-            yield f"{here}: optimal times of {most} steps cannot be chosen from {FINE}; give fewer steps"
+            yield f"{here}: optimal times are found for at most {FINE} steps, not {most}; give fewer steps"
     for student in stage.fine_students:
         if student not in stage.students:
             yield f"{where}.fine_students: '{student}' is not in {where}.students; {suggest(student, stage.students)}"

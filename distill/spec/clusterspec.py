@@ -32,8 +32,8 @@ def mistakes(spec: RunSpec) -> Iterator[str]:
             yield f"launch.slurm.time: '{slurm.time}' is not a time limit; valid: MINUTES, H:MM:SS, D-HH or D-HH:MM:SS"
         elif slurm.lead_seconds >= limit:
             yield (
-                f"launch.slurm.lead_seconds: {slurm.lead_seconds} s before a limit of {limit} s (time: {slurm.time}) "
-                "leaves no time to compute; give a longer time or a smaller lead"
+                f"launch.slurm.lead_seconds: {slurm.lead_seconds} s must be less than the time limit of {limit} s "
+                f"(time: {slurm.time}); increase time, or decrease lead_seconds"
             )
     yield from _processes(spec, launch)
     shards = {
@@ -43,13 +43,14 @@ def mistakes(spec: RunSpec) -> Iterator[str]:
         yield f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} given, but no stage makes pairs; remove it"
     if slurm.pairs_jobs > 1 and slurm.one_job:
         yield (
-            f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} given, but one_job runs all stages in one job; remove either"
+            f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} given, but one_job runs all stages in one job; remove one of "
+            "them"
         )
     if shards and slurm.pairs_jobs > max(shards.values()):  # a smaller stage gets one job per shard
         most = max(shards, key=lambda name: shards[name])
         yield (
-            f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} jobs cannot share the {shards[most]} shards of stage "
-            f"'{most}'; give fewer jobs, or a smaller stages.{most}.shard"
+            f"launch.slurm.pairs_jobs: {slurm.pairs_jobs} jobs given, but stage '{most}' has only {shards[most]} "
+            f"shards; give fewer jobs, or a smaller stages.{most}.shard"
         )
 
 
@@ -57,6 +58,9 @@ def _processes(spec: RunSpec, launch: LaunchSpec) -> Iterator[str]:
     trains = any(isinstance(stage, TrainStage) for stage in spec.stages.values())
     gpus = launch.slurm.gpus_per_node
     if gpus and trains and gpus != launch.procs:
-        yield f"launch.slurm.gpus_per_node: {gpus} GPUs for {launch.procs} processes of a node; give one for each"
+        yield (
+            f"launch.slurm.gpus_per_node: {gpus} given, but launch.procs is {launch.procs}; each process uses one GPU, "
+            "so make them equal"
+        )
     if gpus and launch.device == "cpu":
-        yield f"launch.slurm.gpus_per_node: {gpus} given, but launch.device=cpu leaves them idle; remove either"
+        yield f"launch.slurm.gpus_per_node: {gpus} given, but launch.device=cpu does not use GPUs; remove one of them"

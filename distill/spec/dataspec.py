@@ -65,19 +65,19 @@ class ImageOptions(FrozenModel):
     path: str
     """folder, file or hub id of the images"""
     size: Annotated[Pixels | tuple[Pixels, Pixels], WrapValidator(_size)]
-    """N or [height, width] in pixels: images are resized so that they just cover it, then cropped"""
+    """N or [height, width] in pixels; images are resized so that they just cover this size, then cropped"""
     channels: Literal[1, 3] = 3
-    """1: grey, 3: RGB; images are converted"""
+    """1: grey, 3: RGB; images are converted to it"""
     crop: Literal["center", "random"] = "center"
-    """where it is cut; random: keyed by (seed, epoch, index), the same on any number of processes"""
+    """position of the crop; random: depends only on seed, epoch and image, not on the number of processes"""
     flip: bool = False
-    """flip left-right at random, half of the time"""
+    """flip images horizontally with probability 1/2"""
     max_unreadable: int = Field(0, ge=0)
-    """images that cannot be decoded are reported and skipped up to this number, then the run stops"""
+    """how many images that cannot be decoded may be skipped (with a warning); with more, the run stops"""
     background: Annotated[Literal["white", "black"] | tuple[Level, Level, Level] | None, WrapValidator(_background)] = (
         None
     )
-    """colour behind transparent images: white, black or [red, green, blue]; null: they are refused"""
+    """background for transparent images: white, black or [red, green, blue]; null: transparent images are an error"""
 
     @property
     def height_width(self) -> tuple[int, int]:
@@ -112,7 +112,7 @@ class HfData(ImageOptions):
     image_column: str = "image"
     """column of the images"""
     label_column: str | None = None
-    """column of class ids; null: unconditional"""
+    """column of class ids; null: no classes"""
 
     @property
     def is_of_hub(self) -> bool:

@@ -112,7 +112,7 @@ def read(path: str) -> ImageFolder:
     root = Path(path)
     if not root.is_dir():
         refuse_container(path)
-        raise InputError(f"data.path={path} is not a folder; give a folder of images, or of one folder per class")
+        raise InputError(f"data.path={path} is not a folder; give a folder of images, or one with a folder per class")
     listed = os.path.lexists(root / LABELS)
     classes = [] if listed else _classes(root)
     _refuse_splits(path, classes)
@@ -152,8 +152,8 @@ def count_classes(labels: Sequence[int], where: str) -> int:
     most = min(MAX_CLASSES, max(ALWAYS, PER_IMAGE * len(labels)))
     if low < 0 or high >= most:
         raise InputError(
-            f"{where}: class ids from {low} to {high} for {len(labels)} images, valid: 0 to {most - 1} (the number of "
-            f"classes is the highest id + 1, at most {PER_IMAGE} for each image); number the classes 0, 1, 2 ..."
+            f"{where}: {len(labels)} images have class ids from {low} to {high}; valid: 0 to {most - 1} (the number of "
+            f"classes is the highest id + 1, at most {PER_IMAGE} per image); number the classes 0, 1, 2 ..."
         )
     return high + 1
 
@@ -190,8 +190,8 @@ def _files(root: str) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
                 continue
             if found in seen:
                 raise InputError(
-                    f"data.path={root}: {printable(name)} and {printable(seen[found])} are the same folder, so its "
-                    "images would count twice; remove one of the links"
+                    f"data.path={root}: {printable(name)} and {printable(seen[found])} link to the same folder, so its "
+                    "images would be used twice; remove one of the links"
                 )
             seen[found] = name
             stack.append((name, iter(_entries(root, name)), above | {found}))
@@ -218,8 +218,8 @@ def _entries(root: str, folder: str) -> list["os.DirEntry[str]"]:
         shown = printable(", ".join(_below(folder, name) for name in captions[:SHOWN]))
         raise InputError(
             f"data.path={root} has captions ({shown}{', ...' if len(captions) > SHOWN else ''}), which data of kind "
-            "images does not read: they would be lost; give a folder with only the images, in one sub-folder per "
-            "class if there are classes"
+            "images does not support; give a folder with only the images, in one sub-folder per class if there are "
+            "classes"
         )
     return entries
 
@@ -321,9 +321,9 @@ def _refuse_splits(path: str, classes: Sequence[str]) -> None:
     repeats = [match[1] for match in map(REPEATS.fullmatch, classes) if match]
     if repeats and len(repeats) == len(classes) and (len(classes) == 1 or max(Counter(repeats).values()) > 1):
         raise InputError(
-            f"data.path={path}: {printable(', '.join(classes[:SHOWN]))} are named like folders of kohya's trainers, "
-            "REPEATS_NAME, which are not classes; give the folder itself (data.path="
-            f"{printable(_below(path, classes[0]))}), or rename the folders where they are classes"
+            f"data.path={path}: {printable(', '.join(classes[:SHOWN]))} are named like folders of kohya's trainers "
+            "(REPEATS_NAME), which are not classes; give one of these folders (data.path="
+            f"{printable(_below(path, classes[0]))}), or rename them if they are classes"
         )
 
 
@@ -340,7 +340,7 @@ def _refuse_buckets(path: str, classes: Sequence[str], names: Sequence[str]) -> 
     ):
         raise InputError(
             f"data.path={path}: {printable(', '.join(classes[:SHOWN]))} group the images by number and are not "
-            f'classes; write {{"labels": null}} to {path}/{LABELS}, or the class of each image'
+            f'classes; create {path}/{LABELS} with {{"labels": null}}, or with the class of each image'
         )
 
 
@@ -387,12 +387,12 @@ def _of_file(path: Path, names: Sequence[str]) -> list[int] | None:
             raise InputError(f"{path} gives {printable(name)} the classes {ids[name]} and {label}; remove one")
     missing = [name for name in names if name not in ids]
     gone = sorted(ids.keys() - set(names)) if len(ids) > len(names) - len(missing) else []
-    for found, what in ((missing, "labels of images that are in the folder"), (gone, "images that it labels")):
+    for found, what in ((missing, "images of the folder"), (gone, "images that the file lists")):
         if found:
             shown = printable(", ".join(found[:SHOWN]))
-            where = "it does not contain" if found is missing else "the folder does not contain"
+            where = "the file does not list" if found is missing else "the folder does not contain"
             raise InputError(
                 f"{path}: {where} {len(found)} {what} ({shown}{', ...' if len(found) > SHOWN else ''}); "
-                "copy the whole data set, or correct the list"
+                "copy the whole data set, or correct the file"
             )
     return [ids[name] for name in names]

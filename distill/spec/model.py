@@ -2,8 +2,7 @@
 
 A spec is a DAG of stages that refer to each other by name. The student of a stage is a checkpoint like any other, so a
 stage uses a student of this run as its teacher in the same way as a checkpoint from the hub. Progress is measured in
-images (samples shown to the optimizer), never in steps. `launch` sets how a run is executed and is not part of the
-digest.
+images (samples shown to the optimizer), never in steps. `launch` sets how a run is executed; the digest excludes it.
 """
 
 import hashlib
@@ -58,7 +57,7 @@ def is_hub_id(path: str) -> bool:
 
 
 class GaussianTeacher(FrozenModel):
-    """Data N(mean, diag(std^2)): exact velocity and flow map."""
+    """Data from N(mean, diag(std^2)), whose velocity and flow map are known exactly."""
 
     kind: Literal["gaussian"]
     mean: list[float]
@@ -68,7 +67,7 @@ class GaussianTeacher(FrozenModel):
 
 
 class MixtureTeacher(FrozenModel):
-    """Data sum_k weights_k N(means_k, std^2 I): exact velocity."""
+    """Data from sum_k weights_k N(means_k, std^2 I), whose velocity is known exactly."""
 
     kind: Literal["mixture"]
     means: list[list[float]]
@@ -92,7 +91,7 @@ class CheckpointTeacher(FrozenModel):
     scheduler: str | None = None
     """folder of a scheduler config, if the checkpoint is a single model folder without one"""
     null_class: int | None = None
-    """class id of the unconditional call; null: the one in distill.json; without one, guidance is an error"""
+    """class id of the unconditional call, needed for guidance; null: the one in distill.json, if it has one"""
 
     @property
     def is_of_hub(self) -> bool:
@@ -106,7 +105,7 @@ TeacherSpec = Annotated[GaussianTeacher | MixtureTeacher | CheckpointTeacher, Fi
 
 
 class UNetSpec(FrozenModel):
-    """A new pixel U-Net (diffusers UNet2DModel) in the shape of the data."""
+    """A new pixel U-Net (diffusers UNet2DModel) for samples of the data's shape."""
 
     kind: Literal["unet"]
     channels: Annotated[list[Annotated[int, Field(gt=0, le=16384)]], Field(max_length=12)]
@@ -116,13 +115,13 @@ class UNetSpec(FrozenModel):
     attention: bool = False
     """self-attention at the coarsest resolution"""
     norm_groups: Annotated[int, Field(gt=0, le=16384)] = 8
-    """groups of the group norms; divides every entry of channels"""
+    """number of groups of the group norms; every entry of channels must be a multiple of it"""
     dropout: Fraction = 0.0
     """probability of dropping a feature in training"""
 
 
 class MlpSpec(FrozenModel):
-    """A new MLP for vectors in the shape of the teacher."""
+    """A new MLP for vectors of the teacher's dimension."""
 
     kind: Literal["mlp"]
     width: Annotated[int, Field(gt=0, le=65536)] = 192
@@ -152,16 +151,16 @@ class OptimizerSpec(FrozenModel):
     decay: Literal["constant", "cosine", "linear"] = "constant"
     """learning-rate schedule from the end of the warm-up to the end of the stage"""
     clip: PositiveFloat | None = 1.0
-    """largest gradient norm per network; null: no clipping"""
+    """maximum gradient norm of each network; larger gradients are clipped; null: no clipping"""
 
 
 class CheckpointSpec(FrozenModel):
-    """When to save, and how much to keep. A save that is due while another is still being written waits for it."""
+    """When to save checkpoints, and how many to keep. A save waits until the one before it is written."""
 
     images: Images | None = None
-    """save after this many images; null: by minutes only"""
+    """save each time after this many images; null: by minutes only"""
     minutes: Minutes | None = 10.0
-    """save after this many minutes, counted from the start of the last save; null: by images only"""
+    """save this many minutes after the start of the last save; null: by images only"""
     keep: Annotated[int, Field(gt=0, le=1_000_000)] = 2
     """number of complete checkpoints to keep"""
 
@@ -171,28 +170,28 @@ class TrainStage(FrozenModel):
 
     kind: Literal["train"]
     recipe: Line
-    """a file of recipes/, like reflow/reflow, or a path ./mine.py"""
+    """name of a recipe, like reflow/reflow (see `distill recipes`), or your own file, like ./mine.py"""
     options: dict[str, Any] = {}
     """the recipe's own options; `distill recipes NAME` lists them"""
     teacher: Name | None = None
-    """stage whose student is the teacher; null: the spec's teacher"""
+    """train stage whose student is the teacher; null: the spec's teacher"""
     init: Name | None = None
-    """stage whose student's weights to start from; null: the teacher's, or `network`"""
+    """train stage whose student's weights are the initial weights; null: the teacher's, or those of `network`"""
     network: NetworkSpec | None = None
-    """a new network; null: the architecture and the weights of init or the teacher"""
+    """train a new network; null: start from the network of init or of the teacher, with its weights"""
     dropout: Fraction | None = None
     """dropout probability in training, for a network started from init or the teacher; null: as in that network"""
     pairs: Name | dict[Name, Fraction] | None = None
-    """stage whose pairs to train on; or several, with the fraction of each in a batch: {pairs: 0.8, forward: 0.2}"""
+    """pairs stage to train on; or several, with the fraction of each in a batch: {pairs: 0.8, forward: 0.2}"""
     images: Images
     """training length in images"""
     batch_size: Samples = 128
     """global batch: images per optimizer step"""
     optimizer: OptimizerSpec = OptimizerSpec()
     ema_half_lives: Annotated[list[PositiveFloat], Field(max_length=64)] = []
-    """half-lives of averaged weights, in images"""
+    """half-lives, in images, of the EMA weights to keep"""
     export: Literal["raw"] | PositiveFloat = "raw"
-    """weights to export: raw, or one of ema_half_lives"""
+    """weights to export: raw, or the EMA weights of one of ema_half_lives"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: autocast of the networks; weights, optimizer and losses stay fp32"""
     checkpoint: CheckpointSpec = CheckpointSpec()
@@ -211,35 +210,36 @@ class TrainStage(FrozenModel):
 
 
 class PairsStage(FrozenModel):
-    """Solve the teacher's ODE and store the ends of its paths."""
+    """Generate pairs (noise, data): solve the teacher's ODE, and store the start and the end of each path."""
 
     kind: Literal["pairs"]
     teacher: Name | None = None
-    """stage whose student is the teacher; null: the spec's teacher"""
+    """train stage whose student is the teacher; null: the spec's teacher"""
     count: Pairs
     """number of pairs"""
     paths: Literal["backward", "forward", "segments", "trajectories"] = "backward"
-    """backward: from noise to data; forward: from real data to noise; segments and trajectories also store states"""
+    """backward: from noise to data; forward: from real data to noise; trajectories: backward, and store the states
+    at `times` too; segments: from noised real data at one of `times` to the next one"""
     times: list[Fraction] | None = None
-    """decreasing from 1 to 0: trajectories store states at these; segments go from noised data at one to the next"""
+    """for trajectories and segments: decreasing from 1 (noise) to 0 (data), like [1, 0.5, 0]"""
     optimal_times: Steps | None = None
-    """for trajectories, instead of times: number of steps, at those solver times with the smallest Euler error"""
+    """for trajectories, instead of times: number of steps; their times are found by minimising the Euler error"""
     solver: SolverName = "heun"
     """solver of the teacher's ODE"""
     steps: SolverSteps = 16
-    """solver steps (heun calls the network twice per step, except in the last)"""
+    """number of solver steps (heun calls the network twice per step, except in the last)"""
     guidance_scale: Annotated[float, Field(ge=0, le=10_000)] = 1.0
-    """classifier-free guidance baked into the pairs; 1 = none"""
+    """classifier-free guidance scale of the teacher, with which the pairs are generated; 1: no guidance"""
     block: ShardPairs = 256
-    """samples solved at once; it affects the results, so it is set here and not in launch"""
+    """samples per batch of the solver; it affects the results, so it is set here and not in launch"""
     shard: ShardPairs = 4096
     """pairs per file, a multiple of block"""
     dtype: Literal["float32", "float16", "bfloat16", "uint8"] = "float32"
-    """type of the stored data; uint8: pixels in [-1, 1], rounded to 1/127.5"""
+    """data type on disk; uint8: pixels in [-1, 1], rounded to multiples of 1/127.5"""
     store_noise: bool = False
-    """store the noise too, in float32; false: it is drawn again from the seed. Inverted noise is always stored"""
+    """store the noise too, in float32; false: generate it again from the seed; forward paths always store it"""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast of the teacher"""
+    """bf16: call the teacher under autocast"""
 
     @property
     def network_calls(self) -> float:
@@ -273,25 +273,25 @@ class EvaluateStage(FrozenModel):
 
     kind: Literal["evaluate"]
     teacher: Name | None = None
-    """stage whose student is the teacher; null: the spec's teacher"""
+    """train stage whose student is the teacher; null: the spec's teacher"""
     teacher_steps: list[Steps] = [1, 2, 4, 8, 16]
-    """numbers of Euler steps to measure the teacher at, in addition to its fine solver"""
+    """numbers of Euler steps to measure the teacher with, in addition to fine_solver"""
     fine_solver: ReferenceName = "heun"
-    """accurate solver; the teacher's endpoint with it is the reference for all rows"""
+    """accurate solver; the teacher's samples with it are the reference for all rows"""
     fine_steps: Steps = 16
-    """steps of the fine solver"""
+    """number of steps of fine_solver"""
     students: dict[Name, list[Steps]]
-    """train stage: numbers of steps to measure its student at"""
+    """train stage: numbers of steps to measure its student with"""
     times: dict[Name, list[Literal["optimal"] | list[Fraction]]] = {}
-    """also measure at other step times: {teacher: [optimal, [1, 0.6, 0]]}; optimal: those with the smallest error"""
+    """also measure with other step times: {teacher: [optimal, [1, 0.6, 0]]}; optimal: those with the smallest error"""
     fine_students: list[Name] = []
-    """students to measure with the fine solver, too: velocity fields that may be the next teacher"""
+    """students to measure with fine_solver, too; they must be velocity fields"""
     samples: Annotated[int, Field(ge=16, le=MAX_SAMPLES)] = 2500
-    """samples per row; each set is generated once for all columns"""
+    """number of samples per row; all metrics use the same samples"""
     block: Samples = 250
-    """samples generated at once; it affects the results"""
+    """samples per batch; it affects the results"""
     guidance_scale: Annotated[float, Field(ge=0, le=10_000)] = 1.0
-    """classifier-free guidance of the teacher; 1 = none"""
+    """classifier-free guidance scale of the teacher; 1: no guidance"""
 
 
 Stage = Annotated[TrainStage | PairsStage | EvaluateStage, Field(discriminator="kind")]
@@ -301,31 +301,31 @@ class SlurmSpec(FrozenModel):
     """What `distill submit` requests from Slurm for each job; `distill run` ignores it."""
 
     partition: Line | None = None
-    """null: the site's, else Slurm's default"""
+    """Slurm partition; null: that of the site file, else Slurm's default"""
     account: Line | None = None
-    """null: the site's, else Slurm's default"""
+    """Slurm account; null: that of the site file, else Slurm's default"""
     qos: Line | None = None
-    """null: the site's, else Slurm's default"""
+    """Slurm QOS; null: that of the site file, else Slurm's default"""
     time: Line | None = None
     """time limit of a job: H:MM:SS, D-HH, D-HH:MM:SS, or minutes in quotes; null: the partition's default"""
     gpus_per_node: Annotated[int, Field(ge=0, le=4096)] = 0
-    """GPUs of each node, one for each process; 0: the processes compute on CPUs"""
+    """GPUs per node, one for each process; 0: the processes use CPUs"""
     cpus_per_task: Processes | None = None
-    """CPUs of each process; null: Slurm's default"""
+    """CPUs per process; null: Slurm's default"""
     memory: Line | None = None
-    """memory of each node, like 120G; null: Slurm's default"""
+    """memory per node, like 120G; null: Slurm's default"""
     options: list[ScriptLine] = []
-    """more options for sbatch, like --constraint=h100"""
+    """further options for sbatch, like --constraint=h100"""
     lead_seconds: Annotated[int, Field(gt=0, le=604_800)] = 180
-    """seconds before the time limit at which the processes are asked to save and exit"""
+    """how many seconds before the time limit the processes are told to save and exit"""
     max_crashes: Annotated[int, Field(ge=0, le=1000)] = 3
-    """how often a crashed job is queued again; a second crash at the same step ends it"""
+    """how often a crashed job is queued again; after a second crash at the same step, it is not"""
     pairs_jobs: Annotated[int, Field(gt=0, le=MAX_PARTS)] = 1
-    """number of array jobs that share each pairs stage's shards, at most one job per shard"""
+    """number of array jobs that divide the shards of each pairs stage, at most one job per shard"""
     one_job: bool = False
-    """compute all stages in one job, one after the other, instead of a job for each"""
+    """run all stages in one job, one after the other, instead of one job per stage"""
     container: Line | None = None
-    """container image, as the site's container runtime names it; null: none"""
+    """container image, as written for the site's container runtime; null: none"""
 
 
 class LaunchSpec(FrozenModel):
@@ -334,26 +334,26 @@ class LaunchSpec(FrozenModel):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one"""
     nodes: Annotated[int, Field(gt=0, le=100_000)] = 1
-    """machines that train together, under `distill submit`"""
+    """number of nodes that train together, for `distill submit`"""
     procs: Processes = 1
-    """processes of each machine that train together"""
+    """number of training processes per node"""
     threads: Processes | None = None
-    """CPU threads of a process; null: the CPUs this process may use, divided among procs"""
+    """CPU threads per process; null: the available CPUs, divided by procs"""
     micro_batch: Samples | Literal["auto"] | None = None
-    """samples per forward pass of a process; the rest of its part of batch_size is accumulated; null: the whole part;
-    auto: as many as fit into memory, found by trying when training begins"""
+    """samples per forward pass of a process, with gradient accumulation up to its part of batch_size; null: that part
+    in one pass; auto: as many as fit into memory, found by trying when training begins"""
     zero_stage: Annotated[int, Field(ge=0, le=3)] | None = None
     """DeepSpeed ZeRO stage: 0 shards nothing, 1 optimizer state, 2 gradients too, 3 weights too; null: no DeepSpeed"""
     zero_persistence_threshold: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    """zero_stage 3: weights with at most this many elements are not sharded; null: DeepSpeed's default"""
+    """for zero_stage 3: weights with at most this many elements are not sharded; null: DeepSpeed's default"""
     offload_optimizer: bool = False
-    """zero_stage 1-3: keep the optimizer state in the CPU's memory and update it there"""
+    """for zero_stage 1-3: keep the optimizer state in CPU memory and update it there"""
     divide_teacher: bool = False
-    """shard the weights of the frozen teacher as zero_stage 3 does; false: each process has all of them"""
+    """shard the weights of the frozen teacher over the processes, as zero_stage 3 does; false: each has a full copy"""
     activation_checkpointing: bool = False
     """recompute activations in the backward pass instead of keeping them: less memory, about a third more time"""
     collective_minutes: Minutes = 10.0
-    """how long a process waits for the others, or stays in one forward and backward pass, before it gives up"""
+    """timeout: a process exits after waiting this long for the others, or in one forward and backward pass"""
     slurm: SlurmSpec = SlurmSpec()
 
     @property
@@ -373,13 +373,13 @@ class RunSpec(FrozenModel):
     name: Name
     """name of the run; not part of the digest"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """seed of all random numbers: same spec, same seed, same numbers"""
+    """seed of all random numbers; the same spec with the same seed gives the same results"""
     teacher: TeacherSpec | None = None
     """the teacher of every stage that sets no other"""
     data: DataSpec = NoData(kind="none")
-    """real data, for recipes that need it and for the evaluation"""
+    """real data, for recipes and pairs that need it and for the evaluation"""
     stages: dict[Name, Stage]
-    """in the order in which they run"""
+    """the stages by name, in the order in which they run"""
     launch: LaunchSpec = LaunchSpec()
 
     @property

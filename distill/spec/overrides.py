@@ -44,12 +44,12 @@ def _set(here: schema.Content, annotation: schema.Annotation, change: Override, 
         at = whole_number(key)
         if at is None or at >= len(here):
             raise InputError(
-                f"{change.text}: {where} has {len(here)} items; '{short(key)}' is none of 0 to {len(here) - 1}"
+                f"{change.text}: {where} has {len(here)} items; '{short(key)}' must be one of 0 to {len(here) - 1}"
             )
         inner = schema.value_type(annotation, list)
         return [_set(item, inner, change, depth + 1) if i == at else item for i, item in enumerate(here)]
     if here is not None and not isinstance(here, dict):
-        raise InputError(f"{change.text}: {where} is {schema.show(here)}, which has no '{key}'")
+        raise InputError(f"{change.text}: {where} is {schema.show(here)}, which has no key '{key}'")
     here = here or {}
     if schema.models(annotation):
         field = _field(annotation, here, key, f"{change.text}: {where}")

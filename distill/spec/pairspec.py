@@ -109,15 +109,15 @@ def mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
         yield f"{prefix}shard: {stage.shard} is not a multiple of block ({stage.block}); nearest: {nearest}"
     if stage.paths == "forward" and find_solver(stage.solver).calls_inverting is None:
         valid = either(inverting_solvers())
-        yield f"{prefix}solver: {stage.solver} solves from noise to data only; paths: forward take {valid}"
+        yield f"{prefix}solver: {stage.solver} solves only from noise to data; with paths: forward, use {valid}"
     if stage.optimal_times is not None:
         yield from _optimal(stage, stage.optimal_times, prefix)
     elif stage.paths in WITH_STATES:
         yield from _times(stage, prefix)
     elif stage.times is not None:
-        yield f"{prefix}times: {stage.paths} paths store only their ends, so this has no effect; remove it"
+        yield f"{prefix}times: has no effect with paths: {stage.paths}, which store no states in between; remove it"
     if stage.store_noise and stage.paths == "forward":
-        yield f"{prefix}store_noise: inverted noise is always stored, so this has no effect; remove it"
+        yield f"{prefix}store_noise: has no effect with paths: forward, which always store the noise; remove it"
 
 
 def _too_many_files(stage: PairsStage, prefix: str) -> Iterator[str]:
@@ -127,7 +127,7 @@ def _too_many_files(stage: PairsStage, prefix: str) -> Iterator[str]:
         enough = -(-least // stage.block) * stage.block
         yield (
             f"{prefix}shard: {stage.count:,} pairs in files of {stage.shard:,} are {layout.files:,} files, more than "
-            f"{MAX_SHARDS:,}; give {enough} pairs or more a file, or a smaller count"
+            f"{MAX_SHARDS:,}; set shard to {enough} or more, or give a smaller count"
         )
 
 
@@ -143,11 +143,11 @@ def times_of(spec: RunSpec, stage: TrainStage) -> list[float] | None:
 
 def _optimal(stage: PairsStage, steps: int, prefix: str) -> Iterator[str]:
     if stage.paths != "trajectories":
-        yield f"{prefix}optimal_times: {stage.paths} paths have none; remove it, or use paths: trajectories"
+        yield f"{prefix}optimal_times: does not work with paths: {stage.paths}; remove it, or use paths: trajectories"
     if stage.times is not None:
-        yield f"{prefix}times: optimal_times finds them, so both cannot be given; remove one"
+        yield f"{prefix}times: cannot be given together with optimal_times; remove one"
     if steps > stage.steps:
-        yield f"{prefix}optimal_times: {steps} steps cannot be chosen from the solver's {stage.steps}; increase steps"
+        yield f"{prefix}optimal_times: {steps} is more than the {stage.steps} steps of the solver; increase steps"
 
 
 def _times(stage: PairsStage, prefix: str) -> Iterator[str]:
@@ -158,8 +158,8 @@ def _times(stage: PairsStage, prefix: str) -> Iterator[str]:
     strange = [t for t in times if not math.isclose(t * stage.steps, round(t * stage.steps), abs_tol=1e-6)]
     if strange:
         yield (
-            f"{prefix}times: {', '.join(f'{t:g}' for t in strange)} are not times of the solver, the multiples of "
-            f"1/steps = 1/{stage.steps}"
+            f"{prefix}times: {', '.join(f'{t:g}' for t in strange)} given; times must be multiples of 1/steps = "
+            f"1/{stage.steps}, the step size of the solver"
         )
 
 
@@ -171,7 +171,7 @@ def of_training(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: 
     shares, found = stage.pair_shares, []
     if not (math.isclose(sum(shares.values()), 1) and all(shares.values())):
         given = ", ".join(f"{name}: {share:g}" for name, share in shares.items())
-        yield f"{where}: the parts {{{given}}} must be above 0 and add up to 1"
+        yield f"{where}: {{{given}}} given; the fractions must be greater than 0 and add up to 1"
     else:
         try:
             rows_by_share(stage.batch_size, list(shares.values()))
@@ -184,18 +184,18 @@ def of_training(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: 
         found.append(solved)
         if solved.teacher != stage.teacher:
             theirs, ours = (each or "the spec's teacher" for each in (solved.teacher, stage.teacher))
-            yield f"{where}: '{name}' has pairs of {theirs}, this stage's teacher is {ours}; make them agree"
+            yield f"{where}: '{name}' has pairs of {theirs}, but this stage's teacher is {ours}; make them the same"
         if "states" in needs and solved.paths not in WITH_STATES:
             yield (
-                f"{where}: {stage.recipe} needs states along the paths, '{name}' stores only their ends (paths: "
+                f"{where}: {stage.recipe} needs states along the paths, but '{name}' does not store them (paths: "
                 f"{solved.paths}); use paths: {' or '.join(WITH_STATES)}"
             )
         if "states" not in needs and solved.paths == "segments":
             yield (
-                f"{where}: '{name}' has segments, which begin with noised data and do not end at data; {stage.recipe} "
-                "takes whole paths; use paths: backward, forward or trajectories"
+                f"{where}: '{name}' has segments of paths, but {stage.recipe} needs whole paths from noise to data; "
+                "use paths: backward, forward or trajectories"
             )
     if len({each.guidance_scale for each in found}) > 1:
-        yield f"{where}: pairs of different guidance_scale would teach two things at once; make them agree"
+        yield f"{where}: the pairs stages have different guidance scales; use the same guidance_scale"
     if "states" in needs and len({each.num_states for each in found}) > 1:
-        yield f"{where}: paths of different numbers of states do not fit into one batch; give them the same times"
+        yield f"{where}: the pairs stages store different numbers of states per path; use the same times"

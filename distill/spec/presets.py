@@ -92,7 +92,7 @@ def _options(given: Mapping[str, Any], recipe: str, indent: str, base: Path) -> 
     meanings = {option.name: option for option in registry.describe(recipe, base).options}
     lines = [f"{indent}options:"]
     if not given:
-        lines = _line(f"{indent}options: {{}}", "options of the recipe; to set some, remove {} and their #", indent)
+        lines = _line(f"{indent}options: {{}}", "recipe options; to set one, remove {} and the # before it", indent)
     for name, value in given.items():
         meaning = meanings[name].meaning if name in meanings else ""
         lines += _line(f"{indent}  {name}: {_plain(value)}", meaning, indent + "  ")

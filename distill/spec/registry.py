@@ -156,15 +156,13 @@ def source(name: str, base: Path) -> Path:
         if path.name.startswith("_"):
             family = path.parent.name
             valid = ", ".join(each for each in names() if each.startswith(f"{family}/"))
-            raise InputError(
-                f"{name} is not a recipe: it contains code that the recipes of {family} share; valid: {valid}"
-            )
+            raise InputError(f"{name} is not a recipe, but code shared by the recipes of {family}; valid: {valid}")
         return path
     point = _entry_points().get(name)
     if point is None:
         last = [each for each in names() if each.rpartition("/")[2] == name]  # given without its folder
         hint = suggest(last[0] if last else name, names())
-        raise InputError(f"there is no recipe '{name}'; {hint}; or a file of your own: ./file.py")
+        raise InputError(f"there is no recipe '{name}'; {hint}; for a recipe of your own, give its file: ./file.py")
     found = importlib.util.find_spec(point.module)
     if found is None or found.origin is None:
         raise InputError(f"recipe '{name}': its module {point.module} is not installed")
@@ -189,10 +187,10 @@ def load(name: str, base: Path) -> ModuleType:
         _FOREIGN.add(module.__file__)
     missing = [part for part in PARTS if part not in vars(module)]
     if missing or not module.__doc__:
-        what = " and ".join(f"class {part}" for part in missing) or "docstring that names its paper"
+        what = " and ".join(f"class {part}" for part in missing) or "docstring; add one that names its paper"
         raise InputError(f"recipe '{name}' ({path}) has no {what}")
     if "sampler" not in dir(module.Recipe):
-        raise InputError(f"recipe '{name}' ({path}): its Recipe has no sampler; write sampler = \"euler\"")
+        raise InputError(f"recipe '{name}' ({path}): its class Recipe sets no sampler; add sampler = \"euler\"")
     return module
 
 
@@ -209,8 +207,8 @@ def _refuse_shared(name: str, path: Path) -> None:
         for imported in (package + alias.name for alias in node.names):
             if re.match(r"recipes\.(\w+\.)*_", imported):
                 raise InputError(
-                    f"recipe '{name}' ({path}, line {node.lineno}): {imported} is for the recipes of its folder only, "
-                    "and may change with them; copy what you need of it into your file"
+                    f"recipe '{name}' ({path}, line {node.lineno}): {imported} is private to the recipes of its folder "
+                    "and may change; copy the code that you need into your file"
                 )
 
 
@@ -228,7 +226,7 @@ def configure(name: str, module: ModuleType, options: dict[str, Any], where: str
         raise InputError("\n  ".join(schema.explain(error, model, options, where))) from None
     if not isinstance(config, RecipeConfig):
         raise InputError(
-            f"recipe '{name}': its Config does not have the properties needs and student; see reflow/reflow"
+            f"recipe '{name}': its class Config must have the properties needs and student, as reflow/reflow does"
         )
     return config
 

@@ -25,21 +25,21 @@ def parameters(network: UNetSpec | MlpSpec) -> int:
 def network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, where: str) -> Iterator[str]:
     """The mistakes in the spec of a new network: whether it can be built and fits the shape of the samples."""
     if stage.dropout is not None:
-        yield f"{where}: a new network has its own dropout, so the dropout of the stage has no effect; remove it"
+        yield f"{where}: the stage's dropout has no effect on a new network; remove it, or set network.dropout"
     vectors = stage.teacher is None and spec.has_exact_teacher
     sides = [side for kind, side in (("digits", 8), ("mnist", 28)) if kind == spec.data.kind]
     if isinstance(spec.data, ImagesData | HfData):
         sides = list(dict.fromkeys(spec.data.height_width))
     if (size := parameters(network)) > MAX_PARAMETERS:
-        yield f"{where}: about {size:,} parameters; at most {MAX_PARAMETERS:,}; make it smaller"
+        yield f"{where}: about {size:,} parameters, more than the maximum of {MAX_PARAMETERS:,}; make it smaller"
     if isinstance(network, MlpSpec):
         if sides:
-            yield f"{where}: an mlp makes vectors, data of kind {spec.data.kind} has images; use kind: unet"
+            yield f"{where}: an mlp is for vectors, but data of kind {spec.data.kind} has images; use kind: unet"
         return
     if vectors:
-        yield f"{where}: a unet makes images, the teacher makes vectors; use kind: mlp"
+        yield f"{where}: a unet is for images, but the teacher makes vectors; use kind: mlp"
     if not network.channels:
-        yield f"{where}.channels: empty; give the channels of each resolution, finest first"
+        yield f"{where}.channels: empty; give the number of channels of each resolution, finest first"
     for channels in network.channels:
         if channels % network.norm_groups:
             yield f"{where}.channels: {channels} is not a multiple of norm_groups ({network.norm_groups})"
@@ -47,8 +47,8 @@ def network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, where
         if network.channels and side % 2 ** (len(network.channels) - 1):
             halvings = len(network.channels) - 1
             yield (
-                f"{where}.channels: {halvings + 1} resolutions halve the images {halvings} times, "
-                f"and their side of {side} is not divisible by {2**halvings}; give fewer"
+                f"{where}.channels: {halvings + 1} resolutions halve the images {halvings} times, but their side of "
+                f"{side} is not divisible by {2**halvings}; give fewer resolutions"
             )
 
 
@@ -62,7 +62,7 @@ def lengths(spec: RunSpec, stage: TrainStage, rows_together: int, where: str) ->
         yield f"{where}.images: {stage.images} is not a multiple of batch_size ({batch}); nearest: {nearest}"
     if batch % procs:
         field = "launch.procs" if spec.launch.nodes == 1 else "launch.nodes"
-        yield f"{field}: {procs} processes cannot share {where}.batch_size ({batch}) evenly; change either"
+        yield f"{field}: {where}.batch_size ({batch}) is not a multiple of the {procs} processes; change one of them"
     elif micro is not None and batch // procs % micro:
         each = f"{batch}" if procs == 1 else f"{batch} / {procs} processes = {batch // procs}"
         yield f"launch.micro_batch: {micro} does not divide {where}.batch_size ({each})"

@@ -66,8 +66,8 @@ class StudentInit:
         if source.num_classes != shown and not (source.num_classes is None and teacher is None):
             whose = "the data has" if teacher is None else "the teacher has"
             raise InputError(
-                f"{source.description} has {source.num_classes or 'no'} classes, {whose} {shown or 'none'}; start from "
-                "a network with the same classes, or from a new `network`"
+                f"{source.description} has {source.num_classes or 'no'} classes, but {whose} {shown or 'none'}; start "
+                "from a network with the same classes, or from a new `network`"
             )
 
     def velocity_field(self) -> nn.Module:
@@ -98,8 +98,8 @@ class StudentInit:
         if self.teacher is None or self.teacher.network is None:
             if self.network is None and self.source is not None and not _is_field(self.source):
                 raise InputError(
-                    f"there is no velocity network for the critic to start from: the teacher has no network, and "
-                    f"{self.source.description} is not one; use a teacher with weights, or a new `network`"
+                    f"no weights for the critic: the teacher has no network, and {self.source.description} is not a "
+                    "velocity field; use a teacher with weights, or a new `network`"
                 )
             return Critic(self.velocity_field(), self.seed)
         return Critic(VelocityStudent(_copied(self.teacher, None)), self.seed)
@@ -115,14 +115,13 @@ class StudentInit:
         if not _is_field(self.source) and kind_of(self.source.network) != kind:
             words = STUDENTS[kind_of(self.source.network)].words
             raise InputError(
-                f"{self.source.description} is {words}; a {what} cannot start from its weights, which were trained for "
-                "its own sampler, not for its velocity; start from a student of kind velocity, from the teacher, or "
-                "from a new `network`"
+                f"{self.source.description} is {words}, and a {what} cannot start from its weights; start from a "
+                "student of kind velocity, from the teacher, or from a new `network`"
             )
         name = type(self.source.network).__name__
         if not any(isinstance(self.source.network, each) for members in NETWORKS.values() for each in members):
             raise InputError(
-                f"{self.source.description}: a student cannot be exported as a {name} yet; describe a new `network`"
+                f"{self.source.description}: exporting a student of class {name} is not supported; use a new `network`"
             )
         return _copied(self.source, self.dropout)
 
@@ -132,8 +131,8 @@ class StudentInit:
             return cond
         if not self.conditioning.has_null:
             raise InputError(
-                "the network has no class for the unconditional call; set teacher.null_class, or train without "
-                "dropping the condition"
+                "the network has no class id for the unconditional call; set teacher.null_class, or "
+                "set label_dropout to 0"
             )
         return self.conditioning.null(cond)
 
@@ -188,8 +187,8 @@ def _of_linear_path(source: LoadedTeacher | LoadedStudent) -> ModelMixin:
         case NetworkField(network, Interpolant(name="linear"), "velocity", time_scale, inverted=inverted):
             if time_scale != TIME_SCALE:
                 raise InputError(
-                    f"{source.description} was trained with num_train_timesteps={time_scale:g}; students of the linear "
-                    f"path are called with {TIME_SCALE:g} t, so start from a new `network`"
+                    f"{source.description} was trained with num_train_timesteps={time_scale:g}, but students on the "
+                    f"linear path use {TIME_SCALE:g}; start from a new `network`"
                 )
             if inverted:
                 return VelocityUNet2DModel.from_config(network.config, path="inverted", prediction="velocity")
@@ -211,4 +210,4 @@ def _of_linear_path(source: LoadedTeacher | LoadedStudent) -> ModelMixin:
                 sigma_max=sigma_max,
             )
         case _:
-            raise InputError(f"{source.description} cannot be continued as a student; describe a new `network`")
+            raise InputError(f"a student cannot start from the weights of {source.description}; use a new `network`")

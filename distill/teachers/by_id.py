@@ -33,8 +33,8 @@ def read_of(name: str, files: Iterable[str], *, weights: bool = True) -> list[st
         for file in inside:
             if variants.ADAPTER.fullmatch(file):
                 raise InputError(
-                    f"teacher.path={name}: the adapter {folder}{short(file)} would not be used; {variants.MERGE}, or "
-                    "download the repository without it to use the teacher without it"
+                    f"teacher.path={name}: adapters like {folder}{short(file)} are not loaded; {variants.MERGE}, or "
+                    "download the repository without it"
                 )
     found = {file for file in listed if file in SMALL}
     if weights:

@@ -139,8 +139,8 @@ def _network_class(spec: CheckpointTeacher, path: Path, config: Config, kind: st
         for setting, value in {"prediction": spec.prediction, "scheduler": spec.scheduler}.items():
             if value is not None:
                 raise InputError(
-                    f"teacher.{setting}={value} has no effect: {spec.path} is a {name}, which predicts the velocity "
-                    "of the linear path by construction; remove it"
+                    f"teacher.{setting}={value} has no effect: {spec.path} is a {name}, which always predicts the "
+                    "velocity of the linear path; remove it"
                 )
     return classes[name]
 
@@ -195,8 +195,8 @@ def _field(found: TeacherCheckpoint, spec: CheckpointTeacher) -> VelocityField:
         if isinstance(network, LINEAR_NETWORKS) or spec.prediction == "velocity":
             return NetworkField(network, linear(), "velocity", TIME_SCALE, call=call)
         raise InputError(
-            f"teacher.path={spec.path} has no scheduler config, so its schedule is unknown; give its folder as "
-            "teacher.scheduler, or teacher.prediction=velocity for a network of the linear path"
+            f"teacher.path={spec.path} has no scheduler config, so its noise schedule is unknown; set "
+            "teacher.scheduler to the folder of one, or teacher.prediction=velocity if the network uses the linear path"
         )
     prediction = _prediction(spec, schedule.family, schedule.prediction)
     match schedule:
@@ -209,8 +209,8 @@ def _field(found: TeacherCheckpoint, spec: CheckpointTeacher) -> VelocityField:
         case VpSchedule():
             if prediction == "epsilon" and schedule.zero_snr:
                 raise InputError(
-                    f"teacher.path={spec.path}: a noise prediction does not determine the data at zero terminal SNR; "
-                    "valid with rescale_betas_zero_snr: sample, v_prediction"
+                    f"teacher.path={spec.path}: prediction epsilon does not work with rescale_betas_zero_snr, because "
+                    "it does not determine the data at zero SNR; valid: sample, v_prediction"
                 )
             return NetworkField(network, schedule.path, prediction, float(schedule.steps - 1), call=call)
 
@@ -220,7 +220,7 @@ def _prediction(spec: CheckpointTeacher, family: Family, configured: Prediction)
     given = spec.prediction or configured
     if given not in schedulers.PREDICTIONS[family]:
         raise InputError(
-            f"teacher.prediction={given} does not exist on the {family} path; "
+            f"teacher.prediction={given} is not supported for the {family} path; "
             f"valid: {', '.join(schedulers.PREDICTIONS[family])}"
         )
     return given
@@ -236,7 +236,8 @@ def _probe(field: VelocityField, found: TeacherCheckpoint, spec: CheckpointTeach
     x = sample_noise(0, [0], _probed(found)).to(device)
     if max(x.shape[2:], default=0) > LARGE:
         say_error(
-            f"teacher.path={spec.path}: calling its network with a sample of {list(x.shape[1:])}; this may take minutes"
+            f"teacher.path={spec.path}: testing its network on a sample of shape {list(x.shape[1:])}; this may take "
+            "minutes"
         )
     cond = found.conditioning.collate(torch.zeros(1, dtype=torch.int64, device=device))
     first, last = field.t_range
@@ -246,8 +247,8 @@ def _probe(field: VelocityField, found: TeacherCheckpoint, spec: CheckpointTeach
             embedding = found.network.config.get("time_embedding_type")
             known = f" (its time_embedding_type is {embedding})" if embedding not in (None, "positional") else ""
             raise InputError(
-                f"teacher.path={spec.path}: the velocity of {found.description} at t={t:.4g} is not finite{known}; "
-                f"give a network that can be called at all times from t={first:.4g} to t={last:.4g}"
+                f"teacher.path={spec.path}: the velocity of {found.description} at t={t:.4g} contains NaN or "
+                f"infinity{known}; use a network that works at all times from t={first:.4g} to t={last:.4g}"
             )
 
 

@@ -47,8 +47,8 @@ def _parts(spec: CheckpointTeacher, folder: Path) -> Parts:
     if pipeline is not None and (parts := components(pipeline / INDEX)) != ["scheduler", "unet"]:
         inside = f"is part of {pipeline}, " if pipeline != folder else "is "
         raise InputError(
-            f"teacher.path={spec.path} {inside}a pipeline of {short(', '.join(parts)) or 'nothing'}; valid: pixel "
-            "pipelines of scheduler and unet"
+            f"teacher.path={spec.path} {inside}a pipeline with the components {short(', '.join(parts)) or 'none'}; "
+            "valid: pixel-space pipelines with only scheduler and unet"
         )
     if pipeline == folder:
         model, nearby = folder / "unet", [folder / "scheduler"]
@@ -61,7 +61,7 @@ def _parts(spec: CheckpointTeacher, folder: Path) -> Parts:
         for name in sorted(_names(place)) if place.is_dir() else []:
             if ADAPTER.fullmatch(name) and not (place / name).is_dir():
                 raise InputError(
-                    f"teacher.path={spec.path}: the adapter {place / short(name)} would not be used; {MERGE}, or move "
+                    f"teacher.path={spec.path}: adapters like {place / short(name)} are not loaded; {MERGE}, or move "
                     "it away to use the teacher without it"
                 )
     found = next((path for path in (near / SCHEDULER for near in nearby) if _there(path)), None)
@@ -86,7 +86,7 @@ def _nothing(folder: Path) -> str:
         averaged = ", the averaged weights," if networks[0] == "unet_ema" else ""
         other = f" or {folder / networks[1]}" if len(networks) > 1 else ""
         return (
-            f"has neither {INDEX} nor {CONFIG}; it looks like a checkpoint in the middle of training. Give "
+            f"has neither {INDEX} nor {CONFIG}; it looks like an intermediate checkpoint of a training run. Give "
             f"teacher.path={folder / networks[0]}{averaged}{other}, with the scheduler folder of its pipeline as "
             "teacher.scheduler"
         )

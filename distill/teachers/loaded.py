@@ -40,8 +40,8 @@ class LoadedTeacher:
         """Returns the null condition, for as many rows as `cond` has. Raises InputError if there is none."""
         if not self.conditioning.has_null:
             raise InputError(
-                f"{self.description} has no unconditional call, so it cannot be guided; "
-                "use guidance_scale: 1, or name the class id of its unconditional call in teacher.null_class"
+                f"{self.description} has no class id for the unconditional call, which guidance needs; "
+                "use guidance_scale: 1, or set teacher.null_class to that class id"
             )
         return self.conditioning.null(cond)
 
@@ -83,7 +83,8 @@ class LoadedTeacher:
             self.null({})  # raises the error of `null` before any computation
         if not self.unconditional:
             raise InputError(
-                f"{self.description} was trained only on its teacher, never on an unconditional velocity; "
+                f"{self.description} has no unconditional prediction, because it was trained only on its "
+                f"teacher's outputs; "
                 "use guidance_scale: 1, or guide a teacher trained on data"
             )
         return Guided(self.field, self.null, guidance_scale)

@@ -206,24 +206,24 @@ def read(path: Path, *, strict: bool = True) -> Schedule:
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in KINDS:
         raise InputError(
-            f"{path}: scheduler class {short(str(name))} is not supported; valid: {classes()}. Give the folder of one "
-            "that describes how the network was trained as teacher.scheduler"
+            f"{path}: scheduler class {short(str(name))} is not supported; valid: {classes()}. Set teacher.scheduler "
+            "to the folder of one that describes how the network was trained"
         )
     kind, options = KINDS[name], _options(config, path, strict)
     for flag in FLAGS:
         ignored = flag not in kind.path and not (flag == "use_flow_sigmas" and kind.family == "linear")
         if ignored and flag in config and config[flag]:
             raise InputError(
-                f"{path}: {flag}=true changes the path, but {name} ignores it; remove it, or name the class "
-                "that the network was trained with"
+                f"{path}: {flag}=true changes the path, but {name} ignores it; remove it, or set _class_name to the "
+                "class that the network was trained with"
             )
     if kind.family == "edm":
         return _edm(options, path)
     if kind.family == "linear" or options.use_flow_sigmas:
         if options.prediction_type not in ("flow_prediction", None if kind.family == "linear" else "flow_prediction"):
             raise InputError(
-                f"{path}: prediction_type={options.prediction_type or 'epsilon'} contradicts "
-                f"{name if kind.family == 'linear' else 'use_flow_sigmas=true'}, the linear path, where networks "
+                f"{path}: prediction_type={options.prediction_type or 'epsilon'} does not fit "
+                f"{name if kind.family == 'linear' else 'use_flow_sigmas=true'}: on the linear path, networks "
                 "predict the velocity; valid: flow_prediction"
             )
         return LinearSchedule(float(options.num_train_timesteps), options.invert_sigmas)
@@ -243,9 +243,8 @@ def _options(config: Config, path: Path, strict: bool) -> Options:
     unknown = [key for key in given if key not in Options.model_fields]
     if unknown and strict:
         raise InputError(
-            f"{path}: {short(unknown[0])}={short(repr(given[unknown[0]]))} is not an option of any scheduler that "
-            "distill knows, so it may change the path; if it does not, remove it, or give the folder of a config "
-            "without it as teacher.scheduler"
+            f"{path}: {short(unknown[0])}={short(repr(given[unknown[0]]))} is not a known scheduler option, so it may "
+            "change the path; if it does not, remove it, or set teacher.scheduler to the folder of a config without it"
         )
     return checked(Options, {key: value for key, value in given.items() if key not in unknown}, path)
 

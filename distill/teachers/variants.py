@@ -40,8 +40,8 @@ def one_of(names: Iterable[str], where: str) -> list[str]:
             return variants[variant]
     if len(variants) > 1:
         raise InputError(
-            f"{where} has weights in the variants {short(', '.join(variants))}; with several, only no variant, fp32, "
-            "fp16 or bf16 can be chosen automatically. Move the one you want to a separate folder"
+            f"{where} has weights in the variants {short(', '.join(variants))}, and none of them is chosen "
+            "automatically. Move the one you want to a separate folder"
         )
     return next(iter(variants.values()), [])
 

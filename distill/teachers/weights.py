@@ -99,7 +99,7 @@ def _fitting(folder: Path, stored: Sequence[Stored], expected: Mapping[str, tupl
         if (before := found.setdefault(name, each)) is not each:
             other = "" if before.file == each.file else f" of {short(before.file.name)}"
             raise InputError(
-                f"{each.file}: {short(each.name)} and {short(before.name)}{other} are both stored as weight "
+                f"{each.file}: {short(each.name)} and {short(before.name)}{other} are the same weight, "
                 f"{short(name)}; keep only one of them"
             )
     adapted = [name for name in found if name not in expected and any(part in f".{name}" for part in ADAPTED)]
@@ -120,8 +120,8 @@ def _fitting(folder: Path, stored: Sequence[Stored], expected: Mapping[str, tupl
             )
         if each.dtype not in FLOATS:
             raise InputError(
-                f"{each.file}: {short(name)} is stored as {short(each.dtype)}; valid: {', '.join(sorted(FLOATS))}. "
-                "Quantized weights must be turned back into floating-point numbers first"
+                f"{each.file}: {short(name)} has dtype {short(each.dtype)}; valid: {', '.join(sorted(FLOATS))}. "
+                "Dequantize quantized weights first"
             )
     return found
 

@@ -51,7 +51,7 @@ def builds(subject: Subject, folder: Path) -> None:
     written = config.model_dump(mode="json", exclude_unset=True)
     assert registry.configure(subject.recipe, subject.module, written, "again") == config
     recipe, init, _ = start(subject)
-    assert recipe.sampler in STUDENTS[config.student].samplers, f"{config.student} by {recipe.sampler}"
+    assert recipe.sampler in STUDENTS[config.student].samplers, f"sampler {recipe.sampler} for a {config.student}"
     roles = recipe.networks(init)
     assert isinstance(roles.get("student"), Trained | Adapter), f"roles {roles}"
     assert all(isinstance(role, Trained | Adapter | Frozen | Copy) for role in roles.values())
@@ -59,7 +59,7 @@ def builds(subject: Subject, folder: Path) -> None:
 
 def is_right(subject: Subject, folder: Path) -> None:
     """The recipe declares closed-form checks, and passes them."""
-    assert subject.closed_form, f"{subject.recipe} declares no closed-form check: give its Subject(closed_form=...)"
+    assert subject.closed_form, f"{subject.recipe} has no closed-form check: add one to its Subject(closed_form=...)"
     for check in subject.closed_form:
         check()
 
@@ -166,7 +166,7 @@ def draws_only_what_it_is_given(subject: Subject, folder: Path) -> None:
                 losses.append(turn.loss(nets, Noise(BATCH, subject.times).batch(step, rows), context).total.item())
                 moves += turn.network == "student"
             step += 1
-        assert torch.equal(before, torch.get_rng_state()), "the global generator has moved"
+        assert torch.equal(before, torch.get_rng_state()), "the recipe uses the global random generator"
     assert losses[: len(losses) // 2] == losses[len(losses) // 2 :], "the loss depends on the global generator"
 
 

@@ -31,7 +31,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     point: Literal["heun", "euler", "data"] = "heun"
-    """x_s: by this step of the teacher, or (data) from the same data and noise, which needs no teacher"""
+    """how x_s is made: heun or euler: by this step of the teacher; data: from the same data and noise, no teacher"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     """guidance scale of the teacher, which the student learns; 1: no guidance"""
     times: Literal["grid", "continuous"] = "grid"
@@ -45,7 +45,7 @@ class Config(BaseModel):
     halving_images: Annotated[int, Field(gt=0, le=10**13)] | None = None
     """t - s is halved after every this many images, at most ten times (with bf16, use at most three); null: never"""
     target_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
-    """decay per step of the averaged copy that makes the target; null: the student itself makes it"""
+    """decay per step of the EMA that makes the target; null: the student itself makes it"""
     distance: Literal["l2", "pseudo_huber", "pseudo_huber_elementwise"] = "pseudo_huber"
     """distance D between the two predictions of data"""
     huber_c: PositiveFloat | None = None

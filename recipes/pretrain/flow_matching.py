@@ -40,17 +40,17 @@ class Config(BaseModel):
     sigma: PositiveFloat | None = None
     """standard deviation of logit(t) under logit_normal; null: 1"""
     label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """probability of training a sample without its class; only if there are classes"""
+    """probability of dropping the class label (for classifier-free guidance); needs classes"""
     coupling: Literal["independent", "ot", "ot_replacement", "immiscible", "immiscible_knn", "weighted"] = "independent"
-    """how noise is assigned to data; ot_replacement draws pairs from the transport plan, so some samples are unused"""
+    """how noise is assigned to data; ot_replacement samples pairs from the transport plan and may repeat samples"""
     coupling_block: Annotated[int, Field(ge=2, le=1_000_000)] | None = None
-    """samples that are matched or weighted together; must divide the micro-batch; null: 64"""
+    """number of samples matched or weighted together; must divide the micro-batch; null: 64"""
     within_classes: bool | None = None
     """match only samples of the same class; null: false"""
     candidates: Annotated[int, Field(gt=0, le=100_000)] | None = None
-    """number of noises per sample, k, of which immiscible_knn takes the nearest; null: 4"""
+    """for immiscible_knn: number of noise vectors per sample, k, of which the nearest is used; null: 4"""
     cost: Literal["squared", "distance"] | None = None
-    """cost of a pair for weighted: ||data - noise||^2 or ||data - noise||; null: squared"""
+    """for weighted: cost of a pair, ||data - noise||^2 or ||data - noise||; null: squared"""
     epsilon: PositiveFloat | None = None
     """for weighted; increase it if effective_share, in the log, is below 0.5; null: twice the block's median cost"""
 

@@ -21,7 +21,7 @@ class WindowOptions(BaseModel):
     windows: Annotated[int, Field(gt=0, le=100_000)] = 4
     """number of equal windows of time, K; the student takes K steps or more"""
     times_per_window: Annotated[int, Field(gt=0, le=100_000)] | None = None
-    """number of equally spaced training times per window, from its start on; 1: for K steps only; null: all times"""
+    """number of equally spaced training times per window; 1: only its start, for K steps only; null: all times"""
     solver: Literal["euler", "heun"] = "euler"
     """solver of the teacher's path within a window"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0

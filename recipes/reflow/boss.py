@@ -22,7 +22,7 @@ from recipes.reflow import _segments
 
 
 class Config(BaseModel):
-    """Options of reflow/boss: there are none. The times are those of the pairs."""
+    """reflow/boss has no options; its step times are those of its pairs."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -46,7 +46,7 @@ class Recipe:
 
     def t_grids(self, times: Sequence[float] | None) -> Mapping[int, Sequence[float]]:
         if times is None:
-            raise InputError("reflow/boss steps along the times of its pairs; give all of them the same times")
+            raise InputError("reflow/boss: all its pairs stages need the same times")
         return {len(times) - 1: times}
 
     def turns(self, step: int, images: int) -> Iterator[Turn]:

@@ -31,12 +31,12 @@ class Config(distances.LpipsOptions):
     """Options of reflow/caf."""
 
     h: Annotated[float, Field(gt=0)] = 1.5
-    """initial velocity, relative to that of the straight line; 1: no acceleration, above 1: paths slow down"""
+    """initial velocity divided by the velocity of the straight line; 1: no acceleration; above 1: paths slow down"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
         if (self.lpips_trunk is None) != (self.lpips_path is None):
-            raise ValueError("lpips_trunk and lpips_path go together; give both, or neither")
+            raise ValueError("lpips_trunk and lpips_path must be given together; give both or neither")
         if self.lpips_trunk is None and (given := self.lpips_given()):
             raise ValueError(f"{', '.join(given)}: no effect without lpips_trunk; give it, or remove them")
         return self

@@ -36,17 +36,17 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     target: Literal["data", "teacher"] = "data"
-    """x_r: on the line between data and noise, which needs no teacher; or the teacher's step from x_t"""
+    """how x_r is made: data: on the line between data and noise, no teacher; teacher: by its Euler step from x_t"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     """guidance scale of the teacher, which the student learns; 1: no guidance"""
     segments: Annotated[int, Field(gt=0, le=100_000)] = 2
-    """number of equal segments of time, K, which is the student's number of steps"""
+    """number of equal segments of time, K; the student takes one to four steps in each"""
     delta: Annotated[float, Field(gt=0)] = 1e-3
-    """t - r; a larger value learns faster, with a larger error; with precision bf16, use 0.01 or more"""
+    """t - r; with a larger value training is faster, but the error is larger; for bf16, use 0.01 or more"""
     boundary: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """for r up to this, the target is the line's own point at the end of the segment; 0: only at r = 0"""
+    """for r up to this value, the target is the point of the line at the segment's end; 0: only at r = 0"""
     velocity_weight: Annotated[float, Field(ge=0)] = 1e-5
-    """weight of the difference of velocities"""
+    """weight of the velocity term in the loss"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:
@@ -56,8 +56,8 @@ class Config(BaseModel):
             raise ValueError("boundary has no effect with target: teacher; remove it, or use target: data")
         if NEAR * self.delta * self.segments >= 1:
             raise ValueError(
-                f"delta: {self.delta:g} is not well within a segment; valid: below {1 / NEAR / self.segments:.3g} with "
-                f"segments: {self.segments}"
+                f"delta: {self.delta:g} is too large for the length of a segment; valid: below "
+                f"{1 / NEAR / self.segments:.3g} with segments: {self.segments}"
             )
         return self
 

@@ -24,7 +24,7 @@ class Config(distances.LpipsOptions):
     steps: Annotated[int, Field(gt=0, le=100_000)] = 1
     """number of Euler steps of the student, k"""
     distance: Literal["l2", "pseudo_huber", "lpips", "l2+lpips"] = "l2"
-    """distance between prediction and target, per sample; lpips needs steps: 1"""
+    """distance between prediction and target, per sample; lpips and l2+lpips need steps: 1"""
     lpips_weight: PositiveFloat | None = None
     """weight of LPIPS in l2+lpips; null: 1"""
     lpips_resize: Literal["none", "to_64", "to_64_corners", "to_224"] = "none"
@@ -44,7 +44,7 @@ class Config(distances.LpipsOptions):
             raise ValueError(f"distance: {self.distance} needs lpips_trunk and lpips_path")
         if self.perceptual and self.steps > 1:
             raise ValueError(
-                f"distance: {self.distance} compares images, which are known at steps: 1 only, not {self.steps}"
+                f"distance: {self.distance} compares images, which works only with steps: 1, not {self.steps}"
             )
         if self.lpips_weight is not None and self.distance == "lpips":
             raise ValueError("lpips_weight has no effect with distance: lpips; remove it, or use l2+lpips")

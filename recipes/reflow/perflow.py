@@ -35,11 +35,11 @@ class Config(_segments.WindowOptions):
     """Options of reflow/perflow."""
 
     solver_steps: Annotated[int, Field(gt=0, le=100_000)] = 8
-    """steps of the teacher in each window"""
+    """number of solver steps of the teacher in each window"""
     parameterisation: Literal["velocity", "diff_eps", "ddim_eps"] = "velocity"
-    """parameterisation of the loss: determines the weight of each time; the student is always a velocity field"""
+    """parameterisation of the loss, which sets the weight of each time; the student is always a velocity field"""
     label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """probability of training a sample without its class; only if there are classes"""
+    """probability of dropping the class label; needs classes"""
     guidance_sync: bool = False
     """true: the teacher is unguided and its class is dropped, too, so that the student can be guided later"""
 

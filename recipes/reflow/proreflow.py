@@ -28,9 +28,9 @@ class Config(_segments.WindowOptions):
     """Options of reflow/proreflow."""
 
     teacher_steps: Annotated[int, Field(gt=0, le=100_000)] = 32
-    """steps of the teacher in all windows together; a multiple of windows"""
+    """total number of solver steps of the teacher over all windows; must be a multiple of windows"""
     direction_weight: Annotated[float, Field(ge=0)] = 0.1
-    """alpha, the weight of 1 - cos; 0: only the mean square error, as in reflow/perflow"""
+    """weight of 1 - cos in the loss, alpha; 0: only the mean square error, as in reflow/perflow"""
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

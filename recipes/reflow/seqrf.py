@@ -30,7 +30,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     times_per_segment: Annotated[int, Field(gt=0, le=100_000)] | None = None
-    """number of equally spaced training times per segment, from its start on; 1: for K steps only; null: all times"""
+    """number of equally spaced training times per segment; 1: only its start, for K steps only; null: all times"""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -55,7 +55,7 @@ class Recipe:
 
     def t_grids(self, times: Sequence[float] | None) -> Mapping[int, Sequence[float]]:
         if times is None:
-            raise InputError("reflow/seqrf steps along the times of its pairs; give all of them the same times")
+            raise InputError("reflow/seqrf: all its pairs stages need the same times")
         return _segments.grids(torch.tensor(times, dtype=torch.float64), self.config.times_per_segment)
 
     def loss(self, nets: Nets, batch: Batch, ctx: Context) -> Loss:

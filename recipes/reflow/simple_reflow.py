@@ -37,11 +37,11 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     high_pass_weight: Annotated[float, Field(ge=0)] | None = None
-    """weight of the details that a blur removes, in the distance between images; null: 10; not for vectors"""
+    """weight of high frequencies (what a blur removes) in the distance between images; null: 10; not for vectors"""
     sharpness: Annotated[float, Field(gt=0, le=50)] | None = 20.0
-    """sharpness of the sigmoid grid of step times, for 1 to 16 steps; null: a uniform grid, any number of steps"""
+    """sharpness of the sigmoid grid of step times, for 1 to 16 steps; null: uniform times, for any number of steps"""
     project_block: Annotated[int, Field(ge=2, le=100_000)] | None = None
-    """number of pairs that are matched with real data together; null: generated data is kept"""
+    """number of pairs whose data is replaced together by matched real data; null: keep the generated data"""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -62,7 +62,7 @@ class Recipe:
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
         if config.high_pass_weight is not None and teacher is not None and len(teacher.shape) != 3:
-            raise InputError(f"high_pass_weight is for images, but samples have shape {list(teacher.shape)}; remove it")
+            raise InputError(f"high_pass_weight needs images, but samples have shape {list(teacher.shape)}; remove it")
         self.config = config
         self.high_pass_weight = 10.0 if config.high_pass_weight is None else config.high_pass_weight
 

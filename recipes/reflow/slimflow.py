@@ -34,15 +34,15 @@ class Config(distances.LpipsOptions):
     phase: Literal["anneal", "distill"] = "distill"
     """anneal: annealed reflow of a new network; distill: its flow-guided distillation to one step"""
     anneal_images: Annotated[int, Field(gt=0, le=10**13)] | None = None
-    """for anneal: images until beta is 0 (with exp: 1/e); should be well below the stage's images"""
+    """for anneal: number of images until beta is 0 (with exp: 1/e); use much fewer than the stage's images"""
     schedule: Literal["linear", "exp", "cosine"] | None = None
     """for anneal: how beta decreases; null: linear"""
     flip: bool = False
-    """mirror images and their noise horizontally, in half of the batches"""
+    """flip images and their noise horizontally, in half of the batches"""
     middle: Literal["student", "flow"] | None = None
-    """for distill: the network of the first of the two steps, v or v_T; null: student"""
+    """for distill: network that takes the first of the two steps, student (v) or flow (v_T); null: student"""
     distance: Literal["l2", "lpips"] = "l2"
-    """for distill: distance D between data, in both terms"""
+    """for distill: distance D in both terms of the loss"""
     lpips_resize: Literal["none", "to_64", "to_64_corners", "to_224"] = "to_64_corners"
     """enlarge images for LPIPS to 64 (corners aligned, as the authors do) or 224 pixels; none: do not enlarge"""
 
@@ -53,7 +53,7 @@ class Config(distances.LpipsOptions):
         if unused := sorted(given & (distill if self.phase == "anneal" else {"anneal_images", "schedule"})):
             raise ValueError(f"{', '.join(unused)}: no effect with phase: {self.phase}; remove them")
         if self.phase == "anneal" and self.anneal_images is None:
-            raise ValueError("phase: anneal needs anneal_images; from there on the pairs are the teacher's own")
+            raise ValueError("phase: anneal needs anneal_images, the number of images until beta is 0")
         if lpips and self.distance == "l2":
             raise ValueError(f"{', '.join(sorted(lpips))}: no effect with distance: l2; remove them, or use lpips")
         if self.distance == "lpips" and not lpips >= LPIPS:
@@ -74,7 +74,7 @@ class Recipe:
 
     def __init__(self, config: Config, teacher: Teacher | None) -> None:
         if config.flip and teacher is not None and len(teacher.shape) != 3:
-            raise InputError(f"flip is for images, but samples have shape {list(teacher.shape)}; remove it")
+            raise InputError(f"flip needs images, but samples have shape {list(teacher.shape)}; remove it")
         if teacher is not None:
             config.check_shape(teacher.shape, "use distance: l2")
         self.config = config

@@ -33,13 +33,13 @@ class Config(BaseModel):
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     """guidance scale of the teacher, which the student learns; 1: no guidance"""
     ratio: Annotated[int, Field(gt=0, le=100_000)] = 5
-    """turns of the critic per turn of the student"""
+    """critic updates per student update"""
     gan_weight: Annotated[float, Field(ge=0)] = 3e-3
     """weight of the student's adversarial loss; 0: no discriminator"""
     critic_gan_weight: Annotated[float, Field(gt=0)] | None = None
     """weight of the discriminator's loss in the critic's loss; null: 0.01"""
     weight: Literal["normalised", "kl"] = "normalised"
-    """weight of the difference of the scores"""
+    """weight of the difference of the scores in the student's loss"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:

@@ -29,15 +29,15 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     velocity: Literal["teacher", "data"] = "teacher"
-    """v: the teacher's velocity, or noise - data, which needs no teacher"""
+    """velocity v in the target: the teacher's, or (data) noise - data, which needs no teacher"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     """guidance scale of the teacher, which the student learns; 1: no guidance"""
     diagonal: Annotated[float, Field(ge=0, lt=1)] = 0.75
     """fraction of the batch with s = t"""
     to_data: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """fraction of the rest with s = 0, as in sampling with one step"""
+    """fraction of the other samples with s = 0, as in sampling with one step"""
     time_law: Literal["logit_normal", "uniform"] = "logit_normal"
-    """distribution of two times, of which the larger one is t and the other one s"""
+    """distribution of the two times; the larger one is t, the other one s"""
     mu: float = -0.4
     """mean of logit(t) under logit_normal"""
     sigma: PositiveFloat = 1.0
@@ -49,7 +49,7 @@ class Config(BaseModel):
     derivative: Literal["forward", "central"] = "forward"
     """forward: exact; central: finite differences, if forward-mode derivatives are not supported or too noisy"""
     h: Annotated[float, Field(gt=0, lt=0.5)] | None = None
-    """half of the time between the two points of central; at most half of t - s; null: 0.01"""
+    """for central: half the distance between its two times, at most half of t - s; null: 0.01"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:

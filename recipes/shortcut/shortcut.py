@@ -33,15 +33,15 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     base: Literal["velocity", "step", "two_steps", "data"] = "velocity"
-    """target of the finest step: from the teacher, in three ways; or noise - data, which needs no teacher"""
+    """target of the finest step: velocity, step and two_steps use the teacher; data: noise - data, no teacher"""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     """guidance scale of the teacher, which the student learns; 1: no guidance"""
     grid: Annotated[int, Field(gt=0, le=100_000)] = 128
     """number of steps of the finest grid, M, a power of two"""
     bootstrap: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    """fraction of the batch that learns from two half steps"""
+    """fraction of the batch whose target is two half steps"""
     target_decay: Annotated[float, Field(ge=0, lt=1)] | None = 0.999
-    """decay per step of the averaged copy that makes the half steps; null: the student itself makes them"""
+    """decay per step of the EMA that makes the half steps; null: the student itself makes them"""
 
     @model_validator(mode="after")
     def _has_effect(self) -> Self:

@@ -26,9 +26,12 @@ def known() -> dict[str, Architecture]:
     for module in [*ours, *sorted(point.module for point in entry_points(group=GROUP))]:
         architecture = vars(importlib.import_module(module)).get("ARCHITECTURE")
         if not isinstance(architecture, Architecture):
-            raise InputError(f"{module} has no ARCHITECTURE that fits distill.protocols.Architecture; see {GROUP}")
+            raise InputError(
+                f"{module} (entry point {GROUP}) must define ARCHITECTURE, which implements "
+                "distill.protocols.Architecture"
+            )
         for each in architecture.classes:
             if each.__name__ in found:
-                raise InputError(f"{module} describes the networks {each.__name__}, which are known already")
+                raise InputError(f"{module} describes the network {each.__name__}, which another module describes too")
             found[each.__name__] = architecture
     return found

@@ -32,17 +32,17 @@ class UNet:
     def shape(self, content: dict[str, Any], path: Path) -> tuple[int, ...]:
         config = checked(NetworkConfig, content, path)
         if config.time_embedding_type == "learned":
-            raise InputError(f"{path}: time_embedding_type learned supports whole steps only; valid: positional")
+            raise InputError(f"{path}: time_embedding_type learned supports only integer timesteps; valid: positional")
         size = config.sample_size
         if size is None or config.in_channels != config.out_channels:
             raise InputError(
                 f"{path}: sample_size={size}, in_channels={config.in_channels}, out_channels={config.out_channels}; "
-                "valid: a sample_size and equal channels"
+                "sample_size must be set, and in_channels and out_channels must be equal"
             )
         if config.in_channels not in (1, 3):
             raise InputError(
-                f"{path}: its samples have {config.in_channels} channels, as those of a latent space have; valid: "
-                "networks of pixels, with 1 channel (grey) or 3 (colour)"
+                f"{path}: in_channels={config.in_channels}, as in a latent space; valid: pixel-space networks with 1 "
+                "(grey) or 3 (RGB)"
             )
         return (config.in_channels, size, size) if isinstance(size, int) else (config.in_channels, *size)
 
