@@ -78,7 +78,7 @@ def test_the_accuracy_of_a_solver_is_told(capfd, here):
     assert "with 4 steps, the endpoints of 500 pairs differ by " in done.out and " steps are enough" in done.out
     assert not (here / "runs").exists()
     told = command(capfd, "pairs", "spec.yaml", "--check", "--stage", "real")
-    assert told.code == 0 and "at 8 steps, the ends of 64 pairs" in told.out
+    assert told.code == 0 and "with 8 steps, the endpoints of 64 pairs" in told.out
     assert not (here / "runs").exists(), "none is made for it"
 
 
