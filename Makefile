@@ -19,7 +19,7 @@ quickstart: $(VENV)/.train ## trains a teacher and a one-step student
 	$(BIN)/distill quickstart
 
 test: check system ## all tests that CI runs
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "(process or train) and not long" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder -m "(process or train) and not long" $(PYTEST_ARGS)
 
 check: $(VENV)/.test ## format, lint, types, quick tests
 	$(BIN)/ruff format --check .
