@@ -312,5 +312,5 @@ def test_a_job_of_the_doctor_ends_with_it(cluster, here):
 def test_a_setup_that_fails_is_shown(capfd, cluster, here):
     (here / "site.yaml").write_text(json.dumps({"setup": ["cd /no/such/folder"]}))
     done = command_line(capfd, "doctor", "--site", "site.yaml", code=1)
-    assert "ended as FAILED (1:0); its log ends with:\n" in done.err
+    assert "ended in state FAILED (exit code 1:0); its log ends with:\n" in done.err
     assert "/no/such/folder: No such file or directory" in done.err
