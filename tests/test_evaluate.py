@@ -424,7 +424,7 @@ def test_images_are_compared_by_named_features(image_run):
         assert row.distance > 100, "untrained networks make no digits"
         assert 0 <= row.precision <= 1
     assert (
-        "FD-digits: Frechet distance to 1,797 real images, 64 features of a classifier of their classes"
+        "FD-digits: Frechet distance to 1,797 real images, 64 features of a classifier trained on their classes"
         in results.describe(found)
     )
 

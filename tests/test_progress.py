@@ -41,7 +41,7 @@ def test_a_signal_is_noted_and_raised_only_where_asked(number, capfd):
         stop.raise_if_requested("nothing")
         os.kill(os.getpid(), number)
         assert stop.signal == number.name
-        with pytest.raises(Stopped, match=f"stopped by {number.name}; saved: step 7; run the same command again"):
+        with pytest.raises(Stopped, match=f"^stopped by {number.name}; saved: step 7$"):
             stop.raise_if_requested("step 7")
     assert signal.getsignal(number) is before
     assert f"{number.name}: saving, then stopping" in capfd.readouterr().err

@@ -162,7 +162,7 @@ def _outcome(arguments: Sequence[str] | None, tell: Callable[[object], None]) ->
         tell(f"error: {error}")
         return EXIT_FAILED
     except Stopped as stopped:
-        tell(stopped)
+        tell("; ".join(filter(None, [str(stopped), stopped.resume])))
         return EXIT_STOPPED
     except PeerLost as lost:
         tell(lost)

@@ -136,7 +136,6 @@ def _refuse_other_world(spec: "distill.spec.model.RunSpec", names: Sequence[str]
 @contextmanager
 def _in_events(paths: RunPaths, names: list[str], measure: bool) -> Iterator[None]:
     """Context manager that records in the run's events that this process began, and how it ended."""
-    from distill.core.stop import AGAIN
     from distill.launch import ranks, tasks
 
     append_event(paths, "started", pid=os.getpid(), host=platform.node(), stages=names)
@@ -147,10 +146,9 @@ def _in_events(paths: RunPaths, names: list[str], measure: bool) -> Iterator[Non
     except Stopped as stopped:
         outcome, message = "stopped", str(stopped)
         if measure:
-            raise Stopped(f"stopped; {ranks.MEASURED}") from None
-        if tasks.is_task():
-            raise
-        raise Stopped(f"{message.removesuffix(AGAIN)}; resume with: distill run {near(paths.root)} --resume") from None
+            raise Stopped(f"stopped; {ranks.MEASURED}", "") from None
+        resume = "" if tasks.is_task() else f"resume with: distill run {near(paths.root)} --resume"
+        raise Stopped(message, resume) from None
     except KeyboardInterrupt:
         outcome, message = "stopped", "interrupted without saving"
         raise

@@ -16,7 +16,14 @@ class RunError(RuntimeError):
 
 
 class Stopped(Exception):  # noqa: N818  (not an error: the run was asked to stop and saved first)
-    """The work was stopped by a signal. It was saved first and can be resumed. Exit code 75."""
+    """The work was stopped by a signal. It was saved first and can be resumed. Exit code 75.
+
+    resume: how to resume, printed after the message; "" if the message says enough.
+    """
+
+    def __init__(self, message: str, resume: str = "run the same command again to resume") -> None:
+        super().__init__(message)
+        self.resume = resume
 
 
 class PeerLost(Exception):  # noqa: N818  (the error is another rank's)

@@ -10,7 +10,6 @@ from typing import Self
 from distill.core.errors import Stopped
 
 Handler = Callable[[int, FrameType | None], object] | int | None
-AGAIN = "; run the same command again to resume"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # scheduler's kill, Ctrl-C, Slurm's --signal=USR1@seconds
 
 
@@ -41,7 +40,7 @@ class StopRequest:
         saved: what was saved, for the message.
         """
         if self.signal is not None:
-            raise Stopped(f"stopped by {self.signal}; saved: {saved}{AGAIN}")
+            raise Stopped(f"stopped by {self.signal}; saved: {saved}")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

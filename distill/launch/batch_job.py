@@ -19,7 +19,6 @@ from pathlib import Path
 
 from distill.core.errors import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, RunError
 from distill.core.printing import say
-from distill.core.stop import AGAIN
 from distill.launch import environment, ranks, script, slurm, tasks
 from distill.launch.local import RANK_VARIABLES
 from distill.launch.slurm import NoAnswer
@@ -158,7 +157,7 @@ class BatchJob:
         stopped = next((end for end in ends if end.code == EXIT_STOPPED), None)
         if asked or stopped is not None:
             early = "it received the signal during startup, so nothing new was saved"
-            return self._stopped(stopped.message.partition(AGAIN)[0] if stopped else early)
+            return self._stopped(stopped.message if stopped else early)
         silent = sorted(set(range(size)) - {end.rank for end in ends})
         lost = next((end.message for end in ends if end.code == EXIT_PEER), "")
         killed = (

@@ -98,10 +98,10 @@ def memory_rows(memory: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, 
         predicted, counted = ranks[0]["predicted"], [rank["counted"] for rank in ranks]
         for kind, expected in predicted.items():
             yield stage, kind, expected, [each[kind] for each in counted]
-        yield stage, "all four", sum(predicted.values()), [sum(each.values()) for each in counted]
+        yield stage, "sum of these", sum(predicted.values()), [sum(each.values()) for each in counted]
         for label, key in (("activations", "activations"), ("other tensors", "other")):
             yield stage, label, None, [rank[key] for rank in ranks]
-        yield stage, "copy of a checkpoint (host)", None, [rank["saving"] for rank in ranks]
+        yield stage, "checkpoint copy (CPU memory)", None, [rank["saving"] for rank in ranks]
         yield stage, "process", None, [rank["process"] for rank in ranks]
         if ranks[0]["device"] is not None:
             yield stage, "GPU", None, [rank["device"] for rank in ranks]

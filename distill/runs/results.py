@@ -212,10 +212,10 @@ def describe(results: Results) -> str:
     if net is not None:
         said.append(
             f"{results.distance}: Frechet distance to {results.reference:,} real images, {net.dim} features of a "
-            f"classifier of their {net.task} ({net.accuracy:.1%} right on held-out images)"
+            f"classifier trained on their {net.task} (accuracy {net.accuracy:.1%} on held-out images)"
         )
     elif results.distance is not None:
-        floor = f"; {number(results.floor)} between two exact sets" if results.floor is not None else ""
+        floor = f"; two sets of exact samples have {number(results.floor)}" if results.floor is not None else ""
         said.append(f"{results.distance}: sliced Wasserstein-2 to {results.reference:,} exact samples{floor}")
     return ". ".join(said) + "."
 
