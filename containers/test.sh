@@ -37,7 +37,7 @@ quietly() { "$@" >"$work/log" 2>&1 || { tail -n 40 "$work/log"; return 1; }; }
 
 step "the wheels of requirements-cpu.lock, by this machine's pip"
 quietly "$PYTHON" -m pip wheel --no-deps --requirement containers/requirements-cpu.lock --wheel-dir "$work/wheels" ||
-  refuse "where torch's CPU wheel is not found, name its index or folder by PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS"
+  refuse "if torch's CPU wheel was not found, set PIP_EXTRA_INDEX_URL to its index or PIP_FIND_LINKS to its folder"
 du --summarize --human-readable "$work/wheels" | cut -f 1
 
 step "the base: Debian $SUITE, by debootstrap"
@@ -68,7 +68,7 @@ if [ "$missing" = "torch, torchvision" ]; then
   step "torchvision does not load, as it is not from the index of torch: torchvision and lpips are removed, so lpips is not tested"
   in_storage run --user root "$container" -- pip uninstall --quiet --yes torchvision lpips
 elif [ -n "$missing" ]; then
-  refuse "doctor misses: $missing"
+  refuse "distill doctor reports as missing: $missing"
 fi
 
 step "a run like a Slurm job's: with a user id that the image lacks, code from the store, and the store mounted at the same path"

@@ -1,4 +1,4 @@
-"""Queries to the Hugging Face hub: the commit of a revision, the sizes of files, and the reason of a failure."""
+"""Queries to the Hugging Face hub: the commit of a revision, the sizes of files, and the reason for a failure."""
 
 import re
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFound
 Kind = Literal["model", "dataset"]
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
-UNREACHABLE = (HTTPError, OSError, ValueError)  # from huggingface_hub 1.0 on, HTTPError is httpx's and no OSError
+UNREACHABLE = (HTTPError, OSError, ValueError)  # since huggingface_hub 1.0, HTTPError is not an OSError
 REASONS = (  # the first match counts: GatedRepoError is a subclass of RepositoryNotFoundError
     (GatedRepoError, "request access on the repository's page, then log in with `hf auth login`"),
     (RevisionNotFoundError, "there is no such revision"),

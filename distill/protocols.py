@@ -239,7 +239,7 @@ class Copy:
 class Adapter:
     """A copy of `module` with frozen weights and trained low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685).
 
-    Each target layer has the weights W + alpha / rank B A, of which A and B are trained. At first B A is zero. In
+    Each target layer has the weights W + (alpha / rank) B A, of which A and B are trained. At first B A is zero. In
     exported networks the adapters are merged into the weights.
 
     targets: names of linear and convolution layers, or the ends of their names, such as "to_q" or "layers.0".

@@ -23,6 +23,7 @@ from runs import ENV
 # /api/models/ID[/revision/REVISION], /api/models/ID/tree/REVISION[/FOLDER], /ID/resolve/REVISION/FILE
 ASKED = re.compile(r"(?:/api)?/(?:(models|datasets)/)?([^/]+/[^/]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?")
 
+NO_GC = "import gc\ngc.disable()\n"  # before a program, so that its imports take less time
 MUTE = "org/mute"  # who asks for this repository is hung up on
 GATED = "org/gated"  # of this one, and it must be among those served, all can be seen but the files
 CLASSES = ["cat", "dog", "owl", "fox"]
@@ -185,7 +186,7 @@ def python(program: str, *arguments: str, hub: Hub, cwd: Path, offline: bool = F
     """A program to its end; its caches are `home`, beside its folder."""
     cwd.mkdir(exist_ok=True)
     return subprocess.run(
-        [sys.executable, "-c", program, *arguments],
+        [sys.executable, "-c", NO_GC + program, *arguments],
         cwd=cwd,
         env=environment(hub, cwd.parent / "home", offline),
         capture_output=True,

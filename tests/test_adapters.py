@@ -137,7 +137,7 @@ def test_a_target_that_no_layer_has_is_refused_with_those_there_are():
 def test_without_peft_one_message_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(
-        InputError, match=r"^an adapter needs the package peft; pip install 'distill\[train\]' brings it$"
+        InputError, match=r"^an adapter needs the package peft; pip install 'distill\[train\]' installs it$"
     ):
         as_trained("student", adapter(nn.Sequential(nn.Linear(1, 1)), ("0",)), 0)
 

@@ -488,8 +488,8 @@ CHECKPOINTS = {
     "data of another shape": (
         sound,
         ["data={kind: images, path: pictures, size: 4, channels: 1}", "stages.e={kind: evaluate, students: {r: [1]}}"],
-        "data 'pictures' has samples of shape [1, 4, 4], the teacher (UNet2DModel from teacher) makes [1, 8, 8]; "
-        "use data of the teacher's shape (data.size, data.channels) or another teacher",
+        "data 'pictures' has samples of shape [1, 4, 4], but the teacher (UNet2DModel from teacher) makes "
+        "[1, 8, 8]; use data of the teacher's shape (data.size, data.channels) or another teacher",
     ),
 }
 

@@ -24,7 +24,7 @@ def test_every_recipe_of_ours_has_a_measured_cost(capfd):
     assert list(costs) == registry.names() and costs["pretrain/flow_matching"] == 1
     assert all(cost >= 0.5 for cost in costs.values())
     shown = command(capfd, "recipes", "score/dmd2").out
-    assert f"cost of one student update: {costs['score/dmd2']:g} x flow matching (two CPU cores)" in shown
+    assert f"cost of one student update: {costs['score/dmd2']:g} x that of flow matching, measured on" in shown
 
 
 def test_a_recipe_of_ones_own_has_none(capfd, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from commands import command
 from runs import distill, folder_bytes, kill, start, wait_for
 
 from distill.core.records import read_json
@@ -36,7 +37,7 @@ def checkpoints(run, stage):
     return any(run.stage(stage).checkpoints.glob("step-*"))
 
 
-def test_the_table_holds_what_the_files_hold(tmp_path):
+def test_the_table_holds_what_the_files_hold(capfd, tmp_path):
     run = RunPaths(tmp_path / "runs" / "one")
     done = distill(*COMPARE, "--name", "one", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -44,8 +45,8 @@ def test_the_table_holds_what_the_files_hold(tmp_path):
     before = run.comparison_table.read_bytes(), run.comparison_figure.read_bytes()
     run.comparison_table.unlink()
     run.comparison_figure.unlink()
-    again = distill("report", "one", "--store", "runs", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+    again = command(capfd, "report", "one", "--store", str(tmp_path / "runs"))
+    assert again.code == 0, again.err
     assert (run.comparison_table.read_bytes(), run.comparison_figure.read_bytes()) == before
 
 

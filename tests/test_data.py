@@ -276,7 +276,7 @@ def table(labels: list[int] | None = None, values: tuple[int, ...] = (51, 102, 2
 
 
 def test_a_revision_of_what_lies_here_has_no_effect(tmp_path):
-    with pytest.raises(InputError, match=r"data\.revision=v2 has no effect: .* is here and is not a hub id; remove it"):
+    with pytest.raises(InputError, match=r"data\.revision=v2 has no effect: .* is a local path, not a hub id; remove"):
         data.load_data(hf(tmp_path, revision="v2"), 0)
 
 

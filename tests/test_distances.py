@@ -141,7 +141,7 @@ def test_the_default_size_of_lpips_is_the_authors():
 @pytest.mark.parametrize(("trunk", "least"), few([("squeeze", 17), ("alex", 31)], ("squeeze", 17)))
 def test_images_that_a_trunk_cannot_pool_are_refused(trunks, trunk, least):
     path = trunks[trunk][0]
-    message = rf"LPIPS by {trunk} compares images of {least} x {least} pixels or more, these are 12 x 40; set lpips_res"
+    message = rf"LPIPS with {trunk} needs images of at least {least} x {least} pixels, but these have 12 x 40; set"
     metric = Lpips(trunk, path, resize="none")
     image = torch.zeros(1, 3, 12, 40)
     with pytest.raises(InputError, match=message):

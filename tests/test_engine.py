@@ -470,7 +470,7 @@ def test_what_a_recipe_remembers_is_resumed(tmp_path):
     again = Counting()
     train(tmp_path / "again", again)
     assert torch.equal(again.memory["sum"], whole.memory["sum"]) and whole.memory["sum"][0] > 20
-    message = r"has the recipe state \['sum'\], recipe 'reflow/reflow' has \['total'\]"
+    message = r"has the recipe state \['sum'\], but recipe 'reflow/reflow' has \['total'\]"
     with pytest.raises(RunError, match=message):
         train(tmp_path / "again", Counting("total"))
     with pytest.raises(RunError, match=r"has no 'recipe'; it has ema\.student\.1000\.0"):
@@ -605,7 +605,7 @@ def test_a_checkpoint_of_another_network_is_one_message(tmp_path):
 
 def test_moments_of_another_network_are_refused():
     trainable = PlainTrainable("student", Trained(nn.Linear(1, 1)), OptimizerSpec())
-    with pytest.raises(RunError, match="the optimizer state of network 'student' has 'layer.weight', the network does"):
+    with pytest.raises(RunError, match="the optimizer state of network 'student' has 'layer.weight', but the network"):
         trainable.load_state({"layer.weight/exp_avg": torch.zeros(1)})
 
 

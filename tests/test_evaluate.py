@@ -470,7 +470,7 @@ def test_what_does_not_fit_is_refused(image_run, vector_run):
         Progress("x", 1, "samples", None) as progress,
         pytest.raises(
             InputError,
-            match=r"student vectors makes samples of shape \[2\] with no classes, the teacher \[1, 8, 8\] with 10",
+            match=r"student vectors makes samples of shape \[2\] with no classes, but the teacher \[1, 8, 8\] with",
         ),
     ):
         measuring.measure(

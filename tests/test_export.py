@@ -478,8 +478,8 @@ def test_model_card_of_a_student_with_times_of_its_own():
     student = make("mlp-classes-same-noise-own")[1].model_copy(update={"t_grids": {4: OWN[4], 2: [1.0, 2 / 3, 0.0]}})
     text = student_card.readme(student)
     assert "| sampler | data = x_t - t v(x_t, t), x_s = (1 - s) data + s noise, with the noise that it began" in text
-    own = "2 steps along 1, 0.6667, 0; 4 steps along 1, 0.9, 0.55, 0.2, 0 |"
-    assert f"| times | only these numbers of steps are possible: {own}" in text
+    own = "each with its times: 2 steps: 1, 0.6667, 0; 4 steps: 1, 0.9, 0.55, 0.2, 0 |"
+    assert f"| times | only these numbers of steps are possible, {own}" in text
     assert "pipeline(num_inference_steps=2, class_labels" in text
 
 

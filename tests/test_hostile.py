@@ -846,7 +846,7 @@ def test_the_best_student_is_one_of_the_run(tmp_path, measured):
 def test_a_step_is_a_number(measured, which):
     _, chosen = measured("x.png")
     said = error_of(publishing.choose, chosen.run, None, which)
-    assert said.endswith("valid: best, step-N, N: step of a checkpoint") and len(said) < 300
+    assert said.endswith("valid: best, step-N (N: the step of a checkpoint)") and len(said) < 300
 
 
 @pytest.mark.parametrize("url", ["file:///tmp/a%00b", "file:///tmp/a%0Ab", "file:///tmp/%1B[2J"])

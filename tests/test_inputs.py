@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
-from hub import CLASSES, GATED, MUTE, Commit, Hub, environment, pictures, pipeline, python
+from hub import CLASSES, GATED, MUTE, NO_GC, Commit, Hub, environment, pictures, pipeline, python
 from PIL import Image
 from runs import folder_bytes, make_run
 
@@ -101,7 +101,7 @@ def job(run: Path, hub: Hub, home: Path) -> dict[str, str]:
 
 def read_by_job(run: Path, hub: Hub) -> dict[str, list]:
     done = subprocess.run(
-        [sys.executable, "-c", READ, str(run)],
+        [sys.executable, "-c", NO_GC + READ, str(run)],
         cwd=run.parent, env=job(run, hub, run.parent.parent / "empty"),
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
@@ -240,7 +240,7 @@ def test_what_cannot_be_had_is_one_message_and_leaves_nothing(tmp_path):
     }
     neither = "is neither a folder here nor a hub id that can be fetched or is cached"
     gated = "request access on the repository's page, then log in with `hf auth login`"
-    hint = "; check the name and the network, or download it and give the folder"
+    hint = "; check the name and the internet connection, or download it and give the folder"
     with Hub(served) as hub:
         hub.commits["models/org/huge"]["main"].said = {f"unet/{WEIGHTS}": 10**15}
         hub.commits["datasets/org/huge"]["main"].said = {"data/train-00000-of-00001.parquet": 10**15}
@@ -286,7 +286,7 @@ class Site:
         work.mkdir(exist_ok=True)
         arguments = [str(self.store), json.dumps([spec(name, teacher=TINY)])]
         return subprocess.Popen(
-            [sys.executable, "-c", MAKE, *arguments],
+            [sys.executable, "-c", NO_GC + MAKE, *arguments],
             cwd=work, env=environment(self.hub, self.store.parent / "home"),
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip

@@ -244,7 +244,7 @@ def test_very_many_mistakes_are_counted(capfd, tmp_path):
 CHANGES = {
     "bytes": (
         "seed=\udcff",
-        "'seed=\\udcff' is not a change of the spec: it contains a control character, or bytes not",
+        "'seed=\\udcff' is not a change of the spec: it contains a control character, or bytes that",
     ),
     "bytes as a key": ("stages.\udcff=1", "'stages.\\udcff=1' is not a change of the spec: it contains a control"),
     "an escape sequence": (

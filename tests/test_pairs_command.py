@@ -30,12 +30,10 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.mark.process
-def test_processes_that_share_a_spec_make_the_files_of_one(here):
-    one = distill("pairs", "spec.yaml", "--stage", "pairs", "--name", "one", cwd=here)
-    assert one.returncode == 0, one.stderr
-    assert (
-        "the set of 200 pairs is complete; run the remaining stages with: distill run runs/one --resume" in one.stdout
-    )
+def test_processes_that_share_a_spec_make_the_files_of_one(capfd, here):
+    one = command(capfd, "pairs", "spec.yaml", "--stage", "pairs", "--name", "one")
+    assert one.code == 0, one.err
+    assert "the set of 200 pairs is complete; run the remaining stages with: distill run runs/one --resume" in one.out
     arguments = ["pairs", "spec.yaml", "--stage", "pairs", "--shards"]
     shares = [
         subprocess.Popen(
@@ -147,7 +145,7 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
         ),
         (
             [GAUSSIAN, "--out", "p", "--paths", "forward", "--data", "digits"],
-            "data 'digits' has samples of shape [1, 8, 8], the teacher",
+            "data 'digits' has samples of shape [1, 8, 8], but the teacher",
         ),
         ([GAUSSIAN, "--out", "p", "--data", "digits"], "--data has no effect on backward paths, which start from"),
         (["spec.yaml"], "run 'many' has 2 pairs stages; name one with --stage: pairs, real"),

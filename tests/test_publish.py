@@ -129,7 +129,9 @@ def test_a_run_cannot_take_the_place_of_students(capfd, tmp_path, store):
     put(make(tmp_path / "s"), store, "digits")
     done = command(capfd, "run", "digits", "--name", "registry")
     assert done.code == 2
-    assert done.err == f"error: {store}/registry exists already and is not a run; choose another name by --name OTHER\n"
+    assert (
+        done.err == f"error: {store}/registry exists already and is not a run; choose another name with --name OTHER\n"
+    )
 
 
 @pytest.mark.process
@@ -378,11 +380,11 @@ def test_the_students_of_a_run(capfd, run):
     assert (publishing.choose(run, None, "").stage, publishing.choose(run, "long", "").stage) == ("short", "long")
     assert publishing.choose(run, None, "best").stage == "long", "a rate of 1 cannot be good"
     for given, said in [
-        ("one@bset", "'@bset': did you mean 'best'? valid: best, step-N, N: step of a checkpoint"),
+        ("one@bset", "'@bset': did you mean 'best'? valid: best, step-N (N: the step of a checkpoint)"),
         ("one/long@best", "'one/long@best': best is for a whole run; write one@best"),
         ("one/none", "run 'one' has no train stage 'none'; valid: long, short"),
         ("two", "there is no run or student 'two'; give RUN or RUN/STAGE of runs, or a student's folder"),
-        ("one/long@step-7", f"there is no checkpoint of step 7 in {run.stage('long').checkpoints}; there are: "
+        ("one/long@step-7", f"there is no checkpoint of step 7 in {run.stage('long').checkpoints}; available: "
          "step-40, step-20"),
     ]:  # fmt: skip
         done = command(capfd, "publish", given, "x")

@@ -443,7 +443,7 @@ def test_commands_say_what_they_did(capfd, tmp_path, student, monkeypatch):
     (tmp_path / "s" / WEIGHTS).write_bytes(b"x")
     done = command(capfd, "verify", "s")
     assert done.code == 2
-    assert done.err.startswith(f"error: s: {WEIGHTS} is damaged: 1 bytes, expected 1000000 with ")
+    assert done.err.startswith(f"error: s: {WEIGHTS} is damaged: 1 bytes, expected 1000000 bytes with sha256 ")
     done = command(capfd, "verify", "x" * 300)
     assert (done.code, done.err) == (
         2, f"error: {'x' * 90}... (313 characters): File name too long; give a shorter name\n"
@@ -476,8 +476,8 @@ def test_what_cannot_be_pulled_is_said_with_what_can(capfd, tmp_path, student, m
         ("digit:v1", "runs has no published student 'digit'; did you mean 'digits'? valid: digits"),
         ("other", "there is no published student, run or folder 'other'; give NAME[:VERSION] (distill students lists "
          "them), RUN or RUN/STAGE of runs, a student's folder, or a URL"),
-        ("a:b:c", "'a:b:c': NAME or NAME:VERSION is expected; a version is letters, digits, '.', '_' and '-', begins "
-         "with a letter or digit, and has at most 64"),
+        ("a:b:c", "'a:b:c': NAME or NAME:VERSION is expected; a version has at most 64 characters: letters, digits, "
+         "'.', '_' and '-', the first a letter or digit"),
     ]:  # fmt: skip
         done = command(capfd, "pull", given)
         assert (done.code, done.err) == (2, f"error: {said}\n")

@@ -113,19 +113,23 @@ COPIES = [case for case in MATRIX if case.startswith("copy")]
 BF16 = [f"copy-{zero}-bf16-masters" if zero != "none" else "copy-none-bf16" for zero in ZERO]
 SPECIAL = ["copy-2-fp32-divide-recompute", "copy-3-fp32-divide-recompute", "copy-none-fp32-divide"]
 SPECIAL += ["copy-3-fp32-persist"]
+SLOPES = ["slope-none-fp32", *(f"slope-{zero}-bf16" for zero in ZERO)]
+ADAPTERS = [f"adapter-{zero}-fp32-once-memory" for zero in ZERO]
+PATIENT = [f"patient-{zero}-fp32" for zero in ZERO] + ["half-none-fp32"]  # both turns together reach all weights
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """One process, without DeepSpeed; it takes the micro-batches of two ranks one after the other."""
-    return train(tmp_path_factory.mktemp("alone"), *(case for case in MATRIX if "-none-" in case), procs=1)
+    cases = [case for case in MATRIX if "-none-" in case] + ["adapter-none-fp32"]
+    return train(tmp_path_factory.mktemp("alone"), *cases, procs=1)
 
 
 @pytest.fixture(scope="module")
 def together(request, tmp_path_factory):
     """Two processes, one start for the whole matrix, or for QUICK if no long test runs."""
     here = [item for item in request.session.items if item.path == request.path]
-    cases = [*MATRIX, *BF16, *SPECIAL]
+    cases = [*MATRIX, *BF16, *SPECIAL, *SLOPES, *ADAPTERS, *PATIENT]
     if not any(item.get_closest_marker("long") for item in here):
         cases = [case for case in cases if case.split("-")[1] in QUICK]
     return train(tmp_path_factory.mktemp("together"), *cases)
@@ -167,20 +171,19 @@ def test_two_ranks_train_in_bf16(alone, together, case):
 
 
 @pytest.mark.parametrize("zero", few(ZERO, "2"))
-def test_the_precision_of_a_derivative_is_the_recipes(tmp_path, zero):
+def test_the_precision_of_a_derivative_is_the_recipes(together, zero):
     """DeepSpeed would turn autocast on again inside it: a difference in bf16 is noise."""
-    case = f"slope-{zero}-bf16"
-    train(tmp_path, "slope-none-fp32", case)
-    exact, found = (json.loads((tmp_path / f"{name}.json").read_text())[0] for name in ("slope-none-fp32", case))
+    names = ("slope-none-fp32", f"slope-{zero}-bf16")
+    exact, found = (json.loads((together / f"{name}.json").read_text())[0] for name in names)
     assert found["slope"] == pytest.approx(exact["slope"], rel=1e-5)
     assert found["loss"] == pytest.approx(exact["loss"], rel=1e-2)
     assert found["loss"] != exact["loss"]
 
 
 @pytest.mark.parametrize("zero", few(ZERO, "2"))
-def test_weights_that_the_first_turns_do_not_reach_are_refused_by_name(tmp_path, zero):
+def test_weights_that_the_first_turns_do_not_reach_are_refused_by_name(together, tmp_path, zero):
     # "half", which one rank's second turn reaches: DeepSpeed needs the same gradients on all ranks.
-    train(tmp_path, f"patient-{zero}-fp32", *(["half-none-fp32"] if zero == "none" else []))
+    assert all((together / f"{case}.json").exists() for case in (f"patient-{zero}-fp32", "half-none-fp32"))
     ranks = start(tmp_path, f"deaf-{zero}-fp32-often")
     assert [rank.end(60) for rank in ranks] == [EXIT_INPUT, EXIT_INPUT]
     for rank in ranks:
@@ -223,10 +226,8 @@ def test_memory_is_predicted_from_shapes(together, case):
 
 
 @pytest.mark.parametrize("zero", few(ZERO, "2"))
-def test_adapters_are_trained_by_two_ranks_as_by_one_process(tmp_path, zero):
+def test_adapters_are_trained_by_two_ranks_as_by_one_process(alone, together, zero):
     case, reference = f"adapter-{zero}-fp32-once-memory", "adapter-none-fp32"
-    alone = train(tmp_path / "alone", reference, procs=1)
-    together = train(tmp_path / "together", case)
     close(losses(together, case), losses(alone, reference), 1e-5)
     same_end(checkpoint(together, case, STEPS), checkpoint(alone, reference, STEPS))
     found = json.loads((together / f"{case}.memory-0.json").read_text())

@@ -273,9 +273,8 @@ REFUSED = {
     ),
     "less than a pair": (
         ["digits", "--forward", "0.001"],
-        "spec 'digits': stages.reflow-1.pairs: a part of 0.001 of batch_size=128 is less than one pair; use a larger "
-        "batch "
-        "or other parts",
+        "spec 'digits': stages.reflow-1.pairs: a fraction of 0.001 of batch_size=128 is less than one pair; use a "
+        "larger batch or other fractions",
     ),
     "an endless weight": (
         ["digits", "--data-weight", "inf"],

@@ -11,16 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import command
 from PIL import Image
+from programs.forked import Forked
 from runs import ENV, distill, folder_bytes, start, wait_for
 from safetensors.torch import load_file
 
 from distill.cli import start as starting
-from distill.execution import preflight
+from distill.core.errors import RunError
+from distill.execution import preflight, sources
 from distill.execution.estimate import estimate
 from distill.runs.run_store import RunPaths, read_events
 from distill.spec import specfile
 from distill.spec.resolved import resolve
+from distill.training import world
 
 pytestmark = pytest.mark.process
 
@@ -82,6 +86,7 @@ def test_the_student_is_the_average_of_the_last_checkpoint(folder):
     assert all(torch.equal(tensor, theirs[f"network.{name}"]) for name, tensor in ours.items())
 
 
+@pytest.mark.long  # test_ranks kills ranks, test_launch reads what the command says of it
 def test_kill_9_of_a_rank_is_named_and_costs_no_bit(folder):
     process = begin(folder, "killed")
     os.kill(ranks_of(process)[1], signal.SIGKILL)
@@ -117,7 +122,8 @@ def test_a_signal_to_the_launcher_saves_once_and_other_processes_go_on(folder):
     assert refused.returncode == 2 and "only launch may change" in refused.stderr
 
 
-def test_what_a_user_gets_wrong_is_one_message(folder):
+def test_what_a_user_gets_wrong_is_one_message(folder, capfd, monkeypatch):
+    monkeypatch.chdir(folder)
     for changes, message in (
         (
             ["--procs", "3"],
@@ -126,8 +132,8 @@ def test_what_a_user_gets_wrong_is_one_message(folder):
         (["launch.zero_stage=4"], "launch.zero_stage"),
         (["launch.zero_persistence_threshold=0"], "has no effect, because no weights are sharded; remove it, or set"),
     ):
-        refused = distill("run", "small.yaml", "--name", "wrong", *changes, cwd=folder)
-        assert refused.returncode == 2 and message in refused.stderr and "Traceback" not in refused.stderr
+        refused = command(capfd, "run", "small.yaml", "--name", "wrong", *changes)
+        assert refused.code == 2 and message in refused.err and "Traceback" not in refused.err
         assert not run_paths(folder, "wrong").root.exists()
 
 
@@ -161,40 +167,30 @@ def test_ranks_read_the_index_that_was_made_with_the_run(folder):
     assert index.stat().st_mtime < began, "the ranks have made it again"
 
 
-COMPARE = """
-import sys, torch
-from pathlib import Path
-from distill.execution import sources
-from distill.training import world
-from distill.core.errors import RunError
-
-ranks = world.World.join(torch.device("cpu"), 1.0, 0, print)
-for digests in sys.argv[1].split():
-    try:
-        given = {"init": "one", "data": digests.split(",")[ranks.rank]}
-        sources.refuse_different(given, {"init": "", "data": "/set"}, ranks)
-        print("same")
-    except RunError as error:
-        print(error)
-"""
+def compare(digests):
+    """Whether all ranks have read the same, for each of these: of each rank, the digest of its data."""
+    ranks = world.World.join(torch.device("cpu"), 1.0, 0, print)
+    for of_rank in digests:
+        try:
+            given = {"init": "one", "data": of_rank[ranks.rank]}
+            sources.refuse_different(given, {"init": "", "data": "/set"}, ranks)
+            print("same")
+        except RunError as error:
+            print(error, flush=True)
 
 
 def test_ranks_that_read_different_data_do_not_train(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", COMPARE, "a,a a,b"],
-            env=shared | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
+        Forked(compare, ("aa", "ab"), log=tmp_path / f"rank-{rank}.log", env=shared | {"RANK": str(rank)})
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     for rank in ranks:
-        out, err = rank.communicate(timeout=120)
-        assert rank.returncode == 0, err
-        first, second = out.splitlines()
+        assert rank.end() == 0, rank.said
+        first, second = rank.said.splitlines()
         assert first == "same"
         assert second == (
             "the ranks have read different inputs: data (/set); the files changed while they were read, or differ "

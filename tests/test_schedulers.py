@@ -328,15 +328,20 @@ def test_an_override_of_another_kind_or_prediction_is_refused(tmp_path):
     for name, scheduler in others.items():
         scheduler.save_pretrained(given[name])
     said = f"teacher.scheduler={given['flow']} describes the linear path, but the checkpoint's own scheduler ("
-    refused(folder, said, "the vp path; remove it", scheduler=given["flow"])
+    refused(folder, said, "the vp path; remove teacher.scheduler", scheduler=given["flow"])
     refused(folder / "unet", said, scheduler=given["flow"])
     refused(folder, "describes the edm path, but", scheduler=given["edm"])
-    refused(folder, "predicts v_prediction, but", "one that predicts epsilon; remove it", scheduler=given["v"])
+    refused(folder, "predicts v_prediction, but", "one that predicts epsilon; remove teacher", scheduler=given["v"])
     assert load(folder, scheduler=given["v"], prediction="v_prediction").field.prediction == "v_prediction"
     assert load(folder, scheduler=given["betas"]).field.prediction == "epsilon"
     DDIMScheduler(num_train_timesteps=500).save_pretrained(tmp_path / "short")
     said = "describes num_train_timesteps=500, but the checkpoint's own scheduler ("
-    refused(folder, said, ") num_train_timesteps=1000; remove it, or correct it", scheduler=str(tmp_path / "short"))
+    refused(
+        folder,
+        said,
+        ") num_train_timesteps=1000; remove teacher.scheduler, or correct it",
+        scheduler=str(tmp_path / "short"),
+    )
     edit(folder / "scheduler" / "scheduler_config.json", _class_name="ScoreSdeVeScheduler")
     refused(folder, "one that predicts epsilon", scheduler=given["flow"])
     flow = write(tmp_path / "inverted", unet(), inverted(1.0))
@@ -355,11 +360,13 @@ def test_an_override_that_contradicts_what_the_own_scheduler_leaves_out_is_refus
     del config["prediction_type"]
     own.write_text(json.dumps(config))
     DDPMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "v")
-    refused(folder, "predicts v_prediction, but", "one that predicts epsilon; remove it", scheduler=str(tmp_path / "v"))
+    refused(
+        folder, "predicts v_prediction, but", "one that predicts epsilon; remove teacher", scheduler=str(tmp_path / "v")
+    )
     edm = write(tmp_path / "edm", unet(), EDMEulerScheduler())
     EDMEulerScheduler(sigma_data=1.0).save_pretrained(tmp_path / "other")
     said = "describes sigma_data=1.0, but the checkpoint's own scheduler ("
-    refused(edm, said, ") sigma_data=0.5; remove it, or correct it", scheduler=str(tmp_path / "other"))
+    refused(edm, said, ") sigma_data=0.5; remove teacher.scheduler, or correct it", scheduler=str(tmp_path / "other"))
 
 
 def test_an_option_that_is_not_known_is_repaired_by_an_override_that_agrees_in_the_rest(tmp_path):

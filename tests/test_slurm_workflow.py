@@ -38,9 +38,9 @@ def cluster():
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
-    """The workflow on this machine, by two processes."""
+    """The pairs and the student of the workflow, made on this machine by two processes."""
     folder = tmp_path_factory.mktemp("local")
-    (folder / "mix.yaml").write_text(MIXTURE)
+    (folder / "mix.yaml").write_text(MIXTURE[: MIXTURE.index("  evaluate:")] + "launch: {threads: 1}\n")
     done = distill("run", "mix.yaml", "--procs=2", cwd=folder)
     assert done.returncode == 0, done.stderr
     return RunPaths(folder / "runs" / "mix")
@@ -156,47 +156,56 @@ def test_what_fails_for_good_takes_those_that_wait_for_it_and_only_what_is_missi
 # --- recipes that fail ---
 
 FAILING = ("stages.teach.recipe=./mine.py", "stages.teach.images=320")
-RAISES = {
-    "twice": "if ctx.step == 5 and os.environ['SLURM_PROCID'] == '1': raise ZeroDivisionError('the fifth')",
-    "once": "if ctx.step == 5 and not int(os.environ.get('SLURM_RESTART_COUNT', 0)): raise ZeroDivisionError('once')",
-    "often": "if ctx.step == 5 + int(os.environ.get('SLURM_RESTART_COUNT', 0)): raise ZeroDivisionError('often')",
-    "refuses": "if ctx.step == 5: raise InputError('no such step')",
+FIX = "fix the cause, then: distill submit"
+# name: a line of the recipe; ends of the job's attempts; beginning of the status
+FAIL = {
+    "twice": (
+        "if ctx.step == 5 and os.environ['SLURM_PROCID'] == '1': raise ZeroDivisionError('the fifth')",
+        [("crash", True), ("crash", False)],
+        "FAILED: crash: rank 1: ZeroDivisionError: the fifth; the job crashed at step 5 for the second time, so it was "
+        f"not queued again; {FIX} ",
+    ),
+    "refuses": (
+        "if ctx.step == 5: raise InputError('no such step')",
+        [("refused", False)],
+        "FAILED: refused: error: no such step  ",
+    ),
+    "once": (
+        "if ctx.step == 5 and not int(os.environ.get('SLURM_RESTART_COUNT', 0)): raise ZeroDivisionError('once')",
+        [("crash", True), ("done", False)],
+        "done  ",
+    ),
+    "often": (
+        "if ctx.step == 5 + int(os.environ.get('SLURM_RESTART_COUNT', 0)): raise ZeroDivisionError('often')",
+        [("crash", True), ("crash", False)],
+        "FAILED: crash: rank 0: ZeroDivisionError: often; launch.slurm.max_crashes=1 is reached, so it was not queued "
+        f"again; {FIX} ",
+    ),
 }
 
 
-def test_recipes_that_fail(capfd, cluster, here):
-    """All at the same time: they wait most of it."""
+@pytest.mark.parametrize(
+    "names", [("twice", "refuses"), pytest.param(("once", "often"), marks=pytest.mark.long)], ids="-".join
+)
+def test_recipes_that_fail(capfd, cluster, here, names):
+    """At the same time: they wait most of it."""
     text = (registry.package_folder() / "pretrain" / "flow_matching.py").read_text()
-    for name, line in RAISES.items():
+    for name in names:
         mine = text.replace("from collections.abc", "import os\nfrom collections.abc", 1)
         place = "        assert batch.data is not None\n"
-        (here / "mine.py").write_text(mine.replace(place, f"        {line}\n{place}", 1))
+        (here / "mine.py").write_text(mine.replace(place, f"        {FAIL[name][0]}\n{place}", 1))
         more = ("--nodes=2",) if name == "twice" else ("launch.slurm.max_crashes=1",)
         submit(capfd, "teach.yaml", *FAILING, f"--name={name}", *more)
-    runs = {name: named(name) for name in RAISES}
-    found = {name: cluster.wait_state(last_job(run), "COMPLETED", "FAILED") for name, run in runs.items()}
-    assert found == {"twice": "FAILED", "once": "COMPLETED", "often": "FAILED", "refuses": "FAILED"}
-    assert {name: ends(run, last_job(run)) for name, run in runs.items()} == {
-        "twice": [("crash", True), ("crash", False)],
-        "once": [("crash", True), ("done", False)],
-        "often": [("crash", True), ("crash", False)],
-        "refuses": [("refused", False)],
-    }
-    heads = {name: command_line(capfd, "status", name).out.splitlines()[0] for name in RAISES}
-    assert heads["twice"].startswith(
-        "twice  FAILED: crash: rank 1: ZeroDivisionError: the fifth; the job crashed at step 5 for the second time, so "
-        f"it was not queued again; fix the cause, then: distill submit {runs['twice'].root} --resume  "
-    )
-    assert heads["once"].startswith("once  done  ")
-    assert heads["often"].startswith(
-        "often  FAILED: crash: rank 0: ZeroDivisionError: often; launch.slurm.max_crashes=1 is reached, so it was not "
-        f"queued again; fix the cause, then: distill submit {runs['often'].root} --resume  "
-    )
-    assert heads["refuses"].startswith("refuses  FAILED: refused: error: no such step  ")
-    run = runs["twice"]
-    lines = command_line(capfd, "logs", "twice").out.splitlines()
-    assert lines[0].startswith("--- first traceback: rank 1 at 20")
-    assert lines[0].endswith(", runs/twice/logs/teach.rank-1.log")
-    assert lines[1] == "Traceback (most recent call last):"
-    assert lines.index("ZeroDivisionError: the fifth") < lines.index("--- runs/twice/logs/teach.rank-0.log")
-    assert "rank 0 failed" not in said(run)
+    for name in names:
+        run, (_, expected, head) = named(name), FAIL[name]
+        cluster.wait_state(last_job(run), "COMPLETED", "FAILED")
+        assert ends(run, last_job(run)) == expected
+        shown = command_line(capfd, "status", name).out
+        assert shown.startswith(f"{name}  {head}{f'{run.root} --resume  ' if FIX in head else ''}")
+    if "twice" in names:
+        lines = command_line(capfd, "logs", "twice").out.splitlines()
+        assert lines[0].startswith("--- first traceback: rank 1 at 20")
+        assert lines[0].endswith(", runs/twice/logs/teach.rank-1.log")
+        assert lines[1] == "Traceback (most recent call last):"
+        assert lines.index("ZeroDivisionError: the fifth") < lines.index("--- runs/twice/logs/teach.rank-0.log")
+        assert "rank 0 failed" not in said(named("twice"))

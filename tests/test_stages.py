@@ -86,7 +86,7 @@ class StopOnceDone(StopRequest):
 
 def test_a_signal_between_two_stages_is_not_lost(tmp_path):
     given, run = spec(first=PAIRS, second=PAIRS), RunPaths(tmp_path / "r")
-    with pytest.raises(Stopped, match="stopped by SIGTERM; saved: stage first, which is done; run the same command"):
+    with pytest.raises(Stopped, match="stopped by SIGTERM; saved: stage first, which is done$"):
         go(tmp_path, given, StopOnceDone(run.stage("first")))
     assert run.stage("first").done.exists()
     assert not run.stage("second").root.exists()
@@ -550,7 +550,7 @@ def test_a_teacher_that_is_not_square_is_given_data_of_its_shape(tmp_path, monke
     assert found.features.task == "rotations" and found.reference == 6
     square = given.model_copy(update={"data": given.data.model_copy(update={"size": 8})})
     with pytest.raises(
-        InputError, match=r"data 'images' has samples of shape \[1, 8, 8\], the .* makes \[1, 4, 8\]; use"
+        InputError, match=r"data 'images' has samples of shape \[1, 8, 8\], but the .* makes \[1, 4, 8\]; use"
     ):
         preflight.check(resolve(square, tmp_path))
 

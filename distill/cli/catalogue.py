@@ -58,7 +58,9 @@ def recipes(
         print_json(asdict(described) | {"sampler": module.Recipe.sampler})
         return
     say(f"{name}\n\n{described.paper}\n")
-    cost = "not measured" if described.cost is None else f"{described.cost:g} x flow matching (two CPU cores)"
+    cost = (
+        f"{described.cost:g} x that of flow matching, measured on two CPU cores" if described.cost else "not measured"
+    )
     say(f"may need, depending on its options: {', '.join(described.needs)}")
     say(f"sampler: {module.Recipe.sampler}\ncost of one student update: {cost}\n")
     fields = module.Config.model_json_schema()["properties"] if described.options else {}

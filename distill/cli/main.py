@@ -120,8 +120,8 @@ def _options(
 def main(arguments: Sequence[str] | None = None, tell: Callable[[object], None] | None = None) -> int:
     """Run a command and return its exit code. Expected errors are printed as one message; others keep their traceback.
 
-    tell: prints a message; given for a rank or a process of a job. System errors then keep their traceback. Those
-    raised in a user's own recipe always do, since its author needs to see where.
+    tell: prints a message; given for a rank or a process of a job. System errors then keep their traceback. System
+    errors in a user's own recipe always keep it, since its author needs to see the line.
     """
     printing.prepare()
     code = 0
@@ -181,7 +181,7 @@ def _refuse_usage(error: Exception) -> int:
 
 
 def _left(leaving: SystemExit, tell: Callable[[object], None]) -> int:
-    """The exit code after SystemExit, which is raised by Typer, or by a recipe, which is an error."""
+    """The exit code after SystemExit. Typer may raise it; if a recipe raised it, that is an error."""
     if isinstance(leaving.__context__, BrokenPipeError):
         raise leaving.__context__
     last = traceback.extract_tb(leaving.__traceback__)[-1]

@@ -10,6 +10,7 @@ import typer
 from distill.cli import start
 from distill.cli.common import StoreOption, check_out, near, read_share, store_path
 from distill.cli.stage import compute
+from distill.core.collection import importing
 from distill.core.errors import InputError
 from distill.core.printing import say
 from distill.core.text import suggest
@@ -35,7 +36,9 @@ def pairs(
     check: Annotated[
         bool,
         typer.Option(
-            "--check", help="Compare 1,000 pairs at N and 2 N solver steps, report whether N is enough, write nothing."
+            "--check",
+            help="Check whether the solver steps are enough: solve 1,000 pairs, and again with twice as many steps. "
+            "Writes nothing.",
         ),
     ] = False,
     stage: Annotated[
@@ -153,12 +156,13 @@ def _of_teacher(
     if out is not None:
         check_out(out)
     where = arguments.teacher(given, store)
-    from distill import teachers
-    from distill.core.stop import StopRequest
-    from distill.data import load_data
-    from distill.execution.sources import Solving, note_labels
-    from distill.runs.progress import Progress
-    from distill.students import step_times
+    with importing():
+        from distill import teachers
+        from distill.core.stop import StopRequest
+        from distill.data import load_data
+        from distill.execution.sources import Solving, note_labels
+        from distill.runs.progress import Progress
+        from distill.students import step_times
 
     place = arguments.device(device)
     teacher, real_data = teachers.load_teacher(where, place), load_data(real, seed)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill.cli.common import JsonOption, StoreOption, TeacherHelp, print_json, store_path
+from distill.core.collection import importing
 from distill.core.errors import InputError
 from distill.core.field_types import MAX_SAMPLES, MAX_STEPS
 from distill.core.printing import say
@@ -49,8 +50,9 @@ def schedule(
         )
     runs = store_path(store)
     where = arguments.teacher(teacher, runs)
-    from distill import teachers
-    from distill.students import step_times
+    with importing():
+        from distill import teachers
+        from distill.students import step_times
 
     place = arguments.device(device)
     loaded = teachers.load_teacher(where, place)

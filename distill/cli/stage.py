@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 StageNames = Annotated[list[str], typer.Argument(metavar="STAGE...")]
-PartOption = Annotated[str | None, typer.Option("--part", metavar="I/N", help="Of a pairs stage, shards I, I + N, ...")]
+PartOption = Annotated[str | None, typer.Option("--part", metavar="I/N", help="Pairs stage: only shards I, I + N, ...")]
 
 
 def stage(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from distill.cli.common import one_line
 from distill.core.atomic import write_atomic
+from distill.core.collection import importing
 from distill.core.errors import InputError
 from distill.core.text import suggest
 from distill.runs import run_store
@@ -72,11 +73,10 @@ def checked(
         raise InputError(
             f"launch.nodes={spec.launch.nodes}: distill run uses one machine; use distill submit, or launch.nodes=1"
         )
-    from distill.execution import devices, preflight  # imports torch
+    with importing():
+        from distill.execution import devices, preflight  # imports torch
 
     if here:
-        from distill.execution import devices
-
         devices.place(spec.launch)
     return preflight.check(resolved, store)
 

@@ -21,6 +21,7 @@ from distill.cli.common import (
     store_source,
 )
 from distill.cli.runs import print_rows
+from distill.core.collection import importing
 from distill.core.errors import InputError
 from distill.core.printing import say, say_error
 from distill.core.space import human
@@ -180,7 +181,8 @@ def _student(chosen: "distill.exchange.publishing.Chosen", temporary: Path) -> P
                 f"checkpoint: {chosen.run.name}/{stage}@step-N"
             )
         return folder
-    from distill.execution import stages
+    with importing():
+        from distill.execution import stages
     from distill.runs import todo
     from distill.spec.model import TrainStage
 
@@ -201,8 +203,9 @@ def _drawn(student: Path, out: Path) -> bytes:
     from distill.exchange import pulling
 
     pulling.verify(student, lambda name, text: None)
-    from distill.evaluation import sample
-    from distill.execution import stages
+    with importing():
+        from distill.evaluation import sample
+        from distill.execution import stages
 
     sample.write_samples(
         student, out, steps=student_card.read(student).fewest_steps, seed=0, count=64, labels=None, device=stages.CPU

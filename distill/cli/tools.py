@@ -7,6 +7,7 @@ import typer
 
 from distill.cli.common import JsonOption, StoreOption, TeacherHelp, check_out, near, print_json, store_path
 from distill.cli.schedule import refuse_schedule, schedule_along
+from distill.core.collection import importing
 from distill.core.errors import InputError
 from distill.core.field_types import MAX_STEPS
 from distill.core.printing import say, say_table
@@ -54,7 +55,8 @@ def sample(
         check_out(out.absolute().parent)
     folder = arguments.student(student, runs)
     steps = len(along) - 1 if along else steps or student_card.read(folder).fewest_steps
-    from distill.evaluation import sample
+    with importing():
+        from distill.evaluation import sample
 
     place = arguments.device(device)
     sample.write_samples(
@@ -109,14 +111,15 @@ def evaluate(
     teacher_spec = arguments.teacher(teacher, runs) if teacher else arguments.teacher_of(folder)
     data_spec = arguments.data(data) if data else arguments.data_of(folder)
     check_out(out)
-    from distill import teachers
-    from distill.core.stop import StopRequest
-    from distill.data import load_data
-    from distill.evaluation import measuring
-    from distill.runs import results
-    from distill.runs.progress import Progress
-    from distill.spec import evalspec
-    from distill.students.loaded import load_student
+    with importing():
+        from distill import teachers
+        from distill.core.stop import StopRequest
+        from distill.data import load_data
+        from distill.evaluation import measuring
+        from distill.runs import results
+        from distill.runs.progress import Progress
+        from distill.spec import evalspec
+        from distill.students.loaded import load_student
 
     place = arguments.device(device)
     total = evalspec.num_samples(stage)
@@ -138,7 +141,8 @@ def evaluate(
 def report(run: Annotated[str, typer.Argument(metavar="RUN")], store: StoreOption = None) -> None:
     """Write a run's report.html again from its results."""
     paths = find_run(store_path(store), run)
-    from distill.evaluation import report_page
+    with importing():
+        from distill.evaluation import report_page
 
     say(near(report_page.write(paths)))
 
@@ -178,7 +182,8 @@ def export(
         raise InputError(
             f"the checkpoints of stage '{name}' were deleted; use its exported student: {near(paths.student(name))}"
         )
-    from distill.execution import stages
+    with importing():
+        from distill.execution import stages
 
     stages.export_checkpoint(paths, spec, name, "raw" if raw else half_life or trained[name].export, folder)
     say(f"exported {near(folder.absolute())}")

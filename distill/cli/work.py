@@ -193,7 +193,7 @@ def _farewell(paths: RunPaths) -> None:
     """Print the tables of results and the paths of the output."""
     print_results(paths)
     rows = [("run", paths.root), *((f"student {p.name}", p) for p in sorted(paths.students.glob("*")) if p.is_dir())]
-    files = {"comparison": paths.comparison_table, "its figure": paths.comparison_figure, "report": paths.report}
+    files = {"comparison": paths.comparison_table, "comparison figure": paths.comparison_figure, "report": paths.report}
     rows += [(label, path) for label, path in files.items() if path.exists()]
     for label, path in rows:
         say(f"{label:<20} {near(path)}")

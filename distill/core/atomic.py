@@ -106,7 +106,8 @@ def write_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
 def clear_up(folder: Path, name: str | None = None) -> None:
     """Remove the unfinished files in a folder whose processes have ended.
 
-    name: only those of this name; a version of it that was moved aside to be replaced is then restored.
+    name: only those of this name. If its old version was moved aside and no new one took its place, the old one is
+    restored.
     """
     for path, of, kind, label in _hidden(folder):
         if name is None or of == _stem(name):
@@ -167,7 +168,7 @@ def _put_back(aside: Path, path: Path) -> None:
         except OSError as error:  # nothing was moved aside, or another process was first
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 return
-    with suppress(OSError):  # `path` has been replaced since, even if a third version is just about to replace it again
+    with suppress(OSError):  # `path` already has a newer version, so the one moved aside is not needed
         _remove(aside)
 
 

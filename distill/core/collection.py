@@ -7,10 +7,10 @@ from contextlib import contextmanager
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import large packages in this block: without garbage collection, which never looks at their objects later either.
+    """Context manager for the import of large packages: garbage collection is off, and later skips their objects.
 
-    torch and diffusers create a million objects that live as long as the process. Collecting among them takes a
-    seventh of the time of the import, and half a second for each full collection afterwards.
+    torch and diffusers create a million objects that live as long as the process. Otherwise garbage collection would
+    take a seventh of the import time, and each full collection afterwards half a second.
     """
     gc.disable()
     try:

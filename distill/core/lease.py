@@ -4,9 +4,9 @@ Whether a process of another host or container is alive cannot be looked up. Oth
 last renewal. A renewal sets the modification time of the claim's record, by the clock of its file system, since the
 clocks of hosts differ. A process that was suspended for too long may thus have lost its claim to another process.
 
-Taking over a claim by its age and a late renewal exclude each other. The process that takes over renames the claim to
-its grave, a name made from the last renewal that it saw. A late renewal counts only if it can create that name itself.
-Only one of the two can succeed, in whatever order their steps happen.
+A claim cannot both be taken over because of its age and be renewed late. The process that takes over renames the claim
+to its grave, a name made from the last renewal that it saw. A late renewal counts only if it can create that name
+itself. Only one of the two can succeed, in whatever order their steps happen.
 """
 
 import os
@@ -42,7 +42,7 @@ class Lease:
 
     record: the file of the claim. content: its content as long as this process holds the claim.
     every: seconds between two renewals. grave: renewal time (nanoseconds) -> the path to which a process moves the
-    claim if it takes over by that renewal. lost: called when the claim is lost.
+    claim if it takes over because that renewal is too old. lost: called when the claim is lost.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Lease:
     ) -> None:
         self._record, self._content, self._every, self._grave, self._lost = record, content, every, grave, lost
         self._confirmed = 0.0  # when this process last verified that it holds the claim, see `_now`
-        self._overdue: set[int] = set()  # renewals that were followed by a late one, and whose graves are still free
+        self._overdue: set[int] = set()  # renewals before a late one; this process must still create their graves
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="claim", daemon=True)

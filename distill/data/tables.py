@@ -104,7 +104,7 @@ def open_rows(spec: HfData) -> Dataset:
         imagefolder.refuse_container(spec.path)
     if spec.revision is not None and path.exists():
         raise InputError(
-            f"data.revision={spec.revision} has no effect: {spec.path} is here and is not a hub id; remove it"
+            f"data.revision={spec.revision} has no effect: {spec.path} is a local path, not a hub id; remove it"
         )
     with _readable(spec):
         if path.is_file():
@@ -170,7 +170,7 @@ def repository(spec: HfData, commit: str | None = None) -> Repository:
         return [(Path(constants.HF_HUB_CACHE), missing), (Path(caches), rows), (folder, rows)]
 
     def download() -> Callable[[Path], None]:
-        """Copies have the images: rows in the cache may refer to files there, and reading it takes a lock."""
+        """A saved copy contains the images. Rows in the cache may only refer to files, and reading it takes a lock."""
         rows = open_rows(pinned)
         return lambda folder: rows.save_to_disk(str(folder))
 

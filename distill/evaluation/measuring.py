@@ -182,7 +182,7 @@ def _check(
         if (student.shape, student.num_classes) != (teacher.shape, teacher.num_classes):
             raise InputError(
                 f"student {name} makes samples of shape {list(student.shape)} with {student.num_classes or 'no'} "
-                f"classes, the teacher {list(teacher.shape)} with {teacher.num_classes or 'no'}; "
+                f"classes, but the teacher {list(teacher.shape)} with {teacher.num_classes or 'no'}; "
                 "compare a student with its own teacher"
             )
         refuse_steps(student.t_grids, stage.students[name], f"students.{name}")
@@ -192,8 +192,8 @@ def _check(
         refuse_few(data)
     if data is not None and data.shape != teacher.shape:
         raise InputError(
-            f"data '{data.name}' has samples of shape {list(data.shape)}, the teacher ({teacher.description}) makes "
-            f"{list(teacher.shape)}; evaluate on data of the teacher's shape"
+            f"data '{data.name}' has samples of shape {list(data.shape)}, but the teacher ({teacher.description}) "
+            f"makes {list(teacher.shape)}; evaluate on data of the teacher's shape"
         )
 
 

@@ -293,7 +293,7 @@ def _files(run: RunPaths) -> list[tuple[str, str]]:
         ("events of an earlier version", run.old_events),
         ("environment", run.env),
         ("comparison", run.comparison_table),
-        ("its figure", run.comparison_figure),
+        ("comparison figure", run.comparison_figure),
         *((f"student {path.name}", path) for path in _folders(run.root / "students")),
         *((f"stage {path.name}", path) for path in _folders(run.root / "stages")),
     ]

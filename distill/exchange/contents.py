@@ -175,7 +175,7 @@ def _refuse_index(parsed: Any, name: str, card: StudentCard) -> None:  # noqa: A
             valid = "a class of a .py file that distill.json lists"
             known = bool(title) and f"{module}.py" in card.files
         elif part.startswith("_"):
-            valid = f"one line of text, of {', '.join(FACTS)}"
+            valid = f"printable text, for one of the keys {', '.join(FACTS)}"
             known = part in FACTS and isinstance(value, str) and printable(value) == value
         elif isinstance(value, list):
             own = bool(title) and f"{part}/{module}.py" in card.files

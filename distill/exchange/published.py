@@ -302,8 +302,8 @@ def split(given: str) -> tuple[str, str | None]:
     for word, text in (("name", name), ("version", version)):
         if (word == "name" or colon) and not NAME.fullmatch(text):
             raise InputError(
-                f"'{plain}': NAME or NAME:VERSION is expected; a {word} is letters, digits, '.', '_' and '-', begins "
-                "with a letter or digit, and has at most 64"
+                f"'{plain}': NAME or NAME:VERSION is expected; a {word} has at most 64 characters: letters, digits, "
+                "'.', '_' and '-', the first a letter or digit"
             )
     return name, version if colon else None
 

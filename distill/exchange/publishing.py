@@ -70,7 +70,7 @@ def choose(run: RunPaths, stage: str | None, which: str) -> Chosen:
         raise InputError(f"run '{run.name}' has no train stage, so it has no student")
     step = whole_number(which.removeprefix("step-")) if which.startswith("step-") else None
     if which and step is None:
-        raise InputError(f"'@{short(which)}': {suggest(which[:100], ['best', 'step-N'])}, N: step of a checkpoint")
+        raise InputError(f"'@{short(which)}': {suggest(which[:100], ['best', 'step-N'])} (N: the step of a checkpoint)")
     return Chosen(run, stage or trained[-1], step)
 
 

@@ -80,9 +80,9 @@ class StudentCard(FrozenModel):
     shape: Annotated[tuple[Length, ...], Field(min_length=1, max_length=8)]
     """of one sample"""
     guidance_scale: Number = 1.0
-    """classifier-free guidance that is baked in; 1 = none"""
+    """classifier-free guidance scale that the student has learnt; 1 = none"""
     weights: Literal["raw"] | Number
-    """raw, or the half-life of the average in images"""
+    """raw, or the half-life of the EMA weights, in images"""
     images: Count
     """samples shown to the optimizer"""
     metrics: Metrics = {}
@@ -177,8 +177,8 @@ def verify(folder: Path) -> StudentCard:
         if digest != expected.sha256:
             found = f"{size} bytes" if digest is None else f"{size} bytes with sha256 {digest[:12]}"
             raise InputError(
-                f"{folder}: {name} is damaged: {found}, expected {expected.size} with {expected.sha256[:12]}; "
-                "copy or export the student again"
+                f"{folder}: {name} is damaged: {found}, expected {expected.size} bytes with sha256 "
+                f"{expected.sha256[:12]}; copy or export the student again"
             )
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     refuse_strange(there, card, str(folder))

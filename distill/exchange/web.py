@@ -173,6 +173,6 @@ def hub(url: str) -> RemoteSource:
     try:
         commit = within(ANSWER, lambda: HfApi().model_info(match[1], revision=match[2]).sha, url)
     except (HTTPError, OSError, ValueError, Broken) as error:
-        raise InputError(f"{url} cannot be found ({type(error).__name__}: {reason(error)}); check it") from error
+        raise InputError(f"{url} cannot be found ({type(error).__name__}: {reason(error)}); check the URL") from error
     base = hf_hub_url(match[1], "-", revision=commit).removesuffix("/-")
     return Http(url, base, build_hf_headers())

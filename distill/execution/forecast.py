@@ -24,7 +24,7 @@ from distill.students.sampling import by_sampler, condition
 from distill.training import memory
 from distill.training.plain import PLAIN
 
-PATIENCE, LONGEST = 0.2, 2.0  # seconds: of repeated calls in a measurement; most for a call
+PATIENCE, LONGEST = 0.2, 2.0  # seconds: how long a call is repeated; limit for the two calls at a larger batch size
 FORWARDS = 3  # cost of a forward and a backward pass, in forward passes
 LABEL = 8  # bytes of a class label
 

@@ -231,8 +231,8 @@ def unused(store: Path) -> list[Path]:
     """Folders that can be deleted: inputs that no run uses, and the rest of interrupted downloads.
 
     What was requested within the last day is left out. If the list of a run cannot be read, a warning is shown, and
-    everything is left out that the run may need: what looks like a digest in its list, and what was requested later
-    than a day before the run was created.
+    everything that the run may need is left out: each input whose digest occurs in its list, and each one requested
+    after the day before the run was created.
     """
     used, before = set(), time.time() - UNUSED_SECONDS
     for run in runs(store):

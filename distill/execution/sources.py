@@ -110,13 +110,14 @@ def check_shapes(teacher: LoadedTeacher, data: DataSet) -> None:
     """InputError if the data does not have the teacher's shape and classes. For unused labels see `check_labels`."""
     if teacher.codec.shape(data.shape) != teacher.shape:
         raise InputError(
-            f"data '{data.name}' has samples of shape {list(data.shape)}, the teacher ({teacher.description}) makes "
-            f"{list(teacher.shape)}; use data of the teacher's shape (data.size, data.channels) or another teacher"
+            f"data '{data.name}' has samples of shape {list(data.shape)}, but the teacher ({teacher.description}) "
+            f"makes {list(teacher.shape)}; use data of the teacher's shape (data.size, data.channels) or another "
+            "teacher"
         )
     if teacher.num_classes is not None and data.num_classes != teacher.num_classes:
         raise InputError(
-            f"data '{data.name}' has {data.num_classes or 'no'} classes, the teacher ({teacher.description}) has "
-            f"{teacher.num_classes}; give labelled data with the teacher's classes, or an unconditional teacher"
+            f"data '{data.name}' has {data.num_classes or 'no'} classes, but the teacher ({teacher.description}) "
+            f"has {teacher.num_classes}; give labelled data with the teacher's classes, or an unconditional teacher"
         )
 
 

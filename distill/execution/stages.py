@@ -94,7 +94,8 @@ def run(
     If several ranks train together, rank 0 writes all files, except for the reports of memory.
 
     measure: each rank reports the memory that training needs.
-    part: (i, n) makes only the shards i, i + n, ... of a pairs stage, which is then not marked as done; no events.
+    part: (i, n) makes only the shards i, i + n, ... of a pairs stage, which is then not marked as done, and writes no
+        events.
     """
     device, saved = devices.place(spec.launch), "nothing (no stage had started yet)"
     found = resolved.of_run(spec, paths.root)

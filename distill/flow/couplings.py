@@ -19,7 +19,7 @@ Matched = tuple[Tensor, Tensor]  # row indices of the data, and of the noise pai
 
 
 def ot(data: Tensor, noise: Tensor, u: Tensor, block: int, labels: Tensor | None) -> Matched:
-    """Permutes the noise to the minimum sum of squared distances (Tong et al. 2023, arXiv 2302.00482)."""
+    """Permutes the noise so that the sum of squared distances is minimal (Tong et al. 2023, arXiv 2302.00482)."""
     return torch.arange(len(data)), assignment(costs(data, noise, block, labels).square())
 
 
@@ -29,7 +29,7 @@ def ot_replacement(data: Tensor, noise: Tensor, u: Tensor, block: int, labels: T
 
 
 def immiscible(data: Tensor, noise: Tensor, u: Tensor, block: int, labels: Tensor | None) -> Matched:
-    """Permutes the noise to the minimum sum of distances (Li et al. 2024, arXiv 2406.12303)."""
+    """Permutes the noise so that the sum of distances is minimal (Li et al. 2024, arXiv 2406.12303)."""
     return torch.arange(len(data)), assignment(costs(data, noise, block, labels))
 
 

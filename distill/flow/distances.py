@@ -186,6 +186,6 @@ class Lpips(nn.Module):
 def _check_size(trunk: Trunk, resize: Resize, size: Sequence[int]) -> None:
     if max(min(size), SMALLEST[resize]) < POOLED[trunk]:
         raise InputError(
-            f"LPIPS by {trunk} compares images of {POOLED[trunk]} x {POOLED[trunk]} pixels or more, these are "
+            f"LPIPS with {trunk} needs images of at least {POOLED[trunk]} x {POOLED[trunk]} pixels, but these have "
             f"{size[0]} x {size[1]}; set lpips_resize to to_64, to_64_corners or to_224 instead of {resize}"
         )

@@ -28,7 +28,7 @@ from distill.runs.run_store import RunPaths, append_event
 from distill.spec import clusterspec
 from distill.spec.model import RunSpec, TrainStage
 
-NEAR = 90.0  # a signal within lead + NEAR seconds of the limit counts as that of the limit: Slurm checks infrequently
+NEAR = 90.0  # a signal within lead + NEAR seconds of the time limit counts as sent for it, since Slurm checks it rarely
 LOOK = 60.0  # seconds between two checks of how long saving takes
 # All are forwarded as USR1, since srun itself reacts to the others.
 PASSED_ON = dict.fromkeys((signal.SIGUSR1, signal.SIGTERM, signal.SIGINT), signal.SIGUSR1)

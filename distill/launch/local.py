@@ -27,7 +27,7 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTE
 def run_stages(run: RunPaths, stages: list[str], *, measure: bool = False) -> int:
     """Compute stages of a run in new processes; returns 0, or the exit code of the first group that failed or stopped.
 
-    The processes print themselves why they stopped; this function prints it if they could not. measure: record the
+    The processes themselves print why they stopped; this function prints it if they could not. measure: record the
     memory use, in a temporary run.
     """
     with ranks.Relay() as relay:

@@ -1,6 +1,6 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685), made by the PEFT library.
 
-The weights W of a layer are frozen and two factors B and A are trained. The layer computes with W + alpha / rank B A.
+The weights W of a layer are frozen and two factors B and A are trained. The layer computes with W + (alpha / rank) B A.
 """
 
 import re
@@ -73,6 +73,6 @@ def _peft() -> ModuleType:
         import peft
     except ModuleNotFoundError as error:
         raise InputError(
-            f"an adapter needs the package {error.name}; pip install 'distill[train]' brings it"
+            f"an adapter needs the package {error.name}; pip install 'distill[train]' installs it"
         ) from error
     return peft

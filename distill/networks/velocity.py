@@ -6,7 +6,7 @@ from distill.flow.interpolants import like, linear
 from distill.networks.velocity_call import call
 from distill.protocols import Cond
 
-TIME_SCALE = 1000.0  # networks of the linear path are called with timestep = 1000 t, like by diffusers' flow schedulers
+TIME_SCALE = 1000.0  # networks of the linear path are called with timestep = 1000 t, as in diffusers' flow schedulers
 
 
 class VelocityStudent(nn.Module):

@@ -48,7 +48,7 @@ def generate(
     consecutive indices are always solved as a whole, and a shard appears complete or not at all.
 
     part: (i, n) makes only the shards i, i + n, ...; other processes make the rest.
-    real: the data from which paths start that do not start from noise. data_digest: of all of that data.
+    real: the real data that forward paths and segments start from. data_digest: digest of the whole data set.
 
     InputError if the folder holds other pairs or cannot be written; RunError if a pair is not finite.
     """

@@ -94,9 +94,9 @@ class Whiteness(FrozenModel):
         """The statistics that deviate too much, as text. A sampling error for `elements` elements is allowed for."""
         chance = 4 / elements**0.5
         found = {
-            f"mean {self.mean:.3f} (0)": abs(self.mean) > TOLERATED_MEAN + chance,
-            f"variance {self.variance:.3f} (1)": abs(self.variance - 1) > TOLERATED_VARIANCE + 1.5 * chance,
-            f"correlation of neighbours {self.correlation:.3f} (0)": abs(self.correlation)
+            f"mean {self.mean:.3f} instead of 0": abs(self.mean) > TOLERATED_MEAN + chance,
+            f"variance {self.variance:.3f} instead of 1": abs(self.variance - 1) > TOLERATED_VARIANCE + 1.5 * chance,
+            f"correlation of neighbours {self.correlation:.3f} instead of 0": abs(self.correlation)
             > TOLERATED_CORRELATION + chance,
         }
         return [what for what, wrong in found.items() if wrong]

@@ -71,7 +71,7 @@ def as_json(spec: RunSpec, paths: RunPaths, planned: list[Step]) -> dict[str, An
 def miniature(spec: RunSpec) -> RunSpec:
     """A miniature of a run, for measuring: two steps of each training, on at most one block of pairs.
 
-    Pairs are solved with one Euler step. Only paths that keep states use all solver steps, since their states are at
+    Pairs are generated with one Euler step. Only paths that keep states use all solver steps, since their states are at
     times of these steps. The evaluations are unchanged.
     """
     stages: dict[str, Stage] = {}
@@ -102,9 +102,9 @@ def memory_rows(memory: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, 
         for label, key in (("activations", "activations"), ("other tensors", "other")):
             yield stage, label, None, [rank[key] for rank in ranks]
         yield stage, "checkpoint copy (CPU memory)", None, [rank["saving"] for rank in ranks]
-        yield stage, "process", None, [rank["process"] for rank in ranks]
+        yield stage, "whole process (CPU memory)", None, [rank["process"] for rank in ranks]
         if ranks[0]["device"] is not None:
-            yield stage, "GPU", None, [rank["device"] for rank in ranks]
+            yield stage, "allocated by torch (GPU)", None, [rank["device"] for rank in ranks]
 
 
 def _train(name: str, stage: TrainStage, launch: LaunchSpec, needs: frozenset[str]) -> Step:

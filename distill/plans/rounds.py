@@ -4,9 +4,10 @@
     two, and distilled    teach, pairs-1, reflow-1, evaluate-1, pairs-2, reflow-2, evaluate-2, pairs-distill, one_step,
                           evaluate
 
-The flow of a round is the teacher of the next round: it solves the pairs, and the next flow starts from its weights.
-The last flow solves new pairs for the distillation. The evaluation of a round compares its flow with the flow before,
-from the same noise. The last evaluation compares all flows with the first teacher. The result is an ordinary spec.
+The flow of a round is the teacher of the next round: its ODE generates the pairs, and the next flow starts from its
+weights. The last flow generates new pairs for the distillation. The evaluation of a round compares its flow with the
+flow before, from the same noise. The last evaluation compares all flows with the first teacher. The result is an
+ordinary spec.
 """
 
 import math
@@ -237,7 +238,7 @@ def _of(teacher: str | None, *, first: bool) -> dict[str, object]:
 
 
 def _distillation(template: Template, resolved: Resolved, flow: str) -> list[tuple[str, Stage]]:
-    """(name, stage) of the distillation of the last flow, and of the pairs that it solves."""
+    """(name, stage) of the distillation of the last flow, and of the pairs that this flow generates."""
     ((name, stage),) = template.distillation.items()
     needs = resolved.recipes[name].needs
     found: dict[str, Stage] = {}

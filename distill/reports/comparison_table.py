@@ -52,11 +52,11 @@ class ComparedRecipe(FrozenModel):
     """A recipe in a comparison: the chain of stages that makes its student."""
 
     name: Name
-    """of the stage of its student, the last of its parts"""
+    """name of the stage that trains its student, the last of its parts"""
     recipe: Line
     parts: list[TrainedPart] = Field(min_length=1, max_length=1000)
     pair_calls: NonNegativeFloat
-    """network calls for the pairs that it trains on, also where others train on them too"""
+    """network calls for the pairs that it trains on, counted in full even if other recipes use the same pairs"""
 
     @property
     def images(self) -> int:
@@ -80,7 +80,7 @@ class Comparison(FrozenModel):
     budget_minutes: PositiveFloat
     """of training, for each recipe"""
     evaluation: Name
-    """the stage that measures all"""
+    """the stage that measures all students"""
     entries: list[ComparedRecipe] = Field(min_length=1, max_length=1000)
 
     @property

@@ -109,9 +109,9 @@ def curves(found: Sequence[Round]) -> dict[str, dict[str, list[tuple[int, float]
 
 
 NOTE = (
-    "before -> after each round; all use the same noise. Straightness: mean square difference between velocity and "
-    "mean velocity along the flow's paths; 0: straight. RMS: root mean square difference between the ends of the "
-    "paths. Transport: mean square of data minus noise; only errors can increase it."
+    "before -> after each round, from the same noise in both; each round has its own noise. Straightness: mean square "
+    "difference between velocity and mean velocity along the flow's paths; 0: straight. RMS: root mean square "
+    "difference between the ends of the paths. Transport: mean square of data minus noise; only errors can increase it."
 )
 
 

@@ -144,7 +144,7 @@ def _bury(run: RunPaths, dead: Found) -> None:
 
 
 def _grave(run: RunPaths, dead: Owner, renewed: int) -> Path:
-    """The path to which a claim is moved that is taken over; it depends on the owner and its last renewal."""
+    """The path to which a claim is moved when it is taken over; it depends on the owner and its last renewal."""
     return run.root / f".dead-{sha256(f'{dead.token} {renewed}'.encode()).hexdigest()[:24]}"
 
 

@@ -38,7 +38,7 @@ class Row(FrozenModel):
     solver: Line
     steps: Positive
     fine: bool = False
-    """whether it was sampled by the fine solver, whose endpoint of the teacher is the reference for all rows"""
+    """whether it was sampled with the fine solver; the teacher's row that was is the reference for all rows"""
     along: Line = ""
     """step times. empty: uniform, or the student's own; optimal; or a list of times"""
     nfe: Positive
@@ -46,15 +46,15 @@ class Row(FrozenModel):
     distance: Number | None
     """the distance that `Results.distance` names; null: no reference"""
     kid: Number | None
-    """of features in units of the real ones' root mean square"""
+    """KID of the features divided by the root mean square of the real features"""
     precision: Number | None
     recall: Number | None
     rms: Number
     """root mean square difference to the teacher's fine endpoint from the same noise"""
     images_per_second: Annotated[float, Field(gt=0, lt=1e100)]
-    """generation only"""
+    """speed of generating the samples, without measuring them"""
     straightness: Number | None
-    """of the network's own paths, 0 = straight; the same in all rows of a network; null: a flow map and the like"""
+    """straightness of the network's own paths, 0: straight; the same in all rows of a network; null: not defined"""
     transport: Number | None = None
     """mean over samples and elements of (sample - its noise)^2; null: results of an earlier version"""
     picture: PictureName
@@ -101,7 +101,7 @@ class Results(FrozenModel):
     reference: NonNegativeInt
     """number of real or exact samples to compare with"""
     floor: Number | None = None
-    """distance of two sets of exact samples"""
+    """distance between two sets of exact samples"""
     vector: bool
     rows: list[Row] = Field(min_length=1, max_length=10_000)
 
@@ -215,7 +215,7 @@ def describe(results: Results) -> str:
             f"classifier trained on their {net.task} (accuracy {net.accuracy:.1%} on held-out images)"
         )
     elif results.distance is not None:
-        floor = f"; two sets of exact samples have {number(results.floor)}" if results.floor is not None else ""
+        floor = f"; between two sets of exact samples: {number(results.floor)}" if results.floor is not None else ""
         said.append(f"{results.distance}: sliced Wasserstein-2 to {results.reference:,} exact samples{floor}")
     return ". ".join(said) + "."
 

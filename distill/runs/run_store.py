@@ -231,7 +231,7 @@ def refuse_reserved(name: str) -> None:
 def name_in_use(run: RunPaths) -> str:
     """The message for a run name that is already in use, with what the user can do."""
     if not run.spec.is_file():  # e.g. a folder of other files
-        return f"{run.root} exists already and is not a run; choose another name by --name OTHER"
+        return f"{run.root} exists already and is not a run; choose another name with --name OTHER"
     return (
         f"there is a run '{run.name}' in {run.root.parent} already; "
         "resume it with --resume, or start another with --name OTHER"

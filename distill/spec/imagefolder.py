@@ -86,7 +86,9 @@ def formats() -> tuple[str, ...]:
     try:
         from PIL import Image  # a plain installation does not include Pillow
     except ModuleNotFoundError as error:
-        raise InputError("folders of images need the package pillow; pip install 'distill[train]' brings it") from error
+        raise InputError(
+            "folders of images need the package pillow; pip install 'distill[train]' installs it"
+        ) from error
     Image.init()
     return tuple(kind for kind in Image.OPEN if kind not in REFUSED)
 

@@ -99,7 +99,7 @@ def per_velocity(guidance_scale: float) -> int:
 
 
 def either(names: Iterable[str]) -> str:
-    """a, b or c"""
+    """The names as text, like: a, b or c."""
     *most, last = names
     return f"{', '.join(most)} or {last}" if most else last
 

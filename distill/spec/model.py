@@ -353,7 +353,7 @@ class LaunchSpec(FrozenModel):
     activation_checkpointing: bool = False
     """recompute activations in the backward pass instead of keeping them: less memory, about a third more time"""
     collective_minutes: Minutes = 10.0
-    """timeout: a process exits after waiting this long for the others, or in one forward and backward pass"""
+    """timeout: a process exits if it waits longer for the others, or if one forward and backward pass takes longer"""
     slurm: SlurmSpec = SlurmSpec()
 
     @property

@@ -183,8 +183,11 @@ def of_training(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: 
             continue  # `checks._references` reports it
         found.append(solved)
         if solved.teacher != stage.teacher:
-            theirs, ours = (each or "the spec's teacher" for each in (solved.teacher, stage.teacher))
-            yield f"{where}: '{name}' has pairs of {theirs}, but this stage's teacher is {ours}; make them the same"
+            theirs, ours = (f"'{each}'" if each else "from the spec" for each in (solved.teacher, stage.teacher))
+            yield (
+                f"{where}: '{name}' has pairs of the teacher {theirs}, but this stage's teacher is {ours}; use the "
+                "same teacher in both"
+            )
         if "states" in needs and solved.paths not in WITH_STATES:
             yield (
                 f"{where}: {stage.recipe} needs states along the paths, but '{name}' does not store them (paths: "

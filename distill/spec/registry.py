@@ -87,7 +87,7 @@ def guidance_scale(config: RecipeConfig) -> float:
 
 @runtime_checkable
 class Synchronised(Protocol):
-    """A Config in which the teacher can get the dropped condition as well."""
+    """A Config whose option `guidance_sync` drops the condition for the teacher too, where the student's is dropped."""
 
     @property
     def guidance_sync(self) -> bool: ...
@@ -286,7 +286,10 @@ def _needs(needs: ast.FunctionDef | None) -> list[str]:
 
 
 def _of_base(base: ast.expr, family: Path) -> list[Option]:
-    """The options that a Config inherits from `base`, written module.Class: of distill.flow, or of its own folder."""
+    """The options that a Config inherits from `base`, written module.Class.
+
+    The module is in distill.flow or in the recipe's folder.
+    """
     if not isinstance(base, ast.Attribute) or not isinstance(base.value, ast.Name):
         return []
     shared = base.value.id.startswith("_")

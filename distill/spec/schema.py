@@ -13,7 +13,7 @@ from distill.spec.kinds import OneOf
 Annotation = Any  # the type annotation of a field
 Content = Any  # the content of a YAML file at some path
 
-NAME_RULE = "letters, digits, '.', '_' and '-', at most 64, beginning with a letter or digit"
+NAME_RULE = "at most 64 characters: letters, digits, '.', '_' and '-', the first a letter or digit"
 KINDS = {
     "int": "a whole number",
     "float": "a number",

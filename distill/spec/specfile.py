@@ -33,7 +33,8 @@ def change_from(text: str) -> Override:
     """Parse an override `a.b=c`. InputError if it is malformed."""
     if not is_text(text):
         raise InputError(
-            f"{short(ascii(text))} is not a change of the spec: it contains a control character, or bytes not UTF-8"
+            f"{short(ascii(text))} is not a change of the spec: it contains a control character, or bytes that are not "
+            "UTF-8"
         )
     path, equals, value = text.partition("=")
     if not equals or "" in path.split("."):
@@ -62,7 +63,8 @@ def validate(content: Any, source: str) -> RunSpec:  # noqa: ANN401
         text = json.dumps(content)
     except (TypeError, ValueError, RecursionError):
         raise InputError(
-            f"{source}: a spec contains only text, numbers, lists and mappings, none inside itself"
+            f"{source}: a spec may contain only text, numbers, lists and mappings, and no list or mapping may contain "
+            "itself"
         ) from None
     words = list(_words(content))
     odd = [word for _, word in words if not isinstance(word, str)]

@@ -31,7 +31,7 @@ class StudentInit:
     network: describes a new network; its weights depend on `seed`.
     shape, num_classes: of the training samples.
     teacher: the critic starts from its weights, if it has any, whatever the student starts from.
-    dropout: of a copy, instead of the source's own.
+    dropout: dropout probability of a copied network; None: as in the source.
 
     The attributes `num_classes` and `null_class` are those of the networks made here. A new network has the classes of
     the teacher, or of the samples if there is no teacher; with K classes its null class is K. A copied network must

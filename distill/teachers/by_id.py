@@ -123,5 +123,5 @@ def _reachable(spec: CheckpointTeacher) -> Iterator[None]:
         at = f" at revision {spec.revision}" if spec.revision else ""
         raise InputError(
             f"teacher.path={spec.path}{at} is neither a folder here nor a hub id that can be fetched or is cached "
-            f"({hub.reason(error)}); check the name and the network, or download it and give the folder"
+            f"({hub.reason(error)}); check the name and the internet connection, or download it and give the folder"
         ) from error

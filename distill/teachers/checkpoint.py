@@ -162,18 +162,22 @@ def _schedule(spec: CheckpointTeacher, chosen: Path, own: Path | None) -> Schedu
         before = schedulers.read(own, strict=False)
         predicted = before.prediction
         if before.family != schedule.family:
-            raise InputError(f"{given} the {schedule.family} path, but {found} the {before.family} path; remove it")
+            raise InputError(
+                f"{given} the {schedule.family} path, but {found} the {before.family} path; remove teacher.scheduler"
+            )
         if isinstance(before, LinearSchedule) and before != schedule:
             raise InputError(
                 f"teacher.scheduler={spec.scheduler} and the checkpoint's own scheduler ({own}, a {name}) disagree on "
                 "the scale or direction of time, or on the sign of the output; remove teacher.scheduler"
             )
         if _scale(before) != _scale(schedule):
-            raise InputError(f"{given} {_scale(schedule)}, but {found} {_scale(before)}; remove it, or correct it")
+            raise InputError(
+                f"{given} {_scale(schedule)}, but {found} {_scale(before)}; remove teacher.scheduler, or correct it"
+            )
     if spec.prediction is None and predicted is not None and predicted != schedule.prediction:
         raise InputError(
             f"{given} a network that predicts {schedule.prediction}, but {found} one that predicts "
-            f"{short(str(predicted))}; remove it, or say what is predicted in teacher.prediction"
+            f"{short(str(predicted))}; remove teacher.scheduler, or say what is predicted in teacher.prediction"
         )
     return schedule
 
@@ -253,10 +257,11 @@ def _probe(field: VelocityField, found: TeacherCheckpoint, spec: CheckpointTeach
 
 
 def _probed(found: TeacherCheckpoint) -> tuple[int, ...]:
-    """The shape of the sample that probes the network: a small one that it can take if and only if it can take its own.
+    """The shape of the sample that probes the network.
 
-    A U-Net halves the size at each level, and on the way up the sizes must match again. Whether they do depends only on
-    size modulo 2^(levels - 1), which the small shape keeps. At the lowest level at least two pixels per side remain.
+    It is small if possible, and the network accepts it exactly if it accepts samples of its own shape. A U-Net halves
+    the size at each level, and on the way up the sizes must match again. Whether they do depends only on size modulo
+    2^(levels - 1), which the small shape keeps. At the lowest level at least two pixels per side remain.
     """
     if "down_block_types" not in found.network.config:
         return found.shape

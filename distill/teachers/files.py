@@ -80,7 +80,7 @@ def _pipeline(folder: Path) -> Path | None:
 
 
 def _nothing(folder: Path) -> str:
-    """The message why a folder is not a checkpoint, and what to give instead."""
+    """The message that says why a folder is not a checkpoint, and what to give instead."""
     networks = [name for name in ("unet_ema", "unet") if (folder / name / CONFIG).is_file()]
     if networks:
         averaged = ", the averaged weights," if networks[0] == "unet_ema" else ""

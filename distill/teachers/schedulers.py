@@ -207,7 +207,7 @@ def read(path: Path, *, strict: bool = True) -> Schedule:
     if not isinstance(name, str) or name not in KINDS:
         raise InputError(
             f"{path}: scheduler class {short(str(name))} is not supported; valid: {classes()}. Set teacher.scheduler "
-            "to the folder of one that describes how the network was trained"
+            "to the folder of a scheduler that describes how the network was trained"
         )
     kind, options = KINDS[name], _options(config, path, strict)
     for flag in FLAGS:

@@ -161,7 +161,7 @@ def of_step(folder: Path, step: int) -> Checkpoint:
             except Damaged as reason:
                 raise InputError(f"checkpoint {path} is damaged ({reason}); choose another step") from reason
     steps = ", ".join(f"step-{_step(path)}" for path in complete(folder)) or "none yet"
-    raise InputError(f"there is no checkpoint of step {step} in {folder}; there are: {steps}")
+    raise InputError(f"there is no checkpoint of step {step} in {folder}; available: {steps}")
 
 
 def weights(

@@ -125,7 +125,7 @@ class Probe:
         """All counts in bytes, as JSON.
 
         `device` is the peak that torch allocated on the GPU, null without one. `process` is the peak memory of the
-        process. `saving` is about the host memory for the copy of a checkpoint, from the first save on.
+        process. `saving` is the approximate host memory for the copy of a checkpoint, from the first save on.
         """
         usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return {

@@ -141,7 +141,7 @@ class PlainTrainable:
     def _refuse_unknown(self, tensors: Mapping[str, Tensor]) -> None:
         for full in tensors:
             if (key := full.rpartition("/")[0]) not in self._parameters:
-                raise RunError(f"the optimizer state of network '{self.name}' has '{key}', the network does not")
+                raise RunError(f"the optimizer state of network '{self.name}' has '{key}', but the network does not")
 
     def live(self) -> dict[str, list[Tensor]]:
         return {

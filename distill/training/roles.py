@@ -124,7 +124,7 @@ class Roles:
             ours.copy_(theirs)
 
     def rest(self) -> None:
-        """Freeze the trained networks and set them to eval() mode; the others always are."""
+        """Freeze the trained networks and set them to eval() mode; the other networks are always in this state."""
         for trainable in self.trainables.values():
             trainable.activate(False)
 
@@ -195,7 +195,7 @@ class Roles:
             if saved.keys() != state.keys():
                 raise RunError(
                     f"checkpoint {found.path} has the recipe state {sorted(saved)}, "
-                    f"recipe '{self.name}' has {sorted(state)}"
+                    f"but recipe '{self.name}' has {sorted(state)}"
                 )
             for name, tensor in state.items():
                 tensor.copy_(saved[name])

@@ -103,7 +103,7 @@ class Sharding(Protocol):
     @property
     def record(self) -> Mapping[str, str | int]: ...  # the options of `launch`, for the environment in checkpoints
     @property
-    def divides_trained(self) -> bool: ...  # whether weights of trained networks are; these may then be on the CPU
+    def divides_trained(self) -> bool: ...  # whether weights of trained networks are divided; they may be on the CPU
     @property
     def divides_frozen(self) -> bool: ...  # the same for frozen networks, including the teacher
 

@@ -1,7 +1,7 @@
 """The processes (ranks) that train together: the rows of each, and the collectives of the training loop.
 
-A rank that waits too long for another one, or for one that has ended, raises `PeerLost`. The message says where in the
-loop it was: step and turn.
+A rank raises `PeerLost` if it has waited too long for another rank, or if that rank has ended. The message says
+where in the loop it was: step and turn.
 """
 
 import faulthandler

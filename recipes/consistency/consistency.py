@@ -4,9 +4,9 @@ f(x_t, t) = x_t - t u(x_t, t, 0) is trained to equal its value at s < t: D( f(x_
 gradient. x_s is the teacher's step from x_t (distillation, alg. 2) or has the same data and noise (training, alg. 3). t
 and s are neighbours on a grid, or approach each other (Easy Consistency Tuning, Geng et al. 2024, arXiv 2406.14548).
 
-Deviations: linear path, t = 1 exactly. The grid is uniform in t; the paper uses EDM's. Weight and pseudo-Huber distance
-are from iCT (Song & Dhariwal 2023, arXiv 2310.14189), with t - s in place of the difference of noise levels. With
-dropout, x_t and x_s get different masks. Tuning uses its paper's t and s; t is clamped to [0.002, 0.9999].
+Deviations: the path is linear, t = 1 is noise. The grid is uniform in t (EDM's in the paper). Weight and pseudo-Huber
+distance are from iCT (Song & Dhariwal 2023, arXiv 2310.14189), with t - s in place of the difference of noise levels.
+With dropout, x_t and x_s get different masks. Tuning uses its paper's t and s; t is clamped to [0.002, 0.9999].
 """
 
 import math
@@ -43,7 +43,7 @@ class Config(BaseModel):
     sigma: PositiveFloat = 2.0
     """standard deviation of logit(t) under continuous"""
     halving_images: Annotated[int, Field(gt=0, le=10**13)] | None = None
-    """t - s is halved after every this many images, at most ten times (with bf16, use at most three); null: never"""
+    """number of images between halvings of t - s; at most ten halvings (with bf16, use at most three); null: none"""
     target_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     """decay per step of the EMA that makes the target; null: the student itself makes it"""
     distance: Literal["l2", "pseudo_huber", "pseudo_huber_elementwise"] = "pseudo_huber"

@@ -47,10 +47,10 @@ def solved(
     solver: Literal["euler", "heun"],
     steps: int,
 ) -> tuple[Tensor, Segment]:
-    """Times t [B], and for each the segment of its window: from real data noised to the window's start to where `steps`
-    steps of the teacher take it.
+    """Times t [B], and for each the segment of a teacher's path through the window of t.
 
-    levels: t is one of so many times of each window; None: t is uniform.
+    The segment starts from real data noised to the start of the window, and ends after `steps` solver steps of the
+    teacher. levels: number of equally spaced times t per window; None: t is uniform.
     """
     assert batch.data is not None and teacher is not None
     u, noise = ctx.draw.uniform("t", batch.data), ctx.draw.normal("noise", batch.data)

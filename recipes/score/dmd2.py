@@ -1,11 +1,11 @@
 """DMD2 (Yin et al. 2024, arXiv 2405.14867): match the student's distribution to the teacher's with two score models.
 
 The student's samples get the gradient of KL(fake || teacher) at x_t, which is x0_fake - x0_teacher, divided by the mean
-of |sample - x0_teacher|, and learn to fool a discriminator. The critic has `ratio` updates per update of the student:
-it learns the velocity of samples, and to distinguish noised samples from noised data. Students of several steps are
-trained on their own states, with fresh noise between steps (backward simulation), by gradients of the last step.
+of |sample - x0_teacher|. The student also learns to fool a discriminator. The critic has `ratio` updates per update of
+the student: it learns the velocity of samples, and to distinguish noised samples from noised data. Students of several
+steps are trained on their own states (backward simulation, fresh noise between steps), by gradients of the last step.
 
-Deviations: flow form, x0 = x_t - t v, from pure noise at t = 1. Every update makes new samples; the critic's is first.
+Deviations: networks predict v, x0 = x_t - t v; t = 1 is noise. Every update makes new samples; the critic's is first.
 The discriminator sees the same x_t as the scores; its head is one convolution and a mean. t is uniform, for the student
 in [0.02, 0.98]. `weight: kl`, ((1 - t)/t)^2 without the normaliser, is the exact gradient of the KL divergence.
 """

@@ -9,8 +9,8 @@ SAMPLER: its name, the same as the file's.
 num_fresh(N): how many noises it takes in addition to the first one.
 sample(network, noise, t_grid, cond, *fresh): t_grid [N+1] decreases from 1 to 0, and the first call is at t = 1.
 
-Its record in `kinds.SAMPLERS` has what the control plane must know without torch: for which kind of student it is, how
-often it calls the network, its description in the model card. The file and that record are all that there is of it.
+Its record in `kinds.SAMPLERS` has what code that does not import torch must know: for which kind of student it is, how
+often it calls the network, its description in the model card. A sampler has no other parts.
 
 The network is a student of one of these kinds: a velocity is called as network(x_t, t, cond), a flow map
 as network(x_t, t, s, cond), a velocity with its acceleration as network(x_t, t, v, cond).
