@@ -219,7 +219,7 @@ def test_a_truncated_image_is_named_skipped_and_counted(tmp_path, capfd):
         "2 of 5 images cannot be decoded: ",
         f"{broken} (row 1)",
         "note.jpg",
-        "repair or remove them, or increase data.max_unreadable",
+        "repair or remove them, or increase data.max_unreadable (now 1)",
         max_unreadable=1,
     )
     loaded = load(tmp_path, max_unreadable=2)

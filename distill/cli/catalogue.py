@@ -58,9 +58,9 @@ def recipes(
         print_json(asdict(described) | {"sampler": module.Recipe.sampler})
         return
     say(f"{name}\n\n{described.paper}\n")
-    cost = (
-        f"{described.cost:g} x that of flow matching, measured on two CPU cores" if described.cost else "not measured"
-    )
+    cost = "not measured"
+    if described.cost is not None:
+        cost = f"{described.cost:g} x that of flow matching, measured on two CPU cores"
     say(f"may need, depending on its options: {', '.join(described.needs)}")
     say(f"sampler: {module.Recipe.sampler}\ncost of one student update: {cost}\n")
     fields = module.Config.model_json_schema()["properties"] if described.options else {}

@@ -39,7 +39,7 @@ class Critic(nn.Module):
             else:
                 raise InputError(
                     f"a discriminator does not support {type(network).__name__}; valid: a UNet2DModel with a "
-                    f"mid block, an MLP"
+                    "mid block, an MLP"
                 )
             self.head = nn.Sequential(*head).to(next(network.parameters()).device)
 

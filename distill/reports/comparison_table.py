@@ -256,8 +256,8 @@ def _straightness(measured: Sequence[Row]) -> str:
 def note(found: FoundComparison) -> str:
     """An explanation of the columns."""
     return (
-        f"@N: with N steps. S: straightness, the mean square difference between velocity and mean velocity along the "
-        f"network's own paths; 0: straight; a flow map has no paths. Training: time of the training loop, with a "
+        "@N: with N steps. S: straightness, the mean square difference between velocity and mean velocity along the "
+        "network's own paths; 0: straight; a flow map has no paths. Training: time of the training loop, with a "
         f"budget of {found.comparison.budget_minutes:g} minutes each. Memory: of one process, for weights, gradients, "
         "optimizer, EMA weights and activations. Teacher calls: network calls for the pairs, counted in full for each "
         "recipe, and during training."

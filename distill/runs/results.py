@@ -38,7 +38,7 @@ class Row(FrozenModel):
     solver: Line
     steps: Positive
     fine: bool = False
-    """whether it was sampled with the fine solver; the teacher's row that was is the reference for all rows"""
+    """whether it was sampled with the fine solver; the teacher's samples with it are the reference for all rows"""
     along: Line = ""
     """step times. empty: uniform, or the student's own; optimal; or a list of times"""
     nfe: Positive

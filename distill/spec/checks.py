@@ -271,7 +271,7 @@ def _launch(spec: RunSpec) -> Iterator[str]:
     if launch.activation_checkpointing and trains and all(isinstance(each.network, MlpSpec) for each in trains):
         yield "launch.activation_checkpointing: has no effect for an mlp; remove it"
     if launch.micro_batch == "auto" and launch.zero_stage is not None:
-        yield ("launch.micro_batch: auto does not work with launch.zero_stage; give a number, or zero_stage: null")
+        yield "launch.micro_batch: auto does not work with launch.zero_stage; give a number, or zero_stage: null"
     elif launch.micro_batch == "auto" and launch.divide_teacher:
         yield "launch.micro_batch: auto does not work with launch.divide_teacher; give a number"
     given = launch.model_dump(exclude_defaults=True)

@@ -69,7 +69,7 @@ def lengths(spec: RunSpec, stage: TrainStage, rows_together: int, where: str) ->
     elif samples % rows_together:
         yield (
             f"{where}: {stage.recipe} couples samples in blocks of {rows_together}, and micro-batches of {samples} "
-            f"do not contain whole blocks; make batch_size / processes, or launch.micro_batch, a multiple of "
+            "do not contain whole blocks; make batch_size / processes, or launch.micro_batch, a multiple of "
             f"{rows_together}"
         )
     if optimizer.warmup_images >= stage.images:

@@ -83,8 +83,7 @@ class LoadedTeacher:
             self.null({})  # raises the error of `null` before any computation
         if not self.unconditional:
             raise InputError(
-                f"{self.description} has no unconditional prediction, because it was trained only on its "
-                f"teacher's outputs; "
-                "use guidance_scale: 1, or guide a teacher trained on data"
+                f"{self.description} has no unconditional prediction, because it was trained only on its teacher's "
+                "outputs; use guidance_scale: 1, or guide a teacher trained on data"
             )
         return Guided(self.field, self.null, guidance_scale)
