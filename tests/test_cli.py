@@ -213,6 +213,7 @@ def test_list_and_show(capfd, tmp_path):
     assert f"teach: pretrain/flow_matching, {teach.images:,} images, batch {teach.batch_size}" in text
     assert "pairs pairs begun 25% 1,250/5,000 pairs loss 0.25" in text
     assert text.endswith("resume with: distill run runs/one --resume")
+    assert command(capfd, "status", "one").out.endswith("\nresume with: distill run runs/one --resume\n")
     assert command(capfd, "show", "two").err == "error: there is no run 'two' in runs; valid: one\n"
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distill.cli.common import JsonOption, StoreOption, near, print_json, print_table, store_path
-from distill.cli.runs import RunArgument, headline, numbers, print_rows, stages_done, warn_of_damage
+from distill.cli.runs import RunArgument, headline, numbers, print_rows, say_how_to_resume, stages_done, warn_of_damage
 from distill.core import records
 from distill.core.errors import InputError
 from distill.core.printing import clear, say
@@ -126,6 +126,8 @@ def _print_one(paths: RunPaths, standing: "distill.launch.standing.Standing") ->
         if job.restarts:
             counts = ", ".join(f"{count} x {shown(why)}" for why, count in job.restarts.items())
             say(f"job {job.job} was queued again: {counts}")
+    if not standing.jobs:  # the message of a job's end says what to do
+        say_how_to_resume(paths, standing.state)
 
 
 def _jobs(jobs: "list[distill.launch.standing.StageJob]") -> str:

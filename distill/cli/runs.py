@@ -116,8 +116,13 @@ def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) 
     say(f"spec    {near(paths.spec)}\nevents  {near(noted)}")
     if paths.report.exists():
         say(f"report  {near(paths.report)}")
-    if each.state != "done" and each.state != "running":
-        say(f"resume with: distill run {near(paths.root)} --resume")
+    say_how_to_resume(paths, each.state)
+
+
+def say_how_to_resume(run: RunPaths, state: str) -> None:
+    """Print the command that resumes a run, unless it is done or running."""
+    if state not in ("done", "running"):
+        say(f"resume with: distill run {near(run.root)} --resume")
 
 
 def print_results(run: RunPaths) -> None:

@@ -151,11 +151,13 @@ def headline(results: Results) -> str:
         as_good = [row for row in coarse if row.value <= best.value]
         if as_good:
             first = min(as_good, key=lambda row: row.nfe)
-            said += f"; the teacher needs {first.nfe} Euler steps for {number(first.value)}"
+            said += f"; the teacher needs {first.nfe} Euler steps for {number(first.value)}, and reaches"
         elif coarse:
             last = max(coarse, key=lambda row: row.nfe)
-            said += f"; the teacher reaches {number(last.value)} with {last.nfe} Euler steps"
-        said += f"; the teacher reaches {number(fine.value)} with {fine.nfe} network calls of {fine.solver}"
+            said += f"; the teacher reaches {number(last.value)} with {last.nfe} Euler steps, and"
+        else:
+            said += "; the teacher reaches"
+        said += f" {number(fine.value)} with {fine.nfe} network calls of {fine.solver}"
     faster = best.images_per_second / fine.images_per_second
     times = f"{faster:.1f}" if faster < 10 else f"{faster:.0f}"
     return f"{said}. {best.network} generates {times} times as many samples per second."
