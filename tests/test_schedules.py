@@ -250,7 +250,7 @@ def test_a_kept_file_that_does_not_fit_is_measured_again(tmp_path, capfd, change
 def test_solvers_that_are_unknown_and_a_store_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        InputError, match="cannot save step times in .*file/schedules: Not a directory; use another store \(--store\)"
+        InputError, match=r"cannot save step times in .*file/schedules: Not a directory; use another store \(--store\)"
     ):
         find(tmp_path / "file")
     with pytest.raises(InputError, match="unknown solver 'eule': did you mean 'euler'"):
