@@ -5,8 +5,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+
+from programs.forked import Forked, command_line
 
 from distill.core.versions import DRAWS
 from distill.exchange.student_card import StudentCard
@@ -32,47 +35,50 @@ def make_run(store: Path, name: str = "one", preset: str = "digits", *changes: s
     return create_run(store, name, files)
 
 
-def distill(*args: str, cwd: Path, timeout: float = 900, env: dict[str, str] | None = None):
-    """`distill ARGS` to its end: its CompletedProcess with text output."""
-    return subprocess.run(
-        [sys.executable, "-m", "distill", *args],
-        cwd=cwd,
-        env={**ENV, **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        stdin=subprocess.DEVNULL,
-        check=False,
-    )
+def distill(
+    *args: str, cwd: Path, timeout: float = 900, env: dict[str, str] | None = None, fresh: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """`distill ARGS` to its end.
 
-
-def start(*args: str, cwd: Path, log: Path) -> subprocess.Popen:
-    """`distill ARGS` in a process group of its own, its output in `log`."""
-    with log.open("ab") as out:
-        return subprocess.Popen(
+    It is forked from a process that has already imported torch; the processes that it starts import for themselves.
+    fresh: a new interpreter runs it instead, as when a user types it, which takes seconds longer.
+    """
+    env = {**ENV, **(env or {})}
+    if fresh:
+        return subprocess.run(
             [sys.executable, "-m", "distill", *args],
             cwd=cwd,
-            env=ENV,
-            stdout=out,
-            stderr=subprocess.STDOUT,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
             stdin=subprocess.DEVNULL,
-            start_new_session=True,
+            check=False,
         )
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        code = Forked(command_line, args, str(cwd), env, log=out, errors=err).end(timeout)
+        return subprocess.CompletedProcess(args, code, out.read_text(), err.read_text())
 
 
-def kill(process: subprocess.Popen, number: int = signal.SIGKILL) -> int:
+def start(*args: str, cwd: Path, log: Path) -> Forked:
+    """`distill ARGS`, forked as by `distill`, its output in `log`."""
+    return Forked(command_line, args, str(cwd), ENV, log=log)
+
+
+def kill(process: Forked, number: int = signal.SIGKILL) -> int:
     """Send the whole process group a signal and wait: the exit code."""
-    os.killpg(process.pid, number)
-    return process.wait(timeout=120)
+    process.send_all(number)
+    return process.end()
 
 
-def wait_for(condition, process: subprocess.Popen, *, timeout: float = 300) -> bool:
+def wait_for(condition, process: Forked, *, timeout: float = 300) -> bool:
     """Until `condition()` holds or the process ends: whether it held."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         if condition():
             return True
-        if process.poll() is not None:
+        if not process.process.is_alive():
             return condition()
         time.sleep(0.02)
     raise TimeoutError(f"nothing happened for {timeout:.0f} s")

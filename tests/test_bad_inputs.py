@@ -545,7 +545,7 @@ def test_data_that_cannot_be_read(capfd, tmp_path):
 
 @pytest.mark.process
 def test_as_a_user_sees_it(tmp_path):
-    done = distill("run", "digits", "stages.teach.imges=5", cwd=tmp_path)
+    done = distill("run", "digits", "stages.teach.imges=5", cwd=tmp_path, fresh=True)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == f"error: {FIELDS['unknown key'][1]}\n"

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pytest
+from datasets import load_from_disk
 from hub import CLASSES, GATED, MUTE, NO_GC, Commit, Hub, environment, pictures, pipeline, python
 from PIL import Image
 from runs import folder_bytes, make_run
@@ -57,7 +58,7 @@ for given in json.loads(sys.argv[2]):
         prefetch.link(create_run(store, spec.name, {"spec.yaml": specfile.resolved(spec), **prefetch.record(found)}))
 """
 
-# What runs read, by their specs.
+# What runs read, by their specs; their folders are the last argument.
 READ = """
 import hashlib, json, sys, torch
 from pathlib import Path
@@ -66,7 +67,7 @@ from distill.spec import specfile
 from distill.runs import todo
 from distill.runs.run_store import RunPaths
 
-for folder in sys.argv[1:]:
+for folder in json.loads(sys.argv[-1]):
     spec = todo.load_spec(RunPaths(Path(folder)))
     said = {}
     if spec.teacher is not None:
@@ -101,7 +102,7 @@ def job(run: Path, hub: Hub, home: Path) -> dict[str, str]:
 
 def read_by_job(run: Path, hub: Hub) -> dict[str, list]:
     done = subprocess.run(
-        [sys.executable, "-c", NO_GC + READ, str(run)],
+        [sys.executable, "-c", NO_GC + READ, json.dumps([str(run)])],
         cwd=run.parent, env=job(run, hub, run.parent.parent / "empty"),
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
@@ -148,25 +149,27 @@ def fetched(tmp_path_factory) -> Fetched:
             spec("named", teacher=TINY | {"revision": "v2"}, data=PICTURES | {"revision": "old"}),
             spec("files", data=PICTURES | {"path": "org/files"}),
         ]
-        refused, told = made(store, *specs, hub=hub)
-        assert refused == []
-        done = python(READ, *(str(store / each["name"]) for each in specs), hub=hub, cwd=store.parent / "work")
+        runs = [str(store / each["name"]) for each in specs]
+        done = python(MAKE + READ, str(store), json.dumps(specs), json.dumps(runs), hub=hub, cwd=store.parent / "work")
         assert done.returncode == 0, done.stderr
-        said = [json.loads(line) for line in done.stdout.splitlines()]
+        said = [json.loads(line) for line in done.stdout.splitlines()]  # refused: none
         online = {each["name"]: answer for each, answer in zip(specs, said, strict=True)}
         sha, before = hub.commits["models/org/tiny"]["main"].sha, len(hub.requests)
         shutil.rmtree(root / "home")  # the caches of whoever fetches next are empty
-        again = [spec("again", teacher=TINY), spec("by-sha", teacher=TINY | {"revision": sha})]
-        assert made(store, *again, hub=hub)[0] == []
-        requests = [request for request in hub.requests[before:] if "/org/" in request]
         hub.commits["models/org/tiny"]["main"] = Commit(tiny["next"])
         hub.commits["datasets/org/pictures"]["main"] = Commit(sets["next"])
-        assert made(store, spec("later", teacher=TINY, data=PICTURES), hub=hub)[0] == []
+        later = [
+            spec("again", teacher=TINY | {"revision": "v2"}),
+            spec("by-sha", teacher=TINY | {"revision": sha}),
+            spec("later", teacher=TINY, data=PICTURES),
+        ]
+        assert made(store, *later, hub=hub)[0] == []
+        requests = [request for request in hub.requests[before:] if "/org/" in request]
     shutil.rmtree(root / "home")
     elsewhere = root / "elsewhere" / "runs"
     elsewhere.parent.mkdir()
     store.rename(elsewhere)
-    return Fetched(elsewhere, hub, online, told, requests)
+    return Fetched(elsewhere, hub, online, done.stderr, requests)
 
 
 @pytest.mark.process
@@ -178,9 +181,14 @@ def test_a_job_reads_what_the_hub_had_when_it_was_submitted(fetched, name):
 
 @pytest.mark.process
 def test_a_branch_that_moves_is_another_commit_for_later_runs_alone(fetched):
-    later = read_by_job(fetched.store / "later", fetched.hub)
-    assert later["teacher"][0] != fetched.online["both"]["teacher"][0]
-    assert later["data"][3] == [3, 3]
+    before, after = (prefetch.read(RunPaths(fetched.store / name)) for name in ("both", "later"))
+    for old, new, kind in zip(before, after, ("models/org/tiny", "datasets/org/pictures"), strict=True):
+        assert old.id == new.id and old.commit != new.commit
+        assert new.commit == fetched.hub.commits[kind]["main"].sha
+    teacher, data = (each.content(fetched.store) for each in after)
+    weights = folder_bytes(teacher)[f"unet/{WEIGHTS}"]
+    assert weights == fetched.hub.commits["models/org/tiny"]["main"].files[f"unet/{WEIGHTS}"]
+    assert load_from_disk(str(data))["label"] == [3, 3]
     assert fetched.online["both"]["data"][3] == [0, 2, 1]
 
 
@@ -206,8 +214,12 @@ def test_a_stage_makes_the_same_pairs_without_a_network(fetched, tmp_path):
 
 @pytest.mark.process
 def test_what_was_fetched_is_not_fetched_again(fetched):
-    """For a name, the hub is asked for its commit; for a commit, it is not asked at all."""
-    assert fetched.requests == ["GET /api/models/org/tiny"]
+    """For a name, the hub is asked for its commit; for a commit, it is not asked at all; what is new is fetched."""
+    asked, new, *rest = fetched.requests
+    assert asked == "GET /api/models/org/tiny/revision/v2"
+    assert new == "GET /api/models/org/tiny"
+    commit = fetched.hub.commits["models/org/tiny"]["main"].sha
+    assert any(request.startswith(f"GET /org/tiny/resolve/{commit}/unet/") for request in rest)
 
 
 @pytest.mark.process

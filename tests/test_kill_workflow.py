@@ -93,8 +93,8 @@ def test_whoever_started_it_is_killed_and_so_is_who_read_its_lines(tmp_path):
 
     assert wait_for(lambda: run.events.is_dir() and last()["event"] == "progress", process)
     os.close(reader)
-    process.kill()
-    process.wait(30)
+    process.send(signal.SIGKILL)
+    process.end(30)
     deadline = time.monotonic() + 60
     while last()["event"] != "stopped" and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -1,12 +1,10 @@
 """The command `distill pairs`: for a teacher, and for a spec whose shards are made by several processes."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from commands import command, snapshot
-from runs import ENV, distill, folder_bytes, make_run
+from runs import distill, folder_bytes, make_run, start
 
 SPEC = """
 name: many
@@ -35,16 +33,9 @@ def test_processes_that_share_a_spec_make_the_files_of_one(capfd, here):
     assert one.code == 0, one.err
     assert "the set of 200 pairs is complete; run the remaining stages with: distill run runs/one --resume" in one.out
     arguments = ["pairs", "spec.yaml", "--stage", "pairs", "--shards"]
-    shares = [
-        subprocess.Popen(
-            [sys.executable, "-m", "distill", *arguments, f"{i}/2"],
-            cwd=here, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for i in (1, 2)
-    ]  # fmt: skip
-    said = [each.communicate(timeout=120)[0] for each in shares]
-    assert [each.returncode for each in shares] == [0, 0], said
-    assert any("the set of 200 pairs is complete" in each for each in said)
+    shares = [start(*arguments, f"{i}/2", cwd=here, log=here / f"share-{i}.log") for i in (1, 2)]
+    assert [each.end() for each in shares] == [0, 0], [each.said for each in shares]
+    assert any("the set of 200 pairs is complete" in each.said for each in shares)
     alone, together = (folder_bytes(here / "runs" / name / "stages" / "pairs" / "pairs") for name in ("one", "many"))
     assert alone == {name: together[name] for name in alone} and len(alone) == 8
     done = distill("run", "runs/many", "--resume", cwd=here)  # takes them as they are, and goes on

@@ -153,10 +153,11 @@ def test_closed_and_full_outputs(tmp_path, arguments, where, code, said):
 
 @pytest.mark.process
 def test_an_output_that_has_not_every_letter(tmp_path):
-    done = distill("show", "\u4e2d", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"})
+    done = distill("show", "\u4e2d", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"}, fresh=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error: there is no run '\\u4e2d' in runs")
-    done = distill("config", cwd=tmp_path, env={"PYTHONIOENCODING": "ascii:strict", "DISTILL_STORE": "\u4e2d"})
+    env = {"PYTHONIOENCODING": "ascii:strict", "DISTILL_STORE": "\u4e2d"}
+    done = distill("config", cwd=tmp_path, env=env, fresh=True)
     assert done.returncode == 0 and "\\u4e2d" in done.stdout
 
 
@@ -168,6 +169,6 @@ def test_a_traceback_is_safe_too(tmp_path):
     (tmp_path / "mine.py").write_text(recipe)
     spec = "{name: a, stages: {t: {kind: train, recipe: ./mine.py, images: 8}}}"
     (tmp_path / "s.yaml").write_text(spec)
-    done = distill("plan", "s.yaml", cwd=tmp_path)
+    done = distill("plan", "s.yaml", cwd=tmp_path, fresh=True)
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback") and done.stderr.endswith(f"ZeroDivisionError: {SHOWN}\n")

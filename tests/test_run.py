@@ -50,7 +50,7 @@ def test_a_run_with_a_recipe_of_ones_own(tmp_path):
     (tmp_path / "mine.py").write_text((presets.folder().parent / "reflow" / "reflow.py").read_text())
     (tmp_path / "s.yaml").write_text(SPEC)
     env = {"OMP_NUM_THREADS": "1"}
-    done = distill("run", "s.yaml", cwd=tmp_path, env=env)
+    done = distill("run", "s.yaml", cwd=tmp_path, env=env, fresh=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "run 'one' in runs/one: pairs, straight",
@@ -120,7 +120,7 @@ def test_two_starts_of_one_name(tmp_path):
     (tmp_path / "mine.py").write_text((presets.folder().parent / "reflow" / "reflow.py").read_text())
     (tmp_path / "s.yaml").write_text(SPEC)
     logs = [tmp_path / f"log-{i}" for i in range(2)]
-    codes = [process.wait(300) for process in [start("run", "s.yaml", cwd=tmp_path, log=log) for log in logs]]
+    codes = [process.end(300) for process in [start("run", "s.yaml", cwd=tmp_path, log=log) for log in logs]]
     assert sorted(codes) == [0, 2], [log.read_text() for log in logs]
     for code, log in zip(codes, logs, strict=True):
         if code == 2:

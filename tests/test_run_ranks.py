@@ -90,7 +90,7 @@ def test_the_student_is_the_average_of_the_last_checkpoint(folder):
 def test_kill_9_of_a_rank_is_named_and_costs_no_bit(folder):
     process = begin(folder, "killed")
     os.kill(ranks_of(process)[1], signal.SIGKILL)
-    assert process.wait(30) == 128 + signal.SIGKILL
+    assert process.end(30) == 128 + signal.SIGKILL
     said = (folder / "killed.log").read_text()
     lost = "lost contact with another rank, which has exited or hangs"
     assert re.search(rf"^rank 0, .*step \d+.*: {lost}", said, re.MULTILINE)
@@ -104,8 +104,8 @@ def test_kill_9_of_a_rank_is_named_and_costs_no_bit(folder):
 @pytest.mark.long
 def test_a_signal_to_the_launcher_saves_once_and_other_processes_go_on(folder):
     process = begin(folder, "moved")
-    process.send_signal(signal.SIGUSR1)
-    assert process.wait(60) == 75
+    process.send(signal.SIGUSR1)
+    assert process.end(60) == 75
     said = (folder / "moved.log").read_text()
     stopped = re.search(r"^stopped by SIGUSR1; saved: \S+/step-0*(\d+); resume with: distill run", said, re.MULTILINE)
     assert stopped and said.count("stopped by") == 1
