@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from programs.forked import Forked, command_line
@@ -61,9 +62,9 @@ def distill(
         return subprocess.CompletedProcess(args, code, out.read_text(), err.read_text())
 
 
-def start(*args: str, cwd: Path, log: Path) -> Forked:
+def start(*args: str, cwd: Path, log: Path, env: Mapping[str, str] | None = None) -> Forked:
     """`distill ARGS`, forked as by `distill`, its output in `log`."""
-    return Forked(command_line, args, str(cwd), ENV, log=log)
+    return Forked(command_line, args, str(cwd), {**ENV, **(env or {})}, log=log)
 
 
 def kill(process: Forked, number: int = signal.SIGKILL) -> int:
@@ -72,13 +73,13 @@ def kill(process: Forked, number: int = signal.SIGKILL) -> int:
     return process.end()
 
 
-def wait_for(condition, process: Forked, *, timeout: float = 300) -> bool:
+def wait_for(condition, process: Forked | subprocess.Popen, *, timeout: float = 300) -> bool:
     """Until `condition()` holds or the process ends: whether it held."""
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         if condition():
             return True
-        if not process.process.is_alive():
+        if process.poll() is not None:
             return condition()
         time.sleep(0.02)
     raise TimeoutError(f"nothing happened for {timeout:.0f} s")

@@ -39,7 +39,6 @@ def top(path):
 
 
 @cache
-@cache
 def parse(path):
     return ast.parse(path.read_text(), str(path))
 

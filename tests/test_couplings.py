@@ -380,6 +380,7 @@ def test_any_split_of_the_batch_couples_alike(coupling):
             part(0, 6)
 
 
+@pytest.mark.long
 @pytest.mark.process
 def test_two_processes_couple_like_one(tmp_path):
     """Of one coupling: the others draw and split their batches by the same code."""

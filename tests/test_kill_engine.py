@@ -3,8 +3,6 @@
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -52,8 +50,7 @@ def content(folder):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    command = [sys.executable, train_vector.__file__, folder, str(IMAGES), str(NEVER)]
-    subprocess.run(command, check=True)
+    finish(folder, NEVER)
     name, files = content(folder)
     assert name == LAST and len(files) == 6  # two networks, two optimizers, two averages
     return files

@@ -113,9 +113,11 @@ COPIES = [case for case in MATRIX if case.startswith("copy")]
 BF16 = [f"copy-{zero}-bf16-masters" if zero != "none" else "copy-none-bf16" for zero in ZERO]
 SPECIAL = ["copy-2-fp32-divide-recompute", "copy-3-fp32-divide-recompute", "copy-none-fp32-divide"]
 SPECIAL += ["copy-3-fp32-persist"]
-SLOPES = ["slope-none-fp32", *(f"slope-{zero}-bf16" for zero in ZERO)]
+SLOPES = ["slope-none-fp32-short", *(f"slope-{zero}-bf16-short" for zero in ZERO)]
 ADAPTERS = [f"adapter-{zero}-fp32-once-memory" for zero in ZERO]
-PATIENT = [f"patient-{zero}-fp32" for zero in ZERO] + ["half-none-fp32"]  # both turns together reach all weights
+PATIENT = [f"patient-{zero}-fp32-short" for zero in ZERO] + [
+    "half-none-fp32-short"
+]  # both turns together reach all weights
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +175,7 @@ def test_two_ranks_train_in_bf16(alone, together, case):
 @pytest.mark.parametrize("zero", few(ZERO, "2"))
 def test_the_precision_of_a_derivative_is_the_recipes(together, zero):
     """DeepSpeed would turn autocast on again inside it: a difference in bf16 is noise."""
-    names = ("slope-none-fp32", f"slope-{zero}-bf16")
+    names = ("slope-none-fp32-short", f"slope-{zero}-bf16-short")
     exact, found = (json.loads((together / f"{name}.json").read_text())[0] for name in names)
     assert found["slope"] == pytest.approx(exact["slope"], rel=1e-5)
     assert found["loss"] == pytest.approx(exact["loss"], rel=1e-2)
@@ -183,7 +185,7 @@ def test_the_precision_of_a_derivative_is_the_recipes(together, zero):
 @pytest.mark.parametrize("zero", few(ZERO, "2"))
 def test_weights_that_the_first_turns_do_not_reach_are_refused_by_name(together, tmp_path, zero):
     # "half", which one rank's second turn reaches: DeepSpeed needs the same gradients on all ranks.
-    assert all((together / f"{case}.json").exists() for case in (f"patient-{zero}-fp32", "half-none-fp32"))
+    assert all((together / f"{case}.json").exists() for case in (f"patient-{zero}-fp32-short", "half-none-fp32-short"))
     ranks = start(tmp_path, f"deaf-{zero}-fp32-often")
     assert [rank.end(60) for rank in ranks] == [EXIT_INPUT, EXIT_INPUT]
     for rank in ranks:

@@ -8,7 +8,7 @@ import time
 
 import pytest
 from cluster import Cluster
-from runs import wait_for
+from runs import start, wait_for
 from slurm_runs import (
     HELD,
     NEEDS_SLURM,
@@ -124,14 +124,13 @@ def test_what_waits_is_cancelled_and_what_runs_here_too(capfd, cluster, here):
     assert command_line(capfd, "cancel", "mix").out == "no process or job of run 'mix' is running or queued\n"
     assert command_line(capfd, "status", "mix").out.startswith("mix  cancelled")
 
-    local = begin("run", "teach.yaml")
+    local = start("run", "teach.yaml", cwd=here, log=here / "log", env=os.environ)
     wait_for(lambda: steps(named("teach")) >= 2, local)
     told = command_line(capfd, "cancel", "teach").out
     assert told.endswith(": asked to save and exit\n")
-    out, _ = local.communicate(timeout=60)
-    assert local.returncode == 75, out
+    assert local.end(60) == 75, local.said
     last = steps(named("teach"))
-    assert f"step-{last:08}" in out
+    assert f"step-{last:08}" in local.said
     assert command_line(capfd, "cancel", "teach").out == "no process or job of run 'teach' is running or queued\n"
 
 

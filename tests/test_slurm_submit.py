@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from commands import command, snapshot
-from runs import ENV
-from slurm_runs import HELD, NEEDS_SLURM, begin, command_line, end_jobs, enter, last_job, named, program, queue, said
+from runs import ENV, start
+from slurm_runs import HELD, NEEDS_SLURM, command_line, end_jobs, enter, last_job, named, program, queue, said
 
 from distill.runs import jobs, todo
 from distill.runs.run_store import RunPaths, append_event, read_events
@@ -256,9 +256,9 @@ def test_what_waits_for_parts_that_have_failed_is_not_queued_beside_the_others(c
 def test_two_that_resume_at_once_submit_once(capfd, cluster, here):
     submit(capfd, "mix.yaml", HELD)
     cluster.run("scancel", *(job.id for job in jobs.submitted(named("mix"))))
-    both = [begin("submit", "mix", "--resume") for _ in range(2)]
-    said = [process.communicate(timeout=120)[0] for process in both]
-    assert {process.returncode for process in both} <= {0, 2}, said
+    both = [start("submit", "mix", "--resume", cwd=here, log=here / f"{i}.log", env=os.environ) for i in range(2)]
+    codes, said = {each.end() for each in both}, [each.said for each in both]
+    assert codes <= {0, 2}, said
     assert queue(cluster) == ["mix.evaluate", "mix.reflow", "mix.solve"], said
     assert "Traceback" not in "".join(said)
 
@@ -267,7 +267,8 @@ def test_a_submitter_that_is_killed_in_between_leaves_nothing_to_be_queued_twice
     fake = program(here / "bin", "sbatch", 'REAL "$@"; kill -9 $PPID')
     with monkeypatch.context() as changed:
         changed.setenv("PATH", f"{fake}:{os.environ['PATH']}")
-        assert begin("submit", "mix.yaml", HELD).wait(timeout=120) == -9
+        submitter = start("submit", "mix.yaml", HELD, cwd=here, log=here / "log", env=os.environ)
+        assert submitter.end() == -9, submitter.said
     assert queue(cluster) == ["mix.solve"]
     assert jobs.submitted(named("mix")) == []
     submit(capfd, "mix", "--resume")
@@ -298,12 +299,10 @@ def test_an_edited_package_does_not_change_a_queued_job(cluster, here):
     for name in ("distill", "recipes", "slurm"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
     names = {"kept": "run", "current": "current"}
+    submits = [["submit", "solve.yaml", f"--name={name}", f"--code={code}", HELD] for name, code in names.items()]
+    both = f"import sys; from distill.cli.main import main; sys.exit(any([main(each) for each in {submits}]))"
     env = {**ENV, **os.environ, "PYTHONPATH": str(copy)}
-    for name, code in names.items():
-        subprocess.run(
-            [sys.executable, "-m", "distill", "submit", "solve.yaml", f"--name={name}", f"--code={code}", HELD],
-            env=env, check=True, capture_output=True,
-        )  # fmt: skip
+    subprocess.run([sys.executable, "-c", both], env=env, check=True, capture_output=True)
     (copy / "distill" / "__main__.py").write_text('raise SystemExit("this copy was edited")\n')
     for name in names:
         cluster.run("scontrol", "release", last_job(named(name)))

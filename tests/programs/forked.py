@@ -7,8 +7,10 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from unittest.mock import patch
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the launcher does
+ENVIRONMENT = dict(os.environ)
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(  # names that it cannot import, such as those of this folder, it would ignore
     ["distill.cli.start", "distill.execution.stages", "distill.training.engine", "torch._dynamo", "deepspeed"]
@@ -25,7 +27,10 @@ class Forked:
         self.log = log
         files = (str(log), str(errors or log))
         self.process = context.Process(target=_run, args=(main, arguments, files, env or {}))
-        self.process.start()
+        with patch.dict(
+            os.environ, ENVIRONMENT, clear=True
+        ):  # the server, if this starts it, outlives what a test sets
+            self.process.start()
 
     @property
     def pid(self):
@@ -41,6 +46,10 @@ class Forked:
             assert self.process.is_alive(), self.said
             assert time.monotonic() < until, self.said
             time.sleep(0.001)
+
+    def poll(self):
+        """Its exit code; None while it runs."""
+        return self.process.exitcode
 
     def send(self, number):
         os.kill(self.pid, number)

@@ -4,9 +4,9 @@ A case is RECIPE-ZERO-PRECISION and options, e.g. "two-3-fp32" or "one-2-fp32-of
 DeepSpeed. Rank 0 writes OUT/CASE.json with the numbers of each step since this start. Checkpoints are in OUT/CASE.
 
 Options: offload, recompute, divide (fields of launch); persist (in stage 3, small parameters are not sharded); often (a
-checkpoint at every step); once (stop after the first step and resume in the same process: its checkpoint holds the
-gradients); masters (compare all exported weights with DeepSpeed's own copy of the master weights); memory (each rank
-writes OUT/CASE.memory-RANK.json).
+checkpoint at every step); short (three steps); once (stop after the first step and resume in the same process: its
+checkpoint holds the gradients); masters (compare all exported weights with DeepSpeed's own copy of the master weights);
+memory (each rank writes OUT/CASE.memory-RANK.json).
 """
 
 import json
@@ -44,7 +44,7 @@ from distill.training.memory import Probe
 from distill.training.world import World
 from distill.training.zero import Zero
 
-BATCH, MICRO, STEPS, SHAPE = 16, 4, 20, (1, 8, 8)
+BATCH, MICRO, STEPS, SHORT, SHAPE = 16, 4, 20, 3, (1, 8, 8)
 RECIPES = {}
 
 
@@ -270,8 +270,9 @@ class Recorder(Progress):
 
 def train(out, ours, case):
     recipe, stage, precision, *options = case.split("-")
+    steps = SHORT if "short" in options else STEPS
     spec = TrainStage(
-        kind="train", recipe="r", images=STEPS * BATCH, batch_size=BATCH, precision=precision,
+        kind="train", recipe="r", images=steps * BATCH, batch_size=BATCH, precision=precision,
         optimizer=OptimizerSpec(lr=1e-4, clip=0.5), ema_half_lives=[2.0, 64.0], export=2.0,
         checkpoint=CheckpointSpec(images=BATCH * (1 if "often" in options else STEPS // 2), keep=STEPS),
     )  # fmt: skip
