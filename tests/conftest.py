@@ -27,17 +27,17 @@ pytest_plugins = ["budgets"]
 LONGEST = (  # files of `make test`, the longest first, so that one worker is not left with it at the end
     "test_ranks.py",
     "test_slurm_workflow.py",
+    "test_inputs.py",
+    "test_slurm_follow.py",
     "test_run_ranks.py",
     "test_slurm.py",
-    "test_reflow_command.py",
-    "test_slurm_follow.py",
-    "test_inputs.py",
-    "test_conformance.py",
-    "test_run.py",
-    "test_launch.py",
-    "test_hub.py",
     "test_slurm_submit.py",
     "test_compare.py",
+    "test_hub.py",
+    "test_launch.py",
+    "test_conformance.py",
+    "test_reflow_command.py",
+    "test_run.py",
 )
 
 

@@ -29,7 +29,7 @@ SMALL = [
     "stages.evaluate.teacher_steps=[1, 2]",
     "stages.evaluate.fine_steps=2",
 ]
-COMPARE = ["compare", "digits", "--recipes", "one_step,reflow,perflow", "--budget", "0.04", *SMALL, "--store", "runs"]
+COMPARE = ["compare", "digits", "--recipes", "one_step,reflow,perflow", "--budget", "0.02", *SMALL, "--store", "runs"]
 TRAINED = ("teach", "one_step-reflow", "one_step", "reflow", "perflow")
 
 

@@ -367,6 +367,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (10_000_000, 10_000_000))
 
 
 @pytest.mark.process
+@pytest.mark.long
 def test_a_file_that_cannot_be_written_ends_it_and_nothing_is_kept(site):
     cached = "from huggingface_hub import snapshot_download; snapshot_download('org/tiny')\n"
     work = site.store.parent / "work"

@@ -27,9 +27,7 @@ class Forked:
         self.log = log
         files = (str(log), str(errors or log))
         self.process = context.Process(target=_run, args=(main, arguments, files, env or {}))
-        with patch.dict(
-            os.environ, ENVIRONMENT, clear=True
-        ):  # the server, if this starts it, outlives what a test sets
+        with patch.dict(os.environ, ENVIRONMENT, clear=True):  # the server, once started, outlives what a test sets
             self.process.start()
 
     @property
