@@ -389,7 +389,7 @@ def test_a_rank_that_hangs_is_given_up_and_says_itself_where_it_is(tmp_path, zer
     assert ranks[1].end(60) == EXIT_PEER
     *_, last = ranks[1].said.splitlines()
     assert last.startswith(
-        "rank 1 has made no progress for 18 s at: step 3, turn 0, network 'student'; its stack is printed above;"
+        "rank 1 has made no progress for 15 s at: step 3, turn 0, network 'student'; its stack is printed above;"
     )
     assert re.search(r'File ".*parity\.py", line \d+ in regress', ranks[1].said)
 
