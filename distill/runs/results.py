@@ -101,7 +101,7 @@ class Results(FrozenModel):
     reference: NonNegativeInt
     """number of real or exact samples to compare with"""
     floor: Number | None = None
-    """distance between two sets of exact samples"""
+    """mean distance of other sets of exact samples from the one to compare with"""
     vector: bool
     rows: list[Row] = Field(min_length=1, max_length=10_000)
 
@@ -215,7 +215,7 @@ def describe(results: Results) -> str:
             f"classifier trained on their {net.task} (accuracy {net.accuracy:.1%} on held-out images)"
         )
     elif results.distance is not None:
-        floor = f"; between two sets of exact samples: {number(results.floor)}" if results.floor is not None else ""
+        floor = f"; other exact samples have {number(results.floor)} on average" if results.floor is not None else ""
         said.append(f"{results.distance}: sliced Wasserstein-2 to {results.reference:,} exact samples{floor}")
     return ". ".join(said) + "."
 

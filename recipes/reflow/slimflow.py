@@ -5,6 +5,7 @@ noise_b = sqrt(1 - beta^2) noise + beta fresh, and x_t = (1 - t) data + t noise_
 on the teacher's samples) to 0 (reflow). `phase: distill` starts from that student (the stage's `init`) and keeps a
 frozen copy v_T. Its loss is D( noise - v(noise, 1), data ) + D( fresh - v(fresh, 1), x_t - t v_T(x_t, t) ). The target
 of the second term takes two steps: x_t = fresh - (1 - t) v(fresh, 1), with t uniform in (0.2, 0.8), and v_T from x_t.
+With `middle: flow`, v_T also takes the first of these steps.
 
 Deviations: t = 1 exactly in distill; in the authors' code, the input contains 0.1 % of the target. In anneal, t is in
 [0, 1). The student and v_T start from the same weights, which the previous stage has exported.

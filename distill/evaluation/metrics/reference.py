@@ -15,6 +15,7 @@ from distill.evaluation.metrics.wasserstein import sliced_wasserstein
 from distill.flow.draws import key
 from distill.runs.results import FeatureNet
 
+FLOORS = 4  # number of other sets of exact samples that the floor is the mean over
 MAX_COMPARED = 5_000  # most samples of each set for metrics whose time grows with the square of their number
 
 
@@ -28,7 +29,7 @@ class Reference:
     values: Tensor  # features of the set [M, D]
     distance: Callable[[Tensor, Tensor], float]
     network: FeatureNet | None = None
-    floor: float | None = None  # distance between two sets of exact samples
+    floor: float | None = None  # mean distance of other sets of exact samples from this set
     points: Tensor | None = None  # exact samples, for pictures
 
     def measure(self, samples: Tensor) -> dict[str, float]:
@@ -54,8 +55,9 @@ def of_exact(exact_data: Callable[[int, Sequence[int]], Tensor], count: int, see
 
     exact_data: (seed, indices) -> samples [N, D].
     """
-    values, other = (exact_data(key(seed, name), range(count)) for name in ("reference", "floor"))
-    floor = sliced_wasserstein(other, values)
+    values = exact_data(key(seed, "reference"), range(count))
+    others = (exact_data(key(seed, "floor", number), range(count)) for number in range(FLOORS))
+    floor = sum(sliced_wasserstein(other, values) for other in others) / FLOORS
     return Reference("SW2", f"exact/{count}", _itself, values, sliced_wasserstein, floor=floor, points=values[:2000])
 
 
