@@ -19,7 +19,7 @@ from runs import folder_bytes, make_run, wait_for
 import distill as package
 from distill.core.errors import EXIT_FAILED, EXIT_INPUT, EXIT_PEER, EXIT_STOPPED, PeerLost, RunError, Stopped
 from distill.execution import stages
-from distill.launch import environment, local, ranks
+from distill.launch import environment, local, ranks, tasks
 from distill.runs import claims, todo
 from distill.runs.run_store import RunPaths, read_events
 from distill.training.world import World
@@ -552,11 +552,27 @@ def test_another_number_of_processes_than_that_of_launch_is_refused(
     assert folder_bytes(run.root) == before
 
 
+def test_a_process_of_a_job_says_only_where_it_stopped(capfd, tmp_path, monkeypatch):
+    """Its job is queued again: what it says is the job's message, and the user has nothing to do."""
+    run = make_run(tmp_path / "runs")
+    (tmp_path / "ends").mkdir()
+    for name, value in {tasks.ENDS: str(tmp_path / "ends"), "SLURM_JOB_ID": "3", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+
+    def fake(*_, **__):
+        raise Stopped("stopped by SIGUSR1; saved: step-7")
+
+    monkeypatch.setattr(stages, "run", fake)
+    done = command(capfd, "stage", str(run.root), "teach")
+    assert (done.code, done.err) == (75, "stopped by SIGUSR1; saved: step-7\n")
+    *_, last = read_events(run)
+    assert (last["event"], last["message"]) == ("stopped", "stopped by SIGUSR1; saved: step-7")
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_claims_the_run_and_speaks_for_all(capfd, tmp_path, monkeypatch, rank):
     run = make_run(tmp_path / "runs", "one", "digits", "launch.procs=2")
     before = folder_bytes(run.events)
-    again = "; run the same command again to resume"
     seen, endings = [], [None, Stopped("stopped by SIGTERM; on we go"), PeerLost("rank 1, step 3: lost")]
 
     def fake(paths, spec, names, stop, world, measure):
@@ -571,7 +587,7 @@ def test_one_rank_claims_the_run_and_speaks_for_all(capfd, tmp_path, monkeypatch
     monkeypatch.setattr(stages, "run", fake)
     monkeypatch.setattr(World, "join", lambda device, minutes, local_rank, lost: World(rank, 2))
     stage = ["stage", str(run.root), "teach"]
-    hint = again if rank else f"; resume with: distill run {run.root} --resume"
+    hint = "" if rank else f"; resume with: distill run {run.root} --resume"
     for code, said in ((0, ""), (75, f"stopped by SIGTERM; on we go{hint}\n"), (76, "rank 1, step 3: lost\n")):
         done = command(capfd, *stage)
         assert (done.code, done.err) == (code, said)

@@ -476,8 +476,8 @@ def test_what_cannot_be_pulled_is_said_with_what_can(capfd, tmp_path, student, m
         ("digit:v1", "runs has no published student 'digit'; did you mean 'digits'? valid: digits"),
         ("other", "there is no published student, run or folder 'other'; give NAME[:VERSION] (distill students lists "
          "them), RUN or RUN/STAGE of runs, a student's folder, or a URL"),
-        ("a:b:c", "'a:b:c': NAME or NAME:VERSION is expected; a version has at most 64 characters: letters, digits, "
-         "'.', '_' and '-', the first a letter or digit"),
+        ("a:b:c", "'a:b:c': NAME or NAME:VERSION is expected; a version consists of 1 to 64 letters, digits, "
+         "'.', '_' or '-' and begins with a letter or digit"),
     ]:  # fmt: skip
         done = command(capfd, "pull", given)
         assert (done.code, done.err) == (2, f"error: {said}\n")

@@ -75,7 +75,7 @@ def test_rounds_straighten_the_ring_and_keep_its_law(whole):
 
 def test_what_is_printed_and_reported(whole):
     run, done = whole
-    assert done.stdout.count("before -> after each round, from the same noise in both") == 3, (
+    assert done.stdout.count("A -> B: before and after the round, with the same noise") == 3, (
         "after each round and at the end"
     )
     assert done.stdout.count("reflow-2 │") >= 1

@@ -156,7 +156,7 @@ def test_a_flow_map_has_no_straightness(run):
     )
     page = read(run)
     assert re.search(r"Straightness teacher 0.5000 one_step 0.1000 map \u2013 Mean square", page.text)
-    assert "\u2013 means not defined: a flow map has no paths" in page.text
+    assert "\u2013 means not defined: for a flow map, which has no paths;" in page.text
     widths = [attributes["style"] for tag, attributes in page.tags if tag == "i"]
     assert widths == ["width: 100.0%", "width: 20.0%", "width: 0.0%"]
     only = full.model_copy(update={"rows": [r.model_copy(update={"straightness": None}) for r in full.rows]})

@@ -273,8 +273,8 @@ REFUSED = {
     ),
     "less than a pair": (
         ["digits", "--forward", "0.001"],
-        "spec 'digits': stages.reflow-1.pairs: a fraction of 0.001 of batch_size=128 is less than one pair; use a "
-        "larger batch or other fractions",
+        "spec 'digits': stages.reflow-1.pairs: the fraction 0.001 of batch_size=128 is less than one pair per batch; "
+        "increase batch_size or this fraction",
     ),
     "an endless weight": (
         ["digits", "--data-weight", "inf"],

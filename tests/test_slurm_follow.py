@@ -122,7 +122,8 @@ def test_what_waits_is_cancelled_and_what_runs_here_too(capfd, cluster, here):
     assert command_line(capfd, "cancel", "mix").out == "".join(f"job {name}: cancelled\n" for name in members)
     assert queue(cluster) == []
     assert command_line(capfd, "cancel", "mix").out == "no process or job of run 'mix' is running or queued\n"
-    assert command_line(capfd, "status", "mix").out.startswith("mix  cancelled")
+    shown = command_line(capfd, "status", "mix").out
+    assert shown.startswith("mix  cancelled") and shown.endswith("\nresume with: distill submit runs/mix --resume\n")
 
     local = start("run", "teach.yaml", cwd=here, log=here / "log", env=os.environ)
     wait_for(lambda: steps(named("teach")) >= 2, local)

@@ -77,7 +77,7 @@ def test_the_table_says_each_number_of_a_round():
     assert rounds_table.cells(rounds, rounds[1])[2:5] == ["14.25", "-", "6.75"]
     shown = text(rounds)
     assert re.search(r"reflow-1 .* 5\.00 -> 4\.00 ", shown)
-    assert "before -> after each round, from the same noise in both" in shown
+    assert "A -> B: before and after the round, with the same noise" in shown
 
 
 def test_without_a_reference_there_is_no_distance():

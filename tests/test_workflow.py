@@ -85,8 +85,8 @@ CASES = {
     "a flow twice": (vectors(e={"fine_students": ["r", "r"]}), "stages.e.fine_students: 'r' is listed twice"),
     "pairs of another teacher": (
         vectors(p2={**PAIRS, "teacher": "r"}, r2={**REFLOW, "pairs": "p2"}),
-        "stages.r2.pairs: 'p2' has pairs of the teacher 'r', but this stage's teacher is from the spec; use the "
-        "same teacher in both",
+        "stages.r2.pairs: 'p2' has pairs of the student of stage 'r', but this stage's teacher is the spec's teacher; "
+        "set the same teacher in both stages",
     ),
     "a stage that tables would take for the teacher": (
         images(teacher=TEACH),
@@ -315,8 +315,8 @@ CASES = {
     ),
     "a part without a pair": (
         vectors(q=PAIRS, r={"pairs": {"p": 0.95, "q": 0.05}, "batch_size": 4}),
-        "stages.r.pairs: a fraction of 0.05 of batch_size=4 is less than one pair; use a larger batch or "
-        "other fractions",
+        "stages.r.pairs: the fraction 0.05 of batch_size=4 is less than one pair per batch; increase batch_size or "
+        "this fraction",
     ),
     "times of no rows": (
         vectors(e={"teacher_steps": [], "times": {"teacher": [[1, 0.5, 0]]}}),

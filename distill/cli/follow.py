@@ -126,8 +126,8 @@ def _print_one(paths: RunPaths, standing: "distill.launch.standing.Standing") ->
         if job.restarts:
             counts = ", ".join(f"{count} x {shown(why)}" for why, count in job.restarts.items())
             say(f"job {job.job} was queued again: {counts}")
-    if not standing.jobs:  # the message of a job's end says what to do
-        say_how_to_resume(paths, standing.state)
+    if "--resume" not in standing.message:  # as the message of a job that crashed
+        say_how_to_resume(paths, standing.state, in_jobs=bool(standing.jobs))
 
 
 def _jobs(jobs: "list[distill.launch.standing.StageJob]") -> str:

@@ -37,8 +37,8 @@ def pairs(
         bool,
         typer.Option(
             "--check",
-            help="Check whether the solver steps are enough: solve 1,000 pairs, and again with twice as many steps. "
-            "Writes nothing.",
+            help="Check whether the number of solver steps is enough: solve up to 1,000 pairs, then with twice as many "
+            "steps, and so on until the results agree. Writes nothing.",
         ),
     ] = False,
     stage: Annotated[

@@ -119,10 +119,10 @@ def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) 
     say_how_to_resume(paths, each.state)
 
 
-def say_how_to_resume(run: RunPaths, state: str) -> None:
-    """Print the command that resumes a run, unless it is done or running."""
-    if state not in ("done", "running"):
-        say(f"resume with: distill run {near(run.root)} --resume")
+def say_how_to_resume(run: RunPaths, state: str, *, in_jobs: bool = False) -> None:
+    """Print the command that resumes a run, unless it is done, running or queued. in_jobs: by jobs, as before."""
+    if state not in ("done", "running", "queued"):
+        say(f"resume with: distill {'submit' if in_jobs else 'run'} {near(run.root)} --resume")
 
 
 def print_results(run: RunPaths) -> None:

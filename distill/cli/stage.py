@@ -63,7 +63,7 @@ def compute(
         versions.require_same_draws(machine.load(paths).draws, f"run '{paths.name}'")
     for name, value in environment.thread_variables(spec.launch.threads or environment.threads()).items():
         os.environ.setdefault(name, value)
-    with StopRequest() as stop:
+    with _saying_how_to_resume(paths), StopRequest() as stop:
         if lifeline is not None:
             local.watch(lifeline)
         if int(os.environ.get("RANK", "0")) > 0:  # only rank 0 claims the run and writes its events
@@ -134,9 +134,21 @@ def _refuse_other_world(spec: "distill.spec.model.RunSpec", names: Sequence[str]
 
 
 @contextmanager
+def _saying_how_to_resume(paths: RunPaths) -> Iterator[None]:
+    """Context manager: a stop says how to resume, except in ranks above 0 and in jobs, which are queued again."""
+    from distill.launch import tasks
+
+    try:
+        yield
+    except Stopped as stopped:
+        silent = not stopped.resume or tasks.is_task() or int(os.environ.get("RANK", "0")) > 0
+        raise Stopped(str(stopped), "" if silent else f"resume with: distill run {near(paths.root)} --resume") from None
+
+
+@contextmanager
 def _in_events(paths: RunPaths, names: list[str], measure: bool) -> Iterator[None]:
     """Context manager that records in the run's events that this process began, and how it ended."""
-    from distill.launch import ranks, tasks
+    from distill.launch import ranks
 
     append_event(paths, "started", pid=os.getpid(), host=platform.node(), stages=names)
     outcome, message = "failed", ""
@@ -147,8 +159,7 @@ def _in_events(paths: RunPaths, names: list[str], measure: bool) -> Iterator[Non
         outcome, message = "stopped", str(stopped)
         if measure:
             raise Stopped(f"stopped; {ranks.MEASURED}", "") from None
-        resume = "" if tasks.is_task() else f"resume with: distill run {near(paths.root)} --resume"
-        raise Stopped(message, resume) from None
+        raise
     except KeyboardInterrupt:
         outcome, message = "stopped", "interrupted without saving"
         raise

@@ -91,7 +91,10 @@ def decode(
         if background is not None:
             image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
         elif image.getchannel("A").getextrema()[0] < 255:
-            raise InputError(f"{name} is transparent in places; set data.background, or remove the transparency")
+            raise InputError(
+                f"{name} has transparent pixels; set data.background to white, black or [red, green, blue], or remove "
+                "the transparency"
+            )
         image = image.convert("RGB")
     if image.mode[0] in "IF":  # 16-bit integers or floating point, one channel
         scale = np.float32(1 if image.mode == "F" else 65535)

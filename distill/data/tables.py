@@ -104,7 +104,8 @@ def open_rows(spec: HfData) -> Dataset:
         imagefolder.refuse_container(spec.path)
     if spec.revision is not None and path.exists():
         raise InputError(
-            f"data.revision={spec.revision} has no effect: {spec.path} is a local path, not a hub id; remove it"
+            f"data.revision={spec.revision} has no effect: {spec.path} is a local path, not a hub id; "
+            "remove data.revision"
         )
     with _readable(spec):
         if path.is_file():

@@ -302,8 +302,8 @@ def split(given: str) -> tuple[str, str | None]:
     for word, text in (("name", name), ("version", version)):
         if (word == "name" or colon) and not NAME.fullmatch(text):
             raise InputError(
-                f"'{plain}': NAME or NAME:VERSION is expected; a {word} has at most 64 characters: letters, digits, "
-                "'.', '_' and '-', the first a letter or digit"
+                f"'{plain}': NAME or NAME:VERSION is expected; a {word} consists of 1 to 64 letters, digits, "
+                "'.', '_' or '-' and begins with a letter or digit"
             )
     return name, version if colon else None
 

@@ -232,7 +232,7 @@ def unused(store: Path) -> list[Path]:
 
     What was requested within the last day is left out. If the list of a run cannot be read, a warning is shown, and
     everything that the run may need is left out: each input whose digest occurs in its list, and each one requested
-    after the day before the run was created.
+    later than 24 hours before the run was created.
     """
     used, before = set(), time.time() - UNUSED_SECONDS
     for run in runs(store):

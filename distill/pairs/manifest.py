@@ -104,7 +104,7 @@ class Manifest(FrozenModel):
         if layout.files > MAX_SHARDS:
             raise ValueError(f"count {self.count:,} in files of {self.shard:,}: more than {MAX_SHARDS:,} files")
         if (self.times is None) == (self.paths in WITH_STATES):
-            raise ValueError(f"times: {'required for' if self.times is None else 'not valid for'} paths: {self.paths}")
+            raise ValueError(f"times must {'' if self.times is None else 'not '}be given with paths: {self.paths}")
         if self.times is not None and not (self.times[0] <= 1 and self.times[-1] >= 0 and _falls(self.times)):
             raise ValueError("times do not decrease from at most 1 to at least 0")
         for name, file in self.shards.items():

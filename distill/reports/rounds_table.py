@@ -109,7 +109,7 @@ def curves(found: Sequence[Round]) -> dict[str, dict[str, list[tuple[int, float]
 
 
 NOTE = (
-    "before -> after each round, from the same noise in both; each round has its own noise. Straightness: mean square "
+    "A -> B: before and after the round, with the same noise; each round has its own noise. Straightness: mean square "
     "difference between velocity and mean velocity along the flow's paths; 0: straight. RMS: root mean square "
     "difference between the ends of the paths. Transport: mean square of data minus noise; only errors can increase it."
 )

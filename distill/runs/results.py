@@ -38,7 +38,7 @@ class Row(FrozenModel):
     solver: Line
     steps: Positive
     fine: bool = False
-    """whether it was sampled with the fine solver; the teacher's samples with it are the reference for all rows"""
+    """whether it was sampled with the fine solver; `rms` of every row compares with the teacher's samples with it"""
     along: Line = ""
     """step times. empty: uniform, or the student's own; optimal; or a list of times"""
     nfe: Positive
@@ -101,7 +101,7 @@ class Results(FrozenModel):
     reference: NonNegativeInt
     """number of real or exact samples to compare with"""
     floor: Number | None = None
-    """mean distance of other sets of exact samples from the one to compare with"""
+    """mean distance between the reference samples and other sets of exact samples"""
     vector: bool
     rows: list[Row] = Field(min_length=1, max_length=10_000)
 
@@ -215,8 +215,9 @@ def describe(results: Results) -> str:
             f"classifier trained on their {net.task} (accuracy {net.accuracy:.1%} on held-out images)"
         )
     elif results.distance is not None:
-        floor = f"; other exact samples have {number(results.floor)} on average" if results.floor is not None else ""
-        said.append(f"{results.distance}: sliced Wasserstein-2 to {results.reference:,} exact samples{floor}")
+        said.append(f"{results.distance}: sliced Wasserstein-2 to {results.reference:,} exact samples")
+        if results.floor is not None:
+            said[-1] += f"; other sets of exact samples have a distance of {number(results.floor)} on average"
     return ". ".join(said) + "."
 
 

@@ -16,7 +16,7 @@ def rows_by_share(batch_size: int, shares: Sequence[float]) -> list[int]:
         counts[i] += 1
     if min(counts) < 1:
         raise InputError(
-            f"a fraction of {min(shares):g} of batch_size={batch_size} is less than one pair; use a larger batch or "
-            "other fractions"
+            f"the fraction {min(shares):g} of batch_size={batch_size} is less than one pair per batch; increase "
+            "batch_size or this fraction"
         )
     return counts

@@ -183,10 +183,13 @@ def of_training(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: 
             continue  # `checks._references` reports it
         found.append(solved)
         if solved.teacher != stage.teacher:
-            theirs, ours = (f"'{each}'" if each else "from the spec" for each in (solved.teacher, stage.teacher))
+            theirs, ours = (
+                f"the student of stage '{each}'" if each else "the spec's teacher"
+                for each in (solved.teacher, stage.teacher)
+            )
             yield (
-                f"{where}: '{name}' has pairs of the teacher {theirs}, but this stage's teacher is {ours}; use the "
-                "same teacher in both"
+                f"{where}: '{name}' has pairs of {theirs}, but this stage's teacher is {ours}; set the same teacher in "
+                "both stages"
             )
         if "states" in needs and solved.paths not in WITH_STATES:
             yield (

@@ -13,7 +13,7 @@ from distill.spec.kinds import OneOf
 Annotation = Any  # the type annotation of a field
 Content = Any  # the content of a YAML file at some path
 
-NAME_RULE = "at most 64 characters: letters, digits, '.', '_' and '-', the first a letter or digit"
+NAME_RULE = "1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit"
 KINDS = {
     "int": "a whole number",
     "float": "a number",

@@ -78,7 +78,8 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherChe
     """Reads a checkpoint. Raises InputError unless its network is of this kind, one of the keys of `NETWORKS`."""
     if spec.revision is not None and Path(spec.path).is_dir():
         raise InputError(
-            f"teacher.revision={spec.revision} has no effect: {spec.path} is a folder here, not a hub id; remove it"
+            f"teacher.revision={spec.revision} has no effect: {spec.path} is a folder here, not a hub id; "
+            "remove teacher.revision"
         )
     parts = files.find(spec)
     if parts.student.kind != kind:

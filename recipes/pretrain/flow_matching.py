@@ -1,10 +1,10 @@
 """Flow matching (Lipman et al. 2022, arXiv 2210.02747; Liu et al. 2022, arXiv 2209.03003): train a teacher on data.
 
-Minimises E || v(x_t, t) - (noise - data) ||^2 / d, x_t = (1 - t) data + t noise. Its minimum is v(x, t) = E[noise -
-data | x_t = x]. The condition is dropped with probability label_dropout, for guidance (Ho & Salimans 2022, arXiv
-2207.12598). Couplings make paths straighter: ot, optimal transport, or ot_replacement, pairs drawn from its plan (Tong
-et al. 2023, arXiv 2302.00482); immiscible, ot with unsquared distances, and immiscible_knn, the nearest of k noises (Li
-et al. 2024, arXiv 2406.12303; 2025, arXiv 2505.18521); weighted, L = sum w l / sum w with w = exp(-cost / epsilon)
+Minimises E || v(x_t, t) - (noise - data) ||^2 / d, x_t = (1 - t) data + t noise. The best v(x, t) is
+E[noise - data | x_t = x]. The condition is dropped with probability label_dropout, for guidance (Ho & Salimans 2022,
+arXiv 2207.12598). Couplings make paths straighter: ot, optimal transport, or ot_replacement, pairs drawn from its plan
+(Tong et al. 2023, arXiv 2302.00482); immiscible, ot with unsquared distances, and immiscible_knn, the nearest of k
+noises (Li et al. 2024, arXiv 2406.12303; 2025, arXiv 2505.18521); weighted, L = sum w l / sum w, w = exp(-cost/epsilon)
 (Calvo-Ordonez et al. 2025, arXiv 2507.22270). immiscible_knn and weighted slightly change the distribution of samples.
 
 Deviations: pairs and weights are made within blocks of the global batch. Data keeps its class; the noise of each class

@@ -54,7 +54,7 @@ class Config(_segments.WindowOptions):
             raise ValueError("guidance_scale has no effect with guidance_sync: true; remove one of them")
         if self.guidance_sync and self.label_dropout == 0:
             raise ValueError(
-                "guidance_sync has no effect with label_dropout: 0; remove it, or set label_dropout above 0"
+                "guidance_sync has no effect with label_dropout: 0; remove guidance_sync, or set label_dropout above 0"
             )
         return self
 

@@ -5,10 +5,10 @@ l = || phi(D(x_t) - data) ||^2 / d. phi = I + high_pass_weight (I - blur) is lin
 the same. The loss is l / sg[l] (sg: no gradient), whose gradient is that of log l: all times and samples count equally.
 The density of t is proportional to 10^t. The step times are a sigmoid grid, dense at both ends.
 
-Three further parts need no option. Less dropout than the teacher: `dropout` of the train stage. Forward pairs, of
-real data and the noise to which it is inverted: `pairs: {backward: 0.8, forward: 0.2}` in the spec. A start from an
-EDM or VP teacher: every recipe can do this. Projected pairs have the exact distribution of the data: with the option
-`project_block`, generated data is replaced by real data, matched by optimal transport, with the class of the real data.
+Two further parts are not options of this recipe, but of the train stage: `dropout`, to set less than the teacher's, and
+`pairs: {backward: 0.8, forward: 0.2}`, to add forward pairs (real data and the noise to which it is inverted).
+Projected pairs have the exact distribution of the data: with the option `project_block`, generated data is replaced by
+real data, matched by optimal transport, with the class of the real data.
 
 Deviations: the loss is l / sg[l + 1e-6] with l of each sample. The paper may use an average of l (unverified), which is
 the same if x_t determines its pair. The blur is [1, 2, 1]/4 along both axes with repeated edges, its weight is 10, and

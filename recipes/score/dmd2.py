@@ -5,7 +5,7 @@ of |sample - x0_teacher|. The student also learns to fool a discriminator. The c
 the student: it learns the velocity of samples, and to distinguish noised samples from noised data. Students of several
 steps are trained on their own states (backward simulation, fresh noise between steps), by gradients of the last step.
 
-Deviations: networks predict v, x0 = x_t - t v; t = 1 is noise. Every update makes new samples; the critic's is first.
+Deviations: networks predict v, x0 = x_t - t v; t = 1 is noise. Every update makes new samples, the critic's first.
 The discriminator sees the same x_t as the scores; its head is one convolution and a mean. t is uniform, for the student
 in [0.02, 0.98]. `weight: kl`, ((1 - t)/t)^2 without the normaliser, is the exact gradient of the KL divergence.
 """

@@ -29,7 +29,7 @@ class Reference:
     values: Tensor  # features of the set [M, D]
     distance: Callable[[Tensor, Tensor], float]
     network: FeatureNet | None = None
-    floor: float | None = None  # mean distance of other sets of exact samples from this set
+    floor: float | None = None  # mean distance between this set and other sets of exact samples
     points: Tensor | None = None  # exact samples, for pictures
 
     def measure(self, samples: Tensor) -> dict[str, float]:
