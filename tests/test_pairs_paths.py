@@ -309,9 +309,7 @@ def test_parts_in_any_order_make_the_same_files(tmp_path, parts, options):
 def test_parts_of_a_batch_are_the_nearest_whole_rows():
     assert rows_by_share(10, [0.75, 0.25]) == [8, 2] and rows_by_share(128, [0.8, 0.2]) == [102, 26]
     assert rows_by_share(7, [1.0]) == [7] and sum(rows_by_share(11, [1 / 3] * 3)) == 11
-    with pytest.raises(
-        InputError, match="a fraction of 0.05 of batch_size=4 is less than one pair; use a larger batch"
-    ):
+    with pytest.raises(InputError, match="the fraction 0.05 of batch_size=4 is less than one pair per batch; increase"):
         rows_by_share(4, [0.95, 0.05])
 
 

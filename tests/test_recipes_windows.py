@@ -558,7 +558,7 @@ def test_no_gradient_goes_through_the_teacher(module, options):
             {"guidance_sync": True, "guidance_scale": 2.0, "label_dropout": 0.1},
             "guidance_scale has no effect with guidance_sync: true; remove one of them",
         ),
-        (perflow, {"guidance_sync": True}, "guidance_sync has no effect with label_dropout: 0; remove it, or set"),
+        (perflow, {"guidance_sync": True}, "guidance_sync has no effect with label_dropout: 0; remove guidance_sync"),
         (proreflow, {"windows": 5}, "teacher_steps: 32 is not a multiple of windows: 5; nearest: 35"),
         (proreflow, {"direction_weight": -1.0}, "greater than or equal to 0"),
         (seqrf, {"windows": 2}, "Extra inputs are not permitted"),
