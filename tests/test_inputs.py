@@ -219,7 +219,9 @@ def test_what_was_fetched_is_not_fetched_again(fetched):
     assert asked == "GET /api/models/org/tiny/revision/v2"
     assert new == "GET /api/models/org/tiny"
     commit = fetched.hub.commits["models/org/tiny"]["main"].sha
-    assert any(request.startswith(f"GET /org/tiny/resolve/{commit}/unet/") for request in rest)
+    fetched_files = [request for request in rest if "/org/tiny/resolve/" in request]
+    assert any(request.endswith(f"/{commit}/unet/{WEIGHTS}") for request in fetched_files)
+    assert all(f"/org/tiny/resolve/{commit}/" in request for request in fetched_files), "no file of another commit"
 
 
 @pytest.mark.process

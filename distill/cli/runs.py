@@ -120,7 +120,7 @@ def show(run: RunArgument, store: StoreOption = None, json: JsonOption = False) 
 
 
 def say_how_to_resume(run: RunPaths, state: str, *, in_jobs: bool = False) -> None:
-    """Print the command that resumes a run, unless it is done, running or queued. in_jobs: by jobs, as before."""
+    """Print the command that resumes a run, unless it is done, running or queued. in_jobs: it was run by jobs."""
     if state not in ("done", "running", "queued"):
         say(f"resume with: distill {'submit' if in_jobs else 'run'} {near(run.root)} --resume")
 

@@ -135,7 +135,7 @@ def _refuse_other_world(spec: "distill.spec.model.RunSpec", names: Sequence[str]
 
 @contextmanager
 def _saying_how_to_resume(paths: RunPaths) -> Iterator[None]:
-    """Context manager: a stop says how to resume, except in ranks above 0 and in jobs, which are queued again."""
+    """Context manager: a stop says how to resume, but not in ranks above 0 (rank 0 says it), nor in jobs of Slurm."""
     from distill.launch import tasks
 
     try:

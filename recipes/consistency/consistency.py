@@ -43,7 +43,7 @@ class Config(BaseModel):
     sigma: PositiveFloat = 2.0
     """standard deviation of logit(t) under continuous"""
     halving_images: Annotated[int, Field(gt=0, le=10**13)] | None = None
-    """t - s is halved each time after this many images, at most ten times (in bf16, at most three); null: never"""
+    """t - s is halved after every so many images, up to ten times (with bf16, plan for at most three); null: never"""
     target_decay: Annotated[float, Field(ge=0, lt=1)] | None = None
     """decay per step of the EMA that makes the target; null: the student itself makes it"""
     distance: Literal["l2", "pseudo_huber", "pseudo_huber_elementwise"] = "pseudo_huber"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from unittest.mock import patch
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # as the launcher does
-ENVIRONMENT = dict(os.environ)
+ENVIRONMENT = dict(os.environ)  # of the tests, before one of them changes it
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(  # names that it cannot import, such as those of this folder, it would ignore
     ["distill.cli.start", "distill.execution.stages", "distill.training.engine", "torch._dynamo", "deepspeed"]
@@ -80,7 +80,7 @@ def command_line(arguments: tuple[str, ...], cwd: str, env: Mapping[str, str]) -
 def _run(main, arguments, files, env):
     gc.freeze()  # what has been imported stays
     os.environ.update(env)
-    for number, file in enumerate(files, start=1):
+    for number, file in enumerate(files, start=1):  # stdout and stderr
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(*arguments))
