@@ -38,7 +38,7 @@ def under_way(run, stage):
     return any(kept.get(stage, paths.checkpoints.glob("step-*")))
 
 
-@pytest.mark.long  # test_reflow_command kills rounds in each kind of stage
+@pytest.mark.long  # in `make test`, test_reflow_command kills a run and resumes it
 def test_killed_in_each_stage(tmp_path):
     whole = distill("run", "digits", *SMALL, "--name", "whole", "--store", "runs", cwd=tmp_path)
     assert whole.returncode == 0, whole.stdout + whole.stderr

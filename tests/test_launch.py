@@ -540,15 +540,43 @@ def test_procs_is_short_for_launch_procs(capfd, tmp_path, monkeypatch):
 def test_another_number_of_processes_than_that_of_launch_is_refused(
     capfd, tmp_path, monkeypatch, procs, size, stage, said
 ):
-    """`accelerate launch --cpu` on several machines, for example, leaves WORLD_SIZE unset."""
     run = make_run(tmp_path / "runs", "one", "digits", f"launch.procs={procs}")
     before = folder_bytes(run.root)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if size is not None:
         monkeypatch.setenv("WORLD_SIZE", size)
         monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("LOCAL_RANK", "0")
     done = command(capfd, "stage", str(run.root), stage)
     assert (done.code, done.err) == (2, f"error: {said}\n")
+    assert folder_bytes(run.root) == before
+
+
+@pytest.mark.parametrize("stage", ["teach", "pairs"])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}, "MASTER_ADDR is set, but WORLD_SIZE is not; start the "
+         "processes with {}, or unset MASTER_ADDR to compute in one process"),
+        ({"RANK": "1"}, "RANK is set, but WORLD_SIZE is not; start the processes with {}, or unset RANK to compute in "
+         "one process"),
+        ({"WORLD_SIZE": "1"}, "RANK= given, must be a number; start the processes with {}"),
+        ({"WORLD_SIZE": "one"}, "WORLD_SIZE=one given, must be a number; start the processes with {}"),
+    ],
+)  # fmt: skip
+def test_a_launcher_that_does_not_say_how_many_processes_it_starts_is_refused(
+    capfd, tmp_path, monkeypatch, given, said, stage
+):
+    """`accelerate launch --cpu` on several machines sets only MASTER_ADDR and MASTER_PORT."""
+    run = make_run(tmp_path / "runs", "one", "digits", "launch.procs=1")
+    before = folder_bytes(run.root)
+    for name in local.RANK_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    done = command(capfd, "stage", str(run.root), stage)
+    launchers = "`distill run`, torchrun or `accelerate launch --multi_gpu`"
+    assert (done.code, done.err) == (2, f"error: {said.format(launchers)}\n")
     assert folder_bytes(run.root) == before
 
 

@@ -107,18 +107,20 @@ def under_way(run, stage):
     return any(kept.get(stage.split("-")[0], paths.checkpoints.glob("step-*")))
 
 
-@pytest.mark.long  # test_kill_workflow, test_kill_engine and test_kill_pairs kill runs in `make test`
-def test_killed_in_each_kind_of_stage(tmp_path, whole):
+@pytest.mark.parametrize(
+    "stages", [pytest.param(["reflow-1"], id="once"), pytest.param(KILLED, id="each kind", marks=pytest.mark.long)]
+)
+def test_killed_it_resumes_to_the_same_bytes(tmp_path, whole, stages):
     undisturbed, _ = whole
     run, log, hit = RunPaths(tmp_path / "runs" / "mixture-2d"), tmp_path / "log", []
-    for number, stage in enumerate(KILLED):
-        ways = [[*ROUNDS, "--resume"], ["run", "runs/mixture-2d", "--resume"]]  # both go on
+    for number, stage in enumerate(stages):
+        ways = [[*ROUNDS, "--resume"], ["run", "runs/mixture-2d", "--resume"]]  # both resume
         process = start(*(ways[number % 2] if number else ROUNDS), cwd=tmp_path, log=log)
         assert wait_for(lambda stage=stage: under_way(run, stage), process), log.read_text()
         kill(process)
         if not run.stage(stage).done.exists():
             hit.append(stage)
-    assert hit == KILLED, f"killed in {hit} only; the rest was too fast"
+    assert hit == stages, f"killed in {hit} only; the rest was too fast"
     end = distill("run", "runs/mixture-2d", "--resume", cwd=tmp_path)
     assert end.returncode == 0, end.stdout + end.stderr
     for stage in ("reflow-1", "reflow-2", "one_step"):

@@ -205,25 +205,53 @@ ACCELERATE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [pytest.param(TORCHRUN, id="torchrun"), pytest.param(ACCELERATE, id="accelerate", marks=pytest.mark.long)],
-)
+OF_TORCHRUN = pytest.param(TORCHRUN, id="torchrun")
+OF_ACCELERATE = pytest.param(ACCELERATE, id="accelerate", marks=pytest.mark.long)
+OF_TORCHRUN_LONG = pytest.param(TORCHRUN, id="torchrun", marks=pytest.mark.long)
+
+
+def launch(folder, run, launcher):
+    """A process of another launcher, which starts the two ranks of a run; what they say goes to RUN.log."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    with (folder / f"{run.name}.log").open("ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", *launcher, port, "--module", "distill", "stage", str(run.root), "teach"],
+            cwd=folder, env=ENV, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+
+
+def said(folder, run):
+    return (folder / f"{run.name}.log").read_text()
+
+
+@pytest.mark.parametrize("launcher", [OF_TORCHRUN, OF_ACCELERATE])
 def test_other_launchers_train_the_same(folder, launcher):
     """torchrun, and the form of `accelerate launch` that sets WORLD_SIZE: the same weights, moments and averages."""
     name = launcher[0].partition(".")[0]
     run = starting.begin(folder / "runs", specfile.load(folder / "small.yaml", name=name))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, port, "--module", "distill", "stage", str(run.root), "teach"],
-        cwd=folder, env=ENV, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert launch(folder, run, launcher).wait(timeout=300) == 0, said(folder, run)
     assert student(folder, name) == student(folder, "small")
     saved = sorted(run_paths(folder, "small").stage("teach").checkpoints.glob("step-*/*.safetensors"))
     assert saved
     for path in saved:
         again = run.stage("teach").checkpoints / path.parent.name / path.name
         assert again.read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("launcher", [OF_TORCHRUN_LONG, OF_ACCELERATE])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_other_launchers_pass_signals_on(folder, launcher, number):
+    """The ranks save and exit, the launcher's exit code is 1; the same command resumes to the same bits."""
+    name = f"{launcher[0].partition('.')[0]}-{number.name}"
+    run = starting.begin(folder / "runs", specfile.load(folder / "small.yaml", name=name))
+    process = launch(folder, run, launcher)
+    assert wait_for(lambda: (run.stage("teach").checkpoints / "step-00000003").exists(), process), said(folder, run)
+    os.kill(process.pid, number)
+    assert process.wait(timeout=60) == 1, said(folder, run)
+    *_, last = read_events(run)
+    assert last["event"] == "stopped", said(folder, run)
+    assert last["message"].startswith(f"stopped by {number.name}; saved: "), last
+    assert launch(folder, run, launcher).wait(timeout=300) == 0, said(folder, run)
+    assert student(folder, name) == student(folder, "small")

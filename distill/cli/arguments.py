@@ -14,7 +14,8 @@ from distill.core.text import short, suggest, whole_number
 from distill.runs import todo
 from distill.runs.run_store import RunPaths
 from distill.spec import checks, schema, specfile
-from distill.spec.model import CheckpointTeacher, DataSpec, LaunchSpec, RunSpec, TeacherSpec, TrainStage, is_path
+from distill.spec.model import DataSpec, LaunchSpec, RunSpec, TeacherSpec, TrainStage, is_path
+from distill.spec.resolved import stage_teacher
 
 if TYPE_CHECKING:
     import torch
@@ -132,11 +133,10 @@ def teacher_of(student: Path) -> TeacherSpec:
     """The teacher in the spec of the student's run."""
     spec, run = _spec_of(student, "--teacher")
     stage = spec.stages.get(student.name)
-    if isinstance(stage, TrainStage) and stage.teacher is not None:
-        return CheckpointTeacher(path=str(run / "students" / stage.teacher))
-    if spec.teacher is None:
+    found = stage_teacher(spec, stage, run / "students") if isinstance(stage, TrainStage) else spec.teacher
+    if found is None:
         raise InputError(f"{student} was trained without a teacher; give one with --teacher")
-    return spec.teacher
+    return found
 
 
 def data_of(student: Path) -> DataSpec:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 StageNames = Annotated[list[str], typer.Argument(metavar="STAGE...")]
+LAUNCHERS = "`distill run`, torchrun or `accelerate launch --multi_gpu`"
 PartOption = Annotated[str | None, typer.Option("--part", metavar="I/N", help="Pairs stage: only shards I, I + N, ...")]
 
 
@@ -34,7 +35,7 @@ def stage(
 ) -> None:
     """Compute stages of a run in this process; with RANK and WORLD_SIZE set, as one of several that train together.
 
-    torchrun and `accelerate launch --multi_gpu` set these variables too.
+    torchrun and `accelerate launch --multi_gpu` set these variables too. slurm/README.md says how they treat signals.
     """
     compute(run, names, None if part is None else read_share("--part", part, 0), lifeline, measure)
 
@@ -110,16 +111,15 @@ def _refuse_other_world(spec: "distill.spec.model.RunSpec", names: Sequence[str]
     """Refuse to train with another number of processes than the spec's, or to compute other stages in several."""
     from distill.spec.model import TrainStage
 
-    launch, size = spec.launch, os.environ.get("WORLD_SIZE")
-    valid = "`distill run`, torchrun or `accelerate launch --multi_gpu`"
+    launch, size = spec.launch, _world_size()
     for name in names:
         wanted = launch.world_size if isinstance(spec.stages[name], TrainStage) else 1
-        if int(size or 1) == wanted:
+        if (size or 1) == wanted:
             continue
         if size is None:
             raise InputError(
                 f"stage '{name}' must be trained by {wanted} processes (launch.nodes={launch.nodes}, "
-                f"launch.procs={launch.procs}), but WORLD_SIZE is not set; start them with {valid}"
+                f"launch.procs={launch.procs}), but WORLD_SIZE is not set; start them with {LAUNCHERS}"
             )
         if wanted == 1 and not isinstance(spec.stages[name], TrainStage):
             raise InputError(
@@ -131,6 +131,27 @@ def _refuse_other_world(spec: "distill.spec.model.RunSpec", names: Sequence[str]
             f"(launch.nodes={launch.nodes}, launch.procs={launch.procs}); start this number, or change launch, e.g. "
             f"distill run RUN --resume launch.procs={size}"
         )
+
+
+def _world_size() -> int | None:
+    """The number of processes that a launcher started; None without a launcher. InputError if it did not say all."""
+    from distill.launch import local
+
+    given = [name for name in local.RANK_VARIABLES if name in os.environ]
+    if "WORLD_SIZE" not in given:
+        # `accelerate launch --cpu` on several machines sets only MASTER_ADDR and MASTER_PORT: each would train alone
+        if given:
+            raise InputError(
+                f"{given[0]} is set, but WORLD_SIZE is not; start the processes with {LAUNCHERS}, or unset {given[0]} "
+                "to compute in one process"
+            )
+        return None
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        if not os.environ.get(name, "").isdecimal():
+            raise InputError(
+                f"{name}={os.environ.get(name, '')} given, must be a number; start the processes with {LAUNCHERS}"
+            )
+    return int(os.environ["WORLD_SIZE"])
 
 
 @contextmanager

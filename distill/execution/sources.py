@@ -36,7 +36,7 @@ from distill.spec.model import (
     TeacherSpec,
     TrainStage,
 )
-from distill.spec.resolved import Resolved
+from distill.spec.resolved import Resolved, stage_teacher
 from distill.students import step_times
 from distill.teachers import LoadedTeacher
 from distill.teachers.dispatching import dispatched
@@ -68,8 +68,7 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
     spec, stage, needs = resolved.spec, resolved.spec.stages[name], resolved.needs(name)
     given: dict[str, TeacherSpec | None] = {"own": spec.teacher if resolved.spec.has_exact_teacher else None}
     if "teacher" in needs:
-        trained = None if stage.teacher is None else CheckpointTeacher(path=str(run.student(stage.teacher)))
-        given["teacher"] = trained or spec.teacher
+        given["teacher"] = stage_teacher(spec, stage, run.students)
     loaded = {
         role: teachers.load_teacher(each, device, probe=False) for role, each in given.items() if each is not None
     }

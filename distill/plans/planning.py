@@ -107,8 +107,12 @@ def memory_rows(memory: dict[str, list[dict[str, Any]]]) -> Iterator[tuple[str, 
             yield stage, "allocated by torch (GPU)", None, [rank["device"] for rank in ranks]
 
 
+def _teacher(stage: Stage) -> str:
+    return stage.teacher or "the spec's teacher"
+
+
 def _train(name: str, stage: TrainStage, launch: LaunchSpec, needs: frozenset[str]) -> Step:
-    teacher = stage.teacher or "the spec's teacher"
+    teacher = _teacher(stage)
     sources = {"pairs": [*stage.pair_shares], "data": ["data"], "teacher": [teacher]}
     taken = [each for need in sorted(needs & sources.keys()) for each in sources[need]]
     taken += [stage.init] if stage.init else []
@@ -132,14 +136,14 @@ def _pairs(name: str, stage: PairsStage) -> Step:
     work = f"{stage.count:,} pairs x {calls:g} network calls = {total:,}"
     shards = pairspec.Layout.of(stage).files
     writes = [f"stages/{name}/pairs/ ({shards} shard{'s' if shards > 1 else ''})"]
-    needs = [stage.teacher or "the spec's teacher"] + (["data"] if stage.paths in OF_DATA else [])
+    needs = [_teacher(stage)] + (["data"] if stage.paths in OF_DATA else [])
     return Step(name, stage.kind, what, work, needs, total, writes)
 
 
 def _evaluate(name: str, stage: EvaluateStage, samplers: Mapping[str, str]) -> Step:
     calls = stage.samples * sum(evalspec.calls(stage, samplers).values())
     work = f"{evalspec.num_rows(stage)} rows x {stage.samples:,} samples; {calls:,} network calls"
-    needs = _unique([stage.teacher or "the spec's teacher", *stage.students])
+    needs = _unique([_teacher(stage), *stage.students])
     coarse = f"at {', '.join(map(str, stage.teacher_steps))} steps and " if stage.teacher_steps else "by "
     fine = f"{stage.fine_solver} {stage.fine_steps}"
     what = f"teacher {coarse}{fine}" + "".join(f"; {student} by {fine}" for student in stage.fine_students)

@@ -59,23 +59,19 @@ def _mistakes(found: Resolved) -> Iterator[str]:
         where = f"stages.{name}"
         yield from _references(spec, name, stage)
         yield from _kinds(found, name)
+        used |= found.uses(name)
         if isinstance(stage, TrainStage):
             if name in found.failed:
                 yield found.failed[name]
-                used |= {"data", "teacher"}  # unknown, but it may use them
                 continue
             recipe = found.recipes[name]
-            used |= recipe.needs if stage.teacher is None else recipe.needs - {"teacher"}
             yield from _recipe(stage, recipe, where)
             yield from _train(found, stage, recipe, where)
             yield from _guidance(found, stage, recipe.guidance_scale, f"{where}.options")
         elif isinstance(stage, PairsStage):
-            used |= {"teacher"} if stage.teacher is None else set()
-            used |= {"data"} if stage.paths in OF_DATA else set()
             yield from _pairs(found, stage, where)
             yield from _guidance(found, stage, stage.guidance_scale, where)
         else:
-            used |= {"data", "teacher"} if stage.teacher is None else {"data"}
             yield from _evaluate(found, stage, where)
             yield from _guidance(found, stage, stage.guidance_scale, where)
     trained = [stage.teacher for stage in spec.stages.values() if isinstance(stage, TrainStage) and stage.teacher]
@@ -209,15 +205,15 @@ def _has_classes(spec: RunSpec) -> bool:
     return data.label_column is not None if isinstance(data, HfData) else not isinstance(data, NoData)
 
 
-def _train(found: Resolved, stage: TrainStage, resolved: ResolvedRecipe, where: str) -> Iterator[str]:
-    spec, recipe, needs = found.spec, stage.recipe, resolved.needs
+def _train(found: Resolved, stage: TrainStage, own: ResolvedRecipe, where: str) -> Iterator[str]:
+    spec, recipe, needs = found.spec, stage.recipe, own.needs
     if "jvp" in needs and spec.launch.zero_stage == 3:
         yield (
             f"{where}: {recipe} uses forward-mode derivatives (jvp), which do not work with launch.zero_stage: 3; "
             "use 0, 1 or 2"
         )
     if "data" in needs and isinstance(spec.data, NoData):
-        vectors = found.spec.has_exact_teacher and "teacher" in needs and stage.teacher is None
+        vectors = "teacher" in needs and resolved.has_exact_teacher(spec, stage)
         hint = (
             "the teacher makes vectors, for which there is no data; use reflow/reflow"
             if vectors
@@ -241,7 +237,7 @@ def _train(found: Resolved, stage: TrainStage, resolved: ResolvedRecipe, where: 
     if stage.init is None and stage.network is None:
         if "teacher" not in needs:
             yield f"{where}: no initial weights; give network (new weights) or init (an earlier train stage)"
-        elif stage.teacher is None and found.spec.has_exact_teacher and spec.teacher is not None:
+        elif spec.teacher is not None and resolved.has_exact_teacher(spec, stage):
             yield (
                 f"{where}: the {spec.teacher.kind} teacher has no weights to start from; give network, e.g. "
                 "network: {kind: mlp}"
@@ -253,7 +249,7 @@ def _train(found: Resolved, stage: TrainStage, resolved: ResolvedRecipe, where: 
         )
     if stage.network is not None:
         yield from trainspec.network(spec, stage, stage.network, f"{where}.network")
-    yield from trainspec.lengths(spec, stage, resolved.rows_together, where)
+    yield from trainspec.lengths(spec, stage, own.rows_together, where)
 
 
 def _launch(spec: RunSpec) -> Iterator[str]:

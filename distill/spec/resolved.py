@@ -13,11 +13,13 @@ from distill.spec import registry, schema, specfile
 from distill.spec.kinds import STUDENTS, StudentKind
 from distill.spec.model import (
     OF_DATA,
+    CheckpointTeacher,
     EvaluateStage,
     HfData,
     ImagesData,
     RunSpec,
     Stage,
+    TeacherSpec,
     TrainStage,
 )
 from distill.spec.registry import RecipeConfig
@@ -91,6 +93,11 @@ class Resolved:
         of_data = isinstance(stage, EvaluateStage) or stage.paths in OF_DATA
         return frozenset({"teacher", "data"} if of_data else {"teacher"})
 
+    def uses(self, name: str) -> frozenset[str]:
+        """What a stage uses of the spec's own "teacher" and "data". With an unusable recipe it may use both."""
+        needs = frozenset({"teacher", "data"}) if name in self.failed else self.needs(name)
+        return needs if self.spec.stages[name].teacher is None else needs - {"teacher"}
+
     def reads_images(self, name: str) -> bool:
         """Whether a stage reads image data that needs an image index (kinds images and hf)."""
         return isinstance(self.spec.data, ImagesData | HfData) and "data" in self.needs(name)
@@ -132,6 +139,16 @@ def resolve_recipe(stage: TrainStage, base: Path, where: str = "options") -> Res
     """The recipe of a stage that is not part of a spec yet. InputError if it cannot be used."""
     module = registry.load(stage.recipe, base)
     return ResolvedRecipe(module, registry.configure(stage.recipe, module, stage.options, where))
+
+
+def has_exact_teacher(spec: RunSpec, stage: Stage) -> bool:
+    """Whether the teacher of a stage is the spec's, and known in closed form."""
+    return stage.teacher is None and spec.has_exact_teacher
+
+
+def stage_teacher(spec: RunSpec, stage: Stage, students: Path) -> TeacherSpec | None:
+    """The teacher of a stage: the student of another stage, exported below `students`, or the spec's; None if none."""
+    return spec.teacher if stage.teacher is None else CheckpointTeacher(path=str(students / stage.teacher))
 
 
 def _located(options: Mapping[str, object], module: ModuleType, base: Path) -> dict[str, object]:

@@ -10,6 +10,7 @@ from distill.spec.model import (
     TrainStage,
     UNetSpec,
 )
+from distill.spec.resolved import has_exact_teacher
 
 MAX_PARAMETERS = 100_000_000_000
 
@@ -26,7 +27,7 @@ def network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, where
     """The mistakes in the spec of a new network: whether it can be built and fits the shape of the samples."""
     if stage.dropout is not None:
         yield f"{where}: the stage's dropout has no effect on a new network; remove it, or set network.dropout"
-    vectors = stage.teacher is None and spec.has_exact_teacher
+    vectors = has_exact_teacher(spec, stage)
     sides = [side for kind, side in (("digits", 8), ("mnist", 28)) if kind == spec.data.kind]
     if isinstance(spec.data, ImagesData | HfData):
         sides = list(dict.fromkeys(spec.data.height_width))
