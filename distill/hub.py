@@ -7,7 +7,7 @@ from typing import Literal
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
-Kind = Literal["model", "dataset"]
+RepoKind = Literal["model", "dataset"]
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 UNREACHABLE = (HTTPError, OSError, ValueError)  # since huggingface_hub 1.0, HTTPError is not an OSError
@@ -27,14 +27,14 @@ class File:
     cached: bool  # whether it is in the local Hugging Face cache
 
 
-def commit(kind: Kind, name: str, revision: str | None) -> str:
+def commit(kind: RepoKind, name: str, revision: str | None) -> str:
     """Returns the commit hash of a branch or tag (None: the main branch). A hash is returned without a request."""
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     return str(HfApi().repo_info(name, repo_type=kind, revision=revision).sha)
 
 
-def files(kind: Kind, name: str, commit: str | None) -> list[File]:
+def files(kind: RepoKind, name: str, commit: str | None) -> list[File]:
     """Lists the files of a commit (None: the newest of the main branch). In offline mode the list is empty."""
     if constants.HF_HUB_OFFLINE:
         return []

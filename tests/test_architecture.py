@@ -211,6 +211,21 @@ def test_public_functions_take_no_kwargs_and_no_mutable_defaults():
                 assert not mutable, f"{show(path)}:{node.lineno}: {node.name} has a mutable default"
 
 
+def test_a_type_name_has_one_meaning():
+    """Each class and type alias has a name of its own; only files shipped with students repeat `Cond`."""
+    defined = {}
+    for path in PYTHON:
+        for node in parse(path).body:
+            targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+            names = [target.id for target in targets if isinstance(target, ast.Name)]
+            for name in [node.name] if isinstance(node, ast.ClassDef) else names:
+                if re.fullmatch(r"[A-Z]\w*[a-z]\w*", name) and name not in ("Config", "Recipe"):
+                    defined.setdefault(name, set()).add(show(path))
+    defined["Cond"] = {path for path in defined["Cond"] if "students/samplers" not in path}
+    twice = {name: sorted(paths) for name, paths in defined.items() if len(paths) > 1}
+    assert not twice, f"names of two types: {twice}"
+
+
 def test_inheritance_is_flat():
     local = {n.name for p in PYTHON for n in ast.walk(parse(p)) if isinstance(n, ast.ClassDef)}
     bases = {}

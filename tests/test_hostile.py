@@ -434,7 +434,7 @@ def measured(tmp_path):
         root = run.stage("evaluate").root
         root.mkdir(parents=True)
         (root / "results.json").write_text(json.dumps(content))
-        return root, publishing.Chosen(run, "reflow")
+        return root, publishing.ChosenStudent(run, "reflow")
 
     return make_with
 

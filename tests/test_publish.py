@@ -347,12 +347,12 @@ def test_the_time_of_a_stage_is_that_of_its_processes(store):
     (run.root / CREATED).write_text(
         "".join(json.dumps({"time": at, "event": what, **more}) + "\n" for at, what, more in events)
     )
-    chosen = publishing.Chosen(run, "reflow", None)
+    chosen = publishing.ChosenStudent(run, "reflow", None)
     costs = {cost.stage: cost for cost in publishing.describe("x", chosen, 640, "").costs}
     assert list(costs) == ["teach", "pairs", "reflow"]
     assert (costs["teach"].time, costs["teach"].place) == ("0:23", "1 process, H200")
     assert (costs["pairs"].time, costs["reflow"].work) == ("0:41", "640 images")
-    early = publishing.describe("x", publishing.Chosen(run, "teach", 100), 100, "").costs
+    early = publishing.describe("x", publishing.ChosenStudent(run, "teach", 100), 100, "").costs
     assert [(cost.stage, cost.work, cost.time) for cost in early] == [("teach", "100 images", "0:10")]
 
 

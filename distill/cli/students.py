@@ -147,7 +147,7 @@ def verify(
     say(f"{near(folder.absolute())} is complete: '{one_line(card.name)}', {len(card.files) + 1} files")
 
 
-def _chosen(given: str, store: Path) -> "distill.exchange.publishing.Chosen | Path | None":
+def _chosen(given: str, store: Path) -> "distill.exchange.publishing.ChosenStudent | Path | None":
     """The student that the user has named: of a run, or a folder outside of runs; None if there is none."""
     from distill.exchange import publishing, transports
 
@@ -171,7 +171,7 @@ def _chosen(given: str, store: Path) -> "distill.exchange.publishing.Chosen | Pa
     return None
 
 
-def _student(chosen: "distill.exchange.publishing.Chosen", temporary: Path) -> Path:
+def _student(chosen: "distill.exchange.publishing.ChosenStudent", temporary: Path) -> Path:
     """The folder of a run's student. The student of a checkpoint is first exported to `temporary`."""
     folder, stage = chosen.run.student(chosen.stage), chosen.stage
     if chosen.step is None:

@@ -41,8 +41,8 @@ MAX_SHARDS = 100_000  # files of a pair set: they are in one folder, and their n
 MAX_SHARD = 2**20  # pairs per file, which is assembled in memory; also samples per block
 MAX_SOLVER_STEPS = 10_000
 MAX_PARTS = 10_000  # jobs in an array
-Steps = Annotated[int, Field(gt=0, le=MAX_STEPS)]
-Pairs = Annotated[int, Field(gt=0, le=MAX_SHARDS * MAX_SHARD)]
+StepCount = Annotated[int, Field(gt=0, le=MAX_STEPS)]
+PairCount = Annotated[int, Field(gt=0, le=MAX_SHARDS * MAX_SHARD)]
 ShardPairs = Annotated[int, Field(gt=0, le=MAX_SHARD)]
 SolverSteps = Annotated[int, Field(gt=0, le=MAX_SOLVER_STEPS)]
 Samples = Annotated[int, Field(gt=0, le=MAX_SAMPLES)]

@@ -28,7 +28,7 @@ MAX_PICTURES = 64 * 2**20  # bytes of all embedded pictures together
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageRow:
     """The state of one stage."""
 
     name: str
@@ -260,13 +260,13 @@ def _events(run: RunPaths) -> tuple[dict[str, str], dict[str, TrainingCurve], li
     return kinds, trainings, said if len(said) <= MAX_WARNINGS else [*said[:MAX_WARNINGS], "more warnings: see events/"]
 
 
-def _stage(run: RunPaths, name: str, kind: str, training: TrainingCurve | None, has_results: bool) -> Stage:
+def _stage(run: RunPaths, name: str, kind: str, training: TrainingCurve | None, has_results: bool) -> StageRow:
     if run.stage(name).done.exists() or has_results:
         state = "done"
     else:
         state = "begun" if training is not None else "waiting"
     amount = f"{training.done:,} of {training.total:,} {training.unit}" if training else ""
-    return Stage(name, kind, state, amount)
+    return StageRow(name, kind, state, amount)
 
 
 def _losses(training: TrainingCurve) -> str:

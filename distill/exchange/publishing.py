@@ -33,7 +33,7 @@ NUMBERED = re.compile(r"v([0-9]{1,9})")
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenStudent:
     """The student to publish."""
 
     run: RunPaths
@@ -53,7 +53,7 @@ class Published:
     """entries of the store that cannot be used, each with the reason"""
 
 
-def choose(run: RunPaths, stage: str | None, which: str) -> Chosen:
+def choose(run: RunPaths, stage: str | None, which: str) -> ChosenStudent:
     """Select a student of a run. InputError if there is no such student.
 
     stage: None: the last train stage. which: "", "best" or "step-N" (exported from that checkpoint).
@@ -65,13 +65,13 @@ def choose(run: RunPaths, stage: str | None, which: str) -> Chosen:
     if which == "best":
         if stage is not None:
             raise InputError(f"'{run.name}/{stage}@best': best is for a whole run; write {run.name}@best")
-        return Chosen(run, best(run))
+        return ChosenStudent(run, best(run))
     if not trained:
         raise InputError(f"run '{run.name}' has no train stage, so it has no student")
     step = whole_number(which.removeprefix("step-")) if which.startswith("step-") else None
     if which and step is None:
         raise InputError(f"'@{short(which)}': {suggest(which[:100], ['best', 'step-N'])} (N: the step of a checkpoint)")
-    return Chosen(run, stage or trained[-1], step)
+    return ChosenStudent(run, stage or trained[-1], step)
 
 
 def best(run: RunPaths) -> str:
@@ -199,7 +199,7 @@ class Time:
             self.total, self.began = self.total + self.last - self.began, None
 
 
-def describe(name: str, chosen: Chosen, images: int, picture: str) -> Publication:
+def describe(name: str, chosen: ChosenStudent, images: int, picture: str) -> Publication:
     """The information from the run for the model card.
 
     images: samples that the student was trained on. The student of a checkpoint has no measurements.
@@ -225,14 +225,14 @@ def _cells(found: Results, row: Row, stage: str) -> list[str]:
     return [label, *map(escape, [str(row.steps), *results.cells(found, row)])]
 
 
-def _measured(chosen: Chosen) -> tuple[str, Results | None]:
+def _measured(chosen: ChosenStudent) -> tuple[str, Results | None]:
     """(stage, results) of the last evaluation that measured the student; ("", None) for a checkpoint or if none did."""
     measured = _evaluations(chosen.run) if chosen.step is None else {}
     with_it = [(n, each) for n, each in measured.items() if any(row.network == chosen.stage for row in each.rows)]
     return with_it[-1] if with_it else ("", None)
 
 
-def samples(chosen: Chosen) -> bytes:
+def samples(chosen: ChosenStudent) -> bytes:
     """The picture of the student's samples at the smallest evaluated number of steps; b"" if there is none.
 
     Raises InputError if results.json names anything but a picture in the folder of its stage.
@@ -256,7 +256,7 @@ def _ancestry(spec: RunSpec, stage: str) -> list[str]:
     return [name for name in spec.stages if name in wanted]
 
 
-def _cost(chosen: Chosen, spec: RunSpec, name: str, images: int, took: Time) -> TrainingCost:
+def _cost(chosen: ChosenStudent, spec: RunSpec, name: str, images: int, took: Time) -> TrainingCost:
     stage = spec.stages[name]
     procs = spec.launch.world_size if isinstance(stage, TrainStage) else 1
     seconds = took.total + (_time_of_parts(chosen.run, name) if isinstance(stage, PairsStage) else 0.0)
@@ -269,7 +269,7 @@ def _cost(chosen: Chosen, spec: RunSpec, name: str, images: int, took: Time) -> 
     return TrainingCost(name, work, duration(seconds), f"{processes}, {took.place}" if took.place else processes)
 
 
-def _times(chosen: Chosen, stages: Sequence[str]) -> dict[str, Time]:
+def _times(chosen: ChosenStudent, stages: Sequence[str]) -> dict[str, Time]:
     """Stage -> time; for the student's own stage, up to the checkpoint that it is exported from."""
     times = {stage: Time() for stage in stages}
     counted = dict(times)  # the stages that are still counted

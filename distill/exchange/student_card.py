@@ -30,7 +30,7 @@ MAX_FILES = 1000
 LARGEST = 2**63 - 1  # total bytes of all files
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Length = Annotated[int, Field(ge=1, le=2**31 - 1, strict=True)]
-Steps = Annotated[int, Field(ge=1, le=2**31 - 1)]  # not strict, since it is a key, which is text in JSON
+StepsKey = Annotated[int, Field(ge=1, le=2**31 - 1)]  # not strict, since it is a key, which is text in JSON
 Metrics = Annotated[dict[Label, Number], Field(max_length=1000)]
 
 
@@ -70,7 +70,7 @@ class StudentCard(FrozenModel):
     interpolant: Literal["linear"] = "linear"
     sampler: SamplerName = "euler"
     """a name in samplers/"""
-    t_grids: Annotated[dict[Steps, Annotated[list[Number], Field(fail_fast=True)]], Field(max_length=1000)] = {}
+    t_grids: Annotated[dict[StepsKey, Annotated[list[Number], Field(fail_fast=True)]], Field(max_length=1000)] = {}
     """number of steps N -> its N + 1 times from 1 to 0; no other N is possible; empty: 1, (N-1)/N, ..., 0 for any N"""
     num_classes: Length | None
     null_class: Count | None

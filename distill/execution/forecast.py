@@ -13,7 +13,7 @@ import torch
 
 from distill.core.errors import InputError
 from distill.execution import devices
-from distill.execution.preflight import Ready, Student
+from distill.execution.preflight import Origin, Ready
 from distill.flow.draws import sample_noise
 from distill.flow.times import uniform_grid
 from distill.spec import evalspec, registry
@@ -91,13 +91,13 @@ class _Forecast:
         endpoint = stage.samples * math.prod(teacher.shape) * memory.FLOAT
         return StageCost(stage.samples * seconds, endpoint)
 
-    def _teacher(self, stage: str | None) -> Student:
+    def _teacher(self, stage: str | None) -> Origin:
         if stage is not None:
             return self.ready.student(stage)
         assert self.ready.teacher is not None, "checks.check lets no such stage through"
         return self.ready.teacher
 
-    def _seconds(self, network: Student, batch: int) -> float:
+    def _seconds(self, network: Origin, batch: int) -> float:
         """Seconds of a network call per sample of a batch. It is measured once for networks with the same config."""
         module = network.network
         kind = network.description if module is None else f"{type(module).__name__} {json.dumps(dict(module.config))}"
@@ -107,7 +107,7 @@ class _Forecast:
         return self.measured[key]
 
 
-def _fastest(network: Student, batch: int, device: torch.device) -> float:
+def _fastest(network: Origin, batch: int, device: torch.device) -> float:
     """The smaller of the times with one thread and with all threads.
 
     If other processes are computing, several threads can be slower than one, because they wait for each other.
@@ -121,7 +121,7 @@ def _fastest(network: Student, batch: int, device: torch.device) -> float:
     return alone if threads == 1 or device.type != "cpu" else min(alone, _measure(network, batch, device))
 
 
-def _measure(network: Student, batch: int, device: torch.device) -> float:
+def _measure(network: Origin, batch: int, device: torch.device) -> float:
     """Seconds of a call per sample, for batches of size `batch`.
 
     Batches of increasing size are measured, up to `batch` or until a call takes too long. The time of a larger batch is
@@ -142,7 +142,7 @@ def _measure(network: Student, batch: int, device: torch.device) -> float:
     return (taken + each * (batch - size)) / batch
 
 
-def _call(network: Student, size: int, device: torch.device) -> float:
+def _call(network: Origin, size: int, device: torch.device) -> float:
     """Seconds of one network call for `size` samples."""
     x = sample_noise(0, range(size), network.shape).to(device)
     t = torch.full((size,), 0.5, dtype=torch.float64, device=device)

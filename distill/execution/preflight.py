@@ -28,14 +28,14 @@ from distill.teachers import LoadedTeacher
 from distill.teachers.network_field import NetworkField
 
 CPU = torch.device("cpu")
-Student = LoadedTeacher | LoadedStudent  # what a later stage may start from; a velocity field may also teach it
+Origin = LoadedTeacher | LoadedStudent  # what a later stage may start from; a velocity field may also teach it
 
 
 @dataclass(frozen=True)
 class Built:
     """The networks of a train stage, untrained."""
 
-    student: Student
+    student: Origin
     """as later stages would load it"""
     sizes: dict[str, list[int]]
     """elements of each trained parameter, by network"""
@@ -59,7 +59,7 @@ class Ready:
     built: Mapping[str, Built]
     """by train stage; stages whose networks are known only after earlier stages are left out"""
 
-    def student(self, stage: str) -> Student:
+    def student(self, stage: str) -> Origin:
         """The untrained student of a stage. InputError if its networks are not known yet."""
         if stage not in self.built:
             raise InputError(f"the networks of stage '{stage}' are not known")
@@ -126,7 +126,7 @@ def start(
     stage: TrainStage,
     recipe: ResolvedRecipe,
     teacher: LoadedTeacher | None,
-    origin: Student | None,
+    origin: Origin | None,
     data: DataSet | None,
     seed: int,
 ) -> StudentInit:
@@ -165,13 +165,13 @@ def _build(
     return made, Built(_pretend(student, init), sizes, still, exported, copies, teacher)
 
 
-def _student(earlier: Mapping[str, Built], name: str) -> Student:
+def _student(earlier: Mapping[str, Built], name: str) -> Origin:
     if name not in earlier:
         raise InputError(f"the networks of stage '{name}' are not known")
     return earlier[name].student
 
 
-def _pretend(student: torch.nn.Module, init: StudentInit) -> Student:
+def _pretend(student: torch.nn.Module, init: StudentInit) -> Origin:
     """An untrained student, as later stages would load it."""
     facts = (init.shape, init.num_classes, init.null_class, "", "a student")
     for kind, each in KINDS.items():

@@ -1,13 +1,12 @@
 """The inputs of a stage: its teacher, its data, the paths to solve, the batches to train on."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from distill import pairs, teachers
 from distill.core.errors import InputError, RunError
@@ -41,8 +40,6 @@ from distill.students import step_times
 from distill.teachers import LoadedTeacher
 from distill.teachers.dispatching import dispatched
 from distill.training.world import ALONE, World
-
-Exact = Callable[[int, Sequence[int]], Tensor]  # (seed, indices) -> samples
 
 
 @dataclass(frozen=True)

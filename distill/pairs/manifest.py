@@ -25,7 +25,7 @@ from distill.core.field_types import (
     MAX_SHARDS,
     MAX_SOLVER_STEPS,
     FrozenModel,
-    Pairs,
+    PairCount,
     ShardPairs,
     SolverSteps,
 )
@@ -73,7 +73,7 @@ class Manifest(FrozenModel):
     """network calls per pair, those of guidance included; the average if paths are segments"""
     guidance_scale: NonNegativeFloat
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    count: Pairs
+    count: PairCount
     block: ShardPairs
     """samples that are solved together"""
     shard: ShardPairs

@@ -150,7 +150,7 @@ def _told(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> str:
 
 
 @dataclass(frozen=True)
-class Group:
+class ShardGroup:
     """Some shards of an epoch, and the order of their pairs."""
 
     shards: list[int]
@@ -170,7 +170,7 @@ class PairSource:
         self.pairs, self.batch_size, self.seed, self.group = pairs, batch_size, seed, group
         self.held: dict[int, Shard] = {}
         self._layout: tuple[int, list[list[int]], list[int]] = (-1, [], [])  # epoch, its groups, their first positions
-        self._group: tuple[int, int, Group] | None = None  # epoch, number of the group, group
+        self._group: tuple[int, int, ShardGroup] | None = None  # epoch, number of the group, group
 
     def batch(self, step: int, rows: Rows) -> Batch:
         """These rows of the batch of `step`: noise and data [B, ...] float32, class_labels [B] if there are classes."""
@@ -186,7 +186,7 @@ class PairSource:
         labels = found.pop("class_labels", None)
         return Batch(data=None, pairs=Pairs(**found), cond={} if labels is None else {"class_labels": labels})
 
-    def _find(self, position: int) -> tuple[Group, int]:
+    def _find(self, position: int) -> tuple[ShardGroup, int]:
         """The group that contains a position of the stream, and the place in its order."""
         epoch, offset = divmod(position, len(self.pairs))
         if self._layout[0] != epoch:
@@ -201,13 +201,13 @@ class PairSource:
             of_shard = torch.tensor(groups[number]).repeat_interleave(torch.tensor(sizes))
             rows = torch.stack([of_shard, torch.cat([torch.arange(size) for size in sizes])], dim=1)
             order = rows[draws.permutation(len(rows), self.seed, "pairs", epoch, number)]
-            self._group = epoch, number, Group(groups[number], order)
+            self._group = epoch, number, ShardGroup(groups[number], order)
         return self._group[2], offset - starts[number]
 
     def _pairs(self, shard: int) -> int:
         return len(self.pairs.layout.indices(shard))
 
-    def _gather(self, group: Group, chosen: Tensor) -> dict[str, Tensor]:
+    def _gather(self, group: ShardGroup, chosen: Tensor) -> dict[str, Tensor]:
         """The fields of `Pairs`, and the labels if there are any, for the rows `chosen` [n, 2], in their order."""
         self.held = {number: shard for number, shard in self.held.items() if number in group.shards}  # frees memory
         numbers = chosen[:, 0].unique().tolist()

@@ -19,7 +19,7 @@ from distill.core.text import suggest
 from distill.reports.comparison_table import short
 from distill.spec import checks, evalspec, registry
 from distill.spec.model import WITH_STATES, EvaluateStage, PairsStage, RunSpec, Stage, TrainStage
-from distill.spec.resolved import Resolved, has_exact_teacher, resolve_recipe
+from distill.spec.resolved import Resolved, resolve_recipe
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def _derived_chain(resolved: Resolved, recipe: str, teachers: set[str], distille
         kind="train",
         recipe=recipe,
         teacher=first.teacher,
-        network=first.network if has_exact_teacher(spec, first) else None,
+        network=first.network if resolved.has_exact_teacher(first) else None,
         images=first.images,
         batch_size=first.batch_size,
         optimizer=first.optimizer,

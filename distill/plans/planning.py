@@ -28,7 +28,7 @@ CHECKS = (
 
 
 @dataclass(frozen=True)
-class Step:
+class PlannedStage:
     """The description of one stage of a plan."""
 
     name: str
@@ -43,7 +43,7 @@ class Step:
     """files and folders that it writes, relative to the run"""
 
 
-def steps(resolved: Resolved) -> list[Step]:
+def steps(resolved: Resolved) -> list[PlannedStage]:
     """The descriptions of all stages, in order."""
     spec = resolved.spec
     return [
@@ -56,7 +56,7 @@ def steps(resolved: Resolved) -> list[Step]:
     ]
 
 
-def as_json(spec: RunSpec, paths: RunPaths, planned: list[Step]) -> dict[str, Any]:
+def as_json(spec: RunSpec, paths: RunPaths, planned: list[PlannedStage]) -> dict[str, Any]:
     """The plan as JSON-serialisable data."""
     return {
         "name": spec.name,
@@ -111,7 +111,7 @@ def _teacher(stage: Stage) -> str:
     return stage.teacher or "the spec's teacher"
 
 
-def _train(name: str, stage: TrainStage, launch: LaunchSpec, needs: frozenset[str]) -> Step:
+def _train(name: str, stage: TrainStage, launch: LaunchSpec, needs: frozenset[str]) -> PlannedStage:
     teacher = _teacher(stage)
     sources = {"pairs": [*stage.pair_shares], "data": ["data"], "teacher": [teacher]}
     taken = [each for need in sorted(needs & sources.keys()) for each in sources[need]]
@@ -125,10 +125,10 @@ def _train(name: str, stage: TrainStage, launch: LaunchSpec, needs: frozenset[st
     elif micro < stage.batch_size:
         work += f": {launch.world_size} x {share // micro} x {micro} (processes, micro-batches, samples)"
     writes = [f"stages/{name}/checkpoints/", f"students/{name}/"]
-    return Step(name, stage.kind, f"{stage.recipe} from {start}", work, _unique(taken), None, writes)
+    return PlannedStage(name, stage.kind, f"{stage.recipe} from {start}", work, _unique(taken), None, writes)
 
 
-def _pairs(name: str, stage: PairsStage) -> Step:
+def _pairs(name: str, stage: PairsStage) -> PlannedStage:
     calls = stage.network_calls
     what = f"{stage.solver}, {stage.steps} steps, guidance {stage.guidance_scale:g}"
     what += "" if stage.paths == "backward" else f", {stage.paths}"
@@ -137,10 +137,10 @@ def _pairs(name: str, stage: PairsStage) -> Step:
     shards = pairspec.Layout.of(stage).files
     writes = [f"stages/{name}/pairs/ ({shards} shard{'s' if shards > 1 else ''})"]
     needs = [_teacher(stage)] + (["data"] if stage.paths in OF_DATA else [])
-    return Step(name, stage.kind, what, work, needs, total, writes)
+    return PlannedStage(name, stage.kind, what, work, needs, total, writes)
 
 
-def _evaluate(name: str, stage: EvaluateStage, samplers: Mapping[str, str]) -> Step:
+def _evaluate(name: str, stage: EvaluateStage, samplers: Mapping[str, str]) -> PlannedStage:
     calls = stage.samples * sum(evalspec.calls(stage, samplers).values())
     work = f"{evalspec.num_rows(stage)} rows x {stage.samples:,} samples; {calls:,} network calls"
     needs = _unique([_teacher(stage), *stage.students])
@@ -148,7 +148,7 @@ def _evaluate(name: str, stage: EvaluateStage, samplers: Mapping[str, str]) -> S
     fine = f"{stage.fine_solver} {stage.fine_steps}"
     what = f"teacher {coarse}{fine}" + "".join(f"; {student} by {fine}" for student in stage.fine_students)
     writes = [f"stages/{name}/results.json", f"stages/{name}/pictures/", "report.html"]
-    return Step(name, stage.kind, what, work, needs, calls, writes)
+    return PlannedStage(name, stage.kind, what, work, needs, calls, writes)
 
 
 def _unique(names: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ EVENT_SECONDS = 5.0
 
 
 @runtime_checkable
-class Line(Protocol):
+class ProgressLine(Protocol):
     """An output for the progress line, which is updated at most once in `seconds`."""
 
     @property
@@ -109,7 +109,7 @@ class Progress:
         self.label, self.total, self.unit, self.run = label, total, unit, run
         self.done = 0
         self._line_means, self._event_means = Means(), Means()
-        self._sink: Line = PlainLine(label)
+        self._sink: ProgressLine = PlainLine(label)
         self._begin(0)
 
     def _begin(self, done: int) -> None:

@@ -25,7 +25,7 @@ def _plain(name: str) -> str:
 
 
 PictureName = Annotated[str, AfterValidator(_plain)]
-Number = Annotated[float, Field(gt=-1e100, lt=1e100)]
+BoundedNumber = Annotated[float, Field(gt=-1e100, lt=1e100)]
 """A finite number, small enough for charts."""
 
 
@@ -43,19 +43,19 @@ class Row(FrozenModel):
     """step times. empty: uniform, or the student's own; optimal; or a list of times"""
     nfe: Positive
     """network evaluations per sample, guidance counted"""
-    distance: Number | None
+    distance: BoundedNumber | None
     """the distance that `Results.distance` names; null: no reference"""
-    kid: Number | None
+    kid: BoundedNumber | None
     """KID of the features divided by the root mean square of the real features"""
-    precision: Number | None
-    recall: Number | None
-    rms: Number
+    precision: BoundedNumber | None
+    recall: BoundedNumber | None
+    rms: BoundedNumber
     """root mean square difference to the teacher's fine endpoint from the same noise"""
     images_per_second: Annotated[float, Field(gt=0, lt=1e100)]
     """speed of generating the samples, without measuring them"""
-    straightness: Number | None
+    straightness: BoundedNumber | None
     """straightness of the network's own paths, 0: straight; the same in all rows of a network; null: not defined"""
-    transport: Number | None = None
+    transport: BoundedNumber | None = None
     """mean over samples and elements of (sample - its noise)^2; null: results of an earlier version"""
     picture: PictureName
     """file of the first samples, in the folder of the results or in pictures/"""
@@ -80,7 +80,7 @@ class FeatureNet(FrozenModel):
     """The network whose features the Frechet distance compares."""
 
     task: Line
-    accuracy: Number
+    accuracy: BoundedNumber
     dim: Positive
 
 
@@ -94,13 +94,13 @@ class Results(FrozenModel):
     seed: NonNegativeInt
     block: Positive
     device: Line
-    guidance_scale: Number
+    guidance_scale: BoundedNumber
     distance: Line | None
     """FD-<data>, SW2, or null if there is nothing to compare with"""
     features: FeatureNet | None
     reference: NonNegativeInt
     """number of real or exact samples to compare with"""
-    floor: Number | None = None
+    floor: BoundedNumber | None = None
     """mean distance between the reference samples and other sets of exact samples"""
     vector: bool
     rows: list[Row] = Field(min_length=1, max_length=10_000)

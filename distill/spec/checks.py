@@ -213,7 +213,7 @@ def _train(found: Resolved, stage: TrainStage, own: ResolvedRecipe, where: str) 
             "use 0, 1 or 2"
         )
     if "data" in needs and isinstance(spec.data, NoData):
-        vectors = "teacher" in needs and resolved.has_exact_teacher(spec, stage)
+        vectors = "teacher" in needs and found.has_exact_teacher(stage)
         hint = (
             "the teacher makes vectors, for which there is no data; use reflow/reflow"
             if vectors
@@ -237,7 +237,7 @@ def _train(found: Resolved, stage: TrainStage, own: ResolvedRecipe, where: str) 
     if stage.init is None and stage.network is None:
         if "teacher" not in needs:
             yield f"{where}: no initial weights; give network (new weights) or init (an earlier train stage)"
-        elif spec.teacher is not None and resolved.has_exact_teacher(spec, stage):
+        elif spec.teacher is not None and found.has_exact_teacher(stage):
             yield (
                 f"{where}: the {spec.teacher.kind} teacher has no weights to start from; give network, e.g. "
                 "network: {kind: mlp}"
@@ -248,7 +248,7 @@ def _train(found: Resolved, stage: TrainStage, own: ResolvedRecipe, where: str) 
             "give init (an earlier train stage)"
         )
     if stage.network is not None:
-        yield from trainspec.network(spec, stage, stage.network, f"{where}.network")
+        yield from trainspec.network(found, stage, stage.network, f"{where}.network")
     yield from trainspec.lengths(spec, stage, own.rows_together, where)
 
 

@@ -11,7 +11,7 @@ from distill.core.errors import InputError
 from distill.core.field_types import FrozenModel
 from distill.core.text import printable
 
-Pixels = Annotated[int, Field(ge=1, le=16384)]  # length of a side
+SideLength = Annotated[int, Field(ge=1, le=16384)]  # length of a side
 Level = Annotated[int, Field(ge=0, le=255)]  # one channel of a colour
 
 
@@ -64,7 +64,7 @@ class ImageOptions(FrozenModel):
 
     path: str
     """folder, file or hub id of the images"""
-    size: Annotated[Pixels | tuple[Pixels, Pixels], WrapValidator(_size)]
+    size: Annotated[SideLength | tuple[SideLength, SideLength], WrapValidator(_size)]
     """N or [height, width] in pixels; images are resized so that they just cover this size, then cropped"""
     channels: Literal[1, 3] = 3
     """1: grey, 3: RGB; images are converted to it"""

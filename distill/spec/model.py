@@ -25,13 +25,13 @@ from distill.core.field_types import (
     Line,
     Minutes,
     Name,
-    Pairs,
+    PairCount,
     Processes,
     Samples,
     ScriptLine,
     ShardPairs,
     SolverSteps,
-    Steps,
+    StepCount,
 )
 from distill.solvers import find_solver
 from distill.spec.apportion import rows_by_share
@@ -215,14 +215,14 @@ class PairsStage(FrozenModel):
     kind: Literal["pairs"]
     teacher: Name | None = None
     """train stage whose student is the teacher; null: the spec's teacher"""
-    count: Pairs
+    count: PairCount
     """number of pairs"""
     paths: Literal["backward", "forward", "segments", "trajectories"] = "backward"
     """backward: from noise to data; forward: from real data to noise; trajectories: backward, and store the states
     at `times` too; segments: from noised real data at one of `times` to the next one"""
     times: list[Fraction] | None = None
     """for trajectories and segments: decreasing from 1 (noise) to 0 (data), like [1, 0.5, 0]"""
-    optimal_times: Steps | None = None
+    optimal_times: StepCount | None = None
     """for trajectories, instead of times: number of steps; their times are found by minimising the Euler error"""
     solver: SolverName = "heun"
     """solver of the teacher's ODE"""
@@ -274,13 +274,13 @@ class EvaluateStage(FrozenModel):
     kind: Literal["evaluate"]
     teacher: Name | None = None
     """train stage whose student is the teacher; null: the spec's teacher"""
-    teacher_steps: list[Steps] = [1, 2, 4, 8, 16]
+    teacher_steps: list[StepCount] = [1, 2, 4, 8, 16]
     """numbers of Euler steps to measure the teacher with, in addition to fine_solver"""
     fine_solver: ReferenceName = "heun"
     """accurate solver; the teacher's samples with it are the reference for all rows"""
-    fine_steps: Steps = 16
+    fine_steps: StepCount = 16
     """number of steps of fine_solver"""
-    students: dict[Name, list[Steps]]
+    students: dict[Name, list[StepCount]]
     """train stage: numbers of steps to measure its student with"""
     times: dict[Name, list[Literal["optimal"] | list[Fraction]]] = {}
     """also measure with other step times: {teacher: [optimal, [1, 0.6, 0]]}; optimal: those with the smallest error"""

@@ -93,6 +93,10 @@ class Resolved:
         of_data = isinstance(stage, EvaluateStage) or stage.paths in OF_DATA
         return frozenset({"teacher", "data"} if of_data else {"teacher"})
 
+    def has_exact_teacher(self, stage: Stage) -> bool:
+        """Whether the teacher of a stage is the spec's, and known in closed form."""
+        return stage.teacher is None and self.spec.has_exact_teacher
+
     def uses(self, name: str) -> frozenset[str]:
         """What a stage uses of the spec's own "teacher" and "data". With an unusable recipe it may use both."""
         needs = frozenset({"teacher", "data"}) if name in self.failed else self.needs(name)
@@ -139,11 +143,6 @@ def resolve_recipe(stage: TrainStage, base: Path, where: str = "options") -> Res
     """The recipe of a stage that is not part of a spec yet. InputError if it cannot be used."""
     module = registry.load(stage.recipe, base)
     return ResolvedRecipe(module, registry.configure(stage.recipe, module, stage.options, where))
-
-
-def has_exact_teacher(spec: RunSpec, stage: Stage) -> bool:
-    """Whether the teacher of a stage is the spec's, and known in closed form."""
-    return stage.teacher is None and spec.has_exact_teacher
 
 
 def stage_teacher(spec: RunSpec, stage: Stage, students: Path) -> TeacherSpec | None:

@@ -10,7 +10,7 @@ from distill.spec.model import (
     TrainStage,
     UNetSpec,
 )
-from distill.spec.resolved import has_exact_teacher
+from distill.spec.resolved import Resolved
 
 MAX_PARAMETERS = 100_000_000_000
 
@@ -23,11 +23,11 @@ def parameters(network: UNetSpec | MlpSpec) -> int:
     return sum(9 * channels**2 * (down + up) for channels in network.channels)
 
 
-def network(spec: RunSpec, stage: TrainStage, network: UNetSpec | MlpSpec, where: str) -> Iterator[str]:
+def network(found: Resolved, stage: TrainStage, network: UNetSpec | MlpSpec, where: str) -> Iterator[str]:
     """The mistakes in the spec of a new network: whether it can be built and fits the shape of the samples."""
     if stage.dropout is not None:
         yield f"{where}: the stage's dropout has no effect on a new network; remove it, or set network.dropout"
-    vectors = has_exact_teacher(spec, stage)
+    spec, vectors = found.spec, found.has_exact_teacher(stage)
     sides = [side for kind, side in (("digits", 8), ("mnist", 28)) if kind == spec.data.kind]
     if isinstance(spec.data, ImagesData | HfData):
         sides = list(dict.fromkeys(spec.data.height_width))

@@ -159,10 +159,12 @@ def measure(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, fin
     return t_grid.tolist(), costs.cpu()
 
 
-Step = Callable[[int, int], Tensor]  # (i, j) -> the state after one step from state i to time j
+StepFunction = Callable[[int, int], Tensor]  # (i, j) -> the state after one step from state i to time j
 
 
-def _path(field: VelocityField, x: Tensor, cond: Cond, solver: str, t_grid: Tensor) -> tuple[list[Tensor], Step]:
+def _path(
+    field: VelocityField, x: Tensor, cond: Cond, solver: str, t_grid: Tensor
+) -> tuple[list[Tensor], StepFunction]:
     """The M + 1 states of the fine path, and a function that makes one solver step from any of them."""
     found, ode = find_solver(solver), solvers.FieldOde(field, cond)
     times, states, seen = t_grid.tolist(), [x], list[Tensor]()

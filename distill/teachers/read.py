@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from distill.core.errors import InputError
@@ -29,9 +29,8 @@ class Read(BaseModel):
 
 Model = TypeVar("Model", bound=Read)
 Side = Annotated[int, Field(ge=1, le=8192)]
-Count = Annotated[int, Field(ge=1, le=1 << 16)]
-Word = Annotated[str, Field(max_length=100)]
-Positive = Annotated[float, Field(gt=0)]
+Size = Annotated[int, Field(ge=1, le=1 << 16)]
+ShortText = Annotated[str, Field(max_length=100)]
 
 
 def _table(values: list[float]) -> list[float]:
@@ -45,44 +44,44 @@ class NetworkConfig(Read):
     """The options of all network classes that are loaded: UNet2DModel and our own classes."""
 
     sample_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
-    in_channels: Count = 3
-    out_channels: Count = 3
+    in_channels: Size = 3
+    out_channels: Size = 3
     center_input_sample: bool = False
     time_embedding_type: Literal["positional", "fourier", "learned"] = "positional"
-    time_embedding_dim: Count | None = None
+    time_embedding_dim: Size | None = None
     freq_shift: float = 0
     flip_sin_to_cos: bool = True
-    down_block_types: Annotated[list[Word], Field(min_length=1, max_length=16)] = ["DownBlock2D"]
-    mid_block_type: Word | None = None
-    up_block_types: Annotated[list[Word], Field(min_length=1, max_length=16)] = ["UpBlock2D"]
-    block_out_channels: Annotated[list[Count], Field(min_length=1, max_length=16)] = [1]
+    down_block_types: Annotated[list[ShortText], Field(min_length=1, max_length=16)] = ["DownBlock2D"]
+    mid_block_type: ShortText | None = None
+    up_block_types: Annotated[list[ShortText], Field(min_length=1, max_length=16)] = ["UpBlock2D"]
+    block_out_channels: Annotated[list[Size], Field(min_length=1, max_length=16)] = [1]
     layers_per_block: Annotated[int, Field(ge=1, le=64)] = 2
-    mid_block_scale_factor: Positive = 1
+    mid_block_scale_factor: PositiveFloat = 1
     downsample_padding: Annotated[int, Field(ge=0, le=8)] = 1
-    downsample_type: Word = "conv"
-    upsample_type: Word = "conv"
+    downsample_type: ShortText = "conv"
+    upsample_type: ShortText = "conv"
     dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
-    act_fn: Word = "silu"
-    attention_head_dim: Count | None = 8
-    norm_num_groups: Count = 32
-    attn_norm_num_groups: Count | None = None
-    norm_eps: Positive = 1e-5
-    resnet_time_scale_shift: Word = "default"
+    act_fn: ShortText = "silu"
+    attention_head_dim: Size | None = 8
+    norm_num_groups: Size = 32
+    attn_norm_num_groups: Size | None = None
+    norm_eps: PositiveFloat = 1e-5
+    resnet_time_scale_shift: ShortText = "default"
     add_attention: bool = True
-    class_embed_type: Word | None = None
+    class_embed_type: ShortText | None = None
     num_class_embeds: Annotated[int, Field(ge=1, le=1 << 24)] | None = None
     num_train_timesteps: Annotated[int, Field(ge=1, le=MAX_TABLE)] | None = None
     # options of our own classes
-    path: Word = ""
-    prediction: Word = ""
+    path: ShortText = ""
+    prediction: ShortText = ""
     alphas_cumprod: Annotated[list[float], Field(max_length=MAX_TABLE), AfterValidator(_table)] | None = None
-    sigma_data: Positive = 0.5
-    sigma_min: Positive = 0.002
-    sigma_max: Positive = 80.0
-    dim: Count | None = None
-    width: Count = 1
+    sigma_data: PositiveFloat = 0.5
+    sigma_min: PositiveFloat = 0.002
+    sigma_max: PositiveFloat = 80.0
+    dim: Size | None = None
+    width: Size = 1
     depth: Annotated[int, Field(ge=1, le=1024)] = 1
-    frequencies: Count = 16
+    frequencies: Size = 16
 
     @model_validator(mode="after")
     def _has_a_range(self) -> Self:
@@ -95,7 +94,7 @@ class NetworkConfig(Read):
 class StudentFacts(Read):
     """The parts of an exported student's distill.json that are read here."""
 
-    kind: Word = "velocity"
+    kind: ShortText = "velocity"
     null_class: Annotated[int, Field(ge=0)] | None = None
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     unconditional: bool = True

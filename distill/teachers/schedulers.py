@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from diffusers import DDPMScheduler, HeunDiscreteScheduler
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, PositiveFloat
 
 from distill.core.errors import InputError
 from distill.flow.interpolants import Interpolant, Prediction, vp
-from distill.teachers.read import MAX_TABLE, Config, Positive, Read, Word, checked, parse, short
+from distill.teachers.read import MAX_TABLE, Config, Read, ShortText, checked, parse, short
 
 Family = Literal["vp", "linear", "edm"]
 Whole = Annotated[int, Field(ge=0, le=1 << 31)]
@@ -38,7 +38,7 @@ class Options(Read):
     num_train_timesteps: Annotated[int, Field(ge=1, le=MAX_TABLE)] = 1000
     beta_start: Beta | None = None  # None: the default of the scheduler class
     beta_end: Beta | None = None
-    beta_schedule: Word | None = None
+    beta_schedule: ShortText | None = None
     trained_betas: Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(max_length=MAX_TABLE)] | None = None
     rescale_betas_zero_snr: bool = False
     prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] | None = None
@@ -52,7 +52,7 @@ class Options(Read):
     snr_shift_scale: Literal[1] = 1  # for CogVideoX
     predict_epsilon: Literal[True] = True  # in old versions, instead of prediction_type
     # options of sampling only
-    algorithm_type: Word = ""
+    algorithm_type: ShortText = ""
     base_image_seq_len: Whole = 0
     base_shift: float = 0
     clip_sample: bool = False
@@ -61,9 +61,9 @@ class Options(Read):
     disable_corrector: list[Whole] = []
     dynamic_thresholding_ratio: float = 0
     euler_at_final: bool = False
-    final_sigmas_type: Word = ""
-    flow_shift: Positive = 1
-    interpolation_type: Word = ""
+    final_sigmas_type: ShortText = ""
+    flow_shift: PositiveFloat = 1
+    interpolation_type: ShortText = ""
     lambda_min_clipped: Annotated[float, Field(allow_inf_nan=True)] = 0
     lower_order_final: bool = False
     max_image_seq_len: Whole = 0
@@ -76,33 +76,33 @@ class Options(Read):
     sample_max_value: float = 0
     scale_factors: list[float] = []
     set_alpha_to_one: bool = False
-    shift: Positive = 1
+    shift: PositiveFloat = 1
     shift_terminal: float | bool = False
-    sigma_schedule: Word = ""
+    sigma_schedule: ShortText = ""
     skip_prk_steps: bool = False
     solver_order: Whole = 0
     solver_p: None = None
-    solver_type: Word = ""
+    solver_type: ShortText = ""
     steps_offset: Whole = 0
     stochastic_sampling: bool = False
     tau_func: None = None
-    tensor_format: Word = ""  # in the first versions only, like timestep_values
+    tensor_format: ShortText = ""  # in the first versions only, like timestep_values
     thresholding: bool = False
-    time_shift_type: Word = ""
+    time_shift_type: ShortText = ""
     timestep_scaling: float = 0
-    timestep_spacing: Word = ""
+    timestep_spacing: ShortText = ""
     timestep_values: None = None
-    upscale_mode: Word = ""
+    upscale_mode: ShortText = ""
     use_beta_sigmas: bool = False
     use_dynamic_shifting: bool = False
     use_exponential_sigmas: bool = False
     use_karras_sigmas: bool = False
     use_lu_lambdas: bool = False
-    variance_type: Word = ""
+    variance_type: ShortText = ""
 
 
 @dataclass(frozen=True)
-class Kind:
+class SchedulerKind:
     """A scheduler class.
 
     path: the options that are used. betas: the default start, end and schedule. schedules: the supported
@@ -125,32 +125,32 @@ EDM = frozenset({"prediction_type", "sigma_data", "sigma_min", "sigma_max"})
 STEPS = frozenset({"num_train_timesteps"})
 FAINT = (0.00085, 0.012, "linear")
 SCALED = (0.00085, 0.012, "scaled_linear")
-KINDS: Mapping[str, Kind] = {
-    "DDIMParallelScheduler": Kind("vp", ZERO),
-    "DDIMScheduler": Kind("vp", ZERO),
-    "DDPMParallelScheduler": Kind("vp", ZERO, schedules=(*Kind.schedules, "sigmoid", "laplace")),
-    "DDPMScheduler": Kind("vp", ZERO, schedules=(*Kind.schedules, "sigmoid", "laplace")),
-    "DEISMultistepScheduler": Kind("vp", FLOW),
-    "DPMSolverMultistepScheduler": Kind("vp", ZERO | FLOW),
-    "DPMSolverSDEScheduler": Kind("vp", BETAS, FAINT),
-    "DPMSolverSinglestepScheduler": Kind("vp", FLOW),
-    "EulerAncestralDiscreteScheduler": Kind("vp", ZERO),
-    "EulerDiscreteScheduler": Kind("vp", ZERO),
-    "HeunDiscreteScheduler": Kind("vp", BETAS, FAINT, (*Kind.schedules, "exp")),
-    "KDPM2AncestralDiscreteScheduler": Kind("vp", BETAS, FAINT),
-    "KDPM2DiscreteScheduler": Kind("vp", BETAS, FAINT),
-    "LCMScheduler": Kind("vp", ZERO, SCALED),
-    "LMSDiscreteScheduler": Kind("vp", BETAS),
-    "PNDMScheduler": Kind("vp", BETAS),
-    "SASolverScheduler": Kind("vp", FLOW),
-    "TCDScheduler": Kind("vp", ZERO, SCALED),
-    "UniPCMultistepScheduler": Kind("vp", ZERO | FLOW),
-    "FlowMapEulerDiscreteScheduler": Kind("linear", STEPS),
-    "FlowMatchEulerDiscreteScheduler": Kind("linear", STEPS | {"invert_sigmas"}),
-    "FlowMatchHeunDiscreteScheduler": Kind("linear", STEPS),
-    "FlowMatchLCMScheduler": Kind("linear", STEPS),
-    "EDMDPMSolverMultistepScheduler": Kind("edm", EDM),
-    "EDMEulerScheduler": Kind("edm", EDM),
+KINDS: Mapping[str, SchedulerKind] = {
+    "DDIMParallelScheduler": SchedulerKind("vp", ZERO),
+    "DDIMScheduler": SchedulerKind("vp", ZERO),
+    "DDPMParallelScheduler": SchedulerKind("vp", ZERO, schedules=(*SchedulerKind.schedules, "sigmoid", "laplace")),
+    "DDPMScheduler": SchedulerKind("vp", ZERO, schedules=(*SchedulerKind.schedules, "sigmoid", "laplace")),
+    "DEISMultistepScheduler": SchedulerKind("vp", FLOW),
+    "DPMSolverMultistepScheduler": SchedulerKind("vp", ZERO | FLOW),
+    "DPMSolverSDEScheduler": SchedulerKind("vp", BETAS, FAINT),
+    "DPMSolverSinglestepScheduler": SchedulerKind("vp", FLOW),
+    "EulerAncestralDiscreteScheduler": SchedulerKind("vp", ZERO),
+    "EulerDiscreteScheduler": SchedulerKind("vp", ZERO),
+    "HeunDiscreteScheduler": SchedulerKind("vp", BETAS, FAINT, (*SchedulerKind.schedules, "exp")),
+    "KDPM2AncestralDiscreteScheduler": SchedulerKind("vp", BETAS, FAINT),
+    "KDPM2DiscreteScheduler": SchedulerKind("vp", BETAS, FAINT),
+    "LCMScheduler": SchedulerKind("vp", ZERO, SCALED),
+    "LMSDiscreteScheduler": SchedulerKind("vp", BETAS),
+    "PNDMScheduler": SchedulerKind("vp", BETAS),
+    "SASolverScheduler": SchedulerKind("vp", FLOW),
+    "TCDScheduler": SchedulerKind("vp", ZERO, SCALED),
+    "UniPCMultistepScheduler": SchedulerKind("vp", ZERO | FLOW),
+    "FlowMapEulerDiscreteScheduler": SchedulerKind("linear", STEPS),
+    "FlowMatchEulerDiscreteScheduler": SchedulerKind("linear", STEPS | {"invert_sigmas"}),
+    "FlowMatchHeunDiscreteScheduler": SchedulerKind("linear", STEPS),
+    "FlowMatchLCMScheduler": SchedulerKind("linear", STEPS),
+    "EDMDPMSolverMultistepScheduler": SchedulerKind("edm", EDM),
+    "EDMEulerScheduler": SchedulerKind("edm", EDM),
 }
 PREDICTIONS: Mapping[Family, tuple[Prediction, ...]] = {
     "vp": ("epsilon", "sample", "v_prediction"),
@@ -258,7 +258,7 @@ def _edm(options: Options, path: Path) -> EdmSchedule:
     return EdmSchedule(options.sigma_data, options.sigma_min, options.sigma_max, prediction)
 
 
-def _vp(name: str, kind: Kind, options: Options, path: Path) -> VpSchedule:
+def _vp(name: str, kind: SchedulerKind, options: Options, path: Path) -> VpSchedule:
     prediction, steps = options.prediction_type or "epsilon", options.num_train_timesteps
     if prediction == "flow_prediction":
         raise InputError(f"{path}: prediction_type=flow_prediction; valid only with use_flow_sigmas=true")

@@ -37,7 +37,7 @@ from distill.training.engine import StepContext
 from distill.training.roles import Roles
 
 Check = Callable[[Subject, Path], None]
-Steps = list[dict[str, float]]
+LossesByStep = list[dict[str, float]]
 RANDOM = {"rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "normal_", "uniform_"}
 RANDOM |= {"random_", "exponential_", "bernoulli", "bernoulli_", "multinomial", "Generator", "manual_seed"}
 
@@ -69,7 +69,7 @@ class Undisturbed:
     """The reference training: in fp32, without interruption. Several checks use it."""
 
     student: nn.Module
-    steps: Steps
+    steps: LossesByStep
     saved: dict[str, dict[str, bytes]]
     """its last checkpoint: group -> name -> bytes"""
     faults: list[str]
@@ -210,7 +210,7 @@ def agrees(subject: Subject, numbers: Numbers) -> None:
     _same_losses(undisturbed(subject).steps, numbers[subject.recipe], "alone", "together")
 
 
-def _same_losses(ours: Steps, theirs: Steps, here: str, there: str) -> None:
+def _same_losses(ours: LossesByStep, theirs: LossesByStep, here: str, there: str) -> None:
     assert len(ours) == len(theirs)
     for number, (one, other) in enumerate(zip(ours, theirs, strict=True)):
         assert one.keys() == other.keys()

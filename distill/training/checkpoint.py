@@ -37,7 +37,7 @@ COMPLETE = re.compile(r"step-\d{8,}")
 LEFTOVER = re.compile(r"\.?step-\d{8,}\.(tmp|trash)-.+")  # of any process, also from older versions of distill
 CHUNK = 1 << 24  # bytes that are hashed and written at once, so that other threads can run in between
 Warn = Callable[[str], None]
-Group = tuple[str, Mapping[str, Tensor]]  # name, tensors by name
+TensorGroup = tuple[str, Mapping[str, Tensor]]  # name, tensors by name
 
 
 RECIPE_GROUP = "recipe"  # name of the group with the recipe's own state

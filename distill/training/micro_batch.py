@@ -28,7 +28,7 @@ from distill.training.world import ALONE, World
 STEPS = 2  # the optimizer's moments are allocated in the first
 
 
-class Chosen(BaseModel):
+class ChosenMicroBatch(BaseModel):
     """The file in which a stage keeps the chosen micro-batch, so that a resumed run computes the same values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,7 +38,7 @@ class Chosen(BaseModel):
     """samples of a global batch per process, when it was chosen"""
 
 
-CHOSEN: records.Schema[Chosen] = records.Schema(Chosen)
+CHOSEN: records.Schema[ChosenMicroBatch] = records.Schema(ChosenMicroBatch)
 REMEDY = "delete this file, so that a new micro-batch is chosen"
 
 
@@ -90,7 +90,8 @@ def choose(path: Path, share: int, rows_together: int, world: World, fits: Calla
 
     found = tried()
     world.alone(
-        "keeping the micro-batch", lambda: write_json(path, Chosen(micro_batch=found, share=share).model_dump())
+        "keeping the micro-batch",
+        lambda: write_json(path, ChosenMicroBatch(micro_batch=found, share=share).model_dump()),
     )
     return found
 

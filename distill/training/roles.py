@@ -17,7 +17,7 @@ from distill.flow.draws import Rows
 from distill.networks.adapters import as_trained
 from distill.protocols import Adapter, Copy, Frozen, Init, Nets, Recipe, Stateful, Trained
 from distill.spec.model import TrainStage
-from distill.training.checkpoint import RECIPE_GROUP, Checkpoint, Group, ema_group, network_group, optimizer_group
+from distill.training.checkpoint import RECIPE_GROUP, Checkpoint, TensorGroup, ema_group, network_group, optimizer_group
 from distill.training.ema import Ema
 from distill.training.sharding import Sharding, Trainable
 from distill.training.world import World
@@ -147,7 +147,7 @@ class Roles:
     def _average(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {**self.student.unmoved(), **self.student.gather(own)}
 
-    def groups(self) -> Iterator[Group]:
+    def groups(self) -> Iterator[TensorGroup]:
         """The groups of a checkpoint, one at a time. Every rank must iterate over all; they are whole on rank 0.
 
         A group may be gathered from all ranks for this; its memory is freed when the caller drops it.

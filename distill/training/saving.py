@@ -21,7 +21,7 @@ from torch import Tensor
 
 from distill.core import space
 from distill.core.errors import PeerLost, RunError
-from distill.training.checkpoint import Checkpoints, Group
+from distill.training.checkpoint import Checkpoints, TensorGroup
 from distill.training.world import ALONE, World
 
 
@@ -133,7 +133,7 @@ class Saver:
         if kind is not None and not issubclass(kind, KeyboardInterrupt):
             self._warn_of(self._outcome())
 
-    def save(self, step: int, images: int, groups: Iterable[Group]) -> None:
+    def save(self, step: int, images: int, groups: Iterable[TensorGroup]) -> None:
         """Copy the tensors of `groups`, and write them while the caller continues. Every rank must call it.
 
         Waits first for the previous save. RunError if that one has failed.
@@ -204,7 +204,7 @@ class Saver:
         if isinstance(error, RunError):
             self.checkpoints.warn(str(error))
 
-    def _copy(self, groups: Iterable[Group]) -> None:
+    def _copy(self, groups: Iterable[TensorGroup]) -> None:
         """Copy one group at a time: a group may have been gathered from all ranks just for this."""
         kept, self.images, devices = self.images, {}, set[torch.device]()
         for group, tensors in groups:
