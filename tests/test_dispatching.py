@@ -8,12 +8,23 @@ from runs import folder_bytes
 
 from distill import pairs
 from distill.core.stop import StopRequest
-from distill.evaluation import measuring
+from distill.execution import stages
+from distill.runs import results
 from distill.runs.progress import Progress
-from distill.spec.model import EvaluateStage, PairsStage
+from distill.runs.run_store import RunPaths
+from distill.spec.model import CheckpointTeacher, PairsStage, RunSpec
+from distill.teachers import dispatching
 from distill.teachers.dispatching import dispatched
 
 CPU = torch.device("cpu")
+SPEC = RunSpec.model_validate({
+    "name": "r",
+    "stages": {
+        "pairs": {"kind": "pairs", "count": 8, "block": 4, "shard": 4, "steps": 2},
+        "evaluate": {"kind": "evaluate", "samples": 16, "block": 16, "teacher_steps": [1], "fine_steps": 2,
+                     "students": {}},
+    },
+})  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -47,24 +58,31 @@ def test_pairs_of_a_teacher_on_the_disk_are_the_same_bytes(folder, tmp_path, par
     assert "meta device" not in capfd.readouterr().err
 
 
-@pytest.mark.long  # pairs use the same teacher
-def test_an_evaluation_of_a_teacher_on_the_disk_is_the_same(folder, tmp_path):
-    stage = EvaluateStage(kind="evaluate", samples=16, block=16, teacher_steps=[1], fine_steps=2, students={})
-    found = {}
-    for name, limits in (("whole", None), ("dispatched", {"cpu": 0})):
-        teacher = load(folder)
-        with (
-            dispatched(teacher.network, CPU, tmp_path / "offload", limits),
-            Progress("e", 32, "samples", None) as progress,
-        ):
-            results = measuring.measure(
-                tmp_path / name, "e", stage, teacher, {}, None, seed=1, device=CPU, progress=progress,
-                stop=StopRequest(), store=tmp_path,
-            )  # fmt: skip
-        rows = [{key: value for key, value in vars(row).items() if key != "images_per_second"} for row in results.rows]
-        found[name] = (rows, folder_bytes(tmp_path / name / "pictures"))
-    assert found["whole"][1]
-    assert found["whole"] == found["dispatched"]
+def test_stages_of_a_run_give_the_same_with_half_the_memory(folder, tmp_path, monkeypatch):
+    """Pairs and evaluation; their teacher's other half is on the disk while they are computed."""
+    given = SPEC.model_copy(update={"teacher": CheckpointTeacher(path=str(folder))})
+    asked, free, found = [], dispatching._free, {}
+
+    def half(place, total):
+        asked.append(place)
+        return {place: total // 2}
+
+    for name, limits in (("whole", free), ("half", half)):
+        monkeypatch.setattr(dispatching, "_free", limits)
+        run = RunPaths(tmp_path / name / "run")
+        run.root.mkdir(parents=True)
+        stages.run(run, given, ["pairs", "evaluate"], StopRequest())
+        rows = [vars(row) for row in results.load_results(run.stage("evaluate")).rows]
+        rows = [{key: value for key, value in row.items() if key != "images_per_second"} for row in rows]
+        found[name] = (
+            rows,
+            folder_bytes(run.stage("pairs").pairs),
+            folder_bytes(run.stage("evaluate").root / "pictures"),
+        )
+        assert not list(run.root.rglob("*offload*"))
+    assert asked == ["cpu", "cpu"]
+    assert found["whole"][1] and found["whole"][2]
+    assert found["whole"] == found["half"]
 
 
 def test_a_teacher_that_fits_is_not_touched(folder, tmp_path):
