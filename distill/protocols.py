@@ -292,7 +292,9 @@ class Recipe(Protocol):
     The module of a recipe has a docstring that names the paper, `class Config(BaseModel)` and `class Recipe`. `Config`
     has two properties, which may depend on its options. `needs` is a set of "data", "pairs", "states", "teacher",
     "weights" and "jvp": "states" with "pairs" means pairs that have states, and "weights" means trained weights to
-    start from. `student` is "velocity", "flow_map" or "acceleration".
+    start from. `student` is "velocity", "flow_map" or "acceleration". Optional properties: `rows_together`, the number
+    of samples whose losses depend on each other (the micro-batch must be a multiple of it), and `guidance_scale`, with
+    which it calls its teacher.
     """
 
     sampler: str  # the sampler of its students: a file in distill/students/samplers/

@@ -612,7 +612,8 @@ def run(tmp_path) -> RunPaths:
     paths = RunPaths(tmp_path / "compared")
     paths.root.mkdir()
     paths.comparison.write_text(RECORD.model_dump_json())
-    env = {"cpu": "A CPU", "cpus": 8, "threads": 4, "packages": {"Torch": "2.9"}}
+    env = {"cpu": "A CPU", "cpus": 8, "threads": 4, "packages": {"Torch": "2.9"}, "distill": "0.3",
+           "git": {"commit": "0123456789abcdef"}}  # fmt: skip
     write_json(paths.env, env)
     progress = {"unit": "images", "total": 128_000, "logs": {}}
     for stage, done, rate in (("reflow", 128_000, 1000), ("slim-0", 64_000, 1000), ("slim", 64_000, 2000)):
@@ -672,7 +673,8 @@ def test_the_page_is_a_table_of_github(run):
     assert table[0] == ["recipe", *COLUMNS]
     assert table[1] == ["---", *["---:"] * 10]
     assert table[2:] == [[name, *cells] for name, cells in EXPECTED]
-    assert lines[-1] == "`distill compare digits --budget 2`; 4 of 8 cores of A CPU, torch 2.9; 2000-01-01"
+    versions = "torch 2.9, distill 0.3, commit 0123456789ab"
+    assert lines[-1] == f"`distill compare digits --budget 2`; 4 of 8 cores of A CPU, {versions}; 2000-01-01"
     assert "with a budget of 2 minutes each" in lines[-3]
 
 
@@ -700,7 +702,7 @@ def test_a_gpu_is_named_and_not_the_cpu_beside_it(run):
     append_event(run, "stage started", stage="evaluate", kind="evaluate", device="NVIDIA H100")
     content = results().model_copy(update={"device": "cuda"}).model_dump(mode="json")
     write_json(run.stage("evaluate").root / FILE_NAME, content)
-    assert comparison_table.found(run).machine == "NVIDIA H100, torch 2.9"
+    assert comparison_table.found(run).machine == "NVIDIA H100, torch 2.9, distill 0.3, commit 0123456789ab"
 
 
 def test_without_a_distance_the_rms_is_compared(run):

@@ -280,8 +280,7 @@ def _losses(training: TrainingCurve) -> str:
 def _environment(run: RunPaths) -> list[tuple[str, str]]:
     """The entries of env.json that matter for the results."""
     env = machine.load(run)
-    commit = None if env.git is None else f"{env.git.commit[:12]}{' (with changes)' if env.git.changed else ''}"
-    known = {"distill": env.distill, "commit": commit, "python": env.python, "platform": env.platform}
+    known = {"distill": env.distill, "commit": env.commit, "python": env.python, "platform": env.platform}
     known |= {name: str(count) for name, count in (("cpus", env.cpus), ("threads", env.threads)) if count is not None}
     known |= {name: env.version(name) for name in LIBRARIES}
     return [(name, value) for name, value in known.items() if value]

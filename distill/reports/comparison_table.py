@@ -98,6 +98,7 @@ class FoundComparison:
     seconds: dict[str, float]
     """name of an entry -> seconds of its training"""
     machine: str
+    """on which device and with which versions it was measured"""
     date: str
 
 
@@ -168,7 +169,8 @@ class Sessions:
 def _machine(run: RunPaths, measured: Results, device: str) -> str:
     env = machine.load(run)
     cores = f"{env.threads or '?'} of {env.cpus or '?'} cores of {env.cpu}"
-    return f"{cores if measured.device == 'cpu' or not device else device}, torch {env.version('torch') or '?'}"
+    own = f"distill {env.distill or '?'}{f', commit {env.commit}' if env.commit else ''}"
+    return f"{cores if measured.device == 'cpu' or not device else device}, torch {env.version('torch') or '?'}, {own}"
 
 
 def quantity(found: FoundComparison) -> str:

@@ -37,6 +37,11 @@ class Machine(BaseModel):
     packages: Annotated[dict[Line, Line | None], Field(max_length=10_000)] = {}
     """installed packages: name -> version"""
 
+    @property
+    def commit(self) -> str | None:
+        """Short commit of distill's source code, and whether files had changed since; None if it is not known."""
+        return None if self.git is None else f"{self.git.commit[:12]}{' (with changes)' if self.git.changed else ''}"
+
     def version(self, package: str) -> str | None:
         """Version of a package; None if it is not installed or not recorded. package: its name in lower case."""
         return {name.lower(): version for name, version in self.packages.items()}.get(package)

@@ -6,7 +6,6 @@ from pathlib import Path
 from distill.spec import registry
 
 README = registry.package_folder() / "README.md"
-SMALLEST = "reflow/reflow"
 
 
 def table() -> str:
@@ -19,15 +18,9 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def smallest() -> str:
-    """The source of the smallest recipe."""
-    return (registry.package_folder() / f"{SMALLEST}.py").read_text()
-
-
 def generated(text: str) -> str:
     """The text of README.md with its generated parts as they should be."""
-    text = _replaced(text, r"(<!-- recipes: [^\n]*-->\n).*?(<!-- end -->)", f"\n{table()}\n")
-    return _replaced(text, rf"(This is a complete recipe, `{SMALLEST}`:\n\n```python\n).*?(```\n)", smallest())
+    return _replaced(text, r"(<!-- recipes: [^\n]*-->\n).*?(<!-- end -->)", f"\n{table()}\n")
 
 
 def _replaced(text: str, pattern: str, content: str) -> str:
