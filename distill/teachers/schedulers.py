@@ -115,7 +115,6 @@ class SchedulerKind:
     schedules: tuple[str, ...] = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
-REFUSED = {"timestep_type", "snr_shift_scale", "predict_epsilon"}  # `Options` allows the neutral value only
 FLAGS = ("rescale_betas_zero_snr", "use_flow_sigmas", "invert_sigmas")  # an error if set for a class that ignores them
 BETAS = frozenset(
     {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
