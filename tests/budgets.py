@@ -5,7 +5,7 @@ Tests count for recipes and teacher classes as follows:
 
 - a test in a file that declares SUBJECTS counts for the recipes declared there, divided equally;
 - a test marked `costs("recipe NAME")` or `costs("teacher NAME")` counts for these, divided equally;
-- tests marked `process`, `train` or `long` do not count, since they do not run in `make check`.
+- tests marked `long` do not count, since they do not run in `make test`.
 
 The CPU time includes setup, teardown and the child processes that the test waited for. Shared fixtures count for the
 first test that uses them.
@@ -18,7 +18,6 @@ from collections.abc import Iterable, Mapping
 import pytest
 
 BUDGETS = {"recipe": 4.0, "teacher": 3.0}  # CPU seconds
-FREE = ("process", "train", "long")
 SHOWN, SLOW = 20, 0.5  # a test is shown if it took at least SLOW seconds
 
 STARTED = pytest.StashKey[float]()
@@ -31,7 +30,7 @@ def cpu_seconds() -> float:
 
 def owners(item: pytest.Item) -> list[str]:
     """For whom a test counts: "recipe NAME" or "teacher NAME"."""
-    if any(item.get_closest_marker(name) for name in FREE):
+    if item.get_closest_marker("long"):
         return []
     named = [name for marker in item.iter_markers("costs") for name in marker.args]
     declared = vars(item.module).get("SUBJECTS", [])

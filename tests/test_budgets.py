@@ -39,6 +39,7 @@ def test_setup_counts(costly):
 def test_of_two():
     work(0.3)
 
+@pytest.mark.process
 @pytest.mark.costs("teacher child")
 def test_children_count():
     code = "import time\\nwhile time.process_time() < 0.3: pass"
@@ -46,7 +47,7 @@ def test_children_count():
 
 @pytest.mark.long
 @pytest.mark.costs("teacher free")
-def test_not_in_check():
+def test_not_in_make_test():
     work(0.3)
 """
 
@@ -76,7 +77,7 @@ def test_what_is_over_its_budget_fails_the_run(tmp_path, workers):
     (tmp_path / "conftest.py").write_text(CONFTEST.format(here=str(HERE)))
     (tmp_path / "test_a.py").write_text(TESTS)
     (tmp_path / "test_b.py").write_text(DECLARING)
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = long\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    long\n    process\n")
     command = [
         sys.executable,
         "-m",
