@@ -24,6 +24,7 @@ pytestmark = pytest.mark.process
 ZERO = ("none", "0", "1", "2", "3")
 RECIPES = ("one", "copy", "two", "heads")
 QUICK = ("none", "2")  # without DeepSpeed, and with it; the other stages run in `make test-all`
+COVERED = ("one-", "copy-none-fp32-divide")  # by "two", and by the same with DeepSpeed: long
 STEPS = parity.STEPS
 LOST = "lost contact with another rank, which has exited or hangs"
 
@@ -102,10 +103,20 @@ def options(recipe, zero):
     ]
 
 
+def quick(case):
+    """Whether `make test` trains a case, or those of a stage."""
+    return re.search(r"(?:^|-)(none|\d)(?:-|$)", case)[1] in QUICK and not case.startswith(COVERED)
+
+
 def each(cases):
-    """Parameters of a test; those of other stages than QUICK are long."""
-    stage = re.compile(r"(?:^|-)(none|\d)(?:-|$)")
-    return [case if stage.search(case)[1] in QUICK else pytest.param(case, marks=pytest.mark.long) for case in cases]
+    """Parameters of a test; those that are not quick are long."""
+    return [case if quick(case) else pytest.param(case, marks=pytest.mark.long) for case in cases]
+
+
+def trained(request, cases):
+    """These cases; only the quick ones if no long test runs."""
+    here = [item for item in request.session.items if item.path == request.path]
+    return cases if any(item.get_closest_marker("long") for item in here) else [case for case in cases if quick(case)]
 
 
 MATRIX = [f"{recipe}-{zero}-fp32-{options(recipe, zero)}" for zero in ZERO for recipe in RECIPES]
@@ -120,20 +131,17 @@ PATIENT += ["half-none-fp32-short"]  # both turns together reach all weights
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def alone(request, tmp_path_factory):
     """One process, without DeepSpeed; it takes the micro-batches of two ranks one after the other."""
     cases = [case for case in MATRIX if "-none-" in case] + ["adapter-none-fp32"]
-    return train(tmp_path_factory.mktemp("alone"), *cases, procs=1)
+    return train(tmp_path_factory.mktemp("alone"), *trained(request, cases), procs=1)
 
 
 @pytest.fixture(scope="module")
 def together(request, tmp_path_factory):
-    """Two processes, one start for the whole matrix, or for QUICK if no long test runs."""
-    here = [item for item in request.session.items if item.path == request.path]
+    """Two processes, one start for all cases."""
     cases = [*MATRIX, *BF16, *SPECIAL, *SLOPES, *ADAPTERS, *PATIENT]
-    if not any(item.get_closest_marker("long") for item in here):
-        cases = [case for case in cases if case.split("-")[1] in QUICK]
-    return train(tmp_path_factory.mktemp("together"), *cases)
+    return train(tmp_path_factory.mktemp("together"), *trained(request, cases))
 
 
 @pytest.mark.parametrize("case", each(MATRIX))
