@@ -560,8 +560,8 @@ def test_another_number_of_processes_than_that_of_launch_is_refused(
          "processes with {}, or unset MASTER_ADDR to compute in one process"),
         ({"RANK": "1"}, "RANK is set, but WORLD_SIZE is not; start the processes with {}, or unset RANK to compute in "
          "one process"),
-        ({"WORLD_SIZE": "1"}, "RANK= given, must be a number; start the processes with {}"),
-        ({"WORLD_SIZE": "one"}, "WORLD_SIZE=one given, must be a number; start the processes with {}"),
+        ({"WORLD_SIZE": "1"}, "RANK=: must be a whole number; start the processes with {}"),
+        ({"WORLD_SIZE": "one"}, "WORLD_SIZE=one: must be a whole number; start the processes with {}"),
     ],
 )  # fmt: skip
 def test_a_launcher_that_does_not_say_how_many_processes_it_starts_is_refused(

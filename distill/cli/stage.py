@@ -149,7 +149,7 @@ def _world_size() -> int | None:
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
         if not os.environ.get(name, "").isdecimal():
             raise InputError(
-                f"{name}={os.environ.get(name, '')} given, must be a number; start the processes with {LAUNCHERS}"
+                f"{name}={os.environ.get(name, '')}: must be a whole number; start the processes with {LAUNCHERS}"
             )
     return int(os.environ["WORLD_SIZE"])
 
