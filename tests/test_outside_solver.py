@@ -33,6 +33,7 @@ SPEC = {
     "teacher": {"kind": "gaussian", "mean": MEAN.tolist(), "std": STD.tolist()},
     "stages": {"pairs": {"kind": "pairs", "count": 256, "shard": 256, "solver": "midpoint", "steps": 16}},
 }
+OURS = solver_names()
 PARTS = (HERE / "outside" / "outside_midpoint.py").read_text()
 
 
@@ -87,16 +88,17 @@ def test_optimal_step_times_are_found_for_it(midpoint):
 
 
 def test_it_is_named_where_solvers_are(tmp_path, midpoint):
-    assert solver_names() == ["euler", "heun", "dpm_solver_pp_2m", "midpoint"]
-    assert kinds.inverting_solvers() == ["euler", "heun", "midpoint"]
+    assert solver_names() == [*OURS, "midpoint"]
+    assert kinds.inverting_solvers() == ["euler", "heun", "ab2", "ab3", "midpoint"]
     path = tmp_path / "spec.yaml"
     path.write_text(yaml.safe_dump(SPEC))
     spec = specfile.load(path).spec
     assert spec.stages["pairs"].network_calls == 32
     shown = presets.annotated(spec, tmp_path)
-    assert "# solver of the teacher's ODE; one of euler, heun, dpm_solver_pp_2m, midpoint\n" in shown
+    words = " ".join(shown.replace("#", " ").split())
+    assert f"solver of the teacher's ODE; one of {', '.join(OURS)}, midpoint steps:" in words
     path.write_text(yaml.safe_dump(SPEC).replace("midpoint", "midpiont"))
-    with pytest.raises(InputError, match="must be 'euler', 'heun', 'dpm_solver_pp_2m' or 'midpoint'"):
+    with pytest.raises(InputError, match="must be 'euler', 'heun', 'ab2', .*, 'unipc3' or 'midpoint'"):
         specfile.load(path)
 
 
@@ -113,7 +115,7 @@ def test_a_run_solves_its_pairs_by_it(capfd, tmp_path, midpoint):
 def test_the_control_plane_knows_it_without_torch(tmp_path, midpoint):
     env = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(HERE.parent)])}
     helped = distill("pairs", "--help", cwd=tmp_path, env=env, fresh=True).stdout
-    assert "dpm_solver_pp_2m or midpoint" in " ".join(helped.replace("│", " ").split())
+    assert "unipc3 or midpoint" in " ".join(helped.replace("│", " ").split())
     torchless = "import sys; from distill.solvers import *; find_solver('midpoint'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", torchless], env={**os.environ, **env}, check=True)
 
@@ -141,7 +143,7 @@ def test_one_that_lacks_something_is_refused_where_it_is_used(site, text, messag
 
 def test_a_name_that_exists_is_refused(site, midpoint):
     install(site, "late", heun="outside_midpoint", midpoint="outside_midpoint")
-    assert solver_names() == ["euler", "heun", "dpm_solver_pp_2m", "midpoint"]
+    assert solver_names() == [*OURS, "midpoint"]
     with pytest.raises(
         InputError, match="^solver 'heun' of the package late: distill has a solver with this name; rename yours"
     ):

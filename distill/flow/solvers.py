@@ -18,7 +18,7 @@ from distill.flow.fields import ROUNDING, Rescheduled, inside, start
 from distill.flow.interpolants import like, linear
 from distill.flow.times import uniform_grid
 from distill.protocols import Cond, VelocityField
-from distill.solvers import find_solver
+from distill.solvers import Step, find_solver
 from distill.spec.model import is_path
 
 
@@ -47,12 +47,20 @@ class FieldOde:
 def states(solver: str, field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Iterator[Tensor]:
     """Yields the states [B, ...] at t_grid[1:] of the path that starts from x [B, ...] at t_grid[0]."""
     found, ode = find_solver(solver), FieldOde(field, cond)
-    times, before = _times(field, t_grid, up=found.calls_inverting is not None), None
-    for t, t_next in pairwise(times):
+    times = _times(field, t_grid, up=found.calls_inverting is not None)
+    steps, to_data = len(times) - 1, ode.path(times[-1])[1] == 0
+    past: tuple[tuple[Tensor, float], ...] = ()
+    uncorrected: tuple[Tensor, Tensor, Step] | None = None  # the last step's beginning, what was seen there, the step
+    for i, (t, t_next) in enumerate(pairwise(times)):
         seen = found.look(ode, x, t)
-        x = found.step(ode, x, seen, t, t_next, None if t_next == times[-1] else before)
-        before = seen, t
-        yield x
+        if found.correct is not None and uncorrected is not None:
+            x = found.correct(ode, *uncorrected, seen)
+            yield x
+        at = Step(t, t_next, past, steps - i, to_data)
+        uncorrected, x = (x, seen, at), found.step(ode, x, seen, at)
+        if found.correct is None or at.left == 1:
+            yield x
+        past = ((seen, t), *past)[: found.memory]
 
 
 def integrate(solver: str, field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Tensor:

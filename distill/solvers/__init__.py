@@ -9,29 +9,36 @@ without torch. A solver module contains:
     calls(steps)            the number of network calls in `steps` steps from noise to data
     calls_inverting(steps)  the same from data to noise; set calls_inverting = None if the solver cannot do this
     look(ode, x, t)         evaluates the ODE at x and t: returns what `step` needs, the velocity or the data prediction
-    step(ode, x, seen, t, t_next, before)   returns the state at t_next; `seen` is the result of look(ode, x, t)
+    step(ode, x, seen, at)  returns the state at the end of the step `at`; `seen` is the result of look(ode, x, at.t)
 
-`before` is a tuple of the result of `look` and the time t of the previous step. It is None in the first and the last
-step.
+and, if it is a multistep method or has a corrector,
+
+    MEMORY = 1              the number of earlier steps whose `look` is kept in at.past
+    correct(ode, x, seen, at, seen_next)    returns a better state at the end of the step `at`, which began at x;
+                            `seen_next` is the result of `look` at the state that `step` returned. Not called for the
+                            last step, so that it costs no network call.
+
+Files whose name begins with an underscore are not solvers: several solvers share their code.
 """
 
 import functools
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from distill.core.errors import InputError
 from distill.core.importing import Importing
 from distill.core.text import suggest
 
 GROUP = "distill.solvers"
-FIRST = ["euler", "heun", "dpm_solver_pp_2m"]  # the order in lists; other solvers follow by name
+FIRST = ["euler", "heun"]  # the order in lists; other solvers follow by name
 Tensor = Any  # torch.Tensor; torch is not imported here
 
 
@@ -47,6 +54,20 @@ class Ode(Protocol):
     def path(self, t: float) -> tuple[float, float]: ...  # (alpha, sigma) in x = alpha data + sigma noise
 
 
+@dataclass(frozen=True)
+class Step:
+    """One step of a solver along a grid of times."""
+
+    t: float
+    t_next: float
+    past: Sequence[tuple[Tensor, float]]
+    """(result of `look`, time) of earlier steps of this path, the latest first; at most MEMORY"""
+    left: int
+    """number of steps to the end of the grid; 1: this is the last"""
+    to_data: bool
+    """whether the grid ends at data (sigma = 0)"""
+
+
 class Solver(BaseModel):
     """The contents of a solver module, validated."""
 
@@ -58,6 +79,8 @@ class Solver(BaseModel):
     calls_inverting: Callable[[int], int] | None
     look: Callable[..., Any]
     step: Callable[..., Any]
+    memory: NonNegativeInt = Field(default=0, alias="MEMORY")
+    correct: Callable[..., Any] | None = None
 
 
 def solver_names() -> list[str]:
@@ -73,7 +96,7 @@ def find_solver(name: str) -> Solver:
 
 @functools.cache
 def _our_names() -> list[str]:
-    return [module.name for module in pkgutil.iter_modules(__path__)]
+    return [module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")]
 
 
 @functools.cache

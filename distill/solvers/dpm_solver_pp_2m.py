@@ -6,10 +6,11 @@ h^2 ln(1/h) instead of h^2, because near noise and data the steps in lambda do n
 
 import math
 
-from distill.solvers import Ode, Tensor
+from distill.solvers import Ode, Step, Tensor, _exponential
 
 ORDER = 2
 IS_REFERENCE = True
+MEMORY = 1
 
 
 def calls(steps: int) -> int:
@@ -23,18 +24,10 @@ def look(ode: Ode, x: Tensor, t: float) -> Tensor:
     return ode.data(x, t)
 
 
-def step(ode: Ode, x: Tensor, data: Tensor, t: float, t_next: float, before: tuple[Tensor, float] | None) -> Tensor:
-    """Uses e^-h = (alpha sigma_next)/(sigma alpha_next), with h the step in lambda.
-
-    This stays finite where lambda is infinite: at pure noise (alpha = 0) and at data (sigma = 0).
-    """
-    (alpha, sigma), (alpha_next, sigma_next) = ode.path(t), ode.path(t_next)
-    if before is not None and not math.isinf(h_prev := _h(ode, before[1], t)):
-        data = data + _h(ode, t, t_next) / (2 * h_prev) * (data - before[0])
-    return (sigma_next / sigma) * x + (alpha_next - alpha * sigma_next / sigma) * data
-
-
-def _h(ode: Ode, t: float, t_next: float) -> float:
-    """The step size in lambda; infinite from pure noise or to data."""
-    (alpha, sigma), (alpha_next, sigma_next) = ode.path(t), ode.path(t_next)
-    return math.inf if alpha * sigma_next == 0 else math.log((alpha_next * sigma) / (alpha * sigma_next))
+def step(ode: Ode, x: Tensor, data: Tensor, at: Step) -> Tensor:
+    if at.past and at.left > 1:
+        data1, t1 = at.past[0]
+        h_before = _exponential.length(ode, t1, at.t)
+        if not math.isinf(h_before):
+            data = data + _exponential.length(ode, at.t, at.t_next) / (2 * h_before) * (data - data1)
+    return _exponential.first_order(ode, x, data, at)

@@ -1,6 +1,6 @@
 """Euler: x_next = x + (t_next - t) v. On the linear path this is DDIM (Song et al. 2020, arXiv 2010.02502)."""
 
-from distill.solvers import Ode, Tensor
+from distill.solvers import Ode, Step, Tensor
 
 ORDER = 1
 IS_REFERENCE = False
@@ -18,5 +18,5 @@ def look(ode: Ode, x: Tensor, t: float) -> Tensor:
     return ode.velocity(x, t)
 
 
-def step(ode: Ode, x: Tensor, v: Tensor, t: float, t_next: float, before: tuple[Tensor, float] | None) -> Tensor:
-    return x + (t_next - t) * v
+def step(ode: Ode, x: Tensor, v: Tensor, at: Step) -> Tensor:
+    return x + (at.t_next - at.t) * v

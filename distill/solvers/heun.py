@@ -3,7 +3,7 @@
 A step to sigma = 0, or to a time below the field's range, is an Euler step. One such step does not change the order.
 """
 
-from distill.solvers import Ode, Tensor
+from distill.solvers import Ode, Step, Tensor
 
 ORDER = 2
 IS_REFERENCE = True
@@ -22,8 +22,8 @@ def look(ode: Ode, x: Tensor, t: float) -> Tensor:
     return ode.velocity(x, t)
 
 
-def step(ode: Ode, x: Tensor, v: Tensor, t: float, t_next: float, before: tuple[Tensor, float] | None) -> Tensor:
-    x_next = x + (t_next - t) * v
-    if t_next >= ode.lowest and ode.path(t_next)[1] > 0:
-        x_next = x + (t_next - t) * (v + ode.velocity(x_next, t_next)) / 2
+def step(ode: Ode, x: Tensor, v: Tensor, at: Step) -> Tensor:
+    x_next = x + (at.t_next - at.t) * v
+    if at.t_next >= ode.lowest and ode.path(at.t_next)[1] > 0:
+        x_next = x + (at.t_next - at.t) * (v + ode.velocity(x_next, at.t_next)) / 2
     return x_next

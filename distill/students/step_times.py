@@ -42,7 +42,7 @@ from distill.flow.fields import start
 from distill.flow.times import uniform_grid
 from distill.networks.velocity import VelocityStudent
 from distill.protocols import Cond, VelocityField
-from distill.solvers import find_solver
+from distill.solvers import Step, find_solver
 from distill.spec.model import FINE, SAMPLES, SEED, PairsStage
 from distill.students.loaded import LoadedStudent
 from distill.students.sampling import condition
@@ -168,13 +168,12 @@ def _path(
     """The M + 1 states of the fine path, and a function that makes one solver step from any of them."""
     found, ode = find_solver(solver), solvers.FieldOde(field, cond)
     times, states, seen = t_grid.tolist(), [x], list[Tensor]()
+    to_data = ode.path(times[-1])[1] == 0
 
     def step(i: int, j: int) -> Tensor:
-        before = max(2 * i - j, 0)
-        is_end = i == 0 or j == len(times) - 1
-        return found.step(
-            ode, states[i], seen[i], times[i], times[j], None if is_end else (seen[before], times[before])
-        )
+        earlier = dict.fromkeys(max(i - n * (j - i), 0) for n in range(1, found.memory + 1))  # of steps as long as this
+        past = [(seen[k], times[k]) for k in earlier if k < i]
+        return found.step(ode, states[i], seen[i], Step(times[i], times[j], past, len(times) - j, to_data))
 
     for i, t in enumerate(times[:-1]):
         seen.append(found.look(ode, states[i], t))

@@ -3,7 +3,7 @@
 A solver of somebody else's package, as small as they get.
 """
 
-from distill.solvers import Ode, Tensor
+from distill.solvers import Ode, Step, Tensor
 
 ORDER = 2
 IS_REFERENCE = True
@@ -20,6 +20,6 @@ def look(ode: Ode, x: Tensor, t: float) -> Tensor:
     return ode.velocity(x, t)
 
 
-def step(ode: Ode, x: Tensor, v: Tensor, t: float, t_next: float, before: tuple[Tensor, float] | None) -> Tensor:
-    middle = max((t + t_next) / 2, ode.lowest)
-    return x + (t_next - t) * ode.velocity(x + (middle - t) * v, middle)
+def step(ode: Ode, x: Tensor, v: Tensor, at: Step) -> Tensor:
+    middle = max((at.t + at.t_next) / 2, ode.lowest)
+    return x + (at.t_next - at.t) * ode.velocity(x + (middle - at.t) * v, middle)
