@@ -13,6 +13,7 @@ from distill.solvers import Step, _exponential, _unipc, find_solver
 from distill.teachers.analytic import MixtureField
 from distill.testing import exact
 from distill.testing.closed_form import QuantileFlowMap
+from tests.benchmarks import solvers as bench
 
 MEAN, STD, WEIGHT = (torch.tensor(each, dtype=torch.float64) for each in ([-1.0, 1.2], [0.3, 0.4], [0.4, 0.6]))
 FIELD = MixtureField(MEAN[:, None], STD, WEIGHT)
@@ -206,6 +207,18 @@ def test_integrals_of_short_steps_keep_their_digits():
         for found, power in ((p1, 0), (p2, 1), (p3, 2)):
             expected = (weights * (u - h).exp() * (u / h) ** power).sum().item() * h / 2
             assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.long
+@pytest.mark.process
+def test_fewer_calls_on_a_trained_teacher(tmp_path):
+    found = bench.errors(*bench.digits(bench.trained(tmp_path)))
+    for name, each in found.items():
+        print(name, each)
+    order = ["ab3", "ab2", "unipc2", "dpm_solver_pp_2m", "euler"]
+    at_eight = [found[name][8] for name in order]
+    assert at_eight == sorted(at_eight)
+    assert found["ab3"][8] <= 0.75 * found["dpm_solver_pp_2m"][8]
 
 
 # --- diffusers ---

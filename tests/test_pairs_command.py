@@ -122,7 +122,8 @@ def test_forward_pairs_of_a_teacher_say_what_their_noise_is(capfd, here):
         ),
         (
             [GAUSSIAN, "--out", "p", "--paths", "forward", "--solver", "dpm_solver_pp_2m"],
-            "--solver: dpm_solver_pp_2m solves only from noise to data; with paths: forward, use euler, heun, ab2 or ab3",
+            "--solver: dpm_solver_pp_2m solves only from noise to data; with paths: forward, use euler, heun, ab2 or "
+            "ab3",
         ),
         (
             [GAUSSIAN, "--out", "p", "--optimal-times", "2"],
