@@ -15,6 +15,7 @@ from distill.flow.draws import generator
 from distill.flow.fields import Counted, Rescheduled
 from distill.flow.interpolants import edm
 from distill.flow.times import uniform_grid
+from distill.solvers import solver_names
 from distill.spec.model import GaussianTeacher, PairsStage
 from distill.students import step_times
 from distill.teachers.analytic import GaussianField, gaussian_teacher
@@ -23,7 +24,7 @@ from distill.testing.closed_form import class_gaussian_teacher
 
 STD = math.sqrt(0.3)
 UNIT = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)  # mean 0, mean square 1
-SOLVERS = ["euler", "heun", "dpm_solver_pp_2m"]
+SOLVERS = solver_names()
 CPU = torch.device("cpu")
 
 
@@ -113,7 +114,9 @@ def test_straight_paths_cost_nothing(solver):
     assert matrix[matrix.isfinite()].max() < 1e-24
 
 
-@pytest.mark.parametrize(("solver", "calls"), [("euler", 12), ("heun", 12 + 11 + 55), ("dpm_solver_pp_2m", 12)])
+@pytest.mark.parametrize(
+    ("solver", "calls"), [("euler", 12), ("heun", 12 + 11 + 55), ("dpm_solver_pp_2m", 12), ("unipc3", 12)]
+)
 def test_what_it_costs_in_calls(solver, calls):
     """Of Heun one more for each of the 66 - 11 longer steps that do not end at data."""
     field = Counted(gaussian())

@@ -170,13 +170,18 @@ def _path(
     times, states, seen = t_grid.tolist(), [x], list[Tensor]()
     to_data = ode.path(times[-1])[1] == 0
 
-    def step(i: int, j: int) -> Tensor:
+    def place(i: int, j: int) -> Step:
         earlier = dict.fromkeys(max(i - n * (j - i), 0) for n in range(1, found.memory + 1))  # of steps as long as this
         past = [(seen[k], times[k]) for k in earlier if k < i]
-        return found.step(ode, states[i], seen[i], Step(times[i], times[j], past, len(times) - j, to_data))
+        return Step(times[i], times[j], past, len(times) - j, to_data)
+
+    def step(i: int, j: int) -> Tensor:
+        return found.step(ode, states[i], seen[i], place(i, j))
 
     for i, t in enumerate(times[:-1]):
         seen.append(found.look(ode, states[i], t))
+        if found.correct is not None and i > 0:
+            states[i] = found.correct(ode, states[i - 1], seen[i - 1], place(i - 1, i), seen[i])
         states.append(step(i, i + 1))
     return states, step
 
