@@ -270,6 +270,6 @@ def test_no_machine_paths_or_hosts():
 @pytest.mark.long
 def test_a_spec_is_followed_without_turning_back_often():
     """Before a stage was resolved once, 33 and 59: a decision that is asked for again in another module counts here."""
-    from tests.programs import climbs
+    from programs import climbs
 
     assert {entry: trip.climbs for entry, trip in climbs.trips().items()} == {"stages.run": 16, "submit": 28}

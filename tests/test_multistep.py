@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from benchmarks import solvers as bench
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from distill.flow.draws import generator
@@ -13,7 +14,6 @@ from distill.solvers import Step, _exponential, _unipc, find_solver
 from distill.teachers.analytic import MixtureField
 from distill.testing import exact
 from distill.testing.closed_form import QuantileFlowMap
-from tests.benchmarks import solvers as bench
 
 MEAN, STD, WEIGHT = (torch.tensor(each, dtype=torch.float64) for each in ([-1.0, 1.2], [0.3, 0.4], [0.4, 0.6]))
 FIELD = MixtureField(MEAN[:, None], STD, WEIGHT)
