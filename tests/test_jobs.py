@@ -109,6 +109,20 @@ def test_a_crash_at_the_step_of_the_last_one(tmp_path):
     assert not jobs.crashed_before(run, "7", "teach", 5), "it has come further since"
 
 
+def test_a_job_that_reaches_its_time_limit_without_a_step(tmp_path):
+    run = make_run(tmp_path)
+    run.jobs.mkdir()
+    assert not jobs.made_no_step(run, "7", "teach", None)
+    ended(run, "7", 0, "time limit", True, stage="teach", step=None)
+    assert not jobs.made_no_step(run, "7", "teach", None), "the first start may take longer"
+    ended(run, "7", 1, "time limit", True, stage="teach", step=None)
+    assert jobs.made_no_step(run, "7", "teach", None)
+    assert not jobs.made_no_step(run, "7", "teach", 3)
+    assert not jobs.made_no_step(run, "7", "reflow", None)
+    ended(run, "7", 2, "preempted", True, stage="teach", step=None)
+    assert not jobs.made_no_step(run, "7", "teach", None), "it did not have its whole time"
+
+
 def test_the_position_of_a_failure_and_the_lead_that_saves_need(tmp_path):
     run = make_run(tmp_path)
     assert jobs.position(run, "teach", "no place") is None

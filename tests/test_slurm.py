@@ -7,6 +7,7 @@ from runs import distill, folder_bytes
 from slurm_runs import NEEDS_SLURM, ends, finish, kill_rank, last_job, said, steps, submit, wait_steps
 
 from distill.runs.run_store import RunPaths
+from distill.spec import registry
 
 pytestmark = NEEDS_SLURM
 
@@ -74,12 +75,12 @@ def test_whatever_ends_a_job_the_student_is_the_same(cluster, tmp_path, procs, z
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_the_time_limit_costs_no_step(cluster, tmp_path):
-    """A limit of a minute, which Slurm notes every half minute: three or more jobs' worth of steps."""
+    """A limit of two minutes, which Slurm notes every half minute: two or more jobs' worth of steps."""
     specs(tmp_path)
     changes = ("stages.teach.images=19200", "stages.teach.checkpoint.images=1600")
     local = distill("run", "small.yaml", *changes, "--procs=4", "--name=local", cwd=tmp_path)
     assert local.returncode == 0, local.stderr
-    options = ("--time=1", "launch.slurm.lead_seconds=40")
+    options = ("--time=2", "launch.slurm.lead_seconds=70")
     submit(cluster, tmp_path, "small.yaml", *changes, "--nodes=2", "--procs-per-node=2", *options)
     run = RunPaths(tmp_path / "runs" / "small")
     job = last_job(run)
@@ -87,3 +88,24 @@ def test_the_time_limit_costs_no_step(cluster, tmp_path):
     assert {why for why, _ in ends(run, job)} == {"time limit", "done"}, said(run)
     assert student(run) == student(RunPaths(tmp_path / "runs" / "local"))
     assert steps(run) == 600
+
+
+@pytest.mark.long
+def test_a_job_without_the_time_to_start_ends(cluster, tmp_path):
+    """Its processes receive the signal before they have read the recipe, after 30 seconds at the latest."""
+    specs(tmp_path)
+    text = (registry.package_folder() / "pretrain" / "flow_matching.py").read_text()
+    slow = "import os, time\ntime.sleep(40 if 'SLURM_JOB_ID' in os.environ else 0)\nfrom collections.abc"
+    (tmp_path / "mine.py").write_text(text.replace("from collections.abc", slow, 1))
+    options = ("--time=1", "launch.slurm.lead_seconds=59", "stages.teach.recipe=./mine.py")
+    submit(cluster, tmp_path, "small.yaml", *options)
+    run = RunPaths(tmp_path / "runs" / "small")
+    job = last_job(run)
+    assert cluster.wait_state(job, "FAILED", "COMPLETED", seconds=300) == "FAILED"
+    assert ends(run, job) == [("time limit", True), ("time limit", True), ("time limit", False)], said(run)
+    shown = distill("status", "small", cwd=tmp_path, env=cluster.env).stdout
+    assert shown.startswith("small  FAILED: time limit: stopped by SIGUSR1; saved: nothing"), shown
+    assert (
+        "this was the third time in a row without a new step, so the job was not queued again; use a longer "
+        f"launch.slurm.time, or a shorter launch.slurm.lead_seconds, then: distill submit {run.root} --resume"
+    ) in " ".join(shown.split()), shown

@@ -101,7 +101,7 @@ class BatchJob:
 
     def _stage(self, name: str, index: int, relay: ranks.Relay) -> Verdict:
         if relay.asked:
-            return self._stopped("no stage had started yet")
+            return self._stopped(name, "no stage had started yet")
         ends = self.run.jobs / "ends" / f"{self.job}.{self.restart}.{name}"
         ends.mkdir(parents=True, exist_ok=True)
         relay.processes = []
@@ -157,7 +157,7 @@ class BatchJob:
         stopped = next((end for end in ends if end.code == EXIT_STOPPED), None)
         if asked or stopped is not None:
             early = "it received the signal during startup, so nothing new was saved"
-            return self._stopped(stopped.message if stopped else early)
+            return self._stopped(name, stopped.message if stopped else early)
         silent = sorted(set(range(size)) - {end.rank for end in ends})
         lost = next((end.message for end in ends if end.code == EXIT_PEER), "")
         killed = (
@@ -181,10 +181,16 @@ class BatchJob:
         advice = f"fix the cause, then: distill submit {self.run.root} --resume"
         return Verdict("crash", code, f"{message}; {reason}, so it was not queued again; {advice}")
 
-    def _stopped(self, message: str) -> Verdict:
+    def _stopped(self, name: str, message: str) -> Verdict:
         if (self.run.jobs / f"{self.job}.cancel").exists():
             return Verdict("cancelled", EXIT_STOPPED, message)
         why = self._why()
+        if why == "time limit" and isinstance(self.spec.stages[name], TrainStage):
+            step = jobs.position(self.run, name, message)
+            if jobs.made_no_step(self.run, self.job, name, step):
+                reason = "this was the third time in a row without a new step, so the job was not queued again"
+                advice = "use a longer launch.slurm.time, or a shorter launch.slurm.lead_seconds, then: distill submit"
+                return Verdict(why, EXIT_STOPPED, f"{message}; {reason}; {advice} {self.run.root} --resume")
         return Verdict(why, EXIT_STOPPED, message, again=why != "cancelled")
 
     def _why(self) -> str:

@@ -127,6 +127,13 @@ def crashed_before(run: RunPaths, job: str, stage: str, step: int | None) -> boo
     return any(line.get("stage") == stage and line.get("step") == step for line in crashes[-1:])
 
 
+def made_no_step(run: RunPaths, job: str, stage: str, step: int | None) -> bool:
+    """Whether this job reached its time limit the last two times in the same stage at the same step."""
+    last = ends(run, job)[-2:]
+    same = [line["why"] == "time limit" and line.get("stage") == stage and line.get("step") == step for line in last]
+    return len(same) == 2 and all(same)
+
+
 def lead_needed(run: RunPaths) -> float:
     """Lead time in seconds needed for saving, from this run's slowest save; 0 if nothing was saved yet."""
     slowest = max((float(line.get("seconds", 0.0)) for line in read_events(run, ["saved"])), default=0.0)
