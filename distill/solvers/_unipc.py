@@ -15,7 +15,8 @@ def predict(ode: Ode, x: Tensor, data: Tensor, at: Step) -> Tensor:
     """The state at the end of the step, from the data predictions at its beginning and before."""
     past = _exponential.usable(ode, at)
     ratios, slopes = _earlier(ode, data, at, past)
-    weights = [0.5] if len(past) == 1 else _weights(_exponential.length(ode, at.t, at.t_next), ratios, len(past))
+    h = _exponential.length(ode, at.t, at.t_next)
+    weights = _weights(h, ratios, len(past)) if len(past) > 1 else [0.5] * len(past)
     return _advanced(ode, x, data, at, weights, slopes)
 
 
@@ -44,7 +45,7 @@ def _weights(h: float, ratios: Sequence[float], count: int) -> list[float]:
 
 
 def _psi(minus_h: float, count: int) -> list[float]:
-    """psi_k = sum over n of (-h)^n/(n + k)!, without the first term: (e^-h - 1)/(-h) - 1 for k = 1, and so on."""
+    """psi_k = sum over n >= 1 of (-h)^n/(n + k)!; psi_1 = (e^-h - 1)/(-h) - 1, the next is psi_k/(-h) - 1/(k + 1)!."""
     if minus_h > -1:  # the differences below lose digits for short steps
         return [sum(minus_h**n / math.factorial(n + k) for n in range(1, 20)) for k in range(1, count + 1)]
     found = [math.expm1(minus_h) / minus_h - 1]
@@ -63,6 +64,7 @@ def _solved(rows: list[list[float]], right: list[float]) -> list[float]:
 
 
 def _determinant(rows: list[list[float]]) -> float:
+    """By the first row; 1 for no rows."""
     if not rows:
         return 1.0
     first, *rest = rows
