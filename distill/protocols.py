@@ -293,8 +293,8 @@ class Recipe(Protocol):
     has two properties, which may depend on its options. `needs` is a set of "data", "pairs", "states", "teacher",
     "weights" and "jvp": "states" with "pairs" means pairs that have states, and "weights" means trained weights to
     start from. `student` is "velocity", "flow_map" or "acceleration". Optional properties: `rows_together`, the number
-    of samples whose losses depend on each other (the micro-batch must be a multiple of it), and `guidance_scale`, with
-    which it calls its teacher.
+    of samples whose losses depend on each other (the micro-batch must be a multiple of it); `guidance_scale`, with
+    which it calls its teacher; `guidance_sync`, whether it drops the teacher's condition where it drops the student's.
     """
 
     sampler: str  # the sampler of its students: a file in distill/students/samplers/

@@ -50,7 +50,7 @@ def test_the_table_holds_what_the_files_hold(capfd, tmp_path):
     assert (run.comparison_table.read_bytes(), run.comparison_figure.read_bytes()) == before
 
 
-@pytest.mark.long  # once its spec is written, this is a run; test_reflow_command kills one in `make test`
+@pytest.mark.long  # `distill compare` runs like any run, and test_reflow_command kills one in `make test`
 @pytest.mark.timeout(900)
 def test_killed_twice_it_ends_as_if_undisturbed(tmp_path):
     """It resumes with the lengths that it began with."""

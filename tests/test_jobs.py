@@ -121,6 +121,10 @@ def test_a_job_that_reaches_its_time_limit_without_a_step(tmp_path):
     assert not jobs.made_no_step(run, "7", "reflow", None)
     ended(run, "7", 2, "preempted", True, stage="teach", step=None)
     assert not jobs.made_no_step(run, "7", "teach", None), "it did not have its whole time"
+    for restart in (3, 4, 5):
+        assert not jobs.made_no_step(run, "7", "teach", 100)
+        ended(run, "7", restart, "time limit", True, stage="teach", step=100)  # the first made the step
+    assert jobs.made_no_step(run, "7", "teach", 100)
 
 
 def test_the_position_of_a_failure_and_the_lead_that_saves_need(tmp_path):

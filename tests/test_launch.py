@@ -524,6 +524,9 @@ def test_procs_is_short_for_launch_procs(capfd, tmp_path, monkeypatch):
     assert command(capfd, "run", "mixture-2d", "--procs", "0").code == 2
 
 
+ALL = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+
+
 @pytest.mark.parametrize(
     ("procs", "size", "stage", "said"),
     [
@@ -545,8 +548,8 @@ def test_another_number_of_processes_than_that_of_launch_is_refused(
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if size is not None:
         monkeypatch.setenv("WORLD_SIZE", size)
-        monkeypatch.setenv("RANK", "0")
-        monkeypatch.setenv("LOCAL_RANK", "0")
+        for name, value in ALL.items():
+            monkeypatch.setenv(name, value)
     done = command(capfd, "stage", str(run.root), stage)
     assert (done.code, done.err) == (2, f"error: {said}\n")
     assert folder_bytes(run.root) == before
@@ -556,12 +559,13 @@ def test_another_number_of_processes_than_that_of_launch_is_refused(
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}, "MASTER_ADDR is set, but WORLD_SIZE is not; start the "
-         "processes with {}, or unset MASTER_ADDR to compute in one process"),
-        ({"RANK": "1"}, "RANK is set, but WORLD_SIZE is not; start the processes with {}, or unset RANK to compute in "
-         "one process"),
-        ({"WORLD_SIZE": "1"}, "RANK=: must be a whole number; start the processes with {}"),
-        ({"WORLD_SIZE": "one"}, "WORLD_SIZE=one: must be a whole number; start the processes with {}"),
+        ({"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}, "set: MASTER_ADDR, MASTER_PORT, but not WORLD_SIZE; start the "
+         "processes with {}, or, to compute in one process, run: unset MASTER_ADDR MASTER_PORT"),
+        ({"RANK": "1"}, "set: RANK, but not WORLD_SIZE; start the processes with {}, or, to compute in one process, "
+         "run: unset RANK"),
+        ({"WORLD_SIZE": "1"}, "WORLD_SIZE is set, but RANK is not; start the processes with {}"),
+        (ALL | {"WORLD_SIZE": "one"}, "WORLD_SIZE=one: must be a whole number; start the processes with {}"),
+        (ALL | {"WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be a whole number; start the processes with {}"),
     ],
 )  # fmt: skip
 def test_a_launcher_that_does_not_say_how_many_processes_it_starts_is_refused(
@@ -609,8 +613,8 @@ def test_one_rank_claims_the_run_and_speaks_for_all(capfd, tmp_path, monkeypatch
         if endings[0] is not None:
             raise endings[0]
 
-    monkeypatch.setenv("RANK", str(rank))
-    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    for name, value in (ALL | {"RANK": str(rank), "LOCAL_RANK": str(rank)}).items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(stages, "run", fake)
     monkeypatch.setattr(World, "join", lambda device, minutes, local_rank, lost: World(rank, 2))

@@ -9,7 +9,7 @@ from benchmarks import solvers as bench
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 from distill.flow.draws import generator
-from distill.flow.solvers import FieldOde, integrate, solve
+from distill.flow.solvers import FieldOde, integrate, solve, states
 from distill.solvers import Step, _exponential, _unipc, find_solver
 from distill.teachers.analytic import MixtureField
 from distill.testing import exact
@@ -175,6 +175,15 @@ def test_unipc_of_order_2_without_its_corrector_is_dpm_solver_2m():
         x, past = _unipc.predict(ode, x, seen, at), [(seen, t), *past]
     found = integrate("dpm_solver_pp_2m", FIELD, NOISE, torch.tensor(times, dtype=torch.float64), {})
     assert (found - x).abs().max() < 1e-12
+
+
+def test_states_are_those_after_the_correction():
+    """From noise, the first step is DDIM with the mean of the data predictions at its two ends."""
+    grid = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
+    ode, (first, _) = FieldOde(FIELD, {}), list(states("unipc2", FIELD, NOISE, grid, {}))
+    data = ode.data(NOISE, 1.0)
+    data_next = ode.data(0.5 * NOISE + 0.5 * data, 0.5)
+    assert (first - (0.5 * NOISE + 0.5 * (data + data_next) / 2)).abs().max() < 1e-12
 
 
 def test_ab2_on_equal_steps_is_flowturbos_pseudo_corrector():

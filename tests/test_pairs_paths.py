@@ -119,7 +119,7 @@ def test_real_data_comes_with_its_own_classes(tmp_path):
 # --- states ---
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "dpm_solver_pp_2m"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "dpm_solver_pp_2m", "unipc2"])
 def test_a_trajectory_is_the_path_of_its_pair(tmp_path, solver):
     pairs = everything(make(tmp_path / "states", paths="trajectories", times=TIMES, solver=solver))
     ends = everything(make(tmp_path / "ends", solver=solver))

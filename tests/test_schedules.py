@@ -89,6 +89,8 @@ def test_the_path_is_the_solvers(solver):
     states, step = step_times._path(exact.FIELD, noise, {}, solver, grid)
     whole = solvers.solve(exact.FIELD, noise, {}, solver=solver, steps=12)
     assert torch.equal(states[-1], whole)
+    along = solvers.states(solver, exact.FIELD, noise, grid, {})
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(states[1:], along, strict=True))
     first = solvers.integrate(solver, exact.FIELD, noise, grid[[0, 5]], {})
     assert (step(0, 5) - first).abs().max() < 1e-12
 

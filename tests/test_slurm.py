@@ -80,7 +80,7 @@ def test_the_time_limit_costs_no_step(cluster, tmp_path):
     changes = ("stages.teach.images=19200", "stages.teach.checkpoint.images=1600")
     local = distill("run", "small.yaml", *changes, "--procs=4", "--name=local", cwd=tmp_path)
     assert local.returncode == 0, local.stderr
-    options = ("--time=2", "launch.slurm.lead_seconds=70")
+    options = ("--time=2", "launch.slurm.lead_seconds=50")
     submit(cluster, tmp_path, "small.yaml", *changes, "--nodes=2", "--procs-per-node=2", *options)
     run = RunPaths(tmp_path / "runs" / "small")
     job = last_job(run)

@@ -161,7 +161,7 @@ def errors_along(function, problem, high, low, steps):
 
 @pytest.mark.parametrize("problem", [gaussian, mixture], ids=["gaussian", "mixture"])
 @pytest.mark.parametrize("name", solver_names())
-def test_the_measured_order_is_the_declared_one(problem, name):
+def test_the_measured_order_is_at_least_the_declared_one(problem, name):
     steps = [32, 64, 128]
     errors = errors_along(partial(integrate, name), problem(), 0.95, 0.1, steps)
     assert slope(steps, errors) > find_solver(name).order - 0.2, errors  # a start of lower order may weigh little

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run.")]
 StageNames = Annotated[list[str], typer.Argument(metavar="STAGE...")]
+NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # together with WORLD_SIZE
 LAUNCHERS = "`distill run`, torchrun or `accelerate launch --multi_gpu`"
 PartOption = Annotated[str | None, typer.Option("--part", metavar="I/N", help="Pairs stage: only shards I, I + N, ...")]
 
@@ -138,19 +139,21 @@ def _world_size() -> int | None:
     from distill.launch import local
 
     given = [name for name in local.RANK_VARIABLES if name in os.environ]
-    if "WORLD_SIZE" not in given:
-        # `accelerate launch --cpu` on several machines sets only MASTER_ADDR and MASTER_PORT: each would train alone
-        if given:
-            raise InputError(
-                f"{given[0]} is set, but WORLD_SIZE is not; start the processes with {LAUNCHERS}, or unset {given[0]} "
-                "to compute in one process"
-            )
+    if given and "WORLD_SIZE" not in given:
+        # `accelerate launch --cpu` with several processes sets only MASTER_ADDR and MASTER_PORT: each would train alone
+        raise InputError(
+            f"set: {', '.join(given)}, but not WORLD_SIZE; start the processes with {LAUNCHERS}, or, to compute in one "
+            f"process, run: unset {' '.join(given)}"
+        )
+    if not given:
         return None
+    for name in NEEDED:
+        if name not in given:
+            raise InputError(f"WORLD_SIZE is set, but {name} is not; start the processes with {LAUNCHERS}")
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
-        if not os.environ.get(name, "").isdecimal():
-            raise InputError(
-                f"{name}={os.environ.get(name, '')}: must be a whole number; start the processes with {LAUNCHERS}"
-            )
+        value = os.environ[name]
+        if not value.isdecimal() or (name == "WORLD_SIZE" and int(value) == 0):
+            raise InputError(f"{name}={value}: must be a whole number; start the processes with {LAUNCHERS}")
     return int(os.environ["WORLD_SIZE"])
 
 

@@ -128,10 +128,14 @@ def crashed_before(run: RunPaths, job: str, stage: str, step: int | None) -> boo
 
 
 def made_no_step(run: RunPaths, job: str, stage: str, step: int | None) -> bool:
-    """Whether this job reached its time limit the last two times in the same stage at the same step."""
-    last = ends(run, job)[-2:]
+    """Whether an attempt that reaches its time limit at this step of a stage is the third in a row without a new step.
+
+    The attempt before these three ended at the same step; there need not be one if no step was saved yet.
+    """
+    count = 2 if step is None else 3
+    last = ends(run, job)[-count:]
     same = [line["why"] == "time limit" and line.get("stage") == stage and line.get("step") == step for line in last]
-    return len(same) == 2 and all(same)
+    return len(same) == count and all(same)
 
 
 def lead_needed(run: RunPaths) -> float:

@@ -23,6 +23,7 @@ Files whose name begins with an underscore are not solvers: several solvers shar
 
 import functools
 import importlib.util
+import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
@@ -38,6 +39,11 @@ from distill.core.importing import Importing
 from distill.core.text import suggest
 
 GROUP = "distill.solvers"
+PARTS = {
+    "look": ("ode", "x", "t"),
+    "step": ("ode", "x", "seen", "at"),
+    "correct": ("ode", "x", "seen", "at", "seen_next"),
+}
 FIRST = ["euler", "heun"]  # the order in lists; other solvers follow by name
 Tensor = Any  # torch.Tensor; torch is not imported here
 
@@ -133,11 +139,23 @@ def _checked(module: str, title: str, remedy: str) -> Solver:
     with Importing(title, Path(found.origin)):
         parts = vars(importlib.import_module(module))
     try:
-        return Solver.model_validate(parts)
+        solver = Solver.model_validate(parts)
+        said = [f"{name} must take ({', '.join(PARTS[name])})" for name in PARTS if not _fits(solver, name)]
     except ValidationError as error:
         wrong = [(str(each["loc"][0]), each) for each in error.errors(include_url=False)]
         said = [f"{part} is missing" if each["type"] == "missing" else f"{part}: {each['msg']}" for part, each in wrong]
-        raise InputError(f"{title} ({found.origin}): {'; '.join(said)}{remedy}") from None
+    if said:
+        raise InputError(f"{title} ({found.origin}): {'; '.join(said)}{remedy}")
+    return solver
+
+
+def _fits(solver: Solver, name: str) -> bool:
+    """Whether a function of a solver takes the arguments of PARTS."""
+    function = getattr(solver, name)
+    try:
+        return function is None or inspect.signature(function).bind(*PARTS[name]) is not None
+    except TypeError:
+        return False
 
 
 def _package(point: EntryPoint) -> str:

@@ -1,8 +1,8 @@
 """Adams-Bashforth of two steps: the velocity is extrapolated by a line in time. One network call per step.
 
 The first step is Euler's. On equal steps this is the pseudo-corrector of FlowTurbo (Zhao et al. 2024, arXiv
-2409.18128). It has no singular end, so no step from noise or to data is of lower order, unlike in solvers in
-lambda = ln(alpha/sigma).
+2409.18128). Only the first step is of lower order. In solvers in lambda = ln(alpha/sigma), which is infinite at noise
+and at data, the second and the last are, too.
 """
 
 from distill.solvers import Ode, Step, Tensor, _adams

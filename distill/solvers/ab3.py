@@ -1,7 +1,7 @@
 """Adams-Bashforth of three steps: the velocity is extrapolated by a parabola in time. One network call per step.
 
 The first step is Euler's and the second that of ab2, so the order is 2 as a whole, but 3 from the third step on. With
-five steps or fewer, and on grids whose steps differ much in length, ab2 is more accurate.
+four steps, `ab2` is more accurate on a mixture, and they are about equal on a trained teacher of digits.
 """
 
 from distill.solvers import Ode, Step, Tensor, _adams

@@ -10,9 +10,9 @@ where W_k(i) is the least cost from t_i to the end in k steps. This total is a s
 error grows in later steps.
 
 Steps are those of the chosen solver. An Euler step, x_i + (t_j - t_i) v_i, needs no further network call. Heun calls
-the network for every (i, j): n M^2 / 2 calls in all. A step of a multistep solver (DPM-Solver++(2M)) also depends on
-the step before it, which W does not know. That step is assumed to have the same length: it starts at index 2 i - j, or
-at index 0 if that is negative.
+the network for every (i, j): n M^2 / 2 calls in all. A step of a multistep solver also depends on the steps before it,
+which W does not know. They are assumed to have the same length: they start at the indices 2 i - j, 3 i - 2 j, ..., or
+at 0 instead of negative ones. A corrector improves the fine path, but not the long steps whose error is measured.
 
 Deviations from the paper: other solvers than Euler; times on the linear path, whatever the field's own schedule.
 """
@@ -173,7 +173,8 @@ def _path(
     def place(i: int, j: int) -> Step:
         earlier = dict.fromkeys(max(i - n * (j - i), 0) for n in range(1, found.memory + 1))  # of steps as long as this
         past = [(seen[k], times[k]) for k in earlier if k < i]
-        return Step(times[i], times[j], past, len(times) - j, to_data)
+        left = 1 + math.ceil((len(times) - 1 - j) / (j - i))  # this step, and later ones of the same length
+        return Step(times[i], times[j], past, left, to_data)
 
     def step(i: int, j: int) -> Tensor:
         return found.step(ode, states[i], seen[i], place(i, j))
