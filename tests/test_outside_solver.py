@@ -125,11 +125,15 @@ def test_the_control_plane_knows_it_without_torch(tmp_path, midpoint):
     [
         (PARTS.replace("def step", "def move"), r" \(.*outside_wrong.py\): step is missing; fix or uninstall"),
         (PARTS.replace("ORDER = 2", "ORDER = 'two'"), "ORDER: Input should be a valid integer; fix or uninstall"),
+        (
+            PARTS.replace("v: Tensor, at: Step", "v: Tensor, t: float, at: Step"),
+            r"step must take \(ode, x, seen, at\); fix",
+        ),
         ("raise ValueError('no')", "line 1: ValueError: no"),
         ("import no_such_package", "needs the package no_such_package"),
         (None, "its module outside_package.wrong is not installed"),
     ],
-    ids=["a part is missing", "a part is of another type", "raises", "needs more", "not there"],
+    ids=["a part is missing", "a part is of another type", "other arguments", "raises", "needs more", "not there"],
 )
 def test_one_that_lacks_something_is_refused_where_it_is_used(site, text, message):
     install(site, "outside-solvers", wrong="outside_wrong" if text else "outside_package.wrong")
