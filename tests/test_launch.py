@@ -559,10 +559,10 @@ def test_another_number_of_processes_than_that_of_launch_is_refused(
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}, "set: MASTER_ADDR, MASTER_PORT, but not WORLD_SIZE; start the "
-         "processes with {}, or, to compute in one process, run: unset MASTER_ADDR MASTER_PORT"),
-        ({"RANK": "1"}, "set: RANK, but not WORLD_SIZE; start the processes with {}, or, to compute in one process, "
-         "run: unset RANK"),
+        ({"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}, "the environment sets MASTER_ADDR, MASTER_PORT, but not "
+         "WORLD_SIZE; start the processes with {}, or, to compute in one process, run: unset MASTER_ADDR MASTER_PORT"),
+        ({"RANK": "1"}, "the environment sets RANK, but not WORLD_SIZE; start the processes with {}, or, to compute in "
+         "one process, run: unset RANK"),
         ({"WORLD_SIZE": "1"}, "WORLD_SIZE is set, but RANK is not; start the processes with {}"),
         (ALL | {"WORLD_SIZE": "one"}, "WORLD_SIZE=one: must be a whole number; start the processes with {}"),
         (ALL | {"WORLD_SIZE": "0"}, "WORLD_SIZE=0: must be a whole number; start the processes with {}"),
