@@ -142,8 +142,8 @@ def _world_size() -> int | None:
     if given and "WORLD_SIZE" not in given:
         # `accelerate launch --cpu` with several processes sets only MASTER_ADDR and MASTER_PORT: each would train alone
         raise InputError(
-            f"the environment sets {', '.join(given)}, but not WORLD_SIZE; start the processes with {LAUNCHERS}, or, to "
-            f"compute in one process, run: unset {' '.join(given)}"
+            f"the environment sets {', '.join(given)}, but not WORLD_SIZE; start the processes with {LAUNCHERS}, or, "
+            f"to compute in one process, run: unset {' '.join(given)}"
         )
     if not given:
         return None
