@@ -136,6 +136,14 @@ MEAN = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
 MIXTURE = (torch.tensor([[-1.5], [0.2], [1.0]]), torch.tensor([0.5, 0.3, 0.4]), torch.tensor([0.5, 0.2, 0.3]))
 
 
+def check_order(name, found):
+    """That of its formula; at least the declared one, if only its first steps or its prediction are of lower order."""
+    declared = find_solver(name).order
+    assert declared - 0.2 < found < declared + (0.2 if name in ("euler", "heun", "ab2", "dpm_solver_pp_2m") else 2), (
+        found
+    )
+
+
 def slope(steps, errors):
     """Least-squares slope of log error against log h."""
     h, e = -torch.tensor(steps, dtype=torch.float64).log(), torch.tensor(errors, dtype=torch.float64).log()
@@ -161,10 +169,10 @@ def errors_along(function, problem, high, low, steps):
 
 @pytest.mark.parametrize("problem", [gaussian, mixture], ids=["gaussian", "mixture"])
 @pytest.mark.parametrize("name", solver_names())
-def test_the_measured_order_is_at_least_the_declared_one(problem, name):
+def test_the_measured_order_is_the_declared_one(problem, name):
     steps = [32, 64, 128]
     errors = errors_along(partial(integrate, name), problem(), 0.95, 0.1, steps)
-    assert slope(steps, errors) > find_solver(name).order - 0.2, errors  # a start of lower order may weigh little
+    check_order(name, slope(steps, errors))
 
 
 @pytest.mark.parametrize("problem", [gaussian, mixture], ids=["gaussian", "mixture"])
@@ -194,7 +202,7 @@ def test_the_order_holds_in_the_own_time_of_another_path(path, name):
     steps = [32, 64, 128]
     problem = GaussianField(MEAN, STD, path), jump, 3 * randn("own", 32, 3)
     errors = errors_along(partial(integrate, name), problem, 0.9, 0.05, steps)
-    assert slope(steps, errors) > find_solver(name).order - 0.2, errors
+    check_order(name, slope(steps, errors))
 
 
 def karras_grid(steps):
