@@ -51,6 +51,7 @@ def refuse(capfd, tmp_path, arguments, said):
 
 # --- fields: `distill run digits CHANGE...` ---
 
+SOLVERS = "'euler', 'heun', 'ab2', 'ab3', 'dpm_solver_pp_2m', 'dpm_solver_pp_3m', 'unipc2' or 'unipc3'"
 DIGITS = "preset 'digits': "
 SPEC = "spec 'digits': "
 FIELDS = {
@@ -96,7 +97,7 @@ FIELDS = {
     ),
     "unknown solver": (
         ["stages.pairs.solver=huen"],
-        DIGITS + "stages.pairs.solver: 'huen' given; must be 'euler', 'heun' or 'dpm_solver_pp_2m'",
+        DIGITS + f"stages.pairs.solver: 'huen' given; must be {SOLVERS}",
     ),
     "bad run name": (["name=a/b"], DIGITS + f"name: 'a/b' given; must be {NAME_RULE}"),
     "unknown recipe": (
@@ -235,7 +236,7 @@ COMMANDS = {
     ),
     "unknown solver": (
         ["pairs", "a", "--solver", "huen", "--out", "p"],
-        "--solver: 'huen' given; must be 'euler', 'heun' or 'dpm_solver_pp_2m'",
+        f"--solver: 'huen' given; must be {SOLVERS}",
     ),
 }  # fmt: skip
 
