@@ -216,7 +216,13 @@ def test_a_type_name_has_one_meaning():
     defined = {}
     for path in PYTHON:
         for node in parse(path).body:
-            targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+            targets = (
+                node.targets
+                if isinstance(node, ast.Assign)
+                else [node.target]
+                if isinstance(node, ast.AnnAssign)
+                else []
+            )
             names = [target.id for target in targets if isinstance(target, ast.Name)]
             for name in [node.name] if isinstance(node, ast.ClassDef) else names:
                 if re.fullmatch(r"[A-Z]\w*[a-z]\w*", name) and name not in ("Config", "Recipe"):
