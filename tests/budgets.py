@@ -8,10 +8,13 @@ Tests count for recipes and teacher classes as follows:
 - tests marked `long` do not count, since they do not run in `make test`.
 
 The CPU time includes setup, teardown and the child processes that the test waited for. Shared fixtures count for the
-first test that uses them.
+first test that uses them. On a machine that is slow, or shared with others, the same test needs more CPU time: a fixed
+piece of work is timed while the tests run, and what a test took is divided by how much slower this work was than on an
+idle machine of two cores (see REFERENCE).
 """
 
 import os
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
@@ -20,12 +23,23 @@ import pytest
 BUDGETS = {"recipe": 4.0, "teacher": 3.0}  # CPU seconds
 SHOWN, SLOW = 20, 0.5  # a test is shown if it took at least SLOW seconds
 
+REFERENCE = 0.017  # CPU seconds of fixed_work() on an idle machine of two cores
+AGAIN = 5.0  # seconds after which the fixed work is timed again
+
 STARTED = pytest.StashKey[float]()
 
 
 def cpu_seconds() -> float:
     """The CPU time that this process and the children it waited for have used."""
     return sum(os.times()[:4])
+
+
+def fixed_work() -> float:
+    """The CPU seconds of a loop that is always the same."""
+    start, values = time.process_time(), dict.fromkeys(range(256), 0)
+    for i in range(200_000):
+        values[i % 256] += i
+    return time.process_time() - start
 
 
 def owners(item: pytest.Item) -> list[str]:
@@ -38,7 +52,7 @@ def owners(item: pytest.Item) -> list[str]:
 
 
 def spent(records: Iterable[tuple[list[str], float]]) -> dict[str, float]:
-    """The CPU seconds of each owner. records: of each test, its owners and its CPU seconds."""
+    """The CPU seconds of each owner. records: of each test, its owners and its CPU seconds on an idle machine."""
     total: dict[str, float] = defaultdict(float)
     for names, seconds in records:
         for name in names:
@@ -49,8 +63,8 @@ def spent(records: Iterable[tuple[list[str], float]]) -> dict[str, float]:
 def over(total: Mapping[str, float]) -> list[str]:
     """One line for each owner that is over its budget."""
     return [
-        f"the tests of {name} took {seconds:.1f} CPU seconds; the budget of a {kind} is {BUDGETS[kind]:g}: "
-        "make them cheaper, or mark the slowest with pytest.mark.long"
+        f"the tests of {name} took {seconds:.1f} CPU seconds (as on an idle machine); the budget of a {kind} is "
+        f"{BUDGETS[kind]:g}: make them cheaper, or mark the slowest with pytest.mark.long"
         for name, seconds in sorted(total.items())
         if seconds > BUDGETS[kind := name.split()[0]]
     ]
@@ -59,8 +73,13 @@ def over(total: Mapping[str, float]) -> list[str]:
 class Recorder:
     """Measures the tests that run in this process."""
 
+    def __init__(self) -> None:
+        self.slowness, self.timed = 1.0, -AGAIN
+
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self, item):
+        if owners(item) and time.monotonic() > self.timed + AGAIN:
+            self.slowness, self.timed = max(1.0, fixed_work() / REFERENCE), time.monotonic()
         item.stash[STARTED] = cpu_seconds()
         return (yield)
 
@@ -69,7 +88,8 @@ class Recorder:
         try:
             return (yield)
         finally:  # properties of a test travel with its reports, from the workers of xdist too
-            item.user_properties.append(("cpu", cpu_seconds() - item.stash[STARTED]))
+            seconds = cpu_seconds() - item.stash[STARTED]
+            item.user_properties += [("cpu", seconds), ("budgeted", seconds / self.slowness)]
             item.user_properties.append(("owners", owners(item)))
 
 
@@ -79,16 +99,17 @@ class Summary:
     def __init__(self) -> None:
         self.wall: dict[str, float] = defaultdict(float)
         self.cpu: dict[str, float] = {}
-        self.owners: dict[str, list[str]] = {}
+        self.records: list[tuple[list[str], float]] = []
 
     def pytest_runtest_logreport(self, report):
         self.wall[report.nodeid] += report.duration
         if report.when == "teardown":
             found = dict(report.user_properties)
-            self.cpu[report.nodeid], self.owners[report.nodeid] = found["cpu"], found["owners"]
+            self.cpu[report.nodeid] = found["cpu"]
+            self.records.append((found["owners"], found["budgeted"]))
 
     def total(self) -> dict[str, float]:
-        return spent((self.owners[test], seconds) for test, seconds in self.cpu.items())
+        return spent(self.records)
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self, session):

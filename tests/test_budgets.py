@@ -15,6 +15,7 @@ import sys
 sys.path.insert(0, {here!r})
 import budgets
 budgets.BUDGETS.update(recipe=0.2, teacher=0.2)
+budgets.REFERENCE = {reference}
 pytest_plugins = ["budgets"]
 """
 
@@ -65,16 +66,15 @@ def test_seconds_are_divided_among_owners():
     total = budgets.spent(records)
     assert total == {"recipe a": 3.5, "recipe b": 1.5, "teacher a": 3.5}
     assert budgets.over(total) == [
-        "the tests of teacher a took 3.5 CPU seconds; the budget of a teacher is 3: make them cheaper, or mark the "
-        "slowest with pytest.mark.long"
+        "the tests of teacher a took 3.5 CPU seconds (as on an idle machine); the budget of a teacher is 3: make them "
+        "cheaper, or mark the slowest with pytest.mark.long"
     ]
     assert budgets.over({"recipe a": 4.0}) == []
 
 
-@pytest.mark.process
-@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["alone", "workers"])
-def test_what_is_over_its_budget_fails_the_run(tmp_path, workers):
-    (tmp_path / "conftest.py").write_text(CONFTEST.format(here=str(HERE)))
+def run(tmp_path, *workers, reference):
+    """Runs the tests above. reference: the CPU seconds that the fixed work would take on an idle machine."""
+    (tmp_path / "conftest.py").write_text(CONFTEST.format(here=str(HERE), reference=reference))
     (tmp_path / "test_a.py").write_text(TESTS)
     (tmp_path / "test_b.py").write_text(DECLARING)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    long\n    process\n")
@@ -90,7 +90,13 @@ def test_what_is_over_its_budget_fails_the_run(tmp_path, workers):
         str(tmp_path),
     ]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # we may be a worker
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["alone", "workers"])
+def test_what_is_over_its_budget_fails_the_run(tmp_path, workers):
+    done = run(tmp_path, *workers, reference=100.0)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "5 passed" in done.stdout
     lines = [line for line in done.stdout.splitlines() if line.startswith("the tests of")]
@@ -98,3 +104,10 @@ def test_what_is_over_its_budget_fails_the_run(tmp_path, workers):
         "the tests of recipe reflow/slow",
         "the tests of teacher child",
     ]
+
+
+@pytest.mark.process
+def test_a_slow_machine_has_larger_budgets(tmp_path):
+    done = run(tmp_path, reference=1e-3)  # this machine counts as some thirty times slower
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the tests of" not in done.stdout
