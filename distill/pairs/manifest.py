@@ -32,7 +32,7 @@ from distill.core.field_types import (
 from distill.core.text import printable
 from distill.flow import draws
 from distill.pairs.numbers import Rounding, Whiteness
-from distill.spec.model import STORED_BYTES, WITH_STATES
+from distill.spec.samplingspec import STORED_BYTES, WITH_STATES
 from distill.spec.pairspec import MAX_MANIFEST, Layout
 
 CHECKED_NOISE = 16
