@@ -32,8 +32,8 @@ from distill.core.field_types import (
 from distill.core.text import printable
 from distill.flow import draws
 from distill.pairs.numbers import Rounding, Whiteness
-from distill.spec.samplingspec import STORED_BYTES, WITH_STATES
 from distill.spec.pairspec import MAX_MANIFEST, Layout
+from distill.spec.samplingspec import STORED_BYTES, WITH_STATES
 
 CHECKED_NOISE = 16
 MAX_RECORD = 1 << 16  # bytes
