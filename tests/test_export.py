@@ -55,6 +55,8 @@ KINDS = {
     "mlp-jump-own": (MLP, (2,), None, "jump", OWN),
     "mlp-renoise-own": (MLP, (2,), None, "renoise", OWN),
     "mlp-classes-accelerated-own": (MLP, (3,), 2, "accelerated", OWN),
+    "unet-classes-bns": (UNET, (3, 8, 8), 4, "bns", OWN),
+    "mlp-bns": (MLP, (2,), None, "bns", OWN),
 }
 
 
@@ -94,6 +96,7 @@ def describe(
         kind=next(kind for kind, each in STUDENTS.items() if sampler in each.samplers),
         sampler=sampler,
         t_grids=t_grids or {},
+        fitted={n: [[0.1 * (i - j) for j in range(i + 2)] for i in range(n)] for n in OWN} if sampler == "bns" else {},
         name="a-student",
         recipe="reflow/reflow",
         summary="Reflow (Liu et al. 2022, arXiv 2209.03003)",
@@ -119,7 +122,7 @@ def fresh(card: StudentCard, count: int, steps: int) -> list[torch.Tensor]:
 def ours(student: Student, card: StudentCard, noise: torch.Tensor, steps: int) -> torch.Tensor:
     labels = {} if card.num_classes is None else {"class_labels": sample_labels(range(len(noise)), card.num_classes)}
     t_grid = torch.tensor(card.t_grids[steps], dtype=torch.float64) if card.t_grids else uniform_grid(steps)
-    more = fresh(card, len(noise), steps)
+    more = [*fresh(card, len(noise), steps), *sampling.weights(card.fitted, steps)]
     return sampling.by_sampler(student.eval(), card.sampler, noise, t_grid, labels, more)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from distill.cli.common import JsonOption, StoreOption, TeacherHelp, print_json, store_path
+from distill.cli.common import JsonOption, StoreOption, TeacherHelp, check_out, near, print_json, store_path
 from distill.core.collection import importing
 from distill.core.errors import InputError
 from distill.core.field_types import MAX_SAMPLES, MAX_STEPS
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from distill.students.loaded import LoadedStudent
+    from distill.teachers import LoadedTeacher
 
 MAX_FINE = 10_000  # the number of costs is quadratic: one for each pair of times of the grid
 
@@ -27,35 +28,60 @@ MAX_FINE = 10_000  # the number of costs is quadratic: one for each pair of time
 def schedule(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help=TeacherHelp)],
     steps: Annotated[int, typer.Option("--steps", help="Number of steps to find times for.", min=1, max=MAX_STEPS)],
-    solver: Annotated[str, typer.Option(help=f"Solver of these steps: {kinds.either(solver_names())}.")] = "euler",
+    solver: Annotated[
+        str | None, typer.Option(help=f"Solver of these steps: {kinds.either(solver_names())}; by default euler.")
+    ] = None,
     fine: Annotated[
-        int, typer.Option(help="Number of steps of the fine grid from which the times are chosen.", min=1, max=MAX_FINE)
-    ] = FINE,
+        int | None,
+        typer.Option(
+            help=f"Steps of the fine grid from which times are chosen; by default {FINE}.", min=1, max=MAX_FINE
+        ),
+    ] = None,
     samples: Annotated[
-        int, typer.Option(help="Number of paths to measure errors on.", min=1, max=MAX_SAMPLES)
-    ] = SAMPLES,
+        int | None,
+        typer.Option(
+            help=f"Number of paths; by default {SAMPLES}, and with --fit 20 per number.", min=1, max=MAX_SAMPLES
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the noise of these paths.", min=0, max=2**63 - 1)] = SEED,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 = none.", min=0, max=10_000)] = 1.0,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="Fit times and weights of a solver (BNS) to the network, instead of times.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="With --fit: also write a student, the teacher's network with this solver.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Find the step times that minimize the error of a solver, by dynamic programming, and save them in the store."""
+    """Find the step times that minimize the error of a solver, or fit a whole solver, and save them in the store."""
     from distill.cli import arguments
 
-    if steps > fine:
+    if out is not None and not fit:
+        raise InputError("--out: has no effect without --fit; leave it out")
+    if fit and not (solver is None and fine is None):
         raise InputError(
-            f"--steps {steps} is more than --fine {fine}, the steps of the grid from which times are chosen; use fewer "
-            "steps, or a larger --fine"
+            "--solver and --fine have no effect with --fit, which fits a solver of its own; leave them out"
+        )
+    if not fit and steps > (fine or FINE):
+        raise InputError(
+            f"--steps {steps} is more than --fine {fine or FINE}, the steps of the grid from which times are chosen; "
+            "use fewer steps, or a larger --fine"
         )
     runs = store_path(store)
     where = arguments.teacher(teacher, runs)
     with importing():
         from distill import teachers
-        from distill.students import step_times
 
     place = arguments.device(device)
     loaded = teachers.load_teacher(where, place)
+    if fit:
+        _fit(loaded, steps, samples, seed, guidance_scale, out, place, runs, json)
+        return
+    from distill.students import step_times
+
+    solver, fine, samples = solver or "euler", fine or FINE, samples or SAMPLES
     costs = step_times.find(
         loaded, runs, device=place, solver=solver, fine=fine, samples=samples, seed=seed, guidance_scale=guidance_scale
     )
@@ -76,6 +102,45 @@ def schedule(
     )
     say(f"times: {', '.join(f'{t:.4g}' for t in best.times)}")
     say(f"sum of squared errors: {best.cost:.4g}; with uniform steps: {uniform.cost:.4g}")
+
+
+def _fit(
+    teacher: "LoadedTeacher",
+    steps: int,
+    samples: int | None,
+    seed: int,
+    guidance_scale: float,
+    out: Path | None,
+    device: "torch.device",
+    store: Path,
+    json: bool,
+) -> None:
+    """`distill schedule --fit`: fit a solver, or take it from the store, and write the student to `out`."""
+    from distill.runs.progress import Progress
+    from distill.students import exporting, fitted, fitting
+
+    if steps > fitting.MAX_STEPS:
+        raise InputError(f"--steps {steps}: a solver can be fitted for 1 to {fitting.MAX_STEPS} steps")
+    if out is not None:
+        check_out(out)
+        fitted.refuse_student(teacher, guidance_scale)
+    with Progress("fit", 100, "percent", None) as progress:
+        found = fitting.find(
+            teacher, store, steps, device=device, samples=samples, seed=seed, guidance_scale=guidance_scale,
+            show=lambda done, total: progress.update(100 * done // total, {}),
+        )  # fmt: skip
+    if out is not None:
+        made, card = fitted.student(teacher, found, out.name)
+        exporting.export(made, out, card)
+    if json:
+        print_json(found.model_dump(mode="json"))
+        return
+    say(f"solver of {steps} step{'s' if steps > 1 else ''}, fitted to {teacher.description} on {found.samples:,} paths")
+    say(f"times: {', '.join(f'{t:.4g}' for t in found.times)}")
+    before = f"{found.rms_before:.4g} with ab2, where the fit began"
+    say(f"RMS error of the samples from other noises: {found.rms:.4g}; {before}")
+    if out is not None:
+        say(f"wrote {near(out.absolute())}: a student with this solver")
 
 
 def refuse_schedule(schedule: str, times: str | None) -> None:

@@ -26,7 +26,7 @@ INDEX = "model_index.json"
 NOT_LOADED = "the student is not loaded because it may be unsafe or damaged"
 # The keys of a model_index.json in addition to the components of the pipeline.
 FACTS = ("_class_name", "_diffusers_version", "_name_or_path")
-OPTIONS = ("num_classes", "sampler", "t_grid", "t_grids")
+OPTIONS = ("num_classes", "sampler", "t_grid", "t_grids", "fitted")
 # Classes of diffusers that load only their own folder: no pipelines, and no classes that select another class.
 CLASSES = re.compile(r"(?!Auto|Modular|Onnx|Flax)[A-Z][A-Za-z0-9]*(Model|Scheduler)|AutoencoderKL|AutoencoderTiny")
 # Keys of configurations with which diffusers and similar libraries load code or weights from elsewhere.

@@ -72,6 +72,8 @@ class StudentCard(FrozenModel):
     """a name in samplers/"""
     t_grids: Annotated[dict[StepsKey, Annotated[list[Number], Field(fail_fast=True)]], Field(max_length=1000)] = {}
     """number of steps N -> its N + 1 times from 1 to 0; no other N is possible; empty: 1, (N-1)/N, ..., 0 for any N"""
+    fitted: Annotated[dict[StepsKey, Annotated[list[list[Number]], Field(max_length=64)]], Field(max_length=64)] = {}
+    """of a fitted sampler: number of steps N -> its N rows of weights; row i: a_i, b_i0, ..., b_ii"""
     num_classes: Length | None
     null_class: Count | None
     """class id of the unconditional call"""
@@ -108,6 +110,11 @@ class StudentCard(FrozenModel):
                 raise ValueError(
                     f"t_grids: {steps} steps need {steps + 1} times that decrease from 1 to 0, got {times}"
                 )
+        if SAMPLERS[self.sampler].is_fitted != bool(self.fitted) or (self.fitted and [*self.fitted] != [*self.t_grids]):
+            raise ValueError("fitted: the sampler bns needs weights for each number of steps in t_grids, others none")
+        for steps, rows in self.fitted.items():
+            if [len(row) for row in rows] != [i + 2 for i in range(steps)]:
+                raise ValueError(f"fitted: {steps} steps need {steps} rows of 2 to {steps + 1} weights")
         return self
 
     @property
@@ -208,8 +215,9 @@ def add_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
 
 
 def to_json(card: StudentCard) -> str:
-    """The card as the text of distill.json."""
-    return json.dumps(card.model_dump(mode="json"), ensure_ascii=False, indent=2) + "\n"
+    """The card as the text of distill.json. `fitted` is left out if empty: earlier versions do not know it."""
+    content = card.model_dump(mode="json", exclude=set() if card.fitted else {"fitted"})
+    return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from distill.core.errors import InputError
 from distill.core.text import expanded, suggest
 from distill.spec import clusterspec, imagefolder, pairspec, resolved, specfile, trainspec
-from distill.spec.kinds import STUDENTS
+from distill.spec.kinds import SAMPLERS, STUDENTS
 from distill.spec.model import (
     FINE,
     OF_DATA,
@@ -143,8 +143,8 @@ def _recipe(stage: TrainStage, recipe: ResolvedRecipe, where: str) -> Iterator[s
     if recipe.kind is None:
         kinds = ", ".join(STUDENTS)
         yield f"{where}: {stage.recipe} makes a student of unknown kind '{recipe.config.student}'; valid: {kinds}"
-    elif recipe.sampler not in recipe.kind.samplers:
-        valid = ", ".join(recipe.kind.samplers)
+    elif recipe.sampler not in (valid_samplers := [s for s in recipe.kind.samplers if not SAMPLERS[s].is_fitted]):
+        valid = ", ".join(valid_samplers)
         yield (
             f"{where}: {stage.recipe} sets the sampler {recipe.sampler}, which cannot sample a "
             f"{recipe.config.student} student; valid: {valid}"

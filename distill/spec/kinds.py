@@ -29,6 +29,8 @@ class SamplerFacts:
     """its description in the model card"""
     calls: Callable[[int], int] = _as_many
     """number of steps -> network calls per sample"""
+    is_fitted: bool = False
+    """whether it needs weights that were fitted to the network, for each number of steps"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ SAMPLERS: Mapping[str, SamplerFacts] = {
     "euler": SamplerFacts("velocity", "Euler, x_s = x_t + (s - t) v(x_t, t)"),
     "same_noise": SamplerFacts(
         "velocity", "data = x_t - t v(x_t, t), x_s = (1 - s) data + s noise, with the noise that it began from"
+    ),
+    "bns": SamplerFacts(
+        "velocity",
+        "x_{i+1} = a_i noise + sum_j b_ij v(x_j, t_j), with times and weights that were fitted to the network",
+        is_fitted=True,
     ),
     "jump": SamplerFacts("flow_map", "jumps x_s = x_t + (s - t) u(x_t, t, s)"),
     "renoise": SamplerFacts(

@@ -24,7 +24,7 @@ from distill.flow.draws import sample_labels, sample_noise
 from distill.networks.velocity import TIME_SCALE
 from distill.students import shipped
 from distill.students.loaded import KINDS, Student
-from distill.students.sampling import by_sampler, fresh_noises, grid, num_fresh
+from distill.students.sampling import by_sampler, fresh_noises, grid, num_fresh, weights
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CHECK_STEPS, CHECK_BATCH, CHECK_SEED = (1, 2, 4), 2, 0
@@ -82,6 +82,7 @@ def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
             "sampler": card.sampler,
             "scheduler": ["diffusers", scheduler],
             **({"t_grids": card.t_grids} if card.t_grids else {}),
+            **({"fitted": card.fitted} if card.fitted else {}),
             "unet": [library, class_name],
         },
     )
@@ -107,7 +108,8 @@ def _compare(student: Student, folder: Path, card: StudentCard) -> None:
     cond = {} if labels is None else {"class_labels": labels}
     for steps in card.t_grids or CHECK_STEPS:
         fresh = fresh_noises(CHECK_SEED, indices, card.shape, num_fresh(card.sampler, steps))
-        ours = by_sampler(student, card.sampler, noise, grid(card.t_grids, steps), cond, fresh)
+        more = [*fresh, *weights(card.fitted, steps)]
+        ours = by_sampler(student, card.sampler, noise, grid(card.t_grids, steps), cond, more)
         theirs = pipeline(steps, class_labels=labels, latents=noise, fresh=fresh, output_type="pt").images
         error, allowed = (ours - theirs).abs().max().item(), TOLERANCE * max(1.0, ours.abs().max().item())
         if not error <= allowed:  # also true for NaN

@@ -1,7 +1,7 @@
 """Loading of student folders."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ class LoadedStudent:
     null_class: int | None  # class of the unconditional call
     digest: str  # sha256 over configuration and weights
     description: str  # one line for people
+    fitted: Mapping[int, list[list[float]]] = field(default_factory=dict)  # weights of its sampler, as in the card
 
     @property
     def conditioning(self) -> Conditioning:
@@ -59,4 +60,5 @@ def load_student(folder: Path, device: torch.device) -> LoadedStudent:
         null_class=checkpoint.null_class(found.conditioning),
         digest=found.digest,
         description=found.description,
+        fitted=card.fitted,
     )

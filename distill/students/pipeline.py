@@ -38,6 +38,7 @@ class DistilledPipeline(DiffusionPipeline):
         num_classes: int | None = None,
         sampler: str = SAMPLER,
         t_grids: dict[str, list[float]] | None = None,
+        fitted: dict[str, list[list[float]]] | None = None,
     ) -> None:
         super().__init__()
         if sampler != self.sampler_name:
@@ -45,7 +46,7 @@ class DistilledPipeline(DiffusionPipeline):
                 f"sampler={sampler!r}; valid: {self.sampler_name!r}, the only one in this student's pipeline.py"
             )
         self.register_modules(unet=unet, scheduler=scheduler)
-        self.register_to_config(num_classes=num_classes, sampler=sampler, t_grids=t_grids)
+        self.register_to_config(num_classes=num_classes, sampler=sampler, t_grids=t_grids, fitted=fitted)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -92,6 +93,8 @@ class DistilledPipeline(DiffusionPipeline):
             noise = latents.to(device=device, dtype=dtype)
 
         more = self._fresh(fresh, self.num_fresh(len(times) - 1), noise, generator)
+        if self.config["fitted"]:
+            more = [self._rows(len(times) - 1)]
         cond = {} if labels is None else {"class_labels": labels}
         samples = self.sample(partial(self.call, self.unet), noise, times, cond, *more)
         images = self._finish(samples, output_type)
@@ -110,6 +113,12 @@ class DistilledPipeline(DiffusionPipeline):
         own = grids[str(steps)][:-1] if grids else None  # the scheduler appends 0 itself
         self.scheduler.set_timesteps(steps, sigmas=own)
         return self.scheduler.sigmas
+
+    def _rows(self, steps: int) -> Tensor:
+        """The weights of the fitted sampler, [N, N + 1], with zeros where a row is shorter."""
+        rows = self.config["fitted"][str(steps)]
+        filled = [[*row, *[0.0] * (steps + 1 - len(row))] for row in rows]
+        return torch.tensor(filled, dtype=torch.float64)
 
     def _fresh(
         self,

@@ -85,8 +85,10 @@ def of_student(student: LoadedStudent, t_grid: Tensor) -> Method:
     """Sample a student along `t_grid` [N + 1] with the sampler named in its folder."""
     steps = len(t_grid) - 1
 
+    fitted = weights(student.fitted, steps)
+
     def generate(noise: Tensor, cond: Cond, fresh: Sequence[Tensor]) -> Tensor:
-        return by_sampler(student.student, student.sampler, noise, t_grid, cond, fresh)
+        return by_sampler(student.student, student.sampler, noise, t_grid, cond, [*fresh, *fitted])
 
     return Method(generate, network_calls(student.sampler, steps), num_fresh(student.sampler, steps))
 
@@ -142,11 +144,25 @@ def by_sampler(
     noise: Tensor,
     t_grid: Tensor,
     cond: Cond,
-    fresh: Sequence[Tensor],
+    more: Sequence[Tensor],
 ) -> Tensor:
-    """Run the sampler of that name along `t_grid` [N + 1]. fresh: `num_fresh` noises like `noise` [B, ...]."""
+    """Run the sampler of that name along `t_grid` [N + 1].
+
+    more: `num_fresh` noises like `noise` [B, ...], and `weights` if the sampler is fitted.
+    """
     assert sampler in MODULES, f"there is no sampler '{sampler}'"
-    return MODULES[sampler].sample(student, noise, t_grid, cond, *fresh)
+    return MODULES[sampler].sample(student, noise, t_grid, cond, *more)
+
+
+def weights(fitted: Mapping[int, list[list[float]]], steps: int) -> list[Tensor]:
+    """The weights of a fitted sampler for this number of steps, as one tensor [N, N + 1]; none for other samplers."""
+    return [padded(fitted[steps])] if fitted else []
+
+
+def padded(rows: list[list[float]]) -> Tensor:
+    """Rows of 2, 3, ..., N + 1 numbers as one tensor [N, N + 1] float64, filled up with zeros."""
+    filled = [[*row, *[0.0] * (len(rows) + 1 - len(row))] for row in rows]
+    return torch.tensor(filled, dtype=torch.float64)
 
 
 def num_fresh(sampler: str, steps: int) -> int:

@@ -19,16 +19,21 @@ from distill.testing.closed_form import QuantileFlowMap
 
 CALLS = (4, 6, 8, 10, 16, 20)
 SAMPLES = 96
+MIXTURE = [-1.0, 1.2], [0.3, 0.4], [0.4, 0.6]  # means, standard deviations, weights
 REFERENCE = ("heun", 200)  # of the digits teacher
 
 
 def mixture() -> tuple[VelocityField, torch.Tensor, Cond, torch.Tensor]:
     """A mixture of two normals, quantiles as noise, and the exact samples."""
-    means, stds, weights = [-1.0, 1.2], [0.3, 0.4], [0.4, 0.6]
-    field = MixtureField(torch.tensor(means, dtype=torch.float64)[:, None], torch.tensor(stds), torch.tensor(weights))
-    noise = torch.special.ndtri((torch.arange(512, dtype=torch.float64) + 0.5) / 512)[:, None]
-    one, exact = torch.ones(512, dtype=torch.float64), QuantileFlowMap(*map(torch.tensor, (means, stds, weights)))
-    return field, noise, {}, exact.jump(noise, one, 0 * one)
+    means, stds, weights = (torch.tensor(values, dtype=torch.float64) for values in MIXTURE)
+    return MixtureField(means[:, None], stds, weights), *quantiles(0.5)
+
+
+def quantiles(offset: float) -> tuple[torch.Tensor, Cond, torch.Tensor]:
+    """The quantiles (i + offset) / 512 as noise, no condition, and the exact samples of the mixture."""
+    noise = torch.special.ndtri((torch.arange(512, dtype=torch.float64) + offset) / 512)[:, None]
+    one, exact = torch.ones(512, dtype=torch.float64), QuantileFlowMap(*map(torch.tensor, MIXTURE))
+    return noise, {}, exact.jump(noise, one, 0 * one)
 
 
 def digits(teacher: Path) -> tuple[VelocityField, torch.Tensor, Cond, torch.Tensor]:
