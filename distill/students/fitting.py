@@ -49,6 +49,9 @@ EVALUATIONS = 1500  # of L-BFGS
 BLOCK = 64  # pairs in memory at once
 MAX_STEPS = 64  # the number of weights is quadratic
 
+ShowDone = Callable[[int, int], None]  # is called with the number of steps done, and their total
+Judge = Callable[[], None]
+
 
 def numbers(steps: int) -> int:
     """How many numbers are fitted for so many steps."""
@@ -144,12 +147,11 @@ def fit(
     samples: int | None = None,
     seed: int = 0,
     guidance_scale: float = 1.0,
-    show: Callable[[int, int], None] = lambda done, total: None,
+    show: ShowDone = lambda done, total: None,
 ) -> FittedSolver:
     """Fit a solver of `steps` steps to a teacher.
 
     samples: number of pairs to fit; None: 20 for each number. A quarter as many are held out.
-    show: is called with the number of steps done, and their total.
 
     InputError if the teacher's network cannot be called on the linear path; RunError if a number is not finite.
     """
@@ -179,7 +181,7 @@ def minimize(
     pairs: SolvedPaths,
     held_out: SolvedPaths,
     numbers: FittedNumbers,
-    show: Callable[[int, int], None],
+    show: ShowDone,
 ) -> list[Judged]:
     """Fit the numbers to the pairs. Returns the first ones, and those that improved on the held-out pairs, in order."""
     kept: list[Judged] = []
@@ -223,8 +225,8 @@ def _by_adam(
     field: VelocityField,
     pairs: SolvedPaths,
     found: FittedNumbers,
-    judge: Callable[[], None],
-    show: Callable[[int, int], None],
+    judge: Judge,
+    show: ShowDone,
 ) -> None:
     groups = [{"params": [found.weights], "lr": RATE}, {"params": [found.lengths], "lr": RATE_OF_TIMES}]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
@@ -245,8 +247,8 @@ def _by_lbfgs(
     field: VelocityField,
     pairs: SolvedPaths,
     found: FittedNumbers,
-    judge: Callable[[], None],
-    show: Callable[[int, int], None],
+    judge: Judge,
+    show: ShowDone,
 ) -> None:
     rounds = 15  # the held-out pairs are looked at after each
     optimizer = torch.optim.LBFGS(
@@ -284,7 +286,7 @@ def find(
     samples: int | None = None,
     seed: int = 0,
     guidance_scale: float = 1.0,
-    show: Callable[[int, int], None] = lambda done, total: None,
+    show: ShowDone = lambda done, total: None,
 ) -> FittedSolver:
     """The solver fitted with these settings, from the store if it is there; otherwise it is fitted now and stored.
 
