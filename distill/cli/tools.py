@@ -122,7 +122,7 @@ def evaluate(
         from distill.students.loaded import load_student
 
     place = arguments.device(device)
-    total = evalspec.num_samples(stage)
+    total = evalspec.num_samples(stage, {"student": card.sampler})
     with StopRequest() as stop, Progress("evaluate", total, "samples", None) as progress:
         loaded = teachers.load_teacher(teacher_spec, place)
         students = {"student": load_student(folder, place)}

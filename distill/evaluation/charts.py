@@ -41,6 +41,7 @@ STYLE = {
     "xtick.minor.size": 0,
     "ytick.minor.size": 0,
 }
+LINES, MARKERS = ("-", "--", ":", "-."), ("o", "^", "v", "s", "P")  # of the solvers of the teacher
 FEW = 6  # up to so many networks, every point has its value beside it
 
 
@@ -63,8 +64,14 @@ def quality(results: Results) -> str:
         crowded = len(colours) > FEW
         for network, colour in colours.items():
             rows = [row for row in results.rows if row.network == network and row.value > 0]  # 0 has no logarithm
-            line = [row for row in rows if not row.fine and not row.along]
-            axes.plot([r.nfe for r in line], [r.value for r in line], "-o", color=colour, ms=5, lw=1.6, label=network)
+            usual = [row for row in rows if not row.fine and not row.along]
+            for i, solver in enumerate(dict.fromkeys(row.solver for row in usual)):  # one, except for the teacher
+                line = sorted((row for row in usual if row.solver == solver), key=lambda row: row.nfe)
+                label = network if line[0].role == "student" else line[0].label
+                axes.plot(
+                    [r.nfe for r in line], [r.value for r in line], color=colour, lw=1.6 if i == 0 else 1, label=label,
+                    ls=LINES[i % len(LINES)], marker=MARKERS[i % len(MARKERS)], ms=5,
+                )  # fmt: skip
             for along in dict.fromkeys(row.along for row in rows if row.along):
                 same = [row for row in rows if row.along == along]
                 label = f"{network}{same[0].way}"
@@ -75,9 +82,12 @@ def quality(results: Results) -> str:
                 if row.fine:
                     label = f"{network}, {row.solver}"
                     axes.plot([row.nfe], [row.value], "D", color=colour, ms=5.5, mfc="white", label=label)
-                # Labels: the teacher's are above its points, those of the best student per column below, others beside.
+                # Labels: above the points of the teacher's first solver, below those of the best student per column,
+                # and beside those of other students.
                 place, align = (5, 4), "left"
                 if crowded and row.role == "student" and row.value != lowest[row.nfe]:
+                    continue
+                if row.role == "teacher" and not row.fine and row.solver != usual[0].solver:
                     continue
                 if row.role == "student":
                     place, align = ((0, -14), "center") if row.value == lowest[row.nfe] else ((8, -1), "left")

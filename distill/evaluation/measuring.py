@@ -6,34 +6,38 @@ everything that its values depend on. So a process that is killed loses only one
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import safetensors
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from distill.core.atomic import write_atomic, write_json
 from distill.core.errors import InputError
-from distill.core.records import read_json
+from distill.core.png import is_png
+from distill.core.records import read_json, read_small
 from distill.core.stop import StopRequest
 from distill.data import DataSet
+from distill.evaluation import row_plans
 from distill.evaluation.metrics.manifold import NEIGHBOURS
 from distill.evaluation.metrics.reference import Reference, of_exact, of_images
 from distill.evaluation.pictures import columns_for, images_png, scatter_png
+from distill.evaluation.row_plans import Plan, fine_plan
 from distill.flow.draws import sample_noise
 from distill.flow.solvers import straightness
 from distill.flow.times import uniform_grid
 from distill.networks.velocity import VelocityStudent
 from distill.protocols import VelocityField
 from distill.runs.progress import Progress
-from distill.runs.results import FILE_NAME, Results, Row
+from distill.runs.results import FILE_NAME, PICTURE_BYTES, Results, Row
 from distill.runs.run_store import RunPaths
 from distill.spec.model import EvaluateStage
-from distill.students import loaded, step_times
+from distill.students import fitted, loaded
 from distill.students.loaded import LoadedStudent
 from distill.students.sampling import (
     Method,
@@ -50,29 +54,6 @@ from distill.teachers import LoadedTeacher
 VERSION = 2  # of the measurements; part of the key of a row
 PICTURE_ROWS, PICTURE_POINTS = 6, 2000
 STRAIGHTNESS_STEPS, STRAIGHTNESS_SAMPLES = 16, 256
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One row to measure."""
-
-    network: str
-    role: Literal["teacher", "student"]
-    solver: str
-    steps: int
-    fine: bool = False
-    along: str = ""  # which times, in words, as in `Row`; "": the usual ones
-    times: tuple[float, ...] | None = None  # of the steps, from 1 to 0; None: uniform
-
-    @property
-    def slug(self) -> str:
-        name = "teacher" if self.role == "teacher" else f"student-{self.network}"
-        along = "" if not self.along else f"-{self.along}" if self.along == "optimal" else f"-{_short(self.along)}"
-        return f"{name}-{self.solver}-{self.steps}{along}"
-
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def evaluate(
@@ -136,11 +117,11 @@ def measure(
     else:
         reference = of_exact(exact, stage.samples, seed) if exact is not None else None
     work = _Work(folder, stage, teacher, students, reference, seed, device, progress, stop, store)
-    plans = work.plans()
+    plans = row_plans.plans(stage, teacher, students, store, device)
     rows = [row for plan in plans if (row := work.kept(plan))]
     if len(rows) < len(plans):
         fine, endpoint = work.fine()
-        rows = [fine if plan == _fine(stage) else work.row(plan, endpoint) for plan in plans]
+        rows = [fine if plan == fine_plan(stage) else work.row(plan, endpoint) for plan in plans]
     results = Results(
         stage=name,
         samples=stage.samples,
@@ -167,10 +148,6 @@ def refuse_few(data: DataSet) -> None:
             f"data '{data.name}' has {len(data)} images, but an evaluation needs at least {NEIGHBOURS + 1}, since it "
             f"compares each with its {NEIGHBOURS} nearest neighbours"
         )
-
-
-def _fine(stage: EvaluateStage) -> Plan:
-    return Plan("teacher", "teacher", stage.fine_solver, stage.fine_steps, fine=True)
 
 
 def _check(
@@ -211,40 +188,13 @@ class _Work:
     store: Path
     straight: dict[tuple[str, str], float | None] = field(default_factory=dict)  # cached, by role and network
 
-    def plans(self) -> list[Plan]:
-        """The rows of the stage: the teacher with Euler and with the fine solver, students with their own samplers.
-
-        For each network, rows with other step times come after its usual ones.
-        """
-        rows = [Plan("teacher", "teacher", "euler", steps) for steps in self.stage.teacher_steps]
-        rows += [*self._along(rows, self.teacher), _fine(self.stage)]
-        for name, steps in self.stage.students.items():
-            student, own = self.students[name], self.students[name].t_grids
-            usual = [Plan(name, "student", student.sampler, n, times=tuple(own[n]) if own else None) for n in steps]
-            rows += [*usual, *self._along(usual, student)]
-            if name in self.stage.fine_students:
-                rows.append(replace(_fine(self.stage), network=name, role="student"))
-        return rows
-
-    def _along(self, usual: list[Plan], network: LoadedTeacher | LoadedStudent) -> Iterator[Plan]:
-        """The rows of a network with the other step times that the stage asks for. usual: its rows with usual times."""
-        for asked in self.stage.times.get(usual[0].network, []) if usual else []:
-            if asked == "optimal":
-                scale = self.stage.guidance_scale if isinstance(network, LoadedTeacher) else 1.0
-                for plan in usual:
-                    times = step_times.optimal_times(network, self.store, plan.steps, self.device, scale)
-                    yield replace(plan, along="optimal", times=tuple(times))
-            else:
-                along = ", ".join(f"{t:g}" for t in asked)
-                yield replace(usual[0], steps=len(asked) - 1, along=along, times=tuple(asked))
-
     @property
     def endpoint_path(self) -> Path:
         return self.folder / "endpoint.safetensors"
 
     def fine(self) -> tuple[Row, Tensor]:
         """The teacher's row with the fine solver, and its samples [N, ...], which are kept until all rows are done."""
-        plan, path = _fine(self.stage), self.endpoint_path
+        plan, path = fine_plan(self.stage), self.endpoint_path
         kept, stamp = self.kept(plan), {"key": self._key(plan)}
         if kept is not None and path.exists():
             with safetensors.safe_open(path, framework="pt") as file:
@@ -259,6 +209,8 @@ class _Work:
         """A row, measured now or by an earlier process. endpoint: samples of the fine solver."""
         kept = self.kept(plan)
         if kept is None:
+            kept = self._shared(plan)
+        if kept is None:
             return self._measure(plan, *self._samples(plan), endpoint)
         self._skip()
         return kept
@@ -272,6 +224,8 @@ class _Work:
     def _method(self, plan: Plan, steps: int | None = None) -> Method:
         """How the samples of a row are made. steps: use so many uniform steps instead of the plan's."""
         times = None if steps else plan.times
+        if plan.fit is not None:
+            return fitted.method(self.teacher, plan.fit)
         if plan.role == "teacher":
             return of_teacher(self.teacher, plan.solver, steps or plan.steps, self.stage.guidance_scale, times)
         student = self.students[plan.network]
@@ -297,7 +251,7 @@ class _Work:
     def _measure(self, plan: Plan, samples: Tensor, seconds: float, endpoint: Tensor) -> Row:
         pixels = self.teacher.codec.decode(samples)
         laws = self.reference.measure(pixels) if self.reference else {}
-        picture = Path("pictures") / f"{plan.slug}.png"
+        picture = self._picture_name(plan)
         write_atomic(self.folder / picture, self._picture(plan, pixels))
         row = Row(
             network=plan.network,
@@ -315,9 +269,39 @@ class _Work:
             images_per_second=1 / seconds,
             straightness=self._straightness(plan),
             transport=self._transport(samples),
-            picture=picture.as_posix(),
+            picture=picture,
         )
-        write_json(self._path(plan), {"key": self._key(plan), "row": row.model_dump(mode="json")})
+        content = {"key": self._key(plan), "row": row.model_dump(mode="json")}
+        write_json(self._path(plan), content)
+        if plan.is_shared:
+            self._share(plan, content)
+        return row
+
+    def _shared_path(self, plan: Plan) -> Path:
+        """Where the store keeps a row of the teacher for other evaluations, and its picture beside it."""
+        return self.store / "baselines" / f"{self._key(plan)}.json"
+
+    def _share(self, plan: Plan, content: Mapping[str, object]) -> None:
+        path = self._shared_path(plan)
+        with suppress(OSError):  # without it, other evaluations measure the row again
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path.with_suffix(".png"), (self.folder / self._picture_name(plan)).read_bytes())
+            write_json(path, content)
+
+    def _shared(self, plan: Plan) -> Row | None:
+        """The row of the teacher that another evaluation measured under the same conditions; None if there is none."""
+        path = self._shared_path(plan)
+        if not plan.is_shared or not path.exists():
+            return None
+        try:
+            content, picture = read_json(path), read_small(path.with_suffix(".png"), PICTURE_BYTES)
+            row = Row.model_validate(content["row"])
+        except (OSError, InputError, KeyError, TypeError, ValidationError):
+            return None  # damaged: it is measured again
+        if content["key"] != self._key(plan) or row.picture != self._picture_name(plan) or not is_png(picture):
+            return None
+        write_atomic(self.folder / row.picture, picture)
+        write_json(self._path(plan), content)
         return row
 
     def _transport(self, samples: Tensor) -> float:
@@ -362,6 +346,9 @@ class _Work:
         columns = columns_for(10 * PICTURE_ROWS, self._network(plan).num_classes)
         return images_png(samples[: columns * PICTURE_ROWS], columns)
 
+    def _picture_name(self, plan: Plan) -> str:
+        return f"pictures/{plan.slug}.png"
+
     def _path(self, plan: Plan) -> Path:
         return self.folder / "rows" / f"{plan.slug}.json"
 
@@ -369,8 +356,9 @@ class _Work:
         """A digest of everything that the values of a row depend on."""
         stage, reference = self.stage, self.reference
         facts = [VERSION, stage.samples, stage.block, self.seed, self.device.type, stage.guidance_scale, repr(plan)]
-        facts += [self.teacher.digest, self._network(plan).digest, repr(_fine(stage))]
+        facts += [self.teacher.digest, self._network(plan).digest, repr(fine_plan(stage))]
         facts += [reference.identity if reference else None]
+        facts += [plan.fit.model_dump_json()] if plan.fit is not None else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def kept(self, plan: Plan) -> Row | None:

@@ -17,7 +17,7 @@ from distill.evaluation.curves import Thinned
 from distill.reports import comparison_table, rounds_table
 from distill.reports.rounds_table import Round
 from distill.runs import machine
-from distill.runs.results import Results, Row, cells, columns, describe, number, of_run, picture
+from distill.runs.results import Results, Row, calls, cells, columns, describe, number, of_run, picture
 from distill.runs.run_store import RunPaths, read_events
 
 LIBRARIES = ("torch", "diffusers", "safetensors", "numpy", "scipy", "scikit-learn", "pot", "datasets", "pydantic")
@@ -144,20 +144,21 @@ def headline(results: Results) -> str:
     if not students:
         return f"The teacher reaches {what} {number(fine.value)} with {fine.nfe} network calls."
     best = min(students, key=lambda row: (row.nfe, row.value))
-    calls = "one network call" if best.nfe == 1 else f"{best.nfe} network calls"
-    said = f"With {calls}, {best.network} reaches {what} {number(best.value)}"
+    said = f"With {calls(best.nfe)}, {best.network} reaches {what} {number(best.value)}"
     coarse = [row for row in results.usual if row.role == "teacher" and not row.fine]
     if results.distance is not None:
         as_good = [row for row in coarse if row.value <= best.value]
         if as_good:
-            first = min(as_good, key=lambda row: row.nfe)
-            said += f"; the teacher needs {first.nfe} Euler steps for {number(first.value)}, and reaches"
+            first = min(as_good, key=lambda row: (row.nfe, row.value))
+            said += f"; the teacher needs {calls(first.nfe)} of {first.solver} for {number(first.value)}, and reaches"
         elif coarse:
-            last = max(coarse, key=lambda row: row.nfe)
-            said += f"; the teacher reaches {number(last.value)} with {last.nfe} Euler steps, and"
+            last = max(coarse, key=lambda row: (row.nfe, -row.value))
+            said += f"; the teacher reaches {number(last.value)} with {calls(last.nfe)} of {last.solver}, and"
         else:
             said += "; the teacher reaches"
         said += f" {number(fine.value)} with {fine.nfe} network calls of {fine.solver}"
+    if any(row is best for row, _ in results.unbeaten):
+        said += f". {best.network} does not beat the best baseline with so few calls"
     faster = best.images_per_second / fine.images_per_second
     times = f"{faster:.1f}" if faster < 10 else f"{faster:.0f}"
     return f"{said}. {best.network} generates {times} times as many samples per second."

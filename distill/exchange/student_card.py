@@ -21,6 +21,7 @@ from distill.core.errors import InputError
 from distill.core.field_types import LINE, Count, FrozenModel, Label, Line, Number
 from distill.core.regular_files import open_regular, read_regular
 from distill.core.text import one_line
+from distill.runs.results import BASELINE
 from distill.spec.kinds import SAMPLERS, STUDENTS, SamplerName, StudentName, network_calls
 from distill.spec.model import is_path
 
@@ -251,6 +252,8 @@ class MeasuredStudent:
 
     names: list[str]
     rows: list[tuple[int, list[str]]]
+    unbeaten: list[int]
+    """the NFE at which the first metric is not better than the best baseline"""
 
 
 def _at(key: str) -> tuple[str, int]:
@@ -260,16 +263,18 @@ def _at(key: str) -> tuple[str, int]:
 
 
 def _measured(card: StudentCard) -> MeasuredStudent | None:
-    found: dict[int, dict[str, str]] = {}
+    found: dict[int, dict[str, float]] = {}
     for key, value in card.metrics.items():
         name, steps = _at(key)
-        found.setdefault(steps, {})[name] = f"{value:.4g}"
+        found.setdefault(steps, {})[name] = value
     names = list(dict.fromkeys(_at(key)[0] for key in card.metrics))
-    rows = [
-        (network_calls(card.sampler, steps), [values.get(name, "") for name in names])
-        for steps, values in sorted(found.items())
-    ]
-    return MeasuredStudent(names, rows) if rows else None
+    rows, unbeaten = [], []
+    for steps, values in sorted(found.items()):
+        nfe = network_calls(card.sampler, steps)
+        rows.append((nfe, [f"{values[name]:.4g}" if name in values else "" for name in names]))
+        if BASELINE in values and not values.get(names[0], math.inf) < values[BASELINE]:
+            unbeaten.append(nfe)
+    return MeasuredStudent(names, rows, unbeaten) if rows else None
 
 
 @functools.cache
@@ -292,6 +297,7 @@ def readme(card: StudentCard, published: Publication | None = None) -> str:
         steps=card.fewest_steps,
         vector=len(card.shape) == 1,
         measured=_measured(card),
+        baseline=BASELINE,
         published=published,
     )
 

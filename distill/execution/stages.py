@@ -374,7 +374,8 @@ def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
     from distill.evaluation import measuring, report_page
     from distill.reports import rounds_table
 
-    with work.progress(evalspec.num_samples(stage), "samples") as progress, work.inputs() as inputs:
+    total = evalspec.num_samples(stage, work.resolved.samplers(stage))
+    with work.progress(total, "samples") as progress, work.inputs() as inputs:
         found = measuring.evaluate(
             work.run,
             work.name,

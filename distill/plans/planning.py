@@ -142,7 +142,7 @@ def _pairs(name: str, stage: PairsStage) -> PlannedStage:
 
 def _evaluate(name: str, stage: EvaluateStage, samplers: Mapping[str, str]) -> PlannedStage:
     calls = stage.samples * sum(evalspec.calls(stage, samplers).values())
-    work = f"{evalspec.num_rows(stage)} rows x {stage.samples:,} samples; {calls:,} network calls"
+    work = f"{evalspec.num_rows(stage, samplers)} rows x {stage.samples:,} samples; {calls:,} network calls"
     needs = _unique([_teacher(stage), *stage.students])
     coarse = f"at {', '.join(map(str, stage.teacher_steps))} steps and " if stage.teacher_steps else "by "
     fine = f"{stage.fine_solver} {stage.fine_steps}"

@@ -21,6 +21,8 @@ from distill.runs.results import Results, Row, number
 from distill.runs.run_store import RunPaths, read_events
 from distill.spec.model import Name
 
+UNBEATEN = " (b)"  # marks a value that does not beat the best baseline
+
 
 class Measured(FrozenModel):
     """The measurements of a training in a rehearsal."""
@@ -194,10 +196,10 @@ def columns(found: FoundComparison) -> list[str]:
 
 def rows(found: FoundComparison) -> list[tuple[str, list[str]]]:
     """(name, numbers as text) of each row. The rows of the teacher, one for each of its solvers, come first."""
-    measured = found.results.usual
-    coarse = [row for row in measured if row.role == "teacher" and not row.fine]
-    fine = [row for row in measured if row.role == "teacher" and row.fine]
-    shown = [("teacher, euler", coarse)] if coarse else []
+    coarse = [row for row in found.results.usual if row.role == "teacher" and not row.fine]
+    fine = [row for row in found.results.usual if row.role == "teacher" and row.fine]
+    solvers = dict.fromkeys(row.solver for row in coarse)
+    shown = [(f"teacher, {solver}", [row for row in coarse if row.solver == solver]) for solver in solvers]
     shown += [(f"teacher, {row.solver}", [row]) for row in fine]
     lines = [(name, ["-", *_values(found, each), _straightness(each), "-", "-", "-"]) for name, each in shown]
     for entry in found.comparison.entries:
@@ -232,7 +234,12 @@ def ranked(found: FoundComparison) -> dict[str, list[tuple[int, float]]]:
 def teacher(found: FoundComparison) -> list[tuple[str, float]]:
     """(name, value) of the teacher's rows, without values of 0 (the RMS of the fine solver, which is the reference)."""
     measured = [row for row in found.results.usual if row.role == "teacher" and row.value > 0]
-    return [(f"{row.solver} {row.steps}" if row.fine else f"{row.steps}", row.value) for row in measured]
+    best = [found.results.baseline(row) for row in measured]  # of the solvers, only the best at a number of calls
+    shown = [row for row, base in zip(measured, best, strict=True) if row.fine or row is base]
+    return [
+        (f"{row.steps}" if row.solver == "euler" and not row.fine else f"{row.solver} {row.steps}", row.value)
+        for row in shown
+    ]
 
 
 def _of(found: FoundComparison, entry: ComparedRecipe) -> list[Row]:
@@ -246,7 +253,8 @@ def _steps(found: FoundComparison) -> list[int]:
 
 
 def _values(found: FoundComparison, measured: Sequence[Row]) -> list[str]:
-    values = {row.steps: number(row.value) for row in measured}
+    unbeaten = [row for row, _ in found.results.unbeaten]
+    values = {row.steps: number(row.value) + (UNBEATEN if row in unbeaten else "") for row in measured}
     return [values.get(steps, "-") for steps in _steps(found)]
 
 
@@ -257,9 +265,14 @@ def _straightness(measured: Sequence[Row]) -> str:
 
 def note(found: FoundComparison) -> str:
     """An explanation of the columns."""
+    marks = (
+        f" {UNBEATEN.strip()}: not better than the best baseline, the teacher with a solver at no more network calls."
+        if found.results.unbeaten
+        else ""
+    )
     return (
-        "@N: with N steps. S: straightness, the mean square difference between velocity and mean velocity along the "
-        "network's own paths; 0: straight; a flow map has no paths. Training: time of the training loop, with a "
+        f"@N: with N steps.{marks} S: straightness, the mean square difference between velocity and mean velocity along "
+        "the network's own paths; 0: straight; a flow map has no paths. Training: time of the training loop, with a "
         f"budget of {found.comparison.budget_minutes:g} minutes each. Memory: of one process, for weights, gradients, "
         "optimizer, EMA weights and activations. Teacher calls: network calls for the pairs, counted in full for each "
         "recipe, and during training."

@@ -14,6 +14,7 @@ from distill.core.png import is_png
 from distill.runs.run_store import RunPaths, StagePaths
 
 FILE_NAME = "results.json"
+BASELINE = "best baseline"  # the metric of a card with the teacher's best value at no more network calls
 PICTURE = re.compile(r"(?:pictures/)?[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.png")
 PICTURE_BYTES = 64 * 2**20  # largest size of a picture
 
@@ -116,6 +117,21 @@ class Results(FrozenModel):
         """The rows with default step times."""
         return [row for row in self.rows if not row.along]
 
+    def baseline(self, row: Row) -> Row | None:
+        """The best row of the teacher with at most as many network calls as `row`; None if there is none.
+
+        The fine solver does not count, since its samples are the reference.
+        """
+        rows = [each for each in self.rows if each.role == "teacher" and not each.fine and each.nfe <= row.nfe]
+        return min(rows, key=lambda each: each.value, default=None)
+
+    @property
+    def unbeaten(self) -> list[tuple[Row, Row]]:
+        """(row of a student, its baseline) where the student is not better than the baseline."""
+        students = [row for row in self.rows if row.role == "student" and not row.fine]
+        pairs = [(row, base) for row in students if (base := self.baseline(row)) is not None]
+        return [(row, base) for row, base in pairs if not row.value < base.value]
+
     def row(self, network: str, steps: int, *, fine: bool = False, along: str = "") -> Row:
         """The row of a network at a number of steps. InputError if there is none."""
         for row in self.rows:
@@ -137,6 +153,9 @@ def card_metrics(results: Results, student: str) -> dict[str, float]:
         if row.role == "student" and row.network == student and not row.fine:
             columns = {results.distance or "": row.distance, "KID": row.kid, "precision": row.precision,
                        "recall": row.recall, "rms": row.rms, "straightness": row.straightness}  # fmt: skip
+            base = results.baseline(row)
+            if base is not None:
+                columns[BASELINE] = base.value
             found |= {f"{name}@{row.steps}": float(f"{x:.6g}") for name, x in columns.items() if x is not None}
     return found
 
@@ -193,20 +212,47 @@ def number(value: float) -> str:
 def columns(results: Results) -> list[str]:
     """Column titles for `cells`, in the same order."""
     distance = [results.distance, "KID x 1000", "precision", "recall"] if results.distance else []
-    return ["NFE", *distance, "RMS to teacher", "samples/s" if results.vector else "images/s"]
+    baseline = [BASELINE] if _has_baselines(results) else []
+    return ["NFE", *distance, "RMS to teacher", *baseline, "samples/s" if results.vector else "images/s"]
 
 
 def cells(results: Results, row: Row) -> list[str]:
     """The numbers of a row as text."""
     measured = []
     if row.distance is not None and row.kid is not None and row.precision is not None and row.recall is not None:
-        distance = f"{row.distance:.4f}" if results.vector else number(row.distance)
-        measured = [distance, f"{1000 * row.kid:.2f}", f"{row.precision:.3f}", f"{row.recall:.3f}"]
-    return [str(row.nfe), *measured, f"{row.rms:.4f}", f"{row.images_per_second:,.0f}"]
+        measured = [value(results, row), f"{1000 * row.kid:.2f}", f"{row.precision:.3f}", f"{row.recall:.3f}"]
+    baseline = []
+    if _has_baselines(results):
+        base = results.baseline(row) if row.role == "student" and not row.fine else None
+        baseline = ["-" if base is None else f"{value(results, base)} {base.solver}"]
+    return [str(row.nfe), *measured, f"{row.rms:.4f}", *baseline, f"{row.images_per_second:,.0f}"]
+
+
+def value(results: Results, row: Row) -> str:
+    """The number of a row that baselines are compared by, as text: its distance, or the RMS difference."""
+    return f"{row.value:.4f}" if results.vector or results.distance is None else number(row.value)
+
+
+def _has_baselines(results: Results) -> bool:
+    return any(results.baseline(row) for row in results.rows if row.role == "student" and not row.fine)
+
+
+def verdicts(results: Results) -> list[str]:
+    """A sentence for each row of a student that is not better than its baseline."""
+    return [
+        f"{row.label} does not beat the teacher at {calls(row.nfe)}: {value(results, row)}; "
+        f"{value(results, base)} with {base.solver} at {calls(base.nfe)}"
+        for row, base in results.unbeaten
+    ]
+
+
+def calls(nfe: int) -> str:
+    """A number of network calls in words."""
+    return "one network call" if nfe == 1 else f"{nfe} network calls"
 
 
 def describe(results: Results) -> str:
-    """A short description of the numbers: samples per row, and the distance with its reference."""
+    """A short description of the numbers: samples per row, the distance with its reference, and what baselines are."""
     said = [f"{results.samples:,} samples per row"]
     net = results.features
     if net is not None:
@@ -218,7 +264,9 @@ def describe(results: Results) -> str:
         said.append(f"{results.distance}: sliced Wasserstein-2 to {results.reference:,} exact samples")
         if results.floor is not None:
             said[-1] += f"; other sets of exact samples have a distance of {number(results.floor)} on average"
-    return ". ".join(said) + "."
+    if _has_baselines(results):
+        said.append("Best baseline: the teacher's best value with at most as many network calls, and its solver")
+    return ". ".join([*said, *verdicts(results)]) + "."
 
 
 def table(results: Results) -> Table:

@@ -294,6 +294,8 @@ def _evaluate(found: Resolved, stage: EvaluateStage, where: str) -> Iterator[str
     for student, steps in stage.students.items():
         if not steps:
             yield f"{where}.students.{student}: no numbers of steps given, e.g. [1, 2, 4]"
+    for solver in dict.fromkeys(each for each in stage.baselines if stage.baselines.count(each) > 1):
+        yield f"{where}.baselines: '{solver}' is listed twice"
     for network, ways in stage.times.items():
         here = f"{where}.times.{network}"
         if network not in ("teacher", *stage.students):

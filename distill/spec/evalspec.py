@@ -34,14 +34,42 @@ def steps_of_rows(stage: EvaluateStage) -> dict[str, list[int]]:
     return {name: own + further[name] for name, own in usual.items()}
 
 
-def num_rows(stage: EvaluateStage) -> int:
-    """Number of rows, that is, of sets of samples that are generated."""
-    return sum(map(len, steps_of_rows(stage).values())) + 1 + len(stage.fine_students)
+def nfe_of_students(stage: EvaluateStage, samplers: Mapping[str, str]) -> list[int]:
+    """The numbers of network calls with which students are measured, in increasing order.
+
+    samplers: student -> name of its sampler.
+    """
+    rows = steps_of_rows(stage)
+    return sorted({network_calls(samplers[name], steps) for name in stage.students for steps in rows[name]})
 
 
-def num_samples(stage: EvaluateStage) -> int:
+def baseline_rows(stage: EvaluateStage, samplers: Mapping[str, str]) -> list[tuple[str, int]]:
+    """(solver, number of steps) of the teacher's rows that students are compared with.
+
+    For each number of network calls of a student, each of the `baselines` makes as many steps as these calls allow. In
+    one step all solvers are equal, so only the first is measured. Other rows of the teacher are not repeated.
+    """
+    per, found = per_velocity(stage.guidance_scale), list[tuple[str, int]]()
+    for solver in stage.baselines:
+        for nfe in nfe_of_students(stage, samplers):
+            steps = max((n for n in range(1, nfe + 1) if per * find_solver(solver).calls(n) <= nfe), default=0)
+            known = (solver, steps) == (stage.fine_solver, stage.fine_steps)
+            known |= solver == "euler" and steps in stage.teacher_steps
+            same = steps == 1 and (1 in stage.teacher_steps or any(n == 1 for _, n in found))
+            if steps and not known and not same and (solver, steps) not in found:
+                found.append((solver, steps))
+    return found
+
+
+def num_rows(stage: EvaluateStage, samplers: Mapping[str, str]) -> int:
+    """Number of rows, that is, of sets of samples that are generated. Rows of fitted solvers are not counted."""
+    usual = sum(map(len, steps_of_rows(stage).values()))
+    return usual + len(baseline_rows(stage, samplers)) + 1 + len(stage.fine_students)
+
+
+def num_samples(stage: EvaluateStage, samplers: Mapping[str, str]) -> int:
     """Number of samples of all rows: the total in the stage's progress."""
-    return stage.samples * num_rows(stage)
+    return stage.samples * num_rows(stage, samplers)
 
 
 def calls(stage: EvaluateStage, samplers: Mapping[str, str]) -> dict[str, int]:
@@ -53,4 +81,5 @@ def calls(stage: EvaluateStage, samplers: Mapping[str, str]) -> dict[str, int]:
     by = {"teacher": "euler", **samplers}  # the fine rows are added below
     found = {name: sum(network_calls(by[name], n) for n in each) for name, each in steps_of_rows(stage).items()}
     found |= {name: found[name] + fine for name in ("teacher", *stage.fine_students)}
-    return {**found, "teacher": per_velocity(stage.guidance_scale) * found["teacher"]}
+    baselines = sum(find_solver(solver).calls(steps) for solver, steps in baseline_rows(stage, samplers))
+    return {**found, "teacher": per_velocity(stage.guidance_scale) * (found["teacher"] + baselines)}

@@ -98,6 +98,9 @@ class EvaluateStage(FrozenModel):
     """train stage whose student is the teacher; null: the spec's teacher"""
     teacher_steps: list[StepCount] = [1, 2, 4, 8, 16]
     """numbers of Euler steps to measure the teacher with, in addition to fine_solver"""
+    baselines: list[SolverName] = ["euler", "ab3", "unipc2"]
+    """solvers with which the teacher is measured at each student's number of network calls, to compare the student
+    with; also the solvers that were fitted to the teacher (`distill schedule --fit`), unless the list is empty"""
     fine_solver: ReferenceName = "heun"
     """accurate solver; the teacher's samples with it are the reference for all rows"""
     fine_steps: StepCount = 16

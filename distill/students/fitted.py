@@ -27,6 +27,8 @@ from distill.students.samplers import bns
 from distill.students.sampling import Method, padded
 from distill.teachers import LoadedTeacher
 
+NAME = bns.SAMPLER  # of a fitted solver in tables
+
 
 class FittedSolver(FrozenModel):
     """A solver fitted to one network. Stored as a JSON file in STORE/fitted."""

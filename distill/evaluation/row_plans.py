@@ -1,0 +1,109 @@
+"""The rows of an evaluation: which network is sampled with which solver, in how many steps, along which times."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from distill.spec import evalspec
+from distill.spec.kinds import per_velocity
+from distill.spec.model import EvaluateStage
+from distill.students import fitted, step_times
+from distill.students.fitted import FittedSolver
+from distill.students.loaded import LoadedStudent
+from distill.teachers import LoadedTeacher
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One row to measure."""
+
+    network: str
+    role: Literal["teacher", "student"]
+    solver: str
+    steps: int
+    fine: bool = False
+    along: str = ""  # which times, in words, as in `Row`; "": the usual ones
+    times: tuple[float, ...] | None = None  # of the steps, from 1 to 0; None: uniform
+    fit: FittedSolver | None = field(default=None, repr=False)  # if its solver was fitted to the teacher
+
+    @property
+    def slug(self) -> str:
+        name = "teacher" if self.role == "teacher" else f"student-{self.network}"
+        along = "" if not self.along else f"-{self.along}" if self.along == "optimal" else f"-{_short(self.along)}"
+        return f"{name}-{self.solver}-{self.steps}{along}"
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the row does not depend on a student, so that other evaluations in the store can use it."""
+        return self.role == "teacher" and not self.fine
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def fine_plan(stage: EvaluateStage) -> Plan:
+    """The row of the teacher with the fine solver, whose samples are the reference of all rows."""
+    return Plan("teacher", "teacher", stage.fine_solver, stage.fine_steps, fine=True)
+
+
+def plans(
+    stage: EvaluateStage,
+    teacher: LoadedTeacher,
+    students: Mapping[str, LoadedStudent],
+    store: Path,
+    device: torch.device,
+) -> list[Plan]:
+    """The rows of an evaluation: the teacher with Euler, the baselines and the fine solver; students as they are made.
+
+    For each network, rows with other step times come after its usual ones. store: where times and solvers are kept.
+    """
+    times = _Times(stage, store, device)
+    rows = [Plan("teacher", "teacher", "euler", steps) for steps in stage.teacher_steps]
+    rows += [*times.along(rows, teacher), *_baselines(stage, teacher, students, store), fine_plan(stage)]
+    for name, steps in stage.students.items():
+        student, own = students[name], students[name].t_grids
+        usual = [Plan(name, "student", student.sampler, n, times=tuple(own[n]) if own else None) for n in steps]
+        rows += [*usual, *times.along(usual, student)]
+        if name in stage.fine_students:
+            rows.append(replace(fine_plan(stage), network=name, role="student"))
+    return rows
+
+
+def _baselines(
+    stage: EvaluateStage, teacher: LoadedTeacher, students: Mapping[str, LoadedStudent], store: Path
+) -> Iterator[Plan]:
+    """The teacher with other solvers at the students' numbers of network calls, and with those fitted to it."""
+    samplers, scale = {name: each.sampler for name, each in students.items()}, stage.guidance_scale
+    for solver, steps in evalspec.baseline_rows(stage, samplers):
+        yield Plan("teacher", "teacher", solver, steps)
+    for nfe in evalspec.nfe_of_students(stage, samplers) if stage.baselines else []:
+        steps, rest = divmod(nfe, per_velocity(scale))
+        fit = fitted.load(store, teacher.digest, steps, scale) if rest == 0 else None
+        if fit is not None:
+            yield Plan("teacher", "teacher", fitted.NAME, steps, fit=fit)
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Finds the step times that a stage asks for."""
+
+    stage: EvaluateStage
+    store: Path
+    device: torch.device
+
+    def along(self, usual: list[Plan], network: LoadedTeacher | LoadedStudent) -> Iterator[Plan]:
+        """The rows of a network with the other step times that the stage asks for. usual: its rows with usual times."""
+        for asked in self.stage.times.get(usual[0].network, []) if usual else []:
+            if asked == "optimal":
+                scale = self.stage.guidance_scale if isinstance(network, LoadedTeacher) else 1.0
+                for plan in usual:
+                    times = step_times.optimal_times(network, self.store, plan.steps, self.device, scale)
+                    yield replace(plan, along="optimal", times=tuple(times))
+            else:
+                along = ", ".join(f"{t:g}" for t in asked)
+                yield replace(usual[0], steps=len(asked) - 1, along=along, times=tuple(asked))
