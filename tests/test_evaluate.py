@@ -18,6 +18,7 @@ from distill.evaluation import measuring, report_page, sample
 from distill.evaluation.measuring import evaluate
 from distill.evaluation.metrics import features
 from distill.evaluation.pictures import columns_for, images_png, scatter_png
+from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
 from distill.execution import sources
 from distill.flow import solvers
@@ -34,7 +35,7 @@ from distill.runs.run_store import RunPaths
 from distill.spec.evalspec import num_samples
 from distill.spec.model import CheckpointTeacher, RunSpec, UNetSpec
 from distill.spec.resolved import resolve
-from distill.students import sampling, step_times
+from distill.students import fitting, sampling, step_times
 from distill.students.exporting import export
 from distill.students.loaded import load_student
 from distill.students.samplers import euler, renoise
@@ -71,7 +72,7 @@ def vector_spec(**changes) -> RunSpec:
         {
             "name": "r",
             "teacher": {"kind": "gaussian", "mean": MEAN, "std": [STD, STD]},
-            "stages": {"evaluate": {**stage, "fine_steps": 32, **changes}},
+            "stages": {"evaluate": {**stage, "fine_steps": 32, "baselines": [], **changes}},
         }
     )
 
@@ -88,10 +89,12 @@ def go(run: RunPaths, spec: RunSpec, stop: StopRequest | None = None) -> results
     stage = spec.stages["evaluate"]
     inputs = sources.load(run, resolve(spec, run.root), "evaluate", CPU, indexed=False)
     seed, stop = key(spec.seed, "evaluate"), stop or StopRequest()
-    with Progress("evaluate", num_samples(stage), "samples", run) as progress:
+    total = num_samples(stage, {name: student_card.read(run.student(name)).sampler for name in stage.students})
+    with Progress("evaluate", total, "samples", run) as progress:
         given = inputs.teacher, inputs.own, inputs.data
         found = evaluate(run, "evaluate", stage, *given, seed=seed, device=CPU, progress=progress, stop=stop)
-        assert progress.done == num_samples(stage)
+    fitted = sum(row.solver == "bns" for row in found.rows)
+    assert progress.done == total + fitted * stage.samples
     return found
 
 
@@ -258,6 +261,57 @@ def test_straightness_is_measured_in_blocks(vector_run):
     few = {"students": {"exact": [1]}, "teacher_steps": [1]}
     whole, parts = (go(vector_run, vector_spec(block=n, **few)).row("teacher", 1).straightness for n in (300, 100))
     assert parts == pytest.approx(whole, rel=1e-5)
+
+
+def test_baselines_are_measured_at_the_students_numbers_of_calls(vector_run):
+    """Each solver once per number of calls; the rows are known by hand, as one step of any solver is Euler's."""
+    asked = {"students": {"exact": [1, 2, 4]}, "teacher_steps": [2], "baselines": ["euler", "ab3", "heun"]}
+    found = go(vector_run, vector_spec(**asked))
+    rows = [(row.solver, row.steps, row.nfe) for row in found.rows if row.role == "teacher"]
+    assert rows == [
+        ("euler", 2, 2), ("euler", 1, 1), ("euler", 4, 4), ("ab3", 2, 2), ("ab3", 4, 4), ("heun", 2, 3),
+        ("heun", 32, 63),
+    ]  # fmt: skip
+    teacher, noise = load_teacher(vector_spec().teacher, CPU), sample_noise(key(0, "evaluate"), range(300), (2,))
+    fine = solvers.solve(teacher.field, noise, {}, solver="heun", steps=32)
+    for row in found.rows[:-4]:
+        own = solvers.solve(teacher.field, noise, {}, solver=row.solver, steps=row.steps)
+        assert row.rms == pytest.approx((own - fine).square().mean().sqrt().item(), rel=1e-4)
+    best = min(found.rows[:3] + found.rows[3:6], key=lambda row: row.value)
+    assert found.baseline(found.row("exact", 4)) == best and found.baseline(found.row("exact", 1)).solver == "euler"
+    assert results.card_metrics(found, "exact")["best baseline@4"] == float(f"{best.distance:.6g}")
+
+
+def test_rows_of_the_teacher_are_shared_by_the_runs_of_a_store(vector_run, tmp_path, monkeypatch):
+    spec = vector_spec(students={"exact": [2]}, teacher_steps=[4], baselines=["ab3"])
+    first, folder = go(vector_run, spec), tmp_path / "baselines"
+    assert len(list(folder.glob("*.json"))) == len(list(folder.glob("*.png"))) == 2
+    other, made = RunPaths(tmp_path / "other"), []
+    export(one_step_student(), other.student("exact"), card((2,), None))
+    blocks = sampling.blocks
+    monkeypatch.setattr(measuring, "blocks", lambda method, *a, **k: made.append(method.nfe) or blocks(method, *a, **k))
+    again = go(other, spec)
+    assert again.rows[:2] == first.rows[:2], "to the last digit of the speed"
+    assert {63, 2} == set(made) - {1}, "the fine row and the student alone, besides their warm-up"
+    pictures = [(run.stage("evaluate").root / again.rows[0].picture).read_bytes() for run in (vector_run, other)]
+    assert pictures[0] == pictures[1]
+    for path in folder.glob("*.json"):
+        path.write_text("{")
+    third = RunPaths(tmp_path / "third")
+    export(one_step_student(), third.student("exact"), card((2,), None))
+    assert [timeless(row) for row in go(third, spec).rows] == [timeless(row) for row in first.rows]
+
+
+def test_a_fitted_solver_of_the_store_is_a_baseline(vector_run, tmp_path):
+    """One step, fitted to a Gaussian, is exact: no student can do better."""
+    spec = vector_spec(students={"exact": [1, 2]}, teacher_steps=[])
+    teacher = load_teacher(spec.teacher, CPU)
+    fitting.find(teacher, tmp_path, 1, device=CPU, samples=64)
+    assert all(row.solver != "bns" for row in go(vector_run, spec).rows), "no baselines are asked for"
+    found = go(vector_run, vector_spec(students={"exact": [1, 2]}, teacher_steps=[], baselines=["euler"]))
+    (row,) = [row for row in found.rows if row.solver == "bns"]
+    assert (row.steps, row.nfe, row.role) == (1, 1, "teacher") and row.rms < 2e-3
+    assert found.baseline(found.row("exact", 1)) is row
 
 
 def test_student_that_makes_no_numbers_is_named(vector_run):
@@ -462,7 +516,7 @@ def test_what_does_not_fit_is_refused(image_run, vector_run):
     found = go(RunPaths(run.root), other)
     assert found.distance is None
     assert found.rows[0].distance is None
-    assert results.columns(found) == ["NFE", "RMS to teacher", "images/s"]
+    assert results.columns(found) == ["NFE", "RMS to teacher", "best baseline", "images/s"]
     stage = spec.stages["evaluate"]
     teacher = load_teacher(CheckpointTeacher(path=str(run.student("teach"))), CPU)
     others = {"vectors": load_student(vector_run.student("exact"), CPU)}

@@ -84,7 +84,8 @@ def test_time_is_a_number_of_calls(tmp_path, monkeypatch):
     costs = forecast.forecast(preflight.check(resolve(one, tmp_path)), here=True)
     assert costs["solve"].seconds == 100 * 7
     assert costs["flow"].seconds == 512 * 3  # costs.json: 1.0
-    assert costs["e"].seconds == 20 * (1 + 4 + 5 + 1 + 2 + 5)
+    baselines = 3 * 2  # euler, ab3 and unipc2 in two steps; one step is that of Euler
+    assert costs["e"].seconds == 20 * (1 + 4 + 5 + baselines + 1 + 2 + 5)
     assert costs["e"].seconds == planning.steps(resolve(one, tmp_path))[2].network_calls
 
 
@@ -95,7 +96,8 @@ def test_every_row_of_an_evaluation_counts(tmp_path, monkeypatch):
             "times": {"teacher": [[1, 0.6, 0]], "flow": ["optimal"]}, "samples": 20}  # fmt: skip
     stages_ = {"solve": PAIRS, "flow": TRAIN, "bent": TRAIN | {"recipe": "reflow/caf"}}
     one = spec(**stages_, e=rows | {"guidance_scale": 2})
-    calls = 20 * (2 * (1 + 4 + 5 + 2) + 2 * (1 + 2) + (1 + 1) + (4 + 1))
+    baselines = 3 * 2  # in two steps, four network calls under guidance, which the five of bent allow
+    calls = 20 * (2 * (1 + 4 + 5 + 2 + baselines) + 2 * (1 + 2) + (1 + 1) + (4 + 1))
     assert planning.steps(resolve(one, tmp_path))[3].network_calls == calls
     ready = preflight.check(resolve(spec(**stages_, e=rows), tmp_path))  # its teacher cannot be guided
     assert forecast.forecast(replace(ready, resolved=resolve(one, tmp_path)), here=True)["e"].seconds == calls

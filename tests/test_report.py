@@ -12,7 +12,7 @@ from distill.core.errors import InputError
 from distill.evaluation import report_page
 from distill.evaluation.pictures import images_png
 from distill.runs import results
-from distill.runs.results import FILE_NAME, FeatureNet, Results, Row
+from distill.runs.results import FILE_NAME, FeatureNet, Results, Row, cells, describe
 from distill.runs.run_store import RunPaths, append_event
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -131,8 +131,8 @@ def test_page_says_what_the_files_say(run):
     page = read(run)
     text = page.text
     assert (
-        "With one network call, one_step reaches FD-digits 8.60; the teacher needs 16 Euler steps for 8.00, "
-        "and reaches "
+        "With one network call, one_step reaches FD-digits 8.60; the teacher needs 16 network calls of euler for "
+        "8.00, and reaches "
         "5.30 with 31 network calls of heun. one_step generates 31 times as many samples per second." in text
     )
     for said in (
@@ -166,15 +166,26 @@ def test_a_flow_map_has_no_straightness(run):
 def test_headlines():
     full = make_results()
     worse = full.model_copy(update={"rows": [r for r in full.rows if r.steps != 16 or r.fine]})
-    assert "; the teacher reaches 54.00 with 4 Euler steps, and 5.30 with 31 network calls" in report_page.headline(
-        worse
-    )
+    assert "; the teacher reaches 54.00 with 4 network calls of euler, and 5.30 with 31" in report_page.headline(worse)
     teacher_only = full.model_copy(update={"rows": full.rows[:4]})
     assert report_page.headline(teacher_only) == "The teacher reaches FD-digits 5.30 with 31 network calls."
     blind = make_results(with_distance=False)
     assert report_page.headline(blind).startswith(
-        "With one network call, one_step reaches RMS to the teacher 0.1000. one_step generates"
+        "With one network call, one_step reaches RMS to the teacher 0.1000. one_step does not beat the best baseline "
+        "with so few calls. one_step generates"
     )
+    ab2 = [measured_row("teacher", "teacher", solver, 1, 1, d) for solver, d in (("ab3", 8.7), ("unipc2", 8.5))]
+    strong = full.model_copy(update={"rows": [*full.rows, *ab2]})
+    assert [(row.network, base.solver) for row, base in strong.unbeaten] == [
+        ("one_step", "unipc2"),
+        ("reflow", "unipc2"),
+    ]
+    assert full.unbeaten == []
+    said = "one_step does not beat the teacher at one network call: 8.60; 8.50 with unipc2 at one network call"
+    assert said in describe(strong) and "does not beat" not in describe(full)
+    assert "; the teacher needs one network call of unipc2 for 8.50, and reaches 5.30" in report_page.headline(strong)
+    assert "one_step does not beat the best baseline with so few calls." in report_page.headline(strong)
+    assert cells(strong, strong.row("reflow", 1))[6] == "8.50 unipc2" and cells(full, full.rows[-1])[6] == "1,481 euler"
 
 
 def test_a_resumed_run_shows_each_image_once(run):

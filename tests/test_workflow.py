@@ -685,7 +685,9 @@ def test_plan_counts_work_and_network_calls():
     assert guided[2].network_calls == 2500 * (2 * (1 + 2 + 4 + 8 + 16 + 31) + 1)
     times = {"teacher": ["optimal", [1, 0.5, 0.2, 0]], "r": [[1, 0.6, 0]]}
     along = planning.steps(resolve(specfile.validate(vectors(e={"times": times}), "f"), Path()))[2]
-    assert along.network_calls == 2500 * (2 * (1 + 2 + 4 + 8 + 16) + 31 + 3 + 1 + 2)
-    assert along.work.startswith("14 rows x 2,500 samples")
+    assert along.network_calls == 2500 * (2 * (1 + 2 + 4 + 8 + 16) + 31 + 3 + 1 + 2 + 2 * 2), (
+        "ab3 and unipc2 in two steps too"
+    )
+    assert along.work.startswith("16 rows x 2,500 samples")
     fine = specfile.validate(vectors(e={"fine_students": ["r"]}), "f")
     assert planning.steps(resolve(fine, Path()))[2].work.startswith("8 rows x 2,500 samples"), "as many as are made"

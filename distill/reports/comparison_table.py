@@ -232,10 +232,13 @@ def ranked(found: FoundComparison) -> dict[str, list[tuple[int, float]]]:
 
 
 def teacher(found: FoundComparison) -> list[tuple[str, float]]:
-    """(name, value) of the teacher's rows, without values of 0 (the RMS of the fine solver, which is the reference)."""
+    """(name, value) of the teacher's rows, of its solvers the best at each number of network calls.
+
+    Without values of 0: the RMS of the fine solver, which is the reference.
+    """
     measured = [row for row in found.results.usual if row.role == "teacher" and row.value > 0]
-    best = [found.results.baseline(row) for row in measured]  # of the solvers, only the best at a number of calls
-    shown = [row for row, base in zip(measured, best, strict=True) if row.fine or row is base]
+    best = {row.nfe: min(r.value for r in measured if r.nfe == row.nfe) for row in measured}
+    shown = [row for row in measured if row.fine or row.value == best[row.nfe]]
     return [
         (f"{row.steps}" if row.solver == "euler" and not row.fine else f"{row.solver} {row.steps}", row.value)
         for row in shown
