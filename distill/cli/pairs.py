@@ -64,7 +64,12 @@ def pairs(
         ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Real data for forward paths and segments: digits, or YAML.")] = None,
-    solver: Annotated[str | None, typer.Option(help=f"{kinds.either(solver_names())} [heun].")] = None,
+    solver: Annotated[
+        str | None, typer.Option(help=f"{kinds.either([*solver_names(), kinds.AUTO, kinds.FITTED])} [heun].")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="For --solver auto: relative error of the pairs that is allowed [0.01].")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Solver steps [16].")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 = none [1].")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise [0].", min=0, max=2**63 - 1)] = None,
@@ -87,7 +92,8 @@ def pairs(
     share = None if shards is None else read_share("--shards", shards, 1)
     options = {
         "count": count, "paths": paths, "solver": solver, "steps": steps, "block": block, "shard": shard,
-        "guidance_scale": guidance_scale, "dtype": dtype, "store_noise": store_noise, "optimal_times": optimal_times,
+        "guidance_scale": guidance_scale, "dtype": dtype, "store_noise": store_noise,
+        "optimal_times": optimal_times, "tolerance": tolerance,
         "times": None if times is None else arguments.fractions("--times", times),
     }  # fmt: skip
     options = {key: value for key, value in options.items() if value is not None}
@@ -162,18 +168,16 @@ def _of_teacher(
         from distill.data import load_data
         from distill.execution.sources import Solving, note_labels
         from distill.runs.progress import Progress
-        from distill.students import step_times
 
     place = arguments.device(device)
     teacher, real_data = teachers.load_teacher(where, place), load_data(real, seed)
-    stage = step_times.with_times(stage, teacher, store, place)
     if stage.paths in OF_DATA and real_data is None and teacher.exact_data is None:
         raise InputError(f"--data is missing: {stage.paths} paths start from real data; add it, e.g. --data digits")
     if stage.paths in OF_DATA and real_data is not None:
         note_labels(teacher, real_data)
-    solving = Solving.of(teacher, stage, seed=seed, device=place, data=real_data, law=teacher)
+    solving = Solving.of(teacher, stage, store, seed=seed, device=place, data=real_data, law=teacher)
     if check:
-        say(solving.accuracy().describe())
+        say(solving.accuracy())
         return
     assert out is not None
     with StopRequest() as stop, Progress("pairs", pairspec.size(stage, share), "pairs", None) as progress:
@@ -207,7 +211,7 @@ def _of_spec(
 
         work = stages.Work(run, resolved.of_run(spec, run.root), chosen, devices.place(spec.launch))
         with stages.solving(work, indexed=False) as solving:
-            say(solving.accuracy().describe())
+            say(solving.accuracy())
         return
     from distill.launch import tasks
 

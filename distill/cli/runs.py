@@ -283,6 +283,7 @@ def _count(stage: "distill.reports.run_status.StageStatus") -> str:
 
 def _summary(spec: "distill.spec.model.RunSpec") -> list[str]:
     """A summary of a spec in a few lines."""
+    from distill.spec import kinds
     from distill.spec.model import CheckpointTeacher, PairsStage, TrainStage
 
     lines = [f"seed {spec.seed}, data {spec.data.kind}"]
@@ -293,7 +294,8 @@ def _summary(spec: "distill.spec.model.RunSpec") -> list[str]:
         if isinstance(stage, TrainStage):
             lines.append(f"{name}: {stage.recipe}, {stage.images:,} images, batch {stage.batch_size}")
         elif isinstance(stage, PairsStage):
-            lines.append(f"{name}: {stage.count:,} pairs, {stage.solver} {stage.steps} steps")
+            steps = "" if stage.solver == kinds.AUTO else f" {stage.steps} steps"
+            lines.append(f"{name}: {stage.count:,} pairs, {stage.solver}{steps}")
         else:
             lines.append(f"{name}: {stage.samples:,} samples of {', '.join(['teacher', *stage.students])}")
     return lines

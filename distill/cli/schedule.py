@@ -15,6 +15,7 @@ from distill.core.text import suggest
 from distill.solvers import solver_names
 from distill.spec import kinds
 from distill.spec.model import FINE, SAMPLES, SEED
+from distill.spec.pairspec import MAX_FITTED_STEPS
 
 if TYPE_CHECKING:
     import torch
@@ -116,19 +117,16 @@ def _fit(
     json: bool,
 ) -> None:
     """`distill schedule --fit`: fit a solver, or take it from the store, and write the student to `out`."""
-    from distill.runs.progress import Progress
     from distill.students import exporting, fitted, fitting
 
-    if steps > fitting.MAX_STEPS:
-        raise InputError(f"--steps {steps}: a solver can be fitted for 1 to {fitting.MAX_STEPS} steps")
+    if steps > MAX_FITTED_STEPS:
+        raise InputError(f"--steps {steps}: a solver can be fitted for 1 to {MAX_FITTED_STEPS} steps")
     if out is not None:
         check_out(out)
         fitted.refuse_student(teacher, guidance_scale)
-    with Progress("fit", 100, "percent", None) as progress:
-        found = fitting.find(
-            teacher, store, steps, device=device, samples=samples, seed=seed, guidance_scale=guidance_scale,
-            show=lambda done, total: progress.update(100 * done // total, {}),
-        )  # fmt: skip
+    found = fitting.find(
+        teacher, store, steps, device=device, samples=samples, seed=seed, guidance_scale=guidance_scale
+    )
     if out is not None:
         made, card = fitted.student(teacher, found, out.name)
         exporting.export(made, out, card)

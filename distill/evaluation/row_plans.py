@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from distill.spec import evalspec
-from distill.spec.kinds import per_velocity
+from distill.spec.kinds import FITTED, per_velocity
 from distill.spec.model import EvaluateStage
 from distill.students import fitted, step_times
 from distill.students.fitted import FittedSolver
@@ -85,7 +85,7 @@ def _baselines(
         steps, rest = divmod(nfe, per_velocity(scale))
         fit = fitted.load(store, teacher.digest, steps, scale) if rest == 0 else None
         if fit is not None:
-            yield Plan("teacher", "teacher", fitted.NAME, steps, fit=fit)
+            yield Plan("teacher", "teacher", FITTED, steps, fit=fit)
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from distill.data import DataSet, DataSource, load_data
 from distill.flow.codecs import PIXELS
 from distill.flow.conditioning import ClassLabels
 from distill.flow.draws import Rows
-from distill.pairs import accuracy, paths
-from distill.pairs.accuracy import Accuracy
+from distill.pairs import Manifest, accuracy, choice, paths
+from distill.pairs.choice import ChosenSolver
 from distill.pairs.paths import Real
 from distill.protocols import Batch, Codec, Cond, Conditioning, Source
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths
+from distill.spec.kinds import AUTO, FITTED
 from distill.spec.model import (
     OF_DATA,
     CheckpointTeacher,
@@ -36,7 +37,8 @@ from distill.spec.model import (
     TrainStage,
 )
 from distill.spec.resolved import Resolved, stage_teacher
-from distill.students import step_times
+from distill.students import fitting, step_times
+from distill.students.fitted import FittedSolver
 from distill.teachers import LoadedTeacher
 from distill.teachers.dispatching import dispatched
 from distill.training.world import ALONE, World
@@ -240,36 +242,52 @@ class Solving:
     real: Real | None = None
     data_digest: str | None = None
 
+    fit: FittedSolver | None = None
+    """for solver: bns"""
+
     @classmethod
     def of_run(cls, run: RunPaths, stage: PairsStage, inputs: Inputs, seed: int, device: torch.device) -> "Solving":
         """For a stage of a run. inputs: as returned by `load`."""
         assert inputs.teacher is not None, "checks.check lets no such stage through"
-        stage = step_times.with_times(stage, inputs.teacher, run.root.parent, device)
-        return cls.of(inputs.teacher, stage, seed=seed, device=device, data=inputs.data, law=inputs.own)
+        store = run.root.parent
+        return cls.of(inputs.teacher, stage, store, seed=seed, device=device, data=inputs.data, law=inputs.own)
 
     @classmethod
     def of(
         cls,
         teacher: LoadedTeacher,
         stage: PairsStage,
+        store: Path,
         *,
         seed: int,
         device: torch.device,
         data: DataSet | None,
         law: LoadedTeacher | None,
     ) -> "Solving":
-        """data, law: the data that paths start from, or a teacher in closed form; for stages that need either."""
+        """data, law: the data that paths start from, or a teacher in closed form; for stages that need either.
+
+        Step times and fitted solvers that the stage asks for are taken from the store, or found now and stored.
+        """
+        stage = step_times.with_times(stage, teacher, store, device)
+        fit = None
+        if stage.solver == FITTED:
+            fit = fitting.find(teacher, store, stage.steps, device=device, guidance_scale=stage.guidance_scale)
         if stage.paths not in OF_DATA:
-            return cls(teacher, stage, seed, device)
+            return cls(teacher, stage, seed, device, fit=fit)
         if data is not None:
             check_shapes(teacher, data)
         return cls(teacher, stage, seed, device, *paths.of_data(data, law, seed=seed, block=stage.block))
 
     def generate(self, folder: Path, progress: Progress, stop: StopRequest, part: tuple[int, int] | None) -> None:
         """Make the pairs; see `pairs.generate`."""
+        stage = self.stage
+        if stage.solver == AUTO:
+            chosen = self._chosen(folder, stop)
+            progress.note(chosen.describe(stage.count))
+            stage = stage.solved_by(chosen.solver, chosen.steps)
         pairs.generate(
             self.teacher,
-            self.stage,
+            stage,
             folder,
             seed=self.seed,
             device=self.device,
@@ -278,10 +296,33 @@ class Solving:
             part=part,
             real=self.real,
             data_digest=self.data_digest,
+            fit=self.fit,
         )
 
-    def accuracy(self) -> Accuracy:
-        """Measure, on the first pairs, whether the solver's number of steps is enough; see `pairs.accuracy.measure`."""
-        planned = pairs.plan(self.teacher, self.stage, self.seed, self.data_digest)
-        field = self.teacher.indexed(self.stage.guidance_scale)
-        return accuracy.measure(field, planned, self.real, self.device, StopRequest())
+    def _chosen(self, folder: Path, stop: StopRequest) -> ChosenSolver:
+        """The solver for `solver: auto`, chosen once for all processes that make the set in `folder`."""
+        found = choice.kept(folder, self.stage, self.teacher.digest)
+        if found is None:
+            choice.keep(folder, self._choose(stop))
+            found = choice.kept(folder, self.stage, self.teacher.digest)
+        if found is None:
+            raise InputError(
+                f"{folder / choice.FILE} belongs to pairs with other settings; delete {folder}, or use another folder"
+            )
+        return found
+
+    def _choose(self, stop: StopRequest) -> ChosenSolver:
+        field = pairs.velocity(self.teacher, self.stage)
+        return choice.choose(field, self.stage, self._planned, self.real, self.device, stop)
+
+    def _planned(self, stage: PairsStage) -> Manifest:
+        return pairs.plan(self.teacher, stage, self.seed, self.data_digest, self.fit)
+
+    def accuracy(self) -> str:
+        """Measure, on the first pairs, whether the solver is accurate enough; see `pairs.accuracy.measure`."""
+        if self.stage.solver == AUTO:
+            return self._choose(StopRequest()).describe(self.stage.count)
+        if self.fit is not None:
+            return f"RMS error of the fitted solver from other noises: {self.fit.rms:.4g}"
+        field, planned = pairs.velocity(self.teacher, self.stage), self._planned(self.stage)
+        return accuracy.measure(field, planned, self.real, self.device, StopRequest()).describe()

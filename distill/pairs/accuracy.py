@@ -13,10 +13,10 @@ from distill.pairs.manifest import Manifest
 from distill.pairs.paths import Real
 from distill.protocols import VelocityField
 from distill.runs.progress import Progress
+from distill.spec.samplingspec import TOLERANCE
 
 BIG = 50_000  # sets of at least so many pairs are checked before they are made, without being asked for
 SAMPLE = 1000  # pairs that are solved with N and with 2 N steps
-TOLERATED = 0.01  # RMS difference from twice the steps, relative to the RMS of the pairs themselves
 DOUBLINGS = 6
 
 
@@ -30,8 +30,8 @@ class Accuracy(FrozenModel):
 
     @property
     def enough(self) -> int | None:
-        """The smallest tried number of steps whose difference is at most `TOLERATED`; None if there is none."""
-        return next((steps for steps, found in sorted(self.differences.items()) if found <= TOLERATED), None)
+        """The smallest tried number of steps whose difference is at most `TOLERANCE`; None if there is none."""
+        return next((steps for steps, found in sorted(self.differences.items()) if found <= TOLERANCE), None)
 
     def describe(self) -> str:
         """The result in one sentence."""
@@ -42,10 +42,10 @@ class Accuracy(FrozenModel):
             return f"{said}; {self.steps} steps are enough"
         if self.enough is not None:
             found = self.differences[self.enough]
-            return f"{said}, more than the tolerated {TOLERATED:.0%}; {self.enough} steps are enough ({found:.2%})"
+            return f"{said}, more than the tolerated {TOLERANCE:.0%}; {self.enough} steps are enough ({found:.2%})"
         last = max(self.differences)
         if last == self.steps:
-            return f"{said}, more than the tolerated {TOLERATED:.0%}"
+            return f"{said}, more than the tolerated {TOLERANCE:.0%}"
         return f"{said}; even {last} steps are not enough ({self.differences[last]:.2%})"
 
 
@@ -62,12 +62,11 @@ def measure(
     N is the manifest's number of steps. Nothing is written.
     """
     count, steps, found = min(SAMPLE, manifest.count), manifest.steps, dict[int, float]()
-    coarse = _ends(field, manifest, real, device, count, stop)
+    coarse = ends(field, manifest, real, device, count, stop)
     for _ in range(doublings):
-        fine = _ends(field, manifest.model_copy(update={"steps": 2 * steps}), real, device, count, stop)
-        rms = fine.double().square().mean().sqrt()
-        found[steps] = ((fine.double() - coarse.double()).square().mean().sqrt() / rms).item()
-        if found[steps] <= TOLERATED:
+        fine = ends(field, manifest.model_copy(update={"steps": 2 * steps}), real, device, count, stop)
+        found[steps] = difference(coarse, fine)
+        if found[steps] <= TOLERANCE:
             break
         coarse, steps = fine, 2 * steps
     return Accuracy(steps=manifest.steps, pairs=count, differences=found)
@@ -92,7 +91,13 @@ def advise(
         progress.warn(f"{found.describe()}; to find how many steps are enough, use `distill pairs` with --check")
 
 
-def _ends(
+def difference(values: Tensor, exact: Tensor) -> float:
+    """The root mean square of values - exact, relative to that of `exact`; both [n, ...]."""
+    rms = exact.double().square().mean().sqrt()
+    return ((values.double() - exact.double()).square().mean().sqrt() / rms).item()
+
+
+def ends(
     field: VelocityField, manifest: Manifest, real: Real | None, device: torch.device, count: int, stop: StopRequest
 ) -> Tensor:
     """The ends that the solver computes for the first `count` paths, [count, ...]."""

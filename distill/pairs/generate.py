@@ -23,9 +23,13 @@ from distill.pairs import accuracy, paths
 from distill.pairs.manifest import Manifest, ShardFile, fault, few, foreign, noise_sha256, read, records
 from distill.pairs.numbers import TOLERATED, Rounding, Whiteness, restored, stored
 from distill.pairs.paths import Real
+from distill.protocols import VelocityField
 from distill.runs.progress import Progress
 from distill.spec import pairspec
+from distill.spec.kinds import FITTED
 from distill.spec.model import PairsStage
+from distill.students.fitted import FittedSolver
+from distill.students.init import teacher_on_linear_path
 from distill.teachers.loaded import LoadedTeacher
 
 
@@ -41,6 +45,7 @@ def generate(
     part: tuple[int, int] | None = None,
     real: Real | None = None,
     data_digest: str | None = None,
+    fit: FittedSolver | None = None,
 ) -> None:
     """Make the shards of the stage's pairs that `folder` does not have yet.
 
@@ -49,10 +54,11 @@ def generate(
 
     part: (i, n) makes only the shards i, i + n, ...; other processes make the rest.
     real: the real data that forward paths and segments start from. data_digest: digest of the whole data set.
+    fit: the fitted solver of a stage with solver: bns.
 
     InputError if the folder holds other pairs or cannot be written; RunError if a pair is not finite.
     """
-    field, planned = teacher.indexed(stage.guidance_scale), plan(teacher, stage, seed, data_digest)
+    field, planned = velocity(teacher, stage), plan(teacher, stage, seed, data_digest, fit)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -63,7 +69,7 @@ def generate(
     left = sum(len(layout.indices(number)) for number in missing)
     done, kept = layout.pairs(ours) - left, len(ours) - len(missing)
     space.require(folder, left * stage.bytes_per_pair(teacher.shape), f"{left:,} pairs")
-    if done == 0 and ours and ours.start == 0:
+    if done == 0 and ours and ours.start == 0 and fit is None:
         accuracy.advise(field, manifest, real, device, folder, progress, stop)
     progress.start(done)
     listed = dict(manifest.shards)
@@ -111,7 +117,15 @@ def _judge(manifest: Manifest, progress: Progress) -> None:
         )
 
 
-def plan(teacher: LoadedTeacher, stage: PairsStage, seed: int, data_digest: str | None) -> Manifest:
+def velocity(teacher: LoadedTeacher, stage: PairsStage) -> VelocityField:
+    """The field whose paths are solved. A fitted solver is fitted to the velocity that students start from."""
+    source = teacher_on_linear_path(teacher) if stage.solver == FITTED else teacher
+    return source.indexed(stage.guidance_scale)
+
+
+def plan(
+    teacher: LoadedTeacher, stage: PairsStage, seed: int, data_digest: str | None, fit: FittedSolver | None = None
+) -> Manifest:
     """The manifest of a set of pairs, without shards. InputError if the options of the stage do not fit together."""
     for mistake in pairspec.mistakes(stage, ""):
         raise InputError(mistake)
@@ -138,6 +152,7 @@ def plan(teacher: LoadedTeacher, stage: PairsStage, seed: int, data_digest: str 
         shape=teacher.shape,
         num_classes=teacher.num_classes,
         noise_sha256=noise_sha256(seed, stage.count, teacher.shape),
+        fitted=fit,
     )
 
 

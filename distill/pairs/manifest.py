@@ -34,6 +34,7 @@ from distill.flow import draws
 from distill.pairs.numbers import Rounding, Whiteness
 from distill.spec.pairspec import MAX_MANIFEST, Layout
 from distill.spec.samplingspec import STORED_BYTES, WITH_STATES
+from distill.students.fitted import FittedSolver
 
 CHECKED_NOISE = 16
 MAX_RECORD = 1 << 16  # bytes
@@ -95,6 +96,8 @@ class Manifest(FrozenModel):
     """the class of pair i is that of its real data, or i mod num_classes; null: unconditional"""
     noise_sha256: Sha256
     """of the drawn noise of sixteen pairs from all parts of the set, as float32, little endian"""
+    fitted: FittedSolver | None = None
+    """the solver, if it was fitted to the teacher (solver: bns)"""
     shards: dict[str, ShardFile] = {}
     done: bool = False
 
@@ -140,8 +143,9 @@ class Manifest(FrozenModel):
 
     @property
     def digest(self) -> str:
-        """sha256 over all fields, including the checksums of the shards."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """sha256 over all fields, including the checksums of the shards. It does not change for sets made before."""
+        unknown = {"fitted"} if self.fitted is None else set()  # to earlier versions
+        return hashlib.sha256(self.model_dump_json(exclude=unknown).encode()).hexdigest()
 
     def differences(self, other: "Manifest") -> list[str]:
         """The settings that differ from those of the set `other`, each as "name is X, expected Y"."""

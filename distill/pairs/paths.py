@@ -15,6 +15,7 @@ from distill.flow.times import uniform_grid
 from distill.pairs.manifest import Manifest
 from distill.pairs.numbers import restored, stored
 from distill.protocols import Cond, VelocityField
+from distill.students import fitted
 from distill.teachers.loaded import LoadedTeacher
 
 # Indices of a block -> the real data [n, ...] of its paths and the condition, on the CPU.
@@ -74,7 +75,10 @@ def solve(
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         match manifest.paths:
             case "backward":
-                end = solvers.solve(field, given, on_device, solver=manifest.solver, steps=manifest.steps)
+                if manifest.fitted is not None:
+                    end = fitted.solve(field, given, on_device, manifest.fitted)
+                else:
+                    end = solvers.solve(field, given, on_device, solver=manifest.solver, steps=manifest.steps)
                 found["data"] = end.cpu()
             case "forward":
                 at = found["data"].to(device)

@@ -6,6 +6,7 @@ from typing import Any
 
 from distill.runs.run_store import RunPaths
 from distill.spec import evalspec, pairspec
+from distill.spec.kinds import AUTO
 from distill.spec.model import (
     OF_DATA,
     WITH_STATES,
@@ -83,8 +84,11 @@ def miniature(spec: RunSpec) -> RunSpec:
             stages[name] = stage.model_copy(update={"images": images, "optimizer": optimizer})
         elif isinstance(stage, PairsStage):
             few = {"count": min(stage.count, stage.block)}
-            coarse = {} if stage.paths in WITH_STATES else {"solver": "euler", "steps": 1}
-            stages[name] = stage.model_copy(update={**few, **coarse})
+            if stage.paths not in WITH_STATES:
+                stage = stage.solved_by("euler", 1)
+            elif stage.solver == AUTO:
+                stage = stage.solved_by("heun", pairspec.steps_to_try(stage)[0])
+            stages[name] = stage.model_copy(update=few)
     here = spec.launch.model_copy(update={"slurm": SlurmSpec()})  # there are too few shards for an array
     return spec.model_copy(update={"stages": stages, "launch": here})
 
@@ -130,10 +134,12 @@ def _train(name: str, stage: TrainStage, launch: LaunchSpec, needs: frozenset[st
 
 def _pairs(name: str, stage: PairsStage) -> PlannedStage:
     calls = stage.network_calls
-    what = f"{stage.solver}, {stage.steps} steps, guidance {stage.guidance_scale:g}"
+    solver = f"solver {AUTO}" if stage.solver == AUTO else f"{stage.solver}, {stage.steps} steps"
+    what = f"{solver}, guidance {stage.guidance_scale:g}"
     what += "" if stage.paths == "backward" else f", {stage.paths}"
     total = round(stage.count * calls)
-    work = f"{stage.count:,} pairs x {calls:g} network calls = {total:,}"
+    about = "about " if stage.solver == AUTO else ""
+    work = f"{stage.count:,} pairs x {about}{calls:g} network calls = {total:,}"
     shards = pairspec.Layout.of(stage).files
     writes = [f"stages/{name}/pairs/ ({shards} shard{'s' if shards > 1 else ''})"]
     needs = [_teacher(stage)] + (["data"] if stage.paths in OF_DATA else [])

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from distill.core.errors import InputError
 from distill.core.text import suggest
-from distill.solvers import find_solver
 from distill.spec import evalspec, overrides, specfile
+from distill.spec.kinds import AUTO, inverting_solvers, is_reference
 from distill.spec.model import EvaluateStage, NoData, PairsStage, RunSpec, Stage, TrainStage
 from distill.spec.overrides import Override
 from distill.spec.resolved import Resolved
@@ -156,7 +156,7 @@ def _default_evaluation(pairs: PairsStage, flow: TrainStage) -> EvaluateStage:
     return EvaluateStage(
         kind="evaluate",
         teacher=flow.teacher,
-        fine_solver=pairs.solver if find_solver(pairs.solver).is_reference else "heun",
+        fine_solver=pairs.solver if is_reference(pairs.solver) else "heun",
         fine_steps=pairs.steps,
         students={},
         guidance_scale=pairs.guidance_scale,
@@ -221,7 +221,7 @@ def _inverted(pairs: PairsStage, share: float) -> PairsStage:
     Its count is chosen so that at this share of a batch, all pairs are used equally often.
     """
     count = max(1, round(pairs.count * share / (1 - share)))
-    solver = pairs.solver if find_solver(pairs.solver).calls_inverting is not None else "heun"
+    solver = pairs.solver if pairs.solver in (AUTO, *inverting_solvers()) else "heun"
     ends = {"paths": "forward", "times": None, "optimal_times": None, "store_noise": False}
     return pairs.model_copy(update={**ends, "count": count, "solver": solver})
 

@@ -275,10 +275,10 @@ def note(found: FoundComparison) -> str:
     )
     return (
         f"@N: with N steps.{marks} S: straightness, the mean square difference between velocity and mean velocity "
-        "along the network's own paths; 0: straight; a flow map has no paths. Training: time of the training loop, with a "
-        f"budget of {found.comparison.budget_minutes:g} minutes each. Memory: of one process, for weights, gradients, "
-        "optimizer, EMA weights and activations. Teacher calls: network calls for the pairs, counted in full for each "
-        "recipe, and during training."
+        "along the network's own paths; 0: straight; a flow map has no paths. Training: time of the training loop, "
+        f"with a budget of {found.comparison.budget_minutes:g} minutes each. Memory: of one process, for weights, "
+        "gradients, optimizer, EMA weights and activations. Teacher calls: network calls for the pairs, counted in "
+        "full for each recipe, and during training."
     )
 
 

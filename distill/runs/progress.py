@@ -153,6 +153,12 @@ class Progress:
         if self.run is not None:
             append_event(self.run, "warning", label=self.label, text=text)
 
+    def note(self, text: str) -> None:
+        """Print a line above the progress, and add it to the run's events."""
+        self._sink.say(text)
+        if self.run is not None:
+            append_event(self.run, "note", label=self.label, text=text)
+
     @property
     def rate(self) -> float:
         """Units per second that this process has done."""

@@ -88,10 +88,11 @@ def inverting_solvers() -> list[str]:
 
 def reference_solvers() -> list[str]:
     """Names of the solvers whose end points can serve as the teacher's own samples."""
-    return [name for name in solver_names() if _is_reference(name)]
+    return [name for name in solver_names() if is_reference(name)]
 
 
-def _is_reference(name: str) -> bool:
+def is_reference(name: str) -> bool:
+    """Whether there is a solver of this name whose end points can serve as the teacher's own samples."""
     return name in solver_names() and find_solver(name).is_reference
 
 
@@ -132,7 +133,9 @@ class OneOf:
         return name
 
 
+AUTO, FITTED = "auto", "bns"  # names in place of a solver of the pairs: the cheapest; fitted to the teacher
 SolverName = Annotated[str, OneOf(solver_names)]
-ReferenceName = Annotated[str, OneOf(reference_solvers, _is_reference)]
+PairsSolverName = Annotated[str, OneOf(lambda: [*solver_names(), AUTO, FITTED])]
+ReferenceName = Annotated[str, OneOf(reference_solvers, is_reference)]
 SamplerName = Annotated[str, OneOf(lambda: SAMPLERS)]
 StudentName = Annotated[str, OneOf(lambda: STUDENTS)]

@@ -12,10 +12,12 @@ from distill.core.errors import InputError
 from distill.core.field_types import MAX_SHARDS
 from distill.solvers import find_solver
 from distill.spec.apportion import rows_by_share
-from distill.spec.kinds import either, inverting_solvers
+from distill.spec.kinds import AUTO, FITTED, either, inverting_solvers
 from distill.spec.model import WITH_STATES, PairsStage, RunSpec, TrainStage, is_path
 
 MAX_MANIFEST = 256 << 20  # bytes; several times the size that MAX_SHARDS files need
+STEPS_TO_TRY = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)
+MAX_FITTED_STEPS = 64  # the number of weights of a fitted solver is quadratic
 SHARD_NAME = re.compile(r"shard-([0-9]{5,15})\.safetensors")
 
 
@@ -107,7 +109,13 @@ def mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
     if stage.shard % stage.block:
         nearest = max(stage.block, round(stage.shard / stage.block) * stage.block)
         yield f"{prefix}shard: {stage.shard} is not a multiple of block ({stage.block}); nearest: {nearest}"
-    if stage.paths == "forward" and find_solver(stage.solver).calls_inverting is None:
+    if stage.solver == AUTO:
+        yield from _auto(stage, prefix)
+    elif stage.tolerance is not None:
+        yield f"{prefix}tolerance: has no effect with solver: {stage.solver}; remove it, or use solver: {AUTO}"
+    if stage.solver == FITTED:
+        yield from _fitted(stage, prefix)
+    elif stage.paths == "forward" and stage.solver != AUTO and find_solver(stage.solver).calls_inverting is None:
         valid = either(inverting_solvers())
         yield f"{prefix}solver: {stage.solver} solves only from noise to data; with paths: forward, use {valid}"
     if stage.optimal_times is not None:
@@ -118,6 +126,35 @@ def mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
         yield f"{prefix}times: has no effect with paths: {stage.paths}, which store no states in between; remove it"
     if stage.store_noise and stage.paths == "forward":
         yield f"{prefix}store_noise: has no effect with paths: forward, which always store the noise; remove it"
+
+
+def steps_to_try(stage: PairsStage) -> list[int]:
+    """The numbers of steps among which `solver: auto` chooses: those whose grids contain the times of the states."""
+    return [steps for steps in STEPS_TO_TRY if not _outside(stage.times or [], steps)]
+
+
+def _auto(stage: PairsStage, prefix: str) -> Iterator[str]:
+    if stage.steps != PairsStage.model_fields["steps"].default:
+        yield f"{prefix}steps: has no effect with solver: {AUTO}, which finds the number of steps; remove it"
+    if stage.optimal_times is not None:
+        yield f"{prefix}optimal_times: does not work with solver: {AUTO}; name a solver and its steps"
+    elif not steps_to_try(stage):
+        yield f"{prefix}times: {stage.times} given; with solver: {AUTO}, times must be multiples of 1/2, ..., 1/128"
+
+
+def _fitted(stage: PairsStage, prefix: str) -> Iterator[str]:
+    if stage.paths != "backward":
+        yield (
+            f"{prefix}solver: {FITTED} is fitted to the ends of paths from noise, so it cannot solve paths: "
+            f"{stage.paths}; name another solver"
+        )
+    if stage.steps > MAX_FITTED_STEPS:
+        yield f"{prefix}steps: {stage.steps} given; with solver: {FITTED}, at most {MAX_FITTED_STEPS}"
+
+
+def _outside(times: list[float], steps: int) -> list[float]:
+    """The times that are not multiples of 1/steps."""
+    return [t for t in times if not math.isclose(t * steps, round(t * steps), abs_tol=1e-6)]
 
 
 def _too_many_files(stage: PairsStage, prefix: str) -> Iterator[str]:
@@ -155,8 +192,8 @@ def _times(stage: PairsStage, prefix: str) -> Iterator[str]:
     if not is_path(times):
         yield f"{prefix}times: {stage.times} given; {stage.paths} need times decreasing from 1 to 0, like [1, 0.5, 0]"
         return
-    strange = [t for t in times if not math.isclose(t * stage.steps, round(t * stage.steps), abs_tol=1e-6)]
-    if strange:
+    strange = _outside(times, stage.steps)
+    if strange and stage.solver != AUTO:
         yield (
             f"{prefix}times: {', '.join(f'{t:g}' for t in strange)} given; times must be multiples of 1/steps = "
             f"1/{stage.steps}, the step size of the solver"

@@ -19,10 +19,11 @@ from distill.core.field_types import (
     StepCount,
 )
 from distill.solvers import find_solver
-from distill.spec.kinds import ReferenceName, SolverName, per_velocity
+from distill.spec.kinds import AUTO, FITTED, PairsSolverName, ReferenceName, SolverName, per_velocity
 
 OF_DATA, WITH_STATES = ("forward", "segments"), ("trajectories", "segments")  # paths of a pairs stage
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
+TOLERANCE = 0.01  # of pairs, from exact ones: RMS difference, relative to the RMS of the pairs
 FINE, SAMPLES, SEED = 100, 100, 0  # defaults for finding optimal times: fine solver steps, samples, seed
 
 
@@ -46,8 +47,11 @@ class PairsStage(FrozenModel):
     """for trajectories and segments: decreasing from 1 (noise) to 0 (data), like [1, 0.5, 0]"""
     optimal_times: StepCount | None = None
     """for trajectories, instead of times: number of steps; their times are found by minimising the Euler error"""
-    solver: SolverName = "heun"
-    """solver of the teacher's ODE"""
+    solver: PairsSolverName = "heun"
+    """solver of the teacher's ODE; auto: the one with the fewest network calls that meets `tolerance`; bns: a solver
+    that is fitted to the teacher, see `distill schedule --fit`"""
+    tolerance: Annotated[float, Field(ge=1e-6, le=1)] | None = None
+    """for solver: auto: largest difference from exact pairs (RMS, relative to that of the pairs); null: 0.01"""
     steps: SolverSteps = 16
     """number of solver steps (heun calls the network twice per step, except in the last)"""
     guidance_scale: Annotated[float, Field(ge=0, le=10_000)] = 1.0
@@ -65,12 +69,29 @@ class PairsStage(FrozenModel):
 
     @property
     def network_calls(self) -> float:
-        """Calls of the teacher's network per pair, including those for guidance; for segments, the average."""
-        solver = find_solver(self.solver)
+        """Calls of the teacher's network per pair, including those for guidance; for segments, the average.
+
+        For `solver: auto` it is an estimate: that of the default solver.
+        """
+        segments = max(1, len(self.times or []) - 1) if self.paths == "segments" else 1
+        return per_velocity(self.guidance_scale) * self._solver_calls() / segments
+
+    def _solver_calls(self) -> int:
+        if self.solver == FITTED:
+            return self.steps
+        solver = find_solver("heun" if self.solver == AUTO else self.solver)  # the default solver, as an estimate
         calls = solver.calls_inverting if self.paths == "forward" else solver.calls
         assert calls is not None, "checks.check lets no such stage through"
-        segments = max(1, len(self.times or []) - 1) if self.paths == "segments" else 1
-        return per_velocity(self.guidance_scale) * calls(self.steps) / segments
+        return calls(self.steps)
+
+    @property
+    def chosen_tolerance(self) -> float:
+        """The tolerance of `solver: auto`."""
+        return TOLERANCE if self.tolerance is None else self.tolerance
+
+    def solved_by(self, solver: str, steps: int) -> "PairsStage":
+        """The stage with a solver in place of `auto`."""
+        return self.model_copy(update={"solver": solver, "steps": steps, "tolerance": None})
 
     @property
     def times_of_states(self) -> list[float] | None:

@@ -27,8 +27,6 @@ from distill.students.samplers import bns
 from distill.students.sampling import Method, padded
 from distill.teachers import LoadedTeacher
 
-NAME = bns.SAMPLER  # of a fitted solver in tables
-
 
 class FittedSolver(FrozenModel):
     """A solver fitted to one network. Stored as a JSON file in STORE/fitted."""
@@ -56,11 +54,6 @@ class FittedSolver(FrozenModel):
             raise ValueError(f"times: {self.steps + 1} times that decrease from 1 to 0 are expected")
         refuse_rows(self.rows, self.steps)
         return self
-
-    @property
-    def tensor(self) -> Tensor:
-        """The weights [N, N + 1] float64, as the sampler takes them."""
-        return padded(self.rows)
 
 
 def refuse_rows(rows: list[list[float]], steps: int) -> None:
@@ -92,11 +85,9 @@ FITTED: records.Schema[FittedSolver] = records.Schema(FittedSolver)
 def method(teacher: LoadedTeacher, fitted: FittedSolver) -> Method:
     """Sampling of a teacher with a solver that was fitted to it."""
     field = velocity(teacher, fitted.guidance_scale)
-    times, rows = torch.tensor(fitted.times, dtype=torch.float64), fitted.tensor
 
     def generate(noise: Tensor, cond: Cond, fresh: object) -> Tensor:
-        with torch.no_grad():
-            return bns.sample(field, start(field, noise), _scaled(field, times), cond, rows)
+        return solve(field, noise, cond, fitted)
 
     return Method(generate, per_velocity(fitted.guidance_scale) * fitted.steps)
 
@@ -106,9 +97,11 @@ def velocity(teacher: LoadedTeacher, guidance_scale: float) -> VelocityField:
     return solvers.on_linear_path(teacher_on_linear_path(teacher).guided(guidance_scale))
 
 
-def _scaled(field: VelocityField, times: Tensor) -> Tensor:
-    """The times of a solver with its first time, which is 1, replaced by the noisiest time of the field."""
-    return torch.cat([times.new_tensor([field.t_range[1]]), times[1:]])
+def solve(field: VelocityField, noise: Tensor, cond: Cond, fitted: FittedSolver) -> Tensor:
+    """The samples [B, ...] from noise [B, ...], without gradients. field: on the linear path."""
+    times = torch.tensor([field.t_range[1], *fitted.times[1:]], dtype=torch.float64)
+    with torch.no_grad():
+        return bns.sample(field, start(field, noise), times, cond, padded(fitted.rows))
 
 
 def refuse_student(teacher: LoadedTeacher, guidance_scale: float) -> None:

@@ -35,6 +35,7 @@ from distill.flow.fields import start
 from distill.flow.interpolants import linear
 from distill.flow.times import uniform_grid
 from distill.protocols import Cond, VelocityField
+from distill.runs.progress import Progress
 from distill.students.fitted import FittedSolver, load, path, velocity
 from distill.students.samplers import bns
 from distill.students.sampling import condition
@@ -47,7 +48,6 @@ FEW = 64  # dimensions
 STEPS, RATE, RATE_OF_TIMES = 70, 5e-3, 2e-2  # of Adam
 EVALUATIONS = 1500  # of L-BFGS
 BLOCK = 64  # pairs in memory at once
-MAX_STEPS = 64  # the number of weights is quadratic
 
 ShowDone = Callable[[int, int], None]  # is called with the number of steps done, and their total
 Judge = Callable[[], None]
@@ -286,7 +286,6 @@ def find(
     samples: int | None = None,
     seed: int = 0,
     guidance_scale: float = 1.0,
-    show: ShowDone = lambda done, total: None,
 ) -> FittedSolver:
     """The solver fitted with these settings, from the store if it is there; otherwise it is fitted now and stored.
 
@@ -304,6 +303,10 @@ def find(
         raise InputError(
             f"cannot save the fitted solver in {file.parent}: {error.strerror}; use another store (--store)"
         ) from error
-    found = fit(teacher, steps, device=device, samples=count, seed=seed, guidance_scale=guidance_scale, show=show)
+    with Progress(f"fit {steps} steps", 100, "percent", None) as progress:
+        found = fit(
+            teacher, steps, device=device, samples=count, seed=seed, guidance_scale=guidance_scale,
+            show=lambda done, total: progress.update(100 * done // total, {}),
+        )  # fmt: skip
     write_atomic(file, found.model_dump_json(indent=1))
     return found
