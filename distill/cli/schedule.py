@@ -14,6 +14,7 @@ from distill.core.printing import say
 from distill.core.text import suggest
 from distill.solvers import solver_names
 from distill.spec import kinds
+from distill.spec.guidancespec import FieldSettings
 from distill.spec.model import FINE, SAMPLES, SEED
 
 if TYPE_CHECKING:
@@ -57,7 +58,14 @@ def schedule(
     place = arguments.device(device)
     loaded = teachers.load_teacher(where, place)
     costs = step_times.find(
-        loaded, runs, device=place, solver=solver, fine=fine, samples=samples, seed=seed, guidance_scale=guidance_scale
+        loaded,
+        runs,
+        device=place,
+        solver=solver,
+        fine=fine,
+        samples=samples,
+        seed=seed,
+        settings=FieldSettings(guidance_scale),
     )
     best, uniform = costs.best(steps), costs.uniform(steps)
     if json:

@@ -32,6 +32,7 @@ from distill.protocols import VelocityField
 from distill.runs.progress import Progress
 from distill.runs.results import FILE_NAME, Results, Row
 from distill.runs.run_store import RunPaths
+from distill.spec.guidancespec import UNCHANGED
 from distill.spec.model import EvaluateStage
 from distill.students import loaded, step_times
 from distill.students.loaded import LoadedStudent
@@ -148,6 +149,7 @@ def measure(
         block=stage.block,
         device=device.type,
         guidance_scale=stage.guidance_scale,
+        guidance=stage.field_settings.more_words,
         distance=reference.name if reference else None,
         features=reference.network if reference else None,
         reference=len(reference.values) if reference else 0,
@@ -230,9 +232,9 @@ class _Work:
         """The rows of a network with the other step times that the stage asks for. usual: its rows with usual times."""
         for asked in self.stage.times.get(usual[0].network, []) if usual else []:
             if asked == "optimal":
-                scale = self.stage.guidance_scale if isinstance(network, LoadedTeacher) else 1.0
+                settings = self.stage.field_settings if isinstance(network, LoadedTeacher) else UNCHANGED
                 for plan in usual:
-                    times = step_times.optimal_times(network, self.store, plan.steps, self.device, scale)
+                    times = step_times.optimal_times(network, self.store, plan.steps, self.device, settings)
                     yield replace(plan, along="optimal", times=tuple(times))
             else:
                 along = ", ".join(f"{t:g}" for t in asked)
@@ -273,7 +275,7 @@ class _Work:
         """How the samples of a row are made. steps: use so many uniform steps instead of the plan's."""
         times = None if steps else plan.times
         if plan.role == "teacher":
-            return of_teacher(self.teacher, plan.solver, steps or plan.steps, self.stage.guidance_scale, times)
+            return of_teacher(self.teacher, plan.solver, steps or plan.steps, self.stage.field_settings, times)
         student = self.students[plan.network]
         if plan.fine:
             return of_field(student.student, plan.solver, steps or plan.steps)
@@ -343,7 +345,7 @@ class _Work:
 
     def _velocity(self, network: LoadedTeacher | LoadedStudent) -> VelocityField | None:
         if isinstance(network, LoadedTeacher):
-            return network.guided(self.stage.guidance_scale)
+            return network.field_with(self.stage.field_settings)
         fits = not network.t_grids or STRAIGHTNESS_STEPS in network.t_grids
         return network.student if fits and isinstance(network.student, VelocityStudent) else None
 
@@ -371,6 +373,7 @@ class _Work:
         facts = [VERSION, stage.samples, stage.block, self.seed, self.device.type, stage.guidance_scale, repr(plan)]
         facts += [self.teacher.digest, self._network(plan).digest, repr(_fine(stage))]
         facts += [reference.identity if reference else None]
+        facts += [identity] if (identity := self.teacher.identity_of(stage.field_settings)) else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def kept(self, plan: Plan) -> Row | None:

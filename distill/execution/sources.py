@@ -2,8 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ from distill.spec.model import (
     TeacherSpec,
     TrainStage,
 )
-from distill.spec.resolved import Resolved, stage_teacher
+from distill.spec.resolved import Resolved, stage_teacher, weak_teacher
 from distill.students import step_times
 from distill.teachers import LoadedTeacher
 from distill.teachers.dispatching import dispatched
@@ -47,7 +47,7 @@ class Inputs:
     """The loaded inputs of a stage; None where it needs none or there is none."""
 
     teacher: LoadedTeacher | None
-    """the student of an earlier stage, or the teacher of the spec"""
+    """the student of an earlier stage, or the teacher of the spec; with the weak model, if the stage has one"""
     data: DataSet | None
     own: LoadedTeacher | None
     """the teacher of the spec if it is in closed form: its exact samples replace data"""
@@ -66,6 +66,7 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
     given: dict[str, TeacherSpec | None] = {"own": spec.teacher if resolved.spec.has_exact_teacher else None}
     if "teacher" in needs:
         given["teacher"] = stage_teacher(spec, stage, run.students)
+    given["weak"] = weak_teacher(stage, run.students)
     loaded = {
         role: teachers.load_teacher(each, device, probe=False) for role, each in given.items() if each is not None
     }
@@ -75,7 +76,8 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
     places = {"data": spec.data.path if isinstance(spec.data, ImagesData | HfData) else spec.data.kind}
     if (used := given.get("teacher")) is not None:
         places["teacher"] = used.path if isinstance(used, CheckpointTeacher) else used.kind
-    return Inputs(loaded.get("teacher"), data, loaded.get("own"), times, places)
+    teacher, weak = loaded.get("teacher"), loaded.get("weak")
+    return Inputs(None if teacher is None else replace(teacher, weak=weak), data, loaded.get("own"), times, places)
 
 
 @contextmanager
@@ -87,8 +89,11 @@ def opened(
     whole: all weights of the teacher must be on `device`; else it may be larger than the device's memory.
     """
     inputs = load(run, resolved, name, device if whole else torch.device("cpu"), indexed=indexed)
-    network = None if inputs.teacher is None or whole else inputs.teacher.network
-    with nullcontext() if network is None else dispatched(network, device, run.stage(name).root / "offload"):
+    called = {} if whole or inputs.teacher is None else {"offload": inputs.teacher, "offload-weak": inputs.teacher.weak}
+    with ExitStack() as stack:
+        for folder, each in called.items():
+            if each is not None and each.network is not None:
+                stack.enter_context(dispatched(each.network, device, run.stage(name).root / folder))
         yield inputs
 
 
@@ -283,5 +288,5 @@ class Solving:
     def accuracy(self) -> Accuracy:
         """Measure, on the first pairs, whether the solver's number of steps is enough; see `pairs.accuracy.measure`."""
         planned = pairs.plan(self.teacher, self.stage, self.seed, self.data_digest)
-        field = self.teacher.indexed(self.stage.guidance_scale)
+        field = self.teacher.indexed(self.stage.field_settings)
         return accuracy.measure(field, planned, self.real, self.device, StopRequest())

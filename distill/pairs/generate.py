@@ -52,7 +52,7 @@ def generate(
 
     InputError if the folder holds other pairs or cannot be written; RunError if a pair is not finite.
     """
-    field, planned = teacher.indexed(stage.guidance_scale), plan(teacher, stage, seed, data_digest)
+    field, planned = teacher.indexed(stage.field_settings), plan(teacher, stage, seed, data_digest)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -115,7 +115,8 @@ def plan(teacher: LoadedTeacher, stage: PairsStage, seed: int, data_digest: str 
     """The manifest of a set of pairs, without shards. InputError if the options of the stage do not fit together."""
     for mistake in pairspec.mistakes(stage, ""):
         raise InputError(mistake)
-    times = None if stage.times is None else paths.actual_times(teacher.field, stage.steps, stage.times)
+    field = teacher.field_with(stage.field_settings)
+    times = None if stage.times is None else paths.actual_times(field, stage.steps, stage.times)
     if times is not None:
         times[0] = 1.0  # the first state is the noise itself, even if the teacher's time range ends below 1
     return Manifest(
@@ -123,8 +124,11 @@ def plan(teacher: LoadedTeacher, stage: PairsStage, seed: int, data_digest: str 
         teacher_digest=teacher.digest,
         solver=stage.solver,
         steps=stage.steps,
-        nfe=stage.network_calls,
+        nfe=stage.network_calls_along(paths.solver_grid(field, stage)),
         guidance_scale=stage.guidance_scale,
+        guidance=stage.field_settings.recorded,
+        weak_digest=teacher.weak.digest if teacher.weak is not None else None,
+        epsilon_scale=stage.epsilon_scale,
         seed=seed,
         count=stage.count,
         block=stage.block,

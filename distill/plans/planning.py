@@ -130,10 +130,11 @@ def _train(name: str, stage: TrainStage, launch: LaunchSpec, needs: frozenset[st
 
 def _pairs(name: str, stage: PairsStage) -> PlannedStage:
     calls = stage.network_calls
-    what = f"{stage.solver}, {stage.steps} steps, guidance {stage.guidance_scale:g}"
+    what = f"{stage.solver}, {stage.steps} steps, {stage.field_settings.words}"
     what += "" if stage.paths == "backward" else f", {stage.paths}"
     total = round(stage.count * calls)
-    work = f"{stage.count:,} pairs x {calls:g} network calls = {total:,}"
+    about = "about " if stage.field_settings.varies else ""  # it also depends on the teacher's times
+    work = f"{stage.count:,} pairs x {about}{calls:g} network calls = {about}{total:,}"
     shards = pairspec.Layout.of(stage).files
     writes = [f"stages/{name}/pairs/ ({shards} shard{'s' if shards > 1 else ''})"]
     needs = [_teacher(stage)] + (["data"] if stage.paths in OF_DATA else [])
@@ -142,7 +143,8 @@ def _pairs(name: str, stage: PairsStage) -> PlannedStage:
 
 def _evaluate(name: str, stage: EvaluateStage, samplers: Mapping[str, str]) -> PlannedStage:
     calls = stage.samples * sum(evalspec.calls(stage, samplers).values())
-    work = f"{evalspec.num_rows(stage)} rows x {stage.samples:,} samples; {calls:,} network calls"
+    about = "about " if stage.field_settings.varies else ""
+    work = f"{evalspec.num_rows(stage)} rows x {stage.samples:,} samples; {about}{calls:,} network calls"
     needs = _unique([_teacher(stage), *stage.students])
     coarse = f"at {', '.join(map(str, stage.teacher_steps))} steps and " if stage.teacher_steps else "by "
     fine = f"{stage.fine_solver} {stage.fine_steps}"

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 from distill.solvers import find_solver
-from distill.spec.kinds import network_calls, per_velocity
+from distill.spec.kinds import network_calls
 from distill.spec.model import EvaluateStage
+from distill.spec.samplingspec import uniform_times
 
 
 def measuring(
@@ -52,5 +53,17 @@ def calls(stage: EvaluateStage, samplers: Mapping[str, str]) -> dict[str, int]:
     fine = find_solver(stage.fine_solver).calls(stage.fine_steps)
     by = {"teacher": "euler", **samplers}  # the fine rows are added below
     found = {name: sum(network_calls(by[name], n) for n in each) for name, each in steps_of_rows(stage).items()}
-    found |= {name: found[name] + fine for name in ("teacher", *stage.fine_students)}
-    return {**found, "teacher": per_velocity(stage.guidance_scale) * found["teacher"]}
+    found |= {name: found[name] + fine for name in stage.fine_students}
+    return {**found, "teacher": _calls_of_teacher(stage)}
+
+
+def _calls_of_teacher(stage: EvaluateStage) -> int:
+    """Network calls for one sample of every row of the teacher.
+
+    If guidance has an interval, they are those of a teacher that is defined at all times from 0 to 1, and of uniform
+    times where optimal ones are asked for, which are not known yet.
+    """
+    usual = [uniform_times(steps) for steps in stage.teacher_steps]
+    along = [grid for way in stage.times.get("teacher", []) for grid in (usual if way == "optimal" else [way])]
+    fine = stage.field_settings.network_calls(stage.fine_solver, uniform_times(stage.fine_steps))
+    return fine + sum(stage.field_settings.network_calls("euler", t_grid) for t_grid in [*usual, *along])
