@@ -5,8 +5,11 @@ import json
 
 import pytest
 import torch
+from commands import command
 
 from distill.core.errors import InputError
+from distill.exchange import student_card
+from distill.execution import preflight
 from distill.flow.fields import Counted
 from distill.pairs import PairSet
 from distill.pairs.manifest import Manifest, read
@@ -22,7 +25,7 @@ from distill.teachers.analytic import GaussianField
 from distill.testing.closed_form import class_gaussian_teacher
 from tests import test_evaluate
 from tests.test_pairs import make
-from tests.test_workflow import PAIRS, TEACH, images, mistakes
+from tests.test_workflow import GAUSSIAN, PAIRS, TEACH, images, mistakes, vectors
 
 MEANS = torch.tensor([[1.0, -2.0, 0.5], [0.3, 0.1, -1.0]], dtype=torch.float64)
 NULL = torch.tensor([-0.5, 1.0, 0.2], dtype=torch.float64)
@@ -135,18 +138,48 @@ def test_plans_count_the_calls_of_an_interval():
     evaluation = {"kind": "evaluate", "teacher": "t", "students": {"t": [1]}, "fine_steps": 4, **interval}
     evaluation["times"] = {"teacher": ["optimal", [1, 0.5, 0.3, 0]]}
     spec = images(p=pairs, e={**evaluation, "teacher_steps": [2, 10]})
-    assert mistakes(spec) == []
     _, solved, measured = planning.steps(resolve(specfile.validate(spec, "f"), "."))
     assert solved.work == "100 pairs x about 14 network calls = about 1,400"
     assert solved.what == "euler, 10 steps, guidance 2 (0.3 < t <= 0.7)"
     # steps of 2 and 10: 3 + 14, twice; along the times: 4; Heun: 7 + 2, of times 1, .75, .75, .5, .5, .25, .25
     assert measured.network_calls == 2500 * (17 + 17 + 4 + 9 + 1)
     assert measured.work.endswith("samples; about 120,000 network calls")
+    assert measured.what == "teacher at 2, 10 steps and heun 4; guidance 2 (0.3 < t <= 0.7)"
     forward = PairsStage(**{**PAIRS, **interval, "guidance": GuidanceSpec(interval=(0.3, 0.7)), "paths": "forward",
                             "solver": "euler", "steps": 10})  # fmt: skip
     assert forward.network_calls == 14
     stage = EvaluateStage(kind="evaluate", students={}, teacher_steps=[4], guidance_scale=2.0)
     assert evalspec.calls(stage, {}) == {"teacher": 2 * (4 + 31)}
+
+
+def test_a_weak_checkpoint_is_loaded_before_the_run(tmp_path):
+    export(test_evaluate.one_step_student(), tmp_path / "w", test_evaluate.card((2,), None))
+    auto = {"guidance_scale": 2.0, "guidance": {"weak_path": str(tmp_path / "w")}}
+    spec = specfile.validate(vectors(p=auto), "f")
+    preflight.check(resolve(spec, tmp_path))
+    other = specfile.validate(vectors(p=auto) | {"teacher": {**GAUSSIAN, "mean": [0, 0, 0], "std": [1, 1, 1]}}, "f")
+    with pytest.raises(InputError, match=r"the weak model \(VelocityMLP .*\) makes samples of shape \[2\] with no"):
+        preflight.check(resolve(other, tmp_path))
+    noisy = specfile.validate(vectors(p={"epsilon_scale": 1.01}), "f")
+    with pytest.raises(InputError, match=r"the teacher is defined up to pure noise \(t = 1\)"):
+        preflight.check(resolve(noisy, tmp_path))
+
+
+def test_a_weak_model_that_is_not_trained_yet_is_named(capfd, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    auto = {**PAIRS, "guidance_scale": 2.0, "guidance": {"weak": "r"}}
+    (tmp_path / "s.yaml").write_text(json.dumps(vectors(q=auto)))
+    done = command(capfd, "pairs", "s.yaml", "--stage", "q")
+    assert done.code == 2
+    said = "the weak model of stage 'q' is the student of stage 'r', which is not trained yet; train it with: distill"
+    assert said in done.err
+
+
+def test_a_model_card_says_how_pairs_were_guided():
+    card = test_evaluate.card((2,), None)
+    guided = card.model_copy(update={"guidance": "autoguidance 2 (0.1 < t <= 0.7)"})
+    line = "| guidance | autoguidance 2 (0.1 &lt; t &lt;= 0.7), learned in training |\n"
+    assert line in student_card.readme(guided) and "| guidance |" not in student_card.readme(card)
 
 
 # --- pairs, step times, evaluations ---
