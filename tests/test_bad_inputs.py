@@ -51,7 +51,7 @@ def refuse(capfd, tmp_path, arguments, said):
 
 # --- fields: `distill run digits CHANGE...` ---
 
-SOLVERS = "'euler', 'heun', 'ab2', 'ab3', 'dpm_solver_pp_2m', 'dpm_solver_pp_3m', 'unipc2' or 'unipc3'"
+SOLVERS = "'euler', 'heun', 'ab2', 'ab3', 'dpm_solver_pp_2m', 'dpm_solver_pp_3m', 'unipc2', 'unipc3', 'auto' or 'bns'"
 DIGITS = "preset 'digits': "
 SPEC = "spec 'digits': "
 FIELDS = {

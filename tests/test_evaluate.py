@@ -33,6 +33,7 @@ from distill.runs import results
 from distill.runs.progress import Progress
 from distill.runs.run_store import RunPaths
 from distill.spec.evalspec import num_samples
+from distill.spec.guidancespec import UNCHANGED, FieldSettings
 from distill.spec.model import CheckpointTeacher, RunSpec, UNetSpec
 from distill.spec.resolved import resolve
 from distill.students import fitting, sampling, step_times
@@ -128,14 +129,14 @@ def test_gaussian_teacher_has_its_known_numbers(vector_run):
 
 def test_samples_do_not_depend_on_the_block_and_rows_share_their_noise(vector_run):
     teacher = load_teacher(vector_spec().teacher, CPU)
-    method = sampling.of_teacher(teacher, "euler", 4, 1.0)
+    method = sampling.of_teacher(teacher, "euler", 4, UNCHANGED)
     whole, parts = (
         torch.cat([b.samples for b in sampling.blocks(method, teacher, seed=3, count=10, block=n, device=CPU)])
         for n in (10, 4)
     )
     torch.testing.assert_close(whole, parts, atol=1e-6, rtol=0)
     noise = sample_noise(3, range(10), (2,))
-    torch.testing.assert_close(whole, sampling.of_teacher(teacher, "euler", 4, 1.0).generate(noise, {}, []))
+    torch.testing.assert_close(whole, sampling.of_teacher(teacher, "euler", 4, UNCHANGED).generate(noise, {}, []))
 
 
 def test_a_stop_costs_one_row_and_the_rest_is_the_same(vector_run, tmp_path):
@@ -328,8 +329,8 @@ def test_guided_teacher_counts_twice():
     network = build(UNetSpec(kind="unet", channels=[8]), (1, 8, 8), 2, 0)
     student = VelocityStudent(network)
     teacher = exported(student, (1, 8, 8), 2)
-    assert sampling.of_teacher(teacher, "heun", 4, 2.0).nfe == 14
-    assert sampling.of_teacher(teacher, "heun", 4, 1.0).nfe == 7
+    assert sampling.of_teacher(teacher, "heun", 4, FieldSettings(2.0)).nfe == 14
+    assert sampling.of_teacher(teacher, "heun", 4, UNCHANGED).nfe == 7
 
 
 def exported(student: VelocityStudent, shape, classes):

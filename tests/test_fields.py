@@ -8,7 +8,6 @@ import torch
 from distill.flow.draws import generator
 from distill.flow.fields import (
     Counted,
-    Guided,
     Rescheduled,
     calls_per_sample,
     drop_condition,
@@ -16,6 +15,7 @@ from distill.flow.fields import (
     rows_to_call,
     start,
 )
+from distill.flow.guidance import Guided
 from distill.flow.interpolants import edm, like, linear, vp
 from distill.protocols import VelocityField
 from distill.teachers.analytic import GaussianField, MixtureField
@@ -175,8 +175,8 @@ def test_guidance_is_one_call_of_twice_the_rows_and_counts_as_two():
     outer = Counted(Rescheduled(teacher.guided(2.0), trig()))
     outer(x, t, cond)
     outer(x, t, cond)
-    assert outer.calls == 4 and calls_per_sample(outer) == 2
-    assert calls_per_sample(Guided(teacher.field, teacher.null, 1.0)) == 1
+    assert outer.calls == 4 and calls_per_sample(outer, t) == 2
+    assert calls_per_sample(Guided(teacher.field, teacher.null, 1.0), t) == 1
 
 
 def test_guidance_of_nothing_is_refused():

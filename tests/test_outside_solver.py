@@ -96,7 +96,7 @@ def test_it_is_named_where_solvers_are(tmp_path, midpoint):
     assert spec.stages["pairs"].network_calls == 32
     shown = presets.annotated(spec, tmp_path)
     words = " ".join(shown.replace("#", " ").split())
-    assert f"solver of the teacher's ODE; one of {', '.join(OURS)}, midpoint solver: midpoint" in words
+    assert f"see `distill schedule --fit`; one of {', '.join(OURS)}, midpoint, auto, bns solver: midpoint" in words
     path.write_text(yaml.safe_dump(SPEC).replace("midpoint", "midpiont"))
     with pytest.raises(InputError, match="must be 'euler', 'heun', 'ab2', .*, 'unipc3' or 'midpoint'"):
         specfile.load(path)

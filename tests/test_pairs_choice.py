@@ -145,4 +145,4 @@ def test_the_plan_says_that_it_is_an_estimate():
     }
     (planned,) = planning.steps(resolve(specfile.validate(content, "f"), Path()))
     assert planned.what == "solver auto, guidance 1"
-    assert planned.work == "100 pairs x about 31 network calls = 3,100"
+    assert planned.work == "100 pairs x about 31 network calls = about 3,100"

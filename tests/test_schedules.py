@@ -16,6 +16,7 @@ from distill.flow.fields import Counted, Rescheduled
 from distill.flow.interpolants import edm
 from distill.flow.times import uniform_grid
 from distill.solvers import solver_names
+from distill.spec.guidancespec import UNCHANGED, FieldSettings
 from distill.spec.model import GaussianTeacher, PairsStage
 from distill.students import step_times
 from distill.teachers.analytic import GaussianField, gaussian_teacher
@@ -165,7 +166,7 @@ def test_what_was_measured_is_kept_and_not_measured_again(tmp_path):
     ratio = first.best(3).cost / first.uniform(3).cost
     unit = costs()
     assert ratio == pytest.approx(summed(unit, [0, 6, 9, 12]) / summed(unit, [0, 4, 8, 12]), rel=1e-4)
-    others = [{"fine": 11}, {"samples": 9}, {"seed": 1}, {"solver": "heun"}, {"guidance_scale": 1.0}]
+    others = [{"fine": 11}, {"samples": 9}, {"seed": 1}, {"solver": "heun"}, {"settings": UNCHANGED}]
     for number, other in enumerate(others):
         find(tmp_path, teacher, **other)
         assert len(list((tmp_path / "schedules").iterdir())) == min(2 + number, 5), "the last asks for what is there"
@@ -192,7 +193,7 @@ def test_costs_are_those_of_the_samples_however_they_are_divided(tmp_path, monke
             parts = find(tmp_path / f"{number}-parts", teacher, samples=7)
         for row, other in zip(whole.costs, parts.costs, strict=True):
             assert other == pytest.approx(row, rel=1e-5, abs=1e-9)
-    guided = find(tmp_path, classes, guidance_scale=2.0)
+    guided = find(tmp_path, classes, settings=FieldSettings(2.0))
     assert guided.costs != find(tmp_path, classes).costs
 
 

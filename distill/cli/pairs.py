@@ -16,7 +16,8 @@ from distill.core.printing import say
 from distill.core.text import suggest
 from distill.runs.run_store import RunPaths
 from distill.solvers import solver_names
-from distill.spec import kinds
+from distill.spec import checks, kinds
+from distill.spec.guidancespec import WEAK
 from distill.spec.model import OF_DATA
 
 if TYPE_CHECKING:
@@ -199,12 +200,13 @@ def _of_spec(
     run, spec = _run(store, given, changes, name, make=not check)
     chosen = _stage(spec, stage)
     _refuse_empty(share, spec.stages[chosen])
-    of = spec.stages[chosen].teacher
-    if of is not None and not run.stage(of).done.exists():
-        raise InputError(
-            f"the teacher of stage '{chosen}' is the student of stage '{of}', which is not trained yet; train it with: "
-            f"distill run {f'{near(run.root)} --resume' if run.root.exists() else given}"
-        )
+    for field, of, _ in checks.references(spec.stages[chosen]):
+        if not run.stage(of).done.exists():
+            what = "weak model" if field == WEAK else "teacher"
+            raise InputError(
+                f"the {what} of stage '{chosen}' is the student of stage '{of}', which is not trained yet; train it "
+                f"with: distill run {f'{near(run.root)} --resume' if run.root.exists() else given}"
+            )
     if check:
         from distill.execution import devices, stages
         from distill.spec import resolved

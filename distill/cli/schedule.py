@@ -14,6 +14,7 @@ from distill.core.printing import say
 from distill.core.text import suggest
 from distill.solvers import solver_names
 from distill.spec import kinds
+from distill.spec.guidancespec import FieldSettings
 from distill.spec.model import FINE, SAMPLES, SEED
 from distill.spec.pairspec import MAX_FITTED_STEPS
 
@@ -84,7 +85,14 @@ def schedule(
 
     solver, fine, samples = solver or "euler", fine or FINE, samples or SAMPLES
     costs = step_times.find(
-        loaded, runs, device=place, solver=solver, fine=fine, samples=samples, seed=seed, guidance_scale=guidance_scale
+        loaded,
+        runs,
+        device=place,
+        solver=solver,
+        fine=fine,
+        samples=samples,
+        seed=seed,
+        settings=FieldSettings(guidance_scale),
     )
     best, uniform = costs.best(steps), costs.uniform(steps)
     if json:

@@ -129,6 +129,7 @@ def measure(
         block=stage.block,
         device=device.type,
         guidance_scale=stage.guidance_scale,
+        guidance=stage.field_settings.more_words,
         distance=reference.name if reference else None,
         features=reference.network if reference else None,
         reference=len(reference.values) if reference else 0,
@@ -227,7 +228,7 @@ class _Work:
         if plan.fit is not None:
             return fitted.method(self.teacher, plan.fit)
         if plan.role == "teacher":
-            return of_teacher(self.teacher, plan.solver, steps or plan.steps, self.stage.guidance_scale, times)
+            return of_teacher(self.teacher, plan.solver, steps or plan.steps, self.stage.field_settings, times)
         student = self.students[plan.network]
         if plan.fine:
             return of_field(student.student, plan.solver, steps or plan.steps)
@@ -327,7 +328,7 @@ class _Work:
 
     def _velocity(self, network: LoadedTeacher | LoadedStudent) -> VelocityField | None:
         if isinstance(network, LoadedTeacher):
-            return network.guided(self.stage.guidance_scale)
+            return network.field_with(self.stage.field_settings)
         fits = not network.t_grids or STRAIGHTNESS_STEPS in network.t_grids
         return network.student if fits and isinstance(network.student, VelocityStudent) else None
 
@@ -359,6 +360,7 @@ class _Work:
         facts += [self.teacher.digest, self._network(plan).digest, repr(fine_plan(stage))]
         facts += [reference.identity if reference else None]
         facts += [plan.fit.model_dump_json()] if plan.fit is not None else []
+        facts += [identity] if (identity := self.teacher.identity_of(stage.field_settings)) else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def kept(self, plan: Plan) -> Row | None:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from distill.spec import evalspec
+from distill.spec.guidancespec import UNCHANGED, FieldSettings
 from distill.spec.kinds import FITTED, per_velocity
 from distill.spec.model import EvaluateStage
 from distill.students import fitted, step_times
@@ -81,7 +82,8 @@ def _baselines(
     samplers, scale = {name: each.sampler for name, each in students.items()}, stage.guidance_scale
     for solver, steps in evalspec.baseline_rows(stage, samplers):
         yield Plan("teacher", "teacher", solver, steps)
-    for nfe in evalspec.nfe_of_students(stage, samplers) if stage.baselines else []:
+    plain = stage.field_settings == FieldSettings(scale)  # a solver is fitted with guidance_scale alone
+    for nfe in evalspec.nfe_of_students(stage, samplers) if stage.baselines and plain else []:
         steps, rest = divmod(nfe, per_velocity(scale))
         fit = fitted.load(store, teacher.digest, steps, scale) if rest == 0 else None
         if fit is not None:
@@ -100,9 +102,9 @@ class _Times:
         """The rows of a network with the other step times that the stage asks for. usual: its rows with usual times."""
         for asked in self.stage.times.get(usual[0].network, []) if usual else []:
             if asked == "optimal":
-                scale = self.stage.guidance_scale if isinstance(network, LoadedTeacher) else 1.0
+                settings = self.stage.field_settings if isinstance(network, LoadedTeacher) else UNCHANGED
                 for plan in usual:
-                    times = step_times.optimal_times(network, self.store, plan.steps, self.device, scale)
+                    times = step_times.optimal_times(network, self.store, plan.steps, self.device, settings)
                     yield replace(plan, along="optimal", times=tuple(times))
             else:
                 along = ", ".join(f"{t:g}" for t in asked)

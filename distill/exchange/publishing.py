@@ -25,6 +25,7 @@ from distill.runs import jobs, results, todo
 from distill.runs.progress import duration
 from distill.runs.results import Results, Row
 from distill.runs.run_store import RunPaths, read_events
+from distill.spec import checks
 from distill.spec.model import PairsStage, RunSpec, TrainStage
 
 PICTURE = "samples.png"
@@ -250,9 +251,7 @@ def _ancestry(spec: RunSpec, stage: str) -> list[str]:
     wanted = {stage}
     for name in reversed(spec.stages):
         if name in wanted:
-            each = spec.stages[name]
-            named = [each.teacher, *([each.init, *each.pair_shares] if isinstance(each, TrainStage) else [])]
-            wanted |= {other for other in named if other is not None}
+            wanted |= {target for _, target, _ in checks.references(spec.stages[name])}
     return [name for name in spec.stages if name in wanted]
 
 

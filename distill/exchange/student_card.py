@@ -84,6 +84,8 @@ class StudentCard(FrozenModel):
     """of one sample"""
     guidance_scale: Number = 1.0
     """classifier-free guidance scale that the student has learnt; 1 = none"""
+    guidance: Line = ""
+    """how its pairs were guided, in words, if there was more to it than guidance_scale"""
     weights: Literal["raw"] | Number
     """raw, or the half-life of the EMA weights, in images"""
     images: Count

@@ -4,7 +4,7 @@ The predictions of memory (`estimate`) and time (`forecast`) use what was loaded
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from distill.protocols import Adapter, Copy, Recipe, Trained
 from distill.spec import pairspec
 from distill.spec.kinds import STUDENTS
 from distill.spec.model import EvaluateStage, PairsStage, RunSpec, TrainStage
-from distill.spec.resolved import Resolved, ResolvedRecipe
+from distill.spec.resolved import Resolved, ResolvedRecipe, weak_teacher
 from distill.students import sampling
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.students.loaded import KINDS, LoadedStudent
@@ -79,7 +79,7 @@ def check(resolved: Resolved, store: Path | None = None) -> Ready:
     teacher = None if spec.teacher is None else teachers.load_teacher(spec.teacher, CPU)
     for stage in spec.stages.values():
         if isinstance(stage, PairsStage | EvaluateStage) and stage.teacher is None and teacher is not None:
-            teacher.guided(stage.guidance_scale)  # InputError if there is no unconditional call
+            _check_field(teacher, stage)
         if isinstance(stage, EvaluateStage) and data is not None:
             from distill.evaluation import measuring
 
@@ -105,6 +105,17 @@ def check(resolved: Resolved, store: Path | None = None) -> Ready:
             if known:
                 raise InputError(f"stages.{name}: {error}") from error
     return Ready(resolved, teacher, built)
+
+
+def _check_field(teacher: LoadedTeacher, stage: PairsStage | EvaluateStage) -> None:
+    """InputError if the teacher's field cannot be changed as a stage asks, e.g. if there is no unconditional call."""
+    settings = stage.field_settings
+    if settings.form.weak is not None:  # a student that is not trained yet
+        teacher.field_with(replace(settings, guidance_scale=1.0))
+        return
+    weak = weak_teacher(stage, Path())
+    teacher = teacher if weak is None else replace(teacher, weak=teachers.load_teacher(weak, CPU))
+    teacher.field_with(settings)
 
 
 def t_grids(spec: RunSpec, name: str, recipe: Recipe, times: list[float] | None) -> dict[int, list[float]]:

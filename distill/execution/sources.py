@@ -2,8 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ from distill.spec.model import (
     TeacherSpec,
     TrainStage,
 )
-from distill.spec.resolved import Resolved, stage_teacher
+from distill.spec.resolved import Resolved, stage_teacher, weak_teacher
 from distill.students import fitting, step_times
 from distill.students.fitted import FittedSolver
 from distill.teachers import LoadedTeacher
@@ -49,7 +49,7 @@ class Inputs:
     """The loaded inputs of a stage; None where it needs none or there is none."""
 
     teacher: LoadedTeacher | None
-    """the student of an earlier stage, or the teacher of the spec"""
+    """the student of an earlier stage, or the teacher of the spec; with the weak model, if the stage has one"""
     data: DataSet | None
     own: LoadedTeacher | None
     """the teacher of the spec if it is in closed form: its exact samples replace data"""
@@ -68,6 +68,7 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
     given: dict[str, TeacherSpec | None] = {"own": spec.teacher if resolved.spec.has_exact_teacher else None}
     if "teacher" in needs:
         given["teacher"] = stage_teacher(spec, stage, run.students)
+    given["weak"] = weak_teacher(stage, run.students)
     loaded = {
         role: teachers.load_teacher(each, device, probe=False) for role, each in given.items() if each is not None
     }
@@ -77,7 +78,8 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
     places = {"data": spec.data.path if isinstance(spec.data, ImagesData | HfData) else spec.data.kind}
     if (used := given.get("teacher")) is not None:
         places["teacher"] = used.path if isinstance(used, CheckpointTeacher) else used.kind
-    return Inputs(loaded.get("teacher"), data, loaded.get("own"), times, places)
+    teacher, weak = loaded.get("teacher"), loaded.get("weak")
+    return Inputs(None if teacher is None else replace(teacher, weak=weak), data, loaded.get("own"), times, places)
 
 
 @contextmanager
@@ -89,8 +91,11 @@ def opened(
     whole: all weights of the teacher must be on `device`; else it may be larger than the device's memory.
     """
     inputs = load(run, resolved, name, device if whole else torch.device("cpu"), indexed=indexed)
-    network = None if inputs.teacher is None or whole else inputs.teacher.network
-    with nullcontext() if network is None else dispatched(network, device, run.stage(name).root / "offload"):
+    called = {} if whole or inputs.teacher is None else {"offload": inputs.teacher, "offload-weak": inputs.teacher.weak}
+    with ExitStack() as stack:
+        for folder, each in called.items():
+            if each is not None and each.network is not None:
+                stack.enter_context(dispatched(each.network, device, run.stage(name).root / folder))
         yield inputs
 
 
@@ -301,10 +306,10 @@ class Solving:
 
     def _chosen(self, folder: Path, stop: StopRequest) -> ChosenSolver:
         """The solver for `solver: auto`, chosen once for all processes that make the set in `folder`."""
-        found = choice.kept(folder, self.stage, self.teacher.digest)
+        found = choice.kept(folder, self.stage, self.teacher)
         if found is None:
             choice.keep(folder, self._choose(stop))
-            found = choice.kept(folder, self.stage, self.teacher.digest)
+            found = choice.kept(folder, self.stage, self.teacher)
         if found is None:
             raise InputError(
                 f"{folder / choice.FILE} belongs to pairs with other settings; delete {folder}, or use another folder"
@@ -312,8 +317,7 @@ class Solving:
         return found
 
     def _choose(self, stop: StopRequest) -> ChosenSolver:
-        field = pairs.velocity(self.teacher, self.stage)
-        return choice.choose(field, self.stage, self._planned, self.real, self.device, stop)
+        return choice.choose(self.teacher, self.stage, self._planned, self.real, self.device, stop)
 
     def _planned(self, stage: PairsStage) -> Manifest:
         return pairs.plan(self.teacher, stage, self.seed, self.data_digest, self.fit)

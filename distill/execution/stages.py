@@ -190,6 +190,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
         null_class=init.null_class,
         unconditional=asked.unconditional,
         guidance_scale=_guidance(work.spec, stage, teacher) * asked.guidance_scale,
+        guidance=pairspec.field_settings_of(work.spec, stage).more_words,
         weights=stage.export,
         images=stage.images,
     )
@@ -203,9 +204,8 @@ def _guidance(spec: RunSpec, stage: TrainStage, teacher: LoadedTeacher | None) -
     """Scales of teacher and pairs multiply: null + a (null + b (cond - null) - null) = null + a b (cond - null)."""
     if teacher is None:
         return 1.0
-    solved = [spec.stages[name] for name in stage.pair_shares]
-    scales = {each.guidance_scale for each in solved if isinstance(each, PairsStage)}
-    return teacher.guidance_scale * (scales.pop() if scales else 1.0)
+    settings = pairspec.field_settings_of(spec, stage)
+    return teacher.guidance_scale * (1.0 if settings.form.is_auto else settings.guidance_scale)
 
 
 def _train(work: Work, stage: TrainStage) -> dict[str, object]:

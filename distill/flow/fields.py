@@ -1,45 +1,24 @@
-"""Velocity fields that wrap another field: guidance, change of schedule, call counting.
+"""Velocity fields that wrap another field: change of schedule, indexed conditions, call counting.
 
 A field takes t in float32 or float64, for any dtype of x_t, and returns a velocity in the dtype of x_t.
 """
 
-from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from distill.flow.interpolants import Interpolant, like
 from distill.protocols import Cond, Conditioning, VelocityField
-from distill.spec.kinds import per_velocity
 
 ROUNDING = 1e-6  # a time may lie outside a range by this much, due to rounding in float32
 
 
-class Guided:
-    """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598): v(null) + scale (v(cond) - v(null)).
+@runtime_checkable
+class Wrapping(Protocol):
+    """A field that calls other fields, and knows how many network calls that takes."""
 
-    With scale 1 the result is bitwise that of the field. Any other scale takes one call with 2B rows, those with the
-    condition first. Raises ValueError if the condition is empty or has other keys than the null condition.
-    """
-
-    def __init__(self, field: VelocityField, null: Callable[[Cond], Cond], guidance_scale: float) -> None:
-        self.field, self.null, self.guidance_scale = field, null, guidance_scale
-        self.interpolant, self.t_range = field.interpolant, field.t_range
-
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        if self.guidance_scale == 1:
-            return self.field(x_t, t, cond)
-        like(t, x_t)
-        null = self.null(cond)
-        if not cond or cond.keys() != null.keys():
-            raise ValueError(
-                f"guidance needs a condition to drop: cond has {sorted(cond)}, its null condition {sorted(null)}"
-            )
-        both = {name: torch.cat([cond[name], null[name]]) for name in cond}
-        v_cond, v_null = self.field(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(
-            2
-        )  # [2B, ...] -> 2 x [B, ...]
-        return v_null + self.guidance_scale * (v_cond - v_null)
+    def calls_at(self, t: Tensor) -> int: ...  # network calls per sample in one call of the field at the times t [B]
 
 
 class Rescheduled:
@@ -71,6 +50,10 @@ class Rescheduled:
         data, noise = old.split(x_old.double(), self.field(x_old, old_t, cond).double(), old_t)
         return new.velocity(data, noise, t).to(x_t.dtype)
 
+    def calls_at(self, t: Tensor) -> int:
+        old_t = self.field.interpolant.time_of(self.interpolant.ratio(t.double()))
+        return calls_per_sample(self.field, old_t)
+
 
 class Indexed:
     """A field that takes the index of each sample's condition in cond["class_labels"] [B], as pairs store it."""
@@ -82,6 +65,9 @@ class Indexed:
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         return self.field(x_t, t, self.conditioning.collate(cond["class_labels"]) if cond else cond)
 
+    def calls_at(self, t: Tensor) -> int:
+        return calls_per_sample(self.field, t)
+
 
 class Counted:
     """Counts the cost of sampling: network `calls` per sample (two per guided call), and `rows` passed to the field."""
@@ -92,19 +78,17 @@ class Counted:
         self.rows = 0
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        self.calls += calls_per_sample(self.field)
+        self.calls += self.calls_at(t)
         self.rows += x_t.shape[0]
         return self.field(x_t, t, cond)
 
+    def calls_at(self, t: Tensor) -> int:
+        return calls_per_sample(self.field, t)
 
-def calls_per_sample(field: VelocityField) -> int:
-    """The number of network calls per sample in one call of the field: 2 if it is guided, else 1."""
-    match field:
-        case Guided():
-            return per_velocity(field.guidance_scale) * calls_per_sample(field.field)
-        case Rescheduled() | Counted() | Indexed():
-            return calls_per_sample(field.field)
-    return 1
+
+def calls_per_sample(field: VelocityField, t: Tensor) -> int:
+    """The number of network calls per sample in one call of the field at the times t [B]: 2 if it is guided, else 1."""
+    return field.calls_at(t) if isinstance(field, Wrapping) else 1
 
 
 def start(field: VelocityField, noise: Tensor) -> Tensor:

@@ -73,8 +73,7 @@ def integrate(solver: str, field: VelocityField, x: Tensor, t_grid: Tensor, cond
 def solve(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, steps: int) -> Tensor:
     """Solves the ODE from noise [B, ...] to data [B, ...] on a uniform grid of linear-path time, without gradients."""
     field = on_linear_path(field)
-    t_min, t_max = field.t_range
-    return _solve(field, noise, cond, solver, uniform_grid(steps, t_max, t_min))
+    return _solve(field, noise, cond, solver, _uniform(field, steps))
 
 
 def solve_along(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, times: Sequence[float]) -> Tensor:
@@ -94,6 +93,23 @@ def solve_along(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str,
     return _solve(field, noise, cond, solver, torch.tensor([t_max, *inner, 0.0], dtype=torch.float64))
 
 
+def grid_of(field: VelocityField, steps: int, times: Sequence[float] | None = None) -> list[float]:
+    """The linear-path times along which `solve`, or with `times` `solve_along`, solves the ODE."""
+    field = on_linear_path(field)
+    return _uniform(field, steps).tolist() if times is None else [field.t_range[1], *times[1:]]
+
+
+def inverting_grid(field: VelocityField, steps: int) -> list[float]:
+    """The linear-path times along which `invert` solves the ODE."""
+    t_min, t_max = on_linear_path(field).t_range
+    return torch.linspace(t_min, t_max, steps + 1, dtype=torch.float64).tolist()
+
+
+def _uniform(field: VelocityField, steps: int) -> Tensor:
+    t_min, t_max = field.t_range
+    return uniform_grid(steps, t_max, t_min)
+
+
 def _solve(field: VelocityField, noise: Tensor, cond: Cond, solver: str, t_grid: Tensor) -> Tensor:
     with torch.no_grad():
         return integrate(solver, field, start(field, noise), t_grid, cond)
@@ -106,8 +122,8 @@ def invert(field: VelocityField, data: Tensor, cond: Cond, *, solver: str, steps
     given noise (Lee et al. 2024, arXiv 2405.20320, start at t = 0.001).
     """
     field = on_linear_path(field)
-    t_min, t_max = field.t_range
-    t_grid = torch.linspace(t_min, t_max, steps + 1, dtype=torch.float64)
+    t_min = field.t_range[0]
+    t_grid = torch.tensor(inverting_grid(field, steps), dtype=torch.float64)
     x = data if t_min == 0 else (1 - t_min) * data + t_min * noise
     with torch.no_grad():
         x = integrate(solver, field, x, t_grid, cond)

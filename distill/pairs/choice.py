@@ -19,16 +19,18 @@ from distill.core.errors import RunError
 from distill.core.field_types import FrozenModel
 from distill.core.stop import StopRequest
 from distill.pairs import accuracy
+from distill.pairs.generate import velocity
 from distill.pairs.manifest import Manifest
 from distill.pairs.paths import Real
 from distill.protocols import VelocityField
 from distill.solvers import find_solver
 from distill.spec.model import PairsStage
 from distill.spec.pairspec import steps_to_try
+from distill.spec.samplingspec import DEFAULT_SOLVER
+from distill.teachers import LoadedTeacher
 
 FILE = "solver.json"
-DEFAULT = "heun"  # solver of pairs, unless the spec names another
-CANDIDATES = ("euler", "ab2", "ab3", "unipc2", DEFAULT)
+CANDIDATES = ("euler", "ab2", "ab3", "unipc2", DEFAULT_SOLVER)
 SAMPLE = 256  # pairs that are solved
 REFERENCE, DOUBLINGS = 16, 5  # steps of Heun at least, and how often they are doubled at most
 
@@ -39,6 +41,8 @@ class ChosenSolver(FrozenModel):
     teacher_digest: str
     paths: str
     guidance_scale: float
+    settings: str
+    """further settings of the teacher's velocity field, see `FieldSettings.identity`"""
     tolerance: float
     solver: str
     steps: int
@@ -56,14 +60,16 @@ class ChosenSolver(FrozenModel):
             f"solver: auto uses {self.solver} with {self.steps} steps: its pairs differ from exact ones by "
             f"{self.error:.2%} (RMS), with {self.calls:g} network calls per pair"
         )
-        return f"{said}; {DEFAULT} needs {self.calls_of_default:g}, so {saved:,} calls are saved" if saved else said
+        return (
+            f"{said}; {DEFAULT_SOLVER} needs {self.calls_of_default:g}, so {saved:,} calls are saved" if saved else said
+        )
 
 
 SCHEMA: records.Schema[ChosenSolver] = records.Schema(ChosenSolver)
 
 
 def choose(
-    field: VelocityField,
+    teacher: LoadedTeacher,
     stage: PairsStage,
     planned: Callable[[PairsStage], Manifest],
     real: Real | None,
@@ -74,7 +80,7 @@ def choose(
 
     RunError if no number of steps is accurate enough.
     """
-    search = _Search(field, stage, planned, real, device, stop)
+    search = _Search(velocity(teacher, stage), stage, planned, real, device, stop)
     exact = search.reference()
     found: dict[str, tuple[int, float]] = {}
     for solver in CANDIDATES:
@@ -82,24 +88,25 @@ def choose(
             least = search.least(solver, exact)
             if least is not None:
                 found[solver] = least
-    if DEFAULT not in found:
+    if DEFAULT_SOLVER not in found:
         raise search.failed()
     best = min(found, key=lambda name: search.calls(name, found[name][0]))
     steps, error = found[best]
     return ChosenSolver(
-        teacher_digest=search.manifest(best, steps).teacher_digest,
+        teacher_digest=teacher.digest,
         paths=stage.paths,
         guidance_scale=stage.guidance_scale,
+        settings=teacher.identity_of(stage.field_settings),
         tolerance=search.tolerance,
         solver=best,
         steps=steps,
         error=error,
         calls=search.calls(best, steps),
-        calls_of_default=search.calls(DEFAULT, found[DEFAULT][0]),
+        calls_of_default=search.calls(DEFAULT_SOLVER, found[DEFAULT_SOLVER][0]),
     )
 
 
-def kept(folder: Path, stage: PairsStage, teacher_digest: str) -> ChosenSolver | None:
+def kept(folder: Path, stage: PairsStage, teacher: LoadedTeacher) -> ChosenSolver | None:
     """The solver that was chosen before for the set in `folder`; None if there is none, or for other settings.
 
     InputError if its file is damaged.
@@ -108,8 +115,14 @@ def kept(folder: Path, stage: PairsStage, teacher_digest: str) -> ChosenSolver |
         found = records.load(folder / FILE, SCHEMA, "delete it, and the solver is chosen again")
     except FileNotFoundError:
         return None
-    asked = (teacher_digest, stage.paths, stage.guidance_scale, stage.chosen_tolerance)
-    return found if (found.teacher_digest, found.paths, found.guidance_scale, found.tolerance) == asked else None
+    asked = {
+        "teacher_digest": teacher.digest,
+        "paths": stage.paths,
+        "guidance_scale": stage.guidance_scale,
+        "settings": teacher.identity_of(stage.field_settings),
+        "tolerance": stage.chosen_tolerance,
+    }
+    return found if found.model_dump(include=set(asked)) == asked else None
 
 
 def keep(folder: Path, chosen: ChosenSolver) -> None:
@@ -144,10 +157,10 @@ class _Search:
     def reference(self) -> Tensor:
         """The ends by Heun with enough steps."""
         steps = next(n for n in steps_to_try(self.stage) if n >= REFERENCE)
-        coarse = self.ends(DEFAULT, steps)
+        coarse = self.ends(DEFAULT_SOLVER, steps)
         for _ in range(DOUBLINGS):
             steps *= 2
-            fine = self.ends(DEFAULT, steps)
+            fine = self.ends(DEFAULT_SOLVER, steps)
             if accuracy.difference(coarse, fine) <= self.tolerance / 10:
                 return fine
             coarse = fine

@@ -120,7 +120,7 @@ def _judge(manifest: Manifest, progress: Progress) -> None:
 def velocity(teacher: LoadedTeacher, stage: PairsStage) -> VelocityField:
     """The field whose paths are solved. A fitted solver is fitted to the velocity that students start from."""
     source = teacher_on_linear_path(teacher) if stage.solver == FITTED else teacher
-    return source.indexed(stage.guidance_scale)
+    return source.indexed(stage.field_settings)
 
 
 def plan(
@@ -129,7 +129,8 @@ def plan(
     """The manifest of a set of pairs, without shards. InputError if the options of the stage do not fit together."""
     for mistake in pairspec.mistakes(stage, ""):
         raise InputError(mistake)
-    times = None if stage.times is None else paths.actual_times(teacher.field, stage.steps, stage.times)
+    field = teacher.field_with(stage.field_settings)
+    times = None if stage.times is None else paths.actual_times(field, stage.steps, stage.times)
     if times is not None:
         times[0] = 1.0  # the first state is the noise itself, even if the teacher's time range ends below 1
     return Manifest(
@@ -137,8 +138,11 @@ def plan(
         teacher_digest=teacher.digest,
         solver=stage.solver,
         steps=stage.steps,
-        nfe=stage.network_calls,
+        nfe=stage.network_calls_along(paths.solver_grid(field, stage)),
         guidance_scale=stage.guidance_scale,
+        guidance=stage.field_settings.recorded,
+        weak_digest=teacher.weak.digest if teacher.weak is not None else None,
+        epsilon_scale=stage.epsilon_scale,
         seed=seed,
         count=stage.count,
         block=stage.block,

@@ -32,6 +32,7 @@ from distill.core.field_types import (
 from distill.core.text import printable
 from distill.flow import draws
 from distill.pairs.numbers import Rounding, Whiteness
+from distill.spec.guidancespec import GuidanceSpec
 from distill.spec.pairspec import MAX_MANIFEST, Layout
 from distill.spec.samplingspec import STORED_BYTES, WITH_STATES
 from distill.students.fitted import FittedSolver
@@ -39,6 +40,7 @@ from distill.students.fitted import FittedSolver
 CHECKED_NOISE = 16
 MAX_RECORD = 1 << 16  # bytes
 FEW = 5
+ADDED = {"guidance", "weak_digest", "epsilon_scale", "fitted"}  # fields that manifests of earlier versions do not have
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Index = Annotated[int, Field(ge=0, le=MAX_SHARDS * MAX_SHARD)]
 
@@ -73,6 +75,11 @@ class Manifest(FrozenModel):
     nfe: NonNegativeFloat
     """network calls per pair, those of guidance included; the average if paths are segments"""
     guidance_scale: NonNegativeFloat
+    guidance: GuidanceSpec | None = None
+    """how guidance was applied, without the place of the weak model"""
+    weak_digest: str | None = None
+    """digest of the weak model of autoguidance"""
+    epsilon_scale: Annotated[float, Field(gt=0)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     count: PairCount
     block: ShardPairs
@@ -143,9 +150,9 @@ class Manifest(FrozenModel):
 
     @property
     def digest(self) -> str:
-        """sha256 over all fields, including the checksums of the shards. It does not change for sets made before."""
-        unknown = {"fitted"} if self.fitted is None else set()  # to earlier versions
-        return hashlib.sha256(self.model_dump_json(exclude=unknown).encode()).hexdigest()
+        """sha256 over all fields, including the checksums of the shards. Defaults of `ADDED` are left out."""
+        missing = ADDED - self.model_dump(include=ADDED, exclude_defaults=True).keys()
+        return hashlib.sha256(self.model_dump_json(exclude=missing).encode()).hexdigest()
 
     def differences(self, other: "Manifest") -> list[str]:
         """The settings that differ from those of the set `other`, each as "name is X, expected Y"."""

@@ -15,6 +15,7 @@ from distill.flow.times import uniform_grid
 from distill.pairs.manifest import Manifest
 from distill.pairs.numbers import restored, stored
 from distill.protocols import Cond, VelocityField
+from distill.spec.model import PairsStage
 from distill.students import fitted
 from distill.teachers.loaded import LoadedTeacher
 
@@ -102,6 +103,12 @@ def segment_starts(data: Tensor, noise: Tensor, indices: Sequence[int], times: l
     of_path = torch.tensor(times, dtype=torch.float32)
     span = torch.stack([of_path[number], of_path[number + 1]], dim=1)  # [n, 2]
     return linear().mix(data, noise, span[:, 0].to(data.device)), span
+
+
+def solver_grid(field: VelocityField, stage: PairsStage) -> list[float]:
+    """The linear-path times along which a stage solves its paths; increasing for forward paths."""
+    grid = solvers.inverting_grid if stage.paths == "forward" else solvers.grid_of
+    return grid(field, stage.steps)
 
 
 def actual_times(field: VelocityField, steps: int, times: list[float]) -> list[float]:

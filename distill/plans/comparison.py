@@ -18,6 +18,7 @@ from distill.core.errors import InputError
 from distill.core.text import suggest
 from distill.reports.comparison_table import short
 from distill.spec import checks, evalspec, registry
+from distill.spec.guidancespec import WEAK
 from distill.spec.model import WITH_STATES, EvaluateStage, PairsStage, RunSpec, Stage, TrainStage
 from distill.spec.resolved import Resolved, resolve_recipe
 
@@ -127,7 +128,9 @@ def _evaluation(spec: RunSpec) -> tuple[str, EvaluateStage]:
 def _teachers(resolved: Resolved, evaluation: EvaluateStage) -> set[str]:
     """The stages that make the teacher of the evaluation, or any other teacher that is trained on data alone."""
     spec, recipes = resolved.spec, resolved.recipes
-    named = {stage.teacher for stage in spec.stages.values() if stage.teacher is not None}
+    named = {
+        target for s in spec.stages.values() for field, target, _ in checks.references(s) if field in ("teacher", WEAK)
+    }
     alone = [name for name in named if name in recipes and not recipes[name].needs & {"teacher", "pairs"}]
     return _lines(spec, [*([evaluation.teacher] if evaluation.teacher else []), *alone])
 
@@ -204,6 +207,9 @@ def _renamed(stage: Stage, names: Mapping[str, str]) -> Stage:
             changed["pairs"] = names.get(stage.pairs, stage.pairs)
         elif stage.pairs is not None:
             changed["pairs"] = {names.get(name, name): share for name, share in stage.pairs.items()}
+    elif stage.guidance is not None:
+        weak = names.get(stage.guidance.weak or "", stage.guidance.weak)
+        changed["guidance"] = stage.guidance.model_copy(update={"weak": weak})
     return stage.model_copy(update=changed)
 
 

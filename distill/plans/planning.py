@@ -115,6 +115,12 @@ def _teacher(stage: Stage) -> str:
     return stage.teacher or "the spec's teacher"
 
 
+def _teachers(stage: PairsStage | EvaluateStage) -> list[str]:
+    """The teacher, and the stage of the weak model, if there is one."""
+    weak = stage.field_settings.form.weak
+    return [_teacher(stage), *([] if weak is None else [weak])]
+
+
 def _train(name: str, stage: TrainStage, launch: LaunchSpec, needs: frozenset[str]) -> PlannedStage:
     teacher = _teacher(stage)
     sources = {"pairs": [*stage.pair_shares], "data": ["data"], "teacher": [teacher]}
@@ -135,24 +141,26 @@ def _train(name: str, stage: TrainStage, launch: LaunchSpec, needs: frozenset[st
 def _pairs(name: str, stage: PairsStage) -> PlannedStage:
     calls = stage.network_calls
     solver = f"solver {AUTO}" if stage.solver == AUTO else f"{stage.solver}, {stage.steps} steps"
-    what = f"{solver}, guidance {stage.guidance_scale:g}"
+    what = f"{solver}, {stage.field_settings.words}"
     what += "" if stage.paths == "backward" else f", {stage.paths}"
     total = round(stage.count * calls)
-    about = "about " if stage.solver == AUTO else ""
-    work = f"{stage.count:,} pairs x {about}{calls:g} network calls = {total:,}"
+    about = "about " if stage.field_settings.varies or stage.solver == AUTO else ""  # it depends on the teacher
+    work = f"{stage.count:,} pairs x {about}{calls:g} network calls = {about}{total:,}"
     shards = pairspec.Layout.of(stage).files
     writes = [f"stages/{name}/pairs/ ({shards} shard{'s' if shards > 1 else ''})"]
-    needs = [_teacher(stage)] + (["data"] if stage.paths in OF_DATA else [])
+    needs = _unique([*_teachers(stage), *(["data"] if stage.paths in OF_DATA else [])])
     return PlannedStage(name, stage.kind, what, work, needs, total, writes)
 
 
 def _evaluate(name: str, stage: EvaluateStage, samplers: Mapping[str, str]) -> PlannedStage:
     calls = stage.samples * sum(evalspec.calls(stage, samplers).values())
-    work = f"{evalspec.num_rows(stage, samplers)} rows x {stage.samples:,} samples; {calls:,} network calls"
-    needs = _unique([_teacher(stage), *stage.students])
+    about = "about " if stage.field_settings.varies else ""
+    work = f"{evalspec.num_rows(stage, samplers)} rows x {stage.samples:,} samples; {about}{calls:,} network calls"
+    needs = _unique([*_teachers(stage), *stage.students])
     coarse = f"at {', '.join(map(str, stage.teacher_steps))} steps and " if stage.teacher_steps else "by "
     fine = f"{stage.fine_solver} {stage.fine_steps}"
     what = f"teacher {coarse}{fine}" + "".join(f"; {student} by {fine}" for student in stage.fine_students)
+    what += f"; {stage.field_settings.more_words}" if stage.field_settings.more_words else ""
     writes = [f"stages/{name}/results.json", f"stages/{name}/pictures/", "report.html"]
     return PlannedStage(name, stage.kind, what, work, needs, calls, writes)
 

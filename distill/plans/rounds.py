@@ -160,6 +160,8 @@ def _default_evaluation(pairs: PairsStage, flow: TrainStage) -> EvaluateStage:
         fine_steps=pairs.steps,
         students={},
         guidance_scale=pairs.guidance_scale,
+        guidance=pairs.guidance,
+        epsilon_scale=pairs.epsilon_scale,
     )
 
 
@@ -235,7 +237,8 @@ def _one_evaluation(template: Template, plan: RoundsPlan) -> bool:
 
 def _of(teacher: str | None, *, first: bool) -> dict[str, object]:
     """The changes of a stage for its teacher. Guidance is used in the first round only: later flows have learnt it."""
-    return {"teacher": teacher} if first else {"teacher": teacher, "guidance_scale": 1.0}
+    plain = {"guidance_scale": 1.0, "guidance": None, "epsilon_scale": 1.0}
+    return {"teacher": teacher} if first else {"teacher": teacher, **plain}
 
 
 def _distillation(template: Template, resolved: Resolved, flow: str) -> list[tuple[str, Stage]]:

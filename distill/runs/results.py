@@ -96,6 +96,8 @@ class Results(FrozenModel):
     block: Positive
     device: Line
     guidance_scale: BoundedNumber
+    guidance: Line = ""
+    """guidance and epsilon scaling of the teacher in words, if there is more than guidance_scale"""
     distance: Line | None
     """FD-<data>, SW2, or null if there is nothing to compare with"""
     features: FeatureNet | None

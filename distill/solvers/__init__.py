@@ -11,7 +11,10 @@ without torch. A solver module contains:
     look(ode, x, t)         evaluates the ODE at x and t: returns what `step` needs, the velocity or the data prediction
     step(ode, x, seen, at)  returns the state at the end of the step `at`; `seen` is the result of look(ode, x, at.t)
 
-and, if it is a multistep method or has a corrector,
+`look` and `step` may only add, subtract, multiply and divide x and what `look` returned. They must also work with a
+number in place of x: that is how the network calls of guidance that is limited to an interval of times are counted.
+
+A solver module also contains, if it is a multistep method or has a corrector,
 
     MEMORY = 1              the number of earlier steps whose `look` is kept in at.past
     correct(ode, x, seen, at, seen_next)    returns a better state at the end of the step `at`, which began at x;

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from distill.core.errors import InputError
 from distill.core.text import expanded, suggest
-from distill.spec import clusterspec, imagefolder, pairspec, resolved, specfile, trainspec
+from distill.spec import clusterspec, guidancespec, imagefolder, pairspec, resolved, specfile, trainspec
+from distill.spec.guidancespec import WEAK, FieldSettings
 from distill.spec.kinds import SAMPLERS, STUDENTS
 from distill.spec.model import (
     FINE,
@@ -67,13 +68,14 @@ def _mistakes(found: Resolved) -> Iterator[str]:
             recipe = found.recipes[name]
             yield from _recipe(stage, recipe, where)
             yield from _train(found, stage, recipe, where)
-            yield from _guidance(found, stage, recipe.guidance_scale, f"{where}.options")
+            yield from _guidance(found, stage, FieldSettings(recipe.guidance_scale), f"{where}.options")
         elif isinstance(stage, PairsStage):
             yield from _pairs(found, stage, where)
-            yield from _guidance(found, stage, stage.guidance_scale, where)
+            yield from _guidance(found, stage, stage.field_settings, where)
         else:
             yield from _evaluate(found, stage, where)
-            yield from _guidance(found, stage, stage.guidance_scale, where)
+            yield from guidancespec.mistakes(stage.field_settings, f"{where}.")
+            yield from _guidance(found, stage, stage.field_settings, where)
     trained = [stage.teacher for stage in spec.stages.values() if isinstance(stage, TrainStage) and stage.teacher]
     loaded = isinstance(spec.teacher, CheckpointTeacher) and "teacher" in used
     if spec.launch.divide_teacher and not loaded and not trained:
@@ -89,6 +91,8 @@ def references(stage: Stage) -> list[tuple[str, str, str]]:
     found: list[tuple[str, str | None, str]] = [("teacher", stage.teacher, "train")]
     if isinstance(stage, TrainStage):
         found += [("init", stage.init, "train"), *(("pairs", pairs, "pairs") for pairs in stage.pair_shares)]
+    elif stage.guidance is not None:
+        found.append((WEAK, stage.guidance.weak, "train"))
     if isinstance(stage, EvaluateStage):
         found += [(f"students.{student}", student, "train") for student in stage.students]
     return [(field, target, kind) for field, target, kind in found if target is not None]
@@ -175,16 +179,22 @@ def _kinds(found: Resolved, name: str) -> Iterator[str]:
         )
 
 
-def _guidance(found: Resolved, stage: Stage, guidance_scale: float, where: str) -> Iterator[str]:
-    """The mistakes in guidance with a student of this run as the teacher: it must know the unconditional velocity.
+def _guidance(found: Resolved, stage: Stage, settings: FieldSettings, where: str) -> Iterator[str]:
+    """The mistakes in guidance with a student of this run: as the teacher, it must know the unconditional velocity.
 
     For the spec's teacher, this is checked when it is loaded.
     """
+    yield from _weak(found, stage, settings, where)
     teacher = found.spec.stages.get(stage.teacher or "")
     recipe = found.recipes.get(stage.teacher or "")
-    if guidance_scale == 1 or not isinstance(teacher, TrainStage) or recipe is None:
+    if isinstance(teacher, TrainStage) and settings.epsilon_scale != 1:
+        yield (
+            f"{where}.epsilon_scale: {settings.epsilon_scale:g} given, but the student of '{stage.teacher}' is defined "
+            "up to pure noise (t = 1), where the scaled velocity is infinite; remove it"
+        )
+    if not settings.needs_null or not isinstance(teacher, TrainStage) or recipe is None:
         return
-    given = f"{where}.guidance_scale: {guidance_scale:g} given, but"
+    given = f"{where}.guidance_scale: {settings.guidance_scale:g} given, but"
     if not recipe.unconditional:
         yield (
             f"{given} the student of '{stage.teacher}' has no unconditional prediction, because it was trained only "
@@ -195,6 +205,20 @@ def _guidance(found: Resolved, stage: Stage, guidance_scale: float, where: str) 
             f"{given} the data has no classes, so the student of '{stage.teacher}' has no separate unconditional "
             "prediction; use 1, or labelled data"
         )
+
+
+def _weak(found: Resolved, stage: Stage, settings: FieldSettings, where: str) -> Iterator[str]:
+    """The mistakes in the weak model of autoguidance."""
+    weak, path, kind = settings.form.weak, settings.form.weak_path, found.kind(settings.form.weak)
+    if weak is not None and weak == stage.teacher:
+        yield f"{where}.{WEAK}: '{weak}' is the teacher itself, so guidance has no effect; name another stage"
+    if kind is not None and not kind.is_field:
+        yield (
+            f"{where}.{WEAK}: the student of '{weak}' is {kind.words}, but a weak model must be a velocity field; name "
+            "a stage with a velocity student"
+        )
+    if path is not None and not expanded(path).is_dir():
+        yield f"{where}.{WEAK}_path: there is no folder {path}; give a checkpoint's folder"
 
 
 def _has_classes(spec: RunSpec) -> bool:

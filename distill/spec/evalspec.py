@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 from distill.solvers import find_solver
-from distill.spec.kinds import network_calls, per_velocity
+from distill.spec.kinds import network_calls
 from distill.spec.model import EvaluateStage
+from distill.spec.samplingspec import uniform_times
 
 
 def measuring(
@@ -49,10 +50,11 @@ def baseline_rows(stage: EvaluateStage, samplers: Mapping[str, str]) -> list[tup
     For each number of network calls of a student, each of the `baselines` makes as many steps as these calls allow. In
     one step all solvers are equal, so only the first is measured. Other rows of the teacher are not repeated.
     """
-    per, found = per_velocity(stage.guidance_scale), list[tuple[str, int]]()
+    found = list[tuple[str, int]]()
     for solver in stage.baselines:
         for nfe in nfe_of_students(stage, samplers):
-            steps = max((n for n in range(1, nfe + 1) if per * find_solver(solver).calls(n) <= nfe), default=0)
+            counts = {n: stage.field_settings.network_calls(solver, uniform_times(n)) for n in range(1, nfe + 1)}
+            steps = max((n for n, calls in counts.items() if calls <= nfe), default=0)
             known = (solver, steps) == (stage.fine_solver, stage.fine_steps)
             known |= solver == "euler" and steps in stage.teacher_steps
             same = steps == 1 and (1 in stage.teacher_steps or any(n == 1 for _, n in found))
@@ -80,6 +82,19 @@ def calls(stage: EvaluateStage, samplers: Mapping[str, str]) -> dict[str, int]:
     fine = find_solver(stage.fine_solver).calls(stage.fine_steps)
     by = {"teacher": "euler", **samplers}  # the fine rows are added below
     found = {name: sum(network_calls(by[name], n) for n in each) for name, each in steps_of_rows(stage).items()}
-    found |= {name: found[name] + fine for name in ("teacher", *stage.fine_students)}
-    baselines = sum(find_solver(solver).calls(steps) for solver, steps in baseline_rows(stage, samplers))
-    return {**found, "teacher": per_velocity(stage.guidance_scale) * (found["teacher"] + baselines)}
+    found |= {name: found[name] + fine for name in stage.fine_students}
+    return {**found, "teacher": _calls_of_teacher(stage, samplers)}
+
+
+def _calls_of_teacher(stage: EvaluateStage, samplers: Mapping[str, str]) -> int:
+    """Network calls for one sample of every row of the teacher.
+
+    If guidance has an interval, they are those of a teacher that is defined at all times from 0 to 1, and of uniform
+    times where optimal ones are asked for, which are not known yet.
+    """
+    usual = [uniform_times(steps) for steps in stage.teacher_steps]
+    along = [grid for way in stage.times.get("teacher", []) for grid in (usual if way == "optimal" else [way])]
+    rows = [("euler", t_grid) for t_grid in [*usual, *along]]
+    rows += [(solver, uniform_times(steps)) for solver, steps in baseline_rows(stage, samplers)]
+    rows += [(stage.fine_solver, uniform_times(stage.fine_steps))]
+    return sum(stage.field_settings.network_calls(solver, t_grid) for solver, t_grid in rows)

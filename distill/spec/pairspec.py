@@ -11,7 +11,9 @@ from pydantic import BaseModel, ValidationError
 from distill.core.errors import InputError
 from distill.core.field_types import MAX_SHARDS
 from distill.solvers import find_solver
+from distill.spec import guidancespec
 from distill.spec.apportion import rows_by_share
+from distill.spec.guidancespec import UNCHANGED, FieldSettings
 from distill.spec.kinds import AUTO, FITTED, either, inverting_solvers
 from distill.spec.model import WITH_STATES, PairsStage, RunSpec, TrainStage, is_path
 
@@ -124,6 +126,7 @@ def mistakes(stage: PairsStage, prefix: str) -> Iterator[str]:
         yield from _times(stage, prefix)
     elif stage.times is not None:
         yield f"{prefix}times: has no effect with paths: {stage.paths}, which store no states in between; remove it"
+    yield from guidancespec.mistakes(stage.field_settings, prefix)
     if stage.store_noise and stage.paths == "forward":
         yield f"{prefix}store_noise: has no effect with paths: forward, which always store the noise; remove it"
 
@@ -143,6 +146,11 @@ def _auto(stage: PairsStage, prefix: str) -> Iterator[str]:
 
 
 def _fitted(stage: PairsStage, prefix: str) -> Iterator[str]:
+    if stage.field_settings != FieldSettings(stage.guidance_scale):
+        yield (
+            f"{prefix}solver: {FITTED} is fitted without guidance and epsilon_scale; remove these, or name another "
+            "solver"
+        )
     if stage.paths != "backward":
         yield (
             f"{prefix}solver: {FITTED} is fitted to the ends of paths from noise, so it cannot solve paths: "
@@ -176,6 +184,12 @@ def times_of(spec: RunSpec, stage: TrainStage) -> list[float] | None:
     solved = [spec.stages[name] for name in stage.pair_shares]
     found = [each.times_of_states for each in solved if isinstance(each, PairsStage)]
     return found[0] if found and all(times == found[0] for times in found) else None
+
+
+def field_settings_of(spec: RunSpec, stage: TrainStage) -> FieldSettings:
+    """The settings with which the pairs of a train stage are made; they are the same for all of them."""
+    solved = [spec.stages[name] for name in stage.pair_shares]
+    return next((each.field_settings for each in solved if isinstance(each, PairsStage)), UNCHANGED)
 
 
 def _optimal(stage: PairsStage, steps: int, prefix: str) -> Iterator[str]:
@@ -240,5 +254,7 @@ def of_training(spec: RunSpec, stage: TrainStage, needs: frozenset[str], where: 
             )
     if len({each.guidance_scale for each in found}) > 1:
         yield f"{where}: the pairs stages have different guidance scales; use the same guidance_scale"
+    elif len({each.field_settings for each in found}) > 1:
+        yield f"{where}: the pairs stages have different guidance or epsilon_scale; use the same"
     if "states" in needs and len({each.num_states for each in found}) > 1:
         yield f"{where}: the pairs stages store different numbers of states per path; use the same times"

@@ -150,6 +150,14 @@ def stage_teacher(spec: RunSpec, stage: Stage, students: Path) -> TeacherSpec | 
     return spec.teacher if stage.teacher is None else CheckpointTeacher(path=str(students / stage.teacher))
 
 
+def weak_teacher(stage: Stage, students: Path) -> TeacherSpec | None:
+    """The weak model of a stage with autoguidance: the student of another stage, or a checkpoint; None if none."""
+    guidance = None if isinstance(stage, TrainStage) else stage.guidance
+    if guidance is None or not guidance.is_auto:
+        return None
+    return CheckpointTeacher(path=guidance.weak_path or str(students / (guidance.weak or "")))
+
+
 def _located(options: Mapping[str, object], module: ModuleType, base: Path) -> dict[str, object]:
     """The options with absolute paths; `specfile.load` does the same for the other fields of a spec."""
     fields = module.Config.model_fields

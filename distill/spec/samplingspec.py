@@ -18,13 +18,22 @@ from distill.core.field_types import (
     SolverSteps,
     StepCount,
 )
-from distill.solvers import find_solver
+from distill.spec.guidancespec import FieldSettings, GuidanceSpec
 from distill.spec.kinds import AUTO, FITTED, PairsSolverName, ReferenceName, SolverName, per_velocity
 
 OF_DATA, WITH_STATES = ("forward", "segments"), ("trajectories", "segments")  # paths of a pairs stage
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
+DEFAULT_SOLVER = "heun"  # of pairs
 TOLERANCE = 0.01  # of pairs, from exact ones: RMS difference, relative to the RMS of the pairs
 FINE, SAMPLES, SEED = 100, 100, 0  # defaults for finding optimal times: fine solver steps, samples, seed
+
+
+EpsilonScale = Annotated[float, Field(ge=0.5, le=2)]
+
+
+def uniform_times(steps: int) -> list[float]:
+    """The times of `steps` equal steps from 1 (noise) to 0 (data)."""
+    return [(steps - i) / steps for i in range(steps + 1)]
 
 
 def is_path(times: Sequence[float]) -> bool:
@@ -47,7 +56,7 @@ class PairsStage(FrozenModel):
     """for trajectories and segments: decreasing from 1 (noise) to 0 (data), like [1, 0.5, 0]"""
     optimal_times: StepCount | None = None
     """for trajectories, instead of times: number of steps; their times are found by minimising the Euler error"""
-    solver: PairsSolverName = "heun"
+    solver: PairsSolverName = DEFAULT_SOLVER
     """solver of the teacher's ODE; auto: the one with the fewest network calls that meets `tolerance`; bns: a solver
     that is fitted to the teacher, see `distill schedule --fit`"""
     tolerance: Annotated[float, Field(ge=1e-6, le=1)] | None = None
@@ -56,6 +65,10 @@ class PairsStage(FrozenModel):
     """number of solver steps (heun calls the network twice per step, except in the last)"""
     guidance_scale: Annotated[float, Field(ge=0, le=10_000)] = 1.0
     """classifier-free guidance scale of the teacher, with which the pairs are generated; 1: no guidance"""
+    guidance: GuidanceSpec | None = None
+    """another form of guidance, or guidance at some times only; null: classifier-free guidance at all times"""
+    epsilon_scale: EpsilonScale = 1.0
+    """divide the teacher's noise predictions by this, like 1.005 (epsilon scaling); 1: leave them"""
     block: ShardPairs = 256
     """samples per batch of the solver; it affects the results, so it is set here and not in launch"""
     shard: ShardPairs = 4096
@@ -68,21 +81,27 @@ class PairsStage(FrozenModel):
     """bf16: call the teacher under autocast"""
 
     @property
+    def field_settings(self) -> FieldSettings:
+        """How the teacher's velocity field is changed."""
+        return FieldSettings(self.guidance_scale, self.guidance, self.epsilon_scale)
+
+    @property
     def network_calls(self) -> float:
         """Calls of the teacher's network per pair, including those for guidance; for segments, the average.
 
-        For `solver: auto` it is an estimate: that of the default solver.
+        For `solver: auto` they are those of the default solver, as an estimate. If guidance has an interval, they are
+        those of a teacher that is defined at all times from 0 to 1.
         """
-        segments = max(1, len(self.times or []) - 1) if self.paths == "segments" else 1
-        return per_velocity(self.guidance_scale) * self._solver_calls() / segments
+        noise_first = uniform_times(self.steps)
+        return self.network_calls_along(noise_first[::-1] if self.paths == "forward" else noise_first)
 
-    def _solver_calls(self) -> int:
+    def network_calls_along(self, t_grid: Sequence[float]) -> float:
+        """The same on the teacher's own grid of linear-path times, which increases if paths are forward."""
+        segments = max(1, len(self.times or []) - 1) if self.paths == "segments" else 1
         if self.solver == FITTED:
-            return self.steps
-        solver = find_solver("heun" if self.solver == AUTO else self.solver)  # the default solver, as an estimate
-        calls = solver.calls_inverting if self.paths == "forward" else solver.calls
-        assert calls is not None, "checks.check lets no such stage through"
-        return calls(self.steps)
+            return per_velocity(self.guidance_scale) * (len(t_grid) - 1)
+        solver = DEFAULT_SOLVER if self.solver == AUTO else self.solver
+        return self.field_settings.network_calls(solver, t_grid) / segments
 
     @property
     def chosen_tolerance(self) -> float:
@@ -97,7 +116,7 @@ class PairsStage(FrozenModel):
     def times_of_states(self) -> list[float] | None:
         """`times`, or with `optimal_times` uniform times as a placeholder: optimal ones are found during generation."""
         steps = self.optimal_times
-        return self.times if steps is None else [(steps - i) / steps for i in range(steps + 1)]
+        return self.times if steps is None else uniform_times(steps)
 
     @property
     def num_states(self) -> int:
@@ -138,3 +157,12 @@ class EvaluateStage(FrozenModel):
     """samples per batch; it affects the results"""
     guidance_scale: Annotated[float, Field(ge=0, le=10_000)] = 1.0
     """classifier-free guidance scale of the teacher; 1: no guidance"""
+    guidance: GuidanceSpec | None = None
+    """another form of guidance, or guidance at some times only; null: classifier-free guidance at all times"""
+    epsilon_scale: EpsilonScale = 1.0
+    """divide the teacher's noise predictions by this, like 1.005 (epsilon scaling); 1: leave them"""
+
+    @property
+    def field_settings(self) -> FieldSettings:
+        """How the teacher's velocity field is changed."""
+        return FieldSettings(self.guidance_scale, self.guidance, self.epsilon_scale)

@@ -12,7 +12,7 @@ from distill.core import yamltext
 from distill.core.errors import InputError
 from distill.core.text import expanded, is_text, printable, short
 from distill.spec import overrides, schema
-from distill.spec.model import CheckpointTeacher, HfData, ImagesData, RunSpec
+from distill.spec.model import CheckpointTeacher, HfData, ImagesData, RunSpec, Stage, TrainStage
 from distill.spec.overrides import Override
 
 MOST_SHOWN = 20  # mistakes that one message lists
@@ -161,4 +161,13 @@ def located(spec: RunSpec, folders: Sequence[Path]) -> RunSpec:
         changed["teacher"] = spec.teacher.model_copy(update=update)
     if isinstance(spec.data, ImagesData | HfData):
         changed["data"] = spec.data.model_copy(update={"path": absolute(spec.data.path, folders)})
+    changed["stages"] = {name: _located_stage(stage, folders) for name, stage in spec.stages.items()}
     return spec.model_copy(update=changed)
+
+
+def _located_stage(stage: Stage, folders: Sequence[Path]) -> Stage:
+    """The stage with an absolute path of its weak model, if it has one."""
+    if isinstance(stage, TrainStage) or stage.guidance is None or stage.guidance.weak_path is None:
+        return stage
+    guidance = stage.guidance.model_copy(update={"weak_path": absolute(stage.guidance.weak_path, folders)})
+    return stage.model_copy(update={"guidance": guidance})

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from distill.core.errors import InputError, RunError
 from distill.flow.draws import key, sample_labels, sample_noise
-from distill.flow.solvers import solve, solve_along
+from distill.flow.solvers import grid_of, solve, solve_along
 from distill.flow.times import uniform_grid
 from distill.networks.velocity import VelocityStudent
 from distill.protocols import Cond, Gridded, Recipe, VelocityField
-from distill.solvers import find_solver
-from distill.spec.kinds import SAMPLERS, network_calls, per_velocity
+from distill.spec.guidancespec import UNCHANGED, FieldSettings
+from distill.spec.kinds import SAMPLERS, network_calls
 from distill.students.loaded import LoadedStudent, Student
 from distill.teachers import LoadedTeacher
 
@@ -62,23 +62,28 @@ class Block:
 
 
 def of_teacher(
-    teacher: LoadedTeacher, solver: str, steps: int, guidance_scale: float, times: Sequence[float] | None = None
+    teacher: LoadedTeacher, solver: str, steps: int, settings: FieldSettings, times: Sequence[float] | None = None
 ) -> Method:
     """Solve the teacher's ODE, in uniform steps or along `times` (see `solve_along`)."""
-    return of_field(teacher.guided(guidance_scale), solver, steps, per_velocity(guidance_scale), times)
+    field = teacher.field_with(settings)
+    return of_field(field, solver, steps, times, settings)
 
 
 def of_field(
-    field: VelocityField, solver: str, steps: int, calls: int = 1, times: Sequence[float] | None = None
+    field: VelocityField,
+    solver: str,
+    steps: int,
+    times: Sequence[float] | None = None,
+    settings: FieldSettings = UNCHANGED,
 ) -> Method:
-    """Solve the ODE of a velocity field. calls: network calls for one call of the field."""
+    """Solve the ODE of a velocity field. settings: those of the field, for counting its network calls."""
 
     def generate(noise: Tensor, cond: Cond, fresh: Sequence[Tensor]) -> Tensor:
         if times is not None:
             return solve_along(field, noise, cond, solver=solver, times=times)
         return solve(field, noise, cond, solver=solver, steps=steps)
 
-    return Method(generate, calls * find_solver(solver).calls(steps))
+    return Method(generate, settings.network_calls(solver, grid_of(field, steps, times)))
 
 
 def of_student(student: LoadedStudent, t_grid: Tensor) -> Method:

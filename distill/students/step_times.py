@@ -43,6 +43,7 @@ from distill.flow.times import uniform_grid
 from distill.networks.velocity import VelocityStudent
 from distill.protocols import Cond, VelocityField
 from distill.solvers import Step, find_solver
+from distill.spec.guidancespec import UNCHANGED, FieldSettings
 from distill.spec.model import FINE, SAMPLES, SEED, PairsStage
 from distill.students.loaded import LoadedStudent
 from distill.students.sampling import condition
@@ -71,6 +72,7 @@ class CostsAsked:
     samples: int
     seed: int
     guidance_scale: float
+    changes: str
 
 
 class Costs(FrozenModel):
@@ -85,6 +87,8 @@ class Costs(FrozenModel):
     samples: int
     seed: int
     guidance_scale: float
+    changes: str = ""
+    """other settings of the network's field, from `LoadedTeacher.identity_of`"""
     t_grid: list[float]
     """the M + 1 times on the linear path, decreasing"""
     costs: list[list[float]]
@@ -106,7 +110,9 @@ class Costs(FrozenModel):
 
     @property
     def asked(self) -> CostsAsked:
-        return CostsAsked(self.digest, self.solver, self.fine, self.samples, self.seed, self.guidance_scale)
+        return CostsAsked(
+            self.digest, self.solver, self.fine, self.samples, self.seed, self.guidance_scale, self.changes
+        )
 
     @property
     def matrix(self) -> Tensor:
@@ -196,7 +202,7 @@ def find(
     fine: int = FINE,
     samples: int = SAMPLES,
     seed: int = SEED,
-    guidance_scale: float = 1.0,
+    settings: FieldSettings = UNCHANGED,
 ) -> Costs:
     """A network's costs, from the store if they are there; otherwise they are measured now and stored.
 
@@ -204,8 +210,10 @@ def find(
     unknown solver or a store that cannot be written; RunError if an error is not finite.
     """
     find_solver(solver)  # raises InputError
-    asked = CostsAsked(network.digest, solver, fine, samples, seed, guidance_scale)
-    key = json.dumps([1, *astuple(asked)])
+    changes = network.identity_of(settings) if isinstance(network, LoadedTeacher) else ""
+    asked = CostsAsked(network.digest, solver, fine, samples, seed, settings.guidance_scale, changes)
+    facts = astuple(asked) if changes else astuple(asked)[:-1]  # without changes as in earlier versions
+    key = json.dumps([1, *facts])
     path = store / "schedules" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
     try:
         return _kept(path, asked)
@@ -221,7 +229,7 @@ def find(
         raise InputError(
             f"cannot save step times in {path.parent}: {error.strerror}; use another store (--store)"
         ) from error
-    found = _measured(network, asked, device)
+    found = _measured(network, settings, asked, device)
     write_atomic(path, found.model_dump_json(), replace=damaged)
     with suppress(OSError, ValueError):  # the file may be another process's, which was first
         return _kept(path, asked)
@@ -237,26 +245,32 @@ def _kept(path: Path, asked: CostsAsked) -> Costs:
 
 
 def optimal_times(
-    network: LoadedTeacher | LoadedStudent, store: Path, steps: int, device: torch.device, guidance_scale: float = 1.0
+    network: LoadedTeacher | LoadedStudent,
+    store: Path,
+    steps: int,
+    device: torch.device,
+    settings: FieldSettings = UNCHANGED,
 ) -> list[float]:
     """The times of the best `steps` Euler steps, with the default fine grid and number of samples."""
-    return find(network, store, device=device, guidance_scale=guidance_scale).best(steps).times
+    return find(network, store, device=device, settings=settings).best(steps).times
 
 
 def with_times(stage: PairsStage, teacher: LoadedTeacher, store: Path, device: torch.device) -> PairsStage:
     """The stage with its `optimal_times` replaced by times: the best ones for Euler steps, which students take."""
     if stage.optimal_times is None:
         return stage
-    costs = find(teacher, store, device=device, fine=stage.steps, guidance_scale=stage.guidance_scale)
+    costs = find(teacher, store, device=device, fine=stage.steps, settings=stage.field_settings)
     times = [1 - i / stage.steps for i in costs.best(stage.optimal_times).indices]
     return stage.model_copy(update={"times": times, "optimal_times": None})
 
 
-def _measured(network: LoadedTeacher | LoadedStudent, facts: CostsAsked, device: torch.device) -> Costs:
+def _measured(
+    network: LoadedTeacher | LoadedStudent, settings: FieldSettings, facts: CostsAsked, device: torch.device
+) -> Costs:
     if isinstance(network, LoadedTeacher):
-        field: VelocityField = network.guided(facts.guidance_scale)
+        field: VelocityField = network.field_with(settings)
     else:
-        assert isinstance(network.student, VelocityStudent) and facts.guidance_scale == 1
+        assert isinstance(network.student, VelocityStudent) and settings == UNCHANGED
         field = network.student
     elements = torch.Size(network.shape).numel()
     block = max(1, MEMORY // (2 * 4 * (facts.fine + 1) * elements))

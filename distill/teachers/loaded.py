@@ -1,5 +1,6 @@
 """A loaded teacher: a frozen velocity field, with the facts needed to use it."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from distill.core.errors import InputError
 from distill.flow.codecs import PIXELS
 from distill.flow.conditioning import ClassLabels, of_classes
-from distill.flow.fields import Guided, Indexed
+from distill.flow.fields import Indexed
+from distill.flow.guidance import Autoguided, Guided, Scaled, combination
 from distill.protocols import Codec, Cond, Conditioning, VelocityField
+from distill.spec.guidancespec import FieldSettings
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class LoadedTeacher:
     given: Conditioning | None = None  # None: class labels, or no conditioning if there are no classes
     codec: Codec = PIXELS
     layers: Sequence[str] = ()  # names of the layers that `features` accepts, in the order of the network
+    weak: "LoadedTeacher | None" = None  # a worse model of the same data, for autoguidance
 
     @property
     def conditioning(self) -> Conditioning:
@@ -67,9 +71,9 @@ class LoadedTeacher:
                 hook.remove()
         return [found[name] for name in layers]
 
-    def indexed(self, guidance_scale: float) -> VelocityField:
-        """Like `guided`, but called with the index of each sample's condition. Used to solve the paths of pairs."""
-        field = self.guided(guidance_scale)
+    def indexed(self, settings: FieldSettings) -> VelocityField:
+        """Like `field_with`, but called with the index of each sample's condition. Used to solve the paths of pairs."""
+        field = self.field_with(settings)
         return field if self.given is None or isinstance(self.given, ClassLabels) else Indexed(field, self.given)
 
     def guided(self, guidance_scale: float) -> VelocityField:
@@ -77,8 +81,26 @@ class LoadedTeacher:
 
         Raises InputError if there is no null condition, or if it was not trained.
         """
-        if guidance_scale == 1:
+        return self.field_with(FieldSettings(guidance_scale))
+
+    def field_with(self, settings: FieldSettings) -> VelocityField:
+        """Returns the field with guidance and epsilon scaling. Without either, it is the field itself.
+
+        Raises InputError as `guided` does, and if the settings do not fit the teacher or its weak model.
+        """
+        field = self._guided(settings)
+        return field if settings.epsilon_scale == 1 else Scaled(field, settings.epsilon_scale)
+
+    def identity_of(self, settings: FieldSettings) -> str:
+        """Text that is equal for equal settings of this teacher; see `FieldSettings.identity`."""
+        return settings.identity(self.weak.digest if self.weak is not None and settings.form.is_auto else None)
+
+    def _guided(self, settings: FieldSettings) -> VelocityField:
+        scale, form = settings.guidance_scale, settings.form
+        if scale == 1:
             return self.field
+        if form.is_auto:
+            return Autoguided(self.field, self._weak().field, scale, settings.interval)
         if not self.conditioning.has_null:
             self.null({})  # raises the error of `null` before any computation
         if not self.unconditional:
@@ -86,4 +108,22 @@ class LoadedTeacher:
                 f"{self.description} has no unconditional prediction, because it was trained only on its teacher's "
                 "outputs; use guidance_scale: 1, or guide a teacher trained on data"
             )
-        return Guided(self.field, self.null, guidance_scale)
+        if form.form == "rescaled" and math.prod(self.shape) < 2:
+            raise InputError(
+                f"{self.description} makes single numbers, which have no standard deviation; guidance of form: "
+                "rescaled needs samples of at least two values"
+            )
+        return Guided(self.field, self.null, scale, combination(form), settings.interval)
+
+    def _weak(self) -> "LoadedTeacher":
+        """The weak model. InputError if it makes other samples, or takes other conditions."""
+        assert self.weak is not None, "autoguidance needs a weak model"
+        ours, theirs = (
+            f"samples of shape {list(each.shape)} with {each.num_classes or 'no'} classes" for each in (self, self.weak)
+        )
+        if ours != theirs:
+            raise InputError(
+                f"the weak model ({self.weak.description}) makes {theirs}, but the teacher ({self.description}) makes "
+                f"{ours}; use a weak model of the same data"
+            )
+        return self.weak
