@@ -142,7 +142,9 @@ def test_plans_count_the_calls_of_an_interval():
     assert solved.work == "100 pairs x about 14 network calls = about 1,400"
     assert solved.what == "euler, 10 steps, guidance 2 (0.3 < t <= 0.7)"
     # steps of 2 and 10: 3 + 14, twice; along the times: 4; Heun: 7 + 2, of times 1, .75, .75, .5, .5, .25, .25
-    assert measured.network_calls == 2500 * (17 + 17 + 4 + 9 + 1)
+    assert measured.network_calls == 2500 * (17 + 17 + 4 + 9 + 1 + 1), (
+        "and one step of the teacher, without guidance at t = 1, as a baseline"
+    )
     assert measured.work.endswith("samples; about 120,000 network calls")
     assert measured.what == "teacher at 2, 10 steps and heun 4; guidance 2 (0.3 < t <= 0.7)"
     forward = PairsStage(**{**PAIRS, **interval, "guidance": GuidanceSpec(interval=(0.3, 0.7)), "paths": "forward",

@@ -98,7 +98,7 @@ def test_it_is_named_where_solvers_are(tmp_path, midpoint):
     words = " ".join(shown.replace("#", " ").split())
     assert f"see `distill schedule --fit`; one of {', '.join(OURS)}, midpoint, auto, bns solver: midpoint" in words
     path.write_text(yaml.safe_dump(SPEC).replace("midpoint", "midpiont"))
-    with pytest.raises(InputError, match="must be 'euler', 'heun', 'ab2', .*, 'unipc3' or 'midpoint'"):
+    with pytest.raises(InputError, match="must be 'euler', 'heun', 'ab2', .*, 'midpoint', 'auto' or 'bns'"):
         specfile.load(path)
 
 
