@@ -1,4 +1,4 @@
-"""`distill schedule`: finds the step times with the smallest error. Also the options --schedule and --times."""
+"""`distill schedule`: finds the best step times. Also the options --schedule and --times."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,20 +27,25 @@ MAX_FINE = 10_000  # the number of costs is quadratic: one for each pair of time
 def schedule(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help=TeacherHelp)],
     steps: Annotated[int, typer.Option("--steps", help="Number of steps to find times for.", min=1, max=MAX_STEPS)],
+    criterion: Annotated[
+        str,
+        typer.Option(
+            help="What is minimized: error, the squared errors of the solver's steps; or ays (Align Your Steps), which "
+            "does not depend on a solver."
+        ),
+    ] = "error",
     solver: Annotated[str, typer.Option(help=f"Solver of these steps: {kinds.either(solver_names())}.")] = "euler",
     fine: Annotated[
         int, typer.Option(help="Number of steps of the fine grid from which the times are chosen.", min=1, max=MAX_FINE)
     ] = FINE,
-    samples: Annotated[
-        int, typer.Option(help="Number of paths to measure errors on.", min=1, max=MAX_SAMPLES)
-    ] = SAMPLES,
+    samples: Annotated[int, typer.Option(help="Number of paths to measure on.", min=1, max=MAX_SAMPLES)] = SAMPLES,
     seed: Annotated[int, typer.Option(help="Seed of the noise of these paths.", min=0, max=2**63 - 1)] = SEED,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 = none.", min=0, max=10_000)] = 1.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Find the step times that minimize the error of a solver, by dynamic programming, and save them in the store."""
+    """Find the step times that minimize a criterion, by dynamic programming, and save them in the store."""
     from distill.cli import arguments
 
     if steps > fine:
@@ -57,25 +62,28 @@ def schedule(
     place = arguments.device(device)
     loaded = teachers.load_teacher(where, place)
     costs = step_times.find(
-        loaded, runs, device=place, solver=solver, fine=fine, samples=samples, seed=seed, guidance_scale=guidance_scale
-    )
-    best, uniform = costs.best(steps), costs.uniform(steps)
+        loaded, runs, device=place, criterion=criterion, solver=solver, fine=fine, samples=samples, seed=seed,
+        guidance_scale=guidance_scale,
+    )  # fmt: skip
+    best, uniform, errors = costs.best(steps), costs.uniform(steps), criterion == "error"
     if json:
         print_json(
             {
-                "teacher_digest": loaded.digest, "solver": solver, "steps": steps, "fine": fine, "samples": samples,
-                "seed": seed, "guidance_scale": guidance_scale, "times": best.times, "cost": best.cost,
-                "uniform_cost": uniform.cost,
+                "teacher_digest": loaded.digest, "criterion": criterion, "solver": solver if errors else None,
+                "steps": steps, "fine": fine, "samples": samples, "seed": seed, "guidance_scale": guidance_scale,
+                "times": best.times, "cost": best.cost, "uniform_cost": uniform.cost,
             }
         )  # fmt: skip
         return
-    plural = "s" if steps > 1 else ""
+    plural, name, measured, summed = "s" if steps > 1 else "", solver, "errors", "squared errors"
+    if not errors:
+        name, measured, summed = criterion, "AYS costs", "AYS costs"
     say(
-        f"{solver}, {steps} step{plural} of {loaded.description}, chosen from a grid of {fine} with errors measured on "
-        f"{samples} paths"
+        f"{name}, {steps} step{plural} of {loaded.description}, chosen from a grid of {fine} with {measured} measured "
+        f"on {samples} paths"
     )
     say(f"times: {', '.join(f'{t:.4g}' for t in best.times)}")
-    say(f"sum of squared errors: {best.cost:.4g}; with uniform steps: {uniform.cost:.4g}")
+    say(f"sum of {summed}: {best.cost:.4g}; with uniform steps: {uniform.cost:.4g}")
 
 
 def refuse_schedule(schedule: str, times: str | None) -> None:
