@@ -48,6 +48,8 @@ def test_a_pseudo_corrector_step_corrects_the_step_of_ab2():
     assert len(seen) == 5, "two calls of the Heun step, and one of each other step"
     assert all((ours - theirs).abs().max() < 1e-12 for ours, theirs in zip(seen[1:], along, strict=True))
     assert (found - along[-1]).abs().max() > 1e-4
+    last = flowturbo.sample(velocity, lambda x, t, seen: seen, NOISE, TIMES, 1, 2)
+    assert (last - along[-1]).abs().max() < 1e-12, "a last refiner step without a change is ab2's"
 
 
 def test_splits_cost_what_they_may():
