@@ -142,7 +142,7 @@ def test_a_student_of_it_has_the_weights_of_the_teacher(capfd, here):
     ("given", "said"),
     [
         (["--steps", "2", "--out", "s"], "--out: has no effect without --fit"),
-        (["--steps", "2", "--fit", "--solver", "heun"], "--solver and --fine have no effect with --fit"),
+        (["--steps", "2", "--fit", "--solver", "heun"], "--solver, --fine and --criterion have no effect with --fit"),
         (["--steps", "65", "--fit"], "--steps 65: a solver can be fitted for 1 to 64 steps"),
         (["--steps", "2", "--fit", "--out", "s"], "the Gaussian teacher in 2 dimensions has no network to export"),
         (["--steps", "2", "--fit", "--out", "s", "--guidance-scale", "2"], "guidance takes two calls"),

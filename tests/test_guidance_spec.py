@@ -145,7 +145,7 @@ def test_plans_count_the_calls_of_an_interval():
     assert measured.network_calls == 2500 * (17 + 17 + 4 + 9 + 1 + 1), (
         "and one step of the teacher, without guidance at t = 1, as a baseline"
     )
-    assert measured.work.endswith("samples; about 120,000 network calls")
+    assert measured.work.endswith("samples; about 122,500 network calls")
     assert measured.what == "teacher at 2, 10 steps and heun 4; guidance 2 (0.3 < t <= 0.7)"
     forward = PairsStage(**{**PAIRS, **interval, "guidance": GuidanceSpec(interval=(0.3, 0.7)), "paths": "forward",
                             "solver": "euler", "steps": 10})  # fmt: skip

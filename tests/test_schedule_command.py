@@ -54,6 +54,7 @@ def test_the_times_are_found_told_and_kept(capfd, here, monkeypatch):
     assert found["times"] == [1.0, 0.5, 0.25, 0.0]
     assert 0 < found["cost"] < found["uniform_cost"]
     assert (found["solver"], found["steps"], found["fine"], found["samples"], found["seed"]) == ("euler", 3, 12, 20, 0)
+    assert found["criterion"] == "error"
     assert [path.name for path in here.joinpath("runs").iterdir()] == ["schedules"]
 
 
@@ -62,6 +63,19 @@ def test_any_solver_has_its_own(capfd, here):
     found = {name: json.loads(command(capfd, *asked, name).out) for name in ("euler", "heun", "dpm_solver_pp_2m")}
     assert len({tuple(each["times"]) for each in found.values()} | {each["cost"] for each in found.values()}) > 3
     assert found["heun"]["cost"] < found["euler"]["cost"]
+
+
+def test_the_criterion_of_align_your_steps(capfd, here):
+    asked = ["schedule", TEACHER, "--steps", "2", "--fine", "16", "--samples", "50", "--criterion", "ays"]
+    lines = command(capfd, *asked).out.splitlines()
+    assert lines[0].startswith("ays, 2 steps of ")
+    assert lines[0].endswith(", chosen from a grid of 16 with AYS costs measured on 50 paths")
+    assert lines[1] == "times: 1, 0.1875, 0"
+    assert lines[2].startswith("sum of AYS costs: ") and "; with uniform steps: " in lines[2]
+    found = json.loads(command(capfd, *asked, "--json").out)
+    assert (found["criterion"], found["solver"]) == ("ays", None)
+    assert found["times"] == [1, 3 / 16, 0]
+    assert found["cost"] < found["uniform_cost"]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +87,14 @@ def test_any_solver_has_its_own(capfd, here):
         ),
         (["schedule", TEACHER, "--steps", "2", "--solver", "heum"], "unknown solver 'heum': did you mean 'heun'?"),
         (["schedule", "nowhere", "--steps", "2"], "nowhere"),
+        (
+            ["schedule", TEACHER, "--steps", "2", "--criterion", "eror"],
+            "unknown criterion 'eror': did you mean 'error'? valid: ays, error",
+        ),
+        (
+            ["schedule", TEACHER, "--steps", "2", "--criterion", "ays", "--solver", "heun"],
+            "solver heun: no effect with the criterion ays",
+        ),
         (["sample", "student", "--out", "a.png", "--schedule", "best"], "--schedule best: valid: optimal, uniform"),
         (
             ["sample", "student", "--out", "a.png", "--times", "1,0.5"],

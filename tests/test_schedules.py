@@ -53,6 +53,27 @@ def test_the_known_answer():  # T17
     assert summed(matrix, indices) == pytest.approx(0.0074214, abs=5e-8)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_euler_on_a_gaussian(steps):  # S07
+    """With tan(theta) = (t/(1 - t))/STD, a step multiplies x/sqrt((1 - t)^2 STD^2 + t^2) by cos(difference of theta).
+
+    So equal differences are best. Times found on a grid are almost as good.
+    """
+    grids = {"uniform": uniform_grid(steps)}
+    theta = math.pi / 2 * (1 - torch.arange(1, steps, dtype=torch.float64) / steps)
+    ratio = STD * theta.tan()
+    grids["best"] = torch.cat([torch.ones(1), ratio / (1 + ratio), torch.zeros(1)])
+    t_grid, matrix = step_times.measure(gaussian(), UNIT, {}, solver="euler", fine=96)
+    grids["found"] = torch.tensor([t_grid[i] for i in step_times.least(matrix, steps)], dtype=torch.float64)
+    stds = {name: solvers.integrate("euler", gaussian(), UNIT, grid, {})[0].item() for name, grid in grids.items()}
+    angles = torch.atan2(grids["uniform"], (1 - grids["uniform"]) * STD)
+    assert stds["uniform"] == pytest.approx(STD * angles.diff().cos().prod().item(), abs=1e-12)
+    assert stds["best"] == pytest.approx(STD * math.cos(math.pi / (2 * steps)) ** steps, abs=1e-12)
+    known = {1: (0, 0), 2: (0.230769, 0.273861), 4: (0.378445, 0.399045), 8: (0.457303, 0.468978)}
+    assert (stds["uniform"], stds["best"]) == pytest.approx(known[steps], abs=1e-6)
+    assert stds["found"] == pytest.approx(stds["best"], rel=0.005, abs=1e-12)
+
+
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_least_is_that_of_all_choices_and_falls_with_every_step(solver):  # T17
     fine = 9

@@ -1,4 +1,4 @@
-"""`distill schedule`: finds the step times with the smallest error. Also the options --schedule and --times."""
+"""`distill schedule`: finds the best step times. Also the options --schedule and --times."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +30,13 @@ MAX_FINE = 10_000  # the number of costs is quadratic: one for each pair of time
 def schedule(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help=TeacherHelp)],
     steps: Annotated[int, typer.Option("--steps", help="Number of steps to find times for.", min=1, max=MAX_STEPS)],
+    criterion: Annotated[
+        str | None,
+        typer.Option(
+            help="What is minimized: error, the squared errors of the solver's steps; or ays (Align Your Steps), which "
+            "does not depend on a solver; by default error."
+        ),
+    ] = None,
     solver: Annotated[
         str | None, typer.Option(help=f"Solver of these steps: {kinds.either(solver_names())}; by default euler.")
     ] = None,
@@ -57,14 +64,14 @@ def schedule(
     store: StoreOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Find the step times that minimize the error of a solver, or fit a whole solver, and save them in the store."""
+    """Find the step times that minimize a criterion, or fit a whole solver, and save them in the store."""
     from distill.cli import arguments
 
     if out is not None and not fit:
         raise InputError("--out: has no effect without --fit; leave it out")
-    if fit and not (solver is None and fine is None):
+    if fit and not (solver is None and fine is None and criterion is None):
         raise InputError(
-            "--solver and --fine have no effect with --fit, which fits a solver of its own; leave them out"
+            "--solver, --fine and --criterion have no effect with --fit, which fits a solver of its own; leave them out"
         )
     if not fit and steps > (fine or FINE):
         raise InputError(
@@ -83,34 +90,30 @@ def schedule(
         return
     from distill.students import step_times
 
-    solver, fine, samples = solver or "euler", fine or FINE, samples or SAMPLES
+    criterion, solver, fine, samples = criterion or "error", solver or "euler", fine or FINE, samples or SAMPLES
     costs = step_times.find(
-        loaded,
-        runs,
-        device=place,
-        solver=solver,
-        fine=fine,
-        samples=samples,
-        seed=seed,
+        loaded, runs, device=place, criterion=criterion, solver=solver, fine=fine, samples=samples, seed=seed,
         settings=FieldSettings(guidance_scale),
-    )
-    best, uniform = costs.best(steps), costs.uniform(steps)
+    )  # fmt: skip
+    best, uniform, errors = costs.best(steps), costs.uniform(steps), criterion == "error"
     if json:
         print_json(
             {
-                "teacher_digest": loaded.digest, "solver": solver, "steps": steps, "fine": fine, "samples": samples,
-                "seed": seed, "guidance_scale": guidance_scale, "times": best.times, "cost": best.cost,
-                "uniform_cost": uniform.cost,
+                "teacher_digest": loaded.digest, "criterion": criterion, "solver": solver if errors else None,
+                "steps": steps, "fine": fine, "samples": samples, "seed": seed, "guidance_scale": guidance_scale,
+                "times": best.times, "cost": best.cost, "uniform_cost": uniform.cost,
             }
         )  # fmt: skip
         return
-    plural = "s" if steps > 1 else ""
+    plural, name, measured, summed = "s" if steps > 1 else "", solver, "errors", "squared errors"
+    if not errors:
+        name, measured, summed = criterion, "AYS costs", "AYS costs"
     say(
-        f"{solver}, {steps} step{plural} of {loaded.description}, chosen from a grid of {fine} with errors measured on "
-        f"{samples} paths"
+        f"{name}, {steps} step{plural} of {loaded.description}, chosen from a grid of {fine} with {measured} measured "
+        f"on {samples} paths"
     )
     say(f"times: {', '.join(f'{t:.4g}' for t in best.times)}")
-    say(f"sum of squared errors: {best.cost:.4g}; with uniform steps: {uniform.cost:.4g}")
+    say(f"sum of {summed}: {best.cost:.4g}; with uniform steps: {uniform.cost:.4g}")
 
 
 def _fit(

@@ -14,6 +14,8 @@ the network for every (i, j): n M^2 / 2 calls in all. A step of a multistep solv
 which W does not know. They are assumed to have the same length: they start at the indices 2 i - j, 3 i - 2 j, ..., or
 at 0 instead of negative ones. A corrector improves the fine path, but not the long steps whose error is measured.
 
+The costs of another criterion, which depends on no solver, are in `ays`.
+
 Deviations from the paper: other solvers than Euler; times on the linear path, whatever the field's own schedule.
 """
 
@@ -22,7 +24,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal, Self
@@ -36,6 +38,7 @@ from distill.core.atomic import write_atomic
 from distill.core.errors import InputError, RunError
 from distill.core.field_types import FrozenModel
 from distill.core.regular_files import read_regular
+from distill.core.text import suggest
 from distill.flow import solvers
 from distill.flow.draws import sample_noise
 from distill.flow.fields import start
@@ -45,12 +48,14 @@ from distill.protocols import Cond, VelocityField
 from distill.solvers import Step, find_solver
 from distill.spec.guidancespec import UNCHANGED, FieldSettings
 from distill.spec.model import FINE, SAMPLES, SEED, PairsStage
+from distill.students import ays
 from distill.students.loaded import LoadedStudent
 from distill.students.sampling import condition
 from distill.teachers import LoadedTeacher
 
 MEMORY = 2**29  # bytes of states in memory at once, about
 MAX_BYTES = 2**30  # largest file that is read: enough for ten thousand fine steps
+CRITERIA = ("error", "ays")
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,16 @@ class CostsAsked:
     samples: int
     seed: int
     guidance_scale: float
-    changes: str
+    changes: str = ""
+    criterion: str = "error"
+
+    @property
+    def file_name(self) -> str:
+        """The name of its file. Files of older versions, which have no changes and no other criterion, are found."""
+        facts = [1, self.digest, self.solver, self.fine, self.samples, self.seed, self.guidance_scale]
+        facts += [self.changes] if self.changes else []
+        key = json.dumps(facts if self.criterion == "error" else [*facts, self.criterion])
+        return f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
 class Costs(FrozenModel):
@@ -89,6 +103,8 @@ class Costs(FrozenModel):
     guidance_scale: float
     changes: str = ""
     """other settings of the network's field, from `LoadedTeacher.identity_of`"""
+    criterion: Literal["error", "ays"] = "error"
+    """error: that of a step of `solver`; ays: see `distill.students.ays`"""
     t_grid: list[float]
     """the M + 1 times on the linear path, decreasing"""
     costs: list[list[float]]
@@ -111,7 +127,14 @@ class Costs(FrozenModel):
     @property
     def asked(self) -> CostsAsked:
         return CostsAsked(
-            self.digest, self.solver, self.fine, self.samples, self.seed, self.guidance_scale, self.changes
+            self.digest,
+            self.solver,
+            self.fine,
+            self.samples,
+            self.seed,
+            self.guidance_scale,
+            self.changes,
+            self.criterion,
         )
 
     @property
@@ -198,6 +221,7 @@ def find(
     store: Path,
     *,
     device: torch.device,
+    criterion: str = "error",
     solver: str = "euler",
     fine: int = FINE,
     samples: int = SAMPLES,
@@ -206,15 +230,21 @@ def find(
 ) -> Costs:
     """A network's costs, from the store if they are there; otherwise they are measured now and stored.
 
+    criterion: one of CRITERIA; "ays" does not depend on the solver, which must be "euler".
     If several processes measure at the same time, the first result is stored, and all return it. InputError for an
-    unknown solver or a store that cannot be written; RunError if an error is not finite.
+    unknown criterion or solver, or a store that cannot be written; RunError if a cost is not finite.
     """
+    if criterion not in CRITERIA:
+        raise InputError(f"unknown criterion '{criterion}': {suggest(criterion, CRITERIA)}")
     find_solver(solver)  # raises InputError
+    if criterion == "ays" and solver != "euler":
+        raise InputError(
+            f"solver {solver}: no effect with the criterion ays, whose times do not depend on a solver; remove one of "
+            "the two"
+        )
     changes = network.identity_of(settings) if isinstance(network, LoadedTeacher) else ""
-    asked = CostsAsked(network.digest, solver, fine, samples, seed, settings.guidance_scale, changes)
-    facts = astuple(asked) if changes else astuple(asked)[:-1]  # without changes as in earlier versions
-    key = json.dumps([1, *facts])
-    path = store / "schedules" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    asked = CostsAsked(network.digest, solver, fine, samples, seed, settings.guidance_scale, changes, criterion)
+    path = store / "schedules" / asked.file_name
     try:
         return _kept(path, asked)
     except (FileNotFoundError, NotADirectoryError):
@@ -279,13 +309,32 @@ def _measured(
     for first in range(0, facts.samples, block):
         indices = range(first, min(first + block, facts.samples))
         noise, cond = sample_noise(facts.seed, indices, network.shape).to(device), condition(network, indices, device)
-        times, costs = measure(field, noise, cond, solver=facts.solver, fine=facts.fine)
+        if facts.criterion == "ays":
+            data = _samples(network, field, noise, cond, indices, facts)
+            times, costs = ays.measure(field, data, cond, seed=facts.seed, indices=indices, fine=facts.fine)
+        else:
+            times, costs = measure(field, noise, cond, solver=facts.solver, fine=facts.fine)
         total += costs * (len(indices) / facts.samples)
     for i in range(facts.fine):
         if not total[i, i + 1 :].isfinite().all():
+            cost = "AYS cost of a step" if facts.criterion == "ays" else f"error of a step of {facts.solver}"
             raise RunError(
-                f"the error of a step of {facts.solver} from t={times[i]:.4g} is NaN or infinity on the paths of "
-                f"{network.description}; nothing was saved"
+                f"the {cost} from t={times[i]:.4g} is NaN or infinity on the paths of {network.description}; nothing "
+                "was saved"
             )
     rows = [[float(f"{c:.9g}") for c in total[i, i + 1 :].tolist()] for i in range(facts.fine)]
     return Costs.model_validate({**asdict(facts), "t_grid": list(times), "costs": rows})
+
+
+def _samples(
+    network: LoadedTeacher | LoadedStudent,
+    field: VelocityField,
+    noise: Tensor,
+    cond: Cond,
+    indices: Sequence[int],
+    facts: CostsAsked,
+) -> Tensor:
+    """Samples of the field [n, ...]: exact ones if they are known, otherwise by as many steps as the fine grid has."""
+    if isinstance(network, LoadedTeacher) and network.exact_data is not None and facts.guidance_scale == 1:
+        return network.exact_data(facts.seed, indices).to(noise)
+    return solvers.solve(field, noise, cond, solver="ab3", steps=facts.fine)

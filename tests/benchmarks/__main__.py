@@ -1,9 +1,9 @@
 """Measurements, as ratios within one run: python -m tests.benchmarks [NAME ...]; the names stand in BENCHES below.
 
 Nothing is asserted: machines are noisy. Contenders take turns, medians are compared. Without names, the quick ones run.
-`quickstart` takes 5 minutes on 2 cores, `digits` (the bar, mean of three seeds) 20, `zero` 15, `solvers` 4, `reading`
-3, `shards` 2; `runs` makes a store of 2,000 runs, `looks` a run of a million events; `checkpoint` and `pull` need 4 GB
-of disk.
+`quickstart` takes 5 minutes on 2 cores, `digits` (the bar, mean of three seeds) 20, `flowturbo` and `zero` 15,
+`solvers` and `schedules` 4, `reading` 3, `shards` 2; `runs` makes a store of 2,000 runs, `looks` a run of a million
+events; `checkpoint` and `pull` need 4 GB of disk.
 """
 
 import statistics
@@ -30,10 +30,12 @@ from distill.spec.model import DigitsData, OptimizerSpec, TrainStage, UNetSpec
 from distill.students.init import StudentInit
 from distill.training import engine
 from tests.benchmarks.draws import bench_draws
+from tests.benchmarks.flowturbo import bench_flowturbo
 from tests.benchmarks.images import bench_images
 from tests.benchmarks.pairs import bench_million, bench_pairs, bench_reading, bench_shards, bench_workers
 from tests.benchmarks.ranks import bench_checkpoint, bench_zero
 from tests.benchmarks.recipes import bench_recipes
+from tests.benchmarks.schedules import bench_schedules
 from tests.benchmarks.solvers import bench_solvers
 from tests.benchmarks.store import bench_looks, bench_runs
 from tests.benchmarks.students import bench_index, bench_pull
@@ -160,6 +162,8 @@ BENCHES: dict[str, Callable[[], str]] = {
     "recipes": bench_recipes,
     "threads": bench_threads,
     "solvers": bench_solvers,
+    "schedules": bench_schedules,
+    "flowturbo": bench_flowturbo,
     "quickstart": bench_quickstart,
     "digits": bench_digits,
     "zero": bench_zero,
