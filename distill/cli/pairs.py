@@ -15,7 +15,6 @@ from distill.core.errors import InputError
 from distill.core.printing import say
 from distill.core.text import suggest
 from distill.runs.run_store import RunPaths
-from distill.solvers import solver_names
 from distill.spec import kinds
 from distill.spec.model import OF_DATA
 
@@ -64,7 +63,7 @@ def pairs(
         ),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Real data for forward paths and segments: digits, or YAML.")] = None,
-    solver: Annotated[str | None, typer.Option(help=f"{kinds.either(solver_names())} [heun].")] = None,
+    solver: Annotated[str | None, typer.Option(help=f"{kinds.either(kinds.ode_solvers())} [heun].")] = None,
     steps: Annotated[int | None, typer.Option(help="Solver steps [16].")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 = none [1].")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the noise [0].", min=0, max=2**63 - 1)] = None,

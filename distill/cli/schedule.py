@@ -12,7 +12,6 @@ from distill.core.errors import InputError
 from distill.core.field_types import MAX_SAMPLES, MAX_STEPS
 from distill.core.printing import say
 from distill.core.text import suggest
-from distill.solvers import solver_names
 from distill.spec import kinds
 from distill.spec.model import FINE, SAMPLES, SEED
 
@@ -27,7 +26,7 @@ MAX_FINE = 10_000  # the number of costs is quadratic: one for each pair of time
 def schedule(
     teacher: Annotated[str, typer.Argument(metavar="TEACHER", help=TeacherHelp)],
     steps: Annotated[int, typer.Option("--steps", help="Number of steps to find times for.", min=1, max=MAX_STEPS)],
-    solver: Annotated[str, typer.Option(help=f"Solver of these steps: {kinds.either(solver_names())}.")] = "euler",
+    solver: Annotated[str, typer.Option(help=f"Solver of these steps: {kinds.either(kinds.ode_solvers())}.")] = "euler",
     fine: Annotated[
         int, typer.Option(help="Number of steps of the fine grid from which the times are chosen.", min=1, max=MAX_FINE)
     ] = FINE,

@@ -63,8 +63,14 @@ def quality(results: Results) -> str:
         crowded = len(colours) > FEW
         for network, colour in colours.items():
             rows = [row for row in results.rows if row.network == network and row.value > 0]  # 0 has no logarithm
-            line = [row for row in rows if not row.fine and not row.along]
-            axes.plot([r.nfe for r in line], [r.value for r in line], "-o", color=colour, ms=5, lw=1.6, label=network)
+            usual = [row for row in rows if not row.fine and not row.along]
+            for solver in dict.fromkeys(row.solver for row in usual):
+                line = [row for row in usual if row.solver == solver]
+                own = solver == "euler" or line[0].role == "student"
+                shape, label = ("-o", network) if own else (":o", line[0].label)
+                axes.plot(
+                    [r.nfe for r in line], [r.value for r in line], shape, color=colour, ms=5, lw=1.6, label=label
+                )
             for along in dict.fromkeys(row.along for row in rows if row.along):
                 same = [row for row in rows if row.along == along]
                 label = f"{network}{same[0].way}"

@@ -32,6 +32,7 @@ from distill.protocols import VelocityField
 from distill.runs.progress import Progress
 from distill.runs.results import FILE_NAME, Results, Row
 from distill.runs.run_store import RunPaths
+from distill.solvers import find_solver
 from distill.spec.model import EvaluateStage
 from distill.students import loaded, step_times
 from distill.students.loaded import LoadedStudent
@@ -212,12 +213,14 @@ class _Work:
     straight: dict[tuple[str, str], float | None] = field(default_factory=dict)  # cached, by role and network
 
     def plans(self) -> list[Plan]:
-        """The rows of the stage: the teacher with Euler and with the fine solver, students with their own samplers.
+        """The rows of the stage: the teacher with Euler and other solvers, students with their own samplers.
 
         For each network, rows with other step times come after its usual ones.
         """
         rows = [Plan("teacher", "teacher", "euler", steps) for steps in self.stage.teacher_steps]
-        rows += [*self._along(rows, self.teacher), _fine(self.stage)]
+        rows += self._along(rows, self.teacher)
+        rows += [Plan("teacher", "teacher", name, n) for name, each in self.stage.teacher_solvers.items() for n in each]
+        rows.append(_fine(self.stage))
         for name, steps in self.stage.students.items():
             student, own = self.students[name], self.students[name].t_grids
             usual = [Plan(name, "student", student.sampler, n, times=tuple(own[n]) if own else None) for n in steps]
@@ -283,7 +286,8 @@ class _Work:
     def _samples(self, plan: Plan) -> tuple[Tensor, float]:
         """All samples of a row [N, ...], and the mean seconds per sample."""
         network, block = self._network(plan), self.stage.block
-        for _ in blocks(self._method(plan, steps=1), network, seed=self.seed, count=1, block=block, device=self.device):
+        few = self._method(plan, steps=1 if plan.role == "student" else find_solver(plan.solver).least_steps)
+        for _ in blocks(few, network, seed=self.seed, count=1, block=block, device=self.device):
             pass  # warm-up: allocations and the choice of kernels are not part of the measured time
         method, before = self._method(plan), self.progress.done
         found, seconds = [], 0.0

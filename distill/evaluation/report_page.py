@@ -146,7 +146,7 @@ def headline(results: Results) -> str:
     best = min(students, key=lambda row: (row.nfe, row.value))
     calls = "one network call" if best.nfe == 1 else f"{best.nfe} network calls"
     said = f"With {calls}, {best.network} reaches {what} {number(best.value)}"
-    coarse = [row for row in results.usual if row.role == "teacher" and not row.fine]
+    coarse = [row for row in results.usual if row.role == "teacher" and not row.fine and row.solver == "euler"]
     if results.distance is not None:
         as_good = [row for row in coarse if row.value <= best.value]
         if as_good:

@@ -207,8 +207,8 @@ def _round(template: Template, number: int, teacher: str | None, plan: RoundsPla
     start = {} if first else {"init": None, "network": None}  # then it starts from the flow before
     found[flow] = template.flow.model_copy(update={**changes, **start})
     steps = template.evaluation.students.get(template.flow_name, FEW_STEPS)
-    coarse = template.evaluation.teacher_steps if _one_evaluation(template, plan) else []
-    asked = template.evaluation.model_copy(update={**_of(teacher, first=first), "teacher_steps": coarse})
+    none: dict[str, object] = {} if _one_evaluation(template, plan) else {"teacher_steps": [], "teacher_solvers": {}}
+    asked = template.evaluation.model_copy(update={**_of(teacher, first=first), **none})
     measured = evalspec.measuring(asked, {flow: steps}, {flow: template.flow_name})
     found[f"{template.evaluation_name}-{number}"] = measured.model_copy(update={"fine_students": [flow]})
     return list(found.items())

@@ -197,7 +197,8 @@ def rows(found: FoundComparison) -> list[tuple[str, list[str]]]:
     measured = found.results.usual
     coarse = [row for row in measured if row.role == "teacher" and not row.fine]
     fine = [row for row in measured if row.role == "teacher" and row.fine]
-    shown = [("teacher, euler", coarse)] if coarse else []
+    solvers = dict.fromkeys(row.solver for row in coarse)
+    shown = [(f"teacher, {solver}", [row for row in coarse if row.solver == solver]) for solver in solvers]
     shown += [(f"teacher, {row.solver}", [row]) for row in fine]
     lines = [(name, ["-", *_values(found, each), _straightness(each), "-", "-", "-"]) for name, each in shown]
     for entry in found.comparison.entries:
@@ -232,7 +233,7 @@ def ranked(found: FoundComparison) -> dict[str, list[tuple[int, float]]]:
 def teacher(found: FoundComparison) -> list[tuple[str, float]]:
     """(name, value) of the teacher's rows, without values of 0 (the RMS of the fine solver, which is the reference)."""
     measured = [row for row in found.results.usual if row.role == "teacher" and row.value > 0]
-    return [(f"{row.solver} {row.steps}" if row.fine else f"{row.steps}", row.value) for row in measured]
+    return [(f"{row.steps}" if row.solver == "euler" else f"{row.solver} {row.steps}", row.value) for row in measured]
 
 
 def _of(found: FoundComparison, entry: ComparedRecipe) -> list[Row]:

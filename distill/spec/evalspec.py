@@ -25,7 +25,7 @@ def measuring(
 
 
 def steps_of_rows(stage: EvaluateStage) -> dict[str, list[int]]:
-    """Network -> number of steps of each of its rows, without the rows of the fine solver."""
+    """Network -> number of steps of each of its rows, without the rows of the fine solver and of teacher_solvers."""
     usual = {"teacher": stage.teacher_steps, **stage.students}
     further = {
         name: [steps for way in stage.times.get(name, []) for steps in (own if way == "optimal" else [len(way) - 1])]
@@ -36,7 +36,8 @@ def steps_of_rows(stage: EvaluateStage) -> dict[str, list[int]]:
 
 def num_rows(stage: EvaluateStage) -> int:
     """Number of rows, that is, of sets of samples that are generated."""
-    return sum(map(len, steps_of_rows(stage).values())) + 1 + len(stage.fine_students)
+    with_solvers = sum(map(len, stage.teacher_solvers.values()))
+    return sum(map(len, steps_of_rows(stage).values())) + with_solvers + 1 + len(stage.fine_students)
 
 
 def num_samples(stage: EvaluateStage) -> int:
@@ -53,4 +54,5 @@ def calls(stage: EvaluateStage, samplers: Mapping[str, str]) -> dict[str, int]:
     by = {"teacher": "euler", **samplers}  # the fine rows are added below
     found = {name: sum(network_calls(by[name], n) for n in each) for name, each in steps_of_rows(stage).items()}
     found |= {name: found[name] + fine for name in ("teacher", *stage.fine_students)}
+    found["teacher"] += sum(find_solver(name).calls(n) for name, each in stage.teacher_solvers.items() for n in each)
     return {**found, "teacher": per_velocity(stage.guidance_scale) * found["teacher"]}

@@ -19,7 +19,7 @@ from distill.core.field_types import (
     StepCount,
 )
 from distill.solvers import find_solver
-from distill.spec.kinds import ReferenceName, SolverName, per_velocity
+from distill.spec.kinds import AnySolverName, ReferenceName, SolverName, per_velocity
 
 OF_DATA, WITH_STATES = ("forward", "segments"), ("trajectories", "segments")  # paths of a pairs stage
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
@@ -98,6 +98,8 @@ class EvaluateStage(FrozenModel):
     """train stage whose student is the teacher; null: the spec's teacher"""
     teacher_steps: list[StepCount] = [1, 2, 4, 8, 16]
     """numbers of Euler steps to measure the teacher with, in addition to fine_solver"""
+    teacher_solvers: dict[AnySolverName, list[StepCount]] = {}
+    """also measure the teacher with these solvers and numbers of steps, like {sa: [20, 40], restart: [18]}"""
     fine_solver: ReferenceName = "heun"
     """accurate solver; the teacher's samples with it are the reference for all rows"""
     fine_steps: StepCount = 16

@@ -64,21 +64,22 @@ class Block:
 def of_teacher(
     teacher: LoadedTeacher, solver: str, steps: int, guidance_scale: float, times: Sequence[float] | None = None
 ) -> Method:
-    """Solve the teacher's ODE, in uniform steps or along `times` (see `solve_along`)."""
+    """Sample the teacher with a solver of its ODE or SDE, in uniform steps or along `times` (see `solve_along`)."""
     return of_field(teacher.guided(guidance_scale), solver, steps, per_velocity(guidance_scale), times)
 
 
 def of_field(
     field: VelocityField, solver: str, steps: int, calls: int = 1, times: Sequence[float] | None = None
 ) -> Method:
-    """Solve the ODE of a velocity field. calls: network calls for one call of the field."""
+    """Sample a velocity field with a solver of its ODE or SDE. calls: network calls for one call of the field."""
+    found = find_solver(solver)
 
     def generate(noise: Tensor, cond: Cond, fresh: Sequence[Tensor]) -> Tensor:
         if times is not None:
             return solve_along(field, noise, cond, solver=solver, times=times)
-        return solve(field, noise, cond, solver=solver, steps=steps)
+        return solve(field, noise, cond, solver=solver, steps=steps, fresh=fresh)
 
-    return Method(generate, calls * find_solver(solver).calls(steps))
+    return Method(generate, calls * found.calls(steps), found.noises(steps) if found.noises else 0)
 
 
 def of_student(student: LoadedStudent, t_grid: Tensor) -> Method:

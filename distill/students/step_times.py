@@ -43,6 +43,7 @@ from distill.flow.times import uniform_grid
 from distill.networks.velocity import VelocityStudent
 from distill.protocols import Cond, VelocityField
 from distill.solvers import Step, find_solver
+from distill.spec.kinds import either, ode_solvers
 from distill.spec.model import FINE, SAMPLES, SEED, PairsStage
 from distill.students.loaded import LoadedStudent
 from distill.students.sampling import condition
@@ -174,7 +175,7 @@ def _path(
         earlier = dict.fromkeys(max(i - n * (j - i), 0) for n in range(1, found.memory + 1))  # of steps as long as this
         past = [(seen[k], times[k]) for k in earlier if k < i]
         left = 1 + math.ceil((len(times) - 1 - j) / (j - i))  # this step, and later ones of the same length
-        return Step(times[i], times[j], past, left, to_data)
+        return Step(times[i], times[j], past, left, to_data, times)
 
     def step(i: int, j: int) -> Tensor:
         return found.step(ode, states[i], seen[i], place(i, j))
@@ -201,9 +202,12 @@ def find(
     """A network's costs, from the store if they are there; otherwise they are measured now and stored.
 
     If several processes measure at the same time, the first result is stored, and all return it. InputError for an
-    unknown solver or a store that cannot be written; RunError if an error is not finite.
+    unknown or stochastic solver, or a store that cannot be written; RunError if an error is not finite.
     """
-    find_solver(solver)  # raises InputError
+    if find_solver(solver).noises is not None:
+        raise InputError(
+            f"solver '{solver}' draws noise, so its steps have no error on a given path; use {either(ode_solvers())}"
+        )
     asked = CostsAsked(network.digest, solver, fine, samples, seed, guidance_scale)
     key = json.dumps([1, *astuple(asked)])
     path = store / "schedules" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
