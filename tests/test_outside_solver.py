@@ -137,7 +137,15 @@ def test_the_control_plane_knows_it_without_torch(tmp_path, midpoint):
         ("import no_such_package", "needs the package no_such_package"),
         (None, "its module outside_package.wrong is not installed"),
     ],
-    ids=["a part is missing", "a part is of another type", "other arguments", "noises in a reference", "raises", "needs more", "not there"],
+    ids=[
+        "a part is missing",
+        "a part is of another type",
+        "other arguments",
+        "noises in a reference",
+        "raises",
+        "needs more",
+        "not there",
+    ],
 )
 def test_one_that_lacks_something_is_refused_where_it_is_used(site, text, message):
     install(site, "outside-solvers", wrong="outside_wrong" if text else "outside_package.wrong")
