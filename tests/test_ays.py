@@ -14,6 +14,7 @@ from distill.flow.draws import generator
 from distill.flow.fields import Counted, Rescheduled
 from distill.flow.interpolants import edm
 from distill.flow.times import uniform_grid
+from distill.spec.guidancespec import FieldSettings
 from distill.spec.model import GaussianTeacher, MixtureTeacher
 from distill.students import ays, step_times
 from distill.teachers.analytic import GaussianField, gaussian_teacher, mixture_teacher
@@ -199,10 +200,10 @@ def test_costs_are_those_of_the_samples_however_they_are_divided(tmp_path, monke
     classes = class_gaussian_teacher(means, torch.tensor([1.0, 1.0]), torch.tensor([STD, STD]))
     costs = {}
     for name, teacher, scale in (("one", TEACHER, 1.0), ("classes", classes, 1.0), ("guided", classes, 2.0)):
-        whole = find(tmp_path / name, teacher, samples=7, guidance_scale=scale)
+        whole = find(tmp_path / name, teacher, samples=7, settings=FieldSettings(scale))
         with monkeypatch.context() as changed:
             changed.setattr(step_times, "MEMORY", 2 * 4 * 13 * 2 * 3)  # three samples at once
-            parts = find(tmp_path / f"{name}-parts", teacher, samples=7, guidance_scale=scale)
+            parts = find(tmp_path / f"{name}-parts", teacher, samples=7, settings=FieldSettings(scale))
         for row, other in zip(whole.costs, parts.costs, strict=True):
             assert other == pytest.approx(row, rel=1e-4, abs=1e-6)
         costs[name] = torch.tensor(whole.costs[0])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from distill.core.errors import InputError, RunError, Stopped
 from distill.core.stop import StopRequest
 from distill.data.arrays import ArrayData
-from distill.evaluation import measuring, report_page, sample
+from distill.evaluation import charts, measuring, report_page, sample
 from distill.evaluation.measuring import evaluate
 from distill.evaluation.metrics import features
 from distill.evaluation.pictures import columns_for, images_png, scatter_png
@@ -219,6 +219,30 @@ def test_rows_along_other_times(vector_run):
         go(vector_run, spec)
     found = go(vector_run, vector_spec(students={"exact": [1]}, teacher_steps=[]))
     assert found.row("exact", 1).straightness is None, "it was never shown the times between its own"
+
+
+def test_the_teacher_is_measured_with_further_solvers(vector_run):
+    """Stochastic ones too. The rows that are there already are not measured again."""
+    before = go(vector_run, vector_spec(students={"exact": [1]}))
+    spec = vector_spec(students={"exact": [1]}, teacher_solvers={"restart": [6, 18], "sa": [8]})
+    found = go(vector_run, spec)
+    assert [(row.label, row.steps, row.nfe) for row in found.rows] == [
+        ("teacher, euler", 1, 1), ("teacher, euler", 8, 8),
+        ("teacher, restart", 6, 19), ("teacher, restart", 18, 43), ("teacher, sa", 8, 8),
+        ("teacher, heun", 32, 63), ("exact", 1, 1),
+    ]  # fmt: skip
+    assert [row for row in found.rows if row.solver == "euler"] == [row for row in before.rows if not row.fine]
+    restarted, stochastic = found.rows[3], found.rows[4]
+    fresh = sampling.fresh_noises(key(0, "evaluate"), range(300), (2,), 8)
+    noise = sample_noise(key(0, "evaluate"), range(300), (2,))
+    field = load_teacher(spec.teacher, CPU).field
+    fine = solvers.solve(field, noise, {}, solver="heun", steps=32)
+    for row, given in ((restarted, fresh[:2]), (stochastic, fresh)):
+        samples = solvers.solve(field, noise, {}, solver=row.solver, steps=row.steps, fresh=given)
+        assert row.rms == pytest.approx((samples - fine).square().mean().sqrt().item(), rel=1e-4)
+    assert restarted.distance < 3 * found.floor + 0.02
+    drawn = charts.quality(found)
+    assert "teacher, sa" in drawn and "teacher, restart" in drawn
 
 
 def test_a_flow_is_measured_by_the_fine_solver_too(vector_run):

@@ -93,12 +93,15 @@ def test_every_row_of_an_evaluation_counts(tmp_path, monkeypatch):
     """Those along other times too, and what its sampler calls beside its steps."""
     monkeypatch.setattr(forecast, "_measure", lambda network, batch, device: 1.0)
     rows = {"kind": "evaluate", "students": {"flow": [1, 2], "bent": [1, 4]}, "fine_steps": 3, "teacher_steps": [1, 4],
-            "times": {"teacher": [[1, 0.6, 0]], "flow": ["optimal"]}, "samples": 20}  # fmt: skip
+            "times": {"teacher": [[1, 0.6, 0]], "flow": ["optimal"]}, "samples": 20,
+            "teacher_solvers": {"sa": [6, 7], "restart": [5]}}  # fmt: skip
     stages_ = {"solve": PAIRS, "flow": TRAIN, "bent": TRAIN | {"recipe": "reflow/caf"}}
     one = spec(**stages_, e=rows | {"guidance_scale": 2})
     baselines = 3 * 2  # in two steps, four network calls under guidance, which the five of bent allow
-    calls = 20 * (2 * (1 + 4 + 5 + 2 + baselines) + 2 * (1 + 2) + (1 + 1) + (4 + 1))
-    assert planning.steps(resolve(one, tmp_path))[3].network_calls == calls
+    calls = 20 * (2 * (1 + 4 + 5 + 2 + 6 + 7 + 17 + baselines) + 2 * (1 + 2) + (1 + 1) + (4 + 1))
+    planned = planning.steps(resolve(one, tmp_path))[3]
+    assert planned.network_calls == calls and planned.work.startswith("16 rows x 20 samples; ")
+    assert planned.what == "teacher at 1, 4 steps and heun 3, sa 6, sa 7, restart 5"
     ready = preflight.check(resolve(spec(**stages_, e=rows), tmp_path))  # its teacher cannot be guided
     assert forecast.forecast(replace(ready, resolved=resolve(one, tmp_path)), here=True)["e"].seconds == calls
 

@@ -33,7 +33,7 @@ SPEC = {
     "teacher": {"kind": "gaussian", "mean": MEAN.tolist(), "std": STD.tolist()},
     "stages": {"pairs": {"kind": "pairs", "count": 256, "shard": 256, "solver": "midpoint", "steps": 16}},
 }
-OURS = solver_names()
+OURS, ODE_SOLVERS = solver_names(), kinds.ode_solvers()
 PARTS = (HERE / "outside" / "outside_midpoint.py").read_text()
 
 
@@ -96,7 +96,9 @@ def test_it_is_named_where_solvers_are(tmp_path, midpoint):
     assert spec.stages["pairs"].network_calls == 32
     shown = presets.annotated(spec, tmp_path)
     words = " ".join(shown.replace("#", " ").split())
-    assert f"see `distill schedule --fit`; one of {', '.join(OURS)}, midpoint, auto, bns solver: midpoint" in words
+    assert (
+        f"see `distill schedule --fit`; one of {', '.join(ODE_SOLVERS)}, midpoint, auto, bns solver: midpoint" in words
+    )
     path.write_text(yaml.safe_dump(SPEC).replace("midpoint", "midpiont"))
     with pytest.raises(InputError, match="must be 'euler', 'heun', 'ab2', .*, 'midpoint', 'auto' or 'bns'"):
         specfile.load(path)
@@ -129,11 +131,23 @@ def test_the_control_plane_knows_it_without_torch(tmp_path, midpoint):
             PARTS.replace("v: Tensor, at: Step", "v: Tensor, t: float, at: Step"),
             r"step must take \(ode, x, seen, at\); fix",
         ),
+        (
+            PARTS + "\n\ndef noises(steps: int) -> int:\n    return steps\n",
+            "a solver with noises must set IS_REFERENCE = False and calls_inverting = None; fix",
+        ),
         ("raise ValueError('no')", "line 1: ValueError: no"),
         ("import no_such_package", "needs the package no_such_package"),
         (None, "its module outside_package.wrong is not installed"),
     ],
-    ids=["a part is missing", "a part is of another type", "other arguments", "raises", "needs more", "not there"],
+    ids=[
+        "a part is missing",
+        "a part is of another type",
+        "other arguments",
+        "noises in a reference",
+        "raises",
+        "needs more",
+        "not there",
+    ],
 )
 def test_one_that_lacks_something_is_refused_where_it_is_used(site, text, message):
     install(site, "outside-solvers", wrong="outside_wrong" if text else "outside_package.wrong")

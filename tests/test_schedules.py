@@ -15,7 +15,7 @@ from distill.flow.draws import generator
 from distill.flow.fields import Counted, Rescheduled
 from distill.flow.interpolants import edm
 from distill.flow.times import uniform_grid
-from distill.solvers import solver_names
+from distill.spec import kinds
 from distill.spec.guidancespec import UNCHANGED, FieldSettings
 from distill.spec.model import GaussianTeacher, PairsStage
 from distill.students import step_times
@@ -25,7 +25,7 @@ from distill.testing.closed_form import class_gaussian_teacher
 
 STD = math.sqrt(0.3)
 UNIT = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)  # mean 0, mean square 1
-SOLVERS = solver_names()
+SOLVERS = kinds.ode_solvers()
 CPU = torch.device("cpu")
 
 

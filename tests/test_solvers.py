@@ -18,10 +18,10 @@ from distill.teachers.analytic import GaussianField, MixtureField
 from distill.testing import exact
 from distill.testing.closed_form import GaussianFlowMap, QuantileFlowMap, class_gaussian_teacher, trig
 
+ODE_SOLVERS = kinds.ode_solvers()
 M, VARIANCE = 0.7, 0.3
 ROOT = math.sqrt(VARIANCE)
 V1 = GaussianField(torch.tensor([M], dtype=torch.float64), torch.tensor([ROOT], dtype=torch.float64))
-
 
 V2 = exact.straight(M, ROOT)  # the velocity after one reflow of N(M, VARIANCE) (reflow 0.6)
 
@@ -168,7 +168,7 @@ def errors_along(function, problem, high, low, steps):
 
 
 @pytest.mark.parametrize("problem", [gaussian, mixture], ids=["gaussian", "mixture"])
-@pytest.mark.parametrize("name", solver_names())
+@pytest.mark.parametrize("name", ODE_SOLVERS)
 def test_the_measured_order_is_the_declared_one(problem, name):
     steps = [32, 64, 128]
     errors = errors_along(partial(integrate, name), problem(), 0.95, 0.1, steps)
@@ -192,7 +192,7 @@ def test_dpm_solver_loses_a_logarithm_at_the_ends():
 
 
 @pytest.mark.parametrize("path", [trig(0.5), edm()], ids=lambda p: f"{p.name}")
-@pytest.mark.parametrize("name", solver_names())
+@pytest.mark.parametrize("name", ODE_SOLVERS)
 def test_the_order_holds_in_the_own_time_of_another_path(path, name):
     flow_map = GaussianFlowMap(MEAN, STD, path)
 
@@ -233,7 +233,7 @@ def stable_diffusion():
     return vp((1 - betas).cumprod(0))
 
 
-@pytest.mark.parametrize("name", solver_names())
+@pytest.mark.parametrize("name", ODE_SOLVERS)
 @pytest.mark.parametrize("steps", [1, 2, 5, 40])
 def test_cost_is_the_declared_cost(name, steps):
     for field in (V1, GaussianField(MEAN, STD, stable_diffusion()), GaussianField(MEAN, STD, edm(), (0.002, 0.98))):
@@ -267,7 +267,7 @@ def test_the_last_step_of_a_field_that_ends_above_zero_is_its_data_prediction():
     t = torch.full((8,), field.t_range[0], dtype=torch.float64)
     data, _ = linear().split(x, field(x, t, {}), t)
     grid = torch.tensor([field.t_range[0], 0.0], dtype=torch.float64)
-    for name in solver_names():
+    for name in ODE_SOLVERS:
         assert torch.allclose(integrate(name, field, x, grid, {}), data, rtol=0, atol=1e-13)
 
 
@@ -279,7 +279,7 @@ def test_guided_pairs_are_the_map_of_the_shifted_gaussian():  # consistency 0.5
     assert (result - (2.5 * means[labels] + STD * noise)).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("name", solver_names())
+@pytest.mark.parametrize("name", ODE_SOLVERS)
 def test_float32_stays_float32_and_near_float64_without_gradients(name):
     noise = randn("float", 16, 3)
     exact = solve(GaussianField(MEAN, STD), noise, {}, solver=name, steps=32)
@@ -294,7 +294,7 @@ def test_wrong_grids_and_names_are_refused():
     x = torch.zeros(2, 1)
     wrong = [[0.0, 0.5, 0.2], [1.0], [[1.0, 0.0]], [1.0, 1.0]]
     for grid in map(torch.tensor, wrong):
-        for name in solver_names():
+        for name in ODE_SOLVERS:
             ways = "increasing or decreasing" if name in kinds.inverting_solvers() else "decreasing"
             with pytest.raises(ValueError, match=rf"t_grid must be \[N\+1 >= 2\] and {ways}, got \["):
                 integrate(name, V1, x, grid, {})
@@ -302,7 +302,7 @@ def test_wrong_grids_and_names_are_refused():
         integrate("dpm_solver_pp_2m", V1, x, torch.tensor([0.0, 1.0]), {})
     field = GaussianField(MEAN, STD, edm(), (0.002, 0.98))
     for grid in (torch.tensor([0.99, 0.5, 0.0]), torch.tensor([0.9, 0.001, 0.0])):
-        for name in solver_names():
+        for name in ODE_SOLVERS:
             with pytest.raises(ValueError, match=r"t must be within \[0.002, 0.98\], got \["):
                 integrate(name, field, x, grid, {})
     with pytest.raises(InputError, match="unknown solver 'huen': did you mean 'heun'"):
@@ -340,8 +340,9 @@ def test_straightness_is_that_of_the_linear_path_whatever_the_schedule():
 
 
 def test_what_each_solver_can_do():
-    assert solver_names() == [
+    assert ODE_SOLVERS == [
         "euler", "heun", "ab2", "ab3", "dpm_solver_pp_2m", "dpm_solver_pp_3m", "unipc2", "unipc3"
     ]  # fmt: skip
+    assert set(solver_names()) == {*ODE_SOLVERS, "edm_churn", "restart", "sa"}
     assert kinds.inverting_solvers() == ["euler", "heun", "ab2", "ab3"]
-    assert kinds.reference_solvers() == solver_names()[1:]
+    assert kinds.reference_solvers() == ODE_SOLVERS[1:]

@@ -330,6 +330,31 @@ CASES = {
         vectors(e={"teacher_steps": [128], "times": {"teacher": [[1, 0], "optimal"]}}),
         "stages.e.times.teacher: optimal times are found for at most 100 steps, not 128; give fewer steps",
     ),
+    "a solver without steps": (
+        vectors(e={"teacher_solvers": {"sa": []}}),
+        "stages.e.teacher_solvers.sa: no numbers of steps given, e.g. [20, 40]",
+    ),
+    "too few steps to restart": (
+        vectors(e={"teacher_solvers": {"restart": [4, 18]}}),
+        "stages.e.teacher_solvers.restart: restart needs at least 5 steps, not 4",
+    ),
+    "steps of a solver twice": (
+        vectors(e={"teacher_solvers": {"sa": [4, 8, 4]}}),
+        "stages.e.teacher_solvers.sa: 4 steps are listed twice",
+    ),
+    "a row of Euler twice": (
+        vectors(e={"teacher_steps": [1, 4], "teacher_solvers": {"euler": [4, 5]}}),
+        "stages.e.teacher_solvers.euler: 4 steps are in teacher_steps already; remove them here",
+    ),
+    "the fine row twice": (
+        vectors(e={"teacher_solvers": {"heun": [8, 16]}}),
+        "stages.e.teacher_solvers.heun: 16 steps are measured already, as fine_solver and fine_steps; remove them here",
+    ),
+    "a solver by another name": (
+        vectors(e={"teacher_solvers": {"sda": [4]}}),
+        "f: stages.e.teacher_solvers.sda: 'sda' given; must be 'euler', 'heun', 'ab2', 'ab3', 'dpm_solver_pp_2m', "
+        "'dpm_solver_pp_3m', 'edm_churn', 'restart', 'sa', 'unipc2' or 'unipc3'",
+    ),
     "too many resolutions": (
         images(t={"network": {"kind": "unet", "channels": [8, 8, 8, 8, 8]}}),
         "stages.t.network.channels: 5 resolutions halve the images 4 times, but their side of 8 is not "

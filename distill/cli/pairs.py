@@ -15,7 +15,6 @@ from distill.core.errors import InputError
 from distill.core.printing import say
 from distill.core.text import suggest
 from distill.runs.run_store import RunPaths
-from distill.solvers import solver_names
 from distill.spec import checks, kinds
 from distill.spec.guidancespec import WEAK
 from distill.spec.model import OF_DATA
@@ -66,7 +65,7 @@ def pairs(
     ] = None,
     data: Annotated[str | None, typer.Option(help="Real data for forward paths and segments: digits, or YAML.")] = None,
     solver: Annotated[
-        str | None, typer.Option(help=f"{kinds.either([*solver_names(), kinds.AUTO, kinds.FITTED])} [heun].")
+        str | None, typer.Option(help=f"{kinds.either([*kinds.ode_solvers(), kinds.AUTO, kinds.FITTED])} [heun].")
     ] = None,
     tolerance: Annotated[
         float | None, typer.Option(help="For --solver auto: relative error of the pairs that is allowed [0.01].")

@@ -12,7 +12,6 @@ from distill.core.errors import InputError
 from distill.core.field_types import MAX_SAMPLES, MAX_STEPS
 from distill.core.printing import say
 from distill.core.text import suggest
-from distill.solvers import solver_names
 from distill.spec import kinds
 from distill.spec.guidancespec import FieldSettings
 from distill.spec.model import FINE, SAMPLES, SEED
@@ -38,7 +37,7 @@ def schedule(
         ),
     ] = None,
     solver: Annotated[
-        str | None, typer.Option(help=f"Solver of these steps: {kinds.either(solver_names())}; by default euler.")
+        str | None, typer.Option(help=f"Solver of these steps: {kinds.either(kinds.ode_solvers())}; by default euler.")
     ] = None,
     fine: Annotated[
         int | None,

@@ -36,6 +36,7 @@ from distill.protocols import VelocityField
 from distill.runs.progress import Progress
 from distill.runs.results import FILE_NAME, PICTURE_BYTES, Results, Row
 from distill.runs.run_store import RunPaths
+from distill.solvers import find_solver
 from distill.spec.model import EvaluateStage
 from distill.students import fitted, loaded
 from distill.students.loaded import LoadedStudent
@@ -238,7 +239,9 @@ class _Work:
     def _samples(self, plan: Plan) -> tuple[Tensor, float]:
         """All samples of a row [N, ...], and the mean seconds per sample."""
         network, block = self._network(plan), self.stage.block
-        for _ in blocks(self._method(plan, steps=1), network, seed=self.seed, count=1, block=block, device=self.device):
+        usual = plan.role == "teacher" and plan.fit is None
+        few = self._method(plan, steps=find_solver(plan.solver).least_steps if usual else 1)
+        for _ in blocks(few, network, seed=self.seed, count=1, block=block, device=self.device):
             pass  # warm-up: allocations and the choice of kernels are not part of the measured time
         method, before = self._method(plan), self.progress.done
         found, seconds = [], 0.0

@@ -65,7 +65,7 @@ def plans(
     """
     times = _Times(stage, store, device)
     rows = [Plan("teacher", "teacher", "euler", steps) for steps in stage.teacher_steps]
-    rows += [*times.along(rows, teacher), *_baselines(stage, teacher, students, store), fine_plan(stage)]
+    rows += [*times.along(rows, teacher), *_by_solvers(stage, teacher, students, store), fine_plan(stage)]
     for name, steps in stage.students.items():
         student, own = students[name], students[name].t_grids
         usual = [Plan(name, "student", student.sampler, n, times=tuple(own[n]) if own else None) for n in steps]
@@ -75,12 +75,12 @@ def plans(
     return rows
 
 
-def _baselines(
+def _by_solvers(
     stage: EvaluateStage, teacher: LoadedTeacher, students: Mapping[str, LoadedStudent], store: Path
 ) -> Iterator[Plan]:
-    """The teacher with other solvers at the students' numbers of network calls, and with those fitted to it."""
+    """The teacher with other solvers, also at the students' numbers of network calls, and with those fitted to it."""
     samplers, scale = {name: each.sampler for name, each in students.items()}, stage.guidance_scale
-    for solver, steps in evalspec.baseline_rows(stage, samplers):
+    for solver, steps in evalspec.solver_rows(stage, samplers):
         yield Plan("teacher", "teacher", solver, steps)
     plain = stage.field_settings == FieldSettings(scale)  # a solver is fitted with guidance_scale alone
     for nfe in evalspec.nfe_of_students(stage, samplers) if stage.baselines and plain else []:

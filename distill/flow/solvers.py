@@ -23,10 +23,14 @@ from distill.spec.model import is_path
 
 
 class FieldOde:
-    """The ODE of a field for one batch of conditions. Implements `distill.solvers.Ode`."""
+    """The ODE of a field for one batch of conditions. Implements `distill.solvers.Ode`.
 
-    def __init__(self, field: VelocityField, cond: Cond) -> None:
-        self.field, self.cond, self.lowest = field, cond, field.t_range[0]
+    fresh: the noises [B, ...] that a stochastic solver takes along the paths.
+    """
+
+    def __init__(self, field: VelocityField, cond: Cond, fresh: Sequence[Tensor] = ()) -> None:
+        self.field, self.cond, self.fresh = field, cond, fresh
+        self.lowest, self.highest = field.t_range
 
     def velocity(self, x: Tensor, t: float) -> Tensor:
         """The velocity at x [B, ...], with one time for all samples, in the dtype of x."""
@@ -43,12 +47,28 @@ class FieldOde:
         c = self.field.interpolant.path(torch.tensor([t], dtype=torch.float64))
         return c.alpha.item(), c.sigma.item()
 
+    def time(self, ratio: float) -> float:
+        """The time at which sigma/alpha has this value."""
+        return self.field.interpolant.time_of(torch.tensor([ratio], dtype=torch.float64)).item()
 
-def states(solver: str, field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Iterator[Tensor]:
-    """Yields the states [B, ...] at t_grid[1:] of the path that starts from x [B, ...] at t_grid[0]."""
-    found, ode = find_solver(solver), FieldOde(field, cond)
+    def noise(self, x: Tensor, k: int) -> Tensor:
+        """Noise k of the path, in the dtype of x [B, ...]."""
+        return self.fresh[k].to(x.dtype)
+
+
+def states(
+    solver: str, field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond, fresh: Sequence[Tensor] = ()
+) -> Iterator[Tensor]:
+    """Yields the states [B, ...] at t_grid[1:] of the path that starts from x [B, ...] at t_grid[0].
+
+    fresh: for a stochastic solver, as many standard normal noises [B, ...] as its `noises` says. Raises ValueError for
+    another number of them.
+    """
+    found, ode = find_solver(solver), FieldOde(field, cond, fresh)
     times = _times(field, t_grid, up=found.calls_inverting is not None)
     steps, to_data = len(times) - 1, ode.path(times[-1])[1] == 0
+    if (needed := found.noises(steps) if found.noises else 0) != len(fresh):
+        raise ValueError(f"{solver} takes {needed} noises in {steps} steps, got {len(fresh)}")
     past: tuple[tuple[Tensor, float], ...] = ()
     uncorrected: tuple[Tensor, Tensor, Step] | None = None  # the last step's beginning, what was seen there, the step
     for i, (t, t_next) in enumerate(pairwise(times)):
@@ -56,24 +76,31 @@ def states(solver: str, field: VelocityField, x: Tensor, t_grid: Tensor, cond: C
         if found.correct is not None and uncorrected is not None:
             x = found.correct(ode, *uncorrected, seen)
             yield x
-        at = Step(t, t_next, past, steps - i, to_data)
+        at = Step(t, t_next, past, steps - i, to_data, times)
         uncorrected, x = (x, seen, at), found.step(ode, x, seen, at)
         if found.correct is None or at.left == 1:
             yield x
         past = ((seen, t), *past)[: found.memory]
 
 
-def integrate(solver: str, field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond) -> Tensor:
+def integrate(
+    solver: str, field: VelocityField, x: Tensor, t_grid: Tensor, cond: Cond, fresh: Sequence[Tensor] = ()
+) -> Tensor:
     """Returns the last of `states` [B, ...], at the end of the grid."""
-    for x_next in states(solver, field, x, t_grid, cond):
+    for x_next in states(solver, field, x, t_grid, cond, fresh):
         x = x_next
     return x
 
 
-def solve(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, steps: int) -> Tensor:
-    """Solves the ODE from noise [B, ...] to data [B, ...] on a uniform grid of linear-path time, without gradients."""
+def solve(
+    field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, steps: int, fresh: Sequence[Tensor] = ()
+) -> Tensor:
+    """Solves the ODE from noise [B, ...] to data [B, ...] on a uniform grid of linear-path time, without gradients.
+
+    fresh: see `states`.
+    """
     field = on_linear_path(field)
-    return _solve(field, noise, cond, solver, _uniform(field, steps))
+    return _solve(field, noise, cond, solver, _uniform(field, steps), fresh)
 
 
 def solve_along(field: VelocityField, noise: Tensor, cond: Cond, *, solver: str, times: Sequence[float]) -> Tensor:
@@ -110,9 +137,11 @@ def _uniform(field: VelocityField, steps: int) -> Tensor:
     return uniform_grid(steps, t_max, t_min)
 
 
-def _solve(field: VelocityField, noise: Tensor, cond: Cond, solver: str, t_grid: Tensor) -> Tensor:
+def _solve(
+    field: VelocityField, noise: Tensor, cond: Cond, solver: str, t_grid: Tensor, fresh: Sequence[Tensor] = ()
+) -> Tensor:
     with torch.no_grad():
-        return integrate(solver, field, start(field, noise), t_grid, cond)
+        return integrate(solver, field, start(field, noise), t_grid, cond, fresh)
 
 
 def invert(field: VelocityField, data: Tensor, cond: Cond, *, solver: str, steps: int, noise: Tensor) -> Tensor:

@@ -159,7 +159,8 @@ def _evaluate(name: str, stage: EvaluateStage, samplers: Mapping[str, str]) -> P
     needs = _unique([*_teachers(stage), *stage.students])
     coarse = f"at {', '.join(map(str, stage.teacher_steps))} steps and " if stage.teacher_steps else "by "
     fine = f"{stage.fine_solver} {stage.fine_steps}"
-    what = f"teacher {coarse}{fine}" + "".join(f"; {student} by {fine}" for student in stage.fine_students)
+    others = "".join(f", {solver} {steps}" for solver, each in stage.teacher_solvers.items() for steps in each)
+    what = f"teacher {coarse}{fine}{others}" + "".join(f"; {student} by {fine}" for student in stage.fine_students)
     what += f"; {stage.field_settings.more_words}" if stage.field_settings.more_words else ""
     writes = [f"stages/{name}/results.json", f"stages/{name}/pictures/", "report.html"]
     return PlannedStage(name, stage.kind, what, work, needs, calls, writes)

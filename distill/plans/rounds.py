@@ -211,7 +211,7 @@ def _round(template: Template, number: int, teacher: str | None, plan: RoundsPla
     steps = template.evaluation.students.get(template.flow_name, FEW_STEPS)
     asked = template.evaluation.model_copy(update=_of(teacher, first=first))
     if not _one_evaluation(template, plan):  # then the last evaluation measures the teacher
-        asked = asked.model_copy(update={"teacher_steps": [], "baselines": []})
+        asked = asked.model_copy(update={"teacher_steps": [], "teacher_solvers": {}, "baselines": []})
     measured = evalspec.measuring(asked, {flow: steps}, {flow: template.flow_name})
     found[f"{template.evaluation_name}-{number}"] = measured.model_copy(update={"fine_students": [flow]})
     return list(found.items())

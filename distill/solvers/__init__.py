@@ -21,6 +21,13 @@ A solver module also contains, if it is a multistep method or has a corrector,
                             `seen_next` is the result of `look` at the state that `step` returned. Not called for the
                             last step, so that it costs no network call.
 
+A stochastic solver draws noise along the path, so it is only for sampling: not for references, not for pairs, and it
+cannot invert. It contains
+
+    noises(steps)           the number of noises that it uses in `steps` steps from noise to data, in addition to the
+                            one that the path starts from; ode.noise(x, k) returns the k-th of them, counted from 0
+    LEAST_STEPS = 5         the least number of steps with which it works; 1 if it is left out
+
 Files whose name begins with an underscore are not solvers: several solvers share their code.
 """
 
@@ -57,10 +64,14 @@ class Ode(Protocol):
 
     lowest: float
     """The lowest time at which the velocity is defined. The last step may go below it, to 0; make no call there."""
+    highest: float
+    """The highest time at which the velocity is defined."""
 
     def velocity(self, x: Tensor, t: float) -> Tensor: ...  # v [B, ...] at x [B, ...] and t
     def data(self, x: Tensor, t: float) -> Tensor: ...  # the data prediction [B, ...] at x and t
     def path(self, t: float) -> tuple[float, float]: ...  # (alpha, sigma) in x = alpha data + sigma noise
+    def time(self, ratio: float) -> float: ...  # the time with this finite sigma/alpha
+    def noise(self, x: Tensor, k: int) -> Tensor: ...  # standard normal noise like x; equal calls return equal noise
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,8 @@ class Step:
     """number of steps to the end of the grid; 1: this is the last"""
     to_data: bool
     """whether the grid ends at data (sigma = 0)"""
+    grid: Sequence[float] = ()
+    """all times of the grid"""
 
 
 class Solver(BaseModel):
@@ -90,6 +103,8 @@ class Solver(BaseModel):
     step: Callable[..., Any]
     memory: NonNegativeInt = Field(default=0, alias="MEMORY")
     correct: Callable[..., Any] | None = None
+    noises: Callable[[int], int] | None = None
+    least_steps: PositiveInt = Field(default=1, alias="LEAST_STEPS")
 
 
 def solver_names() -> list[str]:
@@ -144,6 +159,8 @@ def _checked(module: str, title: str, remedy: str) -> Solver:
     try:
         solver = Solver.model_validate(parts)
         said = [f"{name} must take ({', '.join(PARTS[name])})" for name in PARTS if not _fits(solver, name)]
+        if solver.noises is not None and (solver.is_reference or solver.calls_inverting is not None):
+            said.append("a solver with noises must set IS_REFERENCE = False and calls_inverting = None")
     except ValidationError as error:
         wrong = [(str(each["loc"][0]), each) for each in error.errors(include_url=False)]
         said = [f"{part} is missing" if each["type"] == "missing" else f"{part}: {each['msg']}" for part, each in wrong]

@@ -3,11 +3,12 @@
 No tensors are created and nothing is written.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from distill.core.errors import InputError
 from distill.core.text import expanded, suggest
+from distill.solvers import find_solver
 from distill.spec import clusterspec, guidancespec, imagefolder, pairspec, resolved, specfile, trainspec
 from distill.spec.guidancespec import WEAK, FieldSettings
 from distill.spec.kinds import SAMPLERS, STUDENTS
@@ -334,6 +335,8 @@ def _evaluate(found: Resolved, stage: EvaluateStage, where: str) -> Iterator[str
             yield f"{here}: has no effect, because teacher_steps is empty; remove it, or give numbers of steps"
         if "optimal" in ways and most > FINE:
             yield f"{here}: optimal times are found for at most {FINE} steps, not {most}; give fewer steps"
+    for solver, counts in stage.teacher_solvers.items():
+        yield from _with_solver(stage, solver, counts, f"{where}.teacher_solvers.{solver}")
     for student in stage.fine_students:
         if student not in stage.students:
             yield f"{where}.fine_students: '{student}' is not in {where}.students; {suggest(student, stage.students)}"
@@ -341,3 +344,19 @@ def _evaluate(found: Resolved, stage: EvaluateStage, where: str) -> Iterator[str
             yield f"{where}.fine_students: '{student}' is listed twice"
         elif (kind := found.kind(student)) is not None and not kind.is_field:
             yield f"{where}.fine_students: '{student}' is {kind.words}, which a solver cannot integrate; remove it"
+
+
+def _with_solver(stage: EvaluateStage, solver: str, counts: Sequence[int], where: str) -> Iterator[str]:
+    """The mistakes in the numbers of steps that the teacher is measured with by a solver."""
+    least = find_solver(solver).least_steps
+    if not counts:
+        yield f"{where}: no numbers of steps given, e.g. [20, 40]"
+    for steps in dict.fromkeys(counts):
+        if steps < least:
+            yield f"{where}: {solver} needs at least {least} steps, not {steps}"
+        if counts.count(steps) > 1:
+            yield f"{where}: {steps} steps are listed twice"
+        if solver == "euler" and steps in stage.teacher_steps:
+            yield f"{where}: {steps} steps are in teacher_steps already; remove them here"
+        if (solver, steps) == (stage.fine_solver, stage.fine_steps):
+            yield f"{where}: {steps} steps are measured already, as fine_solver and fine_steps; remove them here"

@@ -26,7 +26,7 @@ def measuring(
 
 
 def steps_of_rows(stage: EvaluateStage) -> dict[str, list[int]]:
-    """Network -> number of steps of each of its rows, without the rows of the fine solver."""
+    """Network -> number of steps of each of its rows, without the rows of the fine solver and of teacher_solvers."""
     usual = {"teacher": stage.teacher_steps, **stage.students}
     further = {
         name: [steps for way in stage.times.get(name, []) for steps in (own if way == "optimal" else [len(way) - 1])]
@@ -44,29 +44,30 @@ def nfe_of_students(stage: EvaluateStage, samplers: Mapping[str, str]) -> list[i
     return sorted({network_calls(samplers[name], steps) for name in stage.students for steps in rows[name]})
 
 
-def baseline_rows(stage: EvaluateStage, samplers: Mapping[str, str]) -> list[tuple[str, int]]:
-    """(solver, number of steps) of the teacher's rows that students are compared with.
+def solver_rows(stage: EvaluateStage, samplers: Mapping[str, str]) -> list[tuple[str, int]]:
+    """(solver, number of steps) of the teacher's rows besides those of `teacher_steps` and of the fine solver.
 
-    For each number of network calls of a student, each of the `baselines` makes as many steps as these calls allow. In
-    one step all solvers are equal, so only the first is measured. Other rows of the teacher are not repeated.
+    First those of `teacher_solvers`. Then for each number of network calls of a student, each of the `baselines` makes
+    as many steps as these calls allow. In one step all baselines are equal, so only the first is measured. Other rows
+    of the teacher are not repeated.
     """
+    asked = [(solver, steps) for solver, each in stage.teacher_solvers.items() for steps in each]
+    known = [*asked, *(("euler", steps) for steps in stage.teacher_steps), (stage.fine_solver, stage.fine_steps)]
     found = list[tuple[str, int]]()
     for solver in stage.baselines:
         for nfe in nfe_of_students(stage, samplers):
             counts = {n: stage.field_settings.network_calls(solver, uniform_times(n)) for n in range(1, nfe + 1)}
             steps = max((n for n, calls in counts.items() if calls <= nfe), default=0)
-            known = (solver, steps) == (stage.fine_solver, stage.fine_steps)
-            known |= solver == "euler" and steps in stage.teacher_steps
-            same = steps == 1 and (1 in stage.teacher_steps or any(n == 1 for _, n in found))
-            if steps and not known and not same and (solver, steps) not in found:
+            same = steps == 1 and (("euler", 1) in known or any(n == 1 for _, n in found))
+            if steps and not same and (solver, steps) not in [*known, *found]:
                 found.append((solver, steps))
-    return found
+    return [*asked, *found]
 
 
 def num_rows(stage: EvaluateStage, samplers: Mapping[str, str]) -> int:
     """Number of rows, that is, of sets of samples that are generated. Rows of fitted solvers are not counted."""
     usual = sum(map(len, steps_of_rows(stage).values()))
-    return usual + len(baseline_rows(stage, samplers)) + 1 + len(stage.fine_students)
+    return usual + len(solver_rows(stage, samplers)) + 1 + len(stage.fine_students)
 
 
 def num_samples(stage: EvaluateStage, samplers: Mapping[str, str]) -> int:
@@ -95,6 +96,6 @@ def _calls_of_teacher(stage: EvaluateStage, samplers: Mapping[str, str]) -> int:
     usual = [uniform_times(steps) for steps in stage.teacher_steps]
     along = [grid for way in stage.times.get("teacher", []) for grid in (usual if way == "optimal" else [way])]
     rows = [("euler", t_grid) for t_grid in [*usual, *along]]
-    rows += [(solver, uniform_times(steps)) for solver, steps in baseline_rows(stage, samplers)]
+    rows += [(solver, uniform_times(steps)) for solver, steps in solver_rows(stage, samplers)]
     rows += [(stage.fine_solver, uniform_times(stage.fine_steps))]
     return sum(stage.field_settings.network_calls(solver, t_grid) for solver, t_grid in rows)

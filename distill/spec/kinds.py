@@ -12,6 +12,7 @@ from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, PydanticCustomError
 from pydantic_core.core_schema import no_info_after_validator_function
 
+from distill.core.errors import InputError
 from distill.solvers import find_solver, solver_names
 
 
@@ -81,6 +82,18 @@ STUDENTS: Mapping[str, StudentKind] = {
 }
 
 
+def ode_solvers() -> list[str]:
+    """Names of the solvers without noise, which solve the ODE. Those whose module is invalid are not left out."""
+    return [name for name in solver_names() if not _is_stochastic(name)]
+
+
+def _is_stochastic(name: str) -> bool:
+    try:
+        return find_solver(name).noises is not None
+    except InputError:
+        return False
+
+
 def inverting_solvers() -> list[str]:
     """Names of the solvers that can also solve from data to noise."""
     return [name for name in solver_names() if find_solver(name).calls_inverting is not None]
@@ -134,8 +147,9 @@ class OneOf:
 
 
 AUTO, FITTED = "auto", "bns"  # names in place of a solver of the pairs: the cheapest; fitted to the teacher
-SolverName = Annotated[str, OneOf(solver_names)]
-PairsSolverName = Annotated[str, OneOf(lambda: [*solver_names(), AUTO, FITTED])]
+SolverName = Annotated[str, OneOf(ode_solvers, lambda name: name in solver_names() and not _is_stochastic(name))]
+PairsSolverName = Annotated[str, OneOf(lambda: [*ode_solvers(), AUTO, FITTED])]
+AnySolverName = Annotated[str, OneOf(solver_names)]
 ReferenceName = Annotated[str, OneOf(reference_solvers, is_reference)]
 SamplerName = Annotated[str, OneOf(lambda: SAMPLERS)]
 StudentName = Annotated[str, OneOf(lambda: STUDENTS)]

@@ -19,7 +19,7 @@ from distill.core.field_types import (
     StepCount,
 )
 from distill.spec.guidancespec import FieldSettings, GuidanceSpec
-from distill.spec.kinds import AUTO, FITTED, PairsSolverName, ReferenceName, SolverName, per_velocity
+from distill.spec.kinds import AUTO, FITTED, AnySolverName, PairsSolverName, ReferenceName, SolverName, per_velocity
 
 OF_DATA, WITH_STATES = ("forward", "segments"), ("trajectories", "segments")  # paths of a pairs stage
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
@@ -138,6 +138,8 @@ class EvaluateStage(FrozenModel):
     """train stage whose student is the teacher; null: the spec's teacher"""
     teacher_steps: list[StepCount] = [1, 2, 4, 8, 16]
     """numbers of Euler steps to measure the teacher with, in addition to fine_solver"""
+    teacher_solvers: dict[AnySolverName, list[StepCount]] = {}
+    """also measure the teacher with these solvers and numbers of steps, like {sa: [20, 40], restart: [18]}"""
     baselines: list[SolverName] = ["euler", "ab3", "unipc2"]
     """solvers with which the teacher is measured at each student's number of network calls, to compare the student
     with; also the solvers that were fitted to the teacher (`distill schedule --fit`), unless the list is empty"""

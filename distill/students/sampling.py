@@ -15,6 +15,7 @@ from distill.flow.solvers import grid_of, solve, solve_along
 from distill.flow.times import uniform_grid
 from distill.networks.velocity import VelocityStudent
 from distill.protocols import Cond, Gridded, Recipe, VelocityField
+from distill.solvers import find_solver
 from distill.spec.guidancespec import UNCHANGED, FieldSettings
 from distill.spec.kinds import SAMPLERS, network_calls
 from distill.students.loaded import LoadedStudent, Student
@@ -64,9 +65,8 @@ class Block:
 def of_teacher(
     teacher: LoadedTeacher, solver: str, steps: int, settings: FieldSettings, times: Sequence[float] | None = None
 ) -> Method:
-    """Solve the teacher's ODE, in uniform steps or along `times` (see `solve_along`)."""
-    field = teacher.field_with(settings)
-    return of_field(field, solver, steps, times, settings)
+    """Sample the teacher with a solver of its ODE or SDE, in uniform steps or along `times` (see `solve_along`)."""
+    return of_field(teacher.field_with(settings), solver, steps, times, settings)
 
 
 def of_field(
@@ -76,14 +76,16 @@ def of_field(
     times: Sequence[float] | None = None,
     settings: FieldSettings = UNCHANGED,
 ) -> Method:
-    """Solve the ODE of a velocity field. settings: those of the field, for counting its network calls."""
+    """Sample a velocity field with a solver of its ODE or SDE. settings: those of the field, to count its calls."""
+    noises = find_solver(solver).noises
 
     def generate(noise: Tensor, cond: Cond, fresh: Sequence[Tensor]) -> Tensor:
         if times is not None:
             return solve_along(field, noise, cond, solver=solver, times=times)
-        return solve(field, noise, cond, solver=solver, steps=steps)
+        return solve(field, noise, cond, solver=solver, steps=steps, fresh=fresh)
 
-    return Method(generate, settings.network_calls(solver, grid_of(field, steps, times)))
+    nfe = settings.network_calls(solver, grid_of(field, steps, times))
+    return Method(generate, nfe, noises(steps) if noises else 0)
 
 
 def of_student(student: LoadedStudent, t_grid: Tensor) -> Method:

@@ -47,6 +47,7 @@ from distill.networks.velocity import VelocityStudent
 from distill.protocols import Cond, VelocityField
 from distill.solvers import Step, find_solver
 from distill.spec.guidancespec import UNCHANGED, FieldSettings
+from distill.spec.kinds import either, ode_solvers
 from distill.spec.model import FINE, SAMPLES, SEED, PairsStage
 from distill.students import ays
 from distill.students.loaded import LoadedStudent
@@ -203,7 +204,7 @@ def _path(
         earlier = dict.fromkeys(max(i - n * (j - i), 0) for n in range(1, found.memory + 1))  # of steps as long as this
         past = [(seen[k], times[k]) for k in earlier if k < i]
         left = 1 + math.ceil((len(times) - 1 - j) / (j - i))  # this step, and later ones of the same length
-        return Step(times[i], times[j], past, left, to_data)
+        return Step(times[i], times[j], past, left, to_data, times)
 
     def step(i: int, j: int) -> Tensor:
         return found.step(ode, states[i], seen[i], place(i, j))
@@ -232,11 +233,15 @@ def find(
 
     criterion: one of CRITERIA; "ays" does not depend on the solver, which must be "euler".
     If several processes measure at the same time, the first result is stored, and all return it. InputError for an
-    unknown criterion or solver, or a store that cannot be written; RunError if a cost is not finite.
+    unknown criterion, an unknown or stochastic solver, or a store that cannot be written; RunError if a cost is not
+    finite.
     """
     if criterion not in CRITERIA:
         raise InputError(f"unknown criterion '{criterion}': {suggest(criterion, CRITERIA)}")
-    find_solver(solver)  # raises InputError
+    if find_solver(solver).noises is not None:
+        raise InputError(
+            f"solver '{solver}' draws noise, so its steps have no error on a given path; use {either(ode_solvers())}"
+        )
     if criterion == "ays" and solver != "euler":
         raise InputError(
             f"solver {solver}: no effect with the criterion ays, whose times do not depend on a solver; remove one of "

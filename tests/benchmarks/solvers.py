@@ -10,8 +10,8 @@ import torch
 from distill.flow.draws import sample_labels, sample_noise
 from distill.flow.solvers import solve
 from distill.protocols import Cond, VelocityField
-from distill.solvers import find_solver, solver_names
-from distill.spec import presets
+from distill.solvers import find_solver
+from distill.spec import kinds, presets
 from distill.spec.model import CheckpointTeacher
 from distill.teachers import load_teacher
 from distill.teachers.analytic import MixtureField
@@ -57,7 +57,7 @@ def trained(folder: Path) -> Path:
 def errors(field: VelocityField, noise: torch.Tensor, cond: Cond, truth: torch.Tensor) -> dict[str, dict[int, float]]:
     """Solver -> number of network calls, at most those of CALLS -> RMS error of the samples."""
     found: dict[str, dict[int, float]] = {}
-    for name in solver_names():
+    for name in kinds.ode_solvers():
         for calls in CALLS:
             steps = max(n for n in range(1, calls + 1) if find_solver(name).calls(n) <= calls)
             samples = solve(field, noise, cond, solver=name, steps=steps)
