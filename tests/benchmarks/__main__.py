@@ -1,7 +1,7 @@
 """Measurements, as ratios within one run: python -m tests.benchmarks [NAME ...]; the names stand in BENCHES below.
 
 Nothing is asserted: machines are noisy. Contenders take turns, medians are compared. Without names, the quick ones run.
-`quickstart` takes 5 minutes on 2 cores, `digits` (the bar, mean of three seeds) 20, `zero` 15, `solvers` 4, `reading`
+`quickstart` takes 5 minutes on 2 cores, `digits` (the bar, mean of three seeds) 20, `zero` 15, `solvers` 8, `reading`
 3, `shards` 2; `runs` makes a store of 2,000 runs, `looks` a run of a million events; `checkpoint` and `pull` need 4 GB
 of disk.
 """
