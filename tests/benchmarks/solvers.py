@@ -1,8 +1,12 @@
-"""Solvers of the teacher's ODE by number of network calls: errors on a mixture, and on the digits preset's teacher."""
+"""Methods that solve the teacher's ODE, by number of network calls: errors on a mixture, and on the digits teacher.
+
+Beside the solvers of distill, these are the methods of `others.py`, which are not part of it.
+"""
 
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -17,32 +21,35 @@ from distill.teachers import load_teacher
 from distill.teachers.analytic import MixtureField
 from distill.testing.closed_form import QuantileFlowMap
 
-CALLS = (4, 6, 8, 10, 16, 20)
+from .fitted import paths
+from .others import CALLS, Errors, other_errors, rms, shortened_errors
+
 SAMPLES = 96
-MIXTURE = [-1.0, 1.2], [0.3, 0.4], [0.4, 0.6]  # means, standard deviations, weights
+FITTED_TO = range(1000, 1064)  # the samples to which methods are fitted
 REFERENCE = ("heun", 200)  # of the digits teacher
 
 
-def mixture() -> tuple[VelocityField, torch.Tensor, Cond, torch.Tensor]:
-    """A mixture of two normals, quantiles as noise, and the exact samples."""
-    means, stds, weights = (torch.tensor(values, dtype=torch.float64) for values in MIXTURE)
-    return MixtureField(means[:, None], stds, weights), *quantiles(0.5)
-
-
-def quantiles(offset: float) -> tuple[torch.Tensor, Cond, torch.Tensor]:
-    """The quantiles (i + offset) / 512 as noise, no condition, and the exact samples of the mixture."""
+def mixture(offset: float = 0.5) -> tuple[VelocityField, torch.Tensor, Cond, torch.Tensor]:
+    """A mixture of two normals, quantiles (i + offset)/512 as noise, and the exact samples."""
+    means, stds, weights = [-1.0, 1.2], [0.3, 0.4], [0.4, 0.6]
+    field = MixtureField(torch.tensor(means, dtype=torch.float64)[:, None], torch.tensor(stds), torch.tensor(weights))
     noise = torch.special.ndtri((torch.arange(512, dtype=torch.float64) + offset) / 512)[:, None]
-    one, exact = torch.ones(512, dtype=torch.float64), QuantileFlowMap(*map(torch.tensor, MIXTURE))
-    return noise, {}, exact.jump(noise, one, 0 * one)
+    one, exact = torch.ones(512, dtype=torch.float64), QuantileFlowMap(*map(torch.tensor, (means, stds, weights)))
+    return field, noise, {}, exact.jump(noise, one, 0 * one)
 
 
 def digits(teacher: Path) -> tuple[VelocityField, torch.Tensor, Cond, torch.Tensor]:
     """The teacher in this folder, noise, classes, and the samples of many Heun steps."""
-    loaded = load_teacher(CheckpointTeacher(path=str(teacher)), torch.device("cpu"))
-    noise = sample_noise(0, range(SAMPLES), loaded.shape)
-    cond = {"class_labels": sample_labels(range(SAMPLES), 10)}
+    field, noise, cond = drawn(teacher, range(SAMPLES))
     name, steps = REFERENCE
-    return loaded.field, noise, cond, solve(loaded.field, noise, cond, solver=name, steps=steps)
+    return field, noise, cond, solve(field, noise, cond, solver=name, steps=steps)
+
+
+def drawn(teacher: Path, indices: range) -> tuple[VelocityField, torch.Tensor, Cond]:
+    """The teacher in this folder, and the noise and classes of these samples."""
+    loaded = load_teacher(CheckpointTeacher(path=str(teacher)), torch.device("cpu"))
+    cond = {"class_labels": sample_labels(indices, 10)}
+    return loaded.field, sample_noise(0, indices, loaded.shape), cond
 
 
 def trained(folder: Path) -> Path:
@@ -54,26 +61,41 @@ def trained(folder: Path) -> Path:
     return folder / "runs" / "digits" / "students" / "teach"
 
 
-def errors(field: VelocityField, noise: torch.Tensor, cond: Cond, truth: torch.Tensor) -> dict[str, dict[int, float]]:
-    """Solver -> number of network calls, at most those of CALLS -> RMS error of the samples."""
-    found: dict[str, dict[int, float]] = {}
+def errors(field: VelocityField, noise: torch.Tensor, cond: Cond, truth: torch.Tensor) -> Errors:
+    """Of the solvers of distill, each with at most the given number of calls."""
+    found: Errors = {}
     for name in kinds.ode_solvers():
         for calls in CALLS:
             steps = max(n for n in range(1, calls + 1) if find_solver(name).calls(n) <= calls)
             samples = solve(field, noise, cond, solver=name, steps=steps)
-            found.setdefault(name, {})[calls] = (samples - truth).double().square().mean().sqrt().item()
+            found.setdefault(name, {})[calls] = rms(samples - truth)
     return found
 
 
-def table(title: str, found: dict[str, dict[int, float]]) -> list[str]:
-    rows = [f"{name:18s}" + "".join(f"{error:8.4f}" for error in each.values()) for name, each in found.items()]
-    return [f"{title:18s}" + "".join(f"{calls:8d}" for calls in CALLS), *rows]
+def table(title: str, found: Errors) -> list[str]:
+    """A line for each method; "-" where it was not measured."""
+
+    def line(name: str, cells: Iterable[str]) -> str:
+        return f"{name:26s}" + "".join(f"{cell:>8s}" for cell in cells)
+
+    rows = [line(name, (f"{each[n]:.4f}" if n in each else "-" for n in CALLS)) for name, each in found.items()]
+    return [line(title, map(str, CALLS)), *rows]
+
+
+def on_mixture() -> Errors:
+    problem, (field, noise, cond, _) = mixture(), mixture(0.25)
+    return errors(*problem) | other_errors(*problem, paths(field, noise, cond))
+
+
+def on_digits(teacher: Path) -> Errors:
+    problem = digits(teacher)
+    return errors(*problem) | other_errors(*problem, paths(*drawn(teacher, FITTED_TO))) | shortened_errors(*problem)
 
 
 def bench_solvers() -> str:
-    """RMS error of each solver by network calls; trains the digits teacher first."""
+    """RMS error of each method by network calls; trains the digits teacher first."""
     with tempfile.TemporaryDirectory() as folder:
-        of_digits = errors(*digits(trained(Path(folder))))
+        of_digits = on_digits(trained(Path(folder)))
     ratio = of_digits["ab3"][8] / of_digits["dpm_solver_pp_2m"][8]
-    lines = [*table("mixture, calls:", errors(*mixture())), *table("digits, calls:", of_digits)]
+    lines = [*table("mixture, calls:", on_mixture()), *table("digits, calls:", of_digits)]
     return "\n    ".join([f"solvers ab3 / dpm_solver_pp_2m at 8 calls on digits: {ratio:.2f} (goal <= 0.75)", *lines])
