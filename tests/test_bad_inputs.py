@@ -51,7 +51,10 @@ def refuse(capfd, tmp_path, arguments, said):
 
 # --- fields: `distill run digits CHANGE...` ---
 
-SOLVERS = "'euler', 'heun', 'ab2', 'ab3', 'dpm_solver_pp_2m', 'dpm_solver_pp_3m', 'unipc2', 'unipc3', 'auto' or 'bns'"
+SOLVERS = (
+    "'euler', 'heun', 'ab2', 'ab3', 'dpm_solver_pp_2m', 'dpm_solver_pp_3m', "
+    "'ipndm3', 'ipndm4', 'unipc2', 'unipc3', 'auto' or 'bns'"
+)
 DIGITS = "preset 'digits': "
 SPEC = "spec 'digits': "
 FIELDS = {

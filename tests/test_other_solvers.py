@@ -35,6 +35,13 @@ def rms(x):
 # --- multistep ---
 
 
+@pytest.mark.parametrize("order", [3, 4])
+def test_the_solvers_of_ipndm_are_those_of_the_benchmark(order):
+    """GHVB without averages, in y = x/alpha."""
+    expected = multistep.ghvb(FIELD, NOISE, COND, 7, order=order)
+    assert torch.allclose(solve(FIELD, NOISE, COND, solver=f"ipndm{order}", steps=7), expected, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize(
     "weights", [[1], [3 / 2, -1 / 2], [23 / 12, -16 / 12, 5 / 12], [55 / 24, -59 / 24, 37 / 24, -9 / 24]]
 )

@@ -145,7 +145,7 @@ def _fit(
         return
     say(f"solver of {steps} step{'s' if steps > 1 else ''}, fitted to {teacher.description} on {found.samples:,} paths")
     say(f"times: {', '.join(f'{t:.4g}' for t in found.times)}")
-    before = f"{found.rms_before:.4g} with ab2, where the fit began"
+    before = f"{found.rms_before:.4g} with ab2"
     say(f"RMS error of the samples from other noises: {found.rms:.4g}; {before}")
     if out is not None:
         say(f"wrote {near(out.absolute())}: a student with this solver")

@@ -8,17 +8,18 @@ and x_N is the sample. The times t_1 to t_{N-1} and the weights a, b are N (N + 
 solver with N calls, among them those of `distill.solvers` with one call per step. They are fitted to pairs of noise and
 the end of its path, computed with many Heun steps; only x_N is compared, so the states in between leave the path.
 
-The fit begins at ab2 on uniform times. For networks the loss is the mean over pairs of ln(||x_N - data||^2 / d) and the
-optimizer is Adam. In less than `FEW` dimensions, the error of a single pair can be almost 0 and its logarithm
-unbounded: there the loss is ln of the mean over all pairs, and the optimizer is L-BFGS. The weights with the smallest
-root mean square (RMS) error on pairs that are not fitted are kept.
+The fit begins at uniform times with the weights of `least_squares`, which are those of ab2 if they are not better. For
+networks the loss is the mean over pairs of ln(||x_N - data||^2 / d) and the optimizer is Adam. In less than `FEW`
+dimensions, the error of a single pair can be almost 0 and its logarithm unbounded: there the loss is ln of the mean
+over all pairs, and the optimizer is L-BFGS. The weights with the smallest root mean square (RMS) error on pairs that
+are not fitted are kept.
 
-Deviations from the paper: fewer pairs and steps; the logarithm of the mean in few dimensions; the time t of the linear
-path from 1 (noise) to 0.
+Deviations from the paper: fewer pairs and steps; where the fit begins; the logarithm of the mean in few dimensions; the
+time t of the linear path from 1 (noise) to 0.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,17 +61,47 @@ def numbers(steps: int) -> int:
 
 @dataclass(frozen=True)
 class SolvedPaths:
-    """Where the paths start, their conditions and ends, on the device."""
+    """The states of paths along N steps, and their conditions, on the device."""
 
-    starts: Tensor  # [n, ...]
     cond: Cond
-    ends: Tensor  # [n, ...]
+    states: Tensor  # [N + 1, n, ...], at uniform times
+
+    @property
+    def starts(self) -> Tensor:
+        return self.states[0]
+
+    @property
+    def ends(self) -> Tensor:
+        return self.states[-1]
 
     def blocks(self) -> Iterator["SolvedPaths"]:
         for first in range(0, len(self.starts), BLOCK):
             rows = slice(first, first + BLOCK)
-            cond = {name: value[rows] for name, value in self.cond.items()}
-            yield SolvedPaths(self.starts[rows], cond, self.ends[rows])
+            yield SolvedPaths({name: value[rows] for name, value in self.cond.items()}, self.states[:, rows])
+
+
+def least_squares(field: VelocityField, paths: SolvedPaths, times: Sequence[float]) -> Tensor:
+    """Rows [N, N + 1] with which each state is as close to the path as its step allows, for given times [N + 1].
+
+    Step after step, the weights of x_i and of v_0, ..., v_i are those with the least squares of x_{i+1} - path.
+    """
+    steps, x = len(times) - 1, paths.starts
+    velocities: list[Tensor] = []
+    row = torch.eye(steps + 1, dtype=torch.float64)[0]  # of x_i
+    rows = []
+    for i in range(steps):
+        with torch.no_grad():
+            parts = [field(b.starts, b.starts.new_full((len(b.starts),), times[i]), b.cond)
+                     for b in SolvedPaths(paths.cond, x[None]).blocks()]  # fmt: skip
+        velocities.append(torch.cat(parts))
+        basis = torch.stack([x, *velocities]).double().flatten(1)  # [i + 2, n d]
+        gram, right = (basis @ basis.T).cpu(), (basis @ paths.states[i + 1].double().flatten()).cpu()
+        own, *rest = torch.linalg.lstsq(gram, right[:, None], driver="gelsd").solution[:, 0].tolist()
+        row = own * row
+        row[1 : i + 2] += torch.tensor(rest, dtype=torch.float64)
+        rows.append(row)
+        x = own * x + sum(weight * v for weight, v in zip(rest, velocities, strict=True))
+    return torch.stack(rows)
 
 
 class FittedNumbers:
@@ -157,7 +188,7 @@ def fit(
     """
     field = velocity(teacher, guidance_scale)
     count = samples or default_samples(teacher, steps)
-    solve = partial(_pairs, teacher, field, seed, device)
+    solve = partial(_paths, teacher, field, steps, seed, device)
     pairs, others = solve(range(count)), solve(range(count, count + max(16, int(HELD_OUT * count))))
     kept = minimize(field, pairs, others, FittedNumbers(steps, field, device), show)
     first, best = kept[0], kept[-1]
@@ -193,23 +224,32 @@ def minimize(
             kept.append(Judged(rms, times, rows))
 
     judge()
+    before, ab2 = kept[0].rms, numbers.weights.detach().clone()
+    numbers.weights.data = least_squares(field, pairs, numbers.times.tolist()).to(ab2)
+    judge()
+    if not kept[-1].rms < before:
+        numbers.weights.data = ab2
     few = pairs.ends[0].numel() < FEW
     (_by_lbfgs if few else _by_adam)(field, pairs, numbers, judge, show)
     return kept
 
 
-def _pairs(
-    teacher: LoadedTeacher, field: VelocityField, seed: int, device: torch.device, indices: range
+def _paths(
+    teacher: LoadedTeacher, field: VelocityField, steps: int, seed: int, device: torch.device, indices: range
 ) -> SolvedPaths:
-    """The starts and the ends of the paths of these samples, by many steps of the reference solver."""
+    """The paths of these samples, by many steps of the reference solver."""
     noise = sample_noise(key(seed, "bns"), indices, teacher.shape).to(device)  # not those of evaluations
     cond = condition(teacher, indices, device)
     if teacher.network is None:
         noise = noise.double()
-    given = SolvedPaths(noise, cond, noise)
-    name, steps = REFERENCE
-    ends = [solvers.solve(field, each.starts, each.cond, solver=name, steps=steps) for each in given.blocks()]
-    return SolvedPaths(start(field, noise), cond, torch.cat(ends))
+    name, fine = REFERENCE
+    each = -(-fine // steps)  # steps of the reference solver in one of ours
+    t_grid, parts = uniform_grid(each * steps, field.t_range[1], field.t_range[0]), []
+    for block in SolvedPaths(cond, start(field, noise)[None]).blocks():
+        with torch.no_grad():
+            states = [block.starts, *solvers.states(name, field, block.starts, t_grid, block.cond)]
+        parts.append(torch.stack(states[::each]))
+    return SolvedPaths(cond, torch.cat(parts, dim=1))
 
 
 def _rms(field: VelocityField, pairs: SolvedPaths, times: Tensor, rows: Tensor) -> float:
