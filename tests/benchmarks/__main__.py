@@ -2,7 +2,7 @@
 
 Nothing is asserted: machines are noisy. Contenders take turns, medians are compared. Without names, the quick ones run.
 `quickstart` takes 5 minutes on 2 cores, `digits` (the bar, mean of three seeds) 20, `flowturbo` and `zero` 15,
-`solvers` 12, `schedules` 4, `reading` 3, `shards` 2; `runs` makes a store of 2,000 runs, `looks` a run of a million
+`bns` and `solvers` 10, `schedules` 4, `reading` 3, `shards` 2; `runs` makes a store of 2,000 runs, `looks` a run of a million
 events; `checkpoint` and `pull` need 4 GB of disk.
 """
 
@@ -29,6 +29,7 @@ from distill.spec import registry
 from distill.spec.model import DigitsData, OptimizerSpec, TrainStage, UNetSpec
 from distill.students.init import StudentInit
 from distill.training import engine
+from tests.benchmarks.bns import bench_bns
 from tests.benchmarks.draws import bench_draws
 from tests.benchmarks.flowturbo import bench_flowturbo
 from tests.benchmarks.images import bench_images
@@ -162,6 +163,7 @@ BENCHES: dict[str, Callable[[], str]] = {
     "recipes": bench_recipes,
     "threads": bench_threads,
     "solvers": bench_solvers,
+    "bns": bench_bns,
     "schedules": bench_schedules,
     "flowturbo": bench_flowturbo,
     "quickstart": bench_quickstart,
