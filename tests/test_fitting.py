@@ -137,6 +137,11 @@ def test_a_student_of_it_has_the_weights_of_the_teacher(capfd, here):
     kept = load_file(here / "s.safetensors")
     same = fitted.method(teacher, found).generate(kept["latents"], {"class_labels": kept["class_labels"]}, [])
     assert torch.allclose(kept["samples"], same, atol=1e-6)
+    asked = ["sample", "teacher", "--out", "t.safetensors", "--count", "6", "--schedule", "bns", "--steps"]
+    assert command(capfd, *asked, "2").code == 0
+    assert torch.equal(load_file(here / "t.safetensors")["samples"], kept["samples"])
+    missing = command(capfd, *asked, "3")
+    assert missing.code == 2 and "no solver of 3 steps was fitted to this student yet; use:" in missing.err
     refused = command(capfd, "sample", "student", "--out", "s.safetensors", "--steps", "3")
     assert refused.code == 2 and "supports only 2 steps, not 3" in refused.err
 

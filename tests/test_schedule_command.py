@@ -95,7 +95,10 @@ def test_the_criterion_of_align_your_steps(capfd, here):
             ["schedule", TEACHER, "--steps", "2", "--criterion", "ays", "--solver", "heun"],
             "solver heun: no effect with the criterion ays",
         ),
-        (["sample", "student", "--out", "a.png", "--schedule", "best"], "--schedule best: valid: optimal, uniform"),
+        (
+            ["sample", "student", "--out", "a.png", "--schedule", "best"],
+            "--schedule best: valid: bns, optimal, uniform",
+        ),
         (
             ["sample", "student", "--out", "a.png", "--times", "1,0.5"],
             "--times 1,0.5: times must decrease from 1 to 0, like",

@@ -20,6 +20,7 @@ from distill.spec.pairspec import MAX_FITTED_STEPS
 if TYPE_CHECKING:
     import torch
 
+    from distill.students.fitted import FittedSolver
     from distill.students.loaded import LoadedStudent
     from distill.teachers import LoadedTeacher
 
@@ -151,12 +152,12 @@ def _fit(
         say(f"wrote {near(out.absolute())}: a student with this solver")
 
 
-def refuse_schedule(schedule: str, times: str | None) -> None:
+def refuse_schedule(schedule: str, times: str | None, valid: Sequence[str] = ("uniform", "optimal")) -> None:
     """Raise InputError for invalid values of --schedule and --times."""
-    if schedule not in ("uniform", "optimal"):
-        raise InputError(f"--schedule {schedule}: {suggest(schedule, ['uniform', 'optimal'])}")
-    if schedule == "optimal" and times is not None:
-        raise InputError("--schedule optimal and --times both set the times; leave one out")
+    if schedule not in valid:
+        raise InputError(f"--schedule {schedule}: {suggest(schedule, list(valid))}")
+    if schedule != "uniform" and times is not None:
+        raise InputError(f"--schedule {schedule} and --times both set the times; leave one out")
 
 
 def schedule_along(
@@ -172,4 +173,18 @@ def schedule_along(
         sampling.refuse_other_times(student, "--schedule" if times is None else "--times")
         return step_times.optimal_times(student, store, steps, device) if times is None else times
 
-    return None if schedule == "uniform" and times is None else find
+    return None if schedule in ("uniform", kinds.FITTED) and times is None else find
+
+
+def fitted_solver(student: "LoadedStudent", steps: int, store: Path) -> "FittedSolver":
+    """The solver that was fitted to a student. InputError if the store has none."""
+    from distill.students import fitted, sampling
+
+    sampling.refuse_other_times(student, f"--schedule {kinds.FITTED}")
+    found = fitted.load(store, student.digest, steps)
+    if found is None:
+        raise InputError(
+            f"--schedule {kinds.FITTED}: no solver of {steps} step{'s' if steps > 1 else ''} was fitted to this student "
+            f"yet; use: distill schedule STUDENT --steps {steps} --fit"
+        )
+    return found

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from distill.cli.common import JsonOption, StoreOption, TeacherHelp, check_out, near, print_json, store_path
-from distill.cli.schedule import refuse_schedule, schedule_along
+from distill.cli.schedule import fitted_solver, refuse_schedule, schedule_along
 from distill.core.collection import importing
 from distill.core.errors import InputError
 from distill.core.field_types import MAX_STEPS
@@ -14,6 +14,7 @@ from distill.core.printing import say, say_table
 from distill.core.text import suggest
 from distill.exchange import student_card
 from distill.runs.run_store import find_run
+from distill.spec.kinds import FITTED
 
 StudentArgument = Annotated[str, typer.Argument(metavar="STUDENT", help="A student folder, or RUN/STAGE of the store.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of the noise.", min=0, max=2**63 - 1)]
@@ -28,7 +29,11 @@ def sample(
         typer.Option(help="Number of steps; by default the fewest that the student supports.", min=1, max=MAX_STEPS),
     ] = None,
     schedule: Annotated[
-        str, typer.Option(help="uniform, or optimal: the step times with the smallest error (see `distill schedule`).")
+        str,
+        typer.Option(
+            help="uniform; optimal: the step times with the smallest error; or bns: the solver that was fitted to it "
+            "(see `distill schedule`)."
+        ),
     ] = "uniform",
     times: Annotated[
         str | None, typer.Option(help="Step times, like 1,0.6,0; replaces --steps and --schedule.")
@@ -46,7 +51,7 @@ def sample(
 
     labels = arguments.numbers("--classes", classes) if classes else None
     runs, along = store_path(store), arguments.times("--times", times) if times else None
-    refuse_schedule(schedule, times)
+    refuse_schedule(schedule, times, ("uniform", "optimal", FITTED))
     if along and steps:
         raise InputError("--steps: no effect with --times; remove it")
     if out.is_dir():
@@ -62,6 +67,7 @@ def sample(
     sample.write_samples(
         folder, out, steps=steps, seed=seed, count=count, labels=labels, device=place,
         along=schedule_along(schedule, along, steps, runs, place),
+        fit=(lambda student: fitted_solver(student, steps, runs)) if schedule == FITTED else None,
     )  # fmt: skip
     say(f"wrote {near(out.absolute())}: {count} samples at {steps} step{'s' if steps > 1 else ''}, seed {seed}")
 

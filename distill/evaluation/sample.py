@@ -11,7 +11,8 @@ from distill.core.atomic import write_atomic
 from distill.core.errors import InputError, RunError
 from distill.evaluation.pictures import columns_for, images_png, scatter_png
 from distill.flow.draws import sample_labels, sample_noise
-from distill.students import loaded
+from distill.students import fitted, loaded
+from distill.students.fitted import FittedSolver
 from distill.students.loaded import LoadedStudent
 from distill.students.sampling import fresh_noises, grid, of_student
 
@@ -28,11 +29,13 @@ def write_samples(
     labels: Sequence[int] | None,
     device: torch.device,
     along: Callable[[LoadedStudent], Sequence[float]] | None = None,
+    fit: Callable[[LoadedStudent], FittedSolver] | None = None,
 ) -> None:
     """Write samples of a student as a picture (.png), or with their noises and labels (.safetensors).
 
     labels: one class for all samples, one class for each sample, or None for all classes in turn.
     along: returns the step times to use; None: the student's times for this number of steps.
+    fit: returns the solver to use; None: the student's sampler.
 
     InputError for options that do not fit the student; RunError if a sample is not finite.
     """
@@ -42,7 +45,7 @@ def write_samples(
         raise InputError(f"--out {out}: {out.absolute().parent} is not a folder; create it first")
     student = loaded.load_student(folder, device)
     times = grid(student.t_grids, steps) if along is None else torch.tensor(along(student), dtype=torch.float64)
-    method, parts = of_student(student, times), []
+    method, parts = of_student(student, times) if fit is None else fitted.of_field(student.student, fit(student)), []
     noise = sample_noise(seed, range(count), student.shape)
     fresh = fresh_noises(seed, range(count), student.shape, method.fresh)
     classes = _labels(student, count, labels)

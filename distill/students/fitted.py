@@ -84,7 +84,11 @@ FITTED: records.Schema[FittedSolver] = records.Schema(FittedSolver)
 
 def method(teacher: LoadedTeacher, fitted: FittedSolver) -> Method:
     """Sampling of a teacher with a solver that was fitted to it."""
-    field = velocity(teacher, fitted.guidance_scale)
+    return of_field(velocity(teacher, fitted.guidance_scale), fitted)
+
+
+def of_field(field: VelocityField, fitted: FittedSolver) -> Method:
+    """Sampling of the velocity field on the linear path to which the solver was fitted."""
 
     def generate(noise: Tensor, cond: Cond, fresh: object) -> Tensor:
         return solve(field, noise, cond, fitted)

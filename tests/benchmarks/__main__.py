@@ -2,8 +2,8 @@
 
 Nothing is asserted: machines are noisy. Contenders take turns, medians are compared. Without names, the quick ones run.
 `quickstart` takes 5 minutes on 2 cores, `digits` (the bar, mean of three seeds) 20, `flowturbo` and `zero` 15,
-`bns` and `solvers` 10, `schedules` 4, `reading` 3, `shards` 2; `runs` makes a store of 2,000 runs, `looks` a run of a million
-events; `checkpoint` and `pull` need 4 GB of disk.
+`bns` and `solvers` 10, `schedules` 4, `reading` 3, `shards` 2; `runs` makes a store of 2,000 runs, `looks` a run of a
+million events; `checkpoint` and `pull` need 4 GB of disk.
 """
 
 import statistics
