@@ -184,7 +184,7 @@ def fitted_solver(student: "LoadedStudent", steps: int, store: Path) -> "FittedS
     found = fitted.load(store, student.digest, steps)
     if found is None:
         raise InputError(
-            f"--schedule {kinds.FITTED}: no solver of {steps} step{'s' if steps > 1 else ''} was fitted to this student "
-            f"yet; use: distill schedule STUDENT --steps {steps} --fit"
+            f"--schedule {kinds.FITTED}: no solver of {steps} step{'s' if steps > 1 else ''} was fitted to this "
+            f"student yet; use: distill schedule STUDENT --steps {steps} --fit"
         )
     return found
