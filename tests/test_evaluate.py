@@ -21,7 +21,7 @@ from distill.evaluation.pictures import columns_for, images_png, scatter_png
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
 from distill.execution import sources
-from distill.flow import solvers
+from distill.flow import dopri5, solvers
 from distill.flow.draws import key, sample_labels, sample_noise
 from distill.flow.times import uniform_grid
 from distill.networks.acceleration import AccelerationStudent
@@ -243,6 +243,25 @@ def test_the_teacher_is_measured_with_further_solvers(vector_run):
     assert restarted.distance < 3 * found.floor + 0.02
     drawn = charts.quality(found)
     assert "teacher, sa" in drawn and "teacher, restart" in drawn
+
+
+def test_a_fine_solver_with_a_tolerance(vector_run):
+    """Its calls are those that were made; another tolerance is another reference, so rows are measured again."""
+    few = {"students": {"exact": [1]}, "teacher_steps": [8], "fine_steps": 16, "fine_solver": "dopri5"}
+    found = go(vector_run, vector_spec(**few, fine_tolerance=1e-5, fine_students=["exact"]))
+    row = found.row("teacher", 5, fine=True)
+    noise = sample_noise(key(0, "evaluate"), range(300), (2,))
+    _, calls = dopri5.solve_adaptive(load_teacher(vector_spec().teacher, CPU).field, noise, {}, tolerance=1e-5)
+    assert row.label == "teacher, dopri5" and row.rms == 0 and row.picture == "pictures/teacher-dopri5-1e-05.png"
+    assert (row.nfe, row.most_calls) == (math.ceil(calls.double().mean().item()), calls.max().item())
+    assert results.cells(found, row)[0] == f"{row.nfe} (at most {row.most_calls})"
+    assert [each.most_calls for each in found.rows if not each.fine] == [None, None]
+    exact = torch.tensor(MEAN) + STD * noise
+    assert row.transport == pytest.approx((exact - noise).square().mean().item(), rel=1e-4)
+    straight = next(each for each in found.rows if each.fine and each.role == "student")
+    assert straight.most_calls == straight.nfe == 1 + 6 * straight.steps
+    other = go(vector_run, vector_spec(**few, fine_tolerance=1e-2))
+    assert other.row("teacher", 8).rms != found.row("teacher", 8).rms
 
 
 def test_a_flow_is_measured_by_the_fine_solver_too(vector_run):

@@ -12,7 +12,7 @@ from distill.execution import forecast, preflight, stages
 from distill.flow.interpolants import linear
 from distill.plans import planning
 from distill.runs.run_store import RunPaths
-from distill.spec import presets, specfile
+from distill.spec import kinds, presets, specfile
 from distill.spec.resolved import resolve
 from distill.teachers.loaded import LoadedTeacher
 from distill.training import checkpoint
@@ -104,6 +104,18 @@ def test_every_row_of_an_evaluation_counts(tmp_path, monkeypatch):
     assert planned.what == "teacher at 1, 4 steps and heun 3, sa 6, sa 7, restart 5"
     ready = preflight.check(resolve(spec(**stages_, e=rows), tmp_path))  # its teacher cannot be guided
     assert forecast.forecast(replace(ready, resolved=resolve(one, tmp_path)), here=True)["e"].seconds == calls
+
+
+def test_the_calls_of_a_tolerance_are_estimated(tmp_path, monkeypatch):
+    monkeypatch.setattr(forecast, "_measure", lambda network, batch, device: 1.0)
+    fine = {"fine_solver": "dopri5", "fine_tolerance": 1e-4, "guidance_scale": 1}
+    stage = {"kind": "evaluate", "students": {"flow": [1]}, "teacher_steps": [], "baselines": [], "samples": 20, **fine}
+    one = resolve(spec(solve=PAIRS, flow=TRAIN, e=stage), tmp_path)
+    (planned,) = (each for each in planning.steps(one) if each.name == "e")
+    assert kinds.about_calls(1e-4) == 57 and kinds.about_calls(0.1) == kinds.about_calls(0.01) == 25
+    assert planned.what == "teacher by dopri5 0.0001" and planned.network_calls == 20 * 58
+    assert planned.work == "2 rows x 20 samples; about 1,160 network calls"
+    assert forecast.forecast(preflight.check(one), here=True)["e"].seconds == 20 * 58
 
 
 class Slow:

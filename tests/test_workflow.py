@@ -350,6 +350,30 @@ CASES = {
         vectors(e={"teacher_solvers": {"heun": [8, 16]}}),
         "stages.e.teacher_solvers.heun: 16 steps are measured already, as fine_solver and fine_steps; remove them here",
     ),
+    "a tolerance is missing": (
+        vectors(e={"fine_solver": "dopri5"}),
+        "stages.e.fine_tolerance: missing; dopri5 needs it, e.g. 1e-4",
+    ),
+    "a tolerance of steps": (
+        vectors(e={"fine_tolerance": 1e-4}),
+        "stages.e.fine_tolerance: has no effect with fine_solver: heun; remove it",
+    ),
+    "steps of a tolerance": (
+        vectors(e={"fine_solver": "dopri5", "fine_tolerance": 1e-4, "fine_steps": 24}),
+        "stages.e.fine_steps: has no effect with fine_solver: dopri5, which chooses its steps; remove it",
+    ),
+    "a tolerance where the velocity jumps": (
+        vectors(
+            e={
+                "fine_solver": "dopri5",
+                "fine_tolerance": 1e-4,
+                "guidance_scale": 2,
+                "guidance": {"interval": [0.2, 0.6]},
+            }
+        ),
+        "stages.e.fine_solver: dopri5 does not work with guidance.interval, where the velocity jumps; use another "
+        "solver, such as heun",
+    ),
     "a solver by another name": (
         vectors(e={"teacher_solvers": {"sda": [4]}}),
         "f: stages.e.teacher_solvers.sda: 'sda' given; must be 'euler', 'heun', 'ab2', 'ab3', 'dpm_solver_pp_2m', "

@@ -46,6 +46,7 @@ PairCount = Annotated[int, Field(gt=0, le=MAX_SHARDS * MAX_SHARD)]
 ShardPairs = Annotated[int, Field(gt=0, le=MAX_SHARD)]
 SolverSteps = Annotated[int, Field(gt=0, le=MAX_SOLVER_STEPS)]
 Samples = Annotated[int, Field(gt=0, le=MAX_SAMPLES)]
+Tolerance = Annotated[float, Field(ge=1e-9, le=0.1)]
 Images = Annotated[int, Field(gt=0, le=10**13)]
 Processes = Annotated[int, Field(gt=0, le=4096)]
 """Number of processes, threads or GPUs of one machine."""

@@ -104,7 +104,8 @@ def quality(results: Results) -> str:
         axes.set_xlabel("network calls per sample (NFE)")
         axes.set_ylabel(results.distance or "RMS to the teacher's endpoint")
         beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5)} if crowded else {}
-        axes.legend(frameon=False, fontsize=9, **beside)
+        if axes.get_legend_handles_labels()[1]:  # none if all values are 0
+            axes.legend(frameon=False, fontsize=9, **beside)
         return _svg(figure)
 
 

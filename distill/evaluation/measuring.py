@@ -6,6 +6,7 @@ everything that its values depend on. So a process that is killed loses only one
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ from distill.evaluation import row_plans
 from distill.evaluation.metrics.manifold import NEIGHBOURS
 from distill.evaluation.metrics.reference import Reference, of_exact, of_images
 from distill.evaluation.pictures import columns_for, images_png, scatter_png
-from distill.evaluation.row_plans import Plan, fine_plan
+from distill.evaluation.row_plans import Plan, fine_plan, shortest
+from distill.flow import dopri5
 from distill.flow.draws import sample_noise
 from distill.flow.solvers import straightness
 from distill.flow.times import uniform_grid
@@ -36,11 +38,12 @@ from distill.protocols import VelocityField
 from distill.runs.progress import Progress
 from distill.runs.results import FILE_NAME, PICTURE_BYTES, Results, Row
 from distill.runs.run_store import RunPaths
-from distill.solvers import find_solver
+from distill.spec.kinds import per_velocity
 from distill.spec.model import EvaluateStage
 from distill.students import fitted, loaded
 from distill.students.loaded import LoadedStudent
 from distill.students.sampling import (
+    Block,
     Method,
     blocks,
     condition,
@@ -203,9 +206,9 @@ class _Work:
                 if file.metadata() == stamp:
                     self._skip()
                     return kept, load_file(path)["samples"]
-        samples, seconds = self._samples(plan)
-        write_atomic(path, save({"samples": samples}, metadata=stamp))
-        return self._measure(plan, samples, seconds, samples), samples
+        made = self._samples(plan)
+        write_atomic(path, save({"samples": made.samples}, metadata=stamp))
+        return self._measure(plan, made, made.samples), made.samples
 
     def row(self, plan: Plan, endpoint: Tensor) -> Row:
         """A row, measured now or by an earlier process. endpoint: samples of the fine solver."""
@@ -213,7 +216,7 @@ class _Work:
         if kept is None:
             kept = self._shared(plan)
         if kept is None:
-            return self._measure(plan, *self._samples(plan), endpoint)
+            return self._measure(plan, self._samples(plan), endpoint)
         self._skip()
         return kept
 
@@ -223,36 +226,37 @@ class _Work:
     def _network(self, plan: Plan) -> LoadedTeacher | LoadedStudent:
         return self.teacher if plan.role == "teacher" else self.students[plan.network]
 
-    def _method(self, plan: Plan, steps: int | None = None) -> Method:
-        """How the samples of a row are made. steps: use so many uniform steps instead of the plan's."""
-        times = None if steps else plan.times
+    def _method(self, plan: Plan) -> Method:
+        """How the samples of a row are made."""
         if plan.fit is not None:
             return fitted.method(self.teacher, plan.fit)
         if plan.role == "teacher":
-            return of_teacher(self.teacher, plan.solver, steps or plan.steps, self.stage.field_settings, times)
+            settings = self.stage.field_settings
+            return of_teacher(self.teacher, plan.solver, plan.steps, settings, plan.times, plan.tolerance)
         student = self.students[plan.network]
         if plan.fine:
-            return of_field(student.student, plan.solver, steps or plan.steps)
-        given = uniform_grid(steps or plan.steps) if times is None else torch.tensor(times, dtype=torch.float64)
+            return of_field(student.student, plan.solver, plan.steps, tolerance=plan.tolerance)
+        given = uniform_grid(plan.steps) if plan.times is None else torch.tensor(plan.times, dtype=torch.float64)
         return of_student(student, given)
 
-    def _samples(self, plan: Plan) -> tuple[Tensor, float]:
-        """All samples of a row [N, ...], and the mean seconds per sample."""
+    def _samples(self, plan: Plan) -> Block:
+        """All samples of a row, and the mean seconds per sample."""
         network, block = self._network(plan), self.stage.block
-        usual = plan.role == "teacher" and plan.fit is None
-        few = self._method(plan, steps=find_solver(plan.solver).least_steps if usual else 1)
+        few = self._method(shortest(plan))
         for _ in blocks(few, network, seed=self.seed, count=1, block=block, device=self.device):
             pass  # warm-up: allocations and the choice of kernels are not part of the measured time
         method, before = self._method(plan), self.progress.done
-        found, seconds = [], 0.0
+        found, seconds, calls = [], 0.0, []
         for made in blocks(method, network, seed=self.seed, count=self.stage.samples, block=block, device=self.device):
             found.append(made.samples)
+            calls += [] if made.calls is None else [made.calls]
             seconds += made.seconds * len(made.samples)
             self.progress.update(before + sum(map(len, found)), {})
             self.stop.raise_if_requested("the finished rows of the evaluation")
-        return torch.cat(found), seconds / self.stage.samples
+        return Block(torch.cat(found), seconds / self.stage.samples, torch.cat(calls) if calls else None)
 
-    def _measure(self, plan: Plan, samples: Tensor, seconds: float, endpoint: Tensor) -> Row:
+    def _measure(self, plan: Plan, made: Block, endpoint: Tensor) -> Row:
+        samples, (steps, nfe, most) = made.samples, self._cost(plan, made.calls)
         pixels = self.teacher.codec.decode(samples)
         laws = self.reference.measure(pixels) if self.reference else {}
         picture = self._picture_name(plan)
@@ -261,16 +265,17 @@ class _Work:
             network=plan.network,
             role=plan.role,
             solver=plan.solver,
-            steps=plan.steps,
+            steps=steps,
             fine=plan.fine,
             along=plan.along,
-            nfe=self._method(plan).nfe,
+            nfe=nfe,
+            most_calls=most,
             distance=laws.get("distance"),
             kid=laws.get("kid"),
             precision=laws.get("precision"),
             recall=laws.get("recall"),
             rms=(samples.double() - endpoint.double()).square().mean().sqrt().item(),
-            images_per_second=1 / seconds,
+            images_per_second=1 / made.seconds,
             straightness=self._straightness(plan),
             transport=self._transport(samples),
             picture=picture,
@@ -307,6 +312,14 @@ class _Work:
         write_atomic(self.folder / row.picture, picture)
         write_json(self._path(plan), content)
         return row
+
+    def _cost(self, plan: Plan, calls: Tensor | None) -> tuple[int, int, int | None]:
+        """Steps and network calls per sample, rounded up if they are means, and then also the most calls."""
+        if calls is None:
+            return plan.steps, self._method(plan).nfe, None
+        mean, per = calls.double().mean().item(), per_velocity(self.stage.guidance_scale)
+        tries = (mean / (per if plan.role == "teacher" else 1) - 1) / dopri5.CALLS
+        return math.ceil(tries), math.ceil(mean), int(calls.max())
 
     def _transport(self, samples: Tensor) -> float:
         """E || sample - noise ||^2 / d, with the noise from which each sample was made."""
@@ -364,6 +377,7 @@ class _Work:
         facts += [reference.identity if reference else None]
         facts += [plan.fit.model_dump_json()] if plan.fit is not None else []
         facts += [identity] if (identity := self.teacher.identity_of(stage.field_settings)) else []
+        facts += [stage.fine_tolerance] if stage.fine_tolerance is not None else []
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def kept(self, plan: Plan) -> Row | None:

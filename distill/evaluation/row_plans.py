@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from distill.solvers import find_solver
 from distill.spec import evalspec
 from distill.spec.guidancespec import UNCHANGED, FieldSettings
 from distill.spec.kinds import FITTED, per_velocity
@@ -30,12 +31,14 @@ class Plan:
     along: str = ""  # which times, in words, as in `Row`; "": the usual ones
     times: tuple[float, ...] | None = None  # of the steps, from 1 to 0; None: uniform
     fit: FittedSolver | None = field(default=None, repr=False)  # if its solver was fitted to the teacher
+    tolerance: float | None = field(default=None, repr=False)  # of dopri5, whose `steps` are 0
 
     @property
     def slug(self) -> str:
         name = "teacher" if self.role == "teacher" else f"student-{self.network}"
         along = "" if not self.along else f"-{self.along}" if self.along == "optimal" else f"-{_short(self.along)}"
-        return f"{name}-{self.solver}-{self.steps}{along}"
+        accuracy = self.steps if self.tolerance is None else f"{self.tolerance:g}"
+        return f"{name}-{self.solver}-{accuracy}{along}"
 
     @property
     def is_shared(self) -> bool:
@@ -49,7 +52,18 @@ def _short(text: str) -> str:
 
 def fine_plan(stage: EvaluateStage) -> Plan:
     """The row of the teacher with the fine solver, whose samples are the reference of all rows."""
-    return Plan("teacher", "teacher", stage.fine_solver, stage.fine_steps, fine=True)
+    steps = stage.fine_steps if stage.fine_tolerance is None else 0
+    return Plan("teacher", "teacher", stage.fine_solver, steps, fine=True, tolerance=stage.fine_tolerance)
+
+
+def shortest(plan: Plan) -> Plan:
+    """The same row with as few steps as possible."""
+    if plan.fit is not None:
+        return plan
+    if plan.tolerance is not None:
+        return replace(plan, solver="euler", steps=1, tolerance=None)
+    is_solver = plan.role == "teacher" or plan.fine
+    return replace(plan, steps=find_solver(plan.solver).least_steps if is_solver else 1, times=None)
 
 
 def plans(

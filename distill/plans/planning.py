@@ -154,11 +154,11 @@ def _pairs(name: str, stage: PairsStage) -> PlannedStage:
 
 def _evaluate(name: str, stage: EvaluateStage, samplers: Mapping[str, str]) -> PlannedStage:
     calls = stage.samples * sum(evalspec.calls(stage, samplers).values())
-    about = "about " if stage.field_settings.varies else ""
+    about = "about " if stage.field_settings.varies or stage.fine_tolerance is not None else ""
     work = f"{evalspec.num_rows(stage, samplers)} rows x {stage.samples:,} samples; {about}{calls:,} network calls"
     needs = _unique([*_teachers(stage), *stage.students])
     coarse = f"at {', '.join(map(str, stage.teacher_steps))} steps and " if stage.teacher_steps else "by "
-    fine = f"{stage.fine_solver} {stage.fine_steps}"
+    fine = f"{stage.fine_solver} {stage.fine_steps if stage.fine_tolerance is None else f'{stage.fine_tolerance:g}'}"
     others = "".join(f", {solver} {steps}" for solver, each in stage.teacher_solvers.items() for steps in each)
     what = f"teacher {coarse}{fine}{others}" + "".join(f"; {student} by {fine}" for student in stage.fine_students)
     what += f"; {stage.field_settings.more_words}" if stage.field_settings.more_words else ""

@@ -38,12 +38,15 @@ class Row(FrozenModel):
     role: Literal["teacher", "student"]
     solver: Line
     steps: Positive
+    """of dopri5: the number of steps that it tries for a sample, on average, rounded up"""
     fine: bool = False
     """whether it was sampled with the fine solver; `rms` of every row compares with the teacher's samples with it"""
     along: Line = ""
     """step times. empty: uniform, or the student's own; optimal; or a list of times"""
     nfe: Positive
-    """network evaluations per sample, guidance counted"""
+    """network evaluations per sample, guidance counted; if they differ between samples, their mean, rounded up"""
+    most_calls: Positive | None = None
+    """network evaluations of the sample with the most, if they differ between samples"""
     distance: BoundedNumber | None
     """the distance that `Results.distance` names; null: no reference"""
     kid: BoundedNumber | None
@@ -227,7 +230,8 @@ def cells(results: Results, row: Row) -> list[str]:
     if _has_baselines(results):
         base = results.baseline(row) if row.role == "student" and not row.fine else None
         baseline = ["-" if base is None else f"{value(results, base)} {base.solver}"]
-    return [str(row.nfe), *measured, f"{row.rms:.4f}", *baseline, f"{row.images_per_second:,.0f}"]
+    nfe = f"{row.nfe}" if row.most_calls is None else f"{row.nfe} (at most {row.most_calls})"
+    return [nfe, *measured, f"{row.rms:.4f}", *baseline, f"{row.images_per_second:,.0f}"]
 
 
 def value(results: Results, row: Row) -> str:

@@ -11,7 +11,7 @@ from distill.core.text import expanded, suggest
 from distill.solvers import find_solver
 from distill.spec import clusterspec, guidancespec, imagefolder, pairspec, resolved, specfile, trainspec
 from distill.spec.guidancespec import WEAK, FieldSettings
-from distill.spec.kinds import SAMPLERS, STUDENTS
+from distill.spec.kinds import ADAPTIVE, SAMPLERS, STUDENTS
 from distill.spec.model import (
     FINE,
     OF_DATA,
@@ -30,6 +30,7 @@ from distill.spec.model import (
     is_path,
 )
 from distill.spec.resolved import Resolved, ResolvedRecipe
+from distill.spec.samplingspec import FINE_STEPS
 
 
 def check(spec: RunSpec, base: Path) -> Resolved:
@@ -335,6 +336,7 @@ def _evaluate(found: Resolved, stage: EvaluateStage, where: str) -> Iterator[str
             yield f"{here}: has no effect, because teacher_steps is empty; remove it, or give numbers of steps"
         if "optimal" in ways and most > FINE:
             yield f"{here}: optimal times are found for at most {FINE} steps, not {most}; give fewer steps"
+    yield from _fine_solver(stage, where)
     for solver, counts in stage.teacher_solvers.items():
         yield from _with_solver(stage, solver, counts, f"{where}.teacher_solvers.{solver}")
     for student in stage.fine_students:
@@ -344,6 +346,23 @@ def _evaluate(found: Resolved, stage: EvaluateStage, where: str) -> Iterator[str
             yield f"{where}.fine_students: '{student}' is listed twice"
         elif (kind := found.kind(student)) is not None and not kind.is_field:
             yield f"{where}.fine_students: '{student}' is {kind.words}, which a solver cannot integrate; remove it"
+
+
+def _fine_solver(stage: EvaluateStage, where: str) -> Iterator[str]:
+    """The mistakes in the accuracy of the fine solver: dopri5 has a tolerance, the others a number of steps."""
+    if stage.fine_solver != ADAPTIVE:
+        if stage.fine_tolerance is not None:
+            yield f"{where}.fine_tolerance: has no effect with fine_solver: {stage.fine_solver}; remove it"
+        return
+    if stage.fine_tolerance is None:
+        yield f"{where}.fine_tolerance: missing; {ADAPTIVE} needs it, e.g. 1e-4"
+    if stage.field_settings.varies:
+        yield (
+            f"{where}.fine_solver: {ADAPTIVE} does not work with guidance.interval, where the velocity jumps; use "
+            f"another solver, such as heun"
+        )
+    if stage.fine_steps != FINE_STEPS:
+        yield f"{where}.fine_steps: has no effect with fine_solver: {ADAPTIVE}, which chooses its steps; remove it"
 
 
 def _with_solver(stage: EvaluateStage, solver: str, counts: Sequence[int], where: str) -> Iterator[str]:

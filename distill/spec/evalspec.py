@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from distill.solvers import find_solver
-from distill.spec.kinds import network_calls
+from distill.spec.guidancespec import UNCHANGED, FieldSettings
+from distill.spec.kinds import about_calls, network_calls, per_velocity
 from distill.spec.model import EvaluateStage
 from distill.spec.samplingspec import uniform_times
 
@@ -78,9 +78,9 @@ def num_samples(stage: EvaluateStage, samplers: Mapping[str, str]) -> int:
 def calls(stage: EvaluateStage, samplers: Mapping[str, str]) -> dict[str, int]:
     """Network -> network calls for one sample of every row, summed over its rows, with those for guidance.
 
-    samplers: student -> name of its sampler.
+    They are estimates if the fine solver has a tolerance. samplers: student -> name of its sampler.
     """
-    fine = find_solver(stage.fine_solver).calls(stage.fine_steps)
+    fine = _fine_calls(stage, UNCHANGED)
     by = {"teacher": "euler", **samplers}  # the fine rows are added below
     found = {name: sum(network_calls(by[name], n) for n in each) for name, each in steps_of_rows(stage).items()}
     found |= {name: found[name] + fine for name in stage.fine_students}
@@ -97,5 +97,12 @@ def _calls_of_teacher(stage: EvaluateStage, samplers: Mapping[str, str]) -> int:
     along = [grid for way in stage.times.get("teacher", []) for grid in (usual if way == "optimal" else [way])]
     rows = [("euler", t_grid) for t_grid in [*usual, *along]]
     rows += [(solver, uniform_times(steps)) for solver, steps in solver_rows(stage, samplers)]
-    rows += [(stage.fine_solver, uniform_times(stage.fine_steps))]
-    return sum(stage.field_settings.network_calls(solver, t_grid) for solver, t_grid in rows)
+    settings = stage.field_settings
+    return _fine_calls(stage, settings) + sum(settings.network_calls(solver, t_grid) for solver, t_grid in rows)
+
+
+def _fine_calls(stage: EvaluateStage, settings: FieldSettings) -> int:
+    """Network calls for one sample with the fine solver; an estimate if it has a tolerance."""
+    if stage.fine_tolerance is not None:
+        return per_velocity(settings.guidance_scale) * about_calls(stage.fine_tolerance)
+    return settings.network_calls(stage.fine_solver, uniform_times(stage.fine_steps))

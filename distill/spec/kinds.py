@@ -15,6 +15,8 @@ from pydantic_core.core_schema import no_info_after_validator_function
 from distill.core.errors import InputError
 from distill.solvers import find_solver, solver_names
 
+ADAPTIVE = "dopri5"  # the solver with a tolerance instead of a number of steps, in flow/dopri5.py
+
 
 def _as_many(steps: int) -> int:
     return steps
@@ -100,13 +102,18 @@ def inverting_solvers() -> list[str]:
 
 
 def reference_solvers() -> list[str]:
-    """Names of the solvers whose end points can serve as the teacher's own samples."""
+    """Names of the solvers with a number of steps whose end points can serve as the teacher's own samples."""
     return [name for name in solver_names() if is_reference(name)]
 
 
 def is_reference(name: str) -> bool:
-    """Whether there is a solver of this name whose end points can serve as the teacher's own samples."""
+    """Whether there is a solver of this name, with a number of steps, whose end points can serve as the teacher's."""
     return name in solver_names() and find_solver(name).is_reference
+
+
+def about_calls(tolerance: float) -> int:
+    """About how many calls dopri5 makes per sample, from those for a mixture and for a teacher of digits."""
+    return round(25 * max(1.0, 0.01 / tolerance) ** 0.18)
 
 
 def network_calls(sampler: str, steps: int) -> int:
@@ -150,6 +157,8 @@ AUTO, FITTED = "auto", "bns"  # names in place of a solver of the pairs: the che
 SolverName = Annotated[str, OneOf(ode_solvers, lambda name: name in solver_names() and not _is_stochastic(name))]
 PairsSolverName = Annotated[str, OneOf(lambda: [*ode_solvers(), AUTO, FITTED])]
 AnySolverName = Annotated[str, OneOf(solver_names)]
-ReferenceName = Annotated[str, OneOf(reference_solvers, is_reference)]
+ReferenceName = Annotated[
+    str, OneOf(lambda: [*reference_solvers(), ADAPTIVE], lambda name: name == ADAPTIVE or is_reference(name))
+]
 SamplerName = Annotated[str, OneOf(lambda: SAMPLERS)]
 StudentName = Annotated[str, OneOf(lambda: STUDENTS)]

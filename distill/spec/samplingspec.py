@@ -17,6 +17,7 @@ from distill.core.field_types import (
     ShardPairs,
     SolverSteps,
     StepCount,
+    Tolerance,
 )
 from distill.spec.guidancespec import FieldSettings, GuidanceSpec
 from distill.spec.kinds import AUTO, FITTED, AnySolverName, PairsSolverName, ReferenceName, SolverName, per_velocity
@@ -25,6 +26,7 @@ OF_DATA, WITH_STATES = ("forward", "segments"), ("trajectories", "segments")  # 
 STORED_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
 DEFAULT_SOLVER = "heun"  # of pairs
 TOLERANCE = 0.01  # of pairs, from exact ones: RMS difference, relative to the RMS of the pairs
+FINE_STEPS = 16  # default of an evaluation
 FINE, SAMPLES, SEED = 100, 100, 0  # defaults for finding optimal times: fine solver steps, samples, seed
 
 
@@ -145,8 +147,10 @@ class EvaluateStage(FrozenModel):
     with; also the solvers that were fitted to the teacher (`distill schedule --fit`), unless the list is empty"""
     fine_solver: ReferenceName = "heun"
     """accurate solver; the teacher's samples with it are the reference for all rows"""
-    fine_steps: StepCount = 16
+    fine_steps: StepCount = FINE_STEPS
     """number of steps of fine_solver"""
+    fine_tolerance: Tolerance | None = None
+    """for fine_solver: dopri5, instead of fine_steps: largest error of a step, relative to 1 + |x|, like 1e-4"""
     students: dict[Name, list[StepCount]]
     """train stage: numbers of steps to measure its student with"""
     times: dict[Name, list[Literal["optimal"] | list[Fraction]]] = {}

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from distill.core.errors import InputError, RunError
+from distill.flow.dopri5 import solve_adaptive
 from distill.flow.draws import key, sample_labels, sample_noise
 from distill.flow.solvers import grid_of, solve, solve_along
 from distill.flow.times import uniform_grid
@@ -17,7 +18,7 @@ from distill.networks.velocity import VelocityStudent
 from distill.protocols import Cond, Gridded, Recipe, VelocityField
 from distill.solvers import find_solver
 from distill.spec.guidancespec import UNCHANGED, FieldSettings
-from distill.spec.kinds import SAMPLERS, network_calls
+from distill.spec.kinds import SAMPLERS, about_calls, network_calls, per_velocity
 from distill.students.loaded import LoadedStudent, Student
 from distill.teachers import LoadedTeacher
 
@@ -50,8 +51,10 @@ class Method:
     """A way to make samples, and its cost."""
 
     generate: Generate
-    nfe: int  # network evaluations per sample, those of guidance included
+    nfe: int  # network evaluations per sample, those of guidance included; if `counted`, an estimate
     fresh: int = 0  # number of noises in addition to the first one
+    counted: Callable[[Tensor, Cond], tuple[Tensor, Tensor]] | None = None
+    """instead of `generate`, if the number of calls differs: returns samples and network evaluations of each, [B]"""
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,19 @@ class Block:
 
     samples: Tensor  # [n, ...] on the CPU, not clamped
     seconds: float  # per sample
+    calls: Tensor | None = None  # network evaluations of each, [n], if they differ
 
 
 def of_teacher(
-    teacher: LoadedTeacher, solver: str, steps: int, settings: FieldSettings, times: Sequence[float] | None = None
+    teacher: LoadedTeacher,
+    solver: str,
+    steps: int,
+    settings: FieldSettings,
+    times: Sequence[float] | None = None,
+    tolerance: float | None = None,
 ) -> Method:
-    """Sample the teacher with a solver of its ODE or SDE, in uniform steps or along `times` (see `solve_along`)."""
-    return of_field(teacher.field_with(settings), solver, steps, times, settings)
+    """Sample the teacher with a solver. See `of_field`."""
+    return of_field(teacher.field_with(settings), solver, steps, times, settings, tolerance)
 
 
 def of_field(
@@ -75,8 +84,15 @@ def of_field(
     steps: int,
     times: Sequence[float] | None = None,
     settings: FieldSettings = UNCHANGED,
+    tolerance: float | None = None,
 ) -> Method:
-    """Sample a velocity field with a solver of its ODE or SDE. settings: those of the field, to count its calls."""
+    """Sample a velocity field with a solver of its ODE or SDE, in uniform steps or along `times` (see `solve_along`).
+
+    settings: those of the field, to count its calls. tolerance: of dopri5, which ignores `steps`.
+    """
+    if tolerance is not None:
+        assert not settings.varies, "checks.check lets no such stage through"
+        return _adaptive(field, tolerance, per_velocity(settings.guidance_scale))
     noises = find_solver(solver).noises
 
     def generate(noise: Tensor, cond: Cond, fresh: Sequence[Tensor]) -> Tensor:
@@ -86,6 +102,14 @@ def of_field(
 
     nfe = settings.network_calls(solver, grid_of(field, steps, times))
     return Method(generate, nfe, noises(steps) if noises else 0)
+
+
+def _adaptive(field: VelocityField, tolerance: float, calls: int) -> Method:
+    def counted(noise: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        samples, made = solve_adaptive(field, noise, cond, tolerance=tolerance)
+        return samples, calls * made
+
+    return Method(lambda noise, cond, _: counted(noise, cond)[0], calls * about_calls(tolerance), counted=counted)
 
 
 def of_student(student: LoadedStudent, t_grid: Tensor) -> Method:
@@ -197,14 +221,18 @@ def blocks(
         cond = condition(like, indices, device)
         _wait(device)
         before = time.perf_counter()
-        samples = method.generate(noise, cond, fresh)
+        calls: Tensor | None = None
+        if method.counted is not None:
+            samples, calls = method.counted(noise, cond)
+        else:
+            samples = method.generate(noise, cond, fresh)
         _wait(device)
         seconds = (time.perf_counter() - before) / block
         samples = samples[: count - start].cpu()
         if not samples.isfinite().all():
             bad = start + int((~samples.isfinite()).flatten(1).any(1).nonzero()[0])
             raise RunError(f"sample {bad} of {like.description} contains values that are not finite")
-        yield Block(samples, seconds)
+        yield Block(samples, seconds, None if calls is None else calls[: count - start].cpu())
 
 
 def condition(network: LoadedTeacher | LoadedStudent, indices: Sequence[int], device: torch.device) -> Cond:
