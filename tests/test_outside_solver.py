@@ -117,7 +117,7 @@ def test_a_run_solves_its_pairs_by_it(capfd, tmp_path, midpoint):
 def test_the_control_plane_knows_it_without_torch(tmp_path, midpoint):
     env = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "site"), str(HERE.parent)])}
     helped = distill("pairs", "--help", cwd=tmp_path, env=env, fresh=True).stdout
-    assert "unipc3 or midpoint" in " ".join(helped.replace("│", " ").split())
+    assert "unipc3, midpoint, auto or bns" in " ".join(helped.replace("│", " ").split())
     torchless = "import sys; from distill.solvers import *; find_solver('midpoint'); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", torchless], env={**os.environ, **env}, check=True)
 
