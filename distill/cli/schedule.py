@@ -49,10 +49,14 @@ def schedule(
     samples: Annotated[
         int | None,
         typer.Option(
-            help=f"Number of paths; by default {SAMPLES}, and with --fit 20 per number.", min=1, max=MAX_SAMPLES
+            help=f"Number of paths; by default {SAMPLES}; with --fit, 20 for each fitted number.",
+            min=1,
+            max=MAX_SAMPLES,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the noise of these paths.", min=0, max=2**63 - 1)] = SEED,
+    seed: Annotated[
+        int | None, typer.Option(help=f"Seed of the noise of these paths; by default {SEED}.", min=0, max=2**63 - 1)
+    ] = None,
     guidance_scale: Annotated[float, typer.Option(help="Classifier-free guidance; 1 = none.", min=0, max=10_000)] = 1.0,
     fit: Annotated[
         bool, typer.Option("--fit", help="Fit times and weights of a solver (BNS) to the network, instead of times.")
@@ -91,6 +95,7 @@ def schedule(
     from distill.students import step_times
 
     criterion, solver, fine, samples = criterion or "error", solver or "euler", fine or FINE, samples or SAMPLES
+    seed = SEED if seed is None else seed
     costs = step_times.find(
         loaded, runs, device=place, criterion=criterion, solver=solver, fine=fine, samples=samples, seed=seed,
         settings=FieldSettings(guidance_scale),
@@ -120,7 +125,7 @@ def _fit(
     teacher: "LoadedTeacher",
     steps: int,
     samples: int | None,
-    seed: int,
+    seed: int | None,
     guidance_scale: float,
     out: Path | None,
     device: "torch.device",

@@ -83,6 +83,12 @@ def evaluate(
         str | None, typer.Option(help="Numbers of steps of the student; by default 1,2,4 or all that it supports.")
     ] = None,
     teacher_steps: Annotated[str, typer.Option(help="Numbers of Euler steps of the teacher.")] = "1,2,4,8,16",
+    baselines: Annotated[
+        str,
+        typer.Option(
+            help="Solvers with which the teacher is measured at the student's numbers of network calls, or none."
+        ),
+    ] = "euler,ab3,unipc2",
     schedule: Annotated[
         str,
         typer.Option(
@@ -105,7 +111,8 @@ def evaluate(
 
     card = student_card.read(folder)
     counts = arguments.steps("--steps", steps) if steps is not None else sorted(card.t_grids) or [1, 2, 4]
-    content = {"kind": "evaluate", "students": {"student": counts}, "samples": samples}
+    named = [] if baselines == "none" else [name.strip() for name in baselines.split(",")]
+    content = {"kind": "evaluate", "students": {"student": counts}, "samples": samples, "baselines": named}
     refuse_schedule(schedule, times)
     if schedule == "optimal" or times:
         ways = ["optimal" if times is None else arguments.times("--times", times)]

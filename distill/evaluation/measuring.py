@@ -7,6 +7,7 @@ everything that its values depend on. So a process that is killed loses only one
 import hashlib
 import json
 import math
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from distill.core.atomic import write_atomic, write_json
-from distill.core.errors import InputError
+from distill.core.errors import InputError, RunError
 from distill.core.png import is_png
 from distill.core.records import read_json, read_small
 from distill.core.stop import StopRequest
@@ -106,7 +107,7 @@ def measure(
 
     Without data, samples are compared with exact ones. InputError if the networks or the data do not fit together.
 
-    store: folder where optimal step times are kept.
+    store: folder with step times, fitted solvers, and rows of teachers for other evaluations.
     exact: (seed, indices) -> exact samples; None: the teacher's, if it is known in closed form.
     """
     _check(stage, teacher, students, data)
@@ -288,11 +289,13 @@ class _Work:
 
     def _shared_path(self, plan: Plan) -> Path:
         """Where the store keeps a row of the teacher for other evaluations, and its picture beside it."""
-        return self.store / "baselines" / f"{self._key(plan)}.json"
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.node()
+        key = hashlib.sha256(f"{self._key(plan)} {device}".encode()).hexdigest()  # the speed is that of the device
+        return self.store / "baselines" / f"{key[:32]}.json"
 
     def _share(self, plan: Plan, content: Mapping[str, object]) -> None:
         path = self._shared_path(plan)
-        with suppress(OSError):  # without it, other evaluations measure the row again
+        with suppress(OSError, RunError):  # without it, other evaluations measure the row again
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path.with_suffix(".png"), (self.folder / self._picture_name(plan)).read_bytes())
             write_json(path, content)
@@ -304,10 +307,10 @@ class _Work:
             return None
         try:
             content, picture = read_json(path), read_small(path.with_suffix(".png"), PICTURE_BYTES)
-            row = Row.model_validate(content["row"])
+            row, key = Row.model_validate(content["row"]), content["key"]
         except (OSError, InputError, KeyError, TypeError, ValidationError):
             return None  # damaged: it is measured again
-        if content["key"] != self._key(plan) or row.picture != self._picture_name(plan) or not is_png(picture):
+        if key != self._key(plan) or row.picture != self._picture_name(plan) or not is_png(picture):
             return None
         write_atomic(self.folder / row.picture, picture)
         write_json(self._path(plan), content)

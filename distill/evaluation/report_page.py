@@ -17,7 +17,7 @@ from distill.evaluation.curves import Thinned
 from distill.reports import comparison_table, rounds_table
 from distill.reports.rounds_table import Round
 from distill.runs import machine
-from distill.runs.results import Results, Row, calls, cells, columns, describe, number, of_run, picture
+from distill.runs.results import Results, Row, calls, cells, columns, describe, number, of_run, picture, verdicts
 from distill.runs.run_store import RunPaths, read_events
 
 LIBRARIES = ("torch", "diffusers", "safetensors", "numpy", "scipy", "scikit-learn", "pot", "datasets", "pydantic")
@@ -187,7 +187,7 @@ def _evaluation(results: Results, pictures: list[Picture], more: str) -> Evaluat
     straight = {row.network: row.straightness for row in results.rows}
     widest = max((value for value in straight.values() if value is not None), default=0.0) or 1.0
     return Evaluation(
-        description=describe(results),
+        description=describe(results) + verdicts(results),
         columns=columns(results),
         rows=[(row, cells(results, row)) for row in results.rows],
         chart=_image(charts.quality(results).encode(), "svg+xml"),

@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from distill.core import printing
+from distill.core.errors import InputError
 from distill.solvers import find_solver
 from distill.spec import evalspec
 from distill.spec.guidancespec import UNCHANGED, FieldSettings
@@ -99,9 +101,18 @@ def _by_solvers(
     plain = stage.field_settings == FieldSettings(scale)  # a solver is fitted with guidance_scale alone
     for nfe in evalspec.nfe_of_students(stage, samplers) if stage.baselines and plain else []:
         steps, rest = divmod(nfe, per_velocity(scale))
-        fit = fitted.load(store, teacher.digest, steps, scale) if rest == 0 else None
-        if fit is not None:
+        fit = _fit(store, teacher, steps, scale) if rest == 0 else None
+        if fit is not None and all(each.fitted.get(steps) != fit.rows for each in students.values()):
             yield Plan("teacher", "teacher", FITTED, steps, fit=fit)
+
+
+def _fit(store: Path, teacher: LoadedTeacher, steps: int, guidance_scale: float) -> FittedSolver | None:
+    """The solver that the store has for the teacher; None if there is none, or if its file is damaged."""
+    try:
+        return fitted.load(store, teacher.digest, steps, guidance_scale)
+    except InputError as error:
+        printing.warn(f"{error}; without it, the fitted solver is no baseline")
+        return None
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ to it. Everything in it is untrusted until it is checked:
   has shipped; other code is shown, and accepted only with --trust-code.
 - For data from a server, time, size and redirects are limited (transports.py, web.py, ssh.py, pulling.py). Its messages
   are printed as one short line.
-- Files that only save time: image indexes (indexes/) and costs of steps (schedules/) are validated by a schema, the
-  latter also against the request; an invalid one is made again. Fetched inputs (inputs/) must be complete; others are
+- Files that only save time: image indexes (indexes/), costs of steps (schedules/), fitted solvers (fitted/) and
+  measured rows of teachers (baselines/) are validated by a schema, all but the first also against the request; an
+  invalid one is made again, or named. Fetched inputs (inputs/) must be complete; others are
   fetched again under another name. All are read as regular files of limited size.
 - Text from others is escaped in model cards (core/markdown.py), and printed without control characters.
 

@@ -26,6 +26,7 @@ from distill.spec.kinds import SAMPLERS, STUDENTS, SamplerName, StudentName, net
 from distill.spec.model import is_path
 
 FILE_NAME, README = "distill.json", "README.md"
+ADDED = {"fitted", "guidance"}  # fields that cards of earlier versions do not have
 MAX_CARD = 1 << 20  # bytes of a distill.json
 MAX_FILES = 1000
 LARGEST = 2**63 - 1  # total bytes of all files
@@ -113,7 +114,7 @@ class StudentCard(FrozenModel):
                 raise ValueError(
                     f"t_grids: {steps} steps need {steps + 1} times that decrease from 1 to 0, got {times}"
                 )
-        if SAMPLERS[self.sampler].is_fitted != bool(self.fitted) or (self.fitted and [*self.fitted] != [*self.t_grids]):
+        if SAMPLERS[self.sampler].is_fitted != bool(self.fitted) or (self.fitted and {*self.fitted} != {*self.t_grids}):
             raise ValueError("fitted: the sampler bns needs weights for each number of steps in t_grids, others none")
         for steps, rows in self.fitted.items():
             if [len(row) for row in rows] != [i + 2 for i in range(steps)]:
@@ -218,8 +219,10 @@ def add_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
 
 
 def to_json(card: StudentCard) -> str:
-    """The card as the text of distill.json. `fitted` is left out if empty: earlier versions do not know it."""
-    content = card.model_dump(mode="json", exclude=set() if card.fitted else {"fitted"})
+    """The card as the text of distill.json. New fields are left out if empty: earlier versions do not know them."""
+    content = card.model_dump(
+        mode="json", exclude={name for name in ADDED if not card.model_dump(include={name})[name]}
+    )
     return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
 
 
@@ -254,8 +257,12 @@ class MeasuredStudent:
 
     names: list[str]
     rows: list[tuple[int, list[str]]]
-    unbeaten: list[int]
-    """the NFE at which the first metric is not better than the best baseline"""
+    unbeaten: list[tuple[int, str]]
+    """NFE and metric, where it is not better than that of the best baseline"""
+
+    @property
+    def has_baselines(self) -> bool:
+        return any(name.startswith(BASELINE) for name in self.names)
 
 
 def _at(key: str) -> tuple[str, int]:
@@ -270,12 +277,15 @@ def _measured(card: StudentCard) -> MeasuredStudent | None:
         name, steps = _at(key)
         found.setdefault(steps, {})[name] = value
     names = list(dict.fromkeys(_at(key)[0] for key in card.metrics))
-    rows, unbeaten = [], []
+    rows: list[tuple[int, list[str]]] = []
+    unbeaten: list[tuple[int, str]] = []
     for steps, values in sorted(found.items()):
         nfe = network_calls(card.sampler, steps)
         rows.append((nfe, [f"{values[name]:.4g}" if name in values else "" for name in names]))
-        if BASELINE in values and not values.get(names[0], math.inf) < values[BASELINE]:
-            unbeaten.append(nfe)
+        for name in [each for each in values if each.startswith(BASELINE)]:
+            quantity = name.removeprefix(f"{BASELINE} ")
+            if quantity in values and not values[quantity] < values[name]:
+                unbeaten.append((nfe, quantity))
     return MeasuredStudent(names, rows, unbeaten) if rows else None
 
 
@@ -299,7 +309,6 @@ def readme(card: StudentCard, published: Publication | None = None) -> str:
         steps=card.fewest_steps,
         vector=len(card.shape) == 1,
         measured=_measured(card),
-        baseline=BASELINE,
         published=published,
     )
 

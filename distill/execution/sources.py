@@ -17,7 +17,7 @@ from distill.data import DataSet, DataSource, load_data
 from distill.flow.codecs import PIXELS
 from distill.flow.conditioning import ClassLabels
 from distill.flow.draws import Rows
-from distill.pairs import Manifest, accuracy, choice, paths
+from distill.pairs import Manifest, accuracy, choice, manifest, paths
 from distill.pairs.choice import ChosenSolver
 from distill.pairs.paths import Real
 from distill.protocols import Batch, Codec, Cond, Conditioning, Source
@@ -247,8 +247,8 @@ class Solving:
     real: Real | None = None
     data_digest: str | None = None
 
-    fit: FittedSolver | None = None
-    """for solver: bns"""
+    store: Path = Path()
+    """folder with step times and fitted solvers"""
 
     @classmethod
     def of_run(cls, run: RunPaths, stage: PairsStage, inputs: Inputs, seed: int, device: torch.device) -> "Solving":
@@ -271,25 +271,26 @@ class Solving:
     ) -> "Solving":
         """data, law: the data that paths start from, or a teacher in closed form; for stages that need either.
 
-        Step times and fitted solvers that the stage asks for are taken from the store, or found now and stored.
+        Step times that the stage asks for are taken from the store, or found now and stored.
         """
         stage = step_times.with_times(stage, teacher, store, device)
-        fit = None
-        if stage.solver == FITTED:
-            fit = fitting.find(teacher, store, stage.steps, device=device, guidance_scale=stage.guidance_scale)
         if stage.paths not in OF_DATA:
-            return cls(teacher, stage, seed, device, fit=fit)
+            return cls(teacher, stage, seed, device, store=store)
         if data is not None:
             check_shapes(teacher, data)
-        return cls(teacher, stage, seed, device, *paths.of_data(data, law, seed=seed, block=stage.block))
+        real = paths.of_data(data, law, seed=seed, block=stage.block)
+        return cls(teacher, stage, seed, device, *real, store=store)
 
     def generate(self, folder: Path, progress: Progress, stop: StopRequest, part: tuple[int, int] | None) -> None:
         """Make the pairs; see `pairs.generate`."""
-        stage = self.stage
+        stage, fit = self.stage, None
         if stage.solver == AUTO:
             chosen = self._chosen(folder, stop)
             progress.note(chosen.describe(stage.count))
             stage = stage.solved_by(chosen.solver, chosen.steps)
+        elif stage.solver == FITTED:
+            begun = manifest.read(folder)
+            fit = self._fit(stop) if begun is None or begun.fitted is None else begun.fitted
         pairs.generate(
             self.teacher,
             stage,
@@ -301,7 +302,15 @@ class Solving:
             part=part,
             real=self.real,
             data_digest=self.data_digest,
-            fit=self.fit,
+            fit=fit,
+            is_checked=stage != self.stage,
+        )
+
+    def _fit(self, stop: StopRequest) -> FittedSolver:
+        """The solver that is fitted to the teacher, from the store, or fitted now."""
+        stage = self.stage
+        return fitting.find(
+            self.teacher, self.store, stage.steps, device=self.device, guidance_scale=stage.guidance_scale, stop=stop
         )
 
     def _chosen(self, folder: Path, stop: StopRequest) -> ChosenSolver:
@@ -320,13 +329,14 @@ class Solving:
         return choice.choose(self.teacher, self.stage, self._planned, self.real, self.device, stop)
 
     def _planned(self, stage: PairsStage) -> Manifest:
-        return pairs.plan(self.teacher, stage, self.seed, self.data_digest, self.fit)
+        return pairs.plan(self.teacher, stage, self.seed, self.data_digest)
 
     def accuracy(self) -> str:
         """Measure, on the first pairs, whether the solver is accurate enough; see `pairs.accuracy.measure`."""
         if self.stage.solver == AUTO:
             return self._choose(StopRequest()).describe(self.stage.count)
-        if self.fit is not None:
-            return f"RMS error of the fitted solver from other noises: {self.fit.rms:.4g}"
+        if self.stage.solver == FITTED:
+            fit = self._fit(StopRequest())
+            return f"the samples of the fitted solver differ from exact ones by {fit.rms:.4g} (RMS, not relative)"
         field, planned = pairs.velocity(self.teacher, self.stage), self._planned(self.stage)
         return accuracy.measure(field, planned, self.real, self.device, StopRequest()).describe()

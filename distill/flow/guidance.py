@@ -63,7 +63,7 @@ def rescaled(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: float, *, 
     v = _precise(v)
     guided = cfg(x_t, t, v, _precise(other), scale)
     std, std_guided = (each.flatten(1).std(dim=1) for each in (v, guided))
-    return share * like(std / std_guided, v) * guided + (1 - share) * guided
+    return share * like(std / std_guided.clamp(min=TINY), v) * guided + (1 - share) * guided
 
 
 def renormalised(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: float) -> Tensor:

@@ -1,13 +1,13 @@
 """Chooses the solver of the pairs for `solver: auto`: the one with the fewest network calls that is accurate enough.
 
-The first pairs are solved by Heun with more and more steps, until twice as many change them by a tenth of the
-tolerance at most. Their ends are the reference. For each candidate, the smallest number of steps is found whose ends
-differ from the reference by at most the tolerance. Differences are root mean squares (RMS), relative to that of the
-ends. They are assumed to decrease with the number of steps, so that bisection finds it.
+The first pairs are solved by `ab3` with more and more steps, until twice as many change them by at most a tenth of the
+tolerance. Their ends are the reference. For each candidate, the smallest number of steps is found whose ends differ
+from the reference by at most the tolerance. Differences are root mean squares (RMS), relative to that of the ends. They
+are assumed to decrease with the number of steps, so that bisection finds it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ from distill.teachers import LoadedTeacher
 FILE = "solver.json"
 CANDIDATES = ("euler", "ab2", "ab3", "unipc2", DEFAULT_SOLVER)
 SAMPLE = 256  # pairs that are solved
-REFERENCE, DOUBLINGS = 16, 5  # steps of Heun at least, and how often they are doubled at most
+REFERENCE, STEPS, DOUBLINGS = "ab3", 32, 5  # solver, its steps at least, and how often they are doubled at most
 
 
 class ChosenSolver(FrozenModel):
@@ -41,6 +41,8 @@ class ChosenSolver(FrozenModel):
     teacher_digest: str
     paths: str
     guidance_scale: float
+    times: list[float] | None
+    precision: str
     settings: str
     """further settings of the teacher's velocity field, see `FieldSettings.identity`"""
     tolerance: float
@@ -50,19 +52,22 @@ class ChosenSolver(FrozenModel):
     """relative RMS difference of its ends from the reference"""
     calls: float
     """network calls per pair"""
-    calls_of_default: float
-    """network calls per pair of Heun, the default solver, at the same tolerance"""
+    calls_of_default: float | None
+    """network calls per pair of Heun, the default solver, at the same tolerance; null: it was not reached"""
+    calls_of_choice: float
+    """network calls that were made to choose it"""
 
     def describe(self, count: int) -> str:
         """The choice in one sentence, with the network calls that it saves for `count` pairs."""
-        saved = round(count * (self.calls_of_default - self.calls))
         said = (
             f"solver: auto uses {self.solver} with {self.steps} steps: its pairs differ from exact ones by "
             f"{self.error:.2%} (RMS), with {self.calls:g} network calls per pair"
         )
-        return (
-            f"{said}; {DEFAULT_SOLVER} needs {self.calls_of_default:g}, so {saved:,} calls are saved" if saved else said
-        )
+        spent = f"choosing it took {self.calls_of_choice:,.0f} calls"
+        if self.calls_of_default is None or self.calls_of_default == self.calls:
+            return f"{said}; {spent}"
+        saved = count * (self.calls_of_default - self.calls)
+        return f"{said}; {DEFAULT_SOLVER} needs {self.calls_of_default:g}, so {saved:,.0f} calls are saved; {spent}"
 
 
 SCHEMA: records.Schema[ChosenSolver] = records.Schema(ChosenSolver)
@@ -78,7 +83,7 @@ def choose(
 ) -> ChosenSolver:
     """Choose the solver of a stage with `solver: auto`. planned: returns the manifest of a stage.
 
-    RunError if no number of steps is accurate enough.
+    RunError if no number of steps is accurate enough, or if the ends are not finite.
     """
     search = _Search(velocity(teacher, stage), stage, planned, real, device, stop)
     exact = search.reference()
@@ -88,21 +93,27 @@ def choose(
             least = search.least(solver, exact)
             if least is not None:
                 found[solver] = least
-    if DEFAULT_SOLVER not in found:
-        raise search.failed()
-    best = min(found, key=lambda name: search.calls(name, found[name][0]))
+    if not found:
+        raise RunError(
+            f"solver: auto found no solver that makes pairs within tolerance: {search.tolerance:g} in at most "
+            f"{steps_to_try(stage)[-1]} steps; nothing was written. Increase the tolerance, or name a solver"
+        )
+    best = min(found, key=lambda name: (search.calls(name, found[name][0]), found[name][1]))
     steps, error = found[best]
     return ChosenSolver(
         teacher_digest=teacher.digest,
         paths=stage.paths,
         guidance_scale=stage.guidance_scale,
+        times=stage.times,
+        precision=stage.precision,
         settings=teacher.identity_of(stage.field_settings),
         tolerance=search.tolerance,
         solver=best,
         steps=steps,
         error=error,
         calls=search.calls(best, steps),
-        calls_of_default=search.calls(DEFAULT_SOLVER, found[DEFAULT_SOLVER][0]),
+        calls_of_default=search.calls(DEFAULT_SOLVER, found[DEFAULT_SOLVER][0]) if DEFAULT_SOLVER in found else None,
+        calls_of_choice=sum(search.spent),
     )
 
 
@@ -119,6 +130,8 @@ def kept(folder: Path, stage: PairsStage, teacher: LoadedTeacher) -> ChosenSolve
         "teacher_digest": teacher.digest,
         "paths": stage.paths,
         "guidance_scale": stage.guidance_scale,
+        "times": stage.times,
+        "precision": stage.precision,
         "settings": teacher.identity_of(stage.field_settings),
         "tolerance": stage.chosen_tolerance,
     }
@@ -133,12 +146,13 @@ def keep(folder: Path, chosen: ChosenSolver) -> None:
 
 @dataclass(frozen=True)
 class _Search:
-    field: VelocityField
+    velocity: VelocityField
     stage: PairsStage
     planned: Callable[[PairsStage], Manifest]
     real: Real | None
     device: torch.device
     stop: StopRequest
+    spent: list[float] = field(default_factory=list)  # network calls
 
     @property
     def tolerance(self) -> float:
@@ -152,19 +166,26 @@ class _Search:
 
     def ends(self, solver: str, steps: int) -> Tensor:
         count = min(SAMPLE, self.stage.count)
-        return accuracy.ends(self.field, self.manifest(solver, steps), self.real, self.device, count, self.stop)
+        self.spent.append(count * self.calls(solver, steps))
+        return accuracy.ends(self.velocity, self.manifest(solver, steps), self.real, self.device, count, self.stop)
 
     def reference(self) -> Tensor:
-        """The ends by Heun with enough steps."""
-        steps = next(n for n in steps_to_try(self.stage) if n >= REFERENCE)
-        coarse = self.ends(DEFAULT_SOLVER, steps)
+        """The ends by so many steps that twice as many change little."""
+        steps = next(n for n in steps_to_try(self.stage) if n >= STEPS)
+        coarse = self.ends(REFERENCE, steps)
         for _ in range(DOUBLINGS):
             steps *= 2
-            fine = self.ends(DEFAULT_SOLVER, steps)
+            fine = self.ends(REFERENCE, steps)
+            if not fine.isfinite().all():
+                raise RunError("solver: auto: the first pairs contain NaN or infinity; nothing was written")
             if accuracy.difference(coarse, fine) <= self.tolerance / 10:
                 return fine
             coarse = fine
-        raise self.failed()
+        raise RunError(
+            f"solver: auto cannot measure errors of {self.tolerance:g}: the first pairs still change by more than a "
+            f"tenth of that from {steps // 2} to {steps} steps of {REFERENCE}; nothing was written. Increase the "
+            "tolerance, or name a solver and its steps"
+        )
 
     def least(self, solver: str, exact: Tensor) -> tuple[int, float] | None:
         """The smallest number of steps within the tolerance, and its error; None if there is none."""
@@ -178,10 +199,3 @@ class _Search:
             else:
                 low = middle + 1
         return (ladder[low], errors[low]) if low < len(ladder) else None
-
-    def failed(self) -> RunError:
-        most = steps_to_try(self.stage)[-1]
-        return RunError(
-            f"solver: auto found no number of steps up to {most} with which pairs are exact to tolerance: "
-            f"{self.tolerance:g}; nothing was written. Increase the tolerance, or name a solver and its steps"
-        )

@@ -46,6 +46,7 @@ def generate(
     real: Real | None = None,
     data_digest: str | None = None,
     fit: FittedSolver | None = None,
+    is_checked: bool = False,
 ) -> None:
     """Make the shards of the stage's pairs that `folder` does not have yet.
 
@@ -54,7 +55,7 @@ def generate(
 
     part: (i, n) makes only the shards i, i + n, ...; other processes make the rest.
     real: the real data that forward paths and segments start from. data_digest: digest of the whole data set.
-    fit: the fitted solver of a stage with solver: bns.
+    fit: the fitted solver of a stage with solver: bns. is_checked: the accuracy of the solver is known.
 
     InputError if the folder holds other pairs or cannot be written; RunError if a pair is not finite.
     """
@@ -69,7 +70,7 @@ def generate(
     left = sum(len(layout.indices(number)) for number in missing)
     done, kept = layout.pairs(ours) - left, len(ours) - len(missing)
     space.require(folder, left * stage.bytes_per_pair(teacher.shape), f"{left:,} pairs")
-    if done == 0 and ours and ours.start == 0 and fit is None:
+    if done == 0 and ours and ours.start == 0 and fit is None and not is_checked:
         accuracy.advise(field, manifest, real, device, folder, progress, stop)
     progress.start(done)
     listed = dict(manifest.shards)

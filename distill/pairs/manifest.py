@@ -157,7 +157,11 @@ class Manifest(FrozenModel):
     def differences(self, other: "Manifest") -> list[str]:
         """The settings that differ from those of the set `other`, each as "name is X, expected Y"."""
         mine, others = (m.model_dump(exclude={"teacher", "shards", "done"}) for m in (self, other))
-        return [f"{name} is {value}, expected {others[name]}" for name, value in mine.items() if value != others[name]]
+        return [
+            f"{name} is {'another' if name == 'fitted' else f'{value}, expected {others[name]}'}"
+            for name, value in mine.items()
+            if value != others[name]
+        ]
 
     def save(self, folder: Path) -> None:
         write_json(folder / "manifest.json", self.model_dump(mode="json"))

@@ -6,7 +6,7 @@ from typing import Any
 
 from distill.runs.run_store import RunPaths
 from distill.spec import evalspec, pairspec
-from distill.spec.kinds import AUTO
+from distill.spec.kinds import AUTO, FITTED
 from distill.spec.model import (
     OF_DATA,
     WITH_STATES,
@@ -143,6 +143,7 @@ def _pairs(name: str, stage: PairsStage) -> PlannedStage:
     solver = f"solver {AUTO}" if stage.solver == AUTO else f"{stage.solver}, {stage.steps} steps"
     what = f"{solver}, {stage.field_settings.words}"
     what += "" if stage.paths == "backward" else f", {stage.paths}"
+    what += ", which is fitted first if the store does not have it" if stage.solver == FITTED else ""
     total = round(stage.count * calls)
     about = "about " if stage.field_settings.varies or stage.solver == AUTO else ""  # it depends on the teacher
     work = f"{stage.count:,} pairs x {about}{calls:g} network calls = {about}{total:,}"

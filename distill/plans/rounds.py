@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from distill.core.errors import InputError
 from distill.core.text import suggest
 from distill.spec import evalspec, overrides, specfile
-from distill.spec.kinds import AUTO, inverting_solvers, is_reference
+from distill.spec.kinds import AUTO, FITTED, inverting_solvers, is_reference
 from distill.spec.model import EvaluateStage, NoData, PairsStage, RunSpec, Stage, TrainStage
 from distill.spec.overrides import Override
 from distill.spec.resolved import Resolved
+from distill.spec.samplingspec import FINE_STEPS
 
 DISTILLATION, EVALUATION = "reflow/one_step", "evaluate"
 DATA_WEIGHT = "data_weight"  # option of a recipe: weight of a flow-matching term on real data
@@ -157,7 +158,7 @@ def _default_evaluation(pairs: PairsStage, flow: TrainStage) -> EvaluateStage:
         kind="evaluate",
         teacher=flow.teacher,
         fine_solver=pairs.solver if is_reference(pairs.solver) else "heun",
-        fine_steps=pairs.steps,
+        fine_steps=pairs.steps if is_reference(pairs.solver) else FINE_STEPS,
         students={},
         guidance_scale=pairs.guidance_scale,
         guidance=pairs.guidance,
@@ -224,7 +225,8 @@ def _inverted(pairs: PairsStage, share: float) -> PairsStage:
     """
     count = max(1, round(pairs.count * share / (1 - share)))
     solver = pairs.solver if pairs.solver in (AUTO, *inverting_solvers()) else "heun"
-    ends = {"paths": "forward", "times": None, "optimal_times": None, "store_noise": False}
+    steps = PairsStage.model_fields["steps"].default if pairs.solver == FITTED else pairs.steps
+    ends = {"steps": steps, "paths": "forward", "times": None, "optimal_times": None, "store_noise": False}
     return pairs.model_copy(update={**ends, "count": count, "solver": solver})
 
 

@@ -187,6 +187,7 @@ def columns(found: FoundComparison) -> list[str]:
         "images",
         f"{quantity(found)}@{first}",
         *(f"@{n}" for n in further),
+        "best baseline",
         "S",
         "training",
         "memory",
@@ -201,12 +202,13 @@ def rows(found: FoundComparison) -> list[tuple[str, list[str]]]:
     solvers = dict.fromkeys(row.solver for row in coarse)
     shown = [(f"teacher, {solver}", [row for row in coarse if row.solver == solver]) for solver in solvers]
     shown += [(f"teacher, {row.solver}", [row]) for row in fine]
-    lines = [(name, ["-", *_values(found, each), _straightness(each), "-", "-", "-"]) for name, each in shown]
+    lines = [(name, ["-", *_values(found, each), "-", _straightness(each), "-", "-", "-"]) for name, each in shown]
     for entry in found.comparison.entries:
         each = _of(found, entry)
         trained = found.seconds[entry.name]
         cost = [duration(trained) if trained else "-", human(entry.memory), f"{entry.teacher_calls:,.0f}"]
-        lines.append((titled(entry), [f"{entry.images:,}", *_values(found, each), _straightness(each), *cost]))
+        values = [*_values(found, each), _baseline(found, each), _straightness(each)]
+        lines.append((titled(entry), [f"{entry.images:,}", *values, *cost]))
     return lines
 
 
@@ -261,6 +263,12 @@ def _values(found: FoundComparison, measured: Sequence[Row]) -> list[str]:
     return [values.get(steps, "-") for steps in _steps(found)]
 
 
+def _baseline(found: FoundComparison, measured: Sequence[Row]) -> str:
+    """The best value of the teacher at no more network calls than the student's fewest, with its solver."""
+    base = found.results.baseline(measured[0]) if measured else None
+    return "-" if base is None else f"{number(base.value)} {base.solver}"
+
+
 def _straightness(measured: Sequence[Row]) -> str:
     value = measured[0].straightness if measured else None
     return "-" if value is None else number(value)
@@ -269,10 +277,11 @@ def _straightness(measured: Sequence[Row]) -> str:
 def note(found: FoundComparison) -> str:
     """An explanation of the columns."""
     marks = (
-        f" {UNBEATEN.strip()}: not better than the best baseline, the teacher with a solver at no more network calls."
-        if found.results.unbeaten
-        else ""
+        " Best baseline: the best value of the teacher with as many network calls as the student's fewest steps need, "
+        "and its solver."
     )
+    if found.results.unbeaten:
+        marks += f" {UNBEATEN.strip()}: not better than the best baseline at that number of network calls."
     return (
         f"@N: with N steps.{marks} S: straightness, the mean square difference between velocity and mean velocity "
         "along the network's own paths; 0: straight; a flow map has no paths. Training: time of the training loop, "

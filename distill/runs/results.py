@@ -14,7 +14,7 @@ from distill.core.png import is_png
 from distill.runs.run_store import RunPaths, StagePaths
 
 FILE_NAME = "results.json"
-BASELINE = "best baseline"  # the metric of a card with the teacher's best value at no more network calls
+BASELINE = "best baseline"  # the teacher's best value at no more network calls; in a card followed by its quantity
 PICTURE = re.compile(r"(?:pictures/)?[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.png")
 PICTURE_BYTES = 64 * 2**20  # largest size of a picture
 
@@ -160,7 +160,7 @@ def card_metrics(results: Results, student: str) -> dict[str, float]:
                        "recall": row.recall, "rms": row.rms, "straightness": row.straightness}  # fmt: skip
             base = results.baseline(row)
             if base is not None:
-                columns[BASELINE] = base.value
+                columns[f"{BASELINE} {results.distance or 'rms'}"] = base.value
             found |= {f"{name}@{row.steps}": float(f"{x:.6g}") for name, x in columns.items() if x is not None}
     return found
 
@@ -243,13 +243,17 @@ def _has_baselines(results: Results) -> bool:
     return any(results.baseline(row) for row in results.rows if row.role == "student" and not row.fine)
 
 
-def verdicts(results: Results) -> list[str]:
-    """A sentence for each row of a student that is not better than its baseline."""
-    return [
-        f"{row.label} does not beat the teacher at {calls(row.nfe)}: {value(results, row)}; "
-        f"{value(results, base)} with {base.solver} at {calls(base.nfe)}"
+def verdicts(results: Results, student: str | None = None) -> str:
+    """A sentence, which begins with a space, for each row of students that is not better than its baseline.
+
+    student: only of this one; None: of all.
+    """
+    return "".join(
+        f" With {calls(row.nfe)}, {row.label} reaches {value(results, row)}, and the teacher {value(results, base)} "
+        f"with {base.solver} and {calls(base.nfe)}: {row.label} does not beat it."
         for row, base in results.unbeaten
-    ]
+        if student in (None, row.network)
+    )
 
 
 def calls(nfe: int) -> str:
@@ -272,12 +276,14 @@ def describe(results: Results) -> str:
             said[-1] += f"; other sets of exact samples have a distance of {number(results.floor)} on average"
     if _has_baselines(results):
         said.append("Best baseline: the teacher's best value with at most as many network calls, and its solver")
-    return ". ".join([*said, *verdicts(results)]) + "."
+    return ". ".join(said) + "."
 
 
 def table(results: Results) -> Table:
     """The results as a table for a terminal."""
-    shown = Table(title=f"evaluation '{results.stage}'", caption=describe(results), title_justify="left")
+    shown = Table(
+        title=f"evaluation '{results.stage}'", caption=describe(results) + verdicts(results), title_justify="left"
+    )
     shown.add_column("network")
     shown.add_column("steps", justify="right")
     for name in columns(results):

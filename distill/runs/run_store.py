@@ -19,6 +19,8 @@ from distill.core.text import one_line, short, suggest
 from distill.runs import events
 
 RESERVED = {
+    "baselines": "measured rows of teachers",
+    "fitted": "fitted solvers",
     "indexes": "image indexes",
     "inputs": "files fetched from the hub",
     "registry": "published students",

@@ -42,7 +42,7 @@ class GuidanceSpec(FrozenModel):
     interval: tuple[Fraction, Fraction] | None = None
     """[low, high]: guide at times low < t <= high only (1 is noise), with one network call at others; null: always"""
     rescale: Annotated[float, Field(gt=0, le=1)] | None = None
-    """for rescaled: share of the rescaled velocity, from 0 (none) to 1; null: 0.7"""
+    """for rescaled: share of the rescaled velocity, greater than 0, at most 1; null: 0.7"""
     norm_limit: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """for apg: larger differences between the data predictions with and without condition are shortened to this norm;
     null: no limit"""

@@ -263,6 +263,9 @@ class LaunchSpec(FrozenModel):
         return self.nodes * self.procs
 
 
+ADDED = {"guidance", "epsilon_scale", "tolerance", "baselines", "teacher_solvers", "fine_tolerance"}  # after 0.2.0
+
+
 class RunSpec(FrozenModel):
     """The spec of a run."""
 
@@ -291,6 +294,14 @@ class RunSpec(FrozenModel):
         return {name for name, is_of_hub in (("teacher", teacher), ("data", data)) if is_of_hub}
 
     def digest(self) -> str:
-        """sha256 of the spec without `launch` and `name`. Specs with the same digest give the same numbers."""
+        """sha256 of the spec without `launch` and `name`. Specs with the same digest give the same numbers.
+
+        Defaults of fields that earlier versions did not have are left out, so that it is the same as theirs.
+        """
         content = self.model_dump(mode="json", exclude={"launch", "name"})
+        for name, stage in self.stages.items():
+            given = stage.model_dump(include=ADDED, exclude_defaults=True)
+            content["stages"][name] = {
+                key: v for key, v in content["stages"][name].items() if key in given or key not in ADDED
+            }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

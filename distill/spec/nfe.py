@@ -38,10 +38,11 @@ def times_of_calls(solver: str, t_grid: Sequence[float]) -> list[float]:
     """
     found, ode, steps = find_solver(solver), _Recorder(min(t for t in t_grid if t > 0), max(t_grid)), len(t_grid) - 1
     past: tuple[tuple[Tensor, float], ...] = ()
+    whole = tuple(t_grid)
     try:
         for i, (t, t_next) in enumerate(pairwise(t_grid)):
             seen = found.look(ode, 0.0, t)
-            found.step(ode, 0.0, seen, Step(t, t_next, past, steps - i, t_grid[-1] == 0, tuple(t_grid)))
+            found.step(ode, 0.0, seen, Step(t, t_next, past, steps - i, t_grid[-1] == 0, whole))
             past = ((seen, t), *past)[: found.memory]
     except (TypeError, AttributeError) as error:
         raise InputError(

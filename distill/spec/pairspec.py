@@ -148,8 +148,8 @@ def _auto(stage: PairsStage, prefix: str) -> Iterator[str]:
 def _fitted(stage: PairsStage, prefix: str) -> Iterator[str]:
     if stage.field_settings != FieldSettings(stage.guidance_scale):
         yield (
-            f"{prefix}solver: {FITTED} is fitted without guidance and epsilon_scale; remove these, or name another "
-            "solver"
+            f"{prefix}solver: {FITTED} works with guidance_scale only; remove guidance and epsilon_scale, or name "
+            "another solver"
         )
     if stage.paths != "backward":
         yield (

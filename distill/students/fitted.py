@@ -46,7 +46,7 @@ class FittedSolver(FrozenModel):
     rms: float
     """root mean square error of the samples from other noises"""
     rms_before: float
-    """the same for ab2, where the fit began"""
+    """the same for ab2"""
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:

@@ -8,7 +8,7 @@ and x_N is the sample. The times t_1 to t_{N-1} and the weights a, b are N (N + 
 solver with N calls, among them those of `distill.solvers` with one call per step. They are fitted to pairs of noise and
 the end of its path, computed with many Heun steps; only x_N is compared, so the states in between leave the path.
 
-The fit begins at uniform times with the weights of `least_squares`, which are those of ab2 if they are not better. For
+The fit begins at uniform times with the weights of `least_squares`, or with those of ab2 if these are better. For
 networks the loss is the mean over pairs of ln(||x_N - data||^2 / d) and the optimizer is Adam. In less than `FEW`
 dimensions, the error of a single pair can be almost 0 and its logarithm unbounded: there the loss is ln of the mean
 over all pairs, and the optimizer is L-BFGS. The weights with the smallest root mean square (RMS) error on pairs that
@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distill.core.atomic import write_atomic
 from distill.core.errors import InputError, RunError
+from distill.core.stop import StopRequest
 from distill.flow import solvers
 from distill.flow.draws import key, sample_noise
 from distill.flow.fields import start
@@ -48,7 +49,8 @@ REFERENCE = ("heun", 64)  # solver and number of steps of the pairs
 FEW = 64  # dimensions
 STEPS, RATE, RATE_OF_TIMES = 70, 5e-3, 2e-2  # of Adam
 EVALUATIONS = 1500  # of L-BFGS
-BLOCK = 64  # pairs in memory at once
+BLOCK = 64  # pairs in one network call
+TINY = 1e-30  # smallest mean square error whose logarithm is taken
 
 ShowDone = Callable[[int, int], None]  # is called with the number of steps done, and their total
 Judge = Callable[[], None]
@@ -64,7 +66,7 @@ class SolvedPaths:
     """The states of paths along N steps, and their conditions, on the device."""
 
     cond: Cond
-    states: Tensor  # [N + 1, n, ...], at uniform times
+    states: Tensor  # [N + 1, n, ...], at uniform times; [2, n, ...]: only the ends
 
     @property
     def starts(self) -> Tensor:
@@ -94,14 +96,24 @@ def least_squares(field: VelocityField, paths: SolvedPaths, times: Sequence[floa
             parts = [field(b.starts, b.starts.new_full((len(b.starts),), times[i]), b.cond)
                      for b in SolvedPaths(paths.cond, x[None]).blocks()]  # fmt: skip
         velocities.append(torch.cat(parts))
-        basis = torch.stack([x, *velocities]).double().flatten(1)  # [i + 2, n d]
-        gram, right = (basis @ basis.T).cpu(), (basis @ paths.states[i + 1].double().flatten()).cpu()
-        own, *rest = torch.linalg.lstsq(gram, right[:, None], driver="gelsd").solution[:, 0].tolist()
+        own, *rest = _weights([x, *velocities], paths.states[i + 1])
         row = own * row
         row[1 : i + 2] += torch.tensor(rest, dtype=torch.float64)
         rows.append(row)
         x = own * x + sum(weight * v for weight, v in zip(rest, velocities, strict=True))
     return torch.stack(rows)
+
+
+def _weights(basis: Sequence[Tensor], goal: Tensor) -> list[float]:
+    """The weights w_k with the least squares of sum_k w_k basis_k - goal; basis_k and goal are [n, ...]."""
+    gram, right = torch.zeros(len(basis), len(basis)).double(), torch.zeros(len(basis), 1).double()
+    for first in range(0, len(goal), BLOCK):
+        rows = slice(first, first + BLOCK)
+        part = torch.stack([each[rows] for each in basis]).double().flatten(1)  # [K, m]
+        gram += (part @ part.T).cpu()
+        right += (part @ goal[rows].double().flatten()[:, None]).cpu()
+    found: list[float] = torch.linalg.lstsq(gram, right, driver="gelsd").solution[:, 0].tolist()
+    return found
 
 
 class FittedNumbers:
@@ -183,6 +195,7 @@ def fit(
     """Fit a solver of `steps` steps to a teacher.
 
     samples: number of pairs to fit; None: 20 for each number. A quarter as many are held out.
+    show: may raise an error to end the fit.
 
     InputError if the teacher's network cannot be called on the linear path; RunError if a number is not finite.
     """
@@ -190,10 +203,11 @@ def fit(
     count = samples or default_samples(teacher, steps)
     solve = partial(_paths, teacher, field, steps, seed, device)
     pairs, others = solve(range(count)), solve(range(count, count + max(16, int(HELD_OUT * count))))
+    others = SolvedPaths(others.cond, others.states[[0, -1]])
+    if not (pairs.states.isfinite().all() and others.states.isfinite().all()):
+        raise RunError(f"the samples of {teacher.description} contain NaN or infinity; no solver was fitted")
     kept = minimize(field, pairs, others, FittedNumbers(steps, field, device), show)
     first, best = kept[0], kept[-1]
-    if not math.isfinite(best.rms):
-        raise RunError(f"the samples of {teacher.description} contain NaN or infinity; no solver was fitted")
     return FittedSolver(
         digest=teacher.digest,
         steps=steps,
@@ -275,7 +289,7 @@ def _by_adam(
         optimizer.zero_grad()
         for each in pairs.blocks():
             errors = (found.end(field, each.starts, each.cond) - each.ends).double().square().flatten(1).mean(1)
-            (errors.log().sum() / len(pairs.ends)).backward()
+            (errors.clamp(min=TINY).log().sum() / len(pairs.ends)).backward()
         optimizer.step()
         schedule.step()
         if (step + 1) % 5 == 0:
@@ -324,17 +338,20 @@ def find(
     *,
     device: torch.device,
     samples: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     guidance_scale: float = 1.0,
+    stop: StopRequest | None = None,
 ) -> FittedSolver:
-    """The solver fitted with these settings, from the store if it is there; otherwise it is fitted now and stored.
+    """The solver of the store for this network and number of steps; if it has none, one is fitted now and stored.
 
-    The store keeps one solver for a network and a number of steps; one fitted with other settings is replaced. Raises
-    like `fit`, and InputError for a store that cannot be written.
+    samples, seed: of the pairs to fit it to. If given, a solver that was fitted to others is replaced. If several
+    processes fit at the same time without these, the first result is stored, and all return it. Raises like `fit`, and
+    InputError for a store that cannot be written.
     """
-    count = samples or default_samples(teacher, steps)
+    asked = samples is not None or seed is not None
+    count, own = samples or default_samples(teacher, steps), seed or 0
     found = load(store, teacher.digest, steps, guidance_scale)
-    if found is not None and (found.samples, found.seed) == (count, seed):
+    if found is not None and (not asked or (found.samples, found.seed) == (count, own)):
         return found
     file = path(store, teacher.digest, steps, guidance_scale)
     try:
@@ -344,9 +361,14 @@ def find(
             f"cannot save the fitted solver in {file.parent}: {error.strerror}; use another store (--store)"
         ) from error
     with Progress(f"fit {steps} steps", 100, "percent", None) as progress:
+
+        def show(done: int, total: int) -> None:
+            progress.update(100 * done // total, {})
+            if stop is not None:
+                stop.raise_if_requested("nothing, since a solver was being fitted")
+
         found = fit(
-            teacher, steps, device=device, samples=count, seed=seed, guidance_scale=guidance_scale,
-            show=lambda done, total: progress.update(100 * done // total, {}),
+            teacher, steps, device=device, samples=count, seed=own, guidance_scale=guidance_scale, show=show
         )  # fmt: skip
-    write_atomic(file, found.model_dump_json(indent=1))
-    return found
+    write_atomic(file, found.model_dump_json(indent=1), replace=asked)
+    return found if asked else load(store, teacher.digest, steps, guidance_scale) or found

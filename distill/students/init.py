@@ -168,6 +168,11 @@ def teacher_on_linear_path(teacher: LoadedTeacher) -> LoadedTeacher:
     if not isinstance(teacher.field, EdmField | NetworkField) or teacher.field.interpolant.name == "linear":
         return teacher
     assert teacher.network is not None
+    if any(parameter.is_meta for parameter in teacher.network.parameters()):
+        raise InputError(
+            f"{teacher.description} does not fit into the memory of the device, so its weights cannot be shared with a "
+            "network of the linear path; fitted solvers need that: use another solver"
+        )
     with init_empty_weights(include_buffers=False):
         network = _of_linear_path(teacher)
     network.load_state_dict(teacher.network.state_dict(), strict=True, assign=True)
