@@ -323,7 +323,7 @@ def test_baselines_are_measured_at_the_students_numbers_of_calls(vector_run):
         assert row.rms == pytest.approx((own - fine).square().mean().sqrt().item(), rel=1e-4)
     best = min(found.rows[:3] + found.rows[3:6], key=lambda row: row.value)
     assert found.baseline(found.row("exact", 4)) == best and found.baseline(found.row("exact", 1)).solver == "euler"
-    assert results.card_metrics(found, "exact")["best baseline@4"] == float(f"{best.distance:.6g}")
+    assert results.card_metrics(found, "exact")["best baseline SW2@4"] == float(f"{best.distance:.6g}")
 
 
 def test_rows_of_the_teacher_are_shared_by_the_runs_of_a_store(vector_run, tmp_path, monkeypatch):

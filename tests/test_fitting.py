@@ -10,7 +10,7 @@ from commands import command
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from distill.core.errors import InputError
+from distill.core.errors import InputError, RunError
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
 from distill.flow.draws import sample_noise
@@ -22,7 +22,7 @@ from distill.spec.model import CheckpointTeacher, GaussianTeacher, MlpSpec
 from distill.students import fitted, fitting
 from distill.students.exporting import export
 from distill.students.samplers import bns
-from distill.teachers import load_teacher
+from distill.teachers import LoadedTeacher, load_teacher
 
 CPU = torch.device("cpu")
 MEAN, STD = [0.5, -0.2], math.sqrt(0.3)
@@ -188,3 +188,22 @@ def test_rows_that_do_not_fit_are_refused():
     teacher = load_teacher(GAUSSIAN, CPU)
     with pytest.raises(InputError, match="has no network to export"):
         fitted.refuse_student(teacher, 1.0)
+
+
+def test_a_fit_is_replaced_only_on_request(tmp_path):
+    """Pairs and evaluations take what the store has, whatever it was fitted to."""
+    teacher = load_teacher(GAUSSIAN, CPU)
+    first = fitting.find(teacher, tmp_path, 1, device=CPU, samples=64, seed=5)
+    assert fitting.find(teacher, tmp_path, 1, device=CPU) == first
+    assert fitting.find(teacher, tmp_path, 1, device=CPU, samples=48) != first
+    assert fitted.load(tmp_path, teacher.digest, 1).samples == 48
+
+
+def test_a_teacher_that_makes_no_numbers_is_named(tmp_path):
+    network = build(MlpSpec(kind="mlp", width=8, depth=1), (2,), None, seed=0)
+    next(network.parameters()).data.fill_(float("nan"))
+    field = VelocityStudent(network)
+    teacher = LoadedTeacher(field, (2,), None, None, "d" * 64, "a broken teacher", network)
+    with pytest.raises(RunError, match="the samples of a broken teacher contain NaN or infinity; no solver was fitted"):
+        fitting.find(teacher, tmp_path, 1, device=CPU, samples=64)
+    assert not list(tmp_path.rglob("*.json"))

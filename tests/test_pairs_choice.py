@@ -68,8 +68,10 @@ def test_it_is_chosen_once_and_said(tmp_path):
     assert (found.solver, found.steps, found.nfe) == (told["solver"], told["steps"], told["calls"]) == ("ab3", 8, 8)
     saved = 40 * (told["calls_of_default"] - 8)
     assert said.startswith("solver: auto uses ab3 with 8 steps: its pairs differ from exact ones by 0.")
-    assert said.endswith(f"(RMS), with 8 network calls per pair; heun needs {told['calls_of_default']:g}, so "
-                         f"{saved:,.0f} calls are saved")  # fmt: skip
+    assert said.endswith(
+        f"(RMS), with 8 network calls per pair; heun needs {told['calls_of_default']:g}, so {saved:,.0f} calls are "
+        f"saved; choosing it took {told['calls_of_choice']:,.0f} calls"
+    )
     for part in range(2):
         make(stage(), parts, (part, 2))
     assert make(stage(), whole) == [said], "the finished set is found again"
@@ -101,7 +103,8 @@ def test_pairs_of_a_fitted_solver(tmp_path):
     (tmp_path / "p" / "shard-00001.safetensors").unlink()
     make(given, tmp_path / "p")
     assert folder_bytes(tmp_path / "p") == before
-    assert solving(given, tmp_path).accuracy() == f"RMS error of the fitted solver from other noises: {fit.rms:.4g}"
+    said = solving(given, tmp_path).accuracy()
+    assert said == f"the samples of the fitted solver differ from exact ones by {fit.rms:.4g} (RMS, not relative)"
 
 
 def test_a_manifest_without_a_fitted_solver_has_the_digest_that_it_had(tmp_path):
@@ -131,9 +134,7 @@ def test_what_has_no_effect_is_refused(fields, said):
 
 def test_a_tolerance_that_no_steps_reach(tmp_path, monkeypatch):
     monkeypatch.setattr(choice, "DOUBLINGS", 1)
-    with pytest.raises(
-        RunError, match="found no number of steps up to 128 with which pairs are exact to tolerance: 1e-06"
-    ):
+    with pytest.raises(RunError, match="cannot measure errors of 1e-06: the first pairs still change by more than"):
         solving(stage(tolerance=1e-6), tmp_path)._choose(StopRequest())
 
 

@@ -301,10 +301,10 @@ def test_a_student_says_what_was_measured(tmp_path):
     card = student_card.verify(folder)  # the checksum of the new README among them
     assert card.metrics["SW2@2"] == pytest.approx(row.distance, rel=1e-5)
     assert card.metrics["rms@2"] == pytest.approx(row.rms, rel=1e-5)
-    names = ("SW2", "KID", "precision", "recall", "rms", "straightness", "best baseline")
+    names = ("SW2", "KID", "precision", "recall", "rms", "straightness", "best baseline SW2")
     assert set(card.metrics) == {f"{name}@{steps}" for name in names for steps in (1, 2)}
     text = (folder / "README.md").read_text()
-    assert "| NFE | SW2 | KID | precision | recall | rms | straightness | best baseline |" in text
+    assert "| NFE | SW2 | KID | precision | recall | rms | straightness | best baseline SW2 |" in text
     assert f"| 2 | {card.metrics['SW2@2']:.4g} | " in text
 
     # killed while writing it, resumed: the same bytes, nothing beside them

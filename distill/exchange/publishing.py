@@ -213,8 +213,6 @@ def describe(name: str, chosen: ChosenStudent, images: int, picture: str) -> Pub
         name=name,
         picture=picture,
         measured="" if found is None else _describe(found, chosen.stage),
-        if found is None
-        else f"NFE: calls of a network per sample. {results.describe(found)}{results.verdicts(found, chosen.stage)}",
         columns=[] if found is None else ["", "steps", *results.columns(found)],
         rows=[] if found is None else [_cells(found, row, chosen.stage) for row in rows],
         costs=[_cost(chosen, spec, each, images, took) for each, took in times.items()],
