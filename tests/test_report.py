@@ -182,8 +182,8 @@ def test_headlines():
     ]
     assert full.unbeaten == []
     assert verdicts(strong, "one_step") == (
-        " With one network call, one_step reaches 8.60, and the teacher 8.50 with unipc2 and one network call: one_step "
-        "does not beat it."
+        " With one network call, one_step reaches 8.60, and the teacher 8.50 with unipc2 and one network call: "
+        "one_step does not beat it."
     )
     assert verdicts(strong).count("does not beat") == 2 and verdicts(full) == ""
     assert "; the teacher needs one network call of unipc2 for 8.50, and reaches 5.30" in report_page.headline(strong)
