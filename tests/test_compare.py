@@ -84,14 +84,21 @@ def check_table(run, said):
     page = run.comparison_table.read_text()
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
     heads, rows = lines[0], {line[0]: line for line in lines[2:]}
-    assert heads == ["recipe", "images", "FD-digits@1", "@2", "@4", "@8", "S", "training", "memory", "teacher calls"]
-    assert list(rows) == ["teacher, euler", "teacher, dpm_solver_pp_2m", "one_step (reflow, one_step)", "reflow",
-                          "perflow"]  # fmt: skip
-    number = results.number
-    assert rows["reflow"][2:5] == [number(measured.row("reflow", steps).distance) for steps in (1, 2, 4)]
-    assert rows["one_step (reflow, one_step)"][2:4] == [number(measured.row("one_step", 1).distance), "-"]
-    assert rows["perflow"][2:6] == ["-", "-", *(number(measured.row("perflow", n).distance) for n in (4, 8))]
-    assert rows["teacher, dpm_solver_pp_2m"][3] == number(measured.row("teacher", 2, fine=True).distance)
+    assert heads == ["recipe", "images", "FD-digits@1", "@2", "@4", "@8", "best baseline", "S", "training", "memory",
+                     "teacher calls"]  # fmt: skip
+    solvers = [f"teacher, {name}" for name in ("euler", "ab3", "unipc2", "dpm_solver_pp_2m")]
+    assert list(rows) == [*solvers, "one_step (reflow, one_step)", "reflow", "perflow"]
+
+    def shown(name, steps):
+        row = measured.row(name, steps)
+        return results.number(row.distance) + (" (b)" if any(row is each for each, _ in measured.unbeaten) else "")
+
+    assert rows["reflow"][2:5] == [shown("reflow", steps) for steps in (1, 2, 4)]
+    assert rows["one_step (reflow, one_step)"][2:4] == [shown("one_step", 1), "-"]
+    assert rows["perflow"][2:6] == ["-", "-", *(shown("perflow", n) for n in (4, 8))]
+    assert rows["teacher, dpm_solver_pp_2m"][3] == results.number(measured.row("teacher", 2, fine=True).distance)
+    base = measured.baseline(measured.row("perflow", 4))
+    assert rows["perflow"][6] == f"{results.number(base.distance)} {base.solver}"
     images = {entry["name"]: sum(part["images"] for part in entry["parts"]) for entry in record["entries"]}
     assert {name: int(row[1].replace(",", "")) for name, row in rows.items() if row[1] != "-"} == {
         "one_step (reflow, one_step)": images["one_step"], "reflow": images["reflow"], "perflow": images["perflow"],

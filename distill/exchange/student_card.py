@@ -21,8 +21,7 @@ from distill.core.errors import InputError
 from distill.core.field_types import LINE, Count, FrozenModel, Label, Line, Number
 from distill.core.regular_files import open_regular, read_regular
 from distill.core.text import one_line
-from distill.runs.results import BASELINE
-from distill.spec.kinds import SAMPLERS, STUDENTS, SamplerName, StudentName, network_calls
+from distill.spec.kinds import BASELINE, SAMPLERS, STUDENTS, SamplerName, StudentName, network_calls
 from distill.spec.model import is_path
 
 FILE_NAME, README = "distill.json", "README.md"

@@ -12,9 +12,9 @@ from distill.core.errors import InputError
 from distill.core.field_types import NAME, FrozenModel, Line, Positive
 from distill.core.png import is_png
 from distill.runs.run_store import RunPaths, StagePaths
+from distill.spec.kinds import BASELINE
 
 FILE_NAME = "results.json"
-BASELINE = "best baseline"  # the teacher's best value at no more network calls; in a card followed by its quantity
 PICTURE = re.compile(r"(?:pictures/)?[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.png")
 PICTURE_BYTES = 64 * 2**20  # largest size of a picture
 

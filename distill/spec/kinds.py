@@ -153,6 +153,7 @@ class OneOf:
         return name
 
 
+BASELINE = "best baseline"  # the teacher's best value at no more network calls; in a card followed by its quantity
 AUTO, FITTED = "auto", "bns"  # names in place of a solver of the pairs: the cheapest; fitted to the teacher
 SolverName = Annotated[str, OneOf(ode_solvers, lambda name: name in solver_names() and not _is_stochastic(name))]
 PairsSolverName = Annotated[str, OneOf(lambda: [*ode_solvers(), AUTO, FITTED])]
