@@ -44,7 +44,7 @@ def make(given: PairsStage, folder: Path, part: tuple[int, int] | None = None) -
     return [text for text in said if text.startswith("solver")]
 
 
-@pytest.mark.parametrize("tolerance", [None, 0.05])
+@pytest.mark.parametrize("tolerance", [pytest.param(None, marks=pytest.mark.long), 0.05])
 def test_the_solver_with_the_fewest_calls_is_chosen(tmp_path, tolerance):
     """Against every other candidate and number of steps, and against the exact ends."""
     given = stage(tolerance=tolerance)
