@@ -193,10 +193,10 @@ def test_the_first_call_is_at_the_noisiest_time_and_none_below_the_lowest():
 
 
 def test_rows_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="3 steps has rows of 2 to 4 weights"):
-        fitted.refuse_rows([[1.0, 0.5], [1.0, 0.5]], 3)
+    with pytest.raises(ValueError, match="3 steps has 3 rows, of 2 to 4 weights"):
+        student_card.refuse_rows([[1.0, 0.5], [1.0, 0.5]], 3)
     with pytest.raises(ValueError, match="must be finite"):
-        fitted.refuse_rows([[1.0, math.nan]], 1)
+        student_card.refuse_rows([[1.0, math.nan]], 1)
     teacher = load_teacher(GAUSSIAN, CPU)
     with pytest.raises(InputError, match="has no network to export"):
         fitted.refuse_student(teacher, 1.0)

@@ -43,6 +43,14 @@ class FileRecord(FrozenModel):
     """in bytes"""
 
 
+def refuse_rows(rows: list[list[float]], steps: int) -> None:
+    """Raise ValueError unless these are the weights of a fitted solver with so many steps."""
+    if [len(row) for row in rows] != [i + 2 for i in range(steps)]:
+        raise ValueError(f"a fitted solver of {steps} steps has {steps} rows, of 2 to {steps + 1} weights")
+    if not all(math.isfinite(weight) for row in rows for weight in row):
+        raise ValueError("the weights of a fitted solver must be finite")
+
+
 class StudentCard(FrozenModel):
     """The content of distill.json. It depends on the student alone, so it has no dates and no paths.
 
@@ -116,8 +124,7 @@ class StudentCard(FrozenModel):
         if SAMPLERS[self.sampler].is_fitted != bool(self.fitted) or (self.fitted and {*self.fitted} != {*self.t_grids}):
             raise ValueError("fitted: the sampler bns needs weights for each number of steps in t_grids, others none")
         for steps, rows in self.fitted.items():
-            if [len(row) for row in rows] != [i + 2 for i in range(steps)]:
-                raise ValueError(f"fitted: {steps} steps need {steps} rows of 2 to {steps + 1} weights")
+            refuse_rows(rows, steps)
         return self
 
     @property

@@ -48,13 +48,16 @@ class StudentKind:
     """whether it is a velocity field; only these can be a teacher, or initialise a student of another kind"""
 
 
+BASELINE = "best baseline"  # the teacher's best value at no more network calls; in a card followed by its quantity
+AUTO, FITTED = "auto", "bns"  # names in place of a solver of the pairs: the cheapest; fitted to the teacher
+
 # The first sampler of each kind of student is its default.
 SAMPLERS: Mapping[str, SamplerFacts] = {
     "euler": SamplerFacts("velocity", "Euler, x_s = x_t + (s - t) v(x_t, t)"),
     "same_noise": SamplerFacts(
         "velocity", "data = x_t - t v(x_t, t), x_s = (1 - s) data + s noise, with the noise that it began from"
     ),
-    "bns": SamplerFacts(
+    FITTED: SamplerFacts(
         "velocity",
         "x_{i+1} = a_i noise + sum_j b_ij v(x_j, t_j), with times and weights that were fitted to the network",
         is_fitted=True,
@@ -153,8 +156,6 @@ class OneOf:
         return name
 
 
-BASELINE = "best baseline"  # the teacher's best value at no more network calls; in a card followed by its quantity
-AUTO, FITTED = "auto", "bns"  # names in place of a solver of the pairs: the cheapest; fitted to the teacher
 SolverName = Annotated[str, OneOf(ode_solvers, lambda name: name in solver_names() and not _is_stochastic(name))]
 PairsSolverName = Annotated[str, OneOf(lambda: [*ode_solvers(), AUTO, FITTED])]
 AnySolverName = Annotated[str, OneOf(solver_names)]

@@ -3,7 +3,6 @@
 How they are fitted is in `students.fitting`.
 """
 
-import math
 from pathlib import Path
 from typing import Literal, Self
 
@@ -15,7 +14,7 @@ from distill.core import records
 from distill.core.errors import InputError
 from distill.core.field_types import LINE, FrozenModel
 from distill.core.text import one_line
-from distill.exchange.student_card import StudentCard
+from distill.exchange.student_card import StudentCard, refuse_rows
 from distill.flow import solvers
 from distill.flow.fields import start
 from distill.networks.velocity import VelocityStudent
@@ -54,14 +53,6 @@ class FittedSolver(FrozenModel):
             raise ValueError(f"times: {self.steps + 1} times that decrease from 1 to 0 are expected")
         refuse_rows(self.rows, self.steps)
         return self
-
-
-def refuse_rows(rows: list[list[float]], steps: int) -> None:
-    """Raise ValueError unless these are the weights of a fitted solver with so many steps."""
-    if [len(row) for row in rows] != [i + 2 for i in range(steps)]:
-        raise ValueError(f"a fitted solver of {steps} steps has rows of 2 to {steps + 1} weights")
-    if not all(math.isfinite(weight) for row in rows for weight in row):
-        raise ValueError("the weights of a fitted solver must be finite")
 
 
 def path(store: Path, digest: str, steps: int, guidance_scale: float) -> Path:

@@ -2,8 +2,8 @@
 
 Nothing is asserted: machines are noisy. Contenders take turns, medians are compared. Without names, the quick ones run.
 `quickstart` takes 5 minutes on 2 cores, `digits` (the bar, mean of three seeds) 20, `flowturbo` and `zero` 15,
-`bns` and `solvers` 10, `schedules` 4, `reading` 3, `shards` 2; `runs` makes a store of 2,000 runs, `looks` a run of a
-million events; `checkpoint` and `pull` need 4 GB of disk.
+`guidance` 25, `bns` and `solvers` 10, `schedules` 4, `reading` 3, `shards` 2; `runs` makes a store of 2,000 runs,
+`looks` a run of a million events; `checkpoint` and `pull` need 4 GB of disk.
 """
 
 import statistics
@@ -32,6 +32,7 @@ from distill.training import engine
 from tests.benchmarks.bns import bench_bns
 from tests.benchmarks.draws import bench_draws
 from tests.benchmarks.flowturbo import bench_flowturbo
+from tests.benchmarks.guidance import bench_guidance
 from tests.benchmarks.images import bench_images
 from tests.benchmarks.pairs import bench_million, bench_pairs, bench_reading, bench_shards, bench_workers
 from tests.benchmarks.ranks import bench_checkpoint, bench_zero
@@ -166,6 +167,7 @@ BENCHES: dict[str, Callable[[], str]] = {
     "bns": bench_bns,
     "schedules": bench_schedules,
     "flowturbo": bench_flowturbo,
+    "guidance": bench_guidance,
     "quickstart": bench_quickstart,
     "digits": bench_digits,
     "zero": bench_zero,
