@@ -22,7 +22,7 @@ SPEC = RunSpec.model_validate({
     "stages": {
         "pairs": {"kind": "pairs", "count": 8, "block": 4, "shard": 4, "steps": 2},
         "evaluate": {"kind": "evaluate", "samples": 16, "block": 16, "teacher_steps": [1], "fine_steps": 2,
-                     "students": {}},
+                     "students": {}, "baselines": []},
     },
 })  # fmt: skip
 

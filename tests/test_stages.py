@@ -370,7 +370,8 @@ def with_map(tmp_path):
 
 def test_flow_maps_are_trained_continued_exported_and_measured(tmp_path):
     jumps = with_map(tmp_path)
-    evaluate = {"kind": "evaluate", "students": {"map": [1, 2], "again": [2]}, "samples": 16, "fine_steps": 2}
+    evaluate = {"kind": "evaluate", "students": {"map": [1, 2], "again": [2]}, "samples": 16, "fine_steps": 2,
+                "baselines": []}  # fmt: skip
     given = spec(
         pairs=PAIRS,
         map=jumps,
@@ -404,7 +405,7 @@ def test_a_student_is_made_for_times_of_its_own(tmp_path):
     text = Path(reflow.__file__).read_text().replace('    sampler = "euler"\n', own)
     (tmp_path / "r").mkdir()
     (tmp_path / "r" / "own.py").write_text(text)
-    evaluate = {"kind": "evaluate", "samples": 16, "fine_steps": 2, "teacher_steps": [1]}
+    evaluate = {"kind": "evaluate", "samples": 16, "fine_steps": 2, "teacher_steps": [1], "baselines": []}
     student = {**REFLOW, "recipe": "./own.py"}
     given = spec(pairs=PAIRS, own=student, evaluate={**evaluate, "students": {"own": [2]}})
     preflight.check(resolve(given, tmp_path / "r"))
@@ -434,7 +435,8 @@ OPTIMAL = {**PAIRS, "paths": "trajectories", "solver": "euler", "steps": 12, "op
 def test_a_student_steps_where_its_teacher_errs_least(tmp_path):
     """The pairs stage finds the times, the store keeps them, the pairs and the student have them."""
     teacher = {"kind": "gaussian", "mean": [0.0, 0.0], "std": [0.3**0.5, 0.3**0.5]}
-    evaluate = {"kind": "evaluate", "samples": 16, "fine_steps": 2, "teacher_steps": [1], "students": {"boss": [3]}}
+    evaluate = {"kind": "evaluate", "samples": 16, "fine_steps": 2, "teacher_steps": [1], "students": {"boss": [3]},
+                "baselines": []}  # fmt: skip
     given = spec(teacher, pairs=OPTIMAL, boss={**BOSS, "images": 32}, evaluate=evaluate)
     checks.check(given, tmp_path)
     preflight.check(resolve(given, tmp_path))
