@@ -318,7 +318,7 @@ def test_kills_at_random_moments_change_no_bit(together, tmp_path, zero):
         for rank, survivor in enumerate(ranks):
             if rank not in victims:
                 training = r"step \d+, (turn [01], network '\w+'|reading its batch)"
-                saving = r"(after )?saving step \d+|after (step \d+|waiting for).*|waiting for rank 0: .*"
+                saving = r"(after )?saving step \d+|after step \d+.*|(after )?waiting for .*"
                 place = rf"rank {rank}, ({training}|{saving})"
                 assert re.search(rf"^{place}: {LOST} \(", survivor.said, re.MULTILINE)
     assert newest(tmp_path, case) < STEPS
@@ -406,6 +406,8 @@ def test_a_rank_that_is_held_is_given_up(tmp_path):
     ranks[0].wait_until(lambda: newest(tmp_path, "one-none-fp32-often") >= 3)
     ranks[1].send(signal.SIGSTOP)
     assert ranks[0].end(60) == EXIT_PEER
-    assert re.search(rf"^rank 0, .*step \d+.*: {LOST}", ranks[0].said, re.MULTILINE)
+    assert re.search(
+        rf"^rank 0, (.*step \d+.*|(after )?waiting for the last save): {LOST}", ranks[0].said, re.MULTILINE
+    )
     ranks[1].send(signal.SIGKILL)
     ranks[1].end()

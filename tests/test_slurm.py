@@ -55,7 +55,7 @@ def disturb(cluster, run, job, why):
 def test_whatever_ends_a_job_the_student_is_the_same(cluster, tmp_path, procs, zero, reasons):
     """Each once the run has come some steps further."""
     specs(tmp_path)
-    changes = (f"launch.zero_stage={zero}", f"stages.teach.images={320 * procs * len(reasons)}")
+    changes = (f"launch.zero_stage={zero}", f"stages.teach.images={640 * procs * len(reasons)}")
     local = distill("run", "small.yaml", *changes, f"--procs={2 * procs}", "--name=local", cwd=tmp_path)
     assert local.returncode == 0, local.stderr
     submit(cluster, tmp_path, "small.yaml", *changes, "--nodes=2", f"--procs-per-node={procs}", "--partition=low")
