@@ -53,7 +53,7 @@ def refuse(capfd, tmp_path, arguments, said):
 
 SOLVERS = (
     "'euler', 'heun', 'ab2', 'ab3', 'dpm_solver_pp_2m', 'dpm_solver_pp_3m', "
-    "'ipndm3', 'ipndm4', 'unipc2', 'unipc3', 'auto' or 'bns'"
+    "'ipndm3', 'ipndm4', 'unip3', 'unipc2', 'unipc3', 'auto' or 'bns'"
 )
 DIGITS = "preset 'digits': "
 SPEC = "spec 'digits': "

@@ -341,7 +341,8 @@ def test_straightness_is_that_of_the_linear_path_whatever_the_schedule():
 
 def test_what_each_solver_can_do():
     assert ODE_SOLVERS == [
-        "euler", "heun", "ab2", "ab3", "dpm_solver_pp_2m", "dpm_solver_pp_3m", "ipndm3", "ipndm4", "unipc2", "unipc3"
+        "euler", "heun", "ab2", "ab3", "dpm_solver_pp_2m", "dpm_solver_pp_3m", "ipndm3", "ipndm4", "unip3", "unipc2",
+        "unipc3",
     ]  # fmt: skip
     assert set(solver_names()) == {*ODE_SOLVERS, "edm_churn", "restart", "sa"}
     assert kinds.inverting_solvers() == ["euler", "heun", "ab2", "ab3"]

@@ -377,7 +377,7 @@ CASES = {
     "a solver by another name": (
         vectors(e={"teacher_solvers": {"sda": [4]}}),
         "f: stages.e.teacher_solvers.sda: 'sda' given; must be 'euler', 'heun', 'ab2', 'ab3', 'dpm_solver_pp_2m', "
-        "'dpm_solver_pp_3m', 'edm_churn', 'ipndm3', 'ipndm4', 'restart', 'sa', 'unipc2' or 'unipc3'",
+        "'dpm_solver_pp_3m', 'edm_churn', 'ipndm3', 'ipndm4', 'restart', 'sa', 'unip3', 'unipc2' or 'unipc3'",
     ),
     "too many resolutions": (
         images(t={"network": {"kind": "unet", "channels": [8, 8, 8, 8, 8]}}),
