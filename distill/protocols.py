@@ -18,6 +18,7 @@ from distill.flow.draws import Rows
 from distill.flow.interpolants import Interpolant
 
 Cond = Mapping[str, Tensor]  # e.g. {"class_labels": [B] int64}; empty for an unconditional network
+NetworkCall = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]  # (network, x_t [B, ...], time [B], cond) -> like x_t
 
 
 @runtime_checkable

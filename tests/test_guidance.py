@@ -45,7 +45,7 @@ def randn(name, *shape):
 
 
 def name_of(guidance):
-    return " ".join([guidance.form, *guidance.words[1:]])
+    return " ".join([guidance.form or "cfg", *guidance.words[1:]])
 
 
 def stable_diffusion():

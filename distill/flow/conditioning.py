@@ -1,6 +1,7 @@
-"""Conditioning on class labels, and no conditioning. Other kinds can implement `protocols.Conditioning`."""
+"""Conditioning on class labels or on rows of a table, and no conditioning."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -39,6 +40,41 @@ class Unconditional:
 
     def null(self, cond: Cond) -> Cond:
         return cond
+
+
+@dataclass(frozen=True)
+class ConditionTable:
+    """Conditions that were computed beforehand, such as embeddings of prompts: index i has row i of each tensor.
+
+    rows: [count, ...] by field. null_rows: [1, ...] by field, of the null condition; None: there is none.
+    constants: [...] by field, equal for all samples.
+    """
+
+    rows: Mapping[str, Tensor]
+    null_rows: Mapping[str, Tensor] | None = None
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return len(next(iter(self.rows.values())))
+
+    @property
+    def has_null(self) -> bool:
+        return self.null_rows is not None
+
+    def collate(self, indices: Tensor) -> Cond:
+        rows = indices.cpu()
+        found = {name: each[rows].to(indices.device) for name, each in self.rows.items()}
+        return found | self._constants(len(indices), indices.device)
+
+    def null(self, cond: Cond) -> Cond:
+        assert self.null_rows is not None
+        like = next(iter(cond.values()))
+        found = {name: each.to(like.device).expand(len(like), *each.shape[1:]) for name, each in self.null_rows.items()}
+        return found | self._constants(len(like), like.device)
+
+    def _constants(self, count: int, device: torch.device) -> dict[str, Tensor]:
+        return {name: each.to(device).expand(count, *each.shape) for name, each in self.constants.items()}
 
 
 def of_classes(num_classes: int | None, null_class: int | None) -> Conditioning:

@@ -61,9 +61,15 @@ class Indexed:
     def __init__(self, field: VelocityField, conditioning: Conditioning) -> None:
         self.field, self.conditioning = field, conditioning
         self.interpolant, self.t_range = field.interpolant, field.t_range
+        self._last: tuple[Tensor | None, Cond] = (None, {})  # a solver calls the field with the same indices many times
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        return self.field(x_t, t, self.conditioning.collate(cond["class_labels"]) if cond else cond)
+        if not cond:
+            return self.field(x_t, t, cond)
+        indices = cond["class_labels"]
+        if self._last[0] is not indices:
+            self._last = (indices, self.conditioning.collate(indices))
+        return self.field(x_t, t, self._last[1])
 
     def calls_at(self, t: Tensor) -> int:
         return calls_per_sample(self.field, t)

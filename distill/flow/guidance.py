@@ -76,9 +76,11 @@ def renormalised(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: float)
     return guided * (_norm(v) / _norm(guided).clamp(min=TINY))
 
 
-def combination(guidance: GuidanceSpec) -> Combine:
-    """The function of this form of guidance."""
+def combination(guidance: GuidanceSpec) -> Combine | None:
+    """The function of this form of guidance; None: that of the teacher's own pipeline."""
     match guidance.form:
+        case None:
+            return None
         case "cfg":
             return cfg
         case "zero_star":

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from distill.flow.interpolants import like, linear
 from distill.networks.velocity_call import call
-from distill.protocols import Cond
+from distill.protocols import Cond, NetworkCall
 
 TIME_SCALE = 1000.0  # networks of the linear path are called with timestep = 1000 t, as in diffusers' flow schedulers
 
@@ -12,18 +12,18 @@ TIME_SCALE = 1000.0  # networks of the linear path are called with timestep = 10
 class VelocityStudent(nn.Module):
     """The velocity v(x_t, t, cond) on the linear path.
 
-    `network` is called as network(x_t, 1000 t, class_labels), like diffusers' UNet2DModel. The result has the dtype of
-    x_t, so that losses and solver states stay float32 under bf16 autocast.
+    `network` is called as network(x_t, 1000 t, class_labels), like diffusers' UNet2DModel, unless `call` says
+    otherwise. The result has the dtype of x_t, so that losses and solver states stay float32 under bf16 autocast.
     """
 
     interpolant = linear()
     t_range = (0.0, 1.0)
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, call: NetworkCall = call) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.call = network, call
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t [B, ...], t [B] in [0, 1] -> velocity [B, ...]."""
         like(t, x_t)  # checks the shape of t
-        return call(self.network, x_t, t, cond)
+        return self.call(self.network, x_t, t, cond)

@@ -3,11 +3,15 @@
 This file is shipped inside student folders: it imports torch and diffusers only.
 """
 
+from functools import partial
+
 import torch
 from diffusers import UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
+
+from .linear_path import edm_velocity, log_sigmas, vp_velocity
 
 
 class VelocityUNet2DModel(UNet2DModel):
@@ -102,10 +106,7 @@ class VelocityUNet2DModel(UNet2DModel):
         # Not a buffer: it must stay float64 whatever the network is cast to.
         self._log_sigma = torch.empty(0, dtype=torch.float64, device="cpu")
         if alphas_cumprod is not None:
-            table = torch.tensor(alphas_cumprod, dtype=torch.float64, device="cpu").clamp(
-                min=1e-12
-            )  # zero terminal SNR
-            self._log_sigma = 0.5 * (torch.log1p(-table) - torch.log(table))  # [N], increasing
+            self._log_sigma = log_sigmas(alphas_cumprod)
 
     def forward(
         self,
@@ -121,51 +122,19 @@ class VelocityUNet2DModel(UNet2DModel):
     def velocity(self, sample: Tensor, timestep: Tensor | float | int, condition: object) -> Tensor:
         """condition: what `class_embedding` embeds."""
         t = torch.as_tensor(timestep, dtype=torch.float64, device=sample.device).expand(sample.shape[0]) / 1000
+        network = partial(self._native, condition)
         match self.config.path:
             case "vp":
-                return self._vp(sample, t, condition)
+                return vp_velocity(network, self.config.prediction, self._log_sigma, sample, t)
             case "edm":
-                return self._edm(sample, t, condition)
+                c = self.config
+                sign = 1 if c.prediction == "epsilon" else -1
+                return edm_velocity(network, sign, c.sigma_data, c.sigma_min, c.sigma_max, sample, t)
             case "inverted":
                 return -super().forward(sample, 1000 * (1 - t).float(), condition).sample
             case _:
                 return super().forward(sample, 1000 * t.float(), condition).sample
 
-    def _native(self, x: Tensor, scale: Tensor, time: Tensor, condition: object) -> Tensor:
-        """The network as it was trained: on scale x, at its own time."""
-        return super().forward(_over(scale, x) * x, time.float(), condition).sample.to(x.dtype)
-
-    def _vp(self, x: Tensor, t: Tensor, condition: object) -> Tensor:
-        table = self._log_sigma.to(x.device)
-        log_sigma = (torch.log(t) - torch.log1p(-t)).clamp(table[0], table[-1])  # [B]; infinite at the ends before
-        below = (torch.searchsorted(table, log_sigma) - 1).clamp(0, len(table) - 2)
-        n = below + (log_sigma - table[below]) / (table[below + 1] - table[below])
-        alpha, sigma = torch.sigmoid(-2 * log_sigma).sqrt(), torch.sigmoid(2 * log_sigma).sqrt()
-        scale = 1 / ((1 - t).square() + t.square()).sqrt()
-        output = self._native(x, scale, n, condition)
-        c, d = {
-            "epsilon": (torch.zeros_like(t), torch.ones_like(t)),
-            "sample": (torch.ones_like(t), torch.zeros_like(t)),
-            "v_prediction": (-sigma, alpha),
-        }[self.config.prediction]
-        # scale x = alpha data + sigma noise, output = c data + d noise:
-        #   data = (d scale x - sigma output) / det,  noise = (alpha output - c scale x) / det
-        # v = (x - data) / t = (noise - x) / (1 - t): for each t the one that does not divide by a small number
-        det, late = alpha * d - sigma * c, t >= 0.5
-        of_x = torch.where(late, (1 - d * scale / det) / t, (-c * scale / det - 1) / (1 - t))
-        of_output = torch.where(late, sigma / det / t, alpha / det / (1 - t))
-        return _over(of_x, x) * x + _over(of_output, x) * output
-
-    def _edm(self, x: Tensor, t: Tensor, condition: object) -> Tensor:
-        # D = c_skip x_edm + c_out F with x_edm = x / (1 - t), sigma = t / (1 - t), put into v = (x - D) / t: t cancels
-        sigma_data = self.config.sigma_data
-        q = t.square() + (sigma_data * (1 - t)).square()
-        sigma = (t / (1 - t)).clamp(self.config.sigma_min, self.config.sigma_max)
-        output = self._native(x, q.rsqrt(), torch.log(sigma) / 4, condition)
-        sign = 1 if self.config.prediction == "epsilon" else -1
-        return _over((t - sigma_data**2 * (1 - t)) / q, x) * x - _over(sign * sigma_data * q.rsqrt(), x) * output
-
-
-def _over(coefficient: Tensor, x: Tensor) -> Tensor:
-    """[B] float64 -> [B, 1, 1, 1] in x's dtype."""
-    return coefficient.to(x.dtype).reshape(-1, 1, 1, 1)
+    def _native(self, condition: object, x: Tensor, time: Tensor) -> Tensor:
+        """The network as it was trained, at its own scale and time."""
+        return super().forward(x, time, condition).sample

@@ -36,9 +36,9 @@ def bounds(interval: Interval) -> Interval:
 class GuidanceSpec(FrozenModel):
     """Guidance of another form than classifier-free guidance, or at some times only; guidance_scale is its strength."""
 
-    form: Literal["cfg", "zero_star", "apg", "rescaled", "renormalised"] = "cfg"
+    form: Literal["cfg", "zero_star", "apg", "rescaled", "renormalised"] | None = None
     """cfg: classifier-free guidance; zero_star: CFG-Zero*; apg: adaptive projected guidance; rescaled, renormalised: to
-    the standard deviation, or the norm, of the velocity with condition"""
+    the standard deviation, or the norm, of the velocity with condition; null: as in the teacher's pipeline, or cfg"""
     interval: tuple[Fraction, Fraction] | None = None
     """[low, high]: guide at times low < t <= high only (1 is noise), with one network call at others; null: always"""
     rescale: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -59,7 +59,7 @@ class GuidanceSpec(FrozenModel):
     @property
     def words(self) -> list[str]:
         """What differs from classifier-free guidance, in words."""
-        found: list[str] = [] if self.form == "cfg" else [self.form]
+        found: list[str] = [] if self.form is None else [self.form]
         found += [] if self.rescale is None else [f"rescale {self.rescale:g}"]
         found += [] if self.norm_limit is None else [f"norm limit {self.norm_limit:g}"]
         return found + ([] if self.interval is None else [f"{self.interval[0]:g} < t <= {self.interval[1]:g}"])
@@ -151,12 +151,12 @@ def mistakes(settings: FieldSettings, prefix: str) -> Iterator[str]:
         elif guidance.interval == ALWAYS:
             yield f"{where}.interval: has no effect, because [0, 1] are all times; remove it"
     if guidance.rescale is not None and guidance.form != "rescaled":
-        yield f"{where}.rescale: has no effect with form: {guidance.form}; remove it, or use form: rescaled"
+        yield f"{where}.rescale: has no effect with form: {guidance.form or 'cfg'}; remove it, or use form: rescaled"
     if guidance.norm_limit is not None and guidance.form != "apg":
-        yield f"{where}.norm_limit: has no effect with form: {guidance.form}; remove it, or use form: apg"
+        yield f"{where}.norm_limit: has no effect with form: {guidance.form or 'cfg'}; remove it, or use form: apg"
     if guidance.weak is not None and guidance.weak_path is not None:
         yield f"{where}: weak and weak_path are both given, but there is only one weak model; remove one"
-    if guidance.is_auto and guidance.form != "cfg":
+    if guidance.is_auto and guidance.form is not None:
         yield (
             f"{where}.form: {guidance.form} cannot be combined with autoguidance; remove it, or remove "
             f"{'weak' if guidance.weak is not None else 'weak_path'}"

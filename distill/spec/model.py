@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import BaseModel, Field, PositiveFloat
 
 from distill.core.field_types import (
     MAX_PARTS,
@@ -73,6 +73,16 @@ class CheckpointTeacher(FrozenModel):
     """folder of a scheduler config, if the checkpoint is a single model folder without one"""
     null_class: int | None = None
     """class id of the unconditional call, needed for guidance; null: the one in distill.json, if it has one"""
+    size: Annotated[list[Annotated[int, Field(ge=1, le=16384)]], Field(min_length=2, max_length=3)] | None = None
+    """for networks that work on latents: size of the samples in pixels, [height, width], or for video
+    [frames, height, width]; null: the default size of the network"""
+    conditions: str | None = None
+    """for text-conditional networks: file with embeddings of prompts, made by `distill encode`"""
+    embedded_guidance: Annotated[float, Field(ge=0, le=10_000)] | None = None
+    """for networks that take the guidance scale as an input, like FLUX.1 dev: its value; null: the default of
+    its pipeline"""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """data type of the teacher's weights in memory; students are always trained in float32"""
 
     @property
     def is_of_hub(self) -> bool:
@@ -263,7 +273,9 @@ class LaunchSpec(FrozenModel):
         return self.nodes * self.procs
 
 
-ADDED = {"guidance", "epsilon_scale", "tolerance", "baselines", "teacher_solvers", "fine_tolerance"}  # after 0.2.0
+# Fields of stages and of the teacher that were added after 0.2.0.
+ADDED = {"guidance", "epsilon_scale", "tolerance", "baselines", "teacher_solvers", "fine_tolerance"}
+ADDED_TO_TEACHER = {"size", "conditions", "embedded_guidance", "dtype"}
 
 
 class RunSpec(FrozenModel):
@@ -300,8 +312,13 @@ class RunSpec(FrozenModel):
         """
         content = self.model_dump(mode="json", exclude={"launch", "name"})
         for name, stage in self.stages.items():
-            given = stage.model_dump(include=ADDED, exclude_defaults=True)
-            content["stages"][name] = {
-                key: v for key, v in content["stages"][name].items() if key in given or key not in ADDED
-            }
+            content["stages"][name] = _without_defaults(content["stages"][name], stage, ADDED)
+        if self.teacher is not None:
+            content["teacher"] = _without_defaults(content["teacher"], self.teacher, ADDED_TO_TEACHER)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _without_defaults(content: dict[str, Any], of: BaseModel, added: set[str]) -> dict[str, Any]:
+    """The dumped content of a model without those of the fields `added` that have their default."""
+    given = of.model_dump(include=added, exclude_defaults=True)
+    return {key: value for key, value in content.items() if key in given or key not in added}

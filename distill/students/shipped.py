@@ -31,7 +31,7 @@ NETWORKS = {
 def network(module: str) -> str:
     """The text of a network's file, with the text of the network that it imports in place of the import."""
     text = (NETWORKS_DIR / f"{module}.py").read_text()
-    return re.sub(r"^from \.(\w+) import \w+\n", lambda found: network(found[1]), text, flags=re.MULTILINE)
+    return re.sub(r"^from \.(\w+) import [\w, ]+\n", lambda found: network(found[1]), text, flags=re.MULTILINE)
 
 
 def pipeline(kind: str, sampler: str) -> str:

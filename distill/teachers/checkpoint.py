@@ -12,26 +12,29 @@ from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.core.errors import InputError
 from distill.core.printing import say_error
 from distill.flow.conditioning import ClassLabels
 from distill.flow.draws import sample_noise
+from distill.flow.guidance import cfg
 from distill.flow.interpolants import Prediction, linear
-from distill.networks.architectures import NETWORKS
+from distill.networks.experts import Experts
 from distill.networks.velocity import TIME_SCALE
-from distill.networks.velocity_mlp import VelocityMLP
-from distill.networks.velocity_unet import VelocityUNet2DModel
-from distill.protocols import Architecture, Cond, Conditioning, VelocityField
+from distill.protocols import Architecture, Codec, Cond, Conditioning, NetworkCall, VelocityField
 from distill.spec.model import CheckpointTeacher
-from distill.teachers import architectures, files, schedulers, weights
+from distill.teachers import files, schedulers, weights
+from distill.teachers.conditions import Conditions
+from distill.teachers.conditions import read as read_conditions
+from distill.teachers.convention import Asked, Convention
+from distill.teachers.describe import LINEAR_NETWORKS, Facts, describe
 from distill.teachers.loaded import LoadedTeacher
-from distill.teachers.network_field import EdmField, NetworkField
-from distill.teachers.read import Config, StudentFacts, parse, short
+from distill.teachers.network_field import EdmField, InDtype, NetworkField
+from distill.teachers.read import StudentFacts, parse, short
 from distill.teachers.schedulers import EdmSchedule, Family, LinearSchedule, Schedule, VpSchedule
 
-LINEAR_NETWORKS = (VelocityUNet2DModel, VelocityMLP)  # classes that are always called on the linear path
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBED = 64  # pixels per side of the sample that probes a network, if the network can take that size
 LARGE = 4 * PROBED  # above this size, a message is printed because probing takes long
 LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,99}")
@@ -41,8 +44,8 @@ LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,99}")
 class TeacherCheckpoint:
     """The network of a checkpoint, frozen, in float32 and evaluation mode, with the facts from its files."""
 
-    network: ModelMixin
-    architecture: Architecture
+    network: nn.Module
+    architecture: Architecture | Convention
     schedule: Schedule | None  # None: there is no scheduler config, or the network's class is in LINEAR_NETWORKS
     student: StudentFacts
     shape: tuple[int, ...]  # of one sample
@@ -50,6 +53,8 @@ class TeacherCheckpoint:
     digest: str
     description: str
     license: str  # from its files; empty: not stated
+    codec: Codec
+    call: NetworkCall
 
 
 def load(spec: CheckpointTeacher, device: torch.device, *, probe: bool) -> LoadedTeacher:
@@ -71,6 +76,8 @@ def load(spec: CheckpointTeacher, device: torch.device, *, probe: bool) -> Loade
         guidance_scale=found.student.guidance_scale,
         unconditional=found.student.unconditional,
         license=found.license,
+        codec=found.codec,
+        combine=found.architecture.combine if isinstance(found.architecture, Convention) else cfg,
     )
 
 
@@ -86,19 +93,23 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherChe
         raise InputError(
             f"teacher.path={spec.path} is a student of kind {short(parts.student.kind)}; valid teachers: {kind}"
         )
-    path = parts.model / files.CONFIG
-    content = parse(path)
-    network_class = _network_class(spec, path, content, kind)
-    architecture = architectures.known()[network_class.__name__]
-    shape = architecture.shape(content, path)
+    facts = describe(spec, parts, kind)
+    architecture, path, content = facts.architecture, facts.path, facts.content
+    conditions = None if spec.conditions is None else read_conditions(Path(spec.conditions))
     null = spec.null_class if spec.null_class is not None else parts.student.null_class
-    conditioning = architecture.conditioning(content, path, null)
-    linear_by_construction = network_class in LINEAR_NETWORKS
-    chosen = None if linear_by_construction else parts.chosen
-    schedule = None if chosen is None else _schedule(spec, chosen, parts.scheduler)
-    paths = files.weights(parts.model)
-    network, digests = weights.network(parts.model, content, network_class, paths)
-    network = network.to(device).eval().requires_grad_(False)
+    if isinstance(architecture, Convention):
+        asked = Asked(facts.size, conditions, spec.embedded_guidance, null)
+        conditioning = architecture.conditioning(content, path, asked)
+    else:
+        conditioning = architecture.conditioning(content, path, null)
+    network, digests = weights.network(parts.model, content, facts.network_class, files.weights(parts.model))
+    network, more = _with_second(network, parts, facts)
+    digests += more
+    dtype = DTYPES[spec.dtype]
+    if isinstance(architecture, Convention):
+        architecture.settled(network)
+    network = _cast(network, dtype).to(device).eval().requires_grad_(False)
+    chosen, schedule = facts.chosen, facts.schedule
     identity = {
         "config": {k: v for k, v in content.items() if k not in ("_diffusers_version", "_name_or_path")},
         "scheduler": {} if chosen is None else {k: v for k, v in parse(chosen).items() if k != "_diffusers_version"},
@@ -107,95 +118,57 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherChe
         "weights": digests,
         # Gives inverted schedules a new digest, because earlier versions read them wrongly.
         **({"inverted": True} if isinstance(schedule, LinearSchedule) and schedule.inverted else {}),
+        **_asked(spec, conditions),
     }
+    name = Path(spec.path).name if Path(spec.path).is_dir() else spec.path
+    call = architecture.call if dtype == torch.float32 else InDtype(architecture.call, dtype)
     return TeacherCheckpoint(
         network=network,
         architecture=architecture,
         schedule=schedule,
         student=parts.student,
-        shape=shape,
+        shape=facts.shape,
         conditioning=conditioning,
         digest=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         # The hub id or only the folder's name, because results must not depend on the location of the teacher.
-        description=f"{network_class.__name__} from {Path(spec.path).name if Path(spec.path).is_dir() else spec.path}",
+        description=f"{facts.network_class.__name__} from {name}",
         license=_license(parts.root, parts.student),
+        codec=facts.codec,
+        call=call,
     )
 
 
-def _network_class(spec: CheckpointTeacher, path: Path, config: Config, kind: str) -> type[ModelMixin]:
-    """The network class that a config names.
-
-    Raises InputError if it is not supported, or if the spec has options that have no effect on it.
-    """
-    name, classes = config.get("_class_name"), {each.__name__: each for each in NETWORKS[kind]}
-    if kind == "velocity":  # architectures of other packages are velocity fields
-        ours = {each.__name__ for members in NETWORKS.values() for each in members}
-        others = {each for one in architectures.known().values() for each in one.classes if each.__name__ not in ours}
-        classes |= {each.__name__: each for each in others}
-    if not isinstance(name, str) or name not in classes:
-        raise InputError(
-            f"{path}: network class {short(str(name))} is not supported; valid: {', '.join(sorted(classes))}"
-        )
-    if classes[name] in LINEAR_NETWORKS:
-        for setting, value in {"prediction": spec.prediction, "scheduler": spec.scheduler}.items():
-            if value is not None:
-                raise InputError(
-                    f"teacher.{setting}={value} has no effect: {spec.path} is a {name}, which always predicts the "
-                    "velocity of the linear path; remove it"
-                )
-    return classes[name]
+def _with_second(network: ModelMixin, parts: files.Parts, facts: Facts) -> tuple[nn.Module, list[str]]:
+    """The network, with the second one of its pipeline if that has two, and the digests of the second one's files."""
+    if facts.boundary is None or parts.pipeline is None:
+        return network, []
+    folder = parts.pipeline / files.SECOND
+    content = parse(folder / files.CONFIG)
+    second, digests = weights.network(folder, content, facts.network_class, files.weights(folder))
+    return Experts(network, second, facts.boundary), digests
 
 
-def _schedule(spec: CheckpointTeacher, chosen: Path, own: Path | None) -> Schedule:
-    """Reads the schedule of the scheduler config `chosen`.
-
-    Raises InputError if it contradicts `own`, the checkpoint's own config. What `own` does not tell, because its class
-    or an option is not known, is not compared.
-    """
-    schedule = schedulers.read(chosen)
-    if own is None or own == chosen:
-        return schedule
-    given, found = f"teacher.scheduler={spec.scheduler} describes", f"the checkpoint's own scheduler ({own})"
-    told = parse(own)
-    predicted = told.get("prediction_type")
-    predicted = "velocity" if predicted == "flow_prediction" else predicted
-    if (name := told.get("_class_name")) in schedulers.KINDS:
-        before = schedulers.read(own, strict=False)
-        predicted = before.prediction
-        if before.family != schedule.family:
-            raise InputError(
-                f"{given} the {schedule.family} path, but {found} the {before.family} path; remove teacher.scheduler"
-            )
-        if isinstance(before, LinearSchedule) and before != schedule:
-            raise InputError(
-                f"teacher.scheduler={spec.scheduler} and the checkpoint's own scheduler ({own}, a {name}) disagree on "
-                "the scale or direction of time, or on the sign of the output; remove teacher.scheduler"
-            )
-        if _scale(before) != _scale(schedule):
-            raise InputError(
-                f"{given} {_scale(schedule)}, but {found} {_scale(before)}; remove teacher.scheduler, or correct it"
-            )
-    if spec.prediction is None and predicted is not None and predicted != schedule.prediction:
-        raise InputError(
-            f"{given} a network that predicts {schedule.prediction}, but {found} one that predicts "
-            f"{short(str(predicted))}; remove teacher.scheduler, or say what is predicted in teacher.prediction"
-        )
-    return schedule
+def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The network in this data type, except for the modules that its class keeps in float32."""
+    if dtype == torch.float32:
+        return network
+    for part in (network.transformer, network.transformer_2) if isinstance(network, Experts) else (network,):
+        kept = part._keep_in_fp32_modules or []
+        for name, each in [*part.named_parameters(), *part.named_buffers()]:
+            if each.is_floating_point() and not set(kept) & set(name.split(".")):
+                each.data = each.data.to(dtype)
+    return network
 
 
-def _scale(schedule: Schedule) -> str:
-    """The option besides the path that changes how the network is called, as a text to compare and to show."""
-    match schedule:
-        case VpSchedule():
-            return f"num_train_timesteps={schedule.steps}"
-        case EdmSchedule():
-            return f"sigma_data={schedule.sigma_data}"
-    return ""
+def _asked(spec: CheckpointTeacher, conditions: Conditions | None) -> dict[str, object]:
+    """The options of the spec that change what the network computes; those with their defaults are left out."""
+    found = spec.model_dump(include={"size", "embedded_guidance", "dtype"}, exclude_defaults=True)
+    return found | ({} if conditions is None else {"conditions": conditions.digest})
 
 
 def _field(found: TeacherCheckpoint, spec: CheckpointTeacher) -> VelocityField:
     """The velocity field of a network in its schedule. Raises InputError if the schedule is not known."""
-    network, schedule, call = found.network, found.schedule, found.architecture.call
+    network, schedule, call = found.network, found.schedule, found.call
     if schedule is None:
         if isinstance(network, LINEAR_NETWORKS) or spec.prediction == "velocity":
             return NetworkField(network, linear(), "velocity", TIME_SCALE, call=call)

@@ -1,6 +1,7 @@
 """Finds the files of a checkpoint in a pipeline folder, in a single model folder, or in the download of a hub id."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from distill.teachers import by_id
 from distill.teachers.read import StudentFacts, WeightIndex, checked, components, parse, short, unreadable
 from distill.teachers.variants import ADAPTER, MERGE, STEM, WEIGHTS, listing, no_weights, one_of
 
+NETWORKS = ("unet", "transformer")  # components of a pipeline that are the network
+SECOND = "transformer_2"  # a second network, for other times
+VAES = ("vae", "vqvae")  # and those that are the autoencoder
 INDEX, CONFIG, STUDENT, SCHEDULER = "model_index.json", "config.json", "distill.json", "scheduler_config.json"
 
 
@@ -23,6 +27,15 @@ class Parts:
     scheduler: Path | None  # the checkpoint's own scheduler_config.json
     chosen: Path | None  # the scheduler_config.json that is used: that of teacher.scheduler, else the checkpoint's own
     student: StudentFacts
+    pipeline: Path | None  # folder with model_index.json
+    pipeline_class: str  # "" if there is no pipeline
+    components: Sequence[str]  # of the pipeline
+
+    @property
+    def autoencoder(self) -> Path | None:
+        """The folder of the autoencoder."""
+        found = [name for name in VAES if name in self.components]
+        return self.pipeline / found[0] if found and self.pipeline is not None else None
 
 
 def find(spec: CheckpointTeacher) -> Parts:
@@ -44,19 +57,20 @@ def find(spec: CheckpointTeacher) -> Parts:
 def _parts(spec: CheckpointTeacher, folder: Path) -> Parts:
     """Finds network and scheduler of a pipeline folder or a single model folder, and checks them."""
     pipeline = _pipeline(folder)
-    if pipeline is not None and (parts := components(pipeline / INDEX)) != ["scheduler", "unet"]:
-        inside = f"is part of {pipeline}, " if pipeline != folder else "is "
-        raise InputError(
-            f"teacher.path={spec.path} {inside}a pipeline with the components {short(', '.join(parts)) or 'none'}; "
-            "valid: pixel-space pipelines with only scheduler and unet"
-        )
+    parts = [] if pipeline is None else components(pipeline / INDEX)
+    networks = [name for name in NETWORKS if name in parts]
     if pipeline == folder:
-        model, nearby = folder / "unet", [folder / "scheduler"]
+        if not networks:
+            raise InputError(
+                f"teacher.path={spec.path} is a pipeline with the components {short(', '.join(parts)) or 'none'}; "
+                f"valid: pipelines with a network in {' or '.join(NETWORKS)}"
+            )
+        model, nearby = folder / networks[0], [folder / "scheduler"]
     elif _there(folder / CONFIG):
         model, nearby = folder, [folder / "scheduler", folder.parent / "scheduler"]
     else:
         raise InputError(f"teacher.path={spec.path} {_nothing(folder)}")
-    root = pipeline if pipeline is not None and folder.name == "unet" else folder
+    root = pipeline if pipeline is not None and folder.name in NETWORKS else folder
     for place in dict.fromkeys((root, model)):
         for name in sorted(_names(place)) if place.is_dir() else []:
             if ADAPTER.fullmatch(name) and not (place / name).is_dir():
@@ -67,7 +81,10 @@ def _parts(spec: CheckpointTeacher, folder: Path) -> Parts:
     found = next((path for path in (near / SCHEDULER for near in nearby) if _there(path)), None)
     facts = root / STUDENT
     student = checked(StudentFacts, parse(facts), facts) if _there(facts) else StudentFacts()
-    return Parts(root, model, found, _override(spec) or found, student)
+    named = "" if pipeline is None else parse(pipeline / INDEX).get("_class_name")
+    # The pipelines of students that this package exports are named by a list: their own file and its class.
+    pipeline_class = named if isinstance(named, str) else ""
+    return Parts(root, model, found, _override(spec) or found, student, pipeline, pipeline_class, parts)
 
 
 def _pipeline(folder: Path) -> Path | None:

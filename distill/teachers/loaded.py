@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from distill.core.errors import InputError
 from distill.flow.codecs import PIXELS
-from distill.flow.conditioning import ClassLabels, of_classes
+from distill.flow.conditioning import ClassLabels, ConditionTable, of_classes
 from distill.flow.fields import Indexed
-from distill.flow.guidance import Autoguided, Guided, Scaled, combination
+from distill.flow.guidance import Autoguided, Combine, Guided, Scaled, cfg, combination
 from distill.protocols import Codec, Cond, Conditioning, VelocityField
 from distill.spec.guidancespec import FieldSettings
 
@@ -34,6 +34,7 @@ class LoadedTeacher:
     given: Conditioning | None = None  # None: class labels, or no conditioning if there are no classes
     codec: Codec = PIXELS
     layers: Sequence[str] = ()  # names of the layers that `features` accepts, in the order of the network
+    combine: Combine = cfg  # guidance as the teacher's own pipeline does it
     weak: "LoadedTeacher | None" = None  # a worse model of the same data, for autoguidance
 
     @property
@@ -43,6 +44,11 @@ class LoadedTeacher:
     def null(self, cond: Cond) -> Cond:
         """Returns the null condition, for as many rows as `cond` has. Raises InputError if there is none."""
         if not self.conditioning.has_null:
+            if isinstance(self.given, ConditionTable):
+                raise InputError(
+                    f"{self.description} has no condition for the unconditional call, which guidance needs; use "
+                    "guidance_scale: 1, or make the file of teacher.conditions again with `distill encode`"
+                )
             raise InputError(
                 f"{self.description} has no class id for the unconditional call, which guidance needs; "
                 "use guidance_scale: 1, or set teacher.null_class to that class id"
@@ -113,7 +119,8 @@ class LoadedTeacher:
                 f"{self.description} makes single numbers, which have no standard deviation; guidance of form: "
                 "rescaled needs samples of at least two values"
             )
-        return Guided(self.field, self.null, scale, combination(form), settings.interval)
+        combine = combination(form) or self.combine
+        return Guided(self.field, self.null, scale, combine, settings.interval)
 
     def _weak(self) -> "LoadedTeacher":
         """The weak model. InputError if it makes other samples, or takes other conditions."""

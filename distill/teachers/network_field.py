@@ -1,15 +1,14 @@
 """Converts networks to velocity fields, in the schedules they were trained with."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from distill.flow.interpolants import Interpolant, Prediction, edm, like
-from distill.protocols import Cond
-
-Call = Callable[[nn.Module, Tensor, Tensor, Cond], Tensor]
+from distill.networks.linear_path import edm_velocity, vp_velocity
+from distill.networks.velocity import TIME_SCALE
+from distill.protocols import Cond, NetworkCall
 
 
 def call_unet(network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
@@ -36,7 +35,7 @@ class NetworkField:
     time_scale: float
     t_range: tuple[float, float] = (0.0, 1.0)
     inverted: bool = False
-    call: Call = call_unet
+    call: NetworkCall = call_unet
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """x_t [B, ...], t [B] in t_range -> dx_t/dt [B, ...] in x_t's dtype."""
@@ -63,7 +62,7 @@ class EdmField:
     sigma_data: float
     sign: int
     t_range: tuple[float, float]
-    call: Call = call_unet
+    call: NetworkCall = call_unet
 
     @property
     def interpolant(self) -> Interpolant:
@@ -80,3 +79,57 @@ class EdmField:
         output = self.call(self.network, scaled, c_noise.to(t.dtype), cond).double()
         data = like(c_skip, x) * x + self.sign * like(c_out, x) * output
         return path.convert(x, data, t.double(), "sample", "velocity").to(x_t.dtype)
+
+
+@dataclass(frozen=True)
+class InDtype:
+    """Calls a network whose weights are not in float32: x_t and the condition are converted, the time is not."""
+
+    call: NetworkCall
+    dtype: torch.dtype
+
+    def __call__(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        converted = {name: each.to(self.dtype) if each.is_floating_point() else each for name, each in cond.items()}
+        return self.call(network, x_t.to(self.dtype), time, converted)
+
+
+@dataclass(frozen=True)
+class LinearCall:
+    """Calls a network of any schedule as a velocity network of the linear path, which is finite for all t in [0, 1].
+
+    table: log(sigma/alpha) of a VP schedule. edm: sign, sigma_data, sigma_min and sigma_max of an EDM schedule. Else
+    the schedule is linear, and the network is called with time_scale t, or if `inverted` with time_scale (1 - t).
+    """
+
+    call: NetworkCall
+    prediction: Prediction
+    table: Tensor | None = None
+    edm: tuple[int, float, float, float] | None = None
+    time_scale: float = TIME_SCALE
+    inverted: bool = False
+
+    def __call__(self, network: nn.Module, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """x_t [B, ...] and t [B] in [0, 1] -> the velocity, in the dtype of x_t."""
+        if self.table is not None or self.edm is not None:
+
+            def native(x: Tensor, time: Tensor) -> Tensor:
+                return self.call(network, x, time, cond)
+
+            if self.table is not None:
+                return vp_velocity(native, self.prediction, self.table, x_t, t.double())
+            assert self.edm is not None
+            return edm_velocity(native, *self.edm, x_t, t.double())
+        output = self.call(network, x_t, self.time_scale * (1 - t if self.inverted else t), cond).to(x_t.dtype)
+        return -output if self.inverted else output
+
+
+def linear_call(field: NetworkField | EdmField) -> LinearCall:
+    """How to call the network of a field on the linear path."""
+    if isinstance(field, EdmField):
+        low, high = (t / (1 - t) for t in field.t_range)
+        return LinearCall(field.call, "epsilon", edm=(field.sign, field.sigma_data, low, high))
+    if field.interpolant.name == "linear":
+        return LinearCall(field.call, field.prediction, time_scale=field.time_scale, inverted=field.inverted)
+    n = torch.arange(int(field.time_scale) + 1, dtype=torch.float64, device="cpu")
+    table = torch.log(field.interpolant.ratio(n / field.time_scale))
+    return LinearCall(field.call, field.prediction, table)

@@ -1,0 +1,52 @@
+"""A network of any class that gets a second time, and one that gets a velocity: flow maps and accelerations.
+
+Both start as the velocity network that they are made from.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from distill.protocols import Cond, NetworkCall
+
+FREQUENCIES = 16
+
+
+class TwoTimes(nn.Module):
+    """u(x_t, t, s) from a network v(x_t, t): an embedding of t - s is added to the network's embeddings of the time.
+
+    layers: names of the modules of `network` that embed the time, as [B, width]. t - s enters as cos and sin of
+    k pi/2 (t - s), k = 1 ... 16, which is smooth, for derivatives with respect to it. The last layer of its embedding
+    is zero at first, so u does not depend on s until it is trained.
+    """
+
+    def __init__(self, network: nn.Module, layers: Sequence[str], width: int) -> None:
+        super().__init__()
+        self.network = network
+        self.gap = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        nn.init.zeros_(self.gap[2].weight)
+        nn.init.zeros_(self.gap[2].bias)
+        self._embedded: Tensor | None = None  # of the current call
+        for name in layers:
+            network.get_submodule(name).register_forward_hook(self._add)
+
+    def forward(self, call: NetworkCall, x_t: Tensor, t: Tensor, s: Tensor, cond: Cond) -> Tensor:
+        """x_t [B, ...], t and s [B] in [0, 1] -> average velocity like x_t."""
+        k = torch.arange(1, FREQUENCIES + 1, dtype=torch.float32, device=t.device)
+        angle = (t - s).float()[:, None] * k * (math.pi / 2)  # [B, 16]
+        self._embedded = self.gap(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.gap[0].weight.dtype))
+        return call(self.network, x_t, t, cond)
+
+    def _add(self, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
+        assert self._embedded is not None, "call a network with two times through TwoTimes"
+        return output + self._embedded.to(output.dtype)
+
+
+class TwoNetworks(nn.Module):
+    """A network of the velocity v(x_t, t), and one of the acceleration a(x_t, t | v) with twice the input channels."""
+
+    def __init__(self, velocity: nn.Module, acceleration: nn.Module) -> None:
+        super().__init__()
+        self.velocity, self.acceleration = velocity, acceleration

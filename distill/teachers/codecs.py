@@ -1,0 +1,180 @@
+"""The codecs of latent-space teachers: their autoencoder, from pixels to the latents that the network works on.
+
+An autoencoder is loaded when it is first used. Latents are the mean of its posterior, not a sample of it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from distill.core.errors import InputError
+from distill.teachers import files, weights
+from distill.teachers.read import Config, parse, short
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A class of autoencoders. Its latents z become (z - shift) scale; both are read from its config.
+
+    levels: the option that lists its levels, each but the first of which halves the sides.
+    spatial, temporal: the factors, if it has no such option. pixels_of: (factor, config) -> the spatial factor.
+    per_channel: shift and scale are latents_mean and 1 / latents_std, of each channel.
+    frames: whether it takes videos [B, C, F, H, W]. single: it does, but the network works on single frames.
+    patches: 2x2 patches become channels, which are normalised by the batch norm of the autoencoder.
+    """
+
+    levels: str = "block_out_channels"
+    factors: Callable[[Config], tuple[int, int]] | None = None  # (temporal, spatial)
+    per_channel: bool = False
+    frames: bool = False
+    single: bool = False
+    patches: bool = False
+    quantized: bool = False
+
+
+def _ltx(config: Config) -> tuple[int, int]:
+    scaled = sum(map(bool, config.get("spatio_temporal_scaling", (True, True, True, False))))
+    return config.get("patch_size_t", 1) << scaled, config.get("patch_size", 4) << scaled
+
+
+def _wan(config: Config) -> tuple[int, int]:
+    levels = config.get("temperal_downsample", (False, True, True))
+    return 1 << sum(map(bool, levels)), (config.get("patch_size") or 1) << len(levels)
+
+
+KINDS: Mapping[str, Kind] = {
+    "AutoencoderDC": Kind(levels="encoder_block_out_channels"),
+    "AutoencoderKL": Kind(),
+    "AutoencoderKLFlux2": Kind(patches=True),
+    "AutoencoderKLLTXVideo": Kind(factors=_ltx, per_channel=True, frames=True),
+    "AutoencoderKLQwenImage": Kind(factors=_wan, per_channel=True, frames=True, single=True),
+    "AutoencoderKLWan": Kind(factors=_wan, per_channel=True, frames=True),
+    "VQModel": Kind(quantized=True),
+}
+
+
+@dataclass(frozen=True)
+class LatentCodec:
+    """Implements `protocols.Codec` by an autoencoder in a folder of a pipeline."""
+
+    folder: Path
+    config: Config
+    kind: Kind
+    _loaded: list[nn.Module] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, folder: Path) -> "LatentCodec":
+        """InputError if the autoencoder in this folder is of an unknown class, or its options are damaged."""
+        config = parse(folder / files.CONFIG)
+        name = config.get("_class_name")
+        if name not in KINDS:
+            raise InputError(
+                f"{folder / files.CONFIG}: autoencoder class {short(str(name))} is not supported; valid: "
+                f"{', '.join(KINDS)}"
+            )
+        codec = cls(folder, config, KINDS[str(name)])
+        try:
+            assert all(each >= 1 for each in codec.factors)
+        except (TypeError, AssertionError, AttributeError) as error:
+            raise InputError(f"{folder / files.CONFIG}: its levels are damaged; copy or download it again") from error
+        return codec
+
+    @property
+    def is_identity(self) -> bool:
+        return False
+
+    @property
+    def factors(self) -> tuple[int, int]:
+        """How many frames, and how many pixels per side, become one: (temporal, spatial)."""
+        if self.kind.factors is not None:
+            return self.kind.factors(self.config)
+        levels = len(self.config.get(self.kind.levels, (64,)))
+        return 1, 1 << (levels - 1 + self.kind.patches)
+
+    def shape(self, pixels: tuple[int, ...]) -> tuple[int, ...]:
+        channels: int = self.config.get("latent_channels", self.config.get("z_dim", 4))
+        channels *= 4 if self.kind.patches else 1
+        return (channels, *latent_size(pixels[1:], self.factors, str(self.folder)))
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        vae, kind = self._vae(pixels.device), self.kind
+        x = pixels.float()
+        encoded: Any = vae.encode(x[:, :, None] if kind.frames and x.ndim == 4 else x)
+        if kind.quantized:
+            z = encoded.latents
+        else:
+            z = encoded.latent_dist.mode() if "latent_dist" in encoded else encoded.latent
+        if kind.single:
+            z = z[:, :, 0]
+        return self._scaled(_patches(z) if kind.patches else z, vae)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        vae, kind = self._vae(latents.device), self.kind
+        z = self._scaled(latents.float(), vae, back=True)
+        z = _unpatched(z) if kind.patches else z
+        z = z[:, :, None] if kind.single else z
+        decoded: Tensor = vae.decode(z).sample
+        return decoded[:, :, 0] if kind.single else decoded
+
+    def _scaled(self, z: Tensor, vae: nn.Module, *, back: bool = False) -> Tensor:
+        if self.kind.patches:
+            shift = vae.bn.running_mean
+            scale = (vae.bn.running_var + vae.config.batch_norm_eps).rsqrt()
+        elif self.kind.per_channel and self.config.get("latents_mean") is not None:
+            shift, std = (torch.tensor(self.config[f"latents_{name}"], device=z.device) for name in ("mean", "std"))
+            scale = self.config.get("scaling_factor", 1.0) / std
+        elif self.kind.per_channel:  # LTX keeps them as buffers
+            shift, scale = vae.latents_mean, self.config.get("scaling_factor", 1.0) / vae.latents_std
+        else:
+            shift = torch.tensor([self.config.get("shift_factor") or 0.0], device=z.device)
+            scale = torch.tensor([vae.config.scaling_factor], device=z.device)
+        shift, scale = (each.to(z).reshape(1, -1, *[1] * (z.ndim - 2)) for each in (shift, scale))
+        return z / scale + shift if back else (z - shift) * scale
+
+    def _vae(self, device: torch.device) -> nn.Module:
+        if not self._loaded:
+            network_class = getattr(diffusers, self.config["_class_name"])
+            paths = files.weights(self.folder)
+            vae, _ = weights.network(self.folder, self.config, network_class, paths)
+            self._loaded.append(vae.eval().requires_grad_(False))
+        return self._loaded[0].to(device)
+
+
+def latent_size(size: tuple[int, ...], factors: tuple[int, int], where: str) -> tuple[int, ...]:
+    """(h, w) or (F, h, w) of the latents of samples of `size` pixels. InputError if they are not whole."""
+    temporal, spatial = factors
+    if any(side % spatial or side < spatial for side in size[-2:]):
+        raise InputError(
+            f"{where}: height and width must be multiples of {spatial}, and {size[-2]}x{size[-1]} are not; give "
+            "other sides"
+        )
+    if len(size) == 3 and (size[0] - 1) % temporal:
+        raise InputError(
+            f"{where}: the number of frames must be 1 more than a multiple of {temporal}, and {size[0]} is not; give "
+            f"{(size[0] - 1) // temporal * temporal + 1}"
+        )
+    frames = [(size[0] - 1) // temporal + 1] if len(size) == 3 else []
+    return (*frames, size[-2] // spatial, size[-1] // spatial)
+
+
+def pixel_size(latent: tuple[int, ...], factors: tuple[int, int]) -> tuple[int, ...]:
+    """The inverse of `latent_size`."""
+    temporal, spatial = factors
+    frames = [(latent[0] - 1) * temporal + 1] if len(latent) == 3 else []
+    return (*frames, latent[-2] * spatial, latent[-1] * spatial)
+
+
+def _patches(z: Tensor) -> Tensor:
+    """[B, C, 2h, 2w] -> [B, 4C, h, w], channels first, then the rows and columns of a patch."""
+    return nn.functional.pixel_unshuffle(z, 2)
+
+
+def _unpatched(z: Tensor) -> Tensor:
+    return nn.functional.pixel_shuffle(z, 2)

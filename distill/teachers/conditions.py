@@ -1,0 +1,99 @@
+"""Files with conditions that were computed beforehand, such as embeddings of prompts.
+
+Such a file is a safetensors file. A tensor FIELD [N, ...] has one row for each of N conditions, and null.FIELD [1, ...]
+is the row of the unconditional call. Its names are those of the network's arguments.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from distill.core.atomic import write_atomic
+from distill.core.errors import InputError
+from distill.teachers.read import short, unreadable
+
+NULL = "null."  # prefix of the names of the tensors of the unconditional call
+
+
+class Wanted(Protocol):
+    """The shape of a field for one sample, and its data type. See `convention.CondField`."""
+
+    @property
+    def shape(self) -> tuple[int | None, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The content of a file with conditions.
+
+    rows: [N, ...] by field. null_rows: [1, ...] by field; None: no unconditional call. digest: SHA-256 of the file.
+    """
+
+    path: Path
+    rows: Mapping[str, Tensor]
+    null_rows: Mapping[str, Tensor] | None
+    digest: str
+
+    def check(self, fields: Mapping[str, Wanted], optional: Mapping[str, Tensor]) -> None:
+        """InputError unless the file has these fields, in these shapes. optional: fields that have another source."""
+        missing = [name for name in fields if name not in self.rows and name not in optional]
+        unknown = [name for name in self.rows if name not in fields and name not in optional]
+        for what, names in {"missing": missing, "unknown": unknown}.items():
+            if names:
+                raise InputError(
+                    f"{self.path} does not fit the teacher's network: {what} {', '.join(map(short, names))}; valid: "
+                    f"{', '.join([*fields, *(name for name in optional if name not in fields)])}"
+                )
+        for name, wanted in fields.items():
+            for table in (self.rows, self.null_rows or {}):
+                if name in table:
+                    self._check(name, table[name], wanted)
+
+    def _check(self, name: str, tensor: Tensor, wanted: Wanted) -> None:
+        found, shape = tuple(tensor.shape[1:]), wanted.shape
+        if len(found) != len(shape) or any(b is not None and a != b for a, b in zip(found, shape, strict=True)):
+            sides = ", ".join("any" if side is None else str(side) for side in shape)
+            raise InputError(f"{self.path}: {name} has rows of shape {list(found)}; valid for this network: [{sides}]")
+        if tensor.is_floating_point() != wanted.dtype.is_floating_point:
+            raise InputError(f"{self.path}: {name} has the data type {tensor.dtype}; valid: {wanted.dtype}")
+
+
+def read(path: Path) -> Conditions:
+    """Reads a file with conditions. InputError if it is damaged, has no rows, or values that are not finite."""
+    try:
+        tensors = load_file(path)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except SafetensorError as error:
+        raise InputError(
+            f"{path} is not a safetensors file, or is damaged ({short(str(error))}); make it again"
+        ) from error
+    rows = {name: each for name, each in tensors.items() if not name.startswith(NULL)}
+    null = {name.removeprefix(NULL): each for name, each in tensors.items() if name.startswith(NULL)}
+    counts = {len(each) if each.ndim else 0 for each in rows.values()}
+    if len(counts) != 1 or counts == {0}:
+        raise InputError(f"{path} has no rows of conditions, or not the same number in each field; make it again")
+    if null and (null.keys() != rows.keys() or any(null[k].shape != (1, *rows[k].shape[1:]) for k in rows)):
+        raise InputError(f"{path}: the fields {NULL}* are not one row of each other field; make it again")
+    for name, each in tensors.items():
+        if each.is_floating_point() and not each.isfinite().all():
+            raise InputError(f"{path} contains NaN or infinity in {short(name)}; make it again")
+    return Conditions(path, rows, null or None, digest)
+
+
+def write(path: Path, rows: Mapping[str, Tensor], null_rows: Mapping[str, Tensor] | None) -> None:
+    """Writes a file with conditions. RunError if it cannot be written; an existing file is replaced."""
+    tensors = {name: each.detach().cpu().contiguous() for name, each in rows.items()}
+    tensors |= {NULL + name: each.detach().cpu().contiguous() for name, each in (null_rows or {}).items()}
+    write_atomic(path, save(tensors))

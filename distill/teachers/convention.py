@@ -1,0 +1,164 @@
+"""Conventions: how the networks of a family of latent-space pipelines are called, and with what.
+
+A module of `architectures` defines a subclass of `Convention` for one family of networks. Its methods do what the loop
+of that family's pipeline in diffusers does; the tests compare both.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from distill.core.errors import InputError
+from distill.flow.conditioning import ConditionTable, of_classes
+from distill.flow.guidance import Combine, cfg
+from distill.protocols import Cond, Conditioning
+from distill.teachers.conditions import Conditions
+from distill.teachers.read import Config
+
+
+@dataclass(frozen=True)
+class CondField:
+    """One tensor of a condition: its shape for one sample, in which None is any length, such as a number of tokens."""
+
+    shape: tuple[int | None, ...]
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the spec of a teacher says about the calls of its network.
+
+    size: of the samples in pixels, (height, width) or (frames, height, width).
+    """
+
+    size: tuple[int, ...]
+    conditions: Conditions | None = None
+    embedded_guidance: float | None = None
+    null_class: int | None = None
+
+
+class Convention:
+    """How the networks of one family are called: a `protocols.Architecture` whose size and conditions the spec gives.
+
+    The defaults are those of a network that is conditioned on text and guided by classifier-free guidance.
+    """
+
+    title = ""  # the models that are called like this, for tables
+    networks: tuple[str, ...] = ()  # network classes of diffusers; they are imported only when they are used
+    pipelines: tuple[str, ...] = ()  # pipeline classes of diffusers whose network is called like this
+    prediction = ""  # what `call` returns, for tables: that of the scheduler, or "velocity"
+    conditions = "text"  # what the network is conditioned on, for tables
+    combine: Combine = staticmethod(cfg)  # how the pipeline combines two velocities for guidance
+    guidance_scale = 1.0  # the pipeline's default, in u + scale (c - u), where u is the velocity without condition
+    embedded_guidance: float | None = None  # the pipeline's default; None: the network does not take it
+
+    default_factors = (
+        1,
+        8,
+    )  # frames and pixels per side that become one, if there is no autoencoder: (temporal, spatial)
+
+    @property
+    def classes(self) -> tuple[type[nn.Module], ...]:
+        return tuple(getattr(diffusers, name) for name in self.networks)
+
+    def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
+        """Shape of one sample as solvers and recipes hold it, [C, h, w] or [C, F, h, w].
+
+        latent: (h, w) or (F, h, w) of the size that the spec asks for; None: the default size of the network.
+        """
+        raise NotImplementedError
+
+    def fields(self, config: Config) -> Mapping[str, CondField]:
+        """The tensors of a condition, by the name of the network's argument."""
+        return {}
+
+    def constants(self, config: Config, asked: Asked) -> dict[str, Tensor]:
+        """Tensors of a condition that are the same for all samples, without the dimension of the batch."""
+        return {}
+
+    def conditioning(self, config: Config, path: Path, asked: Asked) -> Conditioning:
+        """What the network is conditioned on. InputError if the spec does not give what the network needs."""
+        if not (fields := self.fields(config)):
+            return of_classes(None, None)
+        if asked.conditions is None:
+            raise InputError(
+                f"{path}: this network is conditioned on {', '.join(fields)}, so teacher.conditions must be set: a "
+                "file with embeddings of prompts; `distill encode TEACHER PROMPTS.txt` makes one"
+            )
+        constants = self.constants(config, asked)
+        if asked.embedded_guidance is not None and "guidance" not in constants:
+            raise InputError(
+                f"teacher.embedded_guidance has no effect: this network ({path}) does not take the guidance scale as "
+                "an input; remove it"
+            )
+        asked.conditions.check(fields, constants)
+        given = asked.conditions
+        return ConditionTable(given.rows, given.null_rows, {k: v for k, v in constants.items() if k not in given.rows})
+
+    def layers(self, network: nn.Module) -> Sequence[str]:
+        """The names of the blocks, whose outputs are features."""
+        return [
+            name
+            for name, _ in network.named_modules()
+            if name.partition(".")[0].endswith("blocks") and name.count(".") == 1
+        ]
+
+    def time_layers(self, network: nn.Module) -> Sequence[str]:
+        """The names of the modules that embed the time as [B, `time_width`]; a second time is added to their output."""
+        return ["time_text_embed"]
+
+    def time_width(self, config: Config) -> int:
+        raise NotImplementedError
+
+    def with_velocity(self, config: Config) -> Config:
+        """The config of a network that takes (x_t, velocity), joined along the channels, in place of x_t."""
+        raise NotImplementedError
+
+    def critic_layer(self, network: nn.Module) -> str:
+        """The name of the block whose output a discriminator looks at: the one in the middle."""
+        names = self.layers(network)
+        return names[len(names) // 2]
+
+    def settled(self, network: nn.Module) -> None:
+        """Turns off what is random in a network's train() mode, other than dropout of features."""
+
+    def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        """The network's prediction, like x_t [B, C, ...], which may have twice as many channels (see `with_velocity`).
+
+        time: [B], n of a VP schedule, N times the time of the linear path, or c_noise of EDM.
+        """
+        raise NotImplementedError
+
+    def encode(self, pipeline: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
+        """The rows of conditions of prompts, in the pipeline's own way. "" is the prompt of the unconditional call."""
+        raise NotImplementedError
+
+    def encode_null(self, pipeline: DiffusionPipeline, negative: str) -> dict[str, Tensor]:
+        """The row of the unconditional call, or of a negative prompt."""
+        return self.encode(pipeline, [negative])
+
+
+def size_of(latent: tuple[int, ...] | None, default: tuple[int, ...], path: Path, patch: int = 1) -> tuple[int, ...]:
+    """`latent`, or the default. InputError if it has another number of sides, or is no multiple of the patch size."""
+    found = default if latent is None else latent
+    if len(found) != len(default):
+        words = "[height, width]" if len(default) == 2 else "[frames, height, width]"
+        raise InputError(
+            f"teacher.size: this network ({path}) makes samples of size {words}; give {len(default)} numbers"
+        )
+    if any(side % patch or side < patch for side in found[-2:]):
+        raise InputError(
+            f"teacher.size: height and width give latents of {found[-2]}x{found[-1]}, but the network ({path}) works "
+            f"on patches of {patch}x{patch}; give other sides"
+        )
+    return found
+
+
+def embedded(asked: Asked, default: float) -> Tensor:
+    """The guidance scale that a network takes as an input."""
+    return torch.tensor(default if asked.embedded_guidance is None else asked.embedded_guidance)

@@ -1,0 +1,202 @@
+"""What the files of a checkpoint say about its network, without its weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import ModelMixin
+
+from distill.core.errors import InputError
+from distill.core.text import suggest
+from distill.flow.codecs import PIXELS
+from distill.networks.architectures import NETWORKS
+from distill.networks.velocity_mlp import VelocityMLP
+from distill.networks.velocity_unet import VelocityUNet2DModel
+from distill.protocols import Architecture, Codec
+from distill.spec.model import CheckpointTeacher
+from distill.teachers import architectures, files, schedulers
+from distill.teachers.codecs import LatentCodec, latent_size, pixel_size
+from distill.teachers.convention import Convention
+from distill.teachers.read import Config, Read, checked, parse, short
+from distill.teachers.schedulers import EdmSchedule, LinearSchedule, Schedule, VpSchedule
+
+LINEAR_NETWORKS = (VelocityUNet2DModel, VelocityMLP)  # classes that are always called on the linear path
+PIXEL_PIPELINE = ["scheduler", "unet"]  # the components of a pipeline in pixel space
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The network of a checkpoint, before its weights are read."""
+
+    path: Path  # its config.json
+    content: Config
+    network_class: type[ModelMixin]
+    architecture: Architecture | Convention
+    schedule: Schedule | None  # None: there is no scheduler config, or the network's class is in LINEAR_NETWORKS
+    chosen: Path | None  # the scheduler config that `schedule` was read from
+    shape: tuple[int, ...]  # of one sample
+    codec: Codec
+    size: tuple[int, ...]  # of one sample in pixels, [frames,] height, width; empty for vectors
+    boundary: float | None  # if there are two networks: the time from which on the first one is called
+
+
+class _Index(Read):
+    """The options in model_index.json that are read."""
+
+    boundary_ratio: float | None = None
+
+
+def describe(spec: CheckpointTeacher, parts: files.Parts, kind: str) -> Facts:
+    """Reads and checks the configs of a checkpoint. InputError if its network is not supported, or not of this kind."""
+    path = parts.model / files.CONFIG
+    content = parse(path)
+    network_class = _network_class(spec, path, content, kind)
+    architecture = architectures.known()[network_class.__name__]
+    _refuse_pipeline(spec, parts, network_class, architecture)
+    linear_by_construction = network_class in LINEAR_NETWORKS
+    chosen = None if linear_by_construction else parts.chosen
+    schedule = None if chosen is None else _schedule(spec, chosen, parts.scheduler)
+    codec: Codec = PIXELS
+    if isinstance(architecture, Convention):
+        factors = architecture.default_factors
+        if parts.autoencoder is not None:
+            codec = LatentCodec.of(parts.autoencoder)
+            factors = codec.factors
+        latent = None if spec.size is None else latent_size(tuple(spec.size), factors, "teacher.size")
+        shape = architecture.latent_shape(content, path, latent)
+        size = pixel_size(shape[1:], factors)
+    else:
+        shape = architecture.shape(content, path)
+        size = shape[1:]
+        for name, value in {
+            "size": spec.size,
+            "conditions": spec.conditions,
+            "embedded_guidance": spec.embedded_guidance,
+        }.items():
+            if value is not None:
+                raise InputError(
+                    f"teacher.{name}={value} has no effect: {spec.path} has a {network_class.__name__}, whose samples "
+                    "and conditions are given by its config.json; remove it"
+                )
+    return Facts(
+        path,
+        content,
+        network_class,
+        architecture,
+        schedule,
+        chosen,
+        shape,
+        codec,
+        size,
+        _boundary(parts, schedule),
+    )
+
+
+def _refuse_pipeline(
+    spec: CheckpointTeacher,
+    parts: files.Parts,
+    network_class: type[ModelMixin],
+    architecture: Architecture | Convention,
+) -> None:
+    """InputError if the network belongs to a pipeline that calls it in another way."""
+    if isinstance(architecture, Convention):
+        if parts.pipeline_class and parts.pipeline_class not in architecture.pipelines:
+            raise InputError(
+                f"teacher.path={spec.path} is a {short(parts.pipeline_class)}, which is not supported, because it "
+                f"calls its {network_class.__name__} in another way; valid: {', '.join(architecture.pipelines)}"
+            )
+    elif parts.pipeline is not None and list(parts.components) != PIXEL_PIPELINE:
+        inside = "" if parts.pipeline == Path(spec.path) else f"part of {parts.pipeline}, "
+        raise InputError(
+            f"teacher.path={spec.path} is {inside}a pipeline with the components "
+            f"{short(', '.join(parts.components)) or 'none'}; valid for a {network_class.__name__}: pixel-space "
+            "pipelines with only scheduler and unet"
+        )
+
+
+def _boundary(parts: files.Parts, schedule: Schedule | None) -> float | None:
+    """The time of the boundary between the two networks of a pipeline; None if it has one."""
+    if parts.pipeline is None or files.SECOND not in parts.components:
+        return None
+    index = parts.pipeline / files.INDEX
+    ratio = checked(_Index, parse(index), index).boundary_ratio
+    if ratio is None or not isinstance(schedule, LinearSchedule):
+        raise InputError(
+            f"{index}: this pipeline has two networks, so it needs a boundary_ratio between 0 and 1, and a scheduler "
+            "of the linear path"
+        )
+    return ratio * schedule.time_scale
+
+
+def _network_class(spec: CheckpointTeacher, path: Path, config: Config, kind: str) -> type[ModelMixin]:
+    """The network class that a config names.
+
+    Raises InputError if it is not supported, or if the spec has options that have no effect on it.
+    """
+    name, ours = config.get("_class_name"), {each.__name__: each for each in NETWORKS[kind]}
+    taken = {each.__name__ for members in NETWORKS.values() for each in members}
+    # Networks of latent-space pipelines can be students of any kind; those of other packages are velocity fields.
+    others = [
+        each
+        for each, architecture in architectures.known().items()
+        if each not in taken and (kind == "velocity" or isinstance(architecture, Convention))
+    ]
+    if not isinstance(name, str) or name not in [*ours, *others]:
+        raise InputError(
+            f"{path}: network class {short(str(name))} is not supported; {suggest(short(str(name)), [*ours, *others])}"
+        )
+    found = ours.get(name) or architectures.class_of(name)
+    if found in LINEAR_NETWORKS:
+        for setting, value in {"prediction": spec.prediction, "scheduler": spec.scheduler}.items():
+            if value is not None:
+                raise InputError(
+                    f"teacher.{setting}={value} has no effect: {spec.path} is a {name}, which always predicts the "
+                    "velocity of the linear path; remove it"
+                )
+    return found
+
+
+def _schedule(spec: CheckpointTeacher, chosen: Path, own: Path | None) -> Schedule:
+    """Reads the schedule of the scheduler config `chosen`.
+
+    Raises InputError if it contradicts `own`, the checkpoint's own config. What `own` does not tell, because its class
+    or an option is not known, is not compared.
+    """
+    schedule = schedulers.read(chosen)
+    if own is None or own == chosen:
+        return schedule
+    given, found = f"teacher.scheduler={spec.scheduler} describes", f"the checkpoint's own scheduler ({own})"
+    told = parse(own)
+    predicted = told.get("prediction_type")
+    predicted = "velocity" if predicted == "flow_prediction" else predicted
+    if (name := told.get("_class_name")) in schedulers.KINDS:
+        before = schedulers.read(own, strict=False)
+        predicted = before.prediction
+        if before.family != schedule.family:
+            raise InputError(
+                f"{given} the {schedule.family} path, but {found} the {before.family} path; remove teacher.scheduler"
+            )
+        if isinstance(before, LinearSchedule) and before != schedule:
+            raise InputError(
+                f"teacher.scheduler={spec.scheduler} and the checkpoint's own scheduler ({own}, a {name}) disagree on "
+                "the scale or direction of time, or on the sign of the output; remove teacher.scheduler"
+            )
+        if _scale(before) != _scale(schedule):
+            raise InputError(
+                f"{given} {_scale(schedule)}, but {found} {_scale(before)}; remove teacher.scheduler, or correct it"
+            )
+    if spec.prediction is None and predicted is not None and predicted != schedule.prediction:
+        raise InputError(
+            f"{given} a network that predicts {schedule.prediction}, but {found} one that predicts "
+            f"{short(str(predicted))}; remove teacher.scheduler, or say what is predicted in teacher.prediction"
+        )
+    return schedule
+
+
+def _scale(schedule: Schedule) -> str:
+    """The option besides the path that changes how the network is called, as a text to compare and to show."""
+    match schedule:
+        case VpSchedule():
+            return f"num_train_timesteps={schedule.steps}"
+        case EdmSchedule():
+            return f"sigma_data={schedule.sigma_data}"
+    return ""

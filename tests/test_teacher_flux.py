@@ -1,0 +1,84 @@
+"""FLUX.1 as a teacher."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from latent import exact, finite_at_both_ends, load, normal, ours, same, seeded, write, write_conditions
+
+from distill.flow.interpolants import linear
+from distill.teachers.architectures.flux import ARCHITECTURE
+from distill.teachers.network_field import NetworkField
+
+pytestmark = pytest.mark.costs("teacher FluxTransformer2DModel")
+
+STEPS = 4
+
+
+def pipeline(*, guidance_embeds: bool) -> FluxPipeline:
+    network = seeded(
+        lambda: FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=24,
+            axes_dims_rope=(4, 6, 6),
+            guidance_embeds=guidance_embeds,
+        )
+    )
+    vae = seeded(
+        lambda: AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            latent_channels=4,
+            norm_num_groups=4,
+            scaling_factor=0.36,
+            shift_factor=0.1,
+        )
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    found = FluxPipeline(scheduler, vae, None, None, None, None, network)
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def embeddings(seed: int) -> dict[str, torch.Tensor]:
+    return {"encoder_hidden_states": normal(3, 7, 32, seed=seed), "pooled_projections": normal(3, 24, seed=seed + 1)}
+
+
+@pytest.mark.parametrize("guidance", [None, 2.5], ids=["schnell", "dev"])
+def test_equals_the_pipeline(tmp_path, guidance):
+    stock = pipeline(guidance_embeds=guidance is not None)
+    rows, null = embeddings(2), embeddings(5)
+    path = write_conditions(tmp_path / "conditions.safetensors", rows, {k: v[:1] for k, v in null.items()})
+    teacher = load(write(tmp_path / "flux", stock), size=[16, 24], conditions=path, embedded_guidance=guidance)
+    assert teacher.shape == (4, 8, 12)
+    noise = normal(3, 4, 8, 12)
+
+    def theirs(scale):
+        found = stock(
+            height=16, width=24, num_inference_steps=STEPS, output_type="latent", guidance_scale=guidance or 0.0,
+            latents=stock._pack_latents(noise, 3, 4, 8, 12), prompt_embeds=rows["encoder_hidden_states"],
+            pooled_prompt_embeds=rows["pooled_projections"], true_cfg_scale=scale,
+            negative_prompt_embeds=null["encoder_hidden_states"][:1].expand(3, -1, -1),
+            negative_pooled_prompt_embeds=null["pooled_projections"][:1].expand(3, -1),
+        ).images  # fmt: skip
+        return stock._unpack_latents(found, 16, 24, 2)
+
+    finite_at_both_ends(teacher, noise)
+    for scale in (1.0, 3.0):
+        expected = theirs(scale)
+        same(ours(teacher, stock.scheduler.sigmas, noise, scale), expected)
+
+
+def test_an_oracle_gives_back_its_velocity():
+    def network(*, hidden_states, timestep, guidance, **others):
+        x = FluxPipeline._unpack_latents(hidden_states, 16, 24, 2)
+        return (FluxPipeline._pack_latents(exact(x, timestep), 3, 4, 8, 12),)
+
+    field = NetworkField(network, linear(), "velocity", 1000.0, call=ARCHITECTURE.call)
+    x, t = normal(3, 4, 8, 12), torch.tensor([0.1, 0.5, 0.9])
+    assert (field(x, t, embeddings(2)) - exact(x, t)).abs().max() <= 1e-6
