@@ -137,6 +137,7 @@ def test_shipped_files_stand_alone():
         "flow_map_unet",
         "acceleration_mlp",
         "acceleration_unet",
+        "linear_path",
     }
     names = networks | {"velocity_call", "flow_map_call", "acceleration_call"}
     students = ROOT / "distill" / "students"

@@ -406,16 +406,19 @@ def test_what_is_not_supported_says_what_is(tmp_path):
     refused(folder, "sample_size=None, in_channels=1", prediction="sample")
     edit(config, time_embedding_type="learned")
     refused(folder, "time_embedding_type learned supports only integer timesteps")
-    edit(config, _class_name="UNet2DConditionModel")
-    refused(folder, "network class UNet2DConditionModel is not supported", "valid: UNet2DModel, VelocityMLP")
-    config.write_text("{")
-    refused(folder, f"{config} cannot be read as JSON")
+    edit(config, _class_name="UNet2DModle")
+    refused(
+        folder, "network class UNet2DModle is not supported; did you mean 'UNet2DModel'? valid: ", ", VelocityMLP"
+    )
+    edit(config, _class_name="UNet2DModel")
     edit(folder / "model_index.json", vae=["diffusers", "AutoencoderKL"])
     refused(
         folder,
-        "is a pipeline with the components scheduler, unet, vae; valid: pixel-space pipelines with only "
-        "scheduler and unet",
+        "is a pipeline with the components scheduler, unet, vae; valid for a UNet2DModel: pixel-space "
+        "pipelines with only scheduler and unet",
     )
+    config.write_text("{")
+    refused(folder, f"{config} cannot be read as JSON")
 
 
 def test_classes_are_embeddings(tmp_path):

@@ -241,7 +241,7 @@ def test_norms_and_standard_deviations_are_those_with_condition():
 def stock(guidance, scale):
     """(velocity with condition, without it, x, t) -> guided velocity, by diffusers."""
     match guidance.form:
-        case "cfg":
+        case "cfg" | None:
             made = guiders.ClassifierFreeGuidance(guidance_scale=scale)
         case "rescaled":
             made = guiders.ClassifierFreeGuidance(guidance_scale=scale, guidance_rescale=guidance.rescale or 0.7)

@@ -8,7 +8,7 @@ from distill.flow.interpolants import like, linear
 from distill.networks.acceleration_call import call
 from distill.protocols import Cond
 
-Call = Callable[[nn.Module, Tensor, Tensor, Tensor | None, Cond], Tensor]
+AccelerationCall = Callable[[nn.Module, Tensor, Tensor, Tensor | None, Cond], Tensor]
 
 
 class AccelerationStudent(nn.Module):
@@ -23,7 +23,7 @@ class AccelerationStudent(nn.Module):
 
     interpolant = linear()  # for both endpoints of a path; in between, the path is curved
 
-    def __init__(self, network: nn.Module, call: Call = call) -> None:
+    def __init__(self, network: nn.Module, call: AccelerationCall = call) -> None:
         super().__init__()
         self.network, self.call = network, call
 

@@ -8,7 +8,7 @@ from distill.flow.interpolants import like, linear
 from distill.networks.flow_map_call import call
 from distill.protocols import Cond
 
-Call = Callable[[nn.Module, Tensor, Tensor, Tensor, Cond], Tensor]
+FlowMapCall = Callable[[nn.Module, Tensor, Tensor, Tensor, Cond], Tensor]
 
 
 class FlowMapStudent(nn.Module):
@@ -20,7 +20,7 @@ class FlowMapStudent(nn.Module):
 
     interpolant = linear()
 
-    def __init__(self, network: nn.Module, call: Call = call) -> None:
+    def __init__(self, network: nn.Module, call: FlowMapCall = call) -> None:
         super().__init__()
         self.network, self.call = network, call
 

@@ -25,7 +25,7 @@ from distill.networks.velocity import TIME_SCALE
 from distill.protocols import Architecture, Codec, Cond, Conditioning, NetworkCall, VelocityField
 from distill.spec.model import CheckpointTeacher
 from distill.teachers import files, schedulers, weights
-from distill.teachers.conditions import Conditions
+from distill.teachers.conditions import ConditionFile
 from distill.teachers.conditions import read as read_conditions
 from distill.teachers.convention import Asked, Convention
 from distill.teachers.describe import LINEAR_NETWORKS, Facts, describe
@@ -160,7 +160,7 @@ def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
     return network
 
 
-def _asked(spec: CheckpointTeacher, conditions: Conditions | None) -> dict[str, object]:
+def _asked(spec: CheckpointTeacher, conditions: ConditionFile | None) -> dict[str, object]:
     """The options of the spec that change what the network computes; those with their defaults are left out."""
     found = spec.model_dump(include={"size", "embedded_guidance", "dtype"}, exclude_defaults=True)
     return found | ({} if conditions is None else {"conditions": conditions.digest})

@@ -32,7 +32,7 @@ class Wanted(Protocol):
 
 
 @dataclass(frozen=True)
-class Conditions:
+class ConditionFile:
     """The content of a file with conditions.
 
     rows: [N, ...] by field. null_rows: [1, ...] by field; None: no unconditional call. digest: SHA-256 of the file.
@@ -67,7 +67,7 @@ class Conditions:
             raise InputError(f"{self.path}: {name} has the data type {tensor.dtype}; valid: {wanted.dtype}")
 
 
-def read(path: Path) -> Conditions:
+def read(path: Path) -> ConditionFile:
     """Reads a file with conditions. InputError if it is damaged, has no rows, or values that are not finite."""
     try:
         tensors = load_file(path)
@@ -89,7 +89,7 @@ def read(path: Path) -> Conditions:
     for name, each in tensors.items():
         if each.is_floating_point() and not each.isfinite().all():
             raise InputError(f"{path} contains NaN or infinity in {short(name)}; make it again")
-    return Conditions(path, rows, null or None, digest)
+    return ConditionFile(path, rows, null or None, digest)
 
 
 def write(path: Path, rows: Mapping[str, Tensor], null_rows: Mapping[str, Tensor] | None) -> None:

@@ -17,7 +17,7 @@ from distill.core.errors import InputError
 from distill.flow.conditioning import ConditionTable, of_classes
 from distill.flow.guidance import Combine, cfg
 from distill.protocols import Cond, Conditioning
-from distill.teachers.conditions import Conditions
+from distill.teachers.conditions import ConditionFile
 from distill.teachers.read import Config
 
 
@@ -37,7 +37,7 @@ class Asked:
     """
 
     size: tuple[int, ...]
-    conditions: Conditions | None = None
+    conditions: ConditionFile | None = None
     embedded_guidance: float | None = None
     null_class: int | None = None
 
