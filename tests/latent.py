@@ -3,21 +3,33 @@
 The test of each convention compares with the stock pipeline, from the same latents, embeddings and times.
 """
 
+import copy
 import json
+import string
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from distill import teachers
 from distill.flow.fields import Rescheduled, start
 from distill.flow.interpolants import linear, vp
 from distill.flow.solvers import integrate
+from distill.networks.two_times import TwoTimes
 from distill.spec.model import CheckpointTeacher
 from distill.teachers.analytic import GaussianField
+from distill.teachers.architectures import convention_of
+from distill.teachers.network_field import linear_call
 
 CPU = torch.device("cpu")
+SPECIAL = ("<pad>", "<bos>", "<unk>", "<eos>")  # tokens 0 to 3 of `tokenizer`
+VOCABULARY = len(SPECIAL) + len(string.printable)
+PROMPTS, NEGATIVE = ["a cat", "two dogs on a hill"], "rain"  # two lengths
 
 
 def seeded(make, seed: int = 0):
@@ -101,3 +113,55 @@ def finite_at_both_ends(teacher: teachers.LoadedTeacher, noise: Tensor) -> None:
         found = teacher.field(noise, torch.full((len(noise),), t), conditions(teacher, len(noise)))
         assert found.shape == noise.shape
         assert found.isfinite().all()
+
+
+def fits_students(teacher: teachers.LoadedTeacher, noise: Tensor) -> None:
+    """Checks what a convention says for flow maps, accelerations and critics against the network."""
+    network, cond, rows = teacher.network, conditions(teacher, len(noise)), len(noise)
+    convention = convention_of(network)
+    config = json.loads(network.to_json_string())
+    width, layers = convention.time_width(config), convention.time_layers(network)
+
+    mapped = TwoTimes(copy.deepcopy(network), layers, width)
+    embedded = []
+    for name in layers:
+        mapped.network.get_submodule(name).register_forward_hook(lambda _, inputs, output: embedded.append(output))
+    t, s = torch.full((rows,), 0.7), torch.full((rows,), 0.2)
+    found = mapped(linear_call(teacher.field), noise, t, s, cond)
+    assert [each.shape for each in embedded] == [(rows, width)] * len(layers)
+    found.square().sum().backward()
+    assert mapped.gap[2].bias.grad.any()  # the second time reaches the output
+
+    wide = type(network).from_config(convention.with_velocity(config))
+    with torch.no_grad():
+        twice = convention.call(wide, torch.cat([noise, noise], dim=1), torch.full((rows,), 500.0), cond)
+        (features,) = teacher.features(noise, t, cond, [convention.critic_layer(network)])
+    assert twice.shape == noise.shape
+    assert features.ndim > 2 and len(features) == rows and features.isfinite().all()
+
+
+def tokenizer(length: int = 77, side: str = "right", template: str | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are letters, with <eos> at the end. template: of chats, in Jinja."""
+    names = [*SPECIAL, *string.printable]
+    found = Tokenizer(BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>"))
+    found.post_processor = TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", names.index("<eos>"))])
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=found,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        eos_token="<eos>",
+        model_max_length=length,
+        padding_side=side,
+    )
+    made.chat_template = template
+    return made
+
+
+@torch.no_grad()
+def prompted(folder: Path, stock, **fields) -> teachers.LoadedTeacher:
+    """The teacher of a stock pipeline, with conditions that its convention encodes from PROMPTS and NEGATIVE."""
+    convention = convention_of(getattr(stock, "transformer", None) or stock.unet)
+    rows, null = convention.encode(stock, PROMPTS), convention.encode_null(stock, NEGATIVE)
+    path = write_conditions(folder / "encoded.safetensors", rows, null)
+    return load(write(folder / "pipeline", stock), conditions=path, **fields)

@@ -3,7 +3,24 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from latent import exact, finite_at_both_ends, load, normal, ours, same, seeded, write, write_conditions
+from latent import (
+    NEGATIVE,
+    PROMPTS,
+    VOCABULARY,
+    exact,
+    finite_at_both_ends,
+    fits_students,
+    load,
+    normal,
+    ours,
+    prompted,
+    same,
+    seeded,
+    tokenizer,
+    write,
+    write_conditions,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from distill.flow.interpolants import linear
 from distill.teachers.architectures.flux import ARCHITECTURE
@@ -14,7 +31,7 @@ pytestmark = pytest.mark.costs("teacher FluxTransformer2DModel")
 STEPS = 4
 
 
-def pipeline(*, guidance_embeds: bool) -> FluxPipeline:
+def pipeline(*, guidance_embeds: bool, texts: dict | None = None) -> FluxPipeline:
     network = seeded(
         lambda: FluxTransformer2DModel(
             in_channels=16,
@@ -40,7 +57,8 @@ def pipeline(*, guidance_embeds: bool) -> FluxPipeline:
         )
     )
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
-    found = FluxPipeline(scheduler, vae, None, None, None, None, network)
+    names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    found = FluxPipeline(scheduler, vae, transformer=network, **(dict.fromkeys(names) | (texts or {})))
     found.set_progress_bar_config(disable=True)
     return found
 
@@ -72,6 +90,7 @@ def test_equals_the_pipeline(tmp_path, guidance):
     for scale in (1.0, 3.0):
         expected = theirs(scale)
         same(ours(teacher, stock.scheduler.sigmas, noise, scale), expected)
+    fits_students(teacher, noise)
 
 
 def test_an_oracle_gives_back_its_velocity():
@@ -82,3 +101,32 @@ def test_an_oracle_gives_back_its_velocity():
     field = NetworkField(network, linear(), "velocity", 1000.0, call=ARCHITECTURE.call)
     x, t = normal(3, 4, 8, 12), torch.tensor([0.1, 0.5, 0.9])
     assert (field(x, t, embeddings(2)) - exact(x, t)).abs().max() <= 1e-6
+
+
+@pytest.mark.long
+def test_encodes_prompts_as_the_pipeline(tmp_path):
+    clip = CLIPTextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=24,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=1,
+        eos_token_id=3,
+    )
+    t5 = T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    texts = {
+        "text_encoder": seeded(lambda: CLIPTextModel(clip)),
+        "tokenizer": tokenizer(),
+        "text_encoder_2": seeded(lambda: T5EncoderModel(t5)),
+        "tokenizer_2": tokenizer(512),
+    }
+    stock = pipeline(guidance_embeds=True, texts=texts)
+    teacher = prompted(tmp_path, stock, size=[16, 24], embedded_guidance=2.5)
+    assert teacher.conditioning.rows["encoder_hidden_states"].shape == (2, 512, 32)
+    noise = normal(2, 4, 8, 12)
+    found = stock(
+        prompt=PROMPTS, negative_prompt=[NEGATIVE] * 2, height=16, width=24, num_inference_steps=2,
+        output_type="latent", guidance_scale=2.5, true_cfg_scale=3.0, latents=stock._pack_latents(noise, 2, 4, 8, 12),
+    ).images  # fmt: skip
+    same(ours(teacher, stock.scheduler.sigmas, noise, 3.0), stock._unpack_latents(found, 16, 24, 2))

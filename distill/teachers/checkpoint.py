@@ -60,7 +60,7 @@ class TeacherCheckpoint:
 def load(spec: CheckpointTeacher, device: torch.device, *, probe: bool) -> LoadedTeacher:
     """Loads the network of a checkpoint as a velocity field in its own schedule. probe: see `load_teacher`."""
     found = read(spec, device, "velocity")
-    field = _field(found, spec)
+    field, convention = _field(found, spec), found.architecture
     if probe:
         _probe(field, found, spec, device)
     return LoadedTeacher(
@@ -77,7 +77,8 @@ def load(spec: CheckpointTeacher, device: torch.device, *, probe: bool) -> Loade
         unconditional=found.student.unconditional,
         license=found.license,
         codec=found.codec,
-        combine=found.architecture.combine if isinstance(found.architecture, Convention) else cfg,
+        image_output=convention.image_output if isinstance(convention, Convention) else 0,
+        combine=convention.combine if isinstance(convention, Convention) else cfg,
     )
 
 

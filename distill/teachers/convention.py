@@ -56,6 +56,7 @@ class Convention:
     combine: Combine = staticmethod(cfg)  # how the pipeline combines two velocities for guidance
     guidance_scale = 1.0  # the pipeline's default, in u + scale (c - u), where u is the velocity without condition
     embedded_guidance: float | None = None  # the pipeline's default; None: the network does not take it
+    image_output = 0  # which part of what a block returns belongs to the image, if it returns a tuple
 
     default_factors = (
         1,
@@ -143,8 +144,13 @@ class Convention:
         return self.encode(pipeline, [negative])
 
 
-def size_of(latent: tuple[int, ...] | None, default: tuple[int, ...], path: Path, patch: int = 1) -> tuple[int, ...]:
-    """`latent`, or the default. InputError if it has another number of sides, or is no multiple of the patch size."""
+def size_of(
+    latent: tuple[int, ...] | None, default: tuple[int, ...], path: Path, patch: int = 1, most: int | None = None
+) -> tuple[int, ...]:
+    """`latent`, or the default. InputError if it has another number of sides, or is no multiple of the patch size.
+
+    most: the number of patches per side for which the network has positions; InputError if there are more.
+    """
     found = default if latent is None else latent
     if len(found) != len(default):
         words = "[height, width]" if len(default) == 2 else "[frames, height, width]"
@@ -155,6 +161,11 @@ def size_of(latent: tuple[int, ...] | None, default: tuple[int, ...], path: Path
         raise InputError(
             f"teacher.size: height and width give latents of {found[-2]}x{found[-1]}, but the network ({path}) works "
             f"on patches of {patch}x{patch}; give other sides"
+        )
+    if most is not None and max(found[-2:]) > most * patch:
+        raise InputError(
+            f"teacher.size: height and width give latents of {found[-2]}x{found[-1]}, but the network ({path}) has "
+            f"positions for {most * patch}x{most * patch}; give smaller sides"
         )
     return found
 

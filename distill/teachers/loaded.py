@@ -34,6 +34,7 @@ class LoadedTeacher:
     given: Conditioning | None = None  # None: class labels, or no conditioning if there are no classes
     codec: Codec = PIXELS
     layers: Sequence[str] = ()  # names of the layers that `features` accepts, in the order of the network
+    image_output: int = 0  # which part of a layer's output is its features, if that is a tuple
     combine: Combine = cfg  # guidance as the teacher's own pipeline does it
     weak: "LoadedTeacher | None" = None  # a worse model of the same data, for autoguidance
 
@@ -67,7 +68,7 @@ class LoadedTeacher:
         found: dict[str, Tensor] = {}
 
         def keep(name: str, module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            found[name] = output if isinstance(output, Tensor) else output[0]
+            found[name] = output if isinstance(output, Tensor) else output[self.image_output]
 
         hooks = [self.network.get_submodule(n).register_forward_hook(partial(keep, n)) for n in dict.fromkeys(layers)]
         try:

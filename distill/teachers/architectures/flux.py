@@ -22,6 +22,10 @@ class _Config(Read):
     attention_head_dim: Size = 128
     guidance_embeds: bool = False
 
+    @property
+    def channels(self) -> int:
+        return self.out_channels or self.in_channels
+
 
 class Flux(Convention):
     title = "FLUX.1 dev, schnell"
@@ -30,10 +34,11 @@ class Flux(Convention):
     prediction = "velocity"
     guidance_scale = 1.0  # no second call; with a negative prompt there may be one ("true CFG")
     embedded_guidance = 3.5
+    image_output = 1
 
     def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
-        channels = checked(_Config, config, path).in_channels // 4
-        return (channels, *size_of(latent, (128, 128), path, patch=2))
+        channels = checked(_Config, config, path).channels
+        return (channels // 4, *size_of(latent, (128, 128), path, patch=2))
 
     def fields(self, config: Config) -> Mapping[str, CondField]:
         own = _Config.model_validate(config)
@@ -53,7 +58,7 @@ class Flux(Convention):
 
     def with_velocity(self, config: Config) -> Config:
         own = _Config.model_validate(config)
-        return {**config, "in_channels": 2 * own.in_channels, "out_channels": own.out_channels or own.in_channels}
+        return {**config, "in_channels": 2 * own.in_channels, "out_channels": own.channels}
 
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         text, (height, width) = cond["encoder_hidden_states"], x_t.shape[-2:]

@@ -1,0 +1,75 @@
+"""Stable Diffusion 3 and 3.5: a transformer on latents, with states of three text encoders in one sequence."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from distill.protocols import Cond
+from distill.teachers.convention import CondField, Convention, size_of
+from distill.teachers.read import Config, Read, Size, checked
+
+
+class _Config(Read):
+    sample_size: Size = 128
+    patch_size: Size = 2
+    in_channels: Size = 16
+    out_channels: Size | None = 16
+    attention_head_dim: Size = 64
+    num_attention_heads: Size = 18
+    joint_attention_dim: Size = 4096
+    pooled_projection_dim: Size = 2048
+    pos_embed_max_size: Size = 96
+
+    @property
+    def channels(self) -> int:
+        return self.out_channels or self.in_channels
+
+
+class StableDiffusion3(Convention):
+    title = "Stable Diffusion 3, 3.5"
+    networks = ("SD3Transformer2DModel",)
+    pipelines = ("StableDiffusion3Pipeline",)
+    prediction = "velocity"
+    guidance_scale = 7.0
+    image_output = 1
+
+    def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
+        own = checked(_Config, config, path)
+        default = (own.sample_size, own.sample_size)
+        return (own.channels, *size_of(latent, default, path, own.patch_size, own.pos_embed_max_size))
+
+    def fields(self, config: Config) -> Mapping[str, CondField]:
+        own = _Config.model_validate(config)
+        return {
+            "encoder_hidden_states": CondField((None, own.joint_attention_dim)),
+            "pooled_projections": CondField((own.pooled_projection_dim,)),
+        }
+
+    def time_width(self, config: Config) -> int:
+        own = _Config.model_validate(config)
+        return own.num_attention_heads * own.attention_head_dim
+
+    def with_velocity(self, config: Config) -> Config:
+        own = _Config.model_validate(config)
+        return {**config, "in_channels": 2 * own.in_channels, "out_channels": own.channels}
+
+    def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        output: Tensor = network(
+            hidden_states=x_t,
+            timestep=time,
+            encoder_hidden_states=cond["encoder_hidden_states"],
+            pooled_projections=cond["pooled_projections"],
+            return_dict=False,
+        )[0]
+        return output
+
+    def encode(self, pipeline: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
+        states, _, pooled, _ = pipeline.encode_prompt(
+            prompt=prompts, prompt_2=None, prompt_3=None, do_classifier_free_guidance=False
+        )
+        return {"encoder_hidden_states": states, "pooled_projections": pooled}
+
+
+ARCHITECTURE = StableDiffusion3()
