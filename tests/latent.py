@@ -21,6 +21,7 @@ from distill.flow.fields import Rescheduled, start
 from distill.flow.interpolants import linear, vp
 from distill.flow.solvers import integrate
 from distill.networks.two_times import TwoTimes
+from distill.spec.guidancespec import FieldSettings, GuidanceSpec
 from distill.spec.model import CheckpointTeacher
 from distill.teachers.analytic import GaussianField
 from distill.teachers.architectures import convention_of
@@ -71,9 +72,15 @@ def conditions(teacher: teachers.LoadedTeacher, count: int):
 
 
 @torch.no_grad()
-def ours(teacher: teachers.LoadedTeacher, t_grid: Tensor, noise: Tensor, guidance_scale: float = 1.0) -> Tensor:
+def ours(
+    teacher: teachers.LoadedTeacher,
+    t_grid: Tensor,
+    noise: Tensor,
+    guidance_scale: float = 1.0,
+    guidance: GuidanceSpec | None = None,
+) -> Tensor:
     """Euler on the linear path over t_grid (the sigmas of a flow scheduler), from noise [B, C, ...]."""
-    field = teacher.guided(guidance_scale)
+    field = teacher.field_with(FieldSettings(guidance_scale, guidance))
     sigma = t_grid[:1].double() / (1 - t_grid[:1].double())
     c = field.interpolant.path(field.interpolant.time_of(sigma))
     scale = 1.0 if sigma.isinf() else (c.alpha + c.sigma).item()

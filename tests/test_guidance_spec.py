@@ -65,6 +65,10 @@ MISTAKES = {
         {"guidance": {"weak": "t", "form": "apg"}},
         "guidance.form: apg cannot be combined with autoguidance; remove it, or remove weak",
     ),
+    "auto and second": (
+        {"guidance": {"weak": "t", "guidance_scale_2": 3}},
+        "guidance.guidance_scale_2: 3 cannot be combined with autoguidance; remove it, or remove weak",
+    ),
     "no stage": ({"guidance": {"weak": "u"}}, "guidance.weak: there is no stage 'u'; valid: t, t2"),
     "itself": (
         {"guidance": {"weak": "t2"}},
@@ -127,6 +131,7 @@ def test_words_say_what_differs():
         return FieldSettings(scale, GuidanceSpec(**given) if given else None, epsilon_scale).words
 
     assert words(1.0) == "guidance 1" and words(2.5) == "guidance 2.5"
+    assert words(4, guidance_scale_2=3) == "guidance 4 (3 for the second network)"
     assert words(2, interval=(0.2, 0.6), form="apg", norm_limit=5) == "guidance 2 (apg, norm limit 5, 0.2 < t <= 0.6)"
     assert words(2, weak="w") == "autoguidance 2" and words(1, 1.005) == "guidance 1, epsilon scale 1.005"
     assert words(3, form="rescaled", rescale=0.3) == "guidance 3 (rescaled, rescale 0.3)"

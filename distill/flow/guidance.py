@@ -76,6 +76,16 @@ def renormalised(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: float)
     return guided * (_norm(v) / _norm(guided).clamp(min=TINY))
 
 
+def two_scales(combine: Combine, boundary: float, second: float) -> Combine:
+    """`combine` with another scale, `second`, at times below `boundary`: for two networks, each with its own scale."""
+
+    def combined(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: float) -> Tensor:
+        early, late = (combine(x_t, t, v, other, each) for each in (scale, second))
+        return torch.where(like(t >= boundary, v), early, late)
+
+    return combined
+
+
 def combination(guidance: GuidanceSpec) -> Combine | None:
     """The function of this form of guidance; None: that of the teacher's own pipeline."""
     match guidance.form:

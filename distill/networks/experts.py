@@ -1,5 +1,8 @@
 """Two networks of one velocity field, each for a part of the times, like those of Wan 2.2."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +19,12 @@ class Experts(nn.Module):
     def __init__(self, transformer: nn.Module, transformer_2: nn.Module, boundary: float) -> None:
         super().__init__()
         self.transformer, self.transformer_2, self.boundary = transformer, transformer_2, boundary
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The config of `transformer`."""
+        config: Mapping[str, Any] = self.transformer.config
+        return config
 
     def called(self, call: NetworkCall, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         """Calls each network on its rows, with call(network, x_t, time, cond). Both are always called, as under ZeRO-3

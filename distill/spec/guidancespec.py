@@ -46,6 +46,9 @@ class GuidanceSpec(FrozenModel):
     norm_limit: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """for apg: larger differences between the data predictions with and without condition are shortened to this norm;
     null: no limit"""
+    guidance_scale_2: Annotated[float, Field(ge=0, le=10_000)] | None = None
+    """for teachers with two networks, like Wan 2.2: the guidance scale at the times of the second one, which have less
+    noise; null: guidance_scale at all times"""
     weak: Name | None = None
     """autoguidance: train stage whose student is called in place of the teacher without condition"""
     weak_path: Line | None = None
@@ -62,6 +65,7 @@ class GuidanceSpec(FrozenModel):
         found: list[str] = [] if self.form is None else [self.form]
         found += [] if self.rescale is None else [f"rescale {self.rescale:g}"]
         found += [] if self.norm_limit is None else [f"norm limit {self.norm_limit:g}"]
+        found += [] if self.guidance_scale_2 is None else [f"{self.guidance_scale_2:g} for the second network"]
         return found + ([] if self.interval is None else [f"{self.interval[0]:g} < t <= {self.interval[1]:g}"])
 
 
@@ -154,6 +158,11 @@ def mistakes(settings: FieldSettings, prefix: str) -> Iterator[str]:
         yield f"{where}.rescale: has no effect with form: {guidance.form or 'cfg'}; remove it, or use form: rescaled"
     if guidance.norm_limit is not None and guidance.form != "apg":
         yield f"{where}.norm_limit: has no effect with form: {guidance.form or 'cfg'}; remove it, or use form: apg"
+    if guidance.guidance_scale_2 is not None and guidance.is_auto:
+        yield (
+            f"{where}.guidance_scale_2: {guidance.guidance_scale_2:g} cannot be combined with autoguidance; remove it, "
+            f"or remove {'weak' if guidance.weak is not None else 'weak_path'}"
+        )
     if guidance.weak is not None and guidance.weak_path is not None:
         yield f"{where}: weak and weak_path are both given, but there is only one weak model; remove one"
     if guidance.is_auto and guidance.form is not None:

@@ -79,7 +79,16 @@ def load(spec: CheckpointTeacher, device: torch.device, *, probe: bool) -> Loade
         codec=found.codec,
         image_output=convention.image_output if isinstance(convention, Convention) else 0,
         combine=convention.combine if isinstance(convention, Convention) else cfg,
+        boundary=_boundary(found),
     )
+
+
+def _boundary(found: TeacherCheckpoint) -> float | None:
+    """The time in [0, 1] below which the second of two networks is called; None if there is one network."""
+    if not isinstance(found.network, Experts):
+        return None
+    assert isinstance(found.schedule, LinearSchedule), "describe checks this"
+    return found.network.boundary / found.schedule.time_scale
 
 
 def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherCheckpoint:

@@ -11,7 +11,7 @@ from distill.core.errors import InputError
 from distill.flow.codecs import PIXELS
 from distill.flow.conditioning import ClassLabels, ConditionTable, of_classes
 from distill.flow.fields import Indexed
-from distill.flow.guidance import Autoguided, Combine, Guided, Scaled, cfg, combination
+from distill.flow.guidance import Autoguided, Combine, Guided, Scaled, cfg, combination, two_scales
 from distill.protocols import Codec, Cond, Conditioning, VelocityField
 from distill.spec.guidancespec import FieldSettings
 
@@ -36,6 +36,7 @@ class LoadedTeacher:
     layers: Sequence[str] = ()  # names of the layers that `features` accepts, in the order of the network
     image_output: int = 0  # which part of a layer's output is its features, if that is a tuple
     combine: Combine = cfg  # guidance as the teacher's own pipeline does it
+    boundary: float | None = None  # time below which the second of two networks is called; None: there is one network
     weak: "LoadedTeacher | None" = None  # a worse model of the same data, for autoguidance
 
     @property
@@ -121,6 +122,13 @@ class LoadedTeacher:
                 "rescaled needs samples of at least two values"
             )
         combine = combination(form) or self.combine
+        if form.guidance_scale_2 is not None:
+            if self.boundary is None:
+                raise InputError(
+                    f"guidance.guidance_scale_2: {form.guidance_scale_2:g} has no effect, because {self.description} "
+                    "is one network; remove it"
+                )
+            combine = two_scales(combine, self.boundary, form.guidance_scale_2)
         return Guided(self.field, self.null, scale, combine, settings.interval)
 
     def _weak(self) -> "LoadedTeacher":
