@@ -407,9 +407,7 @@ def test_what_is_not_supported_says_what_is(tmp_path):
     edit(config, time_embedding_type="learned")
     refused(folder, "time_embedding_type learned supports only integer timesteps")
     edit(config, _class_name="UNet2DModle")
-    refused(
-        folder, "network class UNet2DModle is not supported; did you mean 'UNet2DModel'? valid: ", ", VelocityMLP"
-    )
+    refused(folder, "network class UNet2DModle is not supported; did you mean 'UNet2DModel'? valid: ", ", VelocityMLP")
     edit(config, _class_name="UNet2DModel")
     edit(folder / "model_index.json", vae=["diffusers", "AutoencoderKL"])
     refused(

@@ -173,3 +173,8 @@ def size_of(
 def embedded(asked: Asked, default: float) -> Tensor:
     """The guidance scale that a network takes as an input."""
     return torch.tensor(default if asked.embedded_guidance is None else asked.embedded_guidance)
+
+
+def of_one_length(rows: Sequence[Tensor], length: int) -> Tensor:
+    """Rows [L_i, ...] of different lengths as one tensor [B, length, ...], with zeros after the end of each."""
+    return torch.stack([torch.cat([row, row.new_zeros(length - len(row), *row.shape[1:])]) for row in rows])
