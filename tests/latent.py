@@ -9,6 +9,7 @@ import string
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -166,9 +167,51 @@ def tokenizer(length: int = 77, side: str = "right", template: str | None = None
 
 
 @torch.no_grad()
-def prompted(folder: Path, stock, **fields) -> teachers.LoadedTeacher:
-    """The teacher of a stock pipeline, with conditions that its convention encodes from PROMPTS and NEGATIVE."""
+def prompted(folder: Path, stock, negative: str = NEGATIVE, **fields) -> teachers.LoadedTeacher:
+    """The teacher of a stock pipeline, with conditions that its convention encodes from PROMPTS and `negative`."""
     convention = convention_of(getattr(stock, "transformer", None) or stock.unet)
-    rows, null = convention.encode(stock, PROMPTS), convention.encode_null(stock, NEGATIVE)
+    rows, null = convention.encode(stock, PROMPTS), convention.encode_null(stock, negative)
     path = write_conditions(folder / "encoded.safetensors", rows, null)
     return load(write(folder / "pipeline", stock), conditions=path, **fields)
+
+
+def autoencoder(levels: int = 2, **options) -> AutoencoderKL:
+    """A small autoencoder with 4 latent channels, which makes the sides 2^(levels - 1) times smaller."""
+    return seeded(
+        lambda: AutoencoderKL(
+            block_out_channels=(4,) * levels,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            latent_channels=4,
+            norm_num_groups=2,
+            **options,
+        )
+    )
+
+
+def ddim(**options) -> DDIMScheduler:
+    """A scheduler whose steps are those of Euler's method, from the last entry of the table to the data."""
+    return DDIMScheduler(timestep_spacing="trailing", set_alpha_to_one=True, clip_sample=False, **options)
+
+
+def vp_grid(scheduler: DDIMScheduler) -> Tensor:
+    """Linear time of the scheduler's steps, then 0."""
+    table = scheduler.alphas_cumprod.double()[scheduler.timesteps]
+    alpha, sigma = table.sqrt(), (1 - table).sqrt()
+    return torch.cat([sigma / (alpha + sigma), torch.zeros(1)])
+
+
+@torch.no_grad()
+def grows_exactly(teacher: teachers.LoadedTeacher, noise: Tensor) -> None:
+    """Checks that an acceleration starts as the velocity: all weights are copied, and those of the inputs of one layer
+    that the velocity adds are zero.
+    """
+    network, cond, time = teacher.network, conditions(teacher, len(noise)), torch.full((len(noise),), 500.0)
+    convention = convention_of(network)
+    wide = type(network).from_config(convention.with_velocity(json.loads(network.to_json_string()))).eval()
+    weights, shapes = dict(network.state_dict()), {name: each.shape for name, each in wide.state_dict().items()}
+    (first,) = (name for name, each in weights.items() if each.shape != shapes[name])
+    weights[first] = torch.cat([weights[first], torch.zeros_like(weights[first])], dim=1)
+    wide.load_state_dict(weights)
+    got = convention.call(wide, torch.cat([noise, normal(*noise.shape, seed=9)], dim=1), time, cond)
+    same(got, convention.call(network, noise, time, cond), 1e-5)

@@ -23,7 +23,8 @@ class Kind:
 
     levels: the option that lists its levels, each but the first of which halves the sides.
     spatial, temporal: the factors, if it has no such option. pixels_of: (factor, config) -> the spatial factor.
-    per_channel: shift and scale are latents_mean and 1 / latents_std, of each channel.
+    per_channel: shift and scale are latents_mean and scaling_factor / latents_std, of each channel. This also holds for
+    other classes, if their config has these numbers.
     frames: whether it takes videos [B, C, F, H, W]. single: it does, but the network works on single frames.
     patches: 2x2 patches become channels, which are normalised by the batch norm of the autoencoder.
     """
@@ -127,7 +128,7 @@ class LatentCodec:
         if self.kind.patches:
             shift = vae.bn.running_mean
             scale = (vae.bn.running_var + vae.config.batch_norm_eps).rsqrt()
-        elif self.kind.per_channel and self.config.get("latents_mean") is not None:
+        elif self.config.get("latents_mean") is not None:
             shift, std = (torch.tensor(self.config[f"latents_{name}"], device=z.device) for name in ("mean", "std"))
             scale = self.config.get("scaling_factor", 1.0) / std
         elif self.kind.per_channel:  # LTX keeps them as buffers
