@@ -353,7 +353,7 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path):
         folder,
         "has no diffusion_pytorch_model.safetensors, but config.json, diffusion_pytorch_model.bin",
         "only safetensors files are loaded",
-        "use_safetensors=False).save_pretrained('NEW')",
+        f"convert it: distill convert {folder}/unet/diffusion_pytorch_model.bin NEW_FOLDER",
     )
 
 

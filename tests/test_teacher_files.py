@@ -195,10 +195,16 @@ def test_an_old_name_beside_the_new_one_is_refused_across_shards(folder):
         (["model.safetensors"], f"but config.json, model.safetensors; rename model.safetensors to {FILE} if it"),
         (
             ["unet.ckpt"],
-            "only safetensors files are loaded. If you trust unet.ckpt, load it into its network and save",
+            "If you trust unet.ckpt, convert it: distill convert {unet}/unet.ckpt NEW_FOLDER",
         ),
-        (["diffusion_pytorch_model.bin"], "M.from_pretrained('{unet}', use_safetensors=False).save_pretrained('NEW')"),
-        (["diffusion_pytorch_model.fp16.bin"], "M.from_pretrained('{unet}', variant='fp16', use_safetensors=False)."),
+        (
+            ["diffusion_pytorch_model.bin", "a.ckpt", "diffusion_pytorch_model.fp16.bin"],
+            "distill convert {unet}/diffusion_pytorch_model.bin NEW_FOLDER",
+        ),
+        (
+            ["diffusion_pytorch_model.bf16.bin", "diffusion_pytorch_model.fp16.bin"],
+            "distill convert {unet}/diffusion_pytorch_model.fp16.bin NEW_FOLDER",
+        ),
         (
             ["diffusion_pytorch_model-00001-of-00002.safetensors"],
             f"has diffusion_pytorch_model-00001-of-00002.safetensors but no {FILE}.index.json, which maps weights to",
@@ -217,16 +223,17 @@ def test_where_no_weights_can_be_read_it_says_what_is_there(folder, names, said)
         load(folder)
     assert str(error.value).startswith(f"{folder / 'unet'} has ")
     assert said.replace("{unet}", str(folder / "unet")) in str(error.value)
-    assert ("from_pretrained(" in str(error.value)) == any(
-        name.endswith("model.bin") or "16.bin" in name for name in names
-    )
+    assert ("distill convert" in str(error.value)) == any(name.endswith((".bin", ".ckpt")) for name in names)
 
 
 def test_a_repository_of_pickled_weights_says_how_to_convert_them():
     names = ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.fp16.bin"]
     with pytest.raises(InputError) as error:
         by_id.read_of("org/x", names)
-    assert "M.from_pretrained('org/x', subfolder='unet', variant='fp16', use_safetensors=False)" in str(error.value)
+    assert str(error.value).endswith(
+        "If you trust diffusion_pytorch_model.fp16.bin, download the repository and convert it: distill convert "
+        "unet/diffusion_pytorch_model.fp16.bin NEW_FOLDER"
+    )
     assert by_id.read_of("org/x", [*names, f"unet/{FILE}"]) == ["model_index.json", "unet/config.json", f"unet/{FILE}"]
 
 

@@ -15,6 +15,7 @@ import distill
 from distill.cli import (
     catalogue,
     compare,
+    convert,
     doctor,
     follow,
     jobs,
@@ -96,6 +97,7 @@ app.command(rich_help_panel=TOOLS)(tools.sample)
 app.command("eval", rich_help_panel=TOOLS)(tools.evaluate)
 app.command(rich_help_panel=TOOLS)(pairs.pairs)
 app.command(rich_help_panel=TOOLS)(tools.export)
+app.command(rich_help_panel=TOOLS)(convert.convert)
 app.command(rich_help_panel=TOOLS)(schedule.schedule)
 app.command(hidden=True)(stage.stage)
 app.command(hidden=True)(stage.job)

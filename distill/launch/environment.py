@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+import sysconfig
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,17 @@ def thread_variables(threads: int) -> dict[str, str]:
 def threads() -> int:
     """Default number of CPU threads of a process: OMP_NUM_THREADS, else the CPUs that it may use."""
     return whole_number(os.environ.get("OMP_NUM_THREADS", "")) or cpus()
+
+
+def python_path() -> dict[str, str]:
+    """Environment variables with which a new Python process imports this copy of the package, even with option -P.
+
+    -P removes the current folder from sys.path, which may contain the package.
+    """
+    installed = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}
+    if ROOT in installed:
+        return {}
+    return {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def _git(folder: Path, *arguments: str) -> str:

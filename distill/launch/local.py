@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import sys
-import sysconfig
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -113,10 +112,7 @@ def _own(folder: Path, threads: int) -> dict[str, str]:
     env |= environment.thread_variables(threads)
     # diffusers copies a student's pipeline.py there before it imports it, not atomically: each process needs its own
     env.setdefault("HF_MODULES_CACHE", str(folder / ".modules"))
-    installed = {Path(sysconfig.get_path(kind)) for kind in ("purelib", "platlib")}
-    if environment.ROOT not in installed:  # -P removes the current folder from sys.path, which may contain the package
-        env["PYTHONPATH"] = os.pathsep.join([str(environment.ROOT), *filter(None, [env.get("PYTHONPATH")])])
-    return env
+    return env | environment.python_path()
 
 
 def _of_ranks(env: Mapping[str, str], size: int) -> list[dict[str, str]]:

@@ -43,8 +43,7 @@ def read_of(name: str, files: Iterable[str], *, weights: bool = True) -> list[st
         pickled = [folder for folder, inside in places.items() if any(map(variants.PICKLED.fullmatch, inside))]
         if pickled and found <= SMALL:
             folder = pickled[0]
-            source = f"'{name}'" + (f", subfolder='{folder[:-1]}'" if folder else "")
-            raise variants.no_weights(places[folder], f"teacher.path={name}", source)
+            raise variants.no_weights(places[folder], f"teacher.path={name}", Path(folder), on_hub=True)
     return sorted(found)
 
 

@@ -10,7 +10,7 @@ from distill.core.regular_files import open_regular
 from distill.spec.model import CheckpointTeacher
 from distill.teachers import by_id
 from distill.teachers.read import StudentFacts, WeightIndex, checked, components, parse, short, unreadable
-from distill.teachers.variants import ADAPTER, MERGE, STEM, WEIGHTS, listing, no_weights, one_of
+from distill.teachers.variants import ADAPTER, MERGE, PICKLES, STEM, WEIGHTS, listing, no_weights, one_of
 
 NETWORKS = ("unet", "transformer")  # components of a pipeline that are the network
 SECOND = "transformer_2"  # a second network, for other times
@@ -44,8 +44,10 @@ def find(spec: CheckpointTeacher) -> Parts:
     if path.is_dir():
         return _parts(spec, path)
     if path.exists():
+        command = f". If you trust this file, make such a folder: distill convert {path} NEW_FOLDER"
+        more = command if path.suffix in PICKLES else ""
         raise InputError(
-            f"teacher.path={spec.path} is a file; give the folder that contains config.json and safetensors"
+            f"teacher.path={spec.path} is a file; give the folder that contains config.json and safetensors{more}"
         )
     if not spec.is_of_hub:
         raise InputError(f"teacher.path={spec.path} does not exist; give a folder, or a hub id like org/name")
@@ -129,7 +131,7 @@ def weights(folder: Path) -> list[Path]:
     names = _names(folder)
     chosen = one_of(names, str(folder))
     if not chosen:
-        raise no_weights(names, str(folder), f"'{folder}'")
+        raise no_weights(names, str(folder), folder)
     files = [folder / name for name in chosen if not name.endswith(".json") and "-of-" not in name]
     if not files:
         files = _shards(folder, chosen)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from distill.core.errors import InputError
 from distill.teachers.read import short
@@ -12,10 +13,11 @@ WEIGHTS = re.compile(  # STEM.safetensors, STEM.fp16.safetensors, STEM.fp16-0000
     rf"{STEM}\.safetensors\.index(?:\.(?P<of>[A-Za-z0-9_]+))?\.json"
 )
 PREFERRED = ("", "fp32", "fp16", "bf16")  # if there are several variants, the first of these; "": no variant
+PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")  # how the names of pickled checkpoints end
 SUFFIXES = r"\.(?:safetensors|bin|pt|pth|ckpt)"
 LORA = r"(?i:(?:.*[^a-z])?lora(?:[^a-z].*)?)|.*[a-z]L(?:oRA|ora|ORA)(?:[^a-z].*)?"  # as a word: not in "exploration"
 ADAPTER = re.compile(rf"(?:{LORA}|(?i:adapter_model))(?i:{SUFFIXES})", re.DOTALL)
-PICKLED = re.compile(rf"{STEM}(?:\.(?P<variant>[A-Za-z0-9_]+))?(?:-\d+-of-\d+)?\.bin")
+PICKLED = re.compile(rf"{STEM}(?:\.(?P<variant>[A-Za-z0-9_]+))?(?P<shards>-\d+-of-\d+)?\.bin")
 MERGE = (
     "merge it into the weights first (fuse_lora() and unload_lora_weights(), or peft's merge_and_unload(), then "
     "save_pretrained into a new folder)"
@@ -52,29 +54,30 @@ def listing(names: Iterable[str]) -> str:
     return ", ".join(listed[:6]) + (", ..." if len(listed) > 6 else "") if listed else "nothing"
 
 
-def no_weights(names: Sequence[str], where: str, source: str) -> InputError:
+def no_weights(names: Sequence[str], where: str, folder: Path, *, on_hub: bool = False) -> InputError:
     """Makes the InputError for a folder with these file names, none of which `one_of` selects.
 
-    where: name of the folder in the message. source: the first arguments of the from_pretrained() call that loads it.
+    where: name of the folder or repository in the message. folder: its path, or its path within a repository.
     """
-    others = sorted(name for name in names if re.fullmatch(f".*{SUFFIXES}", name, re.DOTALL))
-    safe = [name for name in others if name.endswith(".safetensors")]
-    pickled = {found["variant"] or "" for name in others if (found := PICKLED.fullmatch(name))}
-    if safe:
+    others = other_weights(names)
+    if safe := [name for name in others if name.endswith(".safetensors")]:
         todo = f"rename {short(safe[0], 60)} to {STEM}.safetensors if it contains the weights of this config.json"
-    elif pickled:
-        variant = next((each for each in PREFERRED if each in pickled), min(pickled))
-        told = f", variant='{variant}'" if variant else ""
-        todo = (
-            'only safetensors files are loaded. If you trust a pickled file, convert it: python -c "from diffusers '
-            f"import UNet2DModel as M; M.from_pretrained({source}{told}, use_safetensors=False)"
-            ".save_pretrained('NEW')\""
-        )
     elif others:
-        todo = (
-            f"only safetensors files are loaded. If you trust {short(others[0], 60)}, load it into its network and "
-            "save the network with save_pretrained()"
-        )
+        told, first = short(others[0], 60), "download the repository and convert it" if on_hub else "convert it"
+        path = folder / told
+        todo = f"only safetensors files are loaded. If you trust {told}, {first}: distill convert {path} NEW_FOLDER"
     else:
         todo = "copy or download the weights"
     return InputError(f"{where} has no {STEM}.safetensors, but {listing(names)}; {todo}")
+
+
+def other_weights(names: Iterable[str]) -> list[str]:
+    """The names of all files that may contain weights, in the order in which one would try to convert them."""
+    others = sorted(name for name in names if re.fullmatch(f".*{SUFFIXES}", name, re.DOTALL))
+
+    def rank(name: str) -> int:
+        found = PICKLED.fullmatch(name)
+        variant = found["variant"] or "" if found else None
+        return PREFERRED.index(variant) if variant in PREFERRED else len(PREFERRED)
+
+    return sorted(others, key=rank)

@@ -44,27 +44,31 @@ def network(
     config: the validated config.json of `folder`. Raises InputError if config and weights do not fit together, or if a
     weight is not finite.
     """
-    known = inspect.signature(network_class.__init__).parameters
-    own = {key: value for key, value in config.items() if key in known or key == "_class_name"}
-    with torch.device("meta"):
-        shapes = {name: tuple(tensor.shape) for name, tensor in _built(folder, own, network_class).state_dict().items()}
-    found = _fitting(folder, _stored(files), shapes)
+    found = fitting(folder, stored(files), shapes(folder, config, network_class))
     # Buffers that are in no file keep their computed values. The random state is restored after initialization.
     with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-        empty = _built(folder, own, network_class)
+        empty = _built(folder, config, network_class)
     digests = [_load(empty, path, found) for path in files]
     empty.register_to_config(_name_or_path="")  # so that the config of a student does not contain local paths
     return empty, digests
 
 
+def shapes(folder: Path, config: Config, network_class: type[ModelMixin]) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight of the network that a config describes. No memory is allocated for the weights."""
+    with torch.device("meta"):
+        return {name: tuple(each.shape) for name, each in _built(folder, config, network_class).state_dict().items()}
+
+
 def _built(folder: Path, config: Config, network_class: type[ModelMixin]) -> ModelMixin:
+    known = inspect.signature(network_class.__init__).parameters
+    own = {key: value for key, value in config.items() if key in known or key == "_class_name"}
     try:
-        return network_class.from_config(config)
+        return network_class.from_config(own)
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, AssertionError, RuntimeError) as error:
         raise InputError(f"no network can be built from {folder / 'config.json'}: {short(str(error), 200)}") from error
 
 
-def _stored(files: Sequence[Path]) -> list[Stored]:
+def stored(files: Sequence[Path]) -> list[Stored]:
     """Reads the headers of the files."""
     found: list[Stored] = []
     for path in files:
@@ -88,13 +92,14 @@ def _plain(name: str) -> str:
     return name
 
 
-def _fitting(folder: Path, stored: Sequence[Stored], expected: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
+def fitting(place: Path, entries: Sequence[Stored], expected: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
     """Maps the names of the network's weights to the stored weights.
 
-    Raises InputError if weights are missing, unknown or duplicate, or have a wrong shape or dtype.
+    place: file or folder of the weights, for messages. expected: see `shapes`. Raises InputError if weights are
+    missing, unknown or duplicate, or have a wrong shape or dtype.
     """
     found: dict[str, Stored] = {}
-    for each in stored:
+    for each in entries:
         name = _renamed(_plain(each.name), expected)
         if (before := found.setdefault(name, each)) is not each:
             other = "" if before.file == each.file else f" of {short(before.file.name)}"
@@ -104,18 +109,18 @@ def _fitting(folder: Path, stored: Sequence[Stored], expected: Mapping[str, tupl
             )
     adapted = [name for name in found if name not in expected and any(part in f".{name}" for part in ADAPTED)]
     if adapted:
-        raise InputError(f"{folder}: the weights contain an adapter (LoRA), like {short(adapted[0])}; {MERGE}")
+        raise InputError(f"{place}: the weights contain an adapter (LoRA), like {short(adapted[0])}; {MERGE}")
     wrong = {
         "missing weights": [name for name in expected if name not in found],
         "unknown weights": [name for name in found if name not in expected],
     }
     for what, names in wrong.items():
         if names:
-            raise InputError(f"{folder}: config.json and the weights do not match: {what}: {_some(names)}")
+            raise InputError(f"{place}: config.json and the weights do not match: {what}: {_some(names)}")
     for name, each in found.items():
         if each.shape != expected[name]:
             raise InputError(
-                f"{folder}: config.json and the weights do not match: {short(name)} has shape "
+                f"{place}: config.json and the weights do not match: {short(name)} has shape "
                 f"{list(each.shape)} in the weights, but config.json implies {list(expected[name])}"
             )
         if each.dtype not in FLOATS:

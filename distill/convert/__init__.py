@@ -1,0 +1,1 @@
+"""Conversion of pickled checkpoints to folders that can be loaded without unpickling."""
