@@ -460,8 +460,8 @@ def sound(folder): ...
 
 NO_WEIGHTS = (
     "{tmp}/teacher has no diffusion_pytorch_model.safetensors, but config.json, diffusion_pytorch_model.bin, "
-    "scheduler; only safetensors files are loaded. If you trust diffusion_pytorch_model.bin, convert it: distill convert "
-    "{tmp}/teacher/diffusion_pytorch_model.bin NEW_FOLDER"
+    "scheduler; only safetensors files are loaded. If you trust diffusion_pytorch_model.bin, convert it: distill "
+    "convert {tmp}/teacher/diffusion_pytorch_model.bin NEW_FOLDER"
 )
 CHECKPOINTS = {
     "pickled weights": (pickled, [], NO_WEIGHTS),

@@ -27,7 +27,7 @@ from distill.runs.run_store import append_event, event_files
 from distill.spec import presets, specfile
 
 COMMANDS = ["quickstart", "run", "reflow", "plan", "init", "recipes", "list", "show", "report", "doctor", "clean"]
-COMMANDS += ["sample", "eval", "pairs", "export", "publish", "students", "pull", "verify", "config"]
+COMMANDS += ["sample", "eval", "pairs", "export", "publish", "students", "pull", "verify", "config", "convert"]
 
 
 @pytest.fixture(autouse=True)
