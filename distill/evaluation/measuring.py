@@ -28,7 +28,7 @@ from distill.data import DataSet
 from distill.evaluation import row_plans
 from distill.evaluation.metrics.manifold import NEIGHBOURS
 from distill.evaluation.metrics.reference import Reference, of_exact, of_images
-from distill.evaluation.pictures import columns_for, images_png, scatter_png
+from distill.evaluation.pictures import as_images, columns_for, images_png, scatter_png
 from distill.evaluation.row_plans import Plan, fine_plan, shortest
 from distill.flow import dopri5
 from distill.flow.draws import sample_noise
@@ -40,7 +40,7 @@ from distill.runs.progress import Progress
 from distill.runs.results import FILE_NAME, PICTURE_BYTES, Results, Row
 from distill.runs.run_store import RunPaths
 from distill.spec.kinds import per_velocity
-from distill.spec.model import EvaluateStage
+from distill.spec.model import EvaluateStage, TeacherSpec
 from distill.students import fitted, loaded
 from distill.students.loaded import LoadedStudent
 from distill.students.sampling import (
@@ -73,14 +73,15 @@ def evaluate(
     device: torch.device,
     progress: Progress,
     stop: StopRequest,
+    like: TeacherSpec | None = None,
 ) -> Results:
     """Run the evaluate stage `name` of a run; writes results.json and pictures to its folder. See `measure`.
 
-    own: a teacher in closed form, whose exact samples are used in place of data.
+    own: a teacher in closed form, whose exact samples are used in place of data. like: see `load_student`.
     """
     if teacher is None:
         raise InputError(f"stages.{name}.teacher is not given and the spec has no teacher; name a train stage")
-    students = {student: loaded.load_student(run.student(student), device) for student in stage.students}
+    students = {name: loaded.load_student(run.student(name), device, like) for name in stage.students}
     exact = teacher.exact_data or (own.exact_data if own else None)
     return measure(
         run.stage(name).root, name, stage, teacher, students, data,
@@ -173,7 +174,7 @@ def _check(
             refuse_other_times(student, f"times.{name}")
     if data is not None:
         refuse_few(data)
-    if data is not None and data.shape != teacher.shape:
+    if data is not None and teacher.codec.shape(data.shape) != teacher.shape:
         raise InputError(
             f"data '{data.name}' has samples of shape {list(data.shape)}, but the teacher ({teacher.description}) "
             f"makes {list(teacher.shape)}; evaluate on data of the teacher's shape"
@@ -258,7 +259,9 @@ class _Work:
 
     def _measure(self, plan: Plan, made: Block, endpoint: Tensor) -> Row:
         samples, (steps, nfe, most) = made.samples, self._cost(plan, made.calls)
-        pixels = self.teacher.codec.decode(samples)
+        codec = self.teacher.codec
+        parts = samples.split(self.stage.block)
+        pixels = torch.cat([codec.decode(part.to(self.device)).cpu() for part in parts])
         laws = self.reference.measure(pixels) if self.reference else {}
         picture = self._picture_name(plan)
         write_atomic(self.folder / picture, self._picture(plan, pixels))
@@ -364,7 +367,7 @@ class _Work:
         if samples.ndim == 2:
             return scatter_png(samples[:PICTURE_POINTS], self.reference.points if self.reference else None)
         columns = columns_for(10 * PICTURE_ROWS, self._network(plan).num_classes)
-        return images_png(samples[: columns * PICTURE_ROWS], columns)
+        return images_png(as_images(samples[: columns * PICTURE_ROWS]), columns)
 
     def _picture_name(self, plan: Plan) -> str:
         return f"pictures/{plan.slug}.png"

@@ -20,6 +20,15 @@ def columns_for(count: int, num_classes: int | None) -> int:
     return min(16, max(1, math.ceil(math.sqrt(count))))
 
 
+def as_images(samples: Tensor) -> Tensor:
+    """Samples [N, C, ...] as images that can be shown: the middle frame of a video, and the first channels of latents
+    that there is no autoencoder for.
+    """
+    images = samples[:, :, samples.shape[2] // 2] if samples.ndim == 5 else samples
+    channels = images.shape[1]
+    return images if channels in (1, 3) else images[:, : 3 if channels > 3 else 1]
+
+
 def images_png(images: Tensor, columns: int) -> bytes:
     """A grid of images as PNG, row by row. images: [N, C, H, W], C = 1 or 3, clamped to [-1, 1].
 

@@ -25,7 +25,7 @@ from distill.students import sampling
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.students.loaded import KINDS, LoadedStudent
 from distill.teachers import LoadedTeacher
-from distill.teachers.network_field import NetworkField
+from distill.teachers.network_field import LinearCall, NetworkField
 
 CPU = torch.device("cpu")
 Origin = LoadedTeacher | LoadedStudent  # what a later stage may start from; a velocity field may also teach it
@@ -144,7 +144,8 @@ def start(
     """The `Init` of a train stage. teacher: on the linear path. origin: the network whose weights are copied."""
     samples = teacher if "pairs" in recipe.needs or data is None else data
     assert samples is not None, "checks.check lets no such stage through"
-    shape = samples.shape if samples is teacher or teacher is None else teacher.codec.shape(samples.shape)
+    known = teacher or origin
+    shape = samples.shape if samples is teacher or known is None else known.codec.shape(samples.shape)
     return StudentInit(origin, stage.network, shape, samples.num_classes, seed, teacher, stage.dropout)
 
 
@@ -187,7 +188,11 @@ def _pretend(student: torch.nn.Module, init: StudentInit) -> Origin:
     facts = (init.shape, init.num_classes, init.null_class, "", "a student")
     for kind, each in KINDS.items():
         if not STUDENTS[kind].is_field and isinstance(student, each):
-            return LoadedStudent(student, STUDENTS[kind].samplers[0], {}, *facts)
+            sampler = STUDENTS[kind].samplers[0]
+            return LoadedStudent(student, sampler, {}, *facts, {}, init.conditioning, init.packaging, init.codec)
     assert isinstance(student, VelocityStudent)
     network = student.network.eval().requires_grad_(False)
-    return LoadedTeacher(NetworkField(network, linear(), "velocity", TIME_SCALE), *facts, network)
+    field = NetworkField(network, linear(), "velocity", TIME_SCALE)
+    if isinstance(student.call, LinearCall):
+        field = NetworkField(network, linear(), "velocity", 1.0, call=student.call)
+    return LoadedTeacher(field, *facts, network, given=init.conditioning, codec=init.codec, packaging=init.packaging)

@@ -20,7 +20,6 @@ from distill.data import DataSet, update_index
 from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
 from distill.execution import devices, preflight, sources
-from distill.flow.codecs import PIXELS
 from distill.flow.draws import key
 from distill.flow.fields import Counted
 from distill.networks.adapters import as_trained, merged
@@ -167,7 +166,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
     if teacher is not None:
         teacher = teacher_on_linear_path(teacher)
     place = None if stage.init is None else work.run.student(stage.init)
-    origin = teacher if place is None else loaded.load_student(place, device)
+    origin = teacher if place is None else loaded.load_student(place, device, work.spec.teacher)
     calls = Counted(teacher.field) if teacher is not None and work.measure else None
     called = teacher if teacher is None or calls is None else replace(teacher, field=calls)
     recipe = asked.module.Recipe(asked.config, called)
@@ -223,7 +222,7 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
         seed=work.seed,
         data=training.data,
         conditioning=training.init.conditioning,
-        codec=PIXELS if training.teacher is None else training.teacher.codec,
+        codec=training.init.codec,
         teacher_digest=training.card.teacher_digest,
         world=work.world,
     )
@@ -343,15 +342,16 @@ def _export(
     role = recipe.networks(training.init)["student"]
     assert isinstance(role, Trained | Adapter)
     student = as_trained("student", role, work.seed).module
-    half_life = None if weights == "raw" else weights
-    tensors, images = checkpoint.weights(work.run.stage(work.name).checkpoints, "student", half_life, step)
+    saved, half_life = work.run.stage(work.name).checkpoints, None if weights == "raw" else weights
+    tensors, images = checkpoint.weights(saved, "student", half_life, step)
     if images < least:
         raise RunError(
             f"the last checkpoint of stage '{work.name}' cannot be read; resume with: "
             f"distill run {work.run.root} --resume"
         )
     student.load_state_dict(tensors)
-    export(merged(role, student), folder, training.card.model_copy(update={"weights": weights, "images": images}))
+    card = training.card.model_copy(update={"weights": weights, "images": images})
+    export(merged(role, student), folder, card, training.init.packaging)
 
 
 @contextmanager
@@ -387,6 +387,7 @@ def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
             device=work.device,
             progress=progress,
             stop=work.stop,
+            like=work.spec.teacher,
         )
         rounds_table.say(found, work.run, progress)
     for student in stage.students:
@@ -395,6 +396,5 @@ def _evaluate(work: Work, stage: EvaluateStage) -> dict[str, object]:
 
 
 def _say_measured(run: RunPaths, found: results.Results, student: str) -> None:
-    measured = results.card_metrics(found, student)
-    if measured:
+    if measured := results.card_metrics(found, student):
         student_card.add_metrics(run.student(student), measured)

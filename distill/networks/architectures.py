@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from diffusers import ModelMixin, UNet2DModel
+from torch import nn
 
 from distill.core.errors import InputError
 from distill.core.space import human
@@ -14,6 +15,7 @@ from distill.networks.acceleration_mlp import AccelerationMLP
 from distill.networks.acceleration_unet import AccelerationUNet2DModel
 from distill.networks.flow_map_mlp import FlowMapMLP
 from distill.networks.flow_map_unet import FlowMapUNet2DModel
+from distill.networks.two_times import TwoNetworks, TwoTimes
 from distill.networks.velocity_mlp import VelocityMLP
 from distill.networks.velocity_unet import VelocityUNet2DModel
 from distill.spec import trainspec
@@ -26,8 +28,10 @@ NETWORKS: dict[str, tuple[type[ModelMixin], ...]] = {  # by the kind of student
 }
 
 
-def kind_of(network: ModelMixin) -> str:
-    """Returns the kind of student (a key of `NETWORKS`) that a network belongs to; "velocity" for unknown classes."""
+def kind_of(network: nn.Module) -> str:
+    """Returns the kind of student (a key of `NETWORKS`) that a network belongs to; "velocity" for other classes."""
+    if isinstance(network, TwoTimes | TwoNetworks):
+        return "flow_map" if isinstance(network, TwoTimes) else "acceleration"
     return next((kind for kind, classes in NETWORKS.items() if type(network) in classes), "velocity")
 
 

@@ -1,5 +1,7 @@
 """The critic of distribution matching: it models the velocity of the student's samples and classifies real or fake."""
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import UNet2DModel
 from torch import Tensor, nn
@@ -7,6 +9,7 @@ from torch import Tensor, nn
 from distill.core.errors import InputError
 from distill.flow.interpolants import linear
 from distill.networks.architectures import drawn
+from distill.networks.experts import Experts
 from distill.networks.velocity import VelocityStudent
 from distill.networks.velocity_mlp import VelocityMLP
 from distill.protocols import Cond
@@ -16,41 +19,61 @@ class Critic(nn.Module):
     """A velocity field `field` with a classifier head on its innermost features (Yin et al. 2024, arXiv 2405.14867).
 
     (x_t, t, cond) -> velocity [B, ...] and logit [B], which is positive for real data. Field and head are one module,
-    so that one optimizer trains both in one turn. The initial weights of the head depend on `seed`. Raises InputError
-    if `field.network` is neither a UNet2DModel with a mid block nor a VelocityMLP.
+    so that one optimizer trains both in one turn. The initial weights of the head depend on `seed`.
+
+    layers: names of the modules of `field.network` whose output, [B, tokens, width] or [B, width, ...], is classified;
+    two for networks that are `Experts`. None: those of a UNet2DModel with a mid block, or of a VelocityMLP; InputError
+    if it is neither.
     """
 
     interpolant = linear()
     t_range = (0.0, 1.0)
 
-    def __init__(self, field: VelocityStudent, seed: int) -> None:
+    def __init__(self, field: VelocityStudent, seed: int, layers: Sequence[str] | None = None, width: int = 0) -> None:
         super().__init__()
         self.field = field
         network = field.network
         with drawn(seed, "head"):
-            if isinstance(network, UNet2DModel) and network.mid_block is not None:
+            if layers is not None:
+                head = [nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)]
+            elif isinstance(network, UNet2DModel) and network.mid_block is not None:
                 channels = network.config.block_out_channels[-1]
                 norm = nn.GroupNorm(network.config.norm_num_groups, channels)
                 blocks = [nn.Conv2d(channels, channels, 3, padding=1), norm, nn.SiLU()]
                 head = [*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1)]
+                layers = ["mid_block"]
             elif isinstance(network, VelocityMLP):
                 width = network.config.width
                 head = [nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)]
+                layers = [f"layers.{len(network.layers) - 2}"]
             else:
                 raise InputError(
                     f"a discriminator does not support {type(network).__name__}; valid: a UNet2DModel with a "
                     "mid block, an MLP"
                 )
             self.head = nn.Sequential(*head).to(next(network.parameters()).device)
+        self.layers, self.pooled = tuple(layers), not isinstance(network, UNet2DModel | VelocityMLP)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        features: list[Tensor] = []
-        network = self.field.network
-        inner = network.layers[-2] if isinstance(network, VelocityMLP) else network.mid_block
-        handle = inner.register_forward_hook(lambda module, inputs, output: features.append(output))
+        network, found = self.field.network, list[Tensor]()
+
+        def keep(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            found.append(output if isinstance(output, Tensor) else output[-1])  # of text and image, the image
+
+        handles = [network.get_submodule(name).register_forward_hook(keep) for name in self.layers]
         try:
             velocity = self.field(x_t, t, cond)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
+        features = [_pooled(each) if self.pooled else each for each in found]
+        joined = network.joined(features) if isinstance(network, Experts) else features[0]
         with torch.autocast(x_t.device.type, enabled=False):
-            return velocity, self.head(features[0].float()).squeeze(1)
+            return velocity, self.head(joined.float()).squeeze(1)
+
+
+def _pooled(features: Tensor) -> Tensor:
+    """The mean over tokens or positions, [B, width]."""
+    if features.ndim == 3:
+        return features.mean(1)
+    return features.flatten(2).mean(2)

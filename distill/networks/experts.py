@@ -1,6 +1,6 @@
 """Two networks of one velocity field, each for a part of the times, like those of Wan 2.2."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ class Experts(nn.Module):
     def __init__(self, transformer: nn.Module, transformer_2: nn.Module, boundary: float) -> None:
         super().__init__()
         self.transformer, self.transformer_2, self.boundary = transformer, transformer_2, boundary
+        self.early = torch.empty(0)  # [B] bool in the last call: the rows of the first network
+        self.rows: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))  # with which each network was called
+        self.now = 0  # the network that is being called
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -27,18 +30,23 @@ class Experts(nn.Module):
         return config
 
     def called(self, call: NetworkCall, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        """Calls each network on its rows, with call(network, x_t, time, cond). Both are always called, as under ZeRO-3
-        every process must take part in the calls of the others.
+        """Calls each network on its rows, with call(network, x_t, time, cond).
+
+        Both are always called, as under ZeRO-3 every process must take part in the calls of the others: a network
+        without rows of its own is called on row 0.
         """
-        early = time >= self.boundary
-        first, second = rows_to_call(early), rows_to_call(~early)
-        parts = [
-            call(network, x_t[rows], time[rows], {name: each[rows] for name, each in cond.items()})
-            for network, rows in ((self.transformer, first), (self.transformer_2, second))
-        ]
-        found = torch.empty_like(x_t, dtype=parts[0].dtype)
-        # A network without rows of its own was called on row 0; the other one's result for that row is kept.
-        order = [(second, parts[1]), (first, parts[0])] if bool(early[0]) else [(first, parts[0]), (second, parts[1])]
-        for rows, part in order:
-            found = found.index_copy(0, rows, part)
+        self.early = time >= self.boundary
+        self.rows = (rows_to_call(self.early), rows_to_call(~self.early))
+        parts = []
+        for i, network in enumerate((self.transformer, self.transformer_2)):
+            self.now, rows = i, self.rows[i]
+            parts.append(call(network, x_t[rows], time[rows], {name: each[rows] for name, each in cond.items()}))
+        return self.joined(parts)
+
+    def joined(self, parts: Sequence[Tensor]) -> Tensor:
+        """Outputs of both networks for their rows of the last call -> [B, ...]."""
+        order = (1, 0) if bool(self.early[0]) else (0, 1)  # the network whose row 0 counts comes last
+        found = parts[0].new_empty(len(self.early), *parts[0].shape[1:])
+        for i in order:
+            found = found.index_copy(0, self.rows[i], parts[i])
         return found

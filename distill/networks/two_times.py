@@ -7,8 +7,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from distill.networks.experts import Experts
 from distill.protocols import Cond, NetworkCall
 
 FREQUENCIES = 16
@@ -39,9 +41,25 @@ class TwoTimes(nn.Module):
         self._embedded = self.gap(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.gap[0].weight.dtype))
         return call(self.network, x_t, t, cond)
 
+    def checkpoint(self, module: nn.Module, *inputs: object) -> object:
+        """Calls a module of the network, whose activations are recomputed later, with the second time of this call."""
+        embedded = self._embedded
+
+        def again(*given: object) -> object:
+            now, self._embedded = self._embedded, embedded
+            try:
+                return module(*given)
+            finally:
+                self._embedded = now
+
+        return torch.utils.checkpoint.checkpoint(again, *inputs, use_reentrant=False)
+
     def _add(self, module: nn.Module, inputs: object, output: Tensor) -> Tensor:
         assert self._embedded is not None, "call a network with two times through TwoTimes"
-        return output + self._embedded.to(output.dtype)
+        embedded = self._embedded
+        if isinstance(self.network, Experts):  # the module belongs to one of two networks, which has a part of the rows
+            embedded = embedded[self.network.rows[self.network.now]]
+        return output + embedded.to(output.dtype)
 
 
 class TwoNetworks(nn.Module):

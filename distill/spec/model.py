@@ -78,6 +78,8 @@ class CheckpointTeacher(FrozenModel):
     [frames, height, width]; null: the default size of the network"""
     conditions: str | None = None
     """for text-conditional networks: file with embeddings of prompts, made by `distill encode`"""
+    vae: str | None = None
+    """for networks that work on latents: folder of the autoencoder; null: that of the pipeline"""
     embedded_guidance: Annotated[float, Field(ge=0, le=10_000)] | None = None
     """for networks that take the guidance scale as an input, like FLUX.1 dev: its value; null: the default of
     its pipeline"""
@@ -275,7 +277,7 @@ class LaunchSpec(FrozenModel):
 
 # Fields of stages and of the teacher that were added after 0.2.0.
 ADDED = {"guidance", "epsilon_scale", "tolerance", "baselines", "teacher_solvers", "fine_tolerance"}
-ADDED_TO_TEACHER = {"size", "conditions", "embedded_guidance", "dtype"}
+ADDED_TO_TEACHER = {"vae", "size", "conditions", "embedded_guidance", "dtype"}
 
 
 class RunSpec(FrozenModel):

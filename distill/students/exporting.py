@@ -22,20 +22,23 @@ from distill.exchange import student_card
 from distill.exchange.student_card import StudentCard
 from distill.flow.draws import sample_labels, sample_noise
 from distill.networks.velocity import TIME_SCALE
-from distill.students import shipped
+from distill.students import native, native_folder, shipped
 from distill.students.loaded import KINDS, Student
 from distill.students.sampling import by_sampler, fresh_noises, grid, num_fresh, weights
+from distill.teachers.loaded import Packaging
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CHECK_STEPS, CHECK_BATCH, CHECK_SEED = (1, 2, 4), 2, 0
 TOLERANCE = 1e-5  # absolute for samples within [-1, 1], relative to the largest value for larger ones
 
 
-def export(student: Student, folder: Path, card: StudentCard) -> None:
+def export(student: Student, folder: Path, card: StudentCard, packaging: Packaging | None = None) -> None:
     """Write the student folder, reload it with plain diffusers, compare, and rename it to `folder`.
 
     An existing folder is replaced. RunError if a weight is not finite, if diffusers reads other weights or makes other
     samples, or if writing fails; `folder` is then unchanged.
+
+    packaging: for students that keep the network class of a latent-space pipeline.
     """
     assert isinstance(student, KINDS[card.kind]), f"{type(student)} is no {card.kind}"
     folder = folder.absolute()
@@ -45,8 +48,15 @@ def export(student: Student, folder: Path, card: StudentCard) -> None:
             raise RunError(f"export failed: {name} contains NaN or infinity; nothing was exported")
     try:
         with new_folder(folder, replace=True) as new:
-            _write(reference.network, new, card)
-            _compare(reference, new, card)
+            if native.is_native(reference.network):
+                assert packaging is not None
+                native_folder.write(reference.network, new, packaging)
+                _write_card(new, card)
+                with _quiet(), torch.random.fork_rng(devices=[]):
+                    native_folder.compare(reference.network, new)
+            else:
+                _write(reference.network, new, card)
+                _compare(reference, new, card)
     except OSError as error:
         raise RunError(f"cannot write the student to {folder}: {error.strerror}; nothing was changed") from error
 
@@ -86,6 +96,10 @@ def _write(network: nn.Module, folder: Path, card: StudentCard) -> None:
             "unet": [library, class_name],
         },
     )
+    _write_card(folder, card)
+
+
+def _write_card(folder: Path, card: StudentCard) -> None:
     (folder / student_card.README).write_text(student_card.readme(card))
     (folder / student_card.FILE_NAME).write_text(
         student_card.to_json(card.model_copy(update={"files": student_card.record(folder)}))

@@ -8,7 +8,8 @@ from diffusers import ModelMixin
 from torch import nn
 
 from distill.core.errors import InputError
-from distill.flow.conditioning import of_classes
+from distill.flow.codecs import PIXELS
+from distill.flow.conditioning import ConditionTable, of_classes
 from distill.flow.interpolants import Interpolant, linear
 from distill.networks.acceleration import AccelerationStudent
 from distill.networks.architectures import NETWORKS, accelerated, build, kind_of, two_times
@@ -16,12 +17,13 @@ from distill.networks.critic import Critic
 from distill.networks.flow_map import FlowMapStudent
 from distill.networks.velocity import TIME_SCALE, VelocityStudent
 from distill.networks.velocity_unet import VelocityUNet2DModel
-from distill.protocols import Cond
+from distill.protocols import Codec, Cond
 from distill.spec.kinds import STUDENTS
 from distill.spec.model import NetworkSpec
+from distill.students import native
 from distill.students.loaded import LoadedStudent
 from distill.teachers.loaded import LoadedTeacher
-from distill.teachers.network_field import EdmField, NetworkField
+from distill.teachers.network_field import EdmField, LinearCall, NetworkField
 
 
 class StudentInit:
@@ -50,10 +52,16 @@ class StudentInit:
         dropout: float | None = None,
     ) -> None:
         self.source, self.network, self.shape, self.seed, self.teacher = source, network, shape, seed, teacher
-        self.dropout = dropout
+        self.dropout, self.packaging = dropout, None if source is None else source.packaging
+        self.codec: Codec = next((each.codec for each in (teacher, source) if each is not None), PIXELS)
         shown = num_classes if teacher is None else teacher.num_classes
         self.num_classes: int | None = shown
         self.null_class: int | None = shown
+        if network is not None and teacher is not None and isinstance(teacher.given, ConditionTable):
+            raise InputError(
+                f"network: {teacher.description} is conditioned on more than class labels, which a new network does "
+                "not take; leave it out, to start from the teacher's weights"
+            )
         custom = None if teacher is None else teacher.given
         self.conditioning = custom or of_classes(shown, shown)
         if network is not None:
@@ -72,7 +80,8 @@ class StudentInit:
 
     def velocity_field(self) -> nn.Module:
         """A trainable VelocityStudent on the linear path. Every call returns the same weights."""
-        return VelocityStudent(self._network("velocity field"))
+        network = self._network("velocity field")
+        return native.velocity(network, self._call()) if native.is_native(network) else VelocityStudent(network)
 
     def flow_map(self) -> nn.Module:
         """A trainable FlowMapStudent on the linear path: a copy of the source if that is a flow map.
@@ -80,6 +89,8 @@ class StudentInit:
         Otherwise its initial output is the velocity of `velocity_field`, for every s.
         """
         network = self._network("flow map", "flow_map")
+        if native.is_native(network):
+            return native.flow_map(network, self._call(), self.seed)
         return FlowMapStudent(network if kind_of(network) == "flow_map" else two_times(network, self.seed))
 
     def acceleration(self) -> nn.Module:
@@ -88,6 +99,8 @@ class StudentInit:
         Otherwise the initial output of both its networks is the velocity of `velocity_field`.
         """
         network = self._network("velocity with its acceleration", "acceleration")
+        if native.is_native(network):
+            return native.acceleration(network, self._call())
         return AccelerationStudent(network if kind_of(network) == "acceleration" else accelerated(network, self.seed))
 
     def critic(self) -> nn.Module:
@@ -101,10 +114,22 @@ class StudentInit:
                     f"no weights for the critic: the teacher has no network, and {self.source.description} is not a "
                     "velocity field; use a teacher with weights, or a new `network`"
                 )
-            return Critic(self.velocity_field(), self.seed)
+            field = self.velocity_field()
+            assert isinstance(field, VelocityStudent)
+            if native.is_native(field.network):
+                return native.critic(field.network, self._call(), self.seed)
+            return Critic(field, self.seed)
+        if native.is_native(self.teacher.network):
+            network = native.copied(self.teacher.network, None)
+            return native.critic(network, native.call_of(self.teacher), self.seed)
         return Critic(VelocityStudent(_copied(self.teacher, None)), self.seed)
 
-    def _network(self, what: str, kind: str = "velocity") -> ModelMixin:
+    def _call(self) -> LinearCall:
+        """How the network of a source of a latent-space pipeline is called."""
+        assert self.source is not None
+        return native.call_of(self.source if isinstance(self.source, LoadedTeacher) else self.source.student)
+
+    def _network(self, what: str, kind: str = "velocity") -> nn.Module:
         """A velocity network on the linear path, or a copy of a source that already is of this kind.
 
         what: the kind in words, for the message of the InputError.
@@ -118,6 +143,9 @@ class StudentInit:
                 f"{self.source.description} is {words}, and a {what} cannot start from its weights; start from a "
                 "student of kind velocity, from the teacher, or from a new `network`"
             )
+        if native.is_native(self.source.network):
+            assert self.source.network is not None
+            return native.copied(self.source.network, self.dropout)
         name = type(self.source.network).__name__
         if not any(isinstance(self.source.network, each) for members in NETWORKS.values() for each in members):
             raise InputError(
@@ -168,6 +196,8 @@ def teacher_on_linear_path(teacher: LoadedTeacher) -> LoadedTeacher:
     if not isinstance(teacher.field, EdmField | NetworkField) or teacher.field.interpolant.name == "linear":
         return teacher
     assert teacher.network is not None
+    if native.is_native(teacher.network):
+        return native.teacher_on_linear_path(teacher)
     if any(parameter.is_meta for parameter in teacher.network.parameters()):
         raise InputError(
             f"{teacher.description} does not fit into the memory of the device, so its weights cannot be shared with a "

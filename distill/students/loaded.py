@@ -5,16 +5,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin
+from torch import nn
 
 from distill.exchange import student_card
+from distill.flow.codecs import PIXELS
 from distill.flow.conditioning import of_classes
 from distill.networks.acceleration import AccelerationStudent
 from distill.networks.flow_map import FlowMapStudent
 from distill.networks.velocity import VelocityStudent
-from distill.protocols import Conditioning
-from distill.spec.model import CheckpointTeacher
+from distill.protocols import Codec, Conditioning
+from distill.spec.model import TeacherSpec
+from distill.spec.resolved import student_as_teacher
+from distill.students import native, native_folder
 from distill.teachers import checkpoint
+from distill.teachers.loaded import Packaging
 
 Student = VelocityStudent | FlowMapStudent | AccelerationStudent
 KINDS: dict[str, type[Student]] = {
@@ -37,28 +41,42 @@ class LoadedStudent:
     digest: str  # sha256 over configuration and weights
     description: str  # one line for people
     fitted: Mapping[int, list[list[float]]] = field(default_factory=dict)  # weights of its sampler, as in the card
+    given: Conditioning | None = None  # None: class labels, or no conditioning if there are no classes
+    packaging: Packaging | None = None
+    codec: Codec = PIXELS
 
     @property
     def conditioning(self) -> Conditioning:
-        return of_classes(self.num_classes, self.null_class)
+        return self.given or of_classes(self.num_classes, self.null_class)
 
     @property
-    def network(self) -> ModelMixin:
+    def network(self) -> nn.Module:
         return self.student.network
 
 
-def load_student(folder: Path, device: torch.device) -> LoadedStudent:
-    """Load a student from a folder written by `exporting.export`."""
+def load_student(folder: Path, device: torch.device, like: TeacherSpec | None = None) -> LoadedStudent:
+    """Load a student from a folder written by `exporting.export`.
+
+    like: the teacher whose size and conditions the student has, if its network is one of a latent-space pipeline.
+    """
     card = student_card.read(folder)
-    found = checkpoint.read(CheckpointTeacher(path=str(folder)), device, card.kind)
+    spec = student_as_teacher(folder, like)
+    found = checkpoint.read(spec, device, card.kind)
+    if native.is_native(found.network):
+        student, digest = native_folder.load(found, spec, card.kind), native_folder.digest(found, folder)
+    else:
+        student, digest = KINDS[card.kind](found.network), found.digest
     return LoadedStudent(
-        student=KINDS[card.kind](found.network).eval(),
+        student=student.to(device).eval().requires_grad_(False),
         sampler=card.sampler,
         t_grids=card.t_grids,
         shape=found.shape,
         num_classes=found.conditioning.count,
         null_class=checkpoint.null_class(found.conditioning),
-        digest=found.digest,
+        digest=digest,
         description=found.description,
         fitted=card.fitted,
+        given=found.conditioning,
+        packaging=found.packaging,
+        codec=found.codec,
     )

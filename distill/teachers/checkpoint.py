@@ -29,9 +29,9 @@ from distill.teachers.conditions import ConditionFile
 from distill.teachers.conditions import read as read_conditions
 from distill.teachers.convention import Asked, Convention
 from distill.teachers.describe import LINEAR_NETWORKS, Facts, describe
-from distill.teachers.loaded import LoadedTeacher
+from distill.teachers.loaded import LoadedTeacher, Packaging
 from distill.teachers.network_field import EdmField, InDtype, NetworkField
-from distill.teachers.read import StudentFacts, parse, short
+from distill.teachers.read import Config, StudentFacts, parse, short
 from distill.teachers.schedulers import EdmSchedule, Family, LinearSchedule, Schedule, VpSchedule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,12 +55,13 @@ class TeacherCheckpoint:
     license: str  # from its files; empty: not stated
     codec: Codec
     call: NetworkCall
+    packaging: Packaging
 
 
 def load(spec: CheckpointTeacher, device: torch.device, *, probe: bool) -> LoadedTeacher:
     """Loads the network of a checkpoint as a velocity field in its own schedule. probe: see `load_teacher`."""
     found = read(spec, device, "velocity")
-    field, convention = _field(found, spec), found.architecture
+    field, convention = field_of(found, spec), found.architecture
     if probe:
         _probe(field, found, spec, device)
     return LoadedTeacher(
@@ -80,6 +81,7 @@ def load(spec: CheckpointTeacher, device: torch.device, *, probe: bool) -> Loade
         image_output=convention.image_output if isinstance(convention, Convention) else 0,
         combine=convention.combine if isinstance(convention, Convention) else cfg,
         boundary=_boundary(found),
+        packaging=found.packaging,
     )
 
 
@@ -145,6 +147,7 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherChe
         license=_license(parts.root, parts.student),
         codec=facts.codec,
         call=call,
+        packaging=Packaging(parts.pipeline_class, _scheduler(spec, schedule, chosen)),
     )
 
 
@@ -176,7 +179,15 @@ def _asked(spec: CheckpointTeacher, conditions: ConditionFile | None) -> dict[st
     return found | ({} if conditions is None else {"conditions": conditions.digest})
 
 
-def _field(found: TeacherCheckpoint, spec: CheckpointTeacher) -> VelocityField:
+def _scheduler(spec: CheckpointTeacher, schedule: Schedule | None, chosen: Path | None) -> Config:
+    """The content of the scheduler config that describes the network."""
+    if schedule is None or chosen is None:
+        return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": int(TIME_SCALE)}
+    given = {} if spec.prediction is None or schedule.family == "linear" else {"prediction_type": spec.prediction}
+    return {**parse(chosen), **given}
+
+
+def field_of(found: TeacherCheckpoint, spec: CheckpointTeacher) -> NetworkField | EdmField:
     """The velocity field of a network in its schedule. Raises InputError if the schedule is not known."""
     network, schedule, call = found.network, found.schedule, found.call
     if schedule is None:

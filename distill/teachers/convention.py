@@ -50,6 +50,7 @@ class Convention:
 
     title = ""  # the models that are called like this, for tables
     networks: tuple[str, ...] = ()  # network classes of diffusers; they are imported only when they are used
+    folder = "transformer"  # of the network in a pipeline
     pipelines: tuple[str, ...] = ()  # pipeline classes of diffusers whose network is called like this
     prediction = ""  # what `call` returns, for tables: that of the scheduler, or "velocity"
     conditions = "text"  # what the network is conditioned on, for tables
@@ -124,6 +125,10 @@ class Convention:
         """The name of the block whose output a discriminator looks at: the one in the middle."""
         names = self.layers(network)
         return names[len(names) // 2]
+
+    def critic_width(self, config: Config) -> int:
+        """The channels of the output of `critic_layer`, [B, tokens, width] or [B, width, ...]."""
+        return self.time_width(config)
 
     def settled(self, network: nn.Module) -> None:
         """Turns off what is random in a network's train() mode, other than dropout of features."""

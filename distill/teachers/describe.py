@@ -58,8 +58,9 @@ def describe(spec: CheckpointTeacher, parts: files.Parts, kind: str) -> Facts:
     codec: Codec = PIXELS
     if isinstance(architecture, Convention):
         factors = architecture.default_factors
-        if parts.autoencoder is not None:
-            codec = LatentCodec.of(parts.autoencoder)
+        autoencoder = parts.autoencoder if spec.vae is None else Path(spec.vae)
+        if autoencoder is not None:
+            codec = LatentCodec.of(autoencoder)
             factors = codec.factors
         latent = None if spec.size is None else latent_size(tuple(spec.size), factors, "teacher.size")
         shape = architecture.latent_shape(content, path, latent)
@@ -67,16 +68,12 @@ def describe(spec: CheckpointTeacher, parts: files.Parts, kind: str) -> Facts:
     else:
         shape = architecture.shape(content, path)
         size = shape[1:]
-        for name, value in {
-            "size": spec.size,
-            "conditions": spec.conditions,
-            "embedded_guidance": spec.embedded_guidance,
-        }.items():
-            if value is not None:
-                raise InputError(
-                    f"teacher.{name}={value} has no effect: {spec.path} has a {network_class.__name__}, whose samples "
-                    "and conditions are given by its config.json; remove it"
-                )
+        options = spec.model_dump(include={"size", "conditions", "embedded_guidance", "vae"}, exclude_none=True)
+        for name, value in options.items() if not parts.is_student else ():
+            raise InputError(
+                f"teacher.{name}={value} has no effect: {spec.path} has a {network_class.__name__}, whose samples "
+                "and conditions are given by its config.json; remove it"
+            )
     return Facts(
         path,
         content,

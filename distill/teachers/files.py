@@ -30,6 +30,7 @@ class Parts:
     pipeline: Path | None  # folder with model_index.json
     pipeline_class: str  # "" if there is no pipeline
     components: Sequence[str]  # of the pipeline
+    is_student: bool = False  # whether it was exported by this package
 
     @property
     def autoencoder(self) -> Path | None:
@@ -86,7 +87,7 @@ def _parts(spec: CheckpointTeacher, folder: Path) -> Parts:
     named = "" if pipeline is None else parse(pipeline / INDEX).get("_class_name")
     # The pipelines of students that this package exports are named by a list: their own file and its class.
     pipeline_class = named if isinstance(named, str) else ""
-    return Parts(root, model, found, _override(spec) or found, student, pipeline, pipeline_class, parts)
+    return Parts(root, model, found, _override(spec) or found, student, pipeline, pipeline_class, parts, _there(facts))
 
 
 def _pipeline(folder: Path) -> Path | None:

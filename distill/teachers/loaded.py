@@ -1,9 +1,10 @@
 """A loaded teacher: a frozen velocity field, with the facts needed to use it."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -14,6 +15,14 @@ from distill.flow.fields import Indexed
 from distill.flow.guidance import Autoguided, Combine, Guided, Scaled, cfg, combination, two_scales
 from distill.protocols import Codec, Cond, Conditioning, VelocityField
 from distill.spec.guidancespec import FieldSettings
+
+
+@dataclass(frozen=True)
+class Packaging:
+    """What the folder of a student has from its teacher's pipeline, if both have the same network class."""
+
+    pipeline: str  # name of the pipeline class; "" if there was only the network
+    scheduler: Mapping[str, Any]  # content of the scheduler config
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class LoadedTeacher:
     image_output: int = 0  # which part of a layer's output is its features, if that is a tuple
     combine: Combine = cfg  # guidance as the teacher's own pipeline does it
     boundary: float | None = None  # time below which the second of two networks is called; None: there is one network
+    packaging: Packaging | None = None
     weak: "LoadedTeacher | None" = None  # a worse model of the same data, for autoguidance
 
     @property

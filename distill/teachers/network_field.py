@@ -125,6 +125,8 @@ class LinearCall:
 
 def linear_call(field: NetworkField | EdmField) -> LinearCall:
     """How to call the network of a field on the linear path."""
+    if isinstance(field, NetworkField) and isinstance(field.call, LinearCall):
+        return field.call
     if isinstance(field, EdmField):
         low, high = (t / (1 - t) for t in field.t_range)
         return LinearCall(field.call, "epsilon", edm=(field.sign, field.sigma_data, low, high))

@@ -15,6 +15,7 @@ from distill.core.errors import InputError, RunError
 from distill.core.text import suggest
 from distill.flow.draws import Rows
 from distill.networks.adapters import as_trained
+from distill.networks.two_times import TwoTimes
 from distill.protocols import Adapter, Copy, Frozen, Init, Nets, Recipe, Stateful, Trained
 from distill.spec.model import TrainStage
 from distill.training.checkpoint import RECIPE_GROUP, Checkpoint, TensorGroup, ema_group, network_group, optimizer_group
@@ -218,5 +219,7 @@ def _recompute(recipe: str, networks: list[nn.Module]) -> None:
             f"launch.activation_checkpointing: no network that recipe '{recipe}' trains has blocks that can be "
             "recomputed, so this has no effect; remove it"
         )
+    two_times = [m for network in networks for m in network.modules() if isinstance(m, TwoTimes)]
     for part in able:
-        part.enable_gradient_checkpointing()
+        owner = next((each for each in two_times if part in each.modules()), None)
+        part.enable_gradient_checkpointing(None if owner is None else owner.checkpoint)

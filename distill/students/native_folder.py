@@ -1,0 +1,150 @@
+"""The folders of students that keep the network class of their teacher's pipeline.
+
+The network lies where it lies in the pipeline, so that plain diffusers loads it. Beside it is what a flow map or an
+acceleration needs in addition.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import ModelMixin
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from distill.core.errors import InputError, RunError
+from distill.networks.experts import Experts
+from distill.networks.two_times import TwoNetworks, TwoTimes
+from distill.spec.model import CheckpointTeacher
+from distill.students import native
+from distill.students.native import FIRST, SECOND
+from distill.teachers import checkpoint, files, weights
+from distill.teachers.checkpoint import TeacherCheckpoint
+from distill.teachers.loaded import Packaging
+from distill.teachers.network_field import linear_call
+from distill.teachers.read import parse, unreadable
+
+SECOND_TIME = "second_time.safetensors"  # the weights of the embedding of t - s, in a flow map
+ACCELERATION = "acceleration"  # prefix of the folders of the acceleration's networks
+SHARD = "5GB"
+
+
+def write(network: nn.Module, folder: Path, packaging: Packaging) -> None:
+    """Writes the networks of a student, its scheduler config and model_index.json to a new folder."""
+    for name, part in networks(network):
+        part.save_pretrained(folder / name, max_shard_size=SHARD)
+    if isinstance(network, TwoTimes):
+        save_file({k: v.contiguous() for k, v in network.gap.state_dict().items()}, folder / SECOND_TIME)
+    scheduler = dict(packaging.scheduler)
+    _write_json(folder / "scheduler" / files.SCHEDULER, scheduler)
+    base = native.base_of(network)
+    convention = native.convention_for(base)
+    index: dict[str, object] = {
+        "_class_name": packaging.pipeline or convention.pipelines[0],
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        **{name: ["diffusers", type(part).__name__] for name, part in networks(base)},
+    }
+    if isinstance(base, Experts):
+        index["boundary_ratio"] = base.boundary / scheduler.get("num_train_timesteps", 1000)
+    _write_json(folder / files.INDEX, index)
+
+
+def compare(network: nn.Module, folder: Path) -> None:
+    """RunError unless plain diffusers reads the same configs and, bit for bit, the same weights."""
+    for name, part in networks(network):
+        read = type(part).from_pretrained(folder / name)
+        ours, theirs = part.state_dict(), read.state_dict()
+        different = [
+            key
+            for key, weight in ours.items()
+            if key not in theirs or theirs[key].dtype != weight.dtype or not torch.equal(weight.cpu(), theirs[key])
+        ]
+        different += [key for key in theirs if key not in ours]
+        different += [key for key, value in _options(part).items() if _options(read).get(key) != value]
+        if different:
+            raise RunError(
+                f"export failed: diffusers loads another {different[0]} of {name} than was written; nothing was "
+                "exported"
+            )
+
+
+def load(found: TeacherCheckpoint, spec: CheckpointTeacher, kind: str) -> native.NativeStudent:
+    """The student of this kind in a folder, whose network was read."""
+    call, folder, network = linear_call(checkpoint.field_of(found, spec)), Path(spec.path), found.network
+    if kind == "velocity":
+        return native.velocity(network, call)
+    if kind == "flow_map":
+        student = native.flow_map(network, call, 0)
+        _load_second_time(student.network.gap, folder / SECOND_TIME)
+        return student
+    parts = [_network(folder / name) for name in (ACCELERATION, f"{ACCELERATION}_2") if (folder / name).is_dir()]
+    grown = Experts(parts[0], parts[1], network.boundary) if isinstance(network, Experts) else parts[0]
+    return native.acceleration(TwoNetworks(network, grown), call)
+
+
+def digest(found: TeacherCheckpoint, folder: Path) -> str:
+    """SHA-256 over the network's digest and the student's further files."""
+    more = sorted([*folder.glob(SECOND_TIME), *folder.glob(f"{ACCELERATION}*/*.safetensors")])
+    if not more:
+        return found.digest
+    digests = [found.digest]
+    for path in more:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def networks(network: nn.Module) -> Iterator[tuple[str, ModelMixin]]:
+    """The networks of a student by the name of their folder."""
+    base = native.base_of(network)
+    if isinstance(base, Experts):
+        yield from ((FIRST, base.transformer), (SECOND, base.transformer_2))
+    else:
+        yield native.convention_for(base).folder, base
+    if isinstance(network, TwoNetworks):
+        if isinstance(network.acceleration, Experts):
+            yield from ((ACCELERATION, network.acceleration.transformer),)
+            yield f"{ACCELERATION}_2", network.acceleration.transformer_2
+        else:
+            yield ACCELERATION, network.acceleration
+
+
+def _network(folder: Path) -> ModelMixin:
+    """The network in a folder of a student. InputError if it is damaged."""
+    config = parse(folder / files.CONFIG)
+    network_class = native.by_name(str(config.get("_class_name")))
+    if network_class is None:
+        raise InputError(f"{folder / files.CONFIG} names no network that is supported; copy or download it again")
+    found, _ = weights.network(folder, config, network_class, files.weights(folder))
+    return found
+
+
+def _load_second_time(gap: nn.Module, path: Path) -> None:
+    try:
+        tensors: Mapping[str, Tensor] = load_file(path)
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged; copy or download it again") from error
+    expected = gap.state_dict()
+    if {k: v.shape for k, v in tensors.items()} != {k: v.shape for k, v in expected.items()}:
+        raise InputError(f"{path} does not fit the network of its folder; copy or download it again")
+    if not all(each.isfinite().all() for each in tensors.values()):
+        raise InputError(f"{path} contains NaN or infinity; copy or download it again")
+    gap.load_state_dict(tensors)
+
+
+def _options(network: ModelMixin) -> dict[str, object]:
+    """The config as it is stored, without where the network came from."""
+    stored: dict[str, object] = json.loads(network.to_json_string())
+    return {key: value for key, value in stored.items() if not key.startswith("_")}
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,78 @@
+"""Runs of every recipe on a tiny teacher of a latent-space pipeline: a few steps of each, pairs and an evaluation."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from distill.core.stop import StopRequest
+from distill.execution import preflight, stages
+from distill.runs.run_store import RunPaths
+from distill.spec import checks, registry, specfile
+
+BATCH, STEPS = 4, 3
+PAIRS = {"kind": "pairs", "count": 8, "block": 4, "shard": 4, "steps": 2, "solver": "euler"}
+TRAIN = {"kind": "train", "images": STEPS * BATCH, "batch_size": BATCH, "optimizer": {"lr": 1e-4}}
+MORE_PAIRS = {
+    "halves": {**PAIRS, "paths": "trajectories", "times": [1, 0.5, 0]},
+    "segments": {**PAIRS, "paths": "segments", "times": [1, 0.5, 0]},
+}
+# recipe -> options, and other fields of its stage
+RECIPES = {
+    "reflow/reflow": ({}, {"pairs": "pairs"}),
+    "pretrain/flow_matching": ({"label_dropout": 0.0}, {"init": "reflow"}),
+    "reflow/one_step": ({}, {"pairs": "pairs"}),
+    "reflow/rf_plus_plus": ({}, {"pairs": "pairs"}),
+    "reflow/simple_reflow": ({}, {"pairs": "pairs"}),
+    "reflow/rectified_diffusion": ({}, {"pairs": "pairs"}),
+    "reflow/boss": ({}, {"pairs": "halves"}),
+    "reflow/seqrf": ({}, {"pairs": "halves"}),
+    "reflow/slimflow": ({}, {"pairs": "pairs", "init": "reflow"}),
+    "reflow/caf": ({}, {"pairs": "pairs"}),
+    "reflow/perflow": ({"windows": 2}, {}),
+    "reflow/proreflow": ({"windows": 2}, {}),
+    "reflow/consistency_fm": ({}, {"init": "reflow"}),
+    "consistency/consistency": ({"levels": 4}, {}),
+    "shortcut/shortcut": ({}, {}),
+    "shortcut/meanflow": ({}, {}),
+    "score/dmd2": ({}, {}),
+}
+
+
+def images(folder: Path, classes: int, height: int, width: int) -> dict[str, object]:
+    """The data of a spec: three coloured images for each class."""
+    generator = torch.Generator().manual_seed(3)
+    for label in range(classes):
+        (folder / str(label)).mkdir(parents=True)
+        for i in range(3):
+            pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / str(label) / f"{i}.png")
+    return {"kind": "images", "path": str(folder), "size": [height, width], "channels": 3}
+
+
+def content(teacher: dict[str, object], data: dict[str, object] | None, recipes: list[str]) -> dict[str, object]:
+    """The spec of a run of these recipes. Recipes that need data are left out if there is none."""
+    made: dict[str, object] = {"pairs": PAIRS}
+    needs: frozenset[str] = frozenset()
+    for recipe in recipes:
+        options, fields = RECIPES[recipe]
+        name = recipe.partition("/")[2]
+        if fields.get("pairs") in MORE_PAIRS:
+            made[fields["pairs"]] = MORE_PAIRS[fields["pairs"]]
+        if "init" in fields:
+            made.setdefault(fields["init"], {**TRAIN, "recipe": f"reflow/{fields['init']}", "pairs": "pairs"})
+        made[name] = {**TRAIN, "recipe": recipe, "options": options, **fields}
+        needs |= registry.configure(recipe, registry.load(recipe, Path()), options, "options").needs
+    return {"name": "run", "teacher": teacher, "stages": made, **({"data": data} if "data" in needs else {})}
+
+
+def run(folder: Path, spec: dict[str, object]) -> RunPaths:
+    """Checks a spec as a command does, and runs all its stages."""
+    torch.set_num_threads(1)
+    given = specfile.validate(spec, "spec")
+    resolved = checks.check(given, folder)
+    preflight.check(resolved)
+    paths = RunPaths(folder / given.name)
+    paths.root.mkdir()
+    stages.run(paths, resolved.spec, list(resolved.spec.stages), StopRequest())
+    return paths
