@@ -139,6 +139,14 @@ def teacher_of(student: Path) -> TeacherSpec:
     return found
 
 
+def teacher_of_run(student: Path) -> TeacherSpec | None:
+    """The teacher of the spec of the student's run; None if the student is not part of a run."""
+    run = RunPaths(student.parent.parent)
+    if student.parent.name != "students" or not run.spec.is_file():
+        return None
+    return todo.load_spec(run).teacher
+
+
 def data_of(student: Path) -> DataSpec:
     """The data in the spec of the student's run."""
     return _spec_of(student, "--data")[0].data

@@ -145,7 +145,7 @@ def _fit(
     )
     if out is not None:
         made, card = fitted.student(teacher, found, out.name)
-        exporting.export(made, out, card)
+        exporting.export(made, out, card, teacher.packaging)
     if json:
         print_json(found.model_dump(mode="json"))
         return

@@ -43,6 +43,13 @@ def sample(
     classes: Annotated[
         str, typer.Option(help="One class, or one for each sample, like 3 or 0,1,2; by default all classes in turn.")
     ] = "",
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help=f"{TeacherHelp} A student that works on latents uses its size, conditions and autoencoder. By default "
+            "the teacher of the student's run."
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     store: StoreOption = None,
 ) -> None:
@@ -64,8 +71,9 @@ def sample(
         from distill.evaluation import sample
 
     place = arguments.device(device)
+    like = arguments.teacher(teacher, runs) if teacher else arguments.teacher_of_run(folder)
     sample.write_samples(
-        folder, out, steps=steps, seed=seed, count=count, labels=labels, device=place,
+        folder, out, like=like, steps=steps, seed=seed, count=count, labels=labels, device=place,
         along=schedule_along(schedule, along, steps, runs, place),
         fit=(lambda student: fitted_solver(student, steps, runs)) if schedule == FITTED else None,
     )  # fmt: skip
@@ -138,7 +146,7 @@ def evaluate(
     total = evalspec.num_samples(stage, {"student": card.sampler})
     with StopRequest() as stop, Progress("evaluate", total, "samples", None) as progress:
         loaded = teachers.load_teacher(teacher_spec, place)
-        students = {"student": load_student(folder, place)}
+        students = {"student": load_student(folder, place, teacher_spec)}
         real = load_data(data_spec, seed)
         found = measuring.measure(
             out, "eval", stage, loaded, students, real,

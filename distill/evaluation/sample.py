@@ -9,8 +9,9 @@ from torch import Tensor
 
 from distill.core.atomic import write_atomic
 from distill.core.errors import InputError, RunError
-from distill.evaluation.pictures import columns_for, images_png, scatter_png
+from distill.evaluation.pictures import as_images, columns_for, images_png, scatter_png
 from distill.flow.draws import sample_labels, sample_noise
+from distill.spec.model import TeacherSpec
 from distill.students import fitted, loaded
 from distill.students.fitted import FittedSolver
 from distill.students.loaded import LoadedStudent
@@ -28,11 +29,13 @@ def write_samples(
     count: int,
     labels: Sequence[int] | None,
     device: torch.device,
+    like: TeacherSpec | None = None,
     along: Callable[[LoadedStudent], Sequence[float]] | None = None,
     fit: Callable[[LoadedStudent], FittedSolver] | None = None,
 ) -> None:
     """Write samples of a student as a picture (.png), or with their noises and labels (.safetensors).
 
+    like: see `load_student`.
     labels: one class for all samples, one class for each sample, or None for all classes in turn.
     along: returns the step times to use; None: the student's times for this number of steps.
     fit: returns the solver to use; None: the student's sampler.
@@ -43,7 +46,7 @@ def write_samples(
         raise InputError(f"--out {out}: the name must end in .png (a picture) or .safetensors (tensors)")
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out {out}: {out.absolute().parent} is not a folder; create it first")
-    student = loaded.load_student(folder, device)
+    student = loaded.load_student(folder, device, like)
     times = grid(student.t_grids, steps) if along is None else torch.tensor(along(student), dtype=torch.float64)
     method, parts = of_student(student, times) if fit is None else fitted.of_field(student.student, fit(student)), []
     noise = sample_noise(seed, range(count), student.shape)
@@ -51,7 +54,7 @@ def write_samples(
     classes = _labels(student, count, labels)
     for start in range(0, count, BLOCK):
         rows = slice(start, start + BLOCK)
-        cond = {} if classes is None else {"class_labels": classes[rows].to(device)}
+        cond = {} if classes is None else student.conditioning.collate(classes[rows].to(device))
         further = [each[rows].to(device) for each in fresh]
         parts.append(method.generate(noise[rows].to(device), cond, further).cpu())
     samples = torch.cat(parts)
@@ -64,9 +67,10 @@ def write_samples(
         if classes is not None:
             tensors["class_labels"] = classes
         write_atomic(out, save(tensors))
-    elif samples.ndim == 4:
+    elif samples.ndim > 2:
         columns = columns_for(count, student.num_classes if labels is None else None)
-        write_atomic(out, images_png(samples, min(columns, count)))
+        images = torch.cat([as_images(student.codec.decode(part.to(device)).cpu()) for part in parts])
+        write_atomic(out, images_png(images, min(columns, count)))
     else:
         write_atomic(out, scatter_png(samples, None))
 

@@ -17,7 +17,7 @@ from distill.flow.interpolants import linear
 from distill.networks.adapters import as_trained
 from distill.networks.velocity import TIME_SCALE, VelocityStudent
 from distill.protocols import Adapter, Copy, Recipe, Trained
-from distill.spec import pairspec
+from distill.spec import pairspec, registry
 from distill.spec.kinds import STUDENTS
 from distill.spec.model import EvaluateStage, PairsStage, RunSpec, TrainStage
 from distill.spec.resolved import Resolved, ResolvedRecipe, weak_teacher
@@ -167,6 +167,8 @@ def _build(
     init = start(stage, recipe, teacher, origin, data, 0)
     made: Recipe = recipe.module.Recipe(recipe.config, teacher)
     roles = made.networks(init)
+    if registry.drops_condition(recipe.config):  # an error now if there is no null condition, and not in the first step
+        init.null(init.conditioning.collate(torch.zeros(1, dtype=torch.int64)))
     made_of = {name: role for name, role in roles.items() if isinstance(role, Trained | Adapter)}
     trained = {name: as_trained(name, role, init.seed).module for name, role in made_of.items()}
     sizes = {name: [p.numel() for p in each.parameters() if p.requires_grad] for name, each in trained.items()}

@@ -102,6 +102,19 @@ def unconditional(config: RecipeConfig) -> bool:
 
 
 @runtime_checkable
+class Dropping(Protocol):
+    """A Config with the probability of dropping the condition of a sample in training."""
+
+    @property
+    def label_dropout(self) -> float: ...
+
+
+def drops_condition(config: RecipeConfig) -> bool:
+    """Whether the student is also trained without condition."""
+    return isinstance(config, Dropping) and config.label_dropout > 0
+
+
+@runtime_checkable
 class Coupling(Protocol):
     """A Config whose loss couples blocks of consecutive samples of the global batch. A block must not be split."""
 

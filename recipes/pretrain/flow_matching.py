@@ -8,16 +8,15 @@ noises (Li et al. 2024, arXiv 2406.12303; 2025, arXiv 2505.18521); weighted, L =
 (Calvo-Ordonez et al. 2025, arXiv 2507.22270). immiscible_knn and weighted slightly change the distribution of samples.
 
 Deviations: pairs and weights are made within blocks of the global batch. Data keeps its class; the noise of each class
-is Gaussian only with within_classes. Immiscible distances have no factor of 0.1, which changes nothing. The paper's
-cost and epsilon are unverified, so they are options. With logit-normal t (Esser et al. 2024, arXiv 2403.03206), times
-near 1 are hardly trained.
+is Gaussian only with within_classes. Immiscible distances lack a factor of 0.1, which changes nothing. Cost and
+epsilon are unverified, so they are options. Logit-normal t (Esser et al. 2024, arXiv 2403.03206) is rarely near 1.
 """
 
 from collections.abc import Callable, Iterator
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
-from torch import Tensor
+from torch import Tensor, zeros
 
 from distill.core.errors import InputError
 from distill.flow import couplings, distances, times
@@ -84,8 +83,9 @@ class Recipe:
         self.config, self.law = config, times.law(config.time_law, config.mu, config.sigma)
 
     def networks(self, init: Init) -> dict[str, Role]:
-        for option in sorted({"label_dropout", "within_classes"} & self.config.model_fields_set):
-            if init.num_classes is None:
+        first = init.conditioning.collate(zeros(1).long())
+        for option, has_effect in {"label_dropout": bool(first), "within_classes": "class_labels" in first}.items():
+            if option in self.config.model_fields_set and not has_effect:
                 raise InputError(f"{option} has no effect without classes; remove it, or give labelled data")
         self.null = init.null
         return {"student": Trained(init.velocity_field())}
