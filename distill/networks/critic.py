@@ -23,15 +23,17 @@ class Critic(nn.Module):
 
     layers: names of the modules of `field.network` whose output, [B, tokens, width] or [B, width, ...], is classified;
     two for networks that are `Experts`. None: those of a UNet2DModel with a mid block, or of a VelocityMLP; InputError
-    if it is neither.
+    if it is neither. part: of the output, if it is a tuple.
     """
 
     interpolant = linear()
     t_range = (0.0, 1.0)
 
-    def __init__(self, field: VelocityStudent, seed: int, layers: Sequence[str] | None = None, width: int = 0) -> None:
+    def __init__(
+        self, field: VelocityStudent, seed: int, layers: Sequence[str] | None = None, width: int = 0, part: int = 0
+    ) -> None:
         super().__init__()
-        self.field = field
+        self.field, self.part = field, part
         network = field.network
         with drawn(seed, "head"):
             if layers is not None:
@@ -58,7 +60,7 @@ class Critic(nn.Module):
         network, found = self.field.network, list[Tensor]()
 
         def keep(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            found.append(output if isinstance(output, Tensor) else output[-1])  # of text and image, the image
+            found.append(output if isinstance(output, Tensor) else output[self.part])
 
         handles = [network.get_submodule(name).register_forward_hook(keep) for name in self.layers]
         try:
