@@ -40,7 +40,9 @@ class Kind:
 
 def _ltx(config: Config) -> tuple[int, int]:
     scaled = sum(map(bool, config.get("spatio_temporal_scaling", (True, True, True, False))))
-    return config.get("patch_size_t", 1) << scaled, config.get("patch_size", 4) << scaled
+    halved = {"temporal": config.get("patch_size_t", 1) << scaled, "spatial": config.get("patch_size", 4) << scaled}
+    temporal, spatial = (config.get(f"{name}_compression_ratio") or factor for name, factor in halved.items())
+    return temporal, spatial
 
 
 def _wan(config: Config) -> tuple[int, int]:
@@ -121,7 +123,9 @@ class LatentCodec:
         z = self._scaled(latents.float(), vae, back=True)
         z = _unpatched(z) if kind.patches else z
         z = z[:, :, None] if kind.single else z
-        decoded: Tensor = vae.decode(z).sample
+        # LTX-Video 0.9.1 and later can decode latents with noise, whose time is an argument; ours have none.
+        time = (z.new_zeros(len(z)),) if self.config.get("timestep_conditioning") else ()
+        decoded: Tensor = vae.decode(z, *time).sample
         return decoded[:, :, 0] if kind.single else decoded
 
     def _scaled(self, z: Tensor, vae: nn.Module, *, back: bool = False) -> Tensor:
