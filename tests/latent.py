@@ -131,12 +131,13 @@ def fits_students(teacher: teachers.LoadedTeacher, noise: Tensor) -> None:
     width, layers = convention.time_width(config), convention.time_layers(network)
 
     mapped = TwoTimes(copy.deepcopy(network), layers, width)
-    embedded = []
+    embedded = {}
     for name in layers:
-        mapped.network.get_submodule(name).register_forward_hook(lambda _, inputs, output: embedded.append(output))
+        module = mapped.network.get_submodule(name)
+        module.register_forward_hook(lambda _, inputs, output, name=name: embedded.update({name: output}))
     t, s = torch.full((rows,), 0.7), torch.full((rows,), 0.2)
     found = mapped(linear_call(teacher.field), noise, t, s, cond)
-    assert [each.shape for each in embedded] == [(rows, width)] * len(layers)
+    assert {name: each.shape for name, each in embedded.items()} == dict.fromkeys(layers, (rows, width))
     found.square().sum().backward()
     assert mapped.gap[2].bias.grad.any()  # the second time reaches the output
 
