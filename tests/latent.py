@@ -24,6 +24,7 @@ from distill.flow.solvers import integrate
 from distill.networks.two_times import TwoTimes
 from distill.spec.guidancespec import FieldSettings, GuidanceSpec
 from distill.spec.model import CheckpointTeacher
+from distill.students import native
 from distill.teachers.analytic import GaussianField
 from distill.teachers.architectures import convention_of
 from distill.teachers.network_field import linear_call
@@ -141,12 +142,15 @@ def fits_students(teacher: teachers.LoadedTeacher, noise: Tensor) -> None:
     found.square().sum().backward()
     assert mapped.gap[2].bias.grad.any()  # the second time reaches the output
 
-    wide = type(network).from_config(convention.with_velocity(config))
+    # An acceleration is at first the velocity, for any second input.
+    time, wide = torch.full((rows,), 500.0), native.accelerated(network)
+    twice = torch.cat([noise, normal(*noise.shape, seed=9)], dim=1)
     with torch.no_grad():
-        twice = convention.call(wide, torch.cat([noise, noise], dim=1), torch.full((rows,), 500.0), cond)
+        same(convention.call(wide, twice, time, cond), convention.call(network, noise, time, cond), 1e-5)
         (features,) = teacher.features(noise, t, cond, [convention.critic_layer(network)])
-    assert twice.shape == noise.shape
+        velocity, logit = native.critic(network, linear_call(teacher.field), 0)(noise, t, cond)
     assert features.ndim > 2 and len(features) == rows and features.isfinite().all()
+    assert velocity.shape == noise.shape and logit.shape == (rows,)
 
 
 def tokenizer(length: int = 77, side: str = "right", template: str | None = None) -> PreTrainedTokenizerFast:

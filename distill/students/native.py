@@ -141,12 +141,9 @@ def accelerated(network: nn.Module) -> nn.Module:
     """A copy of the network with twice the input channels. The weights of the further ones are zero."""
     if isinstance(network, Experts):
         return Experts(accelerated(network.transformer), accelerated(network.transformer_2), network.boundary)
-    grown = type(network).from_config(convention_for(network).with_velocity(dict(network.config)))
-    weights, own = network.state_dict(), grown.state_dict()
-    for name, weight in weights.items():
-        if own[name].shape != weight.shape:  # the layer that reads x_t, [out, in, ...]
-            weights[name] = torch.cat([weight, torch.zeros_like(weight)], dim=1)
-    grown.load_state_dict(weights)
+    convention, config = convention_for(network), dict(network.config)
+    grown = type(network).from_config(convention.with_velocity(config))
+    grown.load_state_dict(convention.widened(config, network.state_dict(), grown.state_dict()))
     return grown.to(next(network.parameters()).device).train(network.training)
 
 

@@ -20,6 +20,8 @@ from distill.protocols import Cond, Conditioning
 from distill.teachers.conditions import ConditionFile
 from distill.teachers.read import Config
 
+Weights = Mapping[str, Tensor]
+
 
 @dataclass(frozen=True)
 class CondField:
@@ -120,6 +122,16 @@ class Convention:
     def with_velocity(self, config: Config) -> Config:
         """The config of a network that takes (x_t, velocity), joined along the channels, in place of x_t."""
         raise NotImplementedError
+
+    def widened(self, config: Config, weights: Weights, wider: Weights) -> dict[str, Tensor]:
+        """Weights for the network of `with_velocity` with which it computes the same as the network, for any velocity.
+
+        config, weights: of the network. wider: weights of the network of `with_velocity`, for their shapes.
+        """
+        return {
+            name: weight if weight.shape == wider[name].shape else torch.cat([weight, torch.zeros_like(weight)], dim=1)
+            for name, weight in weights.items()  # another shape: the layer that reads x_t, [out, in, ...]
+        }
 
     def critic_layer(self, network: nn.Module) -> str:
         """The name of the block whose output a discriminator looks at: the one in the middle."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from distill.core.errors import InputError
 from distill.protocols import Cond
-from distill.teachers.convention import CondField, Convention, of_one_length, size_of
+from distill.teachers.convention import CondField, Convention, Weights, of_one_length, size_of
 from distill.teachers.read import Config, Read, Size, checked
 
 TOKENS = 512  # of a prompt, at most
@@ -66,9 +66,21 @@ class ZImage(Convention):
     def time_width(self, config: Config) -> int:
         return min(_Config.model_validate(config).dim, TIME_WIDTH)
 
+    def critic_width(self, config: Config) -> int:
+        return _Config.model_validate(config).dim
+
     def with_velocity(self, config: Config) -> Config:
         """This class has as many channels out as in. So x_t and the velocity are two frames, in one patch."""
         return {**config, "all_f_patch_size": [2]}
+
+    def widened(self, config: Config, weights: Weights, wider: Weights) -> dict[str, Tensor]:
+        """The layers that read and write patches of two frames, the first of which is x_t, have other names."""
+        found = {name.replace(f"{PATCH}-1.", f"{PATCH}-2."): weight for name, weight in weights.items()}
+        for name, weight in found.items():
+            if weight.shape != wider[name].shape:
+                dim = 1 if name.startswith("all_x_embedder.") else 0
+                found[name] = torch.cat([weight, torch.zeros_like(weight)], dim=dim)
+        return found
 
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         frames = x_t.shape[1] // network.config["in_channels"]  # 1, or 2 of `with_velocity`

@@ -1,0 +1,104 @@
+"""Lumina-Image 2.0: a transformer with time 1 - t and output -v, and guidance that keeps the norm of each row.
+
+The pipeline's cfg_trunc_ratio, which leaves out guidance in the last steps, is `guidance.interval` of a spec.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from distill.flow.guidance import TINY, cfg
+from distill.protocols import Cond
+from distill.teachers.convention import CondField, Convention, Weights, size_of
+from distill.teachers.read import Config, Read, Side, Size, checked
+
+TOKENS = 256  # of a prompt
+TIME_WIDTH = 1024  # at most
+
+
+class _Config(Read):
+    sample_size: Side = 128
+    patch_size: Size = 2
+    in_channels: Size = 16
+    out_channels: Size | None = None
+    hidden_size: Size = 2304
+    cap_feat_dim: Size = 1024
+
+    @property
+    def channels(self) -> int:
+        return self.out_channels or self.in_channels
+
+
+def per_row(x_t: Tensor, t: Tensor, v: Tensor, other: Tensor, scale: float) -> Tensor:
+    """Guidance whose result is rescaled to the norm of v, per channel and row of positions."""
+    precise = torch.promote_types(v.dtype, torch.float32)
+    v = v.to(precise)
+    guided = cfg(x_t, t, v, other.to(precise), scale)
+    norm, norm_guided = (each.norm(dim=-1, keepdim=True) for each in (v, guided))
+    return guided * (norm / norm_guided.clamp(min=TINY))
+
+
+class Lumina2(Convention):
+    title = "Lumina-Image 2.0"
+    networks = ("Lumina2Transformer2DModel",)
+    pipelines = ("Lumina2Pipeline",)
+    prediction = "velocity"
+    combine = staticmethod(per_row)
+    guidance_scale = 4.0
+
+    def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
+        own = checked(_Config, config, path)
+        return (own.channels, *size_of(latent, (own.sample_size, own.sample_size), path, patch=own.patch_size))
+
+    def fields(self, config: Config) -> Mapping[str, CondField]:
+        return {
+            "encoder_hidden_states": CondField((None, _Config.model_validate(config).cap_feat_dim)),
+            "encoder_attention_mask": CondField((None,), torch.int64),
+        }
+
+    def layers(self, network: nn.Module) -> Sequence[str]:
+        return [name for name, _ in network.named_modules() if name.startswith("layers.") and name.count(".") == 1]
+
+    def time_layers(self, network: nn.Module) -> Sequence[str]:
+        return ["time_caption_embed.timestep_embedder"]
+
+    def time_width(self, config: Config) -> int:
+        return min(_Config.model_validate(config).hidden_size, TIME_WIDTH)
+
+    def critic_width(self, config: Config) -> int:
+        return _Config.model_validate(config).hidden_size
+
+    def with_velocity(self, config: Config) -> Config:
+        own = _Config.model_validate(config)
+        return {**config, "in_channels": 2 * own.in_channels, "out_channels": own.channels}
+
+    def widened(self, config: Config, weights: Weights, wider: Weights) -> dict[str, Tensor]:
+        """The channels are the last dimension of a patch."""
+        name, patch = "x_embedder.weight", _Config.model_validate(config).patch_size
+        read = weights[name].unflatten(1, (patch * patch, -1))
+        return {**weights, name: torch.cat([read, torch.zeros_like(read)], dim=2).flatten(1)}
+
+    def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        output: Tensor = network(
+            hidden_states=x_t,
+            timestep=1 - time / 1000,
+            encoder_hidden_states=cond["encoder_hidden_states"],
+            encoder_attention_mask=cond["encoder_attention_mask"],
+            return_dict=False,
+        )[0]
+        return -output
+
+    def encode(self, pipeline: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
+        states, mask, _, _ = pipeline.encode_prompt(prompts, False, max_sequence_length=TOKENS)
+        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+
+    def encode_null(self, pipeline: DiffusionPipeline, negative: str) -> dict[str, Tensor]:
+        """Without the system prompt that precedes other prompts."""
+        _, _, states, mask = pipeline.encode_prompt([""], True, negative_prompt=[negative], max_sequence_length=TOKENS)
+        return {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+
+
+ARCHITECTURE = Lumina2()
