@@ -28,6 +28,7 @@ from distill.spec import presets, specfile
 
 COMMANDS = ["quickstart", "run", "reflow", "plan", "init", "recipes", "list", "show", "report", "doctor", "clean"]
 COMMANDS += ["sample", "eval", "pairs", "export", "publish", "students", "pull", "verify", "config", "convert"]
+COMMANDS += ["inspect", "teachers"]
 
 
 @pytest.fixture(autouse=True)

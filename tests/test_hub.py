@@ -117,8 +117,10 @@ def test_without_the_hub_the_cache_gives_the_same_pairs(solved):
     """By default, by name, and by the commit that the name stood for."""
     sha = solved.hub.commits["models/org/tiny"]["v2"].sha
     ids = {"again-main": TINY["main"], "again-v2": TINY["v2"], "again-sha": TINY["v2"].replace("v2", sha)}
-    codes, err = commands(*(pairs(v, k) for k, v in ids.items()), hub=solved.hub, cwd=solved.cwd, offline=True)
-    assert codes == [0, 0, 0], err
+    inspected = ["inspect", TINY["v2"]]
+    solves = (pairs(v, k) for k, v in ids.items())
+    codes, err = commands(*solves, inspected, hub=solved.hub, cwd=solved.cwd, offline=True)
+    assert codes == [0, 0, 0, 0], err
     for again, before in (("again-main", "hub-main"), ("again-v2", "hub-v2"), ("again-sha", "hub-v2")):
         assert folder_bytes(solved.cwd / again) == folder_bytes(solved.cwd / before)
 

@@ -18,6 +18,7 @@ from distill.cli import (
     convert,
     doctor,
     follow,
+    inspect,
     jobs,
     pairs,
     reflow,
@@ -86,6 +87,8 @@ app.command(rich_help_panel=LOOK)(follow.status)
 app.command(rich_help_panel=LOOK)(follow.logs)
 app.command(rich_help_panel=LOOK)(runs.show)
 app.command(rich_help_panel=LOOK)(tools.report)
+app.command(rich_help_panel=LOOK)(inspect.inspect)
+app.command(rich_help_panel=LOOK)(inspect.teachers)
 app.command(rich_help_panel=LOOK)(doctor.doctor)
 app.command(rich_help_panel=LOOK)(runs.clean)
 app.command(rich_help_panel=LOOK)(settings.config)

@@ -61,7 +61,7 @@ class TeacherCheckpoint:
 def load(spec: CheckpointTeacher, device: torch.device, *, probe: bool) -> LoadedTeacher:
     """Loads the network of a checkpoint as a velocity field in its own schedule. probe: see `load_teacher`."""
     found = read(spec, device, "velocity")
-    field, convention = field_of(found, spec), found.architecture
+    field, convention = field_of(spec, found.network, found.schedule, found.call), found.architecture
     if probe:
         _probe(field, found, spec, device)
     return LoadedTeacher(
@@ -95,16 +95,7 @@ def _boundary(found: TeacherCheckpoint) -> float | None:
 
 def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherCheckpoint:
     """Reads a checkpoint. Raises InputError unless its network is of this kind, one of the keys of `NETWORKS`."""
-    if spec.revision is not None and Path(spec.path).is_dir():
-        raise InputError(
-            f"teacher.revision={spec.revision} has no effect: {spec.path} is a folder here, not a hub id; "
-            "remove teacher.revision"
-        )
     parts = files.find(spec)
-    if parts.student.kind != kind:
-        raise InputError(
-            f"teacher.path={spec.path} is a student of kind {short(parts.student.kind)}; valid teachers: {kind}"
-        )
     facts = describe(spec, parts, kind)
     architecture, path, content = facts.architecture, facts.path, facts.content
     conditions = None if spec.conditions is None else read_conditions(Path(spec.conditions))
@@ -144,7 +135,7 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherChe
         digest=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
         # The hub id or only the folder's name, because results must not depend on the location of the teacher.
         description=f"{facts.network_class.__name__} from {name}",
-        license=_license(parts.root, parts.student),
+        license=license_of(parts.root, parts.student),
         codec=facts.codec,
         call=call,
         packaging=Packaging(parts.pipeline_class, _scheduler(spec, schedule, chosen)),
@@ -187,9 +178,10 @@ def _scheduler(spec: CheckpointTeacher, schedule: Schedule | None, chosen: Path 
     return {**parse(chosen), **given}
 
 
-def field_of(found: TeacherCheckpoint, spec: CheckpointTeacher) -> NetworkField | EdmField:
+def field_of(
+    spec: CheckpointTeacher, network: nn.Module, schedule: Schedule | None, call: NetworkCall
+) -> NetworkField | EdmField:
     """The velocity field of a network in its schedule. Raises InputError if the schedule is not known."""
-    network, schedule, call = found.network, found.schedule, found.call
     if schedule is None:
         if isinstance(network, LINEAR_NETWORKS) or spec.prediction == "velocity":
             return NetworkField(network, linear(), "velocity", TIME_SCALE, call=call)
@@ -282,7 +274,7 @@ def _called(
         ) from error
 
 
-def _license(folder: Path, student: StudentFacts) -> str:
+def license_of(folder: Path, student: StudentFacts) -> str:
     """The licence named by a checkpoint's distill.json or by the metadata of its model card; "" if none is valid."""
     found: str | None = student.license
     path = folder / "README.md"

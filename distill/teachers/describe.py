@@ -51,6 +51,10 @@ class _Index(Read):
 
 def describe(spec: CheckpointTeacher, parts: files.Parts, kind: str) -> Facts:
     """Reads and checks the configs of a checkpoint. InputError if its network is not supported, or not of this kind."""
+    if parts.student.kind != kind:
+        raise InputError(
+            f"teacher.path={spec.path} is a student of kind {short(parts.student.kind)}; valid teachers: {kind}"
+        )
     path = parts.model / files.CONFIG
     content = parse(path)
     network_class = _network_class(spec, path, content, kind)

@@ -39,9 +39,17 @@ class Parts:
         return self.pipeline / found[0] if found and self.pipeline is not None else None
 
 
-def find(spec: CheckpointTeacher) -> Parts:
-    """Finds the files of the checkpoint of a spec. Raises InputError if its path or hub id is not a checkpoint."""
+def find(spec: CheckpointTeacher, *, download: bool = True) -> Parts:
+    """Finds the files of the checkpoint of a spec. Raises InputError if its path or hub id is not a checkpoint.
+
+    download: for a hub id, also download the weights that are not cached, and not only the configs.
+    """
     path = Path(spec.path)
+    if spec.revision is not None and path.is_dir():
+        raise InputError(
+            f"teacher.revision={spec.revision} has no effect: {spec.path} is a folder here, not a hub id; "
+            "remove teacher.revision"
+        )
     if path.is_dir():
         return _parts(spec, path)
     if path.exists():
@@ -52,9 +60,8 @@ def find(spec: CheckpointTeacher) -> Parts:
         )
     if not spec.is_of_hub:
         raise InputError(f"teacher.path={spec.path} does not exist; give a folder, or a hub id like org/name")
-    for weights in (False, True):  # configs first: the weights of an invalid checkpoint are not downloaded
-        found = _parts(spec, by_id.snapshot(spec, weights=weights))
-    return found
+    found = _parts(spec, by_id.snapshot(spec, weights=False))  # the weights of an invalid checkpoint are not downloaded
+    return _parts(spec, by_id.snapshot(spec, weights=True)) if download else found
 
 
 def _parts(spec: CheckpointTeacher, folder: Path) -> Parts:

@@ -53,10 +53,16 @@ def network(
     return empty, digests
 
 
+def without_weights(folder: Path, config: Config, network_class: type[ModelMixin]) -> ModelMixin:
+    """The network of a config on the meta device: its weights have shapes, and take no memory."""
+    with torch.device("meta"):
+        return _built(folder, config, network_class)
+
+
 def shapes(folder: Path, config: Config, network_class: type[ModelMixin]) -> dict[str, tuple[int, ...]]:
     """The shape of each weight of the network that a config describes. No memory is allocated for the weights."""
-    with torch.device("meta"):
-        return {name: tuple(each.shape) for name, each in _built(folder, config, network_class).state_dict().items()}
+    empty = without_weights(folder, config, network_class)
+    return {name: tuple(each.shape) for name, each in empty.state_dict().items()}
 
 
 def _built(folder: Path, config: Config, network_class: type[ModelMixin]) -> ModelMixin:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from distill.spec import registry
+from distill.teachers import overview
 
 README = registry.package_folder() / "README.md"
 
@@ -18,9 +19,24 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def teachers() -> str:
+    """All supported teachers, from the attributes of their conventions and architectures."""
+    lines = ["| " + " | ".join(overview.HEADERS) + " |", "|---" * len(overview.HEADERS) + "|"]
+    for row in overview.supported():
+        names = [", ".join(map(_code, each)) for each in (row.networks, row.pipelines)]
+        lines.append("| " + " | ".join([row.title, *names, row.prediction, row.conditions, row.guidance]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _code(name: str) -> str:
+    return f"`{name}`" if name.isidentifier() else name
+
+
 def generated(text: str) -> str:
     """The text of README.md with its generated parts as they should be."""
-    return _replaced(text, r"(<!-- recipes: [^\n]*-->\n).*?(<!-- end -->)", f"\n{table()}\n")
+    for name, content in {"recipes": table(), "teachers": teachers()}.items():
+        text = _replaced(text, rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- end -->)", f"\n{content}\n")
+    return text
 
 
 def _replaced(text: str, pattern: str, content: str) -> str:

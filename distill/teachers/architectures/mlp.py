@@ -22,6 +22,11 @@ class Mlp:
     """Networks for vectors, with or without class labels. Implements `protocols.Architecture`."""
 
     classes: tuple[type[nn.Module], ...] = (VelocityMLP, FlowMapMLP, AccelerationMLP)
+    title: str = "students for vectors"
+    pipelines: tuple[str, ...] = ()
+    prediction: str = "velocity"
+    conditions: str = "class labels, or none"
+    guidance: str = "second call, if there is a null class"
 
     def shape(self, content: dict[str, Any], path: Path) -> tuple[int, ...]:
         config = checked(NetworkConfig, content, path)

@@ -28,6 +28,11 @@ class UNet:
         FlowMapUNet2DModel,
         AccelerationUNet2DModel,
     )
+    title: str = "pixel-space U-Nets"
+    pipelines: tuple[str, ...] = ("any with only a scheduler and a unet",)
+    prediction: str = "epsilon, sample, v_prediction, velocity"
+    conditions: str = "class labels, or none"
+    guidance: str = "second call, if there is a null class"
 
     def shape(self, content: dict[str, Any], path: Path) -> tuple[int, ...]:
         config = checked(NetworkConfig, content, path)
