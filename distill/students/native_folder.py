@@ -75,7 +75,11 @@ def compare(network: nn.Module, folder: Path) -> None:
 
 def load(found: TeacherCheckpoint, spec: CheckpointTeacher, kind: str) -> native.NativeStudent:
     """The student of this kind in a folder, whose network was read."""
-    call, folder, network = linear_call(checkpoint.field_of(spec, found.network, found.schedule, found.call)), Path(spec.path), found.network
+    call, folder, network = (
+        linear_call(checkpoint.field_of(spec, found.network, found.schedule, found.call)),
+        Path(spec.path),
+        found.network,
+    )
     if kind == "velocity":
         return native.velocity(network, call)
     if kind == "flow_map":
