@@ -44,8 +44,7 @@ class Wan(Convention):
 
     def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
         own = checked(_Config, config, path)
-        # Networks of accelerations take as many channels again.
-        if own.image_dim is not None or own.in_channels not in (own.channels, 2 * own.channels):
+        if own.image_dim is not None or own.in_channels != own.channels:
             raise InputError(
                 f"{path}: in_channels={own.in_channels}, out_channels={own.channels}, image_dim={own.image_dim}: this "
                 "network is also conditioned on an image (image to video), which is not supported; valid: networks of "

@@ -45,7 +45,7 @@ class ZImage(Convention):
                 "not supported; valid: networks of text to image"
             )
         patches = [list(each) for each in (own.all_patch_size, own.all_f_patch_size)]
-        if patches not in ([[PATCH], [1]], [[PATCH], [2]]):  # 2: see `with_velocity`
+        if patches != [[PATCH], [1]]:
             raise InputError(
                 f"{path}: all_patch_size={patches[0]}, all_f_patch_size={patches[1]}; valid: [{PATCH}] and [1]"
             )
