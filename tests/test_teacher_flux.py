@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from latent import (
     NEGATIVE,
     PROMPTS,
     VOCABULARY,
+    autoencoder,
     exact,
     finite_at_both_ends,
     fits_students,
@@ -45,17 +46,7 @@ def pipeline(*, guidance_embeds: bool, texts: dict | None = None) -> FluxPipelin
             guidance_embeds=guidance_embeds,
         )
     )
-    vae = seeded(
-        lambda: AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            scaling_factor=0.36,
-            shift_factor=0.1,
-        )
-    )
+    vae = autoencoder(scaling_factor=0.36, shift_factor=0.1)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
     names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     found = FluxPipeline(scheduler, vae, transformer=network, **(dict.fromkeys(names) | (texts or {})))

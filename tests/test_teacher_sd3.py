@@ -3,7 +3,6 @@
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -12,6 +11,7 @@ from latent import (
     NEGATIVE,
     PROMPTS,
     VOCABULARY,
+    autoencoder,
     exact,
     finite_at_both_ends,
     fits_students,
@@ -53,17 +53,7 @@ def pipeline(*, version: str = "3", texts: dict | None = None) -> StableDiffusio
             **VERSIONS[version],
         )
     )
-    vae = seeded(
-        lambda: AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            norm_num_groups=4,
-            scaling_factor=1.5,
-            shift_factor=0.06,
-        )
-    )
+    vae = autoencoder(scaling_factor=1.5, shift_factor=0.06)
     names = [f"{kind}{suffix}" for kind in ("text_encoder", "tokenizer") for suffix in ("", "_2", "_3")]
     found = StableDiffusion3Pipeline(
         network, FlowMatchEulerDiscreteScheduler(shift=3.0), vae, **(dict.fromkeys(names) | (texts or {}))
