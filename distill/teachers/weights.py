@@ -21,6 +21,7 @@ from distill.teachers.read import Config, short, unreadable
 from distill.teachers.variants import MERGE
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of floating-point dtypes
+COUNTER = ".num_batches_tracked"  # end of the name of the one integer that a batch norm has
 WRAPPERS = ("_orig_mod.", "module.")  # name prefixes added by torch.compile and by (distributed) data parallel training
 OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # attention in diffusers before 0.15
 ADAPTED = ("lora_", "_lora.", ".lora.", ".base_layer.", ".base_model.")  # parts of "." + name of adapted weights
@@ -129,7 +130,7 @@ def fitting(place: Path, entries: Sequence[Stored], expected: Mapping[str, tuple
                 f"{place}: config.json and the weights do not match: {short(name)} has shape "
                 f"{list(each.shape)} in the weights, but config.json implies {list(expected[name])}"
             )
-        if each.dtype not in FLOATS:
+        if each.dtype not in FLOATS and not (each.dtype == "I64" and name.endswith(COUNTER)):
             raise InputError(
                 f"{each.file}: {short(name)} has dtype {short(each.dtype)}; valid: {', '.join(sorted(FLOATS))}. "
                 "Dequantize quantized weights first"
