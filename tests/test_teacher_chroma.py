@@ -6,7 +6,6 @@ from diffusers import ChromaPipeline, ChromaTransformer2DModel, FlowMatchEulerDi
 from latent import (
     NEGATIVE,
     PROMPTS,
-    VOCABULARY,
     autoencoder,
     exact,
     finite_at_both_ends,
@@ -21,7 +20,7 @@ from latent import (
     write,
     write_conditions,
 )
-from transformers import T5Config, T5EncoderModel
+from texts import t5
 
 from distill.flow.interpolants import linear
 from distill.teachers.architectures.chroma import ARCHITECTURE
@@ -94,8 +93,7 @@ def test_an_oracle_gives_back_its_velocity():
 
 @pytest.mark.long
 def test_encodes_prompts_as_the_pipeline(tmp_path):
-    t5 = T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    stock = pipeline(texts={"text_encoder": seeded(lambda: T5EncoderModel(t5)), "tokenizer": tokenizer(512)})
+    stock = pipeline(texts={"text_encoder": t5(32), "tokenizer": tokenizer(512)})
     teacher = prompted(tmp_path, stock, size=[16, 24])
     mask = teacher.conditioning.rows["attention_mask"]
     assert mask.shape == (2, 512)

@@ -6,7 +6,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransfo
 from latent import (
     NEGATIVE,
     PROMPTS,
-    VOCABULARY,
     autoencoder,
     exact,
     finite_at_both_ends,
@@ -21,7 +20,7 @@ from latent import (
     write,
     write_conditions,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from texts import clip, t5
 
 from distill.flow.interpolants import linear
 from distill.teachers.architectures.flux import ARCHITECTURE
@@ -96,20 +95,10 @@ def test_an_oracle_gives_back_its_velocity():
 
 @pytest.mark.long
 def test_encodes_prompts_as_the_pipeline(tmp_path):
-    clip = CLIPTextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=24,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=1,
-        eos_token_id=3,
-    )
-    t5 = T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     texts = {
-        "text_encoder": seeded(lambda: CLIPTextModel(clip)),
+        "text_encoder": clip(24),
         "tokenizer": tokenizer(),
-        "text_encoder_2": seeded(lambda: T5EncoderModel(t5)),
+        "text_encoder_2": t5(32),
         "tokenizer_2": tokenizer(512),
     }
     stock = pipeline(guidance_embeds=True, texts=texts)

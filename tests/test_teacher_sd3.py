@@ -10,7 +10,6 @@ from diffusers import (
 from latent import (
     NEGATIVE,
     PROMPTS,
-    VOCABULARY,
     autoencoder,
     exact,
     finite_at_both_ends,
@@ -25,7 +24,7 @@ from latent import (
     write,
     write_conditions,
 )
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from texts import clip, t5
 
 from distill.core.errors import InputError
 from distill.flow.interpolants import linear
@@ -104,28 +103,14 @@ def test_sizes_without_positions_are_refused(tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("with_t5", [True, False])
 def test_encodes_prompts_as_the_pipeline(tmp_path, with_t5):
-    clip = [
-        seeded(
-            lambda: CLIPTextModelWithProjection(
-                CLIPTextConfig(
-                    vocab_size=VOCABULARY,
-                    hidden_size=12,
-                    intermediate_size=16,
-                    projection_dim=12,
-                    num_hidden_layers=2,
-                    num_attention_heads=2,
-                    bos_token_id=1,
-                    eos_token_id=3,
-                )
-            ),
-            seed,
-        )
-        for seed in (1, 2)
-    ]
-    t5 = T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    texts = {"text_encoder": clip[0], "tokenizer": tokenizer(), "text_encoder_2": clip[1], "tokenizer_2": tokenizer()}
+    texts = {
+        "text_encoder": clip(12, 12, 1),
+        "tokenizer": tokenizer(),
+        "text_encoder_2": clip(12, 12, 2),
+        "tokenizer_2": tokenizer(),
+    }
     if with_t5:
-        texts |= {"text_encoder_3": seeded(lambda: T5EncoderModel(t5)), "tokenizer_3": tokenizer(512)}
+        texts |= {"text_encoder_3": t5(32), "tokenizer_3": tokenizer(512)}
     stock = pipeline(texts=texts)
     teacher, noise = prompted(tmp_path, stock, size=[16, 24]), normal(2, 4, 8, 12)
     assert teacher.conditioning.rows["encoder_hidden_states"].shape == (2, 77 + 256, 32)

@@ -17,6 +17,8 @@ class _Config(Read):
     in_channels: Size = 64
     out_channels: Size | None = None
     joint_attention_dim: Size = 4096
+    num_attention_heads: Size = 24
+    attention_head_dim: Size = 128
     approximator_num_channels: Size = 64
 
     @property
@@ -50,6 +52,10 @@ class Chroma(Convention):
 
     def time_width(self, config: Config) -> int:
         return _Config.model_validate(config).approximator_num_channels // 4
+
+    def critic_width(self, config: Config) -> int:
+        own = _Config.model_validate(config)
+        return own.num_attention_heads * own.attention_head_dim
 
     def with_velocity(self, config: Config) -> Config:
         own = _Config.model_validate(config)
