@@ -204,19 +204,3 @@ def vp_grid(scheduler: DDIMScheduler) -> Tensor:
     table = scheduler.alphas_cumprod.double()[scheduler.timesteps]
     alpha, sigma = table.sqrt(), (1 - table).sqrt()
     return torch.cat([sigma / (alpha + sigma), torch.zeros(1)])
-
-
-@torch.no_grad()
-def grows_exactly(teacher: teachers.LoadedTeacher, noise: Tensor) -> None:
-    """Checks that an acceleration starts as the velocity: all weights are copied, and those of the inputs of one layer
-    that the velocity adds are zero.
-    """
-    network, cond, time = teacher.network, conditions(teacher, len(noise)), torch.full((len(noise),), 500.0)
-    convention = convention_of(network)
-    wide = type(network).from_config(convention.with_velocity(json.loads(network.to_json_string()))).eval()
-    weights, shapes = dict(network.state_dict()), {name: each.shape for name, each in wide.state_dict().items()}
-    (first,) = (name for name, each in weights.items() if each.shape != shapes[name])
-    weights[first] = torch.cat([weights[first], torch.zeros_like(weights[first])], dim=1)
-    wide.load_state_dict(weights)
-    got = convention.call(wide, torch.cat([noise, normal(*noise.shape, seed=9)], dim=1), time, cond)
-    same(got, convention.call(network, noise, time, cond), 1e-5)

@@ -12,7 +12,6 @@ from latent import (
     exact_epsilon,
     finite_at_both_ends,
     fits_students,
-    grows_exactly,
     load,
     normal,
     ours,
@@ -24,6 +23,7 @@ from latent import (
 )
 
 from distill.flow.interpolants import vp
+from distill.students import native
 from distill.teachers.architectures.dit import ARCHITECTURE
 from distill.teachers.network_field import NetworkField
 
@@ -59,16 +59,17 @@ def test_equals_the_pipeline(tmp_path):
         stock([0, 1, 2], scale, torch.Generator().manual_seed(5), num_inference_steps=4, output_type="pt")
         same(ours(teacher, vp_grid(stock.scheduler), noise, scale), 0.18 * latents.pop())
     fits_students(teacher, noise)
-    grows_exactly(teacher, noise)
 
 
 def test_classes_are_not_dropped_in_training(tmp_path):
     teacher = load(write(tmp_path / "dit", pipeline()))
-    x, time = normal(64, 4, 8, 8), torch.full((64,), 500.0)
+    x, time, cond = normal(64, 4, 8, 8), torch.full((64,), 500.0), conditions(teacher, 64)
     with torch.no_grad():
-        expected = ARCHITECTURE.call(teacher.network, x, time, conditions(teacher, 64))
-        teacher.network.train()
-        assert torch.equal(ARCHITECTURE.call(teacher.network, x, time, conditions(teacher, 64)), expected)
+        expected = ARCHITECTURE.call(teacher.network, x, time, cond)
+        assert torch.equal(ARCHITECTURE.call(teacher.network.train(), x, time, cond), expected)
+        wide = native.accelerated(teacher.network)
+        assert wide.training
+        same(ARCHITECTURE.call(wide, torch.cat([x, x], dim=1), time, cond), expected, 1e-5)
 
 
 def test_configs_of_the_time_before_the_class_was_split_are_read(tmp_path):

@@ -16,7 +16,6 @@ from latent import (
     exact_epsilon,
     finite_at_both_ends,
     fits_students,
-    grows_exactly,
     load,
     normal,
     ours,
@@ -101,7 +100,6 @@ def test_equals_the_pipeline(tmp_path, takes_sizes):
         expected = stock_latents(stock, noise, rows, {k: v.expand_as(rows[k]) for k, v in null.items()}, scale)
         same(ours(teacher, vp_grid(stock.scheduler), noise, scale), expected)
     fits_students(teacher, noise)
-    grows_exactly(teacher, noise)
 
 
 def test_an_oracle_gives_back_its_velocity():

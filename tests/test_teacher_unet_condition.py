@@ -12,7 +12,6 @@ from latent import (
     exact_epsilon,
     finite_at_both_ends,
     fits_students,
-    grows_exactly,
     load,
     normal,
     ours,
@@ -119,7 +118,6 @@ def test_equals_the_pipeline(tmp_path, schedule, xl):
         same(ours(teacher, vp_grid(stock.scheduler), noise, scale), expected)
     if xl:
         fits_students(teacher, noise)
-        grows_exactly(teacher, noise)
 
 
 @pytest.mark.long

@@ -126,7 +126,7 @@ def described(file: Path, given: Path | None) -> Target:
             "with --config"
         )
     content = parse(path)
-    name = content.get("_class_name")
+    name = architectures.class_name(content)
     if name in architectures.known():
         network_class = architectures.class_of(str(name))
     elif name in codecs.KINDS:

@@ -144,6 +144,7 @@ def accelerated(network: nn.Module) -> nn.Module:
     convention, config = convention_for(network), dict(network.config)
     grown = type(network).from_config(convention.with_velocity(config))
     grown.load_state_dict(convention.widened(config, network.state_dict(), grown.state_dict()))
+    convention.settled(grown)
     return grown.to(next(network.parameters()).device).train(network.training)
 
 

@@ -125,6 +125,7 @@ def _network(folder: Path) -> ModelMixin:
     if network_class is None:
         raise InputError(f"{folder / files.CONFIG} names no network that is supported; copy or download it again")
     found, _ = weights.network(folder, config, network_class, files.weights(folder))
+    native.convention_for(found).settled(found)
     return found
 
 

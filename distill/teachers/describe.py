@@ -22,10 +22,6 @@ from distill.teachers.schedulers import EdmSchedule, LinearSchedule, Schedule, V
 LINEAR_NETWORKS = (VelocityUNet2DModel, VelocityMLP)  # classes that are always called on the linear path
 PIXEL_PIPELINE = ["scheduler", "unet"]  # the components of a pipeline in pixel space
 
-# Configs of old checkpoints name one class of diffusers, which was split into these, by their norm_type.
-SPLIT_CLASS = "Transformer2DModel"
-PARTS_OF_IT = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
-
 
 @dataclass(frozen=True)
 class Facts:
@@ -137,7 +133,7 @@ def _network_class(spec: CheckpointTeacher, path: Path, config: Config, kind: st
 
     Raises InputError if it is not supported, or if the spec has options that have no effect on it.
     """
-    name, ours = config.get("_class_name"), {each.__name__: each for each in NETWORKS[kind]}
+    name, ours = architectures.class_name(config), {each.__name__: each for each in NETWORKS[kind]}
     taken = {each.__name__ for members in NETWORKS.values() for each in members}
     # Networks of latent-space pipelines can be students of any kind; those of other packages are velocity fields.
     others = [
@@ -145,8 +141,6 @@ def _network_class(spec: CheckpointTeacher, path: Path, config: Config, kind: st
         for each, architecture in architectures.known().items()
         if each not in taken and (kind == "velocity" or isinstance(architecture, Convention))
     ]
-    if name == SPLIT_CLASS:
-        name = PARTS_OF_IT.get(str(config.get("norm_type")), name)
     if not isinstance(name, str) or name not in [*ours, *others]:
         raise InputError(
             f"{path}: network class {short(str(name))} is not supported; {suggest(short(str(name)), [*ours, *others])}"

@@ -15,8 +15,13 @@ from distill.core.errors import InputError
 from distill.networks.experts import Experts
 from distill.protocols import Architecture
 from distill.teachers.convention import Convention
+from distill.teachers.read import Config
 
 GROUP = "distill.architectures"
+
+# Diffusers has split this class into two, by the option norm_type. Old checkpoints still name it.
+OLD_CLASS = "Transformer2DModel"
+REPLACED = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 
 
 @cache
@@ -46,6 +51,12 @@ def names_of(architecture: Architecture | Convention) -> list[str]:
     if isinstance(architecture, Convention):
         return list(architecture.networks)
     return [each.__name__ for each in architecture.classes]
+
+
+def class_name(config: Config) -> object:
+    """The name of a network class in its config.json, or of the class that diffusers has replaced it by."""
+    name = config.get("_class_name")
+    return REPLACED.get(str(config.get("norm_type")), name) if name == OLD_CLASS else name
 
 
 def class_of(name: str) -> type[nn.Module]:

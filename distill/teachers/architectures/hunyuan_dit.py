@@ -92,7 +92,7 @@ class HunyuanDiT(Convention):
         return output.chunk(2, dim=1)[0]
 
     def encode(self, pipeline: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for i, suffix in enumerate(("", "_t5")):
             states, _, mask, _ = pipeline.encode_prompt(
                 prompts, do_classifier_free_guidance=False, text_encoder_index=i

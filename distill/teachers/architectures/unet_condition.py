@@ -64,6 +64,7 @@ class _Config(Read):
 class UNetCondition(Convention):
     title = "Stable Diffusion 1.x, 2.x, XL"
     networks = ("UNet2DConditionModel",)
+    folder = "unet"
     pipelines = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
     prediction = "epsilon or v_prediction"
     guidance_scale = 7.5  # SDXL: 5
