@@ -1,0 +1,65 @@
+"""AuraFlow: a transformer on latents, with states of UMT5 that are zero after the end of the prompt."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from distill.protocols import Cond
+from distill.teachers.convention import CondField, Convention, size_of
+from distill.teachers.read import Config, Read, Size, checked
+
+
+class _Config(Read):
+    patch_size: Size = 2
+    in_channels: Size = 4
+    out_channels: Size = 4
+    attention_head_dim: Size = 256
+    num_attention_heads: Size = 12
+    joint_attention_dim: Size = 2048
+    pos_embed_max_size: Size = 1024  # of a square grid
+
+
+class AuraFlow(Convention):
+    title = "AuraFlow"
+    networks = ("AuraFlowTransformer2DModel",)
+    pipelines = ("AuraFlowPipeline",)
+    prediction = "velocity"
+    guidance_scale = 3.5
+    image_output = 1
+
+    def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
+        own = checked(_Config, config, path)
+        side = math.isqrt(own.pos_embed_max_size)
+        return (own.out_channels, *size_of(latent, (128, 128), path, own.patch_size, side))
+
+    def fields(self, config: Config) -> Mapping[str, CondField]:
+        return {"encoder_hidden_states": CondField((None, _Config.model_validate(config).joint_attention_dim))}
+
+    def time_layers(self, network: nn.Module) -> Sequence[str]:
+        return ["time_step_proj"]
+
+    def time_width(self, config: Config) -> int:
+        own = _Config.model_validate(config)
+        return own.num_attention_heads * own.attention_head_dim
+
+    def with_velocity(self, config: Config) -> Config:
+        own = _Config.model_validate(config)
+        return {**config, "in_channels": 2 * own.in_channels, "out_channels": own.out_channels}
+
+    def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
+        output: Tensor = network(
+            hidden_states=x_t,
+            timestep=time / 1000,
+            encoder_hidden_states=cond["encoder_hidden_states"],
+            return_dict=False,
+        )[0]
+        return output
+
+    def encode(self, pipeline: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
+        return {"encoder_hidden_states": pipeline.encode_prompt(prompt=prompts, do_classifier_free_guidance=False)[0]}
+
+
+ARCHITECTURE = AuraFlow()
