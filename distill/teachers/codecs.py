@@ -100,7 +100,8 @@ class LatentCodec:
         return 1, 1 << (levels - 1 + self.kind.patches)
 
     def shape(self, pixels: tuple[int, ...]) -> tuple[int, ...]:
-        channels: int = self.config.get("latent_channels") or self.config.get("z_dim", 4)
+        names = ("vq_embed_dim", "latent_channels", "z_dim")
+        channels: int = next((self.config[name] for name in names if self.config.get(name)), 4)
         channels *= 4 if self.kind.patches else 1
         return (channels, *latent_size(pixels[1:], self.factors, str(self.folder)))
 

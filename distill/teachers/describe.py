@@ -14,6 +14,7 @@ from distill.networks.velocity_unet import VelocityUNet2DModel
 from distill.protocols import Architecture, Codec
 from distill.spec.model import CheckpointTeacher
 from distill.teachers import architectures, files, schedulers
+from distill.teachers.architectures.unet import UNet, check_pixels
 from distill.teachers.codecs import LatentCodec, latent_size, pixel_size
 from distill.teachers.convention import Convention
 from distill.teachers.read import Config, Read, checked, parse, short
@@ -21,6 +22,8 @@ from distill.teachers.schedulers import EdmSchedule, LinearSchedule, Schedule, V
 
 LINEAR_NETWORKS = (VelocityUNet2DModel, VelocityMLP)  # classes that are always called on the linear path
 PIXEL_PIPELINE = ["scheduler", "unet"]  # the components of a pipeline in pixel space
+LATENT_PIPELINE = ["scheduler", "unet", "vqvae"]  # and of unconditional latent diffusion
+OF_CONVENTIONS = {"size", "conditions", "embedded_guidance", "vae"}  # options of teachers that have a convention
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,9 @@ def describe(spec: CheckpointTeacher, parts: files.Parts, kind: str) -> Facts:
     chosen = None if linear_by_construction else parts.chosen
     schedule = None if chosen is None else _schedule(spec, chosen, parts.scheduler)
     codec: Codec = PIXELS
+    autoencoder = parts.autoencoder if spec.vae is None else Path(spec.vae)
     if isinstance(architecture, Convention):
         factors = architecture.default_factors
-        autoencoder = parts.autoencoder if spec.vae is None else Path(spec.vae)
         if autoencoder is not None:
             codec = LatentCodec.of(autoencoder)
             factors = codec.factors
@@ -72,7 +75,13 @@ def describe(spec: CheckpointTeacher, parts: files.Parts, kind: str) -> Facts:
     else:
         shape = architecture.shape(content, path)
         size = shape[1:]
-        options = spec.model_dump(include={"size", "conditions", "embedded_guidance", "vae"}, exclude_none=True)
+        used = set()
+        if isinstance(architecture, UNet) and autoencoder is not None:
+            codec, used = _latents(LatentCodec.of(autoencoder), shape, path), {"vae"}
+            size = pixel_size(size, codec.factors)
+        elif isinstance(architecture, UNet) and not parts.is_student:
+            check_pixels(shape[0], path)
+        options = spec.model_dump(include=OF_CONVENTIONS - used, exclude_none=True)
         for name, value in options.items() if not parts.is_student else ():
             raise InputError(
                 f"teacher.{name}={value} has no effect: {spec.path} has a {network_class.__name__}, whose samples "
@@ -92,6 +101,17 @@ def describe(spec: CheckpointTeacher, parts: files.Parts, kind: str) -> Facts:
     )
 
 
+def _latents(codec: LatentCodec, shape: tuple[int, ...], path: Path) -> LatentCodec:
+    """The codec of a U-Net on latents. InputError if it makes latents of another number of channels."""
+    channels = codec.shape((0, *pixel_size(shape[1:], codec.factors)))[0]
+    if channels != shape[0]:
+        raise InputError(
+            f"{path}: in_channels={shape[0]}, but the autoencoder in {codec.folder} makes latents of {channels} "
+            "channels; give the autoencoder that the network was trained with"
+        )
+    return codec
+
+
 def _refuse_pipeline(
     spec: CheckpointTeacher,
     parts: files.Parts,
@@ -105,12 +125,12 @@ def _refuse_pipeline(
                 f"teacher.path={spec.path} is a {short(parts.pipeline_class)}, which is not supported, because it "
                 f"calls its {network_class.__name__} in another way; valid: {', '.join(architecture.pipelines)}"
             )
-    elif parts.pipeline is not None and list(parts.components) != PIXEL_PIPELINE:
+    elif parts.pipeline is not None and list(parts.components) not in (PIXEL_PIPELINE, LATENT_PIPELINE):
         inside = "" if parts.pipeline == Path(spec.path) else f"part of {parts.pipeline}, "
         raise InputError(
             f"teacher.path={spec.path} is {inside}a pipeline with the components "
             f"{short(', '.join(parts.components)) or 'none'}; valid for a {network_class.__name__}: pixel-space "
-            "pipelines with only scheduler and unet"
+            "pipelines with only scheduler and unet, or with vqvae as the autoencoder of its latents"
         )
 
 

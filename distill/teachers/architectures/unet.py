@@ -20,7 +20,7 @@ from distill.teachers.read import NetworkConfig, checked, short
 
 @dataclass(frozen=True)
 class UNet:
-    """Networks for images in pixel space, with or without class labels. Implements `protocols.Architecture`."""
+    """Networks for images or their latents, with or without class labels. Implements `protocols.Architecture`."""
 
     classes: tuple[type[nn.Module], ...] = (
         UNet2DModel,
@@ -44,11 +44,6 @@ class UNet:
                 f"{path}: sample_size={size}, in_channels={config.in_channels}, out_channels={config.out_channels}; "
                 "sample_size must be set, and in_channels and out_channels must be equal"
             )
-        if config.in_channels not in (1, 3):
-            raise InputError(
-                f"{path}: in_channels={config.in_channels}, as in a latent space; valid: pixel-space networks with 1 "
-                "(grey) or 3 (RGB)"
-            )
         return (config.in_channels, size, size) if isinstance(size, int) else (config.in_channels, *size)
 
     def conditioning(self, content: dict[str, Any], path: Path, null_class: int | None) -> Conditioning:
@@ -62,6 +57,15 @@ class UNet:
 
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         return call_unet(network, x_t, time, cond)
+
+
+def check_pixels(channels: int, path: Path) -> None:
+    """InputError unless a network with this number of channels may work on pixels."""
+    if channels not in (1, 3):
+        raise InputError(
+            f"{path}: in_channels={channels}, as in a latent space; valid: pixel-space networks with 1 (grey) or 3 "
+            "(RGB), or set teacher.vae to the folder of the autoencoder of its latents"
+        )
 
 
 def class_labels(config: NetworkConfig, path: Path, null_class: int | None) -> Conditioning:
