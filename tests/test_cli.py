@@ -28,7 +28,7 @@ from distill.spec import presets, specfile
 
 COMMANDS = ["quickstart", "run", "reflow", "plan", "init", "recipes", "list", "show", "report", "doctor", "clean"]
 COMMANDS += ["sample", "eval", "pairs", "export", "publish", "students", "pull", "verify", "config", "convert"]
-COMMANDS += ["inspect", "teachers"]
+COMMANDS += ["inspect", "teachers", "encode"]
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from distill.cli import (
     compare,
     convert,
     doctor,
+    encode,
     follow,
     inspect,
     jobs,
@@ -102,6 +103,7 @@ app.command(rich_help_panel=TOOLS)(pairs.pairs)
 app.command(rich_help_panel=TOOLS)(tools.export)
 app.command(rich_help_panel=TOOLS)(convert.convert)
 app.command(rich_help_panel=TOOLS)(schedule.schedule)
+app.command(rich_help_panel=TOOLS)(encode.encode)
 app.command(hidden=True)(stage.stage)
 app.command(hidden=True)(stage.job)
 app.command(hidden=True)(doctor.probe)

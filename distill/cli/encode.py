@@ -1,0 +1,76 @@
+"""`distill encode`: embeddings of prompts, for teachers that are conditioned on text."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distill.cli.common import StoreOption, near
+from distill.cli.inspect import checkpoint
+from distill.core.collection import importing
+from distill.core.errors import InputError
+from distill.core.printing import say
+from distill.core.text import is_text, suggest
+
+SUFFIX, DTYPES = ".safetensors", ("float32", "bfloat16", "float16")
+
+
+def encode(
+    teacher: Annotated[
+        str, typer.Argument(metavar="TEACHER", help="The folder of a diffusers pipeline with its text encoders.")
+    ],
+    prompts: Annotated[
+        Path, typer.Argument(metavar="PROMPTS.txt", help="Text file (UTF-8) with one prompt on each line.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Output file, .safetensors, for teacher.conditions of a spec.")],
+    negative: Annotated[str, typer.Option(help="Prompt of the second call of guidance; by default empty.")] = "",
+    batch: Annotated[int, typer.Option(help="Prompts per batch.", min=1, max=4096)] = 8,
+    dtype: Annotated[
+        str, typer.Option(help="Data type of the text encoders: float32, bfloat16 or float16.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    store: StoreOption = None,
+) -> None:
+    """Encode prompts by the text encoders of a teacher's pipeline, once, so that training needs no text encoder."""
+    from distill.cli import arguments
+
+    lines = read(prompts)
+    spec = checkpoint(teacher, store)
+    if out.suffix != SUFFIX:
+        raise InputError(f"--out {out}: give the name of a {SUFFIX} file")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: {'is a folder' if out.is_dir() else 'its folder does not exist'}; name a file")
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype {dtype}: {suggest(dtype, DTYPES)}")
+    with importing():
+        from distill.runs.progress import Progress
+        from distill.teachers import checkpoint as checkpoints
+        from distill.teachers import conditions, encoding
+
+    encoders = encoding.load(spec, arguments.device(device), checkpoints.DTYPES[dtype])
+    with Progress("encode", len(lines), "prompts", None) as progress:
+        rows, null = encoders.encode(lines, negative, batch, lambda done: progress.update(done, {}))
+    conditions.write(out, rows, null)
+    fields = ", ".join(f"{name} {list(each.shape[1:])}" for name, each in rows.items())
+    say(f"wrote {near(out.absolute())}: {len(lines):,} prompts and the unconditional call; {fields}")
+    say(f"use it in a spec: teacher: {{path: {teacher}, conditions: {out}}}")
+
+
+def read(path: Path) -> list[str]:
+    """The lines of a file with prompts. InputError if there are none, or if one is empty."""
+    try:
+        text = path.read_bytes().decode()
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read: {error.strerror}; give a text file with one prompt on each line"
+        ) from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not a text file (UTF-8); give one prompt on each line") from None
+    lines = [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            what = "is empty" if len(lines) > 1 else "is empty, and there is no other"
+            raise InputError(f"{path}: line {number} {what}; give one prompt on each line, and remove empty lines")
+        if not is_text(line):
+            raise InputError(f"{path}: line {number} contains a control character; remove it")
+    return lines
