@@ -25,6 +25,7 @@ from distill.networks.two_times import TwoTimes
 from distill.spec.guidancespec import FieldSettings, GuidanceSpec
 from distill.spec.model import CheckpointTeacher
 from distill.students import native
+from distill.teachers import encoding
 from distill.teachers.analytic import GaussianField
 from distill.teachers.architectures import convention_of
 from distill.teachers.network_field import linear_call
@@ -171,13 +172,12 @@ def tokenizer(length: int = 77, side: str = "right", template: str | None = None
     return made
 
 
-@torch.no_grad()
 def prompted(folder: Path, stock, negative: str = NEGATIVE, **fields) -> teachers.LoadedTeacher:
-    """The teacher of a stock pipeline, with conditions that its convention encodes from PROMPTS and `negative`."""
-    convention = convention_of(getattr(stock, "transformer", None) or stock.unet)
-    rows, null = convention.encode(stock, PROMPTS), convention.encode_null(stock, negative)
-    path = write_conditions(folder / "encoded.safetensors", rows, null)
-    return load(write(folder / "pipeline", stock), conditions=path, **fields)
+    """The teacher of a stock pipeline, with conditions of PROMPTS and `negative` as `distill encode` makes them."""
+    pipeline = write(folder / "pipeline", stock)
+    encoders = encoding.load(CheckpointTeacher(path=str(pipeline)), CPU, torch.float32)
+    rows, null = encoders.encode(PROMPTS, negative, len(PROMPTS), lambda done: None)
+    return load(pipeline, conditions=write_conditions(folder / "encoded.safetensors", rows, null), **fields)
 
 
 def autoencoder(levels: int = 2, **options) -> AutoencoderKL:

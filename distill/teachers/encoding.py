@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from pathlib import Path
 
 import diffusers
@@ -16,15 +17,23 @@ from transformers.utils import logging as transformers_logging
 
 from distill.core.errors import InputError
 from distill.spec.model import CheckpointTeacher
-from distill.teachers import files
+from distill.teachers import files, weights
 from distill.teachers.conditions import ConditionFile
 from distill.teachers.convention import Asked, Convention
 from distill.teachers.describe import Facts, describe
-from distill.teachers.read import parse, short
+from distill.teachers.read import Config, parse, short
 
 LOADED = ("text_encoder", "tokenizer")  # what the names of the components begin with that are loaded
 LIBRARIES = ("diffusers", "transformers")
 WEIGHTS = re.compile(r"model(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.safetensors")
+
+
+@dataclass(frozen=True)
+class UnloadedNetwork:
+    """In place of the network: some pipelines read its config for the embeddings of a text encoder that is missing."""
+
+    config: Config
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -88,8 +97,10 @@ def load(spec: CheckpointTeacher, device: torch.device, dtype: torch.dtype) -> T
     index = parse(parts.pipeline / files.INDEX)
     for name in loaded:
         _refuse(parts.pipeline, name, *index[name])
-    left_out = {name: None for name in parts.components if name not in [*loaded, "scheduler"]}
+    kept = [*loaded, *({"scheduler"} & set(parts.components))]
     pipeline_class, variant = getattr(diffusers, parts.pipeline_class), _variant(parts.pipeline, loaded)
+    needed = [each.name for each in signature(pipeline_class).parameters.values() if each.default is Parameter.empty]
+    left_out = {name: None for name in (*needed, *parts.components) if name not in kept}
     try:
         with _without_bars():
             pipeline = pipeline_class.from_pretrained(
@@ -100,7 +111,10 @@ def load(spec: CheckpointTeacher, device: torch.device, dtype: torch.dtype) -> T
             f"the text encoders of {parts.pipeline} cannot be loaded: {short(str(error), 300)}; copy or download the "
             "pipeline again"
         ) from error
-    return TextEncoders(pipeline.to(device), convention, facts)
+    pipeline.to(device)
+    network = weights.without_weights(parts.model, facts.content, facts.network_class)
+    setattr(pipeline, parts.model.name, UnloadedNetwork(network.config, dtype))
+    return TextEncoders(pipeline, convention, facts)
 
 
 @contextmanager
