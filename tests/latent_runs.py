@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
 from distill.core.stop import StopRequest
-from distill.execution import preflight, stages
+from distill.data import DataSet
+from distill.execution import preflight, sources, stages
 from distill.runs.run_store import RunPaths
 from distill.spec import checks, registry, specfile
 
@@ -50,29 +52,33 @@ def images(folder: Path, classes: int, height: int, width: int) -> dict[str, obj
     return {"kind": "images", "path": str(folder), "size": [height, width], "channels": 3}
 
 
-def content(teacher: dict[str, object], data: dict[str, object] | None, recipes: list[str]) -> dict[str, object]:
-    """The spec of a run of these recipes. Recipes that need data are left out if there is none."""
+def content(teacher: dict[str, object], data: dict[str, object], recipes: list[str], more=None) -> dict[str, object]:
+    """The spec of a run of these recipes, and of the stages `more`. It has data only if a stage needs it."""
     made: dict[str, object] = {"pairs": PAIRS}
-    needs: frozenset[str] = frozenset()
+    needs = frozenset({"data"} if any(stage["kind"] == "evaluate" for stage in (more or {}).values()) else ())
     for recipe in recipes:
         options, fields = RECIPES[recipe]
-        name = recipe.partition("/")[2]
         if fields.get("pairs") in MORE_PAIRS:
             made[fields["pairs"]] = MORE_PAIRS[fields["pairs"]]
         if "init" in fields:
             made.setdefault(fields["init"], {**TRAIN, "recipe": f"reflow/{fields['init']}", "pairs": "pairs"})
-        made[name] = {**TRAIN, "recipe": recipe, "options": options, **fields}
+        made[recipe.partition("/")[2]] = {**TRAIN, "recipe": recipe, "options": options, **fields}
         needs |= registry.configure(recipe, registry.load(recipe, Path()), options, "options").needs
+    made |= more or {}
     return {"name": "run", "teacher": teacher, "stages": made, **({"data": data} if "data" in needs else {})}
 
 
-def run(folder: Path, spec: dict[str, object]) -> RunPaths:
-    """Checks a spec as a command does, and runs all its stages."""
+def run(folder: Path, spec: dict[str, object], data: DataSet | None = None) -> RunPaths:
+    """Checks a spec as a command does, and runs all its stages. data: in place of that of the spec."""
     torch.set_num_threads(1)
     given = specfile.validate(spec, "spec")
-    resolved = checks.check(given, folder)
-    preflight.check(resolved)
-    paths = RunPaths(folder / given.name)
-    paths.root.mkdir()
-    stages.run(paths, resolved.spec, list(resolved.spec.stages), StopRequest())
+    with pytest.MonkeyPatch.context() as patch:
+        if data is not None:
+            for module in (preflight, sources):
+                patch.setattr(module, "load_data", lambda kind, *args, **kwargs: None if kind.kind == "none" else data)
+        resolved = checks.check(given, folder)
+        preflight.check(resolved)
+        paths = RunPaths(folder / given.name)
+        paths.root.mkdir()
+        stages.run(paths, resolved.spec, list(resolved.spec.stages), StopRequest())
     return paths
