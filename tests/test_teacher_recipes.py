@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import test_teacher_dit as dit
 import test_teacher_flux as flux
 import test_teacher_sd3 as sd3
 import test_teacher_unet_condition as sd
@@ -76,6 +77,7 @@ TEACHERS = {
     "flux schnell": Tiny(
         lambda: flux.pipeline(guidance_embeds=False), flux.embeddings(2), first(flux.embeddings(5))
     ),
+    "dit": Tiny(lambda: dit.pipeline(num_embeds_ada_norm=3), {}, {}, size=(16, 16)),
     "wan 2.1": Tiny(lambda: wan.pipeline(vae=videos()), **WAN),
     "wan 2.2": Tiny(
         lambda: wan.pipeline(vae=videos(), transformer_2=wan.network(1), boundary_ratio=0.6), **WAN

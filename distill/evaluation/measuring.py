@@ -118,8 +118,8 @@ def measure(
     except OSError as error:
         raise InputError(f"results cannot be written to {folder}: {error.strerror}; name another folder") from error
     exact = exact or teacher.exact_data
-    if data is not None:
-        reference: Reference | None = of_images(data, folder)
+    if data is not None:  # videos have no features, so they are compared with the teacher's only
+        reference: Reference | None = of_images(data, folder) if len(data.shape) == 3 else None
     else:
         reference = of_exact(exact, stage.samples, seed) if exact is not None else None
     work = _Work(folder, stage, teacher, students, reference, seed, device, progress, stop, store)

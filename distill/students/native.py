@@ -142,7 +142,8 @@ def accelerated(network: nn.Module) -> nn.Module:
     if isinstance(network, Experts):
         return Experts(accelerated(network.transformer), accelerated(network.transformer_2), network.boundary)
     convention, config = convention_for(network), dict(network.config)
-    grown = type(network).from_config(convention.with_velocity(config))
+    with drawn(0, "acceleration"):  # all random weights are replaced
+        grown = type(network).from_config(convention.with_velocity(config))
     grown.load_state_dict(convention.widened(config, network.state_dict(), grown.state_dict()))
     convention.settled(grown)
     return grown.to(next(network.parameters()).device).train(network.training)

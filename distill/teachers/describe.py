@@ -69,7 +69,9 @@ def describe(spec: CheckpointTeacher, parts: files.Parts, kind: str) -> Facts:
         if autoencoder is not None:
             codec = LatentCodec.of(autoencoder)
             factors = codec.factors
-        latent = None if spec.size is None else latent_size(tuple(spec.size), factors, "teacher.size")
+        latent = tuple(parts.student.shape[1:]) or None
+        if spec.size is not None:
+            latent = latent_size(tuple(spec.size), factors, "teacher.size")
         shape = architecture.latent_shape(content, path, latent)
         size = pixel_size(shape[1:], factors)
     else:

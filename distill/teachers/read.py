@@ -95,6 +95,7 @@ class StudentFacts(Read):
     """The parts of an exported student's distill.json that are read here."""
 
     kind: ShortText = "velocity"
+    shape: Annotated[list[Side], Field(max_length=4)] = []
     null_class: Annotated[int, Field(ge=0)] | None = None
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     unconditional: bool = True
