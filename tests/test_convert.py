@@ -319,6 +319,6 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, change, message):
     saved(file, {name: each for name, each in {**unet().state_dict(), **change}.items() if each is not None})
     assert asked(out, file)[0] == 0
     with pytest.raises(InputError) as error:
-        conversion.write_weights(file, conversion.described(file, None), out)
+        conversion.complete(file, None, out)
     assert str(error.value).startswith(str(file))
     assert message in str(error.value)

@@ -12,7 +12,9 @@ from distill.core.text import one_line
 
 
 def convert(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .bin, .ckpt, .pt or .pth file.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A .bin, .ckpt, .pt or .pth file, or a .pkl file of EDM.")
+    ],
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder to create.")],
     config: Annotated[
         Path | None,

@@ -5,7 +5,7 @@ describes before the folder appears.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ import diffusers
 from diffusers import ModelMixin
 from safetensors.torch import load_file, save_file
 
-from distill.convert.unpickle import FACTS, PICKLE, WEIGHTS, ZIP
+from distill.convert import edm
+from distill.convert.unpickle import FACTS, OLD_TORCH, PICKLE, WEIGHTS, ZIP
 from distill.core.atomic import new_folder, write_files
 from distill.core.errors import EXIT_INPUT, InputError, RunError
 from distill.core.regular_files import open_regular, read_regular
@@ -31,7 +32,7 @@ LONGEST_HEADER = 100_000_000  # bytes of the JSON at the start of a safetensors 
 class _Facts(Read):
     """What the process that unpickles a file reports. module: see `unpickle.StandIn.facts`."""
 
-    error: str | None = None
+    error: str = ""
     chosen: str = ""
     found: list[str] = []
     module: dict[str, Any] | None = None
@@ -41,14 +42,15 @@ class _Facts(Read):
 class Target:
     """The network that the weights belong to.
 
-    place: its config.json, or the file that describes it, for messages. content: of config.json. more: further files,
-    by their path in the folder.
+    place: where it is described, for messages. content: of config.json. more: further files, by their path in the
+    folder. name_of: the network's name of a weight of the file; None: the network does not have it.
     """
 
     place: Path
     content: Config
     network_class: type[ModelMixin]
     more: Mapping[str, bytes]
+    name_of: Callable[[str], str | None] = lambda name: name
 
 
 @dataclass(frozen=True)
@@ -64,18 +66,31 @@ class Converted:
 def convert(file: Path, folder: Path, config: Path | None, wanted: str | None, *, ema: bool) -> Converted:
     """Writes the network of `file` to the new folder `folder`. Raises InputError if anything does not fit.
 
-    config: folder of config.json; None: it lies beside `file`. wanted: the state dict to convert, by its name. ema: if
-    there are several, prefer the one with averaged weights.
+    config: folder of config.json; None: it lies beside `file`, or `file` contains an EDM network, which needs none.
+    wanted: the state dict to convert, by its name. ema: if there are several, prefer the one with averaged weights.
     """
     _refuse_existing(folder)
     sources = _sources(file)
-    target = described(file, config)
+    if not _may_describe_itself(file):
+        described(file, config)  # a mistake is told before the file is read
     with new_folder(folder) as new:
-        facts = _unpickled(sources, new, wanted, ema=ema)
-        write_weights(file, target, new)
-        (new / FACTS).unlink()
-        (new / WEIGHTS).unlink()
-        write_files(new, {files.CONFIG: json.dumps(target.content, indent=2) + "\n", **target.more})
+        _unpickle(sources, new, wanted, ema=ema)
+        return complete(file, config, new)
+
+
+def complete(file: Path, config: Path | None, new: Path) -> Converted:
+    """Makes a model folder of a folder with WEIGHTS and FACTS, which the process that unpickled `file` wrote."""
+    facts = checked(_Facts, parse(new / FACTS), new / FACTS)
+    if facts.module is not None and edm.is_module(facts.module):
+        if config is not None:
+            raise InputError(f"--config {config} has no effect: {file} describes its network itself; remove it")
+        target = described_by_edm(file, facts.module)
+    else:
+        target = described(file, config)
+    _write_weights(file, target, new)
+    (new / FACTS).unlink()
+    (new / WEIGHTS).unlink()
+    write_files(new, {files.CONFIG: to_json(target.content), **target.more})
     has_scheduler = f"scheduler/{files.SCHEDULER}" in target.more
     return Converted(target.network_class.__name__, facts.chosen, facts.found, has_scheduler)
 
@@ -146,29 +161,51 @@ def described(file: Path, given: Path | None) -> Target:
     return Target(path, content, network_class, more)
 
 
-def _unpickled(sources: Sequence[Path], new: Path, wanted: str | None, *, ema: bool) -> _Facts:
+def _may_describe_itself(file: Path) -> bool:
+    """Whether it is a plain pickle, as EDM's checkpoints are, and not a file of torch.save."""
+    with open_regular(file, follow=True) as opened:
+        return not opened.read(len(OLD_TORCH)).startswith((ZIP, OLD_TORCH))
+
+
+def described_by_edm(file: Path, module: Mapping[str, Any]) -> Target:
+    """The network that a pickled EDM module describes."""
+    content, scheduler = edm.config_of(module, file)
+    side, levels = content["sample_size"], len(content["channel_multipliers"])
+    more = {f"scheduler/{files.SCHEDULER}": to_json(scheduler)}
+    network_class = architectures.class_of(content["_class_name"])
+    return Target(file, content, network_class, more, lambda name: edm.name_of(name, side, levels))
+
+
+def to_json(content: Mapping[str, Any]) -> bytes:
+    """Indented JSON."""
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _unpickle(sources: Sequence[Path], new: Path, wanted: str | None, *, ema: bool) -> None:
     """Unpickles files in another process, which writes WEIGHTS and FACTS to the folder `new`."""
     request = {"files": list(map(str, sources)), "out": str(new), "weights": wanted, "ema": ema}
     ended = helper.run("distill.convert.unpickle", json.dumps(request))
-    facts = checked(_Facts, parse(new / FACTS), new / FACTS) if (new / FACTS).exists() else _Facts()
-    if ended.code == EXIT_INPUT and facts.error:
-        raise InputError(facts.error)
+    if ended.code == EXIT_INPUT and (new / FACTS).exists():
+        raise InputError(checked(_Facts, parse(new / FACTS), new / FACTS).error)
     if ended.code:
         said = one_line((ended.errors.strip().splitlines() or ["it printed nothing"])[-1], 300)
         raise RunError(f"the process that reads {sources[0]} ended with code {ended.code}: {said}; nothing was written")
-    return facts
 
 
-def write_weights(file: Path, target: Target, new: Path) -> None:
+def _write_weights(file: Path, target: Target, new: Path) -> None:
     """Writes the weights that were unpickled from `file` to the folder `new`, by the names of the network.
 
     InputError unless they are exactly the weights of the network, and finite.
     """
-    entries = [replace(each, file=file) for each in weights.stored([new / WEIGHTS])]
+    entries, originals = [], {}
+    for each in weights.stored([new / WEIGHTS]):
+        if (name := target.name_of(each.name)) is not None:
+            entries.append(replace(each, file=file, name=name))
+            originals[name] = each.name
     shapes = weights.shapes(target.place.parent, target.content, target.network_class)
     names = weights.fitting(file, entries, shapes)
     tensors = load_file(new / WEIGHTS)
-    found = {name: tensors[each.name] for name, each in names.items()}
+    found = {name: tensors[originals[each.name]] for name, each in names.items()}
     if broken := [name for name, each in found.items() if not each.isfinite().all()]:
         raise InputError(f"{file} contains NaN or infinity in {short(broken[0])}; give valid weights")
     save_file(found, new / f"{STEM}.safetensors", {"format": "pt"})

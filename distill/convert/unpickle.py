@@ -241,7 +241,7 @@ def _of_torch(source: Path | bytes, *, mapped: bool = False) -> object:
 
     mapped: map the file into memory instead of reading it, which is possible for zip files.
     """
-    replaced: dict[str, type[StandIn]] = {}
+    replaced: dict[str, Any] = {}
     while True:
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         try:
@@ -251,7 +251,7 @@ def _of_torch(source: Path | bytes, *, mapped: bool = False) -> object:
             found = re.search(r"GLOBAL (\S+)", str(error))
             if found is None or found[1] in replaced:
                 raise
-            replaced[found[1]] = stand_in(found[1])
+            replaced[found[1]] = ALLOWED.get(found[1]) or stand_in(found[1])
 
 
 def state_dicts(content: object, name: str = "", deepest: int = DEEPEST) -> dict[str, StateDict]:
