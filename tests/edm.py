@@ -1,7 +1,7 @@
-"""Pickled checkpoints in the layout of EDM's, and what their networks compute, written down a second time.
+"""Pickled checkpoints in the layout of EDM's, and a second implementation of their networks.
 
-A checkpoint is a dictionary whose key "ema" is a module. Each of its modules was stored by torch_utils.persistence: as a
-call of _reconstruct_persistent_obj with the source code of the class, its name and the state of the object.
+A checkpoint is a dictionary whose key "ema" is a module. Each of its modules was stored by torch_utils.persistence, as
+a call of _reconstruct_persistent_obj with the source code of the class, its name and the state of the object.
 """
 
 import math

@@ -14,7 +14,7 @@ from test_convert import FILE, Evil, asked
 from distill.convert import conversion
 from distill.core.errors import InputError
 from distill.networks.edm_unet import DhariwalUNet2DModel, SongUNet2DModel
-from distill.students.init import teacher_on_linear_path
+from distill.students.init import StudentInit, teacher_on_linear_path
 
 SIZES = {"img_resolution": 8, "in_channels": 3, "out_channels": 3, "model_channels": 16, "num_blocks": 1}
 DDPM = SIZES | {
@@ -65,7 +65,7 @@ def converted(file, folder):
     return conversion.complete(file, None, folder)
 
 
-@pytest.mark.parametrize("name", map(costs, NETWORKS))
+@pytest.mark.parametrize("name", list(map(costs, NETWORKS)))
 @torch.no_grad()
 def test_the_velocity_is_that_of_the_network(tmp_path, name):
     weights, options = pickled(tmp_path / "x.pkl", name)
@@ -142,12 +142,14 @@ def test_on_the_linear_path_it_is_finite_at_both_ends(tmp_path):
     # At t = 0.5, sigma = 1 and the sample of the native path is x / (1 - t); v = noise - data.
     slope = native.field(x / 0.5, torch.full((3,), 0.5), cond) * 0.25  # the noise: d sigma / dt is 4
     torch.testing.assert_close(found[1], (slope - (x / 0.5 - slope))[1], rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match="neither a student nor a critic can start from the weights of DhariwalUNet2D"):
+        StudentInit(native, None, native.shape, None, 0, teacher=native).critic()
     inside, outside = teacher.features(x, t, cond, ["down_blocks.1", "up_blocks.0"])
     assert inside.shape == outside.shape == (3, 128, 4, 4)
 
 
 def test_the_published_networks_have_the_published_sizes():
-    """Karras et al. 2022, table 7: 55.7 million parameters for CIFAR-10, 295.9 for ImageNet."""
+    """In millions of parameters: for CIFAR-10, for faces of 64x64 pixels, and for ImageNet of 64x64 pixels."""
     with torch.device("meta"):
         cifar = SongUNet2DModel(32, channel_multipliers=[2, 2, 2])
         faces = SongUNet2DModel(64, channel_multipliers=[1, 2, 2, 2])

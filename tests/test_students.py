@@ -501,7 +501,8 @@ def test_a_field_of_another_kind_cannot_be_continued():
     source = teacher("velocity")
     foreign = LoadedTeacher(VelocityStudent(source.network), (1, 8, 8), 3, 3, "0" * 64, "a foreign one", source.network)
     with pytest.raises(
-        InputError, match="a student cannot start from the weights of a foreign one; use a new `network`"
+        InputError,
+        match="neither a student nor a critic can start from the weights of a foreign one; use a new `network`",
     ):
         StudentInit(foreign, None, (1, 8, 8), 3, 0).velocity_field()
 

@@ -48,7 +48,10 @@ class BlockStyle:
 
 
 class FirFilter(nn.Module):
-    """Filters each channel of x [B, C, H, W], and doubles ("up") or halves ("down") the sides. "same": adds one pixel."""
+    """Filters each channel of x [B, C, H, W].
+
+    change: "up" doubles the sides, and "down" halves them. "wider" adds one pixel, for a convolution without padding.
+    """
 
     kernel: Tensor
 
@@ -123,7 +126,7 @@ class ImageInput(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, style: BlockStyle) -> None:
         super().__init__()
-        self.filter = FirFilter(style.taps, "same")
+        self.filter = FirFilter(style.taps, "wider")
         self.conv = nn.Conv2d(channels, out_channels, 3, stride=2)
 
     def forward(self, image: Tensor) -> Tensor:

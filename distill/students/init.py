@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import ModelMixin
+from diffusers import ModelMixin, UNet2DModel
 from torch import nn
 
 from distill.core.errors import InputError
@@ -196,7 +196,7 @@ def teacher_on_linear_path(teacher: LoadedTeacher) -> LoadedTeacher:
     if not isinstance(teacher.field, EdmField | NetworkField) or teacher.field.interpolant.name == "linear":
         return teacher
     assert teacher.network is not None
-    if native.is_native(teacher.network):
+    if native.is_native(teacher.network) or not isinstance(teacher.network, UNet2DModel):
         return native.teacher_on_linear_path(teacher)
     if any(parameter.is_meta for parameter in teacher.network.parameters()):
         raise InputError(
@@ -228,13 +228,13 @@ def _of_linear_path(source: LoadedTeacher | LoadedStudent) -> ModelMixin:
             if inverted:
                 return VelocityUNet2DModel.from_config(network.config, path="inverted", prediction="velocity")
             return type(network).from_config(network.config)
-        case NetworkField(network, path, prediction, last):
+        case NetworkField(network, path, prediction, last) if isinstance(network, UNet2DModel):
             n = torch.arange(int(last) + 1, dtype=torch.float64, device="cpu")
             table = path.path(n / last).alpha.square()  # alphas_cumprod [N]
             return VelocityUNet2DModel.from_config(
                 network.config, path="vp", prediction=prediction, alphas_cumprod=table.tolist()
             )
-        case EdmField(network, sigma_data, sign, t_range):
+        case EdmField(network, sigma_data, sign, t_range) if isinstance(network, UNet2DModel):
             sigma_min, sigma_max = (t / (1 - t) for t in t_range)
             return VelocityUNet2DModel.from_config(
                 network.config,
@@ -245,4 +245,7 @@ def _of_linear_path(source: LoadedTeacher | LoadedStudent) -> ModelMixin:
                 sigma_max=sigma_max,
             )
         case _:
-            raise InputError(f"a student cannot start from the weights of {source.description}; use a new `network`")
+            raise InputError(
+                f"neither a student nor a critic can start from the weights of {source.description}; use a new "
+                "`network`, and a recipe without a critic"
+            )
