@@ -128,6 +128,18 @@ def test_the_null_class_is_no_class(tmp_path):
         load(tmp_path / "new", null_class=3)
 
 
+@pytest.mark.costs("teacher SongUNet2DModel")
+@torch.no_grad()
+def test_the_frequencies_of_the_time_stay_in_float32(tmp_path):
+    pickled(tmp_path / "x.pkl", "NCSN++")
+    converted(tmp_path / "x.pkl", tmp_path / "new")
+    whole, half = load(tmp_path / "new"), load(tmp_path / "new", dtype="bfloat16")
+    assert (half.network.frequencies.dtype, half.network.conv_in.weight.dtype) == (torch.float32, torch.bfloat16)
+    x, t = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([0.3, 0.9])
+    expected, found = (each.field(x, t, {"class_labels": torch.tensor([1, 2])}) for each in (whole, half))
+    assert (found - expected).norm() <= 0.05 * expected.norm()
+
+
 @pytest.mark.costs("teacher DhariwalUNet2DModel")
 @torch.no_grad()
 def test_on_the_linear_path_it_is_finite_at_both_ends(tmp_path):
