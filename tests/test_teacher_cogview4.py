@@ -118,7 +118,7 @@ def test_encodes_prompts_as_the_pipeline(tmp_path):
     stock = pipeline(texts=texts)
     teacher, noise = prompted(tmp_path, stock, size=[32, 48]), normal(2, 4, 16, 24)
     mask = teacher.conditioning.rows["attention_mask"]
-    assert mask.shape == (2, 1024)
+    assert mask.shape == (2, 32)
     assert mask.sum(1).tolist() == [16, 32]
     expected = torch.cat(
         [

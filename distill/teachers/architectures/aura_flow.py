@@ -32,8 +32,9 @@ class AuraFlow(Convention):
 
     def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
         own = checked(_Config, config, path)
-        side = math.isqrt(own.pos_embed_max_size)
-        return (own.out_channels, *size_of(latent, (128, 128), path, own.patch_size, side))
+        patches = math.isqrt(own.pos_embed_max_size)
+        side = min(128, patches * own.patch_size)
+        return (own.out_channels, *size_of(latent, (side, side), path, own.patch_size, patches))
 
     def fields(self, config: Config) -> Mapping[str, CondField]:
         return {"encoder_hidden_states": CondField((None, _Config.model_validate(config).joint_attention_dim))}

@@ -13,7 +13,6 @@ from distill.protocols import Cond
 from distill.teachers.convention import Asked, CondField, Convention, of_one_length, size_of
 from distill.teachers.read import Config, Read, Size, checked
 
-TOKENS = 1024  # of a prompt, at most
 BASE_SHIFT, MAX_SHIFT, BASE_TOKENS = 0.25, 0.75, 256  # of the time shift with which the network was trained
 
 
@@ -40,7 +39,7 @@ class PaddedText:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         image_rotary_emb: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """The image [B, S, width], the text [B, L, width] and its mask [B, L] -> changes of the image and the text."""
         tokens = encoder_hidden_states.shape[1]
@@ -54,9 +53,7 @@ class PaddedText:
             )
             for x in (attn.norm_q(query), attn.norm_k(key))
         )
-        seen = None
-        if attention_mask is not None:
-            seen = nn.functional.pad(attention_mask, (0, hidden_states.shape[1]), value=True)[:, None, None]
+        seen = nn.functional.pad(attention_mask, (0, hidden_states.shape[1]), value=True)[:, None, None]
         mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen)
         output: Tensor = attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
         return output[:, tokens:], output[:, :tokens]
@@ -75,7 +72,7 @@ class CogView4(Convention):
 
     def fields(self, config: Config) -> Mapping[str, CondField]:
         states = CondField((None, _Config.model_validate(config).text_embed_dim))
-        # The mask is true for the tokens of the prompt; the padding is at the end.
+        # The mask is true for the tokens that the pipeline would use for this prompt alone.
         return {"encoder_hidden_states": states, "attention_mask": CondField((None,), torch.bool)}
 
     def constants(self, config: Config, asked: Asked) -> dict[str, Tensor]:
@@ -101,14 +98,11 @@ class CogView4(Convention):
             block.attn1.set_processor(PaddedText())
 
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
-        text, mask = cond["encoder_hidden_states"], cond["attention_mask"]
-        lengths = mask.sum(1).tolist()
-        longest = max(lengths)
         output: Tensor = network(
             hidden_states=x_t,
-            encoder_hidden_states=text[:, :longest],
+            encoder_hidden_states=cond["encoder_hidden_states"],
             timestep=unshifted(time, x_t.shape[-2:].numel() // network.config["patch_size"] ** 2),
-            attention_mask=mask[:, :longest] if min(lengths) < longest else None,
+            attention_mask=cond["attention_mask"],
             original_size=cond["original_size"],
             target_size=cond["target_size"],
             crop_coords=cond["crop_coords"],
@@ -118,12 +112,10 @@ class CogView4(Convention):
 
     def encode(self, pipeline: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
         """Each prompt is encoded by itself, because it looks at its padding, which depends on the longest prompt."""
-        rows = [
-            pipeline.encode_prompt([prompt], do_classifier_free_guidance=False, max_sequence_length=TOKENS)[0][0]
-            for prompt in prompts
-        ]
+        rows = [pipeline.encode_prompt([prompt], do_classifier_free_guidance=False)[0][0] for prompt in prompts]
         masks = [torch.ones(len(row), dtype=torch.bool, device=row.device) for row in rows]
-        return {"encoder_hidden_states": of_one_length(rows, TOKENS), "attention_mask": of_one_length(masks, TOKENS)}
+        longest = max(map(len, rows))
+        return {"encoder_hidden_states": of_one_length(rows, longest), "attention_mask": of_one_length(masks, longest)}
 
 
 def unshifted(time: Tensor, tokens: int) -> Tensor:
