@@ -3,7 +3,6 @@
 The test of each convention compares with the stock pipeline, from the same latents, embeddings and times.
 """
 
-import copy
 import json
 import string
 from pathlib import Path
@@ -132,7 +131,7 @@ def fits_students(teacher: teachers.LoadedTeacher, noise: Tensor) -> None:
     config = json.loads(network.to_json_string())
     width, layers = convention.time_width(config), convention.time_layers(network)
 
-    mapped = TwoTimes(copy.deepcopy(network), layers, width)
+    mapped = TwoTimes(native.copied(network, None), layers, width)
     embedded = {}
     for name in layers:
         module = mapped.network.get_submodule(name)
@@ -142,6 +141,8 @@ def fits_students(teacher: teachers.LoadedTeacher, noise: Tensor) -> None:
     assert {name: each.shape for name, each in embedded.items()} == dict.fromkeys(layers, (rows, width))
     found.square().sum().backward()
     assert mapped.gap[2].bias.grad.any()  # the second time reaches the output
+    missed = [name for name, each in mapped.named_parameters() if each.requires_grad and each.grad is None]
+    assert not missed, "`unused` names what has no effect on the output"
 
     # An acceleration is at first the velocity, for any second input.
     time, wide = torch.full((rows,), 500.0), native.accelerated(network)

@@ -62,7 +62,7 @@ def call_of(source: LoadedTeacher | NativeStudent) -> LinearCall:
 
 def copied(network: nn.Module, dropout: float | None) -> nn.Module:
     """A trainable copy in float32. dropout: probability in all its layers of dropout; None: as in the network."""
-    found = deepcopy(network).float().requires_grad_(True).train()
+    found = _without_unused(deepcopy(network).float().requires_grad_(True).train())
     if dropout is not None:
         layers = [each for each in found.modules() if isinstance(each, nn.Dropout)]
         if not layers:
@@ -134,7 +134,7 @@ def acceleration(network: nn.Module, call: LinearCall) -> AccelerationStudent:
     first the velocity, for every given velocity.
     """
     both = network if isinstance(network, TwoNetworks) else TwoNetworks(network, accelerated(network))
-    return AccelerationStudent(both, TwoNetworksCall(call))
+    return AccelerationStudent(_without_unused(both), TwoNetworksCall(call))
 
 
 def accelerated(network: nn.Module) -> nn.Module:
@@ -173,6 +173,16 @@ def parts_of(network: nn.Module) -> Sequence[tuple[str, nn.Module]]:
 def by_name(name: str) -> type[ModelMixin] | None:
     """The network class of this name; None if it is not one of a latent-space pipeline."""
     return class_of(name) if isinstance(known().get(name), Convention) else None
+
+
+def _without_unused(network: nn.Module) -> nn.Module:
+    """The network, in which parameters without effect on the output are frozen."""
+    for part in network.modules():
+        found = known().get(type(part).__name__)
+        if isinstance(found, Convention):
+            for name in found.unused(part):
+                part.get_submodule(name).requires_grad_(False)
+    return network
 
 
 def _config(network: nn.Module) -> dict[str, object]:

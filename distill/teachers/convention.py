@@ -145,6 +145,10 @@ class Convention:
     def settled(self, network: nn.Module) -> None:
         """Turns off what is random in a network's train() mode, other than dropout of features."""
 
+    def unused(self, network: nn.Module) -> Sequence[str]:
+        """The names of the modules that have no effect on the output, and are not trained."""
+        return ()
+
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         """The network's prediction, like x_t [B, C, ...], which may have twice as many channels (see `with_velocity`).
 

@@ -1,6 +1,6 @@
 """Qwen-Image: a transformer on packed latents, with guidance that keeps the norm of each token."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -80,6 +80,11 @@ class QwenImage(Convention):
     def with_velocity(self, config: Config) -> Config:
         own = _Config.model_validate(config)
         return {**config, "in_channels": 2 * own.in_channels, "out_channels": own.channels}
+
+    def unused(self, network: nn.Module) -> Sequence[str]:
+        """The text after the last block."""
+        last = self.layers(network)[-1]
+        return [f"{last}.attn.to_add_out", f"{last}.txt_mlp"]
 
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         height, width = x_t.shape[-2:]
