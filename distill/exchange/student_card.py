@@ -83,6 +83,10 @@ class StudentCard(FrozenModel):
     """number of steps N -> its N + 1 times from 1 to 0; no other N is possible; empty: 1, (N-1)/N, ..., 0 for any N"""
     fitted: Annotated[dict[StepsKey, Annotated[list[list[Number]], Field(max_length=64)]], Field(max_length=64)] = {}
     """of a fitted sampler: number of steps N -> its N rows of weights; row i: a_i, b_i0, ..., b_ii"""
+    network: Annotated[str, Field(pattern="^[A-Za-z0-9_]{0,100}$")] = ""
+    """network class of its teacher's pipeline in diffusers, if it has that class; empty: the folder has a pipeline"""
+    component: Literal["", "transformer", "unet"] = ""
+    """folder of that network"""
     num_classes: Length | None
     null_class: Count | None
     """class id of the unconditional call"""

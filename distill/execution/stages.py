@@ -185,7 +185,7 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
         sampler=recipe.sampler,
         t_grids=t_grids,
         shape=init.shape,
-        num_classes=init.num_classes,
+        num_classes=init.num_classes if init.has_classes else None,
         null_class=init.null_class,
         unconditional=asked.unconditional,
         guidance_scale=_guidance(work.spec, stage, teacher) * asked.guidance_scale,

@@ -50,8 +50,7 @@ def export(student: Student, folder: Path, card: StudentCard, packaging: Packagi
         with new_folder(folder, replace=True) as new:
             if native.is_native(reference.network):
                 assert packaging is not None
-                native_folder.write(reference.network, new, packaging)
-                _write_card(new, card)
+                _write_card(new, native_folder.write(reference.network, new, packaging, card))
                 with _quiet(), torch.random.fork_rng(devices=[]):
                     native_folder.compare(reference.network, new)
             else:

@@ -131,7 +131,7 @@ def student(teacher: LoadedTeacher, fitted: FittedSolver, name: str) -> tuple[Ve
         sampler=bns.SAMPLER,
         t_grids={fitted.steps: fitted.times},
         fitted={fitted.steps: fitted.rows},
-        num_classes=init.num_classes,
+        num_classes=init.num_classes if init.has_classes else None,
         null_class=init.null_class,
         unconditional=teacher.unconditional,
         shape=init.shape,

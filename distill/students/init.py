@@ -78,6 +78,11 @@ class StudentInit:
                 "from a network with the same classes, or from a new `network`"
             )
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether the networks are conditioned on class labels."""
+        return self.num_classes is not None and not isinstance(self.conditioning, ConditionTable)
+
     def velocity_field(self) -> nn.Module:
         """A trainable VelocityStudent on the linear path. Every call returns the same weights."""
         network = self._network("velocity field")

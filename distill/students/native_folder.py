@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distill.core.errors import InputError, RunError
+from distill.exchange.student_card import StudentCard
 from distill.networks.experts import Experts
 from distill.networks.two_times import TwoNetworks, TwoTimes
 from distill.spec.model import CheckpointTeacher
@@ -33,8 +34,11 @@ ACCELERATION = "acceleration"  # prefix of the folders of the acceleration's net
 SHARD = "5GB"
 
 
-def write(network: nn.Module, folder: Path, packaging: Packaging) -> None:
-    """Writes the networks of a student, its scheduler config and model_index.json to a new folder."""
+def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentCard) -> StudentCard:
+    """Writes the networks of a student, its scheduler config and model_index.json to a new folder.
+
+    Returns the card with the class of the network.
+    """
     for name, part in networks(network):
         part.save_pretrained(folder / name, max_shard_size=SHARD)
     if isinstance(network, TwoTimes):
@@ -52,6 +56,8 @@ def write(network: nn.Module, folder: Path, packaging: Packaging) -> None:
     if isinstance(base, Experts):
         index["boundary_ratio"] = base.boundary / scheduler.get("num_train_timesteps", 1000)
     _write_json(folder / files.INDEX, index)
+    name, first = next(networks(base))
+    return card.model_copy(update={"network": type(first).__name__, "component": name})
 
 
 def compare(network: nn.Module, folder: Path) -> None:
