@@ -11,7 +11,7 @@ from distill.core.errors import InputError
 from distill.flow.guidance import TINY, cfg
 from distill.flow.packing import packed, unpacked
 from distill.protocols import Cond
-from distill.teachers.convention import CondField, Convention, of_one_length, size_of
+from distill.teachers.convention import CondField, Convention, size_of
 from distill.teachers.read import Config, Read, Size, checked
 
 TOKENS = 512  # of a prompt, at most
@@ -102,7 +102,6 @@ class QwenImage(Convention):
         states, mask = pipeline.encode_prompt(prompt=prompts, max_sequence_length=TOKENS)
         if mask is None:  # all prompts have the same length
             mask = torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)
-        states, mask = of_one_length(list(states), TOKENS), of_one_length(list(mask), TOKENS)
         return {"encoder_hidden_states": states, "encoder_hidden_states_mask": mask}
 
 

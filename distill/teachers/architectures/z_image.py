@@ -95,7 +95,8 @@ class ZImage(Convention):
             prompt=list(prompts), do_classifier_free_guidance=False, max_sequence_length=TOKENS
         )
         present = [torch.ones(len(each), dtype=torch.bool, device=each.device) for each in states]
-        return {"cap_feats": of_one_length(states, TOKENS), "cap_feats_mask": of_one_length(present, TOKENS)}
+        longest = max(map(len, states))
+        return {"cap_feats": of_one_length(states, longest), "cap_feats_mask": of_one_length(present, longest)}
 
 
 ARCHITECTURE = ZImage()
