@@ -44,6 +44,7 @@ HERE_SAMPLING = {  # options that are the path elsewhere, and in these classes s
     "EDMDPMSolverMultistepScheduler": {"num_train_timesteps"},
     "EDMEulerScheduler": {"num_train_timesteps"},
     "EulerDiscreteScheduler": {"sigma_min", "sigma_max"},
+    "ScoreSdeVeScheduler": {"num_train_timesteps"},
     "UniPCMultistepScheduler": {"sigma_min", "sigma_max"},
 }
 REFUSED = {"timestep_type", "snr_shift_scale", "predict_epsilon"}  # `Options` allows the neutral value only
@@ -76,8 +77,11 @@ def test_every_option_of_every_class_is_classified(name):
     if kind.family == "vp":
         assert kind.betas == (options["beta_start"], options["beta_end"], options["beta_schedule"])
         assert options["num_train_timesteps"] == 1000
+    if kind.family in ("edm", "ve"):
+        assert kind.sigmas == (options["sigma_min"], options["sigma_max"])
+    by_class = ("beta_start", "beta_end", "beta_schedule", "sigma_min", "sigma_max")
     for option, value in options.items():  # a config that says what the class would do anyway is no other config
-        if option not in ("beta_start", "beta_end", "beta_schedule") and option in kind.path and value is not None:
+        if option not in by_class and option in kind.path and value is not None:
             expected = Options.model_fields[option].default
             assert value == ("epsilon" if option == "prediction_type" else expected), option
 
@@ -238,7 +242,7 @@ DDPM, FLOW, EDM = "DDPMScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerS
     [
         # classes: no near names among what is something else altogether
         ("EulerDiscrete", {}, "scheduler class EulerDiscrete is not supported; valid: DDIMParallelScheduler, "),
-        ("ScoreSdeVeScheduler", {}, "scheduler class ScoreSdeVeScheduler is not supported; valid: "),
+        ("IPNDMScheduler", {}, "scheduler class IPNDMScheduler is not supported; valid: "),
         (["DDPMScheduler"], {}, "scheduler class ['DDPMScheduler'] is not supported"),
         ("\x1b[31mX\n" + "x" * 500, {}, "scheduler class \ufffd[31mX xxx"),
         # what changes the path
@@ -295,6 +299,7 @@ DDPM, FLOW, EDM = "DDPMScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerS
         (EDM, {"sigma_min": 1e-300}, "sigma_min=1e-300; valid: greater than or equal to 0.000001"),
         (EDM, {"sigma_min": 90.0}, "sigma_min=90; valid: less than sigma_max=80"),
         (EDM, {"sigma_max": float("inf")}, "sigma_max=inf; valid: "),
+        ("ScoreSdeVeScheduler", {"sigma_min": 2000.0}, "sigma_min=2000; valid: less than sigma_max=1348"),
     ],
 )
 def test_a_scheduler_config_that_cannot_be_read_says_which_key(tmp_path, name, options, said):
@@ -343,7 +348,7 @@ def test_an_override_of_another_kind_or_prediction_is_refused(tmp_path):
         ") num_train_timesteps=1000; remove teacher.scheduler, or correct it",
         scheduler=str(tmp_path / "short"),
     )
-    edit(folder / "scheduler" / "scheduler_config.json", _class_name="ScoreSdeVeScheduler")
+    edit(folder / "scheduler" / "scheduler_config.json", _class_name="IPNDMScheduler")
     refused(folder, "one that predicts epsilon", scheduler=given["flow"])
     flow = write(tmp_path / "inverted", unet(), inverted(1.0))
     refused(

@@ -29,7 +29,7 @@ from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.students.loaded import LoadedStudent, load_student
 from distill.teachers.analytic import gaussian_teacher
 from distill.teachers.loaded import LoadedTeacher
-from distill.teachers.network_field import EdmField, NetworkField
+from distill.teachers.network_field import EdmField, NetworkField, VeField
 
 UNET = UNetSpec(kind="unet", channels=[8, 16], norm_groups=4, attention=True)
 MLP = MlpSpec(kind="mlp", width=16, depth=2)
@@ -202,6 +202,7 @@ def teacher(kind: str) -> LoadedTeacher:
         "velocity": lambda: NetworkField(network, linear(), "velocity", 1000.0),
         "edm epsilon": lambda: EdmField(network, 0.6, 1, (0.002 / 1.002, 80 / 81)),
         "edm v_prediction": lambda: EdmField(network, 0.5, -1, (0.01 / 1.01, 20 / 21)),
+        "ve": lambda: VeField(network, (0.02 / 1.02, 100 / 101)),
     }.get(kind, lambda: NetworkField(network, vp(ALPHAS), kind, 999.0))()
     return LoadedTeacher(field, (1, 8, 8), 3, 3, "0" * 64, "a teacher", network)
 
@@ -211,7 +212,7 @@ def started(kind: str) -> VelocityStudent:
 
 
 COND = {"class_labels": torch.tensor([0, 1, 2, 3, 0])}
-WRAPPED = ["epsilon", "sample", "v_prediction", "edm epsilon", "edm v_prediction"]
+WRAPPED = ["epsilon", "sample", "v_prediction", "edm epsilon", "edm v_prediction", "ve"]
 STARTS = ["velocity", *WRAPPED]
 
 

@@ -56,6 +56,22 @@ def edm_velocity(
     return over((t - sigma_data**2 * (1 - t)) / q, x) * x - over(sign * sigma_data * q.rsqrt(), x) * output
 
 
+def ve_velocity(native: Native, sigma_min: float, sigma_max: float, x: Tensor, t: Tensor) -> Tensor:
+    """The velocity of a score network of images in [0, 1] on a variance-exploding path, as `vp_velocity`.
+
+    x / (1 - t) = data + 2 sigma noise with sigma = t / (2 (1 - t)), as the data here is in [-1, 1]. Above sigma_max,
+    where this goes to infinity, the network is called on 2 sigma_max x / t instead, which is equal at sigma_max.
+    """
+    sigma = (t / (1 - t) / 2).clamp(sigma_min, sigma_max)
+    scale = torch.minimum(1 / (1 - t), 2 * sigma_max / t)
+    output = native((over(scale, x) * x + 1) / 2, sigma.float()).to(x.dtype)
+    # noise = -sigma output, data = scale x - 2 sigma noise, v = (x - data) / t = (noise - x) / (1 - t): see vp_velocity
+    late = t >= 0.5
+    of_x = torch.where(late, (1 - scale) / t, -1 / (1 - t))
+    of_output = torch.where(late, -2 * sigma.square() / t, -sigma / (1 - t))
+    return over(of_x, x) * x + over(of_output, x) * output
+
+
 def over(coefficient: Tensor, x: Tensor) -> Tensor:
     """[B] float64 -> [B, 1, ..., 1] in x's dtype."""
     return coefficient.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))

@@ -11,7 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import Tensor
 
-from .linear_path import edm_velocity, log_sigmas, vp_velocity
+from .linear_path import edm_velocity, log_sigmas, ve_velocity, vp_velocity
 
 
 class VelocityUNet2DModel(UNet2DModel):
@@ -24,6 +24,8 @@ class VelocityUNet2DModel(UNet2DModel):
     path "inverted": a UNet2DModel of the linear path that is called with 1000 (1 - t) and gives minus the velocity.
     path "edm": sigma_data, sigma_min, sigma_max and prediction (epsilon: F as in Karras et al. 2022; v_prediction: its
     negative) are the network's own.
+    path "ve": a network that is called with sigma, from sigma_min to sigma_max, and predicts the score of images in
+    [0, 1].
     The state dict is that of the UNet2DModel; the other arguments are UNet2DModel's.
     """
 
@@ -68,6 +70,7 @@ class VelocityUNet2DModel(UNet2DModel):
         valid = {
             "vp": ("epsilon", "sample", "v_prediction"),
             "edm": ("epsilon", "v_prediction"),
+            "ve": ("score",),
             "linear": ("velocity",),
             "inverted": ("velocity",),
         }
@@ -130,6 +133,8 @@ class VelocityUNet2DModel(UNet2DModel):
                 c = self.config
                 sign = 1 if c.prediction == "epsilon" else -1
                 return edm_velocity(network, sign, c.sigma_data, c.sigma_min, c.sigma_max, sample, t)
+            case "ve":
+                return ve_velocity(network, self.config.sigma_min, self.config.sigma_max, sample, t)
             case "inverted":
                 return -super().forward(sample, 1000 * (1 - t).float(), condition).sample
             case _:

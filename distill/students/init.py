@@ -23,7 +23,7 @@ from distill.spec.model import NetworkSpec
 from distill.students import native
 from distill.students.loaded import LoadedStudent
 from distill.teachers.loaded import LoadedTeacher
-from distill.teachers.network_field import EdmField, LinearCall, NetworkField
+from distill.teachers.network_field import EdmField, LinearCall, NetworkField, VeField
 
 
 class StudentInit:
@@ -194,11 +194,11 @@ def _copied(source: LoadedTeacher | LoadedStudent, dropout: float | None) -> Mod
 def teacher_on_linear_path(teacher: LoadedTeacher) -> LoadedTeacher:
     """The teacher as recipes call it: as a velocity network on the linear path, finite at both ends.
 
-    A network of a VP or EDM schedule is converted; it shares the weights of the original. Outside the noise levels of
-    its training, the network is given the nearest trained level, while its input is scaled by the true one. For EDM,
+    A network of a VP, EDM or VE schedule is converted; it shares the weights of the original. Outside the noise levels
+    of its training, the network is given the nearest trained level, while its input is scaled by the true one. For EDM,
     for example, c_noise stays that of sigma 80 from t = 80/81 on.
     """
-    if not isinstance(teacher.field, EdmField | NetworkField) or teacher.field.interpolant.name == "linear":
+    if not isinstance(teacher.field, EdmField | NetworkField | VeField) or teacher.field.interpolant.name == "linear":
         return teacher
     assert teacher.network is not None
     if native.is_native(teacher.network) or not isinstance(teacher.network, UNet2DModel):
@@ -248,6 +248,11 @@ def _of_linear_path(source: LoadedTeacher | LoadedStudent) -> ModelMixin:
                 sigma_data=sigma_data,
                 sigma_min=sigma_min,
                 sigma_max=sigma_max,
+            )
+        case VeField(network):
+            sigma_min, sigma_max = source.field.sigmas
+            return VelocityUNet2DModel.from_config(
+                network.config, path="ve", prediction="score", sigma_min=sigma_min, sigma_max=sigma_max
             )
         case _:
             raise InputError(

@@ -26,7 +26,7 @@ from distill.students.native import FIRST, SECOND
 from distill.teachers import checkpoint, files, weights
 from distill.teachers.checkpoint import TeacherCheckpoint
 from distill.teachers.loaded import Packaging
-from distill.teachers.network_field import linear_call
+from distill.teachers.network_field import EdmField, NetworkField, linear_call
 from distill.teachers.read import parse, unreadable
 
 SECOND_TIME = "second_time.safetensors"  # the weights of the embedding of t - s, in a flow map
@@ -81,11 +81,10 @@ def compare(network: nn.Module, folder: Path) -> None:
 
 def load(found: TeacherCheckpoint, spec: CheckpointTeacher, kind: str) -> native.NativeStudent:
     """The student of this kind in a folder, whose network was read."""
-    call, folder, network = (
-        linear_call(checkpoint.field_of(spec, found.network, found.schedule, found.call)),
-        Path(spec.path),
-        found.network,
-    )
+    folder, network = Path(spec.path), found.network
+    field = checkpoint.field_of(spec, network, found.schedule, found.call)
+    assert isinstance(field, EdmField | NetworkField), "describe refuses the ve path for these networks"
+    call = linear_call(field)
     if kind == "velocity":
         return native.velocity(network, call)
     if kind == "flow_map":

@@ -30,9 +30,9 @@ from distill.teachers.conditions import read as read_conditions
 from distill.teachers.convention import Asked, Convention
 from distill.teachers.describe import LINEAR_NETWORKS, Facts, describe
 from distill.teachers.loaded import LoadedTeacher, Packaging
-from distill.teachers.network_field import EdmField, InDtype, NetworkField
+from distill.teachers.network_field import EdmField, InDtype, NetworkField, VeField
 from distill.teachers.read import Config, StudentFacts, parse, short
-from distill.teachers.schedulers import EdmSchedule, Family, LinearSchedule, Schedule, VpSchedule
+from distill.teachers.schedulers import EdmSchedule, Family, LinearSchedule, Schedule, VeSchedule, VpSchedule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBED = 64  # pixels per side of the sample that probes a network, if the network can take that size
@@ -180,7 +180,7 @@ def _scheduler(spec: CheckpointTeacher, schedule: Schedule | None, chosen: Path 
 
 def field_of(
     spec: CheckpointTeacher, network: nn.Module, schedule: Schedule | None, call: NetworkCall
-) -> NetworkField | EdmField:
+) -> NetworkField | EdmField | VeField:
     """The velocity field of a network in its schedule. Raises InputError if the schedule is not known."""
     if schedule is None:
         if isinstance(network, LINEAR_NETWORKS) or spec.prediction == "velocity":
@@ -189,6 +189,14 @@ def field_of(
             f"teacher.path={spec.path} has no scheduler config, so its noise schedule is unknown; set "
             "teacher.scheduler to the folder of one, or teacher.prediction=velocity if the network uses the linear path"
         )
+    if isinstance(schedule, VeSchedule):
+        if spec.prediction is not None:
+            raise InputError(
+                f"teacher.prediction={spec.prediction} is not supported for the ve path, on which networks predict the "
+                "score; remove it"
+            )
+        t_min, t_max = (2 * sigma / (1 + 2 * sigma) for sigma in (schedule.sigma_min, schedule.sigma_max))
+        return VeField(network, (t_min, t_max), call)
     prediction = _prediction(spec, schedule.family, schedule.prediction)
     match schedule:
         case LinearSchedule():

@@ -18,7 +18,7 @@ from distill.teachers.architectures.unet import UNet, check_pixels
 from distill.teachers.codecs import LatentCodec, latent_size, pixel_size
 from distill.teachers.convention import Convention
 from distill.teachers.read import Config, Read, checked, parse, short
-from distill.teachers.schedulers import EdmSchedule, LinearSchedule, Schedule, VpSchedule
+from distill.teachers.schedulers import EdmSchedule, LinearSchedule, Schedule, VeSchedule, VpSchedule
 
 LINEAR_NETWORKS = (VelocityUNet2DModel, VelocityMLP)  # classes that are always called on the linear path
 PIXEL_PIPELINE = ["scheduler", "unet"]  # the components of a pipeline in pixel space
@@ -89,6 +89,11 @@ def describe(spec: CheckpointTeacher, parts: files.Parts, kind: str) -> Facts:
                 f"teacher.{name}={value} has no effect: {spec.path} has a {network_class.__name__}, whose samples "
                 "and conditions are given by its config.json; remove it"
             )
+    if isinstance(schedule, VeSchedule) and (isinstance(architecture, Convention) or not codec.is_identity):
+        raise InputError(
+            f"{chosen}: schedulers of the ve path are for images in [0, 1], but the {network_class.__name__} of "
+            f"{spec.path} works on latents; set teacher.scheduler to the folder of a scheduler of another path"
+        )
     return Facts(
         path,
         content,

@@ -82,6 +82,37 @@ class EdmField:
 
 
 @dataclass(frozen=True)
+class VeField:
+    """The velocity of a score network of a variance-exploding SDE, of images in [0, 1] (Song et al. 2021, arXiv
+    2011.13456).
+
+    Samples here are in [-1, 1], so they have twice the network's sigma on the path `edm()`. The network is called with
+    its own sigma as the time.
+    """
+
+    network: nn.Module
+    t_range: tuple[float, float]
+    call: NetworkCall = call_unet
+
+    @property
+    def interpolant(self) -> Interpolant:
+        return edm()
+
+    @property
+    def sigmas(self) -> tuple[float, float]:
+        """The network's own sigma at both ends of `t_range`."""
+        low, high = (t / (1 - t) / 2 for t in self.t_range)
+        return low, high
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """x_t [B, ...] = data + 2 sigma noise, t = 2 sigma / (1 + 2 sigma) [B] -> dx_t/dt [B, ...] in x_t's dtype."""
+        path, x = self.interpolant, x_t.double()
+        sigma = path.ratio(t.double()) / 2
+        score = self.call(self.network, ((x + 1) / 2).to(x_t.dtype), sigma.to(t.dtype), cond).double()
+        return path.convert(x, -like(sigma, x) * score, t.double(), "epsilon", "velocity").to(x_t.dtype)
+
+
+@dataclass(frozen=True)
 class InDtype:
     """Calls a network whose weights are not in float32: x_t and the condition are converted, the time is not."""
 

@@ -1,7 +1,7 @@
 """Reads the network's noise schedule from a scheduler config of diffusers, for any of its scheduler classes.
 
-A scheduler class belongs to one family: "vp" (betas), "linear" (flow matching) or "edm". There are three groups of
-options:
+A scheduler class belongs to one family: "vp" (betas), "linear" (flow matching), "edm", or "ve" (score networks of a
+variance-exploding SDE). There are three groups of options:
 
 - Options that define the path are used.
 - Options that would change the path in an unsupported way raise InputError, unless they have their neutral value.
@@ -23,7 +23,7 @@ from distill.core.errors import InputError
 from distill.flow.interpolants import Interpolant, Prediction, vp
 from distill.teachers.read import MAX_TABLE, Config, Read, ShortText, checked, parse, short
 
-Family = Literal["vp", "linear", "edm"]
+Family = Literal["vp", "linear", "edm", "ve"]
 Whole = Annotated[int, Field(ge=0, le=1 << 31)]
 Beta = Annotated[float, Field(gt=0, lt=1)]
 Sigma = Annotated[float, Field(ge=1e-6, le=1e5)]  # the range is far wider than that of any trained network
@@ -45,8 +45,8 @@ class Options(Read):
     use_flow_sigmas: bool = False
     invert_sigmas: bool = False
     sigma_data: Sigma = 0.5
-    sigma_min: Sigma = 0.002
-    sigma_max: Sigma = 80.0
+    sigma_min: Sigma | None = None  # None: the default of the scheduler class
+    sigma_max: Sigma | None = None
     # unsupported options: any other value is an error
     timestep_type: Literal["discrete"] = "discrete"  # with "continuous", the network takes log(sigma) / 4
     snr_shift_scale: Literal[1] = 1  # for CogVideoX
@@ -57,6 +57,7 @@ class Options(Read):
     base_shift: float = 0
     clip_sample: bool = False
     clip_sample_range: float = 0
+    correct_steps: Whole = 0
     corrector_order: Whole = 0
     disable_corrector: list[Whole] = []
     dynamic_thresholding_ratio: float = 0
@@ -74,12 +75,14 @@ class Options(Read):
     predictor_order: Whole = 0
     rho: float = 0
     sample_max_value: float = 0
+    sampling_eps: float = 0
     scale_factors: list[float] = []
     set_alpha_to_one: bool = False
     shift: PositiveFloat = 1
     shift_terminal: float | bool = False
     sigma_schedule: ShortText = ""
     skip_prk_steps: bool = False
+    snr: float = 0
     solver_order: Whole = 0
     solver_p: None = None
     solver_type: ShortText = ""
@@ -106,13 +109,14 @@ class SchedulerKind:
     """A scheduler class.
 
     path: the options that are used. betas: the default start, end and schedule. schedules: the supported
-    beta_schedules.
+    beta_schedules. sigmas: the default sigma_min and sigma_max.
     """
 
     family: Family
     path: frozenset[str]
     betas: tuple[float, float, str] = (0.0001, 0.02, "linear")
     schedules: tuple[str, ...] = ("linear", "scaled_linear", "squaredcos_cap_v2")
+    sigmas: tuple[float, float] = (0.002, 80.0)
 
 
 FLAGS = ("rescale_betas_zero_snr", "use_flow_sigmas", "invert_sigmas")  # an error if set for a class that ignores them
@@ -121,6 +125,7 @@ BETAS = frozenset(
 )
 ZERO, FLOW = BETAS | {"rescale_betas_zero_snr"}, BETAS | {"use_flow_sigmas"}
 EDM = frozenset({"prediction_type", "sigma_data", "sigma_min", "sigma_max"})
+VE = frozenset({"sigma_min", "sigma_max"})
 STEPS = frozenset({"num_train_timesteps"})
 FAINT = (0.00085, 0.012, "linear")
 SCALED = (0.00085, 0.012, "scaled_linear")
@@ -150,11 +155,13 @@ KINDS: Mapping[str, SchedulerKind] = {
     "FlowMatchLCMScheduler": SchedulerKind("linear", STEPS),
     "EDMDPMSolverMultistepScheduler": SchedulerKind("edm", EDM),
     "EDMEulerScheduler": SchedulerKind("edm", EDM),
+    "ScoreSdeVeScheduler": SchedulerKind("ve", VE, sigmas=(0.01, 1348.0)),
 }
 PREDICTIONS: Mapping[Family, tuple[Prediction, ...]] = {
     "vp": ("epsilon", "sample", "v_prediction"),
     "linear": ("velocity",),
     "edm": ("epsilon", "v_prediction"),
+    "ve": (),
 }
 
 
@@ -193,7 +200,20 @@ class EdmSchedule:
     family: Family = "edm"
 
 
-Schedule = VpSchedule | LinearSchedule | EdmSchedule
+@dataclass(frozen=True)
+class VeSchedule:
+    """The schedule of a variance-exploding SDE (Song et al. 2021, arXiv 2011.13456), for images in [0, 1].
+
+    The network is called with sigma from sigma_min to sigma_max, and predicts the score.
+    """
+
+    sigma_min: float
+    sigma_max: float
+    prediction: Literal["score"] = "score"
+    family: Family = "ve"
+
+
+Schedule = VpSchedule | LinearSchedule | EdmSchedule | VeSchedule
 
 
 def read(path: Path, *, strict: bool = True) -> Schedule:
@@ -217,7 +237,9 @@ def read(path: Path, *, strict: bool = True) -> Schedule:
                 "class that the network was trained with"
             )
     if kind.family == "edm":
-        return _edm(options, path)
+        return _edm(options, kind, path)
+    if kind.family == "ve":
+        return VeSchedule(*_sigmas(options, kind, path))
     if kind.family == "linear" or options.use_flow_sigmas:
         if options.prediction_type not in ("flow_prediction", None if kind.family == "linear" else "flow_prediction"):
             raise InputError(
@@ -248,13 +270,19 @@ def _options(config: Config, path: Path, strict: bool) -> Options:
     return checked(Options, {key: value for key, value in given.items() if key not in unknown}, path)
 
 
-def _edm(options: Options, path: Path) -> EdmSchedule:
+def _edm(options: Options, kind: SchedulerKind, path: Path) -> EdmSchedule:
     prediction = options.prediction_type or "epsilon"
     if prediction not in ("epsilon", "v_prediction"):
         raise InputError(f"{path}: prediction_type={prediction}; valid on the edm path: epsilon, v_prediction")
-    if options.sigma_min >= options.sigma_max:
-        raise InputError(f"{path}: sigma_min={options.sigma_min:g}; valid: less than sigma_max={options.sigma_max:g}")
-    return EdmSchedule(options.sigma_data, options.sigma_min, options.sigma_max, prediction)
+    return EdmSchedule(options.sigma_data, *_sigmas(options, kind, path), prediction)
+
+
+def _sigmas(options: Options, kind: SchedulerKind, path: Path) -> tuple[float, float]:
+    """sigma_min and sigma_max. InputError if the first is not less than the second."""
+    low, high = options.sigma_min or kind.sigmas[0], options.sigma_max or kind.sigmas[1]
+    if low >= high:
+        raise InputError(f"{path}: sigma_min={low:g}; valid: less than sigma_max={high:g}")
+    return low, high
 
 
 def _vp(name: str, kind: SchedulerKind, options: Options, path: Path) -> VpSchedule:
