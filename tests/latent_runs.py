@@ -63,8 +63,12 @@ def content(teacher: dict[str, object], data: dict[str, object], recipes: list[s
         if "init" in fields:
             made.setdefault(fields["init"], {**TRAIN, "recipe": f"reflow/{fields['init']}", "pairs": "pairs"})
         made[recipe.partition("/")[2]] = {**TRAIN, "recipe": recipe, "options": options, **fields}
-        needs |= registry.configure(recipe, registry.load(recipe, Path()), options, "options").needs
     made |= more or {}
+    for stage in made.values():
+        if stage["kind"] == "train":
+            needs |= registry.configure(
+                stage["recipe"], registry.load(stage["recipe"], Path()), stage.get("options", {}), "options"
+            ).needs
     return {"name": "run", "teacher": teacher, "stages": made, **({"data": data} if "data" in needs else {})}
 
 

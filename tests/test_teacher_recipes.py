@@ -1,5 +1,6 @@
 """Every recipe on every teacher of the most used latent-space pipelines: three steps of each, pairs, evaluations."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,11 +91,11 @@ def clips() -> ArrayData:
     return ArrayData("clips", normal(9, 3, 5, 16, 32, seed=4).tanh(), torch.arange(9) % 3, 3)
 
 
-def go(folder: Path, teacher: str, recipes: list[str], **stages):
+def go(folder: Path, teacher: str, recipes: list[str], launch=None, **stages):
     tiny = TEACHERS[teacher]
     data = clips() if len(tiny.size) == 3 else None
     of_spec = {"kind": "digits"} if data is not None else images(folder / "data", 3, *tiny.size)
-    return run(folder, content(tiny.write(folder), of_spec, recipes, stages), data)
+    return run(folder, content(tiny.write(folder), of_spec, recipes, stages) | {"launch": launch or {}}, data)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -127,3 +128,22 @@ def test_pairs_step_times_and_evaluations(tmp_path, teacher):
     assert {row.network for row in found.rows} == {"teacher", *names, "again"}
     assert next(row for row in found.rows if row.fine).rms == 0
     assert all(row.rms < 100 for row in found.rows)
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_bfloat16_with_recomputed_activations(tmp_path, teacher):
+    """The losses of the first step are those in float32, up to the precision of bfloat16."""
+    found = []
+    for name, fields in {"plain": {}, "rounded": {"precision": "bf16"}}.items():
+        (tmp_path / name).mkdir()
+        stages = {
+            "straight": {**TRAIN, "recipe": "reflow/reflow", "pairs": "pairs", **fields},
+            "mapped": {**TRAIN, "recipe": "shortcut/shortcut", **fields},
+        }
+        done = go(tmp_path / name, teacher, [], launch={"activation_checkpointing": bool(fields)}, **stages)
+        events = [
+            json.loads(line) for path in (done.root / "events").iterdir() for line in path.read_text().splitlines()
+        ]
+        found.append([each["logs"]["loss"] for each in events if each.get("logs")])
+    assert len(found[0]) == len(found[1]) == 6
+    assert found[1] == pytest.approx(found[0], rel=0.1, abs=1e-4)
