@@ -208,3 +208,9 @@ def test_networks_that_are_called_in_another_way_are_refused(tmp_path, options, 
         load(tmp_path)
     assert str(error.value).startswith(f"{path}: ")
     assert said in str(error.value)
+
+
+def test_sdxl_has_a_pipeline_and_a_guidance_scale_of_its_own():
+    sd, xl = {"in_channels": 4}, {"in_channels": 4, **XL}
+    assert (ARCHITECTURE.pipeline_of(sd), ARCHITECTURE.scale_of(sd)) == ("StableDiffusionPipeline", 7.5)
+    assert (ARCHITECTURE.pipeline_of(xl), ARCHITECTURE.scale_of(xl)) == ("StableDiffusionXLPipeline", 5.0)

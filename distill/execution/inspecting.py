@@ -250,7 +250,7 @@ def _guidance(spec: CheckpointTeacher, facts: Facts, conditioning: Conditioning 
     if "guidance" in architecture.constants(facts.content, asked):
         embedded = architecture.embedded_guidance if spec.embedded_guidance is None else spec.embedded_guidance
     words = overview.guidance(architecture, embedded=embedded)
-    return InspectedGuidance(words, architecture.guidance_scale, embedded, has_null)
+    return InspectedGuidance(words, architecture.scale_of(facts.content), embedded, has_null)
 
 
 def _memory(sizes: Sequence[int]) -> dict[str, int]:

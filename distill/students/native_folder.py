@@ -46,17 +46,16 @@ def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentC
     scheduler = dict(packaging.scheduler)
     _write_json(folder / "scheduler" / files.SCHEDULER, scheduler)
     base = native.base_of(network)
-    convention = native.convention_for(base)
+    name, first = next(networks(base))
     index: dict[str, object] = {
-        "_class_name": packaging.pipeline or convention.pipelines[0],
+        "_class_name": packaging.pipeline or native.convention_for(base).pipeline_of(dict(first.config)),
         "_diffusers_version": diffusers.__version__,
         "scheduler": ["diffusers", scheduler["_class_name"]],
-        **{name: ["diffusers", type(part).__name__] for name, part in networks(base)},
+        **{each: ["diffusers", type(part).__name__] for each, part in networks(base)},
     }
     if isinstance(base, Experts):
         index["boundary_ratio"] = base.boundary / scheduler.get("num_train_timesteps", 1000)
     _write_json(folder / files.INDEX, index)
-    name, first = next(networks(base))
     return card.model_copy(update={"network": type(first).__name__, "component": name})
 
 

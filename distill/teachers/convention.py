@@ -104,6 +104,14 @@ class Convention:
         given = asked.conditions
         return ConditionTable(given.rows, given.null_rows, {k: v for k, v in constants.items() if k not in given.rows})
 
+    def pipeline_of(self, config: Config) -> str:
+        """The pipeline class for a network whose folder does not name one."""
+        return self.pipelines[0]
+
+    def scale_of(self, config: Config) -> float:
+        """`guidance_scale`, or the default for the variant that this config describes."""
+        return self.guidance_scale
+
     def layers(self, network: nn.Module) -> Sequence[str]:
         """The names of the blocks, whose outputs are features."""
         return [

@@ -67,7 +67,7 @@ class UNetCondition(Convention):
     folder = "unet"
     pipelines = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
     prediction = "epsilon or v_prediction"
-    guidance_scale = 7.5  # SDXL: 5
+    guidance_scale = 7.5
 
     def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
         own = _supported(config, path)
@@ -88,6 +88,12 @@ class UNetCondition(Convention):
             return {}
         height, width = asked.size
         return {"time_ids": torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)}
+
+    def pipeline_of(self, config: Config) -> str:
+        return self.pipelines[_Config.model_validate(config).is_xl]
+
+    def scale_of(self, config: Config) -> float:
+        return 5.0 if _Config.model_validate(config).is_xl else self.guidance_scale
 
     def layers(self, network: nn.Module) -> Sequence[str]:
         """The names of the blocks: down_blocks.0, ..., mid_block, up_blocks.0, ..."""
