@@ -11,7 +11,11 @@ from urllib.parse import urlsplit
 import pytest
 from commands import snapshot
 from hub import CLASSES, MUTE, Hub, pictures, pipeline, python
+from latent import write_conditions
 from runs import folder_bytes
+from safetensors.torch import load_file, save_file
+from test_teacher_flux import embeddings
+from test_teacher_flux import pipeline as flux
 
 from distill.exchange.student_card import StudentCard
 from distill.spec.model import UNetSpec
@@ -105,12 +109,63 @@ def test_of_variants_one_is_fetched_and_of_a_latent_pipeline_no_weights(tmp_path
         codes, err = commands(pairs("org/variants", "p"), pairs("org/latent", "q"), hub=hub, cwd=tmp_path / "work")
     assert codes == [0, 2], err
     assert (
-        "teacher.path=org/latent is a pipeline with the components scheduler, unet, vae; valid: pixel-space pipelines"
+        "teacher.path=org/latent is a pipeline with the components scheduler, unet, vae; valid for a UNet2DModel: "
         in err
     )
     asked = {request.split()[1] for request in hub.requests if "/resolve/" in request and "safetensors" in request}
     (one,) = asked
     assert one.startswith("/org/variants/resolve/") and one.endswith("/unet/diffusion_pytorch_model.safetensors")
+
+
+LOADED = """
+import sys, json, torch
+from distill import teachers
+from distill.spec.model import CheckpointTeacher
+
+for fields in json.loads(sys.argv[1]):
+    teacher = teachers.load_teacher(CheckpointTeacher(**fields), torch.device("cpu"))
+    pixels = teacher.codec.decode(torch.ones(1, *teacher.shape))
+    print(teacher.digest, pixels.double().sum().item())
+"""
+
+
+@pytest.mark.long
+def test_a_latent_pipeline_in_a_subfolder_is_read_in_one_variant_with_its_autoencoder(tmp_path):
+    """From the hub, from the cache, and from the copy that jobs use, it is the teacher of its folder."""
+    inside, cwd = tmp_path / "flux" / "a" / "b", tmp_path / "work"
+    stock = flux(guidance_embeds=False)
+    stock.save_pretrained(inside)
+    stock.save_pretrained(inside, variant="fp16")
+    (inside / "text_encoder").mkdir()
+    (inside / "text_encoder" / "model.safetensors").write_bytes(b"large")
+    half = load_file(inside / "transformer" / "diffusion_pytorch_model.fp16.safetensors")
+    other = {name: 2 * each for name, each in half.items()}
+    save_file(other, inside / "transformer" / "diffusion_pytorch_model.fp16.safetensors")
+    conditions = write_conditions(tmp_path / "conditions.safetensors", embeddings(2))
+    given = {"size": [16, 24], "conditions": conditions, "variant": "fp16"}
+    asked = [
+        {"path": "org/flux", "subfolder": "a/b", **given},
+        {"path": "org/flux", "subfolder": "a/b/transformer", **given},
+        {"path": str(inside), **given},
+    ]
+    with Hub({"models/org/flux": {"main": tmp_path / "flux"}}) as hub:
+        done = python(LOADED, json.dumps(asked), hub=hub, cwd=cwd)
+        assert done.returncode == 0, done.stderr
+        again = python(LOADED, json.dumps(asked[:1]), hub=hub, cwd=cwd, offline=True)
+        missing = python(LOADED, json.dumps([{**asked[0], "subfolder": "a"}]), hub=hub, cwd=cwd)
+    assert len(set(done.stdout.splitlines())) == 1
+    assert again.stdout.splitlines() == done.stdout.splitlines()[:1], again.stderr
+    assert (
+        "teacher.path=org/flux with teacher.subfolder=a has neither model_index.json nor config.json" in missing.stderr
+    )
+    fetched = {
+        request.split("/a/b/")[1] for request in hub.requests if request.startswith("GET") and "/a/b/" in request
+    }
+    weights = "diffusion_pytorch_model.fp16.safetensors"
+    assert fetched == {
+        "model_index.json", "scheduler/scheduler_config.json", "transformer/config.json", "vae/config.json",
+        f"transformer/{weights}", f"vae/{weights}",
+    }  # fmt: skip
 
 
 def test_without_the_hub_the_cache_gives_the_same_pairs(solved):

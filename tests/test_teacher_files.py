@@ -10,9 +10,10 @@ from time import process_time
 
 import pytest
 import torch
-from checkpoints import edit, load, refused, unet, write
+from checkpoints import edit, load, noise, refused, unet, write
 from choices import few
 from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from distill.core.errors import InputError
@@ -21,12 +22,13 @@ from distill.networks.flow_map_mlp import FlowMapMLP
 from distill.networks.flow_map_unet import FlowMapUNet2DModel
 from distill.networks.velocity_mlp import VelocityMLP
 from distill.networks.velocity_unet import VelocityUNet2DModel
+from distill.spec.model import CheckpointTeacher
 from distill.students.init import StudentInit
 from distill.teachers import by_id, read, variants
 from distill.teachers import weights as network_weights
 from distill.teachers.read import NetworkConfig
 
-FILE = "diffusion_pytorch_model.safetensors"
+FILE, HALF = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +51,13 @@ def rewrite(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, folder / "unet" / FILE, {"format": "pt"})
 
 
-def same_weights(folder: Path, expected: dict[str, torch.Tensor]) -> None:
-    loaded = load(folder).network.state_dict()
+def read_of(names: list[str], *, weights: bool = True, **fields) -> list[str]:
+    """Those of a repository's files that are read."""
+    return by_id.read_of(CheckpointTeacher(path="org/x", **fields), names, weights=weights)
+
+
+def same_weights(folder: Path, expected: dict[str, torch.Tensor], **fields) -> None:
+    loaded = load(folder, **fields).network.state_dict()
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], tensor.float()) for name, tensor in expected.items())
 
@@ -76,6 +83,82 @@ def test_the_plain_weights_go_before_variants(folder):
     same_weights(folder, {name: 2 * tensor for name, tensor in plain.items()})
 
 
+def test_the_variant_of_the_spec_is_read(folder):
+    plain = weights(folder)
+    half = {name: tensor.half() for name, tensor in plain.items()}
+    save_file(half, folder / "unet" / HALF, {"format": "pt"})
+    unet().save_pretrained(folder / "unet", variant="ema", max_shard_size="30KB")
+    same_weights(folder, plain)
+    same_weights(folder, half, variant="fp16")
+    same_weights(folder, plain, variant="ema")
+    assert load(folder, variant="fp16").digest != load(folder).digest
+    refused(
+        folder,
+        f"{folder / 'unet'} has no weights in the variant bf16; valid for teacher.variant: ema, fp16, null (the plain "
+        "weights)",
+        variant="bf16",
+    )
+
+
+def test_a_subfolder_is_the_teacher_of_its_path(folder, tmp_path):
+    outer = tmp_path / "outer" / "a"
+    outer.mkdir(parents=True)
+    folder.rename(outer / "b")
+    whole, inside = load(outer / "b"), load(tmp_path / "outer", subfolder="a/b")
+    assert (whole.digest, "UNet2DModel from outer/a/b") == (inside.digest, inside.description)
+    assert load(outer, subfolder="b/unet").digest == whole.digest
+    refused(outer, f"teacher.path={outer} has no folder teacher.subfolder=c, but b; give one of its", subfolder="c")
+    refused(tmp_path, f"teacher.path={tmp_path} with teacher.subfolder=outer has neither", subfolder="outer")
+    with pytest.raises(ValidationError, match=r"must be a relative path without \. and \.\."):
+        CheckpointTeacher(path="x", subfolder="../b")
+
+
+def test_options_that_do_not_fit_the_path_are_refused(folder):
+    file = folder / "unet" / FILE
+    refused(folder, f"teacher.config=x has no effect: {folder} is a folder; remove teacher.config", config="x")
+    refused(file, f"teacher.variant=fp16 has no effect: {file} is a file; remove", variant="fp16", config=str(folder))
+    refused(file, "teacher.subfolder=a has no effect: ", subfolder="a", config=str(folder))
+    refused(file, "teacher.revision=main has no effect: ", " is a file here, not a hub id", revision="main")
+    refused(folder, "teacher.lora_scale=0.5 has no effect without teacher.lora; remove it", lora_scale=0.5)
+
+
+def test_a_network_in_half_precision_is_that_of_diffusers(folder):
+    x, n = noise(), torch.tensor([3, 500, 900])
+    for name, dtype in {"bfloat16": torch.bfloat16, "float16": torch.float16}.items():
+        network = load(folder, dtype=name).network
+        stock = UNet2DModel.from_pretrained(folder / "unet", torch_dtype=dtype)
+        assert {each.dtype for each in network.parameters()} == {dtype}
+        with torch.no_grad():
+            assert torch.equal(network(x.to(dtype), n).sample, stock(x.to(dtype), n).sample)
+    rewrite(folder, {**weights(folder), "conv_in.bias": torch.full((8,), 1e5)})
+    load(folder, dtype="bfloat16")
+    refused(
+        folder,
+        "contains NaN or infinity in conv_in.bias; give valid weights, or set another teacher.dtype, as float16",
+        dtype="float16",
+    )
+
+
+class Kept(VelocityMLP):
+    """A network with a module that stays in float32."""
+
+    _keep_in_fp32_modules = ("layers",)
+
+    def __init__(self, dim: int, width: int = 16, depth: int = 2) -> None:
+        super().__init__(dim=dim, width=width, depth=depth)
+
+
+def test_modules_that_a_class_keeps_in_float32_are_kept(tmp_path):
+    Kept(2).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    loaded, _ = network_weights.network(tmp_path, config, Kept, [tmp_path / FILE], torch.bfloat16)
+    stored = load_file(tmp_path / FILE)
+    for name, tensor in loaded.state_dict().items():
+        expected = torch.float32 if name.startswith("layers.") else torch.bfloat16
+        assert tensor.dtype == expected, name
+        assert torch.equal(tensor, stored[name].to(expected))
+
+
 def test_of_several_variants_one_is_chosen_or_asked_for():
     stem = "diffusion_pytorch_model"
     shards = [f"{stem}.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
@@ -86,19 +169,49 @@ def test_of_several_variants_one_is_chosen_or_asked_for():
     assert variants.one_of([f"{stem}.non_ema.safetensors"], "X") == [f"{stem}.non_ema.safetensors"]
     assert variants.one_of([f"{stem}.bin", "other.safetensors"], "X") == []
     with pytest.raises(
-        InputError, match="X has weights in the variants ema, non_ema, and none of them is chosen automatically"
+        InputError, match="X has weights in the variants ema, non_ema, and none of them is chosen automatically; set"
     ):
         variants.one_of([f"{stem}.ema.safetensors", f"{stem}.non_ema.safetensors"], "X")
 
 
-def test_of_a_repository_one_variant_of_the_network_is_read_and_nothing_of_other_parts():
-    names = ["README.md", "model_index.json", "scheduler/scheduler_config.json", "unet/config.json", "samples.json"]
-    plain, half = f"unet/{FILE}", "unet/diffusion_pytorch_model.fp16.safetensors"
-    others = ["vae/config.json", f"vae/{FILE}", "text_encoder/model.safetensors", "unet/flax_model.msgpack"]
-    assert by_id.read_of("org/x", [*names, plain, half, *others]) == sorted([*names[:-1], plain])
-    assert by_id.read_of("org/x", [*names, half, *others]) == sorted([*names[:-1], half])
-    assert by_id.read_of("org/x", [*names, half], weights=False) == sorted(names[:-1])
-    assert by_id.read_of("org/x", ["config.json", FILE]) == ["config.json", FILE]
+def test_of_a_repository_one_variant_of_networks_and_autoencoder_is_read_and_nothing_of_other_parts():
+    configs = [
+        "README.md", "model_index.json", "scheduler/scheduler_config.json", "transformer/config.json",
+        "transformer_2/config.json", "unet/config.json", "vae/config.json",
+    ]  # fmt: skip
+    parts = ("transformer", "transformer_2", "unet", "vae")
+    plain, half = ([f"{part}/{name}" for part in parts] for name in (FILE, HALF))
+    others = ["samples.json", "text_encoder/model.safetensors", "text_encoder/config.json", "unet/flax_model.msgpack"]
+    assert read_of([*configs, *plain, *half, *others]) == sorted([*configs, *plain])
+    assert read_of([*configs, *half, *others]) == sorted([*configs, *half])
+    assert read_of([*configs, *plain, *half, *others], variant="fp16") == sorted([*configs, *half])
+    assert read_of([*configs, *half], weights=False) == sorted(configs)
+    assert read_of(["config.json", FILE]) == ["config.json", FILE]
+    # The autoencoder may lack the variant; a network may not.
+    assert f"vae/{FILE}" in read_of([*configs, *half[:3], plain[3]], variant="fp16")
+    with pytest.raises(InputError) as error:
+        read_of([*configs, *half[:2], *plain], variant="fp16")
+    assert str(error.value) == (
+        "teacher.path=org/x, in unet, has no weights in the variant fp16; valid for teacher.variant: null (the plain "
+        "weights)"
+    )
+
+
+def test_of_a_subfolder_of_a_repository_its_pipeline_is_read_too():
+    pipeline = ["model_index.json", "scheduler/scheduler_config.json", "vae/config.json", f"vae/{FILE}"]
+    network = ["transformer/config.json", f"transformer/{FILE}"]
+    ema = ["unet_ema/config.json", f"unet_ema/{FILE}"]
+    names = [*pipeline, *network, *ema]
+    inside = [f"a/b/{name}" for name in names]
+    assert read_of(names, subfolder="transformer") == sorted([*pipeline, *network])
+    # The configs of the pipeline's other networks are small, and read too.
+    assert read_of(names, subfolder="unet_ema") == sorted([*pipeline, *ema, "transformer/config.json"])
+    assert read_of([*inside, "config.json", FILE], subfolder="a/b") == sorted(f"a/b/{n}" for n in [*pipeline, *network])
+    assert read_of(inside, subfolder="a/b/unet_ema", weights=False) == sorted(
+        f"a/b/{name}" for name in [*pipeline[:3], ema[0], network[0]]
+    )
+    second = ["transformer_2/config.json", f"transformer_2/{FILE}"]
+    assert read_of([*names, *second], subfolder="transformer") == sorted([*pipeline, *network, *second])
 
 
 # --- names of weights ---
@@ -128,7 +241,7 @@ def test_an_adapter_is_named(folder):
     rewrite(folder, plain)
     beside = folder / "pytorch_lora_weights.safetensors"
     save_file({"unet.x": torch.zeros(1)}, beside)
-    refused(folder, f"adapters like {beside} are not loaded; merge it", "or move it away to use the teacher")
+    refused(folder, f"adapters like {beside} are not loaded by themselves; set teacher.lora", ", or move it away")
     refused(folder / "unet", f"adapters like {beside} are not loaded")
     rewrite(folder, {f"base_layer.{k}": t for k, t in plain.items()})
     beside.unlink()
@@ -144,10 +257,12 @@ def test_an_adapter_is_named(folder):
 )
 def test_an_adapter_beside_the_weights_is_refused_whatever_its_name(folder, place, name):
     (folder / place / name).write_bytes(b"x")
-    refused(folder, f"adapters like {folder / place / name} are not loaded; merge it", "or move it away to use the")
+    refused(
+        folder, f"adapters like {folder / place / name} are not loaded by", ", merge it", ", or move it away to use"
+    )
     inside = str(Path(place) / name)
-    with pytest.raises(InputError, match=f"teacher.path=org/x: adapters like {inside} are not loaded; merge it"):
-        by_id.read_of("org/x", ["model_index.json", f"unet/{FILE}", inside], weights=False)
+    with pytest.raises(InputError, match=f"teacher.path=org/x: adapters like {inside} are not loaded by themselves; "):
+        read_of(["model_index.json", f"unet/{FILE}", inside], weights=False)
 
 
 def test_a_word_that_holds_lora_is_no_adapter():
@@ -229,12 +344,12 @@ def test_where_no_weights_can_be_read_it_says_what_is_there(folder, names, said)
 def test_a_repository_of_pickled_weights_says_how_to_convert_them():
     names = ["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.fp16.bin"]
     with pytest.raises(InputError) as error:
-        by_id.read_of("org/x", names)
+        read_of(names)
     assert str(error.value).endswith(
         "If you trust diffusion_pytorch_model.fp16.bin, download the repository and convert it: distill convert "
         "unet/diffusion_pytorch_model.fp16.bin NEW_FOLDER"
     )
-    assert by_id.read_of("org/x", [*names, f"unet/{FILE}"]) == ["model_index.json", "unet/config.json", f"unet/{FILE}"]
+    assert read_of([*names, f"unet/{FILE}"]) == ["model_index.json", "unet/config.json", f"unet/{FILE}"]
 
 
 def test_weights_that_do_not_fit_are_named_and_few(folder, capfd):
@@ -255,7 +370,7 @@ def test_weights_that_do_not_fit_are_named_and_few(folder, capfd):
 )
 def test_quantized_weights_are_refused_by_name(folder, dtype, named):
     rewrite(folder, {**weights(folder), "conv_in.bias": torch.zeros(8).to(dtype)})
-    refused(folder, f"{folder / 'unet' / FILE}: conv_in.bias has dtype {named}; valid: BF16, F16, F32, F64")
+    refused(folder, f"{folder / 'unet' / FILE}: conv_in.bias has dtype {named}, so the weights are quantized; valid:")
 
 
 def test_double_weights_are_read_and_what_float32_cannot_hold_is_refused(folder):

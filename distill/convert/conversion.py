@@ -21,7 +21,7 @@ from distill.core.errors import EXIT_INPUT, InputError, RunError
 from distill.core.regular_files import open_regular, read_regular
 from distill.core.text import one_line, suggest
 from distill.launch import helper
-from distill.teachers import architectures, codecs, files, weights
+from distill.teachers import architectures, codecs, layout, weights
 from distill.teachers.read import MAX_BYTES, Config, Read, checked, parse, short, unreadable
 from distill.teachers.variants import PICKLED, PICKLES, STEM
 
@@ -90,8 +90,8 @@ def complete(file: Path, config: Path | None, new: Path) -> Converted:
     _write_weights(file, target, new)
     (new / FACTS).unlink()
     (new / WEIGHTS).unlink()
-    write_files(new, {files.CONFIG: to_json(target.content), **target.more})
-    has_scheduler = f"scheduler/{files.SCHEDULER}" in target.more
+    write_files(new, {layout.CONFIG: to_json(target.content), **target.more})
+    has_scheduler = f"scheduler/{layout.SCHEDULER}" in target.more
     return Converted(target.network_class.__name__, facts.chosen, facts.found, has_scheduler)
 
 
@@ -134,10 +134,10 @@ def _sources(file: Path) -> list[Path]:
 def described(file: Path, given: Path | None) -> Target:
     """The network that a config.json describes."""
     folder = file.parent if given is None else given
-    path = folder / files.CONFIG
+    path = folder / layout.CONFIG
     if given is None and not path.exists():
         raise InputError(
-            f"{file}: the {files.CONFIG} that describes its network is not beside it; give the folder that contains it "
+            f"{file}: the {layout.CONFIG} that describes its network is not beside it; give the folder that contains it "
             "with --config"
         )
     content = parse(path)
@@ -149,9 +149,9 @@ def described(file: Path, given: Path | None) -> Target:
     else:
         valid = suggest(short(str(name)), [*architectures.known(), *codecs.KINDS])
         raise InputError(f"{path}: network class {short(str(name))} is not supported; {valid}")
-    root = folder.absolute().parent if (folder.absolute().parent / files.INDEX).is_file() else folder
+    root = folder.absolute().parent if (folder.absolute().parent / layout.INDEX).is_file() else folder
     more = {}
-    for name in (f"scheduler/{files.SCHEDULER}", CARD):  # README.md: its licence also applies to the new folder
+    for name in (f"scheduler/{layout.SCHEDULER}", CARD):  # README.md: its licence also applies to the new folder
         try:
             more[name] = read_regular(root / name, MAX_BYTES, follow=True)
         except FileNotFoundError:
@@ -171,7 +171,7 @@ def described_by_edm(file: Path, module: Mapping[str, Any]) -> Target:
     """The network that a pickled EDM module describes."""
     content, scheduler = edm.config_of(module, file)
     side, levels = content["sample_size"], len(content["channel_multipliers"])
-    more = {f"scheduler/{files.SCHEDULER}": to_json(scheduler)}
+    more = {f"scheduler/{layout.SCHEDULER}": to_json(scheduler)}
     network_class = architectures.class_of(content["_class_name"])
     return Target(file, content, network_class, more, lambda name: edm.name_of(name, side, levels))
 

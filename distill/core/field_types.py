@@ -6,7 +6,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from distill.core.text import is_line
+from distill.core.text import is_line, is_text
 
 
 class FrozenModel(BaseModel):
@@ -21,6 +21,12 @@ def _one_line(text: str) -> str:
     return text
 
 
+def _below(text: str) -> str:
+    if not is_text(text) or any(part in ("", ".", "..") for part in text.split("/")):
+        raise PydanticCustomError("not_below", "must be a relative path without . and ..")
+    return text
+
+
 LINE = 1000  # characters
 Line = Annotated[str, Field(max_length=LINE), AfterValidator(_one_line)]
 """Text that may be inserted into a script, a log or a message, where a line break would start a new line."""
@@ -29,6 +35,8 @@ ScriptLine = Annotated[str, Field(max_length=100_000), AfterValidator(_one_line)
 Label = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_one_line)]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+Below = Annotated[str, AfterValidator(_below)]
+"""A relative path that stays below its folder."""
 Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 """A count that fits into a signed 64-bit integer, as in file systems and other languages."""
 Positive = Annotated[int, Field(gt=0, lt=2**63, strict=True)]

@@ -19,6 +19,7 @@ from distill.teachers import conditions as condition_files
 from distill.teachers.codecs import LatentCodec
 from distill.teachers.convention import Asked, Convention
 from distill.teachers.describe import Facts, describe
+from distill.teachers.layout import CONFIG, INDEX, SECOND
 from distill.teachers.read import parse, short
 from distill.training import memory
 from distill.training.plain import PLAIN
@@ -165,14 +166,16 @@ def _networks(
     """The networks, and each of them without weights. Those of a hub id may not be downloaded yet."""
     folders = [parts.model]
     if facts.boundary is not None and parts.pipeline is not None:
-        folders.append(parts.pipeline / files.SECOND)
+        folders.append(parts.pipeline / SECOND)
     found, empty = [], list[nn.Module]()
     for folder in folders:
-        network = weights.without_weights(folder, parse(folder / files.CONFIG), facts.network_class)
+        network = weights.without_weights(folder, parse(folder / CONFIG), facts.network_class)
         dtypes: Counter[str] = Counter()
-        if Path(spec.path).is_dir() or any(folder.glob("*.safetensors")):
+        if parts.single is not None:
+            dtypes.update(each.dtype for each in weights.stored([parts.single]))
+        elif Path(spec.path).is_dir() or any(folder.glob("*.safetensors")):
             shapes = {name: tuple(each.shape) for name, each in network.state_dict().items()}
-            stored = weights.fitting(folder, weights.stored(files.weights(folder)), shapes)
+            stored = weights.fitting(folder, weights.stored(files.weights(folder, spec.variant)), shapes)
             dtypes.update(each.dtype for each in stored.values())
         name = str(folder.relative_to(parts.root)) if folder.is_relative_to(parts.root) else folder.name
         found.append(InspectedNetwork(name, sum(p.numel() for p in network.parameters()), dict(dtypes.most_common())))
@@ -234,7 +237,7 @@ def _text_encoders(parts: files.Parts) -> dict[str, str]:
     """The classes of the text encoders that a pipeline has, by component."""
     if parts.pipeline is None:
         return {}
-    index = parse(parts.pipeline / files.INDEX)
+    index = parse(parts.pipeline / INDEX)
     names = [name for name in parts.components if name.startswith("text_encoder")]
     return {name: short(str(index[name][1])) for name in names if (parts.pipeline / name).is_dir()}
 

@@ -19,16 +19,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from distill.core.atomic import hidden, new_folder, write_atomic, write_json
 from distill.core.errors import InputError, RunError
+from distill.core.field_types import Below
 from distill.core.hub_repository import Repository
 from distill.core.printing import say_error, warn
 from distill.core.records import SMALL, Schema, mistake
 from distill.core.regular_files import read_regular
 from distill.core.space import human
-from distill.core.text import is_text
 from distill.runs.run_store import RunPaths, runs
 from distill.spec.model import CheckpointTeacher, HfData, RunSpec
 
@@ -36,14 +36,6 @@ RECORD = "inputs/inputs.json"  # in the folder of a run: the list of its inputs
 UNUSED_SECONDS = 86400.0  # an input that was requested within the last day may belong to a run that is being created
 
 
-def _below(text: str) -> str:
-    """Validate a relative path: ValueError unless it stays below its folder."""
-    if not is_text(text) or any(part in ("", ".", "..") for part in text.split("/")):
-        raise ValueError("must be a relative path without . and ..")
-    return text
-
-
-Below = Annotated[str, AfterValidator(_below)]
 Bytes = Annotated[int, Field(ge=0)]
 
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, PositiveFloat
 
 from distill.core.field_types import (
     MAX_PARTS,
+    Below,
     Fraction,
     FrozenModel,
     Images,
@@ -60,13 +61,25 @@ class MixtureTeacher(FrozenModel):
 
 
 class CheckpointTeacher(FrozenModel):
-    """A diffusers checkpoint: a pipeline folder, a hub id, or a single model folder. Only safetensors is loaded."""
+    """A diffusers checkpoint: a pipeline folder, a single model folder, a hub id, or a single file with `config`. Only
+    safetensors is loaded."""
 
     kind: Literal["diffusers"] = "diffusers"
     path: str
-    """folder or hub id (org/name)"""
+    """folder, hub id (org/name), or .safetensors file"""
     revision: str | None = None
     """commit of a hub id; null: the default branch"""
+    subfolder: Below | None = None
+    """folder inside `path`, or inside the repository of a hub id, that holds the pipeline or the model; null: `path`
+    itself"""
+    variant: Annotated[str, Field(pattern="^[A-Za-z0-9_]{1,64}$")] | None = None
+    """variant of the weights, like fp16; null: the plain weights, else fp32, fp16 or bf16, else the only variant"""
+    config: str | None = None
+    """for a single file as `path`: folder of the diffusers pipeline or model with the same config.json"""
+    lora: str | None = None
+    """LoRA that is added to the network's weights: a .safetensors file, or a folder with one"""
+    lora_scale: Annotated[float, Field(ge=-100, le=100)] = 1.0
+    """factor of the LoRA: the weights are W + lora_scale alpha/rank B A"""
     prediction: Literal["epsilon", "sample", "v_prediction", "velocity"] | None = None
     """what the network predicts; null: what its scheduler config says"""
     scheduler: str | None = None
@@ -90,6 +103,12 @@ class CheckpointTeacher(FrozenModel):
     def is_of_hub(self) -> bool:
         """Whether its path is a hub id and not a local one."""
         return is_hub_id(self.path)
+
+    @property
+    def where(self) -> str:
+        """The folder or file in messages."""
+        inside = "" if self.subfolder is None else f" with teacher.subfolder={self.subfolder}"
+        return f"teacher.path={self.path}{inside}"
 
 
 TeacherSpec = Annotated[GaussianTeacher | MixtureTeacher | CheckpointTeacher, Field(discriminator="kind")]
@@ -277,7 +296,9 @@ class LaunchSpec(FrozenModel):
 
 # Fields of stages and of the teacher that were added after 0.2.0.
 ADDED = {"guidance", "epsilon_scale", "tolerance", "baselines", "teacher_solvers", "fine_tolerance"}
-ADDED_TO_TEACHER = {"vae", "size", "conditions", "embedded_guidance", "dtype"}
+ADDED_TO_TEACHER = {
+    "vae", "size", "conditions", "embedded_guidance", "dtype", "subfolder", "variant", "config", "lora", "lora_scale",
+}  # fmt: skip
 
 
 class RunSpec(FrozenModel):

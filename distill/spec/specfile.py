@@ -155,7 +155,8 @@ def located(spec: RunSpec, folders: Sequence[Path]) -> RunSpec:
     """The spec with paths that exist in one of `folders` made absolute, since a run may be resumed from any folder."""
     changed: dict[str, Any] = {}
     if isinstance(spec.teacher, CheckpointTeacher):
-        paths = spec.teacher.model_dump(include={"path", "scheduler", "conditions", "vae"}, exclude_none=True)
+        named = {"path", "scheduler", "conditions", "vae", "config", "lora"}
+        paths = spec.teacher.model_dump(include=named, exclude_none=True)
         update = {name: absolute(path, folders) for name, path in paths.items()}
         changed["teacher"] = spec.teacher.model_copy(update=update)
     if isinstance(spec.data, ImagesData | HfData):

@@ -23,7 +23,7 @@ from distill.networks.two_times import TwoNetworks, TwoTimes
 from distill.spec.model import CheckpointTeacher
 from distill.students import native
 from distill.students.native import FIRST, SECOND
-from distill.teachers import checkpoint, files, weights
+from distill.teachers import checkpoint, files, layout, weights
 from distill.teachers.checkpoint import TeacherCheckpoint
 from distill.teachers.loaded import Packaging
 from distill.teachers.network_field import EdmField, NetworkField, linear_call
@@ -44,7 +44,7 @@ def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentC
     if isinstance(network, TwoTimes):
         save_file({k: v.contiguous() for k, v in network.gap.state_dict().items()}, folder / SECOND_TIME)
     scheduler = dict(packaging.scheduler)
-    _write_json(folder / "scheduler" / files.SCHEDULER, scheduler)
+    _write_json(folder / "scheduler" / layout.SCHEDULER, scheduler)
     base = native.base_of(network)
     name, first = next(networks(base))
     index: dict[str, object] = {
@@ -55,7 +55,7 @@ def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentC
     }
     if isinstance(base, Experts):
         index["boundary_ratio"] = base.boundary / scheduler.get("num_train_timesteps", 1000)
-    _write_json(folder / files.INDEX, index)
+    _write_json(folder / layout.INDEX, index)
     return card.model_copy(update={"network": type(first).__name__, "component": name})
 
 
@@ -124,10 +124,10 @@ def networks(network: nn.Module) -> Iterator[tuple[str, ModelMixin]]:
 
 def _network(folder: Path) -> ModelMixin:
     """The network in a folder of a student. InputError if it is damaged."""
-    config = parse(folder / files.CONFIG)
+    config = parse(folder / layout.CONFIG)
     network_class = native.by_name(str(config.get("_class_name")))
     if network_class is None:
-        raise InputError(f"{folder / files.CONFIG} names no network that is supported; copy or download it again")
+        raise InputError(f"{folder / layout.CONFIG} names no network that is supported; copy or download it again")
     found, _ = weights.network(folder, config, network_class, files.weights(folder))
     native.convention_for(found).settled(found)
     return found

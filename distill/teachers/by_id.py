@@ -1,8 +1,9 @@
 """Teachers by hub id: finds the commit, and downloads the files that are read to the Hugging Face cache."""
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from glob import escape
 from pathlib import Path
 
@@ -13,38 +14,90 @@ from distill.core.errors import InputError
 from distill.core.hub_repository import Repository
 from distill.spec.model import CheckpointTeacher
 from distill.teachers import variants
+from distill.teachers.layout import CONFIG, INDEX, NETWORKS, SECOND, SMALL, VAES
 from distill.teachers.read import short
 
 FILES = ["*.json", "*.safetensors", "README.md"]  # patterns of the files that are read; README.md for the licence
-MODELS = ("", "unet/")  # folders that can contain the network's weights
-SMALL = {"model_index.json", "distill.json", "config.json", "README.md"}
-SMALL |= {"unet/config.json", "scheduler/scheduler_config.json"}
 
 
-def read_of(name: str, files: Iterable[str], *, weights: bool = True) -> list[str]:
-    """Selects the files of repository `name` that are read: the weights in one variant, and the configs.
+@dataclass(frozen=True)
+class _Folders:
+    """The folders of a repository that are read, each with a slash at its end; "" is the repository itself."""
+
+    own: str  # the folder that the spec names
+    above: str | None  # the one that contains it, which may be its pipeline; None if there is none
+
+    @classmethod
+    def of(cls, spec: CheckpointTeacher) -> "_Folders":
+        if spec.subfolder is None:
+            return cls("", None)
+        above, slash, _ = spec.subfolder.rpartition("/")
+        return cls(f"{spec.subfolder}/", above + slash)
+
+    @property
+    def small(self) -> set[str]:
+        """The small files that are read, if there are such files."""
+        return {folder + name for folder in (self.own, self.above) if folder is not None for name in SMALL}
+
+    @property
+    def configs(self) -> set[str]:
+        """The configs of a network, one of which is needed."""
+        return {self.own + CONFIG, *(f"{self.own}{name}/{CONFIG}" for name in NETWORKS)}
+
+    def with_weights(self, listed: Collection[str]) -> tuple[list[str], list[str]]:
+        """The folders that may have weights that are read: those of networks, and of autoencoders."""
+        if self.own + INDEX in listed:
+            networks = [f"{self.own}{name}/" for name in (*NETWORKS, SECOND)]
+            return networks, [f"{self.own}{name}/" for name in VAES]
+        if self.above is None or self.above + INDEX not in listed:
+            return [self.own], []
+        is_network = self.own.removeprefix(self.above)[:-1] in NETWORKS
+        networks = [self.own, f"{self.above}{SECOND}/"] if is_network else [self.own]
+        return networks, [f"{self.above}{name}/" for name in VAES]
+
+
+def read_of(spec: CheckpointTeacher, files: Iterable[str], *, weights: bool = True) -> list[str]:
+    """Selects those of a repository's files that are read: the weights in one variant, and the configs.
 
     Raises InputError if there is also an adapter (LoRA), or if the only weights are pickled files.
     """
-    listed = list(files)
-    places = {folder: [file.removeprefix(folder) for file in listed if file.startswith(folder)] for folder in MODELS}
-    places = {folder: [file for file in inside if "/" not in file] for folder, inside in places.items()}
-    for folder, inside in places.items():
-        for file in inside:
-            if variants.ADAPTER.fullmatch(file):
-                raise InputError(
-                    f"teacher.path={name}: adapters like {folder}{short(file)} are not loaded; {variants.MERGE}, or "
-                    "download the repository without it"
-                )
-    found = {file for file in listed if file in SMALL}
+    listed, folders = set(files), _Folders.of(spec)
+    networks, autoencoders = folders.with_weights(listed)
+    inside = {folder: _inside(folder, listed) for folder in [*networks, *autoencoders]}
+    if spec.lora is None:
+        _refuse_adapters(spec, {folder: _inside(folder, listed) for folder in (folders.own, *networks)})
+    found = listed & folders.small
     if weights:
-        for folder, inside in places.items():
-            found |= {folder + file for file in variants.one_of(inside, f"teacher.path={name}")}
-        pickled = [folder for folder, inside in places.items() if any(map(variants.PICKLED.fullmatch, inside))]
-        if pickled and found <= SMALL:
+        for folder, names in inside.items():
+            optional = folder not in networks
+            chosen = variants.one_of(names, _where(spec, folder), spec.variant, optional=optional)
+            found |= {folder + name for name in chosen}
+        pickled = [folder for folder in networks if any(map(variants.PICKLED.fullmatch, inside[folder]))]
+        if pickled and not any(name.startswith(tuple(networks)) for name in found - folders.small):
             folder = pickled[0]
-            raise variants.no_weights(places[folder], f"teacher.path={name}", Path(folder), on_hub=True)
+            raise variants.no_weights(inside[folder], f"teacher.path={spec.path}", Path(folder), on_hub=True)
     return sorted(found)
+
+
+def _inside(folder: str, listed: Collection[str]) -> list[str]:
+    """The names of the files that are directly in a folder."""
+    names = [name.removeprefix(folder) for name in listed if name.startswith(folder)]
+    return sorted(name for name in names if "/" not in name)
+
+
+def _where(spec: CheckpointTeacher, folder: str) -> str:
+    return f"teacher.path={spec.path}" + (f", in {folder[:-1]}," if folder else "")
+
+
+def _refuse_adapters(spec: CheckpointTeacher, places: Mapping[str, Sequence[str]]) -> None:
+    """InputError if there is an adapter beside the weights, because it is not clear whether it is to be used."""
+    for folder, names in places.items():
+        for name in names:
+            if variants.ADAPTER.fullmatch(name):
+                raise InputError(
+                    f"teacher.path={spec.path}: adapters like {folder}{short(name)} are not loaded by themselves; "
+                    f"download it and {variants.LORA_OPTION}, {variants.MERGE}, or download the repository without it"
+                )
 
 
 def repository(spec: CheckpointTeacher, commit: str | None = None) -> Repository:
@@ -57,7 +110,7 @@ def repository(spec: CheckpointTeacher, commit: str | None = None) -> Repository
     def needs(folder: Path) -> list[tuple[Path, int]]:
         with _reachable(pinned):
             listed = {file.name: file for file in hub.files("model", pinned.path, commit)}
-        files = [listed[name] for name in read_of(pinned.path, listed)]
+        files = [listed[name] for name in read_of(pinned, listed)]
         missing = sum(file.bytes for file in files if not file.cached)
         return [(Path(constants.HF_HUB_CACHE), missing), (folder, sum(file.bytes for file in files))]
 
@@ -68,14 +121,21 @@ def repository(spec: CheckpointTeacher, commit: str | None = None) -> Repository
         def copy(folder: Path) -> None:
             folder.mkdir(parents=True)
             there = [path.relative_to(found).as_posix() for path in found.rglob("*") if path.is_file()]
-            for name in read_of(pinned.path, there):
+            for name in read_of(pinned, there):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(found / name, folder / name)
 
         return copy
 
+    # What the spec selects is added only if it is set, so that earlier downloads are still found.
+    part = [*FILES, *(f"{name}={value}" for name, value in _selected(spec).items())]
     link = f"hub/models--{spec.path.replace('/', '--')}/snapshots/{commit}"
-    return Repository("teacher", spec.path, spec.revision, commit, FILES, link, needs, download)
+    return Repository("teacher", spec.path, spec.revision, commit, part, link, needs, download)
+
+
+def _selected(spec: CheckpointTeacher) -> dict[str, str]:
+    """The options that select a part of a repository."""
+    return spec.model_dump(include={"subfolder", "variant"}, exclude_none=True)
 
 
 def snapshot(spec: CheckpointTeacher, *, weights: bool = True) -> Path:
@@ -93,7 +153,7 @@ def snapshot(spec: CheckpointTeacher, *, weights: bool = True) -> Path:
             return found
         if not listed and (found := _cached(spec, weights=weights)) is not None:
             return found
-        names = read_of(spec.path, listed, weights=weights)
+        names = read_of(spec, listed, weights=weights)
         patterns = [escape(name) for name in names] if listed else FILES
         return Path(snapshot_download(spec.path, revision=spec.revision, allow_patterns=patterns))
 
@@ -107,8 +167,8 @@ def _cached(spec: CheckpointTeacher, *, weights: bool) -> Path | None:
         return None
     folder = Path(found)
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    read = set(read_of(spec.path, names, weights=weights))
-    return folder if read & {"config.json", "unet/config.json"} and (not weights or read - SMALL) else None
+    read, folders = set(read_of(spec, names, weights=weights)), _Folders.of(spec)
+    return folder if read & folders.configs and (not weights or read - folders.small) else None
 
 
 @contextmanager

@@ -24,15 +24,17 @@ from distill.networks.experts import Experts
 from distill.networks.velocity import TIME_SCALE
 from distill.protocols import Architecture, Codec, Cond, Conditioning, NetworkCall, VelocityField
 from distill.spec.model import CheckpointTeacher
-from distill.teachers import files, schedulers, weights
+from distill.teachers import files, lora, schedulers, single_file, weights
 from distill.teachers.conditions import ConditionFile
 from distill.teachers.conditions import read as read_conditions
 from distill.teachers.convention import Asked, Convention
 from distill.teachers.describe import LINEAR_NETWORKS, Facts, describe
+from distill.teachers.layout import CONFIG, SECOND
 from distill.teachers.loaded import LoadedTeacher, Packaging
 from distill.teachers.network_field import EdmField, InDtype, NetworkField, VeField
 from distill.teachers.read import Config, StudentFacts, parse, short
 from distill.teachers.schedulers import EdmSchedule, Family, LinearSchedule, Schedule, VeSchedule, VpSchedule
+from distill.teachers.variants import MERGE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBED = 64  # pixels per side of the sample that probes a network, if the network can take that size
@@ -42,7 +44,7 @@ LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,99}")
 
 @dataclass(frozen=True)
 class TeacherCheckpoint:
-    """The network of a checkpoint, frozen, in float32 and evaluation mode, with the facts from its files."""
+    """The network of a checkpoint, frozen and in evaluation mode, with the facts from its files."""
 
     network: nn.Module
     architecture: Architecture | Convention
@@ -95,23 +97,16 @@ def _boundary(found: TeacherCheckpoint) -> float | None:
 
 def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherCheckpoint:
     """Reads a checkpoint. Raises InputError unless its network is of this kind, one of the keys of `NETWORKS`."""
-    parts = files.find(spec)
-    facts = describe(spec, parts, kind)
-    architecture, path, content = facts.architecture, facts.path, facts.content
-    conditions = None if spec.conditions is None else read_conditions(Path(spec.conditions))
-    null = spec.null_class if spec.null_class is not None else parts.student.null_class
-    if isinstance(architecture, Convention):
-        asked = Asked(facts.size, conditions, spec.embedded_guidance, null)
-        conditioning = architecture.conditioning(content, path, asked)
-    else:
-        conditioning = architecture.conditioning(content, path, null)
-    network, digests = weights.network(parts.model, content, facts.network_class, files.weights(parts.model))
-    network, more = _with_second(network, parts, facts)
-    digests += more
+    if spec.is_of_hub:
+        _described(spec, kind, download=False)  # the weights of an invalid checkpoint are not downloaded
+    parts, facts, conditions, conditioning = _described(spec, kind, download=True)
+    architecture, content = facts.architecture, facts.content
     dtype = DTYPES[spec.dtype]
+    network, digests = _network(spec, parts, facts, dtype)
+    added = _with_lora(spec, network, architecture)
     if isinstance(architecture, Convention):
         architecture.settled(network)
-    network = _cast(network, dtype).to(device).eval().requires_grad_(False)
+    network = network.to(device).eval().requires_grad_(False)
     chosen, schedule = facts.chosen, facts.schedule
     identity = {
         "config": {k: v for k, v in content.items() if k not in ("_diffusers_version", "_name_or_path")},
@@ -122,8 +117,8 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherChe
         # Gives inverted schedules a new digest, because earlier versions read them wrongly.
         **({"inverted": True} if isinstance(schedule, LinearSchedule) and schedule.inverted else {}),
         **_asked(spec, conditions),
+        **added,
     }
-    name = Path(spec.path).name if Path(spec.path).is_dir() else spec.path
     call = architecture.call if dtype == torch.float32 else InDtype(architecture.call, dtype)
     return TeacherCheckpoint(
         network=network,
@@ -133,8 +128,7 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherChe
         shape=facts.shape,
         conditioning=conditioning,
         digest=hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest(),
-        # The hub id or only the folder's name, because results must not depend on the location of the teacher.
-        description=f"{facts.network_class.__name__} from {name}",
+        description=f"{facts.network_class.__name__} from {_name(spec)}",
         license=license_of(parts.root, parts.student),
         codec=facts.codec,
         call=call,
@@ -142,26 +136,63 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherChe
     )
 
 
-def _with_second(network: ModelMixin, parts: files.Parts, facts: Facts) -> tuple[nn.Module, list[str]]:
-    """The network, with the second one of its pipeline if that has two, and the digests of the second one's files."""
+def _described(
+    spec: CheckpointTeacher, kind: str, *, download: bool
+) -> tuple[files.Parts, Facts, ConditionFile | None, Conditioning]:
+    """The files of a checkpoint, what its configs say, and what its network is conditioned on."""
+    parts = files.find(spec, download=download)
+    facts = describe(spec, parts, kind)
+    architecture, path, content = facts.architecture, facts.path, facts.content
+    null = spec.null_class if spec.null_class is not None else parts.student.null_class
+    conditions = None if spec.conditions is None else read_conditions(Path(spec.conditions))
+    if isinstance(architecture, Convention):
+        asked = Asked(facts.size, conditions, spec.embedded_guidance, null)
+        return parts, facts, conditions, architecture.conditioning(content, path, asked)
+    return parts, facts, conditions, architecture.conditioning(content, path, null)
+
+
+def _network(
+    spec: CheckpointTeacher, parts: files.Parts, facts: Facts, dtype: torch.dtype
+) -> tuple[nn.Module, list[str]]:
+    """The network on the CPU, with the second one of its pipeline if that has two, and the digests of their files."""
+
+    def loaded(folder: Path, content: Config) -> tuple[ModelMixin, list[str]]:
+        paths = files.weights(folder, spec.variant)
+        return weights.network(folder, content, facts.network_class, paths, dtype)
+
+    if parts.single is not None:
+        return single_file.network(parts.single, parts.model, facts.content, facts.network_class, dtype)
+    network, digests = loaded(parts.model, facts.content)
     if facts.boundary is None or parts.pipeline is None:
-        return network, []
-    folder = parts.pipeline / files.SECOND
-    content = parse(folder / files.CONFIG)
-    second, digests = weights.network(folder, content, facts.network_class, files.weights(folder))
-    return Experts(network, second, facts.boundary), digests
+        return network, digests
+    folder = parts.pipeline / SECOND
+    second, more = loaded(folder, parse(folder / CONFIG))
+    return Experts(network, second, facts.boundary), digests + more
 
 
-def _cast(network: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The network in this data type, except for the modules that its class keeps in float32."""
-    if dtype == torch.float32:
-        return network
-    for part in (network.transformer, network.transformer_2) if isinstance(network, Experts) else (network,):
-        kept = part._keep_in_fp32_modules or []
-        for name, each in [*part.named_parameters(), *part.named_buffers()]:
-            if each.is_floating_point() and not set(kept) & set(name.split(".")):
-                each.data = each.data.to(dtype)
-    return network
+def _with_lora(
+    spec: CheckpointTeacher, network: nn.Module, architecture: Architecture | Convention
+) -> dict[str, object]:
+    """Adds the LoRA of the spec to the network, if there is one. Returns what identifies it."""
+    if spec.lora is None:
+        return {}
+    if isinstance(network, Experts):
+        raise InputError(
+            f"teacher.lora={spec.lora}: {spec.where} is a pipeline with two networks, and a LoRA is of one of them; "
+            f"{MERGE}"
+        )
+    convention = architecture if isinstance(architecture, Convention) else None
+    return {
+        "lora": {"digest": lora.merge(network, convention, Path(spec.lora), spec.lora_scale), "scale": spec.lora_scale}
+    }
+
+
+def _name(spec: CheckpointTeacher) -> str:
+    """The name of a teacher in results, which must not depend on its location: the hub id, or the folder's name."""
+    name = Path(spec.path).name if Path(spec.path).exists() else spec.path
+    inside = "" if spec.subfolder is None else f"/{spec.subfolder}"
+    added = "" if spec.lora is None else f" with the LoRA {Path(spec.lora).name}"
+    return f"{name}{inside}{added}"
 
 
 def _asked(spec: CheckpointTeacher, conditions: ConditionFile | None) -> dict[str, object]:

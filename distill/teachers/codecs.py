@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distill.core.errors import InputError
 from distill.teachers import files, weights
+from distill.teachers.layout import CONFIG
 from distill.teachers.read import Config, parse, short
 
 
@@ -68,23 +69,23 @@ class LatentCodec:
     folder: Path
     config: Config
     kind: Kind
+    variant: str | None = None  # of its weights, if there is such a variant
     _loaded: list[nn.Module] = field(default_factory=list)
 
     @classmethod
-    def of(cls, folder: Path) -> "LatentCodec":
+    def of(cls, folder: Path, variant: str | None = None) -> "LatentCodec":
         """InputError if the autoencoder in this folder is of an unknown class, or its options are damaged."""
-        config = parse(folder / files.CONFIG)
+        config = parse(folder / CONFIG)
         name = config.get("_class_name")
         if name not in KINDS:
             raise InputError(
-                f"{folder / files.CONFIG}: autoencoder class {short(str(name))} is not supported; valid: "
-                f"{', '.join(KINDS)}"
+                f"{folder / CONFIG}: autoencoder class {short(str(name))} is not supported; valid: {', '.join(KINDS)}"
             )
-        codec = cls(folder, config, KINDS[str(name)])
+        codec = cls(folder, config, KINDS[str(name)], variant)
         try:
             assert all(each >= 1 for each in codec.factors)
         except (TypeError, AssertionError, AttributeError) as error:
-            raise InputError(f"{folder / files.CONFIG}: its levels are damaged; copy or download it again") from error
+            raise InputError(f"{folder / CONFIG}: its levels are damaged; copy or download it again") from error
         return codec
 
     @property
@@ -147,7 +148,7 @@ class LatentCodec:
     def _vae(self, device: torch.device) -> nn.Module:
         if not self._loaded:
             network_class = getattr(diffusers, self.config["_class_name"])
-            paths = files.weights(self.folder)
+            paths = files.weights(self.folder, self.variant, optional=True)
             vae, _ = weights.network(self.folder, self.config, network_class, paths)
             self._loaded.append(vae.eval().requires_grad_(False))
         return self._loaded[0].to(device)

@@ -17,6 +17,7 @@ from distill.teachers import architectures, files, schedulers
 from distill.teachers.architectures.unet import UNet, check_pixels
 from distill.teachers.codecs import LatentCodec, latent_size, pixel_size
 from distill.teachers.convention import Convention
+from distill.teachers.layout import CONFIG, INDEX, SECOND
 from distill.teachers.read import Config, Read, checked, parse, short
 from distill.teachers.schedulers import EdmSchedule, LinearSchedule, Schedule, VeSchedule, VpSchedule
 
@@ -54,7 +55,7 @@ def describe(spec: CheckpointTeacher, parts: files.Parts, kind: str) -> Facts:
         raise InputError(
             f"teacher.path={spec.path} is a student of kind {short(parts.student.kind)}; valid teachers: {kind}"
         )
-    path = parts.model / files.CONFIG
+    path = parts.model / CONFIG
     content = parse(path)
     network_class = _network_class(spec, path, content, kind)
     architecture = architectures.known()[network_class.__name__]
@@ -67,7 +68,7 @@ def describe(spec: CheckpointTeacher, parts: files.Parts, kind: str) -> Facts:
     if isinstance(architecture, Convention):
         factors = architecture.default_factors
         if autoencoder is not None:
-            codec = LatentCodec.of(autoencoder)
+            codec = LatentCodec.of(autoencoder, spec.variant)
             factors = codec.factors
         latent = tuple(parts.student.shape[1:]) or None
         if spec.size is not None:
@@ -133,7 +134,7 @@ def _refuse_pipeline(
                 f"calls its {network_class.__name__} in another way; valid: {', '.join(architecture.pipelines)}"
             )
     elif parts.pipeline is not None and list(parts.components) not in (PIXEL_PIPELINE, LATENT_PIPELINE):
-        inside = "" if parts.pipeline == Path(spec.path) else f"part of {parts.pipeline}, "
+        inside = "" if parts.pipeline == parts.folder else f"part of {parts.pipeline}, "
         raise InputError(
             f"teacher.path={spec.path} is {inside}a pipeline with the components "
             f"{short(', '.join(parts.components)) or 'none'}; valid for a {network_class.__name__}: pixel-space "
@@ -143,9 +144,9 @@ def _refuse_pipeline(
 
 def _boundary(parts: files.Parts, schedule: Schedule | None) -> float | None:
     """The time of the boundary between the two networks of a pipeline; None if it has one."""
-    if parts.pipeline is None or files.SECOND not in parts.components:
+    if parts.pipeline is None or SECOND not in parts.components:
         return None
-    index = parts.pipeline / files.INDEX
+    index = parts.pipeline / INDEX
     ratio = checked(_Index, parse(index), index).boundary_ratio
     if ratio is None or not isinstance(schedule, LinearSchedule):
         raise InputError(

@@ -21,6 +21,7 @@ from distill.teachers import files, weights
 from distill.teachers.conditions import ConditionFile
 from distill.teachers.convention import Asked, Convention
 from distill.teachers.describe import Facts, describe
+from distill.teachers.layout import INDEX
 from distill.teachers.read import Config, parse, short
 
 LOADED = ("text_encoder", "tokenizer")  # what the names of the components begin with that are loaded
@@ -94,7 +95,7 @@ def load(spec: CheckpointTeacher, device: torch.device, dtype: torch.dtype) -> T
             f"teacher.path={spec.path} has no text encoder; give the folder of a whole pipeline "
             f"({', '.join(convention.pipelines)}) with its text encoders and tokenizers"
         )
-    index = parse(parts.pipeline / files.INDEX)
+    index = parse(parts.pipeline / INDEX)
     for name in loaded:
         _refuse(parts.pipeline, name, *index[name])
     kept = [*loaded, *({"scheduler"} & set(parts.components))]

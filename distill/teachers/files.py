@@ -1,4 +1,7 @@
-"""Finds the files of a checkpoint in a pipeline folder, in a single model folder, or in the download of a hub id."""
+"""Finds the files of a checkpoint: in a pipeline folder, a single model folder, or the download of a hub id.
+
+A single file with weights is read with the configs of such a folder.
+"""
 
 import os
 from collections.abc import Sequence
@@ -9,21 +12,29 @@ from distill.core.errors import InputError
 from distill.core.regular_files import open_regular
 from distill.spec.model import CheckpointTeacher
 from distill.teachers import by_id
+from distill.teachers.layout import CONFIG, INDEX, NETWORKS, SCHEDULER, SECOND, STUDENT, VAES
 from distill.teachers.read import StudentFacts, WeightIndex, checked, components, parse, short, unreadable
-from distill.teachers.variants import ADAPTER, MERGE, PICKLES, STEM, WEIGHTS, listing, no_weights, one_of
-
-NETWORKS = ("unet", "transformer")  # components of a pipeline that are the network
-SECOND = "transformer_2"  # a second network, for other times
-VAES = ("vae", "vqvae")  # and those that are the autoencoder
-INDEX, CONFIG, STUDENT, SCHEDULER = "model_index.json", "config.json", "distill.json", "scheduler_config.json"
+from distill.teachers.variants import (
+    ADAPTER,
+    LORA_OPTION,
+    MERGE,
+    PICKLES,
+    STEM,
+    WEIGHTS,
+    listing,
+    no_weights,
+    one_of,
+)
 
 
 @dataclass(frozen=True)
 class Parts:
     """The files of a checkpoint."""
 
+    folder: Path  # that the spec gives
     root: Path  # folder of the pipeline, or of the model if there is no pipeline
     model: Path  # folder of config.json and the weights
+    single: Path | None  # file with the weights, if they are not in `model`
     scheduler: Path | None  # the checkpoint's own scheduler_config.json
     chosen: Path | None  # the scheduler_config.json that is used: that of teacher.scheduler, else the checkpoint's own
     student: StudentFacts
@@ -45,56 +56,137 @@ def find(spec: CheckpointTeacher, *, download: bool = True) -> Parts:
     download: for a hub id, also download the weights that are not cached, and not only the configs.
     """
     path = Path(spec.path)
-    if spec.revision is not None and path.is_dir():
-        raise InputError(
-            f"teacher.revision={spec.revision} has no effect: {spec.path} is a folder here, not a hub id; "
-            "remove teacher.revision"
-        )
+    _refuse_without_effect(spec, path)
     if path.is_dir():
-        return _parts(spec, path)
+        return _parts(spec, _inside(spec, path), spec.where)
     if path.exists():
+        return _of_file(spec, path)
+    if not spec.is_of_hub:
+        raise InputError(f"teacher.path={spec.path} does not exist; give a folder, or a hub id like org/name")
+    return _parts(spec, _inside(spec, by_id.snapshot(spec, weights=download)), spec.where)
+
+
+def _refuse_without_effect(spec: CheckpointTeacher, path: Path) -> None:
+    """InputError if an option of the spec does not fit what its path is."""
+    is_file = path.exists() and not path.is_dir()
+    what = "a file" if is_file else "a folder" if path.is_dir() else "not a file"
+    without_effect = {
+        "revision": path.exists(),
+        "subfolder": is_file,
+        "variant": is_file,
+        "config": not is_file,
+    }
+    for name, has_none in without_effect.items():
+        value = getattr(spec, name)
+        if value is not None and has_none:
+            what = f"{what} here, not a hub id" if name == "revision" else what
+            raise InputError(f"teacher.{name}={value} has no effect: {spec.path} is {what}; remove teacher.{name}")
+    if spec.lora is None and spec.lora_scale != 1:
+        raise InputError(f"teacher.lora_scale={spec.lora_scale} has no effect without teacher.lora; remove it")
+
+
+def _inside(spec: CheckpointTeacher, folder: Path) -> Path:
+    """The subfolder that the spec names, or `folder`."""
+    if spec.subfolder is None:
+        return folder
+    if not (folder / spec.subfolder).is_dir():
+        raise InputError(
+            f"teacher.path={spec.path} has no folder teacher.subfolder={spec.subfolder}, but "
+            f"{listing(name for name in _names(folder) if (folder / name).is_dir())}; give one of its folders"
+        )
+    return folder / spec.subfolder
+
+
+def _of_file(spec: CheckpointTeacher, path: Path) -> Parts:
+    """A single file with the weights of a network, with the configs of the folder teacher.config."""
+    if path.suffix != ".safetensors":
         command = f". If you trust this file, make such a folder: distill convert {path} NEW_FOLDER"
         more = command if path.suffix in PICKLES else ""
         raise InputError(
-            f"teacher.path={spec.path} is a file; give the folder that contains config.json and safetensors{more}"
+            f"teacher.path={spec.path} is a file; give the folder that contains config.json and safetensors, or a "
+            f".safetensors file with teacher.config{more}"
         )
-    if not spec.is_of_hub:
-        raise InputError(f"teacher.path={spec.path} does not exist; give a folder, or a hub id like org/name")
-    found = _parts(spec, by_id.snapshot(spec, weights=False))  # the weights of an invalid checkpoint are not downloaded
-    return _parts(spec, by_id.snapshot(spec, weights=True)) if download else found
+    if spec.config is None:
+        raise InputError(
+            f"teacher.path={spec.path} is a single file, which does not say what its network is; set teacher.config "
+            "to a folder of the same model in diffusers' format (its config.json and scheduler are enough), or give "
+            "such a folder as teacher.path"
+        )
+    folder = Path(spec.config)
+    if not folder.is_dir():
+        raise InputError(
+            f"teacher.config={spec.config} is not a folder here; give the folder of a diffusers pipeline or model"
+        )
+    return _parts(spec, folder, f"teacher.config={spec.config}", single=path)
 
 
-def _parts(spec: CheckpointTeacher, folder: Path) -> Parts:
-    """Finds network and scheduler of a pipeline folder or a single model folder, and checks them."""
+def _parts(spec: CheckpointTeacher, folder: Path, where: str, single: Path | None = None) -> Parts:
+    """Finds network and scheduler of a pipeline folder or a single model folder, and checks them.
+
+    where: the folder in messages. single: file with the weights, if they are not in the folder.
+    """
     pipeline = _pipeline(folder)
     parts = [] if pipeline is None else components(pipeline / INDEX)
     networks = [name for name in NETWORKS if name in parts]
     if pipeline == folder:
         if not networks:
             raise InputError(
-                f"teacher.path={spec.path} is a pipeline with the components {short(', '.join(parts)) or 'none'}; "
+                f"{where} is a pipeline with the components {short(', '.join(parts)) or 'none'}; "
                 f"valid: pipelines with a network in {' or '.join(NETWORKS)}"
             )
         model, nearby = folder / networks[0], [folder / "scheduler"]
     elif _there(folder / CONFIG):
         model, nearby = folder, [folder / "scheduler", folder.parent / "scheduler"]
     else:
-        raise InputError(f"teacher.path={spec.path} {_nothing(folder)}")
+        raise InputError(f"{where} {_nothing(folder)}")
     root = pipeline if pipeline is not None and folder.name in NETWORKS else folder
-    for place in dict.fromkeys((root, model)):
-        for name in sorted(_names(place)) if place.is_dir() else []:
-            if ADAPTER.fullmatch(name) and not (place / name).is_dir():
-                raise InputError(
-                    f"teacher.path={spec.path}: adapters like {place / short(name)} are not loaded; {MERGE}, or move "
-                    "it away to use the teacher without it"
-                )
+    _refuse_half(where, folder, pipeline, parts, single)
+    if spec.lora is None and single is None:
+        _refuse_adapters(where, root, model)
     found = next((path for path in (near / SCHEDULER for near in nearby) if _there(path)), None)
     facts = root / STUDENT
     student = checked(StudentFacts, parse(facts), facts) if _there(facts) else StudentFacts()
     named = "" if pipeline is None else parse(pipeline / INDEX).get("_class_name")
     # The pipelines of students that this package exports are named by a list: their own file and its class.
-    pipeline_class = named if isinstance(named, str) else ""
-    return Parts(root, model, found, _override(spec) or found, student, pipeline, pipeline_class, parts, _there(facts))
+    return Parts(
+        folder=folder,
+        root=root,
+        model=model,
+        single=single,
+        scheduler=found,
+        chosen=_override(spec) or found,
+        student=student,
+        pipeline=pipeline,
+        pipeline_class=named if isinstance(named, str) else "",
+        components=parts,
+        is_student=_there(facts),
+    )
+
+
+def _refuse_half(
+    where: str, folder: Path, pipeline: Path | None, components: Sequence[str], single: Path | None
+) -> None:
+    """InputError if only one of the two networks of a pipeline is given."""
+    if SECOND not in components:
+        return
+    if single is not None:
+        raise InputError(
+            f"{where} is of a pipeline with two networks, and a single file has one; give the pipeline's folder as "
+            "teacher.path"
+        )
+    if folder.name == SECOND and pipeline != folder:
+        raise InputError(f"{where} is the second network of a pipeline; give the pipeline's folder, {pipeline}")
+
+
+def _refuse_adapters(where: str, root: Path, model: Path) -> None:
+    """InputError if there is an adapter beside the weights, because it is not clear whether it is to be used."""
+    for place in dict.fromkeys((root, model)):
+        for name in sorted(_names(place)) if place.is_dir() else []:
+            if ADAPTER.fullmatch(name) and not (place / name).is_dir():
+                raise InputError(
+                    f"{where}: adapters like {place / short(name)} are not loaded by themselves; {LORA_OPTION}, "
+                    f"{MERGE}, or move it away to use the teacher without it"
+                )
 
 
 def _pipeline(folder: Path) -> Path | None:
@@ -131,13 +223,13 @@ def _override(spec: CheckpointTeacher) -> Path | None:
     return path
 
 
-def weights(folder: Path) -> list[Path]:
+def weights(folder: Path, variant: str | None = None, *, optional: bool = False) -> list[Path]:
     """The safetensors files of a model folder, of one variant: a single file, or the shards listed in an index.
 
-    Raises InputError if there are none, or if one cannot be opened.
+    variant, optional: see `variants.one_of`. Raises InputError if there are no files, or if one cannot be opened.
     """
     names = _names(folder)
-    chosen = one_of(names, str(folder))
+    chosen = one_of(names, str(folder), variant, optional=optional)
     if not chosen:
         raise no_weights(names, str(folder), folder)
     files = [folder / name for name in chosen if not name.endswith(".json") and "-of-" not in name]
@@ -158,8 +250,8 @@ def _shards(folder: Path, chosen: list[str]) -> list[Path]:
         found = WEIGHTS.fullmatch(chosen[0])
         variant = f"{found['variant']}." if found is not None and found["variant"] else ""
         raise InputError(
-            f"{folder} has {listing(chosen)} but no {STEM}.safetensors.index.{variant}json, which "
-            "maps weights to files; copy or download it"
+            f"{folder} has {listing(chosen)} but no {STEM}.safetensors.index.{variant}json, which maps weights to "
+            "files; copy or download it"
         )
     index = checked(WeightIndex, parse(indices[0]), indices[0])
     files = [folder / name for name in sorted(set(index.weight_map.values()))]

@@ -18,32 +18,37 @@ SUFFIXES = r"\.(?:safetensors|bin|pt|pth|ckpt)"
 LORA = r"(?i:(?:.*[^a-z])?lora(?:[^a-z].*)?)|.*[a-z]L(?:oRA|ora|ORA)(?:[^a-z].*)?"  # as a word: not in "exploration"
 ADAPTER = re.compile(rf"(?:{LORA}|(?i:adapter_model))(?i:{SUFFIXES})", re.DOTALL)
 PICKLED = re.compile(rf"{STEM}(?:\.(?P<variant>[A-Za-z0-9_]+))?(?P<shards>-\d+-of-\d+)?\.bin")
+LORA_OPTION = "set teacher.lora to the adapter"
 MERGE = (
     "merge it into the weights first (fuse_lora() and unload_lora_weights(), or peft's merge_and_unload(), then "
     "save_pretrained into a new folder)"
 )
 
 
-def one_of(names: Iterable[str], where: str) -> list[str]:
+def one_of(names: Iterable[str], where: str, variant: str | None = None, *, optional: bool = False) -> list[str]:
     """Selects the weight files in a model folder, of one variant only: the first in `PREFERRED`, else the only one.
 
-    where: name of the folder in messages. Returns [] if there are no weights. Raises InputError if none of several
-    variants is preferred.
+    where: name of the folder in messages. variant: the one to select; if it is `optional`, the choice is as without it
+    where there are no such files. Returns [] if there are no weights. Raises InputError if there are weights, but not
+    of this variant, or if none of several variants is preferred.
     """
     variants: dict[str, list[str]] = {}
     for name in sorted(names):
         if (found := WEIGHTS.fullmatch(name)) is not None:
             variants.setdefault(found["variant"] or found["of"] or "", []).append(name)
-    for variant, inside in variants.items():  # a single file is preferred to shards
+    for each, inside in variants.items():  # a single file is preferred to shards
         whole = [name for name in inside if name.endswith(".safetensors") and "-of-" not in name]
-        variants[variant] = whole or inside
-    for variant in PREFERRED:
-        if variant in variants:
-            return variants[variant]
+        variants[each] = whole or inside
+    valid = short(", ".join(each or "null (the plain weights)" for each in variants), 200)
+    if variant is not None and variants and variant not in variants and not optional:
+        raise InputError(f"{where} has no weights in the variant {variant}; valid for teacher.variant: {valid}")
+    for each in (*(() if variant is None else (variant,)), *PREFERRED):
+        if each in variants:
+            return variants[each]
     if len(variants) > 1:
         raise InputError(
-            f"{where} has weights in the variants {short(', '.join(variants))}, and none of them is chosen "
-            "automatically. Move the one you want to a separate folder"
+            f"{where} has weights in the variants {valid}, and none of them is chosen automatically; set "
+            "teacher.variant to one of them"
         )
     return next(iter(variants.values()), [])
 
