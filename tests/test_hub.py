@@ -119,20 +119,24 @@ def test_of_variants_one_is_fetched_and_of_a_latent_pipeline_no_weights(tmp_path
 
 LOADED = """
 import sys, json, torch
+from pathlib import Path
 from distill import teachers
 from distill.spec.model import CheckpointTeacher
+from distill.teachers import by_id
 
 for fields in json.loads(sys.argv[1]):
     teacher = teachers.load_teacher(CheckpointTeacher(**fields), torch.device("cpu"))
     pixels = teacher.codec.decode(torch.ones(1, *teacher.shape))
     print(teacher.digest, pixels.double().sum().item())
+by_id.repository(CheckpointTeacher(**json.loads(sys.argv[1])[0])).download()(Path("copy"))
 """
 
 
 @pytest.mark.long
 def test_a_latent_pipeline_in_a_subfolder_is_read_in_one_variant_with_its_autoencoder(tmp_path):
-    """From the hub, from the cache, and from the copy that jobs use, it is the teacher of its folder."""
+    """From the hub and from the cache, it is the teacher of its folder; jobs get a copy of the files that are read."""
     inside, cwd = tmp_path / "flux" / "a" / "b", tmp_path / "work"
+    copy = tmp_path / "copy"
     stock = flux(guidance_embeds=False)
     stock.save_pretrained(inside)
     stock.save_pretrained(inside, variant="fp16")
@@ -151,6 +155,7 @@ def test_a_latent_pipeline_in_a_subfolder_is_read_in_one_variant_with_its_autoen
     with Hub({"models/org/flux": {"main": tmp_path / "flux"}}) as hub:
         done = python(LOADED, json.dumps(asked), hub=hub, cwd=cwd)
         assert done.returncode == 0, done.stderr
+        shutil.move(cwd / "copy", copy)
         again = python(LOADED, json.dumps(asked[:1]), hub=hub, cwd=cwd, offline=True)
         missing = python(LOADED, json.dumps([{**asked[0], "subfolder": "a"}]), hub=hub, cwd=cwd)
     assert len(set(done.stdout.splitlines())) == 1
@@ -166,6 +171,7 @@ def test_a_latent_pipeline_in_a_subfolder_is_read_in_one_variant_with_its_autoen
         "model_index.json", "scheduler/scheduler_config.json", "transformer/config.json", "vae/config.json",
         f"transformer/{weights}", f"vae/{weights}",
     }  # fmt: skip
+    assert {path.relative_to(copy / "a" / "b").as_posix() for path in copy.rglob("*") if path.is_file()} == fetched
 
 
 def test_without_the_hub_the_cache_gives_the_same_pairs(solved):

@@ -137,8 +137,8 @@ def described(file: Path, given: Path | None) -> Target:
     path = folder / layout.CONFIG
     if given is None and not path.exists():
         raise InputError(
-            f"{file}: the {layout.CONFIG} that describes its network is not beside it; give the folder that contains it "
-            "with --config"
+            f"{file}: the {layout.CONFIG} that describes its network is not beside it; give the folder that contains "
+            "it with --config"
         )
     content = parse(path)
     name = architectures.class_name(content)
