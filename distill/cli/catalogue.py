@@ -1,5 +1,7 @@
-"""`distill init` and `distill recipes`: write the spec of a preset, and list presets and recipes."""
+"""`distill init` and `distill recipes`: write a spec to start from, and list presets and recipes."""
 
+import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -8,32 +10,96 @@ import typer
 
 from distill.cli.common import JsonOption, one_line, print_json, print_table
 from distill.core.atomic import write_atomic
+from distill.core.collection import importing
 from distill.core.errors import InputError, RunError
 from distill.core.printing import say
+from distill.core.space import human
 
 
 def init(
-    preset: Annotated[str | None, typer.Argument(help="Name of a preset; by default, list them.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Argument(help="Name of a preset, or with --teacher of a recipe; by default, list the presets."),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(help="Write a spec that distils this teacher by a recipe: a diffusers folder or hub id."),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="With --teacher: number of GPUs to train on; by default 1.", min=1, max=100_000)
+    ] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option(help="With --teacher: memory of a GPU in GB; by default 80.", min=1, max=100_000)
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="File to write; by default PRESET.yaml.")] = None,
 ) -> None:
-    """Write a spec to start from: every field of a preset, with its description as a comment."""
+    """Write a spec to start from, every field with its description as a comment: of a preset, or for a teacher."""
     from distill.spec import presets, specfile
 
+    if teacher is not None:
+        _for_teacher(teacher, preset, out, gpus or 1, gpu_memory or 80.0)
+        return
+    without_effect = [name for name, value in {"--gpus": gpus, "--gpu-memory": gpu_memory}.items() if value is not None]
+    if without_effect:
+        raise InputError(f"{', '.join(without_effect)} has no effect without --teacher; leave it out")
     if preset is None:
         print_table(["preset", "what it makes"], [[name, " ".join(presets.head(name)[1:])] for name in presets.names()])
         say("write one with: distill init PRESET")
         return
     source = specfile.load(presets.find(preset))
     path = out or Path(f"{preset}.yaml")
+    _write(path, presets.head(preset)[1:], presets.annotated(source.spec, source.base))
+    say(f"wrote {path}; edit it, then check it with: distill plan {path}")
+
+
+def _for_teacher(teacher: str, recipe: str | None, out: Path | None, gpus: int, gpu_memory: float) -> None:
+    """`distill init --teacher`: write the spec, and print what is still to do before it can run."""
+    from distill.cli.inspect import checkpoint
+    from distill.spec import presets, registry
+
+    if recipe is None:
+        raise InputError(f"--teacher {teacher}: name a recipe too; valid: {', '.join(registry.names())}")
+    base = Path.cwd() if out is None else out.absolute().parent
+    registry.source(recipe, base)  # raises if there is no such recipe
+    given = checkpoint(teacher, None)
+    with importing():
+        from distill.execution import drafting, inspecting
+
+    found = inspecting.inspect(given)
+    request = drafting.DraftRequest(recipe, base, gpus, round(gpu_memory * 1e9))
+    made = drafting.draft(given, found, request)
+    path = out or Path(f"{made.spec.name}.yaml")
+    count = f"{gpus} GPUs" if gpus > 1 else "one GPU"
+    head = [
+        f"{recipe} of a {found.network} with {found.parameters:,} parameters, on {count} of {gpu_memory:g} GB.",
+        f"Weights, gradients, optimizer and averages take {human(made.bytes)} of each GPU, without activations.",
+        *(f"To do: {each}" for each in made.to_do),
+    ]
+    lines = [
+        line
+        for each in head
+        for line in textwrap.wrap(one_line(each), 116, break_long_words=False, break_on_hyphens=False)
+    ]
+    _write(path, lines, presets.annotated(made.spec, base))
+    say(
+        "\n".join(
+            [
+                f"wrote {path}; edit it, then check it with: distill plan {path}",
+                *(f"to do: {each}" for each in made.to_do),
+            ]
+        )
+    )
+
+
+def _write(path: Path, head: Sequence[str], spec: str) -> None:
+    """Write a new spec file, with the lines of its comment. InputError if there is a file already."""
     if path.exists() or path.is_symlink():
         raise InputError(f"{path} exists already; name another file with --out")
-    head = [f"# distill run {one_line(str(path))}", *(f"# {line}" for line in presets.head(preset)[1:])]
-    text = "\n".join([*head, "", presets.annotated(source.spec, source.base)])
+    lines = [f"# distill run {one_line(str(path))}", *(f"# {line}" for line in head)]
     try:
-        write_atomic(path, text)
+        write_atomic(path, "\n".join([*lines, "", spec]))
     except RunError as error:
         raise InputError(str(error)) from None
-    say(f"wrote {path}; edit it, then check it with: distill plan {path}")
 
 
 def recipes(

@@ -1,9 +1,47 @@
-"""Chooses how networks are divided among the processes, by the options in `launch`."""
+"""Chooses how networks are divided among the processes, by the options in `launch`, or by their memory."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from distill.spec.model import LaunchSpec
+from distill.training import memory
 from distill.training.plain import PLAIN
-from distill.training.sharding import Sharding
+from distill.training.sharding import Sharding, Sizes
 from distill.training.zero import Zero
+
+# Ways to train in less and less memory, the fastest first. The last one keeps the optimizer state on the host.
+WAYS: tuple[Mapping[str, int | bool], ...] = (
+    {},
+    {"zero_stage": 1},
+    {"zero_stage": 2},
+    {"zero_stage": 3},
+    {"zero_stage": 3, "divide_teacher": True},
+    {"zero_stage": 3, "divide_teacher": True, "offload_optimizer": True},
+)
+ALONE: tuple[Mapping[str, int | bool], ...] = ({}, {"zero_stage": 1, "offload_optimizer": True})  # for one process
+
+
+@dataclass(frozen=True)
+class TrainedMemory:
+    """What a process has in memory, besides activations. See `memory.predict`. frozen: bytes of networks not trained.
+
+    teacher: bytes of the weights of the teacher.
+    """
+
+    sizes: Sizes
+    still: Sizes
+    copies: list[str]
+    averages: int
+    frozen: int
+    teacher: int
+
+    def bytes(self, launch: LaunchSpec) -> int:
+        """Predicted bytes on the device of each process, without activations."""
+        sharding, procs = choose_sharding(launch), launch.world_size
+        kinds = memory.predict(self.sizes, self.copies, self.averages, procs, sharding, self.still)
+        found = sum(kinds.values()) - (kinds["optimizer"] if launch.offload_optimizer else 0)
+        divided = procs if sharding.divides_frozen else 1
+        return found + self.frozen // divided + self.teacher // divided
 
 
 def choose_sharding(launch: LaunchSpec) -> Sharding:
@@ -11,3 +49,14 @@ def choose_sharding(launch: LaunchSpec) -> Sharding:
     if launch.zero_stage is None and not launch.divide_teacher:
         return PLAIN
     return Zero(launch.zero_stage, launch.divide_teacher, launch.zero_persistence_threshold, launch.offload_optimizer)
+
+
+def fitting(launch: LaunchSpec, needed: TrainedMemory, available: int) -> tuple[LaunchSpec, int]:
+    """(launch with the fastest way to divide the networks for which they fit, bytes that each process needs).
+
+    available: bytes for all but activations. If no way fits, the one with the least memory is returned.
+    """
+    ways = WAYS if launch.world_size > 1 else ALONE
+    tried = [launch.model_copy(update=dict(way)) for way in ways]
+    found = [(each, needed.bytes(each)) for each in tried]
+    return next((each for each in found if each[1] <= available), found[-1])
