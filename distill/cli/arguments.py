@@ -15,7 +15,6 @@ from distill.runs import todo
 from distill.runs.run_store import RunPaths
 from distill.spec import checks, schema, specfile
 from distill.spec.model import DataSpec, LaunchSpec, RunSpec, TeacherSpec, TrainStage, is_path
-from distill.spec.resolved import stage_teacher
 
 if TYPE_CHECKING:
     import torch
@@ -131,6 +130,8 @@ def _part(content: dict[str, object]) -> RunSpec:
 
 def teacher_of(student: Path) -> TeacherSpec:
     """The teacher in the spec of the student's run."""
+    from distill.teachers.of_students import stage_teacher
+
     spec, run = _spec_of(student, "--teacher")
     stage = spec.stages.get(student.name)
     found = stage_teacher(spec, stage, run / "students") if isinstance(stage, TrainStage) else spec.teacher

@@ -36,11 +36,12 @@ from distill.spec.model import (
     TeacherSpec,
     TrainStage,
 )
-from distill.spec.resolved import Resolved, stage_teacher, weak_teacher
+from distill.spec.resolved import Resolved, weak_teacher
 from distill.students import fitting, step_times
 from distill.students.fitted import FittedSolver
 from distill.teachers import LoadedTeacher
 from distill.teachers.dispatching import dispatched
+from distill.teachers.of_students import stage_teacher
 from distill.training.world import ALONE, World
 
 

@@ -136,11 +136,9 @@ def _teacher_name(spec: RunSpec, stage: TrainStage) -> str:
     if stage.teacher is not None:
         return f"the student of stage {stage.teacher}"
     assert spec.teacher is not None
-    return (
-        Path(spec.teacher.path).name
-        if isinstance(spec.teacher, CheckpointTeacher)
-        else f"{spec.teacher.kind} in closed form"
-    )
+    if isinstance(spec.teacher, CheckpointTeacher):
+        return Path(spec.teacher.path).name + spec.teacher.changes
+    return f"{spec.teacher.kind} in closed form"
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,12 @@ class CheckpointTeacher(FrozenModel):
         return is_hub_id(self.path)
 
     @property
+    def changes(self) -> str:
+        """What follows the name of its path in results: the subfolder and the LoRA, without paths of this machine."""
+        inside = "" if self.subfolder is None else f"/{self.subfolder}"
+        return inside + ("" if self.lora is None else f" with the LoRA {Path(self.lora).name}")
+
+    @property
     def where(self) -> str:
         """The folder or file in messages."""
         inside = "" if self.subfolder is None else f" with teacher.subfolder={self.subfolder}"

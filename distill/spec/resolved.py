@@ -145,21 +145,6 @@ def resolve_recipe(stage: TrainStage, base: Path, where: str = "options") -> Res
     return ResolvedRecipe(module, registry.configure(stage.recipe, module, stage.options, where))
 
 
-def stage_teacher(spec: RunSpec, stage: Stage, students: Path) -> TeacherSpec | None:
-    """The teacher of a stage: the student of another stage, exported below `students`, or the spec's; None if none."""
-    return spec.teacher if stage.teacher is None else student_as_teacher(students / stage.teacher, spec.teacher)
-
-
-def student_as_teacher(folder: Path, teacher: TeacherSpec | None) -> CheckpointTeacher:
-    """An exported student as a teacher: on samples of the same size, with the same conditions as the spec's teacher."""
-    if not isinstance(teacher, CheckpointTeacher):
-        return CheckpointTeacher(path=str(folder))
-    same = teacher.model_dump(include={"size", "conditions", "embedded_guidance", "vae"})
-    own = next((each for name in ("vae", "vqvae") if (each := Path(teacher.path) / name).is_dir()), None)
-    vae = same["vae"] or (None if own is None else str(own))
-    return CheckpointTeacher(path=str(folder), **{**same, "vae": vae})
-
-
 def weak_teacher(stage: Stage, students: Path) -> TeacherSpec | None:
     """The weak model of a stage with autoguidance: the student of another stage, or a checkpoint; None if none."""
     guidance = None if isinstance(stage, TrainStage) else stage.guidance

@@ -15,10 +15,10 @@ from distill.networks.flow_map import FlowMapStudent
 from distill.networks.velocity import VelocityStudent
 from distill.protocols import Codec, Conditioning
 from distill.spec.model import TeacherSpec
-from distill.spec.resolved import student_as_teacher
 from distill.students import native, native_folder
 from distill.teachers import checkpoint
 from distill.teachers.loaded import Packaging
+from distill.teachers.of_students import student_as_teacher
 
 Student = VelocityStudent | FlowMapStudent | AccelerationStudent
 KINDS: dict[str, type[Student]] = {

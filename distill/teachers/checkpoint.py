@@ -190,9 +190,7 @@ def _with_lora(
 def _name(spec: CheckpointTeacher) -> str:
     """The name of a teacher in results, which must not depend on its location: the hub id, or the folder's name."""
     name = Path(spec.path).name if Path(spec.path).exists() else spec.path
-    inside = "" if spec.subfolder is None else f"/{spec.subfolder}"
-    added = "" if spec.lora is None else f" with the LoRA {Path(spec.lora).name}"
-    return f"{name}{inside}{added}"
+    return name + spec.changes
 
 
 def _asked(spec: CheckpointTeacher, conditions: ConditionFile | None) -> dict[str, object]:

@@ -1,0 +1,43 @@
+"""Students as teachers: of later stages, and to be sampled."""
+
+from pathlib import Path
+
+from distill.core.errors import InputError
+from distill.spec.model import CheckpointTeacher, RunSpec, Stage, TeacherSpec
+from distill.teachers import files
+from distill.teachers.architectures import class_name, known
+from distill.teachers.convention import Convention
+from distill.teachers.layout import CONFIG
+from distill.teachers.read import parse
+
+
+def stage_teacher(spec: RunSpec, stage: Stage, students: Path) -> TeacherSpec | None:
+    """The teacher of a stage: the student of another stage, exported below `students`, or the spec's; None if none."""
+    return spec.teacher if stage.teacher is None else student_as_teacher(students / stage.teacher, spec.teacher)
+
+
+def student_as_teacher(folder: Path, teacher: TeacherSpec | None) -> CheckpointTeacher:
+    """An exported student as a teacher: on samples of the same size, with the same conditions as the spec's teacher.
+
+    It has the teacher's autoencoder, because none is exported with students.
+    """
+    if not isinstance(teacher, CheckpointTeacher):
+        return CheckpointTeacher(path=str(folder))
+    same = teacher.model_dump(include={"size", "conditions", "embedded_guidance", "vae"})
+    student = CheckpointTeacher(path=str(folder), **same)
+    return student if teacher.vae is not None else student.model_copy(update={"vae": _autoencoder(student, teacher)})
+
+
+def _autoencoder(student: CheckpointTeacher, teacher: CheckpointTeacher) -> str | None:
+    """The folder of the teacher's autoencoder; None if it has none, or if the teacher is no longer where it was.
+
+    InputError if the teacher is on the hub and cannot be reached, and the student needs its autoencoder.
+    """
+    try:
+        found = files.find(teacher, download=False).autoencoder
+    except InputError:
+        network = parse(files.find(student).model / CONFIG)
+        if teacher.is_of_hub and isinstance(known().get(str(class_name(network))), Convention):
+            raise
+        return None
+    return None if found is None or not found.is_dir() else str(found)
