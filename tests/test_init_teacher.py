@@ -5,6 +5,7 @@ from pathlib import Path
 
 import checkpoints
 import pytest
+import test_teacher_ldm
 import torch
 from commands import command
 from diffusers import DDPMScheduler
@@ -192,6 +193,12 @@ def test_recipes_that_do_not_fit_the_teacher(capfd, flux):
     with pytest.raises(InputError, match="needs real data, and this teacher makes videos, .* reflow/boss, reflow/caf"):
         drafted(flux, "score/dmd2", size=[9, 16, 16])
     assert list(drafted(flux, "reflow/reflow", size=[9, 16, 16]).spec.stages) == ["pairs", "reflow", "evaluate"]
+
+
+def test_latents_of_a_u_net_are_of_images(tmp_path):
+    made = drafted(write(tmp_path / "ldm", test_teacher_ldm.pipeline(4)), "score/dmd2")
+    assert (made.spec.data.size, made.spec.data.channels) == (16, 3)
+    assert made.spec.teacher.size is None  # its config gives the size
 
 
 def test_a_scheduler_that_is_not_known_is_to_do(unet, tmp_path):

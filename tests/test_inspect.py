@@ -5,6 +5,7 @@ from pathlib import Path
 
 import checkpoints
 import pytest
+import test_teacher_wan
 import torch
 from commands import command, snapshot
 from diffusers import DDPMScheduler
@@ -78,6 +79,16 @@ def test_the_facts_are_those_of_the_loaded_teacher(capfd, unet):
     assert found["parameters"] == sum(each.numel() for each in teacher.network.parameters())
     assert found["t_range"] == pytest.approx([0.009902, 0.993687], abs=1e-6)  # sigma/alpha of 0.01 and 157.4
     assert found["schedule"]["options"] == {"steps": 1000, "zero_snr": False}
+
+
+def test_two_networks_and_a_video(capfd, tmp_path):
+    network = test_teacher_wan.network
+    stock = test_teacher_wan.pipeline(transformer_2=network(1), boundary_ratio=0.875)
+    found = inspected(capfd, write(tmp_path / "wan", stock), "--size", "5,16,32")
+    assert [each["folder"] for each in found["networks"]] == ["transformer", "transformer_2"]
+    assert found["parameters"] == 2 * sum(each.numel() for each in network().parameters())
+    assert (found["shape"], found["size"]) == ([4, 2, 2, 4], [5, 16, 32])
+    assert found["guidance"]["words"] == "second call, scale 5"
 
 
 def test_it_is_shown_as_a_table(capfd, flux, unet):

@@ -75,13 +75,18 @@ def _rows(found: "distill.execution.inspecting.InspectedTeacher") -> list[list[s
     rows = [["network", found.network], ["pipeline", found.pipeline or "none: a single model folder"]]
     for each in found.networks:
         stored = ", ".join(f"{name} ({count:,} tensors)" for name, count in each.dtypes.items()) or "not downloaded"
-        rows.append([f"weights in {each.folder}", f"{each.parameters:,} parameters; stored: {stored}"])
+        rows.append(
+            [
+                "weights" if each.folder == "." else f"weights in {each.folder}",
+                f"{each.parameters:,} parameters; stored: {stored}",
+            ]
+        )
     rows += [["prediction", found.prediction or "not known"], ["schedule", _schedule(found)]]
     if found.t_range is not None:
         rows.append(["times (linear path)", f"{found.t_range[0]:.4g} (data) to {found.t_range[1]:.6g} (noise)"])
     rows.append(["sample", _by(found.shape)])
     if found.size:
-        rows.append(["size in pixels", _by(found.size) + (" (teacher.size sets another)" if found.is_latent else "")])
+        rows.append(["size in pixels", _by(found.size) + (" (teacher.size sets another)" if found.takes_size else "")])
     if (autoencoder := found.autoencoder) is not None:
         temporal, spatial = autoencoder.factors
         rows.append(["autoencoder", f"{autoencoder.name}: 1/{spatial} of each side, 1/{temporal} of the frames"])

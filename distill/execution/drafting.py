@@ -217,7 +217,7 @@ def _steps(recipe: ResolvedRecipe, content: Mapping[str, Any], student: str) -> 
 
 def _teacher(given: CheckpointTeacher, teacher: InspectedTeacher) -> dict[str, Any]:
     found: dict[str, Any] = {"kind": "diffusers", "path": given.path}
-    if teacher.is_latent:
+    if teacher.takes_size:
         found["size"] = list(teacher.size)
     if "conditions" in teacher.to_set:
         found["conditions"] = f"{_run_name(given, 'conditions')}.safetensors"

@@ -75,7 +75,8 @@ class InspectedTeacher:
     conditions: the shape of each field for one sample, in which None is any length; or the number of classes.
     t_range: times of the linear path for which the network was trained; None: the schedule is not known.
     memory: bytes. to_set: options of the teacher that must, or may, be set in a spec.
-    sizes: number of elements of each parameter.
+    takes_size: whether teacher.size sets the size of its samples. recomputes: whether its activations can be
+    recomputed. sizes: number of elements of each parameter.
     """
 
     path: str
@@ -96,6 +97,7 @@ class InspectedTeacher:
     memory: Mapping[str, int]
     to_set: Mapping[str, str]
     is_latent: bool
+    takes_size: bool
     recomputes: bool
     sizes: Sequence[int]
 
@@ -154,7 +156,8 @@ def inspect(spec: CheckpointTeacher) -> InspectedTeacher:
         license=checkpoint.license_of(parts.root, parts.student),
         memory=_memory(sizes),
         to_set=to_set,
-        is_latent=isinstance(facts.architecture, Convention),
+        is_latent=isinstance(facts.architecture, Convention) or codec is not None,
+        takes_size=isinstance(facts.architecture, Convention),
         recomputes=bool(facts.network_class._supports_gradient_checkpointing),
         sizes=sizes,
     )
@@ -252,8 +255,8 @@ def _guidance(spec: CheckpointTeacher, facts: Facts, conditioning: Conditioning 
     embedded = None
     if "guidance" in architecture.constants(facts.content, asked):
         embedded = architecture.embedded_guidance if spec.embedded_guidance is None else spec.embedded_guidance
-    words = overview.guidance(architecture, embedded=embedded)
-    return InspectedGuidance(words, architecture.scale_of(facts.content), embedded, has_null)
+    scale = architecture.scale_of(facts.content)
+    return InspectedGuidance(overview.guidance(architecture, scale, embedded), scale, embedded, has_null)
 
 
 def _memory(sizes: Sequence[int]) -> dict[str, int]:

@@ -97,9 +97,10 @@ def load(spec: CheckpointTeacher, device: torch.device, dtype: torch.dtype) -> T
         )
     index = parse(parts.pipeline / INDEX)
     for name in loaded:
-        _refuse(parts.pipeline, name, *index[name])
+        _refuse(spec, parts.pipeline, name, *index[name])
     kept = [*loaded, *({"scheduler"} & set(parts.components))]
-    pipeline_class, variant = getattr(diffusers, parts.pipeline_class), _variant(parts.pipeline, loaded)
+    pipeline_class = getattr(diffusers, parts.pipeline_class or convention.pipeline_of(facts.content))
+    variant = _variant(parts.pipeline, loaded, spec.variant)
     needed = [each.name for each in signature(pipeline_class).parameters.values() if each.default is Parameter.empty]
     left_out = {name: None for name in (*needed, *parts.components) if name not in kept}
     try:
@@ -131,11 +132,12 @@ def _without_bars() -> Iterator[None]:
             each.enable_progress_bar()
 
 
-def _refuse(pipeline: Path, name: str, library: str, class_name: str) -> None:
+def _refuse(spec: CheckpointTeacher, pipeline: Path, name: str, library: str, class_name: str) -> None:
     """InputError if a component is missing, or has code of its own."""
     folder, module = pipeline / name, f"diffusers.pipelines.{library}"
     if not folder.is_dir():
-        raise InputError(f"{pipeline} has no folder {name}; copy or download the whole pipeline")
+        how = f": hf download {spec.path}" if spec.is_of_hub else ""
+        raise InputError(f"{pipeline} has no folder {name}; copy or download the whole pipeline{how}")
     ours = library in LIBRARIES or (library.isidentifier() and importlib.util.find_spec(module) is not None)
     if not ours or any(folder.glob("*.py")):
         raise InputError(
@@ -144,12 +146,13 @@ def _refuse(pipeline: Path, name: str, library: str, class_name: str) -> None:
         )
 
 
-def _variant(pipeline: Path, loaded: Sequence[str]) -> str | None:
-    """The variant of the weights, if a text encoder has none without a variant."""
+def _variant(pipeline: Path, loaded: Sequence[str], wanted: str | None) -> str | None:
+    """The variant of the weights: the wanted one, or any if a text encoder has none without a variant."""
     for name in loaded:
         found = [match for path in (pipeline / name).iterdir() if (match := WEIGHTS.fullmatch(path.name)) is not None]
-        if found and all(match["variant"] for match in found):
-            return found[0]["variant"]
+        variants = [match["variant"] for match in found]
+        if variants and (wanted in variants or None not in variants):
+            return wanted if wanted in variants else variants[0]
     return None
 
 

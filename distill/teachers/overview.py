@@ -63,7 +63,7 @@ def _row(found: Architecture | Convention) -> SupportedTeacher:
             found.pipelines,
             found.prediction,
             found.conditions,
-            guidance(found, embedded=found.embedded_guidance),
+            guidance(found, found.guidance_scale, found.embedded_guidance),
         )
     others = {each.__name__ for kind, members in NETWORKS.items() if kind != "velocity" for each in members}
     names = [name for name in architectures.names_of(found) if name not in others]  # students, which are no teachers
@@ -72,16 +72,16 @@ def _row(found: Architecture | Convention) -> SupportedTeacher:
     return SupportedTeacher(", ".join(names), names, (), "", "", "")
 
 
-def guidance(convention: Convention, *, embedded: float | None) -> str:
-    """How the pipelines of a convention are guided by default, in words, with the scale in u + scale (c - u).
+def guidance(convention: Convention, scale: float, embedded: float | None) -> str:
+    """How the pipelines of a convention are guided by default, in words.
 
-    embedded: the scale that the network takes as an input; None: it takes none.
+    scale: in u + scale (c - u). embedded: the scale that the network takes as an input; None: it takes none.
     """
     found = []
     if embedded is not None:
         found.append(f"embedded scale {embedded:g}")
-    if convention.guidance_scale != 1:
+    if scale != 1:
         name = getattr(convention.combine, "__name__", "a form of its own").replace("_", " ")
         form = "" if convention.combine is cfg else f", {name}"
-        found.append(f"second call, scale {convention.guidance_scale:g}{form}")
+        found.append(f"second call, scale {scale:g}{form}")
     return "; ".join(found) or "none"

@@ -28,8 +28,8 @@ class UNet:
         FlowMapUNet2DModel,
         AccelerationUNet2DModel,
     )
-    title: str = "pixel-space U-Nets"
-    pipelines: tuple[str, ...] = ("any with only a scheduler and a unet",)
+    title: str = "U-Nets of images (DDPM) or their latents (LDM)"
+    pipelines: tuple[str, ...] = ("any with only scheduler and unet, or also vqvae",)
     prediction: str = "epsilon, sample, v_prediction, velocity"
     conditions: str = "class labels, or none"
     guidance: str = "second call, if there is a null class"
