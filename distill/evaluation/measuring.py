@@ -244,7 +244,8 @@ class _Work:
     def _samples(self, plan: Plan) -> Block:
         """All samples of a row, and the mean seconds per sample."""
         network, block = self._network(plan), self.stage.block
-        few = self._method(shortest(plan))
+        # A fitted student has weights for certain numbers of steps only.
+        few = self._method(plan if isinstance(network, LoadedStudent) and network.fitted else shortest(plan))
         for _ in blocks(few, network, seed=self.seed, count=1, block=block, device=self.device):
             pass  # warm-up: allocations and the choice of kernels are not part of the measured time
         method, before = self._method(plan), self.progress.done

@@ -38,6 +38,11 @@ def refuse(folder: Path, card: StudentCard) -> None:
 
     The sha256 of each file must have been verified before.
     """
+    if card.network:
+        raise InputError(
+            f"{folder.name} has the network class of its teacher's pipeline ({card.network}); such students cannot be "
+            "published or pulled yet: copy the folder instead"
+        )
     for name in card.files:
         try:
             _refuse(folder / name, name, card)
