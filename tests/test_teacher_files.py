@@ -111,6 +111,8 @@ def test_a_subfolder_is_the_teacher_of_its_path(folder, tmp_path):
     refused(tmp_path, f"teacher.path={tmp_path} with teacher.subfolder=outer has neither", subfolder="outer")
     with pytest.raises(ValidationError, match=r"must be a relative path without \. and \.\."):
         CheckpointTeacher(path="x", subfolder="../b")
+    with pytest.raises(ValidationError, match="must be 1 to 64 letters, digits or _"):
+        CheckpointTeacher(path="x", variant="fp-16")
 
 
 def test_options_that_do_not_fit_the_path_are_refused(folder):

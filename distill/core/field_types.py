@@ -27,6 +27,12 @@ def _below(text: str) -> str:
     return text
 
 
+def _variant(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_]{1,64}", text):
+        raise PydanticCustomError("not_a_variant", "must be 1 to 64 letters, digits or _")
+    return text
+
+
 LINE = 1000  # characters
 Line = Annotated[str, Field(max_length=LINE), AfterValidator(_one_line)]
 """Text that may be inserted into a script, a log or a message, where a line break would start a new line."""
@@ -35,6 +41,7 @@ ScriptLine = Annotated[str, Field(max_length=100_000), AfterValidator(_one_line)
 Label = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_one_line)]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+VariantName = Annotated[str, AfterValidator(_variant)]
 Below = Annotated[str, AfterValidator(_below)]
 """A relative path that stays below its folder."""
 Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]

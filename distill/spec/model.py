@@ -25,6 +25,7 @@ from distill.core.field_types import (
     Processes,
     Samples,
     ScriptLine,
+    VariantName,
 )
 from distill.spec.apportion import rows_by_share
 from distill.spec.dataspec import DataSpec, DigitsData, HfData, ImageOptions, ImagesData, MnistData, NoData  # noqa: F401  (they are parts of the spec)
@@ -72,7 +73,7 @@ class CheckpointTeacher(FrozenModel):
     subfolder: Below | None = None
     """folder inside `path`, or inside the repository of a hub id, that holds the pipeline or the model; null: `path`
     itself"""
-    variant: Annotated[str, Field(pattern="^[A-Za-z0-9_]{1,64}$")] | None = None
+    variant: VariantName | None = None
     """variant of the weights, like fp16; null: the plain weights, else fp32, fp16 or bf16, else the only variant"""
     config: str | None = None
     """for a single file as `path`: folder of the diffusers pipeline or model with the same config.json"""
