@@ -3,10 +3,10 @@
 from distill.core.errors import InputError
 from distill.core.text import short
 
-DRAWS = 2
+DRAWS = 3
 """Version of the random numbers in training (`draws.StepDraw`). A training must use one version from start to end."""
 
-LAST_WITH = {1: "0.1.0"}  # version of the random numbers -> the last version of distill that uses it
+LAST_WITH = {1: "0.1.0", 2: "0.2.0"}  # version of the random numbers -> the last version of distill that uses it
 
 
 def require_same_draws(found: object, what: str) -> None:

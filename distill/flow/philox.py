@@ -45,7 +45,7 @@ def normal(seed: int, rows: range, count: int, device: torch.device) -> Tensor:
     """Standard normal numbers [len(rows), count] float32 on `device`: the Box-Muller transform of `uniform`."""
     half = (count + 1) // 2
     u = uniform(seed, rows, 2 * half, device)
-    radius = _minus_two_log(1 - u[:, :half]).sqrt_()
+    radius = _sqrt(_minus_two_log(1 - u[:, :half]))
     r = u[:, half:] - 0.5  # the angle is 2 pi r
     y = r * r
     sin, cos = _polynomial(y, SIN).mul_(r), _polynomial(y, COS)  # of half the angle, pi r
@@ -61,6 +61,15 @@ def _minus_two_log(w: Tensor) -> Tensor:
     m = (bits - (e << 23)).view(torch.float32)
     s = (m - 1) / (m + 1)  # ln m = 2 atanh(s)
     return _polynomial(s * s, ATANH).mul_(s).mul_(-4.0).sub_(e.to(torch.float32).mul_(2 * LN2))
+
+
+def _sqrt(x: Tensor) -> Tensor:
+    """The correctly rounded square root of float32 numbers.
+
+    On Intel CPUs, PyTorch computes square roots of long vectors with a library (MKL) whose last bit may be wrong. In
+    float64, that is too small to change the result after rounding to float32.
+    """
+    return x.double().sqrt_().to(torch.float32)
 
 
 def _polynomial(y: Tensor, coefficients: tuple[float, ...]) -> Tensor:
