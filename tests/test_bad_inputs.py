@@ -331,7 +331,7 @@ def test_resume_of_a_run_with_other_random_numbers(capfd, tmp_path, record, vers
     able = "a newer version of distill" if remedy == "newer" else f"distill {remedy}"
     said = (
         f"run 'one' was started with version {version} of the random numbers for training, but this distill uses "
-        f"version 2 and would train a different student. Resume it with {able}, or start another run"
+        f"version {DRAWS} and would train a different student. Resume it with {able}, or start another run"
     )
     refuse(capfd, tmp_path, ["run", "one", "--resume"], said)
     refuse(capfd, tmp_path, ["run", "digits", "--name", "one", "--resume"], said)
