@@ -242,7 +242,12 @@ DDPM, FLOW, EDM = "DDPMScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerS
     [
         # classes: no near names among what is something else altogether
         ("EulerDiscrete", {}, "scheduler class EulerDiscrete is not supported; valid: DDIMParallelScheduler, "),
-        ("IPNDMScheduler", {}, "scheduler class IPNDMScheduler is not supported; valid: "),
+        (
+            "IPNDMScheduler",
+            {},
+            "scheduler class IPNDMScheduler is not supported, because its networks predict by a rule of their own; valid: ",
+        ),
+        ("OtherScheduler", {}, "scheduler class OtherScheduler is not supported; valid: "),
         (["DDPMScheduler"], {}, "scheduler class ['DDPMScheduler'] is not supported"),
         ("\x1b[31mX\n" + "x" * 500, {}, "scheduler class \ufffd[31mX xxx"),
         # what changes the path

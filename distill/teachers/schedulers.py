@@ -157,6 +157,16 @@ KINDS: Mapping[str, SchedulerKind] = {
     "EDMEulerScheduler": SchedulerKind("edm", EDM),
     "ScoreSdeVeScheduler": SchedulerKind("ve", VE, sigmas=(0.01, 1348.0)),
 }
+REASONS: Mapping[str, str] = {  # why networks of other classes are no teachers here
+    "CMStochasticIterativeScheduler": "its networks are consistency models, which jump to data: no velocity fields",
+    "SCMScheduler": "its networks are students of the TrigFlow path: no teachers",
+    "CogVideoXDDIMScheduler": "it shifts the table of betas (snr_shift_scale)",
+    "CogVideoXDPMScheduler": "it shifts the table of betas (snr_shift_scale)",
+    "DDPMWuerstchenScheduler": "its networks take the time as a ratio, on a table of their own",
+    "IPNDMScheduler": "its networks predict by a rule of their own",
+    "UnCLIPScheduler": "its networks belong to two stages, a prior and a decoder",
+    "CosineDPMSolverMultistepScheduler": "its networks take 2/pi atan(sigma) as the time",
+}
 PREDICTIONS: Mapping[Family, tuple[Prediction, ...]] = {
     "vp": ("epsilon", "sample", "v_prediction"),
     "linear": ("velocity",),
@@ -224,9 +234,10 @@ def read(path: Path, *, strict: bool = True) -> Schedule:
     config = parse(path)
     name = config.get("_class_name")
     if not isinstance(name, str) or name not in KINDS:
+        reason = f", because {REASONS[name]}" if isinstance(name, str) and name in REASONS else ""
         raise InputError(
-            f"{path}: scheduler class {short(str(name))} is not supported; valid: {classes()}. Set teacher.scheduler "
-            "to the folder of a scheduler that describes how the network was trained"
+            f"{path}: scheduler class {short(str(name))} is not supported{reason}; valid: {classes()}. Set "
+            "teacher.scheduler to the folder of a scheduler that describes how the network was trained"
         )
     kind, options = KINDS[name], _options(config, path, strict)
     for flag in FLAGS:
