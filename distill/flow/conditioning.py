@@ -47,12 +47,18 @@ class ConditionTable:
     """Conditions that were computed beforehand, such as embeddings of prompts: index i has row i of each tensor.
 
     rows: [count, ...] by field. null_rows: [1, ...] by field, of the null condition; None: there is none.
-    constants: [...] by field, equal for all samples.
+    constants: [...] by field, equal for all samples. dtypes: by field, the data type that the network takes, to which
+    rows are converted when they are used; a field that is not named has the data type of its rows.
     """
 
     rows: Mapping[str, Tensor]
     null_rows: Mapping[str, Tensor] | None = None
     constants: Mapping[str, Tensor] = field(default_factory=dict)
+    dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    _placed: dict[torch.device, tuple[dict[str, Tensor], dict[str, Tensor]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """the null row and the constants on each device where they were used"""
 
     @property
     def count(self) -> int:
@@ -64,17 +70,29 @@ class ConditionTable:
 
     def collate(self, indices: Tensor) -> Cond:
         rows = indices.cpu()
-        found = {name: each[rows].to(indices.device) for name, each in self.rows.items()}
-        return found | self._constants(len(indices), indices.device)
+        found = {name: each[rows].to(indices.device, self._dtype(name, each)) for name, each in self.rows.items()}
+        return found | _repeated(self._on(indices.device)[1], len(indices))
 
     def null(self, cond: Cond) -> Cond:
         assert self.null_rows is not None
         like = next(iter(cond.values()))
-        found = {name: each.to(like.device).expand(len(like), *each.shape[1:]) for name, each in self.null_rows.items()}
-        return found | self._constants(len(like), like.device)
+        null, constants = self._on(like.device)
+        return _repeated(null, len(like)) | _repeated(constants, len(like))
 
-    def _constants(self, count: int, device: torch.device) -> dict[str, Tensor]:
-        return {name: each.to(device).expand(count, *each.shape) for name, each in self.constants.items()}
+    def _dtype(self, name: str, rows: Tensor) -> torch.dtype:
+        return self.dtypes.get(name, rows.dtype)
+
+    def _on(self, device: torch.device) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The null row and the constants on a device, which each guided call uses. They are copied to it once."""
+        if device not in self._placed:
+            null = {name: each[0].to(device, self._dtype(name, each)) for name, each in (self.null_rows or {}).items()}
+            self._placed[device] = (null, {name: each.to(device) for name, each in self.constants.items()})
+        return self._placed[device]
+
+
+def _repeated(tensors: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Each tensor [...] as [count, ...], without a copy."""
+    return {name: each.expand(count, *each.shape) for name, each in tensors.items()}
 
 
 def of_classes(num_classes: int | None, null_class: int | None) -> Conditioning:

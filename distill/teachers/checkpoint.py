@@ -303,11 +303,12 @@ def _called(
         return field(x, t, cond)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:
         tried = "" if x.shape[1:] == shape else f" (tried: {list(x.shape[1:])})"
+        files = "its config.json" + ("" if spec.conditions is None else f", or the conditions in {spec.conditions}")
         raise InputError(
             f"teacher.path={spec.path}: its network cannot be called with a sample of shape {list(shape)}{tried}: "
-            f"{short(str(error), 200)}; correct its config.json"
+            f"{short(str(error), 200)}; correct {files}"
         ) from error
 
 

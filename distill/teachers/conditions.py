@@ -44,7 +44,10 @@ class ConditionFile:
     digest: str
 
     def check(self, fields: Mapping[str, Wanted], optional: Mapping[str, Tensor]) -> None:
-        """InputError unless the file has these fields, in these shapes. optional: fields that have another source."""
+        """InputError unless the file has these fields, in these shapes. optional: fields that have another source.
+
+        A row of an optional field has the shape and data type of the tensor in `optional`.
+        """
         missing = [name for name in fields if name not in self.rows and name not in optional]
         unknown = [name for name in self.rows if name not in fields and name not in optional]
         for what, names in {"missing": missing, "unknown": unknown}.items():
@@ -53,10 +56,26 @@ class ConditionFile:
                     f"{self.path} does not fit the teacher's network: {what} {', '.join(map(short, names))}; valid: "
                     f"{', '.join([*fields, *(name for name in optional if name not in fields)])}"
                 )
-        for name, wanted in fields.items():
+        for name, wanted in {**optional, **fields}.items():
             for table in (self.rows, self.null_rows or {}):
                 if name in table:
                     self._check(name, table[name], wanted)
+        self._check_lengths(fields)
+
+    def _check_lengths(self, fields: Mapping[str, Wanted]) -> None:
+        """InputError unless the sides of any length are equal in all fields: they are the tokens of one prompt."""
+        found = {
+            name: side
+            for name, wanted in fields.items()
+            if name in self.rows
+            for side, given in zip(self.rows[name].shape[1:], wanted.shape, strict=True)
+            if given is None
+        }
+        if len(set(found.values())) > 1:
+            raise InputError(
+                f"{self.path}: the fields have different numbers of tokens: "
+                f"{', '.join(f'{name} {side}' for name, side in found.items())}; valid: the same number in each"
+            )
 
     def _check(self, name: str, tensor: Tensor, wanted: Wanted) -> None:
         found, shape = tuple(tensor.shape[1:]), wanted.shape

@@ -25,7 +25,10 @@ Weights = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class CondField:
-    """One tensor of a condition: its shape for one sample, in which None is any length, such as a number of tokens."""
+    """One tensor of a condition: its shape for one sample, in which None is the number of tokens of a prompt.
+
+    All tensors of a condition have the same number of tokens.
+    """
 
     shape: tuple[int | None, ...]
     dtype: torch.dtype = torch.float32
@@ -95,14 +98,29 @@ class Convention:
                 "file with embeddings of prompts; `distill encode TEACHER PROMPTS.txt` makes one"
             )
         constants = self.constants(config, asked)
+        given = asked.conditions
+        if asked.null_class is not None:
+            raise InputError(
+                f"teacher.null_class={asked.null_class} has no effect: this network ({path}) is conditioned on "
+                "prompts, not on classes; remove it"
+            )
         if asked.embedded_guidance is not None and "guidance" not in constants:
             raise InputError(
                 f"teacher.embedded_guidance has no effect: this network ({path}) does not take the guidance scale as "
                 "an input; remove it"
             )
-        asked.conditions.check(fields, constants)
-        given = asked.conditions
-        return ConditionTable(given.rows, given.null_rows, {k: v for k, v in constants.items() if k not in given.rows})
+        if asked.embedded_guidance is not None and "guidance" in given.rows:
+            raise InputError(
+                f"teacher.embedded_guidance={asked.embedded_guidance:g} has no effect: {given.path} has the guidance "
+                "scale of each row, in its field `guidance`; remove one of both"
+            )
+        given.check(fields, constants)
+        return ConditionTable(
+            given.rows,
+            given.null_rows,
+            {name: each for name, each in constants.items() if name not in given.rows},
+            {name: each.dtype for name, each in {**constants, **fields}.items()},
+        )
 
     def pipeline_of(self, config: Config) -> str:
         """The pipeline class for a network whose folder does not name one."""

@@ -146,8 +146,9 @@ def _parts(spec: CheckpointTeacher, folder: Path, where: str, single: Path | Non
     found = next((path for path in (near / SCHEDULER for near in nearby) if _there(path)), None)
     facts = root / STUDENT
     student = checked(StudentFacts, parse(facts), facts) if _there(facts) else StudentFacts()
-    named = "" if pipeline is None else parse(pipeline / INDEX).get("_class_name")
-    # The pipelines of students that this package exports are named by a list: their own file and its class.
+    named = None if pipeline is None else parse(pipeline / INDEX).get("_class_name")
+    if pipeline is not None and not _there(pipeline / STUDENT):
+        _refuse_code(where, pipeline, named)
     return Parts(
         folder=folder,
         root=root,
@@ -161,6 +162,19 @@ def _parts(spec: CheckpointTeacher, folder: Path, where: str, single: Path | Non
         components=parts,
         is_student=_there(facts),
     )
+
+
+def _refuse_code(where: str, pipeline: Path, named: object) -> None:
+    """InputError if a pipeline has code of its own. Its class is then named by a list: the file and the class.
+
+    Students that this package exports have such pipelines too. How their networks are called is known.
+    """
+    if named is not None and not isinstance(named, str):
+        raise InputError(
+            f"{where}: the pipeline {pipeline} has code of its own ({INDEX}: _class_name={short(repr(named))}), which "
+            "is not run, so it is not known how it calls its network. If it does so as a pipeline of diffusers, copy "
+            f"the folder without {INDEX}, and give the network's folder in the copy as teacher.path"
+        )
 
 
 def _refuse_half(
