@@ -415,6 +415,19 @@ def test_the_network_of_a_latent_pipeline_is_no_pixel_teacher(folder, tmp_path, 
     refused(".", "a pipeline with the components scheduler, unet, vae")
 
 
+def test_a_pipeline_with_code_of_its_own_is_refused(folder):
+    edit(folder / "model_index.json", _class_name=["pipeline", "MyPipeline"])
+    said = (
+        f"the pipeline {folder} has code of its own (model_index.json: _class_name=['pipeline', 'MyPipeline']), which "
+        "is not run, so it is not known how it calls its network. If it does so as a pipeline of diffusers, copy the "
+        "folder without model_index.json, and give the network's folder in the copy as teacher.path"
+    )
+    for each in (folder, folder / "unet"):
+        refused(each, f"teacher.path={each}: {said}")
+    (folder / "model_index.json").unlink()
+    load(folder / "unet")  # as the message says
+
+
 def test_the_network_of_a_student_folder_is_that_student(tmp_path):
     folder = write(tmp_path, unet(4), FlowMatchEulerDiscreteScheduler())
     facts = {"kind": "velocity", "null_class": 3, "guidance_scale": 2.5, "license": "mit"}
