@@ -142,10 +142,10 @@ def described(file: Path, given: Path | None) -> Target:
         )
     content = parse(path)
     name = architectures.class_name(content)
-    if name in architectures.known():
-        network_class = architectures.class_of(str(name))
-    elif name in codecs.KINDS:
-        network_class = getattr(diffusers, str(name))
+    if isinstance(name, str) and name in architectures.known():
+        network_class = architectures.class_of(name)
+    elif isinstance(name, str) and name in codecs.KINDS:
+        network_class = getattr(diffusers, name)
     else:
         valid = suggest(short(str(name)), [*architectures.known(), *codecs.KINDS])
         raise InputError(f"{path}: network class {short(str(name))} is not supported; {valid}")

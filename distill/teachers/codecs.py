@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from distill.core.errors import InputError
 from distill.teachers import files, weights
 from distill.teachers.layout import CONFIG
-from distill.teachers.read import Config, parse, short
+from distill.teachers.limits import NetworkLimits
+from distill.teachers.read import Config, checked, parse, short
 
 
 @dataclass(frozen=True)
@@ -77,11 +78,12 @@ class LatentCodec:
         """InputError if the autoencoder in this folder is of an unknown class, or its options are damaged."""
         config = parse(folder / CONFIG)
         name = config.get("_class_name")
-        if name not in KINDS:
+        if not isinstance(name, str) or name not in KINDS:
             raise InputError(
                 f"{folder / CONFIG}: autoencoder class {short(str(name))} is not supported; valid: {', '.join(KINDS)}"
             )
-        codec = cls(folder, config, KINDS[str(name)], variant)
+        checked(NetworkLimits, config, folder / CONFIG)
+        codec = cls(folder, config, KINDS[name], variant)
         try:
             assert all(each >= 1 for each in codec.factors)
         except (TypeError, AssertionError, AttributeError) as error:

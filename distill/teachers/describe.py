@@ -197,7 +197,8 @@ def _schedule(spec: CheckpointTeacher, chosen: Path, own: Path | None) -> Schedu
     told = parse(own)
     predicted = told.get("prediction_type")
     predicted = "velocity" if predicted == "flow_prediction" else predicted
-    if (name := told.get("_class_name")) in schedulers.KINDS:
+    name = told.get("_class_name")
+    if isinstance(name, str) and name in schedulers.KINDS:
         before = schedulers.read(own, strict=False)
         predicted = before.prediction
         if before.family != schedule.family:

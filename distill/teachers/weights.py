@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distill.core.errors import InputError
-from distill.teachers.read import Config, short, unreadable
+from distill.teachers.limits import NetworkLimits
+from distill.teachers.read import Config, checked, short, unreadable
 from distill.teachers.variants import MERGE
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of floating-point dtypes
@@ -112,6 +113,8 @@ def shapes(folder: Path, config: Config, network_class: type[ModelMixin]) -> dic
 
 
 def _built(folder: Path, config: Config, network_class: type[ModelMixin]) -> ModelMixin:
+    if network_class.__module__.startswith("diffusers."):
+        checked(NetworkLimits, config, folder / "config.json")
     known = inspect.signature(network_class.__init__).parameters
     own = {key: value for key, value in config.items() if key in known or key == "_class_name"}
     try:

@@ -25,13 +25,15 @@ REFUSED = {
     "encoder_hid_dim_type": "another projection of the embedding, as in Kolors, Kandinsky and DeepFloyd IF",
 }
 
+Levels = Annotated[Sequence[Size], Field(min_length=1, max_length=16)]
+
 
 class _Config(Read):
     sample_size: Side | Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
     in_channels: Size = 4
     out_channels: Size = 4
-    block_out_channels: Annotated[list[Size] | tuple[Size, ...], Field(min_length=1)] = (320, 640, 1280, 1280)
-    cross_attention_dim: Size | Annotated[list[Size] | tuple[Size, ...], Field(min_length=1)] = 1280
+    block_out_channels: Levels = (320, 640, 1280, 1280)
+    cross_attention_dim: Size | Levels = 1280
     time_embedding_type: ShortText = "positional"
     time_embedding_dim: Size | None = None
     addition_embed_type: ShortText | None = None
@@ -98,7 +100,10 @@ class UNetCondition(Convention):
     def layers(self, network: nn.Module) -> Sequence[str]:
         """The names of the blocks: down_blocks.0, ..., mid_block, up_blocks.0, ..."""
         names = [name for name, _ in network.named_modules()]
-        down, up = ([n for n in names if n.startswith(part) and n.count(".") == 1] for part in ("down_blo", "up_blo"))
+        down, up = (
+            [name for name in names if name.startswith(part) and name.count(".") == 1]
+            for part in ("down_blocks.", "up_blocks.")
+        )
         return [*down, *(["mid_block"] if "mid_block" in names else []), *up]
 
     def time_layers(self, network: nn.Module) -> Sequence[str]:
