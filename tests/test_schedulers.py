@@ -245,7 +245,7 @@ DDPM, FLOW, EDM = "DDPMScheduler", "FlowMatchEulerDiscreteScheduler", "EDMEulerS
         (
             "IPNDMScheduler",
             {},
-            "scheduler class IPNDMScheduler is not supported, because its networks predict by a rule of their own; valid",
+            "scheduler class IPNDMScheduler is not supported, because its networks predict by a rule of their own",
         ),
         ("OtherScheduler", {}, "scheduler class OtherScheduler is not supported; valid: "),
         (["DDPMScheduler"], {}, "scheduler class ['DDPMScheduler'] is not supported"),
