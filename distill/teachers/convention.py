@@ -143,11 +143,14 @@ class Convention:
         return ["time_text_embed"]
 
     def time_width(self, config: Config) -> int:
-        raise NotImplementedError
+        """The channels of what these modules make. config: of the network, with all defaults."""
+        width: int = config["num_attention_heads"] * config["attention_head_dim"]
+        return width
 
     def with_velocity(self, config: Config) -> Config:
         """The config of a network that takes (x_t, velocity), joined along the channels, in place of x_t."""
-        raise NotImplementedError
+        channels = config["in_channels"]
+        return {**config, "in_channels": 2 * channels, "out_channels": config.get("out_channels") or channels}
 
     def widened(self, config: Config, weights: Weights, wider: Weights) -> dict[str, Tensor]:
         """Weights for the network of `with_velocity` with which it computes the same as the network, for any velocity.

@@ -42,14 +42,6 @@ class AuraFlow(Convention):
     def time_layers(self, network: nn.Module) -> Sequence[str]:
         return ["time_step_proj"]
 
-    def time_width(self, config: Config) -> int:
-        own = _Config.model_validate(config)
-        return own.num_attention_heads * own.attention_head_dim
-
-    def with_velocity(self, config: Config) -> Config:
-        own = _Config.model_validate(config)
-        return {**config, "in_channels": 2 * own.in_channels, "out_channels": own.out_channels}
-
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         output: Tensor = network(
             hidden_states=x_t,

@@ -57,10 +57,6 @@ class Chroma(Convention):
         own = _Config.model_validate(config)
         return own.num_attention_heads * own.attention_head_dim
 
-    def with_velocity(self, config: Config) -> Config:
-        own = _Config.model_validate(config)
-        return {**config, "in_channels": 2 * own.in_channels, "out_channels": own.channels}
-
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         text, tokens, (height, width) = cond["encoder_hidden_states"], packed(x_t), x_t.shape[-2:]
         output = network(

@@ -89,10 +89,6 @@ class CogView4(Convention):
         own = _Config.model_validate(config)
         return own.num_attention_heads * own.attention_head_dim
 
-    def with_velocity(self, config: Config) -> Config:
-        own = _Config.model_validate(config)
-        return {**config, "in_channels": 2 * own.in_channels, "out_channels": own.out_channels}
-
     def settled(self, network: nn.Module) -> None:
         for block in network.transformer_blocks:
             block.attn1.set_processor(PaddedText())

@@ -60,10 +60,6 @@ class DiT(Convention):
         """Each block embeds the time and the class by itself."""
         return [f"{name}.norm1.emb" for name in self.layers(network)]
 
-    def time_width(self, config: Config) -> int:
-        own = _Config.model_validate(config)
-        return own.num_attention_heads * own.attention_head_dim
-
     def with_velocity(self, config: Config) -> Config:
         """The output is as wide as before; `call` takes its first half."""
         channels = 2 * _Config.model_validate(config).in_channels

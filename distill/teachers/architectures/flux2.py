@@ -50,14 +50,6 @@ class Flux2(Convention):
     def time_layers(self, network: nn.Module) -> Sequence[str]:
         return ["time_guidance_embed"]
 
-    def time_width(self, config: Config) -> int:
-        own = _Config.model_validate(config)
-        return own.num_attention_heads * own.attention_head_dim
-
-    def with_velocity(self, config: Config) -> Config:
-        own = _Config.model_validate(config)
-        return {**config, "in_channels": 2 * own.in_channels, "out_channels": own.channels}
-
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         text, (height, width) = cond["encoder_hidden_states"], x_t.shape[-2:]
         # Positions are (image, row, column, token of the text).

@@ -58,14 +58,6 @@ class Ltx(Convention):
     def time_layers(self, network: nn.Module) -> Sequence[str]:
         return ["time_embed.emb.timestep_embedder"]
 
-    def time_width(self, config: Config) -> int:
-        own = _Config.model_validate(config)
-        return own.num_attention_heads * own.attention_head_dim
-
-    def with_velocity(self, config: Config) -> Config:
-        own = _Config.model_validate(config)
-        return {**config, "in_channels": 2 * own.in_channels, "out_channels": own.channels}
-
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         frames, height, width = x_t.shape[2:]
         pixels = cond["video_size"].float().unbind(1)  # frames, height, width, each [B]

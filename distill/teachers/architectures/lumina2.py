@@ -71,10 +71,6 @@ class Lumina2(Convention):
     def critic_width(self, config: Config) -> int:
         return _Config.model_validate(config).hidden_size
 
-    def with_velocity(self, config: Config) -> Config:
-        own = _Config.model_validate(config)
-        return {**config, "in_channels": 2 * own.in_channels, "out_channels": own.channels}
-
     def widened(self, config: Config, weights: Weights, wider: Weights) -> dict[str, Tensor]:
         """The channels are the last dimension of a patch."""
         name, patch = "x_embedder.weight", _Config.model_validate(config).patch_size

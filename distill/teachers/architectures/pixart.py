@@ -63,10 +63,6 @@ class PixArt(Convention):
     def time_layers(self, network: nn.Module) -> Sequence[str]:
         return ["adaln_single.emb"]
 
-    def time_width(self, config: Config) -> int:
-        own = _Config.model_validate(config)
-        return own.num_attention_heads * own.attention_head_dim
-
     def with_velocity(self, config: Config) -> Config:
         """The output is as wide as before; `call` takes its first half."""
         channels = 2 * _Config.model_validate(config).in_channels

@@ -73,14 +73,6 @@ class QwenImage(Convention):
             "encoder_hidden_states_mask": CondField((None,), torch.int64),
         }
 
-    def time_width(self, config: Config) -> int:
-        own = _Config.model_validate(config)
-        return own.num_attention_heads * own.attention_head_dim
-
-    def with_velocity(self, config: Config) -> Config:
-        own = _Config.model_validate(config)
-        return {**config, "in_channels": 2 * own.in_channels, "out_channels": own.channels}
-
     def unused(self, network: nn.Module) -> Sequence[str]:
         """The text after the last block."""
         last = self.layers(network)[-1]

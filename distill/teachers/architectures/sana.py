@@ -56,14 +56,6 @@ class Sana(Convention):
     def time_layers(self, network: nn.Module) -> Sequence[str]:
         return ["time_embed.emb.timestep_embedder"]
 
-    def time_width(self, config: Config) -> int:
-        own = _Config.model_validate(config)
-        return own.num_attention_heads * own.attention_head_dim
-
-    def with_velocity(self, config: Config) -> Config:
-        channels = _Config.model_validate(config).in_channels
-        return {**config, "in_channels": 2 * channels, "out_channels": channels}
-
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         output: Tensor = network(
             x_t,

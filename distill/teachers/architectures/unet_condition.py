@@ -113,10 +113,6 @@ class UNetCondition(Convention):
         own = _Config.model_validate(config)
         return own.time_embedding_dim or own.block_out_channels[0] * (2 if own.time_embedding_type == "fourier" else 4)
 
-    def with_velocity(self, config: Config) -> Config:
-        own = _Config.model_validate(config)
-        return {**config, "in_channels": 2 * own.in_channels, "out_channels": own.out_channels}
-
     def critic_width(self, config: Config) -> int:
         return _Config.model_validate(config).block_out_channels[-1]
 

@@ -61,14 +61,6 @@ class Wan(Convention):
     def time_layers(self, network: nn.Module) -> Sequence[str]:
         return ["condition_embedder.time_embedder"]
 
-    def time_width(self, config: Config) -> int:
-        own = _Config.model_validate(config)
-        return own.num_attention_heads * own.attention_head_dim
-
-    def with_velocity(self, config: Config) -> Config:
-        own = _Config.model_validate(config)
-        return {**config, "in_channels": 2 * own.in_channels, "out_channels": own.channels}
-
     def call(self, network: nn.Module, x_t: Tensor, time: Tensor, cond: Cond) -> Tensor:
         # The pipeline of Wan 2.2 TI2V gives each token a time of its own (expand_timesteps). From text to video, these
         # are equal, and the network computes the same as with one time.
