@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from distill import teachers
@@ -147,6 +147,9 @@ def fits_students(teacher: teachers.LoadedTeacher, noise: Tensor) -> None:
     # An acceleration is at first the velocity, for any second input.
     time, wide = torch.full((rows,), 500.0), native.accelerated(network)
     twice = torch.cat([noise, normal(*noise.shape, seed=9)], dim=1)
+    if any(isinstance(each, nn.Dropout) for each in network.modules()):
+        grown = native.accelerated(native.copied(network, 0.25))
+        assert {each.p for each in grown.modules() if isinstance(each, nn.Dropout)} == {0.25}
     with torch.no_grad():
         same(convention.call(wide, twice, time, cond), convention.call(network, noise, time, cond), 1e-5)
         (features,) = teacher.features(noise, t, cond, [convention.critic_layer(network)])

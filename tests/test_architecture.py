@@ -188,7 +188,13 @@ def test_shipped_files_stand_alone():
         (r"\bdeepspeed\b", {"training/zero.py"}, "DeepSpeed stays in training/zero.py"),
         (
             r"\baccelerate\b",
-            {"teachers/weights.py", "teachers/dispatching.py", "students/init.py", "training/micro_batch.py"},
+            {
+                "teachers/weights.py",
+                "teachers/dispatching.py",
+                "students/init.py",
+                "students/native.py",
+                "training/micro_batch.py",
+            },
             "accelerate loads and places weights and finds a micro-batch, and is no part of the training loop",
         ),
         (

@@ -1,14 +1,17 @@
 """Students that keep the network class of a latent-space pipeline: how they start, and how they are stored."""
 
 import copy
+import json
+import shutil
 
 import pytest
 import test_teacher_dit as dit
 import test_teacher_flux as flux
+import test_teacher_unet_condition as sd
 import test_teacher_wan as wan
 import torch
 from diffusers import FluxTransformer2DModel
-from latent import CPU, conditions, load, normal, write, write_conditions
+from latent import CPU, conditions, ddim, load, normal, write, write_conditions
 
 from distill.core.errors import InputError
 from distill.exchange.student_card import StudentCard
@@ -61,6 +64,29 @@ def test_a_second_time_and_a_velocity_are_learnt(teacher):
         network(*inputs).square().sum().backward()
         new = {name: p for name, p in network.named_parameters() if "gap.2" in name or "x_embedder" in name}
         assert all(p.grad.abs().sum() > 0 for name, p in new.items() if not name.startswith("network.velocity")), new
+
+
+@torch.no_grad()
+def test_an_acceleration_of_a_network_whose_config_leaves_out_options(tmp_path, place):
+    """The configs of FLUX.1 have no out_channels: these are the same as in_channels."""
+    path = shutil.copytree(place["folder"], tmp_path / "teacher")
+    config = path / "transformer" / "config.json"
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "out_channels"}))
+    given = teacher_on_linear_path(load(path, size=place["size"], conditions=place["conditions"]))
+    cond, student = conditions(given, 3), init(given).acceleration().eval()
+    assert (student(X, T, X, cond) - given.field(X, T, cond)).abs().max() <= 1e-6
+
+
+def test_what_a_class_freezes_stays_frozen(tmp_path):
+    """The frequencies of the time are parameters in U-Nets with time_embedding_type fourier, but never trained."""
+    rows = write_conditions(tmp_path / "conditions.safetensors", sd.embeddings(2, xl=False))
+    stock = sd.pipeline(ddim(**sd.SD), time_embedding_type="fourier")
+    given = teacher_on_linear_path(load(write(tmp_path / "sd", stock), size=[16, 24], conditions=rows))
+    made = init(given)
+    for network in (made.velocity_field(), made.flow_map(), made.acceleration(), made.critic()):
+        frozen = [name for name, each in network.named_parameters() if not each.requires_grad]
+        assert frozen
+        assert all(name.endswith("time_proj.weight") for name in frozen)
 
 
 def moved(network, amount=0.02):

@@ -26,7 +26,7 @@ class TwoTimes(nn.Module):
 
     def __init__(self, network: nn.Module, layers: Sequence[str], width: int) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.layers = network, tuple(layers)
         self.gap = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
         nn.init.zeros_(self.gap[2].weight)
         nn.init.zeros_(self.gap[2].bias)

@@ -141,5 +141,5 @@ class VelocityUNet2DModel(UNet2DModel):
                 return super().forward(sample, 1000 * t.float(), condition).sample
 
     def _native(self, condition: object, x: Tensor, time: Tensor) -> Tensor:
-        """The network as it was trained, at its own scale and time."""
-        return super().forward(x, time, condition).sample
+        """The network as it was trained, at its own scale and time. x is converted to the data type of its weights."""
+        return super().forward(x.to(self.conv_in.weight.dtype), time, condition).sample

@@ -176,7 +176,7 @@ def _is_field(source: LoadedTeacher | LoadedStudent) -> bool:
 
 
 def _copied(source: LoadedTeacher | LoadedStudent, dropout: float | None) -> ModelMixin:
-    """A trainable copy of the source's network, on the linear path. dropout: None keeps the source's."""
+    """A trainable copy in float32 of the source's network, on the linear path. dropout: None keeps the source's."""
     assert source.network is not None
     with init_empty_weights(include_buffers=False):  # all weights are set below
         network = _of_linear_path(source)
@@ -188,7 +188,7 @@ def _copied(source: LoadedTeacher | LoadedStudent, dropout: float | None) -> Mod
             network = type(network).from_config(network.config, dropout=dropout)
     weights = {name: tensor.detach().clone() for name, tensor in source.network.state_dict().items()}
     network.load_state_dict(weights, strict=True, assign=True)
-    return network.to(source.network.device).train()
+    return network.float().to(source.network.device).train()
 
 
 def teacher_on_linear_path(teacher: LoadedTeacher) -> LoadedTeacher:

@@ -4,10 +4,10 @@ What makes them students of the linear path happens around the network, in `Line
 """
 
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
@@ -24,7 +24,7 @@ from distill.protocols import Cond
 from distill.teachers.architectures import class_of, convention_of, known
 from distill.teachers.convention import Convention
 from distill.teachers.loaded import LoadedTeacher
-from distill.teachers.network_field import EdmField, LinearCall, NetworkField, linear_call
+from distill.teachers.network_field import EdmField, InDtype, LinearCall, NetworkField, linear_call
 
 NativeStudent = VelocityStudent | FlowMapStudent | AccelerationStudent
 FIRST, SECOND = "transformer", "transformer_2"  # attributes of Experts
@@ -51,18 +51,22 @@ def teacher_on_linear_path(teacher: LoadedTeacher) -> LoadedTeacher:
 
 
 def call_of(source: LoadedTeacher | NativeStudent) -> LinearCall:
-    """How the network of a teacher, or of a student made here, is called on the linear path."""
+    """How a copy in float32 of the network of a teacher, or of a student made here, is called on the linear path."""
     if isinstance(source, LoadedTeacher):
         assert isinstance(source.field, EdmField | NetworkField)
-        return linear_call(source.field)
+        own = linear_call(source.field)  # may cast to the data type of the teacher's weights
+        return replace(own, call=own.call.call) if isinstance(own.call, InDtype) else own
     found = source.call
     assert isinstance(found, LinearCall | TwoTimesCall | TwoNetworksCall)
     return found if isinstance(found, LinearCall) else found.call
 
 
 def copied(network: nn.Module, dropout: float | None) -> nn.Module:
-    """A trainable copy in float32. dropout: probability in all its layers of dropout; None: as in the network."""
-    found = _without_unused(deepcopy(network).float().requires_grad_(True).train())
+    """A copy in float32, in which all is trained except for what the class freezes and what has no effect.
+
+    dropout: probability in all its layers of dropout; None: as in the network.
+    """
+    found = _without_unused(_built_again(network).train())
     if dropout is not None:
         layers = [each for each in found.modules() if isinstance(each, nn.Dropout)]
         if not layers:
@@ -141,10 +145,15 @@ def accelerated(network: nn.Module) -> nn.Module:
     """A copy of the network with twice the input channels. The weights of the further ones are zero."""
     if isinstance(network, Experts):
         return Experts(accelerated(network.transformer), accelerated(network.transformer_2), network.boundary)
-    convention, config = convention_for(network), dict(network.config)
+    convention = convention_for(network)
+    # diffusers would ignore what is set here for options that the config did not have
+    config = {name: each for name, each in network.config.items() if name != "_use_default_values"}
     with drawn(0, "acceleration"):  # all random weights are replaced
         grown = type(network).from_config(convention.with_velocity(config))
     grown.load_state_dict(convention.widened(config, network.state_dict(), grown.state_dict()))
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.Dropout):
+            grown.get_submodule(name).p = layer.p  # a stage may set another one than the config
     convention.settled(grown)
     return grown.to(next(network.parameters()).device).train(network.training)
 
@@ -173,6 +182,35 @@ def parts_of(network: nn.Module) -> Sequence[tuple[str, nn.Module]]:
 def by_name(name: str) -> type[ModelMixin] | None:
     """The network class of this name; None if it is not one of a latent-space pipeline."""
     return class_of(name) if isinstance(known().get(name), Convention) else None
+
+
+def _built_again(network: nn.Module) -> nn.Module:
+    """A copy in float32, built from the config. What its class freezes is frozen, and nothing else.
+
+    All parameters of a loaded network are frozen, and it may have tables of positions in 16 bits that are not stored.
+    """
+    match network:
+        case Experts():
+            return Experts(_built_again(network.transformer), _built_again(network.transformer_2), network.boundary)
+        case TwoNetworks():
+            return TwoNetworks(_built_again(network.velocity), _built_again(network.acceleration))
+        case TwoTimes():
+            with drawn(0, "second time"):  # all random weights are replaced
+                again = TwoTimes(_built_again(network.network), network.layers, network.gap[0].out_features)
+            again.gap.load_state_dict(network.gap.state_dict())
+            again.gap.to(network.gap[0].weight.device)
+            return again
+        case ModelMixin():
+            with init_empty_weights(include_buffers=False):
+                found = type(network).from_config(network.config)
+            weights = {
+                name: each.detach().to(torch.float32 if each.is_floating_point() else each.dtype, copy=True)
+                for name, each in network.state_dict().items()
+            }
+            found.load_state_dict(weights, strict=True, assign=True)
+            convention_for(found).settled(found)
+            return found.to(network.device)
+    raise AssertionError(f"{type(network).__name__} is not a network of a latent-space pipeline")
 
 
 def _without_unused(network: nn.Module) -> nn.Module:
