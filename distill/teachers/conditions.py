@@ -88,6 +88,8 @@ class ConditionFile:
 
 def read(path: Path) -> ConditionFile:
     """Reads a file with conditions. InputError if it is damaged, has no rows, or values that are not finite."""
+    if not path.exists():
+        raise InputError(f"teacher.conditions={path} does not exist; make it with `distill encode TEACHER PROMPTS.txt`")
     try:
         tensors = load_file(path)
         with path.open("rb") as file:
