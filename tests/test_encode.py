@@ -194,3 +194,8 @@ def test_values_that_are_not_finite_are_refused(flux):
     encoders = encoding.TextEncoders(pipeline(guidance_embeds=True), Broken(), facts)
     with pytest.raises(InputError, match="return NaN or infinity in torch.float32; use --dtype float32"):
         encoders.encode(["a"], "", 1, lambda done: None)
+
+
+def test_a_file_that_does_not_exist_says_how_to_make_one(tmp_path):
+    with pytest.raises(InputError, match="none.safetensors does not exist; make it with `distill encode TEACHER PROM"):
+        conditions.read(tmp_path / "none.safetensors")

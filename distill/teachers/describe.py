@@ -171,9 +171,7 @@ def _network_class(spec: CheckpointTeacher, path: Path, config: Config, kind: st
     ]
     if not isinstance(name, str) or name not in [*ours, *others]:
         raise InputError(
-            f"{path}: network class {short(str(name))} is not supported; {suggest(short(str(name)), [*ours, *others])}. "
-            "How a network is called differs between classes, so each is described by a file (recipes/README.md, Adding "
-            "a teacher)"
+            f"{path}: network class {short(str(name))} is not supported; {suggest(short(str(name)), [*ours, *others])}"
         )
     found = ours.get(name) or architectures.class_of(name)
     if found in LINEAR_NETWORKS:
