@@ -5,6 +5,7 @@ The test of each convention compares with the stock pipeline, from the same late
 
 import json
 import string
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from distill import teachers
+from distill.core.errors import InputError
 from distill.flow.fields import Rescheduled, start
 from distill.flow.interpolants import linear, vp
 from distill.flow.solvers import integrate
@@ -118,10 +120,21 @@ def exact_epsilon(x: Tensor, n: Tensor, alphas_cumprod: Tensor) -> Tensor:
 
 @torch.no_grad()
 def finite_at_both_ends(teacher: teachers.LoadedTeacher, noise: Tensor) -> None:
-    for t in teacher.field.t_range:
-        found = teacher.field(noise, torch.full((len(noise),), t), conditions(teacher, len(noise)))
-        assert found.shape == noise.shape
-        assert found.isfinite().all()
+    """Also of the small sample with which a network is tested when it makes large ones."""
+    samples = [noise]
+    if (convention := convention_of(teacher.network)) is not None:
+        config = dict(getattr(teacher.network, "transformer", teacher.network).config)
+        channels, *sides = noise.shape[1:]
+        with suppress(InputError):  # tiny networks may have no positions for this size
+            large = convention.latent_shape(config, Path(), tuple(4 * side for side in sides))
+            small = convention.small(config, large)
+            assert max(small[1:]) <= 18 and small[0] == channels
+            samples.append(normal(len(noise), *small))
+    for x in samples:
+        for t in teacher.field.t_range:
+            found = teacher.field(x, torch.full((len(x),), t), conditions(teacher, len(x)))
+            assert found.shape == x.shape
+            assert found.isfinite().all()
 
 
 def fits_students(teacher: teachers.LoadedTeacher, noise: Tensor) -> None:

@@ -111,3 +111,12 @@ def test_the_null_row_and_the_constants_are_copied_to_a_device_once():
     first, second = (table.null({"a": torch.empty(2, 2, device="meta")}) for _ in range(2))
     assert {name: tuple(each.shape) for name, each in first.items()} == {"a": (2, 2), "b": (2, 3)}
     assert all(first[name]._base is second[name]._base for name in first)
+
+
+def test_a_network_is_tested_with_a_small_sample(flux, tmp_path, capfd, monkeypatch):
+    """Latents of 128x128 are those of 1024 pixels per side, which a large network on the CPU would need minutes for."""
+    monkeypatch.setattr("distill.teachers.checkpoint.LARGE", 0)
+    path = write_conditions(tmp_path / "conditions.safetensors", ROWS)
+    assert load(flux, size=[256, 260], conditions=path).shape == (4, 128, 130)
+    said = f"teacher.path={flux}: testing its network on a sample of shape [4, 8, 8]; this may take minutes\n"
+    assert capfd.readouterr() == ("", said)

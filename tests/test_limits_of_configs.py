@@ -61,3 +61,18 @@ def test_an_autoencoder_has_few_levels(tmp_path):
 def test_convert_refuses_a_class_that_is_named_by_a_list(tmp_path):
     with pytest.raises(InputError, match="network class .* is not supported"):
         conversion.described(tmp_path / "model.bin", config(tmp_path, ["a"]))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size", "said"),
+    [
+        ("Lumina2Transformer2DModel", {"axes_lens": [300, 8, 9]}, (18, 16), "latents of 18x16, but the network"),
+        ("ZImageTransformer2DModel", {"axes_lens": [300, 8, 9]}, (16, 18), "latents of 16x18, but the network"),
+        ("WanTransformer3DModel", {"rope_max_seq_len": 8}, (3, 16, 18), "latents of 16x18, but the network"),
+        ("WanTransformer3DModel", {"rope_max_seq_len": 8}, (9, 16, 16), "latents of 9 frames, but the network"),
+    ],
+)
+def test_sizes_for_which_a_network_has_no_positions_are_refused(tmp_path, name, options, size, said):
+    """The network is tested with a smaller sample, which would not show it."""
+    with pytest.raises(InputError, match=f"{said} .* has positions for"):
+        architectures.known()[name].latent_shape(options, tmp_path, size)

@@ -24,7 +24,7 @@ from distill.networks.velocity_mlp import VelocityMLP
 from distill.networks.velocity_unet import VelocityUNet2DModel
 from distill.spec.model import CheckpointTeacher
 from distill.students.init import StudentInit
-from distill.teachers import by_id, read, variants
+from distill.teachers import by_id, checkpoint, read, variants
 from distill.teachers import weights as network_weights
 from distill.teachers.read import NetworkConfig
 
@@ -717,10 +717,13 @@ def test_the_small_sample_is_refused_exactly_where_the_large_one_is(tmp_path, ki
                 network(torch.zeros(1, 1, side, 64), 0)
 
 
-def test_a_network_of_many_levels_needs_a_large_sample_and_says_so(tmp_path, capfd):
+def test_a_network_of_many_levels_needs_a_large_sample_and_a_large_network_says_so(tmp_path, capfd, monkeypatch):
     narrow(9, "DownBlock2D", "UpBlock2D").save_pretrained(tmp_path)
     edit(tmp_path / "config.json", sample_size=1024)
     assert load(tmp_path, prediction="velocity").shape == (1, 1024, 1024)
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setattr(checkpoint, "LARGE", 1e6)  # as if it had more parameters
+    load(tmp_path, prediction="velocity")
     said = f"teacher.path={tmp_path}: testing its network on a sample of shape [1, 512, 512]; this may take minutes\n"
     assert capfd.readouterr() == ("", said)
 

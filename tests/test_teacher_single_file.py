@@ -181,7 +181,7 @@ def test_a_file_of_another_network_is_refused(stable_diffusion, tmp_path):
     folder, file, _ = stable_diffusion
     stock = z_image()
     path = write_conditions(tmp_path / "conditions.safetensors", z_embeddings(2, 2))
-    given = {"config": str(write(tmp_path / "z", stock)), "conditions": path}
+    given = {"config": str(write(tmp_path / "z", stock)), "conditions": path, "size": [32, 64]}
     refused(
         file, f"{file} does not match config.json of teacher.config={given['config']}", ": missing weights: ", **given
     )

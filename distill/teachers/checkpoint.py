@@ -27,7 +27,7 @@ from distill.spec.model import CheckpointTeacher
 from distill.teachers import files, lora, schedulers, single_file, weights
 from distill.teachers.conditions import ConditionFile
 from distill.teachers.conditions import read as read_conditions
-from distill.teachers.convention import Asked, Convention
+from distill.teachers.convention import Asked, Convention, sides_of_patch
 from distill.teachers.describe import LINEAR_NETWORKS, Facts, describe
 from distill.teachers.layout import CONFIG, SECOND
 from distill.teachers.loaded import LoadedTeacher, Packaging
@@ -37,8 +37,9 @@ from distill.teachers.schedulers import EdmSchedule, Family, LinearSchedule, Sch
 from distill.teachers.variants import MERGE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PROBED = 64  # pixels per side of the sample that probes a network, if the network can take that size
-LARGE = 4 * PROBED  # above this size, a message is printed because probing takes long
+PROBED = 64  # pixels per side of the sample that probes a U-Net, if the network can take that size
+LARGE = 1e12  # multiplications of a call on the CPU above which a message is printed, because probing takes long
+DEEPER = 16  # positions of a sample for one at which most weights of a U-Net are used, as they are at lower levels
 LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,99}")
 
 
@@ -262,17 +263,17 @@ def _probe(field: VelocityField, found: TeacherCheckpoint, spec: CheckpointTeach
     own (see `_probed`).
     """
     x = sample_noise(0, [0], _probed(found)).to(device)
-    if max(x.shape[2:], default=0) > LARGE:
+    cond = found.conditioning.collate(torch.zeros(1, dtype=torch.int64, device=device))
+    if device.type == "cpu" and _multiplications(found, x, cond) > LARGE:
         say_error(
             f"teacher.path={spec.path}: testing its network on a sample of shape {list(x.shape[1:])}; this may take "
             "minutes"
         )
-    cond = found.conditioning.collate(torch.zeros(1, dtype=torch.int64, device=device))
     first, last = field.t_range
     for t in (first, (first + last) / 2, last):
         velocity = _called(field, x, torch.tensor([t], device=device), cond, found.shape, spec)
         if not velocity.isfinite().all():
-            embedding = found.network.config.get("time_embedding_type")
+            embedding = _config(found.network).get("time_embedding_type")
             known = f" (its time_embedding_type is {embedding})" if embedding not in (None, "positional") else ""
             raise InputError(
                 f"teacher.path={spec.path}: the velocity of {found.description} at t={t:.4g} contains NaN or "
@@ -285,15 +286,36 @@ def _probed(found: TeacherCheckpoint) -> tuple[int, ...]:
 
     It is small if possible, and the network accepts it exactly if it accepts samples of its own shape. A U-Net halves
     the size at each level, and on the way up the sizes must match again. Whether they do depends only on size modulo
-    2^(levels - 1), which the small shape keeps. At the lowest level at least two pixels per side remain.
+    2^(levels - 1), which the small shape keeps. At the lowest level at least two pixels per side remain. For other
+    networks, see `Convention.small`.
     """
-    if "down_block_types" not in found.network.config:
-        return found.shape
-    levels = len(found.network.config["down_block_types"])
+    if "down_block_types" not in _config(found.network):
+        convention = found.architecture
+        return (
+            convention.small(_config(found.network), found.shape) if isinstance(convention, Convention) else found.shape
+        )
+    levels = len(_config(found.network)["down_block_types"])
     step = 1 << (levels - 1)
     least = max(PROBED, 2 * step)
     sides = (side if side <= least else least + (side - least) % step for side in found.shape[1:])
     return (found.shape[0], *sides)
+
+
+def _config(network: nn.Module) -> Config:
+    """The config of a network, or that of the first of two."""
+    return dict((network.transformer if isinstance(network, Experts) else network).config)
+
+
+def _multiplications(found: TeacherCheckpoint, x: Tensor, cond: Cond) -> float:
+    """About how many multiplications a call with the sample x takes: parameters times tokens."""
+    config, positions = _config(found.network), x[0, 0].numel()
+    if "down_block_types" in config:
+        tokens = positions / DEEPER
+    else:
+        patch = sides_of_patch(config)
+        tokens = positions / (patch[0] * patch[1] ** 2)
+    tokens += sum(each.shape[1] for each in cond.values() if each.ndim == 3)
+    return tokens * sum(p.numel() for p in found.network.parameters())
 
 
 def _called(

@@ -80,6 +80,17 @@ class Convention:
         """
         raise NotImplementedError
 
+    def small(self, config: Config, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of the sample with which the network is tested: a few patches, and two frames of a video.
+
+        shape: of its samples, as `latent_shape` gives it. It must take both, or neither: sides keep their remainders.
+        """
+        frames, patch = sides_of_patch(config)
+        steps = [frames, 2 * patch, 2 * patch][4 - len(shape) :]  # twice a patch, because latents may be packed 2x2
+        least = [2 * frames, 8 * patch, 8 * patch][4 - len(shape) :]
+        sides = zip(shape[1:], steps, least, strict=True)
+        return (shape[0], *(side if side <= few else few + (side - few) % step for side, step, few in sides))
+
     def fields(self, config: Config) -> Mapping[str, CondField]:
         """The tensors of a condition, by the name of the network's argument."""
         return {}
@@ -192,6 +203,13 @@ class Convention:
     def encode_null(self, pipeline: DiffusionPipeline, negative: str) -> dict[str, Tensor]:
         """The row of the unconditional call, or of a negative prompt."""
         return self.encode(pipeline, [negative])
+
+
+def sides_of_patch(config: Config) -> tuple[int, int]:
+    """Frames and positions per side of a patch, as the config of a transformer gives them; 1 where it does not."""
+    patch = config.get("patch_size") or 1
+    frames, side = (config.get("patch_size_t") or 1, patch) if isinstance(patch, int) else (patch[0], patch[-1])
+    return frames, side
 
 
 def size_of(

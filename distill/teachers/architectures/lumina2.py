@@ -5,9 +5,11 @@ The pipeline's cfg_trunc_ratio, which leaves out guidance in the last steps, is 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from diffusers import DiffusionPipeline
+from pydantic import Field
 from torch import Tensor, nn
 
 from distill.flow.guidance import TINY, cfg
@@ -26,6 +28,7 @@ class _Config(Read):
     out_channels: Size | None = None
     hidden_size: Size = 2304
     cap_feat_dim: Size = 1024
+    axes_lens: Annotated[Sequence[Size], Field(min_length=3, max_length=3)] = (300, 512, 512)
 
     @property
     def channels(self) -> int:
@@ -51,7 +54,8 @@ class Lumina2(Convention):
 
     def latent_shape(self, config: Config, path: Path, latent: tuple[int, ...] | None) -> tuple[int, ...]:
         own = checked(_Config, config, path)
-        return (own.channels, *size_of(latent, (own.sample_size, own.sample_size), path, patch=own.patch_size))
+        default = (own.sample_size, own.sample_size)
+        return (own.channels, *size_of(latent, default, path, own.patch_size, min(own.axes_lens[1:])))
 
     def fields(self, config: Config) -> Mapping[str, CondField]:
         return {

@@ -28,6 +28,7 @@ class _Config(Read):
     out_channels: Size | None = 16
     text_dim: Size = 4096
     image_dim: Size | None = None
+    rope_max_seq_len: Size = 1024
 
     @property
     def channels(self) -> int:
@@ -53,7 +54,13 @@ class Wan(Convention):
         if tuple(own.patch_size) != PATCH:
             raise InputError(f"{path}: patch_size={list(own.patch_size)}; valid: {list(PATCH)}")
         default = LARGE if own.channels == CHANNELS_OF_LARGE else SMALL
-        return (own.channels, *size_of(latent, default, path, patch=2))
+        frames, height, width = size_of(latent, default, path, patch=2, most=own.rope_max_seq_len)
+        if frames > own.rope_max_seq_len:
+            raise InputError(
+                f"teacher.size: the number of frames gives latents of {frames} frames, but the network ({path}) has "
+                f"positions for {own.rope_max_seq_len}; give fewer frames"
+            )
+        return (own.channels, frames, height, width)
 
     def fields(self, config: Config) -> Mapping[str, CondField]:
         return {"encoder_hidden_states": CondField((None, _Config.model_validate(config).text_dim))}

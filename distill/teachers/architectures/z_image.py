@@ -27,6 +27,7 @@ class _Config(Read):
     cap_feat_dim: Size = 2560
     all_patch_size: Patches = (PATCH,)
     all_f_patch_size: Patches = (1,)
+    axes_lens: Annotated[Sequence[Size], Field(min_length=3, max_length=3)] = (1024, 512, 512)
     siglip_feat_dim: Size | None = None
 
 
@@ -49,7 +50,10 @@ class ZImage(Convention):
             raise InputError(
                 f"{path}: all_patch_size={patches[0]}, all_f_patch_size={patches[1]}; valid: [{PATCH}] and [1]"
             )
-        return (own.in_channels, *size_of(latent, (128, 128), path, patch=PATCH))
+        return (own.in_channels, *size_of(latent, (128, 128), path, PATCH, min(own.axes_lens[1:])))
+
+    def small(self, config: Config, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return super().small({"patch_size": PATCH}, shape)
 
     def fields(self, config: Config) -> Mapping[str, CondField]:
         return {
