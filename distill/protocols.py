@@ -63,7 +63,10 @@ class Codec(Protocol):
 
     @property
     def is_identity(self) -> bool: ...
+    @property
+    def digest(self) -> str: ...  # SHA-256 over configuration and weights; "" for the identity
     def shape(self, pixels: tuple[int, ...]) -> tuple[int, ...]: ...  # of one encoded sample
+    def together(self, shape: tuple[int, ...]) -> int: ...  # encoded samples of this shape to decode at once, at most
     def encode(self, pixels: Tensor) -> Tensor: ...
     def decode(self, latents: Tensor) -> Tensor: ...
 

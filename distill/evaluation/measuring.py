@@ -381,6 +381,7 @@ class _Work:
         stage, reference = self.stage, self.reference
         facts = [VERSION, stage.samples, stage.block, self.seed, self.device.type, stage.guidance_scale, repr(plan)]
         facts += [self.teacher.digest, self._network(plan).digest, repr(fine_plan(stage))]
+        facts += [digest] if (digest := self.teacher.codec.digest) else []
         facts += [reference.identity if reference else None]
         facts += [plan.fit.model_dump_json()] if plan.fit is not None else []
         facts += [identity] if (identity := self.teacher.identity_of(stage.field_settings)) else []

@@ -17,7 +17,7 @@ from distill.students.fitted import FittedSolver
 from distill.students.loaded import LoadedStudent
 from distill.students.sampling import fresh_noises, grid, of_student
 
-BLOCK = 250  # samples that are made together
+BLOCK = 250  # samples that are made together, at most
 
 
 def write_samples(
@@ -52,8 +52,9 @@ def write_samples(
     noise = sample_noise(seed, range(count), student.shape)
     fresh = fresh_noises(seed, range(count), student.shape, method.fresh)
     classes = _labels(student, count, labels)
-    for start in range(0, count, BLOCK):
-        rows = slice(start, start + BLOCK)
+    block = min(BLOCK, student.codec.together(student.shape))
+    for start in range(0, count, block):
+        rows = slice(start, start + block)
         cond = {} if classes is None else student.conditioning.collate(classes[rows].to(device))
         further = [each[rows].to(device) for each in fresh]
         parts.append(method.generate(noise[rows].to(device), cond, further).cpu())

@@ -20,12 +20,13 @@ from distill.protocols import Adapter, Copy, Recipe, Trained
 from distill.spec import pairspec, registry
 from distill.spec.kinds import STUDENTS
 from distill.spec.model import EvaluateStage, PairsStage, RunSpec, TrainStage
-from distill.spec.resolved import Resolved, ResolvedRecipe, weak_teacher
+from distill.spec.resolved import Resolved, ResolvedRecipe
 from distill.students import sampling
 from distill.students.init import StudentInit, teacher_on_linear_path
 from distill.students.loaded import KINDS, LoadedStudent
 from distill.teachers import LoadedTeacher
 from distill.teachers.network_field import LinearCall, NetworkField
+from distill.teachers.of_students import weak_teacher
 
 CPU = torch.device("cpu")
 Origin = LoadedTeacher | LoadedStudent  # what a later stage may start from; a velocity field may also teach it
@@ -79,7 +80,7 @@ def check(resolved: Resolved, store: Path | None = None) -> Ready:
     teacher = None if spec.teacher is None else teachers.load_teacher(spec.teacher, CPU)
     for stage in spec.stages.values():
         if isinstance(stage, PairsStage | EvaluateStage) and stage.teacher is None and teacher is not None:
-            _check_field(teacher, stage)
+            _check_field(teacher, spec, stage)
         if isinstance(stage, EvaluateStage) and data is not None:
             from distill.evaluation import measuring
 
@@ -107,13 +108,13 @@ def check(resolved: Resolved, store: Path | None = None) -> Ready:
     return Ready(resolved, teacher, built)
 
 
-def _check_field(teacher: LoadedTeacher, stage: PairsStage | EvaluateStage) -> None:
+def _check_field(teacher: LoadedTeacher, spec: RunSpec, stage: PairsStage | EvaluateStage) -> None:
     """InputError if the teacher's field cannot be changed as a stage asks, e.g. if there is no unconditional call."""
     settings = stage.field_settings
     if settings.form.weak is not None:  # a student that is not trained yet
         teacher.field_with(replace(settings, guidance_scale=1.0))
         return
-    weak = weak_teacher(stage, Path())
+    weak = weak_teacher(spec, stage, Path())
     teacher = teacher if weak is None else replace(teacher, weak=teachers.load_teacher(weak, CPU))
     teacher.field_with(settings)
 

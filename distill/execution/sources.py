@@ -36,12 +36,12 @@ from distill.spec.model import (
     TeacherSpec,
     TrainStage,
 )
-from distill.spec.resolved import Resolved, weak_teacher
+from distill.spec.resolved import Resolved
 from distill.students import fitting, step_times
 from distill.students.fitted import FittedSolver
 from distill.teachers import LoadedTeacher
 from distill.teachers.dispatching import dispatched
-from distill.teachers.of_students import stage_teacher
+from distill.teachers.of_students import stage_teacher, weak_teacher
 from distill.training.world import ALONE, World
 
 
@@ -69,7 +69,7 @@ def load(run: RunPaths, resolved: Resolved, name: str, device: torch.device, *, 
     given: dict[str, TeacherSpec | None] = {"own": spec.teacher if resolved.spec.has_exact_teacher else None}
     if "teacher" in needs:
         given["teacher"] = stage_teacher(spec, stage, run.students)
-    given["weak"] = weak_teacher(stage, run.students)
+    given["weak"] = weak_teacher(spec, stage, run.students)
     loaded = {
         role: teachers.load_teacher(each, device, probe=False) for role, each in given.items() if each is not None
     }
@@ -186,11 +186,12 @@ def batches(
     conditioning: Conditioning,
     codec: Codec,
     teacher_digest: str | None,
+    device: torch.device,
     world: World = ALONE,
 ) -> tuple[Source, dict[str, str]]:
     """The source of the batches of a train stage, and the digests of its pairs. Every rank must call this.
 
-    data: real data of the batches, in pixels, which `codec` encodes.
+    data: real data of the batches, in pixels, which `codec` encodes on `device`.
     conditioning: of the trained networks.
     teacher_digest: digest of the teacher that must have made the pairs; None: any.
     """
@@ -198,7 +199,7 @@ def batches(
     real = (
         None
         if data is None
-        else Prepared.of(DataSource(data, stage.batch_size, seed, labels=labels), conditioning, codec)
+        else Prepared.of(DataSource(data, stage.batch_size, seed, labels=labels), conditioning, codec, device)
     )
     if not stage.pair_shares:
         assert real is not None, "checks.check lets no such stage through"
@@ -209,28 +210,31 @@ def batches(
     world.meet("after the checksums of the pairs")  # each rank has verified a part of them
     sources = [pairs.PairSource(each, count, seed) for each, count in zip(sets, counts, strict=True)]
     source: Source = sources[0] if len(sources) == 1 else pairs.Mixed(sources, counts)
-    source = Prepared.of(source, conditioning, PIXELS)  # pairs are already encoded
+    source = Prepared.of(source, conditioning, PIXELS, device)  # pairs are already encoded
     digests = {"pairs": " ".join(each.manifest.digest for each in sets)}
     return source if real is None else pairs.Beside(source, real), digests
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Batches for networks: class indices are converted to conditions, and pixels are encoded."""
+    """Batches for networks: class indices are converted to conditions, and pixels are encoded on `device`."""
 
     source: Source
     conditioning: Conditioning
     codec: Codec
+    device: torch.device
 
     @classmethod
-    def of(cls, source: Source, conditioning: Conditioning, codec: Codec) -> Source:
+    def of(cls, source: Source, conditioning: Conditioning, codec: Codec, device: torch.device) -> Source:
         """The prepared source, or `source` itself if nothing has to be converted."""
         plain = conditioning.count is None or isinstance(conditioning, ClassLabels)
-        return source if plain and codec.is_identity else cls(source, conditioning, codec)
+        return source if plain and codec.is_identity else cls(source, conditioning, codec, device)
 
     def batch(self, step: int, rows: Rows) -> Batch:
-        found = self.source.batch(step, rows)
-        data = None if found.data is None else self.codec.encode(found.data)
+        found, codec = self.source.batch(step, rows), self.codec
+        data = found.data
+        if data is not None and not codec.is_identity:
+            data = codec.encode(data.to(self.device)).cpu()
         return Batch(data, found.pairs, self._collated(found.cond), self._collated(found.data_cond))
 
     def _collated(self, cond: Cond) -> Cond:
@@ -270,7 +274,7 @@ class Solving:
         data: DataSet | None,
         law: LoadedTeacher | None,
     ) -> "Solving":
-        """data, law: the data that paths start from, or a teacher in closed form; for stages that need either.
+        """data, law: the data that paths start from, in pixels, or a teacher in closed form; for stages that need one.
 
         Step times that the stage asks for are taken from the store, or found now and stored.
         """
@@ -279,7 +283,12 @@ class Solving:
             return cls(teacher, stage, seed, device, store=store)
         if data is not None:
             check_shapes(teacher, data)
-        real = paths.of_data(data, law, seed=seed, block=stage.block)
+        if stage.dtype == "uint8" and not teacher.codec.is_identity:
+            raise InputError(
+                f"dtype: uint8 is for pixels, but the teacher ({teacher.description}) works on latents; valid: "
+                "float32, float16, bfloat16"
+            )
+        real = paths.of_data(data, law, seed=seed, block=stage.block, codec=teacher.codec, device=device)
         return cls(teacher, stage, seed, device, *real, store=store)
 
     def generate(self, folder: Path, progress: Progress, stop: StopRequest, part: tuple[int, int] | None) -> None:

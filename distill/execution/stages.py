@@ -194,6 +194,8 @@ def _training(work: Work, stage: TrainStage, device: torch.device) -> PreparedTr
     read = {"teacher": teacher, "init": origin, "data": data}
     digests = {name: each.digest for name, each in read.items() if each is not None}
     places = {"init": inputs.places.get("teacher", "") if place is None else str(place), **inputs.places}
+    if data is not None and (digest := init.codec.digest):
+        digests["autoencoder"], places["autoencoder"] = digest, "of the teacher"
     return PreparedTraining(recipe, teacher, init, card, inputs.times, data, digests, places, calls)
 
 
@@ -222,6 +224,7 @@ def _train(work: Work, stage: TrainStage) -> dict[str, object]:
         conditioning=training.init.conditioning,
         codec=training.init.codec,
         teacher_digest=training.card.teacher_digest,
+        device=work.device,
         world=work.world,
     )
     size = _micro_batch(work, stage, training, source)
@@ -306,7 +309,6 @@ def export_checkpoint(
     step: int | None = None,
 ) -> None:
     """Export the student of a train stage from a checkpoint to `folder`. The run may be in progress.
-
     InputError if there is no such checkpoint.
 
     weights: "raw", or one of the stage's `ema_half_lives`, in images.

@@ -1,5 +1,6 @@
 """Solves the paths of one block, from noise or from real data, and returns the tensors that a shard stores."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -8,26 +9,37 @@ from torch import Tensor
 
 from distill.data import DataSet, DataSource
 from distill.flow import draws, solvers
+from distill.flow.codecs import PIXELS
 from distill.flow.draws import Rows
 from distill.flow.fields import start
 from distill.flow.interpolants import linear
 from distill.flow.times import uniform_grid
 from distill.pairs.manifest import Manifest
 from distill.pairs.numbers import restored, stored
-from distill.protocols import Cond, VelocityField
+from distill.protocols import Codec, Cond, VelocityField
 from distill.spec.model import PairsStage
 from distill.students import fitted
 from distill.teachers.loaded import LoadedTeacher
+
+CPU = torch.device("cpu")
 
 # Indices of a block -> the real data [n, ...] of its paths and the condition, on the CPU.
 Real = Callable[[range], tuple[Tensor, Cond]]
 
 
-def of_data(data: DataSet | None, law: LoadedTeacher | None, *, seed: int, block: int) -> tuple[Real, str]:
+def of_data(
+    data: DataSet | None,
+    law: LoadedTeacher | None,
+    *,
+    seed: int,
+    block: int,
+    codec: Codec = PIXELS,
+    device: torch.device = CPU,
+) -> tuple[Real, str]:
     """The data that paths start from, and its digest.
 
-    Path i starts from the i-th sample of `data`, in the order of its shuffled epochs. Without `data` it starts from
-    exact sample i of `law`, a teacher in closed form.
+    Path i starts from the i-th sample of `data`, in the order of its shuffled epochs, encoded by `codec` on `device`.
+    Without `data` it starts from exact sample i of `law`, a teacher in closed form.
     """
     if data is None:
         assert law is not None and law.exact_data is not None, "checks.check lets no such stage through"
@@ -37,9 +49,11 @@ def of_data(data: DataSet | None, law: LoadedTeacher | None, *, seed: int, block
     def read(indices: range) -> tuple[Tensor, Cond]:
         batch = source.batch(indices.start // block, Rows(0, block, block))
         assert batch.data is not None
-        return batch.data, batch.cond
+        return batch.data if codec.is_identity else codec.encode(batch.data.to(device)).cpu(), batch.cond
 
-    return read, data.digest
+    if codec.is_identity:
+        return read, data.digest
+    return read, hashlib.sha256(f"{data.digest} {codec.digest}".encode()).hexdigest()
 
 
 def _exact(exact: Callable[[int, Sequence[int]], Tensor], num_classes: int | None, seed: int) -> Real:

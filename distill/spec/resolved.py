@@ -13,13 +13,11 @@ from distill.spec import registry, schema, specfile
 from distill.spec.kinds import STUDENTS, StudentKind
 from distill.spec.model import (
     OF_DATA,
-    CheckpointTeacher,
     EvaluateStage,
     HfData,
     ImagesData,
     RunSpec,
     Stage,
-    TeacherSpec,
     TrainStage,
 )
 from distill.spec.registry import RecipeConfig
@@ -143,14 +141,6 @@ def resolve_recipe(stage: TrainStage, base: Path, where: str = "options") -> Res
     """The recipe of a stage that is not part of a spec yet. InputError if it cannot be used."""
     module = registry.load(stage.recipe, base)
     return ResolvedRecipe(module, registry.configure(stage.recipe, module, stage.options, where))
-
-
-def weak_teacher(stage: Stage, students: Path) -> TeacherSpec | None:
-    """The weak model of a stage with autoguidance: the student of another stage, or a checkpoint; None if none."""
-    guidance = None if isinstance(stage, TrainStage) else stage.guidance
-    if guidance is None or not guidance.is_auto:
-        return None
-    return CheckpointTeacher(path=guidance.weak_path or str(students / (guidance.weak or "")))
 
 
 def _located(options: Mapping[str, object], module: ModuleType, base: Path) -> dict[str, object]:

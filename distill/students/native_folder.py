@@ -54,7 +54,7 @@ def write(network: nn.Module, folder: Path, packaging: Packaging, card: StudentC
         **{each: ["diffusers", type(part).__name__] for each, part in networks(base)},
     }
     if isinstance(base, Experts):
-        index["boundary_ratio"] = base.boundary / scheduler.get("num_train_timesteps", 1000)
+        index["boundary_ratio"] = base.boundary / (scheduler.get("num_train_timesteps") or 1000)
     _write_json(folder / layout.INDEX, index)
     return card.model_copy(update={"network": type(first).__name__, "component": name})
 

@@ -32,7 +32,7 @@ from distill.teachers.describe import LINEAR_NETWORKS, Facts, describe
 from distill.teachers.layout import CONFIG, SECOND
 from distill.teachers.loaded import LoadedTeacher, Packaging
 from distill.teachers.network_field import EdmField, InDtype, NetworkField, VeField
-from distill.teachers.read import Config, StudentFacts, parse, short
+from distill.teachers.read import Config, StudentFacts, lasting, parse, short
 from distill.teachers.schedulers import EdmSchedule, Family, LinearSchedule, Schedule, VeSchedule, VpSchedule
 from distill.teachers.variants import MERGE
 
@@ -110,13 +110,14 @@ def read(spec: CheckpointTeacher, device: torch.device, kind: str) -> TeacherChe
     network = network.to(device).eval().requires_grad_(False)
     chosen, schedule = facts.chosen, facts.schedule
     identity = {
-        "config": {k: v for k, v in content.items() if k not in ("_diffusers_version", "_name_or_path")},
+        "config": lasting(content),
         "scheduler": {} if chosen is None else {k: v for k, v in parse(chosen).items() if k != "_diffusers_version"},
         "prediction": spec.prediction,
         "null_class": null_class(conditioning),
         "weights": digests,
         # Gives inverted schedules a new digest, because earlier versions read them wrongly.
         **({"inverted": True} if isinstance(schedule, LinearSchedule) and schedule.inverted else {}),
+        **_second(parts, facts),
         **_asked(spec, conditions),
         **added,
     }
@@ -169,6 +170,13 @@ def _network(
     folder = parts.pipeline / SECOND
     second, more = loaded(folder, parse(folder / CONFIG))
     return Experts(network, second, facts.boundary), digests + more
+
+
+def _second(parts: files.Parts, facts: Facts) -> dict[str, object]:
+    """What identifies the second network of a pipeline, besides its weights; empty if there is one network."""
+    if facts.boundary is None or parts.pipeline is None:
+        return {}
+    return {"second": {"config": lasting(parse(parts.pipeline / SECOND / CONFIG)), "boundary": facts.boundary}}
 
 
 def _with_lora(

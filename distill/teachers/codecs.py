@@ -3,8 +3,11 @@
 An autoencoder is loaded when it is first used. Latents are the mean of its posterior, not a sample of it.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from distill.core.errors import InputError
+from distill.flow.codecs import together
 from distill.teachers import files, weights
 from distill.teachers.layout import CONFIG
 from distill.teachers.limits import NetworkLimits
-from distill.teachers.read import Config, checked, parse, short
+from distill.teachers.read import Config, checked, lasting, parse, short
+
+COLOURS = 3  # channels of pixels
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,6 @@ class LatentCodec:
     config: Config
     kind: Kind
     variant: str | None = None  # of its weights, if there is such a variant
-    _loaded: list[nn.Module] = field(default_factory=list)
 
     @classmethod
     def of(cls, folder: Path, variant: str | None = None) -> "LatentCodec":
@@ -95,6 +100,12 @@ class LatentCodec:
         return False
 
     @property
+    def digest(self) -> str:
+        """SHA-256 over configuration and weights, which are read if they have not been read before."""
+        identity = {"config": lasting(self.config), "weights": self._read[1]}
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    @property
     def factors(self) -> tuple[int, int]:
         """How many frames, and how many pixels per side, become one: (temporal, spatial)."""
         if self.kind.factors is not None:
@@ -108,8 +119,16 @@ class LatentCodec:
         channels *= 4 if self.kind.patches else 1
         return (channels, *latent_size(pixels[1:], self.factors, str(self.folder)))
 
-    @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
+        return _in_blocks(self._encoded, pixels, together(pixels.shape[1:]))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        return _in_blocks(self._decoded, latents, self.together(latents.shape[1:]))
+
+    def together(self, shape: tuple[int, ...]) -> int:
+        return together((COLOURS, *pixel_size(shape[1:], self.factors)))
+
+    def _encoded(self, pixels: Tensor) -> Tensor:
         vae, kind = self._vae(pixels.device), self.kind
         x = pixels.float()
         encoded: Any = vae.encode(x[:, :, None] if kind.frames and x.ndim == 4 else x)
@@ -121,8 +140,7 @@ class LatentCodec:
             z = z[:, :, 0]
         return self._scaled(_patches(z) if kind.patches else z, vae)
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
+    def _decoded(self, latents: Tensor) -> Tensor:
         vae, kind = self._vae(latents.device), self.kind
         z = self._scaled(latents.float(), vae, back=True)
         z = _unpatched(z) if kind.patches else z
@@ -147,13 +165,22 @@ class LatentCodec:
         shift, scale = (each.to(z).reshape(1, -1, *[1] * (z.ndim - 2)) for each in (shift, scale))
         return z / scale + shift if back else (z - shift) * scale
 
+    @cached_property
+    def _read(self) -> tuple[nn.Module, list[str]]:
+        """The autoencoder, and the SHA-256 of each of its files."""
+        network_class = getattr(diffusers, self.config["_class_name"])
+        paths = files.weights(self.folder, self.variant, optional=True)
+        vae, digests = weights.network(self.folder, self.config, network_class, paths)
+        return vae.eval().requires_grad_(False), digests
+
     def _vae(self, device: torch.device) -> nn.Module:
-        if not self._loaded:
-            network_class = getattr(diffusers, self.config["_class_name"])
-            paths = files.weights(self.folder, self.variant, optional=True)
-            vae, _ = weights.network(self.folder, self.config, network_class, paths)
-            self._loaded.append(vae.eval().requires_grad_(False))
-        return self._loaded[0].to(device)
+        return self._read[0].to(device)
+
+
+@torch.no_grad()
+def _in_blocks(convert: Callable[[Tensor], Tensor], samples: Tensor, block: int) -> Tensor:
+    """Converts samples [N, ...], `block` at a time."""
+    return torch.cat([convert(part) for part in samples.split(block)]).contiguous()
 
 
 def latent_size(size: tuple[int, ...], factors: tuple[int, int], where: str) -> tuple[int, ...]:

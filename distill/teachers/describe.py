@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from diffusers import ModelMixin
+from pydantic import Field
 
 from distill.core.errors import InputError
 from distill.core.text import suggest
@@ -46,7 +48,7 @@ class Facts:
 class _Index(Read):
     """The options in model_index.json that are read."""
 
-    boundary_ratio: float | None = None
+    boundary_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
 def describe(spec: CheckpointTeacher, parts: files.Parts, kind: str) -> Facts:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from distill.core.errors import InputError
-from distill.spec.model import CheckpointTeacher, RunSpec, Stage, TeacherSpec
+from distill.spec.model import CheckpointTeacher, RunSpec, Stage, TeacherSpec, TrainStage
 from distill.teachers import files
 from distill.teachers.architectures import class_name, known
 from distill.teachers.convention import Convention
@@ -14,6 +14,18 @@ from distill.teachers.read import parse
 def stage_teacher(spec: RunSpec, stage: Stage, students: Path) -> TeacherSpec | None:
     """The teacher of a stage: the student of another stage, exported below `students`, or the spec's; None if none."""
     return spec.teacher if stage.teacher is None else student_as_teacher(students / stage.teacher, spec.teacher)
+
+
+def weak_teacher(spec: RunSpec, stage: Stage, students: Path) -> TeacherSpec | None:
+    """The weak model of a stage with autoguidance: the student of another stage, or a checkpoint; None if none.
+
+    Like a student, it has the conditions, the size and the autoencoder of the spec's teacher.
+    """
+    guidance = None if isinstance(stage, TrainStage) else stage.guidance
+    if guidance is None or not guidance.is_auto:
+        return None
+    path = guidance.weak_path or str(students / (guidance.weak or ""))
+    return student_as_teacher(Path(path), spec.teacher)
 
 
 def student_as_teacher(folder: Path, teacher: TeacherSpec | None) -> CheckpointTeacher:

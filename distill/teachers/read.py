@@ -173,6 +173,11 @@ def components(path: Path) -> list[str]:
     return sorted(found)
 
 
+def lasting(config: Config) -> Config:
+    """A network's config without what changes when it is written again, for digests."""
+    return {name: value for name, value in config.items() if name not in ("_diffusers_version", "_name_or_path")}
+
+
 def short(text: str, letters: int = 80) -> str:
     """Makes untrusted text safe for a message: printable, on one line, and cut to at most `letters` characters."""
     text = " ".join(printable(text).split())

@@ -1,0 +1,152 @@
+"""Real data of latent-space teachers: it is encoded wherever a network is trained on it, or paths start from it."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import test_teacher_dit as dit
+import test_teacher_flux as flux
+import test_teacher_wan as wan
+import torch
+from checkpoints import refused
+from diffusers import AutoencoderKL
+from latent import edit, load, normal, seeded, write, write_conditions
+from latent_runs import MORE_PAIRS, PAIRS, content, images, run
+
+from distill.core.errors import InputError
+from distill.core.stop import StopRequest
+from distill.data.arrays import ArrayData
+from distill.evaluation import measuring
+from distill.execution.sources import Solving
+from distill.flow.draws import Rows
+from distill.pairs import PairSet, PairSource, manifest
+from distill.runs.progress import Progress
+from distill.spec.model import EvaluateStage, PairsStage
+
+CPU = torch.device("cpu")
+PIXELS = normal(9, 3, 16, 16, seed=4).tanh()
+IMAGES = ArrayData("images", PIXELS, torch.arange(9) % 3, 3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write(tmp_path_factory.mktemp("latent_data") / "dit", dit.pipeline(num_embeds_ada_norm=3))
+
+
+def other_autoencoder(folder: Path) -> str:
+    """The folder of an autoencoder with the same config and other weights than that of DiT."""
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    seeded(lambda: vae.decoder.conv_out.reset_parameters() or vae, 7).save_pretrained(folder.parent / "other")
+    return str(folder.parent / "other")
+
+
+def solving(folder: Path, store: Path, paths: str, **fields) -> Solving:
+    stage = PairsStage(**{**(MORE_PAIRS["segments"] if paths == "segments" else PAIRS), "paths": paths, **fields})
+    return Solving.of(load(folder), stage, store, seed=3, device=CPU, data=IMAGES, law=None)
+
+
+@pytest.mark.parametrize("paths", ["forward", "segments"])
+def test_paths_from_data_start_from_its_latents(folder, tmp_path, paths):
+    made, codec = solving(folder, tmp_path, paths), load(folder).codec
+    with Progress("pairs", 8, "pairs", None) as progress:
+        made.generate(tmp_path / "pairs", progress, StopRequest(), None)
+    found = PairSource(PairSet.open(tmp_path / "pairs", None), 8, 0).batch(0, Rows(0, 8, 8))
+    encoded = codec.encode(PIXELS)
+    assert found.pairs.data.shape == (8, 4, 8, 8)
+    distance = (found.pairs.data[:, None] - encoded).abs().flatten(2).amax(2)
+    assert (distance.min(1).values <= 1e-5).all(), "each path starts from one of the images"
+    assert torch.equal(distance.argmin(1) % 3, found.cond["class_labels"])
+
+
+def test_pairs_from_data_belong_to_an_autoencoder(folder, tmp_path):
+    first = solving(folder, tmp_path, "forward")
+    again = solving(folder, tmp_path, "forward")
+    teacher = load(folder, vae=other_autoencoder(folder))
+    other = Solving.of(teacher, first.stage, tmp_path, seed=3, device=CPU, data=IMAGES, law=None)
+    assert first.data_digest == again.data_digest != other.data_digest
+    assert IMAGES.digest not in (first.data_digest, other.data_digest)
+    with pytest.raises(InputError, match=r"dtype: uint8 is for pixels, but the teacher \(DiTTransformer2DModel from "):
+        solving(folder, tmp_path, "forward", dtype="uint8")
+
+
+def test_an_evaluated_row_belongs_to_an_autoencoder(folder, tmp_path):
+    """A row of the teacher is taken from another evaluation only if that decoded with the same autoencoder."""
+    options = {"students": {}, "teacher_steps": [1], "samples": 16, "block": 8, "fine_steps": 1}
+    stage = EvaluateStage(kind="evaluate", **options)
+    pictures, kept = [], []
+    for name, fields in {"first": {}, "second": {}, "other": {"vae": other_autoencoder(folder)}}.items():
+        with Progress("measure", 32, "samples", None) as progress:
+            measuring.measure(
+                tmp_path / name, name, stage, load(folder, **fields), {}, None,
+                seed=0, device=CPU, progress=progress, stop=StopRequest(), store=tmp_path,
+            )  # fmt: skip
+        pictures.append(sorted((tmp_path / name / "pictures").iterdir())[0].read_bytes())
+        kept.append(len(list((tmp_path / "baselines").glob("*.json"))))
+    assert kept == [1, 1, 2]
+    assert pictures[0] == pictures[1] != pictures[2]
+    assert load(folder).digest == load(folder, vae=other_autoencoder(folder)).digest
+
+
+def test_training_data_belongs_to_an_autoencoder(folder, tmp_path):
+    """Ranks compare the digest of the autoencoder, and a stage is resumed only with the same one."""
+    teacher = {"path": str(folder)}
+    data = images(tmp_path / "data", 3, 16, 16)
+    done = run(tmp_path, content(teacher, data, ["score/dmd2"]))
+    states = [json.loads(path.read_text()) for path in done.stage("dmd2").root.rglob("*.json")]
+    settings = [each["settings"] for each in states if "settings" in each]
+    assert settings and settings[0]["inputs"]["autoencoder"] == load(folder).codec.digest
+
+
+def test_old_digests_of_teachers_with_one_network_are_kept(folder):
+    """The autoencoder is no part of it, nor is a boundary."""
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    identity = {
+        "config": {name: each for name, each in config.items() if name not in ("_diffusers_version", "_name_or_path")},
+        "scheduler": {name: each for name, each in scheduler.items() if name != "_diffusers_version"},
+        "prediction": None,
+        "null_class": 3,
+        "weights": [hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("transformer/*.safetensors")],
+    }
+    assert load(folder).digest == hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def test_two_networks_are_identified_by_their_boundary_and_both_configs(tmp_path):
+    folder = write(tmp_path / "wan", wan.pipeline(transformer_2=wan.network(1), boundary_ratio=0.6))
+    path = write_conditions(tmp_path / "conditions.safetensors", {"encoder_hidden_states": wan.ROWS})
+
+    def digest() -> str:
+        return load(folder, size=wan.SIZE, conditions=path).digest
+
+    found = [digest()]
+    edit(folder / "model_index.json", boundary_ratio=0.9)
+    found.append(digest())
+    edit(folder / "transformer_2" / "config.json", eps=1e-3)
+    found.append(digest())
+    edit(folder / "transformer_2" / "config.json", _diffusers_version="0")
+    assert len(set(found)) == 3 and digest() == found[-1]
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 5.0, -1.0, 1e30])
+def test_a_boundary_lies_between_0_and_1(tmp_path, ratio):
+    folder = write(tmp_path / "wan", wan.pipeline(transformer_2=wan.network(1), boundary_ratio=ratio))
+    limit = "greater than 0" if ratio <= 0 else "less than 1"
+    refused(folder, f"model_index.json: boundary_ratio={ratio}; valid: {limit}", size=wan.SIZE)
+
+
+def test_weak_models_have_the_conditions_of_the_teacher(tmp_path):
+    """The student of a stage, and a checkpoint by its path."""
+    path = str(write(tmp_path / "flux", flux.pipeline(guidance_embeds=True)))
+    rows = flux.embeddings(2)
+    given = write_conditions(tmp_path / "conditions.safetensors", rows)
+    teacher = {"path": path, "size": [16, 24], "conditions": given, "embedded_guidance": 2.0}
+    weak = {**PAIRS, "guidance_scale": 2.0}
+    stages = {
+        "of_stage": {**weak, "guidance": {"weak": "reflow"}},
+        "of_path": {**weak, "guidance": {"weak_path": path}},
+    }
+    done = run(tmp_path, content(teacher, {}, ["reflow/reflow"], stages))
+    found = [manifest.read(done.stage(name).pairs) for name in ("pairs", *stages)]
+    assert all(each.done for each in found)
+    assert found[2].weak_digest == found[0].teacher_digest not in (None, found[1].weak_digest)
